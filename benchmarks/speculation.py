@@ -237,7 +237,7 @@ def speed_of_mtp(options: argparse.Namespace, report: Report) -> None:
             (prompt, off.generate(prompt, params).token_ids) for prompt in prompts(2 if short else 4, 48)
         ]
         for right_share, target in (*MTP_TARGETS.items(), (0.0, "")):
-            on._scheduler._drafter = Accepted(on._mtp, texts, right_share)
+            on._scheduler._drafter = Accepted(on._drafts.mtp, texts, right_share)
             name = f"mtp, {right_share} accepted"
             compare(report, name, off, on, texts, repeats, target=target, given=False)
 

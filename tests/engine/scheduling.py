@@ -12,8 +12,9 @@ from argosy.config import SamplingParams
 from argosy.engine.media.spans import Spans
 from argosy.engine.prefix import PrefixCache
 from argosy.engine.sampler import SamplerState
-from argosy.engine.scheduler import Scheduled, Scheduler
+from argosy.engine.scheduler import Scheduler
 from argosy.engine.sequence import Sequence
+from argosy.engine.steps import Scheduled
 from argosy.kept.kv_cache import KvBlocks
 from argosy.kept.kv_windows import NONE, KvWindows, WindowSizes
 from argosy.kept.recurrent_state import StateSlots

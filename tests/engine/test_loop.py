@@ -182,7 +182,7 @@ def test_a_cancelled_request_frees_all_it_holds_before_the_next_step(
 
     def cancel_at_the_third() -> None:
         if sum(isinstance(event, AnswerToken) for event in heard.events) == 3:
-            steps_at_cancel.append(loop._num_steps)
+            steps_at_cancel.append(loop._meter.num_steps)
             loop.cancel(request[0])
 
     heard.on_token = cancel_at_the_third
@@ -197,7 +197,7 @@ def test_a_cancelled_request_frees_all_it_holds_before_the_next_step(
     assert heard.result().finish_reason == "cancelled"
     assert len(heard.result().token_ids) == 3
     wait_until(lambda: is_idle(loop))
-    assert loop._num_steps == steps_at_cancel[0]
+    assert loop._meter.num_steps == steps_at_cancel[0]
     require_nothing_left(engine)
 
 
@@ -543,7 +543,7 @@ def test_rates_are_right_for_steps_of_any_length_and_zero_after_them(
         heard = Heard()
         loop.submit(PROMPT, SHORT, heard)
         heard.wait()
-        wait_until(lambda: is_idle(loop) and loop._step_began is None)
+        wait_until(lambda: is_idle(loop) and loop._meter._step_began is None)
         # 4 steps with 8 prompt tokens each, then 7 with a new token each; the first new one is of the fourth step.
         long_ones = step_s > 10
         assert seen[0] == (0.0, 0.0)

@@ -14,7 +14,7 @@ import pytest
 
 from argosy import Engine, SamplingParams, _native
 from argosy.checkpoint.pack import pack
-from argosy.engine import scheduler
+from argosy.engine import prompt_turns, scheduler, steps
 from argosy.errors import ArgosyError, CorruptRecord, ReadFailed
 from argosy.kept import kv_cache, kv_windows, recurrent_state
 from argosy.model.families import open_model
@@ -150,7 +150,9 @@ def test_a_damaged_expert_ends_only_the_answers_that_need_it(
 # ── ^C ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 # Where blocks, window blocks and state slots change hands.
-HANDS = {module.__file__ for module in (kv_cache, kv_windows, recurrent_state, scheduler)}
+HANDS = {
+    module.__file__ for module in (kv_cache, kv_windows, recurrent_state, prompt_turns, scheduler, steps)
+}
 Line = tuple[str, int]
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from argosy.engine.scheduler import CannotRun, Scheduled
+from argosy.engine.steps import CannotRun, Scheduled
 from argosy.kept.kv_windows import WindowSizes
 from argosy.kept.recurrent_state import StateSlots
 from tests.engine.scheduling import BLOCK_TOKENS, NotedStates, Rig, num_prefill

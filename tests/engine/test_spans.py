@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from argosy.engine.media.spans import Spans
-from argosy.engine.scheduler import MAKING_S, CannotRun
+from argosy.engine.prompt_turns import MAKING_S
 from argosy.engine.sequence import Sequence
+from argosy.engine.steps import CannotRun
 from argosy.errors import ArgosyError, UsageError
 from argosy.prompt.media_span import MakeRows, Making, MediaSpan, SpanRows
 from argosy.prompt.prompt import Prompt
@@ -166,7 +167,7 @@ class Pieces:
 def test_others_decode_while_rows_are_made_and_get_half_of_the_time() -> None:
     clock = Pieces(piece_s=0.004)
     rig = Rig(chunk_tokens=16, num_blocks=128, clock=clock)
-    rig.scheduler._num_axes = AXES
+    rig.scheduler._steps._num_axes = AXES
     talker = rig.sequence(4, max_new=60)
     rig.add(talker)
     rig.step()
@@ -195,7 +196,7 @@ def test_others_decode_while_rows_are_made_and_get_half_of_the_time() -> None:
 def test_a_step_gives_way_after_a_while_if_there_are_only_rows_to_make() -> None:
     clock = Pieces(piece_s=0.009)
     rig = Rig(chunk_tokens=16, clock=clock)
-    rig.scheduler._num_axes = AXES
+    rig.scheduler._steps._num_axes = AXES
     prompt = Prompt.of(span(3, make_rows=clock.rows(25, 3)), [2])
     assert prompt.token_ids is not None
     rig.add(one := rig.sequence_of(list(prompt.token_ids), max_new=1, spans=spans_of(prompt)))
@@ -204,14 +205,14 @@ def test_a_step_gives_way_after_a_while_if_there_are_only_rows_to_make() -> None
         given_way += 1
     assert given_way == 12  # after two pieces each
     assert scheduled.sequences == [one]
-    assert rig.scheduler.take_making_s() == pytest.approx(0.225)
-    assert rig.scheduler.take_making_s() == 0
+    assert rig.scheduler.making.take_making_s() == pytest.approx(0.225)
+    assert rig.scheduler.making.take_making_s() == 0
 
 
 def test_a_text_that_comes_while_rows_are_made_runs_in_the_next_step() -> None:
     clock = Pieces(piece_s=0.01)
     rig = Rig(chunk_tokens=16, clock=clock)
-    rig.scheduler._num_axes = AXES
+    rig.scheduler._steps._num_axes = AXES
     prompt = Prompt.of(span(3, make_rows=clock.rows(1000, 3)), [2])
     assert prompt.token_ids is not None
     rig.add(rig.sequence_of(list(prompt.token_ids), spans=spans_of(prompt)))
@@ -228,7 +229,7 @@ def test_a_text_that_comes_while_rows_are_made_runs_in_the_next_step() -> None:
 def test_one_encode_is_in_progress_at_a_time_and_tenants_take_turns() -> None:
     clock = Pieces(piece_s=0.009)
     rig = Rig(chunk_tokens=2, num_blocks=128, max_sequences=8, clock=clock)
-    rig.scheduler._num_axes = AXES
+    rig.scheduler._steps._num_axes = AXES
     begun: list[Sequence] = []
     prompts = [Prompt.of([1], span(6, i, make_rows=clock.rows(5, 6)), [2]) for i in range(5)]
     seers = [
@@ -258,7 +259,7 @@ def first_token_s(arrival_s: float, *, piece_s: float, has_picture: bool, has_ta
     """How long a short text waits for its first token, if it comes at a time of its own; checks the gaps of others."""
     clock = Pieces(piece_s)
     rig = Rig(chunk_tokens=16, num_blocks=128, clock=clock)
-    rig.scheduler._num_axes = AXES
+    rig.scheduler._steps._num_axes = AXES
     if has_talker:
         rig.add(talker := rig.sequence(4, max_new=200))
         rig.step()
@@ -311,7 +312,7 @@ def test_a_cancelled_sequence_makes_no_more_rows() -> None:
     assert prompt.token_ids is not None
     rig.add(one := rig.sequence_of(list(prompt.token_ids), spans=spans_of(prompt)))
     ticks = itertools.count()
-    rig.scheduler._clock = lambda: MAKING_S * next(ticks)
+    rig.scheduler.making._clock = rig.scheduler._clock = lambda: MAKING_S * next(ticks)
     assert rig.scheduler.next_step() is None
     rig.end(one)
     assert log[-1] == "closed"
@@ -327,7 +328,7 @@ def test_a_step_has_the_rows_of_its_part_of_a_prompt(chunk_tokens: int, sees_bot
     assert prompt.token_ids is not None
     spans = spans_of(prompt)
     rig = Rig(chunk_tokens=chunk_tokens)
-    rig.scheduler._num_axes = AXES
+    rig.scheduler._steps._num_axes = AXES
     one = rig.sequence_of(list(prompt.token_ids), spans=spans)
     rig.add(rig.sequence(3), one, rig.sequence(9, first_id=50))
     num_rows = 0

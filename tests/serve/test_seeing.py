@@ -677,7 +677,7 @@ def test_tokens_of_pictures_and_sounds_are_told(seeing: Seeing, viewer: httpx.Cl
 
 
 def test_the_progress_of_an_encode_is_told(viewer: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("argosy.engine.scheduler.MAKING_S", 0.0)  # a piece of work for each step
+    monkeypatch.setattr("argosy.engine.prompt_turns.MAKING_S", 0.0)  # a piece of work for each step
     seen = [picture("chat", png(pattern(90, 90, seed=seed))) for seed in (21, 22)]  # not encoded before
     answer = ask(viewer, "chat", seen, stream=True, return_progress=True)
     chunks = [event["data"] for event in read_events(answer.text) if event["data"] != "[DONE]"]

@@ -24,9 +24,9 @@ from argosy.engine.drafts.governor import Governor
 from argosy.engine.energy import EnergyShares
 from argosy.engine.ledger import Ledger
 from argosy.engine.sampler import Sampler, with_logprobs
-from argosy.engine.scheduler import Scheduled
 from argosy.engine.sequence import FinishReason, Result, TokenEvent, TokenLogprob
 from argosy.engine.sequence import Sequence as EngineSequence
+from argosy.engine.steps import Scheduled
 from argosy.errors import ArgosyError
 from argosy.machine import resources
 from argosy.machine.energy import EnergyMeter

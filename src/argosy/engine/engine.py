@@ -45,11 +45,12 @@ from argosy.engine.options import (
 from argosy.engine.progress import Watch
 from argosy.engine.requests import Requests
 from argosy.engine.resizing import Resizer
-from argosy.engine.scheduler import CannotRun, Scheduled, Scheduler
+from argosy.engine.scheduler import Scheduler
 from argosy.engine.sequence import FinishReason, Result, TokenEvent, WaitReason
 from argosy.engine.sequence import Sequence as EngineSequence
 from argosy.engine.start import Share, start
 from argosy.engine.step_log import StepLog
+from argosy.engine.steps import CannotRun, Scheduled
 from argosy.engine.watermark import Watermark
 from argosy.errors import ArgosyError, CheckpointError, PromptTooLong, ReadFailed, RunnerFailed, UsageError
 from argosy.experts.recording import OpenRecorder
@@ -168,7 +169,7 @@ class Engine(BlockingCalls):
                     self._finish(failed.sequence, "error", failed.error)
                     return []
                 finally:
-                    started.clock.mark_encoding(self._scheduler.take_making_s())
+                    started.clock.mark_encoding(self._scheduler.making.take_making_s())
                 if scheduled is None:  # all that can run are encoders of pictures and sound
                     return []
                 self._answers.begin()

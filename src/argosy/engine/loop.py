@@ -14,36 +14,28 @@ The thread survives failures: a failed read ends the answers that need it, any o
 answers, and a listener that raises ends its own request. If rounds keep failing while no request runs, the engine
 itself is broken: the loop ends, every caller is told, and `has_failed` is set.
 
-Elsewhere: `engine.py` defines a step; `scheduler.py` chooses its sequences.
+Elsewhere: `throughput.py` has means of its work; `engine.py` defines a step; `scheduler.py` chooses its sequences.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
-from functools import reduce
-from itertools import pairwise
-from operator import add
 from time import monotonic, perf_counter
-from typing import Literal, NamedTuple
 
 from argosy.budget.memory_plan import MemoryPlan
-from argosy.config import KV_BLOCK_TOKENS, SamplingParams
+from argosy.config import SamplingParams
 from argosy.engine.engine import Engine
 from argosy.engine.facts import EngineFacts
 from argosy.engine.ledger import DecodeSteps, Ledger
 from argosy.engine.progress import MOST_WAITS, RequestProgress, RequestWait
 from argosy.engine.requests import PromptLike
 from argosy.engine.sequence import Result, Sequence, TokenEvent
+from argosy.engine.throughput import ThroughputMeter
 from argosy.errors import ArgosyError, Overloaded, Revoked, as_exception, refused_by_system
-from argosy.model.clock import PARTS
 
-RATE_SECONDS = 10.0  # rates are means over this many seconds, or over the last step if that took longer
-DECODE_SECONDS = 60.0  # for which decode steps are kept, and compared with predictions
-_TOGETHER_SECONDS = 5.0  # decode steps of this time are kept as one sum
 _FACTS_SECONDS = 0.1  # minimum time between two collections of facts
 _WRITING_SECONDS = 0.005  # how soon to check again whether the file writer is free
 BEAT_S = 1.0  # how often an idle loop beats
@@ -111,11 +103,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopFacts:
-    """Facts of an engine under a loop, with means over the last RATE_SECONDS.
-
-    A step counts as if its tokens came evenly while it ran, so a mean is right however long steps take. Of the running
-    step only tokens of prompts are known; other means are those until it began.
-    """
+    """Facts of an engine under a loop, with means over the last RATE_SECONDS (`throughput.py`)."""
 
     engine: EngineFacts
     num_steps: int
@@ -163,15 +151,11 @@ class EngineLoop:
         self._has_failed = False
 
         self._live: list[Request] = []  # used by the thread alone, like the attributes below
-        self._num_steps = 0
         self._num_idle_failures = 0
         self._beat_at = monotonic()
         self._facts = engine.facts()
         self._facts_at = clock()
-        self._step_began: float | None = None  # while a step runs
-        self._work_began: float | None = None  # the first step since the last sample
-        self._samples = deque([self._sample(self._facts_at)])  # work is counted between two of them
-        self._decodes: deque[tuple[float, DecodeSteps]] = deque()  # from when on, and what they took
+        self._meter = ThroughputMeter(self._facts, self._facts_at)
         self._thread = threading.Thread(target=self._run, name="argosy-engine", daemon=True)
         self._thread.start()
 
@@ -259,31 +243,26 @@ class EngineLoop:
 
     def snapshot(self) -> LoopFacts:
         """Facts as of about the last step, without waiting for one. A request that just came counts as waiting."""
-        now, running = self._clock(), self._step_began
-        samples = list(self._samples)
-        known_until = now if running is None else running
-        window = _Window(samples, known_until)
-        prompt_rate, step = window.mean("prompt_tokens"), self._engine.watch.running_step
-        if running is not None and step is not None and (num_done := step.prompt_tokens_done):
-            share = min(1.0, RATE_SECONDS / (now - running)) if now > running else 1.0
-            prompt_rate = _Window(samples, now, running).mean("prompt_tokens", share * num_done)
+        throughput, step = (
+            self._meter.read(self._clock(), self._engine.watch),
+            self._engine.watch.running_step,
+        )
         requests, waiting = self._requests()
         # The facts are of the end of a step, and the next one may take minutes.
         facts = self._facts
         num_open = max(facts.num_running + facts.num_waiting, self._num_live)
         num_running = max(facts.num_running, 0 if step is None else len(step.scheduled.sequences))
-        decodes = [steps for at, steps in list(self._decodes) if now - at <= DECODE_SECONDS]
         return LoopFacts(
             engine=replace(facts, num_running=num_running, num_waiting=max(0, num_open - num_running)),
-            num_steps=self._num_steps,
+            num_steps=self._meter.num_steps,
             is_stopping=self._is_stopping,
             has_failed=self._has_failed,
-            new_tok_per_s=window.mean("new_tokens"),
-            prompt_tok_per_s=prompt_rate,
-            bytes_read_per_s=window.mean("bytes_read"),
+            new_tok_per_s=throughput.new_tok_per_s,
+            prompt_tok_per_s=throughput.prompt_tok_per_s,
+            bytes_read_per_s=throughput.bytes_read_per_s,
             silent_s=max(0.0, monotonic() - max(self._beat_at, self._engine.watch.progressed_at)),
-            recent_parts=window.parts(),
-            recent_decode=reduce(add, decodes) if decodes else None,
+            recent_parts=throughput.parts,
+            recent_decode=throughput.decode,
             requests=requests,
             waiting=waiting,
         )
@@ -347,10 +326,7 @@ class EngineLoop:
             if not self._take():
                 return False
             if self._engine.has_work:
-                self._num_steps += 1
-                self._step_began = self._clock()
-                if self._work_began is None:
-                    self._work_began = self._step_began
+                self._meter.begin_step(self._clock())
             self._engine.step()
             self._num_idle_failures = 0
         except SystemExit:
@@ -360,7 +336,7 @@ class EngineLoop:
             self._endure(error)
         self._deliver(error)
         self._gather_facts()
-        self._step_began = None
+        self._meter.end_step()
         return True
 
     def _endure(self, error: Exception) -> None:
@@ -493,99 +469,7 @@ class EngineLoop:
         except Exception as error:  # observers see the previous facts
             self._report(error)
             return
-        sample = self._sample(now)
-        if (steps := self._samples[-1].decode_until(sample)) is not None:
-            self._keep_decode(now, steps)
-        self._samples.append(sample)
-        # One that is older stays: work of the others is counted from there.
-        while len(self._samples) > 1 and now - self._samples[1].at > RATE_SECONDS:
-            self._samples.popleft()
-
-    def _sample(self, now: float) -> _Sample:
-        facts, num_running = self._facts, self._facts.num_running
-        context = facts.kv_blocks_held * KV_BLOCK_TOKENS / num_running if num_running else 0.0
-        began, self._work_began = self._work_began, None
-        return _Sample(
-            now, now if began is None else began, facts.totals, facts.tokens_run, self._num_steps, context
-        )
-
-    def _keep_decode(self, now: float, steps: DecodeSteps) -> None:
-        if self._decodes and now - self._decodes[-1][0] < _TOGETHER_SECONDS:
-            begun, earlier = self._decodes[-1]
-            self._decodes[-1] = begun, earlier + steps
-            return
-        self._decodes.append((now, steps))
-        while now - self._decodes[0][0] > DECODE_SECONDS:
-            self._decodes.popleft()
-
-
-_Counted = Literal["new_tokens", "prompt_tokens", "bytes_read"]
-
-
-class _Window:
-    """The last RATE_SECONDS before `end`; less, if work began later.
-
-    Args:
-        samples: in order of time; the work between two of them counts as even since the later one's `began`.
-        running: when the step began that runs at `end`; None: none does.
-    """
-
-    def __init__(self, samples: SequenceOf[_Sample], end: float, running: float | None = None) -> None:
-        self._end = end
-        self._begin = end - RATE_SECONDS
-        # Each with the sample before it.
-        self._steps = [(before, one) for before, one in pairwise(samples) if one.at > self._begin]
-        began = [one.began for _, one in self._steps] + ([] if running is None else [running])
-        self._begin = max(self._begin, min(began, default=end))
-
-    def mean(self, what: _Counted, more: float = 0.0) -> float:
-        """Per second; `more` is what the running step adds."""
-        seconds = self._end - self._begin
-        count = more + sum(
-            (one.count(what) - before.count(what)) * self._share(one) for before, one in self._steps
-        )
-        return max(0.0, count) / seconds if seconds > 0 else 0.0
-
-    def _share(self, sample: _Sample) -> float:
-        """The share of a sample's work that is in the window."""
-        inside = min(sample.at, self._end) - max(sample.began, self._begin)
-        return max(0.0, inside) / (sample.at - sample.began) if sample.at > sample.began else 1.0
-
-    def parts(self) -> dict[str, float]:
-        """Seconds by part of the work that overlaps the window."""
-        if not self._steps:
-            return dict.fromkeys(PARTS, 0.0)
-        (first, one), last = self._steps[0], self._steps[-1][1]
-        parts = {part: last.totals.parts[part] - first.totals.parts[part] for part in PARTS}
-        parts["other"] = max(0.0, parts["other"] - (one.began - first.at))  # without the idle time before
-        return parts
-
-
-class _Sample(NamedTuple):
-    """Totals at one time, and positions of each running sequence.
-
-    began: when the first step since the last sample began.
-    """
-
-    at: float
-    began: float
-    totals: Ledger
-    tokens_run: int
-    num_steps: int
-    context: float
-
-    def count(self, what: _Counted) -> int:
-        if what == "prompt_tokens":  # computed ones, without those from the prefix cache
-            return self.tokens_run - self.totals.new_tokens
-        return self.totals.new_tokens if what == "new_tokens" else self.totals.bytes_read
-
-    def decode_until(self, later: _Sample) -> DecodeSteps | None:
-        """The steps since this sample; None if one of them had prompt tokens, or there are none."""
-        num_new = later.totals.new_tokens - self.totals.new_tokens
-        num_steps = later.num_steps - self.num_steps
-        if not num_steps or not num_new or later.tokens_run - self.tokens_run != num_new:
-            return None
-        return DecodeSteps.between(self.totals, later.totals, num_steps=num_steps, context=self.context)
+        self._meter.note(self._facts, now)
 
 
 def _no_result(sequence: Sequence) -> Result:

@@ -15,9 +15,9 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from argosy.engine.scheduler import Scheduled
     from argosy.engine.sequence import Sequence, WaitReason
     from argosy.engine.start import Started
+    from argosy.engine.steps import Scheduled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

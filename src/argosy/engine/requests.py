@@ -150,8 +150,8 @@ class Requests:
             sampler_state=SamplerState(prompt_ids, seed=0),
             chain=self._started.cache.chain(tenant),
             tenant=tenant,
-            pool=Pool(pooling, len(prompt_ids)),
         )
+        sequence.pool = Pool(pooling, len(prompt_ids))
         sequence.started_at = started_at
         return sequence
 

@@ -6,8 +6,7 @@
 
 - Every decoding sequence gets its one token in every step. Prompts share the chunk: tenants in equal parts, and a
   tenant's prompts in order of arrival. A chunk may take seconds while weights are streamed, so prompts get at most
-  about half of the time while others decode (`PromptTurns`). Rows of media are made between steps, so that a prompt
-  waits for them as long as one step at most (`_may_make`).
+  about half of the time while others decode (`prompt_turns.py`).
 - A sequence starts when there are KV blocks for its tokens, plus one more for every running sequence; it takes further
   blocks one by one. When none are left, the youngest sequence is preempted: it gives up everything and waits again, to
   be recomputed from its tokens, so its answer is the same. The oldest one is never preempted.
@@ -20,8 +19,8 @@ them, so `commit` comes after sampling: what was computed for a rejected token i
 recurrent state cannot be overwritten, so it is saved before proposals run, and restored if one is rejected; the
 confirmed tokens then run again.
 
-Elsewhere: `prefix.py` finds prefixes; `engine.py` runs the step; `answers.py` confirms proposals; `drafts/governor.py`
-says whether they pay.
+Elsewhere: `prefix.py` finds prefixes; `chunks.py` shares a chunk; `steps.py` builds the step; `engine.py` runs it;
+`answers.py` confirms proposals; `drafts/governor.py` says whether they pay.
 """
 
 from __future__ import annotations
@@ -29,129 +28,21 @@ from __future__ import annotations
 from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from collections.abc import Sequence as ListLike
-from dataclasses import dataclass
 from time import perf_counter
 from types import MappingProxyType
-from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
+from argosy.engine.chunks import share_chunk
 from argosy.engine.drafts.drafter import Drafter
 from argosy.engine.drafts.governor import Governor, Outcome
 from argosy.engine.prefix import Prefix, PrefixCache
+from argosy.engine.prompt_turns import PromptTurns, RowMaking, waits_for_rows
 from argosy.engine.sequence import Sequence, WaitReason
+from argosy.engine.steps import CannotRun, Scheduled, StepBuilder
 from argosy.errors import ArgosyError
-from argosy.model.step import Addition, Overrides, Step
 
 # KV blocks of a prompt loaded from files in one step: a moment's work if others wait for it, more otherwise.
 LOADED_BESIDE_OTHERS, LOADED_ALONE = 8, 128
-# Seconds of encoding between two steps, or the duration of a decode step if that is longer. Long enough that switching
-# costs little; short enough that no stream visibly pauses, and that a new prompt starts soon.
-MAKING_S = 0.02
 _NONE_CONFIRMED: Mapping[Sequence, int] = MappingProxyType({})
-_SPARE_COLUMNS = 8  # this many blocks can be added to a block table before a new table is made
-
-
-class Scheduled(NamedTuple):
-    """A step, and the sequences that it produces next tokens for."""
-
-    step: Step
-    sequences: list[Sequence]  # rows of `step.block_table`
-    counts: list[int] | None  # tokens of each sequence; None: one each, and all of them decode
-    # In the order of `step.wanted`: one row each, and one more for every proposal. A text whose hidden states are
-    # pooled wants no logits.
-    ready: list[Sequence]
-    proposals: dict[Sequence, list[int]]  # the last tokens of some decoding sequences, not confirmed yet
-
-    def rows(self, logits: NDArray[np.float32]) -> list[tuple[Sequence, NDArray[np.float32], ListLike[int]]]:
-        """Divide logits [rows, vocab_size] among the ready sequences: (sequence, its rows, its proposals)."""
-        divided: list[tuple[Sequence, NDArray[np.float32], ListLike[int]]] = []
-        at = 0
-        for sequence in self.ready:
-            proposals = self.proposals.get(sequence, ()) if self.proposals else ()
-            end = at + 1 + len(proposals)
-            divided.append((sequence, logits[at:end], proposals))
-            at = end
-        return divided
-
-
-class CannotRun(Exception):
-    """One sequence cannot run. No other sequence is affected, and nothing has run."""
-
-    def __init__(self, sequence: Sequence, error: ArgosyError) -> None:
-        super().__init__(str(error))
-        self.sequence = sequence
-        self.error = error
-
-
-class PromptTurns:
-    """Gives prompts at most about half of the time while others decode.
-
-    A step with prompt tokens takes longer than one without. The difference is owed to the decoding sequences: no prompt
-    continues until steps without prompts have made up for it. Time for rows of media is owed likewise, but only more
-    rows wait for it: a prompt never waits because rows were made.
-    """
-
-    def __init__(self) -> None:
-        self._owed_s = 0.0
-        self._owed_making_s = 0.0
-        self._decode_s = 0.0  # duration of the last step without prompts
-
-    @property
-    def is_open(self) -> bool:
-        return self._owed_s <= 0.0
-
-    @property
-    def is_open_for_making(self) -> bool:
-        return self.is_open and self._owed_making_s <= 0.0
-
-    @property
-    def step_s(self) -> float:
-        """The duration of the last step without prompts; 0 before the first."""
-        return self._decode_s
-
-    def count_making(self, seconds: float) -> None:
-        """Count work for rows of media between two steps, while others decode."""
-        self._owed_making_s += seconds
-
-    def count(self, seconds: float, *, num_prompt: int, num_decode: int) -> None:
-        """Count a step."""
-        if not num_decode:
-            self._owed_s = self._owed_making_s = 0.0  # no sequence was kept waiting
-        elif num_prompt:
-            self._owed_s += max(0.0, seconds - self._decode_s)
-        else:
-            self._decode_s = seconds
-            self._owed_s = max(0.0, self._owed_s - seconds)
-            self._owed_making_s = max(0.0, self._owed_making_s - seconds)
-
-
-@dataclass(frozen=True, slots=True)
-class _Decoding:
-    """Arrays that stay the same from step to step while the same sequences decode and there are no prompts."""
-
-    sequences: list[Sequence]
-    rows: NDArray[np.int32]  # 0, 1, 2 ...
-    wanted: NDArray[np.int64]  # the same
-    is_decode: NDArray[np.bool_]
-    block_table: NDArray[np.int32]
-    state_slots: NDArray[np.int32] | None
-    shifts: NDArray[np.float32] | None  # rotary positions' shifts; None: no sequence has media
-
-    @classmethod
-    def of(cls, sequences: list[Sequence]) -> _Decoding:
-        count = len(sequences)
-        return cls(
-            sequences,
-            np.arange(count, dtype=np.int32),
-            np.arange(count),
-            np.ones(count, np.bool_),
-            _block_table(sequences, spare=_SPARE_COLUMNS),
-            _state_slots(sequences),
-            _shifts(sequences),
-        )
 
 
 class Scheduler:
@@ -184,23 +75,20 @@ class Scheduler:
         self._windows = cache.windows
         self._chunk_tokens = chunk_tokens
         self._max_sequences = max_sequences
-        self._num_axes = num_axes
         self._drafter = drafter
         self._draft_tokens = draft_tokens
         self._governor = governor
         self._clock = clock
         self._turns = PromptTurns()
+        self.making = RowMaking(self._turns, clock)
         self._waiting: list[Sequence] = []  # in order of arrival
         self._running: list[Sequence] = []  # likewise
         self._coming: dict[bytes, Sequence] = {}  # blocks that running prompts are about to compute
         # The sequence that did not fit, and the number of block releases at that time.
         self._refused: tuple[Sequence, int] | None = None
-        self._decoding = _Decoding.of([])
+        self._steps = StepBuilder(cache.blocks.block_tokens, cache.windows, num_axes)
         self._began_at = 0.0
         self._num_steps = 0
-        self._has_just_made = False  # rows of media, the last time that prompts could run
-        self._made_for: str | None = None  # the tenant for whom rows were made last
-        self._making_s = 0.0  # seconds spent on rows of media since `take_making_s`
         self.num_preempted = 0
 
     @property
@@ -245,7 +133,7 @@ class Scheduler:
         """
         self._waiting, self._running, self._coming = [], [], {}
         self._refused = None
-        self._decoding = _Decoding.of([])
+        self._steps.forget()
         self._blocks.reset()
         if self._states is not None:
             self._states.reset()
@@ -295,24 +183,26 @@ class Scheduler:
             if decoding and len(decoding) == len(self._running):
                 proposals = self._propose(decoding)
                 if not proposals and not any(_must_rerun(one) for one in decoding):
-                    return self._decode()
-                return self._gather(_not_computed(decoding), proposals)
+                    return self._steps.decode(self._running)
+                return self._steps.gather(_not_computed(decoding), proposals)
             prompts: list[tuple[Sequence, int]] = []
-            is_making = False
+            made_at: float | None = None
             if not decoding or self._turns.is_open:
-                can_prefill = [one for one in self._running if self._can_prefill(one)]
-                waiting = [one for one in can_prefill if _waits_for_rows(one)]
-                seer = self._choose_seer(waiting)
-                if seer and self._may_make(decoding, has_prompts=len(waiting) < len(can_prefill)):
-                    self._make_rows(seer, decoding)
-                    is_making = True
-                self._has_just_made = is_making
-                prompts = self._share_chunk([one for one in can_prefill if not _waits_for_rows(one)])
+                can_prefill = [one for one in self._running if one.is_prefilling and one.loading is None]
+                made_at = self.making.make_some(can_prefill, self._running, others_decode=bool(decoding))
+                if made_at is not None:
+                    self._began_at = made_at
+                prompts = share_chunk(
+                    [one for one in can_prefill if not waits_for_rows(one)],
+                    chunk_tokens=self._chunk_tokens,
+                    block_tokens=None if self._states is None else self._blocks.block_tokens,
+                    first=self._num_steps,
+                )
             if decoding or prompts:
                 # A governor compares steps without prompts.
                 proposals = {} if self._governor is not None else self._propose(decoding)
-                return self._gather(_not_computed(decoding) + prompts, proposals)
-            if is_making:
+                return self._steps.gather(_not_computed(decoding) + prompts, proposals)
+            if made_at is not None:
                 return None
             # Every running sequence loads from files, and got further, or will start again without them.
 
@@ -498,8 +388,7 @@ class Scheduler:
     def _stop(self, sequence: Sequence) -> None:
         """Stop a running sequence and free all it holds."""
         self._running.remove(sequence)
-        if sequence in self._decoding.sequences:  # it gets different blocks if it runs again
-            self._decoding = _Decoding.of([])
+        self._steps.forget(sequence)
         self._has_come(sequence, len(sequence.blocks))
         self._cache.stopped(sequence)
         self._blocks.give_back(sequence.blocks)
@@ -547,16 +436,7 @@ class Scheduler:
                 self.preempt(self._running[-1])
             if sequence in self._running:
                 sequence.blocks += self._blocks.take(1)
-                self._note_growth(sequence)
-
-    def _note_growth(self, sequence: Sequence) -> None:
-        same = self._decoding
-        if sequence in same.sequences:
-            count = len(sequence.blocks)
-            if count <= same.block_table.shape[1]:
-                same.block_table[same.sequences.index(sequence), :count] = sequence.blocks
-            else:
-                self._decoding = _Decoding.of([])
+                self._steps.note_growth(sequence)
 
     def _propose(self, decoding: list[Sequence]) -> dict[Sequence, list[int]]:
         """Ask the drafter, within the room that is left; nobody is preempted for a proposal.
@@ -586,221 +466,11 @@ class Scheduler:
             num_more = self._blocks.blocks_for(sequence.num_tokens + len(proposed)) - len(sequence.blocks)
             if num_more > 0:
                 sequence.blocks += self._blocks.take(num_more)
-                self._note_growth(sequence)
+                self._steps.note_growth(sequence)
             if self._states is not None:
                 assert sequence.state_slot is not None
                 self._states.save(sequence.state_slot)
         return proposals
-
-    def _may_make(self, decoding: list[Sequence], *, has_prompts: bool) -> bool:
-        """Whether rows of media may be made now: they keep no prompt waiting in two steps in a row.
-
-        So a prompt of one chunk, whenever it comes, waits for one slice at most: the one it came in, or the next.
-        """
-        if has_prompts and self._has_just_made:
-            return False
-        return not decoding or self._turns.is_open_for_making
-
-    def _choose_seer(self, waiting: list[Sequence]) -> Sequence | None:
-        """The prompt to make rows of media for, among those that wait for theirs.
-
-        The plan has room for one encode and its rows, so the next begins when a step has used them. Tenants take turns.
-        """
-        for one in self._running:
-            if one.spans is not None and one.spans.holds_rows:
-                return one if one in waiting else None
-        if not waiting:
-            return None
-        # The oldest of another tenant, if any.
-        chosen = min(waiting, key=lambda one: one.tenant == self._made_for)
-        self._made_for = chosen.tenant
-        return chosen
-
-    def _make_rows(self, sequence: Sequence, decoding: list[Sequence]) -> None:
-        """Make rows of a sequence's media for about `MAKING_S`.
-
-        Beside sequences that decode this may take as long as a step of theirs. It ends before a piece of work that
-        would take longer, going by the one before.
-        """
-        slice_s = max(MAKING_S, self._turns.step_s) if decoding else MAKING_S
-        assert sequence.spans is not None
-        begin = now = self._clock()
-        try:
-            while not sequence.spans.make_some(sequence.num_computed):
-                before, now = now, self._clock()
-                if now - begin + (now - before) > slice_s:
-                    break
-        except ArgosyError as error:
-            raise CannotRun(sequence, error) from error
-        finally:
-            self._began_at = self._clock()
-            self._making_s += self._began_at - begin
-            if decoding:
-                self._turns.count_making(self._began_at - begin)
-
-    def take_making_s(self) -> float:
-        """Seconds spent on rows of media since the last call."""
-        seconds, self._making_s = self._making_s, 0.0
-        return seconds
-
-    # ── building steps ────────────────────────────────────────────────────────────────────────────────────────
-
-    def _can_prefill(self, sequence: Sequence) -> bool:
-        return sequence.is_prefilling and sequence.loading is None
-
-    def _share_chunk(self, prompts: list[Sequence]) -> list[tuple[Sequence, int]]:
-        """Number of tokens to run of each prompt: tenants get equal parts, and none gets more than it needs.
-
-        A span of media whose positions see one another runs as a whole. It may need more than its tenant's part, so
-        the first prompt gets what it needs before the others share the rest.
-        """
-        wanted = {sequence: self._chunk_end(sequence) - sequence.num_computed for sequence in prompts}
-        reserved: dict[Sequence, int] = {}
-        for sequence in prompts[:1]:
-            if sequence.spans is not None and sequence.spans.has_both_ways:
-                reserved[sequence] = sequence.spans.whole(sequence.num_computed)
-        of_tenant = Counter[str]()
-        for sequence, count in wanted.items():
-            of_tenant[sequence.tenant] += count - reserved.get(sequence, 0)
-        left = _equal_parts(of_tenant, self._chunk_tokens - sum(reserved.values()), first=self._num_steps)
-        shared = []
-        for sequence, count in wanted.items():
-            least, at = reserved.get(sequence, 0), sequence.num_computed
-            given = least + min(count - least, left[sequence.tenant])
-            if sequence.spans is not None:
-                given = sequence.spans.cut(at, at + given) - at
-            if least < given < count:
-                given = self._whole_blocks(sequence, given, least)
-            left[sequence.tenant] -= given - least
-            if given:
-                shared.append((sequence, given))
-        return shared
-
-    def _whole_blocks(self, sequence: Sequence, given: int, least: int) -> int:
-        """End a part of a prompt after a full block, if it reaches one: a recurrent state is found again only there."""
-        at, spans = sequence.num_computed, sequence.spans
-        end = at + given - (at + given) % self._blocks.block_tokens
-        if self._states is None or end <= at + least or (spans is not None and spans.cut(at, end) != end):
-            return given
-        return end - at
-
-    @staticmethod
-    def _chunk_end(sequence: Sequence) -> int:
-        """The position up to which a prompt can run in one step, however much room there is."""
-        at, spans = sequence.num_computed, sequence.spans
-        stops = [stop for stop in sequence.snapshots_at if stop > at]
-        if spans is not None:
-            stops = [stop for stop in stops if spans.cut(at, stop) == stop]
-        stop = min([sequence.prefill_until, *stops])
-        return stop if spans is None else spans.has_rows_until(at, stop)
-
-    def _decode(self) -> Scheduled:
-        """One token for every sequence. This step runs most often and must cost next to nothing."""
-        if self._decoding.sequences != self._running:
-            self._decoding = _Decoding.of(list(self._running))
-        same, block_tokens = self._decoding, self._blocks.block_tokens
-        positions = [s.num_computed for s in same.sequences]
-        slots = [
-            s.blocks[at // block_tokens] * block_tokens + at % block_tokens
-            for s, at in zip(same.sequences, positions, strict=True)
-        ]
-        order = np.array(positions, np.int32)
-        if self._windows is not None:
-            for sequence, at in zip(same.sequences, positions, strict=True):
-                if not at % block_tokens:
-                    self._windows.reach(sequence, at + 1)
-        step = Step(
-            token_ids=np.array([s.new_ids[-1] for s in same.sequences], np.int32),
-            sequence=same.rows,
-            slots=np.array(slots, np.int64),
-            block_table=same.block_table,
-            is_decode=same.is_decode,
-            order=order,
-            wanted=same.wanted,
-            state_slots=same.state_slots,
-            angles=None
-            if same.shifts is None
-            else np.tile((order + same.shifts).astype(np.float32), (self._num_axes, 1)),
-            window_blocks=None if self._windows is None else self._windows.of_block,
-        )
-        return Scheduled(step, same.sequences, None, same.sequences, {})
-
-    def _gather(self, parts: list[tuple[Sequence, int]], proposals: dict[Sequence, list[int]]) -> Scheduled:
-        """Chunks of prompts and what each decoding sequence has not computed yet, with its proposals after it."""
-        block_tokens = self._blocks.block_tokens
-        sequences, counts = [sequence for sequence, _ in parts], []
-        table = _block_table(sequences)
-        token_ids: list[int] = []
-        orders, slots, ready = [], [], []
-        wanted: list[int] = []
-        for row, (sequence, num_known) in enumerate(parts):
-            start, proposed = sequence.num_computed, proposals.get(sequence, [])
-            token_ids += sequence.tokens_from(start, num_known)
-            if start + num_known == sequence.num_tokens and sequence.pool is None:
-                ready.append(sequence)
-                wanted += range(len(token_ids) - 1, len(token_ids) + len(proposed))
-            token_ids += proposed
-            counts.append(count := num_known + len(proposed))
-            if self._windows is not None:
-                self._windows.reach(sequence, start + count)
-            order = np.arange(start, start + count, dtype=np.int32)
-            orders.append(order)
-            slots.append(
-                table[row, order // block_tokens].astype(np.int64) * block_tokens + order % block_tokens
-            )
-        step = Step(
-            token_ids=np.array(token_ids, np.int32),
-            sequence=np.repeat(np.arange(len(parts), dtype=np.int32), counts),
-            slots=np.concatenate(slots),
-            block_table=table,
-            is_decode=np.repeat([not sequence.is_prefilling for sequence in sequences], counts),
-            order=np.concatenate(orders),
-            wanted=np.array(wanted, np.int64),
-            state_slots=_state_slots(sequences),
-            window_blocks=None if self._windows is None else self._windows.of_block,
-        )
-        if any(sequence.spans is not None for sequence in sequences):
-            step = self._with_media(step, sequences, counts)
-        return Scheduled(step, sequences, counts, ready, proposals)
-
-    def _with_media(self, step: Step, sequences: list[Sequence], counts: list[int]) -> Step:
-        """Add what media need: rows, additions, angles, and what positions see."""
-        angles: list[NDArray[np.float32]] = []
-        sees_until: list[NDArray[np.int32]] = []
-        rows: list[NDArray[np.int64]] = []
-        embeddings: list[NDArray[np.float32]] = []
-        additions: dict[int, list[tuple[NDArray[np.int64], NDArray[np.float32]]]] = {}
-        first_row = 0
-        for sequence, count in zip(sequences, counts, strict=True):
-            start, spans = sequence.num_computed, sequence.spans
-            if spans is None:
-                order = step.order[first_row : first_row + count]
-                angles.append(np.tile(order.astype(np.float32), (self._num_axes, 1)))
-                sees_until.append(order + np.int32(1))
-            else:
-                angles.append(spans.angles(start, count))
-                sees_until.append(spans.sees_until(start, count))
-                for at, made in spans.rows(start, count):
-                    own = np.arange(first_row + at, first_row + at + len(made.embeddings))
-                    rows.append(own)
-                    embeddings.append(made.embeddings)
-                    for layer, vectors in made.additions.items():
-                        additions.setdefault(layer, []).append((own, vectors))
-            first_row += count
-        with_spans = [sequence.spans for sequence in sequences if sequence.spans is not None]
-        return step._replace(
-            angles=np.concatenate(angles, axis=1) if any(one.has_angles for one in with_spans) else None,
-            sees_until=np.concatenate(sees_until) if any(one.has_both_ways for one in with_spans) else None,
-            overrides=Overrides(np.concatenate(rows), np.concatenate(embeddings)) if rows else None,
-            additions=tuple(
-                Addition(
-                    layer,
-                    np.concatenate([own for own, _ in parts]),
-                    np.concatenate([vectors for _, vectors in parts]),
-                )
-                for layer, parts in sorted(additions.items())
-            ),
-        )
 
 
 def _not_computed(decoding: list[Sequence]) -> list[tuple[Sequence, int]]:
@@ -811,48 +481,3 @@ def _not_computed(decoding: list[Sequence]) -> list[tuple[Sequence, int]]:
 def _must_rerun(sequence: Sequence) -> bool:
     """Whether confirmed tokens of an answer run again, because its recurrent state went back."""
     return sequence.num_tokens - sequence.num_computed > 1
-
-
-def _waits_for_rows(sequence: Sequence) -> bool:
-    """Whether its next position belongs to media whose rows are not made."""
-    at = sequence.num_computed
-    return sequence.spans is not None and sequence.spans.has_rows_until(at, at + 1) == at
-
-
-def _equal_parts(wanted: Mapping[str, int], total: int, *, first: int) -> dict[str, int]:
-    """Divide `total` so that none gets more than it wants, and the smallest part is as large as possible.
-
-    The remainder goes to the names whose turn it is, by `first`.
-    """
-    parts: dict[str, int] = {}
-    names = sorted(wanted)
-    for at, name in enumerate(sorted(names, key=lambda name: wanted[name])):
-        parts[name] = min(wanted[name], total // (len(names) - at))
-        total -= parts[name]
-    for at in range(len(names)):
-        name = names[(first + at) % len(names)]
-        if total and parts[name] < wanted[name]:
-            parts[name] += 1
-            total -= 1
-    return parts
-
-
-def _block_table(sequences: list[Sequence], *, spare: int = 0) -> NDArray[np.int32]:
-    """int32 [sequences, blocks]; entries beyond a sequence's own are 0."""
-    longest = max((len(s.blocks) for s in sequences), default=0)
-    table = np.zeros((len(sequences), longest + spare), np.int32)
-    for row, sequence in enumerate(sequences):
-        table[row, : len(sequence.blocks)] = sequence.blocks
-    return table
-
-
-def _state_slots(sequences: Iterable[Sequence]) -> NDArray[np.int32] | None:
-    """int32 [sequences], or None where no layer has a recurrent state."""
-    slots = [sequence.state_slot for sequence in sequences if sequence.state_slot is not None]
-    return np.array(slots, np.int32) if slots else None
-
-
-def _shifts(sequences: Iterable[Sequence]) -> NDArray[np.float32] | None:
-    """float32 [sequences]: how far the rotary positions of answers are from their indices; None if all are equal."""
-    shifts = [0 if sequence.spans is None else sequence.spans.shift for sequence in sequences]
-    return np.array(shifts, np.float32) if any(shifts) else None

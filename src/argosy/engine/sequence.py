@@ -95,7 +95,6 @@ class Sequence:
         chain: contents of its full KV blocks.
         constraint: the grammar that the answer must follow.
         spans: the media in the prompt, which has placeholders at their positions; None: text alone.
-        pool: reads hidden states or logits of the prompt; then there is no answer, and `max_new_tokens` is 0.
     """
 
     def __init__(
@@ -111,57 +110,62 @@ class Sequence:
         tenant: str = "",
         constraint: Constraint | None = None,
         spans: Spans | None = None,
-        pool: Pool | LogitsReader | None = None,
     ) -> None:
+        # The request, from `requests.py`.
         self.prompt_ids = prompt_ids
         self.params = params
         self.number = number
         self.tenant = tenant
         self.max_new_tokens = max_new_tokens
+        self.spans = spans
+        # Reads hidden states or logits of the prompt; then there is no answer.
+        self.pool: Pool | LogitsReader | None = None
+        self.leader: Sequence | None = None  # computes the same prompt for both
+        self.followers: list[Sequence] = []
+        self.can_reuse = True  # False: every token has to be computed
+        self.started_at = 0.0
+
+        # What the sampler and `append` know of the answer.
         self.sampler_state = sampler_state
         self.decoder = decoder
         self.constraint = constraint
-        self.spans = spans
-        self.pool = pool
         self.stop_strings = StopStrings(params.stop) if params.stop else None
-        self.metered: Metered | None = None  # the energy that it took; None: nothing measures it
-        self.num_proposed = self.num_confirmed = 0  # tokens of drafts
-        self.won_s = 0.0  # its part of `Governor.won_s`
         self.new_ids: list[int] = []
         self.text = ""
         self.stopped_by: str | int | None = None
-        self.logprobs: list[TokenLogprob] | None = [] if params.logprobs is not None else None
-        self.prompt_logprobs: list[TokenLogprob | None] | None = (
-            None if params.prompt_logprobs is None else [None]
-        )
 
-        # Memory held by the sequence; all of it is given back when it is preempted or ends.
+        # The scheduler's: memory held by the sequence, all of it given back when it is preempted or ends.
         self.num_computed = 0  # tokens whose keys and values are in the KV cache
         self.prefill_until = len(prompt_ids)  # number of tokens known when it last started
         self.blocks: list[int] = []
         self.state_slot: int | None = None  # its recurrent state, while it runs and some layer has one
-        self.loading: range | None = None  # blocks to load from files before it can run
+        self.waits_for: bytes | None = None  # a block that another sequence is about to compute
+        self.scheduled_at: float | None = None  # when it first ran
+        self.computed_at = 0.0  # when `num_computed` last grew in a step
 
+        # The prefix cache's.
         self.chain = chain
-        self.can_reuse = True  # False: every token has to be computed
+        self.loading: range | None = None  # blocks to load from files before it can run
         # Blocks from here on are computed: the file of one could not be read.
         self.load_until = sys.maxsize
-        self.cached_tokens: int | None = None  # prefix-cache hits when the sequence first started
-        self.waits_for: bytes | None = None  # a block that another sequence is about to compute
-        self.leader: Sequence | None = None  # computes the same prompt for both
-        self.followers: list[Sequence] = []
+        self.cached_tokens: int | None = None  # hits when the sequence first started
         self.snapshots_at: set[int] = set()  # positions at which to snapshot the recurrent state
         self.ends_at: set[int] = set()  # positions whose prefix is kept in layers with a sliding window
         self.last_snapshot: bytes | None = None  # the latest one taken in the answer
 
+        # From `answers.py`, `energy.py` and `drafts/governor.py`.
+        self.logprobs: list[TokenLogprob] | None = [] if params.logprobs is not None else None
+        self.prompt_logprobs: list[TokenLogprob | None] | None = (
+            None if params.prompt_logprobs is None else [None]
+        )
         self.embedding: NDArray[np.float32] | None = None  # set when the pool is complete
-        self.result: Result | None = None  # set at the end
-        self.events: deque[TokenEvent] = deque()
-        self.started_at = 0.0
-        self.scheduled_at: float | None = None  # when it first ran
-        self.computed_at = 0.0  # when `num_computed` last grew in a step
         self.first_token_at: float | None = None
         self.counters_at_start = Ledger()
+        self.metered: Metered | None = None  # the energy that it took; None: nothing measures it
+        self.num_proposed = self.num_confirmed = 0  # tokens of drafts
+        self.won_s = 0.0  # its part of `Governor.won_s`
+        self.events: deque[TokenEvent] = deque()
+        self.result: Result | None = None  # set at the end
 
     @property
     def num_tokens(self) -> int:

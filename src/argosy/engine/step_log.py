@@ -16,7 +16,7 @@ import numpy as np
 
 from argosy import _native
 from argosy.engine.facts import ExpertUses
-from argosy.engine.scheduler import Scheduled
+from argosy.engine.steps import Scheduled
 from argosy.experts.recording import RouteLog, StepRoutes
 from argosy.machine.kept_rates import DriveReads
 from argosy.model.model import Model

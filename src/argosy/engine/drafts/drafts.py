@@ -12,8 +12,8 @@ from argosy.engine.drafts.drafter import Drafter
 from argosy.engine.drafts.governor import Governor
 from argosy.engine.drafts.lookup import LookupDrafter
 from argosy.engine.drafts.mtp import MtpDrafter
-from argosy.engine.scheduler import Scheduled
 from argosy.engine.sequence import Sequence
+from argosy.engine.steps import Scheduled
 from argosy.errors import UsageError
 from argosy.model.model import Model
 

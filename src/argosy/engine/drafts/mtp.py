@@ -19,8 +19,8 @@ from collections.abc import Collection
 import numpy as np
 from numpy.typing import NDArray
 
-from argosy.engine.scheduler import Scheduled
 from argosy.engine.sequence import Sequence
+from argosy.engine.steps import Scheduled
 from argosy.errors import ArgosyError
 from argosy.model.draft_layer import MOST_BEHIND
 from argosy.model.model import Model

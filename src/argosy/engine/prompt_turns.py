@@ -1,0 +1,155 @@
+"""The time that prompts get while others decode, and what of it goes into rows of media.
+
+A step with prompt tokens may take seconds while weights are streamed, so prompts get at most about half of the time.
+Rows of media are made between steps, in slices, so that a prompt waits for them as long as one step at most.
+
+Elsewhere: `scheduler.py` asks whose turn it is; `spans.py` has the rows of one prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from argosy.engine.sequence import Sequence
+from argosy.engine.steps import CannotRun
+from argosy.errors import ArgosyError
+
+# Seconds of encoding between two steps, or the duration of a decode step if that is longer. Long enough that switching
+# costs little; short enough that no stream visibly pauses, and that a new prompt starts soon.
+MAKING_S = 0.02
+
+
+class PromptTurns:
+    """Gives prompts at most about half of the time while others decode.
+
+    A step with prompt tokens takes longer than one without. The difference is owed to the decoding sequences: no prompt
+    continues until steps without prompts have made up for it. Time for rows of media is owed likewise, but only more
+    rows wait for it: a prompt never waits because rows were made.
+    """
+
+    def __init__(self) -> None:
+        self._owed_s = 0.0
+        self._owed_making_s = 0.0
+        self._decode_s = 0.0  # duration of the last step without prompts
+
+    @property
+    def is_open(self) -> bool:
+        return self._owed_s <= 0.0
+
+    @property
+    def is_open_for_making(self) -> bool:
+        return self.is_open and self._owed_making_s <= 0.0
+
+    @property
+    def step_s(self) -> float:
+        """The duration of the last step without prompts; 0 before the first."""
+        return self._decode_s
+
+    def count_making(self, seconds: float) -> None:
+        """Count work for rows of media between two steps, while others decode."""
+        self._owed_making_s += seconds
+
+    def count(self, seconds: float, *, num_prompt: int, num_decode: int) -> None:
+        """Count a step."""
+        if not num_decode:
+            self._owed_s = self._owed_making_s = 0.0  # no sequence was kept waiting
+        elif num_prompt:
+            self._owed_s += max(0.0, seconds - self._decode_s)
+        else:
+            self._decode_s = seconds
+            self._owed_s = max(0.0, self._owed_s - seconds)
+            self._owed_making_s = max(0.0, self._owed_making_s - seconds)
+
+
+class RowMaking:
+    """Makes rows of media between steps, for one prompt after another.
+
+    Args:
+        turns: says how long steps take, and is told how long this takes.
+        clock: seconds.
+    """
+
+    def __init__(self, turns: PromptTurns, clock: Callable[[], float]) -> None:
+        self._turns, self._clock = turns, clock
+        self._has_just_made = False  # the last time that prompts could run
+        self._made_for: str | None = None  # the tenant for whom rows were made last
+        self._making_s = 0.0  # since `take_making_s`
+
+    def make_some(
+        self, can_prefill: list[Sequence], running: list[Sequence], *, others_decode: bool
+    ) -> float | None:
+        """Make rows for one of the prompts that may run now and wait for theirs.
+
+        Returns:
+            When it ended; None: nothing was made.
+
+        Raises:
+            CannotRun: the rows of a sequence's media cannot be made.
+        """
+        waiting = [one for one in can_prefill if waits_for_rows(one)]
+        seer = self._choose_seer(waiting, running)
+        ended_at = None
+        if seer is not None and self._may_make(
+            others_decode=others_decode, has_prompts=len(waiting) < len(can_prefill)
+        ):
+            ended_at = self._make_rows(seer, others_decode=others_decode)
+        self._has_just_made = ended_at is not None
+        return ended_at
+
+    def take_making_s(self) -> float:
+        """Seconds spent on rows since the last call."""
+        seconds, self._making_s = self._making_s, 0.0
+        return seconds
+
+    def _may_make(self, *, others_decode: bool, has_prompts: bool) -> bool:
+        """Whether rows of media may be made now: they keep no prompt waiting in two steps in a row.
+
+        So a prompt of one chunk, whenever it comes, waits for one slice at most: the one it came in, or the next.
+        """
+        if has_prompts and self._has_just_made:
+            return False
+        return not others_decode or self._turns.is_open_for_making
+
+    def _choose_seer(self, waiting: list[Sequence], running: list[Sequence]) -> Sequence | None:
+        """The prompt to make rows of media for, among those that wait for theirs.
+
+        The plan has room for one encode and its rows, so the next begins when a step has used them. Tenants take turns.
+        """
+        for one in running:
+            if one.spans is not None and one.spans.holds_rows:
+                return one if one in waiting else None
+        if not waiting:
+            return None
+        # The oldest of another tenant, if any.
+        chosen = min(waiting, key=lambda one: one.tenant == self._made_for)
+        self._made_for = chosen.tenant
+        return chosen
+
+    def _make_rows(self, sequence: Sequence, *, others_decode: bool) -> float:
+        """Make rows of a sequence's media for about `MAKING_S`.
+
+        Beside sequences that decode this may take as long as a step of theirs. It ends before a piece of work that
+        would take longer, going by the one before.
+        """
+        slice_s = max(MAKING_S, self._turns.step_s) if others_decode else MAKING_S
+        assert sequence.spans is not None
+        begin = now = self._clock()
+        try:
+            while not sequence.spans.make_some(sequence.num_computed):
+                before, now = now, self._clock()
+                if now - begin + (now - before) > slice_s:
+                    break
+        except ArgosyError as error:
+            raise CannotRun(sequence, error) from error
+        finally:
+            ended_at = self._clock()
+            self._making_s += ended_at - begin
+            if others_decode:
+                self._turns.count_making(ended_at - begin)
+        return ended_at
+
+
+def waits_for_rows(sequence: Sequence) -> bool:
+    """Whether its next position belongs to media whose rows are not made."""
+    at = sequence.num_computed
+    return sequence.spans is not None and sequence.spans.has_rows_until(at, at + 1) == at
