@@ -88,7 +88,7 @@ def budget_of(models: Sequence[Path]) -> int:
     """Process, all floors, and half of the experts of the two largest."""
     code = (
         "import sys, json\n"
-        "from argosy.engine.options import configure, open_files\n"
+        "from argosy.open.models import configure, open_files\n"
         "from argosy.engine.shared import Wanted, make_ready\n"
         "from argosy.config import MIB, Claim\n"
         "from argosy.serve.claims import server_claims\n"

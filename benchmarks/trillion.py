@@ -42,8 +42,8 @@ from argosy.checkpoint.geometry import (
 from argosy.checkpoint.landing import MatrixRef, Piece
 from argosy.checkpoint.manifest import MATRIX_ALIGNMENT
 from argosy.config import Format, ModelConfig, format_bytes, parse_size
-from argosy.engine import engine as engine_module
 from argosy.model.families import FAMILIES
+from argosy.open import engine as engine_module
 from cgroup import NoMemoryCap, run_capped
 from common import Report, Sample, drop_page_cache, look_at_drive, print_parts, print_plan, run_inside
 from engines import MODELS

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from argosy.config import Budget, Grammar, SamplingParams
-    from argosy.engine.engine import Engine
-    from argosy.engine.media.ears import Transcriber
     from argosy.media.parts import Audio, Image, Text, Video
     from argosy.media.transcript import Segment, Transcript, TranscriptOptions
+    from argosy.open.ears import Transcriber
+    from argosy.open.engine import Engine
     from argosy.prompt.prompt import Prompt
 
 __all__ = [
@@ -30,8 +30,8 @@ _HOMES = {
     "Budget": "argosy.config",
     "Grammar": "argosy.config",
     "SamplingParams": "argosy.config",
-    "Engine": "argosy.engine.engine",
-    "Transcriber": "argosy.engine.media.ears",
+    "Engine": "argosy.open.engine",
+    "Transcriber": "argosy.open.ears",
     "Audio": "argosy.media.parts",
     "Image": "argosy.media.parts",
     "Text": "argosy.media.parts",

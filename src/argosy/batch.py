@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy.config import DEMO, EngineOptions, SamplingParams
-from argosy.engine.engine import Engine
 from argosy.engine.sequence import Sequence as EngineSequence
 from argosy.errors import ArgosyError
+from argosy.open.engine import Engine
 
 COLUMNS = ("answer", "prompt_tokens", "new_tokens", "finish_reason", "error")
 _SEED = 0  # for sampled answers whose parameters have no seed

@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
-from argosy.engine.engine import Engine
 from argosy.guard.keys import KeyFile, KeyRing
+from argosy.open.engine import Engine
 from argosy.prompt.text_pieces import MAX_PIECE_CHARACTERS
 from argosy.prompt.tokenizer import Tokenizer
 from argosy.serve.app import make_app

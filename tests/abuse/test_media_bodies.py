@@ -16,8 +16,8 @@ import pytest
 from PIL import Image as Pillow
 
 from argosy.budget.memory_plan import media_bytes
-from argosy.engine.engine import Engine
 from argosy.guard.keys import KeyRing
+from argosy.open.engine import Engine
 from argosy.serve.answer import kept_items
 from argosy.serve.answer.answers import Answers
 from argosy.serve.answer.kept_items import KeptItems

@@ -18,9 +18,9 @@ from argosy.budget.media_memory import IDLE_S
 from argosy.budget.memory_plan import grown
 from argosy.config import MIB
 from argosy.engine.media.prompt_media import PromptMedia
-from argosy.engine.options import configure, open_files
 from argosy.engine.shared import ReadyModel, Wanted, make_ready
 from argosy.media.parts import Image, RequestMedia
+from argosy.open.models import configure, open_files
 from argosy.prompt.prompt import Prompt
 from benchmarks.cgroup import run_capped, why_no_cap
 from benchmarks.make_checkpoint import raw_config, write_checkpoint
@@ -159,7 +159,7 @@ import json, sys
 from pathlib import Path
 from argosy import SamplingParams
 from argosy.engine.media.prompt_media import PromptMedia
-from argosy.engine.options import configure, open_files
+from argosy.open.models import configure, open_files
 from argosy.engine.shared import Wanted, make_ready
 
 limit, prompts = int(sys.argv[2]), json.loads(sys.argv[3])

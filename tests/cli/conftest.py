@@ -22,7 +22,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
         asked: ClassVar[list[object]] = []
         params: ClassVar[list[SamplingParams]] = []
 
-    monkeypatch.setattr("argosy.engine.engine.Engine", Engine)
+    monkeypatch.setattr("argosy.open.engine.Engine", Engine)
     return Engine
 
 

@@ -205,7 +205,7 @@ def test_the_line_editor_reads_a_line_and_quits_on_interrupts(chat_model: Path) 
 
 # Chats with the fake engine on a terminal: it prints what it was asked, and a text with escape sequences.
 FAKE_CHAT = """
-import sys, argosy.engine.engine as e
+import sys, argosy.open.engine as e
 from tests.cli.fake_engine import FakeEngine
 class Engine(FakeEngine):
     opened, asked, params = [], [], []

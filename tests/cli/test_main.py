@@ -381,7 +381,7 @@ def test_an_interrupt_anywhere_exits_130_with_a_clean_line(at: str, engine: Engi
 
 def test_a_reader_that_closes_the_pipe_causes_no_error_message(engine: Engine) -> None:
     code = (
-        "import sys, argosy.engine.engine as e\n"
+        "import sys, argosy.open.engine as e\n"
         "from tests.cli.fake_engine import FakeEngine\n"
         "class Engine(FakeEngine):\n"
         "    opened, asked, params, answer = [], [], [], ('word ',) * 200000\n"

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from argosy.cli.main import main
-from argosy.engine.media.ears import Transcriber
 from argosy.media.parts import Audio
 from argosy.media.transcript import Segment, Transcript, as_srt, as_vtt
+from argosy.open.ears import Transcriber
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.media.samples import RATE, wav
 from tests.models.tiny_whisper import TINY, sound, write_transformers

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from argosy.engine.engine import Engine
 from argosy.guard.keys import KeyRing
+from argosy.open.engine import Engine
 from argosy.serve.app import make_app
 from tests.clients.test_ai_sdk import converse
 from tests.models.tiny import qwen3_moe, write_model

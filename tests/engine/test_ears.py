@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from argosy.config import SamplingParams
-from argosy.engine.engine import Engine
 from argosy.engine.loop import EngineLoop
 from argosy.engine.media.ears import Transcriber
 from argosy.errors import BadMedia, DoesNotFit, Overloaded, UsageError
 from argosy.media.parts import PROMPT_LIMITS, Audio, Content, Image, MediaLimits, RequestMedia, Text
 from argosy.media.transcript import Transcript
+from argosy.open.engine import Engine
 from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.messages import Turn
 from tests.cli.tiny_chat_model import write_chat_model

@@ -11,9 +11,9 @@ import pytest
 
 from argosy import SamplingParams
 from argosy.engine.engine import Engine
-from argosy.engine.options import configure, open_files
 from argosy.engine.shared import ReadyModel, Wanted, make_ready
 from argosy.experts.cache import CachedRunner
+from argosy.open.models import configure, open_files
 from tests.cli.tiny_chat_model import write_chat_model
 
 PARAMS = SamplingParams(max_tokens=4, ignore_eos=True)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from argosy.config import SamplingParams
-from argosy.engine.chain import Chain
 from argosy.engine.drafts.lookup import SHORTEST, LookupDrafter, find_match
 from argosy.engine.sampler import SamplerState
 from argosy.engine.sequence import Sequence
+from argosy.kept.chain import Chain
 
 
 def sequence_of(prompt: list[int], answer: list[int]) -> Sequence:

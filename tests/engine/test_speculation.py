@@ -17,11 +17,11 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.config import DRAFT_TOKENS, DRAFTED_AT_ONCE, EngineConfig
 from argosy.engine.drafts.drafter import Drafter
 from argosy.engine.drafts.lookup import LookupDrafter
-from argosy.engine.options import configure
 from argosy.engine.sequence import Result
 from argosy.errors import UsageError
 from argosy.experts.recording import StepRoutes
 from argosy.model.families import open_model
+from argosy.open.models import configure
 from tests.engine.random_drafter import RandomDrafter
 from tests.models.tiny import prompt_ids, qwen3_moe, write_model
 from tests.models.tiny_delta import qwen3_next

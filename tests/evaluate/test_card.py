@@ -14,7 +14,6 @@ import pytest
 
 from argosy.checkpoint.pack import pack
 from argosy.cli.main import main
-from argosy.engine.options import open_files
 from argosy.errors import UsageError
 from argosy.evaluate.card import gather, markdown
 from argosy.evaluate.measure import identity_of
@@ -22,6 +21,7 @@ from argosy.evaluate.reports import read_report
 from argosy.forecast.planning import Summary
 from argosy.library.kept import Pulled
 from argosy.model.families import open_model
+from argosy.open.models import open_files
 from tests.library.caches import GGUF, REFERENCE
 
 Captured = pytest.CaptureFixture[str]

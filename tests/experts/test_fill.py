@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from argosy import Engine, SamplingParams
-from argosy.engine.options import configure, open_files
 from argosy.engine.shared import ReadyModel, Wanted, make_ready
+from argosy.open.models import configure, open_files
 from tests.cli.tiny_chat_model import write_chat_model
 
 # A short context and short steps, so that little of their memory can be lent to experts.

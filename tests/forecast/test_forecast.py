@@ -11,7 +11,6 @@ import pytest
 from argosy.budget.footprint import ModelFootprint, kv_bytes
 from argosy.budget.memory_plan import plan_memory, plan_with_media, quarter_of_experts
 from argosy.config import DEMO, GIB, Budget, EngineConfig
-from argosy.engine.options import configure
 from argosy.errors import DoesNotFit, UsageError
 from argosy.experts.hit_rate import ReuseGaps, WorkingSet
 from argosy.experts.recording import OpenRecorder
@@ -23,6 +22,7 @@ from argosy.model.encoders.reading import EncoderFiles
 from argosy.model.families import FAMILIES, open_model
 from argosy.model.work import work_of
 from argosy.observe.recorder import Recorder
+from argosy.open.models import configure
 from tests.families.published import PUBLISHED
 
 REFERENCE = Path(__file__).parents[1] / "models" / "reference"

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from argosy.engine.options import locate_model, open_files
 from argosy.errors import ArgosyError, CheckpointError, UsageError
 from argosy.library import kept
 from argosy.library.names import add_alias, is_name, look_up, name_of, remove_alias
+from argosy.open.models import locate_model, open_files
 from tests.library.caches import GGUF, TINY, WEIGHTS, add_to_hub, add_to_lm_studio, add_to_ollama
 
 

@@ -12,9 +12,9 @@ import pytest
 
 from argosy.checkpoint.sampling import declared_sampling
 from argosy.config import SamplingDefaults
-from argosy.engine.options import locate_model, open_files
 from argosy.library.places import Found, choose_tower, find_models, hub_cache
 from argosy.model.encoders.reading import EncoderFiles, find_encoders
+from argosy.open.models import locate_model, open_files
 from tests.library.caches import (
     GGUF,
     PARAMS,

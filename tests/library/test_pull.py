@@ -22,13 +22,13 @@ from argosy.checkpoint.hub import Source
 from argosy.checkpoint.pooling import declared_pooling
 from argosy.cli.commands import pull as cli_pull
 from argosy.cli.main import main
-from argosy.engine.options import locate_model, open_files
 from argosy.errors import CheckpointError, DiskFull, FetchFailed, UsageError
 from argosy.forecast.planning import plan_remote, summarise
 from argosy.library import kept, pull
 from argosy.library.pull import Moment, fetch, look_up
 from argosy.model.encoders.reading import EncoderFiles, find_encoders
 from argosy.model.families import open_model
+from argosy.open.models import locate_model, open_files
 from tests.cli.terminal import on_terminal
 from tests.helpers.command import COMMAND
 from tests.helpers.hub_server import REPOSITORY, REVISION, Served, directory_files, served, true_listing

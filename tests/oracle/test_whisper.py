@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from argosy import _native
-from argosy.engine.media.ears import Transcriber
 from argosy.media.transcript import LANGUAGE_NAMES
 from argosy.model.weights import load_dense
 from argosy.model.whisper.files import open_whisper
 from argosy.model.whisper.network import Decoding, Whisper
 from argosy.model.whisper.transcription import prepare
+from argosy.open.ears import Transcriber
 from tests.helpers.generators import finish
 from tests.models.make_whisper import answers
 from tests.models.references import difference

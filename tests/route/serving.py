@@ -7,12 +7,12 @@ import sys
 from collections.abc import Sequence
 
 import argosy.cli.commands.serve
-import argosy.engine.engine
 import argosy.model.families
+import argosy.open.engine
 import argosy.serve.run
 from argosy.cli.main import main as command
 
-PRELOADED = (argosy.cli.commands.serve, argosy.engine.engine, argosy.model.families, argosy.serve.run)
+PRELOADED = (argosy.cli.commands.serve, argosy.open.engine, argosy.model.families, argosy.serve.run)
 
 
 def main(args: Sequence[str]) -> None:

@@ -12,9 +12,9 @@ import httpx
 import pytest
 import uvicorn
 
-from argosy.engine.engine import Engine
 from argosy.engine.loop import EngineLoop
 from argosy.guard.keys import KeyRing
+from argosy.open.engine import Engine
 from argosy.prompt.replay import ReplayMemory
 from argosy.serve.answer.facts import ModelFacts
 from argosy.serve.answer.service import Service

@@ -307,8 +307,8 @@ def load(name: str) -> Transcript:
 @contextmanager
 def own_server() -> Iterator[httpx.Client]:
     """Run a fresh server, so that prefix-cache hits are always the same."""
-    from argosy.engine.engine import Engine
     from argosy.guard.keys import KeyRing
+    from argosy.open.engine import Engine
     from argosy.serve.app import make_app
     from tests.serve.conftest import serving, start
     from tests.serve.speaking import speaking, write_speaking_model

@@ -16,13 +16,13 @@ import httpx
 import openai
 import pytest
 
-from argosy.engine.engine import Engine
 from argosy.engine.media.ears import Transcriber
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.guard.limits import Limits
 from argosy.guard.word_list import digest_of
 from argosy.media.parts import PROMPT_LIMITS, Audio
 from argosy.media.transcript import LANGUAGE_NAMES, Transcript, TranscriptOptions, as_srt, as_vtt
+from argosy.open.engine import Engine
 from argosy.serve.answer.service import Service
 from argosy.serve.app import Governance, make_app
 from argosy.serve.dialects import openai_audio

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer as Core
 
-from argosy.engine.engine import Engine
 from argosy.errors import Overloaded, UnsupportedModel, UsageError
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.guard.limits import Limits
+from argosy.open.engine import Engine
 from argosy.prompt.reranking import RERANK_FORMS, Reranking
 from argosy.prompt.tokenizer import Tokenizer
 from argosy.serve.answer.embedding import MOST_TEXTS

@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from argosy.engine.engine import Engine
 from argosy.guard.keys import KeyFile, KeyRing
+from argosy.open.engine import Engine
 from argosy.prompt.builder import PromptBuilder
 from argosy.serve.answer import kept_items
 from argosy.serve.answer.facts import ModelFacts

@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from argosy.engine.engine import Engine
 from argosy.guard.keys import KeyRing
+from argosy.open.engine import Engine
 from argosy.serve.answer.logprobs import Speller
 from argosy.serve.app import make_app
 from tests.models.tiny import qwen3_moe, write_model

@@ -21,10 +21,10 @@ import pytest
 from click.testing import CliRunner
 
 from argosy.cli.commands.serve import serve
-from argosy.engine.engine import Engine
 from argosy.errors import Overloaded, UsageError
 from argosy.guard.keys import KeyRing
 from argosy.media.parts import Image, MediaLimits
+from argosy.open.engine import Engine
 from argosy.serve.answer import media_hosts
 from argosy.serve.answer.media_hosts import MOST_FILES, HttpsNetwork, MediaHosts, is_public
 from argosy.serve.answer.service import Service
@@ -249,7 +249,7 @@ def test_an_allowed_host_is_a_plain_name(name: str) -> None:
 def test_the_command_line_names_the_hosts(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[MediaHosts | None] = []
     monkeypatch.setattr("argosy.cli.commands.serve.open_engine", lambda *_, **__: MagicMock())
-    monkeypatch.setattr("argosy.engine.options.locate_model", Mock(side_effect=UsageError("no model")))
+    monkeypatch.setattr("argosy.open.models.locate_model", Mock(side_effect=UsageError("no model")))
     monkeypatch.setattr(
         "argosy.serve.run.serve",
         lambda engine, name, sockets, settings, **_: given.append(settings.media_hosts),

@@ -21,10 +21,10 @@ import pytest
 from PIL import Image
 
 from argosy.cli.commands.chat_room import summary_question
-from argosy.engine.engine import Engine
 from argosy.guard.keys import KeyRing
 from argosy.media.parts import PROMPT_LIMITS
 from argosy.media.parts import Image as Picture
+from argosy.open.engine import Engine
 from argosy.serve.app import make_app
 from argosy.serve.http.held import MEDIA_BODY_BYTES
 from tests.cli.tiny_chat_model import write_chat_model

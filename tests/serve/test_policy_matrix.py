@@ -25,11 +25,11 @@ import httpx
 import pytest
 from pydantic import TypeAdapter
 
-from argosy.engine.engine import Engine
 from argosy.errors import ArgosyError
 from argosy.guard.guard_models import Question
 from argosy.guard.keys import SCOPES, KeyFile, KeyRing
 from argosy.guard.verdict import Verdict
+from argosy.open.engine import Engine
 from argosy.prompt.builder import Filling
 from argosy.prompt.formats.events import (
     Event,

@@ -23,11 +23,11 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from argosy.engine.engine import Engine
 from argosy.errors import UsageError
 from argosy.guard.chain import verify
 from argosy.guard.keys import KeyFile
 from argosy.model.clock import PARTS
+from argosy.open.engine import Engine
 from argosy.prompt.replay import ReplayMemory
 from argosy.serve.claims import TEXT_BYTES
 from argosy.serve.guards.audited import AUDIT_BYTES

@@ -25,11 +25,11 @@ from typing import Any, Literal
 import httpx
 import pytest
 
-from argosy.engine.engine import Engine
 from argosy.guard.audit import Audit, AuditSettings
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.guard.limits import Limits
 from argosy.guard.verdict import CheckFailed
+from argosy.open.engine import Engine
 from argosy.prompt.reranking import RerankForm, Reranking
 from argosy.serve.admin.key_watch import KeyWatch
 from argosy.serve.answer.service import Service

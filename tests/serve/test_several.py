@@ -18,9 +18,9 @@ import pytest
 
 from argosy import Engine, SamplingParams
 from argosy.config import MIB, Claim
-from argosy.engine.options import configure, open_files
 from argosy.engine.shared import ReadyModel, Wanted, make_ready
 from argosy.guard.keys import KeyRing
+from argosy.open.models import configure, open_files
 from argosy.serve.answer.kept_items import KeptItems
 from argosy.serve.answer.service import Common
 from argosy.serve.answer.work import Work

@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
-from argosy.engine.engine import Engine
 from argosy.engine.progress import RequestProgress, RequestWait
 from argosy.guard.keys import KeyRing
+from argosy.open.engine import Engine
 from argosy.serve.admin.state import PROMPT_SAID_S, log_prompts
 from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app

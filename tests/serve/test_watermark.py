@@ -10,11 +10,11 @@ from typing import Any
 import httpx
 import pytest
 
-from argosy.engine.engine import Engine
 from argosy.engine.watermark import Watermark, make_key
 from argosy.guard.audit import Audit, AuditSettings
 from argosy.guard.keys import KeyRing
 from argosy.guard.watermark import first_ngrams, judge
+from argosy.open.engine import Engine
 from argosy.serve.admin.transparency import Practice
 from argosy.serve.app import ROUTES, Governance, make_app
 from argosy.serve.guards.audited import Auditor

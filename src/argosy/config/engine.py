@@ -26,6 +26,7 @@ WATERMARK_CONTEXT, WATERMARK_DEPTH = 4, 30
 DRAFTED_AT_ONCE = 2  # while more sequences run, the engine's own drafters propose nothing
 DRAFT_TOKENS = 3  # default limit of proposals per sequence and step
 MOST_DRAFT_TOKENS = 64  # beyond this, a step that confirms proposals is a prompt
+TINY_EN = "tiny.en"  # a Whisper checkpoint that is fetched when it is first used
 DEMO = "demo"  # selects the embedded default model; a directory of that name is `./demo`
 
 # Formats of keys, values and latent vectors. q8: bytes, and a scale for 32 dimensions of a position (kernel_table.h).

@@ -13,9 +13,6 @@ engine in a thread of its own.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
-from types import TracebackType
-from typing import Self, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +22,7 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.fingerprint import fingerprint
 from argosy.checkpoint.geometry import count_parameters
 from argosy.checkpoint.sampling import declared_sampling
-from argosy.config import DEMO, EngineConfig, EngineOptions, ModelConfig
+from argosy.config import EngineConfig, ModelConfig
 from argosy.engine import facts
 from argosy.engine.admission import Admission
 from argosy.engine.answers import Answers
@@ -34,14 +31,7 @@ from argosy.engine.drafts.drafter import Drafter
 from argosy.engine.drafts.drafts import Drafts, require_one_drafter
 from argosy.engine.facts import EngineFacts
 from argosy.engine.ledger import Ledger
-from argosy.engine.options import (
-    configure,
-    locate_ears,
-    locate_model,
-    open_files,
-    with_group,
-    with_recorder,
-)
+from argosy.engine.options import with_group, with_recorder
 from argosy.engine.progress import Watch
 from argosy.engine.requests import Requests
 from argosy.engine.resizing import Resizer
@@ -52,7 +42,7 @@ from argosy.engine.start import Share, start
 from argosy.engine.step_log import StepLog
 from argosy.engine.steps import CannotRun, Scheduled
 from argosy.engine.watermark import Watermark
-from argosy.errors import ArgosyError, CheckpointError, PromptTooLong, ReadFailed, RunnerFailed, UsageError
+from argosy.errors import ArgosyError, CheckpointError, ReadFailed, RunnerFailed, UsageError
 from argosy.experts.recording import OpenRecorder
 from argosy.experts.resident import Progress
 from argosy.experts.runner import ExpertGroup
@@ -62,14 +52,11 @@ from argosy.model.work import work_of
 
 
 class Engine(BlockingCalls):
-    """Runs one model within one memory budget.
-
-        with Engine.open("path/or/demo", memory="8GiB") as engine:
-            print(engine.generate("Why is the sky blue?").text)
+    """Runs one model within one memory budget. Users open it by a name: `argosy.Engine.open` (`open/engine.py`).
 
     Args:
         files: the model, from `open_files`.
-        config: every setting, from `configure`; `open` calls both.
+        config: every setting, from `configure`.
         drafter: proposes tokens, at most `config.draft_tokens` per sequence and step, whether or not that pays;
             `config.speculate` has drafters of the engine's own, which propose while it does.
         progress: called with the progress of startup.
@@ -276,11 +263,7 @@ class Engine(BlockingCalls):
             self._started.require_open()
             if not has_room:
                 self.admission.require_room(len(sequences), num_live=len(self._sequences))
-            for one in sequences:  # the context may be shorter than when they were made
-                if len(one.prompt_ids) + one.max_new_tokens > self.requests.context_tokens:
-                    raise PromptTooLong.of(
-                        len(one.prompt_ids), self.requests.context_tokens, for_answer=one.max_new_tokens
-                    )
+            self.requests.require_room(sequences)
             counters = self.ledger
             try:
                 for sequence in sequences:
@@ -383,44 +366,3 @@ class Engine(BlockingCalls):
             self._started.close()
             del self.prompts, self.media, self._scheduler, self._answers, self._drafts, self._resizer
         self._log.close(self._files.path)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    @classmethod
-    def open(
-        cls,
-        model: str | Path = DEMO,
-        *,
-        drafter: Drafter | None = None,
-        progress: Progress | None = None,
-        observe_routes: RouteObserver | None = None,
-        recorder: OpenRecorder | None = None,
-        experts: ExpertGroup | None = None,
-        **options: Unpack[EngineOptions],
-    ) -> Self:
-        """Open a model with the settings that are given, and the defaults for the others.
-
-        Args:
-            model: a checkpoint or pack directory, a GGUF file, the name of a model in the library, or `demo` for the
-                embedded default model.
-            options: see `EngineOptions`.
-        """
-        files = open_files(locate_model(model, progress), mmproj=options.get("mmproj"))
-        if (ears := options.get("ears")) is not None:
-            options["ears"] = locate_ears(ears, progress)
-        config = configure(model, files, **options)
-        return cls(
-            files,
-            config,
-            drafter=drafter,
-            progress=progress,
-            observe_routes=observe_routes,
-            recorder=recorder,
-            experts=experts,
-        )

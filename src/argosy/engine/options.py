@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from argosy import _native
-from argosy.budget.memory_plan import RESIDENT_CHUNK, SMALLEST_CHUNK, quarter_of_experts
+from argosy.budget.memory_plan import RESIDENT_CHUNK, SMALLEST_CHUNK
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import (
-    DEMO,
     DRAFT_TOKENS,
     Budget,
     Claim,
@@ -22,60 +21,11 @@ from argosy.config import (
 )
 from argosy.errors import ArgosyError, UsageError
 from argosy.experts.recording import OpenRecorder, RouteRecorder
-from argosy.experts.resident import Progress
 from argosy.experts.runner import ExpertGroup
-from argosy.library import names
-from argosy.library.places import ollama_params_of, tower_of
 from argosy.machine import resources, tuning
-from argosy.model.families import open_model
-
-TINY_EN = "tiny.en"
-DEMO_CHUNK = 256  # default tokens of a step of the demo model
 
 
-def locate_model(model: str | Path, progress: Progress | None = None) -> Path:
-    """Locate a model: `demo`, which is made on first use; a path; an alias; a name in the library, or a part of one.
-
-    A path that exists wins over a name. A `Path` is never a name.
-
-    Raises:
-        UsageError: several models match.   CheckpointError: there is none of that name, or it is not whole.
-    """
-    if str(model) == DEMO:
-        from argosy.demo.locate import locate
-
-        return locate(progress=progress)
-    return model if isinstance(model, Path) else names.locate(model)
-
-
-def open_files(path: Path, *, mmproj: str | Path | None = None) -> ModelFiles:
-    """Find and check all files of a model: `open_model`, and the vision tower in the file that the caller names, or
-    where the program keeps it that put the model there.
-
-    Raises:
-        The same errors as `open_model`, also if the tower in that file cannot be used.
-    """
-    files = open_model(path, mmproj=mmproj, tower=None if mmproj is not None else tower_of(path))
-    files = replace(files, ollama_params=ollama_params_of(path))
-    if mmproj is not None:
-        from argosy.model.encoders.reading import find_encoders  # imports every tower
-
-        for found in find_encoders(files).values():
-            if isinstance(found, ArgosyError):
-                raise found
-    return files
-
-
-def locate_ears(ears: str | Path, progress: Progress | None = None) -> Path:
-    """Locate a Whisper checkpoint as any model; `tiny.en` is fetched when it is first used."""
-    if str(ears) == TINY_EN:
-        from argosy.demo.ears import locate
-
-        return locate(progress=progress)
-    return locate_model(ears)
-
-
-def configure(model: str | Path, files: ModelFiles, **options: Unpack[EngineOptions]) -> EngineConfig:
+def configure(files: ModelFiles, **options: Unpack[EngineOptions]) -> EngineConfig:
     """Fill in the settings that were left out, for one model; `Engine` runs them, and `argosy show` plans with them.
 
     Raises:
@@ -88,13 +38,10 @@ def configure(model: str | Path, files: ModelFiles, **options: Unpack[EngineOpti
             raise UsageError(f"unknown option '{name}' of Engine.open; known: {known}")
     memory, context = given.pop("memory", None), given.pop("context", None)
     given.pop("mmproj", None)  # one of the model's files, which are open
-    if str(model) == DEMO and memory is None and given.get("expert_slots") is None:
-        given["expert_slots"] = quarter_of_experts(files)
-        given["chunk_tokens"] = given.get("chunk_tokens") or DEMO_CHUNK
     if (kv_dir := given.get("kv_dir")) is not None and not isinstance(kv_dir, KvDir):
         given["kv_dir"] = KvDir(path=Path(kv_dir))
     if (ears := given.get("ears")) is not None:
-        given["ears"] = locate_ears(ears)
+        given["ears"] = Path(ears)
     if (watermark := given.get("watermark")) is not None:
         given["watermark"] = Path(watermark)
     given["threads"] = given.get("threads") or tuning.measured_threads(

@@ -3,9 +3,9 @@
     tokens of full blocks  ->  chain of keyed hashes  ->  blocks in memory, then in files; the rest is computed
 
 A full KV block is identified by a keyed BLAKE3 of the tenant's secret, the model and all tokens up to its end, with the
-digests of media among them (`chain.py`). On a hit every token is compared, so no hash is trusted alone. Keys and values
-depend only on the tokens before them, not on the chunks they came in, so an answer has the same bits with a reused
-prefix as without. Tenants never share prefixes.
+digests of media among them (`kept/chain.py`). On a hit every token is compared, so no hash is trusted alone. Keys and
+values depend only on the tokens before them, not on the chunks they came in, so an answer has the same bits with a
+reused prefix as without. Tenants never share prefixes.
 
 Where layers have a recurrent state, a prefix is usable only up to a snapshot. Snapshots are taken after the last full
 block of a longer prompt, where prompts were seen to diverge, every SNAPSHOT_TOKENS of an answer, and where a prompt
@@ -36,8 +36,8 @@ from numpy.typing import NDArray
 
 from argosy import _native
 from argosy.checkpoint.files import ModelFiles
-from argosy.engine.chain import Chain
 from argosy.engine.sequence import Sequence
+from argosy.kept.chain import Chain
 from argosy.kept.kv_cache import BlockContent, KvBlocks
 from argosy.kept.prefix_files import Kind, PrefixFiles, tenant_key
 from argosy.kept.recurrent_state import StateSlots

@@ -1,14 +1,15 @@
-"""The time that prompts get while others decode, and what of it goes into rows of media.
+"""What prompts get of steps: a part of the time while others decode, and a part each of the tokens of a chunk.
 
 A step with prompt tokens may take seconds while weights are streamed, so prompts get at most about half of the time.
 Rows of media are made between steps, in slices, so that a prompt waits for them as long as one step at most.
 
-Elsewhere: `scheduler.py` asks whose turn it is; `spans.py` has the rows of one prompt.
+Elsewhere: `scheduler.py` asks whose turn it is; `media/spans.py` has the rows of a prompt, and says where to cut it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 
 from argosy.engine.sequence import Sequence
 from argosy.engine.steps import CannotRun
@@ -153,3 +154,79 @@ def waits_for_rows(sequence: Sequence) -> bool:
     """Whether its next position belongs to media whose rows are not made."""
     at = sequence.num_computed
     return sequence.spans is not None and sequence.spans.has_rows_until(at, at + 1) == at
+
+
+def share_chunk(
+    prompts: list[Sequence], *, chunk_tokens: int, block_tokens: int | None, first: int
+) -> list[tuple[Sequence, int]]:
+    """Number of tokens to run of each prompt: tenants get equal parts, and none gets more than it needs.
+
+    A span of media whose positions see one another runs as a whole. It may need more than its tenant's part, so
+    the first prompt gets what it needs before the others share the rest.
+
+    Args:
+        chunk_tokens: maximum prompt tokens in a step.
+        block_tokens: a part of a prompt ends after a full block of this size, if it reaches one, because a recurrent
+            state is found again only there; None: no layer has one.
+        first: the tenant, by number, whose turn it is to get the remainder first.
+    """
+    wanted = {sequence: _chunk_end(sequence) - sequence.num_computed for sequence in prompts}
+    reserved: dict[Sequence, int] = {}
+    for sequence in prompts[:1]:
+        if sequence.spans is not None and sequence.spans.has_both_ways:
+            reserved[sequence] = sequence.spans.whole(sequence.num_computed)
+    of_tenant = Counter[str]()
+    for sequence, count in wanted.items():
+        of_tenant[sequence.tenant] += count - reserved.get(sequence, 0)
+    left = _equal_parts(of_tenant, chunk_tokens - sum(reserved.values()), first=first)
+    shared = []
+    for sequence, count in wanted.items():
+        least, at = reserved.get(sequence, 0), sequence.num_computed
+        given = least + min(count - least, left[sequence.tenant])
+        if sequence.spans is not None:
+            given = sequence.spans.cut(at, at + given) - at
+        if least < given < count:
+            given = _whole_blocks(sequence, given, least, block_tokens)
+        left[sequence.tenant] -= given - least
+        if given:
+            shared.append((sequence, given))
+    return shared
+
+
+def _whole_blocks(sequence: Sequence, given: int, least: int, block_tokens: int | None) -> int:
+    """End a part of a prompt after a full block, if it reaches one."""
+    at, spans = sequence.num_computed, sequence.spans
+    if block_tokens is None:
+        return given
+    end = at + given - (at + given) % block_tokens
+    if end <= at + least or (spans is not None and spans.cut(at, end) != end):
+        return given
+    return end - at
+
+
+def _chunk_end(sequence: Sequence) -> int:
+    """The position up to which a prompt can run in one step, however much room there is."""
+    at, spans = sequence.num_computed, sequence.spans
+    stops = [stop for stop in sequence.snapshots_at if stop > at]
+    if spans is not None:
+        stops = [stop for stop in stops if spans.cut(at, stop) == stop]
+    stop = min([sequence.prefill_until, *stops])
+    return stop if spans is None else spans.has_rows_until(at, stop)
+
+
+def _equal_parts(wanted: Mapping[str, int], total: int, *, first: int) -> dict[str, int]:
+    """Divide `total` so that none gets more than it wants, and the smallest part is as large as possible.
+
+    The remainder goes to the names whose turn it is, by `first`.
+    """
+    parts: dict[str, int] = {}
+    names = sorted(wanted)
+    for at, name in enumerate(sorted(names, key=lambda name: wanted[name])):
+        parts[name] = min(wanted[name], total // (len(names) - at))
+        total -= parts[name]
+    for at in range(len(names)):
+        name = names[(first + at) % len(names)]
+        if total and parts[name] < wanted[name]:
+            parts[name] += 1
+            total -= 1
+    return parts

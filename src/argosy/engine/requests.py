@@ -174,6 +174,18 @@ class Requests:
             num_axes=self._model.rope.num_axes,
         )
 
+    def require_room(self, sequences: Sequence[EngineSequence]) -> None:
+        """Check sequences once more when they are queued: the context may be shorter than when they were made.
+
+        Raises:
+            PromptTooLong: there is no room for one of them.
+        """
+        for one in sequences:
+            if len(one.prompt_ids) + one.max_new_tokens > self.context_tokens:
+                raise PromptTooLong.of(
+                    len(one.prompt_ids), self.context_tokens, for_answer=one.max_new_tokens
+                )
+
     def forget(self, tenant: str) -> None:
         """Forget a tenant's compiled grammars."""
         if not isinstance(self._vocabulary.grammars, UsageError):

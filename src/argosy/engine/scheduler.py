@@ -19,7 +19,7 @@ them, so `commit` comes after sampling: what was computed for a rejected token i
 recurrent state cannot be overwritten, so it is saved before proposals run, and restored if one is rejected; the
 confirmed tokens then run again.
 
-Elsewhere: `prefix.py` finds prefixes; `chunks.py` shares a chunk; `steps.py` builds the step; `engine.py` runs it;
+Elsewhere: `prefix.py` finds prefixes; `steps.py` builds the step; `engine.py` runs it;
 `answers.py` confirms proposals; `drafts/governor.py` says whether they pay.
 """
 
@@ -31,11 +31,10 @@ from collections.abc import Callable, Iterable, Mapping
 from time import perf_counter
 from types import MappingProxyType
 
-from argosy.engine.chunks import share_chunk
 from argosy.engine.drafts.drafter import Drafter
 from argosy.engine.drafts.governor import Governor, Outcome
 from argosy.engine.prefix import Prefix, PrefixCache
-from argosy.engine.prompt_turns import PromptTurns, RowMaking, waits_for_rows
+from argosy.engine.prompt_turns import PromptTurns, RowMaking, share_chunk, waits_for_rows
 from argosy.engine.sequence import Sequence, WaitReason
 from argosy.engine.steps import CannotRun, Scheduled, StepBuilder
 from argosy.errors import ArgosyError

@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy.config import SamplingParams
-from argosy.engine.chain import Chain
 from argosy.engine.energy import Metered
 from argosy.engine.ledger import Ledger
 from argosy.engine.media.spans import Spans
 from argosy.engine.pooling import LogitsReader, Pool
 from argosy.engine.sampler import SamplerState
 from argosy.errors import ArgosyError
+from argosy.kept.chain import Chain
 from argosy.prompt.stop import StopStrings
 from argosy.prompt.tokenizer import StreamDecoder
 

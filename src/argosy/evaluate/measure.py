@@ -20,13 +20,13 @@ from argosy.checkpoint.fingerprint import fingerprint
 from argosy.checkpoint.manifest import MANIFEST_FILE
 from argosy.config import DEMO
 from argosy.engine.engine import Engine
-from argosy.engine.options import configure, locate_model, open_files
 from argosy.errors import UsageError
 from argosy.evaluate.drift import Drift, compare
 from argosy.evaluate.material import Material
 from argosy.evaluate.questions import Question
 from argosy.evaluate.row_file import RowFile
 from argosy.evaluate.scoring import Progress, Scores, Tokens, engine_options, score, tokens_of
+from argosy.open.models import configure, locate_model, open_files
 from argosy.prompt.tokenizer import Tokenizer
 from argosy.user_directories import cache_directory
 

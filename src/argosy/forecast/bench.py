@@ -27,9 +27,9 @@ import numpy as np
 from argosy import errors
 from argosy.budget.memory_plan import MemoryPlan
 from argosy.config import SamplingParams
-from argosy.engine.engine import Engine
 from argosy.errors import ArgosyError
 from argosy.experts.resident import Progress
+from argosy.open.engine import Engine
 from argosy.prompt.tokenizer import Tokenizer
 
 CONTEXT_TOKENS = 1024  # if the command line does not say

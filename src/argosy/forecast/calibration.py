@@ -32,7 +32,6 @@ from argosy import _native
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes
 from argosy.checkpoint.safetensors_write import TensorToWrite, write_safetensors
 from argosy.config import Format, SamplingParams
-from argosy.engine.engine import Engine
 from argosy.experts.resident import Progress
 from argosy.forecast.drive_rates import ROUNDS, DriveRates, file_to_read
 from argosy.forecast.product_rates import KV_DTYPES, MOST_WAITING, Kernels
@@ -44,6 +43,7 @@ from argosy.machine.rates import (
     Rates,
 )
 from argosy.model.families import CONFIG_FILE, FAMILIES
+from argosy.open.engine import Engine
 
 _BESIDE = ("router", "sampling", "other")  # parts of a ledger beside arithmetic and waiting
 _STEPS = 64

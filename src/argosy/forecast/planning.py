@@ -22,7 +22,7 @@ from argosy.checkpoint.hub import Source
 from argosy.checkpoint.sampling import declared_sampling
 from argosy.checkpoint.untrusted_file import read_object
 from argosy.config import Budget, Format, ModelConfig, parse_size
-from argosy.engine.options import configure, locate_model, open_files, with_recorder
+from argosy.engine.options import with_recorder
 from argosy.errors import UsageError
 from argosy.experts.hit_rate import WorkingSet
 from argosy.experts.recording import OpenRecorder
@@ -36,13 +36,13 @@ from argosy.forecast.forecast import (
     tokenizer_bytes,
 )
 from argosy.forecast.machines import Machine, find_machine
-from argosy.library.names import find
 from argosy.machine import kept_rates
 from argosy.machine import resources as this_machine
 from argosy.machine.rates import Rates
 from argosy.media.parts import Kind
 from argosy.model.families import CONFIG_FILE, config_alone, open_model
 from argosy.model.remote import RemoteHeaders, fetch_headers
+from argosy.open.models import configure, is_here, locate_model, open_files
 from argosy.prompt.chat import TEMPLATE_WORKER_BYTES
 from argosy.prompt.tokenizer import Tokenizer
 
@@ -93,7 +93,7 @@ def open_subject(
     Raises:
         The errors of `locate_model`, `open_model` and `fetch_headers`.
     """
-    if find(model) is None and (source := Source.find(model)) is not None:
+    if not is_here(model) and (source := Source.find(model)) is not None:
         with _remote_subject(model, source, progress) as subject:
             yield subject
         return

@@ -22,12 +22,12 @@ import numpy as np
 
 from argosy.budget.memory_plan import MemoryPlan
 from argosy.config import SamplingParams
-from argosy.engine.engine import Engine
 from argosy.engine.sequence import Sequence
 from argosy.errors import UsageError
 from argosy.experts.resident import Progress
 from argosy.forecast.simulation import Server
 from argosy.forecast.step_times import StepTimes, Table
+from argosy.open.engine import Engine
 
 # Seconds of each kind of step in each round, and how many at least. In rounds, because a machine's speed changes from
 # one second to the next.

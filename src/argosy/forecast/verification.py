@@ -20,12 +20,12 @@ import numpy as np
 from argosy.budget.memory_plan import MemoryPlan
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import SamplingParams
-from argosy.engine.engine import Engine
 from argosy.engine.ledger import DecodeSteps
 from argosy.experts.recording import OpenRecorder
 from argosy.forecast.forecast import Forecaster, Speeds
 from argosy.forecast.speed import Range
 from argosy.machine import resources
+from argosy.open.engine import Engine
 
 PROMPT_TOKENS, WARM_TOKENS, ANSWER_TOKENS = 256, 32, 64
 # Parts of a ledger -> the part of a decode step that predicts them.

@@ -3,7 +3,7 @@
 A path that exists always wins, so that a command that names a file never begins to mean another. A name of the form
 OWNER/NAME is whole: it is never taken for a part of a longer one.
 
-Elsewhere: `places.py` finds the models; `engine/options.py` has `locate_model`, which every command calls.
+Elsewhere: `places.py` finds the models; `open/models.py` has `locate_model`, which every command calls.
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 
 from argosy import _native
-from argosy.engine.media.ears import Transcriber
 from argosy.errors import CheckpointError, UnsupportedModel, UsageError
 from argosy.media.parts import PROMPT_LIMITS, Audio
 from argosy.media.transcript import TranscriptOptions
@@ -26,6 +25,7 @@ from argosy.model.whisper.files import SpecialTokens, open_whisper, whisper_tens
 from argosy.model.whisper.network import Decoding, Whisper, peak_bytes
 from argosy.model.whisper.rules import TokenRules
 from argosy.model.whisper.transcription import prepare, working_bytes
+from argosy.open.ears import Transcriber
 from tests.helpers.generators import finish
 from tests.media.samples import RATE
 from tests.model.encoders.open_tower import dense_weights

@@ -40,9 +40,9 @@ def bench(model: str, as_json: bool, flags: Settings) -> None:
       argosy bench ./Qwen3-30B-A3B --memory 16GiB --json
     """
     from argosy.cli.shared.output import progress_bar
-    from argosy.engine.options import locate_model, open_files
     from argosy.forecast.bench import CONTEXT_TOKENS
     from argosy.machine.neighbours import Neighbours
+    from argosy.open.models import locate_model, open_files
 
     with progress_bar() as progress:
         files = open_files(locate_model(model, progress))

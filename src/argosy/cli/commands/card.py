@@ -43,12 +43,12 @@ def card(
     """
     from argosy.cli.commands.eval import REPORT_FILE
     from argosy.demo.locate import LICENCE
-    from argosy.engine.options import open_files
     from argosy.evaluate.card import gather, markdown
     from argosy.evaluate.measure import identity_of
     from argosy.evaluate.reports import read_report
     from argosy.forecast.planning import summarise
     from argosy.library import kept, names
+    from argosy.open.models import open_files
 
     with progress_bar() as progress:
         text, path, name = names.look_up(model)
@@ -76,7 +76,7 @@ def card(
 
 
 def _located(text: str, path: Path | None) -> Path:
-    from argosy.engine.options import locate_model
+    from argosy.open.models import locate_model
 
     return locate_model(text if path is None or text == DEMO else path)
 

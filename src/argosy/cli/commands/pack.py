@@ -102,8 +102,8 @@ def _pack(
 ) -> None:  # fmt: skip
     from argosy.checkpoint.pack import pack as write_pack
     from argosy.cli.shared.output import progress_bar
-    from argosy.engine.options import locate_model, open_files
     from argosy.model.encoders.reading import find_encoders, tensor_names
+    from argosy.open.models import locate_model, open_files
 
     files = open_files(locate_model(source), mmproj=mmproj)
     encoders = find_encoders(files)

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from argosy.checkpoint.files import ModelFiles
     from argosy.cli.shared.output import Progress
     from argosy.config import EngineConfig
-    from argosy.engine.engine import Engine
     from argosy.observe.ablation import Change, Removal
     from argosy.observe.report import DomainRoutes, LayerReport, RouteReport, Specialisation
     from argosy.observe.trace import TraceRecorder
+    from argosy.open.engine import Engine
 
 _BYTES_PER_TOKEN = 32  # read of a file for each token that is wanted; few tokens are longer
 _WINDOW = 512  # tokens that see one another

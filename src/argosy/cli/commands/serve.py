@@ -236,9 +236,9 @@ def _serve_one(
     server: ServerSettings,
     wanted: WantedGroup,
 ) -> None:
-    from argosy.engine.options import locate_model
     from argosy.forecast.forecast import Speeds
     from argosy.machine import kept_rates
+    from argosy.open.models import locate_model
     from argosy.serve.claims import REPLAY_BYTES, server_claims
     from argosy.serve.run import serve as run
 
@@ -277,9 +277,10 @@ def _serve_several(
     from argosy.budget.memory_plan import require_machine, shared_bytes
     from argosy.cli.commands.served_library import ServedLibrary, speeds_of
     from argosy.cli.shared.output import progress_bar
-    from argosy.engine.options import budget_of, configure, locate_model, open_files
+    from argosy.engine.options import budget_of
     from argosy.engine.shared import Wanted, make_ready
     from argosy.library import kept
+    from argosy.open.models import configure, locate_model, open_files
     from argosy.serve.claims import KEPT_BYTES, REPLAY_BYTES, server_claims
     from argosy.serve.models.models import Memory
     from argosy.serve.run import serve_several

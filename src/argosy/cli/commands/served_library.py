@@ -119,8 +119,8 @@ class ServedLibrary:
 
     def _make(self, name: str, path: Path, budget_bytes: int | None) -> tuple[ReadyModel, Speeds | None]:
         """Raises CheckpointError and related errors, and DoesNotFit."""
-        from argosy.engine.options import configure, open_files
         from argosy.engine.shared import Wanted
+        from argosy.open.models import configure, open_files
 
         files, given = open_files(path), dict(self._given)
         if budget_bytes is not None:

@@ -35,9 +35,10 @@ def show(model: str, as_json: bool, flags: Settings) -> None:
     """
     from argosy.cli.commands.preset import lines as preset_lines
     from argosy.cli.shared.output import progress_bar
-    from argosy.engine.options import locate_model, open_files, require_context
+    from argosy.engine.options import require_context
     from argosy.library import names, presets
     from argosy.model.families import config_alone
+    from argosy.open.models import locate_model, open_files
 
     settings = read_settings(**flags)
     with progress_bar() as progress:
@@ -265,7 +266,8 @@ def _plan(model: str, files: ModelFiles, settings: Settings) -> MemoryPlan:
     from argosy.budget.footprint import ModelFootprint
     from argosy.budget.memory_plan import plan_with_media, process_bytes, require_mappable, require_memory
     from argosy.cli.shared.options import recorder_of
-    from argosy.engine.options import configure, with_recorder
+    from argosy.engine.options import with_recorder
+    from argosy.open.models import configure
     from argosy.prompt.tokenizer import Tokenizer
 
     config = configure(model, files, **for_engine(settings))

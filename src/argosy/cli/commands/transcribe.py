@@ -64,9 +64,9 @@ def transcribe(
       argosy transcribe talk.mp3
       argosy transcribe --format srt --model ./whisper-small film.flac > film.srt
     """
-    from argosy.engine.media.ears import Transcriber
     from argosy.media.parts import Audio
     from argosy.media.transcript import WRITERS, TranscriptOptions, as_dict
+    from argosy.open.ears import Transcriber
 
     options = TranscriptOptions(
         language=language,

@@ -35,7 +35,7 @@ def upcycle(
     """
     from argosy.checkpoint.upcycle import upcycle as make
     from argosy.cli.shared.output import progress_bar
-    from argosy.engine.options import locate_model
+    from argosy.open.models import locate_model
 
     with progress_bar() as progress:
         made = make(

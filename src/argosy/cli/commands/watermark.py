@@ -77,9 +77,9 @@ def detect(file: str, key_file: Path, model: str, false_positives: float, as_jso
     predictable texts show no mark, so "not shown" never means that a person wrote it.
     """  # fmt: skip
     from argosy.cli.shared.texts import STDIN, read_file
-    from argosy.engine.options import locate_model
     from argosy.engine.watermark import Watermark
     from argosy.guard.watermark import first_ngrams, judge
+    from argosy.open.models import locate_model
     from argosy.prompt.tokenizer import Tokenizer
 
     mark = Watermark.read(key_file)

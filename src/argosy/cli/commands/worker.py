@@ -113,8 +113,8 @@ def worker(model: str, given: WorkerOptions, flags: Settings) -> None:
     from argosy.cluster.member import parse_host
     from argosy.cluster.worker import Worker
     from argosy.cluster.worker import bind as bind_socket
-    from argosy.engine.options import locate_model
     from argosy.model.families import open_model
+    from argosy.open.models import locate_model
 
     wanted = given.settings(flags)
     host, port = parse_host(given.bind, lowest_port=0)

@@ -247,7 +247,7 @@ class Models:
         Raises:
             ArgosyError: neither can be opened.
         """
-        from argosy.engine.options import locate_model, open_files
+        from argosy.open.models import locate_model, open_files
 
         before, settings = self._model, self.settings
         assert before is not None

@@ -22,13 +22,13 @@ from argosy.errors import UsageError
 if TYPE_CHECKING:
     from argosy.checkpoint.files import ModelFiles
     from argosy.config import EngineConfig
-    from argosy.engine.engine import Engine
     from argosy.experts.hit_rate import WorkingSet
     from argosy.experts.recording import OpenRecorder
     from argosy.experts.runner import ExpertGroup
     from argosy.library.names import Named
     from argosy.media.parts import Audio, Image, Video
     from argosy.observe.recorder import Recorder
+    from argosy.open.engine import Engine
     from argosy.prompt.thinking import Thinking
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -153,7 +153,7 @@ def settings_of(preset: Preset | None, settings: Settings) -> Settings:
     Raises:
         What `locate_model` and `open_files` raise.
     """
-    from argosy.engine.options import locate_model, open_files
+    from argosy.open.models import locate_model, open_files
 
     if preset is None or preset.context is None or "context" in settings:
         return settings

@@ -23,9 +23,8 @@ from typing import Self
 
 from argosy import _native
 from argosy.budget.memory_plan import TRANSCRIPTS_KEPT_BYTES
-from argosy.engine.options import TINY_EN, locate_ears
+from argosy.config import TINY_EN
 from argosy.errors import Overloaded, UsageError
-from argosy.experts.resident import Progress
 from argosy.machine import tuning
 from argosy.media.decoder import Decoder
 from argosy.media.parts import PROMPT_LIMITS, Audio, Content, RequestMedia
@@ -83,20 +82,17 @@ class Transcriber:
         self._is_closed = False
 
     @classmethod
-    def open(
-        cls, model: str | Path = TINY_EN, *, threads: int | None = None, progress: Progress | None = None
-    ) -> Self:
+    def open_alone(cls, path: Path, *, threads: int | None = None) -> Self:
         """Open a checkpoint without an engine.
 
         Args:
-            model: a directory with a checkpoint of `transformers` or CTranslate2, or `tiny.en`, which is fetched once.
+            path: a directory with a checkpoint of `transformers` or CTranslate2.
             threads: compute threads; None: as many as an engine has.
 
         Raises:
-            FetchFailed: `tiny.en` could not be fetched.
             CheckpointError, UnsupportedModel: `open_whisper` refuses the files.
         """
-        files = open_whisper(locate_ears(model, progress))
+        files = open_whisper(path)
         store = _native.Store(_NUM_READERS)
         runtime = _native.Runtime(threads or tuning.known_threads())
         decoder = Decoder(PROMPT_LIMITS)

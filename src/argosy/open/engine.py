@@ -1,0 +1,60 @@
+"""`argosy.Engine`: an engine that is opened by a path or a name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self, Unpack
+
+from argosy.config import DEMO, EngineOptions
+from argosy.engine import engine
+from argosy.engine.drafts.drafter import Drafter
+from argosy.experts.recording import OpenRecorder
+from argosy.experts.resident import Progress
+from argosy.experts.runner import ExpertGroup
+from argosy.model.decoder import RouteObserver
+from argosy.open.models import configure, locate_model, open_files
+
+
+class Engine(engine.Engine):
+    """Runs one model within one memory budget.
+
+        with Engine.open("path/or/demo", memory="8GiB") as engine:
+            print(engine.generate("Why is the sky blue?").text)
+
+    `engine.Engine` describes the rest, and the arguments for a program that has the files and settings itself.
+    """
+
+    @classmethod
+    def open(
+        cls,
+        model: str | Path = DEMO,
+        *,
+        drafter: Drafter | None = None,
+        progress: Progress | None = None,
+        observe_routes: RouteObserver | None = None,
+        recorder: OpenRecorder | None = None,
+        experts: ExpertGroup | None = None,
+        **options: Unpack[EngineOptions],
+    ) -> Self:
+        """Open a model with the settings that are given, and the defaults for the others.
+
+        Args:
+            model: a checkpoint or pack directory, a GGUF file, the name of a model in the library, or `demo` for the
+                embedded default model.
+            drafter, progress, observe_routes, recorder, experts: see `engine.Engine`.
+            options: see `EngineOptions`.
+
+        Raises:
+            UsageError: several models match, or a setting is invalid.
+            DoesNotFit, CheckpointError and related errors: see `errors`.
+        """
+        files = open_files(locate_model(model, progress), mmproj=options.get("mmproj"))
+        return cls(
+            files,
+            configure(model, files, progress, **options),
+            drafter=drafter,
+            progress=progress,
+            observe_routes=observe_routes,
+            recorder=recorder,
+            experts=experts,
+        )
