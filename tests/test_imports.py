@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -59,7 +60,7 @@ MAY_IMPORT = {
         "open",
         "_native",
     },
-    "observe": {"machine", "checkpoint", "experts", "_native"},
+    "observe": {"checkpoint", "experts", "_native"},
     "serve": {"media", "guard", "experts", "prompt", "budget", "library", "engine", "forecast", "observe"},
     "route": {"guard", "serve"},
     "batch": {"engine", "open"},
@@ -88,6 +89,35 @@ def test_every_room_has_a_row() -> None:
 
 def test_allowed_imports_never_form_a_circle() -> None:
     TopologicalSorter(MAY_IMPORT).prepare()  # raises CycleError
+
+
+def test_the_map_lists_the_rooms_by_floor() -> None:
+    """A room imports only rooms that stand in a line above its own."""
+    text = (SOURCE.parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    lines = text[text.index("| room |") : text.index("| native |")].splitlines()
+    floor_of = {
+        room: floor
+        for floor, line in enumerate(lines)
+        if line.startswith("|")
+        for room in re.findall(r"`(\w+)/?`", line.split("|")[1])
+    }
+    assert floor_of.keys() >= MAY_IMPORT.keys() - EVERYONE
+    found = [
+        f"{room} imports {one}"
+        for room in MAY_IMPORT.keys() - EVERYONE
+        for one in MAY_IMPORT[room] & floor_of.keys()
+        if floor_of[one] >= floor_of[room]
+    ]
+    assert found == []
+
+
+def test_nothing_is_allowed_that_no_room_needs() -> None:
+    used = {room: set[str]() for room in MAY_IMPORT}
+    for path in modules():
+        if room_of(path) in used:
+            names = [imported for _, imported in imports(path) if imported.startswith("argosy.")]
+            used[room_of(path)] |= set(map(target_room, names))
+    assert {room: unused for room, allowed in MAY_IMPORT.items() if (unused := allowed - used[room])} == {}
 
 
 @pytest.mark.parametrize("room", sorted(MAY_IMPORT))
