@@ -35,6 +35,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 _M_ARENA_MAX = -8
 ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
 
+Meeting = tuple[tuple[str, str], ...]  # values of different parameters in one case
 KEPT = ("ARGOSY_TUNE", "ARGOSY_CACHE", "ARGOSY_BASE_WHEEL")  # those that tests need from outside
 LONGEST = (
     "engine/test_identity.py",
@@ -85,11 +86,13 @@ def _not_needed(cases: Sequence[pytest.Function]) -> Iterator[pytest.Function]:
     assert marker is not None
     (strength,) = marker.args
 
-    def meetings(case: pytest.Function) -> set[tuple[tuple[str, int], ...]]:
-        return set(combinations(sorted(case.callspec.indices.items()), strength))
+    def meetings(case: pytest.Function) -> set[Meeting]:
+        return set(
+            combinations([(name, repr(value)) for name, value in case.callspec.params.items()], strength)
+        )
 
     left = {case: meetings(case) for case in sorted(cases, key=lambda case: zlib.crc32(case.nodeid.encode()))}
-    met: set[tuple[tuple[str, int], ...]] = set()
+    met: set[Meeting] = set()
     for least in range(len(next(iter(left.values()))), 0, -1):
         for case, own in list(left.items()):
             if len(own - met) >= least:

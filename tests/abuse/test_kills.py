@@ -1,7 +1,7 @@
 """A writer that is killed anywhere loses nothing that was complete, and the next command works.
 
-The tests try a few points of each writer; set KILL_POINTS=200, or run `kills.py` itself, for more. So do those in which
-somebody has planted links to files and directories of their own.
+The tests try a few points of each writer; set KILL_POINTS=200 for those marked `full`, or run `kills.py` itself, for
+more. So do those in which somebody has planted links to files and directories of their own.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 KILLS = Path(__file__).with_name("kills.py")
-POINTS = os.environ.get("KILL_POINTS", "8")
-LINK_POINTS = os.environ.get("KILL_POINTS", "4")
+POINTS = ["2", pytest.param(os.environ.get("KILL_POINTS", "8"), marks=pytest.mark.full)]
+LINK_POINTS = ["1", pytest.param(os.environ.get("KILL_POINTS", "4"), marks=pytest.mark.full)]
 
 # A writer that writes in place, so a kill in the middle leaves a file half old.
 IN_PLACE = """
@@ -43,19 +43,21 @@ print(len(kills.run("in place", 16, 0)["failures"]))
 """
 
 
+@pytest.mark.parametrize("points", POINTS)
 @pytest.mark.parametrize(
     "writer", ["pack", "keys", "counts", "kv_dir", "demo", "pull", "rm", "audit", "state"]
 )
-def test_a_writer_that_is_killed_anywhere_loses_nothing_that_was_complete(writer: str) -> None:
-    command = [sys.executable, str(KILLS), "--points", POINTS, writer]
+def test_a_writer_that_is_killed_anywhere_loses_nothing_that_was_complete(writer: str, points: str) -> None:
+    command = [sys.executable, str(KILLS), "--points", points, writer]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{writer} " in done.stdout
 
 
+@pytest.mark.parametrize("points", LINK_POINTS)
 @pytest.mark.parametrize("writer", ["pack", "kv_dir", "demo", "pull", "rm", "audit", "state"])
-def test_a_link_at_any_name_that_a_writer_uses_has_nothing_changed_outside(writer: str) -> None:
-    command = [sys.executable, str(KILLS), "--links", "--points", LINK_POINTS, writer]
+def test_a_link_at_any_name_that_a_writer_uses_has_nothing_changed_outside(writer: str, points: str) -> None:
+    command = [sys.executable, str(KILLS), "--links", "--points", points, writer]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{writer} " in done.stdout
@@ -77,7 +79,7 @@ class Follows(kills.Writer):
         return "whole"
 
 kills.WRITERS["follows"] = Follows
-print(len(kills.run("follows", 4, 0, with_links=True)["failures"]))
+print(len(kills.run("follows", 8, 0, with_links=True)["failures"]))
 """
 
 

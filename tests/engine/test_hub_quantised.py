@@ -105,6 +105,7 @@ def int4_config(model: str, *, chosen: int, experts: int = 3) -> RawConfig:
     return (kimi_k25 if model == "kimi_k25" else kimi_k2)(**sizes, **groups)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 @pytest.mark.parametrize(
     "stored", ["fp8 qwen3_moe", "fp8 deepseek_v3", "fp8 deepseek_v3_in_blocks", "int4 kimi_k2"]

@@ -242,6 +242,7 @@ def resident(case: Case) -> Answers:
     return answers_of_resident(case.directory, case.instruction_set, tuple(case.prompt))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("size", ["floor", "share"])
 def test_a_small_expert_cache_changes_nothing(case: Case, size: str) -> None:
     share = case.in_turn([0.25, 0.5]) if size == "share" else 0
@@ -252,6 +253,7 @@ def test_a_small_expert_cache_changes_nothing(case: Case, size: str) -> None:
         Answers.of(engine, case.prompt).assert_equal(resident(case))
 
 
+@pytest.mark.covering(1)
 def test_two_threads_change_nothing(case: Case) -> None:
     with case.engine(threads=2) as engine:
         Answers.of(engine, case.prompt).assert_equal(resident(case))
@@ -264,6 +266,7 @@ def tuned(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFact
     tuning._chosen.cache_clear()
 
 
+@pytest.mark.covering(1)
 def test_how_products_are_tuned_changes_nothing(case: Case, tuned: None) -> None:
     # Without tuning, as all other engines here run, and with it: as measured, at random, and fixed by the caller.
     way = case.in_turn(["measured", "random", "fixed"])
@@ -281,16 +284,19 @@ def test_how_products_are_tuned_changes_nothing(case: Case, tuned: None) -> None
         Answers.of(engine, case.prompt).assert_equal(resident(case))
 
 
+@pytest.mark.covering(1)
 def test_two_threads_and_the_smallest_cache_change_nothing(case: Case) -> None:
     with case.engine(threads=2, expert_slots=case.experts_per_token, readers=1) as engine:
         Answers.of(engine, case.prompt).assert_equal(resident(case))
 
 
+@pytest.mark.covering(1)
 def test_prompt_chunks_change_nothing(case: Case) -> None:
     with case.engine(chunk_tokens=case.in_turn([1, 3]), expert_slots=case.num_experts // 2) as engine:
         Answers.of(engine, case.prompt).assert_equal(resident(case))
 
 
+@pytest.mark.covering(1)
 def test_a_warm_cache_changes_nothing(case: Case) -> None:
     with case.engine(expert_slots=case.num_experts // 2) as engine:
         cold = Answers.of(engine, case.prompt)
@@ -300,6 +306,7 @@ def test_a_warm_cache_changes_nothing(case: Case) -> None:
     warm.assert_equal(resident(case))
 
 
+@pytest.mark.covering(1)
 def test_rounded_keys_and_values_change_little_and_the_same_everywhere(case: Case) -> None:
     # f16 has 11 bits, q8 eight; one wrong expert or position would move logits by a third of their size or more.
     kv_dtype, change = case.in_turn((("f16", 0.01), ("q8", 0.04)))
@@ -353,6 +360,7 @@ def test_engines_with_different_instruction_sets_step_in_turn_and_each_keeps_its
         together.assert_equal(by_itself)
 
 
+@pytest.mark.covering(1)
 def test_a_batch_of_eight_changes_nothing(case: Case) -> None:
     prompts = [case.prompt] + [prompt_ids(case.config, seed, 1 + 6 * seed) for seed in range(7)]
     params = [GREEDY, SAMPLED] * 4

@@ -23,6 +23,7 @@ from tests.models.runnable import runnable
 INSTRUCTION_SETS = _native.instruction_sets()
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 @pytest.mark.parametrize("reference", REFERENCES, ids=lambda reference: reference.name)
 def test_logits_and_greedy_continuation_equal_transformers(

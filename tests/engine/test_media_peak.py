@@ -29,11 +29,11 @@ from argosy.errors import PromptTooLong
 from argosy.media.parts import Audio, Image, RequestMedia
 from argosy.prompt.prompt import Prompt
 
-path, limit = sys.argv[1], int(sys.argv[2])
+path, limit, num_photographs = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 rng = np.random.default_rng(1)
 coarse = Pillow.fromarray(rng.integers(0, 256, (375, 500, 3), np.uint8))
 files = []
-for turn in range(6):  # 12 megapixels each
+for turn in range(num_photographs):  # 12 megapixels each
     file = io.BytesIO()
     coarse.rotate(90 * turn, expand=True).resize((4000, 3000)).save(file, "JPEG", quality=90)
     files.append(file.getvalue())
@@ -99,9 +99,12 @@ def checkpoint(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.skipif(bool(why_no_cap()), reason=why_no_cap() or "")
-def test_photographs_and_a_recording_beside_texts_stay_within_the_budget(checkpoint: Path) -> None:
-    """Experts have the memory, then six photographs of 12 megapixels and ten minutes of sound, then both again."""
-    command = [sys.executable, "-c", SEE, str(checkpoint), str(BUDGET_BYTES)]
+@pytest.mark.parametrize("num_photographs", [2, pytest.param(6, marks=pytest.mark.full)])
+def test_photographs_and_a_recording_beside_texts_stay_within_the_budget(
+    checkpoint: Path, num_photographs: int
+) -> None:
+    """Experts have the memory, then photographs of 12 megapixels and ten minutes of sound, then both again."""
+    command = [sys.executable, "-c", SEE, str(checkpoint), str(BUDGET_BYTES), str(num_photographs)]
     run = run_capped(command, limit_bytes=BUDGET_BYTES, timeout_s=250, env=os.environ)
     assert run.num_oom_kills == 0, "killed for memory"
     assert run.returncode == 0, run.stderr
@@ -111,7 +114,7 @@ def test_photographs_and_a_recording_beside_texts_stay_within_the_budget(checkpo
     kept, lent = found["plan"]["expert_slots"], found["plan"]["lent_expert_slots"]
     assert kept < found["plan"]["experts"] / 2 < lent
     assert found["slots"] == [kept + lent, kept] * 2
-    assert len(found["answered"]) == 12
+    assert len(found["answered"]) == 2 * num_photographs
     assert all(text == found["texts"][0] for text in found["texts"])
     assert len(found["refused"]) == 2
     assert all("tokens" in sentence for sentence in found["refused"])

@@ -1,4 +1,4 @@
-"""Run the `argosy` command as a user does: in another process, with its output and its exit code."""
+"""Run the `argosy` command in another process, with its output and its exit code."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.helpers.forks import ForkedArgosy
+
 COMMAND = Path(sys.executable).with_name("argosy")
 
 
@@ -14,12 +16,18 @@ def run_argosy(
     *arguments: str | Path, stdin: str = "", timeout_s: float = 60
 ) -> subprocess.CompletedProcess[str]:
     """Run `argosy` with these arguments; a nonzero exit code raises nothing."""
-    return subprocess.run(
-        [COMMAND, *arguments],
-        input=stdin,
-        capture_output=True,
+    process = ForkedArgosy[str](
+        arguments,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=timeout_s,
-        check=False,
         env=os.environ | {"NO_COLOR": "1", "COLUMNS": "200"},
     )
+    with process:
+        try:
+            stdout, stderr = process.communicate(stdin, timeout_s)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)

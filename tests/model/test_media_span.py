@@ -200,6 +200,7 @@ def test_whole_sequences_have_the_logits_and_hidden_states_of_the_numpy_model(
     assert_near(outputs_of_whole_sequences(case, instruction_set), case)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize(
     ("most", "residency", "threads"),
     [

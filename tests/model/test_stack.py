@@ -78,6 +78,11 @@ PACKED = {
 
 
 MODELS = [*CHECKPOINTS, *PACKED]
+# Alternating axes, axes in sections, delta nets, latent vectors, sliding windows with sinks, and a q8 model.
+SEEING = (
+    "qwen3_vl_moe_plain", "glm4v_moe_plain", "qwen3_omni_moe_plain", "qwen3_5_moe_plain", "deepseek_v3_plain",
+    "gpt_oss_plain", "mixtral_plain", "qwen3_next-q8",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -131,6 +136,7 @@ def run(parts: Parts, decoder: Decoder | ReferenceDecoder) -> list[Floats]:
 PARTLY_RESIDENT: tuple[Residency, ...] = ("smallest cache", "guessing cache", "no experts")
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("instruction_set", _native.instruction_sets())
 @pytest.mark.parametrize("is_resident", [True, False], ids=["resident", "partly resident"])
 def test_a_step_has_the_bits_of_its_operations(
@@ -141,6 +147,11 @@ def test_a_step_has_the_bits_of_its_operations(
     require_the_bits_of_the_operations(directory, residency, instruction_set)
 
 
+@pytest.mark.parametrize(
+    "directory",
+    [name if name in SEEING else pytest.param(name, marks=pytest.mark.full) for name in MODELS],
+    indirect=True,
+)
 def test_a_step_with_experts_in_another_process_has_the_bits_of_its_operations(directory: Path) -> None:
     """How rows travel there does not depend on the instruction set."""
     require_the_bits_of_the_operations(directory, "another process", _native.instruction_sets()[-1])
@@ -239,6 +250,7 @@ def test_threads_and_observers_change_nothing_and_all_choices_are_observed(direc
     ]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("residency", ["resident", "smallest cache"])
 def test_uses_count_how_often_tokens_chose_each_expert_since_the_last_call(
     directory: Path, residency: Any
@@ -592,13 +604,9 @@ def with_media(config: ModelConfig, step: Step, *, seed: int) -> Step:
 
 
 MEDIA_LAYERS = 2
-# Alternating axes, axes in sections, delta nets, latent vectors, sliding windows with sinks, and a q8 model.
-SEEING = (
-    "qwen3_vl_moe_plain", "glm4v_moe_plain", "qwen3_omni_moe_plain", "qwen3_5_moe_plain", "deepseek_v3_plain",
-    "gpt_oss_plain", "mixtral_plain", "qwen3_next-q8",
-)  # fmt: skip
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("directory", SEEING, indirect=True)
 @pytest.mark.parametrize("residency", ["resident", "smallest cache"])
 @pytest.mark.parametrize("threads", [1, 2])
@@ -729,6 +737,7 @@ def test_a_signal_ends_a_long_step_between_two_layers(tmp_path: Path) -> None:
     assert np.isnan(logits).all()  # the head has not run
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("residency", ["resident", "smallest cache"])
 def test_kept_choices_are_those_that_an_observer_hears_and_a_resident_step_does_not_stop_for_them(
     directory: Path, residency: Any

@@ -137,6 +137,7 @@ def error() -> float:
     return 1e-4 if Case.instruction_set == "amx" else 1e-5
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", get_args(KvDtype))
 @pytest.mark.parametrize(
     ("sizes", "block_tokens"), [(SMALL, 16), (SMALL, 5), (ODD_HEADS, 16), (ODD_HEADS, 7), (WIDE, 32)]

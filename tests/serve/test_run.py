@@ -37,6 +37,7 @@ from argosy.serve.http.listen import Front, bind
 from argosy.serve.http.running import Running
 from argosy.serve.http.server import Endpoint
 from tests.cli.tiny_chat_model import write_chat_model
+from tests.helpers.forks import ForkedArgosy
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +52,9 @@ def served(model: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[s
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
-        sys.executable, "-m", "argosy", "serve", str(model), "--memory", "1GiB", "--port", str(port),
-        "--max-sequences", "3",
+        "serve", str(model), "--memory", "1GiB", "--port", str(port), "--max-sequences", "3",
     ]  # fmt: skip
-    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
+    process = ForkedArgosy[str]([*command, *options], stderr=subprocess.PIPE, text=True)
     try:
         url = f"http://127.0.0.1:{port}"
         for _ in range(600):

@@ -88,14 +88,26 @@ def test_a_client_that_came_first_is_answered_on_either_socket_and_systemd_is_to
     assert Path(file.getsockname()).is_socket()
 
 
-def test_options_that_contradict_the_sockets_are_told(sockets: list[socket.socket]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--port", "1"],
+        *(
+            pytest.param(options, marks=pytest.mark.full)
+            for options in (["--host", "::1"], ["--listen", "unix:/x"], ["--socket-mode", "0123"])
+        ),
+    ],
+    ids=lambda options: options[0],
+)
+def test_options_that_contradict_the_sockets_are_told(
+    sockets: list[socket.socket], options: list[str]
+) -> None:
     file, port = sockets
     shown = f"127.0.0.1:{port.getsockname()[1]}, unix:{file.getsockname()}"
-    for options in (["--port", "1"], ["--host", "::1"], ["--listen", "unix:/x"], ["--socket-mode", "0123"]):
-        with passing(sockets, "--library", *options) as process:
-            _, said = process.communicate(timeout=WAIT_S)
-        assert process.returncode == 2
-        assert f"{' '.join(options)} contradicts the sockets that systemd passed: {shown}\n" in said
+    with passing(sockets, "--library", *options) as process:
+        _, said = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 2
+    assert f"{' '.join(options)} contradicts the sockets that systemd passed: {shown}\n" in said
 
 
 def test_a_socket_that_other_machines_reach_needs_keys_whatever_else_is_passed(
