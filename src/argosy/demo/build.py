@@ -82,21 +82,14 @@ def build_demo(
             dense = open_dense(gguf_path).rounded_to("F16")  # the experts were trained beside these values
             tell("writing the tokenizer", 0.5)
             write_tokenizer_files(gguf_path, directory, GENERATION)
-            senses: list[Sense] = []
-            if trained.hears:
-                if whisper is None:
-                    whisper = ears.locate(progress=lambda what, share: tell(what, 0.5))
-                senses.append(Hearing(whisper, trained))
-            if trained.sees:
-                senses.append(Seeing(trained))
+            senses = _senses(trained, whisper, tell)
             if senses:
                 write_part_files(directory, senses)
-            shape = (trained.num_experts, trained.experts_per_token, trained.width)
             write_mixture(
                 dense,
                 directory,
                 trained.layer,
-                shape,
+                (trained.num_experts, trained.experts_per_token, trained.width),
                 lambda what, share: tell(what, 0.55 + 0.45 * share),
                 more_config={key: value for one in senses for key, value in one.config(directory).items()},
                 more_tensors=[tensor for one in senses for tensor in one.tensors()],
@@ -110,3 +103,15 @@ def build_demo(
             raise
     tell("done", 1.0)
     return destination
+
+
+def _senses(trained: TrainedExperts, whisper: Path | None, tell: Progress) -> list[Sense]:
+    """The parts beside the text model that the experts were trained with."""
+    senses: list[Sense] = []
+    if trained.hears:
+        if whisper is None:
+            whisper = ears.locate(progress=lambda what, share: tell(what, 0.5))
+        senses.append(Hearing(whisper, trained))
+    if trained.sees:
+        senses.append(Seeing(trained))
+    return senses

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,8 +115,7 @@ def serve(
     # Imported before the engine, because the memory plan counts the memory that the process already uses.
     from argosy.cli.commands.served_library import ServedPresets
     from argosy.guard.audit import check_audit
-    from argosy.guard.keys import KeyFile
-    from argosy.library.names import look_up, preset_of
+    from argosy.library.names import preset_of
     from argosy.serve.answer.media_hosts import MediaHosts
     from argosy.serve.guards.guarding import Guarding
     from argosy.serve.http.origins import Origins
@@ -134,11 +133,7 @@ def serve(
             models=models, name=given.names, kv_dir=given.kv_dir, policy=given.policy, **flags
         )
     presets = {model for model in models if preset_of(model) is not None}
-    found: list[Named] = []
-    for model in [] if given.library else sorted(models or (DEMO,), key=presets.__contains__):
-        named = look_up(model)
-        if model not in presets or named.path not in [one.path for one in found]:
-            found.append(named)
+    found = [] if given.library else _look_up(models or (DEMO,), presets)
     ids = _ids(found, given.names)
     idle_unload_s = None if given.idle_unload is None else parse_seconds(given.idle_unload)
     for name in given.preload:
@@ -161,12 +156,7 @@ def serve(
         presets=ServedPresets(None if given.library else dict(zip(ids, found, strict=True))),
         default=next((model for model in models[:1] if model in presets), None),
     )  # fmt: skip
-    if given.keys is not None:
-        KeyFile(given.keys).read()
-    if (watermark := settings.get("watermark")) is not None:
-        from argosy.engine.watermark import Watermark
-
-        Watermark.read(Path(watermark))
+    _check_keys(given.keys, settings.get("watermark"))
     if given.check:
         print("the settings are valid")
         return
@@ -188,6 +178,29 @@ def serve(
             _serve_several(found, ids, settings, more, sockets, server, given.preload, idle_unload_s)
         else:
             _serve_one(found[0], ids[0], settings, more, sockets, server, group)
+
+
+def _look_up(models: Sequence[str], presets: Collection[str]) -> list[Named]:
+    """The models, each once: a preset adds its model if no other name does."""
+    from argosy.library.names import look_up
+
+    found: list[Named] = []
+    for model in sorted(models, key=presets.__contains__):
+        named = look_up(model)
+        if model not in presets or named.path not in [one.path for one in found]:
+            found.append(named)
+    return found
+
+
+def _check_keys(keys: Path | None, watermark: Path | str | None) -> None:
+    """Raises UsageError: a file of keys cannot be read."""
+    from argosy.engine.watermark import Watermark
+    from argosy.guard.keys import KeyFile
+
+    if keys is not None:
+        KeyFile(keys).read()
+    if watermark is not None:
+        Watermark.read(Path(watermark))
 
 
 def _refuse_beside_library(**options: Any) -> None:

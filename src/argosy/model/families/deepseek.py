@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from argosy.config import LatentConfig, LayerConfig, ModelConfig, RopeConfig, RouterConfig
 from argosy.errors import CheckpointError
-from argosy.model.reading.common_config import read_common
+from argosy.model.reading.common_config import CommonDefaults, read_common
 from argosy.model.reading.config_reader import MOST_EXPERTS, MOST_LAYERS, ConfigReader
 from argosy.model.reading.layout import ATTENTION_NAMES, separate_and_fused
 
@@ -47,24 +47,18 @@ LAYOUTS = separate_and_fused(_LAYER_NAMES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Defaults:
+class Defaults(CommonDefaults):
     """The defaults of absent keys: those of a family's config class in transformers 5.24."""
 
-    vocab_size: int
-    hidden_size: int
     num_layers: int
-    num_heads: int
-    num_kv_heads: int | None  # None means as many as heads
     dense_width: int
     expert_width: int
-    num_experts: int
-    experts_per_token: int | None  # None means that the file must give it
     num_shared_experts: int
     first_dense_layers: int
-    context_tokens: int
     query_rank: int
     nope_dim: int
     value_dim: int
+    rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     kv_rank: int = 512
     rope_dim: int = 64
@@ -125,21 +119,7 @@ def read_latent_model(
         norm_eps=LATENT_NORM_EPS,
     )
     head_dim = latent.nope_dim + latent.rope_dim
-    common = read_common(
-        reader,
-        vocab_size=defaults.vocab_size,
-        hidden_size=defaults.hidden_size,
-        num_heads=defaults.num_heads,
-        num_kv_heads=defaults.num_kv_heads,
-        rope_theta=10_000.0,
-        norm_eps=defaults.norm_eps,
-        context_tokens=defaults.context_tokens,
-        num_experts=defaults.num_experts,
-        experts_per_token=defaults.experts_per_token,
-        eos_id=defaults.eos_id,
-        bos_id=defaults.bos_id,
-        rotary_dim=latent.rope_dim,
-    )
+    common = read_common(reader, replace(defaults, rotary_dim=latent.rope_dim))
     if common["num_kv_heads"] != common["num_heads"]:
         raise CheckpointError(
             f"config.json gives num_key_value_heads as {common['num_kv_heads']}, expected {common['num_heads']}, the "

@@ -20,7 +20,7 @@ from argosy.model.families.deepseek import (
     require_groups,
 )
 from argosy.model.families.deepseek_gguf import read_dense_layers, read_grouped_router
-from argosy.model.reading.common_config import read_common
+from argosy.model.reading.common_config import CommonDefaults, read_common
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.reading.gguf_config import SIGMOID, GgufConfigReader
 from argosy.model.reading.gguf_layout import dense_name, read_gguf_layout
@@ -65,15 +65,17 @@ def read_text(
     """
     common = read_common(
         reader,
-        hidden_size=4096,
-        num_heads=96,
-        num_kv_heads=8,
-        rope_theta=10_000.0,
-        norm_eps=1e-5,
-        num_experts=128,
-        experts_per_token=8,
-        partial_rotary_factor=0.5,
-        **defaults,
+        CommonDefaults(
+            hidden_size=4096,
+            num_heads=96,
+            num_kv_heads=8,
+            rope_theta=10_000.0,
+            norm_eps=1e-5,
+            num_experts=128,
+            experts_per_token=8,
+            partial_rotary_factor=0.5,
+            **defaults,
+        ),
     )
     num_layers = reader.integer("num_hidden_layers", default=46, most=MOST_LAYERS)
     is_moe = layers_behind_the_dense(1)(reader, num_layers)

@@ -19,7 +19,7 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import ActivationConfig, LayerConfig, ModelConfig, RouterConfig
 from argosy.errors import CheckpointError
-from argosy.model.reading.common_config import read_common
+from argosy.model.reading.common_config import CommonDefaults, read_common
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.reading.gguf_config import GgufConfigReader
 from argosy.model.reading.gguf_layout import read_gguf_layout
@@ -82,16 +82,18 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     reader = ConfigReader(raw, MODEL_TYPE)
     common = read_common(
         reader,
-        vocab_size=201_088,
-        hidden_size=2880,
-        num_heads=64,
-        num_kv_heads=8,
-        head_dim=64,
-        rope_theta=150_000.0,
-        norm_eps=1e-5,
-        context_tokens=131_072,
-        num_experts=128,
-        experts_per_token=4,
+        CommonDefaults(
+            vocab_size=201_088,
+            hidden_size=2880,
+            num_heads=64,
+            num_kv_heads=8,
+            head_dim=64,
+            rope_theta=150_000.0,
+            norm_eps=1e-5,
+            context_tokens=131_072,
+            num_experts=128,
+            experts_per_token=4,
+        ),
     )
     num_layers = reader.integer("num_hidden_layers", default=36, most=MOST_LAYERS)
     windows = _read_windows(reader, num_layers)

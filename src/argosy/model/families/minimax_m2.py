@@ -14,7 +14,7 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import LayerConfig, ModelConfig, RopeConfig, RouterConfig
 from argosy.errors import CheckpointError
-from argosy.model.reading.common_config import read_common
+from argosy.model.reading.common_config import CommonDefaults, read_common
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.reading.gguf_config import SIGMOID, GgufConfigReader
 from argosy.model.reading.gguf_layout import read_gguf_layout
@@ -60,19 +60,21 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     reader = ConfigReader(raw, MODEL_TYPE)
     common = read_common(
         reader,
-        vocab_size=200_064,
-        hidden_size=3072,
-        num_heads=48,
-        num_kv_heads=8,
-        head_dim=128,
-        rope_theta=5_000_000.0,
-        norm_eps=1e-6,
-        context_tokens=196_608,
-        num_experts=256,
-        experts_per_token=8,
-        eos_id=200_020,
-        bos_id=200_034,
-        partial_rotary_factor=1.0,
+        CommonDefaults(
+            vocab_size=200_064,
+            hidden_size=3072,
+            num_heads=48,
+            num_kv_heads=8,
+            head_dim=128,
+            rope_theta=5_000_000.0,
+            norm_eps=1e-6,
+            context_tokens=196_608,
+            num_experts=256,
+            experts_per_token=8,
+            eos_id=200_020,
+            bos_id=200_034,
+            partial_rotary_factor=1.0,
+        ),
     )
     rope = _read_rotary_dim(reader, common.pop("rope"), common["head_dim"])
     num_layers = reader.integer("num_hidden_layers", default=62, most=MOST_LAYERS)

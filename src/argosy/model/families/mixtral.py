@@ -15,7 +15,7 @@ from dataclasses import replace
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import LayerConfig, ModelConfig, RouterConfig
-from argosy.model.reading.common_config import read_common
+from argosy.model.reading.common_config import CommonDefaults, read_common
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.reading.gguf_config import GgufConfigReader, frequency_factors
 from argosy.model.reading.gguf_layout import read_gguf_layout
@@ -50,17 +50,19 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     reader = ConfigReader(raw, MODEL_TYPE)
     common = read_common(
         reader,
-        vocab_size=32_000,
-        hidden_size=4096,
-        num_heads=32,
-        num_kv_heads=8,
-        rope_theta=1_000_000.0,
-        norm_eps=1e-5,
-        context_tokens=131_072,
-        num_experts=8,
-        experts_per_token=2,
-        eos_id=2,
-        bos_id=1,
+        CommonDefaults(
+            vocab_size=32_000,
+            hidden_size=4096,
+            num_heads=32,
+            num_kv_heads=8,
+            rope_theta=1_000_000.0,
+            norm_eps=1e-5,
+            context_tokens=131_072,
+            num_experts=8,
+            experts_per_token=2,
+            eos_id=2,
+            bos_id=1,
+        ),
     )
     num_layers = reader.integer("num_hidden_layers", default=32, most=MOST_LAYERS)
     window = reader.optional_integer("sliding_window") or 0

@@ -12,7 +12,7 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import LayerConfig, ModelConfig, RouterConfig
 from argosy.model.families.qwen_moe import LAYOUTS
-from argosy.model.reading.common_config import read_common
+from argosy.model.reading.common_config import CommonDefaults, read_common
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.reading.gguf_config import GgufConfigReader
 from argosy.model.reading.gguf_layout import read_gguf_layout
@@ -33,16 +33,18 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     reader = ConfigReader(raw, MODEL_TYPE)
     common = read_common(
         reader,
-        vocab_size=50_304,
-        hidden_size=2048,
-        num_heads=16,
-        num_kv_heads=None,
-        rope_theta=10_000.0,
-        norm_eps=1e-5,
-        context_tokens=4096,
-        num_experts=64,
-        experts_per_token=8,
-        eos_id=50_279,
+        CommonDefaults(
+            vocab_size=50_304,
+            hidden_size=2048,
+            num_heads=16,
+            num_kv_heads=None,
+            rope_theta=10_000.0,
+            norm_eps=1e-5,
+            context_tokens=4096,
+            num_experts=64,
+            experts_per_token=8,
+            eos_id=50_279,
+        ),
     )
     num_layers = reader.integer("num_hidden_layers", default=16, most=MOST_LAYERS)
     has_bias = reader.flag("attention_bias", False)

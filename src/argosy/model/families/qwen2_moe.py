@@ -14,7 +14,7 @@ from argosy.checkpoint.gguf import GgufFile
 from argosy.config import LayerConfig, ModelConfig, RouterConfig
 from argosy.errors import CheckpointError
 from argosy.model.families.qwen_moe import make_layouts, read_moe_layers
-from argosy.model.reading.common_config import read_common
+from argosy.model.reading.common_config import CommonDefaults, read_common
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.reading.gguf_config import GgufConfigReader
 from argosy.model.reading.gguf_layout import dense_name, read_gguf_layout
@@ -36,15 +36,17 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     reader = ConfigReader(raw, MODEL_TYPE)
     common = read_common(
         reader,
-        vocab_size=151_936,
-        hidden_size=2048,
-        num_heads=16,
-        num_kv_heads=16,
-        rope_theta=10_000.0,
-        norm_eps=1e-6,
-        context_tokens=32_768,
-        num_experts=60,
-        experts_per_token=4,
+        CommonDefaults(
+            vocab_size=151_936,
+            hidden_size=2048,
+            num_heads=16,
+            num_kv_heads=16,
+            rope_theta=10_000.0,
+            norm_eps=1e-6,
+            context_tokens=32_768,
+            num_experts=60,
+            experts_per_token=4,
+        ),
     )
     num_layers = reader.integer("num_hidden_layers", default=24, most=MOST_LAYERS)
     windows = _read_windows(reader, num_layers)

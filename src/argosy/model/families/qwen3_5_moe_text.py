@@ -24,7 +24,7 @@ from argosy.model.families.qwen_delta import (
 )
 from argosy.model.families.qwen_delta_gguf import open_delta_gguf
 from argosy.model.families.qwen_moe import make_layouts
-from argosy.model.reading.common_config import read_common
+from argosy.model.reading.common_config import CommonDefaults, read_common
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.reading.rope_config import Axes
 
@@ -77,18 +77,20 @@ def read_text(reader: ConfigReader, family: str) -> ModelConfig:
     """Read the text model from a config, or from the text part of one."""
     common = read_common(
         reader,
-        vocab_size=248_320,
-        hidden_size=2048,
-        num_heads=16,
-        num_kv_heads=2,
-        head_dim=256,
-        rope_theta=10_000.0,
-        partial_rotary_factor=PARTIAL_ROTARY_FACTOR,
-        axes=AXES,
-        norm_eps=1e-6,
-        context_tokens=32_768,
-        num_experts=256,
-        experts_per_token=8,
+        CommonDefaults(
+            vocab_size=248_320,
+            hidden_size=2048,
+            num_heads=16,
+            num_kv_heads=2,
+            head_dim=256,
+            rope_theta=10_000.0,
+            partial_rotary_factor=PARTIAL_ROTARY_FACTOR,
+            axes=AXES,
+            norm_eps=1e-6,
+            context_tokens=32_768,
+            num_experts=256,
+            experts_per_token=8,
+        ),
     )
     num_layers = reader.integer("num_hidden_layers", default=40, most=MOST_LAYERS)
     # Keys in released files for switches that this model does not have, and for layers that are ignored.

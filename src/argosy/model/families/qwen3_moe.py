@@ -14,7 +14,7 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import LayerConfig, ModelConfig, RouterConfig
 from argosy.model.families.qwen_moe import LAYOUTS, read_moe_layers
-from argosy.model.reading.common_config import read_common
+from argosy.model.reading.common_config import CommonDefaults, read_common
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.reading.gguf_config import GgufConfigReader
 from argosy.model.reading.gguf_layout import read_gguf_layout
@@ -87,7 +87,7 @@ def read_text(
         reader.neutral("sliding_window", None)
         reader.neutral("use_sliding_window", False)
     window = read_window(reader, num_layers) if read_window is not None else 0
-    common = read_common(reader, **defaults)
+    common = read_common(reader, CommonDefaults(**defaults))
     is_moe = read_moe_layers(reader, num_layers)
     has_bias = reader.flag("attention_bias", False)
     # Released files of Qwen3-Coder and Qwen3-Omni repeat these keys of sibling models.

@@ -22,7 +22,7 @@ from argosy.model.families.qwen_delta import (
 )
 from argosy.model.families.qwen_delta_gguf import open_delta_gguf
 from argosy.model.families.qwen_moe import make_layouts, read_moe_layers
-from argosy.model.reading.common_config import read_common
+from argosy.model.reading.common_config import CommonDefaults, read_common
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 
 __all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
@@ -51,17 +51,19 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     reader = ConfigReader(raw, MODEL_TYPE)
     common = read_common(
         reader,
-        vocab_size=151_936,
-        hidden_size=2048,
-        num_heads=16,
-        num_kv_heads=2,
-        head_dim=256,
-        rope_theta=10_000.0,
-        partial_rotary_factor=PARTIAL_ROTARY_FACTOR,
-        norm_eps=1e-6,
-        context_tokens=32_768,
-        num_experts=512,
-        experts_per_token=10,
+        CommonDefaults(
+            vocab_size=151_936,
+            hidden_size=2048,
+            num_heads=16,
+            num_kv_heads=2,
+            head_dim=256,
+            rope_theta=10_000.0,
+            partial_rotary_factor=PARTIAL_ROTARY_FACTOR,
+            norm_eps=1e-6,
+            context_tokens=32_768,
+            num_experts=512,
+            experts_per_token=10,
+        ),
     )
     num_layers = reader.integer("num_hidden_layers", default=48, most=MOST_LAYERS)
     reader.neutral("use_sliding_window", False)

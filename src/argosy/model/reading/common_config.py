@@ -8,7 +8,7 @@ Elsewhere: `GgufConfigReader.common` does the same for GGUF metadata.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from argosy.config import ModelConfig
@@ -21,70 +21,80 @@ VISION_KEYS = (
 )  # fmt: skip
 
 
-def read_common(
-    reader: ConfigReader,
-    *,
-    vocab_size: int,
-    hidden_size: int,
-    num_heads: int,
-    num_kv_heads: int | None,
-    rope_theta: float,
-    norm_eps: float,
-    context_tokens: int,
-    num_experts: int,
-    experts_per_token: int | None,
-    head_dim: int | None = None,
-    eos_id: int | None = None,
-    bos_id: int | None = None,
-    rotary_dim: int | None = None,
-    partial_rotary_factor: float | None = None,
-    axes: Axes | None = None,
-) -> dict[str, Any]:
-    """Read sizes, heads, rotary embedding, experts and token ids; the arguments are the defaults of absent keys.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommonDefaults:
+    """A family's defaults of absent keys: those of its config class in transformers 5.24.
 
-    Args:
-        num_kv_heads: None means as many as heads.
-        experts_per_token: None means that the file must give it.
-        rotary_dim: how many dimensions of a head rotate; None means all, or the part that the file gives.
-        partial_rotary_factor: the default of that part; None means that files of this family do not give it.
-        axes: as for `read_rope`.
+    num_kv_heads: None means as many as heads.
+    experts_per_token: None means that the file must give it.
+    rotary_dim: how many dimensions of a head rotate; None means all, or the part that the file gives.
+    partial_rotary_factor: the default of that part; None means that files of this family do not give it.
+    axes: as for `read_rope`.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int | None
+    rope_theta: float
+    norm_eps: float
+    context_tokens: int
+    num_experts: int
+    experts_per_token: int | None
+    head_dim: int | None = None
+    eos_id: int | None = None
+    bos_id: int | None = None
+    rotary_dim: int | None = None
+    partial_rotary_factor: float | None = None
+    axes: Axes | None = None
+
+
+def read_common(reader: ConfigReader, defaults: CommonDefaults) -> dict[str, Any]:
+    """Read sizes, heads, rotary embedding, experts and token ids.
 
     Raises:
         UnsupportedModel: a rotary embedding or activation that is not supported.
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
     shape = reader.attention_shape(
-        hidden_size=hidden_size, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim
+        hidden_size=defaults.hidden_size,
+        num_heads=defaults.num_heads,
+        num_kv_heads=defaults.num_kv_heads,
+        head_dim=defaults.head_dim,
     )
-    context_tokens = reader.integer("max_position_embeddings", default=context_tokens)
+    context_tokens = reader.integer("max_position_embeddings", default=defaults.context_tokens)
     num_experts = reader.integer(
-        "num_experts", "num_local_experts", "n_routed_experts", default=num_experts, most=MOST_EXPERTS
+        "num_experts",
+        "num_local_experts",
+        "n_routed_experts",
+        default=defaults.num_experts,
+        most=MOST_EXPERTS,
     )
     reader.one_of("hidden_act", "silu", ("silu",))
     return {
-        "vocab_size": reader.integer("vocab_size", default=vocab_size),
+        "vocab_size": reader.integer("vocab_size", default=defaults.vocab_size),
         **shape._asdict(),
         "rope": read_rope(
             reader,
-            head_dim=rotary_dim or shape.head_dim,
+            head_dim=defaults.rotary_dim or shape.head_dim,
             context_tokens=context_tokens,
-            default_theta=rope_theta,
-            default_partial=partial_rotary_factor,
-            axes=axes,
+            default_theta=defaults.rope_theta,
+            default_partial=defaults.partial_rotary_factor,
+            axes=defaults.axes,
         ),
-        "norm_eps": reader.number("rms_norm_eps", norm_eps),
+        "norm_eps": reader.number("rms_norm_eps", defaults.norm_eps),
         "context_tokens": context_tokens,
         "num_experts": num_experts,
         "experts_per_token": reader.integer(
             "num_experts_per_tok",
             "num_experts_per_token",
             "experts_per_token",
-            default=experts_per_token,
+            default=defaults.experts_per_token,
             most=num_experts,
         ),
         "is_embedding_tied": reader.flag("tie_word_embeddings", False),
-        "eos_ids": reader.token_ids("eos_token_id", eos_id),
-        "bos_id": next(iter(reader.token_ids("bos_token_id", bos_id)), None),
+        "eos_ids": reader.token_ids("eos_token_id", defaults.eos_id),
+        "bos_id": next(iter(reader.token_ids("bos_token_id", defaults.bos_id)), None),
     }
 
 
