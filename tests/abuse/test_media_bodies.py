@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
-from argosy.budget.memory_plan import media_bytes
+from argosy.budget.allowances import media_bytes
 from argosy.guard.keys import KeyRing
 from argosy.open.engine import Engine
 from argosy.serve.answer import kept_items

@@ -15,7 +15,8 @@ from argosy import Engine, SamplingParams, _native
 from argosy.budget.expert_memory import ExpertMemory
 from argosy.budget.footprint import KvLayout, ModelFootprint, kv_blocks
 from argosy.budget.idle_memory import IdleMemory
-from argosy.budget.memory_plan import MemoryPlan, plan_memory
+from argosy.budget.memory_plan import MemoryPlan
+from argosy.budget.planner import plan_memory
 from argosy.config import KV_BLOCK_TOKENS, MIB, Budget, EngineConfig
 from argosy.engine import start
 from argosy.engine.turns import Turns

@@ -15,7 +15,7 @@ import pytest
 
 from argosy import Engine, SamplingParams
 from argosy.budget.media_memory import IDLE_S
-from argosy.budget.memory_plan import grown
+from argosy.budget.planner import grown
 from argosy.config import MIB
 from argosy.engine.media.prompt_media import PromptMedia
 from argosy.engine.shared import ReadyModel, Wanted, make_ready

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from argosy import Engine, SamplingParams
+from argosy.budget.allowances import lendable_bytes
 from argosy.budget.expert_memory import ExpertMemory
 from argosy.budget.footprint import ModelFootprint
 from argosy.budget.media_memory import IDLE_S, MediaMemory
-from argosy.budget.memory_plan import MemoryPlan, lendable_bytes, plan_memory
+from argosy.budget.memory_plan import MemoryPlan
+from argosy.budget.planner import plan_memory
 from argosy.config import MIB, Budget, EngineConfig
 from argosy.engine import start
 from argosy.engine.media.prompt_media import PromptMedia

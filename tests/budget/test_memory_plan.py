@@ -11,14 +11,11 @@ from typing import Any, get_args
 import pytest
 
 from argosy import _native
+from argosy.budget.allowances import GRAMMAR_BYTES
 from argosy.budget.footprint import ModelFootprint, kv_bytes
-from argosy.budget.memory_plan import (
-    GRAMMAR_BYTES,
-    MemoryPlan,
-    experts_read,
-    plan_memory,
-    require_memory,
-)
+from argosy.budget.memory_plan import MemoryPlan
+from argosy.budget.planner import experts_read, plan_memory
+from argosy.budget.requirements import require_memory
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.landing import Transcoded
 from argosy.config import GIB, MIB, Budget, Claim, EngineConfig, KvDir, KvDtype, claimed
@@ -171,7 +168,7 @@ def test_a_plan_that_takes_more_than_the_machine_has_is_refused(
 ) -> None:
     def require(total_bytes: int) -> None:
         limit = MemoryLimit(total_bytes, total_bytes, "a test")
-        monkeypatch.setattr("argosy.budget.memory_plan.resources.memory_limit", lambda: limit)
+        monkeypatch.setattr("argosy.budget.requirements.resources.memory_limit", lambda: limit)
         config = EngineConfig(budget=Budget(ram_bytes=64 * GIB), threads=2)
         require_memory(ModelFootprint(files, config), config)
 

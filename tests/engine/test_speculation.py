@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from argosy import Engine, SamplingParams
 from argosy.budget.footprint import ModelFootprint
-from argosy.budget.memory_plan import MemoryPlan, plan_memory
+from argosy.budget.memory_plan import MemoryPlan
+from argosy.budget.planner import plan_memory
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import DRAFT_TOKENS, DRAFTED_AT_ONCE, EngineConfig
 from argosy.engine.drafts.drafter import Drafter

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from argosy import Engine, _native
-from argosy.budget.memory_plan import TOKENIZER_ROOM_BYTES, growth_bytes
+from argosy.budget.allowances import growth_bytes
+from argosy.budget.requirements import TOKENIZER_ROOM_BYTES
 from argosy.checkpoint.gguf import GgufFile
 from argosy.errors import CheckpointError, DoesNotFit
 from argosy.experts.cache import CachedRunner

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from argosy.budget.footprint import ModelFootprint, kv_bytes
-from argosy.budget.memory_plan import plan_memory, plan_with_media, quarter_of_experts
+from argosy.budget.planner import plan_memory, plan_with_media, quarter_of_experts
 from argosy.config import DEMO, GIB, Budget, EngineConfig
 from argosy.errors import DoesNotFit, UsageError
 from argosy.experts.hit_rate import ReuseGaps, WorkingSet

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 from argosy import Engine, SamplingParams, _native
-from argosy.budget import memory_plan
+from argosy.budget import planner
 from argosy.budget.footprint import ModelFootprint, kv_bytes
-from argosy.budget.memory_plan import plan_memory
+from argosy.budget.planner import plan_memory
 from argosy.config import Budget, EngineConfig, KvDir
 from argosy.kept.kv_windows import NONE, KvWindows, WindowSizes, window_sizes
 from argosy.model.families import open_model
@@ -101,7 +101,7 @@ def test_a_draft_layer_finds_every_position_so_no_window_blocks_are_planned_with
         speculate=speculate,  # type: ignore[arg-type]
         draft_tokens=0 if speculate == "off" else 3,
     )
-    found = memory_plan._windows(SimpleNamespace(window=32), settings, 8192, 512)  # type: ignore[arg-type]
+    found = planner._windows(SimpleNamespace(window=32), settings, 8192, 512)  # type: ignore[arg-type]
     assert (found is not None) == has_blocks
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from argosy import Engine, SamplingParams, _native
 from argosy.budget.footprint import ModelFootprint
-from argosy.budget.memory_plan import plan_memory
+from argosy.budget.planner import plan_memory
 from argosy.config import GIB, MIB, Budget, EngineConfig, format_bytes
 from argosy.engine.sequence import Sequence
 from argosy.errors import DoesNotFit

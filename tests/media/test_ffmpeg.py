@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from argosy.budget import memory_plan
+from argosy.budget import allowances
 from argosy.errors import BadMedia, UsageError
 from argosy.media import ffmpeg
 from argosy.media.decoder import Decoder
@@ -209,9 +209,9 @@ def test_a_video_that_needs_more_memory_than_the_limit_is_refused_by_name(
         peak_memory(large, MediaLimits(decode_bytes=0))
     assert refused.value.hint == "make its frames smaller"
     # The same number goes to the kernel and into the plan.
-    planned = [memory_plan.media_bytes(takes_pictures=True, takes_video=True)]
-    monkeypatch.setattr(memory_plan, "FFMPEG_BYTES", 0)
-    planned.append(memory_plan.media_bytes(takes_pictures=True, takes_video=True))
+    planned = [allowances.media_bytes(takes_pictures=True, takes_video=True)]
+    monkeypatch.setattr(allowances, "FFMPEG_BYTES", 0)
+    planned.append(allowances.media_bytes(takes_pictures=True, takes_video=True))
     assert planned[0] - planned[1] == FFMPEG_BYTES
 
 

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from openai import OpenAI
 
-from argosy.budget.memory_plan import shared_bytes
+from argosy.budget.planner import shared_bytes
 from argosy.cli.commands import served_library
 from argosy.cli.commands.served_library import ServedLibrary
 from argosy.config import GIB, MIB, Claim

@@ -3,7 +3,7 @@
     lent to the expert cache  ── a picture comes ──>  taken back: decoded, encoded  ── idle for a minute ──>  lent again
 
 The plan reserves memory for encoders and ears, one encode, and the process that decodes files
-(`memory_plan.lendable_bytes`). While nothing uses it, the expert cache has more slots there. Whoever needs it says so
+(`allowances.lendable_bytes`). While nothing uses it, the expert cache has more slots there. Whoever needs it says so
 with `use`, which returns once experts have given it back and the system has their pages.
 
 Elsewhere: `expert_memory.py` gives it to experts; `engine/media/prompt_media.py` uses it.

@@ -10,7 +10,7 @@ layer asks for. What the floors leave is for experts:
 
 So a model that nobody uses has its experts until another one needs their memory.
 
-Elsewhere: `memory_plan.plan_share` knows floors; `serve/models/models.py` loads models and moves the memory.
+Elsewhere: `planner.plan_share` knows floors; `serve/models/models.py` loads models and moves the memory.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 A worker has no tokenizer, no KV cache and no dense weights but the biases of its experts. As in an engine, experts lie
 end to end if the whole share fits, and otherwise in equal slots.
 
-Elsewhere: `budget/memory_plan.py` divides an engine's budget; `worker.py` opens what is planned here.
+Elsewhere: `budget/planner.py` divides an engine's budget; `worker.py` opens what is planned here.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from argosy import _native
-from argosy.budget.memory_plan import RESIDENT_CHUNK, SMALLEST_CHUNK
+from argosy.budget.planner import RESIDENT_CHUNK, SMALLEST_CHUNK
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import (
     DRAFT_TOKENS,

@@ -5,7 +5,7 @@
 Around each step, memory that the step needs is taken back from the experts that it was lent to, and a model that is
 loaded beside others lends them the cores.
 
-Elsewhere: `budget/memory_plan.py` plans; `budget/expert_memory.py` has the slots; `budget/idle_memory.py` lends.
+Elsewhere: `budget/planner.py` plans; `budget/expert_memory.py` has the slots; `budget/idle_memory.py` lends.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from argosy import _native
 from argosy.budget.expert_memory import OWN, ExpertMemory
 from argosy.budget.footprint import kv_blocks
 from argosy.budget.idle_memory import KV
-from argosy.budget.memory_plan import MemoryPlan, in_slots, replan, require_budget
+from argosy.budget.memory_plan import MemoryPlan
+from argosy.budget.planner import in_slots, replan
+from argosy.budget.requirements import require_budget
 from argosy.config import MIB, EngineConfig, format_bytes
 from argosy.engine.requests import Requests
 from argosy.engine.scheduler import Scheduler

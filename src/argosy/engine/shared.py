@@ -5,7 +5,7 @@
 What is ready stays in memory. So a model that cannot run is refused before anything is served, what the process takes
 is measured while there are no weights, and opening a model reads weights and nothing else.
 
-Elsewhere: `memory_plan.plan_share` plans; `budget/shares.py` divides what floors leave;
+Elsewhere: `planner.plan_share` plans; `budget/shares.py` divides what floors leave;
 `serve/models/models.py` opens and closes.
 """
 
@@ -18,13 +18,9 @@ from typing import NamedTuple
 
 from argosy import _native
 from argosy.budget.footprint import ModelFootprint
-from argosy.budget.memory_plan import (
-    MemoryPlan,
-    most_bytes,
-    plan_share,
-    require_machine,
-    shared_bytes,
-)
+from argosy.budget.memory_plan import MemoryPlan
+from argosy.budget.planner import most_bytes, plan_share, shared_bytes
+from argosy.budget.requirements import require_machine
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.fingerprint import fingerprint
 from argosy.checkpoint.geometry import count_parameters

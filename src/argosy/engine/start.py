@@ -22,19 +22,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
 from argosy import _native
+from argosy.budget.allowances import lendable_bytes, process_bytes
 from argosy.budget.expert_memory import ExpertMemory
 from argosy.budget.footprint import ModelFootprint, files_to_run, kv_blocks, state_bytes
 from argosy.budget.idle_memory import IdleMemory
-from argosy.budget.memory_plan import (
-    TOKENIZER_ROOM_BYTES,
-    MemoryPlan,
-    grown,
-    lendable_bytes,
-    plan_with_media,
-    process_bytes,
-    require_mappable,
-    require_memory,
-)
+from argosy.budget.memory_plan import MemoryPlan
+from argosy.budget.planner import grown, plan_with_media
+from argosy.budget.requirements import TOKENIZER_ROOM_BYTES, require_mappable, require_memory
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import KV_BLOCK_TOKENS, EngineConfig
 from argosy.engine.media.text_only import TextOnly

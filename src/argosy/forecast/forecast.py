@@ -1,6 +1,6 @@
 """Forecast whether a model runs in a budget, how fast and where the time goes, from headers and a machine's rates.
 
-    ModelFiles + EngineConfig  ->  memory plan at any budget   (budget/memory_plan.py)
+    ModelFiles + EngineConfig  ->  memory plan at any budget   (budget/planner.py)
     memory plan + WorkingSet + Rates  ->  decode, prompts, the knee   (forecast/speed.py)
 
 Elsewhere: `cli/commands/plan_facts.py` prints it; `forecast/money.py` prices it.
@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from argosy.budget.footprint import ModelFootprint
-from argosy.budget.memory_plan import MemoryPlan, plan_memory, plan_with_media
+from argosy.budget.memory_plan import MemoryPlan
+from argosy.budget.planner import plan_memory, plan_with_media
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import KV_BLOCK_TOKENS, Budget, EngineConfig, ModelConfig
 from argosy.errors import ArgosyError, BadMedia, DoesNotFit

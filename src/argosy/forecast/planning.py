@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from argosy.budget.memory_plan import PROCESS_VARIES_BYTES, process_bytes
+from argosy.budget.allowances import PROCESS_VARIES_BYTES, process_bytes
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.geometry import count_parameters
 from argosy.checkpoint.hub import Source

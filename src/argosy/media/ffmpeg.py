@@ -232,7 +232,7 @@ class VideoFile:
 
     def _start(self, program: str, cpu_s: float, *arguments: str) -> _Process:
         os.lseek(self._file, 0, os.SEEK_SET)
-        memory = self._limits.decode_bytes + FFMPEG_BYTES  # the plan counts it (`memory_plan.media_bytes`)
+        memory = self._limits.decode_bytes + FFMPEG_BYTES  # the plan counts it (`allowances.media_bytes`)
         cpu_s = min(cpu_s, self._limits.video_wall_s)
         return _Process(program, memory, cpu_s, arguments, self._file, self._patience)
 

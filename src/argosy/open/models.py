@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
-from argosy.budget.memory_plan import quarter_of_experts
+from argosy.budget.planner import quarter_of_experts
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import DEMO, TINY_EN, EngineConfig, EngineOptions
 from argosy.engine import options as engine_options

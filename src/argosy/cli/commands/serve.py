@@ -287,7 +287,8 @@ def _serve_several(
 ) -> None:
     from urllib.parse import quote
 
-    from argosy.budget.memory_plan import require_machine, shared_bytes
+    from argosy.budget.planner import shared_bytes
+    from argosy.budget.requirements import require_machine
     from argosy.cli.commands.served_library import ServedLibrary, speeds_of
     from argosy.cli.shared.output import progress_bar
     from argosy.engine.options import budget_of

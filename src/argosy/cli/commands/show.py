@@ -263,8 +263,10 @@ def _geometry_lines(facts: dict[str, Any]) -> list[str]:
 
 def _plan(model: str, files: ModelFiles, settings: Settings) -> MemoryPlan:
     """The plan that `Engine` would make, in a process with the same memory in use."""
+    from argosy.budget.allowances import process_bytes
     from argosy.budget.footprint import ModelFootprint
-    from argosy.budget.memory_plan import plan_with_media, process_bytes, require_mappable, require_memory
+    from argosy.budget.planner import plan_with_media
+    from argosy.budget.requirements import require_mappable, require_memory
     from argosy.cli.shared.options import recorder_of
     from argosy.engine.options import with_recorder
     from argosy.open.models import configure

@@ -9,7 +9,7 @@ only a Lark grammar that names the token does. The end token is allowed only whe
 
 A grammar is a caller's text, so its size, nesting and repetition, and the work and memory of each step are bounded. A
 grammar that exceeds a bound fails only its own request. The memory plan has room for all grammars
-(`memory_plan.GRAMMAR_BYTES`).
+(`allowances.GRAMMAR_BYTES`).
 
 Small models repeat words or items without end. If the whole answer follows a grammar, a string or array in JSON ends
 after 512 tokens of exact repetition, the next ones after 64, and four times as many if they have no letters: a grid of

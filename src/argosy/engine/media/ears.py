@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Self
 
 from argosy import _native
-from argosy.budget.memory_plan import TRANSCRIPTS_KEPT_BYTES
+from argosy.budget.allowances import TRANSCRIPTS_KEPT_BYTES
 from argosy.config import TINY_EN
 from argosy.errors import Overloaded, UsageError
 from argosy.machine import tuning

@@ -27,8 +27,8 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
+from argosy.budget.allowances import MEDIA_KEPT_BYTES, MEDIA_WAITING_BYTES
 from argosy.budget.media_memory import MediaMemory
-from argosy.budget.memory_plan import MEDIA_KEPT_BYTES, MEDIA_WAITING_BYTES
 from argosy.engine.media.video_layout import Group, Sound, told_by_angles, told_by_text
 from argosy.engine.turns import Turns
 from argosy.errors import ArgosyError, BadMedia, Overloaded, UnsupportedModel, UsageError

@@ -22,7 +22,7 @@ from typing import Annotated
 from pydantic import Field
 from starlette.requests import Request
 
-from argosy.budget.memory_plan import machine_bytes
+from argosy.budget.requirements import machine_bytes
 from argosy.config import format_bytes, parse_size
 from argosy.errors import ArgosyError, DoesNotFit, Overloaded
 from argosy.serve.admin.state import MemoryState, memory_of

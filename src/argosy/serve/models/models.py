@@ -37,7 +37,7 @@ from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Literal, ParamSpec, Protocol, TypeVar
 
-from argosy.budget.memory_plan import require_budget
+from argosy.budget.requirements import require_budget
 from argosy.budget.shares import IN_USE_S, Claim, divide
 from argosy.config import MIB, Preset, format_bytes
 from argosy.engine.progress import MOST_WAITS, RequestWait
