@@ -12,12 +12,13 @@ import blake3
 import numpy as np
 import pytest
 
-from argosy.checkpoint import pack as pack_module
+from argosy.checkpoint import pack_conversion
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.formats import matrix_bytes
 from argosy.checkpoint.landing import MatrixRef
 from argosy.checkpoint.manifest import expert_file
-from argosy.checkpoint.pack import PACK_FORMATS, PackReport, open_pack, pack, round_to_bf16, verify_pack
+from argosy.checkpoint.pack import PACK_FORMATS, PackReport, open_pack, pack, verify_pack
+from argosy.checkpoint.pack_conversion import round_to_bf16
 from argosy.checkpoint.shards import ALL_SHARDS, shard_of, shards_of_share
 from argosy.errors import CheckpointError, CorruptRecord, UsageError
 from argosy.model.families import open_model
@@ -210,7 +211,7 @@ def test_packing_in_slices_changes_no_byte(
 ) -> None:
     source = open_model(write_model(tmp_path / "source", qwen2_moe(hidden_size=72), seed=5, dtype="F32"))
     pack(source, tmp_path / "whole", format=format)
-    monkeypatch.setattr(pack_module, "_SLICE_VALUES", 1)  # 16 rows at a time
+    monkeypatch.setattr(pack_conversion, "_SLICE_VALUES", 1)  # 16 rows at a time
     pack(source, tmp_path / "sliced", format=format)
 
     for path in (tmp_path / "whole").iterdir():
@@ -220,7 +221,7 @@ def test_packing_in_slices_changes_no_byte(
 def test_memory_is_bounded_by_slices_and_one_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = mixtral(vocab_size=40_000, hidden_size=256, num_hidden_layers=1, tie_word_embeddings=True)
     source = open_model(write_model(tmp_path / "source", config, seed=5, dtype="F32"))
-    monkeypatch.setattr(pack_module, "_SLICE_VALUES", 64 << 10)
+    monkeypatch.setattr(pack_conversion, "_SLICE_VALUES", 64 << 10)
     assert source.dense["embed"].nbytes > 40_000_000
 
     tracemalloc.start()

@@ -15,6 +15,7 @@ import pytest
 
 from argosy import _native
 from argosy.checkpoint import pack as pack_module
+from argosy.checkpoint import pack_conversion
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.pack import PACK_FORMATS, PackReport, pack, verify_pack
 from argosy.errors import CheckpointError, CorruptRecord, DiskFull
@@ -127,15 +128,15 @@ def test_a_large_tensor_is_copied_in_slices(tmp_path: Path, monkeypatch: pytest.
     pack_to(SOURCE, tmp_path / "whole")
     files = open_model(SOURCE)
     refs = [files.others[name] for name in names_of(files)]
-    real, found = pack_module.read_at, []
+    real, found = pack_conversion.read_at, []
 
     def read_at(descriptor: int, nbytes: int, offset: int, path: Path) -> bytes:
         if any(ref.offset <= offset < ref.offset + ref.nbytes for ref in refs) and path == refs[0].path:
             found.append(nbytes)
         return real(descriptor, nbytes, offset, path)
 
-    monkeypatch.setattr(pack_module, "_COPY_BYTES", 100)
-    monkeypatch.setattr(pack_module, "read_at", read_at)
+    monkeypatch.setattr(pack_conversion, "_COPY_BYTES", 100)
+    monkeypatch.setattr(pack_conversion, "read_at", read_at)
     pack_to(SOURCE, tmp_path / "packed")
     assert max(found) == 100
     assert sum(found) == sum(ref.nbytes for ref in refs)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from argosy import Engine, _native
-from argosy.checkpoint import pack as pack_module
+from argosy.checkpoint import pack_contents
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.pack import pack, verify_pack
 from argosy.model.families import open_model
@@ -154,7 +154,7 @@ def test_quantising_the_halves_costs_no_more_than_quantising_the_whole(
         exact = logits(source, ALL_EXPERTS, seed)
         now.append(mean_divergence(exact, logits(packed(source, "q8").path, ALL_EXPERTS, seed)))
         with monkeypatch.context() as patched:
-            patched.setattr(pack_module, "_config_of_pack", lambda files, format: files.config)
+            patched.setattr(pack_contents, "config_of_pack", lambda files, format: files.config)
             whole = packed(source, "q8", "whole")
         assert not is_split(whole)
         before.append(mean_divergence(exact, logits(whole.path, ALL_EXPERTS, seed)))

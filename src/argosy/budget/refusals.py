@@ -37,7 +37,7 @@ def too_small_now(least: MemoryPlan) -> DoesNotFit:
 def does_not_fit(
     floor: MemoryPlan, footprint: ModelFootprint, config: EngineConfig, search: Search
 ) -> DoesNotFit:
-    from argosy.checkpoint.pack import quantised_formats
+    from argosy.checkpoint.pack_contents import quantised_formats
 
     needed, budget = floor.total_bytes, config.budget.ram_bytes
     described = [

@@ -25,38 +25,27 @@ Memory is bounded by one record and a few slices, whatever the model's size. A p
 stopped: records in the journal are read again and compared with their checksums, and the rest is written. The
 manifest is written last, after the data is on the drive; then the directory gets its name.
 
-Elsewhere: `manifest.py` has the layout and opens packs; `native/kernels/` has the arithmetic of q8 and q4.
+Elsewhere: `pack_contents.py` says what a pack holds; `pack_conversion.py` reads and converts; `manifest.py` has the
+layout and opens packs.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import time
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, cast
 
 import blake3
 import numpy as np
-import numpy.typing as npt
 
 from argosy import _native
 from argosy.checkpoint.files import ModelFiles
-from argosy.checkpoint.formats import is_quantised, matrix_bytes, round_up
-from argosy.checkpoint.geometry import packed_config, packed_format
-from argosy.checkpoint.gguf import (
-    GGUF_METADATA_FILE,
-    MMPROJ_METADATA_FILE,
-    GgufFile,
-    metadata_only,
-    read_gguf,
-)
-from argosy.checkpoint.landing import Bytes, Float32, Halves, MatrixRef, Piece, read_landed
+from argosy.checkpoint.landing import Bytes
 from argosy.checkpoint.manifest import (
     DENSE_FILE,
     ENCODERS_FILE,
@@ -64,41 +53,32 @@ from argosy.checkpoint.manifest import (
     MANIFEST_FILE,
     PACK_VERSION,
     PARTIAL_SUFFIX,
-    ExpertFormats,
     Manifest,
     Progress,
     checksum_of,
     expert_file,
-    lay_out_dense,
-    lay_out_experts,
     open_pack,
     verify_pack,
 )
-from argosy.checkpoint.pooling import MODULES_FILE, POOLING_FILE, pooling_config
-from argosy.checkpoint.safetensors import DTYPE_BITS, TensorRef
-from argosy.checkpoint.safetensors_write import safetensors_header
+from argosy.checkpoint.pack_contents import (
+    Unit,
+    contents_of,
+    files_to_copy,
+    files_to_make,
+    quantised_formats,
+)
+from argosy.checkpoint.pack_conversion import Conversion
+from argosy.checkpoint.safetensors import TensorRef
 from argosy.checkpoint.shards import NUM_SHARDS
-from argosy.checkpoint.untrusted_file import JSON_LIMIT_BYTES, open_regular, parse_object, quote, read_at
-from argosy.config import Format, ModelConfig, format_bytes
+from argosy.checkpoint.untrusted_file import open_regular, parse_object, quote, read_at
+from argosy.config import format_bytes
 from argosy.directory import Directory
-from argosy.errors import CheckpointError, DiskFull, UnsupportedModel, UsageError, is_disk_full
+from argosy.errors import CheckpointError, DiskFull, UsageError, is_disk_full
 
 __all__ = ["PACK_FORMATS", "PackReport", "open_pack", "pack", "verify_pack"]
 
 PACK_FORMATS = ("bf16", "q8", "q4", "source")
-# Formats in which models are released: their weights are exact.
-REQUANTISED: tuple[Format, ...] = ("f8", "int4", "mxfp4")
 JOURNAL_FILE = "journal"
-
-_SLICE_VALUES = 1 << 20  # values of a matrix that are read and converted at once
-_COPY_BYTES = 4 << 20  # bytes of a tensor that are copied at once
-_COPIED_NAMES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json",
-    "merges.txt", "tiktoken.model", "preprocessor_config.json", "processor_config.json",
-    "video_preprocessor_config.json", MODULES_FILE, GGUF_METADATA_FILE, MMPROJ_METADATA_FILE,
-)  # fmt: skip
-_COPIED_PREFIXES = ("LICENSE", "LICENCE", "NOTICE")
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,124 +163,6 @@ def _require_packable(files: ModelFiles, destination: Path, format: str) -> None
         raise UsageError(f"{parent} {'is not a directory' if parent.exists() else 'does not exist'}")
 
 
-def quantised_formats(files: ModelFiles) -> str:
-    """The quantised formats that rule out requantising: those of the experts, else of the dense matrices; or ''."""
-    experts = {format for layer in files.config.moe_layers for format in files.expert_formats(layer)}
-    for formats in (experts, {ref.format for ref in files.dense.values()}):
-        if quantised := sorted(
-            format for format in formats if is_quantised(format) and format not in REQUANTISED
-        ):
-            return "+".join(quantised)
-    return ""
-
-
-class _Source(NamedTuple):
-    """One of the matrices that a tensor becomes."""
-
-    ref: MatrixRef
-    number: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Unit:
-    """Data that is written and journalled together: one dense matrix, one expert with its three matrices, one tensor of
-    an encoder, or the header of the encoders' file.
-    """
-
-    file: str
-    offset: int
-    nbytes: int
-    end: int  # end of the unit, padding included
-    parts: tuple[tuple[_Source, Format, int], ...] = ()  # source, format to write, offset inside
-    copied: TensorRef | bytes = b""  # written unchanged if there are no parts
-
-    @property
-    def paths(self) -> set[Path]:
-        """The source files that it is read from."""
-        if isinstance(self.copied, TensorRef):
-            return {self.copied.path}
-        return {piece.path for source, _, _ in self.parts for piece in source.ref.pieces}
-
-
-def _config_of_pack(files: ModelFiles, format: str) -> ModelConfig:
-    """The config that describes the pack's tensors: the source's, except where kv_up is written in two halves."""
-    if format != "source":
-        return packed_config(files.config)
-    stored = [ref for name, ref in files.dense.items() if name.endswith(".kv_up")]
-    keeps_bits = all(
-        shape.format == ref.format for ref in stored for shape in ref.landing.shapes("", ref).values()
-    )
-    return packed_config(files.config) if keeps_bits else files.config
-
-
-def _plan(
-    files: ModelFiles, config: ModelConfig, format: str, num_shares: int
-) -> tuple[list[MatrixRef], list[_Unit]]:
-    """Everything that a pack of `config` holds, in the order of writing."""
-    units = []
-
-    def dense_format(name: str) -> Format:
-        return (
-            _dense_source(files, name).ref.format
-            if format == "source"
-            else packed_format(name, format, config)
-        )
-
-    dense = lay_out_dense(config, dense_format, Path(DENSE_FILE))
-    for target in dense:
-        source = _dense_source(files, target.name)
-        end = round_up(target.offset + target.nbytes, FILE_ALIGNMENT)
-        units.append(_Unit(DENSE_FILE, target.offset, target.nbytes, end, ((source, target.format, 0),)))
-
-    def formats_of(layer: int) -> ExpertFormats:
-        if format == "source":
-            return files.expert_formats(layer)
-        asked = cast(Format, format)
-        return asked, asked, asked
-
-    for (layer, expert), file, start, layout in lay_out_experts(config, formats_of, num_shares=num_shares):
-        record = files.experts[layer, expert]
-        parts = tuple(
-            (
-                _Source(record.matrix(name, f"{name} of expert {expert} in layer {layer}")),
-                matrix.format,
-                matrix.offset,
-            )
-            for name, matrix in (("gate", layout.gate), ("up", layout.up), ("down", layout.down))
-        )
-        units.append(_Unit(file, start, layout.nbytes, start + layout.stride, parts))
-    return dense, units
-
-
-def _encoder_units(tensors: list[TensorRef]) -> list[_Unit]:
-    """A safetensors file of these tensors; none if there are no tensors."""
-    if not tensors:
-        return []
-    header = safetensors_header((ref.name, *_in_safetensors(ref)) for ref in tensors)
-    units = [_Unit(ENCODERS_FILE, 0, len(header), len(header), copied=header)]
-    for ref in tensors:
-        at = units[-1].end
-        units.append(_Unit(ENCODERS_FILE, at, ref.nbytes, at + ref.nbytes, copied=ref))
-    return units
-
-
-def _in_safetensors(ref: TensorRef) -> tuple[str, tuple[int, ...]]:
-    """Type and shape of a tensor: blocks of a GGUF file, which safetensors has no type for, are rows of bytes."""
-    if ref.dtype in DTYPE_BITS:
-        return ref.dtype, ref.shape
-    *rows, _ = ref.shape
-    return "U8", (*rows, ref.nbytes // math.prod(rows))
-
-
-def _dense_source(files: ModelFiles, name: str) -> _Source:
-    """The source of a dense tensor. k_up and v_up come from kv_up if the source does not have them."""
-    if (ref := files.dense.get(name)) is None:
-        layer, _, last = name.rpartition(".")
-        ref = files.dense[f"{layer}.kv_up"]
-        return _Source(ref, list(ref.landing.shapes("kv_up", ref)).index(last))
-    return _Source(replace(ref, landing=ref.landing.whole) if isinstance(ref.landing, Halves) else ref)
-
-
 class _Writer:
     """One run of `pack`: owns the partial directory while it is open."""
 
@@ -320,22 +182,20 @@ class _Writer:
         self._progress = progress
         self._parent_path = destination.absolute().parent
         self._partial = destination.with_name(destination.name + PARTIAL_SUFFIX)
-        self._config = _config_of_pack(files, format)
-        self._dense, self._units = _plan(files, self._config, format, num_shares)
-        self._encoders = _encoder_units(encoders)
-        self._units += self._encoders
-        self._copied = _files_to_copy(files.path)
-        self._made = _files_to_make(files, has_encoders=bool(encoders))
+        self._encoders = encoders
+        self._contents = contents_of(files, format, num_shares, encoders)
+        self._units = self._contents.units
+        self._copied = files_to_copy(files.path)
+        self._made = files_to_make(files, has_encoders=bool(encoders))
         self._fingerprint = self._source_fingerprint()
         self._checksums: list[int] = []
         experts = [expert_file(share, num_shares) for share in range(1, num_shares + 1)]
-        names = (DENSE_FILE, *experts, *([ENCODERS_FILE] if self._encoders else []))
+        names = (DENSE_FILE, *experts, *([ENCODERS_FILE] if encoders else []))
         self._hashers = {name: blake3.blake3() for name in names}
         self._targets: dict[str, int] = {}
-        self._sources: dict[Path, int] = {}
         self._open_files = ExitStack()
-        self._runtime = _native.Runtime(len(os.sched_getaffinity(0)))
-        self._open_files.callback(self._runtime.close)
+        self._conversion = Conversion()
+        self._open_files.callback(self._conversion.close)
         self.resumed_bytes = 0
         self.restarted_because: str | None = None
 
@@ -374,8 +234,7 @@ class _Writer:
 
     def write_all(self) -> None:
         """Write every unit that an earlier run did not."""
-        total = sum(unit.end - unit.offset for unit in self._units)
-        done = self.resumed_bytes
+        total, done = self._contents.nbytes, self.resumed_bytes
         for unit in self._units[len(self._checksums) :]:
             checksum = self._write_unit(unit)
             self._append_to_journal(f"{len(self._checksums)} {checksum}\n")
@@ -399,20 +258,17 @@ class _Writer:
                 f"{self._files.path} changed while it was being packed",
                 hint="run the same command again; it starts over",
             )
-        num_dense = len(self._dense)
+        contents = self._contents
         manifest = Manifest(
             format=self._format,
-            config=self._config,
-            dense_formats={ref.name: ref.format for ref in self._dense},
+            config=contents.config,
+            dense_formats={ref.name: ref.format for ref in contents.dense},
             dense_checksums={
-                ref.name: checksum for ref, checksum in zip(self._dense, self._checksums, strict=False)
+                ref.name: checksum for ref, checksum in zip(contents.dense, self._checksums, strict=False)
             },
-            expert_formats={
-                layer: _formats_of(self._units[num_dense + index * self._files.config.num_experts])
-                for index, layer in enumerate(self._files.config.moe_layers)
-            },
+            expert_formats=contents.expert_formats(),
             num_shares=self._num_shares,
-            expert_checksums=self._checksums[num_dense : len(self._checksums) - len(self._encoders)],
+            expert_checksums=self._checksums[contents.experts],
             encoder_checksums={
                 unit.copied.name: checksum
                 for unit, checksum in zip(self._units, self._checksums, strict=True)
@@ -431,82 +287,21 @@ class _Writer:
 
     # One unit: read slices of the source, convert, write, hash.
 
-    def _write_unit(self, unit: _Unit) -> int:
+    def _write_unit(self, unit: Unit) -> int:
         if len(unit.parts) > 1:  # an expert
             record = np.zeros(unit.end - unit.offset, np.uint8)
             for source, format, at in unit.parts:
-                for start, piece in self._converted(source, format):
+                for start, piece in self._conversion.matrix(source, format):
                     record[at + start : at + start + piece.size] = piece
             self._write(unit.file, record, unit.offset)
             return int(_native.crc32c_wide(record[: unit.nbytes]))
         written = 0
-        for start, piece in self._converted(*unit.parts[0][:2]) if unit.parts else self._copied_bytes(unit):
+        conversion = self._conversion
+        for start, piece in conversion.matrix(*unit.parts[0][:2]) if unit.parts else conversion.copied(unit):
             self._write(unit.file, piece, unit.offset + start)
             written = start + piece.size
         self._write(unit.file, np.zeros(unit.end - unit.offset - written, np.uint8), unit.offset + written)
         return checksum_of(self._partial / unit.file, unit.offset, unit.nbytes)
-
-    def _copied_bytes(self, unit: _Unit) -> Iterator[tuple[int, Bytes]]:
-        """Slices of a tensor or a header, each with its offset in it."""
-        if isinstance(unit.copied, bytes):
-            yield 0, np.frombuffer(unit.copied, np.uint8)
-            return
-        path = unit.copied.path
-        for start in range(0, unit.nbytes, _COPY_BYTES):
-            nbytes = min(_COPY_BYTES, unit.nbytes - start)
-            raw = read_at(self._open_source(path), nbytes, unit.copied.offset + start, path)
-            yield start, np.frombuffer(raw, np.uint8)
-
-    def _converted(self, source: _Source, format: Format) -> Iterator[tuple[int, Bytes]]:
-        """Slices of a matrix in another format, each with its offset in the result."""
-        for first, ref in source.ref.landing.slices(source.ref, _SLICE_VALUES):
-            landed = read_landed(ref, self._read)
-            if format == ref.format:
-                yield (
-                    matrix_bytes(format, first, ref.cols),
-                    ref.landing.matrices(ref, landed)[source.number],
-                )
-                continue
-            for row, values in ref.landing.values(ref, landed, source.number, _SLICE_VALUES):
-                start = matrix_bytes(format, first + row, values.shape[1])
-                yield start, self._convert_values(ref, values, format)
-
-    def _convert_values(self, ref: MatrixRef, values: Float32, format: Format) -> Bytes:
-        """Rows of a matrix [rows, cols] in another format.
-
-        Raises:
-            CheckpointError: a value is not a number, or is too large for the format.
-        """
-        if not np.isfinite(values).all():
-            raise CheckpointError(
-                f"{ref.path.name}: {ref.name} holds a value that is not a finite number",
-                path=ref.path,
-                tensor=ref.name,
-            )
-        if format == "f32":
-            return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-        if format == "bf16":
-            rounded = round_to_bf16(values)
-            if ((rounded & 0x7F80) == 0x7F80).any():
-                raise CheckpointError(
-                    f"{ref.path.name}: {ref.name} holds {np.abs(values).max():.9g}, too large for bf16",
-                    path=ref.path,
-                    tensor=ref.name,
-                )
-            return rounded.reshape(-1).view(np.uint8)
-        out = np.zeros(matrix_bytes(format, *values.shape), np.uint8)
-        _native.quantize(format, np.ascontiguousarray(values), out, self._runtime)
-        return out
-
-    def _read(self, piece: Piece) -> bytes:
-        return read_at(self._open_source(piece.path), piece.nbytes, piece.offset, piece.path)
-
-    def _open_source(self, path: Path) -> int:
-        descriptor = self._sources.get(path)
-        if descriptor is None:
-            descriptor = self._open_files.enter_context(open_regular(path))[0]
-            self._sources[path] = descriptor
-        return descriptor
 
     def _write(self, name: str, data: Bytes, offset: int) -> None:
         self._hashers[name].update(data.data)
@@ -581,12 +376,12 @@ class _Writer:
     def _append_to_journal(self, line: str) -> None:
         self._write_at(self._lock, memoryview(line.encode()), os.fstat(self._lock).st_size)
 
-    def _checksum_of_written(self, unit: _Unit) -> int | None:
+    def _checksum_of_written(self, unit: Unit) -> int | None:
         if os.fstat(self._targets[unit.file]).st_size < unit.end:
             return None
         return checksum_of(self._partial / unit.file, unit.offset, unit.nbytes)
 
-    def _hash_written(self, unit: _Unit) -> None:
+    def _hash_written(self, unit: Unit) -> None:
         view = np.memmap(self._partial / unit.file, np.uint8, "r", unit.offset, (unit.end - unit.offset,))
         self._hashers[unit.file].update(view.data)
 
@@ -606,11 +401,8 @@ class _Writer:
 
     def _encoders_digest(self) -> str | None:
         """Digest of the header of the encoders' file, which fixes the place of each tensor."""
-        if not self._encoders:
-            return None
-        header = self._encoders[0].copied
-        assert isinstance(header, bytes)
-        return blake3.blake3(header).hexdigest()
+        header = self._contents.encoder_header
+        return None if header is None else blake3.blake3(header).hexdigest()
 
     def _source_fingerprint(self) -> list[list[object]]:
         """Name, size and modification time of every source file of the pack."""
@@ -629,7 +421,7 @@ class _Writer:
     # Files
 
     def _require_room(self) -> None:
-        needed = sum(unit.end - unit.offset for unit in self._units) - self.resumed_bytes
+        needed = self._contents.nbytes - self.resumed_bytes
         needed += sum(path.stat().st_size for path in self._copied) + sum(map(len, self._made.values()))
         free = shutil.disk_usage(self._parent_path).free
         if needed <= free:
@@ -645,8 +437,7 @@ class _Writer:
         for format in PACK_FORMATS:
             if format in ("source", self._format) or quantised_formats(self._files):
                 continue
-            _, units = _plan(self._files, _config_of_pack(self._files, format), format, self._num_shares)
-            needed = sum(unit.end - unit.offset for unit in (*units, *self._encoders))
+            needed = contents_of(self._files, format, self._num_shares, self._encoders).nbytes
             if needed <= free_bytes:
                 found.append(f"`--format {format}`, which takes {format_bytes(needed)}")
         return found
@@ -711,70 +502,3 @@ def _parsed_header(line: str, path: Path) -> dict[str, object] | None:
         if header.keys() == {"version", "format", "source", "encoders", "num_shares"}:
             return header
     return None
-
-
-def _formats_of(unit: _Unit) -> ExpertFormats:
-    gate, up, down = (format for _, format, _ in unit.parts)
-    return gate, up, down
-
-
-def goes_with_weights(name: str) -> bool:
-    """Whether a file belongs to config, tokenizer, processors or licence of a model."""
-    return name in _COPIED_NAMES or is_licence(name)
-
-
-def is_licence(name: str) -> bool:
-    return name.startswith(_COPIED_PREFIXES)
-
-
-def _files_to_copy(path: Path) -> list[Path]:
-    """The files of config, tokenizer, processors and licence that a model has; of a GGUF only the licence."""
-    directory = path if path.is_dir() else path.parent
-    names = sorted(entry.name for entry in directory.iterdir())
-    if path.is_dir():
-        chosen = [name for name in names if goes_with_weights(name)]
-    else:
-        chosen = [name for name in names if is_licence(name)]
-    paths = [directory / name for name in chosen if (directory / name).is_file()]
-    for found in paths:
-        try:
-            found.name.encode()
-        except UnicodeEncodeError:  # the manifest, which is JSON, could not be read again
-            raise CheckpointError(
-                f"{quote(found.name)}: its name is not UTF-8 text", hint="rename it", path=found
-            ) from None
-        if found.stat().st_size > JSON_LIMIT_BYTES:
-            raise CheckpointError(
-                f"{found.name} is {found.stat().st_size} bytes long; at most {JSON_LIMIT_BYTES} are read"
-            )
-    return paths
-
-
-def _files_to_make(files: ModelFiles, *, has_encoders: bool) -> dict[str, bytes]:
-    """Files that are not copied as they are: the metadata of a GGUF and of its vision tower; a pooling module."""
-    if files.path.is_dir():
-        return _pooling_file(files.path)
-    made = {GGUF_METADATA_FILE: metadata_only(read_gguf(files.path))}
-    if has_encoders and isinstance(files.mmproj, GgufFile):
-        made[MMPROJ_METADATA_FILE] = metadata_only(files.mmproj)
-    return made
-
-
-def _pooling_file(directory: Path) -> dict[str, bytes]:
-    """The configuration of an embedding model's pooling module; in the checkpoint it has its own directory."""
-    # Opening the pack says why, from the copied list of modules.
-    with suppress(UnsupportedModel, CheckpointError):
-        if (path := pooling_config(directory)) is not None:
-            with open_regular(path) as (descriptor, size):
-                return {POOLING_FILE: read_at(descriptor, min(size, JSON_LIMIT_BYTES), 0, path)}
-    return {}
-
-
-def round_to_bf16(values: Float32) -> npt.NDArray[np.uint16]:
-    """Round finite numbers to the nearest bfloat16, ties to even."""
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    rounded = (bits >> 16) & 1
-    rounded += bits
-    rounded += 0x7FFF
-    rounded >>= 16
-    return rounded.astype(np.uint16)

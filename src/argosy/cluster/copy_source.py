@@ -23,7 +23,7 @@ from pathlib import Path
 
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.manifest import DENSE_FILE, ENCODERS_FILE, MANIFEST_FILE, read_manifest
-from argosy.checkpoint.pack import goes_with_weights
+from argosy.checkpoint.pack_contents import goes_with_weights
 from argosy.checkpoint.safetensors import INDEX_FILE
 from argosy.checkpoint.untrusted_file import open_regular, read_at
 from argosy.cluster.copy_link import LIST_BYTES, PIECE_BYTES, THE_LIST, Ask, CopyEnd

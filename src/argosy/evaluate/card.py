@@ -22,7 +22,7 @@ import blake3
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.geometry import count_parameters
 from argosy.checkpoint.manifest import Manifest, read_manifest
-from argosy.checkpoint.pack import goes_with_weights, is_licence
+from argosy.checkpoint.pack_contents import goes_with_weights, is_licence
 from argosy.checkpoint.untrusted_file import open_regular, quote
 from argosy.config import format_bytes
 from argosy.errors import ArgosyError, CheckpointError

@@ -25,7 +25,7 @@ from threading import Event, Lock, Thread
 
 from argosy.checkpoint.gguf import GGUF_SUFFIX, PART_NAME, may_run
 from argosy.checkpoint.hub import Hub, Listing, RemoteFile, Source, hub_address
-from argosy.checkpoint.pack import goes_with_weights, is_licence
+from argosy.checkpoint.pack_contents import goes_with_weights, is_licence
 from argosy.checkpoint.pooling import MODULE_CONFIG, MODULES_FILE
 from argosy.checkpoint.safetensors import INDEX_FILE
 from argosy.checkpoint.untrusted_file import JSON_LIMIT_BYTES, quote
