@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy import _native
-from argosy.checkpoint.gguf import BLOCK_SIZES, SLOT_FORMATS
+from argosy.checkpoint.block_types import BLOCK_SIZES, SLOT_FORMATS
 from argosy.checkpoint.landing import MatrixRef
 from argosy.config import MIB, format_bytes, parse_size
 from common import Report, alternate, drop_page_cache

@@ -1399,7 +1399,7 @@ def _gguf_array(key: str, items: list[str]) -> bytes:
 
 
 def _vocabulary(n: int, merge: Callable[[int], str]) -> bytes:
-    from argosy.checkpoint.byte_level import spelling_of_bytes
+    from argosy.checkpoint.vocabulary.byte_level import spelling_of_bytes
 
     tokens = [*spelling_of_bytes(), *(f"t{at}" for at in range(n))]
     entries = [

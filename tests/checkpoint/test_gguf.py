@@ -11,16 +11,10 @@ import gguf
 import numpy as np
 import pytest
 
-from argosy.checkpoint.gguf import (
-    BLOCK_SIZES,
-    SLOT_FORMATS,
-    GgufArray,
-    find_gguf,
-    metadata_only,
-    read_gguf,
-    read_values,
-)
-from argosy.checkpoint.landing import in_halves
+from argosy.checkpoint.block_types import BLOCK_SIZES, SLOT_FORMATS
+from argosy.checkpoint.gguf import GgufArray, metadata_only, read_gguf
+from argosy.checkpoint.gguf_names import find_gguf
+from argosy.checkpoint.landing import in_halves, read_values
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.errors import CheckpointError, UnsupportedModel
 from tests.checkpoint.raw_gguf import ARRAY, STRING, RawGguf, entry, tensor, text

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from argosy import _native
+from argosy.checkpoint.block_types import SLOT_FORMATS
 from argosy.checkpoint.files import ExpertMatrix, ExpertRecord
 from argosy.checkpoint.formats import matrix_bytes
-from argosy.checkpoint.gguf import SLOT_FORMATS
 from argosy.checkpoint.landing import Piece, Transcode
 from argosy.config import Format
 from argosy.experts.cache import ExpertCache

@@ -16,9 +16,9 @@ import gguf
 import pytest
 from gguf import GGUFWriter
 
-from argosy.checkpoint.byte_level import WORDS
 from argosy.checkpoint.gguf import read_gguf
 from argosy.checkpoint.safetensors import TensorRef
+from argosy.checkpoint.vocabulary.byte_level import WORDS
 from argosy.config import ModelConfig
 from argosy.errors import CheckpointError
 from argosy.model.families import (

@@ -12,9 +12,9 @@ import pytest
 
 from argosy import _native
 from argosy.budget.footprint import kv_bytes
+from argosy.checkpoint.block_types import SLOT_FORMATS
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.formats import matrix_bytes
-from argosy.checkpoint.gguf import SLOT_FORMATS
 from argosy.checkpoint.landing import AS_STORED, Halves, MatrixRef, Transcoded
 from argosy.checkpoint.latent_up import KeyValueRows
 from argosy.config import Format, KvDtype, LatentConfig

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from argosy import _native
-from argosy.checkpoint.gguf import SLOT_FORMATS
+from argosy.checkpoint.block_types import SLOT_FORMATS
 from argosy.checkpoint.landing import AS_STORED, Landing, MatrixRef, PairedRows, Transcoded
 from argosy.errors import CheckpointError, CorruptRecord, ReadFailed
 from argosy.model.weights import DenseWeights, dense_footprint, load_dense

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from argosy.checkpoint.byte_level import spelling_of_bytes
 from argosy.checkpoint.gguf import read_gguf
-from argosy.checkpoint.gguf_tokenizer import read_tokenizer
+from argosy.checkpoint.vocabulary.byte_level import spelling_of_bytes
+from argosy.checkpoint.vocabulary.gguf_tokenizer import read_tokenizer
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.prompt.tokenizer import Tokenizer
 from tests.prompt import kimi_files

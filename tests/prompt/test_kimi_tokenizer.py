@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from argosy import Engine, SamplingParams
-from argosy.checkpoint import tiktoken_model
-from argosy.checkpoint.byte_level import merges_by_rank
 from argosy.checkpoint.pack import pack
+from argosy.checkpoint.vocabulary import tiktoken_model
+from argosy.checkpoint.vocabulary.byte_level import merges_by_rank
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import open_model
 from argosy.prompt.tokenizer import Tokenizer, has_chat_template

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, models, pre_tokenizers, trainers
 
-from argosy.checkpoint.byte_level import WORDS, byte_level_tokenizer
+from argosy.checkpoint.vocabulary.byte_level import WORDS, byte_level_tokenizer
 from argosy.errors import PromptTooLong, UsageError
 from argosy.prompt import text_pieces, tokenizer
 from argosy.prompt.text_pieces import Cutter, Encode, LongestToken

@@ -6,7 +6,7 @@ Names and row order are always those of `LlamaForCausalLM`: a GGUF keeps q and k
 rotary kernel (adjacent pairs), so they are put back into halves here. Quantised GGUF blocks are dequantised to
 float32; bfloat16 and float16 widen exactly.
 
-Elsewhere: `gguf_tokenizer.py` reads the tokenizer of a GGUF; `upcycle.py` turns a dense model into a mixture.
+Elsewhere: `vocabulary/gguf_tokenizer.py` reads the tokenizer of a GGUF; `upcycle.py` makes a mixture of a dense model.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from argosy.checkpoint.gguf import GgufFile, read_gguf, read_values
-from argosy.checkpoint.landing import in_halves
+from argosy.checkpoint.gguf import GgufFile, read_gguf
+from argosy.checkpoint.landing import in_halves, read_values
 from argosy.checkpoint.safetensors import TensorRef, open_tensors
 from argosy.checkpoint.untrusted_file import open_regular, quote, read_at, read_object
 from argosy.errors import CheckpointError, UnsupportedModel

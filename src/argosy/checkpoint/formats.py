@@ -1,18 +1,17 @@
-"""The formats of matrices in memory: their sizes, and which of them hold the blocks and parts that files have.
+"""The formats of matrices in memory, and their sizes.
 
 `docs/internals/formats.md` describes each, and says how to add one.
 
-Elsewhere: `native/kernels/formats.h` has their layouts; `landing.py` turns the bytes of files into them.
+Elsewhere: `native/kernels/formats.h` has their layouts; `block_types.py` says which of them hold the blocks of files;
+`landing.py` turns the bytes of files into them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cache
 from typing import NamedTuple
 
 from argosy import _native
-from argosy.checkpoint.gguf import SLOT_FORMATS
 from argosy.config import Format
 from argosy.errors import UnsupportedModel
 
@@ -21,22 +20,6 @@ BYTES_PER_VALUE = {"f32": 4, "f16": 2, "bf16": 2}
 # Layout numbers of native/kernels/formats.h.
 PANEL_ROWS = _native.PANEL_ROWS  # quantised: rows that are interleaved
 F8_BLOCK = _native.F8_BLOCK  # f8: rows and columns of a block; its weights share a scale
-
-# Safetensors tensors with the quants or the scales of a matrix -> the slot format they are part of.
-PART_FORMATS: Mapping[str, Format] = {
-    "int4_quants": "int4",
-    "int4_scales": "int4",
-    "mxfp4_quants": "mxfp4",
-    "mxfp4_scales": "mxfp4",
-    "f8_codes": "f8",
-    "f8_scales": "f8",
-    "f8_scales_bf16": "f8",
-}
-
-
-def slot_format(block_type: str) -> Format:
-    """The format of a matrix in memory whose blocks, or a part of which, are of this type in a file."""
-    return PART_FORMATS.get(block_type) or SLOT_FORMATS[block_type]
 
 
 def is_quantised(format: Format) -> bool:

@@ -17,35 +17,25 @@ proved to belong to it.
 
 Long arrays (the vocabulary has a hundred thousand entries) are skipped, and decoded on request.
 
-Elsewhere: `model/families/` says which keys and tensors a model must have; `native/kernels/transcode` turns blocks
-into slot formats.
+Elsewhere: `model/families/` says which keys and tensors a model must have; `landing.py` turns blocks into slot formats;
+`gguf_names.py` finds files.
 """
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from argosy.checkpoint.block_types import RUNNABLE_TYPES, TENSOR_TYPES, TYPE_HINT
+from argosy.checkpoint.gguf_names import PART_NAME, first_part, part_name
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.checkpoint.untrusted_file import open_regular, quote, read_at
-from argosy.config import Format
 from argosy.errors import CheckpointError, UnsupportedModel
 
-GGUF_SUFFIX = ".gguf"
-GGUF_METADATA_FILE = "metadata.gguf"  # in a pack made from a GGUF: its metadata, without tensors
-MMPROJ_METADATA_FILE = "mmproj-metadata.gguf"  # likewise, of the file with its vision tower
-
-_FORMAT_IN_NAME = re.compile(
-    r"(?:^|[-_./])((?:UD-)?(?:(?:[IT]?Q\d{1,2}|MXFP4)(?:_[A-Z0-9]{1,16}){0,4}|BF16|F16|F32))$", re.IGNORECASE
-)
-PART_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 
 MAGIC = b"GGUF"
@@ -71,41 +61,6 @@ _LENGTH, _TYPE = struct.Struct("<Q"), struct.Struct("<I")
 _SMALLEST_ENTRY = 8 + 1 + 4 + 1  # metadata: key length, key, type, value
 _SMALLEST_TENSOR = 8 + 1 + 4 + 4 + 8  # tensor list: name length, name, dimensions, type, offset
 
-# ggml's table: type number -> name, values per block, bytes per block. Tensors of all these types can be located, so a
-# type without a kernel is refused by name, and only if a model needs the tensor.
-TENSOR_TYPES: Mapping[int, tuple[str, int, int]] = {
-    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
-    7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 36), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110),
-    12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 15: ("Q8_K", 256, 292),
-    16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50),
-    20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136),
-    24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8),
-    29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66),
-    39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36),
-}  # fmt: skip
-BLOCK_SIZES: Mapping[str, tuple[int, int]] = {name: size for name, *size in TENSOR_TYPES.values()}  # type: ignore[misc]
-# GGUF block type -> the slot format that holds it without loss.
-SLOT_FORMATS: Mapping[str, Format] = {
-    "Q8_0": "q8",
-    "Q4_0": "q4",
-    "Q4_1": "q4_1",
-    "Q5_0": "q5_0",
-    "Q5_1": "q5_1",
-    "Q4_K": "q4_k",
-    "Q5_K": "q5_k",
-    "Q6_K": "q6_k",
-    "Q2_K": "q2_k",
-    "Q3_K": "q3_k",
-    "IQ4_NL": "iq4_nl",
-    "IQ4_XS": "iq4_xs",
-    "MXFP4": "mxfp4",
-}
-RUNNABLE_TYPES = ("F32", "F16", "BF16", *SLOT_FORMATS)
-TYPE_HINT = "Q4_K_M, Q6_K, Q8_0, Q2_K, Q3_K_M, IQ4_XS and BF16 files of a model use only these types"
-# Formats by the first part of their names, such as IQ2, of whose types none has a kernel.
-_UNREAD_FORMATS = {name.partition("_")[0] for name in BLOCK_SIZES} - {
-    name.partition("_")[0] for name in RUNNABLE_TYPES
-}
 _IK_LLAMA_TYPES = range(97, 512)  # the numbers of ik_llama.cpp's own types (its ggml.h)
 
 Scalar = int | float | bool | str
@@ -248,11 +203,6 @@ class _Split:
         return f"part {self.number + 1} of {self.count} of a model with {self.num_tensors} tensors"
 
 
-def part_name(stem: str, number: int, count: int) -> str:
-    """The name of a part of a split model; parts are numbered from 1."""
-    return f"{stem}-{number:05}-of-{count:05}{GGUF_SUFFIX}"
-
-
 def read_gguf(path: Path) -> GgufFile:
     """Read the header of a GGUF file; if it is the first part of a split model, read the headers of the others, too.
 
@@ -274,7 +224,7 @@ def read_gguf(path: Path) -> GgufFile:
     if split.number != 0:
         raise CheckpointError(
             f"{path.name} is {split}; a split model is opened by its first part",
-            hint=f"give {_first_part(path)}",
+            hint=f"give {first_part(path)}",
             path=path,
         )
     tensors = dict(first.tensors)
@@ -357,24 +307,6 @@ def _take_split(cursor: _Cursor, metadata: dict[str, Value]) -> _Split | None:
     return _Split(number, count, num_tensors)  # type: ignore[arg-type]
 
 
-def _first_part(path: Path) -> Path:
-    """The first part of the model that `path` is a part of, going by its name; otherwise `path`."""
-    if name := PART_NAME.fullmatch(path.name):
-        return path.with_name(part_name(name["stem"], 1, int(name["count"])))
-    return path
-
-
-def format_in_name(stem: str) -> str:
-    """The format that the name of a GGUF file ends with, such as Q4_K_M or UD-IQ2_XXS; "" if it ends otherwise."""
-    found = _FORMAT_IN_NAME.search(stem)
-    return found[1].upper() if found else ""
-
-
-def may_run(format: str) -> bool:
-    """Whether files in a format, as `format_in_name` returns it, may run here. Only the header says for certain."""
-    return format.removeprefix("UD-").partition("_")[0] not in _UNREAD_FORMATS
-
-
 def is_gguf(path: Path) -> bool:
     """Whether a file begins as GGUF files do, whatever its name: Ollama names them by their digest.
 
@@ -385,83 +317,9 @@ def is_gguf(path: Path) -> bool:
         return nbytes >= len(MAGIC) and read_at(descriptor, len(MAGIC), 0, path) == MAGIC
 
 
-def find_gguf(directory: Path) -> Path | None:
-    """The one GGUF file in `directory`, or the first part of its one split model; None if there is none.
-
-    A vision tower beside a model does not count: llama.cpp keeps it in a file with `mmproj` in its name.
-
-    Raises:
-        CheckpointError: there are several models.
-    """
-    entries = sorted(entry for entry in directory.iterdir() if entry.suffix == GGUF_SUFFIX)
-    models = [entry for entry in entries if "mmproj" not in entry.name] or entries
-    found = list(dict.fromkeys(map(_first_part, models)))
-    if len(found) > 1:
-        raise CheckpointError(
-            f"{directory} holds {len(found)} models as {GGUF_SUFFIX} files: "
-            f"{', '.join(quote(path.name) for path in found[:8])}",
-            hint=f"give one of them, for example {found[0]}",
-            path=directory,
-        )
-    return found[0] if found else None
-
-
-def find_mmproj(model: Path) -> Path | None:
-    """The one file with a vision tower beside a GGUF model, going by its name; None if there is none to be seen.
-
-    Raises:
-        CheckpointError: there are several.
-    """
-    try:
-        entries = sorted(entry for entry in model.parent.iterdir() if entry.suffix == GGUF_SUFFIX)
-    except PermissionError:  # files in such a directory can be opened by name
-        return None
-    found = [entry for entry in entries if "mmproj" in entry.name and entry.name != model.name]
-    if len(found) > 1:
-        raise CheckpointError(
-            f"{model.parent} holds {len(found)} files that may have the vision tower of {model.name}: "
-            f"{', '.join(quote(path.name) for path in found[:8])}",
-            hint=f"name one of them, for example `--mmproj {found[0]}`",
-            path=model.parent,
-        )
-    return found[0] if found else None
-
-
 def metadata_only(file: GgufFile) -> bytes:
     """The bytes of a GGUF file with the same metadata and no tensors, the form in which vocabularies are shared."""
     return MAGIC + struct.pack("<IQQ", 3, 0, len(file.metadata)) + file.metadata_bytes
-
-
-def read_values(ref: TensorRef) -> npt.NDArray[np.float32]:
-    """A tensor's values as float32, in its shape. bfloat16 and float16 widen exactly; blocks are dequantised.
-
-    Raises:
-        CheckpointError: the file has changed.   UnsupportedModel: no kernel reads the tensor's type.
-    """
-    with open_regular(ref.path) as (descriptor, _):
-        raw = np.frombuffer(read_at(descriptor, ref.nbytes, ref.offset, ref.path), np.uint8)
-    match ref.dtype:
-        case "F32":
-            return raw.view("<f4").astype(np.float32).reshape(ref.shape)
-        case "F16":
-            return raw.view("<f2").astype(np.float32).reshape(ref.shape)
-        case "BF16":
-            return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(ref.shape)
-    if ref.dtype not in SLOT_FORMATS:
-        raise UnsupportedModel(
-            f"{ref.path.name}: {quote(ref.name)} is {ref.dtype}; supported: {', '.join(RUNNABLE_TYPES)}",
-            hint=TYPE_HINT,
-            path=ref.path,
-            tensor=ref.name,
-            key="type",
-            value=ref.dtype,
-            supported=RUNNABLE_TYPES,
-        )
-    from argosy import _native  # imported here because reading a header does not need it
-
-    rows, cols = prod(ref.shape[:-1]), ref.shape[-1]
-    slots = _native.transcode(ref.dtype, raw, rows, cols)
-    return _native.dequantize(SLOT_FORMATS[ref.dtype], slots, rows, cols).reshape(ref.shape)
 
 
 class _Cursor:

@@ -9,13 +9,13 @@ and headers is bounded. Such a request ends after a minute, and all of them afte
 stream ends if nothing comes for a minute. HF_ENDPOINT names another hub, and HF_TOKEN is sent to it; neither is logged
 or printed. With HF_HUB_OFFLINE nothing is asked.
 
-Elsewhere: `model/remote.py` reads headers of models with it, `library/pull.py` fetches whole ones.
+Elsewhere: `hub_redirects.py` follows redirects; `model/remote.py` reads headers of models with it, `library/pull.py`
+fetches whole ones.
 """
 
 from __future__ import annotations
 
 import http.client
-import ipaddress
 import os
 import re
 import socket
@@ -27,9 +27,10 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Lock, local
-from typing import IO, NamedTuple
+from threading import Lock
+from typing import NamedTuple
 
+from argosy.checkpoint.hub_redirects import Redirects, file_name, is_this_machine, origin_of
 from argosy.checkpoint.untrusted_file import quote
 from argosy.errors import CheckpointError, FetchFailed, UsageError
 from argosy.strict_json import JsonError, parse_json
@@ -37,7 +38,6 @@ from argosy.strict_json import JsonError, parse_json
 DEFAULT_ENDPOINT = "https://huggingface.co"
 _REQUEST_S = 60.0
 _ALL_REQUESTS_S = 300.0
-_MOST_REDIRECTS = 4
 _LIST_BYTES = 2 << 20  # for the answer with the names of a repository's files
 _LARGEST_FILE = 1 << 50
 _MOST_NAMES = 10_000
@@ -131,21 +131,12 @@ def _checked_address(url: str, what: str) -> str:
         raise UsageError(f"{what} must have the form https://HOST/PATH, without user, query or fragment")
     if parts.path and not _PATH.fullmatch(parts.path.rstrip("/") or "/-"):
         raise UsageError(f"{what} has a path with characters that are not allowed")
-    if parts.scheme != "https" and not (parts.scheme == "http" and _is_this_machine(host)):
+    if parts.scheme != "https" and not (parts.scheme == "http" and is_this_machine(host)):
         raise UsageError(
             f"{what} must begin with https://, found {quote(parts.scheme)}://",
             hint="http is opened on this machine alone, such as http://127.0.0.1:8000",
         )
     return url
-
-
-def _is_this_machine(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +193,7 @@ class Hub:
         if not all("!" <= character <= "~" for character in token):
             raise UsageError("HF_TOKEN must be one line of printable characters without spaces")
         # A token is for a hub, and not for any server whose file is named.
-        self._redirects = _Redirects(source.url, "" if source.is_file else token)
+        self._redirects = Redirects(source.url, "" if source.is_file else token)
         self._opener = urllib.request.build_opener(self._redirects)
 
     def list_files(self) -> Listing:
@@ -283,7 +274,7 @@ class Hub:
         """
         data, file_bytes = self._fetch(url, 0, most_bytes)
         if len(data) != file_bytes:
-            raise self._lie(f"{_name(url)} is {file_bytes} bytes long; at most {most_bytes} are read")
+            raise self._lie(f"{file_name(url)} is {file_bytes} bytes long; at most {most_bytes} are read")
         return data
 
     def stream(self, url: str, start: int, file_bytes: int) -> Iterator[bytes]:
@@ -298,7 +289,7 @@ class Hub:
             expected, found_bytes = self._announced(response, url, first, file_bytes - first)
             if found_bytes != file_bytes:
                 raise self._lie(
-                    f"{_name(url)} is {found_bytes} bytes long, and its list of files says {file_bytes}"
+                    f"{file_name(url)} is {found_bytes} bytes long, and its list of files says {file_bytes}"
                 )
             while expected:
                 # The bytes at hand, so that a kill loses none.
@@ -354,7 +345,7 @@ class Hub:
             with self._opener.open(request, timeout=timeout_s) as response:
                 if response.headers.get_content_type() == "text/html":
                     raise self._page_instead()
-                if start is None and _origin(response.geturl()) != _origin(self.source.url):
+                if start is None and origin_of(response.geturl()) != origin_of(self.source.url):
                     raise self._lie("its list of files comes from another host")
                 yield response
         except urllib.error.HTTPError as error:
@@ -371,7 +362,7 @@ class Hub:
         """How many bytes of the answer to read, and the size of the file, both proved to be plausible."""
         length = response.headers.get("Content-Length", "")
         if not re.fullmatch(r"\d{1,18}", length):
-            raise self._lie(f"{_name(url)} comes without its length")
+            raise self._lie(f"{file_name(url)} comes without its length")
         if start is None:
             if int(length) > most_bytes:
                 raise self._lie(f"its answer is {length} bytes long; at most {most_bytes} are read")
@@ -382,7 +373,7 @@ class Hub:
             return min(int(length), most_bytes), int(length)
         found = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
         if response.status != http.HTTPStatus.PARTIAL_CONTENT or found is None:
-            raise self._lie(f"{_name(url)} comes with status {response.status} and no Content-Range")
+            raise self._lie(f"{file_name(url)} comes with status {response.status} and no Content-Range")
         first, last, file_bytes = map(int, found.groups())
         expected = min(most_bytes, file_bytes - start)
         if (
@@ -392,7 +383,7 @@ class Hub:
             or file_bytes > _LARGEST_FILE
         ):
             raise self._lie(
-                f"{_name(url)}: bytes {start} to {start + most_bytes - 1} were asked for, and {found[0]} of length "
+                f"{file_name(url)}: bytes {start} to {start + most_bytes - 1} were asked for, and {found[0]} of length "
                 f"{length} comes"
             )
         return expected, file_bytes
@@ -423,7 +414,7 @@ class Hub:
                 hint=f"ask for access at {self.source.url}/{what}, then set HF_TOKEN to a token of that account",
                 what=what,
             )
-        is_own_host = _origin(error.geturl()) == _origin(
+        is_own_host = origin_of(error.geturl()) == origin_of(
             self.source.url
         )  # else a link of the hub has run out
         if is_own_host and status in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN):
@@ -449,7 +440,7 @@ class Hub:
             )
             return CheckpointError(f"the hub has no model {what}{at}: it answers 404", hint=hint, path=url)
         if status == http.HTTPStatus.NOT_FOUND:
-            return CheckpointError(f"{what} has no {_name(url)}: the server answers 404", path=url)
+            return CheckpointError(f"{what} has no {file_name(url)}: the server answers 404", path=url)
         if status == http.HTTPStatus.TOO_MANY_REQUESTS:
             wait = error.headers.get("Retry-After", "")
             hint = (
@@ -518,11 +509,13 @@ class Hub:
     @property
     def _what(self) -> str:
         return (
-            self.source.repository or _name(self.source.url) or urllib.parse.urlsplit(self.source.url).netloc
+            self.source.repository
+            or file_name(self.source.url)
+            or urllib.parse.urlsplit(self.source.url).netloc
         )
 
     def _failed(self, url: str, why: str) -> FetchFailed:
-        return FetchFailed(f"{_name(url)} of {self._what} cannot be fetched: {why}", what=self._what)
+        return FetchFailed(f"{file_name(url)} of {self._what} cannot be fetched: {why}", what=self._what)
 
     def _lie(self, sentence: str) -> CheckpointError:
         return CheckpointError(f"{self._what}: {sentence}", path=self.source.url)
@@ -543,65 +536,3 @@ def _licence(answer: Mapping[str, object]) -> str:
     several = licence if isinstance(licence, list) else [licence]
     named = [one for one in several[:_MOST_LICENCES] if isinstance(one, str)]
     return quote(", ".join(one[:_LONGEST_LICENCE] for one in named))[:_LONGEST_LICENCE]
-
-
-def _name(url: str) -> str:
-    return urllib.parse.urlsplit(url).path.rpartition("/")[2]
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows few redirects, to https alone; the token goes to the first host alone."""
-
-    max_redirections = _MOST_REDIRECTS
-
-    def __init__(self, url: str, token: str) -> None:
-        self._origin = _origin(url)
-        self._token = token
-        self._asked = local()  # each thread has one request at a time
-
-    @property
-    def has_token(self) -> bool:
-        return bool(self._token)
-
-    @property
-    def asked_host(self) -> str:
-        """The host that this thread's request, or its last redirect, went to."""
-        return quote(urllib.parse.urlsplit(self._asked.url).netloc)
-
-    @property
-    def proxy(self) -> str:
-        """The proxy between, without a password; "" if there is none."""
-        parts = urllib.parse.urlsplit(self._asked.url)
-        found = urllib.request.getproxies().get(parts.scheme, "")
-        if not found or urllib.request.proxy_bypass(parts.netloc):
-            return ""
-        return quote(found.rpartition("@")[2].rpartition("//")[2].rstrip("/"))
-
-    def authorize(self, request: urllib.request.Request) -> None:
-        """Note where a request goes, and add the token if that is its host."""
-        self._asked.url = request.full_url
-        if self._token and _origin(request.full_url) == self._origin:
-            # Unredirected headers do not follow to another host.
-            request.add_unredirected_header("Authorization", f"Bearer {self._token}")
-
-    def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: http.client.HTTPMessage,
-        newurl: str,
-    ) -> urllib.request.Request | None:  # fmt: skip
-        parts = urllib.parse.urlsplit(newurl)
-        is_local = _is_this_machine(self._origin[1]) and _is_this_machine(parts.hostname or "")
-        if parts.scheme != "https" and not (parts.scheme == "http" and is_local):
-            fp.close()
-            raise FetchFailed(
-                f"the server redirects to {quote(parts.scheme)}://{quote(parts.hostname or '')}; only https is opened",
-                what=_name(req.full_url),
-            )
-        request = super().redirect_request(req, fp, code, msg, headers, newurl)
-        if request is not None:
-            self.authorize(request)
-        return request
-
-
-def _origin(url: str) -> tuple[str, str, int | None]:
-    parts = urllib.parse.urlsplit(url)
-    return parts.scheme, parts.hostname or "", parts.port

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from argosy import _native
+from argosy.checkpoint.block_types import RUNNABLE_TYPES, SLOT_FORMATS, TYPE_HINT, slot_format
 from argosy.checkpoint.formats import (
     BYTES_PER_VALUE,
     F8_BLOCK,
@@ -37,12 +39,12 @@ from argosy.checkpoint.formats import (
     MatrixShape,
     matrix_bytes,
     round_up,
-    slot_format,
 )
 from argosy.checkpoint.latent_up import KeyValueMatrix, KeyValueRows, passing_bytes, split, split_shapes
-from argosy.checkpoint.untrusted_file import quote
+from argosy.checkpoint.safetensors import TensorRef
+from argosy.checkpoint.untrusted_file import open_regular, quote, read_at
 from argosy.config import Format
-from argosy.errors import CheckpointError
+from argosy.errors import CheckpointError, UnsupportedModel
 
 Bytes = npt.NDArray[np.uint8]
 Float32 = npt.NDArray[np.float32]
@@ -391,6 +393,36 @@ def read_landed(ref: MatrixRef, read: Callable[[Piece], bytes]) -> Bytes:
             ) from error
     assert landed is not None
     return landed
+
+
+def read_values(ref: TensorRef) -> npt.NDArray[np.float32]:
+    """A tensor's values as float32, in its shape. bfloat16 and float16 widen exactly; blocks are dequantised.
+
+    Raises:
+        CheckpointError: the file has changed.   UnsupportedModel: no kernel reads the tensor's type.
+    """
+    with open_regular(ref.path) as (descriptor, _):
+        raw = np.frombuffer(read_at(descriptor, ref.nbytes, ref.offset, ref.path), np.uint8)
+    match ref.dtype:
+        case "F32":
+            return raw.view("<f4").astype(np.float32).reshape(ref.shape)
+        case "F16":
+            return raw.view("<f2").astype(np.float32).reshape(ref.shape)
+        case "BF16":
+            return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(ref.shape)
+    if ref.dtype not in SLOT_FORMATS:
+        raise UnsupportedModel(
+            f"{ref.path.name}: {quote(ref.name)} is {ref.dtype}; supported: {', '.join(RUNNABLE_TYPES)}",
+            hint=TYPE_HINT,
+            path=ref.path,
+            tensor=ref.name,
+            key="type",
+            value=ref.dtype,
+            supported=RUNNABLE_TYPES,
+        )
+    rows, cols = prod(ref.shape[:-1]), ref.shape[-1]
+    slots = _native.transcode(ref.dtype, raw, rows, cols)
+    return _native.dequantize(SLOT_FORMATS[ref.dtype], slots, rows, cols).reshape(ref.shape)
 
 
 def _steps(ref: MatrixRef, most_values: int) -> Iterator[tuple[int, int]]:

@@ -14,13 +14,8 @@ from typing import NamedTuple, cast
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.formats import is_quantised, round_up
 from argosy.checkpoint.geometry import packed_config, packed_format
-from argosy.checkpoint.gguf import (
-    GGUF_METADATA_FILE,
-    MMPROJ_METADATA_FILE,
-    GgufFile,
-    metadata_only,
-    read_gguf,
-)
+from argosy.checkpoint.gguf import GgufFile, metadata_only, read_gguf
+from argosy.checkpoint.gguf_names import GGUF_METADATA_FILE, MMPROJ_METADATA_FILE
 from argosy.checkpoint.landing import Halves, MatrixRef
 from argosy.checkpoint.manifest import (
     DENSE_FILE,

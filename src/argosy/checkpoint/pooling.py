@@ -13,7 +13,8 @@ import re
 from pathlib import Path
 
 from argosy.checkpoint.files import ModelFiles
-from argosy.checkpoint.gguf import GGUF_METADATA_FILE, GgufFile, read_gguf
+from argosy.checkpoint.gguf import GgufFile, read_gguf
+from argosy.checkpoint.gguf_names import GGUF_METADATA_FILE
 from argosy.checkpoint.untrusted_file import JSON_LIMIT_BYTES, open_regular, quote, read_at, read_object
 from argosy.config import Pooling
 from argosy.errors import CheckpointError, UnsupportedModel

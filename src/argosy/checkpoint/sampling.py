@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from argosy.checkpoint.gguf import GGUF_METADATA_FILE, GgufArray, GgufFile, read_gguf
+from argosy.checkpoint.gguf import GgufArray, GgufFile, read_gguf
+from argosy.checkpoint.gguf_names import GGUF_METADATA_FILE
 from argosy.checkpoint.untrusted_file import kind_of, quote, read_object
 from argosy.config import CHOOSING, SamplingDefaults, SamplingParams
 from argosy.errors import CheckpointError, UsageError

@@ -31,8 +31,8 @@ import numpy as np
 import numpy.typing as npt
 
 from argosy.checkpoint.dense import DenseModel, Float32, open_dense
-from argosy.checkpoint.gguf_tokenizer import tokenizer_files
 from argosy.checkpoint.safetensors_write import Bytes, TensorToWrite, encode, write_safetensors
+from argosy.checkpoint.vocabulary.gguf_tokenizer import tokenizer_files
 from argosy.directory import Directory, sync
 from argosy.errors import CheckpointError, UsageError
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from argosy.checkpoint.gguf import read_gguf, read_values
+from argosy.checkpoint.gguf import read_gguf
+from argosy.checkpoint.landing import read_values
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.checkpoint.upcycle import RoutedExperts
 from argosy.errors import CheckpointError

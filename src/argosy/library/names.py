@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from argosy.checkpoint.gguf import GGUF_SUFFIX
+from argosy.checkpoint.gguf_names import GGUF_SUFFIX
 from argosy.checkpoint.untrusted_file import quote
 from argosy.config import DEMO, Preset
 from argosy.errors import ArgosyError, CheckpointError, UsageError

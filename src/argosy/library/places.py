@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from argosy.checkpoint.gguf import GGUF_SUFFIX, PART_NAME, format_in_name
+from argosy.checkpoint.gguf_names import GGUF_SUFFIX, PART_NAME, format_in_name
 from argosy.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE
 from argosy.checkpoint.untrusted_file import open_regular, parse_object, quote, read_at
 from argosy.errors import CheckpointError, UsageError

@@ -23,7 +23,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Lock, Thread
 
-from argosy.checkpoint.gguf import GGUF_SUFFIX, PART_NAME, may_run
+from argosy.checkpoint.block_types import may_run
+from argosy.checkpoint.gguf_names import GGUF_SUFFIX, PART_NAME
 from argosy.checkpoint.hub import Hub, Listing, RemoteFile, Source, hub_address
 from argosy.checkpoint.pack_contents import goes_with_weights, is_licence
 from argosy.checkpoint.pooling import MODULE_CONFIG, MODULES_FILE

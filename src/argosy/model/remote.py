@@ -25,7 +25,8 @@ from math import prod
 from pathlib import Path
 
 from argosy.checkpoint.geometry import require_countable
-from argosy.checkpoint.gguf import GGUF_SUFFIX, PART_NAME, format_in_name, part_name, read_gguf
+from argosy.checkpoint.gguf import read_gguf
+from argosy.checkpoint.gguf_names import GGUF_SUFFIX, PART_NAME, format_in_name, part_name
 from argosy.checkpoint.hub import Hub, Source
 from argosy.checkpoint.safetensors import (
     DTYPE_BITS,

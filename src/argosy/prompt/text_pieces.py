@@ -25,7 +25,7 @@ from typing import Any
 import tokenizers
 from tokenizers import models
 
-from argosy.checkpoint.byte_level import spelling_of_bytes
+from argosy.checkpoint.vocabulary.byte_level import spelling_of_bytes
 from argosy.errors import UsageError
 
 PIECE_CHARACTERS = 1 << 14  # longer texts are cut

@@ -29,9 +29,10 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
-from argosy.checkpoint.byte_level import spelling_of_bytes
-from argosy.checkpoint.gguf import GGUF_METADATA_FILE, GgufFile, find_gguf, read_gguf
+from argosy.checkpoint.gguf import GgufFile, read_gguf
+from argosy.checkpoint.gguf_names import GGUF_METADATA_FILE, find_gguf
 from argosy.checkpoint.untrusted_file import read_object
+from argosy.checkpoint.vocabulary.byte_level import spelling_of_bytes
 from argosy.errors import CheckpointError, PromptTooLong, UsageError
 from argosy.prompt.text_pieces import PIECE_CHARACTERS, Cutter, LongestToken
 
@@ -138,7 +139,7 @@ class Tokenizer:
     @classmethod
     def _of_gguf(cls, path: Path, header: GgufFile | None) -> Tokenizer | None:
         # Imported here, because rebuilding a tokenizer needs more modules than reading tokenizer.json.
-        from argosy.checkpoint.gguf_tokenizer import read_tokenizer
+        from argosy.checkpoint.vocabulary.gguf_tokenizer import read_tokenizer
 
         file = header if header is not None and header.path == path else read_gguf(path)
         read = read_tokenizer(file)
@@ -642,7 +643,7 @@ def _read_core(directory: Path, config: Mapping[str, Any]) -> tokenizers.Tokeniz
     """The tokenizer of a directory that has one; `tokenizer.json` takes precedence over other files."""
     path = directory / TOKENIZER_FILE
     if not path.is_file():
-        from argosy.checkpoint.tiktoken_model import read_tiktoken
+        from argosy.checkpoint.vocabulary.tiktoken_model import read_tiktoken
 
         return read_tiktoken(directory / TIKTOKEN_FILE, config)
     if path.stat().st_size > _MAX_FILE_BYTES:

@@ -19,7 +19,8 @@ from typing import Any
 
 from argosy import _native
 from argosy.checkpoint.files import ModelFiles
-from argosy.checkpoint.gguf import GGUF_METADATA_FILE, GgufFile, read_gguf
+from argosy.checkpoint.gguf import GgufFile, read_gguf
+from argosy.checkpoint.gguf_names import GGUF_METADATA_FILE
 from argosy.checkpoint.landing import MatrixRef, Widened
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.checkpoint.untrusted_file import read_object

@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from argosy.checkpoint.files import ModelFiles
-from argosy.checkpoint.gguf import (
+from argosy.checkpoint.gguf import GgufFile, is_gguf, read_gguf
+from argosy.checkpoint.gguf_names import (
     GGUF_METADATA_FILE,
     GGUF_SUFFIX,
     MMPROJ_METADATA_FILE,
-    GgufFile,
     find_gguf,
     find_mmproj,
-    is_gguf,
-    read_gguf,
 )
 from argosy.checkpoint.manifest import MANIFEST_FILE, open_pack
 from argosy.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, open_tensors

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from argosy.checkpoint.gguf import GgufArray, GgufFile, read_values
-from argosy.checkpoint.landing import check_vector
+from argosy.checkpoint.gguf import GgufArray, GgufFile
+from argosy.checkpoint.landing import check_vector, read_values
 from argosy.checkpoint.untrusted_file import quote
 from argosy.config import RopeConfig
 from argosy.errors import CheckpointError, UnsupportedModel

@@ -17,6 +17,7 @@ import re
 from collections.abc import Mapping
 from functools import partial
 
+from argosy.checkpoint.block_types import SLOT_FORMATS, TYPE_HINT
 from argosy.checkpoint.files import (
     DraftFiles,
     ExpertRecord,
@@ -24,7 +25,7 @@ from argosy.checkpoint.files import (
     require_one_format_a_layer,
 )
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes
-from argosy.checkpoint.gguf import SLOT_FORMATS, TYPE_HINT, GgufFile
+from argosy.checkpoint.gguf import GgufFile
 from argosy.checkpoint.landing import AS_STORED, Landing, MatrixRef, PairedRows, Transcoded
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.config import Format, ModelConfig

@@ -28,6 +28,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from argosy.checkpoint.block_types import slot_format
 from argosy.checkpoint.files import (
     DraftFiles,
     ExpertMatrix,
@@ -35,7 +36,7 @@ from argosy.checkpoint.files import (
     ModelFiles,
     require_one_format_a_layer,
 )
-from argosy.checkpoint.formats import BYTES_PER_VALUE, matrix_bytes, slot_format
+from argosy.checkpoint.formats import BYTES_PER_VALUE, matrix_bytes
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes
 from argosy.checkpoint.landing import MatrixRef, Piece, Strided, Transcode, Transcoded
 from argosy.checkpoint.safetensors import TensorRef

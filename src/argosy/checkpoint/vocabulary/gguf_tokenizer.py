@@ -21,9 +21,9 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers
 
-from argosy.checkpoint.byte_level import LONGEST_TOKEN, WORDS, byte_level_tokenizer, merges_by_rank
 from argosy.checkpoint.gguf import GgufFile, read_gguf
 from argosy.checkpoint.untrusted_file import quote
+from argosy.checkpoint.vocabulary.byte_level import LONGEST_TOKEN, WORDS, byte_level_tokenizer, merges_by_rank
 from argosy.errors import CheckpointError, UnsupportedModel
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # token types

@@ -22,14 +22,14 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, models
 
-from argosy.checkpoint.byte_level import (
+from argosy.checkpoint.untrusted_file import open_regular, quote, read_at
+from argosy.checkpoint.vocabulary.byte_level import (
     LONGEST_TOKEN,
     WORDS,
     byte_level_tokenizer,
     merges_by_rank,
     spelling_of_bytes,
 )
-from argosy.checkpoint.untrusted_file import open_regular, quote, read_at
 from argosy.errors import CheckpointError, UnsupportedModel
 
 _MAX_FILE_BYTES = 16 << 20  # a vocabulary of 250,000 tokens takes 4.6 MB

@@ -1,0 +1,78 @@
+"""Find the GGUF files of a model by their names: its parts, the vision tower beside it, the format of its weights."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from argosy.checkpoint.untrusted_file import quote
+from argosy.errors import CheckpointError
+
+GGUF_SUFFIX = ".gguf"
+GGUF_METADATA_FILE = "metadata.gguf"  # in a pack made from a GGUF: its metadata, without tensors
+MMPROJ_METADATA_FILE = "mmproj-metadata.gguf"  # likewise, of the file with its vision tower
+
+_FORMAT_IN_NAME = re.compile(
+    r"(?:^|[-_./])((?:UD-)?(?:(?:[IT]?Q\d{1,2}|MXFP4)(?:_[A-Z0-9]{1,16}){0,4}|BF16|F16|F32))$", re.IGNORECASE
+)
+PART_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+
+
+def part_name(stem: str, number: int, count: int) -> str:
+    """The name of a part of a split model; parts are numbered from 1."""
+    return f"{stem}-{number:05}-of-{count:05}{GGUF_SUFFIX}"
+
+
+def first_part(path: Path) -> Path:
+    """The first part of the model that `path` is a part of, going by its name; otherwise `path`."""
+    if name := PART_NAME.fullmatch(path.name):
+        return path.with_name(part_name(name["stem"], 1, int(name["count"])))
+    return path
+
+
+def format_in_name(stem: str) -> str:
+    """The format that the name of a GGUF file ends with, such as Q4_K_M or UD-IQ2_XXS; "" if it ends otherwise."""
+    found = _FORMAT_IN_NAME.search(stem)
+    return found[1].upper() if found else ""
+
+
+def find_gguf(directory: Path) -> Path | None:
+    """The one GGUF file in `directory`, or the first part of its one split model; None if there is none.
+
+    A vision tower beside a model does not count: llama.cpp keeps it in a file with `mmproj` in its name.
+
+    Raises:
+        CheckpointError: there are several models.
+    """
+    entries = sorted(entry for entry in directory.iterdir() if entry.suffix == GGUF_SUFFIX)
+    models = [entry for entry in entries if "mmproj" not in entry.name] or entries
+    found = list(dict.fromkeys(map(first_part, models)))
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{directory} holds {len(found)} models as {GGUF_SUFFIX} files: "
+            f"{', '.join(quote(path.name) for path in found[:8])}",
+            hint=f"give one of them, for example {found[0]}",
+            path=directory,
+        )
+    return found[0] if found else None
+
+
+def find_mmproj(model: Path) -> Path | None:
+    """The one file with a vision tower beside a GGUF model, going by its name; None if there is none to be seen.
+
+    Raises:
+        CheckpointError: there are several.
+    """
+    try:
+        entries = sorted(entry for entry in model.parent.iterdir() if entry.suffix == GGUF_SUFFIX)
+    except PermissionError:  # files in such a directory can be opened by name
+        return None
+    found = [entry for entry in entries if "mmproj" in entry.name and entry.name != model.name]
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{model.parent} holds {len(found)} files that may have the vision tower of {model.name}: "
+            f"{', '.join(quote(path.name) for path in found[:8])}",
+            hint=f"name one of them, for example `--mmproj {found[0]}`",
+            path=model.parent,
+        )
+    return found[0] if found else None
