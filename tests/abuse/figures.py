@@ -384,7 +384,6 @@ def vanished_clients(scratch: Path, size: int) -> Finding:
     """Run `tests/serve/test_disconnects.py` with more disconnects."""
     file = KeyFile(scratch / "keys.json")
     pairs = [(key.id, secret) for key, secret in (file.add(str(n)) for n in range(disconnects.NUM_CLIENTS))]
-    disconnects.NUM_DISCONNECTS = size
     model = write_chat_model(scratch / "model", context_tokens=disconnects.CONTEXT_TOKENS)
     finding, said = Finding(size=size), io.StringIO()
     with Engine.open(
@@ -394,7 +393,7 @@ def vanished_clients(scratch: Path, size: int) -> Finding:
         server = disconnects.Server(engine, file)
         try:
             with redirect_stdout(said):
-                disconnects.test_five_hundred_clients_that_vanish_leave_nothing_behind(server, (file, pairs))
+                disconnects.test_clients_that_vanish_leave_nothing_behind(server, (file, pairs), size)
         except AssertionError as error:
             finding.violations.append((str(error) or "not all was released, or not in time").splitlines()[0])
         finally:

@@ -455,8 +455,9 @@ def connection_rows() -> Iterator[Row]:
     from starlette.datastructures import QueryParams
     from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
+    from argosy.serve.dialects import form
     from argosy.serve.dialects.openai_audio import TranscriptionBody
-    from argosy.serve.http import form, origins
+    from argosy.serve.http import origins
 
     most = 32 << 10  # the longest head of a request
 

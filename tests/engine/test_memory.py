@@ -54,13 +54,13 @@ def generate(
     return run, token_ids, ledger, plan
 
 
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Iterator[Path]:
-    """Write 500 MiB in bf16; remove it right after the test, because pytest keeps its directories for a while."""
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Write 500 MiB in bf16; remove it right after the tests, because pytest keeps its directories for a while."""
     config = raw_config(
         hidden=512, layers=10, experts=64, width=256, heads=4, kv_heads=1, vocab=1024, context=2048
     )
-    directory = tmp_path / "checkpoint"
+    directory = tmp_path_factory.mktemp("memory") / "checkpoint"
     write_checkpoint(directory, config)
     yield directory
     shutil.rmtree(directory)

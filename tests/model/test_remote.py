@@ -160,7 +160,14 @@ def encoded(value: Any) -> tuple[bytes, int]:
     return data, len(data)
 
 
-@pytest.mark.parametrize(("name", "num_shards"), [("GLM-4.6", 150), ("DeepSeek-V3", 163), ("Kimi-K2", 200)])
+@pytest.mark.parametrize(
+    ("name", "num_shards"),
+    [
+        ("GLM-4.6", 150),
+        pytest.param("DeepSeek-V3", 163, marks=pytest.mark.full),
+        pytest.param("Kimi-K2", 200, marks=pytest.mark.full),
+    ],
+)
 def test_less_than_8_mb_are_read_of_more_than_600_gb(name: str, num_shards: int) -> None:
     files = large_files(name, num_shards)
     with served(files) as server:
