@@ -18,7 +18,7 @@ from argosy.budget.media_memory import IDLE_S
 from argosy.budget.planner import grown
 from argosy.config import MIB
 from argosy.engine.media.prompt_media import PromptMedia
-from argosy.engine.shared import ReadyModel, Wanted, make_ready
+from argosy.engine.shared import Ready, Wanted, make_ready
 from argosy.media.parts import Image, RequestMedia
 from argosy.open.models import configure, open_files
 from argosy.prompt.prompt import Prompt
@@ -55,7 +55,7 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def made_ready(path: Path, *names: str, **options: Any) -> list[ReadyModel]:
+def made_ready(path: Path, *names: str, **options: Any) -> list[Ready]:
     files = open_files(path)
     wanted = [Wanted(name, files, configure(path, files, memory="3GiB", **options)) for name in names]
     ready, _ = make_ready(wanted, claims=(), recorder=None)
@@ -63,7 +63,7 @@ def made_ready(path: Path, *names: str, **options: Any) -> list[ReadyModel]:
 
 
 @contextmanager
-def opened(*ready: ReadyModel, share_bytes: int) -> Iterator[list[Engine]]:
+def opened(*ready: Ready, share_bytes: int) -> Iterator[list[Engine]]:
     engines = [one.open(share_bytes) for one in ready]
     yield engines
     for one, engine in zip(ready, engines, strict=True):

@@ -15,6 +15,8 @@ from argosy.errors import UsageError
 from argosy.library import kept, names
 from argosy.library.names import look_up
 from argosy.library.places import Found
+from argosy.serve.answer.service import Common
+from argosy.serve.models.models import Models
 from tests.cli.tiny_chat_model import write_chat_model
 
 Captured = pytest.CaptureFixture[str]
@@ -80,13 +82,14 @@ def test_a_model_served_with_others_is_noted_as_used_when_it_is_opened(
     paths = [write_chat_model(tmp_path / name) for name in ("one", "two")]
     names.add_alias("short", str(paths[0]))
 
-    def serve_several(*_: Any, note_use: Callable[[str], None], **__: Any) -> None:
+    def several_models(*_: Any, note_use: Callable[[str], None], **__: Any) -> None:
         assert kept.read().used == {}
         note_use("two")  # named by its path, so it is in no library
         assert kept.read().used == {}
         note_use("one")
 
-    monkeypatch.setattr("argosy.serve.run.serve_several", serve_several)
+    monkeypatch.setattr("argosy.serve.run.several_models", several_models)
+    monkeypatch.setattr("argosy.serve.run.serve", lambda make_models, *_, **__: make_models(Common()))
     assert main(["serve", "short", str(paths[1]), "--port", "0", "--memory", "1GiB"]) == 0
     assert list(kept.read().used) == [str(paths[0])]
 
@@ -98,10 +101,14 @@ def test_sampling_options_go_before_the_checkpoint(
     model = write_chat_model(tmp_path / "one")
     (model / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20}')
     found: list[SamplingDefaults] = []
-    monkeypatch.setattr("argosy.serve.run.serve", lambda engine, *_, **__: found.append(engine.sampling))
-    monkeypatch.setattr(
-        "argosy.serve.run.serve_several", lambda ready, *_, **__: found.append(ready[0].sampling)
-    )
+
+    def serve(make_models: Callable[[Common], Models], *_: Any, **__: Any) -> None:
+        models = make_models(Common())
+        found.append(models.facts()[0].facts.sampling)
+        for service in models.services():
+            service.loop.close()
+
+    monkeypatch.setattr("argosy.serve.run.serve", serve)
     assert main(["serve", str(model), "--port", "0", "--memory", "1GiB", "-t", "0.3", *options]) == 0
     assert (found[0].temperature, found[0].top_k, found[0].top_p) == (0.3, 20, 1)
 

@@ -11,7 +11,7 @@ import pytest
 
 from argosy import SamplingParams
 from argosy.engine.engine import Engine
-from argosy.engine.shared import ReadyModel, Wanted, make_ready
+from argosy.engine.shared import Ready, Wanted, make_ready
 from argosy.experts.cache import CachedRunner
 from argosy.open.models import configure, open_files
 from tests.cli.tiny_chat_model import write_chat_model
@@ -21,7 +21,7 @@ PROMPT = np.random.default_rng(3).integers(0, 400, 9).tolist()
 
 
 @pytest.fixture(scope="module")
-def ready(tmp_path_factory: pytest.TempPathFactory) -> list[ReadyModel]:
+def ready(tmp_path_factory: pytest.TempPathFactory) -> list[Ready]:
     path = write_chat_model(tmp_path_factory.mktemp("loading") / "model")
     files = open_files(path)
     config = configure(path, files, memory="2GiB", threads=1)
@@ -30,7 +30,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> list[ReadyModel]:
 
 
 @pytest.fixture
-def engines(ready: list[ReadyModel]) -> Iterator[tuple[Engine, Engine]]:
+def engines(ready: list[Ready]) -> Iterator[tuple[Engine, Engine]]:
     """Two engines that share the cores; none has experts in memory."""
     opened = [one.open(0) for one in ready]
     yield opened[0], opened[1]
@@ -102,7 +102,7 @@ def test_a_step_of_a_model_that_is_in_memory_keeps_the_cores(
 
 
 def test_steps_are_in_the_foreground_once_no_slot_is_free(
-    ready: list[ReadyModel], engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+    ready: list[Ready], engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, engine = engines
     is_ahead = threading.Event()
@@ -126,7 +126,7 @@ def test_steps_are_in_the_foreground_once_no_slot_is_free(
     assert is_ahead.wait(30)
 
 
-def test_nothing_commits_memory_after_an_engine_is_closed(ready: list[ReadyModel]) -> None:
+def test_nothing_commits_memory_after_an_engine_is_closed(ready: list[Ready]) -> None:
     with ready[0]._foreground:  # threads that give way take long
         engine = ready[0].open(ready[0].most_bytes)
         ready[0].close(engine)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from argosy import Engine, SamplingParams
-from argosy.engine.shared import ReadyModel, Wanted, make_ready
+from argosy.engine.shared import Ready, Wanted, make_ready
 from argosy.open.models import configure, open_files
 from tests.cli.tiny_chat_model import write_chat_model
 
@@ -26,7 +26,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ready(path: Path) -> ReadyModel:
+def ready(path: Path) -> Ready:
     files = open_files(path)
     (ready,), _ = make_ready(
         [Wanted("model", files, configure(path, files, **OPTIONS))],
@@ -37,7 +37,7 @@ def ready(path: Path) -> ReadyModel:
 
 
 def test_a_cache_with_all_experts_runs_like_a_resident_model_and_counts_the_same(
-    path: Path, ready: ReadyModel
+    path: Path, ready: Ready
 ) -> None:
     prompts = [np.random.default_rng(seed).integers(0, 400, 9).tolist() for seed in range(4)]
     with Engine.open(path, memory="2GiB", threads=1) as resident:

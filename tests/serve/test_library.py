@@ -21,7 +21,8 @@ from argosy.serve.answer.service import Common
 from argosy.serve.answer.work import Work
 from argosy.serve.app import make_app
 from argosy.serve.claims import server_claims
-from argosy.serve.models.models import Memory, Models
+from argosy.serve.models.loading import Memory
+from argosy.serve.models.models import Models
 from argosy.serve.models.opened import EngineSource, LibraryShelf
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.library.caches import add_to_hub
@@ -54,14 +55,14 @@ def server(hub: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     process_bytes = shared_bytes(None, SERVER)
     library = ServedLibrary(given, process_bytes, None)
     common = Common(ring=None, kept=KeptItems(), work=Work())
-    models = Models.sharing(
+    models = Models(
         [], Memory(budget_bytes=4 * GIB, process_bytes=process_bytes), work=common.work, kept=common.kept,
-        shelf=LibraryShelf(library.look, lambda ready, speeds: EngineSource(ready, common, record=None, speeds=speeds)),
+        shelf=LibraryShelf(library.look, lambda offer: EngineSource(offer, common, record=None)),
     )  # fmt: skip
     yield from start(make_app(models, KeyRing(None), block_tokens=16, max_sequences=4))
-    for entry in models._entries:
-        if entry.served is not None:
-            entry.served.close()
+    for entry in models.loader.entries:
+        if entry.opened is not None:
+            entry.opened.close()
 
 
 def post(url: str, body: dict[str, Any]) -> Any:

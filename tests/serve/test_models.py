@@ -22,8 +22,11 @@ from argosy.serve.guards.guarding import Guarding
 from argosy.serve.http.caller import Caller
 from argosy.serve.http.failures import Refused
 from argosy.serve.http.running import Running
+from argosy.serve.models import loading
 from argosy.serve.models import models as models_module
-from argosy.serve.models.models import Abilities, Memory, Models, Progress, Shelved, use_model
+from argosy.serve.models.entry import Abilities, Progress
+from argosy.serve.models.loading import Memory
+from argosy.serve.models.models import Models, Shelved, use_model
 
 BUDGET, PROCESS = 1000, 100
 
@@ -146,7 +149,7 @@ class Rig:
         self.a = FakeSource(self.meter, "a", 200, 42)
         self.b = FakeSource(self.meter, "b", 200, 42)
         self.big = FakeSource(self.meter, "big", 600, 12)
-        self.models = Models.sharing(
+        self.models = Models(
             [self.a, self.b, self.big], Memory(budget_bytes=BUDGET, process_bytes=PROCESS),
             clock=lambda: self.now, **options,
         )  # fmt: skip
@@ -162,8 +165,8 @@ class Rig:
             return found
 
     async def look(self) -> None:
-        async with self.models._moving:
-            await self.models._look_once()
+        async with self.models.loader._moving:
+            await self.models.loader._look_once()
 
     def states(self) -> dict[str, str]:
         return {one.facts.id: one.state for one in self.models.facts()}
@@ -229,7 +232,7 @@ def test_a_model_that_is_stopped_or_that_nobody_waits_for_any_more_is_not_loaded
         request: Any = SimpleNamespace(state=SimpleNamespace(caller=caller), app=app)
         with pytest.raises(Stopped), caller.ending:
             await use_model(request, "big")
-        async with rig.models._moving:
+        async with rig.models.loader._moving:
             waiting = asyncio.create_task(rig.ask("big"))
             await asyncio.sleep(0.02)
             waiting.cancel()
@@ -363,7 +366,7 @@ def test_a_model_is_unloaded_after_a_while_without_requests() -> None:
 
 
 def test_a_server_looks_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models_module, "LOOK_S", 0.01)
+    monkeypatch.setattr(loading, "LOOK_S", 0.01)
 
     async def test(rig: Rig) -> None:
         await rig.ask("a")
@@ -437,7 +440,7 @@ def test_an_unload_is_finished_if_the_client_that_asked_for_it_leaves() -> None:
 def test_a_name_is_found_with_and_without_the_tag_latest() -> None:
     async def test(rig: Rig) -> None:
         rig.b.facts = replace(rig.b.facts, id="b:latest")
-        models = Models.sharing([rig.a, rig.b], Memory(budget_bytes=BUDGET, process_bytes=PROCESS))
+        models = Models([rig.a, rig.b], Memory(budget_bytes=BUDGET, process_bytes=PROCESS))
         for name, found in (("a", "a"), ("a:latest", "a"), ("b", "b:latest"), ("b:latest", "b:latest")):
             assert models.standing(name).facts.id == found
         for name in ("a:30b", "A:latest", ":latest", ""):
@@ -625,7 +628,7 @@ class LibraryRig(Rig):
     def __init__(self, **options: Any) -> None:
         super().__init__()
         self.shelf = FakeShelf(self.a, self.b)
-        self.models = Models.sharing(
+        self.models = Models(
             [],
             Memory(budget_bytes=BUDGET, process_bytes=PROCESS),
             shelf=self.shelf,
@@ -817,7 +820,7 @@ def test_budgets_that_are_asked_for_at_once_apply_one_after_another() -> None:
 def test_a_model_whose_client_left_while_it_was_read_is_unloaded_after_a_while(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(models_module, "LOOK_S", 0.001)
+    monkeypatch.setattr(loading, "LOOK_S", 0.001)
 
     async def test(rig: Rig) -> None:
         rig.a.can_open.clear()
@@ -839,7 +842,7 @@ def test_idle_models_stay_usable_if_one_cannot_be_closed(monkeypatch: pytest.Mon
     async def test(rig: Rig) -> None:
         await rig.ask("a")
         await rig.ask("b")
-        submit = models_module.Threads.submit
+        submit = loading.Threads.submit
 
         def refuse(threads: Any, call: Any, /, *args: Any, **named: Any) -> Any:
             if "close" in repr(call):
@@ -847,7 +850,7 @@ def test_idle_models_stay_usable_if_one_cannot_be_closed(monkeypatch: pytest.Mon
             return submit(threads, call, *args, **named)
 
         with monkeypatch.context() as patched:
-            patched.setattr(models_module.Threads, "submit", refuse)
+            patched.setattr(loading.Threads, "submit", refuse)
             with pytest.raises(Overloaded, match="no thread"):
                 await rig.models.resize(150)
         assert rig.states() == {"a": "ready", "b": "ready", "big": "unloaded"}

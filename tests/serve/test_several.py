@@ -18,7 +18,7 @@ import pytest
 
 from argosy import Engine, SamplingParams
 from argosy.config import MIB, Claim
-from argosy.engine.shared import ReadyModel, Wanted, make_ready
+from argosy.engine.shared import Ready, Wanted, make_ready
 from argosy.guard.keys import KeyRing
 from argosy.open.models import configure, open_files
 from argosy.serve.answer.kept_items import KeptItems
@@ -26,8 +26,9 @@ from argosy.serve.answer.service import Common
 from argosy.serve.answer.work import Work
 from argosy.serve.app import make_app
 from argosy.serve.claims import server_claims
-from argosy.serve.models.models import Memory, Models
-from argosy.serve.models.opened import EngineSource
+from argosy.serve.models.loading import Memory
+from argosy.serve.models.models import Models
+from argosy.serve.models.opened import EngineSource, Offer
 from tests.models.tiny import qwen3_moe, write_model
 from tests.prompt.tokenizers_for_tests import CHATML, byte_level_json, write_tokenizer
 from tests.serve.conftest import start
@@ -67,7 +68,7 @@ def alone(paths: dict[str, Path]) -> dict[tuple[str, str], str]:
 class Several:
     url: str
     models: Models
-    ready: list[ReadyModel]
+    ready: list[Ready]
     opened: list[str]  # names of models, whenever one was opened
 
     def say(self, name: str, prompt: str) -> str:
@@ -89,16 +90,16 @@ def several(paths: dict[str, Path]) -> Iterator[Several]:
     floors = [one.floor_bytes for one in ready]
     common = Common(ring=None, kept=KeptItems(), work=Work())
     opened: list[str] = []
-    models = Models.sharing(
-        [EngineSource(one, common, record=None, note_use=opened.append) for one in ready],
+    models = Models(
+        [EngineSource(Offer.of(one), common, record=None, note_use=opened.append) for one in ready],
         Memory(budget_bytes=process_bytes + floors[0] + floors[1] + floors[2] // 2, process_bytes=process_bytes),
         work=common.work, kept=common.kept,
     )  # fmt: skip
     for url in start(make_app(models, KeyRing(None), block_tokens=16, max_sequences=4)):
         yield Several(url, models, ready, opened)
-    for entry in models._entries:
-        if entry.served is not None:
-            entry.served.close()
+    for entry in models.loader.entries:
+        if entry.opened is not None:
+            entry.opened.close()
 
 
 def test_models_are_listed_before_they_are_loaded(several: Several) -> None:
@@ -114,7 +115,7 @@ def test_models_are_listed_before_they_are_loaded(several: Several) -> None:
     assert [httpx.get(several.url + path).status_code for path in ("/health", "/ready")] == [200, 200]
     state = httpx.get(f"{several.url}/v1/engine/state").json()
     assert state["model"]["id"] == "one"
-    assert state["memory"]["budget_bytes"] == several.models.memory.budget_bytes  # type: ignore[union-attr]
+    assert state["memory"]["budget_bytes"] == several.models.budget_bytes
     unknown = httpx.post(f"{several.url}/v1/completions", json={"model": "four", "prompt": "x"})
     assert unknown.status_code == 404
     assert "this server has: one, two, three" in unknown.json()["error"]["message"]
@@ -264,7 +265,7 @@ def test_the_state_and_metrics_tell_models_apart(several: Several) -> None:
     assert 'argosy_seconds_total{model="three"' not in metrics  # it is not in memory
 
 
-def made_ready(paths: dict[str, Path]) -> tuple[list[ReadyModel], int]:
+def made_ready(paths: dict[str, Path]) -> tuple[list[Ready], int]:
     options: dict[str, Any] = {
         "memory": 1 << 32, "threads": 1, "grammars": True, "max_sequences": 4, "claims": (Claim("replay_bytes", MIB),),
     }  # fmt: skip

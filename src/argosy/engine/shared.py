@@ -1,6 +1,6 @@
 """Models that share one process and one budget: made ready once, then opened and closed as often as needed.
 
-    headers, tokenizer, grammars, chat template  ─ plan ─>  ReadyModel  ─ open ─>  Engine  ─ close ─>  ReadyModel
+    headers, tokenizer, grammars, chat template  ─ plan ─>  Ready  ─ open ─>  Engine  ─ close ─>  Ready
 
 What is ready stays in memory. So a model that cannot run is refused before anything is served, what the process takes
 is measured while there are no weights, and opening a model reads weights and nothing else.
@@ -54,7 +54,7 @@ class Wanted(NamedTuple):
     config: EngineConfig
 
 
-class ReadyModel:
+class Ready:
     """A model without its weights.
 
     Attributes:
@@ -200,12 +200,12 @@ class Making:
         self._turns = Turns()
         self._foreground: _native.Foreground | None = None
 
-    def ready(self, wanted: Wanted) -> ReadyModel:
+    def ready(self, wanted: Wanted) -> Ready:
         """Raises CheckpointError and related errors, and DoesNotFit if `process_bytes` is known."""
         if self._foreground is None:
             threads, readers = wanted.config.threads, wanted.config.readers
             self._foreground = _native.Foreground(min(1.0, _BACKGROUND_SHARE * threads / readers))
-        model = ReadyModel(wanted, turns=self._turns, foreground=self._foreground, recorder=self._recorder)
+        model = Ready(wanted, turns=self._turns, foreground=self._foreground, recorder=self._recorder)
         if self._process_bytes is not None:
             model.fit(self._process_bytes, own_bytes=_READY_BYTES + _TOKEN_BYTES * model.model.vocab_size)
         return model
@@ -213,7 +213,7 @@ class Making:
 
 def make_ready(
     wanted: Sequence[Wanted], *, claims: tuple[Claim, ...], recorder: OpenRecorder | None
-) -> tuple[list[ReadyModel], int]:
+) -> tuple[list[Ready], int]:
     """Make models ready that share one budget, and plan each of them.
 
     Args:

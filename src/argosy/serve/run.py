@@ -1,7 +1,6 @@
 """Start and stop the server. On SIGTERM it refuses new requests, waits for running ones, then ends the rest.
 
-    bind  ->  (the engine is opened)  ->  serve: listen, answer, drain
-          ->  (models are made ready)  ->  serve_several: the same
+    bind  ->  (an engine is opened, or models are made ready)  ->  serve: listen, answer, drain
 
 Elsewhere: the application is `app.py`; `http/server.py` runs it; sockets, TLS and proxies are `http/listen.py`; options
 are `cli/commands/serve.py`.
@@ -15,7 +14,7 @@ import ipaddress
 import json
 import logging
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -45,12 +44,20 @@ from argosy.serve.http.listen import Front, Listener
 from argosy.serve.http.log import LogFormat, LogWriter
 from argosy.serve.http.origins import Origins, Site
 from argosy.serve.http.server import MAX_CONNECTIONS, Endpoint, make_room_for_files, run_app
-from argosy.serve.models.models import Memory, Models, Presets
-from argosy.serve.models.opened import EngineSource, LibraryShelf, Offers, Recording, facts_of, service_for
+from argosy.serve.models.loading import Memory
+from argosy.serve.models.models import Models, Presets
+from argosy.serve.models.opened import (
+    EngineSource,
+    LibraryShelf,
+    Offer,
+    Offers,
+    Recording,
+    facts_of,
+    service_for,
+)
 
 if TYPE_CHECKING:
     from argosy.engine.engine import Engine
-    from argosy.engine.shared import ReadyModel
     from argosy.forecast.forecast import Speeds
 
 log = logging.getLogger("argosy.serve")
@@ -180,94 +187,96 @@ class ServerSettings:
 
 
 def serve(
-    engine: Engine,
-    name: str,
-    sockets: Sequence[Listener],
-    settings: ServerSettings,
-    *,
-    recorder: Recorder | None = None,
-    speeds: Speeds | None = None,
-    expectation: str | None = None,
-) -> None:
-    """Serve `engine` until a signal; keep answers for replay as far as the memory plan has room.
-
-    After the first signal, no signal ends the process before everything is closed; the exit code stays 0.
-
-    Args:
-        sockets: from `bind`, `bind_file` or `passed_sockets`.
-        recorder: has the choices of recent tokens; None: nothing is recorded.
-        speeds: predictions for `/metrics`; None: there are none.
-        expectation: a line to print below the address.
-
-    Raises:
-        UsageError: another process has started to listen there in the meantime.
-    """
-    facts = facts_of(
-        name, engine.config, engine.plan, num_parameters=engine.num_parameters, media_kinds=engine.media.kinds,
-        hears=engine.media.hears, fingerprint=engine.fingerprint, sampling=engine.sampling,
-    )  # fmt: skip
-    # A quarter is for items that clients refer to; the rest is for tokens of answers.
-    replay_bytes = engine.plan.claimed["replay_bytes"]
-    kept_bytes = replay_bytes // 4 if settings.store else 0
-    with _keyed(settings) as (ring, limits, auditor):
-        service = service_for(
-            engine, facts, settings.common(ring, kept_bytes=kept_bytes),
-            replay_bytes=replay_bytes - kept_bytes, recorder=recorder, speeds=speeds,
-        )  # fmt: skip
-        try:
-            _run(
-                Models.of(service, presets=settings.presets, default=settings.default), ring, limits, sockets, settings,
-                max_sequences=engine.settings.max_sequences,
-                expectation=expectation, auditor=auditor,
-            )  # fmt: skip
-        finally:
-            service.loop.close()
-
-
-def serve_several(
-    models: Sequence[ReadyModel] | Callable[[], Offers],
-    memory: Memory,
+    make_models: Callable[[Common], Models],
     sockets: Sequence[Listener],
     settings: ServerSettings,
     *,
     kept_bytes: int,
-    record: Callable[[], Recording] | None,
-    speeds: Mapping[str, Speeds],
-    idle_unload_s: float | None,
     max_sequences: int,
     preload: Sequence[str] = (),
-    note_use: Callable[[str], None] | None = None,
+    expectation: str | None = None,
 ) -> None:
-    """Serve models that share a budget until a signal, as `serve` does one.
+    """Serve models until a signal; keep answers for replay as far as the memory plan has room.
+
+    After the first signal, no signal ends the process before everything is closed; the exit code stays 0.
 
     Args:
-        models: from `make_ready`; or what finds those of a library.
+        make_models: makes the models from what they share, such as with `one_model` or `several_models`.
+        sockets: from `bind`, `bind_file` or `passed_sockets`.
         kept_bytes: memory for items that clients refer to.
-        record: makes what records the routing of a model while it is open; None: nothing is recorded.
-        speeds: predictions for `/metrics`, by model.
-        idle_unload_s: unload a model after so long without requests; None: only if its memory is needed.
         preload: names of models to load before the server listens.
-        note_use: called with the name of each model that is opened, in a thread.
+        expectation: a line to print below the address.
 
     Raises:
         UsageError: another process has started to listen there in the meantime.
         ArgosyError: a model that is loaded first cannot be opened, or does not fit.
     """
     with _keyed(settings) as (ring, limits, auditor):
-        common = settings.common(ring, kept_bytes=kept_bytes)
+        models = make_models(settings.common(ring, kept_bytes=kept_bytes))
+        try:
+            _run(
+                models, ring, limits, sockets, settings, max_sequences=max_sequences, preload=preload,
+                expectation=expectation, auditor=auditor,
+            )  # fmt: skip
+        finally:
+            for service in models.services():
+                service.loop.close()
 
-        def to_source(ready: ReadyModel, expected: Speeds | None) -> EngineSource:
-            return EngineSource(ready, common, record=record, speeds=expected, note_use=note_use)
 
-        shared = Models.sharing(
-            [] if callable(models) else [to_source(ready, speeds.get(ready.name)) for ready in models], memory,
-            any_model=settings.any_model, idle_unload_s=idle_unload_s, work=common.work, kept=common.kept,
-            shelf=LibraryShelf(models, to_source) if callable(models) else None,
-            presets=settings.presets, default=settings.default,
-        )  # fmt: skip
-        _run(
-            shared, ring, limits, sockets, settings, max_sequences=max_sequences, preload=preload, auditor=auditor,
-        )  # fmt: skip
+def one_model(
+    engine: Engine,
+    name: str,
+    settings: ServerSettings,
+    common: Common,
+    *,
+    recorder: Recorder | None = None,
+    speeds: Speeds | None = None,
+) -> Models:
+    """A server's only model, whose engine is open and stays so.
+
+    Args:
+        recorder: has the choices of recent tokens; None: nothing is recorded.
+        speeds: predictions for `/metrics`; None: there are none.
+    """
+    facts = facts_of(
+        name, engine.config, engine.plan, num_parameters=engine.num_parameters, media_kinds=engine.media.kinds,
+        hears=engine.media.hears, fingerprint=engine.fingerprint, sampling=engine.sampling,
+    )  # fmt: skip
+    service = service_for(
+        engine, facts, common, recorder=recorder, speeds=speeds,
+        replay_bytes=engine.plan.claimed["replay_bytes"] - common.kept.max_bytes,
+    )  # fmt: skip
+    return Models.of(service, presets=settings.presets, default=settings.default)
+
+
+def several_models(
+    offers: Sequence[Offer] | Callable[[], Offers],
+    memory: Memory,
+    settings: ServerSettings,
+    common: Common,
+    *,
+    record: Callable[[], Recording] | None,
+    idle_unload_s: float | None,
+    note_use: Callable[[str], None] | None = None,
+) -> Models:
+    """Models that share a budget; none is in memory yet.
+
+    Args:
+        offers: the models; or what finds those of a library.
+        record: makes what records the routing of a model while it is open; None: nothing is recorded.
+        idle_unload_s: unload a model after so long without requests; None: only if its memory is needed.
+        note_use: called with the name of each model that is opened, in a thread.
+    """
+
+    def to_source(offer: Offer) -> EngineSource:
+        return EngineSource(offer, common, record=record, note_use=note_use)
+
+    return Models(
+        [] if callable(offers) else list(map(to_source, offers)), memory, any_model=settings.any_model,
+        idle_unload_s=idle_unload_s, work=common.work, kept=common.kept,
+        shelf=LibraryShelf(offers, to_source) if callable(offers) else None,
+        presets=settings.presets, default=settings.default,
+    )  # fmt: skip
 
 
 @contextmanager

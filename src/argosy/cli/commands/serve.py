@@ -37,7 +37,7 @@ from argosy.errors import UsageError
 
 if TYPE_CHECKING:
     from argosy.budget.memory_plan import MemoryPlan
-    from argosy.engine.shared import ReadyModel
+    from argosy.engine.shared import Ready
     from argosy.forecast.forecast import Speeds
     from argosy.library.names import Named
     from argosy.serve.http.listen import Listener
@@ -252,7 +252,8 @@ def _serve_one(
     from argosy.forecast.forecast import Speeds
     from argosy.machine import kept_rates
     from argosy.open.models import locate_model
-    from argosy.serve.claims import REPLAY_BYTES, server_claims
+    from argosy.serve.claims import KEPT_BYTES, REPLAY_BYTES, server_claims
+    from argosy.serve.run import one_model
     from argosy.serve.run import serve as run
 
     claims = (*server_claims(keeps_content=server.keeps_content), Claim("replay_bytes", REPLAY_BYTES))
@@ -271,7 +272,9 @@ def _serve_one(
             speeds = Speeds(engine.config, engine.work, rates, recording.known)
             expectation = _expectation(model.text, speeds, engine.plan)
         run(
-            engine, name, sockets, server, recorder=recording.recorder, speeds=speeds, expectation=expectation
+            lambda common: one_model(engine, name, server, common, recorder=recording.recorder, speeds=speeds),
+            sockets, server, kept_bytes=KEPT_BYTES, max_sequences=engine.settings.max_sequences,
+            expectation=expectation,
         )  # fmt: skip
 
 
@@ -296,8 +299,10 @@ def _serve_several(
     from argosy.library import kept
     from argosy.open.models import configure, locate_model, open_files
     from argosy.serve.claims import KEPT_BYTES, REPLAY_BYTES, server_claims
-    from argosy.serve.models.models import Memory
-    from argosy.serve.run import serve_several
+    from argosy.serve.models.loading import Memory
+    from argosy.serve.models.opened import Offer
+    from argosy.serve.run import serve as run
+    from argosy.serve.run import several_models
 
     for option in ("mmproj", "ears"):
         if option in settings:
@@ -312,7 +317,7 @@ def _serve_several(
     recording = Recording(keeps_recent=True) if settings.get("record", True) else None
     claims = (*server_claims(keeps_content=server.keeps_content), Claim("replay_bytes", KEPT_BYTES))
     wanted, paths = [], {}
-    ready: list[ReadyModel] = []
+    ready: list[Ready] = []
     with progress_bar() as progress:
         for found, name in zip(models, ids, strict=True):
             model = found.path or found.text
@@ -333,13 +338,15 @@ def _serve_several(
         if (in_library := library_names.get(name, name)) is not None:
             kept.note_use(in_library)
 
-    speeds = {one.name: rates for one in ready if (rates := speeds_of(one, paths[one.name])) is not None}
-    serve_several(
-        ready if wanted else ServedLibrary(given, process_bytes, recording).look,
-        Memory(budget_bytes=given["memory"], process_bytes=process_bytes), sockets, server, kept_bytes=KEPT_BYTES,
-        speeds=speeds, idle_unload_s=idle_unload_s, max_sequences=given["max_sequences"],
-        record=(lambda: Recording(keeps_recent=True)) if settings.get("record", True) else None, preload=preload,
-        note_use=note_use,
+    run(
+        lambda common: several_models(
+            [Offer.of(one, speeds_of(one, paths[one.name])) for one in ready] if wanted
+            else ServedLibrary(given, process_bytes, recording).look,
+            Memory(budget_bytes=given["memory"], process_bytes=process_bytes), server, common,
+            idle_unload_s=idle_unload_s, note_use=note_use,
+            record=(lambda: Recording(keeps_recent=True)) if settings.get("record", True) else None,
+        ),
+        sockets, server, kept_bytes=KEPT_BYTES, max_sequences=given["max_sequences"], preload=preload,
     )  # fmt: skip
 
 

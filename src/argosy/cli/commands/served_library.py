@@ -1,6 +1,6 @@
 """The library as a server with `--library` has it: every model that runs here, by the names that users give it.
 
-    files of all programs  ─ look ─>  Offers: facts from headers, other names, faults  ─ make ─>  ReadyModel
+    files of all programs  ─ look ─>  Offers: facts from headers, other names, faults  ─ make ─>  Ready
 
 A request names a model of the library, an alias or a preset, and never a path.
 
@@ -22,7 +22,7 @@ from argosy.errors import ArgosyError, UsageError
 
 if TYPE_CHECKING:
     from argosy.cli.shared.options import Recording
-    from argosy.engine.shared import ReadyModel
+    from argosy.engine.shared import Ready
     from argosy.forecast.forecast import Speeds
     from argosy.library.names import Named
     from argosy.serve.answer.facts import ModelFacts
@@ -117,7 +117,7 @@ class ServedLibrary:
             sampling=SamplingDefaults(**facts["sampling"]).overridden(self._given.get("sampling", {})),
         )  # fmt: skip
 
-    def _make(self, name: str, path: Path, budget_bytes: int | None) -> tuple[ReadyModel, Speeds | None]:
+    def _make(self, name: str, path: Path, budget_bytes: int | None) -> tuple[Ready, Speeds | None]:
         """Raises CheckpointError and related errors, and DoesNotFit."""
         from argosy.engine.shared import Wanted
         from argosy.open.models import configure, open_files
@@ -181,7 +181,7 @@ class ServedPresets:
         return None if model is None else replace(preset, model=model)
 
 
-def speeds_of(ready: ReadyModel, path: Path) -> Speeds | None:
+def speeds_of(ready: Ready, path: Path) -> Speeds | None:
     """Predictions of a model's speed; None if the rates that are kept cannot be read, which `argosy plan` reports."""
     from argosy.forecast.forecast import Speeds
     from argosy.machine import kept_rates

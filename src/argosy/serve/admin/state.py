@@ -30,7 +30,8 @@ from argosy.serve.admin.cluster import Workers, WorkerState, worker_metrics
 from argosy.serve.answer.facts import ModelFacts
 from argosy.serve.answer.service import Service
 from argosy.serve.http.closed import Closed
-from argosy.serve.models.models import Memory, Models, Standing, State
+from argosy.serve.models.entry import Standing, State
+from argosy.serve.models.models import Models
 
 log = logging.getLogger("argosy.serve")
 
@@ -202,8 +203,8 @@ def memory_of(models: Models) -> MemoryState:
     shown = models.shown()
     engine = _nothing().engine if shown is None else shown.loop.snapshot().engine
     memory = engine.memory
-    if models.memory is not None:
-        memory = tuple(_memory_lines(models.memory, models.facts()))
+    if not models.has_one:
+        memory = tuple(_memory_lines(models.process_bytes, models.facts()))
     return {
         "budget_bytes": models.budget_bytes, "peak_bytes": engine.totals.peak_bytes,
         "lines": [{"name": name, "bytes": count, "note": note} for name, count, note in memory],
@@ -332,8 +333,8 @@ def _sharing(one: Standing) -> SharingState:
     }  # fmt: skip
 
 
-def _memory_lines(memory: Memory, standing: Sequence[Standing]) -> Iterator[tuple[str, int, str]]:
-    yield "process", memory.process_bytes, "interpreter, tokenizers, requests"
+def _memory_lines(process_bytes: int, standing: Sequence[Standing]) -> Iterator[tuple[str, int, str]]:
+    yield "process", process_bytes, "interpreter, tokenizers, requests"
     for one in standing:
         if one.memory_bytes:
             yield one.facts.id, one.memory_bytes - one.expert_bytes, "without its share of experts"
@@ -396,7 +397,7 @@ class Metrics:
         self.registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
-        of_model = [] if self._models.memory is None else ["model"]
+        of_model = [] if self._models.has_one else ["model"]
         known = [
             ([one.model.id] if of_model else [], one, one.loop.snapshot()) for one in self._models.services()
         ]
@@ -409,7 +410,7 @@ class Metrics:
                     metric.add_metric(labels, value)
         yield from found.values()
         yield from self._energy(of_model, known)
-        if self._models.memory is not None:
+        if not self._models.has_one:
             yield gauge(
                 "argosy_models_bytes", "Memory of the process and its models", self._models.held_bytes
             )
@@ -437,7 +438,7 @@ class Metrics:
         engine, totals = facts.engine, facts.engine.totals
         counter, gauge = CounterMetricFamily, GaugeMetricFamily
         on_tiles, products = engine.operations or (None, None)
-        budget_bytes = engine.budget_bytes if self._models.memory is None else self._models.budget_bytes
+        budget_bytes = self._models.budget_bytes
         return (
             (counter, "argosy_prompt_tokens", "Prompt tokens", totals.prompt_tokens),
             (counter, "argosy_new_tokens", "Generated tokens", totals.new_tokens),

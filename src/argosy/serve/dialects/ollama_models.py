@@ -18,7 +18,8 @@ from argosy.library import modelfile
 from argosy.serve.answer.facts import ModelFacts
 from argosy.serve.dialects.ollama_bodies import ShowBody
 from argosy.serve.http.closed import Closed
-from argosy.serve.models.models import LATEST, Listing, Standing, models_of
+from argosy.serve.models.entry import Listing, Standing
+from argosy.serve.models.models import LATEST, models_of
 
 API_VERSION = "0.30.0"  # Ollama's version that these routes resemble; clients check whether it is new enough
 _FOREVER = "9999-12-31T23:59:59Z"

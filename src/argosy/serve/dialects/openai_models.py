@@ -16,7 +16,8 @@ from argosy.prompt.prompt import ToolCalling
 from argosy.prompt.thinking import ThinkingSwitch
 from argosy.serve.answer.service import Service
 from argosy.serve.http.closed import Closed
-from argosy.serve.models.models import Listing, State, models_of
+from argosy.serve.models.entry import Listing, State
+from argosy.serve.models.models import models_of
 
 
 class Modalities(Closed):

@@ -1,9 +1,8 @@
 """A model in memory, as a server has it: the engine, the thread that steps it, and the service.
 
-    ReadyModel  ─ EngineSource.open ─>  OpenedModel: Engine, EngineLoop, Service  ─ close ─>  ReadyModel
-    Offer of a library  ─ LazySource.prepare ─>  EngineSource  ─ release ─>  Offer
+    Offer  ─ prepare ─>  Ready  ─ open ─>  OpenedModel: Engine, EngineLoop, Service  ─ close, release ─>  Offer
 
-Elsewhere: `models.py` decides when a model is opened and closed; `engine/shared.py` has models without weights.
+Elsewhere: `loading.py` decides when a model is opened and closed; `engine/shared.py` has models without weights.
 """
 
 from __future__ import annotations
@@ -13,15 +12,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from argosy.budget.memory_plan import MemoryPlan
 from argosy.config import EngineConfig, ModelConfig, SamplingDefaults
 from argosy.engine.engine import Engine
 from argosy.engine.ledger import DecodeSteps
 from argosy.engine.loop import EngineLoop
-from argosy.engine.shared import ReadyModel
+from argosy.engine.shared import Ready
 from argosy.forecast.verification import Verification, compare_decode
 from argosy.media.parts import Hearing, Kind
 from argosy.observe.live import LiveCache
@@ -32,7 +30,8 @@ from argosy.prompt.thinking import switch_of
 from argosy.serve.answer.facts import ModelFacts
 from argosy.serve.answer.service import Common, Service
 from argosy.serve.http.log import where_it_failed
-from argosy.serve.models.models import Abilities, Progress, Shelved
+from argosy.serve.models.entry import Abilities, Progress
+from argosy.serve.models.models import Shelved
 
 if TYPE_CHECKING:
     from argosy.forecast.forecast import Speeds
@@ -57,7 +56,7 @@ class OpenedModel:
 
     def __init__(
         self,
-        ready: ReadyModel,
+        ready: Ready,
         facts: ModelFacts,
         common: Common,
         share_bytes: int,
@@ -78,11 +77,11 @@ class OpenedModel:
             raise
 
     def resize(self, share_bytes: int) -> None:
-        """See `models.Served`."""
+        """See `entry.Opened`."""
         self.service.resize(self._ready.budget_bytes(share_bytes), is_share=True)
 
     def close(self) -> None:
-        """See `models.Served`."""
+        """See `entry.Opened`."""
         self.service.loop.close()
         self._ready.close(self._engine)
         if self._recording is not None:
@@ -133,51 +132,85 @@ def service_for(
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """A model that a server may open.
+
+    key: equal as long as its files are unchanged.
+    make: reads its tokenizer and plans it in a budget, or in that of the server's start; raises DoesNotFit,
+        CheckpointError and related errors.
+    is_ready: `make` gives what is there from start to end.
+    """
+
+    facts: ModelFacts
+    key: object
+    make: Callable[[int | None], tuple[Ready, Speeds | None]]
+    is_ready: bool = False
+
+    @classmethod
+    def of(cls, ready: Ready, speeds: Speeds | None = None) -> Self:
+        """A model that is ready; `speeds` are predictions of its speed."""
+        return cls(facts=_facts_of_ready(ready), key=ready, make=lambda _: (ready, speeds), is_ready=True)
+
+
 class EngineSource:
-    """A `models.Source`: opens engines of a model that is ready.
+    """An `entry.Source`: opens engines of a model. It is made ready for each time that it is opened, if it is not yet.
 
     Args:
         record: makes what records the routing while the model is open; None: nothing is recorded.
-        speeds: predictions of its speed; None: there are none.
         note_use: called, in a thread, with the model's name when it is opened; None: nobody wants to know.
     """
 
+    _reading = threading.Lock()  # one at a time: a tokenizer that is read for a list counts in no budget
+
     def __init__(
         self,
-        ready: ReadyModel,
+        offer: Offer,
         common: Common,
         *,
         record: Callable[[], Recording] | None,
-        speeds: Speeds | None = None,
         note_use: Callable[[str], None] | None = None,
     ) -> None:
-        self._ready = ready
-        self._common = common
-        self._record = record
-        self._speeds = speeds
-        self._note_use = note_use
-        self.facts = facts_of(
-            ready.name, ready.model, ready.plan, num_parameters=ready.num_parameters, media_kinds=ready.media_kinds,
-            hears=ready.hears, fingerprint=ready.fingerprint, sampling=ready.sampling,
-        )  # fmt: skip
+        self.key, self.facts = offer.key, offer.facts
+        self._offer, self._common = offer, common
+        self._record, self._note_use = record, note_use
+        self._made: tuple[Ready, Speeds | None] | None = None
+        self._abilities: Abilities | None = None
+        if offer.is_ready:
+            self._made = self._make()
 
-    @cached_property
-    def _abilities(self) -> Abilities:
-        ready = self._ready
-        return Abilities.of(
+    def _make(self, budget_bytes: int | None = None) -> tuple[Ready, Speeds | None]:
+        made = ready, _ = self._offer.make(budget_bytes)
+        self._abilities = Abilities.of(
             ready.tokenizer, tools=ready.tools, thinking=switch_of(ready.variables),
             can_infill=ready.can_infill,
         )  # fmt: skip
+        self.facts = replace(_facts_of_ready(ready), created=self.facts.created)
+        return made
 
     def abilities(self, *, may_read: bool = False) -> Abilities:
-        """See `models.Source`."""
-        return self._abilities
+        """See `entry.Source`."""
+        if self._abilities is None and may_read:
+            with self._reading:
+                if self._abilities is None:
+                    self._make()
+        return self._abilities or Abilities()
 
     def prepare(self, budget_bytes: int) -> None:
-        """It is ready from start to end."""
+        """See `entry.Source`."""
+        with self._reading:
+            if self._made is None:
+                self._made = self._make(budget_bytes)
 
     def release(self) -> None:
-        """It is ready from start to end."""
+        """See `entry.Source`."""
+        if not self._offer.is_ready:
+            self._made = None
+
+    @property
+    def _ready(self) -> Ready:
+        assert self._made is not None
+        return self._made[0]
 
     @property
     def floor_bytes(self) -> int:
@@ -188,18 +221,21 @@ class EngineSource:
         return self._ready.most_bytes
 
     def open(self, share_bytes: int, progress: Progress) -> OpenedModel:
-        """See `models.Source`."""
+        """See `entry.Source`."""
+        assert self._made is not None
+        ready, speeds = self._made
         opened = OpenedModel(
-            self._ready, self.facts, self._common, share_bytes, progress=_told(self._ready.name, progress),
-            recording=None if self._record is None else self._record(), speeds=self._speeds,
+            ready, self.facts, self._common, share_bytes, progress=_told(ready.name, progress),
+            recording=None if self._record is None else self._record(), speeds=speeds,
         )  # fmt: skip
         if self._note_use is not None:
-            self._note_use(self._ready.name)
+            self._note_use(ready.name)
         return opened
 
     def forget(self, tenant: str) -> None:
-        """See `models.Source`."""
-        self._ready.forget(tenant)
+        """See `entry.Source`; a library's models keep nothing in files."""
+        if self._offer.is_ready:
+            self._ready.forget(tenant)
 
 
 def _told(name: str, progress: Progress, clock: Callable[[], float] = time.monotonic) -> Progress:
@@ -217,20 +253,6 @@ def _told(name: str, progress: Progress, clock: Callable[[], float] = time.monot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Offer:
-    """A model of a library.
-
-    key: equal as long as its files are unchanged.
-    make: reads its tokenizer and plans it in a budget, or in that of the server's start; raises DoesNotFit,
-        CheckpointError and related errors.
-    """
-
-    facts: ModelFacts
-    key: object
-    make: Callable[[int | None], tuple[ReadyModel, Speeds | None]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Offers:
     """The models of a library; `others` and `faults` as in `models.Shelved`."""
 
@@ -239,70 +261,12 @@ class Offers:
     faults: Mapping[str, str]
 
 
-class LazySource:
-    """A `models.Source` of a library's model: it is made ready for each time that it is opened."""
-
-    _reading = threading.Lock()  # one at a time: a tokenizer that is read for a list counts in no budget
-
-    def __init__(self, offer: Offer, to_source: Callable[[ReadyModel, Speeds | None], EngineSource]) -> None:
-        self.key, self.facts = offer.key, offer.facts
-        self._make, self._to_source = offer.make, to_source
-        self._source: EngineSource | None = None
-        self._abilities: Abilities | None = None
-
-    def _read(self, budget_bytes: int | None = None) -> EngineSource:
-        source = self._to_source(*self._make(budget_bytes))
-        self._abilities = source.abilities()
-        self.facts = replace(source.facts, created=self.facts.created)
-        return source
-
-    def abilities(self, *, may_read: bool = False) -> Abilities:
-        """See `models.Source`."""
-        if self._abilities is None and may_read:
-            with self._reading:
-                if self._abilities is None:
-                    self._read()
-        return self._abilities or Abilities()
-
-    def prepare(self, budget_bytes: int) -> None:
-        """See `models.Source`."""
-        with self._reading:
-            if self._source is None:
-                self._source = self._read(budget_bytes)
-
-    def release(self) -> None:
-        """See `models.Source`."""
-        self._source = None
-
-    @property
-    def _ready(self) -> EngineSource:
-        assert self._source is not None
-        return self._source
-
-    @property
-    def floor_bytes(self) -> int:
-        return self._ready.floor_bytes
-
-    @property
-    def most_bytes(self) -> int:
-        return self._ready.most_bytes
-
-    def open(self, share_bytes: int, progress: Progress) -> OpenedModel:
-        """See `models.Source`."""
-        return self._ready.open(share_bytes, progress)
-
-    def forget(self, tenant: str) -> None:
-        """A library's models keep nothing in files."""
-
-
 class LibraryShelf:
     """A `models.Shelf` over what a library offers."""
 
-    def __init__(
-        self, look: Callable[[], Offers], to_source: Callable[[ReadyModel, Speeds | None], EngineSource]
-    ) -> None:
+    def __init__(self, look: Callable[[], Offers], to_source: Callable[[Offer], EngineSource]) -> None:
         self._look, self._to_source = look, to_source
-        self._sources: dict[str, LazySource] = {}
+        self._sources: dict[str, EngineSource] = {}
 
     def look(self) -> Shelved:
         """See `models.Shelf`."""
@@ -311,9 +275,16 @@ class LibraryShelf:
         for offer in found.offers:
             source = before.get(offer.facts.id)
             if source is None or source.key != offer.key:
-                source = LazySource(offer, self._to_source)
+                source = self._to_source(offer)
             self._sources[offer.facts.id] = source
         return Shelved(sources=self._sources, others=found.others, faults=found.faults)
+
+
+def _facts_of_ready(ready: Ready) -> ModelFacts:
+    return facts_of(
+        ready.name, ready.model, ready.plan, num_parameters=ready.num_parameters, media_kinds=ready.media_kinds,
+        hears=ready.hears, fingerprint=ready.fingerprint, sampling=ready.sampling,
+    )  # fmt: skip
 
 
 def facts_of(

@@ -1,0 +1,424 @@
+"""Memory changes hands among the models of a server: loads, unloads, and shares of what floors leave.
+
+    a request names a model  ─>  its floor is taken from idle models, its share from all  ─>  read  ─>  ready
+
+Requests for a model in memory never wait for memory that moves. All state here belongs to the event loop. Whatever
+waits for an engine or a drive runs in a thread. `_moving` is held while memory changes hands, and not while a model is
+read. The order of locks is `_moving`, then those of the engines; nothing here runs inside a turn. Memory is taken from
+one model, and is with the system, before another one may use it. So the sum never exceeds the budget.
+
+Elsewhere: `budget/shares.py` has the rule; `models.py` finds models and says how they stand.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ParamSpec, TypeVar
+
+from argosy.budget.requirements import require_budget
+from argosy.budget.shares import IN_USE_S, Claim, divide
+from argosy.config import MIB, format_bytes
+from argosy.errors import ArgosyError, DoesNotFit, Overloaded
+from argosy.serve.answer.service import Service
+from argosy.serve.http.log import where_it_failed
+from argosy.serve.http.work import Threads
+from argosy.serve.models.entry import Entry, Lasting
+
+log = logging.getLogger("argosy.serve")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+LOOK_S = 1.0  # how often to look for idle models, and for models that could use more memory
+_RETRY_S = 10.0  # a model that could not be opened is not tried again before
+_RETRY_STOPPING_S = 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """The budget of a server with several models, and what its process takes beside them."""
+
+    budget_bytes: int
+    process_bytes: int
+
+
+class Loader:
+    """Brings the models of a server into memory and out of it, within one budget.
+
+    Attributes:
+        entries: its models.
+        lasting: the only model, which stays in memory and has all of the budget; None: models come and go.
+        memory: the budget now.
+        is_stopped: nothing is loaded any more.
+
+    Args:
+        idle_unload_s: unload a model after so long without requests; None: only if its memory is needed.
+        num_threads: for calls that wait for an engine or a drive.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        memory: Memory,
+        *,
+        lasting: Lasting | None,
+        idle_unload_s: float | None,
+        num_threads: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self.entries, self.memory, self.lasting = list(entries), memory, lasting
+        self.is_stopped = False
+        self._idle_unload_s, self._clock = idle_unload_s, clock
+        self._revoked: set[str] = set()
+        self._moving = asyncio.Lock()
+        self._threads = Threads(num_threads, thread_name_prefix="argosy-models")
+        self._looking: asyncio.Task[None] | None = None
+        self._is_closed = asyncio.Event()
+
+    @property
+    def held_bytes(self) -> int:
+        """The memory that the process and its models have now, of a budget that models share."""
+        return self.memory.process_bytes + sum(entry.held_bytes for entry in self.entries)
+
+    def services(self) -> list[Service]:
+        """The services of the models in memory, the first one first."""
+        return [entry.opened.service for entry in self.entries if entry.opened is not None]
+
+    def opening(self, entry: Entry) -> asyncio.Task[None]:
+        """The task that loads a model, begun now unless it runs."""
+        if entry.opening is None:
+            entry.opening = asyncio.create_task(self._open(entry))
+            entry.opening.add_done_callback(_retrieve)  # all who wait may have gone
+        return entry.opening
+
+    def in_thread(self, call: Callable[P, T], *args: P.args, **named: P.kwargs) -> asyncio.Future[T]:
+        return asyncio.get_running_loop().run_in_executor(self._threads, partial(call, *args, **named))
+
+    def revoke(self, tenant: str) -> None:
+        """End all requests of a revoked tenant, and delete all of its data. Any thread may call this."""
+        self._revoked.add(tenant)
+        for entry in self.entries:
+            if (opened := entry.opened) is not None:
+                opened.service.revoke(tenant)
+            else:
+                entry.source.forget(tenant)
+
+    def erase(self, tenant: str) -> int:
+        """End the running requests of a tenant, and delete what is kept of it. Any thread may call this.
+
+        Returns:
+            The number of answers that were kept for replay.
+        """
+        num_answers = 0
+        for entry in self.entries:
+            if (opened := entry.opened) is not None:
+                num_answers += opened.service.erase(tenant)
+            else:
+                entry.source.forget(tenant)
+        return num_answers
+
+    async def stop(self) -> None:
+        """End running requests, and loads."""
+        self.is_stopped = True
+        await asyncio.gather(*(self.in_thread(service.loop.close) for service in self.services()))
+
+    async def close(self) -> None:
+        """End everything, and free the models that were loaded here. Closing twice is harmless."""
+        if self._is_closed.is_set():
+            return
+        self._is_closed.set()
+        await self.stop()
+        if self._looking is not None:
+            await self._looking
+        opening = [entry.opening for entry in self.entries if entry.opening is not None]
+        await asyncio.gather(*opening, return_exceptions=True)
+        async with self._moving:
+            for entry in self.entries:
+                if entry.opened is not None:
+                    await self._unload(entry)
+        self._threads.shutdown()
+
+    async def unload(self, entry: Entry) -> bool:
+        """Unload a model now, unless a request uses it, or it stays in memory.
+
+        Returns:
+            Whether it is out of memory.
+        """
+        if self.lasting is not None:
+            return False
+        # Whoever asks may leave, and what has begun is finished.
+        return await asyncio.shield(asyncio.create_task(self._unload_if_idle(entry)))
+
+    async def _unload_if_idle(self, entry: Entry) -> bool:
+        async with self._moving:
+            if entry.is_idle:
+                await self._unload(entry)
+            return not entry.is_here
+
+    async def resize(self, budget_bytes: int) -> None:
+        """Have another memory budget from now on; requests go on meanwhile.
+
+        Experts leave first; then KV blocks of the only model, or idle models. The memory is with the system when this
+        returns.
+
+        Raises:
+            DoesNotFit: it is less than answers need now, or more than the machine has; nothing has changed.
+            Overloaded: a model is being loaded.
+        """
+        # Whoever asks may leave, and what has begun is finished.
+        await asyncio.shield(asyncio.create_task(self._resize(budget_bytes)))
+
+    async def _resize(self, budget_bytes: int) -> None:
+        async with self._moving:
+            if self.lasting is not None:
+                await self.in_thread(self.lasting.service.resize, budget_bytes)
+                self.memory = replace(self.memory, budget_bytes=budget_bytes)
+                return
+            await self.in_thread(require_budget, budget_bytes)
+            here = [one for one in self.entries if one.is_here]
+            if any(one.is_loading for one in here):
+                raise Overloaded(
+                    "a model is being loaded, and its share is fixed until then", retry_after_s=1
+                )
+            free_bytes = self._bytes_beside_floors() - self.memory.budget_bytes + budget_bytes
+            leaving: list[Entry] = []
+            for idle in sorted((one for one in here if one.is_idle), key=lambda one: one.used_at):
+                if free_bytes >= 0:
+                    break
+                leaving.append(idle)
+                free_bytes += idle.source.floor_bytes
+            if free_bytes < 0:
+                needed = budget_bytes - free_bytes
+                raise DoesNotFit(
+                    f"models that answer now need {format_bytes(needed)} of memory, and the budget would be "
+                    f"{format_bytes(budget_bytes)}",
+                    hint=f"{-(-needed // MIB)}MiB works now",
+                    needed_bytes=needed,
+                    budget_bytes=budget_bytes,
+                )
+            await self._unload_all(leaving)
+            self.memory = replace(self.memory, budget_bytes=budget_bytes)
+            await self._divide()
+
+    def _forget_unused(self, entry: Entry) -> None:
+        """Free what was made for a model that is not open."""
+        if not entry.is_here:
+            entry.source.release()
+
+    async def _open(self, entry: Entry) -> None:
+        """Make room for a model, and read it."""
+        try:
+            while True:
+                async with self._moving:
+                    if not entry.num_uses or (entry.opened is not None and not entry.is_leaving):
+                        return
+                    self._require_wanted()
+                    if entry.fault is not None and self._clock() - entry.failed_at < _RETRY_S:
+                        raise entry.fault.with_traceback(None)
+                    await self._attempt(entry, entry.source.prepare, self.memory.budget_bytes)
+                    if await self._make_room(entry):
+                        break
+                    reading = [
+                        one.opening for one in self.entries if one.is_loading and one.opening is not None
+                    ]
+                entry.has_no_room = True
+                await asyncio.wait(reading, return_when=asyncio.FIRST_COMPLETED)
+                entry.has_no_room = False
+            log.info("models: %s is loaded, with %s", entry.name, format_bytes(entry.held_bytes))
+            await self._read(entry)
+        finally:
+            entry.opening, entry.has_no_room = None, False
+            self._forget_unused(entry)
+
+    async def _read(self, entry: Entry) -> None:
+        source = entry.source
+
+        def tell(task: str, share: float) -> None:  # in a thread
+            self._require_wanted()
+            entry.share_read = share
+
+        entry.share_read = None
+        opened = await self._attempt(entry, source.open, entry.expert_bytes, tell)
+        entry.opened, entry.is_loading, entry.fault = opened, False, None
+        entry.used_at = self._clock()
+        if self._looking is None and not self.is_stopped:  # also if all who waited have gone
+            self._looking = asyncio.create_task(self._look())
+        for tenant in tuple(self._revoked):  # its key was revoked while the model was read
+            opened.service.revoke(tenant)
+
+    async def _attempt(self, entry: Entry, call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
+        """Do a part of opening a model in a thread; what fails is remembered, and not tried again at once."""
+        try:
+            return await self.in_thread(call, *args, **named)
+        except Exception as error:
+            entry.is_loading, entry.expert_bytes = False, 0
+            if self.is_stopped:
+                raise _stopping() from None
+            log.error("models: %s cannot be opened: %s", entry.name, where_it_failed(error))
+            entry.fault = (
+                error if isinstance(error, ArgosyError) else ArgosyError("the model cannot be opened")
+            )
+            entry.failed_at = self._clock()
+            raise entry.fault from None
+
+    def _require_wanted(self) -> None:
+        """Raise if the server is stopping. Any thread may call this."""
+        if self.is_stopped:
+            raise _stopping()
+
+    async def _make_room(self, entry: Entry) -> bool:
+        """Take the floor of a model from others, and its share of what floors leave; `_moving` is held.
+
+        Returns:
+            False if experts of a model that is being read are in the way: they can leave once it is read. Nothing has
+            changed then.
+
+        Raises:
+            Overloaded: the floors of models that answer leave too little. Nothing has changed then.
+        """
+        needed, free_bytes = entry.source.floor_bytes, self._bytes_beside_floors()
+        leaving: list[Entry] = []
+        for idle in sorted((one for one in self.entries if one.is_idle), key=lambda one: one.used_at):
+            if needed <= free_bytes:
+                break
+            leaving.append(idle)
+            free_bytes += idle.source.floor_bytes
+        if needed > free_bytes:
+            raise self._no_room(entry, free_bytes)
+        if needed > free_bytes - self._loading_bytes():
+            return False
+        await self._unload_all(leaving)
+        await self._divide(entry)
+        return True
+
+    def _loading_bytes(self) -> int:
+        """Memory for experts of models that are being read; it is fixed until then."""
+        return sum(one.expert_bytes for one in self.entries if one.is_loading)
+
+    def _bytes_beside_floors(self) -> int:
+        """The rest of the budget after the process and the floors of the models in memory."""
+        floors = sum(one.source.floor_bytes for one in self.entries if one.is_here)
+        return self.memory.budget_bytes - self.memory.process_bytes - floors
+
+    def _no_room(self, entry: Entry, free_bytes: int) -> Overloaded:
+        needed = entry.source.floor_bytes
+        busy = [one for one in self.entries if one.is_here and not one.is_idle]
+        held = [(one.name, one.source.floor_bytes) for one in busy]
+        parts = "  +  ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in held)
+        enough = -(-(self.memory.budget_bytes + needed - free_bytes) // MIB)
+        return Overloaded(
+            f"{entry.name} needs {format_bytes(needed)}, and models that answer now leave {format_bytes(free_bytes)} "
+            f"of the budget of {format_bytes(self.memory.budget_bytes)}\n  {parts}  (without experts)",
+            retry_after_s=int(_RETRY_S),
+            hint=f"try again when {' or '.join(name for name, _ in held)} has answered, "
+            f"or start the server with `--memory {enough}MiB`",
+            needed_bytes=needed,
+            free_bytes=free_bytes,
+        )
+
+    async def _divide(self, joining: Entry | None = None) -> None:
+        """Give each model its share of the memory for experts; `_moving` is held. Shrink some before others grow.
+
+        joining: a model that is about to be read; it takes its floor and its share.
+        """
+        free_bytes = self._bytes_beside_floors() - self._loading_bytes()
+        if joining is not None:
+            free_bytes -= joining.source.floor_bytes
+        sharing = [entry for entry in self.entries if entry is joining or entry.state == "ready"]
+        now = self._clock()
+        claims = [self._claim(entry, now, is_joining=entry is joining) for entry in sharing]
+        shares = list(zip(sharing, divide(free_bytes, claims), strict=True))
+        for entry, share_bytes in shares:
+            if share_bytes < entry.expert_bytes and entry.opened is not None:
+                await self.in_thread(entry.opened.resize, share_bytes)
+                entry.expert_bytes = share_bytes
+        for entry, share_bytes in shares:
+            if share_bytes > entry.expert_bytes and entry.opened is not None:
+                entry.expert_bytes = share_bytes  # first: what is allowed counts as used
+                await self.in_thread(entry.opened.resize, share_bytes)
+        if joining is not None:
+            (joining.expert_bytes,) = (share_bytes for entry, share_bytes in shares if entry is joining)
+            joining.is_loading = True
+        assert self.held_bytes <= self.memory.budget_bytes
+
+    @staticmethod
+    def _claim(entry: Entry, now: float, *, is_joining: bool) -> Claim:
+        return Claim(
+            most_bytes=entry.source.most_bytes,
+            held_bytes=entry.expert_bytes,
+            used_at=entry.used_at,
+            is_in_use=is_joining or entry.num_uses > 0 or now - entry.used_at < IN_USE_S,
+        )
+
+    async def _unload_all(self, leaving: Sequence[Entry]) -> None:
+        """Unload idle models; `_moving` is held. If one stays, for want of a thread, so do those after it."""
+        for entry in leaving:
+            entry.is_leaving = True  # no request begins to use one meanwhile
+        try:
+            for entry in leaving:
+                await self._unload(entry)
+        finally:
+            for entry in leaving:
+                entry.is_leaving = False
+
+    async def _unload(self, entry: Entry) -> None:
+        """Free a model's memory; `_moving` is held."""
+        assert entry.opened is not None
+        entry.is_leaving, is_told = True, not self.is_stopped
+        try:
+            await self.in_thread(entry.opened.close)
+        except Overloaded:  # no thread for it: the model stays as it is
+            entry.is_leaving = False
+            raise
+        except Exception as error:
+            log.error("models: %s did not end well: %s", entry.name, where_it_failed(error))
+        entry.opened, entry.is_leaving, entry.expert_bytes = None, False, 0
+        self._forget_unused(entry)
+        if is_told:
+            log.info("models: %s is unloaded", entry.name)
+
+    async def _look(self) -> None:
+        """Now and then, unload models that are idle for long, and give models that answer what they can use."""
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_S):
+                    await self._is_closed.wait()
+            if self._is_closed.is_set():
+                return
+            try:
+                async with self._moving:
+                    await self._look_once()
+            except Exception as error:  # look again after any failure
+                log.error("models: %s", where_it_failed(error))
+
+    async def _look_once(self) -> None:
+        now = self._clock()
+        for entry in self.entries:
+            if (
+                self._idle_unload_s is not None
+                and entry.is_idle
+                and now - entry.used_at >= self._idle_unload_s
+            ):
+                await self._unload(entry)
+        if any(self._could_use_more(entry) for entry in self.entries):
+            await self._divide()
+
+    @staticmethod
+    def _could_use_more(entry: Entry) -> bool:
+        if entry.state != "ready" or not entry.num_uses:
+            return False
+        return entry.expert_bytes < entry.source.most_bytes
+
+
+def _retrieve(task: asyncio.Task[None]) -> None:
+    if not task.cancelled():
+        task.exception()
+
+
+def _stopping() -> Overloaded:
+    return Overloaded("the server is stopping", retry_after_s=_RETRY_STOPPING_S)
