@@ -23,20 +23,19 @@ from argosy.checkpoint.fingerprint import fingerprint
 from argosy.checkpoint.geometry import count_parameters
 from argosy.checkpoint.sampling import declared_sampling
 from argosy.config import EngineConfig, ModelConfig
-from argosy.engine import facts
 from argosy.engine.admission import Admission
 from argosy.engine.answers import Answers
 from argosy.engine.blocking import BlockingCalls
 from argosy.engine.drafts.drafter import Drafter
-from argosy.engine.drafts.drafts import Drafts, require_one_drafter
-from argosy.engine.facts import EngineFacts
+from argosy.engine.drafts.drafts import Drafts
+from argosy.engine.facts import EngineFacts, collect_facts
 from argosy.engine.ledger import Ledger
 from argosy.engine.options import with_group, with_recorder
 from argosy.engine.progress import Watch
 from argosy.engine.requests import Requests
 from argosy.engine.resizing import Resizer
 from argosy.engine.scheduler import Scheduler
-from argosy.engine.sequence import FinishReason, Result, TokenEvent, WaitReason
+from argosy.engine.sequence import FinishReason, Result, TokenEvent
 from argosy.engine.sequence import Sequence as EngineSequence
 from argosy.engine.start import Share, start
 from argosy.engine.step_log import StepLog
@@ -57,15 +56,8 @@ class Engine(BlockingCalls):
     Args:
         files: the model, from `open_files`.
         config: every setting, from `configure`.
-        drafter: proposes tokens, at most `config.draft_tokens` per sequence and step, whether or not that pays;
-            `config.speculate` has drafters of the engine's own, which propose while it does.
-        progress: called with the progress of startup.
-        observe_routes: called with (layer, expert_ids [tokens, k]) in every step. Routing can reveal text: keep it
-            private. Every step stops at every layer to call it; a recorder costs next to nothing.
-        recorder: opens a recorder that receives the choices of all steps, several steps at a time; not called for a
-            model without routed experts. With one, the user's cache keeps the rate that the drive had.
+        drafter, progress, observe_routes, recorder, experts: as `argosy.Engine.open` takes them.
         share: its part of a process that runs other engines, too; None: the budget is its own.
-        experts: other processes that run experts, too, such as a `cluster.Group`; it serves this engine only.
 
     Raises:
         DoesNotFit, UsageError, and `CheckpointError` and related errors: see `errors`.
@@ -85,7 +77,7 @@ class Engine(BlockingCalls):
     ) -> None:
         watermark = None if config.watermark is None else Watermark.read(config.watermark)
         self.sampling = declared_sampling(files).overridden(config.sampling)
-        require_one_drafter(config, drafter)
+        Drafts.require_one(config, drafter)
         config, told = with_recorder(config, files, recorder)
         config = with_group(config, files, experts)
         self._started = started = start(
@@ -110,9 +102,7 @@ class Engine(BlockingCalls):
             chunk_tokens=started.plan.chunk_tokens,
             max_sequences=config.max_sequences,
             num_axes=files.config.rope.num_axes,
-            drafter=self._drafts.drafter,
-            draft_tokens=config.draft_tokens,
-            governor=self._drafts.governor,
+            drafts=self._drafts,
         )
         self.requests = Requests(
             started, files, pooling=config.pooling, watermark=watermark, defaults=self.sampling
@@ -131,7 +121,7 @@ class Engine(BlockingCalls):
             started, config, self._scheduler, self.requests, before_moving=self._log.flush
         )
         self._sequences: list[EngineSequence] = []
-        self.watch = Watch(started, self._sequences)
+        self.watch = Watch(started, self._scheduler, self._sequences)
         self._has_failed = False  # the last step failed, and the next one retries it
 
     def step(self) -> list[TokenEvent]:
@@ -183,15 +173,11 @@ class Engine(BlockingCalls):
         """Choose tokens, then count what was computed, then end the answers that are finished."""
         answers = self._answers
         ended = answers.read_prompts(scheduled)
-        rows = scheduled.rows(logits)
-        if ended:
-            failed = [one.sequence for one in ended]
-            rows = [each for each in rows if each[0] not in failed]
+        failed = [one.sequence for one in ended]
+        rows = [each for each in scheduled.rows(logits) if each[0] not in failed]
         accepted = [answers.accept(*each) for each in rows]
-        if scheduled.proposals:
-            self._scheduler.commit(scheduled, {one.sequence: one.num_confirmed for one in accepted})
-        else:
-            self._scheduler.commit(scheduled)
+        confirmed = {one.sequence: one.num_confirmed for one in accepted} if scheduled.proposals else {}
+        self._scheduler.commit(scheduled, confirmed)
         self._log.note(scheduled)
         self._drafts.note(scheduled, {one.sequence for one in accepted if one.reason is not None})
         for leader, own, _ in rows:
@@ -243,10 +229,6 @@ class Engine(BlockingCalls):
     def has_work(self) -> bool:
         """Whether a step would run any sequence."""
         return self._scheduler.has_work
-
-    def why_waiting(self, sequence: EngineSequence) -> WaitReason:
-        """What a sequence waits for that has not run yet, without waiting for the running step. From any thread."""
-        return self._scheduler.why_waiting(sequence)
 
     @property
     def is_writing(self) -> bool:
@@ -309,9 +291,7 @@ class Engine(BlockingCalls):
         return self._resizer.resize(budget_bytes, is_share=is_share)
 
     def forbid_experts(self, experts: Mapping[int, Collection[int]]) -> None:
-        """From the next step on, let no token choose these experts, given by layer. Replaces what was forbidden before.
-
-        Routers distribute the weights among the remaining experts, as if the others had never existed.
+        """From the next step on, let no token choose these experts, given by layer (`Model.forbid_experts`).
 
         Raises:
             UsageError: a layer has no such experts or would keep too few; or prefixes are reused, which hold what the
@@ -335,7 +315,7 @@ class Engine(BlockingCalls):
         """A snapshot for monitoring, taken between two steps."""
         with self._lock:
             self._started.require_open()
-            return facts.collect(self._started, self._scheduler, self.ledger, self._log.uses)
+            return collect_facts(self._started, self._scheduler, self.ledger, self._log.uses)
 
     def tell_recorder(self) -> None:
         """Pass the steps logged so far to the recorder, if there is one. `close` does this, too."""
@@ -364,5 +344,6 @@ class Engine(BlockingCalls):
                 self._finish(sequence, "cancelled")
             self._log.flush()
             self._started.close()
+            self.watch.close()
             del self.prompts, self.media, self._scheduler, self._answers, self._drafts, self._resizer
         self._log.close(self._files.path)

@@ -80,7 +80,7 @@ class ExpertUses:
             self._num_tokens = 0
 
 
-def collect(started: Started, scheduler: Scheduler, totals: Ledger, uses: ExpertUses) -> EngineFacts:
+def collect_facts(started: Started, scheduler: Scheduler, totals: Ledger, uses: ExpertUses) -> EngineFacts:
     """The facts of an engine, between two steps."""
     plan, model, cache = started.plan, started.model, started.cache
     blocks, states = cache.blocks, cache.states

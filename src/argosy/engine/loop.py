@@ -279,7 +279,7 @@ class EngineLoop:
                 waiting.append(
                     RequestWait(
                         name=request.name,
-                        why=self._engine.why_waiting(request._sequences[0]),
+                        why=self._engine.watch.why_waiting(request._sequences[0]),
                         ahead=len(waiting),
                         seconds=perf_counter() - request._sequences[0].started_at,
                     )

@@ -15,6 +15,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from argosy.engine.scheduler import Scheduler
     from argosy.engine.sequence import Sequence, WaitReason
     from argosy.engine.start import Started
     from argosy.engine.steps import Scheduled
@@ -137,8 +138,8 @@ class Watch:
         scheduled: the step whose layers run now; None: none runs. The engine sets it.
     """
 
-    def __init__(self, started: Started, sequences: list[Sequence]) -> None:
-        self._started, self._sequences = started, sequences
+    def __init__(self, started: Started, scheduler: Scheduler, sequences: list[Sequence]) -> None:
+        self._started, self._scheduler, self._sequences = started, scheduler, sequences
         self.scheduled: Scheduled | None = None
 
     @property
@@ -162,6 +163,14 @@ class Watch:
         """
         sequences = list(self._sequences) if sequences is None else sequences
         return progress_of(name, sequences, lambda: self.running_step, now=perf_counter())
+
+    def why_waiting(self, sequence: Sequence) -> WaitReason:
+        """What a sequence waits for that has not run yet."""
+        return self._scheduler.why_waiting(sequence)
+
+    def close(self) -> None:
+        """No sequence waits any more."""
+        del self._scheduler
 
 
 def _rate(count: float, seconds: float) -> float | None:

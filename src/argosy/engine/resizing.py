@@ -17,7 +17,7 @@ from dataclasses import replace
 from time import perf_counter
 
 from argosy import _native
-from argosy.budget.expert_memory import OWN, ExpertMemory
+from argosy.budget.expert_memory import OWN
 from argosy.budget.footprint import kv_blocks
 from argosy.budget.idle_memory import KV
 from argosy.budget.memory_plan import MemoryPlan
@@ -26,7 +26,7 @@ from argosy.budget.requirements import require_budget
 from argosy.config import MIB, EngineConfig, format_bytes
 from argosy.engine.requests import Requests
 from argosy.engine.scheduler import Scheduler
-from argosy.engine.start import Started, idle_memory, reserved_slots
+from argosy.engine.start import Started, expert_memory, idle_memory, reserved_slots
 from argosy.errors import ArgosyError, DoesNotFit, UsageError
 from argosy.model.step import Step
 
@@ -208,13 +208,7 @@ class Resizer:
             most_slots=reserved_slots(plan, plan.reachable_slots),
             look_ahead=self._config.look_ahead,
         )
-        started.experts = ExpertMemory(
-            cache,
-            num_slots=plan.num_slots,
-            slot_bytes=plan.slot_bytes,
-            most_slots=plan.reachable_slots,
-            lock=started.lock,
-        )
+        started.experts = expert_memory(cache, plan, started.lock)
         started.idle = idle_memory(
             started.experts, model, started.cache, started.footprint, self._config, plan
         )

@@ -31,8 +31,8 @@ from collections.abc import Callable, Iterable, Mapping
 from time import perf_counter
 from types import MappingProxyType
 
-from argosy.engine.drafts.drafter import Drafter
-from argosy.engine.drafts.governor import Governor, Outcome
+from argosy.engine.drafts.drafts import NO_DRAFTS, Drafts
+from argosy.engine.drafts.governor import Outcome
 from argosy.engine.prefix import Prefix, PrefixCache
 from argosy.engine.prompt_turns import PromptTurns, RowMaking, share_chunk, waits_for_rows
 from argosy.engine.sequence import Sequence, WaitReason
@@ -51,8 +51,7 @@ class Scheduler:
         cache: known prefixes, with the KV blocks and slots of the recurrent state that sequences take.
         chunk_tokens: maximum prompt tokens in a step.   max_sequences: maximum running sequences.
         num_axes: axes of the model's rotary embedding.
-        drafter: proposes at most `draft_tokens` tokens per sequence and step; None: nothing is proposed.
-        governor: lets the drafter propose while that pays; None: always.
+        drafts: propose tokens behind those of decoding sequences.
         clock: seconds, for `PromptTurns`.
     """
 
@@ -63,9 +62,7 @@ class Scheduler:
         chunk_tokens: int,
         max_sequences: int,
         num_axes: int = 1,
-        drafter: Drafter | None = None,
-        draft_tokens: int = 0,
-        governor: Governor | None = None,
+        drafts: Drafts = NO_DRAFTS,
         clock: Callable[[], float] = perf_counter,
     ) -> None:
         self._blocks = cache.blocks
@@ -74,9 +71,7 @@ class Scheduler:
         self._windows = cache.windows
         self._chunk_tokens = chunk_tokens
         self._max_sequences = max_sequences
-        self._drafter = drafter
-        self._draft_tokens = draft_tokens
-        self._governor = governor
+        self._drafter, self._draft_tokens, self._governor = drafts.drafter, drafts.most, drafts.governor
         self._clock = clock
         self._turns = PromptTurns()
         self.making = RowMaking(self._turns, clock)

@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from argosy import _native
 from argosy.budget.allowances import lendable_bytes, process_bytes
@@ -36,6 +36,7 @@ from argosy.engine.options import choose_instruction_set
 from argosy.engine.prefix import PrefixCache, identify
 from argosy.engine.turns import Turns
 from argosy.errors import ArgosyError, DoesNotFit, UnsupportedModel, UsageError
+from argosy.experts.cache import ExpertCache
 from argosy.experts.recording import RouteLog, RouteRecorder
 from argosy.experts.resident import Progress
 from argosy.experts.runner import ExpertGroup
@@ -49,7 +50,7 @@ from argosy.media.decoder import Decoder
 from argosy.media.parts import PROMPT_LIMITS
 from argosy.model.clock import PartClock
 from argosy.model.decoder import RouteObserver
-from argosy.model.model import Model, ModelReading
+from argosy.model.model import Model, ModelReading, ModelSizes
 from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.tokenizer import Tokenizer, has_chat_template
 
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from argosy.engine.grammar.constraint import GrammarCompiler
     from argosy.engine.media.ears import Transcriber
     from argosy.engine.media.prompt_media import PromptMedia
+    from argosy.model.whisper.files import WhisperFiles
     from argosy.prompt.chat import Worker
 
 
@@ -147,9 +149,8 @@ class Started:
     def close(self) -> None:
         """Free everything, even if a part of it fails to close. Call it with the lock, once."""
         self.is_open = False
-        with (
-            ExitStack() as last_first
-        ):  # no read of the store may move bytes when the model frees their places
+        # No read of the store may move bytes when the model frees their places.
+        with ExitStack() as last_first:
             last_first.callback(self.model.close)
             last_first.callback(self.runtime.close)
             last_first.callback(self.store.close)
@@ -157,16 +158,8 @@ class Started:
             for one in (self.experts, self.idle, self.media, self.prompts):
                 if one is not None:
                     last_first.callback(one.close)
-            del (
-                self.prompts,
-                self.media,
-                self.idle,
-                self.experts,
-                self.cache,
-                self.store,
-                self.runtime,
-                self.model,
-            )
+            del self.prompts, self.media, self.idle, self.experts
+            del self.cache, self.store, self.runtime, self.model
 
 
 def start(
@@ -193,80 +186,36 @@ def start(
     _require_readable(files)
     instruction_set = choose_instruction_set(config.instruction_set)
     share = Share.alone(files, config) if share is None else share
-    turns, foreground = share.turns, share.foreground
     ears_files = share.footprint.ears  # read before memory is measured
     clock = PartClock()
     with _no_collections(), ExitStack() as undo:
-        with _thread_limits():
-            store = _native.Store(config.readers, foreground=foreground)
-            undo.callback(store.close)
-            # Measured before anything is loaded: the plan counts more for the process than this takes.
-            choices = tuning.choose(
-                config.threads,
-                instruction_set,
-                tune=config.tune,
-                room_bytes=config.budget.ram_bytes - held_bytes(),
-            )
-            runtime = _native.Runtime(config.threads, choices.tunings(config.ask_ahead), instruction_set)
-            undo.callback(runtime.close)
-        prefix_files = _open_prefix_files(share.footprint, config, runtime)
-        if prefix_files is not None:
-            undo.callback(prefix_files.close)
+        store, runtime = _open_native(config, instruction_set, share.foreground, undo)
+        prefix_files = _open_prefix_files(share.footprint, config, runtime, undo)
         worker = _start_worker(undo) if has_chat_template(files.path) else None
-        vocabulary, footprint, first_plan, plan, reading = _read(files, config, share, store, progress, undo)
-        tokenizer = vocabulary.tokenizer
+        read = _read(files, config, share, store, progress, undo)
+        plan, footprint, tokenizer = read.plan, read.footprint, read.vocabulary.tokenizer
         if worker is None and tokenizer is not None and tokenizer.chat_template is not None:
             worker = _start_worker(undo)  # a GGUF's template is known only now
         log = None if recorder is None else _open_log(recorder, files, plan, config)
-        sizes = plan.model_sizes(config)
-        if sizes.expert_slots is not None:
-            sizes = replace(sizes, expert_slots=_reserved_slots(footprint, plan, share.floor))
-        model = reading.finish(
-            sizes,
+        model = read.reading.finish(
+            _model_sizes(read, config, share.floor),
             runtime,
             clock=clock,
             look_ahead=config.look_ahead,
             observe=observe_routes,
             log=log,
             group=experts,
-            foreground=foreground,
+            foreground=share.foreground,
         )
         lock = Turns()
-        memory = None
-        if model.cache is not None:
-            memory = ExpertMemory(
-                model.cache,
-                num_slots=plan.num_slots,
-                slot_bytes=plan.slot_bytes,
-                most_slots=plan.reachable_slots,
-                lock=lock,
-            )
-        ears = None
-        decoder = Decoder(PROMPT_LIMITS)
-        undo.callback(decoder.close)
-        if ears_files is not None:
-            from argosy.engine.media.ears import Transcriber
-
-            ears = Transcriber(ears_files, store, runtime, turns=turns, decoder=decoder)
-        media = _open_media(
-            footprint,
-            store,
-            runtime,
-            decoder,
-            ears,
-            tokenizer,
-            first_plan,
-            lock,
-            lends_to=memory,
-        )
-        if media is not None:
-            undo.callback(media.close)
+        memory = None if model.cache is None else expert_memory(model.cache, plan, lock)
+        ears, media = _open_media(read, ears_files, store, runtime, share.turns, lock, memory, undo)
         prompts = PromptBuilder(
             tokenizer,
             vocab_size=files.config.vocab_size,
             worker=worker,
             context_tokens=plan.context_tokens,
-            media=media,
+            media=None if isinstance(media, TextOnly) else media,
         )
         cache = _open_cache(model, plan, config, prefix_files)
         idle = None if memory is None else idle_memory(memory, model, cache, footprint, config, plan)
@@ -275,15 +224,15 @@ def start(
         clock=clock,
         store=store,
         runtime=runtime,
-        vocabulary=vocabulary,
+        vocabulary=read.vocabulary,
         plan=plan,
-        first_plan=first_plan,
+        first_plan=read.first_plan,
         prompts=prompts,
-        media=media or TextOnly(),
+        media=media,
         ears=ears,
         lock=lock,
-        turns=turns,
-        foreground=foreground,
+        turns=share.turns,
+        foreground=share.foreground,
         model=model,
         footprint=footprint,
         experts=memory,
@@ -293,6 +242,35 @@ def start(
     )
 
 
+def _open_native(
+    config: EngineConfig, instruction_set: str, foreground: _native.Foreground | None, undo: ExitStack
+) -> tuple[_native.Store, _native.Runtime]:
+    """Start the threads that read and those that compute."""
+    with _thread_limits():
+        store = _native.Store(config.readers, foreground=foreground)
+        undo.callback(store.close)
+        # Measured before anything is loaded: the plan counts more for the process than this takes.
+        choices = tuning.choose(
+            config.threads,
+            instruction_set,
+            tune=config.tune,
+            room_bytes=config.budget.ram_bytes - held_bytes(),
+        )
+        runtime = _native.Runtime(config.threads, choices.tunings(config.ask_ahead), instruction_set)
+        undo.callback(runtime.close)
+    return store, runtime
+
+
+class _Read(NamedTuple):
+    """A model whose weights have been read. The plans differ if the engine may get more than its floor."""
+
+    vocabulary: Vocabulary
+    footprint: ModelFootprint
+    first_plan: MemoryPlan
+    plan: MemoryPlan  # to begin with
+    reading: ModelReading
+
+
 def _read(
     files: ModelFiles,
     config: EngineConfig,
@@ -300,12 +278,8 @@ def _read(
     store: _native.Store,
     progress: Progress | None,
     undo: ExitStack,
-) -> tuple[Vocabulary, ModelFootprint, MemoryPlan, MemoryPlan, ModelReading]:
-    """Read weights, and the tokenizer at the same time unless it is there; divide the budget.
-
-    Returns:
-        The first plan, and the one to begin with, which differ if the engine may get more than its floor.
-    """
+) -> _Read:
+    """Read weights, and the tokenizer at the same time unless it is there; divide the budget."""
     footprint, vocabulary = share.footprint, share.vocabulary
     with_experts, held = False, held_bytes()
     reading = None
@@ -328,7 +302,7 @@ def _read(
     else:
         first_plan, plan = share.floor, grown(footprint, share.floor, share.budget_bytes)
     assert reading is not None
-    return vocabulary, footprint, first_plan, plan, reading
+    return _Read(vocabulary, footprint, first_plan, plan, reading)
 
 
 @contextmanager
@@ -389,10 +363,24 @@ def reserved_slots(plan: MemoryPlan, most_slots: int) -> int:
     return max(most_slots, min(plan.num_experts, memory_limit().total_bytes // max(1, plan.slot_bytes)))
 
 
-def _reserved_slots(footprint: ModelFootprint, plan: MemoryPlan, floor: MemoryPlan | None) -> int:
+def _model_sizes(read: _Read, config: EngineConfig, floor: MemoryPlan | None) -> ModelSizes:
+    sizes, plan = read.plan.model_sizes(config), read.plan
+    if sizes.expert_slots is None:
+        return sizes
     if floor is not None:  # other engines may leave it the whole budget
-        plan = grown(footprint, floor, floor.budget_bytes)
-    return reserved_slots(plan, plan.reachable_slots)
+        plan = grown(read.footprint, floor, floor.budget_bytes)
+    return replace(sizes, expert_slots=reserved_slots(plan, plan.reachable_slots))
+
+
+def expert_memory(cache: ExpertCache, plan: MemoryPlan, lock: Turns) -> ExpertMemory:
+    """The memory of experts in slots, as the plan has them."""
+    return ExpertMemory(
+        cache,
+        num_slots=plan.num_slots,
+        slot_bytes=plan.slot_bytes,
+        most_slots=plan.reachable_slots,
+        lock=lock,
+    )
 
 
 def idle_memory(
@@ -416,21 +404,27 @@ def idle_memory(
 
 
 def _open_media(
-    footprint: ModelFootprint,
+    read: _Read,
+    ears_files: WhisperFiles | None,
     store: _native.Store,
     runtime: _native.Runtime,
-    decoder: Decoder,
-    ears: Transcriber | None,
-    tokenizer: Tokenizer | None,
-    plan: MemoryPlan,
+    turns: Turns,
     lock: Turns,
-    *,
     lends_to: ExpertMemory | None,
-) -> PromptMedia | None:
+    undo: ExitStack,
+) -> tuple[Transcriber | None, PromptMedia | TextOnly]:
+    """Open ears and whatever else takes media, if there is anything; modules that only they need are imported here."""
+    footprint, plan, ears = read.footprint, read.first_plan, None
+    decoder = Decoder(PROMPT_LIMITS)
+    undo.callback(decoder.close)
+    if ears_files is not None:
+        from argosy.engine.media.ears import Transcriber
+
+        ears = Transcriber(ears_files, store, runtime, turns=turns, decoder=decoder)
     if not footprint.encoders and ears is None:
-        return None
+        return None, TextOnly()
     from argosy.budget.media_memory import MediaMemory
-    from argosy.engine.media.prompt_media import open_media  # imports modules that only media need
+    from argosy.engine.media.prompt_media import open_media
     from argosy.model.encoders.reading import Encoders, runnable
 
     lend = functools.partial(
@@ -441,21 +435,26 @@ def _open_media(
     )
     towers = runnable(footprint.encoders)
     encoders = Encoders(towers, store, runtime, open_file=functools.cache(store.open))
-    return open_media(encoders, footprint.processors, decoder, footprint.low_detail, tokenizer, lend, ears)
+    tokenizer = read.vocabulary.tokenizer
+    media = open_media(encoders, footprint.processors, decoder, footprint.low_detail, tokenizer, lend, ears)
+    undo.callback(media.close)
+    return ears, media
 
 
 def _open_prefix_files(
-    footprint: ModelFootprint, config: EngineConfig, runtime: _native.Runtime
+    footprint: ModelFootprint, config: EngineConfig, runtime: _native.Runtime, undo: ExitStack
 ) -> PrefixFiles | None:
     if config.kv_dir is None:
         return None
     files = footprint.files
-    return PrefixFiles(
+    opened = PrefixFiles(
         config.kv_dir,
         identity=identify(files, runtime.instruction_set, footprint.kv_dtype, config.experts_off),
         block_bytes=footprint.kv_bytes(1),
         state_bytes=state_bytes(files.config, 1),
     )
+    undo.callback(opened.close)
+    return opened
 
 
 def _open_cache(

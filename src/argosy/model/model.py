@@ -292,6 +292,8 @@ class Model:
     def forbid_experts(self, experts: Mapping[int, Collection[int]]) -> None:
         """Let no token choose these experts, given by layer, from the next step on; all others may be chosen again.
 
+        Routers distribute the weights among the remaining experts, as if the others had never existed.
+
         Raises:
             UsageError: a layer has no such experts or would keep too few.
         """

@@ -41,7 +41,14 @@ class Engine(engine.Engine):
         Args:
             model: a checkpoint or pack directory, a GGUF file, the name of a model in the library, or `demo` for the
                 embedded default model.
-            drafter, progress, observe_routes, recorder, experts: see `engine.Engine`.
+            drafter: proposes tokens, at most `draft_tokens` per sequence and step, whether or not that pays;
+                `speculate` has drafters of the engine's own, which propose while it does.
+            progress: called with the progress of startup.
+            observe_routes: called with (layer, expert_ids [tokens, k]) in every step. Routing can reveal text: keep it
+                private. Every step stops at every layer to call it; a recorder costs next to nothing.
+            recorder: opens a recorder that receives the choices of all steps, several steps at a time; not called for a
+                model without routed experts. With one, the user's cache keeps the rate that the drive had.
+            experts: other processes that run experts, too, such as a `cluster.Group`; it serves this engine only.
             options: see `EngineOptions`.
 
         Raises:

@@ -21,22 +21,30 @@ from argosy.model.model import Model
 class Drafts(NamedTuple):
     """What proposes tokens, if anything does.
 
+    most: tokens that are proposed for a sequence in one step.
     governor: None: the drafter proposes whether that pays or not.
     mtp: the drafter, if it is the checkpoint's own layer.
     """
 
-    drafter: Drafter | None
+    drafter: Drafter | None = None
+    most: int = 0
     governor: Governor | None = None
     mtp: MtpDrafter | None = None
+
+    @staticmethod
+    def require_one(config: EngineConfig, given: Drafter | None) -> None:
+        """Raises UsageError if the caller gives a drafter and the settings choose another one."""
+        if given is not None and config.speculate != "off":
+            raise UsageError(f"a drafter is given, and speculate='{config.speculate}' chooses another one")
 
     @classmethod
     def open(cls, config: EngineConfig, model: Model, store: _native.Store, given: Drafter | None) -> Self:
         """Make the drafter that the settings choose, or take the one that the caller gives."""
         if config.speculate == "off":
-            return cls(given)
+            return cls(given, config.draft_tokens)
         governor = Governor(config.draft_tokens, lambda: store.stats()["busy_seconds"])
         mtp = MtpDrafter(model, KV_BLOCK_TOKENS) if config.speculate == "mtp" else None
-        return cls(mtp or LookupDrafter(), governor, mtp)
+        return cls(mtp or LookupDrafter(), config.draft_tokens, governor, mtp)
 
     def note(self, scheduled: Scheduled, ended: Collection[Sequence]) -> None:
         """Show the draft layer, if there is one, what a step has committed."""
@@ -47,7 +55,4 @@ class Drafts(NamedTuple):
         self.governor.count_upkeep(scheduled.sequences, perf_counter() - began)
 
 
-def require_one_drafter(config: EngineConfig, given: Drafter | None) -> None:
-    """Raises UsageError if the caller gives a drafter and the settings choose another one."""
-    if given is not None and config.speculate != "off":
-        raise UsageError(f"a drafter is given, and speculate='{config.speculate}' chooses another one")
+NO_DRAFTS = Drafts()
