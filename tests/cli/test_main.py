@@ -82,6 +82,19 @@ def test_a_command_whose_help_is_long_has_help_all(capsys: Captured) -> None:
         assert name in LONG or num_lines <= 30, f"{name} has {num_lines} lines: make it a help_all.Command"
 
 
+def test_every_command_that_offers_further_options_shows_them(capsys: Captured) -> None:
+    for name in _COMMANDS:
+        assert main([name, "--help"]) == 0
+        if "--help-all" in capsys.readouterr().out:
+            assert main([name, "--help-all"]) == 0, name
+            assert "\nFurther options:\n  -" in capsys.readouterr().out, name
+
+
+def test_up_shows_the_options_of_the_server_that_it_starts(capsys: Captured) -> None:
+    assert main(["up", "--help-all"]) == 0
+    assert {"--memory", "--speculate"} <= named_options(capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("command", ["run", "chat", "serve"])
 def test_each_option_of_an_engine_has_a_line_of_help(command: str, capsys: Captured) -> None:
     assert main([command, "--help-all"]) == 0

@@ -27,7 +27,6 @@ import click
 from argosy.checkpoint.untrusted_file import quote
 from argosy.cli.commands import completion
 from argosy.cli.shared import own_server, user_units
-from argosy.cli.shared.help_all import Command
 from argosy.cli.shared.output import table_lines, time_span
 from argosy.cli.shared.remote import TIMEOUT_S, entries, fields, number, server_options, whole
 from argosy.config import MIB, counted, format_bytes
@@ -67,9 +66,7 @@ def _is_up() -> UsageError:
     )
 
 
-@click.command(
-    "up", cls=Command, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
-)
+@click.command("up", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.argument(
     "arguments", nargs=-1, type=click.UNPROCESSED, metavar="[MODEL]... [OPTIONS OF SERVE]",
     shell_complete=completion.models,
