@@ -22,6 +22,7 @@
 #include <utility>
 
 #include "kernels/kernel_table.h"
+#include "kernels/tuning.h"
 #include "ops/rows.h"
 
 namespace argosy {

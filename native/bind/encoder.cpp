@@ -10,6 +10,7 @@
 
 #include "bind/bind.h"
 #include "bind/matrix.h"
+#include "kernels/encoder_args.h"
 
 namespace argosy {
 

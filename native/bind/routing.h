@@ -8,7 +8,8 @@
 #include <string>
 
 #include "bind/bind.h"
-#include "kernels/kernel_table.h"
+#include "kernels/formats.h"
+#include "kernels/route_args.h"
 
 namespace argosy {
 

@@ -6,8 +6,8 @@
 // value as its scale and zeros as its quants, so every product with it is NaN.
 #pragma once
 
+#include "kernels/formats.h"
 #include "kernels/half.h"
-#include "kernels/kernel_table.h"
 
 namespace argosy {
 namespace {

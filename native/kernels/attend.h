@@ -18,8 +18,8 @@
 
 #include <math.h>
 
+#include "kernels/encoder_args.h"
 #include "kernels/exp.h"
-#include "kernels/kernel_table.h"
 #include "kernels/matmul_args.h"
 
 namespace argosy {

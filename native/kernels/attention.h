@@ -4,7 +4,7 @@
 //
 //   p runs from max(0, order[t] - window + 1) to sees_until[t] - 1, which is order[t] unless tokens see later
 //   ones (a span of a picture), and h over the heads that share the KV head; keys and values lie in KV blocks
-//   (layout: kernel_table.h); q and out are float32. A sink is one more score of a head: it takes weight from
+//   (layout: kv_layer.h); q and out are float32. A sink is one more score of a head: it takes weight from
 //   the other scores and adds no value (gpt-oss; arXiv:2309.17453 explains why models want one).
 //
 // Positions are divided into sections at fixed places. Each has a state of its own, and the states of the
@@ -26,7 +26,6 @@
 #include "kernels/attention_args.h"
 #include "kernels/exp.h"
 #include "kernels/half.h"
-#include "kernels/kernel_table.h"
 #include "kernels/kv_formats.h"
 #include "kernels/matmul_args.h"
 

@@ -1,11 +1,52 @@
-// attention_args.h: what a token sees, in positions, lanes and sections.
+// attention_args.h: the arguments of attention (attention.h, attention_amx.h), and what a token sees, in
+// positions, lanes and sections.
 #pragma once
 
 #include <math.h>
 
-#include "kernels/kernel_table.h"
+#include "kernels/kv_layer.h"
 
 namespace argosy {
+
+// A call processes four tiles at a time, for up to this many (token, head) pairs at once.
+[[maybe_unused]] static constexpr int64_t kStretchKeys = 64;
+[[maybe_unused]] static constexpr int64_t kMaxQueries = 32;
+// The same on tiles, where a call splits the keys for all of them.
+[[maybe_unused]] static constexpr int64_t kAmxQueries = 128;
+// Lanes of a section. Each section has a running maximum of its own, and the sections that a token sees are
+// merged in ascending order, so threads can divide the sections of one token among themselves.
+[[maybe_unused]] static constexpr int64_t kSectionKeys = 1024;
+
+// Tokens of one sequence against one KV head.
+struct AttentionArgs {
+  KvLayer kv;
+  int64_t kv_head;
+  const float* q;             // [num_tokens][num_heads][head_dim]
+  float* out;                 // the same
+  const int32_t* order;       // [num_tokens], the index of a token in its sequence
+  const int32_t* sees_until;  // [num_tokens], the end of the positions it sees; nullptr: its own is the last
+  int64_t num_tokens, num_heads;
+  const int32_t* blocks;  // the sequence's block table: position p lies in blocks[p / block_tokens]
+  float scale;
+  int64_t window;                // positions begin at order - window + 1; 0: at 0
+  float* scratch;                // KernelTable::attention_floats(head_dim)
+  const float* sinks = nullptr;  // [num_heads], a score that takes weight and adds no value; nullptr: none
+  // At least 0: the call computes this section only. It writes the states of the queries that see the
+  // section, and not `out`.
+  int64_t section = -1;
+  float* states = nullptr;  // [num_tokens][heads of the KV head][attention_state_floats(head_dim)]
+};
+
+// A copy of each query, its scores of a stretch, and its running weighted sums: of a section, and of all.
+static inline constexpr int64_t attention_scratch_floats(int64_t head_dim) {
+  return kMaxQueries * (kStretchKeys + 3 * round_up(head_dim, kKeyTile) + 2 * kKeyTile);
+}
+// Of one query: the weighted sum of values; then, in a cache line of their own, the largest score and the sum
+// of weights.
+static inline constexpr int64_t attention_state_floats(int64_t head_dim) {
+  return round_up(head_dim, kKeyTile) + kKeyTile;
+}
+
 namespace {
 
 inline int64_t first_position(const AttentionArgs& a, int64_t token) {

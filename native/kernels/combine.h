@@ -11,7 +11,6 @@
 #include <math.h>
 
 #include "kernels/exp.h"
-#include "kernels/kernel_table.h"
 
 namespace argosy {
 namespace {

@@ -13,7 +13,7 @@
 #include <math.h>
 
 #include "kernels/exp.h"
-#include "kernels/kernel_table.h"
+#include "kernels/gated_delta_args.h"
 #include "kernels/rms_norm.h"
 #include "kernels/swiglu.h"
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "kernels/elementwise.h"
-#include "kernels/kernel_table.h"
+#include "kernels/encoder_args.h"
 
 namespace argosy {
 namespace {

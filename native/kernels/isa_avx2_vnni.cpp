@@ -17,6 +17,7 @@ constexpr bool kHasTilesWithoutPrefetch = true;
 }  // namespace
 }  // namespace argosy
 
+#include "kernels/kernel_table.h"
 #include "kernels/matmul_quantized.h"
 
 namespace argosy {

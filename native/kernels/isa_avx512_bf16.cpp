@@ -8,18 +8,18 @@
 #define ARGOSY_VBMI 0
 #define ARGOSY_AMX 0
 #include "kernels/attend_bf16.h"
+#include "kernels/kernel_table.h"
 #include "kernels/linear_bf16.h"
 #include "kernels/vector_avx512.h"
 
 namespace argosy {
-void round_to_panel_bf16(const PanelArgs& args);
-void round_to_panel_bf16(const PanelArgs& args) { round_to_panel(args); }
-void linear_panel_bf16(const LinearArgs& args);
-void linear_panel_bf16(const LinearArgs& args) { linear_panel(args); }
-void round_keys_bf16(const RoundKeysArgs& args);
-void round_keys_bf16(const RoundKeysArgs& args) { round_keys(args); }
-void attend_rounded_bf16(const AttendRoundedArgs& args);
-void attend_rounded_bf16(const AttendRoundedArgs& args) { attend_rounded(args); }
+void add_bf16_encoders(KernelTable& table);
+void add_bf16_encoders(KernelTable& table) {
+  table.round_to_panel = [](const PanelArgs& args) { round_to_panel(args); };
+  table.linear_panel = linear_panel;
+  table.round_keys = [](const RoundKeysArgs& args) { round_keys(args); };
+  table.attend_rounded = attend_rounded;
+}
 }  // namespace argosy
 
 #endif

@@ -3,6 +3,10 @@
 #include "kernels/kernel_table.h"
 
 #include <stdexcept>
+#include <string_view>
+
+#include "kernels/encoder_args.h"
+#include "kernels/matmul_args.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -20,10 +24,7 @@ extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;
 void add_vnni_products(KernelTable& table);
 void matmul_f8_vbmi(const MatmulArgs& args);
-void round_to_panel_bf16(const PanelArgs& args);
-void linear_panel_bf16(const LinearArgs& args);
-void round_keys_bf16(const RoundKeysArgs& args);
-void attend_rounded_bf16(const AttendRoundedArgs& args);
+void add_bf16_encoders(KernelTable& table);
 void add_amx_products(KernelTable& table);
 void add_amx_attention(KernelTable& table);
 void add_amx_float_products(KernelTable& table);
@@ -33,6 +34,18 @@ void add_amx_encoders(KernelTable& table);
 namespace {
 
 #if defined(__x86_64__)
+// Whether this build has the code for a set or an extension: one for a single processor leaves out what that
+// lacks (CMakeLists.txt).
+consteval bool is_built(const std::string_view unit) {
+  const std::string_view left_out = ARGOSY_LEFT_OUT;
+  for (size_t begin = 0; begin < left_out.size();) {
+    const size_t end = left_out.find(' ', begin);
+    if (left_out.substr(begin, end - begin) == unit) return false;
+    begin = end + 1;
+  }
+  return true;
+}
+
 // Linux is asked once for permission, which holds for all threads of the process
 // (Documentation/arch/x86/xstate.rst). It refuses if a thread's signal stack is too small for the registers.
 const char* request_amx() {
@@ -59,7 +72,9 @@ bool has_avx_vnni() {
 const KernelTable& avx2_kernels() {
   static const KernelTable with_extensions = [] {
     KernelTable table = kAvx2Kernels;
-    if (has_avx_vnni()) add_vnni_products(table);
+    if constexpr (is_built("avx2_vnni")) {
+      if (has_avx_vnni()) add_vnni_products(table);
+    }
     return table;
   }();
   return with_extensions;
@@ -68,16 +83,17 @@ const KernelTable& avx2_kernels() {
 const KernelTable& avx512_kernels() {
   static const KernelTable with_extensions = [] {
     KernelTable table = kAvx512Kernels;
-    if (__builtin_cpu_supports("avx512vbmi")) table.matmul[int(Format::f8)] = matmul_f8_vbmi;
-    if (__builtin_cpu_supports("avx512bf16")) {
-      table.round_to_panel = round_to_panel_bf16;
-      table.linear_panel = linear_panel_bf16;
-      table.round_keys = round_keys_bf16;
-      table.attend_rounded = attend_rounded_bf16;
+    if constexpr (is_built("avx512_vbmi")) {
+      if (__builtin_cpu_supports("avx512vbmi")) table.matmul[int(Format::f8)] = matmul_f8_vbmi;
     }
-    if (may_use_amx()) {
-      add_amx_products(table);
-      add_amx_encoders(table);
+    if constexpr (is_built("avx512_bf16")) {
+      if (__builtin_cpu_supports("avx512bf16")) add_bf16_encoders(table);
+    }
+    if constexpr (is_built("amx")) {
+      if (may_use_amx()) {
+        add_amx_products(table);
+        add_amx_encoders(table);
+      }
     }
     return table;
   }();
@@ -103,12 +119,17 @@ std::vector<const KernelTable*> runnable_tables() {
   __builtin_cpu_init();
   const bool avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (avx2) tables.push_back(&avx2_kernels());
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512vnni")) {
-    if (may_use_amx()) tables.push_back(&amx_kernels());
-    tables.push_back(&avx512_kernels());
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512vnni");
+  if constexpr (is_built("avx2")) {
+    if (avx2) tables.push_back(&avx2_kernels());
+  }
+  if constexpr (is_built("avx512")) {
+    if constexpr (is_built("amx")) {
+      if (avx512 && may_use_amx()) tables.push_back(&amx_kernels());
+    }
+    if (avx512) tables.push_back(&avx512_kernels());
   }
 #endif
   return tables;
@@ -177,20 +198,6 @@ const char* amx_state() {
 #else
   return "absent";
 #endif
-}
-
-AskAhead ask_ahead_named(const std::string& name) {
-  std::string known;
-  for (const AskAhead& each : kAskAheads) {
-    if (each.name == name) return each;
-    known += (known.empty() ? "" : ", ") + std::string(each.name);
-  }
-  throw std::invalid_argument("unknown ask_ahead '" + name + "'; known: " + known);
-}
-
-Tuning default_tuning() {
-  const AskAhead one_level = ask_ahead_named("one_level");
-  return {.ask_ahead = one_level, .few_ask_ahead = one_level};
 }
 
 }  // namespace argosy

@@ -1,4 +1,4 @@
-// kv_formats.h: reads keys, values and latent vectors of every KvFormat as float32 (layouts: kernel_table.h).
+// kv_formats.h: reads keys, values and latent vectors of every KvFormat as float32 (layouts: kv_layer.h).
 //
 // Kernels are templates over the types below, so the compiler makes separate loops for each format. A q8
 // element is its scale times its quant, rounded once to float32, wherever it is read, so all kernels see the
@@ -6,7 +6,7 @@
 #pragma once
 
 #include "kernels/half.h"
-#include "kernels/kernel_table.h"
+#include "kernels/kv_layer.h"
 
 namespace argosy {
 namespace {

@@ -1,4 +1,4 @@
-// kv_write.h: writes the keys and values of new tokens into their KV blocks (layout: kernel_table.h), for one
+// kv_write.h: writes the keys and values of new tokens into their KV blocks (layout: kv_layer.h), for one
 // KV head; and the latent vectors of new tokens.
 //
 // Rounds to nearest even if the cache is float16 or q8. A group with an infinity or a NaN gets a scale that
@@ -7,7 +7,7 @@
 #pragma once
 
 #include "kernels/half.h"
-#include "kernels/kernel_table.h"
+#include "kernels/kv_layer.h"
 #include "kernels/quantize.h"
 
 namespace argosy {

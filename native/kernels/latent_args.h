@@ -1,9 +1,49 @@
-// latent_args.h: where a state has its parts, where vectors lie, and which of a section a column sees.
+// latent_args.h: the arguments of latent attention; where a state has its parts, where vectors lie, and which
+// of a section a column sees.
 #pragma once
 
-#include "kernels/kernel_table.h"
+#include "kernels/attention_args.h"
+#include "kernels/kv_layer.h"
 
 namespace argosy {
+
+// Latent attention: a column is sixteen heads of one token, which go through the vectors together. A call
+// takes at most two columns, or on tiles sixteen, because it splits the vectors for all of them. Positions
+// are processed in sections.
+[[maybe_unused]] static constexpr int64_t kColumnHeads = 16;
+[[maybe_unused]] static constexpr int64_t kMostColumns = 2, kAmxColumns = 16;
+[[maybe_unused]] static constexpr int64_t kSectionPositions = 256;
+
+struct LatentColumn {
+  const float* q;     // [num_heads][dim]
+  int64_t num_heads;  // at most kColumnHeads
+  int64_t last;       // the last position that the token sees
+  float* state;       // latent_state_floats(value_dim): values [value_dim][kColumnHeads], most, sum
+};
+
+// Columns of one sequence against the section of positions that starts at `begin`; every column sees it.
+struct LatentAttentionArgs {
+  LatentLayer kv;
+  const int32_t* blocks;  // the sequence's block table: position p lies in blocks[p / block_tokens]
+  const LatentColumn* columns;
+  int64_t num_columns;
+  int64_t begin;
+  int64_t value_dim;  // the values are the first value_dim elements of a vector
+  float scale;
+  float* scratch;  // KernelTable::latent_floats(dim, value_dim)
+};
+
+static inline constexpr int64_t latent_state_floats(int64_t value_dim) {
+  return (value_dim + 2) * kColumnHeads;
+}
+// Distance between vectors in the scratch: an odd number of cache lines, so that vectors spread over the sets
+// of a cache.
+static inline constexpr int64_t latent_stride(int64_t dim) { return (round_up(dim, 16) / 16 | 1) * 16; }
+// Vectors of a stretch as float32, and the queries and scores of the columns.
+static inline constexpr int64_t latent_scratch_floats(int64_t dim) {
+  return kStretchKeys * latent_stride(dim) + kMostColumns * kColumnHeads * (dim + kStretchKeys);
+}
+
 namespace {
 
 inline float* state_most(float* state, int64_t value_dim) { return state + value_dim * kColumnHeads; }

@@ -23,7 +23,6 @@
 
 #include "kernels/exp.h"
 #include "kernels/half.h"
-#include "kernels/kernel_table.h"
 #include "kernels/kv_formats.h"
 #include "kernels/latent_args.h"
 #include "kernels/matmul_args.h"

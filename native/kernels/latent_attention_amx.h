@@ -18,7 +18,6 @@
 #include "kernels/amx.h"
 #include "kernels/attention_amx.h"
 #include "kernels/exp.h"
-#include "kernels/kernel_table.h"
 #include "kernels/kv_formats.h"
 #include "kernels/latent_args.h"
 #include "kernels/matmul_args.h"

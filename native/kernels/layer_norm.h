@@ -4,7 +4,6 @@
 //   arXiv:1607.06450)
 #pragma once
 
-#include "kernels/kernel_table.h"
 #include "kernels/rms_norm.h"
 
 namespace argosy {

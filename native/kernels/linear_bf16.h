@@ -1,7 +1,7 @@
 // linear_bf16.h: y = W x + b for bfloat16 weights and many tokens, with x rounded to bfloat16.
 //
 //   W  rows x cols, row-major at any alignment.    x  float32 rows.    b  float32 [rows] or nullptr.
-//   y  float32 rows; what happens to them is Finish in kernel_table.h.
+//   y  float32 rows; what happens to them is Finish in encoder_args.h.
 //
 // Bound by multiply-adds (panel_bf16.h). Sums begin with the bias.
 //

@@ -10,7 +10,6 @@
 #pragma once
 
 #include "kernels/half.h"
-#include "kernels/kernel_table.h"
 #include "kernels/matmul_args.h"
 #include "kernels/matmul_float.h"
 

@@ -8,7 +8,6 @@
 #pragma once
 
 #include "kernels/half.h"
-#include "kernels/kernel_table.h"
 #include "kernels/matmul_args.h"
 
 namespace argosy {

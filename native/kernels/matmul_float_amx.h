@@ -28,7 +28,6 @@
 #pragma once
 
 #include "kernels/amx.h"
-#include "kernels/kernel_table.h"
 #include "kernels/matmul_args.h"
 #include "kernels/product_scratch.h"
 #include "kernels/split_bf16.h"

@@ -14,7 +14,6 @@
 #pragma once
 
 #include "kernels/half.h"
-#include "kernels/kernel_table.h"
 #include "kernels/matmul_args.h"
 #include "kernels/weight_scale.h"
 
@@ -115,8 +114,10 @@ void run_tile(const MatmulArgs& a, int64_t row, int64_t token, const Ahead& ahea
 #pragma GCC unroll 2
     for (int i = 0; i < kPanels; ++i) __builtin_prefetch(y + i * kPanelRows, 1, kIntoL1);
   }
-  const int64_t into_l1 = ahead.distance.into_l1, into_l2 = ahead.distance.into_l2;
-  const uint8_t* const all_of = into_l1 == 0 && into_l2 == 0 ? ahead.next : nullptr;
+  // The panels that are read next lie one panel ahead: see `further`.
+  const bool asks_all_of_next = ahead.distance.into_l1 == 0 && ahead.next != nullptr;
+  const int64_t into_l1 = ahead.distance.into_l1;
+  const int64_t into_l2 = asks_all_of_next ? o.stride : ahead.distance.into_l2;
   // Each panel is read to its end, and then the one that lies kPanels further.
   const uint8_t* const end = o.panel + o.stride;
   const int64_t jump = ahead.next != nullptr ? ahead.next - end : 0;
@@ -127,7 +128,6 @@ void run_tile(const MatmulArgs& a, int64_t row, int64_t token, const Ahead& ahea
     };
     // A prefetch cannot fault, so an address past the weights is harmless.
     const auto further = [&](int64_t bytes) { return at + bytes + (at + bytes < end ? 0 : jump); };
-    if (all_of != nullptr) ask_at(all_of + (at - o.panel), Level<kIntoL2>{});
     if (into_l2 > 0) ask_at(further(into_l2), Level<kIntoL2>{});
     if (into_l1 > 0) ask_at(further(into_l1), Level<kIntoL1>{});
   };
@@ -178,18 +178,26 @@ void run_one_token(const MatmulArgs& a, int64_t row) {
   Tile::put(a, row, 0, sum);
 }
 
+constexpr bool l2_is_never_asked_alone() {
+  for (const AskAhead& each : kAskAheads) {
+    if (each.into_l2 > 0 && each.into_l1 == 0) return false;
+  }
+  return true;
+}
+
 template <Format kFormat>
 void matmul_one_token(const MatmulArgs& a) {
+  static_assert(l2_is_never_asked_alone());
   const bool asks_l1 = a.tuning.ask_ahead.into_l1 > 0, asks_l2 = a.tuning.ask_ahead.into_l2 > 0;
-  const auto run = asks_l1 && asks_l2 ? run_one_token<kFormat, true, true>
-                   : asks_l1          ? run_one_token<kFormat, true, false>
-                   : asks_l2          ? run_one_token<kFormat, false, true>
-                                      : run_one_token<kFormat, false, false>;
+  const auto run = asks_l2   ? run_one_token<kFormat, true, true>
+                   : asks_l1 ? run_one_token<kFormat, true, false>
+                             : run_one_token<kFormat, false, false>;
   for (int64_t row = a.row_begin; row < a.row_end; row += kPanelRows) run(a, row);
 }
 
-// Processes all tokens of kPanels panels in tiles of nearly equal size: a tile of one token takes as long as
-// a tile of two.
+// Processes all tokens of kPanels panels, at least two, in tiles of nearly equal size: a tile of one token
+// takes as long as a tile of two. So the first of several tiles has at least half of kMostTokens, and each
+// later one has more; the compiler makes no others.
 template <Format kFormat, int kPanels, int kMostTokens>
 void run_panels(const MatmulArgs& a, int64_t row) {
   const uint8_t* next = row + kPanels * kPanelRows < a.row_end
@@ -197,16 +205,15 @@ void run_panels(const MatmulArgs& a, int64_t row) {
                             : a.next_weights;
   const int64_t tiles = (a.num_tokens + kMostTokens - 1) / kMostTokens;
   // The first of several tiles waits for memory and the others do not, so it prefetches the next panels.
-  const AskAhead distance = tiles == 1 ? a.tuning.few_ask_ahead : AskAhead{};
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const int64_t begin = a.num_tokens * tile / tiles;
-    const Ahead ahead = {distance, tile == 0 ? next : nullptr};
-    with_number<kMostTokens>(a.num_tokens * (tile + 1) / tiles - begin, [&]<int kTokens>(Number<kTokens>) {
-      if (tile == 0) {
-        run_tile<kFormat, kPanels, kTokens, true>(a, row, begin, ahead);
-      } else {
-        run_tile<kFormat, kPanels, kTokens, !kHasTilesWithoutPrefetch>(a, row, begin, ahead);
-      }
+  const Ahead ahead = {tiles == 1 ? a.tuning.few_ask_ahead : AskAhead{}, next};
+  constexpr int kFewest = kMostTokens < 4 ? 1 : 2, kFewestLater = kMostTokens / 2 + 1;
+  with_number<kMostTokens, kFewest>(a.num_tokens / tiles, [&]<int kTokens>(Number<kTokens>) {
+    run_tile<kFormat, kPanels, kTokens, true>(a, row, 0, ahead);
+  });
+  for (int64_t tile = 1; tile < tiles; ++tile) {
+    const int64_t begin = a.num_tokens * tile / tiles, end = a.num_tokens * (tile + 1) / tiles;
+    with_number<kMostTokens, kFewestLater>(end - begin, [&]<int kTokens>(Number<kTokens>) {
+      run_tile<kFormat, kPanels, kTokens, !kHasTilesWithoutPrefetch>(a, row, begin, {});
     });
   }
 }

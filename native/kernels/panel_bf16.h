@@ -19,7 +19,7 @@
 #if ARGOSY_AMX
 #include "kernels/amx.h"
 #endif
-#include "kernels/kernel_table.h"
+#include "kernels/encoder_args.h"
 #include "kernels/matmul_args.h"
 #include "kernels/vector_avx512.h"
 

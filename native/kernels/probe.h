@@ -7,7 +7,6 @@
 #pragma once
 
 #include "kernels/half.h"
-#include "kernels/kernel_table.h"
 
 namespace argosy {
 namespace {

@@ -1,7 +1,7 @@
 // product_scratch.h: what products on tiles keep in the scratch of a thread between calls.
 #pragma once
 
-#include "kernels/kernel_table.h"
+#include "kernels/matmul_args.h"
 
 namespace argosy {
 namespace {

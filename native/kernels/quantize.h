@@ -11,8 +11,8 @@
 
 #include <cmath>
 
+#include "kernels/formats.h"
 #include "kernels/half.h"
-#include "kernels/kernel_table.h"
 #include "kernels/matmul_f8.h"
 #include "kernels/weight_scale.h"
 

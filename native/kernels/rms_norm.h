@@ -5,8 +5,6 @@
 
 #include <math.h>
 
-#include "kernels/kernel_table.h"
-
 namespace argosy {
 namespace {
 

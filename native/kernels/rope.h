@@ -7,8 +7,6 @@
 // instruction sets: each element takes three operations, whatever the vector width.
 #pragma once
 
-#include "kernels/kernel_table.h"
-
 namespace argosy {
 namespace {
 

@@ -17,7 +17,8 @@
 #include <math.h>
 
 #include "kernels/exp.h"
-#include "kernels/kernel_table.h"
+#include "kernels/formats.h"
+#include "kernels/route_args.h"
 
 namespace argosy {
 namespace {

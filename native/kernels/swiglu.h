@@ -1,4 +1,4 @@
-// swiglu.h: the activation between the products of a feed-forward network, with its biases (kernel_table.h,
+// swiglu.h: the activation between the products of a feed-forward network, with its biases (swiglu_args.h,
 // Activation).
 //
 //   gate, up, out  float32 [tokens][n]; out may be gate or up.
@@ -13,7 +13,7 @@
 #include <math.h>
 
 #include "kernels/elementwise.h"
-#include "kernels/kernel_table.h"
+#include "kernels/swiglu_args.h"
 
 namespace argosy {
 namespace {

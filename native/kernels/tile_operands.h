@@ -1,7 +1,6 @@
 // tile_operands.h: the operands of the inner loops of matmul_quantized.
 #pragma once
 
-#include "kernels/kernel_table.h"
 #include "kernels/matmul_args.h"
 
 namespace argosy {

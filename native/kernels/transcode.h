@@ -131,4 +131,13 @@ std::string known_block_types();
 [[nodiscard]] bool transcode(BlockType type, const uint8_t* rows_data, int64_t rows, int64_t cols,
                              int64_t interleaved, int64_t panel_begin, int64_t panel_end, uint8_t* matrix);
 
+// The arguments of transcode(); panels are strips of strip_rows(type) rows.
+struct TranscodeArgs {
+  const uint8_t* rows_data;
+  int64_t rows, cols;
+  int64_t interleaved;
+  int64_t panel_begin, panel_end;
+  uint8_t* matrix;
+};
+
 }  // namespace argosy

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "kernels/half.h"
-#include "kernels/kernel_table.h"
+#include "kernels/transcode.h"
 
 namespace argosy {
 namespace {

@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "kernels/attention_args.h"
 #include "ops/checked_size.h"
 
 namespace argosy {

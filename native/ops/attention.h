@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "kernels/kernel_table.h"
+#include "kernels/kv_layer.h"
 #include "ops/runtime.h"
 #include "store/arena.h"
 
@@ -34,7 +34,7 @@ struct KvBlockCounts {
   int64_t of(const KvShape& shape) const { return shape.is_windowed ? num_window_blocks : num_blocks; }
 };
 
-// The KV cache of all layers, in blocks of block_tokens positions (layout: kernels/kernel_table.h). Layers
+// The KV cache of all layers, in blocks of block_tokens positions (layout: kernels/kv_layer.h). Layers
 // that keep all positions share the numbers of their blocks, and so do windowed layers.
 class KvCache {
  public:

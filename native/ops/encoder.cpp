@@ -2,6 +2,9 @@
 
 #include <algorithm>
 
+#include "kernels/encoder_args.h"
+#include "kernels/matmul_args.h"
+
 namespace argosy {
 
 namespace {

@@ -6,7 +6,8 @@
 
 #include <cstdint>
 
-#include "kernels/kernel_table.h"
+#include "kernels/encoder_args.h"
+#include "kernels/formats.h"
 #include "ops/matmul.h"
 #include "ops/rows.h"
 #include "ops/runtime.h"

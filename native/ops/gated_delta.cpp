@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels/gated_delta_args.h"
+#include "kernels/kv_layer.h"
 #include "ops/checked_size.h"
 
 namespace argosy {

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "kernels/kernel_table.h"
+#include "kernels/kv_layer.h"
 #include "ops/runtime.h"
 #include "store/arena.h"
 

@@ -5,6 +5,8 @@
 #include <vector>
 
 #include "kernels/kernel_table.h"
+#include "kernels/latent_args.h"
+#include "kernels/matmul_args.h"
 #include "ops/checked_size.h"
 
 namespace argosy {

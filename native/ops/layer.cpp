@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "kernels/route_args.h"
+
 namespace argosy {
 
 void rms_norm(Runtime& runtime, const float* x, const float* weight, float eps, int64_t rows, int64_t cols,

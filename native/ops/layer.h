@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "kernels/kernel_table.h"
+#include "kernels/route_args.h"
 #include "ops/rows.h"
 #include "ops/runtime.h"
 

@@ -13,6 +13,7 @@
 #endif
 
 #include "kernels/kernel_table.h"
+#include "kernels/matmul_args.h"
 #include "store/arena.h"
 #include "store/crc32c.h"
 #include "store/start_threads.h"

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels/kernel_table.h"
+#include "kernels/tuning.h"
 
 namespace argosy {
 

@@ -4,6 +4,8 @@
 
 #include "kernels/half.h"
 #include "kernels/kernel_table.h"
+#include "kernels/matmul_args.h"
+#include "kernels/transcode.h"
 
 namespace argosy {
 

@@ -2,6 +2,7 @@
 
 #include <stdexcept>
 
+#include "kernels/matmul_args.h"
 #include "store/start_threads.h"
 
 namespace argosy {

@@ -14,6 +14,7 @@
 #include <optional>
 
 #include "kernels/kernel_table.h"
+#include "kernels/tuning.h"
 #include "store/arena.h"
 #include "store/thread_pool.h"
 

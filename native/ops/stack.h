@@ -30,6 +30,7 @@
 #include <variant>
 #include <vector>
 
+#include "kernels/route_args.h"
 #include "ops/attention.h"
 #include "ops/experts.h"
 #include "ops/gated_delta.h"

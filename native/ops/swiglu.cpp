@@ -3,6 +3,8 @@
 #include <algorithm>
 
 #include "kernels/kernel_table.h"
+#include "kernels/matmul_args.h"
+#include "kernels/swiglu_args.h"
 
 namespace argosy {
 

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "kernels/kernel_table.h"
+#include "kernels/swiglu_args.h"
 #include "ops/matmul.h"
 
 namespace argosy {

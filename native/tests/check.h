@@ -1,5 +1,5 @@
 // check.h: the checks of the native tests. A failed check prints its location, and the test continues; main
-// returns check_result(). Any thread may check.
+// returns check_result(), or skip(). Any thread may check.
 #pragma once
 
 #include <atomic>
@@ -24,6 +24,13 @@ void report_equal(const A& found, const B& expected, const char* file, int line,
   std::ostringstream sentence;
   if (!holds) sentence << what << ": found " << found << ", expected " << expected;
   report(holds, file, line, sentence.str());
+}
+
+// What main returns if the processor lacks all that a test checks: ctest then calls the test skipped, not
+// passed.
+inline int skip(const char* needs) {
+  printf("skipped: the processor lacks %s, or the system refuses it\n", needs);
+  return 77;
 }
 
 inline int check_result() {

@@ -1,7 +1,9 @@
 // kernel_cases.h: shared helpers of the kernel tests: random numbers, weights at an odd address, tables.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <memory>
 #include <random>
@@ -10,6 +12,7 @@
 
 #include "kernels/half.h"
 #include "kernels/kernel_table.h"
+#include "kernels/matmul_args.h"
 #include "ops/attention.h"
 #include "ops/matmul.h"
 #include "tests/check.h"
@@ -37,7 +40,20 @@ inline std::vector<float> normal(int64_t n, unsigned seed, float scale = 1.0f) {
   return values;
 }
 
+inline bool has_set(const std::string& name) {
+  const std::vector<std::string> here = instruction_sets();
+  return std::find(here.begin(), here.end(), name) != here.end();
+}
+
+// Of the instruction sets that this processor has; says once which ones it lacks.
 inline std::vector<const KernelTable*> all_tables() {
+  static const bool has_told = [] {
+    for (const char* set : {"avx2", "avx512", "amx"}) {
+      if (!has_set(set)) printf("not checked here: %s\n", set);
+    }
+    return true;
+  }();
+  (void)has_told;
   std::vector<const KernelTable*> tables;
   for (const std::string& name : instruction_sets()) tables.push_back(&kernel_table(name));
   return tables;
@@ -252,5 +268,21 @@ inline bool near(const std::vector<float>& a, const std::vector<float>& b, doubl
   }
   return a.size() == b.size();
 }
+
+// Queries of one head of an encoder, and its keys and values, with gaps between the rows.
+struct Heads {
+  static constexpr int64_t kQueryStride = 300, kKeyStride = 250, kValueStride = 275;
+
+  Heads(int64_t count, int64_t keys, int64_t head_dim)
+      : num_queries(count),
+        num_keys(keys),
+        dim(head_dim),
+        query(normal(count * kQueryStride, 1)),
+        key(normal(keys * kKeyStride, 2)),
+        value(normal(keys * kValueStride, 3)) {}
+
+  int64_t num_queries, num_keys, dim;
+  std::vector<float> query, key, value;
+};
 
 }  // namespace argosy::testing

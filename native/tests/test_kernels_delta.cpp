@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "kernels/gated_delta_args.h"
 #include "ops/gated_delta.h"
 #include "ops/layer.h"
 #include "tests/kernel_cases.h"

@@ -3,6 +3,11 @@
 
 #include <algorithm>
 
+#include "kernels/attention_args.h"
+#include "kernels/kv_layer.h"
+#include "kernels/latent_args.h"
+#include "kernels/route_args.h"
+#include "kernels/swiglu_args.h"
 #include "ops/attention.h"
 #include "ops/latent_attention.h"
 #include "ops/layer.h"

@@ -1,13 +1,7 @@
 // Products: every vector path equals the reference, and every tile has the same order of sums.
 
+#include "kernels/matmul_args.h"
 #include "tests/kernel_cases.h"
-
-#if defined(__x86_64__)
-namespace argosy {
-extern const KernelTable kAvx2Kernels;    // without AVX-VNNI
-extern const KernelTable kAvx512Kernels;  // without VBMI
-}  // namespace argosy
-#endif
 
 namespace argosy::testing {
 namespace {
@@ -340,43 +334,6 @@ void a_product_with_an_f8_code_is_its_value() {
   }
 }
 
-#if defined(__x86_64__)
-// A processor with AVX-VNNI runs different versions of these products than one without.
-void quantised_products_have_the_same_bits_with_and_without_avx_vnni() {
-  if (instruction_sets().size() < 2) return;
-  const KernelTable& best = kernel_table("avx2");
-  for (const Format format : kFormats) {
-    if (!is_quantized(format)) continue;
-    for (const int64_t size : {1, 100, 600}) {
-      const int64_t cols = cols_of(format, size);
-      const Weights w = Weights::random(format, 53, cols, 21, 1);
-      // Largest and smallest codes, too.
-      std::memset(w.bytes.get() + 1 + quant_format(format).quants_at(0), 0xFF, 32);
-      for (const int64_t tokens : {1, 2, 3, 4, 9}) {
-        const std::vector<float> x = normal(tokens * cols, 22);
-        CHECK(same_bits(multiply(best, w.view, x, tokens), multiply(kAvx2Kernels, w.view, x, tokens)));
-      }
-    }
-  }
-}
-
-// A processor with VBMI runs different versions of these products than one without.
-void f8_products_have_the_same_bits_with_and_without_vbmi() {
-  if (instruction_sets().back() != "avx512") return;
-  for (const int64_t cols : {1, 63, 64, 127, 128, 129, 700, 5120}) {
-    const Weights w = Weights::random(Format::f8, 150, cols, 21, 1);
-    for (const int64_t tokens : {1, 2, 3, 6, 7, 30}) {
-      // Numbers small enough that some of the products are subnormal.
-      for (const float scale : {1.0f, 1e-36f}) {
-        const std::vector<float> x = normal(tokens * cols, 22, scale);
-        CHECK(same_bits(multiply(kernel_table("avx512"), w.view, x, tokens),
-                        multiply(kAvx512Kernels, w.view, x, tokens)));
-      }
-    }
-  }
-}
-#endif
-
 void what_is_no_number_is_seen_while_it_is_transcoded() {
   for (const KernelTable* table : all_tables()) {
     std::vector<uint8_t> matrix(size_t(matrix_bytes(Format::f8, kF8Rows, kF8Cols)));
@@ -576,10 +533,6 @@ int main() {
   f8_weights_are_codes_times_scales();
   f8_products_are_those_of_the_float32_weights();
   a_product_with_an_f8_code_is_its_value();
-#if defined(__x86_64__)
-  quantised_products_have_the_same_bits_with_and_without_avx_vnni();
-  f8_products_have_the_same_bits_with_and_without_vbmi();
-#endif
   what_is_no_number_is_seen_while_it_is_transcoded();
   f8_tensors_may_be_transcoded_apart();
   what_is_asked_for_ahead_changes_no_bit();

@@ -1,5 +1,6 @@
 // The probes read and multiply all that they claim, with every instruction set.
 
+#include "kernels/matmul_args.h"
 #include "ops/machine_probe.h"
 #include "tests/kernel_cases.h"
 

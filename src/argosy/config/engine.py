@@ -29,7 +29,7 @@ MOST_DRAFT_TOKENS = 64  # beyond this, a step that confirms proposals is a promp
 TINY_EN = "tiny.en"  # a Whisper checkpoint that is fetched when it is first used
 DEMO = "demo"  # selects the embedded default model; a directory of that name is `./demo`
 
-# Formats of keys, values and latent vectors. q8: bytes, and a scale for 32 dimensions of a position (kernel_table.h).
+# Formats of keys, values and latent vectors. q8: bytes, and a scale for 32 dimensions of a position (kv_layer.h).
 KvDtype = Literal["f32", "f16", "q8"]
 AskAhead = Literal["off", "one_level", "one_level_far", "two_levels"]
 Pooling = Literal["mean", "last"]  # how hidden states become the embedding of a text

@@ -1,5 +1,5 @@
-// isa_avx512_bf16_amx.cpp: products of encoders on the tiles of AMX (Sapphire Rapids and later). What they
-// round, and to what, is as in isa_avx512_bf16.cpp; the order of sums differs.
+// isa_amx_encoders.cpp: products of encoders on the tiles of AMX (Sapphire Rapids and later), for the sets
+// `avx512` and `amx`. What they round, and to what, is as in isa_avx512_bf16.cpp; the order of sums differs.
 
 #if defined(__x86_64__)
 
@@ -8,6 +8,7 @@
 #define ARGOSY_VBMI 0
 #define ARGOSY_AMX 1
 #include "kernels/attend_bf16.h"
+#include "kernels/kernel_table.h"
 #include "kernels/linear_bf16.h"
 #include "kernels/vector_avx512.h"
 

@@ -1,11 +1,12 @@
-// isa_avx512_amx.cpp: products with quantised weights and many tokens for AVX-512 with AMX (Sapphire Rapids
-// and later). Results have the same bits as those of isa_avx512.cpp.
+// isa_amx_products.cpp: products with quantised weights and many tokens on the tiles of AMX (Sapphire Rapids
+// and later), for the sets `avx512` and `amx`. Results have the same bits as those of isa_avx512.cpp.
 
 #if defined(__x86_64__)
 
 #define ARGOSY_VECTOR 1
 #define ARGOSY_AVX512 1
 #define ARGOSY_VBMI 0
+#include "kernels/kernel_table.h"
 #include "kernels/matmul_amx.h"
 
 namespace argosy {

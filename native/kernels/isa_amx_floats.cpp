@@ -1,6 +1,6 @@
-// isa_amx.cpp: what the instruction set `amx` computes on tiles and `avx512` does not: attention, and
-// products with bfloat16 and FP8 weights. For processors with the BF16 of AVX-512 and the tiles of AMX
-// (Sapphire Rapids and later).
+// isa_amx_floats.cpp: what the set `amx` computes on tiles and `avx512` does not: attention, and products
+// with bfloat16 and FP8 weights. For processors with the BF16 of AVX-512 and the tiles of AMX (Sapphire
+// Rapids and later).
 
 #if defined(__x86_64__)
 
@@ -11,6 +11,7 @@
 
 // It uses the vectors above.
 #include "kernels/attention_amx.h"
+#include "kernels/kernel_table.h"
 #include "kernels/latent_attention_amx.h"
 #include "kernels/matmul_float_amx.h"
 

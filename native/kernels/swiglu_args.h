@@ -1,0 +1,31 @@
+// swiglu_args.h: the activation of a feed-forward network.
+#pragma once
+
+#include <cstdint>
+
+namespace argosy {
+
+// The activation of a feed-forward network, between its first two products and its last.
+//   silu     silu(gate) * up, where silu(x) = x / (1 + e^-x)  (Shazeer, arXiv:2002.05202)
+//   clamped  g * sigmoid(alpha * g) * (u + 1), where g is gate, at most `limit`, and u is up, from -limit to
+//            limit  (gpt-oss)
+//   gelu_tanh  gelu(gate) * up, where gelu(x) = x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))
+//            (arXiv:1606.08415)
+struct Activation {
+  enum class Kind { silu, clamped, gelu_tanh };
+  Kind kind = Kind::silu;
+  float limit = 0, alpha = 0;
+};
+
+// out[t][i] = activation(gate[t][i] + gate_bias[i], up[t][i] + up_bias[i])
+struct ActivateArgs {
+  Activation activation;
+  const float *gate, *up;            // [num_tokens][n], `stride` floats apart
+  const float *gate_bias, *up_bias;  // [n]; nullptr: none
+  int64_t stride;
+  int64_t num_tokens, n;
+  float* out;  // [num_tokens][n]; may be gate or up
+  int64_t out_stride;
+};
+
+}  // namespace argosy
