@@ -1,6 +1,6 @@
 # Commands for a new checkout. Each sets up .venv by itself; they need only Python, a C++ compiler and make.
 .DEFAULT_GOAL := help
-.PHONY: FORCE help demo test test-full build-native-tests test-native test-emulated test-sanitize test-sanitize-module soak test-oracle test-clients test-cluster test-page first-hour wheel test-wheel sbom lint stubs format map bench peer clean
+.PHONY: FORCE help demo test test-full native-testing build-native-tests test-native test-emulated test-sanitize test-sanitize-module soak test-oracle test-clients test-cluster test-page first-hour wheel test-wheel sbom lint stubs format map bench peer clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -59,12 +59,16 @@ WITHOUT_TORCH := tests --ignore=tests/oracle --ignore=tests/clients --ignore=tes
 test: $(VENV)/.installed test-native  ## every test that needs no torch, with the cases that a person waits for
 	$(PYTEST) $(SIDE_BY_SIDE) -m "not full" $(WITHOUT_TORCH)
 
-test-full: $(VENV)/.installed  ## the cases that `make test` leaves out: whole crosses of parameters, long runs
+test-full: $(VENV)/.installed native-testing  ## the cases that `make test` leaves out: whole crosses of parameters, long runs
 	$(PYTEST) $(SIDE_BY_SIDE) -m full $(WITHOUT_TORCH)
 
 # There only if somebody removed build/ after the installation, which makes it otherwise.
 build/module/build.ninja: | $(VENV)/.installed
 	@$(PIP) --no-build-isolation --editable '.[test]'
+
+# What only tests and benchmarks call of the native module: tests/native/_native_testing*.so.
+native-testing: $(VENV)/.installed build/module/build.ninja
+	@PATH="$(abspath $(BIN)):$$PATH" cmake --build build/module --target _native_testing > build/testing.log 2>&1 || { cat build/testing.log; exit 1; }
 
 build-native-tests: $(VENV)/.installed build/module/build.ninja
 	$(SAY) "compiling the C++ tests, which link the objects of the module: half a minute the first time"
@@ -100,14 +104,14 @@ TSAN = $(call PRELOAD,tsan) TSAN_OPTIONS=exitcode=66 setarch -R
 build/sanitize-module-%: FORCE $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $@ -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-O1 -g" \
 	  -DPython_EXECUTABLE="$(abspath $(BIN)/python)" -DARGOSY_SANITIZE=$(if $(findstring address,$*),address$(comma)undefined,$*)
-	PATH="$(abspath $(BIN)):$$PATH" cmake --build $@ --target _native
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build $@ --target _native --target _native_testing
 
 test-sanitize-module: build/sanitize-module-address build/sanitize-module-thread  ## odd arguments under ASan and UBSan, 2,000 requests under ThreadSanitizer
 	@echo "planted faults are found:"
-	$(ASAN) $(BIN)/python -m tests.native.planted_faults overflow --module build/sanitize-module-address/_native*.so 2> /dev/null; test $$? = 66
-	$(TSAN) $(BIN)/python -m tests.native.planted_faults race --module build/sanitize-module-thread/_native*.so 2> /dev/null; test $$? = 66
-	$(ASAN) $(BIN)/python -m tests.native.odd_arguments --module build/sanitize-module-address/_native*.so
-	$(TSAN) $(BIN)/python -m tests.engine.mixed_requests --requests 2000 --module build/sanitize-module-thread/_native*.so
+	$(ASAN) $(BIN)/python -m tests.native.planted_faults overflow --module build/sanitize-module-address/_native.*.so 2> /dev/null; test $$? = 66
+	$(TSAN) $(BIN)/python -m tests.native.planted_faults race --module build/sanitize-module-thread/_native.*.so 2> /dev/null; test $$? = 66
+	$(ASAN) $(BIN)/python -m tests.native.odd_arguments --module build/sanitize-module-address/_native.*.so
+	$(TSAN) $(BIN)/python -m tests.engine.mixed_requests --requests 2000 --module build/sanitize-module-thread/_native.*.so
 
 soak: $(VENV)/.installed build-native-tests  ## everything too long for a test, in two hours; the page about it is build/soak.md
 	$(BIN)/python tests/abuse/soak.py
@@ -117,7 +121,7 @@ $(VENV)/.oracle: $(VENV)/.installed
 	@$(PIP) --no-build-isolation --editable '.[oracle]'
 	@touch $@
 
-test-oracle: $(VENV)/.oracle  ## compare with transformers on freshly made checkpoints
+test-oracle: $(VENV)/.oracle native-testing  ## compare with transformers on freshly made checkpoints
 	$(PYTEST) tests/oracle
 
 $(VENV)/.clients: $(VENV)/.installed
@@ -221,20 +225,22 @@ $(VENV)/.lint: $(VENV)/.installed
 	@$(PIP) --no-build-isolation --editable '.[lint]'
 	@touch $@
 
-# What the stub file must be: nanobind reads signatures and docstrings from the module, ruff gives them our style.
+# What the stub files must be: nanobind reads signatures and docstrings from a module, ruff gives them our style.
 # Another minor release of nanobind may write them differently; hence its upper bound above.
-build/_native.pyi: FORCE $(VENV)/.lint
+STUBS := src/argosy/_native.pyi tests/native/_native_testing.pyi
+build/%.pyi: FORCE $(VENV)/.lint native-testing
 	@mkdir -p build
-	@$(BIN)/python -m nanobind.stubgen --quiet --module argosy._native --pattern-file native/bind/stubs.pat --output-file $@
+	@PYTHONPATH=. $(BIN)/python -m nanobind.stubgen --quiet --module $(if $(findstring testing,$*),tests.native,argosy).$* \
+	  --pattern-file native/bind/stubs.pat --output-file $@
 	@$(BIN)/ruff format --quiet $@
 	@$(BIN)/ruff check --quiet --fix $@
 
-stubs: build/_native.pyi  ## write src/argosy/_native.pyi, the types of the native module
-	cp $< src/argosy/_native.pyi
+stubs: $(patsubst %,build/%,$(notdir $(STUBS)))  ## write the types of the native module, and of the one for tests
+	for stub in $(STUBS); do cp build/$$(basename $$stub) $$stub; done
 
-lint: $(VENV)/.lint build/_native.pyi  ## ruff, mypy strict, clang-format, the stub file, documents of governance
-	@cmp -s src/argosy/_native.pyi build/_native.pyi || { diff -u src/argosy/_native.pyi build/_native.pyi; \
-	  echo 'src/argosy/_native.pyi does not match the module; run `make stubs`'; exit 1; }
+lint: $(VENV)/.lint $(patsubst %,build/%,$(notdir $(STUBS)))  ## ruff, mypy strict, clang-format, the stub files, documents of governance
+	@for stub in $(STUBS); do cmp -s $$stub build/$$(basename $$stub) || { diff -u $$stub build/$$(basename $$stub); \
+	  echo "$$stub does not match the module; run \`make stubs\`"; exit 1; }; done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -249,7 +255,7 @@ format: $(VENV)/.lint     ## reformat the sources for lint
 map:                      ## every module: its lines of code and first sentence
 	@$(PYTHON) .ci/map.py
 
-bench: $(VENV)/.installed ## the short form of every benchmark
+bench: $(VENV)/.installed native-testing  ## the short form of every benchmark
 	$(BIN)/python benchmarks/run_all.py --short
 
 build/peer-venv: benchmarks/install_peer.sh

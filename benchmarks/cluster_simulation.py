@@ -24,8 +24,8 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.cluster.hello import MOST_ROWS
 from argosy.cluster.placement import Host, place
 from argosy.experts.cache import ExpertCache
-from argosy.experts.files import ExpertFiles
 from argosy.experts.runner import ExpertRunner, Rows, RunnerStats
+from tests.experts.fake_store import FakeFiles
 
 # As in native/store/store.h.
 PART_BYTES = 1 << 20
@@ -224,10 +224,8 @@ class _Worker:
         record_bytes = max(record.nbytes for record in files.experts.values())
         config = files.config
         self.drive = VirtualDrive(record_bytes, rate)
-        store: Any = self.drive
         self.cache = ExpertCache(
-            store,
-            ExpertFiles(store, files.experts, open_file=self.drive.open),
+            FakeFiles(self.drive, files.experts),
             num_slots=min(slots, len(files.experts)),
             experts_per_token=config.experts_per_token,
         )

@@ -17,6 +17,7 @@ import numpy as np
 from argosy import _native
 from common import Report
 from kernels import best_rate
+from tests.native import _native_testing
 
 NOPE, ROPE, RANK, VALUE, BLOCK = 128, 64, 512, 128, 16
 SCALE = 0.1
@@ -45,7 +46,7 @@ class Sequence:
             self.vectors = np.rint(16 * self.vectors).clip(-127, 127)
             self.vectors[:, ::32] = 127
             self.vectors /= 64
-        _native.latent_write(runtime, self.kv, 0, self.vectors, np.arange(context))
+        _native_testing.latent_write(runtime, self.kv, 0, self.vectors, np.arange(context))
         self.table = np.arange(blocks, dtype=np.int32)[None]
         self.key_up, self.key_weights = matrix(heads * RANK, NOPE, 1)
         self.value_up, self.value_weights = matrix(heads * VALUE, RANK, 2)
@@ -62,7 +63,7 @@ class Sequence:
     def run(self, q: np.ndarray, out: np.ndarray) -> None:
         position = np.arange(self.context - len(q), self.context, dtype=np.int32)
         zeros = np.zeros(len(q), np.int32)
-        _native.latent_attention(
+        _native_testing.latent_attention(
             self.runtime, self.kv, 0, q, self.key_up, self.value_up, self.table, zeros, position, SCALE, out
         )
 

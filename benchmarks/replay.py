@@ -33,12 +33,15 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from argosy.checkpoint.files import ExpertMatrix, ExpertRecord
 from argosy.checkpoint.landing import Piece
 from argosy.experts.cache import ExpertCache
-from argosy.experts.files import ExpertFiles, Key
+from argosy.experts.files import Key
 from argosy.experts.policy import CachePolicy
 from common import DATA, Report
+from tests.experts.fake_store import FakeFiles
 
 RECORDED = DATA / "routing"
 Asked = tuple[int, list[int], bool]  # layer, experts, is_scan
@@ -187,22 +190,20 @@ class _InstantStore:
         return [(tickets[0], None, None)]
 
 
-def _files(store: Any, trace: Trace) -> ExpertFiles:
+def _files(store: Any, trace: Trace) -> FakeFiles:
     """Files of experts that are one number each; none is run."""
     matrix = ExpertMatrix(0, 0, "f32", 1, 1)
     record = ExpertRecord((Piece(Path("none"), 0, 4),), matrix, matrix, matrix)
     keys = product(range(trace.num_layers), range(trace.num_experts))
-    return ExpertFiles(store, dict.fromkeys(keys, record), open_file=store.open)
+    return FakeFiles(store, dict.fromkeys(keys, record))
 
 
 class Argosy:
     """The engine's own expert cache, with reads that take no time."""
 
     def __init__(self, num_slots: int, trace: Trace) -> None:
-        store: Any = _InstantStore()
         self._cache = ExpertCache(
-            store,
-            _files(store, trace),
+            _files(_InstantStore(), trace),
             num_slots=num_slots,
             experts_per_token=trace.experts_per_token,
         )

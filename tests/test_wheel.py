@@ -59,6 +59,7 @@ def test_a_wheel_has_every_file_of_the_package(installed: Path) -> None:
     names = listed.stdout.split()
     for needed in ("serve/page/index.html", "_native.pyi", "py.typed"):
         assert needed in names
+    assert not list(installed.rglob("_native_testing*"))
     for name in names:
         assert (installed / "argosy" / name).read_bytes() == (SOURCES / name).read_bytes(), name
 

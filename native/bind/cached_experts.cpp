@@ -46,118 +46,24 @@ void require_experts(const std::vector<int32_t>& experts) {
   for (const int32_t expert : experts) require_range("an expert", expert, 0, kMostExperts - 1);
 }
 
-// Reads of a store; the records of experts are created when they are first read.
-class StoreReads : public ExpertReads {
- public:
-  StoreReads(nb::object store, nb::object arena, nb::object record_of)
-      : hold_{store, arena},
-        store_(nb::cast<Store&>(store)),
-        arena_(nb::cast<Arena&>(arena)),
-        record_of_(std::move(record_of)) {}
-
-  std::vector<int64_t> fetch(const std::vector<Place>& places, Urgency urgency) override {
-    std::vector<PlacedRecord> placed;
-    placed.reserve(places.size());
-    for (const auto& [key, at] : places) placed.push_back({*known(key).record, at});
-    return store_.fetch(arena_, placed, urgency);
-  }
-  void hurry(const std::vector<int64_t>& tickets) override { store_.hurry(tickets); }
-  std::vector<Completion> wait_any(const std::vector<int64_t>& tickets,
-                                   std::optional<std::chrono::milliseconds> most) override {
-    if (most) return store_.wait_any(tickets, *most);
-    std::vector<Completion> done;
-    while (done.empty() && !tickets.empty()) done = store_.wait_any(tickets, kSignalInterval);
-    return done;
-  }
-  std::vector<int64_t> drop(const std::vector<int64_t>& tickets) override { return store_.drop(tickets); }
-  void cancel(int64_t ticket) override { store_.cancel(ticket); }
-  int64_t bytes(ExpertKey key) override { return known(key).nbytes; }
-
- private:
-  struct Known {
-    const Record* record = nullptr;
-    int64_t nbytes = 0;
-  };
-
-  const Known& known(ExpertKey key) {
-    if (key.layer >= int64_t(known_.size())) known_.resize(size_t(key.layer) + 1);
-    std::vector<Known>& layer = known_[size_t(key.layer)];
-    if (key.expert >= int64_t(layer.size())) layer.resize(size_t(key.expert) + 1);
-    Known& found = layer[size_t(key.expert)];
-    if (found.record == nullptr) {
-      const nb::gil_scoped_acquire acquired;
-      hold_.push_back(record_of_(Key(key.layer, key.expert)));
-      const auto& record = nb::cast<const Record&>(hold_.back());
-      for (const Piece& piece : record.pieces) found.nbytes += piece.nbytes;
-      found.record = &record;
-    }
-    return found;
-  }
-
-  std::vector<nb::object> hold_;  // keeps the store, the arena and records alive
-  Store& store_;
-  Arena& arena_;
-  nb::object record_of_;
-  std::vector<std::vector<Known>> known_;
-};
-
-// The methods of an object that stands in for a store, written in Python.
-class ReadsInPython : public ExpertReads {
- public:
-  using Done = std::tuple<int64_t, std::optional<std::string>, std::optional<std::string>>;
-
-  ReadsInPython(nb::object store, nb::object fetch, nb::object bytes_of)
-      : store_(std::move(store)), fetch_(std::move(fetch)), bytes_of_(std::move(bytes_of)) {}
-
-  std::vector<int64_t> fetch(const std::vector<Place>& places, Urgency urgency) override {
-    const nb::gil_scoped_acquire acquired;
-    std::vector<std::pair<Key, int64_t>> placed;
-    for (const auto& [key, at] : places) placed.emplace_back(Key(key.layer, key.expert), at);
-    return nb::cast<std::vector<int64_t>>(fetch_(placed, kUrgencies[int(urgency)]));
-  }
-  void hurry(const std::vector<int64_t>& tickets) override {
-    const nb::gil_scoped_acquire acquired;
-    store_.attr("hurry")(tickets);
-  }
-  std::vector<Completion> wait_any(const std::vector<int64_t>& tickets,
-                                   std::optional<std::chrono::milliseconds> most) override {
-    const nb::gil_scoped_acquire acquired;
-    const nb::object wait = store_.attr("wait_any");
-    const nb::object done = most && most->count() == 0 ? wait(tickets, 0) : wait(tickets);
-    std::vector<Completion> found;
-    for (auto& [ticket, message, kind] : nb::cast<std::vector<Done>>(done)) {
-      found.push_back({ticket, kind ? parse_error_kind(*kind) : ReadError::none, message.value_or("")});
-    }
-    return found;
-  }
-  std::vector<int64_t> drop(const std::vector<int64_t>& tickets) override {
-    const nb::gil_scoped_acquire acquired;
-    return nb::cast<std::vector<int64_t>>(store_.attr("drop")(tickets));
-  }
-  void cancel(int64_t ticket) override {
-    const nb::gil_scoped_acquire acquired;
-    store_.attr("cancel")(ticket);
-  }
-  int64_t bytes(ExpertKey key) override {
-    const nb::gil_scoped_acquire acquired;
-    return nb::cast<int64_t>(bytes_of_(Key(key.layer, key.expert)));
-  }
-
- private:
-  nb::object store_, fetch_, bytes_of_;
-};
-
 using RecordOf = nb::typed<nb::callable, Record(Key)>;
-using Fetch =
-    nb::typed<nb::callable, std::vector<int64_t>(std::vector<std::pair<Key, int64_t>>, UrgencyName)>;
-using BytesOf = nb::typed<nb::callable, int64_t(Key)>;
 using KindOfSlots = std::tuple<std::shared_ptr<CachePolicy>, std::vector<int64_t>,
                                std::vector<int64_t>>;  // policy, layers, places
 
-void make_cached_experts(CachedExperts* self, nb::object store, nb::object arena,
+// Keeps the records alive that `record_of` returns.
+StoreReads::RecordOf records_of(RecordOf record_of) {
+  return [record_of = std::move(record_of),
+          held = std::vector<nb::object>()](ExpertKey key) mutable -> const Record& {
+    const nb::gil_scoped_acquire acquired;
+    held.push_back(record_of(Key(key.layer, key.expert)));
+    return nb::cast<const Record&>(held.back());
+  };
+}
+
+void make_cached_experts(CachedExperts* self, std::shared_ptr<ExpertReads> reads,
                          std::shared_ptr<BoundExpertTable> table, const std::vector<KindOfSlots>& kinds,
-                         const std::vector<Key>& keys, RecordOf record_of, Fetch fetch, BytesOf bytes_of,
-                         int64_t experts_per_token, bool look_ahead, bool reads_all) {
+                         const std::vector<Key>& keys, int64_t experts_per_token, bool look_ahead,
+                         bool reads_all) {
   require_range("experts_per_token", experts_per_token, 0, kMostExperts);
   std::vector<CachedExperts::Kind> parsed;
   for (const auto& [policy, layers, places] : kinds) {
@@ -167,12 +73,6 @@ void make_cached_experts(CachedExperts* self, nb::object store, nb::object arena
   }
   std::vector<ExpertKey> parsed_keys;
   for (const Key& key : keys) parsed_keys.push_back(parse_key(key));
-  std::shared_ptr<ExpertReads> reads;
-  if (nb::isinstance<Store>(store) && nb::isinstance<Arena>(arena)) {
-    reads = std::make_shared<StoreReads>(std::move(store), std::move(arena), std::move(record_of));
-  } else {
-    reads = std::make_shared<ReadsInPython>(std::move(store), std::move(fetch), std::move(bytes_of));
-  }
   new (self) CachedExperts(
       std::move(reads), std::move(table), std::move(parsed), parsed_keys,
       {.experts_per_token = experts_per_token, .look_ahead = look_ahead, .reads_all = reads_all});
@@ -369,6 +269,20 @@ void bind_cached_experts(nb::module_& m) {
       .def_ro("decode_lookups", &LeaseCounts::decode_lookups)
       .def_ro("decode_hits", &LeaseCounts::decode_hits);
 
+  nb::class_<ExpertReads>(m, "ExpertReads", "Reads of experts into the slots of a `CachedExperts`.");
+  nb::class_<StoreReads, ExpertReads>(m, "StoreReads", R"(
+    Reads by a store into an arena.
+
+    Args:
+        record_of: the record of an expert (layer, expert); asked once, when it is first read.)")
+      .def(
+          "__init__",
+          [](StoreReads* self, std::shared_ptr<Store> store, std::shared_ptr<Arena> arena,
+             RecordOf record_of) {
+            new (self) StoreReads(std::move(store), std::move(arena), records_of(std::move(record_of)));
+          },
+          "store"_a, "arena"_a, "record_of"_a);
+
   nb::class_<CachedExperts, LayerExperts>(m, "CachedExperts", R"(
     Leases of the experts of a layer, as many in memory as there are slots: native/ops/cached_experts.h.
 
@@ -376,18 +290,14 @@ void bind_cached_experts(nb::module_& m) {
     stays open. One thread at a time; counters may be read by any.
 
     Args:
-        store: a `Store`, or an object with its methods `hurry`, `wait_any`, `drop` and `cancel`.
+        reads: how experts are read into the arena of the table.
         table: where an expert lies is noted here.
         kinds: the policy of each kind of slots, its layers, and where its slots begin in the arena.
         keys: the experts that may be read.
-        record_of: the record of an expert, for a `Store`.
-        fetch: (places, urgency) -> tickets, for another object.
-        bytes_of: the bytes that are read for an expert, for another object.
         look_ahead: read guesses for decode.
         reads_all: read experts that no token asks for, too, while there is a slot for every one.)")
-      .def("__init__", &make_cached_experts, "store"_a, "arena"_a, "table"_a, nb::kw_only(), "kinds"_a,
-           "keys"_a, "record_of"_a, "fetch"_a, "bytes_of"_a, "experts_per_token"_a, "look_ahead"_a,
-           "reads_all"_a)
+      .def("__init__", &make_cached_experts, "reads"_a, "table"_a, nb::kw_only(), "kinds"_a, "keys"_a,
+           "experts_per_token"_a, "look_ahead"_a, "reads_all"_a)
       .def("open", &open_lease, "layer"_a, "experts"_a, "scan"_a, R"(
         Open a lease of experts of a layer, each named once; a lease that is still open ends.
 

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "bind/bind.h"
+#include "kernels/swiglu_args.h"
 #include "ops/attention.h"
 #include "ops/latent_attention.h"
 #include "ops/swiglu.h"
@@ -106,20 +107,6 @@ inline Activation parse_activation(const ActivationOfNumbers& activation) {
   if (kind != "clamped") refuse("unknown activation '" + kind + "'; known: silu, clamped, gelu_tanh");
   if (!(limit > 0)) refuse("limit is " + std::to_string(limit) + ", expected more than 0");
   return {Activation::Kind::clamped, limit, alpha};
-}
-
-// offsets [num_experts][3]: where gate, up and down begin.
-inline std::vector<ExpertView> view_experts(const uint8_t* data, int64_t nbytes, const int64_t* offsets,
-                                            int64_t num_experts, const std::array<Format, 3>& formats,
-                                            int64_t hidden, int64_t width) {
-  std::vector<ExpertView> experts;
-  experts.reserve(size_t(num_experts));
-  for (const int64_t* at = offsets; at != offsets + 3 * num_experts; at += 3) {
-    experts.push_back({view_matrix("a gate", data, nbytes, at[0], formats[0], width, hidden),
-                       view_matrix("an up", data, nbytes, at[1], formats[1], width, hidden),
-                       view_matrix("a down", data, nbytes, at[2], formats[2], hidden, width)});
-  }
-  return experts;
 }
 
 inline void require_kind(const KvShape& shape, KvShape::Kind kind) {

@@ -39,11 +39,4 @@ inline std::optional<std::string> error_kind(ReadError error) {
   return std::nullopt;
 }
 
-inline ReadError parse_error_kind(const std::string& kind) {
-  for (const auto& [error, name] : kReadErrors) {
-    if (kind == name) return error;
-  }
-  throw std::invalid_argument("no error of a read is called '" + kind + "'");
-}
-
 }  // namespace argosy

@@ -18,4 +18,8 @@ inline DeltaShape delta_shape(const DeltaSizes& sizes) {
   return shape;
 }
 
+inline void require_slot(const RecurrentState& state, int64_t slot) {
+  require_range("slot", slot, 0, state.num_slots() - 1);
+}
+
 }  // namespace argosy

@@ -53,26 +53,6 @@ auto with_os_errors(const std::string& path, Body&& body) {
 
 using Path = Named<std::filesystem::path, "str">;  // it need not be UTF-8
 
-using FaultName = Named<std::string,
-                        "typing.Literal['eio', 'eintr', 'short', 'truncated', 'flip', 'delay', 'hold', "
-                        "'uncached', 'short_cached', 'no_cache']">;
-
-Fault parse_fault(const std::string& kind) {
-  if (kind == "eio") return Fault::io_error;
-  if (kind == "eintr") return Fault::interrupted;
-  if (kind == "short") return Fault::partial;
-  if (kind == "truncated") return Fault::truncated;
-  if (kind == "flip") return Fault::flipped_bit;
-  if (kind == "delay") return Fault::delayed;
-  if (kind == "hold") return Fault::held;
-  if (kind == "uncached") return Fault::uncached;
-  if (kind == "short_cached") return Fault::partial_cached;
-  if (kind == "no_cache") return Fault::no_cache;
-  throw std::invalid_argument(
-      "unknown kind of fault '" + kind +
-      "'; known: eio, eintr, short, truncated, flip, delay, hold, uncached, short_cached, no_cache");
-}
-
 View<uint8_t> arena_view(Arena& arena) {
   using Holder = std::shared_ptr<const void>;
   uint8_t* data = arena.data();
@@ -217,30 +197,6 @@ void bind_store(nb::module_& m) {
         Release the memory; the system gets it back when the last view, matrix or read that uses it ends.)");
 
   nb::class_<FileSystem>(m, "FileSystem", "The file system that a store reads from.");
-  nb::class_<RealFileSystem, FileSystem>(
-      m, "RealFileSystem",
-      "The kernel's files. `has_queue` False imitates a system without asynchronous reads.")
-      .def(nb::init<bool>(), "has_queue"_a = true);
-  nb::class_<FaultyFileSystem, FileSystem>(m, "FaultyFileSystem", R"(
-    For tests: `num_faults` reads, starting with read number `fail_read` (counted from 1), have a fault.
-
-    Reads from the drive, which then bypass the page cache. eio: fails. eintr: is interrupted and must be retried.
-    short: returns half of the bytes; the rest must be read. truncated: end of file. flip: one wrong bit in the middle.
-    delay: returns `delay_seconds` later. hold: returns when `release` is called.
-
-    Reads from the page cache. uncached: it lost the bytes. short_cached: it has the first half. no_cache: it cannot
-    tell what it has.)")
-      .def(
-          "__init__",
-          [](FaultyFileSystem* self, int64_t fail_read, const FaultName& kind, int64_t num_faults,
-             double delay_seconds, std::shared_ptr<FileSystem> inner) {
-            if (!inner) inner = std::make_shared<RealFileSystem>();
-            new (self)
-                FaultyFileSystem(std::move(inner), parse_fault(kind), fail_read, num_faults, delay_seconds);
-          },
-          "fail_read"_a, "kind"_a, "num_faults"_a = 1, "delay_seconds"_a = 0.05, "inner"_a = nb::none())
-      .def("release", &FaultyFileSystem::release, "Let the reads that are held, and all later ones, go on.")
-      .def_prop_ro("num_reads", &FaultyFileSystem::num_reads);
 
   nb::class_<Record>(m, "Record", R"(
     Pieces that are read together, with the crc32c_wide of each or none; parsed once, fetched any number of times.)")

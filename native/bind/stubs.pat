@@ -22,3 +22,12 @@ argosy._native.__prefix__:
     _DeltaSizes = tuple[int, int, int, int, int]  # key heads, value heads, key dim, value dim, conv width
     _Buffer = bytes | bytearray | memoryview | NDArray[Any]
 
+tests.native._native_testing.__prefix__:
+    # Written by `make stubs` from native/tests/native_testing.cpp: edit it there.
+
+    \from argosy._native import Activation, Urgency, _DeltaSizes
+    \from argosy.config import Format
+    \from typing import Any, Literal
+    \from numpy.typing import NDArray
+    \import numpy
+

@@ -31,30 +31,12 @@
 #include <vector>
 
 #include "ops/cache_policy.h"
+#include "ops/expert_reads.h"
 #include "ops/layer_experts.h"
 #include "ops/look_ahead.h"
 #include "store/store.h"
 
 namespace argosy {
-
-// Reads experts into the arena. Functions are those of Store.
-class ExpertReads {
- public:
-  struct Place {
-    ExpertKey key;
-    int64_t at;  // in the arena
-  };
-  virtual ~ExpertReads() = default;
-
-  virtual std::vector<int64_t> fetch(const std::vector<Place>& places, Urgency urgency) = 0;
-  virtual void hurry(const std::vector<int64_t>& tickets) = 0;
-  // nullopt: as long as it takes.
-  virtual std::vector<Completion> wait_any(const std::vector<int64_t>& tickets,
-                                           std::optional<std::chrono::milliseconds> most) = 0;
-  virtual std::vector<int64_t> drop(const std::vector<int64_t>& tickets) = 0;
-  virtual void cancel(int64_t ticket) = 0;
-  virtual int64_t bytes(ExpertKey key) = 0;  // that are read for one expert
-};
 
 // Counters since the cache was created; hits / lookups is the hit rate. A miss whose read had started before
 // the layer asked counts in reads_ahead, a read-ahead that was not needed in idle_reads; bytes_read includes

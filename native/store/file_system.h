@@ -1,9 +1,8 @@
 // file_system.h: the few file and clock calls that the store makes, behind one interface, so that a test can
-// make the Nth read fail.
+// make the Nth read fail (tests/faulty_file_system.h).
 //
-//   RealFileSystem    the kernel's calls; decides whether a file is read with O_DIRECT
-//   FaultyFileSystem  another file system with one injected fault
-//   ReadQueue         reads that the kernel performs asynchronously, many at a time
+//   RealFileSystem  the kernel's calls; decides whether a file is read with O_DIRECT
+//   ReadQueue       reads that the kernel performs asynchronously, many at a time
 #pragma once
 
 #include <sys/types.h>
@@ -94,58 +93,6 @@ class RealFileSystem : public FileSystem {
 
  private:
   bool has_queue_;
-};
-
-enum class Fault {
-  io_error,     // EIO
-  interrupted,  // EINTR; the reader must retry
-  partial,      // half of the requested bytes: legal, and the reader must read the rest
-  truncated,    // end of file
-  flipped_bit,  // all bytes arrive, with one bit of the middle byte flipped
-  delayed,      // all bytes arrive late
-  held,         // all bytes arrive when `release` is called
-  // Faults of the page cache; reads from the drive are correct.
-  uncached,        // EAGAIN
-  partial_cached,  // half of the requested bytes
-  no_cache         // EOPNOTSUPP
-};
-
-class FaultyFileSystem : public FileSystem {
- public:
-  // Reads are counted from 1 over all files, in the order they start. Reads `first_read` to `first_read` +
-  // `num_faults` - 1 get the fault. For a page cache fault, only page cache reads count. For any other fault,
-  // only drive reads count, and nothing is read from the page cache.
-  FaultyFileSystem(std::shared_ptr<FileSystem> inner, Fault fault, int64_t first_read, int64_t num_faults = 1,
-                   double delay_seconds = 0.05);
-
-  OpenFile open(const std::string& path, bool direct) override;
-  ssize_t pread(int handle, void* buffer, size_t nbytes, int64_t offset) override;
-  ssize_t read_cached(const OpenFile& file, void* buffer, size_t nbytes, int64_t offset) override;
-  void drop_cache(int handle, int64_t offset, int64_t nbytes) override;
-  std::unique_ptr<ReadQueue> read_queue(int depth) override;
-  void close(const OpenFile& file) override;
-  double seconds() override;
-
-  int64_t num_reads() const { return num_reads_; }
-
-  // Lets held reads go on, and all later ones.
-  void release();
-
- private:
-  class Queue;
-
-  // Turns the result of a good read into the result of the fault.
-  ssize_t spoil(ssize_t got, uint8_t* memory) const;
-  bool is_fault_of_cache() const { return fault_ >= Fault::uncached; }
-  bool has_fault(int64_t read) const { return read >= first_read_ && read - first_read_ < num_faults_; }
-
-  std::shared_ptr<FileSystem> inner_;
-  Fault fault_;
-  int64_t first_read_;
-  int64_t num_faults_;
-  double delay_seconds_;
-  std::atomic<int64_t> num_reads_{0};
-  std::atomic<bool> is_released_{false};
 };
 
 }  // namespace argosy

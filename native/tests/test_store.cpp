@@ -21,6 +21,7 @@
 #include "store/crc32c.h"
 #include "store/drive_probe.h"
 #include "store/store.h"
+#include "tests/faulty_file_system.h"
 
 using namespace argosy;
 using std::chrono::milliseconds;

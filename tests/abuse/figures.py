@@ -54,6 +54,7 @@ from argosy.model.families import open_model
 from argosy.serve.app import ROUTES, make_app
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.models.tiny import prompt_ids, qwen3_moe, write_model
+from tests.native import _native_testing
 from tests.serve import test_disconnects as disconnects
 from tests.serve.conftest import serving, start
 from tests.serve.dialects import DIALECTS, PATHS, greedy
@@ -305,7 +306,7 @@ _FAULTS = (("eio", 1), ("eio", 8), ("truncated", 8), ("eintr", 1), ("short", 1))
 
 
 @contextmanager
-def reading_from(faults: _native.FaultyFileSystem) -> Iterator[None]:
+def reading_from(faults: _native_testing.FaultyFileSystem) -> Iterator[None]:
     """While this is entered, engines are opened on a file system with faults."""
     plain = _native.Store
     _native.Store = lambda readers, **rest: plain(readers, faults, **rest)  # type: ignore[assignment, misc]
@@ -328,7 +329,7 @@ def failing_reads(scratch: Path, size: int) -> Finding:
     def tokens(engine: Engine) -> list[list[int]]:
         return [list(result.token_ids) for result in engine.generate_batch(prompts, _LONG)]
 
-    whole = _native.FaultyFileSystem(1 << 40, "eio")
+    whole = _native_testing.FaultyFileSystem(1 << 40, "eio")
     with reading_from(whole), opened() as engine:
         first = whole.num_reads
         expected = tokens(engine)
@@ -338,7 +339,7 @@ def failing_reads(scratch: Path, size: int) -> Finding:
     step = max(1, num_reads // size) if size else 1
     for kind, num_faults in _FAULTS:
         for nth in range(1, num_reads + 1, step):
-            faults = _native.FaultyFileSystem(first + nth, kind, num_faults=num_faults)  # type: ignore[arg-type]
+            faults = _native_testing.FaultyFileSystem(first + nth, kind, num_faults=num_faults)  # type: ignore[arg-type]
             at = f"{kind} x {num_faults} at read {nth} of {num_reads}"
             with reading_from(faults), opened() as engine:
                 sequences = [engine.submit(prompt, _LONG) for prompt in prompts]

@@ -21,6 +21,7 @@ from argosy.model.families import open_model
 from tests.models.runnable import runnable
 from tests.models.tiny import RawConfig, gpt_oss, prompt_ids, qwen3_moe, write_model
 from tests.models.tiny_delta import qwen3_next
+from tests.native import _native_testing
 
 PARAMS = SamplingParams(max_tokens=10, ignore_eos=True, logprobs=2)
 CONFIGS: dict[str, RawConfig] = {
@@ -52,19 +53,19 @@ def visible(result: Any) -> tuple[Any, ...]:
 
 
 @pytest.fixture
-def faults(monkeypatch: pytest.MonkeyPatch) -> list[_native.FaultyFileSystem]:
+def faults(monkeypatch: pytest.MonkeyPatch) -> list[_native_testing.FaultyFileSystem]:
     """List file systems; the next engine opens with the last one."""
-    file_systems: list[_native.FaultyFileSystem] = []
+    file_systems: list[_native_testing.FaultyFileSystem] = []
     plain = _native.Store
     monkeypatch.setattr(_native, "Store", lambda readers, **rest: plain(readers, file_systems[-1], **rest))
     return file_systems
 
 
 def num_reads(
-    directory: Path, config: RawConfig, faults: list[_native.FaultyFileSystem]
+    directory: Path, config: RawConfig, faults: list[_native_testing.FaultyFileSystem]
 ) -> tuple[int, int, Any]:
     """Count the reads of the start, and of the start and answers; return both, and the answers."""
-    faults.append(_native.FaultyFileSystem(1 << 40, "eio"))
+    faults.append(_native_testing.FaultyFileSystem(1 << 40, "eio"))
     with open_engine(directory) as engine:
         started = faults[-1].num_reads
         results = [visible(result) for result in engine.generate_batch(prompts_of(config), PARAMS)]
@@ -73,13 +74,13 @@ def num_reads(
 
 @pytest.mark.parametrize("kind", ["eio", "truncated", "flip"])
 def test_any_read_may_fail_once_and_the_answers_are_the_same(
-    model: tuple[Path, RawConfig], faults: list[_native.FaultyFileSystem], kind: str
+    model: tuple[Path, RawConfig], faults: list[_native_testing.FaultyFileSystem], kind: str
 ) -> None:
     directory, config = model
     first, last, expected = num_reads(directory, config, faults)
     assert last - first > 100
     for nth in range(first + 1, last + 1, 3 if kind == "eio" else 29):
-        faults.append(_native.FaultyFileSystem(nth, kind))
+        faults.append(_native_testing.FaultyFileSystem(nth, kind))
         with open_engine(directory) as engine:
             results = engine.generate_batch(prompts_of(config), PARAMS)
             assert [visible(result) for result in results] == expected, f"read {nth}"
@@ -87,11 +88,11 @@ def test_any_read_may_fail_once_and_the_answers_are_the_same(
 
 
 def test_reads_that_keep_failing_end_answers_with_the_error_and_the_engine_continues(
-    model: tuple[Path, RawConfig], faults: list[_native.FaultyFileSystem]
+    model: tuple[Path, RawConfig], faults: list[_native_testing.FaultyFileSystem]
 ) -> None:
     directory, config = model
     first, _, expected = num_reads(directory, config, faults)
-    faults.append(_native.FaultyFileSystem(first + 30, "eio", num_faults=200))
+    faults.append(_native_testing.FaultyFileSystem(first + 30, "eio", num_faults=200))
     with open_engine(directory) as engine:
         with pytest.raises(ReadFailed, match="layer"):
             engine.generate_batch(prompts_of(config), PARAMS)

@@ -7,7 +7,7 @@ still in use are detected.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from argosy import _native
 from argosy.checkpoint.files import ExpertMatrix, ExpertRecord
 from argosy.checkpoint.landing import Piece
-from argosy.experts.files import Key
+from argosy.experts.files import ExpertFiles, Key
+from tests.native import _native_testing
 
 WIDTH, HIDDEN = 3, 5
 MATRIX_BYTES = WIDTH * HIDDEN * 4
@@ -75,7 +76,7 @@ class Truth:
                 )
                 for one in (record.gate, record.up, record.down)
             )
-            _native.swiglu(RUNTIME, gate, up, down, self.ROW, out)
+            _native_testing.swiglu(RUNTIME, gate, up, down, self.ROW, out)
             self._outputs[key] = out[0].tolist()
         return self._outputs[key]
 
@@ -230,3 +231,17 @@ class FakeStore:
     @staticmethod
     def _view(arena: Any, start: int, nbytes: int) -> NDArray[np.uint8]:
         return arena.array()[start : start + nbytes]  # type: ignore[no-any-return]
+
+
+class FakeFiles(ExpertFiles):
+    """Experts whose reads a `FakeStore` answers, or another stand-in written in Python."""
+
+    def __init__(self, store: Any, records: Mapping[Key, ExpertRecord]) -> None:
+        super().__init__(store, records, open_file=store.open)
+
+    def reads(self, arena: _native.Arena) -> _native.ExpertReads:
+        return _native_testing.ReadsInPython(
+            self._store,
+            fetch=lambda places, urgency: self.fetch(arena, places, urgency=urgency),
+            bytes_of=lambda key: self.records[key].nbytes,
+        )

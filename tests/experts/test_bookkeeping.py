@@ -156,9 +156,8 @@ def test_a_cache_takes_no_more_memory_than_planned(store: _native.Store, tmp_pat
     num_slots = 600
 
     def make() -> ExpertCache:
-        made = ExpertCache(
-            store, files_of(store, records), num_slots=num_slots, experts_per_token=EXPERTS_PER_TOKEN
-        )
+        files = files_of(store, records)
+        made = ExpertCache(files, num_slots=num_slots, experts_per_token=EXPERTS_PER_TOKEN)
         for layer in range(NUM_LAYERS):
             for start in range(0, NUM_EXPERTS, EXPERTS_PER_TOKEN):
                 with made.lease(layer, range(start, start + EXPERTS_PER_TOKEN)) as lease:

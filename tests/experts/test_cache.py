@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from argosy.errors import CorruptRecord, ReadFailed
 from argosy.experts.cache import CachedRunner, ExpertCache
-from argosy.experts.files import ExpertFiles, Key
-from tests.experts.fake_store import MATRIX_BYTES, RUNTIME, FakeStore, Truth, inputs, make_records
+from argosy.experts.files import Key
+from tests.experts.fake_store import MATRIX_BYTES, RUNTIME, FakeFiles, FakeStore, Truth, inputs, make_records
 
 NUM_LAYERS, NUM_EXPERTS = 3, 12
 
@@ -28,14 +28,9 @@ class Rig:
         self.k = k
         self.records, self.files = make_records(keys, num_pieces=num_pieces)
         self.store = FakeStore(self.files, **store)
-        files = ExpertFiles(self.store, self.records, open_file=self.store.open)  # type: ignore[arg-type]
+        files = FakeFiles(self.store, self.records)
         self.truth = Truth(self.records, self.files)
-        self.cache = ExpertCache(
-            self.store,  # type: ignore[arg-type]
-            files,
-            num_slots=num_slots,
-            experts_per_token=k,
-        )
+        self.cache = ExpertCache(files, num_slots=num_slots, experts_per_token=k)
 
     def run(self, layer: int, experts: list[int], scan: Collection[int] = ()) -> list[list[int]]:
         """Run one whole lease; return its groups."""

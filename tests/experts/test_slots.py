@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from argosy.checkpoint.files import ExpertMatrix, ExpertRecord
 from argosy.checkpoint.landing import Piece
 from argosy.experts.cache import ExpertCache
-from argosy.experts.files import ExpertFiles, Key, memory_of, resident_bytes
+from argosy.experts.files import Key, memory_of, resident_bytes
 from argosy.experts.slots import SlotLayout, Slots, lay_out_slots
-from tests.experts.fake_store import FakeStore, Truth, make_records
+from tests.experts.fake_store import FakeFiles, FakeStore, Truth, make_records
 
 PAGE = 4096
 NUM_EXPERTS, K = 16, 4
@@ -134,9 +134,9 @@ class Rig:
                     ),
                 )
         self.store = FakeStore(self.files, **store)
-        files = ExpertFiles(self.store, self.records, open_file=self.store.open)  # type: ignore[arg-type]
+        files = FakeFiles(self.store, self.records)
         self.truth = Truth(self.records, self.files)
-        self.cache = ExpertCache(self.store, files, num_slots=num_slots, experts_per_token=K)  # type: ignore[arg-type]
+        self.cache = ExpertCache(files, num_slots=num_slots, experts_per_token=K)
 
     def run(self, layer: int, experts: list[int], scan: set[int], hint: list[int]) -> None:
         found: list[int] = []

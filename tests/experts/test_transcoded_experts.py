@@ -17,6 +17,7 @@ from argosy.config import Format
 from argosy.experts.cache import ExpertCache
 from argosy.experts.files import ExpertFiles, Key, memory_of, resident_bytes
 from argosy.experts.resident import load_resident
+from tests.native import _native_testing
 from tests.native.gguf_blocks import random_blocks
 
 RUNTIME = _native.Runtime(1)
@@ -88,7 +89,7 @@ class Model:
                 for data, format, shape in zip(self.truth[layer, expert], formats, SHAPES, strict=True)
             ]
             expected = np.empty((1, HIDDEN), np.float32)
-            _native.swiglu(RUNTIME, *matrices, rows[token : token + 1], expected)
+            _native_testing.swiglu(RUNTIME, *matrices, rows[token : token + 1], expected)
             assert np.isfinite(expected).all()
             np.testing.assert_array_equal(found[token], expected[0])
 
@@ -106,7 +107,7 @@ def open_files(model: Model, store: _native.Store) -> ExpertFiles:
 def test_leased_experts_equal_the_transcoded_blocks(model: Model, num_slots: int) -> None:
     store = _native.Store(3)
     files = open_files(model, store)
-    cache = ExpertCache(store, files, num_slots=num_slots, experts_per_token=2)
+    cache = ExpertCache(files, num_slots=num_slots, experts_per_token=2)
     for _ in range(2):
         for layer in range(len(LAYERS)):
             found: list[int] = []

@@ -85,7 +85,6 @@ def open_parts(
         elif residency in ("smallest cache", "guessing cache"):
             is_smallest = residency == "smallest cache"
             cache = ExpertCache(
-                store,
                 expert_files,
                 num_slots=config.experts_per_token if is_smallest else 4 * config.experts_per_token,
                 experts_per_token=config.experts_per_token,

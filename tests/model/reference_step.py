@@ -18,6 +18,7 @@ from argosy.model.layers import describe_activation, routing
 from argosy.model.rope import rotary
 from argosy.model.step import Step
 from argosy.model.weights import DenseWeights
+from tests.native import _native_testing
 
 Floats = NDArray[np.float32]
 
@@ -89,7 +90,7 @@ class ReferenceDecoder:
         head = embedding if self.config.is_embedding_tied else self.weights.matrices["head"]
         logits = self._product(head, self._norm(hidden, "final_norm"))
         if self.config.logit_cap:
-            _native.soft_cap(self.runtime, logits, self.config.logit_cap)
+            _native_testing.soft_cap(self.runtime, logits, self.config.logit_cap)
         return logits
 
     def _norm(self, x: Floats, name: str, eps: float | None = None) -> Floats:
@@ -166,7 +167,7 @@ class ReferenceDecoder:
             None if config.layers[layer].is_causal else step.sees_until,
         )
         if config.has_output_gate:
-            _native.mul_sigmoid(self.runtime, gate.reshape(attended.shape), attended)
+            _native_testing.mul_sigmoid(self.runtime, gate.reshape(attended.shape), attended)
         self._add_mixed(hidden, self._projection(name + "o", attended), layer)
 
     def _add_delta(self, hidden: Floats, layer: int, step: Step) -> None:
@@ -195,7 +196,7 @@ class ReferenceDecoder:
                 if step.order[begin] == 0:
                     self.recurrent.restart(slot)
         out = np.empty((len(normed), delta.value_channels), np.float32)
-        _native.gated_delta(
+        _native_testing.gated_delta(
             self.runtime,
             self.recurrent,
             self.config.delta_layers.index(layer),
@@ -236,9 +237,9 @@ class ReferenceDecoder:
             turned = turning.copy()
             self._rotate(turned, layer, step)
             turning[:] = turned
-        _native.latent_write(self.runtime, self.kv, layer, vectors, step.slots)
+        _native_testing.latent_write(self.runtime, self.kv, layer, vectors, step.slots)
         attended = np.empty((tokens, config.num_heads * latent.value_dim), np.float32)
-        _native.latent_attention(
+        _native_testing.latent_attention(
             self.runtime,
             self.kv,
             layer,
@@ -288,7 +289,7 @@ class ReferenceDecoder:
     def _swiglu(self, x: Floats, *names: str) -> Floats:
         out = np.empty_like(x)
         gate, up, down = (self.weights.matrices[name] for name in names)
-        _native.swiglu(self.runtime, gate, up, down, x, out, describe_activation(self.config))
+        _native_testing.swiglu(self.runtime, gate, up, down, x, out, describe_activation(self.config))
         return out
 
     def _add_shared(self, hidden: Floats, normed: Floats, name: str) -> None:
@@ -298,7 +299,7 @@ class ReferenceDecoder:
         out = self._norm_if_any(out, name + "shared_post_norm")
         if self.config.shared_is_gated:
             score = self._product(self.weights.matrices[name + "shared_score"], normed)
-            _native.add_sigmoid_gated(self.runtime, out, score.reshape(-1), hidden)
+            _native_testing.add_sigmoid_gated(self.runtime, out, score.reshape(-1), hidden)
         else:
             hidden += out
 
@@ -308,7 +309,7 @@ class ReferenceDecoder:
         config, k = self.config, self.config.experts_per_token
         logits = self._projection(f"layers.{layer}.router", router_in)
         ids, weights = np.empty((len(hidden), k), np.int32), np.empty((len(hidden), k), np.float32)
-        _native.route(self.runtime, routing(config, layer, self.weights), logits, ids, weights)
+        _native_testing.route(self.runtime, routing(config, layer, self.weights), logits, ids, weights)
 
         flat = ids.reshape(-1)
         chosen = sorted(set(flat.tolist()))
@@ -320,7 +321,7 @@ class ReferenceDecoder:
             if (table := self.weights.vectors.get(f"layers.{layer}.expert_{part}_bias")) is not None
         }
         out = np.empty((flat.size, config.hidden_size), np.float32)
-        _native.swiglu_experts(
+        _native_testing.swiglu_experts(
             self.runtime,
             experts.arena,
             experts.formats(layer),
@@ -335,4 +336,4 @@ class ReferenceDecoder:
             activation=describe_activation(config),
             **biases,
         )
-        _native.combine(self.runtime, out, weights, hidden)
+        _native_testing.combine(self.runtime, out, weights, hidden)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from argosy import _native
 from argosy.checkpoint.pack import pack
 from argosy.errors import ReadFailed
 from argosy.experts.cache import CachedRunner
@@ -19,6 +18,7 @@ from argosy.model.families import open_model
 from tests.model.open_parts import Parts, Residency, make_steps, open_parts
 from tests.model.test_stack import STEPS, decoder_of
 from tests.models.tiny import qwen3_moe, write_model
+from tests.native import _native_testing
 
 NEVER = 1 << 40
 
@@ -44,7 +44,7 @@ def expected(directory: Path) -> list[Any]:
 
 @contextmanager
 def cached(
-    directory: Path, residency: Residency, faults: _native.FaultyFileSystem | None = None
+    directory: Path, residency: Residency, faults: _native_testing.FaultyFileSystem | None = None
 ) -> Iterator[tuple[Parts, CachedRunner]]:
     with open_parts(directory, residency, file_system=faults) as parts:
         assert isinstance(parts.experts, CachedRunner)
@@ -60,7 +60,7 @@ def check_idle(runner: CachedRunner) -> None:
 
 
 def num_opening_reads(directory: Path, residency: Residency) -> int:
-    faults = _native.FaultyFileSystem(NEVER, "eio")
+    faults = _native_testing.FaultyFileSystem(NEVER, "eio")
     with cached(directory, residency, faults):
         return faults.num_reads
 
@@ -105,7 +105,7 @@ def test_a_layer_whose_reads_take_long_goes_on_in_python(
     directory: Path, expected: list[Any], nth: int
 ) -> None:
     first = num_opening_reads(directory, "smallest cache")
-    faults = _native.FaultyFileSystem(first + nth, "hold")
+    faults = _native_testing.FaultyFileSystem(first + nth, "hold")
     with cached(directory, "smallest cache", faults) as (parts, runner):
         runs: list[tuple[int, int, float]] = []
         decoder = decoder_of(parts)
@@ -138,7 +138,7 @@ def test_a_read_that_fails_ends_the_step_and_the_next_is_whole(
     directory: Path, expected: list[Any], nth: int
 ) -> None:
     first = num_opening_reads(directory, "smallest cache")
-    faults = _native.FaultyFileSystem(first + nth, "eio")
+    faults = _native_testing.FaultyFileSystem(first + nth, "eio")
     with cached(directory, "smallest cache", faults) as (parts, runner):
         decoder = decoder_of(parts)
         failed: list[ReadFailed] = []
@@ -158,7 +158,7 @@ def test_a_read_that_fails_ends_the_step_and_the_next_is_whole(
 
 def test_an_interrupt_while_a_layer_waits_leaves_nothing_behind(directory: Path, expected: list[Any]) -> None:
     first = num_opening_reads(directory, "smallest cache")
-    faults = _native.FaultyFileSystem(first + 1, "hold")
+    faults = _native_testing.FaultyFileSystem(first + 1, "hold")
     with cached(directory, "smallest cache", faults) as (parts, runner):
         decoder = decoder_of(parts)
         (step, *_) = make_steps(parts.config, STEPS)

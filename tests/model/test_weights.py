@@ -14,6 +14,7 @@ from argosy.checkpoint.block_types import SLOT_FORMATS
 from argosy.checkpoint.landing import AS_STORED, Landing, MatrixRef, PairedRows, Transcoded
 from argosy.errors import CheckpointError, CorruptRecord, ReadFailed
 from argosy.model.weights import DenseWeights, dense_footprint, load_dense
+from tests.native import _native_testing
 from tests.native.gguf_blocks import dequantized, random_blocks
 
 ROWS, COLS, HEADS = 96, 256, 3
@@ -70,7 +71,7 @@ class Dense:
         self.truth[name] = heads.reshape(rows, cols)
 
     def load(
-        self, faults: _native.FaultyFileSystem | None = None, *, norm_offset: float = 0.0
+        self, faults: _native_testing.FaultyFileSystem | None = None, *, norm_offset: float = 0.0
     ) -> DenseWeights:
         store = _native.Store(3, faults) if faults else _native.Store(3)
         try:
@@ -118,11 +119,11 @@ def test_the_footprint_covers_the_memory_used(dense: Dense) -> None:
 
 
 def test_a_start_that_fails_names_the_tensor(dense: Dense) -> None:
-    opening = _native.FaultyFileSystem(1 << 40, "eio")
+    opening = _native_testing.FaultyFileSystem(1 << 40, "eio")
     store = _native.Store(1, opening)
     store.open(str(dense.path))
     store.close()
-    faults = _native.FaultyFileSystem(opening.num_reads + 1, "truncated", num_faults=1 << 40)
+    faults = _native_testing.FaultyFileSystem(opening.num_reads + 1, "truncated", num_faults=1 << 40)
     with pytest.raises(ReadFailed, match=r"dense\.gguf: \S+: dense\.gguf ends at byte"):
         dense.load(faults)
 

@@ -43,7 +43,7 @@ HEADROOM_BYTES = 3 << 30
 NEED_ROUNDING = frozenset({"round_keys", "attend_rounded"})
 MADE_BY_OTHERS = {
     "FileSystem", "KvShape", "Mixer", "Ffn", "ExchangeTimes", "PeerStats", "ExchangeEvent", "WorkerRequest",
-    "WorkerGuess", "LayerExperts", "AskedCounts", "BegunLayer", "LeaseCounts",
+    "WorkerGuess", "LayerExperts", "ExpertReads", "AskedCounts", "BegunLayer", "LeaseCounts",
 }  # fmt: skip
 NUM_MIXED = 40  # calls of each callable with several odd arguments
 # Arguments that fill so much memory, or start so many threads.
@@ -63,7 +63,10 @@ class Case:
     TOKENS, HIDDEN, WIDTH, EXPERTS, VOCABULARY = 3, 64, 32, 4, 24
 
     def __init__(self, native: Any, runtime: Any, path: str) -> None:
+        from tests.native import _native_testing  # of the same build: see `open_module`
+
         self.native, self.runtime, self.path = native, runtime, path
+        self.testing: Any = _native_testing
         self._fds: dict[int, int] = {}  # sockets that a call may take over, and their inodes
         self._kept: Any = None
 
@@ -137,14 +140,12 @@ class Case:
         return policy
 
     def cached_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return (self.store(), self.arena(), self.table(is_placed=False)), {
+        reads = self.native.StoreReads(self.store(), self.arena(), lambda key: self.record())
+        return (reads, self.table(is_placed=False)), {
             "kinds": [
                 (self.native.CachePolicy(num_slots=3, layers=[0], experts_per_token=2), [0], [0, 4096, 8192])
             ],
             "keys": [(0, expert) for expert in range(self.EXPERTS)],
-            "record_of": lambda key: self.record(),
-            "fetch": lambda places, urgency: list(range(len(places))),
-            "bytes_of": lambda key: 4096,
             "experts_per_token": 2,
             "look_ahead": True,
             "reads_all": False,
@@ -258,7 +259,7 @@ class Case:
         )  # fmt: skip
 
     def store(self) -> Any:
-        store = self.native.Store(1, self.native.RealFileSystem(False))  # a kernel's queue takes long to end
+        store = self.native.Store(1, self.testing.RealFileSystem(False))  # a kernel's queue takes long to end
         store.open(self.path, False)
         return store
 
@@ -361,9 +362,9 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "drive_probe": lambda: (case.path, 4096, 2, 1, False),
         "Arena": lambda: (1 << 16,),
         "RealFileSystem": lambda: (True,),
-        "FaultyFileSystem": lambda: (1, "eio", 1, 0.0, n.RealFileSystem()),
+        "FaultyFileSystem": lambda: (1, "eio", 1, 0.0, case.testing.RealFileSystem()),
         "Record": lambda: ([(0, 0, 4096, 0), (0, 0, 2 * 18 * 16, 0, "Q4_0", 16, 64)], None),
-        "Store": lambda: (1, n.RealFileSystem(), 10**9, n.Foreground(1.0)),
+        "Store": lambda: (1, case.testing.RealFileSystem(), 10**9, n.Foreground(1.0)),
         "Foreground": lambda: (0.5,),
         "Runtime": lambda: (2, {"q4": ("two_levels", "off", 9, 0)}, "plain"),
         "Matrix": lambda: (np.zeros(1 << 12, np.uint8), 0, "q4", 16, 64),
@@ -384,6 +385,9 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "WorkerRequest": lambda: (),
         "WorkerGuess": lambda: (),
         "LayerExperts": lambda: (),
+        "ExpertReads": lambda: (),
+        "StoreReads": lambda: (case.store(), case.arena(), lambda key: case.record()),
+        "ReadsInPython": lambda: (case.store(), lambda places, urgency: [1] * len(places), lambda key: 4096),
         "AskedCounts": lambda: (),
         "BegunLayer": lambda: (),
         "LeaseCounts": lambda: (),
@@ -426,7 +430,8 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         def make() -> Call:
             values, first = arguments(), first_by_name.get(name)
             kwargs = {} if first is None else dict(zip(names[name].split(), values[first:], strict=True))
-            return getattr(n, name), values[:first], kwargs
+            owner = n if hasattr(n, name) else case.testing
+            return getattr(owner, name), values[:first], kwargs
 
         return make
 
@@ -435,7 +440,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "Arena.populate": (case.arena, lambda: (n.Foreground(0.5),)),
         "Arena.resize": (case.arena, lambda: (1 << 15,)),
         "Arena.close": (case.arena, lambda: ()),
-        "FaultyFileSystem.release": (lambda: n.FaultyFileSystem(1, "hold"), lambda: ()),
+        "FaultyFileSystem.release": (lambda: case.testing.FaultyFileSystem(1, "hold"), lambda: ()),
         "Store.open": (case.store, lambda: (case.path, True)),
         "Store.info": (case.store, lambda: (0,)),
         "Store.fetch": (case.store, lambda: (case.arena(), [(0, 0, 4096, 0), (0, 64, 100, 8192)], [1, 2])),
@@ -450,7 +455,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "Store.pending": (case.store, lambda: ()),
         "Store.stats": (case.store, lambda: ()),
         "Store.leave_background": (
-            lambda: n.Store(1, n.RealFileSystem(False), foreground=n.Foreground(0.1)),
+            lambda: n.Store(1, case.testing.RealFileSystem(False), foreground=n.Foreground(0.1)),
             lambda: (),
         ),
         "Foreground.give_way": (lambda: n.Foreground(0.5), lambda: (0.1,)),
@@ -571,7 +576,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
 
     calls = {name: call_of(name, arguments) for name, arguments in functions.items()}
     calls |= {name: method_of(name, owner, arguments) for name, (owner, arguments) in methods.items()}
-    calls["gated_delta"] = lambda: (n.gated_delta, *case.delta())
+    calls["gated_delta"] = lambda: (case.testing.gated_delta, *case.delta())
     calls["Stack"] = lambda: (n.Stack, *case.stack_arguments(is_resident=True))
     calls["CachedExperts"] = lambda: (n.CachedExperts, *case.cached_arguments())
     calls["CachedExperts.end"] = lambda: (case.cached(is_open=True).end, (), {"is_whole": True})
@@ -804,7 +809,7 @@ def main() -> int:
         file.flush()
         case = Case(native, native.Runtime(2), file.name)
         calls = valid_calls(case)
-        if forgotten := callables(native) - calls.keys():
+        if forgotten := (callables(native) | callables(case.testing)) - calls.keys():
             print(f"no valid call of: {', '.join(sorted(forgotten))}")
             return 1
         for name, make in calls.items():

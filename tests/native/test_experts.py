@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as arrays
 
 from argosy import _native
 from argosy.config import Format
+from tests.native import _native_testing
 
 HIDDEN, WIDTH, NUM_EXPERTS = 64, 32, 4
 RUNTIME = _native.Runtime(2)
@@ -74,7 +75,7 @@ class Experts:
         out = np.empty((choices.size, HIDDEN), np.float32)
         for assignment, expert in enumerate(choices.reshape(-1).tolist()):
             only = np.zeros(1, np.int32)
-            _native.swiglu_experts(
+            _native_testing.swiglu_experts(
                 RUNTIME, self.arena, (self.format,) * 3, HIDDEN, WIDTH,
                 self.starts[expert : expert + 1] + self.places[expert][1],
                 rows[assignment // choices.shape[1]][None], np.array([0, 1], np.int32), only, only,

@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from argosy import _native as native
+from tests.native import _native_testing
 
 Floats = NDArray[np.float32]
 Sizes = tuple[int, int, int, int, int]
@@ -94,7 +95,7 @@ class Net:
         qkv, b, a = self.qkv[tokens].copy(), self.b[tokens].copy(), self.a[tokens].copy()
         out = np.full((len(qkv), self.z.shape[1]), np.nan, np.float32)
         runtime = native.Runtime(threads, instruction_set=self.instruction_set)
-        native.gated_delta(
+        _native_testing.gated_delta(
             runtime,
             state,
             0,

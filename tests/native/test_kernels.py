@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from argosy import _native as native
 from argosy.config import KvDtype
+from tests.native import _native_testing
 from tests.native.kv_formats import rounded
 
 Floats = NDArray[np.float32]
@@ -270,7 +271,7 @@ def routed(
 ) -> tuple[NDArray[np.int32], Floats]:
     ids, weights = np.full((len(logits), k), -1, np.int32), np.full((len(logits), k), np.nan, np.float32)
     rule = {"score": "softmax"} | rule
-    native.route(runtime, native.Routing(k, renormalize=renormalize, **rule), logits, ids, weights)
+    _native_testing.route(runtime, native.Routing(k, renormalize=renormalize, **rule), logits, ids, weights)
     return ids, weights
 
 
@@ -384,11 +385,11 @@ def test_a_routing_that_does_not_fit_the_experts_is_refused(runtime: native.Runt
 def test_combine_and_the_shared_gate_add_to_the_output(runtime: native.Runtime) -> None:
     expert_out, weights, hidden = normal(6, 300), normal(3, 2), normal(3, 300, seed=1)
     out = hidden.copy()
-    native.combine(runtime, expert_out, weights, out)
+    _native_testing.combine(runtime, expert_out, weights, out)
     assert close(out, hidden + np.einsum("tk,tkh->th", weights, expert_out.reshape(3, 2, 300)), 10.0)
     gate = np.array([-1e4, 0, 3], np.float32)
     out = hidden.copy()
-    native.add_sigmoid_gated(runtime, expert_out[:3], gate, out)
+    _native_testing.add_sigmoid_gated(runtime, expert_out[:3], gate, out)
     with np.errstate(over="ignore"):
         sigmoid = 1 / (1 + np.exp(-gate.astype(np.float64)))
     assert close(out, hidden + sigmoid[:, None] * expert_out[:3], 10.0)
@@ -433,7 +434,7 @@ class Experts:
         counts = np.bincount(flat, minlength=len(self.offsets))
         starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
         out = np.full((len(flat), self.hidden), np.nan, np.float32)
-        native.swiglu_experts(
+        _native_testing.swiglu_experts(
             runtime,
             self.arena,
             (self.format,) * 3,
@@ -511,7 +512,7 @@ def test_products_take_as_much_scratch_as_the_sizes_say(format: str) -> None:
     most, needed = sizes.scratch_bytes(300, 2), sizes.scratch_bytes(300, 2, has_quants)
     assert (needed < most) is not has_quants
     for run in (
-        lambda runtime: native.swiglu(
+        lambda runtime: _native_testing.swiglu(
             runtime, *(experts.matrix(0, i) for i in range(3)), x, np.empty_like(x)
         ),
         lambda runtime: native.matmul(
@@ -539,7 +540,7 @@ def test_an_expert_gives_a_token_the_same_bits_alone_and_among_others(
     for count in range(1, 18):
         assert np.array_equal(experts.run(many, x[:count], zeros[:count]), together[0 : 2 * count : 2])
     dense = np.empty((101, 200), np.float32)
-    native.swiglu(many, experts.matrix(0, 0), experts.matrix(0, 1), experts.matrix(0, 2), x, dense)
+    _native_testing.swiglu(many, experts.matrix(0, 0), experts.matrix(0, 1), experts.matrix(0, 2), x, dense)
     assert np.array_equal(dense, together[::2])
     one.close()
     many.close()
@@ -676,7 +677,7 @@ def test_copying_a_block_copies_everything_its_layers_keep_and_nothing_else(
         slots = np.arange(num_blocks * block_tokens, dtype=np.int64)
         for layer, at in ((0, seed), (2, seed + 7)):
             if layer:
-                native.latent_write(runtime, kv, layer, normal(len(slots), 7, seed=at), slots)
+                _native_testing.latent_write(runtime, kv, layer, normal(len(slots), 7, seed=at), slots)
             else:
                 keys, values = normal(2, len(slots), 2, 20, seed=at)
                 native.kv_write(runtime, kv, layer, keys, values, slots)

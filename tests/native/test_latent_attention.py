@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from argosy import _native as native
 from argosy.config import Format, KvDtype
+from tests.native import _native_testing
 from tests.native.kv_formats import rounded
 
 Floats = NDArray[np.float32]
@@ -84,11 +85,11 @@ class Case:
         everything = np.arange(num_blocks * block_tokens, dtype=np.int64)
         runtime = native.Runtime(1, instruction_set=self.instruction_set)
         garbage = np.full((len(everything), s.rank + s.rope), np.nan, np.float32)
-        native.latent_write(runtime, self.kv, 1, garbage, everything)
+        _native_testing.latent_write(runtime, self.kv, 1, garbage, everything)
         position = np.arange(LENGTH)
         for blocks, vectors in zip(self.table, self.vectors, strict=True):
             slots = blocks[position // block_tokens].astype(np.int64) * block_tokens + position % block_tokens
-            native.latent_write(runtime, self.kv, 1, vectors, slots)
+            _native_testing.latent_write(runtime, self.kv, 1, vectors, slots)
         runtime.close()
         self.vectors = rounded(self.vectors, dtype)
 
@@ -97,7 +98,7 @@ class Case:
     ) -> Floats:
         runtime = native.Runtime(threads, instruction_set=self.instruction_set)
         out = np.full((len(sequence), self.sizes.heads * self.sizes.value), np.nan, np.float32)
-        native.latent_attention(
+        _native_testing.latent_attention(
             runtime,
             self.kv,
             1,
@@ -207,7 +208,7 @@ def test_arguments_that_do_not_fit_are_refused_with_both_numbers() -> None:
     runtime, zero, out = native.Runtime(1), np.zeros(1, np.int32), np.empty((1, 21), np.float32)
 
     def attend(q: Floats, *, layer: int = 1, key: native.Matrix = case.key_up, position: int = 0) -> None:
-        native.latent_attention(
+        _native_testing.latent_attention(
             runtime, case.kv, layer, q, key, case.value_up, case.table, zero, zero + position, 1.0, out
         )
 
@@ -221,7 +222,7 @@ def test_arguments_that_do_not_fit_are_refused_with_both_numbers() -> None:
     with pytest.raises(ValueError, match=r"order\[0\] is 608, expected 0 to 607"):
         attend(case.q[0, :1], position=608)
     with pytest.raises(ValueError, match=r"sees_until\[0\] is 7, expected 8 to 608"):
-        native.latent_attention(
+        _native_testing.latent_attention(
             runtime, case.kv, 1, case.q[0, :1], case.key_up, case.value_up, case.table, zero, zero + 7, 1.0, out,
             zero + 7,
         )  # fmt: skip
@@ -230,5 +231,5 @@ def test_arguments_that_do_not_fit_are_refused_with_both_numbers() -> None:
     ):
         attend(case.q[0, :1], key=matrix_of("q8", normal(39, 5))[0])
     with pytest.raises(ValueError, match="a slot is 1264, expected 0 to 1263"):
-        native.latent_write(runtime, case.kv, 1, normal(1, 19), np.array([1264], np.int64))
+        _native_testing.latent_write(runtime, case.kv, 1, normal(1, 19), np.array([1264], np.int64))
     runtime.close()

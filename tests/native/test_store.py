@@ -13,8 +13,9 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from argosy._native import Arena, FaultyFileSystem, RealFileSystem, Store, crc32c_wide, drive_probe
+from argosy._native import Arena, Store, crc32c_wide, drive_probe
 from argosy.machine.resources import process_footprint
+from tests.native._native_testing import FaultyFileSystem, RealFileSystem
 
 PAGE = 4096
 

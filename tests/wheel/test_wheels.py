@@ -60,6 +60,7 @@ def test_the_wheel_is_small_and_its_tag_names_a_glibc() -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert sum(name.startswith("argosy/_native.") and name.endswith(".so") for name in names) == 1
+    assert not any("_native_testing" in name for name in names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"argosy"}
 
@@ -86,6 +87,7 @@ def test_the_demos_wheel_has_its_experts_card_and_licence() -> None:
         names = archive.namelist()
     for needed in ("argosy_demo/experts.gguf", "argosy_demo/MODEL_CARD.md"):
         assert needed in names
+    assert not any("_native_testing" in name for name in names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

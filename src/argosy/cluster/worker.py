@@ -229,7 +229,6 @@ class Worker:
         if self.plan.num_slots is None:
             return load_resident(self._store, experts, self._runtime, arithmetic, progress=progress)
         cache = ExpertCache(
-            self._store,
             experts,
             num_slots=self.plan.num_slots,
             experts_per_token=files.config.experts_per_token,

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Protocol
 
 from argosy import _native
-from argosy.experts.files import Arithmetic, ExpertFiles, Key
+from argosy.experts.files import Arithmetic, ExpertFiles
 from argosy.experts.runner import Rows, RunnerStats
 from argosy.experts.slots import Copy, Slots, lay_out_slots
 
@@ -56,7 +56,6 @@ class ExpertCache:
 
     def __init__(
         self,
-        store: _native.Store,
         files: ExpertFiles,
         *,
         num_slots: int,
@@ -84,19 +83,11 @@ class ExpertCache:
         self._populate()
         self.slots = Slots(layout, num_slots=first_slots, experts_per_token=experts_per_token)
         self._files = files
-
-        def fetch(places: Sequence[tuple[Key, int]], urgency: _native.Urgency) -> list[int]:
-            return files.fetch(arena, places, urgency=urgency)
-
         self.core = _native.CachedExperts(
-            store,
-            arena,
+            files.reads(arena),
             self.table,
             kinds=self.slots.kinds(),
             keys=list(files.records),
-            record_of=files.read,
-            fetch=fetch,
-            bytes_of=files.expert_bytes,
             experts_per_token=experts_per_token,
             look_ahead=look_ahead,
             reads_all=reads_all,

@@ -178,6 +178,10 @@ class ExpertFiles:
         """Start reading (expert, place in the arena) pairs; return the store's tickets, all or none."""
         return self._store.fetch_many(arena, [(self.read(key), place) for key, place in experts], urgency)
 
+    def reads(self, arena: _native.Arena) -> _native.ExpertReads:
+        """Reads of experts into the slots of a cache."""
+        return _native.StoreReads(self._store, arena, self.read)
+
     def read(self, key: Key) -> _native.Record:
         """How to read an expert, created on first use."""
         if (known := self._reads.get(key)) is not None:

@@ -141,7 +141,6 @@ class ModelReading:
                 self._experts_reading.close()
             expert_files = self._expert_files()
             cache = _cache(
-                self._store,
                 self._files,
                 self._weights,
                 expert_files,
@@ -188,7 +187,6 @@ class ModelReading:
 
 
 def _cache(
-    store: _native.Store,
     files: ModelFiles,
     weights: DenseWeights,
     expert_files: ExpertFiles,
@@ -201,7 +199,6 @@ def _cache(
 ) -> ExpertCache:
     """A cache for the experts of a model; see `ExpertCache` for the arguments."""
     return ExpertCache(
-        store,
         expert_files,
         num_slots=num_slots,
         first_slots=first_slots,
@@ -327,7 +324,6 @@ class Model:
         packed = self.experts
         assert isinstance(packed, ResidentRunner)
         cache = _cache(
-            store,
             self._files,
             self.weights,
             ExpertFiles(store, self._files.experts, open_file=functools.cache(store.open)),

@@ -25,6 +25,7 @@ from tests.model.encoders.open_tower import PARTS, finish
 from tests.model.encoders.test_towers import encode
 from tests.model.encoders.test_towers import open_tower as open_reference
 from tests.models.tiny_encoders import REFERENCE
+from tests.native import _native_testing
 
 PLACES: list[tuple[str, str, Kind]] = [
     ("qwen3_vl_moe", "qwen3_vl_moe", "picture"),
@@ -53,9 +54,9 @@ def model_files(directory: Path) -> ModelFiles:
     return ModelFiles(directory, config, {}, {}, others=open_tensors(directory))
 
 
-def held(num_reads: int) -> _native.FaultyFileSystem:
+def held(num_reads: int) -> _native_testing.FaultyFileSystem:
     """Files whose first reads end when they are released."""
-    return _native.FaultyFileSystem(1, "hold", num_faults=num_reads)
+    return _native_testing.FaultyFileSystem(1, "hold", num_faults=num_reads)
 
 
 @contextmanager

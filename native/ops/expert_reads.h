@@ -1,0 +1,67 @@
+// expert_reads.h: reads of experts into the slots of a cache.
+//
+// StoreReads asks for the record of an expert when it is first read, and keeps a table of those it knows.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "ops/cache_policy.h"
+#include "store/arena.h"
+#include "store/store.h"
+
+namespace argosy {
+
+// Functions are those of Store.
+class ExpertReads {
+ public:
+  struct Place {
+    ExpertKey key;
+    int64_t at;  // in the arena
+  };
+  virtual ~ExpertReads() = default;
+
+  virtual std::vector<int64_t> fetch(const std::vector<Place>& places, Urgency urgency) = 0;
+  virtual void hurry(const std::vector<int64_t>& tickets) = 0;
+  // nullopt: as long as it takes.
+  virtual std::vector<Completion> wait_any(const std::vector<int64_t>& tickets,
+                                           std::optional<std::chrono::milliseconds> most) = 0;
+  virtual std::vector<int64_t> drop(const std::vector<int64_t>& tickets) = 0;
+  virtual void cancel(int64_t ticket) = 0;
+  virtual int64_t bytes(ExpertKey key) = 0;  // that are read for one expert
+};
+
+class StoreReads : public ExpertReads {
+ public:
+  // The record of an expert, which stays where it is. Called once for each expert.
+  using RecordOf = std::function<const Record&(ExpertKey)>;
+
+  StoreReads(std::shared_ptr<Store> store, std::shared_ptr<Arena> arena, RecordOf record_of);
+
+  std::vector<int64_t> fetch(const std::vector<Place>& places, Urgency urgency) override;
+  void hurry(const std::vector<int64_t>& tickets) override { store_->hurry(tickets); }
+  std::vector<Completion> wait_any(const std::vector<int64_t>& tickets,
+                                   std::optional<std::chrono::milliseconds> most) override;
+  std::vector<int64_t> drop(const std::vector<int64_t>& tickets) override { return store_->drop(tickets); }
+  void cancel(int64_t ticket) override { store_->cancel(ticket); }
+  int64_t bytes(ExpertKey key) override { return known(key).nbytes; }
+
+ private:
+  struct Known {
+    const Record* record = nullptr;
+    int64_t nbytes = 0;
+  };
+
+  const Known& known(ExpertKey key);
+
+  std::shared_ptr<Store> store_;
+  std::shared_ptr<Arena> arena_;
+  RecordOf record_of_;
+  std::vector<std::vector<Known>> known_;  // by layer and expert
+};
+
+}  // namespace argosy
