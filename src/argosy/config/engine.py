@@ -177,6 +177,12 @@ SIZING = ("memory", "threads", "context", "kv_dtype", "instruction_set")  # any 
 RUNNING = (*SIZING, "media", "image_tokens", "video_tokens", "mmproj", "ears", "speculate", "tune")
 
 
+_LEAST = {
+    "threads": 1, "chunk_tokens": 1, "max_sequences": 1, "readers": 1, "max_waiting": 0, "draft_tokens": 0,
+    "image_tokens": FEWEST_IMAGE_TOKENS, "video_tokens": FEWEST_VIDEO_TOKENS,
+}  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig(Strict):
     """How one engine runs. Only `kv_dtype`, `instruction_set` and `watermark` can change which tokens come out, and
@@ -214,50 +220,37 @@ class EngineConfig(Strict):
     kv_dir: KvDir | None = None  # keep those keys and values here across restarts
     watermark: Path | None = None  # the file with the key of a watermark in sampled text; None: there is none
     grammars: bool = False  # support grammar-constrained answers; takes memory for the vocabulary
-    claims: tuple[
-        Claim, ...
-    ] = ()  # memory of others in the process: a server, a recorder of routing, a group
+    # Memory of others in the process: a server, a recorder of routing, a group.
+    claims: tuple[Claim, ...] = ()
     # Fields of `CHOOSING`, for requests that leave them to the model: they replace what the checkpoint says.
     sampling: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.max_waiting is not None and self.max_waiting < 0:
-            raise UsageError(f"max_waiting must be at least 0, found {self.max_waiting}")
-        if self.draft_tokens < 0:
-            raise UsageError(f"draft_tokens must be at least 0, found {self.draft_tokens}")
+        for name, least in _LEAST.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                hint = (
+                    "media=False (`--no-media`) takes no pictures at all" if name == "image_tokens" else None
+                )
+                raise UsageError(f"{name} must be at least {least}, found {value}", hint=hint)
+        for name, words in (("speculate", get_args(Speculate)), ("ask_ahead", (None, *get_args(AskAhead)))):
+            if (value := getattr(self, name)) not in words:
+                raise UsageError(f"unknown {name} '{value}'; known: {', '.join(filter(None, words))}")
+        for name, words, said in (
+            ("pooling", get_args(Pooling), "mean or last"),
+            ("kv_dtype", get_args(KvDtype), "f32, f16 or q8"),
+        ):
+            if (value := getattr(self, name)) not in (None, *words):
+                raise UsageError(f"{name} must be {said}, found '{value}'")
         for name in self.sampling:
             if name not in CHOOSING:
                 raise UsageError(f"unknown sampling '{name}'; known: {', '.join(CHOOSING)}")
         SamplingParams.asked(self.sampling)  # checks the values
-        if self.image_tokens < FEWEST_IMAGE_TOKENS:
-            raise UsageError(
-                f"image_tokens must be at least {FEWEST_IMAGE_TOKENS}, found {self.image_tokens}",
-                hint="media=False (`--no-media`) takes no pictures at all",
-            )
-        if self.video_tokens < FEWEST_VIDEO_TOKENS:
-            raise UsageError(
-                f"video_tokens must be at least {FEWEST_VIDEO_TOKENS}, found {self.video_tokens}"
-            )
-        if self.speculate not in get_args(Speculate):
-            known = ", ".join(get_args(Speculate))
-            raise UsageError(f"unknown speculate '{self.speculate}'; known: {known}")
         if self.speculate != "off" and not self.draft_tokens:
             raise UsageError("draft_tokens must be at least 1 to speculate, found 0")
         if self.draft_tokens > MOST_DRAFT_TOKENS:
             raise UsageError(f"draft_tokens must be at most {MOST_DRAFT_TOKENS}, found {self.draft_tokens}")
-        if self.pooling not in (None, *get_args(Pooling)):
-            raise UsageError(f"pooling must be mean or last, found '{self.pooling}'")
         if self.kv_dir is not None and not self.prefix_reuse:
             raise UsageError("kv_dir keeps prefixes for reuse, and prefix_reuse is off")
-        for name in ("threads", "chunk_tokens", "max_sequences", "readers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} must be at least 1, found {value}")
-        if self.ask_ahead not in (None, *get_args(AskAhead)):
-            known = ", ".join(get_args(AskAhead))
-            raise UsageError(f"unknown ask_ahead '{self.ask_ahead}'; known: {known}")
-        if self.kv_dtype not in (None, *get_args(KvDtype)):
-            raise UsageError(f"kv_dtype must be f32, f16 or q8, found '{self.kv_dtype}'")
 
     @property
     def decode_tokens(self) -> int:

@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import click
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from argosy.experts.hit_rate import WorkingSet
     from argosy.experts.resident import Progress
     from argosy.forecast.forecast import Forecast, Forecaster
-    from argosy.forecast.group import Network
     from argosy.forecast.money import ApiPrice, Owner
     from argosy.forecast.planning import Place, Subject
     from argosy.forecast.simulation import Server
@@ -104,7 +103,7 @@ def plan(model: str, given: PlanOptions, flags: Settings) -> None:
     from argosy.library import names  # noqa: F401
 
     planner_bytes = held_bytes() - before
-    asked = _Asked.of(model, given, flags)
+    asked = _Asked(model, given, flags)
     with (
         progress_bar() as progress,
         open_subject(
@@ -135,56 +134,42 @@ def plan(model: str, given: PlanOptions, flags: Settings) -> None:
         raise DoesNotFit(forecast.refusal.message, hint=forecast.refusal.hint, **forecast.refusal.facts)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Asked:
     """What the options ask for, checked.
 
-    machine: its name, of which there are `num_machines`, with `between` as their network.
-    recorded: a working set; None: that of earlier runs.
+    Raises:
+        UsageError: an option is invalid, or they contradict each other.
     """
 
-    model: str
-    given: PlanOptions
-    settings: Settings
-    counts: list[int]
-    machine: str
-    num_machines: int
-    between: Network
-    recorded: WorkingSet | None
-    api: ApiPrice | None
-    traffic: Wanted | None
-
-    @classmethod
-    def of(cls, model: str, given: PlanOptions, flags: Settings) -> Self:
-        """Raises UsageError: an option is invalid, or they contradict each other."""
+    def __init__(self, model: str, given: PlanOptions, flags: Settings) -> None:
         from argosy.forecast.group import parse_count, parse_network
         from argosy.forecast.planning import HERE, read_working_set
         from argosy.library.names import preset_of
 
-        counts = _counts(given.streams)
-        num_machines, machine = parse_count(given.machine)
-        if num_machines == 1 and given.network is not None:
+        self._model, self._given = model, given
+        self._counts = _counts(given.streams)
+        self._num_machines, self._machine = parse_count(given.machine)
+        if self._num_machines == 1 and given.network is not None:
             raise UsageError(
                 "--network is between machines, and --machine names one", hint="--machine 4*NAME"
             )
-        between = parse_network(given.network or "10GbE")
+        self._between = parse_network(given.network or "10GbE")
         # This machine's environment says nothing about another machine.
-        settings = settings_of(preset_of(model), read_settings(None if machine == HERE else {}, **flags))
-        if machine != HERE and (given.calibrate or given.verify):
-            raise UsageError(f"--calibrate and --verify run on this machine, and --machine is {machine}")
-        recorded = None if given.working_set is None else read_working_set(given.working_set)
-        api = _api_price(given.api, given.api_price, model)
-        traffic = Wanted.of(given.rate, given.traffic, given.target)
-        if traffic is not None and num_machines > 1:
+        is_here = self._machine == HERE
+        self.settings = settings_of(preset_of(model), read_settings(None if is_here else {}, **flags))
+        if not is_here and (given.calibrate or given.verify):
+            raise UsageError(
+                f"--calibrate and --verify run on this machine, and --machine is {self._machine}"
+            )
+        self._recorded = None if given.working_set is None else read_working_set(given.working_set)
+        self._api = _api_price(given.api, given.api_price, model)
+        self._traffic = Wanted.of(given.rate, given.traffic, given.target)
+        if self._traffic is not None and self._num_machines > 1:
             raise UsageError(
                 "traffic is simulated on machines with the whole model, and --machine names a group of "
-                f"{num_machines}",
+                f"{self._num_machines}",
                 hint="`--target` says how many machines are needed",
             )
-        return cls(
-            model=model, given=given, settings=settings, counts=counts, machine=machine, num_machines=num_machines,
-            between=between, recorded=recorded, api=api, traffic=traffic,
-        )  # fmt: skip
 
     def answer(self, subject: Subject, progress: Progress) -> PlanFacts:
         """Forecast, and measure or run before that what was asked for.
@@ -196,39 +181,39 @@ class _Asked:
         from argosy.forecast.planning import find_place, forecaster
         from argosy.machine import kept_rates
 
-        given, threads = self.given, self.settings.get("threads")
+        given, threads = self._given, self.settings.get("threads")
         if given.pack_format is not None and subject.place != "assumed":
             raise UsageError(
                 "--format is for a config.json, and this model has files, with formats of their own"
             )
         if given.verify and subject.place != "files":
             raise UsageError("--verify runs the model, and its files are not here")
-        recorded = _saved(subject) if self.recorded is None else self.recorded
+        recorded = _saved(subject) if self._recorded is None else self._recorded
         at = subject.files.path if subject.place == "files" else Path.cwd()
         if given.calibrate:
             kept_rates.save(calibration.calibrate(subject.weights, threads=threads, progress=progress), at)
-        place = find_place(self.machine, at, threads=threads)
+        place = find_place(self._machine, at, threads=threads)
         found, budget_bytes = forecaster(
-            subject, place, streams=self.counts, working_set=recorded, recorder=recorder_of(self.settings),
+            subject, place, streams=self._counts, working_set=recorded, recorder=recorder_of(self.settings),
             **for_engine(self.settings), **self._served,
         )  # fmt: skip
-        forecast = found.forecast(budget_bytes, streams=self.counts)
+        forecast = found.forecast(budget_bytes, streams=self._counts)
         owner = _owner(given, place)
         group = simulated = None
-        if self.num_machines > 1 and forecast.plan is not None:
-            group = found.group(forecast.plan, self.num_machines, self.between)
-        if self.traffic is not None and forecast.plan is not None:
+        if self._num_machines > 1 and forecast.plan is not None:
+            group = found.group(forecast.plan, self._num_machines, self._between)
+        if self._traffic is not None and forecast.plan is not None:
             servers = self._servers(found, forecast.plan, progress)
-            simulated = self.traffic.simulate(servers, owner, are_measured=given.verify)
+            simulated = self._traffic.simulate(servers, owner, are_measured=given.verify)
         return PlanFacts(
-            subject, place, forecast, found, owner, self.api, group, given.working_set, simulated
+            subject, place, forecast, found, owner, self._api, group, given.working_set, simulated
         )
 
     @property
     def _served(self) -> dict[str, int]:
         """Options of an engine that serves the traffic."""
         return (
-            {} if self.traffic is None else {"max_sequences": SERVED_AT_ONCE, "max_waiting": SERVED_WAITING}
+            {} if self._traffic is None else {"max_sequences": SERVED_AT_ONCE, "max_waiting": SERVED_WAITING}
         )
 
     def _servers(
@@ -238,10 +223,10 @@ class _Asked:
         from argosy.forecast.step_probe import measured_servers
 
         servers = found.servers(plan)
-        if not self.given.verify:
+        if not self._given.verify:
             return servers
         options = for_engine(self.settings) | self._served | found.engine_options(plan)
-        return measured_servers(self.model, plan, servers[1], options, progress=progress)
+        return measured_servers(self._model, plan, servers[1], options, progress=progress)
 
 
 def _owner(given: PlanOptions, place: Place) -> Owner:
