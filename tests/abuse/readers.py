@@ -1413,17 +1413,8 @@ def _vocabulary(n: int, merge: Callable[[int], str]) -> bytes:
 
 
 def file_rows(folder: Path) -> Iterator[Row]:
-    from argosy.checkpoint import (
-        gguf,
-        gguf_tokenizer,
-        hub,
-        manifest,
-        pooling,
-        safetensors,
-        sampling,
-        tiktoken_model,
-        untrusted_file,
-    )
+    from argosy.checkpoint import gguf, hub, manifest, pooling, safetensors, sampling, untrusted_file
+    from argosy.checkpoint.vocabulary import gguf_tokenizer, tiktoken_model
     from argosy.cli.commands import chat_files
     from argosy.cli.shared import edit_file, output
     from argosy.evaluate import questions, reports

@@ -18,7 +18,7 @@ from argosy.errors import BadMedia, DoesNotFit, Overloaded, UsageError
 from argosy.media.parts import PROMPT_LIMITS, Audio, Content, Image, MediaLimits, RequestMedia, Text
 from argosy.media.transcript import Transcript
 from argosy.open.engine import Engine
-from argosy.prompt.builder import PromptBuilder
+from argosy.prompt.conversation_media import ConversationMedia
 from argosy.prompt.messages import Turn
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.media.samples import RATE
@@ -276,9 +276,8 @@ def test_a_transcript_beside_a_picture_is_the_callers_text(engine: Engine) -> No
 
     picture = Image(np.zeros((8, 8, 3), np.uint8)).read(MediaLimits())
     turn = Turn("user", "What?", pieces=((True, "What?"), picture, HEARD.read(MediaLimits())))
-    builder = PromptBuilder(engine.tokenizer, vocab_size=512, media=SeesAndReads())  # type: ignore[arg-type]
-    placed: list[Any] = []
-    found = builder._with_media(turn, "", None, placed, RequestMedia(MediaLimits()))
-    assert [one.segments for one in placed] == [[[7, 7]]]
+    media = ConversationMedia(SeesAndReads(), RequestMedia(MediaLimits()))  # type: ignore[arg-type]
+    found = media.read(turn)
+    assert [one.segments for one in media.placed] == [[[7, 7]]]
     assert found.pieces == ((True, "What?"), picture, (True, "<|im_end|>"))
     assert found.content == "What?\n<|im_end|>"

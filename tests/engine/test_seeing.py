@@ -21,6 +21,7 @@ from argosy.errors import CheckpointError, Overloaded, UnsupportedModel, UsageEr
 from argosy.media.parts import Audio, Image, MediaLimits, RequestMedia
 from argosy.model.encoders.reading import find_encoders, tensor_names
 from argosy.model.families import open_model
+from argosy.prompt.conversation_media import ConversationMedia
 from argosy.prompt.media_span import MediaSpan
 from argosy.prompt.prompt import Prompt
 from tests.models.references import difference
@@ -248,7 +249,7 @@ def test_media_cost_memory_only_where_the_model_takes_them() -> None:
         assert engine.media.kinds == ()
         assert engine.plan.encoder_bytes == 0
         with pytest.raises(UsageError, match="takes text only"):
-            engine.prompts._with_media(_turn(), "", None, [], RequestMedia())
+            ConversationMedia(engine.prompts._media, RequestMedia()).read(_turn())
 
 
 def _turn() -> Any:

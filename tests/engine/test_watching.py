@@ -33,6 +33,7 @@ from argosy.media.parts import (
 from argosy.media.resize import Resizer
 from argosy.model.encoders.reading import find_encoders, tensor_names
 from argosy.model.families import open_model
+from argosy.prompt.conversation_media import ConversationMedia
 from argosy.prompt.media_span import MediaSpan
 from argosy.prompt.messages import Turn
 from argosy.prompt.prompt import Prompt
@@ -71,11 +72,9 @@ def parts_of(reference: dict[str, NDArray[Any]]) -> list[Image | Audio | Video]:
 def prompt_of(engine: Engine, reference: dict[str, NDArray[Any]], tenant: str = "") -> Prompt:
     """The reference's prompt, with spans instead of placeholders."""
     assert isinstance(engine.media, PromptMedia)
-    media = list[Any]()
-    turn = Turn("user", "", pieces=tuple(parts_of(reference)))
-    engine.prompts._with_media(turn, tenant, None, media, RequestMedia())
-    prompt = Prompt(tuple(reference["prompt"].tolist()), None)
-    return engine.prompts._with_spans(prompt, media, None)
+    media = ConversationMedia(engine.media, RequestMedia(), tenant=tenant)
+    media.read(Turn("user", "", pieces=tuple(parts_of(reference))))
+    return media.fill(Prompt(tuple(reference["prompt"].tolist()), None), None)
 
 
 def with_tracks(reference: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

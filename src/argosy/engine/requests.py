@@ -20,7 +20,7 @@ from argosy.errors import ArgosyError, CheckpointError, PromptTooLong, UsageErro
 from argosy.media.parts import Part
 from argosy.prompt.messages import Message
 from argosy.prompt.prompt import Prompt
-from argosy.prompt.tokenizer import StreamDecoder
+from argosy.prompt.stream_decoder import StreamDecoder
 
 if TYPE_CHECKING:
     from argosy.engine.grammar.constraint import Constraint

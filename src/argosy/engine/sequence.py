@@ -20,7 +20,7 @@ from argosy.engine.sampler import SamplerState
 from argosy.errors import ArgosyError
 from argosy.kept.chain import Chain
 from argosy.prompt.stop import StopStrings
-from argosy.prompt.tokenizer import StreamDecoder
+from argosy.prompt.stream_decoder import StreamDecoder
 
 if TYPE_CHECKING:
     from argosy.engine.grammar.constraint import Constraint

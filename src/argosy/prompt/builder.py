@@ -19,38 +19,24 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, SupportsIndex, cast
 
 from argosy.config import Grammar
-from argosy.errors import BadMedia, PromptTooLong, UsageError
-from argosy.media.parts import PROMPT_LIMITS, Audio, Content, Part, RequestMedia
-from argosy.prompt.media_span import EARS_HINT, MediaReader, MediaSpan
+from argosy.errors import PromptTooLong, UsageError
+from argosy.media.parts import PROMPT_LIMITS, Part, RequestMedia
+from argosy.prompt.media_span import MediaReader
+from argosy.prompt.near_limit import NearLimit
 from argosy.prompt.prompt import Prompt, ToolCalling
 
 if TYPE_CHECKING:
     from argosy.prompt.chat import ChatTemplate, Variables, Worker
+    from argosy.prompt.conversation_media import ConversationMedia, ReplaceDamaged
     from argosy.prompt.formats import Answer, Event, Format, Parser
     from argosy.prompt.infill import Infill, Snippet
-    from argosy.prompt.messages import Media, Message, Piece, Turn
+    from argosy.prompt.messages import Message, Turn
     from argosy.prompt.replay import Replay, ReplayMemory
     from argosy.prompt.tokenizer import Segment, Tokenizer
     from argosy.prompt.tools import Tool
 
 
-ReplaceDamaged = Callable[["Media", BadMedia], str | None]
-"""Returns the text that replaces a damaged picture or sound, or None if it must be refused."""
-
 _MAX_COUNTED = 1 << 17
-_NEAR = 4  # times the context
-_MAX_RENDERED = 1 << 21  # characters: a template takes up to 40 bytes of memory per character
-
-
-class _Placed(NamedTuple):
-    """A picture, sound or video: the token that the template writes for it, and what stands in its place.
-
-    surroundings: token ids before and after the placeholder that go with it, where they stand there.
-    """
-
-    placeholder: int
-    surroundings: tuple[list[int], list[int]]
-    segments: Sequence[Sequence[int] | MediaSpan]
 
 
 class Filling(NamedTuple):
@@ -172,11 +158,17 @@ class PromptBuilder:
                 items, kinds = [{"role": "user", "content": items}], {dict}
             if kinds and all(issubclass(kind, Mapping) for kind in kinds):
                 messages = cast("list[Message]", items)
-                request_media = RequestMedia(PROMPT_LIMITS, most_tokens=max_tokens, check=check)
+                from argosy.prompt.conversation_media import ConversationMedia
+
+                media = ConversationMedia(
+                    self._media,
+                    RequestMedia(PROMPT_LIMITS, most_tokens=max_tokens, check=check),
+                    tenant=tenant or "",
+                    replace_damaged=replace_damaged,
+                )
                 prompt = self._conversation(
-                    messages, tools, variables, tenant, add_generation_prompt, continues, max_tokens,
-                    replace_damaged, request_media,
-                )  # fmt: skip
+                    messages, tools, variables, tenant, add_generation_prompt, continues, max_tokens, media
+                )
                 return self._checked(prompt)
             if not all(issubclass(kind, SupportsIndex) and kind is not bool for kind in kinds):
                 raise UsageError(
@@ -228,82 +220,20 @@ class PromptBuilder:
     def with_transcripts(
         self, messages: Sequence[Message], *, tenant: str | None, check: Callable[[], object] = lambda: None
     ) -> list[Message]:
-        """A conversation in which sounds are texts, as far as the model gets them as texts.
+        """A conversation in which sounds are texts (`conversation_media.py`); `check` is that of `build`."""
+        from argosy.prompt.conversation_media import with_transcripts
 
-        A damaged sound stays, for `build` to refuse or replace. Transcripts are kept for the same sound. `check` is
-        that of `build`.
+        return with_transcripts(self._media, messages, tenant or "", RequestMedia(PROMPT_LIMITS, check=check))
 
-        Raises:
-            UsageError: the sounds are too long together.   Overloaded: too many wait to be transcribed.
-        """
-        request_media = RequestMedia(PROMPT_LIMITS, check=check)
-
-        def heard(part: object) -> object:
-            sound = part.get("audio") if isinstance(part, Mapping) else None
-            if self._media is None or not isinstance(sound, Audio):
-                return part
-            try:
-                text = self._media.as_text(self._media.read(sound), tenant or "", request_media)
-            except BadMedia:
-                return part
-            return part if text is None else {"type": "text", "text": text}
-
-        return [
-            {**message, "content": list(map(heard, message["content"]))}
-            if isinstance(message.get("content"), list)
-            else message
-            for message in messages
-        ]
-
-    def require_near(self, texts: Sequence[str]) -> None:
-        """Check that texts are not far too long for one prompt, before anything slow is done with them.
-
-        A prompt may be shorter than its texts: a template leaves some out, and placeholders are shorter than values.
-
-        Raises:
-            PromptTooLong: they have more than four times the tokens that the context holds.
-            UsageError: a text cannot be encoded.
-        """
-        if self._near_tokens is None or sum(map(len, texts)) <= self._near_tokens:
-            return
-        left = self._near_tokens
-        for text in texts:
-            try:
-                left -= len(self._needed("text").encode(text, max_tokens=left))
-            except PromptTooLong:
-                raise PromptTooLong.of(
-                    self._near_tokens + 1, self._near_tokens // _NEAR, is_all=False
-                ) from None
-
-    def near_start(self, text: str) -> str:
-        """The longest beginning of a text that `require_near` allows. Raises UsageError if it cannot be encoded."""
-        if self._near_tokens is None or len(text) <= self._near_tokens:
-            return text
-        tokenizer = self._needed("text")
-        return tokenizer.decode(tokenizer.encode_start(text, self._near_tokens))
-
-    def near_snippets(self, snippets: Sequence[Snippet]) -> Sequence[Snippet]:
-        """As many of the last snippets as `require_near` allows. Raises UsageError if one cannot be encoded."""
-        left = self._near_tokens
-        if left is None or sum(len(one.text) for one in snippets) <= left:
-            return snippets
-        for at in range(len(snippets) - 1, -1, -1):
-            try:
-                left -= len(self._needed("text").encode(snippets[at].text, max_tokens=left))
-            except PromptTooLong:
-                return snippets[at + 1 :]
-        return snippets
+    @property
+    def near(self) -> NearLimit:
+        """The limit of texts that are not far too long for one prompt."""
+        return NearLimit(self._tokenizer, self._context_tokens)
 
     @staticmethod
     def _added_tokens(tokenizer: Tokenizer) -> int:
         """The tokens that a whole text has beside its own."""
         return len(tokenizer.prefix_ids) + len(tokenizer.suffix_ids)
-
-    @property
-    def _near_tokens(self) -> int | None:
-        return (
-            None if self._context_tokens is None or self._tokenizer is None else _NEAR * self._context_tokens
-        )
 
     @property
     def _context_tokens(self) -> int | None:
@@ -550,9 +480,9 @@ class PromptBuilder:
         add_generation_prompt: bool,
         continues: bool,
         max_tokens: int | None,
-        replace_damaged: ReplaceDamaged | None,
-        request_media: RequestMedia,
+        media: ConversationMedia,
     ) -> Prompt:
+        from argosy.prompt.chat import require_renderable
         from argosy.prompt.messages import check_messages
         from argosy.prompt.tokenizer import text_of
         from argosy.prompt.tools import check_tools
@@ -568,11 +498,8 @@ class PromptBuilder:
             add_generation_prompt=add_generation_prompt and continues,
             join_texts=self._template.join_texts,
         )
-        _require_renderable(turns)
-        media: list[_Placed] = []
-        turns = tuple(
-            self._with_media(turn, tenant or "", replace_damaged, media, request_media) for turn in turns
-        )
+        require_renderable(turns)
+        turns = tuple(map(media.read, turns))
         checked = check_tools(tools)
         replay = self._replay if tenant is not None else None
         is_continued = add_generation_prompt and continues and turns[-1].role == "assistant"
@@ -581,7 +508,7 @@ class PromptBuilder:
             segments = self._segments(turns, checked, {}, variables, opens_turn, is_continued)
             ids = tokenizer.encode_segments(segments, max_tokens=max_tokens)
             prompt = Prompt(tuple(ids), text_of(segments), is_continued, is_conversation=not is_continued)
-            return self._with_spans(prompt, media, max_tokens)
+            return media.fill(prompt, max_tokens)
 
         from argosy.prompt.replay import trace_of
 
@@ -590,83 +517,7 @@ class PromptBuilder:
         ids = replay.encode(segments, remembered, checked, is_continued=is_continued, max_tokens=max_tokens)
         trace = trace_of(turns, segments, ids, is_continued=is_continued)
         prompt = Prompt(tuple(ids), text_of(segments), is_continued, trace, is_conversation=not is_continued)
-        return self._with_spans(prompt, media, max_tokens)
-
-    def _with_media(
-        self,
-        turn: Turn,
-        tenant: str,
-        replace_damaged: ReplaceDamaged | None,
-        media: list[_Placed],
-        request_media: RequestMedia,
-    ) -> Turn:
-        """Read the media of a turn, add them to `media`, and count them in `request_media`.
-
-        Text of the caller replaces what the model does not take itself, and what is damaged, if it may.
-        """
-        if not turn.media:
-            return turn
-        if self._media is None:
-            kind = turn.media[0].kind
-            raise UsageError(
-                f"this model takes text only, and the conversation has a {kind}",
-                hint=EARS_HINT if kind == "sound" else None,
-            )
-        from argosy.prompt.messages import joined
-
-        pieces: list[Piece] = []
-        for piece in turn.pieces:
-            if isinstance(piece, tuple):
-                pieces.append(piece)
-                continue
-            try:
-                content = piece if isinstance(piece, Content) else self._media.read(piece)
-                text = self._media.as_text(content, tenant, request_media)
-                if text is None:
-                    segments = self._media.segments(content, tenant, request_media)
-                    request_media.add_tokens(sum(map(_num_positions, segments)))
-                    media.append(
-                        _Placed(self._media.placeholder(content), self._media.surroundings(content), segments)
-                    )
-            except BadMedia as error:
-                text = None if replace_damaged is None else replace_damaged(piece, error)
-                if text is None:
-                    raise
-            pieces.append(content if text is None else (True, text))
-        all_text, pieces_left = joined(pieces)
-        return replace(turn, content=all_text, pieces=pieces_left)
-
-    def _with_spans(self, prompt: Prompt, media: Sequence[_Placed], max_tokens: int | None) -> Prompt:
-        """Put the media of a conversation where its template has placeholders for them.
-
-        Only the template can have written a placeholder: a caller's text never becomes a control token.
-        """
-        if not media:
-            return prompt
-        token_ids = list(prompt.token_ids or ())
-        placeholders = [one.placeholder for one in media]
-        known = set(placeholders)
-        places = [at for at, token_id in enumerate(token_ids) if token_id in known]
-        if [token_ids[at] for at in places] != placeholders:
-            raise UsageError(
-                f"the conversation has {len(media)} pictures, sounds and videos, and this model's chat template "
-                f"writes {len(places)} placeholders for them",
-                hint="put them in messages of the user",
-            )
-        segments: list[Sequence[int] | MediaSpan] = []
-        end = 0
-        for at, one in zip(places, media, strict=True):
-            before, after = one.surroundings
-            start, stop = at - len(before), at + 1 + len(after)
-            if start < end or token_ids[start:stop] != [*before, token_ids[at], *after]:
-                start, stop = at, at + 1
-            segments += [token_ids[end:start], *one.segments]
-            end = stop
-        filled = Prompt.of(*segments, token_ids[end:])
-        num_tokens = len(filled.token_ids or ())
-        if max_tokens is not None and num_tokens > max_tokens:
-            raise PromptTooLong.of(num_tokens, max_tokens + 1)
-        return replace(prompt, token_ids=filled.token_ids, spans=filled.spans)
+        return media.fill(prompt, max_tokens)
 
     def _segments(
         self,
@@ -686,7 +537,9 @@ class PromptBuilder:
             add_generation_prompt=opens_turn,
             variables=variables,
         )
-        return _up_to_end_of(turns[-1].content, segments) if is_continued else segments
+        from argosy.prompt.chat import up_to_end_of
+
+        return up_to_end_of(turns[-1].content, segments) if is_continued else segments
 
     def _with_own_ids(self, turns: Sequence[Turn], own_ids: Mapping[str, str]) -> Sequence[Turn]:
         """`turns` with call ids, in calls and results, as the model's template wants them."""
@@ -731,37 +584,3 @@ class PromptBuilder:
         for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
             if not 0 <= token_id < self._vocab_size:
                 raise UsageError(f"token id {token_id} is not in the vocabulary, 0 to {self._vocab_size - 1}")
-
-
-def _num_positions(segment: Sequence[int] | MediaSpan) -> int:
-    return segment.num_positions if isinstance(segment, MediaSpan) else len(segment)
-
-
-def _up_to_end_of(content: str, segments: Sequence[Segment]) -> list[Segment]:
-    """Cut a rendered conversation at the end of the last turn's `content`, so that it can be continued.
-
-    Trailing white space, which templates trim, is restored.
-
-    Raises:
-        UsageError: the template prints something else there.
-    """
-    at = max((at for at, (is_callers, _) in enumerate(segments) if is_callers), default=None)
-    printed = "" if at is None else segments[at][1].rstrip()
-    if at is None or not printed.endswith(content.strip()):
-        raise UsageError(
-            "this model's chat template alters the end of an assistant message, "
-            "so a last message from the assistant cannot be continued",
-            hint="end the conversation with a user message",
-        )
-    return [*segments[:at], (True, printed + content[len(content.rstrip()) :])]
-
-
-def _require_renderable(turns: Sequence[Turn]) -> None:
-    num_characters = sum(
-        len(turn.content) + len(turn.reasoning) + sum(len(call.text) for call in turn.calls) for turn in turns
-    )
-    if num_characters > _MAX_RENDERED:
-        raise UsageError(
-            f"the conversation has {num_characters} characters; at most {_MAX_RENDERED} can be rendered",
-            hint="shorten the conversation",
-        )

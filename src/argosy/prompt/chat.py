@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 Variables = Mapping[str, str | float | bool | None]
 
+_MAX_RENDERED = 1 << 21  # characters: a template takes up to 40 bytes of memory per character
+
 _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 _RENDER_SECONDS = 5.0
 _RENDER_SECONDS_PER_MILLION = 4.0  # per million characters of input
@@ -271,3 +273,33 @@ class Worker:
         answer = json.loads(line)
         assert isinstance(answer, dict)
         return answer
+
+
+def up_to_end_of(content: str, segments: Sequence[Segment]) -> list[Segment]:
+    """Cut a rendered conversation at the end of the last turn's `content`, so that it can be continued.
+
+    Trailing white space, which templates trim, is restored.
+
+    Raises:
+        UsageError: the template prints something else there.
+    """
+    at = max((at for at, (is_callers, _) in enumerate(segments) if is_callers), default=None)
+    printed = "" if at is None else segments[at][1].rstrip()
+    if at is None or not printed.endswith(content.strip()):
+        raise UsageError(
+            "this model's chat template alters the end of an assistant message, "
+            "so a last message from the assistant cannot be continued",
+            hint="end the conversation with a user message",
+        )
+    return [*segments[:at], (True, printed + content[len(content.rstrip()) :])]
+
+
+def require_renderable(turns: Sequence[Turn]) -> None:
+    num_characters = sum(
+        len(turn.content) + len(turn.reasoning) + sum(len(call.text) for call in turn.calls) for turn in turns
+    )
+    if num_characters > _MAX_RENDERED:
+        raise UsageError(
+            f"the conversation has {num_characters} characters; at most {_MAX_RENDERED} can be rendered",
+            hint="shorten the conversation",
+        )

@@ -53,7 +53,7 @@ from argosy.serve.http.closed import Closed
 
 if TYPE_CHECKING:
     from argosy.prompt.prompt import Prompt
-    from argosy.prompt.tokenizer import StreamDecoder
+    from argosy.prompt.stream_decoder import StreamDecoder
 
 _MAX_PROMPTS = 64
 Ids = Annotated[list[TokenId], few(MAX_TOKENS, at_least=1)]

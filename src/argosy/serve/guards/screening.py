@@ -118,7 +118,7 @@ class Screening(Check):
         self, texts: Sequence[Text], service: Service, caller: Caller, *, cuts: bool = False
     ) -> Sequence[Text]:
         def check() -> list[Checked]:
-            near = service.prompts.near_start
+            near = service.prompts.near.start
             given = (near(one) if cuts and isinstance(one, str) else one for one in texts)
             made = (TextRequest(prompt=one, params=SamplingParams()) for one in given)
             return [self.before(one, service, caller) for one in made]
@@ -401,10 +401,10 @@ def _near(request: ModelRequest, service: Service) -> ModelRequest:
     """
     prompts = service.prompts
     if isinstance(request, ChatRequest):
-        prompts.require_near(shown_of(replace(request, begun_ids=()), partial(_decoded, service)).all_texts())
+        prompts.near.require(shown_of(replace(request, begun_ids=()), partial(_decoded, service)).all_texts())
         return request
-    prompts.require_near((request.prompt if isinstance(request.prompt, str) else "", request.suffix or ""))
+    prompts.near.require((request.prompt if isinstance(request.prompt, str) else "", request.suffix or ""))
     if request.snippets is None:
         return request
-    kept = prompts.near_snippets(request.snippets)
+    kept = prompts.near.snippets(request.snippets)
     return replace(request, snippets=kept, num_left_out=len(request.snippets) - len(kept))
