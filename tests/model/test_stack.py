@@ -108,7 +108,7 @@ def decoder_of(
     clock: PartClock | None = None,
     room_for_choices: Callable[[int], Any] | None = None,
 ) -> Decoder:
-    return Decoder(
+    decoder = Decoder(
         parts.config,
         parts.weights,
         parts.experts,
@@ -118,8 +118,9 @@ def decoder_of(
         clock=clock or PartClock(),
         recurrent=parts.recurrent(),
         observe=observe,
-        room_for_choices=room_for_choices,
     )
+    decoder.room_for_choices = room_for_choices
+    return decoder
 
 
 def room_of(config: ModelConfig) -> Callable[[int], NDArray[np.int32]]:

@@ -40,6 +40,9 @@ class Decoder:
     Attributes:
         between_layers: called by a step between two of its layers, about every 50 ms if all experts are in memory, and
             otherwise after each layer; experts may leave memory then. None: nothing is called.
+        room_for_choices: given a step's number of tokens, returns an array int32 [routed layers, tokens, experts per
+            token] for its choices, best first; `choices` is the last step's. Unlike `observe`, this keeps a step one
+            native call. None: choices are not kept.
 
     Args:
         experts: None leaves routed experts out of every sum.
@@ -49,8 +52,6 @@ class Decoder:
         clock: receives the time of each part of a step.
         observe: receives the experts that each token of each layer chose; the array is valid during the call.
         layers: those that it runs, one after another; None: all of them.
-        room_for_choices: gives an array int32 [routed layers, tokens, experts per token] for the choices of a step of
-            so many tokens; `choices` has it. Unlike `observe`, this keeps a step one native call.
     """
 
     def __init__(
@@ -66,11 +67,10 @@ class Decoder:
         recurrent: _native.RecurrentState | None = None,
         observe: RouteObserver | None = None,
         layers: range | None = None,
-        room_for_choices: Callable[[int], NDArray[np.int32]] | None = None,
     ) -> None:
         self.config = config
-        self._room_for_choices = room_for_choices
-        self.choices: NDArray[np.int32] | None = None  # in the last step, best first
+        self.room_for_choices: Callable[[int], NDArray[np.int32]] | None = None
+        self.choices: NDArray[np.int32] | None = None
         self.between_layers: Callable[[], None] | None = None
         self.progressed_at = 0.0  # monotonic seconds at which a step was last between two layers
         self._experts = experts
@@ -109,8 +109,8 @@ class Decoder:
         for layer in step.taps:
             self._tapped[layer] = np.empty((step.num_tokens, self.config.hidden_size), np.float32)
         self._use_experts()
-        if self._room_for_choices is not None:
-            self.choices = self._room_for_choices(step.num_tokens)
+        if self.room_for_choices is not None:
+            self.choices = self.room_for_choices(step.num_tokens)
         self._stack.begin(
             step.token_ids,
             step.sequence,

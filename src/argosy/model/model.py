@@ -256,8 +256,9 @@ class Model:
             clock=clock,
             recurrent=self.recurrent,
             observe=observe,
-            room_for_choices=None if log is None else log.room,
         )
+        if log is not None:
+            self.decoder.room_for_choices = log.room
         self.draft: DraftLayer | None = None
         if files.num_draft_layers:
             self.draft = DraftLayer(

@@ -205,21 +205,10 @@ def render_segments(
         taint: Callable[[Any], Any] = _plain if shadows is None else functools.partial(_taint, shadows)
         environment = _Environment(shadows, now)
         compiled = environment.template_class.from_code(environment, code, environment.make_globals(None))
-
-        def tainted(key: str, value: Any) -> Any:
-            """Taint a value of a message, given its key."""
-            if key == "role":
-                return value
-            if key == "content" and isinstance(value, list):
-                if value and isinstance(value[0], dict):
-                    return [_part(shadows, part) for part in value]
-                return _mixed(shadows, value)
-            return taint(value)
-
         pieces, length = [], 0
         try:
             conversation = [
-                {key: tainted(key, value) for key, value in message.items()} for message in messages
+                {key: _tainted(shadows, key, value) for key, value in message.items()} for message in messages
             ]
             said = {name: taint(value) for name, value in variables.items()}
             context = {**fixed, **said, "messages": conversation, "tools": taint(tools)}
@@ -245,6 +234,17 @@ def render_segments(
     if "".join(text for _, text in segments) != expected:
         raise Refused("computed", "its output depends on the text in a way that hides who wrote what")
     return segments
+
+
+def _tainted(shadows: ShadowMap | None, key: str, value: Any) -> Any:
+    """Taint a value of a message, given its key."""
+    if key == "role":
+        return value
+    if key == "content" and isinstance(value, list):
+        if value and isinstance(value[0], dict):
+            return [_part(shadows, part) for part in value]
+        return _mixed(shadows, value)
+    return _plain(value) if shadows is None else _taint(shadows, value)
 
 
 @functools.lru_cache(maxsize=2)

@@ -99,15 +99,7 @@ def read_rope(
             f"config.json gives heads of {head_dim} dimensions, but rotary embedding needs an even number"
         )
     rotary_dim = _rotary_dim(reader, fields, head_dim, default_partial)
-    theta = reader.number("rope_theta", default_theta)
-    if "rope_theta" in parameters:
-        inner = fields.number("rope_theta", None)
-        if reader.has("rope_theta") and inner != theta:
-            raise CheckpointError(
-                f"config.json gives rope_theta as {theta} and, in {name}, as {inner}", key="rope_theta"
-            )
-        theta = inner
-
+    theta = _theta(reader, fields, default_theta)
     original = context_tokens
     if kind in ("yarn", "llama3"):
         original = fields.integer("original_max_position_embeddings", context_tokens)
@@ -147,6 +139,19 @@ def read_rope(
             f"config.json gives rope_theta {theta}, expected more than 1 for yarn", key="rope_theta"
         )
     return rope
+
+
+def _theta(reader: ConfigReader, fields: _Fields, default: float) -> float:
+    """The base of the frequencies, which a file may give inside, outside, or twice."""
+    theta = reader.number("rope_theta", default)
+    if "rope_theta" not in fields.values:
+        return theta
+    inner = fields.number("rope_theta", None)
+    if reader.has("rope_theta") and inner != theta:
+        raise CheckpointError(
+            f"config.json gives rope_theta as {theta} and, in {fields.name}, as {inner}", key="rope_theta"
+        )
+    return inner
 
 
 def read_ropes_of_layers(
