@@ -57,7 +57,7 @@ class Model:
                         raw = random_blocks(kind, rows, cols, seed=seed)
                         in_file = raw.tobytes()
                         landed = _native.transcode(kind, raw, rows, cols).tobytes()
-                        transcode = Transcode(kind, rows, cols)
+                        transcode = Transcode(kind, SLOT_FORMATS[kind], rows, cols)
                     piece = Piece(path, end, len(in_file), transcode=transcode)
                     assert piece.landed_bytes == len(landed)
                     pieces.setdefault((layer, expert), []).append(piece)

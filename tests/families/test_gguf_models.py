@@ -110,7 +110,7 @@ def test_experts_are_slices_of_the_stacked_tensors(tmp_path: Path) -> None:
     assert files.expert_format == "q4_k+q6_k+q5_0"
     first, second = files.experts[0, 0], files.experts[0, 1]
     assert [piece.transcode for piece in first.pieces] == [
-        Transcode("Q4_K", 256, 256), Transcode("Q4_K", 256, 256), Transcode("Q6_K", 256, 256)
+        Transcode("Q4_K", "q4_k", 256, 256), Transcode("Q4_K", "q4_k", 256, 256), Transcode("Q6_K", "q6_k", 256, 256)
     ]  # fmt: skip
     assert [b.offset - a.offset for a, b in zip(first.pieces, second.pieces, strict=True)] == [
         256 * 144, 256 * 144, 256 * 210

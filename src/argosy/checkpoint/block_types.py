@@ -1,4 +1,4 @@
-"""The types of blocks and of parts of matrices that files have, and the formats that hold them in memory without loss.
+"""The types of blocks that GGUF files have, and the formats that hold them in memory without loss.
 
 Elsewhere: `native/kernels/transcode.h` has their layouts; `formats.py` has the formats in memory.
 """
@@ -44,22 +44,6 @@ TYPE_HINT = "Q4_K_M, Q6_K, Q8_0, Q2_K, Q3_K_M, IQ4_XS and BF16 files of a model 
 _UNREAD_FORMATS = {name.partition("_")[0] for name in BLOCK_SIZES} - {
     name.partition("_")[0] for name in RUNNABLE_TYPES
 }
-
-# Safetensors tensors with the quants or the scales of a matrix -> the slot format they are part of.
-PART_FORMATS: Mapping[str, Format] = {
-    "int4_quants": "int4",
-    "int4_scales": "int4",
-    "mxfp4_quants": "mxfp4",
-    "mxfp4_scales": "mxfp4",
-    "f8_codes": "f8",
-    "f8_scales": "f8",
-    "f8_scales_bf16": "f8",
-}
-
-
-def slot_format(block_type: str) -> Format:
-    """The format of a matrix in memory whose blocks, or a part of which, are of this type in a file."""
-    return PART_FORMATS.get(block_type) or SLOT_FORMATS[block_type]
 
 
 def may_run(format: str) -> bool:

@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from argosy import _native
-from argosy.checkpoint.block_types import RUNNABLE_TYPES, SLOT_FORMATS, TYPE_HINT, slot_format
+from argosy.checkpoint.block_types import RUNNABLE_TYPES, SLOT_FORMATS, TYPE_HINT
 from argosy.checkpoint.formats import (
     BYTES_PER_VALUE,
     F8_BLOCK,
@@ -53,21 +53,17 @@ _Value = TypeVar("_Value", bound=np.generic)
 
 @dataclass(frozen=True, slots=True)
 class Transcode:
-    """Blocks that become a slot format while they land: [rows, cols] of a type such as "Q4_0" or "mxfp4_scales".
+    """Blocks [rows, cols] that become a slot format while they land; `native/kernels/transcode.h` has their types.
 
-    A type in `PART_FORMATS` writes its part of the panels and leaves the rest unchanged. If the rows of `interleaved`
-    matrices alternate in the file, each matrix has `rows` rows, and the matrices land one after another.
+    A type such as "mxfp4_scales" writes its part of the panels and leaves the rest unchanged. If the rows of
+    `interleaved` matrices alternate in the file, each matrix has `rows` rows, and they land one after another.
     """
 
     block_type: str
+    format: Format
     rows: int
     cols: int
     interleaved: int = 1
-
-    @property
-    def format(self) -> Format:
-        """The resulting slot format."""
-        return slot_format(self.block_type)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +223,7 @@ class Transcoded(Landing):
     number: int = 0
 
     def pieces(self, ref: MatrixRef) -> tuple[Piece, ...]:
-        blocks = Transcode(self.block_type, ref.rows, ref.cols, self.interleaved)
+        blocks = Transcode(self.block_type, ref.format, ref.rows, ref.cols, self.interleaved)
         return (Piece(ref.path, ref.offset, ref.nbytes, transcode=blocks), *self.others)
 
     def matrices(self, ref: MatrixRef, landed: Bytes) -> list[Bytes]:
@@ -286,11 +282,11 @@ class Widened(Moved):
         return True
 
     def working_bytes(self, ref: MatrixRef) -> int:
-        return matrix_bytes(slot_format(self.block_type), ref.rows, ref.cols) + ref.landed_bytes
+        return matrix_bytes(SLOT_FORMATS[self.block_type], ref.rows, ref.cols) + ref.landed_bytes
 
     def land(self, ref: MatrixRef, landed: Bytes, places: Sequence[Bytes]) -> None:
         panels = _native.transcode(self.block_type, landed, ref.rows, ref.cols)
-        values = _native.dequantize(slot_format(self.block_type), panels, ref.rows, ref.cols)
+        values = _native.dequantize(SLOT_FORMATS[self.block_type], panels, ref.rows, ref.cols)
         check_vector(ref.name, values)
         places[0][:] = values.reshape(-1).view(np.uint8)
 

@@ -28,7 +28,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from argosy.checkpoint.block_types import slot_format
 from argosy.checkpoint.files import (
     DraftFiles,
     ExpertMatrix,
@@ -40,7 +39,7 @@ from argosy.checkpoint.formats import BYTES_PER_VALUE, matrix_bytes
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes
 from argosy.checkpoint.landing import MatrixRef, Piece, Strided, Transcode, Transcoded
 from argosy.checkpoint.safetensors import TensorRef
-from argosy.config import ModelConfig
+from argosy.config import Format, ModelConfig
 from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
 from argosy.model.reading.accounts import FLOAT_FORMATS, TensorAccounts, read_draft
 from argosy.model.reading.quantization import FP8_BLOCK, INT4_GROUP, MXFP4_GROUP, Quantization
@@ -241,15 +240,16 @@ def _is_there(name: str, tensors: Mapping[str, TensorRef] | TensorAccounts) -> b
     return name in tensors or _packed(name) in tensors
 
 
-def _in_parts(shape: tuple[int, ...], *parts: tuple[TensorRef, str]) -> MatrixRef:
+def _in_parts(format: Format, shape: tuple[int, ...], *parts: tuple[TensorRef, str]) -> MatrixRef:
     """A matrix whose codes, scales and the like are tensors of their own, each with its block type."""
     rows, cols = shape
     pieces = [
-        Piece(ref.path, ref.offset, ref.nbytes, transcode=Transcode(block_type, rows, cols), completes=0)
+        Piece(
+            ref.path, ref.offset, ref.nbytes, transcode=Transcode(block_type, format, rows, cols), completes=0
+        )
         for ref, block_type in parts
     ]
     (ref, block_type), others = parts[0], tuple(pieces[1:])
-    format = slot_format(block_type)
     return MatrixRef(
         ref.name, ref.path, ref.offset, ref.nbytes, format, rows, cols, landing=Transcoded(block_type, others)
     )
@@ -285,7 +285,7 @@ class _Accounts(TensorAccounts):
         codes = self.take_part(name, {"F8_E4M3": "f8_codes"}, shape)
         blocks = tuple(-(-size // FP8_BLOCK) for size in shape)
         scales = self.take_part(name + "_scale_inv", {"F32": "f8_scales", "BF16": "f8_scales_bf16"}, blocks)
-        return _in_parts(shape, codes, scales)
+        return _in_parts("f8", shape, codes, scales)
 
     def _int4(self, name: str, shape: tuple[int, ...]) -> MatrixRef:
         packed, base = _packed(name), name.removesuffix("weight")
@@ -301,7 +301,7 @@ class _Accounts(TensorAccounts):
         codes = self.take_part(packed, {"I32": "int4_quants"}, (rows, cols // 8))
         scales = self.take_part(base + "weight_scale", {"BF16": "int4_scales"}, (rows, cols // INT4_GROUP))
         self.take_part(base + "weight_shape", {"I32": "", "I64": ""}, (2,))
-        return _in_parts(shape, codes, scales)
+        return _in_parts("int4", shape, codes, scales)
 
     def _require_said(self, method: str, name: str, tensor: str) -> None:
         """Prove that the config describes a quantised weight."""
@@ -422,7 +422,7 @@ class _Accounts(TensorAccounts):
                         ref.path,
                         ref.offset + expert * nbytes,
                         nbytes,
-                        transcode=Transcode(block_type, rows, cols, interleaved),
+                        transcode=Transcode(block_type, "mxfp4", rows, cols, interleaved),
                         completes=first if block_type == "mxfp4_scales" else None,
                     )
                 )
