@@ -80,6 +80,11 @@ class Piece:
     transcode: Transcode | None = None
     completes: int | None = None  # an earlier piece of the record
 
+    @classmethod
+    def of(cls, tensor: TensorRef, transcode: Transcode | None = None, completes: int | None = None) -> Piece:
+        """The bytes of a tensor of a checkpoint."""
+        return cls(tensor.path, tensor.offset, tensor.nbytes, transcode=transcode, completes=completes)
+
     @property
     def landed_bytes(self) -> int:
         """Bytes in memory."""
@@ -193,6 +198,14 @@ class MatrixRef:
     cols: int
     checksum: int | None = None  # crc32c_wide of the bytes; packs have one
     landing: Landing = AS_STORED
+
+    @classmethod
+    def of(
+        cls, tensor: TensorRef, format: Format, rows: int, cols: int, landing: Landing = AS_STORED
+    ) -> MatrixRef:
+        """The matrix that a tensor holds, or the codes of which it holds."""
+        where = tensor.name, tensor.path, tensor.offset, tensor.nbytes
+        return cls(*where, format, rows, cols, tensor.checksum, landing)
 
     @property
     def pieces(self) -> tuple[Piece, ...]:

@@ -272,13 +272,7 @@ def open_pack(directory: str | Path, *, shards: int = ALL_SHARDS) -> ModelFiles 
             raise CheckpointError(
                 f"{name} has {manifest.files[name][0]} bytes, expected {needed}", path=directory / name
             )
-    with_checksums = {
-        ref.name: MatrixRef(
-            ref.name, ref.path, ref.offset, ref.nbytes, ref.format, ref.rows, ref.cols,
-            manifest.dense_checksums[ref.name],
-        )
-        for ref in dense
-    }  # fmt: skip
+    with_checksums = {ref.name: replace(ref, checksum=manifest.dense_checksums[ref.name]) for ref in dense}
     paths = {name: directory / name for name in ends}
     experts = {
         key: ExpertRecord(

@@ -52,6 +52,13 @@ class TensorRef:
     shape: tuple[int, ...]
     checksum: int | None = None  # crc32c_wide of the bytes; packs have one
 
+    def at(self, index: int) -> TensorRef:
+        """One of the tensors that it stacks along its first axis."""
+        nbytes = self.nbytes // self.shape[0]
+        return TensorRef(
+            self.name, self.path, self.offset + index * nbytes, nbytes, self.dtype, self.shape[1:]
+        )
+
 
 def open_tensors(directory: Path) -> dict[str, TensorRef]:
     """Every tensor of the checkpoint in `directory`, by name.

@@ -318,17 +318,8 @@ def _take_tensors(
                 path=ref.path,
                 tensor=ref.name,
             )
-        tensors[canonical] = MatrixRef(
-            ref.name,
-            ref.path,
-            ref.offset,
-            ref.nbytes,
-            format,
-            tensor.rows,
-            tensor.cols,
-            ref.checksum,
-            Widened(block_type) if block_type is not None else tensor.landing,
-        )
+        landing = Widened(block_type) if block_type is not None else tensor.landing
+        tensors[canonical] = MatrixRef.of(ref, format, tensor.rows, tensor.cols, landing)
     return tensors
 
 

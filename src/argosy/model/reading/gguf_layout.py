@@ -183,18 +183,11 @@ class _Accounts(TensorAccounts):
                 self.take(f"blk.{layer}.{name}_exps.weight", (config.num_experts, *shape))[0]
                 for name, shape in zip(_EXPERT_NAMES, shapes, strict=True)
             ]
-            slices = [[_slice(ref, expert) for ref in stacked] for expert in range(config.num_experts)]
+            slices = [[ref.at(expert) for ref in stacked] for expert in range(config.num_experts)]
         return {
             (layer, expert): ExpertRecord.of(*(_matrix(ref, *ref.shape) for ref in refs))
             for expert, refs in enumerate(slices)
         }
-
-
-def _slice(stacked: TensorRef, expert: int) -> TensorRef:
-    """One expert of a stacked tensor."""
-    nbytes = stacked.nbytes // stacked.shape[0]
-    offset = stacked.offset + expert * nbytes
-    return TensorRef(stacked.name, stacked.path, offset, nbytes, stacked.dtype, stacked.shape[1:])
 
 
 def _matrix(ref: TensorRef, rows: int, cols: int, paired_heads: int = 0) -> MatrixRef:
@@ -202,5 +195,4 @@ def _matrix(ref: TensorRef, rows: int, cols: int, paired_heads: int = 0) -> Matr
     landing: Landing = AS_STORED if block_type is None else Transcoded(block_type)
     if paired_heads:
         landing = PairedRows(paired_heads, block_type)
-    format = FORMAT_OF_TYPE[ref.dtype]
-    return MatrixRef(ref.name, ref.path, ref.offset, ref.nbytes, format, rows, cols, landing=landing)
+    return MatrixRef.of(ref, FORMAT_OF_TYPE[ref.dtype], rows, cols, landing)

@@ -243,15 +243,12 @@ def _is_there(name: str, tensors: Mapping[str, TensorRef] | TensorAccounts) -> b
 def _in_parts(format: Format, shape: tuple[int, ...], *parts: tuple[TensorRef, str]) -> MatrixRef:
     """A matrix whose codes, scales and the like are tensors of their own, each with its block type."""
     rows, cols = shape
-    pieces = [
-        Piece(
-            ref.path, ref.offset, ref.nbytes, transcode=Transcode(block_type, format, rows, cols), completes=0
-        )
-        for ref, block_type in parts
-    ]
-    (ref, block_type), others = parts[0], tuple(pieces[1:])
-    return MatrixRef(
-        ref.name, ref.path, ref.offset, ref.nbytes, format, rows, cols, landing=Transcoded(block_type, others)
+    first, *others = (
+        Piece.of(ref, Transcode(block_type, format, rows, cols), completes=0) for ref, block_type in parts
+    )
+    assert first.transcode is not None
+    return MatrixRef.of(
+        parts[0][0], format, rows, cols, Transcoded(first.transcode.block_type, tuple(others))
     )
 
 
@@ -278,7 +275,7 @@ class _Accounts(TensorAccounts):
             return self._f8(name, shape)
         ref, format = self.take(name, shape)
         rows, cols = shape if len(shape) == 2 else (1, math.prod(shape))
-        return MatrixRef(ref.name, ref.path, ref.offset, ref.nbytes, format, rows, cols)
+        return MatrixRef.of(ref, format, rows, cols)
 
     def _f8(self, name: str, shape: tuple[int, ...]) -> MatrixRef:
         self._require_said("fp8", name, name)
@@ -358,16 +355,10 @@ class _Accounts(TensorAccounts):
         gate, _, down = expert_shapes(config)
         gate_up_ref, gate_up_format = self.take(names[0], (config.num_experts, 2 * gate[0], gate[1]))
         down_ref, down_format = self.take(names[1], (config.num_experts, *down))
-        gate_bytes = gate[0] * gate[1] * BYTES_PER_VALUE[gate_up_format]
-        down_bytes = down[0] * down[1] * BYTES_PER_VALUE[down_format]
-        pieces = (
-            Piece(gate_up_ref.path, gate_up_ref.offset + expert * 2 * gate_bytes, 2 * gate_bytes),
-            Piece(down_ref.path, down_ref.offset + expert * down_bytes, down_bytes),
-        )
         return ExpertRecord(
-            pieces,
+            (Piece.of(gate_up_ref.at(expert)), Piece.of(down_ref.at(expert))),
             gate=ExpertMatrix(0, 0, gate_up_format, *gate),
-            up=ExpertMatrix(0, gate_bytes, gate_up_format, *gate),
+            up=ExpertMatrix(0, matrix_bytes(gate_up_format, *gate), gate_up_format, *gate),
             down=ExpertMatrix(1, 0, down_format, *down),
         )
 
@@ -378,8 +369,7 @@ class _Accounts(TensorAccounts):
         pieces, formats = [], []
         for name, shape in zip(names, ((hidden, 2 * width), (width, hidden)), strict=True):
             ref, format = self.take(name, (config.num_experts, *shape))
-            nbytes = ref.nbytes // config.num_experts
-            pieces.append(Piece(ref.path, ref.offset + expert * nbytes, nbytes))
+            pieces.append(Piece.of(ref.at(expert)))
             formats.append(format)
         gate_up, down = formats
         strides, up_at = ((2, 2 * width), 1) if layout.has_turns else ((1, 2 * width), width)
@@ -415,17 +405,9 @@ class _Accounts(TensorAccounts):
                 (blocks, "mxfp4_quants", (*groups, MXFP4_GROUP // 2)),
                 (scales, "mxfp4_scales", groups),
             ):
-                ref = self.take_bytes(name, shape)
-                nbytes = ref.nbytes // config.num_experts
-                pieces.append(
-                    Piece(
-                        ref.path,
-                        ref.offset + expert * nbytes,
-                        nbytes,
-                        transcode=Transcode(block_type, "mxfp4", rows, cols, interleaved),
-                        completes=first if block_type == "mxfp4_scales" else None,
-                    )
-                )
+                blocks_of = Transcode(block_type, "mxfp4", rows, cols, interleaved)
+                completes = first if block_type == "mxfp4_scales" else None
+                pieces.append(Piece.of(self.take_bytes(name, shape).at(expert), blocks_of, completes))
         return ExpertRecord(
             tuple(pieces),
             gate=ExpertMatrix(0, 0, "mxfp4", *gate),

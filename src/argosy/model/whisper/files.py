@@ -167,17 +167,7 @@ def whisper_tensors(config: WhisperConfig) -> dict[str, EncoderTensor]:
 
 
 def _ref(tensor: EncoderTensor, place: TensorRef) -> MatrixRef:
-    return MatrixRef(
-        place.name,
-        place.path,
-        place.offset,
-        place.nbytes,
-        FLOAT_FORMATS[place.dtype],
-        tensor.rows,
-        tensor.cols,
-        place.checksum,
-        tensor.landing,
-    )
+    return MatrixRef.of(place, FLOAT_FORMATS[place.dtype], tensor.rows, tensor.cols, tensor.landing)
 
 
 def _require_heads(config: WhisperConfig, path: Path) -> WhisperConfig:
