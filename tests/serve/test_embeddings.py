@@ -265,7 +265,9 @@ def test_a_model_whose_pooling_is_not_supported_says_so(
     client: httpx.Client, own_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        own_engine, "_pooling", UnsupportedModel("config.json asks for pooling 'cls_token'", hint="hm")
+        own_engine.requests,
+        "_pooling",
+        UnsupportedModel("config.json asks for pooling 'cls_token'", hint="hm"),
     )
     assert (
         message(client.post("/v1/embeddings", json={"input": "a"}))

@@ -24,7 +24,7 @@ from argosy.serve.http.failures import Refused
 from argosy.serve.http.running import Running
 from argosy.serve.models import loading
 from argosy.serve.models import models as models_module
-from argosy.serve.models.entry import Abilities, Progress
+from argosy.serve.models.entry import Abilities, Lasting, Progress
 from argosy.serve.models.loading import Memory
 from argosy.serve.models.models import Models, Shelved, use_model
 
@@ -565,6 +565,44 @@ def test_the_sum_of_all_models_never_exceeds_the_budget(seed: int) -> None:
         assert rig.big.num_opened > 0
 
     run(test, idle_unload_s=80.0)
+
+
+# ── one model ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class OnlyService(FakeService):
+    ears = None
+    budget_bytes = BUDGET
+
+    def resize(self, budget_bytes: int) -> None:
+        if budget_bytes < 500:
+            raise DoesNotFit("needs 500 B of memory now")
+        self.budget_bytes = budget_bytes
+
+
+def test_the_only_model_of_a_server_stays_in_memory_and_has_all_of_the_budget() -> None:
+    async def test() -> None:
+        service: Any = OnlyService(FakeSource(Meter(), "only", 200, 42).facts)
+        models = Models([Lasting(service)], Memory(budget_bytes=BUDGET, process_bytes=0))
+        try:
+            with ExitStack() as used:
+                assert await models.use(None, used) is service
+            assert await models.unload("only") is False
+            await models.loader._look_once()
+            (standing,) = models.facts()
+            assert (standing.state, standing.service, standing.unloads_in_s) == ("ready", service, None)
+            assert (models.has_one, models.held_bytes, models.hearing()) == (True, 0, None)
+            await models.resize(700)
+            with pytest.raises(DoesNotFit, match="needs 500 B"):
+                await models.resize(400)
+            assert service.budget_bytes == models.budget_bytes == 700
+            models.revoke("mallory")
+            assert service.revoked == ["mallory"]
+        finally:
+            await models.close()
+        assert service.loop.is_closed
+
+    asyncio.run(test())
 
 
 # ── another budget ──────────────────────────────────────────────────────────────────────────────────────────────────
