@@ -84,7 +84,7 @@ def result_of(number: int) -> Result:
 
 class FakeService:
     def __init__(self, engine: FakeEngine) -> None:
-        self.loop = engine
+        self.loop, self.work = engine, self
 
     async def run(self, caller: Caller, call: Callable[[], Any]) -> Any:
         return await asyncio.to_thread(call)

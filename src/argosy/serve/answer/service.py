@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from argosy.config import Preset
 from argosy.engine.ledger import DecodeSteps
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from argosy.prompt.reranking import Reranking
     from argosy.prompt.tokenizer import Tokenizer
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 ANY_EARS = "whisper-1"  # the name that clients of OpenAI send
@@ -184,14 +183,6 @@ class Service:
         files = None if self._media_hosts is None else caller.held.files
         return Intake(self.model.media_kinds, caller.held.share, files=files)
 
-    async def run(self, caller: Caller, call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
-        """Run the work before the engine in a thread. Raises what `call` raises.
-
-        Raises:
-            TooMany: too much work of this caller is already waiting.
-        """
-        return await self.work.run(caller, call, *args, **named)
-
     async def run_reading(self, caller: Caller, call: Callable[[], T]) -> T:
         """Run a call that reads a request. If it needs files from other hosts, fetch them, and run the call again.
 
@@ -201,7 +192,7 @@ class Service:
         try:
             while True:
                 try:
-                    return await self.run(caller, call)
+                    return await self.work.run(caller, call)
                 except FilesWanted:
                     assert self._media_hosts is not None
                     await self._media_hosts.fetch(caller.held.files, caller.held.share, caller.tenant)

@@ -93,7 +93,7 @@ class _Part:
     async def result(self) -> Result:
         """Submit the part and wait for its result. If the waiting is cancelled, so is the part."""
         try:
-            await self._service.run(self._caller, self._begin)
+            await self._service.work.run(self._caller, self._begin)
             result = (await self._end).require()
         finally:
             self._is_left = True

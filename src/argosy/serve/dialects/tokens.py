@@ -103,14 +103,14 @@ async def tokenize(body: TokenizeBody, request: Request) -> Tokenized:
         )
         tokens = list(found)
     else:
-        tokens = await service.run(caller, service.prompts.tokenize, text, add_prefix=has_prefix)
+        tokens = await service.work.run(caller, service.prompts.tokenize, text, add_prefix=has_prefix)
     return {"tokens": tokens, "count": len(tokens), "max_model_len": service.model.context_tokens}
 
 
 async def detokenize(body: DetokenizeBody, request: Request) -> Detokenized:
     """Turn token ids into text."""
     service = service_of(request)
-    text = await service.run(request.state.caller, service.prompts.detokenize, body.tokens)
+    text = await service.work.run(request.state.caller, service.prompts.detokenize, body.tokens)
     return {"content": text, "prompt": text}
 
 

@@ -123,7 +123,7 @@ class Screening(Check):
             made = (TextRequest(prompt=one, params=SamplingParams()) for one in given)
             return [self.before(one, service, caller) for one in made]
 
-        checked = await service.run(caller, check)
+        checked = await service.work.run(caller, check)
         if self.asks:
             await self.require_allowed([text for one in checked for text in one.texts])
         return [one.request.prompt for one in checked if isinstance(one.request, TextRequest)]
