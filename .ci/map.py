@@ -24,6 +24,18 @@ OPTIONAL = {
         *(f"observe/{one}.py" for one in ("ablation", "heat_map", "report", "texts", "trace")),
         *(f"cli/commands/{one}.py" for one in ("eval", "card", "routes")),
     ),
+    "governance": (
+        "serve/guards",
+        "guard/pii",
+        *(
+            f"guard/{one}.py"
+            for one in (
+                "audit", "chain", "chain_writer", "guard_models", "policy", "screen", "sealed", "stops", "stores",
+                "users", "verdict", "view", "watermark", "word_list",
+            )
+        ),
+        *(f"cli/commands/{one}.py" for one in ("audit", "data", "watermark")),
+    ),
     "mixtures": ("demo", "checkpoint/upcycle.py", "cli/commands/upcycle.py"),
 }  # fmt: skip
 _NO_CODE = {

@@ -1,4 +1,4 @@
-"""The core runs without its optional rooms: other machines, studies, and the making of mixtures.
+"""The core runs without its optional rooms: other machines, studies, governance, and the making of mixtures.
 
 The core reaches them only by name, when a command or an option asks for them. Here they are deleted from a copy; what
 they are, `.ci/map.py` lists.
@@ -130,13 +130,26 @@ def test_the_core_serves(server: str) -> None:
     assert answer.status_code == 200, answer.text
     assert answer.json()["usage"]["completion_tokens"] in range(1, 5)
     assert httpx.get(f"{server}/v1/engine/state", timeout=WAIT_S).status_code == 200
+    for path in ("/v1/engine/stops", "/v1/engine/transparency"):  # of governance
+        assert httpx.get(server + path, timeout=WAIT_S).status_code == 404
 
 
 def test_help_lists_only_what_is_there(core: Path) -> None:
     told = python(core, "-m", "argosy", "--help").stdout
     listed = set(re.findall(r"^  ([a-z]+) {2,}\S", told, re.MULTILINE))
     assert {"plan", "run", "chat", "serve", "pack", "keys", "doctor"} <= listed
-    assert not listed & {"worker", "cluster", "route", "routes", "eval", "card", "upcycle"}
+    assert not listed & {
+        "worker",
+        "cluster",
+        "route",
+        "routes",
+        "eval",
+        "card",
+        "upcycle",
+        "audit",
+        "data",
+        "watermark",
+    }
     assert "Several machines" not in told
 
 
@@ -145,6 +158,8 @@ def test_help_lists_only_what_is_there(core: Path) -> None:
     [
         (["worker", "MODEL"], "argosy.cli.commands.worker"),
         (["run", "--model", "MODEL", "--cluster", "127.0.0.1:1", "Hello"], "argosy.cluster"),
+        (["serve", "MODEL", "--policy", "policy.toml"], "argosy.serve.guards"),
+        (["serve", "MODEL", "--audit", "audit"], "argosy.guard.audit"),
     ],
 )
 def test_what_is_missing_is_named(core: Path, model: Path, ask: list[str], missing: str) -> None:

@@ -77,7 +77,7 @@ MAY_IMPORT = {
     "user_directories": {"errors"},
 }
 # The folders of serve/ and its files, from the ground floor up: each imports only those before it.
-SERVE = ("http", "answer", "models", "guards", "claims", "dialects", "admin", "app", "run")
+SERVE = ("http", "claims", "answer", "models", "governance", "guards", "dialects", "admin", "app", "run")
 ANY_ROOM = {"cli", "__init__", "__main__"}  # the command line, and the package's public names
 
 NEVER_AT_RUN_TIME = {"torch", "transformers", "pickle", "_pickle", "marshal", "shelve", "dill", "safetensors"}

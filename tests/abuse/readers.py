@@ -360,10 +360,10 @@ def body_rows() -> Iterator[Row]:
     from argosy.serve.dialects.ollama_bodies import EmbedBody, GenerateBody, OllamaChatBody
     from argosy.serve.dialects.openai_completions import CompletionBody
     from argosy.serve.dialects.openai_embeddings import EmbeddingsBody
-    from argosy.serve.dialects.openai_moderations import ModerationBody
     from argosy.serve.dialects.openai_responses_bodies import ResponsesBody
     from argosy.serve.dialects.rerank import RerankBody
     from argosy.serve.dialects.tokens import DetokenizeBody, TokenizeBody
+    from argosy.serve.guards.moderations import ModerationBody
 
     def rows_of(model: type[BaseModel], shapes: dict[str, Callable[[int], Any]]) -> Iterator[Row]:
         asked_of = _asked_of(model)

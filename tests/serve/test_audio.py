@@ -24,9 +24,10 @@ from argosy.media.parts import PROMPT_LIMITS, Audio
 from argosy.media.transcript import LANGUAGE_NAMES, Transcript, TranscriptOptions, as_srt, as_vtt
 from argosy.open.engine import Engine
 from argosy.serve.answer.service import Service
-from argosy.serve.app import Governance, make_app
+from argosy.serve.app import make_app
 from argosy.serve.dialects import openai_audio
 from argosy.serve.dialects.openai_audio import MOST_BODY_BYTES, MOST_FILE_BYTES
+from argosy.serve.guards.governing import Governing
 from argosy.serve.guards.guarding import Guarding
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.media.samples import RATE, wav
@@ -164,7 +165,7 @@ def test_a_transcript_in_a_prompt_is_judged_like_a_text(
             KeyRing(None),
             block_tokens=16,
             max_sequences=8,
-            governance=Governance(guarding=Guarding(path)),
+            governance=Governing(guarding=Guarding(path)),
         )
         for url in start(app):
             answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)

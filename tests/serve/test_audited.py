@@ -19,11 +19,12 @@ from argosy.guard.audit import Audit, AuditSettings
 from argosy.guard.chain import verify
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.guard.sealed import SealedContents
-from argosy.serve.admin.transparency import Practice
 from argosy.serve.answer.service import Service
-from argosy.serve.app import Governance, make_app
+from argosy.serve.app import make_app
 from argosy.serve.guards import audited
 from argosy.serve.guards.audited import Auditor, SaidOfRequest
+from argosy.serve.guards.governing import Governing
+from argosy.serve.guards.transparency import Practice
 from argosy.serve.http.access import Policy
 from argosy.serve.http.caller import Caller
 from argosy.serve.http.held import Pool
@@ -78,7 +79,7 @@ def server(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     audit = Audit(AuditSettings(directory=root / "audit", with_content=True), facts={})
     auditor = Auditor(audit, policy="p" * 64)
     app = make_app(
-        service, KeyRing(keys), block_tokens=16, max_sequences=8, governance=Governance(auditor=auditor)
+        service, KeyRing(keys), block_tokens=16, max_sequences=8, governance=Governing(auditor=auditor)
     )
     for url in start(app):
         yield Server(
@@ -153,7 +154,7 @@ def test_requests_without_a_valid_key_are_counted_in_one_line(service: Service, 
     auditor = Auditor(audit, policy="")
     for url in start(
         make_app(
-            service, KeyRing(keys), block_tokens=16, max_sequences=8, governance=Governance(auditor=auditor)
+            service, KeyRing(keys), block_tokens=16, max_sequences=8, governance=Governing(auditor=auditor)
         )
     ):
         with httpx.Client(base_url=url) as client:
@@ -272,7 +273,7 @@ def test_the_state_says_whether_prompts_and_answers_are_kept(service: Service, t
     for with_content in (False, True):
         practice = Practice(audit=AuditSettings(directory=tmp_path, with_content=with_content))
         app = make_app(
-            service, KeyRing(None), block_tokens=16, max_sequences=8, governance=Governance(practice=practice)
+            service, KeyRing(None), block_tokens=16, max_sequences=8, governance=Governing(practice=practice)
         )
         for url in start(app):
             assert httpx.get(f"{url}/v1/engine/state").json()["privacy"]["logging"] is with_content

@@ -20,8 +20,9 @@ import pytest
 from argosy.guard.audit import Audit, AuditSettings
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.serve.answer.service import Service
-from argosy.serve.app import Governance, make_app
+from argosy.serve.app import make_app
 from argosy.serve.guards.audited import Auditor
+from argosy.serve.guards.governing import Governing
 from argosy.serve.http.gate import Gate
 from argosy.serve.http.log import LogWriter
 from tests.abuse.figures import PATHS, body_of, request_with
@@ -91,7 +92,7 @@ async def _send_all(
         KeyRing(keys),
         block_tokens=16,
         max_sequences=8,
-        governance=Governance(auditor=Auditor(audit, policy="")),
+        governance=Governing(auditor=Auditor(audit, policy="")),
     )
     build = service.prompts.build
 

@@ -25,7 +25,8 @@ from argosy.prompt.tokenizer import Tokenizer
 from argosy.serve.answer.embedding import MOST_TEXTS
 from argosy.serve.answer.embedding import embed as embed_texts
 from argosy.serve.answer.service import Service
-from argosy.serve.app import Governance, make_app
+from argosy.serve.app import make_app
+from argosy.serve.guards.governing import Governing
 from argosy.serve.guards.guarding import Guarding
 from argosy.serve.http.caller import Caller
 from argosy.serve.http.failures import Refused
@@ -608,7 +609,7 @@ def test_infill_gives_the_model_placeholders_and_refuses_listed_phrases(
         KeyRing(None),
         block_tokens=16,
         max_sequences=8,
-        governance=Governance(guarding=Guarding(path)),
+        governance=Governing(guarding=Guarding(path)),
     )
     body = {
         **GAP,

@@ -30,13 +30,14 @@ from argosy.prompt.prompt import Prompt
 from argosy.prompt.replay import ReplayMemory
 from argosy.prompt.reranking import RerankForm, Reranking
 from argosy.serve.admin.cluster import WorkerState
-from argosy.serve.admin.openapi import Route
 from argosy.serve.answer.fields import MAX_ANSWERS
 from argosy.serve.answer.service import Service
-from argosy.serve.app import ROUTES, Governance, make_app
+from argosy.serve.app import ROUTES, make_app
+from argosy.serve.guards.governing import Governing
 from argosy.serve.guards.guarding import Guarding
 from argosy.serve.http.access import dialect_of
 from argosy.serve.http.failures import AnthropicError, OllamaError, OpenAIError
+from argosy.serve.http.route import Route
 from argosy.serve.http.streams import DONE
 from tests.serve import record
 from tests.serve.conftest import start
@@ -130,7 +131,7 @@ def keyed(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         block_tokens=16,
         max_sequences=8,
         workers=OneWorker(),
-        governance=Governance(guarding=Guarding(policy)),
+        governance=Governing(guarding=Guarding(policy)),
     )
     for url in start(app):
         yield url, secret

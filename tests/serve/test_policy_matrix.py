@@ -41,10 +41,11 @@ from argosy.prompt.formats.events import (
 )
 from argosy.prompt.prompt import Prompt
 from argosy.prompt.reranking import RerankForm, Reranking
-from argosy.serve.admin.openapi import Route
 from argosy.serve.answer.service import Service
-from argosy.serve.app import ROUTES, Governance, make_app
+from argosy.serve.app import ROUTES, make_app
+from argosy.serve.guards.governing import Governing
 from argosy.serve.guards.guarding import Guarding
+from argosy.serve.http.route import Route
 from tests.serve.conftest import serving, start
 from tests.serve.speaking import write_speaking_model
 
@@ -106,7 +107,7 @@ def matrix(
     guarding = Guarding(path)
     guarding.stops.set("key", "stopped", is_stopped=True)
     app = make_app(
-        service, KeyRing(keys), block_tokens=16, max_sequences=8, governance=Governance(guarding=guarding)
+        service, KeyRing(keys), block_tokens=16, max_sequences=8, governance=Governing(guarding=guarding)
     )
     for url in start(app):
         with httpx.Client(base_url=url, timeout=60) as client:
@@ -193,11 +194,13 @@ def test_a_text_that_the_policy_does_not_allow_is_refused_where_a_route_screens(
 
 
 def test_a_route_without_a_policy_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    from argosy.serve.app import _post
     from argosy.serve.dialects.openai_embeddings import Embeddings, embeddings
+    from argosy.serve.http.route import post_route
 
     with pytest.raises(AssertionError, match="say what the content policy"):
-        test_every_route_declares_what_it_screens_and_has_a_body_here(_post("/new", embeddings, Embeddings))
+        test_every_route_declares_what_it_screens_and_has_a_body_here(
+            post_route("/new", embeddings, Embeddings)
+        )
 
 
 def test_rerank_screens_query_and_documents(service: Service, tmp_path: Path) -> None:
@@ -215,7 +218,7 @@ def test_rerank_screens_query_and_documents(service: Service, tmp_path: Path) ->
         KeyRing(None),
         block_tokens=16,
         max_sequences=8,
-        governance=Governance(guarding=Guarding(path)),
+        governance=Governing(guarding=Guarding(path)),
     )
     for url in start(app):
         for query, document, status in (("q", "d", 200), (NOT_ALLOWED, "d", 400), ("q", NOT_ALLOWED, 400)):
@@ -432,7 +435,7 @@ def shown_words(service: Service, path: Path) -> Iterator[tuple[httpx.Client, li
         service.loop, service.prompts, service.tokenizer, service.model, reranking=reranking, ears=ears
     )
     app = make_app(
-        own, KeyRing(None), block_tokens=16, max_sequences=8, governance=Governance(guarding=Guarding(path))
+        own, KeyRing(None), block_tokens=16, max_sequences=8, governance=Governing(guarding=Guarding(path))
     )
     with (
         mock.patch.multiple(service.loop, submit=submit, submit_embedding=submit),

@@ -17,7 +17,8 @@ from argosy.config import Preset, SamplingParams
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.library.names import Named
 from argosy.serve.answer.service import Service
-from argosy.serve.app import Governance, make_app
+from argosy.serve.app import make_app
+from argosy.serve.guards.governing import Governing
 from argosy.serve.guards.guarding import Guarding
 from argosy.serve.http.caller import Caller, Watch
 from argosy.serve.models.models import Models
@@ -97,7 +98,7 @@ def rig(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
         KeyRing(keys),
         block_tokens=16,
         max_sequences=8,
-        governance=Governance(guarding=Guarding(tmp_path / "policy.toml")),
+        governance=Governing(guarding=Guarding(tmp_path / "policy.toml")),
     )
     admin = {"authorization": f"Bearer {secret}"}
     for url in start(app):

@@ -16,7 +16,6 @@ from starlette.responses import Response
 from argosy.config import SamplingParams
 from argosy.guard.keys import KeyRing
 from argosy.serve import app
-from argosy.serve.admin.openapi import Route
 from argosy.serve.answer import respond as respond_module
 from argosy.serve.answer.answers import Said, Step
 from argosy.serve.answer.fields import NoEffect, Text, Tokens
@@ -30,6 +29,7 @@ from argosy.serve.dialects.openai_chat_bodies import ChatBody
 from argosy.serve.dialects.openai_completions import CompletionBody
 from argosy.serve.dialects.openai_responses_bodies import ResponsesBody
 from argosy.serve.http.closed import Closed
+from argosy.serve.http.route import Route
 from argosy.serve.http.streams import EventStream
 from tests.serve.conftest import start
 from tests.serve.record import read_events

@@ -33,9 +33,10 @@ from argosy.open.engine import Engine
 from argosy.prompt.reranking import RerankForm, Reranking
 from argosy.serve.admin.key_watch import KeyWatch
 from argosy.serve.answer.service import Service
-from argosy.serve.app import Governance, make_app
+from argosy.serve.app import make_app
 from argosy.serve.dialects import body
 from argosy.serve.guards.audited import Auditor
+from argosy.serve.guards.governing import Governing
 from argosy.serve.guards.guarding import Guarding
 from argosy.serve.http.gate import Gate
 from argosy.serve.http.work import WorkQueue
@@ -292,7 +293,7 @@ def serve(root: Path) -> Iterator[Server]:
             block_tokens=16,
             max_sequences=16,
             limits=limits,
-            governance=Governance(guarding=guarding, auditor=Auditor(audit, policy="none")),
+            governance=Governing(guarding=guarding, auditor=Auditor(audit, policy="none")),
         )
         admin = {"authorization": f"Bearer {secret}"}
         with KeyWatch(ring, limits, app.running, service.revoke):

@@ -28,8 +28,9 @@ from argosy.guard.view import Shown
 from argosy.serve.answer.opening import Opening
 from argosy.serve.answer.request import TextRequest
 from argosy.serve.answer.service import Service
-from argosy.serve.app import Governance, make_app
+from argosy.serve.app import make_app
 from argosy.serve.guards import check_over_http
+from argosy.serve.guards.governing import Governing
 from argosy.serve.guards.guarding import Guarding
 from argosy.serve.http.caller import Caller
 from tests.serve.conftest import start
@@ -188,7 +189,7 @@ def screened_url(speaking_service: Service, guarding: Guarding) -> Iterator[str]
         KeyRing(None),
         block_tokens=16,
         max_sequences=8,
-        governance=Governance(guarding=guarding),
+        governance=Governing(guarding=guarding),
     )
     yield from start(app)
 
@@ -406,7 +407,7 @@ def test_a_check_that_nobody_answers_counts_as_the_policy_says(
         KeyRing(None),
         block_tokens=16,
         max_sequences=8,
-        governance=Governance(guarding=Guarding(path)),
+        governance=Governing(guarding=Guarding(path)),
     )
     for url in start(app):
         answer = httpx.post(f"{url}/v1/completions", json={"prompt": "#plain"}, timeout=30)
@@ -567,7 +568,7 @@ def test_moderations_cut_long_texts_and_count_the_tokens_of_a_model(
         KeyRing(keys),
         block_tokens=16,
         max_sequences=8,
-        governance=Governance(guarding=Guarding(policy_file)),
+        governance=Governing(guarding=Guarding(policy_file)),
     )
     moderator.mode = "works"
     moderator.texts.clear()

@@ -15,10 +15,11 @@ from argosy.guard.audit import Audit, AuditSettings
 from argosy.guard.keys import KeyRing
 from argosy.guard.watermark import first_ngrams, judge
 from argosy.open.engine import Engine
-from argosy.serve.admin.transparency import Practice
-from argosy.serve.app import ROUTES, Governance, make_app
+from argosy.serve.app import ROUTES, make_app
 from argosy.serve.guards.audited import Auditor
+from argosy.serve.guards.governing import Governing
 from argosy.serve.guards.guarding import Guarding
+from argosy.serve.guards.transparency import Practice
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.serve.conftest import serving, start
 from tests.serve.test_audited import Server
@@ -57,7 +58,7 @@ def server(key: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
             KeyRing(None),
             block_tokens=16,
             max_sequences=8,
-            governance=Governance(
+            governance=Governing(
                 guarding=Guarding(policy), auditor=Auditor(audit, policy="p" * 64), practice=practice
             ),
         )

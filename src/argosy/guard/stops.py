@@ -4,7 +4,7 @@
 
 It works at once and needs no restart. Stopping a key deletes nothing of it, unlike revoking it.
 
-Elsewhere: the route is `serve/admin/stops.py`; revoking a key is `keys.py`.
+Elsewhere: the route is `serve/guards/stops.py`; revoking a key is `keys.py`.
 """
 
 from __future__ import annotations

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import importlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 from starlette.applications import Starlette
@@ -20,16 +21,14 @@ from starlette.responses import JSONResponse, Response
 
 from argosy.errors import ArgosyError
 from argosy.guard.keys import KeyRing
-from argosy.guard.keys import Scope as KeyScope
 from argosy.guard.limits import Limits
-from argosy.serve.admin import memory, stops
+from argosy.serve.admin import memory
 from argosy.serve.admin.cluster import WorkerList, Workers, add_worker, drain_worker, list_workers
 from argosy.serve.admin.engine import engine_events, engine_state, metrics
 from argosy.serve.admin.erasure import Erasure, erase_data
 from argosy.serve.admin.health import Health, Ready, health, ready
-from argosy.serve.admin.openapi import Route, document
+from argosy.serve.admin.openapi import document
 from argosy.serve.admin.state import EngineState, MemoryState, Metrics
-from argosy.serve.admin.transparency import Practice, Transparency, transparency
 from argosy.serve.answer.service import Service
 from argosy.serve.dialects import (
     anthropic_messages,
@@ -41,7 +40,6 @@ from argosy.serve.dialects import (
     openai_chat,
     openai_completions,
     openai_embeddings,
-    openai_moderations,
     openai_responses,
     rerank,
 )
@@ -58,10 +56,8 @@ from argosy.serve.dialects.tokens import (
     tokenize,
     tokenizer_info,
 )
-from argosy.serve.guards.audited import Auditor
-from argosy.serve.guards.check_by_model import ModelJudge
-from argosy.serve.guards.guarding import Guarding
-from argosy.serve.http.access import Policy, Screens, dialect_of
+from argosy.serve.governance import Governance
+from argosy.serve.http.access import Policy, dialect_of
 from argosy.serve.http.failures import (
     AnthropicError,
     OllamaError,
@@ -73,6 +69,7 @@ from argosy.serve.http.failures import (
 from argosy.serve.http.gate import Gate
 from argosy.serve.http.origins import Site
 from argosy.serve.http.page import PAGE_TYPES, docs, favicon, page, page_file, read_page
+from argosy.serve.http.route import Route, admin_route, get_route, post_route
 from argosy.serve.http.running import GoneAway, Running
 from argosy.serve.http.streams import JSON_LINES
 from argosy.serve.models.models import Models
@@ -82,30 +79,6 @@ async def openapi(request: Request) -> Response:
     """This document."""
     text = await asyncio.to_thread(_document, request.app.state.base_path)
     return Response(text, media_type="application/json")
-
-
-def _get(
-    path: str, handler: Callable[..., Any], scope: KeyScope | None, *, ends_in_name: bool = False, **described: Any
-) -> Route:  # fmt: skip
-    policy = Policy(method="GET", path=path, scope=scope, screens="nothing", ends_in_name=ends_in_name)
-    return Route(policy=policy, handler=handler, **described)
-
-
-def _post(
-    path: str, handler: Callable[..., Any], answer: Any, *, screens: Screens | None = None,
-    takes_media: bool = False, **described: Any,
-) -> Route:  # fmt: skip
-    policy = Policy(
-        method="POST", path=path, scope="infer", screens=screens, is_counted=True, takes_media=takes_media
-    )
-    return Route(policy=policy, handler=handler, answer=answer, **described)
-
-
-def _admin(path: str, handler: Callable[..., Any], answer: Any, **described: Any) -> Route:
-    return Route(
-        policy=Policy(method="POST", path=path, scope="admin", screens="nothing"), handler=handler, answer=answer,
-        **described,
-    )  # fmt: skip
 
 
 def _form(path: str, handler: Callable[..., Any], **described: Any) -> Route:
@@ -118,59 +91,69 @@ def _form(path: str, handler: Callable[..., Any], **described: Any) -> Route:
     )
 
 
+def new_governance() -> Governance:
+    """The governance of a server that was given none."""
+    return Governance() if GUARDS is None else GUARDS.Governing()
+
+
+def _governed(path: str) -> Sequence[Route]:
+    return () if GUARDS is None else GUARDS.ROUTES[path]
+
+
+# The folder `guards/` may be missing; this is the one place that looks for it.
+GUARDS: Any = (
+    importlib.import_module("argosy.serve.guards.governing") if find_spec("argosy.serve.guards") else None
+)
 _FILES = tuple(PAGE_TYPES.values())
 ROUTES = (
-    _get("/health", health, None, answer=Health),
-    _get("/ready", ready, None, answer=Ready),
-    _get("/openapi.json", openapi, None, answer=dict[str, Any]),
-    _get("/", page, None, media=_FILES[:1]),
-    _get("/docs", docs, None, media=_FILES[:1]),
-    _get("/favicon.ico", favicon, None, media=(PAGE_TYPES["svg"],)),
-    _get("/page/{name}", page_file, None, media=_FILES),
-    _get("/v1/models", models, "infer", answer=ModelList),
-    _get("/v1/models/{id}", model, "infer", answer=Model, ends_in_name=True),
-    _get("/metrics", metrics, "metrics", media=("text/plain",)),
-    _get("/v1/engine/state", engine_state, "metrics", answer=EngineState),
-    _get("/v1/engine/events", engine_events, "metrics", events=EngineState),
-    _get("/v1/cluster", list_workers, "metrics", answer=WorkerList),
-    _admin("/v1/cluster/add", add_worker, WorkerList, refusals=("409",)),
-    _admin("/v1/cluster/drain", drain_worker, WorkerList, refusals=("409",)),
+    get_route("/health", health, None, answer=Health),
+    get_route("/ready", ready, None, answer=Ready),
+    get_route("/openapi.json", openapi, None, answer=dict[str, Any]),
+    get_route("/", page, None, media=_FILES[:1]),
+    get_route("/docs", docs, None, media=_FILES[:1]),
+    get_route("/favicon.ico", favicon, None, media=(PAGE_TYPES["svg"],)),
+    get_route("/page/{name}", page_file, None, media=_FILES),
+    get_route("/v1/models", models, "infer", answer=ModelList),
+    get_route("/v1/models/{id}", model, "infer", answer=Model, ends_in_name=True),
+    get_route("/metrics", metrics, "metrics", media=("text/plain",)),
+    get_route("/v1/engine/state", engine_state, "metrics", answer=EngineState),
+    get_route("/v1/engine/events", engine_events, "metrics", events=EngineState),
+    get_route("/v1/cluster", list_workers, "metrics", answer=WorkerList),
+    admin_route("/v1/cluster/add", add_worker, WorkerList, refusals=("409",)),
+    admin_route("/v1/cluster/drain", drain_worker, WorkerList, refusals=("409",)),
     Route(
         policy=Policy(method="DELETE", path="/v1/engine/data/{key}", scope="admin", screens="nothing"),
         handler=erase_data, answer=Erasure, refusals=("404",),
     ),
-    _get("/v1/engine/transparency", transparency, "infer", answer=Transparency),
-    _get("/v1/engine/stops", stops.stops, "admin", answer=stops.Stopped),
-    _admin("/v1/engine/memory", memory.resize, MemoryState, refusals=("409",)),
-    _admin("/v1/engine/stops", stops.stop, stops.Stopped, refusals=("404",)),
-    _post("/tokenize", tokenize, Tokenized, screens="nothing", takes_media=True),
-    _post("/detokenize", detokenize, Detokenized, screens="nothing"),
-    _get("/tokenizer_info", tokenizer_info, "infer", answer=TokenizerInfo, refusals=("404",)),
-    _post("/apply-template", apply_template, Rendered, screens="nothing", takes_media=True),
-    _post(
+    *_governed("/v1/engine/transparency"),
+    *_governed("/v1/engine/stops")[:1],
+    admin_route("/v1/engine/memory", memory.resize, MemoryState, refusals=("409",)),
+    *_governed("/v1/engine/stops")[1:],
+    post_route("/tokenize", tokenize, Tokenized, screens="nothing", takes_media=True),
+    post_route("/detokenize", detokenize, Detokenized, screens="nothing"),
+    get_route("/tokenizer_info", tokenizer_info, "infer", answer=TokenizerInfo, refusals=("404",)),
+    post_route("/apply-template", apply_template, Rendered, screens="nothing", takes_media=True),
+    post_route(
         "/v1/chat/completions", openai_chat.chat_completions, openai_chat.ChatCompletion, screens="answers",
         takes_media=True, events=openai_chat.ChatChunk | OpenAIError, has_done=True,
     ),
-    _post(
+    post_route(
         "/v1/completions", openai_completions.completions, openai_completions.Completion, screens="answers",
         events=openai_completions.Completion | OpenAIError, has_done=True,
     ),
-    _post("/v1/embeddings", openai_embeddings.embeddings, openai_embeddings.Embeddings, screens="texts"),
-    _post("/v1/rerank", rerank.rerank, rerank.Reranked, screens="texts", refusals=("404",)),
-    _post("/rerank", rerank.rerank, rerank.Reranked, screens="texts", refusals=("404",)),
-    _post(
-        "/v1/moderations", openai_moderations.moderations, openai_moderations.Moderated, screens="texts",
-        refusals=("404",),
-    ),
-    _post(
+    post_route("/v1/embeddings", openai_embeddings.embeddings, openai_embeddings.Embeddings, screens="texts"),
+    post_route("/v1/rerank", rerank.rerank, rerank.Reranked, screens="texts", refusals=("404",)),
+    post_route("/rerank", rerank.rerank, rerank.Reranked, screens="texts", refusals=("404",)),
+    *_governed("/v1/moderations"),
+    post_route(
         "/v1/responses", openai_responses.responses, openai_responses.Answer, screens="answers", takes_media=True,
         events=openai_responses.Event, refusals=("404",),
     ),
-    _post(
+    post_route(
         "/v1/responses/input_tokens", openai_responses.input_tokens, openai_responses.InputTokens,
         screens="nothing", takes_media=True, refusals=("404",),
     ),
-    _get(
+    get_route(
         "/v1/responses/{id}", openai_responses.stored_response, "infer", answer=openai_responses.Answer,
         query={"stream": {"enum": ["false"]}},
     ),
@@ -178,43 +161,43 @@ ROUTES = (
         policy=Policy(method="DELETE", path="/v1/responses/{id}", scope="infer", screens="nothing"),
         handler=openai_responses.delete_response, answer=openai_responses.Deleted,
     ),
-    _get(
+    get_route(
         "/v1/responses/{id}/input_items", openai_responses.input_items, "infer", answer=openai_responses.InputItems,
         query=openai_responses.INPUT_ITEMS_QUERY,
     ),
-    _post(
+    post_route(
         "/v1/messages", anthropic_messages.messages, anthropic_messages.Message, screens="answers", takes_media=True,
         events=anthropic_messages.Event | AnthropicError,
     ),
     _form("/v1/audio/transcriptions", openai_audio.transcriptions, events=openai_audio.Event | OpenAIError),
     _form("/v1/audio/translations", openai_audio.translations),
-    _post(
+    post_route(
         "/v1/messages/count_tokens", anthropic_messages.count_tokens, anthropic_messages.Counted, screens="nothing",
         takes_media=True,
     ),
-    _post(
+    post_route(
         "/api/chat", ollama.chat, ollama.ChatLine, screens="answers", takes_media=True,
         events=ollama.ChatLine | OllamaError, encoding=JSON_LINES,
     ),
-    _post(
+    post_route(
         "/api/generate", ollama.generate, ollama.GenerateLine, screens="answers", takes_media=True,
         events=ollama.GenerateLine | OllamaError, encoding=JSON_LINES,
     ),
-    _post("/api/embed", ollama.embed, ollama.OllamaEmbeddings, screens="texts"),
-    _post("/api/embeddings", ollama.old_embed, ollama.OldEmbedding, screens="texts"),
-    _post("/api/show", ollama_models.show, ollama_models.Shown, screens="nothing"),
-    _get("/api/tags", ollama_models.tags, "infer", answer=ollama_models.OllamaModels),
-    _get("/api/ps", ollama_models.ps, "infer", answer=ollama_models.LoadedModels),
-    _get("/api/version", ollama_models.api_version, None, answer=ollama_models.ApiVersion),
-    _post(
+    post_route("/api/embed", ollama.embed, ollama.OllamaEmbeddings, screens="texts"),
+    post_route("/api/embeddings", ollama.old_embed, ollama.OldEmbedding, screens="texts"),
+    post_route("/api/show", ollama_models.show, ollama_models.Shown, screens="nothing"),
+    get_route("/api/tags", ollama_models.tags, "infer", answer=ollama_models.OllamaModels),
+    get_route("/api/ps", ollama_models.ps, "infer", answer=ollama_models.LoadedModels),
+    get_route("/api/version", ollama_models.api_version, None, answer=ollama_models.ApiVersion),
+    post_route(
         "/infill", llama_infill.infill, llama_infill.Filled, screens="answers",
         events=llama_infill.InfillPiece | llama_infill.Filled | OpenAIError,
     ),
-    _get(
+    get_route(
         "/props", llama_server.props, "infer", answer=llama_server.Props, query=llama_server.MODEL_QUERY,
         refusals=("404",),
     ),
-    _get(
+    get_route(
         "/slots", llama_server.slots, "metrics", answer=list[llama_server.Slot], query=llama_server.MODEL_QUERY,
         refusals=("404",),
     ),
@@ -225,20 +208,6 @@ ROUTES = (
 def _document(base_path: str) -> str:
     """Build the document on first use: it takes a tenth of a second, which would delay the start."""
     return json.dumps(document(ROUTES, version("argosy"), base_path=base_path))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Governance:
-    """What an operator does about requests besides answering them.
-
-    guarding: policies, and what is stopped; None: there are none.
-    auditor: records requests; None: nobody does.
-    practice: how the server treats texts, for `/v1/engine/transparency`.
-    """
-
-    guarding: Guarding | None = None
-    auditor: Auditor | None = None
-    practice: Practice = field(default_factory=Practice)
 
 
 def make_app(
@@ -258,7 +227,7 @@ def make_app(
 
     Args:
         served: the models, or the service of the only one.
-        governance: policies, the audit, and what users are told; None: nothing is checked, recorded or kept.
+        governance: policies, the audit, and what users are told; None: there are no policies, and nothing is recorded.
         workers: run experts for the model; None: it runs alone.
         co2_grams_per_kwh: emissions of the electricity here; None: unknown.
         memory_watch: keeps the budget within limits; None: only who asks for another budget changes it.
@@ -268,21 +237,18 @@ def make_app(
     """
     models = served if isinstance(served, Models) else Models.of(served)
     site = Site() if site is None else site
-    governance = Governance() if governance is None else governance
-    guarding, auditor = governance.guarding or Guarding(), governance.auditor
-    guarding.require_models(models.names)
-    running = Running(guarding.why_not)
-    guarding.changed, guarding.checks.ask_model = running.look_soon, ModelJudge(models, running)
+    governance = new_governance() if governance is None else governance
+    running = Running(governance.why_not)
     app = Starlette()
-    app.state.guarding, app.state.practice = guarding, governance.practice
+    app.state.governance = governance
     app.state.models, app.state.page = models, read_page()
     app.state.block_tokens, app.state.max_sequences = block_tokens, max_sequences
     app.state.base_path = site.base_path
     app.state.metrics = Metrics(models, workers, co2_grams_per_kwh=co2_grams_per_kwh)
     app.state.memory_watch = memory.MemoryWatch(models) if memory_watch is None else memory_watch
-    app.state.workers, app.state.ring, app.state.auditor = workers, ring, auditor
+    app.state.workers, app.state.ring = workers, ring
     app.state.running = running
-    app.state.metrics.registry.register(guarding)
+    governance.join(models, running, app.state.metrics.registry)
     for route in ROUTES:
         answer = answering_form if route.policy.takes_form else answering
         endpoint = answer(route.handler, route.body)
@@ -295,7 +261,7 @@ def make_app(
     return Gate(
         app, [route.policy for route in ROUTES], ring, limits or Limits(), site=site, hints=ollama.HINTS,
         takes_media=models.takes_media, observe=app.state.metrics.observe, running=running,
-        hooks=[*(() if auditor is None else (auditor,)), guarding, app.state.metrics.answers],
+        hooks=[*governance.hooks, app.state.metrics.answers],
     )  # fmt: skip
 
 

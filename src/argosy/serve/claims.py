@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from argosy.config import MIB, PROCESS, Claim
-from argosy.serve.guards.audited import AUDIT_BYTES
-from argosy.serve.http.held import BODY_BYTES, MEDIA_BODIES_BYTES
+from argosy.serve.http.held import AUDIT_BYTES, BODY_BYTES, MEDIA_BODIES_BYTES
 
 # Connections and threads, each with an allocator of its own: 18 MiB. A second process that renders chat templates:
 # 11 MiB that it does not share with the first. Measured values, rounded up.

@@ -17,14 +17,11 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from argosy.config import KV_BLOCK_TOKENS
 from argosy.errors import UsageError
-from argosy.guard.audit import Audit, AuditSettings
-from argosy.guard.chain import Head
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.guard.limits import Limits, UseFile
 from argosy.observe.recorder import Recorder
@@ -32,14 +29,12 @@ from argosy.serve.admin.cluster import Workers
 from argosy.serve.admin.key_watch import KeyWatch
 from argosy.serve.admin.memory import MemoryWatch
 from argosy.serve.admin.state import watch_prompts
-from argosy.serve.admin.transparency import Practice
 from argosy.serve.answer.kept_items import KEPT_S, KeptItems
 from argosy.serve.answer.media_hosts import MediaHosts
 from argosy.serve.answer.service import Common
 from argosy.serve.answer.work import Work
-from argosy.serve.app import Governance, make_app
-from argosy.serve.guards.audited import Auditor
-from argosy.serve.guards.guarding import Guarding
+from argosy.serve.app import GUARDS, make_app
+from argosy.serve.governance import Governance
 from argosy.serve.http.listen import Front, Listener
 from argosy.serve.http.log import LogFormat, LogWriter
 from argosy.serve.http.origins import Origins, Site
@@ -59,6 +54,8 @@ from argosy.serve.models.opened import (
 if TYPE_CHECKING:
     from argosy.engine.engine import Engine
     from argosy.forecast.forecast import Speeds
+    from argosy.guard.audit import AuditSettings
+    from argosy.serve.guards.guarding import Guarding
 
 log = logging.getLogger("argosy.serve")
 
@@ -149,13 +146,18 @@ class ServerSettings:
             max_connections=self.max_connections,
         )  # fmt: skip
 
-    @property
-    def practice(self) -> Practice:
-        """How the server treats texts, as it tells its users."""
-        return Practice(
+    @contextmanager
+    def governance(self) -> Iterator[Governance]:
+        """Govern the server until it ends."""
+        if GUARDS is None:
+            yield Governance()
+            return
+        practice = GUARDS.Practice(
             has_watermark=self.has_watermark, responses_s=self.store_s if self.store else None,
             prefix_files_s=self.prefix_files_s, audit=self.audit,
         )  # fmt: skip
+        with GUARDS.governing(self.guarding, practice, policy_sha256=self.policy_sha256) as governance:
+            yield governance
 
     @property
     def keeps_content(self) -> bool:
@@ -211,12 +213,12 @@ def serve(
         UsageError: another process has started to listen there in the meantime.
         ArgosyError: a model that is loaded first cannot be opened, or does not fit.
     """
-    with _keyed(settings) as (ring, limits, auditor):
+    with _keyed(settings) as (ring, limits, governance):
         models = make_models(settings.common(ring, kept_bytes=kept_bytes))
         try:
             _run(
                 models, ring, limits, sockets, settings, max_sequences=max_sequences, preload=preload,
-                expectation=expectation, auditor=auditor,
+                expectation=expectation, governance=governance,
             )  # fmt: skip
         finally:
             for service in models.services():
@@ -280,8 +282,8 @@ def several_models(
 
 
 @contextmanager
-def _keyed(settings: ServerSettings) -> Iterator[tuple[KeyRing, Limits, Auditor | None]]:
-    """The keys and limits of a server, its log and its audit, until it ends."""
+def _keyed(settings: ServerSettings) -> Iterator[tuple[KeyRing, Limits, Governance]]:
+    """The keys and limits of a server, its log and its governance, until it ends."""
     keys = settings.keys
     require_keys(settings.host, keys)
     require_keys_behind_proxy(settings.front, keys)
@@ -291,12 +293,7 @@ def _keyed(settings: ServerSettings) -> Iterator[tuple[KeyRing, Limits, Auditor 
     limits = Limits(file=counts, known=ring.ids)
     with logging_to_stderr(settings.log_format, settings.log_bytes), ExitStack() as closing:
         closing.callback(limits.close)
-        auditor = None
-        if settings.audit is not None:
-            audit = _open_audit(settings.audit, settings.policy_sha256)
-            closing.callback(audit.close)
-            auditor = Auditor(audit, policy=settings.policy_sha256)
-        yield ring, limits, auditor
+        yield ring, limits, closing.enter_context(settings.governance())
 
 
 @contextmanager
@@ -311,14 +308,6 @@ def logging_to_stderr(log_format: LogFormat, most_bytes: int | None = None) -> I
         writer.close()
 
 
-def _open_audit(settings: AuditSettings, policy: str) -> Audit:
-    def announce(head: Head) -> None:
-        log.info("audit anchor %s", head, extra={"facts": {"event": "audit_anchor", "anchor": str(head)}})
-
-    facts = {"version": version("argosy"), "policy": policy}
-    return Audit(settings, facts=facts, report=lambda text: log.error("%s", text), announce=announce)
-
-
 def _run(
     models: Models,
     ring: KeyRing,
@@ -329,7 +318,7 @@ def _run(
     max_sequences: int,
     preload: Sequence[str] = (),
     expectation: str | None = None,
-    auditor: Auditor | None = None,
+    governance: Governance,
 ) -> None:
     watch = MemoryWatch(models)
     app = make_app(
@@ -340,7 +329,7 @@ def _run(
         max_sequences=max_sequences,
         site=settings.site,
         limits=limits,
-        governance=Governance(guarding=settings.guarding, auditor=auditor, practice=settings.practice),
+        governance=governance,
         workers=settings.workers,
         co2_grams_per_kwh=settings.co2_grams_per_kwh,
     )
@@ -359,18 +348,7 @@ def _run(
         await asyncio.gather(watch.run(), watch_prompts(models))
 
     with KeyWatch(ring, limits, app.running, models.revoke):
-        guarding = settings.guarding
         run_app(
             app, models, settings.endpoint(sockets), started, preload=preload, beside=beside,
-            reload=None if guarding is None else lambda: _reload(guarding),
+            reload=None if settings.guarding is None else governance.reload,
         )  # fmt: skip
-
-
-def _reload(guarding: Guarding) -> None:
-    """Read the policies again."""
-    try:
-        guarding.reload()
-    except UsageError as error:
-        log.error("policy: the policies in use stay: %s", error)
-    else:
-        log.info("policy: the policies were read again, sha256 %s", guarding.digest)

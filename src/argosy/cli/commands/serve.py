@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from argosy.engine.shared import Ready
     from argosy.forecast.forecast import Speeds
     from argosy.library.names import Named
+    from argosy.serve.guards.guarding import Guarding
     from argosy.serve.http.listen import Listener
     from argosy.serve.run import ServerSettings
 
@@ -114,10 +115,8 @@ def serve(
     """
     # Imported before the engine, because the memory plan counts the memory that the process already uses.
     from argosy.cli.commands.served_library import ServedPresets
-    from argosy.guard.audit import check_audit
     from argosy.library.names import preset_of
     from argosy.serve.answer.media_hosts import MediaHosts
-    from argosy.serve.guards.guarding import Guarding
     from argosy.serve.http.origins import Origins
     from argosy.serve.http.server import make_room_for_files
     from argosy.serve.http.work import share_one_heap
@@ -150,7 +149,7 @@ def serve(
         media_hosts=MediaHosts(given.media_host) if given.media_host else None, audit=keeping.audit,
         co2_grams_per_kwh=given.co2_grams_per_kwh,
         store_s=keeping.store_s,
-        guarding=None if given.policy is None else Guarding(given.policy),
+        guarding=_guarding(given.policy),
         has_watermark="watermark" in settings,
         prefix_files_s=None if kept is None else kept.ttl_s,
         presets=ServedPresets(None if given.library else dict(zip(ids, found, strict=True))),
@@ -161,6 +160,8 @@ def serve(
         print("the settings are valid")
         return
     if keeping.audit is not None:
+        from argosy.guard.audit import check_audit
+
         check_audit(keeping.audit)
     more = {
         "grammars": True, "max_sequences": given.max_sequences, "max_waiting": given.max_waiting,
@@ -211,6 +212,14 @@ def _refuse_beside_library(**options: Any) -> None:
                 f"--library and {what} exclude each other: the library is every local model",
                 hint="`argosy serve MODEL... --idle-unload 15m` serves some of them",
             )
+
+
+def _guarding(policy: Path | None) -> Guarding | None:
+    if policy is None:
+        return None
+    from argosy.serve.guards.guarding import Guarding
+
+    return Guarding(policy)
 
 
 def _kv_dir(path: Path, kept_s: float | None) -> KvDir:

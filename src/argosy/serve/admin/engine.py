@@ -20,11 +20,10 @@ _STATE_S = 0.5
 
 def _state(request: Request) -> EngineState:
     state, key = request.app.state, request.state.caller.key
-    audit = state.practice.audit
     return state_of(
         state.models, block_tokens=state.block_tokens, max_sequences=state.max_sequences,
         with_heat=key is not None and "admin" in key.scopes, workers=state.workers,
-        keeps_contents=audit is not None and audit.with_content,
+        keeps_contents=state.governance.keeps_contents,
     )  # fmt: skip
 
 

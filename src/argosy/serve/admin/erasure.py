@@ -10,7 +10,7 @@ from typing import Literal
 from starlette.requests import Request
 
 from argosy.guard.keys import is_key_id
-from argosy.serve.guards.audited import Auditor
+from argosy.serve.governance import Governance
 from argosy.serve.http.closed import Closed
 from argosy.serve.http.failures import Refused
 from argosy.serve.models.models import models_of
@@ -44,10 +44,10 @@ async def erase_data(request: Request) -> Erasure:
     if key_id is None:  # what is not a key's id does not get into the audit
         raise Refused(404, "there is no key with this id or name", hint="name a revoked key by its id")
     found = models_of(request)
-    auditor: Auditor | None = state.auditor
+    governance: Governance = state.governance
 
     def erase() -> tuple[int, int, int | None]:
-        return *found.erase(key_id), None if auditor is None else auditor.erase(key_id)
+        return *found.erase(key_id), governance.erase(key_id)
 
     responses, answers, contents = await state.running.erase(key_id, erase)
     return {

@@ -42,7 +42,7 @@ async def ready(request: Request) -> Ready:
                 retry_after_s=30,
                 hint="restart the server if this lasts",
             )
-    served = (models.work, request.app.state.guarding, *models.services())
+    served = (models.work, request.app.state.governance, *models.services())
     if any(one.has_stopped for one in served):
         raise Overloaded(
             "requests wait for a thread that does not come",

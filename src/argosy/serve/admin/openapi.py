@@ -12,16 +12,16 @@ Elsewhere: the table is `app.py`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from collections.abc import Sequence
+from typing import Any
 
 from pydantic import TypeAdapter
 from pydantic.json_schema import JsonSchemaMode
 
 from argosy.serve.http.access import FORM_TYPE, Policy, dialect_of
 from argosy.serve.http.failures import AnthropicError, OllamaError, OpenAIError
-from argosy.serve.http.streams import DONE, JSON_LINES, SSE, Encoding
+from argosy.serve.http.route import Route
+from argosy.serve.http.streams import DONE, JSON_LINES, SSE
 
 _REFUSALS = {
     "400": "The request is invalid.",
@@ -51,35 +51,6 @@ _GENERATED = {
     "x-ai-generated": {"description": "A model wrote the answer.", "schema": {"const": "1"}, "required": True}
 }
 _BYTES: dict[str, Any] = {"type": "string"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Route:
-    """One row of the table.
-
-    answer: type of the handler's JSON answer; None if the answer is not JSON.
-    events: type of the data of each event that the handler may stream instead; None if it does not stream.
-    encoding: how the stream writes events.
-    has_done: the last event is DONE.
-    media: content types other than JSON.
-    refusals: statuses of the handler's refusals, besides those that follow from the policy.
-    query: schemas of the parameters in the query that the handler reads, by name.
-    """
-
-    policy: Policy
-    handler: Callable[..., Any]
-    answer: Any = None
-    events: Any = None
-    encoding: Encoding = SSE
-    has_done: bool = False
-    media: tuple[str, ...] = ()
-    refusals: tuple[str, ...] = ()
-    query: Mapping[str, dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def body(self) -> Any:
-        """The model of the request body; None if the handler takes no body."""
-        return get_type_hints(self.handler).get("body")
 
 
 def document(routes: Sequence[Route], version: str, *, base_path: str = "") -> dict[str, Any]:

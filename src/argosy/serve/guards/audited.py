@@ -14,17 +14,15 @@ import json
 import time
 from collections.abc import Mapping
 
-from argosy.config import MIB
 from argosy.engine.sequence import Result
 from argosy.errors import Overloaded
 from argosy.guard.audit import Audit, Content
 from argosy.serve.http.access import Policy
 from argosy.serve.http.caller import Caller, Hook, Tally, Watch
-from argosy.serve.http.held import Pool, Share
+from argosy.serve.http.held import AUDIT_BYTES, Pool, Share
 from argosy.serve.http.incoming import trace_of
 
 MOST_SAID_BYTES = 1 << 20
-AUDIT_BYTES = 16 * MIB  # contents of requests until an audit that keeps them has written them
 _MOST_TEXT = 128  # characters of a text in an envelope
 _MOST_TEXTS = 32
 

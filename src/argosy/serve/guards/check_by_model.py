@@ -3,7 +3,7 @@
     Question  ─ a form of `guard/guard_models.py` ─>  a conversation  ─ the model's template ─>  answer  ->  Verdict
 
 The question runs like any request of the same key, so nothing is shared between tenants. Its tokens count for nobody,
-unless the key asks for the verdict itself (`serve/dialects/openai_moderations.py`). The model is loaded if it is not in
+unless the key asks for the verdict itself (`serve/guards/moderations.py`). The model is loaded if it is not in
 memory, like any model of the server.
 
 Elsewhere: `checks.py` calls this, within the time of the check.

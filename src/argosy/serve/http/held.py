@@ -23,6 +23,7 @@ MEDIA_BODY_BYTES = (
 )  # the largest body with pictures and sounds: a file of 32 MiB takes 43 MiB as base64
 # Added to BODY_BYTES if the model takes media: the largest body, and the text or the files made from it.
 MEDIA_BODIES_BYTES = 2 * MEDIA_BODY_BYTES
+AUDIT_BYTES = 16 * MIB  # contents of requests until an audit that keeps them has written them
 _RETRY_S = 1
 
 

@@ -46,7 +46,7 @@ class Stopped(Closed):
 
 
 def _stops_of(request: Request) -> Stops:
-    stops: Stops = request.app.state.guarding.stops
+    stops: Stops = request.app.state.governance.guarding.stops
     return stops
 
 

@@ -98,8 +98,8 @@ _NOT_MARKED = [
 
 async def transparency(request: Request) -> Transparency:
     """Say that a machine answers, whether answers are marked, how long data is kept, and which policy holds."""
-    practice: Practice = request.app.state.practice
-    guarding: Guarding = request.app.state.guarding
+    practice: Practice = request.app.state.governance.practice
+    guarding: Guarding = request.app.state.governance.guarding
     caller: Caller = request.state.caller
     in_force = guarding.in_force(caller.key)
     audit = practice.audit

@@ -1,0 +1,49 @@
+"""What an operator does about requests besides answering them; a server without the folder `guards/` does nothing.
+
+    make_app  ->  Governance.join; its hooks  ->  gate        admin routes  ->  has_stopped, keeps_contents, erase
+
+Elsewhere: policies, stops and the audit are `guards/governing.py`, which `app.py` looks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from prometheus_client import CollectorRegistry
+
+from argosy.errors import ArgosyError
+from argosy.guard.keys import Key
+from argosy.serve.http.caller import Hook
+from argosy.serve.http.running import Running
+from argosy.serve.models.models import Models
+
+
+class Governance:
+    """Here: nothing is checked, stopped or recorded.
+
+    hooks: what happens around every request.
+    has_stopped: requests wait for a thread that does not come.
+    keeps_contents: it keeps what requests say.
+    """
+
+    hooks: Sequence[Hook] = ()
+    has_stopped: bool = False
+    keeps_contents: bool = False
+
+    def why_not(self, key: Key | None, uses: Collection[str], persons: Collection[str]) -> ArgosyError | None:
+        """Why a request may not run now, given its key and the `uses` and `persons` of its `Run`; None: it may."""
+        return None
+
+    def join(self, models: Models, running: Running, registry: CollectorRegistry) -> None:
+        """Take part in a server with these models, running requests and metrics.
+
+        Raises:
+            UsageError: it needs a model that the server does not have.
+        """
+
+    def reload(self) -> None:
+        """Read its files again."""
+
+    def erase(self, key_id: str) -> int | None:
+        """Erase what it keeps of a key; return the number of contents, or None if it never keeps any. Blocks."""
+        return None

@@ -1,0 +1,67 @@
+"""A row of the table of routes: who may call it, what answers, and what the answer looks like.
+
+Elsewhere: the table is `serve/app.py`; the document made of it is `serve/admin/openapi.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+from argosy.guard.keys import Scope as KeyScope
+from argosy.serve.http.access import Policy, Screens
+from argosy.serve.http.streams import SSE, Encoding
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """One row of the table.
+
+    answer: type of the handler's JSON answer; None if the answer is not JSON.
+    events: type of the data of each event that the handler may stream instead; None if it does not stream.
+    encoding: how the stream writes events.
+    has_done: the last event is DONE.
+    media: content types other than JSON.
+    refusals: statuses of the handler's refusals, besides those that follow from the policy.
+    query: schemas of the parameters in the query that the handler reads, by name.
+    """
+
+    policy: Policy
+    handler: Callable[..., Any]
+    answer: Any = None
+    events: Any = None
+    encoding: Encoding = SSE
+    has_done: bool = False
+    media: tuple[str, ...] = ()
+    refusals: tuple[str, ...] = ()
+    query: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def body(self) -> Any:
+        """The model of the request body; None if the handler takes no body."""
+        return get_type_hints(self.handler).get("body")
+
+
+def get_route(
+    path: str, handler: Callable[..., Any], scope: KeyScope | None, *, ends_in_name: bool = False, **described: Any
+) -> Route:  # fmt: skip
+    policy = Policy(method="GET", path=path, scope=scope, screens="nothing", ends_in_name=ends_in_name)
+    return Route(policy=policy, handler=handler, **described)
+
+
+def post_route(
+    path: str, handler: Callable[..., Any], answer: Any, *, screens: Screens | None = None,
+    takes_media: bool = False, **described: Any,
+) -> Route:  # fmt: skip
+    policy = Policy(
+        method="POST", path=path, scope="infer", screens=screens, is_counted=True, takes_media=takes_media
+    )
+    return Route(policy=policy, handler=handler, answer=answer, **described)
+
+
+def admin_route(path: str, handler: Callable[..., Any], answer: Any, **described: Any) -> Route:
+    return Route(
+        policy=Policy(method="POST", path=path, scope="admin", screens="nothing"), handler=handler, answer=answer,
+        **described,
+    )  # fmt: skip
