@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from argosy.checkpoint.dense import DenseModel, open_dense
-from argosy.checkpoint.gguf_tokenizer import tokenizer_files
+from argosy.checkpoint.vocabulary.gguf_tokenizer import tokenizer_files
 from argosy.demo.base import extract_gguf, fetch_wheel
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"

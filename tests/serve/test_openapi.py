@@ -68,8 +68,8 @@ class ShortLoop:
     def revoke(self, tenant: str) -> None:
         self._loop.revoke(tenant)
 
-    def resize(self, budget_bytes: int) -> MemoryPlan:
-        plan: MemoryPlan = self._loop.resize(budget_bytes)
+    def resize(self, budget_bytes: int, **more: Any) -> MemoryPlan:
+        plan: MemoryPlan = self._loop.resize(budget_bytes, **more)
         return plan
 
     def snapshot(self) -> LoopFacts:
