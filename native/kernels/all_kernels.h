@@ -4,6 +4,8 @@
 // library: if two instruction sets share a function name, both compile it and the linker keeps only one.
 #pragma once
 
+#include <utility>
+
 #include "kernels/activations.h"
 #include "kernels/attend.h"
 #include "kernels/attention.h"
@@ -50,9 +52,14 @@ struct TableBuilder {
   constexpr void set_quantized() {
     (set(kFormats, matmul_quantized<kFormats>), ...);
   }
-  template <BlockType... kTypes>
+  // All types that become panels; those of f8 have kernels of their own.
+  template <BlockType kType>
   constexpr void set_panels() {
-    (set(kTypes, transcode_panels<kTypes>), ...);
+    if constexpr (slot_format(kType) != Format::f8) set(kType, transcode_panels<kType>);
+  }
+  template <size_t... kTypes>
+  constexpr void set_all_panels(std::index_sequence<kTypes...>) {
+    (set_panels<BlockType(kTypes)>(), ...);
   }
 };
 
@@ -111,10 +118,7 @@ constexpr KernelTable kernel_table_named(const char* name) {
   builder.set_quantized<Format::q8, Format::q4, Format::q4_1, Format::q5_0, Format::q5_1, Format::q4_k,
                         Format::q5_k, Format::q6_k, Format::q2_k, Format::q3_k, Format::iq4_nl,
                         Format::iq4_xs, Format::mxfp4, Format::int4>();
-  builder.set_panels<BlockType::q8_0, BlockType::q4_0, BlockType::q4_1, BlockType::q5_0, BlockType::q5_1,
-                     BlockType::q4_k, BlockType::q5_k, BlockType::q6_k, BlockType::q2_k, BlockType::q3_k,
-                     BlockType::iq4_nl, BlockType::iq4_xs, BlockType::mxfp4, BlockType::int4_quants,
-                     BlockType::int4_scales, BlockType::mxfp4_quants, BlockType::mxfp4_scales>();
+  builder.set_all_panels(std::make_index_sequence<kNumBlockTypes>());
   builder.set(BlockType::f8_codes, transcode_f8_codes);
   builder.set(BlockType::f8_scales, transcode_f8_scales<BlockType::f8_scales>);
   builder.set(BlockType::f8_scales_bf16, transcode_f8_scales<BlockType::f8_scales_bf16>);

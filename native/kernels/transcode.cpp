@@ -4,23 +4,18 @@
 
 namespace argosy {
 
-namespace {
-constexpr std::string_view kNames[kNumBlockTypes] = {
-    "Q8_0",        "Q4_0",         "Q4_1",         "Q5_0",     "Q5_1",      "Q4_K",          "Q5_K",
-    "Q6_K",        "Q2_K",         "Q3_K",         "IQ4_NL",   "IQ4_XS",    "MXFP4",         "int4_quants",
-    "int4_scales", "mxfp4_quants", "mxfp4_scales", "f8_codes", "f8_scales", "f8_scales_bf16"};
-}
-
 std::optional<BlockType> block_type_named(std::string_view name) {
-  for (int i = 0; i < kNumBlockTypes; ++i) {
-    if (kNames[i] == name) return BlockType(i);
+  for (const BlockTypeEntry& entry : kBlockTypes) {
+    if (entry.name == name) return entry.type;
   }
   return std::nullopt;
 }
 
 std::string known_block_types() {
   std::string known;
-  for (const std::string_view name : kNames) known += (known.empty() ? "" : ", ") + std::string(name);
+  for (const BlockTypeEntry& entry : kBlockTypes) {
+    known += (known.empty() ? "" : ", ") + std::string(entry.name);
+  }
   return known;
 }
 

@@ -60,22 +60,51 @@ enum class BlockType : uint8_t {
   f8_scales,
   f8_scales_bf16
 };
-[[maybe_unused]] static constexpr int kNumBlockTypes = 20;
 
-static inline constexpr Format slot_format(BlockType type) {
-  constexpr Format formats[kNumBlockTypes] = {
-      Format::q8,   Format::q4,    Format::q4_1,  Format::q5_0,   Format::q5_1,   Format::q4_k,  Format::q5_k,
-      Format::q6_k, Format::q2_k,  Format::q3_k,  Format::iq4_nl, Format::iq4_xs, Format::mxfp4, Format::int4,
-      Format::int4, Format::mxfp4, Format::mxfp4, Format::f8,     Format::f8,     Format::f8};
-  return formats[int(type)];
-}
+// name: its GGUF name, or the name of a part.   format: the slot format that holds it.
+// bytes: of one block in the file.
+struct BlockTypeEntry {
+  BlockType type;
+  std::string_view name;
+  Format format;
+  int64_t bytes;
+};
+[[maybe_unused]] static constexpr BlockTypeEntry kBlockTypes[] = {
+    {BlockType::q8_0, "Q8_0", Format::q8, 34},
+    {BlockType::q4_0, "Q4_0", Format::q4, 18},
+    {BlockType::q4_1, "Q4_1", Format::q4_1, 20},
+    {BlockType::q5_0, "Q5_0", Format::q5_0, 22},
+    {BlockType::q5_1, "Q5_1", Format::q5_1, 24},
+    {BlockType::q4_k, "Q4_K", Format::q4_k, 144},
+    {BlockType::q5_k, "Q5_K", Format::q5_k, 176},
+    {BlockType::q6_k, "Q6_K", Format::q6_k, 210},
+    {BlockType::q2_k, "Q2_K", Format::q2_k, 84},
+    {BlockType::q3_k, "Q3_K", Format::q3_k, 110},
+    {BlockType::iq4_nl, "IQ4_NL", Format::iq4_nl, 18},
+    {BlockType::iq4_xs, "IQ4_XS", Format::iq4_xs, 136},
+    {BlockType::mxfp4, "MXFP4", Format::mxfp4, 17},
+    {BlockType::int4_quants, "int4_quants", Format::int4, 16},
+    {BlockType::int4_scales, "int4_scales", Format::int4, 2},
+    {BlockType::mxfp4_quants, "mxfp4_quants", Format::mxfp4, 16},
+    {BlockType::mxfp4_scales, "mxfp4_scales", Format::mxfp4, 1},
+    {BlockType::f8_codes, "f8_codes", Format::f8, 1},
+    {BlockType::f8_scales, "f8_scales", Format::f8, 4},
+    {BlockType::f8_scales_bf16, "f8_scales_bf16", Format::f8, 2},
+};
+[[maybe_unused]] static constexpr int kNumBlockTypes = int(sizeof(kBlockTypes) / sizeof(kBlockTypes[0]));
+
+static inline constexpr const BlockTypeEntry& entry_of(BlockType type) { return kBlockTypes[int(type)]; }
+static_assert([] {
+  for (int i = 0; i < kNumBlockTypes; ++i) {
+    if (kBlockTypes[i].type != BlockType(i)) return false;
+  }
+  return true;
+}());
+
+static inline constexpr Format slot_format(BlockType type) { return entry_of(type).format; }
 
 // Bytes of one block in the file.
-static inline constexpr int64_t block_bytes(BlockType type) {
-  constexpr int64_t bytes[kNumBlockTypes] = {34, 18,  20, 22, 24, 144, 176, 210, 84, 110,
-                                             18, 136, 17, 16, 2,  16,  1,   1,   4,  2};
-  return bytes[int(type)];
-}
+static inline constexpr int64_t block_bytes(BlockType type) { return entry_of(type).bytes; }
 
 // Whether the type holds only quants, and whether it holds only scales.
 static inline constexpr bool is_quants(BlockType type) {
