@@ -187,7 +187,7 @@ def stretch(
     attack = attackers and attackers.submit(_attack_alone, port, keys[1:], num_attackers, ends_at)
     found = asyncio.run(_ask(port, keys[0], ends_at))
     if attack is not None:
-        found.add(attack.result())
+        found.add(attack.result())  # type: ignore[union-attr]
     return found
 
 

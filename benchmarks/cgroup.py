@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 _POLL_S = 0.05
 _numbers = itertools.count(1)
@@ -216,7 +216,7 @@ def _hierarchies(reasons: list[str]) -> Iterator[_Hierarchy]:
 
 def _own_groups() -> dict[str, str]:
     """Maps each controller to this process's group; the v2 hierarchy has no controller name."""
-    groups = {}
+    groups: dict[str, Any] = {}
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         groups |= dict.fromkeys(controllers.split(","), path)

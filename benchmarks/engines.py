@@ -120,7 +120,7 @@ class Run:
 
     def total(self, kind: str, key: str) -> float:
         """Sum of a counter over all prefills or all tokens."""
-        return sum(event.get(key, 0) for event in self._of(kind))
+        return sum(float(event.get(key, 0)) for event in self._of(kind))
 
     def median(self, kind: str, key: str) -> float:
         """The median of a figure over the prefills or tokens that have it; NaN without one."""

@@ -7,6 +7,8 @@ llama-quantize.
 
 from __future__ import annotations
 
+from typing import Any
+
 import gguf
 import numpy as np
 from gguf.quants import quantize
@@ -76,18 +78,18 @@ def _half(values: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.fl
     return rounded.reshape(-1, 1).view(np.uint8), rounded.astype(np.float32)
 
 
-def _joined(parts: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+def _joined(parts: NDArray[np.integer[Any]], bits: int) -> NDArray[np.uint8]:
     """Join parts [n, k, m] of `bits` bits each into bytes [n, m], the first part in the lowest bits."""
     shifts = np.arange(parts.shape[1], dtype=np.uint8) * np.uint8(bits)
-    return np.bitwise_or.reduce(parts << shifts[:, None], axis=1)
+    return np.bitwise_or.reduce(parts << shifts[:, None], axis=1)  # type: ignore[no-any-return]
 
 
-def _halves(quants: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _halves(quants: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
     """Pack 4-bit codes [n, 256]: of each 64, the first 32 go into the low halves of 32 bytes."""
     return _joined(quants.reshape(-1, 2, 32), 4).reshape(-1, 128)
 
 
-def _pairs(quants: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _pairs(quants: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
     """Pack 2-bit codes [n, 256]: of each 128, four runs of 32 share 32 bytes."""
     return _joined(quants.reshape(-1, 4, 32), 2).reshape(-1, 64)
 

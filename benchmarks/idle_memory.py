@@ -101,7 +101,7 @@ def measure(report: Report, model: Path, options: argparse.Namespace) -> int:
         runs[name].append(found)
         return {key: found[key] for key in ("tok_per_s", "hit_rate", "read_mb", "prefill_s", "peak")}
 
-    samples = alternate({name: lambda name=name: run(name) for name in runs}, options.repeats)
+    samples = alternate({name: lambda name=name: run(name) for name in runs}, options.repeats)  # type: ignore[misc]
     every = [one for many in runs.values() for one in many]
     if any(one["ids"] != every[0]["ids"] for one in every):
         raise SystemExit("the answers differ")

@@ -39,7 +39,7 @@ class Sequence:
     def __init__(self, runtime: _native.Runtime, heads: int, context: int, dtype: str) -> None:
         self.runtime, self.heads, self.context = runtime, heads, context
         blocks = -(-context // BLOCK)
-        self.kv = _native.KvCache([_native.KvShape.latent(RANK + ROPE)], blocks, BLOCK, dtype)
+        self.kv = _native.KvCache([_native.KvShape.latent(RANK + ROPE)], blocks, BLOCK, dtype)  # type: ignore[arg-type]
         self.vectors = np.random.default_rng(0).standard_normal((context, RANK + ROPE), dtype=np.float32)
         if dtype != "f32":
             # Whole numbers to 127, the largest of them in every 32, are what both other formats keep.

@@ -35,7 +35,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import h11
 
@@ -429,7 +429,7 @@ def compare(
     samples: dict[str, list[Sample]],
     peer: str,
     clients: int,
-    facts: dict[str, object],
+    facts: dict[str, Any],
 ) -> None:
     """Quotients of medians; if the peer ran with several thread counts, its best counts."""
 

@@ -17,7 +17,7 @@ import itertools
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -73,7 +73,7 @@ def attend(report: Report, context: int, threads: int, seconds: float) -> None:
     """Print what attention alone reaches at this context."""
     runtime = _native.Runtime(threads)
     wall_of = product(runtime)
-    facts = {"context": context, "threads": threads}
+    facts: dict[str, Any] = {"context": context, "threads": threads}
     name = f"{context // 1024}k {threads}T"
     for dtype in get_args(KvDtype):
         memory, keys = probe_memory(threads), Keys(runtime, context, dtype)
@@ -116,7 +116,7 @@ def converse(
 ) -> list[Sample]:
     """Print prefill and decode of the whole model at this context, beside llama.cpp if it is installed."""
     name = f"{kind} {context // 1024}k {threads}T"
-    facts = {"attention": kind, "context": context, "threads": threads}
+    facts: dict[str, Any] = {"attention": kind, "context": context, "threads": threads}
     job = Job(model=model, prompts=prompts(1, context - 2 * BLOCK), num_new=NEW, threads=threads, warm_up=0)
     told: list[str] = []
     found = alternate({engine: sample(engine, job, told) for engine in engines(quiet=True)}, repeats)

@@ -370,7 +370,7 @@ def write_checkpoint(
         shards[-1].append(tensor)
         filled += nbytes
         total += nbytes
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, tensors in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         write_safetensors(directory / name, tensors, {"format": "pt"})

@@ -31,7 +31,7 @@ from argosy.config import format_bytes, parse_size
 from argosy.engine.media.prompt_media import PromptMedia
 from argosy.errors import ArgosyError
 from argosy.machine import resources
-from argosy.media.parts import Audio, Image
+from argosy.media.parts import Audio, Image, RequestMedia
 from argosy.prompt.prompt import Prompt
 from cgroup import NoMemoryCap, run_capped
 from common import Report, Sample, drop_page_cache, print_plan, run_inside
@@ -99,7 +99,7 @@ class Run:
             media = self.engine.media
             assert media is not None
             try:
-                segments = media.segments(media.read(part), "")
+                segments = media.segments(media.read(part), "", RequestMedia())  # type: ignore[union-attr]
                 prompt = Prompt.of([5, 6], *segments, [7, 8])
                 params = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
                 answers.append(self.engine.submit(prompt, params))

@@ -78,6 +78,9 @@ def main() -> None:
     work = Work()
     job, tell = work.job, work.tell
     tell("started", at_start=STARTED, import_s=IMPORTED - STARTED)
+    chosen: dict[str, Any] = {}
+    if "ARGOSY_ASK_AHEAD" in os.environ:
+        chosen["ask_ahead"] = os.environ["ARGOSY_ASK_AHEAD"]
     begin = time.perf_counter()
     engine = Engine.open(
         job["model"],
@@ -86,7 +89,7 @@ def main() -> None:
         context=job["context"],
         max_sequences=1,
         look_ahead=job["look_ahead"],
-        **({"ask_ahead": os.environ["ARGOSY_ASK_AHEAD"]} if "ARGOSY_ASK_AHEAD" in os.environ else {}),
+        **chosen,
         prefix_reuse=False,  # runs repeat their prompts, and each must compute its own
     )
     counters = engine.ledger
@@ -113,7 +116,7 @@ def main() -> None:
             engine._answers.sampler = GivenTokens(sampler, [*given[run], 0])  # type: ignore[assignment]
         before, begin = engine.ledger, time.perf_counter()
         sequence = engine.submit(prompt, params)
-        tokens = []
+        tokens: list[Any] = []
         while not tokens:
             tokens = engine.step()
         seconds, after = time.perf_counter() - begin, engine.ledger

@@ -10,6 +10,7 @@ import ctypes
 import os
 import sys
 import time
+from typing import Any
 
 STARTED = time.monotonic()
 
@@ -22,14 +23,14 @@ from child import Work, peak_bytes  # noqa: E402
 IMPORTED = time.monotonic()
 
 
-@native.llama_log_callback
+@native.llama_log_callback  # type: ignore[untyped-decorator]
 def _keep_errors(level: int, text: bytes, _: ctypes.c_void_p) -> None:
     if level == 4:  # GGML_LOG_LEVEL_ERROR; 3 is a warning
         sys.stderr.write(text.decode("utf-8", "replace"))
 
 
 class Model:
-    def __init__(self, job: dict) -> None:
+    def __init__(self, job: dict[str, Any]) -> None:
         native.llama_log_set(_keep_errors, ctypes.c_void_p(0))
         native.llama_backend_init()
         params = native.llama_model_default_params()
@@ -103,7 +104,7 @@ def bytes_read() -> int:
         return next(int(line.split()[1]) for line in file if line.startswith("read_bytes"))
 
 
-def answer_together(model: Model, prompts: list[list[int]], num_new: int) -> dict:
+def answer_together(model: Model, prompts: list[list[int]], num_new: int) -> dict[str, Any]:
     """Run prompts of the same length all at once: total seconds, seconds to each first token, and the answers."""
     model.clear()
     begin = time.perf_counter()

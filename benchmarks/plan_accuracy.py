@@ -329,7 +329,7 @@ def summary(results: Sequence[tuple[Cell, dict[str, Any], dict[str, Any]]], repo
     """Errors of all cells against the targets; 1 if a run took more memory than its plan."""
 
     def error(name: str, predicted: dict[str, Any], found: dict[str, Any]) -> float:
-        return abs(predicted[name]["likely"] / found[name] - 1.0)
+        return float(abs(predicted[name]["likely"] / found[name] - 1.0))
 
     speed = [error("tokens_per_s", p, f) for _, p, f in results]
     prompts = [error("first_s", p, f) for cell, p, f in results if cell.context >= MEASURED_PROMPT]

@@ -138,7 +138,7 @@ class RandomWeights:
         """[vocab, code channels], all of the same length, so that no id is favoured over another."""
         width = _CODE.stop - _CODE.start
         codes = self._random(1).standard_normal((self.config.vocab_size, width), np.float32)
-        return codes * (math.sqrt(width) / np.linalg.norm(codes, axis=1, keepdims=True))
+        return codes * (math.sqrt(width) / np.linalg.norm(codes, axis=1, keepdims=True))  # type: ignore[no-any-return]
 
     def embedding(self) -> Floats:
         """float32 [vocab, hidden]."""

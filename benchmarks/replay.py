@@ -81,7 +81,7 @@ def read_trace(path: Path) -> Trace:
         steps[int(row["phase"]), int(row["step"])][int(row["layer"])].append(int(row["expert"]))
     num_layers = int(comments["n_layer"])
     prompt: list[set[int]] = [set() for _ in range(num_layers)]
-    answer = []
+    answer: list[Any] = []
     for (phase, _), layers in sorted(steps.items()):
         if phase == 0:
             for layer, experts in layers.items():
@@ -150,7 +150,7 @@ def synthetic(
         return [list(dict.fromkeys(row)) for row in chosen.tolist()]
 
     prompt: list[set[int]] = [set() for _ in range(num_layers)]
-    answer = []
+    answer: list[Any] = []
     for _ in range(num_documents):
         subjects = [random.normal(size=shape) for _ in range(num_sequences)]
         if not answer:
@@ -452,7 +452,7 @@ def main() -> int:
         )
         for percent in percents:
             num_slots = trace.num_layers * trace.num_experts * percent // 100
-            rates = {name: hit_rate(make(num_slots, trace), trace) for name, make in POLICIES.items()}
+            rates = {name: hit_rate(make(num_slots, trace), trace) for name, make in POLICIES.items()}  # type: ignore[arg-type]
             print(f"{percent:>8} % " + "".join(f"{rate:>11.3f}" for rate in rates.values()))
             for name, rate in rates.items():
                 report.record(f"{trace.name} {percent} % {name}", "hit rate", [rate], [])
@@ -461,7 +461,7 @@ def main() -> int:
         print(f"{'residency':>10}" + "".join(f"{name:>16}" for name in swept))
         for percent in [p for p in percents if p in (6, 12, 25, 50)]:
             num_slots = trace.num_layers * trace.num_experts * percent // 100
-            pairs = {name: survived_sweep(make, num_slots, trace) for name, make in swept.items()}
+            pairs = {name: survived_sweep(make, num_slots, trace) for name, make in swept.items()}  # type: ignore[arg-type]
             print(f"{percent:>8} % " + "".join(f"{left:>9.2f} {rate:>6.2f}" for left, rate in pairs.values()))
             for name, (left, rate) in pairs.items():
                 report.record(
@@ -482,7 +482,7 @@ def check(traces: Sequence[Trace]) -> str:
                 lookups += len(experts)
             seen |= keys
         for name, make in POLICIES.items():
-            rate = hit_rate(make(trace.num_layers * trace.num_experts, trace), trace)
+            rate = hit_rate(make(trace.num_layers * trace.num_experts, trace), trace)  # type: ignore[arg-type]
             if abs(rate - (1 - first_uses / lookups)) > 1e-12:
                 raise SystemExit(f"{trace.name}: {name} hits {rate} with room for all")
     return f"{len(traces)} traces: with room for all, every policy misses exactly the first uses"

@@ -108,7 +108,7 @@ def budget_of(models: Sequence[Path]) -> int:
         raise SystemExit(done.stderr[-2000:])
     process, floors, experts = json.loads(done.stdout)
     margin = 32 << 20  # for counts of routing, and a process that starts with more
-    return (process + sum(floors) + sum(sorted(experts)[-2:]) // 2 + margin) >> 20 << 20
+    return int(process + sum(floors) + sum(sorted(experts)[-2:]) // 2 + margin) >> 20 << 20
 
 
 async def answered(

@@ -48,7 +48,7 @@ VOCAB = 32_000
 MEMORY, SHORT_MEMORY = "8GiB", "5GiB"  # of a process with two engines
 EDIT_TARGET, PROSE_TARGET = ">= 1.4", ">= 0.98"
 MTP_TARGETS = {0.6: ">= 1.2", 0.85: ">= 1.4"}
-PARAMS = {"ignore_eos": True}
+PARAMS: dict[str, Any] = {"ignore_eos": True}
 
 
 # ── texts ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -175,9 +175,10 @@ def compare(
     report.line(
         "", f"  {last['proposed']:.0f} proposed, {share:.2f} confirmed, {last['won_s']:.2f} s won (estimate)"
     )
-    assert on._governor is not None
+    assert on._drafts.governor is not None
     costs = ", ".join(
-        f"{median(cost.last):.2f} with {width}" for (_, width), cost in sorted(on._governor._costs.items())
+        f"{median(cost.last):.2f} with {width}"
+        for (_, width), cost in sorted(on._drafts.governor._costs.items())
     )
     report.line("", f"  a step without drafts takes 1, {costs}")
     report.neighbours([*samples["off"], *samples["on"]])

@@ -244,7 +244,7 @@ class Trillion:
                     data = noise.matrix(format, recipe)
                     record[offset : offset + len(data)] = data
                 checksums.append(int(_native.crc32c_wide(record)))
-                file.write(record)
+                file.write(record)  # type: ignore[arg-type]
         made.write_text(json.dumps({"made": wanted, "checksums": checksums}))
 
     def _recipes(self) -> Callable[[str], Normal | Exact]:
@@ -293,7 +293,7 @@ class Trillion:
 
 def inside(trillion: Trillion, options: argparse.Namespace) -> None:
     """Run in the cgroup: decode two documents, and print the cost as JSON."""
-    engine_module.open_files = lambda path, mmproj=None: trillion.files()
+    engine_module.open_files = lambda path, mmproj=None: trillion.files()  # type: ignore[misc]
     answers, tokens, parts = [], [], dict[str, float]()
     with Engine.open(
         trillion.directory,
@@ -363,7 +363,7 @@ def predicted_hit_rate(choices: NDArray[np.int64], slots: int) -> float:
             # The curve is taken as straight between two whole windows.
             return 0.0 if window == 1 else 1 - (larger - smaller) / (layers * k)
         smaller = larger
-    return 1 - (working_set(num_tokens) - smaller) / (layers * k)
+    return float(1 - (working_set(num_tokens) - smaller) / (layers * k))
 
 
 def report_run(

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -257,7 +258,7 @@ def target_room(imported: str) -> str:
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
     """Yield (line, absolute module name) of each import, including those in functions and under TYPE_CHECKING."""
-    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if hasattr(node, "lineno")]
+    nodes: list[Any] = [node for node in ast.walk(ast.parse(path.read_text())) if hasattr(node, "lineno")]
     for node in sorted(nodes, key=lambda node: (node.lineno, node.col_offset)):
         match node:
             case ast.Import(names=names):

@@ -372,7 +372,7 @@ def body_rows() -> Iterator[Row]:
             caller = Caller(held=Held(share=Pool(1 << 30).share()))
             body = validated(data, model, caller.held.share)
             list(media_in(body))
-            made = asked_of(body, caller)
+            made: Any = asked_of(body, caller)
             if hasattr(made, "messages"):
                 return messages.check_messages(made.messages), tools.check_tools(made.tools)
             return made
@@ -457,19 +457,19 @@ def connection_rows() -> Iterator[Row]:
 
     from argosy.serve.dialects import form
     from argosy.serve.dialects.openai_audio import TranscriptionBody
-    from argosy.serve.http import origins
+    from argosy.serve.http import incoming, origins
 
     most = 32 << 10  # the longest head of a request
 
     def headers(data: str) -> object:
         raw = [(b"host", b"localhost"), *((b"x", data.encode("utf-8", "replace")),)]
-        found = gate._headers({"headers": raw, "http_version": "1.1"})
+        found = incoming.read_headers({"headers": raw, "http_version": "1.1"})
         found |= dict.fromkeys(
             ("traceparent", "host", "authorization", "origin", "access-control-request-headers"), found["x"]
         )
-        gate._trace_id(found)
+        incoming.trace_of(found)
         gate._AUTHORITY.fullmatch(found["host"])
-        gate._secret(found)
+        incoming.secret_of(found)
         origins.granted("GET", found)
         origins._ORIGIN.fullmatch(found["origin"])
         return gate._is_address(found["host"])
@@ -481,14 +481,14 @@ def connection_rows() -> Iterator[Row]:
         "gate: many headers",
         "different",
         lambda n: [(b"x%d" % at, b"y") for at in range(n)],
-        lambda raw: gate._headers({"headers": raw, "http_version": "1.1"}),
+        lambda raw: incoming.read_headers({"headers": raw, "http_version": "1.1"}),
         most,
     )
     yield Row(
         "gate: many headers",
         "equal",
         lambda n: [(b"x", b"y")] * n,
-        lambda raw: gate._headers({"headers": raw, "http_version": "1.1"}),
+        lambda raw: incoming.read_headers({"headers": raw, "http_version": "1.1"}),
         most,
     )
     table = [(route.policy, gate._pattern(route.policy)) for route in ROUTES]
@@ -1223,7 +1223,7 @@ def library_rows() -> Iterator[Row]:
 
 
 def guard_rows() -> Iterator[Row]:
-    from argosy.cluster import copied, group
+    from argosy.cluster import copied, member
     from argosy.guard import chain, guard_models, keys, stops, view
     from argosy.guard.pii import spelling
     from argosy.guard.word_list import WordList
@@ -1303,7 +1303,7 @@ def guard_rows() -> Iterator[Row]:
         _quiet(check_over_http._verdict),
         1 << 12,
     )
-    yield from jsons("cluster: a worker's numbers", group._numbers, encode=True)
+    yield from jsons("cluster: a worker's numbers", member._numbers, encode=True)
     yield from jsons("cluster: a list of files", copied._parse_list, encode=True)
     for name, file in {"names": '["f#",1,0]', "one name": '["f",1,0]'}.items():
         yield Row(
@@ -1413,7 +1413,16 @@ def _vocabulary(n: int, merge: Callable[[int], str]) -> bytes:
 
 
 def file_rows(folder: Path) -> Iterator[Row]:
-    from argosy.checkpoint import gguf, hub, manifest, pooling, safetensors, sampling, untrusted_file
+    from argosy.checkpoint import (
+        gguf,
+        gguf_names,
+        hub,
+        manifest,
+        pooling,
+        safetensors,
+        sampling,
+        untrusted_file,
+    )
     from argosy.checkpoint.vocabulary import gguf_tokenizer, tiktoken_model
     from argosy.cli.commands import chat_files
     from argosy.cli.shared import edit_file, output
@@ -1478,7 +1487,7 @@ def file_rows(folder: Path) -> Iterator[Row]:
             "gguf: a file's name",
             stem,
             functools.partial(run, stem),
-            lambda text: (gguf.format_in_name(text), gguf.PART_NAME.fullmatch(text)),
+            lambda text: (gguf_names.format_in_name(text), gguf_names.PART_NAME.fullmatch(text)),
         )
     yield from rows_of("tiktoken.model", "tiktoken.model", tiktoken_model._read_ranks, {
         "ranks": lambda n: b"".join(base64.b64encode(b"%d" % (1000 + at)) + b" %d\n" % at for at in range(n)),

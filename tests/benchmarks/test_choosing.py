@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.choosing import MACHINES, MODELS, PAGE, updated
+from choosing import MACHINES, MODELS, PAGE, updated
 
 
 def test_the_guide_has_the_tables_of_today() -> None:

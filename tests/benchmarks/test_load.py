@@ -11,8 +11,8 @@ import pytest
 from argosy.checkpoint.files import ModelFiles
 from argosy.model.families import open_model
 from argosy.prompt.tokenizer import Tokenizer
-from benchmarks.load import Load, Measured, Questions, Reply, is_one_token, nearest_rank, put_load
-from benchmarks.make_checkpoint import make_model, raw_config, vocabulary
+from load import Load, Measured, Questions, Reply, is_one_token, nearest_rank, put_load
+from make_checkpoint import make_model, raw_config, vocabulary
 
 RAW = raw_config(
     hidden=64, layers=1, experts=4, experts_per_token=2, width=32, heads=1, kv_heads=1, vocab=32_000

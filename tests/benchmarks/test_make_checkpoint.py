@@ -11,10 +11,10 @@ from gguf.quants import dequantize
 
 from argosy import Engine, SamplingParams
 from argosy.config import ModelConfig
-from benchmarks.gguf_blocks import BLOCK_TYPES, scale_blocks, to_blocks
-from benchmarks.make_checkpoint import block_type_of, make_model, parse_config, raw_config, vocabulary
-from benchmarks.random_weights import RandomWeights, document
-from benchmarks.routing import overlap
+from gguf_blocks import BLOCK_TYPES, scale_blocks, to_blocks
+from make_checkpoint import block_type_of, make_model, parse_config, raw_config, vocabulary
+from random_weights import RandomWeights, document
+from routing import overlap
 
 SIZES = {
     "hidden": 512, "layers": 2, "experts": 8, "experts_per_token": 2, "width": 256, "heads": 4, "vocab": 1280,

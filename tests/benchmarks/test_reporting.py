@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import common
 from argosy.model.families import open_model
-from benchmarks import common
-from benchmarks.divergence import divergence
-from benchmarks.engines import token_operations
-from benchmarks.make_checkpoint import make_model, raw_config
+from divergence import divergence
+from engines import token_operations
+from make_checkpoint import make_model, raw_config
 
 HIDDEN, WIDTH, HEADS, HEAD_DIM = 512, 256, 4, 128
 RAW = raw_config(

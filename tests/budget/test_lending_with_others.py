@@ -22,8 +22,8 @@ from argosy.engine.shared import Ready, Wanted, make_ready
 from argosy.media.parts import Image, RequestMedia
 from argosy.open.models import configure, open_files
 from argosy.prompt.prompt import Prompt
-from benchmarks.cgroup import run_capped, why_no_cap
-from benchmarks.make_checkpoint import raw_config, write_checkpoint
+from cgroup import run_capped, why_no_cap
+from make_checkpoint import raw_config, write_checkpoint
 from tests.models.seeing import with_towers, write
 from tests.models.tiny import qwen3_moe, write_model
 from tests.models.tiny_wrappers import qwen3_vl_moe

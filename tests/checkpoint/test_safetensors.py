@@ -29,7 +29,7 @@ def refusal(directory: Path) -> str:
 
 
 def test_files_of_the_format_s_own_library_are_read(path: Path) -> None:
-    tensors = {
+    tensors: dict[str, Any] = {
         "a": np.arange(6, dtype=np.float32).reshape(2, 3),
         "b": np.arange(4, dtype=np.float16),
         "none": np.zeros((0, 3), np.float32),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from argosy.checkpoint.safetensors import open_tensors
 from argosy.checkpoint.safetensors_write import encode, to_bfloat16_bits, write_safetensors
@@ -14,7 +16,7 @@ from argosy.checkpoint.safetensors_write import encode, to_bfloat16_bits, write_
 def test_a_written_file_is_read_by_the_reference_library_and_by_our_reader(tmp_path: Path):
     from safetensors.numpy import load_file
 
-    tensors = {
+    tensors: dict[str, NDArray[Any]] = {
         "one": np.arange(6, dtype=np.float32).reshape(2, 3),
         "two": np.array([[1.5], [-2.0]], dtype=np.float16),
         "empty": np.zeros((0, 4), dtype=np.float32),

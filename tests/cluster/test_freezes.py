@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.cluster_freeze import KINDS, trial
+from cluster_freeze import KINDS, trial
 
 
 def test_the_text_is_the_same_however_many_workers_freeze_or_a_link_is_cut(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cgroup import run_capped, why_no_cap
-from benchmarks.make_checkpoint import raw_config, write_checkpoint
+from cgroup import run_capped, why_no_cap
+from make_checkpoint import raw_config, write_checkpoint
 
 BUDGET_BYTES = 880 << 20
 

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from argosy.model.families import open_model
-from benchmarks.cgroup import CappedRun, run_capped, why_no_cap
-from benchmarks.make_checkpoint import raw_config, write_checkpoint
+from cgroup import CappedRun, run_capped, why_no_cap
+from make_checkpoint import raw_config, write_checkpoint
 
 BUDGET_BYTES = 112 << 20
 PROMPT_TOKENS, NEW_TOKENS = 1000, 200

@@ -84,12 +84,12 @@ class Model:
         table.run(RUNTIME, layer, experts, dispatch, rows, found)
         formats = self.records[layer, 0].formats
         for token, expert in enumerate(experts):
-            matrices = [
+            gate, up, down = (
                 _native.Matrix(np.frombuffer(data, np.uint8), 0, format, *shape)
                 for data, format, shape in zip(self.truth[layer, expert], formats, SHAPES, strict=True)
-            ]
+            )
             expected = np.empty((1, HIDDEN), np.float32)
-            _native_testing.swiglu(RUNTIME, *matrices, rows[token : token + 1], expected)
+            _native_testing.swiglu(RUNTIME, gate, up, down, rows[token : token + 1], expected)
             assert np.isfinite(expected).all()
             np.testing.assert_array_equal(found[token], expected[0])
 

@@ -347,8 +347,8 @@ def test_a_runtime_refuses_what_kernels_do_not_have() -> None:
         ({"f32": ("off", "off", 4, 0)}, "'f32' has nothing to tune"),
         ({"q9": ("off", "off", 4, 0)}, "unknown format 'q9'"),
     )
-    for tunings, message in bad:
+    for wrong, message in bad:
         with pytest.raises(ValueError, match=message):
-            _native.Runtime(1, tunings)
+            _native.Runtime(1, wrong)
     tunings: dict[Format, Tuning] = {"q4": Tuning("off", "two_levels", 9, 24)}
     assert _native.Runtime(1, tunings).tunings["q4"] == tunings["q4"]

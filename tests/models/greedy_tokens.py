@@ -42,7 +42,7 @@ from tests.models.tiny_delta import qwen3_next
 from tests.models.tiny_latent import deepseek_v3, kimi_k2
 
 # In versions before `Engine.open`, the class itself took these options.
-open_engine = getattr(Engine, "open", Engine)
+open_engine: Any = getattr(Engine, "open", Engine)
 
 NUM_NEW = 24
 # Longer than two KV blocks and the sliding windows; part of a block; one token more than a block; one token.

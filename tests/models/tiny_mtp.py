@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tests.models import tiny_delta
 from tests.models.numpy_model import NumpyModel, Spans
@@ -48,7 +49,7 @@ def mtp_tensors(config: RawConfig, seed: int) -> dict[str, Array]:
     rng, prefix = np.random.default_rng(seed), f"model.layers.{layers}."
     is_qwen = config["model_type"] in tiny_delta.FAMILIES
     for name in ("enorm", "hnorm", "shared_head.norm"):
-        weights = (0 if is_qwen else 1) + 0.2 * rng.standard_normal(hidden)
+        weights: NDArray[np.float64] = (0 if is_qwen else 1) + 0.2 * rng.standard_normal(hidden)
         tensors[f"{prefix}{name}.weight"] = weights.astype(np.float32)
     join = rng.standard_normal((hidden, 2 * hidden)) * hidden**-0.5
     tensors[f"{prefix}eh_proj.weight"] = join.astype(np.float32)

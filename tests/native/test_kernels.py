@@ -513,7 +513,7 @@ def test_products_take_as_much_scratch_as_the_sizes_say(format: str) -> None:
     assert (needed < most) is not has_quants
     for run in (
         lambda runtime: _native_testing.swiglu(
-            runtime, *(experts.matrix(0, i) for i in range(3)), x, np.empty_like(x)
+            runtime, experts.matrix(0, 0), experts.matrix(0, 1), experts.matrix(0, 2), x, np.empty_like(x)
         ),
         lambda runtime: native.matmul(
             runtime, [experts.matrix(0, 0)], x, [np.empty((300, 4800), np.float32)]

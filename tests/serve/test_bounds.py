@@ -624,7 +624,7 @@ def test_a_list_of_token_ids_is_not_walked_id_by_id() -> None:
     """Bodies are searched for media in the event loop."""
 
     def num_calls(num_ids: int) -> int:
-        body, calls = CompletionBody(prompt=[[1] * num_ids] * 2), [0]  # type: ignore[list-item]
+        body, calls = CompletionBody(prompt=[[1] * num_ids] * 2), [0]  # type: ignore[list-item, call-arg]
 
         def count(frame: object, event: str, argument: object) -> None:
             calls[0] += 1

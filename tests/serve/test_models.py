@@ -502,7 +502,7 @@ def test_a_revoked_tenant_is_forgotten_by_models_in_memory_and_in_files() -> Non
     async def test(rig: Rig) -> None:
         async with rig.using("a") as service:
             rig.models.revoke("mallory")
-            assert service.revoked == ["mallory"]
+            assert service.revoked == ["mallory"]  # type: ignore[attr-defined]
             assert (rig.a.forgotten, rig.b.forgotten) == ([], ["mallory"])
         async with rig.using("b") as later:  # a request may have waited for the model
             assert later.revoked == ["mallory"]
@@ -595,12 +595,12 @@ def test_the_only_model_of_a_server_stays_in_memory_and_has_all_of_the_budget() 
             await models.resize(700)
             with pytest.raises(DoesNotFit, match="needs 500 B"):
                 await models.resize(400)
-            assert service.budget_bytes == models.budget_bytes == 700
+            assert service.budget_bytes == models.budget_bytes == 700  # type: ignore[attr-defined]
             models.revoke("mallory")
-            assert service.revoked == ["mallory"]
+            assert service.revoked == ["mallory"]  # type: ignore[attr-defined]
         finally:
             await models.close()
-        assert service.loop.is_closed
+        assert service.loop.is_closed  # type: ignore[attr-defined]
 
     asyncio.run(test())
 

@@ -29,7 +29,7 @@ from argosy.serve.dialects.openai_chat_bodies import ChatBody
 from argosy.serve.dialects.openai_completions import CompletionBody
 from argosy.serve.dialects.openai_responses_bodies import ResponsesBody
 from argosy.serve.http.closed import Closed
-from argosy.serve.http.route import Route
+from argosy.serve.http.route import Route, post_route
 from argosy.serve.http.streams import EventStream
 from tests.serve.conftest import start
 from tests.serve.record import read_events
@@ -78,7 +78,7 @@ async def plain(body: PlainBody, request: Request) -> Response:
     return await respond(PlainExchange, body, request)
 
 
-ROUTE: Route = app._post("/v1/plain", plain, PlainAnswer, events=PlainEvent)
+ROUTE: Route = post_route("/v1/plain", plain, PlainAnswer, events=PlainEvent)
 
 
 @pytest.fixture

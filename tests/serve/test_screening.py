@@ -516,13 +516,13 @@ def test_a_text_that_passed_before_a_reload_is_judged_by_the_new_policy(tmp_path
     def verdict(check: HttpCheck, _: Question) -> Verdict:
         if check.url.endswith("lax"):  # while it judges, the operator makes it strict
             path.write_text(path.read_text().replace("lax", "strict"))
-            guarding.reload()
+            judging.reload()
         return Verdict(check.url.endswith("strict"))
 
-    guarding = judged_by(path, verdict)
-    require_allowed(guarding, "a bad text")
+    judging = judged_by(path, verdict)
+    require_allowed(judging, "a bad text")
     with pytest.raises(Blocked):
-        require_allowed(guarding, "a bad text")
+        require_allowed(judging, "a bad text")
 
 
 def test_a_question_whose_time_is_over_leaves_no_answer_running(

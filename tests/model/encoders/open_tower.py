@@ -120,7 +120,7 @@ def _omni_angles(config: Any, grid: Any) -> tuple[Array, float]:
 
 PARTS = {
     **{
-        family: _part(family, *ENCODERS[family], ("model.visual.",))
+        family: _part(family, *ENCODERS[family], ("model.visual.",))  # type: ignore[call-arg]
         for family in ("qwen3_vl_moe", "qwen3_5_moe", "glm4v_moe")
     },
     "qwen3_omni_moe": _part(
@@ -145,8 +145,8 @@ PARTS = {
         large_shapes=lambda config: [(length,) for length in LARGE_LENGTHS],
         make_input=lambda config, shape, seed: random_input((config.num_mels, *shape), seed),
     ),
-    "kimi_k25": _part("kimi_k25", *ENCODERS["kimi_k25"], ("model.vision_tower.", "model.mm_projector.")),
-    "gemma4": _part(
+    "kimi_k25": _part("kimi_k25", *ENCODERS["kimi_k25"], ("model.vision_tower.", "model.mm_projector.")),  # type: ignore[call-arg]
+    "gemma4": _part(  # type: ignore[call-arg]
         "gemma4",
         *ENCODERS["gemma4"],
         ("model.vision_tower.", "model.embed_vision."),
