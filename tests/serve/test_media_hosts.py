@@ -252,7 +252,7 @@ def test_the_command_line_names_the_hosts(names: tuple[str, ...], monkeypatch: p
     monkeypatch.setattr("argosy.open.models.locate_model", Mock(side_effect=UsageError("no model")))
     monkeypatch.setattr(
         "argosy.serve.run.serve",
-        lambda engine, name, sockets, settings, **_: given.append(settings.media_hosts),
+        lambda make_models, sockets, settings, **_: given.append(settings.media_hosts),
     )
     options = [option for name in names for option in ("--media-host", name)]
     result = CliRunner().invoke(serve, ["model", "--port", "0", *options])
