@@ -18,7 +18,8 @@ import pytest
 from argosy import Engine, SamplingParams
 from argosy.checkpoint.shards import COPY_FILE
 from argosy.cluster.group import Group
-from argosy.cluster.worker import Worker, WorkerSettings, bind
+from argosy.cluster.worker import Worker, bind
+from argosy.cluster.worker_plan import WorkerSettings
 from argosy.experts.workers import WorkerStatus
 from argosy.model.families import open_model
 from tests.models.tiny import gpt_oss, prompt_ids, qwen3_moe

@@ -27,7 +27,8 @@ from argosy.cluster.copy_link import THE_LIST, CopyEnd, CopyLink
 from argosy.cluster.copy_source import CopySource, Pace, serve_copy
 from argosy.cluster.group import Group
 from argosy.cluster.identity import fingerprint
-from argosy.cluster.worker import WorkerSettings, bind, instruction_set_of
+from argosy.cluster.worker import bind
+from argosy.cluster.worker_plan import WorkerSettings, instruction_set_of
 from argosy.errors import (
     ArgosyError,
     CheckpointError,
@@ -339,14 +340,14 @@ def test_a_worker_process_is_killed_while_it_copies_and_serves_in_the_end(
         worker_process(tmp_path / "copy", *options, port=port, is_awaited=False) as worker,
         Group([worker.address], key=KEY, disk_bytes_per_s=1e9) as group,
     ):
-        group._pace = Pace(1e5, lambda: True)
+        group._copying._pace = Pace(1e5, lambda: True)
         wait_until(lambda: is_listening(worker.address))
         with open_engine(model, group, expert_slots=8) as engine:
             expected = visible(engine.generate(PROMPT[:9], GREEDY))
             wait_until((tmp_path / "copy" / COPY_FILE).exists)
             worker.end()
             assert not copied_module._State.read(tmp_path / "copy" / COPY_FILE).is_whole
-            group._pace = Pace(1e9, lambda: True)
+            group._copying._pace = Pace(1e9, lambda: True)
             worker.start(port)
             wait_until(lambda: status_of(group, worker.address)["state"] == "ready")
             assert visible(engine.generate(PROMPT[:9], GREEDY)) == expected

@@ -39,8 +39,8 @@ from argosy.cluster import door, hello, secure
 from argosy.cluster.copy_link import PIECE_BYTES, CopyLink
 from argosy.cluster.hello import Facts, Offer, Refusal
 from argosy.cluster.identity import fingerprint, samples
-from argosy.cluster.worker import WorkerSettings, instruction_set_of, plan_of, share_to_run
-from argosy.cluster.worker_plan import biases_of
+from argosy.cluster.worker import share_to_run
+from argosy.cluster.worker_plan import WorkerSettings, biases_of, instruction_set_of, plan_worker
 from argosy.config import format_bytes
 from argosy.directory import Directory
 from argosy.errors import CheckpointError, DiskFull, PeerNotUsable, UsageError, is_disk_full
@@ -479,7 +479,7 @@ class CopyingWorker:
 
     def _check(self, files: ModelFiles, shards: int) -> None:
         threads = self._settings.threads or usable_cores()  # at most
-        plan_of(files, share_to_run(files, shards), self._settings, threads)
+        plan_worker(files, share_to_run(files, shards), self._settings, threads)
 
     def _offer(self) -> Offer:
         return Offer(

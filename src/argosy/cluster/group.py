@@ -31,19 +31,17 @@ from typing import Self
 from argosy import _native
 from argosy._native import Owner, Owners
 from argosy.checkpoint.files import ModelFiles
-from argosy.checkpoint.shards import NUM_SHARDS
 from argosy.cluster import hello, secure
-from argosy.cluster.copy_link import CopyEnd
-from argosy.cluster.copy_source import COPY_BYTES, CopySource, Pace, serve_copy
-from argosy.cluster.hello import MOST_ROWS, Facts, Offer, Refusal
+from argosy.cluster.copy_source import COPY_BYTES, Pace
+from argosy.cluster.copying import MOST_COPIES, Copying
+from argosy.cluster.hello import MOST_ROWS, Facts, Refusal
 from argosy.cluster.identity import fingerprint
-from argosy.cluster.member import LOOK_S, Member, parse_host
+from argosy.cluster.member import LOOK_S, MOST_PAUSE_S, Member, parse_host
 from argosy.cluster.owners import AWAY_S, Here, plan_owners, shards_to_copy
 from argosy.cluster.placement import Host
 from argosy.cluster.runner import ClusterRunner, most_verification_bytes
 from argosy.cluster.worker_plan import num_experts_by_layer
-from argosy.config import format_bytes
-from argosy.errors import ArgosyError, PeerNotUsable, PeerRefused, UsageError
+from argosy.errors import PeerNotUsable, PeerRefused, UsageError
 from argosy.experts.runner import ExpertRunner
 from argosy.experts.workers import WorkerStatus
 from argosy.machine import probes
@@ -55,8 +53,6 @@ _MORE_HOSTS = 4  # may be added while the group runs, within the planned memory
 LOCAL = "here"  # the name of this machine among the owners
 _CONNECT_S = 2.0
 _SILENCE_S = 3.0  # a worker that owes something and sends nothing for so long is taken for dead
-_MOST_PAUSE_S = 5.0  # between two attempts to connect
-_MOST_COPIES = 2  # at once; further workers wait
 _COPY_BYTES_PER_S = 50e6  # all copies together, while the engine answers a request
 _BUSY_S = 5.0  # the engine counts as answering for so long after the begin of a step
 _MEMBER_BYTES = 64 << 10  # Python objects of one member
@@ -120,11 +116,8 @@ class Group:
         self._here: Here | None = None
         self._model: ModelFiles | None = None
         self._runner: ClusterRunner | None = None
-        self._pace = Pace(copy_bytes_per_s, self._is_busy)
-        self._copies = threading.Semaphore(_MOST_COPIES)
-        self._source: CopySource | None = None
-        # Every worker was asked once: shards are divided among those that are there.
-        self._all_met = threading.Event()
+        pace = Pace(copy_bytes_per_s, self._is_busy)
+        self._copying = Copying(pace, self._changes, self._stop, self._shards_to_copy)
         for name in hosts:
             self._new_member(name)
         self._most_members = min(MOST_HOSTS, len(self._members) + _MORE_HOSTS)
@@ -164,7 +157,7 @@ class Group:
         known = config.num_layers * config.num_experts * of_expert
         each = _MEMBER_BYTES + (secure.BUFFER_BYTES if self._tls else 0)
         verification = most_verification_bytes(config) if self._verify else 0
-        copies = _MOST_COPIES * COPY_BYTES
+        copies = MOST_COPIES * COPY_BYTES
         return buffers + known + (len(self._members) + _MORE_HOSTS) * each + verification + copies
 
     def open(
@@ -210,6 +203,7 @@ class Group:
             num_experts=config.num_experts,
         )
         self._model = files
+        self._copying.open(files)
         self._exchange = exchange = _native.Exchange(
             hidden=config.hidden_size,
             num_experts=num_experts_by_layer(config),
@@ -232,7 +226,7 @@ class Group:
         self._record_bytes = record_bytes
         try:
             self._connect_all()
-            self._all_met.set()
+            self._copying.all_met()
             self._plan_owners()
         except BaseException:
             self.close()
@@ -423,7 +417,7 @@ class Group:
                         hint="give every machine a copy of the same key file",
                         host=member.name,
                     )
-                self._begin_copy(member, connection, offer, copy_key)
+                self._copying.begin(member, connection, offer, copy_key)
                 return
             descriptor = secure.plain_end(connection).detach()
         except OSError as error:
@@ -508,10 +502,10 @@ class Group:
         except PeerRefused as error:
             if not member.refusal and not self._stop.is_set():
                 log.error("cluster: %s", error)
-            member.refusal, member.pause_s = _is_lasting(error), _MOST_PAUSE_S
+            member.refusal, member.pause_s = _is_lasting(error), MOST_PAUSE_S
             is_changed = was_owner and member.refusal
         except PeerNotUsable:
-            member.pause_s = min(2 * member.pause_s, _MOST_PAUSE_S)
+            member.pause_s = min(2 * member.pause_s, MOST_PAUSE_S)
             is_changed = False
         else:
             if not self._stop.is_set() and member.copy_connection is None:
@@ -528,59 +522,10 @@ class Group:
         runner = self._runner
         return runner is not None and time.monotonic() - runner.last_run_at < _BUSY_S
 
-    def _begin_copy(self, member: Member, connection: socket.socket, offer: Offer, key: bytes) -> None:
-        """Let a worker copy files, in a thread that closes the connection."""
-        with self._changes:
-            if self._stop.is_set() or member.copy_connection is not None:
-                connection.close()
-                return
-            member.copy_offer, member.copy_connection = offer, connection
-            member.refusal, member.why = False, "it waits for its files"
-        threading.Thread(
-            target=self._copy, args=(member, connection, key), name="argosy-copy", daemon=True
-        ).start()
-
-    def _copy(self, member: Member, connection: socket.socket, key: bytes) -> None:
-        pause_s = LOOK_S
-        try:
-            while not self._all_met.wait(LOOK_S):
-                if self._stop.is_set():
-                    return
-            if not self._copies.acquire(blocking=False):
-                member.why, pause_s = (
-                    f"it waits until {_MOST_COPIES} others have copied their files",
-                    _MOST_PAUSE_S,
-                )
-                return
-            try:
-                with self._changes:
-                    assert self._model is not None
-                    if self._source is None:
-                        self._source = CopySource(self._model)
-                    members = list(self._members.values())
-                    shards = member.copied_shards = shards_to_copy(
-                        member, members, self._here, self._model, replicas=self._replicas
-                    )
-                log.info("cluster: %s copies %d of %d shards", member.name, shards.bit_count(), NUM_SHARDS)
-
-                def sent(nbytes: int) -> None:
-                    member.copied_bytes += nbytes
-                    member.ended_bytes[0] += nbytes
-                    member.why = f"{format_bytes(member.copied_bytes)} of its files are copied"
-
-                end = CopyEnd(connection, key)
-                serve_copy(end, self._source, shards, pace=self._pace, sent=sent, stop=self._stop)
-            finally:
-                self._copies.release()
-        except (ArgosyError, OSError) as error:
-            member.why = error.message if isinstance(error, ArgosyError) else str(error.strerror or error)
-            if not self._stop.is_set() and not member.drained:
-                log.warning("cluster: %s: %s", member.name, member.why)
-            pause_s = _MOST_PAUSE_S
-        finally:
-            connection.close()
-            member.pause_s, member.tried_at = pause_s, time.monotonic()
-            member.copy_connection = None
+    def _shards_to_copy(self, member: Member) -> int:
+        assert self._model is not None
+        members = list(self._members.values())
+        return shards_to_copy(member, members, self._here, self._model, replicas=self._replicas)
 
     def _plan_owners(self) -> None:
         """Plan the owners of all experts, and replace the plan in use."""

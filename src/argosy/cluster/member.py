@@ -19,6 +19,7 @@ from argosy.experts.workers import WorkerStanding, WorkerStatus
 from argosy.strict_json import JsonError, parse_json
 
 LOOK_S = 0.25  # how often the connections are looked after
+MOST_PAUSE_S = 5.0  # between two attempts to connect
 
 
 @dataclass(slots=True, eq=False)

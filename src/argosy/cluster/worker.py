@@ -20,28 +20,27 @@ import ipaddress
 import json
 import logging
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from importlib.metadata import version
 
 from argosy import _native
 from argosy.checkpoint.files import ExpertRecord, ModelFiles
-from argosy.checkpoint.shards import ALL_SHARDS, shard_of
+from argosy.checkpoint.shards import shard_of
 from argosy.cluster import door, hello, secure
 from argosy.cluster.hello import MOST_ROWS, Facts, Offer, Refusal
 from argosy.cluster.identity import fingerprint
 from argosy.cluster.worker_plan import (
     WorkerPlan,
+    WorkerSettings,
     biases_of,
+    instruction_set_of,
     num_experts_by_layer,
     plan_worker,
     share_of,
 )
-from argosy.config import AskAhead
 from argosy.errors import CheckpointError, PeerNotUsable, ReadFailed, UsageError
 from argosy.experts.cache import CachedRunner, ExpertCache
 from argosy.experts.files import ExpertFiles, Key
@@ -57,31 +56,6 @@ log = logging.getLogger("argosy.cluster")
 _TICK_S = 0.5  # how often the numbers are renewed that pongs carry
 _LONGEST_MESSAGE = 300  # characters of an error that a coordinator is told
 REFUSED_READ, REFUSED_SHARD = 1, 2  # codes of refused requests: a read failed; an expert is not in the share
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerSettings:
-    """How one worker runs.
-
-    budget_bytes: for the whole process.
-    shards: the shards whose experts it runs; bit i is for shard i.
-    num_slots: size of the expert cache; None: as many as the budget allows.
-    disk_bytes_per_s: rate of the drive, which placement uses; None: measure it at the start.
-    most_disk_bytes_per_s: a limit for reads; None: none.
-    """
-
-    budget_bytes: int
-    threads: int | None = None
-    readers: int = 4
-    instruction_set: str | None = None
-    ask_ahead: AskAhead | None = None
-    shards: int = ALL_SHARDS
-    num_slots: int | None = None
-    most_coordinators: int = 2
-    disk_bytes_per_s: float | None = None
-    most_disk_bytes_per_s: float | None = None
-    key: bytes = b""
-    tls: ssl.SSLContext | None = None
 
 
 def bind(host: str, port: int, *, has_key: bool) -> socket.socket:
@@ -111,11 +85,6 @@ def bind(host: str, port: int, *, has_key: bool) -> socket.socket:
     return listener
 
 
-def instruction_set_of(settings: WorkerSettings) -> str:
-    """The instruction set that a worker with these settings uses."""
-    return settings.instruction_set or _native.instruction_sets()[-1]
-
-
 def share_to_run(files: ModelFiles, shards: int) -> Mapping[Key, ExpertRecord]:
     """The experts that a worker runs.
 
@@ -128,29 +97,6 @@ def share_to_run(files: ModelFiles, shards: int) -> Mapping[Key, ExpertRecord]:
             hint=f"run `argosy pack {files.path} DIR --format source`, then use DIR",
         )
     return share_of(files, shards)
-
-
-def plan_of(
-    files: ModelFiles, share: Mapping[Key, ExpertRecord], settings: WorkerSettings, threads: int
-) -> WorkerPlan:
-    """The plan of a worker's memory, from what the process holds now.
-
-    Raises:
-        DoesNotFit: the budget is too small.
-    """
-    return plan_worker(
-        files,
-        share,
-        budget_bytes=settings.budget_bytes,
-        process_bytes=held_bytes(),
-        threads=threads,
-        readers=settings.readers,
-        most_rows=MOST_ROWS,
-        most_coordinators=settings.most_coordinators,
-        uses_tls=settings.tls is not None,
-        num_slots=settings.num_slots,
-        instruction_set=settings.instruction_set,
-    )
 
 
 class Worker:
@@ -179,7 +125,7 @@ class Worker:
         choices = tuning.choose(threads, instruction_set, room_bytes=room_bytes)
         tunings = choices.tunings(settings.ask_ahead)
         _native.trim_heap()
-        self.plan: WorkerPlan = plan_of(files, share, settings, threads)
+        self.plan: WorkerPlan = plan_worker(files, share, settings, threads)
         config = files.config
         self._num_experts = num_experts_by_layer(config)
         with ExitStack() as undo:

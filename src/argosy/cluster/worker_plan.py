@@ -10,19 +10,21 @@ Elsewhere: `budget/planner.py` divides an engine's budget; `worker.py` opens wha
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from argosy import _native
 from argosy.checkpoint.files import ExpertRecord, ModelFiles
 from argosy.checkpoint.landing import MatrixRef
-from argosy.checkpoint.shards import shard_of
+from argosy.checkpoint.shards import ALL_SHARDS, shard_of
+from argosy.cluster.hello import MOST_ROWS
 from argosy.cluster.secure import BUFFER_BYTES
-from argosy.config import ModelConfig, format_bytes
+from argosy.config import AskAhead, ModelConfig, format_bytes
 from argosy.errors import DoesNotFit, UsageError
 from argosy.experts import slots as expert_slots
 from argosy.experts.files import Key, bookkeeping_bytes, resident_bookkeeping_bytes, resident_bytes
-from argosy.machine.resources import PROCESS_GROWTH_BYTES, THREAD_BYTES, page_table_bytes
+from argosy.machine.resources import PROCESS_GROWTH_BYTES, THREAD_BYTES, held_bytes, page_table_bytes
 from argosy.model.weights import dense_footprint
 
 _OTHER_THREADS = 8  # accepting, introductions, the ticker, and one for each connection
@@ -91,30 +93,46 @@ def biases_of(files: ModelFiles) -> Mapping[str, MatrixRef]:
     return {name: ref for name, ref in files.dense.items() if name in names}
 
 
-def plan_worker(
-    files: ModelFiles,
-    share: Mapping[Key, ExpertRecord],
-    *,
-    budget_bytes: int,
-    process_bytes: int,
-    threads: int,
-    readers: int,
-    most_rows: int,
-    most_coordinators: int,
-    uses_tls: bool,
-    num_slots: int | None = None,
-    instruction_set: str | None = None,
-) -> WorkerPlan:
-    """Plan a worker's memory.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings:
+    """How one worker runs.
 
-    Args:
-        process_bytes: size of the process now, with the headers of the model.
-        num_slots: size of the expert cache; None: as many as the budget allows.
-        instruction_set: one that this machine has; None: the best one.
+    budget_bytes: for the whole process.
+    shards: the shards whose experts it runs; bit i is for shard i.
+    num_slots: size of the expert cache; None: as many as the budget allows.
+    disk_bytes_per_s: rate of the drive, which placement uses; None: measure it at the start.
+    most_disk_bytes_per_s: a limit for reads; None: none.
+    """
+
+    budget_bytes: int
+    threads: int | None = None
+    readers: int = 4
+    instruction_set: str | None = None
+    ask_ahead: AskAhead | None = None
+    shards: int = ALL_SHARDS
+    num_slots: int | None = None
+    most_coordinators: int = 2
+    disk_bytes_per_s: float | None = None
+    most_disk_bytes_per_s: float | None = None
+    key: bytes = b""
+    tls: ssl.SSLContext | None = None
+
+
+def instruction_set_of(settings: WorkerSettings) -> str:
+    """The instruction set that a worker with these settings uses."""
+    return settings.instruction_set or _native.instruction_sets()[-1]
+
+
+def plan_worker(
+    files: ModelFiles, share: Mapping[Key, ExpertRecord], settings: WorkerSettings, threads: int
+) -> WorkerPlan:
+    """The plan of a worker's memory, from what the process holds now, with the headers of the model.
 
     Raises:
         DoesNotFit: the budget has no room for the experts of one token of one layer.
     """
+    budget_bytes, process_bytes, num_slots = settings.budget_bytes, held_bytes(), settings.num_slots
+    readers, most_coordinators, most_rows = settings.readers, settings.most_coordinators, MOST_ROWS
     config = files.config
     link = _native.worker_link_bytes(
         hidden=config.hidden_size,
@@ -139,10 +157,10 @@ def plan_worker(
             experts = slots * layout.slot_bytes
         parts = {
             "bias_bytes": dense_footprint(biases) if biases else 0,
-            "connection_bytes": most_coordinators * (link + (BUFFER_BYTES if uses_tls else 0)),
+            "connection_bytes": most_coordinators * (link + (BUFFER_BYTES if settings.tls else 0)),
             "working_bytes": sizes.scratch_bytes(most_rows, threads)
             + sizes.dispatch_bytes(most_rows)
-            + _native.product_scratch_bytes(threads, instruction_set),
+            + _native.product_scratch_bytes(threads, settings.instruction_set),
             "staging_bytes": readers * _native.STAGING_BYTES if is_transcoded else 0,
             "bookkeeping_bytes": records,
             "expert_bytes": experts,

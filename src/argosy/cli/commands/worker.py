@@ -22,7 +22,8 @@ from argosy.config.option import Option
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
-    from argosy.cluster.worker import Worker, WorkerSettings
+    from argosy.cluster.worker import Worker
+    from argosy.cluster.worker_plan import WorkerSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +66,7 @@ class WorkerOptions:
         """
         from argosy.cluster.hello import read_key
         from argosy.cluster.secure import server_context
-        from argosy.cluster.worker import WorkerSettings
+        from argosy.cluster.worker_plan import WorkerSettings
         from argosy.config import parse_size
         from argosy.engine.options import budget_of, choose_instruction_set
 
