@@ -83,7 +83,8 @@ def too_large(source: Path) -> dict[str, list[tuple[str, int]]]:
         "parameters": [],
     }
     for folder in sorted({path.parent for path in source.rglob("*.py")}):
-        if (count := len(list(folder.glob("*.py")))) > MOST_FILES_OF_FOLDER:
+        modules = [path for path in folder.glob("*.py") if path.stem != "__init__"]
+        if (count := len(modules)) > MOST_FILES_OF_FOLDER:
             found["files in a folder"].append((str(folder.relative_to(source)), count))
     for path in sorted(source.rglob("*.py")):
         text, where = path.read_text(), str(path.relative_to(source))
