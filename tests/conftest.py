@@ -39,12 +39,15 @@ Meeting = tuple[tuple[str, str], ...]  # values of different parameters in one c
 KEPT = ("ARGOSY_TUNE", "ARGOSY_CACHE", "ARGOSY_BASE_WHEEL")  # those that tests need from outside
 LONGEST = (
     "engine/test_identity.py",
-    "serve/test_openapi.py",
-    "engine/test_gguf.py",
-    "serve/test_run.py",
+    "cli/test_background.py",
     "prompt/test_tool_prompts.py",
+    "model/test_stack.py",
+    "engine/test_memory.py",
     "abuse/test_kills.py",
     "abuse/test_figures.py",
+    "serve/test_run.py",
+    "serve/test_openapi.py",
+    "engine/test_gguf.py",
     "abuse/test_videos.py",
     "media/test_ffmpeg.py",
 )
