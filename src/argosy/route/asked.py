@@ -29,8 +29,8 @@ from argosy.serve.http.held import Share
 _OLLAMA = ("/api/chat", "/api/generate")
 # The fields of which a request needs one, if it is not only about the model.
 _PROMPTS = {"/api/chat": ("messages",), "/api/generate": ("prompt", "images", "suffix")}
-_GENERATED = ("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses", *_OLLAMA)
-_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+GENERATED = ("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses", "/infill", *_OLLAMA)
+_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens", "n_predict")
 _MOST_REFERENCES = 1024
 
 
@@ -93,7 +93,7 @@ def read_asked(
             asked.references = _references(body)
             asked.is_repeatable = not asked.references
         asked.loads_only = route in _PROMPTS and not any(body.get(name) for name in _PROMPTS[route])
-        if route in _GENERATED and not asked.loads_only:
+        if route in GENERATED and not asked.loads_only:
             asked.marks = prefixes.marks(tenant, model if isinstance(model, str) else "", parts_of(body))
             asked.body = _seeded(asked.body, body, route, keep)
     finally:
