@@ -804,7 +804,8 @@ void what_the_page_cache_holds_comes_from_there_and_nothing_is_added() {
   if (!has_page_cache_to_ask(file)) return;
   Arena arena{size_t(5 * stretch)};
   const uint32_t checksum = file.checksum(0, file.size());
-  for (const int64_t kept : {int64_t{0}, stretch / 2, 2 * stretch + 3 * kPage, file.size()}) {
+  // Reads the file while `kept` bytes of it are in the page cache; returns how many bytes came from there.
+  const auto cached_bytes = [&](int64_t kept) {
     keep_in_page_cache(file, kept);
     int64_t held = -1;  // reads in progress do not count yet
     for (int64_t before = -2; before != held; before = std::exchange(held, in_page_cache(file)))
@@ -818,12 +819,20 @@ void what_the_page_cache_holds_comes_from_there_and_nothing_is_added() {
     const StoreStats stats = store.stats();
     CHECK_EQUAL(stats.reads, 65);  // one per part, each from a single source
     CHECK_EQUAL(stats.bytes_read, file.size());
-    if (kept < stretch) CHECK_EQUAL(stats.cached_bytes, 0);  // as if only a header had been read
-    if (kept > stretch) CHECK(stats.cached_bytes >= stretch / 2);
-    // The kernel may lock a page for a moment; that part then comes from the drive.
-    if (kept == file.size()) CHECK(stats.cached_bytes >= file.size() - 4 * Store::kPartBytes);
     CHECK(stats.cached_bytes <= held);
-  }
+    return stats.cached_bytes;
+  };
+  // The kernel may lock pages for a moment, and then their parts come from the drive: look again.
+  const auto most_cached = [&](int64_t kept, int64_t enough) {
+    int64_t most = 0;
+    for (int times = 0; times < 20 && most < enough; ++times) most = std::max(most, cached_bytes(kept));
+    return most;
+  };
+  CHECK_EQUAL(cached_bytes(0), 0);
+  CHECK_EQUAL(cached_bytes(stretch / 2), 0);  // as if only a header had been read
+  CHECK(most_cached(2 * stretch + 3 * kPage, stretch / 2) >= stretch / 2);
+  const int64_t whole = file.size() - 4 * Store::kPartBytes;
+  CHECK(most_cached(file.size(), whole) >= whole);
 }
 
 void blocks_come_from_the_page_cache_too() {
