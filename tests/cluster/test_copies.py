@@ -27,6 +27,7 @@ from argosy.cluster.copy_link import THE_LIST, CopyEnd, CopyLink
 from argosy.cluster.copy_source import CopySource, Pace, serve_copy
 from argosy.cluster.group import Group
 from argosy.cluster.identity import fingerprint
+from argosy.cluster.member import Member
 from argosy.cluster.worker import bind
 from argosy.cluster.worker_plan import WorkerSettings, instruction_set_of
 from argosy.errors import (
@@ -674,6 +675,27 @@ def _refusal(address: tuple[str, int], key: bytes, facts: hello.Facts) -> str:
 
 
 # ── beside answers ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_copy_may_end_by_itself_while_it_is_ended() -> None:
+    here, there = socket.socketpair()
+
+    class Ending(Member):
+        """Its thread forgets the connection once somebody has looked at it."""
+
+        found: socket.socket | None = here
+
+        @property
+        def copy_connection(self) -> socket.socket | None:  # type: ignore[override]
+            found, self.found = self.found, None
+            return found
+
+        @copy_connection.setter
+        def copy_connection(self, connection: socket.socket | None) -> None: ...
+
+    with here, there:
+        Ending("worker", ("127.0.0.1", 1), _native.Owner("worker")).end_copy()
+        assert there.recv(1) == b""
 
 
 def test_copies_keep_to_their_rate_while_somebody_waits_and_are_free_otherwise() -> None:

@@ -86,9 +86,10 @@ class Member:
 
     def end_copy(self) -> None:
         """End a connection that the thread which copies uses, and closes."""
-        if self.copy_connection is not None:
+        connection = self.copy_connection  # that thread sets it to None when it pleases
+        if connection is not None:
             with suppress(OSError):
-                self.copy_connection.shutdown(socket.SHUT_RDWR)
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 def parse_host(text: str, *, lowest_port: int = 1) -> tuple[str, int]:
