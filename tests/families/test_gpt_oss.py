@@ -16,6 +16,7 @@ from argosy.config import ActivationConfig, LayerConfig, ModelConfig, RouterConf
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import FAMILIES, open_model
 from argosy.model.rope import angle_scale
+from tests.models.hub_quantised import FP8
 from tests.models.safetensors_file import Array, decode, encode, write_checkpoint
 from tests.models.tiny import RawConfig, gpt_oss, random_tensors, write_model
 
@@ -164,3 +165,15 @@ def test_every_tensor_is_accounted_for(tmp_path: Path, change: Change, sentence:
     with pytest.raises(CheckpointError) as caught:
         open_model(write(tmp_path, change))
     assert sentence in str(caught.value)
+
+
+def test_codes_and_scales_where_two_biases_alternate_are_refused(tmp_path: Path) -> None:
+    tensors = {name: ("BF16", tensor) for name, tensor in random_tensors(gpt_oss(), 3, "BF16").items()}
+    name = "model.layers.0.mlp.experts.gate_up_proj_bias"
+    tensors[name] = ("F8_E4M3", tensors[name][1])
+    tensors[name + "_scale_inv"] = ("F32", np.ones((1, 1), np.float32))
+    quantization = {**FP8, "modules_to_not_convert": []}
+    (tmp_path / "config.json").write_text(json.dumps({**gpt_oss(), "quantization_config": quantization}))
+    write_checkpoint(tmp_path, tensors)
+    with pytest.raises(UnsupportedModel, match=r"gate_up_proj_bias is F8_E4M3"):
+        open_model(tmp_path)

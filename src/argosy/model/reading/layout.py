@@ -324,10 +324,11 @@ class _Accounts(TensorAccounts):
         in_file = shape if turn is None else (*shape[:-1], 2 * shape[-1])
         if last.endswith("conv"):  # each has one input channel
             in_file = (in_file[0], 1, *in_file[1:])
-        ref = self.weight(name, in_file)
         rows, cols = shape if len(shape) == 2 else (1, shape[0])
-        landing = ref.landing if turn is None else Strided((2 * cols, 2), turn)
-        return replace(ref, rows=rows, cols=cols, landing=landing)
+        if turn is None:
+            return replace(self.weight(name, in_file), rows=rows, cols=cols)
+        tensor, format = self.take(name, in_file)  # codes cannot alternate
+        return MatrixRef.of(tensor, format, rows, cols, Strided((2 * cols, 2), turn))
 
     def experts(self, config: ModelConfig, layout: Layout) -> dict[tuple[int, int], ExpertRecord]:
         read = self._single_expert
