@@ -25,9 +25,12 @@ from argosy.cluster import copy_link, hello, identity, secure
 from argosy.cluster.copied import Copy, CopyingWorker
 from argosy.cluster.copy_link import THE_LIST, CopyEnd, CopyLink
 from argosy.cluster.copy_source import CopySource, Pace, serve_copy
+from argosy.cluster.copying import Copying
 from argosy.cluster.group import Group
+from argosy.cluster.hello import Offer
 from argosy.cluster.identity import fingerprint
 from argosy.cluster.member import Member
+from argosy.cluster.owners import shards_to_copy
 from argosy.cluster.worker import bind
 from argosy.cluster.worker_plan import WorkerSettings, instruction_set_of
 from argosy.errors import (
@@ -696,6 +699,33 @@ def test_a_copy_may_end_by_itself_while_it_is_ended() -> None:
     with here, there:
         Ending("worker", ("127.0.0.1", 1), _native.Owner("worker")).end_copy()
         assert there.recv(1) == b""
+
+
+def test_a_worker_that_is_drained_before_its_copy_begins_copies_nothing(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", failures.append)
+    member = Member("worker", ("127.0.0.1", 1), _native.Owner("worker"))
+    files = open_model(model)
+    copying = Copying(
+        Pace(1e9, lambda: False),
+        threading.RLock(),
+        threading.Event(),
+        lambda one: shards_to_copy(one, [member], None, files, replicas=1),
+    )
+    copying.open(files)
+    offer = Offer(
+        num_slots=0, cache_bytes=GIB, disk_bytes_per_s=1e9, share_bytes=0, shards=0, is_resident=False
+    )
+    here, there = socket.socketpair()
+    with here, there:
+        copying.begin(member, here, offer, b"")
+        member.drained = True  # as by `Group.drain`
+        copying.all_met()
+        wait_until(lambda: member.copy_connection is None)
+        assert there.recv(1) == b""
+    assert not failures
 
 
 def test_copies_keep_to_their_rate_while_somebody_waits_and_are_free_otherwise() -> None:

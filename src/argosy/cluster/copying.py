@@ -89,6 +89,8 @@ class Copying:
 
     def _serve(self, member: Member, end: CopyEnd) -> None:
         with self._changes:
+            if member.drained:
+                return
             if self._source is None:
                 assert self._model is not None
                 self._source = CopySource(self._model)
