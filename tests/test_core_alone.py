@@ -132,6 +132,9 @@ def test_the_core_serves(server: str) -> None:
     assert httpx.get(f"{server}/v1/engine/state", timeout=WAIT_S).status_code == 200
     for path in ("/v1/engine/stops", "/v1/engine/transparency"):  # of governance
         assert httpx.get(server + path, timeout=WAIT_S).status_code == 404
+    strict = {"x-argosy-policy": "strict"}  # nothing would check the request, and its client must know
+    refused = httpx.post(f"{server}/v1/chat/completions", json=chat, headers=strict, timeout=WAIT_S)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "x-argosy-policy")
 
 
 def test_help_lists_only_what_is_there(core: Path) -> None:

@@ -7,15 +7,31 @@ Elsewhere: policies, stops and the audit are `guards/governing.py`, which `app.p
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry
 
-from argosy.errors import ArgosyError
+from argosy.errors import ArgosyError, UsageError
 from argosy.guard.keys import Key
-from argosy.serve.http.caller import Hook
+from argosy.serve.http.access import Policy
+from argosy.serve.http.caller import Caller, Hook, Watch
+from argosy.serve.http.incoming import CHOSEN_POLICY
 from argosy.serve.http.running import Running
 from argosy.serve.models.models import Models
+
+
+class NoPolicies(Hook):
+    """Refuses a request that names a policy, where a server has none."""
+
+    def admit(self, caller: Caller, policy: Policy, headers: Mapping[str, str]) -> Watch | None:
+        if policy.screens in ("answers", "texts") and CHOSEN_POLICY in headers:
+            raise no_policies()
+        return None
+
+
+def no_policies() -> UsageError:
+    """The refusal of a request that names a policy."""
+    return UsageError(f"{CHOSEN_POLICY}: this server has no policies", param=CHOSEN_POLICY)
 
 
 class Governance:
@@ -26,7 +42,7 @@ class Governance:
     keeps_contents: it keeps what requests say.
     """
 
-    hooks: Sequence[Hook] = ()
+    hooks: Sequence[Hook] = (NoPolicies(),)
     has_stopped: bool = False
     keeps_contents: bool = False
 

@@ -24,6 +24,7 @@ from argosy.guard.policy import ContentPolicy, HttpCheck, ModelCheck, Policies, 
 from argosy.guard.screen import RequestScreen, Side
 from argosy.guard.stops import Stops, stopped
 from argosy.guard.users import UserBlocked, Users
+from argosy.serve.governance import no_policies
 from argosy.serve.guards.checks import Checks
 from argosy.serve.guards.screening import Screening
 from argosy.serve.http.access import Policy
@@ -135,7 +136,7 @@ class Guarding(Hook):
         policies = self._policies
         if policies is None:
             if chosen is not None:
-                raise UsageError("x-argosy-policy: this server has no policies", param="x-argosy-policy")
+                raise no_policies()
             return None
         policy = policies.of(key, chosen)
         if policy is None:
