@@ -21,6 +21,7 @@ from argosy.guard.keys import KeyFile, KeyRing
 from argosy.guard.limits import Limits
 from argosy.serve.answer.service import Service
 from argosy.serve.app import ROUTES, make_app
+from argosy.serve.governance import Governance
 from argosy.serve.http.access import Policy
 from argosy.serve.http.caller import Caller, Hook, Watch
 from argosy.serve.http.failures import Refused
@@ -367,3 +368,52 @@ def test_a_hook_hears_the_phases_of_a_request_in_order_and_may_refuse_it(refuses
     if refuses == "arrive":  # its watch was never made
         phases = ["arrive"]
     assert hook.heard == phases
+
+
+class Failing(Hook, Watch):
+    """Fails in a phase in which it may not."""
+
+    def __init__(self, phase: str) -> None:
+        def fail(*args: object, **named: object) -> None:
+            raise RuntimeError("canary-71d")
+
+        setattr(self, phase, fail)
+
+    def arrive(self, caller: Caller, policy: Policy, headers: Mapping[str, str]) -> Watch | None:
+        return self
+
+
+@pytest.mark.parametrize("phase", ["token", "ended", "count"])
+def test_an_answer_ends_with_an_error_if_a_watch_fails(service: Service, phase: str) -> None:
+    governance = Governance()
+    governance.hooks = (Failing(phase),)
+    app = make_app(service, KeyRing(None), block_tokens=16, max_sequences=8, governance=governance)
+    for url in start(app):
+        whole = httpx.post(f"{url}/v1/chat/completions", json=ASK, timeout=20)
+        assert (whole.status_code, whole.json()["error"]["type"]) == (500, "server_error")
+        stream = httpx.post(f"{url}/v1/chat/completions", json={**ASK, "stream": True}, timeout=20)
+        assert "internal error" in stream.text
+        assert "canary-71d" not in whole.text + stream.text
+
+
+def test_a_watch_that_fails_after_a_request_hides_it_from_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "argosy.serve")
+    other = Noting()
+
+    async def test() -> None:
+        hooks = [Failing("after"), other]
+        gate = Gate(
+            Response("{}"),
+            [Policy(method="GET", path="/a", scope="infer")],
+            KeyRing(None),
+            Limits(),
+            hooks=hooks,
+        )
+        transport = httpx.ASGITransport(gate)  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            assert (await client.get("/a")).status_code == 200
+
+    asyncio.run(asyncio.wait_for(test(), 20))
+    assert other.heard[-1] == "after 200"
+    assert "internal error: RuntimeError" in caplog.text
+    assert "GET /a 200" in caplog.text

@@ -123,6 +123,7 @@ class Answers:
         self._is_woken = False  # the event loop will look, so it needs no second signal
         self._is_behind = False
         self._is_left = False  # what is still queued for it ends at once
+        self._fault: Exception | None = None  # of a watch: no event comes any more
         self._blocked: set[int] = set()
         self._begun_ids: tuple[int, ...] = ()  # that every answer began with
         self._begun: list[Step] = []  # and what they said
@@ -145,11 +146,12 @@ class Answers:
             watch.queued(num_answers, is_chat=prompt.trace is not None)
 
         def deliver(event: Event) -> None:
-            for watch in caller.watches:  # here, because the client may be gone
-                if isinstance(event, AnswerToken):
-                    watch.token(first + event.answer)
-                elif isinstance(event, AnswerEnd):
-                    watch.ended(first + event.answer, event.result)
+            try:
+                self._tell_watches(first, event)  # here, because the client may be gone
+            except Exception as error:
+                self._fault = error
+                self._events.call_soon_threadsafe(self._some.set)
+                raise  # the loop reports it, and ends the request
             if not self._is_behind and len(self._arrived) >= MOST_UNREAD * len(self.prompts):
                 self._is_behind = True
                 self._events.call_soon_threadsafe(self.cancel)
@@ -179,6 +181,13 @@ class Answers:
         num_tokens = len(prompt.token_ids or ())
         self.num_prompt_tokens += num_tokens
         self._caller.count(prompt=num_tokens)
+
+    def _tell_watches(self, first: int, event: Event) -> None:
+        for watch in self._caller.watches:
+            if isinstance(event, AnswerToken):
+                watch.token(first + event.answer)
+            elif isinstance(event, AnswerEnd):
+                watch.ended(first + event.answer, event.result)
 
     @property
     def num_cached_tokens(self) -> int:
@@ -230,6 +239,8 @@ class Answers:
             elif time.monotonic() - turn_began > _TURN_S:
                 await asyncio.sleep(0)
                 turn_began = time.monotonic()
+            if not self._arrived and self._fault is not None:
+                raise self._fault
             event = self._arrived.popleft()
             steps = self._step(event)
             if isinstance(event, AnswerEnd):
@@ -242,7 +253,7 @@ class Answers:
         while True:
             self._some.clear()
             self._is_woken = False
-            if self._arrived:  # checked last: an event after this check wakes us
+            if self._arrived or self._fault is not None:  # checked last: an event after this check wakes us
                 return
             await self._some.wait()
 

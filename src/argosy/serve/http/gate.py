@@ -227,7 +227,10 @@ class Gate:
         route = policy.path if policy is not None else "none"
         self._observe(route, response.status, seconds)
         for watch in caller.watches:
-            watch.after(response.status, seconds)
+            try:
+                watch.after(response.status, seconds)
+            except Exception as error:  # the others hear of it all the same
+                report(error, caller.request_id)
         facts = {
             "event": "request", "request_id": caller.request_id,
             "method": scope["method"] if policy is not None else "-", "route": route, "status": response.status,
