@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 
 from argosy.errors import UsageError
 from argosy.guard.keys import LOCAL, Key
-from argosy.guard.limits import Limits, TooMany, UseFile
+from argosy.guard.limits import Limits, TooMany, Use, UseFile
 
 
 class Clock:
@@ -176,6 +178,13 @@ def test_only_the_owner_and_one_server_at_a_time_can_use_a_usage_file(path: Path
         UseFile(path)
     file.close()
     UseFile(path).close()
+
+
+def test_a_full_drive_is_named_as_the_reason(path: Path) -> None:
+    with closing(UseFile(path)) as file:
+        file._database.execute("PRAGMA max_page_count = 3")  # what is beyond is as on a full drive
+        with pytest.raises(sqlite3.OperationalError, match="full"):
+            file.write({f"key-{number:08x}": Use(1.0, 2.0) for number in range(2000)}, set())
 
 
 def test_a_file_that_is_not_a_usage_file_is_refused_with_a_hint(path: Path) -> None:

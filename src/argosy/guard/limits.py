@@ -118,7 +118,8 @@ class UseFile:
         try:
             yield
         except BaseException:
-            self._database.execute("ROLLBACK")
+            if self._database.in_transaction:  # on a full drive, SQLite has rolled back already
+                self._database.execute("ROLLBACK")
             raise
         self._database.execute("COMMIT")
 
