@@ -349,6 +349,19 @@ def test_a_model_that_does_not_fit_beside_models_that_answer_is_refused_with_num
     run(test)
 
 
+def test_a_model_that_the_budget_has_become_too_small_for_is_refused_with_what_would_be_enough() -> None:
+    async def test(rig: Rig) -> None:
+        await rig.models.resize(PROCESS + 150)
+        with pytest.raises(Overloaded) as caught:
+            await rig.ask("a")
+        assert str(caught.value) == (
+            f"a needs 200 B, and the budget of {PROCESS + 150} B leaves 150 B beside the process\n"
+            "hint: start the server with `--memory 1MiB`"
+        )
+
+    run(test)
+
+
 def test_a_model_is_unloaded_after_a_while_without_requests() -> None:
     async def test(rig: Rig) -> None:
         async with rig.using("a"):

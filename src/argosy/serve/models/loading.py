@@ -311,12 +311,18 @@ class Loader:
         held = [(one.name, one.source.floor_bytes) for one in busy]
         parts = "  +  ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in held)
         enough = -(-(self.memory.budget_bytes + needed - free_bytes) // MIB)
+        free = format_bytes(max(0, free_bytes))
+        budget = f"the budget of {format_bytes(self.memory.budget_bytes)}"
+        hint = f"start the server with `--memory {enough}MiB`"
+        if held:
+            said = f"models that answer now leave {free} of {budget}\n  {parts}  (without experts)"
+            hint = f"try again when {' or '.join(name for name, _ in held)} has answered, or {hint}"
+        else:
+            said = f"{budget} leaves {free} beside the process"
         return Overloaded(
-            f"{entry.name} needs {format_bytes(needed)}, and models that answer now leave {format_bytes(free_bytes)} "
-            f"of the budget of {format_bytes(self.memory.budget_bytes)}\n  {parts}  (without experts)",
+            f"{entry.name} needs {format_bytes(needed)}, and {said}",
             retry_after_s=int(_RETRY_S),
-            hint=f"try again when {' or '.join(name for name, _ in held)} has answered, "
-            f"or start the server with `--memory {enough}MiB`",
+            hint=hint,
             needed_bytes=needed,
             free_bytes=free_bytes,
         )
