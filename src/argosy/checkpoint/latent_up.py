@@ -64,11 +64,6 @@ def split_shapes(kv_up: KeyValueMatrix) -> tuple[MatrixShape, MatrixShape]:
     )
 
 
-def keeps_its_format(kv_up: KeyValueMatrix) -> bool:
-    """Whether both halves have its format, so that every weight keeps its bits."""
-    return all(half.format == kv_up.format for half in split_shapes(kv_up))
-
-
 def passing_bytes(kv_up: KeyValueMatrix) -> int:
     """Bytes of memory that `split` takes in addition to its input and its outputs."""
     key, value = split_shapes(kv_up)

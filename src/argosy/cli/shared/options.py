@@ -121,7 +121,7 @@ def asking_options(owner: type[AskingOptions], *more: str) -> Callable[[Command]
 
 
 def asked_thinking(thinks: bool | None = None, effort: str | None = None) -> Thinking:
-    """What `thinking_options` ask of the model.
+    """What the options `--think`, `--no-think` and `--effort` ask of the model.
 
     Raises:
         UsageError: they contradict each other.
