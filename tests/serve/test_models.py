@@ -748,6 +748,12 @@ def test_a_model_of_the_library_is_planned_in_the_present_budget() -> None:
         await rig.models.resize(700)
         await rig.ask("a")
         assert rig.a.budget_bytes == 700
+        rig.b.unready = DoesNotFit("b needs 800 B, and the budget is 700 B")
+        with pytest.raises(DoesNotFit):
+            await rig.ask("b")
+        await rig.models.resize(BUDGET)
+        rig.b.unready = None
+        assert await rig.ask("b") == "b"  # at once: what was too small is over
 
     run_library(test)
 

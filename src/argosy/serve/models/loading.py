@@ -203,6 +203,9 @@ class Loader:
                 )
             await self._unload_all(leaving)
             self.memory = replace(self.memory, budget_bytes=budget_bytes)
+            for entry in self.entries:
+                if isinstance(entry.fault, DoesNotFit):  # in the budget of before
+                    entry.fault = None
             await self._divide()
 
     def _forget_unused(self, entry: Entry) -> None:
