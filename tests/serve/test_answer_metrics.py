@@ -135,6 +135,7 @@ def test_a_servers_metrics_have_models_and_key_ids_and_no_content(keyed: tuple[s
         ask = {"messages": [{"role": "user", "content": "canary-71d"}], "max_tokens": 4, "ignore_eos": True}
         usage = client.post("/v1/chat/completions", json=ask | {"n": 2}).json()["usage"]
         client.post("/v1/completions", json={"prompt": "abc", "max_tokens": 3, "ignore_eos": True})
+        assert client.post("/v1/embeddings", json={"input": "abc"}).status_code == 200
         assert client.post("/v1/chat/completions", json=ask | {"model": "canary-model"}).status_code == 404
         text = client.get("/metrics").text
     found = values(text)
@@ -143,7 +144,8 @@ def test_a_servers_metrics_have_models_and_key_ids_and_no_content(keyed: tuple[s
     assert found["argosy_answer_new_tokens_sum model=tiny operation=text_completion"] == 3
     assert found["argosy_inter_token_seconds_count model=tiny operation=chat"] == 6
     assert found["argosy_queue_seconds_count model=tiny operation=chat"] == 2
-    assert found[f"argosy_key_requests_total key={key_id} model=tiny"] == 2
+    assert found[f"argosy_key_requests_total key={key_id} model=tiny"] == 3
+    assert f"argosy_key_prompt_tokens_total key={key_id} model=" not in found  # no tokens of no model
     assert found[f"argosy_key_new_tokens_total key={key_id} model=tiny"] == 11
     assert found["process_resident_memory_bytes"] > 0
     assert re.search(r'argosy_build_info\{python="3[^"]+",version="[^"]+"\} 1', text)

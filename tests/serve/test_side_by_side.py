@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -85,6 +86,7 @@ def result_of(number: int) -> Result:
 class FakeService:
     def __init__(self, engine: FakeEngine) -> None:
         self.loop, self.work = engine, self
+        self.model, self.digests = SimpleNamespace(id="fake"), dict[str, str]()
 
     async def run(self, caller: Caller, call: Callable[[], Any]) -> Any:
         return await asyncio.to_thread(call)

@@ -50,6 +50,7 @@ async def run_parts(
         ArgosyError: what `submit` raised, or what ended a part. If the engine has no room for a part while others of
             the request run, it is `Overloaded` only when none of them is left.
     """
+    caller.answered_by(service.model.id, service.digests)
     caller.held.takes_long = longest > _LONG
     waiting = deque(range(num_parts))
     num_runners = min(AT_ONCE, num_parts)
