@@ -5,8 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
+from time import sleep
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from argosy import Engine, SamplingParams, _native
 from tests.models.configuration import Configuration
@@ -89,3 +93,27 @@ def test_greedy_tokens_equal_the_numpy_model_past_the_window_and_a_block_boundar
 
     assert difference(logits, NumpyModel(tmp_path).logits(prompt + result.token_ids)) <= LARGEST_DIFFERENCE
     assert result.token_ids == logits[len(prompt) - 1 : -1].argmax(axis=1).tolist()
+
+
+def test_logits_are_read_alone_while_another_thread_asks() -> None:
+    reference = REFERENCES[0]
+    prompt = reference.input_ids * 3
+    answers: list[list[int]] = []
+    num_live: list[int] = []
+    with Engine.open(reference.directory, memory="2GiB", threads=1, chunk_tokens=8) as engine:
+        params = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+        other = Thread(target=lambda: answers.append(engine.generate(reference.input_ids, params).token_ids))
+
+        def take(first: int, rows: NDArray[np.float32]) -> None:
+            facts = engine.facts()
+            num_live.append(facts.num_running + facts.num_waiting)
+            if not first:
+                other.start()
+                sleep(0.1)  # it waits for the engine
+
+        engine.read_logits(prompt, take)
+        other.join()
+        alone = engine.generate(reference.input_ids, params).token_ids
+
+    assert set(num_live) == {1}
+    assert answers == [alone]

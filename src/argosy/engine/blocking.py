@@ -15,6 +15,7 @@ from argosy.engine.pooling import LogitsReader, shortened
 from argosy.engine.requests import PromptLike, Requests
 from argosy.engine.sequence import Result, TokenEvent
 from argosy.engine.sequence import Sequence as EngineSequence
+from argosy.engine.turns import Turns
 from argosy.errors import UsageError
 
 _EMBEDDED_AT_ONCE = 64  # texts that wait or run together
@@ -25,6 +26,7 @@ class BlockingCalls(ABC):
 
     config: ModelConfig
     requests: Requests
+    _lock: Turns  # held for each step, and for each call between two steps
 
     @property
     @abstractmethod
@@ -155,9 +157,12 @@ class BlockingCalls(ABC):
         """
         (sequence,) = self.requests.prepare(list(token_ids), SamplingParams(max_tokens=1))
         sequence.pool = LogitsReader(len(token_ids), take)
-        if self.has_work:
-            raise UsageError("logits are read alone; finish or cancel the other sequences first")
-        self._finish_all([sequence])
+        with (
+            self._lock
+        ):  # until the last row: a failed step of another thread would cancel this sequence, too
+            if self.has_work:
+                raise UsageError("logits are read alone; finish or cancel the other sequences first")
+            self._finish_all([sequence])
 
     def _finish_all(self, sequences: list[EngineSequence]) -> list[Result]:
         """Queue sequences and step until each has its result."""

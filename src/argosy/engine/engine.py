@@ -89,7 +89,7 @@ class Engine(BlockingCalls):
             share=share,
             experts=experts,
         )
-        self._lock = started.lock  # held for each step, and for each call between two steps
+        self._lock = started.lock
         self._files = files
         self.config: ModelConfig = files.config
         self.settings = config
