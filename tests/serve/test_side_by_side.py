@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,12 +13,12 @@ from typing import Any, cast
 import pytest
 
 from argosy.engine.ledger import Ledger
-from argosy.engine.loop import AnswerEnd, Event
-from argosy.engine.sequence import Result
+from argosy.engine.loop import AnswerEnd, AnswerToken, Event
+from argosy.engine.sequence import Result, TokenEvent
 from argosy.errors import ArgosyError, Overloaded, UsageError
 from argosy.serve.answer.service import Service
 from argosy.serve.answer.side_by_side import AT_ONCE, run_parts
-from argosy.serve.http.caller import Caller
+from argosy.serve.http.caller import Caller, Watch
 
 
 @dataclass(eq=False)
@@ -151,3 +152,29 @@ def test_a_part_that_was_cancelled_elsewhere_is_an_error() -> None:
 
     with pytest.raises(ArgosyError, match="the answer was cancelled"):
         run(engine, 1, submit)
+
+
+def test_a_part_ends_with_an_error_if_a_watch_fails() -> None:
+    class Failing(Watch):
+        def count(self, *, prompt: int, new: int) -> None:
+            if new:
+                raise RuntimeError
+
+    def submit(number: int, deliver: Callable[[Event], None]) -> FakeRequest:
+        def tell() -> None:
+            with suppress(RuntimeError):  # the loop delivers nothing more then
+                deliver(AnswerToken(0, TokenEvent(1, "a", None, None, None)))
+
+        threading.Thread(target=tell).start()
+        return FakeRequest(number, deliver)
+
+    engine = FakeEngine(1)
+    work = run_parts(
+        cast(Service, FakeService(engine)), Caller(watches=[Failing()]), 1, 1, submit,
+        lambda number, result: None, param=lambda at: "input",
+    )  # fmt: skip
+    try:
+        with pytest.raises(RuntimeError):
+            asyncio.run(asyncio.wait_for(work, 5))
+    finally:
+        engine.close()

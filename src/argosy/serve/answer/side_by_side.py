@@ -114,11 +114,19 @@ class _Part:
 
     def _deliver(self, event: Event) -> None:
         """In the engine's thread."""
-        if isinstance(event, AnswerToken):
-            self._caller.count(new=1)
-        elif isinstance(event, AnswerEnd):
+        try:
+            if isinstance(event, AnswerToken):
+                self._caller.count(new=1)
+        except Exception as error:
+            self._events.call_soon_threadsafe(self._fail, error)
+            raise  # the loop reports it, and ends the part
+        if isinstance(event, AnswerEnd):
             self._events.call_soon_threadsafe(self._settle, event.result)
 
     def _settle(self, result: Result) -> None:
         if not self._end.done():
             self._end.set_result(result)
+
+    def _fail(self, error: Exception) -> None:
+        if not self._end.done():
+            self._end.set_exception(error)

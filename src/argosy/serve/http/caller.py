@@ -5,8 +5,8 @@
 
 A hook is one thing that a server does around every request: limits, metrics, the audit, a policy. It knows nothing of
 the others, and what it keeps of a request is its own `Watch`. A hook or watch that raises ArgosyError in `arrive`,
-`admit`, `begin` or `named` refuses the request. A fault in `token` or `ended` ends the answers with an error; one in
-`after` is logged.
+`admit`, `begin` or `named` refuses the request. A fault in `count`, `token` or `ended` ends the answers with an error;
+one in `after` is logged.
 
 Elsewhere: `gate.py` calls the hooks; a hook that sees texts is a `Check` of `serve/answer/check.py`.
 """
