@@ -266,7 +266,10 @@ def test_a_silent_stream_sends_lines_that_say_nothing(
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     model: Path = write_seeing_model(tmp_path_factory.mktemp("seeing") / "model")
-    with Engine.open(model, memory="2GiB", threads=2, grammars=True) as engine, serving(engine) as service:
+    with (
+        Engine.open(model, memory="4GiB", media=True, threads=2, grammars=True) as engine,
+        serving(engine) as service,
+    ):
         for url in start(make_app(service, KeyRing(None), block_tokens=16, max_sequences=8)):
             with httpx.Client(base_url=url, timeout=60) as client:
                 yield client
