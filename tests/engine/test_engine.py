@@ -171,6 +171,8 @@ def test_a_closed_engine_refuses_requests() -> None:
     engine.close()
     with pytest.raises(UsageError, match="the engine is closed"):
         engine.generate([1])
+    with pytest.raises(UsageError, match="the engine is closed"):
+        engine.step()
 
 
 def test_a_misspelt_option_is_refused_with_the_known_ones() -> None:

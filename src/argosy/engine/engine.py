@@ -132,37 +132,42 @@ class Engine(BlockingCalls):
         the engine is cancelled, and prefixes in memory are forgotten.
         """
         started = self._started
-        with self._lock, self._resizer.foreground, started.turns:
-            started.require_open()
-            started.cache.write_some()
-            if not self._scheduler.has_work:  # another thread's step finished the work
-                return []
+        with self._lock:
+            started.require_open()  # before what `close` deletes
+            with self._resizer.foreground, started.turns:
+                started.cache.write_some()
+                return self._step()
+
+    def _step(self) -> list[TokenEvent]:
+        started = self._started
+        if not self._scheduler.has_work:  # another thread's step finished the work
+            return []
+        try:
+            started.clock.mark("other")
+            self.media.settle()
             try:
-                started.clock.mark("other")
-                self.media.settle()
-                try:
-                    scheduled = self._scheduler.next_step()
-                except CannotRun as failed:
-                    self._finish(failed.sequence, "error", failed.error)
-                    return []
-                finally:
-                    started.clock.mark_encoding(self._scheduler.making.take_making_s())
-                if scheduled is None:  # all that can run are encoders of pictures and sound
-                    return []
-                self._answers.begin()
-                self.watch.scheduled = scheduled
-                try:  # layers -> router -> experts -> kernels
-                    logits = self._forward(scheduled.step)
-                except (CheckpointError, ReadFailed, RunnerFailed) as error:
-                    self._recover(scheduled, error)
-                    return []
-                finally:
-                    self.watch.scheduled = None
-                self._has_failed = False
-                return self._commit(scheduled, logits)
-            except BaseException:
-                self._cancel_all()
-                raise
+                scheduled = self._scheduler.next_step()
+            except CannotRun as failed:
+                self._finish(failed.sequence, "error", failed.error)
+                return []
+            finally:
+                started.clock.mark_encoding(self._scheduler.making.take_making_s())
+            if scheduled is None:  # all that can run are encoders of pictures and sound
+                return []
+            self._answers.begin()
+            self.watch.scheduled = scheduled
+            try:  # layers -> router -> experts -> kernels
+                logits = self._forward(scheduled.step)
+            except (CheckpointError, ReadFailed, RunnerFailed) as error:
+                self._recover(scheduled, error)
+                return []
+            finally:
+                self.watch.scheduled = None
+            self._has_failed = False
+            return self._commit(scheduled, logits)
+        except BaseException:
+            self._cancel_all()
+            raise
 
     def _forward(self, step: Step) -> NDArray[np.float32]:
         """Run the layers: float32 [wanted rows, vocab_size]."""
