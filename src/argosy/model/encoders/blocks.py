@@ -154,12 +154,27 @@ class Operations:
             for name, out in (("q", query), ("k", key), ("v", value)):
                 self.linear(f"{layer}.{name}", normed, out[rows])
 
-        def add(rows: slice, heads: Rows) -> None:
-            self.linear(f"{layer}.o", heads, hidden[rows], finish="add")
-
         flop = self.flop_per_row(*(f"{layer}.{name}" for name in ("q", "k", "v")))
         yield from in_blocks(project, range(len(hidden)), flop)
         head_dim = hidden.shape[1] // num_heads
+        yield from self.add_attention(layer, hidden, query, key, value, head_dim=head_dim, segments=segments)
+
+    def add_attention(
+        self,
+        layer: str,
+        hidden: Rows,
+        query: Rows,
+        key: Rows,
+        value: Rows,
+        *,
+        head_dim: int,
+        segments: Iterable[range],
+    ) -> Steps:
+        """Add to `hidden` the product of matrix `o` of a layer with its heads' attention, scaled by their width."""
+
+        def add(rows: slice, heads: Rows) -> None:
+            self.linear(f"{layer}.o", heads, hidden[rows], finish="add")
+
         yield from self.attend(
             query,
             key,

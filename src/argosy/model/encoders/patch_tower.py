@@ -197,20 +197,8 @@ class PatchTower(Tower[Sizes]):
             query_key = qkv[rows, : 2 * width]
             rotation.apply(ops, query_key.reshape(len(query_key), -1, head_dim), rows)
 
-        def add(rows: slice, heads: Rows) -> None:
-            ops.linear(f"{layer}.o", heads, hidden[rows], finish="add")
-
         yield from in_blocks(project, range(len(hidden)), ops.flop_per_row(f"{layer}.qkv"))
-        yield from ops.attend(
-            query,
-            key,
-            value,
-            head_dim=head_dim,
-            scale=head_dim**-0.5,
-            segments=segments,
-            output=f"{layer}.o",
-            project=add,
-        )
+        yield from ops.add_attention(layer, hidden, query, key, value, head_dim=head_dim, segments=segments)
 
     def _feed_forward(self, layer: str, hidden: Rows) -> Steps:
         return self._operations.gelu_mlp(layer, hidden, self._norm_eps, "gelu_tanh")
