@@ -21,15 +21,19 @@ from typing import Any
 from pydantic import RootModel
 
 from argosy.route.prefixes import Mark, Prefixes, parts_of
+from argosy.serve.app import ROUTES
 from argosy.serve.dialects.body import validated
 from argosy.serve.dialects.openai_responses_bodies import kind_of
 from argosy.serve.http.held import Share
 
-# Routes whose answers are generated, and where their bodies have the seed: in `options`, or at the top.
+# Routes whose answers a model writes, as a JSON body asks for them.
+GENERATED = {
+    route.policy.path for route in ROUTES if route.policy.screens == "answers" and not route.policy.takes_form
+}
+# Those whose bodies have the seed in `options`; the others have it at the top.
 _OLLAMA = ("/api/chat", "/api/generate")
 # The fields of which a request needs one, if it is not only about the model.
 _PROMPTS = {"/api/chat": ("messages",), "/api/generate": ("prompt", "images", "suffix")}
-GENERATED = ("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses", "/infill", *_OLLAMA)
 _LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens", "n_predict")
 _MOST_REFERENCES = 1024
 
