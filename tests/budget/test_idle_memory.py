@@ -26,7 +26,7 @@ from argosy.kept.kv_cache import BlockContent, KvBlocks
 from argosy.machine.resources import process_footprint
 from argosy.model.families import open_model
 from argosy.model.layers import kv_shapes
-from tests.models.tiny import qwen3_moe, write_model
+from tests.budget.conftest import CONTEXT
 
 # ── with a cache that only counts ───────────────────────────────────────────────────────────────────────────────────
 
@@ -150,18 +150,7 @@ def test_the_memory_of_blocks_is_with_the_system_while_it_is_lent() -> None:
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
 PROMPTS = [list(range(3, 103)), [5, 9, 12], [7] * 40]
-HELD, CONTEXT, MISSING = 50 * MIB, 65536, 80
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with 96 experts of 0.75 MiB each, and a context of 48 MiB."""
-    directory = tmp_path_factory.mktemp("idle") / "model"
-    raw = qwen3_moe(
-        num_experts=32, moe_intermediate_size=4096, max_position_embeddings=CONTEXT, head_dim=16,
-    )  # fmt: skip
-    write_model(directory, raw, seed=5)
-    return directory
+HELD, MISSING = 50 * MIB, 80
 
 
 OPTIONS: dict[str, Any] = {"threads": 1, "context": CONTEXT, "chunk_tokens": 256, "max_sequences": 4}

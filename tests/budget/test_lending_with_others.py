@@ -24,26 +24,14 @@ from argosy.open.models import configure, open_files
 from argosy.prompt.prompt import Prompt
 from cgroup import run_capped, why_no_cap
 from make_checkpoint import raw_config, write_checkpoint
+from tests.budget.conftest import CONTEXT
 from tests.models.seeing import with_towers, write
-from tests.models.tiny import qwen3_moe, write_model
 from tests.models.tiny_wrappers import qwen3_vl_moe
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
 PROMPTS = [list(range(3, 103)), [5, 9, 12], [7] * 40]
-CONTEXT = 65536
 TEXT: dict[str, Any] = {"threads": 1, "context": CONTEXT, "chunk_tokens": 256, "max_sequences": 4}
 MEDIA: dict[str, Any] = {"threads": 1, "image_tokens": 64, "chunk_tokens": 16, "prefix_reuse": False}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with 96 experts of 0.75 MiB each, and a context of 48 MiB."""
-    directory = tmp_path_factory.mktemp("idle") / "model"
-    raw = qwen3_moe(
-        num_experts=32, moe_intermediate_size=4096, max_position_embeddings=CONTEXT, head_dim=16,
-    )  # fmt: skip
-    write_model(directory, raw, seed=5)
-    return directory
 
 
 @pytest.fixture(scope="module")
