@@ -19,7 +19,7 @@
 
 namespace argosy {
 
-// The arguments of an operation: its own header has them, or one beside it (matmul_args.h).
+// Each operation declares its arguments in its own header, or in one next to it (matmul_args.h).
 struct MatmulArgs;
 struct SplitArgs;
 struct RouteArgs;

@@ -1,7 +1,7 @@
 // native_testing.cpp: tests.native._native_testing, what only tests and benchmarks call.
 //
 // Single operations of native/ops, which a stack runs one after another; file systems with a fault; and reads
-// of experts whose order a test decides. It uses the classes of argosy._native and belongs to no wheel.
+// of experts in an order that a test chooses. It uses the classes of argosy._native and is in no wheel.
 
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>

@@ -1,4 +1,4 @@
-"""What a process takes beside what sizes of the model tell: measured values, rounded up."""
+"""Memory of a process that does not follow from the model's sizes: measured values, rounded up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a memory budget is divided: what `planner.py` decides, and what tables, JSON and errors show.
+"""The division of a memory budget: `planner.py` decides it; tables, JSON and errors show it.
 
     budget = process + dense weights + KV cache + recurrent state + replay + requests + routing + group
              + working buffers + staging + expert records + page tables + expert cache

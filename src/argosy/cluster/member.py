@@ -1,4 +1,4 @@
-"""A worker of a group, by its address: what is known of it, and what is told of it.
+"""A member of a group: a worker's address, its offer, its connection and its status.
 
 Elsewhere: `group.py` connects to members; `owners.py` gives them experts.
 """

@@ -1,4 +1,4 @@
-"""What parts of a process other than the model need of the budget: each owner claims it, the plan adds it up."""
+"""Claims on the memory budget by parts of a process other than the model; the plan adds them up."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ class Answers:
         """Read what a step has computed of prompts beside the rows of `accept`: for log-probabilities and embeddings.
 
         Returns:
-            The sequences that end: their embedding is complete, or what they want cannot be computed.
+            The sequences that end: their embedding is complete, or what they asked for cannot be computed.
         """
         self._energy.note(scheduled)
         if scheduled.counts is None:  # every sequence decodes

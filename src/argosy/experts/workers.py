@@ -1,4 +1,4 @@
-"""What is known of a worker that runs experts for an engine: one type for the group, the server and its metrics."""
+"""The status of a worker that runs experts for an engine: one type for the group, the server and its metrics."""
 
 from __future__ import annotations
 

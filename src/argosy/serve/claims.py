@@ -1,4 +1,4 @@
-"""What a server claims of the budget, whatever its models are."""
+"""The memory that a server claims from the budget, whatever its models."""
 
 from __future__ import annotations
 

@@ -258,7 +258,7 @@ class Answers:
             await self._some.wait()
 
     async def _remember(self, end: AnswerEnd) -> None:
-        """Store the answer before its end is sent, so the next turn finds it; in a thread, as all of it is read."""
+        """Store the answer before its end is sent, so the next turn finds it; in a thread, because it may be long."""
         if self._parsers[end.answer] is not None and end.answer not in self._blocked:
             tenant, token_ids, said = (
                 self._caller.tenant,

@@ -92,7 +92,7 @@ class Guarding(Hook):
     def why_not(
         self, key: Key | None, models: Collection[str], persons: Collection[str]
     ) -> ArgosyError | None:
-        """Why a request may not run now, by what is stopped and who is blocked; None: it may.
+        """The reason why a stop or a blocked user keeps a request from running; None if it may run.
 
         Args:
             models: the id of the model that it uses and the name of the preset, if it uses one.
