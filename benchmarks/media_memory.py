@@ -6,7 +6,7 @@ A model with the vision and audio towers of Qwen3-Omni in their real sizes (rand
 cgroup that is limited to the budget, with swap forbidden. Two texts are answered all the time, while there come a
 photograph of 12 megapixels, ten such photographs at once, and a long recording. Then a minute passes on the engine's
 clock, and the experts have the memory of the towers back. The kernel's own peak counts all processes, page cache and
-page tables. The same texts are answered with that memory reserved, as before decision 37, for slots and hit rates.
+page tables. The same texts are answered with that memory reserved, for slots and hit rates.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python -m tests.native.expert_bits [--module build/clang/_native.so]
 
 Weights and rows come from a fixed seed. Run it with the modules of two builds, such as one of GCC and one of Clang, and
-compare the lines; machines of a group may then have either (docs/decisions/0074-...).
+compare the lines; machines of a group may then have either.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
 
 A *mark* is a marker of the model's format. If the tokenizer has a token for it, only that token is the mark, and the
 same characters in ordinary tokens are text. Otherwise the mark is found in the text, wherever token boundaries fall,
-and only text that could become a mark is held back. A call is reported when it is complete (decision 14). Text that
+and only text that could become a mark is held back. A call is reported when it is complete (decision 20). Text that
 only looked like a call stays text: nothing is lost, and nothing raises. A call that the token limit cut off is reported
-as far as it goes, once its name is known, and gets no end event (decision 14).
+as far as it goes, once its name is known, and gets no end event (decision 20).
 
 Elsewhere: `format.py` defines formats; `block_format.py` parses blocks; each format's own file reads the inside of a
 call.
