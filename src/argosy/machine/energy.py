@@ -1,13 +1,13 @@
 """The energy that the processor packages and their memory have used, where the system measures it and lets us read it.
 
     /sys/class/powercap/intel-rapl:0            package-0        energy_uj counts up, and wraps at max_energy_range_uj
-    /sys/class/powercap/intel-rapl:0/...:0:2    dram, beside the package; core and uncore are inside it
+    /sys/class/powercap/intel-rapl:0/...:0:2    dram, on top of the package; core and uncore are inside it
 
-The kernel has these counters of Intel's and AMD's processors (RAPL). Since 2020 only root may read them
-(CVE-2020-8694), unless the machine's owner allows it; a virtual machine usually has none. Then there is no meter, and
-no number takes its place.
+The kernel exposes these counters (RAPL) on Intel and AMD processors. Since 2020 only root may read them
+(CVE-2020-8694), unless the machine's owner allows it; a virtual machine usually has none. Without counters there is
+no meter, and Argosy reports no number instead.
 
-Elsewhere: its share of each answer, and estimates of what is not measured, are `engine/energy.py`.
+Elsewhere: `engine/energy.py` divides the energy among answers and estimates what is not measured.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class _Counter:
     last: int
 
     def advance(self) -> int:
-        """The microjoules since the last call.
+        """Return the microjoules since the last call.
 
         Raises:
-            OSError, ValueError: it cannot be read.
+            OSError, ValueError: the counter cannot be read.
         """
         now = _number(self.path)
         passed = now - self.last if now >= self.last else now - self.last + self.wraps_at + 1
@@ -44,7 +44,7 @@ class _Counter:
 
 
 class EnergyMeter:
-    """Counts joules from its creation on; `find` makes one.
+    """Counts joules from its creation on; `find` creates it.
 
     A counter wraps after some minutes at full power, so read it at least once a minute while its energy matters.
     """
@@ -55,7 +55,7 @@ class EnergyMeter:
 
     @classmethod
     def find(cls, root: Path | None = None) -> EnergyMeter | None:
-        """The meter of this machine; None: there is none, or it may not be read."""
+        """Return this machine's meter, or None if there is none or this process may not read it."""
         root = POWERCAP if root is None else root
         counters: list[_Counter] = []
         try:
@@ -67,12 +67,12 @@ class EnergyMeter:
                         for part in sorted(zone.iterdir())
                         if part.name.startswith(f"{zone.name}:") and _text(part / "name") == "dram"
                     ]
-        except (OSError, ValueError):  # one that cannot be read would make the sum too small
+        except (OSError, ValueError):  # without an unreadable counter the sum would be too small
             return None
         return cls(counters) if 0 < len(counters) <= _MOST_ZONES else None
 
     def read(self) -> float | None:
-        """Joules since the creation; None: a counter cannot be read any more."""
+        """Return the joules since creation, or None if a counter can no longer be read."""
         with contextlib.suppress(OSError, ValueError):
             self._microjoules += sum(counter.advance() for counter in self._counters)
             return self._microjoules / 1e6
@@ -92,5 +92,5 @@ def _text(path: Path) -> str:
 def _number(path: Path) -> int:
     text = _text(path)
     if not text.isascii() or not text.isdecimal():
-        raise ValueError(f"{path} holds no number")
+        raise ValueError(f"{path} does not hold a number")
     return int(text)

@@ -1,13 +1,13 @@
-"""Keep what was measured of this machine, and what its drive did while models ran.
+"""Keep measurements of this machine, and the rates that its drive reached while models ran.
 
     `--calibrate`                ->  the last measurements, for this machine, drive and version  ┐
-    reads of models that ran     ->  the last runs that read much, for this drive                ┴─>  Rates
+    reads of models that ran     ->  the last runs that read a lot, for this drive               ┴─>  Rates
 
 A drive has bad moments: others share it, and virtual ones have credits. So a drive's rate is the median of several
-measurements, and they say how far it may be off. What the drive did while models ran counts before what a calibration
-found in its minute. A rate is printed with its age.
+measurements, and their spread is its margin of error. What the drive did while models ran outranks what a
+calibration found in its minute. A rate is printed with its age.
 
-Files are in the user's cache, and only their owner reads them.
+The files are in the user's cache, readable by their owner alone.
 
 Elsewhere: `forecast/calibration.py` measures; the engine notes what its store read; `machine/rates.py` has guesses.
 """
@@ -34,17 +34,18 @@ from argosy.user_directories import measurement_file
 
 _MOST_MEASURED = 5
 _MOST_RUNS = 32
-_RECENT_RUNS = 8  # whose median counts
+_RECENT_RUNS = 8  # their median counts
 _RECENT_S = 30 * 86_400.0  # older runs are forgotten
-_FEWEST_BYTES = 1 << 30  # less says little
+_FEWEST_BYTES = 1 << 30  # fewer bytes say little
 _MOST_SPREAD = 4.0
 _FULL_RECORD_BYTES = 1 << 20
 
 
 class Run(NamedTuple):
-    """What a drive did for a run.
+    """The rate of a drive during one run.
 
-    at: when it ended, in seconds since 1970.   bytes_per_s: while it was busy.   read_bytes: of one read.
+    at: when the run ended, in seconds since 1970.   bytes_per_s: while the drive was busy.   read_bytes: size of
+    one read.
     """
 
     at: float
@@ -60,17 +61,17 @@ class _Reads:
 
 
 class DriveReads:
-    """Sums what a store reads in the steps of a run, those with prompts and those without apart.
+    """Sums what a store reads during a run: one sum for steps with prompts, one for steps without.
 
-    The faster of the two says what the drive can do: prompts compute while they read, which takes processor time
-    from the readers, and a token reads little at a time.
+    The faster of the two shows what the drive can do: a prompt computes while it reads, which takes processor time
+    from the readers, and a single token reads little at a time.
     """
 
     def __init__(self) -> None:
         self._reads = {True: _Reads(), False: _Reads()}
 
     def add(self, before: dict[str, float], after: dict[str, float], *, is_decode: bool) -> None:
-        """Add what was read between two looks at `Store.stats`; reads from the page cache do not count."""
+        """Add the reads between two snapshots of `Store.stats`; reads from the page cache do not count."""
         if after["cached_bytes"] == before["cached_bytes"]:
             reads = self._reads[is_decode]
             reads.nbytes += after["bytes_read"] - before["bytes_read"]
@@ -78,7 +79,7 @@ class DriveReads:
             reads.busy_s += after["busy_seconds"] - before["busy_seconds"]
 
     def note(self, path: Path) -> None:
-        """Keep the drive's rate, if enough was read.
+        """Keep the drive's rate if the run read enough.
 
         Raises:
             OSError: the file cannot be written.
@@ -95,7 +96,7 @@ def load(path: Path, *, threads: int | None = None) -> Rates | None:
     """Load this version's measurements of this machine and of the drive that holds `path`; None if there are none.
 
     Args:
-        threads: the number it was measured with; None: that of an engine.
+        threads: the number of threads used for measuring; None: as many as an engine uses.
 
     Raises:
         UsageError: the file is damaged.
@@ -118,10 +119,10 @@ def load(path: Path, *, threads: int | None = None) -> Rates | None:
 
 
 def rates_here(path: Path, *, threads: int | None = None) -> Rates:
-    """Load measurements of this machine, as `load` does, or guess what was not measured.
+    """Load measurements of this machine, as `load` does, or guess the rates.
 
     Raises:
-        UsageError: the file with what was measured is damaged.
+        UsageError: the file of measurements is damaged.
     """
     if (measured := load(path, threads=threads)) is not None:
         return measured
@@ -141,7 +142,7 @@ def save(rates: Rates, path: Path) -> Path:
 
 
 def _as_seen(rates: Rates, path: Path) -> Rates:
-    """These rates, with what the drive did in recent runs."""
+    """Replace the drive's rate by that of recent runs, if there are any."""
     runs = _runs(path)[-_RECENT_RUNS:]
     if not runs:
         return rates
@@ -160,7 +161,7 @@ def _as_seen(rates: Rates, path: Path) -> Rates:
 
 
 def _spread(rates: Sequence[float]) -> float:
-    """The factor between the median and the rate that is farthest from it."""
+    """Return the factor between the median and the rate farthest from it."""
     middle = statistics.median(rates)
     return min(_MOST_SPREAD, max(middle / min(rates), max(rates) / middle))
 
@@ -192,7 +193,7 @@ def _drive_file(path: Path) -> Path | None:
 
 
 def _measured(place: Path) -> list[tuple[float, Rates]]:
-    """What was measured, oldest first.
+    """Return the kept measurements, oldest first.
 
     Raises:
         UsageError: the file is damaged.
@@ -208,7 +209,7 @@ def _measured(place: Path) -> list[tuple[float, Rates]]:
             raise JsonError(f"is not a list of 1 to {_MOST_MEASURED} measurements")
         for entry in entries:
             if not isinstance(entry, dict) or entry.keys() != {"at", "rates"} or not _is_number(entry["at"]):
-                raise JsonError("has a measurement without its time")
+                raise JsonError("contains a measurement without a time")
         return [(float(entry["at"]), Rates.from_value(entry["rates"])) for entry in entries]
     except JsonError as error:
         raise UsageError(
@@ -217,7 +218,7 @@ def _measured(place: Path) -> list[tuple[float, Rates]]:
 
 
 def _runs(path: Path) -> list[Run]:
-    """The recent runs of a drive, oldest first; a file that cannot be read holds none."""
+    """Return the recent runs of a drive, oldest first; an unreadable file counts as empty."""
     if (place := _drive_file(path)) is None:
         return []
     try:

@@ -1,8 +1,8 @@
-"""How busy other processes kept this machine while something was measured.
+"""Measure how busy other processes kept this machine during a measurement.
 
     with Neighbours() as others: ...   ->  seconds, cores that other processes used, the busiest of them by name
 
-Elsewhere: `resources.py` has what this process may use.
+Elsewhere: `resources.py` reads what this process may use.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _WORTH_NAMING = 0.05
 
 @dataclass
 class Neighbours:
-    """One stretch of time, and what processes that are neither this one nor its children did meanwhile."""
+    """A stretch of time, and the processor time that processes other than this one and its children used in it."""
 
     seconds: float = 0.0
     load: float = 0.0  # one-minute load average at the end

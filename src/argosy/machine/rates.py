@@ -1,6 +1,6 @@
-"""How fast a machine reads memory and its drive, and computes: measured, or guessed from its kind.
+"""How fast a machine computes and reads its memory and drive: measured, or guessed from its CPU.
 
-    CPU name, cores, drive  ->  guess    ->  Rates, with the factor by which they may be wrong
+    CPU name, cores, drive  ->  guess    ->  Rates, with the factor by which they may be off
     `--calibrate`           ->  Rates.from_value
 
 Guesses come from a table of CPU families: memory channels times transfers per second, and the speeds that Argosy's
@@ -21,13 +21,13 @@ from argosy import _native
 from argosy.config import FLOAT_FORMATS, Format, KvDtype
 from argosy.strict_json import JsonError
 
-# How far rates may be off: what they varied by while they were measured, between the first two; or guessed.
+# How far rates may be off: a measurement's own variation, kept between the first two; or the third for a guess.
 MEASURED_SPREAD, MOST_MEASURED_SPREAD, GUESSED_SPREAD = 1.1, 1.4, 1.5
 FORMAT = "argosy-rates-10"
-NUM_TOKENS = (1, 2, 4, 8, 16, 64)  # more are as fast as the last
+NUM_TOKENS = (1, 2, 4, 8, 16, 64)  # larger numbers are as fast as the last
 _LEAST_RATE, _MOST_RATE = 1e-18, 1e15
-_OVERLAP = 0.5  # between machines that hide all of it and those that hide nothing
-_DRIVE_LATENCY_S = 300e-6  # a few records at once take this beyond what the drive's rate explains
+_OVERLAP = 0.5  # between machines that hide all of it and machines that hide nothing
+_DRIVE_LATENCY_S = 300e-6  # extra seconds for a few records at once, beyond what the drive's rate explains
 # Medians of cores of Zen 4 and 5 (`--calibrate`, 2026-11).
 _READ_CPU_S_PER_BYTE, _TRANSCODE_CPU_S_PER_BYTE = 50e-12, 300e-12
 
@@ -36,31 +36,31 @@ _READ_CPU_S_PER_BYTE, _TRANSCODE_CPU_S_PER_BYTE = 50e-12, 300e-12
 class Rates:
     """Bytes and operations per second of a machine with all of its cores; a multiply-add is two operations.
 
-    int8_operations: rate of the probe of int8 arithmetic at which all others were measured.
-    operations: rates of products for each of NUM_TOKENS, by format, with cached weights: fewer tokens share the work
-        of unpacking weights.
-    waits: how much longer products take with weights in memory, for each of NUM_TOKENS, by format: as a share of the
-        time in which memory delivers the weights. What arithmetic hides is not in it.
-    encoder_operations: rate of towers for pictures, whose weights are bfloat16.
-    keys_values: share of `memory_bytes_per_s` at which one token's attention reads the KV cache if memory bounds it, by
-        format of the cache.
-    attention_operations: when arithmetic bounds it, by format.
+    int8_operations: what the int8 arithmetic probe measured when the other rates were measured.
+    operations: rates of products with cached weights, by format, for each of NUM_TOKENS: with fewer tokens, unpacking
+        the weights costs each token more.
+    waits: how much longer products take with weights in memory, by format, for each of NUM_TOKENS: as a share of the
+        time in which memory delivers the weights. Time that arithmetic hides is left out.
+    encoder_operations: rate of vision towers, whose weights are bfloat16.
+    keys_values: share of `memory_bytes_per_s` at which one token's attention reads the KV cache when memory bounds it,
+        by format of the cache.
+    attention_operations: rate of one token's attention when arithmetic bounds it, by format.
     prompt_attention_operations: rate of attention with many tokens of one sequence, by format.
     drive: (record bytes, bytes per second) in ascending order, read a few at a time.
-    drive_spread: the drive's rate may be wrong by this factor, either way, if it is larger than `spread`.
-    drive_source: says where the drive's rate comes from and how old it is.
+    drive_spread: the drive's rate may be off by this factor, either way, if it is larger than `spread`.
+    drive_source: where the drive's rate comes from and how old it is.
     overlap: the share of the shorter of reading and computing that the longer hides when both run, 0 to 1.
     transcoding_overlap: the same when records are transcoded while they land.
-    read_cpu_s_per_byte: time of one core to read a record, which delays computing when all cores compute.
-    transcode_cpu_s_per_byte: to read and transcode it.
+    read_cpu_s_per_byte: time of one core to read a byte of a record, which delays computing when all cores compute.
+    transcode_cpu_s_per_byte: the same to read and transcode it.
     layer_s: overhead of a layer beyond its products: thread synchronisation, router, norms.
     streamed_layer_s: further overhead if the layer's experts are streamed.
-    missing_layer_s: further overhead of a layer of which any expert misses: starting reads, and waking up.
-    missing_layer_s_per_byte: and for each byte of a record.
-    miss_s: and for each further expert that misses: choosing a slot, handing the record over.
+    missing_layer_s: further overhead if any expert of the layer misses: starting reads, and waking up.
+    missing_layer_s_per_byte: further overhead for each byte of a record.
+    miss_s: overhead of each further expert that misses: choosing a slot, handing the record over.
     step_s: overhead of a step beyond its layers.
-    spread: a rate may be wrong by this factor, either way.
-    source: where the rates come from, in words.
+    spread: a rate may be off by this factor, either way.
+    source: where the rates come from, as a phrase for people.
     """
 
     cores: int
@@ -94,7 +94,7 @@ class Rates:
         return self.spread < GUESSED_SPREAD
 
     def product_s(self, format: str, nbytes: float, parameters: float, tokens: float) -> float:
-        """Seconds of products of so many tokens with weights of a format, which are read once from memory."""
+        """Return the seconds of products of `tokens` tokens with weights of a format, read once from memory."""
         rate = _at(tokens, self.operations[format])
         return (
             2.0 * parameters * tokens / rate
@@ -102,41 +102,41 @@ class Rates:
         )
 
     def attention_s(self, kv_dtype: KvDtype, nbytes: float, operations: float) -> float:
-        """Seconds of attention of one token, which reads so many bytes of keys and values."""
+        """Return the seconds of one token's attention, which reads `nbytes` bytes of keys and values."""
         read_s = nbytes / (self.keys_values[kv_dtype] * self.memory_bytes_per_s)
         return max(read_s, operations / self.attention_operations[kv_dtype])
 
     def prompt_attention_s(self, kv_dtype: KvDtype, operations: float) -> float:
-        """Seconds of attention of many tokens, which share passes over their keys."""
+        """Return the seconds of many tokens' attention; the tokens share passes over their keys."""
         return operations / self.prompt_attention_operations[kv_dtype]
 
     def drive_rate(self, record_bytes: float) -> float:
-        """Bytes per second at which records of that size are read."""
+        """Return the bytes per second at which the drive reads records of that size."""
         smallest, rate = self.drive[0]
-        if record_bytes <= smallest:  # as many of them in a second
+        if record_bytes <= smallest:  # the same number of records in a second
             return rate * record_bytes / smallest
         return _interpolated(self.drive, record_bytes)
 
     def misses_overhead_s(self, asked: float, misses: float, record_bytes: float) -> float:
-        """Seconds of overhead of a layer, beside waiting for records.
+        """Return the seconds of a layer's overhead, not counting the wait for records.
 
         Args:
-            asked: experts that the layer asks for.
-            misses: how many of them miss in the mean. How many do varies from token to token, independently.
+            asked: experts that the layer requests.
+            misses: how many of them miss on average. The number varies independently from token to token.
         """
         any_misses: float = 1.0 - max(0.0, 1.0 - misses / asked) ** asked
         first_s = self.missing_layer_s + record_bytes * self.missing_layer_s_per_byte
         return any_misses * first_s + (misses - any_misses) * self.miss_s
 
     def scaled(self, factor: float) -> Rates:
-        """The same machine, faster by a factor in everything; its drive by more, if that varies more."""
+        """Return the same machine with every rate scaled by a factor; the drive's by more, if it varies more."""
         faster = self.at(self.memory_bytes_per_s * factor, self.int8_operations * factor)
         most = max(abs(log2(factor)), log2(self.drive_spread)) if factor != 1.0 else 0.0
         of_drive: float = 2.0 ** copysign(most, log2(factor))
         return replace(faster, drive=tuple((size, rate * of_drive) for size, rate in self.drive))
 
     def at(self, memory_bytes_per_s: float, int8_operations: float) -> Rates:
-        """The same machine at a moment at which memory and arithmetic have other rates."""
+        """Return the same machine at a moment when memory and arithmetic run at other rates."""
         factor = int8_operations / self.int8_operations
         return replace(
             self,
@@ -168,13 +168,13 @@ class Rates:
         """Read what `as_dict` made.
 
         Raises:
-            JsonError: it is something else; says what is wrong.
+            JsonError: the value is something else; the message says what is wrong.
         """
         return _checked(value)
 
 
 def _interpolated(points: Sequence[tuple[float, float]], x: float) -> float:
-    """The value at `x` between points in ascending order; beyond them, that of the nearest."""
+    """Interpolate the value at `x` between ascending points; beyond the ends, the nearest point's value counts."""
     before = points[0]
     for at in points:
         if x <= at[0]:
@@ -185,7 +185,7 @@ def _interpolated(points: Sequence[tuple[float, float]], x: float) -> float:
 
 
 def _at(tokens: float, by_tokens: Sequence[float]) -> float:
-    """The value for so many tokens, from those for NUM_TOKENS."""
+    """Interpolate the value for `tokens` tokens from the values for NUM_TOKENS."""
     return _interpolated(
         [(log2(at), value) for at, value in zip(NUM_TOKENS, by_tokens, strict=True)], log2(tokens)
     )
@@ -251,7 +251,7 @@ class CpuFamily:
     """A kind of processor: memory it reads in all and with one core, int8 and float32 operations of a core."""
 
     name: str
-    pattern: str  # matches the name in /proc/cpuinfo
+    pattern: str  # matches the model name in /proc/cpuinfo
     memory_gb_per_s: float  # three quarters of channels times transfers a second times 8 bytes
     core_gb_per_s: float
     core_int8_gops: float
@@ -260,7 +260,7 @@ class CpuFamily:
     has_bf16: bool = False  # vdpbf16ps, which encoders use
 
 
-# Looked up in order. GB/s of a processor: 0.75 x channels x MT/s x 8 bytes, from its maker's data sheet.
+# The first match wins. GB/s of a processor: 0.75 x channels x MT/s x 8 bytes, from its maker's data sheet.
 CPU_FAMILIES: tuple[CpuFamily, ...] = (
     CpuFamily("AMD EPYC, Zen 4 or 5", r"EPYC (9|8|4[0-9])|EPYC$|EPYC Processor$", 345, 25, 500, 90,
               "12 x DDR5-4800; cores as in docs/performance.md, 2026-11", has_bf16=True),
@@ -288,19 +288,19 @@ UNKNOWN_CPU = CpuFamily(
 _UNKNOWN_DRIVE_BYTES_PER_S = 2.0e9  # between a SATA drive and a fast NVMe drive
 _READ_SHARE = 0.85  # share of memory's rate at which weights are read (benchmarks/resident.py)
 _F32_SHARE = 0.6
-_BF16_SPEED_UP = 3.2  # encoders over products of float32: 353 GFLOP/s on two cores of Zen 4
-# Shares of memory's rate, and of products of float32 (benchmarks/attention.py on Zen 4, 2026-11).
+_BF16_SPEED_UP = 3.2  # encoders relative to float32 products: 353 GFLOP/s on two cores of Zen 4
+# Shares of the memory rate, and of the rate of float32 products (benchmarks/attention.py on Zen 4, 2026-11).
 _KEYS_VALUES_SHARE, _ATTENTION_SHARE, _PROMPT_ATTENTION_SHARE = 0.5, 1.1, 1.5
 # Shares of those operations, for NUM_TOKENS: medians of formats on Zen 4 (`--calibrate`, 2026-11).
 _FLOAT_SHARES, _INT8_SHARES = (0.57, 0.85, 1.0, 0.96, 1.0, 1.0), (0.42, 0.65, 0.85, 0.88, 0.86, 1.0)
-_INT8_SHARE = 0.55  # share of the instruction's peak, as benchmarks/prefill.py finds
+_INT8_SHARE = 0.55  # share of the instruction's peak rate (benchmarks/prefill.py)
 _FULL_RECORD_BYTES = 1 << 20  # smaller records do not reach a drive's rate
 
 
 def unhidden_waits(
     operations: Mapping[str, tuple[float, ...]], memory_bytes_per_s: float
 ) -> dict[str, tuple[float, ...]]:
-    """`Rates.waits` of a machine where the longer of arithmetic and memory hides the shorter."""
+    """Return `Rates.waits` for a machine where the longer of arithmetic and memory hides the shorter."""
     waits = {}
     for name in get_args(Format):
         delivered_s = _native.matrix_bytes(name, 1024, 1024) / 1024**2 / memory_bytes_per_s  # a weight
@@ -310,13 +310,13 @@ def unhidden_waits(
 
 
 def guess(cpu: str, cores: int, *, drive_bytes_per_s: float | None = None) -> Rates:
-    """Rates of a machine of which only the processor's name and perhaps the drive's rate are known."""
+    """Guess the rates of a machine from its processor's name, and from the drive's rate if that is known."""
     family = next((one for one in CPU_FAMILIES if re.search(one.pattern, cpu, re.IGNORECASE)), UNKNOWN_CPU)
     memory = 1e9 * min(family.memory_gb_per_s, cores * family.core_gb_per_s)
     floats = 1e9 * cores * family.core_f32_gops * _F32_SHARE
     operations = {}
     for name in get_args(Format):
-        passes = 2 if name == "q8" else 1  # activations of q8 have two bytes
+        passes = 2 if name == "q8" else 1  # q8 activations take two bytes
         most = floats if name in FLOAT_FORMATS else 1e9 * cores * family.core_int8_gops * _INT8_SHARE / passes
         shares = _FLOAT_SHARES if name in FLOAT_FORMATS else _INT8_SHARES
         operations[name] = tuple(most * share for share in shares)

@@ -2,8 +2,8 @@
 
     /proc, /sys, cgroups  ->  facts  ->  memory plan, `argosy doctor`
 
-Everything is read from kernel files, below a `root` that tests can replace. A fact that cannot be read is None, never a
-guess. Nothing is measured here: `cli/commands/doctor.py` measures.
+Facts come from kernel files, below a `root` that tests can replace. A fact that cannot be read is None, never a
+guess. This module measures nothing: `cli/commands/doctor.py` measures.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from argosy.config import KIB, MIB, format_bytes
 from argosy.errors import UsageError
 
 _ROOT = Path("/")
-# Growth of any of our processes after its memory is planned: allowances, above the measured values.
+# How much any of our processes grows after its memory is planned: allowances, above the measured values.
 PROCESS_GROWTH_BYTES = 4 * MIB  # first use of code and libraries, objects of the engine, the allocator: 3 MiB
 THREAD_BYTES = 32 * KIB  # stacks of a thread: 12 KiB of its own, and 16 KiB in the kernel
 
@@ -28,7 +28,7 @@ class MemoryLimit:
     """The memory that this process may use, and how much of it no other process uses."""
 
     total_bytes: int
-    free_bytes: int  # memory that this process holds counts as free, too
+    free_bytes: int  # includes memory that this process holds
     source: str  # "machine", or the cgroup with the smallest limit
 
     def __str__(self) -> str:
@@ -73,7 +73,7 @@ class _Cgroup:
 
 
 def memory_limit(root: Path = _ROOT) -> MemoryLimit:
-    """The smallest of the machine's memory and the limits of this process's cgroup and its parents.
+    """Return the smallest of the machine's memory and the limits of this process's cgroup and its parents.
 
     In cgroup v2, the limit is `memory.max` or `memory.high`, whichever is smaller.
     """
@@ -91,7 +91,7 @@ def memory_limit(root: Path = _ROOT) -> MemoryLimit:
 
 
 def default_budget(limit: MemoryLimit) -> tuple[int, int]:
-    """(budget_bytes, margin_bytes) for a process without a given budget.
+    """Return (budget_bytes, margin_bytes) for a process that was given no budget.
 
     The margin is for programs that start later: 5 %, at least 512 MiB, but at most an eighth on a small machine.
     """
@@ -118,11 +118,11 @@ def held_bytes() -> int:
 
 
 def page_table_bytes(mapped_bytes: int, num_mappings: int = 16) -> int:
-    """Upper bound on page-table bytes for `mapped_bytes` in `num_mappings` places of the address space.
+    """Bound the page-table bytes of `mapped_bytes` in `num_mappings` places of the address space.
 
     A table is a page, and an entry takes 8 bytes: 1/512 of memory mapped in 4 KiB pages. Huge pages save nothing: the
-    kernel keeps a table beside each one, in case it has to split that page (measured on Linux 6.18). A mapping may
-    begin and end within a table of each level.
+    kernel keeps a spare table for each one, in case it has to split that page (measured on Linux 6.18). A mapping may
+    begin and end inside a table at each level.
     """
     entries = mmap.PAGESIZE // 8
     nbytes, span = 0, mmap.PAGESIZE
@@ -143,13 +143,13 @@ def data_limit(root: Path = _ROOT) -> MappingLimit | None:
 
 
 def may_reserve(root: Path = _ROOT) -> bool:
-    """Whether addresses may be mapped that are perhaps never used: no `ulimit` and no strict overcommit counts them."""
+    """Whether address space may be reserved freely: neither a `ulimit` nor strict overcommit counts unused mappings."""
     is_strict = _number(root / "proc/sys/vm/overcommit_memory") == 2
     return not is_strict and address_space_limit(root) is None and data_limit(root) is None
 
 
 def thread_stack_bytes(root: Path = _ROOT) -> int:
-    """Bytes that a new thread's stack maps: RLIMIT_STACK, or 8 MiB if there is no limit."""
+    """Return the bytes that a new thread's stack maps: RLIMIT_STACK, or 8 MiB if there is no limit."""
     return _process_limit(root, "Max stack size") or 8 * MIB
 
 
@@ -170,7 +170,7 @@ def _process_limit(root: Path, name: str) -> int | None:
 
 
 def peak_bytes(root: Path = _ROOT) -> int | None:
-    """Peak memory of this process; None if it cannot be read, for example because no more files may be opened."""
+    """Return this process's peak memory, or None if it cannot be read: perhaps too many files are open."""
     try:
         return _sizes(root / "proc/self/status").get("VmHWM")
     except OSError:
@@ -178,7 +178,7 @@ def peak_bytes(root: Path = _ROOT) -> int | None:
 
 
 def reset_peak(root: Path = _ROOT) -> bool:
-    """Let `peak_bytes` begin anew from what this process holds now; returns whether the kernel can do that."""
+    """Restart `peak_bytes` from what this process holds now; return whether the kernel supports that."""
     try:
         (root / "proc/self/clear_refs").write_text("5")
     except OSError:
@@ -187,7 +187,7 @@ def reset_peak(root: Path = _ROOT) -> bool:
 
 
 def cgroup_peak_bytes(root: Path = _ROOT) -> int | None:
-    """Peak of this process's memory cgroup, including page cache; None unless the process is alone in it."""
+    """Return the peak of the memory cgroup, page cache included; None unless this process is alone in it."""
     group = next(_cgroups(root, "memory"), None)
     if group is None:
         return None
@@ -197,7 +197,7 @@ def cgroup_peak_bytes(root: Path = _ROOT) -> int | None:
 
 
 def usable_cores(root: Path = _ROOT) -> int:
-    """Cores that this process may use: its affinity mask, or the CPU quota of a cgroup if that is less."""
+    """Return how many cores this process may use: its affinity mask, or a cgroup's CPU quota if that is less."""
     cores = len(os.sched_getaffinity(0))
     for group in _cgroups(root, "cpu"):
         if (quota := _cpu_quota(group)) is not None:
@@ -206,7 +206,7 @@ def usable_cores(root: Path = _ROOT) -> int:
 
 
 def physical_cores(root: Path = _ROOT) -> int:
-    """Cores that `usable_cores` has without those that share a core with another: at most `usable_cores`."""
+    """Return the number of physical cores among `usable_cores`: hardware threads of one core count once."""
     cpus = os.sched_getaffinity(0)
     topology = root / "sys/devices/system/cpu"
     shared = {_read(topology / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in cpus}
@@ -222,7 +222,7 @@ def cpu_model(root: Path = _ROOT) -> str:
 
 
 def drive_of(path: Path, root: Path = _ROOT) -> Drive | None:
-    """The mount that holds `path` (or the nearest parent that exists)."""
+    """Find the mount that holds `path`, or its nearest parent that exists."""
     place = nearest_existing(path)
     best: Drive | None = None
     for mount in _mounts(root):
@@ -241,7 +241,7 @@ def drive_of(path: Path, root: Path = _ROOT) -> Drive | None:
 
 
 def free_disk_bytes(path: Path) -> int:
-    """Bytes that an ordinary user can still write where `path` is or will be."""
+    """Return the bytes that an ordinary user can still write where `path` is or will be."""
     facts = os.statvfs(nearest_existing(path))
     return facts.f_bavail * facts.f_frsize
 
@@ -264,7 +264,7 @@ class _Mount:
 
 
 def _mounts(root: Path) -> Iterator[_Mount]:
-    """/proc/self/mountinfo, see proc_pid_mountinfo(5)."""
+    """Parse /proc/self/mountinfo, see proc_pid_mountinfo(5)."""
     for line in (_read(root / "proc/self/mountinfo") or "").splitlines():
         mount, _, file_system = line.partition(" - ")
         fields, rest = mount.split(), file_system.split()
@@ -280,7 +280,7 @@ def _unescape(text: str) -> str:
 
 
 def _cgroups(root: Path, controller: str) -> Iterator[_Cgroup]:
-    """This process's cgroup for a controller, then its parents up to the mount; v1 if it has the controller."""
+    """List this process's cgroup for a controller, then its parents up to the mount; v1 if it has the controller."""
     memberships: dict[str, str] = {}
     for line in (_read(root / "proc/self/cgroup") or "").splitlines():
         _, _, rest = line.partition(":")
@@ -306,10 +306,10 @@ def _cgroups(root: Path, controller: str) -> Iterator[_Cgroup]:
 
 
 def _cgroup_memory(group: _Cgroup) -> tuple[int | None, int]:
-    """(limit or None, bytes in use that cannot simply be reclaimed).
+    """Return (limit or None, bytes in use that cannot simply be reclaimed).
 
-    Above `memory.high`, the kernel stalls a process until memory has been reclaimed, and weights cannot be reclaimed:
-    in effect it is a limit, like `memory.max`.
+    Above `memory.high` the kernel stalls a process until it has reclaimed memory, and weights cannot be reclaimed: in
+    effect `memory.high` is a limit, like `memory.max`.
     """
     if group.version == 2:
         limits = [_number(group.path / name) for name in ("memory.max", "memory.high")]
@@ -350,7 +350,7 @@ def _meminfo(root: Path) -> dict[str, int]:
 
 
 def _sizes(path: Path) -> dict[str, int]:
-    """`Name:  123 kB` lines, in bytes."""
+    """Parse `Name:  123 kB` lines into bytes."""
     sizes: dict[str, int] = {}
     for line in path.read_text().splitlines():
         name, _, value = line.partition(":")

@@ -1,17 +1,17 @@
-"""Choose how products run on this machine, and on how many threads: measured once, then kept.
+"""Choose how products run on this machine, and on how many threads: measure once, then keep the result.
 
     the user's cache, or a probe of a second or two  ->  Choices  ->  Runtime
 
-Every product runs in several ways with equal results: how far ahead it prefetches weights, how many rows a tile takes,
-and from how many tokens on it uses the tiles of AMX. Which is fastest differs between processors of one instruction
-set, between formats and between numbers of threads, so the first start on a machine times the real kernels, and later
-starts read what it found. A start that cannot wait has the defaults. So has one that other work disturbs too much; the
-next start measures again.
+A product can run in several ways with equal results: how far ahead it prefetches weights, how many rows a tile takes,
+and from how many tokens on it uses AMX tiles. The fastest way depends on the processor, even within one instruction
+set, on the format and on the number of threads. So the first start on a machine times the real kernels, and later
+starts read the result. A start that cannot wait uses the defaults. So does a start that other work disturbs too much,
+and the next start measures again.
 
-What is kept belongs to one processor, number of cores, instruction set and version of Argosy. It is checked against
-bounds when it is read, and measured again if anything in it is wrong: a choice may cost time, and never a result.
+Kept choices belong to one processor, number of cores, instruction set and version of Argosy. They are checked against
+bounds when they are read, and measured again if any is wrong: a choice may cost time, but never change a result.
 
-Elsewhere: the ways themselves are `native/kernels/matmul_quantized.h`; the probe is `native/ops/machine_probe.h`.
+Elsewhere: `native/kernels/matmul_quantized.h` implements the ways; `native/ops/machine_probe.h` is the probe.
 """
 
 from __future__ import annotations
@@ -41,29 +41,29 @@ FORMATS: tuple[Format, ...] = tuple(name for name in get_args(Format) if name no
 
 _VERSION = 2  # version of the file
 _MOST_BYTES = 256 << 10
-_MOST_ENTRIES = 32  # numbers of threads that one file has choices for
+_MOST_ENTRIES = 32  # most numbers of threads in one file
 _MOST_PASSES = 5
-_SMALLEST_BYTES, _BYTES_PER_THREAD, _LARGEST_BYTES = 8 * MIB, MIB, 32 * MIB  # weights that a pass reads
-_OUTPUT_SHARE = 0.25  # products write at most this share of the weights' bytes
+_SMALLEST_BYTES, _BYTES_PER_THREAD, _LARGEST_BYTES = 8 * MIB, MIB, 32 * MIB  # bytes that a pass reads
+_OUTPUT_SHARE = 0.25  # a product's output takes at most this share of its weights' bytes
 _FEW_TOKENS = (2, 4, 8)
-# From which AMX may be used; with fewer it was slower on the first machine that had it.
+# AMX may be used from these numbers of tokens on; with fewer it was slower on the first machine that had it.
 _AMX_TOKENS = (16, 24, 32)
-_AGREED = 0.9  # the second best pass over the best one, in nine trials of ten; a quiet thread has 0.98
+_AGREED = 0.9  # second-best pass over the best, in nine trials of ten; a quiet thread reaches 0.98
 _DISTURBED = "other work disturbed the measurement, and the next start measures again"
-_TIE = 0.01  # gains below this are noise: then the defaults stay
-# More threads on the same cores have to gain as much as this, since other programs want cores, too.
+_TIE = 0.01  # gains below this are noise: the defaults stay
+# More threads on the same cores must gain at least this much, since other programs also need the cores.
 _WORTH_SIBLINGS = 0.05
-_MOST_GAIN, _MOST_BYTES_PER_S = 1e3, 1e15  # limits of values in a kept file
+_MOST_GAIN, _MOST_BYTES_PER_S = 1e3, 1e15  # bounds of values in a kept file
 _MANY_TOKENS = 32
 
 
 class FormatChoice(NamedTuple):
     """The choice for weights of one format, and its gain.
 
-    bytes_per_s: at which one token reads weights that are in no cache.
-    gain: speed of one token over the defaults, 1.0 if there is no gain.
-    few_tokens_gain: speed of 2 to 8 tokens over the defaults.
-    amx_gain: speed of 32 tokens on the tiles of AMX over AVX-512, whichever was chosen; 1.0 without AMX, 0.0 if the
+    bytes_per_s: the rate at which one token reads weights that are in no processor cache.
+    gain: speed of one token relative to the defaults, 1.0 if there is no gain.
+    few_tokens_gain: speed of 2 to 8 tokens relative to the defaults.
+    amx_gain: speed of 32 tokens with AMX tiles relative to AVX-512, whichever was chosen; 1.0 without AMX, 0.0 if the
         results differed.
     """
 
@@ -75,7 +75,7 @@ class FormatChoice(NamedTuple):
 
 
 class ThreadsChoice(NamedTuple):
-    """The number of threads, and the speed of all usable cores' threads over that of one for each physical core."""
+    """The number of threads, and the speed of a thread per usable core relative to a thread per physical core."""
 
     threads: int
     gain: float
@@ -86,7 +86,7 @@ class Choices:
     """How products run with one number of threads.
 
     formats: empty if nothing was measured.
-    why_not: why that is so, or why what was measured is not kept; None: it is kept.
+    why_not: why nothing was measured, or why the measurement is not kept; None if it is kept.
     """
 
     threads: int
@@ -99,7 +99,7 @@ class Choices:
         return bool(self.formats)
 
     def tunings(self, ask_ahead: AskAhead | None = None) -> dict[Format, Tuning]:
-        """The choices in the form of a `Runtime`; `ask_ahead` replaces the measured ones, for all formats."""
+        """Return the choices as a `Runtime` takes them; `ask_ahead` replaces measured values for all formats."""
         found = {name: choice.tuning for name, choice in self.formats.items()}
         if ask_ahead is None:
             return found
@@ -111,17 +111,17 @@ class Choices:
 
 
 def is_on() -> bool:
-    """Whether `ARGOSY_TUNE` leaves tuning on; it is read here, since it is for every process of ours."""
+    """Whether `ARGOSY_TUNE` leaves tuning on; read here because it applies to every process of ours."""
     return os.environ.get("ARGOSY_TUNE") != "off"
 
 
 def default_tuning() -> Tuning:
-    """How products run if nothing was measured."""
+    """Return how products run if nothing was measured."""
     return Tuning(*_native.default_tuning())
 
 
 def known_threads(instruction_set: str | None = None, *, tune: bool = True) -> int:
-    """Compute threads of a process that is told nothing: as measured, or else one for each usable core."""
+    """Return the default number of compute threads: the measured one, or otherwise one per usable core."""
     usable = resources.usable_cores()
     if not tune or not is_on() or resources.physical_cores() >= usable:
         return usable
@@ -130,10 +130,10 @@ def known_threads(instruction_set: str | None = None, *, tune: bool = True) -> i
 
 
 def measured_threads(instruction_set: str | None = None, *, tune: bool = True) -> int:
-    """`known_threads`, measured if need be.
+    """Return `known_threads`, measured first if necessary.
 
-    The first call on a machine whose cores run several threads each compares a thread for each physical core with one
-    for each usable core, in a fraction of a second.
+    On a machine whose cores run several threads each, the first call compares a thread per physical core with a thread
+    per usable core, in a fraction of a second.
     """
     chosen = instruction_set or _native.instruction_sets()[-1]
     usable, physical = resources.usable_cores(), resources.physical_cores()
@@ -152,11 +152,11 @@ def measured_threads(instruction_set: str | None = None, *, tune: bool = True) -
 def choose(
     threads: int, instruction_set: str, *, tune: bool = True, room_bytes: int | None = None
 ) -> Choices:
-    """How products should run: what is kept, or what a probe measures now and keeps.
+    """Choose how products run: return the kept choices, or let a probe measure them now and keep them.
 
     Args:
-        tune: False: the defaults, whatever is kept.
-        room_bytes: memory that a probe may take; None: as much as it wants. With less there are the defaults.
+        tune: False returns the defaults, whatever is kept.
+        room_bytes: memory that a probe may take; None: no limit. If the probe needs more, returns the defaults.
     """
     if not tune or not is_on():
         return Choices(threads, instruction_set, {}, "tuning is off")
@@ -164,7 +164,7 @@ def choose(
 
 
 def measure(threads: int, instruction_set: str) -> Choices:
-    """Measure again whatever is kept, and keep it: `argosy doctor --tune`."""
+    """Measure again, whatever is kept, and keep the result: `argosy doctor --tune`."""
     _chosen.cache_clear()
     usable, physical = resources.usable_cores(), resources.physical_cores()
 
@@ -177,23 +177,23 @@ def measure(threads: int, instruction_set: str) -> Choices:
 
 
 def kept(threads: int, instruction_set: str) -> Choices | None:
-    """The kept measurements for so many threads; None: there are none."""
+    """Return the kept measurements for `threads` threads, or None."""
     found = _read(instruction_set).formats.get(threads)
     return None if found is None else Choices(threads, instruction_set, found)
 
 
 def kept_threads(instruction_set: str) -> ThreadsChoice | None:
-    """The kept measurement of the number of threads; None: there is none."""
+    """Return the kept measurement of the number of threads, or None."""
     return _read(instruction_set).threads
 
 
 def kept_file(instruction_set: str) -> Path:
-    """Where choices for this machine lie."""
+    """Return the path of the file that keeps this machine's choices."""
     return measurement_file("choices", _facts(instruction_set))
 
 
 def probe_bytes(threads: int) -> int:
-    """The most memory that measuring takes, which uses quantised weights only."""
+    """Return the most memory that measuring takes; it uses quantised weights only."""
     working = threads * resources.THREAD_BYTES + _native.product_scratch_bytes(threads)
     return int(_weights_bytes(threads) * (1 + _OUTPUT_SHARE)) + working
 
@@ -203,7 +203,7 @@ def probe_bytes(threads: int) -> int:
 
 @functools.cache
 def _chosen(threads: int, instruction_set: str, has_room: bool) -> Choices:
-    """Once in a process: the machine stays the same."""
+    """Choose once per process: the machine stays the same."""
     if (found := kept(threads, instruction_set)) is not None:
         return found
     if instruction_set == "plain":
@@ -235,10 +235,10 @@ _Trial = tuple[Format, int, Tuning]
 
 
 def _measured_formats(threads: int, instruction_set: str) -> dict[Format, FormatChoice] | None:
-    """Choose for every format; None: other work disturbed the probe, and what it found may be chance.
+    """Choose for every format; return None if other work disturbed the probe, so that its results may be chance.
 
-    Several threads are disturbed more easily than one: they are fast only while all of them run. Then one thread
-    decides for them. Formats that the time is too short for get what the first one got.
+    Several threads are disturbed more easily than one, because they are fast only while all of them run; if they are,
+    one thread decides for them. Formats for which no time is left get the choice of the first format.
     """
     default = default_tuning()
     trials = {name: _trials(name, default, instruction_set) for name in FORMATS}
@@ -259,10 +259,10 @@ def _measured_formats(threads: int, instruction_set: str) -> dict[Format, Format
 def _rates(
     threads: int, trials: Mapping[Format, Sequence[_Trial]], instruction_set: str, seconds: float
 ) -> dict[_Trial, list[float]]:
-    """The rates of each trial, of one pass after another."""
+    """Measure the rates of each trial, one pass after another."""
     found: dict[_Trial, list[float]] = {}
     end = time.monotonic() + seconds
-    # Formats take turns, too, since a neighbour comes and goes; at least one is measured.
+    # Formats take turns, since a noisy neighbour comes and goes; at least one format is measured.
     for _, name in product(range(_MOST_PASSES), FORMATS):
         rates = _native.product_probe(threads, trials[name], _weights_bytes(threads), 1, instruction_set)
         for trial, rate in zip(trials[name], rates, strict=True):
@@ -276,7 +276,7 @@ def _trials(name: Format, default: Tuning, instruction_set: str) -> list[_Trial]
     alone = [default._replace(ask_ahead=ask_ahead) for ask_ahead in get_args(AskAhead)]
     few = [default._replace(few_ask_ahead=ask_ahead) for ask_ahead in get_args(AskAhead)]
     has_avx512 = instruction_set in {"avx512", "amx"}
-    if has_avx512:  # only there is more than one shape of tile
+    if has_avx512:  # only AVX-512 has more than one tile shape
         few = [_with_panels(each, two) for each in few for two in (False, True)]
     has_amx = has_avx512 and name in _native.amx_formats()
     tiles = [default, default._replace(amx_from=1)] if has_amx else []
@@ -288,18 +288,18 @@ def _trials(name: Format, default: Tuning, instruction_set: str) -> list[_Trial]
 
 
 def _with_panels(tuning: Tuning, two: bool) -> Tuning:
-    """The tuning with which few tokens take two panels of rows at once, or one."""
+    """Return the tuning in which few tokens take two panels of rows at once, or one."""
     return tuning._replace(two_panels_from=_FEW_TOKENS[0] if two else _native.MOST_FOR_ONE_PANEL + 1)
 
 
 def _fastest(name: Format, default: Tuning, rates: Mapping[_Trial, float]) -> FormatChoice:
-    """Choose the fastest way of one token, and that of few tokens, or the defaults if they are as fast."""
+    """Choose the fastest way for one token and for few tokens, or the defaults if they are equally fast."""
 
     def alone(tuning: Tuning) -> float:
         return rates[name, 1, default._replace(ask_ahead=tuning.ask_ahead)]
 
     def few(tuning: Tuning) -> float:
-        """The geometric mean over numbers of tokens."""
+        """Return the geometric mean over the numbers of tokens."""
         each = []
         for tokens in _FEW_TOKENS:
             trial = default._replace(few_ask_ahead=tuning.few_ask_ahead)
@@ -339,7 +339,7 @@ def _fastest(name: Format, default: Tuning, rates: Mapping[_Trial, float]) -> Fo
 
 
 def _measured_threads(instruction_set: str, usable: int, physical: int) -> ThreadsChoice:
-    """Compare one thread for each physical core with one for each usable one: one token, and many."""
+    """Compare a thread per physical core with a thread per usable core, for one token and for many."""
     default = default_tuning()
     trials: list[_Trial] = [("q4", 1, default), ("q4", _MANY_TOKENS, default)]
     nbytes = _weights_bytes(usable)
@@ -354,7 +354,7 @@ def _measured_threads(instruction_set: str, usable: int, physical: int) -> Threa
 
 
 def _weights_bytes(threads: int) -> int:
-    """Weights of a pass: enough for each thread that starting it is a small part."""
+    """Return the bytes of weights in a pass: enough per thread that starting the thread hardly counts."""
     return min(max(_SMALLEST_BYTES, threads * _BYTES_PER_THREAD), _LARGEST_BYTES)
 
 
@@ -363,7 +363,7 @@ def _weights_bytes(threads: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """threads: None: not measured.   formats: by number of threads."""
+    """threads: None if not measured.   formats: by number of threads."""
 
     threads: ThreadsChoice | None
     formats: Mapping[int, Mapping[Format, FormatChoice]]
@@ -381,7 +381,7 @@ _NOTHING = _Kept(None, {})
 
 
 def _facts(instruction_set: str) -> list[str | int]:
-    """The facts for which choices are valid."""
+    """Return the facts on which the choices depend."""
     return [
         resources.cpu_model(), resources.usable_cores(), resources.physical_cores(), instruction_set,
         metadata.version("argosy"), _VERSION,
@@ -389,7 +389,7 @@ def _facts(instruction_set: str) -> list[str | int]:
 
 
 def _keep(instruction_set: str, update: Callable[[_Kept], _Kept]) -> tuple[_Kept, str | None]:
-    """Update what is kept; returns it, and why it could not be kept.
+    """Update the kept choices; return them, and the reason if they could not be kept.
 
     Other processes wait until this one has measured: two probes at once would measure each other.
     """
@@ -412,7 +412,7 @@ def _keep(instruction_set: str, update: Callable[[_Kept], _Kept]) -> tuple[_Kept
 
 
 def _read(instruction_set: str) -> _Kept:
-    """The kept choices; none if the file is absent, damaged, of another machine, or holds impossible values."""
+    """Read the kept choices: empty if the file is absent, damaged, from another machine, or out of bounds."""
     place = kept_file(instruction_set)
     try:
         with Directory(place.parent) as cache:
