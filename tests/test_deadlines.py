@@ -1,4 +1,4 @@
-"""Every wait has a deadline with a name, or a reason why it has none: `docs/internals/deadlines.md` lists both."""
+"""Every wait has a deadline, which `docs/internals/deadlines.md` lists, or a reason below why it has none."""
 
 from __future__ import annotations
 
@@ -24,6 +24,128 @@ _TIMERS = {
     "wait", "wait_for", "join", "get", "put", "result", "acquire", "communicate", "settimeout", "timeout", "select",
     "poll", "create_connection", "run_coroutine_threadsafe", "ask", "wait_for_one", "sleep", "wait_any",
 }  # fmt: skip
+
+# How often something looks, beats or tries again: these constants bound no wait for anything.
+PERIODS = {
+    "engine/loop.py:BEAT_S": "an idle engine beats",
+    "engine/loop.py:_WRITING_SECONDS": "an idle engine looks at the writer of prefixes",
+    "engine/loop.py:_AFTER_FAILURE_S": "an engine tries again after a failure",
+    "kept/prefix_files.py:_SWEEP_SECONDS": "files that are too old are looked for",
+    "forecast/drive_rates.py:_DRIVE_S": "a drive is measured",
+    "serve/admin/engine.py:_STATE_S": "states of the engine are sent",
+    "cli/shared/output.py:LINE_S": "a command without a terminal reports its progress",
+    "cli/shared/output.py:_REDRAW_S": "a bar is drawn again",
+    "serve/models/opened.py:LOADING_SAID_S": "the log reports a model that is loading",
+    "serve/admin/state.py:PROMPT_SAID_S": "the log reports long prompts",
+    "serve/admin/key_watch.py:LOOK_S": "revoked keys are looked for",
+    "serve/admin/memory.py:LOOK_S": "limits of memory are read",
+    "serve/models/loading.py:LOOK_S": "idle models are looked for",
+    "serve/http/running.py:_LOOK_S": "an erasure looks whether requests have ended",
+    "serve/http/server.py:_LOOK_S": "a second signal is looked for",
+    "serve/guards/checks.py:_SAID_EVERY_S": "a failing check is logged",
+    "guard/audit.py:_RETRY_S": "a full drive is tried again",
+    "route/servers.py:_LOOK_S": "a stream without a server looks for one",
+    "cluster/member.py:LOOK_S": "connections are tended",
+    "cluster/worker.py:_TICK_S": "a worker's figures are refreshed",
+    "cluster/door.py:TICK_S": "a door looks whether it is closed",
+    "cluster/ray_control.py:SAID_S": "a wait for workers is reported",
+    "cluster/ray_control.py:_LOOK_S": "the workers that Ray started are checked",
+    "cli/shared/server_model.py:_LOOK_S": "a wait for a busy server looks for ^C",
+    "cli/commands/background.py:_LOOK_S": "a server that starts or ends, and its log, are checked",
+    "cli/commands/background.py:_SAY_S": "a command says what it waits for",
+    "cli/commands/background.py:_SAID_S": "it says that it still waits",
+    "directory.py:_LOOK_S": "a lock with a deadline is tried",
+    "library/pull.py:_TICK_S": "progress is shown",
+}
+# Waits without a deadline, by module and reason: (function, call).
+ENDLESS: dict[tuple[str, str], list[tuple[str, str]]] = {
+    ("checkpoint/upcycle.py", "another command makes the same model; ^C ends it"): [
+        ("_locked_scratch", "fcntl.flock(scratch.descriptor, fcntl.LOCK_EX)"),
+    ],
+    ("cluster/group.py", "the keeper wakes every `_LOOK_S`, and waits for nothing itself"): [
+        ("Group.close", "self._keeper.join()"),
+    ],
+    ("cluster/ray_control.py", "a process that was told to end; waiting is this thread's work"): [
+        ("WorkerKeeper._keep", "worker.wait()"),
+        ("launch", "worker.wait()"),
+    ],
+    ("cluster/secure.py", "the thread lives as long as its connection, which TCP ends"): [
+        ("_carry", "poll.poll(0 if is_ready else 1000 * LAST_S if has_hung_up else None)"),
+    ],
+    ("cluster/worker.py", "a worker drains; TCP and a second signal end it"): [
+        ("Worker.serve", "threads[0].join()"),
+        ("Worker.serve", "ticker.join()"),
+    ],
+    ("demo/wheel.py", "pip has deadlines of its own, and ^C ends it"): [
+        (
+            "fetch_wheel",
+            "subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)",
+        ),
+    ],
+    ("directory.py", "another command does the same; ^C ends the wait"): [
+        ("_wait_for", "fcntl.flock(lock, fcntl.LOCK_EX)"),
+    ],
+    ("forecast/drive_rates.py", "measures the drive; ^C ends it"): [
+        ("DriveRates._transcode", "store.wait_any(list(in_flight))"),
+        ("_Products.stop", "self._thread.join()"),
+    ],
+    ("engine/loop.py", "the thread ends with its step; a server ends on a second signal"): [
+        ("EngineLoop.close", "self._thread.join()"),
+    ],
+    ("kept/prefix_files.py", "the read has ended: `wait` with `DRIVE_S` comes first"): [
+        ("PrefixFiles.read", "future.result()"),
+    ],
+    ("engine/start.py", "a model is read from its drive; ^C ends it"): [
+        ("_read", "reading.wait()"),
+    ],
+    ("engine/turns.py", "a step or a call of an engine; `SILENT_S` tells if it hangs"): [
+        ("Turns.__enter__", "self.acquire()"),
+        ("Turns.acquire", "gate.acquire()"),
+    ],
+    ("experts/cache.py", "the store closes, or another model's step ends"): [
+        ("ExpertCache.close", "thread.join()"),
+        ("_wait", "cores.acquire()"),
+    ],
+    ("experts/resident.py", "a model is read from its drive; ^C ends it"): [
+        ("ResidentReading.wait", "self._store.wait_any(watched)"),
+    ],
+    ("serve/answer/answers.py", "every answer gets an end; `/ready` asks for the engine's beats"): [
+        ("Answers._wait", "self._some.wait()"),
+    ],
+    ("serve/admin/key_watch.py", "the thread wakes every `LOOK_S`"): [
+        ("KeyWatch.__exit__", "self._thread.join()"),
+    ],
+    ("serve/http/log.py", "the log's own thread; nobody waits for it longer than `_CLOSE_S`"): [
+        ("LogWriter._run", "self._lines.get()"),
+        ("LogWriter._write", "ready.poll()"),
+    ],
+    ("serve/http/log.py", "the handler's own lock, held for a count"): [
+        ("LogWriter._drop", "self.acquire()"),
+        ("LogWriter._take_dropped", "self.acquire()"),
+    ],
+    (
+        "serve/models/loading.py",
+        "another model is read; the client may leave, and the server's end ends it",
+    ): [
+        ("Loader._open", "asyncio.wait(reading, return_when=asyncio.FIRST_COMPLETED)"),
+    ],
+    (
+        "serve/dialects/openai_audio.py",
+        "a transcript in its thread: it always reports an end, and the client may leave",
+    ): [
+        ("_Work.next_event", "self._events.get()"),
+    ],
+    ("serve/http/server.py", "the load has been told to stop, or has ended"): [
+        ("Server._load_first", "asyncio.wait([loading])"),
+        ("Server._load_first", "loading.result()"),
+    ],
+    ("serve/answer/side_by_side.py", "waits for the engine, as an answer does"): [
+        ("run_parts.take_turns", "_Part(service, caller, partial(submit, number)).result()"),
+    ],
+    ("serve/http/streams.py", "the answer has ended: `wait` with `WHOLE_S` comes first"): [
+        ("answer_whole", "answering.result()"),
+    ],
+}
 
 
 class _Waits(ast.NodeVisitor):
@@ -94,10 +216,9 @@ def modules() -> dict[str, _Waits]:
     return {str(path.relative_to(SRC)): _Waits(path.read_text()) for path in sorted(SRC.rglob("*.py"))}
 
 
-def rows(title: str) -> list[list[str]]:
-    """The rows of the table below a title, as cells without backticks."""
-    section = TABLE.read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
-    lines = [line for line in section.splitlines() if line.startswith("|")][2:]
+def rows() -> list[list[str]]:
+    """The rows of the table, as cells without backticks."""
+    lines = [line for line in TABLE.read_text().splitlines() if line.startswith("|")][2:]
     return [[cell.strip().strip("`") for cell in line.strip("|").split(" | ")] for line in lines]
 
 
@@ -123,16 +244,17 @@ def constants(tree: ast.Module) -> dict[str, float]:
     return found
 
 
-def test_every_wait_without_a_deadline_has_a_reason_in_the_table_and_every_reason_a_wait() -> None:
+def test_every_wait_without_a_deadline_has_a_reason_and_every_reason_a_wait() -> None:
     found = {(path, *wait) for path, waits in modules().items() for wait in waits.found}
-    exempt = {(path, function, call) for path, function, call, reason in rows("Without a deadline") if reason}
-    assert found - exempt == set(), "give it a deadline with a name, or the table a reason"
-    assert exempt - found == set(), "the table has waits that are no longer there"
+    exempt = {(path, *call) for (path, reason), calls in ENDLESS.items() if reason for call in calls}
+    assert found - exempt == set(), "give it a deadline with a name, or ENDLESS a reason"
+    assert exempt - found == set(), "ENDLESS has waits that are no longer there"
 
 
 def test_every_deadline_of_the_table_is_in_the_code_with_that_value() -> None:
     by_path = {path: constants(waits.tree) for path, waits in modules().items()}
-    for place, value, *_ in [*rows("Deadlines"), *rows("Periods")]:
+    assert [place for place in PERIODS if place.split(":")[1] not in by_path[place.split(":")[0]]] == []
+    for place, value, *_ in rows():
         path, name = place.split(":")
         number = float(value.split()[0].replace(",", ""))
         if path.startswith("native/"):
@@ -146,14 +268,14 @@ def test_every_deadline_of_the_table_is_in_the_code_with_that_value() -> None:
 
 
 def test_every_constant_that_bounds_a_wait_is_in_the_table() -> None:
-    listed = {place for title in ("Deadlines", "Periods") for place, *_ in rows(title)}
+    listed = {place for place, *_ in rows()} | PERIODS.keys()
     bounding = {
         f"{path}:{name}"
         for path, waits in modules().items()
         for name in waits.timers & constants(waits.tree).keys()
         if re.search(r"_(S|SECONDS|MS)$", name)
     }
-    assert bounding - listed == set()
+    assert bounding - listed == set(), "the table of deadlines or PERIODS names each"
 
 
 @pytest.mark.parametrize(
