@@ -18,7 +18,7 @@ from argosy.budget.media_memory import IDLE_S
 from argosy.budget.planner import grown
 from argosy.config import MIB
 from argosy.engine.media.prompt_media import PromptMedia
-from argosy.engine.shared import Ready, Wanted, make_ready
+from argosy.engine.shared import Ready, make_ready
 from argosy.media.parts import Image, RequestMedia
 from argosy.open.models import configure, open_files
 from argosy.prompt.prompt import Prompt
@@ -45,7 +45,7 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def made_ready(path: Path, *names: str, **options: Any) -> list[Ready]:
     files = open_files(path)
-    wanted = [Wanted(name, files, configure(path, files, memory="3GiB", **options)) for name in names]
+    wanted = [(name, files, configure(path, files, memory="3GiB", **options)) for name in names]
     ready, _ = make_ready(wanted, claims=(), recorder=None)
     return ready
 
@@ -148,12 +148,12 @@ from pathlib import Path
 from argosy import SamplingParams
 from argosy.engine.media.prompt_media import PromptMedia
 from argosy.open.models import configure, open_files
-from argosy.engine.shared import Wanted, make_ready
+from argosy.engine.shared import make_ready
 
 limit, prompts = int(sys.argv[2]), json.loads(sys.argv[3])
 files = open_files(Path(sys.argv[1]))
 config = configure(files.path, files, memory=limit, threads=2, context=8192, max_sequences=2)
-ready, process = make_ready([Wanted(name, files, config) for name in ("one", "two")], claims=(), recorder=None)
+ready, process = make_ready([(name, files, config) for name in ("one", "two")], claims=(), recorder=None)
 half = (limit - process - sum(one.floor_bytes for one in ready)) // 2
 engines = [one.open(half) for one in ready]
 params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)

@@ -11,7 +11,7 @@ import pytest
 
 from argosy import SamplingParams
 from argosy.engine.engine import Engine
-from argosy.engine.shared import Ready, Wanted, make_ready
+from argosy.engine.shared import Ready, make_ready
 from argosy.experts.cache import CachedRunner
 from argosy.open.models import configure, open_files
 from tests.cli.tiny_chat_model import write_chat_model
@@ -25,7 +25,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> list[Ready]:
     path = write_chat_model(tmp_path_factory.mktemp("loading") / "model")
     files = open_files(path)
     config = configure(path, files, memory="2GiB", threads=1)
-    ready, _ = make_ready([Wanted(name, files, config) for name in ("one", "two")], claims=(), recorder=None)
+    ready, _ = make_ready([(name, files, config) for name in ("one", "two")], claims=(), recorder=None)
     return ready
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from argosy import Engine, SamplingParams
-from argosy.engine.shared import Ready, Wanted, make_ready
+from argosy.engine.shared import Ready, make_ready
 from argosy.open.models import configure, open_files
 from tests.cli.tiny_chat_model import write_chat_model
 
@@ -29,7 +29,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ready(path: Path) -> Ready:
     files = open_files(path)
     (ready,), _ = make_ready(
-        [Wanted("model", files, configure(path, files, **OPTIONS))],
+        [("model", files, configure(path, files, **OPTIONS))],
         claims=(),
         recorder=None,
     )

@@ -21,7 +21,6 @@ from argosy.serve.answer.service import Common
 from argosy.serve.answer.work import Work
 from argosy.serve.app import make_app
 from argosy.serve.claims import server_claims
-from argosy.serve.models.loading import Memory
 from argosy.serve.models.models import Models
 from argosy.serve.models.opened import EngineSource, LibraryShelf
 from tests.cli.tiny_chat_model import write_chat_model
@@ -56,7 +55,7 @@ def server(hub: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     library = ServedLibrary(given, process_bytes, None)
     common = Common(ring=None, kept=KeptItems(), work=Work())
     models = Models(
-        [], Memory(budget_bytes=4 * GIB, process_bytes=process_bytes), work=common.work, kept=common.kept,
+        [], common, budget_bytes=4 * GIB, process_bytes=process_bytes,
         shelf=LibraryShelf(library.look, lambda offer: EngineSource(offer, common, record=None)),
     )  # fmt: skip
     yield from start(make_app(models, KeyRing(None), block_tokens=16, max_sequences=4))

@@ -18,6 +18,7 @@ from argosy.budget.shares import IN_USE_S
 from argosy.errors import ArgosyError, CheckpointError, DoesNotFit, Overloaded
 from argosy.guard.stops import Stopped
 from argosy.serve.answer.facts import ModelFacts
+from argosy.serve.answer.service import Common
 from argosy.serve.guards.guarding import Guarding
 from argosy.serve.http.caller import Caller
 from argosy.serve.http.failures import Refused
@@ -25,7 +26,6 @@ from argosy.serve.http.running import Running
 from argosy.serve.models import loading
 from argosy.serve.models import models as models_module
 from argosy.serve.models.entry import Abilities, Lasting, Progress
-from argosy.serve.models.loading import Memory
 from argosy.serve.models.models import Models, Shelved, use_model
 
 BUDGET, PROCESS = 1000, 100
@@ -143,14 +143,14 @@ class FakeSource:
 class Rig:
     """Three models: two small ones, and one whose floor fits beside one of them only."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, any_model: bool = False, **options: Any) -> None:
         self.now = 1000.0
         self.meter = Meter()
         self.a = FakeSource(self.meter, "a", 200, 42)
         self.b = FakeSource(self.meter, "b", 200, 42)
         self.big = FakeSource(self.meter, "big", 600, 12)
         self.models = Models(
-            [self.a, self.b, self.big], Memory(budget_bytes=BUDGET, process_bytes=PROCESS),
+            [self.a, self.b, self.big], Common(any_model=any_model), budget_bytes=BUDGET, process_bytes=PROCESS,
             clock=lambda: self.now, **options,
         )  # fmt: skip
 
@@ -453,7 +453,7 @@ def test_an_unload_is_finished_if_the_client_that_asked_for_it_leaves() -> None:
 def test_a_name_is_found_with_and_without_the_tag_latest() -> None:
     async def test(rig: Rig) -> None:
         rig.b.facts = replace(rig.b.facts, id="b:latest")
-        models = Models([rig.a, rig.b], Memory(budget_bytes=BUDGET, process_bytes=PROCESS))
+        models = Models([rig.a, rig.b], Common(), budget_bytes=BUDGET, process_bytes=PROCESS)
         for name, found in (("a", "a"), ("a:latest", "a"), ("b", "b:latest"), ("b:latest", "b:latest")):
             assert models.standing(name).facts.id == found
         for name in ("a:30b", "A:latest", ":latest", ""):
@@ -596,7 +596,7 @@ class OnlyService(FakeService):
 def test_the_only_model_of_a_server_stays_in_memory_and_has_all_of_the_budget() -> None:
     async def test() -> None:
         service: Any = OnlyService(FakeSource(Meter(), "only", 200, 42).facts)
-        models = Models([Lasting(service)], Memory(budget_bytes=BUDGET, process_bytes=0))
+        models = Models([Lasting(service)], Common(), budget_bytes=BUDGET, process_bytes=0)
         try:
             with ExitStack() as used:
                 assert await models.use(None, used) is service
@@ -681,7 +681,9 @@ class LibraryRig(Rig):
         self.shelf = FakeShelf(self.a, self.b)
         self.models = Models(
             [],
-            Memory(budget_bytes=BUDGET, process_bytes=PROCESS),
+            Common(),
+            budget_bytes=BUDGET,
+            process_bytes=PROCESS,
             shelf=self.shelf,
             clock=lambda: self.now,
             **options,

@@ -18,7 +18,7 @@ import pytest
 
 from argosy import Engine, SamplingParams
 from argosy.config import MIB, Claim
-from argosy.engine.shared import Ready, Wanted, make_ready
+from argosy.engine.shared import Ready, make_ready
 from argosy.guard.keys import KeyRing
 from argosy.open.models import configure, open_files
 from argosy.serve.answer.kept_items import KeptItems
@@ -26,7 +26,6 @@ from argosy.serve.answer.service import Common
 from argosy.serve.answer.work import Work
 from argosy.serve.app import make_app
 from argosy.serve.claims import server_claims
-from argosy.serve.models.loading import Memory
 from argosy.serve.models.models import Models
 from argosy.serve.models.opened import EngineSource, Offer
 from tests.models.tiny import qwen3_moe, write_model
@@ -91,9 +90,8 @@ def several(paths: dict[str, Path]) -> Iterator[Several]:
     common = Common(ring=None, kept=KeptItems(), work=Work())
     opened: list[str] = []
     models = Models(
-        [EngineSource(Offer.of(one), common, record=None, note_use=opened.append) for one in ready],
-        Memory(budget_bytes=process_bytes + floors[0] + floors[1] + floors[2] // 2, process_bytes=process_bytes),
-        work=common.work, kept=common.kept,
+        [EngineSource(Offer.of(one), common, record=None, note_use=opened.append) for one in ready], common,
+        budget_bytes=process_bytes + floors[0] + floors[1] + floors[2] // 2, process_bytes=process_bytes,
     )  # fmt: skip
     for url in start(make_app(models, KeyRing(None), block_tokens=16, max_sequences=4)):
         yield Several(url, models, ready, opened)
@@ -272,7 +270,7 @@ def made_ready(paths: dict[str, Path]) -> tuple[list[Ready], int]:
     wanted = []
     for name, path in paths.items():
         files = open_files(path)
-        wanted.append(Wanted(name, files, configure(path, files, **options)))
+        wanted.append((name, files, configure(path, files, **options)))
     return make_ready(wanted, claims=SERVER, recorder=None)
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import NamedTuple
 
 from argosy import _native
 from argosy.budget.footprint import ModelFootprint
@@ -46,14 +45,6 @@ _READY_BYTES = 16 * MIB  # headers and plan of a model
 _BACKGROUND_SHARE = 0.1  # a part of the cores, for reading a model while others step
 
 
-class Wanted(NamedTuple):
-    """A model to be made ready."""
-
-    name: str
-    files: ModelFiles
-    config: EngineConfig
-
-
 class Ready:
     """A model without its weights.
 
@@ -70,15 +61,17 @@ class Ready:
 
     def __init__(
         self,
-        wanted: Wanted,
+        name: str,
+        files: ModelFiles,
+        config: EngineConfig,
         *,
         turns: Turns,
         foreground: _native.Foreground,
         recorder: OpenRecorder | None,
     ) -> None:
-        self.name, self.files = wanted.name, wanted.files
-        config = replace(wanted.config, expert_slots=None)  # the others decide how many there are
-        self.config, _ = with_recorder(config, wanted.files, recorder)
+        self.name, self.files = name, files
+        config = replace(config, expert_slots=None)  # the others decide how many there are
+        self.config, _ = with_recorder(config, files, recorder)
         self.footprint = ModelFootprint(self.files, self.config)
         self.sampling = declared_sampling(self.files).overridden(self.config.sampling)
         self.work: Work = work_of(self.files, self.footprint.kv_dtype)
@@ -200,23 +193,29 @@ class Making:
         self._turns = Turns()
         self._foreground: _native.Foreground | None = None
 
-    def ready(self, wanted: Wanted) -> Ready:
+    def ready(self, name: str, files: ModelFiles, config: EngineConfig) -> Ready:
         """Raises CheckpointError and related errors, and DoesNotFit if `process_bytes` is known."""
         if self._foreground is None:
-            threads, readers = wanted.config.threads, wanted.config.readers
-            self._foreground = _native.Foreground(min(1.0, _BACKGROUND_SHARE * threads / readers))
-        model = Ready(wanted, turns=self._turns, foreground=self._foreground, recorder=self._recorder)
+            share = _BACKGROUND_SHARE * config.threads / config.readers
+            self._foreground = _native.Foreground(min(1.0, share))
+        model = Ready(
+            name, files, config, turns=self._turns, foreground=self._foreground, recorder=self._recorder
+        )
         if self._process_bytes is not None:
             model.fit(self._process_bytes, own_bytes=_READY_BYTES + _TOKEN_BYTES * model.model.vocab_size)
         return model
 
 
 def make_ready(
-    wanted: Sequence[Wanted], *, claims: tuple[Claim, ...], recorder: OpenRecorder | None
+    models: Sequence[tuple[str, ModelFiles, EngineConfig]],
+    *,
+    claims: tuple[Claim, ...],
+    recorder: OpenRecorder | None,
 ) -> tuple[list[Ready], int]:
     """Make models ready that share one budget, and plan each of them.
 
     Args:
+        models: the name, the files and the settings of each.
         claims: of the server, and of what it keeps for all models together.
 
     Returns:
@@ -227,9 +226,9 @@ def make_ready(
         CheckpointError and related errors: a tokenizer cannot be read.
     """
     making = Making(recorder)
-    models = [making.ready(one) for one in wanted]
-    process_bytes = shared_bytes([model.footprint for model in models], claims)
-    require_machine(models[0].config.budget.ram_bytes)
-    for model in models:
+    ready = [making.ready(*model) for model in models]
+    process_bytes = shared_bytes([model.footprint for model in ready], claims)
+    require_machine(ready[0].config.budget.ram_bytes)
+    for model in ready:
         model.fit(process_bytes)
-    return models, process_bytes
+    return ready, process_bytes

@@ -39,7 +39,6 @@ from argosy.serve.http.listen import Front, Listener
 from argosy.serve.http.log import LogFormat, LogWriter
 from argosy.serve.http.origins import Origins, Site
 from argosy.serve.http.server import MAX_CONNECTIONS, Endpoint, make_room_for_files, run_app
-from argosy.serve.models.loading import Memory
 from argosy.serve.models.models import Models, Presets
 from argosy.serve.models.opened import (
     EngineSource,
@@ -253,10 +252,11 @@ def one_model(
 
 def several_models(
     offers: Sequence[Offer] | Callable[[], Offers],
-    memory: Memory,
     settings: ServerSettings,
     common: Common,
     *,
+    budget_bytes: int,
+    process_bytes: int,
     record: Callable[[], Recording] | None,
     idle_unload_s: float | None,
     note_use: Callable[[str], None] | None = None,
@@ -265,6 +265,7 @@ def several_models(
 
     Args:
         offers: the models; or what finds those of a library.
+        process_bytes: what the process takes of the budget beside its models.
         record: makes what records the routing of a model while it is open; None: nothing is recorded.
         idle_unload_s: unload a model after so long without requests; None: only if its memory is needed.
         note_use: called with the name of each model that is opened, in a thread.
@@ -274,8 +275,8 @@ def several_models(
         return EngineSource(offer, common, record=record, note_use=note_use)
 
     return Models(
-        [] if callable(offers) else list(map(to_source, offers)), memory, any_model=settings.any_model,
-        idle_unload_s=idle_unload_s, work=common.work, kept=common.kept,
+        [] if callable(offers) else list(map(to_source, offers)), common, budget_bytes=budget_bytes,
+        process_bytes=process_bytes, idle_unload_s=idle_unload_s,
         shelf=LibraryShelf(offers, to_source) if callable(offers) else None,
         presets=settings.presets, default=settings.default,
     )  # fmt: skip

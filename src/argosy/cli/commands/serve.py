@@ -304,11 +304,10 @@ def _serve_several(
     from argosy.cli.commands.served_library import ServedLibrary, speeds_of
     from argosy.cli.shared.output import progress_bar
     from argosy.engine.options import budget_of
-    from argosy.engine.shared import Wanted, make_ready
+    from argosy.engine.shared import make_ready
     from argosy.library import kept
     from argosy.open.models import configure, locate_model, open_files
     from argosy.serve.claims import KEPT_BYTES, REPLAY_BYTES, server_claims
-    from argosy.serve.models.loading import Memory
     from argosy.serve.models.opened import Offer
     from argosy.serve.run import serve as run
     from argosy.serve.run import several_models
@@ -335,7 +334,7 @@ def _serve_several(
             if (kv_dir := more["kv_dir"]) is not None:
                 own = replace(kv_dir, path=kv_dir.path / quote(name, safe=""))
                 given["kv_dir"] = replace(own, max_bytes=own.max_bytes // len(models))
-            wanted.append(Wanted(name, files, configure(model, files, **given)))
+            wanted.append((name, files, configure(model, files, **given)))
         if wanted:
             ready, process_bytes = make_ready(wanted, claims=claims, recorder=recording)
         else:
@@ -351,7 +350,7 @@ def _serve_several(
         lambda common: several_models(
             [Offer.of(one, speeds_of(one, paths[one.name])) for one in ready] if wanted
             else ServedLibrary(given, process_bytes, recording).look,
-            Memory(budget_bytes=given["memory"], process_bytes=process_bytes), server, common,
+            server, common, budget_bytes=given["memory"], process_bytes=process_bytes,
             idle_unload_s=idle_unload_s, note_use=note_use,
             record=(lambda: Recording(keeps_recent=True)) if settings.get("record", True) else None,
         ),

@@ -119,13 +119,12 @@ class ServedLibrary:
 
     def _make(self, name: str, path: Path, budget_bytes: int | None) -> tuple[Ready, Speeds | None]:
         """Raises CheckpointError and related errors, and DoesNotFit."""
-        from argosy.engine.shared import Wanted
         from argosy.open.models import configure, open_files
 
         files, given = open_files(path), dict(self._given)
         if budget_bytes is not None:
             given["memory"] = budget_bytes
-        ready = self._making.ready(Wanted(name, files, configure(name, files, **given)))
+        ready = self._making.ready(name, files, configure(name, files, **given))
         return ready, speeds_of(ready, path)
 
 

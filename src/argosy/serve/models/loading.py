@@ -16,7 +16,6 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import ParamSpec, TypeVar
 
@@ -39,21 +38,14 @@ _RETRY_S = 10.0  # a model that could not be opened is not tried again before
 _RETRY_STOPPING_S = 30
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Memory:
-    """The budget of a server with several models, and what its process takes beside them."""
-
-    budget_bytes: int
-    process_bytes: int
-
-
 class Loader:
     """Brings the models of a server into memory and out of it, within one budget.
 
     Attributes:
         entries: its models.
         lasting: the only model, which stays in memory and has all of the budget; None: models come and go.
-        memory: the budget now.
+        budget_bytes: the budget now.
+        process_bytes: what the process takes of it beside its models.
         is_stopped: nothing is loaded any more.
 
     Args:
@@ -64,14 +56,16 @@ class Loader:
     def __init__(
         self,
         entries: Sequence[Entry],
-        memory: Memory,
         *,
+        budget_bytes: int,
+        process_bytes: int,
         lasting: Lasting | None,
         idle_unload_s: float | None,
         num_threads: int,
         clock: Callable[[], float],
     ) -> None:
-        self.entries, self.memory, self.lasting = list(entries), memory, lasting
+        self.entries, self.lasting = list(entries), lasting
+        self.budget_bytes, self.process_bytes = budget_bytes, process_bytes
         self.is_stopped = False
         self._idle_unload_s, self._clock = idle_unload_s, clock
         self._revoked: set[str] = set()
@@ -83,7 +77,7 @@ class Loader:
     @property
     def held_bytes(self) -> int:
         """The memory that the process and its models have now, of a budget that models share."""
-        return self.memory.process_bytes + sum(entry.held_bytes for entry in self.entries)
+        return self.process_bytes + sum(entry.held_bytes for entry in self.entries)
 
     def services(self) -> list[Service]:
         """The services of the models in memory, the first one first."""
@@ -177,7 +171,7 @@ class Loader:
         async with self._moving:
             if self.lasting is not None:
                 await self.in_thread(self.lasting.service.resize, budget_bytes)
-                self.memory = replace(self.memory, budget_bytes=budget_bytes)
+                self.budget_bytes = budget_bytes
                 return
             await self.in_thread(require_budget, budget_bytes)
             here = [one for one in self.entries if one.is_here]
@@ -185,7 +179,7 @@ class Loader:
                 raise Overloaded(
                     "a model is being loaded, and its share is fixed until then", retry_after_s=1
                 )
-            free_bytes = self._bytes_beside_floors() - self.memory.budget_bytes + budget_bytes
+            free_bytes = self._bytes_beside_floors() - self.budget_bytes + budget_bytes
             leaving: list[Entry] = []
             for idle in sorted((one for one in here if one.is_idle), key=lambda one: one.used_at):
                 if free_bytes >= 0:
@@ -202,7 +196,7 @@ class Loader:
                     budget_bytes=budget_bytes,
                 )
             await self._unload_all(leaving)
-            self.memory = replace(self.memory, budget_bytes=budget_bytes)
+            self.budget_bytes = budget_bytes
             for entry in self.entries:
                 if isinstance(entry.fault, DoesNotFit):  # in the budget of before
                     entry.fault = None
@@ -223,7 +217,7 @@ class Loader:
                     self._require_wanted()
                     if entry.fault is not None and self._clock() - entry.failed_at < _RETRY_S:
                         raise entry.fault.with_traceback(None)
-                    await self._attempt(entry, entry.source.prepare, self.memory.budget_bytes)
+                    await self._attempt(entry, entry.source.prepare, self.budget_bytes)
                     if await self._make_room(entry):
                         break
                     reading = [
@@ -306,16 +300,16 @@ class Loader:
     def _bytes_beside_floors(self) -> int:
         """The rest of the budget after the process and the floors of the models in memory."""
         floors = sum(one.source.floor_bytes for one in self.entries if one.is_here)
-        return self.memory.budget_bytes - self.memory.process_bytes - floors
+        return self.budget_bytes - self.process_bytes - floors
 
     def _no_room(self, entry: Entry, free_bytes: int) -> Overloaded:
         needed = entry.source.floor_bytes
         busy = [one for one in self.entries if one.is_here and not one.is_idle]
         held = [(one.name, one.source.floor_bytes) for one in busy]
         parts = "  +  ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in held)
-        enough = -(-(self.memory.budget_bytes + needed - free_bytes) // MIB)
+        enough = -(-(self.budget_bytes + needed - free_bytes) // MIB)
         free = format_bytes(max(0, free_bytes))
-        budget = f"the budget of {format_bytes(self.memory.budget_bytes)}"
+        budget = f"the budget of {format_bytes(self.budget_bytes)}"
         hint = f"start the server with `--memory {enough}MiB`"
         if held:
             said = f"models that answer now leave {free} of {budget}\n  {parts}  (without experts)"
@@ -353,7 +347,7 @@ class Loader:
         if joining is not None:
             (joining.expert_bytes,) = (share_bytes for entry, share_bytes in shares if entry is joining)
             joining.is_loading = True
-        assert self.held_bytes <= self.memory.budget_bytes
+        assert self.held_bytes <= self.budget_bytes
 
     @staticmethod
     def _claim(entry: Entry, now: float, *, is_joining: bool) -> Claim:

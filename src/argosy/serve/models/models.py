@@ -34,13 +34,11 @@ from typing import TYPE_CHECKING, Protocol
 from argosy.config import Preset
 from argosy.engine.progress import MOST_WAITS, RequestWait
 from argosy.errors import UsageError
-from argosy.serve.answer.kept_items import KeptItems
-from argosy.serve.answer.service import Service
-from argosy.serve.answer.work import Work
+from argosy.serve.answer.service import Common, Service
 from argosy.serve.http.caller import Caller
 from argosy.serve.http.failures import Refused
 from argosy.serve.models.entry import Entry, Lasting, Listing, Source, Standing, Waiter
-from argosy.serve.models.loading import Loader, Memory
+from argosy.serve.models.loading import Loader
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -98,10 +96,9 @@ class Models:
 
     Args:
         sources: none is in memory yet, except one that lasts.
-        any_model: unknown names mean the first model.
+        common: the parts that they share; with its `any_model`, unknown names mean the first model.
+        process_bytes: what the process takes of the budget beside its models.
         idle_unload_s: unload a model after so long without requests; None: only if its memory is needed.
-        work: threads for the work before the engines.
-        kept: items of earlier responses, of all models.
         shelf: a library; None: the models are the sources.
         presets: None: there are none.
         default: the name that requests mean that name no model; None: the first model.
@@ -111,12 +108,11 @@ class Models:
     def __init__(
         self,
         sources: Sequence[Source],
-        memory: Memory,
+        common: Common,
         *,
-        any_model: bool = False,
+        budget_bytes: int,
+        process_bytes: int,
         idle_unload_s: float | None = None,
-        work: Work | None = None,
-        kept: KeptItems | None = None,
         shelf: Shelf | None = None,
         presets: Presets | None = None,
         default: str | None = None,
@@ -124,17 +120,16 @@ class Models:
     ) -> None:
         self._presets, self._default = presets, default
         self.is_draining = False  # the server is about to stop; requests that run go on, and load models
-        self.work = Work() if work is None else work
-        self.kept = KeptItems() if kept is None else kept
-        self._any_model = any_model
+        self.work, self.kept, self._any_model = common.work, common.kept, common.any_model
         self._idle_unload_s = idle_unload_s
         self._clock = clock
         lasting = next((one for one in sources if isinstance(one, Lasting)), None)
         # Each model may be read at once, and be resized or closed; a thread that waits takes no other's.
         num_threads = 2 * len(sources) if shelf is None else _SHELF_THREADS
         self.loader = Loader(
-            [Entry(one, lasting if one is lasting else None) for one in sources], memory, lasting=lasting,
-            idle_unload_s=idle_unload_s, num_threads=num_threads, clock=clock,
+            [Entry(one, lasting if one is lasting else None) for one in sources], lasting=lasting,
+            budget_bytes=budget_bytes, process_bytes=process_bytes, idle_unload_s=idle_unload_s,
+            num_threads=num_threads, clock=clock,
         )  # fmt: skip
         self._shelf = shelf
         self._shelved = Shelved(sources={}, others={}, faults={})
@@ -144,10 +139,11 @@ class Models:
     @classmethod
     def of(cls, service: Service, *, presets: Presets | None = None, default: str | None = None) -> Models:
         """A server's only model, which is in memory from start to end."""
-        memory = Memory(budget_bytes=service.loop.snapshot().engine.budget_bytes, process_bytes=0)
+        common = Common(kept=service.kept, work=service.work, any_model=service.any_model)
+        budget_bytes = service.loop.snapshot().engine.budget_bytes
         return cls(
-            [Lasting(service)], memory, any_model=service.any_model, work=service.work, kept=service.kept,
-            presets=presets, default=default,
+            [Lasting(service)], common, budget_bytes=budget_bytes, process_bytes=0, presets=presets,
+            default=default,
         )  # fmt: skip
 
     # ── a library ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -203,12 +199,12 @@ class Models:
     @property
     def budget_bytes(self) -> int:
         """The memory budget of the server now."""
-        return self.loader.memory.budget_bytes
+        return self.loader.budget_bytes
 
     @property
     def process_bytes(self) -> int:
         """What the process takes of it beside its models."""
-        return self.loader.memory.process_bytes
+        return self.loader.process_bytes
 
     @property
     def held_bytes(self) -> int:
