@@ -190,7 +190,7 @@ def test_a_recorder_is_planned_if_there_is_one() -> None:
 def test_a_working_set_of_another_model_is_refused() -> None:
     files = open_model(REFERENCE / "mixtral_plain")
     other = WorkingSet.prior([0, 1], num_experts=64, experts_per_token=2)
-    with pytest.raises(UsageError, match="working set is of a model with 2 layers of 64 experts"):
+    with pytest.raises(UsageError, match="working set belongs to a model with 2 layers of 64 experts"):
         planning.forecaster(
             planning.Subject(name="x", files=files, place="assumed"),
             planning.find_place(planning.HERE),

@@ -1,1 +1,1 @@
-"""(layer, rows) -> expert outputs. `runner.py` is the interface; `resident.py` and `cache.py` run experts here."""
+"""(layer, rows) -> expert outputs. `runner.py` is the interface; `resident.py` and `cache.py` run experts locally."""

@@ -1,14 +1,15 @@
 """Keep the experts that fit the budget in memory; read the others from disk.
 
-    dispatch  ->  lease: experts that are here, then each as it lands  ->  outputs
+    dispatch  ->  lease: resident experts, then each as it lands  ->  outputs
 
-One arena of slots serves all layers; `slots.py` lays them out. Leases, reads and guesses are native code's
-(native/ops/cached_experts.h), and a stack runs layers with it while nothing goes wrong. `ExpertCache` owns the memory.
-`Lease` and `CachedRunner` go on with a layer that takes long or whose read failed, lend the cores to other models while
-they wait, and run the layers of a worker.
+One arena of slots serves all layers; `slots.py` lays them out. Native code does leases, reads and guesses
+(native/ops/cached_experts.h), and a stack runs layers with it as long as nothing goes wrong. `ExpertCache` owns the
+memory. `Lease` and `CachedRunner` take over a layer that takes long or whose read failed, lend the cores to other
+models while they wait, and run the layers of a worker.
 
-A model that shares its memory may get a slot for every expert. Those that no token asked for are then read, too, a few
-after each lease. Once all are here, native code runs steps without asking, as with `resident.py`.
+A model that shares its memory may get a slot for every expert. The cache then also reads the experts that no token has
+chosen, a few after each lease. Once all are resident, native code runs steps without calling Python, as with
+`resident.py`.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from argosy.experts.slots import Copy, Slots, lay_out_slots
 
 
 class Cores(Protocol):
-    """The lock for which steps of several models take turns; whoever runs a step holds it."""
+    """The lock that lets steps of several models take turns; a running step holds it."""
 
     def acquire(self) -> bool:
-        """Take the lock; returns whether it was free."""
+        """Take the lock; return whether it was free."""
         ...
 
     def release(self) -> None: ...
@@ -43,15 +44,16 @@ class ExpertCache:
         slot_bytes: bytes of the arena for a slot; see `SlotLayout`.
         most_slots: the limit of `resize`.
         core: leases, reads and guesses.
-        lent: the lock for the cores, which others may take while a lease waits for reads; None: the step keeps it.
+        lent: the lock for the cores, which other models may take while a lease waits for reads; None: the step keeps
+        it.
         earlier: counters of the runner that this cache replaced.
-        compute_s: the time in which Python had experts computed.
+        compute_s: the time spent computing experts that Python started.
 
     Args:
-        num_slots: how many there are at most.
-        first_slots: how many there are at first; None: as many.
-        reads_all: read experts that no token asks for, too, while there is a slot for every one.
-        foreground: committing memory gives way to it; None: to nothing.
+        num_slots: the maximum number of slots.
+        first_slots: the number of slots at first; None: `num_slots`.
+        reads_all: while there is a slot for every expert, also read experts that no token chose.
+        foreground: the work to which committing memory gives way; None: it gives way to nothing.
     """
 
     def __init__(
@@ -70,7 +72,7 @@ class ExpertCache:
         self.lent: Cores | None = None
         self.earlier = RunnerStats()
         self.compute_s = 0.0
-        self.others_run = False  # they had the cores when a lease took them again
+        self.others_run = False  # other models still had the cores when a lease took them back
         self._foreground = foreground
         self._populating: list[threading.Thread] = []
         layout = lay_out_slots(files.records, experts_per_token=experts_per_token, alignment=files.alignment)
@@ -95,7 +97,7 @@ class ExpertCache:
 
     @property
     def stats(self) -> RunnerStats:
-        """Counters, without experts that native code ran while every one was in memory."""
+        """Return the counters, without experts that native code ran while every one was in memory."""
         counts, earlier = self.core.counts, self.earlier
         return RunnerStats(
             lookups=earlier.lookups + counts.lookups,
@@ -109,7 +111,7 @@ class ExpertCache:
         )
 
     def lease(self, layer: int, experts: Sequence[int], scan: Collection[int] = ()) -> Lease:
-        """Lease experts of a layer, each named once.
+        """Lease experts of a layer; each is named once.
 
         `scan` names the experts that only prompt tokens asked for: they pass through the cache without displacing
         experts that decode uses.
@@ -123,22 +125,22 @@ class ExpertCache:
         self.core.guess(layer, by_rank, is_sweep=is_sweep)
 
     def failure(self) -> Exception:
-        """The error of the read that failed in the open lease."""
+        """Return the error of the read that failed in the open lease."""
         failure = self.core.failure
         assert failure is not None
         key, message, kind = failure
         return self._files.failure(key, message, kind)
 
     def resize(self, num_slots: int, *, held_slots: int | None = None) -> None:
-        """Have so many slots from now on, between two leases; the memory of others goes back to the system at once.
+        """Change the number of slots between two leases; the memory of removed slots goes back to the system at once.
 
-        The experts that a miss would evict next leave. Others in slots that go are copied to lower ones.
+        The experts that a miss would evict next leave. Other experts in removed slots are copied to lower slots.
 
         Args:
             held_slots: slots that still have memory when this returns, at least `num_slots`: experts may stay there
                 until the next call. None: no more than `num_slots`.
         """
-        self.core.end(is_whole=False)  # of a step that failed
+        self.core.end(is_whole=False)  # left by a step that failed
         self.core.forget_hint()
         while self.core.early:
             self.core.collect_early()
@@ -164,7 +166,7 @@ class ExpertCache:
         self.core.end(is_whole=False)
         self.core.cancel_early()
         self._arena.close()
-        for thread in self._populating:  # each ends after the piece that it is at
+        for thread in self._populating:  # each ends after its present piece
             thread.join()
 
     def _populate(self) -> None:
@@ -177,10 +179,10 @@ class ExpertCache:
 
 
 class Lease:
-    """A promise that weights stay until given back: iterate once, inside `with`, over groups of experts.
+    """A promise that weights stay in place until the lease ends: iterate once, inside `with`, over groups of experts.
 
-    Hits first, then misses as they land. The cache's table says where the experts of a group are; they stay there until
-    the next group is requested or the lease ends. No read of a lease is in flight at its end, even if it is cut short.
+    Hits come first, then misses as they land. The cache's table says where the experts of a group are; they stay there
+    until the next group is requested or the lease ends. When a lease ends, even early, none of its reads is in flight.
     """
 
     __slots__ = ("_asked", "_cache", "_scan", "layer")
@@ -205,7 +207,7 @@ class Lease:
 
 
 def groups(cache: ExpertCache) -> Iterator[Sequence[int]]:
-    """The groups of the open lease.
+    """Yield the groups of the open lease.
 
     Raises:
         ReadFailed, CorruptRecord, CheckpointError: an expert cannot be read.
@@ -224,7 +226,7 @@ def groups(cache: ExpertCache) -> Iterator[Sequence[int]]:
 
 
 def _wait(cache: ExpertCache) -> None:
-    """Wait for a read; while others use the cores, for all in flight: taking them may cost a step of theirs."""
+    """Wait for one read, or for all in flight if other models use the cores: taking those back may cost a step."""
     core = cache.core
     if (cores := cache.lent) is None:
         core.collect()
@@ -239,15 +241,15 @@ def _wait(cache: ExpertCache) -> None:
 
 
 class CachedRunner:
-    """Runs experts out of a cache, in groups: those that are here, then the others as they land.
+    """Runs experts out of a cache, in groups: first the resident ones, then the others as they land.
 
-    While every expert is here, native code runs them, and nothing ages.
+    While every expert is resident, native code runs them, and nothing ages.
     """
 
     def __init__(self, runtime: _native.Runtime, cache: ExpertCache) -> None:
         self.cache = cache
         self._runtime = runtime
-        self._num_leased = 0  # experts that Python ran out of a lease
+        self._num_leased = 0  # experts that Python ran from a lease
 
     @property
     def resident(self) -> _native.ExpertTable | None:
@@ -256,12 +258,12 @@ class CachedRunner:
 
     @property
     def elsewhere(self) -> _native.LayerExperts | None:
-        """See `ExpertRunner.elsewhere`; None while others may take the cores."""
+        """See `ExpertRunner.elsewhere`; None while other models may take the cores."""
         return self.cache.core if self.cache.lent is None else None
 
     @property
     def stats(self) -> RunnerStats:
-        """See `ExpertRunner.stats`; what native code runs without asking is a hit."""
+        """See `ExpertRunner.stats`; experts that native code runs by itself count as hits."""
         cache, stats = self.cache, self.cache.stats
         num_native = cache.table.num_runs - self._num_leased - cache.core.num_run
         stats.lookups += num_native
@@ -279,7 +281,7 @@ class CachedRunner:
         self, layer: int, dispatch: _native.Dispatch, rows: Rows, out: Rows
     ) -> Iterator[Iterator[Sequence[int]]]:
         core, is_whole = self.cache.core, False
-        if not core.is_running(dispatch):  # otherwise the stack began it, and stopped
+        if not core.is_running(dispatch):  # otherwise the stack began the run, and stopped
             core.open(layer, dispatch.experts, dispatch.scan)
         try:
             yield self._groups(layer, dispatch, rows, out)

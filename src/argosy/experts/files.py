@@ -29,21 +29,21 @@ class Arithmetic:
     """The arithmetic of experts, apart from their weights.
 
     activation: between the products of an expert.
-    biases: by layer, those of gate and up, float32 [experts, width], and of down, [experts, hidden]; each may be None.
+    biases: by layer, the biases of gate and up, float32 [experts, width], and of down, [experts, hidden]; or None.
     """
 
     activation: _native.Activation = ("silu", 0.0, 0.0)
     biases: Mapping[int, tuple[Vector | None, Vector | None, Vector | None]] = field(default_factory=dict)
 
 
-LARGEST_ALIGNMENT = 4096  # alignment of reads, in bytes, that a plan assumes before a file is opened
+LARGEST_ALIGNMENT = 4096  # the alignment of reads, in bytes, that a plan assumes before files are opened
 MATRIX_ALIGNMENT = _native.MATRIX_ALIGNMENT  # where a transcoded matrix may begin
 
 
 def _lay_out(record: ExpertRecord, alignment: int) -> tuple[list[int], int]:
-    """The place of each piece in an expert's memory, and the size of that memory.
+    """Return the place of each piece in an expert's memory, and the size of that memory.
 
-    A piece that completes another takes nothing; for the others see `Piece.place_bytes`.
+    A piece that completes another takes no memory; for the others see `Piece.place_bytes`.
     """
     places: list[int] = []
     end = 0
@@ -63,12 +63,12 @@ def _starts_at(record: ExpertRecord, alignment: int) -> int:
 
 
 def memory_of(record: ExpertRecord, alignment: int = LARGEST_ALIGNMENT) -> int:
-    """Bytes of an expert in memory."""
+    """Return the bytes of an expert in memory."""
     return _lay_out(record, alignment)[1]
 
 
 def resident_bytes(records: Mapping[Key, ExpertRecord], alignment: int = LARGEST_ALIGNMENT) -> int:
-    """Bytes of an arena that holds every expert, one after another."""
+    """Return the bytes of an arena that holds every expert, one after another."""
     end = 0
     for record in records.values():
         end = round_up(end, _starts_at(record, alignment)) + memory_of(record, alignment)
@@ -82,22 +82,22 @@ _READING_BYTES = 256
 
 
 def dict_bytes(num_entries: int) -> int:
-    """Bytes of a dict that grew to `num_entries`, not counting its keys and values."""
+    """Return the bytes of a dict that grew to `num_entries`, not counting its keys and values."""
     return sys.getsizeof(dict.fromkeys(range(num_entries)))
 
 
 def bookkeeping_bytes(records: Mapping[Key, ExpertRecord]) -> int:
-    """Most bytes that `ExpertFiles` and a table can hold in addition to the records."""
+    """Return the most bytes that `ExpertFiles` and a table can hold in addition to the records."""
     kinds = Counter((len(r.pieces), r.pieces[0].checksum is not None) for r in records.values())
     native = sum(count * _native.record_bytes(*kind) for kind, count in kinds.items())
     num_layers, num_experts = _extent(records)
-    # The table has an expert's place and the starts of its matrices.
+    # The table holds an expert's place and the starts of its matrices.
     tables = (1 + 3) * np.dtype(np.int64).itemsize * num_layers * num_experts
     return tables + native + len(records) * _RECORD_OBJECT_BYTES + dict_bytes(len(records))
 
 
 def resident_bookkeeping_bytes(records: Mapping[Key, ExpertRecord]) -> int:
-    """Most bytes that reading every expert takes in addition to the arena, from `ResidentReading` on."""
+    """Return the most bytes that reading every expert takes in addition to the arena, from `ResidentReading` on."""
     kinds = Counter(tuple(piece.nbytes for piece in record.pieces) for record in records.values())
     requests = sum(count * _native.request_bytes(sizes) for sizes, count in kinds.items())
     in_python = len(records) * _READING_BYTES + 2 * dict_bytes(len(records))
@@ -105,7 +105,7 @@ def resident_bookkeeping_bytes(records: Mapping[Key, ExpertRecord]) -> int:
 
 
 def _extent(records: Mapping[Key, ExpertRecord]) -> tuple[int, int]:
-    """The layers and experts of a table that has a place for each record."""
+    """Return the layers and experts per layer of a table with a place for each record."""
     return 1 + max((key[0] for key in records), default=-1), 1 + max((key[1] for key in records), default=-1)
 
 
@@ -114,7 +114,7 @@ class ExpertFiles:
 
     Args:
         records: where every expert of the model is stored.
-        share: the experts that are read here; None: all of them. `self.records` has these.
+        share: the experts that this process reads; None: all of them. `self.records` holds only these.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class ExpertFiles:
         share: Collection[Key] | None = None,
     ) -> None:
         self.records = records if share is None else {key: records[key] for key in share}
-        self._all_records = records  # a table has a row for every expert of a layer, wherever it runs
+        self._all_records = records  # the table has a row for every expert, wherever it runs
         self._store = store
         paths = {str(piece.path) for record in self.records.values() for piece in record.pieces}
         self._file_ids = {path: open_file(path) for path in sorted(paths)}
@@ -134,7 +134,7 @@ class ExpertFiles:
         self.alignment = max(store.info(file_id)[2] for file_id in self._file_ids.values())
 
     def table(self, arena: _native.Arena, arithmetic: Arithmetic) -> _native.ExpertTable:
-        """The table of experts in an arena; none has a place yet."""
+        """Create the table of experts in an arena; no expert has a place yet."""
         some = next(iter(self._all_records.values()))
         table = _native.ExpertTable(arena, hidden=some.gate.cols, activation=arithmetic.activation)
         for layer, num_experts in Counter(layer for layer, _ in self._all_records).items():
@@ -152,7 +152,7 @@ class ExpertFiles:
         return table
 
     def _starts(self, key: Key) -> list[int]:
-        """Bytes from an expert's place to its gate, up and down."""
+        """Return the offsets in bytes of gate, up and down from an expert's place."""
         record = self._all_records[key]
         places, _ = _lay_out(record, self.alignment)
         starts = [
@@ -161,11 +161,11 @@ class ExpertFiles:
         return [starts[matrix.piece] + matrix.offset for matrix in (record.gate, record.up, record.down)]
 
     def expert_bytes(self, key: Key) -> int:
-        """Bytes that are read for one expert."""
+        """Return the bytes read for one expert."""
         return self.records[key].nbytes
 
     def places(self) -> tuple[dict[Key, int], int]:
-        """The place of each expert when all are in one arena, one after another, and the size of that arena."""
+        """Return each expert's place when one arena holds all, one after another, and the size of that arena."""
         places, end = {}, 0
         for key, record in self.records.items():
             places[key] = round_up(end, _starts_at(record, self.alignment))
@@ -179,11 +179,11 @@ class ExpertFiles:
         return self._store.fetch_many(arena, [(self.read(key), place) for key, place in experts], urgency)
 
     def reads(self, arena: _native.Arena) -> _native.ExpertReads:
-        """Reads of experts into the slots of a cache."""
+        """Describe the reads of experts into the slots of a cache."""
         return _native.StoreReads(self._store, arena, self.read)
 
     def read(self, key: Key) -> _native.Record:
-        """How to read an expert, created on first use."""
+        """Return how to read an expert; created on first use."""
         if (known := self._reads.get(key)) is not None:
             return known
         record = self.records[key]
@@ -197,7 +197,7 @@ class ExpertFiles:
         return made
 
     def failure(self, key: Key, message: str, kind: str | None) -> ArgosyError:
-        """The error for a failed read, naming file, layer and expert."""
+        """Return the error for a failed read; it names file, layer and expert."""
         layer, expert = key
         pieces = self.records[key].pieces
         where = f"{pieces[0].path.name}: layer {layer}, expert {expert}"

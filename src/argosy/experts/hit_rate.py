@@ -1,4 +1,4 @@
-"""Predict how often the expert cache has what the router asks for, from how soon experts are asked for again.
+"""Predict the hit rate of the expert cache from how soon the router chooses experts again.
 
     uses of experts  ->  ReuseGaps, one a layer  ->  WorkingSet: a few curves a layer  ->  hit rate at any size
 
@@ -11,13 +11,13 @@ Two curves of a layer, counted over decode tokens, give the whole range of budge
   (`native/ops/cache_policy.h`). It depends on the layer's past alone and not on the size of the cache. So a cache holds
   the experts below some age, the one at which they fill it, and the hit rate is the share of uses below that age.
 
-The second gives the engine's own hit rate; the first what a chunk or several sequences at once ask for. Neither holds
-the order of uses or the number of an expert.
+The second curve gives the engine's own hit rate; the first says how many experts a chunk or several sequences at once
+need. Neither curve reveals the order of uses or the number of an expert.
 
-How a recorder makes a `WorkingSet`: one `ReuseGaps` for each timeline, which is the decode tokens of one sequence after
-another. Sequences that run at once have a timeline each. `count` takes the choices of the timeline's next tokens, as
-many at a time as is convenient; `WorkingSet.of` joins timelines, and `as_dict` is the file. Prompt tokens are left out:
-they sweep through the layers, and the cache treats them apart.
+A recorder makes a `WorkingSet` from one `ReuseGaps` per timeline. A timeline is the decode tokens of one sequence
+after another; sequences that run at once have a timeline each. `count` takes the choices of the timeline's next
+tokens, in batches of any size; `WorkingSet.of` joins timelines, and `as_dict` is the content of the file. Prompt
+tokens are left out: they sweep through the layers, and the cache treats them separately.
 
 Elsewhere: `benchmarks/hit_rate.py` compares predictions with the cache itself on recorded routing.
 """
@@ -44,19 +44,19 @@ Floats = NDArray[np.float64]
 WINDOWS: tuple[int, ...] = tuple(sorted({1} | {2**n for n in range(1, 15)} | {3 * 2**n for n in range(13)}))
 # Measured on recorded answers (`benchmarks/hit_rate.py`), and published spreads of hit rates at one size.
 RECORDED_ERROR, PRIOR_ERROR = 0.03, 0.10
-# Hit rate by share of experts with a slot, for models of which nothing is recorded: fine-grained ones (Qwen3-30B in six
-# domains, GLM-5.2 in service, recorded answers) and Mixtral 8x7B (https://pypi.org/project/moe-policylang/), which
-# balances its eight experts.
+# # Hit rate by share of experts with a slot, for models without recordings: from fine-grained models (Qwen3-30B in six
+# domains, GLM-5.2 in service, recorded answers) and from Mixtral 8x7B (https://pypi.org/project/moe-policylang/),
+# which balances its eight experts.
 _FINE = ((0.0, 0.03, 0.06, 0.12, 0.25, 0.5, 0.76, 1.0), (0.0, 0.13, 0.35, 0.57, 0.70, 0.89, 0.97, 1.0))
 _COARSE = ((0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.195, 0.464, 0.71, 1.0))
 _FEWEST_FINE, _MOST_COARSE = 64, 16  # experts of a layer
-# Ages in turns of a layer, below zero for experts that were used often.
+# Ages in turns of a layer; experts that were used often have ages below zero.
 AGES: tuple[int, ...] = (*range(-18, 9), *(window for window in WINDOWS if window > 8))
 
-_GROWTH = 1.0 + BONUS_TURNS / HALF_LIFE_TURNS  # an age grows by this in a turn, as the policy has it
+_GROWTH = 1.0 + BONUS_TURNS / HALF_LIFE_TURNS  # an age grows by this in a turn, as in the policy
 _WARM_TURNS = 32  # the beginning of a timeline, when the cache would still be filling
-_CHOICES_TOGETHER = 8192  # choices that are counted at once, whose arrays stay in a cache
-_ARRAYS_AT_ONCE = 20  # while they are counted, of 8 bytes for each of them
+_CHOICES_TOGETHER = 8192  # choices counted at once: their arrays fit a processor cache
+_ARRAYS_AT_ONCE = 20  # during counting, of 8 bytes per choice
 # Tokens; uses that count for less than 2^(-128 / HALF_LIFE_TURNS) would be lost in float64 sums.
 _TOGETHER = 128
 _FORMAT = "argosy-working-set-1"
@@ -69,20 +69,22 @@ class ReuseGaps:
 
     **Distinct experts.** An expert chosen at tokens a < b and not between them has a gap of b - a. For each window
     length T, it is absent from the windows of T tokens that lie wholly inside a gap longer than T (gap - T of them),
-    before its first use, or after its last. So the mean number of distinct experts in a window of T tokens is, exactly
-    and with no window looked at (X. Xiang et al., "HOTL: a higher order theory of locality", ASPLOS 2013):
+    before its first use, or after its last. So the mean number of distinct experts in a window of T tokens follows
+    exactly, without looking at any window (X. Xiang et al., "HOTL: a higher order theory of locality", ASPLOS 2013):
 
         W(T) = used - (sum of (gap - T) over gaps > T  +  sum of (first - T) over first > T
                        +  sum of (rest - T) over rest > T) / (tokens - T + 1)
 
-    where `used` experts were chosen at all, `first` is the number of the token of an expert's first use (the first
-    token has number 1), and `rest` is `tokens + 1` minus the number of its last. For each T the gaps longer than T
-    need only their count and their sum; they are kept for each interval between two neighbours in WINDOWS.
+    where `used` experts were chosen at all, `first` is the number of the token that first used an expert (the first
+    token is number 1), and `rest` is `tokens + 1` minus the number of the token that last used it. For each T, only
+    the count and the sum of the gaps longer than T matter; both are kept for each interval between neighbours in
+    WINDOWS.
 
-    **Ages.** A use gives an expert the age -BONUS_TURNS * log2(uses), with uses that count half after HALF_LIFE_TURNS,
-    and each further token adds 1 + BONUS_TURNS / HALF_LIFE_TURNS until its next use. How long it was no older than an
-    age follows from its ages at both ends of that time; as above, their number and their sum between two neighbours in
-    AGES are enough. Time is continuous in this, so an expert may count for up to half a token more or less.
+    **Ages.** A use gives an expert the age -BONUS_TURNS * log2(uses), where a use counts half after HALF_LIFE_TURNS,
+    and each further token adds 1 + BONUS_TURNS / HALF_LIFE_TURNS until its next use. The ages at both ends of that
+    time say for how long the expert was at most a given age; as above, their count and their sum between neighbours in
+    AGES are enough. The calculation treats time as continuous, so an expert may count for up to half a token more or
+    less.
 
 
     Layers do not depend on each other; they are counted together because a few operations on long arrays take much less
@@ -92,10 +94,10 @@ class ReuseGaps:
     def __init__(self, num_layers: int, num_experts: int) -> None:
         self.num_tokens = 0
         self.num_layers, self._num_experts = num_layers, num_experts
-        # The token that used it first, counted from 1; 0: not used yet.
+        # The token that used each expert first, counted from 1; 0: not used yet.
         self._first: NDArray[np.int64] = np.zeros((num_layers, num_experts), np.int64)
         self._last = np.zeros_like(self._first)
-        self._uses: Floats = np.zeros(self._first.shape)  # at its last use
+        self._uses: Floats = np.zeros(self._first.shape)  # at the expert's last use
         # In (WINDOWS[i-1], WINDOWS[i]].
         self._gap_count: NDArray[np.int64] = np.zeros((num_layers, len(WINDOWS) + 1), np.int64)
         self._gap_total = np.zeros_like(self._gap_count)
@@ -103,12 +105,12 @@ class ReuseGaps:
 
     @staticmethod
     def kept_bytes(num_layers: int, num_experts: int) -> int:
-        """Bytes of the numbers that one of them keeps."""
+        """Return the bytes that one `ReuseGaps` keeps."""
         return 8 * num_layers * (3 * num_experts + 2 * (len(WINDOWS) + 1) + 5 * (len(AGES) + 1))
 
     @staticmethod
     def counting_bytes(num_layers: int, experts_per_token: int) -> int:
-        """Most bytes beside them while `count` runs."""
+        """Return the most additional bytes while `count` runs."""
         choices = min(_CHOICES_TOGETHER, _TOGETHER * num_layers * experts_per_token)
         return 8 * _ARRAYS_AT_ONCE * choices
 
@@ -127,13 +129,13 @@ class ReuseGaps:
             self.num_tokens += len(tokens)
 
     def _count(self, experts: NDArray[np.integer[Any]], first_layer: int) -> None:
-        """Count tokens of the layers from `first_layer` on."""
+        """Count tokens in the layers from `first_layer` on."""
         _, num_layers, experts_per_token = experts.shape
         here = slice(first_layer, first_layer + num_layers)
         last, recent_uses = self._last[here].reshape(-1), self._uses[here].reshape(-1)  # views
-        # Indices of the chosen experts among those of the layers here.
+        # Indices of the chosen experts among all experts of these layers.
         chosen = (experts + self._num_experts * np.arange(num_layers)[:, None]).reshape(-1)
-        # By layer and expert, then by token; numbers of 16 bits are sorted by counting.
+        # By layer and expert, then by token; NumPy sorts 16-bit numbers by counting.
         order = np.argsort(chosen.astype(np.uint16) if last.size <= 1 << 16 else chosen, kind="stable")
         chosen = chosen[order]
         times = order // (num_layers * experts_per_token) + (self.num_tokens + 1)
@@ -165,11 +167,13 @@ class ReuseGaps:
         self._ages.add(layers, earlier[is_repeat], times[is_repeat], earlier_uses[is_repeat], is_used=True)
 
         self._first[here].reshape(-1)[chosen[~is_repeat]] = times[~is_repeat]
-        last[chosen] = times  # the latest of each expert is written last
+        last[chosen] = times  # the last write per expert is its latest use
         recent_uses[chosen] = uses
 
     def sums(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Distinct experts [layers, windows] summed over all windows of each length in WINDOWS, and their number."""
+        """Return distinct experts [layers, windows], summed over all windows of each length in WINDOWS, and the number
+        of windows.
+        """
         windows = np.array(WINDOWS, np.int64)
 
         def longer(of_gaps: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -187,8 +191,8 @@ class ReuseGaps:
         return np.where(num_windows > 0, distinct, 0), num_windows
 
     def aged_sums(self) -> tuple[Floats, Floats, int]:
-        """Experts [layers, ages] up to each of AGES summed over tokens, uses of experts up to each, and the number of
-        these tokens.
+        """Return, for each of AGES, the experts [layers, ages] up to that age summed over tokens, the uses of such
+        experts, and the number of these tokens.
         """
         layers, experts = np.nonzero(self._first)
         ages = self._ages.copy()
@@ -200,14 +204,14 @@ class ReuseGaps:
 def _add(
     sums: NDArray[Any], layers: NDArray[np.int64], places: NDArray[Any], values: NDArray[Any] | None = None
 ) -> None:
-    """Add values, or else 1, to sums [layers, places]."""
+    """Add values, or 1 if there are none, to sums [layers, places]."""
     num_layers, num_places = sums.shape
     found = np.bincount(layers * num_places + places, values, minlength=num_layers * num_places)
     sums += found.reshape(sums.shape).astype(sums.dtype, copy=False)
 
 
 def _places_of(points: Sequence[int], *, least: int) -> NDArray[np.int64]:
-    """For whole numbers from `least` to one beyond the last point: the place of the first point that is not smaller."""
+    """For the whole numbers from `least` to one beyond the last point, find the first point not below each."""
     return np.searchsorted(points, np.arange(least, points[-1] + 2), side="left")
 
 
@@ -216,10 +220,11 @@ _AGE_OF = _places_of(AGES, least=AGES[0])
 
 
 class _AgeSums:
-    """Sums over times from a use of an expert to the next: how long it was no older than each of AGES.
+    """Sums over the times from one use of an expert to the next: how long the expert was at most each of AGES old.
 
-    It ages from `youngest` to `oldest`. Up to an age A it counts for max(0, A - youngest) - max(0, A - oldest), divided
-    by what it ages in a token. The number and the sum of both ends, by interval of AGES, give this for every A.
+    The expert ages from `youngest` to `oldest`. Up to an age A it counts for max(0, A - youngest) - max(0, A -
+    oldest), divided by how much it ages per token. The count and the sum of both ends, by interval of AGES, give this
+    for every A.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -246,7 +251,7 @@ class _AgeSums:
         *,
         is_used: bool,
     ) -> None:
-        """Add times after tokens `begins` up to tokens `ends`, which use the expert again if `is_used`."""
+        """Add the times from after tokens `begins` up to tokens `ends`; if `is_used`, `ends` use the expert again."""
         if not (counted := ends > _WARM_TURNS).all():
             layers, begins, ends, uses = layers[counted], begins[counted], ends[counted], uses[counted]
         fresh = -BONUS_TURNS * np.log2(np.maximum(uses, 1.0))
@@ -255,7 +260,7 @@ class _AgeSums:
             _add(self._used, layers, _age_places(oldest))
         youngest = fresh + (np.maximum(begins, _WARM_TURNS) - begins) * _GROWTH
         for end, exact in enumerate((youngest, oldest)):
-            ages = exact + _GROWTH / 2  # a token is at the middle of the time that it stands for
+            ages = exact + _GROWTH / 2  # a token sits in the middle of the time that it represents
             places = _age_places(ages)
             _add(self._counts[end], layers, places)
             _add(self._totals[end], layers, places, ages)
@@ -270,22 +275,22 @@ class _AgeSums:
 
 
 def _age_places(ages: Floats) -> NDArray[np.int64]:
-    """The place of the first of AGES that is not smaller than each age."""
+    """Return, for each age, the place of the first of AGES that is not below it."""
     return _AGE_OF[np.clip(np.ceil(ages).astype(np.int64) - AGES[0], 0, len(_AGE_OF) - 1)]
 
 
 @dataclass(frozen=True, slots=True)
 class WorkingSet:
-    """The experts that a model's layers ask for, by window and by age. In JSON, keyed by a layer's number in the model:
+    """The experts that a model's layers need, by window and by age. In JSON, keyed by a layer's number in the model:
 
         {"format": "argosy-working-set-1", "num_experts": 128, "experts_per_token": 8, "tokens": 51200,
          "windows": [1, 2, 3, 4, ...], "ages": [-18, -17, ...],
          "layers": {"0": {"distinct": [8.0, 12.1, ...], "resident": [0.1, ...], "found": [0.1, ...]}, "1": ...}}
 
-    windows: the beginning of WINDOWS, up to the longest that was counted.
+    windows: the first of WINDOWS, up to the longest window that was counted.
     distinct: mean distinct experts in each of `windows`.
-    resident, found: means over tokens: experts up to each of AGES before the token, and how many of them it chooses.
-        None if the recording is too short, and in a prior.
+    resident, found: means over tokens: experts up to each of AGES before the token, and how many of them the token
+        chooses. None if the recording is too short, and in a prior.
     """
 
     num_experts: int
@@ -309,7 +314,7 @@ class WorkingSet:
         """Join the gaps of timelines.
 
         Args:
-            layers: the layers' numbers in the model, ascending.
+            layers: the numbers of the layers in the model, ascending.
 
         Raises:
             UsageError: no token was counted.
@@ -336,7 +341,7 @@ class WorkingSet:
 
     @classmethod
     def prior(cls, layers: Sequence[int], *, num_experts: int, experts_per_token: int) -> WorkingSet:
-        """The likely curve of a model without recordings: the one whose hit rates are the published ones."""
+        """Return the likely curve of a model without recordings: the curve that yields the published hit rates."""
         shares, hit_rates = _typical_hit_rates(num_experts)
         at, distinct = 1, [float(experts_per_token)]
         for _ in range(WINDOWS[-1] - 1):
@@ -351,26 +356,28 @@ class WorkingSet:
 
     @property
     def error(self) -> float:
-        """By how much a hit rate of a workload like the recorded one may be wrong; for a prior, of any workload."""
+        """Return the margin of error of a hit rate, for workloads like the recorded one; for a prior, for any
+        workload.
+        """
         return RECORDED_ERROR if self.num_tokens else PRIOR_ERROR
 
     def require_model(self, model: ModelConfig) -> None:
-        """Check that this can be the working set of `model`.
+        """Check that this working set fits `model`.
 
         Raises:
-            UsageError: it is that of another one.
+            UsageError: the working set belongs to another model.
         """
         found = len(self.layers), self.num_experts, self.experts_per_token
         needed = len(model.moe_layers), model.num_experts, model.experts_per_token
         if found != needed or self.layers != model.moe_layers:
             raise UsageError(
-                f"the working set is of a model with {found[0]} layers of {found[1]} experts, {found[2]} per token; "
-                f"this one has {needed[0]} layers of {needed[1]}, {needed[2]} per token",
+                f"the working set belongs to a model with {found[0]} layers of {found[1]} experts, {found[2]} per "
+                f"token; this one has {needed[0]} layers of {needed[1]}, {needed[2]} per token",
                 hint="record one with `argosy routes`",
             )
 
     def distinct_in(self, num_tokens: float) -> Floats:
-        """Mean distinct experts [layers] in that many tokens."""
+        """Return the mean distinct experts [layers] in `tokens` tokens."""
         rows = np.maximum(self.distinct, 1e-9)
         if len(self.windows) == 1:
             return np.minimum(rows[:, 0] * num_tokens, self.num_experts)
@@ -383,9 +390,10 @@ class WorkingSet:
         return np.asarray(np.minimum(np.exp(logs), self.num_experts))
 
     def of_streams(self, num_streams: int) -> tuple[WorkingSet, WorkingSet]:
-        """The same for steps of `num_streams` sequences at once: on one subject, and on unrelated ones.
+        """Return the working sets of steps with `num_streams` sequences at once: on one subject, and on unrelated
+        subjects.
 
-        `experts_per_token` stays what one token chooses; `distinct_in(1)` is what a step asks for.
+        `experts_per_token` still counts what one token chooses; `distinct_in(1)` is what a step needs.
         """
         if num_streams == 1:
             return self, self
@@ -397,9 +405,9 @@ class WorkingSet:
         )
 
     def lru_hit_rate(self, num_slots: float) -> float:
-        """Hit rate of a cache that evicts the least recently used expert of all layers.
+        """Return the hit rate of a cache that evicts the least recently used expert of all layers.
 
-        It is 0 when all other layers fill the cache before a layer has its next turn.
+        The rate is 0 when the other layers fill the cache before a layer has its next turn.
         """
         one_layer = float(self.distinct_in(1).mean())
         left = num_slots - (len(self.layers) - 1) * one_layer
@@ -408,7 +416,7 @@ class WorkingSet:
         )
 
     def hit_rate(self, num_slots: float) -> float:
-        """Hit rate of the engine's cache with that many slots, warm."""
+        """Return the warm hit rate of the engine's cache with `num_slots` slots."""
         if num_slots >= len(self.layers) * self.num_experts:
             return 1.0
         if self.resident is None or self.found is None:
@@ -425,13 +433,13 @@ class WorkingSet:
         totals, uses = kept.sum(axis=0), found.sum(axis=0) / (self.experts_per_token * len(self.layers))
         rate = float(np.interp(num_slots, totals, uses))
         if np.interp(num_slots, totals, AGES) < 0:
-            # A missing expert is older than all that stay, but it takes a slot until the next layer needs it.
+            # A missing expert is older than all that stay, but it holds a slot until the next layer needs that slot.
             rate = float(np.interp(num_slots - self.experts_per_token * (1.0 - rate), totals, uses))
         return rate
 
     def _lru(self, num_slots: float) -> float:
         one, two = self.distinct_in(1).sum(), self.distinct_in(2).sum()
-        if num_slots < one:  # part of the last token's experts are left
+        if num_slots < one:  # part of the last token's experts remain
             return float(num_slots / one * (1.0 - (two - one) / one))
         shortest, longest = 0.0, np.log(4.0 * WINDOWS[-1])
         for _ in range(40):
@@ -468,7 +476,7 @@ class WorkingSet:
         """Read the file that holds what `as_dict` wrote.
 
         Raises:
-            UsageError: it holds something else.   OSError: it cannot be read.
+            UsageError: the file holds something else.   OSError: it cannot be read.
         """
         with path.open("rb") as file:
             return cls.from_json(file.read(MOST_JSON_BYTES + 1))
@@ -478,7 +486,7 @@ class WorkingSet:
         """Read what `as_dict` wrote.
 
         Raises:
-            UsageError: `data` is no such file; says what is wrong.
+            UsageError: `data` is not such a file; the message says what is wrong.
         """
         try:
             if len(data) > MOST_JSON_BYTES:
@@ -492,7 +500,7 @@ class WorkingSet:
 
 @cache
 def _typical_hit_rates(num_experts: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Published hit rates of models with so many experts in a layer: by share of experts with a slot, line by line."""
+    """Return published hit rates of models with that many experts per layer, by share of experts with a slot."""
     fineness = np.log(num_experts / _MOST_COARSE) / np.log(_FEWEST_FINE / _MOST_COARSE)
     fineness = min(1.0, max(0.0, float(fineness)))
     shares = sorted({*_FINE[0], *_COARSE[0]})
@@ -501,7 +509,7 @@ def _typical_hit_rates(num_experts: int) -> tuple[tuple[float, ...], tuple[float
 
 
 def typical_hit_rate(share: float, *, num_experts: int) -> float:
-    """The likely hit rate if `share` of all experts have a slot, for a model without recordings."""
+    """Return the likely hit rate of a model without recordings if `share` of its experts have a slot."""
     return float(np.interp(share, *_typical_hit_rates(num_experts)))
 
 

@@ -1,7 +1,7 @@
-"""Decide which expert to evict: `native/ops/cache_policy.h` says how.
+"""Decide which expert to evict; `native/ops/cache_policy.h` says how.
 
-It is plain bookkeeping, without reads, so it can be replayed on a recorded trace: `benchmarks/replay.py` measures
-policies on recorded routing, and `docs/experiments.md` has the results. `cached_experts.h` uses it for leases.
+A policy is plain bookkeeping without reads, so it can be replayed on a recorded trace: `benchmarks/replay.py` measures
+policies on recorded routing, and `docs/experiments.md` lists the results. `cached_experts.h` uses a policy for leases.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """The protocol between an engine and a recorder of its routing. Routing can reveal the text: keep it private.
 
-    a step writes its choices in the room of a RouteLog  ─ every LOG_TOKENS tokens ─>  RouteRecorder.record
+    a step writes its choices into the room of a RouteLog  ─ every LOG_TOKENS tokens ─>  RouteRecorder.record
 
 Python code that runs once per token finds cold caches, because each step has just read gigabytes. So a step only logs
 its choices, and a recorder counts many tokens at once. Without a recorder, choices are not even copied.
 
-Elsewhere: `observe/` has recorders; the engine knows the protocol alone.
+Elsewhere: `observe/` implements recorders; the engine knows only the protocol.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ LOG_TOKENS = 128
 class StepRoutes(NamedTuple):
     """The choices of one step, without those of rejected proposals.
 
-    choices: int32 [routed layers, tokens, experts per token], best first; valid while a recorder is told.
+    choices: int32 [routed layers, tokens, experts per token], best first; valid only during `record`.
     is_decode: bool [tokens]; prompt tokens are False.
-    sequence: int32 [tokens], an index of `numbers`.
+    sequence: int32 [tokens], indices into `numbers`.
     numbers: the step's sequences, in order of arrival: a later request has a higher number.
     """
 
@@ -43,13 +43,14 @@ class RouteRecorder(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Most bytes that it will ever hold; the memory plan counts them."""
+        """The most bytes that the recorder will ever hold; the memory plan counts them."""
         ...
 
     def record(self, steps: Sequence[StepRoutes], lookups: int, hits: int) -> None:
-        """Take steps, in order.
+        """Receive steps, in order.
 
-        `lookups` and `hits` are those of decode after the last one, since the engine began; rejected proposals count.
+        `lookups` and `hits` count decode since the engine began, up to the last of these steps, rejected proposals
+        included.
         """
         ...
 
@@ -58,12 +59,12 @@ OpenRecorder = Callable[[ModelFiles, EngineConfig], RouteRecorder]
 
 
 def log_bytes(step_tokens: int, *, num_layers: int, experts_per_token: int) -> int:
-    """Bytes that a `RouteLog` allocates."""
+    """Return the bytes that a `RouteLog` allocates."""
     return 4 * (LOG_TOKENS + step_tokens) * num_layers * experts_per_token
 
 
 class RouteLog:
-    """Collects the choices of steps until there are LOG_TOKENS tokens of them."""
+    """Collects the choices of steps until it holds LOG_TOKENS tokens."""
 
     def __init__(
         self, recorder: RouteRecorder, step_tokens: int, *, num_layers: int, experts_per_token: int
@@ -77,13 +78,13 @@ class RouteLog:
         self._steps: list[StepRoutes] = []
 
     def room(self, num_tokens: int) -> NDArray[np.int32]:
-        """Room for the choices of the next step: int32 [routed layers, tokens, experts per token]."""
+        """Return room for the choices of the next step: int32 [routed layers, tokens, experts per token]."""
         num_layers, k = self._shape
         self._end = self._begin + num_layers * num_tokens * k
         return self._memory[self._begin : self._end].reshape(num_layers, num_tokens, k)
 
     def keep(self, choices: NDArray[np.int32], is_kept: NDArray[np.bool_]) -> NDArray[np.int32]:
-        """Drop the choices of some tokens of the step that asked for room last; return those that are left.
+        """Drop the choices of some tokens of the step that last requested room; return the others.
 
         Args:
             choices: the step's choices, from `room`.
@@ -95,14 +96,14 @@ class RouteLog:
         return room
 
     def note(self, routes: StepRoutes, runner: ExpertRunner) -> None:
-        """Note that the step that asked for room last has run."""
+        """Note that the step that last requested room has run."""
         self._steps.append(routes)
         self._begin = self._end
         if self._begin >= self._full_at:
             self.flush(runner)
 
     def flush(self, runner: ExpertRunner) -> None:
-        """Pass the steps that are logged to the recorder."""
+        """Pass the logged steps to the recorder."""
         stats = runner.stats
         self._recorder.record(self._steps, stats.decode_lookups, stats.decode_hits)
         self._steps = []

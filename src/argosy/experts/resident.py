@@ -2,7 +2,7 @@
 
     reads of all experts  ->  one arena  ->  a table that the native stack uses without asking
 
-Elsewhere: `cache.py` keeps as many as the budget allows.
+Elsewhere: `cache.py` keeps only the experts that fit the budget.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from argosy.experts.runner import Rows, RunnerStats
 
 Progress = Callable[[str, float], None]  # the current task, and the share done from 0 to 1
 
-_WATCHED = 32  # tickets: readers take them in order, so the next to land is among the few oldest
+_WATCHED = 32  # tickets: readers take them in order, so the next to land is one of the oldest few
 
 
 class ResidentReading:
     """Reads all experts into memory while the caller does something else.
 
-    Reads start when this is created. `wait` or `cancel` ends them; then `finish` or `close` takes the memory.
+    Reads start at construction. `wait` or `cancel` ends them; then `finish` or `close` takes the memory.
     """
 
     def __init__(self, store: _native.Store, files: ExpertFiles) -> None:
@@ -32,7 +32,7 @@ class ResidentReading:
         self._places, arena_bytes = files.places()
         self._arena = _native.Arena(max(1, arena_bytes))
         self._bytes_read = 0
-        # All at once: nothing may run here to start the next read while the tokenizer is being built.
+        # All at once: while the tokenizer is being built, no code here may get to run and start the next read.
         tickets = files.fetch(self._arena, list(self._places.items()))
         self._in_flight = dict(zip(tickets, self._places, strict=True))
 
@@ -67,7 +67,7 @@ class ResidentReading:
             self.cancel()
 
     def finish(self, runtime: _native.Runtime, arithmetic: Arithmetic | None = None) -> ResidentRunner:
-        """The runner of all experts, after `wait`."""
+        """Return the runner of all experts, after `wait`."""
         table = self._files.table(self._arena, arithmetic or Arithmetic())
         table.place(list(self._places.items()))
         return ResidentRunner(
@@ -122,7 +122,7 @@ class ResidentRunner:
 
     @property
     def stats(self) -> RunnerStats:
-        runs = self.resident.num_runs  # the native stack runs experts without asking, so the table counts
+        runs = self.resident.num_runs  # the native stack runs experts by itself, so the table counts
         return RunnerStats(
             runs,
             runs,
@@ -155,6 +155,6 @@ class ResidentRunner:
         self._arena.close()
 
     def give_back(self) -> None:
-        """Close, and have the memory with the system when this returns, whoever else still has the table."""
+        """Close, and return the memory to the system at once, even if something else still holds the table."""
         self._arena.resize(0)
         self._arena.close()

@@ -2,13 +2,13 @@
 
     router  ->  dispatch  ->  expert runner  ─ groups of outputs, as they are done ─>  combine
 
-A layer's tokens choose experts; a runner computes their outputs, wherever the weights are. It takes and gives rows,
-never weights, so it may as well be another process or another machine. Each assignment (a token and one of its experts)
-has its own row of the outputs, and the combine adds them in the router's order: which expert was done first never
-matters.
+A layer's tokens choose experts; a runner computes their outputs, wherever the weights are. A runner receives and
+returns rows, never weights, so it may also be another process or another machine. Each assignment (a token and one of
+its experts) has its own row of outputs, and the combine adds them in the router's order: it never matters which expert
+finished first.
 
-`resident.ResidentRunner` has every expert in memory, `cache.CachedRunner` as many as the budget allows. Tests can use
-any other object with these methods.
+`resident.ResidentRunner` keeps every expert in memory; `cache.CachedRunner` keeps those that fit the budget. Tests can
+use any other object with these methods.
 
 Elsewhere: `native/kernels/route.h` chooses experts; `native/ops/experts` groups tokens by expert, and computes.
 """
@@ -33,9 +33,10 @@ Rows = NDArray[np.float32]
 class RunnerStats:
     """Counters since the runner was created; `hits / lookups` is the hit rate.
 
-    A miss whose read had started before the layer asked counts in `reads_ahead`; a read-ahead that was not needed
+    A miss whose read had started before the layer needed it counts in `reads_ahead`; a read-ahead that was not needed
     counts in `idle_reads`. `bytes_read` includes both. `compute_s` is the time in which this process computed experts,
-    without those that the native stack ran itself. `decode_hits / decode_lookups` leaves out what only prompts ask for.
+    without those that the native stack ran itself. `decode_hits / decode_lookups` leaves out experts that only prompts
+    chose.
     """
 
     lookups: int = 0
@@ -53,15 +54,17 @@ class ExpertRunner(Protocol):
 
     @property
     def resident(self) -> _native.ExpertTable | None:
-        """The table of all experts if every one is in memory now: native code runs the next step without Python."""
+        """Return the table of all experts if every one is in memory now; native code then runs the next step without
+        Python.
+        """
         ...
 
     @property
     def elsewhere(self) -> _native.LayerExperts | None:
-        """Runs the next step's experts without Python at each layer: elsewhere, or as they are read.
+        """Runs the next step's experts without Python at each layer: in other processes, or as they are read.
 
-        None: the stack stops at each layer. Otherwise it still stops at one that fails or takes long, and `run` goes on
-        with what was begun.
+        None: the stack stops at each layer. Otherwise it stops only at a layer that fails or takes long, and `run`
+        continues the work that was begun.
         """
         ...
 
@@ -70,7 +73,7 @@ class ExpertRunner(Protocol):
 
     @property
     def num_resident(self) -> int:
-        """How many experts are in memory or being read."""
+        """Return how many experts are in memory or being read."""
         ...
 
     def run(
@@ -79,32 +82,32 @@ class ExpertRunner(Protocol):
         """Run the experts of a dispatch.
 
         Entering starts the work (reads, messages) and does not wait for it. Iterating yields groups of experts whose
-        outputs have just been written, until every expert of the dispatch was named once. Leaving ends the work, even
-        if it is cut short: no read is in flight then, and nothing more is written.
+        outputs have just been written, until every expert of the dispatch was named once. Leaving, even early, ends
+        the work: no read is in flight any more, and nothing more is written.
 
         Args:
             rows: the input of the experts, float32 [tokens, hidden].
             out: float32 [tokens * experts per token, hidden]; row token * experts per token + rank is for that token
-                and the expert of that rank. Only written to while the caller asks for the next group.
+                and its expert of that rank. Written only while the caller requests the next group.
 
         Raises:
-            ReadFailed, CheckpointError, RunnerFailed: an expert could not be run; facts: `layer`, and `expert` if it
-                concerns one. The same run may be tried again.
+            ReadFailed, CheckpointError, RunnerFailed: an expert could not be run; facts: `layer`, and `expert` if only
+                one is affected. The caller may retry the run.
         """
         ...
 
     def wants_guess(self, *, is_sweep: bool) -> bool:
-        """Whether a guess would be of use in this step."""
+        """Whether a guess would help in this step."""
         ...
 
     def guess(self, layer: int, by_rank: Sequence[Sequence[int]], *, is_sweep: bool) -> None:
-        """Tell which experts the next run may ask for, inside the current one, so that their reads can begin.
+        """Announce, during the current run, which experts the next run may need, so that their reads can begin.
 
         Never waits. A guess for decode is read while the drive has little else to do. A prompt needs most of a layer,
         so a guess in a sweep is read right after the experts needed now, and passes through the cache as a scan does.
 
         Args:
-            by_rank: the experts that routers rank first, then those that they rank second and not first ...
+            by_rank: the experts that routers rank first, then those ranked second but not first, and so on.
         """
         ...
 
@@ -112,20 +115,20 @@ class ExpertRunner(Protocol):
 
 
 class ExpertGroup(Protocol):
-    """Other processes that run experts of a model, too: an engine receives one as an argument (`cluster/group.py`)."""
+    """Other processes that run some of a model's experts; an engine receives the group as an argument."""
 
     @property
     def runs_here(self) -> bool:
-        """Whether the engine's own process runs experts, too."""
+        """Whether the engine's own process also runs experts."""
         ...
 
     @property
     def most_rows(self) -> int:
-        """The most tokens of a step that the others take."""
+        """Return the most tokens that the other processes take in one step."""
         ...
 
     def nbytes(self, files: ModelFiles) -> int:
-        """Most bytes that it takes in the engine's process."""
+        """Return the most bytes that the group takes in the engine's process."""
         ...
 
     def open(
@@ -137,11 +140,11 @@ class ExpertGroup(Protocol):
         cache_bytes: int,
         step_tokens: int,
     ) -> ExpertRunner:
-        """The runner of all of them together, for one engine.
+        """Open the runner of all processes together, for one engine.
 
         Args:
             local: runs experts in this process.
-            instruction_set: the one that the engine's runtime uses; sums depend on it.
+            instruction_set: the instruction set of the engine's runtime; sums depend on it.
             cache_bytes: memory for experts in `local`.
             step_tokens: the most tokens of a step.
         """

@@ -10,7 +10,7 @@ WorkerStanding = Literal["ready", "slow", "copying", "away", "refused", "set asi
 
 
 class WorkerStatus(TypedDict):
-    """A worker. Counters are since the group was opened; those of reads and hits since the worker started.
+    """A worker's status. Counters start when the group is opened; those of reads and hits start with the worker.
 
     Rates are bytes per second; p50 and p99 are microseconds of an exchange of few rows.
     """
