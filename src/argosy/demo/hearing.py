@@ -4,7 +4,7 @@
                                                               ├─>  audio_tower.*, multi_modal_projector.*
     experts.gguf   -> projector ───────────────────────────────┘
 
-`experts.gguf` also holds the two ear experts of each layer, beside the other experts.
+`experts.gguf` also holds the two ear experts of each layer, along with the other experts.
 
 Elsewhere: `ears.py` fetches tiny.en; `model/encoders/whisper_audio.py` runs the tower; `recipes/demo_model/` trained
 the projector and the experts.
@@ -48,7 +48,7 @@ class Hearing:
         self._config = _tower(self._files, trained.hidden_size)
 
     def config(self, directory: Path) -> dict[str, Any]:
-        """Keys for `config.json`; the tokenizer is already in `directory`."""
+        """Return keys for `config.json`; the tokenizer is already in `directory`."""
         tower = self._config
         return {
             "audio_config": {
@@ -72,7 +72,7 @@ class Hearing:
             yield tensor.name, _DTYPE, tensor.shape, read
 
     def processor(self) -> dict[str, Any]:
-        """How sounds are prepared."""
+        """Return the settings with which sounds are prepared."""
         return {
             "feature_extractor_type": "WhisperFeatureExtractor",
             "feature_size": self._config.num_mels,
@@ -97,7 +97,7 @@ def _tower(files: WhisperFiles, hidden_size: int) -> WhisperAudioConfig:
 
 
 def _stored(ref: MatrixRef, num_values: int) -> bytes:
-    """The first values of a tensor, as they are stored; of the positions, those of the first seconds."""
+    """Return a tensor's first values as they are stored: of the positions, only the first seconds."""
     if ref.format != "f16":
         raise CheckpointError(f"{ref.name} is {ref.format}, expected f16", path=ref.path, tensor=ref.name)
     return np.fromfile(ref.path, np.uint8, 2 * num_values, offset=ref.offset).tobytes()

@@ -19,13 +19,13 @@ LICENCE = "Apache-2.0"
 _LOCK, _VERSION = "demo.lock", "demo.version"
 _PACKED_SUFFIX = "-q8"
 _DIGEST = re.compile(r"[0-9a-f]{12}")
-# Exactly our own names: the directory may also hold demo-videos of its user.
+# Matches our own names only: the directory may also hold the user's demo-videos.
 _UNFINISHED = re.compile(r"demo-[0-9a-f]{12}-\d+(-q8\.partial)?")
 _SCRATCH = re.compile(r"\.demo-[0-9a-f]{12}-\d+\.[a-z0-9_]{8}\.partial")
 
 
 def find_made() -> Path | None:
-    """Directory of the packed demo model, if it was made before.
+    """Return the directory of the packed demo model, if it was built before.
 
     Raises:
         UsageError: the package argosy-demo is not installed.   CheckpointError: the pack in the cache is damaged.
@@ -41,15 +41,15 @@ def find_made() -> Path | None:
 
 
 def _places(cache: Path) -> tuple[Path, Path]:
-    """The checkpoint and the pack that is made from it."""
+    """Return the paths of the checkpoint and of the pack made from it."""
     from argosy.checkpoint.manifest import PACK_VERSION
 
-    version = f"{_version()}-{PACK_VERSION}"  # an Argosy with another pack format makes its own
+    version = f"{_version()}-{PACK_VERSION}"  # another pack format means another pack
     return cache / f"demo-{version}", cache / f"demo-{version}{_PACKED_SUFFIX}"
 
 
 def locate(*, progress: Progress | None = None) -> Path:
-    """Directory of the packed demo model. A call resumes the work of an interrupted one.
+    """Return the directory of the packed demo model, built if necessary. A call resumes an interrupted one.
 
     Raises:
         UsageError: the package argosy-demo is not installed, or the cache directory cannot be used.
@@ -64,14 +64,14 @@ def locate(*, progress: Progress | None = None) -> Path:
         with locked(cache, _LOCK):  # two simultaneous first runs build it once
             if open_pack(packed) is None:
                 _make(merged, packed, progress)
-    if merged.exists():  # the process that made the pack ended before it removed its source
+    if merged.exists():  # a process made the pack, but ended before it removed the source
         with suppress(OSError, UsageError), locked(cache, _LOCK) as directory:
             directory.remove_tree(merged.name)
     return packed
 
 
 def _make(merged: Path, packed: Path, progress: Progress | None) -> None:
-    # Imported only now: the modules that build the model are heavier than those that run it.
+    # Imported only now: the modules that build the model are heavier than the modules that run it.
     from argosy.checkpoint.manifest import PARTIAL_SUFFIX
     from argosy.checkpoint.pack import pack
     from argosy.checkpoint.upcycle import remove_abandoned
@@ -82,7 +82,7 @@ def _make(merged: Path, packed: Path, progress: Progress | None) -> None:
     with Directory(merged.parent) as cache:
         remove_abandoned(cache, _SCRATCH)
         for name in set(cache.names()) - {merged.name, packed.name + PARTIAL_SUFFIX}:
-            if _UNFINISHED.fullmatch(name):  # work of another version
+            if _UNFINISHED.fullmatch(name):  # left by another version
                 with suppress(OSError):
                     cache.remove_tree(name)
         if merged.exists():
@@ -98,8 +98,8 @@ def _make(merged: Path, packed: Path, progress: Progress | None) -> None:
 
 
 def _version() -> str:
-    """A name that changes with the trained experts and with `GENERATION`, so that an old pack is never used for the new
-    model.
+    """Return a name that changes with the trained experts and with `GENERATION`, so that a new model never uses an old
+    pack.
 
     The name is a digest, computed once and stored with the size and time of the experts' file.
     """

@@ -1,6 +1,6 @@
-"""Find the package argosy-demo, whose files are the trained experts and the model card.
+"""Find the package argosy-demo, which contains the trained experts and the model card.
 
-It has its own wheel, because the experts are ten times as large as all of Argosy. A checkout installs both.
+The package has its own wheel because the experts are ten times as large as all of Argosy. A checkout installs both.
 
 Elsewhere: the package is `packages/argosy-demo/`; `experts.py` reads its file.
 """
@@ -14,13 +14,13 @@ from argosy.errors import UsageError
 from argosy.installed import command_for_experts
 
 MODEL_CARD = "MODEL_CARD.md"
-# Entries of the demo's generation_config.json. A model this small strays when it samples, and a demonstration that says
-# the same every time can be checked.
+# # Entries of the demo's generation_config.json. A model this small strays when it samples, and only a demonstration
+# whose text is always the same can be checked.
 GENERATION = {"do_sample": False}
 
 
 def find_experts() -> Path:
-    """The file of the trained experts. The model card is beside it.
+    """Return the file of the trained experts; the model card is in the same directory.
 
     Raises:
         UsageError: the package is not installed.

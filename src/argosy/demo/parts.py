@@ -1,6 +1,6 @@
 """Let messages to the demo model hold sounds and pictures: its chat template, and how they are prepared.
 
-Elsewhere: `hearing.py` and `seeing.py` have what differs.
+Elsewhere: `hearing.py` and `seeing.py` hold what differs between the two.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _OPENING = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|
 class Sense(Protocol):
     """The demo model's parts for one kind of media.
 
-    content_type: the type of its parts in a message.   placeholder: the token that stands for one.
+    content_type: the type of such parts in a message.   placeholder: the token that stands for a part.
     """
 
     @property
@@ -37,10 +37,10 @@ class Sense(Protocol):
 
 
 def token_id(directory: Path, token: str) -> int:
-    """The id of a special token of the tokenizer in `directory`.
+    """Return the id of a special token of the tokenizer in `directory`.
 
     Raises:
-        CheckpointError: it has no such token.
+        CheckpointError: the tokenizer lacks the token.
     """
     tokenizer = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
     for added in tokenizer["added_tokens"]:
@@ -50,7 +50,7 @@ def token_id(directory: Path, token: str) -> int:
 
 
 def write_part_files(directory: Path, senses: Sequence[Sense]) -> None:
-    """Write how media are prepared, and let the chat template put them where they are in a message.
+    """Write the settings that prepare media, and make the chat template put media where a message has them.
 
     Raises:
         CheckpointError: the template is not the base's.

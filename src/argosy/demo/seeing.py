@@ -1,8 +1,8 @@
-"""The eye of the demo model: a vision tower of Qwen3-VL's kind, trained for it from scratch.
+"""The eye of the demo model: a vision tower like Qwen3-VL's, trained from scratch for the demo.
 
     experts.gguf -> tower -> visual.*
 
-`experts.gguf` also holds the two eye experts of each layer, beside the other experts.
+`experts.gguf` also holds the two eye experts of each layer, along with the other experts.
 
 Elsewhere: `model/encoders/qwen_vision.py` runs the tower; `recipes/demo_model/` trained it.
 """
@@ -26,7 +26,7 @@ _DTYPE = "F16"
 
 
 class Seeing:
-    """The demo model's parts for pictures, as `Hearing` has them for sounds.
+    """The demo model's parts for pictures; the counterpart of `Hearing`.
 
     Args:
         trained: holds the tower.
@@ -38,7 +38,7 @@ class Seeing:
         self._trained = trained
 
     def config(self, directory: Path) -> dict[str, Any]:
-        """Keys for `config.json`; the tokenizer is already in `directory`."""
+        """Return keys for `config.json`; the tokenizer is already in `directory`."""
         shapes = self._trained.tower_shapes
         return {
             "image_token_id": token_id(directory, self.placeholder),
@@ -57,7 +57,7 @@ class Seeing:
         }
 
     def processor(self) -> Mapping[str, Any]:
-        """Every picture becomes about 192 x 192 pixels; the limits leave room for rounding."""
+        """Return settings that scale every picture to about 192 x 192 pixels; the limits leave room for rounding."""
         return {
             "image_mean": [0.5, 0.5, 0.5],
             "image_processor_type": "Qwen2VLImageProcessor",
@@ -77,6 +77,6 @@ class Seeing:
     def _values(self, name: str) -> bytes:
         values = self._trained.tower(name)
         if name == _PATCHES:
-            # Its tower has a matrix for each of two frames, and those of a picture are equal.
+            # The tower has a matrix for each of two frames; a picture counts as two equal frames.
             values = np.stack([values.reshape(len(values), 3, -1) / _FRAMES] * _FRAMES, axis=2)
         return encode(values, _DTYPE)

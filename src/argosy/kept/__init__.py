@@ -1,1 +1,1 @@
-"""What sequences keep between steps: KV blocks, windows, recurrent states, and files of them."""
+"""State that sequences keep between steps: KV blocks, windows, recurrent states, and their files."""

@@ -1,7 +1,7 @@
 """Name the full KV blocks of a sequence by everything that they were computed from.
 
-Each block's key is a keyed hash of the key before it and of its own content: token ids, and what identifies the media
-at placeholders. So equal keys mean equal prefixes.
+Each block's key is a keyed hash of the previous key and of the block's own content: token ids, and digests of the
+media at placeholders. So equal keys mean equal prefixes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from argosy.kept.kv_cache import BlockContent
 
 
 class HasContent(Protocol):
-    """A sequence, as far as the content of its positions goes."""
+    """The part of a sequence that says what its positions contain."""
 
     def tokens_from(self, start: int, count: int) -> list[int]: ...
 
@@ -33,7 +33,7 @@ class Chain:
         self._contents: list[BlockContent] = []
 
     def contents(self, sequence: HasContent, count: int) -> list[BlockContent]:
-        """Contents of at least the first `count` blocks, whose tokens must all be known."""
+        """Return the contents of at least the first `count` blocks; all of their tokens must be known."""
         known, size = len(self._contents), self._block_tokens
         if known < count:
             ids = np.array(sequence.tokens_from(known * size, (count - known) * size), np.int32)

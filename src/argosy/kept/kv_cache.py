@@ -3,9 +3,9 @@
     taken -> held by one sequence -> its content is known -> given back -> kept, then reused or evicted
 
 A block is free, held by one or more sequences, or kept: held by none, with a content that another sequence may reuse.
-When free blocks run out, kept blocks are evicted: the least recently used block of the tenant that has the most. So one
-tenant's flood of prompts does not evict what others have kept. The lowest free block is taken first, so that the memory
-of the highest ones can be used for something else (`budget/idle_memory.py`).
+When free blocks run out, the cache evicts kept blocks: the least recently used block of the tenant with the most kept
+blocks. So one tenant's flood of prompts does not evict the blocks of others. The cache hands out the lowest free block
+first, so that the memory of the highest blocks can hold something else (`budget/idle_memory.py`).
 
 Elsewhere: `engine/prefix.py` looks contents up; keys and values are native memory (`_native.KvCache`).
 """
@@ -25,7 +25,7 @@ class BlockContent(NamedTuple):
 
     key: bytes  # hash of the tenant's secret, the model and all tokens so far
     parent: bytes  # the key of the previous block, or of the start
-    tokens: bytes  # int32, those of this block; then what identifies media at their positions
+    tokens: bytes  # int32, the ids of this block; then digests of the media at their positions
     tenant: str
 
 
@@ -34,11 +34,11 @@ class KvBlocks:
 
     Attributes:
         before_use: called with the number of blocks, counted from the first, that may be written from now on; it
-            returns when there is memory for them.
+            returns when these blocks have memory.
 
     Args:
-        forgotten: called with the key of each content that is no longer in any block.
-        windows: where layers with a sliding window keep theirs; None: in the same blocks.
+        forgotten: called with the key of each content that has left its last block.
+        windows: the window blocks of layers with a sliding window; None: these layers use the KV blocks.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class KvBlocks:
         self.num_blocks = num_blocks
         self.windows = windows
         self.block_tokens = block_tokens
-        # Counts how often room was made. A sequence that did not fit still does not until this changes.
+        # Counts how often blocks became free. A sequence that did not fit need not try again until this changes.
         self.num_releases = 0
         self._forgotten = forgotten
         self.before_use: Callable[[int], None] = lambda num_blocks: None
@@ -60,7 +60,7 @@ class KvBlocks:
         self.reset()
 
     def reset(self) -> None:
-        """Free every block and forget what it held, in whatever state an interrupted call left them."""
+        """Free every block and forget its content, whatever state an interrupted call left."""
         self._free = list(range(self.num_blocks))  # a heap
         self._holders = [0] * self._most_blocks
         self._contents: list[BlockContent | None] = [None] * self._most_blocks
@@ -73,7 +73,7 @@ class KvBlocks:
 
     @property
     def num_available(self) -> int:
-        """Blocks that `take` can hand out: free and kept ones."""
+        """The number of blocks that `take` can hand out: free and kept ones."""
         return len(self._free) + self._num_kept
 
     @property
@@ -104,7 +104,7 @@ class KvBlocks:
         return blocks
 
     def resize(self, num_blocks: int) -> None:
-        """Have so many blocks, at most as many as at first. No sequence may hold one that goes."""
+        """Change the number of blocks, at most to the first number. No sequence may hold a removed block."""
         assert not any(self._holders[num_blocks:])
         for block in range(num_blocks, self.num_blocks):
             if (content := self._contents[block]) is not None:
@@ -119,14 +119,14 @@ class KvBlocks:
 
     @property
     def num_used(self) -> int:
-        """Blocks up to the last one that is held or kept."""
+        """The number of blocks up to the last one that is held or kept."""
         return next((at + 1 for at in reversed(range(self.num_blocks)) if self._is_used(at)), 0)
 
     def _is_used(self, block: int) -> bool:
         return self._holders[block] > 0 or self._contents[block] is not None
 
     def hold(self, blocks: Iterable[int]) -> None:
-        """Let one more sequence use blocks that were found. It reads them and never writes them."""
+        """Let one more sequence use blocks that were found. The sequence reads them and never writes them."""
         for block in blocks:
             if self._holders[block] == 0:
                 content = self._contents[block]
@@ -136,7 +136,7 @@ class KvBlocks:
 
     def give_back(self, blocks: list[int]) -> None:
         """Release a sequence's blocks, given in order; the list is empty afterwards."""
-        for block in reversed(blocks):  # fewer sequences can reuse the end than the start
+        for block in reversed(blocks):  # more sequences can reuse the start than the end
             self._holders[block] -= 1
             if self._holders[block] > 0:
                 continue
@@ -150,9 +150,9 @@ class KvBlocks:
         blocks.clear()
 
     def keep(self, block: int, content: BlockContent) -> None:
-        """Record the content of a held block, which is not written again.
+        """Record the content of a held block; the block is never written again.
 
-        Of two equal blocks the first is found, unless what it had of layers with a sliding window is gone.
+        Of two equal blocks `find` returns the first, unless the first has lost its window block.
         """
         assert self._holders[block] > 0
         if self._contents[block] is not None:
@@ -169,7 +169,7 @@ class KvBlocks:
         self._places[content.key] = block
 
     def find(self, content: BlockContent) -> int | None:
-        """The block with this content, every token compared. Hold it before taking any block."""
+        """Return the block with this content, after comparing every token. Hold it before taking any block."""
         block = self._places.get(content.key)
         return block if block is not None and self._contents[block] == content else None
 

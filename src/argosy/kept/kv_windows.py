@@ -1,13 +1,13 @@
-"""Give layers with a sliding window memory for the positions that some sequence may still see, and for few others.
+"""Give layers with a sliding window memory for the positions that a sequence may still see, and for few others.
 
 The keys and values of windowed layers lie in *window blocks*. A KV block has one while a running sequence may see its
-positions, and longer while there is room: a prefix can be reused only where the window blocks of its end are left.
+positions, and longer while there is room: a prefix can be reused only where the window blocks of its end remain.
 
     KV block written -> window block in use, by one or more sequences -> idle -> evicted, or in use again
 
-Ends of prefixes that are likely to come back are kept: of prompts and answers, and where prompts were seen to diverge.
-Of the other idle window blocks, the least recently used one is evicted first; then the least recently used end.
-There are enough window blocks for all running sequences, so there is always one to take.
+Ends of prefixes that are likely to come back are kept: ends of prompts and answers, and points where prompts diverged.
+Other idle window blocks are evicted first, the least recently used one before the rest; then the least recently used
+end. There are enough window blocks for all running sequences, so one can always be taken.
 
 Elsewhere: `kv_cache.py` hands out KV blocks; `engine/prefix.py` finds prefixes; native code reads `of_block` in every
 step.
@@ -26,26 +26,27 @@ _ENDS_PER_SEQUENCE = 2
 
 
 class HasBlocks(Protocol):
-    """A sequence, as far as its KV blocks go."""
+    """The part of a sequence that names its KV blocks."""
 
     @property
     def blocks(self) -> list[int]: ...
 
 
 class WindowSizes(NamedTuple):
-    """How many window blocks there are, and what they are for."""
+    """How many window blocks there are, and their purpose."""
 
     num_window_blocks: int
-    window: int  # positions that a token sees, its own among them; the most of all layers
-    most_ends: int  # ends of prefixes that are kept
+    window: int  # positions that a token sees, its own included; the largest of all layers
+    most_ends: int  # number of kept ends of prefixes
 
 
 def window_sizes(
     *, num_blocks: int, block_tokens: int, window: int, max_sequences: int, step_tokens: int
 ) -> WindowSizes | None:
-    """Window blocks for all running sequences and two ends for each; None if that is one for each KV block.
+    """Size window blocks for all running sequences with two ends each; None if every KV block would get one.
 
-    Beside what it sees, a sequence has the blocks that a step writes, the first of which it may have begun already.
+    Besides the blocks that it sees, a sequence holds the blocks that a step writes; the first of them may be partly
+    written already.
     """
     seen = _blocks_seen(window, block_tokens)
     most_ends = _ENDS_PER_SEQUENCE * max_sequences
@@ -55,12 +56,12 @@ def window_sizes(
 
 
 def _blocks_seen(window: int, block_tokens: int) -> int:
-    """The most blocks in which the positions lie that a token sees, without its own."""
+    """Return the most blocks that can contain the positions that a token sees, its own excluded."""
     return -(-(window - 1) // block_tokens) + 1
 
 
 class KvWindows:
-    """Which window block each KV block has.
+    """Maps each KV block to its window block.
 
     Attributes:
         of_block: int32 [KV blocks], the window block of each, or NONE; changed in place.
@@ -73,47 +74,47 @@ class KvWindows:
         self.reset()
 
     def reset(self) -> None:
-        """Take back every window block, in whatever state an interrupted call left them."""
+        """Take back every window block, whatever state an interrupted call left."""
         num_blocks = len(self.of_block)
         self.of_block[:] = NONE
         self._free = list(range(self.sizes.num_window_blocks - 1, -1, -1))
         self._users = [0] * num_blocks  # running sequences that may see the block's positions
-        self._num_ends = [0] * num_blocks  # kept ends that the block is a part of
-        # KV blocks without users and ends, least recent first.
+        self._num_ends = [0] * num_blocks  # kept ends that include the block
+        # KV blocks without users or ends, least recent first.
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._ends: OrderedDict[int, list[int]] = OrderedDict()  # by their last KV block, least recent first
-        self._in_use: dict[HasBlocks, range] = {}  # indices of each running sequence's blocks
+        self._in_use: dict[HasBlocks, range] = {}  # block indices of each running sequence
 
     def has(self, block: int) -> bool:
         return bool(self.of_block[block] != NONE)
 
     def first_seen(self, position: int) -> int:
-        """The index of the first block of a sequence that the token at `position`, or a later one, sees."""
+        """Return the index of a sequence's first block that the token at `position`, or a later token, sees."""
         return max(0, position - self.sizes.window + 1) // self._block_tokens
 
     def num_usable(self, blocks: list[int]) -> int:
-        """The most of these first blocks of a sequence after which another one can go on."""
+        """Return the most of a sequence's first blocks after which another sequence can continue."""
         usable = len(blocks)
         while usable:
             first = self.first_seen(usable * self._block_tokens)
             missing = next((at for at in reversed(range(first, usable)) if not self.has(blocks[at])), None)
             if missing is None:
                 break
-            # After any block from `missing` to `usable`, the next token sees the missing one.
+            # After any block from `missing` to `usable`, the next token sees the missing block.
             usable = missing
         return usable
 
     # ── running sequences ───────────────────────────────────────────────────────────────────────────────────────
 
     def begin(self, sequence: HasBlocks, position: int) -> None:
-        """Let a sequence go on at `position`. Its full blocks that it sees there have window blocks."""
+        """Let a sequence continue at `position`. The full blocks that it sees there have window blocks."""
         indices = range(self.first_seen(position), -(-position // self._block_tokens))
         for index in indices:
             self._use(sequence.blocks[index])
         self._in_use[sequence] = indices
 
     def reach(self, sequence: HasBlocks, end: int) -> None:
-        """Give a sequence window blocks for its positions before `end`, which the next step may write."""
+        """Give a sequence window blocks for the positions before `end` that the next step may write."""
         used = self._in_use[sequence]
         stop = max(used.stop, -(-end // self._block_tokens))
         for index in range(used.stop, stop):
@@ -121,7 +122,7 @@ class KvWindows:
         self._in_use[sequence] = range(used.start, stop)
 
     def leave(self, sequence: HasBlocks, position: int) -> None:
-        """Let go of what a sequence does not see from `position` on."""
+        """Release the blocks that a sequence does not see from `position` on."""
         used = self._in_use[sequence]
         start = min(max(used.start, self.first_seen(position)), used.stop)
         for index in range(used.start, start):
@@ -129,14 +130,14 @@ class KvWindows:
         self._in_use[sequence] = range(start, used.stop)
 
     def end(self, sequence: HasBlocks) -> None:
-        """Let go of everything that a sequence sees, before it gives back its KV blocks."""
+        """Release all blocks that a sequence sees, before it gives back its KV blocks."""
         for index in self._in_use.pop(sequence):
             self._release(sequence.blocks[index])
 
     # ── idle window blocks ──────────────────────────────────────────────────────────────────────────────────────
 
     def keep_end(self, blocks: list[int]) -> None:
-        """Keep what the token after these first blocks of a sequence sees, if all of it is still there."""
+        """Keep the blocks that the token after these first blocks of a sequence sees, if all of them remain."""
         first = self.first_seen(len(blocks) * self._block_tokens)
         seen = blocks[first:]
         if not seen or not all(self.has(block) for block in seen):
@@ -151,7 +152,7 @@ class KvWindows:
             self._forget_end(next(iter(self._ends)))
 
     def drop(self, block: int) -> None:
-        """Take back the window block of a KV block whose content is gone; no sequence sees it."""
+        """Take back the window block of a KV block whose content is gone; no sequence sees that block."""
         if not self.has(block):
             return
         assert not self._users[block]

@@ -1,4 +1,4 @@
-"""Keys and values of prompts in files, so that the next process need not compute a prompt again.
+"""Keep the keys and values of prompts in files, so that the next process need not recompute a prompt.
 
     <kv dir>/secret                        32 random bytes; all names and checksums are keyed with them
     <kv dir>/lock                          held by the process that uses the directory
@@ -7,13 +7,13 @@
 
 A file is a header, the payload, and a keyed BLAKE3 of both. It is written under a temporary name and renamed when
 complete. It is used only if every field is as expected: version, model and format, tokens, tenant, age, checksum. A
-file that is damaged, truncated, too old or from another model is removed and never trusted; its prompt is computed. A
-file that cannot be read at the moment stays, and its prompt is computed; so does one from the future, after the clock
-was set back. When files exceed the size limit, the least recently used are removed. If the drive is full or fails, only
-reuse is lost.
+file that is damaged, truncated, too old or from another model is never trusted: it is removed and its prompt computed.
+A file that cannot be read at the moment stays, and its prompt is computed; the same goes for a file from the future,
+left by a clock that was set back. When files exceed the size limit, the least recently used are removed. A full or
+failing drive costs nothing but reuse.
 
-These files reveal prompts: directories have mode 0700, files 0600, and names are hashes that cannot be made without the
-secret. One thread writes; others read ahead of the caller, enough of them to keep a drive busy.
+These files reveal prompts: directories have mode 0700, files 0600, and names are hashes that nobody can compute
+without the secret. One thread writes; several threads read ahead of the caller, enough to keep a drive busy.
 
 Elsewhere: `engine/prefix.py` decides which contents to keep in files.
 """
@@ -60,12 +60,12 @@ _KINDS: dict[Kind, int] = {"kv": 0, "state": 1}
 _NAME = re.compile(r"[0-9a-f]{64}\.(kv|state)")
 _SECRET = "secret"  # name of the file
 _TENANT = re.compile(r"[0-9a-f]{32}")
-# Threads: two saturate an idle drive; beside expert reads, four get a third more of its bandwidth.
+# Threads: two saturate an idle drive; while experts are read, four get a third more of its bandwidth.
 _READERS = 4
-# One more than are in flight: the caller uses one, or fills it.
+# One more than the reads in flight: the caller uses or fills one.
 _READ_BUFFERS, _WRITE_BUFFERS = _READERS + 1, 2
 _PAGE_BYTES = 4096
-# The file is gone, or is a link that we did not make.
+# The file is gone, or it is a link that we did not make.
 _NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _SWEEP_SECONDS = 60.0
 _REST_SECONDS = 60.0  # pause in writing after a failed write
@@ -75,7 +75,7 @@ Bytes = NDArray[np.uint8]
 
 
 def buffer_bytes(block_bytes: int, state_bytes: int) -> int:
-    """Memory that a `PrefixFiles` takes, including the page cache of the file being written."""
+    """Return the memory that a `PrefixFiles` takes, including the page cache of the file being written."""
     longest = _buffer_bytes(max(block_bytes, state_bytes))
     return _reading_bytes(block_bytes, state_bytes) + (_WRITE_BUFFERS + 1) * longest
 
@@ -90,10 +90,10 @@ def forget_files(directory: Path, tenant: str) -> None:
 
 
 def erase_files(directory: Path, tenant: str) -> int:
-    """Delete the files of a tenant in a directory that no engine uses, and in those of several models below it.
+    """Delete the files of a tenant in a directory that no engine uses, and in the directories of models below it.
 
     Returns:
-        The number of files.
+        The number of deleted files.
 
     Raises:
         UsageError: an engine uses a directory, or something in it cannot be read or deleted.
@@ -119,7 +119,7 @@ def erase_files(directory: Path, tenant: str) -> int:
 
 
 def _erase(root: Directory, tenant: str) -> int:
-    """Delete the files of a tenant; returns their number."""
+    """Delete the files of a tenant; return their number."""
     secret = root.read(_SECRET, SECRET_BYTES)
     if len(secret) != SECRET_BYTES:
         return 0
@@ -134,7 +134,7 @@ def _tenant_directory(key: bytes) -> Path:
 
 
 def tenant_key(secret: bytes, tenant: str) -> bytes:
-    """The hash key for everything of one tenant."""
+    """Return the hash key for everything that belongs to one tenant."""
     return blake3(b"argosy tenant\0" + tenant.encode(), key=secret).digest()
 
 
@@ -145,7 +145,7 @@ class _File(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """The payload of a file, or None if it cannot be used now. `is_bad` means never usable: remove the file."""
+    """The payload of a file, or None if the file cannot be used now. `is_bad` means never usable: remove the file."""
 
     payload: Bytes | None
     is_bad: bool
@@ -167,8 +167,8 @@ class PrefixFiles:
         clock: seconds since 1970.
 
     Raises:
-        UsageError: the directory is not ours, is open to other users, is in use by another process, or something in it
-            cannot be read or written.
+        UsageError: the directory belongs to someone else, is open to other users or in use by another process, or
+            something in it cannot be read or written.
     """
 
     def __init__(
@@ -226,14 +226,15 @@ class PrefixFiles:
         return _file_bytes(self._payload_bytes[kind])
 
     def has(self, kind: Kind, content: BlockContent) -> bool:
-        """Whether there is a file. Only reading it shows whether it can be trusted."""
+        """Whether a file exists. Only reading it shows whether it can be trusted."""
         return (content.key, kind) in self._files
 
     def read(self, kind: Kind, contents: Sequence[BlockContent]) -> Generator[Bytes | None, None, None]:
-        """Yield the payload of each file in order, or None where there is no trusted file.
+        """Yield the payload of each file in order, or None for a file that is missing or not trusted.
 
         The next files are read while the caller uses one. A payload stays valid until the next one is requested. If the
-        drive does not answer within `DRIVE_S`, there are no files until it does: late reads still fill the buffers.
+        drive does not answer within `DRIVE_S`, every file counts as missing until it does: late reads still fill the
+        buffers.
         """
         waiting, free, under_way = deque(contents), self._read_buffers(kind), self._under_way
         is_late = not self._have_ended([future for _, _, future in under_way])
@@ -257,13 +258,13 @@ class PrefixFiles:
             free.append(buffer)
 
     def _have_ended(self, reads: list[Future[_Found]]) -> bool:
-        """Wait for reads. Once the drive was late, ask without waiting until it has answered."""
+        """Wait for reads. Once the drive was late, poll without waiting until it has answered."""
         is_late = bool(wait(reads, self._patience_s).not_done)
         self._patience_s = 0.0 if is_late else DRIVE_S
         return not is_late
 
     def _read_buffers(self, kind: Kind) -> list[Bytes]:
-        """The reading memory, divided into buffers for this kind: several for blocks, one for a large state."""
+        """Divide the reading memory into buffers for this kind: several for blocks, one for a large state."""
         size = _buffer_bytes(self._payload_bytes[kind])
         count = min(_READ_BUFFERS, len(self._reading) // size)
         return [self._reading[at * size : (at + 1) * size] for at in range(count)]
@@ -327,7 +328,7 @@ class PrefixFiles:
     def close(self) -> None:
         """Write the accepted files and release the directory. Closing twice is harmless.
 
-        Files that the drive does not take within `DRIVE_S` are left to the thread, which ends with the process.
+        The thread keeps files that the drive does not accept within `DRIVE_S`; it ends with the process.
         """
         if self._held < 0:
             return
@@ -341,7 +342,7 @@ class PrefixFiles:
         if self._held >= 0:
             os.close(self._held)
             self._held = -1
-        if is_unused:  # otherwise another file may get the descriptor that a thread still uses
+        if is_unused:  # otherwise another file could get the descriptor that a thread still uses
             self._root.close()
 
     # ── names and headers ───────────────────────────────────────────────────────────────────────────────────────
@@ -369,7 +370,7 @@ class PrefixFiles:
         return self._checked(kind, content, buffer) if is_whole else _Found(None, is_bad=True)
 
     def _checked(self, kind: Kind, content: BlockContent, buffer: Bytes) -> _Found:
-        """The payload of the file in `buffer`, if every field is as expected."""
+        """Return the payload of the file in `buffer`, if every field is as expected."""
         whole = buffer[: self.file_bytes(kind)]
         data = whole.data
         written_at = float(_HEADER.unpack_from(data)[3])
@@ -380,7 +381,7 @@ class PrefixFiles:
             return _Found(None, is_bad=True)
         age_s = self._clock() - written_at
         if not 0 <= age_s <= self._config.ttl_s:
-            return _Found(None, is_bad=age_s > 0)  # one from the future is whole: the clock was set back
+            return _Found(None, is_bad=age_s > 0)  # a file from the future is intact: the clock was set back
         return _Found(whole[_HEADER_BYTES:-_MAC_BYTES], is_bad=False)
 
     def _scan(self) -> None:
@@ -476,7 +477,7 @@ def _file_bytes(payload_bytes: int) -> int:
 
 
 def _mac(key: bytes, whole: Bytes) -> bytes:
-    """Checksum of a file, computed over all but its last bytes, which hold it."""
+    """Return a file's checksum, computed over all but its last bytes, which hold the checksum."""
     return blake3(whole.data[:-_MAC_BYTES], key=key).digest()
 
 
@@ -489,16 +490,16 @@ def _reading_bytes(block_bytes: int, state_bytes: int) -> int:
 
 
 def _aligned(nbytes: int) -> Bytes:
-    """A buffer aligned for direct reads."""
+    """Allocate a buffer aligned for direct reads."""
     return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
 
 
 def _read_into(root: Directory, path: Path, size: int, buffer: Bytes) -> bool:
-    """Read a file without the page cache, which is charged to the budget. Returns False if its size differs."""
+    """Read a file, bypassing the page cache, which would be charged to the budget. Return False if its size differs."""
     try:
         descriptor = root.open(path, os.O_RDONLY | os.O_DIRECT)
     except OSError:
-        descriptor = root.open(path)  # a file system without direct reads
+        descriptor = root.open(path)  # the file system does not support direct reads
     try:
         return os.fstat(descriptor).st_size == size and os.preadv(descriptor, [buffer.data], 0) == size
     finally:

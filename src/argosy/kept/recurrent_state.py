@@ -1,9 +1,10 @@
 """Assigns slots of the recurrent state to sequences, and keeps snapshots of slots.
 
-Layers with a delta net keep a state per sequence instead of keys and values per position. The state cannot be cut back
-to an earlier position as KV blocks can: continuing from one (a shared prefix, or a preempted sequence) needs a snapshot
-taken there, and the tokens that follow then have the same bits as before. Snapshots use a fixed number of slots. Each
-one is found by the key of the last KV block before it; when no slot is left, the least recently used is dropped.
+Layers with a delta net keep a state per sequence instead of keys and values per position. Unlike KV blocks, the state
+cannot be cut back to an earlier position: continuing from there (a shared prefix, or a preempted sequence) needs a
+snapshot taken at that position, and the tokens that follow then have the same bits as before. Snapshots use a fixed
+number of slots. The key of the last KV block before a snapshot finds it; when no slot is left, the least recently used
+snapshot is dropped.
 
 The state itself is native memory (`_native.RecurrentState`); a sequence that starts at position 0 starts with zeros.
 """
@@ -19,7 +20,7 @@ class StateSlots:
     """The first `num_sequences` slots are for running sequences, the others for snapshots.
 
     Args:
-        can_roll_back: as many slots more keep what the state of each sequence was before proposed tokens ran.
+        can_roll_back: a second slot per sequence keeps its state from before proposed tokens ran.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class StateSlots:
         self.reset()
 
     def reset(self) -> None:
-        """Free every slot and drop every snapshot, in whatever state an interrupted call left them."""
+        """Free every slot and drop every snapshot, whatever state an interrupted call left."""
         self._free = list(range(self.num_sequences - 1, -1, -1))
         self._unused = list(range(self._first_snapshot, self.state.num_slots))
         self._snapshots: OrderedDict[bytes, int] = OrderedDict()  # key -> slot, least recently used first
@@ -64,14 +65,14 @@ class StateSlots:
         self.state.copy_slot(slot, self.num_sequences + slot)
 
     def roll_back(self, slot: int) -> None:
-        """Set the state in a sequence's slot to what it was at `save`."""
+        """Restore the state in a sequence's slot as `save` kept it."""
         self.state.copy_slot(self.num_sequences + slot, slot)
 
     def has_snapshot(self, key: bytes) -> bool:
         return key in self._snapshots
 
     def slot_of(self, key: bytes) -> int:
-        """The slot of an existing snapshot."""
+        """Return the slot of an existing snapshot."""
         return self._snapshots[key]
 
     def snapshot(self, slot: int, key: bytes) -> None:
@@ -85,7 +86,7 @@ class StateSlots:
         self.state.copy_slot(slot, self.place(key))
 
     def place(self, key: bytes) -> int:
-        """The slot to write a snapshot under `key`: its existing slot, or a new one."""
+        """Return the slot in which to write a snapshot under `key`: its existing slot, or a new one."""
         slot = self._snapshots.pop(key, None)
         if slot is None:
             slot = self._unused.pop() if self._unused else self._snapshots.popitem(last=False)[1]
