@@ -4,5 +4,5 @@
     pixels  -> pictures.py -> patches and their grid
     samples -> sounds.py   -> log-mel features
 
-A file is data from a stranger, so this process never parses one.
+A file is data from a stranger, so the engine's process never parses one.
 """

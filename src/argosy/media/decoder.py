@@ -2,8 +2,8 @@
 
     Content  ->  Decoder  ->  worker.py, in its own process  ->  uint8 [height, width, 3] or float32 [samples]
 
-This process never looks into a file. It sends the bytes, waits for a bounded time, and reads an answer whose size it
-checks first. What the worker says about a file is a name from a short list and a few numbers; the sentences are here.
+This process never looks into a file. It sends the bytes, waits for a bounded time, and checks the answer's size before
+reading it. The worker refuses a file with a name from a short list and a few numbers; this module has the sentences.
 
 Elsewhere: `parts.py` reads the content; `pictures.py` and `sounds.py` prepare pixels and samples for a model.
 """
@@ -36,7 +36,7 @@ from argosy.media.parts import (
 )
 
 _PACKAGES = ("PIL", "numpy", "miniaudio", "_cffi_backend", "soxr")
-# More threads would only reserve memory; and glibc must give freed memory back, so that the next picture can have it.
+# More threads would only reserve memory; and glibc must return freed memory, so that the next picture can use it.
 _LESS_MEMORY = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 _MOST_HEADER_BYTES = 1 << 10
 _Check = Callable[[int, int], object]
@@ -44,7 +44,7 @@ _FORMATS = {"picture": "PNG, JPEG, WebP or GIF", "sound": "WAV, MP3, FLAC or OGG
 
 
 class Decoder:
-    """Decodes one file at a time; the process starts on first use, and ends when it has been idle for ten seconds."""
+    """Decodes one file at a time; the process starts on first use and ends after ten idle seconds."""
 
     def __init__(self, limits: MediaLimits | None = None) -> None:
         self.limits = limits or MediaLimits()
@@ -57,8 +57,8 @@ class Decoder:
         """Decode a picture: uint8 RGB [height, width, 3].
 
         Args:
-            check: called with height and width as they will be after decoding, before anything is decoded; it may
-                refuse them with an `ArgosyError`.
+            check: called before decoding with the height and width of the decoded picture; it may refuse them with an
+                `ArgosyError`.
 
         Raises:
             BadMedia: it cannot be decoded within the limits.
@@ -109,7 +109,7 @@ class Decoder:
                     answer = self._exchange(kind, worker, line, data, check)
                 except Gone as gone:
                     self._stop()
-                    # A process that ended by itself, or before it had the whole file, had decoded nothing.
+                    # A process that ended by itself, or before it received the whole file, decoded nothing.
                     if not gone.is_early and gone.returncode != 0:
                         raise self._ended(kind, gone) from None
                     continue
@@ -122,7 +122,7 @@ class Decoder:
         raise ArgosyError("the process that decodes pictures and sounds ended without an answer")
 
     def _started(self) -> ConfinedProcess:
-        """The process of before, or a new one."""
+        """Return the running process, or start a new one."""
         if self._worker is None or not self._worker.is_alive:
             self._stop()
             self._worker = ConfinedProcess(
@@ -138,7 +138,7 @@ class Decoder:
     def _exchange(
         self, kind: Kind, worker: ConfinedProcess, line: bytes, data: bytes, check: _Check | None
     ) -> tuple[tuple[int, ...], bytearray] | ArgosyError:
-        """Send one request and read its answer; an answer that breaks the protocol is like a process that ended."""
+        """Send one request and read its answer; an answer that breaks the protocol counts as a process that ended."""
         deadline = time.monotonic() + self.limits.wall_s
         worker.write(line, deadline)
         worker.write(data, deadline)
@@ -161,7 +161,7 @@ class Decoder:
     def _header(
         self, kind: Kind, worker: ConfinedProcess, deadline: float, *, num_axes: int
     ) -> tuple[tuple[int, ...] | BadMedia, bytes]:
-        """Read the line that says a shape, within the limits, or why there is none; and what came with it."""
+        """Read the line that gives a shape within the limits, or the refusal; return the bytes after it as well."""
         header, payload = worker.read_line(_MOST_HEADER_BYTES, deadline)
         try:
             answer = json.loads(header)
@@ -183,7 +183,7 @@ class Decoder:
             raise ValueError
 
     def _refusal(self, kind: Kind, reason: str, facts: dict[str, Any]) -> BadMedia:
-        """Turn a refusal into a sentence; raises KeyError, TypeError or ValueError if it is none that we know."""
+        """Turn a refusal into a sentence; raise KeyError, TypeError or ValueError if the refusal is unknown."""
         try:
             if reason == "size":
                 require_pixels(int(facts["height"]), int(facts["width"]), self.limits)

@@ -2,10 +2,10 @@
 
     bytes  ->  a file in memory  ->  ffprobe: frames, rate, sizes  ->  ffmpeg: chosen frames, one by one; the sound
 
-A file is data from a stranger. The format follows from its first bytes, so that ffmpeg never guesses: a playlist or a
-list of other files is in no format that is read. ffmpeg gets the file as its stdin and may use no other protocol; it
-has neither our environment nor files to write, a bounded amount of memory, processor time and output, and common codecs
-only. Each frame comes with its own size, which is checked before its pixels are read. No text of ffmpeg reaches a
+A file is data from a stranger. The first bytes decide the format, so ffmpeg never guesses: a playlist or a list of
+other files matches no supported format. ffmpeg gets the file as its stdin and may use no other protocol. It has no
+access to our environment, cannot write files, has bounded memory, processor time and output, and uses common codecs
+only. Each frame states its own size, which is checked before its pixels are read. No text from ffmpeg reaches a
 caller.
 
 Elsewhere: `frames.py` chooses between this and frames that a caller passes; `videos.py` says which frames are wanted.
@@ -43,17 +43,17 @@ _CODECS = (
     "aac,mp3,mp3float,opus,vorbis,flac,pcm_s16le,pcm_s16be,pcm_u8,pcm_f32le,alac"
 )
 _PROBE_SECONDS = 5.0
-# Processor time of a decode: so much, and a part of the video's length.
+# Processor time of a decode: a constant, plus a share of the video's length.
 _CPU_SECONDS, _CPU_SECONDS_PER_SECOND = 5.0, 0.5
 _MOST_PROBE_BYTES = 1 << 16
 _MOST_HEADER_BYTES = 32  # P6, width, height and 255
 _FAST_SCALING = "bilinear+accurate_rnd+bitexact"
 _EXIT_SECONDS = 5.0
-_CHECK_SECONDS = 0.25  # so that a wait ends soon after the client has left
-# The variables by which a program finds its shared libraries. All others are withheld.
+_CHECK_SECONDS = 0.25  # so that a wait ends soon after the client disconnects
+# The variables through which a program finds its shared libraries. All others are withheld.
 _ENVIRONMENT = ("LD_LIBRARY_PATH", "NIX_LD", "NIX_LD_LIBRARY_PATH")
 _NO_MEMORY = b"Cannot allocate memory"  # among the errors that ffmpeg writes
-_MOST_ERROR_BYTES = 1 << 16  # a pipe holds as much
+_MOST_ERROR_BYTES = 1 << 16  # the capacity of a pipe
 # Threads of ffmpeg share one heap; otherwise each reserves its own.
 _LESS_MEMORY = {"MALLOC_ARENA_MAX": "1", "AV_LOG_FORCE_NOCOLOR": "1", "LC_ALL": "C"}
 # Sets limits on itself, then becomes the program.
@@ -71,7 +71,7 @@ os.execv(sys.argv[3], sys.argv[3:])
 
 @dataclass(frozen=True, slots=True)
 class Track:
-    """The video track of a file. Its frames are counted; the number that the file declares is not used."""
+    """The video track of a file. Frames are counted, because the number that the file declares cannot be trusted."""
 
     num_frames: int
     rate: float
@@ -82,7 +82,7 @@ class VideoFile:
     """The file of a video, in memory while it is decoded; use it as a context manager.
 
     Raises:
-        BadMedia: it is in no format that is read.   UsageError: there is no ffmpeg.
+        BadMedia: the format is not supported.   UsageError: ffmpeg is missing.
     """
 
     def __init__(self, data: bytes, limits: MediaLimits, request: RequestMedia | None = None) -> None:
@@ -114,11 +114,11 @@ class VideoFile:
         """Look at the streams and count frames.
 
         Args:
-            counts_decoded: count what decoding gives. Otherwise packets are counted, which is faster; in some formats a
-                packet may hold no frame of its own.
+            counts_decoded: count decoded frames. Otherwise count packets, which is faster; in some formats a packet
+                may not hold a frame of its own.
 
         Raises:
-            BadMedia: there is no video in it, or it is damaged, too large or too long.
+            BadMedia: the file contains no video, or is damaged, too large or too long.
         """
         count = "frames" if counts_decoded else "packets"
         shown = f"stream=width,height,avg_frame_rate,r_frame_rate,nb_read_{count}"
@@ -143,13 +143,13 @@ class VideoFile:
     ) -> Generator[NDArray[np.uint8], None, None]:
         """Yield the frames with these indices, ascending and distinct: uint8 [height, width, 3], turned upright.
 
-        There may be fewer: a frame that cannot be decoded is left out, and so are all after the end.
+        There may be fewer: frames that cannot be decoded are left out, and so are frames after the end.
 
         Args:
-            turn: held while there is a frame; None: nobody else decodes.
+            turn: the lock held while a frame exists; None: nothing else decodes.
 
         Raises:
-            BadMedia: it takes too much time or memory, or a frame is too large.
+            BadMedia: decoding takes too much time or memory, or a frame is too large.
         """
         process = self._start(
             self._ffmpeg,
@@ -167,14 +167,14 @@ class VideoFile:
                 str(len(indices)),
             ),
             *("-sws_flags", _FAST_SCALING, "-c:v", "ppm", "-pix_fmt", "rgb24", "-threads", "1"),
-            # Otherwise eight frames wait for the pipe.
+            # Otherwise eight frames would wait for the pipe.
             *("-thread_queue_size", "1", "-f", "image2pipe", "pipe:1"),
         )
         with process:
             for _ in indices:
                 header = process.read_header()
                 if not header:
-                    process.require_enough_memory()  # without it, frames are left out
+                    process.require_enough_memory()  # otherwise ffmpeg leaves frames out
                     break
                 match = re.fullmatch(rb"P6\n(\d{1,5}) (\d{1,5})\n255\n", header)
                 if match is None:
@@ -188,7 +188,7 @@ class VideoFile:
         """Decode the sound: float32 [samples], one channel; none if it cannot be decoded.
 
         Raises:
-            BadMedia: it takes too much time, or is too long.
+            BadMedia: decoding takes too much time, or the sound is too long.
         """
         most = round(self._limits.sound_s * rate)
         process = self._start(
@@ -211,7 +211,7 @@ class VideoFile:
         return samples if np.isfinite(samples).all() else np.zeros(0, np.float32)
 
     def _probe(self, stream: str, *wanted: str) -> dict[str, Any] | None:
-        """Facts about one stream, or None if there is none."""
+        """Return facts about one stream, or None if there is no such stream."""
         process = self._start(
             self._ffprobe,
             _PROBE_SECONDS if "-count_frames" not in wanted else self._limits.video_wall_s,
@@ -232,7 +232,7 @@ class VideoFile:
 
     def _start(self, program: str, cpu_s: float, *arguments: str) -> _Process:
         os.lseek(self._file, 0, os.SEEK_SET)
-        memory = self._limits.decode_bytes + FFMPEG_BYTES  # the plan counts it (`allowances.media_bytes`)
+        memory = self._limits.decode_bytes + FFMPEG_BYTES  # counted in the plan (`allowances.media_bytes`)
         cpu_s = min(cpu_s, self._limits.video_wall_s)
         return _Process(program, memory, cpu_s, arguments, self._file, self._patience)
 
@@ -243,7 +243,7 @@ class VideoFile:
 
 
 class _Patience:
-    """The time limit for waiting on ffmpeg's processes, all of them together; our own work on frames is not counted.
+    """The time limit for waiting on all of ffmpeg's processes together; our own work on frames does not count.
 
     `request` counts the same time for all media, and may end the wait.
     """
@@ -253,10 +253,10 @@ class _Patience:
         self._request = request
 
     def wait(self, ready: select.poll) -> None:
-        """Wait until there is something to read.
+        """Wait until output is ready to read.
 
         Raises:
-            BadMedia: it took too long.
+            BadMedia: the wait took too long.
         """
         while self._left_s > 0:
             begin = time.monotonic()
@@ -284,7 +284,8 @@ class _Process:
             raise ArgosyError("videos need a Python interpreter to start ffmpeg with limits")
         limiter = [sys.executable, "-I", "-S", "-c", _LIMITER, str(memory), str(-int(-cpu_s // 1))]
         self._memory = memory
-        # Nobody reads the errors meanwhile: what does not fit into the pipe is lost, and ffmpeg does not wait for room.
+        # # Nothing reads the errors meanwhile: text that does not fit the pipe is lost, and ffmpeg does not wait for
+        # room.
         self._errors, errors = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             self._process = subprocess.Popen(
@@ -316,7 +317,7 @@ class _Process:
     ) -> None:
         with contextlib.suppress(OSError):
             self._process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a device may hold it: then it is reaped later
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a device may block it; reaped later
             self._process.wait(_EXIT_SECONDS)
         assert self._process.stdout is not None
         self._process.stdout.close()
@@ -326,7 +327,7 @@ class _Process:
         """Read up to the third end of line; empty at the end.
 
         Raises:
-            BadMedia: there is something else.
+            BadMedia: the output is something else.
         """
         data = self._rest
         while data.count(b"\n") < 3 and len(data) <= _MOST_HEADER_BYTES:
@@ -344,10 +345,10 @@ class _Process:
         return header
 
     def read(self, nbytes: int) -> bytearray:
-        """Read exactly so many bytes.
+        """Read exactly `nbytes` bytes.
 
         Raises:
-            BadMedia: there are fewer.
+            BadMedia: the output is shorter.
         """
         data = bytearray(nbytes)
         first = self._rest[:nbytes]
@@ -378,18 +379,18 @@ class _Process:
         return piece
 
     def _require_within_time(self) -> None:
-        """Refuse what looks like an end, but is that of the allowed processor time."""
+        """Refuse an output that seems to end, but was cut off because the processor time ran out."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_EXIT_SECONDS)
-        # The kernel sends SIGXCPU at the soft limit and SIGKILL at the hard one, and they are equal.
+        # The kernel sends SIGXCPU at the soft limit and SIGKILL at the hard limit, and the two are equal.
         if self._process.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
             raise _too_slow("takes more processor time than a video of its length may")
 
     def require_enough_memory(self) -> None:
-        """Check, at the end, that ffmpeg had enough memory.
+        """Check at the end that ffmpeg had enough memory.
 
         Raises:
-            BadMedia: it had not.
+            BadMedia: ffmpeg ran out of memory.
         """
         with contextlib.suppress(BlockingIOError):
             if _NO_MEMORY in os.read(self._errors, _MOST_ERROR_BYTES):
@@ -411,7 +412,7 @@ def _too_slow(what: str) -> BadMedia:
 
 
 def _format_of(data: bytes) -> str:
-    """The name that ffmpeg has for the format, from the first bytes."""
+    """Return ffmpeg's name for the format that the first bytes show."""
     if data[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
         return "mov"
     if data.startswith(b"\x1aE\xdf\xa3"):
@@ -436,7 +437,7 @@ def _program(name: str) -> str:
 
 @functools.cache
 def _reads_descriptors(path: str) -> bool:
-    """Whether a program of ffmpeg has the protocol `fd`, which came with version 6.0."""
+    """Whether a program of ffmpeg supports the protocol `fd`, new in version 6.0."""
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         listed = subprocess.run(
             [path, "-v", "quiet", "-protocols"],
@@ -450,9 +451,9 @@ def _reads_descriptors(path: str) -> bool:
 
 
 def _chosen(indices: Sequence[int]) -> str:
-    """An expression of ffmpeg that is true for frames with these ascending indices.
+    """Return an ffmpeg expression that is true for frames with these ascending indices.
 
-    It searches by halves, because ffmpeg refuses a sum of more than a hundred comparisons.
+    The expression is a binary search, because ffmpeg refuses a sum of more than a hundred comparisons.
     """
     if len(indices) == 1:
         return f"eq(n\\,{indices[0]})"
@@ -462,7 +463,7 @@ def _chosen(indices: Sequence[int]) -> str:
 
 
 def _rate(text: object) -> float:
-    """Frames per second from a fraction; 0 if there is none."""
+    """Return frames per second from a fraction; 0 if it is missing."""
     try:
         return float(Fraction(str(text)))
     except (ValueError, ZeroDivisionError, OverflowError):

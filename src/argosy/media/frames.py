@@ -28,7 +28,7 @@ class Frames:
 
     rate: frames per second.
     read: yields the frames with these indices, ascending and distinct; fewer if some cannot be decoded. Close it.
-    sound: float32 [samples] at a rate, one channel; None: there is no sound.
+    sound: returns float32 [samples] at a rate, one channel; None: there is no sound.
     """
 
     num_frames: int
@@ -37,7 +37,7 @@ class Frames:
     sound: Callable[[int], NDArray[np.float32]] | None = None
 
     def at(self, indices: NDArray[np.int64]) -> Generator[Frame, None, None]:
-        """Yield the frames with these indices, ascending; some may come twice. Close it: it may hold its turn."""
+        """Yield the frames with these ascending indices; some may repeat. Close the generator: it may hold its turn."""
         distinct = sorted(set(indices.tolist()))
         counts = np.bincount(indices)
         with closing(self.read(distinct)) as frames:
@@ -63,12 +63,13 @@ def open_frames(
     """Open a video; its file is closed at the end.
 
     Args:
-        request: counts the time that decoding takes, and ends it; None: its file is the only one.
-        turn: held while there is a frame, but not while ffmpeg looks for the next one; None: nobody else decodes.
+        request: counts the time that decoding takes, and ends it; None: the request has no other media.
+        turn: the lock held while a frame exists, but not while ffmpeg looks for the next one; None: nothing else
+        decodes.
         counts_decoded: see `VideoFile.track`.
 
     Raises:
-        BadMedia: it is damaged, or too large or long.   UsageError: it is a file, and there is no ffmpeg.
+        BadMedia: the video is damaged, too large or too long.   UsageError: it is a file, and ffmpeg is missing.
     """
     data, request = content.data, request or RequestMedia(limits)
     if isinstance(data, bytes):

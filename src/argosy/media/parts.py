@@ -3,7 +3,7 @@
     Image("cat.png")  ->  read(limits)  ->  Content: bytes or an array, and 32 bytes that identify it
 
 A part only names its source; nothing is opened before `read`, and `read` never looks inside a file. Size limits come
-first: of a file that is too large not one byte is read.
+first: a file that is too large is refused before its first byte is read.
 
 Elsewhere: `decoder.py` decodes the bytes, in another process.
 """
@@ -27,7 +27,7 @@ from argosy.errors import BadMedia, PromptTooLong, UsageError
 
 Kind = Literal["picture", "sound", "video"]
 Hearing = Literal["none", "native", "transcript"]
-"""How an engine treats a sound in a prompt: it is refused, heard by the model, or transcribed."""
+"""How an engine treats a sound in a prompt: refuse it, let the model hear it, or transcribe it."""
 Detail = Literal["low", "high"]
 LOW_DETAIL_TOKENS = 256  # the most tokens of a picture with low detail
 Source = str | os.PathLike[str] | bytes | NDArray[Any]
@@ -35,18 +35,18 @@ Source = str | os.PathLike[str] | bytes | NDArray[Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaLimits:
-    """The largest picture, sound and video that is accepted.
+    """The largest picture, sound and video that the engine accepts.
 
     file_bytes: size of an encoded file.
     pixels, side: size of a picture. The largest side of all four formats is 65535 or less.
     sound_s: seconds of a sound.
-    transcribed_s: seconds of all sounds in a request, if a prompt has their transcripts; see `RequestMedia`.
-    decode_bytes: memory that one file may take to decode, beyond the decoding process itself.
-    wall_s: seconds until an answer must have come. Processor time has tighter limits, in `worker.py`.
-    video_bytes: size of a video's encoded file, or of its frames together.
-    video_frames, video_s: frames and seconds of a video, however few of them a model looks at.
-    video_wall_s: seconds that decoding a video may keep us waiting.
-    work_s: seconds that decoding and preparing all media of a request may take, without waiting for other requests.
+    transcribed_s: total seconds of the sounds in a request that are transcribed; see `RequestMedia`.
+    decode_bytes: memory that decoding one file may take, beyond the decoding process itself.
+    wall_s: seconds until the decoding process must answer. `worker.py` limits processor time more tightly.
+    video_bytes: size of a video's encoded file, or of all its frames.
+    video_frames, video_s: frames and seconds of a video, even if a model looks at few of them.
+    video_wall_s: seconds that we wait for the decoding of a video.
+    work_s: seconds that decoding and preparing all media of a request may take, not counting waits for other requests.
     """
 
     file_bytes: int = 32 << 20
@@ -63,23 +63,23 @@ class MediaLimits:
     work_s: float = 120.0
 
 
-# A decoded picture takes 3 bytes a pixel, and 4 more while Pillow scales it: 24 megapixels are twice a photograph.
+# A decoded picture takes 3 bytes a pixel, and 4 more while Pillow scales it. 24 megapixels is twice a typical photo.
 PROMPT_LIMITS = MediaLimits(pixels=24_000_000)
-"""The media that an engine accepts in a prompt; its memory plan counts on it."""
+"""The limits of an engine's media; its memory plan relies on them."""
 
 FFMPEG_BYTES = 256 << 20
-"""Memory of a process of ffmpeg beyond what one file may take to decode: frames that wait between its threads."""
+"""Memory of an ffmpeg process beyond the limit for decoding one file: frames that wait between its threads."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Content:
     """The content of a part.
 
-    data: the bytes of a file; or a read-only array of the caller's: uint8 [height, width, 3] or [height, width],
-        float32 [samples], or uint8 [frames, height, width, 3]; or the pictures that are the frames of a video.
+    data: the bytes of a file; or a read-only array from the caller: uint8 [height, width, 3] or [height, width],
+        float32 [samples], or uint8 [frames, height, width, 3]; or the pictures that form a video.
     digest: 32 bytes; equal for equal content.
     rate: samples or frames per second, unless a file says so.
-    detail: how finely a picture is seen, see `Image`; part of the digest.
+    detail: the detail with which the model sees a picture, see `Image`; part of the digest.
     """
 
     kind: Kind
@@ -109,8 +109,8 @@ class _Part(ABC):
         """Read the source.
 
         Raises:
-            BadMedia: it is too large or empty, or the array has the wrong type or shape.
-            UsageError: there is no such file, or it cannot be read.
+            BadMedia: the source is too large or empty, or the array has the wrong type or shape.
+            UsageError: the file does not exist or cannot be read.
         """
         if isinstance(self.source, np.ndarray):
             self._check_array(self.source, limits)
@@ -165,7 +165,7 @@ class _Part(ABC):
 class Image(_Part):
     """A picture: a path, the bytes of a PNG, JPEG, WEBP or GIF file, or uint8 [height, width, 3] or [height, width].
 
-    detail: "low" shows the picture to the model with at most 256 tokens; "high" with as many as the engine allows.
+    detail: "low" shows the picture to the model with at most 256 tokens; "high" with all that the engine allows.
     """
 
     detail: Detail = "high"
@@ -215,7 +215,7 @@ class Audio(_Part):
 class Video(_Part):
     """A video: a path, the bytes of a file, uint8 [frames, height, width, 3], or a list of pictures, its frames.
 
-    A file needs the program `ffmpeg`. Frames need none, and a picture is whatever `Image` takes.
+    A file needs the program `ffmpeg`; frames do not. A frame may be anything that `Image` accepts.
 
     rate: frames per second; only for frames.
     """
@@ -227,7 +227,7 @@ class Video(_Part):
     limit: ClassVar[str] = "video_bytes"
 
     def read(self, limits: MediaLimits) -> Content:
-        """See `_Part.read`; each frame of a list may raise what `Image.read` raises."""
+        """Read the source; see `_Part.read` and, for each frame of a list, `Image.read`."""
         if isinstance(self.source, list | tuple):
             return self._read_frames(self.source, limits)
         return _Part.read(self, limits)
@@ -260,7 +260,7 @@ class Video(_Part):
         require_pixels(array.shape[1], array.shape[2], limits)
 
     def _require_frames(self, num_frames: int, limits: MediaLimits) -> float:
-        """Check the number of frames and their rate; returns the rate."""
+        """Check the number of frames and their rate; return the rate."""
         if self.rate is None:
             raise UsageError("frames need `rate`, the number of frames per second")
         require_length(num_frames, self.rate, limits)
@@ -273,11 +273,12 @@ _LEAST_TRANSCRIBED_S = 5.0  # a shorter sound takes as much work: Whisper pads i
 
 
 class RequestMedia:
-    """Bounds what the media of one request take together: tokens, time, and seconds of sound that are transcribed.
+    """Bounds the media of one request together: their tokens, the time they take, and the seconds of transcribed sound.
 
     Args:
         most_tokens: the most tokens of the prompt; None: no limit.
-        check: called before each piece of work; what it raises ends the work. So a server ends it when a client leaves.
+        check: called before each piece of work; an exception from it ends the work. A server uses it to end work when
+        a client disconnects.
     """
 
     def __init__(
@@ -294,7 +295,7 @@ class RequestMedia:
         self._worked_s = self._transcribed_s = 0.0
 
     def require_room(self, num_tokens: int) -> None:
-        """Check, before a medium is decoded, that its tokens may still fit the prompt.
+        """Check, before decoding a medium, that its tokens can still fit the prompt.
 
         Raises:
             PromptTooLong: they cannot.
@@ -304,16 +305,16 @@ class RequestMedia:
             raise PromptTooLong.of(needed, self._most_tokens + 1, is_all=False)
 
     def add_tokens(self, num_tokens: int) -> None:
-        """Count the tokens of a medium; raises what `require_room` raises."""
+        """Count the tokens of a medium. Raises what `require_room` raises."""
         self.require_room(num_tokens)
         self._num_tokens += num_tokens
 
     @contextlib.contextmanager
     def work(self) -> Iterator[None]:
-        """Count the time of a piece of work. Waiting for other requests happens outside.
+        """Count the time of a piece of work. Waits for other requests belong outside.
 
         Raises:
-            UsageError: earlier pieces took all the time that there is.
+            UsageError: earlier pieces used up the time.
         """
         self.check()
         most_s = self._limits.work_s
@@ -356,7 +357,7 @@ def require_pixels(height: int, width: int, limits: MediaLimits) -> None:
     """Refuse a picture that is too large.
 
     Raises:
-        BadMedia: it has no pixels, too many, or a side that is too long.
+        BadMedia: the picture has no pixels, too many, or a side that is too long.
     """
     facts: dict[str, Any] = {"kind": "picture", "height": height, "width": width}
     if height < 1 or width < 1:
@@ -381,10 +382,10 @@ def require_pixels(height: int, width: int, limits: MediaLimits) -> None:
 
 
 def require_rate(rate: float) -> None:
-    """Refuse a rate that no recording has.
+    """Refuse an implausible rate.
 
     Raises:
-        BadMedia: it is below 1000 or above 384000 samples per second.
+        BadMedia: the rate is below 1000 or above 384000 samples per second.
     """
     if not LOWEST_RATE <= rate <= HIGHEST_RATE:
         raise BadMedia(
@@ -399,7 +400,7 @@ def require_seconds(seconds: float, limits: MediaLimits) -> None:
     """Refuse a sound that is too long.
 
     Raises:
-        BadMedia: it is longer than the limit.
+        BadMedia: the sound is longer than the limit.
     """
     if seconds > limits.sound_s:
         raise BadMedia(
@@ -415,7 +416,7 @@ def require_length(num_frames: int, rate: float, limits: MediaLimits) -> None:
     """Refuse a video with too many frames, or none.
 
     Raises:
-        BadMedia: it has no frames, more than the limit, or is longer; or its rate is that of no video.
+        BadMedia: the video has no frames, has too many, or is too long; or its rate is implausible.
     """
     facts: dict[str, Any] = {"kind": "video"}
     if num_frames < 1:

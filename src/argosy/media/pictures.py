@@ -2,17 +2,16 @@
 
     uint8 [height, width, 3]  ->  resize  ->  pad  ->  scale and normalise  ->  patches float32 [patches, values], grid
 
-How large a picture becomes, and so how many tokens it takes, follows from its height and width alone; `grid` and
-`num_tokens` need no pixels. The families differ in how they choose the size and in how they order patches and the
-values of a patch:
+Height and width alone decide a picture's new size, and so its number of tokens; `grid` and `num_tokens` need no
+pixels. The families differ in how they choose the size, and in how they order patches and the values of a patch:
 
     Qwen2-VL to Qwen3.5   multiples of patch * merge, a number of pixels between two limits
-    GLM-4.1V to GLM-4.6V  the same, counted over the frames of a patch; a side below one token is raised to it first
-    Kimi-K2.5             never enlarged, at most so many patches, then padded with black; resized by Pillow as the
+    GLM-4.1V to GLM-4.6V  the same, counted over the frames of a patch; a side below one token is enlarged to one first
+    Kimi-K2.5             never enlarged, limited patches, then padded with black; resized by Pillow as the
                           model's own code does, while transformers uses torchvision here, which differs by a level
     Gemma-4               as large as the number of tokens allows
 
-Elsewhere: `decoder.py` decodes files; `model/encoders/` has the towers.
+Elsewhere: `decoder.py` decodes files; `model/encoders/` runs the towers.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ def require_ratio(height: int, width: int, kind: Kind) -> None:
     """Refuse a picture or video that Qwen's and GLM's processors refuse.
 
     Raises:
-        BadMedia: one side is more than 200 times as long as the other.
+        BadMedia: one side is more than 200 times the other.
     """
     if max(height, width) > _LONGEST_RATIO * min(height, width):
         raise BadMedia(
@@ -75,15 +74,15 @@ class PictureProcessor:
 
     patch_size: side of a patch.
     merge_size: side of the square of patches that becomes one token.
-    frames: how often a patch repeats the picture, because the tower takes several frames at once.
+    frames: how many times a patch repeats the picture, because the tower takes several frames at once.
     fit: chooses the size.
     order: how patches, and the values in a patch, are ordered:
         "merged": patches of a token together; values as [channels, frames, patch, patch];
         "planes": patches row by row; values as [channels, patch, patch];
         "pixels": patches row by row; values as [patch, patch, channels].
-    levels: float32 [3, 256], what each 8-bit value becomes in each channel.
-    most_tokens: the most tokens of a picture, if there is a cap below what the model would use or all pictures are
-        scaled to one number.
+    levels: float32 [3, 256]: the value of each 8-bit level in each channel.
+    most_tokens: the most tokens of a picture, if a cap lowers the model's own limit or all pictures are scaled to one
+        number of tokens.
     """
 
     patch_size: int
@@ -98,7 +97,7 @@ class PictureProcessor:
         """Return (1, rows, columns) of patches for a picture of this size.
 
         Raises:
-            BadMedia: the picture is too narrow for this model, or cannot be shrunk to the tokens it may take.
+            BadMedia: the picture is too narrow for this model, or cannot shrink to the allowed tokens.
         """
         return self._grid(self.fit.size(height, width))
 
@@ -122,7 +121,7 @@ class PictureProcessor:
         return self.patches(self.resize(pixels))
 
     def resize(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """The first half of `prepare`: uint8 [height, width, 3], resized and padded to whole patches."""
+        """Run the first half of `prepare`: return uint8 [height, width, 3], resized and padded to whole patches."""
         size = self.fit.size(*pixels.shape[:2])
         self._grid(size)
         resized = Image.fromarray(pixels).resize((size.width, size.height), Image.Resampling.BICUBIC)
@@ -131,7 +130,7 @@ class PictureProcessor:
         return canvas
 
     def patches(self, canvas: NDArray[np.uint8]) -> tuple[NDArray[np.float32], Grid]:
-        """The second half of `prepare`, from the result of `resize`."""
+        """Run the second half of `prepare`, on the result of `resize`."""
         rows, columns = canvas.shape[0] // self.patch_size, canvas.shape[1] // self.patch_size
         side, merge = self.patch_size, self.merge_size if self.order == "merged" else 1
         values = patch_values(canvas[None], side, merge, self.levels, self.frames)
@@ -155,9 +154,9 @@ class PictureProcessor:
 
 @dataclass(frozen=True, slots=True)
 class QwenFit:
-    """Multiples of `factor` whose product lies between two limits, and nearly the same shape.
+    """Chooses multiples of `factor` whose product lies between two limits, with nearly the same aspect ratio.
 
-    frames: how many frames the pixels are counted over: 1 for Qwen.
+    frames: the number of frames over which pixels are counted: 1 for Qwen.
     is_raised: GLM raises the shorter side to `factor` first.
     is_capped: `most_pixels` is a cap of ours, kept even where the reference would exceed it.
     """
@@ -175,7 +174,7 @@ class QwenFit:
             scale = max(factor / height, factor / width)
             height, width = int(height * scale), int(width * scale)
         require_ratio(height, width, "picture")
-        # Python's round: to the even one of two that are equally near.
+        # Python's round: halves go to the even neighbour.
         rows, columns = round(height / factor) * factor, round(width / factor) * factor
         if self.frames * rows * columns > self.most_pixels:
             rows, columns = self._shrunk(height, width)
@@ -195,7 +194,7 @@ class QwenFit:
 
 @dataclass(frozen=True, slots=True)
 class KimiFit:
-    """As large as it is, or shrunk to at most so many patches in all and on a side, then padded to whole tokens."""
+    """Keeps a picture's size, or shrinks it to the most patches in all and on a side; then pads to whole tokens."""
 
     patch_size: int
     merge_size: int
@@ -205,7 +204,7 @@ class KimiFit:
 
     def size(self, height: int, width: int) -> Size:
         size, most_patches = self._size(height, width, self.most_patches), self.most_patches
-        # Padding adds tokens, so how many patches keep a cap on tokens is found by trying.
+        # Padding adds tokens, so only trying shows how many patches respect a cap on tokens.
         while self.most_tokens is not None and self._num_tokens(size) > self.most_tokens and most_patches > 1:
             most_patches = most_patches * 63 // 64
             size = self._size(height, width, most_patches)
@@ -225,7 +224,7 @@ class KimiFit:
 
 @dataclass(frozen=True, slots=True)
 class GemmaFit:
-    """The largest multiples of `factor` of nearly the same shape that take at most `most_tokens`."""
+    """Chooses the largest multiples of `factor` that take at most `most_tokens`, with nearly the same aspect ratio."""
 
     factor: int
     most_tokens: int
@@ -245,12 +244,13 @@ class GemmaFit:
 def patch_values(
     canvases: NDArray[np.uint8], side: int, merge: int, levels: NDArray[np.float32], num_frames: int
 ) -> NDArray[np.float32]:
-    """The values of patches that cover `num_frames` frames: float32 [patches, channels, num_frames, side * side].
+    """Return the values of patches that cover `num_frames` frames: float32 [patches, channels, num_frames, side *
+    side].
 
     Args:
         canvases: uint8 [num_frames, height, width, 3], or one frame, which is repeated.
-        merge: patches of a square of this side lie together.
-        levels: as of `PictureProcessor`.
+        merge: patches of a square with this side lie together.
+        levels: see `PictureProcessor`.
     """
     given, rows, columns = len(canvases), canvases.shape[1] // side, canvases.shape[2] // side
     blocks = canvases.reshape(given, rows // merge, merge, side, columns // merge, merge, side, 3)
@@ -270,11 +270,11 @@ def read_picture_processor(
 
     Args:
         raw: the object in `preprocessor_config.json`, or in `processor_config.json`, where it is `image_processor`.
-        most_tokens: cap on the tokens of a picture; it lowers the model's own limit and never raises it.
+        most_tokens: cap on the tokens of a picture; the cap lowers the model's own limit and never raises it.
         where: the name of the file, for errors.
 
     Raises:
-        UnsupportedModel: the processor is none of those above, or has a setting that is not known.
+        UnsupportedModel: the processor is none of the above, or has an unknown setting.
         CheckpointError: a setting is malformed.
         UsageError: the cap is too low.
     """
@@ -339,7 +339,7 @@ def _pixel_limits(settings: Settings, limits: tuple[int, int], *, is_glm: bool) 
 
 
 def _read_kimi(settings: Settings, most_tokens: int | None) -> PictureProcessor:
-    own = settings.nested("media_proc_cfg")  # the form in the checkpoint's own code, with names of its own
+    own = settings.nested("media_proc_cfg")  # the version in the checkpoint's own code, with other names
     if own is not None:
         patch_size, merge_size = (
             own.integer("patch_size", None, most=256),
@@ -379,7 +379,7 @@ def _read_gemma(settings: Settings, most_tokens: int | None) -> PictureProcessor
     settings.fixed("max_soft_tokens", 280, *GEMMA_TOKENS)
     tokens = settings.integer("max_soft_tokens", 280)
     settings.fixed("do_resize", True)
-    settings.passed("image_seq_length", "size")  # not read by the reference either
+    settings.passed("image_seq_length", "size")  # the reference does not read it either
     if most_tokens is not None:
         allowed = [count for count in GEMMA_TOKENS if count <= min(tokens, most_tokens)]
         if not allowed:
@@ -399,7 +399,7 @@ def read_levels(
     *,
     is_normalized: bool,
 ) -> NDArray[np.float32]:
-    """float32 [3, 256]: each 8-bit value, scaled in float64 and normalised in float32, as the reference does."""
+    """Return float32 [3, 256]: each 8-bit level, scaled in float64 and normalised in float32, as the reference does."""
     settings.fixed("do_convert_rgb", True)
     settings.fixed("do_rescale", True)
     settings.fixed("do_center_crop", False)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 class Resampler:
     """Resamples one sound, piece by piece; the pieces have no effect on the result.
 
-    The result has ceil(samples * ratio) samples: soxr rounds, and librosa pads or cuts what soxr gives.
+    The result has ceil(samples * ratio) samples: soxr rounds, and librosa pads or cuts soxr's result.
     """
 
     def __init__(self, rate: float, wanted: float) -> None:

@@ -2,9 +2,9 @@
 
     uint8 [height, width, 3]  ->  columns, rounded to 8 bits  ->  rows, rounded to 8 bits  ->  uint8
 
-The filter is Keys' cubic (a = -0.5), widened when a frame shrinks, as Pillow's is. But torchvision's weights are 16-bit
-integers where Pillow's have 22 bits or more, so that some pixels differ by a level. Sums of such products are whole
-numbers below 2^53: float64 holds them exactly, whatever the order.
+The filter is Keys' cubic (a = -0.5), widened when a frame shrinks, like Pillow's. But torchvision's weights are 16-bit
+integers and Pillow's have 22 bits or more, so some pixels differ by a level. Sums of such products are whole numbers
+below 2^53: float64 holds them exactly, in any order.
 
 Elsewhere: pictures are scaled by Pillow itself (`pictures.py`).
 """
@@ -18,15 +18,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-# Places that are computed together: they read nearly the same inputs. With more of them a product would be large enough
-# for BLAS to start its threads, which then spin: twice the processor time on two cores, many times on many.
+# # Places computed together: they read nearly the same inputs. A larger product would make BLAS start its threads,
+# which then spin: twice the processor time on two cores, many times as much on many cores.
 _BLOCK = 8
 _ROWS_AT_ONCE = 64  # bounds the memory of float64 copies
 _MOST_BITS = 22
 
 
 class _Block(NamedTuple):
-    """Places of the result, the inputs that they read, and whole-number weights [places, inputs]."""
+    """Some places of the result, the inputs that they read, and whole-number weights [places, inputs]."""
 
     places: slice
     inputs: slice
@@ -73,7 +73,7 @@ def _rows_scaled(lines: NDArray[np.uint8], axis: _Axis) -> NDArray[np.uint8]:
 
 
 def _columns_scaled(lines: NDArray[np.uint8], axis: _Axis) -> NDArray[np.uint8]:
-    """Scale the second axis of [others, size, 3], each channel by itself, so that nothing is transposed but bytes."""
+    """Scale the second axis of [others, size, 3], each channel by itself, so that only bytes are transposed."""
     values = lines.transpose(2, 0, 1).astype(np.float64)
     out = np.empty((*values.shape[:2], axis.size), np.float64)
     for places, inputs, weights in axis.blocks:
@@ -82,7 +82,7 @@ def _columns_scaled(lines: NDArray[np.uint8], axis: _Axis) -> NDArray[np.uint8]:
 
 
 def _rounded(sums: NDArray[np.float64], unit: float) -> NDArray[np.uint8]:
-    """Sums in units, rounded to 8 bits; half a unit is added before the division, which rounds down."""
+    """Round sums in units to 8 bits: add half a unit, then divide and round down."""
     np.floor(np.divide(np.add(sums, unit / 2, out=sums), unit, out=sums), out=sums)
     return sums.clip(0, 255).astype(np.uint8)
 
@@ -114,7 +114,7 @@ def _axis(size: int, wanted: int) -> _Axis:
 
 
 def _unit(largest: float) -> float:
-    """The largest power of two, up to 2^22, with which the largest weight fits 16 bits."""
+    """Return the largest power of two, up to 2^22, with which the largest weight fits 16 bits."""
     bits = 0
     while bits < _MOST_BITS and int(0.5 + largest * (1 << (bits + 1))) < 1 << 15:
         bits += 1

@@ -1,9 +1,9 @@
-"""Read the settings of a processor key by key, so that none that changes the mathematics goes unnoticed.
+"""Read the settings of a processor key by key, so that no key that changes the mathematics goes unnoticed.
 
     the object in preprocessor_config.json  ->  Settings.integer("patch_size", 14), ...  ->  finish()
 
-A key that is null counts as absent, as in the reference processors. A key that was not read may change what the model
-sees, so the model is refused, naming the key.
+A null key counts as absent, as in the reference processors. An unread key may change what the model sees, so the model
+is refused and the error names the key.
 
 Elsewhere: `pictures.py` and `sounds.py` know the keys.
 """
@@ -14,18 +14,18 @@ from collections.abc import Mapping
 
 from argosy.errors import CheckpointError, UnsupportedModel
 
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # the first that exists counts
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # the first file that exists counts
 VIDEO_FILES = ("video_preprocessor_config.json", *PROCESSOR_FILES)
 
-# Keys of every processor that change nothing about values: names, layouts and containers of its own results, and
-# what belongs to switches that must be off.
+# # Keys of every processor that do not change values: names, layouts and containers of results, and parameters of
+# switches that must be off.
 _HARMLESS = frozenset({
     "_processor_class", "_valid_processor_keys", "auto_map", "crop_size", "data_format", "default_to_square", "device",
     "disable_grouping", "feature_extractor_type", "image_processor_type", "input_data_format", "pad_size",
     "processor_class", "return_attention_mask", "return_tensors", "transformers_version",
 })  # fmt: skip
 
-# Qwen3-Omni keeps the settings of pictures and of sounds in one object, so each reader passes the other's.
+# Qwen3-Omni keeps the settings of pictures and of sounds in one object, so each reader passes over the other's keys.
 PICTURE_KEYS = frozenset({
     "do_convert_rgb", "do_normalize", "do_rescale", "do_resize", "image_mean", "image_std", "max_pixels", "merge_size",
     "min_pixels", "patch_size", "resample", "rescale_factor", "size", "temporal_patch_size",
@@ -66,7 +66,7 @@ class Settings:
         return value
 
     def colour(self, name: str, default: tuple[float, float, float]) -> tuple[float, float, float]:
-        """Three numbers, one for each channel."""
+        """Read three numbers, one for each channel."""
         value = self._find(name, list(default))
         if not isinstance(value, list) or len(value) != 3 or not all(map(_is_number, value)):
             raise self._wrong(name, value, "a list of three numbers")
@@ -74,7 +74,7 @@ class Settings:
         return red, green, blue
 
     def nested(self, name: str) -> Settings | None:
-        """The settings inside `name`, with their own `finish()`; None if there are none."""
+        """Return the settings inside `name`, with their own `finish()`, or None if there are none."""
         value = self._find(name, None)
         if value is None:
             return None
@@ -83,7 +83,7 @@ class Settings:
         return Settings(value, f"{self._where}: {name}")
 
     def fixed(self, name: str, *supported: object) -> None:
-        """Accept a key only with a value that is supported; an absent one has it."""
+        """Accept a key only with a supported value; an absent key is accepted."""
         self._asked.add(name)
         value = self._raw.get(name, supported[0])
         if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in supported):
@@ -99,7 +99,7 @@ class Settings:
         self._asked.update(names)
 
     def finish(self, others: frozenset[str] = frozenset()) -> None:
-        """Refuse every key that was not read, except `others`.
+        """Refuse every unread key, except `others`.
 
         Raises:
             UnsupportedModel: names the key.
@@ -129,7 +129,7 @@ def _is_number(value: object) -> bool:
 
 
 def _shown(value: object) -> str:
-    """A value in an error, short and on one line."""
+    """Format a value for an error, short and on one line."""
     text = (
         {None: "null", True: "true", False: "false"}.get(value)
         if isinstance(value, bool | None)

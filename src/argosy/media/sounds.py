@@ -3,10 +3,10 @@
     float32 [samples]  ->  windows of a Fourier transform  ->  mel bands  ->  log10, at most 80 dB below the loudest
                        ->  float32 [bands, frames]
 
-Whisper always hears 30 seconds: shorter sounds are padded with silence, and longer ones cut. Others hear a sound
-at its own length, some with silence behind it.
+Whisper always hears 30 seconds: shorter sounds are padded with silence, and longer ones cut. Other encoders hear a
+sound at its own length, some followed by silence.
 
-Elsewhere: `decoder.py` decodes and resamples; `model/encoders/` has the encoders.
+Elsewhere: `decoder.py` decodes and resamples; `model/encoders/` runs the encoders.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from argosy.errors import BadMedia, UnsupportedModel
 from argosy.media.settings import PICTURE_KEYS, Settings
 
 _FLOOR = 1e-10  # the least power of a band
-_RANGE = 8.0  # powers of ten below the loudest that are told apart
+_RANGE = 8.0  # dynamic range: powers of ten below the loudest
 _FRAMES_AT_ONCE = 1024  # bounds the memory of the transform
 Padding = Literal["none", "silence", "chunk"]
 _TOP_HERTZ = 8000.0  # upper end of the highest band
@@ -32,12 +32,12 @@ _TOP_HERTZ = 8000.0  # upper end of the highest band
 class SoundProcessor:
     """Makes log-mel features from samples.
 
-    rate: samples per second that it wants.
+    rate: samples per second of the input.
     num_bands: mel bands.
     window: samples of a window, an even number.
     hop: samples from one frame to the next.
-    chunk_samples: every sound is padded or cut to this; None: a sound has its own length.
-    is_followed: silence follows a sound of its own length, as far as the last frame that hears it.
+    chunk_samples: every sound is padded or cut to this; None: a sound keeps its own length.
+    is_followed: silence follows a sound that keeps its length, up to the last frame that hears the sound.
     filters: float64 [frequencies, bands].
     """
 
@@ -50,11 +50,13 @@ class SoundProcessor:
     filters: NDArray[np.float64] = field(repr=False, compare=False)
 
     def num_frames(self, num_samples: int) -> int:
-        """Return the number of frames of a sound; where nothing follows it, a rest shorter than a hop makes none."""
+        """Return the number of frames of a sound; if nothing follows it, a remainder shorter than a hop makes no
+        frame.
+        """
         return self._samples_read(num_samples) // self.hop
 
     def _samples_read(self, num_samples: int) -> int:
-        """Samples that features are made from."""
+        """Return the number of samples from which features are made."""
         if self.chunk_samples is not None:
             return self.chunk_samples
         return (
@@ -62,10 +64,10 @@ class SoundProcessor:
         )
 
     def working_bytes(self, num_samples: int) -> int:
-        """Most bytes that `prepare` allocates, its result included."""
+        """Return the most bytes that `prepare` allocates, its result included."""
         frequencies = self.window // 2 + 1
         piece = _FRAMES_AT_ONCE * 8 * (self.window + 5 * frequencies + 2 * self.num_bands)
-        # The samples, padded, and mirrored at their ends; features as they are, and while they are limited.
+        # The samples, padded, and mirrored at their ends; the features, and a copy while they are limited.
         return (
             4 * (2 * self._samples_read(num_samples) + 3 * self.num_frames(num_samples) * self.num_bands)
             + piece
@@ -96,7 +98,7 @@ class SoundProcessor:
         return np.asarray(_scaled(np.maximum(mel, mel.max() - np.float32(_RANGE))), np.float32)
 
     def _log_bands(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Log10 of the power in each band: [bands, frames]; frames are centred on multiples of `hop`."""
+        """Return log10 of the power in each band: [bands, frames]; frames are centred on multiples of `hop`."""
         mirrored = np.pad(samples, self.window // 2, mode="reflect")
         hann = np.hanning(self.window + 1)[:-1]
         num_frames = samples.size // self.hop
@@ -115,7 +117,7 @@ def _scaled(log_power: Any) -> Any:
 
 
 def silence_after(features: NDArray[np.float32]) -> np.float32:
-    """The value of frames of silence in a sound whose features [bands, frames] are these."""
+    """Return the value of silent frames in a sound with these features [bands, frames]."""
     return max(features.max() - np.float32(_RANGE / 4), np.float32(_scaled(np.log10(_FLOOR))))
 
 
@@ -126,12 +128,13 @@ def read_sound_processor(
 
     Args:
         raw: the object in `preprocessor_config.json`, or in `processor_config.json`, where it is `feature_extractor`.
-        padding: "chunk": every sound fills `chunk_length` seconds, as for Whisper; "silence": zeros follow it as far as
-            a frame hears it, for towers that fill their windows with silence themselves; "none": as for Qwen3-Omni.
+        padding: "chunk": every sound fills `chunk_length` seconds, as for Whisper; "silence": zeros follow a sound up
+            to the last frame that hears it, for towers that fill their windows with silence themselves; "none": as for
+            Qwen3-Omni.
         where: the name of the file, for errors.
 
     Raises:
-        UnsupportedModel: the processor is another one, or has a setting that is not known.
+        UnsupportedModel: the processor is another one, or has an unknown setting.
         CheckpointError: a setting is malformed.
     """
     inner = raw.get("feature_extractor")
@@ -155,7 +158,7 @@ def read_sound_processor(
     settings.fixed("padding_side", "right")
     settings.fixed("dither", 0)
     settings.fixed("do_normalize", False)
-    # How a batch is padded, and what the extractor computes from those above.
+    # How a batch is padded, and values that the extractor computes from those above.
     settings.passed("truncation", "padding", "max_length", "n_samples", "nb_max_frames", "mel_filters")
     settings.finish(PICTURE_KEYS)
     if window % 2:
@@ -171,7 +174,7 @@ def read_sound_processor(
 
 
 def _mel_filters(rate: int, num_bands: int, window: int) -> NDArray[np.float64]:
-    """Slaney's triangles, each of area one: float64 [frequencies, bands]."""
+    """Return Slaney's triangles, each of area one: float64 [frequencies, bands]."""
     corners = _hertz(np.linspace(0.0, _mel(_TOP_HERTZ), num_bands + 2))
     frequencies = np.linspace(0, rate // 2, window // 2 + 1)
     slopes = corners - frequencies[:, None]  # [frequencies, bands + 2]
@@ -186,7 +189,7 @@ _MEL_PER_E = 27.0 / np.log(6.4)
 
 
 def _mel(hertz: float) -> float:
-    """Only above the break, where the highest band ends."""
+    """Convert a frequency above the break, where the highest band ends, to mel."""
     return _BREAK_MEL + float(np.log(hertz / _BREAK_HERTZ) * _MEL_PER_E)
 
 

@@ -36,17 +36,17 @@ LANGUAGE_NAMES: Mapping[str, str] = {
 class TranscriptOptions:
     """How a sound is transcribed; the defaults are those of openai-whisper.
 
-    language: a code that the checkpoint knows, such as `de`; None: what is heard in the first window.
+    language: a code that the checkpoint knows, such as `de`; None: detected in the first window.
     task: `translate` writes English.
-    prompt: text that came before, for names and style; only its last tokens are seen.
-    temperature: 0 takes the likeliest token, and tries 0.2, 0.4 .. 1.0 for a window whose result looks wrong.
+    prompt: preceding text, for names and style; the model sees only its last tokens.
+    temperature: 0 takes the likeliest token, then tries 0.2, 0.4 .. 1.0 for a window whose result looks wrong.
     has_timestamps: segments have times; without them, each window is one segment.
     is_conditioned: a window sees the text of the windows before it.
     compression_ratio_threshold: a result that compresses better than this repeats itself; None: never.
     logprob_threshold: a result whose tokens are less likely on average looks wrong; None: never.
-    no_speech_threshold: a window that looks wrong, and is silent with a higher probability than this, is passed over;
-        None: never.
-    seed: for choices at temperatures above zero.
+    no_speech_threshold: a window that looks wrong and is silent with a higher probability than this is skipped; None:
+        never.
+    seed: for sampling at temperatures above zero.
     """
 
     language: str | None = None
@@ -65,9 +65,9 @@ class TranscriptOptions:
 class Segment:
     """A piece of a transcript.
 
-    window_start_s: where the window that it was heard in begins.
+    window_start_s: the start of the window that contains the segment.
     token_ids: as decoded, timestamps included.
-    temperature, average_logprob, compression_ratio, no_speech_probability: values of the window that it is part of.
+    temperature, average_logprob, compression_ratio, no_speech_probability: values of that window.
     """
 
     window_start_s: float
@@ -83,7 +83,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transcript:
-    """A transcript of speech. `text` is all segments together; `language` a code such as `en`."""
+    """A transcript of speech. `text` joins all segments; `language` is a code such as `en`."""
 
     text: str
     language: str
@@ -93,7 +93,7 @@ class Transcript:
 
 
 def as_srt(transcript: Transcript) -> str:
-    """SubRip subtitles."""
+    """Format SubRip subtitles."""
     blocks = [
         f"{number}\n{_clock(one.start_s, ',')} --> {_clock(one.end_s, ',')}\n{_one_line(one.text)}\n"
         for number, one in enumerate(transcript.segments, start=1)
@@ -102,7 +102,7 @@ def as_srt(transcript: Transcript) -> str:
 
 
 def as_vtt(transcript: Transcript) -> str:
-    """WebVTT subtitles."""
+    """Format WebVTT subtitles."""
     blocks = [
         f"{_clock(one.start_s, '.')} --> {_clock(one.end_s, '.')}\n{_one_line(one.text)}\n"
         for one in transcript.segments
@@ -111,7 +111,9 @@ def as_vtt(transcript: Transcript) -> str:
 
 
 def as_dict(transcript: Transcript) -> dict[str, object]:
-    """The object that OpenAI's API calls `verbose_json`. The language has its name, or its code if we know no name."""
+    """Return the object that OpenAI's API calls `verbose_json`, with the language's name, or its code if that is
+    unknown.
+    """
     return {
         "task": transcript.task,
         "language": LANGUAGE_NAMES.get(transcript.language, transcript.language),
@@ -151,5 +153,5 @@ def _clock(seconds: float, point: str) -> str:
 
 
 def _one_line(text: str) -> str:
-    """An empty line or an arrow would end a subtitle."""
+    """Remove empty lines and arrows, which would end a subtitle."""
     return " ".join(text.split()).replace("-->", "->")

@@ -3,9 +3,9 @@
     frames in the file, rate  ->  sample  ->  indices  ->  resize  ->  groups of frames  ->  patches, grid
                                      └──────────────────────────────────────────────────>  times  ->  texts of groups
 
-A tower takes a group of frames at once, two for Qwen and GLM, four for Kimi, one for Gemma. In most families text with
-its time stands around each group, so a video becomes many short spans. How many tokens it takes follows from the number
-of frames, the rate, and height and width; `num_tokens` needs no pixels.
+A tower takes a group of frames at once: two for Qwen and GLM, four for Kimi, one for Gemma. In most families text with
+the time surrounds each group, so a video becomes many short spans. The number of frames, the rate, the height and the
+width decide how many tokens a video takes; `num_tokens` needs no pixels.
 
     Qwen3-VL, Qwen3.5     2 frames a second, 4 to 768 of them; pixels counted over all frames; <1.2 seconds>
     Qwen3-Omni            the same rate; pixels counted in each frame; no text: time is in the rotary positions
@@ -14,7 +14,7 @@ of frames, the rate, and height and width; `num_tokens` needs no pixels.
     Kimi-K2.5             2 frames a second; each frame as a picture, four in a group; hours:minutes:seconds before it
     Gemma-4               32 frames of the whole video, each as a picture of 70 tokens; minutes:seconds before it
 
-Elsewhere: `frames.py` finds the frames in a file; `resize.py` scales them; pictures are `pictures.py`.
+Elsewhere: `frames.py` finds the frames in a file; `resize.py` scales them; `pictures.py` prepares pictures.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Texts(NamedTuple):
 class VideoFit(Protocol):
     """Chooses the size of all frames.
 
-    most_pixels: a cap of ours on the pixels of all frames together; None: the model's own limit alone.
+    most_pixels: our cap on the pixels of all frames together; None: only the model's own limit applies.
     """
 
     def size(self, num_frames: int, height: int, width: int, most_pixels: int | None) -> Size: ...
@@ -75,15 +75,15 @@ class VideoProcessor:
     patch_size: side of a patch.
     merge_size: side of the square of patches that becomes one token.
     group_frames: frames of a group.
-    are_joined: a patch covers all frames of a group; otherwise each frame has patches of its own.
+    are_joined: a patch covers all frames of a group; otherwise each frame has its own patches.
     fit: chooses the size.
-    sample: the indices of frames, in order, from the number of frames and their rate; some may come twice.
-    label: the texts of a group, from the times of its first and its last frame.
+    sample: chooses the indices of frames, in order, from the number of frames and their rate; some may repeat.
+    label: makes the texts of a group from the times of its first and its last frame.
     surroundings: the text that the chat template writes around a video's placeholder, replaced by the texts of groups.
     levels: float32 [3, 256], what each 8-bit value becomes in each channel.
-    order: order of values in a patch: "planes": channels, frames, then pixels; "pixels": each with its channels.
-    between: stands before the texts of all groups but the first.
-    most_tokens, most_group_tokens: caps on the tokens of a video and of a group, below what the model would use.
+    order: order of values in a patch: "planes": channels, frames, then pixels; "pixels": each pixel with its channels.
+    between: precedes the texts of all groups but the first.
+    most_tokens, most_group_tokens: caps on the tokens of a video and of a group, below the model's own limits.
     """
 
     patch_size: int
@@ -101,29 +101,29 @@ class VideoProcessor:
     most_group_tokens: int | None = None
 
     def num_groups(self, num_frames: int) -> int:
-        """Groups of so many frames that were sampled; the last one may have fewer."""
+        """Return the number of groups of `num_frames` sampled frames; the last group may be smaller."""
         return -(-num_frames // self.group_frames)
 
     def groups(self, num_frames: int) -> list[range]:
-        """The frames of each group, among those that were sampled."""
+        """Return the frames of each group, among the sampled frames."""
         size = self.group_frames
         return [range(start, min(start + size, num_frames)) for start in range(0, num_frames, size)]
 
     def num_tokens(self, num_frames: int, height: int, width: int) -> int:
-        """Tokens of a video of which so many frames were sampled.
+        """Return the tokens of a video with `num_frames` sampled frames.
 
         Raises:
-            BadMedia: it is too narrow for this model, or its frames cannot be shrunk to the tokens it may take.
+            BadMedia: the video is too narrow for this model, or its frames cannot shrink to the allowed tokens.
         """
         return self._num_tokens(num_frames, self.size(num_frames, height, width))
 
     def size(self, num_frames: int, height: int, width: int) -> Size:
-        """The size of all frames after resizing; raises what `num_tokens` raises."""
+        """Return the size of all frames after resizing. Raises what `num_tokens` raises."""
         size = self.fit.size(num_frames, height, width, None)
         most = self._most_tokens(num_frames)
         if most is None or self._num_tokens(num_frames, size) <= most:
             return size
-        # Sizes are rounded to whole tokens, so how many pixels keep the cap is found by trying.
+        # Sizes are rounded to whole tokens, so only trying shows how many pixels respect the cap.
         most_pixels = most * (self.patch_size * self.merge_size) ** 2 * self.group_frames
         while most_pixels:
             size = self.fit.size(num_frames, height, width, most_pixels)
@@ -141,13 +141,13 @@ class VideoProcessor:
         )
 
     def resize(self, frames: Iterable[Frames], count: int, request: RequestMedia | None = None) -> Frames:
-        """Scale and pad frames [height, width, 3], which come one by one.
+        """Scale and pad frames [height, width, 3], which arrive one by one.
 
         Args:
-            request: refuses the video after its first frame if it has too many tokens, and counts the time of scaling.
+            request: refuses a video with too many tokens after its first frame, and counts the time of scaling.
 
         Returns:
-            uint8 [frames, padded height, padded width, 3]; fewer than `count` frames if no more come.
+            uint8 [frames, padded height, padded width, 3]; fewer than `count` frames if no more arrive.
 
         Raises:
             BadMedia: as `num_tokens`; or the frames differ in size.
@@ -168,11 +168,11 @@ class VideoProcessor:
             with nullcontext() if request is None else request.work():
                 canvases[made, : size.height, : size.width] = resizer.resize(frame)
             made += 1
-            del frame  # so that it is gone before the next one comes
+            del frame  # frees the frame before the next one arrives
         return canvases[:made]
 
     def texts(self, times: Sequence[float]) -> list[Texts]:
-        """The texts of each group, from the times of the frames that were sampled, in seconds."""
+        """Return the texts of each group, from the times of the sampled frames, in seconds."""
         first, *others = (self.label(times[group[0]], times[group[-1]]) for group in self.groups(len(times)))
         return [first, *(Texts(self.between + before, after) for before, after in others)]
 
@@ -180,7 +180,7 @@ class VideoProcessor:
         """Make the patches of one group.
 
         Args:
-            canvases: its part of what `resize` returns.
+            canvases: the group's part of the result of `resize`.
 
         Returns:
             float32 [patches, values], and the grid (frames, rows, columns).
@@ -199,7 +199,7 @@ class VideoProcessor:
         return made.reshape(rows * columns, -1), self.grid(canvases)
 
     def grid(self, canvases: Frames) -> Grid:
-        """The grid of one group."""
+        """Return the grid of one group."""
         rows, columns = canvases.shape[1] // self.patch_size, canvases.shape[2] // self.patch_size
         return 1 if self.are_joined else len(canvases), rows, columns
 
@@ -216,9 +216,9 @@ class VideoProcessor:
 
 @dataclass(frozen=True, slots=True)
 class ClipFit:
-    """Qwen3-VL and GLM: a number of pixels between two limits, counted over all frames.
+    """Qwen3-VL and GLM: keeps the pixels of all frames together between two limits.
 
-    most_frame_tokens: cap on the tokens of a frame that the processor's own settings ask for.
+    most_frame_tokens: cap on the tokens of a frame, from the processor's own settings.
     """
 
     factor: int
@@ -313,7 +313,7 @@ def _sample_starts(
     count = (
         math.floor(min(max(num_frames / rate * per_second, fewest), most, num_frames) / multiple) * multiple
     )
-    if not count:  # fewer frames than a group has
+    if not count:  # fewer frames than a group needs
         return np.arange(num_frames)
     return (np.arange(count) * (num_frames / count)).astype(np.float32).astype(np.int64)
 
@@ -325,7 +325,7 @@ def _sample_parts(num_frames: int, rate: float, *, per_second: float) -> Indices
 
 
 def _sample_number(num_frames: int, rate: float, *, count: int) -> Indices:
-    """Gemma: the first frame of so many equal parts."""
+    """Gemma: the first frame of each of `number` equal parts."""
     count = min(count, num_frames)
     return np.arange(count) * num_frames // count
 
@@ -343,13 +343,13 @@ def _sample_seconds(num_frames: int, rate: float, *, per_second: float, most_sec
     return _even(wanted)
 
 
-_GLM_RATES = ((30, 3.0), (300, 1.0), (2400, 0.5))  # up to so many seconds: groups per second
+_GLM_RATES = ((30, 3.0), (300, 1.0), (2400, 0.5))  # (most seconds, groups per second)
 _GLM_MOST_FRAMES = 640
 _GEMMA_MOST_FRAMES = 1024
 
 
 def _sample_by_length(num_frames: int, rate: float, *, group_frames: int) -> Indices:
-    """GLM-4.6V: fewer frames a second of a longer video; an even number of frames."""
+    """GLM-4.6V: fewer frames a second for a longer video; an even number of frames."""
     seconds = num_frames / rate
     counted = min(seconds, _GLM_RATES[-1][0])
     per_second = next(rate for longest, rate in _GLM_RATES if counted <= longest)
@@ -373,7 +373,7 @@ def _sample_by_length(num_frames: int, rate: float, *, group_frames: int) -> Ind
 
 
 def _even(wanted: Iterable[int]) -> Indices:
-    """Without repetitions, but with the last frame twice if their number is odd."""
+    """Remove repetitions, but repeat the last frame if their number is odd."""
     once = list(dict.fromkeys(wanted))
     return np.array(once + once[-1:] * (len(once) % 2), np.int64)
 
@@ -421,11 +421,11 @@ def read_video_processor(
     Args:
         raw: the object in `video_preprocessor_config.json`; in `processor_config.json`, where it is `video_processor`;
             or in `preprocessor_config.json`, where Qwen3-Omni and Kimi keep the settings of pictures and videos.
-        most_tokens, most_group_tokens: caps; they lower the model's own limits and never raise them.
+        most_tokens, most_group_tokens: caps that lower the model's own limits and never raise them.
         where: the name of the file, for errors.
 
     Raises:
-        UnsupportedModel: the processor is none of those above, or has a setting that is not known.
+        UnsupportedModel: the processor is none of the above, or has an unknown setting.
         CheckpointError: a setting is malformed.
     """
     inner = raw.get("video_processor")
@@ -445,7 +445,7 @@ def read_video_processor(
             supported=list(_READERS),
         )
     settings = Settings(raw, where)
-    # These keys describe pictures and returned objects, or switch sampling off; Argosy always samples frames.
+    # These keys describe pictures and returned objects, or turn off sampling; Argosy always samples frames.
     settings.passed(
         "image_processor_type", "video_processor_type", "do_sample_frames", "return_metadata", "num_frames"
     )
@@ -494,7 +494,7 @@ def _read_qwen3_vl(settings: Settings, caps: dict[str, Any]) -> VideoProcessor:
 
 def _read_omni(settings: Settings, caps: dict[str, Any]) -> VideoProcessor:
     patch_size, merge_size, frames = _patch_settings(settings, 14)
-    # Qwen3-Omni's processor has limits of its own for video, whatever the file says.
+    # Qwen3-Omni's processor uses its own limits for video, whatever the file says.
     settings.passed("size", "min_pixels", "max_pixels", "use_token_compression", "max_video_tokens")
     settings.fixed("cap_pixels_per_frame", False)
     fit = FrameFit(QwenFit(patch_size * merge_size, 128 * 32 * 32, 768 * 32 * 32))
@@ -528,7 +528,7 @@ def _read_glm(settings: Settings, caps: dict[str, Any], *, is_46: bool = False) 
 
 
 def _read_kimi(settings: Settings, caps: dict[str, Any]) -> VideoProcessor:
-    own = settings.nested("media_proc_cfg")  # the form in the checkpoint's own code, with names of its own
+    own = settings.nested("media_proc_cfg")  # the version in the checkpoint's own code, with other names
     if own is not None:
         patch_size, merge_size = (
             own.integer("patch_size", None, most=256),
@@ -574,7 +574,7 @@ def _read_gemma(settings: Settings, caps: dict[str, Any]) -> VideoProcessor:
     settings.fixed("max_soft_tokens", 70, *GEMMA_TOKENS)
     tokens = settings.integer("max_soft_tokens", 70)
     fit = GemmaClipFit(GemmaFit(patch_size * merge_size, tokens))
-    if caps["most_group_tokens"] is not None:  # the cap alone would count in the memory plan
+    if caps["most_group_tokens"] is not None:  # otherwise the memory plan would count only the cap
         caps = {**caps, "most_group_tokens": min(tokens, caps["most_group_tokens"])}
     settings.fixed("fps", None)
     settings.passed("size")  # not read by the reference either

@@ -2,15 +2,15 @@
 
     stdin: one JSON request and the bytes of a file  ->  decode  ->  stdout: one JSON answer and the pixels or samples
 
-Of a picture it first tells the size, and decodes it only if `true` comes back.
+For a picture, the worker first reports the size, and decodes only if `true` comes back.
 
-A file is data from a stranger, and decoders are written in C. So this process has no files, no network and little
-memory, and a fresh allowance of processor time for each request; when it is used up, the kernel ends the process. The
-answer says what was found in numbers and names of our own; no text of a library leaves this process.
+A file is data from a stranger, and decoders are written in C. So this process has no files, no network, little memory,
+and a fresh allowance of processor time for each request; when the allowance is used up, the kernel ends the process.
+An answer consists of numbers and our own names; no text from a library leaves this process.
 
-Pictures are PNG, JPEG, WEBP and GIF, told apart by their first bytes; of several frames the first is taken. Orientation
-is applied as EXIF says, and transparent parts become white, as in the reference processors. Rows are converted to RGB
-and sent piece by piece, so that one decoded copy is all the memory that a picture takes.
+Pictures are PNG, JPEG, WEBP and GIF, told apart by their first bytes; only the first of several frames counts. EXIF
+orientation is applied, and transparent parts become white, as in the reference processors. Rows are converted to RGB
+and sent piece by piece, so a picture takes no more memory than one decoded copy.
 
 Sounds are WAV, MP3, FLAC and OGG Vorbis, mixed to one channel by their mean and resampled.
 
@@ -47,8 +47,8 @@ from PIL import (
 from argosy.confine import forbid_files, limit_memory, limit_resource, virtual_bytes
 from argosy.media.resample import Resampler
 
-_IDLE_SECONDS = 10.0  # after this the process ends and frees its memory; the next request starts another
-# Processor time: one second for any file, and this much for large ones whose size is within the limits.
+_IDLE_SECONDS = 10.0  # then the process ends and frees its memory; the next request starts a new one
+# Processor time: one second for any file, and this much more for the largest allowed files.
 _CPU_SECONDS = 1.0
 _CPU_SECONDS_PER_MEGAPIXEL = 0.1
 _CPU_SECONDS_PER_SECOND = 0.01  # CPU time for each second of sound
@@ -59,12 +59,12 @@ _SLACK_BYTES = 16 << 20  # for pieces, tables and the decoders' buffers
 
 # A Pillow image takes a byte, two bytes or four bytes per pixel, by its mode.
 _BYTES_PER_PIXEL = {"1": 1, "L": 1, "P": 1, "I;16": 2}
-# The decoder for animations holds two canvases, then come a copy of the frame and the image itself; a lossless frame
-# is decoded by way of one more copy.
+# # The decoder for animations holds two canvases, a copy of the frame and the image itself; a lossless frame needs one
+# more copy.
 _WEBP_BYTES_PER_PIXEL = 20
 # A block of 64 pixels takes at least one bit.
 _MOST_PIXELS_PER_JPEG_BYTE = 512
-# All coefficients of a progressive JPEG are held, two bytes each.
+# A progressive JPEG keeps all of its coefficients, two bytes each.
 _COEFFICIENT_BYTES = 2
 
 _PNG, _JPEG, _RIFF = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF"
@@ -80,7 +80,7 @@ _SOUNDS: dict[str, Callable[[bytes], miniaudio.SoundFileInfo]] = {
     "FLAC": miniaudio.flac_get_info,
     "OGG": miniaudio.vorbis_get_info,
 }
-# Chunks of a PNG that may say how it is turned, and may come after its pixels.
+# PNG chunks that may give the orientation, and may come after the pixels.
 _PNG_TEXTS = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 
 _T = Image.Transpose
@@ -96,7 +96,7 @@ _TURNS = {
 
 
 class Refused(Exception):
-    """The file is refused; `reason` is one of the names that `decoder.py` knows, with the numbers of its sentence."""
+    """The file is refused; `reason` is a name that `decoder.py` knows, with the numbers for its sentence."""
 
     def __init__(self, reason: str, **facts: float) -> None:
         super().__init__(reason)
@@ -105,7 +105,7 @@ class Refused(Exception):
 
 
 class Answer(NamedTuple):
-    """shape: of the array that the pieces make."""
+    """shape: the shape of the array that the pieces form."""
 
     shape: tuple[int, ...]
     pieces: Iterator[bytes | memoryview]
@@ -118,7 +118,7 @@ class Picture:
     """A picture whose header was read.
 
     Attributes:
-        height, width: as they will be after decoding, from the header alone if the format allows.
+        height, width: the size after decoding, from the header alone if the format allows.
     """
 
     def __init__(self, data: bytes, limits: dict[str, Any]) -> None:
@@ -150,9 +150,9 @@ class Picture:
 
 
 def _open_picture(data: bytes, limits: dict[str, Any]) -> ImageFile.ImageFile:
-    """Read the header, check the size it declares, and allow the time that a picture of this size takes."""
+    """Read the header, check the declared size, and allow the time that a picture of this size takes."""
     name = _picture_format(data)
-    if name == "WEBP":  # its reader makes a canvas at once
+    if name == "WEBP":  # its reader allocates a canvas at once
         _check_size(*_webp_size(data), _WEBP_BYTES_PER_PIXEL, len(data), limits)
     try:
         image = _READERS[name](io.BytesIO(data))
@@ -168,7 +168,7 @@ def _open_picture(data: bytes, limits: dict[str, Any]) -> ImageFile.ImageFile:
         bytes_per_pixel = _WEBP_BYTES_PER_PIXEL
     _check_size(image.width, image.height, bytes_per_pixel, len(data), limits)
     if name == "JPEG" and image.width * image.height > _MOST_PIXELS_PER_JPEG_BYTE * len(data):
-        raise Refused("damaged")  # the decoder would fill what is missing with grey
+        raise Refused("damaged")  # the decoder would fill the missing part with grey
     _allow_seconds(max(_CPU_SECONDS, _CPU_SECONDS_PER_MEGAPIXEL * image.width * image.height / 1e6))
     return image
 
@@ -186,7 +186,7 @@ def _picture_format(data: bytes) -> str:
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
-    """Width and height in the header of a WEBP: of the canvas, of a lossy frame or of a lossless one."""
+    """Return width and height from a WEBP header: of the canvas, of a lossy frame or of a lossless frame."""
     chunk, rest = data[12:16], data[20:30]
     if len(rest) < 10:
         raise Refused("damaged")
@@ -211,22 +211,22 @@ def _check_size(
 
 
 def _orientation(image: ImageFile.ImageFile, *, is_in_header: bool) -> int:
-    """How the picture is turned, 1 to 8, as EXIF numbers it; 1 if it does not say so or cannot be read."""
+    """Return the picture's orientation, 1 to 8 as in EXIF; 1 if it is absent or unreadable."""
     try:
-        # A PNG's own `getexif` decodes the pixels first, to reach what comes after them.
+        # A PNG's own `getexif` decodes the pixels first, to reach the chunks after them.
         exif = Image.Image.getexif(image) if is_in_header else image.getexif()
         found = exif.get(ExifTags.Base.Orientation, 1)
     except MemoryError:
         raise
     except Exception:
-        if not is_in_header:  # it is the pixels that cannot be read
+        if not is_in_header:  # the pixels cannot be read
             raise Refused("damaged") from None
         return 1
     return found if type(found) is int and found in _TURNS else 1
 
 
 def _rows(image: Image.Image, orientation: int, height: int, width: int) -> Iterator[bytes]:
-    """Yield the rows of the turned picture as RGB, some at a time, each from its own box of the decoded image."""
+    """Yield the rows of the oriented picture as RGB, some at a time, each from its own box of the decoded image."""
     right, bottom = image.size
     num_rows = max(1, _PIECE_BYTES // (3 * width))
     for top in range(0, height, num_rows):
@@ -246,7 +246,7 @@ def _rows(image: Image.Image, orientation: int, height: int, width: int) -> Iter
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """As `convert_to_rgb` of the reference processors: on white where it is transparent, else Pillow's conversion."""
+    """Convert as the reference's `convert_to_rgb` does: transparency on white, otherwise Pillow's conversion."""
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
@@ -271,7 +271,7 @@ def decode_sound(data: bytes, limits: dict[str, Any], rate: int) -> Answer:
         raise Refused("channels", found=info.nchannels, needed=_MOST_CHANNELS)
     if not limits["lowest_rate"] <= info.sample_rate <= limits["highest_rate"]:
         raise Refused("rate", found=info.sample_rate)
-    # A length of 0 means that it is unknown.
+    # A length of 0 means unknown.
     declared, most = info.num_frames, int(limits["sound_s"] * info.sample_rate)
     if declared > most:
         raise Refused("length", found=declared / info.sample_rate)
@@ -307,12 +307,12 @@ def _sound_format(data: bytes) -> str:
 
 
 def _check_wav(data: bytes) -> None:
-    """Refuse a WAV whose samples are cut off; its decoder would return those that are there."""
+    """Refuse a truncated WAV; its decoder would return the samples that remain."""
     at = 12
     while at + 8 <= len(data):
         size = int.from_bytes(data[at + 4 : at + 8], "little")
         if data[at : at + 4] == b"data":
-            # Programs that write to a pipe cannot know the size, and write this instead.
+            # Programs that write to a pipe do not know the size, and write this instead.
             if at + 8 + size > len(data) and size != 0xFFFFFFFF:
                 raise Refused("damaged")
             return
@@ -321,7 +321,7 @@ def _check_wav(data: bytes) -> None:
 
 
 def _is_eight_bits(name: str, data: bytes) -> bool:
-    """Whether it is a WAV of plain bytes, not of logarithms in 8 bits."""
+    """Whether the file is a WAV of plain bytes, not of 8-bit logarithms."""
     at = data.find(b"fmt ", 12)
     tag, bits = data[at + 8 : at + 10], data[at + 22 : at + 24]
     return name == "WAV" and at > 0 and tag in (b"\1\0", b"\xfe\xff") and bits == b"\x08\0"
@@ -344,13 +344,13 @@ def _pieces(data: bytes, info: miniaudio.SoundFileInfo, is_eight_bits: bool) -> 
 
 
 def _allow_seconds(seconds: float) -> None:
-    """Let the process use this much processor time from now on; then the kernel ends it."""
+    """Let the process use this much processor time from now on; the kernel then ends it."""
     signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def _warm_up() -> None:
-    """Decode what makes Pillow load all of its parts, which is impossible later without opening a file."""
-    assert MpoImagePlugin  # a JPEG with several pictures asks for it
+    """Decode samples that make Pillow load all of its plugins, which later would need files."""
+    assert MpoImagePlugin  # needed for a JPEG with several pictures
     Image.preinit()
     limits = {
         "side": 9,
@@ -396,7 +396,7 @@ def _say(sink: BinaryIO, header: dict[str, Any], pieces: Iterable[bytes | memory
 
 
 def main() -> None:
-    """Answer requests until stdin ends or none has come for a while."""
+    """Answer requests until stdin ends or no request arrives for a while."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is for the process that waits for the answer
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     # A signal that the parent blocks would be blocked here too.
@@ -419,7 +419,7 @@ def main() -> None:
         limit_memory(ready_bytes + request["limits"]["decode_bytes"])
         _allow_seconds(_CPU_SECONDS)
         _serve(source, sink, request)
-        _allow_seconds(0)  # no limit while it waits
+        _allow_seconds(0)  # no limit while waiting
 
 
 if __name__ == "__main__":
