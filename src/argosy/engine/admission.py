@@ -1,4 +1,4 @@
-"""How many sequences may wait, and when there will be room for another."""
+"""Limit how many sequences may wait, and estimate when there will be room for another."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Admission:
     """Refuses sequences that would exceed the waiting limit.
 
     Args:
-        max_sequences: maximum running sequences.   max_waiting: maximum waiting ones; None: no limit.
+        max_sequences: maximum running sequences.   max_waiting: maximum waiting sequences; None: no limit.
     """
 
     def __init__(self, max_sequences: int, max_waiting: int | None) -> None:
@@ -24,7 +24,7 @@ class Admission:
         """Refuse `num_more` sequences if they exceed the limit; `num_live` already run or wait.
 
         Raises:
-            Overloaded: they exceed it.
+            Overloaded: they exceed the limit.
         """
         limit, num_waiting = self._max_waiting, max(0, num_live - self._max_sequences)
         if limit is not None and num_live + num_more > self._max_sequences + limit:
@@ -38,11 +38,11 @@ class Admission:
             )
 
     def count_end(self, now: float) -> None:
-        """A sequence ended."""
+        """Count the end of a sequence."""
         self._ends.append(now)
 
     def seconds_to_next(self) -> int:
-        """Mean time between ends, in whole seconds from 1 to 60."""
+        """Return the mean time between ends, in whole seconds from 1 to 60."""
         ends = self._ends
         mean = (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else 1.0
         return min(60, max(1, math.ceil(mean)))

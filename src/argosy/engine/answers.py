@@ -1,10 +1,10 @@
-"""Turn the logits of a step into tokens of answers, end answers, and count what they cost.
+"""Turn the logits of a step into tokens of answers, end answers, and count their cost.
 
     logits of a sequence's wanted rows ─ sampler ─ append ─> Accepted ─ the scheduler has committed ─> events
 
 With proposed tokens, a sequence has several rows: the first follows its last token, each further one a proposal. The
-sampler chooses from a row as if there were no proposals. If its choice is the proposal, the next row is valid, too. So
-an answer has the same tokens with proposals as without.
+sampler chooses from a row as if there were no proposals. If its choice is the proposal, the next row is valid as well.
+So proposals never change the tokens of an answer.
 
 Elsewhere: `sampler.py` chooses a token; `sequence.py` knows when an answer ends; the engine commits between `accept`
 and `Accepted.end`.
@@ -36,7 +36,7 @@ from argosy.model.model import Model
 
 @dataclass(slots=True)
 class Accepted:
-    """One sequence's share of a step: an event for each new token, and why the answer ends, if it does."""
+    """One sequence's share of a step: an event for each new token, and the reason if the answer ends."""
 
     sequence: EngineSequence
     events: list[TokenEvent] = field(default_factory=list)
@@ -44,13 +44,13 @@ class Accepted:
     error: ArgosyError | None = None
 
     def end(self, result: Result) -> None:
-        """Give the last event the result, unless an error ended the answer after it."""
+        """Attach the result to the last event, unless an error ended the answer after it."""
         if self.events and self.error is None:
             self.events[-1] = replace(self.events[-1], finish_reason=self.reason, result=result)
 
     @property
     def num_confirmed(self) -> int:
-        """How many proposals are part of the answer: all new tokens but the last were proposed."""
+        """The number of proposals that became part of the answer: all new tokens but the last were proposed."""
         return max(0, len(self.events) - 1)
 
 
@@ -59,10 +59,10 @@ class Answers:
 
     Args:
         end_ids: tokens that end any answer, unless they are ignored.
-        admission: is told when a sequence ends.
-        model: gives rows of the last step, and its expert runner, if it has one, counts look-ups and reads.
-        rows_at_once: rows of logits that the memory plan has room for.
-        governor: has the time that proposals won; None: nothing tells.
+        admission: learns when a sequence ends.
+        model: provides rows of the last step; its expert runner, if any, counts look-ups and reads.
+        rows_at_once: rows of logits for which the memory plan has room.
+        governor: knows the time that proposals saved; None: unknown.
     """
 
     def __init__(
@@ -91,19 +91,20 @@ class Answers:
         self._seconds_at_start = dict(clock.seconds)
 
     def start(self, sequence: EngineSequence, counters: Ledger) -> None:
-        """A sequence is queued; `counters` is the ledger at that time."""
+        """Note that a sequence was queued; `counters` is the ledger at that time."""
         sequence.counters_at_start = counters
         self._energy.start(sequence)
 
     def begin(self) -> None:
-        """A step begins."""
+        """Note that a step begins."""
         self._energy.begin()
 
     def read_prompts(self, scheduled: Scheduled) -> list[Accepted]:
-        """Read what a step has computed of prompts beside the rows of `accept`: for log-probabilities and embeddings.
+        """Read the rows of prompts that a step computed besides those of `accept`: for log-probabilities and
+        embeddings.
 
         Returns:
-            The sequences that end: their embedding is complete, or what they asked for cannot be computed.
+            The sequences that end: their embedding is complete, or their request cannot be computed.
         """
         self._energy.note(scheduled)
         if scheduled.counts is None:  # every sequence decodes
@@ -113,7 +114,7 @@ class Answers:
     def accept(
         self, sequence: EngineSequence, rows: NDArray[np.float32], proposals: Sequence[int] = ()
     ) -> Accepted:
-        """Choose tokens and append them, as long as the proposals are what the sampler chooses.
+        """Choose tokens and append them, as long as the sampler chooses the proposed tokens.
 
         Args:
             rows: logits, float32 [1 + proposals, vocab_size].
@@ -128,7 +129,7 @@ class Answers:
                 sampled = self.sampler.sample(
                     logits, sequence.params, sequence.sampler_state, sequence.constraint
                 )
-            except ArgosyError as error:  # concerns this sequence alone
+            except ArgosyError as error:  # affects only this sequence
                 accepted.reason, accepted.error = "error", error
                 break
             self._clock.mark("sampling")
@@ -168,14 +169,14 @@ class Answers:
                         found = with_logprobs(prompt_ids[len(noted)], logits, count)
                         assert found.logprob is not None
                         noted.append(TokenLogprob(found.token_id, found.logprob, found.top_logprobs))
-            except ArgosyError as error:  # concerns this sequence alone
+            except ArgosyError as error:  # affects only this sequence
                 ended.append(Accepted(sequence, reason="error", error=error))
         return ended
 
     def _pool(self, scheduled: Scheduled) -> list[Accepted]:
-        """Give pools the rows of a step that they need.
+        """Give each pool the rows of a step that it needs.
 
-        A text that is pooled takes no row of logits, and its sum is smaller than one; so the memory plan counts it.
+        A pooled text takes no row of logits, and its sum is smaller than such a row; so the memory plan covers it.
         """
         complete: list[Accepted] = []
         for number, sequence in enumerate(scheduled.sequences):
@@ -191,7 +192,7 @@ class Answers:
             try:
                 sequence.embedding = pool.vector()
                 complete.append(Accepted(sequence, reason="stop"))
-            except ArgosyError as error:  # concerns this sequence alone
+            except ArgosyError as error:  # affects only this sequence
                 complete.append(Accepted(sequence, reason="error", error=error))
         return complete
 
@@ -232,7 +233,7 @@ class Answers:
 
     @property
     def ledger(self) -> Ledger:
-        """Totals since the engine started."""
+        """Return totals since the engine started."""
         stats = None if self._model.experts is None else self._model.experts.stats
         self._clock.mark("other")
         seconds, metered = self._clock.seconds, self._energy.total

@@ -1,4 +1,4 @@
-"""Calls that step an engine until answers are there, for programs that have nothing else to do meanwhile."""
+"""Calls that step an engine until answers are complete, for programs that have nothing else to do meanwhile."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ class BlockingCalls(ABC):
         return sequences[0]
 
     def stream(self, prompt: PromptLike, params: SamplingParams | None = None) -> Iterator[TokenEvent]:
-        """Yield the events of one answer as they come; the last has the result. Closing the iterator cancels it.
+        """Yield the events of one answer as they arrive; the last has the result. Closing the iterator cancels the
+        answer.
 
         Raises:
             ArgosyError: the answer cannot be finished, because a read failed or its grammar cannot be followed.
@@ -108,13 +109,14 @@ class BlockingCalls(ABC):
         pooling: Pooling | None = None,
         dimensions: int | None = None,
     ) -> NDArray[np.float32]:
-        """The embeddings of texts, or of lists of token ids: float32 [texts, dimensions], each of length 1.
+        """Return the embeddings of texts, or of lists of token ids: float32 [texts, dimensions], each of length 1.
 
-        A text is taken as it is: an instruction that the model expects before it is up to the caller.
+        Texts are used unchanged: if the model expects an instruction before a text, the caller must add it.
 
         Args:
-            pooling: the mean of the hidden states, or that of the last token; None: what the checkpoint declares.
-            dimensions: only so many of the first dimensions, for models that were trained for it; None: all.
+            pooling: the mean of the hidden states, or the last token's state; None: the pooling that the checkpoint
+            declares.
+            dimensions: keep only the first dimensions, for models trained for it; None: all.
 
         Raises:
             PromptTooLong: a text is longer than the context.
@@ -133,9 +135,9 @@ class BlockingCalls(ABC):
         return np.array(vectors, np.float32)
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """Next-token logits at every position: float32 [tokens, vocab_size]. Needs no tokenizer.
+        """Return next-token logits at every position: float32 [tokens, vocab_size]. Needs no tokenizer.
 
-        The array is not part of the memory plan; `read_logits` gives the same rows a few at a time, within it.
+        The array is not part of the memory plan; `read_logits` passes the same rows a few at a time, within the plan.
         """
         out = np.empty((len(token_ids), self.config.vocab_size), np.float32)
 
@@ -149,8 +151,8 @@ class BlockingCalls(ABC):
         """Call `take` with the next-token logits of all positions, in order, a few at a time.
 
         Args:
-            take: gets the position of the first row, and the rows: float32 [rows, vocab_size], at most
-                `settings.max_sequences` of them. The memory plan has room for these and two copies.
+            take: receives the position of the first row, and the rows: float32 [rows, vocab_size], at most
+                `settings.max_sequences` rows. The memory plan has room for these and two copies.
 
         Raises:
             UsageError: the engine has other sequences.
@@ -159,7 +161,7 @@ class BlockingCalls(ABC):
         sequence.pool = LogitsReader(len(token_ids), take)
         with (
             self._lock
-        ):  # until the last row: a failed step of another thread would cancel this sequence, too
+        ):  # until the last row: a failed step of another thread would cancel this sequence as well
             if self.has_work:
                 raise UsageError("logits are read alone; finish or cancel the other sequences first")
             self._finish_all([sequence])

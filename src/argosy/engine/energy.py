@@ -2,11 +2,11 @@
 
     a step: tokens of each sequence  ->  now and then: joules since the last reading, by those tokens  ->  Sequence
 
-A step's energy is that of all processor packages and their memory while it ran: with what they take when idle, and
-with what other programs used. It is shared by tokens: of a step with a prompt of 30 tokens and two answers of one
-token each, the prompt pays 30 of 32 parts. Steps within 50 ms share one reading. Time without steps is nobody's.
+A step's energy is what all processor packages and their memory used while it ran, including their idle power and other
+programs. It is divided by tokens: in a step with a prompt of 30 tokens and two answers of one token each, the prompt
+pays 30/32. Steps within 50 ms share one reading. Energy used between steps is charged to no sequence.
 
-Elsewhere: the counters are `machine/energy.py`; the ledger has the sums.
+Elsewhere: `machine/energy.py` reads the counters; the ledger holds the sums.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from typing import Protocol
 
 from argosy.machine.energy import EnergyMeter
 
-# A reading takes some microseconds for each counter, which are updated once a millisecond.
+# A reading takes some microseconds per counter; the counters are updated once a millisecond.
 _READ_EVERY_S = 0.05
 _JOULES_PER_KWH = 3.6e6
 
-# A drive is not measured, so its part is a range that we assume: from an NVMe drive that reads 7 GB/s with 2 W to a
-# SATA drive that reads 0.5 GB/s with 4 W.
+# # The drive's energy is not measured, so we assume a range: from an NVMe drive that reads 7 GB/s at 2 W to a SATA
+# drive that reads 0.5 GB/s at 4 W.
 _DRIVE_JOULES_PER_BYTE = (0.3e-9, 8e-9)
 
 
 def drive_joules(num_bytes: float) -> tuple[float, float]:
-    """The least and the most energy that a drive takes to read so many bytes; an estimate."""
+    """Estimate the least and the most energy that a drive takes to read `nbytes` bytes."""
     low, high = _DRIVE_JOULES_PER_BYTE
     return num_bytes * low, num_bytes * high
 
 
 def co2_grams(joules: tuple[float, float], grams_per_kwh: float) -> tuple[float, float]:
-    """The least and the most CO2 for so much energy, with the factor of whoever sells the electricity."""
+    """Return the least and the most CO2 for an amount of energy, with the electricity supplier's factor."""
     low, high = joules
     return low / _JOULES_PER_KWH * grams_per_kwh, high / _JOULES_PER_KWH * grams_per_kwh
 
 
 class Metered:
-    """The energy of one answer or of all: joules as measured, and bytes from the drive."""
+    """The energy of one answer or of all answers: measured joules, and bytes read from the drive."""
 
     __slots__ = ("drive_bytes", "joules")
 
@@ -52,18 +52,18 @@ class Metered:
 
     @property
     def drive_j(self) -> tuple[float, float]:
-        """The least and the most that the drive took for these bytes; an estimate."""
+        """Estimate the least and the most energy that the drive took for these bytes."""
         return drive_joules(self.drive_bytes)
 
 
 class Running(Hashable, Protocol):
-    """A sequence: it has its part of the energy; None: nothing measures it."""
+    """A sequence with its part of the energy; None: nothing measures it."""
 
     metered: Metered | None
 
 
 class Ran(Protocol):
-    """A step that has run, as `Scheduled` is."""
+    """A step that has run, such as a `Scheduled`."""
 
     @property
     def sequences(self) -> Sequence[Running]: ...
@@ -76,7 +76,7 @@ class EnergyShares:
     """Meters the steps of one engine. Without a meter it does nothing, and `total` is None.
 
     Args:
-        bytes_read: bytes read from the drive so far.
+        bytes_read: returns the bytes read from the drive so far.
     """
 
     def __init__(
@@ -91,12 +91,12 @@ class EnergyShares:
         self._joules, self._bytes, self._read_at = 0.0, 0, 0.0
 
     def begin(self) -> None:
-        """A step begins. If there was a pause before it, what was used in the pause is nobody's."""
+        """Note that a step begins. Energy used in a pause before it is charged to no sequence."""
         if self._meter is not None and not self._tokens:
             self._look()
 
     def note(self, scheduled: Ran) -> None:
-        """A step has run."""
+        """Note a step that has run."""
         if self._meter is None:
             return
         counts = scheduled.counts or [1] * len(scheduled.sequences)
@@ -106,13 +106,13 @@ class EnergyShares:
             self.settle()
 
     def settle(self) -> None:
-        """Share what was used since the last reading among the sequences that ran."""
+        """Divide the energy used since the last reading among the sequences that ran."""
         if self._meter is None or not self._tokens:
             return
         joules, num_bytes = self._look()
         num_tokens = sum(self._tokens.values())
         if joules is None or self.total is None:
-            # A sum without this part would pass for all of it.
+            # A sum without this part would look like the whole.
             self._meter = self.total = None
             for sequence in self._tokens:
                 sequence.metered = None
@@ -130,7 +130,7 @@ class EnergyShares:
             sequence.metered = Metered()
 
     def _look(self) -> tuple[float | None, int]:
-        """Joules and bytes from the drive since the last look."""
+        """Return the joules and the bytes from the drive since the last call."""
         assert self._meter is not None
         self._read_at = self._clock()
         read, num_bytes = self._meter.read(), self._bytes_read()

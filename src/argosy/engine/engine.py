@@ -2,12 +2,12 @@
 
     prompt/ ─ tokens ─ scheduler ─ model/ ─ sampler ─ commit ─ events
 
-An engine holds sequences and what schedules and answers them; `Started` holds weights, experts, KV cache and recurrent
-state. One process uses an engine; calls from several threads take turns.
+An engine holds the sequences, their scheduler and their answers; `Started` holds weights, experts, KV cache and
+recurrent state. An engine belongs to one process; calls from several threads take turns.
 
-Elsewhere: `start.py` opens what an engine runs with; `requests.py` checks prompts; `scheduler.py` chooses the tokens of
-a step; `answers.py` turns logits into tokens and ends answers; `resizing.py` changes the budget; `loop.py` runs an
-engine in a thread of its own.
+Elsewhere: `start.py` opens everything that an engine needs; `requests.py` checks prompts; `scheduler.py` chooses the
+tokens of a step; `answers.py` turns logits into tokens and ends answers; `resizing.py` changes the budget; `loop.py`
+runs an engine in its own thread.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ from argosy.model.work import work_of
 
 
 class Engine(BlockingCalls):
-    """Runs one model within one memory budget. Users open it by a name: `argosy.Engine.open` (`open/engine.py`).
+    """Runs one model within one memory budget. Users open an engine by name: `argosy.Engine.open` (`open/engine.py`).
 
     Args:
         files: the model, from `open_files`.
         config: every setting, from `configure`.
-        drafter, progress, observe_routes, recorder, experts: as `argosy.Engine.open` takes them.
-        share: its part of a process that runs other engines, too; None: the budget is its own.
+        drafter, progress, observe_routes, recorder, experts: see `argosy.Engine.open`.
+        share: its part of a process that also runs other engines; None: the engine has the whole budget.
 
     Raises:
         DoesNotFit, UsageError, and `CheckpointError` and related errors: see `errors`.
@@ -93,7 +93,7 @@ class Engine(BlockingCalls):
         self._files = files
         self.config: ModelConfig = files.config
         self.settings = config
-        self.work = work_of(files, started.plan.kv_dtype)  # predictions of its speed start from this
+        self.work = work_of(files, started.plan.kv_dtype)  # predictions of the engine's speed start from this
         self.tokenizer = started.vocabulary.tokenizer
         self.prompts, self.media, self.ears = started.prompts, started.media, started.ears
         self._drafts = Drafts.open(config, started.model, started.store, drafter)
@@ -133,7 +133,7 @@ class Engine(BlockingCalls):
         """
         started = self._started
         with self._lock:
-            started.require_open()  # before what `close` deletes
+            started.require_open()  # before `close` deletes anything
             with self._resizer.foreground, started.turns:
                 started.cache.write_some()
                 return self._step()
@@ -152,7 +152,7 @@ class Engine(BlockingCalls):
                 return []
             finally:
                 started.clock.mark_encoding(self._scheduler.making.take_making_s())
-            if scheduled is None:  # all that can run are encoders of pictures and sound
+            if scheduled is None:  # only encoders of pictures and sound can run
                 return []
             self._answers.begin()
             self.watch.scheduled = scheduled
@@ -175,7 +175,7 @@ class Engine(BlockingCalls):
             return self._started.model.forward(step)
 
     def _commit(self, scheduled: Scheduled, logits: NDArray[np.float32]) -> list[TokenEvent]:
-        """Choose tokens, then count what was computed, then end the answers that are finished."""
+        """Choose tokens, then count the computed tokens, then end the finished answers."""
         answers = self._answers
         ended = answers.read_prompts(scheduled)
         failed = [one.sequence for one in ended]
@@ -220,7 +220,9 @@ class Engine(BlockingCalls):
         return result
 
     def _cancel_all(self) -> None:
-        """Cancel every sequence and free all that they held, after a failure that may have left one half moved."""
+        """Cancel every sequence and free all memory that they held, after a failure that may have left a sequence half
+        moved.
+        """
         self._scheduler.reset(self._sequences)
         for sequence in self._sequences:
             if sequence.result is None:
@@ -272,7 +274,7 @@ class Engine(BlockingCalls):
                     raise
 
     def forget(self, tenant: str) -> None:
-        """Forget what is kept of a tenant's prompts, answers and grammars, in memory and in `kv_dir`."""
+        """Forget everything kept from a tenant's prompts, answers and grammars, in memory and in `kv_dir`."""
         with self._lock:
             self._started.require_open()
             self._started.cache.forget(tenant)
@@ -280,27 +282,28 @@ class Engine(BlockingCalls):
             self.media.forget(tenant)
 
     def forget_others(self, tenants: Collection[str]) -> None:
-        """Forget what earlier processes kept in `kv_dir` for any tenant not listed."""
+        """Forget everything that earlier processes kept in `kv_dir` for tenants not listed."""
         self._started.cache.forget_others(tenants)
 
     # ── memory, experts and facts ───────────────────────────────────────────────────────────────────────────────
 
     @property
     def plan(self) -> MemoryPlan:
-        """What the memory budget is for now."""
+        """Return the current division of the memory budget."""
         return self._started.plan
 
     def resize(self, budget_bytes: int, *, is_share: bool = False) -> MemoryPlan:
-        """Have another memory budget from now on; see `Resizer.resize`."""
+        """Change the memory budget; see `Resizer.resize`."""
         self._started.require_open()
         return self._resizer.resize(budget_bytes, is_share=is_share)
 
     def forbid_experts(self, experts: Mapping[int, Collection[int]]) -> None:
-        """From the next step on, let no token choose these experts, given by layer (`Model.forbid_experts`).
+        """From the next step on, prevent every token from choosing these experts, given by layer
+        (`Model.forbid_experts`).
 
         Raises:
-            UsageError: a layer has no such experts or would keep too few; or prefixes are reused, which hold what the
-                experts did before.
+            UsageError: a layer lacks such experts or would keep too few; or prefixes are reused, which still contain
+                the effect of these experts.
         """
         if self.settings.prefix_reuse:
             raise UsageError(
@@ -313,35 +316,35 @@ class Engine(BlockingCalls):
 
     @property
     def ledger(self) -> Ledger:
-        """Totals since the engine started."""
+        """Return totals since the engine started."""
         return self._answers.ledger
 
     def facts(self) -> EngineFacts:
-        """A snapshot for monitoring, taken between two steps."""
+        """Return a snapshot for monitoring, taken between two steps."""
         with self._lock:
             self._started.require_open()
             return collect_facts(self._started, self._scheduler, self.ledger, self._log.uses)
 
     def tell_recorder(self) -> None:
-        """Pass the steps logged so far to the recorder, if there is one. `close` does this, too."""
+        """Pass the steps logged so far to the recorder, if there is one. `close` also does this."""
         with self._lock:
             self._started.require_open()
             self._log.flush()
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the model with all of its experts, without encoders."""
+        """The number of parameters of the model with all of its experts, without encoders."""
         return count_parameters(self.config)[0]
 
     @property
     def fingerprint(self) -> str:
-        """The digest that identifies the model (`checkpoint/fingerprint.py`); it reads samples of the files."""
+        """Return the digest that identifies the model (`checkpoint/fingerprint.py`); reads samples of the files."""
         return fingerprint(self._files)
 
     def close(self) -> None:
         """Cancel running sequences and free everything. Closing twice is harmless."""
         if self.ears is not None:
-            self.ears.close()  # without the lock, for which a transcription may wait
+            self.ears.close()  # without the lock: a transcription may be waiting for it
         with self._lock:
             if not self._started.is_open:
                 return

@@ -1,4 +1,4 @@
-"""Facts about an engine for monitoring: numbers only, nothing that anyone said."""
+"""Facts about an engine for monitoring: only numbers, never text."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from argosy.engine.ledger import Ledger
 from argosy.engine.scheduler import Scheduler
 from argosy.engine.start import Started
 
-WINDOW_TOKENS = 256  # the experts chosen by only a few tokens would reveal them
+WINDOW_TOKENS = 256  # the experts of only a few tokens would reveal those tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFacts:
-    """An engine between two steps; counters are totals since it started."""
+    """The state of an engine between two steps; counters are totals since it started."""
 
     num_running: int
     num_waiting: int
     num_preempted: int  # how often a sequence was preempted
-    kv_blocks: int  # held, kept and free together
+    kv_blocks: int  # held, kept and free blocks
     kv_blocks_held: int  # by running sequences
-    kv_blocks_kept: int  # held by no sequence, and kept in the prefix cache
+    kv_blocks_kept: int  # held by no sequence, but kept in the prefix cache
     kv_blocks_free: int
     states_held: int
     states_free: int
@@ -41,12 +41,12 @@ class EngineFacts:
     budget_bytes: int
     # [layers, experts]: how often each expert was chosen up to the last complete window; older windows count less.
     expert_uses: NDArray[np.int64] | None
-    expert_use_tokens: int  # tokens that they stand for
-    # Operations of products that can run on the tiles of AMX: on tiles, and all; None: there are no tiles.
+    expert_use_tokens: int  # tokens behind these counts
+    # Operations of products that can run on AMX tiles: on tiles, and in all; None: there are no tiles.
     operations: tuple[int, int] | None
 
     def with_plan(self, plan: MemoryPlan) -> EngineFacts:
-        """The same facts with another memory plan."""
+        """Return the same facts with another memory plan."""
         return replace(self, memory=tuple(plan.lines()), budget_bytes=plan.budget_bytes)
 
 
@@ -57,7 +57,7 @@ class _CountsUses(Protocol):
 class ExpertUses:
     """How often each expert was chosen, reported only for at least WINDOW_TOKENS tokens at once.
 
-    Each window leaves half of what the windows before it counted.
+    Each window halves the counts of the windows before it.
     """
 
     def __init__(self, decoder: _CountsUses) -> None:
@@ -73,7 +73,7 @@ class ExpertUses:
         self.num_tokens_run += num_tokens
         if self._num_tokens >= WINDOW_TOKENS:
             uses = self._decoder.take_uses()
-            if self.reported is not None:  # a new array: others may still read the last one
+            if self.reported is not None:  # a new array: the last one may still be in use
                 uses += self.reported // 2
             self.reported = uses
             self.reported_tokens = self._num_tokens + self.reported_tokens // 2
@@ -81,7 +81,7 @@ class ExpertUses:
 
 
 def collect_facts(started: Started, scheduler: Scheduler, totals: Ledger, uses: ExpertUses) -> EngineFacts:
-    """The facts of an engine, between two steps."""
+    """Collect the facts of an engine between two steps."""
     plan, model, cache = started.plan, started.model, started.cache
     blocks, states = cache.blocks, cache.states
     return EngineFacts(

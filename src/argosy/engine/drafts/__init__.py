@@ -1,1 +1,1 @@
-"""Guesses of the next tokens, which one step of the model confirms."""
+"""Proposals for the next tokens, which one step of the model confirms."""

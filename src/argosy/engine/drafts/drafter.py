@@ -3,7 +3,7 @@
 A draft only saves time: the sampler chooses every token from the model's own logits (`engine/answers.py`), so text with
 a drafter equals text without.
 
-Elsewhere: `lookup.py` is a drafter; `governor.py` says when one may propose.
+Elsewhere: `lookup.py` is a drafter; `governor.py` decides when a drafter may propose.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ class Drafter(Protocol):
     """Proposes tokens, in the thread that steps the engine."""
 
     def propose(self, sequence: EngineSequence, most: int) -> Sequence[int]:
-        """Guess the tokens that follow `sequence.prompt_ids` and `sequence.new_ids`, at most `most`; may be empty.
+        """Guess at most `most` tokens that follow `sequence.prompt_ids` and `sequence.new_ids`; may be empty.
 
         Called at most once per decoding sequence and step.
         """
         ...
 
     def forget(self, sequence: EngineSequence) -> None:
-        """Drop what is kept for a sequence that ended or was preempted; it may come again."""
+        """Drop the state of a sequence that ended or was preempted; the sequence may come back."""
         ...

@@ -1,4 +1,4 @@
-"""The drafter of one engine, and the governor that lets it propose while that pays."""
+"""The drafter of one engine, and the governor that lets it propose while proposals pay."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from argosy.model.model import Model
 
 
 class Drafts(NamedTuple):
-    """What proposes tokens, if anything does.
+    """The drafter of an engine, if it has one.
 
-    most: tokens that are proposed for a sequence in one step.
-    governor: None: the drafter proposes whether that pays or not.
+    most: the most tokens proposed for a sequence in one step.
+    governor: None: the drafter proposes whether or not that pays.
     mtp: the drafter, if it is the checkpoint's own layer.
     """
 
@@ -33,13 +33,13 @@ class Drafts(NamedTuple):
 
     @staticmethod
     def require_one(config: EngineConfig, given: Drafter | None) -> None:
-        """Raises UsageError if the caller gives a drafter and the settings choose another one."""
+        """Raise UsageError if the caller passes a drafter and the settings choose another one."""
         if given is not None and config.speculate != "off":
             raise UsageError(f"a drafter is given, and speculate='{config.speculate}' chooses another one")
 
     @classmethod
     def open(cls, config: EngineConfig, model: Model, store: _native.Store, given: Drafter | None) -> Self:
-        """Make the drafter that the settings choose, or take the one that the caller gives."""
+        """Make the drafter that the settings choose, or use the caller's."""
         if config.speculate == "off":
             return cls(given, config.draft_tokens)
         governor = Governor(config.draft_tokens, lambda: store.stats()["busy_seconds"])
@@ -47,7 +47,7 @@ class Drafts(NamedTuple):
         return cls(mtp or LookupDrafter(), config.draft_tokens, governor, mtp)
 
     def note(self, scheduled: Scheduled, ended: Collection[Sequence]) -> None:
-        """Show the draft layer, if there is one, what a step has committed."""
+        """Show the draft layer, if there is one, what a step committed."""
         if self.mtp is None or self.governor is None:
             return
         began = perf_counter()

@@ -1,29 +1,30 @@
-"""Let a drafter propose only while that makes answers faster, by what steps take here.
+"""Let a drafter propose only while that makes answers faster, judging by measured step times.
 
     each step: tokens proposed, seconds  ->  what proposals cost      ┐
     each answer: confirmed of proposed   ->  how often they are right ┴─>  utility  ->  how many to propose
 
-Tokens of a step share its weights. But more tokens choose more experts, and more of these have to be read. So proposals
-take time, and how much depends on the model, the machine and the budget.
+Tokens of a step share its weights. But more tokens choose more experts, and more experts must be read. So proposals
+cost time; how much depends on the model, the machine and the budget.
 
-The *utility* of proposing w tokens for an answer, S of which decode, is the tokens per second with them over those
-without:
+While S answers decode, the *utility* of proposing w tokens for one of them is the ratio of tokens per second with and
+without these proposals:
 
     (S + expected) / S / cost(S, w)         expected = p + p^2 + ... + p^w
 
-p is the share of this answer's proposals that were right, in which older ones count less. `cost` is the time of a step
-with w proposals over one without: reads of missing experts and the drafter's own time are part of it. It is the median
-of the last such steps, each compared when it ran, because other processes and longer contexts slow both kinds alike.
+p is the share of this answer's proposals that were right; older proposals count less. `cost` is the time of a step
+with w proposals relative to a step without; it includes reads of missing experts and the drafter's own time. It is the
+median of the last such steps, each compared with plain steps of its time, because other processes and longer contexts
+slow both kinds alike.
 
-An answer begins with a trial of single tokens. It goes on with the number of highest utility if that is above
-`ON_ABOVE`, until it is below `OFF_BELOW`, even if p is a standard deviation more than it seems: p comes from a few
-proposals, and a pause costs more than some wrong ones. Then it pauses, at first for `FIRST_PAUSE` tokens and for twice
-as many each time, before the next trial.
+An answer begins with a trial of single tokens. If the highest utility is above `ON_ABOVE`, the answer continues with
+the number of proposals that reaches it. It stops when the utility is below `OFF_BELOW` even for a p one standard
+deviation higher: p comes from a few proposals, and a pause costs more than some wrong proposals. Then it pauses before
+the next trial, at first for `FIRST_PAUSE` tokens, and twice as long each time.
 
 Nothing is proposed while more than `DRAFTED_AT_ONCE` sequences run, whose tokens share the weights already, nor while
 the drive reads for more than `BUSY` of the time, when every missing expert costs its whole read.
 
-All this decides when tokens come and never which: any choice here gives the same text.
+The governor decides only when tokens come, never which: any choice here gives the same text.
 
 Elsewhere: `engine/scheduler.py` asks before each step, and counts it afterwards.
 """
@@ -41,25 +42,25 @@ from argosy.engine.sequence import Sequence
 
 ON_ABOVE, OFF_BELOW = 1.05, 1.02
 FIRST_PAUSE, LONGEST_PAUSE = 64, 1024  # tokens
-# Shares of the time in which the drive reads: no proposals above the first, proposals again below the second.
+# Shares of time in which the drive reads: above the first, no proposals; below the second, proposals resume.
 BUSY, QUIET = 0.8, 0.7
-TRIED = 2  # single tokens that a trial proposes, whatever they promise
-PLAIN_EVERY = 24  # steps: one without proposals, because what such a step takes changes
+TRIED = 2  # single tokens that a trial proposes in any case
+PLAIN_EVERY = 24  # steps between plain steps, which keep the cost of a plain step current
 _FEWEST_PLAIN = 2  # steps without proposals before the first one with some
-_PAID_OFF = 16  # proposals since a trial after which the next pause is a short one again
-# A trial begins as if so many proposals had been seen, and so many of them had been right.
+_PAID_OFF = 16  # after this many proposals since a trial, the next pause is short again
+# A trial begins with this many assumed proposals, of which the second number were right.
 _SEEN, _RIGHT = 2.0, 1.4
-_KEPT = 0.95  # weight of earlier proposals each time that some are counted
-_REMEMBERED = 5  # steps of a kind, whose median counts
-_VALID_STEPS = 256  # after so many steps a cost is forgotten if no step of its kind ran
-_FIRST_COST = 0.3  # price of a proposed token, as a share of a step, until one has been measured
+_KEPT = 0.95  # weight of earlier proposals at each count
+_REMEMBERED = 5  # steps of a kind in the median
+_VALID_STEPS = 256  # steps after which a cost is forgotten if no step of its kind ran
+_FIRST_COST = 0.3  # cost of a proposed token, as a share of a step, until it is measured
 _BUSY_KEPT = 0.9  # weight of earlier steps in how busy the drive is
 
 
 class Outcome(NamedTuple):
     """The result of a sequence's proposals in a step.
 
-    must_rerun: its recurrent state went back, so its confirmed tokens run again in the next step.
+    must_rerun: the recurrent state was restored, so the confirmed tokens run again in the next step.
     """
 
     num_proposed: int = 0
@@ -107,12 +108,12 @@ class _Answer:
 
     @property
     def deviation(self) -> float:
-        """The standard deviation of that share."""
+        """Return the standard deviation of that share."""
         return math.sqrt(self.right_share * (1.0 - self.right_share) / self.seen)
 
 
 class _Cost:
-    """Times of steps of one kind over those of plain steps, and the number of the step that was the last of them."""
+    """Step times of one kind relative to plain steps, and the number of the last such step."""
 
     def __init__(self) -> None:
         self.last: deque[float] = deque(maxlen=_REMEMBERED)
@@ -120,11 +121,11 @@ class _Cost:
 
 
 class Governor:
-    """Decides how many tokens a drafter may propose for each sequence, and adds up the time that this won.
+    """Decides how many tokens a drafter may propose for each sequence, and adds up the time that proposals saved.
 
     Args:
         draft_tokens: most tokens per sequence and step.
-        busy_s: seconds in which the drive has read so far.
+        busy_s: returns the seconds that the drive has spent reading so far.
     """
 
     def __init__(self, draft_tokens: int, busy_s: Callable[[], float] = lambda: 0.0) -> None:
@@ -133,18 +134,19 @@ class Governor:
         self._answers: dict[Sequence, _Answer] = {}
         self._plain_s: dict[int, deque[float]] = {}  # by number of sequences: seconds of the last steps
         self._costs: dict[tuple[int, int], _Cost] = {}  # by sequences and tokens proposed
-        # Steps that ran tokens again: seconds beyond a plain step, as a share of it.
+        # Steps that ran tokens again: extra seconds, as a share of a plain step.
         self._rerun_costs: deque[float] = deque(maxlen=_REMEMBERED)
         self._num_steps = 0
         self._num_since_plain = 0  # steps
         self._busy, self._is_busy = 0.0, False
         # When the last step ended: the time, and `busy_s` then.
         self._last_end: tuple[float, float] | None = None
-        # An estimate: seconds that the same tokens would have taken without proposals, less those that they took.
+        # # An estimate: seconds that the same tokens would have taken without proposals, less the seconds that they
+        # took.
         self.won_s = 0.0
 
     def most(self, sequence: Sequence, num_sequences: int) -> int:
-        """Returns the number of tokens to propose for one of `num_sequences` sequences that run."""
+        """Return the number of tokens to propose for one of `num_sequences` running sequences."""
         if num_sequences > DRAFTED_AT_ONCE or self._is_busy:
             return 0
         plain = self._plain_s.get(num_sequences, ())
@@ -168,7 +170,7 @@ class Governor:
         return width
 
     def _best(self, right_share: float, num_sequences: int) -> tuple[float, int]:
-        """The highest utility, and the fewest proposals that have it."""
+        """Return the highest utility, and the fewest proposals that reach it."""
         utility, width = max(
             (self.utility(right_share, num_sequences, width), -width)
             for width in range(1, self._draft_tokens + 1)
@@ -176,7 +178,7 @@ class Governor:
         return utility, -width
 
     def utility(self, right_share: float, num_sequences: int, width: int) -> float:
-        """Tokens per second with `width` proposals for one of the sequences, over those without proposals."""
+        """Return the tokens per second with `width` proposals for one of the sequences, relative to none."""
         cost = 1.0 + self._extra_cost(num_sequences, width)
         if self._rerun_costs:
             cost += (1.0 - math.pow(right_share, width)) * median(self._rerun_costs)
@@ -184,7 +186,7 @@ class Governor:
         return (num_sequences + expected) / num_sequences / max(cost, 1e-9)
 
     def _extra_cost(self, num_sequences: int, width: int) -> float:
-        """The cost of `width` proposals beyond a step: measured, or in proportion to the nearest width that was."""
+        """Return the extra cost of `width` proposals: measured, or in proportion to the nearest measured width."""
         measured = [one for one in range(1, self._draft_tokens + 1) if (num_sequences, one) in self._costs]
         if not measured:
             return _FIRST_COST * width
@@ -195,9 +197,9 @@ class Governor:
         """Count a step in which every sequence decoded.
 
         Args:
-            outcomes: by sequence, for every one in the step.
-            seconds: duration of the step, with proposing and sampling.
-            now: when it ended.
+            outcomes: by sequence, for every sequence in the step.
+            seconds: duration of the step, including proposing and sampling.
+            now: when the step ended.
         """
         self._note_drive(now)
         num_sequences = len(outcomes)
@@ -237,13 +239,13 @@ class Governor:
         found.measured_at = self._num_steps
 
     def count_upkeep(self, sequences: Collection[Sequence], seconds: float) -> None:
-        """Count what the drafter did after a step, whether or not it proposed anything."""
+        """Count the time that the drafter took after a step, whether or not it proposed anything."""
         self.won_s -= seconds
         for sequence in sequences:
             sequence.won_s -= seconds / len(sequences)
 
     def count_other(self) -> None:
-        """Count a step that ran prompts, too."""
+        """Count a step that also ran prompts."""
         self._last_end = None  # reads for prompts say nothing about decoding
 
     def _note_drive(self, now: float) -> None:
@@ -256,5 +258,5 @@ class Governor:
         self._is_busy = self._busy > (QUIET if self._is_busy else BUSY)
 
     def forget(self, sequence: Sequence) -> None:
-        """Drop what is known of a sequence that ended or was preempted."""
+        """Drop the record of a sequence that ended or was preempted."""
         self._answers.pop(sequence, None)

@@ -1,6 +1,6 @@
-"""Propose what followed the same words the last time: n-grams of the prompt and of the answer itself.
+"""Propose the tokens that followed the same words last time: n-grams of the prompt and of the answer itself.
 
-Edits, quotations and tables repeat what stands in the prompt. Elsewhere no n-gram is found, and nothing is proposed
+Edits, quotations and tables repeat text of the prompt. In other text no n-gram matches, and nothing is proposed
 (prompt lookup, Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding).
 
 Elsewhere: `governor.py` decides whether proposals pay; `drafter.py` is the interface.
@@ -14,28 +14,28 @@ from numpy.typing import NDArray
 from argosy.engine.sequence import Sequence
 
 SHORTEST = 3  # tokens that must match; two match by chance too often
-_LONGEST = 16  # tokens that are compared: a longer match proposes the same
-_MOST_CANDIDATES = 256  # places that are compared further, the latest ones
+_LONGEST = 16  # most tokens compared: a longer match proposes the same
+_MOST_CANDIDATES = 256  # places compared further, the latest first
 _FIRST_ROOM = 256  # tokens
 
 
 class LookupDrafter:
-    """Proposes the tokens after the longest earlier match of the last ones; of equal matches, the latest.
+    """Proposes the tokens after the longest earlier match of the last tokens; of equal matches, the latest.
 
-    It reads each sequence's own tokens only.
+    It reads only the sequence's own tokens.
     """
 
     def __init__(self) -> None:
         self._known: dict[Sequence, _Tokens] = {}
 
     def propose(self, sequence: Sequence, most: int) -> list[int]:
-        """Propose at most `most` tokens; none if the last `SHORTEST` tokens stand nowhere else."""
+        """Propose at most `most` tokens; none if the last `SHORTEST` tokens occur nowhere else."""
         if (known := self._known.get(sequence)) is None:
             known = self._known[sequence] = _Tokens()
         ids = known.up_to_date(sequence)
         if (end := find_match(ids)) is None:
             return []
-        # A match that reaches the last tokens repeats with that period, so the proposal does, too.
+        # A match that overlaps the last tokens repeats with that period, and so does the proposal.
         period = len(ids) - end
         return [int(ids[end + at % period]) for at in range(most)]
 
@@ -44,14 +44,14 @@ class LookupDrafter:
 
 
 class _Tokens:
-    """The tokens of a sequence as an array, which grows with it."""
+    """The tokens of a sequence as an array that grows with it."""
 
     def __init__(self) -> None:
         self._room: NDArray[np.int32] = np.empty(0, np.int32)
         self._count = 0
 
     def up_to_date(self, sequence: Sequence) -> NDArray[np.int32]:
-        """All tokens: int32 [prompt and answer]."""
+        """Return all tokens: int32 [prompt and answer]."""
         num_tokens, before = sequence.num_tokens, self._count
         if num_tokens > len(self._room):
             room = np.empty(max(_FIRST_ROOM, num_tokens + num_tokens // 2), np.int32)
@@ -63,7 +63,7 @@ class _Tokens:
 
 
 def find_match(ids: NDArray[np.int32]) -> int | None:
-    """Where the longest earlier match of the last tokens ends: the index after it. None: `SHORTEST` match nowhere.
+    """Return the index after the longest earlier match of the last tokens, or None if not even `SHORTEST` tokens match.
 
     Args:
         ids: int32 [tokens].
@@ -71,7 +71,7 @@ def find_match(ids: NDArray[np.int32]) -> int | None:
     last = len(ids) - 1
     if last < SHORTEST:
         return None
-    # The index of the last token of each place that may match; the last place of all is the tokens themselves.
+    # The index of the last token of each candidate; the very last candidate is the tokens themselves.
     matches = ids[SHORTEST - 1 : last] == ids[last]
     for back in range(1, SHORTEST):
         matches &= ids[SHORTEST - 1 - back : last - back] == ids[last - back]

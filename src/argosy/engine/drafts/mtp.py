@@ -3,11 +3,11 @@
     a step is committed  ─ hidden states of its positions ─  catch up: the tokens that followed ─ draft layer ─> state
     propose: state ─ head ─> token ─ draft layer ─> state ─ head ─> token ...
 
-Every position of a prompt or an answer runs through the draft layer once, so that its keys and values are wherever the
-model's are, in shared prefixes, forks and files, too. Positions of a prompt run after their step, those of an answer
-when it proposes, `MOST_BEHIND` at a time while it does not, and at its end. So an answer that is paused pays for little
-more than a thirty-second part of the layer. If it is cancelled or preempted, the positions that it was behind keep what
-was there before: who continues from them may draft worse.
+Every position of a prompt or an answer runs through the draft layer once, so the layer's keys and values exist
+wherever the model's do, including shared prefixes, forks and files. Positions of a prompt run after their step.
+Positions of an answer run when it proposes, `MOST_BEHIND` at a time while it pauses, and at its end. So a paused
+answer pays for little more than 1/32 of the layer. If an answer is cancelled or preempted, the positions that were
+still to run keep their old contents, and a sequence that continues from them may draft worse.
 
 Elsewhere: `model/draft_layer.py` computes; `governor.py` decides whether proposals pay.
 """
@@ -28,7 +28,7 @@ from argosy.model.step import Step
 
 
 class _Followed:
-    """The draft layer's progress in a sequence: `num_run` positions, and behind them hidden states that wait."""
+    """The draft layer's progress in a sequence: `num_run` positions, then hidden states that wait."""
 
     def __init__(self, num_run: int) -> None:
         self.num_run = num_run
@@ -48,7 +48,7 @@ class MtpDrafter:
     """Proposes the likeliest tokens.
 
     Attributes:
-        fault: why it proposes nothing any more: an expert of the draft layer could not be read. Answers go on without.
+        fault: why the drafter has stopped: an expert of the draft layer could not be read. Answers continue without it.
 
     Args:
         model: has a draft layer.
@@ -75,7 +75,7 @@ class MtpDrafter:
                 proposed.append(int(self._layer.logits(state)[0].argmax()))
                 if len(proposed) == most or position >= len(sequence.blocks) * self._block_tokens:
                     break
-                # The position is not computed, so its own run will overwrite what this writes.
+                # The model has not computed this position; its own run will overwrite these values.
                 known = self._layer.following(state)
                 state = self._layer.run(self._step(sequence, position, proposed[-1:]), known)
         except ArgosyError as error:
@@ -83,7 +83,7 @@ class MtpDrafter:
         return proposed
 
     def note(self, scheduled: Scheduled, ended: Collection[Sequence] = ()) -> None:
-        """Take the hidden states of what a step has computed, after its tokens were committed.
+        """Take the hidden states that a step computed, after its tokens were committed.
 
         Args:
             ended: sequences that will not run again.
@@ -96,11 +96,11 @@ class MtpDrafter:
                 continue
             rows = np.flatnonzero(step.sequence == number)
             first = int(step.order[rows[0]])
-            # A position needs the token after it, too.
+            # A position also needs the token after it.
             count = min(sequence.num_computed - first, sequence.num_tokens - 1 - first)
             followed = self._followed.get(sequence)
             try:
-                if count < 1:  # a rejected proposal took a recurrent state back to where the step began
+                if count < 1:  # a rejected proposal restored the recurrent state from before the step
                     if followed is not None and sequence in ended:
                         self._catch_up(sequence, followed)
                     continue
@@ -128,7 +128,7 @@ class MtpDrafter:
             followed.state = after[-1:].copy()
 
     def _step(self, sequence: Sequence, start: int, following: list[int]) -> Step:
-        """Positions of a sequence from `start` on, each with the token that follows it."""
+        """Build a step for positions of a sequence from `start` on, each with the token that follows it."""
         count = len(following)
         order = np.arange(start, start + count, dtype=np.int32)
         table = np.array([sequence.blocks], np.int32)
