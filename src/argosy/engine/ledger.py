@@ -1,8 +1,8 @@
-"""The cost of an answer: tokens, speed, reads, memory, and where the wall time went; and that of decode steps.
+"""The cost of an answer or of decode steps: tokens, speed, reads, memory, and where the wall time went.
 
 A request's ledger is the difference of the engine's counters between its start and its end. Requests that run together
-share steps, so their hit rates and reads are those of the shared steps. Energy is different: each request has its own
-share of it (`energy.py`).
+share steps, so their hit rates and reads are those of the shared steps. Energy is different: each request pays its own
+share (`energy.py`).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ class Ledger:
 
     `wall_s` begins when a request is queued, `time_to_first_token_s` earlier: when its prompt is built.
     proposed_tokens, confirmed_tokens: counts of drafts; confirmed ones are among `new_tokens`.
-    won_s: seconds that drafts saved, an estimate: what steps without proposals took lately for as many tokens, less
-        what these steps took. Below zero if they cost time. None: the engine does not speculate.
-    energy_j: joules of the processors and their memory, measured; None: this machine does not tell. The drive's part
-        is not in it.
-    drive_energy_j: the least and the most that the drive may have taken, an estimate; None where `energy_j` is.
+    won_s: estimated seconds that drafts saved: the recent time of steps without proposals for the same number of
+        tokens, less the time of these steps. Below zero if drafts cost time. None: the engine does not speculate.
+    energy_j: measured joules of the processors and their memory, without the drive; None: this machine does not
+        measure them.
+    drive_energy_j: an estimate of the least and the most that the drive used; None if `energy_j` is None.
     """
 
     prompt_tokens: int = 0
@@ -34,7 +34,7 @@ class Ledger:
     confirmed_tokens: int = 0
     won_s: float | None = None
     wall_s: float = 0.0
-    queue_s: float | None = None  # until its first step; None: there was none
+    queue_s: float | None = None  # until its first step; None: it never ran
     time_to_first_token_s: float | None = None
     decode_s: float | None = None  # from the first token to the end
     lookups: int = 0
@@ -47,7 +47,7 @@ class Ledger:
 
     @property
     def total_energy_j(self) -> tuple[float, float] | None:
-        """The least and the most energy: what was measured, with the drive's estimate."""
+        """The least and the most energy: the measured part plus the drive's estimate."""
         if self.energy_j is None or self.drive_energy_j is None:
             return None
         low, high = self.drive_energy_j
@@ -63,7 +63,7 @@ class Ledger:
 
     @property
     def hit_rate(self) -> float | None:
-        """Share of expert look-ups that found the expert in memory, 0 to 1."""
+        """The share of expert look-ups that found the expert in memory, 0 to 1."""
         return self.hits / self.lookups if self.lookups else None
 
     @property
@@ -105,7 +105,7 @@ class Ledger:
 class DecodeSteps:
     """The cost of steps that computed no prompt tokens. `parts` sum to `seconds`.
 
-    context: positions of each sequence, mean over the steps.
+    context: mean positions per sequence over the steps.
     """
 
     num_steps: int
@@ -119,7 +119,7 @@ class DecodeSteps:
 
     @classmethod
     def between(cls, before: Ledger, after: Ledger, *, num_steps: int, context: float) -> Self:
-        """The steps between two ledgers of an engine."""
+        """Return the steps between two ledgers of an engine."""
         return cls(
             num_steps=num_steps,
             num_tokens=after.new_tokens - before.new_tokens,

@@ -1,20 +1,20 @@
-"""One thread that steps an engine, for callers that must not block, such as a server with an event loop.
+"""A thread that steps an engine, for callers that must not block, such as a server with an event loop.
 
     submit, cancel: any thread  ->  inbox  ->  the thread: cancel, enqueue, step, deliver  ->  on_event, in that thread
 
 Events report a request's progress: how much of its prompt is done, each token of each answer, and exactly one end per
-answer, whatever its cause. `on_event` must be quick and must not call back; for asyncio it is
+answer, whatever the cause. `on_event` must be quick and must not call back; for asyncio it is
 
     lambda event: loop.call_soon_threadsafe(queue.put_nowait, event)
 
-The thread beats: in every turn, between the layers of a step, and while it waits for requests. So
-`LoopFacts.silent_s` shows whether it still runs, without waiting for it.
+The thread sends a heartbeat in every turn, between the layers of a step, and while it waits for requests. So
+`LoopFacts.silent_s` shows whether the thread still runs, without waiting for it.
 
 The thread survives failures: a failed read ends the answers that need it, any other failure in a step ends all running
 answers, and a listener that raises ends its own request. If rounds keep failing while no request runs, the engine
 itself is broken: the loop ends, every caller is told, and `has_failed` is set.
 
-Elsewhere: `throughput.py` has means of its work; `engine.py` defines a step; `scheduler.py` chooses its sequences.
+Elsewhere: `throughput.py` averages the work; `engine.py` defines a step; `scheduler.py` chooses its sequences.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from argosy.errors import ArgosyError, Overloaded, Revoked, as_exception, refuse
 
 _FACTS_SECONDS = 0.1  # minimum time between two collections of facts
 _WRITING_SECONDS = 0.005  # how soon to check again whether the file writer is free
-BEAT_S = 1.0  # how often an idle loop beats
-# No layer, and no step of others, takes longer: a loop without a beat for this long has stopped.
+BEAT_S = 1.0  # time between heartbeats of an idle loop
+# No layer, and no step of another engine, takes longer: a loop without a heartbeat for this long has stopped.
 SILENT_S = 300.0
 _RETRY_STOPPING_S = 30
 _MOST_IDLE_FAILURES = 8  # consecutive rounds that may fail while no request runs
-_AFTER_FAILURE_S = 0.1  # pause after each of them
+_AFTER_FAILURE_S = 0.1  # pause after each failed round
 
 
 @dataclass(frozen=True, slots=True)
 class PromptProgress:
     """The number of prompt tokens done; `cached` of them came from the prefix cache.
 
-    encoded: the share of the next picture, sound or group of frames that is encoded, 0 to 1; None: none is waited for.
+    encoded: the encoded share of the next picture, sound or group of frames, 0 to 1; None: the prompt waits for none.
     """
 
     answer: int
@@ -86,10 +86,10 @@ class Request:
         self._sequences = sequences
         self.name = name
         self._on_event: Callable[[Event], None] | None = on_event
-        # Reported for each answer: prompt tokens that are done, and the share of a picture that is encoded.
+        # Reported for each answer: finished prompt tokens, and the encoded share of a picture.
         self._told: list[tuple[int, float | None]] = [(0, None)] * len(sequences)
-        self._open = set(range(len(sequences)))  # answers whose end was not reported yet
-        self._error: ArgosyError | None = None  # why it is cancelled, unless the caller cancelled it
+        self._open = set(range(len(sequences)))  # answers whose end has not been reported yet
+        self._error: ArgosyError | None = None  # why the request is cancelled, unless the caller cancelled it
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -108,16 +108,16 @@ class LoopFacts:
     engine: EngineFacts
     num_steps: int
     is_stopping: bool
-    has_failed: bool  # no request will be answered any more
+    has_failed: bool  # no further request will be answered
     new_tok_per_s: float
     prompt_tok_per_s: float  # computed tokens only, not prefix-cache hits
     bytes_read_per_s: float
-    silent_s: float  # since the thread last beat
+    silent_s: float  # since the last heartbeat
     # Seconds by part, of the steps that ended in the last RATE_SECONDS, or of the last one; `other` includes idle time.
     recent_parts: Mapping[str, float]
     # Steps without prompt tokens in the last DECODE_SECONDS; None: there were none.
     recent_decode: DecodeSteps | None = None
-    # In order of arrival: those that run, and the first MOST_WAITS of those that have not run yet.
+    # In order of arrival: running requests, and the first MOST_WAITS requests that have not run yet.
     requests: tuple[RequestProgress, ...] = ()
     waiting: tuple[RequestWait, ...] = ()
 
@@ -143,9 +143,9 @@ class EngineLoop:
         self._changed = threading.Condition()  # guards the attributes below
         self._inbox: list[Request] = []
         self._cancelled: list[Request] = []
-        self._to_forget: list[tuple[str, ArgosyError]] = []  # tenants, and what their requests end with
+        self._to_forget: list[tuple[str, ArgosyError]] = []  # tenants, and the error that ends their requests
         self._revoked: set[str] = set()
-        self._num_live = 0  # sequences whose end was not reported yet
+        self._num_live = 0  # sequences whose end has not been reported yet
         self._is_stopping = False
         self._is_closing = False
         self._has_failed = False
@@ -192,7 +192,7 @@ class EngineLoop:
         tenant: str = "",
         name: str = "",
     ) -> Request:
-        """Check a text and queue it for its embedding, which `AnswerEnd.result` has.
+        """Check a text and queue it for its embedding, which arrives in `AnswerEnd.result`.
 
         Raises what `submit` and `Requests.prepare_embedding` raise.
         """
@@ -217,20 +217,22 @@ class EngineLoop:
         return request
 
     def cancel(self, request: Request) -> None:
-        """End a request before the next step; does nothing once it has ended. The thread sends its last events."""
+        """End a request before the next step; does nothing once the request has ended. The thread sends its last
+        events.
+        """
         with self._changed:
             self._cancelled.append(request)
             self._changed.notify_all()
 
     def revoke(self, tenant: str) -> None:
-        """Remove a tenant for good: before the next step its requests end, and everything kept of it is forgotten."""
+        """Remove a tenant for good: before the next step, end its requests and forget everything kept for it."""
         with self._changed:
             self._revoked.add(tenant)
             self._to_forget.append((tenant, _revoked()))
             self._changed.notify_all()
 
     def erase(self, tenant: str) -> None:
-        """Before the next step, end a tenant's requests and forget everything kept of it. It may submit more."""
+        """Before the next step, end a tenant's requests and forget everything kept for it. It may submit more."""
         with self._changed:
             self._to_forget.append((tenant, _erased()))
             self._changed.notify_all()
@@ -242,13 +244,15 @@ class EngineLoop:
         return plan
 
     def snapshot(self) -> LoopFacts:
-        """Facts as of about the last step, without waiting for one. A request that just came counts as waiting."""
+        """Return facts as of about the last step, without waiting for a step. A request that just arrived counts as
+        waiting.
+        """
         throughput, step = (
             self._meter.read(self._clock(), self._engine.watch),
             self._engine.watch.running_step,
         )
         requests, waiting = self._requests()
-        # The facts are of the end of a step, and the next one may take minutes.
+        # The facts date from the end of a step, and the next step may take minutes.
         facts = self._facts
         num_open = max(facts.num_running + facts.num_waiting, self._num_live)
         num_running = max(facts.num_running, 0 if step is None else len(step.scheduled.sequences))
@@ -268,7 +272,7 @@ class EngineLoop:
         )
 
     def _requests(self) -> tuple[tuple[RequestProgress, ...], tuple[RequestWait, ...]]:
-        """The requests that run, and those that have not run yet; one that the thread just takes may be missing."""
+        """Return running and waiting requests; a request that the thread is just taking may be missing."""
         running: list[RequestProgress] = []
         waiting: list[RequestWait] = []
         for request in dict.fromkeys([*self._live, *self._inbox]):
@@ -287,7 +291,7 @@ class EngineLoop:
         return tuple(running), tuple(waiting)
 
     def drain(self, timeout_s: float) -> bool:
-        """Accept no new requests and wait until all running ones end. Returns False if `timeout_s` passes first."""
+        """Accept no new requests and wait until all running ones end. Return False if `timeout_s` passes first."""
         with self._changed:
             self._is_stopping = True
             return self._changed.wait_for(lambda: not self._num_live, timeout_s)
@@ -319,7 +323,7 @@ class EngineLoop:
             self._report(failure)
 
     def _turn(self) -> bool:
-        """Take, step and deliver once. Returns False when the loop should end. A failure ends all running requests."""
+        """Take, step and deliver once. Return False when the loop should end. A failure ends all running requests."""
         error: Exception | None = None
         self._beat_at = monotonic()
         try:
@@ -354,7 +358,7 @@ class EngineLoop:
             self._changed.wait(_AFTER_FAILURE_S)
 
     def _end(self, failure: BaseException | None) -> None:
-        """End every request before the thread exits, so that no caller waits for an answer that never comes."""
+        """End every request before the thread exits, so that no caller waits forever."""
         with self._changed:
             self._is_stopping = True
             self._has_failed = failure is not None
@@ -366,7 +370,7 @@ class EngineLoop:
         self._gather_facts()
 
     def _take(self) -> bool:
-        """Wait for work, then add new requests and remove cancelled ones. Returns False when the loop should end."""
+        """Wait for work, then add new requests and remove cancelled ones. Return False when the loop should end."""
         with self._changed:
             while not (self._inbox or self._cancelled or self._to_forget or self._live or self._is_closing):
                 self._beat_at = monotonic()
@@ -410,9 +414,9 @@ class EngineLoop:
                 self._report(error)
 
     def _deliver(self, error: Exception | None) -> None:
-        """Report to every request the outcome of the last step; `error` is the failure that ended the running ones.
+        """Report the last step's outcome to every request; `error` is the failure that ended the running requests.
 
-        A cancelled sequence without a result will never get one: it never entered the engine, or ending it failed.
+        A cancelled sequence without a result never gets a result: it never entered the engine, or ending it failed.
         """
         num_ended = 0
         for request in self._live:
@@ -466,7 +470,7 @@ class EngineLoop:
         self._facts_at = now
         try:
             self._facts = self._engine.facts()
-        except Exception as error:  # observers see the previous facts
+        except Exception as error:  # observers keep the previous facts
             self._report(error)
             return
         self._meter.note(self._facts, now)
@@ -485,7 +489,7 @@ def _no_result(sequence: Sequence) -> Result:
 
 
 def _as_told(error: Exception) -> ArgosyError:
-    """The error for callers: any other exception's message could quote the prompt."""
+    """Return the error for callers; the message of any other exception could quote the prompt."""
     if isinstance(error, ArgosyError):
         return error
     return refused_by_system(error) or ArgosyError("the step failed")

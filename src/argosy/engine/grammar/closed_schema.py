@@ -1,15 +1,15 @@
-"""Close the objects of a JSON schema, so that an answer has only the members that the schema names and can end.
+"""Close the objects of a JSON schema, so that an answer contains only the members that the schema names, and can end.
 
     {"properties": {"name": ...}}  ->  {"properties": {"name": ...}, "additionalProperties": false}
     {"type": "integer"}            ->  the same, with at most 19 digits
 
-JSON Schema allows any other member by default, and a small model invents them until the context is full. llama.cpp,
-Ollama and xgrammar close objects as well. An object whose schema says anything about other members, such as
-`additionalProperties: true`, stays as it is; so does one whose values are listed.
+JSON Schema allows other members by default, and a small model invents them until the context is full. llama.cpp,
+Ollama and xgrammar close objects as well. An object whose schema mentions other members, such as
+`additionalProperties: true`, stays as it is; so does an object whose values are listed.
 
 The parts of an `allOf` describe one object, so a part must not forbid the members of the others: only the whole is
-closed, over the names in all parts. A definition that is a part somewhere stays open; elsewhere a closed copy of it is
-used. Digits are bounded for the same reason as members: a small model writes zeros without end.
+closed, over the names in all parts. A definition that serves as a part somewhere stays open; elsewhere a closed copy
+replaces it. Digits are bounded for the same reason as members: a small model writes zeros without end.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _OWN = ("properties", "required", "minProperties", "maxProperties", *_SAYS_MORE)
 _CHOICES = ("allOf", "anyOf", "oneOf")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")
 _LIMITS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "enum", "const", "multipleOf")
-_LARGEST = 9 * 10**18  # llguidance takes none much larger; ids of 64 bits fit
+_LARGEST = 9 * 10**18  # llguidance accepts little more; 64-bit ids fit
 _INNER = ("items", "prefixItems", "additionalItems", "contains", "additionalProperties")
 
 
 def close_objects(schema: object) -> object:
-    """Return `schema` with all objects closed that name their members and say nothing about others.
+    """Return `schema` with every object closed that names its members and does not mention others.
 
     The schema must be within the bounds of `require_schema_bounds`.
 
@@ -48,19 +48,19 @@ class _Closing:
         self._root = root
         self._opened = self._find_opened()
         self._copies: dict[int, tuple[str, Mapping[str, object]]] = {}  # by the definition's identity
-        # Many wholes may share a long part, and each has its names written again.
+        # Many objects may share a long part, and each repeats the part's names.
         self._num_left = MAX_GRAMMAR_CHARACTERS
 
     def made(self) -> dict[str, object]:
         made = self._whole(self._root)
         copied: dict[str, object] = {}
-        while len(copied) < len(self._copies):  # a copy may refer to others
+        while len(copied) < len(self._copies):  # a copy may refer to other definitions
             name, definition = list(self._copies.values())[len(copied)]
             copied[name] = self._whole(definition)
         return {**made, "$defs": {**_object(made.get("$defs")), **copied}} if copied else made
 
     def _find_opened(self) -> set[int]:
-        """The identities of definitions that are a part of an object somewhere."""
+        """Return the identities of definitions that serve as a part of an object somewhere."""
         opened, seen = set[int](), set[tuple[int, bool]]()
         waiting: list[tuple[object, bool]] = [(self._root, False)]
         while waiting:
@@ -97,7 +97,7 @@ class _Closing:
         return made
 
     def _inside(self, schema: Mapping[str, object], *, has_parts: bool) -> dict[str, object]:
-        """A copy of `schema` in which everything below it is closed.
+        """Copy `schema` with everything below it closed.
 
         Args:
             has_parts: the choices and the reference are parts of one object.
@@ -120,7 +120,7 @@ class _Closing:
         return made
 
     def _copy(self, definition: Mapping[str, object]) -> str:
-        """The name of the closed copy of a definition."""
+        """Return the name of a definition's closed copy."""
         if id(definition) not in self._copies:
             name = f"closed-{len(self._copies)}"
             while name in _object(self._root.get("$defs")):
@@ -129,7 +129,7 @@ class _Closing:
         return self._copies[id(definition)][0]
 
     def _names(self, schema: Mapping[str, object]) -> list[str] | None:
-        """The names of all members of an object; None if it must stay as it is."""
+        """Return the names of all members of an object, or None if the object must stay as it is."""
         names, seen, fewest, has_names = dict[str, None](), set[int](), 0, False
         waiting: list[object] = [schema]
         while waiting:
@@ -137,7 +137,7 @@ class _Closing:
             if not isinstance(part, Mapping) or id(part) in seen:
                 continue
             seen.add(id(part))
-            # For a whole, this means what closing it does.
+            # For a whole object, this means the same as closing it.
             is_closed = part is schema and part.get("unevaluatedProperties") is False
             if any(key in part for key in _SAYS_MORE if not (is_closed and key == "unevaluatedProperties")):
                 return None
@@ -155,14 +155,14 @@ class _Closing:
         return list(names) if has_names and len(names) >= fewest else None
 
     def _target(self, schema: Mapping[str, object]) -> Mapping[str, object] | None:
-        """The definition that `schema` refers to."""
+        """Return the definition that `schema` refers to."""
         reference = schema.get("$ref")
         target = part_of(self._root, reference) if isinstance(reference, str) else None
         return target if isinstance(target, Mapping) else None
 
 
 def _num_parts(schema: Mapping[str, object]) -> int:
-    """How many parts describe an object: its own members, each of `allOf`, one choice each, and a definition."""
+    """Count the parts that describe an object: its own members, each of `allOf`, one per choice, and a definition."""
     every = schema.get("allOf")
     return (
         any(key in schema for key in _OWN)
@@ -183,7 +183,7 @@ def _choices(schema: Mapping[str, object]) -> list[object]:
 
 
 def _inner(schema: Mapping[str, object]) -> Iterator[object]:
-    """The schemas of members, items and definitions."""
+    """Yield the schemas of members, items and definitions."""
     for key in _NAMED:
         yield from _object(schema.get(key)).values()
     for key in _INNER:

@@ -11,12 +11,12 @@ A grammar is a caller's text, so its size, nesting and repetition, and the work 
 grammar that exceeds a bound fails only its own request. The memory plan has room for all grammars
 (`allowances.GRAMMAR_BYTES`).
 
-Small models repeat words or items without end. If the whole answer follows a grammar, a string or array in JSON ends
-after 512 tokens of exact repetition, the next ones after 64, and four times as many if they have no letters: a grid of
-numbers repeats itself, too. Minimum lengths hold.
+Small models repeat words or items without end. If the whole answer follows a grammar, a JSON string or array ends
+after 512 tokens of exact repetition, later ones after 64; the limits are four times higher for text without letters,
+since a grid of numbers legitimately repeats itself. Minimum lengths still hold.
 
-Elsewhere: the size and nesting of a grammar's text are checked in `grammar_bounds.py`; `engine/sampler.py` turns masked
-logits into a token; the bytes of tokens come from `prompt/tokenizer.py`.
+Elsewhere: `grammar_bounds.py` checks the size and nesting of a grammar's text; `engine/sampler.py` turns masked logits
+into a token; `prompt/tokenizer.py` provides the bytes of tokens.
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ from argosy.prompt.formats.lark import expression
 from argosy.prompt.tokenizer import Tokenizer
 
 _MOST_COMPILED = 16
-# Characters of all kept and running grammars; each took at most 250 bytes of memory when measured with agents' tools.
+# Characters of all kept and running grammars; a character takes at most 250 bytes, measured with agents' tools.
 _MOST_CHARACTERS = 2 * MAX_GRAMMAR_CHARACTERS
-# Time to find out which schemas of a lenient grammar can be enforced; the others are dropped.
+# Time to find which schemas of a lenient grammar can be enforced; the others are dropped.
 _LENIENT_SECONDS = 1.0
 
-# Forced text is not computed: an expression such as `(a{1000}){1000}` can force more of it than memory holds.
+# Forced text is not computed: an expression such as `(a{1000}){1000}` can force more text than fits in memory.
 _OPTIONS = '%llguidance {"no_forcing": true}\n'
 # A model with nothing to say writes white space wherever it can. llama.cpp has the same rule, but allows blank lines.
 _SCHEMA_OPTIONS: dict[str, object] = {"whitespace_pattern": r" |\n[ \t]{0,20}"}
 _LIMITS = llguidance.LLParserLimits(
     max_items_in_row=2000,
-    initial_lexer_fuel=150_000,  # 0.1 s; agents' tools, long lists and Unicode classes need a third of it at most
+    initial_lexer_fuel=150_000,  # 0.1 s; agents' tools, long lists and Unicode classes need up to a third
     step_lexer_fuel=100_000,  # 7 ms
     step_max_items=20_000,
     max_lexer_states=10_000,
@@ -101,7 +101,7 @@ class Constraint:
         self._has_let_go = False
         self._repeats = Repeats() if trigger is None else None
         self._most_repeated = _MOST_REPEATED
-        self._ending = b""  # what the next tokens must write, to end what repeats
+        self._ending = b""  # the text that the next tokens must write to end a repetition
 
     @property
     def is_finished(self) -> bool:
@@ -114,7 +114,7 @@ class Constraint:
         return self._watch is not None
 
     def allowed(self) -> NDArray[np.bool_] | None:
-        """Which tokens of the vocabulary may come next, or None while any may.
+        """Return which tokens of the vocabulary may come next, or None while any may.
 
         Raises:
             GrammarError: the grammar needs more work than one step may take.
@@ -130,7 +130,7 @@ class Constraint:
         return self._without_repeats(allowed)
 
     def _without_repeats(self, allowed: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """`allowed` without tokens that go on with a string or an array that has repeated itself for too long."""
+        """Remove tokens that continue a string or an array that has repeated itself for too long."""
         self._ending = ending = self._ending or self._end_of_repeats()
         if not ending:
             return allowed
@@ -145,8 +145,8 @@ class Constraint:
         return narrowed
 
     def _end_of_repeats(self) -> bytes:
-        """What ends the string or the array that has repeated itself for too long; empty if nothing has, or if it
-        cannot end within the next token.
+        """Return the text that ends a string or an array that has repeated itself for too long; empty if nothing has,
+        or if it cannot end within the next token.
         """
         if self._repeats is None or not (ids := self._repeats.cycle(self._most_repeated)):
             return b""
@@ -154,7 +154,7 @@ class Constraint:
         text = b"".join(cycle)
         if not _WORDS.search(text) and not self._repeats.cycle(4 * self._most_repeated):
             return b""
-        # The grammar tells what is part of a string: letters may follow there.
+        # The grammar shows whether this is inside a string: letters may follow there.
         if (
             b'"' not in text
             and self._may_write(b"z")
@@ -202,7 +202,7 @@ class Constraint:
         return True
 
     def _begin(self, token_id: int, found: _Found) -> bool:
-        """Feed the grammar the trigger word, if it is part of it, and the text that followed in the same token."""
+        """Feed the grammar the trigger word, if it includes it, and the text that followed in the same token."""
         if found.is_token:
             if found.is_part:
                 self._matcher.consume_token(token_id)
@@ -242,12 +242,12 @@ class _Watch:
     def __init__(self, trigger: Trigger) -> None:
         self._trigger = trigger
         self._is_paused = trigger.is_paused
-        self._tail = b""  # the last bytes of the answer, where a word may have begun
+        self._tail = b""  # the last bytes of the answer, in which a word may have begun
         self._waiting = _Words((*trigger.words, *trigger.pauses))
         self._paused = _Words(trigger.resumes)
 
     def find(self, token_id: int, text: bytes) -> _Found | None:
-        """Returns the trigger if this token completes it. State is then unchanged: the token may be taken back."""
+        """Return the trigger if this token completes it. The state is then unchanged: the token may be taken back."""
         is_paused, trigger = self._is_paused, self._trigger
         words = self._paused if is_paused else self._waiting
         if token_id in words.ids:
@@ -268,12 +268,12 @@ class _Watch:
 
 
 class _Words:
-    """Searches for several words at once; where two match at the same place, the longer one wins."""
+    """Searches for several words at once; if two match at the same place, the longer one wins."""
 
     def __init__(self, words: Sequence[str | int]) -> None:
         texts = sorted((word.encode() for word in words if isinstance(word, str)), key=len, reverse=True)
         self.ids = frozenset(word for word in words if isinstance(word, int))
-        self.num_held = len(texts[0]) - 1 if texts else 0  # bytes that may be the start of a word
+        self.num_held = len(texts[0]) - 1 if texts else 0  # bytes that may start a word
         self._pattern = re.compile(b"|".join(map(re.escape, texts))) if texts else None
 
     def search(self, text: bytes) -> re.Match[bytes] | None:
@@ -302,11 +302,11 @@ class GrammarCompiler:
         self._lock = threading.Lock()
 
     def compile(self, grammar: Grammar, tenant: str = "") -> Constraint:
-        """Compile a grammar and return it at its start. Tenants never share compiled grammars: none learns of
+        """Compile a grammar and return it at its start. Tenants never share compiled grammars, so none learns about
         another's.
 
         Raises:
-            GrammarError: it cannot be parsed, exceeds a bound, names an unknown token, or matches nothing.
+            GrammarError: the grammar cannot be parsed, exceeds a bound, names an unknown token, or matches nothing.
             Overloaded: the grammars of running answers take all the room. A lenient grammar drops its schemas instead.
         """
         for word in () if grammar.trigger is None else grammar.trigger.all_words:
@@ -392,7 +392,7 @@ class GrammarCompiler:
     def _start(self, lark: str) -> llguidance.LLMatcher:
         matcher = llguidance.LLMatcher(self._tokenizer, _OPTIONS + lark, log_level=0, limits=_LIMITS)
         _require_sound(matcher)
-        # The first mask shows what compiling does not: that the grammar takes too much work, or matches nothing.
+        # Only the first mask shows whether the grammar takes too much work or matches nothing.
         first = Constraint(matcher.deep_copy(), self._vocabulary, None).allowed()
         if first is None or not first.any():
             raise GrammarError("the grammar matches nothing that this model can write")
@@ -442,7 +442,7 @@ class _Schemas:
 
     Args:
         is_lenient: drop keywords that cannot be enforced from every schema; otherwise only from schemas marked lenient.
-        is_kept: whether a lenient schema, written as a rule, may stay; otherwise any JSON takes its place.
+        is_kept: whether a lenient schema, written as a rule, may stay; otherwise a rule for any JSON replaces it.
     """
 
     def __init__(self, *, is_lenient: bool, is_kept: Callable[[str], bool] = lambda rule: True) -> None:
@@ -459,7 +459,7 @@ class _Schemas:
         try:
             require_schema_bounds(schema)
             schema = close_objects(schema)
-            require_schema_bounds(schema)  # closed copies of definitions are longer chains
+            require_schema_bounds(schema)  # closed copies of definitions lengthen the chains
         except GrammarError:
             if not is_lenient:
                 raise

@@ -5,9 +5,9 @@
                                               ->  require_plain          for a caller's grammar
 
 `llguidance` follows rules and schema references by recursion: a long enough chain of references crashes the process,
-and none of its limits counts them. So this module counts them before llguidance sees the text.
+and none of its limits covers such chains. So this module measures them before llguidance sees the text.
 
-Elsewhere: compiling and the limits on work are in `constraint.py`.
+Elsewhere: `constraint.py` compiles grammars and limits their work.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from urllib.parse import unquote
 from argosy.config import MAX_GRAMMAR_CHARACTERS
 from argosy.errors import GrammarError
 
-MAX_CALLERS_CHARACTERS = 1 << 15  # for a caller's own grammar; reading it takes up to a tenth of a second
+MAX_CALLERS_CHARACTERS = 1 << 15  # for a caller's grammar; reading it takes up to a tenth of a second
 MAX_REGEX_CHARACTERS = 1 << 10  # for a regular expression, also inside a schema or a grammar
 MAX_NESTING = 64
-# Levels open at once along a chain of rules or schemas. A thread with a stack of 2 MiB survived 490, and one with the
-# usual 8 MiB survived four times as many; beyond that the process crashes.
+# # Levels open at once along a chain of rules or schemas. A thread with a 2 MiB stack survived 490 levels, and one
+# with the usual 8 MiB survived four times that; beyond it the process crashes.
 MAX_LEVELS = 400
 
-# Follows llguidance's lexer; a character that fits nowhere is `other`.
+# Follows llguidance's lexer; a character that matches nothing else is `other`.
 _LEXEME = re.compile(
     r"""
     (?P<newline>(?:\r?\n)+[ \t]*)
@@ -92,7 +92,7 @@ def require_schema_bounds(schema: object) -> None:
     """Refuse deep nesting, long chains of references, and long regular expressions anywhere in the schema.
 
     Raises:
-        GrammarError: the schema has one of these.
+        GrammarError: the schema contains one of these.
     """
     references: set[str] = set()
     has_base = False  # some subschema resets the base of reference paths
@@ -135,7 +135,9 @@ def _references_of(item: Mapping[str, object]) -> set[str]:
 
 
 def _schema_nodes(schema: object, references: Iterable[str]) -> dict[str, _Node]:
-    """Nodes for the schema and every subschema that a reference names; a node refers to named subschemas inside it."""
+    """Return nodes for the schema and every subschema that a reference names; a node refers to named subschemas inside
+    it.
+    """
     targets = {"#": schema}
     for reference in references:
         targets[reference] = part_of(schema, reference)
@@ -143,7 +145,7 @@ def _schema_nodes(schema: object, references: Iterable[str]) -> dict[str, _Node]
     nodes = {}
     for name, target in targets.items():
         node = nodes[name] = _Node()
-        if (same := names.get(id(target), name)) != name:  # another name of a subschema, which is read once
+        if (same := names.get(id(target), name)) != name:  # another name for a known subschema
             node.leads_to.add(same)
             continue
         # Definitions are reached only by reference, so they are not on a path through the whole schema.
@@ -171,7 +173,7 @@ def _schema_nodes(schema: object, references: Iterable[str]) -> dict[str, _Node]
 
 
 def part_of(schema: object, reference: str) -> object:
-    """The subschema that a reference names, or None if it does not exist.
+    """Return the subschema that a reference names, or None if it does not exist.
 
     Raises:
         GrammarError: the reference is not a path from the root, so its target is unknown here.
@@ -196,13 +198,13 @@ def part_of(schema: object, reference: str) -> object:
 
 
 def read_lark(text: str) -> list[Lexeme]:
-    """Split Lark text into lexemes, up to the first character that fits nowhere.
+    """Split Lark text into lexemes, up to the first invalid character.
 
     Raises:
         GrammarError: the text after `%json` is not JSON.
     """
     lexemes, at, kind = list[Lexeme](), 0, ""
-    # After such a character, each quote without an end would have the rest read again.
+    # After such a character, each unclosed quote would make the lexer read the rest again.
     while at < len(text) and kind != "other":
         found = _LEXEME.match(text, at)
         assert found is not None  # `other` matches any character
@@ -226,7 +228,7 @@ def require_lark_bounds(lexemes: Sequence[Lexeme]) -> None:
     """Refuse long regular expressions, deep nesting, long chains of rules, and characters that are not valid Lark.
 
     Raises:
-        GrammarError: the grammar has one of these.
+        GrammarError: the grammar contains one of these.
     """
     nodes: dict[str, _Node] = {}
     node, depth, is_first = _Node(), 0, True
@@ -242,7 +244,7 @@ def require_lark_bounds(lexemes: Sequence[Lexeme]) -> None:
             depth -= 1
         elif lexeme.kind == "name":
             name = lexeme.text.lstrip("!?")
-            if is_first:  # a rule begins; an embedded grammar may have a rule of the same name
+            if is_first:  # a rule begins; an embedded grammar may define a rule of the same name
                 node = nodes.setdefault(name, _Node())
                 node.levels, depth = node.levels + 1, 0
             else:
@@ -252,7 +254,7 @@ def require_lark_bounds(lexemes: Sequence[Lexeme]) -> None:
 
 
 def require_plain(text: str) -> None:
-    """Refuse constructs that a caller's grammar may not use: it describes text, and sets no tokens or options.
+    """Refuse constructs that a caller's grammar may not use: it describes text and must not set tokens or options.
 
     Raises:
         GrammarError: names the construct and its line.
@@ -267,7 +269,7 @@ def require_plain(text: str) -> None:
         reason = _FOREIGN.get(lexeme.kind)
         if depth < 0:
             reason = "closes a bracket that is not open"
-        # A complement may match bytes that are not text, and so a control token.
+        # A complement may match bytes that are not text, and therefore a control token.
         elif lexeme.text == "~" and after.kind != "number":
             reason = "may match bytes that are not text: only 'x~2..5' is allowed"
         elif lexeme.text == "::":
@@ -301,14 +303,14 @@ def _require_levels(nodes: Mapping[str, _Node]) -> None:
 
 
 def _most_levels(nodes: Mapping[str, _Node]) -> int:
-    """The maximum number of levels open at once along any chain of references; a cycle counts as a whole."""
+    """Return the maximum number of levels open at once along any chain of references; a cycle counts as a whole."""
     backwards: dict[str, list[str]] = {name: [] for name in nodes}
     for name, node in nodes.items():
         for to in node.leads_to & nodes.keys():
             backwards[to].append(name)
     circle: dict[str, int] = {}
     most: list[int] = []  # for each cycle, the most levels on a chain up to and including it
-    # Kosaraju: the name left last is reachable only from its own cycle or from cycles already numbered.
+    # Kosaraju: the last remaining name is reachable only from its own cycle or from cycles already numbered.
     for first in reversed(
         _left_in_order({name: sorted(node.leads_to & nodes.keys()) for name, node in nodes.items()})
     ):
@@ -330,7 +332,7 @@ def _most_levels(nodes: Mapping[str, _Node]) -> int:
 
 
 def _left_in_order(graph: Mapping[str, Sequence[str]]) -> list[str]:
-    """Names in depth-first postorder, computed without recursion."""
+    """Return names in depth-first postorder, computed without recursion."""
     seen, left = set[str](), list[str]()
     for root in graph:
         if root in seen:

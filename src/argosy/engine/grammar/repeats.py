@@ -1,6 +1,6 @@
-"""Notice that an answer repeats itself: its last tokens are one piece of text, again and again.
+"""Detect that an answer repeats itself: its last tokens are the same piece of text, again and again.
 
-    token  ->  Repeats.accept  ->  cycle: the tokens that come next if the answer goes on as it does
+    token  ->  Repeats.accept  ->  cycle: the next tokens if the answer keeps repeating
 
 Elsewhere: `constraint.py` closes an array whose items repeat.
 """
@@ -14,7 +14,7 @@ _COPIES = 4
 
 
 class Repeats:
-    """The tokens of an answer, as far as they may repeat."""
+    """The last tokens of an answer, which may repeat."""
 
     def __init__(self) -> None:
         self._last = np.full(_LONGEST, -1, np.int64)  # latest first
@@ -27,6 +27,8 @@ class Repeats:
         self._last[0] = token_id
 
     def cycle(self, num_tokens: int) -> list[int]:
-        """The shortest piece that the last `num_tokens` or more consist of, from the next token on; empty: none."""
+        """Return the shortest piece that makes up the last `num_tokens` or more, from the next token on; empty if
+        none.
+        """
         found = np.flatnonzero(self._runs >= np.maximum(self._needed, num_tokens))
         return self._last[: found[0] + 1][::-1].tolist() if len(found) else []

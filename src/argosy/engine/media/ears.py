@@ -1,14 +1,14 @@
-"""Turn speech into text with a Whisper checkpoint, beside the steps of a model or on its own.
+"""Turn speech into text with a Whisper checkpoint, between the steps of a model or without an engine.
 
     Audio("talk.mp3")  ->  decoded in a process that may be killed  ->  features  ->  windows  ->  Transcript
 
-Work is done in the thread of whoever asks, in small pieces, each of which takes a turn at the engine: a step of the
-model waits for one piece at most, and a piece for one step. One sound is transcribed at a time; others wait for it.
+The caller's thread does the work in small pieces, each of which takes a turn at the engine: a step of the model waits
+for at most one piece, and a piece for at most one step. One sound is transcribed at a time; others wait for it.
 
-A model that takes text only gets the transcript as text in its prompt, marked as a transcript. Transcripts are kept for
-the next prompt that has the same sound.
+A text-only model gets the transcript as text in its prompt, marked as a transcript. Transcripts are kept for the next
+prompt that contains the same sound.
 
-Elsewhere: `model/whisper/` has the network; `prompt_media.py` is for models that hear themselves.
+Elsewhere: `model/whisper/` runs the network; `prompt_media.py` serves models that hear sounds themselves.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from argosy.model.whisper.network import Whisper
 from argosy.model.whisper.transcription import Transcription, check_options, prepare
 from argosy.prompt.replay import TenantMemory
 
-_MOST_WAITING = 8  # sounds that wait for the one before them
+_MOST_WAITING = 8  # sounds that may wait for the current one
 _RETRY_S = 10
 _NUM_READERS = 2
 
 Report = Callable[[Transcription], object]
-"""Called after each piece of work; an exception that it raises ends the transcription."""
+"""Called after each piece of work; an exception from it ends the transcription."""
 
 
 class Transcriber:
@@ -71,7 +71,7 @@ class Transcriber:
         self.files = files
         self.name = TINY_EN if files.path.name.startswith(f"whisper-{TINY_EN}-") else files.path.name
         self._store, self._runtime, self._turns, self._decoder = store, runtime, turns, decoder
-        # Held while a sound is transcribed: the memory that this takes may be lent to others otherwise.
+        # Held while a sound is transcribed: at other times the memory for this may be lent.
         self.use_memory: Callable[[], AbstractContextManager[object]] = nullcontext
         self._network: Whisper | None = None
         self._one_sound = threading.Lock()
@@ -111,11 +111,11 @@ class Transcriber:
         """Transcribe one sound.
 
         Args:
-            request: counts it with the other sounds of a request.
+            request: counts the sound with the other sounds of its request.
 
         Raises:
-            BadMedia: it cannot be decoded, or is too long.
-            UsageError: the checkpoint cannot do what `options` ask for.
+            BadMedia: the sound cannot be decoded, or is too long.
+            UsageError: the checkpoint does not support `options`.
             Overloaded: too many sounds are waiting.
             CheckpointError: the weights are damaged.   ReadFailed: the drive failed.
         """
@@ -134,11 +134,11 @@ class Transcriber:
                 self._num_asking -= 1
 
     def text_for(self, content: Content, tenant: str, request: RequestMedia) -> str:
-        """The transcript of a sound, as a prompt has it. Raises what `transcribe` raises."""
+        """Return the transcript of a sound in the form used in prompts. Raises what `transcribe` raises."""
         if (kept := self._kept.get(tenant, content.digest)) is None:
             kept = _Kept(self.transcribe(content, report=lambda _: request.check(), request=request))
             self._kept.put(tenant, content.digest, kept)
-        else:  # so that a conversation is not taken or refused by what is kept
+        else:  # so that kept transcripts do not decide whether a conversation is refused
             request.add_transcribed(kept.duration_s)
         self._kept.touch(tenant, [content.digest])
         return f"[transcript of a sound: {kept.text}]" if kept.text else "[a sound in which nobody speaks]"
@@ -148,7 +148,7 @@ class Transcriber:
         self._kept.forget(tenant)
 
     def drop(self) -> None:
-        """Free the weights, which are read again for the next sound. Call it while nothing is transcribed."""
+        """Free the weights; the next sound reads them again. Call this while nothing is transcribed."""
         self._network = None
 
     def close(self) -> None:
@@ -203,7 +203,7 @@ class Transcriber:
             raise UsageError("the transcriber is closed")
 
     def _opened(self) -> Whisper:
-        """The network, read if it is not in memory."""
+        """Return the network; read it if it is not in memory."""
         if self._network is None:
             open_file = functools.cache(self._store.open)
             weights = load_dense(self._store, self.files.tensors, open_file=open_file)
@@ -212,7 +212,7 @@ class Transcriber:
 
 
 class _Kept:
-    """A transcript that is kept."""
+    """A kept transcript."""
 
     def __init__(self, transcript: Transcript) -> None:
         self.text, self.duration_s = transcript.text, transcript.duration_s

@@ -1,15 +1,15 @@
-"""Media of prompts: checked and measured when a request comes, encoded beside the steps of others.
+"""Media of prompts: checked and measured when a request arrives, encoded between the steps of other requests.
 
     Image("cat.png")  ->  read  ->  segments: decoded, prepared, a MediaSpan  ->  make_rows: the tower, piece by piece
-                                                                              ->  kept, for the next prompt that has it
+                                                                              ->  kept, for the next prompt with it
 
-A video becomes several spans, one for each group of frames, with the texts of its family between them.
+A video becomes several spans, one for each group of frames, with the family's texts between them.
 
-What a request costs before its turn is small: of a picture or frame it holds the pixels that the tower will see, one
-byte each. `MEDIA_WAITING_BYTES` bounds what all requests hold together.
+A waiting request holds little memory: for each picture or frame only the pixels that the tower will see, one byte
+each. `MEDIA_WAITING_BYTES` bounds the memory of all requests together.
 
-Elsewhere: `media/` decodes and prepares; `model/encoders/` has the towers; `video_layout.py` orders the parts of a
-video; `spans.py` puts rows into steps; `budget/media_memory.py` lends to experts what all this takes.
+Elsewhere: `media/` decodes and prepares; `model/encoders/` runs the towers; `video_layout.py` orders the parts of a
+video; `spans.py` puts rows into steps; `budget/media_memory.py` lends the unused memory to experts.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ Lend = Callable[[Callable[[], None]], MediaMemory]
 
 
 class PromptMedia:
-    """Reads the media of one engine's prompts. Safe from any thread; encoding runs in the engine's own.
+    """Reads the media of one engine's prompts. Safe from any thread; encoding runs in the engine's own thread.
 
     Args:
         processors: for each kind of media, its processor or the error that refuses it.
         low_detail: prepares a picture with low detail; None: the model takes no pictures.
-        encode_text: the ids of a text that the model's own processor writes, with its control tokens.
-        lend: makes the memory that encoders and the decoder use, from a function that frees it.
-        ears: transcribe sounds for prompts if the model takes none; they share the decoder and the memory.
+        encode_text: returns the ids of a text that the model's own processor writes, control tokens included.
+        lend: makes the `MediaMemory` of encoders and decoder, given a function that frees that memory.
+        ears: transcribe sounds if the model cannot hear; they share the decoder and the memory.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class PromptMedia:
         self.memory = lend(self._clear)
         if ears is not None:
             ears.use_memory = self.memory.use
-        # A decoded picture or sound is large, so there is one at a time. The frames of a video take turns with others.
+        # A decoded picture or sound is large, so only one exists at a time. Frames of a video take turns with them.
         self._one_decoded = Turns()
         self._one_video = threading.Lock()
         self._waiting = _Room(MEDIA_WAITING_BYTES)
@@ -98,12 +98,12 @@ class PromptMedia:
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """The media that a prompt may contain."""
+        """The kinds of media that a prompt may contain."""
         return (*self._processors, *(("sound",) if self.hears == "transcript" else ()))
 
     @property
     def faults(self) -> Mapping[Kind, ArgosyError]:
-        """Why a prompt may not have media of a kind that the model has a tower for."""
+        """Why a prompt may not contain media of a kind for which the model has a tower."""
         return self._faults
 
     @property
@@ -122,7 +122,7 @@ class PromptMedia:
         self._clear()
 
     def _clear(self) -> None:
-        """Free what `memory` is for."""
+        """Free the memory that `memory` lends."""
         self._decoder.close()
         self._encoders.drop()
         if self._ears is not None:
@@ -194,9 +194,9 @@ class PromptMedia:
     def _prepare(
         self, content: Content, processor: PictureProcessor | SoundProcessor, request: RequestMedia
     ) -> tuple[NDArray[Any], Shape]:
-        """Decode a content: pixels [height, width, 3] with their grid, or mel features [bands, frames]."""
+        """Decode one content to pixels [height, width, 3] with their grid, or to mel features [bands, frames]."""
         if isinstance(processor, PictureProcessor):
-            # Refuse a picture by its header, before anything is decoded.
+            # Refuse a picture by its header, before decoding it.
             canvas = processor.resize(
                 self._decoder.picture(
                     content, lambda height, width: request.require_room(processor.num_tokens(height, width))
@@ -239,7 +239,7 @@ class PromptMedia:
             group = groups[part.number]
             chosen = slice(group.start, group.stop)
             shape = processor.grid(video.canvases[chosen])
-            # How far it moves on belongs to its identity: positions after it depend on it.
+            # The advance of positions is part of the identity: positions after the span depend on it.
             seen = repr(("video", shape, video.indices[chosen], part.num_angles))
             digest = blake3(content.digest + seen.encode()).digest()
             make_rows = self._maker("video", lambda: frames.values[chosen], shape, tenant, digest)
@@ -274,7 +274,7 @@ class PromptMedia:
     def _prepare_video(
         self, content: Content, processor: VideoProcessor, request: RequestMedia, *, listens: bool
     ) -> _Video:
-        """Decode the frames that the model looks at, and the sound if it listens."""
+        """Decode the frames that the model sees, and the sound if the model hears it."""
         hearing = self._processors.get("sound") if listens else None
         for counts_decoded in (False, True):
             with open_frames(
@@ -288,12 +288,12 @@ class PromptMedia:
                 indices = processor.sample(frames.num_frames, frames.rate)
                 with closing(frames.at(indices)) as chosen:
                     canvases = processor.resize(chosen, len(indices), request)
-                if len(canvases) < len(indices):  # not each packet of a file need be a frame
+                if len(canvases) < len(indices):  # not every packet of a file is a frame
                     continue
                 features = None
                 if isinstance(hearing, SoundProcessor) and frames.sound is not None:
                     samples = frames.sound(hearing.rate)
-                    if samples.size > hearing.window:  # less cannot be heard
+                    if samples.size > hearing.window:  # a shorter sound cannot be heard
                         with self._one_decoded, request.work():
                             features = hearing.prepare(samples)
                 seconds = frames.num_frames / frames.rate
@@ -340,7 +340,7 @@ class _Video:
     indices: the frames that the model sees.
     rate, seconds: frames per second and length of the whole.
     canvases: uint8 [frames, height, width, 3].
-    features: float32 [bands, mel frames]; None: it has no sound, or the model does not listen.
+    features: float32 [bands, mel frames]; None: the video has no sound, or the model does not hear it.
     """
 
     indices: list[int]
@@ -359,7 +359,7 @@ def _span(
     make_rows: MakeRows,
     part: Group | None = None,
 ) -> MediaSpan:
-    """A span that is placed as its shape says, or as `part` does."""
+    """Make a span, placed by its shape or by `part`."""
     angles, num_angles = (None, None) if part is None else (part.angles, part.num_angles)
     if angles is None and files.encoder.angles is not None:
         angles, num_angles = files.encoder.angles(files.config, shape)
@@ -384,25 +384,25 @@ def _some_rows(make_rows: MakeRows, part: slice) -> Making:
 
 
 class _Waiting:
-    """Prepared media; their room is free again when nothing can encode them any more."""
+    """Prepared media; their room is freed once nothing can encode them any more."""
 
     def __init__(self, values: NDArray[Any]) -> None:
         self.values = values
 
 
 class _Room:
-    """Bytes that objects take until they are gone."""
+    """Counts the bytes that objects take until they are collected."""
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
         self._held_bytes = 0
         self._lock = threading.Lock()
-        # An object may be collected while this thread has the lock, so its finalizer only appends to this.
+        # An object may be collected while this thread holds the lock, so its finalizer only appends here.
         self._freed: deque[int] = deque()
 
     @property
     def held_bytes(self) -> int:
-        """Bytes that are charged now."""
+        """The bytes charged now."""
         with self._lock:
             return self._settle()
 
@@ -410,7 +410,7 @@ class _Room:
         """Charge bytes until `owner` is collected.
 
         Raises:
-            Overloaded: they do not fit now.   UsageError: they never fit.
+            Overloaded: the bytes do not fit now.   UsageError: they never fit.
         """
         if nbytes > self._most_bytes:
             raise UsageError(
@@ -459,7 +459,7 @@ def open_media(
             processors = {**processors, "video": fault}
 
     def encode_text(text: str) -> list[int]:
-        assert tokenizer is not None  # without one, a model takes no messages
+        assert tokenizer is not None  # without a template, a model takes no messages
         return tokenizer.encode_segments([(False, text)])
 
     return PromptMedia(encoders, processors, decoder, low_detail, encode_text, lend, ears)

@@ -1,8 +1,8 @@
-"""Where the media spans of a sequence lie, and what their positions need in a step.
+"""Where the media spans of a sequence lie, and the inputs that their positions need in a step.
 
     Prompt.spans  ->  Spans  ->  overrides, additions, angles and sees_until of a step; digests of KV blocks
 
-Text needs none of it: a sequence without spans has no `Spans`.
+Text needs none of this: a sequence without media has no `Spans`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MARK = struct.Struct("<IQ8s32s")
 
 
 class Spans:
-    """The media spans of one sequence's prompt, and the rows that it holds of them.
+    """The media spans of one sequence's prompt, and the rows computed for them so far.
 
     Args:
         placed: (start, span) pairs, in order and without overlaps.
@@ -45,7 +45,7 @@ class Spans:
         self._num_layers = num_layers
         self._num_axes = num_axes
         self._starts = [start for start, _ in placed]
-        # From the end of a span on, the rotary position of text is its index plus this.
+        # After a span, the rotary position of text is its index plus this.
         self._shifts: list[float] = [0]
         self._rows: dict[int, SpanRows] = {}  # rows of spans that are being computed, by number
         self._making: tuple[int, Making] | None = None  # a span's number, and its rows
@@ -63,11 +63,13 @@ class Spans:
 
     @property
     def shift(self) -> float:
-        """The rotary position of an answer's token is its index plus this."""
+        """The offset from a token's index in the answer to its rotary position."""
         return self._shifts[-1]
 
     def _within(self, start: int, end: int) -> Iterator[tuple[int, int, MediaSpan, int, int]]:
-        """Spans that overlap positions start to end: (number, first position, span, overlap begin, overlap end)."""
+        """Yield the spans that overlap positions start to end: (number, first position, span, overlap begin, overlap
+        end).
+        """
         for number in range(max(0, bisect_right(self._starts, start) - 1), len(self.placed)):
             at, span = self.placed[number]
             if at >= end:
@@ -77,16 +79,16 @@ class Spans:
                 yield number, at, span, begin, stop
 
     def mark(self, start: int, count: int) -> bytes:
-        """A digest of the media at these positions, beside their placeholders; empty for text."""
+        """Return a digest of the media at these positions, to complement the placeholders; empty for text."""
         return b"".join(
             _MARK.pack(begin - start, begin - at, span.kind.encode(), span.digest)
             for _, at, span, begin, _ in self._within(start, start + count)
         )
 
     def cut(self, start: int, end: int) -> int:
-        """The last position up to which a step that begins at `start` can go, at most `end`.
+        """Return the position, at most `end`, up to which a step from `start` can run.
 
-        It is `start` itself if a span that has to run as a whole begins there and does not fit.
+        The result is `start` itself if a span that must run as a whole begins there and does not fit.
         """
         for _, at, span, begin, _ in self._within(start, end):
             if span.sees_both_ways and at + span.num_positions > end:
@@ -94,14 +96,14 @@ class Spans:
         return end
 
     def whole(self, start: int) -> int:
-        """How many positions from `start` on have to run in one step."""
+        """Return how many positions from `start` on must run in one step."""
         for _, at, span, _, _ in self._within(start, start + 1):
             if span.sees_both_ways:
                 return at + span.num_positions - start
         return 1
 
     def angles(self, start: int, count: int) -> NDArray[np.float32]:
-        """Rotary positions: float32 [axes, count]."""
+        """Return rotary positions: float32 [axes, count]."""
         order = np.arange(start, start + count)
         ends = [at + span.num_positions for at, span in self.placed]
         shifts = np.array(self._shifts)[np.searchsorted(ends, order, side="right")]
@@ -113,7 +115,7 @@ class Spans:
         return angles
 
     def sees_until(self, start: int, count: int) -> NDArray[np.int32]:
-        """One more than the last position that each position sees: int32 [count]."""
+        """Return one more than the last position that each position sees: int32 [count]."""
         until = np.arange(start + 1, start + count + 1, dtype=np.int32)
         for _, at, span, begin, end in self._within(start, start + count):
             if span.sees_both_ways:
@@ -121,7 +123,7 @@ class Spans:
         return until
 
     def has_rows_until(self, start: int, end: int) -> int:
-        """The position up to which the rows of all media from `start` on are made, at most `end`."""
+        """Return the position, at most `end`, up to which all media from `start` on have rows."""
         for number, _, _, begin, _ in self._within(start, end):
             if number not in self._rows:
                 return begin
@@ -129,19 +131,19 @@ class Spans:
 
     @property
     def holds_rows(self) -> bool:
-        """Whether it has rows that no step has used yet, or makes some."""
+        """Whether rows exist that no step has used yet, or are being computed."""
         return bool(self._rows) or self._making is not None
 
     @property
     def share_made(self) -> float | None:
-        """The share of the span that is being made, 0 to 1; None: none is."""
+        """Return the finished share of the span that is being computed, 0 to 1; None if there is none."""
         return None if self._making is None else self._share_made
 
     def make_some(self, start: int) -> bool:
-        """Do the next piece of work for the rows of the span at position `start`; returns whether they are made.
+        """Do the next piece of work for the rows of the span at position `start`; return whether they are complete.
 
         Raises:
-            ArgosyError: the rows cannot be made, or do not fit the model.
+            ArgosyError: the rows cannot be computed, or do not fit the model.
         """
         for number, _, span, _, _ in self._within(start, start + 1):
             if number in self._rows:
@@ -168,7 +170,7 @@ class Spans:
         return True
 
     def drop_rows(self) -> None:
-        """Free the rows that are made, and stop making more."""
+        """Free the computed rows, and stop computing more."""
         self._stop_making()
         self._rows.clear()
 
@@ -178,9 +180,9 @@ class Spans:
             self._making = None
 
     def rows(self, start: int, count: int) -> Iterator[tuple[int, SpanRows]]:
-        """The rows of media at these positions, part by part: (index of the part's first position, its rows).
+        """Yield the rows of media at these positions, part by part: (index of the part's first position, its rows).
 
-        All of them must be made (`has_rows_until`). Those of a span are freed with its last part.
+        All rows must exist (`has_rows_until`). A span's rows are freed with its last part.
         """
         for number, at, span, begin, end in self._within(start, start + count):
             made = self._rows[number]
@@ -193,7 +195,7 @@ class Spans:
                 ),
             )
             if end == at + span.num_positions:
-                del self._rows[number]  # made again only if the sequence is preempted
+                del self._rows[number]  # computed again only if the sequence is preempted
 
     def _checked(self, span: MediaSpan, rows: SpanRows) -> SpanRows:
         expected = (span.num_positions, self._hidden_size)

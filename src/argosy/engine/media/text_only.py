@@ -1,4 +1,4 @@
-"""The media of an engine whose model takes text only."""
+"""The media of an engine with a text-only model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NO_FAULTS: Mapping[Kind, ArgosyError] = MappingProxyType({})
 
 
 class TextOnly:
-    """Stands for `PromptMedia`, whose module and its imports only media need."""
+    """Replaces `PromptMedia`, so that its module and imports are loaded only for media."""
 
     kinds: tuple[Kind, ...] = ()
     faults = _NO_FAULTS

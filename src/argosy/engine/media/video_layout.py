@@ -23,7 +23,7 @@ Angles = NDArray[np.floating[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A group of frames; angles: None: it is placed as a picture."""
+    """A group of frames. angles: None: the group is placed like a picture."""
 
     number: int
     angles: Angles | None = None
@@ -32,7 +32,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Sound:
-    """Positions of the sound."""
+    """Some positions of the sound."""
 
     start: int
     stop: int
@@ -44,7 +44,7 @@ Part = str | Group | Sound
 
 
 def told_by_text(texts: Sequence[Texts]) -> list[Part]:
-    """Each group between its texts."""
+    """Return the groups, each between its texts."""
     parts: list[Part] = []
     for number, (before, after) in enumerate(texts):
         parts += [before, Group(number), after]
@@ -52,7 +52,7 @@ def told_by_text(texts: Sequence[Texts]) -> list[Part]:
 
 
 def told_by_angles(angles: Angles, num_angles: float, num_groups: int, num_sound: int = 0) -> list[Part]:
-    """Groups, and the sound between them: a group stands before all sound that is not earlier than it.
+    """Return groups with the sound between them: a group comes before all sound that is not earlier.
 
     Args:
         angles: [axes, positions] of all groups, relative to the video's first; the first axis is time, which is the
@@ -61,7 +61,7 @@ def told_by_angles(angles: Angles, num_angles: float, num_groups: int, num_sound
         num_sound: positions of the sound; each takes one unit of time.
     """
     size = angles.shape[1] // num_groups
-    # Where each part begins, and which it is: a group's number, or positions of the sound.
+    # Where each part begins, and its content: a group's number, or positions of the sound.
     order: list[tuple[float, int | range]] = []
     heard = 0
     for number in range(num_groups):
@@ -77,7 +77,7 @@ def told_by_angles(angles: Angles, num_angles: float, num_groups: int, num_sound
     parts: list[Part] = []
     for (begin, part), (end, _) in zip(order, [*order[1:], (num_angles, 0)], strict=True):
         if isinstance(part, int):
-            # In float64, so that the sum with the position of the span is as exact as the whole.
+            # In float64, so that adding the span's position loses no precision.
             own = angles[:, part * size : (part + 1) * size].astype(np.float64) - begin
             parts.append(Group(part, own, end - begin))
         else:
