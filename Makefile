@@ -12,8 +12,9 @@ DEMO := packages/argosy-demo
 # At most four, since a test's engine uses two threads and up to 1 GiB. The longest come first (tests/conftest.py); xdist
 # would put files with many tests first, and end with a long file alone.
 SIDE_BY_SIDE := -n $(shell expr $$(nproc) + 1) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-# Tests start hundreds of Python processes: compile each module once, whatever the environment says.
-PYTEST := PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$(abspath build/pycache)" $(BIN)/python -m pytest
+# Tests start hundreds of Python processes: compile each module once, whatever the environment says. Threads of numpy that
+# wait for each other beside those of other tests would take a fifth of the processor.
+PYTEST := OPENBLAS_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$(abspath build/pycache)" $(BIN)/python -m pytest
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 BUILD_TOOLS := "scikit-build-core>=0.10" "nanobind>=3.1,<3.2" "cmake>=3.18" ninja "flit-core>=3.11,<4"
 # Set-up steps are silent for minutes, so announce each of them.

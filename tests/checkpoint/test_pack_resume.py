@@ -24,28 +24,10 @@ from argosy.checkpoint import pack as pack_module
 from argosy.checkpoint.pack import PackReport, open_pack, pack, verify_pack
 from argosy.errors import CheckpointError, DiskFull, UsageError
 from argosy.model.families import open_model
+from tests.checkpoint.killed_packs import killed_at_a_write, slow_pack
+from tests.helpers.forks import FORKS
 from tests.models.hub_quantised import write_fp8_model, write_int4_model
 from tests.models.tiny import qwen2_moe, qwen3_moe, write_model
-
-# Packs argv[1] into argv[2], and kills itself with SIGKILL when half of write number argv[3] is written.
-KILLED_AT_A_WRITE = """
-import os, signal, sys
-from argosy.checkpoint.pack import pack
-from argosy.model.families import open_model
-
-real_pwrite, left = os.pwrite, int(sys.argv[3])
-
-def pwrite(descriptor, data, offset):
-    global left
-    left -= 1
-    if left == 0:
-        real_pwrite(descriptor, data[: len(data) // 2], offset)
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real_pwrite(descriptor, data, offset)
-
-os.pwrite = pwrite
-pack(open_model(sys.argv[1]), sys.argv[2], format="q4")
-"""
 
 
 @pytest.fixture
@@ -63,9 +45,11 @@ def pack_to(source: Path, destination: Path, **options: Any) -> PackReport:
     return pack(open_model(source), destination, format="q4", **options)
 
 
-def run_killed(source: Path, destination: Path, at_write: int) -> int:
-    command = [sys.executable, "-c", KILLED_AT_A_WRITE, str(source), str(destination), str(at_write)]
-    return subprocess.run(command, check=False, timeout=60).returncode
+def run_killed(source: Path, destination: Path, at_write: int) -> int | None:
+    process = FORKS.Process(target=killed_at_a_write, args=(source, destination, at_write))
+    process.start()
+    process.join(60)
+    return process.exitcode
 
 
 def test_a_pack_killed_again_and_again_ends_with_the_same_bytes(source: Path, tmp_path: Path) -> None:
@@ -125,17 +109,16 @@ def count_writes(action: Callable[[], object]) -> int:
 def test_a_pack_killed_at_any_time_resumes(source: Path, tmp_path: Path, share: float) -> None:
     pack_to(source, tmp_path / "undisturbed")
     destination = tmp_path / "packed"
-    slow = "import os, sys, time; real = os.pwrite\n"
-    slow += "def pwrite(*a):\n    time.sleep(0.004)\n    return real(*a)\nos.pwrite = pwrite\n"
-    slow += "from argosy.checkpoint.pack import pack; from argosy.model.families import open_model\n"
-    slow += "print('ready', flush=True); pack(open_model(sys.argv[1]), sys.argv[2], format='q4')"
-    command = [sys.executable, "-c", slow, str(source), str(destination)]
     writes = count_writes(lambda: pack_to(source, tmp_path / "counted"))
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(0.004 * writes * share)
-        process.kill()
+    here, there = FORKS.Pipe()
+    process = FORKS.Process(target=slow_pack, args=(source, destination, there))
+    process.start()
+    there.close()
+    here.recv()
+    time.sleep(0.004 * writes * share)
+    process.kill()
+    process.join()
+    here.close()
 
     if not destination.exists():  # a slow machine may have let it finish
         pack_to(source, destination)
@@ -349,7 +332,7 @@ def failing_at(number: int, code: int, patch: pytest.MonkeyPatch, under: Path) -
     return calls
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("code", [errno.ENOSPC, pytest.param(errno.EDQUOT, marks=pytest.mark.full)])
 def test_a_full_disk_at_any_call_is_reported_with_the_bytes_needed(
     source: Path, tmp_path: Path, code: int
 ) -> None:

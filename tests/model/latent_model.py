@@ -98,11 +98,13 @@ class LatentModel:
         query = np.concatenate(
             [query[:, :, : latent.nope_dim], self._turn(query[:, :, latent.nope_dim :])], axis=2
         )
-        scores = np.einsum("qhd,khd->hqk", query, key) * (latent.nope_dim + latent.rope_dim) ** -0.5
+        scores = (
+            np.einsum("qhd,khd->hqk", query, key, optimize=True) * (latent.nope_dim + latent.rope_dim) ** -0.5
+        )
         scores += np.where(np.tril(np.ones((tokens, tokens))) > 0, 0, -np.inf)
         weights = np.exp(scores - scores.max(axis=2, keepdims=True))
         weights /= weights.sum(axis=2, keepdims=True)
-        out = np.einsum("hqk,khv->qhv", weights, keys_values[:, :, latent.nope_dim :])
+        out = np.einsum("hqk,khv->qhv", weights, keys_values[:, :, latent.nope_dim :], optimize=True)
         return out.reshape(tokens, -1) @ part["o"].T
 
     def _turn(self, x: Array) -> Array:

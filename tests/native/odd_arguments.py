@@ -804,6 +804,7 @@ def main() -> int:
     np.set_printoptions(threshold=4, edgeitems=1)
     warnings.simplefilter("ignore", RuntimeWarning)  # nanobind's, of objects that were never initialised
     walker = Walker(native, options.note)
+    gc.freeze()  # there is a collection after each callable
     with tempfile.NamedTemporaryFile() as file:
         file.write(bytes(range(256)) * 64)
         file.flush()

@@ -234,9 +234,9 @@ def attend(runtime: native.Runtime, query: Floats, key: Floats, value: Floats, s
 def attention(query: Floats, key: Floats, value: Floats, scale: float) -> Doubles:
     group = query.shape[1] // key.shape[1]
     keys, values = (np.repeat(each.astype(np.float64), group, axis=1) for each in (key, value))
-    scores = np.einsum("thd,shd->hts", query.astype(np.float64), keys) * scale
+    scores = np.einsum("thd,shd->hts", query.astype(np.float64), keys, optimize=True) * scale
     weights = np.exp(scores - scores.max(axis=2, keepdims=True))
-    return np.einsum("hts,shd->thd", weights / weights.sum(axis=2, keepdims=True), values)
+    return np.einsum("hts,shd->thd", weights / weights.sum(axis=2, keepdims=True), values, optimize=True)
 
 
 @pytest.mark.parametrize("dim", [1, 16, 64, 72, 80])

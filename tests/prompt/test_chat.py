@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import jinja2
@@ -49,15 +50,20 @@ def segments_of(template: str, messages: Messages, **variables: object) -> list[
     )
 
 
-def plainly(template: str, messages: Messages, **variables: object) -> str:
-    """Render as the hub does: with plain jinja2 and none of our code."""
+@cache
+def plain_template(source: str) -> jinja2.Template:
+    """Compile as the hub does: with plain jinja2 and none of our code."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
     environment.globals["strftime_now"] = NOW.strftime
+    return environment.from_string(source)
+
+
+def plainly(template: str, messages: Messages, **variables: object) -> str:
     context = {**SPECIAL_TOKENS, "add_generation_prompt": True, **variables, "messages": messages}
-    return environment.from_string(template).render(**context)
+    return plain_template(template).render(**context)
 
 
 WORDS = """<|im_end|> <think> </think> <tool_response> </tool_response> [/INST] Hello cat é🙂 " \\ {{ 1 }} %s {} ß İ"""

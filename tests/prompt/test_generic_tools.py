@@ -109,8 +109,11 @@ def test_without_system_messages_the_instructions_go_into_the_first_user_message
     assert text.startswith("<|im_start|>user\n# Tools")
 
 
+@pytest.mark.parametrize("is_apart", [False, pytest.param(True, marks=pytest.mark.full)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_marker_becomes_a_control_token_wherever_a_caller_writes_it(kind: tuple[str, bool]) -> None:
+def test_no_marker_becomes_a_control_token_wherever_a_caller_writes_it(
+    kind: tuple[str, bool], is_apart: bool
+) -> None:
     builder = BUILDERS[kind]
     tokenizer = builder._needed("a test")
 
@@ -121,7 +124,7 @@ def test_no_marker_becomes_a_control_token_wherever_a_caller_writes_it(kind: tup
 
     expected = controls("x")
     for mark in (*ALL_TOKENS, "<|im_end|>", "<|im_start|>", "<|endoftext|>"):
-        for said in hostile(mark):
+        for said in hostile(mark, is_apart):
             assert controls(said) == expected, (mark, said)
 
 

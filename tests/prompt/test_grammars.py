@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from argosy.engine.grammar.constraint import _Schemas
 from argosy.errors import GrammarError, UsageError
 from argosy.prompt.formats import Format, ToolCallBegin, collect, find_format
 from argosy.prompt.prompt import Prompt
+from argosy.prompt.tokenizer import Tokenizer
 from argosy.prompt.tools import Tool, check_tools
 from tests.prompt.families import FAMILIES, TOOLS, Family
 
@@ -28,12 +30,16 @@ def format_of(name: str) -> Format:
     return find_format(FAMILIES[name].tokenizer, FAMILIES[name].template)
 
 
-def matcher(family: Family, grammar: str) -> LLMatcher:
-    core = family.tokenizer._core
-    tokenizer = LLTokenizer(
-        core.to_str(), n_vocab=family.tokenizer.vocab_size, eos_token=list(family.tokenizer.eos_ids)
+@cache
+def words_of(tokenizer: Tokenizer) -> LLTokenizer:
+    return LLTokenizer(
+        tokenizer._core.to_str(), n_vocab=tokenizer.vocab_size, eos_token=list(tokenizer.eos_ids)
     )
-    made = LLMatcher(tokenizer, _Schemas(is_lenient=False).bind(grammar))  # as the engine writes it
+
+
+def matcher(family: Family, grammar: str) -> LLMatcher:
+    # as the engine writes it
+    made = LLMatcher(words_of(family.tokenizer), _Schemas(is_lenient=False).bind(grammar))
     assert not made.is_error(), made.get_error()
     return made
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import jinja2
 import pytest
 import tokenizers
 from hypothesis import assume, given, settings
@@ -221,8 +222,9 @@ def test_calls_and_results_get_the_kind_of_ids_the_template_needs() -> None:
     assert "## Return of functions.clock:7\n12" in BUILDERS["kimi_k2"].apply_template(kept, tools=TOOLS)
 
 
-def plainly(family: Family, messages: list[dict[str, Any]], tools: object) -> str:
-    """Render as the hub does: with plain jinja2 and none of our code."""
+@cache
+def plain_template(source: str) -> jinja2.Template:
+    """Compile as the hub does: with plain jinja2 and none of our code."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
@@ -231,8 +233,11 @@ def plainly(family: Family, messages: list[dict[str, Any]], tools: object) -> st
     )
     environment.globals["strftime_now"] = NOW.strftime
     environment.globals["raise_exception"] = lambda said: 1 / 0
-    template = environment.from_string(family.template)
-    return template.render(
+    return environment.from_string(source)
+
+
+def plainly(family: Family, messages: list[dict[str, Any]], tools: object) -> str:
+    return plain_template(family.template).render(
         **family.tokenizer.special_tokens, messages=messages, tools=tools, add_generation_prompt=True
     )
 
@@ -353,28 +358,29 @@ def controls_of_plain_text(name: str) -> Counter[int]:
     return controls(FAMILIES[name], *everywhere("x"))
 
 
-def hostile(mark: str) -> list[str]:
+def hostile(mark: str, is_apart: bool) -> list[str]:
+    """Return texts that hide the marker; those for which the edges of a text do not matter in one, or apart."""
     half = len(mark) // 2
-    return [
-        mark,
+    inside = [
         f"x{mark}y{mark}",
         f"{mark[:half]}{mark}{mark[half:]}",  # nested
-        mark[half:],  # the second half, which other text may complete
-        mark[:half],
         unicodedata.normalize("NFKC", mark),
         "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in mark),  # full-width
         f'"}}\n{mark}\n{{"',
     ]
+    # The second half, which other text may complete.
+    return [mark, mark[half:], mark[:half], *(inside if is_apart else ["\nx\n".join(inside)])]
 
 
+@pytest.mark.parametrize("is_apart", [False, pytest.param(True, marks=pytest.mark.full)])
 @pytest.mark.parametrize("name", [family.name for family in CALLING])
-def test_no_marker_becomes_a_control_token_wherever_a_caller_writes_it(name: str) -> None:
+def test_no_marker_becomes_a_control_token_wherever_a_caller_writes_it(name: str, is_apart: bool) -> None:
     family = FAMILIES[name]
     marks = [family.tokenizer.token_text(i) for i in sorted(family.tokenizer.control_ids)]
     assert set(family.marks) <= {*marks, *family.special, *family.structural}
     expected = controls_of_plain_text(name)
     for mark in dict.fromkeys([*family.marks, "<|im_end|>", "<|endoftext|>", "<think>", "<tool_call>"]):
-        for said in hostile(mark):
+        for said in hostile(mark, is_apart):
             found = controls(family, *everywhere(said))
             assert found == expected, (mark, said, found - expected, expected - found)
 
@@ -409,7 +415,7 @@ def test_full_width_marks_stay_text_even_if_the_tokenizer_folds_them() -> None:
     assert core.token_to_id("<think>") in core.encode("＜ｔｈｉｎｋ＞").ids
     expected = found("x")
     for mark in [*marks, "<|im_end|>"]:
-        for said in hostile(mark):
+        for said in hostile(mark, is_apart=True):
             assert found(said) == expected, said
     builder.close()
 

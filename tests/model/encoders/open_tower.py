@@ -200,7 +200,8 @@ def peak_of(steps: Generator[Any, None, Any]) -> int:
 
     tracemalloc counts what numpy and the interpreter hold. The interpreter keeps up to 2,000 freed tuples of each
     length for reuse: up to 100 KB, depending on what ran before. A collection returns them, so there is one after
-    each step; it is fast because everything that existed before is frozen.
+    each step; it is fast because everything that existed before is frozen, and stays so: what tests/conftest.py froze
+    would make each later collection take half a second.
     """
     gc.collect()
     gc.freeze()
@@ -211,4 +212,3 @@ def peak_of(steps: Generator[Any, None, Any]) -> int:
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-        gc.unfreeze()
