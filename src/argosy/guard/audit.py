@@ -2,17 +2,17 @@
 
     event loop  ->  Audit.record  ->  a bounded queue  ->  one thread  ->  ChainWriter, SealedContents
 
-A line is the envelope of a request: when, which key, route, model, template and policies, how many tokens, how it
-ended. Nothing that anyone said is in it. Contents are kept only if the operator says so, each in a file of its own that
-can be erased (`sealed.py`).
+A line is the envelope of a request: its time, key, route, model, template, policies and token counts, and how it
+ended. It quotes nothing that anyone said. Contents are kept only if the operator turns that on, each in its own
+file, which can be erased (`sealed.py`).
 
-Requests without a valid key have no lines of their own, because anybody who reaches the server could fill the drive
-with them. One line a minute at most says how many were refused, by status.
+A request without a valid key gets no line, because anyone who can reach the server could then fill the drive.
+Instead, at most one line a minute counts the refusals by status.
 
-A kill loses the line being written and those still in the queue, which is empty unless the drive is slower than the
-requests. If the drive is full, the operator's choice holds: with `stop` new requests are refused until lines can be
-written again, and those that were running wait in the queue; with `degrade` lines are dropped, and the next line that
-can be written says how many. No line is dropped without being counted.
+A kill loses the line being written and the queue, which is empty unless the drive is slower than the requests. When
+the drive is full, the operator's setting decides: `stop` refuses new requests until lines can be written again, and
+lines of running requests wait in the queue; `degrade` drops lines, and the next line written says how many. Every
+dropped line is counted.
 
 Elsewhere: the format and its verification are `chain.py`; the server's part is `serve/guards/audited.py`.
 """
@@ -40,24 +40,24 @@ DAY_S = 86_400.0
 MOST_WAITING = 2048  # lines in the queue, of about a kilobyte each
 # With `stop`, refuse new requests while more lines wait, so that running requests get theirs.
 _STOP_AT = MOST_WAITING * 3 // 4
-_SYNC_S = 1.0  # time between two syncs: how long the drive may lack a line
-_LOOK_S = 30.0  # how often to look, without requests, for an anchor that is due and for what has expired
+_SYNC_S = 1.0  # time between two syncs: a power cut loses at most this much
+_LOOK_S = 30.0  # when idle, how often to check for a due anchor and for expired files
 _RETRY_S = 1.0
 _CLOSE_S = 10.0
 _ERASE_S = 60.0
 ANCHOR_S = 3600.0
 _EXPIRE_S = 600.0
-_REFUSED_S = 60.0  # between two lines about requests without a valid key
+_REFUSED_S = 60.0  # interval between lines about requests without a valid key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditSettings:
     """Where and how to keep an audit.
 
-    key_file: None: a file in the directory. Whoever can read the key can write a new chain.
-    keep_s: how long to keep lines; they are removed file by file. None: for ever.
-    with_content: keep what is said, too.
-    content_keep_s: how long to keep that.
+    key_file: None: a file in the directory. Anyone who can read the key can forge a chain.
+    keep_s: how long to keep lines, which are removed file by file. None: forever.
+    with_content: also keep what is said.
+    content_keep_s: how long to keep contents.
     max_file_bytes, max_file_s: limits of one file of lines.
     """
 
@@ -72,7 +72,7 @@ class AuditSettings:
 
 
 def check_audit(settings: AuditSettings) -> None:
-    """Check early that an audit can be written. A new one gets its key.
+    """Check before the server starts that the audit can be written, and create the key of a new one.
 
     Raises:
         UsageError: what `ChainWriter` raises; or contents are wanted and cannot be encrypted.
@@ -94,7 +94,7 @@ class Content:
     """The texts of a request and its answer, as bytes on the wire.
 
     parts: joined in the audit's thread.
-    release: gives back their memory; called exactly once.
+    release: returns their memory; called exactly once.
     """
 
     parts: Sequence[bytes | bytearray]
@@ -120,9 +120,9 @@ class Audit:
     """The audit of a running server; close it at the end.
 
     Args:
-        facts: for the first line: they hold for all requests.
-        report: is called with a sentence when lines cannot be written, and when they can be again.
-        announce: is called with the last line now and then, to be kept elsewhere.
+        facts: go into the first line, because they hold for all requests.
+        report: called with a sentence when writing fails, and again when it recovers.
+        announce: called from time to time with the last line, to be kept elsewhere as an anchor.
         clock: seconds since 1970.
 
     Raises:
@@ -150,9 +150,9 @@ class Audit:
         # Refused requests by status, since the last line about them; guarded by the lock.
         self._refused: Counter[str] = Counter()
         self._has_lost_content = False
-        self._fault: str | None = None  # why the last line could not be written
+        self._fault: str | None = None  # why the last write failed
         self._is_closing = threading.Event()
-        self._looked_at = float("-inf")  # so that the first line is on the drive, and anchored, at once
+        self._looked_at = float("-inf")  # so that the first line is synced and anchored at once
         self._anchor_due = self._expire_due = self._refused_due = clock()
         cut = {"cut_bytes": self._chain.cut_bytes} if self._chain.cut_bytes else {}
         is_kept = settings.with_content and math.isfinite(settings.content_keep_s)
@@ -169,7 +169,7 @@ class Audit:
         return self._chain.head
 
     def require_room(self) -> None:
-        """Refuse a request that could not be recorded, if that is the operator's choice.
+        """Refuse a request that could not be recorded, if the operator chose `stop`.
 
         Raises:
             Overloaded: lines cannot be written, or are written too slowly.
@@ -177,7 +177,7 @@ class Audit:
         if self.settings.when_full != "stop" or (self._fault is None and self._items.qsize() < _STOP_AT):
             return
         raise Overloaded(
-            "the audit cannot be written, and this server answers nothing that it cannot record",
+            "the audit cannot be written, and this server refuses what it cannot record",
             retry_after_s=int(_RETRY_S) + 1,
             hint="its log says why; `--audit-full degrade` goes on without records",
         )
@@ -195,7 +195,7 @@ class Audit:
             self._refused[str(status)] += 1
 
     def erase(self, key_id: str) -> int:
-        """Erase the contents of a key, record that, and wait for it; returns how many there were.
+        """Erase the contents of a key, record it, wait until that is done, and return how many there were.
 
         Raises:
             ArgosyError: they could not be erased.
@@ -212,7 +212,7 @@ class Audit:
         return erasure.num_objects
 
     def close(self) -> None:
-        """Write what waits and a last line, and close the files. Closing twice is harmless."""
+        """Write the queued lines and a final one, and close the files. Closing twice is harmless."""
         if self._is_closing.is_set():
             return
         self._is_closing.set()
@@ -249,13 +249,13 @@ class Audit:
         return max(0.0, min(_SYNC_S, self._looked_at + _SYNC_S - time.monotonic()))
 
     def _take(self, entry: _Entry) -> None:
-        """Write a line; if that fails, wait until it does not, or count it as lost."""
+        """Write a line; on failure, retry or count it as lost, as the operator chose."""
         try:
             while not self._try(entry):
                 if self.settings.when_full == "degrade" or self._is_closing.wait(_RETRY_S):
                     self._lose(entry.content)
                     return
-        except Exception as error:  # this line cannot be made, and the next one can
+        except Exception as error:  # only this line is bad; go on with the next
             self._report(f"audit: a line is lost: {type(error).__name__}")
             self._lose(entry.content)
             return
@@ -276,11 +276,11 @@ class Audit:
         return True
 
     def _put(self, facts: Mapping[str, object], content: Content) -> dict[str, object]:
-        """Keep a content; return the facts about it for its line."""
+        """Store a content and return the facts about it for its line."""
         data = b"".join(content.parts)
         try:
             sha256 = self._contents.put(str(facts["key"]), str(facts["request_id"]), data)
-        except UsageError as error:  # the tenant's key is damaged, and the line says more than nothing
+        except UsageError as error:  # the tenant's key is damaged; the line itself is still worth writing
             if not self._has_lost_content:
                 self._has_lost_content = True
                 self._report(
@@ -323,14 +323,14 @@ class Audit:
     def _erase(self, erasure: _Erasure) -> None:
         try:
             erasure.num_objects = self._contents.erase(erasure.key_id)
-        except Exception as error:  # told to whoever waits
+        except Exception as error:  # passed to the waiting caller
             erasure.error = error
         else:
             self._take(_Entry("erased", {"key": erasure.key_id, "objects": erasure.num_objects}))
         erasure.is_done.set()
 
     def _keep_house(self) -> None:
-        """Let the drive have the lines, and anchor and remove what is due."""
+        """Sync the lines, publish a due anchor, and remove what has expired."""
         if time.monotonic() - self._looked_at < _SYNC_S:
             return
         self._looked_at, now = time.monotonic(), self._clock()
@@ -339,7 +339,7 @@ class Audit:
             if now >= self._refused_due:
                 self._write_refused()
                 self._refused_due = now + _REFUSED_S
-            # A line also shows whether lines can be written again: no request will, while all are refused.
+            # Writing a line also tests the drive: while every request is refused, nothing else would.
             is_due = now >= self._anchor_due or self._fault is not None
             if is_due:
                 self._chain.append("anchor", {})
@@ -364,7 +364,7 @@ class Audit:
             self._report(f"audit: what has expired cannot be removed: {error}")
 
     def _finish(self) -> None:
-        """The last line says that nothing was cut off behind it."""
+        """Write a final line, which proves that nothing was cut off after it."""
         with contextlib.suppress(OSError):
             self._write_refused()
         self._take(_Entry("stop", {}))

@@ -1,10 +1,10 @@
-"""Something allowed so many times a minute, counted for each of many names.
+"""Rate limits: each name may act N times a minute.
 
     name  ->  Buckets.take  ->  0: allowed, or seconds to wait
 
-The table of names is bounded; the name that was counted longest ago is forgotten first.
+The table of names is bounded; the name counted longest ago is forgotten first.
 
-Elsewhere: names are networks in `strangers.py`, and persons in `users.py`.
+Elsewhere: a name is a network in `strangers.py` and a person in `users.py`.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ class Buckets:
     """Any thread may use it.
 
     Args:
-        most_names: in the table.
+        most_names: the size of the table.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, *, most_names: int = MOST_NAMES) -> None:
         self._clock, self._most_names = clock, most_names
         self._lock = threading.Lock()
-        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # how many are left, and when
+        # name -> actions left, and when that was computed
+        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def take(self, name: str, per_minute: int) -> int:
-        """Count once more; return 0 if it is allowed, and otherwise after how many seconds one will be."""
+        """Count one action; return 0 if it is allowed, or the seconds until the next one is."""
         now = self._clock()
         with self._lock:
             left, at = self._left.pop(name, (float(per_minute), now))

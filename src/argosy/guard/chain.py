@@ -1,4 +1,4 @@
-"""The lines of an audit chain: how one is sealed, read back, and how a whole directory of them is verified.
+"""The format of an audit chain: how a line is sealed and read back, and how a whole directory is verified.
 
     {"seq":7,"time":"...","kind":"request", ... ,"prev":"<SHA-256 of line 6>","mac":"<HMAC-SHA-256 of all before>"}
 
@@ -6,11 +6,11 @@
     <dir>/head                     the last line that is on the drive: its number, SHA-256 and HMAC
     <dir>/key                      the key of the HMACs, unless another file is named
 
-Whoever changes, drops, inserts or reorders lines without the key breaks a `prev` or a `mac`. Whoever removes the end of
-the chain contradicts `head`. Whoever puts back an older directory, `head` included, contradicts an anchor: a number and
-a SHA-256 that was kept elsewhere, for example in the server's log.
+Changing, dropping, inserting or reordering lines without the key breaks a `prev` or a `mac`. Removing the end of
+the chain contradicts `head`. Restoring an older directory, `head` included, contradicts an anchor: a line number
+and SHA-256 kept elsewhere, for example in the server's log.
 
-Elsewhere: `audit.py` writes the lines; what a request said is `sealed.py`, and a line has only the hash of it.
+Elsewhere: `audit.py` writes the lines; `sealed.py` keeps what a request said, and a line contains only its hash.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ _MAX_HEAD_BYTES = 512
 
 
 class ChainBroken(ArgosyError):
-    """A chain was changed, or part of it is missing."""
+    """A chain has been altered, or part of it is missing."""
 
     exit_code = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A line of the chain, by its number and SHA-256. Line 0 is the place before the first line."""
+    """A line of the chain, identified by its number and SHA-256. Line 0 stands for the empty chain."""
 
     seq: int = 0
     sha256: str = "0" * 64
@@ -61,7 +61,7 @@ class Head:
 
     @classmethod
     def parse(cls, text: str) -> Head:
-        """The head in `SEQ:SHA256`.
+        """Parse `SEQ:SHA256`.
 
         Raises:
             UsageError: the text is something else.
@@ -84,7 +84,7 @@ def seal(
     """Write the line after `head`.
 
     Args:
-        facts: values that JSON can write; no name is seq, time, kind, prev or mac.
+        facts: JSON values; the names seq, time, kind, prev and mac are reserved.
         written_at: seconds since 1970.
 
     Returns:
@@ -103,7 +103,7 @@ def seal(
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line whose HMAC is valid, or was not checked."""
+    """A line whose HMAC is valid, or was not checked for lack of a key."""
 
     head: Head
     prev: str
@@ -111,10 +111,10 @@ class Line:
     facts: Mapping[str, Any]  # all of it
 
     def time(self, name: str = "time") -> float:
-        """When the line was written, or another time that it holds, in seconds since 1970.
+        """When the line was written, or another of its times, in seconds since 1970.
 
         Raises:
-            ValueError: it holds no such time.
+            ValueError: the line has no such time.
         """
         try:
             return datetime.fromisoformat(self.facts[name]).timestamp()
@@ -123,7 +123,7 @@ class Line:
 
 
 def open_line(line: bytes, key: bytes | None) -> Line:
-    """Read a line without its newline; without a key, its HMAC is not checked.
+    """Parse a line, given without its newline. Without a key, its HMAC is not checked.
 
     Raises:
         ValueError: it is not a line that `seal` wrote with this key; the message says why.
@@ -146,7 +146,7 @@ def open_line(line: bytes, key: bytes | None) -> Line:
 
 
 def time_text(seconds: float) -> str:
-    """A time in seconds since 1970, as lines have it."""
+    """A time in seconds since 1970, in the notation of the lines."""
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
 
 
@@ -155,7 +155,7 @@ def _mac(key: bytes, text: bytes) -> str:
 
 
 def seal_head(key: bytes, head: Head) -> bytes:
-    """The content of the file `head`; its length changes only with the number of digits."""
+    """The content of the file `head`; its length depends only on the number of digits."""
     text = f"{head}\n".encode()
     return text + _mac(key, b"head " + text).encode() + b"\n"
 
@@ -249,16 +249,16 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 @dataclass(slots=True)
 class Report:
-    """The findings of `verify`.
+    """What `verify` found.
 
     Attributes:
-        faults: a sentence each, at most 20 of them; none: the chain is valid.
-        num_faults: the number of all faults.
-        notes: changes of the chain that its writer knew of, or that a crash made.
+        faults: at most 20, a sentence each; empty if the chain is valid.
+        num_faults: the total number of faults.
+        notes: changes that the writer recorded or a crash caused.
         kinds: number of lines by their kind.
-        num_lost: requests that could not be recorded, as the writer says itself.
+        num_lost: requests that the writer says it could not record.
         num_refused: requests without a valid key.
-        num_unkept: contents that the writer could not keep, as it says itself.
+        num_unkept: contents that the writer says it could not keep.
     """
 
     faults: list[str] = field(default_factory=list)
@@ -271,9 +271,9 @@ class Report:
     num_lost: int = 0
     num_refused: int = 0
     num_unkept: int = 0
-    num_objects: int = 0  # contents that are there
-    num_erased: int = 0  # contents that are not there any more, and a line says why
-    num_missing: int = 0  # contents that are not there, and no line says why
+    num_objects: int = 0  # contents found
+    num_erased: int = 0  # contents that are gone, with a line that explains it
+    num_missing: int = 0  # contents that are gone without explanation
 
     @property
     def is_valid(self) -> bool:
@@ -285,7 +285,7 @@ class Report:
             self.faults.append(text)
 
 
-# (key id, request id, SHA-256) -> whether the content is the same; None: it is not there.
+# (key id, request id, SHA-256) -> whether the content matches; None: it is gone.
 CheckObject = Callable[[str, str, str], "bool | None"]
 
 
@@ -300,10 +300,10 @@ def verify(
     """Read a whole chain and check it. A server may be writing to it.
 
     Args:
-        key: None: only the hashes are checked, which whoever may write the files can make anew.
+        key: None: only the hashes are checked, and anyone who can write the files can recompute those.
         anchors: heads that were kept elsewhere.
-        check_object: says whether the content of a request is the one of that hash.
-        see: is called with every valid line, in order.
+        check_object: tells whether a request's content matches its hash.
+        see: called with every valid line, in order.
 
     Raises:
         UsageError: the directory cannot be read.
@@ -311,7 +311,7 @@ def verify(
     report = Report()
     stored: Head | None = None
     try:
-        stored = read_head(directory, key)  # first: what is written from now on comes after it
+        stored = read_head(directory, key)  # read first, so that lines written meanwhile come after it
     except UsageError as error:
         report.add_fault(error.message)
     reader = _Reader(directory, key, report, [*anchors, *([] if stored is None else [stored])])
@@ -335,10 +335,8 @@ class _Contents:
 
     def __init__(self, check_object: CheckObject, report: Report) -> None:
         self._check_object, self._report = check_object, report
-        self._keep_s: float | None = None  # the shortest time that a writer kept contents; None: no line says
-        self._missing: dict[
-            str, list[float]
-        ] = {}  # key -> when lines were written whose contents are not there
+        self._keep_s: float | None = None  # the shortest retention that a writer declared; None: none did
+        self._missing: dict[str, list[float]] = {}  # key -> times of lines whose contents are gone
 
     def take(self, line: Line) -> None:
         """Take the next line."""
@@ -368,14 +366,14 @@ class _Contents:
         except ValueError as error:
             self._report.add_fault(f"line {line.head.seq}: {error}")
             return
-        # Lines of writers that did not say how long they kept contents are believed.
+        # A writer that declared no retention gets the benefit of the doubt.
         if self._keep_s is None or written_at + self._keep_s <= time.time():
             self._report.num_erased += 1
         else:
             self._missing.setdefault(key_id, []).append(written_at)
 
     def end(self) -> None:
-        """Count what no line explains."""
+        """Count the contents whose absence no line explains."""
         assert self._keep_s is not None or not self._missing
         for written_at in (one for found in self._missing.values() for one in found):
             has_expired = self._keep_s is not None and written_at + self._keep_s <= time.time()
@@ -393,10 +391,10 @@ class _Reader:
 
     def __init__(self, directory: Path, key: bytes | None, report: Report, wanted: Sequence[Head]) -> None:
         self._directory, self._key, self._report = directory, key, report
-        self._wanted = {head.seq: "" for head in wanted}  # their SHA-256, as it is read
+        self._wanted = {head.seq: "" for head in wanted}  # filled in with their SHA-256 as lines are read
         self._expired: dict[
             tuple[object, object], Line
-        ] = {}  # by (seq, SHA-256) of a removed file's last line
+        ] = {}  # keyed by (seq, SHA-256) of a removed file's last line
         self._head: Head | None = None
         self._begins_after = Head()
         self._cut = b""
@@ -418,7 +416,7 @@ class _Reader:
             found = open_line(line, self._key)
         except ValueError as error:
             report.add_fault(f"{where}: {error}")
-            # Go on after it, so that one changed line is not reported as many.
+            # Continue after it, so that one altered line is not reported many times.
             self._head = None if before is None else Head(before.seq + 1, hashlib.sha256(line).hexdigest())
             return None
         if report.first is None:
@@ -444,9 +442,9 @@ class _Reader:
         return found
 
     def _take_expired(self, line: Line) -> None:
-        """Note the last line of a removed file, and check that it was old enough to go."""
+        """Note the last line of a removed file, and check that it had expired."""
         self._expired[line.facts.get("last_seq"), line.facts.get("last_sha256")] = line
-        if "last_time" not in line.facts:  # written when files were removed by the time of the file system
+        if "last_time" not in line.facts:  # an older writer removed files by their file-system time
             return
         try:
             is_old = line.time("last_time") <= line.time("before")
@@ -461,7 +459,7 @@ class _Reader:
             )
 
     def check_ends(self, stored: Head | None, anchors: Sequence[Head]) -> None:
-        """Check the two ends of the chain, which the lines themselves cannot prove."""
+        """Check both ends of the chain, which the lines alone cannot prove."""
         report, last = self._report, Head() if self._report.last is None else self._report.last.head
         begin = self._begins_after
         expired = self._expired.get((begin.seq, begin.sha256))
@@ -491,7 +489,7 @@ class _Reader:
             self._check_cut(last)
 
     def _check_cut(self, last: Head) -> None:
-        """A line that a crash has cut begins like one, and nothing follows a line that says the writer has stopped."""
+        """Check what follows the last line: a crash can leave only the beginning of a line, a clean stop nothing."""
         begin = _BEGINNING + f"{last.seq + 1},".encode()
         is_stopped = self._report.last is not None and self._report.last.kind == "stop"
         length = min(len(begin), len(self._cut))

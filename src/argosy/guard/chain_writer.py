@@ -1,11 +1,11 @@
 """Append to an audit chain on a drive that may be full, in a process that may be killed.
 
     append  ->  a whole line in the newest file, or the file as it was
-    sync    ->  the drive has it, and then `head` says so
+    sync    ->  it is on the drive, and then `head` names it
 
-A line that a kill has cut is replaced by the next process, which says so in its first line. `head` names only lines
-that are on the drive, so neither a kill nor a power cut lets it name a line that is missing: if one is, somebody
-removed it, and the chain is not continued.
+If a kill cuts a line short, the next process replaces it and says so in its first line. `head` names only lines
+that are on the drive, so after a kill or a power cut it never names a missing line. If it does, somebody removed
+the line, and the chain is not continued.
 
 Elsewhere: the format, and how a chain is verified, are `chain.py`; when to write what is `audit.py`.
 """
@@ -40,14 +40,14 @@ class ChainWriter:
     """The chain in a directory. One process at a time writes to it.
 
     Args:
-        key_file: the key of the HMACs; None: a file in the directory. It is made for a new chain.
-        max_file_bytes, max_file_s: a file that would exceed one of them ends, and the chain goes on in the next.
+        key_file: the key of the HMACs; None: a file in the directory. A new chain gets a new key.
+        max_file_bytes, max_file_s: before a file exceeds either limit, the chain continues in a new one.
         clock: seconds since 1970.
 
     Attributes:
         head: the last line.
-        cut_bytes: the size of a cut line of an earlier process; the first line that is appended replaces it.
-        is_synced: whether the drive has all lines.
+        cut_bytes: the size of a line that an earlier process left cut; the first append replaces it.
+        is_synced: all lines are on the drive.
 
     Raises:
         UsageError: the directory or the key cannot be used, another process writes there, or the chain is damaged.
@@ -95,7 +95,7 @@ class ChainWriter:
         return key
 
     def _find_end(self) -> Head:
-        """The last line of the chain, which must be the one that `head` names, or come after it."""
+        """Find the last line of the chain: the one that `head` names, or a later one."""
         try:
             stored = read_head(self._directory, self.key)
             found = Head()
@@ -155,7 +155,7 @@ class ChainWriter:
         return head
 
     def sync(self) -> None:
-        """Wait until the drive has all lines, then let `head` name the last one.
+        """Wait until all lines are on the drive, then point `head` at the last one.
 
         Raises:
             OSError: the drive or its file system refuses.
@@ -168,14 +168,14 @@ class ChainWriter:
         self.is_synced = True
 
     def expire(self, before: float) -> int:
-        """Remove the oldest files, as far as their last lines were written before this time; returns how many.
+        """Remove the oldest files whose last lines were written before this time; return how many.
 
-        The time is the one in the line, which its HMAC protects; that of a file can be changed. Before a file goes, a
-        line says which one and why, so the chain can be verified without it.
+        The time is that of the line, which its HMAC protects; a file's own time can be altered. Before a file is
+        removed, a line names it and gives the reason, so the chain can be verified without it.
 
         Raises:
             OSError: a line cannot be written, or a file not removed.
-            ValueError: the file that should go is damaged, and stays.
+            ValueError: the expired file is damaged, so it stays.
         """
         num_removed = 0
         for number, path in chain_files(self._directory):
@@ -211,7 +211,7 @@ class ChainWriter:
         file = self._root.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             self._root.sync()
-        except BaseException:  # the next line makes it again
+        except BaseException:  # the next append creates it again
             os.close(file)
             self._root.remove(name)
             raise
@@ -222,7 +222,7 @@ class ChainWriter:
 
 
 def _first_time(path: Path) -> float | None:
-    """When the first line of a file was written; None: there is none."""
+    """When the first line of a file was written; None if it has none."""
     with path.open("rb") as file:
         line = file.readline(MAX_LINE_BYTES + 1)
     try:

@@ -1,9 +1,10 @@
-"""How models that judge texts are asked, and how their answers are read: one form for each family.
+"""How guard models are prompted and their answers parsed: one prompt form per family.
 
     a question, a policy  ─ a form by name ─>  messages for the model's own chat template  ->  its answer  ->  Verdict
 
-The operator names the form, because a model's files do not. An answer in no known form is a failure, never a pass.
-The models find what they were trained to find: published recall is far from 1 (docs/guides/responsible-use.md).
+The operator names the form, because a model's files do not. An answer that cannot be parsed is a failure, never a
+pass. The models find only what they were trained to find: published recall is far from 1
+(docs/guides/responsible-use.md).
 
 Elsewhere: `serve/guards/check_by_model.py` runs the model.
 """
@@ -26,7 +27,7 @@ Message = Mapping[str, str]
 class Question:
     """A text to judge.
 
-    role: the speaker's.   asked: the text that an assistant's text answers.
+    role: the speaker's.   asked: the text to which an assistant's text replies.
     """
 
     role: Role
@@ -38,11 +39,11 @@ class Question:
 class GuardForm:
     """One way of asking.
 
-    messages: makes the conversation that the model is given, from a question and a policy. The model's answer is a turn
-        of its own, even if the last message is an assistant's.
-    read: reads the model's answer. Raises CheckFailed.
+    messages: builds the model's conversation from a question and a policy. The model answers in a new turn, even if
+        the last message is an assistant's.
+    read: parses the model's answer. Raises CheckFailed.
     max_tokens: the longest answer.
-    takes_policy: the operator's own policy, in words, is part of the question.
+    takes_policy: the prompt includes the operator's own policy, in words.
     """
 
     messages: Callable[[Question, str], Sequence[Message]]
@@ -52,7 +53,7 @@ class GuardForm:
 
 
 def _as_said(question: Question, policy: str) -> Sequence[Message]:
-    """The chat templates of these models write the question themselves, about the last turn."""
+    """Leave the question to the model's chat template, which asks about the last turn."""
     said = {"role": question.role, "content": question.text}
     return [said] if question.role == "user" else [{"role": "user", "content": question.asked}, said]
 
@@ -88,7 +89,7 @@ _OF_SAFETY = re.compile(r"^Categories: (.+)$", re.MULTILINE)
 
 
 def _read_qwen3guard(answer: str) -> Verdict:
-    """`Safety: Unsafe`, then `Categories: Violent, PII`; what is controversial is not flagged, but scored."""
+    """`Safety: Unsafe`, then `Categories: Violent, PII`. Controversial content gets a score but no flag."""
     safety = _SAFETY.search(answer)
     if safety is None:
         raise CheckFailed("the guard model's answer has no line `Safety: ...`")
@@ -131,6 +132,6 @@ def _read_safeguard(answer: str) -> Verdict:
 GUARD_FORMS: Mapping[str, GuardForm] = {
     "llama-guard": GuardForm(_as_said, _read_llama_guard, max_tokens=64),
     "qwen3guard": GuardForm(_as_said, _read_qwen3guard, max_tokens=128),
-    # It thinks before it answers.
+    # The model thinks before it answers.
     "gpt-oss-safeguard": GuardForm(_by_policy, _read_safeguard, max_tokens=2048, takes_policy=True),
 }

@@ -2,9 +2,9 @@
 
     argosy keys add  ->  KeyFile  ->  KeyRing.find, for each request
 
-A key is 256 random bits, so it cannot be guessed from a plain digest. Every look-up compares all digests, each in
-constant time. A running server sees a changed file within a second and then refuses a revoked key. Every change reads
-and writes the file under a lock, so no change undoes another.
+A key is 256 random bits, so a plain digest does not help to guess it. Every look-up compares all digests, each in
+constant time. A running server notices a changed file within a second and from then on refuses revoked keys. Every
+change reads and writes the file under a lock, so no change undoes another.
 
 Elsewhere: the limits of a key are `limits.py`.
 """
@@ -85,7 +85,7 @@ LOCAL = Key(id="local", name="this machine, without a key", sha256="0" * 64, sco
 
 
 def is_key_id(text: str) -> bool:
-    """Whether a text has the form of a key's id, and so may name a key that was revoked."""
+    """Whether a text looks like a key's id, and so may name a revoked key."""
     return text == LOCAL.id or _MADE_ID.fullmatch(text) is not None
 
 
@@ -119,7 +119,7 @@ class KeyFile:
             ) from None
 
     def add(self, name: str, **limits: object) -> tuple[Key, str]:
-        """Make a key; return it with its secret, which is not stored.
+        """Create a key; return it with its secret, which is not stored.
 
         Raises:
             UsageError: `name` is taken or invalid, or the file cannot be read or written.
@@ -146,7 +146,7 @@ class KeyFile:
         Raises:
             UsageError: there is no such key, or the file cannot be read or written.
         """
-        self.read()  # fails before a lock file is made beside a missing file
+        self.read()  # fails before a lock file is created next to a missing file
         with self._changing() as write:
             keys = self.read()
             for key in keys:
@@ -181,7 +181,7 @@ def _keys_in(data: bytes) -> list[Key]:
     try:
         content = parse_json(data)
     except JsonError as error:
-        if error.key is not None:  # not quoted: it may be a secret in the wrong place
+        if error.key is not None:  # do not quote it: it may be a secret in the wrong place
             raise UsageError("an object has the same field twice") from None
         if error.syntax is not None:
             raise UsageError(f"line {error.syntax.lineno}: {error.syntax.msg}") from None
@@ -229,7 +229,7 @@ def _kind(value: object) -> str:
 
 
 class KeyRing:
-    """The keys of a running server. Without a file every caller is `LOCAL`; `serve` then allows loopback only."""
+    """The keys of a running server. Without a file every caller is `LOCAL`, and `serve` listens on loopback only."""
 
     def __init__(self, file: KeyFile | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._file = file
@@ -237,14 +237,14 @@ class KeyRing:
         self._lock = threading.Lock()
         self._keys = [] if file is None else file.read()
         self.fault: str | None = None  # why a changed file cannot be used; every key is then refused
-        self._known = {key.id for key in self._keys}  # when the file was last readable
+        self._known = {key.id for key in self._keys}  # as of the last time the file could be read
         self._gone: list[str] = []
         self._seen = self._mark()
         self._looked_at = clock()
 
     @property
     def is_needed(self) -> bool:
-        """Whether requests need a key."""
+        """Whether requests must present a key."""
         return self._file is not None
 
     @property
@@ -253,11 +253,11 @@ class KeyRing:
         return {key.id for key in self._keys}
 
     def id_of(self, name_or_id: str) -> str | None:
-        """The id of the key with this id or name; None: there is none."""
+        """The id of the key with this id or name, or None."""
         return next((key.id for key in self._keys if name_or_id in (key.id, key.name)), None)
 
     def look(self) -> list[str]:
-        """Ids of keys that were revoked since the last call; an unreadable file revokes no key."""
+        """Ids of keys revoked since the last call. An unreadable file revokes no key."""
         if self._file is not None:
             self._look_again()
         with self._lock:

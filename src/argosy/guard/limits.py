@@ -1,11 +1,11 @@
 """Limits of a key: requests per minute, concurrent requests, tokens per day.
 
-    request  ->  begin  ->  count, for each token  ->  end, however it ends
+    request  ->  begin  ->  count, for each token  ->  end, whatever the outcome
                  └── counts of every key  ->  save  ->  UseFile, for the next process
 
-A day is a window of 24 hours that starts with the first counted token. Setting the clock back neither renews a day nor
-extends it beyond 24 hours from then. A prompt counts when the engine takes it, and a token of an answer counts when it
-is made, even if the client is gone. The last answer of a day may exceed the limit.
+A day is a window of 24 hours that starts with the first counted token. Setting the clock back neither renews a day
+nor extends it beyond 24 hours from that moment. A prompt counts when the engine accepts it, and a token of an
+answer when it is generated, even if the client has left. The last answer of a day may exceed the limit.
 
 Elsewhere: keys are `keys.py`.
 """
@@ -47,9 +47,9 @@ class TooMany(ArgosyError):
 
 @dataclass(slots=True)
 class Use:
-    """Usage of one key; times are seconds since 1970."""
+    """The usage of one key; times are seconds since 1970."""
 
-    requests_left: float  # refilled at the rate of the limit
+    requests_left: float  # refills at the limit's rate
     filled_at: float
     day_began: float = 0.0
     tokens_today: int = 0
@@ -100,7 +100,7 @@ class UseFile:
         return {key: Use(*use) for key, *use in self._database.execute("SELECT * FROM uses")}
 
     def write(self, uses: Mapping[str, Use], gone: Collection[str]) -> None:
-        """Store these counts and delete those of revoked keys, in one transaction."""
+        """Store these counts and delete those of revoked keys in one transaction."""
         with self._transaction():
             self._database.executemany("DELETE FROM uses WHERE key = ?", [(key,) for key in gone])
             self._database.executemany(
@@ -180,7 +180,7 @@ class Limits:
             self._running[key.id] = running + 1
 
     def used_today(self, key: Key) -> tuple[int, int]:
-        """The tokens of a key that count against its limit now, and the seconds until they do not."""
+        """The tokens that count against a key's daily limit now, and the seconds until they expire."""
         now = self._clock()
         with self._lock:
             if (use := self._uses.get(key.id)) is None:
@@ -190,10 +190,10 @@ class Limits:
         return (num_tokens, left_s) if left_s > 0 and num_tokens else (0, 0)
 
     def take_used(self, key: Key, num_tokens: int, left_s: int) -> None:
-        """Replace the tokens of a key that count against its limit by what others have counted.
+        """Replace a key's count of tokens by a count made elsewhere.
 
         Args:
-            left_s: seconds until they do not.
+            left_s: seconds until those tokens expire.
 
         Raises:
             TooMany: the key has used its tokens.
@@ -206,10 +206,10 @@ class Limits:
             _require_tokens(key, use, now)
 
     def count(self, key: Key, num_tokens: int) -> None:
-        """Count `num_tokens` more tokens of a prompt or an answer."""
+        """Add `num_tokens` tokens of a prompt or an answer."""
         now = self._clock()
         with self._lock:
-            if (use := self._uses.get(key.id)) is None:  # its key was revoked
+            if (use := self._uses.get(key.id)) is None:  # the key was revoked
                 return
             _bring_forward(use, now)
             if now - use.day_began >= _DAY_S or not use.tokens_today:
@@ -271,5 +271,5 @@ def _require_tokens(key: Key, use: Use, now: float) -> None:
 
 
 def _bring_forward(use: Use, now: float) -> None:
-    """Move a day that begins in the future, because the clock was set back, to now; its usage stays."""
+    """Move a day that begins in the future, because the clock was set back, to now. Its usage stays."""
     use.day_began = min(use.day_began, now)

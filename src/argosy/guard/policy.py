@@ -1,6 +1,6 @@
 """The policy of a server: the checks of its requests' and answers' texts, in one strict TOML file.
 
-    default = "house"               # the policy of keys that are not listed; left out: nothing is checked
+    default = "house"               # the policy of unlisted keys; without it, nothing is checked
     [keys]
     research = "lenient"            # by the key's name or id
     [policies.house]
@@ -8,16 +8,16 @@
     input = ["words", "judge"]      # checks of what a client sends
     output = ["words"]              # checks of what the model says
     [checks.words]
-    words = "words.txt"             # beside this file, or an absolute path
+    words = "words.txt"             # relative to this file, or an absolute path
     category = "harassment"
     [checks.judge]
     model = "guard"                 # a model of the same server
     form = "qwen3guard"
 
-    FILE  ->  read_policies  ->  Policies: the policy of a key, and the digest of everything that was read
+    FILE  ->  read_policies  ->  Policies: the policy of each key, and a digest of everything read
 
-A misspelt name is refused. The digest covers the file, its lists and its policy texts, so that a record of an answer
-can say what was in force.
+A misspelt name is an error. The digest covers the file, its lists and its policy texts, so that the record of an
+answer can state which rules were in force.
 
 Elsewhere: what a policy does to a text is `screen.py`; docs/guides/responsible-use.md explains the settings.
 """
@@ -57,7 +57,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListCheck:
-    """Words and phrases of a file."""
+    """A file of words and phrases."""
 
     name: str
     words: WordList
@@ -65,9 +65,9 @@ class ListCheck:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpCheck:
-    """Another server, asked in the form of OpenAI's moderation endpoint.
+    """Another server with OpenAI's moderation endpoint.
 
-    key_env: the environment variable with its API key; None: it needs none.
+    key_env: the environment variable with its API key; None if it needs none.
     """
 
     name: str
@@ -79,10 +79,10 @@ class HttpCheck:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCheck:
-    """A model of the same server.
+    """A model on the same server.
 
-    form: how it is asked, by its name in `GUARD_FORMS`.
-    policy: in words, if the form takes one.
+    form: the name in `GUARD_FORMS` of the way to prompt it.
+    policy: the operator's policy in words, if the form takes one.
     """
 
     name: str
@@ -100,13 +100,13 @@ Check = ListCheck | HttpCheck | ModelCheck
 class ContentPolicy:
     """The checks of a key's requests.
 
-    finder: None: nothing looks for personal data.
-    chunk_characters: a check that is asked about an answer gets it in parts of this length.
-    overlap_characters: so much of a part is held back until the next one was checked too. A passage of this length is
-        never sent in part.
+    finder: None: personal data is not looked for.
+    chunk_characters: asked checks get an answer in parts of this length.
+    overlap_characters: this much of a part is held back until the next part has been checked, so a passage of this
+        length is never sent in part.
     may_choose: other policies that a request may name.
-    requests_per_minute_per_user: a limit for each person, as the client names them; None: no limit.
-    watermark: answers are marked, if the server has the key of a watermark.
+    requests_per_minute_per_user: the limit for each user that a client names; None: no limit.
+    watermark: mark answers, if the server has a watermark key.
     """
 
     name: str
@@ -123,12 +123,12 @@ class ContentPolicy:
 
     @property
     def checks_requests(self) -> bool:
-        """Whether requests are looked at."""
+        """Whether any check reads requests."""
         return bool(self.input) or self.pii_input != "off"
 
     @property
     def checks_answers(self) -> bool:
-        """Whether answers are looked at."""
+        """Whether any check reads answers."""
         return self.changes_answers or self.pii_output != "off"
 
     @property
@@ -141,8 +141,8 @@ class ContentPolicy:
 class Policies:
     """The content of a policy file.
 
-    digest: SHA-256 in hexadecimal of everything that was read.
-    blocked_users: persons, as clients name them, whose requests are refused.
+    digest: SHA-256 in hexadecimal of everything read.
+    blocked_users: users, as clients name them, whose requests are refused.
     """
 
     digest: str
@@ -152,7 +152,7 @@ class Policies:
     blocked_users: frozenset[str] = frozenset()
 
     def of(self, key: Key | None, chosen: str | None = None) -> ContentPolicy | None:
-        """The policy of a request; None: nothing is checked.
+        """The policy of a request; None if nothing is checked.
 
         Args:
             chosen: the policy that the request names.
@@ -332,7 +332,7 @@ def _policy(name: str, given: Mapping[str, Any], checks: Mapping[str, Check]) ->
 
 
 def _failing(given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The settings of a check that may fail, as far as they are given."""
+    """The failure settings of a check: those that are given."""
     found: dict[str, Any] = {}
     if "timeout-s" in given:
         value = given["timeout-s"]

@@ -1,13 +1,13 @@
-"""Apply a policy to the texts of one request, and to the answers that are made of them.
+"""Apply a policy to the texts of one request and to its answers.
 
     Shown (`view.py`)  ─ RequestScreen ─>  the same with placeholders, or Blocked
     an answer, piece by piece  ─ TextScreen ─>  found values, lists  ->  question  ─ other checks ─>  restored, sent
 
-Checks that only compute run here, in whatever thread calls. Checks that ask somebody are `question`s: the caller asks,
-and says `answered`. A text is passed on only after every check saw it and let it pass; `overlap_characters` of it wait
-for the next question, so no passage of that length is sent in part.
+Checks that only compute run here, in the caller's thread. Checks that must ask a model or a server are returned as
+a `question`: the caller asks it and then calls `answered`. Text is sent only after every check has passed it; the
+last `overlap_characters` wait for the next question, so no passage of that length is sent in part.
 
-Elsewhere: the policy is `policy.py`; who asks is `serve/guards/screening.py`.
+Elsewhere: the policy is `policy.py`; `serve/guards/screening.py` asks the questions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Note = Callable[[Side, str, int], None]
 class RequestScreen:
     """The texts of one request. One thread at a time may use it.
 
-    asked: the user's last words, as the model gets them.
+    asked: the user's last words, as the model sees them.
     """
 
     def __init__(self, policy: ContentPolicy, note: Note) -> None:
@@ -42,21 +42,21 @@ class RequestScreen:
 
     @property
     def asked_checks(self) -> list[HttpCheck | ModelCheck]:
-        """The checks of the input that ask somebody."""
+        """The input checks that must ask a model or a server."""
         return [check for check in self.policy.input if not isinstance(check, ListCheck)]
 
     def check(self, shown: Shown, *, counts: bool = True) -> tuple[Shown, list[str]]:
-        """Check everything that a model gets from a request.
+        """Check everything in a request that the model will see.
 
         Args:
-            counts: note what is found; false if the same request is checked again.
+            counts: record the findings; false when the same request is checked again.
 
         Returns:
-            What the model gets, and its texts for checks that ask somebody.
+            What the model gets, and the texts for asked checks.
 
         Raises:
             Blocked: the policy does not allow a text.
-            UsageError: a value stands where none can be replaced.
+            UsageError: a value is in a place where it cannot be replaced.
         """
         texts = shown.all_texts()
         if self._placeholders is not None:
@@ -86,14 +86,14 @@ class RequestScreen:
         return text if self._placeholders is None else self._placeholders.restore(text)
 
     def answer(self) -> AnswerScreen:
-        """The screen of another answer."""
+        """Start the screen of an answer."""
         return AnswerScreen(self.policy, self._placeholders, self._note)
 
 
 class AnswerScreen:
     """One answer.
 
-    blocked_by: why the rest of the answer is not sent; empty: it is.
+    blocked_by: why the rest of the answer is withheld; empty if it is not.
     """
 
     def __init__(self, policy: ContentPolicy, given: Placeholders | None, note: Note) -> None:
@@ -101,21 +101,21 @@ class AnswerScreen:
         self._given = given if policy.pii_input == "redact" else None
         self._own: Placeholders | None = None
         if policy.finder is not None and policy.pii_output != "off":
-            # Values that the model itself wrote: none of them is put back.
+            # Values that the model itself wrote are not restored.
             self._own = Placeholders(policy.finder)
             if self._given is not None:
                 self._own.reserve([self._given.all_names])
         self.blocked_by = ""
 
     def text(self) -> TextScreen:
-        """The screen of another stretch of text or thoughts."""
+        """Start the screen of another stretch of text or thoughts."""
         return TextScreen(self, self._policy, self._given, self._own)
 
     def call(self, name: str, arguments: str) -> tuple[str, str]:
-        """Check a whole tool call, or as much of one as the token limit left.
+        """Check a tool call, whole or cut off by the token limit.
 
         Returns:
-            The arguments to send, and the text for checks that ask somebody.
+            The arguments to send, and the text for asked checks.
         """
         made = arguments
         if self._own is not None:
@@ -142,7 +142,7 @@ class AnswerScreen:
                 self._note("output", reason, 1)
 
     def found_values(self) -> None:
-        """Note the values that were found since the last call, and block the answer if the policy says so."""
+        """Record the values found since the last call, and block the answer if the policy requires it."""
         assert self._own is not None
         for entity, number in self._own.num_found.items():
             self._note("output", f"pii:{entity}", number)
@@ -170,9 +170,9 @@ class TextScreen:
         ]
         self._asks = any(not isinstance(check, ListCheck) for check in policy.output)
         self._restorer = None if given is None else Restorer(given)
-        self._context = ""  # passed by all checks, and shown to them again with what follows
-        self._waiting = ""  # passed by what computes, and not by what asks
-        self._num_seen = 0  # characters of that which a question has had
+        self._context = ""  # passed by all checks; shown again together with what follows
+        self._waiting = ""  # passed by the computed checks, not yet by the asked ones
+        self._num_seen = 0  # how much of `_waiting` a question has covered
         self._is_end = False
         self._ready: list[str] = []
 
@@ -211,7 +211,7 @@ class TextScreen:
 
     @property
     def question(self) -> str:
-        """The text that other checks must see now; empty: none yet."""
+        """The text that asked checks must see now; empty if none."""
         num_new = len(self._waiting) - self._num_seen
         if not self._asks or self._answer.blocked_by or not num_new:
             return ""
@@ -220,7 +220,7 @@ class TextScreen:
         )
 
     def answered(self) -> None:
-        """The checks let the question pass."""
+        """Note that the asked checks passed the question."""
         self._num_seen = len(self._waiting)
         self._pass(
             self._num_seen if self._is_end else max(0, self._num_seen - self._policy.overlap_characters)

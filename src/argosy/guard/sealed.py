@@ -1,14 +1,15 @@
-"""Texts of requests and answers, for an audit that keeps them: an encrypted file each, under the key of its tenant.
+"""Keep the texts of requests and answers for an audit: one file each, encrypted under the tenant's key.
 
-    <audit dir>/content/<tenant>/key             32 random bytes, encrypted with a key made of the audit's own
-    <audit dir>/content/<tenant>/<request id>    AES-256-GCM of the content; the request id is authenticated, too
+    <audit dir>/content/<tenant>/key             32 random bytes, encrypted with a key derived from the audit's
+    <audit dir>/content/<tenant>/<request id>    AES-256-GCM of the content; it also authenticates the request id
 
-The chain has only the SHA-256 of an encrypted file. So erasing a file, or a tenant's key and with it all of that
-tenant's contents, leaves the chain valid. Names of tenants are hashes.
+The chain contains only the SHA-256 of each encrypted file. The chain therefore stays valid when a file is erased,
+or a tenant's key and with it all of that tenant's contents. Tenants' names are hashes.
 
-Erasing overwrites the key once and removes it. A drive that keeps old blocks, a snapshot or a backup may still have it.
+Erasing overwrites the key once and removes it. A drive that keeps old blocks, a snapshot or a backup may still hold
+it.
 
-Elsewhere: the chain is `chain.py`; who may write here, and when, is `audit.py`.
+Elsewhere: the chain is `chain.py`; `audit.py` decides what is written here, and when.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 CONTENT = "content"  # name of the directory
-MAX_BYTES = 8 << 20  # per object; a larger file is none of ours
+MAX_BYTES = 8 << 20  # per object; we never write a larger file
 _KEY = "key"
 _NONCE_BYTES, _TAG_BYTES = 12, 16
 _REQUEST_ID = re.compile(r"req_[0-9a-f]{24}")
@@ -40,7 +41,7 @@ def require_cryptography() -> None:
     """Check that contents can be encrypted.
 
     Raises:
-        UsageError: the package for that is not installed.
+        UsageError: the package `cryptography` is not installed.
     """
     _cipher(bytes(32))
 
@@ -68,7 +69,7 @@ class SealedContents:
         self._wrapping_key = hmac.new(audit_key, b"argosy audit content", hashlib.sha256).digest()
 
     def put(self, key_id: str, request_id: str, content: bytes) -> str:
-        """Encrypt and write a content; returns the SHA-256 of the encrypted file.
+        """Encrypt and write a content; return the SHA-256 of the encrypted file.
 
         Raises:
             OSError: it cannot be written.
@@ -83,7 +84,7 @@ class SealedContents:
         return hashlib.sha256(data).hexdigest()
 
     def get(self, key_id: str, request_id: str) -> bytes | None:
-        """The content of a request; None: it or its key was erased.
+        """The content of a request; None if it or its key was erased.
 
         Raises:
             UsageError: it was changed, or encrypted with another key.
@@ -96,7 +97,7 @@ class SealedContents:
         return _decrypt(_decrypt(self._wrapping_key, wrapped, _KEY.encode()), data, request_id.encode())
 
     def is_same(self, key_id: str, request_id: str, sha256: str) -> bool | None:
-        """Whether the encrypted file has this SHA-256; None: there is none, or nothing can decrypt it any more."""
+        """Whether the encrypted file has this SHA-256; None if it is gone or can no longer be decrypted."""
         directory = self._directory(key_id)
         if not _REQUEST_ID.fullmatch(request_id):
             return False
@@ -107,7 +108,7 @@ class SealedContents:
         return hashlib.sha256(data).hexdigest() == sha256
 
     def erase(self, key_id: str) -> int:
-        """Erase a tenant's key and contents; returns the number of contents.
+        """Erase a tenant's key and contents; return the number of contents.
 
         Raises:
             OSError: they cannot be removed.
@@ -116,7 +117,7 @@ class SealedContents:
         with Directory(self._path) as audit:
             if not audit.is_directory(directory):
                 return 0
-            # Renamed first: a kill from here on leaves nothing that can be found, and `sweep` removes the rest.
+            # Rename first: after a kill from here on nothing can be looked up, and `sweep` removes the rest.
             going = Path(CONTENT, f"{_GOING}{directory.name}-{os.urandom(4).hex()}")
             audit.move(directory, going)
             with audit.directory(CONTENT) as contents:
@@ -124,7 +125,7 @@ class SealedContents:
             return _remove(audit, going)
 
     def sweep(self, before: float) -> int:
-        """Remove the contents written before this time, in seconds since 1970, and what a kill left of `put`.
+        """Remove contents written before this time, in seconds since 1970, and the leftovers of a killed `put`.
 
         Returns:
             The number of contents.
@@ -162,7 +163,7 @@ class SealedContents:
         return Path(CONTENT, tenant)
 
     def _tenant_key(self, audit: Directory, directory: Path) -> bytes:
-        """The key of a tenant, made when it is first needed. It is read each time: it may have been erased."""
+        """The key of a tenant, created on first use. It is read each time because it may have been erased."""
         wrapped = _read(audit, directory / _KEY)
         if wrapped is not None:
             return _decrypt(self._wrapping_key, wrapped, _KEY.encode())
@@ -172,7 +173,7 @@ class SealedContents:
         return key
 
 
-# Below: every path is below the directory of the audit.
+# Every path below is inside the directory of the audit.
 
 
 def _directories(audit: Directory) -> list[Path]:
@@ -191,7 +192,7 @@ def _name(request_id: str) -> str:
 
 
 def _read(audit: Directory, path: Path) -> bytes | None:
-    """The content of a file, at most MAX_BYTES; None: there is no such file."""
+    """The content of a file, at most MAX_BYTES; None if there is no such file."""
     try:
         descriptor = audit.open(path)
     except FileNotFoundError:
@@ -214,7 +215,7 @@ def _decrypt(key: bytes, data: bytes, bound_to: bytes) -> bytes:
 
 
 def _remove(audit: Directory, directory: Path) -> int:
-    """Overwrite and remove the key of a directory that is going, then its contents; returns their number."""
+    """Overwrite and remove the key of a doomed directory, then its contents; return how many there were."""
     key = audit.stat(directory / _KEY)
     if key is not None and stat.S_ISREG(key.st_mode):
         descriptor = audit.open(directory / _KEY, os.O_WRONLY)

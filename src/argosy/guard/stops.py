@@ -1,8 +1,8 @@
-"""Stops: models, keys and persons whose requests the operator refuses and whose answers end.
+"""Stops: the operator cuts off a model, a key or a user; new requests are refused, running answers end.
 
     POST /v1/engine/stops  ->  Stops.set  ->  FILE, for the next process  ->  has, for requests that begin or run
 
-It works at once and needs no restart. Stopping a key deletes nothing of it, unlike revoking it.
+A stop takes effect at once, without a restart. Unlike revoking a key, stopping it deletes nothing.
 
 Elsewhere: the route is `serve/guards/stops.py`; revoking a key is `keys.py`.
 """
@@ -34,7 +34,7 @@ class Stopped(ArgosyError):
 
 
 def stopped(kind: Literal["model", "key"]) -> Stopped:
-    """The error of a request whose model or key is stopped."""
+    """The error for a request whose model or key is stopped."""
     return Stopped(f"the operator of this server has stopped this {kind}", code=f"{kind}_stopped")
 
 
@@ -42,10 +42,10 @@ class Stops:
     """Any thread may use it.
 
     Args:
-        path: where it is kept; None: until the process ends.
+        path: the file to keep stops in; None: they last until the process ends.
 
     Raises:
-        UsageError: the file cannot be read, or is not one of stops.
+        UsageError: the file cannot be read, or is not a file of stops.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -56,7 +56,7 @@ class Stops:
             self.reload()
 
     def reload(self) -> None:
-        """Read the file again, if there is one. Raises UsageError, and then nothing changes."""
+        """Read the file again, if there is one. On UsageError nothing changes."""
         if self.path is None:
             return
         try:
@@ -77,10 +77,10 @@ class Stops:
         return not self._names[kind].isdisjoint(names)
 
     def set(self, kind: Kind, *names: str, is_stopped: bool) -> None:
-        """Stop something, by any of its names, or let it go on; keep that in the file.
+        """Stop a model, key or user by any of its names, or lift the stop; write the file.
 
         Raises:
-            UsageError: too much is stopped already, or the file cannot be written.
+            UsageError: the list is full, or the file cannot be written.
         """
         with self._lock:
             found = self._names[kind] | {*names} if is_stopped else self._names[kind] - {*names}
@@ -99,7 +99,7 @@ class Stops:
             self._names = made
 
     def listed(self) -> Mapping[Kind, list[str]]:
-        """All that is stopped, by kind."""
+        """Everything that is stopped, by kind."""
         return {kind: sorted(names) for kind, names in self._names.items()}
 
 

@@ -1,9 +1,9 @@
-"""Everything that Argosy keeps of people who use it: where, how long, and what removes it. One table for all.
+"""Everything that Argosy keeps about the people who use it, in one table: where, how long, and what removes it.
 
-`argosy data list` prints it, `argosy data erase` and the server's erasure follow it, and the guide on privacy has the
-same rows; a test compares them.
+`argosy data list` prints the table, `argosy data erase` and the server's erasure follow it, and the privacy guide
+repeats it; a test compares the two.
 
-Elsewhere: each store removes what is too old by itself, in the module that `module` names.
+Elsewhere: each store removes expired data itself, in the module that `module` names.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ Erased = Literal["key", "revoke", "hand", "none"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Store:
-    """One kind of kept data.
+    """One kind of stored data.
 
     Attributes:
         keeps: the data in it.
         place: `memory` of a process, or the file, files or directory.
-        kept_for: how long, at most.
-        option: sets that, or switches the store off; empty: there is no option.
+        kept_for: the longest it is kept.
+        option: sets that time or switches the store off; empty if there is none.
         by_default: whether it is kept without any option.
         erased: by `argosy data erase --key` ("key"), only when the key is revoked ("revoke"), by the user ("hand"),
             or not at all, because nothing in it belongs to anyone ("none").
-        module: the one that keeps it.
+        module: the module that keeps it.
     """
 
     name: str

@@ -1,10 +1,10 @@
 """Limit the requests without a valid key, by the client's address.
 
-    no valid key  ->  Strangers.count  ->  401, or 429 once an address has used up its refusals
+    no valid key  ->  Strangers.count  ->  401, or 429 once an address is over its limit
 
-A refused request costs little, except that its body is read to the end so that the client reads the answer. An address
-that goes on gets 429, and its connection is closed. A valid key is always admitted, whatever came from its address.
-Loopback addresses are not limited: a proxy may run on this machine, and all of its clients share its address.
+A refused request is cheap, but its body is read to the end so that the client gets to read the answer. An address
+that keeps trying gets 429, and its connection is closed. A valid key is always admitted, whatever its address has
+sent. Loopback addresses are not limited: a proxy may run on this machine, and all of its clients share its address.
 
 Elsewhere: the limits of keys are `limits.py`.
 """
@@ -19,7 +19,7 @@ from argosy.guard.buckets import Buckets
 from argosy.guard.limits import TooMany
 
 PER_MINUTE = 60
-_IPV6_PREFIX = 64  # one customer's network
+_IPV6_PREFIX = 64  # the usual size of one customer's network
 
 
 class Stranger(TooMany):
@@ -27,7 +27,7 @@ class Stranger(TooMany):
 
 
 class Strangers:
-    """Refusals left for each address, refilled at PER_MINUTE. Any thread may call it."""
+    """The refusals that each address has left, refilled at PER_MINUTE. Any thread may call it."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._buckets = Buckets(clock)
@@ -49,7 +49,7 @@ class Strangers:
 
 
 def _network(address: str) -> str | None:
-    """The network that stands for an address; None for an address of this machine, or one that is none."""
+    """The network of an address; None for this machine's own addresses and for text that is not an address."""
     try:
         found = ipaddress.ip_address(address)
     except ValueError:

@@ -1,10 +1,10 @@
-"""Limits for the persons behind a key, as far as its client names them.
+"""Limits for the users behind a key, if its client names them.
 
     `safety_identifier`, `user` or `metadata.user_id`  ->  Users.admit  ->  the request goes on, or 429
 
-One key often serves many persons. A name means something only together with its key, and is kept as a keyed digest that
-no other process can make. A client that names nobody, or names somebody else, is not held back: the key's own limits
-are `limits.py`.
+One key often serves many users. A name means something only together with its key, and is kept as a keyed digest
+that no other process can compute. A client that names nobody, or the wrong user, is not held back; the key's own
+limits are `limits.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MOST_USERS = 1 << 16
 
 
 class UserBlocked(ArgosyError):
-    """The operator has blocked the person that a request names."""
+    """The operator has blocked the user that a request names."""
 
     http_status = 403
 
@@ -36,10 +36,10 @@ class Users:
         self._secret = secrets.token_bytes(32)
 
     def admit(self, tenant: str, user: str, per_minute: int | None) -> None:
-        """Count a request of a person.
+        """Count a user's request.
 
         Raises:
-            TooMany: they have used up their requests.
+            TooMany: the user has reached the limit.
         """
         if per_minute is None:
             return

@@ -21,10 +21,10 @@ CATEGORIES = (
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The findings of a check in a text.
+    """What a check found in a text.
 
-    is_flagged: the text is not allowed.
-    scores: by category, from 0 to 1; categories that a check does not know are left out.
+    is_flagged: the text is disallowed.
+    scores: category -> 0 to 1; categories unknown to the check are left out.
     """
 
     is_flagged: bool = False
@@ -32,12 +32,12 @@ class Verdict:
 
     @property
     def categories(self) -> list[str]:
-        """The categories that the check found."""
+        """The categories that were found."""
         return [name for name, score in self.scores.items() if score >= 0.5] if self.is_flagged else []
 
 
 def together(verdicts: Iterable[Verdict]) -> Verdict:
-    """The verdict of several checks: flagged if one flags, with the highest score of each category."""
+    """Combine verdicts: flagged if any is, with the highest score in each category."""
     scores: dict[str, float] = {}
     is_flagged = False
     for verdict in verdicts:
@@ -48,7 +48,7 @@ def together(verdicts: Iterable[Verdict]) -> Verdict:
 
 
 class Blocked(UsageError):
-    """A policy does not allow a text. The message names no part of it."""
+    """A policy disallows a text. The message quotes none of it."""
 
     def __init__(self, what: str, reason: str) -> None:
         super().__init__(
@@ -57,4 +57,4 @@ class Blocked(UsageError):
 
 
 class CheckFailed(Exception):
-    """A check could not say anything; `str()` is why, without any content."""
+    """A check gave no verdict; `str()` says why, without any content."""

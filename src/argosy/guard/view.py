@@ -1,13 +1,13 @@
-"""One decoded view of everything in a request that a model can read, and of the calls in an answer.
+"""One decoded view of everything in a request that the model can read, and of the tool calls in an answer.
 
     messages, tools, texts, variables, grammar  ─ Shown.visited ─>  the same, each text of it as a Visitor returns it
     the arguments of a call: JSON, or the beginning of it  ─ call_visited ─>  its strings and names, without escapes
 
-Word lists, personal data and checks that ask somebody all see this view. It has every string that a client or a model
-chooses: texts, names, ids, the keys and values of schemas and arguments. Only words that a specification fixes are left
-out: roles, types, and the keywords of JSON Schema.
+Word lists, the search for personal data and asked checks all see this view. It contains every string that a client
+or a model chooses: texts, names, ids, the keys and values of schemas and arguments. It omits only the words that a
+specification fixes: roles, types, and the keywords of JSON Schema.
 
-Elsewhere: what a policy does with the view is `screen.py`; each dialect makes its messages from its own fields.
+Elsewhere: `screen.py` applies a policy to the view; each dialect builds its messages from its own fields.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _KEYWORDS = frozenset({
     "required", "strict", "then", "title", "type", "unevaluatedItems", "unevaluatedProperties", "uniqueItems",
     "writeOnly",
 })  # fmt: skip
-_AS_IT_IS = ("role", "parsed")  # roles are fixed; `parsed` is a copy that no prompt has
-# A string of JSON, or of a grammar, which may be cut off.
+_AS_IT_IS = ("role", "parsed")  # roles are fixed; `parsed` is a copy that never enters a prompt
+# A string in JSON or in a grammar, perhaps cut off.
 _STRING = re.compile(r'"([^"\\]*(?:\\.[^"\\]*)*)(?:"|\\?\Z)', re.DOTALL)
 _CUT_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?\Z")
-# In a grammar: a character by its number, a class of characters, or a character.
+# In a grammar: a character by number, a character class, or a plain character.
 _ESCAPE = re.compile(
     r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|[xuU]\{([0-9a-fA-F]{1,6})\}|([a-zA-Z])|(.))",
     re.DOTALL,
@@ -46,17 +46,17 @@ _ESCAPE = re.compile(
 
 
 class Visitor(Protocol):
-    """Takes the texts of a view, and returns what stands in their place."""
+    """Takes each text of a view and returns its replacement."""
 
     def text(self, text: str) -> str: ...
 
     def lines(self, lines: list[str]) -> list[str]:
-        """Texts that stand one after the other, such as the parts of a message."""
+        """Adjacent texts, such as the parts of a message."""
         ...
 
 
 class Collector:
-    """Collects the texts of a view; texts that stand one after the other are one."""
+    """Collects the texts of a view, joining adjacent ones."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -72,10 +72,10 @@ class Collector:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shown:
-    """Everything that a model, or the grammar of its answer, gets from a client.
+    """Everything that a client hands to the model, or to the grammar of its answer.
 
-    texts: texts that are no messages: to continue, to fill in, to embed, to rank.
-    variables: of the chat template.
+    texts: texts outside messages: to continue, to fill in, to embed, to rank.
+    variables: the chat template's.
     """
 
     messages: Sequence[Mapping[str, Any]] = ()
@@ -85,11 +85,10 @@ class Shown:
     grammar: Grammar | None = None
 
     def visited(self, visitor: Visitor) -> Shown:
-        """The same with each text as the visitor returns it.
+        """A copy in which the visitor has replaced each text.
 
         Raises:
-            UsageError: the visitor replaces a part of a grammar, a regular expression or a tool's name, which must
-                stay as they are.
+            UsageError: the visitor changed a grammar, a regular expression or a tool's name, which must not change.
         """
         # Tools first: they come first in a prompt, and their placeholders must not change with the next turn.
         tools = [_tool(tool, visitor) for tool in self.tools]
@@ -105,16 +104,17 @@ class Shown:
         )
 
     def all_texts(self) -> list[str]:
-        """Its texts, in the order of the prompt."""
+        """All texts, in the order of the prompt."""
         collector = Collector()
         self.visited(collector)
         return collector.texts
 
 
 def call_visited(arguments: str, visitor: Visitor) -> str:
-    """The arguments of a call with their strings, names and numbers as the visitor returns them.
+    """The arguments of a call, with strings, names and numbers replaced by the visitor.
 
-    Text that is not JSON, because a limit cut it off or a name occurs twice, is visited string by string and whole.
+    Text that is not valid JSON, because a limit cut it off or a name occurs twice, is visited string by string and
+    then as a whole.
     """
     try:
         given = parse_json(arguments)
@@ -129,18 +129,18 @@ def _string(string: re.Match[str], visitor: Visitor) -> str:
     try:
         text = json.loads(f'"{_CUT_ESCAPE.sub("", inside)}"', strict=False)
     except ValueError:
-        return string[0]  # it is visited with the whole
+        return string[0]  # the visit of the whole covers it
     made = visitor.text(text)
     return string[0] if made == text else f'"{in_json_text(made)}{string[0][len(inside) + 1 :]}'
 
 
 def in_json_text(value: str) -> str:
-    """`value` as it stands in a string of JSON."""
+    """Escape `value` for use inside a JSON string."""
     return json.dumps(value, ensure_ascii=False)[1:-1]
 
 
 def _value(value: Any, visitor: Visitor, known: frozenset[str] = frozenset()) -> Any:
-    """A JSON value; names that are known are not visited."""
+    """Visit a JSON value, except the names in `known`."""
     match value:
         case str():
             return visitor.text(value)
@@ -166,7 +166,7 @@ def _value(value: Any, visitor: Visitor, known: frozenset[str] = frozenset()) ->
 
 
 def _patterns(value: Any, visitor: Visitor) -> Any:
-    """A regular expression of a schema, or an object whose names are some."""
+    """Visit a schema's regular expression, or an object whose names are regular expressions."""
     if isinstance(value, dict):
         return {_patterns(name, visitor): _value(one, visitor, _KEYWORDS) for name, one in value.items()}
     return _escaped(value, visitor) if isinstance(value, str) else _value(value, visitor, _KEYWORDS)
@@ -191,7 +191,7 @@ def _tool(tool: Mapping[str, Any], visitor: Visitor) -> Mapping[str, Any]:
 
 
 def _message(message: Mapping[str, Any], visitor: Visitor) -> Mapping[str, Any]:
-    """A message with its texts visited; pictures and sounds stay."""
+    """Visit the texts of a message; pictures and sounds stay."""
     made = dict(message)
     for name, value in message.items():
         if name in _AS_IT_IS:
@@ -246,7 +246,7 @@ def _grammar(grammar: Grammar, visitor: Visitor) -> Grammar:
 
 
 def _escaped(given: str, visitor: Visitor) -> str:
-    """A regular expression or a grammar, which is visited without its escapes and stays as it is."""
+    """Visit a regular expression or grammar with its escapes undone; it must not change."""
     text = _ESCAPE.sub(_unescaped, given)
     if visitor.text(text) != text:
         raise UsageError(

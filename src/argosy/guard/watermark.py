@@ -1,10 +1,10 @@
-"""How sure it is that a text carries the watermark of a key: a score, and its exact p-value.
+"""The evidence that a text carries a key's watermark: a score and its exact p-value.
 
-    token ids  ─ first_ngrams ─>  n-grams  ─ keyed bits, by whoever has the key ─>  words  ─ judge ─>  Evidence
+    token ids  ─ first_ngrams ─>  n-grams  ─ keyed bits, from the owner of the key ─>  words  ─ judge ─>  Evidence
 
-Without the watermark, and to whoever lacks the key, the bits of different n-grams are independent fair coins: a text
-that was not written with the key knows nothing of them. So the score has a known distribution, whatever the text is,
-provided that no n-gram counts twice. Only the first n-gram of each context counts, which is the one that was marked.
+In a text written without the key, the bits of different n-grams are independent fair coins. The score therefore has
+a known distribution, whatever the text, provided that no n-gram counts twice. Only the first n-gram of each context
+counts, because that is the one that was marked.
 
     S = sum over n-grams t and rounds i of w_i g_ti        w_i = 290 - 9 i, whole numbers
     score = S / (sum of w, times the number of n-grams)    0.5 without the watermark
@@ -12,8 +12,9 @@ provided that no n-gram counts twice. Only the first n-gram of each context coun
 These are the weights of the reference implementation (SynthID-Text, Nature 634, 2024: from 10 down to 1 over 30
 rounds), times 29: early rounds mark more than late ones.
 
-The p-value is P(sum >= S) of the same sum of coins, from the product of their generating functions. They are tilted
-first (Esscher, 1932), so that S is their mean: then the smallest p-value is as precise as the largest.
+The p-value is P(sum >= S) for that sum of coins, computed from the product of their generating functions. The coins
+are first tilted (Esscher, 1932) so that S is their mean, which makes the smallest p-value as precise as the
+largest.
 
 Elsewhere: the bits are `engine/watermark.py`, the command is `cli/commands/watermark.py`.
 """
@@ -32,7 +33,7 @@ from argosy.errors import UsageError
 
 MOST_TOKENS = 1 << 18  # per text; the transform then has 2^23 values
 _WEIGHTS = 290 - 9 * np.arange(WATERMARK_DEPTH)
-_DEVIATIONS = 9.0  # half of the window: what lies outside has a probability below 2 e^-40 (Hoeffding, 1963)
+_DEVIATIONS = 9.0  # half the window; the probability outside it is below 2 e^-40 (Hoeffding, 1963)
 _STEEPEST = 1.0  # tilt at which every coin is 1 but for e^-29 of them
 
 Coins = npt.NDArray[np.float64]
@@ -40,7 +41,7 @@ Coins = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """The evidence in a text.
+    """The evidence found in a text.
 
     num_counted: the number of n-grams whose bits counted.
     score: the weighted mean of their bits, 0.5 without the watermark; None: nothing counted.
@@ -84,7 +85,7 @@ def judge(words: npt.NDArray[np.uint64]) -> Evidence:
 
 
 def log10_p_value(num_counted: int, total: int) -> float:
-    """The logarithm of P(sum >= total) for `num_counted` n-grams whose bits are independent fair coins.
+    """The log10 of P(sum >= total) for `num_counted` n-grams whose bits are independent fair coins.
 
     Args:
         total: from 0 to `num_counted` times the sum of the weights.
@@ -108,7 +109,7 @@ def log10_p_value(num_counted: int, total: int) -> float:
 
 
 def _tilt(mean: float) -> float:
-    """The tilt that gives one n-gram's sum this mean, which is above that of fair coins."""
+    """The tilt that gives one n-gram's sum this mean, which is above the fair coins' mean."""
     low, high = 0.0, _STEEPEST
     for _ in range(60):
         middle = (low + high) / 2
@@ -118,7 +119,7 @@ def _tilt(mean: float) -> float:
 
 
 def _tilted(tilt: float) -> Coins:
-    """The distribution of one n-gram's sum, each coin w being 1 with odds e^(tilt * w)."""
+    """The distribution of one n-gram's sum when the coin of weight w has odds e^(tilt * w)."""
     chances = np.ones(1)
     for weight in _WEIGHTS.tolist():
         one = 1.0 / (1.0 + math.exp(-tilt * weight))

@@ -1,14 +1,14 @@
-"""Lists of words and phrases that are not allowed, in the clear or as hashes.
+"""Lists of disallowed words and phrases, in plain text or as hashes.
 
     FILE: one phrase a line, or `sha256:HEX NUM_WORDS`  ->  WordList  ->  judge a text, or a stream of it
 
-Phrases are compared word by word: without characters that nobody sees, in NFKC, in lower case, and with letters that
-look Latin taken for Latin ones. In scripts without spaces between words, each letter counts as a word. A hash is the
-SHA-256 of a phrase in that form, its words joined by single spaces; so a list can be passed on without its words. What
-stands between words does not matter. Capitals may look Latin where small letters do not, so a text is also compared in
-a second form: there, what looks Latin is replaced before the case.
+Phrases are compared word by word after normalization: invisible characters removed, NFKC, lower case, and letters
+that look Latin replaced by Latin ones. In scripts without spaces between words, each letter counts as a word. A
+hash is the SHA-256 of a normalized phrase, its words joined by single spaces, so a list can be shared without its
+words. Whatever separates words is ignored. Capitals may look Latin where small letters do not, so a text is also
+compared in a second normalization, which replaces look-alikes before it folds the case.
 
-A stream is held back by as many words as the longest phrase has, so no part of a phrase is passed on.
+A stream lags by the length of the longest phrase, in words, so no part of a phrase is sent.
 
 Elsewhere: which list a policy uses is `policy.py`.
 """
@@ -26,12 +26,12 @@ from argosy.guard.pii.spelling import latin_of, seen_part, without_marks, withou
 from argosy.guard.verdict import Verdict
 
 MOST_WORDS = 64  # per phrase
-# A stream holds back this many characters. A phrase with more than that between its words is passed on in part.
+# A stream holds back at most this many characters. A phrase with more than that between its words is sent in part.
 MOST_HELD = 8192
 MOST_PHRASES = 200_000
 _HASHED = re.compile(r"sha256:([0-9a-f]{64})(?: ([0-9]{1,2}))?")
-_READ_AT_ONCE = 1 << 14  # characters of a whole text: words take many times the memory of their text
-_LONGEST_WORD = 64  # characters that are compared; no phrase has a longer word
+_READ_AT_ONCE = 1 << 14  # characters of a whole text: its words take many times the memory of the text
+_LONGEST_WORD = 64  # characters that are compared; no word of a phrase is longer
 _LONGEST_LETTER = 9  # with its marks
 _MOST_COMPARED = _LONGEST_WORD * _LONGEST_LETTER
 
@@ -39,7 +39,7 @@ _MOST_COMPARED = _LONGEST_WORD * _LONGEST_LETTER
 class _Word(NamedTuple):
     """A word of a text, which is `given[start:end]`.
 
-    text: as it is compared, and as phrases of lists are.   latin: in the second form.
+    text: normalized like the phrases of lists.   latin: in the second normalization.
     """
 
     text: str
@@ -54,7 +54,7 @@ def _words(given: str) -> list[_Word]:
     for match in words_in(seen if seen.isascii() else latin_of(seen)):
         start, end = match.span()
         word = seen[start:end]
-        if places is not None:  # marks upon its last letter are part of it
+        if places is not None:  # marks on its last letter belong to the word
             start, end = places[start], places[end] if end < len(places) else len(given)
             word = given[start:end]
         found.append(_Word(*_compared(word, match[0]), start, end))
@@ -62,10 +62,10 @@ def _words(given: str) -> list[_Word]:
 
 
 def _compared(word: str, letters: str) -> tuple[str, str]:
-    """Both forms of a word.
+    """Both normalizations of a word.
 
     Args:
-        letters: the word without unseen characters and marks, and with Latin letters for those that look Latin.
+        letters: the word without invisible characters and marks, with look-alikes replaced by Latin letters.
     """
     letters = letters[:_LONGEST_WORD]
     latin = letters.lower()
@@ -82,7 +82,7 @@ def _compared(word: str, letters: str) -> tuple[str, str]:
 
 
 def _beginning(word: str) -> str:
-    """As much of a word as is compared, and a letter more if it has one."""
+    """The compared beginning of a word, and one letter more if there is one."""
     word = without_unseen(word)[:_MOST_COMPARED]
     seen, places = seen_part(word)
     most = _LONGEST_WORD + 1
@@ -112,14 +112,14 @@ class WordList:
         category: the category that a phrase of the list stands for.
 
     Raises:
-        UsageError: a line has no word, too many of them, or the list too many lines.
+        UsageError: a line has no word or too many, or the list has too many lines.
     """
 
     def __init__(self, text: str, name: str, *, category: str) -> None:
         self._category = category
         self._phrases: set[tuple[str, ...]] = set()
         self._hashes: set[str] = set()
-        self._lengths: set[int] = set()  # lengths of phrases in the clear, in words
+        self._lengths: set[int] = set()  # lengths of the plain phrases, in words
         self._hashed_lengths: set[int] = set()
         for number, line in enumerate(text.splitlines(), 1):
             stripped = line.strip()
@@ -151,7 +151,7 @@ class WordList:
         lengths.add(length)
 
     def judge(self, text: str) -> Verdict:
-        """Whether a whole text has a phrase of the list."""
+        """Judge a whole text: does it contain a phrase of the list?"""
         stream = self.stream()
         for start in range(0, len(text), _READ_AT_ONCE):
             stream.push(text[start : start + _READ_AT_ONCE])
@@ -175,32 +175,33 @@ class WordList:
         )
 
     def stream(self) -> ListStream:
-        """Judge a text that comes in pieces."""
+        """Start judging a text that arrives in pieces."""
         return ListStream(self)
 
 
 def _windows(words: list[str], length: int, num_new: int) -> Iterator[list[str]]:
-    """Each `length` words in a row that end with one of the last `num_new`."""
+    """Each run of `length` words that ends in one of the last `num_new`."""
     first = max(0, len(words) - num_new - length + 1)
     return (words[at : at + length] for at in range(first, len(words) - length + 1))
 
 
 class ListStream:
-    """One text, piece by piece. Each character is read once, and a word that goes on with the next piece once more.
+    """One text, piece by piece. Each character is read once; a word that continues in the next piece is read twice.
 
-    is_flagged: a phrase was found; nothing more is passed on.
+    is_flagged: a phrase was found; nothing more is sent.
     """
 
     def __init__(self, words: WordList) -> None:
         self._list = words
         self._held = ""
-        self._starts: list[int] = []  # in `_held`, of as many words as the longest phrase has
+        # where in `_held` the last words begin; as many as the longest phrase has
+        self._starts: list[int] = []
         self._recent: list[_Word] = []  # those words
-        self._open = ""  # the last word, if it may go on: as much of it as is compared
+        self._open = ""  # the compared part of the last word, if that may go on
         self.is_flagged = False
 
     def push(self, text: str) -> str:
-        """Take the next piece; return what is no part of a phrase."""
+        """Take the next piece; return the text that is not part of a phrase."""
         return self._pass(text, is_end=False)
 
     def finish(self) -> str:

@@ -1,7 +1,7 @@
-"""Check digits of numbers that name people, accounts and cards.
+"""Check digits of the numbers of people, accounts and cards.
 
-Each function takes the number without separators, in upper case, and returns whether it can exist. A number that passes
-need not be in use; a random one passes seldom. The docstrings say where the rule comes from.
+Each function takes a number without separators, in upper case, and returns whether it can exist. A number that
+passes need not be in use; a random number seldom passes. Each docstring cites the source of its rule.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def luhn(digits: str) -> bool:
 
 
 def card(digits: str) -> bool:
-    """Luhn's digit, and a length that the network of the first digits issues (ISO/IEC 7812)."""
+    """Luhn's digit, and a length that the network named by the first digits issues (ISO/IEC 7812)."""
     first, two, three, four = (int(digits[:count]) for count in (1, 2, 3, 4))
     length = len(digits)
     is_issued = (
@@ -54,7 +54,9 @@ def _rest_97(number: str) -> int:
 
 
 def german_tax_id(digits: str) -> bool:
-    """Steuer-Identifikationsnummer, § 139b AO: ISO/IEC 7064, MOD 11,10; one digit of ten comes two or three times."""
+    """Steuer-Identifikationsnummer, § 139b AO: ISO/IEC 7064, MOD 11,10; one of the ten digits occurs two or three
+    times.
+    """
     if len(digits) != 11 or digits[0] == "0":
         return False
     repeated = [digits[:10].count(digit) for digit in set(digits[:10]) if digits[:10].count(digit) > 1]
@@ -139,7 +141,7 @@ def brazilian_cpf(digits: str) -> bool:
 
 
 def american_ssn(digits: str) -> bool:
-    """Social security number: it has no check digit, so the ranges that are never issued decide (SSA)."""
+    """Social security number: there is no check digit, so only ranges that are never issued are excluded (SSA)."""
     area, group, serial = digits[:3], digits[3:5], digits[5:]
     return (
         len(digits) == 9

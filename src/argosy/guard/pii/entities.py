@@ -1,11 +1,11 @@
-"""The kinds of personal data and secrets that patterns can find: for each, its patterns and the check of a match.
+"""The kinds of personal data and secrets that patterns can find: the patterns of each, and the check of a match.
 
     RULES: (pattern, entity, check)  ->  `finder.py`
 
-Patterns are RE2's, so their time is linear whatever a caller writes. They read the bytes of `spelling.plain`. A match
-is only a candidate: its check returns what it accepts of it. No pattern but that of private keys matches across a line
-end, and none spans more than SPACED_BYTES of words with spaces between them, so a stream need not hold back more
-(`stream.py`).
+Patterns are RE2's, so they run in linear time whatever a caller writes. They read the bytes of `spelling.plain`. A
+match is only a candidate: its check returns the part that it accepts. Only the pattern of private keys matches
+across a line end, and no match spans more than SPACED_BYTES of words separated by spaces, so a stream need not hold
+back more (`stream.py`).
 
 Elsewhere: check digits are `check_digits.py`; telephone numbers are `phones.py`.
 """
@@ -31,7 +31,7 @@ SPACED_BYTES = 160
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A match of a pattern: `data[start:end]` of the whole text, the candidate with this number in it, from 1."""
+    """A match of a pattern: `data[start:end]` of the whole text, and its number among the candidates, from 1."""
 
     data: bytes
     start: int
@@ -44,12 +44,12 @@ class Candidate:
 
     @property
     def before(self) -> bytes:
-        """The byte before it; empty at the start."""
+        """The preceding byte; empty at the start."""
         return self.data[max(0, self.start - 1) : self.start]
 
     @property
     def after(self) -> bytes:
-        """The two bytes behind it."""
+        """The two bytes that follow."""
         return self.data[self.end : self.end + 2]
 
     def beginning(self, start: int) -> Candidate:
@@ -66,9 +66,9 @@ Check = Callable[[Candidate], Candidate | None]
 class Rule:
     """A pattern of an entity.
 
-    group: the group of the pattern that is the value.
-    needs: the pattern cannot match unless, of each of these, one is in the text in lower case.
-    is_number: a value may begin at a later group of a match that is none.
+    group: the group of the pattern that captures the value.
+    needs: the pattern cannot match unless the lower-case text contains a member of each of these.
+    is_number: if a match is rejected, a value may still begin at a later group of it.
     """
 
     entity: Entity
@@ -92,7 +92,8 @@ _AT_WORD, _DOT_WORD = r"(?i:at|arroba|arobase|klammeraffe)", r"(?i:dot|punkt|poi
 _OPEN, _CLOSE = r"[(\[{<] ?", r" ?[)\]}>]"
 _AT = rf"(?: ?(?:@|%40|&#0?64;|{_OPEN}(?:{_AT_WORD}|@){_CLOSE}) ?)"
 _DOT = rf"(?:\.| \. | ?{_OPEN}(?:{_DOT_WORD}|\.){_CLOSE} ?| {_DOT_WORD} )"
-# Where only words are used, the end must be a usual one that is no word itself: "at one point in time" is no address.
+# Where only words are used, the address must end in a common domain that is not also a word: "at one point in time"
+# is not an address.
 _USUAL = (
     r"(?i:com|org|net|edu|gov|mil|info|biz|io|dev|app|eu|de|fr|es|uk|ch|nl|pl|dk|fi|pt|ie|br|mx|ca|au|nz|jp|cn|ru|ua|cz"
     r"|example|test|invalid)"
@@ -118,7 +119,7 @@ def _ipv6(found: Candidate) -> Candidate | None:
 
 
 def _is_someones(text: str) -> bool:
-    """Whether an IP address belongs to one machine: not a mask, a loopback, a group or an example of no address."""
+    """Whether an IP address identifies one machine: not a mask, loopback, multicast or documentation address."""
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
@@ -139,7 +140,7 @@ def bare(text: str) -> str:
 
 
 def _whole(check: Callable[[str], bool]) -> Check:
-    """The check of a number that is all of the match, and no part of a longer one."""
+    """Wrap the check of a number that must be the whole match and not part of a longer number."""
 
     def of(found: Candidate) -> Candidate | None:
         if re.match(rb"[.\-]?[0-9]|[A-Za-z_]", found.after) or found.before in (b".", b"-", b"_", b"$"):
@@ -150,7 +151,7 @@ def _whole(check: Callable[[str], bool]) -> Check:
 
 
 def _iban(found: Candidate) -> Candidate | None:
-    """As many letters and digits as the country's numbers have; words may follow in the match."""
+    """Accept as many characters as the country's numbers have; words may follow in the match."""
     text = found.text
     length = check_digits.IBAN_LENGTHS.get(bare(text)[:2])
     places = [at.start() for at in _NUMBER.finditer(text)]
@@ -164,7 +165,7 @@ def _iban(found: Candidate) -> Candidate | None:
 
 
 def _iban_countries() -> str:
-    """The pattern of the codes that a number begins with; "of 30 dogs" is no candidate because none has that one."""
+    """The pattern of country codes; "of 30 dogs" is not a candidate because no country has the code OF."""
     second: dict[str, str] = {}
     for code in sorted(check_digits.IBAN_LENGTHS):
         second[code[0]] = second.get(code[0], "") + code[1]
@@ -177,7 +178,7 @@ def _mac(found: Candidate) -> Candidate | None:
 
 
 def _card(found: Candidate) -> Candidate | None:
-    """The longest beginning that is a card's number: a date or a code may follow."""
+    """Accept the longest beginning that is a card number: a date or a code may follow."""
     text = found.text
     places = [at.start() for at in _NUMBER.finditer(text)]
     for length in (19, 16, 15, 14, 13):
@@ -192,7 +193,7 @@ def _card(found: Candidate) -> Candidate | None:
 # ── secrets ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 _AWS = (b"akia", b"asia", b"aroa", b"aida", b"agpa")
-# The forms that their makers document, as the rules of gitleaks and of GitHub's secret scanning have them.
+# The formats that issuers document, as in the rules of gitleaks and GitHub's secret scanning.
 _TOKENS = "|".join((
     r"ak-[A-Za-z0-9_\-]{43}",  # Argosy's own
     rf"(?:{'|'.join(name.decode().upper() for name in _AWS)})[A-Z2-7]{{16}}",
@@ -226,7 +227,7 @@ _LEAST_BITS = 2.5  # per character: "password=undefined1" has more, "xxxxxxx1" h
 
 
 def _assigned(found: Candidate) -> Candidate | None:
-    """A value that looks made up: letters and digits, and no pattern in them."""
+    """Accept a value that looks random: letters and digits without a pattern."""
     text = found.text
     has_both = any(map(str.isalpha, text)) and any(map(str.isdecimal, text))
     counts = Counter(text).values()

@@ -2,10 +2,10 @@
 
     text  ->  spelling.plain  ->  patterns of `entities.py`, each match checked  ->  Found, none within another
 
-The patterns run in RE2 (the package google-re2), and the package phonenumbers reads telephone numbers. What has no form
-cannot be found here: names of people, places and diseases.
+The patterns run in RE2 (the package google-re2), and the package phonenumbers reads telephone numbers. Names of
+people, places and diseases have no pattern and are not found.
 
-Elsewhere: replacing what was found is `placeholders.py`; a text that is still being written is `stream.py`.
+Elsewhere: `placeholders.py` replaces the values; `stream.py` searches a text that is still being written.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from argosy.installed import command_for_extra
 
 REGIONS = ("US", "GB", "DE", "FR", "ES")
 SHORTEST = 6  # characters of a value: a@b.co, 1::2:3
-_FOUND = b"\n"  # stands where a value was, because no pattern but the first matches across a line end
+_FOUND = b"\n"  # replaces a found value: only the first pattern matches across a line end
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -40,7 +40,7 @@ class Finder:
 
     Args:
         entities: the kinds of personal data to look for.
-        regions: countries whose national telephone numbers are found, beside numbers with a country code.
+        regions: countries whose national telephone numbers are found, in addition to numbers with a country code.
 
     Raises:
         UsageError: a package is missing, or an entity or region is unknown.
@@ -74,14 +74,14 @@ class Finder:
         return self.find_plain(plain(text))
 
     def find_plain(self, given: Plain) -> list[Found]:
-        """The values in a text whose spelling is plain already; places are those of the text."""
+        """The values in a text that is already in plain spelling, with places in the original."""
         data, low, found = given.data, given.data.lower(), list[Found]()
-        if len(data) < SHORTEST:  # a schema may have a hundred thousand of them
+        if len(data) < SHORTEST:  # a schema may have a hundred thousand such texts
             return found
         for rule, pattern in self._rules:
             if all(any(need in low for need in needs) for needs in rule.needs):
                 values = list(_values(rule, pattern, data))
-                data = _without(data, values)  # a value is no part of another one
+                data = _without(data, values)  # values do not overlap
                 found += [Found(*given.span(value.start, value.end), rule.entity) for value in values]
         return sorted(found)
 

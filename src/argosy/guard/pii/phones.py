@@ -1,7 +1,7 @@
-"""Telephone numbers: sequences of digits that the numbering plans of Google's libphonenumber know.
+"""Telephone numbers: sequences of digits that are valid in the numbering plans of Google's libphonenumber.
 
-A number begins with a country code, or has the form that people of one of the given regions write. Digits without a
-separator are a national number only with the leading zero of its region: ten digits in a row may be anything.
+A number begins with a country code, or is written as people in one of the given regions write it. Digits without a
+separator count as a national number only with the region's leading zero: ten digits in a row may be anything.
 
 Elsewhere: other entities are `entities.py`.
 """
@@ -17,13 +17,13 @@ from argosy.guard.pii.entities import Candidate, Rule
 
 _PATTERN = r"(?:\(?\+ ?|\()?[0-9](?:[ ()./\-]{0,3}[0-9]){6,18}"
 _FEWEST_DIGITS, _MOST_DIGITS = 7, 15
-_MOST_TRIED = 4  # ends of a candidate: a price or a date may follow a number
-# Reading a candidate takes some 50 microseconds. A text has room for so many, and one more for every so many bytes;
-# beyond them a number with a country code is believed, and another one is not looked at.
+_MOST_TRIED = 4  # how many ends of a candidate to try: a price or a date may follow a number
+# Parsing a candidate takes some 50 microseconds. A text may have this many parsed, plus one for every so many
+# bytes; beyond that, a number with a country code is accepted unparsed, and any other is skipped.
 MOST_READ, _BYTES_OF_ANOTHER = 512, 256
 _IN_NUMBER = re.compile(rb"[0-9][ .\-/_]?\Z")
 _NO_PHONE = re.compile(r"[0-9]+\.[0-9]+|[0-9]{1,4}([./\-])[0-9]{1,2}\1[0-9]{2,4}")  # a decimal, a date
-# A date in front of a time of day or of a number.
+# A date before a time of day or a number.
 _DATED = re.compile(r"[12][0-9]{3}([./\-])[01]?[0-9]\1[0-3]?[0-9](?![0-9])[ ./\-]*")
 _GROUP_END = re.compile(r"[0-9](?=[^0-9]|$)")
 
@@ -32,7 +32,7 @@ def rule(regions: Sequence[str], options: Any) -> tuple[Rule, Any]:
     """The rule for telephone numbers, and its compiled pattern.
 
     Args:
-        regions: ISO 3166 codes of the regions whose national forms are numbers, such as DE.
+        regions: ISO 3166 codes, such as DE, of the regions whose national notation is accepted.
         options: for RE2.
 
     Raises:
@@ -52,20 +52,20 @@ class _Phones:
         for region in regions:
             if region not in phonenumbers.SUPPORTED_REGIONS:
                 raise UsageError(f"unknown region {region[:8]!a}; expected an ISO code such as DE or US")
-        # Each with the prefix that national numbers begin with, as people write them.
+        # Each with the prefix of its national numbers, as people write them.
         self._regions = [
             (region, phonenumbers.ndd_prefix_for_region(region, True) or "") for region in regions
         ]
 
     def read(self, found: Candidate) -> Candidate | None:
-        """The telephone number that a candidate begins with."""
+        """The telephone number at the beginning of a candidate."""
         if found.text.startswith("(") and ")" not in found.text:
             found = found.beginning(found.start + 1)
         if found.before.isalnum() or found.before in (b".", b"-", b"_", b"/", b"$", b"=", b"+"):
             return None
         is_international = found.text.startswith(("+", "(+", "00"))
         if not is_international and _IN_NUMBER.search(found.data, max(0, found.start - 2), found.start):
-            return None  # a later group of something longer
+            return None  # a later group of a longer sequence
         if _NO_PHONE.fullmatch(found.text):
             return None
         if dated := _DATED.match(found.text):

@@ -1,11 +1,11 @@
-"""Replace values by placeholders, and put the values back into what a model makes of them.
+"""Replace values by placeholders, and restore the values in the model's answer.
 
     "write to joe@example.com"  ─ redact ─>  "write to <EMAIL_1>"  ─ a model ─>  "Sent to <EMAIL_1>."  ─ restore ─>
 
-A conversation has one `Placeholders`. Its values are numbered by their first appearance, so the same conversation, one
-turn longer, has the same placeholders, and a model's prompt begins with the same tokens. A value that is spelled in
-two ways (4111 1111, 4111-1111) has one placeholder, and comes back in its first spelling. Text that looks like a
-placeholder already keeps its number to itself.
+A conversation has one `Placeholders`. Values are numbered in order of first appearance, so the same conversation,
+one turn longer, gets the same placeholders and its prompt begins with the same tokens. A value spelled in two ways
+(4111 1111, 4111-1111) has one placeholder, and is restored in its first spelling. If a text already contains
+something that looks like a placeholder, its number is not used.
 
 Elsewhere: values are found by `finder.py`; `stream.py` finds them in answers.
 """
@@ -34,18 +34,18 @@ class Placeholders:
         self._names: dict[tuple[Entity, str], str] = {}
         self._values: dict[str, str] = {}
         self._numbers: Counter[Entity] = Counter()
-        self._literal: set[str] = set()  # as a caller wrote them
+        self._literal: set[str] = set()  # placeholders that the caller itself wrote
         self.num_found: Counter[Entity] = Counter()
 
     def reserve(self, texts: Iterable[str]) -> None:
-        """Let no value have a placeholder that stands in these texts already; call it before `redact`."""
+        """Reserve the placeholders that already occur in these texts; call it before `redact`."""
         for text in texts:
             if "<" in text:
                 self._literal.update(match[0] for match in _PLACEHOLDER.finditer(text))
 
     @property
     def all_names(self) -> str:
-        """The placeholders that stand for values, as a text."""
+        """All placeholders in use, as one text."""
         return " ".join(self._values)
 
     def redact(self, text: str) -> str:
@@ -72,7 +72,7 @@ class Placeholders:
         return self._names[key]
 
     def restore(self, text: str, write: Callable[[str], str] = str) -> str:
-        """`text` with the values of its placeholders, as `write` spells them; unknown placeholders stay."""
+        """`text` with its placeholders replaced by their values, as `write` spells them; unknown placeholders stay."""
         if not self._values or "<" not in text:
             return text
         return _PLACEHOLDER.sub(lambda match: self._written(match[0], write), text)
@@ -90,7 +90,7 @@ def _key(entity: Entity, value: str) -> str:
 
 
 class Restorer:
-    """Restores a text that comes in pieces, and holds back a placeholder that is being written."""
+    """Restores a text that arrives in pieces, holding back an unfinished placeholder."""
 
     def __init__(self, placeholders: Placeholders, write: Callable[[str], str] = str) -> None:
         self._placeholders, self._write = placeholders, write

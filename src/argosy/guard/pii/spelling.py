@@ -1,10 +1,11 @@
-"""A text as detectors read it: one byte a character, tricks of spelling undone, each byte with its place in the text.
+"""A text as detectors read it: one byte per character, spelling tricks undone, each byte mapped to its place in the
+text.
 
     "ｊｏｅ＠ｅｘａｍｐｌｅ．com"  ->  b"joe@example.com"; byte 3 is character 3 of the original
 
 Full-width and mathematical letters, digits of other scripts, letters of other scripts that look Latin, and exotic
-dashes, dots and spaces become ASCII. Characters that nobody sees are left out. Every other character beyond Latin-1
-becomes one byte that no pattern matches. So a span of the bytes is a span of the original, whatever was undone.
+dashes, dots and spaces become ASCII. Invisible characters are dropped. Every other character beyond Latin-1 becomes
+one byte that no pattern matches. So every span of bytes maps to a span of the original.
 
 Elsewhere: patterns are `entities.py`.
 """
@@ -20,13 +21,13 @@ from dataclasses import dataclass
 from string import ascii_lowercase, ascii_uppercase
 
 _OTHER = 0x01
-# Controls that are no white space, Unicode's Default_Ignorable_Code_Point, and formats (the category Cf).
+# Controls other than white space, Unicode's Default_Ignorable_Code_Point, and format characters (category Cf).
 _UNSEEN = (
     "\0-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u034f\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u115f\u1160"
     "\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
     "\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
 )
-# Marks upon another letter: accents, vowel points of Hebrew and Arabic, the line that stretches Arabic words, and the
+# Marks on a letter: accents, vowel points of Hebrew and Arabic, the line that stretches Arabic words, and the
 # voicing marks of kana.
 _MARKS = (
     "\u0300-\u036f\u0483-\u0489\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0610-\u061a\u0640"
@@ -36,7 +37,7 @@ _MARKS = (
 _UNSEENS = re.compile(f"[{_UNSEEN}]+")
 _MARKED = re.compile(f"[{_MARKS}]+")
 _HIDDEN = re.compile(f"[{_UNSEEN}{_MARKS}]+")
-# Marks upon a letter: more than any language writes. The time of normalizing grows with the square of their number.
+# Marks on one letter: more than any language uses. Normalizing takes time quadratic in their number.
 _MOST_MARKS = 8
 _MOST_HIDDEN = 64  # in a row
 # Cyrillic and Greek letters that look Latin, from the confusables of Unicode Technical Standard 39; Latin letters
@@ -54,7 +55,7 @@ _UNSPACED = (
     "\uf900-\ufaff\uff66-\uff9d\U00020000-\U0003ffff"
 )
 _WORD_OF_ASCII = re.compile("[A-Za-z0-9]+")
-# Where alphabets of enclosed letters begin: Python takes them for symbols, and NFKC leaves some as they are.
+# Where the alphabets of enclosed letters begin: Python treats them as symbols, and NFKC leaves some unchanged.
 _ENCLOSED = dict.fromkeys((0x249C, 0x24D0), ascii_lowercase) | dict.fromkeys(
     (0x24B6, 0x1F110, 0x1F130, 0x1F150, 0x1F170), ascii_uppercase
 )
@@ -68,7 +69,7 @@ _BLOCKS = (
 
 
 class _Table(dict[int, int]):
-    """For `str.translate`. It keeps none of the characters that it does not know: a caller chooses them."""
+    """A table for `str.translate`. It caches no unknown character, because callers choose those."""
 
     def __missing__(self, code: int) -> int:
         return _OTHER
@@ -109,28 +110,28 @@ def _look_alikes() -> dict[int, str]:
 
 
 def without_unseen(text: str) -> str:
-    """`text` without characters that nobody sees, and with a few marks upon a letter."""
+    """`text` without invisible characters, and with at most a few marks per letter."""
     return _MARKED.sub(lambda marks: marks[0][:_MOST_MARKS], _UNSEENS.sub("", text))
 
 
 def without_marks(text: str) -> str:
-    """`text` without characters that nobody sees, and without marks that are characters of their own."""
+    """`text` without invisible characters and without combining marks."""
     return _HIDDEN.sub("", text)
 
 
 def with_short_runs(text: str) -> str:
-    """`text` without the rest of long runs of unseen characters and marks, which stand in no ordinary text."""
+    """`text` with long runs of invisible characters and marks cut short; ordinary text has none."""
     return _HIDDEN.sub(lambda hidden: hidden[0][:_MOST_HIDDEN], text)
 
 
 def words_in(text: str) -> Iterator[re.Match[str]]:
-    """The words of a text that `without_marks` returned; in scripts without spaces, each letter is one."""
+    """The words of a text that `without_marks` returned; in scripts without spaces, each letter is a word."""
     return (_WORD_OF_ASCII if text.isascii() else _word()).finditer(text)
 
 
 @functools.cache
 def _word() -> re.Pattern[str]:
-    # Vowel signs of Indic scripts: `[^\W_]` has no mark, and these tell words apart.
+    # Vowel signs of Indic scripts, which distinguish words and which `[^\W_]` does not match.
     signs = "".join(
         chr(code) for code in range(0x900, 0x12000) if unicodedata.category(chr(code)) in ("Mn", "Mc")
     )
@@ -140,7 +141,7 @@ def _word() -> re.Pattern[str]:
 
 
 def seen_part(text: str) -> tuple[str, Sequence[int] | None]:
-    """`text` as `without_marks` returns it, and for each character its index in `text`; None: they are the same."""
+    """`text` as `without_marks` returns it, and each character's index in `text`, or None if nothing was removed."""
     if _HIDDEN.search(text) is None:
         return text, None
     places, kept, after = array("I"), [], 0
@@ -157,14 +158,14 @@ class Plain:
     """A text in plain spelling.
 
     data: Latin-1.
-    places: for each byte, the index of its character in the text; None: they are the same.
+    places: for each byte, the index of its character in the text; None if the indices are equal.
     """
 
     data: bytes
     places: Sequence[int] | None = None
 
     def span(self, start: int, end: int) -> tuple[int, int]:
-        """The span of the text for a span of the bytes, which is not empty."""
+        """The span of text for a non-empty span of bytes."""
         return (start, end) if self.places is None else (self.places[start], self.places[end - 1] + 1)
 
     def place(self, at: int) -> int:
@@ -175,7 +176,7 @@ class Plain:
 
 
 def plain(text: str) -> Plain:
-    """Undo tricks of spelling."""
+    """Undo spelling tricks."""
     seen, places = seen_part(text)
     if seen.isascii():
         return Plain(seen.encode().replace(b"\r", b"\n"), places)

@@ -1,10 +1,10 @@
-"""Find values in a text that is still being written, and hold back no more of it than could become one.
+"""Find values in a text that is still being written, holding back only what could still become a value.
 
     pieces  ->  held text  ─ no value can begin before and end behind this place ─>  Passed: text, or a value
 
-Only the end of a text is held back: its last word, and the words before it as far as a value may have spaces between
-them. So ordinary prose is a word behind, and a row of digit groups at most twice SPACED_BYTES. What passes, joined, is
-the text; and its values are those that `Finder.find` finds in the whole of it.
+Only the end of a text is held back: its last word, and any words before it that could belong to the same value.
+Ordinary prose therefore lags by a word, and a row of digit groups by at most twice SPACED_BYTES. The parts that
+pass, joined, are the text, and its values are those that `Finder.find` finds in the whole text.
 
 Elsewhere: a placeholder that is being written is held by `placeholders.Restorer`.
 """
@@ -19,14 +19,14 @@ from argosy.guard.pii.entities import PRIVATE_KEY_BEGINS, PRIVATE_KEY_ENDS, SECR
 from argosy.guard.pii.finder import Finder
 from argosy.guard.pii.spelling import plain, with_short_runs
 
-MOST_HELD = 8192  # characters: a longer word is passed on as far as it is no value
+MOST_HELD = 8192  # characters: a longer word is passed on except where it is a value
 _READ_AT_ONCE = 1 << 16
 # A stream may exceed MOST_HELD by this factor, so that a search passes on more than one letter.
 _WORTH_IT = 1.25
 _REST_OF_WORD, _REST_OF_KEY = re.compile(r"(?=\s)"), re.compile(r"-----END [A-Z0-9 ]{0,40}-----")
-_MARK = 64  # longer than the mark that ends a key
+_MARK = 64  # longer than the line that ends a private key
 _WORD = re.compile(rb"[^ \t\n]+")
-# A group of a number, or what stands between two groups.
+# A group of digits, or the separator between two groups.
 _OF_NUMBER = re.compile(rb"[^0-9]*[0-9].*|[()./\-+_]+|[A-Z]{1,4}", re.DOTALL)
 _AT_OR_DOT = rb"(?i:at|arroba|arobase|klammeraffe|dot|punkt|point|punto|@|\.|%40|&#0?64;)"
 _COULD_JOIN = frozenset(
@@ -47,23 +47,25 @@ _COULD_JOIN = frozenset(
     for length in range(1, len(word) + 1)
 )
 _JOINS = re.compile(rb"[(\[{<]?" + _AT_OR_DOT + rb"[)\]}>]?|[(\[{<]|[)\]}>]|[:=]")
-# As the end of a word, or as its beginning.
+# At the end of a word, or at its beginning.
 _JOINS_NEXT = re.compile(rb"(?:@|%40|&#0?64;|[:=][\"']?|[(\[{<]" + _AT_OR_DOT + rb"?[)\]}>]?|[)\]}>])$")
 _JOINS_LAST = re.compile(rb"(?:@|%40|&#0?64;|[:=]|[(\[{<]|" + _AT_OR_DOT + rb"?[)\]}>])")
 _NAMES_SECRET = re.compile(rb"(?i:" + SECRET_NAMES.encode() + rb")[\"']?$")
 
 
 class Passed(NamedTuple):
-    """A part of the text; `entity` is None if it is no value."""
+    """A part of the text; `entity` is None if it is not a value."""
 
     text: str
     entity: Entity | None
 
 
 def parts_of(text: str, finder: Finder) -> Iterator[Passed]:
-    """A whole text in parts. A long one is read piece by piece: finding takes many times the memory of a piece."""
+    """Split a whole text into parts. A long text is read in pieces, because a search takes many times the memory of
+    a piece.
+    """
     stream = FindingStream(finder)
-    text = with_short_runs(text)  # or a value with a long one would be more than what a stream holds back
+    text = with_short_runs(text)  # otherwise a long run inside a value would exceed what a stream holds back
     last = max(0, len(text) - 1) // _READ_AT_ONCE * _READ_AT_ONCE
     for start in range(0, last, _READ_AT_ONCE):
         yield from stream.push(text[start : start + _READ_AT_ONCE])
@@ -76,11 +78,11 @@ class FindingStream:
     def __init__(self, finder: Finder) -> None:
         self._finder = finder
         self._held = ""
-        self._rest_of: Entity | None = None  # a value longer than MOST_HELD, of which more may come
+        self._rest_of: Entity | None = None  # a value longer than MOST_HELD that may go on
         self._is_key = False  # whether that value is a private key
 
     def push(self, text: str) -> list[Passed]:
-        """Take the next piece; return what can be decided now."""
+        """Take the next piece; return the parts that are decided."""
         self._held += text
         return self._pass(is_end=False)
 
@@ -100,7 +102,7 @@ class FindingStream:
             and SPACED_BYTES < len(self._held) < _WORTH_IT * MOST_HELD
             and until < len(self._held) / 2
         ):
-            return passed  # searching all of it again for each digit would take far longer than writing the digit
+            return passed  # searching the whole again for each digit would take far longer than generating it
         found = self._finder.find_plain(given)
         for value in found:
             if value.start < until < value.end:
@@ -123,7 +125,7 @@ class FindingStream:
         return passed
 
     def _pass_rest(self, is_end: bool) -> list[Passed]:
-        """More of a value that is longer than what can be held back: a word, or a key up to its end."""
+        """Pass more of a value too long to hold back: a word, or a private key up to its end."""
         if self._rest_of is None or not self._held:
             return []
         entity, end = self._rest_of, _REST_OF_KEY if self._is_key else _REST_OF_WORD
@@ -145,16 +147,16 @@ def _text(text: str) -> Iterator[Passed]:
 
 
 def open_from(data: bytes) -> int:
-    """Where in a text that may go on the first value could begin that is not complete yet."""
+    """The place where the first incomplete value of an unfinished text could begin."""
     line = data.rfind(b"\n") + 1
     words = list(_WORD.finditer(data, max(line, len(data) - 2 * SPACED_BYTES)))
     start = len(data)
     if words:
-        if words[0].start() > line and len(words) == 1:  # a long word began before
+        if words[0].start() > line and len(words) == 1:  # a long word that began earlier
             return _word_start(data, words[0].start())
         start, last = words[-1].start(), words[-1][0]
         if words[-1].end() == len(data) and last.lower() in _COULD_JOIN:
-            last = b"@"  # a word for it is being written
+            last = b"@"  # a word for @ may be unfinished
         for word in reversed(words[:-1]):
             if len(data) - start > SPACED_BYTES or not _may_join(word[0], last):
                 break
@@ -172,7 +174,7 @@ def _word_start(data: bytes, at: int) -> int:
 
 
 def _may_join(word: bytes, following: bytes) -> bool:
-    """Whether a value may have these two words, with a space between them."""
+    """Whether a value may contain these two words with a space between them."""
     if _OF_NUMBER.fullmatch(word) and _OF_NUMBER.fullmatch(following):
         return True
     return bool(
