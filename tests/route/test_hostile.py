@@ -223,7 +223,7 @@ def test_another_answer_ends_with_a_clear_error_and_none_of_its_text() -> None:
             response = client.post("/v1/chat/completions", json=ASKED)
     said, errors = texts(response)
     assert said == "Hello"
-    assert "another server gives another answer" in errors[0]
+    assert "another server gives a different answer" in errors[0]
 
 
 def test_a_shorter_answer_ends_with_a_clear_error() -> None:

@@ -4,17 +4,17 @@
                                                              └── the server dies: another one repeats the answer, and
                                                                  the client gets what it does not have yet
 
-Paths, limits and errors are those of a server: the table of routes is its table, and the gate in front is its gate.
-The client's key is passed on and never logged. A stream is passed on as it comes. A whole answer is passed on once it
-is complete, so until then another server can give it. What a request holds (its body, twice while it is sent, and its
-whole answer) is charged to the memory for bodies.
+Paths, limits and errors are a server's own: the router uses the server's table of routes and its gate. It passes
+the client's key on and never logs it. It passes a stream on as it arrives, and a whole answer once it is complete,
+so until then another server can take over. A request's memory (its body, twice while it is sent, and its whole
+answer) is charged to the memory for bodies.
 
-What concerns every server, such as a stop, goes to all of them. A key's tokens per day are those that all servers have
-counted. A request that no server can repeat ends with a clear error if its server dies: one that refers to kept
-responses, and one whose repetition says something else. Requests that only read are answered by any server.
+A request that concerns every server, such as a stop, goes to all of them. A key's tokens per day are the sum over
+all servers. If a server dies and no other can repeat the answer, the request ends with a clear error: it refers to
+kept responses, or the repetition says something else. Any server may answer a request that only reads.
 
-Elsewhere: servers are `servers.py`; all of them at once, `everywhere.py`; repeating is `events.py`; what a body says is
-`asked.py`; starting is `run.py`.
+Elsewhere: servers are `servers.py`; requests to all of them `everywhere.py`; repeating an answer `events.py`;
+reading a body `asked.py`; starting `run.py`.
 """
 
 from __future__ import annotations
@@ -61,13 +61,15 @@ from argosy.strict_json import JsonError, parse_json
 
 log = logging.getLogger("argosy.serve")
 
-BODIES_BYTES = 256 << 20  # for all requests; the longest body has 48 MiB and takes three times its size
-MOST_TRIES = 3  # servers that a request may fail on: one that kills its server does not get all of them
+BODIES_BYTES = 256 << 20  # for all requests; the longest body is 48 MiB and takes three times its size
+# servers that one request may fail on, so that a request that kills servers cannot take them all
+MOST_TRIES = 3
 PATIENCE_S = 15.0  # how long an answer that has begun waits for a server
-MOST_OWNERS = 1 << 16  # kept responses and items whose server is known
+MOST_OWNERS = 1 << 16  # kept responses and items whose server is remembered
 _READ_AT_ONCE_BYTES = 32 << 10
 _USAGE_BYTES = 256 << 10  # a longer whole answer is not read for its usage
-# Request headers that concern this connection, or that the gate checked. Servers see a client without a browser.
+# Request headers that concern this connection or that the gate has checked. To a server the client is not a
+# browser.
 _NOT_SENT = {
     b"host", b"connection", b"content-length", b"transfer-encoding", b"keep-alive", b"te", b"trailer", b"upgrade",
     b"expect", b"accept-encoding", b"origin", b"referer", b"proxy-authorization", b"proxy-connection", b"forwarded",
@@ -91,7 +93,7 @@ class Router:
     """The ASGI application behind the gate.
 
     Attributes:
-        pool: the memory for what requests hold; the gate's.
+        pool: the gate's memory for request bodies and answers.
     """
 
     pool: Pool
@@ -101,7 +103,7 @@ class Router:
         self._limits = limits
         self.metrics = RouteMetrics(fleet)
         self._work = Work()
-        self._owners: OrderedDict[str, tuple[int, str]] = OrderedDict()  # id for clients -> server, id there
+        self._owners: OrderedDict[str, tuple[int, str]] = OrderedDict()  # client's id -> server, its id there
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
@@ -109,7 +111,7 @@ class Router:
         await response(scope, receive, send)
 
     def _own(self, path: str) -> Response | None:
-        """The answer to a question about the router itself."""
+        """The answer to a request about the router itself."""
         num_up = sum(server.state == "up" for server in self.fleet.servers)
         match path:
             case "/health":
@@ -166,7 +168,7 @@ class Router:
         )  # fmt: skip
 
     async def _read(self, request: Request, caller: Caller) -> Asked:
-        """The request, with its body in memory until it has ended."""
+        """Read the request; its body stays in memory until it ends."""
         route: str = request.scope["path"]
         path = quote(route, safe="/~:@!$&'()*+,;=-._")
         query = request.scope["query_string"].decode("latin-1")
@@ -195,7 +197,7 @@ class Router:
         return asked
 
     def owner(self, asked: Asked) -> tuple[Server | None, dict[str, str]]:
-        """The server that keeps what a request refers to, if it is known; and the ids that it uses instead."""
+        """The server that keeps what a request refers to, if known, and the ids that this server uses for it."""
         server, renamed = None, {}
         for name in asked.references:
             if name in self._owners:
@@ -215,12 +217,12 @@ class Router:
 
 
 class _Exchange:
-    """One request and its answer, from one server or from several, one after another.
+    """One request and its answer, from one server or from several in turn.
 
     Attributes:
         reply: the answer of the server that answers now.
-        encoding: how it writes events; None: the answer is whole.
-        idle: the bytes that a stream sends in silence.
+        encoding: how it writes events; None if the answer is whole.
+        idle: the bytes that a silent stream sends to stay alive.
     """
 
     reply: Reply
@@ -231,7 +233,7 @@ class _Exchange:
             router, router.fleet, asked, caller, dialect,
         )  # fmt: skip
         self._share: Share = router.pool.share()
-        self._serving = ExitStack()  # the connection to the server, and what the server owes
+        self._serving = ExitStack()  # the connection to the server, and its owed tokens
         self._server: Server | None = None
         self._failed: set[Server] = set()
         self._num_tries = 0
@@ -243,7 +245,7 @@ class _Exchange:
         self._renamed: dict[str, str] = {}
 
     def close(self) -> None:
-        """End the exchange, however far it is."""
+        """End the exchange at any point."""
         self._serving.close()
         self._share.close()
 
@@ -270,7 +272,7 @@ class _Exchange:
 
     @property
     def _asks_around(self) -> bool:
-        """Whether any server may keep what the request refers to: the router was started after it was kept."""
+        """Whether any server may keep what the request refers to, because the router started after it was kept."""
         return bool(self._asked.references) and self._router.owner(self._asked)[0] is None
 
     def _has_another(self, server: Server) -> bool:
@@ -312,11 +314,11 @@ class _Exchange:
         streams = {one.media_type: one for one in (SSE, JSON_LINES)}
         self.encoding = streams.get(kind) if reply.status == 200 else None
         self.idle = b": keep-alive\n\n" if self.encoding is SSE else b""
-        # The server has begun a whole answer, and its end may take long.
+        # The server has begun a whole answer, which may take long.
         self.is_awaited = self.reply.status == 200 and kind == "application/json"
 
     async def _leave(self, server: Server, error: ArgosyError) -> None:
-        """Note that `server` has failed this request.
+        """Record that `server` has failed this request.
 
         Raises:
             Broken: no other server may answer it.
@@ -334,7 +336,7 @@ class _Exchange:
             raise Broken(message, hint="send the request again") from None
 
     async def answer(self) -> Response:
-        """The answer, once it is whole. Raises what `begin` raises."""
+        """The complete answer. Raises what `begin` raises."""
         try:
             body = await self._whole()
             return _response(self.reply, body)
@@ -351,7 +353,7 @@ class _Exchange:
                     async for part in parts:
                         self._share.hold(2 * len(part))  # it is copied once
                         body += part
-                # It began before the server knew its end, and so has the status 200 in any case.
+                # The server sent the status 200 before it knew how the answer would end.
                 has_failed = body.startswith(b"\n") and is_failure(parse_event(bytes(body)))
                 if has_failed and await self._fleet.check(server) != "up":
                     raise ServerGone(f"{server.address} is stopping", server=str(server.address))
@@ -366,7 +368,7 @@ class _Exchange:
                     raise Broken("the server failed, and another one answered in another form") from None
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """The events of the answer, each once, whatever happens to its server.
+        """The events of the answer, each exactly once, even if its server dies.
 
         Raises:
             ArgosyError: no server can continue it.
@@ -394,7 +396,7 @@ class _Exchange:
                 await self._leave(server, error)
             if self._asked.method != "POST":
                 raise Broken("the server failed", hint="send the request again")
-            if not self._has_another(server):  # those that failed may be up again
+            if not self._has_another(server):  # the failed ones may be back up
                 self._failed.clear()
             await self._fleet.wait_for_one(self._failed, PATIENCE_S)
             await self.begin()
@@ -414,7 +416,7 @@ class _Exchange:
 
         Raises:
             ServerGone, BadStream: the server cannot finish it.
-            NotTheSame: the client has the beginning of another answer.
+            NotTheSame: the client already has the beginning of a different answer.
         """
         splitter = Splitter(encoding, self._share.hold)
         async with aclosing(self.reply.parts()) as parts:
@@ -424,7 +426,7 @@ class _Exchange:
                     if is_failure(event) and await self._fleet.check(server) != "up":
                         raise ServerGone(f"{server.address} is stopping", server=str(server.address))
                     made = transcript.take(raw, event)
-                    self._note(event, server, transcript)  # after it: ids are now those that the client knows
+                    self._note(event, server, transcript)  # after `take`, ids are those that the client knows
                     if made is not None:
                         yield self._returned_ids(made)
         splitter.end()
@@ -432,7 +434,7 @@ class _Exchange:
             raise NotTheSame("the server failed, and another server gives a shorter answer to this request")
 
     def _note(self, event: Event, server: Server, transcript: Transcript) -> None:
-        """Learn from an event what the answer costs, and what the server keeps."""
+        """Note what an event says about the answer's cost and the items that the server keeps."""
         data = event.data
         if not isinstance(data, dict):
             return
@@ -459,7 +461,7 @@ class _Exchange:
         self._fleet.estimate.learn(len(self._asked.body), prompt, new)
 
     def _returned_ids(self, data: bytes) -> bytes:
-        """Give ids of kept responses the names that the client knows."""
+        """Replace ids of kept responses by those that the client knows."""
         for name, own in self._renamed.items():
             data = data.replace(own.encode(), name.encode())
         return data
@@ -474,7 +476,7 @@ class _Exchange:
 
 
 def _usage(data: dict[str, Any]) -> tuple[int | None, int | None]:
-    """Tokens of prompt and answer, where an event or a whole answer tells them."""
+    """Tokens of prompt and answer, if an event or a whole answer reports them."""
     for holder in (data, data.get("response"), data.get("message")):
         usage = holder.get("usage") if isinstance(holder, dict) else None
         if isinstance(usage, dict):
@@ -497,7 +499,7 @@ def _kept_in(response: dict[str, Any]) -> list[str]:
 
 
 def _sent(headers: RawHeaders) -> RawHeaders:
-    """The headers of a request that a server gets."""
+    """The request headers to pass to a server."""
     kept = [
         (name, value) for name, value in headers
         if name not in _NOT_SENT and not name.startswith(_NOT_SENT_BEGINNINGS)
@@ -506,7 +508,7 @@ def _sent(headers: RawHeaders) -> RawHeaders:
 
 
 def _returned(headers: RawHeaders) -> RawHeaders:
-    """The headers of an answer that the client gets."""
+    """The answer headers to pass to the client."""
     return [
         (name, value) for name, value in headers
         if name not in _NOT_RETURNED and not name.startswith(b"access-control-")
@@ -529,7 +531,7 @@ def make_router(
     """Build the router as an ASGI application.
 
     Args:
-        ring: keys that the router asks for; without a file it asks for none, and passes on what it gets.
+        ring: the keys that the router accepts; without a file it checks none and passes on what it gets.
     """
     limits = limits or Limits()
     router = Router(fleet, limits)

@@ -1,13 +1,15 @@
-"""The facts about a request that a router needs: its size, whether it can be repeated, and who must answer it.
+"""The facts about a request that a router needs: its size, whether it can be repeated, and which server must answer
+it.
 
     path, body  ->  read_asked  ->  Asked, whose body has a seed
 
-An answer can be repeated by another server if it follows from its request: greedy answers do, and sampled ones do with
-a seed. A request without one gets a random seed here, which changes nothing for its client: the server would have
-drawn one. A request that refers to kept responses goes to the server that keeps them, and no other can repeat it.
+Another server can repeat an answer that follows from its request alone: a greedy answer, or a sampled one with a
+seed. A request without a seed gets a random one here, which changes nothing for the client because the server would
+have drawn one. A request that refers to kept responses goes to the server that keeps them, and no other can repeat
+it.
 
-Elsewhere: servers check bodies (`serve/dialects/body.py`), so only what is needed here is read, and nothing is refused
-that a server would accept.
+Elsewhere: servers check bodies (`serve/dialects/body.py`). Only what the router needs is read here, and nothing is
+refused that a server would accept.
 """
 
 from __future__ import annotations
@@ -26,34 +28,34 @@ from argosy.serve.dialects.body import validated
 from argosy.serve.dialects.openai_responses_bodies import kind_of
 from argosy.serve.http.held import Share
 
-# Routes whose answers a model writes, as a JSON body asks for them.
+# Routes with a JSON body whose answers a model generates.
 GENERATED = {
     route.policy.path for route in ROUTES if route.policy.screens == "answers" and not route.policy.takes_form
 }
-# Those whose bodies have the seed in `options`; the others have it at the top.
+# Those whose bodies hold the seed in `options`; the others hold it at the top level.
 _OLLAMA = ("/api/chat", "/api/generate")
-# The fields of which a request needs one, if it is not only about the model.
+# A request needs one of these fields; without any it only loads or unloads the model.
 _PROMPTS = {"/api/chat": ("messages",), "/api/generate": ("prompt", "images", "suffix")}
 _LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens", "n_predict")
 _MOST_REFERENCES = 1024
 
 
 class AnyObject(RootModel[dict[str, Any]]):
-    """A JSON object; what is in it is up to a server."""
+    """A JSON object; its contents are the server's business."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Asked:
-    """A request, as the router sees it.
+    """A request as the router sees it.
 
     Attributes:
         route: the path without its query.
-        method, path, headers, body: as a server gets them.
+        method, path, headers, body: as sent to a server.
         streams: the answer is a stream of events.
-        limit: most tokens of the answer, if the request says it.
+        limit: the most tokens of the answer, if the request limits it.
         references: ids of responses and items that a server must have kept.
-        loads_only: it loads or unloads a model, and has nothing to answer.
-        is_repeatable: another server may answer it, even if one has begun to.
+        loads_only: it only loads or unloads a model.
+        is_repeatable: another server may answer it, even after one has begun.
         marks: digests of the beginnings of its prompt.
     """
 
@@ -76,12 +78,12 @@ def read_asked(
     """Read the JSON body of `asked`, and give it a seed if its answer is generated.
 
     Args:
-        share: the memory for parsing; it is given back.
-        keep: takes memory for a body that is longer than the one that came.
+        share: the memory for parsing; returned afterwards.
+        keep: takes memory if the body grows.
         tenant: the caller's key; empty if there is none.
 
     Raises:
-        UsageError: the body is no JSON object that every reader reads alike.
+        UsageError: the body is not a JSON object that all parsers read alike.
         Refused, Overloaded: parsing it would take too much memory.
     """
     route = asked.route
@@ -105,7 +107,7 @@ def read_asked(
 
 
 def _references(body: Mapping[str, Any]) -> Sequence[str]:
-    """The ids of what a server must have kept for this request."""
+    """The ids of kept items that this request needs."""
     items = body.get("input")
     named = [
         item.get("id")
@@ -118,12 +120,12 @@ def _references(body: Mapping[str, Any]) -> Sequence[str]:
 
 
 def _seeded(data: bytes, body: dict[str, Any], route: str, keep: Callable[[int], None]) -> bytes:
-    """The body with a seed, unless it has one."""
+    """Add a seed to a body that has none."""
     seed = secrets.randbits(63)
     options = body.get("options")
     if route in _OLLAMA:
         if options is not None and not isinstance(options, dict):
-            return data  # a server refuses it
+            return data  # the server will refuse it
         holder = {} if options is None else options
         if holder.get("seed") not in (None, -1):
             return data
@@ -141,6 +143,6 @@ def _seeded(data: bytes, body: dict[str, Any], route: str, keep: Callable[[int],
 
 
 def _with_first(data: bytes, member: str, *, has_more: bool) -> bytes:
-    """A JSON object with one more member, whose other bytes stay as they are."""
+    """Put one more member into a JSON object and leave its other bytes unchanged."""
     start = data.index(b"{") + 1
     return data[:start] + member.encode() + (b"," if has_more else b"") + data[start:]

@@ -3,13 +3,13 @@
     bytes  ->  Splitter  ->  events  ->  Transcript.take     what the client has, as a length and a digest
                                          Transcript.replay   the second server's events, without what the client has
 
-Two servers that give the same answer differ in what surrounds it: ids, times, token counts, and how much text an event
-carries. A transcript therefore compares what an answer says: its texts, and the facts between them (roles, names of
-tools, reasons to stop), joined in order. It keeps one digest for each choice of an answer, not the answer itself.
-In a replay, what the client has is compared and dropped, an event that reaches beyond it loses the beginning of its
-text, and later events get the ids that the client knows.
+When two servers give the same answer, its surroundings still differ: ids, times, token counts, and how much text
+each event carries. A transcript therefore compares the substance: the texts, and the facts between them (roles,
+tool names, stop reasons), joined in order. It keeps a digest per choice, not the answer itself. During a replay,
+the part that the client has is compared and dropped; an event that reaches beyond it loses the beginning of its
+text; later events get the ids that the client knows.
 
-Elsewhere: who dies and who replaces it is `app.py`; how servers write events is `serve/http/streams.py`.
+Elsewhere: `app.py` replaces a dead server; `serve/http/streams.py` is how servers write events.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from argosy.errors import ArgosyError
 from argosy.serve.http.streams import DONE, Encoding
 from argosy.strict_json import JsonError, parse_json
 
-MOST_EVENT_BYTES = 8 << 20  # the last event of a response repeats its request and all of its text
+MOST_EVENT_BYTES = 8 << 20  # the last event of a response repeats its request and all its text
 MOST_IDS = 4096  # per choice; tools called later keep the ids of the second server
 _ID_KEYS = {"id", "item_id", "call_id", "response_id", "created", "created_at"}
-# Keys in which two equal answers may differ, and keys that say nothing about them.
+# Keys whose values may differ between equal answers or say nothing about them.
 _SURROUNDINGS = _ID_KEYS | {
     "previous_response_id", "model", "object", "usage", "timings", "prompt_progress", "logprobs", "sequence_number",
     "obfuscation", "total_duration", "load_duration", "prompt_eval_count", "prompt_eval_duration", "eval_count",
@@ -42,13 +42,13 @@ Path = tuple[str | int, ...]
 
 
 class NotTheSame(ArgosyError):
-    """A second server gave another answer than the one that the client has the beginning of."""
+    """The second server's answer differs from the beginning that the client has."""
 
     http_status = 503
 
 
 class BadStream(ArgosyError):
-    """A server sent something that is not a stream of events."""
+    """A server sent something other than a stream of events."""
 
     http_status = 502
 
@@ -58,8 +58,8 @@ class Splitter:
 
     Args:
         encoding: how the server writes events.
-        hold: is called with the bytes of an event that is not complete, beyond the first 64 KiB, and raises if there is
-            no room for them.
+        hold: called with the bytes of an incomplete event beyond the first 64 KiB; raises if there is no room for
+            them.
     """
 
     _HELD_BYTES = 64 << 10
@@ -87,7 +87,7 @@ class Splitter:
         if len(self._rest) > MOST_EVENT_BYTES:
             raise BadStream(f"an event is larger than {MOST_EVENT_BYTES} bytes")
         if len(self._rest) > self._held_bytes:
-            self._hold(2 * len(self._rest) - self._held_bytes)  # so it is asked for seldom
+            self._hold(2 * len(self._rest) - self._held_bytes)  # doubled, so that calls are rare
             self._held_bytes = 2 * len(self._rest)
 
     def end(self) -> None:
@@ -105,7 +105,7 @@ class Event:
     """An event of a stream.
 
     name: after `event:`, if it has one.
-    data: a JSON object, or `DONE`; None: a comment.
+    data: a JSON object, or `DONE`; None for a comment.
     """
 
     name: str | None
@@ -113,7 +113,7 @@ class Event:
 
 
 def parse_event(raw: bytes) -> Event:
-    """Parse one event, server-sent or a line of JSON.
+    """Parse one event: a server-sent one or a line of JSON.
 
     Raises:
         BadStream: it is neither.
@@ -145,9 +145,9 @@ def parse_event(raw: bytes) -> Event:
 class _Said:
     """The text of one choice of an answer.
 
-    digest: over all pieces so far, which are `num_bytes` long.
-    shape: the facts around the text that came last.
-    path: where in its event that text stood.
+    digest: of all pieces so far, `num_bytes` in total.
+    shape: the facts around the latest text.
+    path: the place of that text in its event.
     """
 
     num_bytes: int = 0
@@ -156,7 +156,9 @@ class _Said:
     path: Path = ()
 
     def pieces(self, data: dict[str, Any] | str) -> list[tuple[bytes, Path | None]]:
-        """The pieces of an event, in order: facts with None, texts with their places. Adjacent texts join."""
+        """The pieces of an event, in order: facts paired with None, texts with their places. Adjacent texts are
+        joined.
+        """
         if isinstance(data, str):
             return [(b"\0D" + data.encode(), None)]
         if data.get("type") == "ping":
@@ -186,8 +188,8 @@ class _Said:
 class _Ids:
     """Ids in the order of their first use.
 
-    clients, noted: ids that the client knows.
-    known: ids of the server of a replay, and those that the client knows instead.
+    clients, noted: the ids that the client knows.
+    known: a replaying server's ids -> those that the client knows.
     """
 
     clients: list[str | int] = field(default_factory=list)
@@ -200,7 +202,7 @@ class _Ids:
             self.clients.append(own)
 
     def of(self, own: str | int) -> str | int:
-        """The id that the client knows for one of the server."""
+        """The client's id for a server's id."""
         if own not in self.known:
             at = len(self.known)
             if at == len(self.clients):
@@ -215,7 +217,7 @@ class _Choice:
 
     said: the text that the client has.
     ids: the ids of its parts.
-    again: the text that the server of a replay has repeated; None: all of `said`, or this is no replay.
+    again: the text that the replaying server has repeated; None outside a replay or once all of `said` is repeated.
     """
 
     said: _Said = field(default_factory=_Said)
@@ -228,7 +230,7 @@ class Transcript:
 
     Attributes:
         is_whole: the last event that the client has ends the stream.
-        renamed: ids that the client knows, and those of the server that answers now.
+        renamed: the client's ids -> those of the server that answers now.
     """
 
     def __init__(self, encoding: Encoding) -> None:
@@ -242,7 +244,7 @@ class Transcript:
 
     @property
     def is_catching_up(self) -> bool:
-        """Whether the server of a replay has not yet repeated all that the client has."""
+        """Whether the replaying server still has to repeat part of what the client has."""
         return any(choice.again is not None for choice in self._choices.values())
 
     def begin_replay(self) -> None:
@@ -254,7 +256,7 @@ class Transcript:
             choice.ids.known.clear()
 
     def take(self, raw: bytes, event: Event) -> bytes | None:
-        """Note an event; return what to send to the client, or None if the client has all of it.
+        """Note an event; return what to send to the client, or None if the client already has it.
 
         Raises:
             NotTheSame: a replay contradicts what the client has.
@@ -282,7 +284,7 @@ class Transcript:
     def _beyond(
         self, data: dict[str, Any] | str, choice: _Choice, again: _Said
     ) -> dict[str, Any] | str | None:
-        """The part of a repeated event that the client does not have; None: it has all of it."""
+        """The part of a repeated event that the client lacks; None if it lacks nothing."""
         had = choice.said
         is_new = False
         for piece, path in again.pieces(data):
@@ -308,11 +310,13 @@ class Transcript:
         if again.num_bytes == had.num_bytes:
             choice.said, choice.again = again, None
         if is_new and isinstance(data, dict) and _has_scores(data):
-            raise NotTheSame("the answer of another server has other pieces, and each has its own logprobs")
+            raise NotTheSame(
+                "another server's answer is split into different pieces, each with its own logprobs"
+            )
         return data if is_new else None
 
     def _note_ids(self, data: dict[str, Any], choice: _Choice) -> None:
-        """Note the ids of an event; in a replay, put those in their places that the client knows."""
+        """Note the ids of an event; in a replay, replace them by those that the client knows."""
         for holder, key in _ids_in(data):
             ids = self._ids if holder is data and "choices" in data else choice.ids
             own = holder[key]
@@ -337,7 +341,7 @@ def _channel(data: dict[str, Any] | str) -> int:
 
 
 def _facts(value: Any, path: Path, texts: list[tuple[Path, str]]) -> Any:
-    """`value` without its texts, which are added to `texts`, and without what surrounds an answer."""
+    """`value` without the surroundings of an answer and without its texts, which are added to `texts`."""
     if isinstance(value, dict):
         kept = {}
         for key, item in value.items():
@@ -357,7 +361,7 @@ def _facts(value: Any, path: Path, texts: list[tuple[Path, str]]) -> Any:
 
 
 def _is_bare(facts: Any) -> bool:
-    """Whether facts only say where something would stand."""
+    """Whether facts are mere structure without content."""
     if isinstance(facts, dict):
         return all(
             key == "index" or (isinstance(item, dict | list) and _is_bare(item))
@@ -367,7 +371,7 @@ def _is_bare(facts: Any) -> bool:
 
 
 def _ids_in(value: Any) -> Iterator[tuple[dict[str, Any], str]]:
-    """Every place of an id, in order."""
+    """Every place that holds an id, in order."""
     if isinstance(value, dict):
         for key, item in value.items():
             is_time = key in ("created", "created_at")
@@ -410,7 +414,7 @@ def _is_last(data: dict[str, Any] | str) -> bool:
 
 
 def is_failure(event: Event) -> bool:
-    """Whether a server says with this event that it cannot finish its answer."""
+    """Whether this event says that the server cannot finish its answer."""
     data = event.data
     return isinstance(data, dict) and (
         bool(data.get("error")) or data.get("type") in ("error", "response.failed")
@@ -419,5 +423,5 @@ def is_failure(event: Event) -> bool:
 
 def _difference() -> NotTheSame:
     return NotTheSame(
-        "the server failed, and another server gives another answer to this request", hint="send it again"
+        "the server failed, and another server gives a different answer to this request", hint="send it again"
     )

@@ -1,12 +1,12 @@
-"""Ask all servers: for what concerns each of them, and for what they count together.
+"""Ask all servers: to act on a request that concerns each of them, or to add up what they have counted.
 
     a stop, a budget, an erasure, a model to load  ->  ask_everywhere  ->  one answer about all, or an error that says
                                                                            which server has not done it
     a key with tokens per day                      ->  used_everywhere ->  the tokens that all servers have counted
 
-A server that is down is told as one that has not done it: it may come back with the state that it had.
+A server that is down counts as one that has not done it, because it may come back in its old state.
 
-Elsewhere: a request that one server answers is `app.py`.
+Elsewhere: `app.py` handles requests that one server answers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from argosy.strict_json import JsonError, parse_json
 _LONGEST_S = 600.0  # loading a model takes minutes
 _MOST_ANSWER_BYTES = 1 << 20
 _USE_S = 2.0
-_USE_PATH = "/api/ps"  # any path that costs little and needs a key; the use is in the headers of every answer
+_USE_PATH = "/api/ps"  # any cheap path that requires a key; every answer carries the use in its headers
 _MOST_WORDS = 200
 
 Hold = Callable[[int], None]
@@ -37,7 +37,7 @@ Together = Callable[[Sequence[Answer]], Answer]
 
 
 class NotEverywhere(ArgosyError):
-    """Some servers have done what was asked of all of them, and others have not."""
+    """Only some servers have done what all were asked to do."""
 
     http_status = 503
 
@@ -47,7 +47,7 @@ def _first(answers: Sequence[Answer]) -> Answer:
 
 
 def _joined(answers: Sequence[Answer]) -> Answer:
-    """One answer of several: numbers are added, lists have the entries of all, and true is true of all."""
+    """Merge several answers: numbers are added, lists joined, and a flag is true if it is true in all."""
     return {name: _joined_value([answer.get(name) for answer in answers]) for name in answers[0]}
 
 
@@ -62,7 +62,7 @@ def _joined_value(values: Sequence[Any]) -> Any:
     return values[0]
 
 
-# Routes that all servers answer, and how their answers become one. A route for admins is here, or is refused.
+# Routes that all servers answer, and how to merge their answers. An admin route missing here is refused.
 EVERYWHERE: Mapping[str, Together] = {
     "/v1/engine/data/{key}": _joined,
     "/v1/engine/stops": _joined,
@@ -72,7 +72,7 @@ EVERYWHERE: Mapping[str, Together] = {
 
 @dataclass(frozen=True, slots=True)
 class _Told:
-    """What a server said: an answer, or why there is none."""
+    """What a server replied: an answer, or why there is none."""
 
     server: Server
     fault: str = ""
@@ -97,14 +97,14 @@ async def ask_everywhere(fleet: Fleet, asked: Asked, together: Together | None, 
     """Send a request to every server, and wait for all of them.
 
     Args:
-        together: makes one answer of all; None: the request loads or unloads a model.
+        together: merges the answers; None: the request loads or unloads a model.
         hold: takes memory for answers.
 
     Returns:
-        The answer about all servers, with that of each in `servers`; or what all of them refuse it with.
+        The merged answer, with each server's own in `servers`; or the refusal, if all of them refuse.
 
     Raises:
-        NotEverywhere: some have not done it.
+        NotEverywhere: some servers have not done it.
     """
     told = await asyncio.gather(*(_ask(server, asked, hold) for server in fleet.servers))
     if {one.status for one in told} == {200}:
@@ -126,7 +126,7 @@ async def ask_everywhere(fleet: Fleet, asked: Asked, together: Together | None, 
     listed = "; ".join(f"{name}: {one.why}" for name, one in zip(names, missing, strict=True))
     raise NotEverywhere(
         f"{len(told) - len(missing)} of {len(told)} servers have done it. Not {listed}",
-        hint="send it again when they are up: where it is done, it changes nothing",
+        hint="send it again when they are up; servers that have done it are unaffected",
     )
 
 
@@ -164,12 +164,12 @@ async def _ask(server: Server, asked: Asked, hold: Hold) -> _Told:
 
 
 async def used_everywhere(fleet: Fleet, key_id: str, secret: RawHeaders) -> tuple[int, int] | None:
-    """The tokens of a key that all servers have counted, and the seconds until the first of them do not count any more.
+    """The tokens of a key that all servers have counted, and the seconds until the first of them expire.
 
-    A server that does not answer counts with what it said last. None: no server has ever said it.
+    A server that does not answer counts with its last report. None if no server has ever reported.
 
     Args:
-        secret: the headers with which the client shows its key.
+        secret: the headers in which the client presents its key.
     """
     await asyncio.gather(
         *(_learn_use(server, key_id, secret) for server in fleet.servers if server.state != "down")

@@ -1,4 +1,4 @@
-"""Prometheus metrics of a router: its requests, its servers, and answers that outlived one.
+"""Prometheus metrics of a router: its requests, its servers, and answers that outlived a server.
 
 Elsewhere: those of servers are `serve/admin/state.py`.
 """
@@ -18,7 +18,7 @@ Outcome = Literal["continued", "repeated", "failed"]
 
 
 class RouteMetrics:
-    """Metrics in their own registry; a server's label is its address."""
+    """Metrics in a registry of their own; a server's label is its address."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet

@@ -1,11 +1,11 @@
-"""Remember which server has computed which beginnings of prompts.
+"""Remember which server has computed which prompt prefixes.
 
-    parts of a request, in the order in which a model reads them  ->  marks, one for each beginning  ->  a server
+    parts of a request, in the order in which a model reads them  ->  marks, one per prefix  ->  a server
 
-A server keeps the prefixes of prompts, so the next turn of a conversation costs it only what is new. A mark is a keyed
-digest of a beginning: it names the caller's key, so no caller learns what others asked, and texts are not kept.
+A server keeps prompt prefixes, so the next turn of a conversation costs it only the new part. A mark is a keyed
+digest of a prefix. It covers the caller's key, so no caller learns what others asked, and texts are not kept.
 
-Elsewhere: how a mark weighs against load is `servers.py`; how servers share prefixes is `engine/prefix.py`.
+Elsewhere: `servers.py` weighs marks against load; `engine/prefix.py` is how a server shares prefixes.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-MOST_MARKS = 1 << 16  # about 10 MB; the one used longest ago is forgotten first
+MOST_MARKS = 1 << 16  # about 10 MB; the least recently used mark is forgotten first
 _MOST_PARTS = 256  # per request; later ones have no marks of their own
-_PIECE_CHARS = 4096  # for a prompt that is one text
-# Where the dialects have what comes before the conversation, and the conversation.
+_PIECE_CHARS = 4096  # for a prompt that is a single text
+# The fields in which the dialects put what precedes the conversation, then the conversation.
 _BEFORE = ("tools", "system", "instructions")
 _CONVERSATIONS = ("messages", "input", "prompt")
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A beginning of a request.
+    """A prefix of a request.
 
-    num_chars: how long its parts are, as JSON.
+    num_chars: the length of its parts as JSON.
     """
 
     digest: bytes
@@ -38,7 +38,7 @@ class Mark:
 
 
 def parts_of(body: Mapping[str, Any]) -> Iterable[str]:
-    """The parts of a request's prompt, as JSON, in the order in which models read them."""
+    """The parts of a request's prompt as JSON, in the order in which models read them."""
     yield from (json.dumps(body[key], sort_keys=True) for key in _BEFORE if body.get(key))
     for key in _CONVERSATIONS:
         said = body.get(key)
@@ -49,7 +49,7 @@ def parts_of(body: Mapping[str, Any]) -> Iterable[str]:
 
 
 class Prefixes:
-    """Which server has which beginnings."""
+    """Which server has which prefixes."""
 
     def __init__(self, *, most: int = MOST_MARKS) -> None:
         self._most = most
@@ -60,7 +60,7 @@ class Prefixes:
         return len(self._servers)
 
     def marks(self, tenant: bytes, model: str, parts: Iterable[str]) -> list[Mark]:
-        """The marks of a request, from the shortest beginning to the longest.
+        """The marks of a request, from the shortest prefix to the longest.
 
         Args:
             tenant: the caller's key; empty if there is none.
@@ -79,7 +79,7 @@ class Prefixes:
         return marks
 
     def known(self, marks: Iterable[Mark]) -> dict[int, int]:
-        """For each server that has a beginning, the characters of the longest."""
+        """For each server that has a prefix, the length of the longest in characters."""
         found: dict[int, int] = {}
         for mark in marks:
             server = self._servers.get(mark.digest)
@@ -88,7 +88,7 @@ class Prefixes:
         return found
 
     def note(self, marks: Iterable[Mark], server: int) -> None:
-        """Note that `server` computes this request now."""
+        """Note that `server` is computing this request."""
         for mark in marks:
             self._servers[mark.digest] = server
             self._servers.move_to_end(mark.digest)
@@ -96,6 +96,6 @@ class Prefixes:
             self._servers.popitem(last=False)
 
     def forget(self, server: int) -> None:
-        """Forget a server that died, with all it had computed."""
+        """Forget a dead server and everything it had computed."""
         for digest in [digest for digest, one in self._servers.items() if one == server]:
             del self._servers[digest]

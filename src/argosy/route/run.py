@@ -1,4 +1,4 @@
-"""Start and stop a router, as `serve/run.py` does a server.
+"""Start and stop a router, as `serve/run.py` does for a server.
 
 Elsewhere: the application is `app.py`; options are `cli/commands/route.py`.
 """
@@ -29,7 +29,7 @@ class RouterSettings:
 
     addresses: the servers' addresses.
     host: the host to print in the address of the router.
-    keys: the file with the API keys of clients; None: the router asks for none, and its servers may.
+    keys: the file with the API keys of clients; None: the router checks none, but its servers may.
     """
 
     addresses: Sequence[Address]
@@ -51,11 +51,11 @@ def route(sockets: Sequence[Listener], settings: RouterSettings) -> None:
         sockets: from `bind` or `bind_file`.
 
     Raises:
-        UsageError: another process has started to listen there in the meantime.
+        UsageError: another process has started to listen there meanwhile.
     """
-    make_room_for_files(2 * settings.max_connections)  # each request has a connection to a server
+    make_room_for_files(2 * settings.max_connections)  # each request also needs a connection to a server
     ring = KeyRing(None if settings.keys is None else KeyFile(settings.keys))
-    # Tokens are counted and kept by the servers, and asked of them (`everywhere.py`); here only requests count.
+    # The servers count and keep tokens, and `everywhere.py` queries them; only requests are counted here.
     limits = Limits(known=ring.ids)
     fleet = Fleet(settings.addresses, settings.health)
     app = make_router(
@@ -66,7 +66,7 @@ def route(sockets: Sequence[Listener], settings: RouterSettings) -> None:
     )  # fmt: skip
 
     def started(address: str) -> None:
-        # In one write, because another thread writes log lines.
+        # A single write, because another thread writes log lines.
         sys.stderr.write(f"routing {address} to {', '.join(map(str, settings.addresses))}\n")
 
     with logging_to_stderr(settings.log_format), KeyWatch(ring, limits, app.running):

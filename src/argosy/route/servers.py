@@ -1,16 +1,16 @@
-"""The servers behind a router: which of them answer, how much each has to do, and which one is next.
+"""The servers behind a router: which are up, how much work each has, and which one gets the next request.
 
     GET /ready, every second  ->  up, draining or down  ─┐
     tokens of requests that are not answered yet         ├─>  Fleet.choose  ->  a server
-    beginnings of prompts that a server has computed     ─┘
+    prompt prefixes that a server has computed           ─┘
 
-The next request goes where the fewest tokens stand between it and its end: those that the server still owes, and those
-of the prompt that it has not computed before. A request's tokens are guessed from the bytes of its body and its limit;
-what answers report corrects the guess.
+The next request goes to the server with the fewest tokens left to compute before it ends: those that the server
+still owes, plus the part of the prompt that it has not computed before. A request's tokens are estimated from the
+size of its body and its limit; the usage that answers report corrects the estimate.
 
-A server that refuses a connection is down at once, one that is silent after `Health.failures` checks; then every
-request that waits for it is told. One that answers "not ready" gets no new requests and finishes those it has; a
-request to which it sends nothing for `NOT_READY_S` of that time is told that it is down.
+A server that refuses a connection is down at once; a silent one is down after `Health.failures` checks. Every
+request that waits for it is then told. A server that answers "not ready" gets no new requests and finishes those it
+has; a request that hears nothing for `NOT_READY_S` of that time is told that the server is down.
 
 Elsewhere: connections are `upstream.py`; what a request does when its server dies is `app.py`.
 """
@@ -34,7 +34,7 @@ log = logging.getLogger("argosy.serve")
 State = Literal["up", "draining", "down"]
 RETRY_S = 2
 NOT_READY_S = 60.0
-_LEARN = 0.05  # weight of the latest answer in what is learnt from all
+_LEARN = 0.05  # weight of the latest answer in the running estimates
 _LOOK_S = 0.05  # how often a request without a server looks for one
 
 
@@ -42,7 +42,7 @@ _LOOK_S = 0.05  # how often a request without a server looks for one
 class Health:
     """How servers are checked.
 
-    failures: silent checks in a row after which a server is down.
+    failures: consecutive silent checks after which a server is down.
     """
 
     period_s: float = 1.0
@@ -55,10 +55,10 @@ class Server:
     """One server.
 
     Attributes:
-        owed_tokens: estimate for its unanswered requests.
-        replies: connections on which it owes an answer. They are closed when the server goes down, and those who read
-            from them notice.
-        used: by key with tokens per day, the tokens that the server has counted, and until when they count.
+        owed_tokens: an estimate for its unanswered requests.
+        replies: connections on which it owes an answer. They are closed when the server goes down, which wakes
+            their readers.
+        used: for each key with a daily limit, the tokens that the server has counted, and until when they count.
     """
 
     number: int
@@ -68,7 +68,7 @@ class Server:
     num_requests: int = 0
     num_failures: int = 0
     silent_checks: int = 0
-    not_ready_at: float | None = None  # monotonic seconds of the first check since that said so
+    not_ready_at: float | None = None  # monotonic seconds of the first check that said "not ready"
     fault: str = ""  # why it is down
     last_chosen: int = 0
     replies: set[Reply] = field(default_factory=set)
@@ -77,7 +77,7 @@ class Server:
 
 @dataclass(slots=True)
 class Load:
-    """The work that a server owes for one request. Each token that comes lowers it."""
+    """The work that a server owes for one request. Each token that arrives reduces it."""
 
     server: Server
     prompt_tokens: float
@@ -85,12 +85,12 @@ class Load:
     num_said: int = 0
 
     def say(self) -> None:
-        """Note one more token of the answer."""
+        """Count one more token of the answer."""
         if self.num_said == 0:
             self._lower(self.prompt_tokens)
             self.prompt_tokens = 0.0
         self.num_said += 1
-        if self.new_tokens > 1.0:  # an answer that is longer than expected owes one more
+        if self.new_tokens > 1.0:  # an answer longer than expected still owes one token
             self._lower(1.0)
             self.new_tokens -= 1.0
 
@@ -99,19 +99,19 @@ class Load:
 
 
 class Estimate:
-    """Tokens of requests, guessed before they are answered."""
+    """Estimates the tokens of requests before they are answered."""
 
     def __init__(self) -> None:
         self.bytes_per_token = 4.0
-        self.new_tokens = 256.0  # for an answer whose limit is higher, or unknown
+        self.new_tokens = 256.0  # for an answer whose limit is higher or unknown
 
     def tokens(self, num_bytes: int, limit: int | None) -> tuple[float, float]:
-        """Tokens of a prompt whose body has `num_bytes`, and of its answer."""
+        """Estimated tokens of a prompt in a body of `num_bytes`, and of its answer."""
         new = self.new_tokens if limit is None else min(self.new_tokens, float(limit))
         return num_bytes / self.bytes_per_token, max(1.0, new)
 
     def learn(self, num_bytes: int, prompt_tokens: int | None, new_tokens: int | None) -> None:
-        """Learn from the usage that an answer reports."""
+        """Adjust the estimates by the usage that an answer reports."""
         if prompt_tokens and num_bytes:
             self.bytes_per_token += _LEARN * (min(64.0, num_bytes / prompt_tokens) - self.bytes_per_token)
         if new_tokens:
@@ -138,15 +138,15 @@ class Fleet:
         self._num_chosen = 0
 
     async def preload(self, names: Sequence[str] = ()) -> None:
-        """Check every server once, and keep checking. `names` would be those of models."""
+        """Check every server once, then keep checking. The router has no models, so `names` is unused."""
         await asyncio.gather(*(self.check(server) for server in self.servers))
         self._checks = [asyncio.create_task(self._watch(server)) for server in self.servers]
 
     def drop_expired(self) -> None:
-        """Nothing: a router keeps nothing for clients."""
+        """Do nothing: a router keeps nothing for clients."""
 
     async def stop(self) -> None:
-        """End running requests with an error: nobody can continue them, because the router takes no more."""
+        """End running requests with an error: nothing can continue them once the router stops."""
         self.is_draining = True
         for server in self.servers:
             _break_off(server)
@@ -162,7 +162,7 @@ class Fleet:
             await self.check(server)
 
     async def check(self, server: Server) -> State:
-        """Look how a server is now."""
+        """Check the state of a server."""
         try:
             ready = await is_ready(server.address, timeout_s=self._health.timeout_s)
         except ServerGone as error:
@@ -176,7 +176,7 @@ class Fleet:
         return server.state
 
     def lose(self, server: Server, reason: str) -> None:
-        """Note that a server is down, and tell all that wait for it."""
+        """Mark a server as down, and tell every request that waits for it."""
         server.num_failures += server.state != "down"
         if server.state != "down" or server.fault != reason:
             log.warning("%s is down: %s", server.address, reason)
@@ -186,7 +186,7 @@ class Fleet:
 
     @staticmethod
     def _end_silent_replies(server: Server) -> None:
-        """End what a server owes that is not ready, and sends nothing."""
+        """End the silent answers of a server that is not ready."""
         now = time.monotonic()
         if server.state == "up":
             server.not_ready_at = None
@@ -202,10 +202,10 @@ class Fleet:
         server.state = state
 
     def choose(self, marks: Sequence[Mark], num_bytes: int, *, without: Collection[Server] = ()) -> Server:
-        """The server that a request goes to.
+        """Choose the server for a request.
 
         Args:
-            num_bytes: size of its body.
+            num_bytes: the size of its body.
             without: servers that have failed this request.
 
         Raises:
@@ -236,7 +236,7 @@ class Fleet:
         return chosen
 
     async def wait_for_one(self, without: Collection[Server], patience_s: float) -> None:
-        """Wait until a server besides `without` is up, but not for long."""
+        """Wait, up to `patience_s`, until a server not in `without` is up."""
         until = time.monotonic() + patience_s
         while time.monotonic() < until and not self.is_draining:
             if any(server.state == "up" and server not in without for server in self.servers):
@@ -245,7 +245,7 @@ class Fleet:
 
     @contextmanager
     def owing(self, server: Server, num_bytes: int, limit: int | None) -> Iterator[Load]:
-        """Count a request among those that `server` has not answered."""
+        """Count a request as owed by `server` until the context ends."""
         load = Load(server, *self.estimate.tokens(num_bytes, limit))
         server.owed_tokens += load.prompt_tokens + load.new_tokens
         server.num_requests += 1

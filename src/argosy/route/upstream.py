@@ -1,13 +1,13 @@
-"""One request to one server, over a connection of its own: HTTP/1.1, every wait and every size bounded.
+"""One request to one server over its own connection: HTTP/1.1, with every wait and every size bounded.
 
-An answer that comes whole comes at its end, so its head may take `ANSWER_S`. A stream begins when its request is read
-and its model is loaded, within `HEAD_S`. After the head a server may be silent for `STALL_S`: it sends a sign of life
-every ten seconds of a stream, and of a whole answer that has begun.
+A whole answer is sent when it is complete, so its head may take `ANSWER_S`. A stream begins once its request is
+read and its model is loaded, within `HEAD_S`. After the head a server may be silent for `STALL_S`: in a stream, or
+in a whole answer that has begun, it sends a sign of life every ten seconds.
 
     Address  ->  Reply.connect  ->  ask: method, path, headers, body  ->  status, headers, then parts of the body
 
-A connection serves one request, so no request meets a connection that its server is just closing. h11 reads the
-answer: a header without end, garbage, and a body that ends early are errors, and every error here is `ServerGone`.
+A connection serves one request, so no request meets a connection that the server is about to close. h11 parses the
+answer: an endless header, garbage and a body that ends early are errors, and every error here is `ServerGone`.
 
 Elsewhere: which server, and what happens if it dies, is `app.py`; health is `servers.py`.
 """
@@ -38,9 +38,9 @@ RawHeaders = Sequence[tuple[bytes, bytes]]
 
 
 class ServerGone(ArgosyError):
-    """A server cannot be reached, died, or sent something that is no answer.
+    """A server cannot be reached, died, or sent something other than an answer.
 
-    Facts: `server`, and `is_silent` if it may only be slow.
+    Facts: `server`, and `is_silent` if the server may merely be slow.
     """
 
     http_status = 502
@@ -48,7 +48,7 @@ class ServerGone(ArgosyError):
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a server listens: `http://10.0.0.2:8080`, with a base path if it has one."""
+    """Where a server listens: `http://10.0.0.2:8080`, perhaps with a base path."""
 
     host: str
     port: int
@@ -83,12 +83,12 @@ def parse_address(url: str) -> Address:
 
 
 class Reply:
-    """A connection to a server, and the answer to the one request that it carries.
+    """A connection to a server, and the answer to its one request.
 
     Attributes:
         status: the answer's status, once `ask` returns.
-        headers: as they came; names are in lower case.
-        heard_at: monotonic seconds at which the server last sent something, or the connection was made.
+        headers: as received, with names in lower case.
+        heard_at: monotonic seconds at which the server last sent something, or was connected.
     """
 
     def __init__(self, address: Address, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -123,7 +123,7 @@ class Reply:
         """Send a request and wait for the head of its answer.
 
         Args:
-            path: with the query; the address's base path is put before it.
+            path: with the query; the address's base path is prepended.
             headers: without host, length and connection.
             streams: the answer is a stream of events.
 
@@ -140,7 +140,7 @@ class Reply:
                 (b"host", f"{shown}:{address.port}".encode()), (b"connection", b"close"), *headers, *length,
             ],
         )  # fmt: skip
-        # Not drained: a server that answers before it has read the body is heard, and the body is in memory anyway.
+        # Do not drain: a server may answer before it has read the body, which is in memory anyway.
         self._writer.write(self._protocol.send(request) or b"")
         self._writer.write(self._protocol.send(h11.Data(data=body)) or b"")
         self._protocol.send(h11.EndOfMessage())
@@ -189,10 +189,10 @@ class Reply:
 
 
 async def is_ready(address: Address, *, timeout_s: float) -> bool:
-    """Whether a server accepts requests: `GET /ready` is 200, or 503 if it does not take any now.
+    """Whether a server accepts requests: `GET /ready` is 200 if it does, and 503 if not.
 
     Raises:
-        ServerGone: the server gives no answer within `timeout_s`, or another answer.
+        ServerGone: the server gives no answer within `timeout_s`, or a different one.
     """
     try:
         async with asyncio.timeout(timeout_s):
@@ -212,7 +212,7 @@ async def is_ready(address: Address, *, timeout_s: float) -> bool:
 
 @functools.cache
 def _tls() -> ssl.SSLContext:
-    """Reading the system's certificates takes longer than a request."""
+    """Cached: reading the system's certificates takes longer than a request."""
     return ssl.create_default_context()
 
 
