@@ -384,9 +384,9 @@ def with_list(**changes: Any) -> Callable[[Any], Any]:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"files": []}, "does not have 1 to 4096 files"),
-        ({"files": [["a", 1, 0]] * 5000}, "does not have 1 to 4096 files"),
-        ({"files": None}, "does not have 1 to 4096 files"),
+        ({"files": []}, "does not list 1 to 4096 files"),
+        ({"files": [["a", 1, 0]] * 5000}, "does not list 1 to 4096 files"),
+        ({"files": None}, "does not list 1 to 4096 files"),
         ({"files": [["../escape", 1, 1]]}, "cannot name a file"),
         ({"files": [["/etc/passwd", 1, 1]]}, "cannot name a file"),
         ({"files": [["..", 1, 1]]}, "cannot name a file"),
@@ -397,13 +397,13 @@ def with_list(**changes: Any) -> Callable[[Any], Any]:
         ({"files": [["x" * 300, 1, 1]]}, "cannot name a file"),
         ({"files": [["a", 1, 1], ["a", 1, 1]]}, "a name twice"),
         ({"files": [["a", 1]]}, "not a name and two sizes"),
-        ({"files": [["a", 1, 2]]}, "a size that no file has"),
-        ({"files": [["a", -1, 0]]}, "a size that no file has"),
-        ({"files": [["a", 1e300, 0]]}, "a size that no file has"),
-        ({"files": [["a", 2**60, 0]]}, "a size that no file has"),
+        ({"files": [["a", 1, 2]]}, "an impossible size"),
+        ({"files": [["a", -1, 0]]}, "an impossible size"),
+        ({"files": [["a", 1e300, 0]]}, "an impossible size"),
+        ({"files": [["a", 2**60, 0]]}, "an impossible size"),
         ({"files": [["a", 2**40, 2**40]]}, "headers of more than"),
-        ({"opens": "../model.gguf"}, "opens a file that it does not have"),
-        ({"opens": 3}, "opens a file that it does not have"),
+        ({"opens": "../model.gguf"}, "opens a file that it does not list"),
+        ({"opens": 3}, "opens a file that it does not list"),
         ({"shards": 0}, "which shards"),
         ({"shards": 1 << 64}, "which shards"),
         ({"shards": "all"}, "which shards"),
@@ -505,7 +505,7 @@ def test_other_weights_than_the_introduction_said_are_refused(model: Path, tmp_p
 def test_a_copy_of_another_model_is_not_touched(model: Path, models: dict[str, Path], tmp_path: Path) -> None:
     fill(model, tmp_path / "copy", 1)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "copy").iterdir()}
-    with pytest.raises(UsageError, match="a copy of another model"):
+    with pytest.raises(UsageError, match="holds a copy of another model"):
         fill(models["a pack"], tmp_path / "copy", 1)
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "copy").iterdir()} == before
 
@@ -554,7 +554,7 @@ def test_a_budget_that_is_too_small_is_refused_before_weights_are_copied(model: 
 
 def test_a_directory_with_something_else_is_not_written_to(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UsageError, match="is not empty, and no copy"):
+    with pytest.raises(UsageError, match="is not empty and not a copy"):
         Copy(tmp_path)
     with pytest.raises(UsageError, match="cannot hold a copy"):
         Copy(tmp_path / "notes.txt")
@@ -639,7 +639,7 @@ def test_a_coordinator_without_a_key_gives_no_files(model: Path) -> None:
 
     thread = threading.Thread(target=pretend)
     thread.start()
-    with Group([address]) as group, pytest.raises(PeerNotUsable, match="asks for the model's files"):
+    with Group([address]) as group, pytest.raises(PeerNotUsable, match="requests the model's files"):
         open_engine(model, group)
     thread.join()
     assert found == []

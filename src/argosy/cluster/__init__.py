@@ -1,1 +1,1 @@
-"""Several machines run the experts of one model: workers, and the coordinator's expert runner."""
+"""Several machines run the experts of one model: the workers, and the coordinator's expert runner."""

@@ -1,16 +1,16 @@
-"""A worker's copy of a model: files with holes, which a coordinator fills. After any interruption the next run goes on.
+"""A worker's copy of a model: sparse files that a coordinator fills. An interrupted copy resumes in the next run.
 
     hello ─>  CopyLink  ─ list, headers ─>  files with holes  ─ open_model ─>  plan, room  ─>  shards, one after another
 
-The files have the names and the sizes of the coordinator's, so a copy is opened, planned and run like any model, in
-whatever form the weights are. The experts of other machines stay holes, which take no room.
+The files have the coordinator's names and sizes, so a copy is opened, planned and run like any model, whatever the
+format of its weights. Experts of other machines stay holes, which take no space.
 
-`argosy-copy.json` lists the parts that are on the drive. It is replaced only after their bytes are there, so after a
-kill or a power cut at most `_SAVE_BYTES` are copied again.
+`argosy-copy.json` lists the parts that are on the drive. It is replaced only after their bytes are, so after a kill
+or a power cut at most `_SAVE_BYTES` are copied again.
 
-A coordinator is not believed: every name must lead into the directory, sizes and free space are checked before bytes
-are asked for, headers are checked like any other files, and each piece by its BLAKE3. In the end the copy must have the
-fingerprint that the coordinator gave at the introduction.
+The coordinator is not trusted: every name must stay inside the directory, sizes and free space are checked before
+any bytes are requested, headers are checked like those of any file, and each piece by its BLAKE3. The finished copy
+must have the fingerprint that the coordinator gave in the introduction.
 
 Elsewhere: `copy_source.py` is the other side; `worker.py` runs the experts.
 """
@@ -51,14 +51,14 @@ log = logging.getLogger("argosy.cluster")
 
 _VERSION = 1
 _LOCK = ".lock"
-_SAVE_BYTES = 64 << 20  # between two updates of COPY_FILE
-_RESERVE_BYTES = 64 << 20  # stay free on the drive
+_SAVE_BYTES = 64 << 20  # bytes between two updates of COPY_FILE
+_RESERVE_BYTES = 64 << 20  # left free on the drive
 _MOST_FILES = 4096
-_MOST_HEADER_BYTES = 256 << 20  # all files together: vocabularies and lists of tensors
+_MOST_HEADER_BYTES = 256 << 20  # for all files together: vocabularies and lists of tensors
 _MOST_OPEN = 64
 _LARGEST_FILE = 1 << 50
 _LONGEST_NAME = 200
-_HEADERS, _SHARED = "headers", "shared"  # the parts of a copy beside the shards
+_HEADERS, _SHARED = "headers", "shared"  # the parts of a copy other than shards
 
 Progress = Callable[[str, float], None]
 Range = tuple[Path, int, int]  # file, offset, bytes
@@ -69,10 +69,10 @@ class _State:
     """The contents of `argosy-copy.json`.
 
     model: the coordinator's fingerprint, in hexadecimal.
-    files: name, size and bytes of the header of each, as in the coordinator's list.
-    opens: the file that `open_model` opens; "": the directory.
+    files: name, size and header bytes of each, as in the coordinator's list.
+    opens: the file for `open_model`; "": the directory.
     shards: mask of the shards to copy.
-    done: parts that are whole.   part, part_bytes: the part in progress, and how many bytes of it are there.
+    done: complete parts.   part, part_bytes: the part in progress, and how much of it has been written.
     """
 
     model: str
@@ -91,7 +91,7 @@ class _State:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Raises `CheckpointError` for a damaged file."""
+        """Read the file; raises `CheckpointError` if it is damaged."""
         raw = read_object(path)
         contents = raw.get("contents")
         if raw.get("argosy_copy") != _VERSION or not isinstance(contents, dict):
@@ -117,13 +117,13 @@ def _digest(contents: object) -> str:
 
 
 class Copy:
-    """The directory of a copy, which one process at a time may have open.
+    """The directory of a copy. One process at a time may open it.
 
     Args:
-        shards: mask of the wanted shards; 0: those of an earlier run, or else the coordinator chooses.
+        shards: mask of the wanted shards; 0: those of an earlier run, otherwise the coordinator's choice.
 
     Raises:
-        UsageError: the directory is something else, or another process has it.   CheckpointError: it is damaged.
+        UsageError: the directory is not a copy, or another process has it open.   CheckpointError: it is damaged.
     """
 
     def __init__(self, directory: Path, *, shards: int = 0) -> None:
@@ -134,12 +134,12 @@ class Copy:
                 self._root = opened.enter_context(Directory(directory))
                 if set(self._root.names()) - {_LOCK} and self._root.stat(COPY_FILE) is None:
                     raise UsageError(
-                        f"{directory} is not empty, and no copy of a model",
+                        f"{directory} is not empty and not a copy of a model",
                         hint="name a directory that does not exist",
                     )
                 opened.enter_context(self._root.locked(_LOCK, wait_s=0.0))
             except TimeoutError:
-                raise UsageError(f"another worker copies to {directory}") from None
+                raise UsageError(f"another worker is copying to {directory}") from None
             except OSError as error:
                 raise UsageError(f"{directory} cannot hold a copy: {error.strerror}") from None
             is_begun = self._root.stat(COPY_FILE) is not None
@@ -163,12 +163,12 @@ class Copy:
 
     @property
     def shards(self) -> int:
-        """Mask of the shards to copy; 0: the coordinator chooses."""
+        """Mask of the shards to copy; 0 leaves the choice to the coordinator."""
         return self._wanted if self._state is None else self._state.shards
 
     @property
     def path(self) -> Path:
-        """The path that `open_model` opens."""
+        """The path to give to `open_model`."""
         assert self._state is not None
         return self.directory / self._state.opens if self._state.opens else self.directory
 
@@ -179,13 +179,13 @@ class Copy:
 
         Args:
             model: the fingerprint that the coordinator gave.
-            check: called with the opened headers and the shards before weights are copied; raises if the worker could
-                not run them.
+            check: called with the opened headers and the shards before weights are copied; raises if the worker
+                cannot run them.
 
         Raises:
-            PeerNotUsable: the connection failed; received bytes stay.   DiskFull: the drive has no room for it.
-            CheckpointError: the coordinator sends no model, or another one than it said.
-            UsageError: the directory has a copy of another model, or cannot be written.
+            PeerNotUsable: the connection failed; received bytes are kept.   DiskFull: the copy does not fit the drive.
+            CheckpointError: the coordinator sent no model, or not the one it announced.
+            UsageError: the directory holds a copy of another model, or cannot be written.
         """
         state = self._begin(_parse_list(link.fetch_list()), model)
         names = {self.directory / name: number for number, (name, _, _) in enumerate(state.files)}
@@ -203,7 +203,7 @@ class Copy:
             copied = [sum(sizes[part] for part in parts if part in state.done)]
             going_on = state.part_bytes if state.part in parts else 0
             self._require_room(total - copied[0] - going_on)
-            log.info("worker: copies %s of experts", format_bytes(total - copied[0] - going_on))
+            log.info("worker: copying %s of experts", format_bytes(total - copied[0] - going_on))
 
             def came(nbytes: int) -> None:
                 copied[0] += nbytes
@@ -214,26 +214,26 @@ class Copy:
                     self._fill_part(link, names, part, ranges, came)
             if fingerprint(files) != model:
                 raise CheckpointError(
-                    f"the copy in {self.directory} is not the model that the coordinator said",
-                    hint="its files changed meanwhile; remove the directory, and copy again",
+                    f"the copy in {self.directory} is not the model that the coordinator announced",
+                    hint="the coordinator's files changed meanwhile; remove the directory and copy again",
                     path=self.directory,
                 )
             self._note("", 0)
 
     def _begin(self, listed: _State, model: bytes) -> _State:
-        """Compare the coordinator's list with the state of an earlier run, or begin a new one."""
+        """Compare the coordinator's list with the state of an earlier run, or start a new state."""
         listed.model = model.hex()
         state = self._state
         if state is None:
             if self._wanted and listed.shards != self._wanted:
-                raise PeerNotUsable("it gives other shards than those that were asked for")
+                raise PeerNotUsable("it offers other shards than those requested")
             self._state = state = listed
             with self._writing():
                 self._note("", 0)
         elif (state.model, state.files, state.opens) != (listed.model, listed.files, listed.opens):
             raise UsageError(
-                f"{self.directory} has a copy of another model than the coordinator runs",
-                hint="name another directory, or remove this one",
+                f"{self.directory} holds a copy of another model than the coordinator runs",
+                hint="name another directory or remove this one",
             )
         return state
 
@@ -251,7 +251,7 @@ class Copy:
         ranges: list[Range],
         came: Callable[[int], None],
     ) -> None:
-        """Copy the ranges of a part in order, starting where an earlier run stopped."""
+        """Copy the ranges of a part in order, from where an earlier run stopped."""
         state = self._state
         assert state is not None
         have = state.part_bytes if state.part == part else 0
@@ -291,7 +291,7 @@ class Copy:
             _, descriptor = self._targets.popitem()
             try:
                 os.fdatasync(descriptor)
-                # The budget pays for the kernel's cache.
+                # The budget pays for what the kernel caches, so drop it.
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(descriptor)
@@ -319,7 +319,7 @@ class Copy:
         return DiskFull(
             f"the copy in {self.directory} needs {format_bytes(needed_bytes)} more, and its file system has "
             f"{format_bytes(free_bytes)} free",
-            hint="make room and run the same command again, which goes on; or copy less with `--share K/N`",
+            hint="free some space and run the same command again to resume; or copy less with `--share K/N`",
             path=self.directory,
             needed_bytes=needed_bytes,
             free_bytes=free_bytes,
@@ -327,7 +327,7 @@ class Copy:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Turn errors of the file system in this block into Argosy's."""
+        """Turn file-system errors in this block into Argosy's."""
         try:
             yield
         except OSError as error:
@@ -337,16 +337,16 @@ class Copy:
 
 
 def _parse_list(data: bytes) -> _State:
-    """A coordinator's list of files.
+    """Parse a coordinator's list of files.
 
     Raises:
-        CheckpointError: it is malformed, or has names or sizes that no model has.
+        CheckpointError: it is malformed, or contains names or sizes that no model has.
     """
     path = Path("the coordinator's list of files")
     raw = parse_object(data, path)
     files, opens, shards = raw.get("files"), raw.get("opens"), raw.get("shards")
     if not isinstance(files, list) or not 1 <= len(files) <= _MOST_FILES:
-        raise CheckpointError(f"{path} does not have 1 to {_MOST_FILES} files", path=path)
+        raise CheckpointError(f"{path} does not list 1 to {_MOST_FILES} files", path=path)
     if type(shards) is not int or not 1 <= shards <= ALL_SHARDS:
         raise CheckpointError(f"{path} does not say which shards to copy", path=path)
     found: list[tuple[str, int, int]] = []
@@ -359,11 +359,11 @@ def _parse_list(data: bytes) -> _State:
                 f"{path} has '{quote(name)}', which cannot name a file of a model", path=path
             )
         if not (type(nbytes) is type(head) is int and 0 <= head <= nbytes <= _LARGEST_FILE):
-            raise CheckpointError(f"{path} gives '{name}' a size that no file has", path=path)
+            raise CheckpointError(f"{path} gives '{name}' an impossible size", path=path)
         found.append((name, nbytes, head))
     names = {name for name, _, _ in found}
     if len(names) != len(found) or not isinstance(opens, str) or (opens and opens not in names):
-        raise CheckpointError(f"{path} has a name twice, or opens a file that it does not have", path=path)
+        raise CheckpointError(f"{path} lists a name twice, or opens a file that it does not list", path=path)
     if sum(head for _, _, head in found) > _MOST_HEADER_BYTES:
         raise CheckpointError(
             f"{path} has headers of more than {format_bytes(_MOST_HEADER_BYTES)}", path=path
@@ -372,13 +372,13 @@ def _parse_list(data: bytes) -> _State:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether this is the plain name of a file, neither hidden nor our own."""
+    """Whether this is a plain file name, neither hidden nor our own."""
     is_short = 0 < len(name.encode("utf-8", "surrogatepass")) <= _LONGEST_NAME
     return is_short and name.isprintable() and "/" not in name and name[0] != "." and name != COPY_FILE
 
 
 def _ranges(files: ModelFiles, part: str) -> Iterator[Range]:
-    """The bytes of a part: the experts of a shard, or the biases and samples that each worker needs."""
+    """The bytes of a part: the experts of a shard, or the biases and samples that every worker needs."""
     if part == _SHARED:
         for ref in biases_of(files).values():
             for piece in ref.pieces:
@@ -393,10 +393,10 @@ def _ranges(files: ModelFiles, part: str) -> Iterator[Range]:
 
 
 class CopyingWorker:
-    """A worker that has no files yet: it waits for a coordinator, and copies the files of its experts from there.
+    """A worker without files: it waits for a coordinator and copies its experts' files from there.
 
     Args:
-        settings: as the worker will run; `shards` is not used.
+        settings: those with which the worker will run; `shards` is ignored.
 
     Raises:
         UsageError: there is no key.
@@ -405,7 +405,7 @@ class CopyingWorker:
     def __init__(self, copy: Copy, settings: WorkerSettings, *, progress: Progress | None = None) -> None:
         if not settings.key:
             raise UsageError(
-                "--copy needs --key-file: without a key, anyone who reaches the port could fill the drive",
+                "--copy needs --key-file: without a key, anyone who can reach the port could fill the drive",
                 hint="`openssl rand -hex 32 > FILE; chmod 600 FILE` makes one; copy it to every machine",
             )
         self._copy, self._settings = copy, settings
@@ -421,20 +421,20 @@ class CopyingWorker:
         self._failure: BaseException | None = None
 
     def serve(self, listener: socket.socket) -> bool:
-        """Copy the model, then close `listener`. Returns False if `drain` was called before the copy was whole.
+        """Copy the model, then close `listener`. Returns False if `drain` was called before the copy was complete.
 
         Raises:
-            What `Copy.fill` raises, but for `PeerNotUsable`: another connection goes on then.
+            What `Copy.fill` raises, except `PeerNotUsable`: the next connection resumes the copy.
         """
         listener.listen(door.MOST_STRANGERS)
         door.admit(listener, self._meet, self._is_over)
-        with self._turn:  # until a copy in progress has ended
+        with self._turn:  # wait for a copy in progress to end
             if self._failure is not None:
                 raise self._failure
             return self._copy.is_whole
 
     def drain(self) -> None:
-        """End, and keep the copied bytes. Safe in a signal handler."""
+        """Stop, and keep the copied bytes. Safe in a signal handler."""
         self._is_over.set()
         if (connection := self._connection) is not None:
             with suppress(OSError):
@@ -454,7 +454,7 @@ class CopyingWorker:
             log.warning(
                 "worker: %s: the connection failed: %s", address, error.strerror or type(error).__name__
             )
-        except BaseException as failure:  # it is raised where the caller waits
+        except BaseException as failure:  # raised in the waiting caller
             self._failure = failure
             self._is_over.set()
 
@@ -465,12 +465,12 @@ class CopyingWorker:
                 connection, self._settings.key, self._facts, self._offer(), refusal=refusal
             )
             is_known()
-            if not self._turn.acquire(blocking=False):  # another one was faster
+            if not self._turn.acquire(blocking=False):  # another coordinator was faster
                 return
             try:
                 self._connection = connection
                 if not self._is_over.is_set():
-                    log.info("worker: copies from the coordinator at %s", address)
+                    log.info("worker: copying from the coordinator at %s", address)
                     self._copy.fill(CopyLink(connection, key), theirs.model, self._check, self._tell)
                     self._is_over.set()
             finally:

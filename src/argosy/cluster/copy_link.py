@@ -3,11 +3,11 @@
     worker:       ask (number, offset, file, bytes), proof        ──>
     coordinator:                                                  <──  answer (status, bytes), BLAKE3, the bytes
 
-Heads have a fixed size. An answer has exactly the bytes of the ask, or a reason for refusing it. Proofs and digests are
-BLAKE3 under the key of this connection (`hello.accept_copy`), and a digest covers the ask, too. So changed bytes, an
-answer to another question and a recorded one are all noticed, with TLS or without.
+Heads have a fixed size. An answer contains exactly the requested bytes, or a reason for refusing them. Proofs and
+digests are BLAKE3 under the key of this connection (`hello.accept_copy`), and a digest also covers the ask. Altered
+bytes, an answer to a different ask and a replayed answer are therefore all detected, with or without TLS.
 
-Elsewhere: `copy_source.py` answers; `copied.py` asks, and writes the files.
+Elsewhere: `copy_source.py` answers; `copied.py` asks and writes the files.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from argosy.checkpoint.untrusted_file import quote
 from argosy.errors import PeerNotUsable
 
 PIECE_BYTES = 1 << 20  # most bytes in an answer
-THE_LIST = 0xFFFFFFFF  # instead of a file: the list of files
+THE_LIST = 0xFFFFFFFF  # stands for the list of files instead of a file
 LIST_BYTES = 1 << 20  # most bytes of the list
-SILENCE_S = 30.0  # time limit for an answer, and for the next ask
+SILENCE_S = 30.0  # time limit for an answer and for the next ask
 _ASK = struct.Struct("<QQII")  # number, offset, file, bytes
 _ANSWER = struct.Struct("<II")  # status, bytes
 _DIGEST_BYTES = 32
@@ -35,7 +35,7 @@ _LONGEST_REASON = 300  # bytes
 
 
 class Ask(NamedTuple):
-    """A range that a worker asks for. `head`: the bytes of the ask itself."""
+    """A range that a worker requests. `head`: the bytes of the ask itself."""
 
     file: int
     offset: int
@@ -46,7 +46,7 @@ class Ask(NamedTuple):
 class CopyLink:
     """The worker's end.
 
-    Every method raises `PeerNotUsable` if the coordinator is gone, too slow, or answers something else.
+    Every method raises `PeerNotUsable` if the coordinator is gone, too slow, or sends a wrong answer.
     """
 
     def __init__(self, connection: socket.socket, key: bytes) -> None:
@@ -54,11 +54,11 @@ class CopyLink:
         self._number = 0
 
     def fetch_list(self) -> bytes:
-        """The list of files, as `copy_source.CopySource.listing` writes it."""
+        """Fetch the list of files, as `copy_source.CopySource.listing` writes it."""
         return self._fetch(THE_LIST, 0, LIST_BYTES, is_whole=False)
 
     def fetch(self, file: int, offset: int, nbytes: int) -> bytes:
-        """`nbytes` of a file, by its place in the list; at most PIECE_BYTES."""
+        """Fetch `nbytes`, at most PIECE_BYTES, of a file named by its place in the list."""
         return self._fetch(file, offset, nbytes, is_whole=True)
 
     def _fetch(self, file: int, offset: int, nbytes: int, *, is_whole: bool) -> bytes:
@@ -73,7 +73,7 @@ class CopyLink:
         data = _receive(self._connection, size, until)
         expected = _digest(self._key, head, answer[: _ANSWER.size], data)
         if not hmac.compare_digest(answer[_ANSWER.size :], expected):
-            raise PeerNotUsable("bytes that came do not match their BLAKE3")
+            raise PeerNotUsable("the bytes received do not match their BLAKE3")
         if status == _FAILED:
             raise PeerNotUsable(f"it cannot read its files: {quote(bytes(data).decode('utf-8', 'replace'))}")
         if is_whole and size != nbytes:
@@ -82,7 +82,7 @@ class CopyLink:
 
 
 class CopyEnd:
-    """The coordinator's end; it raises as `CopyLink` does."""
+    """The coordinator's end; raises what `CopyLink` raises."""
 
     def __init__(self, connection: socket.socket, key: bytes) -> None:
         self._connection, self._key = connection, key
@@ -97,7 +97,7 @@ class CopyEnd:
         head = data[: _ASK.size]
         number, offset, file, nbytes = _ASK.unpack(head)
         if not hmac.compare_digest(data[_ASK.size :], _digest(self._key, head)) or number != self._number:
-            raise PeerNotUsable("it asks for files without the key")
+            raise PeerNotUsable("it requests files without the key")
         self._number += 1
         return Ask(file, offset, nbytes, head)
 
@@ -130,14 +130,14 @@ def _send(connection: socket.socket, data: bytes, until: float) -> None:
 
 
 def _receive(connection: socket.socket, nbytes: int, until: float, *, may_end: bool = False) -> bytes:
-    """Exactly `nbytes`, however slowly they come, before `until`; nothing if the connection ends before them."""
+    """Receive exactly `nbytes` before `until`; empty if the connection ends first and `may_end` allows it."""
     received = bytearray(nbytes)
     at = 0
     with memoryview(received) as room:
         while at < nbytes:
             left = until - time.monotonic()
             if left <= 0:
-                raise PeerNotUsable(f"nothing whole came for {SILENCE_S:.0f} s")
+                raise PeerNotUsable(f"no complete message for {SILENCE_S:.0f} s")
             try:
                 connection.settimeout(left)
                 got = connection.recv_into(room[at:])
@@ -148,12 +148,12 @@ def _receive(connection: socket.socket, nbytes: int, until: float, *, may_end: b
             if not got:
                 if may_end and not at:
                     return b""
-                raise PeerNotUsable("the connection was closed while files were copied")
+                raise PeerNotUsable("the connection was closed while copying files")
             at += got
     return bytes(received)
 
 
 def _lost(error: OSError) -> PeerNotUsable:
     return PeerNotUsable(
-        f"the connection failed while files were copied: {error.strerror or type(error).__name__}"
+        f"the connection failed while copying files: {error.strerror or type(error).__name__}"
     )

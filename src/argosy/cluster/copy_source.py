@@ -1,15 +1,15 @@
-"""Give files to workers that have none: first a list, then any part of the listed files.
+"""Send files to workers that have none: first a list, then any part of the listed files.
 
     list: name, size and bytes at the beginning of each file   ->   the worker opens these   ->   asks for its experts
 
-With the list, a worker knows which bytes open the model: its configuration, and the headers of files with weights. It
-works out by itself where its experts lie, so every form of model is copied in the same way. Files are named by their
-place in the list, so a worker cannot ask for another one.
+The list tells a worker which bytes it needs to open the model: the configuration and the headers of weight files.
+The worker finds its experts in them itself, so every format is copied the same way. Files are named by their place
+in the list, so a worker cannot request any other file.
 
-Bytes that are read here stay out of the kernel's cache, and so out of the engine's budget. While the engine answers a
-request, all copies together take no more than their rate (`Pace`).
+Bytes read here stay out of the kernel's cache and therefore out of the engine's budget. While the engine answers a
+request, all copies share a limited rate (`Pace`).
 
-Elsewhere: `copy_link.py` carries it; `copied.py` is the other side; `placement.allot` divides the shards.
+Elsewhere: `copy_link.py` is the protocol; `copied.py` is the other side; `placement.allot` divides the shards.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from argosy.checkpoint.untrusted_file import open_regular, read_at
 from argosy.cluster.copy_link import LIST_BYTES, PIECE_BYTES, THE_LIST, Ask, CopyEnd
 from argosy.errors import ArgosyError, CheckpointError, UsageError
 
-COPY_BYTES = LIST_BYTES + 3 * PIECE_BYTES  # most memory that one copy takes on this side
+COPY_BYTES = LIST_BYTES + 3 * PIECE_BYTES  # the most memory that one copy takes on this side
 _WEIGHTS_SUFFIX = ".safetensors"
 
 
 class CopySource:
-    """The files of a model, as workers may copy them.
+    """The files of a model that workers may copy.
 
     Raises:
         CheckpointError: a file is gone.   UsageError: there are too many files to list.
@@ -57,10 +57,10 @@ class CopySource:
         return json.dumps({"files": self._files, "opens": self._opens, "shards": shards}).encode()
 
     def read(self, ask: Ask) -> bytes:
-        """Read the bytes that a worker asks for.
+        """Read the bytes that a worker requests.
 
         Raises:
-            CheckpointError: the file has no such bytes, or cannot be read.
+            CheckpointError: the file does not have these bytes or cannot be read.
         """
         if ask.file >= len(self._paths) or not 1 <= ask.nbytes <= PIECE_BYTES:
             raise CheckpointError("there is no such file, or not that many bytes at once")
@@ -76,7 +76,7 @@ class CopySource:
 
 
 def _head_bytes(files: ModelFiles) -> dict[Path, int]:
-    """Bytes at the beginning of each file that are not weights; weights lie behind them."""
+    """Bytes at the beginning of each file that precede the weights."""
     if files.is_packed:
         weights = {DENSE_FILE, *(record.pieces[0].path.name for record in files.experts.values())}
         found = {files.path / MANIFEST_FILE: (files.path / MANIFEST_FILE).stat().st_size}
@@ -99,16 +99,16 @@ def _head_bytes(files: ModelFiles) -> dict[Path, int]:
 
 
 def _header_bytes(path: Path) -> int:
-    """Bytes of the header of a safetensors file."""
+    """The header size of a safetensors file, in bytes."""
     with open_regular(path) as (descriptor, nbytes):
         return 8 + int.from_bytes(read_at(descriptor, 8, 0, path), "little") if nbytes >= 8 else nbytes
 
 
 class Pace:
-    """The rate of all copies together: unlimited while nobody waits for an answer, otherwise bounded.
+    """The shared rate of all copies: limited while the engine answers a request, unlimited otherwise.
 
     Args:
-        bytes_per_s: the bound beside answers.   is_busy: whether the engine answers a request now.
+        bytes_per_s: the limit while answering.   is_busy: tells whether the engine is answering a request.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Pace:
         self._lock = threading.Lock()
 
     def pause_s(self, nbytes: int) -> float:
-        """Seconds to wait before `nbytes` more are read."""
+        """Seconds to wait before reading `nbytes` more."""
         with self._lock:
             now = self._clock()
             if not self._is_busy():
@@ -149,7 +149,7 @@ def serve_copy(
         shards: mask of the shards to copy.   sent: called with the size of each answer.
 
     Raises:
-        PeerNotUsable: the connection failed, or the worker does not keep to the protocol.
+        PeerNotUsable: the connection failed, or the worker violates the protocol.
     """
     while (ask := end.next_ask()) is not None:
         if ask.file == THE_LIST:

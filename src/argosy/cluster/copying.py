@@ -1,6 +1,6 @@
-"""Workers without files copy them from this machine, each in a thread, at a pace that answers hardly notice.
+"""Send files from this machine to workers that have none, each in a thread, at a pace that barely slows answers.
 
-Elsewhere: `copy_source.py` sends; `owners.py` says which shards; `group.py` connects to workers.
+Elsewhere: `copy_source.py` sends the bytes; `owners.py` chooses the shards; `group.py` connects to workers.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ class Copying:
         self._places = threading.Semaphore(MOST_COPIES)
         self._model: ModelFiles | None = None
         self._source: CopySource | None = None
-        # Every worker was asked once: shards are divided among those that are there.
+        # True once every worker has been contacted: the shards are divided among those present.
         self._all_met = threading.Event()
 
     def open(self, model: ModelFiles) -> None:
         self._model = model
 
     def all_met(self) -> None:
-        """Every worker was asked once; copies may begin."""
+        """Every worker has been contacted once, so copies may begin."""
         self._all_met.set()
 
     def begin(self, member: Member, connection: socket.socket, offer: Offer, key: bytes) -> None:
-        """Let a worker copy files, in a thread that closes the connection."""
+        """Start a thread that lets a worker copy files and then closes the connection."""
         with self._changes:
             if self._stop.is_set() or member.copy_connection is not None:
                 connection.close()
@@ -95,11 +95,11 @@ class Copying:
                 assert self._model is not None
                 self._source = CopySource(self._model)
             shards = member.copied_shards = self._shards_of(member)
-        log.info("cluster: %s copies %d of %d shards", member.name, shards.bit_count(), NUM_SHARDS)
+        log.info("cluster: %s is copying %d of %d shards", member.name, shards.bit_count(), NUM_SHARDS)
 
         def sent(nbytes: int) -> None:
             member.copied_bytes += nbytes
             member.ended_bytes[0] += nbytes
-            member.why = f"{format_bytes(member.copied_bytes)} of its files are copied"
+            member.why = f"{format_bytes(member.copied_bytes)} of its files copied"
 
         serve_copy(end, self._source, shards, pace=self._pace, sent=sent, stop=self._stop)

@@ -1,9 +1,9 @@
-"""Accept connections, and meet each in a thread of its own; few of them may be strangers at a time.
+"""Accept connections and handle each in a thread of its own, with few strangers at a time.
 
-When one too many comes, the oldest stranger of the address with the most is disconnected. So silent strangers keep
-nobody out.
+When there is one too many, the oldest stranger from the address with the most is disconnected, so silent strangers
+cannot keep anyone out.
 
-Elsewhere: `worker.py` runs experts for coordinators; `copied.py` copies files from one.
+Elsewhere: `worker.py` runs experts for coordinators; `copied.py` copies files from a coordinator.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from contextlib import suppress
 
 log = logging.getLogger("argosy.cluster")
 
-MOST_STRANGERS = 8  # connections that are being introduced
-TICK_S = 0.5  # between two looks at `is_over`
+MOST_STRANGERS = 8  # connections still in their introduction
+TICK_S = 0.5  # between two checks of `is_over`
 
 Meet = Callable[[socket.socket, str, Callable[[], None]], None]
 
 
 class _Strangers:
-    """Connections that are being introduced, the oldest first; each is identified by a second descriptor."""
+    """Connections still in their introduction, oldest first, each identified by a duplicate descriptor."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._addresses: dict[socket.socket, str] = {}
 
     def add(self, connection: socket.socket, address: str) -> socket.socket:
-        """Count a connection; end another one if there are too many."""
+        """Add a connection; end another one if there are too many."""
         own = connection.dup()  # TLS takes over the first descriptor
         with self._lock:
             self._addresses[own] = address
@@ -41,12 +41,12 @@ class _Strangers:
                 most = max(counts.values())
                 oldest = next(one for one, name in self._addresses.items() if counts[name] == most)
                 with suppress(OSError):
-                    oldest.shutdown(socket.SHUT_RDWR)  # which ends its thread
+                    oldest.shutdown(socket.SHUT_RDWR)  # this ends its thread
                 self._remove(oldest)
         return own
 
     def remove(self, own: socket.socket) -> None:
-        """Count a connection no longer. Removing it twice is harmless."""
+        """Remove a connection. Removing it twice is harmless."""
         with self._lock:
             self._remove(own)
 
@@ -56,11 +56,11 @@ class _Strangers:
 
 
 def admit(listener: socket.socket, meet: Meet, is_over: threading.Event) -> None:
-    """Accept connections of a listening socket until `is_over`; the socket is closed then.
+    """Accept connections on a listening socket until `is_over`, then close the socket.
 
     Args:
-        meet: called in a thread with the connection, which it closes, the address, and a function to call once
-            the other side is known.
+        meet: called in a thread with the connection, which it must close, the address, and a function to call once
+            the other side has introduced itself.
     """
     strangers = _Strangers()
 
@@ -77,11 +77,11 @@ def admit(listener: socket.socket, meet: Meet, is_over: threading.Event) -> None
                 connection, (address, *_) = listener.accept()
             except TimeoutError:
                 continue
-            except OSError as error:  # too many open files, or the connection is gone already
+            except OSError as error:  # too many open files, or the connection is already gone
                 log.warning("worker: a connection could not be accepted: %s", error.strerror)
                 time.sleep(TICK_S)
                 continue
-            try:  # counted here, because threads need not begin in the order of the connections
+            try:  # counted here, because threads may start in another order than the connections
                 stranger = strangers.add(connection, str(address))
             except OSError as error:  # too many open files
                 connection.close()
@@ -94,7 +94,7 @@ def admit(listener: socket.socket, meet: Meet, is_over: threading.Event) -> None
                     name="argosy-link",
                     daemon=True,
                 ).start()
-            except RuntimeError as error:  # the system starts no further thread
+            except RuntimeError as error:  # the system cannot start another thread
                 strangers.remove(stranger)
                 connection.close()
                 log.warning("worker: a connection could not be met: %s", error)

@@ -5,13 +5,13 @@
 
     hosts  ─ hello ─>  members (offers)  ─ placement ─>  owners of every expert  ─>  ClusterRunner, layer by layer
 
-The engine's thread runs layers; a thread of the group keeps connections: it connects again to workers that went away,
-notices silent ones, and plans owners anew when a worker is added, drained, or away for long. A plan is replaced as a
-whole, between two steps. A worker without files copies them from here, in a thread of its own, and is an owner after
-that.
+The engine's thread runs layers. A thread of the group maintains the connections: it reconnects to workers that went
+away, detects silent ones, and reassigns owners when a worker is added, drained, or away for long. A plan is
+replaced as a whole, between two steps. A worker without files copies them from here in a thread of its own, then
+becomes an owner.
 
-Elsewhere: `runner.py` sends rows and handles failures within a layer; `member.py` is a worker; `owners.py` plans;
-`worker.py` is the other side.
+Elsewhere: `runner.py` sends rows and handles failures within a layer; `member.py` describes a worker; `owners.py`
+assigns experts; `worker.py` is the other side.
 """
 
 from __future__ import annotations
@@ -49,30 +49,30 @@ from argosy.machine import probes
 log = logging.getLogger("argosy.cluster")
 
 MOST_HOSTS = 64
-_MORE_HOSTS = 4  # may be added while the group runs, within the planned memory
+_MORE_HOSTS = 4  # hosts that may be added while the group runs, within the planned memory
 LOCAL = "here"  # the name of this machine among the owners
 _CONNECT_S = 2.0
-_SILENCE_S = 3.0  # a worker that owes something and sends nothing for so long is taken for dead
-_COPY_BYTES_PER_S = 50e6  # all copies together, while the engine answers a request
-_BUSY_S = 5.0  # the engine counts as answering for so long after the begin of a step
-_MEMBER_BYTES = 64 << 10  # Python objects of one member
-_OWNER_BYTES = 16  # for each owner of an expert: in the table in use, in the next one, and while that is made
-_REMEMBERED_BYTES = 8  # for each expert and each host that may have it in memory
+_SILENCE_S = 3.0  # a worker that owes an answer and is silent for this long is taken for dead
+_COPY_BYTES_PER_S = 50e6  # shared by all copies while the engine answers a request
+_BUSY_S = 5.0  # the engine counts as answering for this long after a step begins
+_MEMBER_BYTES = 64 << 10  # the Python objects of one member
+_OWNER_BYTES = 16  # per owner of an expert: in the table in use, in the next one, and while building that
+_REMEMBERED_BYTES = 8  # per expert and host that may have it in memory
 
 
 class Group:
-    """Workers that run experts for one engine; `open` is called by the engine.
+    """Workers that run experts for one engine, which calls `open`.
 
     Args:
         hosts: addresses of workers, HOST:PORT.
-        replicas: how many hosts own an expert; fewer if there are fewer.
-        key: the shared key (`hello.read_key`); empty: none.
-        tls: speak TLS (`secure.client_context`); None: plain.
-        verify: the share of answers that another owner computes, too, from 0 to 1.
-        local: whether this machine runs experts, too.
-        disk_bytes_per_s: the rate of this machine's drive; None: measured by `open`.
+        replicas: how many hosts own each expert, if there are that many.
+        key: the shared key (`hello.read_key`); empty for none.
+        tls: the TLS context (`secure.client_context`); None for plain connections.
+        verify: the fraction of answers, from 0 to 1, that a second owner also computes.
+        local: whether this machine also runs experts.
+        disk_bytes_per_s: the rate of this machine's drive; None: `open` measures it.
         copy_bytes_per_s: the rate at which workers may copy files from here while the engine answers a request.
-        tell: called with a line about the workers that `open` waits for.
+        tell: called with a line about the workers that `open` is waiting for.
 
     Raises:
         UsageError: an argument is invalid.
@@ -96,9 +96,7 @@ class Group:
         if not 0.0 <= verify <= 1.0:
             raise UsageError(f"the share of answers to verify must be 0% to 100%, found {verify:.0%}")
         if copy_bytes_per_s < 1:
-            raise UsageError(
-                f"the rate of copies must be at least 1 byte a second, found {copy_bytes_per_s:g}"
-            )
+            raise UsageError(f"the copy rate must be at least 1 byte per second, found {copy_bytes_per_s:g}")
         if not hosts or len(hosts) > MOST_HOSTS:
             raise UsageError(f"a group has 1 to {MOST_HOSTS} workers, found {len(hosts)}")
         self._replicas = replicas
@@ -106,8 +104,8 @@ class Group:
         self._verify, self._runs_here = verify, local
         self._disk_bytes_per_s = disk_bytes_per_s
         self._tell = tell
-        self._members: dict[str, Member] = {}  # in the order in which they were named
-        self._changes = threading.RLock()  # guards members, and everything that plans owners
+        self._members: dict[str, Member] = {}  # in the order they were named
+        self._changes = threading.RLock()  # guards members and the assignment of owners
         self._stop = threading.Event()
         self._keeper: threading.Thread | None = None
         self._exchange: _native.Exchange | None = None
@@ -125,7 +123,7 @@ class Group:
     def _new_member(self, name: str) -> Member:
         address = parse_host(name)
         if name in self._members:
-            raise UsageError(f"{name} is in the group already")
+            raise UsageError(f"{name} is already in the group")
         member = Member(name, address, Owner(name))
         self._members[name] = member
         return member
@@ -134,16 +132,16 @@ class Group:
 
     @property
     def most_rows(self) -> int:
-        """The most tokens of a step that workers take."""
+        """The most tokens in a step that workers accept."""
         return MOST_ROWS
 
     @property
     def runs_here(self) -> bool:
-        """Whether this machine runs experts, too."""
+        """Whether this machine also runs experts."""
         return self._runs_here
 
     def nbytes(self, files: ModelFiles) -> int:
-        """Most bytes that the group takes in the engine's process: buffers, and what is known of experts."""
+        """The most bytes that the group takes in the engine's process: buffers, and tables of experts."""
         config = files.config
         buffers = _native.exchange_bytes(
             hidden=config.hidden_size,
@@ -169,25 +167,26 @@ class Group:
         cache_bytes: int,
         step_tokens: int,
     ) -> ExpertRunner:
-        """Connect to every worker, and return the runner of a model's experts.
+        """Connect to every worker and return the runner of a model's experts.
 
         Args:
-            local: runs experts in this process; also those that no worker can run, unless the group says otherwise.
-            instruction_set: the one that the engine's runtime uses.
+            local: runs experts in this process, including those that no worker can run, unless the group forbids
+                it.
+            instruction_set: that of the engine's runtime.
             cache_bytes: memory for experts in the local runner.
             step_tokens: the most tokens of a step.
 
         Raises:
-            UsageError: the group has an engine already, or steps are too long for workers.
+            UsageError: the group already has an engine, or steps are too long for workers.
             PeerRefused: a worker refuses; the message says why.
             PeerNotUsable: no worker answers.
         """
         if self._exchange is not None:
-            raise UsageError("this group has an engine already", hint="make a Group for each engine")
+            raise UsageError("this group already has an engine", hint="make a Group for each engine")
         if step_tokens > MOST_ROWS:
             raise UsageError(
-                f"a step of this engine has up to {step_tokens} tokens, and workers take {MOST_ROWS}",
-                hint="a smaller picture or fewer sequences at once make steps shorter",
+                f"a step of this engine has up to {step_tokens} tokens, and workers accept {MOST_ROWS}",
+                hint="smaller pictures or fewer concurrent sequences make steps shorter",
             )
         config = files.config
         most_assignments = step_tokens * config.experts_per_token
@@ -238,7 +237,7 @@ class Group:
         return self._runner
 
     def _remember(self, owner: Owner, num_slots: int) -> None:
-        """Begin to remember which experts an owner has in memory."""
+        """Start tracking which experts an owner has in memory."""
         assert self._model is not None
         config = self._model.config
         owner.remember(num_slots, num_layers=config.num_layers, num_experts=config.num_experts)
@@ -247,12 +246,12 @@ class Group:
 
     @property
     def layout(self) -> Owners:
-        """The owners of experts now."""
+        """The current owners of experts."""
         assert self._layout is not None
         return self._layout
 
     def lost(self, owner: Owner, why: str) -> None:
-        """A worker's connection has ended; it is connected to again in the background."""
+        """Note that a worker's connection has ended; the keeper reconnects in the background."""
         with self._changes:
             member = self._members.get(owner.name)
             if member is None or owner.peer is None:
@@ -270,7 +269,7 @@ class Group:
             log.warning("cluster: %s is away: %s", owner.name, why)
 
     def set_aside(self, owner: Owner, why: str) -> None:
-        """A worker computes something else than others: it is not asked again, until it is added again."""
+        """Stop using a worker whose outputs differ from the others', until it is added again."""
         with self._changes:
             owner.is_set_aside = True
             member = self._members.get(owner.name)
@@ -281,12 +280,13 @@ class Group:
     # ── members ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def add(self, host: str) -> None:
-        """Add a worker, or one again that was drained or set aside. Owners are planned anew; no request notices.
+        """Add a worker, or restore one that was drained or set aside. Owners are reassigned; requests do not
+        notice.
 
-        A worker that cannot be used stays what it was.
+        If the worker cannot be used, its state does not change.
 
         Raises:
-            UsageError: the address is invalid, the group is full, or it has no engine yet.
+            UsageError: the address is invalid, the group is full, or has no engine yet.
             PeerNotUsable: the worker cannot be used.
         """
         self._require_engine()
@@ -297,7 +297,7 @@ class Group:
                 self._forget_drained()
                 if len(self._members) >= self._most_members:
                     raise UsageError(
-                        f"the group has {self._most_members} workers already, and memory was planned for no more"
+                        f"the group already has {self._most_members} workers, and memory was planned for no more"
                     )
                 member = self._new_member(host)
             owner = member.owner
@@ -317,7 +317,7 @@ class Group:
         log.info("cluster: %s was added", host)
 
     def _forget_drained(self) -> None:
-        """Make room for further members, if the group is full."""
+        """Make room for another member if the group is full."""
         for name, member in list(self._members.items()):
             if len(self._members) < self._most_members:
                 break
@@ -325,10 +325,10 @@ class Group:
                 del self._members[name]
 
     def drain(self, host: str) -> None:
-        """Take a worker out of the group: it owns nothing from now on, and is disconnected when it has answered.
+        """Take a worker out of the group: it owns nothing from now on and is disconnected once it has answered.
 
         Raises:
-            UsageError: there is no such worker in the group, or it has no engine yet.
+            UsageError: the group has no such worker, or no engine yet.
         """
         self._require_engine()
         with self._changes:
@@ -349,7 +349,7 @@ class Group:
             )
 
     def status(self) -> list[WorkerStatus]:
-        """Every worker, in the order in which they were named."""
+        """Every worker, in the order they were named."""
         with self._changes:
             return [member.status(self._exchange) for member in self._members.values()]
 
@@ -359,7 +359,7 @@ class Group:
         """Connect to all workers at once.
 
         Raises:
-            PeerRefused: one refuses for good.   PeerNotUsable: none can be used now.
+            PeerRefused: a worker refuses for good.   PeerNotUsable: no worker can be used now.
         """
 
         def attempt(member: Member) -> PeerNotUsable | None:
@@ -413,7 +413,7 @@ class Group:
             if copy_key is not None:
                 if not self._key:
                     raise PeerNotUsable(
-                        f"{member.name} asks for the model's files, and this group has no key",
+                        f"{member.name} requests the model's files, and this group has no key",
                         hint="give every machine a copy of the same key file",
                         host=member.name,
                     )
@@ -429,7 +429,8 @@ class Group:
                 member.why = error.message
             raise
         with self._changes:
-            if self._stop.is_set() or member.owner.peer is not None:  # closed, or another thread was faster
+            # the group was closed, or another thread was faster
+            if self._stop.is_set() or member.owner.peer is not None:
                 socket.socket(fileno=descriptor).close()
                 return
             owner = member.owner
@@ -451,12 +452,12 @@ class Group:
         return PeerNotUsable(f"{member.name} does not answer: {why}", host=member.name)
 
     def _keep(self) -> None:
-        """Look after connections until the group is closed."""
+        """Maintain the connections until the group is closed."""
         while not self._stop.wait(LOOK_S):
             try:
                 self._look_after()
-            except Exception:  # the engine must not lose its keeper; the next round tries again
-                log.exception("cluster: the connections could not be looked after")
+            except Exception:  # this thread must survive; the next round tries again
+                log.exception("cluster: a check of the connections failed")
 
     def _look_after(self) -> None:
         exchange = self._exchange
@@ -472,22 +473,22 @@ class Group:
         for member in members:
             owner, connected = member.owner, member.owner.peer
             if connected is not None:
-                with suppress(ValueError):  # the engine's thread has just lost it
+                with suppress(ValueError):  # the engine's thread has just reported it lost
                     if not exchange.stats(connected).num_outstanding:
-                        owner.is_slow = False  # it has answered everything
+                        owner.is_slow = False  # it has caught up
                         if member.drained:
                             self.lost(owner, "drained")
                 continue
             is_copying = member.copy_connection is not None
             is_wanted = not (member.drained or owner.is_set_aside or member.is_trying or is_copying)
             if is_wanted and now - member.tried_at >= member.pause_s:
-                # A stopped worker takes seconds to time out, and others must not wait.
+                # A stopped worker takes seconds to time out; the others must not wait for it.
                 member.is_trying = True
                 try:
                     threading.Thread(
                         target=self._try_again, args=(member,), name="argosy-hello", daemon=True
                     ).start()
-                except RuntimeError:  # the system starts no further thread; the next look tries again
+                except RuntimeError:  # the system cannot start another thread; the next round tries again
                     member.is_trying = False
             if member.offer is not None and now - member.away_since > AWAY_S:
                 is_changed |= member.num_owned > 0
@@ -495,7 +496,7 @@ class Group:
             self._plan_owners()
 
     def _try_again(self, member: Member) -> None:
-        """Connect again; plan owners anew if the worker brings something else than before."""
+        """Reconnect; reassign owners if the worker's offer has changed."""
         was_owner, offer = member.num_owned > 0, member.offer
         try:
             self._connect(member)
@@ -528,7 +529,7 @@ class Group:
         return shards_to_copy(member, members, self._here, self._model, replicas=self._replicas)
 
     def _plan_owners(self) -> None:
-        """Plan the owners of all experts, and replace the plan in use."""
+        """Assign owners to all experts and replace the current plan."""
         assert self._model is not None
         with self._changes:
             members = list(self._members.values())
@@ -559,5 +560,5 @@ class Group:
 
 
 def _is_lasting(error: PeerRefused) -> bool:
-    """Whether a worker would refuse again: it is neither full nor about to end."""
+    """Whether a worker would refuse again, because it is neither full nor about to end."""
     return error.facts.get("reason") not in (Refusal.busy.name, Refusal.draining.name)

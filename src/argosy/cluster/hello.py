@@ -1,18 +1,18 @@
-"""Introduce a coordinator and a worker before any row travels: same engine, same weights, same sums, same key.
+"""Introduce a coordinator and a worker before any row travels: both need the same engine, weights, sums and key.
 
     worker:       greeting (nonce)                  ──>
     coordinator:                                    <──  introduction (nonce, facts, proof)
     worker:       verdict (code, facts, proof)      ──>
 
-Every message has a fixed size, so nothing that a stranger says decides how much is read. A proof is HMAC-SHA256 with
-the shared key over both nonces and all facts said so far, so a recorded introduction proves nothing on another
-connection. The coordinator proves first: a stranger learns neither the model nor the version. Without a key both sides
-use an empty one, and whoever reaches the port may use the worker.
+Every message has a fixed size, so a stranger cannot decide how much is read. A proof is HMAC-SHA256 with the shared
+key over both nonces and all facts exchanged so far, so a recorded introduction proves nothing on another
+connection. The coordinator proves itself first: a stranger learns neither the model nor the version. Without a key
+both sides use an empty one, and anyone who can reach the port may use the worker.
 
-The proof covers the introduction only. An attacker who can change packets between the machines needs to be kept out by
-TLS (`secure.py`) or by the network.
+The proof covers only the introduction. TLS (`secure.py`) or the network must keep out an attacker who can alter
+packets between the machines.
 
-A worker that has no files yet accepts as `copying`, and copies them over the same connection, under a key of its own.
+A worker without files answers `copying`, then copies them over the same connection under a separate key.
 
 Elsewhere: frames with rows are native (`native/cluster`); `copy_link.py` carries files; `identity.py` says what a
 model's fingerprint covers.
@@ -36,27 +36,27 @@ from typing import NamedTuple, Self
 from argosy.errors import PeerNotUsable, PeerRefused, UsageError
 
 PROTOCOL = 2
-MOST_ROWS = 640  # per step: a chunk of a prompt, and the sequences that decode beside it
-HELLO_S = 5.0  # the longest that an introduction may take
+MOST_ROWS = 640  # per step: a chunk of a prompt plus the sequences that decode alongside it
+HELLO_S = 5.0  # time limit for an introduction
 _MAGIC = b"ARGOSYHI"
 _NONCE_BYTES, _PROOF_BYTES = 32, 32
 _SHORTEST_KEY, _LONGEST_KEY = 16, 4096  # bytes of a key file
 
 _GREETING = struct.Struct("<8sHxx32s")  # magic, protocol, nonce
-# engine version, kernel, sources, model; rows, assignments, hidden size, layers, experts of a layer.
+# engine version, kernel, sources, model; rows, assignments, hidden size, layers, experts per layer.
 _FACTS = struct.Struct("<32s16s32s32sIIIII")
-# slots, bytes of them, bytes per second of the drive, bytes of the share's experts, shards; flags.
+# slots, their bytes, the drive's bytes per second, bytes of the share's experts, shards; flags.
 _OFFER = struct.Struct("<QQdQQI")
 _INTRODUCTION = struct.Struct(f"<8sHxx{_NONCE_BYTES}s{_FACTS.size}s{_PROOF_BYTES}s")
 _VERDICT = struct.Struct(f"<8sHH{_FACTS.size}s{_OFFER.size}s{_PROOF_BYTES}s")
 _IS_RESIDENT = 1
-NO_MODEL = bytes(32)  # the fingerprint of a worker that has no files yet
+NO_MODEL = bytes(32)  # the fingerprint of a worker without files
 _SPLIT_FORMATS = frozenset({"bf16", "f8"})
-_MOST_COUNT = 1 << 48  # no honest worker has more slots, or bytes of them
+_MOST_COUNT = 1 << 48  # no honest worker has more slots or cache bytes
 
 
 class Refusal(enum.IntEnum):
-    """Why a worker does not serve a coordinator; the numbers travel. `copying`: it asks for files first."""
+    """Why a worker does not serve a coordinator; the numbers go over the wire. `copying`: it needs files first."""
 
     none = 0
     protocol = 1
@@ -73,11 +73,11 @@ class Refusal(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """The facts that must be the same on both sides, and how much a coordinator asks for at once.
+    """The facts that must be equal on both sides, and the most a coordinator sends at once.
 
     version: the engine's version.   kernel: the instruction set; sums depend on it.
     sources: 32 bytes, `_native.sources_hash`.   model: 32 bytes, `identity.fingerprint`, or NO_MODEL.
-    most_rows, most_assignments: limits of one request.   num_layers, num_experts: the model's size, in experts a layer.
+    most_rows, most_assignments: limits of one request.   num_layers, num_experts: layers, and experts per layer.
     """
 
     version: str
@@ -110,12 +110,12 @@ class Facts:
 class Offer:
     """The resources that a worker offers.
 
-    num_slots, cache_bytes: size of its expert cache, or of all of its experts if they are resident.
-    disk_bytes_per_s: measured at its start; 0: unknown.
-    share_bytes: size of the experts in its files.   shards: bit i is set if it has those of shard i.
+    num_slots, cache_bytes: the size of its expert cache, or of all its experts if they are resident.
+    disk_bytes_per_s: measured when it started; 0 if unknown.
+    share_bytes: the size of the experts in its files.   shards: bit i is set if it has shard i.
 
-    For a worker that copies, cache_bytes is its whole budget, share_bytes the free space of its drive, and `shards` are
-    the shards that it wants; 0: the coordinator chooses.
+    For a worker that copies, cache_bytes is its whole budget, share_bytes the free space on its drive, and `shards`
+    those that it wants, or 0 to let the coordinator choose.
     """
 
     num_slots: int
@@ -134,9 +134,9 @@ class Offer:
     @classmethod
     def unpack(cls, data: bytes) -> Self:
         slots, cache_bytes, rate, share_bytes, shards, flags = _OFFER.unpack(data)
-        # A worker with the key is trusted with outputs, but nonsense must not end up in a plan.
+        # A worker with the key is trusted to compute, but nonsense must not enter a plan.
         if max(slots, cache_bytes, share_bytes) > _MOST_COUNT or not 0 <= rate < 1e15:
-            raise ValueError("it makes an offer that cannot be true")
+            raise ValueError("it makes an impossible offer")
         return cls(
             num_slots=slots, cache_bytes=cache_bytes, disk_bytes_per_s=rate, share_bytes=share_bytes,
             shards=shards, is_resident=bool(flags & _IS_RESIDENT),
@@ -144,7 +144,7 @@ class Offer:
 
 
 class Introduced(NamedTuple):
-    """A worker's answer to a coordinator. `copy_key`: set if it copies files over this connection."""
+    """A worker's answer to a coordinator. `copy_key` is set if it copies files over this connection."""
 
     facts: Facts
     offer: Offer
@@ -152,16 +152,16 @@ class Introduced(NamedTuple):
 
 
 def kernel_of(instruction_set: str, formats: Iterable[str]) -> str:
-    """The instruction set whose sums experts with weights of these formats have on this one.
+    """The instruction set whose sums experts in these formats get when run on this one.
 
-    On `amx`, products with bfloat16 and FP8 weights have sums of their own; the others are those of `avx512`.
+    On `amx`, products with bfloat16 and FP8 weights have their own sums; all others equal those of `avx512`.
     """
     has_own_sums = not _SPLIT_FORMATS.isdisjoint(formats)
     return "avx512" if instruction_set == "amx" and not has_own_sums else instruction_set
 
 
 def prepare(connection: socket.socket) -> None:
-    """Send small messages at once, and notice within half a minute that the other machine is gone, or takes nothing."""
+    """Send small messages at once, and detect within half a minute that the other machine is gone or stuck."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (
@@ -177,7 +177,7 @@ def read_key(path: Path) -> bytes:
     """Read a shared key.
 
     Raises:
-        UsageError: the file cannot be read, others can access it, or it is too short for a key.
+        UsageError: the file cannot be read, others can access it, or its size is not that of a key.
     """
     try:
         with path.open("rb") as file:
@@ -204,12 +204,12 @@ def accept(
     """Introduce a worker to the coordinator that has just connected; return the coordinator's facts.
 
     Args:
-        facts: the worker's facts; its limits are the most that it takes in one frame.
-        refusal: the answer to a coordinator that would otherwise be served: `busy`, `draining`.
+        facts: the worker's facts; its limits are the most that it accepts in one frame.
+        refusal: `busy` or `draining`, to refuse a coordinator that would otherwise be served.
 
     Raises:
         PeerNotUsable: the other side is gone, too slow, or speaks another protocol.
-        PeerRefused: it was told why it is not served.
+        PeerRefused: the coordinator was refused and told why.
     """
     return _introduce(connection, key, facts, offer, refusal)[0]
 
@@ -217,10 +217,10 @@ def accept(
 def accept_copy(
     connection: socket.socket, key: bytes, facts: Facts, offer: Offer, *, refusal: Refusal = Refusal.copying
 ) -> tuple[Facts, bytes]:
-    """Introduce a worker that has no files yet; return the coordinator's facts, and the key of the copy.
+    """Introduce a worker without files; return the coordinator's facts and the key of the copy.
 
     Args:
-        facts: the worker's facts, with NO_MODEL.   refusal: `copying`, or the reason why it cannot copy now.
+        facts: the worker's facts, with NO_MODEL.   refusal: `copying`, or why it cannot copy now.
 
     Raises:
         The same errors as `accept`.
@@ -246,7 +246,7 @@ def _introduce(
     else:
         theirs = Facts.unpack(their_facts)
         found = _mismatch(facts, theirs) or refusal
-        told = facts.pack()  # only to those who have the key
+        told = facts.pack()  # only for those who have the key
         data = told + offer.pack()
         verdict = _proof(key, b"worker", their_nonce, nonce, their_facts, bytes([found]), data)
         _send(connection, _VERDICT.pack(_MAGIC, PROTOCOL, found, facts.pack(), offer.pack(), verdict), until)
@@ -261,7 +261,7 @@ def connect(connection: socket.socket, key: bytes, facts: Facts, *, host: str) -
     """Introduce a coordinator to a worker that it has just connected to; return its answer.
 
     Raises:
-        PeerNotUsable: the other side is gone, too slow, or is no worker.
+        PeerNotUsable: the other side is gone, too slow, or not a worker.
         PeerRefused: the worker refuses, or it does not have the key.
     """
     until = time.monotonic() + HELLO_S
@@ -320,20 +320,20 @@ _SAID = {
 
 
 def _refused(host: str, found: Refusal, ours: Facts, theirs: Facts | None) -> PeerRefused:
-    """The coordinator's error for a refusal by name."""
+    """The coordinator's error for a named refusal."""
     hint: str | None = None
     message = f"{host} refuses: "
     if found is Refusal.version and theirs is not None:
         message += f"it is argosy {theirs.version}, and this is {ours.version}"
         hint = "install the same version on every machine"
     elif found is Refusal.sources:
-        message += "its arithmetic was compiled from other sources, and its sums may have other bits"
+        message += "its arithmetic was compiled from other sources, so its sums may differ in their last bits"
         hint = "install the same build of argosy on every machine"
     elif found is Refusal.kernel and theirs is not None:
         message += f"its sums are those of {theirs.kernel}, and this engine's those of {ours.kernel}"
-        hint = "`--instruction-set NAME` on every machine, with one that all of them have"
+        hint = "set `--instruction-set NAME` on every machine to one that all of them have"
     elif found is Refusal.model:
-        message += "it has other weights, or the same weights in other files"
+        message += "it has other weights, or the same weights in a different format"
         hint = "copy the files of this model to every machine, or start the worker with --copy and a new directory"
     elif found is Refusal.limits and theirs is not None:
         message += (
@@ -357,7 +357,7 @@ def _mismatch(worker: Facts, coordinator: Facts) -> Refusal | None:
     if coordinator.sources != worker.sources:
         return Refusal.sources
     if worker.model == NO_MODEL:
-        # A worker on `amx` does not know yet which sums its experts will have.
+        # A worker on `amx` cannot know yet which sums its experts will have.
         either = {worker.kernel, kernel_of(worker.kernel, ())}
         return None if coordinator.kernel in either else Refusal.kernel
     shapes = [(facts.hidden, facts.num_layers, facts.num_experts) for facts in (worker, coordinator)]
@@ -376,12 +376,12 @@ def _proof(key: bytes, role: bytes, *parts: bytes) -> bytes:
 
 
 def _copy_key(key: bytes, worker_nonce: bytes, coordinator_nonce: bytes) -> bytes:
-    """A key that only these two know, and only for this connection."""
+    """A key that only these two sides know, for this connection only."""
     return hmac.digest(key, b"argosy copy\0" + worker_nonce + coordinator_nonce, "sha256")
 
 
 def _text(field: bytes) -> str:
-    """Text of a stranger: printable ASCII, whatever came."""
+    """A stranger's text, reduced to printable ASCII."""
     return "".join(chr(byte) if 32 <= byte < 127 else "?" for byte in field.rstrip(b"\0"))
 
 
@@ -394,7 +394,7 @@ def _send(connection: socket.socket, data: bytes, until: float) -> None:
 
 
 def _receive(connection: socket.socket, nbytes: int, until: float) -> bytes:
-    """Receive exactly `nbytes` before `until`, so that a stranger who sends slowly does not hold a thread for long."""
+    """Receive exactly `nbytes` before `until`, so that a slow stranger does not hold a thread for long."""
     received = bytearray()
     while len(received) < nbytes:
         left = until - time.monotonic()

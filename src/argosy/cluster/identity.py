@@ -1,12 +1,12 @@
-"""Say in 32 bytes which experts a model has: the same on every machine that has the same files.
+"""Identify a model's experts by 32 bytes, equal on every machine with the same files.
 
     records of all experts (sizes, formats, checksums), and samples of their bytes  ->  fingerprint
 
-Reading every byte of a terabyte would take longer than starting a group may. A pack has a checksum for every expert,
-and these are covered, wherever they lie: a worker may have a part of a pack, or a pack that is divided otherwise. Of
-other files, the fingerprint covers the geometry, the sizes of files, where each expert lies, and 4 KiB of a few hundred
-experts: two trainings of one architecture differ in all of them. It does not find a single flipped bit on a drive;
-`--verify` does.
+Reading every byte of a terabyte would take too long at the start of a group. A pack stores a checksum for every
+expert, and the fingerprint covers these wherever they are: a worker may have part of a pack, or one that is divided
+differently. For other files, the fingerprint covers the geometry, the file sizes, the place of each expert, and 4
+KiB of a few hundred experts, in all of which two trainings of one architecture differ. It does not detect a single
+flipped bit on a drive; `--verify` does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SAMPLES = 256
 
 
 def fingerprint(files: ModelFiles) -> bytes:
-    """32 bytes that are equal for the same experts in the same form; names of files and directories do not matter.
+    """32 bytes, equal for the same experts in the same format; names of files and directories do not matter.
 
     Raises:
         ReadFailed: a file cannot be read.
@@ -47,7 +47,7 @@ def fingerprint(files: ModelFiles) -> bytes:
 
 
 def samples(files: ModelFiles) -> Iterator[Place]:
-    """(path, offset, bytes) of what a fingerprint reads: parts of what has no checksum."""
+    """(path, offset, bytes) of each range that a fingerprint reads from files without checksums."""
     keys = sorted(files.experts)
     for key in islice(keys, 0, None, max(1, len(keys) // _SAMPLES)):
         for piece in files.experts[key].pieces:
@@ -59,5 +59,5 @@ def samples(files: ModelFiles) -> Iterator[Place]:
 
 
 def _biases(files: ModelFiles) -> list[tuple[str, MatrixRef]]:
-    """Biases of experts are among the dense tensors."""
+    """The experts' biases, which are stored among the dense tensors."""
     return [(name, ref) for name, ref in sorted(files.dense.items()) if name.endswith("_bias")]

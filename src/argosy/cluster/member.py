@@ -18,31 +18,31 @@ from argosy.errors import UsageError
 from argosy.experts.workers import WorkerStanding, WorkerStatus
 from argosy.strict_json import JsonError, parse_json
 
-LOOK_S = 0.25  # how often the connections are looked after
+LOOK_S = 0.25  # how often the connections are checked
 MOST_PAUSE_S = 5.0  # between two attempts to connect
 
 
 @dataclass(slots=True, eq=False)
 class Member:
-    """A worker by its address, and what is known of it."""
+    """A worker, known by its address, and its state."""
 
     name: str
     address: tuple[str, int]
     owner: Owner
     offer: Offer | None = None
     why: str = "not connected yet"
-    refusal: bool = False  # it refused: no owner, and rarely tried again
+    refusal: bool = False  # it refused: it owns nothing and is rarely tried again
     drained: bool = False
     away_since: float = 0.0
     tried_at: float = 0.0
-    is_trying: bool = False  # a thread connects to it
+    is_trying: bool = False  # a thread is connecting to it
     pause_s: float = LOOK_S
     num_connections: int = 0
     num_owned: int = 0
-    # Of ended connections: bytes sent, bytes received, and those of late answers.
+    # Totals of ended connections: bytes sent, bytes received, bytes of late answers.
     ended_bytes: list[int] = field(default_factory=lambda: [0, 0, 0])
-    copy_offer: Offer | None = None  # the last one, while it had no files
-    copied_shards: int = 0  # mask of the shards that it was told to copy
+    copy_offer: Offer | None = None  # its last offer while it had no files
+    copied_shards: int = 0  # mask of the shards assigned to it for copying
     copied_bytes: int = 0
     copy_connection: socket.socket | None = None  # while it copies
 
@@ -61,7 +61,7 @@ class Member:
         return "slow" if self.owner.is_slow else "ready"
 
     def status(self, exchange: _native.Exchange | None) -> WorkerStatus:
-        """What people and metrics are told."""
+        """The facts shown to people and in metrics."""
         owner, offer = self.owner, self.offer
         out, received, late = self.ended_bytes
         p50 = p99 = 0.0
@@ -85,18 +85,18 @@ class Member:
         }  # fmt: skip
 
     def end_copy(self) -> None:
-        """End a connection that the thread which copies uses, and closes."""
-        connection = self.copy_connection  # that thread sets it to None when it pleases
+        """Shut down the connection of a copy; the copying thread closes it."""
+        connection = self.copy_connection  # the copying thread may set it to None at any time
         if connection is not None:
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
 
 def parse_host(text: str, *, lowest_port: int = 1) -> tuple[str, int]:
-    """The address in `HOST:PORT`, or `[IPV6]:PORT`.
+    """Parse `HOST:PORT` or `[IPV6]:PORT`.
 
     Raises:
-        UsageError: it has another form.
+        UsageError: the text is neither.
     """
     host, _, port = text.rpartition(":")
     if host.startswith("[") and host.endswith("]"):
@@ -109,7 +109,7 @@ def parse_host(text: str, *, lowest_port: int = 1) -> tuple[str, int]:
 
 
 def _numbers(data: bytes) -> dict[str, int]:
-    """The numbers that a worker tells of itself; nothing if it does not tell any."""
+    """The numbers that a worker reports about itself; empty if it reports none."""
     with suppress(JsonError):
         told = parse_json(data)
         if isinstance(told, dict):

@@ -1,6 +1,6 @@
-"""Who owns which expert, and which shards a worker without files copies: members and this machine as hosts.
+"""Assign experts to owners, and shards to workers that copy: the hosts are the members and this machine.
 
-Elsewhere: `placement.py` is the algorithm; `group.py` decides when owners are planned anew.
+Elsewhere: `placement.py` is the algorithm; `group.py` decides when to reassign.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from argosy.checkpoint.shards import ALL_SHARDS
 from argosy.cluster.member import Member
 from argosy.cluster.placement import Host, allot, place
 
-AWAY_S = 30.0  # a worker that is away for so long owns nothing any more
+AWAY_S = 30.0  # a worker that is away for this long loses its experts
 
 
 @dataclass(frozen=True, slots=True)
 class Here:
-    """This machine among the owners."""
+    """This machine as an owner."""
 
     owner: Owner
     host: Host
 
 
 def plan_owners(members: Sequence[Member], here: Here | None, model: ModelFiles, *, replicas: int) -> Owners:
-    """Plan the owners of all experts; members learn how many they own."""
+    """Assign owners to all experts, and note in each member how many it owns."""
     now = time.monotonic()
     usable = [
         (member, member.offer)
@@ -74,7 +74,7 @@ def plan_owners(members: Sequence[Member], here: Here | None, model: ModelFiles,
 def shards_to_copy(
     member: Member, members: Sequence[Member], here: Here | None, model: ModelFiles, *, replicas: int
 ) -> int:
-    """Mask of the shards for a worker without files: those that it names, or else its allotment."""
+    """Mask of the shards for a worker without files: those that it names, otherwise its allotment."""
     assert member.copy_offer is not None
     if member.copy_offer.shards:
         return member.copy_offer.shards
@@ -94,4 +94,4 @@ def shards_to_copy(
     if here is not None:
         hosts.append(here.host)
     masks = allot(hosts, expert_bytes=model.expert_bytes, replicas=replicas)
-    return masks[place_of] or 1  # a worker without any shard would have nothing to start with
+    return masks[place_of] or 1  # without any shard a worker could not start

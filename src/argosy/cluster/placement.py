@@ -1,18 +1,18 @@
-"""Decide which hosts own an expert. Pure functions of what is known of the hosts.
+"""Decide which hosts own an expert: pure functions of the hosts' caches, drives and shards.
 
     hosts (cache, drive, shards)  ->  weights  ->  owners of every expert
 
-Experts belong to shards by their number (`checkpoint/shards.py`), and a host has the files of some, usually of all.
-Among the hosts with its files, an expert has R owners by weighted rendezvous hashing: a host that comes or goes moves
-only the experts that it gets or had. So the caches of the others stay useful. A host without files gets shards in the
-same way.
+An expert's number determines its shard (`checkpoint/shards.py`), and a host has the files of some shards, usually
+all. Among the hosts with its files, weighted rendezvous hashing gives an expert R owners: when a host joins or
+leaves, only its own experts move, so the other hosts' caches stay useful. A host without files is assigned shards
+in the same way.
 
-A weight is the share of all expert bytes at which every host needs the same time. A host reads what it owns and does
-not keep. With a cache of c, a drive of d and experts of E bytes, a share s of them takes a time of (s - c/E) / d; these
-are equal for all hosts if s = c/E + d (1 - C/E) / D, where C and D are sums over the hosts.
+A host's weight is its share of all expert bytes at which every host needs the same time. A host reads what it owns
+but cannot keep in memory. With cache c, drive rate d and E bytes of experts in all, a share s takes time (s - c/E)
+/ d. These times are equal for all hosts if s = c/E + d (1 - C/E) / D, where C and D are the sums over the hosts.
 
-Elsewhere: which owner runs an expert now is decided in native code, layer by layer (`native/cluster/owners.h`); what
-hosts bring is `hello.Offer`.
+Elsewhere: native code chooses the owner that runs an expert, layer by layer (`native/cluster/owners.h`); a host's
+resources come from `hello.Offer`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SMALLEST_WEIGHT = 1e-6
 class Host:
     """A machine that runs experts.
 
-    cache_bytes: memory for experts.   disk_bytes_per_s: 0: unknown, taken as the others' mean.
+    cache_bytes: memory for experts.   disk_bytes_per_s: 0 if unknown, then taken as the others' mean.
     shards: bit i is set if it has the files of shard i.
     """
 
@@ -44,16 +44,16 @@ class Host:
 
 
 def weights(hosts: Sequence[Host], expert_bytes: int) -> list[float]:
-    """The share of experts that each host should own first; they add up to 1.
+    """The share of experts of which each host should be the first owner; the shares add up to 1.
 
     Args:
-        expert_bytes: size of all routed experts.
+        expert_bytes: the size of all routed experts.
     """
     known = [host.disk_bytes_per_s for host in hosts if host.disk_bytes_per_s > 0]
     usual = sum(known) / len(known) if known else 1.0
     drives = [host.disk_bytes_per_s or usual for host in hosts]
     kept = [min(1.0, host.cache_bytes / max(1, expert_bytes)) for host in hosts]
-    read = max(0.0, 1.0 - sum(kept))  # the share that no host can keep
+    read = max(0.0, 1.0 - sum(kept))  # the share that no host can cache
     shares = [
         max(_SMALLEST_WEIGHT, keeps + read * drive / sum(drives))
         for keeps, drive in zip(kept, drives, strict=True)
@@ -64,10 +64,10 @@ def weights(hosts: Sequence[Host], expert_bytes: int) -> list[float]:
 def place(
     hosts: Sequence[Host], layers: Sequence[int], *, num_experts: int, expert_bytes: int, replicas: int
 ) -> dict[int, NDArray[np.int32]]:
-    """The owners of every expert, the first one before the second.
+    """The owners of every expert, first owner first.
 
     Returns:
-        By layer, [experts, replicas]: indices of `hosts`; -1 where fewer hosts have the expert's files.
+        For each layer, [experts, replicas]: indices into `hosts`; -1 where fewer hosts have the expert's files.
     """
     shares = weights(hosts, expert_bytes)
     owners: dict[int, NDArray[np.int32]] = {}
@@ -79,12 +79,12 @@ def place(
 
 
 def allot(hosts: Sequence[Host], *, expert_bytes: int, replicas: int) -> list[int]:
-    """Choose `replicas` hosts for each shard, in the same way as for an expert; return the mask of each host's shards.
+    """Choose `replicas` hosts for each shard as for an expert; return the mask of each host's shards.
 
     `Host.shards` limits the choice to shards that a host has or may get.
     """
     shards = np.arange(NUM_SHARDS, dtype=np.uint64)
-    numbers = shards + np.uint64(1 << 40)  # no expert's
+    numbers = shards + np.uint64(1 << 40)  # distinct from every expert's number
     table = _owners(hosts, weights(hosts, expert_bytes), numbers, shards, replicas)
     return [
         sum(1 << shard for shard, row in enumerate(table.tolist()) if index in row)
@@ -99,7 +99,7 @@ def _owners(
     shards: NDArray[np.uint64],
     replicas: int,
 ) -> NDArray[np.int32]:
-    """The best hosts for each of `numbers`, [numbers, replicas], among those with its shard; -1 if there are fewer."""
+    """The best hosts for each number, [numbers, replicas], among those that have its shard; -1 if there are fewer."""
     seeds = np.array([_seed(host.name) for host in hosts], np.uint64)
     # Weighted rendezvous hashing: the highest -weight / ln(u) wins, for u in (0, 1) from a hash of host and number.
     draws = _mix(numbers[:, None] * np.uint64(0x9E3779B97F4A7C15) ^ seeds[None, :])  # [numbers, hosts]

@@ -1,21 +1,22 @@
-"""Find and start workers with Ray: which machines there are, and what happens when one comes or goes.
+"""Find and start workers with Ray, and react when machines join or leave.
 
     ray.nodes()  ->  an actor on each node with the resource  ->  `argosy worker`, its child  ->  HOST:PORT
                                                                                                     │
-    a node dies  ->  a spare worker, which is running already  ->  Members.add, drain  <────────────┘
+    a node dies  ->  a spare worker, which is already running  ->  Members.add, drain  <────────────┘
 
-Ray is the control plane only. A worker is the ordinary process, bound to its node's address, and hidden states travel
-between it and the coordinator without Ray: no token costs a call. If Ray's head dies, workers go on; only changes wait.
-The key comes from the driver's memory and reaches the worker through a file that has no name.
+Ray is only the control plane. A worker is the ordinary process, bound to its node's address, and hidden states
+travel between it and the coordinator without Ray: no token costs a Ray call. If Ray's head dies, workers continue
+and only changes wait. The key comes from the driver's memory and reaches the worker through an unnamed file.
 
-A worker that ends is started again where it was. Whoever waits for the first workers hears how many are ready, and the
-last words of one that did not start; after three failed starts of one that is needed, the wait ends.
+A worker that ends is restarted on its node. While waiting for the first workers, the caller is told how many are
+ready, and the last output of any that failed to start. After three failed starts of a required worker, the wait
+ends.
 
-Ray notices a dead node after about 15 seconds with its defaults, and after 1.5 with the settings of
-docs/guides/cluster-ray.md; a spare worker is added then. Until then the other owners answer: the group notices by its
-connections, within milliseconds.
+Ray notices a dead node after about 15 seconds by default, and after 1.5 with the settings in
+docs/guides/cluster-ray.md; then a spare worker is added. Until then the other owners answer: the group itself
+notices within milliseconds, by its connections.
 
-Elsewhere: connections and owners are `group.py`; a worker is `worker.py`; why Ray is decision 60.
+Elsewhere: connections and owners are `group.py`; a worker is `worker.py`; decision 60 says why Ray.
 """
 
 from __future__ import annotations
@@ -41,16 +42,16 @@ log = logging.getLogger("argosy.cluster")
 
 RESOURCE = "argosy_expert"
 START_S = 600.0  # a worker reads its experts before it is ready
-SAID_S = 60.0  # how often a wait for workers is told of
-_MOST_FAILED = 3  # starts of a worker, one after another
+SAID_S = 60.0  # how often to report while waiting for workers
+_MOST_FAILED = 3  # consecutive failed starts of a worker
 _LOOK_S = 0.25
-_CALL_S = 5.0  # an actor that does not answer for so long is gone
-_MOST_PAUSE_S = 10.0  # between two starts of a worker that ends
-_AWAY_S = 10.0  # a worker that is not back after so long is replaced by a spare one, if there is one
+_CALL_S = 5.0  # an actor that does not answer for this long is gone
+_MOST_PAUSE_S = 10.0  # between two starts of a worker that keeps ending
+_AWAY_S = 10.0  # a worker that is not back after this long is replaced by a spare, if there is one
 _LONGEST_LINE = 4096
 _LAST_WORDS = 2000  # characters of a worker's errors
-_LAST_LINES = 8  # of them that are shown
-# A worker that asks the kernel to end it when the thread ends that started it (PR_SET_PDEATHSIG).
+_LAST_LINES = 8  # how many of the last lines are shown
+# Starts a worker that the kernel kills when the thread that started it ends (PR_SET_PDEATHSIG).
 _AS_CHILD = """
 import ctypes, os, sys
 ctypes.CDLL(None).prctl(1, 9)
@@ -59,7 +60,7 @@ os.execv(sys.executable, [sys.executable, "-m", "argosy", "worker", *sys.argv[1:
 
 
 class Members(Protocol):
-    """The group that is told of workers; `argosy.cluster.group.Group` is one."""
+    """The group to notify of workers, such as `argosy.cluster.group.Group`."""
 
     def add(self, host: str) -> None: ...
 
@@ -73,16 +74,16 @@ class NoWorkers(ArgosyError):
 
 
 def launch(arguments: Sequence[str], key: bytes, on_ready: Callable[[str], None]) -> subprocess.Popen[bytes]:
-    """Start `argosy worker`, and call `on_ready` with its address once it is ready.
+    """Start `argosy worker` and call `on_ready` with its address once it is ready.
 
-    The worker ends with this process, however that ends.
+    The worker ends when this process ends, for whatever reason.
 
     Args:
         arguments: for the command, without the key.
-        key: empty: none.
+        key: empty for none.
 
     Raises:
-        RuntimeError: it ended before it was ready; the message has the end of what it said.
+        RuntimeError: it ended before it was ready; the message contains its last output.
     """
     command = [sys.executable, "-c", _AS_CHILD, *arguments]
     descriptors: tuple[int, ...] = ()
@@ -111,14 +112,14 @@ def launch(arguments: Sequence[str], key: bytes, on_ready: Callable[[str], None]
 
 
 class _Said:
-    """A worker's output: its address from stdout, and everything else, which goes to our stderr."""
+    """A worker's output: the address from its stdout; everything else goes to our stderr."""
 
     def __init__(self, worker: subprocess.Popen[bytes]) -> None:
         self._worker = worker
         self._errors = ""
 
     def address(self) -> str | None:
-        """Wait until the worker is ready; None if it ends first."""
+        """Wait until the worker is ready and return its address; None if it ends first."""
         out, errors = self._worker.stdout, self._worker.stderr
         assert out is not None
         assert errors is not None
@@ -158,11 +159,11 @@ class _Said:
 
 
 class WorkerKeeper:
-    """The actor of a node: keeps one worker running.
+    """The actor on a node, which keeps one worker running.
 
     Args:
         arguments: for `argosy worker`, without address and key.
-        key: empty: none.
+        key: empty for none.
     """
 
     def __init__(self, arguments: Sequence[str], key: bytes) -> None:
@@ -172,7 +173,7 @@ class WorkerKeeper:
         self._address = ""
         self._fault = ""
         self._num_starts = 0
-        self._num_failed = 0  # starts, since it was ready last
+        self._num_failed = 0  # failed starts since the worker was last ready
         threading.Thread(target=self._keep, daemon=True).start()
 
     def where(self) -> str:
@@ -180,11 +181,11 @@ class WorkerKeeper:
         return str(_import_ray().util.get_node_ip_address())
 
     def state(self) -> tuple[str, str, int, int, int]:
-        """Where the worker is and what became of it.
+        """The worker's state.
 
         Returns:
-            Its address, empty until it is ready; the last fault; how often it was started; its process id; how many
-            starts have failed since it was ready last.
+            Its address, empty until it is ready; the last fault; how often it was started; its process id; the
+            number of failed starts since it was last ready.
         """
         with self._changes:
             worker = self._worker
@@ -195,7 +196,7 @@ class WorkerKeeper:
             )  # fmt: skip
 
     def _keep(self) -> None:
-        """Start the worker, and start it again whenever it ends."""
+        """Start the worker, and restart it whenever it ends."""
         pause_s = _LOOK_S
         host = self.where()
         port = "0"
@@ -228,11 +229,11 @@ class _Node:
     """A node of the Ray cluster and its actor.
 
     where: its address, for people.
-    is_member: the group has its worker, or will; otherwise the worker is a spare one.
+    is_member: its worker is, or will be, in the group; otherwise it is a spare.
     host: its worker's address; empty until the worker is ready.
-    last_host: its worker's address when it was ready; the group connects to it again by itself.
-    lost_at: when it was ready last.
-    num_failed, fault: starts of its worker that failed since it was ready last, and the last words of the last one.
+    last_host: its worker's address when last ready; the group reconnects to it by itself.
+    lost_at: when its worker was last ready.
+    num_failed, fault: failed starts of its worker since it was last ready, and the last output of the latest.
     """
 
     id: str
@@ -263,8 +264,10 @@ class RayWorkers:
     Args:
         arguments: for `argosy worker`: the model and its options, without address and key.
         key: the shared key; empty: none.
-        num_workers: how many workers the group has; those of further nodes are spares. None: all, and none is spare.
-        address: the Ray cluster's address; None: the one that this process is connected to, or the one on this machine.
+        num_workers: how many workers the group gets; those of other nodes are spares. None: all of them, without
+            spares.
+        address: the Ray cluster's address; None: the cluster that this process is connected to, or the one on this
+            machine.
 
     Raises:
         NoWorkers: Ray is not installed, or there is no cluster.
@@ -293,19 +296,20 @@ class RayWorkers:
         self._nodes: dict[str, _Node] = {}
         self._changes = threading.Condition()
         self._group: Members | None = None
-        self._told: set[str] = set()  # hosts that the group has
+        self._told: set[str] = set()  # hosts that the group has been told of
         self._stop = threading.Event()
         self._keeper = threading.Thread(target=self._keep, name="argosy-ray", daemon=True)
         self._keeper.start()
 
     def hosts(self, *, timeout_s: float = START_S, tell: Callable[[str], None] = log.info) -> list[str]:
-        """Wait until as many workers are ready as the group has, and return their addresses.
+        """Wait until the group's workers are ready, and return their addresses.
 
         Args:
-            tell: called with a line at once and every SAID_S, and with the last words of workers that did not start.
+            tell: called with a line at once and every SAID_S, and with the last output of workers that failed to
+                start.
 
         Raises:
-            NoWorkers: none is ready in time, or one that is needed does not start.
+            NoWorkers: no worker is ready in time, or a required one does not start.
         """
         until, telling = time.monotonic() + timeout_s, _Telling(tell)
         with _sigterm_as_exit(), self._changes:
@@ -321,8 +325,8 @@ class RayWorkers:
                     raise NoWorkers(
                         f"the worker on node {failed[0].name} did not start, {failed[0].num_failed} times in a row:\n"
                         + _last_lines(failed[0].fault),
-                        hint="workers have the environment of `ray start` on their node: "
-                        "name the model by a path that is the same on all nodes",
+                        hint="workers inherit the environment of `ray start` on their node: "
+                        "use a model path that is the same on all nodes",
                     )
                 self._changes.wait(_LOOK_S)
             if not ready:
@@ -334,19 +338,19 @@ class RayWorkers:
             return ready
 
     def follow(self, group: Members) -> None:
-        """Tell `group` of workers that come and go from now on."""
+        """From now on, tell `group` of workers that come and go."""
         with self._changes:
             self._group = group
 
     def close(self) -> None:
         """End all workers."""
         self._stop.set()
-        self._keeper.join(_CALL_S)  # no longer: Ray's head may be away
+        self._keeper.join(_CALL_S)  # wait no longer: Ray's head may be away
         for node in list(self._nodes.values()):
             with contextlib.suppress(Exception):  # the node may be gone
                 self._ray.kill(node.actor)
         if self._has_connected and not self._keeper.is_alive():
-            # Otherwise it ends with the interpreter, and prints a stack trace if a thread is inside it.
+            # Otherwise Ray would end with the interpreter, and print a stack trace if a thread were inside it.
             self._ray.shutdown()
 
     def __enter__(self) -> Self:
@@ -364,7 +368,7 @@ class RayWorkers:
         while not self._stop.wait(_LOOK_S):
             try:
                 self._look()
-            except Exception as error:  # Ray's head may be away: the workers go on without it
+            except Exception as error:  # Ray's head may be away; the workers continue without it
                 if not is_away:
                     log.warning("cluster: Ray does not answer: %s", type(error).__name__)
                 is_away = True
@@ -372,7 +376,7 @@ class RayWorkers:
                 is_away = False
 
     def _look(self) -> None:
-        """Compare the nodes of the cluster with those that are known, and workers with those that are wanted."""
+        """Compare the cluster's nodes with the known ones, and its workers with the wanted number."""
         alive = {
             node["NodeID"]: str(node.get("NodeManagerAddress", ""))
             for node in self._ray.nodes()
@@ -400,7 +404,7 @@ class RayWorkers:
         return keeper.remote(self._arguments, self._key)
 
     def _ask(self, node: _Node) -> None:
-        """Ask an actor for its state without waiting; forget a node whose actor has died or is silent."""
+        """Poll an actor's state; forget a node whose actor has died or is silent."""
         if node.call is None:
             node.call, node.called_at = node.actor.state.remote(), time.monotonic()
             return
@@ -428,16 +432,16 @@ class RayWorkers:
                 self._changes.notify_all()
 
     def _forget(self, node: _Node, reason: str) -> None:
-        """Note that a node is lost. Its actor is made anew if Ray still has the node."""
+        """Note that a node is lost. Its actor is created again if Ray still has the node."""
         log.warning("cluster: node %s is lost: %s", node.id[:8], reason)
-        # A silent actor would keep the node's resource.
+        # A silent actor would hold on to the node's resource.
         with contextlib.suppress(self._ray.exceptions.RayError):
             self._ray.kill(node.actor)
         with self._changes:
             del self._nodes[node.id]
 
     def _choose(self) -> None:
-        """Make spare workers members until the group has as many as it wants."""
+        """Promote spare workers until the group has the number it wants."""
         with self._changes:
             members = [node for node in self._nodes.values() if node.is_member]
             spares = [node for node in self._nodes.values() if node.host and not node.is_member]
@@ -451,7 +455,7 @@ class RayWorkers:
             self._changes.notify_all()
 
     def _tell(self) -> None:
-        """Tell the group what has changed."""
+        """Tell the group about changes."""
         with self._changes:
             group = self._group
             members = [node for node in self._nodes.values() if node.is_member]
@@ -473,12 +477,12 @@ class RayWorkers:
 
 
 class _Telling:
-    """Tells of a wait for workers."""
+    """Reports on a wait for workers."""
 
     def __init__(self, tell: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._tell, self._clock = tell, clock
-        self._said: tuple[float, int, int] | None = None  # when, and the numbers
-        self._failed: set[str] = set()  # nodes whose first failed start was told
+        self._said: tuple[float, int, int] | None = None  # the time and numbers of the last report
+        self._failed: set[str] = set()  # nodes whose first failed start has been reported
 
     def look(self, nodes: Sequence[_Node], num_ready: int, num_wanted: int) -> None:
         for node in nodes:
@@ -495,7 +499,7 @@ class _Telling:
 
 
 def _last_lines(text: str) -> str:
-    """The end of what a worker said, safe for a terminal."""
+    """The last lines of a worker's output, safe for a terminal."""
     lines = [line for line in text[-_LAST_WORDS:].splitlines() if line.strip()][-_LAST_LINES:]
     shown = (
         "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in line) for line in lines
@@ -505,7 +509,7 @@ def _last_lines(text: str) -> str:
 
 @contextlib.contextmanager
 def _sigterm_as_exit() -> Iterator[None]:
-    """Let SIGTERM end the process in order: Ray's own handler prints a stack trace and ends it at once."""
+    """Make SIGTERM end the process in order: Ray's own handler prints a stack trace and kills it at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

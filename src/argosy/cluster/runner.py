@@ -1,9 +1,10 @@
-"""The expert runner of a coordinator: workers run their experts, this machine its own, and the outputs meet here.
+"""The expert runner of a coordinator: workers run their experts, this machine runs its own, and the outputs meet
+here.
 
     dispatch ─ choose ─>  local experts (`CachedRunner`)          ─┐
                       └>  the owners' experts (`Exchange`, native) ─┴>  groups of outputs, as they arrive
 
-What happens when something fails within a layer, in the order of what it costs:
+What happens when something fails within a layer, cheapest first:
 
     a connection ends, or a read of a worker fails    the second owner is sent the same rows at once
     a worker is later than its deadline               the same; it is not asked again until it has answered, and of
@@ -12,12 +13,13 @@ What happens when something fails within a layer, in the order of what it costs:
     and it has none                                   RunnerFailed, which names the shard; a server answers 503
 
 Outputs come back as float32, a row for each token and expert, and the stack adds them in the router's order. So it
-never matters who computed what, or twice.
+does not matter which host computed an output, or whether two did.
 
-While nothing goes wrong, native code runs layers without Python (`GroupExperts`). This module takes over a layer that
-has a failed or late owner, that takes longer than a moment, or whose experts this machine has to read or to verify.
+While nothing goes wrong, native code runs layers without Python (`GroupExperts`). This module takes over a layer
+with a failed or late owner, a layer that takes more than a moment, and one whose experts this machine must read or
+verify.
 
-Elsewhere: `group.py` keeps the connections; who owns what, frames and buffers are native (`native/cluster`).
+Elsewhere: `group.py` keeps the connections; ownership, frames and buffers are native (`native/cluster`).
 """
 
 from __future__ import annotations
@@ -43,12 +45,12 @@ log = logging.getLogger("argosy.cluster")
 
 _LONGEST_S = 60.0  # a layer waits this long for its last owner
 _AGAIN_S = 1.0  # from one deadline of a late owner to the next
-_LOOK_S = 0.25  # the longest wait without looking at deadlines
-_MOST_VERIFIED = 256  # assignments of a layer that may be verified: scratch memory bounds it
+_LOOK_S = 0.25  # the longest wait between two checks of deadlines
+_MOST_VERIFIED = 256  # assignments per layer that may be verified; bounds the scratch memory
 
 
 def most_verification_bytes(config: ModelConfig) -> int:
-    """Most bytes that verifying takes: the outputs of a layer, computed twice more."""
+    """The most bytes that verifying takes: a layer's outputs, computed twice more."""
     return 2 * _MOST_VERIFIED * 4 * config.hidden_size
 
 
@@ -62,12 +64,12 @@ class Members(Protocol):
 
 
 class ClusterRunner:
-    """Runs the experts of a layer on their owners; see `ExpertRunner`.
+    """Runs a layer's experts on their owners; see `ExpertRunner`.
 
     Args:
         local: the runner of this process.
-        here: this machine among the owners; None: it runs no experts, whatever happens.
-        verify: the share of answers that another owner computes, too.
+        here: this machine as an owner; None: it never runs experts.
+        verify: the fraction of answers that a second owner also computes.
     """
 
     resident = None  # not all experts are in this process
@@ -88,12 +90,12 @@ class ClusterRunner:
         self.verify = verify
         self.experts = _native.GroupExperts(exchange)
         self._draw = random.Random(0)
-        self._has_guessed = False  # native code has, for the layer that runs
+        self._has_guessed = False  # whether native code has passed on a guess for the current layer
         self.last_run_at = 0.0  # monotonic seconds
 
     @property
     def elsewhere(self) -> _native.LayerExperts | None:
-        """See `ExpertRunner.elsewhere`; None if this machine reads experts, or verifies some."""
+        """See `ExpertRunner.elsewhere`; None if this machine reads or verifies experts."""
         self.last_run_at = time.monotonic()
         table = self.local.resident
         if self.verify or (self.here is not None and table is None):
@@ -104,7 +106,9 @@ class ClusterRunner:
 
     @property
     def stats(self) -> RunnerStats:
-        """Counters of this process and of what it asked others; an expert that its owner probably had is a hit."""
+        """Counters of this process and of its requests to others. An expert that its owner probably had in memory
+        is a hit.
+        """
         local, remote = self.local.stats, self.experts.counts
         return replace(
             local,
@@ -136,7 +140,7 @@ class ClusterRunner:
             round.end()
 
     def is_verified(self) -> bool:
-        """Whether to verify an answer now."""
+        """Draw whether to verify this answer."""
         return self.verify > 0.0 and self._draw.random() < self.verify
 
     def wants_guess(self, *, is_sweep: bool) -> bool:
@@ -147,7 +151,7 @@ class ClusterRunner:
         return _native.GroupExperts.wants_guess(self.group.layout)
 
     def guess(self, layer: int, by_rank: Sequence[Sequence[int]], *, is_sweep: bool) -> None:
-        """Pass a guess on to who will be asked, as far as it is known."""
+        """Pass a guess on to the owners likely to be asked."""
         ranks = self.experts.guess(self.group.layout, layer, by_rank, is_sweep=is_sweep)
         if ranks and self.local.wants_guess(is_sweep=is_sweep):
             self.local.guess(layer, ranks, is_sweep=is_sweep)
@@ -158,7 +162,7 @@ class ClusterRunner:
 
 
 class _Round:
-    """The experts of one layer, on their way."""
+    """The experts of one layer in flight."""
 
     def __init__(
         self, runner: ClusterRunner, layer: int, dispatch: _native.Dispatch, rows: Rows, out: Rows
@@ -168,19 +172,19 @@ class _Round:
         self._experts = dispatch.experts
         self._layout = runner.group.layout
         self._ticket: int | None = None
-        self._done: list[int] = []  # written, and not handed over
-        self._failures: list[_native.ExchangeEvent] = []  # not acted upon
-        self._peers: dict[int, Owner] = {}  # as they were when they were asked
-        self._missing: set[int] = set()  # asked of workers, and not written yet
-        self._owed: dict[Owner, set[int]] = {}  # by whom they were asked of
-        self._to_send: dict[Owner, list[int]] = {}  # decided, and not sent yet
+        self._done: list[int] = []  # written, not yet handed over
+        self._failures: list[_native.ExchangeEvent] = []  # not yet acted upon
+        self._peers: dict[int, Owner] = {}  # as of the time they were asked
+        self._missing: set[int] = set()  # asked of workers, not yet written
+        self._owed: dict[Owner, set[int]] = {}  # by the worker asked
+        self._to_send: dict[Owner, list[int]] = {}  # decided, not yet sent
         self._deadlines: dict[Owner, float] = {}
         self._tried: dict[int, list[Owner]] = {}
-        self._held: list[tuple[int, Owner]] = []  # written, and to be verified before anybody uses them
-        self._local_next: list[int] = []  # to be run here when the current run here is done
+        self._held: list[tuple[int, Owner]] = []  # written, to be verified before use
+        self._local_next: list[int] = []  # to be run here after the current local run
         self._local_stack = ExitStack()
         self._local_groups: Iterator[Sequence[int]] | None = None
-        self._told: str = ""  # the message of the last worker that could not run an expert
+        self._told: str = ""  # the last message from a worker that could not run an expert
         self._began = time.monotonic()
 
     # ── start and end ───────────────────────────────────────────────────────────────────────────────────────────
@@ -196,7 +200,7 @@ class _Round:
         self._run_local()
 
     def take_over(self, begun: _native.BegunLayer) -> None:
-        """Go on with a layer that native code began."""
+        """Continue a layer that native code began."""
         self._ticket = begun.ticket
         self._layout = begun.owners
         self._done, self._failures = begun.done, begun.failures
@@ -209,7 +213,7 @@ class _Round:
             self._deadlines[owner] = deadline
 
     def end(self) -> None:
-        """Nothing is written to `out` after this."""
+        """End the round; nothing is written to `out` afterwards."""
         try:
             self._local_stack.close()
         finally:
@@ -223,7 +227,7 @@ class _Round:
     # ── asking ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _ask(self, owner: Owner, experts: list[int]) -> None:
-        """Decide that an owner runs experts; `_send` and `_run_local` begin it."""
+        """Assign experts to an owner; `_send` and `_run_local` start them."""
         for expert in experts:
             self._tried.setdefault(expert, []).append(owner)
         if owner is self._runner.here:
@@ -233,7 +237,7 @@ class _Round:
         self._to_send.setdefault(owner, []).extend(experts)
 
     def _send(self) -> None:
-        """Send what `_ask` decided."""
+        """Send what `_ask` assigned."""
         if not self._to_send:
             return
         shares: dict[int, list[int]] = {}
@@ -241,7 +245,7 @@ class _Round:
         failed: list[int] = []
         for owner, experts in self._to_send.items():
             peer = owner.peer
-            if peer is None:  # it went away since
+            if peer is None:  # it has gone away since
                 failed += experts
                 continue
             self._runner.experts.count_asked(owner, self._layer, self._dispatch, experts)
@@ -260,12 +264,12 @@ class _Round:
             self._send()
 
     def _patience(self, owner: Owner, peer: int, experts: Sequence[int]) -> float:
-        """Seconds until an answer is late."""
+        """Seconds after which an answer is late."""
         num_rows = self._dispatch.num_tokens
         return self._runner.experts.patience_s(owner, peer, self._layer, num_rows, experts)
 
     def _run_local(self) -> None:
-        """Begin to run what waits for this machine, if it does not run anything."""
+        """Start the experts waiting for this machine, unless it is busy."""
         if self._local_groups is not None or not self._local_next:
             return
         experts, self._local_next = sorted(self._local_next), []
@@ -308,13 +312,13 @@ class _Round:
             yield from self._verified()
 
     def _wait_s(self) -> float:
-        """Until the next deadline, at most a moment."""
+        """Seconds until the next deadline, at most a moment."""
         waiting = (owner for owner, owed in self._owed.items() if owed & self._missing)
         until = min((self._deadlines[owner] for owner in waiting), default=0.0)
         return min(_LOOK_S, max(0.0005, until - time.monotonic()))
 
     def _receive(self, timeout_s: float) -> Iterator[Sequence[int]]:
-        """The experts whose outputs have arrived; what failed is sent to others."""
+        """Return the experts whose outputs have arrived; reroute those that failed."""
         if self._ticket is not None:
             yield from self._take(self._exchange.receive(self._ticket, round(timeout_s * 1e6)))
 
@@ -338,7 +342,7 @@ class _Round:
             self._move(owner, lost)
 
     def _release(self, owner: Owner, experts: list[int]) -> Iterator[Sequence[int]]:
-        """Hand experts over, except those to be verified first."""
+        """Hand experts over, except those that must first be verified."""
         runner = self._runner
         if runner.verify and self._dispatch.num_assignments <= _MOST_VERIFIED:
             held = [expert for expert in experts if runner.is_verified()]
@@ -348,8 +352,8 @@ class _Round:
             yield experts
 
     def _pass_over(self) -> None:
-        """Ask others for what is late. A worker's late answer still counts if it comes before another worker's; once
-        this machine runs an expert, nothing that comes of it is written.
+        """Reroute late experts. A late answer still counts if it arrives before another worker's, but once this
+        machine runs an expert, a worker's answer for it is ignored.
         """
         now = time.monotonic()
         for owner in list(self._owed):
@@ -367,7 +371,7 @@ class _Round:
             self._deadlines[owner] = now + _AGAIN_S
 
     def _move(self, owner: Owner, experts: list[int]) -> None:
-        """Ask others than `owner` for experts, unless one owes them that is in time."""
+        """Ask owners other than `owner` for experts, unless one that is not late owes them already."""
         if not experts:
             return
         owner.num_rerouted += len(experts)
@@ -380,18 +384,18 @@ class _Round:
         self._run_local()
 
     def _reroute(self, experts: list[int]) -> None:
-        """Give experts to owners that have not been asked for them.
+        """Assign experts to owners that have not been asked for them.
 
         Raises:
-            RunnerFailed: there is none.
+            RunnerFailed: no such owner is left.
         """
         for expert in experts:
             candidates = self._candidates(expert)
             if not candidates:
-                raise self._failed(expert, self._told or "none of its owners is there")
+                raise self._failed(expert, self._told or "none of its owners is available")
             owner = candidates[0]
             if owner is self._runner.here:
-                # Its outputs come from here now, and nobody else may write them.
+                # Its outputs now come from here, so nobody else may write them.
                 self._missing.discard(expert)
                 if self._ticket is not None:
                     self._exchange.drop(self._ticket, [expert])
@@ -400,7 +404,7 @@ class _Round:
             self._ask(owner, [expert])
 
     def _failed(self, expert: int, why: str) -> RunnerFailed:
-        """The error for an expert that nobody runs. Clients see it, so the addresses of workers are in the log only."""
+        """The error for an expert that no host can run. Clients see it, so workers' addresses go only into the log."""
         shard = shard_of(self._layer, expert)
         names = ", ".join(owner.name for owner in self._layout.owners_of(self._layer, expert)) or "nobody"
         log.error(
@@ -412,8 +416,8 @@ class _Round:
             why,
         )
         return RunnerFailed(
-            f"shard {shard} cannot be run: no worker gives the outputs of layer {self._layer}, expert {expert}",
-            hint="`argosy cluster status` shows the workers; the request may be repeated",
+            f"shard {shard} cannot be run: no worker can compute layer {self._layer}, expert {expert}",
+            hint="`argosy cluster status` shows the workers; you can send the request again",
             layer=self._layer,
             expert=expert,
             shard=shard,
@@ -422,10 +426,10 @@ class _Round:
     # ── verification ────────────────────────────────────────────────────────────────────────────────────────────
 
     def _verified(self) -> Iterator[Sequence[int]]:
-        """Have the held experts computed by others, too; hand over those whose bits agree.
+        """Have other hosts also compute the held experts, and hand over those whose bits agree.
 
         Raises:
-            RunnerFailed: two workers disagree, and nobody can tell who is right.
+            RunnerFailed: two workers disagree, and no third can decide.
         """
         for expert, owner in self._held:
             at = self._dispatch.assignments(expert)
@@ -446,7 +450,7 @@ class _Round:
         return others[0] if others else self._runner.here
 
     def _compute(self, owner: Owner, expert: int, out: Rows) -> bool:
-        """Have one expert computed into `out`; whether that worked."""
+        """Have one expert computed into `out`; return whether that worked."""
         runner = self._runner
         if owner is runner.here:
             part = self._dispatch.only([expert])
@@ -472,10 +476,10 @@ class _Round:
             self._exchange.forget(ticket)
 
     def _settle(self, expert: int, owner: Owner, other: Owner, at: list[int], check: Rows) -> None:
-        """Two owners disagree: a third one decides who is set aside, and its outputs are used.
+        """When two owners disagree, let a third decide which is set aside, and use its outputs.
 
         Raises:
-            RunnerFailed: there is no third one. Both are set aside, because either may be wrong.
+            RunnerFailed: there is no third. Both are set aside, because either may be wrong.
         """
         runner = self._runner
         truth, arbiter = check, other if other is runner.here else self._arbiter(owner, other)
@@ -495,7 +499,7 @@ class _Round:
         self._out[at] = truth[at]
 
     def _arbiter(self, owner: Owner, other: Owner) -> Owner | None:
-        """The host that decides between two workers: this machine, or a third worker."""
+        """The host that decides between two owners: this machine or a third worker."""
         if self._runner.here is not None:
             return self._runner.here
         layout = self._layout

@@ -1,11 +1,11 @@
-"""TLS between machines: a thread carries the bytes of a connection between TLS and a plain pair of sockets.
+"""TLS between machines: a thread copies bytes between a TLS connection and a plain socket pair.
 
     native frames  ──  socket pair  ──  thread  ──  TLS  ──  the other machine
 
-Native code sees an ordinary descriptor either way. Each copy costs the exchange of a layer some tens of microseconds,
-so plain connections within a trusted network are the default.
+Native code sees an ordinary descriptor either way. The copying adds some tens of microseconds to each layer's
+exchange, so plain connections within a trusted network are the default.
 
-Elsewhere: `hello.py` runs over TLS, too: the certificate says which machine answers, the key who may ask.
+Elsewhere: `hello.py` also runs over TLS: the certificate proves which machine answers, the key who may ask.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from argosy.cluster.hello import HELLO_S
 from argosy.errors import UsageError
 
 _CHUNK_BYTES = 64 << 10
-_MOST_BUFFERED = 256 << 10  # bytes of one direction that wait to be sent
-LAST_S = 1.0  # to deliver what is buffered when one side ends
+_MOST_BUFFERED = 256 << 10  # bytes waiting to be sent in one direction
+LAST_S = 1.0  # time to deliver buffered bytes after one side ends
 BUFFER_BYTES = 2 * (_MOST_BUFFERED + _CHUNK_BYTES)  # per connection
 
 
 def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
-    """The worker's side: its certificate, and the certificate's key.
+    """The worker's side: its certificate and the certificate's key.
 
     Raises:
         UsageError: they cannot be read, or do not belong together.
@@ -42,7 +42,7 @@ def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
 
 
 def client_context(authorities: Path) -> ssl.SSLContext:
-    """The coordinator's side: the certificates that it believes.
+    """The coordinator's side: the certificates that it trusts.
 
     Raises:
         UsageError: the file cannot be read, or has no certificate.
@@ -61,7 +61,8 @@ def _reason(error: OSError) -> str:
 
 
 def wrap(connection: socket.socket, context: ssl.SSLContext, *, name: str | None) -> ssl.SSLSocket:
-    """Shake hands; `name` is the worker's, which its certificate must have, or None on the worker's own side.
+    """Perform the TLS handshake. `name` is the worker's, which its certificate must match; None on the worker's
+    side.
 
     Raises:
         OSError: the other side does not speak TLS, has a wrong certificate, or is too slow; the connection is closed.
@@ -75,7 +76,7 @@ def wrap(connection: socket.socket, context: ssl.SSLContext, *, name: str | None
 
 
 def plain_end(connection: socket.socket) -> socket.socket:
-    """A socket with the plain bytes of a connection: itself, or one end of a pair whose other end a thread carries."""
+    """A socket with the plain bytes of a connection: itself, or one end of a pair whose other end a thread serves."""
     if not isinstance(connection, ssl.SSLSocket):
         connection.settimeout(None)
         return connection
@@ -85,12 +86,12 @@ def plain_end(connection: socket.socket) -> socket.socket:
 
 
 def _carry(secure: ssl.SSLSocket, plain: socket.socket) -> None:
-    """Carry bytes both ways until either side ends. One thread: an SSL object must not be used by two at once."""
+    """Carry bytes both ways until either side ends. One thread does both, because an SSL object is not thread-safe."""
     with secure, plain, suppress(OSError):
         secure.setblocking(False)
         plain.setblocking(False)
         to_plain, to_secure = bytearray(), bytearray()
-        has_hung_up = False  # native code has closed its end; some of its bytes may be unread
+        has_hung_up = False  # native code has closed its end; some of its bytes may still be unread
         # TLS may need to read before it can write, and the other way round.
         read_wants_write = write_wants_read = False
         while True:
@@ -113,7 +114,7 @@ def _carry(secure: ssl.SSLSocket, plain: socket.socket) -> None:
             is_ready = secure.pending() > 0 and len(to_plain) < _MOST_BUFFERED
             found = poll.poll(0 if is_ready else 1000 * LAST_S if has_hung_up else None)
             if has_hung_up and not (found or is_ready):
-                break  # the other machine takes nothing
+                break  # the other machine accepts nothing
             if any(end == plain.fileno() and event & select.POLLHUP for end, event in found):
                 has_hung_up = True
             if has_hung_up:
@@ -146,7 +147,7 @@ def _carry(secure: ssl.SSLSocket, plain: socket.socket) -> None:
                     pass
                 except ssl.SSLWantReadError:
                     write_wants_read = True
-        # Data sent before the other side ended.
+        # Deliver data sent before the other side ended.
         for end, rest in ((plain, to_plain), (secure, to_secure)):
             end.settimeout(LAST_S)
             with suppress(OSError):

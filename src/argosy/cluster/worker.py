@@ -1,13 +1,13 @@
-"""A worker: runs experts for coordinators, on rows that they send, out of its own cache and files.
+"""A worker: runs experts for coordinators, on the rows they send, from its own cache and files.
 
     connection ─ hello ─>  WorkerLink  ─ request: experts, rows ─>  the runner of one machine  ─ groups of outputs ─>
 
-A worker keeps nothing between two requests but its cache, so a coordinator loses nothing if it dies. It runs experts
-with the runners of a single machine (`experts/cache.py`, `experts/resident.py`), so there is nothing here that could
-compute something else. Experts in memory are answered at once, and the others as they land. While the whole share is
-in memory, native code serves a connection without Python.
+A worker keeps only its cache between two requests, so a coordinator loses nothing if a worker dies. It runs experts
+with the runners of a single machine (`experts/cache.py`, `experts/resident.py`), so its outputs cannot differ.
+Experts in memory are answered at once, the others as they land. If the whole share is in memory, native code serves
+a connection without Python.
 
-One request computes at a time; further coordinators wait for it. On `drain`, the current requests are answered, and
+One request computes at a time; other coordinators wait for it. On `drain`, the current requests are answered and
 then the connections end: a coordinator sends the rest to the other owners.
 
 Elsewhere: frames are native (`native/cluster`); `worker_plan.py` divides the budget; `runner.py` is the other side.
@@ -53,16 +53,17 @@ from argosy.model.weights import DenseWeights, load_dense
 
 log = logging.getLogger("argosy.cluster")
 
-_TICK_S = 0.5  # how often the numbers are renewed that pongs carry
-_LONGEST_MESSAGE = 300  # characters of an error that a coordinator is told
+_TICK_S = 0.5  # how often the numbers in pongs are updated
+_LONGEST_MESSAGE = 300  # characters of an error sent to a coordinator
 REFUSED_READ, REFUSED_SHARD = 1, 2  # codes of refused requests: a read failed; an expert is not in the share
 
 
 def bind(host: str, port: int, *, has_key: bool) -> socket.socket:
-    """A socket on one address of this machine; it does not listen yet, so that nobody waits for experts to be read.
+    """Bind a socket to an address of this machine. It does not listen yet, so no client waits while experts are
+    read.
 
     Raises:
-        UsageError: the address is every interface's and there is no key, or it cannot be used.
+        UsageError: the address covers every interface and there is no key, or it cannot be used.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -72,7 +73,7 @@ def bind(host: str, port: int, *, has_key: bool) -> socket.socket:
         raise UsageError(f"{host} is not an address of this machine: {error.strerror}") from None
     if ipaddress.ip_address(str(address[0]).partition("%")[0]).is_unspecified and not has_key:
         raise UsageError(
-            f"{host or '0.0.0.0'} admits every network of this machine, and there is no key",
+            f"{host or '0.0.0.0'} is open to every network of this machine, and there is no key",
             hint="bind to the address of one interface, or give every machine a key: `--key-file FILE`",
         )
     listener = socket.socket(family, kind, protocol)
@@ -81,7 +82,7 @@ def bind(host: str, port: int, *, has_key: bool) -> socket.socket:
         listener.bind(address)
     except OSError as error:
         listener.close()
-        raise UsageError(f"{host}:{port} cannot be listened on: {error.strerror}") from None
+        raise UsageError(f"cannot listen on {host}:{port}: {error.strerror}") from None
     return listener
 
 
@@ -100,7 +101,7 @@ def share_to_run(files: ModelFiles, shards: int) -> Mapping[Key, ExpertRecord]:
 
 
 class Worker:
-    """Runs the experts of one model for coordinators; `serve` accepts them until `drain`.
+    """Runs the experts of one model for coordinators, which `serve` accepts until `drain`.
 
     Raises:
         DoesNotFit: the budget is too small.
@@ -155,7 +156,7 @@ class Worker:
             shards=settings.shards,
             is_resident=self.plan.num_slots is None,
         )
-        self._turn = threading.Lock()  # a runner takes one request at a time
+        self._turn = threading.Lock()  # the runner takes one request at a time
         self._changes = threading.Lock()  # guards what follows
         self._links: dict[threading.Thread, _native.WorkerLink] = {}
         self._is_draining = threading.Event()
@@ -190,7 +191,7 @@ class Worker:
         return bool(self._settings.key)
 
     def serve(self, listener: socket.socket, *, started: Callable[[], None] | None = None) -> None:
-        """Accept coordinators until `drain`; returns when the last connection has ended.
+        """Accept coordinators until `drain`; return when the last connection has ended.
 
         Args:
             started: called when coordinators can connect.
@@ -210,7 +211,9 @@ class Worker:
         ticker.join()
 
     def drain(self) -> None:
-        """Accept nobody any more, answer the current requests, then end every connection. Safe in a signal handler."""
+        """Accept no more coordinators, answer the current requests, then end every connection. Safe in a signal
+        handler.
+        """
         self._is_draining.set()
 
     def close(self) -> None:
@@ -268,7 +271,7 @@ class Worker:
                 link.close()
                 return None
             self._links[threading.current_thread()] = link
-        log.info("worker: serves a coordinator at %s", address)
+        log.info("worker: serving a coordinator at %s", address)
         return link
 
     def _serve_link(self, link: _native.WorkerLink, address: str) -> None:
@@ -295,7 +298,7 @@ class Worker:
         log.info("worker: the coordinator at %s is gone", address)
 
     def _run(self, link: _native.WorkerLink, request: _native.WorkerRequest) -> None:
-        """Answer a request: experts in memory first, then each group as it lands."""
+        """Answer a request: experts in memory first, then each group of experts as it lands."""
         layer, dispatch = request.layer, request.dispatch
         foreign = [e for e in dispatch.experts if not self._settings.shards >> shard_of(layer, e) & 1]
         if foreign:
@@ -330,7 +333,7 @@ class Worker:
         ).encode()
 
     def _tick(self) -> None:
-        """Renew the numbers that pongs carry; on `drain`, wake the links that wait for a request."""
+        """Update the numbers in pongs; on `drain`, wake the links that wait for a request."""
         while True:
             is_last = self._is_draining.wait(_TICK_S)
             with self._changes:
@@ -347,7 +350,7 @@ class Worker:
 
 
 def _measured_drive(share: Mapping[Key, ExpertRecord]) -> float:
-    """Bytes per second at which the share's files are read; 0: unknown, because the file system has no direct reads."""
+    """The measured read rate of the share's files in bytes per second; 0 if the file system has no direct reads."""
     record = next(iter(share.values()))
     with suppress(OSError, RuntimeError, ValueError):
         return probes.drive_rate(record.pieces[0].path, record.nbytes)

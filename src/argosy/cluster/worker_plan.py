@@ -1,11 +1,11 @@
-"""Divide a worker's budget: experts get what the process and the connections leave.
+"""Divide a worker's budget: experts get what the process and the connections leave over.
 
     budget = process + biases + connections + working buffers + staging + expert records + page tables + expert cache
 
-A worker has no tokenizer, no KV cache and no dense weights but the biases of its experts. As in an engine, experts lie
-end to end if the whole share fits, and otherwise in equal slots.
+A worker has no tokenizer, no KV cache, and no dense weights except its experts' biases. As in an engine, experts
+lie end to end if the whole share fits, and otherwise in equal slots.
 
-Elsewhere: `budget/planner.py` divides an engine's budget; `worker.py` opens what is planned here.
+Elsewhere: `budget/planner.py` divides an engine's budget; `worker.py` follows this plan.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from argosy.experts.files import Key, bookkeeping_bytes, resident_bookkeeping_by
 from argosy.machine.resources import PROCESS_GROWTH_BYTES, THREAD_BYTES, held_bytes, page_table_bytes
 from argosy.model.weights import dense_footprint
 
-_OTHER_THREADS = 8  # accepting, introductions, the ticker, and one for each connection
+_OTHER_THREADS = 8  # for accepting, introductions, the ticker and connections
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerPlan:
-    """How a worker's budget is divided, in bytes. `num_slots` is None if its whole share is resident."""
+    """The division of a worker's budget, in bytes. `num_slots` is None if its whole share is resident."""
 
     budget_bytes: int
     process_bytes: int
@@ -66,7 +66,7 @@ class WorkerPlan:
 
 
 def share_of(files: ModelFiles, shards: int) -> dict[Key, ExpertRecord]:
-    """The experts of some shards.
+    """The experts in a set of shards.
 
     Raises:
         UsageError: there are none.
@@ -81,13 +81,13 @@ def share_of(files: ModelFiles, shards: int) -> dict[Key, ExpertRecord]:
 
 
 def num_experts_by_layer(config: ModelConfig) -> list[int]:
-    """Routed experts of each layer; 0 where a layer has none."""
+    """The number of routed experts in each layer; 0 for a layer without any."""
     routed = set(config.moe_layers)
     return [config.num_experts if layer in routed else 0 for layer in range(config.num_layers)]
 
 
 def biases_of(files: ModelFiles) -> Mapping[str, MatrixRef]:
-    """The dense tensors that experts need: their biases."""
+    """The dense tensors that experts need, which are their biases."""
     parts = ("gate", "up", "down")
     names = {f"layers.{layer}.expert_{part}_bias" for layer in files.config.moe_layers for part in parts}
     return {name: ref for name, ref in files.dense.items() if name in names}
@@ -98,10 +98,10 @@ class WorkerSettings:
     """How one worker runs.
 
     budget_bytes: for the whole process.
-    shards: the shards whose experts it runs; bit i is for shard i.
-    num_slots: size of the expert cache; None: as many as the budget allows.
-    disk_bytes_per_s: rate of the drive, which placement uses; None: measure it at the start.
-    most_disk_bytes_per_s: a limit for reads; None: none.
+    shards: the shards whose experts it runs; bit i stands for shard i.
+    num_slots: the size of the expert cache; None: as large as the budget allows.
+    disk_bytes_per_s: the rate of the drive, which placement uses; None: measure it at the start.
+    most_disk_bytes_per_s: a limit for reads; None for no limit.
     """
 
     budget_bytes: int
@@ -126,10 +126,10 @@ def instruction_set_of(settings: WorkerSettings) -> str:
 def plan_worker(
     files: ModelFiles, share: Mapping[Key, ExpertRecord], settings: WorkerSettings, threads: int
 ) -> WorkerPlan:
-    """The plan of a worker's memory, from what the process holds now, with the headers of the model.
+    """Plan a worker's memory, starting from what the process already holds with the model's headers open.
 
     Raises:
-        DoesNotFit: the budget has no room for the experts of one token of one layer.
+        DoesNotFit: the budget cannot hold the experts of one token in one layer.
     """
     budget_bytes, process_bytes, num_slots = settings.budget_bytes, held_bytes(), settings.num_slots
     readers, most_coordinators, most_rows = settings.readers, settings.most_coordinators, MOST_ROWS
@@ -183,7 +183,7 @@ def plan_worker(
             raise UsageError(f"a worker needs at least {fewest} expert slots, found {num_slots}")
         return _fitting(plan(min(num_slots, len(share))))
     least = _fitting(plan(fewest))
-    # Start too high, because a slot also needs records and page tables; then remove slots until it fits.
+    # Start too high, because a slot also needs records and page tables, then remove slots until the plan fits.
     slots = min(len(share), fewest + (budget_bytes - least.total_bytes) // max(1, layout.slot_bytes))
     while slots > fewest and (beyond := plan(slots).total_bytes - budget_bytes) > 0:
         slots = max(fewest, slots - -(-beyond // layout.slot_bytes))
