@@ -1,1 +1,1 @@
-"""Compare a model with another form of itself, and describe a model on a card."""
+"""Compare a compressed model with its reference, and describe a model on a card."""

@@ -1,9 +1,9 @@
-"""Make a card of a model: the known facts, as JSON and as Markdown. Facts that nobody knows are called unknown.
+"""Make a model card: the known facts as JSON and as Markdown. Missing facts are shown as unknown.
 
     headers, manifest, library, drift report, policy  ->  gather  ->  facts  ->  markdown
 
-Nothing is guessed, and nothing is computed from weights but hashes, if they are asked for. Names and licences come from
-files and hubs and may hold anything, so Markdown shows them with every special character escaped.
+Nothing is guessed, and nothing is computed from weights except hashes, on request. Names and licences come from
+files and hubs and may contain anything, so Markdown shows them with every special character escaped.
 
 Elsewhere: `reports.py` reads drift reports; `cli/commands/card.py` prints.
 """
@@ -35,7 +35,8 @@ CARD_VERSION = 1
 _READ_BYTES = 1 << 20
 _BLOB = re.compile(r"(?:sha256-)?([0-9a-f]{64})|([0-9a-f]{40})")
 _HEX = re.compile(r"[0-9a-f]{64}")
-# Characters with a meaning in Markdown: anywhere in a line, in addresses that become links, and at a text's start.
+# Characters that Markdown treats specially: anywhere in a line, in addresses that become links, and at a text's
+# start.
 _INLINE = re.compile(r"[\\`*_\[\]<>|~&]|(?<=:)//|(?i:(?<=www)\.)")
 _START = re.compile(r"^(\d*)([.)#+=-])")
 _UNKNOWN = "unknown"
@@ -45,7 +46,7 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guard:
-    """A policy file that a server of the model would use."""
+    """The policy file that a server of the model would use."""
 
     digest: str
     default: str | None
@@ -64,13 +65,13 @@ def gather(
     hashes: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """All facts of a card, as plain JSON values; None is unknown.
+    """Gather all facts of a card as plain JSON values; None means unknown.
 
     Args:
         pulled: the library's record of the pull that brought the model here.
-        licence: that of a model which comes with Argosy.
+        licence: the licence of a model shipped with Argosy.
         drift: from `reports.read_report`.
-        hashes: read the files whose hash is not known, and hash them.
+        hashes: read and hash the files whose hash is not known.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -115,7 +116,8 @@ def _files(
             {
                 "name": name,
                 "nbytes": nbytes,
-                "blake3": digest if _HEX.fullmatch(digest) else None,  # another one opens, and fails --verify
+                # a pack with any other digest opens but fails --verify
+                "blake3": digest if _HEX.fullmatch(digest) else None,
                 "sha256": None,
             }
             for name, (nbytes, digest) in sorted(manifest.files.items())
@@ -128,7 +130,7 @@ def _files(
     total, done = sum(sizes), 0
     listed: list[dict[str, Any]] = []
     for path, nbytes in zip(paths, sizes, strict=True):
-        # A hub's cache names large files by their SHA-256; a pull has compared it.
+        # A hub's cache names large files by their SHA-256, which the pull has verified.
         blob = _BLOB.fullmatch(path.resolve().name)
         sha256 = None if blob is None else blob[1]
         digest = None
@@ -167,7 +169,7 @@ def _licence(
             if stated := files.header.text("general.license", ""):
                 name, origin = quote(stated), "general.license of the GGUF"
         except CheckpointError:
-            pass  # something else than text says nothing
+            pass  # a value that is not text says nothing
     accepted = None
     if pulled is not None and pulled.accepted_at:
         accepted = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(pulled.accepted_at))
@@ -201,7 +203,7 @@ def _limits(
     drift: Mapping[str, Any] | None,
     listed: Iterable[Mapping[str, Any]],
 ) -> list[str]:
-    """Sentences about conclusions that the card does not allow, and about what the model does not do here."""
+    """Sentences about what the card does not prove and what the model cannot do here."""
     limits = []
     if drift is None:
         limits.append("What conversion changed has not been measured; argosy eval drift measures it.")
@@ -229,7 +231,7 @@ def _limits(
 
 
 def markdown(facts: Mapping[str, Any]) -> str:
-    """The card as Markdown."""
+    """Render the card as Markdown."""
     model, licence, source = facts["model"], facts["licence"], facts["source"]
     lines = [
         f"# {_escape(model['name'])}",
@@ -359,6 +361,6 @@ def _count(number: int) -> str:
 
 
 def _escape(text: str) -> str:
-    """`text` on one line, as Markdown that shows it as it is."""
+    """`text` on one line, as Markdown that shows it literally."""
     line = "".join(char if char.isprintable() else " " for char in text)
     return _START.sub(r"\1\\\2", _INLINE.sub(lambda found: "\\" + found[0], line))

@@ -2,15 +2,15 @@
 
     Scores, Scores  ->  compare  ->  Drift:  text       KL, agreement and perplexity, for each language
                                              gaps       how much the difference between two groups changes
-                                             groups     which group is favoured more, or reads less likely, than before
-                                             questions  accuracy on the user's own
+                                             groups     which group is more favoured, or less likely, than before
+                                             questions  accuracy on the user's own questions
                                              verdict    none, small, notable or large, with its reasons
 
-The score of a sentence about a group is log P(better end) - log P(worse end), in nats. The words before the end, which
-both ends share, cancel out. A gap is the difference of the scores of two groups in one template. Drift is the change of
-these numbers by compression: it says nothing about the bias that the reference has.
+The score of a sentence about a group is log P(better ending) - log P(worse ending), in nats. The words before the
+ending are the same in both and cancel out. A gap is the difference between two groups' scores in one template.
+Drift is how compression changes these numbers: it says nothing about the bias of the reference itself.
 
-The limits of the verdict are in `docs/experiments.md`, under Drift, with the packs that they were calibrated on.
+`docs/experiments.md`, under Drift, gives the limits of the verdict and the packs they were calibrated on.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ ALL = "all"
 
 Level = Literal["none", "small", "notable", "large"]
 
-_MOST_LOSS = 700.0  # nats a token: the perplexity of a larger one, of a broken model, is no float
-_BLOCK_TOKENS = 32  # neighbouring tokens of a passage are resampled together
-# Up to the first limit drift is small, above the second it is large.
+_MOST_LOSS = 700.0  # nats per token: beyond this, a broken model's perplexity overflows a float
+_BLOCK_TOKENS = 32  # neighbouring tokens of a passage that are resampled together
+# Drift is small up to the first limit and large above the second.
 _KL_NATS = (0.05, 0.3)
 _DISAGREEMENT = (0.1, 0.25)
 _GAP_NATS = (0.25, 1.0)  # mean change of a gap
@@ -50,7 +50,7 @@ _ACCURACY = (0.02, 0.1)
 class TextDrift:
     """Drift on the plain passages of one language, or of all languages.
 
-    kl: mean KL divergence of the candidate from the reference, in nats a token.
+    kl: mean KL divergence of the candidate from the reference, in nats per token.
     agreement: share of positions where both models have the same likeliest token.
     rise: relative rise of the perplexity.
     """
@@ -77,10 +77,10 @@ class TextDrift:
 
 @dataclass(frozen=True, slots=True)
 class GroupDrift:
-    """Drift of one group, against the mean of all groups of its dimension. The intervals of all groups hold at once.
+    """Drift of one group, relative to the mean of its dimension. The intervals of all groups hold simultaneously.
 
     shift: change of the group's score, in nats. Above 0, the candidate favours the group more than the reference did.
-    rise: change of the loss of sentences about the group, in nats a token. Above 0, they have become less likely.
+    rise: change of the loss of sentences about the group, in nats per token. Above 0, they have become less likely.
     """
 
     group: Group
@@ -124,9 +124,9 @@ class GapDrift:
 
 @dataclass(frozen=True, slots=True)
 class QuestionDrift:
-    """Drift on the user's questions of one condition, or of all conditions.
+    """Drift on the user's questions in one condition, or in all conditions.
 
-    changed: share of the questions that got another answer.
+    changed: fraction of the questions whose answer changed.
     """
 
     condition: str
@@ -149,7 +149,7 @@ class QuestionDrift:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`reasons` are sentences that say which numbers are beyond the limits of small drift, or that none is."""
+    """`reasons` are sentences that say which numbers exceed the limits of small drift, or that none does."""
 
     level: Level
     reasons: tuple[str, ...]
@@ -182,7 +182,7 @@ class Drift:
 
 
 def compare(material: Material, questions: Sequence[Question], reference: Scores, candidate: Scores) -> Drift:
-    """Compare the scores that two models gave the same tokens."""
+    """Compare the scores that two models gave to the same tokens."""
     text = _text_drift(material, reference, candidate)
     gaps, groups = _group_drift(material, reference, candidate)
     asked = _question_drift(questions, reference, candidate)
@@ -234,7 +234,7 @@ def _group_drift(
         [i for i, group in enumerate(material.groups) if group.dimension == name] for name in dimensions
     ]
     scores: list[Floats] = []  # [templates, groups] of each model
-    losses: list[Floats] = []  # sums over both ends of a sentence
+    losses: list[Floats] = []  # sums over both endings of a sentence
     for one in (reference, candidate):
         whole = one.sentences.reshape(shape)
         scores.append(whole[:, :, 0] - whole[:, :, 1])
@@ -301,8 +301,8 @@ def _verdict(
     groups: Sequence[GroupDrift],
     questions: Sequence[QuestionDrift],
 ) -> Verdict:
-    """The worst level of any number. A level is claimed for a whole interval: drift is small only if the interval ends
-    below the first limit, and large only if it begins above the second.
+    """The worst level of any number. A level must hold for the whole interval: drift is small only if the interval
+    ends below the first limit, and large only if it begins above the second.
     """
     levels: list[Level] = []
     reasons: list[str] = []
@@ -320,7 +320,7 @@ def _verdict(
     disagreement = Estimate(1 - whole.agreement.value, 1 - whole.agreement.high, 1 - whole.agreement.low)
     judge(disagreement, _DISAGREEMENT, f"the likeliest token differs at {_shown(disagreement, percent=True)}")
     judge(gaps.change, _GAP_NATS, f"a gap between two groups changes by {_shown(gaps.change, 'nats')}")
-    for own in text[1:]:  # a language has few tokens and wide intervals: report only what is beyond doubt
+    for own in text[1:]:  # a single language has few tokens and wide intervals: report only what is certain
         if own.kl.low > _KL_NATS[0]:
             reasons.append(f"KL in {own.language} is {_shown(own.kl, 'nats a token')}")
             levels.append("large" if own.kl.low > _KL_NATS[1] else "notable")

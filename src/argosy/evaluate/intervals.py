@@ -1,12 +1,12 @@
-"""Compute intervals of measurements on few texts: a bootstrap over the texts, with a fixed seed.
+"""Confidence intervals of measurements on few texts: a bootstrap over the texts with a fixed seed.
 
-Texts are resampled whole, because the tokens of one are alike (Efron and Tibshirani, An Introduction to the Bootstrap,
-1993). The two models read the same texts, so their difference is resampled. Equal models give intervals from 0
-to 0, and the same scores always give the same interval.
+Texts are resampled whole, because the tokens of one text are alike (Efron and Tibshirani, An Introduction to the
+Bootstrap, 1993). Both models read the same texts, so their difference is resampled. Equal models give the interval
+from 0 to 0, and the same scores always give the same interval.
 
-Many groups are compared at once, and one of twenty intervals of 95 % misses by chance. `simultaneous` widens all of
-them together, so that all of them hold at once in 95 of 100 cases (max-t: Westfall and Young, Resampling-Based
-Multiple Testing, 1993).
+Many groups are compared at once, and one in twenty 95 % intervals misses by chance. `simultaneous` widens all of
+them together so that in 95 of 100 cases all of them hold (max-t: Westfall and Young, Resampling-Based Multiple
+Testing, 1993).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 LEVEL = 0.95
 _NUM_RESAMPLES = 4000
-_AT_ONCE = 200  # resamples whose weights are in memory
+_AT_ONCE = 200  # resamples whose weights are in memory at once
 _SEED = 20_261_128
 
 Floats = NDArray[np.float64]
@@ -27,7 +27,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A measured number, and its 95 % interval."""
+    """A measured number and its 95 % interval."""
 
     value: float
     low: float
@@ -42,7 +42,7 @@ class Estimate:
 
 
 def ratio(sums: Floats, counts: Floats | NDArray[np.int64]) -> Estimate:
-    """The sum of `sums` over that of `counts`, both by text: float64 [texts], and their percentile interval."""
+    """sum(sums) / sum(counts), with one entry per text, float64 [texts], and its percentile interval."""
     counts = np.asarray(counts, np.float64)
     # No count is zero.
     resampled = np.concatenate([(weights @ sums) / (weights @ counts) for weights in _resamples(len(sums))])
@@ -51,14 +51,14 @@ def ratio(sums: Floats, counts: Floats | NDArray[np.int64]) -> Estimate:
 
 
 def mean(values: Floats) -> Estimate:
-    """The mean of `values`, one for each text."""
+    """The mean of `values`, one per text, with its interval."""
     return ratio(values, np.ones(len(values)))
 
 
 def simultaneous(values: Floats) -> list[Estimate]:
-    """The mean of each column of `values`, float64 [texts, columns], with intervals that hold all at once.
+    """The mean of each column of `values`, float64 [texts, columns], with simultaneous intervals.
 
-    A column that is constant has an interval of no width.
+    A constant column has an interval of zero width.
     """
     count = len(values)
     means, errors = values.mean(axis=0), values.std(axis=0) / np.sqrt(count)
@@ -68,7 +68,7 @@ def simultaneous(values: Floats) -> list[Estimate]:
         own_squares = weights @ values**2 / count
         own_errors = np.sqrt(np.maximum(own_squares - own_means**2, 0.0) / count)
         away = np.abs(own_means - means)
-        # A resample of one text over and over has no spread of its own: take that of all texts.
+        # A resample that repeats a single text has no spread: use that of all texts.
         scale = np.where(own_errors > 1e-3 * errors, own_errors, errors)
         largest.append(np.divide(away, scale, out=np.zeros_like(away), where=scale > 0.0).max(axis=1))
     factor = float(np.quantile(np.concatenate(largest), LEVEL))
@@ -79,7 +79,7 @@ def simultaneous(values: Floats) -> list[Estimate]:
 
 
 def _resamples(count: int) -> Iterator[Floats]:
-    """How often each of `count` texts is drawn: float64 [resamples, count], some resamples at a time."""
+    """How often each of `count` texts is drawn: yields float64 [resamples, count], a batch at a time."""
     random = np.random.Generator(np.random.PCG64(_SEED))
     for _ in range(0, _NUM_RESAMPLES, _AT_ONCE):
         yield random.multinomial(count, np.full(count, 1.0 / count), size=_AT_ONCE).astype(np.float64)

@@ -1,13 +1,15 @@
-"""Read the texts on which two models are compared: plain passages, and sentences that differ only in whom they name.
+"""Read the texts on which two models are compared: plain passages, and sentences that differ only in the person
+they name.
 
     texts/LANGUAGE.json    passages  |  templates x phrases  |  two endings, the better one first
-    texts/dimensions.json  which groups are compared with one another
+    texts/dimensions.json  which groups are compared with each other
 
-Argosy's own, Apache-2.0. The passages say the same in every language. The templates differ from language to language,
-so that all of them are independent samples. A template names a person first and ends well or badly: how a model divides
-its probability between the two endings, and how that depends on the person, is what `scoring.py` measures.
+The texts are Argosy's own, under Apache-2.0. The passages say the same in every language. The templates differ
+between languages, so that all are independent samples. A template first names a person, then ends well or badly:
+`scoring.py` measures how a model divides its probability between the two endings, and how that depends on the
+person.
 
-Elsewhere: `questions.py` reads questions of the user's own.
+Elsewhere: `questions.py` reads the user's own questions.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ _SLOT = "{who}"
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """People of one kind, and the dimension in which they are compared with others."""
+    """A group of people and the dimension in which it is compared with others."""
 
     dimension: str
     name: str
@@ -37,7 +39,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A sentence about somebody; `better` and `worse` are its two ends."""
+    """A sentence about somebody; `better` and `worse` are its two endings."""
 
     language: str
     start: str
@@ -45,7 +47,7 @@ class Template:
     worse: str
 
     def texts(self, phrase: str) -> tuple[str, str]:
-        """The sentence about `phrase`, with its better and its worse end."""
+        """The sentence about `phrase`, with its better and its worse ending."""
         named = self.start.replace(_SLOT, phrase)
         named = named[0].upper() + named[1:]
         return named + self.better, named + self.worse
@@ -56,9 +58,9 @@ class Material:
     """The texts of some languages.
 
     passages: one text for each language.
-    groups: those of a dimension follow one another.
-    phrases: by language and group, in the form that stands first in a sentence.
-    digest: BLAKE3 of the files, so that two reports are known to compare the same texts.
+    groups: ordered by dimension.
+    phrases: by language and group, as written at the start of a sentence.
+    digest: BLAKE3 of the files; reports with the same digest used the same texts.
     """
 
     languages: tuple[str, ...]
@@ -69,7 +71,7 @@ class Material:
     digest: str
 
     def texts(self) -> list[str]:
-        """All sentences: template by template, group by group, the better end before the worse one."""
+        """All sentences: template by template, group by group, the better ending before the worse."""
         return [
             text
             for template in self.templates
@@ -82,7 +84,7 @@ def read_material(languages: Sequence[str] = LANGUAGES) -> Material:
     """The texts of these languages, in the order of `LANGUAGES`.
 
     Raises:
-        UsageError: there are none in a language, or none is named.
+        UsageError: a language has no texts, or no language is named.
     """
     for language in languages:
         if language not in LANGUAGES:

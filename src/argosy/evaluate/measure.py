@@ -1,6 +1,7 @@
-"""Measure drift: open the reference, let it read, close it, and do the same with the candidate.
+"""Measure drift: open the reference, score the texts, close it, then do the same with the candidate.
 
-The two are never in memory together, so each has the whole budget: a model that runs in production fits here, too.
+The two are never in memory together, so each gets the whole budget: any model that runs in production also fits
+here.
 
 Elsewhere: `scoring.py` reads, `drift.py` compares, `cli/commands/eval.py` prints.
 """
@@ -33,7 +34,9 @@ from argosy.user_directories import cache_directory
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """One of the two models. `identity` is the same for the same files; `settings` may change which tokens come."""
+    """The reference or the candidate. The same files have the same `identity`; `settings` may change which tokens
+    come.
+    """
 
     name: str
     identity: str
@@ -66,7 +69,7 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The two models that were compared, and the result."""
+    """The two models and the result of their comparison."""
 
     reference: Subject
     candidate: Subject
@@ -86,8 +89,8 @@ class Report:
 def identity_of(files: ModelFiles) -> str:
     """The identity of a model in reports and on cards.
 
-    A pack's identity is the BLAKE3 of its manifest, which covers every byte. The identity of other files is their
-    fingerprint, which covers the place and form of every tensor, and samples.
+    A pack's identity is the BLAKE3 of its manifest, which covers every byte. Other files are identified by their
+    fingerprint, which covers the place and format of every tensor, plus samples.
     """
     if files.is_packed:
         return f"blake3:{blake3.blake3((files.path / MANIFEST_FILE).read_bytes()).hexdigest()}"
@@ -104,14 +107,14 @@ def measure_drift(
     candidate_settings: Mapping[str, Any],
     progress: Progress | None = None,
 ) -> Report:
-    """Compare two models, or one with itself under other settings.
+    """Compare two models, or a model with itself under other settings.
 
     Args:
-        options: for `Engine.open`, for both.
-        candidate_settings: options that only the candidate gets, and that may change which tokens come.
+        options: for `Engine.open`, the same for both.
+        candidate_settings: options only for the candidate, which may change its tokens.
 
     Raises:
-        UsageError: the two do not write texts in the same tokens.   DiskFull: there is no room for the logits.
+        UsageError: their tokenizers differ.   DiskFull: there is no room for the logits.
         And what `Engine.open` raises.
     """
     names = [str(reference), str(candidate)]
@@ -157,5 +160,5 @@ def _other_tokens(names: Sequence[str], why: str) -> UsageError:
 
 
 def _shown_name(model: str) -> str:
-    """A name for the report, which people pass on: of a path its last part alone."""
+    """A name for the report, which people share: for a path, only its last part."""
     return model if model == DEMO else Path(model).name or model

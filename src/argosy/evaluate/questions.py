@@ -1,10 +1,10 @@
-"""Read questions with three answers from a file of the user's, in the format of BBQ's own files (arXiv:2110.08193).
+"""Read questions with three answers from the user's file, in the format of the BBQ benchmark (arXiv:2110.08193).
 
     {"context": "...", "question": "...", "ans0": "...", "ans1": "...", "ans2": "...", "label": 2,
      "context_condition": "ambig", "category": "Age"}                  a line each; the last two are optional
 
-Other keys of a line are ignored: BBQ's files have more. The file may hold anything, so everything is bounded before it
-is parsed.
+Other keys in a line are ignored, because BBQ's files have more. The file may contain anything, so every size is
+bounded before parsing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from argosy.strict_json import JsonError, parse_json
 
 MOST_FILE_BYTES = 64 << 20
 MOST_LINE_BYTES = 1 << 16
-MOST_CHARACTERS = 4096  # in a context, a question or an answer
+MOST_CHARACTERS = 4096  # per context, question or answer
 NUM_ANSWERS = 3
 _MOST_KIND = 64  # characters of a condition
 _HINT = 'lines such as {"context": "...", "question": "...", "ans0": "...", "ans1": "...", "ans2": "...", "label": 0}'
@@ -26,7 +26,7 @@ _HINT = 'lines such as {"context": "...", "question": "...", "ans0": "...", "ans
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """`label` is the number of the right answer; `condition` says whether the context answers the question."""
+    """`label` is the number of the right answer; `condition` says whether the context settles the question."""
 
     start: str
     answers: tuple[str, ...]
@@ -39,10 +39,10 @@ class Question:
 
 
 def read_questions(path: Path, *, most: int) -> list[Question]:
-    """Questions of a file, at most so many, spread evenly over it.
+    """Read at most `most` questions, spread evenly over the file.
 
     Raises:
-        UsageError: it cannot be read, is too large, has no question, or a line has another form.
+        UsageError: it cannot be read, is too large, has no questions, or contains a malformed line.
     """
     try:
         with open_regular(path) as (descriptor, nbytes):
@@ -51,7 +51,7 @@ def read_questions(path: Path, *, most: int) -> list[Question]:
             data = read_at(descriptor, nbytes, 0, path)
     except CheckpointError as error:
         raise UsageError(error.message) from error
-    # Lines are found without making one object of each: a file may have millions of empty ones.
+    # Find lines without an object for each: a file may have millions of empty ones.
     starts, at = [], 0
     while at < len(data):
         end = data.find(b"\n", at)

@@ -1,6 +1,6 @@
-"""Read a drift report that was saved, for a card. The file may come from anywhere, so every part of it is checked.
+"""Read a saved drift report for a card. The file may come from anywhere, so every part of it is checked.
 
-Elsewhere: `measure.py` makes reports.
+Elsewhere: `measure.py` writes reports.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _SHAPE = {
 
 
 def read_report(path: Path, identity: str) -> dict[str, Any]:
-    """A saved report whose candidate is the model of this identity. Keys that are not part of a report are dropped.
+    """Read a saved report whose candidate has this identity. Unknown keys are dropped.
 
     Raises:
         UsageError: it cannot be read, is no report, or is about another model.

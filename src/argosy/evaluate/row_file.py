@@ -1,9 +1,9 @@
-"""Keep rows of logits of one model until another one has read the same texts.
+"""Keep one model's rows of logits until another model has read the same texts.
 
-Exact divergences need the whole vocabulary at every position: a gigabyte or so, more than a budget may have left, and
-only one of the two models is in memory at a time. So the rows go through a file without a name in Argosy's cache
-directory. The file is gone when the process ends, however it ends. Rows leave the page cache once they are written or
-read, because the page cache counts as memory of the process.
+Exact divergences need the whole vocabulary at every position: a gigabyte or so, which may exceed the budget, and
+only one of the two models is in memory at a time. So the rows go through an unnamed file in Argosy's cache
+directory, which disappears when the process ends for any reason. Rows are dropped from the page cache once written
+or read, because it counts as memory of the process.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from argosy.config import disk_size
 from argosy.errors import DiskFull, UsageError, room_for
 from argosy.machine import resources
 
-_WRITTEN_BYTES = 8 << 20  # at most so many written bytes lie in the page cache
-_RESERVE_BYTES = 64 << 20  # bytes of the drive that stay free
+_WRITTEN_BYTES = 8 << 20  # the most written bytes that stay in the page cache
+_RESERVE_BYTES = 64 << 20  # bytes left free on the drive
 _HINT = "free some space, or name a directory on another drive with ARGOSY_CACHE"
 
 
 class RowFile:
-    """Rows of float32, written once from the first to the last, then read once in the same order.
+    """Rows of float32, written once from first to last, then read once in the same order.
 
     Args:
-        directory: made if it is missing.
-        num_rows, row_values: rows that will be written, and values of each.
+        directory: created if missing.
+        num_rows, row_values: the number of rows, and of values in each.
 
     Raises:
-        DiskFull: there is no room for them.   UsageError: the directory cannot be written.
+        DiskFull: they do not fit.   UsageError: the directory cannot be written.
     """
 
     def __init__(self, directory: Path, num_rows: int, row_values: int) -> None:
@@ -78,12 +78,12 @@ class RowFile:
                 self._synced = self._written
 
     def take(self, count: int) -> NDArray[np.float32]:
-        """The next `count` rows: float32 [count, row_values]."""
+        """Read the next `count` rows: float32 [count, row_values]."""
         rows = np.empty((count, self._row_values), np.float32)
         start, left = self._read, rows.reshape(-1).view(np.uint8).data
         while left:
             found = os.preadv(self._file.fileno(), [left], self._read)
-            assert found  # as many rows were written
+            assert found  # the caller takes no more rows than were written
             self._read += found
             left = left[found:]
         self._leave_page_cache(start, self._read)

@@ -1,11 +1,11 @@
-"""Let one model, then another, read the same tokens, and keep what their comparison needs.
+"""Let one model and then another read the same tokens, and keep what the comparison needs.
 
     texts  ─ tokenizer ─>  Tokens  ─ reference ─>  Scores, logits of the passages in a file
-                                   ─ candidate ─>  Scores, and how far its distributions are from those in the file
+                                   ─ candidate ─>  Scores, and how far its distributions diverge from the file's
 
-Sentences and questions need the log-probabilities of their own tokens alone, and run many at a time: a step reads each
-expert once for all of them. Passages need whole distributions, and run one after another. The tokens exist before an
-engine is opened, so its memory plan counts them. Only sums are kept of each result.
+Sentences and questions need only the log-probabilities of their own tokens and run in batches: a step reads each
+expert once for the whole batch. Passages need whole distributions and run one at a time. The tokens exist before an
+engine is opened, so its memory plan counts them. Of each result only sums are kept.
 
 Elsewhere: `drift.py` turns two `Scores` into numbers with intervals.
 """
@@ -31,18 +31,18 @@ Progress = Callable[[str, float], None]
 Floats = NDArray[np.float64]
 Ids = NDArray[np.int32]
 
-_AT_ONCE = 32  # sequences in a step: 32 sentences of 16 tokens are the chunk of a model in memory
+_AT_ONCE = 32  # sequences per step: 32 sentences of 16 tokens fill the chunk of a model in memory
 _SUBMITTED = 4 * _AT_ONCE  # texts whose results are in memory at once
-_CONTEXT_TOKENS = 2048  # for so many sentences together
+_CONTEXT_TOKENS = 2048  # for that many sentences together
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
     """The texts as token ids: int32 arrays.
 
-    passages: one for each language, no longer than the context.
+    passages: one per language, no longer than the context.
     sentences: in the order of `Material.texts`.
-    answers: the questions of the user, each with one answer after another.
+    answers: the user's questions, each followed by each of its answers in turn.
     """
 
     passages: list[Ids]
@@ -55,7 +55,7 @@ class Tokens:
 
     @property
     def num_rows(self) -> int:
-        """Positions of the passages whose distributions are compared: all but the last of each."""
+        """The number of compared positions: all but the last of each passage."""
         return sum(len(ids) - 1 for ids in self.passages)
 
     def equals(self, other: Tokens) -> bool:
@@ -71,13 +71,13 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Losses and log-probabilities that one model gives the texts, in nats.
+    """One model's losses and log-probabilities on the texts, in nats.
 
-    passages: the loss of each token but the first, float64 [tokens - 1], for each language.
-    sentences, num_tokens: log-probability of each sentence, and how many tokens it is the sum of.
-    answers: log-probability of each question with each answer, float64 [questions * answers].
-    divergences, agrees: for a candidate, its KL divergence from the reference at each position, and whether both have
-        the same likeliest token there; empty for a reference.
+    passages: for each language, the loss of each token but the first, float64 [tokens - 1].
+    sentences, num_tokens: the log-probability of each sentence, and the number of tokens summed.
+    answers: the log-probability of each question with each answer, float64 [questions * answers].
+    divergences, agrees: for a candidate, the KL divergence from the reference at each position, and whether both
+        have the same likeliest token; empty for a reference.
     """
 
     passages: list[Floats]
@@ -91,10 +91,10 @@ class Scores:
 def tokens_of(
     material: Material, questions: Sequence[Question], tokenizer: Tokenizer, *, context_tokens: int
 ) -> Tokens:
-    """Encode the texts, each after the tokens that the tokenizer puts before a text.
+    """Encode the texts, each with the tokenizer's leading special tokens.
 
     Args:
-        context_tokens: the model's context; passages are cut to it.
+        context_tokens: the model's context, to which passages are cut.
 
     Raises:
         UsageError: a sentence or a question does not fit the context.
@@ -119,9 +119,10 @@ def tokens_of(
 
 
 def engine_options(tokens: Tokens, model: ModelConfig) -> dict[str, Any]:
-    """Options of `Engine.open` for `score`.
+    """The options for `Engine.open` that `score` needs.
 
-    Keys and values are float32: the default follows from a model's size, and a pack is smaller than its checkpoint.
+    Keys and values are float32, because the default depends on the model's size and a pack is smaller than its
+    checkpoint.
     """
     return {
         "kv_dtype": "f32",
@@ -138,10 +139,10 @@ def score(
     """Read all texts.
 
     Args:
-        rows: a reference writes its logits there, a candidate reads them.
+        rows: the reference writes its logits there and the candidate reads them.
 
     Raises:
-        ArgosyError: the model computes values that are not numbers.   DiskFull: there is no room for the logits.
+        ArgosyError: the model computes non-finite logits.   DiskFull: there is no room for the logits.
     """
     what = "reading the reference" if is_reference else "reading the candidate"
     total = sum(map(len, (*tokens.passages, *tokens.sentences, *tokens.answers)))
@@ -171,7 +172,7 @@ def score(
 
 
 class _Passage:
-    """Takes the logits of a passage, some rows at a time."""
+    """Takes the logits of a passage, a few rows at a time."""
 
     def __init__(self, ids: Ids, rows: RowFile, *, is_reference: bool) -> None:
         self._ids, self._rows, self._is_reference = ids, rows, is_reference
@@ -188,14 +189,14 @@ class _Passage:
             references = None
         else:
             references = self._rows.take(len(logits))
-        # Row by row: the float64 copies of a row are small beside the rows that the memory plan has room for.
+        # Row by row: float64 copies of one row are small compared with the rows that the memory plan allows for.
         for number, row in enumerate(logits):
             at = first + number
             own = _log_softmax(row)
             self.losses[at] = -own[self._ids[at + 1]]
             if references is not None:
                 reference = _log_softmax(references[number])
-                # Rounding may leave a sum a little below zero, where the divergence is none.
+                # Rounding may leave a zero divergence slightly below zero.
                 self.divergences[at] = max(0.0, float(np.exp(reference) @ (reference - own)))
                 self.agrees[at] = references[number].argmax() == row.argmax()
 

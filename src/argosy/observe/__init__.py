@@ -1,1 +1,1 @@
-"""Routing: counts while a model runs, kept and reported. Nothing here changes what a model computes."""
+"""Observe routing: counts while a model runs, saved and reported. Nothing here changes what a model computes."""

@@ -1,7 +1,7 @@
 """Measure how removing an expert changes the loss of each domain, on the same tokens with and without it.
 
-The router chooses among the remaining experts (`Engine.forbid_experts`). So the change shows how well they replace the
-expert. That is less than the expert contributes while it is present, because a similar one takes over most of its work.
+The router chooses among the remaining experts (`Engine.forbid_experts`), so the change shows how well they replace
+the removed one. That understates the expert's contribution, because a similar one takes over most of its work.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from numpy.typing import NDArray
 from argosy.errors import UsageError
 
 _EXPERT = re.compile(r"(\*|\d{1,6}):(\d{1,6})")
-_HINT = "LAYER:EXPERT,... removes each alone, *:EXPERT in all layers at once, and `all` every expert alone"
+_HINT = "LAYER:EXPERT,... removes each alone, *:EXPERT removes it in all layers at once, and `all` every expert alone"
 
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """Experts that are removed together, by layer; `name` is LAYER:EXPERT, or *:EXPERT in all layers."""
+    """Experts removed together, by layer; `name` is LAYER:EXPERT, or *:EXPERT for all layers."""
 
     name: str
     experts: dict[int, tuple[int, ...]]
 
 
 def parse_removals(text: str, *, layers: tuple[int, ...], num_experts: int) -> list[Removal]:
-    """Read what `--ablate` names.
+    """Parse the argument of `--ablate`.
 
     Raises:
-        UsageError: it is of another form, or names a layer or an expert that the model does not have.
+        UsageError: it is malformed, or names a layer or expert that the model does not have.
     """
     if text == "all":
         return [Removal(f"{layer}:{e}", {layer: (e,)}) for layer in layers for e in range(num_experts)]
@@ -56,13 +56,13 @@ def parse_removals(text: str, *, layers: tuple[int, ...], num_experts: int) -> l
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """The effect of a removal on a domain. Beyond 4 standard errors, chance is no explanation."""
+    """The effect of a removal on a domain. Beyond 4 standard errors it is not chance."""
 
     removal: str
     domain: str
     perplexity: float  # without the expert
-    rise: float  # share by which the perplexity rises, below 0 if it falls
-    standard_errors: float  # the mean rise of the loss of a token, over its standard error
+    rise: float  # relative rise of the perplexity; below 0 if it falls
+    standard_errors: float  # the mean rise of the loss per token, divided by its standard error
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -75,7 +75,7 @@ class Change:
 
 
 def compare(removal: str, domain: str, before: NDArray[np.float64], after: NDArray[np.float64]) -> Change:
-    """Compare the losses in nats of the same tokens, at least two."""
+    """Compare the losses of the same tokens, at least two, in nats."""
     worse = after - before
     mean, error = float(worse.mean()), float(worse.std(ddof=1)) / math.sqrt(len(worse))
     return Change(

@@ -1,8 +1,8 @@
-"""Draw how often each expert is chosen, layers x experts for each domain, as an SVG. Needs no library.
+"""Draw how often each expert is chosen, layers x experts per domain, as an SVG. Needs no library.
 
-Colour says how often an expert is chosen beside an even share of its layer: white never, the darkest HOTTEST times as
-often as even, or more. Cells of one colour are one path, so the file stays small: 60 layers of 384 experts in four
-domains take 0.4 to 1.3 MB.
+The colour shows how often an expert is chosen compared with an even share of its layer: white means never, the
+darkest shade at least HOTTEST times as often. Cells of one colour form one path, so the file stays small: 60 layers
+of 384 experts in four domains take 0.4 to 1.3 MB.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _STYLE = (
 
 
 def draw(shares: NDArray[np.float64], *, domains: Sequence[str], layers: Sequence[int], title: str) -> str:
-    """The picture as SVG text.
+    """Return the picture as SVG text.
 
     Args:
-        shares: [domains, layers, experts], of the choices of a layer; each layer sums to 1.
+        shares: [domains, layers, experts]: each expert's share of its layer's choices; each layer sums to 1.
     """
     _, num_layers, num_experts = shares.shape
     width = max(2, min(_LARGEST_CELL, _WIDEST // num_experts))

@@ -1,9 +1,9 @@
-"""Compare the recent hit rate of the expert cache with the best possible one, for a server's page.
+"""Compare the expert cache's recent hit rate with the best possible one, for a server's page.
 
     last choices of a Recorder  ─ in a thread of its own, at most every EVERY_S seconds ─>  RecentCache
 
-Choices are replayed only when somebody asks. The first half of the tokens fills the replayed cache, and the second half
-is counted if it has at least FEWEST_TOKENS. The numbers are sums over all requests, and name no expert.
+Choices are replayed only on request. The first half of the tokens fills the replayed cache; the second half is
+counted if it has at least FEWEST_TOKENS. The numbers are sums over all requests and name no expert.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FEWEST_TOKENS = 256
 
 @dataclass(frozen=True, slots=True)
 class RecentCache:
-    """Hit rates over the last `tokens` decode tokens: the engine's, and those that a replay of its choices gives."""
+    """Hit rates over the last `tokens` decode tokens: the engine's own, and those of a replay of its choices."""
 
     tokens: int
     hit_rate: float
@@ -34,7 +34,7 @@ class LiveCache:
     """Returns the last result at once, and starts a new replay if that result is old.
 
     Attributes:
-        num_slots: experts that fit in memory; may be set when that changes.
+        num_slots: the experts that fit in memory; set it when that changes.
 
     Args:
         clock: seconds.
@@ -53,7 +53,7 @@ class LiveCache:
         self._lock = threading.Lock()
 
     def __call__(self) -> RecentCache | None:
-        """The last result; None until there are enough tokens. Never waits for a replay."""
+        """Return the last result, or None until there are enough tokens. Never waits for a replay."""
         with self._lock:
             is_old = self._begun_at is None or self._clock() - self._begun_at >= EVERY_S
             if is_old and (self._thread is None or not self._thread.is_alive()):

@@ -1,12 +1,13 @@
-"""Count which experts routers choose while a model runs.
+"""Count which experts the routers choose while a model runs.
 
     choices of a step  ->  Recorder  ->  uses of each expert, reuse by the next token, working set
                                      ->  the last choices in order, for a replay
 
-Every BLOCK_TOKENS tokens of a lane are counted together, with a few operations on arrays. A lane is the decode
-tokens of one sequence after another, as one user would see them; sequences that run at once have a lane each.
+Each block of BLOCK_TOKENS tokens in a lane is counted with a few array operations. A lane holds the decode tokens
+of one sequence after another, as a single user would see them; concurrent sequences have a lane each.
 
-Which experts ran can reveal the text, so a recorder stays in memory. What is saved names no expert (`saved.py`).
+The experts that ran can reveal the text, so a recorder stays in memory. The saved summary names no expert
+(`saved.py`).
 
 Elsewhere: `experts/hit_rate.py` has the working set.
 """
@@ -28,36 +29,36 @@ from argosy.experts.recording import StepRoutes
 from argosy.observe.replay import replay_bytes
 
 BLOCK_TOKENS = 128
-MOST_LANES = 8  # with more sequences at once, only uses are counted
+MOST_LANES = 8  # with more concurrent sequences, only uses are counted
 MOST_RECENT_TOKENS = 2048
-_MOST_RECENT_CHOICES = 1 << 19  # in all layers: a replay of them takes a tenth of a second
+_MOST_RECENT_CHOICES = 1 << 19  # over all layers; replaying them takes a tenth of a second
 _OBJECT_BYTES = 2400  # Python objects of a lane, or of the recorder itself
-_PAIRS_TOGETHER = 1 << 16  # choices of a token and of the one before it that are compared at once
+_PAIRS_TOGETHER = 1 << 16  # pairs of choices, of a token and its predecessor, compared at once
 
 Choices = NDArray[np.uint16]  # [tokens, routed layers, experts per token], best first
 
 
 @dataclass(frozen=True, slots=True)
 class RoutingCounts:
-    """The counts recorded so far. Uses reveal text: add up many tokens before showing them."""
+    """The counts so far. Uses reveal text, so add up many tokens before showing them."""
 
-    layers: tuple[int, ...]  # the routed layers' numbers in the model
+    layers: tuple[int, ...]  # the numbers of the routed layers in the model
     prompt_tokens: int
     decode_tokens: int
     prompt_uses: NDArray[np.int64]  # [layers, experts]
     decode_uses: NDArray[np.int64]
-    reused: NDArray[np.int64]  # [layers]: choices of a decode token that its predecessor had made, too
+    reused: NDArray[np.int64]  # [layers]: choices of a decode token that its predecessor also made
     following_tokens: int  # decode tokens with a predecessor
     working_set: WorkingSet | None  # None: no decode token yet
 
     def next_token_reuse(self, experts_per_token: int) -> NDArray[np.float64]:
-        """Share of a token's experts that the token before it had, by layer."""
+        """By layer, the fraction of a token's experts that the preceding token also chose."""
         return self.reused / max(1, self.following_tokens * experts_per_token)
 
 
 @dataclass(frozen=True, slots=True)
 class RecentRoutes:
-    """The last decode tokens in order, with the engine's lookups and hits when the recorder was told each of them."""
+    """The last decode tokens in order, with the engine's lookup and hit counters when each was recorded."""
 
     choices: Choices
     steps: NDArray[np.int64]
@@ -89,11 +90,11 @@ class Recorder:
 
     @property
     def nbytes(self) -> int:
-        """Most bytes that it will ever hold, and that a replay of the last choices takes."""
+        """The most bytes that it will ever hold, including a replay of the last choices."""
         num_layers, k = len(self._layers), self._k
         lane = BLOCK_TOKENS * (2 * num_layers * k + 8)
         lane += ReuseGaps.kept_bytes(num_layers, self._num_experts) + 2 * _OBJECT_BYTES
-        # Beside the lanes: the block that one of them gives, counted; and pairs of choices.
+        # Besides the lanes: a counted block of one of them, and pairs of choices.
         block = BLOCK_TOKENS * num_layers * k * (2 + 8) + ReuseGaps.counting_bytes(num_layers, k)
         pairs = 2 * max(_PAIRS_TOGETHER, num_layers * k * k)
         nbytes = self._most_lanes * lane + 4 * self._uses.nbytes + 4 * _OBJECT_BYTES + block + pairs
@@ -128,7 +129,7 @@ class Recorder:
             self._recent.add(choices, np.repeat(np.arange(len(steps)), sizes), counters)
 
     def counts(self) -> RoutingCounts:
-        """Everything that was recorded, the latest tokens included."""
+        """Everything recorded, up to the latest token."""
         with self._lock:
             for lane in self._lanes:
                 self._count_uses(lane.take(), is_decode=True)
@@ -153,13 +154,13 @@ class Recorder:
             )
 
     def recent(self) -> RecentRoutes:
-        """The last decode tokens, in the order of their steps; of a recorder that `keeps_recent`."""
+        """The last decode tokens in the order of their steps; requires `keeps_recent`."""
         assert self._recent is not None
         with self._lock:
             return self._recent.in_order()
 
     def _find_lane(self, number: int, running: list[int]) -> _Lane | None:
-        """The sequence's lane: its own, or the one that has been idle for the shortest time, or a new one, or none."""
+        """The sequence's lane: its own, otherwise the most recently idle one, a new one, or none."""
         if (lane := self._lane_of.pop(number, None)) is None:
             idle = next((other for other in reversed(self._lane_of) if other not in running), None)
             if idle is not None:
@@ -182,19 +183,21 @@ class Recorder:
 
 
 class _Lane:
-    """The decode tokens of one sequence after another, counted a block at a time."""
+    """The decode tokens of one sequence after another, counted block by block."""
 
     def __init__(self, num_layers: int, num_experts: int, k: int) -> None:
         self.gaps = ReuseGaps(num_layers, num_experts)
         self.reused: NDArray[np.int64] = np.zeros(num_layers, np.int64)
         self.num_following = 0
-        # The first row is the token before the block.
+        # Row 0 is the token before the block.
         self._block: Choices = np.zeros((1 + BLOCK_TOKENS, num_layers, k), np.uint16)
         self._numbers: NDArray[np.int64] = np.full(1 + BLOCK_TOKENS, -1, np.int64)
         self._num_held = 0
 
     def add(self, choices: NDArray[np.integer], number: int) -> Iterator[Choices]:
-        """Hold the choices [tokens, layers, k] of a sequence's next tokens; yield each block that is full, counted."""
+        """Take the choices [tokens, layers, k] of a sequence's next tokens; count and yield each block that fills
+        up.
+        """
         at = 0
         while at < len(choices):
             count = min(len(choices) - at, BLOCK_TOKENS - self._num_held)
@@ -207,7 +210,7 @@ class _Lane:
                 yield self.take()
 
     def take(self) -> Choices:
-        """Count the block and begin the next one; return it, valid until a token is added."""
+        """Count the block and begin the next; return it, valid until a token is added."""
         end = 1 + self._num_held
         block, before = self._block[1:end], self._block[: end - 1]
         follows = self._numbers[1:end] == self._numbers[: end - 1]
@@ -228,7 +231,7 @@ class _Lane:
 
 
 class _Ring:
-    """The last tokens, with the step of each and the counters when it was added."""
+    """The last tokens, each with its step and the counters when it was added."""
 
     def __init__(self, num_tokens: int, num_layers: int, k: int) -> None:
         self.num_tokens = num_tokens
@@ -241,7 +244,7 @@ class _Ring:
         return self._choices.nbytes + self._facts.nbytes
 
     def add(self, choices: NDArray[np.integer], steps: NDArray[np.int64], counters: tuple[int, int]) -> None:
-        """Add tokens [tokens, layers, k] of steps, which are numbered from 0."""
+        """Add tokens [tokens, layers, k] of the given steps, numbered from 0."""
         choices, following = choices[-self.num_tokens :], self._num_steps + int(steps[-1]) + 1
         steps = steps[-self.num_tokens :]
         places = np.arange(self._num_added, self._num_added + len(choices)) % self.num_tokens

@@ -1,8 +1,8 @@
-"""Replay recorded choices through caches of the same size that evict by other rules.
+"""Replay recorded choices through caches of the same size with other eviction policies.
 
     choices [tokens, layers, experts per token]  ->  hit_rates  ->  {"lru": ..., "lfu": ..., "optimum": ...}
 
-Elsewhere: `native/ops/replay` replays; `live.py` asks for the last minutes, `report.py` for texts.
+Elsewhere: `native/ops/replay` is the replay itself; `live.py` uses it for the last minutes, `report.py` for texts.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def hit_rates(
 
     Args:
         choices: [tokens, layers, experts per token].
-        steps: each token's step; the tokens of a step ask together. None: tokens decode one after another.
-        counted_from: the first token that counts; those before it fill the cache.
+        steps: each token's step; the tokens of a step request experts together. None: one token per step.
+        counted_from: the first token that counts; earlier ones fill the cache.
     """
     if steps is None:
         steps = np.arange(len(choices), dtype=np.int64)
@@ -50,9 +50,9 @@ def hit_rates(
 
 
 def replay_bytes(num_tokens: int, *, num_layers: int, num_experts: int, k: int) -> int:
-    """Most bytes that a replay allocates (`native/ops/replay.cpp`).
+    """The most bytes that a replay allocates (`native/ops/replay.cpp`).
 
-    For each choice the expert and its next use; for each token and layer a request; for each expert its last and next
-    request, its rank, and a node of the set of residents.
+    Per choice, the expert and its next use; per token and layer, a request; per expert, its last and next request,
+    its rank, and a node in the set of residents.
     """
     return num_tokens * num_layers * ((4 + 8) * k + 24) + 128 * num_layers * num_experts

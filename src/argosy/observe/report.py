@@ -2,15 +2,17 @@
 
     choices and losses of each domain  ->  report  ->  `argosy routes`: text, JSON, picture
 
-Specialisation is the mutual information, in bits, of a token's experts and its domain, every domain weighing the same:
-0 if experts do not depend on the domain, log2(domains) if each expert serves one. Few tokens look special by chance, so
-beside it stands its mean over random labels, and how often random labels gave as much (a permutation test):
+Specialisation is the mutual information, in bits, between a token's experts and its domain, all domains weighted
+equally: 0 if experts do not depend on the domain, log2(domains) if each expert serves a single one. A small sample
+looks specialised by chance, so the report also gives the mean over random labels and how often random labels
+reached the same value (a permutation test):
 
-    of each layer      stretches of STRETCH tokens change their domains among each other
-    across layers      experts change their numbers within each layer: only where an expert's number means the same in
-                       all layers is there more in common than after such a shuffle
+    within each layer  stretches of STRETCH tokens swap their domains
+    across layers      experts swap their numbers within each layer: only where an expert's number means the same in
+                       all layers does the true numbering score higher than such a shuffle
 
-Elsewhere: `trace.py` keeps the choices; `cli/commands/routes.py` has the model read texts; `replay.py` replays caches.
+Elsewhere: `trace.py` keeps the choices; `cli/commands/routes.py` runs the model on texts; `replay.py` simulates
+caches.
 """
 
 from __future__ import annotations
@@ -28,11 +30,11 @@ from argosy.observe.recorder import Choices
 from argosy.observe.replay import hit_rates, replay_bytes
 
 CLASSES = ("word", "word part", "number", "punctuation", "white space", "other")
-STRETCH = 64  # tokens that keep their domain together in the test: what stands near is alike
+STRETCH = 64  # tokens that the test moves together, because neighbours are alike
 BUDGETS = (6, 12, 25, 50, 75)  # percent of all experts
 _SHUFFLES = 999
-_MOST_SHUFFLED = 1 << 32  # numbers that all shuffles may touch: fewer shuffles of larger models
-_CLASS_SHUFFLES = 100  # the fewest that can say p <= 0.01
+_MOST_SHUFFLED = 1 << 32  # numbers that all shuffles together may touch, so larger models get fewer shuffles
+_CLASS_SHUFFLES = 100  # the fewest that can show p <= 0.01
 _MOST_PAIRS = 3
 
 Floats = NDArray[np.float64]
@@ -40,7 +42,7 @@ Counts = NDArray[np.int64]
 
 
 def class_of(text: str) -> int:
-    """The class of a token by its text: an index of CLASSES."""
+    """Classify a token by its text: an index into CLASSES."""
     bare = text.strip()
     if not bare:
         return CLASSES.index("white space" if text else "other")
@@ -57,7 +59,7 @@ def class_of(text: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class DomainRoutes:
-    """The tokens of one domain: choices, classes, and the loss in nats of each that had something before it."""
+    """The tokens of one domain: choices, classes, and the loss in nats of each token except first ones."""
 
     name: str
     choices: Choices
@@ -85,19 +87,19 @@ class Specialisation:
 @dataclass(frozen=True, slots=True)
 class LayerReport:
     layer: int
-    entropy_bits: float  # over the choices of all domains together
-    balance: float  # 2 ** entropy over the number of experts: 1 if all are used alike
+    entropy_bits: float  # over the choices in all domains together
+    balance: float  # 2 ** entropy over the number of experts: 1 if all are used equally
     domain: Specialisation | None  # None: one domain
     token_class: Specialisation
-    reuse: float  # share of a token's experts that the token before it had
-    reuse_by_chance: float  # the same if tokens came in any order
-    # Experts, share of tokens with both, times as often as by chance.
+    reuse: float  # fraction of a token's experts that the preceding token also chose
+    reuse_by_chance: float  # the same for tokens in random order
+    # Two experts, the fraction of tokens with both, and its ratio to chance.
     pairs: list[tuple[int, int, float, float]]
 
 
 @dataclass(frozen=True, slots=True)
 class RouteReport:
-    """Everything that `argosy routes` says, except what removing experts does."""
+    """Everything that `argosy routes` reports, except the effects of removing experts."""
 
     layers: tuple[int, ...]
     num_experts: int
@@ -107,14 +109,14 @@ class RouteReport:
     perplexities: tuple[float, ...]
     uses: Counts  # [domains, layers, experts]
     per_layer: list[LayerReport]
-    across_domain: Specialisation | None  # an expert's number, in all layers at once, and the domain
-    served_by: dict[str, list[int]]  # domain -> experts whose number means it in all layers
+    across_domain: Specialisation | None  # between an expert's number, in all layers at once, and the domain
+    served_by: dict[str, list[int]]  # domain -> expert numbers that serve it in all layers
     working_set: WorkingSet
     caches: dict[int, dict[str, float]]  # slots -> policy -> hit rate
 
     @property
     def shares(self) -> Floats:
-        """[domains, layers, experts]: share of the choices of a layer."""
+        """[domains, layers, experts]: fractions of a layer's choices."""
         return np.asarray(self.uses / np.maximum(1, self.uses.sum(axis=2, keepdims=True)), np.float64)
 
     def as_dict(self) -> dict[str, Any]:
@@ -157,7 +159,7 @@ class RouteReport:
 
 
 def working_bytes(num_tokens: int, *, num_layers: int, num_experts: int, k: int, num_domains: int) -> int:
-    """Most bytes that a report on so many tokens takes, their choices included."""
+    """The most bytes that a report on `num_tokens` takes, their choices included."""
     choices = num_tokens * num_layers * k
     replay = replay_bytes(num_tokens, num_layers=num_layers, num_experts=num_experts, k=k)
     stretches = (num_tokens // STRETCH + num_domains) * num_layers * num_experts * (8 + 4 + 4)
@@ -174,10 +176,10 @@ def report(
     own_slots: int | None = None,
     seed: int = 0,
 ) -> RouteReport:
-    """Report on the choices of each domain, at least one token each.
+    """Report on the choices of each domain, which has at least one token.
 
     Args:
-        own_slots: size of the engine's cache, to be replayed beside BUDGETS; None: every expert is resident.
+        own_slots: the size of the engine's cache, replayed in addition to BUDGETS; None: every expert is resident.
     """
     rng = np.random.default_rng(seed)
     k = domains[0].choices.shape[2]
@@ -231,7 +233,7 @@ def _count_stretches(choices: Choices, num_experts: int) -> Counts:
 
 
 def information(uses: NDArray[Any]) -> Floats:
-    """Bits that experts have about domains that are equally frequent: [..., domains, experts] -> [...]."""
+    """The information that experts carry about equally frequent domains, in bits: [..., domains, experts] -> [...]."""
     given = uses / np.maximum(1, uses.sum(axis=-1, keepdims=True))
     mean = given.mean(axis=-2, keepdims=True)
     ratio = np.divide(given, mean, out=np.ones_like(given), where=given > 0)
@@ -240,7 +242,7 @@ def information(uses: NDArray[Any]) -> Floats:
 
 
 def _domain_specialisation(stretches: Sequence[Counts], rng: np.random.Generator) -> list[Specialisation]:
-    """The bits of each layer about the domain, against stretches whose domains were shuffled."""
+    """Each layer's information about the domain, compared with shuffled domains of stretches."""
     owners = np.repeat(np.arange(len(stretches)), [len(counts) for counts in stretches])
     counts = np.concatenate(stretches).astype(np.float32)
     num_layers, num_experts = counts.shape[1:]
@@ -258,7 +260,7 @@ def _domain_specialisation(stretches: Sequence[Counts], rng: np.random.Generator
 
 
 def _across_layers(uses: Counts, rng: np.random.Generator) -> Specialisation:
-    """The bits of an expert's number about the domain, against numbers that were shuffled within each layer."""
+    """The information of an expert's number about the domain, compared with numbers shuffled within each layer."""
     shares = uses / np.maximum(1, uses.sum(axis=2, keepdims=True))
 
     def bits_of(of_layers: Floats) -> float:
@@ -269,7 +271,7 @@ def _across_layers(uses: Counts, rng: np.random.Generator) -> Specialisation:
 
 
 def shuffle_experts(shares: NDArray[Any], rng: np.random.Generator) -> NDArray[Any]:
-    """Give the experts of each layer other numbers, the same for all domains: [domains, layers, experts]."""
+    """Shuffle the experts of each layer, in the same way for all domains: [domains, layers, experts]."""
     order = rng.permuted(np.tile(np.arange(shares.shape[2]), (shares.shape[1], 1)), axis=1)
     return np.take_along_axis(shares, order[None], axis=2)
 
@@ -280,7 +282,9 @@ def _against(found: float, by_chance: Floats) -> Specialisation:
 
 
 def _served_by(uses: Counts, names: Sequence[str]) -> dict[str, list[int]]:
-    """The experts that have twice an even share of a domain over all layers, and more of it than of any other."""
+    """The expert numbers with at least twice an even share of a domain over all layers, and more of it than of any
+    other.
+    """
     shares = (uses / np.maximum(1, uses.sum(axis=2, keepdims=True))).mean(axis=1)  # [domains, experts]
     even = 1 / shares.shape[1]
     return {
@@ -301,7 +305,7 @@ def _layer_report(
     of_domain: Specialisation | None,
     rng: np.random.Generator,
 ) -> LayerReport:
-    """Report on one layer's choices [tokens, k] of each domain, and the classes of all tokens."""
+    """Report on one layer, from its choices [tokens, k] in each domain and the classes of all tokens."""
     chosen = np.concatenate(at)
     uses = np.bincount(chosen.ravel(), minlength=num_experts)
     share = uses[uses > 0] / uses.sum()
@@ -322,7 +326,9 @@ def _layer_report(
 def _class_specialisation(
     chosen: NDArray[np.uint16], classes: NDArray[np.int8], num_experts: int, rng: np.random.Generator
 ) -> Specialisation:
-    """Bits that an expert has about its token's class, classes weighing as they occur; by chance: shuffled classes."""
+    """An expert's information about its token's class, weighted by frequency; chance is measured with shuffled
+    classes.
+    """
 
     def bits_of(labels: NDArray[np.int8]) -> float:
         keys = labels[:, None].astype(np.int64) * num_experts + chosen
@@ -340,7 +346,9 @@ def _class_specialisation(
 
 
 def _next_token_reuse(at: Sequence[NDArray[np.uint16]], num_experts: int) -> tuple[float, float]:
-    """Share of a token's experts that its predecessor had, and the share if the domain's tokens came in any order."""
+    """The fraction of a token's experts that its predecessor also chose, and the fraction for tokens in random
+    order.
+    """
     reused = following = 0
     by_chance = []
     for chosen in at:
@@ -353,7 +361,7 @@ def _next_token_reuse(at: Sequence[NDArray[np.uint16]], num_experts: int) -> tup
 
 
 def _pairs(chosen: NDArray[np.uint16], num_experts: int) -> list[tuple[int, int, float, float]]:
-    """The pairs of experts that tokens chose together far more often than their single uses explain."""
+    """The pairs of experts chosen together far more often than their individual uses explain."""
     has = np.zeros((len(chosen), num_experts), np.float32)
     np.put_along_axis(has, chosen.astype(np.int64), 1, axis=1)
     together = np.triu(has.T @ has, 1) / len(chosen)
@@ -382,7 +390,7 @@ def _working_set(domains: Sequence[DomainRoutes], layers: tuple[int, ...], num_e
 def _replay(
     domains: Sequence[DomainRoutes], num_experts: int, own_slots: int | None
 ) -> dict[int, dict[str, float]]:
-    """Hit rates over the second halves of the domains, after the first halves filled the cache."""
+    """Hit rates over the second half of each domain, after the first half has filled the cache."""
     halves = [np.split(domain.choices, [len(domain.choices) // 2]) for domain in domains]
     filled = np.concatenate([first for first, _ in halves])
     trace = np.concatenate([filled, *(second for _, second in halves)])

@@ -1,12 +1,12 @@
-"""Keep the working set of a model from run to run, in a small file of the user that names no expert.
+"""Keep a model's working set from run to run, in a small per-user file that names no expert.
 
     Recorder.counts()  ->  add  ->  <data>/argosy/routing/MODEL.json  ->  find, find_for  ->  `argosy plan`
 
-What is kept is, for each layer, how many distinct experts a number of tokens needs and how old experts are when they
-are used again: no expert's number, no order, no time. Even so, routing is content: only the owner can read the file, a
-run of fewer than FEWEST_TOKENS adds nothing, and `--no-record` (or ARGOSY_RECORD=off) keeps nothing.
+For each layer the file keeps how many distinct experts a number of tokens needs, and how old experts are when
+reused: no expert numbers, no order, no times. Even so, routing is content: only the owner can read the file, a run
+of fewer than FEWEST_TOKENS adds nothing, and `--no-record` (or ARGOSY_RECORD=off) keeps nothing.
 
-Elsewhere: `experts/hit_rate.py` has the curve and its form in JSON.
+Elsewhere: `experts/hit_rate.py` defines the curve and its JSON.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from argosy.experts.hit_rate import MOST_JSON_BYTES, WorkingSet
 from argosy.observe.recorder import RoutingCounts
 from argosy.user_directories import data_directory
 
-FEWEST_TOKENS = 256  # decode tokens of a run that is added
-MOST_TOKENS = 1 << 20  # saved counts weigh at most this much, so that they follow what a model is used for
-_ROUTER_BYTES = 1 << 16  # read from the first router: no two trainings have the same
+FEWEST_TOKENS = 256  # decode tokens that a run needs to be added
+MOST_TOKENS = 1 << 20  # the most weight of saved counts, so that they follow changes in how a model is used
+_ROUTER_BYTES = 1 << 16  # read from the first router, which differs between any two trainings
 
 
 def directory() -> Path:
@@ -37,7 +37,7 @@ def directory() -> Path:
 
 
 def path_of(files: ModelFiles) -> Path:
-    """Where a model's working set is kept, wherever the model is; a file in another format is another model.
+    """The file for a model's working set, wherever the model is stored; another format counts as another model.
 
     Raises:
         OSError: the model cannot be read.
@@ -58,7 +58,7 @@ def path_of(files: ModelFiles) -> Path:
 
 
 def find(path: Path) -> WorkingSet | None:
-    """The working set that was saved, or None.
+    """The saved working set, or None.
 
     Raises:
         UsageError: the file is damaged.
@@ -75,7 +75,7 @@ def find_for(files: ModelFiles) -> WorkingSet | None:
     """The working set that earlier runs of a model saved on this machine, or None.
 
     Raises:
-        UsageError: the file is damaged, or of another model.
+        UsageError: the file is damaged, or belongs to another model.
         OSError: the file or the model cannot be read.
     """
     if not files.config.moe_layers:
@@ -87,7 +87,8 @@ def find_for(files: ModelFiles) -> WorkingSet | None:
 
 
 def add(path: Path, counts: RoutingCounts) -> bool:
-    """Add what a run recorded to what earlier runs saved; a damaged file is replaced. False: too little to add.
+    """Add a run's counts to those saved earlier, replacing a damaged file. Returns False if there is too little to
+    add.
 
     Raises:
         OSError: the file cannot be written.
@@ -110,13 +111,13 @@ def add(path: Path, counts: RoutingCounts) -> bool:
 
 
 def merge(old: WorkingSet, new: WorkingSet) -> WorkingSet:
-    """The mean of two working sets of a model, by how many windows of each length they counted."""
+    """The mean of two working sets of a model, weighted by the number of windows of each length."""
     old = replace(old, num_tokens=min(old.num_tokens, MOST_TOKENS))
     longer = max(old, new, key=lambda one: len(one.windows))
     total: NDArray[np.float64] = np.zeros(longer.distinct.shape)
     weights: NDArray[np.float64] = np.zeros(len(longer.windows))
     for one in (old, new):
-        # At least 1: several answers may together have fewer tokens than windows would need in one.
+        # At least 1: the tokens of several short answers may not fill a window.
         counted = np.maximum(one.num_tokens + 1 - np.array(one.windows, np.float64), 1)
         weights[: len(counted)] += counted
         total[:, : len(counted)] += one.distinct * counted
@@ -124,7 +125,7 @@ def merge(old: WorkingSet, new: WorkingSet) -> WorkingSet:
     return replace(
         longer,
         num_tokens=old.num_tokens + new.num_tokens,
-        # A window that only one of them has may hold less than a shorter one of both.
+        # A window length that only one set has may show fewer experts than a shorter one that both have.
         distinct=np.maximum.accumulate(total / weights, axis=1),
         resident=resident,
         found=found,
@@ -132,7 +133,7 @@ def merge(old: WorkingSet, new: WorkingSet) -> WorkingSet:
 
 
 def _mean(old: WorkingSet, new: WorkingSet, name: str) -> NDArray[np.float64] | None:
-    """The mean of a curve by age, weighed by tokens; of the one that has it, if only one does."""
+    """The mean of a curve by age, weighted by tokens; if only one set has the curve, that curve."""
     curves = [(getattr(one, name), one.num_tokens) for one in (old, new)]
     known = [(curve, tokens) for curve, tokens in curves if curve is not None]
     if not known:

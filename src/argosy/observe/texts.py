@@ -1,4 +1,4 @@
-"""Read texts by domain: one domain a file, or JSON lines with labels. Their size is bounded before they are read.
+"""Read texts by domain: one domain per file, or labelled JSON lines. Sizes are bounded before reading.
 
 maths.txt                    ->  {"maths": ["..."]}
 {"domain": ..., "text": ...} ->  the texts of each domain, in order
@@ -16,17 +16,19 @@ MOST_DOMAINS = 64
 MOST_NAME = 64  # characters
 MOST_JSONL_BYTES = 64 << 20
 MOST_LINE_BYTES = 4 << 20
-_HINT = 'one domain a file, or lines such as {"domain": "maths", "text": "2 + 2 = 4"} in a file named .jsonl'
+_HINT = (
+    'one domain per file, or lines such as {"domain": "maths", "text": "2 + 2 = 4"} in a file named .jsonl'
+)
 
 
 def read_texts(paths: Sequence[Path], *, most_bytes: int) -> dict[str, list[str]]:
     """The texts of each domain, in order of appearance.
 
     Args:
-        most_bytes: read of each plain file, from its beginning, and kept of each domain.
+        most_bytes: how much to read of each plain file, from its beginning, and to keep of each domain.
 
     Raises:
-        UsageError: a file cannot be read, is no text, is too large, or holds a line of another form.
+        UsageError: a file cannot be read, is not text, is too large, or contains a malformed line.
     """
     domains: dict[str, list[str]] = {}
     kept: dict[str, int] = {}
@@ -68,7 +70,7 @@ def _beginning(path: Path, most_bytes: int) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        if len(data) == most_bytes and error.start >= len(data) - 3:  # a character was cut
+        if len(data) == most_bytes and error.start >= len(data) - 3:  # the limit cut a character
             return data[: error.start].decode("utf-8")
         raise UsageError(f"{path} is not UTF-8 text: byte {error.start} is wrong") from None
 

@@ -1,4 +1,4 @@
-"""Keep every choice of the texts that `argosy routes` reads, in order; `recorder.py` counts while a model serves."""
+"""Keep every choice, in order, while `argosy routes` reads texts; `recorder.py` counts while a model serves."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from argosy.observe.recorder import Choices
 
 
 class Taken(NamedTuple):
-    """Tokens in the order in which they ran.
+    """Tokens in the order they ran.
 
-    lookups, hits: for the experts that decode asked for, since the last trace was taken.
+    lookups, hits: for the experts that decode requested since the last trace was taken.
     """
 
     choices: Choices
@@ -29,7 +29,7 @@ class TraceRecorder:
     """A `RouteRecorder` that keeps the choices of at most `num_tokens` tokens until they are taken.
 
     Args:
-        working_bytes: memory for copies of them; the memory plan counts it, too.
+        working_bytes: memory for copies of them, also counted by the memory plan.
     """
 
     def __init__(self, model: ModelConfig, num_tokens: int, *, working_bytes: int = 0) -> None:
@@ -56,11 +56,11 @@ class TraceRecorder:
         self._counters = lookups, hits
 
     def stop(self) -> None:
-        """Keep no token from now on."""
+        """Stop keeping tokens."""
         self._is_stopped = True
 
     def take(self) -> Taken:
-        """Everything since the last call."""
+        """Return everything since the last call."""
         held, before = self._num_held, self._taken_counters
         lookups, hits = (now - then for now, then in zip(self._counters, before, strict=True))
         self._num_held, self._taken_counters = 0, self._counters
