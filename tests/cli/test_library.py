@@ -159,7 +159,7 @@ def test_what_is_passed_over_is_a_note(models: Path, capsys: Captured) -> None:
     (models / "hf" / "hub" / "models--a--b").symlink_to("/etc")
     assert main(["list"]) == 0
     assert "note: " in (said := capsys.readouterr().err)
-    assert "models--a--b is a link, which is not followed" in said
+    assert "models--a--b is a link, which Argosy does not follow" in said
 
 
 def test_an_unfinished_pull_and_a_model_with_missing_parts_are_listed(models: Path, capsys: Captured) -> None:

@@ -236,7 +236,7 @@ def test_a_link_that_no_path_can_resolve_is_a_note(home: Path, hub: Path) -> Non
         (folder / "odd").symlink_to("x" * 300)  # no name is as long as that
     found = find_models()
     assert len(found.models) == 2
-    assert notes_of(found).count("odd is passed over") == 2
+    assert notes_of(found).count("odd is skipped") == 2
 
 
 LAYER = {"mediaType": WEIGHTS, "digest": "sha256:" + "0" * 64, "size": 4}
@@ -327,7 +327,7 @@ def test_settings_of_lm_studio_that_cannot_be_read_are_a_note(home: Path, text: 
     (home / ".lmstudio/settings.json").write_text(text)
     found = find_models()
     assert len(found.models) == 1
-    assert [note.partition(" is passed over")[0] for note in found.notes] == [
+    assert [note.partition(" is skipped")[0] for note in found.notes] == [
         str(home / ".lmstudio/settings.json")
     ]
 

@@ -121,7 +121,7 @@ def test_names_of_presets_models_and_aliases_differ(hub: Path, ollama: Path) -> 
     )  # the path of a model in the library
     assert base_of("coder", str(GGUF / "model.gguf")) == str((GGUF / "model.gguf").resolve())
     presets.save(presets.made("coder", model="qwen3:30b"))
-    with pytest.raises(UsageError, match="'coder' is a preset, and a preset is of a model"):
+    with pytest.raises(UsageError, match="'coder' is a preset, and a preset needs a model"):
         base_of("other", "coder")
     with pytest.raises(UsageError, match="'coder' is the name of a preset already"):
         add_alias("coder", "fast")

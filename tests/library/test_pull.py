@@ -262,7 +262,7 @@ def test_a_connection_that_fails_again_and_again_is_given_up_and_what_came_is_ke
 def test_a_file_that_is_corrupted_is_refused_and_not_kept(server: Served, hub: Path, name: str) -> None:
     true = server.files[name][0]
     server.sent_instead[name] = true[:-2] + bytes([true[-2] ^ 1]) + true[-1:]
-    with pytest.raises(CheckpointError, match=f"{name} is not what the hub says: its digest is"):
+    with pytest.raises(CheckpointError, match=f"{name} does not match the hub.s list: its digest is"):
         fetch(look_up(REPOSITORY))
     blob = next(blob for blob in look_up(REPOSITORY).blobs if blob.name == name)
     assert not blob.path.exists()
@@ -310,7 +310,7 @@ def test_a_size_that_lies_is_refused(server: Served, hub: Path, nbytes: int) -> 
 )
 def test_a_file_without_a_size_or_a_digest_is_refused(server: Served, lies: dict[str, Any]) -> None:
     lying(server, SHARDS[0], **lies)
-    with pytest.raises(CheckpointError, match="has no size and digest of model-00001"):
+    with pytest.raises(CheckpointError, match="lacks the size or digest of model-00001"):
         look_up(REPOSITORY)
 
 
@@ -724,12 +724,12 @@ def test_a_record_with_another_kind_of_licence_or_time_is_damaged(
     raw = json.loads(kept.path().read_text())
     raw["pulled"]["a/b"][key] = value
     kept.path().write_text(json.dumps(raw))
-    with pytest.raises(UsageError, match="describes a model that was pulled in another way"):
+    with pytest.raises(UsageError, match="has a malformed record of a pulled model"):
         kept.read()
 
 
 def test_a_record_with_a_revision_that_is_a_path_is_damaged(tagged: Served) -> None:
     fetch(look_up(REPOSITORY, "v1.0"))
     kept.path().write_text(kept.path().read_text().replace('"v1.0"', '"../../x"'))
-    with pytest.raises(UsageError, match="describes a model that was pulled in another way"):
+    with pytest.raises(UsageError, match="has a malformed record of a pulled model"):
         kept.read()

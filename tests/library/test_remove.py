@@ -188,7 +188,7 @@ def test_layers_that_two_models_of_ollama_share_stay(ollama: Path) -> None:
     remove(removal)
     assert names() == ["b:1b"]
     write_manifest(ollama, "c:1b", "damaged")
-    with pytest.raises(UsageError, match="cannot be told") as refusal:
+    with pytest.raises(UsageError, match="cannot determine which files") as refusal:
         plan_removal("b:1b")
     assert "`ollama rm b:1b`" in str(refusal.value)
 

@@ -1,6 +1,7 @@
-"""Remember what the headers of models say, so that a list of them reads no header twice.
+"""Cache the facts in model headers, so that listing models reads no header twice.
 
-One file in the user's cache directory. An entry is of files with the same sizes and times, read by the same version.
+One file in the user's cache directory. An entry is valid for files of the same sizes and times, read by the same
+version.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _MOST_ENTRIES = 1000
 
 
 class FactsCache:
-    """Facts by model: plain JSON objects. `save` writes what is new."""
+    """Facts by model, as plain JSON objects. `save` writes new ones."""
 
     def __init__(self) -> None:
         self._facts: dict[str, dict[str, Any]] = {}
@@ -42,7 +43,7 @@ class FactsCache:
         self._is_changed = True
 
     def save(self) -> None:
-        """Save the facts; if they cannot be written, they are read again the next time."""
+        """Save the facts; if that fails, headers are read again the next time."""
         if not self._is_changed:
             return
         newest = dict(list(self._facts.items())[-_MOST_ENTRIES:])
@@ -55,7 +56,7 @@ class FactsCache:
 
 
 def key_of(model: Model) -> str:
-    """Equal as long as the model's files, and what reads them, are unchanged."""
+    """A key that is equal as long as the model's files, and the code that reads them, are unchanged."""
     towers = () if model.tower is None else (model.tower,)
     files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in (*model.files, *towers)]
     beside = (model.path / "config.json", model.path / "generation_config.json", model.manifest)

@@ -1,7 +1,7 @@
 """Argosy's own records of models: aliases, when each was last used, and which were pulled.
 
-One small file in the user's data directory, which only its owner reads. Changes are made one process at a time, and a
-crash leaves the old file or the new one.
+One small file in the user's data directory, readable only by its owner. One process at a time changes it, and a
+crash leaves either the old file or the new one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAIN = "main"  # the branch that a repository's name means
 _MOST_BYTES = 8 << 20
 _MOST_USED = 1000  # models whose last use is remembered
 _VERSION = 1
-_LATEST = 1 << 37  # latest time; later ones have no date
+_LATEST = 1 << 37  # the latest time that can be shown as a date
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
@@ -35,13 +35,13 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """A model that Argosy fetched, or began to fetch.
+    """A model that Argosy has fetched, or begun to fetch.
 
     revision: the commit.
-    blobs: digests of its files, as the hub's cache names them.
-    asked: the branch, tag or commit that was asked for; "": the main branch.
-    licence: as the hub's card stated it then; "": not stated.
-    accepted_at: when the user agreed to fetch it under that licence, in seconds since 1970; 0: nobody was asked.
+    blobs: digests of its files, which are their names in the hub's cache.
+    asked: the branch, tag or commit requested; "": the main branch.
+    licence: as stated on the hub's card at the time; "": not stated.
+    accepted_at: when the user agreed to that licence, in seconds since 1970; 0: the user was not asked.
     """
 
     repository: str
@@ -63,12 +63,12 @@ class Kept:
 
 
 def is_revision(text: str) -> bool:
-    """Whether a text can be a branch, a tag or a commit, and a path below `refs` in the hub's cache."""
+    """Whether a text can be a branch, a tag or a commit, and also a path below `refs` in the hub's cache."""
     return len(text) <= _MOST_CHARACTERS and _REVISION.fullmatch(text) is not None
 
 
 def is_alias(text: str) -> bool:
-    """Whether a text can be an alias or the name of a preset, and the name of a file."""
+    """Whether a text can be an alias or a preset's name, and also a file name."""
     return _ALIAS.fullmatch(text) is not None and text != DEMO
 
 
@@ -94,7 +94,7 @@ def read() -> Kept:
 
 @contextmanager
 def changing() -> Iterator[Kept]:
-    """Change the records: they are written at the end of the context, unless it raises.
+    """Change the records, which are written at the end of the context unless it raises.
 
     Raises:
         UsageError: the file is damaged, or cannot be written, or a name is not UTF-8 text.
@@ -119,7 +119,7 @@ def changing() -> Iterator[Kept]:
 
 
 def note_use(name: str) -> None:
-    """Remember that a model is used now. What cannot be written is not remembered."""
+    """Record that a model is used now; a failure to write is ignored."""
     with suppress(UsageError), changing() as kept:
         kept.used[name] = int(time.time())
         for old in sorted(kept.used, key=lambda one: kept.used[one])[:-_MOST_USED]:
@@ -127,7 +127,7 @@ def note_use(name: str) -> None:
 
 
 def _to_json(kept: Kept) -> bytes:
-    # Not as ASCII, which hides half a character of a name until the file is read again.
+    # Not as ASCII, which would hide a broken character in a name until the file is read again.
     return (json.dumps({"version": _VERSION, **asdict(kept)}, indent=1, ensure_ascii=False) + "\n").encode()
 
 
@@ -140,9 +140,9 @@ def _parse(data: bytes, place: Path) -> Kept:
         raise _damaged(place, f"is not of version {_VERSION}")
     aliases, used, pulled = (raw.get(name) for name in ("aliases", "used", "pulled"))
     if not (isinstance(aliases, dict) and isinstance(used, dict) and isinstance(pulled, dict)):
-        raise _damaged(place, "has no aliases, used or pulled")
+        raise _damaged(place, "lacks aliases, used or pulled")
     if not all(isinstance(target, str) for target in aliases.values()):
-        raise _damaged(place, "has an alias that stands for no text")
+        raise _damaged(place, "has an alias whose target is not text")
     if not all(type(when) is int for when in used.values()):
         raise _damaged(place, "has a time that is not a whole number")
     return Kept(aliases, used, {name: _pulled(value, place) for name, value in pulled.items()})
@@ -153,7 +153,7 @@ def _pulled(value: Any, place: Path) -> Pulled:
     repository, revision, nbytes, blobs = (
         fields.get(name) for name in ("repository", "revision", "nbytes", "blobs")
     )
-    # Files that were written before have none of these.
+    # Older files have none of these.
     asked, licence, accepted_at = (
         fields.get(name, default) for name, default in (("asked", ""), ("licence", ""), ("accepted_at", 0))
     )
@@ -169,14 +169,14 @@ def _pulled(value: Any, place: Path) -> Pulled:
         or not 0 <= accepted_at < _LATEST
         or type(nbytes) is not int
         or not isinstance(blobs, list)
-        # They become names of files that are deleted.
+        # They become names of files to delete.
         or not all(isinstance(blob, str) and _DIGEST.fullmatch(blob) for blob in blobs)
     ):
-        raise _damaged(place, "describes a model that was pulled in another way than expected")
+        raise _damaged(place, "has a malformed record of a pulled model")
     return Pulled(repository, revision, nbytes, tuple(blobs), asked, licence, accepted_at)
 
 
 def _damaged(place: Path, fault: str) -> UsageError:
     return UsageError(
-        f"{place} {fault}", hint="it has the aliases of models and what was pulled: correct it, or remove it"
+        f"{place} {fault}", hint="it keeps aliases and the record of pulled models: correct it or remove it"
     )

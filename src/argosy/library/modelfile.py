@@ -1,12 +1,12 @@
-"""Ollama's Modelfile: read as a preset, and written for one.
+"""Ollama's Modelfile: read one as a preset, and write one for a preset.
 
     FROM llama3.2                  name or path of the model, from the Modelfile's directory
     PARAMETER temperature 0.7      a name and a value; `stop` may be repeated
     SYSTEM \"\"\"You are Mario.\"\"\"     "one line or several", \"\"\"the same\"\"\", or the rest of the line
     MESSAGE user Is it raining?    examples
 
-The grammar is that of Ollama's parser/parser.go: a value in quotes ends at the first line that ends with the same
-quotes, and nothing is escaped. Reading takes time linear in the text.
+The grammar is that of Ollama's parser/parser.go: a quoted value ends at the first line that ends with the same
+quotes, and there are no escapes. Parsing takes time linear in the text.
 
 Elsewhere: `presets.py` keeps presets.
 """
@@ -32,12 +32,12 @@ _INSTRUCTIONS = (
 )  # fmt: skip
 _TRIPLE = '"""'
 _SPACES = " \t"
-# Ollama's names of what a preset has.
+# Ollama's names for the fields of a preset.
 _FIELDS = {
     **{name: name for name in CHOOSING if name != "repetition_penalty"}, "repeat_penalty": "repetition_penalty",
     "num_ctx": "context", "num_predict": "max_tokens", "seed": "seed", "stop": "stop", "think": "think",
 }  # fmt: skip
-# Parameters of Ollama's that have no meaning here, and why.
+# Ollama's parameters that have no meaning here, and why.
 _SERVER = "the server plans this for the machine"
 _SAMPLER = "Argosy has no such sampler"
 _WITHOUT_EFFECT = {
@@ -52,7 +52,7 @@ _WITHOUT_EFFECT = {
     **dict.fromkeys(
         ("mirostat", "mirostat_eta", "mirostat_tau", "tfs_z", "typical_p", "penalize_newline"), _SAMPLER
     ),
-    "num_keep": "a conversation that does not fit is refused, and nothing of it is dropped",
+    "num_keep": "a conversation that does not fit is refused whole, never cut",
     "repeat_last_n": "penalties count the whole prompt and answer",
 }  # fmt: skip
 _IGNORED = {
@@ -66,11 +66,11 @@ _IGNORED = {
 
 
 class Imported(NamedTuple):
-    """What a Modelfile says.
+    """The contents of a Modelfile.
 
-    model: the value of FROM; a path if one is there.
+    model: the value of FROM; a path if it exists.
     fields: arguments of `presets.made`.
-    notes: what has no effect, a sentence each.
+    notes: a sentence for each instruction without effect.
     """
 
     model: str
@@ -82,10 +82,10 @@ def read(data: bytes, folder: Path) -> Imported:
     """Read a Modelfile; its relative paths are below `folder`.
 
     Raises:
-        UsageError: it is too large, no text, or does not say what a preset can do; with the line.
+        UsageError: it is too large, not text, or says something that a preset cannot express; names the line.
     """
     if len(data) > MOST_BYTES:
-        raise UsageError(f"it has more than {MOST_BYTES} bytes, so it is no Modelfile")
+        raise UsageError(f"it has more than {MOST_BYTES} bytes, so it is not a Modelfile")
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
         text = data.decode(encoding)
@@ -103,7 +103,7 @@ def read(data: bytes, folder: Path) -> Imported:
 
 
 def _instructions(text: str) -> Iterator[tuple[int, str, str]]:
-    """The number of the line, the name in capitals and the value of each instruction."""
+    """Yield the line number, upper-case name and value of each instruction."""
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     at = 0
     while at < len(lines):
@@ -127,7 +127,7 @@ def _instructions(text: str) -> Iterator[tuple[int, str, str]]:
         while mark and not (num_characters >= 2 * len(mark) and parts[-1].endswith(mark)):
             if at == len(lines):
                 raise UsageError(f"line {first + 1}: the text that begins with {mark} has no end")
-            # Blanks after the last quotes are no part of the text; all others are.
+            # Blanks after the closing quotes are not part of the text; all others are.
             part = lines[at].rstrip(_SPACES) if lines[at].rstrip(_SPACES).endswith(mark) else lines[at]
             parts.append(part)
             num_characters += len(part) + 1
@@ -143,7 +143,7 @@ def _first_word(text: str) -> tuple[str, str]:
 
 
 class _Reading:
-    """Takes the instructions of a Modelfile, one after another."""
+    """Takes the instructions of a Modelfile, one by one."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -154,7 +154,7 @@ class _Reading:
         self.notes: dict[str, None] = {}  # in order, each once
 
     def take(self, name: str, value: str) -> None:
-        """Raises UsageError."""
+        """Apply one instruction; raises UsageError."""
         match name:
             case "FROM":
                 self._take_model(value)
@@ -180,11 +180,11 @@ class _Reading:
 
     def _take_model(self, value: str) -> None:
         if self.model is not None:
-            raise UsageError("a second FROM: a preset is of one model")
+            raise UsageError("a second FROM: a preset has one model")
         path = self._folder / os.path.expanduser(value)
         try:
             self.model = str(path) if "\0" not in value and path.exists() else value
-        except OSError:  # no name of a file is as long as that
+        except OSError:  # too long for a file name
             self.model = value
 
     def _take_parameter(self, name: str, value: str) -> None:
@@ -200,7 +200,7 @@ class _Reading:
         elif field == "think":
             self.fields |= _thinking(value)
         elif field in ("max_tokens", "context", "seed", "top_k"):
-            # Not above zero is "to the end of the context", "any seed" and "all tokens".
+            # Zero and below mean "to the end of the context", "any seed" and "all tokens".
             number = _whole(name, value)
             least = 1 if field in ("max_tokens", "context") else 0
             self.fields[field] = number if number >= least else 0 if field == "top_k" else None
@@ -209,7 +209,7 @@ class _Reading:
 
 
 def _thinking(value: str) -> dict[str, Any]:
-    """`PARAMETER think`, which Ollama lacks; its values are those of its requests."""
+    """`PARAMETER think`, which Ollama lacks; it takes the values of `think` in Ollama's requests."""
     if value in EFFORTS:
         return {"thinks": None, "effort": value}
     if value not in ("true", "false"):
@@ -238,7 +238,7 @@ def _number(name: str, value: str) -> float:
 
 
 def parameters_of(preset: Preset) -> list[tuple[str, str]]:
-    """What a preset sets under Ollama's names; a name may be repeated."""
+    """A preset's settings under Ollama's names; a name may be repeated."""
     facts = presets.facts_of(preset)
     found: list[tuple[str, str]] = []
     for name, field in _FIELDS.items():
@@ -252,7 +252,7 @@ def parameters_of(preset: Preset) -> list[tuple[str, str]]:
 
 
 def written(preset: Preset, model: str) -> str:
-    """A Modelfile of a preset; `model` is the value of FROM. `read` takes it if every text `fits`."""
+    """Write a preset as a Modelfile; `model` is the value of FROM. `read` accepts it if every text `fits`."""
     lines = [f"FROM {model}", *(f"PARAMETER {name} {value}" for name, value in parameters_of(preset))]
     if preset.system is not None:
         lines.append(f"SYSTEM {_quoted(preset.system)}")
@@ -261,7 +261,7 @@ def written(preset: Preset, model: str) -> str:
 
 
 def fits(text: str) -> bool:
-    """Whether a Modelfile can hold a text: nothing is escaped there, and a line that ends with quotes ends it."""
+    """Whether a Modelfile can hold a text: it has no escapes, and a line that ends with quotes would end the text."""
     try:
         return [value for _, _, value in _instructions(f"SYSTEM {_quoted(text)}")] == [text]
     except UsageError:

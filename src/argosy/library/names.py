@@ -1,7 +1,7 @@
-"""Find a model by what a caller writes: `demo`, a path, an alias or preset, a name, or a part that only one name has.
+"""Find a model by what a caller writes: `demo`, a path, an alias or preset, a name, or an unambiguous part of one.
 
-A path that exists always wins, so that a command that names a file never begins to mean another. A name of the form
-OWNER/NAME is whole: it is never taken for a part of a longer one.
+A path that exists always wins, so that a command that names a file never changes its meaning. A name like
+OWNER/NAME is complete: it never matches as part of a longer one.
 
 Elsewhere: `places.py` finds the models; `open/models.py` has `locate_model`, which every command calls.
 """
@@ -24,7 +24,8 @@ _MOST_SHOWN = 12
 
 
 def find(text: str) -> Model | Path | None:
-    """Find a model by `text`: `demo`, a path that exists or that an alias stands for, a model of the library, or None.
+    """Find a model: `demo`, a path that exists or is an alias's target, or a model in the library; None if there is
+    none.
 
     Raises:
         UsageError: several models match.   CheckpointError: parts of the model are missing.
@@ -37,8 +38,8 @@ def find(text: str) -> Model | Path | None:
 class Named(NamedTuple):
     """The result of looking up a text.
 
-    path: None: nothing that is here.
-    name: the whole name of the model, or the path that the text is an alias of; None for `demo` and paths.
+    path: None if it names nothing here.
+    name: the full name of the model, or the path for which the text is an alias; None for `demo` and paths.
     """
 
     text: str
@@ -47,7 +48,7 @@ class Named(NamedTuple):
 
 
 def look_up(text: str) -> Named:
-    """Look a text up in the library, once.
+    """Look a text up, reading the library once.
 
     Raises:
         UsageError: several models match.   CheckpointError: parts of the model are missing.
@@ -61,7 +62,7 @@ def look_up(text: str) -> Named:
 
 
 def name_of(text: str) -> str:
-    """The name to show for what `text` stands for: its whole name in the library, or the last part of its path.
+    """The name to show for `text`: the model's full name in the library, or the last part of its path.
 
     Raises:
         UsageError: several models match.   CheckpointError: parts of the model are missing.
@@ -75,7 +76,7 @@ def name_of(text: str) -> str:
 
 
 def is_name(text: str) -> bool:
-    """Whether `text` names a model as a whole: `demo`, a path of one, an alias, a name with or without its owner and
+    """Whether `text` is a complete name: `demo`, a model's path, an alias, or a name with or without owner and
     format. A part of a name is not enough.
     """
     if text == DEMO:
@@ -85,12 +86,12 @@ def is_name(text: str) -> bool:
     try:
         known = (*kept.read().aliases, *presets.names())
         return text in known or find_exactly(text, find_models().models) is not None
-    except (ArgosyError, OSError):  # what a command reports when it opens its model
+    except (ArgosyError, OSError):  # the command reports these when it opens the model
         return False
 
 
 def find_exactly(text: str, models: Sequence[Model]) -> Model | None:
-    """The model of that name, be it whole or not; a part of a name is not enough.
+    """Find the model with that name, even if files are missing; a part of a name is not enough.
 
     Raises:
         UsageError: several models match.
@@ -99,10 +100,11 @@ def find_exactly(text: str, models: Sequence[Model]) -> Model | None:
 
 
 def locate(text: str) -> Path:
-    """The path of what `text` names. A text that can only be a path is one, whether it exists or not.
+    """The path of the model that `text` names. A text that can only be a path is returned even if it does not
+    exist.
 
     Raises:
-        UsageError: several models match.   CheckpointError: there is none, or parts of it are missing.
+        UsageError: several models match.   CheckpointError: none matches, or parts of it are missing.
     """
     if text == DEMO or _exists(text):
         return Path(text)
@@ -116,8 +118,8 @@ def locate(text: str) -> Path:
 
 
 def other_names(models: Sequence[str], aliases: Mapping[str, str]) -> dict[str, str]:
-    """Further names in lower case, and the whole names that they stand for: aliases of models, and names without owner
-    or format that only one model has.
+    """Further names in lower case, with the full names that they stand for: models' aliases, and unambiguous names
+    without owner or format.
     """
     short: dict[str, set[str]] = {}
     for name in models:
@@ -131,10 +133,10 @@ def other_names(models: Sequence[str], aliases: Mapping[str, str]) -> dict[str, 
 
 
 def add_alias(alias: str, target: str) -> str:
-    """Let `alias` stand for a model, by its whole name, or for a path; returns which.
+    """Make `alias` stand for a model, by its full name, or for a path; return which.
 
     Raises:
-        UsageError: it cannot be an alias, or several models match the target.   CheckpointError: the target is nowhere.
+        UsageError: it cannot be an alias, or several models match the target.   CheckpointError: no such target.
     """
     if not kept.is_alias(alias):
         raise UsageError(
@@ -155,7 +157,7 @@ def add_alias(alias: str, target: str) -> str:
 
 
 def _stands_for(target: str, found: Found) -> str:
-    """`demo`, the absolute path of a file or directory, or the whole name of a model. Raises what `locate` raises."""
+    """`demo`, the absolute path of a file or directory, or a model's full name. Raises what `locate` raises."""
     if target == DEMO:
         return DEMO
     if _exists(target):
@@ -167,7 +169,7 @@ def _stands_for(target: str, found: Found) -> str:
 
 
 def preset_of(text: str) -> Preset | None:
-    """The preset that `text` names; None: it is a path that exists, an alias, or no preset.
+    """The preset that `text` names; None if it names none, or if a path or an alias takes precedence.
 
     Raises:
         UsageError: its file, or that of the aliases, is damaged.
@@ -178,11 +180,10 @@ def preset_of(text: str) -> Preset | None:
 
 
 def base_of(name: str, target: str) -> str:
-    """The model of a new preset: what `target` means, by its name in the library even if a path of it is given.
+    """The model of a new preset: `target` by its name in the library, even if a path is given.
 
     Raises:
         UsageError: the preset cannot have that name, or several models match the target.
-        CheckpointError: the target is nowhere.
     """
     if not kept.is_alias(name):
         raise UsageError(
@@ -196,17 +197,17 @@ def base_of(name: str, target: str) -> str:
         raise UsageError(f"'{name}' is an alias already", hint=f"`argosy alias {name} --remove` forgets it")
     if (other := preset_of(target)) is not None:
         raise UsageError(
-            f"'{target}' is a preset, and a preset is of a model", hint=f"its model is {quote(other.model)}"
+            f"'{target}' is a preset, and a preset needs a model", hint=f"its model is {quote(other.model)}"
         )
     return whole_name(target)
 
 
 def whole_name(target: str) -> str:
-    """The one name for what `target` means: its name in the library, even if a path of it is given; `demo`; or its
-    absolute path.
+    """The canonical name of `target`: its name in the library, even if a path is given; `demo`; or its absolute
+    path.
 
     Raises:
-        UsageError: several models match.   CheckpointError: the target is nowhere.
+        UsageError: several models match.   CheckpointError: the target does not exist.
     """
     found = find_models()
     whole = _stands_for(target, found)
@@ -217,7 +218,7 @@ def whole_name(target: str) -> str:
 
 
 def remove_alias(alias: str) -> str:
-    """Forget an alias; returns what it stood for.
+    """Forget an alias; return what it stood for.
 
     Raises:
         UsageError: there is no such alias.
@@ -259,14 +260,16 @@ def _find(text: str, found: Found) -> Model | Path | None:
     if model.num_missing:
         at = f" --revision {model.asked}" if model.asked else ""
         raise CheckpointError(
-            f"{model.name} is not whole: {model.num_missing} of its files are missing from {model.path}",
+            f"{model.name} is incomplete: {model.num_missing} of its files are missing from {model.path}",
             hint=f"`argosy pull {model.name}{at}` fetches them" if model.place == "hub" else None,
         )
     return model
 
 
 def _named(text: str, models: Sequence[Model], *, allow_part: bool) -> Model | None:
-    """The model with that name; otherwise with that name but for its owner or format; otherwise with it as a part."""
+    """The model with that name; otherwise the one whose name without owner or format it is; otherwise the one whose
+    name contains it.
+    """
     wanted = text.lower()
     repository, _, part = wanted.partition(":")
 
@@ -286,14 +289,14 @@ def _named(text: str, models: Sequence[Model], *, allow_part: bool) -> Model | N
         is_short_form,
         *([is_part] if allow_part else []),
     ):
-        # The same name at two places is one model, and the first place has it.
+        # The same name in two places is one model, taken from the first place.
         matching = {model.name: model for model in reversed(models) if matches(model)}
         if len(matching) > 1:
             names = sorted(matching)
             more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
             raise UsageError(
                 f"'{quote(text)}' matches {len(names)} models: {', '.join(names[:_MOST_SHOWN])}{more}",
-                hint="give the whole name of one, or `argosy alias NAME TARGET`",
+                hint="give one of the full names, or `argosy alias NAME TARGET`",
             )
         if matching:
             return next(iter(matching.values()))
@@ -301,7 +304,7 @@ def _named(text: str, models: Sequence[Model], *, allow_part: bool) -> Model | N
 
 
 def _unknown(text: str, found: Found) -> CheckpointError:
-    """Says what is near, and how to get the model."""
+    """The error for an unknown name: it lists similar names, and how to get the model."""
     if _is_path(text):
         return CheckpointError(f"{quote(text)} does not exist", path=Path(text))
     from argosy.checkpoint.hub import Source  # imports HTTP, which an engine does not need
@@ -318,7 +321,7 @@ def _unknown(text: str, found: Found) -> CheckpointError:
 
 
 def _is_path(text: str) -> bool:
-    """Whether a text that is neither here nor a model can only be a path."""
+    """Whether a text that neither exists nor names a model can only be a path."""
     path = Path(text)
     parts = len(path.parts)
     is_below = parts > 1 and _exists(str(path.parent))

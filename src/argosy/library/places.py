@@ -5,9 +5,9 @@
                that its settings.json names
     Ollama     OLLAMA_MODELS, ~/.ollama/models  manifests/HOST/OWNER/NAME/TAG, blobs/sha256-...
 
-These files were written by other programs, and may be half written or hostile. A directory that cannot be read, a
-link that is broken or leads out of its place, a manifest that contradicts itself: each is passed over with a note, and
-never followed. Nothing is opened but small manifests; `open_model` says whether a model is sound.
+Other programs write these files, which may be incomplete or hostile. A directory that cannot be read, a link that
+is broken or leads out of its place, a manifest that contradicts itself: each is skipped with a note and never
+followed. Only small manifests are opened; `open_model` decides whether a model is sound.
 
 Elsewhere: `names.py` chooses one of the models by its name; `pull.py` adds to the hub's cache.
 """
@@ -42,7 +42,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _REVISION = re.compile(r"[0-9a-f]{40,64}")
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 _SHARD = re.compile(r"(?P<stem>model)-(?P<number>\d{5,6})-of-(?P<count>\d{5,6})\.safetensors")
-_TOWERS = ("F16", "BF16", "Q8_0", "F32")  # best first: exact enough, and small
+_TOWERS = ("F16", "BF16", "Q8_0", "F32")  # best first: accurate enough, and small
 _OLLAMA_HOST, _OLLAMA_OWNER = "registry.ollama.ai", "library"
 _WEIGHTS, _TOWER = "application/vnd.ollama.image.model", "application/vnd.ollama.image.projector"
 _PARAMS = "application/vnd.ollama.image.params"
@@ -51,16 +51,16 @@ _PARAMS_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A model that is here.
+    """A model on this machine.
 
     name: OWNER/NAME, OWNER/NAME:Q4_K_M, or Ollama's NAME:TAG.
     path: the path for `open_model`.
-    root: the directory of its place. Every path below is inside it, also with links resolved.
-    files: with weights, as the place names them.
-    tower: the file with its vision tower, if that is not beside its weights under a name that says so.
-    num_missing: parts of it that are not here.
+    root: the directory of its place. All paths are inside it, even with links resolved.
+    files: the weight files, as the place names them.
+    tower: the file with its vision tower, unless that lies next to the weights under a recognizable name.
+    num_missing: how many of its parts are missing.
     manifest: Ollama's manifest.
-    asked: the revision of its pull, if that was not the main branch.
+    asked: the revision that was pulled, if not the main branch.
     """
 
     name: str
@@ -75,14 +75,14 @@ class Model:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its weights, its tower included."""
+        """The size of its weights, including its tower."""
         towers = () if self.tower is None else (self.tower,)
         return sum(path.stat().st_size for path in {*self.files, *towers} if path.exists())
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The models of all places, and what was passed over."""
+    """The models in all places, and what was skipped."""
 
     models: list[Model] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -93,7 +93,7 @@ class Found:
 
 
 def find_models(environment: Mapping[str, str] | None = None) -> Found:
-    """The models of all places: the hub's first, then LM Studio's, then Ollama's, each by name."""
+    """Find the models in all places: the hub's first, then LM Studio's, then Ollama's, each sorted by name."""
     found = Found()
     models = [
         _hub_models(hub_cache(environment), _pinned(found), found),
@@ -106,7 +106,7 @@ def find_models(environment: Mapping[str, str] | None = None) -> Found:
 
 
 def hub_cache(environment: Mapping[str, str] | None = None) -> Path:
-    """The directory of the hub's cache, as the hub's own client chooses it."""
+    """The directory of the hub's cache, chosen as the hub's own client does."""
     environment = os.environ if environment is None else environment
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if own := environment.get(name):
@@ -124,10 +124,10 @@ def repository_folder(repository: str) -> str:
 
 
 def tower_of(model: Path) -> Path | None:
-    """The vision tower of a GGUF model, if its place keeps it elsewhere than beside the model.
+    """The vision tower of a GGUF model, if its place keeps it away from the model.
 
-    The hub's repositories have quantisations in folders of their own and the tower above them; Ollama's manifests name
-    the tower's blob.
+    The hub's repositories put quantisations in subfolders and the tower above them; Ollama's manifests name the
+    tower's blob.
     """
     if (root := _ollama_root(model)) is not None:
         towers = {
@@ -139,7 +139,7 @@ def tower_of(model: Path) -> Path | None:
         return None
     names = [entry.name for entry in _entries(model.parent, Found()) if is_tower(entry.name)]
     if names:
-        return None  # beside it, where `open_model` finds it
+        return None  # next to it, where `open_model` finds it
     root = snapshot.parent.parent.parent
     above = [entry.name for entry in _entries(snapshot, Found()) if is_tower(entry.name)]
     chosen = choose_tower(above)
@@ -147,7 +147,7 @@ def tower_of(model: Path) -> Path | None:
 
 
 def ollama_params_of(model: Path) -> Mapping[str, object] | CheckpointError:
-    """Ollama's parameters of a model that it keeps, or why they cannot be used; empty for any other model."""
+    """Ollama's parameters for one of its models, or why they cannot be used; empty for any other model."""
     root = _ollama_root(model)
     if root is None:
         return {}
@@ -170,7 +170,7 @@ def ollama_params_of(model: Path) -> Mapping[str, object] | CheckpointError:
 def _read_params(root: Path, digest: str) -> Mapping[str, object]:
     blob = root / "blobs" / f"sha256-{digest}"
     if not _lies_in(root, blob):
-        raise CheckpointError(f"the blob {blob.name[:19]}... is not there, or is a link that leads outside")
+        raise CheckpointError(f"the blob {blob.name[:19]}... is missing, or is a link that leads outside")
     with open_regular(blob) as (descriptor, nbytes):
         if nbytes > _PARAMS_BYTES:
             raise CheckpointError(f"they are {nbytes} bytes long; at most {_PARAMS_BYTES} are read")
@@ -178,7 +178,7 @@ def _read_params(root: Path, digest: str) -> Mapping[str, object]:
 
 
 def choose_tower(names: Sequence[str]) -> str | None:
-    """One of several files with the same vision tower in different formats."""
+    """Choose among files with the same vision tower in different formats."""
     towers = [name for name in sorted(names) if is_tower(name.rpartition("/")[2])]
 
     def rank(name: str) -> int:
@@ -189,8 +189,8 @@ def choose_tower(names: Sequence[str]) -> str | None:
 
 
 def gguf_names(repository: str, stems: Sequence[str]) -> dict[str, str]:
-    """The library's name of each GGUF model in a repository, by the stem of its file: OWNER/NAME:FORMAT, if that is
-    no other's name, too.
+    """The library's name of each GGUF model in a repository, by the stem of its file: OWNER/NAME:FORMAT if that is
+    unique.
     """
     parts = {stem: format_in_name(stem) for stem in stems}
     alone = {part for part, count in Counter(parts.values()).items() if part and count == 1}
@@ -204,7 +204,7 @@ def gguf_names(repository: str, stems: Sequence[str]) -> dict[str, str]:
 
 
 def _pinned(found: Found) -> dict[str, list[tuple[str, Pulled]]]:
-    """The models that were pulled at a revision other than the main branch, by repository."""
+    """The models pulled at a revision other than the main branch, by repository."""
     try:
         pulled = kept.read().pulled
     except UsageError as error:
@@ -220,14 +220,14 @@ def _pinned(found: Found) -> dict[str, list[tuple[str, Pulled]]]:
 def _hub_models(
     root: Path, pinned: Mapping[str, Sequence[tuple[str, Pulled]]], found: Found
 ) -> Iterator[Model]:
-    """The models of each repository at its main branch; those in `pinned` at the revision of their pull."""
+    """The models of each repository at its main branch; those in `pinned` at the revision pulled."""
     for folder in _entries(root, found):
         kind, _, name = folder.name.partition("--")
         parts = name.split("--")
         if kind != "models" or not 1 <= len(parts) <= 2 or not all(map(_NAME.fullmatch, parts)):
             continue
         if folder.is_symlink():
-            found.note(f"{folder} is a link, which is not followed")
+            found.note(f"{folder} is a link, which Argosy does not follow")
             continue
         repository, snapshots = "/".join(parts), _snapshots(folder, found)
 
@@ -255,14 +255,14 @@ def _snapshots(folder: Path, found: Found) -> dict[str, Path]:
 
 
 def _snapshot(folder: Path, snapshots: Mapping[str, Path]) -> Path | None:
-    """The revision that `main` points to, or else the newest one."""
+    """The revision that `main` points to, otherwise the newest."""
     if (found := snapshots.get(read_ref(folder / "refs" / kept.MAIN))) is not None:
         return found
     return max(snapshots.values(), key=lambda entry: entry.lstat().st_mtime, default=None)
 
 
 def read_ref(path: Path) -> str:
-    """The commit that a branch or tag of the hub's cache points to; "" if that cannot be read."""
+    """The commit to which a branch or tag in the hub's cache points; "" if unreadable."""
     try:
         with open_regular(path) as (descriptor, nbytes):
             return read_at(descriptor, min(nbytes, 100), 0, path).decode("ascii", "replace").strip()
@@ -273,7 +273,7 @@ def read_ref(path: Path) -> str:
 def _models_in(
     directory: Path, files: Mapping[str, Path], name: str, *, place: Place, root: Path
 ) -> Iterator[Model]:
-    """The models in a directory of a repository: one of safetensors, or any number of GGUF files."""
+    """The models in a repository's directory: one in safetensors, or any number of GGUF files."""
     if CONFIG_FILE in files:
         shards = [SINGLE_FILE] if SINGLE_FILE in files else [file for file in files if _SHARD.fullmatch(file)]
         if shards or INDEX_FILE in files:
@@ -317,10 +317,10 @@ def _num_missing(names: Sequence[str], pattern: re.Pattern[str]) -> int:
 
 
 def _lm_studio(environment: Mapping[str, str] | None, found: Found) -> list[Path]:
-    """The folders of models: the one that the settings of LM Studio name, and the one that it has otherwise."""
+    """LM Studio's model folders: the one that its settings name, and the default one."""
     user = home_directory(environment)
     homes = [user / ".lmstudio", user / ".cache" / "lm-studio"]
-    pointer = user / ".lmstudio-home-pointer"  # to the home that it uses, if it was started
+    pointer = user / ".lmstudio-home-pointer"  # points to its home directory, once it has been started
     try:
         with open_regular(pointer) as (descriptor, nbytes):
             homes.insert(0, Path(os.fsdecode(read_at(descriptor, min(nbytes, 4096), 0, pointer)).strip()))
@@ -334,7 +334,7 @@ def _lm_studio(environment: Mapping[str, str] | None, found: Found) -> list[Path
 
 
 def _named_folder(settings: Path, found: Found) -> Path | None:
-    """The folder of models that settings of LM Studio name; None if they name none."""
+    """The model folder that LM Studio's settings name, or None."""
     if not os.path.lexists(settings):
         return None
     try:
@@ -343,7 +343,7 @@ def _named_folder(settings: Path, found: Found) -> Path | None:
                 raise CheckpointError(f"it is {nbytes} bytes long; at most {_SETTINGS_BYTES} are read")
             raw = parse_object(read_at(descriptor, nbytes, 0, settings), settings)
     except CheckpointError as error:
-        found.note(f"{settings} is passed over: {error.message}")
+        found.note(f"{settings} is skipped: {error.message}")
         return None
     folder = raw.get("downloadsFolder")
     if folder is None:
@@ -384,10 +384,12 @@ def _ollama_models(root: Path, found: Found) -> Iterator[Model]:
             if not weights:
                 continue  # an adapter, or a model that runs elsewhere
             if len(weights) > 1:
-                raise CheckpointError(f"it has {len(weights)} files with weights; models of one are read")
+                raise CheckpointError(
+                    f"it has {len(weights)} weight files; only models with one are supported"
+                )
             towers = [blob for kind, blob in layers if kind == _TOWER]
         except CheckpointError as error:
-            found.note(f"{manifest} is passed over: {error.message}")
+            found.note(f"{manifest} is skipped: {error.message}")
             continue
         shown = name if (host, owner) == (_OLLAMA_HOST, _OLLAMA_OWNER) else f"{owner}/{name}"
         shown = shown if host == _OLLAMA_HOST else f"{host}/{shown}"
@@ -403,13 +405,13 @@ def _ollama_models(root: Path, found: Found) -> Iterator[Model]:
 
 
 def _ollama_root(model: Path) -> Path | None:
-    """Ollama's directory, if a model's file lies there."""
+    """Ollama's directory, if a model's file is in it."""
     root = model.parent.parent
     return root if model.parent.name == "blobs" and (root / "manifests").is_dir() else None
 
 
 def ollama_manifests(root: Path, found: Found) -> Iterator[tuple[str, str, str, Path]]:
-    """Host, owner, name and manifest of every model of Ollama."""
+    """Host, owner, name and manifest of each of Ollama's models."""
 
     def folders(directory: Path) -> Iterator[Path]:
         for entry in _entries(directory, found):
@@ -423,13 +425,13 @@ def ollama_manifests(root: Path, found: Found) -> Iterator[tuple[str, str, str, 
                     if not _NAME.fullmatch(manifest.name):
                         continue
                     if manifest.is_symlink() or not manifest.is_file():
-                        found.note(f"{manifest} is not a regular file, and is passed over")
+                        found.note(f"{manifest} is not a regular file, and is skipped")
                         continue
                     yield host.name, owner.name, name.name, manifest
 
 
 def manifest_digests(manifest: Path) -> list[tuple[str, str, int]]:
-    """Media type, digest in hex and size of each layer of a manifest, its config included.
+    """Media type, hex digest and size of each layer of a manifest, including its config.
 
     Raises:
         CheckpointError: it is malformed.
@@ -463,7 +465,7 @@ def _layers(root: Path, manifest: Path) -> list[tuple[str, Path]]:
         blob = root / "blobs" / f"sha256-{digest}"
         if not _lies_in(root, blob):
             raise CheckpointError(
-                f"the blob sha256-{digest[:12]}... is not there, or is a link that leads outside"
+                f"the blob sha256-{digest[:12]}... is missing, or is a link that leads outside"
             )
         if blob.stat().st_size != size:
             raise CheckpointError(
@@ -477,11 +479,11 @@ def _layers(root: Path, manifest: Path) -> list[tuple[str, Path]]:
 
 
 def _entries(directory: Path, found: Found) -> list[Path]:
-    """The entries of a directory by name; none, with a note, if it cannot be read."""
+    """The entries of a directory, sorted by name; empty, with a note, if it cannot be read."""
     try:
         with os.scandir(directory) as entries:
             listed = [directory / entry.name for _, entry in zip(range(_MOST_ENTRIES), entries, strict=False)]
-        os.stat(f"{directory}/.")  # fails where names can be read, and nothing else
+        os.stat(f"{directory}/.")  # fails if only the names can be read
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
@@ -491,7 +493,7 @@ def _entries(directory: Path, found: Found) -> list[Path]:
 
 
 def _files(root: Path, directory: Path, found: Found, *, depth: int) -> dict[str, Path]:
-    """The regular files below a directory by their names in it, and links to such that lie in `root`."""
+    """The regular files below a directory, by relative name, including links to files in `root`."""
     files: dict[str, Path] = {}
     for entry in _entries(directory, found):
         if not entry.is_symlink() and entry.is_dir():
@@ -501,7 +503,7 @@ def _files(root: Path, directory: Path, found: Found, *, depth: int) -> dict[str
         elif _lies_in(root, entry):
             files[entry.name] = entry
         elif entry.is_symlink():
-            found.note(f"{entry} is passed over: it is a link that is broken or leads out of {root}")
+            found.note(f"{entry} is skipped: it is a link that is broken or leads out of {root}")
     return files
 
 

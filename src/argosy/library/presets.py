@@ -1,14 +1,14 @@
-"""Presets: models under names of the user's, with a system message, sampling and limits of their own.
+"""Presets: models under names that the user chose, with their own system message, sampling and limits.
 
     model = "Qwen/Qwen3-30B-A3B"      # coder.toml in `presets`, in the user's data directory
     system = "Answer with code alone."
     temperature = 0.2
     context = 16384
 
-One small file each, whose keys are the long options of `argosy preset` without their dashes. A file that is read is
-checked as a request is, and no link is followed.
+Each preset is a small file whose keys are the long options of `argosy preset` without their dashes. Files are
+checked as strictly as requests, and links are not followed.
 
-Elsewhere: what a name means is `names.py`; Ollama's form is `modelfile.py`; `config.Preset` fills in requests.
+Elsewhere: `names.py` resolves names; Ollama's format is `modelfile.py`; `config.Preset` fills in requests.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def path_of(name: str) -> Path:
 
 
 def names() -> list[str]:
-    """The names of all presets, damaged ones as well.
+    """The names of all presets, including damaged ones.
 
     Raises:
         UsageError: the directory cannot be read, or there are more than MOST_PRESETS.
@@ -68,7 +68,7 @@ def names() -> list[str]:
 
 
 def find(name: str) -> Preset | None:
-    """The preset of that name; None: there is none.
+    """The preset of that name, or None.
 
     Raises:
         UsageError: its file cannot be read, or is damaged.
@@ -89,7 +89,7 @@ def find(name: str) -> Preset | None:
 
 
 def find_all() -> tuple[list[Preset], list[str]]:
-    """All presets by name, and why others cannot be used, a sentence each."""
+    """All presets by name, and a sentence for each that cannot be used."""
     found: list[Preset] = []
     faults: list[str] = []
     try:
@@ -107,24 +107,24 @@ def find_all() -> tuple[list[Preset], list[str]]:
 
 
 def save(preset: Preset) -> None:
-    """Write a preset; a running server has it at its next request.
+    """Write a preset; a running server uses it from its next request.
 
     Raises:
         UsageError: it is too large, or cannot be written.
     """
     data = to_toml(preset).encode(errors="surrogatepass")
-    from_toml(data, preset.name)  # what is written can be read
+    from_toml(data, preset.name)  # proves that the written file can be read
     with _changing() as directory:
         if preset.name not in (known := names()) and len(known) >= MOST_PRESETS:
-            raise UsageError(f"there are {MOST_PRESETS} presets already, which is the limit")
+            raise UsageError(f"there are already {MOST_PRESETS} presets, which is the limit")
         directory.put(preset.name + _SUFFIX, data)
 
 
 def remove(name: str) -> None:
-    """Forget a preset, also a damaged one.
+    """Forget a preset, even a damaged one.
 
     Raises:
-        UsageError: there is none of that name, or it cannot be removed.
+        UsageError: there is no such preset, or it cannot be removed.
     """
     with _changing() as directory:
         if name not in names():
@@ -134,7 +134,7 @@ def remove(name: str) -> None:
 
 @contextmanager
 def _changing() -> Iterator[Directory]:
-    """The directory, for one process at a time."""
+    """Lock the directory for one process at a time."""
     try:
         with Directory(place(), make=True, mode=0o700) as directory, directory.locked(".lock"):
             yield directory
@@ -149,7 +149,7 @@ def from_toml(data: bytes, name: str) -> Preset:
     """The preset in a file.
 
     Raises:
-        UsageError: it is too large or no TOML, or has a setting that is unknown or out of bounds.
+        UsageError: it is too large, is not TOML, or has a setting that is unknown or out of bounds.
     """
     if len(data) > MOST_BYTES:
         raise UsageError(f"a preset of {len(data)} bytes is too large; at most {MOST_BYTES} are read")
@@ -168,7 +168,7 @@ def from_toml(data: bytes, name: str) -> Preset:
 
 
 def made(name: str, **fields: Any) -> Preset:
-    """A preset of checked kinds; `CHOOSING` may be among the fields.
+    """Make a preset from fields of checked types, which may include `CHOOSING`.
 
     Raises:
         UsageError: a value is out of bounds.
@@ -251,14 +251,14 @@ def to_toml(preset: Preset) -> str:
 
 
 def facts_of(preset: Preset) -> dict[str, Any]:
-    """What a preset sets, by the name of its field, without the messages."""
+    """A preset's settings by field name, without the messages."""
     every = {**{field: getattr(preset, field, None) for field in _ORDER}, **preset.sampling}
     return {field: every[field] for field in _ORDER if field != "messages" and every[field] not in (None, ())}
 
 
 def _written(value: Any) -> str:
     match value:
-        case str():  # strings of JSON are strings of TOML, except for this character
+        case str():  # JSON strings are TOML strings, except for this character
             return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
         case bool():
             return str(value).lower()
@@ -268,7 +268,7 @@ def _written(value: Any) -> str:
 
 
 def summary(preset: Preset) -> str:
-    """What a preset sets, in a line."""
+    """A preset's settings, in one line."""
     facts: Mapping[str, Any] = facts_of(preset)
     parts = [
         "a system message" if field == "system" else f"{_key(field)} {_written(value)}"

@@ -1,13 +1,13 @@
-"""Fetch a model from a hub into the hub's cache, where other programs find it, too.
+"""Fetch a model from a hub into the hub's cache, where other programs also find it.
 
-    OWNER/NAME[:Q4_K_M]  ->  ask_hub  ->  Repository: one commit, and the formats that it has
-                         ->  download ->  Download: the files that are needed, what is here of them
+    OWNER/NAME[:Q4_K_M]  ->  ask_hub  ->  Repository: one commit, and its formats
+                         ->  download ->  Download: the files needed, and how much of them is here
                          ->  fetch    ->  blobs/DIGEST, then links to them in snapshots/COMMIT
 
-Each file is written from its beginning to its end, as DIGEST.incomplete, and becomes a blob when its digest is right.
-A pull that ends, in whatever way, leaves beginnings of files, and the next one continues them. The hub's own locks let
-one process at a time write a blob, so two pulls of a model share its files. A snapshot gets its links when all its
-blobs are there.
+Each file is written sequentially as DIGEST.incomplete and becomes a blob once its digest is verified. A pull that
+is interrupted for any reason leaves partial files, which the next one continues. The hub's own locks let one
+process at a time write a blob, so two pulls of a model share its files. A snapshot gets its links when all its
+blobs are complete.
 
 Elsewhere: `checkpoint/hub.py` trusts no answer; `cli/commands/pull.py` asks before it fetches.
 """
@@ -41,10 +41,10 @@ from argosy.model.remote import choose_weights, gguf_models, has_tensors
 PARTIAL_SUFFIX = ".incomplete"
 _LIST_BYTES = 4 << 20
 _NUM_AT_ONCE = 4  # files
-_MOST_FAILURES = 5  # in a row, without a byte between them
+_MOST_FAILURES = 5  # in a row, without any byte received
 _READ_BYTES = 1 << 20
 _NO_SIZE = 1 << 62  # sorts last
-_RESERVE_BYTES = 64 << 20  # stay free on the drive
+_RESERVE_BYTES = 64 << 20  # left free on the drive
 _TICK_S, _GRACE_S = 0.2, 2.0
 
 
@@ -53,10 +53,10 @@ class Download:
     """The files that a pull fetches.
 
     source: the repository at one commit.
-    asked: the branch, tag or commit that was asked for; "": the main branch.
+    asked: the branch, tag or commit requested; "": the main branch.
     name: the model's name in the library.
-    licence: as its card has it, or "".
-    files: weights first, then what goes with them. All have a size and a digest.
+    licence: as stated on its card, or "".
+    files: weights first, then the accompanying files. All have a size and a digest.
     root: the hub's cache.
     """
 
@@ -73,7 +73,7 @@ class Download:
 
     @property
     def here_bytes(self) -> int:
-        """Bytes of it that are in the cache, beginnings of files included."""
+        """How many of its bytes are in the cache, including partial files."""
         return sum(blob.here_bytes for blob in self.blobs)
 
     @property
@@ -86,7 +86,7 @@ class Download:
 
     @property
     def blobs(self) -> list[Blob]:
-        """Its files by content: two with the same content are one blob."""
+        """Its files by content: files with equal content share a blob."""
         return list({blob.digest: blob for blob in map(self.blob_of, self.files)}.values())
 
     def blob_of(self, file: RemoteFile) -> Blob:
@@ -104,7 +104,7 @@ class Download:
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """A file by its content. `digest` is its SHA-256, or the SHA-1 of its blob in git, which has 40 digits."""
+    """A file identified by its content. `digest` is its SHA-256, or the 40-digit SHA-1 of its git blob."""
 
     name: str
     digest: str
@@ -135,7 +135,7 @@ class Blob:
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """How far a fetch is. `waits_for` names files that another program is fetching."""
+    """The progress of a fetch. `waits_for` names files that another program is fetching."""
 
     done_bytes: int
     total_bytes: int
@@ -147,13 +147,13 @@ Watch = Callable[[Moment], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
-    """A model of a repository, in one format.
+    """A model in a repository, in one format.
 
     name: its name in the library.
-    format: such as Q4_K_M, safetensors, or the name of a file that ends with no format.
-    source: names this model alone.
-    nbytes: size of its weights; None: some part or size is missing.
-    may_run: False: its format has no kernel.
+    format: such as Q4_K_M or safetensors, or the file name if that names no format.
+    source: names exactly this model.
+    nbytes: the size of its weights; None if a part or a size is missing.
+    may_run: False if its format has no kernel.
     """
 
     name: str
@@ -166,10 +166,10 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Repository:
-    """A repository of the hub at one commit.
+    """A repository on the hub at one commit.
 
-    source: with the part of a name that selects one of its models, and the commit.
-    asked: the branch, tag or commit that was asked for; "": the main branch.
+    source: includes the commit and the part of a name that selects one of its models.
+    asked: the branch, tag or commit requested; "": the main branch.
     """
 
     source: Source
@@ -178,13 +178,13 @@ class Repository:
 
     @property
     def is_open(self) -> bool:
-        """Whether its models are GGUF files, and the source names none or several of them."""
+        """Whether the choice is open: its models are GGUF files, and the source names none or several of them."""
         names = self.listing.names
         is_gguf = bool(self.source.part) or not has_tensors(names)
         return is_gguf and bool(gguf_models(names)) and len(gguf_models(names, self.source.part)) != 1
 
     def offers(self, part: str = "") -> list[Offer]:
-        """Its models, or those that a part of a name selects, the smallest first."""
+        """Its models, or those that a part of a name selects, smallest first."""
         names, sizes = self.listing.names, {file.name: file.nbytes for file in self.listing.files}
         models = gguf_models(names, part)
         library = gguf_names(self.source.repository, [model.stem for model in gguf_models(names)])
@@ -217,21 +217,21 @@ class Repository:
 
     @property
     def has_part(self) -> bool:
-        """Whether the source names a part of a name that some model has."""
+        """Whether the source includes a part of a name that some model matches."""
         return bool(self.source.part) and bool(gguf_models(self.listing.names, self.source.part))
 
     @property
     def tower(self) -> RemoteFile | None:
-        """The vision tower's file for the GGUF models here; None if there is none, or if it lies in a folder."""
+        """The vision tower's file for the GGUF models here; None if there is none, or if it is in a folder."""
         name = choose_tower([file.name for file in self.listing.files if "/" not in file.name])
         return next((file for file in self.listing.files if file.name == name), None)
 
     def download(self) -> Download:
-        """The files that are needed of the model that the source names.
+        """The files needed for the model that the source names.
 
         Raises:
-            UsageError: it does not say which of several.
-            CheckpointError: there is no model, or the hub's list has no sizes and digests.
+            UsageError: several models match.
+            CheckpointError: there is no model, or the hub's list lacks sizes or digests.
         """
         source, listing = self.source, self.listing
         weights = choose_weights(listing.names, source)
@@ -269,13 +269,13 @@ def look_up(text: str, revision: str | None = None) -> Download:
 
 
 def ask_hub(text: str, revision: str | None = None) -> Repository:
-    """Ask the hub for the files of a model.
+    """Ask the hub which files a model has.
 
     Args:
         revision: a branch, tag or commit; None: the main branch.
 
     Raises:
-        UsageError: `text` is no model of this hub, or the revision has no such form.
+        UsageError: `text` does not name a model on this hub, or the revision is malformed.
         FetchFailed: the hub cannot be reached, or refuses.
         CheckpointError: there is no such repository, or the answer is malformed.
     """
@@ -288,8 +288,8 @@ def ask_hub(text: str, revision: str | None = None) -> Repository:
         )
     if source.url != endpoint:
         raise UsageError(
-            f"{quote(text)} is on another hub than {endpoint}, whose models the cache holds under the same names",
-            hint=f"`HF_ENDPOINT={source.url} argosy pull {source.repository}` asks that one",
+            f"{quote(text)} is not on {endpoint}, and the cache holds that hub's models under the same names",
+            hint=f"`HF_ENDPOINT={source.url} argosy pull {source.repository}` fetches it",
         )
     if revision is not None and not kept.is_revision(revision):
         raise UsageError(
@@ -303,10 +303,10 @@ def ask_hub(text: str, revision: str | None = None) -> Repository:
 
 
 def _beside(weights: list[str], names: list[str]) -> list[str]:
-    """The files that a model needs beside its weights."""
+    """The files that a model needs in addition to its weights."""
     top = [name for name in names if "/" not in name and goes_with_weights(name)]
     if not weights[0].endswith(GGUF_SUFFIX):
-        # The modules of an embedding model have small files in folders that only the list's content names.
+        # An embedding model's modules have small files in folders that only the contents of its list name.
         modules = [name for name in names if MODULES_FILE in top and MODULE_CONFIG.fullmatch(name)]
         return [*top, *modules, *(name for name in names if name == INDEX_FILE)]
     licences = [name for name in top if is_licence(name)]
@@ -319,7 +319,7 @@ def _beside(weights: list[str], names: list[str]) -> list[str]:
 def _require_known(source: Source, file: RemoteFile) -> None:
     if file.nbytes is None or (file.sha256 is None and file.git_sha1 is None):
         raise CheckpointError(
-            f"{source.repository}: the hub's list of files has no size and digest of {quote(file.name)}",
+            f"{source.repository}: the hub's list of files lacks the size or digest of {quote(file.name)}",
             path=source.url,
         )
     if file.sha256 is None and file.nbytes > JSON_LIMIT_BYTES:
@@ -330,17 +330,17 @@ def _require_known(source: Source, file: RemoteFile) -> None:
 
 
 def fetch(download: Download, watch: Watch = lambda moment: None, *, accepted_at: int | None = None) -> Path:
-    """Fetch what is not here, check it, and link it; returns what `open_model` opens.
+    """Fetch the missing files, verify and link them; return the path for `open_model`.
 
     Args:
         watch: called a few times a second.
-        accepted_at: when the user agreed to its licence, in seconds since 1970; None: nobody was asked now, and what
-            was agreed to before holds as long as the licence is the same.
+        accepted_at: when the user agreed to its licence, in seconds since 1970; None: the user was not asked this
+            time, and an earlier agreement stands if the licence has not changed.
 
     Raises:
-        DiskFull: there is no room for it.   UsageError: the cache cannot be written.
-        FetchFailed: the connection failed again and again; what came is kept.
-        CheckpointError: a file has another size or digest than the hub's list says; it is not kept.
+        DiskFull: it does not fit.   UsageError: the cache cannot be written.
+        FetchFailed: the connection failed repeatedly; received bytes are kept.
+        CheckpointError: a file's size or digest differs from the hub's list; it is removed.
     """
     missing_bytes = download.nbytes - download.here_bytes
     free_bytes = resources.free_disk_bytes(download.root)
@@ -353,7 +353,7 @@ def fetch(download: Download, watch: Watch = lambda moment: None, *, accepted_at
             needed_bytes=missing_bytes + _RESERVE_BYTES,
             free_bytes=free_bytes,
         )
-    with kept.changing() as known:  # before the first byte, so that `rm` knows whose an unfinished pull is
+    with kept.changing() as known:  # before the first byte, so that `rm` knows who started an unfinished pull
         if accepted_at is None:
             earlier = known.pulled.get(download.name)
             is_same = earlier is not None and earlier.licence == download.licence
@@ -382,7 +382,7 @@ def fetch(download: Download, watch: Watch = lambda moment: None, *, accepted_at
 
 
 class _Fetching:
-    """The threads that fetch the blobs of a download. They are daemons: ^C does not wait for a server."""
+    """The threads that fetch the blobs of a download. They are daemons, so ^C does not wait for a server."""
 
     def __init__(self, download: Download, watch: Watch) -> None:
         self._download, self._watch = download, watch
@@ -401,7 +401,7 @@ class _Fetching:
         try:
             while not self._has_ended.wait(_TICK_S):
                 self._watch(self._moment())
-                if self._stop.is_set():  # one failed; another may wait for its server for a minute
+                if self._stop.is_set():  # one thread failed; others may wait a minute for their server
                     self._has_ended.wait(_GRACE_S)
                     break
         finally:
@@ -425,7 +425,7 @@ class _Fetching:
                     return
                 if not blob.is_here:
                     self._fetch(blob)
-        except BaseException as failure:  # it is raised where the caller waits
+        except BaseException as failure:  # raised in the waiting caller
             with self._lock:
                 self._failure = self._failure or failure
             self._stop.set()
@@ -457,14 +457,15 @@ class _Fetching:
                 self._root.remove(partial)
                 if not is_continued:
                     raise CheckpointError(
-                        f"{blob.name} is not what the hub says: its digest is {found}, expected {blob.digest}",
+                        f"{blob.name} does not match the hub's list: its digest is {found}, expected {blob.digest}",
                         hint="it was removed; if the same command fails again, do not trust the server",
                         path=blob.path,
                     )
-                is_continued = False  # a power cut may have damaged its beginning: fetch it once more
+                # a power cut may have damaged its beginning: fetch it again from the start
+                is_continued = False
 
     def _complete(self, blob: Blob, partial: Path) -> str | None:
-        """Append what is missing of a blob; returns its digest, or None if the fetch ends."""
+        """Append the missing bytes of a blob; return its digest, or None if the fetch is stopped."""
         descriptor = self._root.open(partial, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             if os.fstat(descriptor).st_size > blob.nbytes:
@@ -497,7 +498,7 @@ class _Fetching:
 
     @contextmanager
     def _locked(self, path: Path, blob: Blob) -> Iterator[bool]:
-        """Wait until no other program fetches the blob; False: the fetch ended first."""
+        """Wait until no other program is fetching the blob; False if the fetch is stopped first."""
         while True:
             try:
                 lock = self._root.lock(path, wait_s=0.0, mode=0o666)
@@ -517,7 +518,7 @@ class _Fetching:
 
 
 def append(descriptor: int, data: bytes) -> None:
-    """Write all of `data` at the end of a file."""
+    """Append all of `data` to a file."""
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
@@ -528,7 +529,7 @@ def _locks(download: Download) -> Path:
 
 
 def _link(download: Download) -> None:
-    """Make the snapshot, and let the branch or tag that was asked for point to it, as the hub's own client does."""
+    """Create the snapshot and point the requested branch or tag at it, as the hub's own client does."""
     folder, locks = Path(download.folder.name), _locks(download)
     with Directory(download.root) as root:
         root.directory(locks, make=True).close()

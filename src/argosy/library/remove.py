@@ -1,12 +1,12 @@
-"""Remove a model: say first which files that deletes, how many bytes, and whose they are.
+"""Remove a model, after saying which files will be deleted, how large they are, and which program owns them.
 
     name  ->  plan_removal  ->  Removal  ->  remove
 
-Only files of the model go. A file stays if another snapshot of the hub's cache, another model of the folder or another
-manifest of Ollama uses it. A link goes itself, and nothing behind it: a place with a link where a directory belongs is
-refused.
+Only the model's files are deleted. A file stays if another snapshot in the hub's cache, another model in the folder
+or another Ollama manifest uses it. A link is deleted but never followed: a place with a link where a directory
+belongs is refused.
 
-Elsewhere: `cli/commands/library.py` asks before files of another program are deleted.
+Elsewhere: `cli/commands/library.py` asks before it deletes another program's files.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ _WHOSE = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Removal:
-    """The files that the removal of a model deletes.
+    """The files to delete for the removal of a model.
 
-    whose: the program that these files belong to; None if Argosy pulled them.
+    whose: the program that owns these files; None if Argosy pulled them.
     files: to delete, links included.
-    top: the directory below which folders that become empty also go.
-    emptied: directories that go with all directories in them, where no file is left.
-    num_shared: files that stay because something else uses them.
+    top: the directory below which emptied folders are also deleted.
+    emptied: directories to delete with all their subdirectories once no file is left.
+    num_shared: how many files stay because something else uses them.
     """
 
     name: str
@@ -67,8 +67,8 @@ def plan_removal(name: str) -> Removal:
     """List the files to delete for the model of that name.
 
     Raises:
-        UsageError: no model has that name, it is being fetched, what it shares cannot be told, or its place has a link
-            where a directory belongs.
+        UsageError: no model has that name, it is being fetched, its shared files cannot be determined, or its place
+            has a link where a directory belongs.
     """
     try:
         return _plan(name)
@@ -102,10 +102,10 @@ def _plan(name: str) -> Removal:
 
 
 def remove(removal: Removal) -> None:
-    """Delete the files, the folders that are then empty, and what Argosy knows of the model.
+    """Delete the files, the folders that are then empty, and Argosy's records of the model.
 
     Raises:
-        UsageError: a file cannot be deleted; those before it are.
+        UsageError: a file cannot be deleted; earlier ones are already gone.
     """
     try:
         with suppress(FileNotFoundError), Directory(removal.top) as top:
@@ -159,11 +159,11 @@ def _of_hub(
     model: Model | None = None,
     found: Found,
 ) -> Removal:
-    """Plan the removal of a model in the hub's cache, or of an unfinished pull if there is no model yet."""
+    """Plan the removal of a model from the hub's cache, or of an unfinished pull if there is no model yet."""
     folder = root / repository_folder(repository)
     _require_idle(root, folder, name)
     links = [path for path in _walk(root, folder / "snapshots") if path.is_symlink() or path.is_file()]
-    # Without a model, a pull did not finish, or an earlier removal: links of its snapshot may be there all the same.
+    # Without a model, a pull or an earlier removal was interrupted; the snapshot may still have links.
     snapshots = folder / "snapshots"
     snapshot = snapshots / ("" if pulled is None else pulled.revision)
     if model is not None:
@@ -177,7 +177,7 @@ def _of_hub(
         going, refs = set(() if model is None else model.files), []
     used = {_blob(link) for link in links if link not in going}
     for other, one in kept.read().pulled.items():
-        if other != name and one.repository == repository:  # half fetched, it has no links yet
+        if other != name and one.repository == repository:  # a half-fetched model has no links yet
             used |= {path for digest in one.blobs for path in _blob_files(folder, digest)}
     blobs = {_blob(link) for link in going}
     if pulled is not None:
@@ -188,8 +188,8 @@ def _of_hub(
         *(blob for blob in blobs - used if os.path.lexists(blob) and blob.parent == folder / "blobs"),
     ]
     emptied: tuple[Path, ...] = ()
-    if going >= set(links):  # no snapshot stays, so references and leftovers also go
-        # Without a model, blobs that no record of ours names are another program's, which may continue them.
+    if going >= set(links):  # no snapshot stays, so delete references and leftovers as well
+        # Without a model, blobs outside our records belong to another program, which may continue them.
         blob_folder = None if model is not None else folder / "blobs"
         gone += [path for path in _walk(root, folder) if path not in used and path.parent != blob_folder]
         gone += _walk(root, root / ".locks" / folder.name)
@@ -200,13 +200,13 @@ def _of_hub(
 
 
 def _blob_files(folder: Path, digest: str) -> tuple[Path, Path]:
-    """A blob, and its beginning while it is fetched."""
+    """A blob, and its partial file during a fetch."""
     blobs = folder / "blobs"
     return blobs / digest, blobs / f"{digest}{PARTIAL_SUFFIX}"
 
 
 def _blob(link: Path) -> Path:
-    """The target of a snapshot's link, one step far; the path itself if it is no link."""
+    """The immediate target of a snapshot's link; the path itself if it is not a link."""
     return Path(os.path.normpath(link.parent / os.readlink(link))) if link.is_symlink() else link
 
 
@@ -241,7 +241,7 @@ def _of_ollama(model: Model, found: Found) -> Removal:
         }
     except CheckpointError as error:
         raise UsageError(
-            f"what {model.name} shares with other models of Ollama cannot be told: {error.message}",
+            f"cannot determine which files {model.name} shares with other Ollama models: {error.message}",
             hint=f"`ollama rm {model.name}` removes it",
         ) from error
     blobs = [model.root / "blobs" / f"sha256-{digest}" for digest in sorted(mine - used)]

@@ -1,9 +1,9 @@
-"""Search a hub for models by words of their names, and say which of them Argosy may run.
+"""Search a hub for models by words in their names, and tell which ones Argosy may run.
 
     words  ->  search  ->  one request for the most downloaded  ->  Hit: name, format, parameters, downloads, licence
 
-What a model is comes from the hub's tags and from the architecture that it read in GGUF files, so no file is opened.
-Tags are strangers' words: only those that are known here count.
+The facts about a model come from the hub's tags and from the architecture that the hub read in GGUF files, so no
+file is opened. Tags are strangers' words: only known ones count.
 
 Elsewhere: `checkpoint/hub.py` bounds the answer; `places.py` finds the models of this machine.
 """
@@ -19,26 +19,26 @@ from argosy.errors import UsageError
 from argosy.library.places import Model, find_models
 from argosy.model.families import FAMILIES, mixtral
 
-MOST_ASKED = 100  # models of which the hub tells; the most downloaded ones
+MOST_ASKED = 100  # models that the hub is asked for, most downloaded first
 _MOST_BYTES = 4 << 20
 _LONGEST_WORDS = 200
 _MOST_TAGS = 500
 _LONGEST_LICENCE = 40
 _LARGEST_NUMBER = 10**15
 _EXPAND = ("downloads", "gated", "gguf", "safetensors", "tags")
-# Tags of weights that are stored in a way that is not read, or are no model of their own.
+# Tags of weights in unsupported formats, and of weights that are not a complete model.
 _NOT_READ = {"awq", "gptq", "exl2", "exl3", "mlx", "bitsandbytes", "nvfp4", "peft", "lora"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hit:
-    """A model of the hub.
+    """A model on the hub.
 
     format: GGUF, safetensors, or "" for others.
-    num_parameters, downloads: None: the hub does not say. Downloads are those of the last 30 days.
-    licence: as its tags have it, or "".
-    is_gated: its owner must let one read it.
-    may_run: None: the hub does not say what it is.
+    num_parameters, downloads: None if the hub does not say. Downloads are those of the last 30 days.
+    licence: as stated in its tags, or "".
+    is_gated: its owner must grant access.
+    may_run: None if the hub does not say what it is.
     """
 
     name: str
@@ -51,10 +51,10 @@ class Hit:
 
 
 def search(words: str) -> list[Hit]:
-    """The models of the hub whose names have the words, the most downloaded first.
+    """The models on the hub whose names contain the words, most downloaded first.
 
     Raises:
-        UsageError: there are no words, or too many.
+        UsageError: there are no words or too many.
         FetchFailed: the hub cannot be reached, or refuses.   CheckpointError: its answer is malformed.
     """
     words = " ".join(words.split())
@@ -71,7 +71,7 @@ def search(words: str) -> list[Hit]:
 
 
 def search_here(words: str) -> list[Model]:
-    """The models of this machine whose names have all the words."""
+    """The models on this machine whose names contain all the words."""
     wanted = words.lower().split()
     return [model for model in find_models().models if all(word in model.name.lower() for word in wanted)]
 
@@ -106,12 +106,12 @@ def _number(value: object) -> int | None:
 
 
 def _may_run(name: str, tags: set[str], architecture: object) -> bool | None:
-    """Whether a model is of a family that is built in; None: a GGUF file of which nothing is told."""
+    """Whether a model belongs to a built-in family; None for a GGUF file that the hub does not describe."""
     if tags & _NOT_READ:
         return False
     if "gguf" in tags:
         known = {family.GGUF_ARCHITECTURE for family in FAMILIES.values()} - {None}
-        if architecture == mixtral.GGUF_ARCHITECTURE:  # dense models have it as well
+        if architecture == mixtral.GGUF_ARCHITECTURE:  # dense models also have this architecture
             return mixtral.MODEL_TYPE in tags or mixtral.MODEL_TYPE in name.lower()
         if isinstance(architecture, str):
             return architecture in known
