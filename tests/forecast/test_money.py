@@ -40,7 +40,7 @@ def test_an_owned_machine_costs_its_price_always_and_electricity_while_it_answer
     # A request takes 16.8 s: 214.3 in an hour, for which the API asks 214.3 * 0.003584 = 0.768 $.
     assert found.energy_wh == pytest.approx(150 * 16.8 / 3600)
     assert found.break_even == pytest.approx(0.051335 / (0.768 - 0.0225), rel=1e-3)  # 6.9 %
-    assert sentence(found) == "Here is cheaper than the API if the machine answers more than 7% of all hours."
+    assert sentence(found) == "Running it here is cheaper if the machine answers more than 7% of all hours."
 
 
 def test_a_machine_whose_electricity_alone_costs_more_never_breaks_even() -> None:

@@ -1,1 +1,1 @@
-"""Whether a model fits, how fast it will be and at what price; and what was measured beside it."""
+"""Forecast whether a model fits, how fast it will be and what it will cost, and compare with measurements."""

@@ -1,8 +1,8 @@
-"""Describe the files of a model of which only the geometry is known, as `argosy pack` would write them.
+"""Describe the pack that `argosy pack` would write for a model of which only the geometry is known.
 
     ModelConfig, format  ->  assume_pack  ->  ModelFiles without files
 
-Its dense weights, records and caches have the sizes of a real pack, so the same code plans memory and speed.
+Dense weights, records and caches have the sizes of a real pack, so the same code plans memory and speed.
 
 Elsewhere: `checkpoint/pack.py` writes packs.
 """
@@ -30,11 +30,11 @@ _PAGE = 4096
 
 
 def assume_pack(config: ModelConfig, format: Format, path: Path) -> ModelFiles:
-    """The files of a pack of that geometry.
+    """The files of a pack with that geometry.
 
     Args:
         format: one of PACK_FORMATS.
-        path: the file that the config was read from.
+        path: the file from which the config was read.
 
     Raises:
         UnsupportedModel: it has more experts than any model.
@@ -64,6 +64,6 @@ def assume_pack(config: ModelConfig, format: Format, path: Path) -> ModelFiles:
 
 
 def active_parameters(config: ModelConfig) -> tuple[int, int]:
-    """Parameters of a model, and those that a token reads: of a separate embedding table it reads one row."""
+    """A model's parameters, and those that a token reads. Of a separate embedding table it reads one row."""
     everything, active = count_parameters(config)
     return everything, active - (0 if config.is_embedding_tied else config.vocab_size * config.hidden_size)

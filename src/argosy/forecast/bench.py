@@ -1,14 +1,14 @@
-"""Measure how fast a model answers within a budget: what `argosy bench` prints.
+"""Measure how fast a model answers within a budget, for `argosy bench`.
 
     measure_alone  ->  an engine in a fresh process  ->  short prompts with answers: first token, decode, hit rate
                                                      ->  long prompts: prefill
 
-Each budget has a fresh process, because the memory plan counts what a process already holds.
+Each budget gets a fresh process, because the memory plan counts what a process already holds.
 
-One sequence at a time, greedy, and nothing is reused. Each kind of prompt runs once before it is timed. A step is timed
-from its call to the id of the token. This is the method of `benchmarks/`.
+Sequences run one at a time, greedily, without prefix reuse. Each kind of prompt runs once before it is timed. A
+step is timed from its call until the token id is known. `benchmarks/` uses the same method.
 
-Elsewhere: `verification.py` compares with a forecast; `machine/probes.py` measures the machine.
+Elsewhere: `verification.py` compares the result with a forecast; `machine/probes.py` measures the machine.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from argosy.experts.resident import Progress
 from argosy.open.engine import Engine
 from argosy.prompt.tokenizer import Tokenizer
 
-CONTEXT_TOKENS = 1024  # if the command line does not say
+CONTEXT_TOKENS = 1024  # unless the command line says otherwise
 SHORT_TOKENS, ANSWER_TOKENS, LONG_TOKENS = 16, 64, 512
-NUM_PROMPTS = 4  # per kind, one of them for the warm-up
+NUM_PROMPTS = 4  # per kind, including one for warm-up
 _FEWEST_NEW, _FEWEST_LONG = 8, 32
-_LIMIT_S = 10.0  # for an answer, and for the timed prompts of a kind: after that, none begins
-# A prompt's token, computed together with others, takes at most this share of a decoded token's arithmetic.
+_LIMIT_S = 10.0  # for an answer, and for the timed prompts of a kind: no new prompt starts after that
+# A prompt token, computed in a batch, takes at most this fraction of a decoded token's compute time.
 _BATCHED = 0.25
-_SLOW_DRIVE = 1e9  # bytes per second, if the drive was not measured
+_SLOW_DRIVE = 1e9  # bytes per second to assume if the drive was not measured
 
-# Real text, because routers choose other experts for random tokens.
+# Real text, because routers choose different experts for random tokens.
 _TEXT = """\
 The harbour opens at first light. Before the ferries move, the pilots read the wind from the flags on the customs house
 and compare it with the forecast that came in the night. Cargo is weighed, listed and stowed: salt, timber, engines in
@@ -70,14 +70,14 @@ class Speed:
     """The measured speed of one model at one budget; counters cover decode steps."""
 
     plan: MemoryPlan
-    first_token_s: float  # median, of prompts of `short_tokens`
+    first_token_s: float  # median over prompts of `short_tokens`
     short_tokens: int
     decode_tok_per_s: float
     num_decoded: int
     lookups: int
     hits: int
     bytes_read: int
-    prefill_tok_per_s: float  # median, of prompts of `long_tokens`
+    prefill_tok_per_s: float  # median over prompts of `long_tokens`
     long_tokens: int
 
     @property
@@ -101,7 +101,7 @@ class Speed:
 
 
 def prompts(tokenizer: Tokenizer | None, vocab_size: int, num_tokens: int) -> list[list[int]]:
-    """Prompts that begin at different places of a text; for a model without a tokenizer, random tokens."""
+    """Yield prompts that begin at different places in a text; random tokens for a model without a tokenizer."""
     if tokenizer is None:
         random = np.random.default_rng(0)
         found: list[list[int]] = random.integers(0, vocab_size, (NUM_PROMPTS, num_tokens)).tolist()
@@ -117,10 +117,11 @@ def measure(
     """Measure an engine that was opened with `max_sequences=1` and `prefix_reuse=False`.
 
     Args:
-        drive_bytes_per_s: rate of the drive with its experts; long prompts are shortened if reads would take too long.
+        drive_bytes_per_s: the rate of the drive that holds its experts; long prompts are shortened if reads would
+            take too long.
 
     Raises:
-        ArgosyError: an answer cannot be finished.
+        ArgosyError: an answer could not be finished.
     """
     tell = progress or (lambda what, share: None)
     context = engine.plan.context_tokens
@@ -149,11 +150,11 @@ def measure(
 
 @dataclass(slots=True)
 class _Answers:
-    """Seconds to the first token of each answer, and totals over the steps after it."""
+    """Seconds to the first token of each answer, and totals over the steps that follow."""
 
     first_s: list[float] = field(default_factory=list)
     seconds: float = 0.0
-    computing_s: float = 0.0  # without waiting for the drive
+    computing_s: float = 0.0  # excluding waits for the drive
     num_new: int = 0
     lookups: int = 0
     hits: int = 0
@@ -181,12 +182,12 @@ class _Answers:
             self.bytes_read += after.bytes_read - before.bytes_read
         finally:
             engine.cancel(sequence)
-        assert sequence.result is not None  # finished, or cancelled just now
+        assert sequence.result is not None  # finished or just cancelled
         sequence.result.require()
 
 
 def _answer(engine: Engine, prompt_tokens: int, num_new: int) -> _Answers:
-    """Answer a prompt as a warm-up, and then others while there is time, but at least one."""
+    """Answer one prompt as a warm-up, then others while time remains, but at least one."""
     first, *others = prompts(engine.tokenizer, engine.config.vocab_size, prompt_tokens)
     _Answers().add(engine, first, num_new)
     timed, began = _Answers(), time.perf_counter()
@@ -198,7 +199,7 @@ def _answer(engine: Engine, prompt_tokens: int, num_new: int) -> _Answers:
 
 
 def _long_tokens(engine: Engine, computing_s: float, drive_bytes_per_s: float) -> int:
-    """The longest prompt that should be computed in time, if a decoded token computes for `computing_s`."""
+    """The longest prompt that should finish in time if a decoded token computes for `computing_s`."""
     plan, model = engine.plan, engine.config
     missing_bytes = max(0, plan.num_experts - plan.num_slots) * plan.slot_bytes
     num_tokens = max(1, min(LONG_TOKENS, plan.context_tokens // 2))
@@ -222,17 +223,17 @@ def measure_alone(
     drive_bytes_per_s: float | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Open a model in a fresh process, and measure it there.
+    """Open a model in a fresh process and measure it there.
 
     Args:
-        options: for `Engine.open`; each must be JSON.
+        options: for `Engine.open`; each must be a JSON value.
         drive_bytes_per_s: see `measure`.
 
     Returns:
         `Speed.as_dict`.
 
     Raises:
-        ArgosyError: the errors of `Engine.open` and `measure`; or the process ended.
+        ArgosyError: what `Engine.open` and `measure` raise, or the process ended early.
     """
     job = {"model": model, "options": options, "drive_bytes_per_s": drive_bytes_per_s}
     command = [sys.executable, "-m", __name__]
@@ -260,7 +261,7 @@ def measure_alone(
 
 
 def _main() -> None:
-    """Measure what the job on stdin asks for. Progress, the result or an error are lines of JSON on stdout."""
+    """Run the job described on stdin. Progress, the result and errors are lines of JSON on stdout."""
     job = json.loads(sys.stdin.read())
 
     def tell(**facts: object) -> None:
@@ -282,5 +283,5 @@ def _main() -> None:
 if __name__ == "__main__":
     try:
         _main()
-    except KeyboardInterrupt:  # the parent says so
+    except KeyboardInterrupt:  # the parent reports it
         sys.exit(130)

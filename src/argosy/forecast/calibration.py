@@ -1,17 +1,17 @@
-"""Measure the rates of this machine that a forecast needs, within a minute, and keep them.
+"""Measure the machine's rates that a forecast needs, within a minute, and keep them.
 
     memory, products, attention, the drive, small models  ->  Rates, in the user's cache
 
-Products of 1 to 64 tokens are timed with weights in a CPU cache, which is arithmetic, and with weights that no cache
-holds: the rest of their time is waiting for memory. Each is compared with a probe of int8 arithmetic at that moment,
-because cores of a virtual machine run at half their speed while a neighbour uses their other thread. The drive is read
-at several record sizes, and then while products keep cores and memory busy, with and without transcoding, which says
-how much of one the other hides. The engine runs two tiny models of different depth, which give the overhead of a layer
-beyond its products, and two with experts of usual sizes, which give that of a layer's first miss and of each further
-one.
+Products of 1 to 64 tokens are timed twice: with weights in a CPU cache, which measures arithmetic, and with weights
+that no cache holds, which adds the wait for memory. Each is compared with a probe of int8 arithmetic taken at the
+same moment, because a virtual machine's cores run at half speed while a neighbour uses their other thread. The
+drive is read at several record sizes, then again while products keep cores and memory busy, with and without
+transcoding, which shows how much of one the other hides. The engine runs two tiny models of different depth, which
+give the overhead of a layer beyond its products, and two with experts of usual sizes, which give the cost of a
+layer's first miss and of each further one.
 
 Elsewhere: `product_rates.py` and `drive_rates.py` time their parts; `machine/kept_rates.py` keeps the result;
-`machine/rates.py` has its form, and guesses for machines that were not measured.
+`machine/rates.py` defines the rates, and guesses them for machines that were not measured.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from argosy.machine.rates import (
 from argosy.model.families import CONFIG_FILE, FAMILIES
 from argosy.open.engine import Engine
 
-_BESIDE = ("router", "sampling", "other")  # parts of a ledger beside arithmetic and waiting
+_BESIDE = ("router", "sampling", "other")  # parts of a ledger other than arithmetic and waiting
 _STEPS = 64
-_SHARES = (0.75, 0.5, 0.25)  # of experts in memory, where misses are measured
+_SHARES = (0.75, 0.5, 0.25)  # shares of experts in memory at which misses are measured
 
 
 def calibrate(
@@ -58,7 +58,7 @@ def calibrate(
     Args:
         files: the model's files; the drive is measured by reading the largest. If it is small, or there
             are none, a temporary file in the current directory is written and read.
-        threads: for products; None: as many as an engine has.
+        threads: for products; None: the engine's default.
 
     Raises:
         DiskFull: there is no room for the temporary file.   UsageError: it cannot be written.
@@ -70,7 +70,7 @@ def calibrate(
     runtime = _native.Runtime(cores, choices.tunings())
     with closing(runtime), closing(Kernels(runtime, cores)) as kernels, file_to_read(files) as path:
         reads = DriveRates(path)
-        # Rounds of both in turn: a neighbour of a virtual machine takes bandwidth for many seconds at a time.
+        # Alternate the two in rounds: a virtual machine's neighbour takes bandwidth for many seconds at a time.
         for number in range(ROUNDS):
             tell("measuring products and the drive", 0.05 + 0.7 * number / ROUNDS)
             kernels.measure()
@@ -117,7 +117,7 @@ def calibrate(
 
 
 class _Size(NamedTuple):
-    """The size of a model with random float16 weights."""
+    """The size of a test model with random float16 weights."""
 
     layers: int
     hidden: int
@@ -130,16 +130,17 @@ class _Size(NamedTuple):
         return 3 * 2 * self.hidden * self.width
 
 
-# Two models are as small as the kernels allow. Two have experts of usual sizes, several of which may miss in one layer.
+# Two models are as small as the kernels allow. The other two have experts of usual sizes, several of which may miss
+# in one layer.
 _FEW, _MANY = _Size(4, 256, 64, 16, 4), _Size(20, 256, 64, 16, 4)
 _MIDDLING, _LARGE = _Size(4, 512, 256, 16, 8), _Size(3, 1024, 512, 16, 8)
 
 
 class _Overheads(NamedTuple):
-    """Seconds that neither products nor reads explain.
+    """Seconds explained by neither products nor reads.
 
-    layer_s: per layer.   streamed_layer_s: more, if the layer's experts are streamed.
-    missing_layer_s: more, if any of them misses.   missing_layer_s_per_byte: per byte of a record.
+    layer_s: per layer.   streamed_layer_s: extra if the layer's experts are streamed.
+    missing_layer_s: extra if any of them misses.   missing_layer_s_per_byte: the same per byte of a record.
     miss_s: for each further expert that misses.   step_s: per step.
     """
 
@@ -152,7 +153,9 @@ class _Overheads(NamedTuple):
 
 
 class _Token(NamedTuple):
-    """A decode step of a small model: median seconds, mean ones without arithmetic and waiting, and the hit rate."""
+    """A decode step of a small model: median seconds, mean seconds outside arithmetic and waiting, and the hit
+    rate.
+    """
 
     seconds: float
     beside_s: float
@@ -160,11 +163,11 @@ class _Token(NamedTuple):
 
 
 def _overheads(cores: int, int8_operations: float, tell: Progress) -> _Overheads:
-    """Run the small models; seconds are for that rate of int8 arithmetic."""
+    """Run the small models; seconds are scaled to that rate of int8 arithmetic."""
     with tempfile.TemporaryDirectory(prefix="argosy-calibration-") as scratch:
 
         def tokens(size: _Size, *shares: float | None) -> list[_Token]:
-            """With every expert in memory, or a share of them; medians of three turns."""
+            """Run with every expert in memory, then with shares of them; medians of three turns."""
             path = Path(scratch) / f"{size.layers}-{size.hidden}"
             _write_model(path, size)
             most = size.layers * size.experts - 1
@@ -181,7 +184,8 @@ def _overheads(cores: int, int8_operations: float, tell: Progress) -> _Overheads
         few, few_streamed = tokens(_FEW, None, 1.0)
         many, many_streamed = tokens(_MANY, None, 1.0)
         tell("running small models", 0.9)
-        first, further = [], []  # bytes of a record and seconds of a layer's first miss; seconds of another
+        # (record bytes, seconds of a layer's first miss); seconds of each further one
+        first, further = [], []
         for size in (_MIDDLING, _LARGE):
             all_here, *missing = tokens(size, 1.0, *_SHARES)
             layer_s, miss_s = _solved(
@@ -210,10 +214,10 @@ def _overheads(cores: int, int8_operations: float, tell: Progress) -> _Overheads
 
 
 def _solved(samples: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
-    """Seconds of a layer's first miss and of each further one, neither below zero, that fit best.
+    """The best fit for the seconds of a layer's first miss and of each further one, neither below zero.
 
     Args:
-        samples: layers with misses, misses, and the seconds that they cost.
+        samples: layers with misses, misses, and the seconds they cost.
     """
     layers, misses, seconds = (np.array(column) for column in zip(*samples, strict=True))
     counts = np.stack([layers, misses - layers], 1)
@@ -226,7 +230,7 @@ def _solved(samples: Sequence[tuple[float, float, float]]) -> tuple[float, float
 
 
 def _line(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:
-    """The line through two points: its value at 0, and its slope. Noise makes neither fall below almost nothing."""
+    """The line through two points: its value at 0 and its slope. A floor keeps noise from making either negative."""
     slope = max(1e-15, (second[1] - first[1]) / (second[0] - first[0]))
     return max(1e-6, first[1] - slope * first[0]), slope
 
@@ -257,7 +261,7 @@ def _write_model(path: Path, size: _Size) -> None:
 
 
 def _token(path: Path, cores: int, int8_operations: float, *, expert_slots: int | None) -> _Token:
-    """Run a small model; seconds are for that rate of int8 arithmetic."""
+    """Run a small model; seconds are scaled to that rate of int8 arithmetic."""
     with Engine.open(
         path,
         memory="2GiB",
@@ -281,5 +285,5 @@ def _token(path: Path, cores: int, int8_operations: float, *, expert_slots: int 
         lookups = engine.ledger.lookups - before.lookups
         hit_rate = (engine.ledger.hits - before.hits) / lookups if lookups else 1.0
     warm, factor = _STEPS // 4, statistics.mean(probes) / int8_operations
-    # A mean beside arithmetic and waiting, because misses are in some steps and not in others.
+    # A mean for the rest, because only some steps have misses.
     return _Token(factor * statistics.median(times[warm:]), factor * statistics.mean(beside[warm:]), hit_rate)

@@ -22,20 +22,20 @@ from argosy.errors import DiskFull, UsageError, is_disk_full
 from argosy.forecast.product_rates import COLS, ROWS
 from argosy.machine import resources
 
-ROUNDS = 8  # of a calibration
+ROUNDS = 8  # per calibration
 _DRIVE_S = 0.15  # for each size of record, in each round
 _RECORD_BYTES = (256 << 10, 1 << 20, 4 << 20, 16 << 20)
-_ALONE_BYTES = 4 << 20  # a record that is read alone
+_ALONE_BYTES = 4 << 20  # a record read alone
 _NUM_READERS = 4
-_AT_ONCE, _MOST_PIECES = 8, 8192  # matrices of 0.9 MB that are read and transcoded: in flight, and in all
-_NUM_BUSY = 96  # matrices of the products that keep cores busy: more than caches hold, so memory is busy, too
-_FILE_BYTES = 512 << 20  # the temporary file, if no model is there to be read
+_AT_ONCE, _MOST_PIECES = 8, 8192  # matrices of 0.9 MB to read and transcode: in flight, and in all
+_NUM_BUSY = 96  # matrices of the products that keep cores busy: more than caches hold, so memory is also busy
+_FILE_BYTES = 512 << 20  # the temporary file, if there is no model to read
 _SMALLEST_FILE_BYTES = 64 << 20
 
 
 @contextmanager
 def file_to_read(files: Sequence[Path]) -> Iterator[str]:
-    """A name of a file on the drive to measure: the largest of `files`, or a temporary one."""
+    """Yield a file on the drive to measure: the largest of `files`, or a temporary one."""
     largest = max(files, key=lambda path: path.stat().st_size, default=None)
     if largest is not None and largest.stat().st_size >= _SMALLEST_FILE_BYTES:
         yield str(largest)
@@ -74,9 +74,9 @@ class _Drive(NamedTuple):
     """The measurements of a drive.
 
     rates: (record bytes, bytes per second).
-    spread: the factor between the median of the rounds and the farthest of them.
-    latency_s: how much longer a record takes alone than its share of records that are read together.
-    The others: see `Rates`.
+    spread: the factor between the median round and the farthest one.
+    latency_s: how much longer a record takes alone than its share of a batch.
+    For the others see `Rates`.
     """
 
     rates: tuple[tuple[int, float], ...]
@@ -89,7 +89,7 @@ class _Drive(NamedTuple):
 
 
 class DriveRates:
-    """Times reads of a file in rounds; their rates are medians."""
+    """Times reads of a file in rounds; rates are medians."""
 
     def __init__(self, path: str) -> None:
         self._path, self._bytes, self._is_direct = path, os.stat(path).st_size, True
@@ -97,7 +97,7 @@ class DriveRates:
         self._alone: list[float] = []
 
     def measure(self) -> None:
-        """Do a round."""
+        """Run one round."""
         for record_bytes, rates in self._together.items():
             nbytes, seconds = self._read(record_bytes, _NUM_READERS, _DRIVE_S)
             rates.append(nbytes / seconds)
@@ -116,9 +116,10 @@ class DriveRates:
             begin = time.process_time()
             nbytes, _ = read(2 * _DRIVE_S)
             cpu_s_per_byte.append(max(1e-15, (time.process_time() - begin) / nbytes))
-        # Alone and together in turn, because products change their rate every few seconds on some machines.
+        # Alternate alone and together, because on some machines products change their rate every few seconds.
         alone = []
-        together_s = [[0.0, 0.0, 0.0] for _ in kinds]  # of reads, of products, and as long as both took
+        # seconds of reads alone, of products alone, and of both together
+        together_s = [[0.0, 0.0, 0.0] for _ in kinds]
         with _busy(cores) as products:
             for _ in range(ROUNDS // 2):
                 products.rate()
@@ -137,7 +138,7 @@ class DriveRates:
         return _Drive(tuple(together.items()), spread, latency_s, *overlaps, *cpu_s_per_byte)
 
     def _read(self, record_bytes: int, readers: int, seconds: float) -> tuple[int, float]:
-        """Read for about `seconds`; returns the bytes that were read, and the seconds it took."""
+        """Read for about `seconds`; return the bytes read and the seconds taken."""
         most = self._bytes // record_bytes
         few = min(most, max(readers, (16 << 20) // record_bytes))
         try:
@@ -150,10 +151,10 @@ class DriveRates:
         return count * record_bytes, count * record_bytes / rate
 
     def _transcode(self, seconds: float) -> tuple[int, float]:
-        """Read for about `seconds`, and take what is read for 4-bit weights that readers transcode.
+        """Read for about `seconds`, treating the bytes as 4-bit weights that readers transcode.
 
-        The file has anything in it, so these are weights of a kind of which no byte is invalid: a reader stops at the
-        first scale that is no finite number.
+        The file may contain anything, so the format is one in which every byte is valid: with others a reader would
+        stop at the first non-finite scale.
         """
         nbytes = ROWS * COLS // 2
         slot_bytes = _native.matrix_bytes("int4", ROWS, COLS)
@@ -185,12 +186,12 @@ class DriveRates:
 
 
 def _overlap(reading_s: float, computing_s: float, together_s: float) -> float:
-    """The share of the shorter of two kinds of work that the longer one hides, from their times alone and together."""
+    """The fraction of the shorter of two kinds of work hidden by the longer, from their times alone and together."""
     return min(1.0, max(0.0, (reading_s + computing_s - together_s) / min(reading_s, computing_s)))
 
 
 class _Products:
-    """Runs products in a thread, and counts them."""
+    """Runs products in a thread and counts them."""
 
     def __init__(self, call: Callable[[], object]) -> None:
         self._call, self._is_over = call, threading.Event()
@@ -217,7 +218,7 @@ class _Products:
 
 @contextmanager
 def _busy(threads: int) -> Iterator[_Products]:
-    """Keep `threads` cores busy with products with one token, until the end of the context."""
+    """Keep `threads` cores busy with one-token products until the context ends."""
     runtime = _native.Runtime(threads)
     size = _native.matrix_bytes("q4", ROWS, COLS)
     arena = _native.Arena(_NUM_BUSY * size)

@@ -1,4 +1,5 @@
-"""Forecast whether a model runs in a budget, how fast and where the time goes, from headers and a machine's rates.
+"""Forecast, from headers and a machine's rates, whether a model fits a budget, how fast it runs and where the time
+goes.
 
     ModelFiles + EngineConfig  ->  memory plan at any budget   (budget/planner.py)
     memory plan + WorkingSet + Rates  ->  decode, prompts, the knee   (forecast/speed.py)
@@ -38,19 +39,19 @@ from argosy.model.work import Work, work_of
 Verdict = Literal["no", "thrashes", "streams", "resident"]
 
 PROMPT_TOKENS = (64, 1024, 16_384)  # a question, a page or two, a long document
-PICTURE_WIDTH, PICTURE_HEIGHT = 1024, 768  # the picture whose first token is predicted
-_PICTURE_TEXT_TOKENS = 32  # the question beside it
-_NEAR_ALL = 0.9  # the knee: this share of the speed with every expert in memory
+PICTURE_WIDTH, PICTURE_HEIGHT = 1024, 768  # the picture for which the first token is predicted
+_PICTURE_TEXT_TOKENS = 32  # the question that goes with it
+_NEAR_ALL = 0.9  # the knee: this fraction of the speed with every expert in memory
 _NUM_BUDGETS = 16  # on a curve
-# Held by a process that is about to load a model, without its tokenizer: interpreter, libraries, chat templates.
+# What a process holds before it loads a model and its tokenizer: interpreter, libraries, chat templates.
 BARE_PROCESS_BYTES = 60 << 20
-_TOKENIZER_BYTES_PER_BYTE = 16  # once a tokenizer.json was read: 20 measured with a small one
+_TOKENIZER_BYTES_PER_BYTE = 16  # in memory once a tokenizer.json is read; 20 was measured with a small one
 _JSON_BYTES_PER_TOKEN = 70  # a vocabulary and its merges
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """Decode of one sequence at one budget."""
+    """Decode speed of one sequence at one budget."""
 
     budget_bytes: int
     num_slots: int
@@ -59,15 +60,15 @@ class Point:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
-    """The fit, speed and cost of a model on a machine within a budget.
+    """How a model fits a budget on a machine, and how fast it runs.
 
-    plan: None if it does not fit; then `refusal` says why, and nothing below it is known.
-    smallest_bytes: the smallest budget that works, with the requested context or else a short one.
-    longer_prompts: tokens of prompts that were asked for and are longer than the context.
-    picture: None if the model takes none, or the budget has no room for them, or their processor is not known.
-    knee_bytes: the smallest budget with nine tenths of the speed that all experts in memory give.
-    fixed_slots: experts in memory, if the settings fix their number whatever the budget is.
-    is_text_only: it takes pictures or sound, and the budget has no room for them.
+    plan: None if it does not fit; then `refusal` says why, and the fields below it are unknown.
+    smallest_bytes: the smallest budget that works, with the requested context or, failing that, a short one.
+    longer_prompts: requested prompt lengths that exceed the context, in tokens.
+    picture: None if the model takes no pictures, the budget has no room for them, or their processor is unknown.
+    knee_bytes: the smallest budget with nine tenths of the speed with all experts in memory.
+    fixed_slots: experts in memory, if the settings fix their number regardless of the budget.
+    is_text_only: it takes pictures or sound, but the budget has no room for them.
     """
 
     verdict: Verdict
@@ -89,10 +90,10 @@ class Forecast:
 
 
 class Speeds:
-    """Predictions of one model's decode and prompts on one machine, for any memory plan.
+    """Predicts one model's decode and prompts on one machine, for any memory plan.
 
     Args:
-        working_set: None: what is typical of such models.
+        working_set: None: one typical of such models.
     """
 
     def __init__(
@@ -108,11 +109,11 @@ class Speeds:
     def decode(
         self, plan: MemoryPlan, streams: int, *, context: int | None = None, hit_rate: float | None = None
     ) -> Decode:
-        """Decode of a plan.
+        """Predict decode for a plan.
 
         Args:
             context: positions of each sequence; None: half of an equal share of the KV cache.
-            hit_rate: the one that was measured; None: the working set predicts it.
+            hit_rate: a measured one; None: the working set predicts it.
         """
         each = plan.context_tokens // streams // 2 if context is None else context
         return predict_decode(
@@ -137,12 +138,12 @@ class Speeds:
 
 
 class Forecaster(Speeds):
-    """Forecasts of one model on one machine. Sums over experts are made once, so use one for every budget.
+    """Forecasts one model on one machine. It sums over experts only once, so use one for all budgets.
 
     Args:
-        config: as the engine would run it; its budget is replaced. Settings that fix the number of experts in memory
-            count for the budget that is asked for, and not for the budgets it is compared with.
-        process_bytes: size of the process that will run it, before weights.
+        config: the engine's settings; the budget is replaced. Settings that fix the number of experts in memory
+            apply to the requested budget but not to those it is compared with.
+        process_bytes: the size of the process that will run it, before weights.
     """
 
     def __init__(
@@ -196,7 +197,9 @@ class Forecaster(Speeds):
         prompts: Sequence[int] = PROMPT_TOKENS,
         with_curve: bool = True,
     ) -> Forecast:
-        """Everything about one budget; decode at half of the context, which is what a long conversation averages."""
+        """Forecast everything for one budget. Decode is predicted at half the context, the average over a long
+        conversation.
+        """
         smallest = self._smallest_bytes()
         plan, refusal = None, None
         try:
@@ -235,7 +238,7 @@ class Forecaster(Speeds):
     def picture(
         self, plan: MemoryPlan, *, width: int = PICTURE_WIDTH, height: int = PICTURE_HEIGHT
     ) -> Picture | None:
-        """A short question about one picture; None if it cannot be asked."""
+        """Predict a short question about one picture; None if the plan takes no pictures."""
         if not plan.encoder_bytes:
             return None
         try:
@@ -259,7 +262,7 @@ class Forecaster(Speeds):
         )
 
     def group(self, plan: MemoryPlan, num_machines: int, network: Network) -> Group:
-        """Decode of one sequence by equal machines: one as planned, the others with nothing but experts."""
+        """Predict decode of one sequence by equal machines: one as planned, the others with experts only."""
         others = plan.budget_bytes - BARE_PROCESS_BYTES - PROCESS_GROWTH_BYTES - plan.staging_bytes
         others -= page_table_bytes(others)
         slots = plan.num_slots + (num_machines - 1) * max(0, others // max(1, plan.slot_bytes))
@@ -275,7 +278,7 @@ class Forecaster(Speeds):
         )
 
     def servers(self, plan: MemoryPlan) -> tuple[Server, Server, Server]:
-        """The fastest, the likely and the slowest server with that plan."""
+        """A fast, a likely and a slow server with that plan."""
         at_once, num_slots = self.config.max_sequences, plan.usual_slots
         if plan.num_states:
             at_once = min(at_once, plan.num_states)
@@ -305,7 +308,7 @@ class Forecaster(Speeds):
             return needed
 
     def _resident_bytes(self, plan: MemoryPlan | None) -> int:
-        """Bytes that the model takes with every expert in memory, with the context of `plan`."""
+        """The bytes that the model takes with every expert in memory and the context of `plan`."""
         context = self.config.budget.context_tokens or (plan.context_tokens if plan else None)
         budget = Budget(ram_bytes=1 << 60, context_tokens=context)
         everything = replace(self._with_any_slots, budget=budget)
@@ -325,7 +328,7 @@ class Forecaster(Speeds):
 
 
 def verdict_of(plan: MemoryPlan, model: ModelConfig) -> Verdict:
-    """How a model runs in a plan: `thrashes` means that the experts of one token do not stay until the next."""
+    """How a model runs in a plan; `thrashes` means that one token's experts are evicted before the next token."""
     if plan.is_resident:
         return "resident"
     one_token = len(model.moe_layers) * model.experts_per_token
@@ -333,5 +336,5 @@ def verdict_of(plan: MemoryPlan, model: ModelConfig) -> Verdict:
 
 
 def tokenizer_bytes(json_bytes: int, vocab_size: int) -> int:
-    """Likely memory of a tokenizer that is not here, from the size of its file, or else of its vocabulary."""
+    """The likely memory of an absent tokenizer, from the size of its file, or otherwise of its vocabulary."""
     return _TOKENIZER_BYTES_PER_BYTE * (json_bytes or _JSON_BYTES_PER_TOKEN * vocab_size)

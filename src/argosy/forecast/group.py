@@ -2,17 +2,18 @@
 
     Work, Rates of one machine, N, network  ->  predict_group  ->  Group: tok/s, speed-up, share of the network
 
-One machine has dense weights, attention and router; all have experts, each expert on two of them. For every layer the
-rows go to the machines that own the chosen experts, and the sums come back; the slower of memory and drive decides how
-long a machine takes, and the slowest machine how long the layer takes. With about one miss in a layer, one drive works
-while the others wait, so the mean load would be too optimistic: layers are drawn at random instead, with a fixed seed.
+One machine has the dense weights, attention and router; all have experts, each expert on two of them. In every
+layer the rows go to the machines that own the chosen experts, and the sums come back. The slower of memory and
+drive decides a machine's time, and the slowest machine the layer's time. With about one miss per layer, one drive
+works while the others wait, so the mean load would be too optimistic: layers are drawn at random instead, with a
+fixed seed.
 
     network of a layer = 2 latency + (other machines asked + experts chosen there) * 4 bytes * hidden / bandwidth
 
-A row goes to each machine asked, once, and an output comes back for each expert, so that the sums are those of one
-machine; both are float32.
+A row goes once to each machine asked, and an output comes back for each expert, so the sums equal those of one
+machine. Both are float32.
 
-Elsewhere: `speed.py` predicts one machine; the room `cluster` runs groups.
+Elsewhere: `speed.py` predicts a single machine; the room `cluster` runs groups.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from argosy.machine.rates import Rates
 from argosy.model.work import Work
 
 MOST_MACHINES = 64
-# One way, network stack included, from this bandwidth (bytes per second) upwards.
+# One-way latency including the network stack, for bandwidths (bytes per second) from this one upwards.
 _LATENCIES_S = ((100e9 / 8, 20e-6), (25e9 / 8, 30e-6), (0.0, 50e-6))
 _NUM_LAYERS_DRAWN = 4000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Network:
-    """Between two machines of a group."""
+    """The network between two machines of a group."""
 
     bytes_per_s: float
 
@@ -47,33 +48,35 @@ class Network:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Decode of one sequence by `num_machines`."""
+    """The predicted decode of one sequence by `num_machines`."""
 
     num_machines: int
     hit_rate: float
     tokens_per_s: Range
-    speed_up: float  # over one of them
-    network_share: float  # a part of a step's time
+    speed_up: float  # relative to one machine
+    network_share: float  # as a fraction of a step's time
 
 
 def parse_network(text: str) -> Network:
-    """`25GbE`, gigabits a second.
+    """Parse a speed such as `25GbE`, in gigabits per second.
 
     Raises:
-        UsageError: it has another form, or is no speed of a network.
+        UsageError: it is malformed, or not a plausible network speed.
     """
     found = re.fullmatch(r"(\d{1,4}(?:\.\d+)?)\s*(?:GbE|Gbit/s)?", text, re.IGNORECASE)
     gigabits = float(found[1]) if found else 0.0
     if not 0.1 <= gigabits <= 1600:
-        raise UsageError(f"--network takes gigabits a second, found '{text[:40]}'", hint="for example 25GbE")
+        raise UsageError(
+            f"--network takes gigabits per second, found '{text[:40]}'", hint="for example 25GbE"
+        )
     return Network(bytes_per_s=gigabits * 1e9 / 8)
 
 
 def parse_count(text: str) -> tuple[int, str]:
-    """`4*NAME` -> 4 and NAME; a name alone is one machine.
+    """Parse `4*NAME` into 4 and NAME; a name alone is one machine.
 
     Raises:
-        UsageError: there are too many, or none.
+        UsageError: the count is zero or too high.
     """
     count, star, name = text.partition("*")
     if not star:
@@ -87,11 +90,11 @@ def predict_group(
     work: Work, rates: Rates, working_set: WorkingSet, *, num_machines: int, num_slots: int, hidden_size: int,
     network: Network, context: int, hit_rate: float | None = None,
 ) -> Group:  # fmt: skip
-    """Decode of one sequence with `context` positions.
+    """Predict decode of one sequence with `context` positions.
 
     Args:
-        num_slots: experts in memory, all machines together.
-        hit_rate: if it is known; None: the working set predicts it.
+        num_slots: experts in memory on all machines together.
+        hit_rate: a known one; None: the working set predicts it.
     """
     predicted = working_set.hit_rate(num_slots) if hit_rate is None else hit_rate
     points = 0.0 if hit_rate is not None else working_set.error
@@ -117,7 +120,7 @@ def predict_group(
 def _step_s(
     work: Work, rates: Rates, machines: int, hit_rate: float, hidden_size: int, network: Network, context: int
 ) -> tuple[float, float]:
-    """Seconds of a step, and those of the network in it."""
+    """Seconds of a step, and how many of them the network takes."""
     chosen = work.experts_per_token
     dense_s = sum(
         rates.product_s(format, nbytes, parameters, 1)
@@ -130,14 +133,14 @@ def _step_s(
     )
     record_s = work.record_bytes / rates.drive_rate(work.piece_bytes)
     experts_s = _slowest_machine_s(machines, chosen, hit_rate, one_s, record_s)
-    asked = (machines - 1) * (1.0 - (1.0 - 1.0 / machines) ** chosen)  # machines besides the first
+    asked = (machines - 1) * (1.0 - (1.0 - 1.0 / machines) ** chosen)  # other machines than the first
     outputs = chosen * (1.0 - 1.0 / machines)
     network_s = 0.0
     if machines > 1:
         network_s = 2 * network.latency_s + (asked + outputs) * 4.0 * hidden_size / network.bytes_per_s
     layers = work.num_moe_layers
     overhead_s = work.num_layers * rates.layer_s + rates.step_s
-    missed = chosen * (1.0 - hit_rate) / machines  # per layer; each machine handles its own
+    missed = chosen * (1.0 - hit_rate) / machines  # per layer; each machine handles its own misses
     overhead_s += layers * (
         rates.streamed_layer_s + rates.misses_overhead_s(chosen / machines, missed, work.record_bytes)
     )
@@ -145,7 +148,7 @@ def _step_s(
 
 
 def _slowest_machine_s(machines: int, chosen: int, hit_rate: float, one_s: float, record_s: float) -> float:
-    """Mean over random layers of the time that the slowest machine takes for its experts."""
+    """The slowest machine's time for its experts, averaged over random layers."""
     random = np.random.default_rng(0)
     memory_s = np.zeros((_NUM_LAYERS_DRAWN, machines))
     drive_s = np.zeros((_NUM_LAYERS_DRAWN, machines))

@@ -1,15 +1,15 @@
-"""Machines that a model can be planned for without being there: a small table, or a file of the same form.
+"""Machines to plan for without having them: a small table, or a file in the same format.
 
     aws:i7i.8xlarge, box:desktop-64, FILE, FILE:NAME  ->  find_machine  ->  Machine
 
-`machines.csv` has a row for each, with the source and the date of its facts. A file of your own has the same header:
+`machines.csv` has a row per machine, with the source and date of its facts. Your own file needs the same header:
 
     name,cpu,cores,memory_gib,drive_gb,drive_gb_per_s,network_gbit_per_s,usd_per_hour,usd,watts,source
 
-`name`, `cpu` (as /proc/cpuinfo prints it), `cores` (physical) and `memory_gib` are required; a field that is empty is
-unknown. `usd_per_hour` is the rent, `usd` the purchase price, `watts` what it draws while it answers.
+`name`, `cpu` (as /proc/cpuinfo prints it), `cores` (physical) and `memory_gib` are required; an empty field means
+unknown. `usd_per_hour` is the rent, `usd` the purchase price, `watts` the power drawn while answering.
 
-Elsewhere: `machine/rates.py` guesses speeds from the name of the processor.
+Elsewhere: `machine/rates.py` guesses speeds from the processor's name.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _REQUIRED = ("name", "cpu", "cores", "memory_gib")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """One row; None is unknown."""
+    """One row; None means unknown."""
 
     name: str
     cpu: str
@@ -59,10 +59,10 @@ class Machine:
 
 
 def find_machine(text: str) -> Machine:
-    """A machine of the table, or of a file: `FILE` with one row, or `FILE:NAME`.
+    """Find a machine in the table or in a file: `FILE` with one row, or `FILE:NAME`.
 
     Raises:
-        UsageError: there is none of that name, or the file is malformed.
+        UsageError: there is no such machine, or the file is malformed.
     """
     table = read_machines(TABLE)
     for machine in table:
@@ -87,13 +87,15 @@ def find_machine(text: str) -> Machine:
 
 
 def read_machines(path: Path) -> list[Machine]:
-    """All rows of a file.
+    """Read all rows of a file.
 
     Raises:
-        UsageError: names the line and the column that is wrong.
+        UsageError: a value is wrong; names its line and column.
     """
     if path.stat().st_size > _LARGEST_FILE:
-        raise UsageError(f"{path.name} is larger than {_LARGEST_FILE} bytes, which no table of machines is")
+        raise UsageError(
+            f"{path.name} is larger than {_LARGEST_FILE} bytes, too large for a table of machines"
+        )
     try:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file, strict=True)
@@ -107,7 +109,7 @@ def read_machines(path: Path) -> list[Machine]:
                 )
             found = [_machine(row, path, number) for number, row in enumerate(reader, start=2)]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"{path.name} is no CSV file: {error}") from None
+        raise UsageError(f"{path.name} is not a CSV file: {error}") from None
     if not found:
         raise UsageError(f"{path.name} has no machine below its header")
     return found

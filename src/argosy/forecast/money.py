@@ -1,14 +1,14 @@
-"""Price a forecast: per million tokens, per request, compared with an API, and the break-even between the two.
+"""Price a forecast: per million tokens and per request, compared with an API, and the break-even point.
 
-    seconds of a request, a machine's price  ->  Cost  |  Api price  ->  Comparison, and one plain sentence
+    seconds of a request, a machine's price  ->  Cost  |  API price  ->  Comparison, and one plain sentence
 
-A machine costs its rent for every hour, or its purchase price spread over its life for every hour, and electricity for
-the hours in which it answers. Reading does not wear a drive: its endurance is rated in bytes written, and inference
+A machine costs its rent for every hour, or its purchase price spread over its lifetime plus electricity for the
+hours in which it answers. Reading does not wear out a drive: endurance is rated in bytes written, and inference
 writes none (unless `--kv-dir` keeps prompts), so there is no term for it.
 
-A request is PROMPT_TOKENS in, and then its share of the steps that give ANSWER_TOKENS out.
+A request is PROMPT_TOKENS of input, then its share of the steps that produce ANSWER_TOKENS.
 
-Elsewhere: `speed.py` predicts the seconds; `machines.py` has prices of machines.
+Elsewhere: `speed.py` predicts the seconds; `machines.py` lists machine prices.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MILLION = 1e6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Owner:
-    """The costs of a machine: rent, or a price and its life; and electricity."""
+    """The costs of a machine: rent, or a purchase price; and electricity."""
 
     usd_per_hour: float | None = None  # rent, for every hour
     usd: float | None = None  # purchase
@@ -41,13 +41,13 @@ class Owner:
 
     @property
     def fixed_usd_per_hour(self) -> float:
-        """For every hour, whether it answers or not."""
+        """The cost of every hour, whether it answers or not."""
         bought = 0.0 if self.usd is None else self.usd / (self.life_years * _HOURS_A_YEAR)
         return (self.usd_per_hour or 0.0) + bought
 
     @property
     def running_usd_per_hour(self) -> float:
-        """For an hour in which it answers, in addition. Rent includes electricity."""
+        """The additional cost of an hour in which it answers. Rent includes electricity."""
         if self.watts is None or self.usd_per_hour is not None:
             return 0.0
         return self.watts / 1000.0 * self.usd_per_kwh
@@ -69,9 +69,10 @@ class ApiPrice:
 class Cost:
     """The cost of a machine that answers all the time.
 
-    break_even: the share of all hours that it must answer, to cost as much as the API; None: there is no API price.
-    times: how many times as much a request costs as with the API.
-    energy_wh: energy of a request; None: the power is unknown.
+    break_even: the fraction of all hours that it must answer to cost the same as the API; None without an API
+        price.
+    times: the cost of a request relative to the API.
+    energy_wh: the energy of a request; None if the power is unknown.
     """
 
     usd_per_m_in: float
@@ -87,7 +88,7 @@ def cost(owner: Owner, *, prompt_s: float, tokens_per_s: float, api: ApiPrice | 
     """Price requests.
 
     Args:
-        prompt_s: time of PROMPT_TOKENS, which keep the whole machine busy.
+        prompt_s: the time for PROMPT_TOKENS, which occupy the whole machine.
         tokens_per_s: for all streams together.
     """
     usd_per_s = (owner.fixed_usd_per_hour + owner.running_usd_per_hour) / 3600.0
@@ -96,7 +97,7 @@ def cost(owner: Owner, *, prompt_s: float, tokens_per_s: float, api: ApiPrice | 
     times = break_even = None
     if api is not None:
         times = request_usd / api.request_usd() if api.request_usd() else float("inf")
-        earned = api.request_usd() / request_s * 3600.0 - owner.running_usd_per_hour  # in an hour of answers
+        earned = api.request_usd() / request_s * 3600.0 - owner.running_usd_per_hour  # per hour of answering
         break_even = owner.fixed_usd_per_hour / earned if earned > 0 else float("inf")
     return Cost(
         usd_per_m_in=prompt_s / PROMPT_TOKENS * _MILLION * usd_per_s,
@@ -110,22 +111,20 @@ def cost(owner: Owner, *, prompt_s: float, tokens_per_s: float, api: ApiPrice | 
 
 
 def sentence(found: Cost) -> str:
-    """The result of the comparison, in a plain sentence."""
+    """The comparison in one plain sentence."""
     assert found.api is not None
     assert found.times is not None
     assert found.break_even is not None
     if found.break_even > 1.0:
         return (
             f"The API is {found.times:.3g} times cheaper, even if this machine answers day and night: run it here for "
-            "privacy, offline, or because the machine is there anyway."
+            "privacy, offline, or because you have the machine anyway."
         )
-    return (
-        f"Here is cheaper than the API if the machine answers more than {found.break_even:.0%} of all hours."
-    )
+    return f"Running it here is cheaper if the machine answers more than {found.break_even:.0%} of all hours."
 
 
 def parse_price(text: str) -> ApiPrice:
-    """`IN:OUT`, dollars per million tokens.
+    """Parse `IN:OUT`, dollars per million tokens.
 
     Raises:
         UsageError: it has another form.
@@ -141,7 +140,7 @@ def parse_price(text: str) -> ApiPrice:
 
 
 def look_up_price(text: str) -> ApiPrice | None:
-    """The price of `PROVIDER/MODEL` in the table of genai-prices; None: it has none.
+    """The price of `PROVIDER/MODEL` in genai-prices, or None.
 
     Raises:
         UsageError: genai-prices is not installed.
@@ -150,7 +149,7 @@ def look_up_price(text: str) -> ApiPrice | None:
         from genai_prices import Usage, calc_price
     except ImportError:
         raise UsageError(
-            "prices of APIs need the package genai-prices",
+            "API prices need the package genai-prices",
             hint=f"`{command_for_extra('prices')}`; or give the price yourself: `--api-price 0.6:2.5`",
         ) from None
     provider, _, model = text.partition("/")

@@ -1,7 +1,7 @@
-"""Find the model to plan for, wherever it is, and forecast it on a machine.
+"""Find the model to plan for, wherever it is, and forecast how it runs on a machine.
 
     path, name here, demo       ->  its files               ┐
-    config.json                 ->  a pack that it would be ├─>  Subject  ->  forecaster  ->  Forecast
+    config.json                 ->  the pack it would make  ├─>  Subject  ->  forecaster  ->  Forecast
     OWNER/NAME, https://...     ->  its headers             ┘
 
 Elsewhere: `forecast.py` computes; `cli/commands/plan_facts.py` prints.
@@ -53,9 +53,9 @@ HERE = "here"
 class Subject:
     """A model to plan for.
 
-    place: whether its files are here, only their headers were read, or they are assumed.
-    local_bytes: memory of a process here that has its tokenizer; None if the tokenizer is not here.
-    left_out: media that it takes and its plan leaves out.
+    place: whether its files are here, only their headers were read, or the files are assumed.
+    local_bytes: the memory of a local process with its tokenizer; None if the tokenizer is not here.
+    left_out: media that it takes but its plan leaves out.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Subject:
 
     @property
     def weights(self) -> list[Path]:
-        """Its files with weights that are here."""
+        """Its weight files on this machine."""
         if self.place != "files":
             return []
         return list({ref.path for ref in self.files.dense.values()} | {
@@ -84,11 +84,11 @@ def open_subject(
     planner_bytes: int = 0,
     progress: Progress | None = None,
 ) -> Iterator[Subject]:
-    """Find a model; a remote one lasts as long as the context.
+    """Find a model; a remote one is valid until the context ends.
 
     Args:
-        format: the format of the pack that is assumed for a config.json.
-        planner_bytes: memory of this process that only planning takes: one that runs the model has not imported it.
+        format: the format of the pack assumed for a config.json.
+        planner_bytes: memory of this process that only planning takes and a process that runs the model would not.
 
     Raises:
         The errors of `locate_model`, `open_model` and `fetch_headers`.
@@ -103,13 +103,13 @@ def open_subject(
         yield Subject(name=str(path), files=files, place="assumed", left_out=left_out)
         return
     files = open_files(path, mmproj=mmproj)
-    tokenizer = Tokenizer.open(files.path, files.header)  # kept while the process is measured
+    tokenizer = Tokenizer.open(files.path, files.header)  # stays open while the process is measured
     local_bytes = process_bytes(tokenizer) - max(0, planner_bytes - PROCESS_VARIES_BYTES)
     yield Subject(name=model, files=files, place="files", local_bytes=local_bytes)
 
 
 def _left_out(config: ModelConfig, path: Path) -> tuple[Kind, ...]:
-    """The media that a model takes by its config.json, which does not say how large their weights are."""
+    """The media that a model takes according to its config.json, which does not give the size of their weights."""
     from argosy.model.encoders.table import ENCODERS  # imports every tower
 
     raw = read_object(path if path.name == CONFIG_FILE else path / CONFIG_FILE)
@@ -136,12 +136,12 @@ class Place:
     name: str
     row: Machine | None
     memory_bytes: int
-    budget_bytes: int  # if the caller names none
+    budget_bytes: int  # unless the caller names one
     rates: Rates
 
 
 def find_place(text: str, model: Path | None = None, *, threads: int | None = None) -> Place:
-    """This machine, with its measured rates if it has some for the drive of `model`, or another.
+    """Find a machine: this one, with measured rates if there are any for the drive of `model`, or another.
 
     Raises:
         UsageError: the machine is unknown.
@@ -173,16 +173,16 @@ def forecaster(
     recorder: OpenRecorder | None = None,
     **options: Any,
 ) -> tuple[Forecaster, int]:
-    """The forecaster of a model on a machine, and the budget in bytes.
+    """Make the forecaster of a model on a machine, and work out the budget in bytes.
 
     Args:
-        memory: as `Engine.open` takes it, a share being of the machine's memory; None: what is free, less a margin, of
-            which the demo model takes what it does in `Engine.open`.
+        memory: as for `Engine.open`, with percentages of the machine's memory; None: the free memory less a margin,
+            of which the demo model takes as much as in `Engine.open`.
         recorder: as `Engine.open` takes it.
         options: others of `Engine.open`.
 
     Raises:
-        UsageError: an option is invalid, or the working set is of another model.
+        UsageError: an option is invalid, or the working set belongs to another model.
     """
     budget_bytes = (
         place.budget_bytes if memory is None else parse_size(memory, total_bytes=place.memory_bytes)
@@ -217,7 +217,7 @@ def plan_remote(
     streams: Sequence[int] = (1,),
     progress: Progress | None = None,
 ) -> tuple[RemoteHeaders, Forecast]:
-    """Plan a model that is not here yet, for this machine: what `pull` asks before it downloads.
+    """Plan a model that is not here yet, for this machine; `pull` does so before it downloads.
 
     Raises:
         The errors of `fetch_headers`.
@@ -230,10 +230,10 @@ def plan_remote(
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Whether a model fits this machine in a format of which only the size is known. All is estimated.
+    """Whether a model fits this machine in a format of which only the size is known. All numbers are estimates.
 
-    smallest_bytes: the smallest budget with which it works.
-    tokens_per_s: of one answer; None: it does not fit.
+    smallest_bytes: the smallest budget that works.
+    tokens_per_s: for a single answer; None if it does not fit.
     """
 
     verdict: Verdict
@@ -248,13 +248,13 @@ def compare_sizes(
     memory: str | int | None = None,
     progress: Progress | None = None,
 ) -> list[Fit]:
-    """Estimate how a model fits in other formats, from the header of one of them and their sizes.
+    """Estimate how a model fits in other formats, from the header in one format and the sizes of all.
 
-    Weights that are r times as large leave as much room for experts in a budget as those of the header in one whose
-    part for weights is r times smaller, and a token reads r times as many bytes.
+    If the weights are r times as large, a budget holds as many experts as one with a share for weights r times
+    smaller would hold of the header's weights, and a token reads r times the bytes.
 
     Args:
-        sizes: bytes of the weights of each format.
+        sizes: the bytes of the weights in each format.
 
     Raises:
         The errors of `fetch_headers`.
@@ -278,7 +278,7 @@ def compare_sizes(
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A model in one line, and the budgets at which it runs here."""
+    """A one-line summary of a model, and the budgets at which it runs here."""
 
     family: str
     format: str
@@ -292,7 +292,7 @@ class Summary:
     num_parameters: int
     weight_bytes: int
     sampling: dict[str, float]  # `SamplingDefaults.as_dict`
-    media_kinds: list[Kind]  # that a prompt may contain
+    media_kinds: list[Kind]  # media that a prompt may contain
 
 
 def summarise(path: Path) -> Summary:
@@ -324,10 +324,10 @@ def summarise(path: Path) -> Summary:
 
 
 def read_working_set(path: Path) -> WorkingSet:
-    """A working set that was recorded.
+    """Read a recorded working set.
 
     Raises:
-        UsageError: the file cannot be read, or is none.
+        UsageError: the file cannot be read, or is not a working set.
     """
     try:
         return WorkingSet.read(path)

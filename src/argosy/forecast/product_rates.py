@@ -1,4 +1,4 @@
-"""Measure products of matrices and attention, beside a probe of int8 arithmetic at that moment."""
+"""Measure matrix products and attention, each alongside a probe of int8 arithmetic at the same moment."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from argosy.machine.rates import (
 )
 
 _ARENA_BYTES = 192 << 20  # larger than most last-level caches
-_TILE_BYTES = 4 << 20  # random bytes, which repeat
-_COLD_BYTES = 12 << 20  # read in a sample
+_TILE_BYTES = 4 << 20  # random bytes, repeated
+_COLD_BYTES = 12 << 20  # bytes read per sample
 ROWS, COLS, _MANY_TOKENS = 768, 2048, 64
-MOST_WAITING = 8  # tokens; with more, arithmetic takes many times as long as reading weights
+MOST_WAITING = 8  # tokens; beyond this, arithmetic takes far longer than reading weights
 _NUM_CACHED = 2  # matrices, 12 MB in float32, which last-level caches hold
-_ENCODER_ROWS = 512  # patches in a product, as towers have them
+_ENCODER_ROWS = 512  # patches per product, as in vision towers
 KV_DTYPES: tuple[KvDtype, ...] = get_args(KvDtype)
 _KEYS_BYTES = 64 << 20  # keys and values: more than most last-level caches hold
 _POSITIONS, _BLOCK, _HEAD_DIM = 1024, 16, 128
-_SAMPLE_S = 0.005  # for each call, in each round
-_PROBE_S = 0.05  # for so long, arithmetic is taken to keep its rate
+_SAMPLE_S = 0.005  # per call and round
+_PROBE_S = 0.05  # how long the rate of arithmetic is assumed constant
 
 
 class _Timed(NamedTuple):
-    """A call to time, and the bytes that it reads or the operations that it does.
+    """A call to time, and the bytes that it reads or the operations that it performs.
 
-    is_arithmetic: arithmetic bounds it, and not memory.
+    is_arithmetic: bound by arithmetic rather than memory.
     """
 
     name: str
@@ -44,19 +44,19 @@ class _Timed(NamedTuple):
 
 
 class Kernels:
-    """Times products and attention in rounds; their rates are medians.
+    """Times products and attention in rounds; rates are medians.
 
-    A forecast covers minutes in which others use the machine, too, so the fastest call would promise too much.
+    A forecast covers minutes in which others also use the machine, so the fastest call would promise too much.
     """
 
     def __init__(self, runtime: _native.Runtime, cores: int) -> None:
         self._memory, self._cores = ExitStack(), cores
-        self._probes: list[float] = []  # seconds for a byte of memory, in each round
+        self._probes: list[float] = []  # seconds per byte of memory, by round
         self._calls = [
             *_products(runtime, self._memory), _encoder_product(runtime, self._memory), *_attention(runtime)
         ]  # fmt: skip
         self._medians: dict[str, list[float]] = {one.name: [] for one in self._calls}
-        # Operations per second of the int8 probe beside each call that arithmetic bounds.
+        # Operations per second of the int8 probe next to each call that is bound by arithmetic.
         self._int8: dict[str, list[float]] = {one.name: [] for one in self._calls if one.is_arithmetic}
 
     def measure(self) -> None:
@@ -72,12 +72,12 @@ class Kernels:
 
     @property
     def int8_operations(self) -> float:
-        """The mean over all rounds: arithmetic of some virtual machines changes its rate every few seconds."""
+        """The mean over all rounds, because on some virtual machines arithmetic changes its rate every few seconds."""
         return statistics.harmonic_mean([rate for rounds in self._int8.values() for rate in rounds])
 
     @property
     def rates(self) -> dict[str, float]:
-        """Work per second of each call that arithmetic bounds, at the mean rate of the probes."""
+        """Work per second of each arithmetic-bound call, at the probes' mean rate."""
         shares = {
             one.name: statistics.median(
                 one.work / took / probed
@@ -90,18 +90,18 @@ class Kernels:
 
     @property
     def memory_bytes_per_s(self) -> float:
-        """The mean over all rounds: the memory of some virtual machines changes its rate every few seconds."""
+        """The mean over all rounds, because on some virtual machines memory changes its rate every few seconds."""
         return len(self._probes) / sum(self._probes)
 
     def share_of_memory(self, name: str) -> float:
-        """The bytes per second of a call over those of memory in the same round."""
+        """A call's bytes per second divided by memory's in the same round."""
         work = self._work(name)
         return statistics.median(
             work / took * probed for took, probed in zip(self._medians[name], self._probes, strict=True)
         )
 
     def wait(self, format: Format, tokens: int) -> float:
-        """`Rates.waits` of a format and a number of tokens, against the memory of the same round."""
+        """`Rates.waits` for a format and a number of tokens, relative to memory in the same round."""
         cold, cached = f"cold {format} {tokens}", f"{format} {tokens}"
         size = _native.matrix_bytes(format, ROWS, COLS)
         matrices = self._work(cold) / self._work(cached) * _NUM_CACHED
@@ -118,11 +118,11 @@ class Kernels:
 
     @property
     def varied(self) -> float:
-        """The factor between the fastest and the slowest round: the median of all calls."""
+        """The factor between the fastest and the slowest round, as a median over all calls."""
         return statistics.median(max(rounds) / min(rounds) for rounds in self._medians.values())
 
     def close(self) -> None:
-        self._calls.clear()  # they hold memory that is about to be closed
+        self._calls.clear()  # they refer to memory that is about to be freed
         self._memory.close()
 
 
@@ -138,16 +138,16 @@ def _median_s(call: Callable[[], object]) -> float:
 
 
 def _products(runtime: _native.Runtime, memory: ExitStack) -> Iterator[_Timed]:
-    """Products of each format with each of NUM_TOKENS, with weights in a CPU cache and with weights in none."""
+    """Products of each format and each of NUM_TOKENS, with weights in a CPU cache and with weights in none."""
     arena = memory.enter_context(closing(_native.Arena(_ARENA_BYTES)))
     bits = np.random.default_rng(0).integers(0, 256, _TILE_BYTES, dtype=np.uint8)
-    # Finite and normal numbers in every format.
+    # These bytes are finite, normal numbers in every format.
     arena.array().reshape(-1, _TILE_BYTES)[:] = np.bitwise_or(np.bitwise_and(bits, 0x3B), 0x20)
 
     def timed(
         format: Format, num_tokens: int, count: int, *, all_of: int | None = None
     ) -> Callable[[], object]:
-        """Products with the next `count` matrices of so many, or of all that there are."""
+        """Time products with the next `count` matrices out of `all_of`, or out of all."""
         size = _native.matrix_bytes(format, ROWS, COLS)
         number = all_of or _ARENA_BYTES // size
         matrices = [_native.Matrix(arena, i * size, format, ROWS, COLS) for i in range(number)]
@@ -169,7 +169,7 @@ def _products(runtime: _native.Runtime, memory: ExitStack) -> Iterator[_Timed]:
 
 
 def _encoder_product(runtime: _native.Runtime, memory: ExitStack) -> _Timed:
-    """`linear`, of which towers for pictures are made, with bfloat16 weights."""
+    """`linear` with bfloat16 weights, the main operation of vision towers."""
     arena = memory.enter_context(closing(_native.Arena(_native.matrix_bytes("bf16", ROWS, COLS))))
     arena.array()[:] = 0x3B
     matrix = _native.Matrix(arena, 0, "bf16", ROWS, COLS)
@@ -180,9 +180,9 @@ def _encoder_product(runtime: _native.Runtime, memory: ExitStack) -> _Timed:
 
 
 def _attention(runtime: _native.Runtime) -> Iterator[_Timed]:
-    """Attention with each format of the KV cache, of one token and of many.
+    """Attention in each format of the KV cache, for one token and for many.
 
-    One token whose heads have keys of their own waits for memory, one whose heads share them waits for arithmetic.
+    One token is bound by memory if each head has its own keys, and by arithmetic if heads share them.
     """
 
     def timed(name: str, dtype: KvDtype, num_heads: int, kv_heads: int, num_tokens: int) -> _Timed:

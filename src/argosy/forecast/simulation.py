@@ -5,15 +5,15 @@
     a target                               ->  servers_needed  ->  the fewest servers that meet it
     all of these, slow, likely and fast    ->  predict_traffic ->  Prediction
 
-A server composes its steps as `engine/scheduler.py` does, and `tests/engine/test_simulation.py` holds one against the
-other: each sequence that decodes has its token in every step; prompts share the chunk in order of arrival and get at
-most about half of the time while others decode; a sequence starts when there are KV blocks for its prompt; the youngest
-is preempted when none are left. Several decode steps in a row that cannot differ are one step here, so ten thousand
+A server composes its steps as `engine/scheduler.py` does, and `tests/engine/test_simulation.py` compares the two:
+every decoding sequence gets a token in every step; prompts share the chunk in order of arrival and get at most
+about half of the time while others decode; a sequence starts when there are KV blocks for its prompt; the youngest
+is preempted when none are left. Consecutive decode steps that cannot differ are simulated as one, so ten thousand
 requests take seconds.
 
-All requests are from one tenant and share no prefix. Clients of refused requests do not come back.
+All requests come from one tenant and share no prefix. Clients do not retry refused requests.
 
-Elsewhere: `traffic.py` has the requests; `step_times.py` says how long a step takes.
+Elsewhere: `traffic.py` makes the requests; `step_times.py` gives the time of a step.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from argosy.errors import UsageError
 from argosy.forecast.step_times import StepTimes
 from argosy.forecast.traffic import Request
 
-_WARM_SHARE = 0.1  # random requests that come before the queue is as long as it will be
-_SATURATING = 1000  # requests, at least, to find out what a server can do
+_WARM_SHARE = 0.1  # fraction of random requests that arrive before the queue reaches its usual length
+_SATURATING = 1000  # the fewest requests that show a server's capacity
 _NEVER = math.inf
 MOST_SERVERS = 100
-# Steps of a simulation, at most; a request is a few, besides those of its tokens.
+# The most steps in a simulation; a request takes a few in addition to those of its tokens.
 _MOST_COST, _FIXED_COST = 3e5, 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
-    """The cost of a step, and how much fits into one.
+    """The cost of a step, and how much fits into it.
 
     context_tokens: for all sequences together, in blocks of `block_tokens`.
-    max_waiting: None: no request is refused because others wait.
+    max_waiting: the limit of the queue; None: no limit.
     """
 
     step_times: StepTimes
@@ -56,7 +56,7 @@ class Server:
 
 
 class Times(NamedTuple):
-    """The mean, and the smallest values that 50, 90 and 99 of 100 do not exceed."""
+    """The mean and the 50th, 90th and 99th percentiles."""
 
     mean: float
     p50: float
@@ -65,7 +65,7 @@ class Times(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Times:
-        """NaN if there are none."""
+        """Compute them; NaN if there are no values."""
         if not values:
             return cls(*[math.nan] * 4)
         return cls(
@@ -75,10 +75,11 @@ class Times(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """The fate of requests. Seconds begin when a request comes; refused requests and those of the warm-up do not count.
+    """What happened to the requests. Seconds count from a request's arrival; refused and warm-up requests are left
+    out.
 
     first_token_s: until its first token.   token_s: mean time between its tokens.   request_s: until its last token.
-    num_running, num_waiting: means over time.   busy: share of the time in which steps run.   All servers together.
+    num_running, num_waiting: means over time.   busy: fraction of the time in which steps run.   Over all servers.
     """
 
     num_servers: int
@@ -96,7 +97,7 @@ class Outcome:
 
 
 class _Sequence:
-    """A request in a server."""
+    """A request on a server."""
 
     __slots__ = (
         "at_s",
@@ -113,16 +114,16 @@ class _Sequence:
     def __init__(self, request: Request, most_tokens: int) -> None:
         self.at_s = request.at_s
         self.first_s = self.end_s = _NEVER
-        self.tokens = request.prompt_tokens  # known ones: of the prompt, and of the answer so far
+        self.tokens = request.prompt_tokens  # so far: the prompt's and the answer's
         self.num_new = min(request.answer_tokens, most_tokens - request.prompt_tokens)
-        self.left = self.num_new  # tokens of the answer
+        self.left = self.num_new  # remaining tokens of the answer
         self.computed = 0
         self.prefill_until = 0
         self.blocks = 0
 
 
 class _Running:
-    """A server while it runs. Time passes in `advance` alone."""
+    """A running server. Time passes only in `advance`."""
 
     def __init__(self, server: Server) -> None:
         self.server = server
@@ -130,8 +131,8 @@ class _Running:
         self._free = -(-server.context_tokens // server.block_tokens)
         self._waiting: deque[_Sequence] = deque()  # in order of arrival
         self._running: list[_Sequence] = []  # likewise
-        self._owed_s = 0.0  # by prompts to sequences that decode
-        self._decode_s = 0.0  # time of the last step without prompts
+        self._owed_s = 0.0  # time that prompts owe to decoding sequences
+        self._decode_s = 0.0  # time of the last step that had no prompts
         self._num_ended = 0  # in the last step
         self.now = 0.0  # the end of the last step
         self.ended: list[_Sequence] = []
@@ -140,11 +141,13 @@ class _Running:
         self.running_s = self.waiting_s = 0.0  # summed over sequences
 
     def num_live(self, at_s: float) -> int:
-        """Requests without an answer at a time up to `now`."""
+        """The number of unanswered requests at a time up to `now`."""
         return len(self._running) + len(self._waiting) + (self._num_ended if at_s < self.now else 0)
 
     def submit(self, request: Request) -> None:
-        """A request comes. The server must have advanced to its time, and its context must have room for the prompt."""
+        """Add a request. The server must have advanced to its arrival, and its context must have room for the
+        prompt.
+        """
         server, live = self.server, self.num_live(request.at_s)
         if server.max_waiting is not None and live >= server.max_sequences + server.max_waiting:
             self.num_refused += 1
@@ -154,7 +157,7 @@ class _Running:
         self._waiting.append(_Sequence(request, server.context_tokens))
 
     def advance(self, until_s: float) -> None:
-        """Run the steps that begin before a time."""
+        """Run the steps that begin before `until_s`."""
         while self.now < until_s and (self._running or self._waiting):
             self._step(until_s)
 
@@ -185,7 +188,7 @@ class _Running:
         self._answer([one for one in self._running if one.computed == one.tokens], 1)
 
     def _decode(self, decoding: list[_Sequence], context: float, until_s: float, *, is_owed: bool) -> None:
-        """Run decode steps that cannot differ: only the last may end an answer, and none begins after `until_s`."""
+        """Run identical decode steps: only the last may end an answer, and none begins after `until_s`."""
         seconds = self._times.decode_s(len(decoding), context)
         size = self.server.block_tokens
         until_end = min(one.left for one in decoding)
@@ -203,7 +206,7 @@ class _Running:
         self._answer(decoding, count)
 
     def _pass(self, seconds: float, count: int) -> None:
-        """Let `count` equal steps pass."""
+        """Let the time of `count` equal steps pass."""
         total = seconds * count
         self.now += total
         self.busy_s += total
@@ -212,7 +215,7 @@ class _Running:
         self._num_ended = 0
 
     def _answer(self, ready: Sequence[_Sequence], count: int) -> None:
-        """Give sequences their next tokens, one a step, and end those that have all."""
+        """Give sequences their next tokens, one per step, and end those that are complete."""
         for one in ready:
             one.tokens += count
             one.left -= count
@@ -237,7 +240,7 @@ class _Running:
             self._running.append(one)
 
     def _grow(self) -> None:
-        """Give each sequence that decodes a block for its next token; preempt the youngest if none are left."""
+        """Give each decoding sequence a block for its next token; preempt the youngest if none are left."""
         size = self.server.block_tokens
         for one in list(self._running):
             if one.computed < one.prefill_until or one.tokens <= one.blocks * size:
@@ -259,12 +262,12 @@ class _Running:
 def simulate(
     requests: Sequence[Request], server: Server, *, num_servers: int = 1, warm_share: float = 0.0
 ) -> Outcome:
-    """Run requests, in order of arrival, on equal servers.
+    """Run requests in order of arrival on equal servers.
 
-    Each goes to a server with the fewest requests; among equals, to the next in turn.
+    Each goes to the server with the fewest requests; ties take turns.
 
     Args:
-        warm_share: the first requests' share, whose times do not count.
+        warm_share: the fraction of first requests whose times do not count.
     """
     servers = [_Running(server) for _ in range(num_servers)]
     last = 0
@@ -305,9 +308,9 @@ def _outcome(requests: Sequence[Request], servers: Sequence[_Running], warm_shar
 
 
 def requests_per_s(requests: Sequence[Request], server: Server) -> float:
-    """How many requests of these lengths a server answers in a second while more of them wait.
+    """How many requests of these lengths a saturated server answers per second.
 
-    If more than that come, the queue grows without bound.
+    If more arrive, the queue grows without bound.
     """
     count = max(_SATURATING, 20 * server.max_sequences)
     mean = sum(_cost(request, server) for request in requests) / len(requests)
@@ -322,7 +325,7 @@ def requests_per_s(requests: Sequence[Request], server: Server) -> float:
 
 
 def _cost(request: Request, server: Server) -> float:
-    """Steps that a simulation takes for a request, about."""
+    """Roughly how many steps a simulation takes for a request."""
     return (
         _FIXED_COST
         + request.prompt_tokens / server.chunk_tokens
@@ -344,7 +347,7 @@ def _affordable(requests: Sequence[Request], server: Server) -> int:
 
 
 class Target(NamedTuple):
-    """The limits that 99 of 100 requests must keep."""
+    """The limits that 99 of 100 requests must meet."""
 
     what: Literal["first-token", "token", "request"]
     seconds: float
@@ -364,7 +367,7 @@ _UNITS = {"ms": 1e-3, "s": 1.0, "min": 60.0}
 
 
 def parse_target(text: str) -> Target:
-    """`first-token=2s`, `token=200ms` or `request=1min`.
+    """Parse `first-token=2s`, `token=200ms` or `request=1min`.
 
     Raises:
         UsageError: it has another form.
@@ -381,10 +384,10 @@ def parse_target(text: str) -> Target:
 def servers_needed(
     requests: Sequence[Request], server: Server, target: Target, *, fewest: int = 1, warm_share: float = 0.0
 ) -> Outcome | None:
-    """Simulate the fewest servers that meet a target; None: MOST_SERVERS do not meet it.
+    """Simulate the fewest servers that meet a target; None if MOST_SERVERS do not.
 
     Args:
-        fewest: from which to search.   warm_share: see `simulate`.
+        fewest: where to start.   warm_share: see `simulate`.
     """
 
     def attempt(count: int) -> Outcome | None:
@@ -411,9 +414,9 @@ def servers_needed(
 
 
 class Case(NamedTuple):
-    """One server, and as many as the target needs, if there is one.
+    """The outcome on one server, and on the number that the target needs, if there is a target.
 
-    capacity: requests per second that one server can do.
+    capacity: requests per second that one server can handle.
     """
 
     capacity: float
@@ -423,11 +426,11 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """Requests on servers that are as fast as they may be, likely, and as slow as they may be."""
+    """The outcome on fast, likely and slow servers."""
 
     rate_per_s: float
-    is_random: bool  # requests come at random; otherwise as a file says
-    num_too_long: int  # for the context; these are refused, and not simulated
+    is_random: bool  # arrivals are random; otherwise they follow a file
+    num_too_long: int  # prompts longer than the context, which are refused and not simulated
     target: Target | None
     fast: Case
     likely: Case
@@ -438,7 +441,7 @@ class Prediction:
         return self.fast, self.likely, self.slow
 
     def keeps_up(self, case: Case) -> bool:
-        """Whether one server answers as many requests as come. Otherwise times tell only for how long they came."""
+        """Whether one server keeps up with the requests. If not, times only reflect how long they kept arriving."""
         return self.rate_per_s < case.capacity
 
 
@@ -453,7 +456,7 @@ def predict_traffic(
 
     Args:
         servers: fast, likely and slow ones.
-        rate_per_s: at which requests come at random; None: they come as a file says.
+        rate_per_s: the rate of random arrivals; None: arrivals follow a file.
 
     Raises:
         UsageError: no prompt fits the context.
@@ -478,7 +481,7 @@ def predict_traffic(
         outcome = simulate(fitting, server, warm_share=warm_share)
         needed = None
         if target is not None:
-            # With fewer, the queue would grow without bound.
+            # With fewer servers, the queue would grow without bound.
             fewest = math.floor(rate_per_s / capacity) + 1 if is_random else 1
             needed = servers_needed(fitting, server, target, fewest=fewest, warm_share=warm_share)
         return Case(capacity, outcome, needed)

@@ -1,22 +1,22 @@
-"""Predict seconds: of a decode step, and of a prompt, from bytes, operations and the rates of a machine.
+"""Predict the seconds of a decode step and of a prompt from bytes, operations and a machine's rates.
 
     Work (what a model reads and computes)  +  Rates  +  WorkingSet  +  slots  ->  Speed
 
-A layer reads its dense weights and the keys and values, then its experts; those that miss come from the drive while the
-others are computed, and the last to land is computed after it. Misses cost decisions, too, the first of a layer most. A
-prompt sweeps through the experts once for each chunk. Each prediction names the part that takes the longest.
+A layer reads its dense weights and the keys and values, then its experts. Missing experts come from the drive while
+the others are computed, and the last to land is computed after that. Each miss also costs decisions, the first of a
+layer most. A prompt sweeps through the experts once per chunk. Each prediction names the part that takes longest.
 
     layer = before experts + experts in memory + max(0, latency + misses * record / drive - overlap * hiding)
     hiding = half of the time before experts, in which look-ahead reads, decisions, and all experts but the last
 
-The number of misses of a layer varies from token to token, so the maximum is averaged over a binomial distribution: the
-maximum of means would be too optimistic. `overlap` is a rate of the machine: 1 if it computes and reads at once as
-fast as it does each alone, 0 if both together take as long as one after the other, because the drive, or transcoding
-what it reads, costs processor time and bandwidth of memory. A prompt's products wait for neither memory nor reads, so
-reads take only their processor time from them.
+The number of misses in a layer varies from token to token, so the maximum is averaged over a binomial distribution:
+the maximum of means would be too optimistic. `overlap` is measured per machine: 1 if it computes and reads
+concurrently as fast as it does each alone, 0 if both together take as long as one after the other, because reading
+and transcoding cost processor time and memory bandwidth. A prompt's products wait for neither memory nor reads, so
+reads take only processor time from them.
 
-Elsewhere: `model/work.py` counts what a model reads; `experts/hit_rate.py` gives the misses; `forecast/forecast.py`
-puts it together.
+Elsewhere: `model/work.py` counts what a model reads; `experts/hit_rate.py` predicts the misses;
+`forecast/forecast.py` combines them.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from argosy.experts.hit_rate import WorkingSet
 from argosy.machine.rates import NUM_TOKENS, Rates
 from argosy.model.work import Work
 
-# More than enough for six digits, except next to one token, where every rate is almost zero.
+# More than enough for six digits, except near one token, where every rate is almost zero.
 _SOLVING_STEPS = 60
-_COVERED = 0.9999  # share of the distribution of tokens over experts
-# Streams on unrelated subjects still share popular experts. Half way between the two bounds predicts the hit rates of 4
-# and 8 streams within 1.5 points (docs/internals/planning.md).
+_COVERED = 0.9999  # fraction of the distribution of tokens over experts
+# Streams on unrelated subjects still share popular experts. The midpoint of the two bounds predicts the hit rates
+# of 4 and 8 streams within 1.5 points (docs/internals/planning.md).
 _LIKELY_SUBJECT = 0.5
 
 
 class Range(NamedTuple):
-    """A prediction: at least, likely, at most."""
+    """A prediction: lowest, likely and highest."""
 
     low: float
     likely: float
@@ -52,11 +52,11 @@ class Range(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decode:
-    """A decode step of `streams` sequences. Parts of `step_s` are by name, in seconds."""
+    """A decode step of `streams` sequences. `parts` divides `step_s` by name, in seconds."""
 
     streams: int
     hit_rate: Range
-    tokens_per_s: Range  # all streams together
+    tokens_per_s: Range  # over all streams
     parts: Mapping[str, float]  # likely seconds of a step
     bound: str  # the name of the largest part
     drive_bytes_per_token: Range
@@ -70,7 +70,7 @@ class Decode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """Time to the first token of a prompt."""
+    """The time to the first token of a prompt."""
 
     num_tokens: int
     seconds: Range
@@ -80,7 +80,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Picture:
-    """Time to the first token of a short prompt with one picture."""
+    """The time to the first token of a short prompt with one picture."""
 
     width: int
     height: int
@@ -91,13 +91,13 @@ class Picture:
 
 
 class _Case(NamedTuple):
-    """One end of a range, or its middle."""
+    """The low, likely or high end of a range."""
 
     rate_factor: float
     hit_points: float  # added to the hit rate
-    overlap: float  # how much reading and computing overlap in decode; 0: one after the other
-    prompt_overlap: float  # and in prompts
-    subject: float  # 0: streams on unrelated subjects; 1: on the same
+    overlap: float  # how much reading and computing overlap in decode; 0: not at all
+    prompt_overlap: float  # the same in prompts
+    subject: float  # 0 if streams are on unrelated subjects, 1 if on the same
 
 
 def _cases(work: Work, rates: Rates, working_set: WorkingSet) -> tuple[_Case, _Case, _Case]:
@@ -114,10 +114,10 @@ def predict_decode(
     work: Work, rates: Rates, working_set: WorkingSet, *, num_slots: int, context: int, streams: int = 1,
     hit_rate: float | None = None,
 ) -> Decode:  # fmt: skip
-    """Decode of sequences that have `context` positions each.
+    """Predict decode of sequences with `context` positions each.
 
     Args:
-        num_slots: experts in memory, all layers together.
+        num_slots: experts in memory over all layers.
         hit_rate: if it is known; None: the working set predicts it.
     """
     found = [
@@ -168,7 +168,7 @@ def _decode_step(
     keys_values, operations = work.keys_values(context)
     attention_s = streams * rates.attention_s(work.kv_dtype, keys_values, operations)
     layers = work.num_moe_layers
-    tokens = max(1.0, streams * work.experts_per_token / asked)  # for each expert that is asked for
+    tokens = max(1.0, streams * work.experts_per_token / asked)  # per requested expert
     experts_s = asked * _expert_s(work.expert, rates, tokens)
     overhead_s = work.num_layers * rates.layer_s + rates.step_s
     waiting_s = 0.0
@@ -176,7 +176,8 @@ def _decode_step(
         missed = asked * (1.0 - hit_rate)  # per layer
         misses_s = rates.misses_overhead_s(asked, missed, work.record_bytes)
         overhead_s += layers * (rates.streamed_layer_s + misses_s)
-        # Look-ahead reads from half of what comes before the experts on; the last to land is computed after it.
+        # Look-ahead reads begin half way through what precedes the experts; the last expert to land is computed
+        # afterwards.
         hiding_s = (
             (dense_s + attention_s) / layers / 2
             + rates.streamed_layer_s
@@ -207,10 +208,10 @@ def _product_s(weights: Mapping[str, tuple[float, float]], rates: Rates, tokens:
 
 
 def _expert_s(expert: Mapping[str, tuple[float, float]], rates: Rates, mean_tokens: float) -> float:
-    """Mean seconds of an expert that has at least one token, and so many in the mean of such experts.
+    """Mean seconds of an expert with at least one token, if such experts have `mean_tokens` on average.
 
-    Experts have different numbers of tokens. These are taken as Poisson's distribution without zero, because the time
-    of products bends where arithmetic begins to bound it.
+    The number of tokens per expert is taken as a zero-truncated Poisson distribution, because the time of a product
+    has a kink where arithmetic becomes the bound.
     """
     if mean_tokens <= 1.0 or mean_tokens >= NUM_TOKENS[-1]:
         return _product_s(expert, rates, mean_tokens)
@@ -228,7 +229,7 @@ def _expert_s(expert: Mapping[str, tuple[float, float]], rates: Rates, mean_toke
 
 
 def _mean_wait(asked: float, miss_rate: float, record_s: float, latency_s: float, hidden_s: float) -> float:
-    """Mean seconds for which a layer waits for reads, of which `hidden_s` are hidden. Misses are binomial."""
+    """Mean seconds that a layer waits for reads, of which `hidden_s` are hidden. Misses are binomial."""
     count = max(1, round(asked))
     share = min(1.0, asked * miss_rate / count)
     mean = 0.0
@@ -241,7 +242,7 @@ def _mean_wait(asked: float, miss_rate: float, record_s: float, latency_s: float
 def predict_prompt(
     work: Work, rates: Rates, working_set: WorkingSet, *, num_slots: int, num_tokens: int, chunk_tokens: int
 ) -> Prompt:
-    """Time from a prompt of that length to its first token, with no other sequence running."""
+    """Predict the time from a prompt to its first token with no other sequence running."""
     found = [
         _prompt(work, rates.scaled(case.rate_factor), working_set, num_slots, num_tokens, chunk_tokens, case)
         for case in _cases(work, rates, working_set)
@@ -258,7 +259,7 @@ def predict_prompt(
 def predict_chunk(
     work: Work, rates: Rates, working_set: WorkingSet, *, num_slots: int, num_tokens: int, seen: float
 ) -> Range:
-    """Seconds of one chunk, whose tokens see `seen` positions each."""
+    """Predict the seconds of one chunk whose tokens see `seen` positions each."""
     slow, likely, fast = (
         sum(
             _chunk(work, rates.scaled(case.rate_factor), working_set, num_slots, num_tokens, seen, case)[
@@ -293,10 +294,10 @@ def _prompt(
 def _chunk(
     work: Work, rates: Rates, working_set: WorkingSet, num_slots: int, tokens: int, seen: float, case: _Case
 ) -> tuple[dict[str, float], float]:
-    """Seconds of a chunk by part, and bytes from the drive."""
+    """The seconds of a chunk by part, and its bytes from the drive."""
     layers = work.num_moe_layers
     missing = 1.0 - min(1.0, num_slots / max(1, layers * work.num_experts))
-    if missing:  # the prediction of misses is as far off as that of a hit rate
+    if missing:  # the prediction of misses errs as much as that of a hit rate
         missing = min(1.0, max(0.0, missing - case.hit_points))
     asked = _asked(work, working_set, tokens)
     dense_s = _product_s(work.dense, rates, tokens) + _product_s(work.head, rates, 1)
@@ -308,7 +309,7 @@ def _chunk(
     # All cores compute, so the readers' processor time slows the products down.
     cpu_s = rates.transcode_cpu_s_per_byte if work.is_transcoded else rates.read_cpu_s_per_byte
     lent_s = missed * cpu_s / rates.cores
-    # The next layer's experts are read while this one computes.
+    # The next layer's experts are read while this layer computes.
     computing_s = experts_s + dense_s + attention_s + lent_s
     alone_s = (1.0 - case.prompt_overlap) * min(reading_s, computing_s)
     overhead_s = work.num_layers * rates.layer_s + rates.step_s + lent_s
@@ -329,10 +330,11 @@ def predict_picture(
     work: Work, rates: Rates, working_set: WorkingSet, *, width: int, height: int, num_positions: int, flop: float,
     num_text_tokens: int, num_slots: int, chunk_tokens: int,
 ) -> Picture:  # fmt: skip
-    """Time from a prompt with a picture to its first token: the picture is encoded, then its positions are a prompt.
+    """Predict the time from a prompt with a picture to its first token: the picture is encoded, then treated as a
+    prompt.
 
     Args:
-        flop: floating-point operations of the encoder.
+        flop: the encoder's floating-point operations.
     """
     num_tokens = num_positions + num_text_tokens
     seconds, likely = [], {}
@@ -354,7 +356,9 @@ def predict_picture(
 
 
 def _asked(work: Work, working_set: WorkingSet, num_tokens: int) -> float:
-    """Distinct experts of a layer that so many tokens or steps ask for; 1 where no layer has experts, for divisions."""
+    """The distinct experts of a layer requested by `num_tokens` tokens or steps; 1 if no layer has experts, to
+    avoid dividing by 0.
+    """
     return float(working_set.distinct_in(num_tokens).mean()) if work.num_moe_layers else 1.0
 
 

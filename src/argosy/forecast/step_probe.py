@@ -1,11 +1,11 @@
-"""Measure the steps of a server's engine for less than a minute, and correct what was forecast of them.
+"""Measure the steps of a server's engine for under a minute, and correct their forecast.
 
     engine  ->  decode steps of 1, 2, 4 ... sequences, chunks of several lengths, steps with both  ->  StepTimes
 
-Each kind of step gets the factor by which its forecast was wrong, and kinds in between are corrected as their
-neighbours are. The mean counts, because a queue waits for slow steps as well.
+Each measured kind of step gets the factor by which its forecast was wrong; kinds in between are interpolated. The
+mean is used, because a queue also waits for slow steps.
 
-Elsewhere: `forecast.py` predicts; `forecast/simulation.py` runs requests through such steps.
+Elsewhere: `forecast.py` predicts steps; `forecast/simulation.py` runs requests through them.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from argosy.forecast.simulation import Server
 from argosy.forecast.step_times import StepTimes, Table
 from argosy.open.engine import Engine
 
-# Seconds of each kind of step in each round, and how many at least. In rounds, because a machine's speed changes from
-# one second to the next.
+# Seconds per kind of step and round, and the fewest steps. Rounds, because a machine's speed changes from one
+# second to the next.
 _SAMPLE_S, _FEWEST = 0.4, 3
 _ROUNDS = 3
-_SHORT, _LONG = 16, 512  # tokens of prompts before decode steps
+_SHORT, _LONG = 16, 512  # prompt tokens before decode steps
 _LEAST_ANSWER = 12
 _CHUNKS = (16, 64, 192, 512)
-_BESIDE = 4  # sequences that decode beside a prompt, or after long prompts
+_BESIDE = 4  # sequences that decode alongside a prompt, or after long prompts
 _PROMPT_BESIDE = 64
 _WARM_TOKENS = 32
 _LEAST_CONTEXT = 64
-_SPREAD = 1.05  # steps of a server may take longer or shorter by this factor
+_SPREAD = 1.05  # a server's steps may be longer or shorter by this factor
 
 
 class _Measured(NamedTuple):
-    """Seconds of a step, and the mean number of positions that each decoding sequence sees."""
+    """The seconds of a step, and the mean number of positions that each decoding sequence sees."""
 
     seconds: float
     seen: float
@@ -53,11 +53,11 @@ class _Measured(NamedTuple):
 def measured_servers(
     model: str, plan: MemoryPlan, server: Server, options: dict[str, Any], *, progress: Progress | None = None
 ) -> tuple[Server, Server, Server]:
-    """Run a model with random prompts: fast, likely and slow servers with the steps that were measured.
+    """Run a model on random prompts; return fast, likely and slow servers with the measured steps.
 
     Args:
         plan, server: the forecast.
-        options: for `Engine.open`, with which it makes that plan (`Forecaster.engine_options`).
+        options: those for `Engine.open` that lead to that plan (`Forecaster.engine_options`).
 
     Raises:
         UsageError: the context is too short.   And the errors of `Engine.open`.
@@ -69,7 +69,7 @@ def measured_servers(
     options = options | {"max_sequences": server.max_sequences, "prefix_reuse": False}
     with Engine.open(model, progress=progress, **options) as engine:
         probe = _Probe(engine)
-        probe.decode(1, _WARM_TOKENS)  # the first steps pay for memory that the machine has still to give
+        probe.decode(1, _WARM_TOKENS)  # the first steps pay for memory that the machine has yet to allocate
         likely = _corrected(server.step_times, probe, server, progress or (lambda what, share: None))
     ends = likely.scaled(1 / _SPREAD), likely, likely.scaled(_SPREAD)
     fast, same, slow = (replace(server, step_times=times) for times in ends)
@@ -97,7 +97,7 @@ def _corrected(predicted: StepTimes, probe: _Probe, server: Server, tell: Progre
     far = probe.decode(few, _LONG)
 
     def factor(count: int, found: list[_Measured]) -> float:
-        """By how much decode steps take longer than predicted."""
+        """The factor by which decode steps take longer than predicted."""
         return fmean(one.seconds for one in found) / fmean(
             predicted.decode_s(count, one.seen) for one in found
         )
@@ -122,14 +122,14 @@ def _corrected(predicted: StepTimes, probe: _Probe, server: Server, tell: Progre
 
 
 class _Probe:
-    """Times steps of an engine that has nothing else to do."""
+    """Times the steps of an otherwise idle engine."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._random = np.random.default_rng(0)
 
     def decode(self, streams: int, prompt_tokens: int) -> list[_Measured]:
-        """Time decode steps of `streams` sequences that begin with `prompt_tokens` tokens; empty if they do not fit."""
+        """Time decode steps of `streams` sequences with prompts of `prompt_tokens`; empty if they do not fit."""
         found: list[_Measured] = []
         with self._decoding(streams, prompt_tokens) as sequences:
             while sequences and _goes_on(sequences, found):
@@ -138,19 +138,19 @@ class _Probe:
         return found
 
     def chunk(self, tokens: int) -> float:
-        """Time a step that computes nothing but a prompt, in seconds."""
+        """Time a step that computes only a prompt, in seconds."""
         self._submit(tokens, 1)
         return self._step_s()
 
     def beside(self, streams: int, tokens: int) -> list[_Measured]:
-        """Time steps that compute a prompt beside `streams` sequences that decode; empty if they do not fit."""
+        """Time steps that compute a prompt alongside `streams` decoding sequences; empty if they do not fit."""
         found: list[_Measured] = []
         if (streams + 1) * (tokens + _SHORT) > self._engine.plan.context_tokens // 2:
             return found
         with self._decoding(streams, _SHORT) as sequences:
             while sequences and _goes_on(sequences, found):
                 prompt = self._submit(tokens, 1)
-                while prompt.result is None:  # it may have to wait for its turn
+                while prompt.result is None:  # it may have to wait its turn
                     seen = sum(one.num_tokens for one in sequences) / streams
                     seconds = self._step_s()
                 found.append(_Measured(seconds, seen))
@@ -158,8 +158,9 @@ class _Probe:
 
     @contextmanager
     def _decoding(self, streams: int, prompt_tokens: int) -> Iterator[list[Sequence]]:
-        """Start sequences and wait until they decode; yields none if the context has no room for them."""
-        room = self._engine.plan.context_tokens // 2 // streams  # the other half is room to begin and to grow
+        """Start sequences and wait until they decode; yields an empty list if the context has no room for them."""
+        # the other half leaves room to start and to grow
+        room = self._engine.plan.context_tokens // 2 // streams
         prompt_tokens = min(prompt_tokens, room - _LEAST_ANSWER)
         sequences: list[Sequence] = []
         try:
@@ -183,6 +184,6 @@ class _Probe:
 
 
 def _goes_on(sequences: list[Sequence], found: list[_Measured]) -> bool:
-    """Whether another step can and should be timed."""
+    """Whether to time another step."""
     is_enough = len(found) >= _FEWEST and sum(one.seconds for one in found) >= _SAMPLE_S
     return not is_enough and all(one.result is None for one in sequences)

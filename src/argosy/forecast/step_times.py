@@ -1,13 +1,13 @@
-"""How long a step takes, by what runs in it: tables that a simulation looks up a million times.
+"""The time of a step by its contents: tables that a simulation can look up a million times.
 
     predict_decode, predict_chunk, at a few points  ->  tabulate  ->  StepTimes: slow, likely, fast
 
-A step has one token of each sequence that decodes, and chunks of prompts. Between points of a table, seconds are
-interpolated. A step with both takes what a chunk of all its rows takes, and what attention adds for the positions that
-they see: its rows share one reading of the weights, so this is less than the sum of two steps.
+A step contains one token of each decoding sequence, and chunks of prompts. Seconds between table points are
+interpolated. A mixed step takes as long as a chunk of all its rows, plus the attention over the positions that they
+see: its rows share one read of the weights, so this is less than the sum of two steps.
 
-Elsewhere: `speed.py` predicts each point; `simulation.py` runs requests through such steps; `forecast/step_probe.py`
-measures how far predictions are off.
+Elsewhere: `speed.py` predicts each point; `simulation.py` runs requests through such steps;
+`forecast/step_probe.py` measures the error of the predictions.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from argosy.forecast.speed import Range, predict_chunk, predict_decode
 from argosy.machine.rates import Rates
 from argosy.model.work import Work
 
-_CONTEXT_STEP = 64  # positions within which decode steps take equally long
+_CONTEXT_STEP = 64  # positions over which decode steps are taken as equally long
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Values at `xs` and `ys`, linear in between and constant beyond."""
+    """Values at `xs` and `ys`, interpolated linearly and constant beyond."""
 
     xs: tuple[float, ...]
     ys: tuple[float, ...]
@@ -39,7 +39,7 @@ class Table:
         return value if not over else value + over * (_between(self.values[row + 1], column, along) - value)
 
     def times(self, factors: Table) -> Table:
-        """Values multiplied by factors at the same places."""
+        """A table with the values multiplied by factors at the same points."""
         return Table(
             self.xs,
             self.ys,
@@ -51,7 +51,7 @@ class Table:
 
 
 def _place(points: Sequence[float], value: float) -> tuple[int, float]:
-    """The last point that is not beyond a value, and how far the value is on the way to the next, from 0 to 1."""
+    """The last point not beyond a value, and the value's position between it and the next, from 0 to 1."""
     at = max(0, bisect_right(points, value) - 1)
     if at == len(points) - 1 or value <= points[at]:
         return at, 0.0
@@ -66,9 +66,9 @@ class StepTimes:
     """Seconds of steps.
 
     Args:
-        decode: by sequences, and positions that each of them sees.
-        chunk: by tokens, and positions that each of them sees.
-        both: a step with prompts and sequences that decode takes so many times as long as the tables say.
+        decode: by sequences, and positions seen by each.
+        chunk: by tokens, and positions seen by each.
+        both: the factor by which a mixed step exceeds the tables.
     """
 
     def __init__(self, decode: Table, chunk: Table, *, both: float = 1.0) -> None:
@@ -78,25 +78,25 @@ class StepTimes:
         self._known: dict[tuple[int, int], float] = {}
 
     def decode_s(self, streams: int, context: float) -> float:
-        """A step of `streams` sequences that decode, with `context` positions each."""
+        """A step of `streams` decoding sequences with `context` positions each."""
         key = streams, int(context) // _CONTEXT_STEP
         if (found := self._known.get(key)) is None:
             found = self._known[key] = self._decode(streams, (key[1] + 0.5) * _CONTEXT_STEP)
         return found
 
     def steps_alike(self, context: float) -> int:
-        """How many decode steps, from `context` on, take equally long."""
+        """How many decode steps from `context` on are taken as equally long."""
         return _CONTEXT_STEP - int(context) % _CONTEXT_STEP
 
     def mixed_s(self, streams: int, context: float, tokens: int, seen: float) -> float:
-        """A step with `tokens` of prompts, which see `seen` positions each, beside `streams` that decode."""
+        """A step with `tokens` of prompts, which see `seen` positions each, alongside `streams` decoding sequences."""
         seconds = self._chunk(tokens + streams, 0.0) + self._chunk(tokens, seen) - self._chunk(tokens, 0.0)
         if not streams:
             return seconds
         return self._both * (seconds + self._decode(streams, context) - self._decode(streams, 0.0))
 
     def corrected(self, decode: Table, chunk: Table, *, both: float = 1.0) -> StepTimes:
-        """The same times, multiplied by factors."""
+        """These times multiplied by factors."""
         return StepTimes(self._decode.times(decode), self._chunk.times(chunk), both=self._both * both)
 
     def scaled(self, factor: float) -> StepTimes:
@@ -108,7 +108,7 @@ def tabulate(
     work: Work, rates: Rates, working_set: WorkingSet, *, num_slots: int, most_streams: int, chunk_tokens: int,
     context_tokens: int,
 ) -> tuple[StepTimes, StepTimes, StepTimes]:  # fmt: skip
-    """Tabulate the times of all steps that a plan allows: the shortest, the likely and the longest."""
+    """Tabulate the fast, likely and slow times of all steps that a plan allows."""
     contexts = _points(context_tokens, first=128)
     streams = _points(most_streams, first=1)[1:]
     tokens = _points(chunk_tokens + most_streams, first=1)[1:]

@@ -1,13 +1,13 @@
-"""The requests that a server is planned for: how long they are, and when they come.
+"""The requests for which a server is planned: their lengths and arrival times.
 
     prompt=800~2,answer=200      ->  Mix        ┐
     FILE.jsonl, a request a line ->  Recording  ┴─> requests_of(..., rate) -> requests, in order of arrival
 
-A length `800` is the same for all; `800~2` is lognormal with median 800, and two thirds lie within a factor of 2 of it.
-A line of a file is `{"prompt_tokens": 812, "answer_tokens": 230, "at_s": 3.5}`. Without `at_s`, or if a rate is given,
-requests come at random and independently of each other (a Poisson process), and lengths are drawn from the file.
+`800` is a fixed length; `800~2` is lognormal with median 800 and two thirds within a factor of 2 of it. A line of a
+file is `{"prompt_tokens": 812, "answer_tokens": 230, "at_s": 3.5}`. Without `at_s`, or if a rate is given, requests
+arrive at random, independently of each other (a Poisson process), and lengths are drawn from the file.
 
-Prompts count what must be computed: leave out the beginning of a conversation that the server still has.
+Prompt lengths count what must be computed: leave out any prefix that the server has cached.
 
 Elsewhere: `simulation.py` runs them.
 """
@@ -32,15 +32,15 @@ MOST_LINES, MOST_LINE_BYTES = 100_000, 1000
 MOST_TOKENS = 10_000_000
 MOST_RATE = 1e5
 _MOST_FACTOR = 20.0
-_MOST_SECONDS = 1e11  # limit of `at_s`; clocks that count from 1970 stay far below
+_MOST_SECONDS = 1e11  # limit of `at_s`, far above seconds since 1970
 _KEYS = ("prompt_tokens", "answer_tokens", "at_s")
 _PART = re.compile(r"(prompt|answer)=([0-9]{1,8})(?:~([0-9]{1,3}(?:\.[0-9]{1,6})?))?")
 
-Lengths = tuple[NDArray[np.int64], NDArray[np.int64]]  # prompts and answers
+Lengths = tuple[NDArray[np.int64], NDArray[np.int64]]  # of prompts, of answers
 
 
 class Request(NamedTuple):
-    """A request: its arrival time and its numbers of tokens."""
+    """A request's arrival time and token counts."""
 
     at_s: float
     prompt_tokens: int
@@ -48,7 +48,7 @@ class Request(NamedTuple):
 
 
 class Length(NamedTuple):
-    """A lognormal distribution of lengths; with factor 1, all lengths are equal."""
+    """A lognormal distribution of lengths; factor 1 makes all lengths equal."""
 
     median: int
     factor: float = 1.0
@@ -78,7 +78,7 @@ class Mix:
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """Requests that a file lists. `has_times`: it gives their arrival times; otherwise every `at_s` is 0."""
+    """Requests listed in a file. Without `has_times`, every `at_s` is 0."""
 
     name: str
     requests: tuple[Request, ...]
@@ -94,10 +94,10 @@ class Recording:
 
 
 def parse_traffic(text: str) -> Mix | Recording:
-    """`prompt=800~2,answer=200`, or the name of a file.
+    """Parse `prompt=800~2,answer=200`, or read the file of that name.
 
     Raises:
-        UsageError: it is neither, or the file is malformed.
+        UsageError: the text is neither, or the file is malformed.
     """
     if not text.startswith(("prompt=", "answer=")):
         return read_requests(Path(text))
@@ -120,10 +120,10 @@ def parse_traffic(text: str) -> Mix | Recording:
 
 
 def read_requests(path: Path) -> Recording:
-    """Requests of a file, in order of arrival if they have times.
+    """Read a file of requests, in order of arrival if they have times.
 
     Raises:
-        UsageError: it cannot be read; names the line that is wrong.
+        UsageError: it cannot be read, or a line is wrong; names the line.
     """
     most_bytes = MOST_LINES * MOST_LINE_BYTES
     found: list[tuple[float | None, int, int]] = []
@@ -156,7 +156,7 @@ def read_requests(path: Path) -> Recording:
 
 
 def _checked(line: bytes, where: str) -> tuple[float | None, int, int]:
-    """One line of a file."""
+    """Check one line of a file."""
     if len(line) > MOST_LINE_BYTES:
         raise UsageError(f"{where}: it has more than {MOST_LINE_BYTES} bytes, which is the limit")
     try:
@@ -185,29 +185,29 @@ def require_rate(rate_per_s: float) -> float:
     """Check a number of requests per second.
 
     Raises:
-        UsageError: it is no such number.
+        UsageError: it is out of range.
     """
-    if not 1e-6 <= rate_per_s <= MOST_RATE:  # not true of NaN either
+    if not 1e-6 <= rate_per_s <= MOST_RATE:  # also rejects NaN
         raise UsageError(
             f"--rate takes requests per second, from 0.000001 to {MOST_RATE:g}, found {rate_per_s:g}",
-            hint="0.5 is one request in two seconds",
+            hint="0.5 is one request every two seconds",
         )
     return rate_per_s
 
 
 def requests_of(source: Mix | Recording, rate_per_s: float | None, *, count: int) -> tuple[Request, ...]:
-    """Requests in order of arrival: at random at a rate, or, without one, when the file says.
+    """Yield requests in order of arrival: at random if there is a rate, otherwise at the file's times.
 
     Args:
-        count: the number of random requests, and the most of a file's.
+        count: the number of random requests, or the most to take from a file.
 
     Raises:
-        UsageError: there is neither a rate nor times.
+        UsageError: there are neither a rate nor times.
     """
     if rate_per_s is None:
         if not isinstance(source, Recording) or not source.has_times:
             raise UsageError(
-                "--traffic says nothing about when requests come", hint="`--rate 0.5` is one in two seconds"
+                "--traffic does not say when requests arrive", hint="`--rate 0.5` is one every two seconds"
             )
         return source.requests[:count]
     random = np.random.default_rng(SEED)

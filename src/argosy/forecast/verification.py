@@ -1,11 +1,11 @@
-"""Put what was measured beside what was forecast, part by part.
+"""Compare measurements with the forecast, part by part.
 
     `argosy plan --verify`: a prompt and an answer after a warm-up  ─┐
     a server: its recent decode steps (`engine/loop.py`)            ─┴─>  Verification: predicted, measured
 
-Predictions of parts take the hit rate that was measured, so that a wrong hit rate shows as such and in no other part.
+Predictions of parts use the measured hit rate, so that a wrong hit rate shows only as such.
 
-Elsewhere: `forecast.py` predicts; `engine/ledger.py` says where time went.
+Elsewhere: `forecast.py` predicts; `engine/ledger.py` records where time went.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from argosy.machine import resources
 from argosy.open.engine import Engine
 
 PROMPT_TOKENS, WARM_TOKENS, ANSWER_TOKENS = 256, 32, 64
-# Parts of a ledger -> the part of a decode step that predicts them.
+# Part of a ledger -> the part of a decode step that predicts it.
 _PARTS = {
     "attention_and_dense": ("dense weights", "keys and values"),
     "expert_compute": ("experts in memory",),
@@ -47,7 +47,7 @@ class Row:
 
     @property
     def error(self) -> float:
-        """Predicted over measured, less one."""
+        """Predicted / measured - 1."""
         return self.predicted.likely / self.measured - 1.0 if self.measured else 0.0
 
     @property
@@ -57,14 +57,14 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """Quantities, and milliseconds of a decode step by part: (predicted, measured)."""
+    """Compared quantities, and the milliseconds of a decode step by part: (predicted, measured)."""
 
     rows: tuple[Row, ...]
     parts_ms: Mapping[str, tuple[float, float]]
 
     @property
     def off(self) -> str:
-        """The part that explains most of the difference in decode."""
+        """The part that explains most of decode's error."""
         return max(self.parts_ms, key=lambda name: abs(self.parts_ms[name][0] - self.parts_ms[name][1]))
 
     def lines(self) -> list[str]:
@@ -105,7 +105,7 @@ _LARGER = {"MB": "GB", "MiB": "GiB"}
 
 
 def _readable(row: Row) -> Row:
-    """The same quantity in a larger unit, if it has four digits before the point."""
+    """The same quantity in a larger unit if it has four digits before the point."""
     unit, slash, per = row.unit.partition("/")
     if unit not in _LARGER or max(row.predicted.likely, row.measured) < 1000:
         return row
@@ -114,7 +114,7 @@ def _readable(row: Row) -> Row:
 
 
 def compare_decode(speeds: Speeds, plan: MemoryPlan, steps: DecodeSteps) -> Verification:
-    """Compare the prediction for decode steps like these with their measured times."""
+    """Compare the measured times of these decode steps with their prediction."""
     streams = max(1, round(steps.num_tokens / steps.num_steps))
     context = round(steps.context)
     hit_rate = steps.hits / steps.lookups if steps.lookups else 1.0
@@ -148,23 +148,23 @@ def verify(
     *,
     recorder: OpenRecorder | None = None,
 ) -> Verification:
-    """Run a prompt of random tokens and its answer.
+    """Run a random prompt and its answer, and compare.
 
     Args:
-        plan: the forecast; the engine gets its budget and its context.
-        options, recorder: as `Engine.open` takes them.
+        plan: the forecast; the engine gets its budget and context.
+        options, recorder: as for `Engine.open`.
 
     Raises:
         The errors of `Engine.open`.
     """
-    is_reset = resources.reset_peak()  # calibrating, or planning, may have taken more than the model will
+    is_reset = resources.reset_peak()  # calibration or planning may have used more memory than the model will
     random = np.random.default_rng(0)
     room = plan.context_tokens - WARM_TOKENS - ANSWER_TOKENS - 1
     num_tokens = max(1, min(PROMPT_TOKENS, room))
     prompt = random.integers(0, files.config.vocab_size, num_tokens).tolist()
     options = options | forecaster.engine_options(plan) | {"prefix_reuse": False}
     with Engine.open(model, recorder=recorder, **options) as engine:
-        # The first prompt pays for memory that the machine has still to give.
+        # The first prompt pays for memory that the machine has yet to allocate.
         engine.generate(prompt, SamplingParams(max_tokens=WARM_TOKENS, ignore_eos=True))
         before = engine.ledger
         began = time.perf_counter()
@@ -191,7 +191,7 @@ def verify(
         swept = prefilled.bytes_read - before.bytes_read
         rows.append(Row("drive, prompt", "MB", expected.drive_bytes.times(1e-6), swept / 1e6))
     if peak is not None:
-        # Experts and buffers count in the plan as a whole, and are touched only as far as they are used.
+        # The plan counts experts and buffers in full, but memory is touched only as they are used.
         most = Range(0.0, planned.total_bytes / 2**20, planned.budget_bytes / 2**20)
         rows.append(Row("memory, peak", "MiB", most, peak / 2**20))
     return replace(compared, rows=tuple(rows))
