@@ -490,7 +490,7 @@ def test_the_model_is_told_how_much_to_think(engine: Engine, capsys: Captured) -
             ["--no-think"],
             "cannot be told whether to think: its chat template has no switch for that",
         ),
-        ("harmony", ["--no-think"], "can be told how much to think (--effort low), and not whether to"),
+        ("harmony", ["--no-think"], "can be told how much to think (--effort low), but not whether to"),
         ("glm", ["--effort", "low"], "knows no effort, so 'low' only tells it to think"),
     ],
 )

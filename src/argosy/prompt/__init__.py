@@ -4,7 +4,8 @@
     token id -> stream_decoder.py -> formats/ -> text, thoughts, tool calls; or stop.py -> text
     answer -> replay.py -> the same tokens, when its conversation continues
 
-Text from a caller never becomes a control token, whatever it spells and wherever it stands.
+A caller's text never becomes a control token, whatever it spells and wherever it appears.
 
-Nothing is imported here: the process that renders templates imports one module of this package, and stays small.
+This file imports nothing, so that the process that renders templates, which needs one module of the package, stays
+small.
 """

@@ -1,11 +1,11 @@
-"""How every kind of request becomes a prompt.
+"""Turn every kind of request into a prompt.
 
     str, messages, token ids, Prompt  ->  PromptBuilder.build     ->  Prompt with token ids
     tokens of the answer              ->  PromptBuilder.parser    ->  events
     the answer                        ->  PromptBuilder.remember  ->  the same tokens, when the conversation continues
 
 Elsewhere: `messages.py` checks messages and `chat.py` renders them; `tokenizer.py` converts between text and ids;
-`formats/` knows how each model writes thoughts and calls.
+`formats/` defines how each model writes thoughts and calls.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _MAX_COUNTED = 1 << 17
 
 
 class Filling(NamedTuple):
-    """A prompt to fill in, the tokens that end the answer, and how many of the first snippets did not fit."""
+    """A fill-in prompt, the tokens that end the answer, and how many of the first snippets did not fit."""
 
     prompt: Prompt
     end_ids: Sequence[int]
@@ -64,7 +64,7 @@ class PromptBuilder:
         """Create a builder.
 
         Args:
-            tokenizer: the model's, or None: then only token ids are accepted.
+            tokenizer: the model's; None: only token ids are accepted.
             vocab_size: ids range from 0 to vocab_size - 1.
             worker: the process that renders chat templates, if already started.
             format_name: how the model writes thoughts and calls; None: detect it.
@@ -92,7 +92,7 @@ class PromptBuilder:
             self._named_format = named_format(format_name, self._needed("a format name"))
 
     def remembering(self, memory: ReplayMemory) -> PromptBuilder:
-        """A copy that keeps answers in `memory`; both share the rendering process."""
+        """A copy of this builder that keeps answers in `memory`; both share the rendering process."""
         other = copy.copy(self)
         other._memory = memory
         other.__dict__.pop("_replay", None)
@@ -118,26 +118,26 @@ class PromptBuilder:
         """Build the token ids of `request`.
 
         Args:
-            request: a string is one user message if the model has a chat template, otherwise text to continue. A list
-                of parts (Text, Image, Audio, Video) is one user message. Token ids and a `Prompt` are taken as they
-                are. A list of messages is a conversation; if the last message is the assistant's, the answer continues
-                it.
+            request: a string is one user message if the model has a chat template, otherwise text to continue. A
+                list of parts (Text, Image, Audio, Video) is one user message. Token ids and a `Prompt` are used
+                unchanged. A list of messages is a conversation; if the last message is the assistant's, the answer
+                continues it.
             tools: tools that the model may call; like the arguments below, only for messages.
             variables: variables that the chat template reads, such as `enable_thinking`.
             tenant: owner of the conversation; answers remembered for it keep their tokens.
             add_generation_prompt: open the assistant's turn for an answer.
-            continues: the answer continues a last message of the assistant; otherwise it is a turn of its own.
-            is_counted: the tokens are only counted, so there may be more of them than fit the context.
-            replace_damaged: returns the text that replaces a picture or sound that cannot be decoded, or None if it
-                must be refused; without this function it is refused.
-            check: called between two pieces of work on media; what it raises ends the work.
+            continues: the answer continues a final assistant message; otherwise it is a new turn.
+            is_counted: the tokens are only counted, so they may exceed the context.
+            replace_damaged: returns the text that replaces an undecodable picture or sound, or None to refuse it;
+                without this function it is refused.
+            check: called between two pieces of work on media; an exception from it ends the work.
 
         Raises:
             PromptTooLong: it has more tokens than the context holds.
-            UsageError: the request is empty, has none of these types, or has an id outside the vocabulary; it is text
-                for a model without a tokenizer, or messages for a model without a template; the model does not take
-                its pictures or sounds, or preparing them takes too long; tools cannot be passed to the model; or the
-                template refuses the conversation.
+            UsageError: the request is empty, is none of these types, or contains an id outside the vocabulary; it
+                is text for a model without a tokenizer, or messages for a model without a template; the model does
+                not take its pictures or sounds, or preparing them takes too long; tools cannot be passed to the
+                model; or the template refuses the conversation.
             BadMedia: a picture or sound is damaged or too large.
         """
         max_tokens = self._max_counted if is_counted else self._max_tokens
@@ -152,7 +152,7 @@ class PromptBuilder:
                     request if request.token_ids is not None else self._raw(request.text, max_tokens)
                 )
             items: list[object] = list(request)
-            # There may be a million token ids: nothing is called for each of them.
+            # There may be a million token ids, so no function is called per id.
             kinds = set(map(type, items))
             if kinds and all(issubclass(kind, Part) for kind in kinds):
                 items, kinds = [{"role": "user", "content": items}], {dict}
@@ -179,9 +179,10 @@ class PromptBuilder:
             return self._checked(Prompt(tuple(map(operator.index, cast("list[SupportsIndex]", items)))))
 
     def whole_text(self, text: str | Sequence[int]) -> Prompt:
-        """A text as it is, between the tokens that the tokenizer adds to a whole text; or token ids, as they are.
+        """The ids of a text, with the tokens that the tokenizer adds to a whole text; token ids are returned
+        unchanged.
 
-        It may fill the context, because nothing follows it.
+        The text may fill the context, because nothing follows it.
 
         Raises:
             PromptTooLong: it has more tokens than the context holds.
@@ -204,7 +205,7 @@ class PromptBuilder:
         return self._checked(Prompt((*tokenizer.prefix_ids, *ids, *tokenizer.suffix_ids), text))
 
     def start_of_text(self, text: str) -> list[int]:
-        """The ids of as much of a text's beginning as the context holds, between those that a whole text has.
+        """The ids of the longest beginning of a text that fits the context, with the tokens added to a whole text.
 
         Raises:
             PromptTooLong: the context has no room for any of the text.   UsageError: as `whole_text`.
@@ -220,19 +221,19 @@ class PromptBuilder:
     def with_transcripts(
         self, messages: Sequence[Message], *, tenant: str | None, check: Callable[[], object] = lambda: None
     ) -> list[Message]:
-        """A conversation in which sounds are texts (`conversation_media.py`); `check` is that of `build`."""
+        """A conversation with sounds replaced by transcripts (`conversation_media.py`); `check` is that of `build`."""
         from argosy.prompt.conversation_media import with_transcripts
 
         return with_transcripts(self._media, messages, tenant or "", RequestMedia(PROMPT_LIMITS, check=check))
 
     @property
     def near(self) -> NearLimit:
-        """The limit of texts that are not far too long for one prompt."""
+        """The limit that rejects texts far too long for one prompt."""
         return NearLimit(self._tokenizer, self._context_tokens)
 
     @staticmethod
     def _added_tokens(tokenizer: Tokenizer) -> int:
-        """The tokens that a whole text has beside its own."""
+        """The tokens that are added to a whole text."""
         return len(tokenizer.prefix_ids) + len(tokenizer.suffix_ids)
 
     @property
@@ -242,10 +243,10 @@ class PromptBuilder:
     def infill(
         self, before: str, after: str, *, snippets: Sequence[Snippet] = (), reserved_tokens: int = 0
     ) -> Filling:
-        """The prompt to write what comes between two texts.
+        """The prompt that asks for the text between two texts.
 
         Args:
-            snippets: parts of other files, for the model to read first; those that do not fit are left out.
+            snippets: parts of other files for the model to read first; those that do not fit are left out.
             reserved_tokens: room that the snippets leave for the answer.
 
         Raises:
@@ -265,7 +266,7 @@ class PromptBuilder:
 
     @property
     def can_infill(self) -> bool:
-        """Whether the model was trained to write what comes between two texts."""
+        """Whether the model was trained to write the text between two texts."""
         return self._tokenizer is not None and self._infill is not None
 
     @functools.cached_property
@@ -293,7 +294,7 @@ class PromptBuilder:
 
     @property
     def _max_counted(self) -> int | None:
-        """The most tokens counted in a text: more than fit the context, to report how far it is too long."""
+        """The most tokens counted in a text: more than fit the context, to report by how much it is too long."""
         return None if self._max_tokens is None else max(self._max_tokens, _MAX_COUNTED)
 
     @contextmanager
@@ -322,7 +323,7 @@ class PromptBuilder:
         ).text  # fmt: skip
 
     def tokenize(self, text: str, *, add_prefix: bool = False) -> list[int]:
-        """Ids of a caller's text, which never include control tokens; `add_prefix` adds BOS if the model wants it.
+        """The ids of a caller's text, without control tokens; `add_prefix` adds BOS if the model expects it.
 
         Raises:
             UsageError: the model has no tokenizer, or the text has too many tokens to count.
@@ -336,7 +337,7 @@ class PromptBuilder:
         return [*prefix, *tokenizer.encode(text, max_tokens=max_tokens)]
 
     def detokenize(self, token_ids: Sequence[int], *, keep_special: bool = True) -> str:
-        """Text of `token_ids`, with special tokens spelled out or omitted.
+        """The text of `token_ids`, with special tokens spelled out or omitted.
 
         Raises:
             UsageError: an id is outside the vocabulary, or the model has no tokenizer.
@@ -347,7 +348,7 @@ class PromptBuilder:
 
     @functools.cached_property
     def tool_calling(self) -> ToolCalling:
-        """How the model learns of tools: from its own template, from a generic prompt, or not at all."""
+        """How the model is told about tools: by its own template, by a generic prompt, or not at all."""
         from argosy.prompt.formats.block_format import BlockFormat
 
         if self._template is None:
@@ -390,7 +391,7 @@ class PromptBuilder:
         return self._format_for(checked).parser(checked, prompt.unanswered)
 
     def begun(self, prompt: Prompt, parser: Parser, *, keep_special: bool = False) -> list[Event]:
-        """What the answer has said whose first tokens end the prompt; `parser` can then take the rest of it."""
+        """The events of an answer whose first tokens end the prompt; `parser` is then ready for the rest."""
         ids = (prompt.token_ids or ())[-prompt.num_answered :] if prompt.num_answered else ()
         stream = self._needed("text").stream(keep_special=keep_special, is_start=prompt.is_conversation)
         return [event for token_id in ids for event in parser.push(token_id, stream.push(token_id))]
@@ -404,7 +405,7 @@ class PromptBuilder:
         parallel: bool = True,
         form: Grammar | None = None,
     ) -> Grammar | None:
-        """The grammar that the answer to `prompt` must follow, or None.
+        """The grammar that the answer to `prompt` must follow, if any.
 
         If a call is optional, the answer is unconstrained up to a call's mark. From there it follows the tool's schema
         as far as that can be enforced. If a call is required, a tool is strict, or `form` is given, a schema that
@@ -415,7 +416,7 @@ class PromptBuilder:
             tools: the tools that may be called.
             must_call: one of them must be called.
             parallel: more than one call may be made.
-            form: grammar for an answer without calls; it has no trigger.
+            form: the grammar for an answer without calls; it has no trigger.
 
         Raises:
             UsageError: there is no tool to call, the model cannot call tools, or the prompt ends in a turn to continue,
@@ -449,7 +450,7 @@ class PromptBuilder:
         answer: Answer,
         tools: Sequence[Tool | Mapping[str, object]] = (),
     ) -> bool:
-        """Keep an answer's tokens for when its conversation continues; see `Replay.remember`."""
+        """Keep an answer's tokens in case its conversation continues; see `Replay.remember`."""
         from argosy.prompt.tools import check_tools
 
         if self._replay is None:
@@ -457,7 +458,7 @@ class PromptBuilder:
         return self._replay.remember(tenant, prompt.unanswered, token_ids, answer, check_tools(tools))
 
     def forget(self, tenant: str) -> int:
-        """Forget the answers kept for `tenant`; returns their number."""
+        """Forget the answers kept for `tenant`; return how many there were."""
         return 0 if self._memory is None else self._memory.forget(tenant)
 
     @functools.cached_property
@@ -542,7 +543,7 @@ class PromptBuilder:
         return up_to_end_of(turns[-1].content, segments) if is_continued else segments
 
     def _with_own_ids(self, turns: Sequence[Turn], own_ids: Mapping[str, str]) -> Sequence[Turn]:
-        """`turns` with call ids, in calls and results, as the model's template wants them."""
+        """`turns` with the call ids, in calls and results, that the model's template expects."""
         if not any(turn.calls or turn.answers for turn in turns):
             return turns
         number = 0

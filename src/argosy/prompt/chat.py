@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 Variables = Mapping[str, str | float | bool | None]
 
-_MAX_RENDERED = 1 << 21  # characters: a template takes up to 40 bytes of memory per character
+_MAX_RENDERED = 1 << 21  # characters; a template takes up to 40 bytes of memory per character
 
 _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 _RENDER_SECONDS = 5.0
 _RENDER_SECONDS_PER_MILLION = 4.0  # per million characters of input
 _MOST_WORKERS = 2  # a server's claims count the second one (`SERVER_GROWTH_BYTES`)
-TEMPLATE_WORKER_BYTES = 24 << 20  # memory of such a process: 22 MiB measured
+TEMPLATE_WORKER_BYTES = 24 << 20  # memory of such a process; 22 MiB measured
 _INSTEAD = "give the model text to continue instead: `--raw`"
 _TEMPLATE_CHARACTERS = 1 << 20  # a template may write this much beyond twice its input
 
@@ -47,8 +47,8 @@ _TEMPLATE_CHARACTERS = 1 << 20  # a template may write this much beyond twice it
 class ChatTemplate:
     """A model's chat template and the processes that render it.
 
-    The first process is `worker`, if one was started before. A second one starts when the first is busy, so that other
-    conversations do not wait for a slow one. Each ends after two idle seconds.
+    The first process is `worker`, if one has already been started. A second one starts when the first is busy, so
+    that other conversations do not wait for a slow one. Each ends after two idle seconds.
     """
 
     def __init__(
@@ -81,14 +81,14 @@ class ChatTemplate:
         Args:
             turns: checked messages.
             tools: tools that the model may call.
-            is_generic: put tools, calls and results into the texts of turns, whatever the template supports.
+            is_generic: write tools, calls and results into the texts of turns, even if the template supports them.
             add_generation_prompt: open the assistant's turn for an answer.
             variables: further template variables, such as `enable_thinking`; text in them counts as the caller's.
 
         Raises:
             UsageError: the template does not read a variable, does not support tools, or refuses the conversation or
                 has no place for part of it.
-            CheckpointError: the template fails, does not finish, or hides whose text it writes.
+            CheckpointError: the template fails, does not finish, or hides the origin of its text.
         """
         if variables:
             self._check_variables(variables)
@@ -102,7 +102,7 @@ class ChatTemplate:
             )
         if tools or not all(map(_is_plain, turns[:1])) or not all(map(_is_plainer, turns[1:])):
             messages = self.shape.messages(turns)
-        else:  # every template supports these messages, so the first prompt need not wait for the shape
+        else:  # every template supports these messages, so the first prompt does not wait for the shape
             messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         made_tools = [tool.as_template_reads_it() for tool in tools] or None
         answer = self._render(messages, made_tools, dict(variables or {}), add_generation_prompt)
@@ -112,7 +112,9 @@ class ChatTemplate:
 
     @property
     def shape(self) -> Shape:
-        """The messages that the template reads and prints; found once, by rendering a dozen small conversations."""
+        """The kinds of messages that the template reads and prints, found once by rendering a dozen small
+        conversations.
+        """
         if self._found_shape is None:
             answer = self._ask({"read": self.source}, self._render_seconds)
             if "variables" not in answer:
@@ -122,7 +124,7 @@ class ChatTemplate:
         return self._found_shape
 
     def join_texts(self, texts: Sequence[str]) -> str:
-        """Adjacent texts of a message, as one text that the template prints in the same way."""
+        """Join adjacent texts of a message into one that the template prints in the same way."""
         return self.shape.join_texts(texts) if len(texts) > 1 else "".join(texts)
 
     def _attempt(self, messages: list[dict[str, Any]], tools: list[dict[str, object]] | None) -> str | None:
@@ -189,7 +191,7 @@ class ChatTemplate:
         raise CheckpointError("the chat template process ended without an answer")
 
     def _take_idle(self) -> Worker:
-        """The process that was used last, or a new one; those that have ended are dropped."""
+        """The most recently used process, or a new one; processes that have ended are dropped."""
         with self._lock:
             while self._idle:
                 worker = self._idle.pop()
@@ -205,7 +207,7 @@ def _is_plain(turn: Turn) -> bool:
 
 
 def _is_plainer(turn: Turn) -> bool:
-    """The same, for a turn after the first."""
+    """Whether every template accepts this turn unchanged after the first."""
     return _is_plain(turn) and turn.role != "system"
 
 

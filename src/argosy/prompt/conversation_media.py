@@ -1,6 +1,6 @@
-"""The media of a conversation: read turn by turn, then put where the chat template has placeholders for them.
+"""The media of a conversation: read turn by turn, then put in place of the chat template's placeholders.
 
-Elsewhere: `media_span.py` has the interface of those who read media; `builder.py` renders conversations.
+Elsewhere: `media_span.py` defines the interface of media readers; `builder.py` renders conversations.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ ReplaceDamaged = Callable[["Media", BadMedia], str | None]
 
 
 class Placed(NamedTuple):
-    """A picture, sound or video: the token that the template writes for it, and what stands in its place.
+    """A picture, sound or video: the template's token for it, and what replaces that token.
 
-    surroundings: token ids before and after the placeholder that go with it, where they stand there.
+    surroundings: token ids before and after the placeholder that are replaced with it, if present.
     """
 
     placeholder: int
@@ -37,10 +37,10 @@ class ConversationMedia:
     """The media of one conversation.
 
     Args:
-        reader: reads them; None: the model takes text only.
-        request: counts what they take.
+        reader: reads the media; None: the model takes text only.
+        request: counts their cost.
         tenant: owner of the conversation.
-        replace_damaged: as `PromptBuilder.build`.
+        replace_damaged: as in `PromptBuilder.build`.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class ConversationMedia:
     def read(self, turn: Turn) -> Turn:
         """Read the media of a turn.
 
-        Text of the caller replaces what the model does not take itself, and what is damaged, if it may.
+        Media that the model does not take are replaced by text; damaged media are too, where that is allowed.
         """
         if not turn.media:
             return turn
@@ -95,9 +95,9 @@ class ConversationMedia:
         return replace(turn, content=all_text, pieces=pieces_left)
 
     def fill(self, prompt: Prompt, max_tokens: int | None) -> Prompt:
-        """Put the media that were read where the template has placeholders for them.
+        """Put the media in place of the template's placeholders.
 
-        Only the template can have written a placeholder: a caller's text never becomes a control token.
+        Only the template can have written a placeholder, because a caller's text never becomes a control token.
         """
         if not (media := self.placed):
             return prompt
@@ -109,7 +109,7 @@ class ConversationMedia:
             raise UsageError(
                 f"the conversation has {len(media)} pictures, sounds and videos, and this model's chat template "
                 f"writes {len(places)} placeholders for them",
-                hint="put them in messages of the user",
+                hint="put them in user messages",
             )
         segments: list[Sequence[int] | MediaSpan] = []
         end = 0
@@ -130,12 +130,12 @@ class ConversationMedia:
 def with_transcripts(
     reader: MediaReader | None, messages: Sequence[Message], tenant: str, request: RequestMedia
 ) -> list[Message]:
-    """A conversation in which sounds are texts, as far as the model gets them as texts.
+    """A conversation with sounds replaced by transcripts, if the model takes them as text.
 
-    A damaged sound stays, for `build` to refuse or replace. Transcripts are kept for the same sound.
+    A damaged sound stays for `build` to refuse or replace. Transcripts are cached by sound.
 
     Raises:
-        UsageError: the sounds are too long together.   Overloaded: too many wait to be transcribed.
+        UsageError: the sounds together are too long.   Overloaded: too many are waiting to be transcribed.
     """
 
     def heard(part: object) -> object:

@@ -2,8 +2,8 @@
 
     turns, tools  ->  with_generic_tools  ->  turns that any chat template prints
 
-The wording is that of Hermes and Qwen2.5, which most models have met in training. The text around a caller's is ours
-and is not tainted, so a mark becomes its token where the model has one; schemas, arguments and results are the
+The wording is that of Hermes and Qwen2.5, which most models have seen in training. The text around a caller's is
+ours and is not tainted, so a mark becomes its token where the model has one; schemas, arguments and results are the
 caller's, character by character.
 
 Elsewhere: `builder.py` decides which models need this; `formats/hermes.py` reads the answers.

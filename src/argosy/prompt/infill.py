@@ -1,9 +1,9 @@
-"""Fill in the middle: the prompt between whose two texts the model writes.
+"""Fill in the middle: prompts that make the model write the text between two texts.
 
     text before, text after  ─ the model's own form, by its control tokens ─>  token ids, and the tokens that end it
-    snippets of other files  ─ before them, as many as fit ──────────────┘
+    snippets of other files  ─ before them, if they fit ─────────────────┘
 
-The forms are those that the models were trained with, as their makers document them. Only the tokens of the form are
+The forms are those that the models were trained with, as documented by their makers. Only the form's own tokens are
 control tokens; all texts are encoded as a caller's text.
 
 Elsewhere: `builder.py` chooses a model's form; `serve/dialects/openai_completions.py` has `suffix`,
@@ -28,9 +28,9 @@ class InfillForm:
 
     Attributes:
         parts: control tokens, and "before" and "after" for the two texts, in order.
-        ends: further control tokens that end what the model writes, as far as the vocabulary has them.
-        repository, file: control tokens before the names of a repository and of each of its files, for models that
-            were trained on several files at a time; empty: there are none.
+        ends: further control tokens that end what the model writes, if the vocabulary has them.
+        repository, file: control tokens before the names of a repository and of each of its files, for models
+            trained on several files at a time; empty if there are none.
     """
 
     parts: Sequence[str]
@@ -44,7 +44,7 @@ class InfillForm:
         return [part for part in self.parts if part not in ("before", "after")]
 
 
-# The first form whose tokens a vocabulary has is the model's.
+# A model's form is the first one whose tokens are all in its vocabulary.
 FORMS = (
     # Qwen2.5-Coder's README, "Fill in the middle"; Qwen3-Coder's is the same.
     InfillForm(
@@ -70,13 +70,13 @@ FORMS = (
 )
 
 
-# Names where the caller gives none, and the mark between snippets for models without tokens for that: llama-server's.
+# Default names, and the mark between snippets for models without tokens for it, both from llama-server.
 _REPOSITORY, _FILE, _SNIPPET_FILE = "myproject", "filename", "tmp"
 _SNIPPET_MARK = "\n\n--- snippet ---\n\n"
 
 
 class Snippet(NamedTuple):
-    """A part of another file. `file` is its name; None: unknown."""
+    """A part of another file. `file` is its name, or None if unknown."""
 
     text: str
     file: str | None = None
@@ -89,18 +89,18 @@ class Infill:
         self._tokenizer = tokenizer
         self._form = form
         self.end_ids = _known(tokenizer, (*form.tokens, *form.ends))
-        """Tokens that end what the model writes, beside those that end any answer."""
+        """Tokens that end what the model writes, in addition to those that end any answer."""
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Infill | None:
-        """The form that a model was trained with, by the control tokens of its vocabulary; None: with none."""
+        """The form that a model was trained with, judged by its control tokens; None if there is none."""
         for form in FORMS:
             if len(_known(tokenizer, form.tokens)) == len(form.tokens):
                 return cls(tokenizer, form)
         return None
 
     def encode(self, before: str, after: str, *, max_tokens: int | None = None) -> list[int]:
-        """The ids of a prompt with the text before and the text after the gap.
+        """The ids of a prompt with the texts before and after the gap.
 
         Raises: what `Tokenizer.encode` raises.
         """
@@ -130,15 +130,15 @@ class Infill:
         max_tokens: int | None = None,
         reserved_tokens: int = 0,
     ) -> tuple[list[int], int]:
-        """The ids of `encode`, behind as many snippets of other files as fit, and how many of them were left out.
+        """The ids of `encode`, preceded by the snippets that fit, and the number of snippets left out.
 
         The last snippets are nearest to the gap, so the first are left out first. The form is Qwen2.5-Coder's for a
-        repository ("Repository Level Code Completion"); for other models the snippets stand before the prompt as text,
+        repository ("Repository Level Code Completion"); for other models the snippets precede the prompt as text,
         as llama-server writes them.
 
         Args:
-            max_tokens: the most of the prompt; None: no limit.
-            reserved_tokens: room for the answer, which snippets leave free.
+            max_tokens: the limit of the prompt; None: no limit.
+            reserved_tokens: room for the answer that snippets must leave free.
 
         Raises: what `encode` raises.
         """

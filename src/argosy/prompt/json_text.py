@@ -1,9 +1,9 @@
-"""Reads JSON from callers and models within bounds, and writes JSON in one way.
+"""Reads JSON from callers and models within bounds, and writes JSON in one fixed style.
 
     text  ->  read_json   ->  plain values, or a ValueError with the reason
     value ->  plain_json  ->  a copy in plain values, or a UsageError that names the place
     value ->  write_json  ->  text
-    bytes ->  count_values  ->  the number of values, before any value is made
+    bytes ->  count_values  ->  the number of values, before any value is created
 
 Elsewhere: `strict_json.py` decides which JSON is accepted.
 """
@@ -18,9 +18,9 @@ from typing import NamedTuple
 from argosy.errors import UsageError
 from argosy.strict_json import TOO_DEEP, JsonError, check_json, parse_json
 
-# Objects, lists, keys and strings in one body: 4096 messages with their parts need a third of this.
+# Objects, lists, keys and strings per body; 4096 messages with their parts need a third of this.
 MAX_PARTS = 1 << 17
-# Items of lists and objects: a prompt of token ids is as long as the longest context.
+# Items of lists and objects; a prompt of token ids may be as long as the longest context.
 MAX_ITEMS = (1 << 20) + MAX_PARTS
 _COUNTED_AT_ONCE = 1 << 18  # bytes
 _NO_BACKSLASH = re.compile(rb"[^\\]")
@@ -34,10 +34,10 @@ class Counts(NamedTuple):
 
 
 def count_values(data: bytes) -> Counts:
-    """Count the values in a JSON text, in a few passes that make no values.
+    """Count the values in a JSON text in a few passes that create no values.
 
-    A reader that stops where the text stops being JSON has seen at most this many. Counting goes part by part and stops
-    at the limit, because each pass keeps other threads waiting.
+    A parser that stops where the text stops being JSON has seen at most this many. Counting goes part by part and
+    stops at the limit, because each pass blocks other threads.
 
     Raises:
         ValueError: there are more than MAX_PARTS or MAX_ITEMS.
@@ -53,7 +53,7 @@ def count_values(data: bytes) -> Counts:
             part = part.replace(b"\\\\", b"").replace(b'\\"', b"")
         is_inside = num_quotes % 2  # inside a string that began earlier
         num_quotes += part.count(b'"')
-        # Checked before split() makes a piece for each.
+        # Checked before split() creates a piece for each.
         _require_few("objects, lists and strings", num_quotes // 2, MAX_PARTS)
         outside = b"".join(part.split(b'"')[is_inside::2])
         num_lists += outside.count(b"[") + outside.count(b"{")
@@ -110,7 +110,7 @@ def plain_json(value: object, where: str) -> object:
 
 
 def plain_text(text: str, where: str) -> str:
-    """Returns `text` if it can be encoded. Raises what `plain_json` raises."""
+    """Return `text` if it can be encoded; otherwise raise what `plain_json` raises."""
     plain = str(text)
     try:
         check_json(plain)

@@ -1,4 +1,4 @@
-"""Positions of a prompt that a picture, a sound or a part of a video fills, instead of text."""
+"""Spans of a prompt: positions filled by a picture, a sound or a part of a video instead of text."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class SpanRows:
 Making = Generator[float | None, None, SpanRows]
 """Pieces of work that end in a `yield`, between which others may run. A number is the share that is done, 0 to 1."""
 MakeRows = Callable[[], SpanRows | Making]
-"""Makes the rows of a span, at once or in pieces."""
+"""Makes the rows of a span, all at once or in pieces."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,17 +43,17 @@ class MediaSpan:
     """One picture, one sound, or one part of a video in a prompt.
 
     kind: the kind of media; part of its identity.
-    digest: 32 bytes that identify its content, its shape and whatever made its rows: spans with equal digests have
-        equal rows. Prefixes are found by it.
+    digest: 32 bytes that identify its content, its shape and the model that makes its rows: spans with equal
+        digests have equal rows. The prefix cache looks spans up by it.
     num_positions: how many positions it fills.
     token_id: the placeholder that stands for each of them in `Prompt.token_ids`.
-    make_rows: makes the rows when they are first needed, and again if the prompt is computed again; never called if the
-        whole span is found in the prefix cache. An `ArgosyError` ends the request. A generator is closed if its rows
-        are not needed any more.
-    angles: [axes, positions], rotary positions relative to that of the span, which is where the text before it ends;
-        None: 0, 1, 2 ... on every axis, as text.
-    num_angles: how far the rotary position of what follows moves on; None: as far as `num_positions`.
-    sees_both_ways: each position sees the whole span, not only what is before it. Such a span runs in one step.
+    make_rows: makes the rows when they are first needed, and again if the prompt is recomputed; never called if the
+        whole span is in the prefix cache. An `ArgosyError` ends the request. A generator is closed if its rows are
+        no longer needed.
+    angles: [axes, positions], rotary positions relative to the span's start, where the preceding text ends; None:
+        0, 1, 2 ... on every axis, as for text.
+    num_angles: how far the span advances the rotary position of what follows; None: by `num_positions`.
+    sees_both_ways: each position sees the whole span, not only what precedes it. Such a span runs in one step.
     """
 
     kind: Kind
@@ -82,39 +82,39 @@ class MediaReader(Protocol):
     """Turns the media of a conversation into spans for one model. Safe from any thread."""
 
     def read(self, part: Image | Audio | Video) -> Content:
-        """Read a part, without looking inside.
+        """Read the bytes of a part without decoding it.
 
         Raises:
             UsageError: the model does not take its kind, or the source cannot be read.   BadMedia: it is too large.
         """
 
     def as_text(self, content: Content, tenant: str, request: RequestMedia) -> str | None:
-        """The text that stands in the prompt for a content that the model does not take itself; None: it does.
+        """The text that replaces a content that the model does not take; None if it does.
 
         Args:
-            request: counts the sounds of the request that become text.
+            request: counts the request's sounds that become text.
 
         Raises:
-            BadMedia: it is damaged, or larger than its limits.   Overloaded: too many wait for theirs.
-            UsageError: the sounds of the request are too long together.
+            BadMedia: it is damaged or too large.   Overloaded: too many are waiting for theirs.
+            UsageError: the request's sounds together are too long.
         """
 
     def placeholder(self, content: Content) -> int:
-        """The token that the model's chat template writes in its place."""
+        """The token that the model's chat template writes for it."""
 
     def surroundings(self, content: Content) -> tuple[list[int], list[int]]:
-        """Token ids before and after the placeholder that `segments` replaces with it, where they stand there."""
+        """Token ids before and after the placeholder that `segments` replaces along with it, if present."""
 
     def segments(
         self, content: Content, tenant: str, request: RequestMedia
     ) -> Sequence[Sequence[int] | MediaSpan]:
-        """The replacement for the placeholder in the prompt: spans, and token ids between them.
+        """The replacement for the placeholder in the prompt: spans and the token ids between them.
 
         Args:
-            tenant: the owner; what is kept of the content serves this tenant alone.
+            tenant: the owner; whatever is cached of the content serves only this tenant.
             request: bounds the tokens and the work of all media of the request.
 
         Raises:
-            BadMedia: it is damaged, or larger than its limits.   Overloaded: too many wait to be encoded.
-            PromptTooLong, UsageError: the media of the request have too many tokens or take too long.
+            BadMedia: it is damaged or too large.   Overloaded: too many are waiting to be encoded.
+            PromptTooLong, UsageError: the request's media have too many tokens or take too long.
         """

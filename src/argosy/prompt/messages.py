@@ -41,14 +41,14 @@ _KEYS = {
     "tool": ("role", "content", "name", "tool_call_id"),
 }
 _OTHER_KEYS = ("role", "content", "name")
-# Holds arguments that are not an object, as Anthropic asks for them to be sent back.
+# The key under which Anthropic wants non-object arguments to be sent back.
 UNREADABLE = "INVALID_JSON"
-_LONGEST_NAME = 256  # for a speaker, a call, or a call's id
+_LONGEST_NAME = 256  # of a speaker, a call, or a call's id
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A tool call in an assistant's turn; `text` is the JSON of its arguments as it was sent."""
+    """A tool call in an assistant's turn; `text` is the JSON of its arguments as sent."""
 
     id: str
     name: str
@@ -64,15 +64,15 @@ JoinTexts = Callable[[Sequence[str]], str]
 
 _MEDIA_TYPES: Mapping[str, type[Image | Audio | Video]] = {"image": Image, "audio": Audio, "video": Video}
 _MEDIA_ROLES = ("user", "tool")
-_MOST_MEDIA = 256  # in a conversation
+_MOST_MEDIA = 256  # per conversation
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One checked message.
 
-    answers: the id of the call that a tool turn is the result of.
-    pieces: its content split by author, with media in their places; empty: it is text, and all of it is the caller's.
+    answers: the id of the call that a tool turn answers.
+    pieces: its content split by author, with media in their places; empty if it is all caller's text.
     """
 
     role: str
@@ -92,16 +92,17 @@ class Turn:
 def check_messages(
     messages: Sequence[Message], *, add_generation_prompt: bool = True, join_texts: JoinTexts = "\n".join
 ) -> tuple[Turn, ...]:
-    """Check messages and turn them into turns; the first thing that is wrong raises an error.
+    """Check messages and turn them into turns; the first fault raises an error.
 
-    If the model is to answer and the last turn is the assistant's, the answer continues it; an empty one is dropped.
+    If the model is to answer and the last turn is the assistant's, the answer continues it; an empty turn is
+    dropped.
 
     Args:
-        join_texts: makes one text of adjacent texts of a message (`Shape.join_texts`).
+        join_texts: joins adjacent texts of a message (`Shape.join_texts`).
 
     Raises:
-        UsageError: there are no messages, a role or key is unknown, content is neither text nor media, two calls of a
-            message have one id, a result has no call, or there is nothing for the model to answer or continue.
+        UsageError: there are no messages, a role or key is unknown, content is neither text nor media, two calls in
+            a message share an id, a result has no call, or there is nothing for the model to answer or continue.
     """
     if not messages:
         raise UsageError("a conversation needs at least one message")
@@ -146,7 +147,7 @@ def _to_be_continued(last: Turn) -> list[Turn]:
 
 
 def require_few_values(messages: Sequence[Message]) -> None:
-    """Check the arguments of all calls together before they are parsed: their texts are JSON inside JSON.
+    """Check the arguments of all calls together before parsing them, because they are JSON inside JSON.
 
     Raises:
         UsageError: they have more than MAX_PARTS values.
@@ -159,7 +160,7 @@ def require_few_values(messages: Sequence[Message]) -> None:
 
 
 def _num_values(message: Message) -> int:
-    """Number of values in the JSON of a message's arguments; more than MAX_PARTS if one text has too many."""
+    """The number of values in the JSON of a message's arguments; more than MAX_PARTS if one text has too many."""
     calls = message.get("tool_calls")
     calls = calls if isinstance(calls, list | tuple) else ()
     functions = [call.get("function") for call in calls if isinstance(call, Mapping)]
@@ -216,7 +217,7 @@ def _turn(message: Message, where: str, join_texts: JoinTexts) -> Turn:
 
 
 def _content(content: object, role: str, where: str, join_texts: JoinTexts) -> tuple[str, tuple[Piece, ...]]:
-    """The content's text, and its pieces if there are media among them."""
+    """The content's text, and its pieces if they include media."""
     if isinstance(content, str) or not isinstance(content, Sequence):
         return _text(content, f"{where}: content"), ()
     found = (_part(part, role, f"{where}: part {at}") for at, part in enumerate(content))
@@ -224,10 +225,10 @@ def _content(content: object, role: str, where: str, join_texts: JoinTexts) -> t
 
 
 def joined(parts: Sequence[Piece], join_texts: JoinTexts = "\n".join) -> tuple[str, tuple[Piece, ...]]:
-    """Texts of the caller, and the pieces that they make with the media; no pieces without media.
+    """The caller's texts joined, and the pieces that they form with media; no pieces without media.
 
     Args:
-        join_texts: makes one text of several without media between them.
+        join_texts: joins texts without media between them.
     """
     texts: list[str] = []
     pieces: list[Piece] = []

@@ -1,6 +1,7 @@
-"""A limit for texts before anything slow is done with them: not far too long for one prompt.
+"""Reject texts that are far too long for one prompt before doing anything slow with them.
 
-A prompt may be shorter than its texts: a template leaves some out, and placeholders are shorter than values.
+The limit is generous because a prompt may be shorter than its texts: a template leaves some out, and placeholders
+are shorter than values.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class NearLimit:
         self._most = None if context_tokens is None else _NEAR * context_tokens
 
     def require(self, texts: Sequence[str]) -> None:
-        """Check that texts are not far too long together.
+        """Check that texts together are not far too long.
 
         Raises:
             PromptTooLong: they have more than four times the tokens that the context holds.
@@ -42,13 +43,13 @@ class NearLimit:
                 raise PromptTooLong.of(most + 1, most // _NEAR, is_all=False) from None
 
     def start(self, text: str) -> str:
-        """The longest beginning of a text that `require` allows. Raises UsageError if it cannot be encoded."""
+        """The longest beginning of a text that `require` allows. Raises UsageError if the text cannot be encoded."""
         if self._most is None or self._tokenizer is None or len(text) <= self._most:
             return text
         return self._tokenizer.decode(self._tokenizer.encode_start(text, self._most))
 
     def snippets(self, snippets: Sequence[Snippet]) -> Sequence[Snippet]:
-        """As many of the last snippets as `require` allows. Raises UsageError if one cannot be encoded."""
+        """The last snippets that `require` allows together. Raises UsageError if one cannot be encoded."""
         left = self._most
         if left is None or self._tokenizer is None or sum(len(one.text) for one in snippets) <= left:
             return snippets

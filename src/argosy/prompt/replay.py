@@ -1,15 +1,15 @@
-"""Gives an answer its original tokens again when its conversation continues.
+"""Gives an answer its original tokens when its conversation continues.
 
     answer  ->  remember  ->  memory        conversation  ->  recall  ->  prompt with the tokens of the answer
 
 A client sends an answer back as text and parsed arguments. Rendered by the template, they rarely give the sampled
-tokens: JSON has other spacing, thoughts are left out, one word has several spellings. Then everything after it misses
-the KV cache. So the tokens of an answer are remembered and reused where the answer lines up: the prompt before it is
-the same, token by token, and the template prints what the model said, apart from white space. Where this does not hold,
-the template's own text is used.
+tokens: JSON has different spacing, thoughts are left out, a word has several tokenizations. Everything after them
+would then miss the KV cache. So the tokens of an answer are remembered and reused where the answer lines up: the
+prompt before it is the same, token by token, and the template prints what the model said, apart from white space.
+Where this does not hold, the template's own text is used.
 
-Parts that a client does not send back (thoughts, the model's own call ids) are filled in before the template sees the
-answer, so the template still decides whether to show thoughts there.
+Parts that a client does not send back (thoughts, the model's own call ids) are filled in before the template sees
+the answer, so the template still decides whether to show the thoughts.
 
 Elsewhere: `builder.py` calls both; `formats/` parses answers.
 """
@@ -39,12 +39,12 @@ if TYPE_CHECKING:
     from argosy.prompt.tokenizer import Tokenizer
 
 _ENTRY_BYTES = 1024  # Python's own overhead per entry
-_TAIL_CHARACTERS = 64  # of a prompt: they show whether it opened the model's thoughts
+_TAIL_CHARACTERS = 64  # of a prompt's end, which show whether it opened the model's thoughts
 
 
 @dataclass(frozen=True, slots=True)
 class Remembered:
-    """One answer: where it began, what it said, and its tokens (without the one that ended it)."""
+    """One answer: where it began, what it said, and its tokens except the one that ended it."""
 
     trace: Trace
     answer: Answer
@@ -73,7 +73,7 @@ T = TypeVar("T", bound=HasSize)
 
 
 class TenantMemory(Generic[T]):
-    """Values by tenant and key. When there are too many, the tenant with the most bytes forgets its oldest."""
+    """Values by tenant and key. When there are too many, the tenant with the most bytes loses its oldest."""
 
     def __init__(self, *, max_turns: int = 4096, max_bytes: int = 64 << 20) -> None:
         self._max_turns = max_turns
@@ -87,7 +87,8 @@ class TenantMemory(Generic[T]):
 
     @property
     def nbytes(self) -> int:
-        return sum(tenant.nbytes for tenant in list(self._tenants.values()))  # others may change it meanwhile
+        # other threads may change it meanwhile
+        return sum(tenant.nbytes for tenant in list(self._tenants.values()))
 
     def put(self, tenant: str, key: bytes, turn: T) -> None:
         with self._lock:
@@ -104,7 +105,7 @@ class TenantMemory(Generic[T]):
             return None if held is None else held.turns.get(key)
 
     def touch(self, tenant: str, keys: Iterable[bytes]) -> None:
-        """Mark these as just used, the last one most recently."""
+        """Mark these values as just used, the last one most recently."""
         with self._lock:
             held = self._tenants.get(tenant)
             turns: OrderedDict[bytes, T] = OrderedDict() if held is None else held.turns
@@ -113,17 +114,17 @@ class TenantMemory(Generic[T]):
                     turns.move_to_end(key)
 
     def remove(self, tenant: str, keys: Iterable[bytes]) -> None:
-        """Remove these values, as far as they are kept."""
+        """Remove these values, if present."""
         with self._lock:
             if (held := self._tenants.get(tenant)) is not None:
                 for key in keys:
                     held.remove(key)
 
     def remove_oldest(self, is_old: Callable[[T], bool], *, most: int) -> None:
-        """Remove, of each tenant, the values that were least recently used, up to the first that is not old.
+        """Remove each tenant's least recently used values, up to the first that is not old.
 
         Args:
-            most: limit for all tenants together; the rest is left for another call.
+            most: the limit over all tenants; the rest is left for another call.
         """
         with self._lock:
             for name, held in list(self._tenants.items()):
@@ -134,14 +135,14 @@ class TenantMemory(Generic[T]):
                     del self._tenants[name]
 
     def forget(self, tenant: str) -> int:
-        """Forget everything of `tenant`; returns the number of its values."""
+        """Forget everything of `tenant`; return the number of its values."""
         with self._lock:
             held = self._tenants.pop(tenant, None)
             return 0 if held is None else len(held.turns)
 
 
 class ReplayMemory(TenantMemory[Remembered]):
-    """Answers, by the key that finds them."""
+    """Remembered answers, by their key."""
 
 
 class _Tenant(Generic[T]):
@@ -177,7 +178,7 @@ class Replay:
     def remember(
         self, tenant: str, prompt: Prompt, token_ids: Sequence[int], answer: Answer, tools: Sequence[Tool]
     ) -> bool:
-        """Keep an answer for when its conversation continues.
+        """Keep an answer in case its conversation continues.
 
         Args:
             tenant: the owner; only this tenant gets the answer back.
@@ -187,8 +188,8 @@ class Replay:
             tools: the tools of the request.
 
         Returns:
-            Whether it is kept. It is not if the client received less than was sampled (a stop string cut it off), or if
-            the prompt was not made of messages.
+            Whether it is kept. It is not if the client received less than was sampled (a stop string cut it off),
+            or if the prompt was not built from messages.
         """
         if prompt.trace is None or not (answer.text.strip() or answer.calls):
             return False
@@ -214,7 +215,7 @@ class Replay:
         Returns:
             turns: with the thoughts that the client left out.
             remembered: the answers among them, in order.
-            own_ids: maps each call's id to the id that the model gave it.
+            own_ids: maps each call's id to the model's own id for it.
         """
         filled: list[Turn] = []
         remembered: list[Remembered] = []
@@ -246,7 +247,7 @@ class Replay:
     ) -> list[int]:
         """Encode a rendered conversation, using the tokens of remembered answers where they line up.
 
-        `is_continued`: it ends inside an assistant's turn.
+        `is_continued`: the conversation ends inside an assistant's turn.
 
         Raises:
             PromptTooLong: there are more than `max_tokens`.
@@ -260,9 +261,10 @@ class Replay:
         def encoded(start: int, stop: int) -> list[int]:
             return tokenizer.encode_segments(text.cut(start, stop), max_tokens=max_tokens)
 
-        # A turn costs its own text, and that since the turn before: a conversation may have thousands of them.
+        # Each turn must cost only its own text and that since the turn before: a conversation may have thousands of
+        # turns.
         ids, hasher = list[int](), blake3()
-        at = 0  # the position in the text where the ids end
+        at = 0  # position in the text where the ids end
         for turn in turns:
             begin = turn.trace.num_characters
             number = bisect_left(ends, begin)
@@ -277,7 +279,7 @@ class Replay:
             head = encoded(at, begin)
             hasher.update(array("I", head).tobytes())
             if hasher.digest() != turn.trace.ids:
-                break  # an earlier answer is forgotten, so later ones cannot match either
+                break  # an earlier answer was forgotten, so later ones cannot match either
             hasher.update(turn.token_ids.tobytes())
             ids += head
             ids += turn.token_ids
@@ -305,7 +307,9 @@ def trace_of(
     *,
     is_continued: bool = False,
 ) -> Trace:
-    """The trace that finds the answer to this prompt later; `is_continued`: the answer continues the last turn."""
+    """The trace by which to find the answer to this prompt later; `is_continued`: the answer continues the last
+    turn.
+    """
     continued = turns[-1].content if is_continued else ""
     conversation = b""
     for turn in turns[:-1] if is_continued else turns:
@@ -315,7 +319,7 @@ def trace_of(
 
 
 class Rendered:
-    """A rendered conversation; a part of it, or the digest of its beginning, costs no more than that part."""
+    """A rendered conversation, from which a part or the digest of a beginning costs no more than that part."""
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         self._segments = [segment for segment in segments if segment[1]]
@@ -336,7 +340,7 @@ class Rendered:
     def digests(self, stops: Collection[int]) -> dict[int, bytes]:
         """`text_digest` of the beginnings that end at `stops`, before the end of the text."""
         found: dict[int, bytes] = {}
-        hasher, at = blake3(), 0  # of the segments that end by `at`
+        hasher, at = blake3(), 0  # digest of the segments that end by `at`
         for stop in sorted(stop for stop in stops if 0 <= stop < self.num_characters):
             number = bisect_right(self._stops, stop)
             whole = self._stops[number - 1] if number else 0
@@ -348,7 +352,7 @@ class Rendered:
 
 
 def text_digest(segments: Sequence[Segment]) -> bytes:
-    """Digest of a text, including who wrote each part."""
+    """Digest of a text, including the author of each part."""
     hasher = blake3()
     _add_to(hasher, segments)
     return hasher.digest()
@@ -366,7 +370,7 @@ def ids_digest(token_ids: Sequence[int]) -> bytes:
 
 
 def next_digest(digest: bytes, turn: Turn) -> bytes:
-    """Digest of a conversation extended by `turn`; thoughts are left out, as clients leave them out."""
+    """Digest of a conversation extended by `turn`, without thoughts, because clients leave them out."""
     calls = [[call.id, call.name, call.arguments] for call in turn.calls]
     said = write_json([turn.role, turn.content.strip(), turn.name, turn.answers, calls])
     media = b"".join(part.digest for part in turn.media if isinstance(part, Content))

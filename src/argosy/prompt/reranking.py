@@ -1,8 +1,8 @@
-"""The prompts with which a model judges whether a document answers a query: its answer is one of two words.
+"""Prompts that ask a model whether a document answers a query: its answer is one of two words.
 
     query, document  ─ a form by name ─>  token ids that end where the model says yes or no
 
-A reranker is an ordinary model that was trained with one of these prompts. Its files do not say so; the operator does.
+A reranker is an ordinary model trained with one of these prompts. Its files do not say which; the operator does.
 
 Elsewhere: `serve/dialects/rerank.py` compares the probabilities of the two words.
 """
@@ -20,7 +20,7 @@ _INSTRUCTION = "Given a web search query, retrieve relevant passages that answer
 
 @dataclass(frozen=True, slots=True)
 class RerankForm:
-    """The texts before, between and after query and document, and the two words, each one token."""
+    """The texts before, between and after query and document, and the two words, each a single token."""
 
     before: str
     between: str
@@ -47,10 +47,10 @@ class Reranking:
     """The prompts of one model.
 
     Attributes:
-        context_tokens: positions of the context; may be set when that changes.
+        context_tokens: the size of the context; set it when that changes.
 
     Raises:
-        UsageError: the vocabulary does not have the words of the form as tokens, or there is no tokenizer.
+        UsageError: the form's words are not tokens of the vocabulary, or there is no tokenizer.
     """
 
     def __init__(self, form: RerankForm, tokenizer: Tokenizer | None, *, context_tokens: int) -> None:
@@ -66,7 +66,7 @@ class Reranking:
         self.yes_id, self.no_id = yes[0], no[0]
 
     def prompt(self, query: str, document: str) -> list[int]:
-        """The ids of the prompt; only the form's own text makes control tokens.
+        """The ids of the prompt; only the form's own text produces control tokens.
 
         Raises:
             PromptTooLong: they do not fit the context.

@@ -2,8 +2,8 @@
 
     text of a token  ->  push  ->  text that is safe to show, and the stop string if one is complete
 
-The shown text and its end depend on the text alone: the stop string completed first wins, and of two that end together
-the longer one.
+The shown text and its end depend only on the text: the stop string completed first wins, and of two that end
+together, the longer.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class StopStrings:
         return text[:num_safe], None
 
     def finish(self) -> str:
-        """Returns the text still held back, once no more text comes."""
+        """Return the text still held back, once no more comes."""
         held, self._held = self._held, ""
         return held
 

@@ -1,4 +1,5 @@
-"""Turns token ids into text one at a time, never half a character, as the decoder in a model's files does.
+"""Turns token ids into text one at a time, never splitting a character, exactly as the decoder in a model's files
+does.
 
 Elsewhere: `tokenizer.py` makes a `StreamDecoder`.
 """
@@ -19,7 +20,7 @@ from argosy.errors import UsageError
 
 
 class StreamDecoder:
-    """Turns ids into text as they come; an incomplete character waits for its other bytes.
+    """Turns ids into text as they arrive; an incomplete character waits for its remaining bytes.
 
     The cost of a token does not depend on how many came before it. Bytes that are not UTF-8 become U+FFFD as soon as
     that is certain.
@@ -39,7 +40,7 @@ class StreamDecoder:
         self._pieces = pieces_of(core, is_start=is_start)
 
     def push(self, token_id: int) -> str:
-        """Text that becomes certain with `token_id`: often the token's own, sometimes none or more."""
+        """Return the text that `token_id` makes certain: usually the token's own, sometimes none or more."""
         if token_id in self._hidden:
             return ""
         if token_id in self._added:
@@ -48,7 +49,7 @@ class StreamDecoder:
         return "" if token is None else self._pieces.token(token_id, token)
 
     def finish(self) -> str:
-        """Text that was waiting, once no more ids come: U+FFFD for an incomplete character."""
+        """Return the waiting text, once no more ids come: U+FFFD for an incomplete character."""
         return self._pieces.finish()
 
 
@@ -116,7 +117,7 @@ class _SentencePieces(Pieces):
 class _WindowPieces(Pieces):
     """Any other decoder: decode the last few tokens with and without the new one, and return the difference."""
 
-    _LONGEST = 8  # no character has more bytes, so waiting longer is useless
+    _LONGEST = 8  # no character has more bytes, so there is no point in waiting longer
 
     def __init__(self, core: tokenizers.Tokenizer) -> None:
         super().__init__()
@@ -151,7 +152,7 @@ class _WindowPieces(Pieces):
 
 
 def pieces_of(core: tokenizers.Tokenizer, *, is_start: bool = True) -> Pieces:
-    """The decoding that fits the decoder named in tokenizer.json; `is_start`: at the start of a text."""
+    """The `Pieces` for the decoder named in tokenizer.json; `is_start`: at the start of a text."""
     if core.decoder is None:
         return _WindowPieces(core)
     state = json.loads(core.decoder.__getstate__())

@@ -8,7 +8,7 @@ character shows its own origin. `Tainted` answers questions about the string (`i
 others) as the plain text would. If a template finds a way around that, its output differs from that of the plain text,
 and the caller of this module compares the two.
 
-A caller cannot guess a marker: if a caller writes a shadow, it is itself replaced by another one.
+A caller cannot forge a shadow: a shadow in a caller's text is itself replaced by another one.
 
 Elsewhere: `template_worker.py` renders with these strings. Standard library only.
 """
@@ -23,9 +23,9 @@ from typing import Any, SupportsIndex
 
 _FIRST, _LAST = 0x40000, 0xDFFFF
 _SHADOWS = re.compile(f"[{chr(_FIRST)}-{chr(_LAST)}]")
-# A character that Unicode may assign has its shadow at the same place in another plane, so whole texts change planes at
-# once. All other characters come only from callers who pose as a template; they share planes 11 to 13 in order of
-# arrival.
+# A character that Unicode may assign has its shadow at the same place in another plane, so whole texts change
+# planes at once. All other characters come only from callers who impersonate a template; they share planes 11 to 13
+# in order of arrival.
 _UNICODE_PLANES = bytes((0, 1, 2, 3, 14, 15, 16))
 _TO_SHADOWS = bytes.maketrans(_UNICODE_PLANES, bytes(range(4, 11)))
 _FROM_SHADOWS = bytes.maketrans(bytes(range(4, 11)), _UNICODE_PLANES)
@@ -41,7 +41,7 @@ def has_shadows(text: str) -> bool:
 
 
 class TooManyCharacters(ValueError):
-    """There are more different characters of planes 4 to 13 than shadows for them."""
+    """There are more distinct characters of planes 4 to 13 than shadows for them."""
 
 
 def _in_planes(text: str, table: bytes) -> str:
@@ -52,7 +52,7 @@ def _in_planes(text: str, table: bytes) -> str:
 
 
 class ShadowMap:
-    """Shadows for all characters in the texts of one conversation."""
+    """The shadows for all characters in the texts of one conversation."""
 
     def __init__(self) -> None:
         self._shared: dict[str, str] = {}  # character of planes 4 to 13 -> shadow
@@ -85,7 +85,7 @@ class ShadowMap:
         return Tainted(self.shadow(text), self)
 
     def keep(self, value: Any) -> Any:
-        """Wraps `value` as `Tainted` again if it is a plain string with shadows."""
+        """Wrap `value` as `Tainted` again if it is a plain string with shadows."""
         if type(value) is str and has_shadows(value):
             return Tainted(value, self)
         return value
@@ -105,7 +105,7 @@ def _without_taint(value: Any) -> Any:
 
 
 class Tainted(str):
-    """Text with shadows in it: copies keep the shadows, and questions see the plain text."""
+    """Text that contains shadows: copies keep them, and questions see the plain text."""
 
     _shadows: ShadowMap  # the sandbox keeps a template away from names that start with an underscore
     _plain: str
@@ -224,7 +224,7 @@ class Tainted(str):
         return self._shadows.shadow(json.dumps(self._plain, ensure_ascii=ensure_ascii))
 
     def __repr__(self) -> str:
-        """Python's own spelling, also inside lists and objects that a template prints directly."""
+        """Python's own spelling, even inside lists and objects that a template prints directly."""
         return self._shadows.shadow(repr(self._plain))
 
     def join(self, parts: Iterable[str]) -> str:

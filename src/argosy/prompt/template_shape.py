@@ -1,12 +1,12 @@
-"""Finds how one chat template expects conversations with tools, by rendering small ones once.
+"""Finds out how a chat template expects conversations with tools, by rendering small ones once.
 
     template  ->  find_shape  ->  Shape        turns  ->  Shape.messages  ->  messages for the template
 
 Templates agree on `role` and `content` and on little else: some expect a call's arguments as an object and some as JSON
 text, some print nothing for a turn that has both text and calls, some print only its first call. Anything that a
-template would silently leave out is rewritten so that it prints it, or refused by name. Two things may still be left
-out: thoughts, and text beside calls where there is no way to print both. Refusing those would end a conversation
-because of words that the model itself chose.
+template would silently leave out is rewritten so that it prints it, or refused by name. Two things may still be
+left out: thoughts, and text alongside calls where there is no way to print both. Refusing those would end a
+conversation because of words that the model itself chose.
 
 Elsewhere: `messages.py` checks what a client sends; `chat.py` renders.
 """
@@ -29,13 +29,13 @@ Try = Callable[[Messages, list[dict[str, object]] | None], str | None]
 
 # The first one that a template reads is used.
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-# The names that templates give to media in a content's parts.
+# The names that templates use for media in a content's parts.
 _TYPES = {"picture": "image", "sound": "audio", "video": "video"}
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The messages that a template reads and prints.
+    """The kinds of messages that a template reads and prints.
 
     Attributes:
         variables: names that a caller may set.
@@ -43,15 +43,16 @@ class Shape:
         takes_calls: it prints calls in earlier turns, and their results.
         arguments_as_text: it expects arguments as JSON text instead of an object.
         content_beside_calls: the value for "no text" in a turn with calls: "" or None.
-        prints_all_calls: it prints every call of a turn with several.
-        content_goes: where a turn's text goes if it has calls too: beside the calls, in its own turn before, or
-        nowhere. takes_content_and_reasoning: it prints both in a turn with calls.
+        prints_all_calls: it prints every call in a turn with several.
+        content_goes: where the text of a turn with calls goes: alongside the calls, in a turn of its own before
+            them, or nowhere. takes_content_and_reasoning: it prints both in a turn with calls.
         reasoning_key: the key from which it reads the assistant's thoughts, or None.
         knows_developer: it handles that role.
         takes_system: it prints a system message that is the first message.
         takes_late_system: it prints a system message that is not the first message.
-        between_texts: the white space that it prints between the texts of a message; a new line if it takes one only.
-        trims_texts: it drops white space around each of them.
+        between_texts: the white space that it prints between the texts of a message; a newline if it takes only one
+            text.
+        trims_texts: it drops white space around each text.
     """
 
     variables: frozenset[str]
@@ -118,7 +119,7 @@ class Shape:
         return [replace(turns[0], content=whole), *turns[num_first:]]
 
     def _split(self, turns: Sequence[Turn]) -> list[Turn]:
-        """Split turns so that the template prints as much of them as it can."""
+        """Split turns so that the template prints as much as possible of them."""
         made: list[Turn] = []
         for turn in turns:
             if not turn.calls or not turn.content:
@@ -133,7 +134,7 @@ class Shape:
 
 
 def _content(turn: Turn) -> object:
-    """A turn's text, its pieces of text, or a list of parts if there are media in it."""
+    """A turn's text, its pieces of text, or a list of parts if it contains media."""
     if not turn.media:
         return list(turn.pieces) or turn.content
     parts: list[dict[str, Any]] = []
@@ -186,7 +187,7 @@ def find_shape(variables: frozenset[str], names: frozenset[str], attempt: Try) -
             at = text.find(word, at) if text is not None else -1
             if at < 0:
                 return None
-        # A template that means to print arguments does not print Python's own spelling of the object.
+        # A template that means to print arguments does not print them in Python's own notation.
         return None if text is None or "'probe_key1'" in text else text
 
     tools: list[dict[str, object]] | None = [Tool("probe_tool", "probe").as_template_reads_it()]

@@ -1,12 +1,12 @@
-"""Renders one chat template after another, in its own process, which may be killed.
+"""Renders chat templates one after another, in a separate process that may be killed.
 
     stdin: one JSON request per line  ->  render twice, or read  ->  stdout: one JSON answer per line
 
-A template is part of a model file: data from a stranger. It runs in jinja2's immutable sandbox, and this process has no
-files, no network and little memory; the process that started it enforces the time limit. The first rendering uses the
-callers' plain values, as every other engine does. The second uses tainted values, including object keys, and shows who
-wrote each character. If the two differ, the template computes with the text in a way that hides its origin, and the
-conversation is refused.
+A template is part of a model file: data from a stranger. It runs in jinja2's immutable sandbox, and this process
+has no files, no network and little memory; the parent process enforces the time limit. The first rendering uses the
+callers' plain values, as every other engine does. The second uses tainted values, including object keys, and shows
+who wrote each character. If the two differ, the template computes with the text in a way that hides its origin, and
+the conversation is refused.
 
 Elsewhere: `chat.py` starts this process, enforces the time limit and reads the answers; `taint.py` explains tainted
 text.
@@ -39,11 +39,12 @@ from argosy.prompt.taint import ShadowMap, Tainted, TooManyCharacters, has_shado
 
 _IDLE_SECONDS = 2.0  # after this the process ends and frees its memory; the next request starts another
 _CPU_SECONDS = 60  # a limit even if the parent process is gone
-_MEMORY_BYTES = 128 << 20  # beyond the memory of the process when it is ready
-_MEMORY_BYTES_PER_CHARACTER = 400  # two renderings, shadows, and their JSON
+_MEMORY_BYTES = 128 << 20  # on top of the memory of the process when it is ready
+_MEMORY_BYTES_PER_CHARACTER = 400  # for two renderings, shadows, and their JSON
 _WARM_UP = r"""{% macro one(m) %}{{ 'a\u00e9\n' ~ m.content | trim | upper }}{% endmacro %}
 {{ one(messages[0]) }}{{ '%s {}'.format(messages | tojson(indent=2)) }}{{ strftime_now('%d %B %Y') }}{{ 1 // 0 }}"""
-# Stands in for a string while the JSON around it is written; strings that contain this character are held as well.
+# Stands in for a string while the JSON around it is written; strings that contain this character are replaced as
+# well.
 _HOLD = chr(0)
 _HELD = re.compile(r'"\\u0000(\d+)\\u0000"')
 _ASKS_WHETHER_SET = ("defined", "undefined", "default", "d")
@@ -93,7 +94,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         for name in ("random", "pprint"):
             del self.filters[name]
         del self.globals["lipsum"]
-        # These write lists and objects as Python does, and then change what they wrote.
+        # These write lists and objects as Python does and then modify the result.
         for name in ("upper", "lower", "capitalize"):
             self.filters[name] = self._of_text(self.filters[name])
         self.filters = {name: self._keeping(made) for name, made in self.filters.items()}
@@ -136,7 +137,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         separators: tuple[str, str] | None = None,
         sort_keys: bool = False,
     ) -> str:
-        """Write JSON in which each tainted string is tainted from its first quote to its last."""
+        """Write JSON in which each tainted string is tainted from its opening to its closing quote."""
         held: list[str] = []
 
         def hold(inner: Any) -> Any:
@@ -177,8 +178,8 @@ def render_segments(
 
     Args:
         template: source of the chat template.
-        messages: role, content and more. The role is one of a fixed list; all other text is the caller's. Content may
-            be a list of (is the caller's, text) instead.
+        messages: role, content and more. The role comes from a fixed list; all other text is the caller's. Content
+            may be a list of (is the caller's, text) instead.
         fixed: variables from the model's own files, such as `bos_token`; trusted like the template's text.
         variables: variables from the caller, each a string, number or boolean; text is the caller's.
         max_characters: limit on the output.
@@ -249,7 +250,7 @@ def _tainted(shadows: ShadowMap | None, key: str, value: Any) -> Any:
 
 @functools.lru_cache(maxsize=2)
 def _compile(template: str) -> CodeType:
-    """The template's code. Any environment can run it, because it contains nothing of a rendering."""
+    """Compile a template. Any environment can run the code, because it contains nothing of a rendering."""
     return _Environment(None, datetime.datetime.now()).compile(template)
 
 
@@ -262,7 +263,7 @@ def _mixed(shadows: ShadowMap | None, pieces: list[tuple[bool, str]]) -> str:
 
 
 def _part(shadows: ShadowMap | None, part: dict[str, Any]) -> dict[str, Any]:
-    """A part of a content with media; its text is in pieces."""
+    """Taint a part of a content with media, whose text is in pieces."""
     return {key: _mixed(shadows, value) if key == "text" else value for key, value in part.items()}
 
 
@@ -271,7 +272,7 @@ def _plain(value: Any) -> Any:
 
 
 def _taint(shadows: ShadowMap, value: Any) -> Any:
-    """`value` with every string in it tainted, keys included: the caller wrote those of arguments and schemas."""
+    """`value` with every string tainted, including keys, which the caller wrote in arguments and schemas."""
     if isinstance(value, str):
         return shadows.taint(value)
     if isinstance(value, dict):
@@ -326,8 +327,8 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Answer requests until stdin ends or none has come for a while."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is for the process that waits for the answer
-    with contextlib.suppress(Refused):  # warms up imports, which are impossible later without opening a file
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is for the parent, which waits for the answer
+    with contextlib.suppress(Refused):  # warm up imports, which cannot open files later
         render_segments(
             _WARM_UP, [{"role": "user", "content": "a"}], fixed={}, variables={}, max_characters=99
         )

@@ -1,12 +1,12 @@
-"""Finds where a long text can be cut without changing its ids, and how few tokens a text can have.
+"""Finds where a long text can be cut without changing its ids, and a lower bound on a text's tokens.
 
     text  ->  Cutter.pieces     ->  (start, piece) in order, each at most MAX_PIECE_CHARACTERS long
     text  ->  LongestToken      ->  bytes of the text / bytes of the longest token: a lower bound on its tokens
 
 A tokenizer that splits text into words never extends a word from a letter or digit into other characters (except in
 contractions), and it finds the words after that place without looking back. A tokenizer that merges a whole text
-(SentencePiece) ends every token before a space. A tokenizer's parts show which kind it is, if either. Besides, at every
-cut the text around it must give the same ids whole and cut.
+(SentencePiece) ends every token before a space. A tokenizer's parts show which kind it is, if either. In addition,
+the text around every cut must give the same ids whole and cut.
 
 Elsewhere: `tokenizer.py` encodes the pieces.
 """
@@ -35,7 +35,7 @@ _TRIES = 64
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's spelling of a space
 _BEHIND_WORD = re.compile(r"[^\W_](?=[^\w'\u2019])")
 _BEFORE_SPACE = re.compile(r"[^\W_](?= \w)")
-_CLASS = re.compile(r"\[(?:\\.|[^\]\\])*\]?|\\\\")  # an open one takes the rest
+_CLASS = re.compile(r"\[(?:\\.|[^\]\\])*\]?|\\\\")  # an unclosed one takes the rest
 _LOOKS_BACK = re.compile(r"\(\?<|\\[AbBG1-9]|\^")
 
 Encode = Callable[[str], list[int]]
@@ -51,7 +51,7 @@ class Cutter:
         """Yield the pieces of `text` with their start positions; a space between two pieces may be in neither.
 
         Args:
-            encode: returns ids of a text by itself, as for the pieces.
+            encode: returns the ids of a text on its own, as for the pieces.
 
         Raises:
             UsageError: a piece would be longer than MAX_PIECE_CHARACTERS, because there is no place to cut.
@@ -72,7 +72,7 @@ class Cutter:
         yield start, text[start:]
 
     def _find_cut(self, text: str, start: int, encode: Encode) -> int | None:
-        """A place to cut after the next PIECE_CHARACTERS, or None."""
+        """Find a place to cut after the next PIECE_CHARACTERS, or None."""
         separator = self._separator
         if separator is None:
             return None
@@ -81,7 +81,7 @@ class Cutter:
         for place in islice(found, _TRIES):
             cut = place.end()
             before, behind = text[max(start, cut - _AROUND) : cut], text[cut : cut + _AROUND]
-            if unicodedata.category(behind[0]).startswith("M"):  # a mark on the letter before it
+            if unicodedata.category(behind[0]).startswith("M"):  # a combining mark on the letter before it
                 continue
             if encode(before + behind) == encode(before) + encode(behind[len(separator) :]):
                 return cut
@@ -93,7 +93,9 @@ class Cutter:
 
     @functools.cached_property
     def _separator(self) -> str | None:
-        """The text that a cut removes: nothing, or the space that a tokenizer adds before a text; None: no safe cut."""
+        """The text that a cut removes: nothing, or the space that a tokenizer adds before a text. None: no cut is
+        safe.
+        """
         core = self._core
         if self._merges_whole_texts and not _ends_tokens_before_spaces(core):
             return None
@@ -126,7 +128,7 @@ class LongestToken:
 
     @classmethod
     def of(cls, core: tokenizers.Tokenizer) -> LongestToken | None:
-        """None where a token may stand for any number of bytes, as for unknown words or dropped white space."""
+        """Find it; None if a token may stand for any number of bytes, as with unknown words or dropped white space."""
         model = core.model
         added = core.get_added_tokens_decoder()
         if not isinstance(model, models.BPE) or any(token.lstrip or token.rstrip for token in added.values()):
@@ -190,7 +192,7 @@ def _ends_tokens_before_spaces(core: tokenizers.Tokenizer) -> bool:
 
 
 def _tokens(core: tokenizers.Tokenizer) -> Iterator[str]:
-    """Yield the tokens one at a time: all of them as Python objects would take tens of megabytes."""
+    """Yield the tokens one at a time, because all of them as Python objects would take tens of megabytes."""
     num_left, token_id = core.get_vocab_size(), 0
     while num_left:
         token = core.id_to_token(token_id)

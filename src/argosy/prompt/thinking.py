@@ -1,8 +1,8 @@
-"""Whether a model thinks before it answers, in the words of its chat template.
+"""Whether a model thinks before it answers, expressed in its chat template's variables.
 
     --no-think, "think": false, reasoning_effort  ->  Thinking  ->  enable_thinking, thinking, reasoning_effort
 
-Templates know these variables by different names, and many know none: then nothing can be asked for.
+Templates name these variables differently, and many have none: then a caller has no choice.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ThinkingSwitch = Literal["none", "on-off", "efforts", "both"]
 
 
 def switch_of(known: Collection[str]) -> ThinkingSwitch:
-    """The switch of a template that knows these variables."""
+    """The on/off switch among a template's variables."""
     if _EFFORT not in known:
         return "on-off" if set(_SWITCHES) & set(known) else "none"
     return "both" if set(_SWITCHES) & set(known) else "efforts"
@@ -30,9 +30,9 @@ def switch_of(known: Collection[str]) -> ThinkingSwitch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Thinking:
-    """What is asked for; None leaves it to the template. If both are given, `thinks` decides.
+    """What the caller requests; None leaves it to the template. If both are given, `thinks` decides.
 
-    effort: `low`, `medium`, `high` or another that the template knows; `none` is no thinking.
+    effort: `low`, `medium`, `high` or another that the template knows; `none` means no thinking.
     """
 
     thinks: bool | None = None
@@ -40,11 +40,13 @@ class Thinking:
 
     @property
     def is_asked(self) -> bool:
-        """Whether anything is asked for."""
+        """Whether anything is requested."""
         return self != Thinking()
 
     def variables(self, known: Collection[str]) -> dict[str, Any]:
-        """The template variables that say so, of those that a template knows; empty if it has no way to say so."""
+        """The template variables that express the request, among the known ones; empty if the template has none for
+        it.
+        """
         found: dict[str, Any] = {}
         thinks = self.thinks
         if self.effort is not None:
@@ -57,12 +59,12 @@ class Thinking:
         return found
 
     def shortfall(self, known: Collection[str]) -> str | None:
-        """The part that a template with these variables cannot pass on, in a sentence; None if it passes on all."""
+        """A sentence about the part of the request that a template cannot express; None if it expresses all."""
         if not self.is_asked:
             return None
         if not self.variables(known):
             if _EFFORT in known:
-                return "this model can be told how much to think (--effort low), and not whether to"
+                return "this model can be told how much to think (--effort low), but not whether to"
             return "this model cannot be told whether to think: its chat template has no switch for that"
         if self.effort is not None and _EFFORT not in known:
             return f"this model knows no effort, so '{self.effort}' only tells it to think"
@@ -74,4 +76,4 @@ WORDS = {
     "off": Thinking(thinks=False),
     **{effort: Thinking(effort=effort) for effort in EFFORTS},
 }
-"""What may be asked for, in a word of the command line."""
+"""What may be requested, as a word for the command line."""

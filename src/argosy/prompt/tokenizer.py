@@ -1,15 +1,15 @@
-"""Converts text to token ids and back, using a model directory's files or its GGUF's metadata.
+"""Converts text to token ids and back, using the files of a model directory or a GGUF's metadata.
 
     caller's text   ->  encode           ->  ids, never a control token
     segments        ->  encode_segments  ->  ids, control tokens only where the template wrote them
-    one id at a time -> StreamDecoder    ->  text, never half a character
+    one id at a time -> StreamDecoder    ->  text, in whole characters
 
-A control token is an added token (`<|im_end|>`, `<think>`, special or not), BOS, EOS or padding. A caller's text that
-spells one is encoded with ordinary tokens that spell the same. Text that spells none gets the ids that `tokenizers`
-gives for the whole, across segment boundaries, so it reads as the model was trained to read it.
+A control token is an added token (`<|im_end|>`, `<think>`, special or not), BOS, EOS or padding. A caller's text
+that spells one is encoded with ordinary tokens that spell the same. Text that spells none gets the ids that
+`tokenizers` gives for the whole, across segment boundaries, so the model sees the ids it was trained on.
 
-`tokenizers` takes hundreds of bytes of memory per byte of text. So a long text is encoded piece by piece, one long text
-at a time, and no further than `max_tokens`.
+`tokenizers` takes hundreds of bytes of memory per byte of text. A long text is therefore encoded piece by piece,
+one long text at a time, and no further than `max_tokens`.
 
 Elsewhere: segments come from `chat.py`; `text_pieces.py` finds where to cut a text; stop strings are in `stop.py`.
 """
@@ -70,7 +70,7 @@ class Tokenizer:
         unk_id: id for text without any other id, or None; a text may contain it but cannot spell it.
         prefix_ids: ids before a raw text: BOS where the model's files ask for it.
         suffix_ids: ids after a whole text, which nothing continues: EOS where the model's files ask for it.
-        control_ids: ids that only a template may use.
+        control_ids: ids that only a template may produce.
         special_tokens: `bos_token`, `eos_token` and others as the model's files spell them, for templates.
         chat_template: source of the chat template, or None.
     """
@@ -113,16 +113,16 @@ class Tokenizer:
 
     @classmethod
     def open(cls, path: Path | str, header: GgufFile | None = None) -> Tokenizer | None:
-        """Read the tokenizer and the files beside it from a directory, or from a GGUF's metadata; None if there is
-        none.
+        """Read the tokenizer and its accompanying files from a directory, or from a GGUF's metadata; None if there
+        is none.
 
         Args:
             path: a `.gguf` file, or a model's directory.
-            header: a GGUF file's header that was already read; if it is the same file, it is not read again.
+            header: an already parsed GGUF header, used if it belongs to the same file.
 
         Raises:
             CheckpointError: a file cannot be parsed, or is larger than any tokenizer.
-            UnsupportedModel: a GGUF or a `tiktoken.model` describes a kind of tokenizer that is not supported.
+            UnsupportedModel: a GGUF or a `tiktoken.model` describes an unsupported kind of tokenizer.
         """
         path = Path(path)
         if not path.is_dir():
@@ -198,12 +198,12 @@ class Tokenizer:
         return prefix, suffix
 
     def encode(self, text: str, *, max_tokens: int | None = None) -> list[int]:
-        """Ids of a caller's text. They never include a control token, whatever the text spells.
+        """The ids of a caller's text, never including a control token, whatever the text spells.
 
         Raises:
             PromptTooLong: there are more than `max_tokens`.
-            UsageError: the text has a lone surrogate, a character that this tokenizer can only write as a control
-                token, or a run longer than any word without a place to cut.
+            UsageError: the text contains a lone surrogate, a character that this tokenizer can only write as a
+                control token, or a run longer than any word without a place to cut.
         """
         return self.encode_segments([(True, text)], max_tokens=max_tokens)
 
@@ -224,9 +224,10 @@ class Tokenizer:
         return self.encode(text)[:num_tokens]
 
     def encode_later(self, text: str, *, max_tokens: int | None = None) -> list[int]:
-        """Ids of a caller's text without the space that SentencePiece puts before a text. Raises what `encode` raises.
+        """The ids of a caller's text without the space that SentencePiece puts before a text. Raises what `encode`
+        raises.
 
-        As in mistral-common, it is encoded behind a symbol whose ids are then left out.
+        As in mistral-common, the text is encoded after a symbol whose ids are then dropped.
         """
         if not self.token_text(self.encode("a")[0]).startswith("▁"):
             return self.encode(text, max_tokens=max_tokens)
@@ -235,11 +236,11 @@ class Tokenizer:
         return self.encode("☺" + text, max_tokens=most)[len(symbol) :]
 
     def encode_segments(self, segments: Sequence[Segment], *, max_tokens: int | None = None) -> list[int]:
-        """Ids of a rendered conversation, as one text; only the template's own text makes control tokens.
+        """The ids of a rendered conversation as one text; only the template's own text produces control tokens.
 
-        A control token counts only if the template's text between two caller texts has it at that place when encoded
-        alone. So a caller can neither add a control token (not even by completing one that the template began) nor
-        break one. Raises what `encode` raises.
+        A control token counts only if the template's text between two caller texts has it at that place when
+        encoded alone. A caller therefore can neither add a control token (not even by completing one that the
+        template began) nor break one. Raises what `encode` raises.
         """
         whole = text_of(segments)
         if len(whole) <= PIECE_CHARACTERS:
@@ -249,7 +250,7 @@ class Tokenizer:
             return self._encode_segments(segments, whole, max_tokens)
 
     def _require_possible(self, text: str, max_tokens: int | None) -> None:
-        """Refuse a text that must have more than `max_tokens` tokens before encoding any."""
+        """Refuse a text that is bound to exceed `max_tokens`, before encoding any of it."""
         longest = self._longest_token
         if max_tokens is None or longest is None or not longest.holds_for(text):
             return
@@ -309,14 +310,14 @@ class Tokenizer:
         return wanted
 
     def _encode_all(self, text: str) -> tuple[list[int], list[Control]]:
-        """Ids with control tokens allowed everywhere, and the positions of those."""
+        """The ids with control tokens allowed everywhere, and the positions of the control tokens."""
         encoding = self._encoding(text)
         ids: list[int] = encoding.ids
         if self.control_ids.isdisjoint(ids):
             return ids, []
         spans = zip(ids, encoding.offsets, strict=True)
         controls = [Control(token_id, *span) for token_id, span in spans if token_id in self.control_ids]
-        # The unknown token stands for text without a token. It is not a marker unless the text spells it.
+        # The unknown token stands for any text without a token; it is a marker only if the text spells it.
         return ids, [
             c
             for c in controls
@@ -339,7 +340,7 @@ class Tokenizer:
 
     @staticmethod
     def _cores(controls: Iterable[Control], text: str) -> list[Control]:
-        """The same controls without the white space that a token may take in on either side."""
+        """The same controls without the white space that a token may absorb on either side."""
         cores = []
         for token_id, start, stop in controls:
             span = text[start:stop]
@@ -353,7 +354,7 @@ class Tokenizer:
             yield self._plain_ids(piece, is_start=is_start or start > 0)
 
     def _plain_ids(self, text: str, is_start: bool = True) -> list[int]:
-        """Do the steps of `tokenizers` without its added tokens."""
+        """Perform the steps of `tokenizers` without its added tokens."""
         if not text:
             return []
         core = self._core
@@ -373,14 +374,14 @@ class Tokenizer:
         later = state.replace(b'"prepend_scheme":"first"', b'"prepend_scheme":"never"')
         if later == state:
             return own
-        # Copied through a tokenizer without a vocabulary; the state has the form of tokenizer.json.
+        # Copied through a tokenizer without a vocabulary; the state has the structure of tokenizer.json.
         empty = json.loads(tokenizers.Tokenizer(tokenizers.models.BPE()).to_str())
         return tokenizers.Tokenizer.from_str(
             json.dumps({**empty, "pre_tokenizer": json.loads(later)})
         ).pre_tokenizer
 
     def _encode_word(self, word: str) -> list[int]:
-        """Ids of one pre-tokenizer word. A vocabulary may hold a marker as a word, so the word is cut there."""
+        """The ids of one pre-tokenizer word. A vocabulary may contain a marker as a word, so the word is cut there."""
         ids = [token.id for token in self._core.model.tokenize(word)]
         markers = {self.token_text(token_id) for token_id in self.control_ids.intersection(ids)}
         if self.unk_id is not None and (unknown := self.token_text(self.unk_id)) not in word:
@@ -396,7 +397,7 @@ class Tokenizer:
         return [token_id for piece in pieces for token_id in self._encode_word(piece)]
 
     def decode(self, token_ids: Iterable[int], *, keep_special: bool = False) -> str:
-        """Text of `token_ids`; special tokens are omitted unless `keep_special`."""
+        """The text of `token_ids`; special tokens are omitted unless `keep_special`."""
         stream = self.stream(keep_special=keep_special)
         return "".join([*map(stream.push, token_ids), stream.finish()])
 
@@ -413,7 +414,7 @@ class Tokenizer:
         return self._core.id_to_token(token_id) or ""
 
     def token_bytes(self, token_id: int) -> bytes:
-        """A token's bytes in the vocabulary, which may be part of a character; b"" if the id has none.
+        """A token's bytes in the vocabulary, perhaps only part of a character; b"" if the id has none.
 
         The bytes of a text's tokens add up to the text, apart from the space that SentencePiece puts before it.
 
@@ -455,7 +456,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _token_text(value: Any) -> str | None:
-    """A special token's spelling, which the files give as a string or as an object."""
+    """A special token's spelling, which the files give as a string or an object."""
     if isinstance(value, Mapping):
         value = value.get("content")
     if value is not None and not isinstance(value, str):
@@ -472,7 +473,7 @@ def _has_tokenizer(directory: Path) -> bool:
 
 
 def _read_core(directory: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """The tokenizer of a directory that has one; `tokenizer.json` takes precedence over other files."""
+    """Read a directory's tokenizer; `tokenizer.json` takes precedence over other files."""
     path = directory / TOKENIZER_FILE
     if not path.is_file():
         from argosy.checkpoint.vocabulary.tiktoken_model import read_tiktoken
@@ -487,10 +488,10 @@ def _read_core(directory: Path, config: Mapping[str, Any]) -> tokenizers.Tokeniz
 
 
 def has_chat_template(directory: Path) -> bool:
-    """Whether a directory's tokenizer has a chat template beside it. Unlike opening the tokenizer (0.1 s), this is
+    """Whether a directory has a chat template for its tokenizer. Unlike opening the tokenizer (0.1 s), this is
     cheap.
 
-    A GGUF may still have a template: its metadata is read with its tokenizer.
+    A GGUF may still have a template, because its metadata is read with its tokenizer.
     """
     if not _has_tokenizer(directory):
         return False
@@ -504,7 +505,7 @@ def _read_template(directory: Path, config: Mapping[str, Any]) -> str | None:
         template = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
     except UnicodeDecodeError:
         raise CheckpointError(f"{path}: not UTF-8", path=path) from None
-    if isinstance(template, list):  # several templates, by name
+    if isinstance(template, list):  # several named templates
         named = {item.get("name"): item.get("template") for item in template if isinstance(item, Mapping)}
         template = named.get("default")
     return _checked_template(template, directory)

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from argosy.errors import UsageError
 from argosy.prompt.json_text import plain_json, plain_text, read_json
 
-# These characters are safe in every format: no quote, bracket, colon or white space to confuse with the syntax around.
+# These characters are safe in every format: no quote, bracket, colon or white space that could pass for syntax.
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
-_MOST_PARTS = 256  # of a parameter's schema that are read for its types
+_MOST_PARTS = 256  # parts of a parameter's schema that are searched for its types
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Tool:
 
 
 def check_tools(tools: Sequence[Tool | Mapping[str, object]]) -> tuple[Tool, ...]:
-    """Check tools as callers write them; the first thing that is wrong raises an error.
+    """Check a caller's tools; the first fault raises an error.
 
     Raises:
         UsageError: a type is not function, a key is unknown or missing, a name is invalid or used twice, or parameters
@@ -65,7 +65,7 @@ def check_tools(tools: Sequence[Tool | Mapping[str, object]]) -> tuple[Tool, ...
 
 
 def require_tools(tools: Sequence[Tool]) -> None:
-    """Check that there is a tool for a required call.
+    """Check that a required call has a tool to call.
 
     Raises:
         UsageError: there is none.
@@ -75,7 +75,7 @@ def require_tools(tools: Sequence[Tool]) -> None:
 
 
 def tool_named(tools: Sequence[Tool], name: str) -> Tool:
-    """Returns the tool with that name.
+    """Return the tool with that name.
 
     Raises:
         UsageError: there is none.
@@ -172,7 +172,7 @@ def _type_of(value: object) -> str:
 
 
 def value_of(text: str, schema: object, root: Mapping[str, object]) -> object:
-    """Parse `text`, which a model wrote without quotes, into the value that it means.
+    """Parse `text`, written by a model without quotes, into the value that it means.
 
     The schema decides: text that spells a number becomes one only where a number is allowed. Where a string is allowed
     as well, `null`, `3` or `true` still becomes the value that it spells, if that type is allowed.
@@ -185,7 +185,7 @@ def value_of(text: str, schema: object, root: Mapping[str, object]) -> object:
     kind = _type_of(value)
     if kind in types or (kind == "integer" and "number" in types):
         return value
-    # If the schema names no type, lists and objects are hardly meant as text.
+    # If the schema names no type, lists and objects are unlikely to be meant as text.
     return value if not types and isinstance(value, dict | list) else text
 
 

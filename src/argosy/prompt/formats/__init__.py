@@ -1,6 +1,6 @@
 """How each family of models writes thoughts and tool calls: one file per format.
 
-format.py   defines a format          block_format.py   formats whose calls stand between two marks
+format.py   defines a format          block_format.py   formats whose calls are between two marks
 parser.py   turns an answer's tokens into events
 table.py    finds a model's format    lark.py           builds grammars for answers that have to call a tool
 """

@@ -17,14 +17,16 @@ from argosy.prompt.tools import Tool
 if TYPE_CHECKING:
     from argosy.prompt.prompt import Prompt
 
-_MOST_UNREAD = 64  # closing marks inside one call: each one has the call read again, so they have to be few
+# closing marks inside one call: each one makes the call be parsed again, so they must be few
+_MOST_UNREAD = 64
 
 
 class BlockFormat(Format):
     """The format of a family that calls tools in blocks between two marks.
 
     Attributes:
-        blocks: maps the mark that opens one or several calls to the mark that closes them; None: the next mark does.
+        blocks: maps the mark that opens one or several calls to the mark that closes them, or None if the next mark
+            does.
         sections: marks around all calls, if the format has them.
         inside: marks inside a block.
     """
@@ -49,8 +51,8 @@ class BlockFormat(Format):
         """Parse the calls of one block.
 
         Args:
-            block: its lexemes, starting with the opening mark. The closing mark is last, unless the answer ended first
-                or the format has none.
+            block: its lexemes, starting with the opening mark and ending with the closing one, unless the answer
+                ended first or the format has none.
             tools: the tools that may be called, by name.
         """
 
@@ -95,7 +97,9 @@ class BlockParser(Parser):
             self._say(lexeme)
 
     def _take_in_thoughts(self, lexeme: str) -> None:
-        """Hold back a call inside thoughts; it counts if they never close: some models go from thoughts to a call."""
+        """Hold back a call inside thoughts; it counts if they never close, because some models go straight from
+        thoughts to a call.
+        """
         if lexeme == self._form.thinking[1] and isinstance(lexeme, Mark):
             for held in self._maybe or ():
                 self._say(held)
@@ -166,7 +170,7 @@ class BlockParser(Parser):
 
     def _is_mark_of_call(self, start: str) -> bool:
         if self._block is not None:
-            return True  # the text held back can only be the start of its closing mark
+            return True  # text held back can only be the start of its closing mark
         opening = (*self._form.blocks, *self._form.sections) if self._tools else ()
         return len(start) > 1 and any(mark.startswith(start) for mark in opening)
 

@@ -71,7 +71,7 @@ class Answer:
 
 
 def collect(events: Iterable[Event]) -> Answer:
-    """Combine `events` into one answer."""
+    """Combine events into a whole answer."""
     text, reasoning = [], []
     begun: dict[int, ToolCallBegin] = {}
     arguments: dict[int, list[str]] = {}

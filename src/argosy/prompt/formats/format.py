@@ -1,12 +1,12 @@
 """Defines a format: how one family of models writes thoughts and tool calls.
 
     Format  ->  parser          turns an answer's tokens into events
-            ->  grammar         for an answer that has to call a tool, or to have some form
+            ->  grammar         for an answer that must call a tool or have a given form
             ->  lazy_grammar    constrains an answer from a call's mark on; the text before is unconstrained
             ->  own_id          the id that the model's template expects for a call
 
-Elsewhere: `block_format.py` has what most formats share; each format has its own file; `table.py` finds a model's
-format; `parser.py` parses.
+Elsewhere: `block_format.py` is the common base of most formats; each format has its own file; `table.py` finds a
+model's format; `parser.py` parses.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Thoughts = Literal["open", "closed", "either"]
 
 
 class Format(ABC):
-    """A format, with the tokens that one model's tokenizer has for its marks.
+    """A format, with one tokenizer's tokens for its marks.
 
     Attributes:
         name: its name in the table of formats.
@@ -63,11 +63,11 @@ class Format(ABC):
 
     @abstractmethod
     def parser(self, tools: Sequence[Tool] = (), prompt: Prompt | None = None) -> Parser:
-        """Returns a parser for one answer.
+        """Return a parser for one answer.
 
         Args:
             tools: the tools that the model was given; a call of any other is text.
-            prompt: the prompt that is answered; it shows whether the model's thoughts are already open.
+            prompt: the prompt being answered; it shows whether the model's thoughts are already open.
         """
 
     def grammar(
@@ -78,7 +78,7 @@ class Format(ABC):
         *,
         form: Grammar | None = None,
     ) -> str:
-        """Lark text, in llguidance's syntax, for answers that call tools in this format, or have a given form.
+        """The grammar, in llguidance's Lark, for answers that call tools in this format or have a given form.
 
         Thoughts may come first, if the model has them. The grammar ends with the last call or with the form; the turn
         then ends with the model's end token.
@@ -86,8 +86,8 @@ class Format(ABC):
         Args:
             tools: the tools that may be called.
             parallel: more than one call may be made.
-            prompt: the prompt that is answered; it shows whether it opened or closed the model's thoughts.
-            form: grammar for an answer without calls; None: a tool has to be called.
+            prompt: the prompt being answered; it shows whether it opened or closed the model's thoughts.
+            form: the grammar for an answer without calls; None: a tool must be called.
 
         Raises:
             UsageError: there is no tool to call, and no form.
@@ -105,10 +105,10 @@ class Format(ABC):
     def lazy_grammar(
         self, tools: Sequence[Tool], parallel: bool = True, prompt: Prompt | None = None
     ) -> tuple[str, Trigger]:
-        """Lark text for the calls of an answer that may call tools, and the trigger that starts it: a call's mark.
+        """The grammar for calls in an answer that may call tools, and its trigger, which is a call's mark.
 
-        The text before is unconstrained, and so are thoughts, in which marks do not count. After the calls the answer
-        ends. If one of the tools is strict, the grammar marks the schemas of the others as droppable.
+        The text before a call is unconstrained, as are thoughts, in which marks do not count. After the calls the
+        answer ends. If a tool is strict, the grammar marks the schemas of the others as droppable.
         """
         lark = Lark(self.lexer, drops_schemas=True, frees_tools=any(tool.is_strict for tool in tools))
         calls, words = self._lazy_calls(lark, tools, parallel)
@@ -130,14 +130,14 @@ class Format(ABC):
         return next((token_id for token_id, known in self.lexer.ids.items() if known == mark), mark)
 
     def _free_stretches(self) -> tuple[Sequence[str], Sequence[str]]:
-        """Marks that begin and end stretches where calls do not count: those of thoughts, if the model has them."""
+        """The marks that begin and end stretches where calls do not count: those of thoughts, if the model has any."""
         known = {*self.lexer.spelled, *self.lexer.ids.values()}
         opened, closed = self.thinking
         return ([opened], [closed]) if opened in known and closed in known else ([], [])
 
     @abstractmethod
     def _lazy_calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> tuple[str, Sequence[str]]:
-        """Like `_calls`, and the marks that the calls can begin with."""
+        """Like `_calls`, plus the marks with which calls can begin."""
 
     def _text(self, lark: Lark, form: Grammar) -> str:
         """The expression for an answer without calls."""
@@ -148,7 +148,7 @@ class Format(ABC):
         """The expression for calls of `tools`; it adds the rules that it needs to `lark`."""
 
     def _thoughts(self, lark: Lark, prompt: Prompt | None, *, is_exact: bool) -> str:
-        """The expression before the calls or a form; it allows no white space before an exact form."""
+        """The expression for thoughts before the calls or a form; it allows no white space before an exact form."""
         state = self.thoughts_in(prompt)
         if state == "closed":
             return ""
@@ -156,7 +156,8 @@ class Format(ABC):
         thought = f"{lark.text_until(closed)} {lark.space()}"
         if state == "open":
             return thought
-        # If left to the model, thoughts are allowed only if their mark is a token, so that they are recognized at once.
+        # If thinking is left to the model, thoughts are allowed only if their mark is a token, so that they are
+        # recognized at once.
         space = "" if is_exact else lark.space()
         return f"{space} ({lark.mark(opened)} {thought})?" if lark.has_token(opened) else ""
 
@@ -190,7 +191,7 @@ class Format(ABC):
 def call_of(
     name: object, arguments: object, tools: Mapping[str, Tool], own_id: str | None = None
 ) -> FoundCall | None:
-    """The call, if it is of one of `tools` and its arguments are an object, the JSON text of one, or absent."""
+    """The call, if it names one of `tools` and its arguments are an object, the JSON text of one, or absent."""
     if not isinstance(name, str) or name not in tools:
         return None
     if arguments is None or arguments == "":
@@ -203,7 +204,7 @@ def call_of(
 def beginning_of_call(
     name: str, arguments: str, tools: Mapping[str, Tool], own_id: str | None = None
 ) -> Sequence[FoundCall | CutCall]:
-    """The call that starts like this, if it is of one of `tools`; it is complete if its arguments are."""
+    """The call that starts like this, if it names one of `tools`; it is complete if its arguments are."""
     if name not in tools:
         return ()
     whole = call_of(name, arguments, tools, own_id) if arguments.strip() else None

@@ -48,7 +48,7 @@ def read_cut_functions(text: str, tags: Tags, tools: Mapping[str, Tool]) -> Sequ
 
 
 def _read(text: str, tags: Tags, tools: Mapping[str, Tool], told: list[FoundCall | CutCall]) -> Reading:
-    """Do what `read_functions` does, and add to `told` everything that is certain even if the text breaks off."""
+    """Parse like `read_functions`, and add to `told` everything that is certain even if the text breaks off."""
     calls: list[FoundCall] = []
     at = _skip(text, 0)
     while at < len(text) or not calls:

@@ -1,4 +1,4 @@
-"""Gemma-4: thoughts on a channel, and calls whose strings stand between two equal marks.
+"""Gemma-4: thoughts on a channel, and calls whose strings are enclosed in two equal marks.
 
     <|channel>thought
     thoughts<channel|>the answer<|tool_call>call:get_weather{city:<|"|>Oslo<|"|>,days:2}<tool_call|>
@@ -62,9 +62,9 @@ class Gemma4(BlockFormat):
 
 
 class _Parser(BlockParser):
-    """Leaves out the name of the channel, with which thoughts begin, and marks that end no thoughts."""
+    """Omits the channel's name, with which thoughts begin, and end marks without thoughts."""
 
-    _begun = ""  # the thoughts so far, while they may be the name alone
+    _begun = ""  # the thoughts so far, while they may be only the name
     _is_named = False
 
     def _switch(self, *, is_reasoning: bool) -> None:
@@ -99,8 +99,8 @@ class _Parser(BlockParser):
 
 
 def _call_in(lexemes: Sequence[str]) -> tuple[str, str, bool]:
-    """The name of a call, the JSON text of its arguments as far as they go, and whether they end inside a string."""
-    parts: list[list[str]] = [[]]  # outside of strings and inside in turn
+    """The name of a call, the JSON text of its arguments so far, and whether they end inside a string."""
+    parts: list[list[str]] = [[]]  # alternately outside and inside strings
     for lexeme in lexemes:
         if isinstance(lexeme, Mark) and lexeme == QUOTE:
             parts.append([])
@@ -141,7 +141,7 @@ def _call_in(lexemes: Sequence[str]) -> tuple[str, str, bool]:
 
 
 def _object(lark: Lark, schema: Mapping[str, object], tool: Tool) -> str:
-    """An object: declared properties in alphabetical order, as the template writes them, or any."""
+    """An object: the declared properties in alphabetical order, as the template writes them, or any object."""
     properties, more = schema.get("properties"), schema.get("additionalProperties", False)
     is_elsewhere = any(key in schema for key in _ELSEWHERE)
     if is_elsewhere or more is not False or not isinstance(properties, Mapping):
@@ -151,7 +151,7 @@ def _object(lark: Lark, schema: Mapping[str, object], tool: Tool) -> str:
         return '"{" members? "}"'
     listed = schema.get("required")
     required = set(map(str, listed)) if isinstance(listed, list) else set()
-    first, later = "", ""  # what may follow, while nothing is written, and behind a member
+    first, later = "", ""  # what may follow at the beginning, and after a member
     for name in sorted(properties, reverse=True):
         member = lark.rule(f"{lark.literal(f'{name}:')} {_value(lark, properties[name], tool)}")
         if name in required:
@@ -193,7 +193,7 @@ def _value(lark: Lark, schema: object, tool: Tool) -> str:
 
 
 def _require_lenient(tool: Tool) -> None:
-    """Refuse to replace what a strict tool asks for by any value.
+    """Refuse to let a strict tool's value be anything.
 
     Raises:
         GrammarError: the tool is strict.

@@ -27,7 +27,7 @@ _ANNOTATIONS = (
     "deprecated",
     "readOnly",
     "writeOnly",
-    LENIENT_SCHEMA,  # callers may not set it
+    LENIENT_SCHEMA,  # callers may not set these
 )
 _NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _VALUES = ("enum", "const", "required")
@@ -37,7 +37,7 @@ class Lark:
     """A grammar under construction; `text` returns it.
 
     Args:
-        drops_schemas: schemas of tools that are not strict may be dropped if they cannot be enforced.
+        drops_schemas: schemas of non-strict tools may be dropped if they cannot be enforced.
         frees_tools: the grammar marks them, because other schemas have to be enforced.
     """
 
@@ -72,7 +72,7 @@ class Lark:
         return json.dumps(text, ensure_ascii=False)
 
     def space(self) -> str:
-        """White space, or none; bounded, because a model with nothing to say writes it without end."""
+        """Optional white space; bounded, because a model with nothing to say writes it endlessly."""
         return self.rule(r"/[ \t\r\n]{1,8}/") + "?"
 
     def text_until(self, mark: str, before: str = "") -> str:
@@ -85,7 +85,7 @@ class Lark:
         """JSON that follows `schema`, which describes one or all arguments of `tool`.
 
         Raises:
-            GrammarError: it does not fit a grammar with the schemas before it, and may not be dropped.
+            GrammarError: the grammar has no room for it after earlier schemas, and it may not be dropped.
         """
         is_droppable = self._drops_schemas and tool is not None and not tool.is_strict
         plain = self._without_room(schema, is_droppable=is_droppable) or without_annotations(schema)
@@ -96,10 +96,10 @@ class Lark:
         return self.rule(f"%json {written}")
 
     def _without_room(self, schema: object, *, is_droppable: bool) -> object:
-        """What takes the place of a schema once the grammar is as long as any may be; None until then.
+        """The replacement for a schema once the grammar has reached its limit; None until then.
 
-        Parameters may share definitions, and each has them written again, so the whole could be any number of times
-        as long as the tools.
+        Parameters may share definitions, which are written out for each, so the whole could be many times as long
+        as the tools.
         """
         if self._num_characters <= MAX_GRAMMAR_CHARACTERS:
             return None
@@ -111,7 +111,7 @@ class Lark:
         return {"type": "object"} if is_object else True
 
     def form(self, form: Grammar) -> str:
-        """The form of an answer, as a rule beside others; a caller's own rules are kept apart from them."""
+        """The form of an answer as a rule; a caller's own rules are kept apart from the others."""
         if form.kind == "lark":
             return self.rule(f"%lark {{\n{form.text}\n}}")
         if form.kind == "regex":
@@ -151,7 +151,7 @@ def expression(regex: str) -> str:
 
 
 def without_annotations(schema: object) -> object:
-    """`schema` without text for readers: a hundred tools have more of it than fits a grammar."""
+    """`schema` without its descriptions, which for a hundred tools would exceed the grammar's limit."""
     if isinstance(schema, list):
         return [without_annotations(part) for part in schema]
     if not isinstance(schema, Mapping):
@@ -168,7 +168,7 @@ def without_annotations(schema: object) -> object:
 
 
 class ValueForm:
-    """How a format writes each argument: `before` with its name, value, `after`.
+    """How a format writes an argument: `before` with its name, the value, `after`.
 
     Args:
         name: the pieces around the parameter's name, marks and text; `{}` stands for the name.

@@ -1,12 +1,12 @@
-"""Turns the tokens of an answer into events as they come.
+"""Turns the tokens of an answer into events as they arrive.
 
     token id and text  ->  lexemes: text, marks  ->  states: thinking, answering, inside a call  ->  events
 
 A *mark* is a marker of the model's format. If the tokenizer has a token for it, only that token is the mark, and the
 same characters in ordinary tokens are text. Otherwise the mark is found in the text, wherever token boundaries fall,
 and only text that could become a mark is held back. A call is reported when it is complete (decision 20). Text that
-only looked like a call stays text: nothing is lost, and nothing raises. A call that the token limit cut off is reported
-as far as it goes, once its name is known, and gets no end event (decision 20).
+only looked like a call stays text: nothing is lost, and nothing raises. A call that the token limit cuts off is
+reported as far as it goes, once its name is known, and gets no end event (decision 20).
 
 Elsewhere: `format.py` defines formats; `block_format.py` parses blocks; each format's own file reads the inside of a
 call.
@@ -42,7 +42,7 @@ SPACE = " \t\r\n"
 
 
 class Mark(str):
-    """A marker of a format, as it is spelled, kept distinct from the same characters as text."""
+    """A format's marker, kept distinct from the same characters as text."""
 
     __slots__ = ()
 
@@ -133,7 +133,7 @@ class Parser(ABC):
             text: the token's text from a `StreamDecoder`; it may be empty for a mark.
 
         Returns:
-            Events that are now certain: often one, sometimes none or more.
+            Events that are now certain: usually one, sometimes none or more.
         """
         mark = None if token_id is None else self._lexer.ids.get(token_id)
         if mark is None:
@@ -147,7 +147,7 @@ class Parser(ABC):
         return self._out()
 
     def finish(self, *, is_cut: bool = False) -> list[Event]:
-        """Returns the remaining events once no more tokens come; `is_cut`: the token limit ended the answer."""
+        """Return the remaining events once no more tokens come; `is_cut`: the token limit ended the answer."""
         self._is_cut = is_cut
         if is_cut and self._is_mark_of_call(self._pending):
             self._pending = ""
@@ -190,7 +190,7 @@ class Parser(ABC):
             self._held_space.append(text[len(said) :])
 
     def _give_space(self) -> None:
-        """Emit white space that was held back, if no structure follows."""
+        """Emit held-back white space, because no structure follows."""
         held, self._held_space = self._held_space, []
         if held:
             self._emit("".join(held))

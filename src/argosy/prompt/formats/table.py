@@ -72,7 +72,7 @@ def find_format(tokenizer: Tokenizer, template: str) -> Format:
 
 
 def named_format(name: str, tokenizer: Tokenizer) -> Format:
-    """Returns the format called `name`.
+    """Return the format called `name`.
 
     Raises:
         UsageError: there is no format with that name.
