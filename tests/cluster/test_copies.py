@@ -586,7 +586,7 @@ def test_links_in_a_copy_lead_nowhere(model: Path, tmp_path: Path, place: str) -
 
 def test_one_worker_at_a_time_copies_to_a_directory(tmp_path: Path) -> None:
     copy = Copy(tmp_path / "copy")
-    with pytest.raises(UsageError, match="another worker copies"):
+    with pytest.raises(UsageError, match="another worker is copying"):
         Copy(tmp_path / "copy")
     copy.close()
     Copy(tmp_path / "copy").close()
