@@ -241,7 +241,7 @@ def test_the_name_is_resolved_once_and_the_next_address_is_tried() -> None:
     ],
 )  # fmt: skip
 def test_an_allowed_host_is_a_plain_name(name: str) -> None:
-    with pytest.raises(UsageError, match="--media-host must be the name of a host"):
+    with pytest.raises(UsageError, match="--media-host must be a host name"):
         MediaHosts([name], network=FakeNetwork)
 
 

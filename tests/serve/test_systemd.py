@@ -199,5 +199,5 @@ def test_a_name_that_nobody_reads_is_logged_and_ends_nothing(
     monkeypatch.setenv("NOTIFY_SOCKET", name)
     Notifier().tell("READY=1")
     assert re.fullmatch(
-        r"systemd was not told READY=1, because NOTIFY_SOCKET cannot be used: .+", caplog.messages[-1]
+        r"could not notify systemd of READY=1, because NOTIFY_SOCKET cannot be used: .+", caplog.messages[-1]
     )

@@ -1,1 +1,1 @@
-"""From a request to its answer, in the form common to all dialects."""
+"""From a request to its answer, in terms common to all dialects."""

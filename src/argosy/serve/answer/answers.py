@@ -1,11 +1,12 @@
-"""The answers of one request as they are made: events of the engine become steps, and a dialect makes its own of those.
+"""The answers of one request as they are generated: engine events become steps, which a dialect turns into its own
+events.
 
-    engine's thread  ─ Event ─>  Answers: parsed, as far as the policy lets it pass  ─ Progress, Said, Ended ─>  dialect
+    engine's thread  ─ Event ─>  Answers: parsed and passed by the policy  ─ Progress, Said, Ended ─>  dialect
 
-No answer keeps the event loop for longer than a turn, however many of its tokens are ready. Answers are stored for
-replay in threads. Cancelling an `Answers` before its end makes the engine free its sequences before the next step.
+No answer holds the event loop for longer than a turn, however many of its tokens are ready. Answers are stored for
+replay in threads. Cancelling an `Answers` early makes the engine free its sequences before the next step.
 
-Elsewhere: prompts are made in `opening.py`; the engine's thread is `engine/loop.py`.
+Elsewhere: `opening.py` makes the prompts; the engine's thread is `engine/loop.py`.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ if TYPE_CHECKING:
     from argosy.prompt.builder import PromptBuilder
     from argosy.prompt.formats import Parser
 
-_TURN_S = 0.001  # after this time, an answer whose tokens are ready yields to others
+_TURN_S = 0.001  # after this time, an answer with tokens ready yields to others
 Finish = Literal["stop", "length", "tool_calls", "content_filter"]
-MOST_UNREAD = 4096  # events waiting for the client, per request; some MB with log-probabilities
+MOST_UNREAD = 4096  # events waiting for the client, per request; a few MB with log-probabilities
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Progress of the prefill: see `PromptProgress`."""
+    """Progress of the prefill; see `PromptProgress`."""
 
     processed: int
     total: int
@@ -49,7 +50,7 @@ class Progress:
     encoded: float | None
 
     def as_dict(self) -> ReadOfPrompt:
-        """The form for OpenAI's dialects, with llama.cpp's field names."""
+        """The JSON for OpenAI's dialects, with llama.cpp's field names."""
         made: ReadOfPrompt = {"processed": self.processed, "total": self.total, "cache": self.cached}
         return made if self.encoded is None else {**made, "encoded": round(self.encoded, 3)}
 
@@ -58,7 +59,7 @@ class Progress:
 class Said:
     """The output of one token: events, sampled text and, if requested, its log-probability.
 
-    token_ids: the token, or those that the answer began with; empty where a policy may change the answer.
+    token_ids: the token, or those with which the answer began; empty where a policy may change the answer.
     """
 
     answer: int
@@ -82,22 +83,22 @@ During = Callable[["Answers"], AsyncGenerator[Step, None]]
 
 
 class ReadTooSlowly(ArgosyError):
-    """A client reads its answer too slowly to keep the rest for it."""
+    """A client reads its answer too slowly for the server to buffer the rest."""
 
     http_status = 408
 
 
 class Answers:
-    """The answers of one request, as they are made, numbered from 0 in the order of their prompts.
+    """The answers of one request as they are generated, numbered from 0 in the order of their prompts.
 
-    At most MOST_UNREAD events for each prompt may wait for the client; with more, the request ends.
+    At most MOST_UNREAD events per prompt may wait for the client; beyond that the request ends.
 
     Args:
-        during: the steps that pass, of those that `own_steps` yields.
+        during: selects the steps to send from those that `own_steps` yields.
 
     Attributes:
         results: for each answer, None until its end.
-        tells_token_ids: the client may know the tokens: nothing holds back or changes what they say.
+        tells_token_ids: the client may see token ids, because nothing withholds or changes their text.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class Answers:
     ) -> None:  # fmt: skip
         self.prompts: list[Prompt] = []
         self.results: list[Result | None] = []
-        self.num_prompt_tokens = 0  # over all prompts, as the following
+        self.num_prompt_tokens = 0  # over all prompts, like the next fields
         self.num_new_tokens = 0
         self.num_reasoning_tokens = 0
         self.tells_token_ids = tells_token_ids
@@ -120,18 +121,18 @@ class Answers:
         self._use = ToolUse()
         self._arrived: deque[Event] = deque()
         self._some = asyncio.Event()
-        self._is_woken = False  # the event loop will look, so it needs no second signal
+        self._is_woken = False  # the event loop will look, so it needs no further signal
         self._is_behind = False
-        self._is_left = False  # what is still queued for it ends at once
-        self._fault: Exception | None = None  # of a watch: no event comes any more
+        self._is_left = False  # prompts still being queued end at once
+        self._fault: Exception | None = None  # raised by a watch; no more events come
         self._blocked: set[int] = set()
-        self._begun_ids: tuple[int, ...] = ()  # that every answer began with
-        self._begun: list[Step] = []  # and what they said
+        self._begun_ids: tuple[int, ...] = ()  # tokens with which every answer began
+        self._begun: list[Step] = []  # and their text
 
     def add(self, prompt: Prompt, params: SamplingParams, use: ToolUse, num_answers: int) -> None:
-        """Queue a prompt in the engine; only the one prompt of a conversation has tools.
+        """Queue a prompt in the engine; only a conversation, which has a single prompt, has tools.
 
-        Any thread may call this, before `steps` is called. Raises what `EngineLoop.submit` raises.
+        Any thread may call this before `steps`. Raises what `EngineLoop.submit` raises.
         """
         first, is_parsed = len(self.results), prompt.text and prompt.trace is not None
         for _ in range(num_answers):
@@ -147,11 +148,11 @@ class Answers:
 
         def deliver(event: Event) -> None:
             try:
-                self._tell_watches(first, event)  # here, because the client may be gone
+                self._tell_watches(first, event)  # told here, because the client may be gone
             except Exception as error:
                 self._fault = error
                 self._events.call_soon_threadsafe(self._some.set)
-                raise  # the loop reports it, and ends the request
+                raise  # the loop reports it and ends the request
             if not self._is_behind and len(self._arrived) >= MOST_UNREAD * len(self.prompts):
                 self._is_behind = True
                 self._events.call_soon_threadsafe(self.cancel)
@@ -167,7 +168,7 @@ class Answers:
         )
         self._requests.append(request)
         self._num_open += num_answers
-        if self._is_left:  # while a thread was queueing this prompt
+        if self._is_left:  # the client left while a thread was queueing this prompt
             self._loop.cancel(request)
         if prompt.num_answered:
             self._begun_ids = (prompt.token_ids or ())[-prompt.num_answered :]
@@ -195,11 +196,11 @@ class Answers:
         return sum(self._num_cached.values())
 
     def prompt_tokens(self) -> PromptTokens:
-        """The parts of the prompt's tokens, as OpenAI's dialects tell them."""
+        """The breakdown of prompt tokens that OpenAI's dialects report."""
         return cast(PromptTokens, {"cached_tokens": self.num_cached_tokens, **media_tokens(self.prompts)})
 
     def cancel(self) -> None:
-        """End the answers that have not ended, and those that a thread is still queueing."""
+        """End all unfinished answers, including those that a thread is still queueing."""
         self._is_left = True
         for request in self._requests if self._num_open else ():
             self._loop.cancel(request)
@@ -210,17 +211,17 @@ class Answers:
         return bool(self._arrived)
 
     def is_parsed(self, answer: int) -> bool:
-        """Whether the steps of an answer have events, or nothing but text."""
+        """Whether the steps of an answer contain events, rather than only text."""
         return self._parsers[answer] is not None
 
     def block(self, answer: int) -> None:
-        """End an answer as filtered, and what the engine does for it once no other one is open."""
+        """End an answer as filtered, and stop the engine's work once no other answer is open."""
         self._blocked.add(answer)
         if all(result is not None or at in self._blocked for at, result in enumerate(self.results)):
             self.cancel()
 
     def steps(self) -> AsyncGenerator[Step, None]:
-        """Yield every step until the last answer has ended, as far as the check lets it pass.
+        """Yield every step that the check passes, until the last answer has ended.
 
         Raises:
             ArgosyError: an answer cannot be finished.
@@ -228,7 +229,7 @@ class Answers:
         return self._during(self)
 
     async def own_steps(self) -> AsyncGenerator[Step, None]:
-        """Yield every step, whatever the check says. Raises what `steps` raises."""
+        """Yield every step, regardless of the check. Raises what `steps` raises."""
         for begun in self._begun:
             yield begun
         turn_began = time.monotonic()
@@ -253,12 +254,15 @@ class Answers:
         while True:
             self._some.clear()
             self._is_woken = False
-            if self._arrived or self._fault is not None:  # checked last: an event after this check wakes us
+            # checked last, because an event after this check wakes us
+            if self._arrived or self._fault is not None:
                 return
             await self._some.wait()
 
     async def _remember(self, end: AnswerEnd) -> None:
-        """Store the answer before its end is sent, so the next turn finds it; in a thread, because it may be long."""
+        """Store the answer before its end is sent, so that the next turn finds it; in a thread, because it may be
+        long.
+        """
         if self._parsers[end.answer] is not None and end.answer not in self._blocked:
             tenant, token_ids, said = (
                 self._caller.tenant,

@@ -1,4 +1,4 @@
-"""What happens to the texts of a request on their way to a model and back: a hook that everything passes unchanged.
+"""The hook for a request's texts on their way to a model and back; this base class passes everything unchanged.
 
     `opening.py`: Check.before -> Check.require_allowed -> prompt -> engine -> Check.during  ->  dialect
 
@@ -19,17 +19,17 @@ Text = str | Sequence[int]
 
 
 class Checked(NamedTuple):
-    """A request as the model gets it, and its texts for checks that ask somebody."""
+    """A request as the model gets it, and its texts for asked checks."""
 
     request: ModelRequest
     texts: Sequence[str] = ()
 
 
 class Check(Watch):
-    """What happens to the texts of one request on their way to a model and back; here everything passes.
+    """Checks the texts of one request on their way to a model and back; here everything passes.
 
-    changes_answers: it may hold back or change what an answer says.
-    asks: it asks somebody about the request before a prompt is made.
+    changes_answers: it may withhold or change an answer's text.
+    asks: it asks a model or a server about the request before a prompt is made.
     """
 
     changes_answers = False
@@ -38,10 +38,10 @@ class Check(Watch):
     def before(
         self, request: ModelRequest, service: Service, caller: Caller, *, counts: bool = True
     ) -> Checked:
-        """Check a request, in a worker thread. It may be read and checked again.
+        """Check a request in a worker thread. It may be read and checked again.
 
         Args:
-            counts: note what is found.
+            counts: record the findings.
 
         Raises:
             ArgosyError: the request is refused.
@@ -49,7 +49,7 @@ class Check(Watch):
         return Checked(request)
 
     async def require_allowed(self, texts: Sequence[str]) -> None:
-        """Ask about the texts of a request. Raises ArgosyError if it is refused."""
+        """Ask about a request's texts. Raises ArgosyError if it is refused."""
 
     async def passed(
         self, texts: Sequence[Text], service: Service, caller: Caller, *, cuts: bool = False
@@ -57,16 +57,16 @@ class Check(Watch):
         """Check texts that a model gets and does not answer; return what it gets. Raises what `Opening.answers` raises.
 
         Args:
-            cuts: of a text that is too long, the model gets the beginning.
+            cuts: cut a text that is too long to its beginning.
         """
         return texts
 
     def restored(self, text: str) -> str:
-        """A text that the model got, as the client sent it."""
+        """Restore a text that the model got to what the client sent."""
         return text
 
     def during(self, answers: Answers) -> AsyncGenerator[Step, None]:
-        """The steps of the answers that may be sent."""
+        """Yield the steps of the answers that may be sent."""
         return answers.own_steps()
 
 

@@ -1,10 +1,10 @@
 """Embed the texts of a request, for every dialect that has embeddings.
 
-The vectors are charged to the memory for requests before the first text is read. All of them are computed before the
-first is sent, so that a text that is refused gets a status. They are written piece by piece, because their JSON is
-several times as large as they are.
+The vectors are charged to the memory for requests before the first text is read. All are computed before the first
+is sent, so that a refused text gets a status. They are written piece by piece, because their JSON is several times
+their size.
 
-Elsewhere: hidden states are pooled in `engine/pooling.py`; texts run in `side_by_side.py`; the dialects are
+Elsewhere: `engine/pooling.py` pools hidden states; `side_by_side.py` runs the texts; the dialects are
 `serve/dialects/openai_embeddings.py` and `serve/dialects/ollama.py`.
 """
 
@@ -28,15 +28,15 @@ from argosy.serve.http.caller import Caller
 from argosy.serve.http.failures import Refused
 
 MOST_TEXTS = 2048  # per request, as with OpenAI
-_TEXT_BYTES = 512  # Python's objects for a text that runs, and for its vector
-_PIECE_BYTES = 64 << 10  # vectors that are written as JSON at a time
+_TEXT_BYTES = 512  # Python's objects for a running text and for its vector
+_PIECE_BYTES = 64 << 10  # bytes of vectors written as JSON at a time
 
 
 @dataclass(slots=True)
 class Embedded:
     """The embeddings of a request.
 
-    vectors: float32 [texts, dimensions].   num_tokens: over all texts.   cut: numbers of the texts that were cut.
+    vectors: float32 [texts, dimensions].   num_tokens: over all texts.   cut: indices of the texts that were cut.
     """
 
     vectors: NDArray[np.float32]
@@ -44,7 +44,7 @@ class Embedded:
     cut: list[int] = field(default_factory=list)
 
     def header(self) -> dict[str, str]:
-        """The header that counts the texts of which only the beginning is embedded."""
+        """The header that counts the texts embedded only in part."""
         return {"x-truncated-texts": str(len(self.cut))} if self.cut else {}
 
 
@@ -57,17 +57,17 @@ async def embed(
     param: str = "input",
     cuts: bool = False,
 ) -> Embedded:
-    """Embed texts or lists of token ids, each of them as it is.
+    """Embed texts or lists of token ids, each unchanged.
 
     Args:
-        dimensions: only so many of the first dimensions of a vector; None: all.
-        param: the field of the texts, for errors.
-        cuts: whether to cut a text that is longer than the context, and embed its beginning.
+        dimensions: keep only this many leading dimensions of a vector; None: all.
+        param: the field with the texts, for errors.
+        cuts: whether to cut a text that is longer than the context and embed its beginning.
 
     Raises:
         UsageError: a text is empty or too long (unless it is cut), or the model has fewer dimensions.
-        Refused: the model cannot embed texts, or the vectors take more memory than there is for all requests.
-        Overloaded: there is no room for the vectors or for another text now.
+        Refused: the model cannot embed texts, or the vectors exceed the memory for all requests.
+        Overloaded: there is currently no room for the vectors or for another text.
     """
     most = service.model.hidden_size
     size = most if dimensions is None else dimensions
@@ -116,11 +116,11 @@ async def embed(
 def json_items(
     vectors: NDArray[np.float32], item: Callable[[int, NDArray[np.float32]], str]
 ) -> Iterator[bytes]:
-    """The items of a JSON list, some at a time.
+    """Yield the items of a JSON list, a few at a time.
 
     Args:
         vectors: float32 [texts, dimensions].
-        item: writes the item of the vector with this number.
+        item: writes the item for the vector with this index.
     """
     at_once = max(1, _PIECE_BYTES // (vectors.shape[1] * vectors.itemsize))
     for start in range(0, len(vectors), at_once):
@@ -129,5 +129,5 @@ def json_items(
 
 
 def json_numbers(vector: NDArray[np.float32]) -> str:
-    """Nine digits, from which every float32 reads back exactly."""
+    """Write nine digits, from which every float32 reads back exactly."""
     return "[" + ",".join(map("%.9g".__mod__, vector.tolist())) + "]"

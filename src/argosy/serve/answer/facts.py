@@ -1,4 +1,4 @@
-"""Facts about a model that clients can see."""
+"""The facts about a model that clients can see."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from argosy.media.parts import Hearing, Kind
 class ModelFacts:
     """Facts about the model that clients can see.
 
-    preset: names the model's id, and fills in what requests do not say; None: this is the model under its own name.
+    preset: gives the model's id, and defaults for what requests leave out; None: this is the model under its own
+        name.
     """
 
     id: str
@@ -28,8 +29,8 @@ class ModelFacts:
     media_kinds: tuple[Kind, ...] = ()  # media that a prompt may contain
     hears: Hearing = "none"  # how a sound in a prompt is treated
     hidden_size: int = 0  # dimensions of an embedding
-    fingerprint: str = ""  # says which model it is, as `checkpoint/fingerprint.py` does
-    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)  # for requests that do not say
+    fingerprint: str = ""  # identifies the model (`checkpoint/fingerprint.py`)
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)  # defaults for requests
     created: int = field(default_factory=lambda: int(time.time()))
     preset: Preset | None = None
 

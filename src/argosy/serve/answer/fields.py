@@ -2,11 +2,11 @@
 
     null for an optional field                       ->  treated as absent            (`Strict`, `Lenient`)
     a field that cannot change the answer            ->  accepted, and named in `x-ignored-params`    (`NoEffect`)
-    an unsupported field that would change it        ->  refused by its name                          (`Strict`)
+    an unsupported field that would change it        ->  refused by name                              (`Strict`)
 
-`/openapi.json` shows the same models that check requests, and the types of answers.
+`/openapi.json` shows the same models that validate requests, and the types of answers.
 
-Elsewhere: fields of a single dialect are in its file.
+Elsewhere: fields of a single dialect are in that dialect's file.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ _NO_LIMIT = 1 << 40  # more than any context
 
 
 def limit_of(given: int | None) -> int | None:
-    """The token limit that `max_tokens` means; None is not given, which a preset may fill in."""
+    """The token limit that `max_tokens` means; None if it is absent, for a preset to fill in."""
     return _NO_LIMIT if given == -1 else given
 
 
@@ -102,7 +102,7 @@ NumBest = Annotated[int, Field(ge=0, le=20, strict=True), WHOLE]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False, strict=True)]
 BIASES = Field(json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,9}$"}})
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]
-Dimensions = Annotated[int, Field(ge=1, le=1 << 16, strict=True), WHOLE]  # length of an embedding
+Dimensions = Annotated[int, Field(ge=1, le=1 << 16, strict=True), WHOLE]  # the length of an embedding
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31, strict=True), WHOLE]
 # The value of a chat template variable: an effort, a switch, a number of tokens.
 Setting = (
@@ -118,8 +118,9 @@ Text = Annotated[str, Field(max_length=4 << 20)]
 SomeText = Annotated[Text, Field(min_length=1)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
-# Every list in a request has a bound, and validation stops at its first invalid item: a report of every item would take
-# a thousand times the memory of the body. `tests/serve/test_bounds.py` finds lists and objects without a bound.
+# Every list in a request has a bound, and validation stops at the first invalid item, because a report on every
+# item would take a thousand times the memory of the body. `tests/serve/test_bounds.py` finds lists and objects
+# without a bound.
 Item = TypeVar("Item")
 MAX_ITEMS = 4096
 MAX_FIELDS = 256  # per object with known fields; a larger object is refused as a whole
@@ -128,7 +129,7 @@ Tools = Field(max_length=512, fail_fast=True)
 
 
 def _without_bound(schema: dict[str, Any]) -> None:
-    """Hide a bound from fuzzers: they test one item more than each bound, and nested lists would take gigabytes."""
+    """Hide a bound from fuzzers, which test one item beyond each bound: nested lists would take gigabytes."""
     schema.pop("maxItems", None)
     schema.pop("maxProperties", None)
 
@@ -216,12 +217,12 @@ class Strict(_Part):
 
     @property
     def person(self) -> str | None:
-        """The person behind the request, as its client names them; None: it does not."""
+        """The person behind the request, if the client names one."""
         return None
 
     @property
     def persons(self) -> Collection[str]:
-        """All names that may mean the person behind the request: if one of them is stopped, it is refused."""
+        """All names that may mean the person behind the request, which is refused if any of them is stopped."""
         return () if self.person is None else (self.person,)
 
 
@@ -239,7 +240,7 @@ NoEffect = Annotated[T | None, Field(description="Accepted, but has no effect.",
 
 
 def without_effect(given: BaseModel, where: str = "") -> Iterator[str]:
-    """Names of the fields in `given` and its parts that have no effect."""
+    """The names of the fields in `given` and its parts that have no effect."""
     for name, field in type(given).model_fields.items():
         value = getattr(given, name)
         if value is None:
@@ -297,13 +298,13 @@ def schema_form(schema: object) -> Grammar:
 
 
 def ignored_header(names: Iterable[str]) -> dict[str, str]:
-    """The header that lists fields without effect; names from the client appear only if they are plain identifiers."""
+    """The header that lists fields without effect; a client's own names appear only if they are plain identifiers."""
     safe = [name for name in dict.fromkeys(names) if name.isascii() and name.replace(".", "").isidentifier()]
     return {"x-ignored-params": ", ".join(safe[:32])} if safe else {}
 
 
 def strays(where: str, parts: Iterable[object]) -> list[str]:
-    """Names of unknown fields in `parts`."""
+    """The names of unknown fields in `parts`."""
     return sorted({
         f"{where}.{name}" for part in parts if isinstance(part, Lenient) for name in part.model_extra or ()
         if len(name) <= 64

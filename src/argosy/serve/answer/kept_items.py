@@ -1,11 +1,12 @@
-"""Earlier responses and their items, for clients that refer to them instead of sending them again, or ask for them.
+"""Earlier responses and their items, for clients that refer to them instead of sending them again, or fetch them.
 
     response  ->  keep  ->  memory, by tenant    item_reference, previous_response_id  ->  the items again
                                                  GET /v1/responses/{id}                ->  the response again
 
-All of it is kept only in memory, within a budget; the least recently used is dropped first, and what was not used for
-`kept_s` is dropped anyway: the server calls `drop_expired` every second (`serve/http/server.py`). Another tenant never
-finds it, a restart or the revocation of the key drops it, and a request with `store: false` keeps nothing.
+Everything is kept only in memory, within a budget. The least recently used is dropped first, and whatever has not
+been used for `kept_s` is dropped anyway: the server calls `drop_expired` every second (`serve/http/server.py`).
+Other tenants never find it, a restart or the revocation of the key drops it, and a request with `store: false`
+keeps nothing.
 
 Elsewhere: input items are `serve/dialects/openai_responses_bodies.py`, output items
 `serve/dialects/openai_responses.py`; their budget is part of the replay memory (`run.py`).
@@ -25,7 +26,7 @@ from argosy.serve.answer.fields import MAX_ITEMS
 from argosy.serve.http.failures import Refused
 
 KEPT_S = 86_400.0
-_MOST_DROPPED = 1024  # in a sweep, because the event loop waits for it
+_MOST_DROPPED = 1024  # per sweep, because the event loop waits for it
 _ENTRY_BYTES = 512  # Python's own overhead
 _REMEDY = (
     "send the items themselves, as with `store: false`; the server keeps those of other requests for {hours:g} hours, "
@@ -36,7 +37,7 @@ _KEEPS_NOTHING = (
 )
 
 Item = Mapping[str, Any]
-Charge = Callable[[bytes], object]  # takes memory for parsing a JSON text, and what the parsed values keep
+Charge = Callable[[bytes], object]  # takes memory for parsing a JSON text and for the parsed values
 
 
 def _uncharged(text: bytes) -> None:
@@ -49,11 +50,11 @@ class _Kept:
 
     Attributes:
         text: JSON of the output item, or of the list of input items.
-        used_at: when it was kept or last used, by the clock of `KeptItems`.
+        used_at: when it was stored or last used, by the clock of `KeptItems`.
         answer: JSON of the response without its output items.
         previous_id: the response that this one continues.
         answered_ids: ids of the response's output items.
-        has_video: its input items have a video.
+        has_video: its input items contain a video.
     """
 
     text: bytes
@@ -72,7 +73,7 @@ class KeptItems:
     """Items and responses by tenant and id; a `max_bytes` of 0 keeps nothing.
 
     Args:
-        kept_s: how long to keep them after they were last used.
+        kept_s: how long to keep them after their last use.
         clock: seconds.
     """
 
@@ -107,11 +108,11 @@ class KeptItems:
     ) -> None:
         """Keep the input items of a response, without those of `previous_id`, and its output items.
 
-        Input items that are larger than all of the memory are not kept: writing them would take three times their size.
-        Without input items (`asked` is None) only the output items can be found.
+        Input items larger than the whole budget are not kept, because writing them would take three times their
+        size. Without input items (`asked` is None) only the output items can be found.
 
         Args:
-            answer: the whole response; None: it cannot be asked for again.
+            answer: the whole response; None: it cannot be fetched again.
         """
         now = self._clock()
         for item in answered:
@@ -147,7 +148,7 @@ class KeptItems:
         """The whole response with this id.
 
         Raises:
-            Refused: it is not kept, or not all of it.
+            Refused: it is not kept, or only in part.
         """
         found = self._response(tenant, response_id)
         keys = [*map(_item_key, found.answered_ids), _response_key(response_id)]
@@ -159,7 +160,7 @@ class KeptItems:
         return {**answer, "output": [_read_item(item) for item in items if item is not None]}
 
     def asked(self, tenant: str, response_id: str) -> list[Item]:
-        """The input items of a response, without those of the one that it continues, oldest first.
+        """The input items of a response, oldest first, without those of the response that it continues.
 
         Raises:
             Refused: it is not kept.
@@ -168,7 +169,7 @@ class KeptItems:
         return items
 
     def delete(self, tenant: str, response_id: str) -> None:
-        """Drop a response, with its input items and its output items.
+        """Drop a response with its input and output items.
 
         Raises:
             Refused: it is not kept.
@@ -202,12 +203,12 @@ class KeptItems:
             turns.append([*json.loads(found.text), *map(_read_item, kept[1:])])
             used += keys
             own_id = found.previous_id
-        # A conversation is useful only as a whole, so the items that all others depend on are dropped last.
+        # A conversation is useful only as a whole, so the items on which all others depend are dropped last.
         self._touch(tenant, used)
         return [item for turn in reversed(turns) for item in turn]
 
     def has_video(self, tenant: str, response_id: str) -> bool:
-        """Whether the conversation up to a response has a video, as far as it is kept."""
+        """Whether the kept part of the conversation up to a response contains a video."""
         own_id: str | None = response_id
         for _ in range(MAX_ITEMS):
             if own_id is None or (found := self._get(tenant, _response_key(own_id))) is None:
@@ -218,11 +219,11 @@ class KeptItems:
         return False
 
     def drop_expired(self) -> None:
-        """Free some of what is too old; no request finds it any more."""
+        """Free some of the expired items, which no request can find any more."""
         self._memory.remove_oldest(self._is_old, most=_MOST_DROPPED)
 
     def erase(self, tenant: str) -> int:
-        """Drop everything of a tenant, which may keep more; returns the number of responses and items."""
+        """Drop everything of a tenant, which may store more later; return the number of responses and items."""
         return self._memory.forget(tenant)
 
     def forget(self, tenant: str) -> None:
@@ -267,7 +268,7 @@ def _response_key(response_id: str) -> bytes:
 
 
 def _with_id(item: Item) -> Item:
-    """An input item with an id, by which a list of them can be continued."""
+    """An input item with an id, from which a listing can continue."""
     return item if item.get("id") else {**item, "id": "in_" + secrets.token_hex(12)}
 
 

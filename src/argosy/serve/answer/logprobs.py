@@ -1,4 +1,4 @@
-"""Tokens and their log-probabilities in the form of OpenAI's dialects.
+"""Tokens and their log-probabilities in the shape of OpenAI's dialects.
 
     token id  ->  Speller  ->  token: text for people      bytes: the token's part of the sampled text
 
@@ -6,7 +6,7 @@ The bytes come from the vocabulary, so the bytes of all tokens joined are the te
 character. Such a part is spelled `\\xf0\\x9f`. A special token that the text leaves out adds no bytes, and is spelled
 as in the vocabulary.
 
-Elsewhere: bytes of tokens are `prompt/tokenizer.py`; log-probabilities are `engine/sampler.py`.
+Elsewhere: `prompt/tokenizer.py` gives the bytes of tokens; log-probabilities are `engine/sampler.py`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Speller:
 
     Args:
         tokenizer: None if the model has none; tokens are then spelled by their ids.
-        keep_special: the text includes special tokens.
+        keep_special: whether the text includes special tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, *, keep_special: bool) -> None:
@@ -52,7 +52,7 @@ class Speller:
         return b"" if token_id in self._hidden else self._written(token_id)
 
     def text_of(self, token_id: int) -> str:
-        """A token as text; bytes that are not a whole character are spelled as in Chat Completions."""
+        """A token as text; incomplete characters are spelled as in Chat Completions."""
         if self._tokenizer is None:
             return f"token_id:{token_id}"
         return self._written(token_id).decode("utf-8", "backslashreplace")
@@ -78,7 +78,7 @@ class Speller:
             return b""
         try:
             return self._tokenizer.token_bytes(token_id)
-        except UsageError:  # the bytes depend on the neighbours, so decode the token alone
+        except UsageError:  # the bytes depend on neighbouring tokens, so decode the token alone
             return self._tokenizer.decode([token_id], keep_special=True).encode()
 
 

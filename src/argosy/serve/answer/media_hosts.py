@@ -1,14 +1,15 @@
-"""Pictures, sounds and videos at addresses: fetched only from hosts that the operator allows, and only over https.
+"""Fetch pictures, sounds and videos by address, only from hosts that the operator allows, and only over https.
 
     https://HOST/PATH  ->  MediaHosts.fetch  ->  one form of address  ->  an allowed host  ->  its addresses, all public
                                              ->  a connection to one of them  ->  200, within size and time
 
-Without `--media-host` nothing here opens a connection. A client could otherwise make the server send requests into its
-own network. So there is one form of address, which is matched as a whole and never parsed again; the host that is
-connected to comes from the operator's list. The name is resolved once, and the connection goes to the very address that
-was checked. Redirects, proxies of the environment and compressed answers are not followed, used or read.
+Without `--media-host` nothing here opens a connection, because a client could otherwise make the server send
+requests into its own network. An address must match one pattern as a whole and is never parsed again; the host that
+is contacted comes from the operator's list. Its name is resolved once, and the connection goes to the very address
+that was checked. Redirects are not followed, proxies from the environment not used, and compressed answers not
+read.
 
-Elsewhere: `media_parts.py` asks for files; `service.py` fetches them before a request is read again.
+Elsewhere: `media_parts.py` requests files; `service.py` fetches them before a request is read again.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from argosy.serve.http.held import Files, Share
 from argosy.serve.http.timed_connection import TimedConnection
 from argosy.serve.http.work import WorkQueue
 
-FETCH_S = 20.0  # for one file, after its host's name was looked up, which takes as long as the system allows
+FETCH_S = 20.0  # for one file, not counting the name lookup, which takes as long as the system allows
 MOST_FILES = 16  # per request
 _NUM_AT_ONCE = 4
 _MOST_WAITING = 64  # per key
@@ -43,22 +44,22 @@ _CHARACTER = r"[A-Za-z0-9._~!$&'()*+,;=:@/-]|%[0-9A-Fa-f]{2}"
 _ADDRESS = re.compile(
     rf"https://(?P<host>[A-Za-z0-9.-]{{1,253}})(?P<path>/(?:{_CHARACTER})*)?(?P<query>\?(?:{_CHARACTER}|\?)*)?"
 )
-# The last label has a letter first, so an IP address in any spelling is no name.
+# The last label begins with a letter, so no spelling of an IP address passes for a name.
 _NAME = re.compile(r"(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z][a-z0-9-]{0,61}[a-z0-9]")
 
 
 class Network(Protocol):
-    """The part of the network that fetching uses; tests have their own."""
+    """The network operations that fetching needs; tests substitute their own."""
 
     def resolve(self, host: str) -> Sequence[str]:
         """All addresses of a host. Raises OSError."""
 
     def connect(self, host: str, address: str, timeout_s: float) -> socket.socket:
-        """A connection to `address`, on which `host` has proved its name. Raises OSError."""
+        """Connect to `address` and verify that it is `host`. Raises OSError."""
 
 
 class HttpsNetwork:
-    """The network as it is."""
+    """The real network."""
 
     def __init__(self) -> None:
         self._context = ssl.create_default_context()
@@ -79,7 +80,7 @@ class HttpsNetwork:
 
 
 class _Fault(Exception):
-    """Why a file cannot be fetched; `str()` follows a colon."""
+    """Why a file cannot be fetched; `str()` is worded to follow a colon."""
 
 
 class _Target(NamedTuple):
@@ -94,7 +95,7 @@ class MediaHosts:
         names: the allowed hosts.
 
     Raises:
-        UsageError: a name is not one of a host.
+        UsageError: a name is not a host name.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class MediaHosts:
         for name in names:
             if len(name) > 253 or not _NAME.fullmatch(name.lower()):
                 raise UsageError(
-                    f"--media-host must be the name of a host, found {name!r:.80}",
+                    f"--media-host must be a host name, found {name!r:.80}",
                     hint="give the name alone, such as images.example.org: no scheme, port, path, wildcard or address",
                 )
         self.names = frozenset(name.lower() for name in names)
@@ -118,14 +119,14 @@ class MediaHosts:
 
     @property
     def has_stopped(self) -> bool:
-        """Whether files wait for a thread that does not come."""
+        """Whether files wait for a thread in vain."""
         return self._work.has_stopped
 
     async def fetch(self, files: Files, share: Share, tenant: str) -> None:
-        """Fetch the wanted files of a request. What is wrong with one of them is kept in its place.
+        """Fetch the wanted files of a request. If one fails, the reason is stored in its place.
 
         Raises:
-            UsageError: the request names too many.
+            UsageError: the request names too many files.
             Overloaded: there is no memory for them now.   TooMany: too many files of this tenant are waiting.
         """
         wanted = list(files.wanted)
@@ -173,7 +174,7 @@ class MediaHosts:
         deadline = time.monotonic() + self._fetch_s
         connected = self._connected(target.host, addresses, deadline)
         try:
-            # The port is the scheme's, so the header has none.
+            # The port is the scheme's default, so the header omits it.
             connection = http.client.HTTPConnection(target.host)
             connection.sock = TimedConnection(connected, deadline)
             connection.auto_open = 0
@@ -224,13 +225,13 @@ class MediaHosts:
                 raise _Fault(f"the file has more than {most:,} bytes")
             share.hold(len(piece) + len(piece) // 8)  # a buffer that grows has some room to spare
             content.write(piece)
-        if response.length:  # bytes missing from the announced length
+        if response.length:  # shorter than the announced length
             raise _Fault("its answer is incomplete")
         return content.getvalue()
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address belongs to the public internet, in every reading of it."""
+    """Whether an IP address is on the public internet, however it is interpreted."""
     try:
         found = ipaddress.ip_address(address)
     except ValueError:

@@ -1,14 +1,14 @@
-"""Media of a request: base64 in its body becomes parts of the prompt, if the model takes their kind.
+"""Media of a request: base64 in the body becomes parts of the prompt, if the model takes their kind.
 
     part of a dialect  ->  Intake.piece  ->  {"type": "image", "image": Image(bytes)}
                                 └── not taken by the model, or damaged  ->  a note, or a refusal (`replaced.py`)
 
-A client sends the data itself, or its address, if the operator allows its host; the server keeps no files. The decoded
-bytes are charged to the memory for bodies (`serve/http/held.py`) before they are decoded, and given back when the
+A client sends the data itself, or an address if the operator allows its host; the server keeps no files. The
+decoded bytes are charged to the memory for bodies (`serve/http/held.py`) before decoding, and released when the
 prompt is built.
 
-Elsewhere: `media_hosts.py` fetches what is at an address; the fields of a part are in its dialect's file;
-`media/decoder.py` finds out whether the bytes are a picture.
+Elsewhere: `media_hosts.py` fetches addresses; the fields of a part are in its dialect's file; `media/decoder.py`
+finds out whether the bytes are a picture.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from argosy.serve.answer.fields import Lenient, Short
 from argosy.serve.answer.replaced import Replaced
 from argosy.serve.http.held import Files, Share
 
-# Names that clients may give the data. The decoder goes by the content.
+# The types that clients may declare. The decoder goes by the content.
 _FORMS: Mapping[Kind, tuple[str, ...]] = {
     "picture": ("image/png", "image/jpeg", "image/webp", "image/gif"),
     "sound": ("wav", "mp3", "flac", "ogg"),
@@ -48,22 +48,22 @@ _OTHER_SPELLINGS = {
     "audio/flac": "flac", "audio/ogg": "ogg",
 }  # fmt: skip
 _LONGEST_SHOWN = 64
-_LONGEST_HEAD = 1024  # a data URL up to its comma
-_DECODED_AT_ONCE = 1 << 20  # characters, a multiple of four; other threads may run in between
+_LONGEST_HEAD = 1024  # characters of a data URL up to its comma
+_DECODED_AT_ONCE = 1 << 20  # characters, a multiple of four; other threads may run between pieces
 
-# Values without media: most of a body's, and a list may have a million of them.
+# Types that cannot contain media: most values in a body, and a list may have a million of them.
 _PLAIN = frozenset({type(None), str, int, float, bool, dict})
 
 AskedDetail = Literal["low", "high", "auto", "original"]
 Piece = str | dict[str, Any]
-"""Text, or a picture, sound or video as messages have it."""
+"""Text, or a picture, sound or video as in messages."""
 
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """Base64, and what the client calls its content: a media type or a format; None if it does not say.
+    """Base64, and its type according to the client: a media type or a format; None if it does not say.
 
-    start: where the base64 begins in `text`; cutting it out would copy megabytes.
+    start: where the base64 begins in `text`, because cutting it out would copy megabytes.
     """
 
     text: str = field(repr=False)
@@ -77,9 +77,9 @@ class Data:
 
 @dataclass(frozen=True, slots=True)
 class Elsewhere:
-    """Not data, but where the data is; `found` says so in an error.
+    """A reference instead of data; `found` describes it in errors.
 
-    address: where it could be fetched.
+    address: where it can be fetched.
     """
 
     found: str
@@ -96,15 +96,15 @@ class MediaPart(Lenient):
 
     @abstractmethod
     def data(self) -> Data | Elsewhere:
-        """The data that the client sent, or their address."""
+        """The data that the client sent, or a reference to it."""
 
     @abstractmethod
     def drop(self) -> int:
-        """Forget the data, once the prompt is built; return the number of its characters."""
+        """Drop the data once the prompt is built; return its number of characters."""
 
     @property
     def detail_asked(self) -> AskedDetail | None:
-        """The detail of a picture, if the dialect has a field for it."""
+        """The requested detail of a picture, if the dialect has a field for it."""
         return None
 
 
@@ -150,12 +150,12 @@ class Intake:
     """Takes the pictures, sounds and videos of one request.
 
     Args:
-        kinds: media that the model takes beside text.
-        share: the memory that the request holds; decoded bytes are added to it.
-        files: data fetched from other hosts, or still to be fetched; None: nothing is fetched.
+        kinds: media that the model takes in addition to text.
+        share: the request's memory; decoded bytes are added to it.
+        files: data fetched from other hosts or yet to be fetched; None: fetching is off.
 
     Attributes:
-        replaced: the notes in place of what the model cannot read.
+        replaced: the notes that replace what the model cannot read.
         share: the memory that the request holds.
     """
 
@@ -179,8 +179,8 @@ class Intake:
             is_new: it is in the user's newest turn.
 
         Raises:
-            UsageError: it is new and the model does not take its kind, it is an address or a file id, or the client
-                calls it something that is not read; or the data is not base64.
+            UsageError: it is new and the model does not take its kind; it is an address or a file id; its declared
+                type is unsupported; or the data is not base64.
             BadMedia: it is too large.
             Overloaded: other requests leave too little memory.
         """
@@ -196,7 +196,7 @@ class Intake:
                 return self._taken(part, content, is_new=is_new)
             if content is None:
                 self._files.wanted[sent.address] = None
-                return ""  # the request is read again once the file is here
+                return ""  # the request is read again once the file has been fetched
             fault = f"the {kind} cannot be fetched: {content}"
         elif isinstance(sent, Elsewhere):
             fault = f"expected the data of a {kind}, found {sent.found}"
@@ -240,7 +240,7 @@ class Intake:
                 param=where,
             )
         held_bytes = self.share.num_bytes + num_bytes
-        self.share.hold(num_bytes + num_bytes // 8 + _DECODED_AT_ONCE)  # while it grows
+        self.share.hold(num_bytes + num_bytes // 8 + _DECODED_AT_ONCE)  # while the buffer grows
         try:
             content = _decode(sent)
         except ValueError:
@@ -254,7 +254,7 @@ class Intake:
 
 
 def _decode(sent: Data) -> bytes:
-    """Decode base64 in pieces, without a copy of it.
+    """Decode base64 in pieces, without copying it.
 
     Raises:
         ValueError: it is not base64.
@@ -269,7 +269,7 @@ def _decode(sent: Data) -> bytes:
 
 
 def content_of(pieces: Sequence[Piece], *, between: str) -> str | list[dict[str, Any]]:
-    """The content of a message: text, with `between` between pieces, or a list of parts if there are media."""
+    """The content of a message: text, with `between` between the pieces, or a list of parts if it contains media."""
     parts: list[dict[str, Any]] = []
     for is_text, run in groupby(pieces, key=lambda piece: isinstance(piece, str)):
         if is_text:
@@ -282,7 +282,7 @@ def content_of(pieces: Sequence[Piece], *, between: str) -> str | list[dict[str,
 
 
 def media_in(given: object) -> Iterator[MediaPart]:
-    """The media in a body, or in a part of it."""
+    """Yield the media in a body or in a part of it."""
     if isinstance(given, MediaPart):
         yield given
     elif isinstance(given, list | BaseModel):

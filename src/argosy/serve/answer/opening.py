@@ -1,12 +1,12 @@
-"""From a request to a prompt in the engine of its model.
+"""Turn a request into a prompt and queue it in its model's engine.
 
     dialect  ->  ChatRequest or TextRequest  ->  Opening.answers  ->  Answers: Progress, Said, Ended  ->  dialect
 
 Prompts are rendered and requests checked in threads that all callers share fairly (`work.py`), and steps run in the
 engine's own thread, so the event loop never waits.
 
-Elsewhere: the path from a dialect's handler to here is `respond.py`; requests are `request.py`; answers are
-`answers.py`; a policy is a `Check` of `check.py`.
+Elsewhere: `respond.py` leads from a dialect's handler to here; requests are `request.py`; answers are `answers.py`;
+a policy is a `Check` (`check.py`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from argosy.serve.http.caller import Caller
 
 
 class Opening:
-    """One request on its way into the engine of a model."""
+    """One request on its way into a model's engine."""
 
     def __init__(self, service: Service, caller: Caller) -> None:
         self._service, self._caller, self._check = service, caller, check_of(caller)
@@ -47,10 +47,10 @@ class Opening:
     async def answers(self, reads: Sequence[Read]) -> tuple[Answers, dict[str, str]]:
         """Read, render, check and queue the prompts of the request.
 
-        All of this is one job for each prompt, because each job waits for a thread behind jobs of other keys.
+        Each prompt is a single job, because every job waits for a thread behind jobs of other keys.
 
         Returns:
-            The answers, and headers that tell how the first prompt was read.
+            The answers, and headers that describe how the first prompt was read.
 
         Raises:
             ArgosyError: what `Service.run_reading`, `reads`, `Check.before`, `PromptBuilder.build` or
@@ -65,7 +65,7 @@ class Opening:
         try:
             for read in (
                 reads if check.asks else ()
-            ):  # read twice: asking takes long, and a prompt may have pictures
+            ):  # read twice, because asking takes long and a prompt may contain pictures
                 texts = partial(self._texts, read)
                 await check.require_allowed(await service.run_reading(caller, texts))
             begins = [partial(self._begin, read, answers) for read in reads]
@@ -78,10 +78,11 @@ class Opening:
     async def tokens(
         self, read: Callable[[], ChatRequest], *, opens_answer: bool = True
     ) -> tuple[Sequence[int], dict[MediaTokens, int]]:
-        """The prompt tokens of a conversation, and how many pictures and sounds have. Raises what `answers` raises.
+        """The prompt tokens of a conversation, and how many of them are pictures and sounds. Raises what `answers`
+        raises.
 
         Args:
-            opens_answer: with the opening of an answer.
+            opens_answer: include the opening of an answer.
         """
 
         def count() -> tuple[Sequence[int], dict[MediaTokens, int]]:
@@ -100,7 +101,7 @@ class Opening:
             request = self._check.before(self._read(read), self._service, caller).request
             prompt, params, use, num_left_out = self._prepared(request)
             params = self._within_context(prompt, params)
-            caller.go_on()  # it may have ended while its prompt was made
+            caller.go_on()  # the request may have ended while its prompt was built
             answers.add(prompt, params, use, request.num_answers)
             return self._headers(request, num_left_out)
 
@@ -109,13 +110,13 @@ class Opening:
             return self._check.before(self._read(read), self._service, self._caller, counts=False).texts
 
     def _read(self, read: Read) -> ModelRequest:
-        """The request, with all files that it names and what its preset adds; a policy checks that as well."""
+        """Read the request with all files that it names and its preset's additions, which the policy also checks."""
         request = self._filled_in(read())
         self._caller.held.files.require_all()
         return request
 
     def _filled_in(self, request: ModelRequest) -> ModelRequest:
-        """The request with the preset's values where it does not say."""
+        """Fill in the preset's values for what the request leaves out."""
         preset = self._service.model.preset
         if preset is None:
             return request
@@ -130,7 +131,7 @@ class Opening:
         return request
 
     def _within_context(self, prompt: Prompt, params: SamplingParams) -> SamplingParams:
-        """Sampling parameters that keep an answer within the preset's context.
+        """Limit the sampling parameters so that the answer stays within the preset's context.
 
         Raises:
             PromptTooLong: the prompt leaves no room for it.
@@ -161,11 +162,11 @@ class Opening:
         )  # fmt: skip
 
     def _prepared(self, request: ModelRequest) -> tuple[Prompt, SamplingParams, ToolUse, int]:
-        """The prompt, its parameters and tools, and the number of snippets that were left out."""
+        """Build the prompt, its parameters and tools; return them and the number of snippets left out."""
         params = request.params
         if isinstance(request, TextRequest):
             text, suffix, snippets = request.prompt, request.suffix, request.snippets
-            # Editors send an empty suffix at the end of a file, whatever the model.
+            # Editors send an empty suffix at the end of a file, whether or not the model can fill in.
             fills = suffix or (
                 suffix is not None and (snippets is not None or self._service.prompts.can_infill)
             )
@@ -184,7 +185,7 @@ class Opening:
             prompt, use.callable, must_call=use.must_call, parallel=use.parallel, form=request.form
         )
         if request.begun_ids:
-            prompt = self._service.prompts.build(prompt.answered_by(request.begun_ids))  # checks the ids
+            prompt = self._service.prompts.build(prompt.answered_by(request.begun_ids))  # this checks the ids
         return prompt, params if grammar is None else replace(params, grammar=grammar), use, 0
 
     def _headers(self, request: ModelRequest, num_left_out: int) -> dict[str, str]:
@@ -206,7 +207,7 @@ class Opening:
 
 @contextmanager
 def _holding_media(caller: Caller) -> Iterator[None]:
-    """Give back what decoded pictures and sounds are charged; the prompt that is built inside keeps none of them."""
+    """Release the memory charged for decoded pictures and sounds, which the prompt built inside does not keep."""
     held_before = caller.held.share.num_bytes
     try:
         yield

@@ -1,11 +1,11 @@
-"""Blocks that a model cannot read, and damaged ones: replaced by a note in earlier turns, refused in the newest.
+"""Unreadable and damaged blocks: replaced by a note in earlier turns, refused in the newest.
 
-A tool that reads a picture, or a conversation that began with another model, must not end a session: every later
-request would carry the same block and be refused again. So a note replaces a block of an earlier turn or a tool result,
-and `x-replaced-blocks` counts the notes. A picture in the user's newest turn is refused, because no answer could be
-about it. Whether a file is damaged is known only when the prompt is built, so such a note comes then.
+A tool that returns a picture, or a conversation that began with another model, must not end a session: every later
+request would contain the same block and be refused again. A note therefore replaces a block in an earlier turn or a
+tool result, and `x-replaced-blocks` counts the notes. A picture in the user's newest turn is refused, because the
+answer could not be about it. Damage is found only when the prompt is built, so such a note is written then.
 
-Elsewhere: each dialect decides which of its blocks are new. The data of these blocks is skipped, not kept.
+Elsewhere: each dialect decides which of its blocks are new. Their data is skipped, not kept.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def last_asked(roles: Iterable[str]) -> int:
 
 
 class Replaced:
-    """The notes in one request; `kinds` is what the model takes beside text."""
+    """The notes in one request; `kinds` are the media that the model takes in addition to text."""
 
     def __init__(self, kinds: Collection[Kind] = ()) -> None:
         self._num_by_kind: Counter[str] = Counter()
@@ -43,7 +43,7 @@ class Replaced:
         self._reason = f"this model reads {listed}"
 
     def note(self, kind: str, where: str, *, is_new: bool, reason: str | None = None) -> str:
-        """The text that replaces a block.
+        """Return the text that replaces a block.
 
         Args:
             kind: its type, as the dialect calls it.
@@ -69,7 +69,7 @@ class Replaced:
         self._replaceable[part] = kind
 
     def replace_damaged(self, part: object, error: BadMedia) -> str | None:
-        """The text that replaces a damaged picture or sound; None if it must be refused."""
+        """Return the text that replaces a damaged picture or sound, or None if it must be refused."""
         kind = self._replaceable.get(part)
         return None if kind is None else self.note(kind, "", is_new=False, reason=error.message)
 

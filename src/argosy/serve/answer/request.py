@@ -1,4 +1,4 @@
-"""Requests in a form common to all dialects; a dialect only renames fields.
+"""Requests in terms common to all dialects; a dialect only renames fields.
 
 dialect  ->  ChatRequest or TextRequest  ->  `service.py`: a prompt, and what is sampled after it
 """
@@ -27,14 +27,14 @@ _MEDIA_TOKENS: Mapping[Kind, MediaTokens] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextRequest:
-    """A text, or token ids, to be continued.
+    """A text or token ids to continue.
 
-    suffix: the text after the gap that the model fills after `prompt`, which is a text; None: there is no gap.
-    snippets: parts of other files, for the model to read before it fills the gap; None: if it cannot fill gaps, it
-        continues a prompt whose suffix is empty.
-    reserved_tokens: room that snippets leave for the answer.
-    num_left_out: how many of the first snippets were left out already.
-    ignored: names of fields that were given and have no effect.
+    suffix: the text after the gap that the model fills; `prompt`, then a text, is what precedes it. None: no gap.
+    snippets: parts of other files for the model to read before it fills the gap; None: a model that cannot fill
+        gaps continues the prompt if the suffix is empty.
+    reserved_tokens: room that snippets must leave for the answer.
+    num_left_out: how many of the first snippets have already been left out.
+    ignored: names of given fields without effect.
     """
 
     prompt: str | Sequence[int]
@@ -49,17 +49,17 @@ class TextRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRequest:
-    """A conversation to be answered.
+    """A conversation to answer.
 
-    form: form of an answer without tool calls; None allows any form.
-    effort: reasoning effort, if the model's template supports it.
-    effort_field: name of the field that asks for the effort.
+    form: the form of an answer without tool calls; None allows any.
+    effort: the reasoning effort, if the model's template supports it.
+    effort_field: the name of the field that sets the effort.
     thinks: whether the model thinks at all; None leaves that to `effort`.
-    thinks_fields: names of the fields that switch thinking.
-    continues: whether the answer continues a last message of the assistant; otherwise it is a turn of its own.
-    begun_ids: tokens that the answer begins with; the rest comes as if it had not been cut.
-    replaced: notes in the messages that replace blocks that the model cannot read.
-    ignored: names of fields that were given and have no effect, whatever the model.
+    thinks_fields: the names of the fields that switch thinking.
+    continues: whether the answer continues a final assistant message; otherwise it is a new turn.
+    begun_ids: the first tokens of the answer; the rest comes as if it had not been cut.
+    replaced: notes that replace unreadable blocks in the messages.
+    ignored: names of given fields that have no effect with any model.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -85,7 +85,7 @@ Read = Callable[[], ModelRequest]
 
 
 def media_tokens(prompts: Iterable[Prompt]) -> dict[MediaTokens, int]:
-    """Tokens of pictures and of sounds in prompts, by OpenAI's name for them; nothing for kinds that none has."""
+    """The tokens of pictures and of sounds in prompts, by OpenAI's names; kinds without tokens are left out."""
     counts: Counter[MediaTokens] = Counter()
     for prompt in prompts:
         for _, span in prompt.spans:

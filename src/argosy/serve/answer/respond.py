@@ -1,12 +1,12 @@
-"""Answer a request in its dialect: one path for every dialect, streamed or whole.
+"""Answer a request: one path for every dialect, streamed or whole.
 
     handler  ->  respond  ->  Opening: reads, in a thread  ->  Answers.steps  ->  begin, take, end: events
                                                     stream: each event is sent        whole: fold, then whole
 
-A dialect is one file, or two if its bodies are large: the model of its body, which becomes a `ChatRequest`; the types
-of its events and its whole answer; an `Exchange`, which turns steps into events; and a handler for each route, which
-calls `respond`. The rest happens here: work in threads, headers, errors, and cancelling an answer that nobody waits
-for any more. A whole answer is folded from the events of its own stream, so the two always agree.
+A dialect is one file, or two if its bodies are large: the model of its body, which becomes a `ChatRequest`; the
+types of its events and its whole answer; an `Exchange`, which turns steps into events; and a handler for each
+route, which calls `respond`. The rest happens here: work in threads, headers, errors, and cancelling an answer that
+nobody is waiting for. A whole answer is folded from the events of its own stream, so the two always agree.
 
 Elsewhere: prompts are `opening.py`; steps are `answers.py`; bytes on the connection are `serve/http/streams.py`; routes
 are `app.py`. A new dialect can start from the one in `tests/serve/test_respond.py`.
@@ -54,10 +54,10 @@ Event = TypeVar("Event", bound=Mapping[str, Any])
 
 
 class Exchange(ABC, Generic[Body, Event]):
-    """One request and its answer, in the words of a dialect.
+    """One request and its answer in a dialect.
 
     Attributes:
-        errors: the shape of errors.
+        errors: the dialect that shapes errors.
         encoding: how a stream writes events.
         names_events: each event is named after its `type`.
         ends_with_done: `DONE` follows the last event.
@@ -78,26 +78,26 @@ class Exchange(ABC, Generic[Body, Event]):
 
     @abstractmethod
     def reads(self) -> Sequence[Read]:
-        """For each prompt of the request, a function that converts it; a worker thread calls it.
+        """Return a function per prompt that converts it; a worker thread calls it.
 
-        Such a function raises ArgosyError if the request is refused.
+        The function raises ArgosyError if the request is refused.
         """
 
     def drop_media(self) -> None:
-        """Forget the data of pictures and sounds; the prompt is built, and an answer may take minutes."""
+        """Drop the data of pictures and sounds: the prompt is built, and an answer may take minutes."""
         num_bytes = sum(part.drop() for part in media_in(self.body))
         self.caller.held.share.shrink(self.caller.held.share.num_bytes - num_bytes)
 
     def begin(self) -> Iterable[Event]:
-        """The events before the first step."""
+        """Return the events before the first step."""
         return ()
 
     @abstractmethod
     def take(self, step: Step) -> Iterable[Event]:
-        """The events for one step."""
+        """Return the events for one step."""
 
     async def end(self) -> Iterable[Event]:
-        """The events after the last answer has ended."""
+        """Return the events after the last answer has ended."""
         return ()
 
     @abstractmethod
@@ -106,10 +106,10 @@ class Exchange(ABC, Generic[Body, Event]):
 
     @abstractmethod
     def whole(self) -> Mapping[str, Any]:
-        """The whole answer, after all events were folded."""
+        """Return the whole answer, after all events have been folded."""
 
     def idle(self) -> bytes:
-        """Encode what a stream sends while there are no events: something that changes nothing for the client."""
+        """Encode the keep-alive of a stream without events, which must change nothing for the client."""
         return COMMENT
 
     def failed(self, error: Exception) -> bytes:
@@ -118,7 +118,7 @@ class Exchange(ABC, Generic[Body, Event]):
 
 
 async def respond(kind: type[Exchange[Body, Event]], body: Body, request: Request) -> Response:
-    """Answer `request` as `kind` does: as a stream if the body asks for one, otherwise whole.
+    """Answer `request` through an Exchange of `kind`: as a stream if the body requests one, otherwise whole.
 
     Raises:
         ArgosyError: the request is refused, or a whole answer cannot be finished.
@@ -175,7 +175,7 @@ async def _events(exchange: Exchange[Body, Event]) -> AsyncGenerator[Event, None
         for event in await exchange.end():
             yield event
     finally:
-        exchange.answers.cancel()  # at once: a client that does not read may hold up the last event
+        exchange.answers.cancel()  # at once, because a client that does not read may delay the last event
 
 
 async def _refused(exchange: Exchange[Body, Event], error: PromptTooLong) -> AsyncGenerator[bytes, None]:

@@ -1,6 +1,6 @@
 """JSON schemas of dependencies between the fields of one object. A null field counts as absent.
 
-They only document: the code that uses the fields refuses an invalid request.
+They are only documentation: the code that uses the fields refuses an invalid request.
 """
 
 from __future__ import annotations

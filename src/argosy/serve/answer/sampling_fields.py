@@ -1,6 +1,6 @@
-"""How tokens are chosen, in the fields that several dialects share, and settings of other servers that change nothing.
+"""Sampling fields that several dialects share, and other servers' settings that change nothing.
 
-Elsewhere: the kinds of fields and their bounds are `fields.py`.
+Elsewhere: the types of fields and their bounds are `fields.py`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from argosy.serve.answer.fields import (
 
 class StreamOptions(Strict):
     include_usage: Flag = False
-    continuous_usage_stats: Flag = False  # with include_usage: in every chunk
+    continuous_usage_stats: Flag = False  # with include_usage, report usage in every chunk
     include_obfuscation: Flag | None = None
 
 
@@ -100,7 +100,7 @@ class Neutral(Strict):
             description="Penalties count the whole prompt and answer, so with one of them only -1 is accepted."
         ),
     ] = None
-    repetition_penalty_range: NoEffect[NumTokens] = None  # of text-generation-webui, where 0 means all tokens
+    repetition_penalty_range: NoEffect[NumTokens] = None  # text-generation-webui's, where 0 means all tokens
     rep_pen_range: NoEffect[NumTokens] = None
     rep_pen_slope: NoEffect[Number] = None
     encoder_repetition_penalty: NoEffect[One] = None
@@ -126,7 +126,7 @@ class Neutral(Strict):
     spaces_between_special_tokens: NoEffect[YesFlag] = None
     grammar_string: NoEffect[Literal[""]] = None
     max_tokens_second: NoEffect[Zero] = None
-    # How another server works, and what it shows of that.
+    # Internals of other servers and how they report them.
     samplers: NoEffect[Short | Annotated[list[Short], few(32)]] = None
     sampler_priority: NoEffect[Annotated[list[Short], few(32)]] = None
     sampler_order: NoEffect[Annotated[list[NumTokens], few(32)]] = None
@@ -159,7 +159,7 @@ class Sampling(Neutral):
     frequency_penalty: Penalty | None = None
     seed: Seed | MinusOne | None = None
     sampler_seed: Seed | MinusOne | None = Field(None, description="KoboldAI's name for `seed`.")
-    # An empty list is an empty object of a language that cannot tell them apart.
+    # An empty list may be an empty object from a language that cannot tell them apart.
     logit_bias: (
         Annotated[dict[str, Bias], MostEntries(1024), BIASES] | Annotated[list[Any], few(0)] | None
     ) = None
@@ -174,7 +174,7 @@ class Sampling(Neutral):
         return list(dict.fromkeys(without_effect(self)))
 
     def sampling(self, stop: Sequence[str] = ()) -> dict[str, Any]:
-        """The given arguments of `SamplingParams`; what is not given of `CHOOSING` is left to the model."""
+        """The given arguments of `SamplingParams`; missing fields of `CHOOSING` are left to the model."""
         self._require_penalties_of_all()
         seed = self.one_of("seed", "sampler_seed")
         given: dict[str, Any] = {
@@ -185,7 +185,8 @@ class Sampling(Neutral):
             "repetition_penalty": self.one_of("repetition_penalty", "repeat_penalty", "rep_pen"),
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
-            "seed": secrets.randbits(63) if seed == -1 else seed,  # -1 is given: it goes before a preset's
+            # an explicit -1 takes precedence over a preset
+            "seed": secrets.randbits(63) if seed == -1 else seed,
             "stop": tuple(stop) or None,
             "logit_bias": _biases(self.logit_bias if isinstance(self.logit_bias, dict) else {}) or None,
             "min_tokens": self.min_tokens,
@@ -211,10 +212,10 @@ class Sampling(Neutral):
                 )
 
     def one_of(self, *names: str) -> Any:
-        """The value of a setting with several names; None: it is not given.
+        """The value of a setting with several names, or None if it is not given.
 
         Raises:
-            UsageError: it is given by two names with different values.
+            UsageError: it is given under two names with different values.
         """
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         first, *others = [*given] or [names[0]]
@@ -245,7 +246,7 @@ class ForOpenAI(Strict):
     cache_prompt: NoEffect[Flag] = None
     cache_control: NoEffect[FreeObject] = None
     prediction: NoEffect[FreeObject] = None
-    # Features of other servers besides the answer, or different ways to make it.
+    # Features of other servers unrelated to the answer, or other ways to generate it.
     provider_specific_fields: NoEffect[FreeObject] = None
     web_search_options: NoEffect[FreeObject] = None
     max_tool_calls: NoEffect[Annotated[int, Field(ge=1, le=1 << 20, strict=True), WHOLE]] = None
@@ -282,7 +283,7 @@ class Thinking(Strict):
 
     @property
     def thinks(self) -> bool | None:
-        """Whether the model should think; None if the request does not say."""
+        """Whether the model should think, or None if the request does not say."""
         if self.enable_thinking is not None or self.thinking is None:
             return self.enable_thinking
         if isinstance(self.thinking, bool):

@@ -1,7 +1,7 @@
-"""One model for all dialects: its engine, its prompts, what it hears with, and what is kept of its clients.
+"""One model for all dialects: its engine, its prompts, its ears, and what it keeps for its clients.
 
-Elsewhere: a request becomes a prompt in its engine by `opening.py`; the engine's thread is `engine/loop.py`; the models
-of a server are `serve/models/models.py`.
+Elsewhere: `opening.py` turns a request into a prompt in the engine; the engine's thread is `engine/loop.py`; the
+models of a server are `serve/models/models.py`.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-ANY_EARS = "whisper-1"  # the name that clients of OpenAI send
-Compare = Callable[[DecodeSteps], Verification]  # puts predictions beside recent decode steps
+ANY_EARS = "whisper-1"  # the name that OpenAI's clients send
+Compare = Callable[[DecodeSteps], Verification]  # compares predictions with recent decode steps
 
 
 def service_of(request: Request) -> Service:
-    """The service of the model that a request's body names, or else of the first one.
+    """The service of the model that a request's body names, otherwise of the first model.
 
-    The model of a body is in memory before its handler runs, if the body needs it. A handler without a body calls
-    `models.use_model`, or asks `models_of` for what is known of models that may not be in memory.
+    If a body needs its model, the model is in memory before the handler runs. A handler without a body calls
+    `models.use_model`, or asks `models_of` for the facts of models that may not be in memory.
     """
     service: Service = request.state.service
     return service
@@ -59,12 +59,13 @@ def service_of(request: Request) -> Service:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Common:
-    """The parts that all models of a server share.
+    """The parts shared by all models of a server.
 
-    ring: prefix files of tenants without a key are deleted when a model is opened; None: the server has no keys.
+    ring: the server's keys; opening a model deletes prefix files of tenants without a key. None: the server has no
+        keys.
     kept: items of earlier responses.
-    work: threads for the work before the engine.
-    rerank: the form of a reranker's prompt, by its name in `RERANK_FORMS`; None: the models rank no documents.
+    work: threads for the work that precedes the engine.
+    rerank: the reranker's prompt form, by its name in `RERANK_FORMS`; None: the models do not rank documents.
     """
 
     ring: KeyRing | None = None
@@ -80,8 +81,9 @@ class Service:
     """One model, for all dialects, or one of its presets.
 
     Args:
-        recent_cache: tells the hit rate of the last minutes; None: nothing is recorded, or every expert is resident.
-        compare: None: nothing is predicted.
+        recent_cache: reports the hit rate of the last minutes; None: nothing is recorded, or every expert is
+            resident.
+        compare: None if nothing is predicted.
     """
 
     def __init__(
@@ -110,7 +112,7 @@ class Service:
         self.digests = _digests(model, tokenizer)
 
     def under(self, preset: Preset) -> Self:
-        """The service for a request that names a preset: it shares everything with this one except its facts."""
+        """The service for requests that name a preset, which shares everything with this one except its facts."""
         made = copy.copy(self)
         made.model = self.model.under(preset)
         made.digests = {**self.digests, "preset_sha256": preset.digest}
@@ -118,12 +120,12 @@ class Service:
 
     @property
     def has_stopped(self) -> bool:
-        """Whether requests wait for a thread that does not come."""
+        """Whether requests wait for a thread in vain."""
         hosts = self._media_hosts
         return self.work.has_stopped or (hosts is not None and hosts.has_stopped)
 
     def resize(self, budget_bytes: int, *, is_share: bool = False) -> None:
-        """Give the engine another memory budget (`Engine.resize`); clients see the context that is left."""
+        """Change the engine's memory budget (`Engine.resize`); clients see the context that is left."""
         plan = self.loop.resize(budget_bytes, is_share=is_share)
         self.model = replace(self.model, context_tokens=plan.context_tokens)
         if self.reranking is not None:
@@ -133,14 +135,14 @@ class Service:
 
     @property
     def ears_id(self) -> str:
-        """The name under which clients ask for transcripts."""
+        """The name under which clients request transcripts."""
         return "" if self.ears is None else self.ears.name
 
     def require_ears(self, name: str | None = None) -> None:
-        """Check that this server transcribes, and that a request names its model for that.
+        """Check that this server transcribes and that a request names its model for that.
 
         Raises:
-            Refused: it does not, or the request names another model.
+            Refused: it does not transcribe, or the request names another model.
         """
         if self.ears is None:
             raise no_ears()
@@ -156,10 +158,10 @@ class Service:
     async def transcribe(
         self, caller: Caller, content: Content, options: TranscriptOptions, report: Report
     ) -> Transcript:
-        """Transcribe a sound in a thread, beside the steps of the model. Raises what `Transcriber.transcribe` raises.
+        """Transcribe a sound in a thread, alongside the model's steps. Raises what `Transcriber.transcribe` raises.
 
         Raises:
-            TooMany: too many sounds of this caller are already waiting.
+            TooMany: too many of this caller's sounds are already waiting.
         """
         ears = self.ears
         assert ears is not None
@@ -175,7 +177,7 @@ class Service:
 
     @property
     def thinking(self) -> ThinkingSwitch:
-        """What its template lets a caller choose about thinking."""
+        """What the model's template lets a caller choose about thinking."""
         return switch_of(self.prompts.variables)
 
     def intake(self, caller: Caller) -> Intake:
@@ -184,7 +186,7 @@ class Service:
         return Intake(self.model.media_kinds, caller.held.share, files=files)
 
     async def run_reading(self, caller: Caller, call: Callable[[], T]) -> T:
-        """Run a call that reads a request. If it needs files from other hosts, fetch them, and run the call again.
+        """Run a call that reads a request. If it needs files from other hosts, fetch them and run the call again.
 
         Raises what `call` and `MediaHosts.fetch` raise.
         """
@@ -207,17 +209,17 @@ class Service:
         self.kept.forget(tenant)
 
     def erase(self, tenant: str) -> int:
-        """End the running requests of a tenant, and delete what is kept of it here; it may send more requests.
+        """End a tenant's running requests and delete what is kept for it here; it may send more requests.
 
         Returns:
-            The number of answers that were kept for replay. Prefixes go before the engine's next step.
+            The number of answers that were kept for replay. Prefixes are deleted before the engine's next step.
         """
         self.loop.erase(tenant)
         return self.prompts.forget(tenant)
 
 
 def _digests(model: ModelFacts, tokenizer: Tokenizer | None) -> dict[str, str]:
-    """SHA-256 of what decides the answers of a model, as far as it is known."""
+    """The SHA-256 digests, as far as known, of the files that determine a model's answers."""
     found = {"model_sha256": model.fingerprint} if model.fingerprint else {}
     if tokenizer is not None and tokenizer.chat_template is not None:
         found["template_sha256"] = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
@@ -225,7 +227,7 @@ def _digests(model: ModelFacts, tokenizer: Tokenizer | None) -> dict[str, str]:
 
 
 def no_ears() -> Refused:
-    """The refusal of a server that cannot transcribe."""
+    """The refusal from a server that cannot transcribe."""
     return Refused(
         404,
         "this server does not transcribe sounds",

@@ -2,10 +2,10 @@
 
     part 0, 1, 2 ...  ─ AT_ONCE of them, submitted in a worker thread ─ the engine's thread ─>  take(number, Result)
 
-The parts run beside the answers of others, under the same admission. If one fails or the client disconnects, the rest
-end before the next step.
+The parts run alongside other clients' answers, under the same admission. If one fails or the client disconnects,
+the rest end before the next step.
 
-Elsewhere: answers that a client reads as they are made are `answers.py` and `respond.py`.
+Elsewhere: answers that a client reads as they are generated are `answers.py` and `respond.py`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from argosy.errors import ArgosyError, Overloaded, UsageError
 from argosy.serve.answer.service import Service
 from argosy.serve.http.caller import Caller
 
-AT_ONCE = 8  # parts of a request that wait or run; the others are not read yet
-_LONG = 32 << 10  # characters or ids; longer parts have a thread of their own, one at a time
+AT_ONCE = 8  # parts of a request that wait or run at once; the others are not read yet
+_LONG = 32 << 10  # characters or ids; longer parts run one at a time in a separate thread
 
 Deliver = Callable[[Event], None]
 
@@ -38,17 +38,18 @@ async def run_parts(
     *,
     param: Callable[[int], str],
 ) -> None:
-    """Submit every part, and pass each result on.
+    """Submit every part and pass each result on.
 
     Args:
-        longest: characters or token ids of the longest part. A long body of short parts is no long work.
-        submit: queues the part with this number in the engine; a worker thread calls it.
-        take: receives a result, in the event loop.
+        longest: characters or token ids of the longest part. A long body of short parts does not count as long
+            work.
+        submit: queues the part with this index in the engine; a worker thread calls it.
+        take: receives a result in the event loop.
         param: the place of a part in the body, for errors.
 
     Raises:
-        ArgosyError: what `submit` raised, or what ended a part. If the engine has no room for a part while others of
-            the request run, it is `Overloaded` only when none of them is left.
+        ArgosyError: what `submit` raised, or what ended a part. While other parts of the request run, a part
+            without room waits; `Overloaded` is raised only when none is left.
     """
     caller.answered_by(service.model.id, service.digests)
     caller.held.takes_long = longest > _LONG
@@ -68,7 +69,7 @@ async def run_parts(
                 except Overloaded:
                     if num_runners == 1:
                         raise
-                    waiting.appendleft(number)  # another runner takes it, when its own part has ended
+                    waiting.appendleft(number)  # another runner takes it when its own part has ended
                     return
         finally:
             num_runners -= 1
@@ -82,7 +83,7 @@ async def run_parts(
 
 
 class _Part:
-    """One part on its way through the engine."""
+    """A part on its way through the engine."""
 
     def __init__(self, service: Service, caller: Caller, submit: Callable[[Deliver], Any]) -> None:
         self._service, self._caller, self._submit = service, caller, submit
@@ -98,7 +99,8 @@ class _Part:
             result = (await self._end).require()
         finally:
             self._is_left = True
-            has_ended = self._end.done() and not self._end.cancelled()  # cancelled: with the task that waits
+            # the future is cancelled with the waiting task
+            has_ended = self._end.done() and not self._end.cancelled()
             if self._request is not None and not has_ended:
                 self._service.loop.cancel(self._request)
         if result.finish_reason == "cancelled":
@@ -106,20 +108,20 @@ class _Part:
         return result
 
     def _begin(self) -> None:
-        """In a worker thread."""
+        """Queue the part, in a worker thread."""
         self._request = self._submit(self._deliver)
         self._caller.count(prompt=len(self._request.prompt_ids))
         if self._is_left:
             self._service.loop.cancel(self._request)
 
     def _deliver(self, event: Event) -> None:
-        """In the engine's thread."""
+        """Take an event, in the engine's thread."""
         try:
             if isinstance(event, AnswerToken):
                 self._caller.count(new=1)
         except Exception as error:
             self._events.call_soon_threadsafe(self._fail, error)
-            raise  # the loop reports it, and ends the part
+            raise  # the loop reports it and ends the part
         if isinstance(event, AnswerEnd):
             self._events.call_soon_threadsafe(self._settle, event.result)
 

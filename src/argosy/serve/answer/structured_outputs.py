@@ -74,10 +74,10 @@ class Formed(Strict):
     guided_grammar: Rules | None = None
 
     def form_name(self) -> str | None:
-        """The name of the field that asks for a form; None if there is none.
+        """The name of the field that requests a form, or None.
 
         Raises:
-            UsageError: several fields ask for a form.
+            UsageError: several fields request a form.
         """
         given = [name for name in Formed.model_fields if getattr(self, name) is not None]
         if len(given) > 1:
@@ -92,7 +92,7 @@ class Formed(Strict):
 
         Raises:
             Refused: the caller's key lacks the scope for the form.
-            UsageError: two fields ask for a form, or a caller may not use this grammar.
+            UsageError: two fields request a form, or a caller may not use this grammar.
         """
         name = self.form_name()
         if name is None:
@@ -119,7 +119,7 @@ def _asked(kind: str, name: str, value: Any, caller: Caller) -> Grammar:
     if kind == "json":
         return schema_form(_schema(name, value))
     if kind == "choice":
-        # One terminal, so that any number of choices becomes one automaton.
+        # A single terminal, so that any number of choices becomes one automaton.
         return Grammar(kind="lark", text=f"start: ONE\nONE: {' | '.join(map(_literal, value))}")
     caller.require("grammar", name)
     if kind == "regex":

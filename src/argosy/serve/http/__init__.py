@@ -1,1 +1,1 @@
-"""The server as a process: sockets, bodies, checks before a route, streams, the log."""
+"""The server as a process: sockets, bodies, the checks before a route, streams, the log."""

@@ -1,6 +1,6 @@
-"""Who may send a request to a route, how large its body may be, and whose errors it gets: a row of the table.
+"""The access rule of a route: who may call it, how large its body may be, and which dialect its errors use.
 
-Elsewhere: the table is `app.py`; `gate.py` checks requests against it.
+Elsewhere: the table of routes is `app.py`; `gate.py` checks requests against it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ Screens = Literal["answers", "texts", "nothing"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """Access to a route: the scope that it needs, None for everyone, and the largest body that it takes.
+    """Access to a route: the scope that it needs (None: open to everyone) and the largest body that it accepts.
 
-    screens: what the key's content policy is applied to: texts that a model gets, or its answers as well. Every route
-        says so; None fails a test.
+    screens: whether the key's content policy applies to the texts that a model gets, or to its answers as well.
+        Every route must say; a test fails on None.
     """
 
     method: str
@@ -29,16 +29,15 @@ class Policy:
     scope: KeyScope | None
     screens: Screens | None = None
     is_counted: bool = False  # the key's limits apply
-    takes_media: bool = False  # a body may be as large as pictures and sounds need, if the model takes them
+    # the body may be as large as pictures and sounds require, if the model takes them
+    takes_media: bool = False
     takes_form: bool = False  # the body is a form with a file, not JSON
     max_body_bytes: int = MAX_BODY_BYTES
-    ends_in_name: bool = (
-        False  # the path ends with its one parameter, which may contain slashes: `OWNER/NAME`
-    )
+    ends_in_name: bool = False  # the path ends with a parameter that may contain slashes: `OWNER/NAME`
 
     @property
     def is_recorded(self) -> bool:
-        """Whether the audit has a line for each request: those that do work or change something."""
+        """Whether the audit records each request, which is so if it does work or changes something."""
         return self.scope is not None and self.method != "GET"
 
 

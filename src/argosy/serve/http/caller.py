@@ -1,14 +1,14 @@
-"""The client of a request, and what the hooks of a server hear about the request.
+"""The client of a request, and the hooks that a server runs around the request.
 
     gate: Hook.arrive -> key, scope -> Hook.admit -> type, size -> Watch.begin -> route -> Watch.after
     route: named, asked, answered_by, count, token, ended, sent, found  ->  every Watch of the request
 
-A hook is one thing that a server does around every request: limits, metrics, the audit, a policy. It knows nothing of
-the others, and what it keeps of a request is its own `Watch`. A hook or watch that raises ArgosyError in `arrive`,
-`admit`, `begin` or `named` refuses the request. A fault in `count`, `token` or `ended` ends the answers with an error;
-one in `after` is logged.
+A hook is one job that a server does around every request: limits, metrics, the audit, a policy. Hooks know nothing
+of each other, and each keeps its state for a request in its own `Watch`. A hook or watch that raises ArgosyError in
+`arrive`, `admit`, `begin` or `named` refuses the request. A fault in `count`, `token` or `ended` ends the answers
+with an error; one in `after` is logged.
 
-Elsewhere: `gate.py` calls the hooks; a hook that sees texts is a `Check` of `serve/answer/check.py`.
+Elsewhere: `gate.py` calls the hooks; a hook that sees texts is a `Check` (`serve/answer/check.py`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from argosy.serve.http.running import Run
 
 
 class Watch:
-    """What a hook keeps of one request; this one keeps nothing.
+    """A hook's state for one request; this base class keeps nothing.
 
     Any thread may call `count`, `token`, `ended` and `found`, even after the request has ended.
     """
@@ -44,13 +44,15 @@ class Watch:
         """The client names the person behind the request."""
 
     def answered_by(self, model: str, digests: Mapping[str, str]) -> None:
-        """The model with this id answers; `digests` are the SHA-256 of what decides its answers, by name."""
+        """The model with this id answers; `digests` are the SHA-256 of the files that determine its answers, by
+        name.
+        """
 
     def count(self, *, prompt: int, new: int) -> None:
         """The request has used more tokens."""
 
     def queued(self, num_answers: int, *, is_chat: bool) -> None:
-        """So many more answers are queued."""
+        """`num_answers` more answers are queued."""
 
     def token(self, answer: int) -> None:
         """The answer with this number has a new token."""
@@ -60,7 +62,7 @@ class Watch:
         """The answer with this number has ended."""
 
     def found(self, verdict: str) -> None:
-        """A check has decided something; `verdict` is a word or two, and never a word of the text."""
+        """A check has reached a verdict: a word or two, never quoting the text."""
 
     def sent(self, data: bytes) -> None:
         """A part of the response's body is sent."""
@@ -70,14 +72,14 @@ class Watch:
 
 
 class Hook:
-    """One thing that a server does around every request; this one does nothing."""
+    """One job that a server does around every request; this base class does nothing."""
 
     def arrive(self, caller: Caller, policy: Policy, headers: Mapping[str, str]) -> Watch | None:
-        """A request for a route arrives, and nothing is known of its client."""
+        """A request for a route arrives; nothing is known about its client yet."""
         return None
 
     def admit(self, caller: Caller, policy: Policy, headers: Mapping[str, str]) -> Watch | None:
-        """The key of a request is valid and has the scope that the route needs."""
+        """The request's key is valid and has the scope that the route needs."""
         return None
 
 
@@ -87,7 +89,7 @@ class Caller(Run):
 
     began: when the request arrived, by the monotonic clock.
     ending: closed when the request has ended.
-    watches: what hooks keep of the request.
+    watches: the hooks' state for the request.
     """
 
     request_id: str = field(default_factory=lambda: "req_" + secrets.token_hex(12))
@@ -104,7 +106,7 @@ class Caller(Run):
         """Require a key with `scope`, or with `admin`, which includes every scope.
 
         Args:
-            what: the field that needs the scope, if the whole route does not.
+            what: the field that needs the scope, if not the whole route.
 
         Raises:
             Refused: the caller has no key with that scope.
@@ -120,7 +122,7 @@ class Caller(Run):
             raise Refused(403, f"the key lacks scope '{scope}'{needed}", hint=hint, param=what or None)
 
     def asked(self, data: bytes) -> None:
-        """Tell the watches of a part of the body."""
+        """Tell the watches about a part of the body."""
         for watch in self.watches:
             watch.asked(data)
 
@@ -135,15 +137,15 @@ class Caller(Run):
             watch.count(prompt=prompt, new=new)
 
     def found(self, verdict: str) -> None:
-        """Tell the watches what a check has decided. Any thread may call this."""
+        """Tell the watches about a check's verdict. Any thread may call this."""
         for watch in self.watches:
             watch.found(verdict)
 
 
 class Tally(Watch):
-    """The model that answers a request, and the tokens so far, even if the client leaves before the end.
+    """The model that answers a request and the tokens so far, which count even if the client leaves early.
 
-    model: empty until one answers.
+    model: empty until a model answers.
     """
 
     def __init__(self) -> None:
@@ -159,7 +161,7 @@ class Tally(Watch):
 
 
 class Limited(Watch):
-    """Applies the limits of a key to a request of it."""
+    """Applies a key's limits to one of its requests."""
 
     def __init__(self, limits: Limits, caller: Caller, policy: Policy) -> None:
         self._limits, self._caller, self._policy = limits, caller, policy

@@ -1,4 +1,4 @@
-"""The base of the types of answers."""
+"""The base class of answer types."""
 
 from __future__ import annotations
 

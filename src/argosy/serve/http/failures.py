@@ -1,8 +1,9 @@
-"""The response to every failure: its status, its headers, and a body in the words of each dialect.
+"""The response to a failure: its status, its headers, and a body in the dialect's shape.
 
-A message of ours may contain paths, so a client gets "internal error" and the id that is in the log.
+A message of our own faults may contain paths, so the client gets "internal error" and the id under which the log
+has it.
 
-Elsewhere: statuses come with the errors, in the package's `errors.py`; how a stream fails is `streams.py`.
+Elsewhere: the errors in the package's `errors.py` carry their statuses; `streams.py` ends a stream that fails.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class OllamaError(Closed):
 def error_body(
     error: BaseException, dialect: Dialect, request_id: str
 ) -> tuple[int, OpenAIError | AnthropicError | OllamaError]:
-    """Status and body of a failure in the dialect's shape and words; our own faults have the id that is in the log."""
+    """Status and body of a failure in the dialect's shape; for our own faults, the body gives the id in the log."""
     error = refused_by_system(error) or error
     status = error.http_status if isinstance(error, ArgosyError) else 500
     message, is_ours = str(error), status >= 500 and status != 503
@@ -113,7 +114,7 @@ def _text_fact(error: BaseException, name: str) -> str | None:
 
 
 def _overflow(error: PromptTooLong, dialect: Dialect) -> str:
-    """Word the error so that clients know that they must shorten the conversation, and find the numbers.
+    """Word the error so that clients recognize that they must shorten the conversation, and find the numbers.
 
     Claude Code looks for "prompt is too long: N tokens > M maximum", LiteLLM for "This model's maximum context length".
     """
@@ -148,7 +149,7 @@ def error_headers(error: BaseException, status: int) -> dict[str, str]:
     for status_with, name in ((405, "allow"), (308, "location")):
         if status == status_with and isinstance(error, ArgosyError):
             headers[name] = str(error.facts[name])
-    if status in (401, 403):  # some clients would retry for minutes, and the key would still be refused
+    if status in (401, 403):  # some clients would otherwise retry a refused key for minutes
         headers["x-should-retry"] = "false"
     if status in (408, 413, 503) or isinstance(error, BadFrame | Stranger):
         headers["connection"] = "close"

@@ -1,13 +1,13 @@
-"""Checks that every request passes before its route runs.
+"""The checks that every request must pass before its route runs.
 
     connection -> host, origin -> route, or 404 -> key, scope, limits -> content type -> size, time of the body -> route
                           └── a preflight of an allowed origin is answered here
 
-Every route is in the table with its policy; anything else is 404. The path is the one that the client sent
-(`scope["path"]`), without the base path. HEAD is answered like GET, without the body. The log has the request's id, the
-method, the route's template, the status, times, token counts, the model and the key's id, and no content. An unexpected
-exception becomes "internal error"; the log says where it was raised (`log.py`), and both have the id. A trace id that
-the client sends in `traceparent` goes into the JSON log and the audit, and nothing else of that header does.
+Every route is in the table with its rule; anything else is 404. The path is the one that the client sent
+(`scope["path"]`), without the base path. HEAD is answered like GET, without the body. The log records the request's
+id, method, route template, status, times, token counts, model and key id, but no content. An unexpected exception
+becomes "internal error"; the log says where it was raised (`log.py`), and both contain the id. Of a client's
+`traceparent` header, only the trace id goes into the JSON log and the audit.
 
 Elsewhere: the table is `app.py`; the request's headers and body are `incoming.py`; the response to a failure is
 `failures.py`; the audit is `serve/guards/audited.py`; allowed origins are `origins.py`; keys and limits are the room
@@ -43,13 +43,14 @@ from argosy.serve.http.running import GoneAway, Running
 log = logging.getLogger("argosy.serve")
 
 NO_ROOM = "argosy.no_room"  # in a request's state: its connection exceeds the limit
-_NAME = r"[A-Za-z0-9._-]{1,253}"  # a host's name; also an IPv4 address
+_NAME = r"[A-Za-z0-9._-]{1,253}"  # a host name or an IPv4 address
 _AUTHORITY = re.compile(rf"(?P<name>{_NAME}|\[(?P<v6>[0-9A-Fa-f:.]{{2,45}})\])(?::[0-9]{{0,5}})?")
-GENERATED = (b"x-ai-generated", b"1")  # header of answers that a model wrote
-# Headers of answers to a key with tokens per day: the limit, what is left of it, and when the day ends; OpenAI's names.
+GENERATED = (b"x-ai-generated", b"1")  # header of answers written by a model
+# Headers of answers to a key with tokens per day, under OpenAI's names: the limit, the remainder, and when the day
+# ends.
 TOKENS_LEFT = (b"x-ratelimit-limit-tokens", b"x-ratelimit-remaining-tokens", b"x-ratelimit-reset-tokens")
 SECURITY_HEADERS = (
-    # data: for previews of attached pictures and sounds, which cannot run anything.
+    # `data:` is for previews of attached pictures and sounds, which cannot run code.
     (
         b"content-security-policy",
         b"default-src 'self'; img-src 'self' data:; media-src 'self' data:; frame-ancestors 'none'",
@@ -61,10 +62,10 @@ SECURITY_HEADERS = (
 
 
 class _Pace:
-    """Lets one request begin in each turn of the event loop, first come first served.
+    """Lets one request begin per turn of the event loop, first come, first served.
 
-    Each takes about a millisecond of the loop until it waits for something. A burst that all began in one turn would
-    hold every other connection, and /health, for a second.
+    Each occupies the loop for about a millisecond before it first waits. If a burst began all in one turn, it would
+    block every other connection, and /health, for a second.
     """
 
     def __init__(self) -> None:
@@ -86,16 +87,16 @@ class _Pace:
         self._has_begun = False
         while self._waiting and not self._has_begun:
             turn = self._waiting.popleft()
-            if not turn.done():  # its client may have left
+            if not turn.done():  # the client may have left
                 self._begin()
                 turn.set_result(None)
 
 
 class _Response:
-    """Sends the response to a request, with the headers that every response has.
+    """Sends the response to a request, adding the headers common to all responses.
 
     policy: None until the route is known.
-    headers: more of them.
+    headers: additional ones.
     status: 0 until the response begins.
     has_begun: its head has been sent.
     """
@@ -127,14 +128,14 @@ class _Response:
             told.append(GENERATED)
         told += self._tokens_left(self._caller.key)
         extra = [pair for pair in told if pair[0] not in own]
-        # The others that close the connection: 408 has waited long enough, and BadFrame has no known end.
+        # The others close the connection: 408 has waited long enough, and BadFrame has no known end.
         if status >= 400 and (b"connection" not in own or status in (413, 503)):
             is_read = await self._body.discard()
             if not is_read and b"connection" not in own:
                 extra.append((b"connection", b"close"))
         await self._send({**message, "headers": [*message.get("headers", ()), *extra]})
-        self.has_begun = True  # not before: the request may end while the rest of its body is read
-        if self._is_head:  # complete, even where GET would stream
+        self.has_begun = True  # not earlier: the request may end while the rest of its body is read
+        if self._is_head:  # the response is complete, even where GET would stream
             await self._send({"type": "http.response.body"})
 
 
@@ -142,11 +143,11 @@ class Gate:
     """An ASGI application in front of `app`.
 
     Args:
-        hints: for a path that is not in the table, what to do instead, by the beginning of the path.
+        hints: advice for unknown paths, by the beginning of the path.
         takes_media: the model takes pictures or sounds.
-        observe: is called with (route, status, seconds) for every request.
-        hooks: what else happens around every request, in this order.
-        running: the requests that run; None: it is the gate's own.
+        observe: called with (route, status, seconds) for every request.
+        hooks: run around every request, in this order.
+        running: the running requests; None: the gate creates its own.
     """
 
     def __init__(
@@ -210,7 +211,7 @@ class Gate:
             response.headers += self._origins.headers(headers)
             asked = self._origins.asked_method(scope["method"], headers)
             policy = response.policy = self._route(asked or scope["method"], scope["path"])
-            if asked is not None:  # without a key: browsers send none with a preflight
+            if asked is not None:  # no key is required, because browsers send none with a preflight
                 await response.send(
                     {"type": "http.response.start", "status": 204, "headers": granted(asked, headers)}
                 )
@@ -229,7 +230,7 @@ class Gate:
         for watch in caller.watches:
             try:
                 watch.after(response.status, seconds)
-            except Exception as error:  # the others hear of it all the same
+            except Exception as error:  # the other watches are still told
                 report(error, caller.request_id)
         facts = {
             "event": "request", "request_id": caller.request_id,
@@ -246,7 +247,7 @@ class Gate:
         )  # fmt: skip
 
     def _tokens_left(self, key: Key | None) -> Headers:
-        """Headers about the tokens per day of a key."""
+        """The headers about a key's daily tokens."""
         if key is None or key.tokens_per_day is None:
             return []
         used, left_s = self._limits.used_today(key)
@@ -263,10 +264,10 @@ class Gate:
         scope: Scope,
         send: Send,
     ) -> None:
-        """Let the route answer, if the request passes the checks of its policy.
+        """Let the route answer if the request passes the checks of its rule.
 
         Raises:
-            Refused: it does not.
+            Refused: it does not pass.
         """
         caller.watches += filter(None, (hook.arrive(caller, policy, headers) for hook in self._hooks))
         caller.watches.append(Limited(self._limits, caller, policy))
@@ -288,11 +289,11 @@ class Gate:
             for watch in caller.watches:
                 watch.begin()
             method = "GET" if scope["method"] == "HEAD" else scope["method"]
-            # What an operator's command has begun is finished.
+            # An operator's command, once begun, is finished.
             can_end = policy.scope not in (None, "admin")
             with self.running.entered(caller) if can_end else contextlib.nullcontext():
                 body.when_whole = partial(caller.watch, body.receive)
-                if scope["method"] != "POST":  # nobody reads its body
+                if scope["method"] != "POST":  # the body is not read
                     body.when_whole()
                 await self._app({**scope, "method": method}, body.receive, send)
         finally:
@@ -300,7 +301,7 @@ class Gate:
             caller.held.share.close()
 
     def _elsewhere(self, scope: Scope) -> Refused:
-        """The answer to a path outside the base path; a browser is led from the base path to the page."""
+        """The answer to a path outside the base path. A browser is redirected from the base path to the page."""
         if scope["path"] == self._base_path and scope["method"] in ("GET", "HEAD"):
             return Refused(308, "the page is at this path with a slash", location=f"{self._base_path}/")
         return Refused(
@@ -309,7 +310,8 @@ class Gate:
 
     def _route(self, method: str, path: str) -> Policy:
         found = [policy for policy, pattern in self._table if pattern.fullmatch(path)]
-        found = [policy for policy in found if policy.path == path] or found  # a name in the table is no id
+        # a name in the table is not an id
+        found = [policy for policy in found if policy.path == path] or found
         for policy in found:
             if policy.method == method or (policy.method, method) == ("GET", "HEAD"):
                 return policy
@@ -334,7 +336,7 @@ class Gate:
         return key
 
     def _check_host(self, headers: dict[str, str]) -> None:
-        """Refuse unknown host names: another site could point its name at this server (DNS rebinding)."""
+        """Refuse unknown host names, because another site could point its name at this server (DNS rebinding)."""
         found = _AUTHORITY.fullmatch(headers.get("host", ""))
         if found is None:
             raise Refused(400, "the host header must be a name or an address, with or without a port")
@@ -346,7 +348,7 @@ class Gate:
     def _check_origin(self, scope: Scope, headers: dict[str, str]) -> None:
         if scope["method"] in ("GET", "HEAD") or self._origins.allow(headers):
             return
-        # A proxy that is not believed, or does not say, may speak TLS to a client of a plain connection.
+        # Behind an untrusted or silent proxy, the client of a plain connection may speak TLS.
         schemes = ("https",) if scope["scheme"] == "https" else ("http", "https")
         own = [f"{scheme}://{headers['host'].lower()}" for scheme in schemes]
         if (
@@ -359,9 +361,9 @@ class Gate:
 def _require_type(policy: Policy, headers: dict[str, str]) -> None:
     """Refuse a body of another content type.
 
-    Pages of other sites may send a form's type unasked, so it must not pass as JSON. Ollama's clients send it as well:
-    on Ollama's paths any type will do, unless a browser sends it. With every POST, browsers give their origin or
-    `Sec-Fetch-Site`.
+    Pages of other sites may send a form's content type without a preflight, so it must not pass for JSON. Ollama's
+    clients also send it, so on Ollama's paths any type is accepted, unless a browser sends it: with every POST,
+    browsers give their origin or `Sec-Fetch-Site`.
     """
     found = headers.get("content-type", "").partition(";")[0].strip().lower()
     if policy.takes_form and found != FORM_TYPE:

@@ -1,12 +1,14 @@
-"""What requests hold until they have ended: memory of a pool for all bodies, a line of the memory plan, and files.
+"""The resources that a request holds until it ends: memory from a shared pool, which is a line of the memory plan,
+and files.
 
     part of a body, cost of parsing it  ->  Share.hold  ->  within the pool, or refused
-    end of the request, however it ends ->  Share.close
+    end of the request, for any reason  ->  Share.close
 
-A body needs more memory than its bytes: JSON as Python objects takes up to forty times as much. So the cost of parsing
-a body is charged before it is parsed.
+A body needs more memory than its bytes: as Python objects, JSON takes up to forty times as much. The cost of
+parsing a body is therefore charged before it is parsed.
 
-Elsewhere: the cost of parsing is `serve/dialects/body.py`; `serve/claims.py` asks the plan for the pool.
+Elsewhere: `serve/dialects/body.py` estimates the cost of parsing; `serve/claims.py` claims the pool in the memory
+plan.
 """
 
 from __future__ import annotations
@@ -18,12 +20,10 @@ from argosy.config import MIB
 from argosy.errors import Overloaded
 
 BODY_BYTES = 48 * MIB  # request bodies, and the values parsed from them
-MEDIA_BODY_BYTES = (
-    48 * MIB
-)  # the largest body with pictures and sounds: a file of 32 MiB takes 43 MiB as base64
-# Added to BODY_BYTES if the model takes media: the largest body, and the text or the files made from it.
+MEDIA_BODY_BYTES = 48 * MIB  # the largest body with pictures and sounds: a 32 MiB file takes 43 MiB as base64
+# Added to BODY_BYTES if the model takes media: the largest body, and the text or files made from it.
 MEDIA_BODIES_BYTES = 2 * MEDIA_BODY_BYTES
-AUDIT_BYTES = 16 * MIB  # contents of requests until an audit that keeps them has written them
+AUDIT_BYTES = 16 * MIB  # contents of requests that an audit has yet to write
 _RETRY_S = 1
 
 
@@ -40,7 +40,7 @@ class Pool:
         return Share(self)
 
     def add(self, num_bytes: int) -> bool:
-        """Take `num_bytes` if there is room; return whether there was."""
+        """Take `num_bytes` if there is room; return whether it was taken."""
         with self._lock:
             if self.num_bytes + num_bytes > self.max_bytes:
                 return False
@@ -58,7 +58,7 @@ class Share:
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
-        self._lock = threading.Lock()  # files of a request are fetched side by side
+        self._lock = threading.Lock()  # files of a request are fetched in parallel
         self._is_closed = False
         self.num_bytes = 0
 
@@ -81,7 +81,7 @@ class Share:
             self.num_bytes += num_bytes
 
     def shrink(self, num_bytes: int) -> None:
-        """Give back everything above `num_bytes`."""
+        """Return everything above `num_bytes`."""
         with self._lock:
             surplus = max(0, self.num_bytes - num_bytes)
             self.num_bytes -= surplus
@@ -91,7 +91,7 @@ class Share:
         self.shrink(0)
 
     def close(self) -> None:
-        """Give back everything for good: a thread that still works for a request that has ended can hold no more."""
+        """Return everything for good: a thread that still works for an ended request cannot take more."""
         with self._lock:
             self._is_closed = True
         self.release()
@@ -99,10 +99,10 @@ class Share:
 
 @dataclass(slots=True)
 class Files:
-    """The files of one request at other hosts.
+    """One request's files on other hosts.
 
-    found: by address, the content, or why there is none.
-    wanted: addresses that have not been fetched yet.
+    found: address -> the content, or why it could not be fetched.
+    wanted: addresses not fetched yet.
     """
 
     found: dict[str, bytes | str] = field(default_factory=dict)
@@ -112,7 +112,7 @@ class Files:
         """Check that nothing is missing.
 
         Raises:
-            FilesWanted: some files have to be fetched before the request is read again.
+            FilesWanted: some files must be fetched before the request is read again.
         """
         if self.wanted:
             raise FilesWanted
@@ -128,9 +128,9 @@ class FilesWanted(Exception):
 
 @dataclass(slots=True)
 class Held:
-    """What one request holds, and how heavy its work is.
+    """The resources of one request, and the weight of its work.
 
-    takes_long: the body is long, or has pictures or sounds to decode.
+    takes_long: the body is long, or contains pictures or sounds to decode.
     takes_video: it has a video to decode.
     files: at other hosts, named in the body.
     """

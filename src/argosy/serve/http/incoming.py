@@ -48,20 +48,20 @@ def read_headers(scope: Scope) -> dict[str, str]:
         found[key] = value.decode("latin-1")
     if not found.get("content-length", "0").isdecimal():
         raise BadFrame("content-length is not a number")
-    # If a proxy in front of this server obeys one of them and this server the other, a body can smuggle a request.
+    # If a proxy in front of this server obeys one header and this server the other, a body can smuggle a request.
     if "transfer-encoding" in found and ("content-length" in found or scope.get("http_version") == "1.0"):
         raise BadFrame("transfer-encoding is not allowed with content-length or in HTTP/1.0")
     return found
 
 
 def trace_of(headers: Mapping[str, str]) -> str | None:
-    """The client's trace, 32 hexadecimal digits (W3C Trace Context), if the request is part of one."""
+    """The client's trace id, 32 hexadecimal digits (W3C Trace Context), if the request is part of a trace."""
     found = _TRACE.fullmatch(headers.get("traceparent", ""))
     return None if found is None else found["trace_id"]
 
 
 def secret_of(headers: dict[str, str]) -> str | None:
-    """The key from either header; if both headers hold a key, it must be the same."""
+    """The key from either header; if both contain a key, it must be the same."""
     scheme, _, bearer = headers.get("authorization", "").partition(" ")
     given = headers.get("x-api-key")
     if scheme.lower() != "bearer":  # for example, a user name and password for a proxy
@@ -78,13 +78,13 @@ class IncomingBody:
 
     is_whole: all of the body has been read.
     is_awaited: the client sends the body only after a 100 Continue.
-    max_bytes: the largest body that is read.
-    asked: is called with each part of the body.
-    when_whole: is called when all of the body has been read.
+    max_bytes: the limit on the body.
+    asked: called with each part of the body.
+    when_whole: called when all of the body has been read.
     """
 
     def __init__(self, receive: Receive, hold: Callable[[int], None]) -> None:
-        """`hold` is called with the memory of each part, and raises if there is no room for it."""
+        """`hold` is called with the memory of each part and raises if there is no room for it."""
         self._receive, self._hold = receive, hold
         self.asked: Callable[[bytes], None] = lambda data: None
         self.when_whole: Callable[[], None] = lambda: None
@@ -94,7 +94,7 @@ class IncomingBody:
         self.max_bytes = MAX_BODY_BYTES
 
     async def receive(self) -> Message:
-        """Receive the next part of the body; after the last part, only the end of the connection.
+        """Receive the next part of the body; after the last one, wait for the end of the connection.
 
         Raises:
             Refused: the body is too large or too slow.
@@ -113,7 +113,7 @@ class IncomingBody:
         num_bytes = len(message.get("body", b""))
         self._size += num_bytes
         self.require_allowed(self._size)
-        self._hold(num_bytes + num_bytes // 8)  # a buffer that grows has some room to spare
+        self._hold(num_bytes + num_bytes // 8)  # a growing buffer has some spare room
         self.asked(message.get("body", b""))
         return message
 
@@ -121,7 +121,7 @@ class IncomingBody:
         """Refuse a body of this size if it is too large.
 
         Raises:
-            Refused: it is.
+            Refused: it is too large.
         """
         if num_bytes > self.max_bytes:
             raise Refused(413, f"the body is larger than {self.max_bytes} bytes")

@@ -1,8 +1,8 @@
-"""Where a server listens: TCP addresses, a socket file, TLS; and which proxies it believes.
+"""Where a server listens: TCP addresses, a socket file, TLS; and which proxies it trusts.
 
     options  ->  Front  ->  bind, bind_file, Certificate  ->  server.py
 
-Elsewhere: options are `cli/commands/listening.py`.
+Elsewhere: the options are `cli/commands/listening.py`.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from argosy.directory import Directory
 from argosy.errors import UsageError
 
 BASE_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
-SOCKET_CLIENT = "unix"  # the address of every client of a socket file
+SOCKET_CLIENT = "unix"  # the address given to every client of a socket file
 _BACKLOG = 1024  # connections that the kernel queues for the server
-LONGEST_PATH = 107  # bytes; Linux has room for no more
+LONGEST_PATH = 107  # bytes, the limit on Linux
 _MOST_FILE_BYTES = 1 << 20  # certificates with their chain
 
 
 class Listener(socket.socket):
     """A socket from which asyncio accepts connections one at a time.
 
-    asyncio accepts as many connections in a row as the backlog it asks for. At the limit on open files, it would fail,
-    report and schedule a retry for each of them.
+    asyncio accepts up to a backlog of connections in a row. At the limit on open files, it would fail, report and
+    schedule a retry for each of them.
     """
 
     _most_open: int | None = None
@@ -54,7 +54,7 @@ class Listener(socket.socket):
     def accept(self) -> tuple[socket.socket, Any]:
         connection, address = super().accept()
         if self._most_open is not None:
-            # Counted one by one only where it may be too many: each connection would cost more than the one before.
+            # Count one by one only near the limit, because each connection would cost more than the previous one.
             if len(self._accepted) >= self._most_open <= sum(one.fileno() >= 0 for one in self._accepted):
                 connection.close()
                 raise ConnectionAbortedError  # asyncio waits for the next connection
@@ -64,13 +64,13 @@ class Listener(socket.socket):
 
 @contextmanager
 def bind_file(path: Path, mode: int) -> Iterator[list[Listener]]:
-    """Bind a socket to the file `path`, without listening yet; remove the file at the end.
+    """Bind a socket to the file `path` without listening yet; remove the file at the end.
 
-    A lock file beside it excludes other servers, also those that have not begun to listen. A socket that nobody
-    answers was left by a server that was killed, and is replaced.
+    A lock file next to it excludes other servers, even those that have not begun to listen. A socket that nobody
+    answers was left by a killed server, and is replaced.
 
     Raises:
-        UsageError: somebody listens there, or the file is not a socket, or it cannot be made.
+        UsageError: another server listens there, the file is not a socket, or it cannot be created.
     """
     if len(os.fsencode(path)) > LONGEST_PATH:
         raise UsageError(
@@ -87,7 +87,7 @@ def bind_file(path: Path, mode: int) -> Iterator[list[Listener]]:
             raise UsageError(f"no socket can be made in {path.parent}: {error.strerror}") from None
         _remove_stale(parent, path)
         listener = held.enter_context(Listener(socket.AF_UNIX, socket.SOCK_STREAM))
-        # The file gets its mode when it is made: a link could take its place before a chmod.
+        # The file gets its mode on creation, because a link could take its place before a chmod.
         before = os.umask(0o777 & ~mode)
         try:
             listener.bind(os.fsencode(path))
@@ -122,7 +122,7 @@ def _remove_stale(parent: Directory, path: Path) -> None:
                 parent.remove(path.name)
                 return
         except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.ETIMEDOUT):  # its queue is full, so it is in use
+            if error.errno not in (errno.EAGAIN, errno.ETIMEDOUT):  # a full queue means that it is in use
                 raise UsageError(f"{path} cannot be replaced: {error.strerror}") from None
     raise _in_use(path)
 
@@ -134,13 +134,13 @@ def _in_use(path: Path) -> UsageError:
 
 
 class Certificate:
-    """A certificate and its key, which TLS connections use from TLS 1.2 on.
+    """A certificate and its key, for connections with TLS 1.2 or later.
 
     Args:
-        certificate, key: PEM files; the certificate's file may go on with its chain.
+        certificate, key: PEM files; the certificate may be followed by its chain.
 
     Raises:
-        UsageError: a file cannot be read, they do not belong together, or others may use the key.
+        UsageError: a file cannot be read, they do not belong together, or other users can access the key.
     """
 
     def __init__(self, certificate: Path, key: Path) -> None:
@@ -148,12 +148,12 @@ class Certificate:
         self.context = self._read()
 
     def reload(self) -> None:
-        """Read both files again, for the connections that come from now on.
+        """Read both files again, for new connections.
 
         Raises:
-            UsageError: the files cannot be used; the certificate in use stays.
+            UsageError: the files cannot be used; the current certificate stays in use.
         """
-        self._read()  # checks the files, and changes nothing
+        self._read()  # checks the files without changing anything
         self._load(self.context)
 
     def _read(self) -> ssl.SSLContext:
@@ -177,7 +177,7 @@ class Certificate:
         return context
 
     def _load(self, context: ssl.SSLContext) -> None:
-        def refuse() -> NoReturn:  # otherwise OpenSSL would ask on the terminal
+        def refuse() -> NoReturn:  # otherwise OpenSSL would prompt on the terminal
             raise UsageError(
                 f"the key {self._key} is encrypted, and the server cannot ask for its password",
                 hint="`openssl pkey -in KEY -out PLAIN_KEY` writes it without one; protect that file by its mode",
@@ -199,10 +199,10 @@ class Certificate:
 class Front:
     """How requests reach the server.
 
-    certificate: the server speaks TLS with it; None: plain HTTP.
-    proxies: networks whose word about a client's address and scheme is taken (X-Forwarded-For, X-Forwarded-Proto), and
+    certificate: for TLS; None: plain HTTP.
+    proxies: networks trusted to report a client's address and scheme (X-Forwarded-For, X-Forwarded-Proto), and
         `unix` for the clients of a socket file.
-    base_path: the beginning of all paths, such as `/argosy`, or nothing.
+    base_path: the prefix of all paths, such as `/argosy`, or empty.
 
     Raises:
         UsageError: a network or the path is invalid.
@@ -243,7 +243,7 @@ def _require_network(text: str) -> None:
 
 
 def address_of(listener: Listener, host: str, front: Front) -> str:
-    """The address of a server, for people."""
+    """The address of a server, for display."""
     if listener.family == socket.AF_UNIX:
         return f"unix:{listener.getsockname()}{front.base_path}"
     shown = f"[{host}]" if ":" in host else host
@@ -252,10 +252,11 @@ def address_of(listener: Listener, host: str, front: Front) -> str:
 
 @contextmanager
 def bind(host: str, port: int) -> Iterator[list[Listener]]:
-    """Bind sockets to all addresses of `host`, without listening yet.
+    """Bind sockets to all addresses of `host` without listening yet.
 
-    They are bound before the model is loaded, so that a port in use is reported at once. They listen only after it is
-    loaded. Until then connections are refused, so that no client waits for minutes, or for an answer that never comes.
+    They are bound before the model is loaded, so that a port in use is reported at once, and listen only
+    afterwards. Until then connections are refused, so that no client waits for minutes, or for an answer that never
+    comes.
 
     Raises:
         UsageError: the address is in use, or does not belong to this machine.
@@ -277,7 +278,7 @@ def bind(host: str, port: int) -> Iterator[list[Listener]]:
                 if family == socket.AF_INET6:
                     one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                 one.bind((address[0], sockets[0].getsockname()[1] if sockets else port, *address[2:]))
-            except OSError as error:  # `localhost` has an IPv6 address even if IPv6 is disabled
+            except OSError as error:  # `localhost` resolves to an IPv6 address even if IPv6 is disabled
                 if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     raise cannot_listen(error, host, port) from None
                 fault = error

@@ -2,12 +2,12 @@
 
     event loop, engine's thread  ->  LogWriter.emit  ->  a bounded queue  ->  its own thread  ->  stderr
 
-Logging never waits for the reader of the log. If stderr is a pipe that is read slowly or not at all, or a file on a
-full drive, lines are dropped, and their number follows the next line that gets through. A log in a file may have a
-limit: then its older half is dropped now and then.
+Logging never waits for the reader of the log. If stderr is a slow or unread pipe, or a file on a full drive, lines
+are dropped, and the next line that gets through is followed by their number. A log file may have a size limit, at
+which its older half is dropped.
 
-A line is text for people, or a JSON object for programs. A record's `facts`, if it has them, are the members of that
-object; otherwise it has the text as `message`.
+A line is text for people or a JSON object for programs. The object's members are the record's `facts`, or if it has
+none, a `message` with the text.
 
 Elsewhere: the log line of each request is `gate.py`.
 """
@@ -27,8 +27,8 @@ from typing import Literal
 
 from argosy.errors import is_disk_full
 
-MOST_LINES = 4096  # waiting to be written; a few hundred bytes each
-_CLOSE_S = 1.0  # for the waiting lines at the end
+MOST_LINES = 4096  # lines waiting to be written; a few hundred bytes each
+_CLOSE_S = 1.0  # time for the waiting lines at the end
 
 
 LogFormat = Literal["text", "json"]
@@ -45,7 +45,7 @@ class LogWriter(logging.Handler):
     """Writes log records to `descriptor` until closed.
 
     Args:
-        most_bytes: if the descriptor is a file, open for reading and appending, its largest size; None: there is none.
+        most_bytes: the limit on the size of the file, which must be open for reading and appending; None: no limit.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class LogWriter(logging.Handler):
         self._descriptor, self._most_bytes = descriptor, most_bytes
         self._lines: queue.Queue[str | None] = queue.Queue(most_lines)
         self._is_closed = False
-        self._num_dropped = 0  # guarded by the handler's lock, as `emit` is
-        # A daemon thread does not keep the process alive: it may hang in a write that nobody reads.
+        self._num_dropped = 0  # guarded by the handler's lock, like `emit`
+        # A daemon, so that it does not keep the process alive if it hangs in a write that nobody reads.
         self._thread = threading.Thread(target=self._run, name="argosy-log", daemon=True)
         self._thread.start()
 
@@ -75,9 +75,9 @@ class LogWriter(logging.Handler):
             self._num_dropped += 1
 
     def close(self) -> None:
-        """Write the waiting lines, for at most a second."""
+        """Write the waiting lines, taking at most a second."""
         super().close()
-        if self._is_closed:  # `logging` closes it again when the process ends
+        if self._is_closed:  # `logging` calls this again when the process ends
             return
         self._is_closed = True
         try:
@@ -107,7 +107,7 @@ class LogWriter(logging.Handler):
         self.release()
 
     def _shorten(self) -> None:
-        """Drop the older half of a log that is too large. Others who write there append, so nothing is overwritten."""
+        """Drop the older half of an oversized log. Other writers append, so nothing is overwritten."""
         if self._most_bytes is None:
             return
         facts = os.fstat(self._descriptor)
@@ -127,11 +127,11 @@ class LogWriter(logging.Handler):
         return num_dropped
 
     def _write(self, data: bytes) -> None:
-        """Write directly to the descriptor: a stream's lock, held in a write that hangs, would block the exit."""
+        """Write directly to the descriptor, because a stream's lock, held in a hanging write, would block the exit."""
         while data:
             try:
                 data = data[os.write(self._descriptor, data) :]
-            except BlockingIOError:  # a process that shares the descriptor made it non-blocking
+            except BlockingIOError:  # another process that shares the descriptor made it non-blocking
                 ready = select.poll()
                 ready.register(self._descriptor, select.POLLOUT)
                 ready.poll()
@@ -145,7 +145,7 @@ def _dropped(num_lines: int) -> logging.LogRecord:
 def where_it_failed(error: BaseException) -> str:
     """The types of `error` and its causes, and their tracebacks.
 
-    Messages are left out, because those of Python and of libraries quote their input.
+    Messages are left out, because Python's and libraries' messages quote their input.
     """
     parts: list[str] = []
     seen: set[int] = set()

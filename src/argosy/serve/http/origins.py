@@ -1,12 +1,12 @@
-"""Pages of other sites that may use the server because its operator allows their origins (CORS).
+"""Origins whose pages the operator allows to use the server (CORS).
 
     --allow-origin  ->  Origins  ->  gate: preflights, and headers of every answer
 
-Origins are compared as a whole: scheme, host and port. There is no wildcard. No answer allows credentials, because the
-server reads no cookies: a page sends its key in a header. Whatever is allowed here, the host of a request is checked
-first, so a site that points its name at this machine gains nothing.
+Origins are compared as a whole: scheme, host and port. There is no wildcard. No answer allows credentials, because
+the server reads no cookies: a page sends its key in a header. The host of a request is checked before its origin,
+so a site that points its name at this machine gains nothing.
 
-Elsewhere: requests of other pages are refused in `gate.py`.
+Elsewhere: `gate.py` refuses requests from other pages.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _ORIGIN = re.compile(
 )
 _DEFAULT_PORTS = {"http": "80", "https": "443"}  # browsers leave them out
 _NAMES = re.compile(r"[A-Za-z0-9-]{1,64}(?:\s*,\s*[A-Za-z0-9-]{1,64}){0,63}")
-_PREFLIGHT_S = 600  # for which a browser may remember the answer to a preflight
-# Headers of answers that scripts of other origins may read, besides those that they may always read.
+_PREFLIGHT_S = 600  # how long a browser may cache the answer to a preflight
+# Answer headers that scripts of other origins may read, in addition to those that they always may.
 _EXPOSED = (
     b"request-id, retry-after, x-ai-generated, x-ignored-params, x-replaced-blocks, x-request-id, x-should-retry, "
     b"x-truncated-texts"
@@ -33,10 +33,10 @@ _EXPOSED = (
 
 
 def origin_of(text: str) -> str:
-    """An origin as browsers send it.
+    """Check an origin, written as browsers send it.
 
     Raises:
-        UsageError: `text` is not an origin, or stands for many of them.
+        UsageError: `text` is not an origin, or stands for several.
     """
     if text in ("*", "null"):
         raise UsageError(
@@ -74,15 +74,15 @@ class Origins:
         return made
 
     def asked_method(self, method: str, headers: Mapping[str, str]) -> str | None:
-        """The method that a preflight of an allowed origin asks for; None if the request is something else."""
+        """The method requested by a preflight from an allowed origin; None for any other request."""
         is_preflight = method == "OPTIONS" and self.allow(headers)
         return headers.get("access-control-request-method") if is_preflight else None
 
 
 def granted(method: str, headers: Mapping[str, str]) -> Headers:
-    """The headers that answer a preflight for `method`, besides those of every answer.
+    """The headers that answer a preflight for `method`, in addition to those of every answer.
 
-    Every header is granted by its name: only a key and the content type mean anything to the server.
+    Headers are granted by name: only a key and the content type mean anything to the server.
     """
     asked = headers.get("access-control-request-headers", "")
     names = asked if _NAMES.fullmatch(asked) else "authorization, content-type, x-api-key"
@@ -91,7 +91,7 @@ def granted(method: str, headers: Mapping[str, str]) -> Headers:
         (b"access-control-allow-headers", names.encode()),
         (b"access-control-max-age", str(_PREFLIGHT_S).encode()),
     ]
-    # A public page asks for a private address.
+    # A public page requests a private address.
     if headers.get("access-control-request-private-network") == "true":
         made.append((b"access-control-allow-private-network", b"true"))
     return made
@@ -99,11 +99,11 @@ def granted(method: str, headers: Mapping[str, str]) -> Headers:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """Under which names and paths a server is reached.
+    """The names and paths under which a server is reached.
 
-    hosts: host names that it answers to, besides addresses and `localhost`.
+    hosts: accepted host names, in addition to addresses and `localhost`.
     origins: origins whose pages may use it.
-    base_path: the beginning of all paths, or nothing.
+    base_path: the prefix of all paths, or empty.
     """
 
     hosts: Collection[str] = ()

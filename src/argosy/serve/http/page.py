@@ -1,6 +1,6 @@
-"""The chat page and the reader of /openapi.json: files of a fixed table, read at the start.
+"""The chat page and the viewer of /openapi.json: files from a fixed table, read at the start.
 
-Elsewhere: the files are the folder `serve/page`.
+Elsewhere: the files are in `serve/page`.
 """
 
 from __future__ import annotations

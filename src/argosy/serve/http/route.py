@@ -1,6 +1,6 @@
-"""A row of the table of routes: who may call it, what answers, and what the answer looks like.
+"""A row of the table of routes: who may call it, its handler, and the types of its answers.
 
-Elsewhere: the table is `serve/app.py`; the document made of it is `serve/admin/openapi.py`.
+Elsewhere: the table is `serve/app.py`; `serve/admin/openapi.py` makes a document of it.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from argosy.serve.http.streams import SSE, Encoding
 class Route:
     """One row of the table.
 
-    answer: type of the handler's JSON answer; None if the answer is not JSON.
-    events: type of the data of each event that the handler may stream instead; None if it does not stream.
+    answer: the type of the handler's JSON answer; None if the answer is not JSON.
+    events: the type of each streamed event's data; None if the handler does not stream.
     encoding: how the stream writes events.
     has_done: the last event is DONE.
     media: content types other than JSON.
-    refusals: statuses of the handler's refusals, besides those that follow from the policy.
-    query: schemas of the parameters in the query that the handler reads, by name.
+    refusals: statuses with which the handler refuses, in addition to those that follow from the rule.
+    query: schemas of the query parameters that the handler reads, by name.
     """
 
     policy: Policy

@@ -1,16 +1,17 @@
-"""The requests that run, and everything that ends them.
+"""The running requests, and everything that ends them.
 
     gate: a request begins  ->  Running.entered        its key, persons and model become known  ->  Run.go_on
     a stop, a revoked key, an erasure, the end of the server  ->  Running.look ─┐
     the client leaves  ─────────────────────────────────────────────────────────┴─>  Run.end(why)
     Run.end  ->  the request's task is cancelled, wherever it waits; threads that work for it call Run.go_on
 
-May a request start, and must a running one end: both ask `Running.why_not`. `look` asks it about every running request,
-and ends those that may not go on before their next token or event. The error that ends a request is its answer, as a
-status or as the last event of its stream. Commands of operators do not end: what they began is finished.
+`Running.why_not` decides whether a request may start and whether a running one must end. `look` calls it for every
+running request and ends those that may not go on, before their next token or event. The error that ends a request
+is its answer, as a status or as the last event of its stream. Operators' commands are not ended: once begun, they
+finish.
 
-Elsewhere: what an operator has stopped is `guard/stops.py`; revoked keys are found by `serve/admin/key_watch.py`;
-`gate.py` enters requests, and `streams.py` writes the last event.
+Elsewhere: `guard/stops.py` keeps an operator's stops; `serve/admin/key_watch.py` notices revoked keys; `gate.py`
+enters requests, and `streams.py` writes the last event.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from starlette.types import Receive
 from argosy.errors import ArgosyError, Overloaded, Revoked
 from argosy.guard.keys import Key
 
-_ERASE_S = 30.0  # how long an erasure waits for threads that work for the key
+_ERASE_S = 30.0  # how long an erasure waits for threads that still work for the key
 _LOOK_S = 0.01
 _RETRY_STOPPING_S = 30
 
@@ -42,28 +43,27 @@ class GoneAway(Exception):
 
 
 class Running:
-    """The requests of a server that run.
+    """The running requests of a server.
 
     Args:
-        stopped: says why a request may not run, given its key and the `uses` and `persons` of its `Run`; None: it
-            may.
+        stopped: given a key and the `uses` and `persons` of a `Run`, returns why it may not run, or None if it may.
     """
 
     def __init__(self, stopped: WhyNot = lambda key, uses, persons: None) -> None:
         self._stopped = stopped
-        self._runs: set[Run] = set()  # used by the event loop alone
+        self._runs: set[Run] = set()  # used only by the event loop
         self._events: asyncio.AbstractEventLoop | None = None
         self._is_over = False
         self._revoked: set[str] = set()
         self._erasing: Counter[str] = Counter()
         self._lock = threading.Lock()
-        self._at_work: Counter[str] = Counter()  # threads by tenant; guarded by the lock
+        self._at_work: Counter[str] = Counter()  # working threads by tenant; guarded by the lock
 
     def __len__(self) -> int:
         return len(self._runs)
 
     def why_not(self, run: Run) -> ArgosyError | None:
-        """Why a request may not run now; None: it may. Any thread may call this."""
+        """Why a request may not run now, or None if it may. Any thread may call this."""
         if self._is_over:
             return Overloaded("the server is stopping", retry_after_s=_RETRY_STOPPING_S)
         if run.tenant in self._revoked:
@@ -83,7 +83,7 @@ class Running:
             run.go_on()
             yield
         except asyncio.CancelledError:
-            if run.ended is None:  # by uvicorn, which closes the connection
+            if run.ended is None:  # cancelled by uvicorn, which closes the connection
                 raise
             raise run.ended.with_traceback(None) from None
         finally:
@@ -93,7 +93,7 @@ class Running:
                 run._watching.cancel()
             run._task = None
             self._runs.discard(run)
-            run.ended = run.ended or GoneAway()  # for threads that still work for it
+            run.ended = run.ended or GoneAway()  # tells threads that still work for it
 
     def look(self) -> None:
         """End the requests that may not go on. Call this in the event loop."""
@@ -104,24 +104,25 @@ class Running:
     def look_soon(self) -> None:
         """`look`, from any thread."""
         if self._events is not None:
-            with suppress(RuntimeError):  # the event loop is closed, and nothing runs
+            with suppress(RuntimeError):  # the event loop is closed, so nothing runs
                 self._events.call_soon_threadsafe(self.look)
 
     def revoke(self, key_id: str) -> None:
-        """End the requests of a key, and refuse others for good. Any thread may call this."""
+        """End a key's requests and refuse new ones for good. Any thread may call this."""
         self._revoked.add(key_id)
         self.look_soon()
 
     def stop(self) -> None:
-        """End all requests, and refuse others. Call this in the event loop."""
+        """End all requests and refuse new ones. Call this in the event loop."""
         self._is_over = True
         self.look()
 
     async def erase(self, key_id: str, erase: Callable[[], T]) -> T:
-        """End the requests of a key, then call `erase` in a thread. Until it is done, others are refused.
+        """End a key's requests, then call `erase` in a thread. New requests are refused until that is done.
 
         Raises:
-            Overloaded: threads worked for those requests to the end, and may have kept something after the erasure.
+            Overloaded: threads were still working for those requests at the end and may have kept something after
+                the erasure.
         """
         self._erasing[key_id] += 1
         try:
@@ -138,18 +139,18 @@ class Running:
             raise Overloaded(
                 f"the data was erased, but a request of this key has not ended within {_ERASE_S:.0f} s",
                 retry_after_s=int(_ERASE_S),
-                hint="erase again: it may have kept something",
+                hint="erase again, because that request may have kept something",
             )
         return made
 
     def is_at_work(self, tenant: str) -> bool:
-        """Whether a thread works for a tenant, even for a request that has ended."""
+        """Whether a thread is working for a tenant, even for an ended request."""
         with self._lock:
             return self._at_work[tenant] > 0
 
     @contextmanager
     def at_work(self, tenant: str) -> Iterator[None]:
-        """Count a thread that works for a tenant."""
+        """Count a thread as working for a tenant."""
         with self._lock:
             self._at_work[tenant] += 1
         try:
@@ -163,11 +164,11 @@ class Running:
 
 @dataclass(slots=True, eq=False)
 class Run:
-    """A request, its client, and what has ended it.
+    """A request, its client, and the reason why it has ended.
 
     persons: the users that its client names.
-    uses: the id of the model that it uses, and its name if a preset is named; empty until it uses one.
-    ended: why it has ended; None: it has not.
+    uses: the id of the model that it uses, and the preset's name if it names one; empty until then.
+    ended: why it has ended; None while it runs.
     """
 
     key: Key | None = None
@@ -185,23 +186,23 @@ class Run:
         return "" if self.key is None else self.key.id
 
     def go_on(self) -> None:
-        """Raise what has ended the request, or why it may not run. Any thread may call this."""
+        """Raise the error that has ended the request, or that forbids it to run. Any thread may call this."""
         if (why := self.ended or self.running.why_not(self)) is not None:
             raise why.with_traceback(None)
 
     def end(self, why: Exception) -> None:
-        """End the request: its task is cancelled. Call this in the event loop; only the first call has an effect."""
+        """End the request by cancelling its task. Call this in the event loop; only the first call has an effect."""
         if self.ended is None:
             self.ended = why
             if self._task is not None:
                 self._is_cancelled = self._task.cancel()
 
     def let_finish(self) -> None:
-        """Never cancel its task from now on: only the end of its answer is still to be sent."""
+        """Stop cancelling its task: only the end of its answer is still to be sent."""
         self._task = None
 
     def watch(self, receive: Receive) -> None:
-        """While the request runs, end it if its client disconnects. Nobody else may be waiting for its body."""
+        """End the request if its client disconnects while it runs. Nothing else may be reading its body."""
         if self._task is not None and self._watching is None:
             self._watching = asyncio.create_task(self._watch(receive))
 
@@ -214,7 +215,7 @@ class Run:
         self.end(GoneAway())
 
     def work(self, call: Callable[[], T]) -> T:
-        """Call something for the request in a thread. Erasing the key waits for it, as it may keep something.
+        """Run a call for the request in a thread. Erasing the key waits for it, because it may store something.
 
         Raises what `go_on` and `call` raise.
         """

@@ -1,14 +1,14 @@
-"""Run an ASGI application until a signal, on uvicorn, with our own start, timeouts and end.
+"""Run an ASGI application on uvicorn until a signal, with our own start, timeouts and shutdown.
 
-This file alone knows uvicorn. It relies on members that uvicorn does not document and may change in any minor release,
-so `pyproject.toml` bounds its version:
+Only this file knows uvicorn. It relies on undocumented members that may change in any minor release, so
+`pyproject.toml` bounds uvicorn's version:
 
     Server       startup, shutdown, capture_signals, handle_exit, should_exit, force_exit, server_state.connections
     H11Protocol  its module, its arguments, app_state, client, conn, connections, cycle.response_complete,
                  flow.resume_reading, loop, scheme, transport
     Config       `http` as a function that makes a protocol
 
-Elsewhere: sockets, TLS and proxies are `listen.py`; sockets of systemd are `systemd.py`; a server of models is
+Elsewhere: sockets, TLS and proxies are `listen.py`; systemd's sockets are `systemd.py`; a server of models is
 `serve/run.py`.
 """
 
@@ -47,28 +47,28 @@ from argosy.serve.http.work import Threads
 log = logging.getLogger("argosy.serve")
 
 MAX_CONNECTIONS = 512
-# This many connections beyond the limit get an error; any more are closed without an answer.
+# This many connections beyond the limit get an error response; any more are closed without one.
 _TOLD_CONNECTIONS = 64
-_OTHER_FILES = 256  # open files besides connections: for prompts, for the usage of keys
+_OTHER_FILES = 256  # open files other than connections, such as prompts and the usage of keys
 _SAID_EVERY_S = 60.0  # how often to log that connections cannot be accepted
 KEEP_ALIVE_S = 15  # longest idle time of a connection
 HEADER_S = 15.0  # longest time for the head of a request
-_MOST_AHEAD_BYTES = 64 << 10  # of further requests, while one is answered
+_MOST_AHEAD_BYTES = 64 << 10  # bytes of pipelined requests that are read while another is answered
 STUCK_S = 60.0  # a client that reads nothing of its answer for this long is disconnected
-# How long another thread may compute in Python before the event loop goes on. It waits for this after every system
-# call, and a request takes a dozen of those; Python's default is ten times as long.
+# How long another thread may hold the interpreter before the event loop continues. The loop may wait this long
+# after every system call, and a request makes a dozen; Python's default is ten times as long.
 _SWITCH_S = 0.0005
-_LAST_WORDS_S = 0.5  # after the second signal, for answers to send their end
+_LAST_WORDS_S = 0.5  # after the second signal, time for answers to send their end
 _LOOK_S = 0.05  # how often to check for a second signal
 # The kernel's buffer for a client that does not read; the default is megabytes.
 _SEND_BUFFER_BYTES = 128 << 10
-SWEEP_S = 1.0  # how often the server looks for what is too old
+SWEEP_S = 1.0  # how often the server drops what has expired
 
 
 def make_room_for_files(max_connections: int) -> None:
-    """Raise the limit on open files to its maximum: a server at that limit cannot accept a connection.
+    """Raise the limit on open files to its maximum, because a server at the limit cannot accept connections.
 
-    Called before the model is opened, because each part of a model takes two files, and again afterwards.
+    Called before the model is opened, because each of its files takes two descriptors, and again afterwards.
 
     Raises:
         UsageError: the maximum is too low for `max_connections` in addition to the files already open.
@@ -88,11 +88,12 @@ def _num_open_files() -> int:
 
 
 class TimedProtocol(H11Protocol):
-    """HTTP/1.1 that disconnects slow clients: those whose request head takes HEADER_S, and those that do not read.
+    """HTTP/1.1 that disconnects slow clients: those whose request head takes over HEADER_S, and those that do not
+    read.
 
-    Beyond `max_connections` the gate refuses a connection's request in its own dialect, and closes the connection.
-    The next part of an answer is made only after the client took the last one. A client that reads nothing for STUCK_S
-    is disconnected, even if its answer is complete and only the end of the connection is pending.
+    Beyond `max_connections` the gate refuses a connection's request in its own dialect and closes the connection.
+    The next part of an answer is made only after the client has taken the last one. A client that reads nothing for
+    STUCK_S is disconnected, even if its answer is complete and only the close of the connection is pending.
     """
 
     _head_timer: asyncio.TimerHandle | None = None
@@ -112,7 +113,7 @@ class TimedProtocol(H11Protocol):
             return
         if beyond > 0:
             self.app_state = {**self.app_state, NO_ROOM: True}
-        # Writing is paused whenever data is pending. asyncio pauses above the limit, but with TLS already at the limit.
+        # Writing pauses whenever data is pending. asyncio pauses above the limit, or with TLS at the limit.
         transport.set_write_buffer_limits(high=1 if self.scheme == "https" else 0)
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         self._expect_head()
@@ -124,7 +125,7 @@ class TimedProtocol(H11Protocol):
         elif self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
-        # uvicorn reads no further while another request waits for this answer, and would not notice that the client
+        # uvicorn stops reading while another request waits behind this answer, and would not notice that the client
         # leaves.
         if self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) < _MOST_AHEAD_BYTES:
             self.flow.resume_reading()
@@ -172,7 +173,7 @@ class Lifecycle(Protocol):
     async def preload(self, names: Sequence[str]) -> None: ...
 
     def drop_expired(self) -> None:
-        """Free what was kept for clients and is too old; called every SWEEP_S."""
+        """Free expired data kept for clients; called every SWEEP_S."""
 
     async def stop(self) -> None: ...
 
@@ -185,10 +186,10 @@ class Server(uvicorn.Server):
     Args:
         models: or the servers of a router.
         running: the requests that run.
-        preload: names of models that are loaded before the server listens.
+        preload: names of models to load before the server listens.
         started: called when the server listens.
-        certificate: is read again on SIGHUP; None: the server has none.
-        reload: reads more files again on SIGHUP, in a thread.
+        certificate: read again on SIGHUP; None: the server has none.
+        reload: reads further files again on SIGHUP, in a thread.
         beside: runs while the server listens, until it is cancelled; None: nothing does.
     """
 
@@ -218,7 +219,9 @@ class Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Keep our signal handlers to the end: uvicorn would restore the old ones, and a late signal would kill us."""
+        """Keep our signal handlers to the end: uvicorn would restore the old ones, and a late signal would kill the
+        process.
+        """
 
         def handle_with(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
             if threading.current_thread() is threading.main_thread():
@@ -230,7 +233,7 @@ class Server(uvicorn.Server):
         try:
             yield
         finally:
-            # Everything is closed, and Python handlers stop working before the interpreter exits.
+            # By now everything is closed, and Python's handlers stop working before the interpreter exits.
             handle_with(signal.SIG_IGN)
             self._handle_hangup_with(signal.SIG_IGN)
 
@@ -240,13 +243,13 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     def _handle_hangup_with(self, handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
-        """Without anything to read again, SIGHUP keeps its meaning."""
+        """Install the SIGHUP handler, unless there is nothing to read again."""
         has_files = self._certificate is not None or self._reload_more is not None
         if has_files and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGHUP, handler)
 
     def _handle_hangup(self, sig: int, frame: FrameType | None) -> None:
-        """Reload later, because the log must not be written in a signal handler: its queue may be locked."""
+        """Schedule the reload, because a signal handler must not write to the log, whose queue may be locked."""
         asyncio.get_running_loop().call_soon_threadsafe(self._reload)
 
     def _reload(self) -> None:
@@ -264,7 +267,7 @@ class Server(uvicorn.Server):
         events = asyncio.get_running_loop()
         events.set_exception_handler(self._report)
         events.set_default_executor(Threads(thread_name_prefix="argosy-calls"))
-        if self._certificate is not None:  # uvicorn leaves a minute to clients that shake hands slowly
+        if self._certificate is not None:  # uvicorn would allow a slow TLS handshake a minute
             events.create_server = functools.partial(  # type: ignore[method-assign]
                 events.create_server, ssl_handshake_timeout=HEADER_S
             )
@@ -280,16 +283,16 @@ class Server(uvicorn.Server):
         except BaseException:
             await self._models.close()
             raise
-        if self.should_exit:  # uvicorn ends without a shutdown then
+        if self.should_exit:  # uvicorn would exit without a shutdown
             await self._models.close()
 
     def _drop_expired(self) -> None:
-        """Now and then, free what is too old, even if no request comes."""
+        """Free expired data periodically, even if no request comes."""
         self._models.drop_expired()
         self._sweep = asyncio.get_running_loop().call_later(SWEEP_S, self._drop_expired)
 
     async def _load_first(self) -> None:
-        """Load the models that were asked for; a signal ends that."""
+        """Load the requested models; a signal interrupts that."""
         loading = asyncio.create_task(self._models.preload(self._preload))
         while not loading.done():
             await asyncio.wait([loading], timeout=_LOOK_S)
@@ -300,7 +303,7 @@ class Server(uvicorn.Server):
         loading.result()
 
     def _report(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Log a failure outside any request. The message that asyncio prints would quote the objects involved."""
+        """Log a failure outside any request. asyncio's own message would quote the objects involved."""
         error = context.get("exception")
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
             now = time.monotonic()  # asyncio retries every second
@@ -336,14 +339,14 @@ class Server(uvicorn.Server):
             await asyncio.sleep(_LOOK_S)
         await asyncio.sleep(_LAST_WORDS_S)
         for connection in list(self.server_state.connections):
-            connection.transport.abort()  # otherwise uvicorn would wait for it
+            connection.transport.abort()  # otherwise uvicorn would wait for the client
         self.force_exit = True
 
 
 def uvicorn_config(
     app: Gate, *, grace_s: float, max_connections: int = MAX_CONNECTIONS, front: Front | None = None
 ) -> uvicorn.Config:
-    """Configure uvicorn to run `app` without logs and server headers, and with short timeouts."""
+    """Configure uvicorn to run `app` without logs or server headers, and with short timeouts."""
     front = front or Front()
     certificate = front.certificate
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # its tracebacks could quote content
@@ -363,7 +366,7 @@ def uvicorn_config(
         timeout_keep_alive=KEEP_ALIVE_S,
         h11_max_incomplete_event_size=32 << 10,
         timeout_graceful_shutdown=int(grace_s),
-        backlog=1,  # see Listener
+        backlog=1,  # see `Listener`
     )
 
 
@@ -372,7 +375,7 @@ class Endpoint:
     """Where and how a server listens.
 
     sockets: from `bind`, `bind_file` or `passed_sockets`.
-    host: to print in the address of the server.
+    host: the host to show in the server's address.
     front: TLS, proxies, and the base path.
     drain_s: how long running answers may take after the first signal.
     """
@@ -397,13 +400,13 @@ def run_app(
     """Serve `app` until a signal.
 
     Args:
-        started: is called with the address once the server listens.
-        preload: for `lifecycle`, before the server listens.
-        reload: reads files again on SIGHUP, in a thread, besides the certificate; None: there are none.
+        started: called with the address once the server listens.
+        preload: names for `lifecycle` to load before the server listens.
+        reload: reads files other than the certificate again on SIGHUP, in a thread; None: there are none.
         beside: runs while the server listens, until it is cancelled; None: nothing does.
 
     Raises:
-        UsageError: another process has started to listen there in the meantime.
+        UsageError: another process has started to listen there meanwhile.
     """
     front, max_connections, drain_s = endpoint.front, endpoint.max_connections, endpoint.drain_s
     config = uvicorn_config(app, grace_s=drain_s + 5, max_connections=max_connections, front=front)
@@ -412,7 +415,8 @@ def run_app(
             one.limit(max_connections + _TOLD_CONNECTIONS)
     address = address_of(endpoint.sockets[0], endpoint.host, front)
     sys.setswitchinterval(_SWITCH_S)
-    # What is here now stays. Looking through it for garbage would hold all requests for a fifth of a second each time.
+    # The objects that exist now will stay. Scanning them for garbage would stall all requests for a fifth of a
+    # second each time.
     gc.freeze()
     try:
         server = Server(
@@ -432,4 +436,4 @@ def run_app(
             raise
         raise cannot_listen(error, endpoint.host, endpoint.sockets[0].getsockname()[1]) from None
     finally:
-        gc.unfreeze()  # engines are in cycles, and have to go before the process ends
+        gc.unfreeze()  # engines are in reference cycles and must be freed before the process ends

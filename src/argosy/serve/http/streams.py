@@ -1,9 +1,9 @@
-"""Send answers as a stream of events, and what ends it as the last of them.
+"""Send answers as a stream of events, with a failure as the last event.
 
     an event  ->  Encoding.write  ->  bytes: a server-sent event, or a line of JSON
 
-An answer that is not streamed begins when it is whole, or after WHOLE_S: then line breaks, which JSON allows before its
-value, keep the connection alive until it comes. Clients give up after five or ten silent minutes, proxies after one.
+An unstreamed answer is sent when it is complete. After WHOLE_S, newlines, which JSON allows before its value, keep
+the connection alive until then. Clients give up after five or ten silent minutes, proxies after one.
 
 Elsewhere: the content and the encoding are up to each dialect.
 """
@@ -26,10 +26,10 @@ from argosy.serve.http.failures import error_body, report
 from argosy.serve.http.running import GoneAway
 
 KEEP_ALIVE_S = 10.0
-# Silence before an answer that is not streamed; until then its status may still be that of an error.
+# Silence before an unstreamed answer; until then its status may still be that of an error.
 WHOLE_S = 30.0
 DONE = "[DONE]"  # OpenAI's last event
-COMMENT = b": keep-alive\n\n"  # clients skip it
+COMMENT = b": keep-alive\n\n"  # clients ignore it
 
 
 def sse(data: object, event: str | None = None) -> bytes:
@@ -40,7 +40,7 @@ def sse(data: object, event: str | None = None) -> bytes:
 
 
 def json_line(data: object, event: str | None = None) -> bytes:
-    """Encode one event as a line of JSON, which has no place for its name."""
+    """Encode one event as a line of JSON, which has no room for a name."""
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"
 
 
@@ -68,12 +68,12 @@ def error_event(error: Exception, dialect: Dialect, caller: Caller) -> bytes:
 
 
 class EventStream(Response):
-    """Sends events as they are made, `idle` every KEEP_ALIVE_S of silence, and a failure as the last event.
+    """Sends events as they are made, `idle` after every KEEP_ALIVE_S of silence, and a failure as the last event.
 
-    What ends the request (`running.py`) is such a failure, unless the client has left. `failed` encodes a
-    failure, if the dialect has its own event for it. `close` is always called, even if no event was requested, and
-    before the last event is sent: a client that does not read must not hold up the end. The next event is requested
-    once the last has been sent. The connection drops a client that reads nothing (`TimedProtocol`).
+    The error that ends a request (`running.py`) is such a failure, unless the client has left. `failed` encodes a
+    failure if the dialect has its own event for it. `close` is always called, even if no event was requested, and
+    before the last event is sent, because a client that does not read must not delay the end. An event is requested
+    once the previous one has been sent. The connection drops a client that reads nothing (`TimedProtocol`).
     """
 
     def __init__(
@@ -114,12 +114,12 @@ class EventStream(Response):
         await write(b"", more=False)
 
     async def _send_parts(self, write: Callable[[bytes], Awaitable[None]]) -> Exception | None:
-        """Send the parts until they end; return what ended them early."""
+        """Send the parts until they end; return the error that ended them early, if any."""
         keeping_alive = asyncio.ensure_future(self._keep_alive(write))
         try:
             async for part in self._parts:
                 await write(part)
-                # If parts are ready, let other tasks run, and let `Run.watch` notice that this client left.
+                # Even if parts are ready, let other tasks run, and let `Run.watch` notice that the client has left.
                 await asyncio.sleep(0)
         except asyncio.CancelledError:
             ended = self._caller.ended
@@ -130,7 +130,8 @@ class EventStream(Response):
             report(error, self._caller.request_id)
             return error
         finally:
-            keeping_alive.cancel()  # not awaited: the request may still be ended here, and would break off
+            # not awaited, because ending the request at that point would break off the answer
+            keeping_alive.cancel()
             await self._parts.aclose()  # type: ignore[attr-defined]
         return None
 
@@ -152,13 +153,14 @@ async def answer_whole(
     dialect: Dialect,
     headers: dict[str, str] | None = None,
 ) -> Response:
-    """Send an answer of JSON that is not streamed: as it is within WHOLE_S, otherwise after line breaks.
+    """Send an unstreamed JSON answer: plainly within WHOLE_S, otherwise after newlines.
 
-    After the first of them the status is 200, so a failure has only its body. The time counts from the request's
-    arrival: its client has heard nothing while its model was loaded, or while a router waited for a server.
+    After the first newline the status is 200, so a failure shows only in the body. The time counts from the
+    request's arrival, because its client has heard nothing while its model was loaded or while a router waited for
+    a server.
 
     Args:
-        close: called if the request ends, or its answer comes late.
+        close: called if the request is ended or its answer comes late.
         headers: of an answer that comes late.
 
     Raises what `answer` raises within WHOLE_S.

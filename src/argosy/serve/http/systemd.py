@@ -1,11 +1,11 @@
-"""Take the sockets that systemd passes, and tell it when the server is ready and when it stops.
+"""Take the sockets that systemd passes, and notify it when the server is ready and when it stops.
 
     LISTEN_PID, LISTEN_FDS, LISTEN_FDNAMES  ->  passed_sockets  ->  the server listens on them
     the server is ready, or stops           ->  Notifier.tell   ->  NOTIFY_SOCKET
 
-The protocols are those of sd_listen_fds(3) and sd_notify(3). Child processes do not inherit the variables.
+The protocols are sd_listen_fds(3) and sd_notify(3). Child processes do not inherit the variables.
 
-Elsewhere: sockets that the server makes itself are `listen.py`.
+Elsewhere: `listen.py` creates the server's own sockets.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _TELL_S = 1.0
 
 
 def passed_sockets() -> list[Listener]:
-    """The sockets that systemd passed to this process, those that other machines may reach first; none: it passed none.
+    """The sockets that systemd passed to this process, if any, those reachable from other machines first.
 
-    They listen already: the kernel queues clients while models are loaded.
+    They are already listening: the kernel queues clients while models are loaded.
 
     Raises:
-        UsageError: one is not a listening TCP socket or stream socket with a file, or their number is wrong.
+        UsageError: one is not a listening TCP or named stream socket, or their number is wrong.
     """
     pid, count, names = (os.environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"))
-    if pid != str(os.getpid()):  # they are for a process that started this one
+    if pid != str(os.getpid()):  # they are meant for a parent of this process
         return []
     if not (count.isascii() and count.isdigit() and len(count) <= 4 and int(count) <= _MOST_SOCKETS):
         raise UsageError(f"LISTEN_FDS must be a number up to {_MOST_SOCKETS}, found '{count[:20]}'")
@@ -45,7 +45,7 @@ def passed_sockets() -> list[Listener]:
 
 
 def _take(number: int, name: str) -> Listener:
-    """The socket of a descriptor."""
+    """Take the socket of a descriptor."""
     shown = f"descriptor {number} of LISTEN_FDS" + (f" ({name[:80]})" if name.isprintable() and name else "")
     hint = "a .socket unit passes what `argosy serve` takes with ListenStream=PORT or ListenStream=/PATH"
     try:
@@ -63,7 +63,7 @@ def _take(number: int, name: str) -> Listener:
 
 
 def _fault_of(listener: Listener) -> str | None:
-    """Why a server cannot use a socket; None: it can."""
+    """Why a server cannot use a socket, or None if it can."""
     kind, family = listener.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE), listener.family
     if family not in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX) or kind != socket.SOCK_STREAM:
         return "is neither TCP nor a stream socket with a file"
@@ -82,7 +82,7 @@ def _is_local(listener: Listener) -> tuple[bool, bool]:
 
 
 def shown(listener: Listener) -> str:
-    """A socket, for people: `127.0.0.1:8080`, `unix:/run/argosy.sock`."""
+    """A socket for display: `127.0.0.1:8080`, `unix:/run/argosy.sock`."""
     name = listener.getsockname()
     if listener.family == socket.AF_UNIX:
         return f"unix:{name}"
@@ -90,14 +90,15 @@ def shown(listener: Listener) -> str:
 
 
 class Notifier:
-    """Tells systemd about this process, if it asks for that. The constructor takes NOTIFY_SOCKET away from children."""
+    """Notifies systemd about this process if it wants that. The constructor hides NOTIFY_SOCKET from children."""
 
     def __init__(self) -> None:
         self._address = os.fsencode(os.environ.pop("NOTIFY_SOCKET", ""))
 
     def tell(self, text: str) -> None:
-        """Send `READY=1` or `STOPPING=1`. A failure is logged, and the server goes on."""
-        if self._address[:1] not in (b"/", b"@"):  # nobody asks, or a machine outside this virtual one does
+        """Send `READY=1` or `STOPPING=1`. A failure is logged and the server continues."""
+        # not requested, or requested from outside this virtual machine
+        if self._address[:1] not in (b"/", b"@"):
             return
         address = b"\0" + self._address[1:] if self._address.startswith(b"@") else self._address
         try:
@@ -108,7 +109,7 @@ class Notifier:
                 notified.sendto(text.encode(), address)
         except OSError as error:
             log.error(
-                "systemd was not told %s, because NOTIFY_SOCKET cannot be used: %s",
+                "could not notify systemd of %s, because NOTIFY_SOCKET cannot be used: %s",
                 text,
                 error.strerror or error,
             )

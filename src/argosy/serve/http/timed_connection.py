@@ -1,11 +1,11 @@
-"""A connection to another server whose every read and write ends at one deadline.
+"""A connection to another server with a single deadline for all reads and writes.
 
     socket, deadline  ->  TimedConnection  ->  the `sock` of an `http.client.HTTPConnection`
 
-A time-out of a socket begins again with each byte, so a server that sends one byte a second would hold a thread for as
-long as it likes.
+A socket's timeout starts again with each byte, so a server that sends a byte per second could hold a thread
+forever.
 
-Elsewhere: `serve/answer/media_hosts.py` fetches files, and `serve/guards/check_over_http.py` asks about texts.
+Elsewhere: `serve/answer/media_hosts.py` fetches files, and `serve/guards/check_over_http.py` has texts checked.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 
 class TimedConnection:
-    """A connection for `http.client` whose every read and write ends at the deadline."""
+    """A socket for `http.client` whose reads and writes all end at the deadline."""
 
     def __init__(self, connected: socket.socket, deadline: float) -> None:
         self._connected, self._deadline = connected, deadline
@@ -32,7 +32,7 @@ class TimedConnection:
         return io.BufferedReader(_TimedReader(self._connected, self._limit))
 
     def close(self) -> None:
-        """Close nothing: `http.client` calls this before it reads an answer without a length."""
+        """Do nothing, because `http.client` calls this before it reads an answer without a length."""
 
     def _limit(self) -> None:
         left = self._deadline - time.monotonic()

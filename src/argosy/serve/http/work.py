@@ -1,12 +1,13 @@
-"""Run the work before the engine (parsing, rendering, tokenizing) in a few threads that tenants share fairly.
+"""Run the work that precedes the engine (parsing, rendering, tokenizing) in a few threads that tenants share
+fairly.
 
     run(tenant, call)  ->  the tenant's own queue  ->  tenants in turn  ->  a thread  ->  result
 
-A free thread goes to the tenant whose last job began longest ago. So a tenant with one job waits only for the first
-free thread, however many jobs another tenant has queued. A tenant's queue is bounded.
+A free thread goes to the tenant whose last job began longest ago. A tenant with one job therefore waits only for
+the first free thread, however many jobs another tenant has queued. A tenant's queue is bounded.
 
-A thread begins with the first job and ends when none has come for a while. If the system refuses a thread, the threads
-that run take its job; if none runs, every job that waits is refused, so nothing waits for a thread that never comes.
+A thread starts with the first job and ends after a while without any. If the system refuses a thread, the running
+threads take its job; if none runs, every waiting job is refused, so that none waits for a thread that never comes.
 
 Large jobs have their own queue with one thread, so that only one of them needs memory at a time and small jobs never
 wait for them. After each large job the thread rests.
@@ -34,13 +35,14 @@ from argosy.guard.limits import TooMany
 
 NUM_THREADS = 2
 MAX_WAITING = 256  # jobs per tenant
-JOB_S = 120.0  # a queue with jobs in which none began or ended for this long has stopped
+JOB_S = 120.0  # a queue in which no waiting job has begun or ended for this long has stopped
 LARGE_JOB_S = 900.0  # the same for large jobs
 _RETRY_S = 2
-# A thread without a job ends after this long. To start one can hold the event loop for milliseconds.
+# A thread without a job ends after this long. Starting a thread can block the event loop for milliseconds.
 _LINGER_S = 5.0
-# After a large job the thread rests for this multiple of the job's time, but for at most a second. So a flood of large
-# jobs leaves time for the model: jobs of up to a third of a second use half of a core, or a quarter if they fail.
+# After a large job the thread rests for this multiple of the job's time, but at most a second, so that a flood of
+# large jobs leaves time for the model: jobs of up to a third of a second use half a core, or a quarter if they
+# fail.
 _REST, _REST_AFTER_FAILURE = 1.0, 3.0
 _LONGEST_REST_S = 1.0
 
@@ -66,12 +68,12 @@ class _Job:
 
 
 class WorkQueue:
-    """Runs jobs of many tenants in `num_threads` threads; any event loop may use it.
+    """Runs the jobs of many tenants in `num_threads` threads; any event loop may use it.
 
     Args:
-        max_waiting: longest queue of one tenant, without its running jobs.
+        max_waiting: the longest queue of one tenant, not counting running jobs.
         is_large: the jobs take much memory and time.
-        job_s: seconds that a job may take, for `has_stopped`; None: JOB_S, or LARGE_JOB_S for large jobs.
+        job_s: how long a job may take before `has_stopped`; None: JOB_S, or LARGE_JOB_S for large jobs.
     """
 
     def __init__(
@@ -82,17 +84,18 @@ class WorkQueue:
         self._is_large = is_large
         self._num_threads = num_threads
         self._job_s = job_s or (LARGE_JOB_S if is_large else JOB_S)
-        self._changed = threading.Condition(threading.Lock())  # guards the following fields; notified of jobs
+        # guards the following fields; notified of new jobs
+        self._changed = threading.Condition(threading.Lock())
         self._num_running = 0  # threads
-        self._num_idle = 0  # threads that wait for a job
+        self._num_idle = 0  # threads waiting for a job
         self._waiting: dict[str, deque[_Job]] = {}
         self._began: dict[str, int] = {}  # tenant -> number of its last job
         self._numbers = itertools.count(1)
-        self._moved_at = 0.0  # when a job began or ended, or began to wait while no other waited
+        self._moved_at = 0.0  # when a job last began or ended, or entered an empty queue
 
     @property
     def has_stopped(self) -> bool:
-        """Whether jobs wait, and none has begun or ended for longer than one may take."""
+        """Whether jobs are waiting and none has begun or ended for longer than a job may take."""
         with self._changed:
             return any(self._waiting.values()) and time.monotonic() - self._moved_at > self._job_s
 
@@ -101,7 +104,7 @@ class WorkQueue:
 
         Raises:
             TooMany: the queue of this tenant is full.
-            Overloaded: the system refuses a thread, and no thread of the queue runs.
+            Overloaded: the system refuses a thread and none of the queue is running.
         """
         future: Future[T] = Future()
         job = _Job(lambda: call(*args, **named), future)
@@ -124,7 +127,7 @@ class WorkQueue:
         try:
             return await asyncio.wrap_future(future)
         finally:
-            self._drop(tenant, job)  # in case the client disconnected while the job waited
+            self._drop(tenant, job)  # the client may have disconnected while the job waited
 
     def _drop(self, tenant: str, job: _Job) -> None:
         with self._changed:
@@ -133,7 +136,7 @@ class WorkQueue:
                 queue.remove(job)
 
     def _start_thread(self) -> None:
-        """Start a thread that is counted among those that run; refuse what waits if there is none."""
+        """Start a thread, already counted as running; if none is left, refuse the waiting jobs."""
         name = "argosy-large" if self._is_large else "argosy-work"
         try:
             threading.Thread(target=self._run, name=name, daemon=True).start()
@@ -184,7 +187,7 @@ class WorkQueue:
 
 
 class Threads(ThreadPoolExecutor):
-    """A pool for calls that wait for files and engines. If the system refuses a thread, so does the call."""
+    """A pool for calls that wait for files and engines. If the system refuses a thread, `submit` raises Overloaded."""
 
     def submit(self, call: Callable[P, T], /, *args: P.args, **named: P.kwargs) -> Future[T]:
         """
@@ -198,7 +201,7 @@ class Threads(ThreadPoolExecutor):
 
 
 def _clear_frames(error: BaseException) -> None:
-    """Free the locals of failed calls: reference cycles keep an error alive for long, and the body with it."""
+    """Free the locals of failed calls, because reference cycles keep an error alive for long, and the body with it."""
     found: BaseException | None = error
     while found is not None:
         traceback.clear_frames(found.__traceback__)
@@ -206,19 +209,19 @@ def _clear_frames(error: BaseException) -> None:
 
 
 def give_memory_back() -> None:
-    """Make the C library return free memory of every thread's arena to the system, if it can.
+    """Make the C library return the free memory of all threads' arenas to the system, if possible.
 
-    Otherwise half of the memory of a long text stays with the process, because small blocks in use lie in between.
+    Otherwise half of a long text's memory stays with the process, because small blocks in use lie in between.
     """
     if _malloc_trim is not None:
         _malloc_trim(0)
 
 
 def share_one_heap() -> None:
-    """Make all threads that begin later allocate from one arena of the C library, if it can.
+    """Make all threads started later allocate from a single arena of the C library, if possible.
 
-    With an arena for each thread, the free memory of one is of no use to another, and a server of many threads grows by
-    fragmentation for hours.
+    With an arena per thread, one thread's free memory is useless to another, and a server with many threads grows
+    by fragmentation for hours.
     """
     if _mallopt is not None:
         _mallopt(_M_ARENA_MAX, 1)
@@ -227,4 +230,4 @@ def share_one_heap() -> None:
 _M_ARENA_MAX = -8  # <malloc.h>
 _malloc_trim, _mallopt = (
     getattr(ctypes.CDLL(None), name, None) for name in ("malloc_trim", "mallopt")
-)  # exist in glibc
+)  # these exist in glibc
