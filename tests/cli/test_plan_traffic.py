@@ -103,7 +103,7 @@ def test_without_a_rate_nothing_is_simulated(qwen: str, capsys: pytest.CaptureFi
         (["--rate", "nan"], "--rate takes"),
         (["--rate", "-1"], "--rate takes"),
         (["--rate", "1e300"], "--rate takes"),
-        (["--traffic", "prompt=8,answer=4"], "when requests come"),
+        (["--traffic", "prompt=8,answer=4"], "when requests arrive"),
         (["--traffic", "nothing.jsonl"], "no file"),
         (["--target", "first-token=2s"], "--target needs"),
         (["--rate", "1", "--target", "2s"], "--target takes"),

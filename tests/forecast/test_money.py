@@ -125,7 +125,7 @@ def test_a_file_of_ones_own_is_read(tmp_path: Path) -> None:
         ("name,cpu,cores,memory_gib\na,b,1,4,5\n", "more fields"),
         ("name,cpu,cores,memory_gib\na,b,1\n", "memory_gib is empty"),
         ("name,cpu,cores,memory_gib,name\n", "the header has"),
-        ('name,cpu,cores,memory_gib\n"a', "no CSV file"),
+        ('name,cpu,cores,memory_gib\n"a', "not a CSV file"),
         ("x" * (2 << 20), "larger than"),
     ],
 )

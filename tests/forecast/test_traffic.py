@@ -112,7 +112,7 @@ def test_with_a_rate_a_file_gives_pairs_of_lengths(tmp_path: Path) -> None:
 def test_lengths_alone_say_nothing_about_when(tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", request())
     for source in (parse_traffic(path), parse_traffic("prompt=8,answer=4")):
-        with pytest.raises(UsageError, match="when requests come"):
+        with pytest.raises(UsageError, match="when requests arrive"):
             requests_of(source, None, count=10)
 
 

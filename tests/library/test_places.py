@@ -254,14 +254,14 @@ LAYER = {"mediaType": WEIGHTS, "digest": "sha256:" + "0" * 64, "size": 4}
         ({"layers": [LAYER | {"digest": "/etc/passwd"}]}, "has a layer with digest"),
         ({"layers": [LAYER | {"digest": None}]}, "has a layer with digest"),
         ({"layers": [LAYER | {"size": "4"}]}, "has a layer with digest"),
-        ({"layers": [LAYER]}, "is not there"),
+        ({"layers": [LAYER]}, "is missing"),
         ({"layers": [LAYER | {"digest": "sha256:" + "1" * 64}]}, "leads outside"),
         ({"layers": [LAYER | {"digest": "sha256:" + "2" * 64, "size": 5}]}, "is 4 bytes long, and it says 5"),
-        ({"layers": [LAYER | {"digest": "sha256:" + "2" * 64}] * 2}, "2 files with weights"),
+        ({"layers": [LAYER | {"digest": "sha256:" + "2" * 64}] * 2}, "2 weight files"),
         (f'{{"layers": [], "x": "{"x" * (1 << 20)}"}}', "at most 1048576 are read"),
     ],
 )
-def test_a_manifest_that_lies_is_passed_over_with_a_note(ollama: Path, content: object, problem: str) -> None:
+def test_a_manifest_that_lies_is_skipped_with_a_note(ollama: Path, content: object, problem: str) -> None:
     (ollama / "blobs").mkdir(parents=True)
     (ollama / "blobs" / f"sha256-{'1' * 64}").symlink_to("/etc/passwd")
     (ollama / "blobs" / f"sha256-{'2' * 64}").write_bytes(b"GGUF")

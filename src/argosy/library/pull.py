@@ -288,7 +288,7 @@ def ask_hub(text: str, revision: str | None = None) -> Repository:
         )
     if source.url != endpoint:
         raise UsageError(
-            f"{quote(text)} is not on {endpoint}, and the cache holds that hub's models under the same names",
+            f"{quote(text)} is on another hub than {endpoint}, and the cache keeps both under the same names",
             hint=f"`HF_ENDPOINT={source.url} argosy pull {source.repository}` fetches it",
         )
     if revision is not None and not kept.is_revision(revision):
