@@ -16,7 +16,7 @@ from schemathesis.core.failures import Failure
 REASONS = (
     # One part of the body refers to another.
     r"message \d+: tool_call_id '.*' matches no call in an earlier message",
-    r"message \d+: the result of a tool, and no earlier call",
+    r"message \d+: a tool result, but no earlier call",
     r"tool_choice names '.*', which is not among the tools",
     r"tool_choice requires a tool call, and there are no tools",
     r"tool \d+: the name '.*' is used twice",

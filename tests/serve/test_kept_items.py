@@ -148,7 +148,7 @@ def test_an_item_that_many_references_name_is_read_once_and_each_of_them_is_char
     assert said == {"role": "assistant", "content": text * 50}
     assert len(reads) == 1
     assert share.num_bytes >= 2 * len(said["content"])
-    with pytest.raises(Refused, match="the items that this request refers to take more than") as refused:
+    with pytest.raises(Refused, match="the items to which this request refers take more than") as refused:
         conversation(kept, Pool().share(), references * 10)
     assert refused.value.http_status == 413
 

@@ -135,7 +135,7 @@ def test_results_belong_to_calls_by_id_by_name_or_in_order(speaker: httpx.Client
         ([one], [{"tool_name": "get_time"}]),
     ):
         messages = conversation(calls, results) if calls else [{"role": "tool", "content": "a"}]
-        assert "the result of a tool, and no earlier call" in refusal(
+        assert "a tool result, but no earlier call" in refusal(
             speaker.post("/api/chat", json={"messages": messages})
         )
 

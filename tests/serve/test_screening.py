@@ -387,7 +387,7 @@ def test_a_check_that_fails_counts_as_the_policy_says(ask: Ask, moderator: Moder
     kind = "hasty" if mode == "waits" else "asked"
     closed = ask(f"{kind}-in", path, body_of(path, asked))
     assert (closed.status_code, closed.headers["retry-after"]) == (503, "5")
-    assert "does not answer, and the policy allows no request without it" in closed.json()["error"]["message"]
+    assert "does not answer, and the policy requires it" in closed.json()["error"]["message"]
     said, end = said_and_end(path, ask(f"{kind}-out", path, body_of(path, asked)).json())
     assert (said, end) == ("", "content_filter")
     said, end = said_and_end(path, ask(f"{kind}-easy", path, body_of(path, asked)).json())

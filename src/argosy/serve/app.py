@@ -1,6 +1,6 @@
-"""The table of routes, and the application built from it. Nothing outside the table is served.
+"""The table of routes and the application built from it. Nothing outside the table is served.
 
-Elsewhere: the checks that every request passes first are `http/gate.py`; each dialect has its own file.
+Elsewhere: `http/gate.py` has the checks that every request passes first; each dialect has its own file.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _form(path: str, handler: Callable[..., Any], **described: Any) -> Route:
 
 
 def new_governance() -> Governance:
-    """The governance of a server that was given none."""
+    """The default governance of a server."""
     return Governance() if GUARDS is None else GUARDS.Governing()
 
 
@@ -100,7 +100,7 @@ def _governed(path: str) -> Sequence[Route]:
     return () if GUARDS is None else GUARDS.ROUTES[path]
 
 
-# The folder `guards/` may be missing; this is the one place that looks for it.
+# The folder `guards/` may be missing; only this place looks for it.
 GUARDS: Any = (
     importlib.import_module("argosy.serve.guards.governing") if find_spec("argosy.serve.guards") else None
 )
@@ -206,7 +206,7 @@ ROUTES = (
 
 @functools.cache
 def _document(base_path: str) -> str:
-    """Build the document on first use: it takes a tenth of a second, which would delay the start."""
+    """Build the document on first use, because it takes a tenth of a second, which would delay the start."""
     return json.dumps(document(ROUTES, version("argosy"), base_path=base_path))
 
 
@@ -227,10 +227,10 @@ def make_app(
 
     Args:
         served: the models, or the service of the only one.
-        governance: policies, the audit, and what users are told; None: there are no policies, and nothing is recorded.
-        workers: run experts for the model; None: it runs alone.
-        co2_grams_per_kwh: emissions of the electricity here; None: unknown.
-        memory_watch: keeps the budget within limits; None: only who asks for another budget changes it.
+        governance: policies, the audit, and what users are told; None: no policies, and nothing is recorded.
+        workers: machines that run experts for the model; None: it runs alone.
+        co2_grams_per_kwh: emissions of the electricity used; None: unknown.
+        memory_watch: keeps the budget within limits; None: it changes only on request.
 
     Raises:
         UsageError: a policy asks a model that the server does not have.

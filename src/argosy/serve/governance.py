@@ -1,8 +1,8 @@
-"""What an operator does about requests besides answering them; a server without the folder `guards/` does nothing.
+"""The interface for policies, stops and the audit. Without the folder `guards/` a server has none of them.
 
     make_app  ->  Governance.join; its hooks  ->  gate        admin routes  ->  has_stopped, keeps_contents, erase
 
-Elsewhere: policies, stops and the audit are `guards/governing.py`, which `app.py` looks for.
+Elsewhere: the implementation is `guards/governing.py`, which `app.py` looks for.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from argosy.serve.models.models import Models
 
 
 class NoPolicies(Hook):
-    """Refuses a request that names a policy, where a server has none."""
+    """Refuses a request that names a policy on a server without any."""
 
     def admit(self, caller: Caller, policy: Policy, headers: Mapping[str, str]) -> Watch | None:
         if policy.screens in ("answers", "texts") and CHOSEN_POLICY in headers:
@@ -30,16 +30,16 @@ class NoPolicies(Hook):
 
 
 def no_policies() -> UsageError:
-    """The refusal of a request that names a policy."""
+    """Return the refusal of a request that names a policy."""
     return UsageError(f"{CHOSEN_POLICY}: this server has no policies", param=CHOSEN_POLICY)
 
 
 class Governance:
-    """Here: nothing is checked, stopped or recorded.
+    """Governance that checks, stops and records nothing.
 
-    hooks: what happens around every request.
-    has_stopped: requests wait for a thread that does not come.
-    keeps_contents: it keeps what requests say.
+    hooks: run around every request.
+    has_stopped: whether requests wait for a thread in vain.
+    keeps_contents: whether it keeps what requests say.
     """
 
     hooks: Sequence[Hook] = (NoPolicies(),)
@@ -47,11 +47,13 @@ class Governance:
     keeps_contents: bool = False
 
     def why_not(self, key: Key | None, uses: Collection[str], persons: Collection[str]) -> ArgosyError | None:
-        """Why a request may not run now, given its key and the `uses` and `persons` of its `Run`; None: it may."""
+        """Why a request may not run now, given its key and the `uses` and `persons` of its `Run`, or None if it
+        may.
+        """
         return None
 
     def join(self, models: Models, running: Running, registry: CollectorRegistry) -> None:
-        """Take part in a server with these models, running requests and metrics.
+        """Join a server with these models, running requests and metrics.
 
         Raises:
             UsageError: it needs a model that the server does not have.
@@ -61,5 +63,5 @@ class Governance:
         """Read its files again."""
 
     def erase(self, key_id: str) -> int | None:
-        """Erase what it keeps of a key; return the number of contents, or None if it never keeps any. Blocks."""
+        """Erase what it keeps for a key; return the number of contents, or None if it never keeps any. Blocks."""
         return None

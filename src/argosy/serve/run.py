@@ -1,6 +1,6 @@
-"""Start and stop the server. On SIGTERM it refuses new requests, waits for running ones, then ends the rest.
+"""Start and stop a server. On SIGTERM it refuses new requests, waits for running ones, then ends the rest.
 
-    bind  ->  (an engine is opened, or models are made ready)  ->  serve: listen, answer, drain
+    bind  ->  (open an engine, or prepare models)  ->  serve: listen, answer, drain
 
 Elsewhere: the application is `app.py`; `http/server.py` runs it; sockets, TLS and proxies are `http/listen.py`; options
 are `cli/commands/serve.py`.
@@ -80,7 +80,7 @@ def require_keys_behind_proxy(front: Front, keys: Path | None) -> None:
     """Require keys where a proxy admits other machines.
 
     Raises:
-        UsageError: a proxy is named, and there are no keys.
+        UsageError: a proxy is named but there are no keys.
     """
     if keys is None and front.proxies:
         raise UsageError(
@@ -91,22 +91,22 @@ def require_keys_behind_proxy(front: Front, keys: Path | None) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
-    """Settings of a server that do not depend on its models.
+    """The settings of a server that do not depend on its models.
 
     host: the host to print in the address of the server.
-    keys: the file with the API keys of clients; None: nobody needs a key.
-    store: keep responses in memory, for clients that refer to them, for `store_s` after they were last used.
-    rerank: the form of a reranker's prompt, by its name in `RERANK_FORMS`; None: the models rank no documents.
+    keys: the file with the API keys of clients; None: no key is needed.
+    store: keep responses in memory, for clients that refer to them, until `store_s` after their last use.
+    rerank: the reranker's prompt form, by its name in `RERANK_FORMS`; None: the models do not rank documents.
     front: TLS, proxies, and the base path.
-    log_bytes: the most that a log in a file may have; None: it grows without end.
+    log_bytes: the size limit of a log file; None: no limit.
     workers: run experts for the model; None: it runs alone.
-    audit: where requests are recorded; None: nowhere.
-    co2_grams_per_kwh: emissions of the electricity here, for `/metrics`.
-    guarding: policies, and what is stopped; None: there are none.
+    audit: where requests are recorded; None: they are not.
+    co2_grams_per_kwh: emissions of the electricity used, for `/metrics`.
+    guarding: policies and stops; None: there are none.
     has_watermark: the engines mark what they sample.
-    prefix_files_s: how long they keep prefixes in files; None: they do not.
-    presets: further names of the models; None: there are none.
-    default: the name that a request means that names no model; None: the first model.
+    prefix_files_s: how long prefixes are kept in files; None: they are not kept.
+    presets: further names of the models; None for none.
+    default: the model for requests that name none; None: the first one.
     """
 
     host: str
@@ -135,7 +135,7 @@ class ServerSettings:
 
     @property
     def site(self) -> Site:
-        """Under which names and paths the server is reached."""
+        """The names and paths under which the server is reached."""
         return Site(hosts=self.hosts, origins=self.origins or Origins(), base_path=self.front.base_path)
 
     def endpoint(self, sockets: Sequence[Listener]) -> Endpoint:
@@ -160,12 +160,12 @@ class ServerSettings:
 
     @property
     def keeps_content(self) -> bool:
-        """Whether the audit has what requests say."""
+        """Whether the audit keeps what requests say."""
         return self.audit is not None and self.audit.with_content
 
     @property
     def policy_sha256(self) -> str:
-        """SHA-256 of the settings that decide what requests may do and what is kept of them."""
+        """SHA-256 of the settings that govern requests and what is kept of them."""
         deciding = {
             "keys": self.keys is not None, "any_model": self.any_model, "rerank": self.rerank,
             "media_hosts": [] if self.media_hosts is None else sorted(self.media_hosts.names),
@@ -175,7 +175,9 @@ class ServerSettings:
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
     def common(self, ring: KeyRing, *, kept_bytes: int) -> Common:
-        """The parts that all models of the server share; `kept_bytes` is memory for items that clients refer to."""
+        """The parts that all models of the server share; `kept_bytes` is the memory for items that clients refer
+        to.
+        """
         return Common(
             ring=None if self.keys is None else ring,
             kept=KeptItems(max_bytes=kept_bytes if self.store else 0, kept_s=self.store_s),
@@ -197,20 +199,20 @@ def serve(
     preload: Sequence[str] = (),
     expectation: str | None = None,
 ) -> None:
-    """Serve models until a signal; keep answers for replay as far as the memory plan has room.
+    """Serve models until a signal, keeping answers for replay within the memory plan.
 
     After the first signal, no signal ends the process before everything is closed; the exit code stays 0.
 
     Args:
-        make_models: makes the models from what they share, such as with `one_model` or `several_models`.
+        make_models: makes the models from their shared parts, for example with `one_model` or `several_models`.
         sockets: from `bind`, `bind_file` or `passed_sockets`.
         kept_bytes: memory for items that clients refer to.
         preload: names of models to load before the server listens.
         expectation: a line to print below the address.
 
     Raises:
-        UsageError: another process has started to listen there in the meantime.
-        ArgosyError: a model that is loaded first cannot be opened, or does not fit.
+        UsageError: another process has started to listen there meanwhile.
+        ArgosyError: a preloaded model cannot be opened or does not fit.
     """
     with _keyed(settings) as (ring, limits, governance):
         models = make_models(settings.common(ring, kept_bytes=kept_bytes))
@@ -233,11 +235,11 @@ def one_model(
     recorder: Recorder | None = None,
     speeds: Speeds | None = None,
 ) -> Models:
-    """A server's only model, whose engine is open and stays so.
+    """A server's only model, whose engine is open and stays open.
 
     Args:
-        recorder: has the choices of recent tokens; None: nothing is recorded.
-        speeds: predictions for `/metrics`; None: there are none.
+        recorder: records the choices of recent tokens; None: nothing is recorded.
+        speeds: predictions for `/metrics`; None for none.
     """
     facts = facts_of(
         name, engine.config, engine.plan, num_parameters=engine.num_parameters, media_kinds=engine.media.kinds,
@@ -261,14 +263,14 @@ def several_models(
     idle_unload_s: float | None,
     note_use: Callable[[str], None] | None = None,
 ) -> Models:
-    """Models that share a budget; none is in memory yet.
+    """Models that share a budget, none of them in memory yet.
 
     Args:
         offers: the models; or what finds those of a library.
         process_bytes: what the process takes of the budget beside its models.
         record: makes what records the routing of a model while it is open; None: nothing is recorded.
-        idle_unload_s: unload a model after so long without requests; None: only if its memory is needed.
-        note_use: called with the name of each model that is opened, in a thread.
+        idle_unload_s: unload a model after this long without requests; None: only if its memory is needed.
+        note_use: called in a thread with the name of each model that is opened.
     """
 
     def to_source(offer: Offer) -> EngineSource:
@@ -284,7 +286,7 @@ def several_models(
 
 @contextmanager
 def _keyed(settings: ServerSettings) -> Iterator[tuple[KeyRing, Limits, Governance]]:
-    """The keys and limits of a server, its log and its governance, until it ends."""
+    """Open a server's keys, limits, log and governance until it ends."""
     keys = settings.keys
     require_keys(settings.host, keys)
     require_keys_behind_proxy(settings.front, keys)
@@ -340,7 +342,7 @@ def _run(
         if settings.log_format == "json":
             log.info("serving", extra={"facts": {"event": "started", "model": name, "address": address}})
             return
-        # In one write, because another thread writes log lines.
+        # A single write, because another thread writes log lines.
         sys.stderr.write(f"serving {name} at {address}\n")
         if expectation is not None:
             print(expectation, file=sys.stderr, flush=True)

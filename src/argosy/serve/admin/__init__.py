@@ -1,1 +1,1 @@
-"""What operators see and change."""
+"""The routes and loops through which operators watch and change a server."""

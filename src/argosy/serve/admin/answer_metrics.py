@@ -2,11 +2,11 @@
 
     gate: a request arrives  ->  Answers: each token, the end  ->  AnswerMetrics  ->  /metrics
 
-Labels are the model that answers, the kind of request, how an answer ended, and the id of a key: never the key, and
-nothing that anyone said. Key ids beyond MOST_KEYS share the label `other`, so the number of series is bounded.
-Three histograms appear a second time, with the names and labels of OpenTelemetry's conventions for generative AI.
+Labels are the answering model, the kind of request, how an answer ended, and the id of a key: never the key itself
+or anything that anyone said. Key ids beyond MOST_KEYS share the label `other`, so the number of series is bounded.
+Three histograms also appear under the names and labels of OpenTelemetry's conventions for generative AI.
 
-Elsewhere: `state.py` has the engine's own metrics, and counts requests by route.
+Elsewhere: `state.py` has the engine's metrics and counts requests by route.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from argosy.engine.sequence import Result
 from argosy.serve.http.access import Policy
 from argosy.serve.http.caller import Caller, Hook, Watch
 
-Operation = Literal["chat", "text_completion"]  # OpenTelemetry's words
+Operation = Literal["chat", "text_completion"]  # OpenTelemetry's terms
 
 MOST_KEYS = 256
 OTHER_KEYS = "other"
-# A model that reads experts from a drive may need minutes where one in memory needs seconds.
+# A model that reads experts from a drive may need minutes where a resident one needs seconds.
 _REQUEST_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280)
 _FIRST_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -40,7 +40,7 @@ class AnswerMetrics(Hook):
     """The metrics of all answers. Any thread may call it.
 
     Args:
-        clock: seconds, the same clock as that of `Caller.began`.
+        clock: in seconds, the same clock as for `Caller.began`.
     """
 
     def __init__(self, registry: CollectorRegistry, clock: Callable[[], float] = time.monotonic) -> None:
@@ -88,7 +88,7 @@ class AnswerMetrics(Hook):
         return RequestWatch(self, caller)
 
     def watch(self, model: str, operation: Operation, began: float) -> AnswerWatch:
-        """Begin an answer of a request that arrived at `began`."""
+        """Start watching a request that arrived at `began`."""
         return AnswerWatch(self, model, operation, began)
 
     def count_request(self, model: str, key: str) -> None:
@@ -110,7 +110,7 @@ class AnswerMetrics(Hook):
         return key
 
     def collect(self) -> Iterator[Metric]:
-        """The histograms under OpenTelemetry's names."""
+        """Yield the histograms under OpenTelemetry's names."""
         for name, histogram in (
             ("gen_ai_server_request_duration_seconds", self.duration),
             ("gen_ai_server_time_to_first_token_seconds", self.first_token),
@@ -179,7 +179,7 @@ class AnswerWatch:
         self._num_tokens += 1
 
     def end(self, result: Result) -> None:
-        """The answer has ended. Only a whole one counts in the histograms of durations and sizes."""
+        """The answer has ended. Only complete answers count in the histograms of durations and sizes."""
         metrics, labels = self._metrics, self._labels
         metrics.answers.labels(labels[0], result.finish_reason).inc()
         if result.num_marked:

@@ -2,7 +2,7 @@
 
     argosy cluster, or a program with an admin key  ->  /v1/cluster ...  ->  Workers
 
-Elsewhere: the workers' group is `cluster/group.py`, which `cli/commands/serve.py` gives to the server as `Workers`.
+Elsewhere: the group is `cluster/group.py`, which `cli/commands/serve.py` gives to the server as `Workers`.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class Workers(Protocol):
     def status(self) -> Sequence[WorkerStatus]: ...
 
     def add(self, host: str) -> None:
-        """Raises `UsageError` for an address that cannot be a worker's, and `PeerNotUsable`."""
+        """Add a worker; raises `UsageError` for an invalid address, and `PeerNotUsable`."""
         ...
 
     def drain(self, host: str) -> None:
-        """Raises `UsageError` if there is no such worker."""
+        """Take a worker out; raises `UsageError` if there is no such worker."""
         ...
 
 
@@ -72,7 +72,7 @@ async def _change(request: Request, what: Literal["add", "drain"], host: str) ->
     found: Workers | None = request.app.state.workers
     if found is None:
         raise Refused(409, "this server runs without workers", hint="start it with --cluster HOST:PORT,...")
-    try:  # in a thread, because connecting takes seconds if nobody answers
+    try:  # in a thread, because connecting takes seconds if nothing answers
         await asyncio.to_thread(found.add if what == "add" else found.drain, host)
     except UsageError as error:
         raise Refused(409, error.message, hint=error.hint) from None

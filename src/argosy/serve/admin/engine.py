@@ -1,6 +1,6 @@
-"""The state of the engine, once or as a stream, and the metrics for Prometheus.
+"""Routes for the engine's state, once or as a stream, and for Prometheus metrics.
 
-Elsewhere: both are made in `state.py`.
+Elsewhere: `state.py` makes both.
 """
 
 from __future__ import annotations

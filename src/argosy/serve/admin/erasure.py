@@ -1,4 +1,4 @@
-"""Erase what is kept of a key: DELETE /v1/engine/data/KEY.
+"""Erase the data kept for a key: DELETE /v1/engine/data/KEY.
 
 Elsewhere: stored responses are `serve/answer/kept_items.py`; the audit is `serve/guards/audited.py`.
 """
@@ -39,9 +39,9 @@ async def erase_data(request: Request) -> Erasure:
     """
     state, given = request.app.state, request.path_params["key"]
     key_id = state.ring.id_of(given)
-    if key_id is None and is_key_id(given):  # it was revoked, and the audit may still have contents of it
+    if key_id is None and is_key_id(given):  # a revoked key, of which the audit may still have contents
         key_id = given
-    if key_id is None:  # what is not a key's id does not get into the audit
+    if key_id is None:  # only a key's id may get into the audit
         raise Refused(404, "there is no key with this id or name", hint="name a revoked key by its id")
     found = models_of(request)
     governance: Governance = state.governance

@@ -1,4 +1,4 @@
-"""Whether the process works, and whether it accepts requests: GET /health and /ready."""
+"""Report whether the process works, and whether it accepts requests: GET /health and /ready."""
 
 from __future__ import annotations
 

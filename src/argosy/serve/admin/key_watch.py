@@ -1,12 +1,12 @@
-"""Watch the keys of a running server: save their usage, and end the use of revoked keys.
+"""Watch the keys of a running server: save their usage, and end revoked keys.
 
     every half second:  KeyRing.look, Limits.save
     a revoked key  ->  its requests end  ->  counts, answers, KV blocks and files of its tenant are deleted
 
-They are deleted again until no thread works for the key any more, and until deleting them succeeds.
+The deletion is repeated until it succeeds and no thread works for the key any more.
 
-Elsewhere: requests end in `serve/http/running.py`; keys and limits are the room `guard`; a tenant's blocks and files
-are `engine/prefix.py`.
+Elsewhere: `serve/http/running.py` ends requests; keys and limits are in the room `guard`; a tenant's blocks and
+files are `engine/prefix.py`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ LOOK_S = 0.5
 
 
 class KeyWatch:
-    """Runs a thread while it is entered.
+    """Runs a thread while its context is entered.
 
     Args:
-        running: the requests, which end when their key is revoked.
-        delete: deletes what is kept for a revoked key, by its id.
+        running: the requests to end when their key is revoked.
+        delete: deletes the data of a revoked key, given its id.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class KeyWatch:
         try:
             self._delete(key_id)
             self._limits.forget(key_id)
-        except Exception as error:  # the next key is deleted, and this one in the next turn
+        except Exception as error:  # go on with the next key, and retry this one in the next round
             if (fault := where_it_failed(error)) != self._leaving[key_id]:
                 log.error("keys: data of %s could not be deleted yet: %s", key_id, fault)
             self._leaving[key_id] = fault

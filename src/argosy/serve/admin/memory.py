@@ -1,11 +1,11 @@
-"""Change the memory budget of a running server: POST /v1/engine/memory, and limits of its cgroup that change.
+"""Change the memory budget of a running server: on POST /v1/engine/memory, and when limits of its cgroup change.
 
-    a budget that was asked for, a limit of the machine or a cgroup  ->  the smaller one  ->  `Models.resize`
+    the requested budget, the limit of the machine or a cgroup  ->  the smaller one  ->  `Models.resize`
 
-A limit is looked at twice a second. `memory.high` of cgroup v2 leaves time for that: the kernel slows a process that
-exceeds it. `memory.max` does not, so ask for the smaller budget first, and lower that limit afterwards.
-Once a minute the C library returns free memory to the system: requests of many sizes fragment its heap, which would
-grow for hours although no more of it is used.
+Limits are checked twice a second. cgroup v2's `memory.high` leaves time for that, because the kernel slows a
+process that exceeds it. `memory.max` does not, so request the smaller budget before you lower that limit. Once a
+minute the C library returns free memory to the system: requests of many sizes fragment its heap, which would
+otherwise grow for hours.
 
 Elsewhere: `serve/models/models.py` and `engine/engine.py` move the memory.
 """
@@ -36,7 +36,7 @@ log = logging.getLogger("argosy.serve")
 
 LOOK_S = 0.5
 _LOOKS_A_MINUTE = round(60 / LOOK_S)
-# The forms that `parse_size` takes, above zero: a percentage, bytes, or a number with a larger unit.
+# What `parse_size` accepts, above zero: a percentage, bytes, or a number with a larger unit.
 _SIZE = (
     "^((100|[1-9][0-9]?)%|[1-9][0-9]{0,17} ?[bB]|"
     r"([1-9][0-9]{0,8}(\.[0-9]{1,3})?|0\.[0-9]{0,2}[1-9]) ?[kKmMgGtT]([iI]?[bB])?)$"
@@ -59,7 +59,7 @@ class MemoryWatch:
     """Keeps the budget of a server within what the machine and its cgroups allow.
 
     Attributes:
-        asked_bytes: the budget that was asked for last.
+        asked_bytes: the budget requested last.
 
     Args:
         limit: the memory that this process may use.
@@ -68,18 +68,18 @@ class MemoryWatch:
     def __init__(self, models: Models, *, limit: Callable[[], int] = machine_bytes) -> None:
         self.asked_bytes = models.budget_bytes
         self._models, self._limit = models, limit
-        self._refused_bytes: int | None = None  # said in the log already
+        self._refused_bytes: int | None = None  # already logged
         self._changing = asyncio.Lock()
 
     async def ask(self, budget_bytes: int) -> None:
-        """Have this budget from now on. Raises what `Models.resize` raises."""
+        """Use this budget from now on. Raises what `Models.resize` raises."""
         async with self._changing:
             await self._models.resize(budget_bytes)
             self.asked_bytes = budget_bytes
         log.info("memory: the budget is %s", format_bytes(budget_bytes))
 
     async def look(self) -> None:
-        """Follow a limit that was lowered, or raised again. One that does not fit yet is tried at every look."""
+        """Follow a limit that was lowered or raised again. One that does not fit yet is retried at every check."""
         async with self._changing:
             allowed = min(self.asked_bytes, await asyncio.to_thread(self._limit))
             was_refused, self._refused_bytes = self._refused_bytes, None
@@ -97,7 +97,7 @@ class MemoryWatch:
         log.info("memory: the budget is %s, because of a limit that changed", format_bytes(allowed))
 
     async def run(self) -> None:
-        """Look until it is cancelled. What fails look after look is logged once."""
+        """Keep checking until cancelled. A failure that repeats is logged once."""
         logged: str | None = None
         for num_looks in itertools.count(1):
             await asyncio.sleep(LOOK_S)
@@ -105,7 +105,7 @@ class MemoryWatch:
                 if num_looks % _LOOKS_A_MINUTE == 0:
                     await asyncio.to_thread(give_memory_back)
                 await self.look()
-            except Exception as error:  # look again after any failure
+            except Exception as error:  # keep checking after any failure
                 if isinstance(error, OSError) and error.errno is not None:
                     failure = f"the limits of the machine cannot be read ({os.strerror(error.errno)}); the budget stays"
                 else:

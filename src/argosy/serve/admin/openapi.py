@@ -1,10 +1,11 @@
-"""The OpenAPI document, generated from the table of routes and the models that check requests.
+"""The OpenAPI document, generated from the table of routes and the models that validate requests.
 
     ROUTES: policy, handler's body, answer, events  ->  document  ->  /openapi.json
 
-Nothing is written twice: a body is the model that its handler takes, an answer is the type that its handler returns,
-an error is the type that `gate.error_body` returns, and the statuses follow from the policy. Streams are described as
-in OpenAPI 3.2, by `itemSchema`: a line of JSON, or an event whose `data` is JSON text described by `contentSchema`.
+Nothing is written twice: a body is the model that its handler takes, an answer is the type that its handler
+returns, an error is the type that `gate.error_body` returns, and the statuses follow from the rule. Streams are
+described as in OpenAPI 3.2, by `itemSchema`: a line of JSON, or an event whose `data` is JSON text described by
+`contentSchema`.
 
 Elsewhere: the table is `app.py`.
 """

@@ -1,8 +1,8 @@
-"""The engine's state for the page, `argosy top`, Prometheus and the log: numbers, and no content of requests.
+"""The engine's state for the page, `argosy top`, Prometheus and the log: only numbers, no content of requests.
 
-Which experts ran can reveal a text. So the heat map covers at least 256 tokens and needs the scope `admin`, and
-`/metrics` has no label for an expert. It has predictions beside what recent decode steps took, as
-`argosy plan --verify` prints them.
+The experts that ran can reveal a text. The heat map therefore covers at least 256 tokens and needs the scope
+`admin`, and `/metrics` has no label for an expert. It reports predictions next to the times of recent decode steps,
+as `argosy plan --verify` does.
 
 Elsewhere: the numbers come from `engine/facts.py` and `engine/loop.py`.
 """
@@ -35,8 +35,8 @@ from argosy.serve.models.models import Models
 
 log = logging.getLogger("argosy.serve")
 
-PROMPT_SAID_S = 10.0  # how often the log tells of a prompt or a wait that takes longer
-_MOST_WAITS_SAID = 8  # each time; the state has more
+PROMPT_SAID_S = 10.0  # how often the log reports a prompt or a wait that takes longer
+_MOST_WAITS_SAID = 8  # waits logged each time; the state lists more
 
 
 class ModelState(Closed):
@@ -199,7 +199,7 @@ _NO_MODEL = ModelFacts(
 
 
 def memory_of(models: Models) -> MemoryState:
-    """The memory budget of the server, and what it is used for."""
+    """The memory budget of the server and its uses."""
     shown = models.shown()
     engine = _nothing().engine if shown is None else shown.loop.snapshot().engine
     memory = engine.memory
@@ -223,7 +223,7 @@ def state_of(
     """The state of the server as JSON.
 
     Args:
-        keeps_contents: whether prompts and answers are kept in the audit.
+        keeps_contents: whether the audit keeps prompts and answers.
     """
     shown = models.shown()
     if shown is None:
@@ -267,7 +267,7 @@ def state_of(
 
 
 def _requests(models: Models) -> Iterator[tuple[str, RequestProgress]]:
-    """The requests that run, each with the id of its model."""
+    """The running requests, each with the id of its model."""
     for service in models.services():
         for one in service.loop.snapshot().requests:
             yield service.model.id, one
@@ -297,14 +297,14 @@ def _running(one: RequestProgress, model: str) -> RunningState:
 
 
 async def watch_prompts(models: Models) -> None:
-    """Log how far long prompts are, and what requests wait for, until it is cancelled."""
+    """Log the progress of long prompts and what requests wait for, until cancelled."""
     while True:
         await asyncio.sleep(PROMPT_SAID_S)
         log_prompts(models)
 
 
 def log_prompts(models: Models) -> None:
-    """Log how far prompts are, and what requests wait for, that have taken PROMPT_SAID_S or more."""
+    """Log the progress of prompts and waits that have taken PROMPT_SAID_S or more."""
     for model, one in _requests(models):
         if one.is_reading and one.seconds >= PROMPT_SAID_S:
             line = prompt_line(one.prompt_done, one.prompt_tokens, one.seconds_left)
@@ -356,7 +356,7 @@ def _nothing() -> LoopFacts:
 
 
 class RequestMetrics:
-    """How many requests were answered, and how long that took."""
+    """The number of answered requests and the time they took."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._requests = Counter(
@@ -378,11 +378,11 @@ _Row = tuple[type[CounterMetricFamily | GaugeMetricFamily], str, str, float | No
 class Metrics:
     """Prometheus metrics in their own registry; labels are routes, statuses, and parts of the engine's time.
 
-    If the server has several models, those of an engine have the label `model`, while it is in memory. Energy is there
-    only where it is measured.
+    If the server has several models, an engine's metrics carry the label `model` while it is in memory. Energy
+    appears only where it is measured.
 
     Args:
-        co2_grams_per_kwh: emissions of the electricity here; None: there is no metric of it.
+        co2_grams_per_kwh: emissions of the electricity used; None: no metric.
     """
 
     def __init__(
@@ -509,7 +509,7 @@ class Metrics:
     def _comparison(
         of_model: list[str], known: Sequence[tuple[list[str], Service, LoopFacts]]
     ) -> Iterator[Metric]:
-        """Predicted and measured, of steps of the last minute that had no prompt tokens."""
+        """Predicted and measured times of the last minute's steps without prompt tokens."""
         quantities = GaugeMetricFamily(
             "argosy_expected", "Recent decode beside its prediction",
             labels=[*of_model, "quantity", "unit", "value"],

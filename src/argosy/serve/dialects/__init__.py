@@ -1,1 +1,1 @@
-"""The API dialects, a file each."""
+"""The API dialects, one file each."""

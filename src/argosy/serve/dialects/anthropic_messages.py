@@ -158,13 +158,13 @@ class MessagesExchange(Exchange[MessagesBody, Event]):
     errors = "anthropic"
     names_events = True
 
-    _message: Message  # so far, when it is folded
+    _message: Message  # the whole answer so far, if it is folded
 
     def __init__(self, body: MessagesBody, service: Service, caller: Caller) -> None:
         super().__init__(body, service, caller)
         self._num_closed = 0  # blocks
-        self._open: str | None = None  # type of the open block
-        self._pieces: list[str] = []  # pieces of the block that is folded
+        self._open: str | None = None  # the type of the open block
+        self._pieces: list[str] = []  # pieces of the block being folded
 
     def reads(self) -> list[Read]:
         return [_reading(self.body, self.service, self.caller)]
@@ -256,7 +256,7 @@ class MessagesExchange(Exchange[MessagesBody, Event]):
 
 
 def _filled(block: SaidBlock, said: str) -> SaidBlock:
-    """The block that a client gets by joining all of its pieces."""
+    """The block that results from joining all of its pieces."""
     match block["type"]:
         case "text":
             return {"type": "text", "text": said}
@@ -266,7 +266,9 @@ def _filled(block: SaidBlock, said: str) -> SaidBlock:
 
 
 def _input(text: str) -> dict[str, Any]:
-    """The arguments of a call; if the token limit cut it, the complete ones, as Anthropic's clients parse them."""
+    """The arguments of a call; if the token limit cut it off, only the complete ones, as Anthropic's clients parse
+    them.
+    """
     try:
         value = json.loads(text or "{}")
     except ValueError:

@@ -1,6 +1,6 @@
 """The bodies of Anthropic's Messages, and the conversation that the model gets from one.
 
-Claude Code puts a line at the start of the system prompt that changes with each conversation, so no prompt prefix could
+Claude Code starts the system prompt with a line that changes with each conversation, so that no prompt prefix could
 be reused. The line is removed before the prompt is built, unless the server runs with `--keep-billing-line`.
 
 Elsewhere: answers are `anthropic_messages.py`; fields common to several dialects are `serve/answer/fields.py`.
@@ -43,7 +43,7 @@ from argosy.serve.answer.sampling_fields import Sampling
 from argosy.serve.answer.tool_use import ToolChoice
 
 BILLING_LINE = "x-anthropic-billing-header:"
-# Prefixes of the types of tools that Anthropic runs itself.
+# Type prefixes of tools that Anthropic runs itself.
 _SERVER_TOOLS = (
     "web_search_",
     "web_fetch_",
@@ -222,7 +222,7 @@ class ClientTool(Lenient):
 class AnthropicTool(Lenient):
     """A tool that Anthropic runs, or whose parameters only Anthropic's models know."""
 
-    # The OpenAPI document has the types that are allowed beside a client's tools; others are refused by name.
+    # The OpenAPI document lists the types that are allowed alongside a client's tools; others are refused by name.
     type: Annotated[
         str, Field(pattern=r"^[a-z0-9_]{1,64}$", json_schema_extra=_SHOWN_TYPE),
     ]  # fmt: skip
@@ -282,7 +282,7 @@ class CountBody(Sampling):
     tool_choice: Annotated[FreeChoice | NamedChoice, Field(discriminator="type")] | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
-    output_format: OutputFormat | None = None  # the older name of `output_config.format`
+    output_format: OutputFormat | None = None  # an older name of `output_config.format`
     mcp_servers: Annotated[list[Any], few(0)] | None = None
     context_management: NoEffect[FreeObject] = None
     cache_control: NoEffect[FreeObject] = None
@@ -329,7 +329,7 @@ class CountBody(Sampling):
     def _client_tools(self) -> list[ClientTool]:
         """The tools that the client runs.
 
-        A tool that Anthropic would run is left out if other tools remain, and the header names it.
+        A tool that Anthropic would run is left out if others remain, and the header names it.
 
         Raises:
             UsageError: the request offers or chooses only tools that Anthropic would run, or offers a tool whose
@@ -403,7 +403,7 @@ class MessagesBody(CountBody):
 
 
 def _check_prefill(said: AnyMessage, made: dict[str, Any]) -> None:
-    """Refuse trailing whitespace, as Anthropic does: a token begins with the space before its word."""
+    """Refuse trailing whitespace, as Anthropic does, because a token begins with the space before its word."""
     if said.role == "assistant" and made["content"] != made["content"].rstrip():
         raise UsageError(
             "messages: final assistant content cannot end with trailing whitespace",
@@ -414,7 +414,7 @@ def _check_prefill(said: AnyMessage, made: dict[str, Any]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """The place of blocks in a conversation; `is_new`: they are in the user's newest turn."""
+    """The place of blocks in a conversation; `is_new` if they are in the user's newest turn."""
 
     intake: Intake
     where: str
@@ -437,7 +437,7 @@ def _text(given: str | Sequence[TextBlock]) -> str:
 def _told(
     block: TextBlock | MediaBlock | DocumentBlock | SearchResultBlock | ServerBlock, place: _Place
 ) -> list[Piece]:
-    """Turn a block into texts, which belong on lines of their own, pictures and videos."""
+    """Turn a block into texts, each for a line of its own, pictures and videos."""
     match block:
         case TextBlock():
             return [block.text]
@@ -453,7 +453,7 @@ def _told(
 
 
 def _document(pieces: Sequence[Piece], title: str | None, context: str | None) -> list[Piece]:
-    """The form that Anthropic recommends for documents in a prompt."""
+    """Write a document as Anthropic recommends for prompts."""
     about = [(name, said) for name, said in (("title", title), ("context", context)) if said]
     head = "".join(f"<{name}>{said}</{name}>\n" for name, said in about)
     return [f"<document>\n{head}<document_content>", *pieces, "</document_content>\n</document>"]

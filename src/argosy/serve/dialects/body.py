@@ -1,11 +1,11 @@
-"""The body of a request: JSON parsed strictly, and one sentence for a body that is invalid.
+"""The body of a request: strict JSON, and a one-sentence refusal of an invalid body.
 
     bytes  ->  counted, charged  ->  UTF-8, no key twice, no NaN, no half character, few levels  ->  the route's model
 
-The values of a body are counted before any of them is created, and the memory they need is charged to the pool of all
-requests (`serve/http/held.py`); what only parsing needs is given back after it. A long body is counted, parsed and
-validated in a thread. Ambiguous JSON, which two parsers could read in two ways, is refused. A refusal names the place,
-the expected value and the value found; for a union, it describes the branch that matched furthest.
+The values of a body are counted before any is created, and their memory is charged to the pool of all requests
+(`serve/http/held.py`); memory needed only for parsing is released afterwards. A long body is counted, parsed and
+validated in a thread. Ambiguous JSON, which two parsers could read differently, is refused. A refusal names the
+place, the expected value and the value found; for a union, it describes the branch that matched furthest.
 
 Elsewhere: bounds of fields are `serve/answer/fields.py`; limits on size and time of a body are
 `serve/http/incoming.py`; threads are `serve/answer/work.py`.
@@ -34,16 +34,16 @@ from argosy.serve.http.held import Share
 from argosy.serve.models.models import use_model
 from argosy.strict_json import parse_json
 
-_READ_AT_ONCE_BYTES = 32 << 10  # a longer body is read in a thread, so other requests do not wait
-# Memory that a value needs as a Python object, as part of a model, and as input of the prompt. Measured with
-# tracemalloc on a dozen shapes: 69 to 226 bytes for a part, 47 for an item that is a token id. Arguments given as text
-# are parsed as JSON again, one long body at a time; the memory plan counts that with long texts.
+_READ_AT_ONCE_BYTES = 32 << 10  # a longer body is read in a thread, so that other requests do not wait
+# The memory that a value needs as a Python object, as part of a model, and as input of the prompt. Measured with
+# tracemalloc on a dozen shapes: 69 to 226 bytes for a part, 47 for an item that is a token id. Arguments given as
+# text are parsed as JSON again, one long body at a time; the memory plan counts that with long texts.
 _PART_BYTES = 256  # an object, a list or a text
 _ITEM_BYTES = 56  # any other
-_SHORTEST_DATA = 64 << 10  # a shorter string may be anything
-# Base64, and what stands before it in a data URL.
+_SHORTEST_DATA = 64 << 10  # a shorter string is not worth checking
+# Base64, and what precedes it in a data URL.
 _IN_DATA = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=:;,-."
-_CHECKED_AT_ONCE = 1 << 18  # bytes; other threads may run in between
+_CHECKED_AT_ONCE = 1 << 18  # bytes; other threads may run between pieces
 _LONGEST_SHOWN = 64
 _LONGEST_PLACE = 256
 
@@ -55,8 +55,8 @@ def answering(
 ) -> Callable[[Request], Awaitable[Response]]:
     """The endpoint of a route: `handler(body, request)`, or `handler(request)` if the route takes no body.
 
-    The model that a body names is in memory before the handler runs, and stays until the request has ended, if the body
-    needs it.
+    If the body needs its model, the model is in memory before the handler runs and stays there until the request
+    ends.
     """
 
     async def answer(request: Request) -> Response:
@@ -86,8 +86,8 @@ async def read_model(request: Request, model: type[Model]) -> Model:
 
     Raises:
         UsageError: the body is invalid.
-        Refused: parsing the body would take more memory than there is for all bodies.
-        Overloaded: parsing the body would take more memory than other requests leave.
+        Refused: parsing the body would exceed the memory for all bodies.
+        Overloaded: parsing the body would exceed the memory that other requests leave.
     """
     caller: Caller = request.state.caller
     try:
@@ -100,22 +100,22 @@ async def read_model(request: Request, model: type[Model]) -> Model:
         work: Work = request.app.state.models.work
         return await work.run(caller, lambda: validated(parts.pop(), model, caller.held.share))
     except BaseException:
-        caller.held.share.release()  # at once: what is left of a refused body is still read and dropped
+        caller.held.share.release()  # at once, because the rest of a refused body is still read and dropped
         raise
 
 
 async def _received(request: Request) -> bytes:
-    received = io.BytesIO()  # joining a list of parts would take twice the memory
+    received = io.BytesIO()  # because joining a list of parts would take twice the memory
     try:
         async for part in request.stream():
             received.write(part)
         return received.getvalue()
     finally:
-        received.close()  # an exception keeps this frame
+        received.close()  # an exception would keep this frame alive
 
 
 def validated(data: bytes, model: type[Model], share: Share) -> Model:
-    """Parse and validate a body, and charge the memory to `share`. Raises what `read_model` raises."""
+    """Parse and validate a body, charging the memory to `share`. Raises what `read_model` raises."""
     if not data:
         raise UsageError("the body: expected a value, found nothing")
     kept_bytes = _charge(data, share)
@@ -132,7 +132,7 @@ def validated(data: bytes, model: type[Model], share: Share) -> Model:
 
 
 def _charge(data: bytes, share: Share) -> int:
-    """Hold the memory for parsing a body, whose bytes are already held; return what the parsed body keeps."""
+    """Hold the memory for parsing a body whose bytes are already held; return how much the parsed body keeps."""
     num_bytes, kept_bytes = _cost_of_parsing(data)
     if num_bytes > share.max_bytes:
         raise Refused(
@@ -145,10 +145,10 @@ def _charge(data: bytes, share: Share) -> int:
 
 
 def charge_more(data: bytes, share: Share) -> None:
-    """Hold the memory for JSON that becomes part of a request, and is parsed now.
+    """Hold the memory for JSON that becomes part of a request and is about to be parsed.
 
     Raises:
-        Refused: there is not that much for all bodies.
+        Refused: it would exceed the memory for all bodies.
         Overloaded: other requests leave too little room.
     """
     num_bytes, kept_bytes = _cost_of_parsing(data)
@@ -165,7 +165,7 @@ def charge_more(data: bytes, share: Share) -> None:
 
 
 def _cost_of_parsing(data: bytes) -> tuple[int, int]:
-    """Bytes of memory that parsing a body takes at most, and those that the parsed body keeps."""
+    """The most bytes of memory that parsing a body takes, and the bytes that the parsed body keeps."""
     try:
         num_parts, num_items = count_values(data)
     except ValueError as error:
@@ -175,7 +175,7 @@ def _cost_of_parsing(data: bytes) -> tuple[int, int]:
     value_bytes = num_parts * _PART_BYTES + num_items * _ITEM_BYTES
     text_bytes = len(data) * _character_bytes(data, with_escapes=False)
     other_bytes = num_other * _character_bytes(data, with_escapes=True)
-    # Decoding copies what came before the first wide character; a string with escapes is copied once, and text is
+    # Decoding copies everything before the first wide character; a string with escapes is copied once, and text is
     # copied into the prompt. Data is never copied.
     decoding_bytes = len(data) + text_bytes + (0 if data.isascii() else len(data))
     kept_bytes = num_data + 2 * other_bytes + value_bytes
@@ -183,7 +183,7 @@ def _cost_of_parsing(data: bytes) -> tuple[int, int]:
 
 
 def _character_bytes(data: bytes, *, with_escapes: bool) -> int:
-    """How many bytes a character takes at most in a string with characters of `data`."""
+    """The most bytes that a character takes in a string with the characters of `data`."""
     has_escapes = with_escapes and b"\\u" in data
     is_wide = not data.isascii()
     if (is_wide and _finds(_BEYOND_BMP, data)) or (has_escapes and _finds(_ESCAPED_PAIR, data)):
@@ -201,7 +201,7 @@ def _finds(pattern: re.Pattern[bytes], data: bytes) -> bool:
 
 
 def _num_data_bytes(data: bytes) -> int:
-    """Bytes of long strings that look like base64: one byte a character, and never part of a prompt's text."""
+    """The bytes in long strings that look like base64: one byte per character, never part of a prompt's text."""
     num_bytes, start = 0, data.find(b'"')
     while start >= 0:
         end = data.find(b'"', start + 1)
@@ -222,7 +222,7 @@ def read_body(data: bytes) -> object:
     """Parse a body.
 
     Raises:
-        UsageError: the body is not UTF-8, or is not unambiguous JSON.
+        UsageError: the body is not UTF-8, or not unambiguous JSON.
     """
     return _parsed(_decoded(data))
 
@@ -242,7 +242,7 @@ def _parsed(text: str) -> object:
 
 
 def refusal(errors: Sequence[Mapping[str, Any]], body: object, model: type[BaseModel]) -> UsageError:
-    """Turn the errors of `model` about `body` into one sentence for the client; fact: `param`."""
+    """Turn `model`'s errors about `body` into one sentence for the client, with `param` as a fact."""
     places = [_place(error, body) for error in errors]
     deepest = max(places, key=len)
     here = [error for error, place in zip(errors, places, strict=True) if place == deepest]
@@ -266,7 +266,9 @@ def refusal(errors: Sequence[Mapping[str, Any]], body: object, model: type[BaseM
 
 
 def _place(error: Mapping[str, Any], body: object) -> tuple[str | int, ...]:
-    """The place in the body, without the names of union branches in pydantic's location, which no client knows."""
+    """The place in the body, without the names of union branches in pydantic's location, which mean nothing to
+    clients.
+    """
     place: list[str | int] = []
     location, value = error["loc"], body
     for at, part in enumerate(location):

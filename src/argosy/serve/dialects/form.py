@@ -1,11 +1,11 @@
-"""The body of a request that is a form: multipart/form-data, as clients send files.
+"""Bodies that are forms: multipart/form-data, as clients send files.
 
     parts of the body  ->  one part after another, in memory  ->  {name: text, texts or a file}  ->  the route's model
 
-The bytes are charged to the memory for all bodies as they arrive (`serve/http/incoming.py`), and a file's are kept
-once. Nothing is written to a drive. A name that the model has no field for is refused as in JSON.
+The bytes are charged to the memory for all bodies as they arrive (`serve/http/incoming.py`), and a file is held
+only once. Nothing is written to a drive. An unknown field is refused, as in JSON.
 
-Elsewhere: bodies in JSON are `body.py`; the formats of forms are the library python-multipart.
+Elsewhere: JSON bodies are `body.py`; the library python-multipart parses forms.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from argosy.serve.http.caller import Caller
 from argosy.serve.models.models import models_of
 
 _MOST_PARTS = 64
-_MOST_TEXT_BYTES = 64 << 10  # all fields that are not files together
+_MOST_TEXT_BYTES = 64 << 10  # for all fields other than files together
 _LONGEST_NAME = 64
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -94,10 +94,12 @@ class _Form:
 def answering_form(
     handler: Callable[..., Awaitable[Response]], model: type[BaseModel]
 ) -> Callable[[Request], Awaitable[Response]]:
-    """The endpoint of a route that takes a form, `handler(body, request)`; only a server with ears has such a route."""
+    """The endpoint of a route that takes a form: `handler(body, request)`. Only a server with ears has such a
+    route.
+    """
 
     async def answer(request: Request) -> Response:
-        if (service := models_of(request).hearing()) is None:  # before a long body is read
+        if (service := models_of(request).hearing()) is None:  # checked before a long body is read
             raise no_ears()
         request.state.service = service
         caller: Caller = request.state.caller
@@ -116,7 +118,7 @@ async def read_form(request: Request, model: type[Model]) -> Model:
     A field whose name ends in [] is a list. Numbers and flags are written as in JSON.
 
     Raises:
-        UsageError: the body is no form, or has a field that the model does not have, twice, or with a wrong value.
+        UsageError: the body is not a form, or has an unknown, repeated or invalid field.
     """
     _, options = parse_options_header(request.headers.get("content-type", ""))
     form = _Form()

@@ -2,13 +2,13 @@
 
     input_prefix + prompt  ─┐
     input_suffix           ─┼─ the form that the model was trained with (`prompt/infill.py`) ─>  content
-    input_extra            ─┘   snippets of other files, as many as fit
+    input_extra            ─┘   snippets of other files, if they fit
 
-A stream is server-sent events without names; the last one has `stop: true`, and nothing follows it. `n_predict: 0` only
-computes the prompt, so that the next request finds it: editors send snippets ahead like this.
+A stream consists of unnamed server-sent events; the last one has `stop: true`. `n_predict: 0` only computes the
+prompt, so that the next request finds it cached: editors send snippets ahead like this.
 
-Elsewhere: the same with `suffix` is `openai_completions.py`; the path of a request is `serve/answer/respond.py`; other
-routes of llama-server are `llama_server.py`.
+Elsewhere: `openai_completions.py` does the same with `suffix`; the path of a request is `serve/answer/respond.py`;
+other routes of llama-server are `llama_server.py`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from argosy.serve.http.caller import Caller
 from argosy.serve.http.closed import Closed
 
 _MOST_SNIPPETS = 256
-_ANSWER_TOKENS = 256  # room that snippets leave for an answer whose request names no limit
+_ANSWER_TOKENS = 256  # room that snippets leave for an answer without a limit
 _Milliseconds = Annotated[float, Field(ge=-1, le=1e12, strict=True)]
 
 
@@ -79,7 +79,7 @@ class InfillBody(Sampling):
         | None
     ) = None
     stop: Stop | Annotated[list[Stop], few(64)] | None = None
-    # How llama-server works, and what it shows of it.
+    # Internals of llama-server and how it reports them.
     cache_prompt: NoEffect[Flag] = None
     n_indent: NoEffect[NumTokens] = None
     t_max_prompt_ms: NoEffect[_Milliseconds] = None
@@ -89,12 +89,12 @@ class InfillBody(Sampling):
 
     @property
     def limit(self) -> int | None:
-        """Most tokens of the answer; None: as many as the context holds."""
+        """The limit on the answer's tokens; None: the rest of the context."""
         return None if self.n_predict is None or self.n_predict < 0 else self.n_predict
 
     def request(self) -> TextRequest:
         """The texts around the gap, and the snippets."""
-        # The logits of the prompt's last token make one token in any case; with 0 it is not sent.
+        # The prompt's last logits yield one token in any case; with 0 it is not sent.
         max_tokens = None if self.limit is None else max(1, self.limit)
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or ()
         return TextRequest(
@@ -108,7 +108,7 @@ class InfillBody(Sampling):
 
 
 class InfillTimings(Closed):
-    """Tokens that were computed, cached ones left out, and how long that took."""
+    """Computed tokens, without cached ones, and how long they took."""
 
     cache_n: int
     prompt_n: int

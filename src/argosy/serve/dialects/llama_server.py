@@ -1,6 +1,7 @@
-"""GET /props and /slots of llama-server, as far as clients read them.
+"""llama-server's GET /props and /slots, with the fields that clients read.
 
-Both describe the model that `?model=` names, as with llama-server's router, or else the first. None is loaded for that.
+Both describe the model that `?model=` names, as with llama-server's router, otherwise the first. No model is loaded
+for that.
 
 Elsewhere: llama-server's /tokenize, /detokenize and /apply-template are `app.py`; `/v1/engine/state` says more.
 """
@@ -107,7 +108,7 @@ async def slots(request: Request) -> list[Slot]:
 
 
 async def _named(request: Request) -> str:
-    """The id of the model that a request is about. Raises what `Models.named` and `id_of` raise."""
+    """The id of the model that a request names. Raises what `Models.named` and `id_of` raise."""
     models = models_of(request)
     name, preset = await models.named(request.query_params.get("model") or None)
     return models.id_of(name) if preset is None else preset.name

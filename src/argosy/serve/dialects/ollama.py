@@ -1,13 +1,13 @@
 """Ollama's API: POST /api/chat, /api/generate, /api/embed and /api/embeddings.
 
-An answer is a stream of JSON lines unless the request says `"stream": false`. A call is sent when it is complete, with
-its arguments as an object and without an id, so a call that the token limit cuts is not sent. A request without a
-prompt or messages loads the model; with `"keep_alive": 0` it unloads the model, if the server may load it again and no
-other request uses it.
+An answer is a stream of JSON lines unless the request says `"stream": false`. A call is sent when it is complete,
+with its arguments as an object and without an id; a call that the token limit cuts off is therefore not sent. A
+request without a prompt or messages loads the model; with `"keep_alive": 0` it unloads the model, if the server may
+load it again and no other request uses it.
 
-Elsewhere: what requests may say is `ollama_bodies.py`; lists of models are `ollama_models.py`; the path of a request is
-`serve/answer/respond.py`; JSON lines are `serve/http/streams.py`; vectors are `serve/answer/embedding.py`; loading and
-unloading is `serve/models/models.py`.
+Elsewhere: request bodies are `ollama_bodies.py`; lists of models are `ollama_models.py`; the path of a request is
+`serve/answer/respond.py`; JSON lines are `serve/http/streams.py`; vectors are `serve/answer/embedding.py`; loading
+and unloading is `serve/models/models.py`.
 """
 
 from __future__ import annotations
@@ -118,9 +118,7 @@ class LineExchange(Exchange[Body, AnyLine]):
         super().__init__(body, service, caller)
         self._began_ns = time.perf_counter_ns()
         self._speller = Speller(service.tokenizer, keep_special=False)
-        self._called: dict[
-            int, tuple[str, list[str]]
-        ] = {}  # calls that have begun: name, pieces of arguments
+        self._called: dict[int, tuple[str, list[str]]] = {}  # open calls: name, pieces of arguments
         # The whole answer so far.
         self._last: AnyLine | None = None
         self._texts: list[str] = []
@@ -130,16 +128,16 @@ class LineExchange(Exchange[Body, AnyLine]):
 
     @abstractmethod
     def said(self, text: str, thinking: str, calls: Sequence[OllamaCall]) -> dict[str, Any]:
-        """The fields of a line that hold a part of the answer."""
+        """The fields of a line for a part of the answer."""
 
     @abstractmethod
     def parts(self, line: AnyLine) -> tuple[str, str, Sequence[OllamaCall]]:
-        """The arguments of `said` that made a line."""
+        """Recover from a line the arguments that `said` was given."""
 
     def line(
         self, text: str = "", thinking: str = "", calls: Sequence[OllamaCall] = (), **more: Any
     ) -> AnyLine:
-        """A line with a part of the answer and `more` fields."""
+        """A line with a part of the answer and further fields."""
         made = {"model": self.service.model.id, "created_at": time_text(datetime.now(UTC))}
         return cast(AnyLine, {**made, **self.said(text, thinking, calls), "done": False, **more})
 
@@ -202,7 +200,7 @@ class LineExchange(Exchange[Body, AnyLine]):
 
 
 def _ns(seconds: float) -> int:
-    """At least one nanosecond: clients divide by it."""
+    """Nanoseconds, at least one, because clients divide by them."""
     return max(1, int(seconds * _NS))
 
 
@@ -239,13 +237,13 @@ class GenerateExchange(LineExchange[GenerateBody, GenerateLine]):
         return line["response"], line.get("thinking", ""), ()
 
     def _lines(self, step: Said) -> list[GenerateLine]:
-        if self.body.is_text:  # nothing is parsed
+        if self.body.is_text:  # a text is not parsed
             return [self.line(step.text)] if step.text else []
         return super()._lines(step)
 
 
 async def _load_or_unload(body: OllamaBody, request: Request, **said: Any) -> Response:
-    """The answer to a request that only loads the model, or unloads it; `said` is what its line says otherwise."""
+    """Answer a request that only loads or unloads the model; `said` is the rest of its line."""
     models, ignored = models_of(request), body.ignored()
     name, preset = await models.named(body.model)
     model = models.standing(name, preset)
@@ -332,7 +330,7 @@ async def _old_embed(body: OldEmbedBody, request: Request) -> Response:
 async def _embedded(
     request: Request, texts: Sequence[str], param: str, *, dimensions: int | None = None, cuts: bool = False
 ) -> Embedded | None:
-    """Embed texts, unless there are none: such a request only loads the model."""
+    """Embed texts; a request without any only loads the model."""
     if not texts:
         return None
     return await embed_texts(

@@ -2,11 +2,11 @@
 
     body  ->  messages, parameters, form  ->  ChatRequest or TextRequest
 
-Results name no call: they belong to the calls that wait for one, by id or name or in order. Fields that have no effect
+A result need not name its call: it is matched to a waiting call by id, by name or in order. Fields without effect
 are accepted and named in `x-ignored-params`.
 
-Elsewhere: how answers are written is `ollama.py`; lists of models are `ollama_models.py`; fields that dialects share
-are `serve/answer/fields.py`.
+Elsewhere: answers are `ollama.py`; lists of models are `ollama_models.py`; fields shared by dialects are
+`serve/answer/fields.py`.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ from argosy.serve.answer.rules import any_of, given
 from argosy.serve.answer.sampling_fields import Sampling
 
 _ZERO_TIME = re.compile(r"0+(\.0*)?(ns|us|µs|ms|s|m|h)?")
-_MOST_PICTURES = 256  # in a message
+_MOST_PICTURES = 256  # per message
 
 ModelName = Annotated[str, Field(max_length=256)]
 
 
 def _empty(reason: str) -> BeforeValidator:
-    """Refuse any value that is not empty, with the reason."""
+    """Refuse any non-empty value, giving the reason."""
 
     def check(value: object) -> object:
         if value:
@@ -170,7 +170,7 @@ def sent(turns: Sequence[AnyTurn], intake: Intake) -> list[dict[str, Any]]:
     """Convert turns to messages; calls and their results get ids.
 
     Raises:
-        UsageError: a result belongs to no call, or a picture is refused.
+        UsageError: a result matches no call, or a picture is refused.
     """
     made: list[dict[str, Any]] = []
     waiting = _Waiting()
@@ -212,18 +212,20 @@ def _call(call_id: str, call: MadeCall) -> dict[str, Any]:
 
 
 class _Waiting:
-    """Calls without a result, in order. No method takes longer the more there are."""
+    """Calls without a result, in order. Every method takes constant time."""
 
     def __init__(self) -> None:
         self._name_of: OrderedDict[str, str] = OrderedDict()  # by id
-        self._ids_of: dict[str, deque[str]] = {}  # by name; may hold ids of calls that wait no longer
+        self._ids_of: dict[str, deque[str]] = {}  # by name; may contain ids of calls that no longer wait
 
     def add(self, call_id: str, name: str) -> None:
         self._name_of[call_id] = name
         self._ids_of.setdefault(name, deque()).append(call_id)
 
     def take(self, call_id: str | None, name: str | None) -> str | None:
-        """The id of the call with this id, else of the first with this name; None if no such call waits."""
+        """Take the waiting call with this id, otherwise the first with this name; return its id, or None if there
+        is none.
+        """
         found = call_id if call_id in self._name_of else self._first(name)
         if found is not None:
             del self._name_of[found]
@@ -239,13 +241,13 @@ class _Waiting:
 
 
 def _answered(turn: ResultTurn, waiting: _Waiting, where: str) -> str:
-    """The id of the call that a result belongs to; the call waits no longer."""
+    """The id of the call to which a result belongs; the call then no longer waits."""
     name = turn.tool_name or turn.name
     found = waiting.take(turn.tool_call_id, name)
     if found is None:
         of = "" if name is None else f" of '{name}'"
         raise UsageError(
-            f"{where}: the result of a tool, and no earlier call{of} waits for one",
+            f"{where}: a tool result, but no earlier call{of} waits for one",
             hint="send the assistant's message with its tool_calls before the results",
         )
     return found
@@ -287,7 +289,7 @@ class OllamaOptions(Lenient):
     frequency_penalty: Penalty | None = None
     seed: Seed | MinusOne | None = None
     stop: Stop | Annotated[list[Stop], few(64)] | None = None
-    num_ctx: NoEffect[NumTokens] = None  # the server's context is planned when it starts
+    num_ctx: NoEffect[NumTokens] = None  # the server plans its context when it starts
 
     def params(self) -> dict[str, Any]:
         """Arguments of `SamplingParams`."""
@@ -317,17 +319,17 @@ class OllamaBody(Strict):
             "load it again. Otherwise accepted, but has no effect."
         ),
     ] = None
-    truncate: NoEffect[Flag] = None  # a prompt that does not fit is refused
+    truncate: NoEffect[Flag] = None  # a prompt that does not fit is always refused
     shift: NoEffect[Flag] = None
 
     @property
     @abstractmethod
     def is_empty(self) -> bool:
-        """Whether there is nothing to answer."""
+        """Whether the request has nothing to answer."""
 
     @property
     def unloads(self) -> bool:
-        """Whether this asks to unload the model."""
+        """Whether the request unloads the model."""
         kept = self.keep_alive
         is_zero = _ZERO_TIME.fullmatch(kept) is not None if isinstance(kept, str) else kept == 0
         return self.is_empty and is_zero
@@ -348,11 +350,11 @@ class OllamaBody(Strict):
         return Grammar(kind="json_object") if self.format == "json" else schema_form(self.format)
 
     def ignored(self) -> list[str]:
-        """Names of given fields and options that have no effect."""
+        """The names of given fields and options without effect."""
         return [*dict.fromkeys(without_effect(self)), *strays("options", (self.options,))]
 
     def asked(self, messages: Sequence[Mapping[str, Any]], intake: Intake, **more: Any) -> ChatRequest:
-        """The request to answer a conversation."""
+        """Convert to the request to answer a conversation."""
         return ChatRequest(
             messages=messages, params=self.params(), form=self.form(), replaced=intake.replaced, ignored=self.ignored(),
             effort=self.think if isinstance(self.think, str) else None, effort_field="think",
@@ -405,7 +407,7 @@ class GenerateBody(OllamaBody):
 
     @property
     def is_text(self) -> bool:
-        """Whether the prompt is a text to continue or to fill in, and no message."""
+        """Whether the prompt is a text to continue or to fill in rather than a message."""
         return bool(self.raw or self.suffix)
 
     def request(self, intake: Intake) -> ChatRequest | TextRequest:

@@ -1,6 +1,7 @@
-"""Ollama's API about models: GET /api/tags and /api/ps, POST /api/show, GET /api/version. No route loads a model.
+"""Ollama's API about models: GET /api/tags and /api/ps, POST /api/show, GET /api/version. None of them loads a
+model.
 
-Elsewhere: answers are `ollama.py`; the facts that are shown are from `serve/models/models.py`.
+Elsewhere: answers are `ollama.py`; the facts come from `serve/models/models.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from argosy.serve.http.closed import Closed
 from argosy.serve.models.entry import Listing, Standing
 from argosy.serve.models.models import LATEST, models_of
 
-API_VERSION = "0.30.0"  # Ollama's version that these routes resemble; clients check whether it is new enough
+API_VERSION = "0.30.0"  # the Ollama version that these routes follow; clients check whether it is new enough
 _FOREVER = "9999-12-31T23:59:59Z"
 
 
@@ -172,7 +173,7 @@ def _shown(listing: Listing) -> Shown:
 
 
 def _parameters(model: ModelFacts) -> str:
-    """What an answer gets where its request does not say, as lines of a Modelfile."""
+    """The defaults for an answer, as lines of a Modelfile."""
     defaults: dict[str, Any] = model.sampling.as_dict()
     defaults["repeat_penalty"] = defaults.pop("repetition_penalty")
     lines = [*{"num_ctx": model.context_tokens, **defaults}.items()]
@@ -187,7 +188,7 @@ async def api_version(request: Request) -> ApiVersion:
 
 
 def time_text(at: datetime) -> str:
-    """A time as Ollama writes it."""
+    """A time in Ollama's notation."""
     return at.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
@@ -196,7 +197,7 @@ def _modified_at(model: ModelFacts) -> str:
 
 
 def _model_info(model: ModelFacts) -> dict[str, Any]:
-    """Facts of the model under the names of GGUF's metadata, as far as clients read them."""
+    """The facts that clients read, under the names of GGUF metadata."""
     family = model.family
     return {
         "general.architecture": family, "general.parameter_count": model.num_parameters,
@@ -220,7 +221,7 @@ def _digest(model: ModelFacts) -> str:
 
 
 def _count(number: int) -> str:
-    """A number of parameters as Ollama writes it."""
+    """A number of parameters in Ollama's notation."""
     for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
         if number >= unit:
             return f"{number / unit:.1f}{name}"

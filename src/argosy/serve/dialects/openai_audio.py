@@ -3,7 +3,7 @@
     form  ->  TranscriptionBody, TranslationBody  ->  Service.transcribe  ->  json, text, srt, vtt, verbose_json
                                                                           ->  events, segment by segment
 
-They are offered by a server with ears (`argosy serve --ears`). A transcription takes turns with the steps of the model,
+A server with ears (`argosy serve --ears`) offers these routes. A transcription takes turns with the model's steps,
 and ends when its client leaves.
 
 Elsewhere: `serve/dialects/form.py` reads the body; `engine/media/ears.py` transcribes; `media/transcript.py` writes
@@ -45,7 +45,7 @@ def _file(value: object) -> bytearray:
 
 
 def _number(value: object) -> object:
-    """The number in a form's text."""
+    """Parse a number in a form."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
@@ -152,7 +152,7 @@ async def transcriptions(body: TranscriptionBody, request: Request) -> Response:
     if not body.stream:
         return await _whole(body, options, request)
     work = _Work(body, options, request)
-    first = await work.next_event()  # refusals have a status until it is there
+    first = await work.next_event()  # until it is there, a refusal still gets a status
     return EventStream(work.events(first), request.state.caller)
 
 
@@ -164,7 +164,7 @@ async def translations(body: TranslationBody, request: Request) -> Response:
 async def _options(
     body: TranslationBody, request: Request, task: Task, language: str | None
 ) -> TranscriptOptions:
-    """What the request asks for. Raises what `Check.passed` raises."""
+    """The request's options. Raises what `Check.passed` raises."""
     caller: Caller = request.state.caller
     (prompt,) = await check_of(caller).passed([body.prompt], service_of(request), caller)
     return TranscriptOptions(
@@ -195,7 +195,7 @@ def _usage(transcript: Transcript) -> Duration:
 
 
 class _Work:
-    """One transcription: it runs in a thread, and its events arrive here."""
+    """One transcription, which runs in a thread and delivers its events here."""
 
     def __init__(self, body: TranslationBody, options: TranscriptOptions, request: Request) -> None:
         service = service_of(request)
@@ -209,7 +209,7 @@ class _Work:
         self._num_counted = 0  # tokens
 
     async def run(self, told: Callable[[Any], None] = lambda transcription: None) -> Transcript:
-        """The whole transcript. Raises what `Transcriber.transcribe` raises."""
+        """Run it and return the whole transcript. Raises what `Transcriber.transcribe` raises."""
 
         def report(transcription: Any) -> None:
             self._count(transcription.segments)
@@ -221,7 +221,7 @@ class _Work:
         return transcript
 
     def _count(self, segments: Sequence[Any]) -> None:
-        """Count the tokens that are new among those of all segments so far."""
+        """Count the new tokens among those of all segments so far."""
         num_tokens = sum(len(segment.token_ids) for segment in segments if segment.text.strip())
         self._caller.count(new=num_tokens - self._num_counted)
         self._num_counted = num_tokens
@@ -259,7 +259,7 @@ class _Work:
             self._loop.call_soon_threadsafe(self._tell_segments, tuple(transcription.segments))
 
     def _tell_segments(self, segments: tuple[Any, ...]) -> None:
-        """Send the text of segments that were not sent; together they are the text of the transcript."""
+        """Send the text of new segments; joined, these texts are the transcript."""
         said = [segment.text for segment in segments if segment.text.strip()]
         for text in said[self._num_told :]:
             delta = text if self._num_told else text.lstrip()
@@ -268,7 +268,7 @@ class _Work:
 
 
 def _content(body: TranslationBody) -> Content:
-    """The file, which is kept once: the model of the body gives it away."""
+    """Take the file out of the body, so that it is held only once."""
     data, body.file = body.file, None
     if len(data) > MOST_FILE_BYTES:
         raise BadMedia(

@@ -1,7 +1,7 @@
 """OpenAI's Chat Completions: POST /v1/chat/completions.
 
-A stream sends the role once, and the id and name of a tool call before its arguments. A call keeps its index, and with
-`include_usage` the last chunk has no choices. `x-ignored-params` names accepted fields that have no effect.
+A stream sends the role once, and the id and name of a tool call before its arguments. A call keeps its index, and
+with `include_usage` the last chunk has no choices. `x-ignored-params` names accepted fields without effect.
 
 Elsewhere: the path of a request is `serve/answer/respond.py`; chunks are `openai_chunks.py`; answers are
 `serve/answer/answers.py`.
@@ -201,7 +201,7 @@ class ChatExchange(ChunkExchange[ChatBody, ChatChunk]):
         return choice
 
     def _prompt_ids(self) -> list[int] | None:
-        """The tokens of the prompt, if requested."""
+        """The ids of the prompt's tokens, if requested."""
         answers = self.answers
         if not (self.body.return_token_ids and answers.tells_token_ids):
             return None

@@ -122,7 +122,7 @@ class OtherPart(UnreadPart):
     type: Literal["file", "audio_url"]
 
 
-# May hold parts that the model cannot read: see `answer/replaced.py`.
+# May contain parts that the model cannot read; see `answer/replaced.py`.
 MixedContent = (
     Text
     | Many[Annotated[TextPart | PicturePart | SoundPart | VideoPart | OtherPart, Field(discriminator="type")]]
@@ -200,7 +200,7 @@ Turn = Annotated[AnyTurn, Field(discriminator="role")]
 def sent(turns: Sequence[AnyTurn], intake: Intake) -> list[dict[str, Any]]:
     """Convert turns to messages. A `function_call` becomes a tool call with an id, and its result gets that id.
 
-    Notes replace parts that the model cannot read; in the user's newest turn such parts are refused.
+    Notes replace parts that the model cannot read, except in the user's newest turn, where they are refused.
     """
     made = []
     last = "call_of_no_function"
@@ -327,7 +327,7 @@ class ChatBody(Formed, Thinking, OpenAISampling):
     reasoning: Reasoning | None = None
     reasoning_effort: Effort | None = None
     modalities: Annotated[list[Literal["text"]], few(1)] | None = None
-    # As in llama.cpp, the answer always continues a last message from the assistant; these two fields change nothing.
+    # As in llama.cpp, the answer always continues a final assistant message; these two fields change nothing.
     continue_final_message: Flag | None = None
     add_generation_prompt: Flag | None = None
     chat_template_kwargs: Annotated[dict[TemplateVariable, Setting], MostEntries(16)] | None = None
@@ -376,7 +376,7 @@ class ChatBody(Formed, Thinking, OpenAISampling):
         return super().switches() + ["reasoning.enabled"] * has_more
 
     def _check_last(self) -> None:
-        """Check the fields that make a claim about the last message."""
+        """Check the fields that make assertions about the last message."""
         continues = self.messages[-1].role == "assistant"
         whose = "from the assistant, and the answer continues it" if continues else "not from the assistant"
         if self.continue_final_message not in (None, continues):
@@ -414,7 +414,7 @@ class ChatBody(Formed, Thinking, OpenAISampling):
         for new, old in (("tools", "functions"), ("tool_choice", "function_call")):
             if getattr(self, new) is not None and getattr(self, old) is not None:
                 raise UsageError(
-                    f"the request has both {new} and its older form {old}",
+                    f"the request has both {new} and its older version {old}",
                     hint=f"leave out {old}",
                     param=old,
                 )

@@ -20,14 +20,14 @@ from argosy.serve.http.caller import Caller
 
 Body = TypeVar("Body", bound=OpenAISampling)
 
-_TEXTS = ("content", "reasoning_content", "arguments", "text")  # fields that a stream sends in pieces
+_TEXTS = ("content", "reasoning_content", "arguments", "text")  # fields that a stream sends piecewise
 
 
 class ChunkExchange(Exchange[Body, Event]):
     """An exchange whose events are chunks.
 
     Attributes:
-        id_prefix: the beginning of the answer's id.
+        id_prefix: the prefix of the answer's id.
         chunk_type: the value of `object` in a chunk.
     """
 
@@ -47,11 +47,11 @@ class ChunkExchange(Exchange[Body, Event]):
             join(self._folded.setdefault(choice["index"], {}), choice)
 
     def folded(self) -> list[dict[str, Any]]:
-        """The choices of all events that were folded, by index."""
+        """The choices of all folded events, by index."""
         return [joined(self._folded[index]) for index in sorted(self._folded)]
 
     def chunk(self, choices: list[Any], **more: Any) -> Event:
-        """A chunk with these choices and `more` fields."""
+        """A chunk with these choices and further fields."""
         made = {
             "id": self._id, "object": self.chunk_type, "created": self._created, "model": self.service.model.id,
             "choices": choices, **more,
@@ -64,11 +64,11 @@ class ChunkExchange(Exchange[Body, Event]):
         return self.chunk([choice], **usage)
 
     def progress(self, step: Progress) -> list[Event]:
-        """The chunk for progress of the prefill, if requested."""
+        """The chunk that reports prefill progress, if requested."""
         return [self.chunk([], prompt_progress=step.as_dict())] if self.body.return_progress else []
 
     def last(self, facts: dict[str, Any]) -> list[Event]:
-        """The chunk for facts known at the end, if there are any."""
+        """The chunk for facts known only at the end, if there are any."""
         return [self.chunk([], **facts)] if facts else []
 
     @property
@@ -91,11 +91,11 @@ class ChunkExchange(Exchange[Body, Event]):
 
 
 class _Pieces(list[str]):
-    """A text, piece by piece: to append each piece to a string would copy the whole text each time."""
+    """A text as a list of pieces, because appending each piece to a string would copy the whole text each time."""
 
 
 def join(whole: dict[str, Any], delta: Mapping[str, Any]) -> None:
-    """Add a delta to the whole: text is appended, lists are extended, calls are joined by their index."""
+    """Add a delta to the whole: append text, extend lists, join calls by their index."""
     for name, value in delta.items():
         if isinstance(value, str) and name in _TEXTS:
             whole.setdefault(name, _Pieces()).append(value)
@@ -111,7 +111,7 @@ def join(whole: dict[str, Any], delta: Mapping[str, Any]) -> None:
 
 
 def joined(value: Any) -> Any:
-    """What `join` made, with each text in one piece."""
+    """The result of `join`, with each text as one string."""
     if isinstance(value, _Pieces):
         return "".join(value)
     if isinstance(value, dict):

@@ -1,8 +1,8 @@
 """OpenAI's Completions: POST /v1/completions, which continues text or token ids.
 
 `echo` with `logprobs` returns the log-probability of every prompt token, which lm-eval uses for scoring. Several
-prompts run together; a stream sends their choices as they are made. With `suffix` the model fills in what stands
-between the two texts, if it was trained to (`prompt/infill.py`).
+prompts run together; a stream sends their choices as they are generated. With `suffix` the model fills in the text
+between the two, if it was trained to (`prompt/infill.py`).
 
 Elsewhere: the path of a request is `serve/answer/respond.py`; chunks are `openai_chunks.py`; answers are
 `serve/answer/answers.py`.
@@ -70,7 +70,7 @@ class CompletionBody(Formed, Thinking, OpenAISampling):
     ) = Field(examples=["Once upon a time"])
     suffix: Text | None = Field(None, description="The text behind the gap that the model fills in.")
     max_tokens: NumTokens | MinusOne | None = None
-    # Other servers' names for `max_tokens` and `stop`; SillyTavern sends all of them.
+    # Other servers' names for `max_tokens` and `stop`, all of which SillyTavern sends.
     max_new_tokens: TokenLimit | None = None
     n_predict: TokenLimit | None = None
     num_predict: TokenLimit | None = None
@@ -78,7 +78,7 @@ class CompletionBody(Formed, Thinking, OpenAISampling):
     echo: Flag | None = None
     logprobs: NumBest | None = None
     best_of: NumAnswers | None = None
-    # A raw prompt has no chat template that could use these fields.
+    # A raw prompt has no chat template to use these fields.
     thinking: NoEffect[Flag | ThinkingSwitch] = None
     enable_thinking: NoEffect[Flag] = None
     include_reasoning: NoEffect[Flag] = None
@@ -175,7 +175,7 @@ class CompletionExchange(ChunkExchange[CompletionBody, Completion]):
 
     @cached_property
     def _params(self) -> SamplingParams:
-        return self.body.params(self.caller)  # only once for all prompts: schemas can be long
+        return self.body.params(self.caller)  # only once for all prompts, because schemas can be long
 
     def _read(self, prompt: str | Sequence[int]) -> TextRequest:
         return TextRequest(
@@ -213,7 +213,7 @@ class CompletionExchange(ChunkExchange[CompletionBody, Completion]):
     def _choice(self, folded: dict[str, Any]) -> TextChoice:
         number, scored = folded["index"], None
         if self.body.logprobs is not None:
-            # Scores of a prompt cannot be streamed, because they are known only at the end.
+            # A prompt's scores cannot be streamed, because they are known only at the end.
             scored = self._scored_prompt(number) if self.body.echo else self._scored([], [])
             join(cast(dict[str, Any], scored), folded.get("logprobs", {}))
         made: dict[str, Any] = {
@@ -223,7 +223,7 @@ class CompletionExchange(ChunkExchange[CompletionBody, Completion]):
         return cast(TextChoice, made)
 
     def _echoed(self, number: int) -> str:
-        """The text of an answer's prompt, if requested: as given, or decoded from its token ids."""
+        """The text of an answer's prompt, if requested, as given or decoded from its token ids."""
         tokenizer, prompt = self.service.tokenizer, self._prompt(number)
         if not self.body.echo:
             return ""
@@ -248,13 +248,13 @@ class CompletionExchange(ChunkExchange[CompletionBody, Completion]):
     def _scored(
         self, found: Sequence[TokenLogprob | None], offsets: Sequence[int], first_id: int = 0
     ) -> Scored:
-        """Log-probabilities in the form of this dialect; `first_id`, the first prompt token, has none."""
+        """Log-probabilities in this dialect's shape; `first_id`, the first prompt token, has none."""
         spell = self.speller.marked_text_of
         best: list[dict[str, float] | None] = []
         for item in found:
             spelled: dict[str, float] = {}
             for token_id, value in () if item is None else item.top:
-                # The best comes first, and wins over other tokens with the same spelling.
+                # The best comes first and wins over other tokens with the same spelling.
                 spelled.setdefault(spell(token_id), finite(value))
             best.append(None if item is None else spelled)
         return {

@@ -38,7 +38,7 @@ Ids = Annotated[list[TokenId], few(MAX_TOKENS, at_least=1)]
 
 
 def _kind(given: object) -> str:
-    """Which form of `input` this is, so that an error is about that form."""
+    """Which kind of `input` this is, so that an error is about that kind."""
     if not isinstance(given, list):
         return "text"
     first = given[0] if given else ""

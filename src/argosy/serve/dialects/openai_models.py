@@ -1,6 +1,6 @@
 """The models of the server: GET /v1/models and /v1/models/ID, in OpenAI's dialect with OpenRouter's fields.
 
-Elsewhere: what is known of a model that is not in memory is `serve/models/models.py`.
+Elsewhere: `serve/models/models.py` has the facts about models that are not in memory.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class ModelList(Closed):
     data: list[Model]
 
 
-# The names that OpenRouter's clients look for; tools and reasoning effort are added if the model supports them.
+# The names for which OpenRouter's clients look; tools and reasoning effort are added if the model supports them.
 _PARAMETERS = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "logit_bias", "frequency_penalty",
     "presence_penalty", "repetition_penalty", "logprobs", "top_logprobs", "response_format", "structured_outputs",

@@ -1,11 +1,11 @@
 """OpenAI's Responses API: POST /v1/responses and /v1/responses/input_tokens, GET and DELETE of stored responses.
 
 A client sends the whole conversation, or refers to items that the server still has, by `item_reference` and
-`previous_response_id` (`serve/answer/kept_items.py`). A response that is still kept can be fetched and deleted by its
-id. A stream numbers its events. Each piece of an answer is an output item that is added, filled by deltas, and done.
-The last event is `response.completed`, `response.incomplete` or `response.failed`.
+`previous_response_id` (`serve/answer/kept_items.py`). A kept response can be fetched and deleted by its id. A
+stream numbers its events. Each piece of an answer is an output item, which is added, filled by deltas, and then
+done. The last event is `response.completed`, `response.incomplete` or `response.failed`.
 
-Elsewhere: what requests may say is `openai_responses_bodies.py`; the path of a request is `serve/answer/respond.py`;
+Elsewhere: request bodies are `openai_responses_bodies.py`; the path of a request is `serve/answer/respond.py`;
 answers are `serve/answer/answers.py`.
 """
 
@@ -51,7 +51,7 @@ from argosy.serve.http.failures import OpenAIError, Refused, error_body
 from argosy.serve.http.streams import sse
 from argosy.serve.models.models import models_of
 
-_MOST_LISTED = 100  # input items in a list
+_MOST_LISTED = 100  # input items per list
 
 
 class OutputText(Closed):
@@ -238,7 +238,7 @@ def _reading(body: ResponsesBody, service: Service, caller: Caller) -> Callable[
     if service.model.media_kinds and (
         body.previous_response_id is not None or any(isinstance(item, NamedItem) for item in body.items)
     ):
-        caller.held.takes_long = True  # earlier items may have pictures
+        caller.held.takes_long = True  # earlier items may contain pictures
     if (earlier := body.previous_response_id) is not None and "video" in service.model.media_kinds:
         caller.held.takes_video |= service.kept.has_video(caller.tenant, earlier)
     return lambda: body.request(service.kept, caller.tenant, service.intake(caller))
@@ -315,7 +315,7 @@ async def input_items(request: Request) -> InputItems:
 
 
 def _shown(item: Mapping[str, Any]) -> dict[str, Any]:
-    """An input item as OpenAI shows it: a message has parts, even if it was sent as a text."""
+    """An input item as OpenAI shows it: a message has parts, even if it was sent as plain text."""
     shown = {"status": "completed", **item}
     if shown["type"] == "message" and isinstance(shown["content"], str):
         kind = "output_text" if shown["role"] == "assistant" else "input_text"
@@ -325,19 +325,19 @@ def _shown(item: Mapping[str, Any]) -> dict[str, Any]:
 
 class ResponsesExchange(Exchange[ResponsesBody, Event]):
     names_events = True
-    streams_overflow = True  # Codex shortens a conversation that is too long only if a stream says so
+    streams_overflow = True  # Codex shortens an overlong conversation only if a stream says so
 
     def __init__(self, body: ResponsesBody, service: Service, caller: Caller) -> None:
         super().__init__(body, service, caller)
         self._is_kept = body.store is not False and service.kept.can_keep
-        self._has_input = True  # the body still has all of its data
+        self._has_input = True  # the body still holds all of its data
         self._speller = Speller(service.tokenizer, keep_special=body.skip_special_tokens is False)
         self._id = "resp_" + secrets.token_hex(16)
         self._created = int(time.time())
         self._number = 0
         self._items: list[SaidItem] = []
         self._is_open = False
-        self._logprobs: list[ScoredToken] = []  # tokens whose text is not sent yet
+        self._logprobs: list[ScoredToken] = []  # tokens whose text has not been sent yet
         self._usage: ResponseUsage | None = None  # set at the end
         self._status: Literal["completed", "incomplete"] = "completed"
         self._is_filtered = False  # the policy ended the answer
@@ -378,7 +378,7 @@ class ResponsesExchange(Exchange[ResponsesBody, Event]):
         self._last = event
 
     def whole(self) -> Answer:
-        return cast(ResponseEvent, self._last)["response"]  # the last event has all items
+        return cast(ResponseEvent, self._last)["response"]  # the last event contains all items
 
     def failed(self, error: Exception) -> bytes:
         _, body = error_body(error, "openai", self.caller.request_id)
@@ -388,7 +388,7 @@ class ResponsesExchange(Exchange[ResponsesBody, Event]):
         return sse(self._event("response.failed", response=response), "response.failed")
 
     def drop_media(self) -> None:
-        """Forget the data of pictures and sounds, unless it will be kept with the other items."""
+        """Drop the data of pictures and sounds, unless it will be kept with the other items."""
         data = [part.data() for part in media_in(self.body)]
         num_bytes = sum(one.num_characters for one in data if isinstance(one, Data))
         if not self._is_kept or num_bytes > self.service.kept.max_bytes:
@@ -396,7 +396,9 @@ class ResponsesExchange(Exchange[ResponsesBody, Event]):
             super().drop_media()
 
     async def _keep(self, response: Answer) -> None:
-        """Keep the response before its end is sent, so the next request finds it; in a thread, as this takes long."""
+        """Keep the response before its end is sent, so that the next request finds it; in a thread, because this
+        takes long.
+        """
         body, kept = self.body, self.service.kept
 
         def keep() -> None:
@@ -405,7 +407,7 @@ class ResponsesExchange(Exchange[ResponsesBody, Event]):
                 asked = [
                     {"type": item.type, **item.model_dump(exclude_unset=True, mode="json")}
                     for item in body.items
-                ]  # with the type also where the client left it out
+                ]  # with the type even where the client omitted it
             has_video = any(part.KIND == "video" for part in media_in(body))
             kept.keep(
                 self.caller.tenant, self._id, body.previous_response_id, asked, self._items, answer=response,
@@ -452,7 +454,7 @@ class ResponsesExchange(Exchange[ResponsesBody, Event]):
         return [*begun, self._event("response.output_text.delta", **delta, logprobs=logprobs)]
 
     def _begin_text(self, kind: Literal["message", "reasoning"]) -> list[Event]:
-        """Begin an item with its only part, both empty."""
+        """Begin an item with a single part, both empty."""
         events = self._close()
         part: OutputText | ReasoningText
         if kind == "message":
@@ -480,7 +482,7 @@ class ResponsesExchange(Exchange[ResponsesBody, Event]):
         return self._event("response.output_item.added", output_index=added_at, item=deepcopy(item))
 
     def _close(self, status: Literal["completed", "incomplete"] = "completed") -> list[Event]:
-        """End the open item; it is incomplete if the answer was cut off in it."""
+        """End the open item, which is incomplete if the answer was cut off in it."""
         if not self._is_open:
             return []
         self._is_open = False
@@ -501,7 +503,7 @@ class ResponsesExchange(Exchange[ResponsesBody, Event]):
         return [*events, self._event("response.output_item.done", output_index=done_at, item=item)]
 
     def _event(self, kind: str, **fields: Any) -> Event:
-        """The next event; tests hold every kind of event against `Event`."""
+        """The next event; tests check every kind of event against `Event`."""
         self._number += 1
         return cast(Event, {"type": kind, "sequence_number": self._number - 1, **fields})
 
@@ -532,7 +534,7 @@ class ResponsesExchange(Exchange[ResponsesBody, Event]):
 
 
 def _echoed(given: TextOptions | ReasoningOptions | None) -> dict[str, Any]:
-    """The options as the client sent them."""
+    """Echo the options as the client sent them."""
     return {} if given is None else given.model_dump(exclude_unset=True, by_alias=True)
 
 

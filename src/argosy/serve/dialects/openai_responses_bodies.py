@@ -1,11 +1,10 @@
 """The request bodies of OpenAI's Responses API.
 
-    body  ->  items, those that the server still has among them  ->  messages  ->  ChatRequest
+    body  ->  items, including those that the server kept  ->  messages  ->  ChatRequest
 
 Tools that OpenAI would run itself are left out and named in `x-ignored-params`.
 
-Elsewhere: how answers are written is `openai_responses.py`; items of earlier responses are
-`serve/answer/kept_items.py`.
+Elsewhere: answers are `openai_responses.py`; items of earlier responses are `serve/answer/kept_items.py`.
 """
 
 from __future__ import annotations
@@ -164,7 +163,7 @@ class NamedItem(Strict):
 
 
 def kind_of(item: object) -> str | None:
-    """The type of an input item; None: it is neither an object nor an item."""
+    """The type of an input item; None if it is neither an object nor an item."""
     if isinstance(item, dict):
         is_name = {name for name, value in item.items() if value is not None} - {"type"} == {"id"}
         return str(item.get("type") or ("item_reference" if is_name else "message"))
@@ -275,7 +274,7 @@ class ResponsesBody(Thinking, ForOpenAI, Sampling):
         """The whole conversation, with earlier items from `kept`.
 
         Raises:
-            Refused: an item is no longer kept, or the items that references name are larger than a body may be.
+            Refused: an item is no longer kept, or the referenced items exceed the limit of a body.
             Overloaded: other requests leave too little memory for earlier items.
         """
         messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
@@ -308,7 +307,7 @@ class ResponsesBody(Thinking, ForOpenAI, Sampling):
             if earlier is None
             else _ITEMS.validate_python(kept.conversation(tenant, earlier, charge=charge))
         )
-        named: dict[str, tuple[KnownItem, int]] = {}  # an item that several references name is read once
+        named: dict[str, tuple[KnownItem, int]] = {}  # an item named by several references is read once
         num_bytes = 0
         found: list[KnownItem] = []
         for item in (*before, *self.items):
@@ -326,8 +325,8 @@ class ResponsesBody(Thinking, ForOpenAI, Sampling):
             if num_bytes > MAX_BODY_BYTES:
                 raise Refused(
                     413,
-                    f"the items that this request refers to take more than {MAX_BODY_BYTES} bytes",
-                    hint="refer to each item once, and to fewer of them",
+                    f"the items to which this request refers take more than {MAX_BODY_BYTES} bytes",
+                    hint="refer to fewer items, and to each only once",
                     param="input",
                 )
             found.append(named[item.id][0])
@@ -360,7 +359,7 @@ def _tool(tool: FunctionTool) -> dict[str, Any]:
 
 
 def _messages(items: Sequence[KnownItem], intake: Intake) -> list[dict[str, Any]]:
-    """Convert items to messages: consecutive thoughts, text and calls of the assistant become one message.
+    """Convert items to messages: the assistant's consecutive thoughts, text and calls become one message.
 
     Notes replace parts that the model cannot read; in the user's newest turn such parts are refused.
     """
@@ -385,7 +384,7 @@ def _messages(items: Sequence[KnownItem], intake: Intake) -> list[dict[str, Any]
 
 
 def _said(items: Sequence[MessageItem | CallItem | ThoughtItem], replaced: Replaced) -> list[dict[str, Any]]:
-    """The assistant's message that consecutive items are; none for no items."""
+    """Combine consecutive items into an assistant message; none for no items."""
     if not items:
         return []
     texts = [_text(item.content, replaced) for item in items if isinstance(item, MessageItem)]
@@ -421,7 +420,7 @@ def _content(parts: Parts, intake: Intake, where: str, *, is_new: bool = False) 
 
 
 def _text(parts: Parts | Sequence[Part], replaced: Replaced) -> str:
-    """The assistant's words or thoughts; a prompt has no pictures there."""
+    """The assistant's words or thoughts, where a prompt has no pictures."""
     if isinstance(parts, str):
         return parts
     return "".join(

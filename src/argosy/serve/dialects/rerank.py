@@ -1,9 +1,10 @@
 """Rerank documents, in the dialect of Jina and Cohere: POST /v1/rerank and /rerank.
 
-The score of a document is the probability that the model answers yes, if it answers yes or no: the two words'
-log-probabilities, each that of one token after the same prompt. The second reuses the keys and values of the first.
+A document's score is the probability of yes, given that the model answers yes or no. It follows from the
+log-probabilities of the two words, each a single token after the same prompt. The second run reuses the keys and
+values of the first.
 
-Elsewhere: the prompt is `prompt/reranking.py`; parts run in `serve/answer/side_by_side.py`.
+Elsewhere: the prompt is `prompt/reranking.py`; `serve/answer/side_by_side.py` runs the parts.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from argosy.serve.http.failures import Refused
 from argosy.serve.http.streams import answer_whole
 
 _MOST_DOCUMENTS = 1024
-_CERTAIN = 100.0  # a bias beside which no difference of logits counts
+_CERTAIN = 100.0  # a bias that outweighs any difference of logits
 
 
 class Document(Strict):

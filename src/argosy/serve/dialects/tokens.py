@@ -1,4 +1,4 @@
-"""What a prompt becomes: /tokenize, /detokenize, /tokenizer_info and /apply-template, as llama.cpp and vLLM have them.
+"""Tokens of a prompt: /tokenize, /detokenize, /tokenizer_info and /apply-template, as in llama.cpp and vLLM.
 
 Elsewhere: prompts are built in the room `prompt`.
 """
@@ -43,7 +43,7 @@ class TokenizeBody(Strict):
 
     @property
     def text(self) -> str | None:
-        """None: it is a conversation."""
+        """The text; None if the body is a conversation."""
         given = [one for one in (self.content, self.prompt, self.messages) if one is not None]
         if len(given) != 1:
             raise UsageError(

@@ -1,1 +1,1 @@
-"""Checks and the audit around requests."""
+"""The checks and the audit around requests."""

@@ -1,11 +1,11 @@
-"""The audit of requests: an envelope each and, only if the operator wants it, the texts.
+"""The audit of requests: an envelope for each and, only if the operator wants it, the texts.
 
     a request arrives -> AuditedRequest, SaidOfRequest as bytes go by      it has ended -> Auditor.record -> Audit
 
-The envelope has no field for content. Contents are what was on the wire, whatever the dialect, up to MOST_SAID_BYTES
-each way; their memory is a line of the plan, and where it has no room, the envelope says that the content is missing.
+The envelope has no field for content. Contents are the bytes on the wire, in any dialect, up to MOST_SAID_BYTES
+each way. Their memory is a line of the plan; if there is no room, the envelope says that the content is missing.
 
-Elsewhere: the audit's queue, thread and files are the room `guard`.
+Elsewhere: the audit's queue, thread and files are in the room `guard`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MOST_TEXTS = 32
 
 
 class SaidOfRequest:
-    """The bytes of one request and its answer, as far as they have room."""
+    """The bytes of one request and its answer, within a limit."""
 
     def __init__(self, share: Share) -> None:
         self._share = share
@@ -51,7 +51,7 @@ class SaidOfRequest:
         if not taken:
             return
         try:
-            # A buffer that grows is copied, and so is the whole of it at the end.
+            # A growing buffer is copied, as is the whole at the end.
             self._share.hold(2 * len(taken))
         except Overloaded:
             self._is_cut = True
@@ -59,7 +59,7 @@ class SaidOfRequest:
             into += taken
 
     def content(self) -> Content:
-        """A line of JSON with the sizes, then both bodies."""
+        """A line of JSON with the sizes, followed by both bodies."""
         sizes = {
             "asked_bytes": len(self._asked),
             "answered_bytes": len(self._answered),
@@ -72,19 +72,19 @@ class Auditor(Hook):
     """Reports requests to the audit.
 
     Args:
-        policy: SHA-256 of the policies that hold for all requests.
+        policy: SHA-256 of the settings in force for all requests.
     """
 
     def __init__(self, audit: Audit, *, policy: str) -> None:
         self._audit, self.policy = audit, policy
-        self._erased_at: dict[str, float] = {}  # key -> by the monotonic clock
+        self._erased_at: dict[str, float] = {}  # key -> time by the monotonic clock
         self._pool = Pool(AUDIT_BYTES)
 
     def arrive(self, caller: Caller, policy: Policy, headers: Mapping[str, str]) -> Watch | None:
-        """Watch a request that does work or changes something.
+        """Watch a request if it does work or changes something.
 
-        One that could not be recorded is refused without a line, whoever asks: refusals of all kinds must not take the
-        room of requests that are running. Raises what `Audit.require_room` raises.
+        A request that could not be recorded is refused without a line, because refusals must not take the room of
+        running requests. Raises what `Audit.require_room` raises.
         """
         if not policy.is_recorded:
             return None
@@ -98,7 +98,7 @@ class Auditor(Hook):
     def record(
         self, caller: Caller, status: int, facts: Mapping[str, object], content: Content | None
     ) -> None:
-        """Record a request that has ended; one without a valid key is only counted."""
+        """Record an ended request; one without a valid key is only counted."""
         if caller.key is None:
             self._audit.count_refused(status)
             return
@@ -108,7 +108,7 @@ class Auditor(Hook):
         self._audit.record(facts, content)
 
     def erase(self, key_id: str) -> int:
-        """Erase the contents of a key, including those of its requests that have not ended.
+        """Erase a key's contents, including those of its running requests.
 
         Blocks. Raises what `Audit.erase` raises.
         """
@@ -117,7 +117,7 @@ class Auditor(Hook):
 
 
 class AuditedRequest(Tally):
-    """What the audit says of one request."""
+    """The audit's record of one request."""
 
     def __init__(self, auditor: Auditor, caller: Caller, policy: Policy, trace_id: str | None) -> None:
         super().__init__()

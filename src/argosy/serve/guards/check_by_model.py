@@ -1,12 +1,12 @@
-"""Ask a model of this server whether a text is allowed.
+"""Ask a model on this server whether a text is allowed.
 
     Question  ─ a form of `guard/guard_models.py` ─>  a conversation  ─ the model's template ─>  answer  ->  Verdict
 
-The question runs like any request of the same key, so nothing is shared between tenants. Its tokens count for nobody,
-unless the key asks for the verdict itself (`serve/guards/moderations.py`). The model is loaded if it is not in
-memory, like any model of the server.
+The question runs like any request of the same key, so nothing is shared between tenants. Its tokens are not
+counted, unless the key itself requests the verdict (`serve/guards/moderations.py`). The model is loaded if it is
+not in memory, like any model of the server.
 
-Elsewhere: `checks.py` calls this, within the time of the check.
+Elsewhere: `checks.py` calls this, within the check's time limit.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class ModelJudge:
     async def __call__(
         self, check: ModelCheck, question: Question, key: Key | None, count: CountTokens | None
     ) -> Verdict:
-        """The verdict of a model on a text.
+        """Return a model's verdict on a text.
 
         Args:
-            count: counts the tokens of the question and its answer for the key; None: they count for nobody.
+            count: counts the tokens of the question and its answer for the key; None: they are not counted.
 
         Raises:
-            CheckFailed: the answer has no known form.
+            CheckFailed: the answer cannot be parsed.
             ArgosyError: the model cannot be loaded, or has no room for the question.
         """
         form = GUARD_FORMS[check.form]

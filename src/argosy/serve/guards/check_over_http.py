@@ -1,10 +1,10 @@
-"""Ask another server whether a text is allowed, in the form of OpenAI's moderation endpoint.
+"""Ask another server whether a text is allowed, through OpenAI's moderation endpoint.
 
     {"input": text}  ─ POST, to the configured address only ─>  {"results": [{"flagged", "category_scores"}]}
 
-Any server with such an endpoint can answer, another Argosy among them. No redirect is followed, no proxy of the
-environment is used, and the answer is bounded in size and time. Whatever goes wrong is a failed check, and the policy
-says what that means.
+Any server with such an endpoint can answer, including another Argosy. Redirects are not followed, proxies from the
+environment not used, and the answer is bounded in size and time. Any fault is a failed check, and the policy
+decides what that means.
 
 Elsewhere: `checks.py` calls this; the settings are `guard/policy.py`.
 """
@@ -29,10 +29,10 @@ _MOST_CATEGORIES = 64
 
 
 def judge(check: HttpCheck, text: str) -> Verdict:
-    """Ask about a text; a thread waits for the answer.
+    """Ask about a text; blocks the thread until the answer comes.
 
     Raises:
-        CheckFailed: there is no answer within the time, or it has another form.
+        CheckFailed: there is no answer in time, or it is malformed.
     """
     try:
         return _verdict(_asked(check, text))

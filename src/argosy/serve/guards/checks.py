@@ -1,10 +1,10 @@
-"""Run checks for all requests: off the event loop, and off the engine's thread.
+"""Run checks for all requests, outside the event loop and the engine's thread.
 
-A check that asks another server or a model is asked only about what is new in a conversation, which is sent again with
-every turn. Only keyed digests of conversations that passed are kept: a text passed where it stood, and nowhere else.
-Nothing is kept of a check that fails.
+A conversation is sent again with every turn, so a check that asks a model or another server is asked only about the
+new part. Keyed digests of conversations that passed are kept: a text has passed only in its place, nowhere else. A
+failed check leaves nothing behind.
 
-Elsewhere: a policy and its requests are `screening.py`; asking is `check_over_http.py` and `check_by_model.py`.
+Elsewhere: `screening.py` applies a policy to a request; `check_over_http.py` and `check_by_model.py` do the asking.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from argosy.serve.http.work import WorkQueue
 
 log = logging.getLogger("argosy.serve")
 
-_MOST_PASSED = 8192  # conversations that a check let pass
+_MOST_PASSED = 8192  # conversations that have passed a check
 _ASKED_AT_ONCE = 8
-_MOST_WAITING = 4096  # texts of one key: each of its answers waits for one at most
+_MOST_WAITING = 4096  # texts of one key; each of its answers waits for at most one
 _SAID_EVERY_S = 60.0  # how often to log that a check fails
 
 T = TypeVar("T")
 CountTokens = Callable[[str, int, int], None]
 """Counts tokens: (model, tokens of the question, tokens of its answer)."""
 AskModel = Callable[[ModelCheck, Question, Key | None, CountTokens | None], Awaitable[Verdict]]
-"""Asks a model for a key. Raises CheckFailed or ArgosyError."""
+"""Asks a model on behalf of a key. Raises CheckFailed or ArgosyError."""
 
 
 class Checks:
-    """The threads of checks, and the conversations that they let pass.
+    """The threads of checks, and the conversations that have passed.
 
-    ask_model: set by the server whose models are asked; None: there are none.
+    ask_model: set by the server whose models are asked; None if there are none.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class Checks:
 
     @property
     def has_stopped(self) -> bool:
-        """Whether checks wait for a thread that does not come."""
+        """Whether checks wait for a thread in vain."""
         return self._computing.has_stopped or self._asking.has_stopped
 
     async def compute(self, tenant: str, call: Callable[[], T]) -> T:
@@ -88,12 +88,12 @@ class Checks:
             raise self._failed(check.name, why) from None
 
     def num_passed(self, names: Sequence[bytes]) -> int:
-        """How many texts at a conversation's beginning have passed, by the names of its beginnings (`_names`)."""
+        """How many of a conversation's first texts have passed, given the names of its prefixes (`names`)."""
         with self._lock:
             return next((at for at in range(len(names), 0, -1) if names[at - 1] in self._passed), 0)
 
     def passed(self, name: bytes) -> None:
-        """Remember that a check lets a conversation pass."""
+        """Remember that a conversation has passed a check."""
         with self._lock:
             self._passed[name] = None
             self._passed.move_to_end(name)
@@ -101,7 +101,7 @@ class Checks:
                 self._passed.popitem(last=False)
 
     def names(self, check: HttpCheck | ModelCheck, digest: str, texts: Sequence[str]) -> list[bytes]:
-        """Names of the beginnings of a conversation, under a check of the policies with this digest."""
+        """The names of a conversation's prefixes, for a check under the policies with this digest."""
         found, before = [], f"{digest}\0{check.name}".encode()
         for text in texts:
             said = hashlib.blake2b(before, key=self._secret, digest_size=32)
@@ -118,6 +118,6 @@ class Checks:
         return CheckFailed(why)
 
     def forget(self) -> None:
-        """Forget what has passed: the checks are others now."""
+        """Forget what has passed, because the checks have changed."""
         with self._lock:
             self._passed.clear()

@@ -1,6 +1,6 @@
-"""All that `guards/` does in a server: policies, stops, the audit, and what users are told about them.
+"""The whole of `guards/` in a server: policies, stops, the audit, and what users are told about them.
 
-Elsewhere: what a server asks of this is `serve/governance.py`.
+Elsewhere: `serve/governance.py` is the interface that a server uses.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Governing(Governance):
     """The checks, stops and records of a server.
 
     Args:
-        guarding: policies, and what is stopped; None: there are no policies, and stops end with the process.
-        auditor: records requests; None: nobody does.
+        guarding: policies and stops; None: there are no policies, and stops end with the process.
+        auditor: records requests; None: they are not recorded.
         practice: how the server treats texts, for `/v1/engine/transparency`; None: it keeps nothing.
     """
 
@@ -93,7 +93,7 @@ def governing(guarding: Guarding | None, practice: Practice, *, policy_sha256: s
     """Open the audit of `practice`, if there is one, and govern a server until it ends.
 
     Args:
-        policy_sha256: of the settings that decide what requests may do and what is kept of them.
+        policy_sha256: digest of the settings that govern requests and what is kept of them.
     """
     if practice.audit is None:
         yield Governing(guarding=guarding, practice=practice)

@@ -1,9 +1,9 @@
 """A server's content policies, its stops, and the users that it counts.
 
-    gate: policy of the key  ->  `Screening`  ─ before the prompt is made, and during the answers ─>  engine, dialect
+    gate: the key's policy  ->  `Screening`  ─ before the prompt is made, and during the answers ─>  engine, dialect
 
-Elsewhere: a policy around one request is `screening.py`; checks run in `checks.py`; what a policy does to a text is the
-room `guard`.
+Elsewhere: `screening.py` applies a policy to one request; checks run in `checks.py`; what a policy does to a text
+is in the room `guard`.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ log = logging.getLogger("argosy.serve")
 
 
 class InForce(NamedTuple):
-    """A policy, and the digest of the file that it is from."""
+    """A policy, and the digest of its file."""
 
     policy: ContentPolicy
     digest: str
 
 
 class Guarding(Hook):
-    """Applies a server's policies to its requests, and says what is stopped.
+    """Applies a server's policies to its requests, and keeps its stops.
 
     Args:
-        path: the policy file; what is stopped is kept beside it. None: nothing is checked, and stops end with the
+        path: the policy file; the file of stops is next to it. None: nothing is checked, and stops end with the
             process.
 
     Raises:
-        UsageError: a file cannot be read, or is invalid.
+        UsageError: a file cannot be read or is invalid.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -57,7 +57,7 @@ class Guarding(Hook):
         self._policies: Policies | None = None if path is None else _read(path)
         self.stops = Stops(None if path is None else path.with_name(path.name + ".stops"))
         self.users = Users()
-        self.changed: Callable[[], None] = lambda: None  # called when the files have been read again
+        self.changed: Callable[[], None] = lambda: None  # called after the files have been read again
         self._models: Sequence[str] = ()
         self.checks = Checks()
         self._lock = threading.Lock()
@@ -65,21 +65,21 @@ class Guarding(Hook):
 
     @property
     def digest(self) -> str | None:
-        """The digest of the policies in force; None: there are none."""
+        """The digest of the policies in force, or None."""
         return None if self._policies is None else self._policies.digest
 
     def require_models(self, names: Sequence[str]) -> None:
-        """Check that the server has the models that checks ask, now and when the policies are read again.
+        """Check that the server has the models that checks ask, now and whenever the policies are read again.
 
         Raises:
-            UsageError: it has not.
+            UsageError: a model is missing.
         """
         self._models = names
         if self._policies is not None:
             _require_models(self._policies, names)
 
     def reload(self) -> None:
-        """Read the files again; running requests keep their policy. Raises UsageError, and then nothing changes."""
+        """Read the files again; running requests keep their policy. On UsageError nothing changes."""
         if self._path is None:
             return
         policies = _read(self._path)
@@ -92,11 +92,11 @@ class Guarding(Hook):
     def why_not(
         self, key: Key | None, models: Collection[str], persons: Collection[str]
     ) -> ArgosyError | None:
-        """The reason why a stop or a blocked user keeps a request from running; None if it may run.
+        """Why a stop or a block keeps a request from running, or None if it may run.
 
         Args:
-            models: the id of the model that it uses and the name of the preset, if it uses one.
-            persons: all names by which its client means a person.
+            models: the id of its model, and the preset's name if it uses one.
+            persons: all names that its client gives for a person.
         """
         if key is not None and self.stops.has("key", key.id, key.name):
             return stopped("key")
@@ -110,13 +110,13 @@ class Guarding(Hook):
         return None
 
     def in_force(self, key: Key | None) -> InForce | None:
-        """The policy of a key that chooses none; None: nothing is checked for it."""
+        """The default policy of a key, or None if nothing is checked for it."""
         policies = self._policies
         policy = None if policies is None else policies.of(key)
         return None if policies is None or policy is None else InForce(policy, policies.digest)
 
     def admit(self, caller: Caller, policy: Policy, headers: Mapping[str, str]) -> Watch | None:
-        """Screen a request whose texts a model gets."""
+        """Screen a request if a model gets its texts."""
         if policy.screens not in ("answers", "texts"):
             return None
         return self.screening(caller.key, headers.get(CHOSEN_POLICY), caller.found)
@@ -124,14 +124,14 @@ class Guarding(Hook):
     def screening(
         self, key: Key | None, chosen: str | None, found: Callable[[str], None]
     ) -> Screening | None:
-        """The screening of a request; None: nothing is checked.
+        """The screening of a request, or None if nothing is checked.
 
         Args:
             chosen: the policy that the request names.
-            found: is told the policy, its digest, and what is found, for a record of the request.
+            found: called with the policy, its digest and the findings, for the record of the request.
 
         Raises:
-            UsageError: it may not choose that policy.
+            UsageError: the key may not choose that policy.
         """
         policies = self._policies
         if policies is None:
@@ -152,12 +152,12 @@ class Guarding(Hook):
         return Screening(screen, key, digest=policies.digest, checks=self.checks, users=self.users, note=note)
 
     def note(self, side: Side, what: str, number: int) -> None:
-        """Count what was found. Any thread may call it."""
+        """Count a finding. Any thread may call this."""
         with self._lock:
             self._counts[side, what] += number
 
     def collect(self) -> Iterator[Metric]:
-        """For Prometheus: how often each entity, list and check was found, by side."""
+        """Report to Prometheus how often each entity, list and check was found, by side."""
         metric = CounterMetricFamily("argosy_guard_found", "What checks found", labels=["side", "found"])
         with self._lock:
             counts = dict(self._counts)

@@ -1,10 +1,10 @@
 """OpenAI's moderation endpoint: POST /v1/moderations, answered by the checks of the key's policy.
 
-The checks are those that the policy applies to what a client sends; tokens of a model count for its key. Their
-categories are OpenAI's where they fit; a check with categories of its own adds them. A category that no check knows is
-not flagged, and its score is 0: that says nothing about the text.
+The checks are those that the policy applies to what a client sends; a model's tokens count for the key. Categories
+are OpenAI's where they fit; a check may add its own. A category that no check knows is not flagged and scores 0,
+which says nothing about the text.
 
-Elsewhere: checks run in `serve/guards/checks.py`; docs/guides/responsible-use.md says what they find.
+Elsewhere: checks run in `serve/guards/checks.py`; docs/guides/responsible-use.md says what they can find.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from argosy.serve.http.closed import Closed
 from argosy.serve.http.failures import Refused
 
 _MOST_INPUTS = 256
-_OPENAI_PREFIXES = ("omni-moderation-", "text-moderation-")  # the names that OpenAI's client sends
+# prefixes of the names that OpenAI's client sends
+_OPENAI_PREFIXES = ("omni-moderation-", "text-moderation-")
 
 
 class TextInput(Strict):

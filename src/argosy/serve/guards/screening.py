@@ -1,11 +1,11 @@
-"""A policy around one request: before the prompt is made, and during its answers.
+"""Apply a policy to one request: before the prompt is made, and during its answers.
 
     before: transcripts -> texts of a possible length -> patterns, lists -> what the model gets; asked checks
     during: steps, as many as have arrived together -> patterns, lists, in a thread -> asked checks -> what may be sent
 
-A check that fails counts as the policy says.
+The policy decides how a failed check counts.
 
-Elsewhere: what a policy does to a text is the room `guard`; checks run in `checks.py`; the server's policies are
+Elsewhere: what a policy does to a text is in the room `guard`; checks run in `checks.py`; the server's policies are
 `guarding.py`.
 """
 
@@ -43,12 +43,12 @@ from argosy.serve.guards.checks import Checks, CountTokens
 from argosy.serve.guards.shown import shown_of, with_shown
 from argosy.serve.http.caller import Caller
 
-_SCREENED_AT_ONCE = 64  # steps, if so many have arrived
-_PIECE = 20_000  # characters of one question about a text
+_SCREENED_AT_ONCE = 64  # the most steps that are screened together
+_PIECE = 20_000  # characters of a text per question
 _PIECE_OVERLAP = 500
-_ASKED = 4000  # characters of the user's turn that a question about an answer shows
+_ASKED = 4000  # characters of the user's turn shown in a question about an answer
 _RETRY_S = 5
-_USER_FIELDS = ("safety_identifier", "user")  # name the person behind a request
+_USER_FIELDS = ("safety_identifier", "user")  # fields that name the person behind a request
 
 T = TypeVar("T")
 
@@ -59,7 +59,7 @@ class Screening(Check):
     def __init__(
         self, screen: RequestScreen, key: Key | None, *, digest: str, checks: Checks, users: Users, note: Note
     ) -> None:
-        """`digest` is that of the policies; `users` counts the requests of persons; `note` counts what is found."""
+        """`digest` is that of the policies; `users` counts each person's requests; `note` counts findings."""
         self._key, self._checks, self._users, self._note = key, checks, users, note
         self.screen, self.policy, self.digest = screen, screen.policy, digest
         self.changes_answers = self.policy.changes_answers
@@ -70,10 +70,10 @@ class Screening(Check):
         return "" if self._key is None else self._key.id
 
     def named(self, person: str) -> None:
-        """Count a request of the person that the client names.
+        """Count a request for the person that the client names.
 
         Raises:
-            TooMany: they have used up their requests.
+            TooMany: the person has reached the limit.
         """
         self._users.admit(self.tenant, person, self.policy.requests_per_minute_per_user)
 
@@ -84,32 +84,33 @@ class Screening(Check):
 
         Raises:
             Blocked: the policy does not allow a text.
-            UsageError: the request cannot be checked: it asks for log-probabilities of what may be held back, or its
-                prompt has values to replace and is token ids.
+            UsageError: the request cannot be checked: it requests log-probabilities of text that may be withheld,
+                or its prompt is token ids and contains values to replace.
         """
         params = request.params
         if self.changes_answers and (params.logprobs is not None or params.prompt_logprobs is not None):
             raise UsageError(
-                "log-probabilities would show text before it is checked, which the policy of this server does",
+                "log-probabilities would show text before it is checked, and the policy of this server checks answers",
                 param="logprobs", hint="leave them out",
             )  # fmt: skip
         if self.policy.checks_requests:
             if isinstance(request, ChatRequest):
-                require_few_values(request.messages)  # the view parses the arguments of calls
+                require_few_values(request.messages)  # because the view parses the arguments of calls
             request = _near(_heard(request, service, caller), service)
         shown = shown_of(request, partial(_decoded, service))
         made, texts = self.screen.check(shown, counts=counts)
         if isinstance(request, ChatRequest):
             if list(made.texts) != list(shown.texts):
                 raise UsageError(
-                    "the policy of this server replaces values in the beginning of the answer, which is token ids",
-                    param="continue_token_ids", hint="send it as a last message of the assistant",
+                    "the policy of this server replaces values, and the beginning of the answer is token ids",
+                    param="continue_token_ids", hint="send it as a final assistant message",
                 )  # fmt: skip
-            caller.held.share.hold(sum(map(sys.getsizeof, texts)))  # the copy that the prompt is built of
+            # for the copy from which the prompt is built
+            caller.held.share.hold(sum(map(sys.getsizeof, texts)))
         request = with_shown(request, shown, made)
         if not self.policy.watermark:
             request = replace(request, params=replace(request.params, watermark=False))
-        # Persons are counted and may be blocked, so their fields are not without effect.
+        # Under a policy these fields do matter: users are counted and may be blocked.
         return Checked(
             replace(request, ignored=[name for name in request.ignored if name not in _USER_FIELDS]), texts
         )
@@ -154,7 +155,7 @@ class Screening(Check):
 
         Raises:
             Blocked: a check does not allow one of them.
-            Overloaded: a check failed, and the policy allows nothing without it.
+            Overloaded: a check failed, and the policy requires it.
         """
         for check in self.screen.asked_checks:
             names = await self.compute(partial(self._checks.names, check, self.digest, texts))
@@ -166,7 +167,7 @@ class Screening(Check):
                 if check.on_failure == "pass":
                     continue
                 raise Overloaded(
-                    f"the check {check.name} does not answer, and the policy allows no request without it",
+                    f"the check {check.name} does not answer, and the policy requires it",
                     retry_after_s=_RETRY_S,
                 ) from None
             if verdict.is_flagged:
@@ -176,7 +177,7 @@ class Screening(Check):
                 self._checks.passed(names[-1])
 
     async def refusal_of(self, text: str) -> str:
-        """The check that does not allow a part of an answer; empty: all of them allow it."""
+        """The name of the check that disallows a part of an answer; empty if none does."""
         question = Question("assistant", text, self.screen.asked[-_ASKED:])
         for check in self.policy.output:
             if isinstance(check, ListCheck):
@@ -193,7 +194,7 @@ class Screening(Check):
     async def _ask(
         self, check: HttpCheck | ModelCheck, question: Question, count: CountTokens | None = None
     ) -> Verdict:
-        """The verdict on a text of any length, piece by piece up to the first that is flagged. Raises CheckFailed."""
+        """The verdict on a text of any length, piece by piece up to the first flagged one. Raises CheckFailed."""
         found: list[Verdict] = []
         text = question.text
         if text.strip():
@@ -205,11 +206,11 @@ class Screening(Check):
         return together(found)
 
     async def moderate(self, text: str, name: str | None, count: CountTokens) -> Verdict:
-        """The verdict of the checks of the input on a text.
+        """The verdict of the input checks on a text.
 
         Args:
-            name: the only check to ask; None: all.
-            count: counts the tokens of models.
+            name: the only check to ask; None for all.
+            count: counts the models' tokens.
 
         Raises:
             Overloaded: a check does not answer.
@@ -228,11 +229,11 @@ class Screening(Check):
         return together(found)
 
     def answer(self) -> ScreenedAnswer:
-        """The checks of another answer."""
+        """Start the checks of an answer."""
         return ScreenedAnswer(self)
 
     async def compute(self, call: Callable[[], T]) -> T:
-        """Run a check that only computes, in a thread."""
+        """Run a computing check in a thread."""
         return await self._checks.compute(self.tenant, call)
 
 
@@ -242,7 +243,7 @@ def screening_of(caller: Caller) -> Screening | None:
 
 
 class ScreenedAnswer:
-    """The checks of one answer, in the order of its events."""
+    """Checks the events of one answer in order."""
 
     def __init__(self, screening: Screening) -> None:
         self._screening = screening
@@ -253,11 +254,11 @@ class ScreenedAnswer:
 
     @property
     def is_blocked(self) -> bool:
-        """Whether the rest of the answer is not sent."""
+        """Whether the rest of the answer is withheld."""
         return bool(self._answer.blocked_by)
 
     async def take(self, events: Sequence[Event]) -> list[Event]:
-        """Take events of the answer; return those that may be sent."""
+        """Take events; return those that may be sent."""
         made: list[Event] = []
         for event in _merged(events):
             if self.is_blocked:
@@ -285,7 +286,7 @@ class ScreenedAnswer:
         return made
 
     async def take_text(self, text: str, *, is_end: bool) -> str:
-        """Take more of an answer that is nothing but text."""
+        """Take more of an answer that is only text."""
         return "" if self.is_blocked else await self._push(text, is_end=is_end)
 
     async def _push(self, text: str, *, is_end: bool) -> str:
@@ -310,7 +311,7 @@ class ScreenedAnswer:
         return [self._kind(text)] if text else []
 
     async def _end_call(self, index: int, end: ToolCallEnd | None) -> list[Event]:
-        """A whole call; one that the token limit cut off has no end."""
+        """Check a whole call; one that the token limit cut off has no end."""
         begin, pieces = self._calls.pop(index)
         check = partial(self._answer.call, begin.name, "".join(pieces))
         arguments, question = await self._screening.compute(check)
@@ -323,7 +324,7 @@ class ScreenedAnswer:
 
 
 def _merged(events: Sequence[Event]) -> Iterator[Event]:
-    """The events, with deltas of one kind that follow each other joined."""
+    """The events, with consecutive deltas of the same kind joined."""
     last: TextDelta | ReasoningDelta | None = None
     for event in events:
         if isinstance(event, TextDelta | ReasoningDelta):
@@ -343,7 +344,7 @@ def _merged(events: Sequence[Event]) -> Iterator[Event]:
 
 
 def _joined(steps: Sequence[Step]) -> Iterator[Step]:
-    """The steps, with what one answer said in steps that follow each other joined, so that it is checked at once."""
+    """The steps, with consecutive steps of the same answer joined so that they are checked together."""
     last: Said | None = None
     for step in steps:
         if isinstance(step, Said) and last is not None and last.answer == step.answer:
@@ -359,7 +360,7 @@ def _joined(steps: Sequence[Step]) -> Iterator[Step]:
 
 
 async def _screened(step: Step, answers: Answers, screened: Sequence[ScreenedAnswer]) -> list[Step]:
-    """The parts of a step that the checks let pass."""
+    """The parts of a step that pass the checks."""
     if isinstance(step, Progress):
         return [step]
     number, answer = step.answer, screened[step.answer]
@@ -386,7 +387,7 @@ def _decoded(service: Service, token_ids: Sequence[int]) -> str:
 
 
 def _heard(request: ModelRequest, service: Service, caller: Caller) -> ModelRequest:
-    """The request with the transcripts of sounds that the model gets as text."""
+    """The request, with sounds that the model gets as text replaced by transcripts."""
     if not isinstance(request, ChatRequest) or service.model.hears != "transcript":
         return request
     heard = service.prompts.with_transcripts(request.messages, tenant=caller.tenant, check=caller.go_on)
@@ -394,10 +395,10 @@ def _heard(request: ModelRequest, service: Service, caller: Caller) -> ModelRequ
 
 
 def _near(request: ModelRequest, service: Service) -> ModelRequest:
-    """The request without snippets that cannot fit: its texts are searched, which takes longer than counting them.
+    """The request without snippets that cannot fit, because searching their texts takes longer than counting them.
 
     Raises:
-        PromptTooLong: the rest cannot fit.
+        PromptTooLong: the rest does not fit either.
     """
     prompts = service.prompts
     if isinstance(request, ChatRequest):

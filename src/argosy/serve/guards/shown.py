@@ -1,4 +1,4 @@
-"""What a policy sees of a request, and the request as the policy made it.
+"""Convert a request to the view that a policy sees, and back.
 
 Elsewhere: the view is `guard/view.py`.
 """
@@ -15,7 +15,7 @@ from argosy.serve.answer.request import ChatRequest, ModelRequest, TextRequest
 
 
 def shown_of(request: ModelRequest, decode: Callable[[Sequence[int]], str]) -> Shown:
-    """What the model gets from a request. The names in `tool_choice` are names of its tools."""
+    """The view of everything that the model gets from a request. Names in `tool_choice` are those of its tools."""
     if isinstance(request, ChatRequest):
         return Shown(
             messages=request.messages, tools=request.tools, variables=request.variables, grammar=request.form,
@@ -28,10 +28,10 @@ def shown_of(request: ModelRequest, decode: Callable[[Sequence[int]], str]) -> S
 
 
 def with_shown(request: ModelRequest, given: Shown, made: Shown) -> ModelRequest:
-    """The request as the policy made it from `given`.
+    """The request as changed by the policy.
 
     Raises:
-        UsageError: its prompt has values to replace, and is token ids.
+        UsageError: its prompt is token ids and contains values to replace.
     """
     if isinstance(request, TextRequest):
         return _text_with_shown(request, given, made)

@@ -1,8 +1,8 @@
-"""Stop a model, a key or a person at once, and let them go on: GET and POST /v1/engine/stops.
+"""Stop a model, a key or a person at once, and lift a stop: GET and POST /v1/engine/stops.
 
-Requests are refused, and those that run end with an error before their next token or event. Nothing is deleted.
+New requests are refused, and running ones end with an error before their next token or event. Nothing is deleted.
 
-Elsewhere: what is stopped is kept by `guard/stops.py`; `serve/http/running.py` ends requests.
+Elsewhere: `guard/stops.py` keeps the stops; `serve/http/running.py` ends requests.
 """
 
 from __future__ import annotations
@@ -79,19 +79,19 @@ async def stop(body: StopBody, request: Request) -> Stopped:
 
 
 async def _model_id(body: StopBody, kept: Stops, request: Request) -> str:
-    """The id of a model, or the name of a preset: stopping that leaves its model and other presets running."""
+    """The id of a model, or the name of a preset: stopping a preset leaves its model and other presets running."""
     models = models_of(request)
     hearing = models.hearing()
     if hearing is not None and body.name == hearing.ears_id:
         return body.name
-    if not body.is_stopped and kept.has("model", body.name):  # it may be gone
+    if not body.is_stopped and kept.has("model", body.name):  # the model may be gone
         return body.name
     name, preset = await models.named(body.name)
     return models.id_of(name) if preset is None else preset.name
 
 
 def _id_of_other_key(name: str, request: Request) -> str:
-    """The id of a key that is not the one of the request: that could not let itself go on."""
+    """The id of a key other than the request's own, which could not lift its own stop."""
     own: Key = request.state.caller.key
     ring: KeyRing = request.app.state.ring
     found = ring.id_of(name)

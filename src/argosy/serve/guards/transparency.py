@@ -1,8 +1,8 @@
-"""Tell people that a machine answers them, and how the server treats their texts: GET /v1/engine/transparency.
+"""Tell people that a machine answers them and how the server treats their texts: GET /v1/engine/transparency.
 
-Every answer of a model also has the header `gate.GENERATED`, and the page says the same in words.
+Every answer from a model also carries the header `gate.GENERATED`, and the page says the same in words.
 
-Elsewhere: the settings are `run.ServerSettings`; how long things are kept is `guard/stores.py`.
+Elsewhere: the settings are `run.ServerSettings`; retention is `guard/stores.py`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Practice:
     """How a server treats texts.
 
     has_watermark: sampled text carries a watermark.
-    responses_s: how long responses are kept in memory, unused; None: they are not.
-    prefix_files_s: how long keys and values of prompts are kept in files; None: they are not.
-    audit: None: requests are not recorded.
+    responses_s: how long unused responses are kept in memory; None: they are not kept.
+    prefix_files_s: how long keys and values of prompts are kept in files; None: they are not kept.
+    audit: None if requests are not recorded.
     """
 
     has_watermark: bool = False
