@@ -29,7 +29,7 @@ REASONS = (
     r"ignore_eos cannot be used with a grammar",
     r"[a-z_]+ and [a-z_]+ are two names for one setting, and their values differ",
     r"[a-z_]+: expected (-1|0), because penalties count",
-    r"the request has both tool_choice and its older form function_call",
+    r"the request has both tool_choice and its older version function_call",
     # Requirements on the last message.
     r"the last (message|item) ",
     r"every message is an empty one from the assistant",

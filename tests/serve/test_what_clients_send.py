@@ -488,7 +488,7 @@ def test_functions_are_chosen_like_tools_and_cannot_be_combined_with_them(speake
     for both in ({"tools": TOOLS["chat"]}, {"function_call": "auto", "tool_choice": "auto"}):
         refused = speaker.post(PATHS["chat"], json=body("chat", **more | both))
         assert refused.status_code == 400
-        assert "older form" in refused.json()["error"]["message"]
+        assert "older version" in refused.json()["error"]["message"]
 
 
 # ── beyond the context length ───────────────────────────────────────────────────────────────────────────────────────
