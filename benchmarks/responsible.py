@@ -34,7 +34,7 @@ from argosy.guard.audit import Audit, AuditSettings
 from argosy.guard.chain import verify
 from argosy.guard.keys import KeyRing
 from argosy.serve.guards.audited import Auditor
-from argosy.serve.http.access import Policy
+from argosy.serve.http.access import RouteRule
 from argosy.serve.http.caller import Caller
 from common import Report, tidy_up_when_terminated
 
@@ -117,7 +117,7 @@ def ask(url: str, number: int, num_new: int) -> Answer:
 
 def record_s(content: bool, num_new: int) -> float:
     """Processor seconds of all threads for one record, of a request with so many events."""
-    policy = Policy(method="POST", path="/v1/completions", scope="infer", screens="answers", is_counted=True)
+    rule = RouteRule(method="POST", path="/v1/completions", scope="infer", screens="answers", is_counted=True)
     key = KeyRing(None).find(None)
     digests = {"model_sha256": "a" * 64, "template_sha256": "b" * 64}
     num_records = 200 if content else 2000
@@ -127,7 +127,7 @@ def record_s(content: bool, num_new: int) -> float:
         began = time.process_time()
         for number in range(num_records):
             caller = Caller(key=key)
-            watch = auditor.arrive(caller, policy, {})
+            watch = auditor.arrive(caller, rule, {})
             assert watch is not None
             watch.answered_by("demo", digests)
             watch.begin()

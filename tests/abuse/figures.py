@@ -1194,16 +1194,16 @@ def who_gets_in(scratch: Path, size: int) -> Finding:
         httpx.Client(base_url=url, timeout=_END_S) as client,
     ):
         for route, who, elsewhere in random.Random(0).sample(cases, min(size or len(cases), len(cases))):
-            policy = route.policy
-            is_post = policy.method == "POST"
-            body = DIALECT_BODIES.get(policy.path, {"content": "a"}) if is_post else None
-            path = re.sub(r"\{[^}]*\}", "tiny", policy.path)
-            with client.stream(policy.method, path, json=body, headers=secrets[who] | elsewhere) as answer:
+            rule = route.rule
+            is_post = rule.method == "POST"
+            body = DIALECT_BODIES.get(rule.path, {"content": "a"}) if is_post else None
+            path = re.sub(r"\{[^}]*\}", "tiny", rule.path)
+            with client.stream(rule.method, path, json=body, headers=secrets[who] | elsewhere) as answer:
                 status = answer.status_code
             statuses[f"{status // 100}xx"] += 1
             is_page = bool(elsewhere.keys() - {"Host"}) and is_post
-            may = policy.scope is None or who in (policy.scope, "admin")
-            at = f"{policy.method} {path}, key {who}, {elsewhere}: {status}"
+            may = rule.scope is None or who in (rule.scope, "admin")
+            at = f"{rule.method} {path}, key {who}, {elsewhere}: {status}"
             finding.require(status < 500, at)
             if not may or "Host" in elsewhere or is_page:
                 finding.require(status >= 400, at)

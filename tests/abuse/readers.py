@@ -491,10 +491,10 @@ def connection_rows() -> Iterator[Row]:
         lambda raw: incoming.read_headers({"headers": raw, "http_version": "1.1"}),
         most,
     )
-    table = [(route.policy, gate._pattern(route.policy)) for route in ROUTES]
+    table = [(route.rule, gate._pattern(route.rule)) for route in ROUTES]
     yield from texts(
         "gate: path",
-        lambda path: [policy for policy, pattern in table if pattern.fullmatch("/v1/responses/" + path)],
+        lambda path: [rule for rule, pattern in table if pattern.fullmatch("/v1/responses/" + path)],
         most=most,
     )
     yield from texts(

@@ -122,7 +122,7 @@ def test_workers_are_not_asked_of_a_server_by_chance(
 
 
 def test_every_route_for_admins_is_answered_by_all_servers_or_refused() -> None:
-    paths = {route.policy.path for route in ROUTES if route.policy.scope == "admin"}
+    paths = {route.rule.path for route in ROUTES if route.rule.scope == "admin"}
     assert {path for path in paths if not path.startswith("/v1/cluster")} == EVERYWHERE.keys()
 
 
@@ -149,7 +149,7 @@ def counting(keys: KeyFile, num_servers: int) -> Iterator[tuple[list[str], list[
     """Servers that only count."""
     with ExitStack() as stack:
         limits = [Limits() for _ in range(num_servers)]
-        policies = [route.policy for route in ROUTES]
+        policies = [route.rule for route in ROUTES]
         gates = [Gate(answer_with_tokens, policies, KeyRing(keys), one) for one in limits]
         yield [stack.enter_context(contextmanager(start)(gate)) for gate in gates], limits
 

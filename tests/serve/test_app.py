@@ -45,8 +45,8 @@ TOLD = (
 
 
 def test_every_route_whose_body_names_a_model_is_tested_here() -> None:
-    takes_json = [route for route in ROUTES if not route.policy.takes_form]  # forms: `test_audio.py`
-    named = {r.policy.path for r in takes_json if "model" in getattr(r.body, "model_fields", ())}
+    takes_json = [route for route in ROUTES if not route.rule.takes_form]  # forms: `test_audio.py`
+    named = {r.rule.path for r in takes_json if "model" in getattr(r.body, "model_fields", ())}
     # These need a reranker or a model that fills in: `test_embeddings.py`. A moderation's model is a check.
     assert named - {"/rerank", "/v1/rerank", "/infill", "/v1/moderations"} == BODIES.keys()
 

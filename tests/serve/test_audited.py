@@ -25,7 +25,7 @@ from argosy.serve.guards import audited
 from argosy.serve.guards.audited import Auditor, SaidOfRequest
 from argosy.serve.guards.governing import Governing
 from argosy.serve.guards.transparency import Practice
-from argosy.serve.http.access import Policy
+from argosy.serve.http.access import RouteRule
 from argosy.serve.http.caller import Caller
 from argosy.serve.http.held import Pool
 from tests.serve.conftest import start
@@ -304,9 +304,9 @@ def test_a_verdict_is_in_a_line_once_and_the_first_decision_is_first() -> None:
         require_room=lambda: None, settings=AuditSettings(directory=Path("audit")),
         record=lambda facts, content: lines.append(facts),
     )  # fmt: skip
-    policy = Policy(method="POST", path="/a", scope="infer", is_counted=True)
+    rule = RouteRule(method="POST", path="/a", scope="infer", is_counted=True)
     caller = Caller(key=KeyRing(None).find(None))
-    watch = Auditor(audit, policy="p").arrive(caller, policy, {})
+    watch = Auditor(audit, policy="p").arrive(caller, rule, {})
     assert watch is not None
     for verdict in ("policy a", "input pii:email", "output words", "input pii:email"):
         watch.found(verdict)

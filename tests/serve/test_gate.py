@@ -22,7 +22,7 @@ from argosy.guard.limits import Limits
 from argosy.serve.answer.service import Service
 from argosy.serve.app import ROUTES, make_app
 from argosy.serve.governance import Governance
-from argosy.serve.http.access import Policy
+from argosy.serve.http.access import RouteRule
 from argosy.serve.http.caller import Caller, Hook, Watch
 from argosy.serve.http.failures import Refused
 from argosy.serve.http.gate import Gate, _Pace
@@ -47,20 +47,18 @@ def keyed(service: Service, keys: KeyFile) -> Iterator[tuple[str, str]]:
         yield url, secret
 
 
-@pytest.mark.parametrize(
-    "route", [route for route in ROUTES if route.policy.scope], ids=lambda r: r.policy.path
-)
+@pytest.mark.parametrize("route", [route for route in ROUTES if route.rule.scope], ids=lambda r: r.rule.path)
 def test_every_route_with_a_scope_refuses_a_request_without_a_valid_key(
     keyed: tuple[str, str], route: object
 ) -> None:
-    policy = route.policy  # type: ignore[attr-defined]
+    rule = route.rule  # type: ignore[attr-defined]
     for headers in (
         {},
         {"Authorization": "Bearer wrong"},
         {"Authorization": "Basic x"},
         {"x-api-key": "wrong"},
     ):
-        answer = httpx.request(policy.method, keyed[0] + policy.path.replace("{id}", "x"), headers=headers)
+        answer = httpx.request(rule.method, keyed[0] + rule.path.replace("{id}", "x"), headers=headers)
         assert answer.status_code == 401
 
 
@@ -292,7 +290,7 @@ def test_a_request_that_ends_while_the_rest_of_its_body_is_read_is_told_why() ->
 
         gate = Gate(
             Response(status_code=400),
-            [Policy(method="POST", path="/a", scope="infer")],
+            [RouteRule(method="POST", path="/a", scope="infer")],
             KeyRing(None),
             Limits(),
         )
@@ -323,11 +321,11 @@ class Noting(Hook, Watch):
         if phase == self._refuses:
             raise Refused(409, f"not in {phase}")
 
-    def arrive(self, caller: Caller, policy: Policy, headers: Mapping[str, str]) -> Watch | None:
+    def arrive(self, caller: Caller, rule: RouteRule, headers: Mapping[str, str]) -> Watch | None:
         self._note("arrive" if caller.key is None else "arrive, with a key")
         return self
 
-    def admit(self, caller: Caller, policy: Policy, headers: Mapping[str, str]) -> Watch | None:
+    def admit(self, caller: Caller, rule: RouteRule, headers: Mapping[str, str]) -> Watch | None:
         self._note("admit" if caller.key is not None else "admit, without a key")
         return None
 
@@ -354,7 +352,7 @@ def test_a_hook_hears_the_phases_of_a_request_in_order_and_may_refuse_it(refuses
 
     async def test() -> None:
         gate = Gate(
-            app, [Policy(method="POST", path="/a", scope="infer")], KeyRing(None), Limits(), hooks=[hook]
+            app, [RouteRule(method="POST", path="/a", scope="infer")], KeyRing(None), Limits(), hooks=[hook]
         )
         transport = httpx.ASGITransport(gate)  # type: ignore[arg-type]
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
@@ -379,7 +377,7 @@ class Failing(Hook, Watch):
 
         setattr(self, phase, fail)
 
-    def arrive(self, caller: Caller, policy: Policy, headers: Mapping[str, str]) -> Watch | None:
+    def arrive(self, caller: Caller, rule: RouteRule, headers: Mapping[str, str]) -> Watch | None:
         return self
 
 
@@ -404,7 +402,7 @@ def test_a_watch_that_fails_after_a_request_hides_it_from_nobody(caplog: pytest.
         hooks = [Failing("after"), other]
         gate = Gate(
             Response("{}"),
-            [Policy(method="GET", path="/a", scope="infer")],
+            [RouteRule(method="GET", path="/a", scope="infer")],
             KeyRing(None),
             Limits(),
             hooks=hooks,

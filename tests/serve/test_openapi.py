@@ -138,19 +138,19 @@ def keyed(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def route_of(path: str) -> Route:
-    return next(route for route in ROUTES if route.policy.path == path)
+    return next(route for route in ROUTES if route.rule.path == path)
 
 
 def test_the_document_has_exactly_the_routes_of_the_table(client: httpx.Client) -> None:
     found = client.get("/openapi.json").json()
     operations = {(method.upper(), path) for path, item in found["paths"].items() for method in item}
-    assert operations == {(route.policy.method, route.policy.path) for route in ROUTES}
+    assert operations == {(route.rule.method, route.rule.path) for route in ROUTES}
     # "__" would mark two schemas of one name.
     assert not [name for name in found["components"]["schemas"] if "__" in name]
     for route in ROUTES:
-        operation = found["paths"][route.policy.path][route.policy.method.lower()]
-        assert ("security" in operation) == (route.policy.scope is not None)
-        assert ("requestBody" in operation) == (route.policy.method == "POST")
+        operation = found["paths"][route.rule.path][route.rule.method.lower()]
+        assert ("security" in operation) == (route.rule.scope is not None)
+        assert ("requestBody" in operation) == (route.rule.method == "POST")
 
 
 def test_bounds_in_the_document_are_the_enforced_ones(client: httpx.Client) -> None:
@@ -257,7 +257,7 @@ def test_every_transcript_matches_the_document(name: str) -> None:
     route = route_of(transcript["request"]["path"])
     if transcript["status"] != 200:
         errors = {"openai": OpenAIError, "anthropic": AnthropicError, "ollama": OllamaError}
-        refused = errors[dialect_of(route.policy.path)]
+        refused = errors[dialect_of(route.rule.path)]
         TypeAdapter(refused).validate_python(transcript["body"], strict=True)
     elif "body" in transcript:
         TypeAdapter(route.answer).validate_python(transcript["body"], strict=True)
@@ -356,17 +356,17 @@ def test_every_answer_to_schemathesis_is_in_the_document(
             break
     assert not [key for key in answered if key[1][0] == "5"]
     for route in ROUTES:
-        if route.policy.path == "/page/{name}":  # the document does not list the names
+        if route.rule.path == "/page/{name}":  # the document does not list the names
             continue
-        if route.policy.takes_form:  # this server has no ears; `test_audio.py` has
+        if route.rule.takes_form:  # this server has no ears; `test_audio.py` has
             continue
-        if route.policy.path == "/v1/engine/data/{key}":  # the document does not list the keys
+        if route.rule.path == "/v1/engine/data/{key}":  # the document does not list the keys
             continue
-        assert answered[route.policy.path, "200"], f"nothing but refusals at {route.policy.path}"
-        if route.policy.method == "POST":
-            assert answered[route.policy.path, "400"]
-            assert answered[route.policy.path, "401"]
+        assert answered[route.rule.path, "200"], f"nothing but refusals at {route.rule.path}"
+        if route.rule.method == "POST":
+            assert answered[route.rule.path, "400"]
+            assert answered[route.rule.path, "401"]
             if "coverage" in phases and not (
-                route.policy.path in COVERED_BY or dialect_of(route.policy.path) == "ollama"
+                route.rule.path in COVERED_BY or dialect_of(route.rule.path) == "ollama"
             ):
-                assert answered[route.policy.path, "415"]
+                assert answered[route.rule.path, "415"]

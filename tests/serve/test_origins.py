@@ -108,16 +108,16 @@ def test_a_preflight_is_answered_for_every_route_and_its_method_without_a_key(
 ) -> None:
     with httpx.Client(base_url=allowing[0]) as client:
         for route in ROUTES:
-            policy = route.policy
-            path = policy.path.replace("{id}", "x").replace("{name}", "app.js")
+            rule = route.rule
+            path = rule.path.replace("{id}", "x").replace("{name}", "app.js")
             asked = {
                 "origin": PAGE,
-                METHOD: policy.method,
+                METHOD: rule.method,
                 HEADERS: "authorization,content-type,x-stainless-os",
             }
             answer = client.options(path, headers=asked)
             assert (answer.status_code, answer.content) == (204, b"")
-            assert answer.headers["access-control-allow-methods"] == policy.method
+            assert answer.headers["access-control-allow-methods"] == rule.method
             assert answer.headers["access-control-allow-headers"] == asked[HEADERS]
             assert answer.headers["access-control-allow-origin"] == PAGE
             assert "access-control-allow-private-network" not in answer.headers

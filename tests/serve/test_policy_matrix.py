@@ -81,7 +81,7 @@ BODIES: dict[str, Any] = {
 }
 WITHOUT = ("/v1/rerank", "/rerank", "/infill")  # this model cannot; tests below have those that can
 STREAMS = ("/v1/engine/events",)  # it never ends
-every_route = pytest.mark.parametrize("route", ROUTES, ids=lambda r: f"{r.policy.method} {r.policy.path}")
+every_route = pytest.mark.parametrize("route", ROUTES, ids=lambda r: f"{r.rule.method} {r.rule.path}")
 
 
 @pytest.fixture(scope="module")
@@ -115,28 +115,28 @@ def matrix(
 
 
 def send(client: httpx.Client, route: Route, secret: str | None, text: str = "fine") -> httpx.Response:
-    policy = route.policy
+    rule = route.rule
     headers = {} if secret is None else {"authorization": f"Bearer {secret}"}
-    path = policy.path.replace("{id}", "tiny").replace("{name}", "app.js").replace("{key}", "nobody")
+    path = rule.path.replace("{id}", "tiny").replace("{name}", "app.js").replace("{key}", "nobody")
     given: dict[str, Any] = {}
-    if policy.takes_form:
+    if rule.takes_form:
         given = {"files": {"file": ("a.wav", b"RIFF")}, "data": {"model": "whisper-1"}}
-    elif policy.method == "POST":
-        given = {"json": BODIES[policy.path](text)}
-    with client.stream(policy.method, path, headers=headers, **given) as answer:
-        if policy.path not in STREAMS or answer.status_code != 200:
+    elif rule.method == "POST":
+        given = {"json": BODIES[rule.path](text)}
+    with client.stream(rule.method, path, headers=headers, **given) as answer:
+        if rule.path not in STREAMS or answer.status_code != 200:
             answer.read()
     return answer
 
 
 @every_route
 def test_every_route_declares_what_it_screens_and_has_a_body_here(route: Route) -> None:
-    policy = route.policy
-    assert policy.screens is not None, "say what the content policy is applied to: screens="
-    if policy.method == "POST":
-        assert (policy.path in BODIES) == (not policy.takes_form)
-    if policy.screens != "nothing":
-        assert (policy.method, policy.scope) == ("POST", "infer")
+    rule = route.rule
+    assert rule.screens is not None, "say what the content policy is applied to: screens="
+    if rule.method == "POST":
+        assert (rule.path in BODIES) == (not rule.takes_form)
+    if rule.screens != "nothing":
+        assert (rule.method, rule.scope) == ("POST", "infer")
         assert route.body is not None
 
 
@@ -144,7 +144,7 @@ def test_every_route_declares_what_it_screens_and_has_a_body_here(route: Route) 
 def test_only_a_key_with_the_scope_of_a_route_gets_an_answer(
     matrix: httpx.Client, secrets: dict[str, str], route: Route
 ) -> None:
-    needed = route.policy.scope
+    needed = route.rule.scope
     for name, secret in (
         ("none", None),
         ("wrong", "ak-wrong"),
@@ -166,12 +166,12 @@ def test_only_a_key_with_the_scope_of_a_route_gets_an_answer(
 def test_a_stopped_key_gets_no_answer_and_a_used_up_one_none_that_counts(
     matrix: httpx.Client, secrets: dict[str, str], route: Route
 ) -> None:
-    if route.policy.scope is None:
+    if route.rule.scope is None:
         return
     stopped = send(matrix, route, secrets["stopped"])
     assert stopped.status_code == 403
     used_up = [send(matrix, route, secrets["used up"]).status_code for _ in range(2)]
-    if route.policy.is_counted:
+    if route.rule.is_counted:
         assert used_up[1] == 429
     else:
         assert 429 not in used_up
@@ -181,12 +181,12 @@ def test_a_stopped_key_gets_no_answer_and_a_used_up_one_none_that_counts(
 def test_a_text_that_the_policy_does_not_allow_is_refused_where_a_route_screens(
     matrix: httpx.Client, secrets: dict[str, str], route: Route
 ) -> None:
-    policy = route.policy
-    if policy.screens in (None, "nothing") or policy.path in WITHOUT or policy.takes_form:
+    rule = route.rule
+    if rule.screens in (None, "nothing") or rule.path in WITHOUT or rule.takes_form:
         return
     fine, refused = (send(matrix, route, secrets["infer"], text) for text in ("fine", NOT_ALLOWED))
     assert fine.status_code == 200, fine.text
-    if policy.path == "/v1/moderations":  # it says so
+    if rule.path == "/v1/moderations":  # it says so
         assert refused.json()["results"][0]["flagged"] is True
         return
     assert refused.status_code == 400
@@ -449,8 +449,8 @@ def shown_words(service: Service, path: Path) -> Iterator[tuple[httpx.Client, li
 def outcome(client: httpx.Client, shown: list[str], route: Route, place: Place) -> str:
     """What becomes of WORD at a place: judged, shown, hidden or refused."""
     shown.clear()
-    path, body = route.policy.path, place.body
-    if route.policy.takes_form:
+    path, body = route.rule.path, place.body
+    if route.rule.takes_form:
         form = {name: value for name, value in body.items() if (name, value) != ("model", "fine")}
         data = form.pop("file", "") if place.name == ".file" else "RIFF"
         form.pop("file", None)
@@ -474,7 +474,7 @@ def reason_of(place: Place) -> str:
     return place.reason or next(listed, "")
 
 
-SCREENED = [route for route in ROUTES if route.policy.screens in ("answers", "texts")]
+SCREENED = [route for route in ROUTES if route.rule.screens in ("answers", "texts")]
 
 
 @pytest.fixture(scope="module")
@@ -485,7 +485,7 @@ def words(
         yield found
 
 
-@pytest.mark.parametrize("route", SCREENED, ids=lambda r: r.policy.path)
+@pytest.mark.parametrize("route", SCREENED, ids=lambda r: r.rule.path)
 def test_every_text_of_a_body_is_judged_or_no_model_gets_it(
     words: tuple[httpx.Client, list[str]], route: Route
 ) -> None:
@@ -573,7 +573,7 @@ def matrix_lines(client: httpx.Client, shown: list[str]) -> Iterator[str]:
             else:
                 name = reason_of(place) or f"NOT JUDGED: {place.name} {found}"
                 hidden[name] = hidden.get(name, 0) + 1
-        yield f"{route.policy.path}"
+        yield f"{route.rule.path}"
         yield f"  judged ({len(judged)}): {' '.join(dict.fromkeys(judged))}"
         yield from (f"  {number} of no model: {reason}" for reason, number in hidden.items())
     yield f"answers\n  judged: {' '.join(ANSWERED)}"

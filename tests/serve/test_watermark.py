@@ -180,9 +180,9 @@ def test_the_header_is_on_answers_of_models_and_on_nothing_else(client: httpx.Cl
 def test_the_document_has_the_header_where_models_answer(client: httpx.Client) -> None:
     paths = client.get("/openapi.json").json()["paths"]
     for route in ROUTES:
-        policy = route.policy
-        headers = paths[policy.path][policy.method.lower()]["responses"]["200"].get("headers", {})
-        assert ("x-ai-generated" in headers) == (policy.screens == "answers")
+        rule = route.rule
+        headers = paths[rule.path][rule.method.lower()]["responses"]["200"].get("headers", {})
+        assert ("x-ai-generated" in headers) == (rule.screens == "answers")
 
 
 def test_a_policy_with_another_word_for_the_watermark_is_refused(tmp_path: Path) -> None:

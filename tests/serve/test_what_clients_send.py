@@ -20,7 +20,7 @@ from tests.serve.record import read_events
 from tests.serve.speaking import CONTEXT_TOKENS, END, WEATHER
 
 OPENAI = ("chat", "completions", "responses")
-BODIES = {route.policy.path: route.body for route in ROUTES if route.body is not None}
+BODIES = {route.rule.path: route.body for route in ROUTES if route.body is not None}
 
 
 def body(dialect: str, said: str = "How are you?", **more: Any) -> dict[str, Any]:

@@ -50,7 +50,7 @@ from argosy.route.servers import Fleet, Load, Server
 from argosy.route.upstream import RawHeaders, Reply, ServerGone
 from argosy.serve.answer.work import Work
 from argosy.serve.app import ROUTES
-from argosy.serve.http.access import Dialect, Policy, dialect_of
+from argosy.serve.http.access import Dialect, RouteRule, dialect_of
 from argosy.serve.http.caller import Caller
 from argosy.serve.http.failures import Refused, error_body
 from argosy.serve.http.gate import TOKENS_LEFT, Gate
@@ -129,21 +129,21 @@ class Router:
 
     async def _respond(self, request: Request) -> Response:
         caller: Caller = request.state.caller
-        policy: Policy = request.state.policy
-        if policy.path.startswith("/v1/cluster"):
+        rule: RouteRule = request.state.rule
+        if rule.path.startswith("/v1/cluster"):
             raise Refused(
                 409, "workers belong to one server, and the router does not choose it",
                 hint="send this to the server itself",
             )  # fmt: skip
-        if policy.is_counted and caller.key is not None and caller.key.tokens_per_day is not None:
+        if rule.is_counted and caller.key is not None and caller.key.tokens_per_day is not None:
             secret = [(name, value) for name, value in request.headers.raw if name in _SECRETS]
             if (used := await used_everywhere(self.fleet, caller.key.id, secret)) is not None:
                 self._limits.take_used(caller.key, *used)
         asked = await self._read(request, caller)
-        if policy.scope == "admin" or asked.loads_only:
+        if rule.scope == "admin" or asked.loads_only:
             share = self.pool.share()
             caller.ending.callback(share.close)
-            together = EVERYWHERE[policy.path] if policy.scope == "admin" else None
+            together = EVERYWHERE[rule.path] if rule.scope == "admin" else None
             return await ask_everywhere(self.fleet, asked, together, share.hold)
         exchange = _Exchange(self, asked, caller, dialect_of(asked.route))
         try:
@@ -536,7 +536,7 @@ def make_router(
     limits = limits or Limits()
     router = Router(fleet, limits)
     gate = Gate(
-        router, [*(route.policy for route in ROUTES), Policy(method="GET", path="/healthz", scope=None)], ring,
+        router, [*(route.rule for route in ROUTES), RouteRule(method="GET", path="/healthz", scope=None)], ring,
         limits, site=site, takes_media=True, observe=router.metrics.observe,
     )  # fmt: skip
     router.pool = gate.bodies

@@ -30,7 +30,7 @@ from argosy.serve.http.held import Share
 
 # Routes with a JSON body whose answers a model generates.
 GENERATED = {
-    route.policy.path for route in ROUTES if route.policy.screens == "answers" and not route.policy.takes_form
+    route.rule.path for route in ROUTES if route.rule.screens == "answers" and not route.rule.takes_form
 }
 # Those whose bodies hold the seed in `options`; the others hold it at the top level.
 _OLLAMA = ("/api/chat", "/api/generate")

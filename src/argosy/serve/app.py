@@ -57,7 +57,7 @@ from argosy.serve.dialects.tokens import (
     tokenizer_info,
 )
 from argosy.serve.governance import Governance
-from argosy.serve.http.access import Policy, dialect_of
+from argosy.serve.http.access import RouteRule, dialect_of
 from argosy.serve.http.failures import (
     AnthropicError,
     OllamaError,
@@ -82,13 +82,11 @@ async def openapi(request: Request) -> Response:
 
 
 def _form(path: str, handler: Callable[..., Any], **described: Any) -> Route:
-    policy = Policy(
+    rule = RouteRule(
         method="POST", path=path, scope="infer", screens="texts", is_counted=True, takes_form=True,
         max_body_bytes=openai_audio.MOST_BODY_BYTES,
     )  # fmt: skip
-    return Route(
-        policy=policy, handler=handler, answer=openai_audio.Answer, media=("text/plain",), **described
-    )
+    return Route(rule=rule, handler=handler, answer=openai_audio.Answer, media=("text/plain",), **described)
 
 
 def new_governance() -> Governance:
@@ -122,7 +120,7 @@ ROUTES = (
     admin_route("/v1/cluster/add", add_worker, WorkerList, refusals=("409",)),
     admin_route("/v1/cluster/drain", drain_worker, WorkerList, refusals=("409",)),
     Route(
-        policy=Policy(method="DELETE", path="/v1/engine/data/{key}", scope="admin", screens="nothing"),
+        rule=RouteRule(method="DELETE", path="/v1/engine/data/{key}", scope="admin", screens="nothing"),
         handler=erase_data, answer=Erasure, refusals=("404",),
     ),
     *_governed("/v1/engine/transparency"),
@@ -158,7 +156,7 @@ ROUTES = (
         query={"stream": {"enum": ["false"]}},
     ),
     Route(
-        policy=Policy(method="DELETE", path="/v1/responses/{id}", scope="infer", screens="nothing"),
+        rule=RouteRule(method="DELETE", path="/v1/responses/{id}", scope="infer", screens="nothing"),
         handler=openai_responses.delete_response, answer=openai_responses.Deleted,
     ),
     get_route(
@@ -250,16 +248,16 @@ def make_app(
     app.state.running = running
     governance.join(models, running, app.state.metrics.registry)
     for route in ROUTES:
-        answer = answering_form if route.policy.takes_form else answering
+        answer = answering_form if route.rule.takes_form else answering
         endpoint = answer(route.handler, route.body)
-        path = route.policy.path
-        if route.policy.ends_in_name:
+        path = route.rule.path
+        if route.rule.ends_in_name:
             path = path.removesuffix("}") + ":path}"
-        app.add_route(path, endpoint, methods=[route.policy.method])
+        app.add_route(path, endpoint, methods=[route.rule.method])
     for kind in (ArgosyError, HTTPException, GoneAway, Exception):
         app.add_exception_handler(kind, _answer_error)
     return Gate(
-        app, [route.policy for route in ROUTES], ring, limits or Limits(), site=site, hints=ollama.HINTS,
+        app, [route.rule for route in ROUTES], ring, limits or Limits(), site=site, hints=ollama.HINTS,
         takes_media=models.takes_media, observe=app.state.metrics.observe, running=running,
         hooks=[*governance.hooks, app.state.metrics.answers],
     )  # fmt: skip

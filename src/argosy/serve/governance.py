@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from argosy.errors import ArgosyError, UsageError
 from argosy.guard.keys import Key
-from argosy.serve.http.access import Policy
+from argosy.serve.http.access import RouteRule
 from argosy.serve.http.caller import Caller, Hook, Watch
 from argosy.serve.http.incoming import CHOSEN_POLICY
 from argosy.serve.http.running import Running
@@ -23,8 +23,8 @@ from argosy.serve.models.models import Models
 class NoPolicies(Hook):
     """Refuses a request that names a policy on a server without any."""
 
-    def admit(self, caller: Caller, policy: Policy, headers: Mapping[str, str]) -> Watch | None:
-        if policy.screens in ("answers", "texts") and CHOSEN_POLICY in headers:
+    def admit(self, caller: Caller, rule: RouteRule, headers: Mapping[str, str]) -> Watch | None:
+        if rule.screens in ("answers", "texts") and CHOSEN_POLICY in headers:
             raise no_policies()
         return None
 

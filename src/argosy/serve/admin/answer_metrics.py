@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import Metric
 
 from argosy.engine.sequence import Result
-from argosy.serve.http.access import Policy
+from argosy.serve.http.access import RouteRule
 from argosy.serve.http.caller import Caller, Hook, Watch
 
 Operation = Literal["chat", "text_completion"]  # OpenTelemetry's terms
@@ -84,7 +84,7 @@ class AnswerMetrics(Hook):
         self._keys: set[str] = set()
         registry.register(self)
 
-    def arrive(self, caller: Caller, policy: Policy, headers: Mapping[str, str]) -> Watch | None:
+    def arrive(self, caller: Caller, rule: RouteRule, headers: Mapping[str, str]) -> Watch | None:
         return RequestWatch(self, caller)
 
     def watch(self, model: str, operation: Operation, began: float) -> AnswerWatch:

@@ -1,6 +1,6 @@
 """The OpenAPI document, generated from the table of routes and the models that validate requests.
 
-    ROUTES: policy, handler's body, answer, events  ->  document  ->  /openapi.json
+    ROUTES: rule, handler's body, answer, events  ->  document  ->  /openapi.json
 
 Nothing is written twice: a body is the model that its handler takes, an answer is the type that its handler
 returns, an error is the type that `gate.error_body` returns, and the statuses follow from the rule. Streams are
@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import TypeAdapter
 from pydantic.json_schema import JsonSchemaMode
 
-from argosy.serve.http.access import FORM_TYPE, Policy, dialect_of
+from argosy.serve.http.access import FORM_TYPE, RouteRule, dialect_of
 from argosy.serve.http.failures import AnthropicError, OllamaError, OpenAIError
 from argosy.serve.http.route import Route
 from argosy.serve.http.streams import DONE, JSON_LINES, SSE
@@ -65,12 +65,12 @@ def document(routes: Sequence[Route], version: str, *, base_path: str = "") -> d
             kind = getattr(route, what)
             if kind is not None:
                 mode: JsonSchemaMode = "validation" if what == "body" else "serialization"
-                inputs.append((f"{what} {route.policy.method} {route.policy.path}", mode, TypeAdapter(kind)))
+                inputs.append((f"{what} {route.rule.method} {route.rule.path}", mode, TypeAdapter(kind)))
     schemas, shared = TypeAdapter.json_schemas(inputs, ref_template="#/components/schemas/{model}")
     found = {str(name): schema for (name, _), schema in schemas.items()}
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
-        paths.setdefault(route.policy.path, {})[route.policy.method.lower()] = _operation(route, found)
+        paths.setdefault(route.rule.path, {})[route.rule.method.lower()] = _operation(route, found)
     return {
         "openapi": "3.1.0",
         "info": {"title": "Argosy", "version": version},
@@ -87,8 +87,8 @@ def document(routes: Sequence[Route], version: str, *, base_path: str = "") -> d
 
 
 def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
-    policy = route.policy
-    key = f"{policy.method} {policy.path}"
+    rule = route.rule
+    key = f"{rule.method} {rule.path}"
     content: dict[str, Any] = {media: {"schema": _BYTES} for media in route.media}
     if route.answer is not None:
         content["application/json"] = {"schema": schemas[f"answer {key}"]}
@@ -103,13 +103,13 @@ def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
         event = {"type": "object", "properties": {"event": _BYTES, "data": data}, "required": ["data"]}
         content[SSE.media_type] = {"itemSchema": event}
     answered: dict[str, Any] = {"description": "The answer.", "content": content}
-    if policy.is_counted:
-        answered["headers"] = _NOTES | (_GENERATED if policy.screens == "answers" else {})
+    if rule.is_counted:
+        answered["headers"] = _NOTES | (_GENERATED if rule.screens == "answers" else {})
     operation: dict[str, Any] = {
         "operationId": route.handler.__name__, "summary": (route.handler.__doc__ or "").strip(),
-        "responses": {"200": answered} | {status: _refused(status, policy, schemas) for status in _statuses(route)},
+        "responses": {"200": answered} | {status: _refused(status, rule, schemas) for status in _statuses(route)},
     }  # fmt: skip
-    names = re.findall(r"\{(\w+)\}", policy.path)
+    names = re.findall(r"\{(\w+)\}", rule.path)
     if names:
         text = {"type": "string", "minLength": 1, "maxLength": 256}
         operation["parameters"] = [
@@ -121,27 +121,27 @@ def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
             for name, schema in route.query.items()
         )
     if route.body is not None:
-        media = FORM_TYPE if policy.takes_form else "application/json"
+        media = FORM_TYPE if rule.takes_form else "application/json"
         body = {media: {"schema": schemas[f"body {key}"]}}
         operation["requestBody"] = {"required": True, "content": body}
-    if policy.scope is not None:
+    if rule.scope is not None:
         operation["security"] = [{"bearer": []}, {"header": []}]
     return operation
 
 
 def _statuses(route: Route) -> list[str]:
     """The statuses with which a request can be refused."""
-    policy = route.policy
+    rule = route.rule
     found = {"400", "403", "500", "503", *route.refusals}
-    found |= {"401"} if policy.scope is not None else set()
+    found |= {"401"} if rule.scope is not None else set()
     names_model = "model" in getattr(route.body, "model_fields", ())
-    found |= {"404"} if "{" in policy.path or names_model else set()
-    found |= {"408", "413", "415"} if policy.method == "POST" else set()
-    found |= {"429"} if policy.is_counted else set()
+    found |= {"404"} if "{" in rule.path or names_model else set()
+    found |= {"408", "413", "415"} if rule.method == "POST" else set()
+    found |= {"429"} if rule.is_counted else set()
     return sorted(found)
 
 
-def _refused(status: str, policy: Policy, schemas: dict[str, Any]) -> dict[str, Any]:
-    content = {"application/json": {"schema": schemas[dialect_of(policy.path)]}}
+def _refused(status: str, rule: RouteRule, schemas: dict[str, Any]) -> dict[str, Any]:
+    content = {"application/json": {"schema": schemas[dialect_of(rule.path)]}}
     refused: dict[str, Any] = {"description": _REFUSALS[status], "content": content}
     return refused | ({"headers": _RETRY} if status in ("429", "503") else {})

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from argosy.engine.sequence import Result
 from argosy.errors import Overloaded
 from argosy.guard.audit import Audit, Content
-from argosy.serve.http.access import Policy
+from argosy.serve.http.access import RouteRule
 from argosy.serve.http.caller import Caller, Hook, Tally, Watch
 from argosy.serve.http.held import AUDIT_BYTES, Pool, Share
 from argosy.serve.http.incoming import trace_of
@@ -80,16 +80,16 @@ class Auditor(Hook):
         self._erased_at: dict[str, float] = {}  # key -> time by the monotonic clock
         self._pool = Pool(AUDIT_BYTES)
 
-    def arrive(self, caller: Caller, policy: Policy, headers: Mapping[str, str]) -> Watch | None:
+    def arrive(self, caller: Caller, rule: RouteRule, headers: Mapping[str, str]) -> Watch | None:
         """Watch a request if it does work or changes something.
 
         A request that could not be recorded is refused without a line, because refusals must not take the room of
         running requests. Raises what `Audit.require_room` raises.
         """
-        if not policy.is_recorded:
+        if not rule.is_recorded:
             return None
         self._audit.require_room()
-        return AuditedRequest(self, caller, policy, trace_of(headers))
+        return AuditedRequest(self, caller, rule, trace_of(headers))
 
     def listen(self) -> SaidOfRequest | None:
         """Create the recorder of a request's bytes; None if contents are not kept."""
@@ -119,9 +119,9 @@ class Auditor(Hook):
 class AuditedRequest(Tally):
     """The audit's record of one request."""
 
-    def __init__(self, auditor: Auditor, caller: Caller, policy: Policy, trace_id: str | None) -> None:
+    def __init__(self, auditor: Auditor, caller: Caller, rule: RouteRule, trace_id: str | None) -> None:
         super().__init__()
-        self._auditor, self._caller, self._policy, self._trace_id = auditor, caller, policy, trace_id
+        self._auditor, self._caller, self._rule, self._trace_id = auditor, caller, rule, trace_id
         self._digests: Mapping[str, str] = {}
         self._num_marked_tokens = 0
         self._finishes: list[str] = []
@@ -129,7 +129,7 @@ class AuditedRequest(Tally):
         self._said: SaidOfRequest | None = None
 
     def begin(self) -> None:
-        if self._policy.is_counted:
+        if self._rule.is_counted:
             self._said = self._auditor.listen()
 
     def asked(self, data: bytes) -> None:
@@ -157,8 +157,8 @@ class AuditedRequest(Tally):
             "key": caller.key_id,
             "request_id": caller.request_id,
             "trace_id": self._trace_id,
-            "method": self._policy.method,
-            "route": self._policy.path,
+            "method": self._rule.method,
+            "route": self._rule.path,
             "status": status,
             "seconds": round(seconds, 3),
             "model": self.model[:_MOST_TEXT] or None,

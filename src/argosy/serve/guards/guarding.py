@@ -27,7 +27,7 @@ from argosy.guard.users import UserBlocked, Users
 from argosy.serve.governance import no_policies
 from argosy.serve.guards.checks import Checks
 from argosy.serve.guards.screening import Screening
-from argosy.serve.http.access import Policy
+from argosy.serve.http.access import RouteRule
 from argosy.serve.http.caller import Caller, Hook, Watch
 from argosy.serve.http.incoming import CHOSEN_POLICY
 
@@ -115,9 +115,9 @@ class Guarding(Hook):
         policy = None if policies is None else policies.of(key)
         return None if policies is None or policy is None else InForce(policy, policies.digest)
 
-    def admit(self, caller: Caller, policy: Policy, headers: Mapping[str, str]) -> Watch | None:
+    def admit(self, caller: Caller, rule: RouteRule, headers: Mapping[str, str]) -> Watch | None:
         """Screen a request if a model gets its texts."""
-        if policy.screens not in ("answers", "texts"):
+        if rule.screens not in ("answers", "texts"):
             return None
         return self.screening(caller.key, headers.get(CHOSEN_POLICY), caller.found)
 

@@ -17,7 +17,7 @@ Screens = Literal["answers", "texts", "nothing"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
+class RouteRule:
     """Access to a route: the scope that it needs (None: open to everyone) and the largest body that it accepts.
 
     screens: whether the key's content policy applies to the texts that a model gets, or to its answers as well.

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from argosy.engine.sequence import Result
 from argosy.guard.keys import Scope as KeyScope
 from argosy.guard.limits import Limits
-from argosy.serve.http.access import Policy
+from argosy.serve.http.access import RouteRule
 from argosy.serve.http.failures import Refused
 from argosy.serve.http.held import Held
 from argosy.serve.http.running import Run
@@ -74,11 +74,11 @@ class Watch:
 class Hook:
     """One job that a server does around every request; this base class does nothing."""
 
-    def arrive(self, caller: Caller, policy: Policy, headers: Mapping[str, str]) -> Watch | None:
+    def arrive(self, caller: Caller, rule: RouteRule, headers: Mapping[str, str]) -> Watch | None:
         """A request for a route arrives; nothing is known about its client yet."""
         return None
 
-    def admit(self, caller: Caller, policy: Policy, headers: Mapping[str, str]) -> Watch | None:
+    def admit(self, caller: Caller, rule: RouteRule, headers: Mapping[str, str]) -> Watch | None:
         """The request's key is valid and has the scope that the route needs."""
         return None
 
@@ -163,12 +163,12 @@ class Tally(Watch):
 class Limited(Watch):
     """Applies a key's limits to one of its requests."""
 
-    def __init__(self, limits: Limits, caller: Caller, policy: Policy) -> None:
-        self._limits, self._caller, self._policy = limits, caller, policy
+    def __init__(self, limits: Limits, caller: Caller, rule: RouteRule) -> None:
+        self._limits, self._caller, self._rule = limits, caller, rule
 
     def begin(self) -> None:
         key = self._caller.key
-        if self._policy.is_counted and key is not None:
+        if self._rule.is_counted and key is not None:
             self._limits.begin(key)
             self._caller.ending.callback(self._limits.end, key)
 

@@ -32,7 +32,7 @@ from argosy.errors import Overloaded
 from argosy.guard.keys import Key, KeyRing
 from argosy.guard.limits import Limits
 from argosy.guard.strangers import Strangers
-from argosy.serve.http.access import FORM_TYPE, Policy, dialect_of
+from argosy.serve.http.access import FORM_TYPE, RouteRule, dialect_of
 from argosy.serve.http.caller import Caller, Hook, Limited, Tally
 from argosy.serve.http.failures import Refused, report, send_error
 from argosy.serve.http.held import BODY_BYTES, MEDIA_BODIES_BYTES, MEDIA_BODY_BYTES, Held, Pool
@@ -95,7 +95,7 @@ class _Pace:
 class _Response:
     """Sends the response to a request, adding the headers common to all responses.
 
-    policy: None until the route is known.
+    rule: None until the route is known.
     headers: additional ones.
     status: 0 until the response begins.
     has_begun: its head has been sent.
@@ -109,7 +109,7 @@ class _Response:
         self._is_head = scope["method"] == "HEAD"
         name = b"request-id" if dialect_of(scope["path"]) == "anthropic" else b"x-request-id"
         self.headers: Headers = [*SECURITY_HEADERS, (name, caller.request_id.encode())]
-        self.policy: Policy | None = None
+        self.rule: RouteRule | None = None
         self.status, self.has_begun = 0, False
 
     async def send(self, message: Message) -> None:
@@ -124,7 +124,7 @@ class _Response:
         status = self.status = message["status"]
         own = {name for name, _ in message.get("headers", ())}
         told = list(self.headers)
-        if self.policy is not None and self.policy.screens == "answers" and status == 200:
+        if self.rule is not None and self.rule.screens == "answers" and status == 200:
             told.append(GENERATED)
         told += self._tokens_left(self._caller.key)
         extra = [pair for pair in told if pair[0] not in own]
@@ -153,7 +153,7 @@ class Gate:
     def __init__(
         self,
         app: ASGIApp,
-        policies: Sequence[Policy],
+        rules: Sequence[RouteRule],
         ring: KeyRing,
         limits: Limits,
         *,
@@ -167,7 +167,7 @@ class Gate:
         self._app = app
         self._hooks = hooks
         self.running = Running() if running is None else running
-        self._table = [(policy, _pattern(policy)) for policy in policies]
+        self._table = [(rule, _pattern(rule)) for rule in rules]
         self._ring = ring
         self._limits = limits
         site = Site() if site is None else site
@@ -197,7 +197,7 @@ class Gate:
         dialect = dialect_of(scope["path"])
         body = IncomingBody(receive, held.share.hold)
         response = _Response(send, scope, caller, body, self._tokens_left)
-        policy: Policy | None = None
+        rule: RouteRule | None = None
         trace_id: str | None = None
         try:
             if NO_ROOM in scope.get("state", ()):
@@ -210,14 +210,14 @@ class Gate:
                 raise self._elsewhere(scope)
             response.headers += self._origins.headers(headers)
             asked = self._origins.asked_method(scope["method"], headers)
-            policy = response.policy = self._route(asked or scope["method"], scope["path"])
+            rule = response.rule = self._route(asked or scope["method"], scope["path"])
             if asked is not None:  # no key is required, because browsers send none with a preflight
                 await response.send(
                     {"type": "http.response.start", "status": 204, "headers": granted(asked, headers)}
                 )
                 await response.send({"type": "http.response.body"})
             else:
-                await self._pass_on(policy, headers, caller, body, scope, response.send)
+                await self._pass_on(rule, headers, caller, body, scope, response.send)
         except GoneAway:
             response.status = response.status or 499
         except Exception as error:
@@ -225,7 +225,7 @@ class Gate:
             if not response.has_begun:
                 await send_error(error, dialect, response.send, caller.request_id)
         seconds = time.monotonic() - began
-        route = policy.path if policy is not None else "none"
+        route = rule.path if rule is not None else "none"
         self._observe(route, response.status, seconds)
         for watch in caller.watches:
             try:
@@ -234,7 +234,7 @@ class Gate:
                 report(error, caller.request_id)
         facts = {
             "event": "request", "request_id": caller.request_id,
-            "method": scope["method"] if policy is not None else "-", "route": route, "status": response.status,
+            "method": scope["method"] if rule is not None else "-", "route": route, "status": response.status,
             "seconds": round(seconds, 3),
             "prompt_tokens": tally.num_prompt_tokens, "new_tokens": tally.num_new_tokens,
             "model": tally.model or None, "key": None if caller.key is None else caller.key.id,
@@ -257,7 +257,7 @@ class Gate:
 
     async def _pass_on(
         self,
-        policy: Policy,
+        rule: RouteRule,
         headers: dict[str, str],
         caller: Caller,
         body: IncomingBody,
@@ -269,28 +269,28 @@ class Gate:
         Raises:
             Refused: it does not pass.
         """
-        caller.watches += filter(None, (hook.arrive(caller, policy, headers) for hook in self._hooks))
-        caller.watches.append(Limited(self._limits, caller, policy))
+        caller.watches += filter(None, (hook.arrive(caller, rule, headers) for hook in self._hooks))
+        caller.watches.append(Limited(self._limits, caller, rule))
         self._check_origin(scope, headers)
-        caller.key = self._admit(policy, headers, scope.get("client"))
-        if policy.scope is not None:
-            caller.require(policy.scope)
+        caller.key = self._admit(rule, headers, scope.get("client"))
+        if rule.scope is not None:
+            caller.require(rule.scope)
             caller.go_on()
-        caller.watches += filter(None, (hook.admit(caller, policy, headers) for hook in self._hooks))
+        caller.watches += filter(None, (hook.admit(caller, rule, headers) for hook in self._hooks))
         if scope["method"] == "POST":
-            _require_type(policy, headers)
-        body.max_bytes = policy.max_body_bytes
-        if policy.takes_media and self._takes_media:
+            _require_type(rule, headers)
+        body.max_bytes = rule.max_body_bytes
+        if rule.takes_media and self._takes_media:
             body.max_bytes = MEDIA_BODY_BYTES
         body.require_allowed(int(headers.get("content-length", "0") or 0))
-        scope.setdefault("state", {}).update(caller=caller, policy=policy)
+        scope.setdefault("state", {}).update(caller=caller, rule=rule)
         body.asked = caller.asked
         try:
             for watch in caller.watches:
                 watch.begin()
             method = "GET" if scope["method"] == "HEAD" else scope["method"]
             # An operator's command, once begun, is finished.
-            can_end = policy.scope not in (None, "admin")
+            can_end = rule.scope not in (None, "admin")
             with self.running.entered(caller) if can_end else contextlib.nullcontext():
                 body.when_whole = partial(caller.watch, body.receive)
                 if scope["method"] != "POST":  # the body is not read
@@ -308,22 +308,22 @@ class Gate:
             404, "there is no such path", hint=f"all paths of this server begin with {self._base_path}/"
         )
 
-    def _route(self, method: str, path: str) -> Policy:
-        found = [policy for policy, pattern in self._table if pattern.fullmatch(path)]
+    def _route(self, method: str, path: str) -> RouteRule:
+        found = [rule for rule, pattern in self._table if pattern.fullmatch(path)]
         # a name in the table is not an id
-        found = [policy for policy in found if policy.path == path] or found
-        for policy in found:
-            if policy.method == method or (policy.method, method) == ("GET", "HEAD"):
-                return policy
+        found = [rule for rule in found if rule.path == path] or found
+        for rule in found:
+            if rule.method == method or (rule.method, method) == ("GET", "HEAD"):
+                return rule
         if not found:
             hint = self._hints.get("/".join(path.split("/", 3)[:3]), "/openapi.json lists all paths")
             raise Refused(404, "there is no such path", hint=hint)
-        methods = {policy.method for policy in found}
+        methods = {rule.method for rule in found}
         known = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
         raise Refused(405, f"this path accepts {known}", allow=known)
 
-    def _admit(self, policy: Policy, headers: dict[str, str], client: tuple[str, int] | None) -> Key | None:
-        if policy.scope is None:
+    def _admit(self, rule: RouteRule, headers: dict[str, str], client: tuple[str, int] | None) -> Key | None:
+        if rule.scope is None:
             return None
         key = self._ring.find(secret_of(headers) if self._ring.is_needed else None)
         if key is None:
@@ -358,7 +358,7 @@ class Gate:
             raise Refused(403, "requests from pages of other sites are refused")
 
 
-def _require_type(policy: Policy, headers: dict[str, str]) -> None:
+def _require_type(rule: RouteRule, headers: dict[str, str]) -> None:
     """Refuse a body of another content type.
 
     Pages of other sites may send a form's content type without a preflight, so it must not pass for JSON. Ollama's
@@ -366,13 +366,13 @@ def _require_type(policy: Policy, headers: dict[str, str]) -> None:
     browsers give their origin or `Sec-Fetch-Site`.
     """
     found = headers.get("content-type", "").partition(";")[0].strip().lower()
-    if policy.takes_form and found != FORM_TYPE:
+    if rule.takes_form and found != FORM_TYPE:
         raise Refused(
             415, f"the content type must be {FORM_TYPE}", hint="with curl: -F file=@talk.mp3 -F model=NAME"
         )
     is_browser = "origin" in headers or "sec-fetch-site" in headers
-    takes_any = dialect_of(policy.path) == "ollama" and not is_browser
-    if not policy.takes_form and found != "application/json" and not takes_any:
+    takes_any = dialect_of(rule.path) == "ollama" and not is_browser
+    if not rule.takes_form and found != "application/json" and not takes_any:
         raise Refused(
             415,
             "the content type must be application/json",
@@ -380,9 +380,9 @@ def _require_type(policy: Policy, headers: dict[str, str]) -> None:
         )
 
 
-def _pattern(policy: Policy) -> re.Pattern[str]:
-    parts = re.split(r"\{\w+\}", policy.path)
-    given = "[^/](?s:.{0,255})" if policy.ends_in_name else "[^/]{1,256}"
+def _pattern(rule: RouteRule) -> re.Pattern[str]:
+    parts = re.split(r"\{\w+\}", rule.path)
+    given = "[^/](?s:.{0,255})" if rule.ends_in_name else "[^/]{1,256}"
     return re.compile(given.join(map(re.escape, parts)))
 
 

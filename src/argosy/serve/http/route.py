@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 from argosy.guard.keys import Scope as KeyScope
-from argosy.serve.http.access import Policy, Screens
+from argosy.serve.http.access import RouteRule, Screens
 from argosy.serve.http.streams import SSE, Encoding
 
 
@@ -27,7 +27,7 @@ class Route:
     query: schemas of the query parameters that the handler reads, by name.
     """
 
-    policy: Policy
+    rule: RouteRule
     handler: Callable[..., Any]
     answer: Any = None
     events: Any = None
@@ -46,22 +46,22 @@ class Route:
 def get_route(
     path: str, handler: Callable[..., Any], scope: KeyScope | None, *, ends_in_name: bool = False, **described: Any
 ) -> Route:  # fmt: skip
-    policy = Policy(method="GET", path=path, scope=scope, screens="nothing", ends_in_name=ends_in_name)
-    return Route(policy=policy, handler=handler, **described)
+    rule = RouteRule(method="GET", path=path, scope=scope, screens="nothing", ends_in_name=ends_in_name)
+    return Route(rule=rule, handler=handler, **described)
 
 
 def post_route(
     path: str, handler: Callable[..., Any], answer: Any, *, screens: Screens | None = None,
     takes_media: bool = False, **described: Any,
 ) -> Route:  # fmt: skip
-    policy = Policy(
+    rule = RouteRule(
         method="POST", path=path, scope="infer", screens=screens, is_counted=True, takes_media=takes_media
     )
-    return Route(policy=policy, handler=handler, answer=answer, **described)
+    return Route(rule=rule, handler=handler, answer=answer, **described)
 
 
 def admin_route(path: str, handler: Callable[..., Any], answer: Any, **described: Any) -> Route:
     return Route(
-        policy=Policy(method="POST", path=path, scope="admin", screens="nothing"), handler=handler, answer=answer,
+        rule=RouteRule(method="POST", path=path, scope="admin", screens="nothing"), handler=handler, answer=answer,
         **described,
     )  # fmt: skip
