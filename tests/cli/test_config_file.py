@@ -109,7 +109,7 @@ def test_relative_paths_begin_at_the_files_folder(tmp_path: Path) -> None:
         ("port = 70000", "port: 70000 is not in the range"),
         ("drain = 'x'", "drain must be a number"),
         ("memory = 16", "memory must be a size with its unit, such as \"16GiB\", found 16"),
-        (r'kv-dir = "a\u0000b"', "kv-dir holds a null character, which no path or name has"),
+        (r'kv-dir = "a\u0000b"', "kv-dir contains a null character, which is invalid in paths and names"),
         ("host = 2026-01-01", "host must be text, found a date or time"),
         ("media = 'no'", "media must be true or false, found the text 'no'"),
         ("no-media = true", "unknown setting 'no-media'"),

@@ -286,7 +286,7 @@ def test_a_text_that_cannot_be_read_is_named_before_a_model_opens(
         (["-f", "large.txt", "-f", "large.txt", "Hi"], "it has more than the 8 that are left"),
         (["-f", "/dev/null"], "run needs a prompt, and what it was given is empty"),
         ([""], "run needs a prompt, and what it was given is empty"),
-        (["-f", "-", "-"], "stdin can be read only once, and - asks for it 2 times"),
+        (["-f", "-", "-"], "stdin can be read only once, but - occurs 2 times"),
         (["--system", "@nowhere.txt", "Hi"], "nowhere.txt cannot be read"),
     ):
         pipe(b"")

@@ -489,7 +489,7 @@ def test_a_busy_server_is_asked_again_and_a_line_says_so(chat: Typed) -> None:
     with scripted(is_busy, is_busy, says_whole) as server:
         out, err = chat("Hi", options=("--url", server.url))
     assert out == "Yes.\n"
-    assert err.count("1 waiting, and the limit is 1; it is asked again until it is free") == 1
+    assert err.count("1 waiting, and the limit is 1; retrying until it is free") == 1
     assert "error" not in err
     assert len(server.asked) == 3
 

@@ -322,7 +322,7 @@ def test_an_invalid_key_is_never_sent_as_a_header(
     key_file = tmp_path / "key"
     key_file.write_text(text, encoding="utf-8")
     assert main(["top", "--url", server.url, "--once", "--key-file", str(key_file)]) == 2
-    assert "must hold a key" in capsys.readouterr().err
+    assert "must contain a key" in capsys.readouterr().err
     assert server.requests == []
 
 

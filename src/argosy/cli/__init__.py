@@ -1,5 +1,5 @@
-"""The command line: `commands/` has a file for each, which parses, calls one function and prints.
+"""The command line: each command has a file in `commands/`, which parses, calls one function and prints.
 
-Results go to stdout and everything else to stderr. Heavy imports are inside functions, so that the first output appears
-at once.
+Results go to stdout, everything else to stderr. Heavy imports are inside functions, so that the first output
+appears at once.
 """

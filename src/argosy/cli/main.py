@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 _LONGEST_UNEXPECTED = 300
 _SHOW = "hint: ARGOSY_TRACEBACK=1 shows the traceback"
-# Threads of libraries would compete with the model's, and gain nothing. Where the system refuses one, OpenBLAS ends the
-# process while numpy is imported, as ^C would.
+# Library threads would only compete with the model's. Where the system refuses a thread, OpenBLAS ends the process
+# while numpy is imported, as ^C would.
 _ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 # Subject -> name -> (module, attribute, one line of help). A command is imported when it is called.
@@ -145,7 +145,7 @@ _COMMANDS = {name: row for rows in _SUBJECTS.values() for name, row in rows.item
 
 
 class _Commands(click.Group):
-    """Commands by name; each is imported when it is called. Commands of rooms that are not installed are not listed."""
+    """Commands by name, each imported when called. Commands of rooms that are not installed are not listed."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [name for name, (module, _, _) in _COMMANDS.items() if importlib.util.find_spec(module)]
@@ -176,7 +176,7 @@ class _Commands(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         installed = self.list_commands(ctx)
-        width = max(map(len, installed))  # one column for every subject
+        width = max(map(len, installed))  # the same column for every subject
         for subject, rows in _SUBJECTS.items():
             if here := [(name.ljust(width), rows[name][2]) for name in rows if name in installed]:
                 with formatter.section(subject):
@@ -226,7 +226,7 @@ def main(args: Sequence[str] | None = None) -> int:
         os.environ.setdefault(name, value)
     try:
         if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="replace")  # show '?' for characters that the terminal cannot show
+            sys.stdout.reconfigure(errors="replace")  # print '?' for characters that the terminal cannot show
         if asked := os.environ.get("_ARGOSY_COMPLETE"):
             from argosy.cli.commands import completion
 
@@ -241,7 +241,7 @@ def main(args: Sequence[str] | None = None) -> int:
         _drop_output()  # the reader is gone
         return 1
     except (KeyboardInterrupt, click.Abort) as stop:
-        # A command that says where it stopped has ended its line; otherwise the terminal shows ^C on it.
+        # A command that says where it stopped has ended its line; otherwise ^C is on the line.
         print(str(stop) or "\ninterrupted", file=sys.stderr)
         return INTERRUPTED
     except click.exceptions.NoArgsIsHelpError as help:
@@ -252,14 +252,14 @@ def main(args: Sequence[str] | None = None) -> int:
         return error.exit_code
     except SystemExit:
         raise
-    except BaseException as error:  # a sentence, not a traceback, also for a panic of a library
+    except BaseException as error:  # a sentence rather than a traceback, even when a library panics
         if _wants_traceback():
             raise
         return _tell(refused_by_system(error) or as_exception(error))
 
 
 def _tell(error: Exception) -> int:
-    """Print an error as a sentence, and return the exit code."""
+    """Print an error as a sentence and return the exit code."""
     if isinstance(error, ArgosyError):
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -270,23 +270,23 @@ def _tell(error: Exception) -> int:
         )
         return UsageError.exit_code
     if isinstance(error, OSError) and is_disk_full(error):
-        _drop_output()  # the output itself may be the file that cannot be written
+        _drop_output()  # stdout itself may be the file that cannot be written
         print(
             f"error: {error.filename or 'the output'} cannot be written: {error.strerror}\n"
             "hint: free some space, and run the same command again",
             file=sys.stderr,
         )
         return DiskFull.exit_code
-    if isinstance(error, OSError) and error.strerror:  # a drive that fails
+    if isinstance(error, OSError) and error.strerror:  # a failing drive, for example
         print(f"error: {error.filename or 'the system'}: {error.strerror}\n{_SHOW}", file=sys.stderr)
         return UsageError.exit_code
-    line = " ".join(str(error).split())[:_LONGEST_UNEXPECTED]  # of several lines the last may name the cause
+    line = " ".join(str(error).split())[:_LONGEST_UNEXPECTED]  # the last of several lines may name the cause
     print(f"error: unexpected {type(error).__name__}: {line}\n{_SHOW}", file=sys.stderr)
     return 1
 
 
 def _drop_output() -> None:
-    """Discard buffered output, also when the interpreter flushes it at exit."""
+    """Discard buffered output, including what the interpreter would flush at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -1,1 +1,1 @@
-"""What commands share: options, output, settings, servers that they talk to."""
+"""Code shared by commands: options, output, settings, and the servers they talk to."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from argosy.engine.sequence import TokenEvent
     from argosy.prompt.formats import Answer, Event, Parser
 
-_PROMPT_PATIENCE_S = 1.0  # a terminal shows nothing of a prompt that takes no longer
+_PROMPT_PATIENCE_S = 1.0  # a prompt that is done within this shows no progress on a terminal
 _STOPPING = "stopping after this step …"
 
 
@@ -36,8 +36,8 @@ class AnswerWriter:
 
         Args:
             parser: separates thoughts from text; None treats every token as text.
-            progress: of the prompt (`prompt_shown`), which is shown until the first token comes; None: it is not shown.
-            most_tokens: of an answer that is not shown, whose progress is shown instead.
+            progress: the prompt's (`prompt_shown`), shown until the first token comes; None: not shown.
+            most_tokens: the limit of an answer whose progress is shown instead of its text.
         """
         self._parser = parser
         self._most_tokens = most_tokens
@@ -74,12 +74,12 @@ class AnswerWriter:
         *,
         said: Sequence[Event] = (),
     ) -> None:
-        """Set what depends on the model, before the `with` block; `said` is what the answer began with."""
+        """Set what depends on the model, before the `with` block; `said` is the beginning of the answer."""
         self._parser, self._progress = parser, progress
         self.replay(said)
 
     def replay(self, events: Sequence[Event]) -> None:
-        """Take the parts of an answer that were shown before, and show nothing."""
+        """Take parts of an answer that were already shown, without showing them."""
         from argosy.prompt.formats import TextDelta
 
         self._events += events
@@ -88,12 +88,12 @@ class AnswerWriter:
                 self._code.push(event.text if isinstance(event, TextDelta) else "")
 
     def say_stopping(self) -> None:
-        """Say that the answer ends after this step, which may take minutes. A signal's handler may call this."""
+        """Say that the answer ends after this step, which may take minutes. A signal handler may call this."""
         self._is_stopping = True
         if self._wait is not None and self._wait.is_drawn:
-            return  # its bar says it
+            return  # the bar says it
         lead = "\n" if self._is_inside_line else ""
-        with suppress(RuntimeError):  # the signal came within another write
+        with suppress(RuntimeError):  # the signal came during another write
             sys.stderr.write(f"{lead}{_STOPPING}\n")
             sys.stderr.flush()
         self._is_inside_line = False
@@ -122,11 +122,11 @@ class AnswerWriter:
             self._take([TextDelta(token.text)])
 
     def show(self, event: Event) -> None:
-        """Take a part of an answer that another program parsed."""
+        """Show a part of an answer that another program parsed."""
         self._take([event])
 
     def note_token(self) -> None:
-        """Note that a token has come: the prompt is done."""
+        """Note that a token has come, so the prompt is done."""
         self._num_tokens += 1
         if self._most_tokens is None:
             self._end_wait()

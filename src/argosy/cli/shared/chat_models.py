@@ -1,10 +1,10 @@
-"""The model that a chat talks to: loaded in this process, or running on a server.
+"""The model behind a chat: loaded in this process, or running on a server.
 
     Models.open, switch, again  ─>  ChatModel: LocalModel, or server_model.ServerModel  ─ answer ─>  AnswerWriter, Reply
 
-Both answer the same conversation with the same text, and go on with an answer from its tokens.
+Both answer the same conversation with the same text, and can continue an answer from its tokens.
 
-Elsewhere: the conversation is `cli/commands/chat.py`; a server's answers are `server_model.py`.
+Elsewhere: the conversation is `cli/commands/chat.py`; `server_model.py` gets a server's answers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from argosy.prompt.prompt import Prompt
     from argosy.prompt.thinking import Thinking
 
-_KEPT_BYTES = 8 << 20  # of earlier answers, for their tokens: 1.4 KB each
+_KEPT_BYTES = 8 << 20  # for the tokens of earlier answers, 1.4 KB each
 
 
 class ChatModel(Protocol):
@@ -38,8 +38,8 @@ class ChatModel(Protocol):
 
     Attributes:
         name: as the user gave it.
-        variables: of its chat template, as far as they say whether it thinks.
-        sampling: what it takes where nothing is asked for.
+        variables: the variables of its chat template that control thinking.
+        sampling: its defaults.
     """
 
     name: str
@@ -63,19 +63,19 @@ class ChatModel(Protocol):
     def sampling(self) -> SamplingDefaults: ...
 
     def facts(self) -> list[str]:
-        """What people may want to know of it."""
+        """Facts about the model for people."""
         ...
 
     def media_fault(self, kind: Kind) -> str | None:
-        """Why it does not take media of a kind, if that is known."""
+        """Why it does not take a kind of media, if known."""
         ...
 
     def shortfall(self, thinking: Thinking) -> str | None:
-        """The part of `thinking` that the model cannot be asked for, in a sentence; None if it can be asked for all."""
+        """A sentence about the part of `thinking` that the model cannot honour, or None."""
         ...
 
     def count(self, messages: Sequence[dict[str, Any]], thinking: Thinking) -> int:
-        """The tokens of a conversation, without the opening of an answer."""
+        """The number of tokens in a conversation, without the opening of an answer."""
         ...
 
     def answer(
@@ -91,15 +91,15 @@ class ChatModel(Protocol):
         """Show the answer to a conversation, until ^C.
 
         Args:
-            begun: tokens that the answer begins with, and that were shown.
+            begun: the answer's first tokens, which were already shown.
 
         Raises:
-            PromptTooLong: there is no room for an answer.   ArgosyError: none can be given.
+            PromptTooLong: there is no room for an answer.   ArgosyError: the answer failed.
         """
         ...
 
     def use_lines(self) -> list[str]:
-        """Its use of time and memory so far."""
+        """Lines about its use of time and memory so far."""
         ...
 
 
@@ -112,7 +112,7 @@ class LocalModel:
         self.name = name
         self._preset = preset
         self._engine = engine
-        # As a server does: an answer keeps its tokens, so the prefix cache finds them in the next turn.
+        # As in a server, an answer keeps its tokens, so the prefix cache finds them in the next turn.
         self._prompts = engine.prompts.remembering(ReplayMemory(max_bytes=_KEPT_BYTES))
 
     @property
@@ -194,7 +194,7 @@ class LocalModel:
                         writer.push(event)
         finally:
             engine.cancel(sequence)
-        assert sequence.result is not None  # finished, or cancelled just now
+        assert sequence.result is not None  # finished or just cancelled
         result = sequence.result.require()
         if result.finish_reason != "cancelled":
             prompts.remember("", conversation, token_ids, writer.answer)
@@ -206,7 +206,7 @@ class LocalModel:
 
 @dataclass(slots=True)
 class Models:
-    """Opens one model at a time, because the budget has room for one.
+    """Opens one model at a time, because the budget has room for only one.
 
     Attributes:
         url, no_server, is_quiet: for `find_model`.
@@ -228,12 +228,12 @@ class Models:
             yield cls(settings, url, no_server, is_quiet, opened)
 
     def open(self, name: str) -> ChatModel:
-        """Open a model at the server, or here."""
+        """Open a model on the server, or here."""
         self._model = self._at_server(name) or self._here(name)
         return self._model
 
     def again(self) -> ChatModel:
-        """Find the model again whose server was lost.
+        """Find the model again after its server was lost.
 
         Raises:
             ArgosyError: the given server does not answer, or the model cannot be opened here.
@@ -242,10 +242,11 @@ class Models:
         return self.open(self._model.name)
 
     def switch(self, name: str) -> tuple[ChatModel, ArgosyError | None]:
-        """Close the model, and open another. Returns the model to go on with, and why it is not the one asked for.
+        """Close the model and open another. Returns the model to go on with and, if it is not the requested one,
+        why.
 
         Raises:
-            ArgosyError: neither can be opened.
+            ArgosyError: neither model can be opened.
         """
         from argosy.open.models import locate_model, open_files
 
@@ -260,7 +261,7 @@ class Models:
         self._opened.close()
         if found is not None:
             return found, None
-        self.settings = {**settings, "mmproj": None}  # it belongs to the first model
+        self.settings = {**settings, "mmproj": None}  # it belonged to the first model
         try:
             self._model = self._here(name)
             return self._model, None

@@ -1,11 +1,11 @@
-"""The settings that each client needs to use a running server, and the files they belong in.
+"""The settings that each client needs to use a running server, and the files where they belong.
 
     Connection  ->  SETUPS[client]  ->  Setup: files to print or to change, and notes
 
-The names were checked against the clients' documentation in November 2026: Claude Code 2.1, Codex 0.169, opencode 1.18
-(its version 2 reads the same file), Open WebUI 0.12, Continue's config.yaml of schema v1, the packages of Ollama for
-Python and for node 0.6, Zed's openai_compatible providers, aider 0.86, llm 0.36, and the forms of Cline, Roo Code and
-Jan. Time limits are raised where a client has them: the prefill may take minutes when experts come from the drive.
+The names were checked against the clients' documentation in November 2026: Claude Code 2.1, Codex 0.169, opencode
+1.18 (its version 2 reads the same file), Open WebUI 0.12, Continue's config.yaml with schema v1, Ollama's packages
+for Python and node 0.6, Zed's openai_compatible providers, aider 0.86, llm 0.36, and the forms of Cline, Roo Code
+and Jan. Clients' time limits are raised, because prefill may take minutes when experts come from the drive.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from argosy.prompt.prompt import ToolCalling
 
 KEY_VARIABLE = "ARGOSY_API_KEY"
-_REFERENCE = f'"${KEY_VARIABLE}"'  # in a shell
+_REFERENCE = f'"${KEY_VARIABLE}"'  # as written in a shell
 _NO_KEY = "none"  # clients require a key; a server without keys ignores it
 _HOUR_MS = 3_600_000
 _LONGEST_OUTPUT_TOKENS = 32_000
@@ -43,7 +43,7 @@ _LONGEST_OUTPUT_TOKENS = 32_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connection:
-    """The server, as a client should see it."""
+    """The server as a client should see it."""
 
     url: str
     model: str
@@ -55,7 +55,7 @@ class Connection:
 
     @property
     def output_tokens(self) -> int:
-        """Longest answer that a client may ask for: it must fit the context together with the prompt."""
+        """The longest answer that a client may request: it must fit the context together with the prompt."""
         return max(1, min(self.context_tokens // 4, _LONGEST_OUTPUT_TOKENS))
 
     @property
@@ -73,7 +73,7 @@ class Connection:
         )
 
     def secret(self, reference: str) -> str:
-        """The text to print in place of the key: a reference, unless the key itself was requested."""
+        """The text to print for the key: a reference, unless the key itself was requested."""
         if self.key is None:
             return _NO_KEY
         return self.key if self.is_key_shown else reference
@@ -90,13 +90,11 @@ class SettingsFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """`form` is for clients that keep their settings where no other program can change them: what to type, line by
-    line. They have no files.
-    """
+    """`form` is for clients whose settings no other program can change: lines to type in. They have no files."""
 
     files: tuple[SettingsFile, ...] = ()
     form: str = ""
-    # Where the form, or `shown` of the first file, belongs, if not in the file itself.
+    # Where the form, or the first file's `shown`, belongs, if not in the file itself.
     place: str | None = None
     notes: tuple[str, ...] = field(default=())
 
@@ -109,13 +107,14 @@ def _claude_code(connection: Connection, file: Path | None, environment: Mapping
             "ANTHROPIC_DEFAULT_OPUS_MODEL": connection.model,
             "ANTHROPIC_DEFAULT_SONNET_MODEL": connection.model,
             "ANTHROPIC_DEFAULT_HAIKU_MODEL": connection.model,
-            # The answer does not count against this window, and must fit after it.
+            # The answer does not count against this window but must fit after it.
             "CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(connection.context_tokens - connection.output_tokens),
             "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(connection.output_tokens),
-            # Drops a line at the start of the prompt that changes with every conversation and defeats the prefix cache.
+            # Drops a line at the start of the prompt that changes in every conversation and defeats the prefix
+            # cache.
             "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",
             "API_TIMEOUT_MS": str(_HOUR_MS),
-            # Without it, Claude Code drops a stream whose first token takes more than five minutes, and asks again.
+            # Without it, Claude Code drops a stream whose first token takes more than five minutes, and retries.
             "CLAUDE_STREAM_IDLE_TIMEOUT_MS": str(_HOUR_MS),
         }
 
@@ -159,7 +158,7 @@ def _codex(connection: Connection, file: Path | None, environment: Mapping[str, 
 
 
 def _codex_catalogue(connection: Connection) -> dict[str, Any]:
-    """An entry in the form of Codex's catalogue; without it Codex assumes another model's window and tools."""
+    """An entry for Codex's catalogue, without which Codex assumes another model's window and tools."""
     inputs = [kind for kind in connection.inputs if kind in ("text", "image")]
     return {
         "models": [
@@ -246,10 +245,10 @@ def _environment_setup(
     place: str,
     notes: tuple[str, ...] = (),
 ) -> Setup:
-    """A client that reads its settings from variables: shown for a shell, written to a file of variables.
+    """The setup of a client that reads variables: shown for a shell, written to a file of variables.
 
     Args:
-        values: the variables, given the key.
+        values: makes the variables, given the key.
     """
     written = values(connection.key or _NO_KEY)
     return Setup(
@@ -341,7 +340,7 @@ def _zed(connection: Connection, file: Path | None, environment: Mapping[str, st
     written = {
         "language_models": {
             "openai_compatible": {
-                # Zed reads the key from the provider's name in capitals, with _API_KEY: from ARGOSY_API_KEY.
+                # Zed reads the key from the upper-case provider's name plus _API_KEY: ARGOSY_API_KEY.
                 "Argosy": {
                     "api_url": f"{connection.url}/v1",
                     "available_models": [
@@ -380,7 +379,7 @@ def _aider(connection: Connection, file: Path | None, environment: Mapping[str, 
             "OPENAI_API_KEY": key,
             "AIDER_MODEL": f"openai/{connection.model}",  # the prefix selects the protocol
             "AIDER_TIMEOUT": str(_HOUR_MS // 1000),
-            "AIDER_SHOW_MODEL_WARNINGS": "false",  # it knows no prices of this model
+            "AIDER_SHOW_MODEL_WARNINGS": "false",  # it knows no prices for this model
         }
 
     path = file or Path("aider.env")
@@ -393,7 +392,7 @@ def _aider(connection: Connection, file: Path | None, environment: Mapping[str, 
 
 
 def _llm(connection: Connection, file: Path | None, environment: Mapping[str, str]) -> Setup:
-    """An entry of the list of models that speak OpenAI's API."""
+    """An entry in llm's list of models with OpenAI's API."""
     item = [
         f"- model_id: {json.dumps(f'argosy/{connection.model}', ensure_ascii=False)}",
         f"  model_name: {json.dumps(connection.model, ensure_ascii=False)}",
@@ -438,7 +437,7 @@ def _form(
 
 
 def _cline_fields(connection: Connection) -> dict[str, object]:
-    """The names of the fields are those of Cline and of Roo Code, which grew from it."""
+    """The field names of Cline, and of Roo Code, which grew from it."""
     return {
         "API Provider": "OpenAI Compatible",
         "Base URL": f"{connection.url}/v1",
@@ -461,17 +460,17 @@ def _jan_fields(connection: Connection) -> dict[str, object]:
 
 
 def _is_model_of_ours(entry: object) -> bool:
-    """Whether `_llm` wrote this entry, for whichever model."""
+    """Whether `_llm` wrote this entry, for any model."""
     return isinstance(entry, Mapping) and entry.get("model_id") == f"argosy/{entry.get('model_name')}"
 
 
 def _is_entry_of_ours(entry: object) -> bool:
-    """Whether `_continue` wrote this entry, for whichever model."""
+    """Whether `_continue` wrote this entry, for any model."""
     return isinstance(entry, Mapping) and entry.get("name") == f"Argosy {entry.get('model')}"
 
 
 def _exports(values: Mapping[str, str]) -> str:
-    """Lines of a shell; a reference to the key stays one."""
+    """Shell lines; a reference to the key stays a reference."""
     return "".join(
         f"export {name}={value if value == _REFERENCE else shlex.quote(value)}\n"
         for name, value in values.items()
@@ -487,7 +486,7 @@ def _variable_note(connection: Connection) -> tuple[str, ...]:
 
 
 def _from_container(url: str) -> str:
-    """The address of this machine in a container, with the port and path of `url`."""
+    """The address of this machine as seen from a container, with the port and path of `url`."""
     parts = urlsplit(url)
     port = "" if parts.port is None else f":{parts.port}"
     return urlunsplit(parts._replace(netloc=f"host.docker.internal{port}"))

@@ -1,10 +1,10 @@
 """Read the settings of `argosy serve --config FILE`: TOML, whose keys are the long options without their dashes.
 
-    FILE  ->  checked against the command's options  ->  click's defaults: the command line wins over them
+    FILE  ->  checked against the command's options  ->  click's defaults, which the command line overrides
 
     models = ["./Qwen3-30B-A3B"]   # a path that begins with ./ or ../ is relative to FILE
     memory = "16GiB"
-    keys = "keys.json"             # so is every path of an option that takes a file or directory
+    keys = "keys.json"             # as is every path of an option that takes a file or directory
     allow-host = ["models.example.org"]
     media = false                  # --no-media
 
@@ -26,7 +26,7 @@ _NOT_IN_FILE = {"config", "check"}
 
 
 def use_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
-    """Callback of --config: take the file's settings as defaults of the command.
+    """Callback of --config: make the file's settings the command's defaults.
 
     Raises:
         UsageError: the file cannot be read, or a setting is unknown or invalid.
@@ -36,7 +36,7 @@ def use_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> Non
 
 
 def read_config(path: Path, ctx: click.Context) -> dict[str, Any]:
-    """The settings in `path`, by the names of the parameters of the context's command.
+    """Read the settings in `path`, by the parameter names of the context's command.
 
     Raises:
         UsageError: the file cannot be read, or a setting is unknown or invalid.
@@ -81,7 +81,7 @@ def _parse(path: Path) -> dict[str, Any]:
 
 
 def _key_of(parameter: click.Parameter) -> str:
-    """The long option that switches a setting on, without its dashes; the name of an argument."""
+    """The long option of a setting, without its dashes, or the name of an argument."""
     if isinstance(parameter, click.Argument):
         return parameter.name or ""
     name = next(option for option in parameter.opts if option.startswith("--"))
@@ -112,7 +112,7 @@ def _one(value: object, parameter: click.Parameter, folder: Path, ctx: click.Con
         raise UsageError(f"must be {wanted}, found {_kind(value)}")
     if isinstance(value, str):
         if "\0" in value:
-            raise UsageError("holds a null character, which no path or name has")
+            raise UsageError("contains a null character, which is invalid in paths and names")
         takes_path = isinstance(kind, click.Path) or parameter.metavar == "FILE"
         scheme, path = ("unix:", value[5:]) if value.startswith("unix:") else ("", value)
         if takes_path or scheme or value.startswith(("./", "../")):

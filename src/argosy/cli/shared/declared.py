@@ -1,4 +1,4 @@
-"""The command line of declared options: a command names those that it takes, and gets them as one object.
+"""Declared options on the command line: a command names those it takes and gets them as one object.
 
     @choices(Settings, "memory", "threads", into="flags")
     def routes(flags: Settings) -> None: ...
@@ -25,7 +25,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class SharedLine(click.Option):
-    """An option that shares a line of help with others: `line` of the first one, and None of the others."""
+    """An option that shares a help line with others: the first has `line`, the others None."""
 
     def __init__(self, *args: Any, line: tuple[str, str] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -38,15 +38,15 @@ class SharedLine(click.Option):
 def options(
     owner: type, *names: str, into: str, **changes: Mapping[str, Any]
 ) -> Callable[[Command], Command]:
-    """Add options for fields of a dataclass to a command, which gets the object made of them.
+    """Add options for a dataclass's fields to a command, which gets the resulting object.
 
-    Several of these may fill one object, which is made when all its fields are there.
+    Several of these may fill one object, which is created when all its fields are present.
 
     Args:
         owner: a class with declarations.
-        names: its fields, in the order of the help; none: all of them.
+        names: its fields, in the order of the help; empty for all.
         into: the command's argument.
-        changes: by name, what click gets otherwise, such as another `help`.
+        changes: by name, overrides for click, such as another `help`.
     """
     declared = declarations(owner)
     chosen = names or tuple(declared)
@@ -67,7 +67,7 @@ def options(
 def choices(
     owner: type, *names: str, into: str, **changes: Mapping[str, Any]
 ) -> Callable[[Command], Command]:
-    """As `options`, but the command gets a dictionary of those that are given: something else has the defaults."""
+    """Like `options`, but the command gets a dictionary of the given options, and the defaults live elsewhere."""
 
     def add(command: Command) -> Command:
         @functools.wraps(command)
@@ -104,7 +104,7 @@ def _add(
 
 
 def _keywords(one: Declaration) -> dict[str, Any]:
-    """What click's `option` takes for a declaration."""
+    """The arguments of click's `option` for a declaration."""
     option = one.option
     found: dict[str, Any] = {"help": option.help, "metavar": option.metavar, "hidden": option.is_hidden}
     if isinstance(option, config_option.Further):

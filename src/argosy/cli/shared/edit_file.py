@@ -1,9 +1,10 @@
-"""Change some settings in another program's file, and keep everything else.
+"""Change settings in another program's file and keep everything else.
 
     text, or None  ->  merge_json | merge_toml | merge_yaml... | merge_environment  ->  text  ->  edit_file
 
 Comments, order and unknown settings stay. A change is refused if its result, parsed again, differs from the old
-settings in anything else; so is JSON with comments, because they would be lost. The old file is kept beside it.
+settings in anything else, and JSON with comments is refused because they would be lost. A backup of the old file is
+kept next to it.
 
 Elsewhere: `directory.py` replaces the file atomically.
 """
@@ -30,19 +31,19 @@ Change = Callable[[str | None], str]
 
 
 class _Unreadable(Exception):
-    """Why a text is left unchanged; `edit_file` adds the name of the file."""
+    """Why a text is left unchanged; `edit_file` adds the file's name."""
 
 
 def edit_file(path: Path, change: Change) -> tuple[bool, Path | None]:
-    """Replace the file by `change` of its text, or of None if there is no file.
+    """Replace a file's text by `change` of it, or of None if there is no file.
 
-    Only the owner can read a new file or a backup, because these files may contain keys. A link stays a link.
+    Only the owner can read a new file or a backup, because it may contain keys. A link stays a link.
 
     Returns:
         Whether the file was changed, and the path of the backup.
 
     Raises:
-        UsageError: the file cannot be read, parsed with certainty, or written.
+        UsageError: the file cannot be read, reliably parsed, or written.
     """
     target = path.resolve()
     try:
@@ -89,7 +90,7 @@ def _keep(path: Path, data: bytes) -> Path:
 
 @contextlib.contextmanager
 def _changing() -> Iterator[None]:
-    """Refuse the file whatever fails: there are texts that the parsers read and cannot change."""
+    """Refuse the file on any failure, because the parsers can read some texts that they cannot change."""
     try:
         yield
     except Exception as error:
@@ -141,7 +142,7 @@ def _merged(found: dict[str, Any], addition: Mapping[str, Any], path: str) -> di
 def merge_toml(
     text: str | None, root: Mapping[str, Any], table: tuple[str, str], values: Mapping[str, Any]
 ) -> str:
-    """Set `root` at the top level, and make `values` the only settings of [table]; its own tables stay."""
+    """Set `root` at the top level, and make `values` the only settings of [table]; its subtables stay."""
     import tomlkit
 
     found, (outer, inner) = _parsed_toml(text := text or ""), table
@@ -153,12 +154,12 @@ def merge_toml(
     expected = {**found, **root, outer: {**others, inner: {**values, **kept}}}
     if found == expected:
         return text
-    # New text goes before and after the old text: inside it, a comment could come to stand above another setting.
+    # New text goes before and after the old text, because inside it a comment could end up above another setting.
     before = as_toml({key: value for key, value in root.items() if key not in found})
     after = [] if inner in others else [f"[{outer}.{inner}]", *as_toml(values)]
     with _changing():
         document = tomlkit.parse(text)
-        _require_equal(document.as_string(), text)  # not so if tables of one name stand apart
+        _require_equal(document.as_string(), text)  # fails if a table is split into several places
         document.update({key: value for key, value in root.items() if key in found})
         if inner in others:
             settings: Any = document[outer][inner]
@@ -172,7 +173,7 @@ def merge_toml(
 
 
 def as_toml(values: Mapping[str, Any]) -> list[str]:
-    """Lines `key = value`; JSON strings, numbers and booleans are valid TOML."""
+    """Write `key = value` lines; JSON strings, numbers and booleans are valid TOML."""
     return [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
 
 
@@ -189,10 +190,10 @@ def _parsed_toml(text: str) -> dict[str, Any]:
 def merge_yaml_list(
     text: str | None, start: str, key: str, item: Sequence[str], is_ours: Callable[[object], bool]
 ) -> str:
-    """Insert `item`, the lines of one entry, first in the list `key`, or in place of the entry that `is_ours`.
+    """Put `item`, the lines of one entry, in place of the entry that `is_ours`, or first in the list `key`.
 
-    A new file begins with `start`. The parser only finds the lines: its writer would move a comment that stands above
-    an entry.
+    A new file begins with `start`. The parser is only used to find lines: its writer would move a comment above an
+    entry.
     """
     found, node = _parsed_yaml(text := text or "")
     if found is None:  # no more than comments
@@ -216,7 +217,7 @@ def merge_yaml_list(
 
 
 def merge_yaml_items(text: str | None, item: Sequence[str], is_ours: Callable[[object], bool]) -> str:
-    """Put `item`, the lines of one entry, in place of the entry that `is_ours` in a file that is a list, or last.
+    """Put `item`, the lines of one entry, in place of the entry that `is_ours`, or last, in a file that is a list.
 
     Not first, because a comment at the start of the file may be about the file or about its first entry.
     """
@@ -239,13 +240,13 @@ def merge_yaml_items(text: str | None, item: Sequence[str], is_ours: Callable[[o
 
 
 def _with_lines(text: str, first: int, stop: int, new: Sequence[str], margin: str) -> str:
-    """The text with `new` lines, indented by `margin`, in place of those from `first` up to `stop`."""
+    """The text with the lines from `first` up to `stop` replaced by `new`, indented by `margin`."""
     lines = text.splitlines()
     return "\n".join([*lines[:first], *(margin + line for line in new), *lines[stop:], ""])
 
 
 def _parsed_yaml(text: str) -> tuple[Any, Any]:
-    """The value, and the nodes with their places in the text."""
+    """The value, and its nodes with their places in the text."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
@@ -256,7 +257,7 @@ def _parsed_yaml(text: str) -> tuple[Any, Any]:
 
 
 def _line_after(node: Any) -> Any:
-    """The line after a node. A block's own end is where the next node begins, after comments."""
+    """The line after a node. A block's recorded end is the start of the next node, which is after comments."""
     while isinstance(node.value, list) and node.value and not node.flow_style:
         last = node.value[-1]
         node = last[1] if isinstance(last, tuple) else last
@@ -267,7 +268,7 @@ def _line_after(node: Any) -> Any:
 
 
 def merge_environment(text: str | None, values: Mapping[str, str]) -> str:
-    """Set NAME=value lines: each of `values` in its old place, or at the end."""
+    """Set NAME=value lines, each in its old place or at the end."""
     from dotenv.parser import parse_stream
 
     parts = []

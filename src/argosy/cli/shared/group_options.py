@@ -1,6 +1,6 @@
 """Options of commands that may also run experts on other machines, converted to a `Group`.
 
-Elsewhere: `cluster/group.py` is the group; `cli/commands/worker.py` starts what answers on the other machines.
+Elsewhere: `cluster/group.py` is the group; `cli/commands/worker.py` starts a worker on another machine.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from argosy.cluster.group import Group
     from argosy.cluster.ray_control import RayWorkers
 
-AUTO = "auto"  # instead of hosts: workers that Ray starts
+AUTO = "auto"  # in place of hosts: workers that Ray starts
 _NEED_CLUSTER = ("cluster_key_file", "cluster_ca", "verify", "copy_rate", "no_local_experts")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WantedGroup:
-    """The group that the options of a command describe, checked.
+    """The group that a command's options describe, after checks.
 
-    copy_rate: None: the group's own rate.
-    workers, worker_memory: for workers that Ray starts; None: all of them, and a worker's own default.
+    copy_rate: None for the group's default.
+    workers, worker_memory: for workers that Ray starts; None: all of them, and a worker's default.
     """
 
     cluster: Annotated[
@@ -61,7 +61,7 @@ class WantedGroup:
         if self.cluster != AUTO and (self.workers is not None or self.worker_memory is not None):
             option = "--workers" if self.worker_memory is None else "--worker-memory"
             raise UsageError(
-                f"{option} needs --cluster auto", hint="start other workers with the memory they may use"
+                f"{option} needs --cluster auto", hint="set `--memory` where you start each `argosy worker`"
             )
         if self.cluster is None:
             for name in _NEED_CLUSTER:
@@ -75,7 +75,7 @@ class WantedGroup:
             raise UsageError("--cluster names no worker", hint="--cluster HOST:PORT,...")
         if self.hosts == (AUTO,) and self.cluster_ca is not None:
             raise UsageError(
-                "--cluster auto starts workers without TLS, and --cluster-ca asks for it",
+                "--cluster auto starts workers without TLS, but --cluster-ca requires it",
                 hint="start the workers by hand, with --tls-cert and --tls-key",
             )
         if self.verify is not None:
@@ -85,15 +85,15 @@ class WantedGroup:
 
     @property
     def hosts(self) -> tuple[str, ...]:
-        """Addresses of workers; AUTO alone: Ray finds them; none: no group is wanted."""
+        """Addresses of workers; only AUTO: Ray finds them; empty: no group is wanted."""
         return tuple(host.strip() for host in (self.cluster or "").split(",") if host.strip())
 
     @contextmanager
     def open(self, model: str) -> Iterator[Group | None]:
-        """The group, which connects when an engine is opened with it; None: no group is wanted.
+        """The group, which connects when an engine is opened with it, or None if no group is wanted.
 
         Args:
-            model: the model that workers open if Ray starts them.
+            model: the model for workers that Ray starts.
 
         Raises:
             UsageError: an option or its file is invalid.
@@ -142,10 +142,10 @@ group_options = options(WantedGroup, into="group")
 
 
 def parse_percent(text: str) -> float:
-    """Turn `1%` or `0.5%` into a share from 0 to 1.
+    """Parse `1%` or `0.5%` into a fraction from 0 to 1.
 
     Raises:
-        UsageError: it is no percentage.
+        UsageError: it is not a percentage.
     """
     try:
         share = float(text.strip().removesuffix("%")) / 100

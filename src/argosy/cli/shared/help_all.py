@@ -1,7 +1,7 @@
-"""`--help` shows the options of a command that most people need; `--help-all` shows all of them.
+"""`--help` shows the options that most people need; `--help-all` shows all of them.
 
-A command whose help has many lines is a `Command`, and each option that few people need is `Further`. So a new option
-does not push the help of a command beyond a screen.
+A command with a long help is a `Command`, and each option that few people need is `Further`, so that a new option
+does not push the help beyond a screen.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _WANTS_ALL = f"{__name__}.wants_all"
 
 
 class Further(click.Option):
-    """An option that `--help` leaves out. Shells complete it like any other."""
+    """An option that `--help` omits. Shells complete it like any other."""
 
 
 class Command(click.Command):

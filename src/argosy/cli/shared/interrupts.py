@@ -13,10 +13,10 @@ class SecondInterrupt(KeyboardInterrupt):
 
 
 class Interrupts:
-    """Remembers the first ^C instead of raising; the second ^C raises SecondInterrupt.
+    """Records the first ^C instead of raising; the second ^C raises SecondInterrupt.
 
     Attributes:
-        on_first: called at the first one, in the signal's handler.
+        on_first: called on the first ^C, in the signal handler.
     """
 
     def __init__(self) -> None:

@@ -51,7 +51,7 @@ sampling_options = choices(SamplingParams, *SAMPLING, into="sampling")
 
 
 class CommandWithMedia(CommandWithFurther):
-    """A command with --image, --audio and --video, which keep their order: `media_of` has it."""
+    """A command with --image, --audio and --video, whose order `media_of` preserves."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -76,7 +76,7 @@ class CommandWithMedia(CommandWithFurther):
 
 
 def media_of() -> list[Image | Audio | Video]:
-    """The media that the command line of the current command names, in its order."""
+    """The media named on the current command line, in order."""
     from argosy.media.parts import Audio, Image, Video
 
     kinds = dict(zip(_MEDIA, (Image, Audio, Video), strict=True))
@@ -85,7 +85,7 @@ def media_of() -> list[Image | Audio | Video]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AskingOptions:
-    """What `run` and `chat` have in common: who answers, and what is shown."""
+    """Options common to `run` and `chat`: what answers, and what is shown."""
 
     url: Annotated[
         str | None, Further("--url URL", "Let this server answer; default: that of `argosy up`.")
@@ -99,10 +99,10 @@ class AskingOptions:
 
 
 def asking_options(owner: type[AskingOptions], *more: str) -> Callable[[Command], Command]:
-    """Add the options of a command that asks a model, which gets `owner` as its argument `given`.
+    """Add the options of a command that asks a model; the command gets `owner` as its argument `given`.
 
     Args:
-        more: other fields of `owner`.
+        more: further fields of `owner`.
     """
     added = (
         options(owner, "url", "no_server", *more, into="given"),
@@ -121,7 +121,7 @@ def asking_options(owner: type[AskingOptions], *more: str) -> Callable[[Command]
 
 
 def asked_thinking(thinks: bool | None = None, effort: str | None = None) -> Thinking:
-    """What the options `--think`, `--no-think` and `--effort` ask of the model.
+    """The request that `--think`, `--no-think` and `--effort` make.
 
     Raises:
         UsageError: they contradict each other.
@@ -134,7 +134,7 @@ def asked_thinking(thinks: bool | None = None, effort: str | None = None) -> Thi
 
 
 def asked_sampling(given: Mapping[str, Any]) -> SamplingParams:
-    """Convert `sampling_options` to the parameters of a request.
+    """Convert sampling options to the parameters of a request.
 
     Raises:
         UsageError: a value is out of bounds.
@@ -148,7 +148,7 @@ def asked_sampling(given: Mapping[str, Any]) -> SamplingParams:
 
 
 def settings_of(preset: Preset | None, settings: Settings) -> Settings:
-    """The settings of an engine for a preset: its context, if no other is given and as far as the model's goes.
+    """The engine settings for a preset: its context, unless another is given, within the model's limit.
 
     Raises:
         What `locate_model` and `open_files` raise.
@@ -162,7 +162,7 @@ def settings_of(preset: Preset | None, settings: Settings) -> Settings:
 
 
 def thinking_of(preset: Preset | None, thinking: Thinking) -> Thinking:
-    """What is asked of the model, or else what a preset asks of it."""
+    """The requested thinking, or otherwise the preset's."""
     if preset is None or thinking.is_asked:
         return thinking
     return replace(thinking, thinks=preset.thinks, effort=preset.effort)
@@ -192,11 +192,11 @@ def open_engine(
 ) -> Iterator[Engine]:
     """Open the engine of a command, with a progress bar on a terminal.
 
-    Says which media it cannot take, and why. Counts its routing, unless that is off.
+    Reports the media it cannot take, and why. Counts routing, unless that is off.
 
     Args:
-        recording: counts; None: one is made.
-        group: other processes that run experts, too.
+        recording: counts the routing; None: one is created.
+        group: other processes that also run experts.
     """
     from argosy import Engine
     from argosy.cli.shared.output import progress_bar
@@ -237,7 +237,7 @@ def open_engine(
 
 
 def _shortage(engine: Engine) -> str | None:
-    """A warning if the plan takes more memory than is free now."""
+    """A warning if the plan takes more memory than is free."""
     from argosy.machine import resources
 
     limit, needed = resources.memory_limit(), engine.plan.total_bytes
@@ -251,7 +251,7 @@ def _shortage(engine: Engine) -> str | None:
 
 
 def recorder_of(settings: Settings) -> OpenRecorder | None:
-    """Opens the recorder that a command would have, for plans: nothing is saved."""
+    """Opens the recorder that a command would have, for planning only: nothing is saved."""
     if not settings.get("record", True):
         return None
     from argosy.observe.recorder import Recorder
@@ -260,7 +260,7 @@ def recorder_of(settings: Settings) -> OpenRecorder | None:
 
 
 class Recording:
-    """The recorder of a command: an engine calls this to open it, and the command saves it at its end."""
+    """A command's recorder: an engine calls this to open it, and the command saves it at the end."""
 
     def __init__(self, *, keeps_recent: bool = False) -> None:
         self._keeps_recent = keeps_recent
@@ -279,7 +279,7 @@ class Recording:
         return self.recorder
 
     def save(self) -> None:
-        """Add the counts to those of earlier runs. A failure is said, and does not end the command."""
+        """Add the counts to those of earlier runs. A failure is reported but does not end the command."""
         from argosy.observe import saved
 
         if self.recorder is None or self._path is None:

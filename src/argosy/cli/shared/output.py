@@ -1,4 +1,4 @@
-"""Output shared by several commands: ledgers, plans, progress, text from a model."""
+"""Output shared by several commands: ledgers, plans, progress, a model's text."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, float], None]
 
-LINE_S = 60.0  # how often a wait is told of where there is no terminal
-_PATIENCE_S = 0.3  # a terminal shows nothing of what takes no longer
+LINE_S = 60.0  # how often a wait is reported without a terminal
+_PATIENCE_S = 0.3  # a terminal shows no progress for anything shorter
 _REDRAW_S = 0.25
-_CLEAR_S = 5.0  # longest wait for a bar to be cleared
-_LEAST_SHARE = 0.01  # that has to be done before a time to go is known
+_CLEAR_S = 5.0  # time limit for clearing a bar
+_LEAST_SHARE = 0.01  # progress needed before the remaining time is estimated
 
-FITS = {  # by the verdict of a forecast
+FITS = {  # verdict of a forecast -> text
     "no": "no",
     "thrashes": "barely: one token's experts do not stay for the next, so nearly every one is read again",
     "streams": "yes, it streams",
     "resident": "yes, with every expert in memory",
 }
 
-# Text from a model must not control the terminal, nor let a line show in another order than it has.
+# A model's text must not control the terminal or reorder the characters of a line.
 _CONTROLS = {
     code: "\N{REPLACEMENT CHARACTER}"
     for code in (*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
     if chr(code) not in "\n\t"
 }
 
-_GAP = re.compile(r"(?<=\S) {2,}+")  # between a label and its value, or two values
-_LAST_COLUMN = 12  # of a table: the narrowest in which words are still readable
+_GAP = re.compile(r"(?<=\S) {2,}+")  # between a label and its value, or between two values
+_LAST_COLUMN = 12  # narrowest last column of a table in which words are still readable
 
 DIM, NOT_DIM = "\x1b[2m", "\x1b[22m"
 _CODE, _NOT_CODE = "\x1b[36m", "\x1b[39m"
@@ -55,7 +55,7 @@ def write_text(text: str, stream: TextIO | None = None, *, code: FencedCode | No
     """Show a model's text as it is generated; on a terminal, control characters become U+FFFD.
 
     Args:
-        code: marks code in the text.
+        code: marks the code in the text.
     """
     stream = sys.stdout if stream is None else stream
     shown = text.translate(_CONTROLS) if stream.isatty() else text
@@ -64,22 +64,22 @@ def write_text(text: str, stream: TextIO | None = None, *, code: FencedCode | No
 
 
 class FencedCode:
-    """Marks code between Markdown fences in a text that comes in pieces: fences are dim, code has a colour.
+    """Marks code between Markdown fences in a text that arrives in pieces: fences are dim, code is coloured.
 
-    The beginning of a line waits until it is clear whether it is a fence.
+    The beginning of a line is held until it is clear whether it is a fence.
     """
 
-    # A fence is bounded, because the beginning of a line is looked at again with each token.
+    # A fence is bounded, because the beginning of a line is scanned again with each token.
     _FENCE = re.compile(r" {0,3}(`{3,40}+|~{3,40}+)([^`\n]{0,40})\n?")
     _MAY_BE_FENCE = re.compile(r" {0,3}(?:`{0,2}|~{0,2}|(?:`{3,40}+|~{3,40}+)[^`\n]{0,40})")
 
     def __init__(self) -> None:
         self._held = ""  # the beginning of a line
         self._is_inside_line = False
-        self._mark = ""  # the fence that opened the code; empty: there is none
+        self._mark = ""  # the fence that opened the code; empty if none
 
     def push(self, text: str) -> str:
-        """Returns what can be shown."""
+        """Take more text; return what can be shown."""
         shown: list[str] = []
         for part in re.findall(r"[^\n]+\n?|\n", text):
             if self._is_inside_line:
@@ -94,7 +94,7 @@ class FencedCode:
         return "".join(shown)
 
     def finish(self) -> str:
-        """Returns what is left to show. The colour ends, too, if the text ended within code."""
+        """Return what is left to show, ending the colour if the text ended inside code."""
         held, self._held = self._line(self._held), ""
         colour = _NOT_CODE if self._mark else ""
         self._mark = ""
@@ -115,7 +115,7 @@ class FencedCode:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write a file that the command line names.
+    """Write a file named on the command line.
 
     Raises:
         UsageError: it cannot be written.
@@ -127,7 +127,7 @@ def write_file(path: Path, text: str) -> None:
 
 
 def write_dim(text: str) -> None:
-    """Show a line on stderr that steps back, if that is a terminal with colours."""
+    """Show a line on stderr, dimmed if that is a terminal with colours."""
     marks = (DIM, NOT_DIM) if has_colour(sys.stderr) else ("", "")
     sys.stderr.write(marks[0])
     write_text(text, sys.stderr)
@@ -140,12 +140,12 @@ def has_colour(stream: TextIO) -> bool:
 
 
 def terminal_width() -> int | None:
-    """The columns of the terminal that stdout is, or None if it is not one: then lines keep their length."""
+    """The width of stdout's terminal, or None if it is not a terminal: then lines keep their length."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def print_facts(lines: Iterable[str]) -> None:
-    """Print lines of labels and values. On a terminal they wrap between words, and go on below their value."""
+    """Print lines of labels and values. On a terminal they wrap between words and continue below the value."""
     width = terminal_width()
     for line in lines:
         if width is None or len(line) <= width:
@@ -159,14 +159,14 @@ def print_facts(lines: Iterable[str]) -> None:
 def table_lines(
     header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Collection[int] = ()
 ) -> list[str]:
-    """Align cells in columns; on a narrow terminal, each cell follows its column's name instead.
+    """Align cells in columns; on a narrow terminal, put each cell after its column's name instead.
 
     Args:
-        right: columns whose cells are aligned at their end.
+        right: right-aligned columns.
     """
     sizes = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     width = terminal_width()
-    start = sum(sizes[:-1]) + 2 * (len(sizes) - 1)  # of the last column, whose cells may wrap
+    start = sum(sizes[:-1]) + 2 * (len(sizes) - 1)  # start of the last column, whose cells may wrap
     if width is None or start + min(sizes[-1], _LAST_COLUMN) <= width:
         lines = [
             "  ".join(
@@ -179,7 +179,7 @@ def table_lines(
     lines = []
     for first, *others in rows:
         facts = [f"{name} {cell}" for name, cell in zip(header[1:], others, strict=True) if cell]
-        # A space that does not break keeps a name and its value together.
+        # A no-break space keeps a name and its value together.
         kept = [fact.replace(" ", "\N{NO-BREAK SPACE}") if len(fact) + 2 <= width else fact for fact in facts]
         lines.append(f"{header[0]} {first.strip()}")
         lines += [
@@ -189,14 +189,14 @@ def table_lines(
 
 
 def _parts(line: str, width: int, hanging: int) -> list[str]:
-    """A line as lines of at most `width` columns, broken between words; all but the first begin at `hanging`."""
+    """Wrap a line to `width` columns between words; all lines but the first begin at `hanging`."""
     return textwrap.wrap(
         line, width, subsequent_indent=" " * hanging, break_long_words=False, break_on_hyphens=False
     )
 
 
 def parameter_count(number: int) -> str:
-    """A number of parameters as people say it: `30.5 B`."""
+    """A number of parameters as people write it: `30.5 B`."""
     for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"
@@ -204,7 +204,7 @@ def parameter_count(number: int) -> str:
 
 
 def time_span(seconds: float) -> str:
-    """A duration in its largest whole unit, such as `3 hours`; less than a minute is `42 s`."""
+    """A duration in its largest whole unit, such as `3 hours`; below a minute, `42 s`."""
     for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
         if (count := int(seconds) // size) >= 1:
             return counted(count, unit)
@@ -212,7 +212,7 @@ def time_span(seconds: float) -> str:
 
 
 def short_number(value: float, digits: int = 2) -> str:
-    """Format a number with `digits` significant digits, or with its whole integer part if that is longer."""
+    """Format a number with `digits` significant digits, or its integer part if that is longer."""
     if value >= 10**digits:
         return f"{value:.0f}"
     return f"{value:.{digits}g}"
@@ -225,10 +225,10 @@ def ledger_lines(
     *,
     co2_grams_per_kwh: float | None = None,
 ) -> list[str]:
-    """The use of memory, time and energy as lines of text.
+    """Lines about the use of memory, time and energy.
 
     Args:
-        co2_grams_per_kwh: emissions of the electricity here; None: unknown, and no emission is shown.
+        co2_grams_per_kwh: emissions of the electricity used; None: unknown, and not shown.
     """
     ended = f", {finish_reason}" if finish_reason else ""
     found = f" ({ledger.cached_tokens} from the prefix cache)" if ledger.cached_tokens else ""
@@ -271,7 +271,7 @@ def ledger_lines(
 
 
 def _energy_lines(ledger: Ledger, co2_grams_per_kwh: float | None) -> list[str]:
-    """The energy, where it is measured: what is measured, then the drive's estimate, then both."""
+    """The energy, where it is measured: the measurement, the estimate for the drive, then the sum."""
     total, drive, per_token = ledger.total_energy_j, ledger.drive_energy_j, ledger.j_per_token
     if total is None or drive is None or ledger.energy_j is None:
         return []
@@ -299,9 +299,9 @@ def plan_lines(plan: MemoryPlan) -> list[str]:
 
 
 class Shown(NamedTuple):
-    """What is shown of something that takes long: a text, the share that is done, and about how long the rest takes.
+    """Progress to show for something slow: a text, the fraction done, and an estimate of the time left.
 
-    share: None: not known.
+    share: None if unknown.
     """
 
     text: str
@@ -312,13 +312,13 @@ class Shown(NamedTuple):
     def left(self) -> str:
         from argosy.engine.progress import rough_time
 
-        if self.seconds_left is None or (self.share or 0.0) >= 0.995:  # shown as 100 %
+        if self.seconds_left is None or (self.share or 0.0) >= 0.995:  # this is shown as 100 %
             return ""
         return f"about {rough_time(self.seconds_left)} left"
 
 
 def prompt_shown(engine: Engine) -> Callable[[], Shown | None]:
-    """What to show of an engine's only prompt, now."""
+    """The current progress of an engine's only prompt."""
 
     def read() -> Shown | None:
         from argosy.engine.progress import prompt_count
@@ -332,18 +332,18 @@ def prompt_shown(engine: Engine) -> Callable[[], Shown | None]:
 
 
 class Wait:
-    """Shows on stderr how far something is that takes long, until it is ended.
+    """Shows the progress of something slow on stderr, until `end`.
 
-    On a terminal that is a bar, without the keys that are typed meanwhile; elsewhere a line a minute.
+    On a terminal it is a bar, and typed keys are not echoed; elsewhere a line a minute.
 
     Args:
-        read: called in a thread of its own; None: there is nothing to show yet.
-        patience_s: how long a terminal shows nothing.
+        read: called in a separate thread; returns None if there is nothing to show yet.
+        patience_s: how long to wait before showing the bar.
     """
 
     def __init__(self, read: Callable[[], Shown | None], *, patience_s: float = _PATIENCE_S) -> None:
         self._read, self._patience_s = read, patience_s
-        self.is_drawn = False  # there is a bar, so other lines would break it
+        self.is_drawn = False  # a bar is on the terminal, which other lines would break
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="argosy-wait", daemon=True)
 
@@ -360,7 +360,7 @@ class Wait:
         self._thread.join(_CLEAR_S)
 
     def _run(self) -> None:
-        with suppress(OSError, ValueError):  # nobody reads stderr any more
+        with suppress(OSError, ValueError):  # stderr may be closed
             if not sys.stderr.isatty():
                 self._write_lines()
             elif not self._over.wait(self._patience_s):
@@ -372,7 +372,7 @@ class Wait:
             if (shown := self._read()) is not None:
                 share = "" if shown.share is None else f" ({100 * shown.share:.0f} %)"
                 left = f", {shown.left}" if shown.left else ""
-                # In one write, because other threads write lines, too.
+                # A single write, because other threads also write lines.
                 sys.stderr.write(f"{shown.text}{share}{left}\n")
                 sys.stderr.flush()
 
@@ -401,15 +401,15 @@ class Wait:
 
 
 class _Steps:
-    """What a command tells of its progress, and the time to go."""
+    """A command's reported progress, and its estimated time left."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._told = "reading headers", 0.0
-        self._began = clock(), 0.0  # when this part began, and the share that was done
+        self._began = clock(), 0.0  # when this part began, and the fraction done then
 
     def tell(self, what: str, share: float) -> None:
-        if share < self._told[1]:  # another part has begun
+        if share < self._told[1]:  # a new part has begun
             self._began = self._clock(), share
         self._told = what, share
 
@@ -422,7 +422,7 @@ class _Steps:
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """Show the progress of a command on stderr: a bar on a terminal, elsewhere a line a minute."""
+    """Show a command's progress on stderr: a bar on a terminal, elsewhere a line a minute."""
     steps = _Steps()
     with Wait(steps.read):
         yield steps.tell
@@ -430,11 +430,11 @@ def progress_bar() -> Iterator[Progress]:
 
 @contextmanager
 def quiet_keys() -> Iterator[None]:
-    """Keep the terminal from showing keys that are typed meanwhile; the next reader of the terminal gets them."""
+    """Keep the terminal from echoing typed keys; the next reader of the terminal gets them."""
     import termios
 
     def set_echo(echo: int) -> int:
-        """Returns what it was."""
+        """Set the terminal's echo; return the old setting."""
         mode = termios.tcgetattr(terminal)
         before = mode[3] & termios.ECHO
         if before != echo and not _is_in_background(terminal):
@@ -443,7 +443,7 @@ def quiet_keys() -> Iterator[None]:
         return int(before)
 
     before = None
-    with suppress(AttributeError, OSError, ValueError, termios.error):  # stdin is no terminal
+    with suppress(AttributeError, OSError, ValueError, termios.error):  # stdin is not a terminal
         terminal = sys.stdin.fileno()
         before = set_echo(0)
     try:
@@ -455,8 +455,8 @@ def quiet_keys() -> Iterator[None]:
 
 
 def _is_in_background(terminal: int) -> bool:
-    """Whether the system would stop this process if it changed the terminal."""
+    """Whether the system would suspend this process if it changed the terminal."""
     try:
         return os.tcgetpgrp(terminal) != os.getpgrp()
-    except OSError:  # it does not control this process
+    except OSError:  # not the controlling terminal
         return False

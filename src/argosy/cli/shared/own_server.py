@@ -1,12 +1,12 @@
-"""The server that `argosy up` runs for this user: its directory, its socket file, and which process it is.
+"""The server that `argosy up` runs for this user: its directory, its socket file and its process.
 
     argosy serve --listen unix:STATE/server.sock  ─ noting ─>  STATE/server.json: process, address  ─>  running
 
 Only this user can access the directory, so a server on the socket file is always this user's. A port may belong to
-anybody, so our own commands prefer the file. A process is known by its id and the time at which it started, so a later
-process with the same id is never taken for it.
+anyone, so our own commands prefer the file. A process is identified by its id and start time, so a later process
+with the same id is never mistaken for it.
 
-Elsewhere: commands are `cli/commands/background.py`; requests are `remote.py`.
+Elsewhere: the commands are `cli/commands/background.py`; requests are `remote.py`.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ LOCK = "up.lock"  # held by `argosy up` and `argosy stop`
 _SOCKET = "server.sock"
 _FACTS = "server.json"
 _MOST_BYTES = 4096
-_ACCEPTS = 1 << 16  # flag of a socket that listens, in /proc/net/unix
+_ACCEPTS = 1 << 16  # the flag of a listening socket in /proc/net/unix
 
 
 class Process(NamedTuple):
-    """A server that runs.
+    """A running server.
 
-    started: clock ticks from the start of the machine, which tell processes with the same id apart.
+    started: in clock ticks since boot, which distinguishes processes with the same id.
     since: when it began to serve, in seconds since 1970.
-    address: what clients are given.
+    address: the address for clients.
     is_ending: `argosy stop` has told it to end.
     """
 
@@ -50,7 +50,7 @@ class Process(NamedTuple):
 
 
 def open_state() -> Directory:
-    """The directory for the server; created if it is missing.
+    """Open the server's directory, creating it if it is missing.
 
     Raises:
         UsageError: it cannot be created, or other users can access it.
@@ -68,10 +68,11 @@ def socket_url() -> str:
 
 @contextmanager
 def noting(path: Path | None, address: str, *, stays: bool = False) -> Iterator[None]:
-    """Note this process as the server of the socket file `path`, if that is the user's own; until the context ends.
+    """Record this process, until the context ends, as the server on the socket file `path`, if that is the user's
+    own.
 
     Args:
-        stays: the socket listens on without this process, and the address remains noted.
+        stays: the socket keeps listening without this process, so the address stays recorded.
     """
     if path is None or path != socket_path():
         yield
@@ -89,9 +90,9 @@ def noting(path: Path | None, address: str, *, stays: bool = False) -> Iterator[
 
 
 def note_end(state: Directory, process: Process) -> None:
-    """Note that a process has been told to end, because another signal would cut its answers off.
+    """Record that a process has been told to end, because another signal would cut off its answers.
 
-    A note that cannot be written, as on a full drive, does not keep the process from ending.
+    If the record cannot be written, as on a full drive, the process still ends.
     """
     with suppress(OSError):
         _note(state, process._replace(is_ending=True))
@@ -102,7 +103,7 @@ def _note(state: Directory, process: Process) -> None:
 
 
 def running() -> Process | None:
-    """The process of the user's own server, which may still be loading models; None: there is none.
+    """The process of the user's own server, which may still be loading models, or None.
 
     Raises:
         UsageError: the directory is open to others.
@@ -112,15 +113,15 @@ def running() -> Process | None:
     with open_state() as state:
         try:
             facts = parse_json(state.read(_FACTS, _MOST_BYTES))
-        except (OSError, JsonError):  # none was noted, or the disk was full
+        except (OSError, JsonError):  # there is no record, or the disk was full
             return None
     process = _process(facts)
-    # Another one has the id of a server that was killed.
+    # Another process may have the id of a killed server.
     return process if process is not None and is_running(process) else None
 
 
 def _process(facts: object) -> Process | None:
-    """The process that was noted; None: the file is damaged."""
+    """The recorded process, or None if the file is damaged."""
     if not isinstance(facts, dict):
         return None
     kinds = {"pid": int, "started": int, "since": float, "address": str, "is_ending": bool}
@@ -130,14 +131,14 @@ def _process(facts: object) -> Process | None:
 
 
 def found() -> Process | None:
-    """`running` or `awaited`; None also if the directory of the server cannot be used or trusted."""
+    """`running` or `awaited`; also None if the server's directory cannot be used or trusted."""
     with suppress(UsageError, OSError):
         return running() or awaited()
     return None
 
 
 def awaited() -> Process | None:
-    """The server that systemd starts on first use, with pid 0; None: nobody listens for it."""
+    """The server that systemd starts on first use, with pid 0; None if systemd does not listen for it."""
     if not socket_path().exists() or not _is_listening(socket_path()):
         return None
     with open_state() as state, suppress(OSError, JsonError):
@@ -147,12 +148,12 @@ def awaited() -> Process | None:
 
 
 def note_awaited(state: Directory, address: str) -> None:
-    """Note that systemd listens, and where."""
+    """Record that systemd listens, and where."""
     _note(state, Process(0, 0, time.time(), address))
 
 
 def _is_listening(path: Path) -> bool:
-    """Whether a socket file is listened on; a connection would start the server."""
+    """Whether anything listens on a socket file, without connecting, which would start the server."""
     with suppress(OSError), open("/proc/net/unix", "rb") as sockets:
         for line in sockets:
             _, _, _, flags, _, _, _, *name = line.rstrip(b"\n").split(None, 7)
@@ -166,15 +167,16 @@ def is_running(process: Process) -> bool:
 
 
 def is_starting(process: Process) -> bool:
-    """Whether a process will serve, and does not listen on the socket file yet."""
+    """Whether a process is starting and does not listen on the socket file yet."""
     return is_running(process) and not process.is_ending and not _is_listening(socket_path())
 
 
 def _started(pid: int) -> int | None:
-    """When a process started, in clock ticks from the start of the machine; None: there is no such process."""
+    """When a process started, in clock ticks since boot, or None if there is no such process."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
-            # The name of its program comes second, in parentheses, and may contain any of them.
+            # The second field is the program's name in parentheses, which may itself contain spaces and
+            # parentheses.
             state, *facts = file.read(_MOST_BYTES).rpartition(b")")[2].split()
     except (OSError, ValueError):
         return None

@@ -1,4 +1,4 @@
-"""Draw lines over one axis as an SVG file: each line has a panel, with its own scale."""
+"""Draw lines over a common axis as an SVG file: each line has a panel with its own scale."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Line(NamedTuple):
 
 
 def draw(lines: Sequence[Line], marks: Sequence[tuple[str, float]], *, x_label: str) -> str:
-    """An SVG document with a panel for each line, and a vertical mark at each of `marks` in all of them."""
+    """An SVG document with a panel per line, each with a vertical line at each of `marks`."""
     right = max(x for line in lines for x, _ in line.points)
     panels = [
         _panel(

@@ -1,10 +1,10 @@
-"""Ask a running Argosy server over HTTP for its models, and for its state twice a second.
+"""Talk to a running Argosy server over HTTP: its models, its state twice a second, answers.
 
     --url, --key-file, ARGOSY_API_KEY  ->  Server  ->  plain dicts, or one ServerNotUsable
 
-Without --url it is the server that `argosy up` runs for this user, by its socket file, or the port of `argosy serve`.
-Requests carry the key, so they go only to the given server: proxies in the environment and redirects are ignored.
-Responses are bounded, and `quote` makes their text safe for a terminal.
+Without --url it is the server that `argosy up` runs for this user, by its socket file, or else the port of `argosy
+serve`. Requests carry the key, so they go only to the given server: proxies from the environment and redirects are
+ignored. Responses are bounded, and `quote` makes their text safe for a terminal.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from argosy.strict_json import JsonError, parse_json
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 TIMEOUT_S = 10.0
-_COUNT_S = 600.0  # the tokens of a conversation, whose model may have to be loaded again
-ANSWER_S = 3600.0  # the next part of an answer; it is silent while its model is loaded
-_REFUSALS = {400, 404, 413, 422}  # what is asked for is wrong
-_NO_MODEL = "model_not_found"  # code of an error: the server had the model when it was chosen
-_MOST_LINES = 4  # of a server's error
-_MOST = 10**18  # an exabyte; a larger number measures nothing
+_COUNT_S = 600.0  # for counting a conversation's tokens, whose model may have to be loaded again
+ANSWER_S = 3600.0  # for the next part of an answer, which is silent while its model is loaded
+_REFUSALS = {400, 404, 413, 422}  # statuses of a wrong request
+_NO_MODEL = "model_not_found"  # error code; the server had the model when it was chosen
+_MOST_LINES = 4  # lines of a server's error
+_MOST = 10**18  # an exabyte; a larger number is nonsense
 _LONGEST_BYTES = 16_000_000  # 256 layers of 1024 experts with seven digits each are 2 MB
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -54,27 +54,27 @@ def server_options(command: Command) -> Command:
 
 
 def whole(value: object) -> int:
-    """A count that a server tells; 0 if it is anything else, or absurd."""
+    """A count from a server; 0 if it is not one or is absurd."""
     return value if isinstance(value, int) and 0 <= value <= _MOST else 0
 
 
 def number(value: object) -> float | None:
-    """A number that a server tells; None if it is anything else, or absurd."""
+    """A number from a server; None if it is not one or is absurd."""
     return value if isinstance(value, int | float) and -_MOST <= value <= _MOST else None
 
 
 def fields(value: object) -> dict[str, Any]:
-    """An object that a server tells; empty if it is anything else."""
+    """An object from a server; empty if it is anything else."""
     return value if isinstance(value, dict) else {}
 
 
 def entries(value: object) -> list[dict[str, Any]]:
-    """The objects of a list that a server tells."""
+    """The objects in a list from a server."""
     return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
 def default_url() -> str:
-    """The socket file of the user's own server if it runs, which nobody else can own; otherwise DEFAULT_URL."""
+    """The socket file of the user's own server if it runs, because nobody else can own it; otherwise DEFAULT_URL."""
     return DEFAULT_URL if own_server.found() is None else own_server.socket_url()
 
 
@@ -92,10 +92,10 @@ class _FileConnection(http.client.HTTPConnection):
 
 
 class Call:
-    """A request that another thread, or a signal's handler, can stop.
+    """A request that another thread or a signal handler can stop.
 
     Attributes:
-        is_stopped: nobody waits for its answer any more.
+        is_stopped: nothing waits for its answer any more.
     """
 
     def __init__(self) -> None:
@@ -103,10 +103,10 @@ class Call:
         self._sock: socket.socket | None = None
 
     def stop(self) -> None:
-        """End the connection; the server then stops computing."""
+        """Close the connection, which stops the server's computation."""
         self.is_stopped = True
         if self._sock is not None:
-            with suppress(OSError):  # it has ended already
+            with suppress(OSError):  # it has already ended
                 self._sock.shutdown(socket.SHUT_RDWR)
 
     def begin(self, connection: http.client.HTTPConnection) -> None:
@@ -118,7 +118,7 @@ class Call:
 
 
 class Server:
-    """One server, by its address and, if it has one, its base path. The constructor sends no request."""
+    """A server, by its address and, if it has one, its base path. The constructor sends no request."""
 
     def __init__(self, url: str, key: str | None = None, *, timeout_s: float = TIMEOUT_S) -> None:
         """
@@ -142,7 +142,7 @@ class Server:
                 f"--url must be a server's address, found '{quote(url)}'", hint=f"for example {DEFAULT_URL}"
             )
         base_path = parts.path.rstrip("/")
-        own_path = re.sub("(/v1)+$", "", base_path)  # clients of OpenAI's API are given an address with it
+        own_path = re.sub("(/v1)+$", "", base_path)  # addresses for clients of OpenAI's API end with it
         is_path = not base_path or BASE_PATH.fullmatch(base_path) is not None
         has_more = bool(parts.query or parts.fragment) or parts.username is not None
         if own_path != base_path or not is_path or has_more:
@@ -157,7 +157,7 @@ class Server:
         self._is_secure = parts.scheme == "https"
 
     def models(self) -> list[dict[str, Any]]:
-        """The entries of /v1/models."""
+        """Get the entries of /v1/models."""
         answer = self._get_json("/v1/models")
         entries = answer.get("data") if isinstance(answer, dict) else None
         if not isinstance(entries, list) or not all(
@@ -167,11 +167,11 @@ class Server:
         return entries
 
     def state(self) -> dict[str, Any]:
-        """The engine's state now."""
+        """Get the engine's current state."""
         return self._checked(self._get_json("/v1/engine/state"))
 
     def is_ready(self) -> bool:
-        """Whether it listens, and its engines are well."""
+        """Whether it listens and its engines are healthy."""
         try:
             self._read("GET", "/ready")
         except ServerNotUsable:
@@ -179,7 +179,7 @@ class Server:
         return True
 
     def unload(self, model: str) -> str:
-        """Take a model out of memory; returns its name.
+        """Unload a model; return its name.
 
         Raises:
             ServerNotUsable: a request uses it, or the server has no such model.
@@ -202,7 +202,7 @@ class Server:
         return quote(name)
 
     def erase(self, key: str) -> dict[str, Any]:
-        """Erase what the server keeps of a key, by its name or id; returns what that was."""
+        """Erase what the server keeps for a key, by name or id; return what was erased."""
         path = f"/v1/engine/data/{urlquote(key, safe='')}"
         answer = self._parsed(self._read("DELETE", path))
         names = {"key", "responses", "answers", "audit_contents"}
@@ -211,7 +211,7 @@ class Server:
         return answer
 
     def resize(self, size: str) -> dict[str, Any]:
-        """Give the server another memory budget; returns what it is used for."""
+        """Change the server's memory budget; return its uses."""
         with self._ask("POST", "/v1/engine/memory", {"memory": size}) as response:
             answer = self._parsed(response.read(_LONGEST_BYTES))
         lines = answer.get("lines") if isinstance(answer, dict) else None
@@ -225,13 +225,13 @@ class Server:
         return answer
 
     def states(self) -> Iterator[dict[str, Any]]:
-        """The engine's state, twice a second, until the server ends the stream."""
+        """Yield the engine's state twice a second until the server ends the stream."""
         with self._get("/v1/engine/events") as response:
             for event in self._events(response):
                 yield self._checked(self._parsed(event))
 
     def tokenize(self, body: dict[str, Any], timeout_s: float = _COUNT_S) -> int:
-        """Count the tokens of a text or a conversation, as vLLM's /tokenize; its model is loaded if it has to be.
+        """Count the tokens of a text or a conversation, as in vLLM's /tokenize; loads its model if necessary.
 
         Raises:
             UsageError: the server refuses the request.   ServerNotUsable: it does not answer.
@@ -250,13 +250,13 @@ class Server:
         begin: Callable[[str | None], None] = lambda request_id: None,
         call: Call | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """The chunks of a streamed answer, as OpenAI's API has them.
+        """Yield the chunks of a streamed answer, as in OpenAI's API.
 
         Args:
             begin: called with the request's id when the stream begins.
 
         Raises:
-            UsageError: the server refuses the request.   ServerNotUsable: the answer does not come, or not to its end.
+            UsageError: the server refuses the request.   ServerNotUsable: the answer does not come or breaks off.
         """
         with _refusing(), self._ask("POST", path, body, timeout_s=ANSWER_S, call=call) as response:
             begin(response.headers.get("x-request-id"))
@@ -274,7 +274,7 @@ class Server:
         )
 
     def _events(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
-        """The data of server-sent events."""
+        """Yield the data of server-sent events."""
         data: list[bytes] = []
         size = 0
         while line := response.readline(_LONGEST_BYTES):
@@ -290,7 +290,7 @@ class Server:
                 data, size = [], 0
 
     def workers(self) -> list[dict[str, Any]]:
-        """The workers of the server's group."""
+        """Get the workers of the server's group."""
         return self._workers(self._get_json("/v1/cluster"))
 
     def change_worker(self, what: str, host: str) -> list[dict[str, Any]]:
@@ -391,16 +391,16 @@ class Server:
         try:
             error = parse_json(response.read(_LONGEST_BYTES))["error"]  # type: ignore[index]
             code = error.get("code") if isinstance(error, dict) else None
-            message = error if path.startswith("/api/") else error["message"]  # Ollama's form, and OpenAI's
+            message = error if path.startswith("/api/") else error["message"]  # Ollama's and OpenAI's shape
         except (JsonError, KeyError, TypeError):
             message = None
-        # Other servers also send errors of this form for routes that only Argosy has.
+        # Other servers also send errors of this shape for routes that only Argosy has.
         is_unknown = (
             status == http.HTTPStatus.NOT_FOUND and not path.startswith("/api/") and code != _NO_MODEL
         )
         if is_unknown or not isinstance(message, str):
             return self._stranger(f"it answers {status} to {path}", status)
-        said, _, hint = message.partition("\nhint: ")  # as `str` of an ArgosyError writes it
+        said, _, hint = message.partition("\nhint: ")  # as `str(ArgosyError)` writes it
         lines = [quote(line) for line in said.splitlines()[:_MOST_LINES]]
         return ServerNotUsable(
             f"{self.url} answers {status}: " + "\n".join(lines),
@@ -423,7 +423,7 @@ class Server:
 
 @contextmanager
 def _refusing() -> Iterator[None]:
-    """Raise what a server refuses as the error that an engine here would raise."""
+    """Raise a server's refusal as the error that a local engine would raise."""
     try:
         yield
     except ServerNotUsable as error:
@@ -434,7 +434,7 @@ def _refusing() -> Iterator[None]:
 
 
 def _retry_after(response: http.client.HTTPResponse) -> dict[str, int]:
-    """When a busy server may be asked again."""
+    """Seconds after which to retry a busy server."""
     told = response.headers.get("retry-after") or ""
     is_busy = response.status in (http.HTTPStatus.TOO_MANY_REQUESTS, http.HTTPStatus.SERVICE_UNAVAILABLE)
     return (
@@ -445,6 +445,6 @@ def _retry_after(response: http.client.HTTPResponse) -> dict[str, int]:
 
 
 def _is_line(line: object) -> bool:
-    """Whether it is a part of a server's memory."""
+    """Whether it is a line of a server's memory."""
     kinds = {"name": str, "bytes": int, "note": str}
     return isinstance(line, dict) and all(isinstance(line.get(key), kind) for key, kind in kinds.items())

@@ -1,13 +1,12 @@
-"""A model that a server answers with, so that a command need not load it beside the server.
+"""A model on a server, so that a command need not load it a second time.
 
     --url, the user's own server  ─ find_model ─>  ServerModel  ─ answer ─>  events for an AnswerWriter, and a Reply
 
-A server answers what its API can say. If a command has an option that only an engine of its own honours, or the server
-lacks the model, a line says so and the command loads the model itself. With --url that is an error. A busy server is
-asked again. An answer goes on from its tokens, which a server tells (`return_token_ids`) and takes back.
+If a command has an option that only a local engine honours, or the server lacks the model, a line says so and the
+command loads the model itself; with --url that is an error. A busy server is retried. An answer can be continued
+from its tokens, which a server returns (`return_token_ids`) and takes back.
 
-Elsewhere: requests are `remote.py`; which process the user's server is, `own_server.py`; chats with it,
-`cli/commands/chat.py`.
+Elsewhere: requests are `remote.py`; `own_server.py` finds the user's server; chats are `cli/commands/chat.py`.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 T = TypeVar("T")
 
-# Options of commands that a request says, or that concern the terminal alone. All others are for an engine.
+# Options that a request can express or that only concern the terminal. All others are for an engine.
 _SAID = {
     *CHOOSING, "prompt", "model", "files", "system", "json_schema", "raw", "as_json", "quiet", "thoughts", "thinks",
     "effort", "max_tokens", "seed", "stop", "ignore_eos", "logit_bias", "url", "no_server", "history", "context_policy",
@@ -58,13 +57,13 @@ _KINDS: Mapping[str, Kind] = {
     "image": "picture",
     "audio": "sound",
     "video": "video",
-}  # by the name in /v1/models
+}  # keyed by the name in /v1/models
 _SWITCHES = {
     "on-off": ["enable_thinking"], "efforts": ["reasoning_effort"], "both": ["enable_thinking", "reasoning_effort"],
 }  # fmt: skip
-_STATE_S = 2.0  # the longest that the first token may wait for a state
-_LONGEST_WAIT_S = 60  # that a busy server may ask for
-_LOOK_S = 0.1  # how often a wait looks for ^C
+_STATE_S = 2.0  # the longest that showing the first token may wait for a state
+_LONGEST_WAIT_S = 60  # the longest wait that a busy server may request
+_LOOK_S = 0.1  # how often a wait checks for ^C
 _USUAL_TYPES = {"picture": "image/png", "sound": "wav", "video": "video/mp4"}
 
 
@@ -72,10 +71,10 @@ _USUAL_TYPES = {"picture": "image/png", "sound": "wav", "video": "video/mp4"}
 class Reply:
     """An answer.
 
-    finish_reason: "stop", "length" or "cancelled", as an engine has it.
-    token_ids: of the whole answer, with those it began with; empty if a server does not tell them.
-    usage: tokens of the prompt and the answer, as an engine has them.
-    fault: why a server ended it, which is then "cancelled"; None: it did not.
+    finish_reason: "stop", "length" or "cancelled", as for an engine.
+    token_ids: of the whole answer, including those it began with; empty if the server does not return them.
+    usage: tokens of the prompt and the answer, as for an engine.
+    fault: why a server ended it, which is then "cancelled"; None if it did not.
     """
 
     finish_reason: str
@@ -91,21 +90,21 @@ class Reply:
 
 
 class Followed:
-    """The last request for a model of a server, by the server's state, which a key without `metrics` may not read."""
+    """The progress of the last request, from the server's state, which a key without `metrics` may not read."""
 
     def __init__(self, server: Server, model: str) -> None:
         self._server, self._model = server, model
         self._is_refused = False
         self._request_id: str | None = (
-            None  # None: the server has not said it; its model is not in memory, perhaps
+            None  # None until the server says so; perhaps its model is not in memory
         )
 
     def begin(self, request_id: str | None) -> None:
-        """The server has begun to answer."""
+        """Note that the server has begun to answer."""
         self._request_id = request_id
 
     def read(self) -> Shown | None:
-        """What to show of it now."""
+        """What to show now."""
         from argosy.cli.shared.output import Shown
         from argosy.cli.shared.remote import entries, number, whole
         from argosy.engine.progress import prompt_count, wait_line
@@ -132,18 +131,18 @@ class Followed:
     def _is_it(self, one: dict[str, Any]) -> bool:
         if self._request_id is not None:
             return bool(one.get("id") == self._request_id)
-        # All who wait for the model to load see the same.
+        # All requests that wait for the model to load see the same progress.
         return one.get("model") == self._model and one.get("why") in ("model", "room")
 
 
 @dataclass(slots=True)
 class ServerModel:
-    """A model of a server. It answers as `chat_models.ChatModel` says.
+    """A model on a server, with the methods of `chat_models.ChatModel`.
 
     Attributes:
         name: as the user gave it.
         entry: of /v1/models.
-        address: the server's, as clients are given it.
+        address: the server's address for clients.
     """
 
     server: Server
@@ -159,7 +158,7 @@ class ServerModel:
 
     @property
     def _id(self) -> str:
-        """Its name at the server."""
+        """Its name on the server."""
         return str(self.entry["id"])
 
     @property
@@ -206,7 +205,7 @@ class ServerModel:
         return thinking.shortfall(self.variables)
 
     def loaded(self) -> ServerModel:
-        """The model once it is in memory: only then its server knows what it can do.
+        """The model once it is in memory, because only then the server knows what it can do.
 
         Raises:
             ServerNotUsable: it cannot be loaded.
@@ -238,13 +237,13 @@ class ServerModel:
         begun: Sequence[int] = (),
         interrupts: Interrupts | None = None,
     ) -> Reply:
-        """Show the answer to a text that is continued, or to messages, until ^C if `interrupts` watches for it.
+        """Show the continuation of a text or the answer to messages, until ^C if `interrupts` watches for it.
 
         Args:
             begun: tokens that the answer begins with, and that were shown.
 
         Raises:
-            UsageError: the server refuses the request.   ServerNotUsable: it ends before the answer has begun.
+            UsageError: the server refuses the request.   ServerNotUsable: it is lost before the answer has begun.
         """
         from argosy.cli.shared.remote import Call
 
@@ -276,7 +275,7 @@ class ServerModel:
                 ):
                     taken.take(event)
             except ServerNotUsable as error:
-                # What has come is kept, unless nobody waits for how it goes on.
+                # Keep what has come, unless nothing waits for the rest.
                 if not call.is_stopped and (interrupts is None or not taken.token_ids):
                     raise
                 fault = None if call.is_stopped else error
@@ -289,7 +288,7 @@ class ServerModel:
         return ["`argosy top` shows the server's use of time and memory"]
 
     def _asking(self, ask: Callable[[], Iterable[T]], call: Call | None) -> Iterator[T]:
-        """What `ask` yields. A server that is busy is asked again, after as long as it says."""
+        """Yield what `ask` yields, retrying a busy server after the time that it requests."""
         from argosy.cli.shared.remote import ANSWER_S
 
         until, has_said = time.monotonic() + ANSWER_S, False
@@ -302,7 +301,7 @@ class ServerModel:
                 if not isinstance(wait_s, int) or wait_s > _LONGEST_WAIT_S or time.monotonic() > until:
                     raise
                 if not has_said:
-                    click.echo(f"{error.message}; it is asked again until it is free (^C stops)", err=True)
+                    click.echo(f"{error.message}; retrying until it is free (^C stops)", err=True)
                 has_said = True
             free_at = time.monotonic() + max(1, wait_s)
             while time.monotonic() < free_at and not (call is not None and call.is_stopped):
@@ -310,12 +309,12 @@ class ServerModel:
 
 
 class _Taken:
-    """What has come of an answer.
+    """The part of an answer that has come.
 
     Attributes:
-        finish: why it ended, as an engine has it.
-        token_ids: of the whole answer, as far as the server tells them.
-        usage: as an engine has it.
+        finish: why it ended, as for an engine.
+        token_ids: of the whole answer, if the server returns them.
+        usage: as for an engine.
     """
 
     def __init__(self, writer: AnswerWriter) -> None:
@@ -355,7 +354,7 @@ class _Taken:
             told = choice.get("token_ids")
             ids = [one for one in told if isinstance(one, int)] if isinstance(told, list) else []
             self.token_ids += ids
-            if not is_new:  # what the answer began with
+            if not is_new:  # the given beginning of the answer
                 self._writer.replay(said)
                 continue
             if said or ids:
@@ -367,7 +366,7 @@ class _Taken:
                 self.finish = "length" if finish == "length" else "stop"
 
     def ledger(self) -> Ledger:
-        """The answer's, as the server tells it, or what can be measured here."""
+        """The answer's ledger as the server reports it, or what can be measured here."""
         from argosy.engine.ledger import Ledger
 
         if isinstance(self._timings, dict):
@@ -380,7 +379,7 @@ class _Taken:
 
 
 def _ledger_of(told: Mapping[str, Any]) -> Ledger:
-    """The ledger that a server tells; what is no number is left out."""
+    """The ledger that a server reports, leaving out anything that is not a number."""
     from argosy.engine.ledger import Ledger
     from argosy.model.clock import PARTS
 
@@ -406,13 +405,13 @@ def _mapping(entry: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _thinking(thinking: Thinking) -> dict[str, Any]:
-    """The fields of a request that say whether the model thinks."""
+    """The request fields that control thinking."""
     asked = {"enable_thinking": thinking.thinks, "reasoning_effort": thinking.effort}
     return {name: value for name, value in asked.items() if value is not None}
 
 
 def _sent(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages with their media as a request has them."""
+    """Messages with their media as a request carries them."""
     from argosy.media.parts import Content
 
     return [
@@ -427,7 +426,7 @@ def _sent(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _sampling(params: SamplingParams) -> dict[str, Any]:
-    """The fields of a request; what is left to the model is left out."""
+    """The request fields for sampling, without those left to the model."""
     chosen = {name: getattr(params, name) for name in CHOOSING if name not in params.left_to_model}
     more = {
         "max_tokens": params.max_tokens, "stop": list(params.stop) or None,
@@ -438,10 +437,10 @@ def _sampling(params: SamplingParams) -> dict[str, Any]:
 
 
 def find_model(model: str, url: str | None, *, no_server: bool, is_quiet: bool) -> ServerModel | None:
-    """The model at a server; None: the command loads it itself, and a line says why if a server of the user runs.
+    """The model on a server. None: the command loads it itself, and if the user's server runs, a line says why.
 
     Raises:
-        UsageError, ServerNotUsable: a server was named, and cannot answer this command.
+        UsageError, ServerNotUsable: a server was named but cannot answer this command.
     """
     from argosy.cli.shared.remote import Server
     from argosy.cli.shared.settings import api_key
@@ -476,7 +475,7 @@ def find_model(model: str, url: str | None, *, no_server: bool, is_quiet: bool) 
 
 
 def _models_of(server: Server, process: Process | None, model: str) -> Sequence[dict[str, Any]]:
-    """The models of a server. One that is starting is waited for: loaded twice, a model needs its memory twice."""
+    """The models of a server. Waits for a starting server, because loading a model twice takes its memory twice."""
     has_said = False
     while True:
         is_starting = process is not None and own_server.is_starting(process)
@@ -496,7 +495,7 @@ def _models_of(server: Server, process: Process | None, model: str) -> Sequence[
 
 
 def _option_for_engines() -> str | None:
-    """A given option of the current command that only an engine of its own honours."""
+    """A given option of the current command that only a local engine honours, if any."""
     context = click.get_current_context()
     for param in context.command.params:
         name = param.name or ""
@@ -510,20 +509,20 @@ def _option_for_engines() -> str | None:
 
 
 def _entry_of(model: str, entries: Callable[[], Sequence[dict[str, Any]]], address: str) -> dict[str, Any]:
-    """The server's entry for what the user calls `model`. The server is asked only if it may have it.
+    """The server's entry for `model`. The server is asked only if it may have the model.
 
     Raises:
-        UsageError: there is none, or `model` is a path.
+        UsageError: there is no such entry, or `model` is a path.
     """
     from argosy.library.names import Named, look_up, preset_of
 
     found = look_up(model)
-    if preset_of(model) is not None:  # its model alone would not do
+    if preset_of(model) is not None:  # its model alone would not be enough
         found = Named(model, None, None)
     if found.name is None and found.path is not None and model != DEMO:
         raise UsageError(f"the server at {address} takes names of models, and {model} is a path")
     whole = found.name or model
-    # A server that was given this model by its name has the last part of it; files of one name may differ.
+    # A server that was given this model by name lists the last part of it; files with equal names may differ.
     wanted = [model] if Path(whole).is_absolute() else [model, whole, Path(whole).name]
     by_name = {str(entry["id"]).lower(): entry for entry in entries()}
     for name in wanted:
@@ -535,7 +534,7 @@ def _entry_of(model: str, entries: Callable[[], Sequence[dict[str, Any]]], addre
 
 
 def part_of(content: Content, source: object = "") -> dict[str, Any]:
-    """A picture, sound or video as a part of a message."""
+    """Encode a picture, sound or video as a part of a message."""
     assert isinstance(content.data, bytes)
     suffix = source.suffix.lower() if isinstance(source, Path) else Path(str(source)).suffix.lower()
     kind = _MEDIA_TYPES.get(suffix, _USUAL_TYPES[content.kind])

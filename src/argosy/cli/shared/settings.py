@@ -2,9 +2,9 @@
 
     flags, environment -> Settings -> keyword arguments of Engine
 
-`EngineOptions` and `Settings` declare which option has which variable, and `argosy --help` lists `VARIABLES`.
-ARGOSY_RECORD (on, off) says whether a run adds to what is known of the model's routing (`observe/saved.py`), and
-ARGOSY_TUNE (on, off) whether products run as measured on this machine. A misspelt ARGOSY_ variable is an error.
+`EngineOptions` and `Settings` declare the variables of options, and `argosy --help` lists `VARIABLES`.
+ARGOSY_RECORD (on, off) says whether a run adds to the saved working set (`observe/saved.py`), and ARGOSY_TUNE (on,
+off) whether products run as measured on this machine. A misspelt ARGOSY_ variable is an error.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from argosy.errors import UsageError, did_you_mean
 
 
 class Settings(EngineOptions, total=False):
-    """How a command runs an engine; what is missing is left to the engine.
+    """How a command runs an engine; missing settings are left to the engine.
 
-    record: count what routers choose; missing: it does.
+    record: count what routers choose; the default is yes.
     """
 
     record: Annotated[bool, Further("--no-record", "Keep no counts of routing.", variable="ARGOSY_RECORD")]
@@ -37,7 +37,7 @@ VARIABLES = (
 
 
 def read_settings(environment: Mapping[str, str] | None = None, **flags: Unpack[Settings]) -> Settings:
-    """Take given flags, and the environment for the rest.
+    """Combine given flags with the environment for the rest.
 
     Raises:
         UsageError: a variable is misspelt or has an invalid value, or the memory is not a size with a unit.
@@ -49,10 +49,11 @@ def read_settings(environment: Mapping[str, str] | None = None, **flags: Unpack[
         for name, one in declarations(Settings).items()
         if one.option.variable is not None and (value := _value(environment, one)) is not None
     }
-    found.pop("tune", None)  # only checked: `machine/tuning.py` reads it, for every process of ours
+    found.pop("tune", None)  # only checked here: `machine/tuning.py` reads it in every process of ours
     found |= {name: value for name, value in flags.items() if value is not None}
     if "memory" in found:
-        parse_size(found["memory"], total_bytes=GIB)  # only its form: the total is read when an engine opens
+        # checks only the format: the total is read when an engine opens
+        parse_size(found["memory"], total_bytes=GIB)
     return cast(Settings, found)
 
 
@@ -62,7 +63,7 @@ def for_engine(settings: Settings) -> dict[str, Any]:
 
 
 def refuse_misspelt(environment: Mapping[str, str]) -> None:
-    """Raise UsageError for a variable that looks like a misspelt one of ours."""
+    """Raise UsageError for a variable that looks like a misspelling of ours."""
     for name in environment:
         is_unknown = name.startswith("ARGOSY") and name not in VARIABLES
         if is_unknown and (said := did_you_mean(name, VARIABLES, quote="", cutoff=0.8)):
@@ -70,7 +71,7 @@ def refuse_misspelt(environment: Mapping[str, str]) -> None:
 
 
 def api_key(key_file: Path | None = None, environment: Mapping[str, str] | None = None) -> str | None:
-    """The key for a running server: the file's one line, or ARGOSY_API_KEY, or None.
+    """The key for a running server: the file's only line, ARGOSY_API_KEY, or None.
 
     Raises:
         UsageError: the file cannot be read, or the text cannot be a key.
@@ -88,8 +89,8 @@ def api_key(key_file: Path | None = None, environment: Mapping[str, str] | None 
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not text"
             raise UsageError(f"the key file {key_file} cannot be read: {reason}") from error
-    if not text or not all("!" <= character <= "~" for character in text):  # it becomes a header
-        raise UsageError(f"{origin} must hold a key: one line of printable characters without spaces")
+    if not text or not all("!" <= character <= "~" for character in text):  # it goes into a header
+        raise UsageError(f"{origin} must contain a key: one line of printable characters without spaces")
     return text
 
 
@@ -99,7 +100,7 @@ def wants_traceback(environment: Mapping[str, str] | None = None) -> bool:
 
 
 def _value(environment: Mapping[str, str], one: Declaration) -> Any:
-    """The value of an option's variable, of the option's type; None if it is not set."""
+    """The value of an option's variable, converted to the option's type; None if it is not set."""
     name = one.option.variable or ""
     text = environment.get(name)
     if not text or one.kind is str:

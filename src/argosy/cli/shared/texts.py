@@ -1,10 +1,10 @@
-"""Texts that a command line names: a prompt, files, stdin.
+"""Texts from the command line: a prompt, files, stdin.
 
     PROMPT...                   ->  prompt_of     ->  its words, as one text
     that, -f FILE..., stdin     ->  prompt_text   ->  one text, in the order in which the model reads it
     --system TEXT | @FILE       ->  text_or_file  ->  the text
 
-Files and stdin are UTF-8 and bounded, and they are read before an engine opens, so the memory plan counts them.
+Files and stdin are UTF-8 and bounded. They are read before an engine opens, so the memory plan counts them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from argosy.errors import UsageError
 
 STDIN = "-"
-MOST_BYTES = 8 << 20  # per command, all texts: an engine renders 2 Mi characters, of at most 4 bytes each
+MOST_BYTES = 8 << 20  # for all texts of a command; an engine renders 2 Mi characters of at most 4 bytes each
 _PATIENCE_S = 3.0
 
 
@@ -27,7 +27,7 @@ def prompt_of(words: Sequence[str], *, may_name_model: bool) -> str | None:
     """Join the words of a prompt, which needs no quotes; None if there are none.
 
     Args:
-        may_name_model: refuse a first word that names a model, which other programs expect there.
+        may_name_model: refuse a first word that names a model, because other programs expect one there.
 
     Raises:
         UsageError: the first word names a model.
@@ -52,14 +52,14 @@ def prompt_of(words: Sequence[str], *, may_name_model: bool) -> str | None:
 
 
 def prompt_text(prompt: str | None, files: Sequence[str], *, has_media: bool, is_raw: bool) -> str:
-    """Put the texts of a prompt together: text on stdin, then files, then PROMPT. Without PROMPT, stdin comes last.
+    """Assemble a prompt: the text on stdin, then files, then PROMPT. Without PROMPT, stdin comes last.
 
-    Each file follows a line with its name, unless it is the only text. Raw texts have no names.
+    Each file is preceded by a line with its name, unless it is the only text. Raw texts have no names.
 
     Args:
-        prompt: from `prompt_of`; "-" or None: it is on stdin.
+        prompt: from `prompt_of`; "-" or None: read it from stdin.
         files: paths; "-" is stdin.
-        has_media: pictures, sounds or videos, so that no text is needed.
+        has_media: there are pictures, sounds or videos, so no text is needed.
         is_raw: the model continues the text.
 
     Raises:
@@ -67,7 +67,7 @@ def prompt_text(prompt: str | None, files: Sequence[str], *, has_media: bool, is
     """
     num_asked = [prompt, *files].count(STDIN)
     if num_asked > 1:
-        raise UsageError(f"stdin can be read only once, and {STDIN} asks for it {num_asked} times")
+        raise UsageError(f"stdin can be read only once, but {STDIN} occurs {num_asked} times")
     is_needed = prompt is None and not files and not has_media
     piped = None
     if prompt == STDIN or (num_asked == 0 and (is_needed or _is_piped())):
@@ -104,10 +104,10 @@ def text_or_file(value: str) -> str:
 
 
 def read_file(path: Path, most_bytes: int = MOST_BYTES, name: str | None = None) -> str:
-    """The text of a file or pipe, without the line break at its end.
+    """The text of a file or pipe, without a trailing newline.
 
     Args:
-        name: the name for errors; None: its path.
+        name: the name for errors; None: the path.
 
     Raises:
         UsageError: it cannot be read, is too large, or is not UTF-8.
@@ -128,13 +128,13 @@ def read_file(path: Path, most_bytes: int = MOST_BYTES, name: str | None = None)
 
 
 def read_stdin(most_bytes: int, *, is_needed: bool) -> str:
-    """The text on stdin, without the line break at its end.
+    """The text on stdin, without a trailing newline.
 
     Args:
-        is_needed: there is no other text, so a terminal has none either.
+        is_needed: there is no other text, so stdin must not be a terminal.
 
     Raises:
-        UsageError: it is not there, is too large, or is not UTF-8.
+        UsageError: it is missing, too large, or not UTF-8.
     """
     if sys.stdin is None or (is_needed and sys.stdin.isatty()):
         raise UsageError(
@@ -162,15 +162,15 @@ def _too_long(name: str, most_bytes: int) -> UsageError:
 
 
 def _is_piped() -> bool:
-    """Whether stdin is a pipe, a file or a socket, which may have text for the prompt."""
+    """Whether stdin is a pipe, a file or a socket, which may contain text for the prompt."""
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
-    except (AttributeError, OSError, ValueError):  # closed, or no file at all
+    except (AttributeError, OSError, ValueError):  # closed, or not a file at all
         return False
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
 
 
 def _tell_if_silent() -> None:
-    """Say what is waited for: a program may leave its pipe open and write nothing to it."""
+    """Say that the command is waiting, because a program may leave its pipe open without writing."""
     if _is_piped() and not select.select([sys.stdin], [], [], _PATIENCE_S)[0]:
         print("note: waiting for text on stdin; `< /dev/null` answers without it", file=sys.stderr)

@@ -1,11 +1,11 @@
-"""The units with which systemd starts this user's server on first use.
+"""The systemd units that start this user's server on first use.
 
     argosy up  ->  argosy.socket, argosy.service in ~/.config/systemd/user
                ->  systemctl --user enable --now argosy.socket
 
-A unit begins with the SHA-256 of its other lines, so one that somebody else wrote or changed is never replaced.
+A unit begins with the SHA-256 of its other lines, so a unit that somebody else wrote or changed is never replaced.
 
-Elsewhere: commands are `cli/commands/background.py`; how the server takes the sockets is `serve/http/systemd.py`.
+Elsewhere: the commands are `cli/commands/background.py`; `serve/http/systemd.py` takes the sockets.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from argosy.user_directories import home_directory
 SOCKET, SERVICE = "argosy.socket", "argosy.service"
 _MARK = "# Made by `argosy up`, which replaces it unless it was changed: "
 _MOST_BYTES = 64 << 10
-_ANSWER_S = 3.0  # for the user's systemd to say whether it is there
-_CHANGE_S = 90.0  # for it to change a unit; the end of the service is awaited before
+_ANSWER_S = 3.0  # time for the user's systemd to respond
+_CHANGE_S = 90.0  # time for it to change a unit, after the service has ended
 _READY = {"running", "degraded", "starting", "initializing"}
-# Variables that decide where a server finds its files, and our own; keys and tokens belong into no unit.
+# Variables that decide where a server finds its files, plus our own; keys and tokens do not belong in a unit.
 _KEPT = (
     "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "OLLAMA_MODELS", "XDG_CACHE_HOME", "XDG_DATA_HOME",
     "XDG_STATE_HOME",
 )  # fmt: skip
 _SECRET = ("ARGOSY_API_KEY",)
 
-# This output has no characters that a terminal would obey.
+# Output without terminal control characters.
 _LOG = ("journalctl", "--user", f"--unit={SERVICE}", "--output=short-iso", "--no-hostname", "--no-pager")
-_LAST_LINES = 20  # of a server that does not start
+_LAST_LINES = 20  # shown of a server that does not start
 
 _SOCKET_TEXT = """\
 [Unit]
@@ -76,23 +76,23 @@ NoNewPrivileges=yes
 
 
 def is_reachable() -> bool:
-    """Whether a systemd runs for this user and answers."""
+    """Whether the user's systemd runs and answers."""
     done = _systemctl("is-system-running", wait_s=_ANSWER_S)
     return done is not None and done.stdout.strip() in _READY
 
 
 def is_installed() -> bool:
-    """Whether there is a unit for the server, of `argosy up` or of the user."""
+    """Whether there is a unit for the server, from `argosy up` or from the user."""
     return any((_directory() / name).exists() for name in (SOCKET, SERVICE))
 
 
 def is_active() -> bool:
-    """Whether systemd listens for the server, or runs it."""
+    """Whether systemd listens for the server or runs it."""
     return is_installed() and _has_done(_systemctl("is-active", SOCKET, SERVICE, wait_s=_ANSWER_S))
 
 
 def runs(pid: int) -> bool:
-    """Whether a process is the service's."""
+    """Whether a process belongs to the service."""
     done = _systemctl("show", SERVICE, "--property=MainPID", "--value", wait_s=_ANSWER_S)
     return done is not None and done.stdout.strip() == str(pid)
 
@@ -101,14 +101,14 @@ def texts(
     command: Sequence[str], *, path: Path, host: str, port: int, mode: str, drain_s: float, directory: Path | None,
     environment: Mapping[str, str],
 ) -> dict[str, str]:  # fmt: skip
-    """The units of a server, by name.
+    """The texts of a server's units, by name.
 
     Args:
-        command: of the server, with its options.
+        command: the server's command with its options.
         path: the socket file.
-        mode: of that file.
-        drain_s: how long answers may finish at its end.
-        directory: where relative paths of the options begin; None: there are none.
+        mode: the mode of that file.
+        drain_s: how long answers may take to finish when it stops.
+        directory: the base of relative paths in the options; None if there are none.
 
     Raises:
         UsageError: systemd cannot listen there, or a value cannot be written to a unit.
@@ -117,12 +117,12 @@ def texts(
         shown = f"[{host}]" if ipaddress.ip_address(host).version == 6 else host
     except ValueError:
         raise UsageError(
-            f"systemd listens on addresses, and --host {host} is a name",
+            f"systemd listens on addresses, but --host {host} is a name",
             hint="--host 127.0.0.1, or `argosy up --no-systemd`",
         ) from None
     if not port:
         raise UsageError(
-            "systemd listens on a port that stays the same, and --port 0 is any free one",
+            "systemd listens on a fixed port, but --port 0 is any free one",
             hint="name a port, or `argosy up --no-systemd`",
         )
     kept = {
@@ -131,7 +131,7 @@ def texts(
         if (name.startswith("ARGOSY_") or name in _KEPT) and name not in _SECRET
     }
     listens = "\n".join(f"ListenStream={_plain(one)}" for one in (f"{shown}:{port}", str(path)))
-    # With `:` systemd replaces no variables, so `$` means itself.
+    # With `:` systemd expands no variables, so `$` is literal.
     words = [f":{command[0]}", *command[1:]]
     parts = {
         SOCKET: _SOCKET_TEXT.format(listens=listens, mode=mode),
@@ -149,7 +149,7 @@ def _mark(text: str) -> str:
 
 
 def _plain(value: str) -> str:
-    """A value that systemd takes as it is, but for specifiers."""
+    """A value that systemd takes literally, except for specifiers."""
     if not value.isprintable() or value != value.strip():
         raise UsageError(
             f"{value!r} has characters that a systemd unit cannot hold", hint="`argosy up --no-systemd`"
@@ -158,7 +158,7 @@ def _plain(value: str) -> str:
 
 
 def _quoted(value: str) -> str:
-    """A word in double quotes."""
+    """Quote a word."""
     if not value.isprintable():
         raise UsageError(
             f"{value!r} has characters that a systemd unit cannot hold", hint="`argosy up --no-systemd`"
@@ -168,11 +168,11 @@ def _quoted(value: str) -> str:
 
 
 def install(units: Mapping[str, str]) -> None:
-    """Write the units, and let systemd listen, now and after each login.
+    """Write the units and let systemd listen, now and after each login.
 
     Raises:
-        UsageError: a unit of the same name is not ours, or they cannot be written.
-        ServerNotUsable: systemd does not take them.
+        UsageError: a unit of the same name is not ours, or the units cannot be written.
+        ServerNotUsable: systemd rejects them.
     """
     path = _directory()
     try:
@@ -216,17 +216,17 @@ def _require_ours(opened: Directory, name: str) -> None:
 
 
 def start() -> subprocess.Popen[bytes]:
-    """Begin to start the service; the process ends when the server is ready, or cannot start."""
+    """Begin starting the service; the process ends when the server is ready or has failed to start."""
     return subprocess.Popen(["systemctl", "--user", "start", SERVICE], stdin=subprocess.DEVNULL)
 
 
 def stop_listening() -> None:
-    """Let nobody start the server again before the next login."""
+    """Stop listening, so that nothing starts the server again before the next login."""
     _require(_systemctl("stop", SOCKET, wait_s=_CHANGE_S))
 
 
 def stop_service() -> None:
-    """End what is left of the service, and a restart that waits."""
+    """End what is left of the service, including a pending restart."""
     _require(_systemctl("stop", SERVICE, wait_s=_CHANGE_S))
 
 
@@ -235,12 +235,12 @@ def disable() -> None:
 
 
 def is_enabled() -> bool:
-    """Whether systemd listens again after the next login."""
+    """Whether systemd will listen again after the next login."""
     return is_installed() and _has_done(_systemctl("is-enabled", SOCKET, wait_s=_ANSWER_S))
 
 
 def last_lines() -> str:
-    """The end of the service's log, as far as it can be read."""
+    """The end of the service's log, if it can be read."""
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         return subprocess.run(
             [*_LOG, f"--lines={_LAST_LINES}"], stdin=subprocess.DEVNULL, capture_output=True, text=True,
@@ -250,7 +250,7 @@ def last_lines() -> str:
 
 
 def show_log(*, follow: bool, lines: int) -> None:
-    """Become the command that shows the service's log.
+    """Replace this process by the command that shows the service's log.
 
     Raises:
         UsageError: there is no such command.
@@ -268,7 +268,7 @@ def _directory() -> Path:
 
 
 def _systemctl(*arguments: str, wait_s: float) -> subprocess.CompletedProcess[str] | None:
-    """What systemd says; None: it is not there, or does not answer."""
+    """Run systemctl and return its output, or None if systemd is missing or does not answer."""
     try:
         return subprocess.run(
             ["systemctl", "--user", *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True,
