@@ -258,7 +258,7 @@ def test_a_damaged_record_of_earlier_runs_is_left_out_and_said(capsys: pytest.Ca
         assert main(["plan", str(TINY), "--memory", "1GiB"]) == 0
         printed = capsys.readouterr()
         assert "hit rate: typical of such models, within 10 points" in printed.out
-        assert printed.err.startswith("note: what earlier runs recorded of its routing is left out: ")
+        assert printed.err.startswith("note: routing recorded in earlier runs is not used: ")
         assert problem in printed.err
 
 
@@ -367,8 +367,8 @@ def test_an_address_that_is_not_read_is_refused(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("Qwen3-VL-30B-A3B", "text only, for it does not say what a picture takes"),
-        ("Qwen3-Omni-30B-A3B", "text only, for it does not say what a picture or a sound takes"),
+        ("Qwen3-VL-30B-A3B", "text only, because it does not say what a picture takes"),
+        ("Qwen3-Omni-30B-A3B", "text only, because it does not say what a picture or a sound takes"),
         ("Kimi-K2", None),
     ],
 )

@@ -150,7 +150,7 @@ def export(directory: Path, key_file: Path | None, key_id: str | None, with_cont
 
 @contextmanager
 def _progress(directory: Path, key: bytes | None) -> Iterator[Callable[[Line], None]]:
-    """Show how far an audit is read; what is yielded takes each line."""
+    """Show the progress of reading an audit; yields a function that takes each line."""
     from argosy.cli.shared import output
     from argosy.guard import chain
 
@@ -162,10 +162,10 @@ def _progress(directory: Path, key: bytes | None) -> Iterator[Callable[[Line], N
 
 
 def read_key(directory: Path, key_file: Path | None) -> bytes:
-    """The key of an audit; none is made.
+    """Read the key of an audit, without creating one.
 
     Raises:
-        UsageError: it is missing, others can read it, or it is no key.
+        UsageError: it is missing, others can read it, or it is not a key.
     """
     from argosy.guard.chain import KEY, KEY_BYTES
     from argosy.private_files import read_secret
@@ -195,7 +195,7 @@ def _said(contents: SealedContents, line: Line) -> dict[str, str] | None:
     """The texts of a request and its answer; None if they were not kept.
 
     Raises:
-        UsageError: it was changed.
+        UsageError: they were changed.
     """
     key_id, request_id = line.facts.get("key"), line.facts.get("request_id")
     if "content" not in line.facts or not isinstance(key_id, str) or not isinstance(request_id, str):

@@ -1,8 +1,9 @@
 """Options of `argosy serve` for its audit, and for how long it keeps what clients sent.
 
-    options  ->  Keeping: checked, before anything is opened  ->  ServerSettings, KvDir
+    options  ->  Keeping: checked before anything is opened  ->  ServerSettings, KvDir
 
-Elsewhere: the audit is `guard/audit.py`; commands that read one are `audit.py`; those for all that is kept, `data.py`.
+Elsewhere: the audit is `guard/audit.py`; the commands that read it are `audit.py`, and those for all kept data
+`data.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _NEVER = "never"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeepingOptions:
-    """What `serve` keeps of requests; docs/guides/privacy.md explains them."""
+    """Options for what `serve` keeps of requests, explained in docs/guides/privacy.md."""
 
     audit: Annotated[Path | None, Further("--audit DIR", "Record requests here.")] = None
     audit_key_file: Annotated[
@@ -57,7 +58,7 @@ keeping_options = options(KeepingOptions, into="keeps")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Keeping:
-    """The data that a server keeps, and for how long."""
+    """What a server keeps, and for how long."""
 
     audit: AuditSettings | None
     kv_s: float | None  # None: the default of `KvDir`
@@ -68,7 +69,7 @@ def keeping_of(given: KeepingOptions, *, kv_dir: Path | None, store: bool) -> Ke
     """Check options.
 
     Raises:
-        UsageError: one of them is invalid or needs another.
+        UsageError: an option is invalid or needs another.
     """
     from argosy.serve.answer.kept_items import KEPT_S
 

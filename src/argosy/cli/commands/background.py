@@ -1,9 +1,9 @@
 """`argosy up`, `ps`, `logs` and `stop`: the server that runs in the background for this user.
 
-    up  ->  systemd listens, and starts `argosy serve ... --listen unix:STATE/server.sock` on first use
+    up  ->  systemd listens and starts `argosy serve ... --listen unix:STATE/server.sock` on first use
         ->  without systemd, the same command in a session of its own, its log in STATE/server.log
 
-Elsewhere: which process that is, and its directory, are `cli/shared/own_server.py`; what systemd is told is
+Elsewhere: its process and directory are `cli/shared/own_server.py`; its systemd units are
 `cli/shared/user_units.py`; its options are those of `serve.py`.
 """
 
@@ -36,17 +36,17 @@ if TYPE_CHECKING:
     from argosy.cli.shared.own_server import Process
     from argosy.directory import Directory
 
-# Longer than Ollama's five minutes: what runs from a drive takes minutes to load, and its KV cache goes with it. If
-# another model needs the memory, an idle one leaves earlier.
+# Longer than Ollama's five minutes, because a model on a drive takes minutes to load and loses its KV cache when
+# unloaded. An idle model leaves earlier if another needs the memory.
 _IDLE_UNLOAD = "15m"
 _LOG_LIMIT = "8MiB"
 _LOG_BYTES = 8 * MIB
-_LAST_BYTES = 512  # of a log, by which its reader finds its place again
-START_S = 600.0  # for a server to load what it was told to load
-_STOP_S = 3700.0  # the longest time that `--drain` gives answers, and some more
-_NOW_S = 15.0  # for a server that was told to end at once
-_SILENT_S = 60.0  # for one that did not answer before
-_ASK_S = 2.0  # for a server to say what it does, before it is told to end
+_LAST_BYTES = 512  # the end of a log, by which its reader finds its place again
+START_S = 600.0  # for a server to load its models
+_STOP_S = 3700.0  # the longest `--drain`, and some more
+_NOW_S = 15.0  # for a server told to end at once
+_SILENT_S = 60.0  # for a server that did not answer before
+_ASK_S = 2.0  # for a server to report its requests before it is told to end
 _LOOK_S = 0.1
 _OF_SERVICES = (
     "listen",
@@ -54,9 +54,9 @@ _OF_SERVICES = (
     "base_path",
     "forwarded_from",
     "check",
-)  # our commands would have to know them
-_SAY_S = 1.0  # after which a wait says what it waits for
-_SAID_S = 10.0  # how often it says that it goes on
+)  # our commands would have to know these
+_SAY_S = 1.0  # how long before a wait says what it is waiting for
+_SAID_S = 10.0  # how often it says so again
 
 
 def _is_up() -> UsageError:
@@ -83,7 +83,7 @@ def up(arguments: tuple[str, ...], shown: bool, no_systemd: bool) -> None:
       argosy up
       argosy up Qwen3-30B-A3B --memory 16GiB
     """
-    # They may stand behind those of `serve`, too.
+    # These options may also follow those of `serve`.
     shown, no_systemd = shown or "--print" in arguments, no_systemd or "--no-systemd" in arguments
     arguments = tuple(one for one in arguments if one not in ("--print", "--no-systemd"))
     command, options = _command(arguments)
@@ -112,10 +112,10 @@ def up(arguments: tuple[str, ...], shown: bool, no_systemd: bool) -> None:
 
 
 def _command(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """The command of the server, with options that `serve` accepts, and their values.
+    """The server's command line, whose options `serve` accepts, and their values.
 
     Raises:
-        UsageError, click.UsageError: `serve` refuses them.
+        UsageError, click.UsageError: `serve` rejects them.
     """
     from argosy.cli.commands.serve import serve
     from argosy.serve.http.listen import LONGEST_PATH
@@ -142,12 +142,12 @@ def _command(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     checking = serve.make_context("argosy up", [*arguments, *given, "--check"])
     with contextlib.redirect_stdout(io.StringIO()):
         serve.invoke(checking)
-    # -P: a folder `argosy` in the working directory is not the program.
+    # -P, so that a folder `argosy` in the working directory is not taken for the program.
     return [sys.executable, "-P", "-m", "argosy", "serve", *arguments, *given], context.params
 
 
 def _units(command: Sequence[str], options: dict[str, Any], arguments: Sequence[str]) -> dict[str, str]:
-    """The units of systemd for the server."""
+    """The systemd units for the server."""
     return user_units.texts(
         command, path=own_server.socket_path(), host=options["host"], port=options["port"],
         mode=options["socket_mode"], drain_s=options["drain"], directory=Path.cwd() if arguments else None,
@@ -156,7 +156,7 @@ def _units(command: Sequence[str], options: dict[str, Any], arguments: Sequence[
 
 
 def _install(state: Directory, units: dict[str, str], options: dict[str, Any]) -> Process:
-    """Let systemd listen for the server, and start it now if it has models of its own.
+    """Let systemd listen for the server, and start it now if it names models.
 
     Raises:
         UsageError, ServerNotUsable: systemd or the server does not start.
@@ -180,7 +180,7 @@ def _install(state: Directory, units: dict[str, str], options: dict[str, Any]) -
 
 
 def _start_service() -> None:
-    """Start the service, so that what is wrong with its models is told now."""
+    """Start the service now, so that problems with its models are reported."""
     starting = user_units.start()
     began = time.monotonic()
     try:
@@ -196,7 +196,7 @@ def _start_service() -> None:
             raise ServerNotUsable(
                 "the server did not start", hint="the lines above are its log; `argosy logs` shows more"
             )
-    except BaseException:  # ^C too: it would go on unseen
+    except BaseException:  # even on ^C, because it would run on unnoticed
         starting.kill()
         starting.wait(timeout=_NOW_S)
         user_units.disable()
@@ -213,7 +213,7 @@ def _code_within(process: subprocess.Popen[bytes], seconds: float) -> int | None
 
 @contextlib.contextmanager
 def _alone(state: Directory) -> Iterator[None]:
-    """Hold the lock of those who start and stop the server."""
+    """Hold the lock for starting and stopping the server."""
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(state.locked(own_server.LOCK, wait_s=0.0))
@@ -229,7 +229,7 @@ def _alone(state: Directory) -> Iterator[None]:
 
 
 def _start(state: Directory, command: Sequence[str]) -> Process:
-    """Start the server, and copy its log to stderr until it answers.
+    """Start the server and copy its log to stderr until it answers.
 
     Raises:
         ServerNotUsable: it does not start; its log says why.
@@ -237,13 +237,13 @@ def _start(state: Directory, command: Sequence[str]) -> Process:
     log = state.open(own_server.LOG, os.O_RDWR | os.O_CREAT | os.O_APPEND)
     try:
         os.set_blocking(log, True)
-        reader = _LogReader(log, os.fstat(log).st_size)  # what came before is of earlier servers
+        reader = _LogReader(log, os.fstat(log).st_size)  # earlier lines are from earlier servers
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, umask=0o077
         )
         try:
             return _wait_until_ready(child, reader)
-        except BaseException:  # ^C too: it would go on unseen
+        except BaseException:  # even on ^C, because it would run on unnoticed
             _end(child)
             raise
     finally:
@@ -263,7 +263,7 @@ def _wait_until_ready(child: subprocess.Popen[bytes], log: _LogReader) -> Proces
             )
         process = own_server.running()
         if process is not None and process.pid == child.pid and server.is_ready():
-            child.returncode = 0  # it goes on without us, and nobody waits for it here
+            child.returncode = 0  # it runs on without us, so do not wait for it
             return process
         if time.monotonic() - said > _SAY_S:
             said += _SAID_S
@@ -306,7 +306,7 @@ def ps(url: str, key_file: Path | None, as_json: bool) -> None:
     process = own_server.running() or own_server.awaited()
     if url != own_server.socket_url():
         process = None
-    if process is not None and not process.pid:  # to ask would start it
+    if process is not None and not process.pid:  # asking would start it
         if as_json:
             print(json.dumps({"process": process._asdict(), "models": None, "memory": None, "queue": None}))
         else:
@@ -386,7 +386,8 @@ def stop(model: str | None, now: bool, kill: bool) -> None:
             process, is_service = own_server.running(), user_units.is_active()
             if process is None and not is_service:
                 raise _is_down()
-            why = None if process is None or now or kill else _why_wait(process)  # before nobody listens
+            # before the server stops listening
+            why = None if process is None or now or kill else _why_wait(process)
             if is_service:
                 user_units.stop_listening()
             descriptor = None if process is None else _descriptor_of(process)
@@ -397,7 +398,7 @@ def stop(model: str | None, now: bool, kill: bool) -> None:
                     line, limit_s = why
                     _say(line)
                 _tell_to_end(state, process, descriptor, now=now, kill=kill)
-        # Without the lock: `argosy stop --now` may come meanwhile.
+        # Without the lock, because `argosy stop --now` may come meanwhile.
         if process is not None and descriptor is not None:
             _wait_for_end(process, descriptor, limit_s)
     if is_service:
@@ -411,7 +412,7 @@ def stop(model: str | None, now: bool, kill: bool) -> None:
 
 
 def _descriptor_of(process: Process) -> int | None:
-    """A descriptor of this very process, not of a later one with the same id; None if it has just ended."""
+    """A descriptor for exactly this process, not a later one with the same id; None if it has just ended."""
     try:
         descriptor = os.pidfd_open(process.pid)
     except ProcessLookupError:
@@ -431,7 +432,7 @@ def _tell_to_end(state: Directory, process: Process, descriptor: int, *, now: bo
         own_server.note_end(state, process)
         _signal(descriptor, signal.SIGTERM)
     if now:
-        # The second one ends answers. It is of another kind, because the kernel keeps only one of each.
+        # The second signal ends answers. It is a different signal, because the kernel queues only one of each.
         _signal(descriptor, signal.SIGINT)
 
 
@@ -441,7 +442,7 @@ def _signal(descriptor: int, number: signal.Signals) -> None:
 
 
 def _why_wait(process: Process) -> tuple[str, float]:
-    """What a server does before it ends, and how long that may take, in seconds."""
+    """What a server does before it ends, and how many seconds that may take."""
     if process.is_ending:
         return "the server was told to end, and finishes its answers; `argosy stop --now` ends them", _STOP_S
     try:
@@ -460,10 +461,10 @@ def _why_wait(process: Process) -> tuple[str, float]:
 
 
 def _wait_for_end(process: Process, descriptor: int, limit_s: float) -> None:
-    """Wait until a process has ended, and say now and then that it has not.
+    """Wait until a process has ended, reporting the wait from time to time.
 
     Raises:
-        ServerNotUsable: it goes on for longer than `limit_s`.
+        ServerNotUsable: it takes longer than `limit_s`.
     """
     began = time.monotonic()
     while own_server.is_running(process):
@@ -475,7 +476,7 @@ def _wait_for_end(process: Process, descriptor: int, limit_s: float) -> None:
             )
         if waited_s >= _SAID_S:
             _say(f"waiting for the server to end: {waited_s:.0f} s")
-        with selectors.DefaultSelector() as ended:  # the descriptor can be read when the process has ended
+        with selectors.DefaultSelector() as ended:  # the descriptor becomes readable when the process ends
             ended.register(descriptor, selectors.EVENT_READ)
             ended.select(min(_SAID_S, limit_s - waited_s))
 
@@ -513,7 +514,7 @@ def logs(follow: bool, lines: int) -> None:
 
 
 class _LogReader:
-    """Reads what is added to a log, whose older half its server drops when it is too large."""
+    """Reads additions to a log, whose older half the server drops when it is too large."""
 
     def __init__(self, descriptor: int, shown: int) -> None:
         self._descriptor, self._shown = descriptor, shown

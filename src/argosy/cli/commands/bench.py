@@ -1,6 +1,6 @@
 """`argosy bench`: a model's speed on this machine, in lines for a bug report.
 
-Elsewhere: `forecast/bench.py` measures.
+Elsewhere: `forecast/bench.py` does the measuring.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from argosy.config import DEMO, MIB, SIZING, format_bytes
 if TYPE_CHECKING:
     from argosy.checkpoint.files import ModelFiles
 
-_SMALLEST_FILE_BYTES = 64 * MIB  # a file whose reads say how fast the drive is has at least this
+_SMALLEST_FILE_BYTES = 64 * MIB  # the smallest file whose reads can measure the drive
 
 
 @click.command("bench")
@@ -70,7 +70,7 @@ def bench(model: str, as_json: bool, flags: Settings) -> None:
 
 
 def _speeds(model: str, settings: Settings, least_slots: int, drive: float | None) -> list[dict[str, Any]]:
-    """Measure at the budget, and with half of the experts that fit it, if a token's experts fit then."""
+    """Measure at the budget, then with half the experts that fit it, if that still holds a token's experts."""
     from argosy.cli.shared.output import progress_bar
     from argosy.forecast.bench import measure_alone
 
@@ -104,7 +104,7 @@ def _machine_facts(settings: Settings) -> dict[str, Any]:
 
 def _model_facts(model: str, files: ModelFiles) -> dict[str, Any]:
     return {
-        "model": Path(model).name,  # the whole path may tell more than its owner wants to publish
+        "model": Path(model).name,  # the full path may reveal more than its owner wants to publish
         "family": files.config.family,
         "dense_formats": list(dict.fromkeys(ref.format for ref in files.dense.values())),
         "expert_format": files.expert_format if files.experts else None,
@@ -116,7 +116,7 @@ def _model_facts(model: str, files: ModelFiles) -> dict[str, Any]:
 
 
 def _rates(files: ModelFiles, settings: Settings) -> dict[str, Any]:
-    """Rates of memory, and of the drive with the largest file of the model; None if they cannot be measured."""
+    """The rates of memory and of the drive with the model's largest file; None where they cannot be measured."""
     from argosy.machine import probes, resources, tuning
 
     memory = None
@@ -144,7 +144,7 @@ def _rates(files: ModelFiles, settings: Settings) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this package runs from; None if it is installed, or git is not there."""
+    """The commit of the checkout from which this package runs; None if it is installed, or without git."""
     package = Path(__file__).resolve().parents[1]
     git = ["git", "-C", str(package)]
     try:

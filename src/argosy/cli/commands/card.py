@@ -1,4 +1,4 @@
-"""`argosy card`: describe a model on a card, with what is known of it and nothing else."""
+"""`argosy card`: describe a model on a card, with known facts and nothing else."""
 
 from __future__ import annotations
 

@@ -2,12 +2,12 @@
 
     lines, or a pipe  ->  Conversation  ->  answers on stdout, everything else on stderr
 
-^C stops an answer; ^C again, or twice at the prompt, quits. The conversation exists only in this process unless /save
-writes it; nothing that is typed is kept without `--history`. What no longer fits the context is dropped only by
-`/trim` or by the `--context-policy`, and a line says what was dropped.
+^C stops an answer; ^C again, or twice at the prompt, quits. The conversation exists only in this process unless
+/save writes it, and typed lines are kept only with `--history`. When the context is full, only `/trim` or the
+`--context-policy` drops turns, and a line says which.
 
-Elsewhere: `conversation.py` has the turns; `cli/shared/chat_models.py` opens models, here or at the user's server;
-`chat_room.py` chooses what is dropped; `chat_files.py` has the files of both.
+Elsewhere: `conversation.py` runs the turns; `cli/shared/chat_models.py` opens models, here or on the user's server;
+`chat_room.py` chooses what to drop; `chat_files.py` reads and writes files.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _DEFAULT_HISTORY = ""  # `--history` without a file
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatOptions(AskingOptions):
-    """Options of `chat` alone."""
+    """Options only for `chat`."""
 
     system: Annotated[
         str | None, Option("--system TEXT", "System message of the conversation; @FILE reads it.")
@@ -122,7 +122,7 @@ def _open_history(history: str | None) -> chat_files.LineHistory | None:
 
 @contextmanager
 def _keys_held() -> Iterator[None]:
-    """Keys that are typed while a model loads or answers wait for the next prompt; neither they nor ^C are echoed."""
+    """Hold keys typed while a model loads or answers for the next prompt, without echoing them or ^C."""
     import termios
 
     try:
@@ -131,7 +131,7 @@ def _keys_held() -> Iterator[None]:
         yield
         return
     silent = list(before)
-    silent[3] = silent[3] & ~termios.ECHO | termios.NOFLSH  # and ^C discards none of them
+    silent[3] = silent[3] & ~termios.ECHO | termios.NOFLSH  # keep ^C from discarding them
     termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
     try:
         yield
@@ -140,7 +140,7 @@ def _keys_held() -> Iterator[None]:
 
 
 def _reader(history: chat_files.LineHistory | None) -> Callable[[], str]:
-    """A line editor on a terminal, and plain lines otherwise. A backslash at the end of a line continues it."""
+    """A line editor on a terminal, plain lines otherwise. A backslash at the end of a line continues it."""
     if not sys.stdin.isatty():
         return _read_piped
 

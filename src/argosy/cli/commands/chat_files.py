@@ -1,10 +1,10 @@
-"""Files of `argosy chat`: the lines that were typed, and saved conversations.
+"""Files of `argosy chat`: typed lines, and saved conversations.
 
-    LineHistory(path)     one JSON text a line, at most 1000 lines and 1 MiB
+    LineHistory(path)     one JSON string per line, at most 1000 lines and 1 MiB
     save, load            a JSON list of messages, as `prompt/messages.py` describes them, at most 2 MiB
 
-Both are replaced in one go, and only their owner can read them. What cannot be read whole is refused: another program's
-file is never overwritten.
+Both are replaced atomically, and only their owner can read them. A file that does not parse completely is refused,
+so another program's file is never overwritten.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from argosy.user_directories import data_directory
 _MOST_LINES = 1000
 _HISTORY_BYTES = 1 << 20
 _LINE_BYTES = 1 << 16  # a longer line, such as a pasted file, is not kept
-_CONVERSATION_BYTES = 2 << 20  # reading it takes four times as much memory, which no plan counts
+_CONVERSATION_BYTES = 2 << 20  # reading it takes four times the memory, which no plan counts
 _MEDIA = {"image": "picture", "audio": "sound", "video": "video"}
 
 
 def default_history() -> Path:
-    """Where lines are kept if `--history` names no file."""
+    """The file for `--history` without a name."""
     return data_directory() / "chat-history"
 
 
 class LineHistory:
-    """The lines that were typed in this chat and earlier ones. Several chats may use a file at once.
+    """The lines typed in this chat and earlier ones. Several chats may use a file at once.
 
     Raises:
-        UsageError: the file is no such history, or cannot be written.
+        UsageError: the file is not a history, or cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,7 +53,7 @@ class LineHistory:
             raise self._fault(f"cannot be written: {error.strerror}") from error
 
     def add(self, line: str) -> None:
-        """Keep one more line.
+        """Add a line.
 
         Raises:
             UsageError: the file was damaged meanwhile, or cannot be written.
@@ -109,10 +109,10 @@ def _bounded(lines: Sequence[str]) -> bytes:
 
 
 def save(path: Path, messages: Sequence[dict[str, Any]]) -> None:
-    """Write a conversation. An earlier one is replaced; another file is not.
+    """Write a conversation, replacing an earlier one but no other file.
 
     Raises:
-        UsageError: it is too long, there is another file, or it cannot be written.
+        UsageError: it is too long, the path is another kind of file, or it cannot be written.
     """
     data = json.dumps([_saved(message) for message in messages], indent=1).encode() + b"\n"
     if len(data) > _CONVERSATION_BYTES:
@@ -135,7 +135,7 @@ def save(path: Path, messages: Sequence[dict[str, Any]]) -> None:
 
 
 def load(path: Path) -> list[dict[str, Any]]:
-    """Read a conversation that `save` wrote, or a list of messages of another program.
+    """Read a conversation that `save` wrote, or another program's list of messages.
 
     Raises:
         UsageError: it cannot be read, is too long, or is not a conversation.
@@ -162,7 +162,7 @@ def load(path: Path) -> list[dict[str, Any]]:
 
 
 def _saved(message: dict[str, Any]) -> dict[str, Any]:
-    """A message with its media as text."""
+    """Encode a message's media as text."""
     from argosy.media.parts import Content
 
     content = message["content"]
@@ -179,7 +179,7 @@ def _saved(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _loaded(message: dict[str, Any], where: str) -> dict[str, Any]:
-    """A message with its media as they were attached."""
+    """Decode a message's media."""
     from argosy.media.parts import PROMPT_LIMITS, Audio, Image, Video
 
     content = message.get("content")
@@ -203,10 +203,10 @@ def _loaded(message: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _read_bounded(path: Path, most_bytes: int, what: str) -> bytes | None:
-    """The bytes of a regular file; None if there is none.
+    """Read a regular file; None if there is none.
 
     Raises:
-        UsageError: it cannot be read, is not a regular file, or is longer.
+        UsageError: it cannot be read, is not a regular file, or is too long.
     """
     try:
         # Opening a named pipe would wait for its writer.

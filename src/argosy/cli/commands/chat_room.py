@@ -1,8 +1,8 @@
-"""Makes room in a full conversation: which of its oldest turns go, and what they leave behind.
+"""Make room in a full conversation: choose the oldest turns to drop, and what replaces them.
 
-A turn begins with a message of the user. The system message and the last turn always stay.
+A turn begins with a user message. The system message and the last turn always stay.
 
-Elsewhere: `chat.py` asks for room, says what was dropped, and lets the model summarise it.
+Elsewhere: `conversation.py` requests room, says what was dropped, and lets the model summarise it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 ContextPolicy = Literal["stop", "trim", "summarise"]
 
 Message = dict[str, Any]
-_WORDS_PER_TOKEN = 0.6  # fewer than a token has in most languages: the answer must not be cut off
+_WORDS_PER_TOKEN = 0.6  # fewer than in most languages, so that the summary is not cut off
 
 
 def split_turns(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
-    """The system message, if there is one, and the turns."""
+    """Split off the system message, if there is one, and split the rest into turns."""
     start: list[Message] = []
     turns: list[list[Message]] = []
     for message in messages:
@@ -51,9 +51,10 @@ def oldest(messages: Sequence[Message], num_turns: int) -> list[Message]:
 def num_to_drop(
     messages: Sequence[Message], most_tokens: int, count: Callable[[Sequence[Message]], int]
 ) -> int:
-    """How many of the oldest turns must go until the rest has at most `most_tokens`; all but the last if none helps.
+    """How many of the oldest turns to drop so that the rest has at most `most_tokens`; all but the last if nothing
+    helps.
 
-    `count` tells the tokens of a conversation; it is called once for each doubling of the number of turns.
+    `count` counts the tokens of a conversation; it is called once per doubling of the number of turns.
     """
     num_turns = len(split_turns(messages)[1])
     droppable = range(max(1, num_turns))
@@ -62,10 +63,10 @@ def num_to_drop(
 
 
 def wanted_tokens(text: str, context_tokens: int) -> int:
-    """How many tokens `/trim TEXT` is to leave free: a number, a percentage, or half of the context.
+    """How many tokens `/trim TEXT` should free: a number, a percentage, or half of the context.
 
     Raises:
-        UsageError: the text is neither, or the context has not that many.
+        UsageError: the text is invalid, or exceeds the context.
     """
     number = text.removesuffix("%").strip()
     if not text:
@@ -79,13 +80,13 @@ def wanted_tokens(text: str, context_tokens: int) -> int:
 
 
 def text_of(message: Message) -> str:
-    """The text of an assistant's message."""
+    """The text of an assistant message."""
     content = message.get("content") or ""
     return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
 
 
 def summary_question(most_tokens: int) -> str:
-    """What the model is asked before its oldest turns are dropped."""
+    """The request for a summary, made before the oldest turns are dropped."""
     return (
         f"Summarise our conversation so far in at most {int(most_tokens * _WORDS_PER_TOKEN)} words, "
         "so that we can go on without it: facts, names, numbers, decisions and open questions."
@@ -95,14 +96,14 @@ def summary_question(most_tokens: int) -> str:
 def with_notes(
     messages: Sequence[Message], kinds: Collection[Kind], *, takes_calls: bool
 ) -> tuple[list[Message], list[str]]:
-    """A conversation for a model that takes only media of these kinds, and perhaps no tool calls.
+    """Adapt a conversation to a model that takes only these kinds of media, and perhaps no tool calls.
 
     Returns:
-        The conversation, in which notes replace what the model does not take, and the names of what was replaced.
+        The conversation, with notes in place of what the model does not take, and the names of what was replaced.
     """
     from argosy.media.parts import Content
 
-    replaced: dict[str, None] = {}  # a set that keeps its order
+    replaced: dict[str, None] = {}  # an ordered set
 
     def noted(what: str, note: str) -> str:
         replaced[what] = None

@@ -1,9 +1,10 @@
-"""`argosy completion`: scripts that complete commands, options, models and sizes in a shell, and what they ask for.
+"""`argosy completion`: scripts that complete commands, options, models and sizes in a shell, and the answers they
+request.
 
     argosy completion SHELL              ->  the shell's script, from click
     the script, on each press of Tab     ->  `argosy` with _ARGOSY_COMPLETE set  ->  answer
 
-Answering imports the completed command, and what finds models if it completes one, so that Tab does not wait.
+To keep Tab fast, answering imports only the completed command and, for a model, the code that finds models.
 """
 
 from __future__ import annotations
@@ -44,16 +45,16 @@ def completion(shell: str) -> None:
 
 
 def answer(group: click.Group, asked: str) -> int:
-    """Print the completions of the words in the environment; returns the exit code.
+    """Print the completions of the words in the environment; return the exit code.
 
     Args:
-        asked: `bash_complete`, and so on, from the variable that the shell's script sets.
+        asked: `bash_complete` or similar, from the variable that the shell's script sets.
     """
     if asked not in {f"{shell}_complete" for shell in SHELLS}:
         return 2
     try:
         return shell_complete(group, {}, "argosy", VARIABLE, asked)
-    except (KeyError, ValueError):  # not from one of our scripts: words or their number are missing
+    except (KeyError, ValueError):  # not from our script: words or their number are missing
         return 2
 
 
@@ -62,7 +63,7 @@ def models(ctx: click.Context, param: click.Parameter, incomplete: str) -> Items
     from argosy.library import kept, places
 
     names = [DEMO, *_preset_names()]
-    # A damaged file is reported when a command reads it, not between two keys.
+    # A damaged file is reported when a command reads it, not between keystrokes.
     with suppress(ArgosyError, OSError):
         names += kept.read().aliases
         names += [model.name for model in places.find_models().models]
@@ -88,7 +89,7 @@ def files(ctx: click.Context, param: click.Parameter, incomplete: str) -> Items:
 
 
 def memory_sizes(ctx: click.Context, param: click.Parameter, incomplete: str) -> Items:
-    """Usual budgets, and the units of a number."""
+    """Common budgets, or the units for a number."""
     sizes: tuple[str, ...] = _MEMORY
     if re.fullmatch(r"[0-9]+(\.[0-9]+)?", incomplete):
         sizes += (f"{incomplete}GiB", f"{incomplete}MiB")

@@ -26,7 +26,7 @@ CLIENTS = (
     "claude-code", "codex", "opencode", "openwebui", "ollama", "continue", "zed", "aider", "llm", "cline", "roo",
     "jan",
 )  # fmt: skip
-_CONTEXT_TOKENS = 32_768  # if the server does not say
+_CONTEXT_TOKENS = 32_768  # assumed if the server does not say
 
 
 @click.command("connect")
@@ -88,11 +88,11 @@ def describe(
     context: int | None,
     show_key: bool,
 ) -> Connection:
-    """Describe the served model, or use the given options if the server does not answer.
+    """Describe the served model, or the given options if the server does not answer.
 
     Raises:
         ServerNotUsable: it refuses the key, is not an Argosy server, or does not answer and an option is missing.
-        UsageError: it serves no model of that name.
+        UsageError: it serves no model with that name.
     """
     from argosy.cli.shared.clients import Connection
 
@@ -132,7 +132,7 @@ def describe(
         raise UsageError(f"{server.url} serves a model whose name cannot be written to settings: {model!r}")
     process = own_server.found() if server.url == own_server.socket_url() else None
     return Connection(
-        url=server.url if process is None else process.address,  # clients speak to a port
+        url=server.url if process is None else process.address,  # clients connect to a port
         model=model,
         context_tokens=context or _CONTEXT_TOKENS,
         inputs=inputs,
@@ -159,10 +159,10 @@ def print_files(setup: Setup) -> None:
 
 
 def write_files(setup: Setup) -> None:
-    """Change every file; the file that refers to the others comes last.
+    """Change every file, the one that refers to the others last.
 
     Raises:
-        UsageError: a file cannot be changed, or the client has none.
+        UsageError: a file cannot be changed, or the client has no files.
     """
     from argosy.cli.shared.edit_file import edit_file
 

@@ -1,4 +1,4 @@
-"""The turns of `argosy chat`: what is typed, answered, dropped, saved and loaded."""
+"""The turns of `argosy chat`: reading lines, answering, dropping, saving and loading."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ _LEAST_SUMMARY = 16  # tokens
 
 @dataclass(slots=True)
 class _Begun:
-    """The last answer, if it can go on.
+    """The last answer, if it can be continued.
 
     message: the answer so far.
-    tokens: its tokens, and the seed of those that follow. Without them, as after /load, it goes on from its text.
+    tokens: its tokens and the seed for the rest. Without them, as after /load, it is continued from its text.
     """
 
     message: Message
@@ -67,8 +67,8 @@ class Conversation:
     Args:
         policy: what to do when the conversation no longer fits the context.
         is_quiet: facts about the model and its speed are not shown.
-        thinking: whether the model is to think; None leaves that to the model.
-        models: opens another model, or a lost one again.
+        thinking: whether the model should think; None leaves that to the model.
+        models: opens another model, or reopens a lost one.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Conversation:
         from argosy.prompt.thinking import WORDS, Thinking
 
         self._model: ChatModel | None = model
-        self._is_lost = False  # the server of the model
+        self._is_lost = False  # whether the model's server was lost
         self._params = params
         self._policy = policy
         self._is_quiet = is_quiet
@@ -97,11 +97,11 @@ class Conversation:
         self._start = [] if system is None else [{"role": "system", "content": system}]
         self.messages: list[Message] = list(self._start)
         self._attached: list[Content] = []  # media for the next message
-        self._refused: Message | None = None  # a message that got no answer
+        self._refused: Message | None = None  # a message that was refused
         self._begun: _Begun | None = None
         self._last: Reply | None = None
         self._kinds: Sequence[Kind] = model.media_kinds
-        self._takes_calls = True  # until a conversation comes from elsewhere
+        self._takes_calls = True  # checked when a conversation comes from elsewhere
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": lambda _: say(HELP),
             "/image": lambda path: self._attach("image", path),
@@ -151,25 +151,25 @@ class Conversation:
                     raise
                 self._is_lost = self._is_lost or isinstance(error, ServerNotUsable)
                 say(f"error: {error}")
-            except KeyboardInterrupt as error:  # while a model loads, or its server counts tokens
+            except KeyboardInterrupt as error:  # while a model loads or its server counts tokens
                 if self._model is None or isinstance(error, SecondInterrupt):
                     raise
                 say("(stopped)")
 
     def _find_again(self) -> None:
-        """Find the model again, at its server or here, if the server did not answer."""
+        """If the server did not answer, find the model again, on its server or here."""
         if not self._is_lost or self._models is None:
             return
         before, self._model = self._model, self._models.again()
         self._is_lost = False
         if type(self._model) is not type(before):
             if self._begun is not None:
-                self._begun = _Begun(self._begun.message)  # it may not be the same file
+                self._begun = _Begun(self._begun.message)  # the file may be a different one
             self._introduce()
         self._note_unreadable()
 
     def _take(self, said: str) -> None:
-        """Do what a line says, or answer it."""
+        """Run a command line, or answer a message."""
         if (dropped := _dropped(said)) is not None:
             self._attach(*dropped)
         elif said.startswith("/"):
@@ -184,7 +184,7 @@ class Conversation:
 
     @property
     def _open_model(self) -> ChatModel:
-        assert self._model is not None  # only None while another is opened
+        assert self._model is not None  # None only while another model is being opened
         return self._model
 
     def _set_system(self, text: str) -> None:
@@ -214,13 +214,13 @@ class Conversation:
         say(f"thinking {said}")
 
     def _note_thinking(self) -> bool:
-        """Say what the model cannot be told; returns whether there is something."""
+        """Report what the model cannot be told, if anything; return whether there was something."""
         if (shortfall := self._open_model.shortfall(self._thinking)) is not None:
             say(f"note: {shortfall}")
         return shortfall is not None
 
     def _introduce(self) -> None:
-        """Say which model answers, and what it can do."""
+        """Introduce the model and what it can do."""
         if self._is_quiet:
             return
         model = self._open_model
@@ -243,7 +243,7 @@ class Conversation:
         return self._open_model.count(self._readable(messages), self._thinking) if messages else 0
 
     def _readable(self, messages: Sequence[Message]) -> list[Message]:
-        """The conversation as this model can take it: notes replace what earlier models took."""
+        """The conversation as this model can take it, with notes in place of what only earlier models took."""
         return chat_room.with_notes(messages, self._kinds, takes_calls=self._takes_calls)[0]
 
     def _count_tokens(self, _: str) -> None:
@@ -251,7 +251,7 @@ class Conversation:
         say(f"tokens   {used} used, {max(0, context - used)} left of {context}")
 
     def _trim(self, wanted: str) -> None:
-        """Drop the oldest turns; a message that did not fit is then answered."""
+        """Drop the oldest turns, then answer a message that did not fit."""
         num_free = chat_room.wanted_tokens(wanted, self._open_model.context_tokens)
         refused, before = self._refused, self.messages
         if refused is not None:
@@ -271,7 +271,7 @@ class Conversation:
 
         Args:
             num_begun: tokens of an answer that will follow.
-            summarises: the model summarises what is dropped.
+            summarises: let the model summarise what is dropped.
 
         Returns:
             Whether any turn was dropped. The last one always stays; if it does not fit alone, nothing is dropped.
@@ -286,7 +286,7 @@ class Conversation:
         what = f"{counted(num_dropped, 'turn')} ({num_tokens:,} tokens)"
         done = "dropped"
         if summarises:
-            # A quarter of the context is left for what comes next.
+            # Leave a quarter of the context for what follows.
             most_tokens = context * 3 // 4 - num_begun
             summary = self._summary(num_dropped, what, min(num_tokens, most_tokens - num_kept))
             start, turns = chat_room.split_turns(kept)
@@ -301,7 +301,7 @@ class Conversation:
         return f"{self._count(self.messages):,} of {self._open_model.context_tokens:,} tokens are used"
 
     def _summary(self, num_turns: int, what: str, room_tokens: int) -> list[Message]:
-        """A turn of at most `room_tokens` in which the model summarises the oldest turns; none if it cannot.
+        """A turn of at most `room_tokens` in which the model summarises the oldest turns; empty if it cannot.
 
         Raises:
             UsageError: ^C stopped it.
@@ -334,25 +334,25 @@ class Conversation:
 
     def _change_model(self, name: str) -> None:
         if name and self._models is not None:
-            self._model = None  # if the switch fails, there is none
+            self._model = None  # if the switch fails, there is no model
             self._model, why = self._models.switch(name)
             if why is not None:
                 raise why
             self._is_lost, self._last = False, None
             if self._begun is not None:
-                self._begun = _Begun(self._begun.message)  # another vocabulary
+                self._begun = _Begun(self._begun.message)  # the vocabulary has changed
             self._note_unreadable()
             self._note_thinking()
         say(f"model    {self._open_model.name}")
 
     def _note_unreadable(self) -> None:
-        """Say what of the conversation this model does not take; it gets notes in their places."""
+        """Report the parts of the conversation that this model does not take and for which it gets notes."""
         model = self._open_model
         self._kinds, self._takes_calls = model.media_kinds, model.takes_calls
         try:
             self._count(self.messages)
         except ArgosyError:
-            # A model may have eyes, and a chat template without a place for pictures.
+            # A model may see pictures while its chat template has no place for them.
             if chat_room.with_notes(self.messages, (), takes_calls=True)[1]:
                 self._kinds = ()
         _, replaced = chat_room.with_notes(self.messages, self._kinds, takes_calls=self._takes_calls)
@@ -383,7 +383,7 @@ class Conversation:
         say(*self._open_model.use_lines())
 
     def _attach(self, kind: str, name: str) -> None:
-        """Read a picture, sound or video now, so that the conversation does not depend on its file later."""
+        """Read a picture, sound or video now, so that the conversation does not depend on the file later."""
         from argosy.media.parts import PROMPT_LIMITS, Audio, Image, Video
 
         model = self._open_model
@@ -436,12 +436,12 @@ class Conversation:
             raise
 
     def _send(self, message: Message) -> None:
-        """Send a message with what was attached to it."""
+        """Send a message with its attachments."""
         self._exchange(message)
         self._attached.clear()
 
     def _exchange(self, message: Message) -> None:
-        """Send a message, and keep it with its answer. One that is refused waits for /trim or /retry."""
+        """Send a message and keep it with its answer. A refused message waits for /trim or /retry."""
         before = self.messages
         self.messages, self._refused = [*before, message], None
         try:
@@ -468,7 +468,7 @@ class Conversation:
         return "/save the conversation, and /load it in a chat with a larger --context"
 
     def _reply(self, begun: _Begun | None = None) -> None:
-        """Answer the conversation, or go on with an answer, and keep it. Makes room, if the policy is to."""
+        """Answer the conversation or continue an answer, and keep the result. Makes room if the policy says so."""
         self._find_again()
         context, has_answered = self._open_model.context_tokens, False
         while True:
@@ -506,7 +506,7 @@ class Conversation:
         self._say_speed(reply)
 
     def _has_made_room(self, begun: _Begun | None) -> bool:
-        """Make room as the policy says, until half of the context is free."""
+        """Make room as the policy says, until half of the context is free; return whether that worked."""
         if self._policy == "stop":
             return False
         return self._make_room(
@@ -527,12 +527,12 @@ class Conversation:
         write_dim(f"[{', '.join(said)}]")
 
     def _answer(self, begun: _Begun | None) -> tuple[Reply, _Begun]:
-        """Show one answer, or how it goes on; ^C ends it cleanly, between two steps."""
+        """Show an answer or its continuation; ^C ends it cleanly between two steps."""
         params, said, messages = self._params, "", self.messages
         tokens: Sequence[int] = ()
         if begun is not None and begun.tokens:
             tokens, params = begun.tokens, replace(params, seed=begun.seed)
-        elif begun is not None:  # as the API does
+        elif begun is not None:  # like the API
             said, messages = chat_room.text_of(begun.message), [*messages, begun.message]
         writer = AnswerWriter(shows_thoughts=self._shows_thoughts)
         reply = self._ask(messages, params, writer, self._thinking, tokens)
@@ -568,7 +568,7 @@ def say(*lines: str) -> None:
 
 
 def _path(name: str, command: str) -> Path:
-    """The file that a command names, perhaps in quotes."""
+    """The file named in a command, perhaps in quotes."""
     if not name:
         raise UsageError(f"{command} needs the path of a file: {command} FILE")
     return Path(os.path.expanduser(name.strip("'\"")))
@@ -582,7 +582,7 @@ _KINDS = {
 
 
 def _dropped(said: str) -> tuple[str, str] | None:
-    """The kind and path of a line that is nothing but the path of a media file, as a dropped file is pasted."""
+    """The kind and path of a line that is just the path of a media file, as when a file is dropped on the terminal."""
     path = Path(said.strip("'\"").replace("\\ ", " "))
     kind = _KINDS.get(path.suffix.lower())
     try:

@@ -133,7 +133,7 @@ def _say_what_stays() -> None:
 
 
 def _id_of(name: str, keys: Path | None) -> str:
-    """The id of a key of a stopped server. A key that is not in the file was revoked, and is named by its id."""
+    """The id of a stopped server's key. A key that is not in the file was revoked and must be named by its id."""
     from argosy.guard.keys import KeyFile, is_key_id
 
     for key in () if keys is None else KeyFile(keys).read():
@@ -143,7 +143,7 @@ def _id_of(name: str, keys: Path | None) -> str:
         where = "" if keys is None else f" in {keys}"
         raise UsageError(
             f"there is no key {name!a}{where}, and it is not a key's id",
-            hint="--keys FILE finds a key by its name; a revoked key is named by its id, like key-0123abcd",
+            hint="--keys FILE finds a key by its name; name a revoked key by its id, such as key-0123abcd",
         )
     return name
 
@@ -163,7 +163,7 @@ def _erase_audit(key_id: str, directory: Path, key_file: Path | None) -> int:
 
 
 def _place(store: Store, kv_dir: Path | None, audit: Path | None) -> Path | None:
-    """The file, files or directory of a store, if that is known."""
+    """The file, files or directory of a store, if known."""
     from argosy.guard.sealed import CONTENT
 
     given = {
@@ -177,7 +177,7 @@ def _place(store: Store, kv_dir: Path | None, audit: Path | None) -> Path | None
 
 
 def _size(path: Path | None) -> int | None:
-    """The bytes of a file, of files with a pattern as their name, or of all in a directory; None: it is not known."""
+    """The size of a file, of files matching a pattern, or of a directory's contents; None if unknown."""
     if path is None:
         return None
     if path.is_file():

@@ -23,7 +23,7 @@ _NUM_READERS = (1, 4)
 _SMALLEST_FILE_BYTES = 64 * MIB
 _CHUNK_BYTES = 8 * MIB
 _CELL_SECONDS = 0.25
-# Streaming from a slower drive takes patience: a token of a large model misses a GB or so.
+# Streaming from a slower drive takes patience, because a large model misses about a GB per token.
 _SLOW_BYTES_PER_S = 0.5e9
 _AMX_STATES = {
     "absent": "none",
@@ -72,7 +72,7 @@ def doctor(path: Path, size: str, products: bool, tune: bool, as_json: bool) -> 
 
 
 def machine_facts(path: Path, *, tune: bool = False) -> dict[str, Any]:
-    """Facts about the machine that do not need measuring the drive; `tune` measures its choices again."""
+    """Facts about the machine that need no measurement of the drive; `tune` measures kernel choices again."""
     from argosy import _native
     from argosy.machine import resources
 
@@ -110,7 +110,7 @@ def machine_facts(path: Path, *, tune: bool = False) -> dict[str, Any]:
 
 
 def _choices(settings: Settings, instruction_set: str, *, tune: bool) -> dict[str, Any]:
-    """How products run: as measured when a model first ran here, or now."""
+    """How products run, as measured when a model first ran here, or now."""
     from argosy.machine import tuning
 
     threads = settings.get("threads") or tuning.known_threads(instruction_set)
@@ -139,7 +139,7 @@ def _choices(settings: Settings, instruction_set: str, *, tune: bool) -> dict[st
 
 
 def measure_drive(path: Path, size_bytes: int, progress: Progress | None = None) -> dict[str, Any]:
-    """Measure random record reads from a temporary file, which is removed even after ^C or a kill.
+    """Measure random reads of records from a temporary file, which is removed even after ^C or a kill.
 
     Raises:
         DiskFull: the file does not fit.   UsageError: the directory cannot be written to.
@@ -153,7 +153,7 @@ def measure_drive(path: Path, size_bytes: int, progress: Progress | None = None)
         return {"file_bytes": 0, "measured": [], "why_not_measured": why, "why_not_direct": None}
     tell = progress or (lambda what, share: None)
     try:
-        # The file has no name, so the kernel removes it however this process ends.
+        # The file has no name, so the kernel removes it no matter how this process ends.
         with tempfile.TemporaryFile(dir=path) as file:
             _fill(file, file_bytes, tell)
             measured, why_not_direct = _measure(f"/proc/self/fd/{file.fileno()}", file_bytes, tell)
@@ -229,13 +229,13 @@ def _measure(
 
 
 def best_speed(facts: dict[str, Any], *, is_direct: bool) -> float | None:
-    """The speed of the fastest cell, in bytes per second."""
+    """The fastest measured speed, in bytes per second."""
     speeds = [cell["bytes_per_s"] for cell in facts["drive"]["measured"] if cell["is_direct"] == is_direct]
     return max(speeds, default=None)
 
 
 def advice(facts: dict[str, Any]) -> str:
-    """The most important advice for this machine."""
+    """The most important piece of advice for this machine."""
     drive, memory = facts["drive"], facts["memory"]
     if drive["why_not_measured"] is not None:
         return f"free some space at {drive['path']}: {drive['why_not_measured']}"
@@ -266,7 +266,7 @@ def advice(facts: dict[str, Any]) -> str:
 
 
 def fact_lines(facts: dict[str, Any], *, shows_products: bool = False) -> list[str]:
-    """The facts as lines of text; with `shows_products`, how products of each format run."""
+    """The facts as lines of text, with `shows_products` including how products of each format run."""
     memory, drive = facts["memory"], facts["drive"]
     free, total = format_bytes(memory["free_bytes"]), format_bytes(memory["total_bytes"])
     ahead = "" if drive["read_ahead_kb"] is None else f", read-ahead {drive['read_ahead_kb']} KiB"

@@ -1,4 +1,4 @@
-"""`argosy eval drift`: compare a model with another form of itself, with intervals and a verdict."""
+"""`argosy eval drift`: compare a compressed model with its reference, with intervals and a verdict."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from argosy.evaluate.intervals import Estimate
     from argosy.evaluate.measure import Report
 
-REPORT_FILE = "drift.json"  # in a pack
+REPORT_FILE = "drift.json"  # its name in a pack
 _DEFAULT_QUESTIONS = 1000
 _MOST_DECIMALS = 7
 
@@ -187,7 +187,7 @@ def _question_lines(questions: tuple[QuestionDrift, ...]) -> list[str]:
 
 
 def interval(one: Estimate, *, percent: bool = False) -> str:
-    """`0.021 (0.018 to 0.024)`, with as many decimals as the width of the interval deserves."""
+    """`0.021 (0.018 to 0.024)`, with decimals to match the width of the interval."""
     factor = 100 if percent else 1
     value, low, high = factor * one.value, factor * one.low, factor * one.high
     width = high - low
@@ -199,7 +199,7 @@ def interval(one: Estimate, *, percent: bool = False) -> str:
 
 def _number(value: float, decimals: int) -> str:
     text = f"{value:.{decimals}f}"
-    return text.removeprefix("-") if not float(text) else text  # no -0.0
+    return text.removeprefix("-") if not float(text) else text  # avoid -0.0
 
 
 def table(rows: list[tuple[str, ...]]) -> list[str]:

@@ -61,7 +61,8 @@ def list_keys(path: Path) -> None:
         limits = (key.requests_per_minute, key.concurrent_requests, key.tokens_per_day)
         names = ("requests/min", "at once", "tokens/day")
         told = [f"{value} {name}" for value, name in zip(limits, names, strict=True) if value is not None]
-        name = key.name if key.name.isprintable() else ascii(key.name)  # the file may be written by hand
+        # the file may have been written by hand
+        name = key.name if key.name.isprintable() else ascii(key.name)
         rows.append((key.id, name, ",".join(key.scopes), ", ".join(told) or "no limits"))
     print(*table_lines(("ID", "NAME", "SCOPES", "LIMITS"), rows), sep="\n")
 

@@ -100,7 +100,7 @@ def list_models(shows_all: bool, as_json: bool) -> None:
 
 
 def model_facts(models: list[Model]) -> list[tuple[Model, dict[str, Any]]]:
-    """Read the headers of each model, or say why it does not run."""
+    """Read the headers of each model, or find out why it does not run."""
     from argosy.library.facts import FactsCache
 
     cache, result = FactsCache(), []
@@ -114,7 +114,7 @@ def model_facts(models: list[Model]) -> list[tuple[Model, dict[str, Any]]]:
             if facts is None or not _are_facts(facts):
                 facts = _read_facts(model)
                 cache.put(model, facts)
-        except OSError as error:  # it was removed meanwhile
+        except OSError as error:  # removed meanwhile
             facts = {"fault": f"cannot be read: {error.strerror}"}
         result.append((model, facts))
     cache.save()
@@ -122,7 +122,7 @@ def model_facts(models: list[Model]) -> list[tuple[Model, dict[str, Any]]]:
 
 
 def _are_facts(found: dict[str, Any]) -> bool:
-    """Whether they are what `_read_facts` returns; the file may be of another version or damaged."""
+    """Whether these are what `_read_facts` returns; the file may be damaged or from another version."""
     if found.keys() == {"fault"}:
         return isinstance(found["fault"], str)
     return (
@@ -258,7 +258,7 @@ def ask(question: str, yes: str) -> None:
     """Ask on the terminal.
 
     Args:
-        yes: what the option --yes does, for those who cannot be asked.
+        yes: what the option --yes does, for the hint if there is no terminal.
 
     Raises:
         UsageError: there is no terminal.   click.exceptions.Exit: the answer is no.

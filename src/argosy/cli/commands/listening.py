@@ -1,6 +1,6 @@
 """Options of `argosy serve` for operators: where to listen, TLS, proxies, the log, and a file of settings.
 
-    options  ->  Listening: checked, before anything is opened  ->  sockets, Front
+    options  ->  Listening: checked before anything is opened  ->  sockets, Front
 
 Elsewhere: sockets and TLS are `serve/http/listen.py`, `serve/http/systemd.py`; the file is
 `cli/shared/config_file.py`.
@@ -35,7 +35,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListeningOptions:
-    """Where and to whom `serve` and `route` answer; docs/guides/deploying.md explains the further ones."""
+    """Options for where and to whom `serve` and `route` answer; docs/guides/deploying.md explains the rarer ones."""
 
     host: Annotated[str, Option("--host", "Address to listen on.", shows_default=True)] = "127.0.0.1"
     port: Annotated[int, Option("--port", "Port, or 0 for any.", least=0, most=65535, shows_default=True)] = (
@@ -93,7 +93,7 @@ _FURTHER = (
 
 
 def listening_options(owner: type[ListeningOptions]) -> Callable[[Command], Command]:
-    """Add --config and the options for operators, which every such command has, in the same order."""
+    """Add --config and the options for operators, in the same order for every command."""
 
     def add(command: Command) -> Command:
         add_config = click.option(
@@ -107,11 +107,11 @@ def listening_options(owner: type[ListeningOptions]) -> Callable[[Command], Comm
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listening:
-    """Where to listen, checked.
+    """Where to listen, after checks.
 
-    path: the socket file, which only this machine reaches; None: there is none.
-    port: None: there is only the socket file.
-    passed: sockets that listen already, in the place of others; systemd passed them.
+    path: the socket file, reachable only from this machine; None for none.
+    port: None if there is only the socket file.
+    passed: listening sockets from systemd, which replace our own.
     """
 
     host: str
@@ -123,7 +123,7 @@ class Listening:
 
     @contextmanager
     def bind(self) -> Iterator[list[Listener]]:
-        """Bind sockets, without listening yet. Raises what `bind_file` and `bind` raise."""
+        """Bind sockets without listening yet. Raises what `bind_file` and `bind` raise."""
         from argosy.serve.http.listen import address_of, bind, bind_file
 
         with ExitStack() as bound:
@@ -132,7 +132,8 @@ class Listening:
                 with own_server.noting(self.path, address_of(sockets[0], self.host, self.front), stays=True):
                     yield sockets
                 return
-            # The file first: its lock says that another server of this user is about to listen on the same port.
+            # The file first, because its lock shows if another server of this user is about to listen on the same
+            # port.
             of_file = [] if self.path is None else bound.enter_context(bind_file(self.path, self.mode))
             of_port = [] if self.port is None else bound.enter_context(bind(self.host, self.port))
             sockets = [*of_port, *of_file]
@@ -144,7 +145,7 @@ def listening_of(given: ListeningOptions) -> Listening:
     """Check options and their files.
 
     Raises:
-        UsageError: one of them is invalid, or they contradict each other.
+        UsageError: an option is invalid, or options contradict each other.
     """
     from argosy.serve.http.listen import Certificate, Front
     from argosy.serve.http.systemd import passed_sockets
@@ -170,10 +171,10 @@ def listening_of(given: ListeningOptions) -> Listening:
 
 
 def _of_passed(passed: Sequence[Listener], front: Front, given: ListeningOptions) -> Listening:
-    """Listen on sockets that systemd passed. Options may say the same, or nothing.
+    """Listen on the sockets that systemd passed. Options may say the same or nothing.
 
     Raises:
-        UsageError: an option names an address that is not among them.
+        UsageError: an option names any other address.
     """
     from argosy.serve.http.systemd import shown
 
@@ -207,9 +208,9 @@ def _of_passed(passed: Sequence[Listener], front: Front, given: ListeningOptions
 
 
 def _addresses(listen: str | None) -> tuple[Path | None, bool]:
-    """The path of the socket file or None, and whether the server listens on a port.
+    """The path of the socket file, if any, and whether the server listens on a port.
 
-    Options of the command line win over those of a file, also if they name the other kind of address.
+    Command-line options override those in a file, even if they name the other kind of address.
     """
     if listen is None:
         return None, True

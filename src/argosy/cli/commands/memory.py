@@ -30,7 +30,7 @@ def memory(size: str, url: str, key_file: Path | None, as_json: bool) -> None:
     from argosy.cli.shared.remote import Server
     from argosy.cli.shared.settings import api_key
 
-    parse_size(size, total_bytes=GIB)  # only its form: the server knows the total
+    parse_size(size, total_bytes=GIB)  # checks only the format: the server knows the total
     state = Server(url, api_key(key_file)).resize(size)
     if as_json:
         print(json.dumps(state))

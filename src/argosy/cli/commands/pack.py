@@ -148,7 +148,7 @@ def _pack(
 
 
 def _drift(source: str, destination: Path, flags: Settings) -> Report:
-    """Compare the pack with its source, and keep the report in the pack, where `argosy card` finds it."""
+    """Compare the pack with its source and store the report in the pack, where `argosy card` finds it."""
     from argosy.cli.commands.eval import REPORT_FILE, write_report
     from argosy.cli.shared.output import progress_bar
     from argosy.evaluate.material import read_material

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanOptions:
-    """Options of `plan` alone."""
+    """Options only for `plan`."""
 
     machine: Annotated[str, Option("--machine NAME", "here, aws:i7i.8xlarge, a CSV FILE:NAME, 4*NAME.")] = (
         "here"
@@ -135,7 +135,7 @@ def plan(model: str, given: PlanOptions, flags: Settings) -> None:
 
 
 class _Asked:
-    """What the options ask for, checked.
+    """What the options request, after checks.
 
     Raises:
         UsageError: an option is invalid, or they contradict each other.
@@ -151,15 +151,15 @@ class _Asked:
         self._num_machines, self._machine = parse_count(given.machine)
         if self._num_machines == 1 and given.network is not None:
             raise UsageError(
-                "--network is between machines, and --machine names one", hint="--machine 4*NAME"
+                "--network is between machines, but --machine names one", hint="--machine 4*NAME"
             )
         self._between = parse_network(given.network or "10GbE")
-        # This machine's environment says nothing about another machine.
+        # This machine's environment does not apply to another machine.
         is_here = self._machine == HERE
         self.settings = settings_of(preset_of(model), read_settings(None if is_here else {}, **flags))
         if not is_here and (given.calibrate or given.verify):
             raise UsageError(
-                f"--calibrate and --verify run on this machine, and --machine is {self._machine}"
+                f"--calibrate and --verify run on this machine, but --machine is {self._machine}"
             )
         self._recorded = None if given.working_set is None else read_working_set(given.working_set)
         self._api = _api_price(given.api, given.api_price, model)
@@ -172,10 +172,10 @@ class _Asked:
             )
 
     def answer(self, subject: Subject, progress: Progress) -> PlanFacts:
-        """Forecast, and measure or run before that what was asked for.
+        """Measure or run as requested, then forecast.
 
         Raises:
-            UsageError: an option is not for this subject.
+            UsageError: an option does not apply to this subject.
         """
         from argosy.forecast import calibration
         from argosy.forecast.planning import find_place, forecaster
@@ -183,11 +183,9 @@ class _Asked:
 
         given, threads = self._given, self.settings.get("threads")
         if given.pack_format is not None and subject.place != "assumed":
-            raise UsageError(
-                "--format is for a config.json, and this model has files, with formats of their own"
-            )
+            raise UsageError("--format is for a config.json, but this model has files with their own formats")
         if given.verify and subject.place != "files":
-            raise UsageError("--verify runs the model, and its files are not here")
+            raise UsageError("--verify runs the model, but its files are not here")
         recorded = _saved(subject) if self._recorded is None else self._recorded
         at = subject.files.path if subject.place == "files" else Path.cwd()
         if given.calibrate:
@@ -211,7 +209,7 @@ class _Asked:
 
     @property
     def _served(self) -> dict[str, int]:
-        """Options of an engine that serves the traffic."""
+        """The options of an engine that serves the traffic."""
         return (
             {} if self._traffic is None else {"max_sequences": SERVED_AT_ONCE, "max_waiting": SERVED_WAITING}
         )
@@ -219,7 +217,7 @@ class _Asked:
     def _servers(
         self, found: Forecaster, plan: MemoryPlan, progress: Progress
     ) -> tuple[Server, Server, Server]:
-        """Fast, likely and slow servers; with --verify, as measured."""
+        """Fast, likely and slow servers, measured with --verify."""
         from argosy.forecast.step_probe import measured_servers
 
         servers = found.servers(plan)
@@ -230,7 +228,7 @@ class _Asked:
 
 
 def _owner(given: PlanOptions, place: Place) -> Owner:
-    """What the machine costs: as the options say, or else its row in the table of machines."""
+    """The machine's costs, from the options or otherwise from its row in the table of machines."""
     from argosy.forecast.money import Owner
 
     row, price, watts = place.row, given.price, given.watts
@@ -255,16 +253,17 @@ def _counts(text: str) -> list[int]:
 
 
 def _saved(subject: Subject) -> WorkingSet | None:
-    """The working set that earlier runs on this machine recorded of the model."""
+    """The model's working set from earlier runs on this machine."""
     from argosy.observe import saved
 
-    if subject.place != "files":  # without weights it cannot be told from others of its geometry
+    # without weights it is indistinguishable from other models with its geometry
+    if subject.place != "files":
         return None
     try:
         return saved.find_for(subject.files)
     except (UsageError, OSError) as error:
         reason = error.message if isinstance(error, UsageError) else error.strerror
-        print(f"note: what earlier runs recorded of its routing is left out: {reason}", file=sys.stderr)
+        print(f"note: routing recorded in earlier runs is not used: {reason}", file=sys.stderr)
         return None
 
 

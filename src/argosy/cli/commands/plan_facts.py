@@ -1,4 +1,4 @@
-"""What `argosy plan` says of a model on a machine, as lines and as JSON."""
+"""The output of `argosy plan` about a model on a machine, as lines and as JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class PlanFacts:
-    """Everything that is printed, as lines and as JSON."""
+    """Everything to print, as lines and as JSON."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class PlanFacts:
 
     @property
     def _free_disk_bytes(self) -> int | None:
-        """Room for a download."""
+        """The room for a download."""
         from argosy.library.places import hub_cache
         from argosy.machine import resources
 
@@ -149,7 +149,9 @@ class PlanFacts:
         if subject.place == "assumed":
             where = f"a config.json alone: assumed to be packed as {files.expert_format}"
             if subject.left_out:
-                where += f"; text only, for it does not say what a {' or a '.join(subject.left_out)} takes"
+                where += (
+                    f"; text only, because it does not say what a {' or a '.join(subject.left_out)} takes"
+                )
         elif subject.remote is not None:
             where = f"not here: a download of {disk_size(subject.remote.file_bytes)}"
             if (free := self._free_disk_bytes) is not None and free < subject.remote.file_bytes:
@@ -272,7 +274,9 @@ def _group_dict(group: Group) -> dict[str, Any]:
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity: a break-even that is never reached is null, and `times` says by how much it is missed."""
+    """Replace infinities, which JSON lacks: an unreachable break-even is null, and `times` shows by how much it is
+    missed.
+    """
     return {name: None if value == float("inf") else value for name, value in values.items()}
 
 

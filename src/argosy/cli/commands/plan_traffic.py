@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from argosy.forecast.simulation import Case, Outcome, Prediction, Server, Target, Times
     from argosy.forecast.traffic import Mix, Recording
 
-DEFAULT_TRAFFIC = "prompt=1024,answer=256"  # the request that money is told for
+DEFAULT_TRAFFIC = "prompt=1024,answer=256"  # the request for which prices are given
 _HOURS_A_MONTH = 730.5
 _TIMES: tuple[tuple[str, Callable[[Outcome], Times]], ...] = (
     ("first token", lambda outcome: outcome.first_token_s),
@@ -26,9 +26,9 @@ _TIMES: tuple[tuple[str, Callable[[Outcome], Times]], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """The traffic that the command line asks for.
+    """The traffic requested on the command line.
 
-    rate_per_s: None: requests come as the file says.
+    rate_per_s: None: arrivals follow the file.
     """
 
     source: Mix | Recording
@@ -37,7 +37,7 @@ class Wanted:
 
     @classmethod
     def of(cls, rate: float | None, traffic: str | None, target: str | None) -> Self | None:
-        """None: no option asks for a simulation.
+        """Check the options; None if they request no simulation.
 
         Raises:
             UsageError: an option is invalid, or needs another one.
@@ -47,7 +47,7 @@ class Wanted:
 
         if rate is None and traffic is None:
             if target is not None:
-                raise UsageError("--target needs to know how many requests come", hint="--rate 0.5")
+                raise UsageError("--target needs the rate of requests", hint="--rate 0.5")
             return None
         source = parse_traffic(DEFAULT_TRAFFIC if traffic is None else traffic)
         requests_of(source, None if rate is None else require_rate(rate), count=1)
@@ -56,10 +56,10 @@ class Wanted:
     def simulate(
         self, servers: tuple[Server, Server, Server], owner: Owner, *, are_measured: bool = False
     ) -> Traffic:
-        """Raises UsageError if the context has no room for any prompt.
+        """Simulate the traffic; raises UsageError if no prompt fits the context.
 
         Args:
-            servers: fast, likely and slow ones.   are_measured: their steps were measured.
+            servers: fast, likely and slow.   are_measured: whether their steps were measured.
         """
         from argosy.forecast.simulation import predict_traffic
         from argosy.forecast.traffic import MOST_LINES, MOST_REQUESTS, requests_of
@@ -72,9 +72,9 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """A prediction, and what it was made for.
+    """A prediction and its basis.
 
-    source: lengths of requests, in words.   are_measured: steps were measured, and not forecast.
+    source: the lengths of requests, in words.   are_measured: steps were measured rather than forecast.
     """
 
     found: Prediction
@@ -116,7 +116,7 @@ class Traffic:
         return lines + self._machines()
 
     def _has_times(self, case: Case) -> bool:
-        """Whether times mean something: if the queue grows without bound, they tell how long was simulated."""
+        """Whether times are meaningful: if the queue grows without bound, they only reflect how long was simulated."""
         return self.found.keeps_up(case) or not self.found.is_random
 
     def _times(self) -> list[str]:
@@ -124,10 +124,10 @@ class Traffic:
         lines = [f"  {'seconds':<20}{'p50':<26}{'p90':<26}p99"]
         for name, of in _TIMES:
             if isnan(of(likely.outcome).p50):
-                continue  # answers of one token have no further ones
+                continue  # answers of one token have no time between tokens
             columns = []
             for at in ("p50", "p90", "p99"):
-                # If the slow end cannot keep up, times have no upper end.
+                # If the slow server cannot keep up, times have no upper limit.
                 ends = [
                     getattr(of(case.outcome), at) if self._has_times(case) else None for case in (fast, slow)
                 ]
@@ -182,7 +182,7 @@ class Traffic:
         }
 
     def _case(self, case: Case) -> dict[str, Any]:
-        """Times are null if the queue grows without bound."""
+        """A case as JSON; times are null if the queue grows without bound."""
         outcome = asdict(case.outcome)
         for name in ("first_token_s", "token_s", "request_s"):
             times: Times = getattr(case.outcome, name)
@@ -200,7 +200,7 @@ class Traffic:
 
 
 def _spread(low: float | None, likely: float, high: float | None) -> str:
-    """`2 (1 to 3)`; an end that is not known is left out."""
+    """Format `2 (1 to 3)`; an unknown end is left out."""
     if low == likely == high:
         return short_number(likely)
     if low is None or high is None:

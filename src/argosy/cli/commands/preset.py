@@ -1,6 +1,6 @@
 """`argosy preset`: a model under another name, with a system message, sampling and limits of its own.
 
-Elsewhere: presets are kept by `library/presets.py`; `library/modelfile.py` reads Ollama's form.
+Elsewhere: `library/presets.py` keeps presets; `library/modelfile.py` reads Ollama's format.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def preset(
 
 
 def lines(found: list[Preset]) -> list[str]:
-    """A line about each preset."""
+    """A line for each preset."""
     from argosy.library import presets
 
     return [
@@ -120,10 +120,10 @@ def _unknown(name: str) -> UsageError:
 
 
 def _changed(name: str, model: str | None, system: str | None, given: Mapping[str, Any]) -> Preset:
-    """The preset as the options change it, or a new one.
+    """The preset changed by the options, or a new one.
 
     Raises:
-        UsageError: a new one has no model, or a value is out of bounds.   CheckpointError: the model is nowhere.
+        UsageError: a new preset has no model, or a value is out of bounds.   CheckpointError: no such model.
     """
     from argosy.library import names, presets
 
@@ -132,7 +132,7 @@ def _changed(name: str, model: str | None, system: str | None, given: Mapping[st
         raise _unknown(name)
     fields = {} if before is None else {**presets.facts_of(before), "messages": before.messages}
     for thinking, other in (("thinks", "effort"), ("effort", "thinks")):
-        if thinking in given and other not in given:  # the last word counts
+        if thinking in given and other not in given:  # the last option wins
             fields.pop(other, None)
     fields |= given
     if fields.get("max_tokens") == -1:
@@ -144,11 +144,11 @@ def _changed(name: str, model: str | None, system: str | None, given: Mapping[st
 
 
 def _imported(name: str, source: str) -> Preset:
-    """The preset in a Modelfile; what has no effect is said.
+    """Import the preset from a Modelfile, reporting what has no effect.
 
     Raises:
-        UsageError: the file cannot be read, or a preset cannot do what it says.
-        CheckpointError: its model is nowhere.
+        UsageError: the file cannot be read, or a preset cannot express it.
+        CheckpointError: no such model.
     """
     from argosy.library import modelfile, names, presets
 

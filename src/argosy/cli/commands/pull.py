@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from argosy.library.pull import Download, Moment, Offer, Repository, Watch
 
 _FITS = {"resident": FITS["resident"], "streams": FITS["streams"], "thrashes": "barely"}
-_MOST_FORMATS = 100  # compared; repositories have up to 40
+_MOST_FORMATS = 100  # formats to compare; repositories have up to 40
 _MOST_BASES = 3  # headers read to estimate all formats of a repository
-_LINE_S = 10.0  # between lines of progress, if there is no terminal
+_LINE_S = 10.0  # between lines of progress without a terminal
 _RATES = ((12.5e6, "100 Mbit/s"), (125e6, "1 Gbit/s"))
 
 
@@ -103,11 +103,11 @@ def pull(model: str, revision: str | None, lists: bool, fit: bool, yes: bool, fl
 
 
 def _formats(repository: Repository, memory: str | int | None, *, lists: bool, fit: bool) -> Offer | None:
-    """The format that fits best, if it was asked for; None: the formats were listed, as was asked.
+    """The format that fits best, if requested; None after listing the formats, if that was requested.
 
     Raises:
-        UsageError: neither was asked, so they are listed on stderr.   DoesNotFit: none fits.
-        The errors of `fetch_headers`: the model does not run in any format.
+        UsageError: neither was requested, so the formats are listed on stderr.   DoesNotFit: none fits.
+        What `fetch_headers` raises, if the model runs in no format.
     """
     from argosy.cli.shared.output import progress_bar
 
@@ -123,7 +123,7 @@ def _formats(repository: Repository, memory: str | int | None, *, lists: bool, f
         fits = _compare(offers, memory, progress)
     best = _best(fits)
     if part and not repository.has_part:
-        fit = False  # what was asked for is not there: another format is not taken silently
+        fit = False  # the requested format is missing; do not take another one silently
     if fit and best is not None:
         return best
     if fit:
@@ -151,12 +151,12 @@ def _formats(repository: Repository, memory: str | int | None, *, lists: bool, f
 def _compare(
     offers: Sequence[Offer], memory: str | int | None, progress: Progress | None
 ) -> list[tuple[Offer, Fit | None]]:
-    """Each format with how it fits, from the header of one; None: it cannot run, or is not whole."""
+    """How each format fits, from the header of one; None if it cannot run or is incomplete."""
     from argosy.errors import UnsupportedModel
     from argosy.forecast.planning import compare_sizes
 
     able = [offer for offer in offers if offer.may_run and offer.nbytes is not None]
-    # Others are estimated from the header of a common one. Its name may hide a type without a kernel.
+    # The others are estimated from the header of a common format, whose name may hide a type without a kernel.
     bases = sorted(able, key=lambda offer: (offer.format != "Q4_K_M", offer.nbytes))[:_MOST_BASES]
     for base in bases:
         try:
@@ -173,7 +173,7 @@ def _compare(
 
 
 def _best(fits: Sequence[tuple[Offer, Fit | None]]) -> Offer | None:
-    """The format to take: what `pull --help` says."""
+    """The format to take, as `pull --help` describes."""
     able = [(offer, fit) for offer, fit in fits if fit is not None and fit.verdict != "no"]
 
     def rank(one: tuple[Offer, Fit]) -> tuple[bool, ...] | tuple[float, ...]:
@@ -190,7 +190,7 @@ def _best(fits: Sequence[tuple[Offer, Fit | None]]) -> Offer | None:
 
 
 def _bits(format: str) -> int:
-    """Bits of a weight, as the name of a format has them; 16 for safetensors."""
+    """Bits per weight according to a format's name; 16 for safetensors."""
     found = re.search(r"\d{1,2}", format)
     return 16 if found is None else int(found[0])
 
@@ -265,7 +265,7 @@ def _revision(download: Download) -> str:
 
 @contextmanager
 def _watch(here_bytes: int) -> Iterator[Watch]:
-    """Shows how far a fetch is: a bar on a terminal, otherwise a line now and then."""
+    """Shows the progress of a fetch: a bar on a terminal, otherwise occasional lines."""
     waits = _Waits()
     if not sys.stderr.isatty():
         yield _Lines(here_bytes, waits)
@@ -285,7 +285,7 @@ def _watch(here_bytes: int) -> Iterator[Watch]:
 
 
 class _Waits:
-    """Says once of each file that another program is fetching it."""
+    """Says once for each file that another program is fetching it."""
 
     def __init__(self) -> None:
         self._told: set[str] = set()

@@ -1,4 +1,4 @@
-"""`argosy routes`: have a model read texts of several domains, and say what its experts do with them."""
+"""`argosy routes`: have a model read texts from several domains, and report how its experts are used."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from argosy.observe.trace import TraceRecorder
     from argosy.open.engine import Engine
 
-_BYTES_PER_TOKEN = 32  # read of a file for each token that is wanted; few tokens are longer
-_WINDOW = 512  # tokens that see one another
-_PROMPT, _ANSWER = 128, 48  # tokens of an answer in each domain, for the hit rate of the engine itself
+_BYTES_PER_TOKEN = 32  # bytes to read of a file per wanted token; few tokens are longer
+_WINDOW = 512  # tokens that attend to one another
+_PROMPT, _ANSWER = 128, 48  # tokens of an answer in each domain, for the engine's own hit rate
 _MOST_COLUMNS = 16  # experts in a table
 _WINDOWS_SHOWN = (1, 8, 64, 512, 4096)
 
@@ -109,7 +109,7 @@ def routes(
 
 @dataclass(frozen=True, slots=True)
 class Realised:
-    """Hits of the engine's own cache while it answered, and of other policies with the same choices."""
+    """Hits of the engine's own cache while answering, and of other policies with the same choices."""
 
     slots: int
     hit_rate: float
@@ -157,7 +157,7 @@ def _open(model: str, options: dict[str, Any], num_domains: int, num_tokens: int
 
 
 class _Reader:
-    """An engine that reads texts, and records its routing and the loss of each token."""
+    """An engine that reads texts and records its routing and the loss of each token."""
 
     def __init__(self, engine: Engine, trace: TraceRecorder) -> None:
         self.engine = engine
@@ -171,14 +171,14 @@ class _Reader:
         self.engine.close()
 
     def tokens_of(self, domain: str, texts: Sequence[str], most: int) -> list[list[int]]:
-        """The first tokens of a domain, in windows.
+        """The first tokens of a domain, split into windows.
 
         Raises:
-            UsageError: they are fewer than two, or the model has no tokenizer.
+            UsageError: there are fewer than two, or the model has no tokenizer.
         """
         tokenizer = self.engine.tokenizer
         if tokenizer is None:
-            raise UsageError("texts need a tokenizer, and this checkpoint has none")
+            raise UsageError("texts need a tokenizer, but this checkpoint has none")
         windows: list[list[int]] = []
         left = most
         for text in texts:
@@ -211,7 +211,7 @@ class _Reader:
         return DomainRoutes(domain, taken.choices, classes, losses)
 
     def answer(self, domains: list[list[list[int]]], progress: Progress | None) -> Realised | None:
-        """Continue the texts: first to fill the cache, then to count. None: every expert is resident."""
+        """Continue the texts: first to fill the cache, then to count. None if every expert is resident."""
         import numpy as np
 
         from argosy import SamplingParams
@@ -247,7 +247,7 @@ class _Reader:
     def remove(
         self, removals: list[Removal], ids: dict[str, list[list[int]]], most: int, progress: Progress | None
     ) -> list[Change]:
-        """Read the first `most` tokens of each domain again for each removal, with its experts forbidden."""
+        """For each removal, read the first `most` tokens of each domain again with its experts forbidden."""
         from argosy.observe.ablation import compare
 
         if not removals:
@@ -266,7 +266,7 @@ class _Reader:
         return changes
 
     def _losses(self, windows: list[list[int]], told: Callable[[float], None] | None) -> NDArray[np.float64]:
-        """The loss in nats of every token that has another before it in its window."""
+        """The loss in nats of every token except the first of each window."""
         import numpy as np
 
         from argosy import SamplingParams

@@ -1,4 +1,4 @@
-"""`argosy run`: answer one prompt. The answer alone goes to stdout.
+"""`argosy run`: answer one prompt. Only the answer goes to stdout.
 
 Elsewhere: `cli/shared/texts.py` reads files and stdin.
 """
@@ -49,12 +49,12 @@ if TYPE_CHECKING:
     from argosy.prompt.messages import Message
     from argosy.prompt.thinking import Thinking
 
-_SCHEMA_BYTES = 1 << 20  # per file; its schema, without annotations, may have 128 Ki characters
+_SCHEMA_BYTES = 1 << 20  # per file; a schema without annotations may have 128 Ki characters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions(AskingOptions):
-    """Options of `run` alone."""
+    """Options only for `run`."""
 
     model: Annotated[
         str, Option("-m --model MODEL", "Model: a name or path; default: the demo.", completes="models")
@@ -82,7 +82,7 @@ class RunOptions(AskingOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Question:
-    """One prompt, read and checked; `form` is what its answer must follow."""
+    """A prompt after reading and checks; `form` is the required form of the answer."""
 
     text: str
     system: str | None
@@ -133,7 +133,7 @@ def _read(
     if given.raw and thinking.is_asked:
         raise UsageError("--raw excludes --think, --no-think and --effort: raw text has no chat template")
     if given.json_schema == STDIN and STDIN in (*prompt, *given.files):
-        raise UsageError("stdin can be read only once, and --json-schema - reads it")
+        raise UsageError("stdin can be read only once, but --json-schema - reads it")
     form = None if given.json_schema is None else _read_schema(given.json_schema)
     system = None if given.system is None else text_or_file(given.system)
     text = prompt_text(
@@ -146,7 +146,7 @@ def _read(
 
 
 def _ask_here(question: _Question, settings: Settings, group: WantedGroup) -> None:
-    """Load the model, and let it answer."""
+    """Load the model and let it answer."""
     from argosy.library.names import preset_of
     from argosy.prompt.thinking import Thinking
 
@@ -160,7 +160,7 @@ def _ask_here(question: _Question, settings: Settings, group: WantedGroup) -> No
         settings = settings_of(preset, settings)
     request = _request(question.text, media_of(), question.system, given.raw, preset)
     if "media" not in settings and "ears" not in settings:
-        # Without media, experts make better use of their memory; with them, too little memory is said at once.
+        # Without media, experts make better use of the memory; with media, a shortage is reported at once.
         settings = {**settings, "media": bool(media_of())}
     more: dict[str, Any] = {} if form is None else {"grammars": True}
     with (
@@ -191,14 +191,14 @@ def _ask_here(question: _Question, settings: Settings, group: WantedGroup) -> No
 def _say_cut(
     answer: Answer, num_tokens: int, full_context: int | None, *, has_switch: bool, has_form: bool
 ) -> None:
-    """Say that a limit cut the answer, and what allows more.
+    """Report that a limit cut the answer, and how to allow more.
 
     Args:
-        full_context: its tokens, if that was the limit.
+        full_context: the context's tokens, if that was the limit.
         has_switch: the model can be told not to think.
 
     Raises:
-        UsageError: nothing of use came.
+        UsageError: nothing useful came.
     """
     more = "allow more with -n"
     if full_context is not None:
@@ -220,7 +220,7 @@ def _ask_server(at: ServerModel, question: _Question) -> None:
     from argosy.media.parts import PROMPT_LIMITS
 
     given, text, form = question.given, question.text, question.form
-    _request(text, media_of(), question.system, given.raw)  # checks that they go together
+    _request(text, media_of(), question.system, given.raw)  # checks that they are compatible
     parts = [part_of(one.read(PROMPT_LIMITS), one.source) for one in media_of()]
     content: object = [*parts, *([{"type": "text", "text": text}] if text else [])] if parts else text
     messages = [{"role": "user", "content": content}]
@@ -272,10 +272,10 @@ def _ears_lines(engine: Engine) -> list[str]:
 
 
 def _read_schema(name: str) -> Grammar:
-    """The form of answers that follow the JSON schema in a file; "-" is stdin.
+    """Read the form of answers from a JSON schema in a file; "-" is stdin.
 
     Raises:
-        UsageError: the file cannot be read, or holds no schema.   GrammarError: the schema exceeds a bound.
+        UsageError: the file cannot be read, or contains no schema.   GrammarError: the schema exceeds a bound.
     """
     from argosy.config import Grammar
     from argosy.engine.grammar.grammar_bounds import require_schema_bounds, require_size
@@ -341,7 +341,7 @@ def _answer(engine: Engine, request: PromptLike, question: _Question) -> tuple[R
         for event in engine.stream(prompt, params):
             writer.push(event)
             result = event.result
-    assert result is not None  # the last event carries it
+    assert result is not None  # the last event contains it
     answer = writer.answer
     if not given.as_json and not answer.text.endswith("\n"):
         write_text("\n")
@@ -356,7 +356,7 @@ def _as_json(
     co2_grams_per_kwh: float | None,
     logprobs: Sequence[TokenLogprob] | None = None,
 ) -> str:
-    """The answer and its ledger; without a plan, a server gave it."""
+    """The answer and its ledger; without a plan, they came from a server."""
     from argosy.engine.energy import co2_grams
 
     ledger = reply.ledger

@@ -1,8 +1,8 @@
-"""The library as a server with `--library` has it: every model that runs here, by the names that users give it.
+"""The library of a server with `--library`: every model that runs here, by the names that users give it.
 
     files of all programs  ─ look ─>  Offers: facts from headers, other names, faults  ─ make ─>  Ready
 
-A request names a model of the library, an alias or a preset, and never a path.
+A request may name a model in the library, an alias or a preset, but never a path.
 
 Elsewhere: which model is in memory is `serve/models/models.py`; the library is `library/`.
 """
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 
 class ServedLibrary:
-    """Finds the models of the library, and makes them ready for one process and one budget.
+    """Finds the models in the library and prepares them for one process and one budget.
 
     Args:
-        given: options of every engine; `memory` is the budget of all at the start.
-        process_bytes: memory of the process without models.
-        recording: counts routing; None: nothing does.
+        given: options for every engine; `memory` is their common budget at the start.
+        process_bytes: the memory of the process without models.
+        recording: counts routing; None: it is not counted.
     """
 
     def __init__(self, given: Mapping[str, Any], process_bytes: int, recording: Recording | None) -> None:
@@ -44,10 +44,10 @@ class ServedLibrary:
         self._given = given
         self._making = Making(recording, process_bytes=process_bytes)
         self._since = int(time.time())
-        self._summaries: dict[object, dict[str, Any]] = {}  # of models outside the library, by their key
+        self._summaries: dict[object, dict[str, Any]] = {}  # for models outside the library, by their key
 
     def look(self) -> Offers:
-        """The models that are here now. New ones have their headers read."""
+        """Find the models that are here now, reading the headers of new ones."""
         from argosy.cli.commands.library import model_facts
         from argosy.library import kept, names
         from argosy.library.facts import key_of
@@ -58,7 +58,7 @@ class ServedLibrary:
         faults: dict[str, str] = {}
         found = find_models()
         for model, facts in model_facts(found.models):
-            if model.name in offers or model.name in faults:  # the first place has it
+            if model.name in offers or model.name in faults:  # the first place wins
                 continue
             if "fault" in facts:
                 faults[model.name] = facts["fault"]
@@ -118,7 +118,7 @@ class ServedLibrary:
         )  # fmt: skip
 
     def _make(self, name: str, path: Path, budget_bytes: int | None) -> tuple[Ready, Speeds | None]:
-        """Raises CheckpointError and related errors, and DoesNotFit."""
+        """Prepare a model; raises CheckpointError and related errors, and DoesNotFit."""
         from argosy.open.models import configure, open_files
 
         files, given = open_files(path), dict(self._given)
@@ -129,10 +129,11 @@ class ServedLibrary:
 
 
 class ServedPresets:
-    """The presets of a server's models; see `models.Presets`. Files are read each time, so a change has effect at once.
+    """The presets of a server's models; see `models.Presets`. Files are read each time, so a change takes effect at
+    once.
 
     Args:
-        models: those of the server by their ids; None: it has the library.
+        models: the server's models by id; None: it serves the library.
     """
 
     def __init__(self, models: Mapping[str, Named] | None) -> None:
@@ -140,12 +141,12 @@ class ServedPresets:
 
     @cached_property
     def _own_ids(self) -> Mapping[str, str]:
-        """The ids of the server's models, by what a preset calls them."""
+        """The ids of the server's models, by the names that presets use."""
         from argosy.library.names import whole_name
 
         found: dict[str, str] = {}
         for name, model in (self._models or {}).items():
-            with suppress(ArgosyError):  # it is not here; the server says so when it opens it
+            with suppress(ArgosyError):  # it is not here; the server reports that when it opens the model
                 is_whole = model.name is not None and not Path(model.name).is_absolute()
                 found[model.name if model.name and is_whole else whole_name(model.text)] = name
         return found
@@ -181,7 +182,7 @@ class ServedPresets:
 
 
 def speeds_of(ready: Ready, path: Path) -> Speeds | None:
-    """Predictions of a model's speed; None if the rates that are kept cannot be read, which `argosy plan` reports."""
+    """Predicts a model's speed; None if the kept rates cannot be read, which `argosy plan` reports."""
     from argosy.forecast.forecast import Speeds
     from argosy.machine import kept_rates
     from argosy.observe import saved

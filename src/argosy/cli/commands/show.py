@@ -109,7 +109,7 @@ def geometry_facts(config: ModelConfig) -> dict[str, Any]:
 
 
 def model_facts(files: ModelFiles) -> dict[str, Any]:
-    """The same, and the content of the files."""
+    """The same, plus the content of the files."""
     return {
         "path": str(files.path),
         **geometry_facts(files.config),
@@ -125,7 +125,7 @@ def model_facts(files: ModelFiles) -> dict[str, Any]:
 
 
 def _sampling_facts(files: ModelFiles) -> dict[str, Any]:
-    """How tokens are chosen where nobody says, who says so, and what of that is not supported."""
+    """The default sampling, its source, and the parts that are not supported."""
     from argosy.checkpoint.sampling import declared_sampling
 
     defaults = declared_sampling(files)
@@ -137,7 +137,7 @@ def _sampling_facts(files: ModelFiles) -> dict[str, Any]:
 
 
 def _encoder_facts(files: ModelFiles) -> list[dict[str, Any]]:
-    """The encoders for pictures and sound, or why they cannot be run."""
+    """The encoders for pictures and sound, or why they cannot run."""
     from argosy.model.encoders.reading import EncoderFiles, find_encoders
 
     facts: list[dict[str, Any]] = []
@@ -158,7 +158,7 @@ def _encoder_facts(files: ModelFiles) -> list[dict[str, Any]]:
 
 
 def _hypothetical_sizes(config: ModelConfig) -> dict[str, Any]:
-    """Bytes of a model as a checkpoint and as packs, and of its KV cache."""
+    """The bytes of a model as a checkpoint and as packs, and of its KV cache."""
     from argosy.budget.footprint import kv_bytes
     from argosy.checkpoint.formats import matrix_bytes
     from argosy.checkpoint.geometry import dense_shapes, expert_shapes, packed_config, packed_format
@@ -202,7 +202,7 @@ def fact_lines(facts: dict[str, Any]) -> list[str]:
 
 
 def _sampling_lines(facts: dict[str, Any]) -> list[str]:
-    """The temperature, and the other settings that have an effect."""
+    """The temperature and the other settings that have an effect."""
     values, off = facts["sampling"], {"top_p": 1, "repetition_penalty": 1}
     if values["temperature"] == 0:
         said = "temperature 0: always the likeliest token"
@@ -262,7 +262,7 @@ def _geometry_lines(facts: dict[str, Any]) -> list[str]:
 
 
 def _plan(model: str, files: ModelFiles, settings: Settings) -> MemoryPlan:
-    """The plan that `Engine` would make, in a process with the same memory in use."""
+    """The plan that `Engine` would make in a process with the same memory in use."""
     from argosy.budget.allowances import process_bytes
     from argosy.budget.footprint import ModelFootprint
     from argosy.budget.planner import plan_with_media
@@ -275,7 +275,7 @@ def _plan(model: str, files: ModelFiles, settings: Settings) -> MemoryPlan:
     config = configure(model, files, **for_engine(settings))
     config, _ = with_recorder(config, files, recorder_of(settings))
     footprint = ModelFootprint(files, config)
-    # Kept open while the process is measured, as in the engine; ears have a tokenizer, too.
+    # Kept open while the process is measured, as in the engine; ears also have a tokenizer.
     tokenizer, _ears = Tokenizer.open(files.path, files.header), footprint.ears
     require_mappable(footprint, config)
     require_memory(footprint, config)

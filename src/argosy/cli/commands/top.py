@@ -2,7 +2,7 @@
 
     remote.Server.states  ->  state_lines (what `--once` prints)  ->  the same lines with bars, redrawn in place
 
-If the server goes away, `top` waits for it, and shows the last state with its age.
+If the server goes away, `top` waits for it and shows the last state with its age.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _COLORS = {
 _SHADES = " ·░▒▓█"
 _FEWEST_ROWS = 6
 _MOST_REQUESTS = 8  # lines of running requests
-_MOST_LINES = 200  # of memory, models or workers
+_MOST_LINES = 200  # lines about memory, models or workers
 _HOTTEST = 4  # times an equal share of the layer's uses
 
 _RECENT = (("hit rate", "hit_rate"), ("LRU", "lru"), ("best possible", "optimum"))
@@ -94,7 +94,7 @@ def state_lines(state: dict[str, Any], url: str) -> list[str]:
 
 
 def _model_lines(state: dict[str, Any]) -> list[str]:
-    """The state of each model, if there are several: its memory, and its share of the limit."""
+    """The state of each model, if there are several: its memory and its share of the limit."""
     models = entries(state.get("models"))
     if len(models) < 2:
         return []
@@ -144,7 +144,7 @@ def _running_lines(state: dict[str, Any]) -> list[str]:
 
 
 def _request_lines(state: dict[str, Any]) -> list[str]:
-    """How far each request is that runs, and what others wait for; the first of them, if there are many."""
+    """The progress of running requests, and what others wait for; only the first ones, if there are many."""
     from argosy.engine.progress import prompt_line, wait_line
 
     running, waiting = (entries(state.get(key)) for key in ("running", "waiting"))
@@ -166,7 +166,7 @@ def _request_lines(state: dict[str, Any]) -> list[str]:
 
 
 def worker_lines(workers: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each worker, and one more for what is wrong with it."""
+    """A line for each worker, and one more for its fault, if any."""
     lines: list[str] = []
     for one in workers:
         rate = _number(one.get("hit_rate"), lambda value: f"{100 * value:.0f} %")
@@ -183,17 +183,17 @@ def worker_lines(workers: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _owned(worker: dict[str, Any]) -> str:
-    """How many experts a worker owns, and how many it has in memory, which may include others' experts."""
+    """How many experts a worker owns, and how many it has in memory, perhaps including others' experts."""
     owned, resident = whole(worker.get("experts_owned")), whole(worker.get("resident"))
     if not owned:
         return "owns no experts"
-    if worker.get("state") in ("away", "refused"):  # it tells nothing
+    if worker.get("state") in ("away", "refused"):  # it reports nothing
         return f"owns {owned} experts"
     return f"owns {owned} experts, {'all' if resident >= owned else resident} in memory"
 
 
 def watch(server: Server) -> None:
-    """Redraw in place until ^C. The first state must arrive; after that, a missing server is waited for.
+    """Redraw in place until ^C. The first state must arrive; after that, wait for a missing server.
 
     Raises:
         ServerNotUsable: the server cannot be used at all.
@@ -248,7 +248,7 @@ class _Screen:
 
 
 def memory_bar(memory: dict[str, Any], width: int) -> Text:
-    """The parts of the memory plan in order, at least one cell for each that is not empty; dots are unused memory."""
+    """The parts of the memory plan in order, at least one cell for each non-empty part; dots are unused memory."""
     from rich.text import Text
 
     parts = [(_name(line.get("name")), whole(line.get("bytes"))) for line in entries(memory.get("lines"))]
@@ -265,7 +265,7 @@ def memory_bar(memory: dict[str, Any], width: int) -> Text:
 
 
 def heat_rows(layers: Sequence[Sequence[int]], width: int, height: int) -> list[str]:
-    """Layers x experts, shaded by use relative to an equal share; neighbours may share a cell."""
+    """Draw layers x experts, shaded by use relative to an equal share; neighbours may share a cell."""
     rows = []
     stride = -(-len(layers) // height)
     for first in range(0, len(layers), stride):
@@ -287,7 +287,7 @@ def _shares(uses: Sequence[int]) -> list[float]:
 
 
 def _layers(state: dict[str, Any]) -> list[list[int]] | None:
-    """Uses per expert, for the layers that have experts; None if the server does not say."""
+    """Uses per expert, for the layers with experts; None if the server does not report them."""
     return [uses for uses in _uses(state) if uses] or None
 
 
@@ -316,7 +316,7 @@ def _most_uneven(state: dict[str, Any]) -> str | None:
 
 
 def _name(value: object, absent: str = UNKNOWN) -> str:
-    """Text from a server, made safe for a terminal."""
+    """Make text from a server safe for a terminal."""
     from argosy.checkpoint.untrusted_file import quote
 
     return quote(value) if isinstance(value, str) else absent

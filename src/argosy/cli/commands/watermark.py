@@ -1,4 +1,4 @@
-"""`argosy watermark`: make the key of a watermark, and judge whether a text carries it."""
+"""`argosy watermark`: make a watermark key, and judge whether a text carries its watermark."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from argosy.errors import UsageError
 if TYPE_CHECKING:
     from argosy.guard.watermark import Evidence
 
-_FALSE_POSITIVES = 1e-4  # texts without the watermark that are taken for marked, at most
+_FALSE_POSITIVES = 1e-4  # at most this fraction of unmarked texts is called marked
 
 
 @click.group("watermark")
@@ -86,7 +86,7 @@ def detect(file: str, key_file: Path, model: str, false_positives: float, as_jso
     text = read_file(Path("/dev/stdin" if file == STDIN else file), name="stdin" if file == STDIN else None)
     tokenizer = Tokenizer.open(locate_model(model))
     if tokenizer is None:
-        raise UsageError(f"{model} has no tokenizer, and a mark is one of tokens")
+        raise UsageError(f"{model} has no tokenizer, and a watermark is in the tokens")
     token_ids = tokenizer.encode(text)
     evidence = judge(mark.words(first_ngrams(token_ids)))
     is_marked = evidence.log10_p < math.log10(false_positives)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerOptions:
-    """Options of `worker` alone."""
+    """Options only for `worker`."""
 
     bind: Annotated[str, Option("--bind HOST:PORT", "Address of one interface; port 0: any.")]
     key_file: Annotated[Path | None, Option("--key-file FILE", "Key that coordinators must have.")] = None
@@ -62,7 +62,7 @@ class WorkerOptions:
         """The checked settings of a worker.
 
         Raises:
-            UsageError: an option, its file or a variable of the environment is invalid.
+            UsageError: an option, its file or an environment variable is invalid.
         """
         from argosy.cluster.hello import read_key
         from argosy.cluster.secure import server_context
@@ -120,7 +120,7 @@ def worker(model: str, given: WorkerOptions, flags: Settings) -> None:
     wanted = given.settings(flags)
     host, port = parse_host(given.bind, lowest_port=0)
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.INFO)
-    # Bound first, so that a port in use is reported before experts are read.
+    # Bind first, so that a port in use is reported before experts are read.
     listener = bind_socket(host, port, has_key=bool(wanted.key))
     if given.is_copy:
         port = listener.getsockname()[1]
@@ -148,7 +148,7 @@ def worker(model: str, given: WorkerOptions, flags: Settings) -> None:
 def _copied(
     directory: Path, listener: socket, address: str, wanted: WorkerSettings
 ) -> tuple[Path, WorkerSettings] | None:
-    """Copy the missing bytes; return the path to open and the settings to run it with, or None after SIGTERM."""
+    """Copy the missing bytes; return the path to open and the settings to run with, or None after SIGTERM."""
     from argosy.cli.shared.output import progress_bar
     from argosy.cluster.copied import Copy, CopyingWorker
 
@@ -178,10 +178,10 @@ def _tell(running: Worker, address: str) -> None:
 
 
 def shards_of(shares: Sequence[str]) -> int:
-    """The shards of some shares `K/N`, as a mask; all of them without any share.
+    """The shards of the shares `K/N`, as a mask; all shards if there is no share.
 
     Raises:
-        UsageError: a share has another form.
+        UsageError: a share is malformed.
     """
     from argosy.checkpoint.shards import ALL_SHARDS, NUM_SHARDS, shards_of_share
 
