@@ -16,22 +16,23 @@ import asyncio
 import os
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from argosy import Engine, SamplingParams
 from argosy.checkpoint.pack import pack
 from argosy.cluster.group import Group
 from argosy.model.families import open_model
-from common import machine_line, run_inside
+from common import machine_line
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.cluster.rigs import CONFIG, DRIVE, PROMPT, open_engine, wait_until, worker_process
+from tests.helpers.forks import FORKS
 from tests.models.tiny import write_model
 
 NUM_WORKERS = 3
@@ -42,20 +43,25 @@ KINDS = ("one frozen", "two frozen", "all frozen", "link cut")
 
 
 @contextmanager
-def link_to(port: int) -> Iterator[subprocess.Popen[str]]:
-    """A process that forwards connections to a port of this machine; its first line is its own port."""
-    process = subprocess.Popen(
-        run_inside("cluster_freeze.py", ["--link", port]), stdout=subprocess.PIPE, text=True
-    )
+def link_to(port: int) -> Iterator[tuple[int, int]]:
+    """The id of a process that forwards connections to a port of this machine, and its own port."""
+    ours, theirs = FORKS.Pipe()
+    process = FORKS.Process(target=run_link, args=(port, theirs))
+    process.start()
+    assert process.pid is not None
     try:
-        yield process
+        yield process.pid, ours.recv()
     finally:
-        process.send_signal(signal.SIGCONT)
+        os.kill(process.pid, signal.SIGCONT)
         process.kill()
-        process.communicate()
+        process.join()
 
 
-async def forward(port: int) -> None:
+def run_link(port: int, told: Connection) -> None:
+    asyncio.run(forward(port, told))
+
+
+async def forward(port: int, told: Connection) -> None:
     async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError):
             while part := await reader.read(1 << 16):
@@ -72,7 +78,7 @@ async def forward(port: int) -> None:
         await asyncio.gather(carry(reader, to_them), carry(theirs, writer))
 
     server = await asyncio.start_server(meet, "127.0.0.1", 0)
-    print(server.sockets[0].getsockname()[1], flush=True)
+    told.send(server.sockets[0].getsockname()[1])
     await server.serve_forever()
 
 
@@ -84,17 +90,16 @@ class Rig:
             stack.enter_context(worker_process(model, "--expert-slots", "8")) for _ in range(NUM_WORKERS)
         ]
         links = [stack.enter_context(link_to(worker.port)) for worker in workers]
-        ports = [link.stdout.readline().strip() for link in links if link.stdout is not None]
         pids = [worker.process.pid for worker in workers]
         self.group = stack.enter_context(
-            Group([f"127.0.0.1:{port}" for port in ports], disk_bytes_per_s=DRIVE)
+            Group([f"127.0.0.1:{port}" for _, port in links], disk_bytes_per_s=DRIVE)
         )
         self.engine = stack.enter_context(open_engine(model, self.group, expert_slots=8))
         self.victims: dict[str, Callable[[int], Sequence[int]]] = {
             "one frozen": lambda number: [pids[number % NUM_WORKERS]],
             "two frozen": lambda number: [pids[number % NUM_WORKERS], pids[(number + 1) % NUM_WORKERS]],
             "all frozen": lambda number: pids,
-            "link cut": lambda number: [links[number % NUM_WORKERS].pid],
+            "link cut": lambda number: [links[number % NUM_WORKERS][0]],
         }
 
     def until_ready(self) -> None:
@@ -160,11 +165,7 @@ def main() -> int:
     parser.add_argument("--times", type=int, default=50)
     parser.add_argument("--short", action="store_const", const=2, dest="times")
     parser.add_argument("--kinds", default=",".join(KINDS))
-    parser.add_argument("--link", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.link is not None:
-        asyncio.run(forward(options.link))
-        return 0
     print(machine_line())
     with tempfile.TemporaryDirectory() as directory:
         found = trial(Path(directory), options.times, options.kinds.split(","))

@@ -53,6 +53,7 @@ from argosy.guard.keys import SCOPES, KeyFile, KeyRing
 from argosy.model.families import open_model
 from argosy.serve.app import ROUTES, make_app
 from tests.cli.tiny_chat_model import write_chat_model
+from tests.helpers.forks import ForkedArgosy
 from tests.models.tiny import prompt_ids, qwen3_moe, write_model
 from tests.native import _native_testing
 from tests.serve import test_disconnects as disconnects
@@ -424,14 +425,22 @@ class Served:
 
 
 @contextmanager
-def served(model: Path, scratch: Path, *options: object, **environment: str) -> Iterator[Served]:
-    """Run `argosy serve`, with its output in a file. It is ready on entry, and killed on exit if it still runs."""
-    command = [sys.executable, "-m", "argosy", "serve", model, "--memory", "1GiB", "--port", 0, *options]
+def served(
+    model: Path, scratch: Path, *options: object, is_fork: bool = True, **environment: str
+) -> Iterator[Served]:
+    """Run `argosy serve`, with its output in a file. It is ready on entry, and killed on exit if it still runs.
+
+    Args:
+        is_fork: it starts sooner, and has neither the network of this thread nor what the loader reads at a start.
+    """
+    command = [str(word) for word in ("serve", model, "--memory", "1GiB", "--port", 0, *options)]
     log = scratch / "log"
     with log.open("wb") as sink:
-        process = subprocess.Popen(
-            list(map(str, command)), stdout=sink, stderr=sink, env=os.environ | environment, cwd=scratch
-        )
+        if is_fork:
+            start: type[subprocess.Popen[bytes]] = ForkedArgosy
+        else:
+            start, command = subprocess.Popen, [sys.executable, "-m", "argosy", *command]
+        process = start(command, stdout=sink, stderr=sink, env=os.environ | environment, cwd=scratch)
     try:
         until = time.monotonic() + _START_S
         while not (found := re.search(r"^serving .* at (http://\S+)\n", log.read_text(), re.MULTILINE)):
@@ -1118,7 +1127,7 @@ def fail_allocations(finding: Finding, scratch: Path, model: Path, size: int) ->
     asks, nth = asks_of_all_dialects(), dict.fromkeys(DIALECTS, 0)
     expected: list[Any] = []
     while finding.size < size:
-        with served(model, scratch, **allocations.environment) as server:
+        with served(model, scratch, is_fork=False, **allocations.environment) as server:
             allocations.fail(0)
             answers = [httpx.post(server.url + path, json=body, timeout=_END_S) for path, body in asks]
             expected = expected or [said_in(one) for one in answers]
@@ -1607,7 +1616,7 @@ def addresses(scratch: Path, size: int) -> Finding:
 def follow_no_address(scratch: Path, size: int) -> Finding:
     finding, statuses = Finding(), Counter[str]()
     model = write_chat_model(scratch / "model")
-    with served(model, scratch) as server, socket.create_server(("127.0.0.1", 0)) as listener:
+    with served(model, scratch, is_fork=False) as server, socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
         port = listener.getsockname()[1]
         time.sleep(3)  # the kernel itself sends packets on a new device

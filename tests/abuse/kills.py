@@ -34,7 +34,7 @@ import time
 import traceback
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +229,14 @@ class Keys(Writer):
             else:
                 names.remove(name)
         return names
+
+
+def add_and_revoke(file: KeyFile, number: int) -> None:
+    """What `test_keys.py` does in several processes at once."""
+    for at in range(15):
+        file.add(f"{number} stays {at}")
+        file.add(f"{number} goes {at}")
+        file.revoke(f"{number} goes {at}")
 
 
 class Counts(Writer):
@@ -945,13 +953,13 @@ def _run(
     }  # fmt: skip
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--points", type=int, default=200, help="of each writer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--links", action="store_true", help="plant a symbolic link before each point")
     parser.add_argument("writers", nargs="*", metavar="WRITER", help=f"of {', '.join(WRITERS)}; default: all")
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
     num_failures = 0
     print(
         f"{'writer':<8}{'killed':>7}{'of tries':>9}{'links':>6}{'calls':>7}{'lost':>6}   the next command found"

@@ -19,6 +19,8 @@ from argosy.errors import UsageError
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
+from tests.abuse.kills import add_and_revoke
+from tests.helpers.forks import ForkedArgosy, call_at_once
 from tests.serve.conftest import start
 
 NUM_WRITERS = 12
@@ -30,55 +32,23 @@ def file(tmp_path: Path) -> KeyFile:
     return KeyFile(tmp_path / "keys.json")
 
 
-def run_at_once(code: str, file: KeyFile, num_processes: int) -> list[int]:
-    """Run `code` with `file` and `number` in several processes, all started at once; return their exit codes."""
-    head = (
-        "import sys, time\nfrom pathlib import Path\nfrom argosy.guard.keys import KeyFile\n"
-        "file, number = KeyFile(Path(sys.argv[1])), sys.argv[2]\n"
-        "print(flush=True)\nsys.stdin.read(1)\n"
-    )
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", head + code, str(file.path), str(number)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        for number in range(num_processes)
-    ]
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"\n"  # the process is ready
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write(b"\n")
-        process.stdin.flush()
-    for process in processes:
-        process.communicate(timeout=60)
-    return [process.returncode for process in processes]
-
-
 def test_concurrent_adds_are_all_kept(file: KeyFile) -> None:
-    assert run_at_once("file.add(number)", file, NUM_WRITERS) == [0] * NUM_WRITERS
+    assert (
+        call_at_once(KeyFile.add, [(file, str(number)) for number in range(NUM_WRITERS)]) == [0] * NUM_WRITERS
+    )
     assert sorted(key.name for key in file.read()) == sorted(map(str, range(NUM_WRITERS)))
 
 
 def test_concurrent_adds_and_revocations_lose_no_key_and_restore_none(file: KeyFile) -> None:
-    code = (
-        "for at in range(15):\n"
-        "    file.add(f'{number} stays {at}')\n"
-        "    file.add(f'{number} goes {at}')\n"
-        "    file.revoke(f'{number} goes {at}')\n"
-    )
-    assert run_at_once(code, file, 3) == [0] * 3
+    assert call_at_once(add_and_revoke, [(file, number) for number in range(3)]) == [0] * 3
     expected = {f"{number} stays {at}" for number in range(3) for at in range(15)}
     assert {key.name for key in file.read()} == expected
 
 
 def test_concurrent_commands_lose_no_key(file: KeyFile) -> None:
     file.add("old")
-    command = [sys.executable, "-m", "argosy", "keys"]
     processes = [
-        subprocess.Popen([*command, *more, "--keys", file.path], stdout=subprocess.DEVNULL)
+        ForkedArgosy[bytes](["keys", *more, "--keys", file.path], stdout=subprocess.DEVNULL)
         for more in (["add", "a"], ["revoke", "old"], ["add", "b"], ["add", "c"])
     ]
     assert [process.wait(60) for process in processes] == [0] * 4

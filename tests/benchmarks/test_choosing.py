@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+
+import pytest
+
+import choosing
 from choosing import MACHINES, MODELS, PAGE, updated
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _each_table_is_made_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choosing, "table_of", functools.cache(choosing.table_of))
+        yield
 
 
 def test_the_guide_has_the_tables_of_today() -> None:

@@ -17,7 +17,7 @@ from make_checkpoint import make_model, raw_config
 
 HIDDEN, WIDTH, HEADS, HEAD_DIM = 512, 256, 4, 128
 RAW = raw_config(
-    hidden=HIDDEN, layers=2, experts=16, experts_per_token=2, width=WIDTH, heads=HEADS, kv_heads=2, vocab=1024
+    hidden=HIDDEN, layers=2, experts=4, experts_per_token=2, width=WIDTH, heads=HEADS, kv_heads=2, vocab=1024
 )
 # The products of a layer: q and o, k and v, three matrices of two experts.
 PRODUCTS = 2 * HIDDEN * HEADS * HEAD_DIM + 2 * HIDDEN * 2 * HEAD_DIM + 2 * 3 * HIDDEN * WIDTH

@@ -23,6 +23,8 @@ from argosy.cli.shared import own_server
 from argosy.cli.shared.remote import DEFAULT_URL, default_url
 from argosy.directory import Directory
 from argosy.errors import ServerNotUsable
+from tests.helpers.command import run_argosy
+from tests.helpers.forks import ForkedArgosy
 from tests.helpers.guides import shown_after
 
 Captured = pytest.CaptureFixture[str]
@@ -45,13 +47,12 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             os.kill(process.pid, signal.SIGKILL)
 
 
-def argosy(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "argosy", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
+def up_command(model: Path, *options: str) -> list[str]:
+    return ["up", str(model), "--memory", "1GiB", "--threads", "1", "--port", "0", *options]
 
 
 def up(model: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return argosy("up", str(model), "--memory", "1GiB", "--threads", "1", "--port", "0", *options)
+    return run_argosy(*up_command(model, *options), timeout_s=WAIT_S)
 
 
 def here() -> own_server.Process:
@@ -126,21 +127,9 @@ def test_up_starts_a_server_that_ps_logs_top_and_stop_find(
 
 
 def test_two_that_start_at_once_start_one_server(chat_model: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "argosy",
-        "up",
-        str(chat_model),
-        "--memory",
-        "1GiB",
-        "--threads",
-        "1",
-        "--port",
-        "0",
-    ]
     both = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
+        ForkedArgosy[str](up_command(chat_model), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
     ]
     said = [one.communicate(timeout=WAIT_S) for one in both]
     # The later one finds a server, and was given options for another.

@@ -588,13 +588,13 @@ def test_a_file_that_another_program_changes_meanwhile_is_not_overwritten(
 
 def test_settings_parsers_are_imported_only_when_settings_are_written(server: FakeServer) -> None:
     parsers = {"tomlkit", "ruamel.yaml", "dotenv"}
-    for client in CLIENTS:
-        code = (
-            "import sys; from argosy.cli.main import main\n"
-            f"assert main(['connect', {client!r}, '--url', {server.url!r}]) == 0\n"
-            f"assert not {parsers!r} & sys.modules.keys()"
-        )
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+    code = (
+        "import sys; from argosy.cli.main import main\n"
+        f"for client in {[*CLIENTS]!r}:\n"
+        f"    assert main(['connect', client, '--url', {server.url!r}]) == 0\n"
+        f"    assert not {parsers!r} & sys.modules.keys(), client"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
 
 
 def test_a_model_name_with_shell_syntax_is_quoted(capsys: Captured) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from argosy.cluster.worker import Worker, bind
 from argosy.cluster.worker_plan import WorkerSettings
 from argosy.experts.workers import WorkerStatus
 from argosy.model.families import open_model
+from tests.helpers.forks import ForkedArgosy
 from tests.models.tiny import gpt_oss, prompt_ids, qwen3_moe
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -72,7 +72,7 @@ def is_listening(address: str) -> bool:
 
 
 class WorkerProcess:
-    """`argosy worker` as users start it; it can be killed, stopped, and started again at the same address.
+    """`argosy worker` in a process; it can be killed, stopped, and started again at the same address.
 
     Args:
         is_awaited: whether `start` waits until it is ready. A worker that copies is not ready without a coordinator.
@@ -81,14 +81,13 @@ class WorkerProcess:
     def __init__(self, model: Path, *options: str, port: int = 0, is_awaited: bool = True) -> None:
         self._is_awaited = is_awaited
         self._command = [
-            sys.executable, "-m", "argosy", "worker", str(model), "--memory", "1GiB", "--threads", "1",
-            "--disk-rate", "1GB", *options,
+            "worker", str(model), "--memory", "1GiB", "--threads", "1", "--disk-rate", "1GB", *options
         ]  # fmt: skip
         self.process: subprocess.Popen[str]
         self.start(port)
 
     def start(self, port: int) -> None:
-        self.process = subprocess.Popen(
+        self.process = ForkedArgosy[str](
             [*self._command, "--bind", f"127.0.0.1:{port}"],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**os.environ, "ARGOSY_ASK_AHEAD": "off"},

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from argosy.cluster.group import Group
 from argosy.errors import UsageError
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.cluster.rigs import wait_until, worker_process
+from tests.helpers.command import run_argosy
 from tests.serve.test_run import end, served
 
 Captured = pytest.CaptureFixture[str]
@@ -65,20 +63,10 @@ def answer(url: str) -> str:
     return text
 
 
-def argosy(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "argosy", *arguments],
-        capture_output=True,
-        text=True,
-        env=os.environ,
-        check=False,
-    )
-
-
 def test_run_answers_the_same_with_workers(model: Path, key_file: Path, workers: list[str]) -> None:
     command = ["run", "Hi", "-m", str(model), "--memory", "1GiB", "-n", "12", "-t", "0", "--quiet"]
-    alone = argosy(*command)
-    together = argosy(
+    alone = run_argosy(*command)
+    together = run_argosy(
         *command, "--cluster", ",".join(workers), "--cluster-key-file", str(key_file), "--verify", "50%"
     )
     assert together.returncode == 0, together.stderr

@@ -7,14 +7,52 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from multiprocessing.forkserver import get_inherited_fds  # type: ignore[attr-defined]
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import DupFd
+from threading import Barrier
 from typing import Any, AnyStr, NoReturn
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tests.model.open_parts", "tests.route.serving"])
+FORKS.set_forkserver_preload(["tests.model.open_parts", "tests.route.serving", "tests.abuse.kills", "pytest"])
+
+
+def call_in_fork(function: Callable[..., Any], *arguments: Any, **named: Any) -> tuple[Any, str]:
+    """Call a function of a module in a process of its own; return what it returns, and what it printed.
+
+    Raises:
+        AssertionError: it raised an error, or its process ended; the text is what it printed.
+    """
+    ours, theirs = FORKS.Pipe(duplex=False)
+    with ours, tempfile.TemporaryFile("w+") as screen:
+        process = FORKS.Process(
+            target=_call, args=(theirs, _Descriptor(screen.fileno()), function, arguments, named)
+        )
+        process.start()
+        theirs.close()
+        try:
+            result = ours.recv()
+        except EOFError:
+            screen.seek(0)
+            raise AssertionError(screen.read()) from None
+        finally:
+            process.join()
+        screen.seek(0)
+        return result, screen.read()
+
+
+def call_at_once(function: Callable[..., Any], calls: Sequence[Sequence[Any]]) -> list[int | None]:
+    """Call a function with each of these arguments in processes of their own, all at once; return the exit codes."""
+    all_started = FORKS.Barrier(len(calls))
+    processes = [FORKS.Process(target=_call_with, args=(all_started, function, *given)) for given in calls]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
 
 
 class ForkedArgosy(subprocess.Popen[AnyStr]):
@@ -67,6 +105,28 @@ def _number_there(descriptor: Any) -> int:
     return int(descriptor.detach())
 
 
+def _call_with(all_started: Barrier, function: Callable[..., Any], *given: Any) -> None:
+    all_started.wait(60)
+    function(*given)
+
+
+def _write_to(descriptors: Sequence[int]) -> None:
+    """Take these as stdout and stderr."""
+    for number, descriptor in enumerate(descriptors, 1):
+        os.dup2(descriptor, number)
+    sys.stdout = open(1, "w")  # noqa: SIM115 - to the end of the process
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace")  # noqa: SIM115
+
+
+def _call(
+    told: Connection, screen: int, function: Callable[..., Any], arguments: Any, named: dict[str, Any]
+) -> None:
+    _write_to([screen, screen])
+    result = function(*arguments, **named)
+    sys.stdout.flush()
+    told.send(result)
+
+
 def _run_command(
     arguments: Sequence[str], environment: dict[str, str], directory: str, descriptors: Sequence[int]
 ) -> NoReturn:
@@ -75,12 +135,11 @@ def _run_command(
     os.chdir(directory)
     os.environ.clear()
     os.environ.update(environment)
-    for number, descriptor in enumerate(descriptors):
-        os.dup2(descriptor, number)
+    os.dup2(descriptors[0], 0)
+    _write_to(descriptors[1:])
     for descriptor in get_inherited_fds():
         os.close(descriptor)
-    sys.stdin, sys.stdout = open(0), open(1, "w")  # noqa: SIM115 - to the end of the process
-    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace")  # noqa: SIM115
+    sys.stdin = open(0)  # noqa: SIM115 - to the end of the process
     sys.argv = ["argosy", *arguments]
     code = 1
     try:

@@ -12,7 +12,6 @@ import socket
 import ssl
 import stat
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +30,7 @@ from argosy.serve.http.listen import Certificate, Front, Listener, bind_file
 from argosy.serve.http.origins import Site
 from argosy.serve.run import require_keys_behind_proxy
 from tests.cli.tiny_chat_model import write_chat_model
+from tests.helpers.forks import ForkedArgosy
 from tests.serve.conftest import start
 
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
@@ -334,10 +334,9 @@ def test_a_server_of_a_file_of_settings_speaks_tls_on_a_socket_file_and_logs_jso
     )
     policy = tmp_path / "policy.toml"
     policy.write_text('default = "a"\n[policies.a]\npii-input = "block"\n')
-    process = subprocess.Popen(
-        [sys.executable, "-m", "argosy", "serve", "--config", str(tmp_path / "serve.toml")],
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = ForkedArgosy[str](
+        ["serve", "--config", tmp_path / "serve.toml"], stderr=subprocess.PIPE, text=True
+    )
     timer = threading.Timer(240, process.kill)
     timer.start()
     assert process.stderr is not None

@@ -5,13 +5,11 @@ from __future__ import annotations
 import fcntl
 import gc
 import json
-import os
 import re
 import resource
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -37,6 +35,7 @@ from argosy.serve.http.listen import Front, bind
 from argosy.serve.http.running import Running
 from argosy.serve.http.server import Endpoint
 from tests.cli.tiny_chat_model import write_chat_model
+from tests.helpers.command import run_argosy
 from tests.helpers.forks import ForkedArgosy
 
 
@@ -210,9 +209,7 @@ def test_a_restart_restores_no_quota_and_a_revoked_key_leaves_no_file(model: Pat
     with served(model, *options) as (url, process):
         assert [ask(url, name) for name in headers] == [200, 200, 200]
         wait_for(3)
-        subprocess.run(
-            [sys.executable, "-m", "argosy", "keys", "revoke", "revoked", "--keys", keys.path], check=True
-        )
+        assert run_argosy("keys", "revoke", "revoked", "--keys", keys.path).returncode == 0
         wait_for(2)
         assert ask(url, "revoked") == 401
         process.send_signal(signal.SIGTERM)
@@ -223,18 +220,15 @@ def test_a_restart_restores_no_quota_and_a_revoked_key_leaves_no_file(model: Pat
         wait_for(1)
 
 
-def test_an_audit_survives_a_kill_and_a_running_server_erases_a_key(model: Path, tmp_path: Path) -> None:
+def test_an_audit_survives_a_kill_and_a_running_server_erases_a_key(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keys = KeyFile(tmp_path / "keys.json")
     key, secret = keys.add("laptop")
     admin = keys.add("admin", scopes=("admin",))[1]
     headers = {"Authorization": f"Bearer {secret}"}
     directory = tmp_path / "audit"
     body = {"prompt": "something said", "max_tokens": 4}
-
-    def audit(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "argosy", *map(str, arguments)]
-        environment = {**os.environ, "ARGOSY_API_KEY": admin}
-        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
     options = ("--keys", str(keys.path), "--audit", str(directory), "--audit-content", "--log-format", "json")
     with served(model, *options) as (url, process):
@@ -246,7 +240,8 @@ def test_an_audit_survives_a_kill_and_a_running_server_erases_a_key(model: Path,
             time.sleep(0.02)
         process.kill()
     with served(model, *options) as (url, process):
-        erased = audit("data", "erase", "--key", "laptop", "--url", url)
+        monkeypatch.setenv("ARGOSY_API_KEY", admin)
+        erased = run_argosy("data", "erase", "--key", "laptop", "--url", url)
         assert erased.returncode == 0, erased.stderr
         assert f"key               {key.id}" in erased.stdout
         assert "audit contents    3 erased" in erased.stdout
@@ -257,7 +252,7 @@ def test_an_audit_survives_a_kill_and_a_running_server_erases_a_key(model: Path,
         log = [json.loads(line) for line in end(process).splitlines() if line.startswith("{")]
     anchors = [line["anchor"] for line in log if line["event"] == "audit_anchor"]
     assert len(anchors) == 2  # at the start and at the end
-    found = audit("audit", "verify", directory, "--anchor", anchors[0], "--anchor", anchors[1])
+    found = run_argosy("audit", "verify", directory, "--anchor", anchors[0], "--anchor", anchors[1])
     assert found.returncode == 0, found.stdout
     assert "0 kept, 3 erased" in found.stdout
 
@@ -265,19 +260,12 @@ def test_an_audit_survives_a_kill_and_a_running_server_erases_a_key(model: Path,
 # ── the address ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def argosy(*options: object) -> list[str]:
-    return [sys.executable, "-m", "argosy", "serve", *map(str, options)]
-
-
 def test_a_port_in_use_is_reported_before_the_model_is_opened(tmp_path: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        done = subprocess.run(
-            argosy(tmp_path / "no-model", "--port", port),
-            capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
+        done = run_argosy("serve", tmp_path / "no-model", "--port", str(port))
     assert done.returncode == 2
     assert done.stderr == (
         f"error: port {port} of 127.0.0.1 is in use\nhint: use --port {port + 1}, or --port 0 for any free port\n"
@@ -288,8 +276,8 @@ def test_another_server_that_listens_first_is_also_reported(model: Path, tmp_pat
     """Two servers that start at once may both bind, but only one of them can listen."""
     with bind("127.0.0.1", 0) as mine:
         port = mine[0].getsockname()[1]
-        process = subprocess.Popen(
-            argosy(model, "--memory", "1GiB", "--port", port), stderr=subprocess.PIPE, text=True
+        process = ForkedArgosy[str](
+            ["serve", model, "--memory", "1GiB", "--port", port], stderr=subprocess.PIPE, text=True
         )
         mine[0].listen()
         log = end(process)
@@ -332,8 +320,8 @@ def test_sockets_are_bound_at_once_and_listen_later() -> None:
 
 
 def test_the_server_answers_as_soon_as_it_prints_its_address(model: Path) -> None:
-    command = argosy(model, "--memory", "1GiB", "--port", 0, "--name", "a/b")
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    command = ["serve", model, "--memory", "1GiB", "--port", 0, "--name", "a/b"]
+    process = ForkedArgosy[str](command, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
         said = process.stderr.readline()

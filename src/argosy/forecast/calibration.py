@@ -46,7 +46,7 @@ from argosy.model.families import CONFIG_FILE, FAMILIES
 from argosy.open.engine import Engine
 
 _BESIDE = ("router", "sampling", "other")  # parts of a ledger other than arithmetic and waiting
-_STEPS = 64
+_STEPS, _TURNS = 64, 3  # of a small model
 _SHARES = (0.75, 0.5, 0.25)  # shares of experts in memory at which misses are measured
 
 
@@ -167,13 +167,14 @@ def _overheads(cores: int, int8_operations: float, tell: Progress) -> _Overheads
     with tempfile.TemporaryDirectory(prefix="argosy-calibration-") as scratch:
 
         def tokens(size: _Size, *shares: float | None) -> list[_Token]:
-            """Run with every expert in memory, then with shares of them; medians of three turns."""
+            """Run with every expert in memory, then with shares of them; medians of the turns."""
             path = Path(scratch) / f"{size.layers}-{size.hidden}"
             _write_model(path, size)
             most = size.layers * size.experts - 1
             slots = [None if share is None else min(most, int(share * (most + 1))) for share in shares]
             turns = [
-                [_token(path, cores, int8_operations, expert_slots=one) for one in slots] for _ in range(3)
+                [_token(path, cores, int8_operations, expert_slots=one) for one in slots]
+                for _ in range(_TURNS)
             ]
             return [
                 _Token(*map(statistics.median, zip(*found, strict=True)))
