@@ -28,9 +28,9 @@ from typing import Any
 from argosy.config import SERVED_AT_ONCE, SERVED_WAITING
 from argosy.forecast import calibration
 from argosy.forecast.planning import HERE, find_place, forecaster, open_subject
-from argosy.forecast.simulation import Server, Times, requests_per_s, simulate
+from argosy.forecast.simulation import SimulatedServer, Times, requests_per_s, simulate
 from argosy.forecast.step_probe import measured_servers
-from argosy.forecast.traffic import Request, parse_traffic, requests_of
+from argosy.forecast.traffic import TrafficRequest, parse_traffic, requests_of
 from argosy.machine import kept_rates
 from argosy.serve.claims import server_claims
 from common import RESULTS, Report, Sample, file_bytes, tidy_up_when_terminated
@@ -55,14 +55,14 @@ class Load:
 
     share: float
     rate_per_s: float
-    requests: tuple[Request, ...]
+    requests: tuple[TrafficRequest, ...]
     predicted: Mapping[str, Mapping[str, Times]]
 
 
 # ── predictions ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def servers_of(model: Path, memory: int, threads: int) -> tuple[dict[str, Server], str]:
+def servers_of(model: Path, memory: int, threads: int) -> tuple[dict[str, SimulatedServer], str]:
     """A server with the limits of `argosy serve`, by where the times of its steps come from; and the rates in words."""
     options: dict[str, Any] = {
         "max_sequences": SERVED_AT_ONCE, "max_waiting": SERVED_WAITING, "context": CONTEXT_TOKENS,
@@ -77,7 +77,7 @@ def servers_of(model: Path, memory: int, threads: int) -> tuple[dict[str, Server
     return {MEASURED: measured, FORECAST: forecast}, place.rates.source
 
 
-def predict(share: float, capacity: float, count: int, servers: Mapping[str, Server]) -> Load:
+def predict(share: float, capacity: float, count: int, servers: Mapping[str, SimulatedServer]) -> Load:
     rate = share * capacity
     requests = requests_of(parse_traffic(TRAFFIC), rate, count=count)
     room = DOCUMENT_TOKENS // 2
@@ -111,7 +111,7 @@ class Texts:
         self._tokens, _ = vocabulary(32_000)
         self._num_taken = 0
 
-    def take(self, request: Request) -> tuple[list[int], str]:
+    def take(self, request: TrafficRequest) -> tuple[list[int], str]:
         document = _DOCUMENTS[self._num_taken % len(_DOCUMENTS)]
         begin = document * DOCUMENT_TOKENS + _START_TOKENS * (self._num_taken // len(_DOCUMENTS))
         self._num_taken += 1
@@ -120,11 +120,11 @@ class Texts:
         return list(range(begin, end)), "".join(self._tokens[token] for token in rest)
 
 
-async def put(port: int, requests: Sequence[Request], texts: Texts) -> list[tuple[Reply, str, float]]:
+async def put(port: int, requests: Sequence[TrafficRequest], texts: Texts) -> list[tuple[Reply, str, float]]:
     """Send each request at its time: replies, what they should say, and how much too late each was sent."""
     began = time.perf_counter() + 0.2
 
-    async def one(request: Request, prompt: list[int], answer: str) -> tuple[Reply, str, float]:
+    async def one(request: TrafficRequest, prompt: list[int], answer: str) -> tuple[Reply, str, float]:
         body = {
             "prompt": prompt, "max_tokens": request.answer_tokens, "temperature": 0, "stream": True, "ignore_eos": True,
         }  # fmt: skip

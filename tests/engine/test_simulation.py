@@ -9,9 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from argosy.engine.sequence import Sequence as EngineSequence
-from argosy.forecast.simulation import Server, Times, simulate
+from argosy.forecast.simulation import SimulatedServer, Times, simulate
 from argosy.forecast.step_times import StepTimes, Table
-from argosy.forecast.traffic import Request
+from argosy.forecast.traffic import TrafficRequest
 from tests.engine.scheduling import BLOCK_TOKENS, Rig
 
 # Seconds that are no multiples of each other, so that no two things happen at once by rounding.
@@ -21,7 +21,9 @@ STEPS = StepTimes(
 )
 
 
-def scheduled(requests: Sequence[Request], server: Server) -> tuple[list[float], list[float], int]:
+def scheduled(
+    requests: Sequence[TrafficRequest], server: SimulatedServer
+) -> tuple[list[float], list[float], int]:
     """Run requests through the scheduler on a clock of the test: seconds to first tokens and ends, and preemptions."""
     now = 0.0
     rig = Rig(
@@ -32,7 +34,7 @@ def scheduled(requests: Sequence[Request], server: Server) -> tuple[list[float],
     )
     first: dict[EngineSequence, float] = {}
     end: dict[EngineSequence, float] = {}
-    asked: dict[EngineSequence, Request] = {}
+    asked: dict[EngineSequence, TrafficRequest] = {}
     waiting = list(requests)
     while waiting or rig.scheduler.has_work:
         if not rig.scheduler.has_work:
@@ -83,8 +85,8 @@ def test_requests_have_the_times_that_the_scheduler_gives_them(
 ) -> None:
     at_s, requests = 0.0, []
     for gap, prompt, answer in lengths:
-        requests.append(Request(at_s := at_s + gap, prompt, answer))
-    server = Server(
+        requests.append(TrafficRequest(at_s := at_s + gap, prompt, answer))
+    server = SimulatedServer(
         step_times=STEPS, chunk_tokens=chunk, max_sequences=places, max_waiting=None,
         context_tokens=num_blocks * BLOCK_TOKENS, block_tokens=BLOCK_TOKENS,
     )  # fmt: skip

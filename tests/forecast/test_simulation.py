@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from argosy.errors import UsageError
 from argosy.forecast.simulation import (
-    Server,
+    SimulatedServer,
     Target,
     parse_target,
     predict_traffic,
@@ -24,7 +24,7 @@ from argosy.forecast.simulation import (
     simulate,
 )
 from argosy.forecast.step_times import StepTimes, Table
-from argosy.forecast.traffic import Request, parse_traffic, requests_of
+from argosy.forecast.traffic import TrafficRequest, parse_traffic, requests_of
 
 
 def constant(seconds: float) -> Table:
@@ -36,19 +36,19 @@ def by_tokens(seconds: float) -> Table:
     return Table((0.0, 1e9), (0.0,), ((0.0,), (1e9 * seconds,)))
 
 
-def server(decode: Table, chunk: Table, **more: object) -> Server:
+def server(decode: Table, chunk: Table, **more: object) -> SimulatedServer:
     limits = {
         "chunk_tokens": 10**9, "max_sequences": 1, "max_waiting": None, "context_tokens": 10**10, "block_tokens": 16,
     }  # fmt: skip
-    return Server(step_times=StepTimes(decode, chunk), **{**limits, **more})  # type: ignore[arg-type]
+    return SimulatedServer(step_times=StepTimes(decode, chunk), **{**limits, **more})  # type: ignore[arg-type]
 
 
-def random_requests(rate: float, count: int, prompt: object = 1, answer: object = 1) -> list[Request]:
+def random_requests(rate: float, count: int, prompt: object = 1, answer: object = 1) -> list[TrafficRequest]:
     """Poisson arrivals; lengths are a number, or drawn by a function of the generator and a count."""
     random = np.random.default_rng(7)
     times = np.cumsum(random.exponential(1 / rate, count)).tolist()
     lengths = [(one(random, count) if callable(one) else [one] * count) for one in (prompt, answer)]
-    return [Request(at, int(p), int(a)) for at, p, a in zip(times, *lengths, strict=True)]
+    return [TrafficRequest(at, int(p), int(a)) for at, p, a in zip(times, *lengths, strict=True)]
 
 
 REALISTIC = server(
@@ -127,9 +127,9 @@ def test_two_servers_do_nearly_as_well_as_one_queue_for_both() -> None:
 
 def test_what_a_server_can_do_is_where_its_queue_begins_to_grow() -> None:
     slots = server(constant(0.01), constant(0.01), max_sequences=5)
-    assert requests_per_s([Request(0.0, 8, 100)], slots) == pytest.approx(5 / (100 * 0.01), rel=0.02)
+    assert requests_per_s([TrafficRequest(0.0, 8, 100)], slots) == pytest.approx(5 / (100 * 0.01), rel=0.02)
     one = server(constant(0.01), constant(0.01))
-    assert requests_per_s([Request(0.0, 8, 10**6)], one) == pytest.approx(1 / (10**6 * 0.01), rel=0.02)
+    assert requests_per_s([TrafficRequest(0.0, 8, 10**6)], one) == pytest.approx(1 / (10**6 * 0.01), rel=0.02)
     source = parse_traffic("prompt=300~2,answer=60~2")
     most = requests_per_s(requests_of(source, 1.0, count=2000), REALISTIC)
     queues = [
@@ -178,26 +178,26 @@ def test_the_same_requests_have_the_same_outcome() -> None:
 
 
 def test_a_server_refuses_what_exceeds_its_places_and_its_queue() -> None:
-    at_once = [Request(0.0, 8, 4)] * 10
+    at_once = [TrafficRequest(0.0, 8, 4)] * 10
     found = simulate(at_once, server(constant(1.0), constant(1.0), max_sequences=2, max_waiting=3))
     assert found.num_refused == 5
     assert found.tokens_per_s * found.seconds == pytest.approx(5 * 4)
     # One that comes before the first answers end is refused; one that comes after them is not.
-    late = [*at_once[:5], Request(3.5, 8, 4), Request(4.5, 8, 4)]
+    late = [*at_once[:5], TrafficRequest(3.5, 8, 4), TrafficRequest(4.5, 8, 4)]
     assert (
         simulate(late, server(constant(1.0), constant(1.0), max_sequences=2, max_waiting=3)).num_refused == 1
     )
 
 
 def test_an_answer_ends_with_the_context() -> None:
-    found = simulate([Request(0.0, 30, 100)], server(constant(1.0), constant(1.0), context_tokens=40))
+    found = simulate([TrafficRequest(0.0, 30, 100)], server(constant(1.0), constant(1.0), context_tokens=40))
     assert found.seconds == 10
 
 
 def test_prompts_get_half_of_the_time_while_others_decode() -> None:
     """A long prompt beside an answer: each chunk of 4 s is paid back in steps of 1 s."""
     slow_chunks = server(constant(1.0), constant(4.0), chunk_tokens=10, max_sequences=2)
-    requests = [Request(0.0, 10, 100), Request(4.5, 40, 1)]
+    requests = [TrafficRequest(0.0, 10, 100), TrafficRequest(4.5, 40, 1)]
     # First token at 4, a decode step to 5; then four chunks of 4 s, each but the last followed by three steps of 1 s.
     found = simulate(requests, slow_chunks)
     assert found.first_token_s.p99 == 5 + 4 * 4 + 3 * 3 - 4.5
@@ -224,7 +224,7 @@ def test_a_target_below_what_a_request_takes_alone_is_never_met() -> None:
 
 
 def test_a_target_is_not_met_by_refusing() -> None:
-    requests = [Request(0.0, 8, 4)] * 10
+    requests = [TrafficRequest(0.0, 8, 4)] * 10
     few = server(constant(1.0), constant(1.0), max_sequences=2, max_waiting=0)
     assert not Target("request", 100.0).is_met(simulate(requests, few))
     needed = servers_needed(requests, few, Target("request", 100.0))
@@ -255,7 +255,7 @@ def test_targets_that_are_none_are_refused(text: str) -> None:
 # ── predictions ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def slower(factor: float) -> Server:
+def slower(factor: float) -> SimulatedServer:
     tables = (REALISTIC.step_times._decode, REALISTIC.step_times._chunk)
     scaled = [
         replace(one, values=tuple(tuple(v * factor for v in row) for row in one.values)) for one in tables
@@ -276,7 +276,7 @@ def test_a_prediction_says_which_ends_of_the_range_keep_up() -> None:
 
 
 def test_prompts_longer_than_the_context_are_counted_and_not_simulated() -> None:
-    requests = [Request(0.0, 9000, 4), Request(1.0, 8, 4), Request(2.0, 8192, 4)]
+    requests = [TrafficRequest(0.0, 9000, 4), TrafficRequest(1.0, 8, 4), TrafficRequest(2.0, 8192, 4)]
     found = predict_traffic(requests, (REALISTIC,) * 3, rate_per_s=None, target=None)
     assert found.num_too_long == 2
     assert found.likely.outcome.num_requests == 1
@@ -286,7 +286,7 @@ def test_prompts_longer_than_the_context_are_counted_and_not_simulated() -> None
 
 def test_requests_that_come_at_once_have_no_rate_and_are_still_answered() -> None:
     found = predict_traffic(
-        [Request(0.0, 8, 4)] * 20, (REALISTIC,) * 3, rate_per_s=None, target=Target("request", 60.0)
+        [TrafficRequest(0.0, 8, 4)] * 20, (REALISTIC,) * 3, rate_per_s=None, target=Target("request", 60.0)
     )
     assert found.likely.needed is not None
     assert found.likely.needed.num_servers == 1
@@ -300,6 +300,6 @@ def test_ten_thousand_requests_take_seconds() -> None:
 
 
 def test_huge_requests_are_simulated_only_as_far_as_they_take_seconds() -> None:
-    requests = [Request(float(number), 8000, 10_000_000) for number in range(1000)]
+    requests = [TrafficRequest(float(number), 8000, 10_000_000) for number in range(1000)]
     found = predict_traffic(requests, (REALISTIC,) * 3, rate_per_s=None, target=None)
     assert found.likely.outcome.num_requests == 1

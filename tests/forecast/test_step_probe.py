@@ -13,7 +13,7 @@ from argosy.engine import engine as engines
 from argosy.errors import UsageError
 from argosy.forecast import calibration, step_probe
 from argosy.forecast.planning import HERE, find_place, forecaster, open_subject
-from argosy.forecast.simulation import Server
+from argosy.forecast.simulation import SimulatedServer
 from argosy.forecast.step_probe import measured_servers
 
 
@@ -25,7 +25,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def measured(model: Path, context: int, at_once: int) -> tuple[Server, tuple[Server, Server, Server]]:
+def measured(
+    model: Path, context: int, at_once: int
+) -> tuple[SimulatedServer, tuple[SimulatedServer, SimulatedServer, SimulatedServer]]:
     options: dict[str, Any] = {"context": context, "max_sequences": at_once, "threads": 1}
     with open_subject(str(model)) as subject:
         found, budget_bytes = forecaster(

@@ -12,7 +12,15 @@ import pytest
 
 from argosy.errors import UsageError
 from argosy.forecast import traffic
-from argosy.forecast.traffic import Length, Mix, Recording, Request, parse_traffic, requests_of, require_rate
+from argosy.forecast.traffic import (
+    Length,
+    Mix,
+    RecordedTraffic,
+    TrafficRequest,
+    parse_traffic,
+    requests_of,
+    require_rate,
+)
 
 
 def lines(path: Path, *values: object) -> str:
@@ -97,9 +105,9 @@ def test_a_file_with_times_is_replayed_in_order(tmp_path: Path) -> None:
     )
     source = parse_traffic(path)
     assert requests_of(source, None, count=10) == (
-        Request(0.0, 9, 5), Request(4.25, 7, 1), Request(7.5, 8, 4),
+        TrafficRequest(0.0, 9, 5), TrafficRequest(4.25, 7, 1), TrafficRequest(7.5, 8, 4),
     )  # fmt: skip
-    assert requests_of(source, None, count=1) == (Request(0.0, 9, 5),)
+    assert requests_of(source, None, count=1) == (TrafficRequest(0.0, 9, 5),)
 
 
 def test_with_a_rate_a_file_gives_pairs_of_lengths(tmp_path: Path) -> None:
@@ -180,6 +188,6 @@ def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
 
 def test_a_file_has_no_more_lines_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(traffic, "MOST_LINES", 3)
-    assert isinstance(parse_traffic(lines(tmp_path / "a.jsonl", *[request()] * 3)), Recording)
+    assert isinstance(parse_traffic(lines(tmp_path / "a.jsonl", *[request()] * 3)), RecordedTraffic)
     with pytest.raises(UsageError, match="more than 3 lines"):
         parse_traffic(lines(tmp_path / "b.jsonl", *[request()] * 4))

@@ -20,12 +20,12 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.config import KV_BLOCK_TOKENS, Budget, EngineConfig, ModelConfig
 from argosy.errors import ArgosyError, BadMedia, DoesNotFit
 from argosy.experts.hit_rate import WorkingSet
-from argosy.forecast.group import Group, Network, predict_group
-from argosy.forecast.simulation import Server
+from argosy.forecast.group import GroupForecast, Network, predict_group
+from argosy.forecast.simulation import SimulatedServer
 from argosy.forecast.speed import (
-    Decode,
-    Picture,
-    Prompt,
+    DecodeForecast,
+    PictureForecast,
+    PromptForecast,
     predict_decode,
     predict_picture,
     predict_prompt,
@@ -79,10 +79,10 @@ class Forecast:
     work: Work
     rates: Rates
     working_set: WorkingSet
-    decode: tuple[Decode, ...] = ()
-    prompts: tuple[Prompt, ...] = ()
+    decode: tuple[DecodeForecast, ...] = ()
+    prompts: tuple[PromptForecast, ...] = ()
     longer_prompts: tuple[int, ...] = ()
-    picture: Picture | None = None
+    picture: PictureForecast | None = None
     curve: tuple[Point, ...] = ()
     knee_bytes: int | None = None
     fixed_slots: int | None = None
@@ -108,7 +108,7 @@ class Speeds:
 
     def decode(
         self, plan: MemoryPlan, streams: int, *, context: int | None = None, hit_rate: float | None = None
-    ) -> Decode:
+    ) -> DecodeForecast:
         """Predict decode for a plan.
 
         Args:
@@ -126,7 +126,7 @@ class Speeds:
             hit_rate=hit_rate,
         )
 
-    def prompt(self, plan: MemoryPlan, num_tokens: int) -> Prompt:
+    def prompt(self, plan: MemoryPlan, num_tokens: int) -> PromptForecast:
         return predict_prompt(
             self.work,
             self.rates,
@@ -237,7 +237,7 @@ class Forecaster(Speeds):
 
     def picture(
         self, plan: MemoryPlan, *, width: int = PICTURE_WIDTH, height: int = PICTURE_HEIGHT
-    ) -> Picture | None:
+    ) -> PictureForecast | None:
         """Predict a short question about one picture; None if the plan takes no pictures."""
         if not plan.encoder_bytes:
             return None
@@ -261,7 +261,7 @@ class Forecaster(Speeds):
             chunk_tokens=plan.chunk_tokens,
         )
 
-    def group(self, plan: MemoryPlan, num_machines: int, network: Network) -> Group:
+    def group(self, plan: MemoryPlan, num_machines: int, network: Network) -> GroupForecast:
         """Predict decode of one sequence by equal machines: one as planned, the others with experts only."""
         others = plan.budget_bytes - BARE_PROCESS_BYTES - PROCESS_GROWTH_BYTES - plan.staging_bytes
         others -= page_table_bytes(others)
@@ -277,7 +277,7 @@ class Forecaster(Speeds):
             context=plan.context_tokens // 2,
         )
 
-    def servers(self, plan: MemoryPlan) -> tuple[Server, Server, Server]:
+    def servers(self, plan: MemoryPlan) -> tuple[SimulatedServer, SimulatedServer, SimulatedServer]:
         """A fast, a likely and a slow server with that plan."""
         at_once, num_slots = self.config.max_sequences, plan.usual_slots
         if plan.num_states:
@@ -287,8 +287,8 @@ class Forecaster(Speeds):
             chunk_tokens=plan.chunk_tokens, context_tokens=plan.context_tokens,
         )  # fmt: skip
 
-        def server(times: StepTimes) -> Server:
-            return Server(
+        def server(times: StepTimes) -> SimulatedServer:
+            return SimulatedServer(
                 step_times=times,
                 chunk_tokens=plan.chunk_tokens,
                 max_sequences=at_once,

@@ -1,6 +1,6 @@
 """Predict, on paper, one answer from a group of machines that share the experts.
 
-    Work, Rates of one machine, N, network  ->  predict_group  ->  Group: tok/s, speed-up, share of the network
+    Work, Rates of one machine, N, network  ->  predict_group  ->  GroupForecast: tok/s, speed-up, share of the network
 
 One machine has the dense weights, attention and router; all have experts, each expert on two of them. In every
 layer the rows go to the machines that own the chosen experts, and the sums come back. The slower of memory and
@@ -47,7 +47,7 @@ class Network:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
+class GroupForecast:
     """The predicted decode of one sequence by `num_machines`."""
 
     num_machines: int
@@ -89,7 +89,7 @@ def parse_count(text: str) -> tuple[int, str]:
 def predict_group(
     work: Work, rates: Rates, working_set: WorkingSet, *, num_machines: int, num_slots: int, hidden_size: int,
     network: Network, context: int, hit_rate: float | None = None,
-) -> Group:  # fmt: skip
+) -> GroupForecast:  # fmt: skip
     """Predict decode of one sequence with `context` positions.
 
     Args:
@@ -108,7 +108,7 @@ def predict_group(
     fast, _ = step(num_machines, rates.spread, points)
     alone_hits = working_set.hit_rate(num_slots / num_machines) if hit_rate is None else hit_rate
     alone, _ = _step_s(work, rates, 1, alone_hits, hidden_size, network, context)
-    return Group(
+    return GroupForecast(
         num_machines=num_machines,
         hit_rate=predicted,
         tokens_per_s=Range(1 / slow, 1 / likely, 1 / fast),

@@ -1,6 +1,6 @@
 """Run simulated requests through simulated servers, step by step, and report how long they wait.
 
-    requests + Server (StepTimes, limits)  ->  simulate        ->  Outcome: p50, p90, p99, queue, refusals
+    requests + SimulatedServer             ->  simulate        ->  Outcome: p50, p90, p99, queue, refusals
     the same, all requests at once         ->  requests_per_s  ->  what one server can do
     a target                               ->  servers_needed  ->  the fewest servers that meet it
     all of these, slow, likely and fast    ->  predict_traffic ->  Prediction
@@ -29,7 +29,7 @@ import numpy as np
 
 from argosy.errors import UsageError
 from argosy.forecast.step_times import StepTimes
-from argosy.forecast.traffic import Request
+from argosy.forecast.traffic import TrafficRequest
 
 _WARM_SHARE = 0.1  # fraction of random requests that arrive before the queue reaches its usual length
 _SATURATING = 1000  # the fewest requests that show a server's capacity
@@ -40,7 +40,7 @@ _MOST_COST, _FIXED_COST = 3e5, 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Server:
+class SimulatedServer:
     """The cost of a step, and how much fits into it.
 
     context_tokens: for all sequences together, in blocks of `block_tokens`.
@@ -111,7 +111,7 @@ class _Sequence:
         "tokens",
     )
 
-    def __init__(self, request: Request, most_tokens: int) -> None:
+    def __init__(self, request: TrafficRequest, most_tokens: int) -> None:
         self.at_s = request.at_s
         self.first_s = self.end_s = _NEVER
         self.tokens = request.prompt_tokens  # so far: the prompt's and the answer's
@@ -125,7 +125,7 @@ class _Sequence:
 class _Running:
     """A running server. Time passes only in `advance`."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: SimulatedServer) -> None:
         self.server = server
         self._times = server.step_times
         self._free = -(-server.context_tokens // server.block_tokens)
@@ -144,7 +144,7 @@ class _Running:
         """The number of unanswered requests at a time up to `now`."""
         return len(self._running) + len(self._waiting) + (self._num_ended if at_s < self.now else 0)
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: TrafficRequest) -> None:
         """Add a request. The server must have advanced to its arrival, and its context must have room for the
         prompt.
         """
@@ -260,7 +260,11 @@ class _Running:
 
 
 def simulate(
-    requests: Sequence[Request], server: Server, *, num_servers: int = 1, warm_share: float = 0.0
+    requests: Sequence[TrafficRequest],
+    server: SimulatedServer,
+    *,
+    num_servers: int = 1,
+    warm_share: float = 0.0,
 ) -> Outcome:
     """Run requests in order of arrival on equal servers.
 
@@ -285,7 +289,7 @@ def simulate(
     return _outcome(requests, servers, warm_share)
 
 
-def _outcome(requests: Sequence[Request], servers: Sequence[_Running], warm_share: float) -> Outcome:
+def _outcome(requests: Sequence[TrafficRequest], servers: Sequence[_Running], warm_share: float) -> Outcome:
     ended = [one for server in servers for one in server.ended]
     seconds = max((one.end_s for one in ended), default=0.0) - requests[0].at_s
     counted_from_s = requests[int(warm_share * len(requests))].at_s
@@ -307,7 +311,7 @@ def _outcome(requests: Sequence[Request], servers: Sequence[_Running], warm_shar
     )
 
 
-def requests_per_s(requests: Sequence[Request], server: Server) -> float:
+def requests_per_s(requests: Sequence[TrafficRequest], server: SimulatedServer) -> float:
     """How many requests of these lengths a saturated server answers per second.
 
     If more arrive, the queue grows without bound.
@@ -324,7 +328,7 @@ def requests_per_s(requests: Sequence[Request], server: Server) -> float:
     return (last - first) / (running.ended[last].end_s - running.ended[first].end_s)
 
 
-def _cost(request: Request, server: Server) -> float:
+def _cost(request: TrafficRequest, server: SimulatedServer) -> float:
     """Roughly how many steps a simulation takes for a request."""
     return (
         _FIXED_COST
@@ -333,7 +337,7 @@ def _cost(request: Request, server: Server) -> float:
     )
 
 
-def _affordable(requests: Sequence[Request], server: Server) -> int:
+def _affordable(requests: Sequence[TrafficRequest], server: SimulatedServer) -> int:
     """How many of the first requests can be simulated within a few seconds."""
     total = 0.0
     for number, request in enumerate(requests):
@@ -382,7 +386,12 @@ def parse_target(text: str) -> Target:
 
 
 def servers_needed(
-    requests: Sequence[Request], server: Server, target: Target, *, fewest: int = 1, warm_share: float = 0.0
+    requests: Sequence[TrafficRequest],
+    server: SimulatedServer,
+    target: Target,
+    *,
+    fewest: int = 1,
+    warm_share: float = 0.0,
 ) -> Outcome | None:
     """Simulate the fewest servers that meet a target; None if MOST_SERVERS do not.
 
@@ -446,8 +455,8 @@ class Prediction:
 
 
 def predict_traffic(
-    requests: Sequence[Request],
-    servers: tuple[Server, Server, Server],
+    requests: Sequence[TrafficRequest],
+    servers: tuple[SimulatedServer, SimulatedServer, SimulatedServer],
     *,
     rate_per_s: float | None,
     target: Target | None,
@@ -476,7 +485,7 @@ def predict_traffic(
         rate_per_s = (len(fitting) - 1) / max(1e-9, fitting[-1].at_s - fitting[0].at_s)
     warm_share = _WARM_SHARE if is_random else 0.0
 
-    def case(server: Server) -> Case:
+    def case(server: SimulatedServer) -> Case:
         capacity = requests_per_s(fitting, server)
         outcome = simulate(fitting, server, warm_share=warm_share)
         needed = None

@@ -51,7 +51,7 @@ class Range(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Decode:
+class DecodeForecast:
     """A decode step of `streams` sequences. `parts` divides `step_s` by name, in seconds."""
 
     streams: int
@@ -69,7 +69,7 @@ class Decode:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
+class PromptForecast:
     """The time to the first token of a prompt."""
 
     num_tokens: int
@@ -79,7 +79,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Picture:
+class PictureForecast:
     """The time to the first token of a short prompt with one picture."""
 
     width: int
@@ -113,7 +113,7 @@ def _cases(work: Work, rates: Rates, working_set: WorkingSet) -> tuple[_Case, _C
 def predict_decode(
     work: Work, rates: Rates, working_set: WorkingSet, *, num_slots: int, context: int, streams: int = 1,
     hit_rate: float | None = None,
-) -> Decode:  # fmt: skip
+) -> DecodeForecast:  # fmt: skip
     """Predict decode of sequences with `context` positions each.
 
     Args:
@@ -127,7 +127,7 @@ def predict_decode(
         for case in _cases(work, rates, working_set)
     ]
     low, likely, high = found
-    return Decode(
+    return DecodeForecast(
         streams=streams,
         hit_rate=Range(low.hit_rate, likely.hit_rate, high.hit_rate),
         tokens_per_s=Range(*(streams / one.seconds for one in found)),
@@ -241,14 +241,14 @@ def _mean_wait(asked: float, miss_rate: float, record_s: float, latency_s: float
 
 def predict_prompt(
     work: Work, rates: Rates, working_set: WorkingSet, *, num_slots: int, num_tokens: int, chunk_tokens: int
-) -> Prompt:
+) -> PromptForecast:
     """Predict the time from a prompt to its first token with no other sequence running."""
     found = [
         _prompt(work, rates.scaled(case.rate_factor), working_set, num_slots, num_tokens, chunk_tokens, case)
         for case in _cases(work, rates, working_set)
     ]
     slow, likely, fast = found
-    return Prompt(
+    return PromptForecast(
         num_tokens=num_tokens,
         seconds=Range(fast[0], likely[0], slow[0]),
         bound=_bound(likely[1]),
@@ -329,7 +329,7 @@ def _chunk(
 def predict_picture(
     work: Work, rates: Rates, working_set: WorkingSet, *, width: int, height: int, num_positions: int, flop: float,
     num_text_tokens: int, num_slots: int, chunk_tokens: int,
-) -> Picture:  # fmt: skip
+) -> PictureForecast:  # fmt: skip
     """Predict the time from a prompt with a picture to its first token: the picture is encoded, then treated as a
     prompt.
 
@@ -345,7 +345,7 @@ def predict_picture(
         seconds.append(encoder_s + prompt_s)
         if case.rate_factor == 1.0:
             likely = {"encoder": encoder_s, **parts}
-    return Picture(
+    return PictureForecast(
         width=width,
         height=height,
         num_positions=num_positions,

@@ -25,7 +25,7 @@ from argosy.config import SamplingParams
 from argosy.engine.sequence import Sequence
 from argosy.errors import UsageError
 from argosy.experts.resident import Progress
-from argosy.forecast.simulation import Server
+from argosy.forecast.simulation import SimulatedServer
 from argosy.forecast.step_times import StepTimes, Table
 from argosy.open.engine import Engine
 
@@ -51,8 +51,13 @@ class _Measured(NamedTuple):
 
 
 def measured_servers(
-    model: str, plan: MemoryPlan, server: Server, options: dict[str, Any], *, progress: Progress | None = None
-) -> tuple[Server, Server, Server]:
+    model: str,
+    plan: MemoryPlan,
+    server: SimulatedServer,
+    options: dict[str, Any],
+    *,
+    progress: Progress | None = None,
+) -> tuple[SimulatedServer, SimulatedServer, SimulatedServer]:
     """Run a model on random prompts; return fast, likely and slow servers with the measured steps.
 
     Args:
@@ -76,7 +81,7 @@ def measured_servers(
     return fast, same, slow
 
 
-def _corrected(predicted: StepTimes, probe: _Probe, server: Server, tell: Progress) -> StepTimes:
+def _corrected(predicted: StepTimes, probe: _Probe, server: SimulatedServer, tell: Progress) -> StepTimes:
     counts = sorted(
         {1 << power for power in range(10) if 1 << power < server.max_sequences} | {server.max_sequences}
     )

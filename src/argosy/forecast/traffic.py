@@ -1,7 +1,7 @@
 """The requests for which a server is planned: their lengths and arrival times.
 
-    prompt=800~2,answer=200      ->  Mix        ┐
-    FILE.jsonl, a request a line ->  Recording  ┴─> requests_of(..., rate) -> requests, in order of arrival
+    prompt=800~2,answer=200       ->  Mix             ┐
+    FILE.jsonl, a request a line  ->  RecordedTraffic ┴─> requests_of(..., rate) -> requests, in order of arrival
 
 `800` is a fixed length; `800~2` is lognormal with median 800 and two thirds within a factor of 2 of it. A line of a
 file is `{"prompt_tokens": 812, "answer_tokens": 230, "at_s": 3.5}`. Without `at_s`, or if a rate is given, requests
@@ -39,7 +39,7 @@ _PART = re.compile(r"(prompt|answer)=([0-9]{1,8})(?:~([0-9]{1,3}(?:\.[0-9]{1,6})
 Lengths = tuple[NDArray[np.int64], NDArray[np.int64]]  # of prompts, of answers
 
 
-class Request(NamedTuple):
+class TrafficRequest(NamedTuple):
     """A request's arrival time and token counts."""
 
     at_s: float
@@ -77,11 +77,11 @@ class Mix:
 
 
 @dataclass(frozen=True, slots=True)
-class Recording:
+class RecordedTraffic:
     """Requests listed in a file. Without `has_times`, every `at_s` is 0."""
 
     name: str
-    requests: tuple[Request, ...]
+    requests: tuple[TrafficRequest, ...]
     has_times: bool
 
     def draw(self, random: np.random.Generator, count: int) -> Lengths:
@@ -93,7 +93,7 @@ class Recording:
         return f"lengths of {len(self.requests)} requests in {self.name}"
 
 
-def parse_traffic(text: str) -> Mix | Recording:
+def parse_traffic(text: str) -> Mix | RecordedTraffic:
     """Parse `prompt=800~2,answer=200`, or read the file of that name.
 
     Raises:
@@ -119,7 +119,7 @@ def parse_traffic(text: str) -> Mix | Recording:
     return Mix(lengths["prompt"], lengths["answer"])
 
 
-def read_requests(path: Path) -> Recording:
+def read_requests(path: Path) -> RecordedTraffic:
     """Read a file of requests, in order of arrival if they have times.
 
     Raises:
@@ -151,8 +151,8 @@ def read_requests(path: Path) -> Recording:
             f"{path.name} has {what}", hint="each line is an object with prompt_tokens and answer_tokens"
         )
     first = min(times, default=0.0)
-    requests = [Request((at_s or 0.0) - first if times else 0.0, *lengths) for at_s, *lengths in found]
-    return Recording(path.name, tuple(sorted(requests, key=lambda request: request.at_s)), bool(times))
+    requests = [TrafficRequest((at_s or 0.0) - first if times else 0.0, *lengths) for at_s, *lengths in found]
+    return RecordedTraffic(path.name, tuple(sorted(requests, key=lambda request: request.at_s)), bool(times))
 
 
 def _checked(line: bytes, where: str) -> tuple[float | None, int, int]:
@@ -195,7 +195,9 @@ def require_rate(rate_per_s: float) -> float:
     return rate_per_s
 
 
-def requests_of(source: Mix | Recording, rate_per_s: float | None, *, count: int) -> tuple[Request, ...]:
+def requests_of(
+    source: Mix | RecordedTraffic, rate_per_s: float | None, *, count: int
+) -> tuple[TrafficRequest, ...]:
     """Yield requests in order of arrival: at random if there is a rate, otherwise at the file's times.
 
     Args:
@@ -205,7 +207,7 @@ def requests_of(source: Mix | Recording, rate_per_s: float | None, *, count: int
         UsageError: there are neither a rate nor times.
     """
     if rate_per_s is None:
-        if not isinstance(source, Recording) or not source.has_times:
+        if not isinstance(source, RecordedTraffic) or not source.has_times:
             raise UsageError(
                 "--traffic does not say when requests arrive", hint="`--rate 0.5` is one every two seconds"
             )
@@ -213,4 +215,4 @@ def requests_of(source: Mix | Recording, rate_per_s: float | None, *, count: int
     random = np.random.default_rng(SEED)
     times = np.cumsum(random.exponential(1.0 / rate_per_s, count))
     prompts, answers = source.draw(random, count)
-    return tuple(map(Request, times.tolist(), prompts.tolist(), answers.tolist()))
+    return tuple(map(TrafficRequest, times.tolist(), prompts.tolist(), answers.tolist()))

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from argosy.forecast.forecast import Forecast, Forecaster
     from argosy.forecast.money import ApiPrice, Owner
     from argosy.forecast.planning import Place, Subject
-    from argosy.forecast.simulation import Server
+    from argosy.forecast.simulation import SimulatedServer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,7 +216,7 @@ class _Asked:
 
     def _servers(
         self, found: Forecaster, plan: MemoryPlan, progress: Progress
-    ) -> tuple[Server, Server, Server]:
+    ) -> tuple[SimulatedServer, SimulatedServer, SimulatedServer]:
         """Fast, likely and slow servers, measured with --verify."""
         from argosy.forecast.step_probe import measured_servers
 

@@ -12,10 +12,10 @@ from argosy.config import disk_size, format_bytes
 
 if TYPE_CHECKING:
     from argosy.forecast.forecast import Forecast, Forecaster
-    from argosy.forecast.group import Group
+    from argosy.forecast.group import GroupForecast
     from argosy.forecast.money import ApiPrice, Cost, Owner
     from argosy.forecast.planning import Place, Subject
-    from argosy.forecast.speed import Decode, Range
+    from argosy.forecast.speed import DecodeForecast, Range
 
 
 class PlanFacts:
@@ -29,7 +29,7 @@ class PlanFacts:
         found: Forecaster,
         owner: Owner,
         api: ApiPrice | None,
-        group: Group | None,
+        group: GroupForecast | None,
         working_set_file: Path | None,
         traffic: Traffic | None,
     ) -> None:
@@ -267,7 +267,7 @@ class PlanFacts:
         }  # fmt: skip
 
 
-def _group_dict(group: Group) -> dict[str, Any]:
+def _group_dict(group: GroupForecast) -> dict[str, Any]:
     from dataclasses import asdict
 
     return {**asdict(group), "tokens_per_s": group.tokens_per_s._asdict()}
@@ -280,7 +280,7 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
     return {name: None if value == float("inf") else value for name, value in values.items()}
 
 
-def _decode_dict(one: Decode) -> dict[str, Any]:
+def _decode_dict(one: DecodeForecast) -> dict[str, Any]:
     return {
         "streams": one.streams,
         "tokens_per_s": one.tokens_per_s._asdict(),

@@ -12,8 +12,8 @@ from argosy.errors import UsageError
 
 if TYPE_CHECKING:
     from argosy.forecast.money import Owner
-    from argosy.forecast.simulation import Case, Outcome, Prediction, Server, Target, Times
-    from argosy.forecast.traffic import Mix, Recording
+    from argosy.forecast.simulation import Case, Outcome, Prediction, SimulatedServer, Target, Times
+    from argosy.forecast.traffic import Mix, RecordedTraffic
 
 DEFAULT_TRAFFIC = "prompt=1024,answer=256"  # the request for which prices are given
 _HOURS_A_MONTH = 730.5
@@ -31,7 +31,7 @@ class Wanted:
     rate_per_s: None: arrivals follow the file.
     """
 
-    source: Mix | Recording
+    source: Mix | RecordedTraffic
     rate_per_s: float | None
     target: Target | None
 
@@ -54,7 +54,11 @@ class Wanted:
         return cls(source, rate, None if target is None else parse_target(target))
 
     def simulate(
-        self, servers: tuple[Server, Server, Server], owner: Owner, *, are_measured: bool = False
+        self,
+        servers: tuple[SimulatedServer, SimulatedServer, SimulatedServer],
+        owner: Owner,
+        *,
+        are_measured: bool = False,
     ) -> Traffic:
         """Simulate the traffic; raises UsageError if no prompt fits the context.
 
