@@ -21,7 +21,7 @@ import pytest
 
 from argosy.cli.main import main
 from argosy.cli.shared import own_server
-from argosy.cli.shared.remote import Server
+from argosy.cli.shared.remote import RemoteServer
 from argosy.cli.shared.server_model import Followed, ServerModel, part_of
 from argosy.cli.shared.server_model import _sent as sent_messages
 from argosy.library import names
@@ -181,7 +181,7 @@ def test_a_refused_request_has_the_exit_code_and_the_words_of_a_local_one(capfd:
 
 def test_a_request_at_a_server_is_followed_from_its_wait_to_its_last_token_of_the_prompt() -> None:
     with fake_server() as server:
-        followed = Followed(Server(server.url), "one")
+        followed = Followed(RemoteServer(server.url), "one")
         server.prompts = [{"id": "req_1", "prompt_tokens": 10, "prompt_done": 1}]
         server.waits = [{"id": "req_3", "model": "other", "why": "model"}]
         assert followed.read() is None
@@ -204,7 +204,7 @@ def test_a_request_at_a_server_is_followed_from_its_wait_to_its_last_token_of_th
 def test_a_request_learns_its_id_when_its_stream_begins(home: Path) -> None:
     ids: list[str | None] = []
     body = {"model": "Acme/One", "prompt": "hello", "max_tokens": 2, "stream": True}
-    for chunk in Server(address()).answers("/v1/completions", body, ids.append):
+    for chunk in RemoteServer(address()).answers("/v1/completions", body, ids.append):
         assert chunk["object"] == "text_completion"
     (request_id,) = ids
     assert request_id is not None
@@ -588,15 +588,15 @@ def test_an_interrupt_ends_what_a_command_asks_the_server_and_not_the_chat(
     chat: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the server loads a model, its tokens of a conversation may take minutes."""
-    ask, asked = Server.tokenize, []
+    ask, asked = RemoteServer.tokenize, []
 
-    def interrupted(server: Server, body: dict[str, Any], *more: Any) -> int:
+    def interrupted(server: RemoteServer, body: dict[str, Any], *more: Any) -> int:
         asked.append(body)
         if len(asked) < 3:
             signal.raise_signal(signal.SIGINT)
         return ask(server, body, *more)
 
-    monkeypatch.setattr(Server, "tokenize", interrupted)
+    monkeypatch.setattr(RemoteServer, "tokenize", interrupted)
     with scripted(says_whole, says_whole) as server:
         out, err = chat("Hi", "/tokens", "/trim", "/tokens", "And?", options=("-q", "--url", server.url))
     assert err.count("(stopped)") == 2

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from argosy.cli.commands import background, top
 from argosy.cli.main import main
-from argosy.cli.shared.remote import Server
+from argosy.cli.shared.remote import RemoteServer
 from argosy.errors import ServerNotUsable
 from tests.serve.fake_server import FakeServer, fake_server, stranger
 
@@ -140,7 +140,7 @@ def test_json_is_the_servers_own_object(server: FakeServer, capsys: Captured) ->
 
 
 def test_the_stream_brings_later_states(server: FakeServer) -> None:
-    states = Server(server.url).states()
+    states = RemoteServer(server.url).states()
     first = next(states)
     server.tokens += 100
     later = (state["heat"]["tokens"] for state in states)
@@ -238,7 +238,7 @@ def test_top_waits_for_a_lost_server_and_shows_the_age_of_its_last_state(
     monkeypatch.setattr("rich.live.get_console", lambda: console)
     asked = []
 
-    def states(self: Server) -> Iterator[dict[str, object]]:
+    def states(self: RemoteServer) -> Iterator[dict[str, object]]:
         asked.append(self.url)
         if len(asked) == 3:
             raise KeyboardInterrupt
@@ -246,9 +246,9 @@ def test_top_waits_for_a_lost_server_and_shows_the_age_of_its_last_state(
             raise ServerNotUsable("nothing answers there")
         yield server.state()
 
-    monkeypatch.setattr(Server, "states", states)
+    monkeypatch.setattr(RemoteServer, "states", states)
     monkeypatch.setattr(top.time, "sleep", lambda seconds: None)
-    top.watch(Server(server.url))  # ^C ends it silently
+    top.watch(RemoteServer(server.url))  # ^C ends it silently
     shown = screen.getvalue()
     assert "has ended the stream; this state is 0 s old" in shown
     assert "nothing answers there; this state is " in shown
@@ -291,7 +291,7 @@ def test_a_refusal_that_is_not_about_the_key_is_told_in_the_servers_words() -> N
         stranger(head + body) as url,
         pytest.raises(ServerNotUsable, match="answers 403: the server does not"),
     ):
-        Server(url, "ak-x").state()
+        RemoteServer(url, "ak-x").state()
 
 
 def test_the_hint_and_the_lines_of_a_servers_error_are_told_as_such() -> None:
@@ -299,7 +299,7 @@ def test_the_hint_and_the_lines_of_a_servers_error_are_told_as_such() -> None:
     body = json.dumps({"error": {"message": said}}).encode()
     head = f"HTTP/1.1 409 Conflict\r\ncontent-length: {len(body)}\r\n\r\n".encode()
     with stranger(head + body) as url, pytest.raises(ServerNotUsable) as refused:
-        Server(url).resize("1GiB")
+        RemoteServer(url).resize("1GiB")
     assert str(refused.value) == (
         f"{url} answers 409: needs 2.0 GiB\n  weights 1.5 GiB\\x1b[2J\nhint: ask for more"
     )

@@ -14,7 +14,7 @@ import pytest
 from argosy.cli.commands import routes
 from argosy.demo.locate import locate
 from argosy.errors import FetchFailed
-from argosy.observe.report import DomainRoutes, RouteReport, report
+from argosy.observe.report import DomainRouting, RoutingReport, report
 
 HELD_OUT = Path(__file__).parents[1] / "oracle" / "held_out"
 CARD = Path(__file__).parents[2] / "packages" / "argosy-demo" / "argosy_demo" / "MODEL_CARD.md"
@@ -42,7 +42,7 @@ def card_pairs() -> dict[str, list[int]]:
 
 
 @pytest.fixture(scope="module")
-def domains() -> list[DomainRoutes]:
+def domains() -> list[DomainRouting]:
     try:
         model = locate()
     except FetchFailed as error:
@@ -54,11 +54,11 @@ def domains() -> list[DomainRoutes]:
         ]
 
 
-def reported(domains: list[DomainRoutes]) -> RouteReport:
+def reported(domains: list[DomainRouting]) -> RoutingReport:
     return report(domains, layers=tuple(range(30)), num_experts=NUM_EXPERTS)
 
 
-def test_the_pairs_are_those_that_the_model_card_names(domains: list[DomainRoutes]) -> None:
+def test_the_pairs_are_those_that_the_model_card_names(domains: list[DomainRouting]) -> None:
     assert len(card_pairs()) == 4
     found = reported(domains)
     assert {domain: sorted(experts) for domain, experts in found.served_by.items()} == card_pairs()
@@ -72,13 +72,13 @@ def test_the_pairs_are_those_that_the_model_card_names(domains: list[DomainRoute
 
 @pytest.mark.parametrize("seed", range(3))
 def test_with_the_experts_of_each_layer_shuffled_no_pairs_are_found(
-    domains: list[DomainRoutes], seed: int
+    domains: list[DomainRouting], seed: int
 ) -> None:
     """Experts and the rows of their router change places together: every token's choice gets the new numbers."""
     rng = np.random.default_rng(seed)
     numbers: Any = np.stack([rng.permutation(NUM_EXPERTS) for _ in range(30)]).astype(np.uint16)
     shuffled = [
-        DomainRoutes(
+        DomainRouting(
             one.name,
             np.stack([numbers[i][one.choices[:, i]] for i in range(30)], axis=1),
             one.classes,
@@ -92,13 +92,13 @@ def test_with_the_experts_of_each_layer_shuffled_no_pairs_are_found(
     assert not found.across_domain.is_significant
 
 
-def test_with_domains_shuffled_no_layer_specialises(domains: list[DomainRoutes]) -> None:
+def test_with_domains_shuffled_no_layer_specialises(domains: list[DomainRouting]) -> None:
     """Stretches of all texts, dealt out to four domains at random."""
     rng = np.random.default_rng(1)
     stretches = [one.choices[at : at + 64] for one in domains for at in range(0, NUM_TOKENS, 64)]
     order = rng.permutation(len(stretches)).reshape(4, -1)
     dealt = [
-        DomainRoutes(one.name, np.concatenate([stretches[i] for i in own]), one.classes, one.losses)
+        DomainRouting(one.name, np.concatenate([stretches[i] for i in own]), one.classes, one.losses)
         for one, own in zip(domains, order, strict=True)
     ]
     special = [

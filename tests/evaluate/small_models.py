@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from argosy.checkpoint.pack import pack
-from argosy.evaluate.material import Group, Material, Template
+from argosy.evaluate.material import Material, PeopleGroup, Template
 from argosy.model.families import open_model
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.models.safetensors_file import read_safetensors, write_safetensors
@@ -52,7 +52,12 @@ def packed(source: Path, directory: Path, format: str) -> Path:
 
 def few_texts() -> Material:
     """Two languages, two templates in each, and groups in two dimensions."""
-    groups = (Group("colour", "red"), Group("colour", "blue"), Group("size", "tall"), Group("size", "short"))
+    groups = (
+        PeopleGroup("colour", "red"),
+        PeopleGroup("colour", "blue"),
+        PeopleGroup("size", "tall"),
+        PeopleGroup("size", "short"),
+    )
     starts = ("{who} came in and was", "{who} spoke. It was", "{who} wrote and was", "{who} sang. It was")
     return Material(
         languages=("en", "de"),

@@ -20,7 +20,7 @@ from argosy.errors import ArgosyError, DiskFull, UsageError
 from argosy.evaluate import row_file
 from argosy.evaluate.drift import compare
 from argosy.evaluate.material import Material
-from argosy.evaluate.measure import Report, measure_drift
+from argosy.evaluate.measure import DriftReport, measure_drift
 from argosy.evaluate.questions import Question
 from argosy.evaluate.row_file import RowFile
 from argosy.evaluate.scoring import Scores, Tokens, score
@@ -332,9 +332,9 @@ def test_the_command_says_the_verdict_first_and_saves_the_same_facts(
 def test_a_pack_with_a_report_keeps_it_and_stays_a_pack(
     forms: dict[str, Path], tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured: list[Report] = []
+    measured: list[DriftReport] = []
 
-    def once(*models: Any, **options: Any) -> Report:
+    def once(*models: Any, **options: Any) -> DriftReport:
         if not measured:
             measured.append(measure_drift(*models, **options))
         return measured[0]

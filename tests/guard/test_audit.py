@@ -21,7 +21,7 @@ from argosy.errors import Overloaded, UsageError
 from argosy.guard import audit as audit_module
 from argosy.guard import chain_writer
 from argosy.guard.audit import MOST_WAITING, Audit, AuditSettings, Content, check_audit
-from argosy.guard.chain import KEY_BYTES, MAX_LINE_BYTES, Head, Report, chain_files, read_head, verify
+from argosy.guard.chain import KEY_BYTES, MAX_LINE_BYTES, ChainReport, Head, chain_files, read_head, verify
 from argosy.guard.chain_writer import ChainWriter
 from argosy.guard.sealed import SealedContents
 
@@ -76,7 +76,7 @@ def key_of(directory: Path) -> bytes:
     return (directory / "key").read_bytes()
 
 
-def check(directory: Path, *anchors: Head) -> Report:
+def check(directory: Path, *anchors: Head) -> ChainReport:
     key = key_of(directory)
     return verify(directory, key, anchors=anchors, check_object=SealedContents(directory, key).is_same)
 

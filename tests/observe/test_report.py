@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from argosy import _native
 from argosy.observe.report import (
     CLASSES,
-    DomainRoutes,
-    RouteReport,
+    DomainRouting,
+    RoutingReport,
     class_of,
     information,
     report,
@@ -27,7 +27,7 @@ NUM_EXPERTS, K, TOKENS = 8, 2, 512
 
 def routes_of(
     strength: float = 3.0, seed: int = 0, *, domains: tuple[str, ...] = DOMAINS
-) -> list[DomainRoutes]:
+) -> list[DomainRouting]:
     """Each domain prefers a pair of experts, the same in all layers; strength 0: none does."""
     rng = np.random.default_rng(seed)
     found = []
@@ -36,16 +36,16 @@ def routes_of(
         scores[:, :, 2 * number : 2 * number + 2] += strength
         choices = np.argsort(-scores, axis=-1)[..., :K].astype(np.uint16)
         classes = rng.integers(0, len(CLASSES), TOKENS).astype(np.int8)
-        found.append(DomainRoutes(name, choices, classes, rng.random(TOKENS - 1)))
+        found.append(DomainRouting(name, choices, classes, rng.random(TOKENS - 1)))
     return found
 
 
-def renumbered(domains: list[DomainRoutes], seed: int) -> list[DomainRoutes]:
+def renumbered(domains: list[DomainRouting], seed: int) -> list[DomainRouting]:
     """The routing of a model whose experts were shuffled within each layer, and its router with them."""
     rng = np.random.default_rng(seed)
     numbers = np.stack([rng.permutation(NUM_EXPERTS) for _ in LAYERS]).astype(np.uint16)
     return [
-        DomainRoutes(
+        DomainRouting(
             domain.name,
             np.stack([numbers[i][domain.choices[:, i]] for i in range(len(LAYERS))], axis=1),
             domain.classes,
@@ -55,7 +55,7 @@ def renumbered(domains: list[DomainRoutes], seed: int) -> list[DomainRoutes]:
     ]
 
 
-def reported(domains: list[DomainRoutes], **more: Any) -> RouteReport:
+def reported(domains: list[DomainRouting], **more: Any) -> RoutingReport:
     return report(domains, layers=LAYERS, num_experts=NUM_EXPERTS, **more)
 
 
@@ -123,7 +123,7 @@ def test_balance_reuse_and_company_of_choices_made_by_hand() -> None:
     choices[0::2, 1], choices[1::2, 1] = (0, 1), (2, 3)
     choices[:, 2, 0], choices[:, 2, 1] = np.arange(64) % 8, (np.arange(64) + 1) % 8
     found = report(
-        [DomainRoutes("one", choices, np.zeros(64, np.int8), np.ones(63))], layers=(1, 2, 3), num_experts=8
+        [DomainRouting("one", choices, np.zeros(64, np.int8), np.ones(63))], layers=(1, 2, 3), num_experts=8
     )
     first, second, third = found.per_layer
     assert (first.entropy_bits, first.balance, first.reuse, first.pairs) == (1.0, 0.25, 1.0, [])

@@ -20,7 +20,7 @@ from argosy.config import (
     parse_size,
 )
 from argosy.errors import ArgosyError, UsageError
-from argosy.experts.recording import OpenRecorder, RouteRecorder
+from argosy.experts.recording import OpenRecorder, RoutingRecorder
 from argosy.experts.runner import ExpertGroup
 from argosy.machine import resources, tuning
 
@@ -65,7 +65,7 @@ def configure(files: ModelFiles, **options: Unpack[EngineOptions]) -> EngineConf
 
 def with_recorder(
     config: EngineConfig, files: ModelFiles, recorder: OpenRecorder | None
-) -> tuple[EngineConfig, RouteRecorder | None]:
+) -> tuple[EngineConfig, RoutingRecorder | None]:
     """Open a recorder of routing, if there is one and something to record, and give it memory."""
     if recorder is None or not files.config.moe_layers or config.experts_off:
         return config, None

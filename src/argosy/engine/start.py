@@ -37,7 +37,7 @@ from argosy.engine.prefix import PrefixCache, identify
 from argosy.engine.turns import Turns
 from argosy.errors import ArgosyError, DoesNotFit, UnsupportedModel, UsageError
 from argosy.experts.cache import ExpertCache
-from argosy.experts.recording import RouteLog, RouteRecorder
+from argosy.experts.recording import RouteLog, RoutingRecorder
 from argosy.experts.resident import Progress
 from argosy.experts.runner import ExpertGroup
 from argosy.kept.kv_cache import KvBlocks
@@ -168,7 +168,7 @@ def start(
     *,
     progress: Progress | None = None,
     observe_routes: RouteObserver | None = None,
-    recorder: RouteRecorder | None = None,
+    recorder: RoutingRecorder | None = None,
     share: Share | None = None,
     experts: ExpertGroup | None = None,
 ) -> Started:
@@ -347,7 +347,9 @@ def _start_worker(undo: ExitStack) -> Worker:
     return worker
 
 
-def _open_log(recorder: RouteRecorder, files: ModelFiles, plan: MemoryPlan, config: EngineConfig) -> RouteLog:
+def _open_log(
+    recorder: RoutingRecorder, files: ModelFiles, plan: MemoryPlan, config: EngineConfig
+) -> RouteLog:
     return RouteLog(
         recorder,
         plan.model_sizes(config).step_tokens,

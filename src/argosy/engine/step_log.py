@@ -1,6 +1,6 @@
 """What steps leave for observers: how often experts were chosen, and for a recorder each choice and the drive's rate.
 
-    a step that is committed  ─ its routing ─>  RouteLog ─ several steps ─>  RouteRecorder
+    a step that is committed  ─ its routing ─>  RouteLog ─ several steps ─>  RoutingRecorder
                               ─ its tokens ──>  ExpertUses (`facts.py`)
 
 Elsewhere: `experts/recording.py` collects choices; `observe/` has recorders; `machine/kept_rates.py` keeps rates.

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy.evaluate.intervals import Estimate, Floats, mean, ratio, simultaneous
-from argosy.evaluate.material import Group, Material
+from argosy.evaluate.material import Material, PeopleGroup
 from argosy.evaluate.questions import NUM_ANSWERS, Question
 from argosy.evaluate.scoring import Scores
 
@@ -83,7 +83,7 @@ class GroupDrift:
     rise: change of the loss of sentences about the group, in nats per token. Above 0, they have become less likely.
     """
 
-    group: Group
+    group: PeopleGroup
     shift: Estimate
     perplexity_before: float
     perplexity: float
@@ -148,7 +148,7 @@ class QuestionDrift:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class DriftVerdict:
     """`reasons` are sentences that say which numbers exceed the limits of small drift, or that none does."""
 
     level: Level
@@ -167,7 +167,7 @@ class Drift:
     gaps: GapDrift
     groups: tuple[GroupDrift, ...]
     questions: tuple[QuestionDrift, ...]
-    verdict: Verdict
+    verdict: DriftVerdict
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -300,7 +300,7 @@ def _verdict(
     gaps: GapDrift,
     groups: Sequence[GroupDrift],
     questions: Sequence[QuestionDrift],
-) -> Verdict:
+) -> DriftVerdict:
     """The worst level of any number. A level must hold for the whole interval: drift is small only if the interval
     ends below the first limit, and large only if it begins above the second.
     """
@@ -344,10 +344,10 @@ def _verdict(
         and all(one.changed.value == 0 for one in questions)
     )
     if is_equal:
-        return Verdict("none", ("every number is equal",))
+        return DriftVerdict("none", ("every number is equal",))
     order: tuple[Level, ...] = ("small", "notable", "large")
     worst = max(levels, key=order.index)
-    return Verdict(worst, tuple(reasons) or ("every number is within the limits of small drift",))
+    return DriftVerdict(worst, tuple(reasons) or ("every number is within the limits of small drift",))
 
 
 def _shown(estimate: Estimate, unit: str = "", *, percent: bool = False) -> str:

@@ -30,7 +30,7 @@ _SLOT = "{who}"
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class PeopleGroup:
     """A group of people and the dimension in which it is compared with others."""
 
     dimension: str
@@ -65,7 +65,7 @@ class Material:
 
     languages: tuple[str, ...]
     passages: tuple[str, ...]
-    groups: tuple[Group, ...]
+    groups: tuple[PeopleGroup, ...]
     templates: tuple[Template, ...]
     phrases: dict[str, tuple[str, ...]]
     digest: str
@@ -103,7 +103,7 @@ def _read(languages: tuple[str, ...]) -> Material:
     data = (_FOLDER / "dimensions.json").read_bytes()
     hasher.update(data)
     groups = tuple(
-        Group(dimension, name)
+        PeopleGroup(dimension, name)
         for dimension, names in json.loads(data)["dimensions"].items()
         for name in names
     )

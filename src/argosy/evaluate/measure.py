@@ -68,7 +68,7 @@ class Subject:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class DriftReport:
     """The two models and the result of their comparison."""
 
     reference: Subject
@@ -106,7 +106,7 @@ def measure_drift(
     options: Mapping[str, Any],
     candidate_settings: Mapping[str, Any],
     progress: Progress | None = None,
-) -> Report:
+) -> DriftReport:
     """Compare two models, or a model with itself under other settings.
 
     Args:
@@ -140,7 +140,7 @@ def measure_drift(
     first, second = (
         Subject.of(_shown_name(name), one, own) for name, one, own in zip(names, files, settings, strict=True)
     )
-    return Report(first, second, compare(material, questions, *scores))
+    return DriftReport(first, second, compare(material, questions, *scores))
 
 
 def _tokens_of(

@@ -1,6 +1,6 @@
 """The protocol between an engine and a recorder of its routing. Routing can reveal the text: keep it private.
 
-    a step writes its choices into the room of a RouteLog  ─ every LOG_TOKENS tokens ─>  RouteRecorder.record
+    a step writes its choices into the room of a RouteLog  ─ every LOG_TOKENS tokens ─>  RoutingRecorder.record
 
 Python code that runs once per token finds cold caches, because each step has just read gigabytes. So a step only logs
 its choices, and a recorder counts many tokens at once. Without a recorder, choices are not even copied.
@@ -38,7 +38,7 @@ class StepRoutes(NamedTuple):
     numbers: list[int]
 
 
-class RouteRecorder(Protocol):
+class RoutingRecorder(Protocol):
     """Receives every step that ran. `record` must be fast: the next step waits for it."""
 
     @property
@@ -55,7 +55,7 @@ class RouteRecorder(Protocol):
         ...
 
 
-OpenRecorder = Callable[[ModelFiles, EngineConfig], RouteRecorder]
+OpenRecorder = Callable[[ModelFiles, EngineConfig], RoutingRecorder]
 
 
 def log_bytes(step_tokens: int, *, num_layers: int, experts_per_token: int) -> int:
@@ -67,7 +67,7 @@ class RouteLog:
     """Collects the choices of steps until it holds LOG_TOKENS tokens."""
 
     def __init__(
-        self, recorder: RouteRecorder, step_tokens: int, *, num_layers: int, experts_per_token: int
+        self, recorder: RoutingRecorder, step_tokens: int, *, num_layers: int, experts_per_token: int
     ) -> None:
         self._recorder = recorder
         self._shape = num_layers, experts_per_token

@@ -248,7 +248,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 @dataclass(slots=True)
-class Report:
+class ChainReport:
     """What `verify` found.
 
     Attributes:
@@ -296,7 +296,7 @@ def verify(
     anchors: Sequence[Head] = (),
     check_object: CheckObject | None = None,
     see: Callable[[Line], None] = lambda line: None,
-) -> Report:
+) -> ChainReport:
     """Read a whole chain and check it. A server may be writing to it.
 
     Args:
@@ -308,7 +308,7 @@ def verify(
     Raises:
         UsageError: the directory cannot be read.
     """
-    report = Report()
+    report = ChainReport()
     stored: Head | None = None
     try:
         stored = read_head(directory, key)  # read first, so that lines written meanwhile come after it
@@ -333,7 +333,7 @@ def verify(
 class _Contents:
     """Checks the contents that lines name: each is there, has expired, or was erased with its key."""
 
-    def __init__(self, check_object: CheckObject, report: Report) -> None:
+    def __init__(self, check_object: CheckObject, report: ChainReport) -> None:
         self._check_object, self._report = check_object, report
         self._keep_s: float | None = None  # the shortest retention that a writer declared; None: none did
         self._missing: dict[str, list[float]] = {}  # key -> times of lines whose contents are gone
@@ -389,7 +389,9 @@ class _Contents:
 class _Reader:
     """Reads the files of a chain from the first line to the last one."""
 
-    def __init__(self, directory: Path, key: bytes | None, report: Report, wanted: Sequence[Head]) -> None:
+    def __init__(
+        self, directory: Path, key: bytes | None, report: ChainReport, wanted: Sequence[Head]
+    ) -> None:
         self._directory, self._key, self._report = directory, key, report
         self._wanted = {head.seq: "" for head in wanted}  # filled in with their SHA-256 as lines are read
         self._expired: dict[

@@ -57,7 +57,7 @@ class RoutingCounts:
 
 
 @dataclass(frozen=True, slots=True)
-class RecentRoutes:
+class RecentRouting:
     """The last decode tokens in order, with the engine's lookup and hit counters when each was recorded."""
 
     choices: Choices
@@ -67,7 +67,7 @@ class RecentRoutes:
 
 
 class Recorder:
-    """A `RouteRecorder` (`experts/recording.py`) that counts choices. One thread records; any thread may read."""
+    """A `RoutingRecorder` (`experts/recording.py`) that counts choices. One thread records; any thread may read."""
 
     def __init__(self, model: ModelConfig, config: EngineConfig, *, keeps_recent: bool = False) -> None:
         self._layers = model.moe_layers
@@ -153,7 +153,7 @@ class Recorder:
                 working_set=working_set,
             )
 
-    def recent(self) -> RecentRoutes:
+    def recent(self) -> RecentRouting:
         """The last decode tokens in the order of their steps; requires `keeps_recent`."""
         assert self._recent is not None
         with self._lock:
@@ -254,7 +254,7 @@ class _Ring:
         self._num_steps = following
         self._num_added += len(choices)
 
-    def in_order(self) -> RecentRoutes:
+    def in_order(self) -> RecentRouting:
         held = min(self._num_added, self.num_tokens)
         places = np.arange(self._num_added - held, self._num_added) % self.num_tokens
-        return RecentRoutes(self._choices[places], *(facts[places] for facts in self._facts))
+        return RecentRouting(self._choices[places], *(facts[places] for facts in self._facts))

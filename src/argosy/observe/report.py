@@ -58,7 +58,7 @@ def class_of(text: str) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class DomainRoutes:
+class DomainRouting:
     """The tokens of one domain: choices, classes, and the loss in nats of each token except first ones."""
 
     name: str
@@ -98,7 +98,7 @@ class LayerReport:
 
 
 @dataclass(frozen=True, slots=True)
-class RouteReport:
+class RoutingReport:
     """Everything that `argosy routes` reports, except the effects of removing experts."""
 
     layers: tuple[int, ...]
@@ -169,13 +169,13 @@ def working_bytes(num_tokens: int, *, num_layers: int, num_experts: int, k: int,
 
 
 def report(
-    domains: Sequence[DomainRoutes],
+    domains: Sequence[DomainRouting],
     *,
     layers: tuple[int, ...],
     num_experts: int,
     own_slots: int | None = None,
     seed: int = 0,
-) -> RouteReport:
+) -> RoutingReport:
     """Report on the choices of each domain, which has at least one token.
 
     Args:
@@ -190,7 +190,7 @@ def report(
         by_layer = _domain_specialisation(stretches, rng)
         across = _across_layers(uses, rng)
     classes = np.concatenate([domain.classes for domain in domains])
-    return RouteReport(
+    return RoutingReport(
         layers=layers,
         num_experts=num_experts,
         experts_per_token=k,
@@ -378,7 +378,7 @@ def _pairs(chosen: NDArray[np.uint16], num_experts: int) -> list[tuple[int, int,
     ]
 
 
-def _working_set(domains: Sequence[DomainRoutes], layers: tuple[int, ...], num_experts: int) -> WorkingSet:
+def _working_set(domains: Sequence[DomainRouting], layers: tuple[int, ...], num_experts: int) -> WorkingSet:
     timelines = []
     for domain in domains:
         timelines.append(ReuseGaps(len(layers), num_experts))
@@ -388,7 +388,7 @@ def _working_set(domains: Sequence[DomainRoutes], layers: tuple[int, ...], num_e
 
 
 def _replay(
-    domains: Sequence[DomainRoutes], num_experts: int, own_slots: int | None
+    domains: Sequence[DomainRouting], num_experts: int, own_slots: int | None
 ) -> dict[int, dict[str, float]]:
     """Hit rates over the second half of each domain, after the first half has filled the cache."""
     halves = [np.split(domain.choices, [len(domain.choices) // 2]) for domain in domains]

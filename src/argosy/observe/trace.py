@@ -26,7 +26,7 @@ class Taken(NamedTuple):
 
 
 class TraceRecorder:
-    """A `RouteRecorder` that keeps the choices of at most `num_tokens` tokens until they are taken.
+    """A `RoutingRecorder` that keeps the choices of at most `num_tokens` tokens until they are taken.
 
     Args:
         working_bytes: memory for copies of them, also counted by the memory plan.

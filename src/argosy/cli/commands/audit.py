@@ -16,7 +16,7 @@ from argosy.config import counted
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
-    from argosy.guard.chain import Line, Report
+    from argosy.guard.chain import ChainReport, Line
     from argosy.guard.sealed import SealedContents
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -217,7 +217,7 @@ def _row(line: Line) -> tuple[str, ...]:
     return tuple("" if cell is None else str(cell) for cell in (*told, tokens, finish))
 
 
-def _lines(report: Report) -> list[str]:
+def _lines(report: ChainReport) -> list[str]:
     first, last = report.first, report.last
     lines = ["valid    no line was changed, and none is missing" if report.is_valid else "INVALID"]
     lines += [f"  {fault}" for fault in report.faults]
@@ -245,7 +245,7 @@ def _lines(report: Report) -> list[str]:
     return [*lines, *(f"note     {note}" for note in report.notes)]
 
 
-def _as_dict(report: Report) -> dict[str, Any]:
+def _as_dict(report: ChainReport) -> dict[str, Any]:
     last = report.last
     return {
         "is_valid": report.is_valid, "faults": report.faults, "num_faults": report.num_faults,
@@ -256,7 +256,7 @@ def _as_dict(report: Report) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _require_valid(report: Report) -> None:
+def _require_valid(report: ChainReport) -> None:
     from argosy.guard.chain import ChainBroken
 
     if not report.is_valid:

@@ -283,10 +283,10 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 def _own(timeout_s: float = TIMEOUT_S) -> Any:
-    from argosy.cli.shared.remote import Server
+    from argosy.cli.shared.remote import RemoteServer
     from argosy.cli.shared.settings import api_key
 
-    return Server(own_server.socket_url(), api_key(), timeout_s=timeout_s)
+    return RemoteServer(own_server.socket_url(), api_key(), timeout_s=timeout_s)
 
 
 @click.command("ps")
@@ -300,7 +300,7 @@ def ps(url: str, key_file: Path | None, as_json: bool) -> None:
       argosy ps
       argosy ps --url http://10.0.0.7:8080
     """
-    from argosy.cli.shared.remote import Server
+    from argosy.cli.shared.remote import RemoteServer
     from argosy.cli.shared.settings import api_key
 
     process = own_server.running() or own_server.awaited()
@@ -313,7 +313,7 @@ def ps(url: str, key_file: Path | None, as_json: bool) -> None:
             print(f"server    {quote(process.address)}, started by systemd on first use")
         return
     try:
-        state = Server(url, api_key(key_file)).state()
+        state = RemoteServer(url, api_key(key_file)).state()
     except ServerNotUsable as error:
         if process is None or not error.facts.get("is_absent"):
             raise

@@ -28,10 +28,10 @@ def cluster() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the state as JSON.")
 def status(url: str, key_file: Path | None, as_json: bool) -> None:
     """Show each worker: its state, experts, hits, times and bytes."""
-    from argosy.cli.shared.remote import Server
+    from argosy.cli.shared.remote import RemoteServer
     from argosy.cli.shared.settings import api_key
 
-    workers = Server(url, api_key(key_file)).workers()
+    workers = RemoteServer(url, api_key(key_file)).workers()
     if as_json:
         print(json.dumps(workers))
     else:
@@ -55,10 +55,10 @@ def drain(host: str, url: str, key_file: Path | None) -> None:
 
 
 def _change(what: str, host: str, url: str, key_file: Path | None) -> None:
-    from argosy.cli.shared.remote import Server
+    from argosy.cli.shared.remote import RemoteServer
     from argosy.cli.shared.settings import api_key
 
-    _show(Server(url, api_key(key_file)).change_worker(what, host))
+    _show(RemoteServer(url, api_key(key_file)).change_worker(what, host))
 
 
 def _show(workers: list[dict[str, Any]]) -> None:

@@ -19,7 +19,7 @@ from argosy.errors import ServerNotUsable, UsageError
 
 if TYPE_CHECKING:
     from argosy.cli.shared.clients import Connection, Setup
-    from argosy.cli.shared.remote import Server
+    from argosy.cli.shared.remote import RemoteServer
     from argosy.prompt.prompt import ToolCalling
 
 CLIENTS = (
@@ -65,11 +65,11 @@ def connect(
       argosy connect opencode --url http://10.0.0.7:8080 --write
     """
     from argosy.cli.shared.clients import SETUPS
-    from argosy.cli.shared.remote import Server
+    from argosy.cli.shared.remote import RemoteServer
     from argosy.cli.shared.settings import api_key
 
     key = api_key(key_file)
-    server = Server(url, key)
+    server = RemoteServer(url, key)
     connection = describe(server, key, model=model, context=context, show_key=show_key)
     setup = SETUPS[client](connection, file, os.environ)
     if write:
@@ -81,7 +81,7 @@ def connect(
 
 
 def describe(
-    server: Server,
+    server: RemoteServer,
     key: str | None,
     *,
     model: str | None,

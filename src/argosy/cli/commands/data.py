@@ -112,10 +112,10 @@ def erase(
 
 
 def _erase_running(name: str, url: str, key_file: Path | None) -> None:
-    from argosy.cli.shared.remote import Server
+    from argosy.cli.shared.remote import RemoteServer
     from argosy.cli.shared.settings import api_key
 
-    done = Server(url, api_key(key_file)).erase(name)
+    done = RemoteServer(url, api_key(key_file)).erase(name)
     print(f"key               {done['key']}")
     print(f"stored responses  {done['responses']} erased, with their items")
     print(f"replay            {counted(done['answers'], 'answer')} erased")

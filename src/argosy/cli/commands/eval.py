@@ -16,7 +16,7 @@ from argosy.cli.shared.settings import Settings, for_engine, read_settings
 if TYPE_CHECKING:
     from argosy.evaluate.drift import Drift, GroupDrift, QuestionDrift, TextDrift
     from argosy.evaluate.intervals import Estimate
-    from argosy.evaluate.measure import Report
+    from argosy.evaluate.measure import DriftReport
 
 REPORT_FILE = "drift.json"  # its name in a pack
 _DEFAULT_QUESTIONS = 1000
@@ -103,7 +103,7 @@ def _material(languages: str | None) -> Any:
     return read_material([name for one in languages.split(",") if (name := one.strip())])
 
 
-def write_report(report: Report, path: Path) -> None:
+def write_report(report: DriftReport, path: Path) -> None:
     """Write a report as JSON.
 
     Raises:
@@ -112,7 +112,7 @@ def write_report(report: Report, path: Path) -> None:
     write_file(path, json.dumps(report.as_dict(), ensure_ascii=False, indent=1) + "\n")
 
 
-def lines(report: Report) -> list[str]:
+def lines(report: DriftReport) -> list[str]:
     """A report as lines of text: the verdict first."""
     found, shown = report.drift, []
     for label, one in (("reference", report.reference), ("candidate", report.candidate)):

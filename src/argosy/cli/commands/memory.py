@@ -27,11 +27,11 @@ def memory(size: str, url: str, key_file: Path | None, as_json: bool) -> None:
       argosy memory 4GiB
       argosy memory 50% --url http://10.0.0.1:8080
     """
-    from argosy.cli.shared.remote import Server
+    from argosy.cli.shared.remote import RemoteServer
     from argosy.cli.shared.settings import api_key
 
     parse_size(size, total_bytes=GIB)  # checks only the format: the server knows the total
-    state = Server(url, api_key(key_file)).resize(size)
+    state = RemoteServer(url, api_key(key_file)).resize(size)
     if as_json:
         print(json.dumps(state))
         return

@@ -17,7 +17,7 @@ from argosy.config import counted, format_bytes
 from argosy.errors import ArgosyError, UsageError
 
 if TYPE_CHECKING:
-    from argosy.evaluate.measure import Report
+    from argosy.evaluate.measure import DriftReport
 
 FORMATS = ("bf16", "q8", "q4", "source")
 
@@ -98,7 +98,7 @@ def pack(
 
 def _pack(
     source: str, destination: Path, format_name: str, num_shares: int, mmproj: str | None, as_json: bool,
-    compare: Callable[[], Report] | None,
+    compare: Callable[[], DriftReport] | None,
 ) -> None:  # fmt: skip
     from argosy.checkpoint.pack import pack as write_pack
     from argosy.cli.shared.output import progress_bar
@@ -147,7 +147,7 @@ def _pack(
         print("", *lines(compare()), sep="\n")
 
 
-def _drift(source: str, destination: Path, flags: Settings) -> Report:
+def _drift(source: str, destination: Path, flags: Settings) -> DriftReport:
     """Compare the pack with its source and store the report in the pack, where `argosy card` finds it."""
     from argosy.cli.commands.eval import REPORT_FILE, write_report
     from argosy.cli.shared.output import progress_bar

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from argosy.cli.shared.output import Progress
     from argosy.config import EngineConfig
     from argosy.observe.ablation import Change, Removal
-    from argosy.observe.report import DomainRoutes, LayerReport, RouteReport, Specialisation
+    from argosy.observe.report import DomainRouting, LayerReport, RoutingReport, Specialisation
     from argosy.observe.trace import TraceRecorder
     from argosy.open.engine import Engine
 
@@ -192,10 +192,10 @@ class _Reader:
             raise UsageError(f"the domain '{domain}' has fewer than two tokens")
         return windows
 
-    def read(self, domain: str, windows: list[list[int]], progress: Progress | None) -> DomainRoutes:
+    def read(self, domain: str, windows: list[list[int]], progress: Progress | None) -> DomainRouting:
         import numpy as np
 
-        from argosy.observe.report import DomainRoutes, class_of
+        from argosy.observe.report import DomainRouting, class_of
 
         losses = self._losses(windows, _told(progress, f"reading {domain}"))
         self.engine.tell_recorder()
@@ -208,7 +208,7 @@ class _Reader:
             token: class_of(tokenizer.token_bytes(token).decode("utf-8", "replace")) for token in set(ids)
         }
         classes = np.array([class_by_id[token] for token in ids], np.int8)
-        return DomainRoutes(domain, taken.choices, classes, losses)
+        return DomainRouting(domain, taken.choices, classes, losses)
 
     def answer(self, domains: list[list[list[int]]], progress: Progress | None) -> Realised | None:
         """Continue the texts: first to fill the cache, then to count. None if every expert is resident."""
@@ -298,7 +298,7 @@ def _first(windows: list[list[int]], most: int) -> list[list[int]]:
 # ── output ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _print_json(name: str, found: RouteReport, realised: Realised | None, changes: list[Change]) -> None:
+def _print_json(name: str, found: RoutingReport, realised: Realised | None, changes: list[Change]) -> None:
     import json
 
     facts = {
@@ -310,7 +310,7 @@ def _print_json(name: str, found: RouteReport, realised: Realised | None, change
     print(json.dumps(facts, ensure_ascii=False))
 
 
-def _lines(name: str, found: RouteReport, realised: Realised | None, changes: list[Change]) -> list[str]:
+def _lines(name: str, found: RoutingReport, realised: Realised | None, changes: list[Change]) -> list[str]:
     """The report as lines of text."""
     lines = [
         f"model    {name}: {len(found.layers)} layers of {found.num_experts} experts,"
@@ -331,7 +331,7 @@ def _lines(name: str, found: RouteReport, realised: Realised | None, changes: li
     return lines
 
 
-def _domain_lines(found: RouteReport, width: int) -> list[str]:
+def _domain_lines(found: RoutingReport, width: int) -> list[str]:
     if found.across_domain is None:
         return []
     num_special = sum(one.domain is not None and one.domain.is_significant for one in found.per_layer)
@@ -379,7 +379,7 @@ def _layer_lines(layers: list[LayerReport]) -> list[str]:
     ]
 
 
-def _cache_lines(found: RouteReport, realised: Realised | None) -> list[str]:
+def _cache_lines(found: RoutingReport, realised: Realised | None) -> list[str]:
     working_set = found.working_set
     mean = working_set.distinct.mean(axis=0)
     shown = [
@@ -406,7 +406,7 @@ def _cache_lines(found: RouteReport, realised: Realised | None) -> list[str]:
     return lines
 
 
-def _removal_lines(found: RouteReport, changes: list[Change], width: int) -> list[str]:
+def _removal_lines(found: RoutingReport, changes: list[Change], width: int) -> list[str]:
     lines = [
         "rise of perplexity without an expert, % (the rise of the loss in standard errors: above 4 is no chance)"
     ]

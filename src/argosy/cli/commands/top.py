@@ -1,6 +1,6 @@
 """`argosy top`: watch a running server in the terminal, updated twice a second.
 
-    remote.Server.states  ->  state_lines (what `--once` prints)  ->  the same lines with bars, redrawn in place
+    remote.RemoteServer.states  ->  state_lines (what `--once` prints)  ->  the same lines with bars, redrawn in place
 
 If the server goes away, `top` waits for it and shows the last state with its age.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
     from rich.text import Text
 
-    from argosy.cli.shared.remote import Server
+    from argosy.cli.shared.remote import RemoteServer
 
 UNKNOWN = "-"
 _LONGEST_WAIT_S = 8.0
@@ -63,10 +63,10 @@ def top(url: str, key_file: Path | None, once: bool, as_json: bool) -> None:
       argosy top
       argosy top --url http://10.0.0.7:8080 --key-file key.txt --once --json
     """
-    from argosy.cli.shared.remote import Server
+    from argosy.cli.shared.remote import RemoteServer
     from argosy.cli.shared.settings import api_key
 
-    server = Server(url, api_key(key_file))
+    server = RemoteServer(url, api_key(key_file))
     if as_json:
         for state in [server.state()] if once else server.states():
             _print_json(state)
@@ -192,7 +192,7 @@ def _owned(worker: dict[str, Any]) -> str:
     return f"owns {owned} experts, {'all' if resident >= owned else resident} in memory"
 
 
-def watch(server: Server) -> None:
+def watch(server: RemoteServer) -> None:
     """Redraw in place until ^C. The first state must arrive; after that, wait for a missing server.
 
     Raises:

@@ -1,6 +1,6 @@
 """Talk to a running Argosy server over HTTP: its models, its state twice a second, answers.
 
-    --url, --key-file, ARGOSY_API_KEY  ->  Server  ->  plain dicts, or one ServerNotUsable
+    --url, --key-file, ARGOSY_API_KEY  ->  RemoteServer  ->  plain dicts, or one ServerNotUsable
 
 Without --url it is the server that `argosy up` runs for this user, by its socket file, or else the port of `argosy
 serve`. Requests carry the key, so they go only to the given server: proxies from the environment and redirects are
@@ -91,7 +91,7 @@ class _FileConnection(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
-class Call:
+class RemoteCall:
     """A request that another thread or a signal handler can stop.
 
     Attributes:
@@ -117,7 +117,7 @@ class Call:
             self.stop()
 
 
-class Server:
+class RemoteServer:
     """A server, by its address and, if it has one, its base path. The constructor sends no request."""
 
     def __init__(self, url: str, key: str | None = None, *, timeout_s: float = TIMEOUT_S) -> None:
@@ -248,7 +248,7 @@ class Server:
         path: str,
         body: dict[str, Any],
         begin: Callable[[str | None], None] = lambda request_id: None,
-        call: Call | None = None,
+        call: RemoteCall | None = None,
     ) -> Iterator[dict[str, Any]]:
         """Yield the chunks of a streamed answer, as in OpenAI's API.
 
@@ -342,7 +342,7 @@ class Server:
         body: object = None,
         *,
         timeout_s: float | None = None,
-        call: Call | None = None,
+        call: RemoteCall | None = None,
     ) -> Iterator[http.client.HTTPResponse]:
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         connection = self._connection(timeout_s)

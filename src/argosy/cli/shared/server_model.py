@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from argosy.cli.shared.answer_writer import AnswerWriter
     from argosy.cli.shared.output import Shown
     from argosy.cli.shared.own_server import Process
-    from argosy.cli.shared.remote import Call, Server
+    from argosy.cli.shared.remote import RemoteCall, RemoteServer
     from argosy.config import SamplingParams
     from argosy.engine.ledger import Ledger
     from argosy.media.parts import Content, Hearing, Kind
@@ -92,7 +92,7 @@ class Reply:
 class Followed:
     """The progress of the last request, from the server's state, which a key without `metrics` may not read."""
 
-    def __init__(self, server: Server, model: str) -> None:
+    def __init__(self, server: RemoteServer, model: str) -> None:
         self._server, self._model = server, model
         self._is_refused = False
         self._request_id: str | None = (
@@ -145,7 +145,7 @@ class ServerModel:
         address: the server's address for clients.
     """
 
-    server: Server
+    server: RemoteServer
     name: str
     entry: Mapping[str, Any]
     address: str
@@ -245,7 +245,7 @@ class ServerModel:
         Raises:
             UsageError: the server refuses the request.   ServerNotUsable: it is lost before the answer has begun.
         """
-        from argosy.cli.shared.remote import Call
+        from argosy.cli.shared.remote import RemoteCall
 
         seed = int.from_bytes(os.urandom(8)) >> 1 if params.seed is None else params.seed
         body: dict[str, Any] = {
@@ -260,7 +260,7 @@ class ServerModel:
             body |= _thinking(thinking)
         if begun:
             body["continue_token_ids"] = list(begun)
-        call = Call()
+        call = RemoteCall()
         if interrupts is not None:
             interrupts.on_first = call.stop
         taken = _Taken(writer)
@@ -287,7 +287,7 @@ class ServerModel:
     def use_lines(self) -> list[str]:
         return ["`argosy top` shows the server's use of time and memory"]
 
-    def _asking(self, ask: Callable[[], Iterable[T]], call: Call | None) -> Iterator[T]:
+    def _asking(self, ask: Callable[[], Iterable[T]], call: RemoteCall | None) -> Iterator[T]:
         """Yield what `ask` yields, retrying a busy server after the time that it requests."""
         from argosy.cli.shared.remote import ANSWER_S
 
@@ -442,7 +442,7 @@ def find_model(model: str, url: str | None, *, no_server: bool, is_quiet: bool) 
     Raises:
         UsageError, ServerNotUsable: a server was named but cannot answer this command.
     """
-    from argosy.cli.shared.remote import Server
+    from argosy.cli.shared.remote import RemoteServer
     from argosy.cli.shared.settings import api_key
 
     if no_server:
@@ -453,7 +453,7 @@ def find_model(model: str, url: str | None, *, no_server: bool, is_quiet: bool) 
     if process is None and url is None:
         return None
     url, key = own_server.socket_url() if url is None else url, api_key()
-    server = Server(url, key)
+    server = RemoteServer(url, key)
     address = server.url if process is None else process.address
     try:
         if (option := _option_for_engines()) is not None:
@@ -467,14 +467,14 @@ def find_model(model: str, url: str | None, *, no_server: bool, is_quiet: bool) 
             raise
         click.echo(f"note: {error.message}; {model} is loaded here, beside that server", err=True)
         return None
-    followed = Followed(Server(url, key, timeout_s=_STATE_S), entry["id"])
+    followed = Followed(RemoteServer(url, key, timeout_s=_STATE_S), entry["id"])
     found = ServerModel(server, model, entry, address, followed)
     if not is_quiet:
         click.echo(found.line, err=True)
     return found
 
 
-def _models_of(server: Server, process: Process | None, model: str) -> Sequence[dict[str, Any]]:
+def _models_of(server: RemoteServer, process: Process | None, model: str) -> Sequence[dict[str, Any]]:
     """The models of a server. Waits for a starting server, because loading a model twice takes its memory twice."""
     has_said = False
     while True:
