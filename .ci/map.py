@@ -38,6 +38,51 @@ OPTIONAL = {
     ),
     "mixtures": ("demo", "checkpoint/upcycle.py", "cli/commands/upcycle.py"),
 }  # fmt: skip
+# Families, towers, ways to write tool calls, dialects and commands are members of registries: of these folders the core
+# has only the named modules. The core also runs without what only other members need.
+REGISTRIES = {
+    "model/families": ("__init__", "qwen3_moe", "qwen_moe"),
+    "model/encoders": ("__init__", "blocks", "encoder", "mmproj", "reading", "table"),
+    "prompt/formats": (
+        "__init__",
+        "block_format",
+        "events",
+        "format",
+        "hermes",
+        "lark",
+        "parser",
+        "plain",
+        "table",
+    ),
+    "serve/dialects": (
+        "__init__",
+        "body",
+        "openai_chat",
+        "openai_chat_bodies",
+        "openai_chunks",
+        "openai_models",
+    ),
+    "cli/commands": (
+        "__init__",
+        "auditing",
+        "completion",
+        "listening",
+        "plan",
+        "plan_facts",
+        "plan_traffic",
+        "run",
+        "serve",
+        "served_library",
+        "show",
+    ),
+}
+ONLY_FOR_MEMBERS = (
+    "batch.py", "model/whisper", "media/transcript.py", "engine/media/ears.py", "open/ears.py",
+    "checkpoint/ctranslate2.py", "checkpoint/pack.py", "forecast/bench.py", "machine/neighbours.py",
+    *(f"library/{one}.py" for one in ("modelfile", "pull", "remove", "search")),
+    *(f"serve/answer/{one}.py" for one in ("embedding", "side_by_side")),
+    *(f"cli/shared/{one}.py" for one in ("chat_models", "clients", "edit_file", "user_units")),
+)  # fmt: skip
 _NO_CODE = {
     tokenize.COMMENT,
     tokenize.NL,
@@ -120,6 +165,27 @@ def _is_field(node: ast.stmt) -> bool:
     return isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
 
 
+def optional(source: Path) -> set[Path]:
+    """The modules of optional rooms."""
+    return {path for parts in OPTIONAL.values() for part in parts for path in _modules(source / part)}
+
+
+def plug_ins(source: Path) -> set[Path]:
+    """The members of registries that the core runs without, and what only they need; none of optional rooms."""
+    members = {
+        path
+        for folder, core in REGISTRIES.items()
+        for path in _modules(source / folder)
+        if path.stem not in core
+    }
+    needed = {path for part in ONLY_FOR_MEMBERS for path in _modules(source / part)}
+    return (members | needed) - optional(source)
+
+
+def _modules(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(path.rglob("*.py"))
+
+
 def words(paths: Iterator[Path] | list[Path]) -> int:
     return sum(len(path.read_text().split()) for path in paths)
 
@@ -128,13 +194,6 @@ def print_sizes(root: Path) -> None:
     source = root / "src" / "argosy"
     texts = {path: path.read_text() for path in sorted(source.rglob("*.py"))}
     codes = {path: lines_of_code(text) for path, text in texts.items()}
-    optional = {
-        path
-        for parts in OPTIONAL.values()
-        for part in parts
-        for path in ((source / part).rglob("*.py") if (source / part).is_dir() else [source / part])
-        if path in texts
-    }
     public = [
         name
         for text in texts.values()
@@ -146,11 +205,15 @@ def print_sizes(root: Path) -> None:
     slots = set(re.findall(r"\b[a-z_]*slots\b", "\n".join(texts.values())))
     pages = [root / name for name in ("README.md", "CHANGELOG.md", "SECURITY.md", "CONTRIBUTING.md")]
     pages += sorted((root / "docs").rglob("*.md"))
+    members = sum(codes[path] for path in plug_ins(source))
+    rooms = sum(codes[path] for path in optional(source))
     figures = {
         "Python files": len(texts),
         "Python lines": sum(text.count("\n") for text in texts.values()),
         "Python lines of code": sum(codes.values()),
-        f"  of them optional: {', '.join(OPTIONAL)}": sum(codes[path] for path in optional),
+        "  the core, which every model shares": sum(codes.values()) - members - rooms,
+        "  members of registries that the core runs without": members,
+        f"  optional: {', '.join(OPTIONAL)}": rooms,
         "public classes and functions": len(public),
         "names that end in slots": len(slots),
         "attributes of Engine": attributes(source, "Engine"),

@@ -217,6 +217,7 @@ def test_the_check_sees_every_kind_of_import(tmp_path: Path) -> None:
         "from argosy import _native, errors\n"
         "from argosy.model import rope\n"
         "def later():\n    import importlib\n    importlib.import_module('argosy.cli.main')\n    __import__('torch')\n"
+        "    members('argosy.model.families', ('olmoe', 'no_family'))\n"
     )
     assert [imported for _, imported in imports(module)] == [
         "argosy.engine.engine",
@@ -226,6 +227,7 @@ def test_the_check_sees_every_kind_of_import(tmp_path: Path) -> None:
         "importlib",
         "argosy.cli.main",
         "torch",
+        "argosy.model.families.olmoe",
     ]
 
 
@@ -272,3 +274,9 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
                 args=[ast.Constant(value=str(name)), *_],
             ):
                 yield node.lineno, name
+            case ast.Call(func=ast.Name(id="members"), args=[ast.Constant(value=str(package)), *_]):
+                folder = SOURCE.joinpath(*package.split(".")[1:])
+                words = (one.value for one in nodes if isinstance(one, ast.Constant))
+                names = {word for word in words if isinstance(word, str) and word.isidentifier()}
+                members = sorted(name for name in names if (folder / f"{name}.py").is_file())
+                yield from ((node.lineno, f"{package}.{name}") for name in members)

@@ -1,4 +1,4 @@
-"""Say how to add a package to this installation, with a command that works for the way in which it was made.
+"""What this installation has, and the command that adds a package to it, whichever way it was made.
 
 The names `argosy` and `argosy-demo` are not registered at the Python Package Index, where anybody could take them. So a
 command names the packages that an extra stands for, or a file, and never these two.
@@ -11,11 +11,20 @@ import shlex
 import shutil
 import sys
 import urllib.parse
-from importlib import metadata
+from collections.abc import Iterator, Sequence
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 _NAME = "argosy"
+
+
+def members(package: str, names: Sequence[str]) -> Iterator[ModuleType]:
+    """Import the modules of a registry, in the order of `names`, except those that this installation is without."""
+    for name in names:
+        if find_spec(module := f"{package}.{name}"):
+            yield import_module(module)
 
 
 def command_for_extra(extra: str) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 
 import tokenizers
 
-from argosy.model.encoders.table import ENCODERS, Encoder
+from argosy.model.encoders.encoder import Encoder
+from argosy.model.encoders.table import ENCODERS
 from argosy.model.families import open_model
 from argosy.model.reading.config_reader import ConfigReader
 from tests.models import tiny_encoders

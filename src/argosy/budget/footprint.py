@@ -25,8 +25,8 @@ from argosy.model.layers import kv_shapes, stack_sizes
 from argosy.model.weights import dense_footprint
 
 if TYPE_CHECKING:
+    from argosy.model.encoders.encoder import Shape
     from argosy.model.encoders.reading import EncoderFiles, Processor
-    from argosy.model.encoders.table import Shape
     from argosy.model.whisper.files import WhisperFiles
 
 # Properties that depend on the towers.

@@ -14,7 +14,8 @@ import numpy as np
 
 from argosy import _native
 from argosy.model.encoders import EncoderTensor, qwen_vision
-from argosy.model.encoders.table import ENCODERS, Encoder
+from argosy.model.encoders.encoder import Encoder
+from argosy.model.encoders.table import ENCODERS
 from argosy.model.reading.config_reader import ConfigReader
 from argosy.model.weights import DenseWeights, is_vector
 from argosy.prompt.media_span import SpanRows

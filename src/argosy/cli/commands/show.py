@@ -33,7 +33,6 @@ def show(model: str, as_json: bool, flags: Settings) -> None:
       argosy show ./Qwen3-30B-A3B --memory 16GiB
       argosy show ./mixtral.Q4_K_M.gguf --memory 75% --context 32768 --json
     """
-    from argosy.cli.commands.preset import lines as preset_lines
     from argosy.cli.shared.output import progress_bar
     from argosy.engine.options import require_context
     from argosy.library import names, presets
@@ -62,6 +61,8 @@ def show(model: str, as_json: bool, flags: Settings) -> None:
         settings = settings_of(preset, settings)
     if not as_json:
         if preset is not None:
+            from argosy.cli.commands.preset import lines as preset_lines
+
             print_facts([f"preset    {line}" for line in preset_lines([preset])])
         print_facts(fact_lines(facts))
     try:

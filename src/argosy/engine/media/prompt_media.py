@@ -38,8 +38,8 @@ from argosy.media.parts import PROMPT_LIMITS, Audio, Content, Hearing, Image, Ki
 from argosy.media.pictures import PictureProcessor
 from argosy.media.sounds import SoundProcessor
 from argosy.media.videos import VideoProcessor
+from argosy.model.encoders.encoder import Shape
 from argosy.model.encoders.reading import EncoderFiles, Encoders, Processor
-from argosy.model.encoders.table import Shape
 from argosy.prompt.media_span import EARS_HINT, MakeRows, Making, MediaSpan, SpanRows
 from argosy.prompt.replay import TenantMemory
 from argosy.prompt.tokenizer import Tokenizer

@@ -9,6 +9,7 @@ the decoder are those of text, and the positions of a picture see one another in
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,7 @@ from argosy.model.encoders.blocks import (
     block_floats,
     in_blocks,
 )
+from argosy.model.encoders.encoder import Encoder, VideoForm
 from argosy.model.encoders.grid import Grid, frame_patches, read_theta
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.prompt.media_span import Making, SpanRows
@@ -287,3 +289,21 @@ class _Rotation:
             x = heads[:, :, half].copy()
             operations.rotate(x, cosine[at], sine[at], is_interleaved=False)
             heads[:, :, half] = x
+
+
+TOWERS: Mapping[str, Encoder] = {
+    "gemma4": Encoder(
+        kind="picture",
+        path=("vision_config",),
+        placeholders=("image_token_id",),
+        prefix="model.",
+        read=lambda own, around, model: read_config(own, hidden_size=model.hidden_size),
+        tensors=tensors,
+        open=GemmaVisionTower,
+        num_positions=num_positions,
+        peak_bytes=peak_bytes,
+        sees_both_ways=True,
+        marks=("boi_token_id", "eoi_token_id"),
+        video=VideoForm(),
+    ),
+}

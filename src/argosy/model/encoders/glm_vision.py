@@ -8,7 +8,7 @@ RoPE, RMSNorm, SwiGLU. A prompt has a video as separate frames with times betwee
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,12 +16,14 @@ import numpy as np
 
 from argosy.model.encoders import EncoderTensor, with_bias
 from argosy.model.encoders.blocks import Rows, Steps, block_floats, in_blocks
+from argosy.model.encoders.encoder import Encoder, VideoForm
 from argosy.model.encoders.grid import Grid, frame_patches, read_theta, span_angles
 from argosy.model.encoders.patch_tower import PatchConfig, PatchTower, num_positions, tower_bytes
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 
 __all__ = [
-    "GlmVisionConfig", "GlmVisionTower", "num_positions", "peak_bytes", "read_config", "span_angles", "tensors",
+    "TOWERS", "GlmVisionConfig", "GlmVisionTower", "num_positions", "peak_bytes", "read_config", "span_angles",
+    "tensors",
 ]  # fmt: skip
 
 _MERGER_NORM_EPS = 1e-5
@@ -154,3 +156,20 @@ class GlmVisionTower(PatchTower[GlmVisionConfig]):
         names = ("join", *(f"merger.{name}" for name in ("in", "gate", "up", "down")))
         yield from in_blocks(work, range(len(embeddings)), ops.flop_per_row(*names))
         return embeddings
+
+
+TOWERS: Mapping[str, Encoder] = {
+    "glm4v_moe": Encoder(
+        kind="picture",
+        path=("vision_config",),
+        placeholders=("image_token_id",),
+        prefix="model.visual.",
+        read=lambda own, around, model: read_config(own),
+        tensors=tensors,
+        open=GlmVisionTower,
+        num_positions=num_positions,
+        peak_bytes=peak_bytes,
+        angles=lambda config, grid: span_angles(grid, config.merge),
+        video=VideoForm(is_shown_as_pictures=True),
+    ),
+}

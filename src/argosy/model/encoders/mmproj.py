@@ -1,4 +1,4 @@
-"""Towers in files of llama.cpp's converter (`mmproj-*.gguf`): what such a file says, in the terms of `table.py`.
+"""Towers in files of llama.cpp's converter (`mmproj-*.gguf`): what such a file says, in the terms of `encoder.py`.
 
     GgufFile  ->  read_towers  ->  config, names of tensors, settings of the processor
 
@@ -24,7 +24,8 @@ from argosy.checkpoint.untrusted_file import quote
 from argosy.config import ModelConfig
 from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
 from argosy.media.parts import Kind
-from argosy.model.encoders.table import ENCODERS, Encoder
+from argosy.model.encoders.encoder import Encoder
+from argosy.model.encoders.table import ENCODERS
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.reading.gguf_config import GgufConfigReader
 
@@ -140,7 +141,9 @@ def _read_tower(file: GgufFile, model: ModelConfig, kind: Kind) -> TowerInFile:
             value=projector_type,
             supported=list(projector.families),
         )
-    encoder = next(one for one in ENCODERS[projector.families[model.family]] if one.kind == kind)
+    encoders = ENCODERS.get(projector.families[model.family], ())
+    if not (encoder := next((one for one in encoders if one.kind == kind), None)):
+        raise UnsupportedModel(f"this installation is without the tower of {file.path.name}", path=file.path)
     raw = projector.read_config(reader)
     settings = projector.read_settings(reader)
     rows = reader.integer(f"{part}.projection_dim")

@@ -9,7 +9,7 @@ picture. Positions in the decoder are those of text.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from argosy.errors import UsageError
 from argosy.model.encoders import EncoderTensor, with_bias
 from argosy.model.encoders.blocks import Rows, Steps, block_floats, gelu_mlp_floats, in_blocks, sinusoids
+from argosy.model.encoders.encoder import Encoder, VideoForm
 from argosy.model.encoders.grid import (
     Grid,
     PairOrder,
@@ -184,3 +185,19 @@ class MoonViT(PatchTower[MoonViTConfig]):
 
         yield from in_blocks(work, range(len(embeddings)), ops.flop_per_row("projector.up", "projector.down"))
         return embeddings
+
+
+TOWERS: Mapping[str, Encoder] = {
+    "kimi_k25": Encoder(
+        kind="picture",
+        path=("vision_config",),
+        placeholders=("media_placeholder_token_id", "image_token_id"),
+        prefix="",
+        read=lambda own, around, model: read_config(own, around, hidden_size=model.hidden_size),
+        tensors=tensors,
+        open=MoonViT,
+        num_positions=num_positions,
+        peak_bytes=peak_bytes,
+        video=VideoForm(most_frames=lambda config: int(config.most_frames)),
+    ),
+}

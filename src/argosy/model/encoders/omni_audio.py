@@ -10,7 +10,7 @@ chunks, LayerNorm, MLP. Positions in the decoder are those of text.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +31,7 @@ from argosy.model.encoders.blocks import (
     in_blocks,
     sinusoids,
 )
+from argosy.model.encoders.encoder import Encoder
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.weights import DenseWeights
 from argosy.prompt.media_span import Making, SpanRows
@@ -251,3 +252,18 @@ def _after_convolutions(size: int) -> int:
     for _ in range(_NUM_CONVOLUTIONS):
         size = _halved(size)
     return size
+
+
+TOWERS: Mapping[str, Encoder] = {
+    "qwen3_omni_moe": Encoder(
+        kind="sound",
+        path=("thinker_config", "audio_config"),
+        placeholders=("audio_token_id",),
+        prefix="thinker.audio_tower.",
+        read=lambda own, around, model: read_config(own),
+        tensors=tensors,
+        open=OmniAudioTower,
+        num_positions=lambda config, shape: num_positions(config, *shape),
+        peak_bytes=lambda config, shape: peak_bytes(config, *shape),
+    ),
+}

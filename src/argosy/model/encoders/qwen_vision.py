@@ -13,8 +13,9 @@ in Qwen3-Omni with rotary positions that tell time (`omni_angles`).
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from math import isqrt
 
@@ -22,6 +23,7 @@ import numpy as np
 
 from argosy.model.encoders import EncoderTensor, with_bias
 from argosy.model.encoders.blocks import Rows, Steps, block_floats, gelu_mlp_floats, in_blocks
+from argosy.model.encoders.encoder import Encoder, VideoForm
 from argosy.model.encoders.grid import Grid, Taps, frame_patches, linear_taps, read_theta, span_angles
 from argosy.model.encoders.patch_tower import (
     PatchConfig,
@@ -33,8 +35,8 @@ from argosy.model.encoders.patch_tower import (
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 
 __all__ = [
-    "QwenVisionConfig", "QwenVisionTower", "num_positions", "omni_angles", "peak_bytes", "read_config", "span_angles",
-    "tensors",
+    "TOWERS", "QwenVisionConfig", "QwenVisionTower", "num_positions", "omni_angles", "peak_bytes", "read_config",
+    "span_angles", "tensors",
 ]  # fmt: skip
 
 
@@ -171,3 +173,39 @@ class QwenVisionTower(PatchTower[QwenVisionConfig]):
 
         yield from in_blocks(work, range(len(cells)), ops.flop_per_row(f"{name}.up", f"{name}.down"))
         return merged
+
+
+_OMNI_VIDEO = VideoForm(
+    time_key="position_id_per_seconds",
+    angles=lambda config, grid, seconds, per_second: omni_angles(
+        config, grid, seconds_per_frame=seconds, angles_per_second=per_second
+    ),
+    sound=("<|audio_start|>", "<|audio_end|>"),
+)
+
+
+def _encoder(
+    *path: str, prefix: str = "model.visual.", has_deepstack: bool = True, is_omni: bool = False
+) -> Encoder:
+    return Encoder(
+        kind="picture",
+        path=path,
+        placeholders=("image_token_id",),
+        prefix=prefix,
+        read=lambda own, around, model: read_config(own, has_deepstack=has_deepstack),
+        tensors=partial(tensors, is_omni=is_omni),
+        open=QwenVisionTower,
+        num_positions=num_positions,
+        peak_bytes=peak_bytes,
+        angles=lambda config, grid: span_angles(grid, config.merge),
+        video=_OMNI_VIDEO if is_omni else VideoForm(),
+    )
+
+
+TOWERS: Mapping[str, Encoder] = {
+    "qwen3_vl_moe": _encoder("vision_config"),
+    "qwen3_5_moe": _encoder("vision_config", has_deepstack=False),
+    "qwen3_omni_moe": _encoder("thinker_config", "vision_config", prefix="thinker.visual.", is_omni=True),
+    # The demo model's eye; no model of transformers combines the two.
+    "qwen2_moe": replace(_encoder("vision_config", prefix="visual."), angles=None, video=None),
+}

@@ -5,7 +5,7 @@
 
 A tower that cannot be run does not keep text from running: the error is raised for the first picture or sound.
 
-Elsewhere: `table.py` knows where a family keeps its towers, `mmproj.py` how GGUF files describe them;
+Elsewhere: a tower's file says where families keep it, `mmproj.py` how GGUF files describe them;
 `engine/media/prompt_media.py` gives them pictures and sounds.
 """
 
@@ -31,8 +31,9 @@ from argosy.media.settings import PROCESSOR_FILES, VIDEO_FILES
 from argosy.media.sounds import SoundProcessor, read_sound_processor
 from argosy.media.videos import VideoProcessor, read_video_processor
 from argosy.model.encoders.blocks import FLOAT_BYTES, attention_flop
+from argosy.model.encoders.encoder import Encoder, Shape, Tower, VideoForm
 from argosy.model.encoders.mmproj import TowerInFile, is_of, read_towers
-from argosy.model.encoders.table import ENCODERS, Encoder, Shape, Tower, VideoForm
+from argosy.model.encoders.table import ENCODERS
 from argosy.model.families import CONFIG_FILE
 from argosy.model.reading.accounts import FLOAT_FORMATS, TensorAccounts
 from argosy.model.reading.config_reader import ConfigReader

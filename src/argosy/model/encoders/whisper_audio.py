@@ -11,7 +11,7 @@ Whisper transcribes with the same encoder (`model/whisper/network.py`).
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,6 +31,7 @@ from argosy.model.encoders.blocks import (
     gelu_mlp_floats,
     in_blocks,
 )
+from argosy.model.encoders.encoder import Encoder
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.prompt.media_span import Making, SpanRows
 
@@ -237,3 +238,20 @@ class WhisperAudioTower(Tower[WhisperAudioConfig]):
             del hidden, joined, heard
             yield (window + 1) / len(starts)
         return SpanRows(embeddings)
+
+
+TOWERS: Mapping[str, Encoder] = {
+    # The demo model's ear.
+    "qwen2_moe": Encoder(
+        kind="sound",
+        path=("audio_config",),
+        placeholders=("audio_token_id",),
+        prefix="",
+        read=lambda own, around, model: read_config(own, hidden_size=model.hidden_size),
+        tensors=tensors,
+        open=WhisperAudioTower,
+        sound_padding="silence",
+        num_positions=lambda config, shape: num_positions(config, *shape),
+        peak_bytes=lambda config, shape: peak_bytes(config, *shape),
+    ),
+}

@@ -29,27 +29,7 @@ from argosy.checkpoint.shards import ALL_SHARDS, COPY_FILE
 from argosy.checkpoint.untrusted_file import quote, read_object
 from argosy.config import ModelConfig
 from argosy.errors import CheckpointError, UnsupportedModel, UsageError
-from argosy.model.families import (
-    deepseek_v2,
-    deepseek_v3,
-    gemma4,
-    glm4_moe,
-    glm4_moe_lite,
-    glm4v_moe,
-    gpt_oss,
-    kimi_k2,
-    kimi_k25,
-    minimax_m2,
-    mixtral,
-    olmoe,
-    qwen2_moe,
-    qwen3_5_moe,
-    qwen3_5_moe_text,
-    qwen3_moe,
-    qwen3_next,
-    qwen3_omni_moe,
-    qwen3_vl_moe,
-)
+from argosy.installed import members
 from argosy.model.reading.config_reader import ConfigReader
 from argosy.model.reading.layout import Layout, read_layout
 from argosy.model.reading.quantization import read_quantization
@@ -72,28 +52,15 @@ class Family(Protocol):
 
 FAMILIES: Mapping[str, Family] = {
     family.MODEL_TYPE: cast(Family, family)
-    for family in (
-        mixtral,
-        qwen2_moe,
-        qwen3_moe,
-        gpt_oss,
-        deepseek_v2,
-        deepseek_v3,
-        kimi_k2,
-        kimi_k25,
-        glm4_moe_lite,
-        qwen3_next,
-        qwen3_5_moe,
-        qwen3_5_moe_text,
-        glm4_moe,
-        olmoe,
-        minimax_m2,
-        qwen3_vl_moe,
-        qwen3_omni_moe,
-        glm4v_moe,
-        gemma4,
+    for family in members(
+        "argosy.model.families",
+        (
+            "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3", "kimi_k2", "kimi_k25",
+            "glm4_moe_lite", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text", "glm4_moe", "olmoe", "minimax_m2",
+            "qwen3_vl_moe", "qwen3_omni_moe", "glm4v_moe", "gemma4",
+        ),
     )
-}
+}  # fmt: skip
 
 
 def open_model(

@@ -31,6 +31,7 @@ _FENCE_OPENED = re.compile(r"\s*([^\s`]+)\s*```(?:json)?\n([^`]*)`{0,3}\s*", re.
 
 class DeepSeekV31(BlockFormat):
     name = "deepseek_v31"
+    tokens = (ALL_BEGIN,)
     blocks = {BEGIN: END}  # noqa: RUF012 (a ClassVar, declared in the base)
     sections = (ALL_BEGIN, ALL_END)
     inside = (SEPARATOR,)
@@ -65,8 +66,12 @@ class DeepSeekV31(BlockFormat):
 
 class DeepSeekV3(DeepSeekV31):
     name = "deepseek_v3"
+    words = ("```",)
     _between = '"\\n"'
 
     def _body(self, lark: Lark, tool: Tool) -> str:
         head = lark.literal(f"{tool.name}\n```json\n")
         return f'"function" {lark.mark(SEPARATOR)} {head} {lark.arguments(tool)} "\\n```"'
+
+
+FORMATS = (DeepSeekV3, DeepSeekV31)

@@ -40,11 +40,21 @@ class Format(ABC):
     Attributes:
         name: its name in the table of formats.
         thinking: the marks around thoughts.
+        tokens, words: the evidence that a model writes this format: control tokens of its vocabulary, and what its chat
+            template says.
         lexer: separates marks from text.
     """
 
     name: ClassVar[str]
     thinking: ClassVar[tuple[str, str]] = ("<think>", "</think>")
+    tokens: ClassVar[tuple[str, ...]] = ()
+    words: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def fits(cls, tokenizer: Tokenizer, template: str) -> bool:
+        """Whether a model with this tokenizer and chat template shows all the evidence of this format."""
+        has_tokens = all(tokenizer.control_id(token) is not None for token in cls.tokens)
+        return has_tokens and all(word in template for word in cls.words)
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         # Marks of thoughts that are neither a token nor in the template are ordinary text that a model may write.

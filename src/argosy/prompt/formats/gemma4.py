@@ -34,6 +34,7 @@ _ELSEWHERE = ("$ref", "anyOf", "oneOf", "allOf", "patternProperties", "if")
 
 class Gemma4(BlockFormat):
     name = "gemma4"
+    tokens = (CHANNEL, CHANNEL_END)
     thinking = (CHANNEL, CHANNEL_END)
     blocks = {OPEN: CLOSE}  # noqa: RUF012 (a ClassVar, declared in the base)
     inside = (QUOTE,)
@@ -215,3 +216,6 @@ def _any(lark: Lark, tool: Tool) -> str:
 
 def _string(lark: Lark) -> str:
     return lark.rule(f"{lark.mark(QUOTE)} {lark.text_until(QUOTE)}")
+
+
+FORMATS = (Gemma4,)

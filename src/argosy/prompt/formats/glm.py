@@ -25,6 +25,7 @@ VALUE, VALUE_END = "<arg_value>", "</arg_value>"
 
 class Glm(BlockFormat):
     name = "glm"
+    words = (KEY,)
     blocks = {OPEN: CLOSE}  # noqa: RUF012 (a ClassVar, declared in the base)
     inside = (KEY, KEY_END, VALUE, VALUE_END)
     line = "\n"
@@ -79,6 +80,7 @@ class Glm(BlockFormat):
 
 class Glm47(Glm):
     name = "glm47"
+    words = (f"{KEY_END}{VALUE}",)
     line = ""
 
 
@@ -90,3 +92,6 @@ def _up_to(lexemes: Iterator[str], mark: str) -> tuple[str, str | None]:
             return "".join(text), lexeme
         text.append(lexeme)
     return "".join(text), None
+
+
+FORMATS = (Glm47, Glm)

@@ -33,6 +33,7 @@ _TO = " to=functions."
 
 class Harmony(Format):
     name = "harmony"
+    tokens = (START, CHANNEL, MESSAGE)
 
     @classmethod
     def marks(cls) -> Sequence[str]:
@@ -165,3 +166,6 @@ class HarmonyParser(Parser):
 
     def _end(self) -> None:
         self._close()
+
+
+FORMATS = (Harmony,)

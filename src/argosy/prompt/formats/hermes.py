@@ -25,6 +25,7 @@ _BEGINNING = re.compile(
 
 class Hermes(BlockFormat):
     name = "hermes"
+    words = (OPEN,)
     blocks = {OPEN: CLOSE}  # noqa: RUF012 (a ClassVar, declared in the base)
 
     def read(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Reading:
@@ -57,3 +58,6 @@ def named_object(lark: Lark, tool: Tool) -> str:
     """{"name": ..., "arguments": {...}}, with the spacing that models were trained on."""
     head = lark.literal(f'{{"name": "{tool.name}", "arguments": ')
     return f'{head} {lark.arguments(tool)} "}}"'
+
+
+FORMATS = (Hermes,)

@@ -26,6 +26,7 @@ _ID = re.compile(r"functions\.(.+):\d+")
 
 class KimiK2(BlockFormat):
     name = "kimi_k2"
+    tokens = (ALL_BEGIN, BEGIN)
     blocks = {BEGIN: END}  # noqa: RUF012 (a ClassVar, declared in the base)
     sections = (ALL_BEGIN, ALL_END)
     inside = (ARGUMENTS,)
@@ -59,3 +60,6 @@ class KimiK2(BlockFormat):
 
     def own_id(self, call: Call, number: int) -> str:
         return call.id if _ID.fullmatch(call.id) else f"functions.{call.name}:{number}"
+
+
+FORMATS = (KimiK2,)

@@ -31,6 +31,7 @@ _VALUE = ValueForm(['<parameter name="{}">'], "</parameter>", rest="\n")
 
 class MiniMaxM2(BlockFormat):
     name = "minimax_m2"
+    words = (OPEN,)
     blocks = {OPEN: CLOSE}  # noqa: RUF012 (a ClassVar, declared in the base)
 
     def read(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Reading:
@@ -48,3 +49,6 @@ class MiniMaxM2(BlockFormat):
             for tool in tools
         )
         return f'{lark.mark(OPEN)} "\\n" ({bodies}){"+" if parallel else ""} {lark.mark(CLOSE)}'
+
+
+FORMATS = (MiniMaxM2,)

@@ -30,6 +30,7 @@ _BETWEEN = re.compile(r"[\s,]*")
 
 class Mistral(BlockFormat):
     name = "mistral"
+    words = (CALLS,)
     thinking = ("[THINK]", "[/THINK]")
     blocks = {CALLS: None}  # noqa: RUF012 (a ClassVar, declared in the base)
     inside = (ARGUMENTS, CALL_ID)
@@ -113,3 +114,6 @@ def _read_list(text: str, tools: Mapping[str, Tool]) -> list[FoundCall] | None:
             return None
         calls.append(call)
     return calls or None
+
+
+FORMATS = (Mistral,)

@@ -36,6 +36,7 @@ _VALUE = ValueForm(["<parameter={}>"], "</parameter>", space="\n", rest="\n")
 
 class Qwen3Coder(BlockFormat):
     name = "qwen3_coder"
+    words = (FUNCTION,)
     blocks = {OPEN: CLOSE, FUNCTION: END}  # noqa: RUF012 (a ClassVar, declared in the base)
 
     def read(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Reading:
@@ -65,3 +66,6 @@ class Qwen3Coder(BlockFormat):
 
 def _inside(block: Sequence[str]) -> str:
     return "".join(block if block[0] == FUNCTION else inside_of(block, CLOSE))
+
+
+FORMATS = (Qwen3Coder,)

@@ -20,7 +20,6 @@ from argosy.engine.loop import EngineLoop
 from argosy.forecast.verification import Verification
 from argosy.guard.keys import KeyRing
 from argosy.media.parts import Content
-from argosy.media.transcript import Transcript, TranscriptOptions
 from argosy.observe.live import LiveCache
 from argosy.prompt.thinking import ThinkingSwitch, switch_of
 from argosy.serve.answer.facts import ModelFacts
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from argosy.engine.media.ears import Report, Transcriber
+    from argosy.media.transcript import Transcript, TranscriptOptions
     from argosy.prompt.builder import PromptBuilder
     from argosy.prompt.reranking import Reranking
     from argosy.prompt.tokenizer import Tokenizer

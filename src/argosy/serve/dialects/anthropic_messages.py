@@ -32,6 +32,8 @@ from argosy.serve.answer.service import Service, service_of
 from argosy.serve.dialects.anthropic_messages_bodies import CountBody, MessagesBody
 from argosy.serve.http.caller import Caller
 from argosy.serve.http.closed import Closed
+from argosy.serve.http.failures import AnthropicError
+from argosy.serve.http.route import post_route
 
 
 class Counted(Closed):
@@ -287,3 +289,11 @@ def _end(step: Ended) -> End:
         "stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal",
     }  # fmt: skip
     return {"stop_reason": reasons[step.finish], "stop_sequence": None}
+
+
+ROUTES = (
+    post_route(
+        "/v1/messages", messages, Message, screens="answers", takes_media=True, events=Event | AnthropicError,
+    ),
+    post_route("/v1/messages/count_tokens", count_tokens, Counted, screens="nothing", takes_media=True),
+)  # fmt: skip

@@ -43,6 +43,8 @@ from argosy.serve.answer.sampling_fields import Sampling
 from argosy.serve.answer.service import Service
 from argosy.serve.http.caller import Caller
 from argosy.serve.http.closed import Closed
+from argosy.serve.http.failures import OpenAIError
+from argosy.serve.http.route import post_route
 
 _MOST_SNIPPETS = 256
 _ANSWER_TOKENS = 256  # room that snippets leave for an answer without a limit
@@ -223,3 +225,8 @@ def _timings(ledger: Ledger, num_predicted: int) -> InfillTimings:
         "predicted_n": num_predicted, "predicted_ms": (ledger.decode_s or 0.0) * 1e3,
         "predicted_per_second": ledger.decode_tok_per_s or 0.0,
     }  # fmt: skip
+
+
+ROUTES = (
+    post_route("/infill", infill, Filled, screens="answers", events=InfillPiece | Filled | OpenAIError),
+)  # fmt: skip

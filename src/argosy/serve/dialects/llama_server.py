@@ -15,6 +15,7 @@ from starlette.requests import Request
 
 from argosy.config import SamplingDefaults
 from argosy.serve.http.closed import Closed
+from argosy.serve.http.route import get_route
 from argosy.serve.models.models import models_of
 
 MODEL_QUERY = {"model": {"type": "string", "maxLength": 256}}
@@ -112,3 +113,9 @@ async def _named(request: Request) -> str:
     models = models_of(request)
     name, preset = await models.named(request.query_params.get("model") or None)
     return models.id_of(name) if preset is None else preset.name
+
+
+ROUTES = (
+    get_route("/props", props, "infer", answer=Props, query=MODEL_QUERY, refusals=("404",)),
+    get_route("/slots", slots, "metrics", answer=list[Slot], query=MODEL_QUERY, refusals=("404",)),
+)  # fmt: skip

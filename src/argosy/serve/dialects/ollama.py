@@ -49,6 +49,8 @@ from argosy.serve.dialects.ollama_bodies import (
 from argosy.serve.dialects.ollama_models import time_text
 from argosy.serve.http.caller import Caller
 from argosy.serve.http.closed import Closed
+from argosy.serve.http.failures import OllamaError
+from argosy.serve.http.route import post_route
 from argosy.serve.http.streams import JSON_LINES, answer_whole, json_line
 from argosy.serve.models.models import models_of
 
@@ -336,3 +338,17 @@ async def _embedded(
     return await embed_texts(
         service_of(request), request.state.caller, texts, dimensions=dimensions, param=param, cuts=cuts
     )
+
+
+ROUTES = (
+    post_route(
+        "/api/chat", chat, ChatLine, screens="answers", takes_media=True,
+        events=ChatLine | OllamaError, encoding=JSON_LINES,
+    ),
+    post_route(
+        "/api/generate", generate, GenerateLine, screens="answers", takes_media=True,
+        events=GenerateLine | OllamaError, encoding=JSON_LINES,
+    ),
+    post_route("/api/embed", embed, OllamaEmbeddings, screens="texts"),
+    post_route("/api/embeddings", old_embed, OldEmbedding, screens="texts"),
+)  # fmt: skip

@@ -19,6 +19,7 @@ from argosy.library import modelfile
 from argosy.serve.answer.facts import ModelFacts
 from argosy.serve.dialects.ollama_bodies import ShowBody
 from argosy.serve.http.closed import Closed
+from argosy.serve.http.route import get_route, post_route
 from argosy.serve.models.entry import Listing, Standing
 from argosy.serve.models.models import LATEST, models_of
 
@@ -226,3 +227,11 @@ def _count(number: int) -> str:
         if number >= unit:
             return f"{number / unit:.1f}{name}"
     return str(number)
+
+
+ROUTES = (
+    post_route("/api/show", show, Shown, screens="nothing"),
+    get_route("/api/tags", tags, "infer", answer=OllamaModels),
+    get_route("/api/ps", ps, "infer", answer=LoadedModels),
+    get_route("/api/version", api_version, None, answer=ApiVersion),
+)  # fmt: skip

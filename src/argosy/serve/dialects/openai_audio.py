@@ -29,8 +29,11 @@ from argosy.media.transcript import WRITERS, Task, Transcript, TranscriptOptions
 from argosy.serve.answer.check import check_of
 from argosy.serve.answer.fields import Flag, Short, Strict, few
 from argosy.serve.answer.service import service_of
+from argosy.serve.http.access import RouteRule
 from argosy.serve.http.caller import Caller
 from argosy.serve.http.closed import Closed
+from argosy.serve.http.failures import OpenAIError
+from argosy.serve.http.route import Route
 from argosy.serve.http.streams import EventStream, answer_whole, sse
 
 MOST_FILE_BYTES = 25 << 20
@@ -278,3 +281,17 @@ def _content(body: TranslationBody) -> Content:
     if not data:
         raise BadMedia("file: the sound is empty: it has 0 bytes", kind="sound", found=0, param="file")
     return Content("sound", data, blake3(data).digest())
+
+
+def _form(path: str, handler: Callable[..., Any], **described: Any) -> Route:
+    rule = RouteRule(
+        method="POST", path=path, scope="infer", screens="texts", is_counted=True, takes_form=True,
+        max_body_bytes=MOST_BODY_BYTES,
+    )  # fmt: skip
+    return Route(rule=rule, handler=handler, answer=Answer, media=("text/plain",), **described)
+
+
+ROUTES = (
+    _form("/v1/audio/transcriptions", transcriptions, events=Event | OpenAIError),
+    _form("/v1/audio/translations", translations),
+)  # fmt: skip

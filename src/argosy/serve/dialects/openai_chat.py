@@ -25,6 +25,8 @@ from argosy.serve.answer.usage import ReadOfPrompt, ThoughtTokens, Timings, Usag
 from argosy.serve.dialects.openai_chat_bodies import ChatBody
 from argosy.serve.dialects.openai_chunks import ChunkExchange
 from argosy.serve.http.closed import Closed
+from argosy.serve.http.failures import OpenAIError
+from argosy.serve.http.route import post_route
 
 
 class Function(Closed):
@@ -252,3 +254,11 @@ class ChatExchange(ChunkExchange[ChatBody, ChatChunk]):
                     return {"function_call": more}
                 return {"tool_calls": [{"index": event.index, "function": more}]}
         return None
+
+
+ROUTES = (
+    post_route(
+        "/v1/chat/completions", chat_completions, ChatCompletion, screens="answers",
+        takes_media=True, events=ChatChunk | OpenAIError, has_done=True,
+    ),
+)  # fmt: skip

@@ -50,6 +50,8 @@ from argosy.serve.answer.usage import ReadOfPrompt, Timings, Usage
 from argosy.serve.dialects.openai_chunks import ChunkExchange, join
 from argosy.serve.http.caller import Caller
 from argosy.serve.http.closed import Closed
+from argosy.serve.http.failures import OpenAIError
+from argosy.serve.http.route import post_route
 
 if TYPE_CHECKING:
     from argosy.prompt.prompt import Prompt
@@ -281,3 +283,11 @@ class _Offsets:
 
 def _reason(step: Ended) -> Literal["stop", "length", "content_filter"]:
     return "stop" if step.finish == "tool_calls" else step.finish
+
+
+ROUTES = (
+    post_route(
+        "/v1/completions", completions, Completion, screens="answers",
+        events=Completion | OpenAIError, has_done=True,
+    ),
+)  # fmt: skip

@@ -32,6 +32,7 @@ from argosy.serve.answer.fields import (
 from argosy.serve.answer.service import service_of
 from argosy.serve.http.caller import Caller
 from argosy.serve.http.closed import Closed
+from argosy.serve.http.route import post_route
 from argosy.serve.http.streams import answer_whole
 
 Ids = Annotated[list[TokenId], few(MAX_TOKENS, at_least=1)]
@@ -120,3 +121,8 @@ async def _written(made: Embedded, model: str, *, is_base64: bool) -> AsyncItera
 
 def _base64(vector: NDArray[np.float32]) -> str:
     return '"' + base64.b64encode(vector.astype("<f4").tobytes()).decode() + '"'
+
+
+ROUTES = (
+    post_route("/v1/embeddings", embeddings, Embeddings, screens="texts"),
+)  # fmt: skip

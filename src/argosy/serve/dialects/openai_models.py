@@ -16,6 +16,7 @@ from argosy.prompt.prompt import ToolCalling
 from argosy.prompt.thinking import ThinkingSwitch
 from argosy.serve.answer.service import Service
 from argosy.serve.http.closed import Closed
+from argosy.serve.http.route import get_route
 from argosy.serve.models.entry import Listing, State
 from argosy.serve.models.models import models_of
 
@@ -152,3 +153,9 @@ async def model(request: Request) -> Model:
     await found.look(name)
     (listing,) = await asyncio.to_thread(found.listed, name)
     return _model(listing)
+
+
+ROUTES = (
+    get_route("/v1/models", models, "infer", answer=ModelList),
+    get_route("/v1/models/{id}", model, "infer", answer=Model, ends_in_name=True),
+)  # fmt: skip

@@ -45,9 +45,11 @@ from argosy.serve.dialects.openai_responses_bodies import (
     ResponsesBody,
     TextOptions,
 )
+from argosy.serve.http.access import RouteRule
 from argosy.serve.http.caller import Caller
 from argosy.serve.http.closed import Closed
 from argosy.serve.http.failures import OpenAIError, Refused, error_body
+from argosy.serve.http.route import Route, get_route, post_route
 from argosy.serve.http.streams import sse
 from argosy.serve.models.models import models_of
 
@@ -540,3 +542,22 @@ def _echoed(given: TextOptions | ReasoningOptions | None) -> dict[str, Any]:
 
 def _item_id(prefix: str) -> str:
     return prefix + secrets.token_hex(12)
+
+
+ROUTES = (
+    post_route(
+        "/v1/responses", responses, Answer, screens="answers", takes_media=True, events=Event, refusals=("404",),
+    ),
+    post_route(
+        "/v1/responses/input_tokens", input_tokens, InputTokens,
+        screens="nothing", takes_media=True, refusals=("404",),
+    ),
+    get_route(
+        "/v1/responses/{id}", stored_response, "infer", answer=Answer, query={"stream": {"enum": ["false"]}},
+    ),
+    Route(
+        rule=RouteRule(method="DELETE", path="/v1/responses/{id}", scope="infer", screens="nothing"),
+        handler=delete_response, answer=Deleted,
+    ),
+    get_route("/v1/responses/{id}/input_items", input_items, "infer", answer=InputItems, query=INPUT_ITEMS_QUERY),
+)  # fmt: skip

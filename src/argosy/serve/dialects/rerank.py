@@ -28,6 +28,7 @@ from argosy.serve.answer.side_by_side import Deliver, run_parts
 from argosy.serve.http.caller import Caller
 from argosy.serve.http.closed import Closed
 from argosy.serve.http.failures import Refused
+from argosy.serve.http.route import post_route
 from argosy.serve.http.streams import answer_whole
 
 _MOST_DOCUMENTS = 1024
@@ -140,3 +141,9 @@ def _require(reranking: Reranking | None) -> Reranking:
             hint="start it with the form of the model's prompt: `argosy serve MODEL --rerank qwen3`",
         )
     return reranking
+
+
+ROUTES = (
+    post_route("/v1/rerank", rerank, Reranked, screens="texts", refusals=("404",)),
+    post_route("/rerank", rerank, Reranked, screens="texts", refusals=("404",)),
+)  # fmt: skip

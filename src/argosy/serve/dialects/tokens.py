@@ -22,6 +22,7 @@ from argosy.serve.dialects.openai_chat_bodies import EXAMPLES, OfferedTool, Turn
 from argosy.serve.http.caller import Caller
 from argosy.serve.http.closed import Closed
 from argosy.serve.http.failures import Refused
+from argosy.serve.http.route import get_route, post_route
 from argosy.serve.models.models import use_model
 
 
@@ -143,3 +144,11 @@ async def apply_template(body: TemplateBody, request: Request) -> Rendered:
         )
 
     return {"prompt": await service.run_reading(caller, apply)}
+
+
+ROUTES = (
+    post_route("/tokenize", tokenize, Tokenized, screens="nothing", takes_media=True),
+    post_route("/detokenize", detokenize, Detokenized, screens="nothing"),
+    get_route("/tokenizer_info", tokenizer_info, "infer", answer=TokenizerInfo, refusals=("404",)),
+    post_route("/apply-template", apply_template, Rendered, screens="nothing", takes_media=True),
+)  # fmt: skip

@@ -1,0 +1,81 @@
+"""A tower as the program knows it: where a family's checkpoints describe and store it, and what its file can do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from argosy import _native
+from argosy.config import ModelConfig
+from argosy.media.parts import Kind
+from argosy.media.sounds import Padding
+from argosy.model.encoders import EncoderTensor
+from argosy.model.encoders.blocks import Rows
+from argosy.model.reading.config_reader import ConfigReader
+from argosy.model.weights import DenseWeights
+from argosy.prompt.media_span import Making
+
+Shape = tuple[int, ...]  # a grid of patches (frames, rows, columns), or the number of mel frames alone
+
+
+class Tower(Protocol):
+    """Encodes patches of a picture with their grid, or mel features of a sound."""
+
+    def encode(self, values: Rows, *shape: Any) -> Making: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoForm:
+    """How a family's prompts have a video that its tower for pictures encodes, group by group.
+
+    placeholder: key of the token that the chat template writes for a video, beside that of a picture.
+    is_shown_as_pictures: its positions carry the token of a picture, not the video's own.
+    most_frames: frames in the grid of a group, where frames are not joined in patches.
+    time_key: key of the rotary positions that a second takes, beside `placeholder`; None: time is told in text, and
+        each group is placed as a picture is.
+    angles: as `Encoder.angles`, for all groups together: from the config, their grid, the seconds between groups, and
+        what is under `time_key`.
+    sound: the texts around a video with sound, in which groups and sound follow each other by time; None: the model
+        does not listen.
+    """
+
+    placeholder: str = "video_token_id"
+    is_shown_as_pictures: bool = False
+    most_frames: Callable[[Any], int] = lambda config: 1
+    time_key: str | None = None
+    angles: Callable[[Any, Any, float, int], tuple[Rows, float]] | None = None
+    sound: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoder:
+    """One tower of a family.
+
+    path: the keys that lead to the tower's config in `config.json`.
+    placeholders: keys of the placeholder's token id, in the object around that config; the first that exists counts.
+    marks: keys of the token ids that the family's processor writes before and after a span; other families have
+        such marks in their chat templates.
+    prefix: how the names of its tensors begin.
+    read: the tower's config, from its object and the one around it.
+    tensors, num_positions, peak_bytes, open: functions of the tower's file.
+    angles: the rotary positions of a span of a shape, and how far the text after it moves on; None: as text.
+    sees_both_ways: each position of a span sees the whole span in the decoder.
+    sound_padding: how a sound is padded (`media/sounds.py`).
+    video: how it is used for video; None: it is not.
+    """
+
+    kind: Kind
+    path: tuple[str, ...]
+    placeholders: tuple[str, ...]
+    prefix: str
+    read: Callable[[ConfigReader, ConfigReader, ModelConfig], Any]
+    tensors: Callable[[Any], dict[str, EncoderTensor]]
+    open: Callable[[Any, DenseWeights, _native.Runtime], Tower]
+    num_positions: Callable[[Any, Any], int]
+    peak_bytes: Callable[[Any, Any], int]
+    angles: Callable[[Any, Any], tuple[Rows, float]] | None = None
+    sees_both_ways: bool = False
+    sound_padding: Padding = "none"
+    marks: tuple[str, str] | None = None
+    video: VideoForm | None = None
