@@ -26,7 +26,8 @@ from argosy.machine import resources, tuning
 
 
 def configure(files: ModelFiles, **options: Unpack[EngineOptions]) -> EngineConfig:
-    """Fill in the settings that were left out, for one model; `Engine` runs them, and `argosy show` plans with them.
+    """Fill in the settings that were left out, for one model; `Engine` runs with them, and `argosy show` plans with
+    them.
 
     Raises:
         UsageError: a setting is invalid, or the requested context is longer than the model supports.
@@ -37,7 +38,7 @@ def configure(files: ModelFiles, **options: Unpack[EngineOptions]) -> EngineConf
             known = ", ".join(EngineOptions.__annotations__)
             raise UsageError(f"unknown option '{name}' of Engine.open; known: {known}")
     memory, context = given.pop("memory", None), given.pop("context", None)
-    given.pop("mmproj", None)  # one of the model's files, which are open
+    given.pop("mmproj", None)  # the file belongs to the model, whose files are open
     if (kv_dir := given.get("kv_dir")) is not None and not isinstance(kv_dir, KvDir):
         given["kv_dir"] = KvDir(path=Path(kv_dir))
     if (ears := given.get("ears")) is not None:
@@ -66,7 +67,7 @@ def configure(files: ModelFiles, **options: Unpack[EngineOptions]) -> EngineConf
 def with_recorder(
     config: EngineConfig, files: ModelFiles, recorder: OpenRecorder | None
 ) -> tuple[EngineConfig, RoutingRecorder | None]:
-    """Open a recorder of routing, if there is one and something to record, and give it memory."""
+    """Open a recorder of routing, if there is one and the model has something to record, and give it memory."""
     if recorder is None or not files.config.moe_layers or config.experts_off:
         return config, None
     opened = recorder(files, config)
@@ -77,7 +78,7 @@ def with_group(config: EngineConfig, files: ModelFiles, group: ExpertGroup | Non
     """Give a group of other processes memory, if there is one.
 
     Raises:
-        UsageError: there is nothing for the group to run.
+        UsageError: the group has nothing to run.
     """
     if group is None:
         return config
@@ -99,7 +100,7 @@ def with_group(config: EngineConfig, files: ModelFiles, group: ExpertGroup | Non
     chunk_tokens = min(config.chunk_tokens or RESIDENT_CHUNK, most_chunk)
     claims = (*config.claims, Claim("group_bytes", group.nbytes(files)))
     config = replace(config, claims=claims, chunk_tokens=chunk_tokens)
-    # Whoever runs no experts here needs no memory for them.
+    # An engine that runs no experts here needs no memory for them.
     return config if group.runs_here else replace(config, expert_slots=files.config.experts_per_token)
 
 
@@ -123,10 +124,10 @@ def require_context(model: ModelConfig, context_tokens: int | None) -> None:
 
 
 def choose_instruction_set(cap: str | None) -> str:
-    """The instruction set of a runtime: the best of this processor, or at most `cap`.
+    """Choose the instruction set of a runtime: the best of this processor, or at most `cap`.
 
     Raises:
-        UsageError: this processor does not have it.
+        UsageError: this processor does not support it.
     """
     available = _native.instruction_sets()
     if cap is None:
@@ -137,7 +138,7 @@ def choose_instruction_set(cap: str | None) -> str:
 
 
 def budget_of(memory: str | int | Budget | None, context: int | None) -> Budget:
-    """The budget for these options; None for `memory` is what is free, less a margin."""
+    """Return the budget for these options; if `memory` is None, free memory less a margin."""
     if isinstance(memory, Budget):
         return memory
     limit = resources.memory_limit()

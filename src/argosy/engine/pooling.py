@@ -2,12 +2,12 @@
 
     hidden states after the final norm  ─ the mean of all, or the last ─  divided by their length  ─>  Result.embedding
 
-States are added one position after another, in float64. So a vector has the same bits whatever the chunks, the batch
-and the number of threads.
+States are added one position after another, in float64. So a vector has the same bits with any chunks, batch and
+number of threads.
 
-Who wants the logits of every position instead has a `LogitsReader` in the pool's place.
+A `LogitsReader` takes the place of the pool when a caller wants the logits of every position.
 
-Elsewhere: `answers.py` gives each pool the rows of a step; `checkpoint/pooling.py` finds what a checkpoint declares.
+Elsewhere: `answers.py` gives each pool the rows of a step; `checkpoint/pooling.py` reads a checkpoint's declaration.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class Pool:
         return self.needed_from == self._num_tokens
 
     def read(self, model: Model, rows: NDArray[np.int64]) -> None:
-        """Read the next positions that are needed, which are these rows of the last step."""
+        """Read the next needed positions, which are these rows of the last step."""
         self.add(model.final_states(rows))
 
     def add(self, states: Array) -> None:
-        """Add the hidden states [positions, hidden_size] of the next positions that are needed."""
+        """Add the hidden states [positions, hidden_size] of the next needed positions."""
         if self._sum is None:
             self._sum = np.zeros(states.shape[1], np.float64)
         for state in states:  # one by one: the order of these sums is fixed
@@ -59,7 +59,7 @@ class Pool:
         """The pooled vector, of length 1: float32 [hidden_size].
 
         Raises:
-            ArgosyError: it is not finite: the weights or the arithmetic are broken.
+            ArgosyError: the vector is not finite: the weights or the arithmetic are broken.
         """
         assert self.is_complete
         assert self._sum is not None
@@ -70,7 +70,7 @@ class LogitsReader:
     """Passes on the logits of every position of one sequence, instead of pooling its hidden states.
 
     Args:
-        take: gets the position of the first row, and the rows: float32 [rows, vocab_size].
+        take: receives the position of the first row, and the rows: float32 [rows, vocab_size].
     """
 
     def __init__(self, num_tokens: int, take: Callable[[int, Array], None]) -> None:
@@ -91,10 +91,10 @@ class LogitsReader:
 
 
 def normalised(vector: NDArray[np.floating]) -> Array:
-    """A vector [size] divided by its length; zeros stay zeros.
+    """Divide a vector [size] by its length; zeros stay zeros.
 
     Raises:
-        ArgosyError: it is not finite.
+        ArgosyError: the vector is not finite.
     """
     # fsum is exact before it rounds, so the order of its terms does not matter.
     length = math.sqrt(math.fsum((vector.astype(np.float64) ** 2).tolist()))
@@ -104,10 +104,10 @@ def normalised(vector: NDArray[np.floating]) -> Array:
 
 
 def shortened(vector: Array, dimensions: int) -> Array:
-    """The first `dimensions` of an embedding, of length 1 again (arXiv:2205.13147).
+    """Return the first `dimensions` of an embedding, rescaled to length 1 (arXiv:2205.13147).
 
     Raises:
-        UsageError: it has fewer.
+        UsageError: the embedding has fewer.
     """
     if not 1 <= dimensions <= len(vector):
         raise UsageError(f"dimensions must be from 1 to {len(vector)} with this model, found {dimensions}")

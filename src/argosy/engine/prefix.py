@@ -1,21 +1,21 @@
-"""Reuse what was computed for a prompt's prefix: KV blocks, recurrent state, files.
+"""Reuse the computed prefix of a prompt: KV blocks, recurrent state, files.
 
-    tokens of full blocks  ->  chain of keyed hashes  ->  blocks in memory, then in files; the rest is computed
+    tokens of full blocks  ->  chain of keyed hashes  ->  blocks in memory, then in files; compute the rest
 
 A full KV block is identified by a keyed BLAKE3 of the tenant's secret, the model and all tokens up to its end, with the
-digests of media among them (`kept/chain.py`). On a hit every token is compared, so no hash is trusted alone. Keys and
-values depend only on the tokens before them, not on the chunks they came in, so an answer has the same bits with a
-reused prefix as without. Tenants never share prefixes.
+digests of media among them (`kept/chain.py`). A hit compares every token, so no hash is trusted alone. Keys and values
+depend only on the tokens before them, not on how they were divided into chunks, so an answer has the same bits with
+and without a reused prefix. Tenants never share prefixes.
 
 Where layers have a recurrent state, a prefix is usable only up to a snapshot. Snapshots are taken after the last full
-block of a longer prompt, where prompts were seen to diverge, every SNAPSHOT_TOKENS of an answer, and where a prompt
-stops halfway after a full block.
+block of a longer prompt, at points where prompts diverged, every SNAPSHOT_TOKENS of an answer, and after the last full
+block of a prompt that stops halfway.
 
-Where layers have a sliding window, a prefix is usable if what its next token sees there is left (`kept/kv_windows.py`).
-The ends that are kept for that are the places where snapshots would be taken, and the ends of answers.
+Where layers have a sliding window, a prefix is usable if the window blocks that its next token sees remain
+(`kept/kv_windows.py`). They are kept at the places where snapshots would be taken, and at the ends of answers.
 
-Elsewhere: `kept/kv_cache.py` tracks who holds which block; `kept/recurrent_state.py` has the snapshot slots;
-`kept/prefix_files.py` has the files; `scheduler.py` chooses the running sequences.
+Elsewhere: `kept/kv_cache.py` tracks which sequences hold which block; `kept/recurrent_state.py` assigns snapshot
+slots; `kept/prefix_files.py` reads and writes files; `scheduler.py` chooses the running sequences.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from argosy.kept.prefix_files import Kind, PrefixFiles, tenant_key
 from argosy.kept.recurrent_state import StateSlots
 from argosy.media.settings import VIDEO_FILES
 
-# A snapshot after the last full block puts the tokens after it in a step of their own, so short prompts take none.
+# A snapshot after the last full block forces the tokens after it into a separate step, so short prompts take none.
 SNAPSHOT_PROMPT_TOKENS = 256
 SNAPSHOT_TOKENS = 64  # answer tokens between two snapshots; only the last snapshot is kept
-CLOSE_SECONDS = 10.0  # files not written by then are dropped, and their prompts computed again
+CLOSE_SECONDS = 10.0  # files not written by then are dropped, and their prompts recomputed
 
 
 class BlockMemory(Protocol):
@@ -63,15 +63,15 @@ class BlockMemory(Protocol):
 class Prefix:
     """The known prefix of a sequence."""
 
-    contents: list[BlockContent]  # all blocks that may be reused, and any known after them
+    contents: list[BlockContent]  # all reusable blocks, and any known blocks after them
     blocks: list[int]  # blocks in memory to reuse
-    num_matching: int  # matching blocks in memory; more than are reused where a snapshot is missing
+    num_matching: int  # matching blocks in memory; some are not reused if a snapshot is missing
     num_usable: int  # usable blocks in memory and in files
-    num_blocks: int  # blocks of the sequence that may be reused at all
+    num_blocks: int  # blocks of the sequence that may ever be reused
 
     @property
     def next_key(self) -> bytes | None:
-        """Key of the first block that is not in memory; None where all are."""
+        """The key of the first block that is not in memory; None if all are."""
         return self.contents[self.num_matching].key if self.num_matching < self.num_blocks else None
 
 
@@ -81,10 +81,10 @@ class PrefixCache:
     Args:
         blocks: the pool of KV blocks.
         kv: the bytes of the blocks.
-        secret, identity: 32 bytes each; the hash key of contents, and the identity of the model.
-        states: slots for the recurrent state; None where no layer has one.
-        files: keeps prefixes across restarts; None: they are not kept.
-        is_on: False finds nothing and keeps nothing.
+        secret, identity: 32 bytes each: the hash key of contents, and the identity of the model.
+        states: slots for the recurrent state; None if no layer has one.
+        files: keeps prefixes across restarts; None: prefixes are not kept.
+        is_on: if False, the cache finds nothing and keeps nothing.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class PrefixCache:
     # ── starting a sequence ─────────────────────────────────────────────────────────────────────────────────────
 
     def find(self, sequence: Sequence) -> Prefix:
-        """The longest usable prefix; at least the last token remains to be computed."""
+        """Find the longest usable prefix; at least the last token remains to be computed."""
         limit = sequence.reuse_limit // self.blocks.block_tokens if self._is_on else 0
         contents = sequence.chain.contents(sequence, limit)
         blocks: list[int] = []
@@ -127,7 +127,7 @@ class PrefixCache:
         if (files := self._files) is not None:
             while usable < min(limit, sequence.load_until) and files.has("kv", contents[usable]):
                 usable += 1
-        if self.windows is not None:  # then there are no files
+        if self.windows is not None:  # if not, there are no files
             usable = self.windows.num_usable(blocks)
         if self.states is not None:
             while usable and not self._has_state(sequence, usable - 1):
@@ -135,9 +135,9 @@ class PrefixCache:
         return Prefix(contents, blocks[:usable], num_matching, usable, limit)
 
     def begin(self, sequence: Sequence, prefix: Prefix) -> None:
-        """Start a sequence, which holds the blocks of `prefix` and its own after them, at the end of the prefix.
+        """Start a sequence at the end of `prefix`; it holds the prefix's blocks and its own blocks after them.
 
-        If blocks must come from files, `load` brings them, and the sequence cannot run until then.
+        If blocks must come from files, `load` reads them, and the sequence cannot run until then.
         """
         size = self.blocks.block_tokens
         sequence.loading = None
@@ -168,8 +168,8 @@ class PrefixCache:
         """Load some of the blocks in `sequence.loading` from files.
 
         Returns:
-            False if a file that the recurrent state needs cannot be read, so the sequence has to start again. It finds
-            a shorter prefix then, because it asks for no file from there on.
+            False if a file that the recurrent state needs cannot be read, so the sequence must start again. It then
+            finds a shorter prefix, because it requests no file from there on.
         """
         files, wanted = self._files, sequence.loading
         assert files is not None
@@ -203,7 +203,7 @@ class PrefixCache:
         return True
 
     def copy_beginning(self, source: Sequence, sequence: Sequence) -> None:
-        """Move a sequence to another's position; it shares the full blocks and has its own block after them."""
+        """Move a sequence to another's position; it shares the full blocks and gets its own block after them."""
         num_full, num_more = divmod(source.num_computed, self.blocks.block_tokens)
         if num_more:
             self._kv.copy_block(source.blocks[num_full], sequence.blocks[num_full])
@@ -247,14 +247,14 @@ class PrefixCache:
             self._write_prompt(sequence, contents)
 
     def stopped(self, sequence: Sequence) -> None:
-        """Let go of what a sequence sees in layers with a sliding window, before it gives back its blocks.
+        """Release the window blocks that a sequence sees, before it gives back its KV blocks.
 
-        The state of a prompt that stopped halfway is kept: clients drop a request that takes long, and send it again.
+        The state of a prompt that stopped halfway is kept: clients often drop a slow request and send it again.
         """
         if self.states is not None and self._is_on and sequence.is_prefilling:
             num_full, more = divmod(sequence.num_computed, self.blocks.block_tokens)
             slot = sequence.state_slot
-            # After a step that was not committed, the state is further on; after one that failed, it is invalid.
+            # After a step that was not committed, the state is ahead; after a step that failed, it is invalid.
             if (
                 num_full
                 and not more
@@ -269,7 +269,7 @@ class PrefixCache:
         self.windows.end(sequence)
 
     def tokens_to_snapshot(self, sequence: Sequence) -> int:
-        """How many tokens may follow the known ones in a step without passing a place where a snapshot is taken."""
+        """Return how many tokens a step may add without passing a place where a snapshot is taken."""
         if self.states is None or not self._is_on:
             return sys.maxsize
         return -sequence.num_tokens % SNAPSHOT_TOKENS
@@ -293,12 +293,12 @@ class PrefixCache:
         return 0 if self._files is None else self._files.num_bytes
 
     def forget_others(self, tenants: Collection[str]) -> None:
-        """Forget what earlier processes kept in files for any tenant not listed."""
+        """Forget everything that earlier processes kept in files for tenants not listed."""
         if self._files is not None:
             self._files.forget_others(tenants)
 
     def forget(self, tenant: str) -> None:
-        """Forget everything kept of a tenant, in memory and in files."""
+        """Forget everything kept for a tenant, in memory and in files."""
         self._to_write = deque(item for item in self._to_write if item[1].tenant != tenant)
         self.blocks.forget(tenant)
         if self._files is not None:
@@ -309,7 +309,7 @@ class PrefixCache:
         return bool(self._to_write)
 
     def write_some(self) -> bool:
-        """Hand files to the writer thread while it is free. Returns False if there is more to write."""
+        """Hand files to the writer thread while it is free. Return False if there is more to write."""
         while self._to_write:
             if not self._offer(*self._to_write[0]):
                 return False
@@ -339,7 +339,7 @@ class PrefixCache:
 
     def _snapshots_at(self, sequence: Sequence, prefix: Prefix) -> set[int]:
         size = self.blocks.block_tokens
-        wanted = {prefix.num_matching * size}  # more was known than could be used: prompts diverge here
+        wanted = {prefix.num_matching * size}  # more blocks matched than could be used: prompts diverge here
         if sequence.prefill_until >= SNAPSHOT_PROMPT_TOKENS:
             wanted.add((sequence.prefill_until - 1) // size * size)
         return {at for at in wanted if at > prefix.num_usable * size}
@@ -366,14 +366,14 @@ class PrefixCache:
         assert self._files is not None
         num_full = len(sequence.prompt_ids) // self.blocks.block_tokens
         if num_full * self._files.file_bytes("kv") > self._files.max_bytes // 2:
-            return  # its later blocks would drive out its first ones
+            return  # its later blocks would evict its first ones
         for content in contents[:num_full]:
             self._to_write.append(("kv", content))
             if self.states is not None and self.states.has_snapshot(content.key):
                 self._to_write.append(("state", content))
 
     def _offer(self, kind: Kind, content: BlockContent) -> bool:
-        """Hand one file to the writer thread. Returns True as well if the content has left memory meanwhile."""
+        """Hand one file to the writer thread. Also return True if the content has left memory meanwhile."""
         files, states = self._files, self.states
         assert files is not None
         if kind == "state":
@@ -389,14 +389,14 @@ class PrefixCache:
 
 
 def identify(files: ModelFiles, instruction_set: str, *others: object) -> bytes:
-    """32 bytes that identify a model, its arithmetic, and whatever else its keys and values depend on.
+    """Return 32 bytes that identify a model, its arithmetic, and everything else that its keys and values depend on.
 
     `instruction_set` is that of the engine's runtime: the order of sums differs between instruction sets.
 
-    A file is identified by its name, size and modification time, including our kernels: hashing a terabyte would take
+    A file, our kernels included, is identified by its name, size and modification time: hashing a terabyte would take
     longer than reuse saves.
     """
-    # Rows of media come from these, too.
+    # Rows of media come from these as well.
     paths = {str(path) for path in files.weight_paths}
     paths |= {str(path) for name in VIDEO_FILES if (path := files.path / name).is_file()}
     facts = [(Path(path).name, *_size_and_time(path)) for path in (*sorted(paths), _native.__file__)]

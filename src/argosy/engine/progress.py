@@ -1,9 +1,9 @@
-"""How far requests are, and what they wait for: counts, rates and times, and nothing that anyone said.
+"""The progress of requests, and why they wait: counts, rates and times, never text.
 
-A step can take minutes, so nobody waits for one to read this: within a step, progress follows from the layers that it
-has run. Any thread may call `progress_of`; a number may be one step old.
+A step can take minutes, so reading the progress never waits for one: within a step, progress follows from the layers
+that have run. Any thread may call `progress_of`; a number may be one step old.
 
-Elsewhere: `loop.py` gives the progress of every request; the server's log, `/v1/engine/state` and terminals show it.
+Elsewhere: `loop.py` reports the progress of every request; the server's log, `/v1/engine/state` and terminals show it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class RequestProgress:
 
     name: the request's id.
     prompt_done: tokens of the prompt that are computed or came from the prefix cache.
-    answer_tokens: over all of its answers.
-    tok_per_s: its own mean, of the prompt until the first token, and of its answers after that; None: not known yet.
+    answer_tokens: the tokens of all of its answers.
+    tok_per_s: its mean rate, of the prompt until the first token, and of its answers after that; None: not known yet.
     seconds: since it first ran.
     seconds_left: until its first token, at this rate; None: not known yet, or the prompt is done.
     """
@@ -47,7 +47,7 @@ class RequestProgress:
         return self.prompt_done < self.prompt_tokens
 
 
-MOST_WAITS = 100  # of one model that are told one by one
+MOST_WAITS = 100  # of one model that are reported one by one
 _REASONS = {
     "turn": "waits for its turn", "memory": "waits for memory", "model": "waits for the model to load",
     "room": "waits for the memory of other models", "prompt": "waits for the same prompt of another request",
@@ -58,9 +58,9 @@ _REASONS = {
 class RequestWait:
     """A request that has not run yet.
 
-    ahead: requests of the same model that came before and wait, too; one of another tenant may still overtake.
-    seconds: since it waits.
-    share_done: of what it waits for; None: not known.
+    ahead: earlier requests of the same model that also wait; a request of another tenant may still overtake.
+    seconds: how long it has waited.
+    share_done: the finished share of the thing it waits for; None: unknown.
     """
 
     name: str
@@ -72,9 +72,9 @@ class RequestWait:
 
 @dataclass(frozen=True, slots=True)
 class RunningStep:
-    """A step that runs.
+    """The running step.
 
-    share_done: of its layers.
+    share_done: the share of its layers that have run.
     """
 
     scheduled: Scheduled
@@ -82,12 +82,12 @@ class RunningStep:
 
     @property
     def prompt_tokens_done(self) -> float:
-        """Tokens of prompts that this step has computed, over all sequences."""
+        """The prompt tokens that this step has computed, over all sequences."""
         step = self.scheduled.step
         return self.share_done * float(step.num_tokens - step.is_decode.sum())
 
     def num_done(self, sequence: Sequence) -> float:
-        """The same for one sequence."""
+        """Return the same for one sequence."""
         scheduled = self.scheduled
         if scheduled.counts is None or not self.share_done or sequence not in scheduled.sequences:
             return 0.0
@@ -97,12 +97,12 @@ class RunningStep:
 def progress_of(
     name: str, sequences: SequenceOf[Sequence], step: Callable[[], RunningStep | None], *, now: float
 ) -> RequestProgress | None:
-    """The progress of one request; None: it has not run yet.
+    """Return the progress of one request, or None if it has not run yet.
 
     Args:
-        sequences: its answers, which have the same prompt.
-        step: returns the step that runs. It is called last, so that no step counts twice that ends meanwhile.
-        now: by `perf_counter`.
+        sequences: its answers, which share the prompt.
+        step: returns the running step. It is called last, so that a step that ends meanwhile is not counted twice.
+        now: from `perf_counter`.
     """
     started = [one for one in sequences if one.scheduled_at is not None]
     if not started:
@@ -114,7 +114,7 @@ def progress_of(
         num_new = sum(len(one.new_ids) for one in answering)
         since = min(one.first_token_at or now for one in answering)
         until = max(one.computed_at for one in answering)
-        # The first token of each answer is not counted: it ends the prompt.
+        # The first token of each answer does not count: it ends the prompt.
         return RequestProgress(
             name=name, prompt_tokens=total, prompt_done=total, answer_tokens=num_new,
             tok_per_s=_rate(num_new - len(answering), until - since), seconds=now - began, seconds_left=None,
@@ -132,10 +132,10 @@ def progress_of(
 
 
 class Watch:
-    """How far the running step and the requests of one engine are. From any thread; nothing here waits for a step.
+    """The progress of one engine's running step and requests. Safe from any thread; nothing here waits for a step.
 
     Attributes:
-        scheduled: the step whose layers run now; None: none runs. The engine sets it.
+        scheduled: the step whose layers run now, or None. The engine sets it.
     """
 
     def __init__(self, started: Started, scheduler: Scheduler, sequences: list[Sequence]) -> None:
@@ -144,32 +144,32 @@ class Watch:
 
     @property
     def running_step(self) -> RunningStep | None:
-        """The step that runs now; None: none runs."""
+        """Return the step that runs now, or None."""
         scheduled = self.scheduled
         return None if scheduled is None else RunningStep(scheduled, self._started.model.decoder.share_done)
 
     @property
     def progressed_at(self) -> float:
-        """Monotonic seconds at which a step was last between two layers; 0: the engine is closed."""
+        """The monotonic time at which a step was last between two layers; 0: the engine is closed."""
         return self._started.model.decoder.progressed_at if self._started.is_open else 0.0
 
     def progress(
         self, sequences: SequenceOf[Sequence] | None = None, name: str = ""
     ) -> RequestProgress | None:
-        """How far a request is; None: it has not run yet.
+        """Return the progress of a request, or None if it has not run yet.
 
         Args:
-            sequences: its answers; None: all sequences of the engine, if it has one request.
+            sequences: the request's answers; None: all sequences of an engine with a single request.
         """
         sequences = list(self._sequences) if sequences is None else sequences
         return progress_of(name, sequences, lambda: self.running_step, now=perf_counter())
 
     def why_waiting(self, sequence: Sequence) -> WaitReason:
-        """What a sequence waits for that has not run yet."""
+        """Return the reason why a sequence that has not run yet is waiting."""
         return self._scheduler.why_waiting(sequence)
 
     def close(self) -> None:
-        """No sequence waits any more."""
+        """Close: no sequence waits any more."""
         del self._scheduler
 
 
@@ -178,7 +178,7 @@ def _rate(count: float, seconds: float) -> float | None:
 
 
 def rough_time(seconds: float) -> str:
-    """An estimated time, for people to read: `4 min`. More digits would claim too much precision."""
+    """Format an estimated time for people: `4 min`. More digits would claim too much precision."""
     if seconds < 55:
         return f"{max(5, 5 * round(seconds / 5))} s"
     if seconds < 90 * 60:
@@ -187,12 +187,12 @@ def rough_time(seconds: float) -> str:
 
 
 def prompt_count(done: int, total: int) -> str:
-    """The tokens of a prompt, for people."""
+    """Format the tokens of a prompt for people."""
     return f"prompt {done:,} of {total:,} tokens"
 
 
 def wait_line(why: str, ahead: int, share_done: float | None = None) -> str:
-    """What a request waits for, for people: `waits for its turn, 2 before it`."""
+    """Format why a request waits, for people: `waits for its turn, 2 before it`."""
     line = _REASONS.get(why, "waits")
     if share_done is not None:
         line += f" ({100 * share_done:.0f} %)"
@@ -200,6 +200,6 @@ def wait_line(why: str, ahead: int, share_done: float | None = None) -> str:
 
 
 def prompt_line(done: int, total: int, seconds_left: float | None) -> str:
-    """The progress of a prompt, for people: `prompt 9,216 of 22,851 tokens (40 %), about 4 min left`."""
+    """Format the progress of a prompt for people: `prompt 9,216 of 22,851 tokens (40 %), about 4 min left`."""
     line = f"{prompt_count(done, total)} ({100 * done // max(1, total)} %)"
     return line if seconds_left is None else f"{line}, about {rough_time(seconds_left)} left"

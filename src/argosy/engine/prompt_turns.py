@@ -1,9 +1,10 @@
-"""What prompts get of steps: a part of the time while others decode, and a part each of the tokens of a chunk.
+"""Divide steps among prompts: a part of the time while other sequences decode, and of each chunk a part for each
+prompt.
 
 A step with prompt tokens may take seconds while weights are streamed, so prompts get at most about half of the time.
-Rows of media are made between steps, in slices, so that a prompt waits for them as long as one step at most.
+Rows of media are computed between steps, in slices, so that a prompt waits for them at most as long as for one step.
 
-Elsewhere: `scheduler.py` asks whose turn it is; `media/spans.py` has the rows of a prompt, and says where to cut it.
+Elsewhere: `scheduler.py` asks whose turn it is; `media/spans.py` holds a prompt's rows, and says where to cut it.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from argosy.engine.sequence import Sequence
 from argosy.engine.steps import CannotRun
 from argosy.errors import ArgosyError
 
-# Seconds of encoding between two steps, or the duration of a decode step if that is longer. Long enough that switching
-# costs little; short enough that no stream visibly pauses, and that a new prompt starts soon.
+# # Seconds of encoding between two steps, or the duration of a decode step if that is longer. Long enough that
+# switching costs little; short enough that no stream visibly pauses and a new prompt starts soon.
 MAKING_S = 0.02
 
 
 class PromptTurns:
     """Gives prompts at most about half of the time while others decode.
 
-    A step with prompt tokens takes longer than one without. The difference is owed to the decoding sequences: no prompt
-    continues until steps without prompts have made up for it. Time for rows of media is owed likewise, but only more
-    rows wait for it: a prompt never waits because rows were made.
+    A step with prompt tokens takes longer than one without. Prompts owe the difference to the decoding sequences: no
+    prompt continues until steps without prompts have made up for it. Time for rows of media is owed likewise, but only
+    further rows wait for it: a prompt never waits because rows were computed.
     """
 
     def __init__(self) -> None:
@@ -47,7 +48,7 @@ class PromptTurns:
         return self._decode_s
 
     def count_making(self, seconds: float) -> None:
-        """Count work for rows of media between two steps, while others decode."""
+        """Count work on rows of media between two steps, while other sequences decode."""
         self._owed_making_s += seconds
 
     def count(self, seconds: float, *, num_prompt: int, num_decode: int) -> None:
@@ -63,29 +64,29 @@ class PromptTurns:
 
 
 class RowMaking:
-    """Makes rows of media between steps, for one prompt after another.
+    """Computes rows of media between steps, for one prompt after another.
 
     Args:
-        turns: says how long steps take, and is told how long this takes.
+        turns: knows how long steps take, and counts the time spent here.
         clock: seconds.
     """
 
     def __init__(self, turns: PromptTurns, clock: Callable[[], float]) -> None:
         self._turns, self._clock = turns, clock
-        self._has_just_made = False  # the last time that prompts could run
-        self._made_for: str | None = None  # the tenant for whom rows were made last
+        self._has_just_made = False  # when prompts could last run
+        self._made_for: str | None = None  # the tenant whose rows were computed last
         self._making_s = 0.0  # since `take_making_s`
 
     def make_some(
         self, can_prefill: list[Sequence], running: list[Sequence], *, others_decode: bool
     ) -> float | None:
-        """Make rows for one of the prompts that may run now and wait for theirs.
+        """Compute rows for a prompt that may run now and waits for its rows.
 
         Returns:
-            When it ended; None: nothing was made.
+            The time at which the work ended, or None if nothing was done.
 
         Raises:
-            CannotRun: the rows of a sequence's media cannot be made.
+            CannotRun: the rows of a sequence's media cannot be computed.
         """
         waiting = [one for one in can_prefill if waits_for_rows(one)]
         seer = self._choose_seer(waiting, running)
@@ -98,39 +99,40 @@ class RowMaking:
         return ended_at
 
     def take_making_s(self) -> float:
-        """Seconds spent on rows since the last call."""
+        """Return the seconds spent on rows since the last call."""
         seconds, self._making_s = self._making_s, 0.0
         return seconds
 
     def _may_make(self, *, others_decode: bool, has_prompts: bool) -> bool:
-        """Whether rows of media may be made now: they keep no prompt waiting in two steps in a row.
+        """Whether rows of media may be computed now: they must not delay a prompt at two steps in a row.
 
-        So a prompt of one chunk, whenever it comes, waits for one slice at most: the one it came in, or the next.
+        So a prompt of one chunk waits for at most one slice: the slice during which it arrived, or the next.
         """
         if has_prompts and self._has_just_made:
             return False
         return not others_decode or self._turns.is_open_for_making
 
     def _choose_seer(self, waiting: list[Sequence], running: list[Sequence]) -> Sequence | None:
-        """The prompt to make rows of media for, among those that wait for theirs.
+        """Choose the prompt whose rows of media to compute, among those that wait.
 
-        The plan has room for one encode and its rows, so the next begins when a step has used them. Tenants take turns.
+        The plan has room for one encode and its rows, so the next encode begins when a step has used them. Tenants
+        take turns.
         """
         for one in running:
             if one.spans is not None and one.spans.holds_rows:
                 return one if one in waiting else None
         if not waiting:
             return None
-        # The oldest of another tenant, if any.
+        # The oldest prompt of another tenant, if any.
         chosen = min(waiting, key=lambda one: one.tenant == self._made_for)
         self._made_for = chosen.tenant
         return chosen
 
     def _make_rows(self, sequence: Sequence, *, others_decode: bool) -> float:
-        """Make rows of a sequence's media for about `MAKING_S`.
+        """Compute rows of a sequence's media for about `MAKING_S`.
 
-        Beside sequences that decode this may take as long as a step of theirs. It ends before a piece of work that
-        would take longer, going by the one before.
+        While sequences decode, this may take as long as one of their steps. It ends before a piece of work that,
+        judging by the previous piece, would take longer.
         """
         slice_s = max(MAKING_S, self._turns.step_s) if others_decode else MAKING_S
         assert sequence.spans is not None
@@ -151,7 +153,7 @@ class RowMaking:
 
 
 def waits_for_rows(sequence: Sequence) -> bool:
-    """Whether its next position belongs to media whose rows are not made."""
+    """Whether its next position belongs to media whose rows are not ready."""
     at = sequence.num_computed
     return sequence.spans is not None and sequence.spans.has_rows_until(at, at + 1) == at
 
@@ -159,16 +161,16 @@ def waits_for_rows(sequence: Sequence) -> bool:
 def share_chunk(
     prompts: list[Sequence], *, chunk_tokens: int, block_tokens: int | None, first: int
 ) -> list[tuple[Sequence, int]]:
-    """Number of tokens to run of each prompt: tenants get equal parts, and none gets more than it needs.
+    """Divide a chunk into tokens for each prompt: tenants get equal parts, and none gets more than it needs.
 
-    A span of media whose positions see one another runs as a whole. It may need more than its tenant's part, so
-    the first prompt gets what it needs before the others share the rest.
+    A span of media whose positions see one another runs as a whole. It may need more than its tenant's part, so the
+    first prompt gets all that it needs before the others share the rest.
 
     Args:
         chunk_tokens: maximum prompt tokens in a step.
         block_tokens: a part of a prompt ends after a full block of this size, if it reaches one, because a recurrent
-            state is found again only there; None: no layer has one.
-        first: the tenant, by number, whose turn it is to get the remainder first.
+            state can be found again only there; None: no layer has a recurrent state.
+        first: the number of the tenant whose turn it is to get the remainder first.
     """
     wanted = {sequence: _chunk_end(sequence) - sequence.num_computed for sequence in prompts}
     reserved: dict[Sequence, int] = {}
@@ -205,7 +207,7 @@ def _whole_blocks(sequence: Sequence, given: int, least: int, block_tokens: int 
 
 
 def _chunk_end(sequence: Sequence) -> int:
-    """The position up to which a prompt can run in one step, however much room there is."""
+    """Return the position up to which a prompt can run in one step, however much room there is."""
     at, spans = sequence.num_computed, sequence.spans
     stops = [stop for stop in sequence.snapshots_at if stop > at]
     if spans is not None:
@@ -215,7 +217,7 @@ def _chunk_end(sequence: Sequence) -> int:
 
 
 def _equal_parts(wanted: Mapping[str, int], total: int, *, first: int) -> dict[str, int]:
-    """Divide `total` so that none gets more than it wants, and the smallest part is as large as possible.
+    """Divide `total` so that no name gets more than it wants, and the smallest part is as large as possible.
 
     The remainder goes to the names whose turn it is, by `first`.
     """

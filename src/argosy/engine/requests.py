@@ -1,4 +1,4 @@
-"""Check requests, and make the sequences of their answers. Safe from any thread, even while an engine steps."""
+"""Check requests, and create the sequences of their answers. Safe from any thread, even while an engine steps."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Requests:
     """Makes sequences for one engine.
 
     Attributes:
-        context_tokens: a prompt and its answer have to fit; it may change.
+        context_tokens: the room for a prompt and its answer; may change.
 
     Args:
-        pooling: of embeddings, where a request does not say.
-        watermark: marks sampled text; None: nothing does.
-        defaults: for what a request leaves to the model.
+        pooling: the pooling of embeddings if a request does not name one.
+        watermark: marks sampled text; None: no watermark.
+        defaults: sampling values for fields that a request leaves to the model.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Requests:
 
     @property
     def pooling(self) -> Pooling:
-        """How embeddings are made of hidden states, if a request does not say.
+        """The pooling of hidden states into embeddings, if a request does not name one.
 
         Raises:
             UnsupportedModel: the checkpoint declares a pooling that is not supported.
@@ -128,13 +128,13 @@ class Requests:
         """Check a text and make the sequence that computes its embedding.
 
         Args:
-            text: as it is, without a chat template, between the tokens that the tokenizer adds to a text; or token ids.
+            text: the text without a chat template, to which the tokenizer adds its special tokens; or token ids.
             pooling: None: the engine's.
 
         Raises:
             PromptTooLong: the text is longer than the context.
             UnsupportedModel: the checkpoint declares a pooling that is not supported.
-            UsageError: the text is empty, or the model cannot take it.
+            UsageError: the text is empty, or the model cannot process it.
         """
         self._started.require_open()
         pooling = pooling or self.pooling
@@ -175,10 +175,10 @@ class Requests:
         )
 
     def require_room(self, sequences: Sequence[EngineSequence]) -> None:
-        """Check sequences once more when they are queued: the context may be shorter than when they were made.
+        """Check sequences once more when they are queued: the context may have shrunk since they were created.
 
         Raises:
-            PromptTooLong: there is no room for one of them.
+            PromptTooLong: one of them does not fit.
         """
         for one in sequences:
             if len(one.prompt_ids) + one.max_new_tokens > self.context_tokens:
@@ -227,7 +227,7 @@ class Requests:
 
 
 def _find_pooling(files: ModelFiles, given: Pooling | None) -> Pooling | ArgosyError:
-    """The pooling of embeddings, or the error to raise when one is wanted: other answers do not need it."""
+    """Return the pooling of embeddings, or the error to raise when a request wants an embedding."""
     try:
         return given or declared_pooling(files) or "last"
     except CheckpointError as error:

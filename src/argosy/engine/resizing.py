@@ -1,11 +1,11 @@
-"""Give an engine more memory or less while it runs; steps go on meanwhile, and what is resident decides no token.
+"""Give an engine more or less memory while it runs; steps continue meanwhile, and no token changes.
 
-    another budget  ->  plan  ->  experts leave or come, KV blocks go or come back  ->  the plan that holds from now on
+    another budget  ->  plan  ->  experts leave or arrive, KV blocks go or return  ->  the plan that holds from now on
 
-Around each step, memory that the step needs is taken back from the experts that it was lent to, and a model that is
-loaded beside others lends them the cores.
+Before each step, memory that the step needs is taken back from experts. A model that is being loaded while others run
+lends them the cores.
 
-Elsewhere: `budget/planner.py` plans; `budget/expert_memory.py` has the slots; `budget/idle_memory.py` lends.
+Elsewhere: `budget/planner.py` plans; `budget/expert_memory.py` sets the slots; `budget/idle_memory.py` lends memory.
 """
 
 from __future__ import annotations
@@ -55,13 +55,14 @@ class Resizer:
         self._before_moving = before_moving
         self._opened_with = started.first_plan
         self._one_at_a_time = threading.Lock()
-        # Until no expert slot is free for the first time; None: it is over, or there are no other engines.
+        # # Applies until no expert slot is free for the first time; None: that time is over, or there are no other
+        # engines.
         self._loading = started.foreground
         self.foreground: AbstractContextManager[object] = nullcontext()
 
     @contextmanager
     def during(self, step: Step) -> Iterator[None]:
-        """Run the layers of a step within this."""
+        """Context in which the layers of a step run."""
         started = self._started
         if started.idle is not None:
             started.idle.before_step(step.num_tokens, has_prompts=not step.is_decode.all())
@@ -75,10 +76,10 @@ class Resizer:
 
     @contextmanager
     def _giving_way(self, loading: _native.Foreground, step: Step) -> Iterator[None]:
-        """Lend the cores to others while prompts wait for reads.
+        """Lend the cores to other models while prompts wait for reads.
 
-        The first prompts of a model that is loaded beside others read most of its experts. Once no slot is free, the
-        model is like any other, and others that are loaded give way to it.
+        The first prompts of a model that is loaded while others run read most of its experts. Once no slot is free,
+        the model is like any other, and models that are being loaded give way to it.
         """
         if (cache := self._started.model.cache) is not None:
             cache.lent = None if step.is_decode.all() else self._started.turns
@@ -90,23 +91,23 @@ class Resizer:
             self._started.store.leave_background()
 
     def resize(self, budget_bytes: int, *, is_share: bool = False) -> MemoryPlan:
-        """Have another memory budget from now on. From any thread; steps go on meanwhile.
+        """Change the memory budget. Safe from any thread; steps continue meanwhile.
 
-        Experts leave first, then KV blocks, with prefixes that are kept in them. A running answer may be computed again
-        because of that, and stays the same. With fewer blocks the context is shorter for new requests. Everything that
-        the plan no longer has is with the system when this returns. A larger budget brings back what left. If all
-        experts were in memory, end to end, the first budget that is too small for that makes all of them leave; they
-        are read again as tokens ask for them.
+        Experts leave first, then KV blocks along with the prefixes kept in them. A running answer may have to be
+        recomputed, and stays the same. With fewer blocks, new requests have a shorter context. When this returns, the
+        system has all memory that the plan gave up. A larger budget brings experts and blocks back. If all experts
+        were in memory end to end, the first budget too small for that evicts all of them; they are read again when
+        tokens choose them.
 
         Args:
-            is_share: it is a part of a budget that somebody else divides and compares with the machine's memory.
-                A running step does not hurry then: experts leave after it, a few between two steps.
+            is_share: the budget is a share that the caller has divided and compared with the machine's memory. The
+                running step is then not interrupted: experts leave after it, a few between two steps.
 
         Returns:
             The plan for the budget.
 
         Raises:
-            DoesNotFit: it is less than the engine needs now, or more than the machine has; nothing has changed.
+            DoesNotFit: the budget is less than the engine needs now, or more than the machine has; nothing changed.
             UsageError: the engine has a fixed number of experts.
         """
         started = self._started
@@ -137,7 +138,9 @@ class Resizer:
             return plan
 
     def _undo_shrinking(self) -> None:
-        """Give experts back what the plan has for them: within a step, some may have left or all moved to slots."""
+        """Return to experts the memory that the plan gives them: during a step, some may have left or all moved to
+        slots.
+        """
         started = self._started
         if started.experts is not None:
             if started.plan.is_packed:
@@ -146,7 +149,7 @@ class Resizer:
 
     @contextmanager
     def _shrinking_early(self, budget_bytes: int) -> Iterator[None]:
-        """Within this context, a running step lets experts leave between two of its layers.
+        """Context in which a running step lets experts leave between two of its layers.
 
         A prompt's step may take seconds, and a lowered limit does not wait for it.
         """
@@ -156,7 +159,7 @@ class Resizer:
 
         def shrink() -> None:
             decoder.between_layers = None
-            with suppress(ArgosyError, MemoryError):  # `resize` raises it, and answers go on
+            with suppress(ArgosyError, MemoryError):  # `resize` raises it, and answers continue
                 plan = self._replan(budget_bytes)
                 self._move_to_slots(plan)
                 if started.experts is not None:
@@ -193,7 +196,7 @@ class Resizer:
         )
 
     def _move_to_slots(self, plan: MemoryPlan) -> None:
-        """If the experts lie end to end and the plan has slots, move to slots. KV blocks stay as they are.
+        """If the experts lie end to end and the plan uses slots, move them to slots. KV blocks stay as they are.
 
         Call it with the lock, between two steps or layers.
         """
