@@ -3,7 +3,7 @@
     logits -> mask -> bias -> penalties -> temperature -> top_k -> top_p -> min_p -> draw -> token id
 
     0. Tokens that a grammar does not allow now are excluded. Before `min_tokens`, so are tokens that would end the
-       answer: stop tokens, and end tokens unless they are ignored. They stay where a grammar allows nothing else.
+       answer: stop tokens, and end tokens unless they are ignored. They stay if a grammar allows nothing else.
     1. `logit_bias` is added.
     2. `repetition_penalty` divides the positive logits and multiplies the negative logits of all prompt and answer
     tokens. 3. `presence_penalty` is subtracted once from each token in the answer, `frequency_penalty` once per
@@ -14,11 +14,11 @@
     8. `min_p` keeps the tokens at least p times as likely as the most likely one.
     9. One uniform number picks one of the remaining tokens, ordered from most to least likely.
 
-With a watermark, the likeliest of the remaining tokens are reweighed before step 9, unless a grammar decides what may
-come.
+With a watermark, the likeliest of the remaining tokens are reweighed before step 9, unless a grammar restricts the
+choice.
 
-Steps 1 to 3 and 5 to 8 have the order of transformers, and so has the watermark. llama.cpp has the same order, except
-that it applies the temperature last. Log-probabilities are the model's own, from the logits before step 0.
+Steps 1 to 3 and 5 to 8 and the watermark follow the order of transformers. llama.cpp uses the same order, except that
+it applies the temperature last. Log-probabilities are the model's own, from the logits before step 0.
 
 The number in step 9 depends only on the seed and the length of the answer so far: not on the batch, the budget or the
 machine (Philox, Salmon et al., SC 2011).
@@ -49,11 +49,11 @@ Logits = npt.NDArray[np.float32]
 
 Ids = npt.NDArray[np.int64]
 
-_SORTED_AT_ONCE = 2048  # scores; sorting this many costs as much as one pass over a vocabulary
+_SORTED_AT_ONCE = 2048  # sorting this many scores costs as much as one pass over a vocabulary
 # Share of the best token's weight. Lighter tokens rarely decide where a cut or a draw falls.
 _NEAR_THE_BEST = 0.002
 _SMALLEST_TEMPERATURE = 1e-37  # a normal float32
-# Two sums of the same weights differ by less than this share, and a token near the best weighs more.
+# Two sums of the same weights differ by less than this share; a token near the best weighs more than that.
 _ROUNDING = 1e-9
 
 
@@ -67,18 +67,18 @@ class Sampled:
 
 
 def derived_seed(seed: int, number: int) -> int:
-    """The seed of another answer to the same request."""
+    """Derive the seed of another answer to the same request."""
     bits: int = np.random.Philox(key=seed, counter=[0, 0, 0, number]).random_raw()
     return bits >> 1
 
 
 class SamplerState:
-    """Everything but logits that the choice of a sequence's next token depends on.
+    """Everything except logits on which the choice of a sequence's next token depends.
 
     Attributes:
         seed: this answer's seed; random if none was given.
         step: number of answer tokens so far.
-        mark: reweighs tokens for a watermark; None: there is none.
+        mark: reweighs tokens for a watermark; None: no watermark.
     """
 
     def __init__(
@@ -98,16 +98,16 @@ class SamplerState:
             self.mark.accept(token_id)
 
     def answer_counts(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """Distinct ids of the answer's tokens, and how often each occurs."""
+        """Return the distinct ids of the answer's tokens, and how often each occurs."""
         ids = np.fromiter(self._counts.keys(), np.int64, len(self._counts))
         return ids, np.fromiter(self._counts.values(), np.float32, len(self._counts))
 
     def seen_ids(self) -> npt.NDArray[np.int64]:
-        """Distinct ids of prompt and answer."""
+        """Return the distinct ids of prompt and answer."""
         return np.union1d(self._prompt_ids, self.answer_counts()[0])
 
     def uniform(self) -> float:
-        """The uniform number in [0, 1) for this seed and step."""
+        """Return the uniform number in [0, 1) for this seed and step."""
         bits: int = np.random.Philox(key=self.seed, counter=self.step).random_raw()
         return (bits >> 11) * 2.0**-53
 
@@ -169,7 +169,7 @@ class Sampler:
     def _without_ends(
         self, allowed: npt.NDArray[np.bool_] | None, params: SamplingParams, vocab_size: int
     ) -> npt.NDArray[np.bool_] | None:
-        """`allowed` without tokens that would end the answer, unless nothing else remains."""
+        """Remove tokens that would end the answer from `allowed`, unless nothing else remains."""
         going_on = np.ones(vocab_size, np.bool_) if allowed is None else allowed.copy()
         ends = {*params.stop_token_ids, *(() if params.ignore_eos else self._end_ids)}
         going_on[[token_id for token_id in ends if token_id < vocab_size]] = False
@@ -183,7 +183,7 @@ class Sampler:
         allowed: npt.NDArray[np.bool_] | None,
         best_id: int,
     ) -> Logits:
-        """Apply mask, bias and penalties. Returns the logits themselves where none would change the choice."""
+        """Apply mask, bias and penalties. Return the logits themselves if none would change the choice."""
         repeats = params.repetition_penalty != 1.0
         counts = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
         if not (params.logit_bias or repeats or counts) and (
@@ -216,7 +216,7 @@ class Sampler:
 
 
 def _best(logits: Logits, what: str) -> int:
-    """Id of the largest logit, the lowest on a tie.
+    """Return the id of the largest logit, the lowest on a tie.
 
     Raises:
         ArgosyError: the largest logit is not finite.
@@ -233,10 +233,10 @@ def _best(logits: Logits, what: str) -> int:
 
 
 def _draw(scores: Logits, params: SamplingParams, uniform: float, mark: MarkedAnswer | None = None) -> int:
-    """Temperature, truncation, the watermark, and one draw.
+    """Apply temperature, truncation and the watermark, then draw once.
 
-    Truncation keeps a leading part of the order that the draw uses, so the weight of that part describes it. No more of
-    the vocabulary is sorted than needed to place the cut and the draw. If every score is -inf, any of them is drawn.
+    Truncation keeps a leading part of the order that the draw uses, so the part's weight describes it. Only as much of
+    the vocabulary is sorted as the cut and the draw require. If every score is -inf, any token may be drawn.
     """
     ids: Ids | None = None
     if 0 < params.top_k < scores.size:
@@ -263,16 +263,16 @@ def _draw_marked(
 ) -> int | None:
     """Draw as `_reach` does, from reweighed tokens.
 
-    Only the likeliest tokens are reweighed: their share of the draws stays what it was, and the tail is too light to
-    be worth its time.
+    Only the likeliest tokens are reweighed: together they keep their share of the draws, and the tail is too light to
+    be worth the time.
 
     Args:
-        ids: the token of each score; None: its place.
-        mass: the weight of the leading tokens that are kept.
-        target: where in that weight the draw falls.
+        ids: the token of each score; None: the place is the token.
+        mass: the weight of the leading tokens that truncation keeps.
+        target: the point in that weight where the draw falls.
 
     Returns:
-        The place of the token in `scores`; None: the draw is not marked.
+        The place of the token in `scores`, or None if the draw is not marked.
     """
     near = np.flatnonzero(weights >= _NEAR_THE_BEST)
     order = _largest(scores[near], min(near.size, _SORTED_AT_ONCE))
@@ -321,8 +321,8 @@ def _reach(
 
 
 def _weights(scores: Logits, temperature: float) -> Logits:
-    """e^(score / temperature), scaled so that the best score has weight 1; NaN if every score is -inf."""
-    # A tiny temperature sends all but the best to -inf, as intended.
+    """Return e^(score / temperature), scaled so that the best score has weight 1; NaN if every score is -inf."""
+    # A tiny temperature sends all scores but the best to -inf, as intended.
     with np.errstate(over="ignore", invalid="ignore"):
         weights: Logits = scores - scores.max()
         weights /= np.float32(max(temperature, _SMALLEST_TEMPERATURE))
@@ -331,7 +331,7 @@ def _weights(scores: Logits, temperature: float) -> Logits:
 
 
 def _largest(scores: Logits, count: int) -> Ids:
-    """Ids of the `count` largest scores, largest first; on a tie the lower id comes first and is kept."""
+    """Return the ids of the `count` largest scores, largest first; on a tie the lower id comes first and is kept."""
     if count == scores.size:
         return np.argsort(-scores, kind="stable")
     # Partitioning a vocabulary is slow. Few scores lie far above the mean, so a threshold discards most of them first.
@@ -347,7 +347,7 @@ def _largest(scores: Logits, count: int) -> Ids:
 
 
 def with_logprobs(token_id: int, logits: Logits, count: int) -> Sampled:
-    """Returns a chosen or given token with its log-probability and those of the `count` best tokens.
+    """Return a chosen or given token with its log-probability and those of the `count` best tokens.
 
     Raises:
         ArgosyError: as in `Sampler.sample`.

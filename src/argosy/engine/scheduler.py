@@ -1,4 +1,4 @@
-"""Chooses the tokens of the next step, and the sequences that wait.
+"""Choose which sequences run, and the tokens of the next step.
 
     submitted -> waiting -> prefill, chunk by chunk -> decode, a token in every step -> finished
                     ^                                     |
@@ -9,15 +9,15 @@
   about half of the time while others decode (`prompt_turns.py`).
 - A sequence starts when there are KV blocks for its tokens, plus one more for every running sequence; it takes further
   blocks one by one. When none are left, the youngest sequence is preempted: it gives up everything and waits again, to
-  be recomputed from its tokens, so its answer is the same. The oldest one is never preempted.
-- A sequence whose prefix another one is computing waits for it instead of computing the prefix a second time.
+  be recomputed from its tokens, so its answer is the same. The oldest sequence is never preempted.
+- If another sequence is computing the same prefix, a sequence waits for it instead of computing the prefix again.
 - Among waiting sequences, the first one of the tenant with the fewest running goes next. If there is no room for it,
-  none behind it may pass, so it gets its turn.
+  no later sequence may pass it, so it gets its turn.
 
-A decoding sequence may run proposed tokens behind its own (`drafts/drafter.py`). They count only if the sampler chooses
-them, so `commit` comes after sampling: what was computed for a rejected token is overwritten and never published. A
-recurrent state cannot be overwritten, so it is saved before proposals run, and restored if one is rejected; the
-confirmed tokens then run again.
+A decoding sequence may run proposed tokens after its own (`drafts/drafter.py`). Proposals count only if the sampler
+chooses them, so `commit` comes after sampling: keys and values of a rejected token are overwritten and never
+published. A recurrent state cannot be overwritten, so it is saved before proposals run, and restored if one is
+rejected; the confirmed tokens then run again.
 
 Elsewhere: `prefix.py` finds prefixes; `steps.py` builds the step; `engine.py` runs it;
 `answers.py` confirms proposals; `drafts/governor.py` says whether they pay.
@@ -39,7 +39,7 @@ from argosy.engine.sequence import Sequence, WaitReason
 from argosy.engine.steps import CannotRun, Scheduled, StepBuilder
 from argosy.errors import ArgosyError
 
-# KV blocks of a prompt loaded from files in one step: a moment's work if others wait for it, more otherwise.
+# KV blocks of a prompt loaded from files in one step: few if other sequences wait for the step, otherwise more.
 LOADED_BESIDE_OTHERS, LOADED_ALONE = 8, 128
 _NONE_CONFIRMED: Mapping[Sequence, int] = MappingProxyType({})
 
@@ -51,7 +51,7 @@ class Scheduler:
         cache: known prefixes, with the KV blocks and slots of the recurrent state that sequences take.
         chunk_tokens: maximum prompt tokens in a step.   max_sequences: maximum running sequences.
         num_axes: axes of the model's rotary embedding.
-        drafts: propose tokens behind those of decoding sequences.
+        drafts: propose tokens after those of decoding sequences.
         clock: seconds, for `PromptTurns`.
     """
 
@@ -76,7 +76,7 @@ class Scheduler:
         self._turns = PromptTurns()
         self.making = RowMaking(self._turns, clock)
         self._waiting: list[Sequence] = []  # in order of arrival
-        self._running: list[Sequence] = []  # likewise
+        self._running: list[Sequence] = []  # in order of arrival
         self._coming: dict[bytes, Sequence] = {}  # blocks that running prompts are about to compute
         # The sequence that did not fit, and the number of block releases at that time.
         self._refused: tuple[Sequence, int] | None = None
@@ -98,7 +98,7 @@ class Scheduler:
         return len(self._running)
 
     def why_waiting(self, sequence: Sequence) -> WaitReason:
-        """What a sequence waits for that does not run, as of the last step. Any thread may call this."""
+        """Return the reason why a sequence is waiting, as of the last step. Any thread may call this."""
         if sequence.waits_for in self._coming:
             return "prompt"
         refused = self._refused
@@ -109,7 +109,7 @@ class Scheduler:
         insort(self._waiting, sequence, key=lambda one: one.number)
 
     def remove(self, sequence: Sequence) -> None:
-        """Remove a finished or cancelled sequence and free all it holds."""
+        """Remove a finished or cancelled sequence and free everything that it holds."""
         if sequence.leader is not None:
             sequence.leader.followers.remove(sequence)
             sequence.leader = None
@@ -120,10 +120,10 @@ class Scheduler:
             self._waiting.remove(sequence)
 
     def reset(self, sequences: Iterable[Sequence]) -> None:
-        """Remove all sequences and forget all prefixes, in whatever state an interrupted call left them.
+        """Remove all sequences and forget all prefixes, whatever state an interrupted call left.
 
         Args:
-            sequences: all that were added; one that a call was moving is in neither list.
+            sequences: all sequences that were added; a sequence that a call was moving is in neither list.
         """
         self._waiting, self._running, self._coming = [], [], {}
         self._refused = None
@@ -139,37 +139,40 @@ class Scheduler:
             self._let_go(sequence)
 
     def preempt(self, sequence: Sequence) -> None:
-        """Preempt a running sequence: it waits again, and is recomputed from its tokens."""
+        """Preempt a running sequence: it waits again and is recomputed from its tokens."""
         self._stop(sequence)
         self.add(sequence)
         self.num_preempted += 1
 
     @property
     def num_blocks_needed(self) -> int:
-        """KV blocks with which each of its sequences can come to its end, one after another."""
+        """Return the number of KV blocks with which its sequences can finish one after another."""
         each = (len(one.prompt_ids) + one.max_new_tokens for one in (*self._running, *self._waiting))
         return max((self._blocks.blocks_for(count) for count in each), default=0)
 
     def resize_kv(self, num_blocks: int) -> None:
-        """Have so many KV blocks, between two steps; sequences that hold others wait again, and are recomputed."""
+        """Change the number of KV blocks between two steps; sequences that hold removed blocks wait again and are
+        recomputed.
+        """
         for sequence in reversed(list(self._running)):
             if max(sequence.blocks, default=-1) >= num_blocks:
                 self.preempt(sequence)
         self._blocks.resize(num_blocks)
 
     def next_step(self) -> Scheduled | None:
-        """Returns the next step's tokens. Call it only while `has_work`.
+        """Return the next step's tokens. Call it only while `has_work`.
 
-        Sequences whose media have no rows yet have them made a little further first. None: no other can run.
+        First computes some more rows for a sequence whose media lack them. Returns None if no other sequence can run.
 
         Raises:
-            CannotRun: the rows of a sequence's media cannot be made, or it does not start while nothing else runs.
+            CannotRun: the rows of a sequence's media cannot be computed, or the sequence cannot start although nothing
+            else runs.
         """
         self._began_at = self._clock()
         self._num_steps += 1
         while True:
             self._start_waiting()
-            if not self._running:  # nothing will give it more room than it has now
+            if not self._running:  # the sequence will never get more room than now
                 raise self._stuck()
             self._load()
             self._grow()
@@ -198,13 +201,13 @@ class Scheduler:
                 return self._steps.gather(_not_computed(decoding) + prompts, proposals)
             if made_at is not None:
                 return None
-            # Every running sequence loads from files, and got further, or will start again without them.
+            # Every running sequence loads from files: it made progress, or will start again without them.
 
     def commit(self, scheduled: Scheduled, confirmed: Mapping[Sequence, int] = _NONE_CONFIRMED) -> None:
         """Count a step's tokens as computed: only now do their keys and values exist for others.
 
         Args:
-            confirmed: how many of its proposals became part of each sequence; none where it is not named.
+            confirmed: by sequence, how many of its proposals were confirmed; 0 for a sequence that is not named.
         """
         size, now = self._blocks.block_tokens, self._clock()
         if scheduled.counts is None:
@@ -249,7 +252,7 @@ class Scheduler:
     def failed(self, scheduled: Scheduled) -> None:
         """Record that a step was not computed. Its tokens can run again as if nothing had happened.
 
-        Their keys and values will be written again in place. A sequence with an invalid recurrent state is preempted.
+        The tokens' keys and values will be rewritten in place. A sequence with an invalid recurrent state is preempted.
         """
         if self._states is None:
             return
@@ -269,7 +272,7 @@ class Scheduler:
         """Let sequences that wait for `leader` to compute their prompt continue from its current position.
 
         Returns:
-            The sequences for which there is room. The others find the prefix in the cache when they start.
+            The sequences that fit. The others find the prefix in the cache when they start.
         """
         return [one for one in self._release_followers(leader) if self._fork(leader, one)]
 
@@ -312,7 +315,9 @@ class Scheduler:
                 return
 
     def _stuck(self) -> CannotRun:
-        """The error of a sequence that does not start while nothing runs; without it `next_step` would not return."""
+        """Return the error of a sequence that cannot start although nothing runs; otherwise `next_step` would never
+        return.
+        """
         sequence = self._waiting[0]
         if self._refused is not None and self._refused[0] in self._waiting:
             sequence = self._refused[0]
@@ -326,7 +331,7 @@ class Scheduler:
         )
 
     def _choose_waiting(self) -> tuple[Sequence, Prefix] | None:
-        """The first sequence of the tenant with the fewest running; on a tie, the oldest."""
+        """Choose the first sequence of the tenant with the fewest running; on a tie, the oldest."""
         running = Counter(one.tenant for one in self._running)
         best: tuple[int, Sequence, Prefix] | None = None
         seen: set[str] = set()
@@ -341,7 +346,7 @@ class Scheduler:
         return None if best is None else best[1:]
 
     def _find(self, sequence: Sequence) -> Prefix | None:
-        """The known prefix of a sequence, or None while it waits for another one to compute more of it."""
+        """Find the known prefix of a sequence; None while another sequence computes more of it."""
         if sequence.leader is not None or sequence.waits_for in self._coming:
             return None
         prefix = self._cache.find(sequence)
@@ -352,7 +357,7 @@ class Scheduler:
         return None
 
     def _start(self, sequence: Sequence, prefix: Prefix) -> bool:
-        """Start a waiting sequence; returns False if there is no room."""
+        """Start a waiting sequence; return False if there is no room."""
         blocks, states = self._blocks, self._states
         if states is not None and not states.num_free:
             return False
@@ -376,11 +381,11 @@ class Scheduler:
 
     @staticmethod
     def _note_start(sequence: Sequence) -> None:
-        if sequence.scheduled_at is None:  # not one that was preempted
+        if sequence.scheduled_at is None:  # only when it starts for the first time
             sequence.scheduled_at = perf_counter()
 
     def _stop(self, sequence: Sequence) -> None:
-        """Stop a running sequence and free all it holds."""
+        """Stop a running sequence and free everything that it holds."""
         self._running.remove(sequence)
         self._steps.forget(sequence)
         self._has_come(sequence, len(sequence.blocks))
@@ -392,7 +397,7 @@ class Scheduler:
         self._let_go(sequence)
 
     def _let_go(self, sequence: Sequence) -> None:
-        """Forget the progress of a sequence that holds no blocks any more."""
+        """Forget the progress of a sequence that no longer holds blocks."""
         sequence.num_computed = 0
         sequence.loading = None
         sequence.snapshots_at.clear()
@@ -409,7 +414,7 @@ class Scheduler:
                 del self._coming[content.key]
 
     def _load(self) -> None:
-        """Load known prefixes from files, a part of each."""
+        """Load a part of each known prefix from files."""
         is_alone = all(one.loading is not None for one in self._running)
         at_once = LOADED_ALONE if is_alone else LOADED_BESIDE_OTHERS
         for sequence in list(self._running):
@@ -433,9 +438,9 @@ class Scheduler:
                 self._steps.note_growth(sequence)
 
     def _propose(self, decoding: list[Sequence]) -> dict[Sequence, list[int]]:
-        """Ask the drafter, within the room that is left; nobody is preempted for a proposal.
+        """Ask the drafter for proposals within the remaining room; no sequence is preempted for a proposal.
 
-        An answer whose tokens run again gets none: a step has room for one token of each answer, and its proposals.
+        An answer whose tokens run again gets no proposals: a step has room for one token per answer and its proposals.
         """
         proposals: dict[Sequence, list[int]] = {}
         if self._drafter is None:
@@ -468,10 +473,10 @@ class Scheduler:
 
 
 def _not_computed(decoding: list[Sequence]) -> list[tuple[Sequence, int]]:
-    """Decoding sequences, each with the number of its tokens that have not run."""
+    """Return the decoding sequences, each with the number of its tokens that have not run."""
     return [(one, one.num_tokens - one.num_computed) for one in decoding]
 
 
 def _must_rerun(sequence: Sequence) -> bool:
-    """Whether confirmed tokens of an answer run again, because its recurrent state went back."""
+    """Whether confirmed tokens of an answer run again because its recurrent state was restored."""
     return sequence.num_tokens - sequence.num_computed > 1

@@ -26,14 +26,15 @@ if TYPE_CHECKING:
     from argosy.engine.grammar.constraint import Constraint
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-# turn: others run, as many as may at once. memory: no room for its keys and values. prompt: another request computes
-# the beginning of its prompt. model: its model is being loaded. room: other models have the memory for its own.
+# # turn: the maximum of sequences is running. memory: no room for its keys and values. prompt: another request
+# computes the beginning of its prompt. model: its model is being loaded. room: other models occupy the memory for its
+# model.
 WaitReason = Literal["turn", "memory", "prompt", "model", "room"]
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Natural-log probability of the chosen token, and of the best ones if requested."""
+    """Natural-log probability of the chosen token, and of the best tokens if requested."""
 
     token_id: int
     logprob: float
@@ -42,12 +43,12 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A finished answer. `token_ids` includes the token that ended it, if one did; `text` does not.
+    """A finished answer. `token_ids` includes the token that ended it, if a token did; `text` does not.
 
     stopped_by: the stop string, end token or stop token that ended it; None for any other end.
     prompt_logprobs: if requested, one per prompt token, None for the first.
     error: why the answer could not be finished, with `finish_reason` "error".
-    embedding: the embedding of a text that was submitted for it: float32 [hidden_size], of length 1.
+    embedding: the embedding, if the text was submitted for one: float32 [hidden_size], of length 1.
     num_marked: tokens that were chosen with the watermark.
     """
 
@@ -65,7 +66,7 @@ class Result:
     num_marked: int = 0
 
     def require(self) -> Result:
-        """Returns this result, if the answer could be finished.
+        """Return this result if the answer could be finished.
 
         Raises:
             ArgosyError: the error that ended it.
@@ -94,7 +95,7 @@ class Sequence:
         tenant: the owner; tenants get equal shares of the engine and share nothing else.
         chain: contents of its full KV blocks.
         constraint: the grammar that the answer must follow.
-        spans: the media in the prompt, which has placeholders at their positions; None: text alone.
+        spans: the media in the prompt, which contains placeholders at their positions; None: text alone.
     """
 
     def __init__(
@@ -118,14 +119,14 @@ class Sequence:
         self.tenant = tenant
         self.max_new_tokens = max_new_tokens
         self.spans = spans
-        # Reads hidden states or logits of the prompt; then there is no answer.
+        # Reads hidden states or logits of the prompt; there is then no answer.
         self.pool: Pool | LogitsReader | None = None
-        self.leader: Sequence | None = None  # computes the same prompt for both
+        self.leader: Sequence | None = None  # the sequence that computes the same prompt for both
         self.followers: list[Sequence] = []
         self.can_reuse = True  # False: every token has to be computed
         self.started_at = 0.0
 
-        # What the sampler and `append` know of the answer.
+        # The answer, for the sampler and `append`.
         self.sampler_state = sampler_state
         self.decoder = decoder
         self.constraint = constraint
@@ -138,7 +139,7 @@ class Sequence:
         self.num_computed = 0  # tokens whose keys and values are in the KV cache
         self.prefill_until = len(prompt_ids)  # number of tokens known when it last started
         self.blocks: list[int] = []
-        self.state_slot: int | None = None  # its recurrent state, while it runs and some layer has one
+        self.state_slot: int | None = None  # its slot while it runs, if some layer has a recurrent state
         self.waits_for: bytes | None = None  # a block that another sequence is about to compute
         self.scheduled_at: float | None = None  # when it first ran
         self.computed_at = 0.0  # when `num_computed` last grew in a step
@@ -146,12 +147,12 @@ class Sequence:
         # The prefix cache's.
         self.chain = chain
         self.loading: range | None = None  # blocks to load from files before it can run
-        # Blocks from here on are computed: the file of one could not be read.
+        # Blocks from here on are computed, because a file could not be read.
         self.load_until = sys.maxsize
         self.cached_tokens: int | None = None  # hits when the sequence first started
         self.snapshots_at: set[int] = set()  # positions at which to snapshot the recurrent state
-        self.ends_at: set[int] = set()  # positions whose prefix is kept in layers with a sliding window
-        self.last_snapshot: bytes | None = None  # the latest one taken in the answer
+        self.ends_at: set[int] = set()  # positions at which window blocks of the prefix are kept
+        self.last_snapshot: bytes | None = None  # the latest snapshot taken in the answer
 
         # From `answers.py`, `energy.py` and `drafts/governor.py`.
         self.logprobs: list[TokenLogprob] | None = [] if params.logprobs is not None else None
@@ -161,7 +162,7 @@ class Sequence:
         self.embedding: NDArray[np.float32] | None = None  # set when the pool is complete
         self.first_token_at: float | None = None
         self.counters_at_start = Ledger()
-        self.metered: Metered | None = None  # the energy that it took; None: nothing measures it
+        self.metered: Metered | None = None  # the energy that it used; None: nothing measures it
         self.num_proposed = self.num_confirmed = 0  # tokens of drafts
         self.won_s = 0.0  # its part of `Governor.won_s`
         self.events: deque[TokenEvent] = deque()
@@ -177,7 +178,9 @@ class Sequence:
 
     @property
     def reuse_limit(self) -> int:
-        """Most tokens that may be reused: not the last one, and none whose logits or hidden states are needed."""
+        """The most tokens that may be reused: neither the last token nor any whose logits or hidden states
+        are needed.
+        """
         if not self.can_reuse:
             return 0
         if self.pool is not None:
@@ -188,18 +191,20 @@ class Sequence:
         return self.num_tokens - 1
 
     def tokens_from(self, start: int, count: int) -> list[int]:
-        """Token ids at positions start to start + count."""
+        """Return the token ids at positions start to start + count."""
         prompt, end = len(self.prompt_ids), start + count
         if start >= prompt:
             return self.new_ids[start - prompt : end - prompt]
         return self.prompt_ids[start:end] + self.new_ids[: max(0, end - prompt)]
 
     def media_from(self, start: int, count: int) -> bytes:
-        """A digest of the media at positions start to start + count; empty for text."""
+        """Return a digest of the media at positions start to start + count; empty for text."""
         return b"" if self.spans is None else self.spans.mark(start, count)
 
     def resume(self, token_ids: Iterable[int]) -> None:
-        """Take the beginning of the answer, which ends the prompt: what follows depends on it, and is not it."""
+        """Replay the beginning of the answer, which the end of the prompt contains: it affects later tokens, but is
+        not output.
+        """
         for token_id in token_ids:
             self.sampler_state.accept(token_id)
             if self.constraint is not None:
@@ -209,7 +214,7 @@ class Sequence:
                 self.stop_strings.push(text)
 
     def append(self, token_id: int, end_ids: Collection[int]) -> tuple[str, FinishReason | None]:
-        """Append a token of the answer. Returns the text that is now final, and the reason if the answer ends.
+        """Append a token of the answer. Return the text that is now final, and the reason if the answer ends.
 
         Args:
             end_ids: tokens that end any answer, unless `ignore_eos` is set.

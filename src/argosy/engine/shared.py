@@ -1,12 +1,12 @@
-"""Models that share one process and one budget: made ready once, then opened and closed as often as needed.
+"""Models that share one process and one budget: prepared once, then opened and closed as often as needed.
 
     headers, tokenizer, grammars, chat template  ─ plan ─>  Ready  ─ open ─>  Engine  ─ close ─>  Ready
 
-What is ready stays in memory. So a model that cannot run is refused before anything is served, what the process takes
-is measured while there are no weights, and opening a model reads weights and nothing else.
+A `Ready` stays in memory. So a model that cannot run is refused before anything is served, the memory of the process
+is measured before any weights are loaded, and opening a model reads only its weights.
 
-Elsewhere: `planner.plan_share` plans; `budget/shares.py` divides what floors leave;
-`serve/models/models.py` opens and closes.
+Elsewhere: `planner.plan_share` plans; `budget/shares.py` divides the memory that floors leave;
+`serve/models/models.py` opens and closes models.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ from argosy.prompt.chat import TEMPLATE_WORKER_BYTES
 from argosy.prompt.prompt import ToolCalling
 from argosy.prompt.tokenizer import Tokenizer
 
-_TOKEN_BYTES = 1 * KIB  # of a vocabulary: tokenizer, grammars and template; 690 measured
+_TOKEN_BYTES = 1 * KIB  # bytes per entry of a vocabulary: tokenizer, grammars and template; 690 measured
 _READY_BYTES = 16 * MIB  # headers and plan of a model
-_BACKGROUND_SHARE = 0.1  # a part of the cores, for reading a model while others step
+_BACKGROUND_SHARE = 0.1  # the share of the cores for reading a model while others run
 
 
 class Ready:
     """A model without its weights.
 
     Attributes:
-        tools: how it learns of tools.
-        variables: its chat template's variables, which callers may set.
-        can_infill: whether it was trained to write what comes between two texts.
-        sampling: how tokens are chosen where a request does not say.
+        tools: how the model is told about tools.
+        variables: the variables of its chat template that callers may set.
+        can_infill: whether it was trained to fill in text between two others.
+        sampling: how tokens are chosen if a request does not say.
         work: predictions of its speed start from this.
 
     Args:
-        recorder: opens a recorder of its routing, which the plan gives memory; None: nothing is recorded.
+        recorder: opens a recorder of its routing, for which the plan has memory; None: nothing is recorded.
     """
 
     def __init__(
@@ -86,10 +86,10 @@ class Ready:
         self._process_bytes = 0
 
     def fit(self, process_bytes: int, *, own_bytes: int = 0) -> None:
-        """Plan the model in the budget, in a process that takes so much beside its models.
+        """Plan the model in the budget, in a process that takes `process_bytes` besides its models.
 
         Args:
-            own_bytes: a part of the floor for what is ready, if it is not part of the process.
+            own_bytes: bytes of this `Ready` to count in the floor, if the process does not include them.
 
         Raises:
             DoesNotFit: the budget is too small for this model alone.
@@ -114,37 +114,39 @@ class Ready:
 
     @property
     def num_parameters(self) -> int:
-        """As `Engine.num_parameters`."""
+        """See `Engine.num_parameters`."""
         return count_parameters(self.model)[0]
 
     @cached_property
     def fingerprint(self) -> str:
-        """As `Engine.fingerprint`."""
+        """See `Engine.fingerprint`."""
         return fingerprint(self.files)
 
     @property
     def plan(self) -> MemoryPlan:
-        """With the fewest expert slots."""
+        """The plan with the fewest expert slots."""
         assert self._plan is not None
         return self._plan
 
     @property
     def floor_bytes(self) -> int:
-        """The memory of the model with the fewest expert slots, without that of the process."""
+        """The model's memory with the fewest expert slots, not counting the process."""
         return self.plan.total_bytes - self._process_bytes
 
     @cached_property
     def most_bytes(self) -> int:
-        """What the model can use beyond its floor."""
+        """The most bytes that the model can use beyond its floor."""
         return most_bytes(self.footprint, self.plan)
 
     def budget_bytes(self, share_bytes: int) -> int:
-        """The budget of an engine with so much beyond the floor, as its plan counts it: with all of the process."""
+        """Return the budget of an engine with `share_bytes` beyond the floor; its plan also counts the
+        whole process.
+        """
         return self.plan.total_bytes + share_bytes
 
     @property
     def media_kinds(self) -> tuple[Kind, ...]:
-        """The media that a prompt may contain."""
+        """The kinds of media that a prompt may contain."""
         found = self.footprint.processors.items()
         return tuple(kind for kind, processor in found if not isinstance(processor, ArgosyError))
 
@@ -158,7 +160,7 @@ class Ready:
         """Read the weights; the engine begins with `share_bytes` beyond its floor.
 
         Raises:
-            CheckpointError and related errors: a file is damaged, or is no longer there.
+            CheckpointError and related errors: a file is damaged or missing.
         """
         share = Share(
             footprint=self.footprint,
@@ -171,7 +173,7 @@ class Ready:
         return Engine(self.files, self.config, progress=progress, recorder=recorder, share=share)
 
     def close(self, engine: Engine) -> None:
-        """Close an engine from `open`, and free what it left."""
+        """Close an engine from `open`, and free its remaining memory."""
         engine.close()
         self._vocabulary.forget_grammars()
 
@@ -182,10 +184,10 @@ class Ready:
 
 
 class Making:
-    """Makes models ready that step in turns, in one process.
+    """Prepares models that share one process and take turns to step.
 
     Args:
-        process_bytes: memory of the process without models, if they are made ready one by one, while others run.
+        process_bytes: memory of the process without models, if models are prepared one by one while others run.
     """
 
     def __init__(self, recorder: OpenRecorder | None, *, process_bytes: int | None = None) -> None:
@@ -194,7 +196,7 @@ class Making:
         self._foreground: _native.Foreground | None = None
 
     def ready(self, name: str, files: ModelFiles, config: EngineConfig) -> Ready:
-        """Raises CheckpointError and related errors, and DoesNotFit if `process_bytes` is known."""
+        """Prepare a model. Raises CheckpointError and related errors, and DoesNotFit if `process_bytes` is known."""
         if self._foreground is None:
             share = _BACKGROUND_SHARE * config.threads / config.readers
             self._foreground = _native.Foreground(min(1.0, share))
@@ -212,11 +214,11 @@ def make_ready(
     claims: tuple[Claim, ...],
     recorder: OpenRecorder | None,
 ) -> tuple[list[Ready], int]:
-    """Make models ready that share one budget, and plan each of them.
+    """Prepare models that share one budget, and plan each of them.
 
     Args:
         models: the name, the files and the settings of each.
-        claims: of the server, and of what it keeps for all models together.
+        claims: claims of the server, and of memory that it keeps for all models together.
 
     Returns:
         The models, and the memory of the process without their floors.

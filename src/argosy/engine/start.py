@@ -1,14 +1,14 @@
-"""Start an engine: threads, weights, tokenizer, memory plan, model; or nothing, if any of them fails.
+"""Start an engine: threads, weights, tokenizer, memory plan, model; if any of them fails, nothing stays open.
 
     reads of weights begin  ─ tokenizer, grammars ─  weights have landed  ─ plan ─  model
 
-The tokenizer is built while weights are read. What it takes is known only then, so the budget is divided twice: before
-anything is read, to refuse early, and with the memory that the process then holds. Experts are read early, too, if all
-of them fit beside any tokenizer of reasonable size.
+The tokenizer is built while weights are read. Its memory is known only afterwards, so the budget is divided twice:
+before anything is read, to refuse early, and again with the memory that the process then holds. Experts are also read
+early if all of them fit next to any tokenizer of reasonable size.
 
-An engine that shares its process with others gets tokenizer and plan in its `Share`: what it takes cannot be measured
-while others run. It reads its experts when they are needed, into slots whose number changes. It begins in the
-background: its reads give way to steps of others, and to theirs.
+An engine that shares its process with others gets tokenizer and plan in its `Share`: its memory cannot be measured
+while others run. It reads its experts when they are needed, into a changing number of slots. It starts in the
+background: its reads give way to the steps and reads of other engines.
 """
 
 from __future__ import annotations
@@ -87,12 +87,12 @@ class Vocabulary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
-    """What an engine has of its process: a part of it beside others, or all of it.
+    """An engine's share of its process: a part of it, or all of it.
 
-    turns: for the cores, of all engines of the process, so that their steps do not compete.
-    foreground: steps of all engines that are not being loaded; None: there are no others.
-    vocabulary, floor: from `plan_share`; None: the engine is alone, and both are made while its weights are read.
-    budget_bytes: what it gets to begin with, at least the total of its floor.
+    turns: the lock for the cores, common to all engines of the process, so that their steps do not compete.
+    foreground: the steps of all engines that are not being loaded; None: there is no other engine.
+    vocabulary, floor: from `plan_share`; None: the engine is alone, and creates both while it reads its weights.
+    budget_bytes: its initial budget, at least the total of its floor.
     """
 
     footprint: ModelFootprint
@@ -104,7 +104,7 @@ class Share:
 
     @classmethod
     def alone(cls, files: ModelFiles, config: EngineConfig) -> Self:
-        """All of a process.
+        """Give an engine the whole process.
 
         Raises:
             DoesNotFit: the machine has less memory than the budget, or an `ulimit` is too small.
@@ -117,7 +117,7 @@ class Share:
 
 @dataclass(slots=True, kw_only=True)
 class Started:
-    """What an engine runs with, to close as one. What is small stays after that: plan, vocabulary, lock and ears.
+    """Everything that an engine runs with, closed as one. Small parts survive closing: plan, vocabulary, lock and ears.
 
     plan, experts, idle: `resizing.py` sets them while the engine runs.
     """
@@ -127,17 +127,17 @@ class Started:
     runtime: _native.Runtime
     vocabulary: Vocabulary
     plan: MemoryPlan
-    first_plan: MemoryPlan  # plans for other budgets are made from this one
+    first_plan: MemoryPlan  # the basis of plans for other budgets
     prompts: PromptBuilder
     media: PromptMedia | TextOnly
     ears: Transcriber | None
     lock: Turns  # guards the engine's state: held for each step, and for each call between two steps
     turns: Turns  # shares the cores: held for each step, and for each piece of other work
-    foreground: _native.Foreground | None  # steps of engines beside this one that are not being loaded
+    foreground: _native.Foreground | None  # steps of other engines that are not being loaded
     model: Model
     footprint: ModelFootprint
     experts: ExpertMemory | None  # None: the number of experts in memory never changes
-    idle: IdleMemory | None  # None: what prompts and sequences do not need stays unused
+    idle: IdleMemory | None  # None: idle memory of prompts and sequences stays unused
     log: RouteLog | None  # None: nothing is recorded
     cache: PrefixCache
     is_open: bool = True
@@ -149,7 +149,7 @@ class Started:
     def close(self) -> None:
         """Free everything, even if a part of it fails to close. Call it with the lock, once."""
         self.is_open = False
-        # No read of the store may move bytes when the model frees their places.
+        # No read of the store may still move bytes when the model frees their destination.
         with ExitStack() as last_first:
             last_first.callback(self.model.close)
             last_first.callback(self.runtime.close)
@@ -176,7 +176,7 @@ def start(
 
     Args:
         share: None: the engine has the budget and the process for itself (`Share.alone`).
-        experts: other processes that run experts, too; `config.claims` has what that takes here.
+        experts: other processes that also run experts; `config.claims` includes their memory in this process.
 
     Raises:
         DoesNotFit: the budget or an `ulimit` is too small.
@@ -245,11 +245,11 @@ def start(
 def _open_native(
     config: EngineConfig, instruction_set: str, foreground: _native.Foreground | None, undo: ExitStack
 ) -> tuple[_native.Store, _native.Runtime]:
-    """Start the threads that read and those that compute."""
+    """Start the reader threads and the compute threads."""
     with _thread_limits():
         store = _native.Store(config.readers, foreground=foreground)
         undo.callback(store.close)
-        # Measured before anything is loaded: the plan counts more for the process than this takes.
+        # Measured before anything is loaded: the plan counts more for the process than this uses.
         choices = tuning.choose(
             config.threads,
             instruction_set,
@@ -262,7 +262,7 @@ def _open_native(
 
 
 class _Read(NamedTuple):
-    """A model whose weights have been read. The plans differ if the engine may get more than its floor."""
+    """A model whose weights have been read. The two plans differ if the engine may get more than its floor."""
 
     vocabulary: Vocabulary
     footprint: ModelFootprint
@@ -279,11 +279,11 @@ def _read(
     progress: Progress | None,
     undo: ExitStack,
 ) -> _Read:
-    """Read weights, and the tokenizer at the same time unless it is there; divide the budget."""
+    """Read weights, and at the same time the tokenizer unless it exists; divide the budget."""
     footprint, vocabulary = share.footprint, share.vocabulary
     with_experts, held = False, held_bytes()
     reading = None
-    with suppress(DoesNotFit):  # then nothing is read, and the plan below raises the error
+    with suppress(DoesNotFit):  # nothing is read then, and the plan below raises the error
         if share.floor is None:
             _, plan = plan_with_media(footprint, config, process_bytes=held)
             with_experts = plan.is_resident and plan.left_bytes >= TOKENIZER_ROOM_BYTES
@@ -307,7 +307,7 @@ def _read(
 
 @contextmanager
 def _no_collections() -> Iterator[None]:
-    """Disable garbage collection: startup makes a hundred thousand objects that stay, and no cycles."""
+    """Disable garbage collection: startup creates a hundred thousand lasting objects, and no cycles."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -319,7 +319,7 @@ def _no_collections() -> Iterator[None]:
 
 @contextmanager
 def _thread_limits() -> Iterator[None]:
-    """Turn a refused thread into an ArgosyError."""
+    """Turn the failure to start a thread into an ArgosyError."""
     try:
         yield
     except RuntimeError as error:
@@ -359,7 +359,7 @@ def _open_log(
 
 
 def reserved_slots(plan: MemoryPlan, most_slots: int) -> int:
-    """The expert slots that get addresses: the budget may become larger while the engine runs."""
+    """Return how many expert slots get addresses: the budget may grow while the engine runs."""
     if not may_reserve():
         return most_slots
     return max(most_slots, min(plan.num_experts, memory_limit().total_bytes // max(1, plan.slot_bytes)))
@@ -375,7 +375,7 @@ def _model_sizes(read: _Read, config: EngineConfig, floor: MemoryPlan | None) ->
 
 
 def expert_memory(cache: ExpertCache, plan: MemoryPlan, lock: Turns) -> ExpertMemory:
-    """The memory of experts in slots, as the plan has them."""
+    """Create the memory of experts in slots, as planned."""
     return ExpertMemory(
         cache,
         num_slots=plan.num_slots,
@@ -393,7 +393,7 @@ def idle_memory(
     config: EngineConfig,
     plan: MemoryPlan,
 ) -> IdleMemory:
-    """Lend what prompts and sequences leave idle to experts, from now on."""
+    """From now on, lend the idle memory of prompts and sequences to experts."""
     return IdleMemory(
         experts,
         model.kv,
@@ -415,7 +415,7 @@ def _open_media(
     lends_to: ExpertMemory | None,
     undo: ExitStack,
 ) -> tuple[Transcriber | None, PromptMedia | TextOnly]:
-    """Open ears and whatever else takes media, if there is anything; modules that only they need are imported here."""
+    """Open ears and media, if the model has any; modules that only media need are imported here."""
     footprint, plan, ears = read.footprint, read.first_plan, None
     decoder = Decoder(PROMPT_LIMITS)
     undo.callback(decoder.close)

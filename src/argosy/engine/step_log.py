@@ -1,9 +1,10 @@
-"""What steps leave for observers: how often experts were chosen, and for a recorder each choice and the drive's rate.
+"""Log steps for observers: how often experts were chosen, and for a recorder each choice and the drive's rate.
 
     a step that is committed  ─ its routing ─>  RouteLog ─ several steps ─>  RoutingRecorder
                               ─ its tokens ──>  ExpertUses (`facts.py`)
 
-Elsewhere: `experts/recording.py` collects choices; `observe/` has recorders; `machine/kept_rates.py` keeps rates.
+Elsewhere: `experts/recording.py` collects choices; `observe/` implements recorders; `machine/kept_rates.py` keeps
+rates.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from argosy.model.step import Step
 
 
 class StepLog:
-    """Notes steps, one after another. Call everything with the engine's lock.
+    """Notes steps, one after another. Call every method with the engine's lock.
 
     Args:
         routes: takes the choices of each step; None: nothing is recorded.
@@ -37,7 +38,7 @@ class StepLog:
 
     @contextmanager
     def during(self, step: Step) -> Iterator[None]:
-        """Run the layers of a step within this."""
+        """Context in which the layers of a step run."""
         if self._routes is None:
             yield
             return
@@ -48,7 +49,7 @@ class StepLog:
             self._reads.add(before, self._store.stats(), is_decode=bool(step.is_decode.all()))
 
     def note(self, scheduled: Scheduled) -> None:
-        """Note a step that is committed; tokens that were rejected, or will run again, have no choices here."""
+        """Note a committed step; choices of tokens that were rejected, or will run again, are left out."""
         self.uses.count(scheduled.step.num_tokens)
         if self._routes is None:
             return

@@ -1,4 +1,4 @@
-"""Build the step of the sequences that the scheduler chose: token ids, positions, KV slots, and what media need.
+"""Build the step of the sequences that the scheduler chose: token ids, positions, KV slots, and inputs for media.
 
 Elsewhere: `scheduler.py` chooses; `model/step.py` describes a step.
 """
@@ -18,19 +18,18 @@ from argosy.errors import ArgosyError
 from argosy.kept.kv_windows import KvWindows
 from argosy.model.step import Addition, Overrides, Step
 
-_SPARE_COLUMNS = 8  # this many blocks can be added to a block table before a new table is made
+_SPARE_COLUMNS = 8  # blocks that fit in a block table before it is reallocated
 
 
 class Scheduled(NamedTuple):
-    """A step, and the sequences that it produces next tokens for."""
+    """A step, and the sequences for which it produces next tokens."""
 
     step: Step
     sequences: list[Sequence]  # rows of `step.block_table`
     counts: list[int] | None  # tokens of each sequence; None: one each, and all of them decode
-    # In the order of `step.wanted`: one row each, and one more for every proposal. A text whose hidden states are
-    # pooled wants no logits.
+    # # In the order of `step.wanted`: one row each, and one more for every proposal. A pooled text wants no logits.
     ready: list[Sequence]
-    proposals: dict[Sequence, list[int]]  # the last tokens of some decoding sequences, not confirmed yet
+    proposals: dict[Sequence, list[int]]  # the unconfirmed last tokens of some decoding sequences
 
     def rows(self, logits: NDArray[np.float32]) -> list[tuple[Sequence, NDArray[np.float32], ListLike[int]]]:
         """Divide logits [rows, vocab_size] among the ready sequences: (sequence, its rows, its proposals)."""
@@ -45,7 +44,7 @@ class Scheduled(NamedTuple):
 
 
 class CannotRun(Exception):
-    """One sequence cannot run. No other sequence is affected, and nothing has run."""
+    """A sequence cannot run. No other sequence is affected, and nothing has run."""
 
     def __init__(self, sequence: Sequence, error: ArgosyError) -> None:
         super().__init__(str(error))
@@ -55,7 +54,7 @@ class CannotRun(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Decoding:
-    """Arrays that stay the same from step to step while the same sequences decode and there are no prompts."""
+    """Arrays that stay the same between steps while the same sequences decode and no prompts run."""
 
     sequences: list[Sequence]
     rows: NDArray[np.int32]  # 0, 1, 2 ...
@@ -63,7 +62,7 @@ class _Decoding:
     is_decode: NDArray[np.bool_]
     block_table: NDArray[np.int32]
     state_slots: NDArray[np.int32] | None
-    shifts: NDArray[np.float32] | None  # rotary positions' shifts; None: no sequence has media
+    shifts: NDArray[np.float32] | None  # shifts of rotary positions; None: no sequence has media
 
     @classmethod
     def of(cls, sequences: list[Sequence]) -> _Decoding:
@@ -84,7 +83,7 @@ class StepBuilder:
 
     Args:
         block_tokens: positions of a KV block.
-        windows: blocks of layers with a sliding window; None: there are none.
+        windows: blocks of layers with a sliding window; None: there are no such layers.
         num_axes: axes of the model's rotary embedding.
     """
 
@@ -93,12 +92,12 @@ class StepBuilder:
         self._decoding = _Decoding.of([])
 
     def forget(self, sequence: Sequence | None = None) -> None:
-        """Keep nothing for the next step of a sequence that stopped, or of any: it gets different blocks."""
+        """Drop the arrays kept for a sequence that stopped, or for all: its blocks will differ."""
         if sequence is None or sequence in self._decoding.sequences:
             self._decoding = _Decoding.of([])
 
     def note_growth(self, sequence: Sequence) -> None:
-        """A sequence has more blocks."""
+        """Note that a sequence got more blocks."""
         same = self._decoding
         if sequence in same.sequences:
             count = len(sequence.blocks)
@@ -108,7 +107,7 @@ class StepBuilder:
                 self._decoding = _Decoding.of([])
 
     def decode(self, running: list[Sequence]) -> Scheduled:
-        """One token for every sequence. This step runs most often and must cost next to nothing."""
+        """Build a step of one token per sequence. This step is the most frequent and must cost next to nothing."""
         if self._decoding.sequences != running:
             self._decoding = _Decoding.of(list(running))
         same, block_tokens = self._decoding, self._block_tokens
@@ -139,7 +138,9 @@ class StepBuilder:
         return Scheduled(step, same.sequences, None, same.sequences, {})
 
     def gather(self, parts: list[tuple[Sequence, int]], proposals: dict[Sequence, list[int]]) -> Scheduled:
-        """Chunks of prompts and what each decoding sequence has not computed yet, with its proposals after it."""
+        """Build a step of prompt chunks, and of each decoding sequence's uncomputed tokens followed by its
+        proposals.
+        """
         block_tokens = self._block_tokens
         sequences, counts = [sequence for sequence, _ in parts], []
         table = _block_table(sequences)
@@ -177,7 +178,7 @@ class StepBuilder:
         return Scheduled(step, sequences, counts, ready, proposals)
 
     def _with_media(self, step: Step, sequences: list[Sequence], counts: list[int]) -> Step:
-        """Add what media need: rows, additions, angles, and what positions see."""
+        """Add the inputs of media: rows, additions, angles, and how far positions see."""
         angles: list[NDArray[np.float32]] = []
         sees_until: list[NDArray[np.int32]] = []
         rows: list[NDArray[np.int64]] = []
@@ -217,7 +218,7 @@ class StepBuilder:
 
 
 def _block_table(sequences: list[Sequence], *, spare: int = 0) -> NDArray[np.int32]:
-    """int32 [sequences, blocks]; entries beyond a sequence's own are 0."""
+    """Return int32 [sequences, blocks]; entries beyond a sequence's own blocks are 0."""
     longest = max((len(s.blocks) for s in sequences), default=0)
     table = np.zeros((len(sequences), longest + spare), np.int32)
     for row, sequence in enumerate(sequences):
@@ -226,12 +227,12 @@ def _block_table(sequences: list[Sequence], *, spare: int = 0) -> NDArray[np.int
 
 
 def _state_slots(sequences: Iterable[Sequence]) -> NDArray[np.int32] | None:
-    """int32 [sequences], or None where no layer has a recurrent state."""
+    """Return int32 [sequences], or None if no layer has a recurrent state."""
     slots = [sequence.state_slot for sequence in sequences if sequence.state_slot is not None]
     return np.array(slots, np.int32) if slots else None
 
 
 def _shifts(sequences: Iterable[Sequence]) -> NDArray[np.float32] | None:
-    """float32 [sequences]: how far the rotary positions of answers are from their indices; None if all are equal."""
+    """Return float32 [sequences]: the offset of each answer's rotary positions from its indices; None if all are 0."""
     shifts = [0 if sequence.spans is None else sequence.spans.shift for sequence in sequences]
     return np.array(shifts, np.float32) if any(shifts) else None

@@ -1,9 +1,9 @@
-"""How fast an engine runs under a loop: means over the last seconds, of work that is known at the end of each step.
+"""The speed of an engine under a loop: means over the last seconds, updated at the end of each step.
 
-A step counts as if its tokens came evenly while it ran, so a mean is right however long steps take. Of the running step
-only tokens of prompts are known; other means are those until it began.
+A step counts as if its tokens came evenly while it ran, so a mean is right however long steps take. Of the running
+step only prompt tokens are known; other means end where it began.
 
-Elsewhere: `loop.py` looks after each step; `ledger.py` has the sums.
+Elsewhere: `loop.py` takes a sample after each step; `ledger.py` holds the sums.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from argosy.engine.progress import Watch
 from argosy.model.clock import PARTS
 
 RATE_SECONDS = 10.0  # rates are means over this many seconds, or over the last step if that took longer
-DECODE_SECONDS = 60.0  # for which decode steps are kept, and compared with predictions
-_TOGETHER_SECONDS = 5.0  # decode steps of this time are kept as one sum
+DECODE_SECONDS = 60.0  # how long decode steps are kept and compared with predictions
+_TOGETHER_SECONDS = 5.0  # decode steps within this time are kept as one sum
 
 
 class Throughput(NamedTuple):
-    """Means per second over the last RATE_SECONDS, and what steps took.
+    """Means per second over the last RATE_SECONDS, and the time that steps took.
 
     prompt_tok_per_s: computed tokens only, not prefix-cache hits.
-    parts: seconds by part, of the steps that ended in that time, or of the last one; `other` includes idle time.
+    parts: seconds by part, of the steps that ended in that time, or of the last step; `other` includes idle time.
     decode: steps without prompt tokens in the last DECODE_SECONDS; None: there were none.
     """
 
@@ -46,15 +46,15 @@ class ThroughputMeter:
     """Meters the work of an engine over the last minute. One thread notes it, and any thread may read it.
 
     Args:
-        facts: of the engine at `now`.
+        facts: the engine's facts at `now`.
     """
 
     def __init__(self, facts: EngineFacts, now: float) -> None:
         self._step_began: float | None = None  # while a step runs
         self._work_began: float | None = None  # the first step since the last sample
         self.num_steps = 0
-        self._samples = deque([self._sample(facts, now)])  # work is counted between two of them
-        self._decodes: deque[tuple[float, DecodeSteps]] = deque()  # from when on, and what they took
+        self._samples = deque([self._sample(facts, now)])  # work is counted between two samples
+        self._decodes: deque[tuple[float, DecodeSteps]] = deque()  # when they began, and the time they took
 
     def begin_step(self, now: float) -> None:
         self.num_steps += 1
@@ -71,12 +71,12 @@ class ThroughputMeter:
         if (steps := self._samples[-1].decode_until(sample)) is not None:
             self._keep_decode(now, steps)
         self._samples.append(sample)
-        # One that is older stays: work of the others is counted from there.
+        # One older sample stays: work of the later samples is counted from it.
         while len(self._samples) > 1 and now - self._samples[1].at > RATE_SECONDS:
             self._samples.popleft()
 
     def read(self, now: float, watch: Watch) -> Throughput:
-        """The means until now, with the prompt tokens of the step that runs."""
+        """Return the means until now, including the prompt tokens of the running step."""
         running = self._step_began
         samples = list(self._samples)
         window = _Window(samples, now if running is None else running)
@@ -117,20 +117,20 @@ class _Window:
     """The last RATE_SECONDS before `end`; less, if work began later.
 
     Args:
-        samples: in order of time; the work between two of them counts as even since the later one's `began`.
-        running: when the step began that runs at `end`; None: none does.
+        samples: in order of time; the work between two samples counts as even since the later one's `began`.
+        running: the start of the step that runs at `end`, or None.
     """
 
     def __init__(self, samples: SequenceOf[_Sample], end: float, running: float | None = None) -> None:
         self._end = end
         self._begin = end - RATE_SECONDS
-        # Each with the sample before it.
+        # Each sample with its predecessor.
         self._steps = [(before, one) for before, one in pairwise(samples) if one.at > self._begin]
         began = [one.began for _, one in self._steps] + ([] if running is None else [running])
         self._begin = max(self._begin, min(began, default=end))
 
     def mean(self, what: _Counted, more: float = 0.0) -> float:
-        """Per second; `more` is what the running step adds."""
+        """Return the mean per second; `more` is the running step's contribution."""
         seconds = self._end - self._begin
         count = more + sum(
             (one.count(what) - before.count(what)) * self._share(one) for before, one in self._steps
@@ -138,12 +138,12 @@ class _Window:
         return max(0.0, count) / seconds if seconds > 0 else 0.0
 
     def _share(self, sample: _Sample) -> float:
-        """The share of a sample's work that is in the window."""
+        """Return the share of a sample's work that lies in the window."""
         inside = min(sample.at, self._end) - max(sample.began, self._begin)
         return max(0.0, inside) / (sample.at - sample.began) if sample.at > sample.began else 1.0
 
     def parts(self) -> dict[str, float]:
-        """Seconds by part of the work that overlaps the window."""
+        """Return seconds by part, of the work that overlaps the window."""
         if not self._steps:
             return dict.fromkeys(PARTS, 0.0)
         (first, one), last = self._steps[0], self._steps[-1][1]
@@ -153,7 +153,7 @@ class _Window:
 
 
 class _Sample(NamedTuple):
-    """Totals at one time, and positions of each running sequence.
+    """Totals at one moment, and positions of each running sequence.
 
     began: when the first step since the last sample began.
     """
@@ -166,12 +166,12 @@ class _Sample(NamedTuple):
     context: float
 
     def count(self, what: _Counted) -> int:
-        if what == "prompt_tokens":  # computed ones, without those from the prefix cache
+        if what == "prompt_tokens":  # computed tokens, without those from the prefix cache
             return self.tokens_run - self.totals.new_tokens
         return self.totals.new_tokens if what == "new_tokens" else self.totals.bytes_read
 
     def decode_until(self, later: _Sample) -> DecodeSteps | None:
-        """The steps since this sample; None if one of them had prompt tokens, or there are none."""
+        """Return the steps since this sample; None if a step had prompt tokens, or there are no steps."""
         num_new = later.totals.new_tokens - self.totals.new_tokens
         num_steps = later.num_steps - self.num_steps
         if not num_steps or not num_new or later.tokens_run - self.tokens_run != num_new:

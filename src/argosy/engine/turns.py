@@ -1,10 +1,10 @@
-"""A lock whose waiters take turns, so that steps of a model and other work of an engine go on side by side.
+"""A lock whose waiters take turns, so that steps of a model and other work of an engine alternate.
 
-With an ordinary lock, a thread that frees it and takes it again at once may keep all others out for seconds.
+With an ordinary lock, a thread that releases and retakes it at once may keep all others out for seconds.
 
-An engine has two. One guards its state: it is held for a whole step, and for every call between two steps. The other
-is for the cores, and engines of one process share it: a step holds it too, and lends it while it waits for reads of a
-model that is still being loaded. Whoever needs both takes the engine's own first.
+An engine has two such locks. One guards its state: it is held for a whole step, and for every call between two steps.
+The other is for the cores, and engines of one process share it: a step also holds it, but the step of a model that is
+still being loaded lends it while waiting for reads. A thread that needs both takes the engine's own lock first.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from types import TracebackType
 
 
 class Turns:
-    """A lock that goes to whoever has waited longest; its owner may take it again."""
+    """A lock that goes to the longest waiter; its owner may take it again."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
@@ -24,7 +24,7 @@ class Turns:
         self._waiting: deque[tuple[int, threading.Lock]] = deque()
 
     def acquire(self) -> bool:
-        """Take the lock, after all that wait for it; returns whether it was free."""
+        """Take the lock, after all earlier waiters; return whether it was free."""
         own = threading.get_ident()
         with self._guard:
             if self._owner == own:
@@ -39,7 +39,7 @@ class Turns:
             self._waiting.append(ticket)
         try:
             gate.acquire()
-        except BaseException:  # ^C while it waited
+        except BaseException:  # ^C during the wait
             with self._guard:
                 if ticket in self._waiting:
                     self._waiting.remove(ticket)
@@ -49,7 +49,7 @@ class Turns:
         return False
 
     def release(self) -> None:
-        """Give it to whoever has waited longest."""
+        """Pass the lock to the longest waiter."""
         with self._guard:
             assert self._owner == threading.get_ident()
             self._depth -= 1

@@ -1,17 +1,18 @@
-"""Mark sampled text so that whoever has the key can recognise it: tournament sampling (SynthID-Text, Nature 634, 2024).
+"""Mark sampled text so that the holder of the key can recognise it: tournament sampling (SynthID-Text, Nature 634,
+2024).
 
     key  ─>  Watermark  ─ one for each answer ─>  MarkedAnswer  ─ probabilities, reweighed ─>  sampler
 
-The key and the last WATERMARK_CONTEXT tokens of an answer give every token of the vocabulary WATERMARK_DEPTH bits. Each
-round of the tournament shifts probability towards tokens whose bit is 1 (`native/ops/watermark.h`), so marked text has
-more of them than chance gives. On average over keys a token keeps its probability.
+The key and the last WATERMARK_CONTEXT tokens of an answer give every token of the vocabulary WATERMARK_DEPTH bits.
+Each round of the tournament shifts probability towards tokens whose bit is 1 (`native/ops/watermark.h`), so marked
+text contains more such tokens than chance would give. Averaged over keys, a token keeps its probability.
 
-A context is used once in an answer, at its first place: marked again, a repetition would become more likely. Of
-contexts, the last _MOST_CONTEXTS are remembered. What is marked is decided by the sampler; nothing here depends on the
-batch, the budget or the number of threads.
+A context is used once in an answer, where it first occurs: marking it again would make repetitions more likely. An
+answer remembers its last _MOST_CONTEXTS contexts. The sampler decides which draws are marked; nothing here depends on
+the batch, the budget or the number of threads.
 
-Elsewhere: `sampler.py` draws; the score of a text and its p-value are `guard/watermark.py`; `argosy watermark` is
-`cli/commands/watermark.py`.
+Elsewhere: `sampler.py` draws; `guard/watermark.py` computes a text's score and p-value; `cli/commands/watermark.py` is
+`argosy watermark`.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from argosy.errors import UsageError
 from argosy.private_files import make_secret, read_secret
 
 KEY_BYTES = 32
-_MOST_CONTEXTS = 1024  # as many as the reference implementation remembers: 8 KiB for each answer
-# A choice between a token and a few percent of others tells nothing of the key, and the draw alone is faster.
+_MOST_CONTEXTS = 1024  # as in the reference implementation: 8 KiB per answer
+# A choice between one token and a few percent of others reveals nothing of the key, and drawing directly is faster.
 _MOST_CERTAIN = 0.95
 
 Words = npt.NDArray[np.uint64]
@@ -50,7 +51,7 @@ def make_key(path: Path) -> None:
 
 
 class Watermark:
-    """The mark of one key. Any thread may use it.
+    """The watermark of one key. Any thread may use it.
 
     Args:
         key: KEY_BYTES secret bytes.
@@ -61,10 +62,10 @@ class Watermark:
 
     @classmethod
     def read(cls, path: Path) -> Watermark:
-        """The mark of the key in a file from `make_key`.
+        """Read the key in a file from `make_key`.
 
         Raises:
-            UsageError: the file cannot be read, others can read it, or it is no such key.
+            UsageError: the file cannot be read, other users can read it, or it does not hold such a key.
         """
         try:
             key = read_secret(path, KEY_BYTES, lost_with_it="marks in texts made with it", may_make=False)
@@ -75,7 +76,7 @@ class Watermark:
         return cls(key)
 
     def words(self, ngrams: Ngrams) -> Words:
-        """Keyed bits: uint64 [n] of uint32 [n, size], bit i for round i of the tournament."""
+        """Return keyed bits: uint64 [n] from uint32 [n, size], bit i for round i of the tournament."""
         words = np.empty(len(ngrams), np.uint64)
         _native.ngram_words(self._key, ngrams, words)
         return words
@@ -86,7 +87,7 @@ class Watermark:
 
 
 class MarkedAnswer:
-    """One answer: its last tokens, and the contexts that it has had.
+    """One answer: its last tokens and its past contexts.
 
     Attributes:
         num_marked: tokens that were drawn from reweighed probabilities.
@@ -117,10 +118,10 @@ class MarkedAnswer:
         return True
 
     def reweigh(self, ids: npt.NDArray[np.int64], probabilities: Probabilities) -> Probabilities | None:
-        """The probabilities of the next token after the tournament; None: it is not marked.
+        """Return the probabilities of the next token after the tournament, or None if it is not marked.
 
         Args:
-            ids: int64 [n], the tokens that may come, likeliest first.
+            ids: int64 [n], the candidate tokens, likeliest first.
             probabilities: float64 [n], which sum to 1.
         """
         if not self._is_new or probabilities[0] > _MOST_CERTAIN:
