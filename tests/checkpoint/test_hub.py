@@ -133,14 +133,14 @@ PAGE = b"<!doctype html><title>Welcome to Hotel Wi-Fi</title>"
         (
             (403, {"X-Error-Code": "GatedRepo"}, b""),
             "owner/model is gated: its owner must let you read it",
-            "ask for access at http://{}/owner/model",
+            "request access at http://{}/owner/model",
         ),
         ((404, {}, b""), "the hub has no model owner/model: it answers 404", "`argosy search model`"),
         ((429, {}, b""), "{} answers 429: too many requests", "try again in a few minutes"),
         ((429, {"Retry-After": "30"}, b""), "{} answers 429: too many requests", "try again in 30 s"),
         ((429, {"Retry-After": "x" * 999}, b""), "{} answers 429: too many requests", "in a few minutes"),
-        ((500, {}, b""), "{} has a fault of its own: it answers 500", "try again later"),
-        ((503, {}, PAGE), "{} has a fault of its own: it answers 503", "HF_ENDPOINT names a mirror"),
+        ((500, {}, b""), "{} has an internal fault: it answers 500", "try again later"),
+        ((503, {}, PAGE), "{} has an internal fault: it answers 503", "HF_ENDPOINT names a mirror"),
         ((511, {}, PAGE), "{} answers with a web page instead of data", "log in with a browser"),
         (
             (200, {"Content-Type": "text/html; charset=utf-8"}, PAGE),

@@ -140,7 +140,7 @@ def test_the_hubs_own_client_sends_the_same_request(
         (401, "hf_old", "refuses the search: it answers 401", "unset HF_TOKEN, or set it to a valid token of this hub"),
         (403, "", "refuses the search: it answers 403", "set HF_TOKEN to a token of this hub"),
         (429, "", "answers 429: too many requests", "try again in 7 s; with HF_TOKEN set, the hub allows more"),
-        (503, "", "has a fault of its own: it answers 503", "try again later; HF_ENDPOINT names a mirror"),
+        (503, "", "has an internal fault: it answers 503", "try again later; HF_ENDPOINT names a mirror"),
     ],
 )  # fmt: skip
 def test_a_search_that_is_refused_says_why_and_what_to_do(

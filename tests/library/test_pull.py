@@ -291,7 +291,7 @@ def lying(server: Served, name: str, **lies: Any) -> None:
 def test_a_size_that_lies_is_refused(server: Served, hub: Path, nbytes: int) -> None:
     lying(server, SHARDS[0], size=nbytes)
     with pytest.raises(
-        CheckpointError, match=r"is 91896 bytes long, and its list of files says|were asked for"
+        CheckpointError, match=r"is 91896 bytes long, and its list of files says|were requested"
     ):
         fetch(look_up(REPOSITORY))
     assert in_cache(hub) == {}
@@ -662,7 +662,7 @@ def test_a_revision_that_is_nowhere_and_a_commit_that_the_hub_replaces_are_refus
     with pytest.raises(CheckpointError, match=f"the hub has no model {REPOSITORY} at revision v9"):
         look_up(REPOSITORY, "v9")
     tagged.listing = true_listing(tagged)
-    with pytest.raises(CheckpointError, match="and 1111111111111111111111111111111111111111 was asked for"):
+    with pytest.raises(CheckpointError, match="but 1111111111111111111111111111111111111111 was requested"):
         look_up(REPOSITORY, "1" * 40)
 
 

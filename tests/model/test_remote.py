@@ -248,11 +248,11 @@ SHARD = "model-00002-of-00002.safetensors"
 @pytest.mark.parametrize(
     ("lies", "problem"),
     [
-        ({"Content-Range": "bytes 8-15/100"}, "were asked for"),
+        ({"Content-Range": "bytes 8-15/100"}, "were requested"),
         ({"Content-Range": "bytes 0-7/9999999999999999999999"}, "no Content-Range"),
-        ({"Content-Range": "bytes 0-7/1125899906842625"}, "were asked for"),
+        ({"Content-Range": "bytes 0-7/1125899906842625"}, "were requested"),
         ({"Content-Range": "nonsense"}, "no Content-Range"),
-        ({"Content-Length": "99999999999"}, "were asked for"),
+        ({"Content-Length": "99999999999"}, "were requested"),
         ({"Content-Length": "-1"}, "without its length"),
         ({"Content-Length": "8, 9"}, "without its length"),
         ({"status": "500"}, "answers 500"),

@@ -1,6 +1,6 @@
-"""The types of blocks that GGUF files have, and the formats that hold them in memory without loss.
+"""The block types of GGUF files, and the formats that hold them in memory without loss.
 
-Elsewhere: `native/kernels/transcode.h` has their layouts; `formats.py` has the formats in memory.
+Elsewhere: `native/kernels/transcode.h` describes their layouts; `formats.py` lists the formats in memory.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 from argosy.config import Format
 
-# ggml's table: type number -> name, values per block, bytes per block. Tensors of all these types can be located, so a
-# type without a kernel is refused by name, and only if a model needs the tensor.
+# # ggml's table: type number -> name, values per block, bytes per block. Tensors of all these types can be located, so
+# a type without a kernel is refused by name, and only if the model needs the tensor.
 TENSOR_TYPES: Mapping[int, tuple[str, int, int]] = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
     7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 36), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110),
@@ -40,12 +40,12 @@ SLOT_FORMATS: Mapping[str, Format] = {
 }
 RUNNABLE_TYPES = ("F32", "F16", "BF16", *SLOT_FORMATS)
 TYPE_HINT = "Q4_K_M, Q6_K, Q8_0, Q2_K, Q3_K_M, IQ4_XS and BF16 files of a model use only these types"
-# Formats by the first part of their names, such as IQ2, of whose types none has a kernel.
+# First parts of format names, such as IQ2, for which no type has a kernel.
 _UNREAD_FORMATS = {name.partition("_")[0] for name in BLOCK_SIZES} - {
     name.partition("_")[0] for name in RUNNABLE_TYPES
 }
 
 
 def may_run(format: str) -> bool:
-    """Whether files in a format, as `format_in_name` returns it, may run here. Only the header says for certain."""
+    """Whether files in a format, as `format_in_name` returns it, may run here. Only the header is certain."""
     return format.removeprefix("UD-").partition("_")[0] not in _UNREAD_FORMATS

@@ -34,7 +34,7 @@ class ModelBin:
 
     name: the kind of model, such as `WhisperSpec`.
     tensors: variables with axes, by name.
-    scalars: the values of those without.
+    scalars: the values of variables without axes.
     aliases: other name -> name of a variable.
     """
 
@@ -49,7 +49,7 @@ def read_model_bin(path: Path) -> ModelBin:
     """Read everything but the values of tensors.
 
     Raises:
-        CheckpointError: the file is cut, or contradicts itself.   UnsupportedModel: it has another version.
+        CheckpointError: the file is truncated or contradicts itself.   UnsupportedModel: it has another version.
     """
     with open_regular(path) as (descriptor, file_bytes):
         return _Reader(path, descriptor, file_bytes).read()
@@ -117,7 +117,7 @@ class _Reader:
         return count
 
     def _name(self) -> str:
-        """A text that ends with a zero byte, which its length includes."""
+        """Read a text that ends with a zero byte, which its length includes."""
         data = self._take(self._number("<H"))
         try:
             return data.removesuffix(b"\0").decode("ascii")

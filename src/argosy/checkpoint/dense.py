@@ -27,7 +27,7 @@ from argosy.errors import CheckpointError, UnsupportedModel
 
 Float32 = npt.NDArray[np.float32]
 
-_EXACT_DTYPES = ("F32", "F16", "BF16")  # in which a tensor is stored as it is
+_EXACT_DTYPES = ("F32", "F16", "BF16")  # dtypes in which a tensor is stored unchanged
 
 _GGUF_LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -53,26 +53,26 @@ class DenseModel:
 
     path: Path
     config: Mapping[str, Any]
-    dtypes: Mapping[str, str]  # of each tensor: one that holds its values exactly
+    dtypes: Mapping[str, str]  # by tensor: a dtype that holds its values exactly
     readers: Mapping[str, Callable[[], Float32]]
 
     @property
     def dtype(self) -> str:
-        """The dtype of all its matrices; F32 if they differ."""
+        """The dtype of all matrices; F32 if they differ."""
         shapes = expected_shapes(self.config)
         found = {self.dtypes[name] for name, shape in shapes.items() if len(shape) == 2}
         return found.pop() if len(found) == 1 else "F32"
 
     def rounded_to(self, dtype: str) -> DenseModel:
-        """The same model, for a copy that stores every tensor in `dtype`, exactly or not."""
+        """Return the same model, for a copy that stores every tensor in `dtype`, even if it rounds."""
         return replace(self, dtypes=dict.fromkeys(self.dtypes, dtype))
 
     def read(self, name: str) -> Float32:
-        """The tensor `name` as float32, rows first. Each call reads it again; nothing is cached."""
+        """Return the tensor `name` as float32, rows first. Each call reads it again; nothing is cached."""
         return self.readers[name]()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape that the config gives `name`."""
+        """Return the shape that the config gives `name`."""
         return expected_shapes(self.config)[name]
 
 
@@ -81,7 +81,7 @@ def open_dense(path: Path) -> DenseModel:
 
     Raises:
         CheckpointError: `path` is neither, a tensor is missing, or a tensor has the wrong shape.
-        UnsupportedModel: another architecture, or a flag that has no counterpart.
+        UnsupportedModel: the architecture is another one, or a flag has no counterpart.
     """
     if not path.exists():
         raise CheckpointError(f"{path} does not exist", path=path)
@@ -93,7 +93,7 @@ def open_dense(path: Path) -> DenseModel:
 
 
 def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a dense Llama model and its shape."""
+    """Return every tensor of a dense Llama model with its shape."""
     hidden, ffn, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     num_heads, num_kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     head_dim = config.get("head_dim") or hidden // num_heads
@@ -262,7 +262,7 @@ def _require_plain_llama(config: Mapping[str, Any], directory: Path) -> None:
 
 
 def _supported_values() -> Iterator[tuple[str, tuple[object, ...]]]:
-    """Flags that change the mathematics, with their values in a plain Llama model; the first is the default."""
+    """Return flags that change the mathematics, with their values in a plain Llama model; the first is the default."""
     yield "model_type", ("llama",)
     yield "hidden_act", ("silu",)
     yield "attention_bias", (False, None)

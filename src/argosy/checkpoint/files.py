@@ -1,12 +1,12 @@
-"""Describe the files of a model in one form, for a checkpoint in place and for a pack.
+"""Describe the files of a model, the same way for a checkpoint in place and for a pack.
 
     model/families/  (safetensors, GGUF)  ──┐
                                             ├──>  ModelFiles: config, dense matrices, expert records
     checkpoint/pack.py  (a pack)          ──┘
 
-Everything here is a place in a file (path, offset, length), proved to lie inside it; no weights are read. An
-expert is one piece in a pack, three pieces in a checkpoint with one tensor per matrix and in the stacked tensors
-of a GGUF, and two pieces where gate and up are fused.
+Everything here is a place in a file (path, offset, length), proved to lie inside that file; no weights are read. An
+expert is one piece in a pack, three pieces in a checkpoint with one tensor per matrix and in the stacked tensors of a
+GGUF, and two pieces if gate and up are fused.
 
 All experts of a layer have the same formats of gate, up and down; these three may differ from each other and from
 layer to layer, as in Q4_K_M files.
@@ -34,10 +34,10 @@ from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
 
 @dataclass(frozen=True, slots=True)
 class ExpertMatrix:
-    """The place of an expert's matrix inside one of its pieces, once that has landed.
+    """The place of an expert's matrix inside a landed piece.
 
-    If `strides` are set, its rows are not contiguous: they are the distances in values from one row to the next and
-    from one column to the next. Kernels cannot use a strided matrix; `pack` puts it in order.
+    If `strides` are set, the rows are not contiguous: strides are the distances in values from one row to the next and
+    from one column to the next. Kernels cannot use a strided matrix; `pack` reorders it.
     """
 
     piece: int
@@ -59,7 +59,7 @@ class ExpertRecord:
 
     @classmethod
     def of(cls, *matrices: MatrixRef) -> ExpertRecord:
-        """The record of gate, up and down that are tensors of their own."""
+        """Make the record of an expert whose gate, up and down are separate tensors."""
         pieces: list[Piece] = []
         places = []
         for ref in matrices:
@@ -72,16 +72,16 @@ class ExpertRecord:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are read."""
+        """The number of bytes to read."""
         return sum(piece.nbytes for piece in self.pieces)
 
     @property
     def formats(self) -> tuple[Format, Format, Format]:
-        """Formats of gate, up and down."""
+        """The formats of gate, up and down."""
         return self.gate.format, self.up.format, self.down.format
 
     def matrix(self, name: str, label: str) -> MatrixRef:
-        """Its gate, up or down as a matrix of its own, called `label`."""
+        """Return the expert's gate, up or down as a separate matrix, named `label`."""
         matrix: ExpertMatrix = getattr(self, name)
         piece = self.pieces[matrix.piece]
         nbytes = matrix_bytes(matrix.format, matrix.rows, matrix.cols)
@@ -105,7 +105,7 @@ class ExpertRecord:
 
 @dataclass(frozen=True)
 class DraftFiles:
-    """The layer with which a checkpoint predicts one token more (DeepSeek-V3, arXiv:2412.19437, section 2.2).
+    """The layer with which a checkpoint predicts one more token (DeepSeek-V3, arXiv:2412.19437, section 2.2).
 
     Its tensors have the names of the layer after the model's last one.
     """
@@ -128,12 +128,12 @@ class ModelFiles:
     is_packed: bool = False
     header: GgufFile | None = None  # the GGUF file's header, for users of its other metadata
     others: Mapping[str, TensorRef] = field(default_factory=dict)
-    # The header of the file with the vision tower of a GGUF model, whose tensors are `others`; or why it is not used.
+    # The header of a GGUF model's vision tower, whose tensors are `others`; or why the tower is not used.
     mmproj: GgufFile | ArgosyError | None = None
-    draft: DraftFiles | ArgosyError | None = None  # why it cannot be used; None: there is none
-    # Ollama's parameters of the model, if it keeps them; or why they are not used.
+    draft: DraftFiles | ArgosyError | None = None  # why the layer cannot be used; None: there is none
+    # Ollama's parameters of the model, if it stores them; or why they are not used.
     ollama_params: Mapping[str, object] | CheckpointError = field(default_factory=dict)
-    num_draft_layers: int = 0  # the last of `config.layers` that only draft
+    num_draft_layers: int = 0  # how many of the last `config.layers` only draft
 
     def __post_init__(self) -> None:
         latent, num_heads = self.config.latent, self.config.num_heads
@@ -157,7 +157,7 @@ class ModelFiles:
         """Return the model with its draft layer appended to its layers.
 
         Raises:
-            UnsupportedModel: it has none.   ArgosyError: its tensors cannot be used.
+            UnsupportedModel: the model has none.   ArgosyError: its tensors cannot be used.
         """
         if isinstance(self.draft, ArgosyError):
             raise self.draft
@@ -187,7 +187,7 @@ class ModelFiles:
 
     @cached_property
     def weight_paths(self) -> list[Path]:
-        """The files that hold its tensors."""
+        """The files that hold the tensors."""
         stored: list[MatrixRef | ExpertRecord] = [*self.dense.values(), *self.experts.values()]
         paths = {str(piece.path) for one in stored for piece in one.pieces}
         paths |= {str(ref.path) for ref in self.others.values()}
@@ -195,26 +195,28 @@ class ModelFiles:
 
     @cached_property
     def dense_bytes(self) -> int:
-        """Bytes of all tensors that every token needs."""
+        """The bytes of all tensors that every token needs."""
         return sum(ref.landing.own_bytes(ref) for ref in self.dense.values())
 
     @cached_property
     def expert_bytes(self) -> int:
-        """Bytes of all routed experts together."""
+        """The bytes of all routed experts together."""
         return sum(record.nbytes for record in self.experts.values())
 
     def expert_formats(self, layer: int) -> tuple[Format, Format, Format]:
-        """Formats of gate, up and down in a layer; `require_one_format_a_layer` has checked that experts agree."""
+        """Return the formats of gate, up and down in a layer; `require_one_format_a_layer` has checked that experts
+        agree.
+        """
         return self.experts[layer, 0].formats
 
     @cached_property
     def has_strided_experts(self) -> bool:
-        """Whether the rows of its experts are not contiguous, so that it must be packed before it runs."""
+        """Whether experts' rows are not contiguous, so that the model must be packed before it runs."""
         return any(record.gate.strides is not None for record in self.experts.values())
 
     @cached_property
     def expert_format(self) -> str:
-        """All formats of routed experts, for display: `q4`, or `q4_k+q6_k` in order of appearance."""
+        """The formats of routed experts, for display: `q4`, or `q4_k+q6_k` in order of appearance."""
         layers = dict.fromkeys(layer for layer, _ in self.experts)
         return "+".join(dict.fromkeys(format for layer in layers for format in self.expert_formats(layer)))
 
@@ -223,7 +225,7 @@ def require_one_format_a_layer(experts: Mapping[tuple[int, int], ExpertRecord], 
     """Prove that all experts of a layer have the same formats, because one kernel call runs many experts.
 
     Raises:
-        CheckpointError: they do not; names the first expert that differs.
+        CheckpointError: they differ; names the first expert that does.
     """
     for (layer, expert), record in experts.items():
         for name, found, expected in zip(

@@ -1,12 +1,13 @@
 """Identify a model by 64 hexadecimal digits, without reading all of its bytes.
 
-    configuration, files, place and form of every tensor, checksums of a pack, samples of the others  ->  fingerprint
+    configuration, files, place and format of every tensor, checksums of a pack, samples of other files  ->  fingerprint
 
-It differs for two models of different geometry or form. For a pack it covers every byte, as far as the pack's checksums
-do (CRC-32C: they find accidents, and no forger). Of other files it reads 4 KiB from the middle of some tensors: two
-trainings of one architecture differ in all of them, and one changed weight elsewhere is not found.
+Models of different geometry or format have different fingerprints. For a pack, the fingerprint covers every byte, as
+well as the pack's checksums do (CRC-32C: they detect accidents, not forgery). In other files it reads 4 KiB from the
+middle of some tensors: two trainings of one architecture differ in all of them, but a single changed weight elsewhere
+goes unnoticed.
 
-Elsewhere: `cluster/identity.py` identifies the experts alone, whatever the files are called.
+Elsewhere: `cluster/identity.py` identifies only the experts, whatever the files are called.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import TypeVar
 from argosy.checkpoint.files import ModelFiles
 from argosy.errors import ReadFailed
 
-NUM_SAMPLES = 32  # tensors that every token needs, and experts: so many of each
+NUM_SAMPLES = 32  # number of samples of tensors that every token needs, and of experts
 SAMPLE_BYTES = 4096
 
 Item = TypeVar("Item")
@@ -29,7 +30,7 @@ Place = tuple[Path, int, int]  # file, offset, bytes
 
 
 def fingerprint(files: ModelFiles) -> str:
-    """A SHA-256 that is equal for equal models under the same file names.
+    """Return a SHA-256 that is equal for equal models under the same file names.
 
     Raises:
         ReadFailed: a file cannot be read.
@@ -55,13 +56,13 @@ def fingerprint(files: ModelFiles) -> str:
 
 
 def middle_of(path: Path, offset: int, nbytes: int) -> Place:
-    """The sample of a part of a file: 4 KiB from its middle, or all of it if it is shorter."""
+    """Return the sample of a part of a file: 4 KiB from its middle, or all of it if it is shorter."""
     sampled = min(nbytes, SAMPLE_BYTES)
     return path, offset + (nbytes - sampled) // 2, sampled
 
 
 def read_samples(paths: Iterable[Path], places: Iterable[Place]) -> Iterator[tuple[Path, int, bytes]]:
-    """Read the places of each file in their order; yields the file, its size, and their bytes one after another.
+    """Read the places of each file in order; yield the file, its size, and the concatenated bytes.
 
     Raises:
         ReadFailed: a file cannot be read.
@@ -79,5 +80,5 @@ def read_samples(paths: Iterable[Path], places: Iterable[Place]) -> Iterator[tup
 
 
 def _spread(items: list[Item]) -> Iterator[Item]:
-    """At most NUM_SAMPLES of the items, from the whole list."""
+    """Choose at most NUM_SAMPLES items, spread over the whole list."""
     return islice(items, 0, None, max(1, -(-len(items) // NUM_SAMPLES)))

@@ -2,8 +2,8 @@
 
 `docs/internals/formats.md` describes each, and says how to add one.
 
-Elsewhere: `native/kernels/formats.h` has their layouts; `block_types.py` says which of them hold the blocks of files;
-`landing.py` turns the bytes of files into them.
+Elsewhere: `native/kernels/formats.h` describes their layouts; `block_types.py` says which formats hold the blocks of
+files; `landing.py` converts the bytes of files.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from argosy.errors import UnsupportedModel
 BYTES_PER_VALUE = {"f32": 4, "f16": 2, "bf16": 2}
 
 # Layout numbers of native/kernels/formats.h.
-PANEL_ROWS = _native.PANEL_ROWS  # quantised: rows that are interleaved
-F8_BLOCK = _native.F8_BLOCK  # f8: rows and columns of a block; its weights share a scale
+PANEL_ROWS = _native.PANEL_ROWS  # quantised: number of interleaved rows
+F8_BLOCK = _native.F8_BLOCK  # f8: rows and columns of a block, whose weights share a scale
 
 
 def is_quantised(format: Format) -> bool:
@@ -29,10 +29,10 @@ def is_quantised(format: Format) -> bool:
 
 @cache
 def matrix_bytes(format: Format, rows: int, cols: int) -> int:
-    """Bytes of a matrix in a format.
+    """Return the bytes of a matrix in a format.
 
     Raises:
-        UnsupportedModel: it has more rows or columns than a kernel can have.
+        UnsupportedModel: the matrix has more rows or columns than kernels support.
     """
     if max(rows, cols) > _native.LARGEST_SIZE:
         raise UnsupportedModel(
@@ -54,12 +54,12 @@ class MatrixShape(NamedTuple):
 
 
 def rows_together(format: Format) -> int:
-    """How many rows are stored as a unit: a matrix may be split after any multiple of this."""
+    """Return how many rows are stored as a unit: a matrix may be split after any multiple of this."""
     if format in BYTES_PER_VALUE:
         return 1
     return F8_BLOCK if format == "f8" else PANEL_ROWS
 
 
 def round_up(count: int, multiple: int) -> int:
-    """The smallest multiple of `multiple` that is at least `count`."""
+    """Round `count` up to a multiple of `multiple`."""
     return -(-count // multiple) * multiple

@@ -4,8 +4,8 @@
                  ->  expert_shapes  gate, up, down of one routed expert
                  ->  count_parameters
 
-Shapes are [rows, columns], as the product y = W x needs them; a vector has one number. Files are checked against
-these shapes, in place and packed alike, so no later code meets a matrix of an unexpected size.
+Shapes are [rows, columns], as in the product y = W x; a vector's shape is one number. Files in place and packs are
+both checked against these shapes, so later code never meets a matrix of an unexpected size.
 
 Elsewhere: `model/families/` maps a checkpoint's tensor names to these.
 """
@@ -35,13 +35,13 @@ class ExpertShapes(NamedTuple):
 
 
 def expert_shapes(config: ModelConfig) -> ExpertShapes:
-    """Shapes of gate, up and down, the same for every routed expert of a model."""
+    """Return the shapes of gate, up and down, the same for every routed expert of a model."""
     wide, narrow = (config.expert_width, config.hidden_size), (config.hidden_size, config.expert_width)
     return ExpertShapes(wide, wide, narrow)
 
 
 def dense_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
-    """Canonical name and shape of every tensor that each token needs, in the order of use."""
+    """Return canonical name and shape of every tensor that each token needs, in the order of use."""
     hidden = config.hidden_size
     yield "embed", (config.vocab_size, hidden)
     for layer in range(config.num_layers):
@@ -53,9 +53,10 @@ def dense_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
 
 
 def draft_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
-    """The same for the draft layer, the last of `config.layers`: of a layer, and of what leads to it and to the head.
+    """Return the same for the draft layer, the last of `config.layers`: a layer, and the tensors before it and the
+    head.
 
-    It takes draft_join [RMSNorm(embedding of a token), RMSNorm(hidden state that predicted the token)].
+    Its input is draft_join [RMSNorm(embedding of a token), RMSNorm(hidden state that predicted the token)].
     """
     hidden, number = config.hidden_size, config.num_layers - 1
     for name, shape in _layer_shapes(config, number):
@@ -67,10 +68,10 @@ def draft_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
 
 
 def require_countable(config: ModelConfig) -> None:
-    """Check that a list with every expert of a config, whose files are not here, can be made.
+    """Check that the experts of a config without files are few enough to list.
 
     Raises:
-        UnsupportedModel: it has too many.
+        UnsupportedModel: there are too many experts.
     """
     num_experts = len(config.moe_layers) * config.num_experts
     if num_experts > _MOST_EXPERTS:
@@ -83,7 +84,9 @@ def require_countable(config: ModelConfig) -> None:
 
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
-    """Total parameters of a model, and the parameters that one token uses: all but the experts it does not choose."""
+    """Return the total parameters of a model, and those that one token uses: all but the experts that it does not
+    choose.
+    """
     dense = sum(prod(shape) for _, shape in dense_shapes(config))
     expert = sum(prod(shape) for shape in expert_shapes(config)) * len(config.moe_layers)
     return dense + config.num_experts * expert, dense + config.experts_per_token * expert
@@ -126,7 +129,8 @@ def _attention_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, Sh
 
 
 def _latent_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]]:
-    """Multi-head latent attention. Rows of a head: nope, then rope in q; the key's nope, then value in kv_up.
+    """Return the shapes of multi-head latent attention. Rows per head: q: nope, then rope; kv_up: the key's nope, then
+    value.
 
     With `is_up_split`, k_up has kv_rank rows of nope columns for each head: the key half of kv_up, transposed.
     """
@@ -151,7 +155,9 @@ def _latent_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape
 
 
 def _delta_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]]:
-    """A gated delta net. Channels of qkv and of the convolution: q of all key heads, then k, then v."""
+    """Return the shapes of a gated delta net. Channels of qkv and of the convolution: q of all key heads, then k, then
+    v.
+    """
     delta, hidden = config.delta, config.hidden_size
     assert delta is not None
     if delta.has_joined_qkvz:
@@ -212,7 +218,7 @@ def _routed_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
 
 
 _DENSE_FORMATS: Mapping[str, Format] = {"bf16": "bf16", "q8": "q8", "q4": "q8"}
-# In addition to vectors: rows that score experts, and rows that set how fast a recurrent state forgets and learns.
+# Besides vectors: rows that score experts, and rows that set how fast a recurrent state forgets and learns.
 _KEPT_EXACT = frozenset(
     {"router", "shared_score", "sinks", "delta_a", "delta_b", "delta_ba", "delta_conv", "delta_rate"}
 )
@@ -221,22 +227,22 @@ _KEPT_EXACT = frozenset(
 def is_kept_exact(name: str) -> bool:
     """Whether a dense tensor stays float32 in a pack: norms, biases, factors and sinks, and rows of scores and gates.
 
-    The router decides which experts run. Rounding it does not blur the sum, it picks another expert; and all of
-    these tensors together are a thousandth of a model.
+    The router decides which experts run. Rounding it does not blur a sum, it picks another expert; and all of these
+    tensors together make up a thousandth of a model.
     """
     last = name.rpartition(".")[2]
     return last.endswith(("norm", "_bias", "_scale")) or last in _KEPT_EXACT
 
 
 def packed_config(config: ModelConfig) -> ModelConfig:
-    """The config of a bf16, q8 or q4 pack, which stores kv_up as two matrices, as in memory (`latent_up.py`)."""
+    """Return the config of a bf16, q8 or q4 pack, which stores kv_up as two matrices, as in memory (`latent_up.py`)."""
     if config.latent is None:
         return config
     return replace(config, latent=replace(config.latent, is_up_split=True))
 
 
 def packed_format(name: str, format: str, config: ModelConfig) -> Format:
-    """The format of a dense tensor in a pack of `format`: bf16, q8 or q4. Only routed experts become q4.
+    """Return the format of a dense tensor in a pack of `format`: bf16, q8 or q4. Only routed experts become q4.
 
     Each head of k_up and v_up is a separate matrix; it is bf16 if its rows do not fill whole panels.
     """

@@ -4,16 +4,16 @@
 
     "GGUF" | version | counts | key, type, value ... | name, shape, type, offset ... | padding | data, tensor by tensor
 
-The format is described in ggml's docs/gguf.md; versions 2 and 3 are read, little-endian only. Only the header is read,
-however large the file. Nothing is trusted: counts and lengths are checked against the size of the file before
+ggml's docs/gguf.md describes the format; this module reads versions 2 and 3, little-endian only. It reads only the
+header, however large the file. Nothing is trusted: counts and lengths are checked against the size of the file before
 anything is allocated, keys and tensor names must be unique, tensors must follow each other in the data part without
-overlaps or holes, each must start at a multiple of the alignment, and the file must end where they do. Any fault
-raises one CheckpointError.
+overlaps or holes, each must start at a multiple of the alignment, and the file must end after the last tensor. Any
+fault raises one CheckpointError.
 
 A model may be split into parts, `name-00001-of-0000N.gguf` and so on, as llama.cpp's `gguf-split` writes them. Each
-part is a GGUF file: the first has the metadata, any may have tensors, and `split.no`, `split.count` and
-`split.tensors.count` identify each part. The caller opens the first part; the others are found beside it by name and
-proved to belong to it.
+part is a GGUF file: the first contains the metadata, any may contain tensors, and `split.no`, `split.count` and
+`split.tensors.count` identify each part. The caller opens the first part; the others are found by name in the same
+directory and proved to belong to it.
 
 Long arrays (the vocabulary has a hundred thousand entries) are skipped, and decoded on request.
 
@@ -49,7 +49,7 @@ _LONGEST_TENSOR_NAME = 64
 _MOST_DIMENSIONS = 4
 _LARGEST_ALIGNMENT = 1 << 20
 _LARGEST_NUMBER = 2**63 - 1
-_NO_TOKEN = 2**32 - 1  # some converters write this where there is no token
+_NO_TOKEN = 2**32 - 1  # some converters write this for a missing token
 
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: "q", 12: "d"}
 _BOOL, _STRING, _ARRAY = 7, 8, 9
@@ -80,7 +80,7 @@ class GgufArray:
         return self.num_items
 
     def values(self) -> list[Scalar]:
-        """All items.
+        """Return all items.
 
         Raises:
             CheckpointError: a string is not UTF-8, or a bool is neither 0 nor 1.
@@ -117,18 +117,20 @@ Value = Scalar | GgufArray
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """The header of a file, or the headers of all parts of a model. Shapes are rows first, as everywhere in Argosy."""
+    """The header of a file, or the merged headers of all parts of a model. Shapes are rows first, as everywhere in
+    Argosy.
+    """
 
     path: Path  # the first part of a split model
     metadata: Mapping[str, Value]
-    tensors: Mapping[str, TensorRef]  # from all parts
+    tensors: Mapping[str, TensorRef]  # of all parts
     metadata_bytes: bytes  # the key-value part exactly as in the file, for a copy without tensors
 
     def integer(self, key: str, default: int | None = None, *, least: int = 0, most: int = 2**31 - 1) -> int:
-        """A whole number.
+        """Return a whole number.
 
         Raises:
-            CheckpointError: it is missing and has no default, has another type, or is out of bounds.
+            CheckpointError: the key is missing without a default, has another type, or is out of bounds.
         """
         value = self._find(key, default)
         if type(value) is not int or not least <= value <= most:
@@ -136,49 +138,49 @@ class GgufFile:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A number above zero. A float32 becomes the shortest decimal that rounds to it: 1e-05, not 9.99e-06."""
+        """Return a number above zero. A float32 becomes the shortest decimal that rounds to it: 1e-05, not 9.99e-06."""
         value = self._find(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
             raise self.wrong(key, value, "a number above zero")
         return float(str(np.float32(value))) if isinstance(value, float) else float(value)
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
+        """Return true or false."""
         value = self._find(key, default)
         if not isinstance(value, bool):
             raise self.wrong(key, value, "true or false")
         return value
 
     def text(self, key: str, default: str | None = None) -> str:
-        """A string."""
+        """Return a string."""
         value = self._find(key, default)
         if not isinstance(value, str):
             raise self.wrong(key, value, "a string")
         return value
 
     def token_id(self, role: str) -> int | None:
-        """The token id of a role such as "eos"; None if the file names none, or names the id that means none."""
+        """Return the token id of a role such as "eos", or None if the file names none or the id that means none."""
         key = f"tokenizer.ggml.{role}_token_id"
         if self.metadata.get(key) in (None, _NO_TOKEN):
             return None
         return self.integer(key)
 
     def texts(self, key: str) -> list[str]:
-        """An array of strings."""
+        """Return an array of strings."""
         value = self._find(key, None)
         if not isinstance(value, GgufArray) or value.item_type != _STRING:
             raise self.wrong(key, value, "an array of strings")
         return value.values()  # type: ignore[return-value]
 
     def numbers(self, key: str) -> list[float]:
-        """An array of numbers."""
+        """Return an array of numbers."""
         value = self._find(key, None)
         if not isinstance(value, GgufArray) or value.item_type not in _NUMBERS:
             raise self.wrong(key, value, "an array of numbers")
         return value.values()  # type: ignore[return-value]
 
     def wrong(self, key: str, value: object, expected: str) -> CheckpointError:
-        """The error for an invalid value."""
+        """Return the error for an invalid value."""
         found = f"an array of {len(value)}" if isinstance(value, GgufArray) else f"'{quote(value)}'"
         return CheckpointError(
             f"{self.path.name}: {quote(key)} is {found}, expected {expected}", path=self.path, key=key
@@ -193,7 +195,7 @@ class GgufFile:
 
 @dataclass(frozen=True, slots=True)
 class _Split:
-    """The part of a model that a file is: the values of `_SPLIT_KEYS`."""
+    """Which part of a model a file is: the values of `_SPLIT_KEYS`."""
 
     number: int
     count: int
@@ -204,7 +206,8 @@ class _Split:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Read the header of a GGUF file; if it is the first part of a split model, read the headers of the others, too.
+    """Read the header of a GGUF file; if it is the first part of a split model, also read the headers of the other
+    parts.
 
     Raises:
         CheckpointError: a header contradicts its file or cannot be read; a part is missing or belongs to another model.
@@ -271,7 +274,7 @@ def read_gguf(path: Path) -> GgufFile:
 
 
 def _read_file(path: Path) -> tuple[GgufFile, _Split | None]:
-    """Read one file, and which part of a model it is; the split keys are removed from its metadata."""
+    """Read one file; return its contents without split keys, and which part of a model it is."""
     with open_regular(path) as (descriptor, file_bytes):
         cursor = _Cursor(path, descriptor, file_bytes)
         num_tensors, num_entries = _read_start(cursor)
@@ -308,17 +311,17 @@ def _take_split(cursor: _Cursor, metadata: dict[str, Value]) -> _Split | None:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file begins as GGUF files do, whatever its name: Ollama names them by their digest.
+    """Whether a file begins like a GGUF file, whatever its name: Ollama names files by digest.
 
     Raises:
-        CheckpointError: it cannot be opened, or is no regular file.
+        CheckpointError: the file cannot be opened, or is not a regular file.
     """
     with open_regular(path) as (descriptor, nbytes):
         return nbytes >= len(MAGIC) and read_at(descriptor, len(MAGIC), 0, path) == MAGIC
 
 
 def metadata_only(file: GgufFile) -> bytes:
-    """The bytes of a GGUF file with the same metadata and no tensors, the form in which vocabularies are shared."""
+    """Return the bytes of a GGUF file with the same metadata and no tensors, as vocabularies are distributed."""
     return MAGIC + struct.pack("<IQQ", 3, 0, len(file.metadata)) + file.metadata_bytes
 
 
@@ -339,11 +342,11 @@ class _Cursor:
         return self.file_bytes - self.at
 
     def bytes(self, start: int, stop: int) -> bytes:
-        """Bytes of the header that have been read."""
+        """The bytes of the header read so far."""
         return self._buffer[start:stop]
 
     def need(self, nbytes: int, what: str) -> int:
-        """Advance over `nbytes` bytes, which are then in the buffer; return where they start."""
+        """Advance over `nbytes` bytes, so that they are in the buffer; return where they start."""
         start, stop = self.at, self.at + nbytes
         if stop > len(self._buffer):
             self._fill(stop, what)
@@ -442,7 +445,7 @@ def _big_endian(path: Path) -> UnsupportedModel:
 
 
 def _read_metadata(cursor: _Cursor, num_entries: int) -> tuple[dict[str, Value], dict[str, tuple[int, int]]]:
-    """Values by key, and the bytes [start, stop) of each entry."""
+    """Read values by key, and the bytes [start, stop) of each entry."""
     metadata: dict[str, Value] = {}
     spans: dict[str, tuple[int, int]] = {}
     for index in range(num_entries):
@@ -504,7 +507,7 @@ def _read_array(cursor: _Cursor, key: str) -> GgufArray:
 
 
 def _read_tensor(cursor: _Cursor) -> TensorRef:
-    """One entry of the tensor list; its offset counts from the start of the data part."""
+    """Read one entry of the tensor list; its offset counts from the start of the data part."""
     name = cursor.text("the name of a tensor", _LONGEST_TENSOR_NAME)
     shown = quote(name)
 

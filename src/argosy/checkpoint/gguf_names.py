@@ -1,4 +1,6 @@
-"""Find the GGUF files of a model by their names: its parts, the vision tower beside it, the format of its weights."""
+"""Find the GGUF files of a model by name: its parts, its vision tower in the same directory, the format of its
+weights.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from argosy.errors import CheckpointError
 
 GGUF_SUFFIX = ".gguf"
 GGUF_METADATA_FILE = "metadata.gguf"  # in a pack made from a GGUF: its metadata, without tensors
-MMPROJ_METADATA_FILE = "mmproj-metadata.gguf"  # likewise, of the file with its vision tower
+MMPROJ_METADATA_FILE = "mmproj-metadata.gguf"  # the same for the file with its vision tower
 
 _FORMAT_IN_NAME = re.compile(
     r"(?:^|[-_./])((?:UD-)?(?:(?:[IT]?Q\d{1,2}|MXFP4)(?:_[A-Z0-9]{1,16}){0,4}|BF16|F16|F32))$", re.IGNORECASE
@@ -19,27 +21,27 @@ PART_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.ggu
 
 
 def part_name(stem: str, number: int, count: int) -> str:
-    """The name of a part of a split model; parts are numbered from 1."""
+    """Return the name of a part of a split model; parts are numbered from 1."""
     return f"{stem}-{number:05}-of-{count:05}{GGUF_SUFFIX}"
 
 
 def first_part(path: Path) -> Path:
-    """The first part of the model that `path` is a part of, going by its name; otherwise `path`."""
+    """Return the first part of the split model to which `path` belongs, going by its name; otherwise `path`."""
     if name := PART_NAME.fullmatch(path.name):
         return path.with_name(part_name(name["stem"], 1, int(name["count"])))
     return path
 
 
 def format_in_name(stem: str) -> str:
-    """The format that the name of a GGUF file ends with, such as Q4_K_M or UD-IQ2_XXS; "" if it ends otherwise."""
+    """Return the format at the end of a GGUF file's name, such as Q4_K_M or UD-IQ2_XXS; "" if there is none."""
     found = _FORMAT_IN_NAME.search(stem)
     return found[1].upper() if found else ""
 
 
 def find_gguf(directory: Path) -> Path | None:
-    """The one GGUF file in `directory`, or the first part of its one split model; None if there is none.
+    """Return the only GGUF file in `directory`, or the first part of its only split model; None if there is none.
 
-    A vision tower beside a model does not count: llama.cpp keeps it in a file with `mmproj` in its name.
+    A model's vision tower does not count: llama.cpp keeps it in a file with `mmproj` in its name.
 
     Raises:
         CheckpointError: there are several models.
@@ -58,10 +60,10 @@ def find_gguf(directory: Path) -> Path | None:
 
 
 def find_mmproj(model: Path) -> Path | None:
-    """The one file with a vision tower beside a GGUF model, going by its name; None if there is none to be seen.
+    """Return the only file, going by its name, with a vision tower in a GGUF model's directory; None if there is none.
 
     Raises:
-        CheckpointError: there are several.
+        CheckpointError: there are several such files.
     """
     try:
         entries = sorted(entry for entry in model.parent.iterdir() if entry.suffix == GGUF_SUFFIX)

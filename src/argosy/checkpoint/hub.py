@@ -2,15 +2,15 @@
 
     OWNER/NAME, https://...  ->  Source  ->  Hub: the list of files, byte ranges of them, and whole files as streams
 
-No answer of a server is trusted. Addresses and redirects must use https, unless the host is this machine; few redirects
-are followed, and the token is sent to no other host. A list of files comes from the source's own host alone, and none
-of its names leads outside the repository. The size of each answer is checked before it is read, and the total of lists
-and headers is bounded. Such a request ends after a minute, and all of them after five, however slowly bytes come; a
-stream ends if nothing comes for a minute. HF_ENDPOINT names another hub, and HF_TOKEN is sent to it; neither is logged
-or printed. With HF_HUB_OFFLINE nothing is asked.
+No server's answer is trusted. Addresses and redirects must use https, unless the host is this machine; few redirects
+are followed, and the token is sent to no other host. A list of files must come from the source's own host, and no name
+in it may lead outside the repository. The size of each answer is checked before it is read, and the total of lists and
+headers is bounded. Such a request ends after a minute, and all of them together after five, however slowly bytes
+arrive; a stream ends if nothing arrives for a minute. HF_ENDPOINT names another hub, which then gets HF_TOKEN; neither
+is logged or printed. With HF_HUB_OFFLINE no request is sent.
 
-Elsewhere: `hub_redirects.py` follows redirects; `model/remote.py` reads headers of models with it, `library/pull.py`
-fetches whole ones.
+Elsewhere: `hub_redirects.py` follows redirects; `model/remote.py` reads headers of models, and `library/pull.py`
+fetches whole models.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ _LIST_BYTES = 2 << 20  # for the answer with the names of a repository's files
 _LARGEST_FILE = 1 << 50
 _MOST_NAMES = 10_000
 _READ_BYTES = 1 << 16
-_STREAM_BYTES = 1 << 20  # read from a stream at once
+_STREAM_BYTES = 1 << 20  # bytes read from a stream at once
 _LONGEST_LICENCE = 64
-_MOST_LICENCES = 4  # named of one model
+_MOST_LICENCES = 4  # most files of one model
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _HUB_NAME = re.compile(rf"({_NAME}/{_NAME})(?::([A-Za-z0-9._-]{{1,96}}))?")
@@ -54,10 +54,10 @@ _RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A hub, a repository of one, or one file.
+    """A hub, a repository of a hub, or one file.
 
     url: the hub's address, or the file's, which ends with .gguf.
-    part: selects among a repository's GGUF files by a piece of the name, such as Q4_K_M; "" leaves it open.
+    part: selects among a repository's GGUF files by a piece of the name, such as Q4_K_M; "": no choice.
     revision: the branch, tag or commit to read; "": the main branch.
     """
 
@@ -72,12 +72,12 @@ class Source:
 
     @classmethod
     def find(cls, text: str, environment: Mapping[str, str] | None = None) -> Source | None:
-        """The repository that `text` names; None if it has the form of neither OWNER/NAME nor an address.
+        """Return the repository that `text` names; None if it is neither OWNER/NAME nor an address.
 
         Forms: OWNER/NAME, OWNER/NAME:Q4_K_M, https://HUB/OWNER/NAME, https://HOST/PATH.gguf.
 
         Raises:
-            UsageError: it is an address that is not read.
+            UsageError: the address is not supported.
         """
         environment = os.environ if environment is None else environment
         if found := _HUB_NAME.fullmatch(text):
@@ -97,10 +97,10 @@ class Source:
 
 
 def hub_address(environment: Mapping[str, str] | None = None) -> str:
-    """The address of the hub: HF_ENDPOINT, or Hugging Face's.
+    """Return the address of the hub: HF_ENDPOINT, or Hugging Face's.
 
     Raises:
-        UsageError: HF_ENDPOINT is no address that may be opened.
+        UsageError: HF_ENDPOINT is not an allowed address.
     """
     environment = os.environ if environment is None else environment
     return _checked_address((environment.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/"), "HF_ENDPOINT")
@@ -112,15 +112,15 @@ def is_hub_name(text: object) -> bool:
 
 
 def is_commit(revision: str) -> bool:
-    """Whether a revision names a commit whole, and no branch or tag."""
+    """Whether a revision is a full commit hash, not a branch or tag."""
     return re.fullmatch(r"[0-9a-f]{40,64}", revision) is not None
 
 
 def _checked_address(url: str, what: str) -> str:
-    """`url`, if it is one that may be opened.
+    """Return `url` if it is allowed.
 
     Raises:
-        UsageError: it may not; the message does not repeat what may be a secret.
+        UsageError: it is not; the message does not repeat parts that may be secret.
     """
     try:
         parts = urllib.parse.urlsplit(url)
@@ -141,7 +141,7 @@ def _checked_address(url: str, what: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file of a repository. `sha256` is known of large files, and `git_sha1`, of the blob in git, of the others."""
+    """A file of a repository. Large files have a `sha256`; others have `git_sha1`, the hash of their git blob."""
 
     name: str
     nbytes: int | None = None
@@ -151,7 +151,7 @@ class RemoteFile:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """A repository at one revision. `licence` is what its card says, or ""."""
+    """A repository at one revision. `licence` comes from its card, or is ""."""
 
     revision: str
     files: tuple[RemoteFile, ...]
@@ -173,7 +173,7 @@ class Hub:
     """Reads from one source, at most `most_bytes` in total. Several threads may use it at once.
 
     Args:
-        token: sent to the source's host alone; None: HF_TOKEN, or none.
+        token: sent only to the source's host; None: HF_TOKEN, or no token.
     """
 
     def __init__(self, source: Source, *, most_bytes: int, token: str | None = None) -> None:
@@ -192,12 +192,12 @@ class Hub:
         token = os.environ.get("HF_TOKEN", "").strip() if token is None else token
         if not all("!" <= character <= "~" for character in token):
             raise UsageError("HF_TOKEN must be one line of printable characters without spaces")
-        # A token is for a hub, and not for any server whose file is named.
+        # A token belongs to a hub, not to any server from which a file is fetched.
         self._redirects = Redirects(source.url, "" if source.is_file else token)
         self._opener = urllib.request.build_opener(self._redirects)
 
     def list_files(self) -> Listing:
-        """The files of the repository.
+        """Return the files of the repository.
 
         Raises:
             FetchFailed: the hub cannot be reached, or refuses.   CheckpointError: its answer is malformed, comes from
@@ -214,7 +214,7 @@ class Hub:
             raise self._lie("its list of files has no revision")
         if is_commit(self.source.revision) and self.source.revision != revision:
             raise self._lie(
-                f"its list of files is of revision {revision}, and {self.source.revision} was asked for"
+                f"its list of files is for revision {revision}, but {self.source.revision} was requested"
             )
         if not isinstance(siblings, list) or len(siblings) > _MOST_NAMES:
             raise self._lie(f"its list of files is missing, or has more than {_MOST_NAMES}")
@@ -223,10 +223,11 @@ class Hub:
         return Listing(revision, tuple(files.values()), _licence(answer))
 
     def search(self, query: Sequence[tuple[str, str]], most_bytes: int) -> list[object]:
-        """The hub's entries of the models that a query finds, as it sends them.
+        """Return the hub's entries of the models that a query finds, unchanged.
 
         Raises:
-            FetchFailed: the hub cannot be reached, or refuses.   CheckpointError: its answer is no list, or too long.
+            FetchFailed: the hub cannot be reached, or refuses.   CheckpointError: its answer is not a list, or too
+            long.
         """
         url = f"{self.source.url}/api/models?{urllib.parse.urlencode(query)}"
         answer = self._json(url, "its list of models", most_bytes)
@@ -242,7 +243,9 @@ class Hub:
             raise self._lie(f"{what} {error.fault}") from error
 
     def _file(self, sibling: Mapping[str, object]) -> RemoteFile | None:
-        """An entry of the list; None for a name that could not be part of an address, and so is no file of a model."""
+        """Read an entry of the list; None for a name that cannot be part of an address, which no file of a
+        model has.
+        """
         name, nbytes, lfs = sibling.get("rfilename"), sibling.get("size"), sibling.get("lfs")
         if not isinstance(name, str):
             return None
@@ -259,15 +262,15 @@ class Hub:
         return f"{self.source.url}/{self.source.repository}/resolve/{revision}/{name}"
 
     def read(self, url: str, start: int, nbytes: int) -> Range:
-        """At most `nbytes` bytes of a file from `start` on, fewer only at its end.
+        """Return `nbytes` bytes of a file from `start` on; fewer only at its end.
 
         Raises:
-            FetchFailed: it cannot be read.   CheckpointError: the server's answer contradicts itself.
+            FetchFailed: the file cannot be read.   CheckpointError: the server's answer contradicts itself.
         """
         return self._fetch(url, start, nbytes)
 
     def read_all(self, url: str, most_bytes: int) -> bytes:
-        """A whole small file.
+        """Return a whole small file.
 
         Raises:
             The same errors as `read`, also if the file is larger.
@@ -278,13 +281,13 @@ class Hub:
         return data
 
     def stream(self, url: str, start: int, file_bytes: int) -> Iterator[bytes]:
-        """A file of a known size from `start` on, in pieces, to its end. It may take any time, but must not stall.
+        """Yield a file of known size in pieces from `start` to its end. It may take any time, but must not stall.
 
         Raises:
-            FetchFailed: it cannot be read, or ends early.   CheckpointError: it has another size.
+            FetchFailed: the file cannot be read, or ends early.   CheckpointError: it has another size.
         """
         with self._answer(url, start, file_bytes - start, _REQUEST_S) as response:
-            # A server without range requests sends the beginning again.
+            # A server without range requests sends the file from its beginning.
             first = 0 if response.status == http.HTTPStatus.OK else start
             expected, found_bytes = self._announced(response, url, first, file_bytes - first)
             if found_bytes != file_bytes:
@@ -292,7 +295,7 @@ class Hub:
                     f"{file_name(url)} is {found_bytes} bytes long, and its list of files says {file_bytes}"
                 )
             while expected:
-                # The bytes at hand, so that a kill loses none.
+                # Only the bytes that have arrived, so that a kill loses none.
                 part = response.read1(min(expected, _STREAM_BYTES))
                 if not part:
                     raise self._failed(url, f"the connection ended {expected} bytes early")
@@ -303,13 +306,13 @@ class Hub:
                     yield part[again:]
 
     def _fetch(self, url: str, start: int | None, most_bytes: int) -> Range:
-        """Bytes of a file from `start` on, or a whole answer if `start` is None."""
+        """Fetch bytes of a file from `start` on, or a whole answer if `start` is None."""
         deadline = min(time.monotonic() + _REQUEST_S, self._until)
         timeout_s = deadline - time.monotonic()
         if timeout_s <= 0:
             raise self._failed(url, f"all headers took more than {_ALL_REQUESTS_S:.0f} s")
         with self._answer(url, start, most_bytes, timeout_s) as response:
-            # A hub may send a list while it is made, without its length.
+            # A hub may send a list while generating it, without its length.
             if start is None and "Content-Length" not in response.headers:
                 data = self._body(response, url, most_bytes + 1, deadline, may_end=True)
                 self._count(len(data))
@@ -332,10 +335,10 @@ class Hub:
     def _answer(
         self, url: str, start: int | None, most_bytes: int, timeout_s: float
     ) -> Iterator[http.client.HTTPResponse]:
-        """The answer to a request for at most `most_bytes` from `start` on, or for all if `start` is None.
+        """Open the answer to a request for at most `most_bytes` from `start` on, or for everything if `start` is None.
 
         Raises:
-            FetchFailed, CheckpointError: also for what goes wrong while the answer is read.
+            FetchFailed, CheckpointError: also for failures while the answer is read.
         """
         request = urllib.request.Request(url, headers={"Accept-Encoding": "identity", "User-Agent": "argosy"})
         if start is not None:
@@ -359,7 +362,7 @@ class Hub:
     def _announced(
         self, response: http.client.HTTPResponse, url: str, start: int | None, most_bytes: int
     ) -> tuple[int, int]:
-        """How many bytes of the answer to read, and the size of the file, both proved to be plausible."""
+        """Return how many bytes of the answer to read, and the size of the file; both are checked."""
         length = response.headers.get("Content-Length", "")
         if not re.fullmatch(r"\d{1,18}", length):
             raise self._lie(f"{file_name(url)} comes without its length")
@@ -367,7 +370,7 @@ class Hub:
             if int(length) > most_bytes:
                 raise self._lie(f"its answer is {length} bytes long; at most {most_bytes} are read")
             return int(length), int(length)
-        if response.status == http.HTTPStatus.OK:  # the whole file, whose beginning is enough
+        if response.status == http.HTTPStatus.OK:  # the whole file; its beginning is enough
             if start:
                 raise self._failed(url, "the server does not answer range requests")
             return min(int(length), most_bytes), int(length)
@@ -383,8 +386,8 @@ class Hub:
             or file_bytes > _LARGEST_FILE
         ):
             raise self._lie(
-                f"{file_name(url)}: bytes {start} to {start + most_bytes - 1} were asked for, and {found[0]} of length "
-                f"{length} comes"
+                f"{file_name(url)}: bytes {start} to {start + most_bytes - 1} were requested, but {found[0]} of length "
+                f"{length} arrive"
             )
         return expected, file_bytes
 
@@ -396,7 +399,7 @@ class Hub:
         while left:
             if time.monotonic() > deadline:
                 raise self._failed(url, "its bytes come too slowly")
-            # The bytes at hand: a wait for more would outlast the deadline if they come one by one.
+            # Only the bytes that have arrived: waiting for more could outlast the deadline if they trickle in.
             part = response.read1(min(left, _READ_BYTES))
             if not part and may_end:
                 break
@@ -411,12 +414,12 @@ class Hub:
         if error.headers.get("X-Error-Code") == "GatedRepo":
             return FetchFailed(
                 f"{what} is gated: its owner must let you read it",
-                hint=f"ask for access at {self.source.url}/{what}, then set HF_TOKEN to a token of that account",
+                hint=f"request access at {self.source.url}/{what}, then set HF_TOKEN to a token of that account",
                 what=what,
             )
         is_own_host = origin_of(error.geturl()) == origin_of(
             self.source.url
-        )  # else a link of the hub has run out
+        )  # otherwise a link of the hub has expired
         if is_own_host and status in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN):
             if not self.source.repository and not self.source.is_file:  # a search, which names no model
                 hint = "unset HF_TOKEN, or set it to a valid token of this hub"
@@ -451,14 +454,14 @@ class Hub:
             return FetchFailed(f"{host} answers 429: too many requests", hint=hint, what=what)
         if status >= http.HTTPStatus.INTERNAL_SERVER_ERROR:
             return FetchFailed(
-                f"{host} has a fault of its own: it answers {status}",
+                f"{host} has an internal fault: it answers {status}",
                 hint="try again later; HF_ENDPOINT names a mirror",
                 what=what,
             )
         return self._failed(url, f"{host} answers {status}")
 
     def _unreachable(self, error: object, timeout_s: float) -> FetchFailed:
-        """Says why no answer came, and what can be done; facts: `is_absent`."""
+        """Explain why no answer came and what to do; facts: `is_absent`."""
         host, proxy = self._redirects.asked_host, self._redirects.proxy
         hint = "check the network"
         if not self.source.is_file and os.environ.get("HF_ENDPOINT"):
@@ -526,7 +529,7 @@ def _hex(value: object, length: int) -> str | None:
 
 
 def _licence(answer: Mapping[str, object]) -> str:
-    """The licence in a model's card, such as apache-2.0; "" if it names none."""
+    """Return the licence in a model's card, such as apache-2.0; "" if it names none."""
     card = answer.get("cardData")
     if not isinstance(card, dict):
         return ""

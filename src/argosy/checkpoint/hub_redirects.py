@@ -1,4 +1,4 @@
-"""Redirects of a hub: where a request may go, and who sees the token."""
+"""Redirects of a hub: where a request may go, and which host gets the token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOST_REDIRECTS = 4
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows few redirects, to https alone; the token goes to the first host alone."""
+    """Follows few redirects, only to https; only the first host gets the token."""
 
     max_redirections = _MOST_REDIRECTS
 
@@ -31,12 +31,12 @@ class Redirects(urllib.request.HTTPRedirectHandler):
 
     @property
     def asked_host(self) -> str:
-        """The host that this thread's request, or its last redirect, went to."""
+        """The host of this thread's request, or of its last redirect."""
         return quote(urllib.parse.urlsplit(self._asked.url).netloc)
 
     @property
     def proxy(self) -> str:
-        """The proxy between, without a password; "" if there is none."""
+        """The proxy in use, without a password; "" if there is none."""
         parts = urllib.parse.urlsplit(self._asked.url)
         found = urllib.request.getproxies().get(parts.scheme, "")
         if not found or urllib.request.proxy_bypass(parts.netloc):
@@ -44,10 +44,10 @@ class Redirects(urllib.request.HTTPRedirectHandler):
         return quote(found.rpartition("@")[2].rpartition("//")[2].rstrip("/"))
 
     def authorize(self, request: urllib.request.Request) -> None:
-        """Note where a request goes, and add the token if that is its host."""
+        """Note where a request goes, and add the token if the host is the token's."""
         self._asked.url = request.full_url
         if self._token and origin_of(request.full_url) == self._origin:
-            # Unredirected headers do not follow to another host.
+            # Unredirected headers are not sent to another host.
             request.add_unredirected_header("Authorization", f"Bearer {self._token}")
 
     def redirect_request(

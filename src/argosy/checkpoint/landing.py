@@ -1,22 +1,22 @@
-"""How the bytes of a file become matrices: for loading, for packing, for one tensor or for an expert.
+"""Turn the bytes of a file into matrices: for loading and for packing, for one tensor or for an expert.
 
     MatrixRef  ->  pieces  ->  readers, which transcode while bytes arrive  ->  Landing.land  ->  matrices
 
-A `Landing` is a way in which a tensor is stored, one class for each: it knows the pieces to be read, the matrices that
-they become, the memory that this takes, and how to do it. Nobody else knows the ways apart.
+A `Landing` is a way to store a tensor, with a class for each way: it knows the pieces to read, the matrices that they
+become, the memory that this takes, and how to do it. No other code distinguishes the ways.
 
     Landing         floats row after row, or a slot format: the bytes of the file are the matrix
-    Transcoded      blocks of a GGUF; or codes, scales and whatever else safetensors has as separate tensors
+    Transcoded      blocks of a GGUF; or codes, scales and other parts that safetensors holds as separate tensors
     PairedRows      rows of q and k in the order of adjacent rotary pairs
-    Widened         blocks whose values are wanted, for encoders
+    Widened         blocks that become float32, for encoders
     TapsFirst       weights of a convolution
     Strided         values that are not contiguous
     Halves          keys and values in one matrix (`latent_up.py`)
 
-Loading lets asynchronous readers read, into the matrix's own memory wherever possible. Packing reads with
-`read_landed`, a few rows at a time where the file has rows.
+Loading uses asynchronous readers, which read into the matrix's own memory wherever possible. Packing reads with
+`read_landed`, a few rows at a time if the file stores rows.
 
-Elsewhere: `native/kernels/transcode.h` has the arithmetic of blocks; `formats.py` has the formats in memory.
+Elsewhere: `native/kernels/transcode.h` does the arithmetic of blocks; `formats.py` lists the formats in memory.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _Value = TypeVar("_Value", bound=np.generic)
 
 @dataclass(frozen=True, slots=True)
 class Transcode:
-    """Blocks [rows, cols] that become a slot format while they land; `native/kernels/transcode.h` has their types.
+    """Blocks [rows, cols] that become a slot format while they land; `native/kernels/transcode.h` lists their types.
 
     A type such as "mxfp4_scales" writes its part of the panels and leaves the rest unchanged. If the rows of
     `interleaved` matrices alternate in the file, each matrix has `rows` rows, and they land one after another.
@@ -68,7 +68,7 @@ class Transcode:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The bytes of one read. A transcoded piece has whole matrices, or all of their quants or scales.
+    """The bytes of one read. A transcoded piece holds whole matrices, or all of their quants or scales.
 
     If quants and scales are two pieces, the second `completes` the first: it lands in the same memory.
     """
@@ -82,28 +82,30 @@ class Piece:
 
     @classmethod
     def of(cls, tensor: TensorRef, transcode: Transcode | None = None, completes: int | None = None) -> Piece:
-        """The bytes of a tensor of a checkpoint."""
+        """Make a piece from a checkpoint's tensor."""
         return cls(tensor.path, tensor.offset, tensor.nbytes, transcode=transcode, completes=completes)
 
     @property
     def landed_bytes(self) -> int:
-        """Bytes in memory."""
+        """The bytes that the piece takes in memory."""
         if (blocks := self.transcode) is None:
             return self.nbytes
         return blocks.interleaved * matrix_bytes(blocks.format, blocks.rows, blocks.cols)
 
     def inset(self, alignment: int) -> int:
-        """Bytes from its place to its first byte: plain reads are rounded outwards to what O_DIRECT requires."""
+        """Return the bytes from its place to its first byte: plain reads are rounded outwards to the alignment of
+        O_DIRECT.
+        """
         return 0 if self.transcode is not None else self.offset % alignment
 
     def place_bytes(self, alignment: int) -> int:
-        """Bytes of its place, which begins at a multiple of `alignment` unless it is transcoded."""
+        """Return the bytes of its place, which begins at a multiple of `alignment` unless the piece is transcoded."""
         if self.transcode is not None:
             return self.landed_bytes
         return round_up(self.inset(alignment) + self.nbytes, alignment)
 
     def read_into(self, place: int, file_id: int) -> _native.Piece:
-        """How a `_native.Store` reads it."""
+        """Return the read for a `_native.Store`."""
         where = (file_id, self.offset, self.nbytes, place)
         if (blocks := self.transcode) is None:
             return where
@@ -111,44 +113,44 @@ class Piece:
 
 
 class Landing:
-    """Bytes that are the matrix; the base of all other ways.
+    """The file's bytes are the matrix; the base of all other ways.
 
-    `land` gets what the first piece, and those that complete it, have become in memory. Its places begin where that
-    begins, unless it `needs_scratch`.
+    `land` gets the first piece, and the pieces that complete it, as they landed in memory. The matrices begin at the
+    same place, unless `needs_scratch` is set.
     """
 
     __slots__ = ()
 
     @property
     def needs_scratch(self) -> bool:
-        """Whether pieces must not land in the memory of the matrices, because `land` needs both."""
+        """Whether pieces need memory apart from the matrices, because `land` uses both."""
         return False
 
     def pieces(self, ref: MatrixRef) -> tuple[Piece, ...]:
-        """What is read; the pieces after the first complete it."""
+        """The pieces to read; those after the first complete it."""
         return (Piece(ref.path, ref.offset, ref.nbytes, ref.checksum),)
 
     def own_bytes(self, ref: MatrixRef) -> int:
-        """Bytes of the pieces that belong to this matrix alone."""
+        """The bytes of pieces that belong only to this matrix."""
         return ref.read_bytes
 
     def shapes(self, name: str, ref: MatrixRef) -> dict[str, MatrixShape]:
-        """The matrices that the tensor with a canonical name becomes, by theirs."""
+        """Return the matrices, by canonical name, that the tensor with the canonical name `name` becomes."""
         return {name: MatrixShape(ref.format, ref.rows, ref.cols)}
 
     def working_bytes(self, ref: MatrixRef) -> int:
-        """Bytes of memory that `land` takes in addition to what has landed and to the matrices."""
+        """The bytes that `land` takes in addition to the landed pieces and the matrices."""
         return 0
 
     def land(self, ref: MatrixRef, landed: Bytes, places: Sequence[Bytes]) -> None:
         """Write the matrices.
 
         Raises:
-            CheckpointError: they hold values that are not finite numbers.
+            CheckpointError: the matrices contain values that are not finite numbers.
         """
 
     def matrices(self, ref: MatrixRef, landed: Bytes) -> list[Bytes]:
-        """Return the matrices in memory of their own, or what has landed if that is one.
+        """Return the matrices in their own memory, or the landed bytes if they already are the matrix.
 
         Raises:
             CheckpointError: as `land`.
@@ -156,7 +158,9 @@ class Landing:
         return [landed]
 
     def slices(self, ref: MatrixRef, most_values: int) -> Iterator[tuple[int, MatrixRef]]:
-        """Rows that can be read apart from others, about `most_values` at a time, each with the number of its first."""
+        """Yield parts of the matrix that can be read separately, about `most_values` values each, with their first
+        row's number.
+        """
         row_bytes = self._row_bytes(ref)
         if not row_bytes:
             yield 0, ref
@@ -166,13 +170,13 @@ class Landing:
             yield row, replace(ref, offset=offset, nbytes=nbytes, rows=num_rows, checksum=None)
 
     def _row_bytes(self, ref: MatrixRef) -> int:
-        """Bytes of a row in the file; 0: it has no separate rows, as in the panels of a slot format."""
+        """The bytes of a row in the file; 0 if rows are not separate, as in the panels of a slot format."""
         return ref.cols * BYTES_PER_VALUE.get(ref.format, 0)
 
     def values(
         self, ref: MatrixRef, landed: Bytes, number: int, most_values: int
     ) -> Iterator[tuple[int, Float32]]:
-        """The exact weights of the matrix with this number: some rows, and the number of the first of them."""
+        """Yield the exact weights of the matrix with this number: some rows at a time, with the number of the first."""
         matrix = self.matrices(ref, landed)[number]
         for row, num_rows in _steps(ref, most_values):
             start, end = (matrix_bytes(ref.format, count, ref.cols) for count in (row, row + num_rows))
@@ -203,23 +207,23 @@ class MatrixRef:
     def of(
         cls, tensor: TensorRef, format: Format, rows: int, cols: int, landing: Landing = AS_STORED
     ) -> MatrixRef:
-        """The matrix that a tensor holds, or the codes of which it holds."""
+        """Make a reference to the matrix that a tensor holds, or whose codes it holds."""
         where = tensor.name, tensor.path, tensor.offset, tensor.nbytes
         return cls(*where, format, rows, cols, tensor.checksum, landing)
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
-        """What is read."""
+        """The pieces to read."""
         return self.landing.pieces(self)
 
     @property
     def read_bytes(self) -> int:
-        """Bytes that are read."""
+        """The bytes to read."""
         return sum(piece.nbytes for piece in self.pieces)
 
     @property
     def landed_bytes(self) -> int:
-        """Bytes in memory, before it is split."""
+        """The bytes in memory before a split."""
         return matrix_bytes(self.format, self.rows, self.cols)
 
 
@@ -227,7 +231,7 @@ class MatrixRef:
 class Transcoded(Landing):
     """Blocks that readers transcode. If they are codes alone, `others` are the pieces with scales and the like.
 
-    If the rows of `interleaved` matrices alternate in the file, this is the one with a `number` among them.
+    If the rows of `interleaved` matrices alternate in the file, `number` says which of them this is.
     """
 
     block_type: str
@@ -247,7 +251,7 @@ class Transcoded(Landing):
 
 
 class Moved(Landing):
-    """The base of ways in which `land` has something to do."""
+    """The base of ways in which `land` does work."""
 
     __slots__ = ()
 
@@ -262,9 +266,10 @@ class Moved(Landing):
 
 @dataclass(frozen=True, slots=True)
 class PairedRows(Moved):
-    """Rows of this many heads in the order of a rotary kernel that rotates adjacent pairs; they are put in halves.
+    """Rows of `heads` heads in the order of a rotary kernel that rotates adjacent pairs; `land` reorders them into
+    halves.
 
-    Panels interleave rows, so blocks are reordered before they are transcoded, which readers cannot do.
+    Panels interleave rows, so blocks must be reordered before transcoding, which readers cannot do.
     """
 
     num_heads: int
@@ -286,7 +291,7 @@ class PairedRows(Moved):
 
 @dataclass(frozen=True, slots=True)
 class Widened(Moved):
-    """Blocks whose values become float32. They pass scratch memory as they are, so that readers need no staging."""
+    """Blocks whose values become float32. They land unchanged in scratch memory, so readers need no staging."""
 
     block_type: str
 
@@ -306,7 +311,9 @@ class Widened(Moved):
 
 @dataclass(frozen=True, slots=True)
 class TapsFirst(Moved):
-    """A convolution's weight with this many values of a channel side by side; the channels of a tap are put there."""
+    """A convolution's weight with `taps` values of a channel side by side; `land` puts the channels of a tap side by
+    side.
+    """
 
     num_taps: int
 
@@ -320,9 +327,9 @@ class TapsFirst(Moved):
 
 @dataclass(frozen=True, slots=True)
 class Strided(Moved):
-    """Values from the `first` on that are not contiguous: `strides` from one row and from one column to the next.
+    """Values from `first` on that are not contiguous: `strides` are the distances between rows and between columns.
 
-    Kernels cannot use the matrices of experts that are stored so; `pack` puts them in order.
+    Kernels cannot use expert matrices stored this way; `pack` reorders them.
     """
 
     strides: tuple[int, int]
@@ -382,7 +389,7 @@ class Halves(Moved):
 
 
 def read_landed(ref: MatrixRef, read: Callable[[Piece], bytes]) -> Bytes:
-    """Read a tensor's pieces at once, and return what they become in memory, for `Landing.matrices`.
+    """Read a tensor's pieces synchronously, and return them as they land in memory, for `Landing.matrices`.
 
     Raises:
         CheckpointError: a code or a scale is refused.
@@ -405,7 +412,7 @@ def read_landed(ref: MatrixRef, read: Callable[[Piece], bytes]) -> Bytes:
 
 
 def read_values(ref: TensorRef) -> npt.NDArray[np.float32]:
-    """A tensor's values as float32, in its shape. bfloat16 and float16 widen exactly; blocks are dequantised.
+    """Return a tensor's values as float32, in its shape. bfloat16 and float16 widen exactly; blocks are dequantised.
 
     Raises:
         CheckpointError: the file has changed.   UnsupportedModel: no kernel reads the tensor's type.
@@ -435,9 +442,9 @@ def read_values(ref: TensorRef) -> npt.NDArray[np.float32]:
 
 
 def _steps(ref: MatrixRef, most_values: int) -> Iterator[tuple[int, int]]:
-    """Rows of a matrix, about `most_values` at a time: the first, and how many.
+    """Yield rows of a matrix, about `most_values` values at a time: the first row, and how many.
 
-    Only the last step has part of a panel, so that concatenated slices equal the matrix converted in one piece.
+    Only the last step may contain part of a panel, so that concatenated slices equal the matrix converted at once.
     """
     together = F8_BLOCK if ref.format == "f8" else PANEL_ROWS
     step = max(together, most_values // max(1, ref.cols) // together * together)
@@ -457,7 +464,7 @@ def in_halves(rows: npt.NDArray[_Value], num_heads: int) -> npt.NDArray[_Value]:
 def taps_first(rows: npt.NDArray[_Value], num_taps: int) -> npt.NDArray[_Value]:
     """Reorder the columns of a convolution's weight [rows, channels * taps] to [rows, taps * channels].
 
-    Frames and pixels have their channels side by side, so what lies under a kernel is then copied in long runs.
+    Frames and pixels store their channels side by side, so the values under a kernel are then copied in long runs.
     """
     return np.ascontiguousarray(rows.reshape(len(rows), -1, num_taps).swapaxes(1, 2)).reshape(rows.shape)
 

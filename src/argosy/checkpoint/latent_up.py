@@ -1,21 +1,21 @@
-"""Split the matrix that turns latent vectors into keys and values in two, as absorbed attention needs it.
+"""Split the matrix that turns latent vectors into keys and values, as absorbed attention needs it.
 
     kv_up [heads * (key + value), rank]  ->  k_up [heads * rank, key]    the key half of each head, transposed
                                              v_up [heads * value, rank]  the value half of each head
 
-Absorbed attention multiplies a query with the transposed key half, so memory holds the transpose and not the key half:
-each weight is stored once, and both products read rows in order.
+Absorbed attention multiplies a query by the transposed key half, so memory holds the transpose instead of the key
+half: each weight is stored once, and both products read rows in order.
 
 - Float formats keep their bits.
-- f8 has scales for square blocks: it keeps its bits where each half of a head is whole blocks, and becomes float32
-  elsewhere.
+- f8 has scales for square blocks: it keeps its bits if each half of a head is whole blocks, and otherwise becomes
+  float32.
 - Groups of other quantised weights run along the rank and cannot be transposed without requantising. The key half
-  becomes float16, which is off by at most a thirtieth of a quantisation step of q8, and by less for the others. The
-  value half is unchanged where each half of a head is whole panels; elsewhere it becomes float16, too.
+  becomes float16, which is off by at most a thirtieth of a quantisation step for q8, and by less for other formats.
+  The value half is unchanged if each half of a head is whole panels; otherwise it also becomes float16.
 
 Packs store the two halves; for all other sources the split happens while the matrix lands.
 
-Elsewhere: `landing.py` calls this; the arithmetic is native/ops/latent_attention.h.
+Elsewhere: `landing.py` calls this; native/ops/latent_attention.h does the arithmetic.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class KeyValueMatrix(NamedTuple):
 
 
 def split_shapes(kv_up: KeyValueMatrix) -> tuple[MatrixShape, MatrixShape]:
-    """The shapes of k_up and v_up."""
+    """Return the shapes of k_up and v_up."""
     format, head, rank = kv_up
     whole_format: Format = "f32" if format == "f8" else "f16"
     value_format: Format = format if _is_cut_between_heads(kv_up) else whole_format
@@ -65,7 +65,7 @@ def split_shapes(kv_up: KeyValueMatrix) -> tuple[MatrixShape, MatrixShape]:
 
 
 def passing_bytes(kv_up: KeyValueMatrix) -> int:
-    """Bytes of memory that `split` takes in addition to its input and its outputs."""
+    """Return the bytes that `split` takes in addition to its input and its outputs."""
     key, value = split_shapes(kv_up)
     if key.format == kv_up.format:
         return 0

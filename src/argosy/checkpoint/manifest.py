@@ -9,13 +9,13 @@
     DIR/metadata.gguf         instead of these copies if the pack was made from a GGUF: its metadata, without tensors
 
 Records follow each other, layer by layer and expert by expert, at multiples of 4096, the block size that unbuffered
-reads need. In a divided pack, so they do in the file of each share (`shards.py`). Inside a record each matrix starts at
-a multiple of 64. All records of a layer have the same layout; if formats differ between layers, the manifest lists the
-formats of gate, up and down for each layer with experts. A directory without a manifest is not a pack, so an unfinished
-pack never opens. The manifest is checked like any other file: sizes and shapes must follow from the config, ranges must
-lie inside the files, and its own BLAKE3 must match.
+reads need. The same holds in each file of a divided pack (`shards.py`). Inside a record each matrix starts at a
+multiple of 64. All records of a layer have the same layout; if formats differ between layers, the manifest lists the
+formats of gate, up and down for each layer with experts. A directory without a manifest is not a pack, so an
+unfinished pack never opens. The manifest is checked like any other file: sizes and shapes must follow from the config,
+ranges must lie inside the files, and its own BLAKE3 must match.
 
-A worker that runs some shards only may have a part of the directory: the manifest, config.json, the files of these
+A worker that runs only some shards may have a part of the directory: the manifest, config.json, the files of these
 shards, and dense.bin if experts have biases.
 
 Elsewhere: `pack.py` writes packs; the code that reads a record verifies its checksum.
@@ -55,11 +55,11 @@ FILE_ALIGNMENT = 4096
 MATRIX_ALIGNMENT = _native.MATRIX_ALIGNMENT
 STORED_FORMATS: tuple[Format, ...] = get_args(Format)
 
-Progress = Callable[[str, float], None]  # the current task, and the share of it that is done
+Progress = Callable[[str, float], None]  # the current task, and the finished share of it
 
 
 def expert_file(share: int, num_shares: int) -> str:
-    """The file with the experts of a share, 1 to `num_shares`."""
+    """Return the name of the file with the experts of a share, 1 to `num_shares`."""
     return EXPERTS_FILE if num_shares == 1 else f"experts-{share}-of-{num_shares}.bin"
 
 
@@ -78,7 +78,7 @@ class RecordLayout:
 
 
 def record_layout(config: ModelConfig, formats: ExpertFormats) -> RecordLayout:
-    """The record layout of a model's experts, given the formats of gate, up and down."""
+    """Compute the record layout of a model's experts, given the formats of gate, up and down."""
     matrices = []
     at = 0
     for format, (rows, cols) in zip(formats, expert_shapes(config), strict=True):
@@ -92,7 +92,7 @@ def record_layout(config: ModelConfig, formats: ExpertFormats) -> RecordLayout:
 def lay_out_experts(
     config: ModelConfig, formats_of: Callable[[int], ExpertFormats], *, num_shares: int
 ) -> Iterator[tuple[tuple[int, int], str, int, RecordLayout]]:
-    """((layer, expert), file, offset, layout) of every record of a pack, in order."""
+    """Yield ((layer, expert), file, offset, layout) of every record of a pack, in order."""
     ends = [0] * num_shares
     for layer in config.moe_layers:
         layout = record_layout(config, formats_of(layer))
@@ -103,7 +103,7 @@ def lay_out_experts(
 
 
 def lay_out_dense(config: ModelConfig, format_of: Callable[[str], Format], path: Path) -> list[MatrixRef]:
-    """The dense matrices of a pack, one after another in `path`."""
+    """Return the dense matrices of a pack, one after another in `path`."""
     refs = []
     at = 0
     for name, shape in dense_shapes(config):
@@ -124,13 +124,13 @@ class Manifest:
     dense_formats: Mapping[str, Format]
     dense_checksums: Mapping[str, int]
     expert_formats: Mapping[int, ExpertFormats]  # by layer
-    num_shares: int  # files that experts are divided into
+    num_shares: int  # number of files of experts
     expert_checksums: list[int]  # in record order
     encoder_checksums: Mapping[str, int]  # by tensor; empty if the pack has no encoders
     files: Mapping[str, tuple[int, str]]  # name -> bytes, BLAKE3
 
     def to_bytes(self) -> bytes:
-        """The contents of the file. Equal manifests give equal bytes."""
+        """Return the contents of the file. Equal manifests give equal bytes."""
         contents: dict[str, object] = {
             "format": self.format,
             "config": asdict(self.config),
@@ -151,7 +151,9 @@ class Manifest:
         return (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()
 
     def _formats_to_json(self) -> object:
-        """One format if all matrices of all experts share it; otherwise gate, up and down per layer with experts."""
+        """Return one format if all matrices of all experts share it; otherwise gate, up and down per layer with
+        experts.
+        """
         formats = {format for three in self.expert_formats.values() for format in three}
         if len(formats) == 1:
             return formats.pop()
@@ -162,7 +164,7 @@ def read_manifest(directory: Path) -> Manifest:
     """Read `argosy.json` and prove that it is intact.
 
     Raises:
-        CheckpointError: it is missing, damaged, malformed or of another version.
+        CheckpointError: the file is missing, damaged, malformed or of another version.
     """
     path = directory / MANIFEST_FILE
     raw = read_object(path)
@@ -226,13 +228,13 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def open_pack(directory: str | Path, *, shards: int = ALL_SHARDS) -> ModelFiles | None:
-    """The pack in `directory`, or None if it is not one.
+    """Open the pack in `directory`; return None if it is not a pack.
 
     Args:
-        shards: the shards whose experts will be read. For a part of them, files that these do not need may be missing.
+        shards: the shards whose experts will be read. Files that these shards do not need may be missing.
 
     Raises:
-        CheckpointError: it is an unfinished pack, or its manifest and files do not match.
+        CheckpointError: the pack is unfinished, or its manifest and files do not match.
     """
     directory = Path(directory)
     if directory.name.endswith(PARTIAL_SUFFIX):
@@ -251,7 +253,7 @@ def open_pack(directory: str | Path, *, shards: int = ALL_SHARDS) -> ModelFiles 
         odd = sorted(set(expected) ^ set(manifest.dense_formats))[0]
         fault = "does not have" if odd in expected else "has an unexpected"
         raise CheckpointError(f"{MANIFEST_FILE} {fault} tensor {quote(odd)}", path=directory, tensor=odd)
-    num_records = len(config.moe_layers) * config.num_experts  # checked before that many records are laid out
+    num_records = len(config.moe_layers) * config.num_experts  # checked before laying out that many records
     if len(manifest.expert_checksums) != num_records:
         raise CheckpointError(
             f"{MANIFEST_FILE} has checksums for {len(manifest.expert_checksums)} experts, "
@@ -285,9 +287,9 @@ def open_pack(directory: str | Path, *, shards: int = ALL_SHARDS) -> ModelFiles 
 
 
 def _open_encoders(directory: Path, manifest: Manifest) -> dict[str, TensorRef]:
-    """The tensors of encoders by name; {} if the pack has none."""
+    """Return the tensors of encoders by name; {} if the pack has none."""
     path = directory / ENCODERS_FILE
-    if ENCODERS_FILE in manifest.files and not path.exists():  # a worker's part
+    if ENCODERS_FILE in manifest.files and not path.exists():  # a worker's partial copy
         return {}
     refs = read_header(path) if ENCODERS_FILE in manifest.files else {}
     if odd := sorted(refs.keys() ^ manifest.encoder_checksums.keys()):
@@ -305,7 +307,7 @@ def _expert_files(manifest: Manifest) -> list[str]:
 
 
 def _check_files(directory: Path, manifest: Manifest, shards: int) -> None:
-    """Compare sizes with the manifest. For a part of the shards, other files may be missing, as `open_pack` says."""
+    """Compare sizes with the manifest. Files that `shards` do not need may be missing, see `open_pack`."""
     expert_files = _expert_files(manifest)
     for required in (DENSE_FILE, *expert_files):
         if required not in manifest.files:
@@ -329,7 +331,7 @@ def _check_files(directory: Path, manifest: Manifest, shards: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """The data that `verify_pack` read."""
+    """What `verify_pack` read."""
 
     directory: Path
     num_files: int
@@ -364,7 +366,7 @@ def verify_pack(directory: str | Path, progress: Progress | None = None) -> Veri
 
 
 def _locate_damage(model: ModelFiles, path: Path) -> CheckpointError:
-    """The error that names the tensor or expert whose bytes changed."""
+    """Find the error that names the tensor or expert whose bytes changed."""
     if path.name in (DENSE_FILE, ENCODERS_FILE):
         for ref in (model.dense if path.name == DENSE_FILE else model.others).values():
             if checksum_of(path, ref.offset, ref.nbytes) != ref.checksum:
@@ -384,7 +386,7 @@ def _locate_damage(model: ModelFiles, path: Path) -> CheckpointError:
 
 
 def checksum_of(path: Path, offset: int, nbytes: int) -> int:
-    """crc32c_wide of a range of a file."""
+    """Return crc32c_wide of a range of a file."""
     from argosy import _native  # imported here because opening a pack does not need it
 
     if nbytes == 0:
@@ -434,7 +436,9 @@ class _Strict:
         return value
 
     def expert_formats(self, value: object, layers: tuple[int, ...]) -> dict[int, ExpertFormats]:
-        """Formats of gate, up and down for each layer with experts, from one format for all or a list of triples."""
+        """Read formats of gate, up and down for each layer with experts, from one format for all or a list
+        of triples.
+        """
         if not isinstance(value, list):
             format = self.format(value, "experts.format")
             return dict.fromkeys(layers, (format, format, format))

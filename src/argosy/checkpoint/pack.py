@@ -10,23 +10,23 @@
 
 Tensors of encoders for pictures and sound are copied bit for bit in every format.
 
-With `num_shares`, experts are divided into files by their shards (`shards.py`), so that a worker needs one of them.
+With `num_shares`, experts are divided into files by shard (`shards.py`), so that a worker needs only one of the files.
 
 The matrix that turns latent vectors into keys and values is written in two halves, as in memory. q8 quantises the key
 half in the order in which it is multiplied; `source` writes the halves only if every weight keeps its bits
 (`latent_up.py`).
 
-Norms, biases and the rows that score experts stay float32, exactly: a rounded router does not blur a sum, it
-picks another expert. From float32 or float16, `bf16` rounds to nearest even, because it was requested by name.
-Formats in which models are released (f8, int4, mxfp4) count as exact; weights that somebody quantised later, such as
-a GGUF, are never requantised.
+Norms, biases and the rows that score experts stay float32, exactly: a rounded router does not blur a sum, it picks
+another expert. From float32 or float16, `bf16` rounds to nearest even, because it was requested by name. Formats in
+which models are released (f8, int4, mxfp4) count as exact; weights that were quantised afterwards, such as a GGUF, are
+never requantised.
 
-Memory is bounded by one record and a few slices, whatever the model's size. A pack that was killed resumes where it
-stopped: records in the journal are read again and compared with their checksums, and the rest is written. The
-manifest is written last, after the data is on the drive; then the directory gets its name.
+Memory is bounded by one record and a few slices, whatever the model's size. If `pack` is killed, the next run resumes:
+it reads the records in the journal again, compares them with their checksums, and writes the rest. The manifest is
+written last, after the data is on the drive; then the directory gets its name.
 
-Elsewhere: `pack_contents.py` says what a pack holds; `pack_conversion.py` reads and converts; `manifest.py` has the
-layout and opens packs.
+Elsewhere: `pack_contents.py` lists the contents of a pack; `pack_conversion.py` reads and converts; `manifest.py`
+defines the layout and opens packs.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class PackReport:
 
     directory: Path
     format: str
-    source_bytes: int  # dense weights, experts and encoders, before
+    source_bytes: int  # dense weights, experts and encoders of the source
     packed_bytes: int  # all files of the pack
     seconds: float
     resumed_bytes: int  # bytes of the pack that an earlier run had written
@@ -109,15 +109,15 @@ def pack(
         files: a checkpoint in place, or a pack that is not quantised.
         destination: a directory that does not exist yet; `<destination>.partial` is used until the pack is complete.
         format: bf16, q8, q4 or source.
-        num_shares: the files that experts are divided into, 1 to 64.
+        num_shares: the number of files for experts, 1 to 64.
         encoder_tensors: names in `files.others` of the tensors that encoders of pictures and sound need.
-        progress: called with the current task and the share of it that is done.
+        progress: called with the current task and its finished share.
 
     Raises:
         UsageError: the format is unknown, the source is quantised, `destination` exists, or another process is
             packing to it.
-        DiskFull: there is no room. Written data stays, and calling again continues.
-        CheckpointError: the source changed meanwhile, or holds values that are not finite numbers.
+        DiskFull: the drive is full. Written data stays, and another call continues.
+        CheckpointError: the source changed meanwhile, or contains values that are not finite numbers.
     """
     started = time.monotonic()
     destination = Path(destination)
@@ -226,14 +226,14 @@ class _Writer:
         with suppress(TimeoutError):
             self._lock = self._folder.lock(JOURNAL_FILE, wait_s=0.0, mode=0o644)
             self._open_files.callback(os.close, self._lock)
-            # Another process may have finished the pack, and renamed the directory that is open here.
+            # Another process may have finished the pack and renamed the directory that is open here.
             there = self._parent.stat(self._partial.name)
             is_ours = there is not None and os.path.samestat(there, os.fstat(self._folder.descriptor))
         if not is_ours:
             raise UsageError(f"another process is writing {self._partial}")
 
     def write_all(self) -> None:
-        """Write every unit that an earlier run did not."""
+        """Write every unit that an earlier run did not write."""
         total, done = self._contents.nbytes, self.resumed_bytes
         for unit in self._units[len(self._checksums) :]:
             checksum = self._write_unit(unit)
@@ -331,7 +331,7 @@ class _Writer:
             # This pack must not include small files of another source.
             for name in set(self._folder.names()) - {JOURNAL_FILE, *self._targets}:
                 self._folder.remove(name)
-            os.ftruncate(self._lock, 0)  # last: as long as other files are there, it says that they are ours
+            os.ftruncate(self._lock, 0)  # last: as long as other files exist, it shows that they are ours
             self._append_to_journal(header + "\n")
         for line in lines[1:]:
             unit = self._units[len(self._checksums)] if len(self._checksums) < len(self._units) else None
@@ -350,9 +350,10 @@ class _Writer:
             os.ftruncate(descriptor, max(ends, default=0))
 
     def _require_ours(self) -> None:
-        """Refuse a directory of someone else, before anything in it changes.
+        """Refuse a directory that is not ours, before changing anything in it.
 
-        Without a header in the journal, which a power cut may have damaged, it may hold only what this pack writes.
+        If the journal lacks a header, which a power cut may have damaged, the directory may hold only files that this
+        pack writes.
         """
         lines = self._read_journal()
         if lines and _parsed_header(lines[0], self._partial) is not None:
@@ -400,14 +401,14 @@ class _Writer:
         return f"{self._files.path} changed since the unfinished pack was started"
 
     def _encoders_digest(self) -> str | None:
-        """Digest of the header of the encoders' file, which fixes the place of each tensor."""
+        """Return the digest of the header of the encoders' file, which fixes the place of each tensor."""
         header = self._contents.encoder_header
         return None if header is None else blake3.blake3(header).hexdigest()
 
     def _source_fingerprint(self) -> list[list[object]]:
-        """Name, size and modification time of every source file of the pack."""
+        """Return name, size and modification time of every source file of the pack."""
         paths = {path for unit in self._units for path in unit.paths} | set(self._copied)
-        if self._files.path.is_file():  # the first part of a GGUF may have no tensors
+        if self._files.path.is_file():  # the first part of a GGUF may contain no tensors
             paths.add(self._files.path)
         found: list[list[object]] = []
         for path in sorted(paths):
@@ -415,7 +416,7 @@ class _Writer:
                 status = path.stat()
                 found.append([path.name, status.st_size, status.st_mtime_ns])
             except OSError:
-                found.append([path.name, None, None])  # missing, so it differs from before
+                found.append([path.name, None, None])  # missing, so it has changed
         return found
 
     # Files
@@ -432,7 +433,7 @@ class _Writer:
         raise error
 
     def _smaller_formats(self, free_bytes: int) -> list[str]:
-        """Options for packs that fit in `free_bytes`."""
+        """Return options for packs that fit in `free_bytes`."""
         found = []
         for format in PACK_FORMATS:
             if format in ("source", self._format) or quantised_formats(self._files):
@@ -496,7 +497,7 @@ class _Writer:
 
 
 def _parsed_header(line: str, path: Path) -> dict[str, object] | None:
-    """The first line of a journal; None: no `pack` wrote it."""
+    """Parse the first line of a journal; return None if no `pack` wrote it."""
     with suppress(CheckpointError):
         header = parse_object(line.encode("utf-8", "replace"), path)
         if header.keys() == {"version", "format", "source", "encoders", "num_shares"}:

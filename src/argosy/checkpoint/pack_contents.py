@@ -1,6 +1,6 @@
-"""What a pack holds: its units in the order of writing, each with its sources, and the small files beside them.
+"""List the contents of a pack: its units in the order of writing, each with its sources, and the small files.
 
-Elsewhere: `manifest.py` has the layout; `pack.py` writes the units; `pack_conversion.py` converts matrices.
+Elsewhere: `manifest.py` defines the layout; `pack.py` writes the units; `pack_conversion.py` converts matrices.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ class Unit:
     nbytes: int
     end: int  # end of the unit, padding included
     parts: tuple[tuple[Source, Format, int], ...] = ()  # source, format to write, offset inside
-    copied: TensorRef | bytes = b""  # written unchanged if there are no parts
+    copied: TensorRef | bytes = b""  # copied unchanged if there are no parts
 
     @property
     def paths(self) -> set[Path]:
-        """The source files that it is read from."""
+        """The source files of the unit."""
         if isinstance(self.copied, TensorRef):
             return {self.copied.path}
         return {piece.path for source, _, _ in self.parts for piece in source.ref.pieces}
@@ -91,7 +91,7 @@ class Contents:
 
     @property
     def experts(self) -> slice:
-        """The units of experts."""
+        """The units that are experts."""
         return slice(len(self.dense), len(self.units) - self.num_encoder_units)
 
     def expert_formats(self) -> dict[int, ExpertFormats]:
@@ -114,7 +114,7 @@ class Contents:
 
 
 def contents_of(files: ModelFiles, format: str, num_shares: int, encoders: list[TensorRef]) -> Contents:
-    """The contents of a pack of `files`; `encoders` are the tensors of encoders that go with it."""
+    """List the contents of a pack of `files`; `encoders` are the tensors of encoders to include."""
     config = config_of_pack(files, format)
     units = []
 
@@ -155,7 +155,7 @@ def contents_of(files: ModelFiles, format: str, num_shares: int, encoders: list[
 
 
 def config_of_pack(files: ModelFiles, format: str) -> ModelConfig:
-    """The config that describes the pack's tensors: the source's, except where kv_up is written in two halves."""
+    """Return the config that describes the pack's tensors: the source's, unless kv_up is written in two halves."""
     if format != "source":
         return packed_config(files.config)
     stored = [ref for name, ref in files.dense.items() if name.endswith(".kv_up")]
@@ -166,7 +166,7 @@ def config_of_pack(files: ModelFiles, format: str) -> ModelConfig:
 
 
 def _encoder_units(tensors: list[TensorRef]) -> list[Unit]:
-    """A safetensors file of these tensors; none if there are no tensors."""
+    """Return the units of a safetensors file with these tensors; empty if there are no tensors."""
     if not tensors:
         return []
     header = safetensors_header((ref.name, *_in_safetensors(ref)) for ref in tensors)
@@ -178,7 +178,9 @@ def _encoder_units(tensors: list[TensorRef]) -> list[Unit]:
 
 
 def _in_safetensors(ref: TensorRef) -> tuple[str, tuple[int, ...]]:
-    """Type and shape of a tensor: blocks of a GGUF file, which safetensors has no type for, are rows of bytes."""
+    """Return type and shape of a tensor: blocks of a GGUF file, for which safetensors lacks a type, are
+    rows of bytes.
+    """
     if ref.dtype in DTYPE_BITS:
         return ref.dtype, ref.shape
     *rows, _ = ref.shape
@@ -186,7 +188,7 @@ def _in_safetensors(ref: TensorRef) -> tuple[str, tuple[int, ...]]:
 
 
 def _dense_source(files: ModelFiles, name: str) -> Source:
-    """The source of a dense tensor. k_up and v_up come from kv_up if the source does not have them."""
+    """Find the source of a dense tensor. k_up and v_up come from kv_up if the source lacks them."""
     if (ref := files.dense.get(name)) is None:
         layer, _, last = name.rpartition(".")
         ref = files.dense[f"{layer}.kv_up"]
@@ -195,7 +197,9 @@ def _dense_source(files: ModelFiles, name: str) -> Source:
 
 
 def quantised_formats(files: ModelFiles) -> str:
-    """The quantised formats that rule out requantising: those of the experts, else of the dense matrices; or ''."""
+    """Return the quantised formats that rule out requantising: of the experts, otherwise of the dense
+    matrices; or ''.
+    """
     experts = {format for layer in files.config.moe_layers for format in files.expert_formats(layer)}
     for formats in (experts, {ref.format for ref in files.dense.values()}):
         if quantised := sorted(
@@ -206,7 +210,7 @@ def quantised_formats(files: ModelFiles) -> str:
 
 
 def goes_with_weights(name: str) -> bool:
-    """Whether a file belongs to config, tokenizer, processors or licence of a model."""
+    """Whether a file belongs to a model's config, tokenizer, processors or licence."""
     return name in _COPIED_NAMES or is_licence(name)
 
 
@@ -215,7 +219,7 @@ def is_licence(name: str) -> bool:
 
 
 def files_to_copy(path: Path) -> list[Path]:
-    """The files of config, tokenizer, processors and licence that a model has; of a GGUF only the licence."""
+    """Return a model's files of config, tokenizer, processors and licence; for a GGUF only the licence."""
     directory = path if path.is_dir() else path.parent
     names = sorted(entry.name for entry in directory.iterdir())
     if path.is_dir():
@@ -226,7 +230,7 @@ def files_to_copy(path: Path) -> list[Path]:
     for found in paths:
         try:
             found.name.encode()
-        except UnicodeEncodeError:  # the manifest, which is JSON, could not be read again
+        except UnicodeEncodeError:  # the manifest, which is JSON, would be unreadable
             raise CheckpointError(
                 f"{quote(found.name)}: its name is not UTF-8 text", hint="rename it", path=found
             ) from None
@@ -238,7 +242,9 @@ def files_to_copy(path: Path) -> list[Path]:
 
 
 def files_to_make(files: ModelFiles, *, has_encoders: bool) -> dict[str, bytes]:
-    """Files that are not copied as they are: the metadata of a GGUF and of its vision tower; a pooling module."""
+    """Make the files that are not plain copies: the metadata of a GGUF and of its vision tower, and a
+    pooling module.
+    """
     if files.path.is_dir():
         return _pooling_file(files.path)
     made = {GGUF_METADATA_FILE: metadata_only(read_gguf(files.path))}
@@ -248,8 +254,8 @@ def files_to_make(files: ModelFiles, *, has_encoders: bool) -> dict[str, bytes]:
 
 
 def _pooling_file(directory: Path) -> dict[str, bytes]:
-    """The configuration of an embedding model's pooling module; in the checkpoint it has its own directory."""
-    # Opening the pack says why, from the copied list of modules.
+    """Find the configuration of an embedding model's pooling module, which has its own directory in the checkpoint."""
+    # Opening the pack reports the fault, from the copied list of modules.
     with suppress(UnsupportedModel, CheckpointError):
         if (path := pooling_config(directory)) is not None:
             with open_regular(path) as (descriptor, size):

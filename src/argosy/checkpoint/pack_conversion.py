@@ -1,6 +1,6 @@
 """Read the tensors of a checkpoint for a pack, some rows at a time, and convert them.
 
-Elsewhere: `landing.py` knows how matrices are stored; `native/kernels/` has the arithmetic of q8 and q4.
+Elsewhere: `landing.py` knows how matrices are stored; `native/kernels/` does the arithmetic of q8 and q4.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from argosy.checkpoint.untrusted_file import open_regular, read_at
 from argosy.config import Format
 from argosy.errors import CheckpointError
 
-_SLICE_VALUES = 1 << 20  # values of a matrix that are read and converted at once
-_COPY_BYTES = 4 << 20  # bytes of a tensor that are copied at once
+_SLICE_VALUES = 1 << 20  # values of a matrix read and converted at once
+_COPY_BYTES = 4 << 20  # bytes of a tensor copied at once
 
 
 class Conversion:
@@ -38,7 +38,7 @@ class Conversion:
         self._open_files.close()
 
     def matrix(self, source: Source, format: Format) -> Iterator[tuple[int, Bytes]]:
-        """Slices of a matrix in another format, each with its offset in the result."""
+        """Yield slices of a matrix in another format, each with its offset in the result."""
         for first, ref in source.ref.landing.slices(source.ref, _SLICE_VALUES):
             landed = read_landed(ref, self._read)
             if format == ref.format:
@@ -52,7 +52,7 @@ class Conversion:
                 yield start, self._convert_values(ref, values, format)
 
     def _convert_values(self, ref: MatrixRef, values: Float32, format: Format) -> Bytes:
-        """Rows of a matrix [rows, cols] in another format.
+        """Convert rows of a matrix [rows, cols] to another format.
 
         Raises:
             CheckpointError: a value is not a number, or is too large for the format.
@@ -89,7 +89,7 @@ class Conversion:
         return descriptor
 
     def copied(self, unit: Unit) -> Iterator[tuple[int, Bytes]]:
-        """Slices of a tensor or a header, each with its offset in it."""
+        """Yield slices of a tensor or a header, each with its offset."""
         if isinstance(unit.copied, bytes):
             yield 0, np.frombuffer(unit.copied, np.uint8)
             return

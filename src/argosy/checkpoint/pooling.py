@@ -1,7 +1,7 @@
-"""How a checkpoint pools hidden states into an embedding, where its files say so.
+"""Read how a checkpoint pools hidden states into an embedding, if its files say so.
 
     modules.json, 1_Pooling/config.json  (sentence-transformers)  ──┐
-    modules.json, pooling.json           (a pack of that)         ──┼──>  "mean", "last", or None: nothing is said
+    modules.json, pooling.json           (a pack of that)         ──┼──>  "mean", "last", or None: not declared
     <architecture>.pooling_type          (GGUF)                   ──┘
 
 Elsewhere: `engine/pooling.py` pools.
@@ -26,7 +26,7 @@ POOLING_FILE = "pooling.json"  # in a pack: the configuration of its pooling mod
 _PREFIX = "pooling_mode_"
 _NAMES: dict[str, Pooling] = {"mean": "mean", "mean_tokens": "mean", "lasttoken": "last"}
 _GGUF_NAMES = ("none", "mean", "cls", "last", "rank")
-_KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")  # every embedding is normalised
+_KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")  # no effect: every embedding is normalised
 _MODULE_PATH = re.compile(r"[A-Za-z0-9_-]{1,64}")
 # The name of a module's file in a checkpoint.
 MODULE_CONFIG = re.compile(rf"{_MODULE_PATH.pattern}/config\.json")
@@ -34,10 +34,10 @@ _HINT = "`--pooling mean` or `--pooling last` pools in that way anyway"
 
 
 def declared_pooling(files: ModelFiles) -> Pooling | None:
-    """The pooling that a checkpoint declares; None if it declares none.
+    """Return the pooling that a checkpoint declares, or None.
 
     Raises:
-        UnsupportedModel: it declares another pooling, or a layer after it.   CheckpointError: a file is malformed.
+        UnsupportedModel: it declares another pooling, or a further layer.   CheckpointError: a file is malformed.
     """
     path = files.path
     if not path.is_dir():
@@ -51,7 +51,7 @@ def declared_pooling(files: ModelFiles) -> Pooling | None:
 
 
 def pooling_config(directory: Path) -> Path | None:
-    """The file with the configuration of a checkpoint's pooling module, if it has one.
+    """Return the file that configures a checkpoint's pooling module, if it has one.
 
     Raises: what `declared_pooling` raises.
     """

@@ -50,10 +50,10 @@ class TensorRef:
     nbytes: int
     dtype: str
     shape: tuple[int, ...]
-    checksum: int | None = None  # crc32c_wide of the bytes; packs have one
+    checksum: int | None = None  # crc32c_wide of the bytes; only packs have it
 
     def at(self, index: int) -> TensorRef:
-        """One of the tensors that it stacks along its first axis."""
+        """Return one of the tensors that it stacks along its first axis."""
         nbytes = self.nbytes // self.shape[0]
         return TensorRef(
             self.name, self.path, self.offset + index * nbytes, nbytes, self.dtype, self.shape[1:]
@@ -61,7 +61,7 @@ class TensorRef:
 
 
 def open_tensors(directory: Path) -> dict[str, TensorRef]:
-    """Every tensor of the checkpoint in `directory`, by name.
+    """Return every tensor of the checkpoint in `directory`, by name.
 
     Raises:
         CheckpointError: there is no checkpoint, or it breaks a rule in this module's docstring.
@@ -82,7 +82,7 @@ def open_tensors(directory: Path) -> dict[str, TensorRef]:
 
 
 def read_header(path: Path) -> dict[str, TensorRef]:
-    """Every tensor of one safetensors file, in the order of their bytes.
+    """Return every tensor of one safetensors file, in the order of their bytes.
 
     Raises:
         CheckpointError: the header contradicts the file, or cannot be read.
@@ -253,7 +253,7 @@ def _exists(path: Path) -> bool:
 
 
 def _nothing_to_read(directory: Path) -> CheckpointError:
-    """The error for a directory without safetensors: the files looked for, and the files found instead."""
+    """Return the error for a directory without safetensors: the files expected, and the files found instead."""
     looked_for = f"{directory} holds no safetensors: looked for {SINGLE_FILE} and {INDEX_FILE}"
     names = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
     for name in names:

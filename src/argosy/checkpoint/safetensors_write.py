@@ -3,8 +3,8 @@
     (name, dtype, shape, read) ...  ->  header from the shapes  ->  one tensor at a time  ->  fsync
 
 The format puts the header first, so all shapes must be known before the first byte of data exists; `read` is
-called once for each tensor, in order. Tensors are stored in the given order: list tensors that are read together
-side by side.
+called once for each tensor, in order. Tensors are stored in the given order: list tensors that are read together next
+to each other.
 
 Elsewhere: `safetensors.py` reads the format. The caller renames a finished directory to make it visible at once.
 """
@@ -41,7 +41,7 @@ def write_safetensors(
 
     Raises:
         ValueError: a name appears twice, a dtype is unknown, or `read` returned the wrong number of bytes.
-        OSError: the drive failed; the unfinished file stays there.
+        OSError: the drive failed; the unfinished file remains.
     """
     planned = list(tensors)
     header = safetensors_header(((name, dtype, shape) for name, dtype, shape, _ in planned), metadata)
@@ -59,7 +59,8 @@ def write_safetensors(
 def safetensors_header(
     tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
 ) -> bytes:
-    """The bytes of a file before its first tensor; `tensors` are names, dtypes and shapes, in the order of their bytes.
+    """Return the bytes of a file before its first tensor; `tensors` are names, dtypes and shapes, in order of their
+    bytes.
 
     Raises:
         ValueError: a name appears twice, or a dtype is unknown.
@@ -84,10 +85,10 @@ def _num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def encode(values: npt.NDArray[np.floating], dtype: str) -> bytes:
-    """The bytes of `values` as `dtype`: F32, F16 or BF16, rounded to nearest even.
+    """Return the bytes of `values` as `dtype`: F32, F16 or BF16, rounded to nearest even.
 
     Raises:
-        ValueError: another dtype, or a number that the dtype cannot hold.
+        ValueError: the dtype is another one, or cannot hold a number.
     """
     if dtype == "BF16":
         encoded: npt.NDArray[np.generic] = to_bfloat16_bits(values)

@@ -1,13 +1,13 @@
-"""How a checkpoint's makers want its tokens to be chosen, where its files say so.
+"""Read how a checkpoint's makers want tokens to be chosen, if its files say so.
 
     Ollama's params layer    temperature, top_k, repeat_penalty ...            ──┐
     generation_config.json   do_sample, temperature, repetition_penalty ...    ──┼──>  SamplingDefaults
     GGUF metadata            general.sampling.temp, .top_k, .penalty_repeat    ──┘
 
-A checkpoint that says anything is taken at its word: what it leaves out has no effect. A value that is wrong or
-unsupported leaves a note and no trace in the answers, so a careless file still runs.
+If a checkpoint declares anything, its declaration is complete: samplers that it leaves out are off. An invalid or
+unsupported value leaves a note and does not affect answers, so a careless file still runs.
 
-Elsewhere: a request's own parameters go first, and an operator's options second (`config.SamplingParams.fill_in`).
+Elsewhere: a request's own parameters come first, and an operator's options second (`config.SamplingParams.fill_in`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _NAMES = {
     "penalty_present": "presence_penalty",
     "penalty_freq": "frequency_penalty",
 }
-# Samplers that Argosy lacks -> the values with which they do nothing. Other fields do not choose tokens.
+# Samplers that Argosy lacks -> the values that turn them off. Other fields do not choose tokens.
 _LACKING: Mapping[str, tuple[float, ...]] = {
     "num_beams": (1,), "num_beam_groups": (1,), "penalty_alpha": (0,), "no_repeat_ngram_size": (0,),
     "encoder_no_repeat_ngram_size": (0,), "typical_p": (1,), "typ_p": (1,), "tfs_z": (1,), "epsilon_cutoff": (0,),
@@ -50,7 +50,7 @@ _LACKING: Mapping[str, tuple[float, ...]] = {
 
 
 def declared_sampling(files: ModelFiles) -> SamplingDefaults:
-    """The defaults that a checkpoint declares, or Argosy's own if it declares none.
+    """Return the defaults that a checkpoint declares, or Argosy's own if it declares none.
 
     Raises:
         CheckpointError: a file is malformed.
@@ -88,7 +88,7 @@ def declared_sampling(files: ModelFiles) -> SamplingDefaults:
 
 
 def _said(files: ModelFiles) -> tuple[str, dict[str, object]]:
-    """The name of the source, and its fields."""
+    """Return the name of the source, and its fields."""
     path = files.path
     if path.is_dir():
         if (path / GENERATION_FILE).is_file():
@@ -109,17 +109,17 @@ def _of_gguf(file: GgufFile) -> tuple[str, dict[str, object]]:
 
 
 def _checked(name: str, value: object) -> float:
-    """The value of a field.
+    """Check the value of a field.
 
     Raises:
-        UsageError: it is no number, or out of bounds.
+        UsageError: the value is not a number, or out of bounds.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise UsageError("it must be a number")
     if name == "top_k":
         if value != int(value):
             raise UsageError("it must be a whole number")
-        value = int(value) if 0 < value < 2**31 else 0  # -1, and more than any vocabulary: all tokens
+        value = int(value) if 0 < value < 2**31 else 0  # -1, or a number above any vocabulary: all tokens
     SamplingParams.asked({name: value})  # checks the bounds
     return value
 

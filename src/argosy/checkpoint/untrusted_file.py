@@ -2,9 +2,9 @@
 
     path   ->  read_object            ->  a plain dict, or one CheckpointError that names the file
     bytes  ->  parse_object           ->  the same, for JSON that is part of a file
-    path   ->  open_regular, read_at  ->  bytes of a regular file that is as long as it says
+    path   ->  open_regular, read_at  ->  bytes of a regular file of the stated length
 
-Only regular files of a bounded size are opened (a link to one is fine: hub caches are made of links).
+Only regular files of bounded size are opened, directly or through a link: hub caches consist of links.
 
 Elsewhere: `strict_json.py` decides which JSON is accepted; `safetensors.py`, `pack.py` and `model/families/` interpret
 the keys.
@@ -27,7 +27,7 @@ _LONGEST_QUOTE = 120
 
 
 def quote(value: object) -> str:
-    """`value` as one short printable line; text from a file may contain anything."""
+    """Format `value` as one short printable line; text from a file may contain anything."""
     text = value if isinstance(value, str) else repr(value)
     shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[: _LONGEST_QUOTE + 1])
     return shown if len(text) <= _LONGEST_QUOTE else shown[:_LONGEST_QUOTE] + "..."
@@ -38,7 +38,7 @@ def open_regular(path: Path) -> Iterator[tuple[int, int]]:
     """Open `path` for reading and yield (file descriptor, size in bytes).
 
     Raises:
-        CheckpointError: it is missing, a link that leads nowhere, unreadable, or not a regular file.
+        CheckpointError: the file is missing, a dangling link, unreadable, or not a regular file.
     """
     try:
         # O_NONBLOCK: opening a named pipe must not block before fstat can refuse it.
@@ -85,11 +85,11 @@ def parse_object(data: bytes, path: Path, what: str = "") -> dict[str, object]:
 
     Args:
         data: the text, in UTF-8.
-        path: the file it came from, named in errors.
+        path: the file that contained it, named in errors.
         what: the part of that file, for example "header"; empty for the whole file.
 
     Raises:
-        CheckpointError: `data` is anything else, or JSON that two readers might read in two ways.
+        CheckpointError: `data` is anything else, or JSON that readers could interpret differently.
     """
     subject = f"{path.name}: the {what}" if what else path.name
     try:
@@ -103,7 +103,7 @@ def parse_object(data: bytes, path: Path, what: str = "") -> dict[str, object]:
 
 
 def read_object(path: Path) -> dict[str, object]:
-    """The object in a small JSON file, such as `config.json`."""
+    """Read the object in a small JSON file, such as `config.json`."""
     with open_regular(path) as (descriptor, size):
         if size > JSON_LIMIT_BYTES:
             raise CheckpointError(
@@ -113,6 +113,6 @@ def read_object(path: Path) -> dict[str, object]:
 
 
 def kind_of(value: object) -> str:
-    """The JSON type of `value`, with its article."""
+    """Return the JSON type of `value`, with its article."""
     kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
     return "null" if value is None else kinds.get(type(value), "an object")

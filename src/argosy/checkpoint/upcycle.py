@@ -77,7 +77,7 @@ def upcycle(
     Args:
         dense_path: directory with config.json and safetensors, or a GGUF file.
         width: neurons of a routed expert; `num_experts * width` dense neurons are copied, each once.
-        progress: called with the current task and the share of it that is done, 0 to 1.
+        progress: called with the current task and its finished share, 0 to 1.
 
     Returns:
         destination: complete; the directory gets its name only when it is complete.
@@ -119,7 +119,7 @@ def routed_starts(
 def start_of_experts(
     dense: DenseModel, layer: int, start: tuple[npt.NDArray[np.int64], Float32]
 ) -> RoutedExperts:
-    """The routed experts of a layer before training: copied neurons whose output is still zero."""
+    """Return the routed experts of a layer before training: copied neurons whose output is still zero."""
     neuron_ids, router = start
     num_experts, width = neuron_ids.shape
     return RoutedExperts(
@@ -145,7 +145,7 @@ def write_mixture(
     Args:
         experts_of: returns the routed experts of a layer; called once per layer, in order.
         shape: number of experts, experts per token, width.
-        more_config, more_tensors: for an encoder beside the text.
+        more_config, more_tensors: for an encoder of media.
     """
     num_experts, experts_per_token, width = shape
     config = mixture_config(dense, num_experts=num_experts, experts_per_token=experts_per_token, width=width)
@@ -158,7 +158,7 @@ def write_mixture(
 def mixture_config(
     dense: DenseModel, *, num_experts: int, experts_per_token: int, width: int
 ) -> dict[str, Any]:
-    """The config.json of the mixture, with the keys of `Qwen2MoeConfig`."""
+    """Return the config.json of the mixture, with the keys of `Qwen2MoeConfig`."""
     taken = (
         "bos_token_id", "eos_token_id", "pad_token_id", "hidden_size", "intermediate_size",
         "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
@@ -217,8 +217,8 @@ def write_tokenizer_files(
 def new_directory(destination: Path) -> Iterator[Path]:
     """A scratch directory that is renamed to `destination` if the block succeeds, and removed if it fails.
 
-    It is locked while the block runs. A scratch directory that a killed process left for the same destination is
-    removed first.
+    The directory is locked while the block runs. A scratch directory that a killed process left for the same
+    destination is removed first.
 
     Raises:
         UsageError: `destination` exists.
@@ -234,8 +234,8 @@ def new_directory(destination: Path) -> Iterator[Path]:
         scratch = _locked_scratch(parent, destination.name)
         try:
             yield scratch.path
-            os.fchmod(scratch.descriptor, 0o755)  # it was made private
-            for path in scratch.path.iterdir():  # everything is on the drive before it gets its name
+            os.fchmod(scratch.descriptor, 0o755)  # the directory was created private
+            for path in scratch.path.iterdir():  # on the drive before the directory gets its name
                 sync(path)
             scratch.sync()
             parent.move(scratch.path.name, destination.name)
@@ -246,7 +246,7 @@ def new_directory(destination: Path) -> Iterator[Path]:
 
 
 def remove_abandoned(parent: Directory, names: re.Pattern[str]) -> None:
-    """Remove the scratch directories of these names that no process has locked."""
+    """Remove scratch directories with these names that no process has locked."""
     for name in filter(names.fullmatch, parent.names()):
         with suppress(OSError), parent.directory(name) as scratch:
             fcntl.flock(scratch.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -254,7 +254,7 @@ def remove_abandoned(parent: Directory, names: re.Pattern[str]) -> None:
 
 
 def _locked_scratch(parent: Directory, name: str) -> Directory:
-    """A new private directory, locked as long as it is open."""
+    """Create a private directory, locked as long as it is open."""
     while True:
         own = f".{name}.{secrets.token_hex(4)}{_SCRATCH_SUFFIX}"
         scratch = parent.directory(own, make=True, mode=0o700)
@@ -263,7 +263,7 @@ def _locked_scratch(parent: Directory, name: str) -> Directory:
             fcntl.flock(scratch.descriptor, fcntl.LOCK_EX)
         if parent.stat(own) is not None:
             return scratch
-        scratch.close()  # another process found it before it was locked, and removed it as abandoned
+        scratch.close()  # another process found it unlocked, and removed it as abandoned
 
 
 def _tensors(
@@ -344,7 +344,7 @@ def _encode_named(name: str, values: Float32, dtype: str) -> bytes:
 
 
 def _reporting(tensors: Iterator[TensorToWrite], progress: Progress | None) -> list[TensorToWrite]:
-    """The same tensors; each reports to `progress` when it is about to be read."""
+    """Return the same tensors; each reports to `progress` when it is about to be read."""
     planned = list(tensors)
     if progress is None:
         return planned

@@ -1,1 +1,1 @@
-"""Vocabularies and tokenizers, rebuilt from files that have them in another form than `tokenizer.json`."""
+"""Vocabularies and tokenizers, rebuilt from files other than `tokenizer.json`."""

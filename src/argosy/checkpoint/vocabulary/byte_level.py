@@ -2,10 +2,10 @@
 
     text  ->  words, by a model's patterns  ->  bytes, each spelled as a character  ->  merges  ->  tokens
 
-`WORDS` has the patterns by their GGUF names; they are the patterns of the models' own tokenizers.
+`WORDS` lists the patterns of the models' own tokenizers by their GGUF names.
 
-Elsewhere: vocabularies and merges come from `gguf_tokenizer.py` and `tiktoken_model.py`; a `tokenizer.json` has all of
-this itself.
+Elsewhere: vocabularies and merges come from `gguf_tokenizer.py` and `tiktoken_model.py`; a `tokenizer.json` contains
+all of this itself.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ _DEEPSEEK_V2 = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Words:
-    """How one `pre` prepares text: patterns apply in order, each splitting the pieces left by those before it."""
+    """How one `pre` prepares text: patterns apply in order, each splitting the pieces that earlier patterns left."""
 
     patterns: tuple[str, ...]
     is_nfc: bool = False  # text is first normalized to Unicode's composed form
@@ -77,8 +77,8 @@ class Words:
     adds_bos: bool = False
 
 
-# Names: those that llama.cpp's converter (conversion/base.py, get_vocab_base_pre) gives the tokenizers of the families
-# that run here. Flags: those of the models' tokenizer.json, even where llama.cpp has no corresponding step.
+# # Names as in llama.cpp's converter (conversion/base.py, get_vocab_base_pre), for the families that run here. Flags
+# as in the models' tokenizer.json, even if llama.cpp lacks the corresponding step.
 WORDS: Mapping[str, Words] = {
     "gpt-2": Words(patterns=(_GPT2,)),
     "olmo": Words(patterns=(_GPT2,), is_nfc=True),  # GPT-NeoX's tokenizer
@@ -90,7 +90,7 @@ WORDS: Mapping[str, Words] = {
     "minimax-m2": Words(patterns=(_O200K,)),
     "deepseek-v3": Words(patterns=_DEEPSEEK_V3),
     "deepseek-llm": Words(patterns=_DEEPSEEK_V2),
-    # Kimi-K2 uses tiktoken, which has ranks instead of merges; converters write at most one merge per token.
+    # Kimi-K2 uses tiktoken, with ranks instead of merges; converters write at most one merge per token.
     "kimi-k2": Words(patterns=(_KIMI,), ignores_merges=True, is_ranked=True),
     "glm4": Words(patterns=(_LLAMA3,), ignores_merges=True),
     # llama.cpp's rule for a file that names none.
@@ -102,21 +102,21 @@ LONGEST_TOKEN = 512
 
 
 def spelling_of_bytes() -> tuple[str, ...]:
-    """GPT-2's table: the character that spells each byte in a vocabulary."""
+    """Return GPT-2's table: the character that spells each byte in a vocabulary."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))
     return tuple(chr(byte if byte in printable else next(others)) for byte in range(256))
 
 
 def merges_by_rank(tokens: Iterable[str], vocab: Collection[str]) -> list[tuple[str, str]]:
-    """The list of merges that is equivalent to merging the adjacent pair whose token ranks first.
+    """Return the list of merges equivalent to always merging the adjacent pair whose token ranks first.
 
     Args:
         tokens: the tokens that pairs may merge into, in merge order.
         vocab: the tokens that may form pairs.
 
     Returns:
-        Every split of a token into two others, because it may form from any of these pairs.
+        Every split of a token into two others, because a token may form from any of these pairs.
     """
     return [
         (token[:cut], token[cut:])
@@ -127,7 +127,7 @@ def merges_by_rank(tokens: Iterable[str], vocab: Collection[str]) -> list[tuple[
 
 
 def byte_level_tokenizer(model: models.Model, words: Words) -> tokenizers.Tokenizer:
-    """A tokenizer that splits text by `words` and merges bytes by `model`."""
+    """Build a tokenizer that splits text by `words` and merges bytes by `model`."""
     core = tokenizers.Tokenizer(model)
     if words.is_nfc:
         core.normalizer = normalizers.NFC()

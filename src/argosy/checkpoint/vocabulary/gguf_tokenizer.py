@@ -29,7 +29,7 @@ from argosy.errors import CheckpointError, UnsupportedModel
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # token types
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
-# Tokens that end a turn, whichever the file gives as eos: models are trained to stop at any of them.
+# Tokens that end a turn, whatever the file names as eos: models are trained to stop at any of them.
 _ENDS_OF_TURN = frozenset({
     "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|return|>", "<|call|>",
 })  # fmt: skip
@@ -46,11 +46,11 @@ class GgufTokenizer:
 
 
 def read_tokenizer(file: GgufFile) -> GgufTokenizer | None:
-    """The tokenizer that a GGUF describes; None if it describes none.
+    """Build the tokenizer that a GGUF describes; return None if it describes none.
 
     Raises:
         CheckpointError: a key is missing, or the parts do not match.
-        UnsupportedModel: it is another kind of tokenizer.
+        UnsupportedModel: the kind of tokenizer is not supported.
     """
     if "tokenizer.ggml.model" not in file.metadata:
         return None
@@ -103,7 +103,7 @@ def read_tokenizer(file: GgufFile) -> GgufTokenizer | None:
 
 
 def tokenizer_files(path: Path) -> tuple[str, dict[str, Any]]:
-    """The tokenizer of a GGUF as the files of a checkpoint directory.
+    """Return the tokenizer of a GGUF as the files of a checkpoint directory.
 
     Returns:
         tokenizer_json: text of `tokenizer.json`.
@@ -182,7 +182,7 @@ def _listed_merges(file: GgufFile) -> list[tuple[str, ...]]:
 
 
 def _ranked_merges(file: GgufFile, tokens: list[str], kinds: Sequence[float]) -> list[tuple[str, str]]:
-    """All merges of a vocabulary in which ids are ranks."""
+    """Return all merges of a vocabulary whose ids are ranks."""
     ranked = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _NORMAL]
     for token in ranked:
         if len(token) > LONGEST_TOKEN:
@@ -226,7 +226,7 @@ def _sentencepiece(
 def _by_score(
     file: GgufFile, tokens: Sequence[str], scores: Sequence[float], kinds: Sequence[float]
 ) -> list[str]:
-    """The tokens that pairs may merge into: best score first; on a tie the lower id."""
+    """Return the tokens that pairs may merge into: best score first; on a tie the lower id."""
     found = [at for at, kind in enumerate(kinds) if kind in (_NORMAL, _USER_DEFINED)]
     for at in found:
         if len(tokens[at]) > LONGEST_TOKEN or not math.isfinite(scores[at]):

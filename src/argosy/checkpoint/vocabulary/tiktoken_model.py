@@ -1,14 +1,14 @@
-"""Build a tokenizer from `tiktoken.model`, which Kimi checkpoints have instead of `tokenizer.json`.
+"""Build a tokenizer from `tiktoken.model`, which Kimi checkpoints contain instead of `tokenizer.json`.
 
     tiktoken.model + tokenizer_config.json  ->  read_tiktoken  ->  tokenizers.Tokenizer
 
 A line is the bytes of a token in base64, a space and its rank. The rank is the token's id and decides which pair of a
 word merges first. 256 ids of special tokens follow the ranks: `added_tokens_decoder` names some, and the others are
 reserved. The rule that splits text into words is code in the checkpoint (`tokenization_kimi.py`), which is never run;
-the class in `tokenizer_config.json` stands for that rule, so any other class is refused. That code also splits runs of
+the class in `tokenizer_config.json` implies that rule, so any other class is refused. That code also splits runs of
 more than 25,000 characters without a space, to spare tiktoken; here they stay whole.
 
-Elsewhere: `prompt/tokenizer.py` uses the tokenizer; `byte_level.py` has words and merges.
+Elsewhere: `prompt/tokenizer.py` uses the tokenizer; `byte_level.py` handles words and merges.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def read_tiktoken(path: Path, config: Mapping[str, object]) -> tokenizers.Tokenizer:
-    """The tokenizer that a `tiktoken.model` and the contents of its `tokenizer_config.json` describe.
+    """Build the tokenizer that a `tiktoken.model` and the contents of its `tokenizer_config.json` describe.
 
     Raises:
-        CheckpointError: a line is damaged, a rank or byte is missing or repeated, or a special token's id is not one of
-            those after the ranks.
-        UnsupportedModel: it belongs to another tokenizer class, or a special token has a flag set.
+        CheckpointError: a line is damaged, a rank or byte is missing or repeated, or a special token's id does not
+            follow the ranks.
+        UnsupportedModel: the file belongs to another tokenizer class, or a special token has a flag set.
     """
     if (found := config.get("tokenizer_class")) != _TOKENIZER_CLASS:
         raise UnsupportedModel(
@@ -73,7 +73,7 @@ def read_tiktoken(path: Path, config: Mapping[str, object]) -> tokenizers.Tokeni
 
 
 def _read_ranks(path: Path) -> list[bytes]:
-    """The tokens in rank order."""
+    """Read the tokens in rank order."""
     with open_regular(path) as (descriptor, size):
         if size > _MAX_FILE_BYTES:
             raise CheckpointError(
@@ -127,7 +127,7 @@ def _damaged(path: Path, number: int, what: str) -> CheckpointError:
 
 
 def _special_tokens(path: Path, config: Mapping[str, object], first: int) -> list[AddedToken]:
-    """The special tokens in id order, from `first` on; ids without a name are reserved."""
+    """Return the special tokens in id order, from `first` on; ids without a name are reserved."""
     given = config.get("added_tokens_decoder")
     if not isinstance(given, dict) or not given:
         raise _wrong(path, "added_tokens_decoder", given, "the special tokens by id")
