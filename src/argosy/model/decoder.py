@@ -4,10 +4,10 @@
 
 The layers run in native code. A step is one native call if every expert is in memory, or if workers run the experts
 and nothing goes wrong. Otherwise the stack stops at each layer with routed experts, and an expert runner starts to run
-them (it issues reads, for instance). Python runs the shared expert meanwhile, then takes each group of outputs as it is
-done. One decoder runs every family; their differences are in `ModelConfig`, and a family's file maps its checkpoint to
-that. All sums have one fixed order, so a token's logits depend neither on its step nor on the order in which experts
-are done.
+them (it issues reads, for instance). Meanwhile Python runs the shared expert, then takes each group of outputs as it
+finishes. One decoder runs every family; `ModelConfig` holds their differences, and a family's file maps its checkpoint
+to it. All sums have one fixed order, so a token's logits depend neither on its step nor on which expert finishes
+first.
 
 Elsewhere: native/ops/stack.cpp runs a layer; `layers.py` describes a model's layers.
 """
@@ -41,17 +41,17 @@ class Decoder:
         between_layers: called by a step between two of its layers, about every 50 ms if all experts are in memory, and
             otherwise after each layer; experts may leave memory then. None: nothing is called.
         room_for_choices: given a step's number of tokens, returns an array int32 [routed layers, tokens, experts per
-            token] for its choices, best first; `choices` is the last step's. Unlike `observe`, this keeps a step one
-            native call. None: choices are not kept.
+            token] for its choices, best first; `choices` is the last step's array. Unlike `observe`, this keeps a step
+            one native call. None: choices are not kept.
 
     Args:
-        experts: None leaves routed experts out of every sum.
+        experts: runs the routed experts; None leaves them out of every sum.
         kv: keys and values of all layers.
         max_tokens: most tokens of a step; the working memory is allocated for them.
         recurrent: the recurrent state of the layers that have one.
         clock: receives the time of each part of a step.
         observe: receives the experts that each token of each layer chose; the array is valid during the call.
-        layers: those that it runs, one after another; None: all of them.
+        layers: the layers to run, one after another; None: all of them.
     """
 
     def __init__(
@@ -137,11 +137,11 @@ class Decoder:
 
     @property
     def share_done(self) -> float:
-        """Of the running step's layers, while it runs; 0 once it is done. Any thread may ask."""
+        """The share of layers that the running step has finished; 0 once it is done. Any thread may call this."""
         return self._stack.layers_done / len(self._layers)
 
     def _use_experts(self) -> None:
-        # An observer receives every layer's choice, so steps stop at every layer, as they do to wait for reads.
+        # An observer receives every layer's choice, so steps stop at every layer, as when they wait for reads.
         if self._experts is not None and self._observe is None:
             self._stack.use_experts(self._experts.resident or self._experts.elsewhere)
 
@@ -154,25 +154,25 @@ class Decoder:
     def run_with(self, experts: ExpertRunner) -> None:
         """Use another expert runner from the next step on."""
         self._experts = experts
-        self._stack.use_experts(None)  # forgets the table of the last one
+        self._stack.use_experts(None)  # forgets the last runner's table
 
     def resize(self, max_tokens: int) -> None:
-        """Have memory for steps of at most so many tokens from now on, no more than at first.
+        """Resize the memory to steps of at most `max_tokens` tokens, no more than at first.
 
-        The system gets the rest. What the last step left is lost.
+        The rest of the memory goes back to the system. The last step's results are lost.
         """
         self._stack.resize(max_tokens)
 
     def forbid(self, layer: int, experts: Sequence[int]) -> None:
-        """Let no token choose these experts of a layer from the next step on; none of them: allow all again.
+        """From the next step on, prevent tokens from choosing these experts of a layer; an empty set allows all again.
 
         Raises:
-            ValueError: the layer has no such experts, or would keep too few.
+            ValueError: the layer lacks such experts, or would keep too few.
         """
         self._stack.forbid(layer, experts)
 
     def tapped(self, layer: int) -> Array:
-        """The hidden state after a layer in `taps` of the last step: float32 [tokens, hidden_size], a new array.
+        """Return the hidden state after a layer in `taps` of the last step: float32 [tokens, hidden_size], a new array.
 
         Raises:
             KeyError: the step did not tap this layer.
@@ -180,24 +180,24 @@ class Decoder:
         return self._tapped[layer]
 
     def hidden(self) -> Array:
-        """The hidden state after the last layer of the last step: float32 [tokens, hidden_size], a new array."""
+        """Return the hidden state after the last layer of the last step: float32 [tokens, hidden_size], a new array."""
         return self._stack.hidden().copy()
 
     def final_states(self, rows: NDArray[np.int64]) -> Array:
-        """Hidden states after the final norm, of any rows of the last step: float32 [rows, hidden_size]."""
+        """Return hidden states after the final norm, of any rows of the last step: float32 [rows, hidden_size]."""
         states = np.empty((len(rows), self.config.hidden_size), np.float32)
         self._stack.final_states(rows, states)
         return states
 
     def logits(self, rows: NDArray[np.int64]) -> Array:
-        """Logits of any rows of the last step: float32 [rows, vocab_size], a new array."""
+        """Return logits of any rows of the last step: float32 [rows, vocab_size], a new array."""
         logits = np.empty((len(rows), self.config.vocab_size), np.float32)
         self._stack.logits(rows, logits)
         self._clock.mark_native(self._stack.take_seconds())
         return logits
 
     def take_uses(self) -> NDArray[np.int64]:
-        """How often tokens chose each expert since the last call: int64 [layers, experts].
+        """Return how often tokens chose each expert since the last call: int64 [layers, experts].
 
         Which experts ran can reveal the text, so add up many tokens before showing these counts.
         """
@@ -206,11 +206,11 @@ class Decoder:
         return uses
 
     def rows_of(self, expert: int) -> NDArray[np.int64]:
-        """Tokens of the last step that chose `expert` in the layer at which the step last stopped."""
+        """Return the tokens of the last step that chose `expert` in the layer at which the step last stopped."""
         return np.flatnonzero((self._stack.expert_ids() == expert).any(axis=1))
 
     def _run_experts(self, layer: int, dispatch: _native.Dispatch) -> None:
-        """Have the experts run that a layer waits for, and take each group of outputs as it is done."""
+        """Run the experts for which a layer waits, and take each group of outputs as it finishes."""
         experts, stack, clock = self._experts, self._stack, self._clock
         assert experts is not None
         if self._observe is not None:

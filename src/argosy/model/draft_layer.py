@@ -1,16 +1,16 @@
-"""The layer with which a checkpoint predicts one token more (DeepSeek-V3, arXiv:2412.19437, section 2.2).
+"""The layer with which a checkpoint predicts one more token (DeepSeek-V3, arXiv:2412.19437, section 2.2).
 
     hidden state of position i ─ norm ─┐
     embedding of token i + 1   ─ norm ─┴─ draft_join ─ layer ─>  state  ─ norm, head ─>  logits of token i + 2
 
-It has keys and values of its own, in the same blocks as those of the model's layers, and its experts are in the same
-cache. Embedding and head are the model's. Its own state can stand for the next position's hidden state, so that it
-drafts further tokens, each less certain than the one before.
+The layer has its own keys and values, in the same blocks as those of the model's layers, and its experts are in the
+same cache. It uses the model's embedding and head. Its own state can stand for the next position's hidden state, so it
+can draft further tokens, each less certain than the one before.
 
-A draft may be wrong. So if the head has 16 or 32 bits a weight, drafts have a copy of it in q8, which has half the
-bytes or fewer: a draft reads little else than its layer and a head.
+A draft may be wrong. So if the head has 16 or 32 bits a weight, drafts use a copy of the head in q8, which takes at
+most half the bytes: a draft reads little more than its layer and a head.
 
-The hidden state is that after the model's final norm. `config.DraftForm` says how families differ (vLLM's
+The hidden state is taken after the model's final norm. `config.DraftForm` says how families differ (vLLM's
 `deepseek_mtp.py` and `qwen3_next_mtp.py`).
 
 Elsewhere: `engine/drafts/mtp.py` proposes tokens with it; `decoder.py` runs the layer.
@@ -36,7 +36,7 @@ Array = NDArray[np.float32]
 MOST_DRAFT_ROWS = 256  # most rows of a run: longer prompts take several, so that working memory is small
 MOST_BEHIND = 32  # positions of an answer whose hidden states may wait before they run
 _HEAD_FORMAT: Format = "q8"
-_COPIED_ROWS = 64  # of the head at a time: whole panels
+_COPIED_ROWS = 64  # rows of the head at a time: whole panels
 
 
 class DraftLayer:
@@ -44,7 +44,7 @@ class DraftLayer:
 
     Args:
         config: the model's, with its draft layer.
-        kv: keys and values of all layers, those of this one among them.
+        kv: keys and values of all layers, this layer included.
         max_tokens: most rows of a run.
     """
 
@@ -85,10 +85,10 @@ class DraftLayer:
         )
 
     def run(self, step: Step, states: Array) -> Array:
-        """Run rows, at most `max_tokens`; return their states: float32 [rows, hidden_size], a new array.
+        """Run at most `max_tokens` rows; return their states: float32 [rows, hidden_size], a new array.
 
         Args:
-            step: `token_ids` are those that follow each row's position; no rows are wanted.
+            step: `token_ids` are the tokens that follow each row's position; no rows are wanted.
             states: hidden states of the positions, float32 [rows, hidden_size].
 
         Raises:
@@ -111,7 +111,7 @@ class DraftLayer:
         return self._decoder.hidden()
 
     def following(self, states: Array) -> Array:
-        """The hidden states from which the next draft starts: float32 [rows, hidden_size].
+        """Return the hidden states from which the next draft starts: float32 [rows, hidden_size].
 
         Args:
             states: from `run`, float32 [rows, hidden_size].
@@ -123,7 +123,7 @@ class DraftLayer:
         self._decoder.run_with(experts)
 
     def logits(self, states: Array) -> Array:
-        """Logits of the tokens after those of the rows: float32 [rows, vocab_size].
+        """Return logits of the tokens after those of the rows: float32 [rows, vocab_size].
 
         Args:
             states: from `run`, float32 [rows, hidden_size].
@@ -139,7 +139,7 @@ class DraftLayer:
 
 
 def _copied(head: _native.Matrix, runtime: _native.Runtime) -> _native.Matrix:
-    """A copy of the head in `_HEAD_FORMAT`, made of few rows at a time, because they pass through float32."""
+    """Copy the head in `_HEAD_FORMAT`, a few rows at a time, because rows pass through float32."""
     rows, cols = head.rows, head.cols
     arena = _native.Arena(matrix_bytes(_HEAD_FORMAT, rows, cols))
     end = 0
@@ -153,7 +153,7 @@ def _copied(head: _native.Matrix, runtime: _native.Runtime) -> _native.Matrix:
 
 
 def copied_head_bytes(files: ModelFiles) -> int:
-    """Bytes of a copy of the head that only drafts use; 0 if there is no draft layer, or it uses the model's head."""
+    """Return the bytes of a copy of the head for drafts; 0 if there is no draft layer, or it uses the model's head."""
     ref = files.dense[files.config.head_name]
     if not files.num_draft_layers or is_quantised(ref.format):
         return 0
@@ -161,5 +161,5 @@ def copied_head_bytes(files: ModelFiles) -> int:
 
 
 def joining_bytes(config: ModelConfig, num_rows: int) -> int:
-    """Bytes of the arrays that `DraftLayer.run` makes, and of those that it gets and gives."""
+    """Return the bytes of the arrays that `DraftLayer.run` makes, receives and returns."""
     return 4 * num_rows * config.hidden_size * 6

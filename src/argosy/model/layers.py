@@ -1,7 +1,7 @@
 """Describe a checkpoint's layers to the native stack that runs them: the matrices, norms and sizes of each layer.
 
-A layer is a mixer, which lets positions see each other, and a feed-forward network, each with norms of its own. A
-family with another kind of mixer or network adds a function here and its counterpart in native/ops/stack.h.
+A layer is a mixer, which lets positions see each other, and a feed-forward network, each with its own norms. A family
+with another kind of mixer or network adds a function here and its counterpart in native/ops/stack.h.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def describe_layers(config: ModelConfig, weights: DenseWeights) -> list[_native.
 
 
 def kv_shapes(config: ModelConfig) -> list[_native.KvShape]:
-    """The data that each layer keeps per position."""
+    """Return the data that each layer keeps per position."""
     return [_KV_SHAPES[layer.mixer](config, i) for i, layer in enumerate(config.layers)]
 
 
 def stack_sizes(config: ModelConfig) -> _native.StackSizes:
-    """The dimensions of all layers, from which native code computes its working memory."""
+    """Return the dimensions of all layers, from which native code computes its working memory."""
     sizes = _native.StackSizes(config.hidden_size, sum(rope.rotary_dim // 2 for rope in config.ropes))
     if config.has_post_norms:
         sizes.add_ffn_post_norm()
@@ -61,7 +61,7 @@ def stack_sizes(config: ModelConfig) -> _native.StackSizes:
 
 
 def describe_activation(config: ModelConfig) -> _native.Activation:
-    """The activation between the products of a feed-forward network."""
+    """Describe the activation between the products of a feed-forward network."""
     activation = config.activation
     return activation.kind, activation.limit, activation.alpha
 
@@ -254,7 +254,7 @@ def _routed_ffn(config: ModelConfig, layer: int, weights: DenseWeights) -> _nati
 
 
 def routing(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Routing:
-    """How a layer chooses its experts from its router's product and bias."""
+    """Describe how a layer chooses experts from its router's product and bias."""
     router = config.router
     return _native.Routing(
         config.experts_per_token,

@@ -5,7 +5,7 @@
 A memory plan needs to know how large the tokenizer is, and reading weights takes as long as building it. So a model is
 opened in two steps: `ModelReading` starts the reads, and `finish` allocates the rest once the plan is made.
 
-Elsewhere: `budget/footprint.py` says beforehand what a model takes; `decoder.py` runs a step; an engine owns the
+Elsewhere: `budget/footprint.py` computes a model's memory beforehand; `decoder.py` runs a step; an engine owns the
 threads and the store, which models share.
 """
 
@@ -37,22 +37,22 @@ from argosy.model.weights import DenseReading, DenseWeights
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSizes:
-    """How much of everything a model holds, as a memory plan decided."""
+    """The sizes of a model's parts, as a memory plan decided them."""
 
     kv_blocks: int
     kv_dtype: KvDtype
     step_tokens: int  # maximum tokens of a step
     num_states: int  # slots of the recurrent state; ignored if no layer has one
-    expert_slots: int | None  # at most; None: every expert, packed end to end
-    window_blocks: int | None = None  # for layers with a sliding window; None: as many as the others have
+    expert_slots: int | None  # maximum; None: every expert, packed end to end
+    window_blocks: int | None = None  # for layers with a sliding window; None: as many as for other layers
     first_slots: int | None = None  # at first; None: as many
-    reads_all: bool = False  # those that no token asks for are read, too, once there is a slot for every one
+    reads_all: bool = False  # once there is a slot for every expert, also read experts that no token chose
 
 
 class ModelReading:
     """Reads a model's weights while the caller does something else.
 
-    Reads start when this is created. `finish` or `cancel` ends them.
+    Reads start at construction. `finish` or `cancel` ends them.
 
     Args:
         with_experts: also read every expert now, because all of them will fit.
@@ -93,7 +93,7 @@ class ModelReading:
         return ExpertFiles(self._store, self._files.experts, open_file=self._open_file)
 
     def wait(self) -> int:
-        """Wait for the reads that were started; return the bytes of memory that they filled.
+        """Wait for the started reads; return the bytes of memory that they filled.
 
         Raises:
             ReadFailed, CorruptRecord, CheckpointError: as `DenseReading.finish` and `ResidentReading.wait`.
@@ -119,11 +119,11 @@ class ModelReading:
     ) -> Model:
         """Open the model within `sizes`, after `wait`.
 
-        Experts that were read make way if `sizes` has no room for all of them.
+        Experts that were read are dropped if `sizes` has no room for all of them.
 
         Args:
-            group: other processes that run experts, too.
-            foreground: committing memory for experts gives way to it; None: to nothing.
+            group: other processes that also run experts.
+            foreground: the work to which committing memory for experts gives way; None: it gives way to nothing.
 
         Raises:
             ReadFailed, CorruptRecord, CheckpointError: an expert cannot be read.
@@ -215,9 +215,9 @@ class Model:
 
     Attributes:
         kv: keys and values of all layers, in blocks of `KV_BLOCK_TOKENS` positions.
-        recurrent: the recurrent state of the layers that have one; None if no layer has.
+        recurrent: the recurrent state of the layers that have one; None if no layer does.
         cache: experts in this process; None if all of them are resident (`is_packed`), or there are none.
-        draft: the layer that predicts one token more; None: it is not in memory.
+        draft: the layer that predicts one more token; None: not in memory.
     """
 
     def __init__(
@@ -275,25 +275,26 @@ class Model:
         """Run a step; return the logits of its wanted rows: float32 [rows, vocab_size], a new array.
 
         Raises:
-            ReadFailed, CheckpointError, RunnerFailed: an expert cannot be run; the step had no effect that counts.
+            ReadFailed, CheckpointError, RunnerFailed: an expert cannot be run; the step may be repeated.
         """
         return self.decoder.forward(step)
 
     def logits(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Logits of any rows of the last step: float32 [rows, vocab_size], a new array."""
+        """Return logits of any rows of the last step: float32 [rows, vocab_size], a new array."""
         return self.decoder.logits(rows)
 
     def final_states(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Hidden states after the final norm, of any rows of the last step: float32 [rows, hidden_size]."""
+        """Return hidden states after the final norm, of any rows of the last step: float32 [rows, hidden_size]."""
         return self.decoder.final_states(rows)
 
     def forbid_experts(self, experts: Mapping[int, Collection[int]]) -> None:
-        """Let no token choose these experts, given by layer, from the next step on; all others may be chosen again.
+        """From the next step on, prevent tokens from choosing these experts, given by layer; all others are allowed
+        again.
 
-        Routers distribute the weights among the remaining experts, as if the others had never existed.
+        Routers distribute the weights among the remaining experts, as if the forbidden ones had never existed.
 
         Raises:
-            UsageError: a layer has no such experts or would keep too few.
+            UsageError: a layer lacks such experts or would keep too few.
         """
         try:
             for layer in self._files.own_config.moe_layers:
@@ -311,16 +312,16 @@ class Model:
     def move_to_slots(
         self, store: _native.Store, num_slots: int, *, most_slots: int, look_ahead: bool
     ) -> ExpertCache:
-        """Have slots for experts that were all in memory, end to end, from the next step on.
+        """From the next step on, keep experts in slots instead of all in memory, end to end.
 
-        All experts leave first, so that the memory of both never adds up, and are read again as tokens ask for them.
-        Once there is a slot for every one, those that no token asks for are read, too. Counters go on.
+        All experts leave first, so that the two memories never add up, and are read again when tokens choose them.
+        Once there is a slot for every expert, the others are read as well. Counters continue.
 
         Args:
-            most_slots: limit of the cache's `resize`; it takes addresses for so many.
+            most_slots: limit of the cache's `resize`; the cache reserves addresses for this many.
 
         Raises:
-            ArgosyError, MemoryError: a file cannot be opened, or there are too few addresses; nothing has changed.
+            ArgosyError, MemoryError: a file cannot be opened, or there is too little address space; nothing changed.
         """
         packed = self.experts
         assert isinstance(packed, ResidentRunner)
@@ -343,11 +344,13 @@ class Model:
         return cache
 
     def rows_of(self, expert: int) -> NDArray[np.int64]:
-        """Tokens of the last step that chose `expert` in the layer at which the step last stopped."""
+        """Return the tokens of the last step that chose `expert` in the layer at which the step last stopped."""
         return self.decoder.rows_of(expert)
 
     def take_uses(self) -> NDArray[np.int64]:
-        """How often tokens chose each expert since the last call: int64 [layers, experts]. Routing reveals text."""
+        """Return how often tokens chose each expert since the last call: int64 [layers, experts]. Routing reveals
+        text.
+        """
         return self.decoder.take_uses()
 
     def close(self) -> None:

@@ -2,12 +2,12 @@
 
     OWNER/NAME, https://...  ->  fetch_headers  ->  a directory of files with holes  ->  open_model, as for any model
 
-Each file in the directory begins with the header of the remote one and is as long, but takes no room: what follows is a
-hole. So every check of a model on disk is made on these, too. `config.json` comes whole.
+Each file in the directory begins with the header of the remote file and has the same length, but takes no space: a
+hole follows the header. So these files undergo every check of a model on disk. `config.json` is fetched whole.
 
-Tensors of safetensors shards are listed in one file. If the headers of all shards are larger than what is read, those
-of the first ones and the last are, and a layer of which tensors are missing is taken to be like the others of its kind;
-`RemoteHeaders.num_read` says so.
+The tensors of all safetensors shards are listed in one file. If the headers of all shards exceed the limit, only those
+of the first shards and the last are read, and a layer with missing tensors is assumed to be like others of its kind;
+`RemoteHeaders.num_read` gives the number.
 
 Elsewhere: `checkpoint/hub.py` reads ranges of remote files.
 """
@@ -45,8 +45,8 @@ from argosy.experts.resident import Progress
 from argosy.model.families import CONFIG_FILE, read_config
 from argosy.prompt.tokenizer import TOKENIZER_FILE
 
-SAFETENSORS_BYTES = 7 << 20  # read of a model as safetensors, config.json and lists of files included
-GGUF_BYTES = 32 << 20  # a header has the vocabulary: 6 to 12 MB
+SAFETENSORS_BYTES = 7 << 20  # most bytes read of a safetensors model, config.json and lists of files included
+GGUF_BYTES = 32 << 20  # a header contains the vocabulary: 6 to 12 MB
 _CONFIG_BYTES = 1 << 20
 _INDEX_BYTES = 512 << 10  # a larger list of tensors repeats what the headers say, at half of what is read
 _HEADER_BYTES = 6 << 20  # all shards together
@@ -64,8 +64,8 @@ class RemoteHeaders:
 
     path: the path for `open_model`.
     file_bytes: size of all the model's files with weights.
-    num_shards, num_read: files with weights, and those of which the header was read.
-    tokenizer_bytes: size of its tokenizer.json; 0: it has none, or it is in the GGUF file.
+    num_shards, num_read: the number of files with weights, and of headers that were read.
+    tokenizer_bytes: size of its tokenizer.json; 0: there is none, or the GGUF file contains the tokenizer.
     """
 
     path: Path
@@ -115,7 +115,7 @@ def _fetch(source: Source, directory: Path, tell: Progress) -> RemoteHeaders:
 class GgufModel:
     """One of a repository's models as GGUF files.
 
-    stem: the name of its file, or what the names of its parts have in common.
+    stem: the name of its file, or the common part of its parts' names.
     parts: its files, in order.
     """
 
@@ -124,7 +124,7 @@ class GgufModel:
 
     @property
     def num_parts(self) -> int:
-        """The number of its parts by their names, whether all are there or not."""
+        """The number of its parts according to their names, even if some are missing."""
         match = PART_NAME.fullmatch(self.parts[0])
         return int(match["count"]) if match is not None else 1
 
@@ -134,9 +134,9 @@ class GgufModel:
 
 
 def gguf_models(names: Sequence[str], part: str = "") -> list[GgufModel]:
-    """The models as GGUF files in a repository; with `part`, those that a part of a name selects.
+    """List the models in GGUF files of a repository; with `part`, those whose names contain it.
 
-    A format or the name of a file selects that one alone, also if longer names contain it.
+    A format or the name of a file selects only that model, even if longer names contain it.
     """
     found: dict[str, list[str]] = {}
     for name in sorted(names):
@@ -150,7 +150,7 @@ def gguf_models(names: Sequence[str], part: str = "") -> list[GgufModel]:
 
 
 def _is_gguf_model(name: str) -> bool:
-    """Whether a file has weights of a model, by its name: it is no tower, and no measurement for a quantisation."""
+    """Whether a file's name says that it contains weights of a model: not a tower, and not an importance matrix."""
     base = name.rpartition("/")[2]
     stem = base.removesuffix(GGUF_SUFFIX)
     before = stem.lower().removesuffix("imatrix").rstrip("-._")
@@ -159,9 +159,10 @@ def _is_gguf_model(name: str) -> bool:
 
 
 def choose_weights(names: Sequence[str], source: Source) -> list[str]:
-    """The files with the weights of the model that a source names, among all files of its repository.
+    """Choose the files with the weights of the model that a source names, among all files of its repository.
 
-    They are the parts of one GGUF model, if the source names a part or there are no safetensors; otherwise all shards.
+    The result is the parts of one GGUF model if the source names a part or there are no safetensors; otherwise all
+    shards.
 
     Raises:
         CheckpointError: there is no model, or a part of it is missing.
@@ -178,7 +179,7 @@ def choose_weights(names: Sequence[str], source: Source) -> list[str]:
 
 
 def has_tensors(names: Sequence[str]) -> bool:
-    """Whether a repository has a model as safetensors."""
+    """Whether a repository contains a model as safetensors."""
     return any(name == SINGLE_FILE or _SHARD.fullmatch(name) for name in names)
 
 
@@ -211,7 +212,7 @@ def _fetch_safetensors(
 
 
 def _shards(names: Sequence[str], source: Source) -> list[str]:
-    """The safetensors files of a model, in order."""
+    """Return the safetensors files of a model, in order."""
     if SINGLE_FILE in names:
         return [SINGLE_FILE]
     numbered = {int(match[1]): name for name in names if (match := _SHARD.fullmatch(name))}
@@ -230,7 +231,7 @@ def _shards(names: Sequence[str], source: Source) -> list[str]:
 
 
 def _index(hub: Hub, names: Sequence[str], url_of: Callable[[str], str]) -> Mapping[str, object]:
-    """The shard of each tensor, as the index says; empty if there is none, or it is large."""
+    """Return the shard of each tensor according to the index; empty if there is no index, or it is large."""
     if SINGLE_FILE in names or INDEX_FILE not in names:
         return {}
     if hub.read(url_of(INDEX_FILE), 0, 1).file_bytes > _INDEX_BYTES:
@@ -244,9 +245,9 @@ def _index(hub: Hub, names: Sequence[str], url_of: Callable[[str], str]) -> Mapp
 def _read_shards(
     hub: Hub, shards: Sequence[str], url_of: Callable[[str], str], directory: Path, tell: Progress
 ) -> tuple[dict[str, TensorRef], list[int], int]:
-    """Tensors by name, the size of every shard, and of how many the header was read.
+    """Return tensors by name, the size of every shard, and the number of headers read.
 
-    Last and first shards come first, because they have the tensors outside layers.
+    The last and first shards come first, because they contain the tensors outside layers.
     """
     order = [len(shards) - 1, *range(len(shards) - 1)]
     found: dict[str, TensorRef] = {}
@@ -284,7 +285,7 @@ def _read_shards(
 
 
 def _header_bytes(data: bytes, file_bytes: int, name: str) -> int:
-    """The length of a header, checked before anything is read or allocated for it."""
+    """Return the length of a header, checked before anything is read or allocated for it."""
     length = int.from_bytes(data, "little")
     if len(data) < 8 or length > HEADER_LIMIT_BYTES or 8 + length > file_bytes:
         raise CheckpointError(
@@ -312,7 +313,7 @@ _Kind = tuple[str, tuple[int, ...]]  # dtype and shape
 
 
 def _completed(found: Mapping[str, TensorRef], config: ModelConfig) -> dict[str, TensorRef]:
-    """Add the tensors of layers and experts whose headers were not read, as others of their kind have them.
+    """Add the tensors of layers and experts whose headers were not read, modelled on others of their kind.
 
     Layers with equal settings have the same tensors, and so do all experts of a layer.
     """
@@ -368,7 +369,7 @@ def _write_with_hole(path: Path, beginning: bytes, file_bytes: int) -> None:
 
 
 def _chosen(names: Sequence[str], source: Source) -> list[str]:
-    """The parts of the one GGUF model that the source names."""
+    """Return the parts of the only GGUF model that the source names."""
     models = gguf_models(names, source.part)
     if len(models) == 1:
         (model,) = models
@@ -412,7 +413,7 @@ def _fetch_gguf(
         except UnsupportedModel:
             raise
         except CheckpointError:
-            # A header that is cut reads as zeros at its end, and zeros are no tensor: perhaps more of it helps.
+            # A truncated header ends in zeros, which are not a tensor: reading more of it may help.
             cut = [i for i, path in enumerate(paths) if held[i] < path.stat().st_size]
             if not cut or hub.bytes_read + sum(held[i] for i in cut) > GGUF_BYTES:
                 raise

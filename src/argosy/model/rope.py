@@ -1,7 +1,7 @@
 """Rotary position embedding: how far dimensions rotate per position (RoFormer, arXiv:2104.09864).
 
-Checkpoints may ask for these kinds of frequency scaling: linear (arXiv:2306.15595), yarn (arXiv:2309.00071), llama3
-(its config's own formula) and proportional (linear, but only the first pairs of a head turn at all). The dynamic kind
+Checkpoints may use these kinds of frequency scaling: linear (arXiv:2306.15595), yarn (arXiv:2309.00071), llama3 (its
+config's own formula) and proportional (linear, but only the first pairs of a head turn at all). The dynamic kind
 changes nothing within the trained context. Beyond it, the angles of earlier tokens would depend on the length of the
 sequence so far, so different chunk sizes would give different tokens: a dynamic model's context ends there (see its
 family file).
@@ -19,12 +19,12 @@ from argosy.config import RopeConfig
 
 
 def rotary(config: RopeConfig) -> _native.Rotary:
-    """The rotary embedding that the native stack applies to queries and keys."""
+    """Describe the rotary embedding that the native stack applies to queries and keys."""
     return _native.Rotary(inverse_frequency(config), angle_scale(config), config.is_interleaved, config.axes)
 
 
 def angle_scale(config: RopeConfig) -> float:
-    """The factor of cosines and sines: yarn's attention factor, 1 for the other kinds."""
+    """Return the factor of cosines and sines: yarn's attention factor, 1 for the other kinds."""
     return _attention_factor(config) if config.kind == "yarn" else 1.0
 
 

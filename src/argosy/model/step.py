@@ -24,9 +24,9 @@ class Addition(NamedTuple):
 
 
 class Step(NamedTuple):
-    """The input of one forward pass: T tokens of S sequences. Text has only the fields without a default.
+    """The input of one forward pass: T tokens of S sequences. Text needs only the fields without a default.
 
-    A named tuple is made faster than a frozen dataclass, and every token of an answer makes one.
+    A named tuple is faster to create than a frozen dataclass, and every token of an answer creates one.
 
     token_ids: int32 [T]. The id of a row in `overrides` is ignored, and must be in range.
     sequence: int32 [T], a row of `block_table`.
@@ -38,7 +38,7 @@ class Step(NamedTuple):
     state_slots: int32 [S], the slot of each sequence's recurrent state; None if no layer has one.
     angles: float32 [axes, T], the rotary position on each axis (`RopeConfig.axes`); None: `order` on every axis.
     sees_until: int32 [T]. A token sees the positions of its sequence from order + 1 - window (or 0) to sees_until - 1,
-        its own among them. Those after its own must be written in this step or an earlier one. None: order + 1.
+        its own included. Later positions must be written in this step or an earlier one. None: order + 1.
     overrides: embeddings of media, each row at most once.
     additions: vectors of media for the output of layers, each row at most once in an addition.
     taps: layers whose hidden states after their additions are handed back (`Decoder.tapped`).

@@ -1,7 +1,8 @@
 """Read the weights that every token needs into private memory, at drive speed.
 
-Dense weights are read, not mapped: under memory pressure, the system reclaims mapped pages first. Matrices stay in the
-format of their file, or get the slot format of their GGUF blocks; norms, biases, and blocks of encoders become float32.
+Dense weights are read, not mapped: under memory pressure, the system reclaims mapped pages first. Matrices keep the
+format of their file, or get the slot format of their GGUF blocks; norms, biases, and blocks of encoders become
+float32.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ _ANY_NUMBER = 1 << 62
 
 
 def is_vector(name: str) -> bool:
-    """Whether it is a norm, bias, factor or sink, or a delta net's convolution or rate; all others are matrices."""
+    """Whether a tensor is a norm, bias, factor or sink, or a delta net's convolution or rate; all others
+    are matrices.
+    """
     return name.endswith(("norm", "_bias", "_scale", "sinks", "delta_conv", "delta_rate"))
 
 
@@ -50,12 +53,12 @@ class DenseWeights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory, including the gaps between matrices."""
+        """The bytes of memory, including the gaps between matrices."""
         return self.arena.nbytes + sum(vector.nbytes for vector in self.vectors.values())
 
 
 def _scratch_bytes(ref: MatrixRef, alignment: int) -> int:
-    """Bytes of scratch memory that it lands in first."""
+    """Return the bytes of scratch memory in which a tensor first lands."""
     if not ref.landing.needs_scratch:
         return 0
     return round_up(ref.pieces[0].place_bytes(alignment), alignment)
@@ -69,7 +72,7 @@ def _place_bytes(name: str, ref: MatrixRef, alignment: int) -> int:
 
 
 def dense_footprint(refs: Mapping[str, MatrixRef], alignment: int = 4096) -> int:
-    """Bytes of memory that `load_dense` will take."""
+    """Return the bytes of memory that `load_dense` will take."""
     places = sum(_place_bytes(name, ref, alignment) for name, ref in refs.items())
     vectors = sum(4 * ref.rows * ref.cols for name, ref in refs.items() if is_vector(name))
     landing = (_scratch_bytes(ref, alignment) + ref.landing.working_bytes(ref) for ref in refs.values())
@@ -79,12 +82,12 @@ def dense_footprint(refs: Mapping[str, MatrixRef], alignment: int = 4096) -> int
 class DenseReading:
     """Reads dense tensors into memory while the caller does something else.
 
-    Reads start when this is created. `finish` or `cancel` ends them; `advance` continues them for a moment.
+    Reads start at construction. `finish` or `cancel` ends them; `advance` continues them for a moment.
 
     Args:
         norm_offset: added to the weights of norms (`ModelConfig.norm_offset`).
-        urgency: how urgent the reads are, beside those of others (`_native.Store.fetch_many`).
-        most_bytes: bytes to be read at any time, unless one tensor has more.
+        urgency: how urgent the reads are relative to other reads (`_native.Store.fetch_many`).
+        most_bytes: the most bytes in flight, unless one tensor has more.
     """
 
     def __init__(
@@ -138,7 +141,7 @@ class DenseReading:
         return weights
 
     def advance(self, most_ms: int | None) -> DenseWeights | None:
-        """Wait until a tensor lands, at most so long; return the weights once all have landed.
+        """Wait until a tensor lands or the timeout passes; return the weights once all have landed.
 
         Raises:
             ReadFailed, CorruptRecord, CheckpointError: as `finish`.
@@ -167,7 +170,7 @@ class DenseReading:
         self._matrices, self._vectors = {}, {}
 
     def _start_reads(self) -> None:
-        """Start reads until there are as many as allowed."""
+        """Start reads up to the limit."""
         while self._waiting:
             name = self._waiting[0]
             ref = self._refs[name]
@@ -198,7 +201,7 @@ class DenseReading:
             self._progress("reading dense weights", self._done_bytes / self._total_bytes)
 
     def _land(self, name: str, ref: MatrixRef) -> None:
-        """Turn what has been read into matrices and vectors."""
+        """Turn landed bytes into matrices and vectors."""
         piece, memory = ref.pieces[0], self._arena.array()
         inset, start = piece.inset(self._alignment), self._places[name]
         if ref.landing.needs_scratch:

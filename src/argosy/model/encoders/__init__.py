@@ -2,13 +2,13 @@
 
     patches of a picture, mel features of a sound  ->  tower.encode  ->  SpanRows  ->  decoder
 
-A tower's file has its config (`read_config`), the tensors that it needs (`tensors`), the positions that it fills
+A tower's file defines its config (`read_config`), the tensors that it needs (`tensors`), the positions that it fills
 (`num_positions`, `angles`), the memory that it takes (`peak_bytes`), and the tower itself. `encode` is a generator: it
-yields after at most about 3 GFLOP (`blocks.py`), so that decoding goes on beside it, and returns the rows. They are the
-same with any number of threads.
+yields after at most about 3 GFLOP (`blocks.py`), so that decoding continues meanwhile, and returns the rows. The rows
+are the same with any number of threads.
 
-Elsewhere: patches and features are made in `media/`; spans are `prompt/media_span.py`; weights are read by
-`model/weights.py`. `blocks.py` and `grid.py` hold what towers share.
+Elsewhere: `media/` makes patches and features; `prompt/media_span.py` defines spans; `model/weights.py` reads weights.
+`blocks.py` and `grid.py` hold the code that towers share.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class EncoderTensor:
     The first `row_axes` axes of a matrix are its rows and the others its columns, as in the weight of a convolution,
     [out, in, height, width]. A tensor with one axis is a vector.
 
-    If `taps` is set, it is the weight of a convolution, and lies in memory as [out, height, width, in].
+    If `taps` is set, the tensor is the weight of a convolution, stored in memory as [out, height, width, in].
     """
 
     name: str
@@ -45,14 +45,14 @@ class EncoderTensor:
 
     @property
     def landing(self) -> Landing:
-        """How its values become those in memory."""
+        """How its values are converted for memory."""
         return TapsFirst(self.taps) if self.taps else AS_STORED
 
 
 def with_bias(
     canonical: str, name: str, shape: tuple[int, ...], *, has_bias: bool = True, taps: int = 0
 ) -> dict[str, EncoderTensor]:
-    """The weight `{name}.weight` of this shape, and the bias of its rows if there is one."""
+    """Return the weight `{name}.weight` of this shape, and the bias of its rows if there is one."""
     tensors = {canonical: EncoderTensor(f"{name}.weight", shape, taps=taps)}
     if has_bias:
         tensors[f"{canonical}_bias"] = EncoderTensor(f"{name}.bias", shape[:1])

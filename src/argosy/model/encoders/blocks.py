@@ -1,10 +1,10 @@
-"""A tower's arithmetic, in blocks of rows that are so small that decoding never waits long for one.
+"""A tower's arithmetic, in blocks of rows small enough that decoding never waits long for one.
 
     for each block of rows:  norm -> product and activation -> ...,  then yield
 
-The shape of an input says how it is divided. With exact products, the work on a row does not depend on its block.
+The shape of an input decides how it is divided. With exact products, a row's result does not depend on its block.
 
-Elsewhere: the operations are native (`native/ops/encoder.h`); which of them a tower runs is in the tower's file.
+Elsewhere: the operations are native (`native/ops/encoder.h`); a tower's file says which of them it runs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Config = TypeVar("Config")
 # Between two yields: floating-point operations of products, and rows (for work that the products do not show).
 MOST_FLOP = 3_000_000_000
 MOST_ROWS = 1024
-# Native products take so many rows at a time; a part of them costs nearly as much.
+# Native products take this many rows at a time; fewer rows cost nearly as much.
 _PANEL_ROWS = 64
 
 FLOAT_BYTES = 4
@@ -36,13 +36,13 @@ OVERHEAD_BYTES = 1 << 16
 
 
 def block_rows(num_rows: int, flop_per_row: int) -> int:
-    """Rows of the largest block: whole panels, if one is not too much work."""
+    """Return the rows of the largest block: whole panels, unless one panel is too much work."""
     rows = max(1, MOST_FLOP // flop_per_row)
     return min(num_rows, MOST_ROWS, rows // _PANEL_ROWS * _PANEL_ROWS or rows)
 
 
 def block_floats(num_rows: int, flop_per_row: int, floats_per_row: int) -> int:
-    """Values of the largest block."""
+    """Return the values of the largest block."""
     return block_rows(num_rows, flop_per_row) * floats_per_row
 
 
@@ -55,7 +55,7 @@ def in_blocks(work: Callable[[slice], None], rows: range, flop_per_row: int) -> 
 
 
 def sinusoids(positions: NDArray[np.int64], frequencies: NDArray[np.float64]) -> Rows:
-    """Sines, then cosines, of the angles of positions: [positions, 2 * frequencies]."""
+    """Return sines, then cosines, of the angles of positions: [positions, 2 * frequencies]."""
     angles = positions[:, None] * frequencies
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
 
@@ -73,14 +73,14 @@ class Operations:
         self._runtime, self._is_exact = runtime, is_exact
 
     def flop_per_row(self, *names: str) -> int:
-        """Floating-point operations of the products with these matrices, for one row."""
+        """Return the floating-point operations of the products with these matrices, for one row."""
         return sum(2 * self._matrices[name].rows * self._matrices[name].cols for name in names)
 
     def vector(self, name: str) -> Rows:
         return self._vectors[name]
 
     def linear(self, name: str, x: Rows, out: Rows | None = None, *, finish: Finish = "store") -> Rows:
-        """x W^T + bias, if there is a bias: [rows, rows of W]; `finish` says what becomes of it."""
+        """Compute x W^T + bias, if there is a bias: [rows, rows of W]; `finish` names the activation that follows."""
         matrix = self._matrices[name]
         if out is None:
             out = np.empty((len(x), matrix.rows), np.float32)
@@ -94,14 +94,14 @@ class Operations:
         return out
 
     def rms_norm(self, name: str | None, x: Rows, eps: float) -> Rows:
-        """Without a name, there is no weight."""
+        """Apply RMSNorm; without a name, there is no weight."""
         weight = np.ones(x.shape[1], np.float32) if name is None else self._vectors[name]
         out = np.empty_like(x)
         _native.rms_norm(self._runtime, x, weight, eps, out)
         return out
 
     def gelu(self, x: Rows, kind: Gelu) -> Rows:
-        """In place."""
+        """Apply GELU in place."""
         _native.gelu(self._runtime, x, kind)
         return x
 
@@ -140,7 +140,7 @@ class Operations:
         _native.rope(self._runtime, x, cosine, sine, is_interleaved)
 
     def attend_all(self, query: Rows, key: Rows, value: Rows, scale: float, out: Rows) -> None:
-        """Attention in which each query sees every key: all [rows, heads, head_dim]."""
+        """Compute attention in which each query sees every key: all [rows, heads, head_dim]."""
         _native.attend(self._runtime, query, key, value, scale, out)
 
     def self_attention(
@@ -198,7 +198,7 @@ class Operations:
         output: str,
         project: Callable[[slice, Rows], None],
     ) -> Steps:
-        """Attention in which each row sees its whole segment and nothing else, and the product after it.
+        """Compute attention in which each row sees its whole segment and nothing else, and the product after it.
 
         Args:
             query: [rows, heads * head_dim].   key, value: [rows, KV heads * head_dim].
@@ -229,21 +229,21 @@ class Operations:
 
 
 def gelu_mlp_floats(num_rows: int, width: int, mlp_width: int) -> int:
-    """Most float32 values that `Operations.gelu_mlp` allocates."""
+    """Return the most float32 values that `Operations.gelu_mlp` allocates."""
     return block_floats(num_rows, 4 * width * mlp_width, width + mlp_width)
 
 
 def attention_flop(num_seen: int, width: int) -> int:
-    """Floating-point operations of attention for one row, without the product after it."""
+    """Return the floating-point operations of attention for one row, without the product after it."""
     return 4 * num_seen * width
 
 
 def attention_floats(num_seen: int, width: int, key_width: int, output_flop: int, project: int = 0) -> int:
-    """Most float32 values that `Operations.attend` allocates for a segment.
+    """Return the most float32 values that `Operations.attend` allocates for a segment.
 
     Args:
-        output_flop: floating-point operations of the product after it, for one row.
-        project: most values that it allocates for a row.
+        output_flop: floating-point operations, per row, of the product after attention.
+        project: the most values that this product allocates per row.
     """
     rounded = -(-_native.rounded_keys_bytes(num_seen, 1, key_width) // FLOAT_BYTES)
     return rounded + block_floats(num_seen, attention_flop(num_seen, width) + output_flop, width + project)

@@ -16,7 +16,7 @@ from argosy.model.reading.config_reader import ConfigReader
 from argosy.model.weights import DenseWeights
 from argosy.prompt.media_span import Making
 
-Shape = tuple[int, ...]  # a grid of patches (frames, rows, columns), or the number of mel frames alone
+Shape = tuple[int, ...]  # a grid of patches (frames, rows, columns), or just the number of mel frames
 
 
 class Tower(Protocol):
@@ -27,15 +27,15 @@ class Tower(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoForm:
-    """How a family's prompts have a video that its tower for pictures encodes, group by group.
+    """How a family's prompts contain a video, which its tower for pictures encodes group by group.
 
-    placeholder: key of the token that the chat template writes for a video, beside that of a picture.
+    placeholder: key of the token that the chat template writes for a video, in the same object as that of a picture.
     is_shown_as_pictures: its positions carry the token of a picture, not the video's own.
     most_frames: frames in the grid of a group, where frames are not joined in patches.
-    time_key: key of the rotary positions that a second takes, beside `placeholder`; None: time is told in text, and
-        each group is placed as a picture is.
+    time_key: key of the rotary positions per second, in the same object as `placeholder`; None: text gives the time,
+        and each group is placed like a picture.
     angles: as `Encoder.angles`, for all groups together: from the config, their grid, the seconds between groups, and
-        what is under `time_key`.
+        the value of `time_key`.
     sound: the texts around a video with sound, in which groups and sound follow each other by time; None: the model
         does not listen.
     """
@@ -53,16 +53,16 @@ class Encoder:
     """One tower of a family.
 
     path: the keys that lead to the tower's config in `config.json`.
-    placeholders: keys of the placeholder's token id, in the object around that config; the first that exists counts.
+    placeholders: keys of the placeholder's token id, in the object around that config; the first existing key counts.
     marks: keys of the token ids that the family's processor writes before and after a span; other families have
         such marks in their chat templates.
-    prefix: how the names of its tensors begin.
-    read: the tower's config, from its object and the one around it.
+    prefix: the prefix of its tensors' names.
+    read: reads the tower's config from its object and the object around it.
     tensors, num_positions, peak_bytes, open: functions of the tower's file.
-    angles: the rotary positions of a span of a shape, and how far the text after it moves on; None: as text.
+    angles: returns the rotary positions of a span of a shape, and the advance for the text after it; None: as text.
     sees_both_ways: each position of a span sees the whole span in the decoder.
     sound_padding: how a sound is padded (`media/sounds.py`).
-    video: how it is used for video; None: it is not.
+    video: how the tower is used for video; None: it is not.
     """
 
     kind: Kind

@@ -3,7 +3,7 @@
     patches -> product -> RMSNorm -> + learned positions -> layers -> RMSNorm -> 2 x 2 patches in one -> merger
 
 A patch covers two frames; a picture is its own second frame. A layer is RMSNorm, attention within a frame with 2-D
-RoPE, RMSNorm, SwiGLU. A prompt has a video as separate frames with times between them, so each frame is a span.
+RoPE, RMSNorm, SwiGLU. A prompt contains a video as separate frames with times between them, so each frame is a span.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MERGER_NORM_EPS = 1e-5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GlmVisionConfig(PatchConfig):
-    """Sizes of the tower. The SwiGLU of a layer is as wide as a row that leaves the tower."""
+    """Sizes of the tower. The SwiGLU of a layer is as wide as an output row of the tower."""
 
     has_qkv_bias: bool
     merger_width: int

@@ -1,4 +1,4 @@
-"""The patches of a picture: where each lies, how it is rotated, and which learned positions are mixed for it.
+"""The patches of a picture: the place, the rotation and the mixed learned positions of each.
 
     grid (frames, patch rows, patch columns)  ->  places  ->  rotation, taps of a position table, angles for the decoder
 
@@ -46,7 +46,7 @@ def patch_places(grid: Grid, merge: int) -> Places:
 class PatchKernel(NamedTuple):
     """The convolution that makes a hidden state from a patch of several frames.
 
-    are_frames_apart: each frame has a matrix of its own, as llama.cpp's converter writes them.
+    are_frames_apart: each frame has its own matrix, as llama.cpp's converter writes them.
     """
 
     hidden_size: int
@@ -57,7 +57,7 @@ class PatchKernel(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """Canonical names of the matrices."""
+        """Return the canonical names of the matrices."""
         return [
             "patch",
             *(f"patch.{frame}" for frame in range(1, self.frames if self.are_frames_apart else 1)),
@@ -71,7 +71,7 @@ class PatchKernel(NamedTuple):
         return with_bias("patch", name, shape) | more
 
     def apply(self, operations: Operations, patches: Rows) -> Rows:
-        """Hidden states of patches [rows, channels * frames * side^2]."""
+        """Return hidden states of patches [rows, channels * frames * side^2]."""
         if not self.are_frames_apart:
             return operations.linear("patch", patches)
         of_frames = patches.reshape(len(patches), self.channels, self.frames, -1)
@@ -132,13 +132,15 @@ class Taps(NamedTuple):
 
 
 def linear_taps(size: int, table_size: int) -> Taps:
-    """Linear interpolation in which the first and the last place are the table's first and last entry."""
+    """Interpolate linearly; the first and the last place are the table's first and last entry."""
     source = np.linspace(0, table_size - 1, size) if size > 1 else np.zeros(1)
     return _taps(source, table_size, (0, 1), lambda distance: np.maximum(0, 1 - distance))
 
 
 def cubic_taps(size: int, table_size: int) -> Taps:
-    """Cubic convolution (Keys 1981, a = -0.75) between the centres of pixels; the edge goes on beyond the table."""
+    """Convolve cubically (Keys 1981, a = -0.75) between the centres of pixels; the edge value continues beyond the
+    table.
+    """
     source = (np.arange(size) + 0.5) * table_size / size - 0.5
     return _taps(source, table_size, (-1, 0, 1, 2), _keys)
 
@@ -179,11 +181,11 @@ class PositionTable:
 
 
 def span_angles(grid: Grid, merge: int) -> tuple[Rows, float]:
-    """The rotary positions of a span on the axes time, height and width, and how far the text after it moves on.
+    """Return the rotary positions of a span on the axes time, height and width, and the advance for the text after it.
 
     Returns:
         angles: float32 [3, positions], relative to the first.
-        num_angles: as far as the longer side has positions.
+        num_angles: the number of positions of the longer side.
     """
     num_frames, height, width = grid[0], grid[1] // merge, grid[2] // merge
     angles = np.indices((num_frames, height, width), np.float32).reshape(3, -1)
@@ -191,7 +193,7 @@ def span_angles(grid: Grid, merge: int) -> tuple[Rows, float]:
 
 
 def read_theta(reader: ConfigReader, default: float = 10_000.0) -> float:
-    """The base of the rotary frequencies, from `rope_parameters`; absent in files that use the default.
+    """Read the base of the rotary frequencies from `rope_parameters`; files that use the default omit it.
 
     Older files say "default" for what transformers now calls "axial".
     """

@@ -1,14 +1,14 @@
-"""Towers in files of llama.cpp's converter (`mmproj-*.gguf`): what such a file says, in the terms of `encoder.py`.
+"""Read towers from files of llama.cpp's converter (`mmproj-*.gguf`), in the terms of `encoder.py`.
 
     GgufFile  ->  read_towers  ->  config, names of tensors, settings of the processor
 
-A GGUF model has its towers in a file of its own, of architecture `clip`. Its `clip.projector_type` names the tower, and
-the text model beside it the family; a file with towers for pictures and for sound has a type for each. Weights keep
-their values; two are stored in another form: the kernel that makes a hidden state from a patch of two frames is two
+A GGUF model keeps its towers in a separate file of architecture `clip`. Its `clip.projector_type` names the tower, and
+the text model names the family; a file with towers for pictures and for sound has a type for each. Weights keep their
+values, but two are stored differently: the kernel that makes a hidden state from a patch of two frames is two
 matrices, and queries and keys of MoonViT have the pairs of an axis together.
 
-The file has mean and deviation of colours, but for most towers no size of pictures. Sizes are then those of the
-released models' `preprocessor_config.json`, which are named below; llama.cpp has its own.
+The file contains the mean and deviation of colours, but for most towers no picture sizes. Sizes then come from the
+released models' `preprocessor_config.json`, named below; llama.cpp uses its own.
 
 Elsewhere: `checkpoint/gguf.py` finds and reads the file; `reading.py` makes `EncoderFiles` of it.
 """
@@ -54,7 +54,7 @@ Read = Callable[[GgufConfigReader], dict[str, object]]
 class _Projector:
     """A kind of tower.
 
-    kind: the media that it takes.
+    kind: the kind of media that it encodes.
     families: a text model's family in GGUF -> the checkpoint whose tower it is, a key of `ENCODERS`.
     placeholder: the token that the chat template writes for a picture or a sound.
     read_config: the tower's config as in that checkpoint's `config.json`.
@@ -74,7 +74,7 @@ class _Projector:
 
 @dataclass(frozen=True, slots=True)
 class TowerInFile:
-    """A tower as its file describes it; `names` are those of its tensors by canonical name."""
+    """A tower as its file describes it; `names` maps canonical names to the names of its tensors."""
 
     encoder: Encoder
     config: Any
@@ -84,14 +84,14 @@ class TowerInFile:
 
 
 def read_towers(file: GgufFile, model: ModelConfig) -> dict[Kind, TowerInFile | ArgosyError]:
-    """Read the descriptions of the towers; for one that cannot be run, the error says why.
+    """Read the descriptions of the towers; a tower that cannot run is represented by the error that says why.
 
     Args:
-        model: the text model beside them.
+        model: the text model that the towers serve.
 
     Raises:
         UnsupportedModel: another kind of file.
-        CheckpointError: the file has no tower, or does not say so in the right form.
+        CheckpointError: the file has no tower, or its declaration is malformed.
     """
     architecture = file.text("general.architecture")
     if architecture != _ARCHITECTURE:
@@ -166,7 +166,7 @@ def _read_tower(file: GgufFile, model: ModelConfig, kind: Kind) -> TowerInFile:
 
 
 def _pass_others(reader: GgufConfigReader, kind: Kind) -> None:
-    """Count as read what concerns the other tower; keys without a part, such as `use_gelu`, belong to vision."""
+    """Count keys of the other tower as read; keys without a part, such as `use_gelu`, belong to vision."""
     for key in reader.file.metadata:
         name = key.removeprefix(f"{_ARCHITECTURE}.")
         is_audio = name.startswith("audio.")
@@ -175,7 +175,7 @@ def _pass_others(reader: GgufConfigReader, kind: Kind) -> None:
 
 
 def _name(canonical: str, layers: str, names: Mapping[str, str], config: Any) -> str:
-    """The name of a tensor in the file."""
+    """Return the name of a tensor in the file."""
     base, kind = canonical, "weight"
     if canonical.endswith("_bias"):
         base, kind = canonical.removesuffix("_bias"), "bias"
@@ -196,7 +196,7 @@ def _name(canonical: str, layers: str, names: Mapping[str, str], config: Any) ->
 
 
 def _read_sizes(reader: GgufConfigReader) -> dict[str, object]:
-    """Sizes in the spelling of Qwen3-VL and GLM-4.5V."""
+    """Read sizes in the spelling of Qwen3-VL and GLM-4.5V."""
     return {
         "depth": reader.integer("vision.block_count", most=MOST_LAYERS),
         "hidden_size": reader.integer("vision.embedding_length"),
@@ -228,7 +228,7 @@ def _read_colours(reader: GgufConfigReader) -> dict[str, object]:
 
 
 def _read_pixels(reader: GgufConfigReader, least: int, most: int, *, token: int, frames: int = 1) -> object:
-    """Limits of a picture's pixels: those of the file, which counts one frame, or those of the released models.
+    """Read the limits of a picture's pixels: from the file, which counts one frame, or from the released models.
 
     Args:
         least, most: limits of the released models, in `frames` frames, where a token has `token` x `token` pixels.
@@ -260,7 +260,7 @@ def _read_qwen(reader: GgufConfigReader) -> dict[str, object]:
 
 
 def _qwen_settings(reader: GgufConfigReader) -> dict[str, object]:
-    """As Qwen3-VL's and Qwen3.6's, or as Qwen3-Omni's, whose file has a tower for sound, too.
+    """Return settings as in Qwen3-VL and Qwen3.6, or as in Qwen3-Omni, whose file also contains a tower for sound.
 
     They have 65,536 to 16,777,216 pixels, and 3,136 to 12,845,056; a token has 32 x 32.
     """
@@ -288,7 +288,7 @@ def _read_glm(reader: GgufConfigReader) -> dict[str, object]:
 
 
 def _glm_settings(reader: GgufConfigReader) -> dict[str, object]:
-    """As GLM-4.5V's: 12,544 to 9,633,792 pixels, counted over two frames; a token has 28 x 28."""
+    """Return settings as in GLM-4.5V: 12,544 to 9,633,792 pixels, counted over two frames; a token has 28 x 28."""
     return _read_colours(reader) | {
         "image_processor_type": "Glm4vImageProcessor",
         "patch_size": _patch_size(reader),
@@ -322,7 +322,7 @@ def _read_kimi(reader: GgufConfigReader) -> dict[str, object]:
 
 
 def _kimi_settings(reader: GgufConfigReader) -> dict[str, object]:
-    """As Kimi-K2.5's: at most 512 patches on a side; the file has their number in all, as pixels."""
+    """Return settings as in Kimi-K2.5: at most 512 patches on a side; the file gives their total number, as pixels."""
     patch_size = _patch_size(reader)
     return _read_colours(reader) | {
         "image_processor_type": "Kimi_K25ImageProcessor",

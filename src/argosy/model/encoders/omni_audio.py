@@ -2,9 +2,9 @@
 
     features -> chunks of 100 frames -> 3 convolutions, 8 frames become 1 -> + times -> layers -> LayerNorm, MLP
 
-Convolutions see one chunk, and times begin again in each chunk. Zeros are added to the last chunk until it is as long
-as the others; a sound shorter than a chunk stays as it is. A layer is LayerNorm, attention within a window of several
-chunks, LayerNorm, MLP. Positions in the decoder are those of text.
+Convolutions see one chunk, and times restart in each chunk. The last chunk is padded with zeros to the length of the
+others; a sound shorter than a chunk is not padded. A layer is LayerNorm, attention within a window of several chunks,
+LayerNorm, MLP. Positions in the decoder are like those of text.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from argosy.prompt.media_span import Making, SpanRows
 
 _NUM_CONVOLUTIONS = 3
 _KERNEL = 3
-# Rows that a whole chunk becomes; transformers counts on it.
+# Rows that a whole chunk becomes; transformers relies on this.
 _CHUNK_ROWS = 13
 _NORM_EPS = 1e-5
 
@@ -119,7 +119,7 @@ def tensors(config: OmniAudioConfig) -> dict[str, EncoderTensor]:
 
 
 def num_positions(config: OmniAudioConfig, num_frames: int) -> int:
-    """Positions that a sound of so many mel frames fills."""
+    """Return the positions that a sound of `frames` mel frames fills."""
     chunks, rest = divmod(num_frames, config.chunk_frames)
     return chunks * _CHUNK_ROWS + _after_convolutions(rest)
 

@@ -1,4 +1,5 @@
-"""What the vision towers of GLM, Qwen and Kimi share: sizes, tensors and memory of layers, and the way through them.
+"""The common part of the vision towers of GLM, Qwen and Kimi: sizes, tensors and memory of layers, and the path
+through them.
 
     patches -> product + learned positions -> layers -> merge -> embeddings
 
@@ -53,7 +54,7 @@ class PatchConfig:
     channels: int = 3
     patch_size: int
     patch_frames: int = 1
-    are_frames_apart: bool = False  # each frame of a patch has a matrix of its own
+    are_frames_apart: bool = False  # each frame of a patch has its own matrix
     merge: int
     out_size: int
     position_side: int
@@ -76,7 +77,7 @@ class PatchConfig:
 
     @property
     def cell_size(self) -> int:
-        """The size of the patches of a cell together."""
+        """The combined size of a cell's patches."""
         return self.hidden_size * self.merge**2
 
     def require_heads(self, reader: ConfigReader, key: str = "hidden_size") -> None:

@@ -7,8 +7,8 @@
 A patch covers two frames; a picture is its own second frame. A layer is LayerNorm, attention within a frame with 2-D
 RoPE, LayerNorm, MLP. A merger joins cells of `merge` x `merge` patches. Qwen3.5 has no deepstack mergers.
 
-A prompt has a video as groups of two frames, each a span of its own: in Qwen3-VL and Qwen3.5 with times between them,
-in Qwen3-Omni with rotary positions that tell time (`omni_angles`).
+A prompt contains a video as groups of two frames, each a separate span: in Qwen3-VL and Qwen3.5 with times between
+them, in Qwen3-Omni with rotary positions that encode time (`omni_angles`).
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def read_config(reader: ConfigReader, *, has_deepstack: bool = True) -> QwenVisi
 
 
 def tensors(config: QwenVisionConfig, *, is_omni: bool = False) -> dict[str, EncoderTensor]:
-    """The tower's tensors by canonical name; Qwen3-Omni has other names for those of mergers.
+    """Return the tower's tensors by canonical name; Qwen3-Omni names the tensors of mergers differently.
 
     The prefix is `model.visual.`, in Qwen3-Omni `thinker.visual.`.
     """
@@ -117,10 +117,10 @@ def tensors(config: QwenVisionConfig, *, is_omni: bool = False) -> dict[str, Enc
 def omni_angles(
     config: QwenVisionConfig, grid: Grid, *, seconds_per_frame: float, angles_per_second: int
 ) -> tuple[Rows, float]:
-    """The rotary positions of a span in Qwen3-Omni, where the time of a frame is in seconds; as `span_angles`.
+    """Return the rotary positions of a span in Qwen3-Omni, like `span_angles`; the time of a frame is in seconds.
 
     Args:
-        seconds_per_frame: from one frame of the grid to the next; it does not matter for a picture.
+        seconds_per_frame: from one frame of the grid to the next; irrelevant for a picture.
         angles_per_second: `position_id_per_seconds` of the config.
     """
     angles, _ = span_angles(grid, config.merge)

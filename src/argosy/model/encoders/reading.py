@@ -3,7 +3,7 @@
     ModelFiles  ->  find_encoders  ->  EncoderFiles: config, places of tensors  ->  Encoders.open  ->  a tower
                                                     processor settings          ->  processor
 
-A tower that cannot be run does not keep text from running: the error is raised for the first picture or sound.
+A tower that cannot run does not prevent text from running: its error is raised for the first picture or sound.
 
 Elsewhere: a tower's file says where families keep it, `mmproj.py` how GGUF files describe them;
 `engine/media/prompt_media.py` gives them pictures and sounds.
@@ -39,8 +39,8 @@ from argosy.model.reading.accounts import FLOAT_FORMATS, TensorAccounts
 from argosy.model.reading.config_reader import ConfigReader
 from argosy.model.weights import DenseReading, dense_footprint, is_vector
 
-# What is read of a tower between two steps: reads in progress when a step begins compete with those of its experts, so
-# they are few, and wait for those. Waiting for one tensor takes no longer than this, however slow the drive.
+# # Bytes of a tower read between two steps: reads in flight when a step begins compete with the step's expert reads,
+# so they are few, and yield to those. Waiting for one tensor takes no longer than this, however slow the drive.
 READ_BYTES = 16 << 20
 READ_MS = 5
 MEL_FRAMES_PER_SECOND = 100  # in every encoder here: 16,000 samples in hops of 160
@@ -69,12 +69,12 @@ class VideoFiles:
 class EncoderFiles:
     """One tower on disk.
 
-    config: as its file in this package reads it.
+    config: the config that the tower's file in this package reads.
     tensors: by canonical name.
     token_id: the placeholder that the chat template writes.
     marks: token ids before and after a span, if the chat template does not write them.
-    settings: settings of the tower's processor, and the name of their file; or why there are none.
-    video: None if the tower is not used for video, or no placeholder for one in the vocabulary is named.
+    settings: settings of the tower's processor, and the name of their file; or the reason for their absence.
+    video: None if the tower is not used for video, or the files name no placeholder for a video.
     """
 
     encoder: Encoder
@@ -87,7 +87,7 @@ class EncoderFiles:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of memory of the weights."""
+        """The bytes of memory of the weights."""
         return dense_footprint(self.tensors)
 
     def processor(self, image_tokens: int) -> Processor:
@@ -95,7 +95,7 @@ class EncoderFiles:
 
         Raises:
             CheckpointError, UnsupportedModel: its settings are missing, malformed, not supported, or for another tower.
-            UsageError: the cap is below what this kind of processor makes.
+            UsageError: the cap is below this processor's minimum.
         """
         if isinstance(self.settings, ArgosyError):
             raise self.settings
@@ -115,7 +115,7 @@ class EncoderFiles:
         return processor
 
     def video_processor(self, video_tokens: int, image_tokens: int) -> VideoProcessor:
-        """Create the processor of videos, within so many positions, and so many for a group of frames.
+        """Create the processor of videos, with caps on the positions of a video and of a group of frames.
 
         Raises:
             CheckpointError, UnsupportedModel: as `processor`; or the checkpoint names no placeholder for videos.
@@ -144,7 +144,7 @@ class EncoderFiles:
         return processor
 
     def _require_sizes(self, sizes: Mapping[str, tuple[int, int]], where: str) -> None:
-        """Compare what a processor makes with what the tower takes."""
+        """Compare the sizes that a processor makes with those that the tower expects."""
         for name, (made, taken) in sizes.items():
             if made != taken:
                 raise CheckpointError(
@@ -153,7 +153,7 @@ class EncoderFiles:
                 )
 
     def largest_shape(self, processor: Processor) -> Shape:
-        """The shape of the largest input that this processor makes."""
+        """Return the shape of the largest input that this processor makes."""
         if isinstance(processor, PictureProcessor):
             merge: int = self.config.merge
             assert processor.most_tokens is not None
@@ -182,15 +182,17 @@ class EncoderFiles:
         return found + attention
 
     def peak_bytes(self, shape: Shape) -> int:
-        """Most bytes that encoding an input of this shape allocates, with its rows, and a picture's patches."""
+        """Return the most bytes that encoding an input of this shape allocates, rows and a picture's
+        patches included.
+        """
         patches = math.prod(shape) * self.config.patch_values if self.encoder.kind == "picture" else 0
         return FLOAT_BYTES * patches + self.encoder.peak_bytes(self.config, shape)
 
 
 def find_encoders(files: ModelFiles) -> dict[Kind, EncoderFiles | ArgosyError]:
-    """Find the towers whose tensors are there; for one that cannot be run, the error says why.
+    """Find the towers whose tensors exist; a tower that cannot run is represented by the error that says why.
 
-    A pack has those that were found when it was made.
+    A pack contains the towers that were found when it was made.
     """
     found: dict[Kind, EncoderFiles | ArgosyError] = {}
     if files.mmproj is not None:
@@ -208,12 +210,12 @@ def find_encoders(files: ModelFiles) -> dict[Kind, EncoderFiles | ArgosyError]:
 
 
 def runnable(encoders: Mapping[Kind, EncoderFiles | ArgosyError]) -> dict[Kind, EncoderFiles]:
-    """The towers among those that were found which can be run."""
+    """Select the towers that can run."""
     return {kind: one for kind, one in encoders.items() if isinstance(one, EncoderFiles)}
 
 
 def tensor_names(encoders: Mapping[Kind, EncoderFiles | ArgosyError]) -> set[str]:
-    """Names in the files of all tensors that these towers need."""
+    """Return the names, in the files, of all tensors that these towers need."""
     return {ref.name for tower in runnable(encoders).values() for ref in tower.tensors.values()}
 
 
@@ -227,7 +229,7 @@ def _read_settings(directory: Path, kind: Kind) -> tuple[Mapping[str, object], s
             path=directory,
         )
     try:
-        # Where all processors share one file, it counts before older ones.
+        # A file that all processors share takes precedence over older files.
         for path in paths if kind == "video" else ():
             if "video_processor" in (raw := read_object(path)):
                 return raw, path.name
@@ -257,7 +259,7 @@ def _read(files: ModelFiles, encoder: Encoder) -> EncoderFiles:
 
 
 def _read_mmproj(files: ModelFiles) -> dict[Kind, EncoderFiles | ArgosyError]:
-    """The towers of a GGUF model."""
+    """Find the towers of a GGUF model."""
     if isinstance(files.mmproj, ArgosyError):
         raise files.mmproj
     assert files.mmproj is not None
@@ -298,7 +300,7 @@ def _in_gguf(tower: TowerInFile, files: ModelFiles, header: GgufFile, tokens: li
 
 
 def _with_blocks(ref: TensorRef) -> TensorRef:
-    """A tensor of a GGUF file; a pack has its blocks as rows of bytes."""
+    """Return a tensor of a GGUF file; a pack stores its blocks as rows of bytes."""
     if ref.dtype != "U8" or not ref.shape or ref.shape[-1] % _BLOCK_BYTES:
         return ref
     return replace(ref, dtype=_BLOCKS, shape=(*ref.shape[:-1], ref.shape[-1] // _BLOCK_BYTES * _BLOCK_VALUES))
@@ -307,7 +309,7 @@ def _with_blocks(ref: TensorRef) -> TensorRef:
 def _take_tensors(
     accounts: TensorAccounts, encoder: Encoder, config: Any, names: Mapping[str, str]
 ) -> dict[str, MatrixRef]:
-    """The tensors of a tower by canonical name; `names` are those in the files."""
+    """Take the tensors of a tower by canonical name; `names` are their names in the files."""
     tensors = {}
     for canonical, tensor in encoder.tensors(config).items():
         # llama.cpp's converter gives the bias of a convolution two more axes.
@@ -351,7 +353,7 @@ def _marks(around: ConfigReader, encoder: Encoder, files: ModelFiles) -> tuple[i
 
 
 def _token_id(around: ConfigReader, keys: Sequence[str], files: ModelFiles) -> int:
-    """The token id under the first of these keys that exists."""
+    """Return the token id under the first of these keys that exists."""
     for key in keys:
         for token_id in around.token_ids(key):
             return _in_vocabulary(token_id, key, files.path / CONFIG_FILE, files)
@@ -369,7 +371,7 @@ def _in_vocabulary(token_id: int, key: str, path: Path, files: ModelFiles) -> in
 
 
 class Encoders:
-    """The towers of a model; each is read when it is first needed, and stays until it is dropped."""
+    """The towers of a model; each is read on first use, and stays until it is dropped."""
 
     def __init__(
         self,
@@ -387,7 +389,7 @@ class Encoders:
         self._reading: dict[Kind, DenseReading] = {}
 
     def open(self, kind: Kind) -> Generator[None, None, Tower]:
-        """The tower for this kind, read in pieces if it is not in memory; whoever else opens it shares the reads.
+        """Return the tower for this kind, read in pieces if it is not in memory; concurrent callers share the reads.
 
         Raises:
             ReadFailed: the drive failed.   CheckpointError: a norm or bias holds NaN or infinity.
@@ -416,7 +418,7 @@ class Encoders:
         return self._open[kind]
 
     def drop(self) -> None:
-        """Free the weights of all towers. One that is encoding keeps its own until it is done."""
+        """Free the weights of all towers. A tower that is encoding keeps its weights until it is done."""
         for reading in self._reading.values():
             reading.cancel()
         self._reading.clear()

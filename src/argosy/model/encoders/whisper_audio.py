@@ -3,8 +3,8 @@
     features -> windows -> 2 convolutions, 2 frames become 1 -> + positions -> layers -> LayerNorm
                                                               -> several joined -> linear, GELU, linear -> embeddings
 
-A window is as long as the table of positions, and hears nothing of its neighbours. Zeros of sound follow the last one
-until it is full; rows of such silence are dropped. Positions in the decoder are those of text.
+A window is as long as the table of positions, and hears nothing of its neighbours. The last window is padded with
+silence; rows of that silence are dropped. Positions in the decoder are like those of text.
 
 Whisper transcribes with the same encoder (`model/whisper/network.py`).
 """
@@ -140,7 +140,9 @@ def tensors(config: WhisperAudioConfig) -> dict[str, EncoderTensor]:
 
 
 def num_positions(config: WhisperAudioConfig, num_frames: int) -> int:
-    """Positions that a sound of so many mel frames fills: one more than its frames need, but never beyond a window."""
+    """Return the positions that a sound of `frames` mel frames fills: one more than needed, but never
+    beyond a window.
+    """
     windows, rest = divmod(num_frames, config.window_frames)
     needed = -(-rest // (_FRAMES_PER_POSITION * config.joined)) + 1 if rest else 0
     return windows * config.window_rows + min(needed, config.window_rows)
@@ -203,7 +205,7 @@ def _convolve(ops: Operations, name: str, x: Rows, out: Rows, *, stride: int) ->
     Args:
         stride: frames between the kernels of two rows of `out`.
     """
-    # The frames under a kernel lie side by side, and share memory with those under the next.
+    # The frames under a kernel are adjacent, and share memory with those under the next.
     under = sliding_window_view(x.reshape(-1), _KERNEL * x.shape[1])[:: stride * x.shape[1]]
 
     def work(rows: slice) -> None:

@@ -77,8 +77,8 @@ def open_model(
         path: a pack; a checkpoint as on the hub, `config.json` and safetensors; a GGUF file, the first
             part of a split model, or a directory that holds exactly one model as `.gguf`.
         mmproj: the file with the vision tower of a GGUF model; None: the one beside it, if there is one.
-        tower: such a file that was found elsewhere. Like the one beside the model, it keeps no text from running if it
-            is damaged.
+        tower: such a file found elsewhere. Like one in the model's directory, it does not prevent text from running if
+            it is damaged.
         shards: the shards whose experts will be read; a pack may lack the files of others (`manifest.open_pack`).
         is_copy: whether it may be a worker's copy, in which everything but the copied shards is a hole.
 
@@ -133,7 +133,7 @@ def _open(path: Path, mmproj: Path | None, tower: Path | None, shards: int) -> M
 
 
 def config_alone(path: str | Path) -> ModelConfig | None:
-    """The configuration in a `config.json`, or in a directory that has one but no weights; None for anything else.
+    """Read the configuration in a `config.json`, or in a directory with one but no weights; None for anything else.
 
     Raises:
         UnsupportedModel: a family, key or value that is not supported.   CheckpointError: a file is malformed.
@@ -181,7 +181,9 @@ def _open_gguf(path: Path, mmproj: Path | None, tower: Path | None) -> ModelFile
 
 
 def _with_mmproj(files: ModelFiles, given: Path | None, tower: Path | None) -> ModelFiles:
-    """Add the file with the vision tower. One that was only found keeps no text from running, if it is damaged."""
+    """Add the file with the vision tower. If the caller did not name it, a damaged one does not prevent text from
+    running.
+    """
     try:
         path = given or tower or find_mmproj(files.path)
         if path is None:
@@ -195,7 +197,7 @@ def _with_mmproj(files: ModelFiles, given: Path | None, tower: Path | None) -> M
 
 
 def read_config(directory: Path) -> tuple[Family, ModelConfig]:
-    """The family and configuration of a checkpoint.
+    """Return the family and configuration of a checkpoint.
 
     If there is a `generation_config.json`, it decides which tokens end an answer.
 
@@ -226,7 +228,7 @@ def read_config(directory: Path) -> tuple[Family, ModelConfig]:
 def _require_same_config(packed: ModelFiles) -> None:
     """Prove that a pack's manifest agrees with its `config.json`."""
     _, config = read_config(packed.path)
-    # Only the tensors, not config.json, say whether the head is a separate tensor and whether kv_up is split.
+    # Only the tensors, not config.json, show whether the head is a separate tensor and whether kv_up is split.
     config = replace(config, is_embedding_tied=packed.config.is_embedding_tied)
     if config.latent is not None and packed.config.latent is not None:
         latent = replace(config.latent, is_up_split=packed.config.latent.is_up_split)

@@ -48,7 +48,7 @@ LAYOUTS = separate_and_fused(_LAYER_NAMES)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Defaults(CommonDefaults):
-    """The defaults of absent keys: those of a family's config class in transformers 5.24."""
+    """Defaults of absent keys, as in a family's config class in transformers 5.24."""
 
     num_layers: int
     dense_width: int
@@ -188,7 +188,7 @@ def read_kept_groups(reader: ConfigReader, num_groups: int, default: int | None)
 
 
 def read_mtp_layers(reader: ConfigReader, default: int) -> int:
-    """Layers for multi-token prediction, which follow the model's own layers in the files."""
+    """Count the layers for multi-token prediction, which follow the model's own layers in the files."""
     return reader.integer(
         "num_nextn_predict_layers", "num_mtp_layers", default=default, least=0, most=MOST_LAYERS
     )

@@ -1,12 +1,12 @@
 """The `deepseek2` architecture of GGUF: DeepSeek-V2, V3 and R1, Kimi-K2, GLM-4.7-Flash.
 
-Only the router in the metadata tells which model a file holds: DeepSeek-V2 has softmax, all others have sigmoid. Files
-from April 2025 on have `kv_b` in two tensors, `attn_k_b` with each head's part transposed and `attn_v_b`, and describe
-one shared head of keys as wide as the cache; the sizes of a head are in keys that end in `_mla`. Older files have
-`attn_kv_b` and the sizes in keys without the ending.
+Only the router in the metadata shows which model a file contains: DeepSeek-V2 uses softmax, all others use sigmoid.
+Files from April 2025 on split `kv_b` into two tensors, `attn_k_b` with each head's part transposed and `attn_v_b`, and
+describe one shared head of keys as wide as the cache; the sizes of a head are in keys that end in `_mla`. Older files
+contain `attn_kv_b`, and the sizes in keys without the ending.
 
-Files of DeepSeek-V3 before October 2025 do not say that experts are in groups, so they cannot be read that way here:
-the router of these files chooses among all experts.
+Files of DeepSeek-V3 before October 2025 do not declare groups of experts, so the router of these files chooses among
+all experts.
 """
 
 from __future__ import annotations
@@ -104,9 +104,9 @@ def _read_latent(reader: GgufConfigReader, num_heads: int) -> LatentConfig:
 
 
 def _read_rope(reader: GgufConfigReader, rope_dim: int, context_tokens: int) -> RopeConfig:
-    """Interleaved. Yarn's `mscale_all_dim` magnitude has its own key, where it is times 0.1 and in float32.
+    """Read an interleaved embedding. Yarn's `mscale_all_dim` magnitude has its own key, times 0.1 and in float32.
 
-    Its other magnitude has no key; llama.cpp assumes that it is the same, as in every released model.
+    The other magnitude has no key; llama.cpp assumes that both are equal, as in every released model.
     """
     rope = reader.rope(rope_dim, context_tokens)
     magnitude = None
@@ -129,10 +129,10 @@ def _read_router(reader: GgufConfigReader, has_choice_bias: bool) -> RouterConfi
 
 
 def read_dense_layers(reader: GgufConfigReader, num_layers: int) -> int:
-    """How many of the first layers have no routed experts.
+    """Return how many of the first layers have no routed experts.
 
     Raises:
-        CheckpointError: no layer has any.
+        CheckpointError: no layer has routed experts.
     """
     num_dense = reader.integer("leading_dense_block_count", 0, least=0)
     if num_dense >= num_layers:
@@ -146,7 +146,7 @@ def read_dense_layers(reader: GgufConfigReader, num_layers: int) -> int:
 
 
 def read_grouped_router(reader: GgufConfigReader, *, is_sigmoid: bool, has_choice_bias: bool) -> RouterConfig:
-    """Groups, weights and scale of a router: sigmoid scores as in DeepSeek-V3, or softmax as in V2."""
+    """Read groups, weights and scale of a router: sigmoid scores as in DeepSeek-V3, or softmax as in V2."""
     renormalize = reader.flag("expert_weights_norm", False)
     return RouterConfig(
         score="sigmoid" if is_sigmoid else "softmax",

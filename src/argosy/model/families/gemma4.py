@@ -1,7 +1,7 @@
-"""Gemma-4 (26B-A4B): a model that also sees, with a dense network beside the experts in every layer.
+"""Gemma-4 (26B-A4B): a model that also sees, with a dense network alongside the experts in every layer.
 
 Five layers with a sliding window are followed by one that sees everything. The two kinds have different heads and
-different rotary embeddings; in the second, keys are used as values where `attention_k_eq_v` says so. Each block is
+different rotary embeddings; in the second kind, keys serve as values if `attention_k_eq_v` is set. Each block is
 normed before and after. In the second half of a layer, the dense network (here the shared expert), the router and the
 routed experts read three different norms of the same hidden state; the outputs of the two networks are normed, added,
 and normed again. Within an image, positions of sliding layers see each other both ways; full layers stay causal.
@@ -152,7 +152,7 @@ def _read_layers(text: ConfigReader, shape: AttentionShape) -> tuple[RopeConfig,
 
 
 def _read_kinds(text: ConfigReader) -> tuple[str, ...]:
-    """The kind of each layer; the last one sees everything, whatever `layer_types` says."""
+    """Return the kind of each layer; the last layer sees everything, whatever `layer_types` says."""
     num_layers = text.integer("num_hidden_layers", default=30, most=MOST_LAYERS)
     kinds = text.layer_types(num_layers, (_SLIDING, _FULL))
     if kinds is None:
@@ -163,7 +163,7 @@ def _read_kinds(text: ConfigReader) -> tuple[str, ...]:
 def _read_heads(
     text: ConfigReader, kinds: tuple[str, ...], shape: AttentionShape, *, keys_are_values: bool
 ) -> dict[str, tuple[int, int]]:
-    """Key heads of each kind of layer, and their dimensions.
+    """Read the key heads of each kind of layer, and their dimensions.
 
     The hub has `global_head_dim` and `num_global_key_value_heads`; transformers writes `per_layer_config`, in which the
     number of a layer has the keys that differ there.

@@ -61,7 +61,7 @@ def read_text(
 
     Args:
         has_bias: the default of `attention_bias`.
-        defaults: the defaults of `read_common` in which the two differ.
+        defaults: the defaults of `read_common` that differ between the two.
     """
     common = read_common(
         reader,
@@ -96,7 +96,7 @@ def read_text(
 
 
 def open_gguf(file: GgufFile) -> ModelFiles:
-    """The model in a GGUF file of architecture `glm4moe`; its tensors tell whether q and k have norms and biases.
+    """Open a GGUF file of architecture `glm4moe`; its tensors show whether q and k have norms and biases.
 
     Raises:
         UnsupportedModel: a key, value or tensor type that is not supported.

@@ -1,13 +1,13 @@
 """gpt-oss (arXiv:2508.10925): attention with sinks, every second layer in a window, and a bias on every product.
 
-Experts clamp the input of their activation, and router and experts have biases, too. Layers alternate between a sliding
-window and full attention, the window first, unless `layer_types` says otherwise. The hub has experts in MXFP4: blocks
-and scales stacked over the experts of a layer, with alternating rows of gate and up. The unquantised form stores them
-transposed, [experts, hidden, 2 * width] with alternating columns, so rows are not contiguous: `argosy pack` reads it,
-and the pack runs.
+Experts clamp the input of their activation, and router and experts also have biases. Layers alternate between a
+sliding window and full attention, the window first, unless `layer_types` says otherwise. The hub stores experts in
+MXFP4: blocks and scales stacked over the experts of a layer, with alternating rows of gate and up. The unquantised
+version stores experts transposed, [experts, hidden, 2 * width] with alternating columns, so rows are not contiguous:
+`argosy pack` reads it, and the pack runs.
 
-The rotary embedding is yarn without whole-number bounds (`truncate` is false). GGUF metadata have no key for that; it
-is a property of the weights, so it holds there, too.
+The rotary embedding is yarn without whole-number bounds (`truncate` is false). GGUF metadata have no key for that; as
+a property of the weights, it also applies to GGUF files.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ def _read_rotary_dim(reader: ConfigReader, rope: RopeConfig, head_dim: int) -> R
 
 
 def _read_other_generations(reader: ConfigReader) -> None:
-    """Accept keys of MiniMax's earlier and later models, which released files have; none changes anything here."""
+    """Accept keys of MiniMax's earlier and later models, which released files contain; none changes anything here."""
     if set(reader.integers("attn_type_list", least=0, most=1)) - {1}:
         raise reader.unsupported("attn_type_list", "1, softmax attention, in every layer")
     reader.one_of("scoring_func", "sigmoid", ("sigmoid",))

@@ -1,8 +1,8 @@
 """Qwen3.5-MoE and Qwen3.6-MoE, text only: a Qwen3-Next whose delta nets have four projections each.
 
 Every layer has routed experts, and routing weights always sum to one. Positions in the vision-language model have three
-axes (m-rope); text has the same position on all axes, which is ordinary rotary embedding. The hub's bf16 files have the
-experts of a layer fused, its FP8 files have them one by one.
+axes (m-rope); text has the same position on all axes, which is ordinary rotary embedding. The hub's bf16 files fuse
+the experts of a layer; its FP8 files store them one by one.
 """
 
 from __future__ import annotations

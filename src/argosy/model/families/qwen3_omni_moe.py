@@ -1,6 +1,6 @@
 """Qwen3-Omni (30B-A3B): the text part of its thinker, a Qwen3-MoE under `thinker.`.
 
-`config.json` has the thinker in `thinker_config` and its text model in `text_config` inside that. Its towers
+`config.json` holds the thinker in `thinker_config`, and the text model in `text_config` inside that. Its towers
 (`thinker.audio_tower.*`, `thinker.visual.*`) are in `model/encoders/`; the models that speak (`talker.*`, `code2wav.*`)
 are ignored.
 """

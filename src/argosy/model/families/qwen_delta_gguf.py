@@ -1,9 +1,9 @@
 """The `qwen3next` and `qwen35moe` architectures of GGUF.
 
-Their writer has already applied two steps that the kernels do for other files: norms hold their whole weight, and the
-decay rate is not a logarithm. In `qwen35moe`, value heads are in another order: heads that share a key head are not
-adjacent, but as far apart as there are key heads. In `qwen3next`, b and a share a matrix, and older files have q, k, v
-and z in one, `ssm_in`.
+Their converter has already applied two steps that the kernels do for other files: norms hold their whole weight, and
+the decay rate is not a logarithm. In `qwen35moe`, value heads are in another order: heads that share a key head are
+not adjacent, but as far apart as there are key heads. In `qwen3next`, b and a share a matrix, and older files have q,
+k, v and z in one, `ssm_in`.
 """
 
 from __future__ import annotations

@@ -32,13 +32,13 @@ LAYOUTS = make_layouts()
 
 
 def read_moe_layers(reader: ConfigReader, num_layers: int) -> tuple[bool, ...]:
-    """For each layer, whether it has routed experts.
+    """Return whether each layer has routed experts.
 
-    Layer i has them if i + 1 is a multiple of `decoder_sparse_step` and `mlp_only_layers` does not list i
+    Layer i has routed experts if i + 1 is a multiple of `decoder_sparse_step` and `mlp_only_layers` does not list i
     (Qwen2MoeDecoderLayer and Qwen3MoeDecoderLayer in transformers 5.24).
 
     Raises:
-        CheckpointError: no layer has any.
+        CheckpointError: no layer has routed experts.
     """
     dense_layers = reader.integers("mlp_only_layers", least=0, most=num_layers - 1)
     step = reader.integer("decoder_sparse_step", default=1)

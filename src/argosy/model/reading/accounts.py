@@ -1,6 +1,6 @@
-"""Account for every tensor of a checkpoint: each is taken once by name, and a tensor that nothing takes is refused.
+"""Account for every tensor of a checkpoint: each is taken once by name, and an unclaimed tensor is refused.
 
-Elsewhere: `layout.py` (safetensors) and `gguf_layout.py` have names and shapes.
+Elsewhere: `layout.py` (safetensors) and `gguf_layout.py` know names and shapes.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from argosy.checkpoint.untrusted_file import quote
 from argosy.config import Format, ModelConfig
 from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
 
-# The dtypes of safetensors that kernels read as they are; F8_E4M3 is not among them, because it needs a scale.
+# The safetensors dtypes that kernels read directly; F8_E4M3 is not among them, because it needs a scale.
 FLOAT_FORMATS: Mapping[str, Format] = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 
 _Format = TypeVar("_Format", Format, str, None)
 
 
 class TensorAccounts:
-    """Takes tensors by name, and knows at the end which were not taken.
+    """Takes tensors by name, and knows in the end which ones were not taken.
 
     Args:
         path: the directory or file that contains them.
         formats: the types that kernels read, and the format of each in memory.
-        hint: advice for the error about another type.
+        hint: advice in the error about an unsupported type.
     """
 
     def __init__(
@@ -52,19 +52,19 @@ class TensorAccounts:
         """Take the tensor `name`, which must have one of the expected shapes; return it and its format.
 
         Raises:
-            CheckpointError: it is missing, or has another shape.
+            CheckpointError: the tensor is missing, or has another shape.
             UnsupportedModel: no kernel reads its type.
         """
         return self._take(name, shapes, self._formats)
 
     def take_bytes(self, name: str, *shapes: tuple[int, ...]) -> TensorRef:
-        """The same for a tensor of bytes that the layout knows how to read."""
+        """Take a tensor of bytes that the layout knows how to read."""
         return self._take(name, shapes, {"U8": None})[0]
 
     def take_part(
         self, name: str, types: Mapping[str, str], *shapes: tuple[int, ...]
     ) -> tuple[TensorRef, str]:
-        """The same for codes or scales; `types` maps the dtypes that they may have to block types."""
+        """Take codes or scales; `types` maps the allowed dtypes to block types."""
         return self._take(name, shapes, types)
 
     def _take(
@@ -101,7 +101,7 @@ class TensorAccounts:
     def refuse_extra(
         self, config: ModelConfig, is_passed_over: Callable[[str], object], described_by: str
     ) -> dict[str, TensorRef]:
-        """Refuse tensors that were not taken. Return those that are known to play no part in the text model.
+        """Refuse tensors that were not taken. Return tensors that are known to be irrelevant to the text model.
 
         Args:
             is_passed_over: recognises the exceptions by name: constants that writers leave behind, vision towers.

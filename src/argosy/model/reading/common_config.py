@@ -1,4 +1,4 @@
-"""Read the part of `config.json` that is the same in every family; each family has its own defaults.
+"""Read the part of `config.json` that all families share; each family has its own defaults.
 
     ConfigReader + defaults  ->  read_common  ->  arguments of `ModelConfig`
 
@@ -23,7 +23,7 @@ VISION_KEYS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommonDefaults:
-    """A family's defaults of absent keys: those of its config class in transformers 5.24.
+    """A family's defaults of absent keys, as in its config class in transformers 5.24.
 
     num_kv_heads: None means as many as heads.
     experts_per_token: None means that the file must give it.
@@ -105,7 +105,7 @@ def parse_wrapper(
     read_text: Callable[[ConfigReader], ModelConfig],
     *more_keys: str,
 ) -> ModelConfig:
-    """Read the text model of a config that has it in `text_config`, beside keys for images and video.
+    """Read the text model in `text_config` of a config with further keys for images and video.
 
     Args:
         model_types: the model types that `text_config` may name.
@@ -127,7 +127,9 @@ def parse_wrapper(
 
 
 def in_wrapper(config: ModelConfig, wrapper: ConfigReader) -> ModelConfig:
-    """The text model of a wrapper, whose own keys decide on a tied head and on the tokens that start and end a text."""
+    """Complete a wrapper's text model with the wrapper's own keys for a tied head and for tokens that start and end a
+    text.
+    """
     return replace(
         config,
         is_embedding_tied=wrapper.flag("tie_word_embeddings", config.is_embedding_tied),

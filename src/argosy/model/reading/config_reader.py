@@ -73,7 +73,7 @@ class AttentionShape(NamedTuple):
 
 
 class ConfigReader:
-    """One pass over a config: ask for every key that matters, then `finish()`."""
+    """One pass over a config: read every key that matters, then call `finish()`."""
 
     def __init__(
         self,
@@ -90,28 +90,28 @@ class ConfigReader:
         self._asked: set[str] = set()
 
     def integer(self, *names: str, default: int | None, least: int = 1, most: int = LARGEST_SIZE) -> int:
-        """A whole number under any of its `names`."""
+        """Read a whole number under any of its `names`."""
         name, value = self._find(*names, default=default)
         if type(value) is not int or not least <= value <= most:
             raise self._wrong(name, value, f"a whole number from {least} to {most}")
         return value
 
     def optional_integer(self, name: str, default: int | None = None, least: int = 1) -> int | None:
-        """A whole number, or None if it is null or absent."""
+        """Read a whole number, or None if it is null or absent."""
         if self._raw.get(name, default) is None:
             self._asked.add(name)
             return None
         return self.integer(name, default=default, least=least)
 
     def number(self, name: str, default: float) -> float:
-        """A number above zero that fits a float64."""
+        """Read a number above zero that fits a float64."""
         _, value = self._find(name, default=default)
         if not is_positive_number(value):
             raise self._wrong(name, value, "a number above zero")
         return float(value)  # type: ignore[arg-type]
 
     def optional_number(self, name: str) -> float | None:
-        """A number above zero, or None if it is null or absent."""
+        """Read a number above zero, or None if it is null or absent."""
         if self._raw.get(name) is None:
             self._asked.add(name)
             return None
@@ -124,19 +124,19 @@ class ConfigReader:
         return value
 
     def one_of(self, name: str, default: str, supported: tuple[str, ...]) -> str:
-        """A string that must be one of `supported`."""
+        """Read a string, which must be one of `supported`."""
         _, value = self._find(name, default=default)
         if not isinstance(value, str) or value not in supported:
             raise self._unsupported(name, value, ", ".join(supported))
         return value
 
     def optional_one_of(self, name: str, supported: tuple[str, ...]) -> str | None:
-        """The same, or None if it is null or absent."""
+        """Read the same, or None if it is null or absent."""
         self._asked.add(name)
         return None if self._raw.get(name) is None else self.one_of(name, supported[0], supported)
 
     def integers(self, name: str, *, least: int, most: int) -> tuple[int, ...]:
-        """A list of whole numbers; empty if it is null or absent."""
+        """Read a list of whole numbers; empty if it is null or absent."""
         value = self._raw.get(name)
         self._asked.add(name)
         if value is None:
@@ -148,7 +148,7 @@ class ConfigReader:
         return tuple(value)
 
     def token_ids(self, name: str, default: int | None = None) -> tuple[int, ...]:
-        """One token id, a list of them, or null."""
+        """Read one token id, a list of token ids, or null."""
         value = self._raw.get(name, default)
         self._asked.add(name)
         items = value if isinstance(value, list) else [] if value is None else [value]
@@ -161,7 +161,7 @@ class ConfigReader:
         return tuple(token_ids)
 
     def mapping(self, name: str) -> dict[str, object] | None:
-        """An object, or None if it is null or absent."""
+        """Read an object, or None if it is null or absent."""
         value = self._raw.get(name)
         self._asked.add(name)
         if value is not None and not isinstance(value, dict):
@@ -169,7 +169,7 @@ class ConfigReader:
         return value
 
     def nested(self, name: str, *model_types: str) -> ConfigReader:
-        """A reader of the config inside this one, such as `text_config`, with its own `finish()`.
+        """Return a reader of the config inside this one, such as `text_config`, with its own `finish()`.
 
         Args:
             model_types: the family's model types; the inner config may name any of them.
@@ -185,7 +185,9 @@ class ConfigReader:
         return reader
 
     def numbered(self, name: str, end: int) -> list[tuple[int, ConfigReader]] | None:
-        """The configs under numbers from 0 to end - 1, each with its own `finish()`; None if null or absent."""
+        """Return readers of the configs under numbers from 0 to end - 1, each with its own `finish()`; None if null or
+        absent.
+        """
         configs = self.mapping(name)
         if configs is None:
             return None
@@ -200,7 +202,7 @@ class ConfigReader:
         return found
 
     def texts(self, name: str) -> tuple[str, ...] | None:
-        """A list of strings, or None if it is null or absent."""
+        """Read a list of strings, or None if it is null or absent."""
         value = self._raw.get(name)
         self._asked.add(name)
         if value is None:
@@ -212,7 +214,7 @@ class ConfigReader:
     def attention_shape(
         self, *, hidden_size: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None = None
     ) -> AttentionShape:
-        """Hidden size and heads; the arguments are the family's defaults. Null key heads means as many as heads.
+        """Read hidden size and heads; the arguments are the family's defaults. Null key heads means one per head.
 
         Raises:
             CheckpointError: a size is missing or malformed, or query heads are not a multiple of key heads.
@@ -239,7 +241,7 @@ class ConfigReader:
     def layer_types(
         self, num_layers: int, supported: tuple[str, ...] = ("full_attention", "sliding_attention")
     ) -> tuple[str, ...] | None:
-        """`layer_types`, which must have a supported kind for each layer; None if it is absent."""
+        """Read `layer_types`, which must give a supported kind for each layer; None if it is absent."""
         kinds = self.texts("layer_types")
         if kinds is None:
             return None
@@ -269,7 +271,7 @@ class ConfigReader:
         self._asked.update(names)
 
     def unsupported(self, name: str, supported: str) -> UnsupportedModel:
-        """The error for a value that is well-formed but not supported."""
+        """Return the error for a value that is well-formed but not supported."""
         return self._unsupported(name, self._raw.get(name), supported)
 
     def finish(self) -> None:
@@ -295,7 +297,7 @@ class ConfigReader:
                 )
 
     def _find(self, *names: str, default: object) -> tuple[str, object]:
-        """The value under any of its names; if several are given, they must agree."""
+        """Find the value under any of its names; if several are given, they must agree."""
         self._asked.update(names)
         given = [name for name in names if name in self._raw]
         if not given:

@@ -1,4 +1,4 @@
-"""Read the metadata of a GGUF file key by key, so that nothing in them goes unnoticed.
+"""Read the metadata of a GGUF file key by key, so that nothing in it goes unnoticed.
 
     GgufFile  ->  GgufConfigReader.integer("block_count"), ...  ->  finish(): a key that was not read is refused
 
@@ -63,7 +63,7 @@ class GgufConfigReader:
         self._asked: set[str] = set()
 
     def key(self, name: str) -> str:
-        """The full key of `name`, which then counts as read."""
+        """Return the full key of `name`, which then counts as read."""
         self._asked.add(name)
         return f"{self._architecture}.{name}"
 
@@ -73,7 +73,7 @@ class GgufConfigReader:
     def integer(
         self, name: str, default: int | None = None, *, least: int = 1, most: int = LARGEST_SIZE
     ) -> int:
-        """A whole number, or an array with the same number for each layer."""
+        """Read a whole number, or an array with the same number for each layer."""
         key = self.key(name)
         value = self.file.metadata.get(key)
         if isinstance(value, GgufArray):
@@ -93,7 +93,7 @@ class GgufConfigReader:
         return self.file.flag(self.key(name), default)
 
     def flags(self, name: str, num_layers: int) -> tuple[bool, ...] | None:
-        """One flag for each of `num_layers`, written as booleans or as 0 and 1; None if the file has no array."""
+        """Read one flag for each of `num_layers`, written as booleans or as 0 and 1; None if the file has no array."""
         key = self.key(name)
         value = self.file.metadata.get(key)
         if value is None:
@@ -110,7 +110,7 @@ class GgufConfigReader:
             raise self.unsupported(name, value, " or ".join(map(str, accepted)))
 
     def unsupported(self, name: str, value: object, supported: str) -> UnsupportedModel:
-        """The error for a value that is well-formed but not supported."""
+        """Return the error for a value that is well-formed but not supported."""
         key = self.key(name)
         return UnsupportedModel(
             f"{self.file.path.name} asks for {key} {quote(value)}; supported: {supported}",
@@ -158,7 +158,9 @@ class GgufConfigReader:
         }
 
     def _axes(self, axes: Axes, num_pairs: int) -> tuple[int, ...]:
-        """The axis of each pair; empty if the file has no sections. A fourth axis is for other models, and has none."""
+        """Return the axis of each pair; empty if the file has no sections. A fourth axis is for other models, and gets
+        no pairs.
+        """
         key = self.key("rope.dimension_sections")
         if key not in self.file.metadata:
             return ()
@@ -206,7 +208,7 @@ class GgufConfigReader:
         }
 
     def num_layers(self) -> int:
-        """Layers of the model, without those for multi-token prediction, which the file also counts."""
+        """Return the model's layers, without those for multi-token prediction, which the file also counts."""
         num_layers, num_mtp_layers = self.integer("block_count", most=MOST_LAYERS), self.num_mtp_layers()
         if num_mtp_layers >= num_layers:
             raise CheckpointError(
@@ -246,11 +248,11 @@ class GgufConfigReader:
                 raise self.unsupported(name, value, " or ".join(map(str, accepted)))
 
     def rope(self, head_dim: int, context_tokens: int) -> RopeConfig:
-        """The rotary embedding of all `head_dim` dimensions.
+        """Read the rotary embedding of all `head_dim` dimensions.
 
         Raises:
             CheckpointError: `head_dim` is odd, or a key is malformed.
-            UnsupportedModel: it is partial, or of another kind.
+            UnsupportedModel: the embedding is partial, or of another kind.
         """
         if head_dim % 2:
             raise CheckpointError(
@@ -308,7 +310,7 @@ def _is_one_of(value: object, accepted: tuple[object, ...]) -> bool:
 
 
 def frequency_factors(file: GgufFile, head_dim: int) -> tuple[float, ...]:
-    """The divisors in `rope_freqs.weight` of the frequency of each rotary pair; empty if they change nothing.
+    """Read the divisors in `rope_freqs.weight` of the frequency of each rotary pair; empty if they change nothing.
 
     Raises:
         CheckpointError: its shape is not half a head, or it holds a value that cannot be a divisor.

@@ -7,8 +7,8 @@ stacked in one tensor per matrix, [experts, rows, cols], and an expert is a slic
 early 2024 have one tensor per expert instead (`blk.{layer}.ffn_gate.{expert}.weight`). Every tensor is accounted for,
 as in `layout.py` for safetensors.
 
-Elsewhere: `checkpoint/geometry.py` has shapes; `checkpoint/gguf.py` finds the bytes; `native/store/` turns blocks into
-slot formats while they land.
+Elsewhere: `checkpoint/geometry.py` knows shapes; `checkpoint/gguf.py` finds the bytes; `native/store/` turns blocks
+into slot formats while they land.
 """
 
 from __future__ import annotations
@@ -79,14 +79,16 @@ _LAYER_NAMES = {
 _EXPERT_NAMES = ("ffn_gate", "ffn_up", "ffn_down")
 # A constant that old converters left behind.
 _LEFTOVERS = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")
-# The same, and a tensor that families read into their config.
+# The same constant, and a tensor that families read into their config.
 _NOT_WEIGHTS = re.compile(rf"rope_freqs\.weight|{_LEFTOVERS.pattern}")
 # ik_llama.cpp's converter writes the keys and values in `attn_kv_b` of latent attention twice (DeepseekV2Model).
 _COPIES = re.compile(r"blk\.\d+\.attn_[kv]_b\.weight")
 
 
 def dense_name(canonical: str, names: Mapping[str, str] = {}) -> str:
-    """The GGUF name of a dense tensor such as `head` or `layers.3.q_bias`; `names` has an architecture's own names."""
+    """Return the GGUF name of a dense tensor such as `head` or `layers.3.q_bias`; `names` are an architecture's own
+    names.
+    """
     if canonical in _MODEL_NAMES:
         return _MODEL_NAMES[canonical]
     _, layer, last = canonical.split(".")
@@ -106,7 +108,7 @@ def read_gguf_layout(
     Args:
         is_paired: rows of q and k are in the order of adjacent rotary pairs, as in the llama architecture.
         has_rope_freqs: the family reads `rope_freqs.weight`.
-        names: names below `blk.{layer}.` in which the architecture differs from most.
+        names: the architecture's unusual names below `blk.{layer}.`.
 
     Raises:
         CheckpointError: a tensor is missing, extra, or has another shape than the metadata require.
@@ -148,7 +150,7 @@ def read_gguf_layout(
 
 
 def _layer_of(name: str) -> int | None:
-    """The layer of a tensor; None if it belongs to the model as a whole."""
+    """Return the layer of a tensor, or None if it belongs to the model as a whole."""
     layer = re.match(r"blk\.(\d{1,9})\.", name)
     return int(layer[1]) if layer else None
 
@@ -157,7 +159,7 @@ class _Accounts(TensorAccounts):
     """Tensors of a GGUF file, as dense matrices and experts."""
 
     def dense(self, name: str, shape: tuple[int, ...], paired_heads: int, stacked: int) -> MatrixRef:
-        """A matrix or vector; `stacked` is the number of matrices that its tensor stacks."""
+        """Take a matrix or vector; `stacked` is the number of matrices that its tensor stacks."""
         rows, cols = shape if len(shape) == 2 else (1, shape[0])
         shapes: tuple[tuple[int, ...], ...] = (shape,)
         if stacked > 1:
@@ -168,7 +170,7 @@ class _Accounts(TensorAccounts):
         return _matrix(ref, rows, cols, paired_heads)
 
     def experts(self, config: ModelConfig, layer: int) -> dict[tuple[int, int], ExpertRecord]:
-        """The routed experts of a layer."""
+        """Take the routed experts of a layer."""
         shapes = tuple(expert_shapes(config))
         if f"blk.{layer}.ffn_gate_exps.weight" not in self and f"blk.{layer}.ffn_gate.0.weight" in self:
             slices = [

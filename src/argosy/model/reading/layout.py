@@ -2,22 +2,22 @@
 
     ModelConfig + Layout + {name: TensorRef}  ->  read_layout  ->  ModelFiles
 
-A family has one or several layouts. The hub has one tensor per expert matrix, and `transformers` 5 can also write all
-experts of a layer as one fused tensor, [experts, 2 * width, hidden] with gate before up. Other layouts alternate rows
-of gate and up, in MXFP4 blocks and scales; or store fused tensors transposed, [experts, hidden, 2 * width]: these can
-be packed, but not run in place. A weight may be codes and scales: `weight` in E4M3 with `weight_scale_inv`, or
-`weight_packed` with `weight_scale` and `weight_shape`. The first layout whose expert tensors exist is used; if fused
-and transposed tensors have the same name, their shape tells them apart.
+A family has one or several layouts. Files on the hub have one tensor per expert matrix, and `transformers` 5 can also
+write all experts of a layer as one fused tensor, [experts, 2 * width, hidden] with gate before up. Other layouts
+alternate rows of gate and up, in MXFP4 blocks and scales; or store fused tensors transposed, [experts, hidden, 2 *
+width]: these can be packed, but not run in place. A weight may be codes and scales: `weight` in E4M3 with
+`weight_scale_inv`, or `weight_packed` with `weight_scale` and `weight_shape`. The first layout whose expert tensors
+exist is used; if fused and transposed tensors have the same name, their shape tells them apart.
 
-If the files have a layer for multi-token prediction with the names of DeepSeek-V3, it is found, too (`DraftFiles`); an
-engine reads it only to speculate. Its copies of embedding and head are those of the model, and are not read.
+If the files contain a layer for multi-token prediction with DeepSeek-V3's names, it is found as well (`DraftFiles`);
+an engine reads it only to speculate. Its copies of embedding and head equal the model's, and are not read.
 
 Every tensor is accounted for: a tensor that is missing, has another shape, has a dtype that no kernel reads, or is
 unexpected is an error that names it. Only known tensors that text does not need are ignored: constants that old
 exporters leave behind (`_LEFTOVERS`), layers for multi-token prediction, and tensors that a layout lists, such as a
 vision tower.
 
-Elsewhere: `checkpoint/geometry.py` has shapes; `checkpoint/safetensors.py` finds the bytes.
+Elsewhere: `checkpoint/geometry.py` knows shapes; `checkpoint/safetensors.py` finds the bytes.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ _DRAFT_NAMES = {
     "draft_join": "eh_proj.weight",
     "draft_final_norm": "shared_head.norm.weight",
 }
-# Qwen's, beside the layer (vLLM's `qwen3_next_mtp.py`).
+# Qwen's, outside the layer (vLLM's `qwen3_next_mtp.py`).
 _MTP_NAMES = {
     "draft_token_norm": "pre_fc_norm_embedding.weight",
     "draft_state_norm": "pre_fc_norm_hidden.weight",
@@ -88,17 +88,17 @@ class Layout:
     fused_names: tuple[str, str] | None = None  # gate and up in one, down
     transposed_names: tuple[str, str] | None = None  # the same, transposed
     has_turns: bool = False  # columns of gate and up alternate in transposed tensors
-    mxfp4_names: tuple[str, str, str, str] | None = None  # blocks and scales of gate and up by turns; of down
+    mxfp4_names: tuple[str, str, str, str] | None = None  # blocks, scales of alternating gate and up; of down
     by_turns: tuple[str, str] | None = None  # canonical names of two tensors whose values alternate in one
     prefix: str = "model."
     head_name: str = "lm_head.weight"
     passed_over: str | None = None  # regular expression for whole names of tensors that text does not need
-    # The prefix of a draft layer that has the number 0. None: it has the number after the model's layers.
+    # The prefix of a draft layer numbered 0. None: its number follows the model's layers.
     mtp_prefix: str | None = None
-    first_layer: int = 0  # the layer that has the number 0 in the files
+    first_layer: int = 0  # the layer that is numbered 0 in the files
 
     def dense_name(self, canonical: str) -> str:
-        """The checkpoint's name of a dense tensor."""
+        """Return the checkpoint's name of a dense tensor."""
         if canonical == "head":
             return self.head_name
         if canonical in _MODEL_NAMES:
@@ -110,13 +110,13 @@ class Layout:
         return f"{self.prefix}layers.{int(layer) - self.first_layer}.{name}"
 
     def of_draft(self, number: int) -> Layout:
-        """The layout of the draft layer, which has this number."""
+        """Return the layout of the draft layer with this number."""
         if self.mtp_prefix is None:
             return self
         return replace(self, prefix=self.mtp_prefix, first_layer=number)
 
     def names_of_expert(self, layer: int, expert: int) -> tuple[str, ...]:
-        """The checkpoint's names of an expert's tensors."""
+        """Return the checkpoint's names of an expert's tensors."""
         prefix = f"{self.prefix}layers.{layer - self.first_layer}."
         if stacked := self.fused_names or self.transposed_names or self.mxfp4_names:
             return tuple(prefix + name for name in stacked)
@@ -124,12 +124,14 @@ class Layout:
         return tuple(prefix + name.format(expert=expert) for name in self.expert_names)
 
     def gate_up_shape(self, config: ModelConfig) -> tuple[int, int, int]:
-        """The shape of the first tensor of stacked float experts."""
+        """Return the shape of the first tensor of stacked float experts."""
         rows, cols = 2 * config.expert_width, config.hidden_size
         return (config.num_experts, *((rows, cols) if self.transposed_names is None else (cols, rows)))
 
     def is_passed_over(self, config: ModelConfig) -> Callable[[str], bool]:
-        """A predicate for the names of tensors that may be in a checkpoint of `config` but are never read."""
+        """Return a predicate for the names of tensors that a checkpoint of `config` may contain but that are never
+        read.
+        """
         prefix = re.escape(self.prefix)
         known = re.compile("|".join(filter(None, (_LEFTOVERS.format(prefix=prefix), self.passed_over))))
         layer_of = re.compile(prefix + r"layers\.(\d{1,9})\..+")
@@ -146,7 +148,7 @@ class Layout:
 def separate_and_fused(
     layer_names: Mapping[str, str], passed_over: str | None = None, mtp_prefix: str | None = None
 ) -> tuple[Layout, ...]:
-    """The two layouts of most families: one tensor per expert matrix, or two fused tensors per layer."""
+    """Return the two layouts of most families: one tensor per expert matrix, or two fused tensors per layer."""
     separate = Layout(
         layer_names=layer_names,
         expert_names=(
@@ -181,7 +183,7 @@ def read_layout(
     """
     layout = _choose(layouts, config, tensors)
     if config.is_embedding_tied and layout.head_name in tensors:
-        # The config says tied, but the files have a head: the files win, as in transformers 5.
+        # The config says tied, but the files contain a head: the files win, as in transformers 5.
         config = replace(config, is_embedding_tied=False)
     reader = _Accounts(directory, tensors, quantization)
     dense = {canonical: reader.dense(canonical, shape, layout) for canonical, shape in dense_shapes(config)}
@@ -210,7 +212,7 @@ def _read_draft(
 
 
 def _choose(layouts: tuple[Layout, ...], config: ModelConfig, tensors: Mapping[str, TensorRef]) -> Layout:
-    """The first layout whose expert tensors exist; if several have the same names, the one with the right shape."""
+    """Choose the first layout whose expert tensors exist; if several share the names, the one with the right shape."""
     probe = config.moe_layers[0]
     there = [one for one in layouts if _is_there(one.names_of_expert(probe, 0)[0], tensors)]
     if not there:
@@ -241,7 +243,7 @@ def _is_there(name: str, tensors: Mapping[str, TensorRef] | TensorAccounts) -> b
 
 
 def _in_parts(format: Format, shape: tuple[int, ...], *parts: tuple[TensorRef, str]) -> MatrixRef:
-    """A matrix whose codes, scales and the like are tensors of their own, each with its block type."""
+    """Make a matrix whose codes, scales and the like are separate tensors, each with its block type."""
     rows, cols = shape
     first, *others = (
         Piece.of(ref, Transcode(block_type, format, rows, cols), completes=0) for ref, block_type in parts
@@ -262,11 +264,11 @@ class _Accounts(TensorAccounts):
         self._quantization = quantization
 
     def weight(self, name: str, shape: tuple[int, ...]) -> MatrixRef:
-        """The tensor or tensors of a weight; which of them exist tells how it is stored.
+        """Take the tensor or tensors of a weight; which of them exist shows how it is stored.
 
         Raises:
-            CheckpointError: one is missing or has another shape, or `quantization_config` contradicts them.
-            UnsupportedModel: one has a dtype that is not supported.
+            CheckpointError: a tensor is missing or has another shape, or `quantization_config` contradicts them.
+            UnsupportedModel: a tensor has an unsupported dtype.
         """
         ref = self._tensors.get(name)
         if ref is None and _packed(name) in self:

@@ -1,4 +1,4 @@
-"""Read the `quantization_config` of a `config.json`: how weights are stored; it changes no mathematics.
+"""Read the `quantization_config` of a `config.json`: how weights are stored, which changes no mathematics.
 
     raw config  ->  read_quantization  ->  Quantization: the method, and which modules keep their floats
 
@@ -30,7 +30,7 @@ from argosy.errors import CheckpointError, UnsupportedModel
 QuantizationMethod = Literal["fp8", "int4", "mxfp4"]
 
 KEY = "quantization_config"
-# Where it may be: at the top level, or in the text parts of a multimodal config.
+# Its possible places: the top level, or the text parts of a multimodal config.
 _PARTS = ((), ("text_config",), ("thinker_config",), ("thinker_config", "text_config"))
 FP8_BLOCK = 128
 INT4_GROUP = 32
@@ -57,9 +57,9 @@ class Quantization:
     def excludes(self, module: str) -> bool:
         """Whether a module, such as "model.layers.0.self_attn.q_proj", is declared unquantised.
 
-        In compressed-tensors, a name matches itself alone, and an expression matches from the start of a module's name
-        on, not to its end (`_match_name` in its `utils/match.py`). In the other methods, a name also matches everything
-        inside it, and every module whose path ends in it (`should_convert_module` of transformers).
+        In compressed-tensors, a name matches only itself, and an expression matches a prefix of a module's name
+        (`_match_name` in its `utils/match.py`). In the other methods, a name also matches everything inside it, and
+        every module whose path ends in it (`should_convert_module` of transformers).
         """
         has_parts = self.method != "int4"
         return any(
@@ -72,10 +72,10 @@ class Quantization:
 
 
 def _fault_of_expression(expression: str) -> str | None:
-    """Why a checkpoint's regular expression is refused; None if it is accepted.
+    """Return why a checkpoint's regular expression is refused, or None if it is accepted.
 
-    Matching backtracks over repetitions and alternatives, so a file could make it take hours. With few of them and no
-    nesting it cannot: a module's name has a hundred characters.
+    Matching backtracks over repetitions and alternatives, so a hostile file could make it take hours. With few of them
+    and no nesting it cannot: a module's name has a hundred characters.
     """
     if len(expression) > _LONGEST_EXPRESSION:
         return f"has {len(expression)} characters; at most {_LONGEST_EXPRESSION} are read"
@@ -94,7 +94,7 @@ def _fault_of_expression(expression: str) -> str | None:
 
 
 def read_quantization(raw: Mapping[str, object], path: Path = Path("config.json")) -> Quantization | None:
-    """The quantisation that a config describes; None if it describes none.
+    """Read the quantisation that a config describes, or None.
 
     Raises:
         UnsupportedModel: the method or its variant is not supported.
@@ -113,7 +113,7 @@ def read_quantization(raw: Mapping[str, object], path: Path = Path("config.json"
 
 
 def _all_said(raw: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    """Every `quantization_config` of a config and its parts, each with the name of its part."""
+    """Yield every `quantization_config` of a config and its parts, each with the name of its part."""
     for path in _PARTS:
         part: object = raw
         for name in path:
@@ -123,7 +123,7 @@ def _all_said(raw: Mapping[str, object]) -> Iterator[tuple[str, object]]:
 
 
 class _Reader:
-    """One pass over a `quantization_config`; a key that was not read is refused."""
+    """One pass over a `quantization_config`; an unread key is refused."""
 
     def __init__(self, given: object, path: Path) -> None:
         self._path = path

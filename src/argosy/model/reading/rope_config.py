@@ -1,4 +1,4 @@
-"""Read the rotary embedding, in both forms that configs use.
+"""Read the rotary embedding, in either of the spellings that configs use.
 
     rope_theta + rope_scaling {"type" or "rope_type": ...}     hub files of 2023 to 2025
     rope_parameters {"rope_theta": ..., "rope_type": ...}      written by transformers 5
@@ -43,9 +43,9 @@ _FIELDS: dict[Kind, set[str]] = {
 class Axes(NamedTuple):
     """How a family distributes the pairs of dimensions over the three axes of positions in media (m-rope).
 
-    mixed: the axes take turns, pair 3 i + a on axis a, until an axis has its number of pairs; axis 0 has the rest
+    mixed: the axes take turns, pair 3 i + a on axis a, until an axis has all its pairs; axis 0 gets the rest
     (Qwen3-VL). Otherwise each axis has consecutive pairs (Qwen2-VL, arXiv:2409.12191).
-    sections: pairs of each axis, where a config does not give them.
+    sections: pairs of each axis, if a config does not give them.
     """
 
     is_mixed: bool
@@ -53,7 +53,9 @@ class Axes(NamedTuple):
 
 
 def axes_of_pairs(sections: Sequence[int], num_pairs: int, *, is_mixed: bool) -> tuple[int, ...] | None:
-    """The axis of each pair, as transformers 5.24 chooses it; None if the sections do not add up to the pairs."""
+    """Return the axis of each pair, as transformers 5.24 chooses it; None if the sections do not add up to
+    the pairs.
+    """
     if is_mixed:
         axes = [0] * num_pairs
         for axis in range(1, len(sections)):
@@ -74,7 +76,7 @@ def read_rope(
     default_partial: float | None = None,
     axes: Axes | None = None,
 ) -> RopeConfig:
-    """The rotary embedding that a config describes.
+    """Read the rotary embedding that a config describes.
 
     Args:
         reader: the config.
@@ -142,7 +144,7 @@ def read_rope(
 
 
 def _theta(reader: ConfigReader, fields: _Fields, default: float) -> float:
-    """The base of the frequencies, which a file may give inside, outside, or twice."""
+    """Read the base of the frequencies, which a file may give inside, outside, or in both places."""
     theta = reader.number("rope_theta", default)
     if "rope_theta" not in fields.values:
         return theta
@@ -157,7 +159,7 @@ def _theta(reader: ConfigReader, fields: _Fields, default: float) -> float:
 def read_ropes_of_layers(
     reader: ConfigReader, head_dims: Mapping[str, int], defaults: Mapping[str, Mapping[str, object]]
 ) -> dict[str, RopeConfig]:
-    """The rotary embedding of each kind of layer, where `rope_parameters` has one for each kind.
+    """Read the rotary embedding of each kind of layer from `rope_parameters`.
 
     With kind "proportional", frequencies are those of a whole head, and only the first `partial_rotary_factor` of the
     pairs turn (transformers 5.24, `_compute_proportional_rope_parameters`).
@@ -237,7 +239,7 @@ def _read_axes(fields: _Fields, axes: Axes, num_pairs: int) -> tuple[int, ...]:
 
 
 def _rotary_dim(reader: ConfigReader, fields: _Fields, head_dim: int, default_partial: float | None) -> int:
-    """The number of dimensions of a head that rotate."""
+    """Return the number of dimensions of a head that rotate."""
     key = "partial_rotary_factor"
     if default_partial is None:
         if fields.number(key, 1.0) != 1.0:
@@ -307,7 +309,7 @@ class _Fields:
         return key in self.values and self.values[key] is None
 
     def number(self, key: str, default: float | None) -> float:
-        """A number above zero. Null or absent selects the default; without a default, the key is required."""
+        """Read a number above zero. Null or absent selects the default; without a default, the key is required."""
         value = self.values.get(key)
         if value is None:
             if default is None:
@@ -334,7 +336,7 @@ class _Fields:
         return value
 
     def sections(self, key: str) -> tuple[int, ...]:
-        """Three whole numbers from 0."""
+        """Read three whole numbers from 0 on."""
         value = self.values[key]
         if (
             not isinstance(value, list)

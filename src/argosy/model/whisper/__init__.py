@@ -1,4 +1,4 @@
-"""Whisper turns speech into text: an encoder of 30 seconds of sound, and a decoder that writes tokens about them.
+"""Whisper turns speech into text: an encoder hears 30 seconds of sound, and a decoder writes tokens for it.
 
     files.py        a checkpoint of `transformers` or CTranslate2  ->  WhisperFiles
     network.py      mel features  ->  encoder  ->  what the decoder sees; tokens  ->  logits

@@ -4,8 +4,8 @@
                                                                                                        ├─> WhisperFiles
     model.bin (CTranslate2), config.json, tokenizer.json  ─────────────────────────────────────────────┘
 
-Any size of the model is read. The sizes that a CTranslate2 model leaves out are those of its tensors. Every tensor is
-proved to have the shape that the sizes ask for before anything is allocated.
+Any size of the model is supported. Sizes that a CTranslate2 model leaves out follow from its tensors. Every tensor is
+proved to have the required shape before anything is allocated.
 
 Elsewhere: `checkpoint/` finds tensors; `rules.py` applies what the special tokens mean.
 """
@@ -34,7 +34,7 @@ from argosy.prompt.tokenizer import Tokenizer
 MODEL_BIN = "model.bin"
 _CONFIG, _GENERATION, _PROCESSOR = "config.json", "generation_config.json", "preprocessor_config.json"
 _LANGUAGE = re.compile(r"<\|([a-z]{2,3})\|>")
-# Vocabularies of checkpoints that know many languages have at least so many tokens.
+# Multilingual checkpoints have at least this many tokens.
 _MULTILINGUAL_VOCABULARY = 51_865
 # The first timestamp is at most one second (50 positions) after the start of a window.
 _MOST_INITIAL_POSITIONS = 50
@@ -64,9 +64,9 @@ class WhisperConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpecialTokens:
-    """Ids with a meaning of their own; those from `timestamps` on are positions in the window.
+    """Special ids; those from `timestamps` on are positions in the window.
 
-    languages: code -> id; empty if the model knows English only, and then it cannot translate either.
+    languages: code -> id; empty if the model knows only English, and therefore cannot translate either.
     suppressed: never chosen.   suppressed_first: not chosen as the first token of a window.
     most_initial_positions: the largest first timestamp; None: any.
     """
@@ -117,7 +117,7 @@ def open_whisper(path: Path) -> WhisperFiles:
 
     Raises:
         CheckpointError: a file is missing, damaged or inconsistent.
-        UnsupportedModel: it is another model, or asks for something that is not known here.
+        UnsupportedModel: it is another model, or needs an unsupported feature.
     """
     tokenizer = Tokenizer.open(path) if path.is_dir() else None
     if tokenizer is None:
@@ -185,7 +185,7 @@ def _require_heads(config: WhisperConfig, path: Path) -> WhisperConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Rules:
-    """The rules of decoding in a checkpoint's files; None where a file says nothing.
+    """The rules of decoding in a checkpoint's files; None if a file does not say.
 
     ids: name of a special token in the files -> its id, to compare with the tokenizer's.
     """
