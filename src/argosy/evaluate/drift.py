@@ -1,4 +1,4 @@
-"""How far a candidate has drifted from its reference: numbers with intervals, and a verdict.
+"""Measure how far a candidate has drifted from its reference: numbers with intervals, and a verdict.
 
     Scores, Scores  ->  compare  ->  Drift:  text       KL, agreement and perplexity, for each language
                                              gaps       how much the difference between two groups changes

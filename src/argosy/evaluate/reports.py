@@ -53,7 +53,7 @@ def read_report(path: Path, identity: str) -> dict[str, Any]:
     """Read a saved report whose candidate has this identity. Unknown keys are dropped.
 
     Raises:
-        UsageError: it cannot be read, is no report, or is about another model.
+        UsageError: it cannot be read, is not a report, or is about another model.
     """
     try:
         with open_regular(path) as (descriptor, nbytes):
@@ -80,7 +80,7 @@ def read_report(path: Path, identity: str) -> dict[str, Any]:
 
 
 def _checked(value: object, shape: Any, path: Path, where: str) -> Any:
-    """`value`, with what `shape` names and nothing else: a type, a dict of shapes, or a list of one shape."""
+    """`value` reduced to what `shape` names: a type, a dict of shapes, or a list of one shape."""
 
     def wrong(expected: str) -> UsageError:
         return UsageError(f"{path}: {where} is {kind_of(value)}, expected {expected}")

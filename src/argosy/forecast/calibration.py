@@ -46,7 +46,7 @@ from argosy.model.families import CONFIG_FILE, FAMILIES
 from argosy.open.engine import Engine
 
 _BESIDE = ("router", "sampling", "other")  # parts of a ledger other than arithmetic and waiting
-_STEPS, _TURNS = 64, 3  # of a small model
+_STEPS, _TURNS = 64, 3  # per small model
 _SHARES = (0.75, 0.5, 0.25)  # shares of experts in memory at which misses are measured
 
 

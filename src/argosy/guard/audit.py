@@ -1,4 +1,4 @@
-"""Record who asked a server for what kind of work, and how it ended: a chain of lines that nobody can change unnoticed.
+"""Record who used a server for what kind of work, and how it ended, in a tamper-evident chain of lines.
 
     event loop  ->  Audit.record  ->  a bounded queue  ->  one thread  ->  ChainWriter, SealedContents
 

@@ -249,7 +249,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 @dataclass(slots=True)
 class ChainReport:
-    """What `verify` found.
+    """The findings of `verify`.
 
     Attributes:
         faults: at most 20, a sentence each; empty if the chain is valid.

@@ -7,7 +7,7 @@ If a kill cuts a line short, the next process replaces it and says so in its fir
 that are on the drive, so after a kill or a power cut it never names a missing line. If it does, somebody removed
 the line, and the chain is not continued.
 
-Elsewhere: the format, and how a chain is verified, are `chain.py`; when to write what is `audit.py`.
+Elsewhere: the format and its verification are `chain.py`; `audit.py` decides what to write when.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 Nothing is dropped silently: an unknown key is refused by name.
 
-Elsewhere: `template_shape.py` finds what a chat template expects of a turn.
+Elsewhere: `template_shape.py` finds out what a chat template expects of a turn.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     client  ->  Gate: host, origin, key, limits, size  ->  Router  ->  Fleet.choose  ->  a server  ->  its events
                                                              └── the server dies: another one repeats the answer, and
-                                                                 the client gets what it does not have yet
+                                                                 the client gets the part it lacks
 
 Paths, limits and errors are a server's own: the router uses the server's table of routes and its gate. It passes
 the client's key on and never logs it. It passes a stream on as it arrives, and a whole answer once it is complete,

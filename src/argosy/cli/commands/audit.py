@@ -1,4 +1,4 @@
-"""`argosy audit`: verify, show and export the audit that `argosy serve --audit DIR` has written."""
+"""`argosy audit`: verify, show and export the audit written by `argosy serve --audit DIR`."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CHANNEL, CHANNEL_END = "<|channel>", "<channel|>"
 OPEN, CLOSE, QUOTE = "<|tool_call>", "<tool_call|>", '<|"|>'
-_NAME = "thought\n"  # of the channel
+_NAME = "thought\n"  # the channel's
 _HEAD = re.compile(r"\s*call:\s*([^\s{]+)\s*(?=\{)")
 _PIECE = re.compile(r"[{}\[\],]|[^{}\[\],]+")
 _SCALARS = frozenset({"integer", "number", "boolean", "null"})

@@ -45,7 +45,7 @@ class Lark:
         self._drops_schemas, self._frees_tools = drops_schemas, frees_tools
         self._ids = {str(mark): token_id for token_id, mark in lexer.ids.items()}
         self._rules: dict[str, str] = {}  # body to name, with its options
-        self._num_characters = 0  # of all schemas
+        self._num_characters = 0  # in all schemas
 
     def text(self, start: str) -> str:
         return "\n".join([f"start: {start}", *(f"{name}: {body}" for body, name in self._rules.items()), ""])

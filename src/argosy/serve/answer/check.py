@@ -54,7 +54,8 @@ class Check(Watch):
     async def passed(
         self, texts: Sequence[Text], service: Service, caller: Caller, *, cuts: bool = False
     ) -> Sequence[Text]:
-        """Check texts that a model gets and does not answer; return what it gets. Raises what `Opening.answers` raises.
+        """Check texts that get no answer, such as those to embed; return what the model gets. Raises what
+        `Opening.answers` raises.
 
         Args:
             cuts: cut a text that is too long to its beginning.

@@ -1,4 +1,4 @@
-"""Decide, for every dialect, which tools apply to a request.
+"""Decide which tools apply to a request, the same way for every dialect.
 
     tools, tool_choice, parallel  ->  ToolUse.of  ->  told: the prompt      callable, must_call, parallel: the answer
 
@@ -44,7 +44,7 @@ class ToolChoice:
 
 @dataclass(frozen=True, slots=True)
 class ToolUse:
-    """The decision.
+    """The decision for one request.
 
     told: the tools in the prompt: all of them, even if not callable, so that prompts that differ only in the choice
         share a prefix.

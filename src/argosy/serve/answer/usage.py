@@ -1,4 +1,4 @@
-"""What an answer says about its tokens and times, common to several dialects.
+"""An answer's tokens and times, in fields common to several dialects.
 
 Elsewhere: the ledger of an answer is `engine/ledger.py`.
 """

@@ -1,6 +1,7 @@
-"""The threads for the work before the engine: bodies are read, prompts rendered, pictures decoded, sounds transcribed.
+"""The threads for work that precedes the engine: reading bodies, rendering prompts, decoding pictures,
+transcribing.
 
-Elsewhere: one queue of threads is `serve/http/work.py`; steps run in the engine's own thread.
+Elsewhere: a single queue of threads is `serve/http/work.py`; steps run in the engine's own thread.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ T = TypeVar("T")
 
 
 class Work:
-    """All models of a server share these threads, because the memory plan counts one long text at a time."""
+    """The threads shared by all models of a server, because the memory plan counts one long text at a time."""
 
     def __init__(self) -> None:
         self._small = WorkQueue()
@@ -27,11 +28,11 @@ class Work:
 
     @property
     def has_stopped(self) -> bool:
-        """Whether work waits for a thread that does not come."""
+        """Whether work waits for a thread in vain."""
         return any(queue.has_stopped for queue in (self._small, self._large, self._video, self.ears))
 
     async def run(self, caller: Caller, call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
-        """Run the work before the engine in a thread. Raises what `call` raises.
+        """Run work that precedes the engine in a thread. Raises what `call` raises.
 
         Raises:
             TooMany: too much work of this caller is already waiting.

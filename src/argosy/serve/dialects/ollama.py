@@ -111,7 +111,7 @@ AnyLine = TypeVar("AnyLine", bound=Line)
 
 
 class LineExchange(Exchange[Body, AnyLine]):
-    """An exchange whose events are lines; a subclass says where a line has what the model said."""
+    """An exchange whose events are lines; a subclass says where a line holds the model's text."""
 
     errors = "ollama"
     encoding = JSON_LINES

@@ -54,7 +54,7 @@ class Pool:
 
 
 class Share:
-    """The part of the pool that one request holds."""
+    """One request's part of the pool."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
@@ -131,8 +131,8 @@ class Held:
     """The resources of one request, and the weight of its work.
 
     takes_long: the body is long, or contains pictures or sounds to decode.
-    takes_video: it has a video to decode.
-    files: at other hosts, named in the body.
+    takes_video: it contains a video to decode.
+    files: the files on other hosts that the body names.
     """
 
     share: Share = field(default_factory=lambda: Pool().share())

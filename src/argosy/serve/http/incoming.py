@@ -1,6 +1,6 @@
-"""A request as it arrives: its headers, none of them ambiguous, and its body, bounded in size and time.
+"""A request as it arrives: unambiguous headers, and a body bounded in size and time.
 
-Elsewhere: what a body says is read by `serve/dialects/body.py`; `gate.py` decides how large it may be.
+Elsewhere: `serve/dialects/body.py` parses a body; `gate.py` decides how large it may be.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from argosy.serve.http.failures import BadFrame, Refused
 from argosy.serve.http.held import MEDIA_BODY_BYTES
 from argosy.serve.http.running import GoneAway
 
-BODY_STALL_S = 15.0  # longest wait between two parts of a body
+BODY_STALL_S = 15.0  # the longest wait between two parts of a body
 BODY_S = 60.0
 # For the rest of the body of a refused request.
 _DISCARD_S = 5.0
