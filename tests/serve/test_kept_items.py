@@ -24,7 +24,7 @@ from argosy.serve.app import make_app
 from argosy.serve.dialects.openai_responses_bodies import ResponsesBody
 from argosy.serve.http import server as http_server
 from argosy.serve.http.failures import Refused
-from argosy.serve.http.held import Pool, Share
+from argosy.serve.http.held import Pool, PoolShare
 from argosy.serve.http.listen import bind
 from argosy.serve.models.models import Models
 from tests.cli.tiny_chat_model import write_chat_model
@@ -127,7 +127,7 @@ def test_a_response_without_one_of_its_items_is_not_found() -> None:
 
 
 def conversation(
-    kept: KeptItems, share: Share, items: list[dict[str, Any]], **more: Any
+    kept: KeptItems, share: PoolShare, items: list[dict[str, Any]], **more: Any
 ) -> list[dict[str, Any]]:
     """The messages of a request with these input items."""
     body = ResponsesBody.model_validate({"input": [*items, {"role": "user", "content": "x"}], **more})

@@ -29,7 +29,7 @@ from argosy.serve.answer import media_hosts
 from argosy.serve.answer.media_hosts import MOST_FILES, HttpsNetwork, MediaHosts, is_public
 from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
-from argosy.serve.http.held import Files, Pool, Share
+from argosy.serve.http.held import Files, Pool, PoolShare
 from tests.media.samples import pattern, png
 from tests.serve.conftest import serving, start
 from tests.serve.dialects import MAX_TOKENS, PATHS, TOOLS
@@ -66,7 +66,7 @@ def hosts(network: FakeNetwork, **more: Any) -> MediaHosts:
     return MediaHosts([HOST], network=lambda: network, **more)
 
 
-def fetch(one: MediaHosts, address: str, share: Share | None = None) -> bytes | str:
+def fetch(one: MediaHosts, address: str, share: PoolShare | None = None) -> bytes | str:
     files = Files(wanted={address: None})
     asyncio.run(one.fetch(files, share or Pool().share(), ""))
     return files.found[address]
@@ -639,9 +639,9 @@ def test_fetched_bytes_are_given_back_once_the_prompt_is_built(
     service: Service, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: list[int] = []
-    release = Share.release
+    release = PoolShare.release
 
-    def noted(share: Share) -> None:
+    def noted(share: PoolShare) -> None:
         held.append(share.num_bytes)
         release(share)
 
@@ -649,7 +649,7 @@ def test_fetched_bytes_are_given_back_once_the_prompt_is_built(
     assert len(large) > 20_000
     with answering(answer("200 OK", body=large)) as (port, _):
         monkeypatch.setattr(service, "_media_hosts", hosts(FakeNetwork(port=port)))
-        monkeypatch.setattr(Share, "release", noted)
+        monkeypatch.setattr(PoolShare, "release", noted)
         part = address_part("chat", f"https://{HOST}/cat.png")
         assert converse(url, "chat", [{"role": "user", "content": [part]}]).status_code == 200
     until = time.monotonic() + 10

@@ -31,7 +31,7 @@ from argosy.serve.dialects.anthropic_messages_bodies import AddressSource, Video
 from argosy.serve.dialects.openai_chat_bodies import PictureAddress, PicturePart, VideoAddress, VideoPart
 from argosy.serve.dialects.openai_responses_bodies import VideoInput
 from argosy.serve.http.caller import Caller
-from argosy.serve.http.held import Files, Pool, Share
+from argosy.serve.http.held import Files, Pool, PoolShare
 from tests.media.samples import pattern, png, raw_png, wav, wave
 from tests.media.video_samples import clip_file
 from tests.serve.conftest import serving, start
@@ -764,12 +764,12 @@ def test_decoded_bytes_are_given_back_once_the_prompt_is_built(
         monkeypatch.setattr(seeing.service.loop, "submit", submit)
     held_at_end, is_released = [], threading.Event()
 
-    def release(share: Share) -> None:
+    def release(share: PoolShare) -> None:
         held_at_end.append(share.num_bytes)
         share.shrink(0)
         is_released.set()
 
-    monkeypatch.setattr(Share, "release", release)
+    monkeypatch.setattr(PoolShare, "release", release)
     answer = ask(viewer, "chat", [picture("chat", CAT)])
     assert answer.status_code == (503 if is_refused else 200)
     ((thread, charged),) = threads

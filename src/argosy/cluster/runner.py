@@ -1,5 +1,4 @@
-"""The expert runner of a coordinator: workers run their experts, this machine runs its own, and the outputs meet
-here.
+"""A coordinator's expert runner: workers run their experts, this machine its own, and the outputs meet here.
 
     dispatch ─ choose ─>  local experts (`CachedRunner`)          ─┐
                       └>  the owners' experts (`Exchange`, native) ─┴>  groups of outputs, as they arrive

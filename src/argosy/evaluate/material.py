@@ -1,5 +1,5 @@
-"""Read the texts on which two models are compared: plain passages, and sentences that differ only in the person
-they name.
+"""Read the texts on which two models are compared: passages, and sentences that differ only in the person they
+name.
 
     texts/LANGUAGE.json    passages  |  templates x phrases  |  two endings, the better one first
     texts/dimensions.json  which groups are compared with each other

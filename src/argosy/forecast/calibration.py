@@ -153,9 +153,7 @@ class _Overheads(NamedTuple):
 
 
 class _Token(NamedTuple):
-    """A decode step of a small model: median seconds, mean seconds outside arithmetic and waiting, and the hit
-    rate.
-    """
+    """A decode step of a small model: median seconds, mean seconds outside arithmetic and waiting, and the hit rate."""
 
     seconds: float
     beside_s: float

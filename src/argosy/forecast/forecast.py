@@ -1,5 +1,4 @@
-"""Forecast, from headers and a machine's rates, whether a model fits a budget, how fast it runs and where the time
-goes.
+"""Forecast from headers and a machine's rates whether a model fits a budget, how fast it runs and what limits it.
 
     ModelFiles + EngineConfig  ->  memory plan at any budget   (budget/planner.py)
     memory plan + WorkingSet + Rates  ->  decode, prompts, the knee   (forecast/speed.py)

@@ -1,4 +1,4 @@
-"""API keys (`keys.py`), their limits (`limits.py`), an audit (`audit.py`), and the list of data kept about people
+"""API keys (`keys.py`), their limits (`limits.py`), an audit (`audit.py`), and the data kept about people
 (`stores.py`).
 
 Rules take a text and return a verdict (`policy.py`, `screen.py`, `pii/`); they keep no text. Only `sealed.py` keeps

@@ -1,5 +1,4 @@
-"""Turns token ids into text one at a time, never splitting a character, exactly as the decoder in a model's files
-does.
+"""Turns token ids into text one at a time, in whole characters, exactly as the decoder in a model's files does.
 
 Elsewhere: `tokenizer.py` makes a `StreamDecoder`.
 """

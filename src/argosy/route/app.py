@@ -54,7 +54,7 @@ from argosy.serve.http.access import Dialect, RouteRule, dialect_of
 from argosy.serve.http.caller import Caller
 from argosy.serve.http.failures import Refused, error_body
 from argosy.serve.http.gate import TOKENS_LEFT, Gate
-from argosy.serve.http.held import Pool, Share
+from argosy.serve.http.held import Pool, PoolShare
 from argosy.serve.http.origins import Site
 from argosy.serve.http.streams import JSON_LINES, SSE, Encoding, EventStream, answer_whole, error_event, sse
 from argosy.strict_json import JsonError, parse_json
@@ -232,7 +232,7 @@ class _Exchange:
         self._router, self._fleet, self._asked, self._caller, self._dialect = (
             router, router.fleet, asked, caller, dialect,
         )  # fmt: skip
-        self._share: Share = router.pool.share()
+        self._share: PoolShare = router.pool.share()
         self._serving = ExitStack()  # the connection to the server, and its owed tokens
         self._server: Server | None = None
         self._failed: set[Server] = set()

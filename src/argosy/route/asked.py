@@ -1,5 +1,4 @@
-"""The facts about a request that a router needs: its size, whether it can be repeated, and which server must answer
-it.
+"""The facts about a request that a router needs: its size, whether it can be repeated, and who must answer it.
 
     path, body  ->  read_asked  ->  Asked, whose body has a seed
 
@@ -26,7 +25,7 @@ from argosy.route.prefixes import Mark, Prefixes, parts_of
 from argosy.serve.app import ROUTES
 from argosy.serve.dialects.body import validated
 from argosy.serve.dialects.openai_responses_bodies import kind_of
-from argosy.serve.http.held import Share
+from argosy.serve.http.held import PoolShare
 
 # Routes with a JSON body whose answers a model generates.
 GENERATED = {
@@ -73,7 +72,7 @@ class Asked:
 
 
 def read_asked(
-    asked: Asked, share: Share, keep: Callable[[int], None], prefixes: Prefixes, tenant: bytes
+    asked: Asked, share: PoolShare, keep: Callable[[int], None], prefixes: Prefixes, tenant: bytes
 ) -> None:
     """Read the JSON body of `asked`, and give it a seed if its answer is generated.
 

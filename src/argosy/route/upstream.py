@@ -61,10 +61,7 @@ class Address:
 
 
 def parse_address(url: str) -> Address:
-    """
-    Raises:
-        UsageError: `url` is not the address of a server.
-    """
+    """Raises: UsageError: `url` is not the address of a server."""
     try:
         parts = urlsplit(url)
         port = parts.port

@@ -47,9 +47,7 @@ class Governance:
     keeps_contents: bool = False
 
     def why_not(self, key: Key | None, uses: Collection[str], persons: Collection[str]) -> ArgosyError | None:
-        """Why a request may not run now, given its key and the `uses` and `persons` of its `Run`, or None if it
-        may.
-        """
+        """Why a request may not run now, given its key and the `uses` and `persons` of its `Run`, or None if it may."""
         return None
 
     def join(self, models: Models, running: Running, registry: CollectorRegistry) -> None:

@@ -175,9 +175,7 @@ class ServerSettings:
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
     def common(self, ring: KeyRing, *, kept_bytes: int) -> Common:
-        """The parts that all models of the server share; `kept_bytes` is the memory for items that clients refer
-        to.
-        """
+        """The parts that all models of the server share; `kept_bytes` is the memory for items that clients refer to."""
         return Common(
             ring=None if self.keys is None else ring,
             kept=KeptItems(max_bytes=kept_bytes if self.store else 0, kept_s=self.store_s),

@@ -1,5 +1,4 @@
-"""`argosy completion`: scripts that complete commands, options, models and sizes in a shell, and the answers they
-request.
+"""`argosy completion`: scripts that complete commands, options, models and sizes in a shell, and their answers.
 
     argosy completion SHELL              ->  the shell's script, from click
     the script, on each press of Tab     ->  `argosy` with _ARGOSY_COMPLETE set  ->  answer

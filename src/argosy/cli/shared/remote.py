@@ -121,10 +121,7 @@ class RemoteServer:
     """A server, by its address and, if it has one, its base path. The constructor sends no request."""
 
     def __init__(self, url: str, key: str | None = None, *, timeout_s: float = TIMEOUT_S) -> None:
-        """
-        Raises:
-            UsageError: `url` is not the address of a server.
-        """
+        """Raises: UsageError: `url` is not the address of a server."""
         from argosy.serve.http.listen import BASE_PATH
 
         self._timeout_s = timeout_s

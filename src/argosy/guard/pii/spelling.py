@@ -1,5 +1,4 @@
-"""A text as detectors read it: one byte per character, spelling tricks undone, each byte mapped to its place in the
-text.
+"""A text as detectors read it: one byte per character, spelling tricks undone, each byte mapped to its place.
 
     "ｊｏｅ＠ｅｘａｍｐｌｅ．com"  ->  b"joe@example.com"; byte 3 is character 3 of the original
 

@@ -1,4 +1,4 @@
-"""The answers of one request as they are generated: engine events become steps, which a dialect turns into its own
+"""The answers of one request as they are generated: engine events become steps, which a dialect turns into its
 events.
 
     engine's thread  ─ Event ─>  Answers: parsed and passed by the policy  ─ Progress, Said, Ended ─>  dialect

@@ -27,7 +27,7 @@ from typing import NamedTuple, Protocol
 
 from argosy.errors import UsageError
 from argosy.media.parts import PROMPT_LIMITS, MediaLimits
-from argosy.serve.http.held import Files, Share
+from argosy.serve.http.held import Files, PoolShare
 from argosy.serve.http.timed_connection import TimedConnection
 from argosy.serve.http.work import WorkQueue
 
@@ -122,7 +122,7 @@ class MediaHosts:
         """Whether files wait for a thread in vain."""
         return self._work.has_stopped
 
-    async def fetch(self, files: Files, share: Share, tenant: str) -> None:
+    async def fetch(self, files: Files, share: PoolShare, tenant: str) -> None:
         """Fetch the wanted files of a request. If one fails, the reason is stored in its place.
 
         Raises:
@@ -145,7 +145,7 @@ class MediaHosts:
             files.found[address] = content
             del files.wanted[address]
 
-    def _content(self, address: str, share: Share) -> bytes | str:
+    def _content(self, address: str, share: PoolShare) -> bytes | str:
         try:
             target = self._target(address)
         except _Fault as fault:
@@ -169,7 +169,7 @@ class MediaHosts:
             raise _Fault("its host is none of those that this server may fetch from")
         return _Target(host, (found["path"] or "/") + (found["query"] or ""))
 
-    def _fetched(self, target: _Target, share: Share) -> bytes:
+    def _fetched(self, target: _Target, share: PoolShare) -> bytes:
         addresses = self._addresses(target.host)
         deadline = time.monotonic() + self._fetch_s
         connected = self._connected(target.host, addresses, deadline)
@@ -211,7 +211,7 @@ class MediaHosts:
         assert last is not None
         raise last
 
-    def _body(self, response: http.client.HTTPResponse, share: Share) -> bytes:
+    def _body(self, response: http.client.HTTPResponse, share: PoolShare) -> bytes:
         most = self._limits.file_bytes
         if response.status != 200:
             raise _Fault(f"it answered with status {response.status}")

@@ -28,7 +28,7 @@ from argosy.errors import BadMedia, UsageError
 from argosy.media.parts import PROMPT_LIMITS, Audio, Image, Kind, MediaLimits, Video
 from argosy.serve.answer.fields import Lenient, Short
 from argosy.serve.answer.replaced import Replaced
-from argosy.serve.http.held import Files, Share
+from argosy.serve.http.held import Files, PoolShare
 
 # The types that clients may declare. The decoder goes by the content.
 _FORMS: Mapping[Kind, tuple[str, ...]] = {
@@ -162,7 +162,7 @@ class Intake:
     def __init__(
         self,
         kinds: Collection[Kind],
-        share: Share,
+        share: PoolShare,
         limits: MediaLimits = PROMPT_LIMITS,
         *,
         files: Files | None = None,

@@ -1,5 +1,4 @@
-"""The threads for work that precedes the engine: reading bodies, rendering prompts, decoding pictures,
-transcribing.
+"""The threads for work before the engine: reading bodies, rendering prompts, decoding pictures, transcribing.
 
 Elsewhere: a single queue of threads is `serve/http/work.py`; steps run in the engine's own thread.
 """

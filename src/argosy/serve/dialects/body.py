@@ -30,7 +30,7 @@ from argosy.serve.answer.media_parts import media_in
 from argosy.serve.answer.work import Work
 from argosy.serve.http.caller import Caller
 from argosy.serve.http.failures import Refused
-from argosy.serve.http.held import Share
+from argosy.serve.http.held import PoolShare
 from argosy.serve.models.models import use_model
 from argosy.strict_json import parse_json
 
@@ -114,7 +114,7 @@ async def _received(request: Request) -> bytes:
         received.close()  # an exception would keep this frame alive
 
 
-def validated(data: bytes, model: type[Model], share: Share) -> Model:
+def validated(data: bytes, model: type[Model], share: PoolShare) -> Model:
     """Parse and validate a body, charging the memory to `share`. Raises what `read_model` raises."""
     if not data:
         raise UsageError("the body: expected a value, found nothing")
@@ -131,7 +131,7 @@ def validated(data: bytes, model: type[Model], share: Share) -> Model:
     return made
 
 
-def _charge(data: bytes, share: Share) -> int:
+def _charge(data: bytes, share: PoolShare) -> int:
     """Hold the memory for parsing a body whose bytes are already held; return how much the parsed body keeps."""
     num_bytes, kept_bytes = _cost_of_parsing(data)
     if num_bytes > share.max_bytes:
@@ -144,7 +144,7 @@ def _charge(data: bytes, share: Share) -> int:
     return kept_bytes
 
 
-def charge_more(data: bytes, share: Share) -> None:
+def charge_more(data: bytes, share: PoolShare) -> None:
     """Hold the memory for JSON that becomes part of a request and is about to be parsed.
 
     Raises:

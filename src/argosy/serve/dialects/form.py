@@ -94,9 +94,7 @@ class _Form:
 def answering_form(
     handler: Callable[..., Awaitable[Response]], model: type[BaseModel]
 ) -> Callable[[Request], Awaitable[Response]]:
-    """The endpoint of a route that takes a form: `handler(body, request)`. Only a server with ears has such a
-    route.
-    """
+    """The endpoint of a route that takes a form: `handler(body, request)`. Only a server with ears has such a route."""
 
     async def answer(request: Request) -> Response:
         if (service := models_of(request).hearing()) is None:  # checked before a long body is read

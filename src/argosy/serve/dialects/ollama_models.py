@@ -1,5 +1,4 @@
-"""Ollama's API about models: GET /api/tags and /api/ps, POST /api/show, GET /api/version. None of them loads a
-model.
+"""Ollama's API about models: GET /api/tags and /api/ps, POST /api/show, GET /api/version. None loads a model.
 
 Elsewhere: answers are `ollama.py`; the facts come from `serve/models/models.py`.
 """

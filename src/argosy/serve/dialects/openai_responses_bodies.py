@@ -63,7 +63,7 @@ from argosy.serve.answer.tool_use import ToolChoice, ToolMode
 from argosy.serve.dialects.body import charge_more
 from argosy.serve.http.access import MAX_BODY_BYTES
 from argosy.serve.http.failures import Refused
-from argosy.serve.http.held import Share
+from argosy.serve.http.held import PoolShare
 
 _LOGPROBS = "message.output_text.logprobs"  # in `include`
 
@@ -299,7 +299,7 @@ class ResponsesBody(Thinking, ForOpenAI, Sampling):
             ignored=[*self.ignored(), *(["store"] if self.store and not kept.can_keep else ())],
         )
 
-    def _conversation(self, kept: KeptItems, tenant: str, share: Share) -> list[KnownItem]:
+    def _conversation(self, kept: KeptItems, tenant: str, share: PoolShare) -> list[KnownItem]:
         charge = partial(charge_more, share=share)
         earlier = self.previous_response_id
         before = (

@@ -19,7 +19,7 @@ from argosy.errors import Overloaded
 from argosy.guard.audit import Audit, Content
 from argosy.serve.http.access import RouteRule
 from argosy.serve.http.caller import Caller, Hook, Tally, Watch
-from argosy.serve.http.held import AUDIT_BYTES, Pool, Share
+from argosy.serve.http.held import AUDIT_BYTES, Pool, PoolShare
 from argosy.serve.http.incoming import trace_of
 
 MOST_SAID_BYTES = 1 << 20
@@ -30,7 +30,7 @@ _MOST_TEXTS = 32
 class SaidOfRequest:
     """The bytes of one request and its answer, within a limit."""
 
-    def __init__(self, share: Share) -> None:
+    def __init__(self, share: PoolShare) -> None:
         self._share = share
         self._asked, self._answered = bytearray(), bytearray()
         self._is_cut = False

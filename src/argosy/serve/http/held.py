@@ -1,8 +1,7 @@
-"""The resources that a request holds until it ends: memory from a shared pool, which is a line of the memory plan,
-and files.
+"""The resources that a request holds until it ends: files, and memory from a pool that the memory plan contains.
 
-    part of a body, cost of parsing it  ->  Share.hold  ->  within the pool, or refused
-    end of the request, for any reason  ->  Share.close
+    part of a body, cost of parsing it  ->  PoolShare.hold  ->  within the pool, or refused
+    end of the request, for any reason  ->  PoolShare.close
 
 A body needs more memory than its bytes: as Python objects, JSON takes up to forty times as much. The cost of
 parsing a body is therefore charged before it is parsed.
@@ -36,8 +35,8 @@ class Pool:
         self.peak_bytes = 0
         self._lock = threading.Lock()
 
-    def share(self) -> Share:
-        return Share(self)
+    def share(self) -> PoolShare:
+        return PoolShare(self)
 
     def add(self, num_bytes: int) -> bool:
         """Take `num_bytes` if there is room; return whether it was taken."""
@@ -53,7 +52,7 @@ class Pool:
             self.num_bytes -= num_bytes
 
 
-class Share:
+class PoolShare:
     """One request's part of the pool."""
 
     def __init__(self, pool: Pool) -> None:
@@ -135,7 +134,7 @@ class Held:
     files: the files on other hosts that the body names.
     """
 
-    share: Share = field(default_factory=lambda: Pool().share())
+    share: PoolShare = field(default_factory=lambda: Pool().share())
     files: Files = field(default_factory=Files)
     takes_long: bool = False
     takes_video: bool = False

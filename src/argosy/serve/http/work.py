@@ -1,5 +1,4 @@
-"""Run the work that precedes the engine (parsing, rendering, tokenizing) in a few threads that tenants share
-fairly.
+"""Run work before the engine (parsing, rendering, tokenizing) in a few threads that tenants share fairly.
 
     run(tenant, call)  ->  the tenant's own queue  ->  tenants in turn  ->  a thread  ->  result
 
@@ -190,10 +189,7 @@ class Threads(ThreadPoolExecutor):
     """A pool for calls that wait for files and engines. If the system refuses a thread, `submit` raises Overloaded."""
 
     def submit(self, call: Callable[P, T], /, *args: P.args, **named: P.kwargs) -> Future[T]:
-        """
-        Raises:
-            Overloaded: the system refuses a thread.
-        """
+        """Raises: Overloaded: the system refuses a thread."""
         try:
             return super().submit(call, *args, **named)
         except RuntimeError as error:
