@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from argosy.errors import Overloaded
+from argosy.errors import Overloaded, UsageError
 from argosy.guard.audit import Audit, AuditSettings
 from argosy.guard.chain import verify
 from argosy.guard.keys import KeyFile, KeyRing
@@ -28,6 +28,7 @@ from argosy.serve.guards.transparency import Practice
 from argosy.serve.http.access import RouteRule
 from argosy.serve.http.caller import Caller
 from argosy.serve.http.held import Pool
+from argosy.serve.run import ServerSettings
 from tests.serve.conftest import start
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -317,3 +318,11 @@ def test_a_verdict_is_in_a_line_once_and_the_first_decision_is_first() -> None:
         "key", "request_id", "trace_id", "method", "route", "status", "seconds", "model", "policy",
         "prompt_tokens", "new_tokens", "marked_tokens", "finish", "verdicts",
     ]  # fmt: skip
+
+
+def test_an_audit_that_nothing_here_would_write_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("argosy.serve.run.GUARDS", None)  # as in an installation without `serve/guards`
+    with pytest.raises(UsageError, match=r"without `argosy\.serve\.guards`, so it records no requests"):
+        ServerSettings(host="127.0.0.1", audit=AuditSettings(directory=tmp_path))

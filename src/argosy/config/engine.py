@@ -85,6 +85,7 @@ class KvDir(Strict):
 FEWEST_IMAGE_TOKENS = 16  # fewer would distort pictures
 FEWEST_VIDEO_TOKENS = 16
 IMAGE_TOKENS, VIDEO_TOKENS = 1024, 4096  # defaults
+MOST_THREADS = 1024  # as native code has it: a higher count is a mistake
 
 
 class EngineOptions(TypedDict, total=False):
@@ -119,7 +120,13 @@ class EngineOptions(TypedDict, total=False):
     ]
     threads: Annotated[
         int | None,
-        Option("--threads N", "Compute threads; default: all cores.", least=1, variable="ARGOSY_THREADS"),
+        Option(
+            "--threads N",
+            "Threads; default: all cores.",
+            least=1,
+            most=MOST_THREADS,
+            variable="ARGOSY_THREADS",
+        ),
     ]
     kv_dtype: Annotated[
         KvDtype | None, Further("--kv", "Format of the KV cache; default: f16 for most models.")

@@ -133,6 +133,13 @@ class ServerSettings:
     presets: Presets | None = None
     default: str | None = None
 
+    def __post_init__(self) -> None:
+        if GUARDS is None and self.audit is not None:
+            raise UsageError(
+                "this installation is without `argosy.serve.guards`, so it records no requests",
+                hint="install the whole of argosy, or leave out --audit",
+            )
+
     @property
     def site(self) -> Site:
         """The names and paths under which the server is reached."""

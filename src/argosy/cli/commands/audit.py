@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from argosy.cli.shared.numbers import WholeNumber
 from argosy.config import counted
 from argosy.errors import UsageError
 
@@ -85,9 +86,7 @@ def verify(
 @click.option("--key", "key_id", metavar="ID", help="Only requests of this key.")
 @click.option("--request", "request_id", metavar="ID", help="One request, with all fields.")
 @click.option("--content", "with_content", is_flag=True, help="With --request: the texts, if they were kept.")
-@click.option(
-    "--last", default=_SHOWN, show_default=True, type=click.IntRange(1), metavar="N", help="How many."
-)
+@click.option("--last", default=_SHOWN, show_default=True, type=WholeNumber(1), metavar="N", help="How many.")
 def show(
     directory: Path, key_file: Path | None, key_id: str | None, request_id: str | None, with_content: bool,
     last: int,

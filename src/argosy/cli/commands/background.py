@@ -27,6 +27,7 @@ import click
 from argosy.checkpoint.untrusted_file import quote
 from argosy.cli.commands import completion
 from argosy.cli.shared import own_server, user_units
+from argosy.cli.shared.numbers import WholeNumber
 from argosy.cli.shared.output import table_lines, time_span
 from argosy.cli.shared.remote import TIMEOUT_S, entries, fields, number, server_options, whole
 from argosy.config import MIB, counted, format_bytes
@@ -483,7 +484,7 @@ def _wait_for_end(process: Process, descriptor: int, limit_s: float) -> None:
 
 @click.command("logs")
 @click.option("-f", "--follow", is_flag=True, help="Go on with new lines until ^C.")
-@click.option("-n", "--lines", default=100, show_default=True, type=click.IntRange(0), help="The last lines.")
+@click.option("-n", "--lines", default=100, show_default=True, type=WholeNumber(0), help="The last lines.")
 def logs(follow: bool, lines: int) -> None:
     """Show the log of the server that `argosy up` started, which systemd keeps in its journal.
 

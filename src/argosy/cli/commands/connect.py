@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from argosy.cli.shared import own_server
+from argosy.cli.shared.numbers import WholeNumber
 from argosy.cli.shared.remote import server_options
 from argosy.errors import ServerNotUsable, UsageError
 
@@ -33,9 +34,7 @@ _CONTEXT_TOKENS = 32_768  # assumed if the server does not say
 @click.argument("client", metavar="CLIENT", type=click.Choice(CLIENTS))
 @server_options
 @click.option("--model", metavar="NAME", help="Name of the model; default: the served model.")
-@click.option(
-    "--context", type=click.IntRange(min=256), metavar="N", help="Context length; default: the server's."
-)
+@click.option("--context", type=WholeNumber(256), metavar="N", help="Context length; default: the server's.")
 @click.option("--write", is_flag=True, help="Change the client's file, and keep the old one beside it.")
 @click.option(
     "--file", type=click.Path(dir_okay=False, path_type=Path), help="File to use instead of the client's own."

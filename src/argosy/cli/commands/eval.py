@@ -10,6 +10,7 @@ import click
 
 from argosy.cli.commands import completion
 from argosy.cli.shared.declared import choices
+from argosy.cli.shared.numbers import WholeNumber
 from argosy.cli.shared.output import progress_bar, write_file
 from argosy.cli.shared.settings import Settings, for_engine, read_settings
 
@@ -46,7 +47,7 @@ def eval_group() -> None:
 )
 @click.option(
     "--bbq-questions",
-    type=click.IntRange(1, 10_000),
+    type=WholeNumber(1, 10_000),
     default=_DEFAULT_QUESTIONS,
     show_default=True,
     metavar="N",

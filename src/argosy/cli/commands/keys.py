@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from argosy.cli.shared.numbers import WholeNumber
+
 _FILE = click.option(
     "--keys", "path", type=click.Path(path_type=Path), default=Path("argosy-keys.json"), show_default=True,
     metavar="FILE", help="File with the keys.",
@@ -35,9 +37,9 @@ def keys() -> None:
     metavar="SCOPE",
     help="infer, grammar (answers that follow a regex or a grammar), metrics or admin; may be repeated.",
 )
-@click.option("--requests-per-minute", type=click.IntRange(1), metavar="N")
-@click.option("--concurrent-requests", type=click.IntRange(1), metavar="N")
-@click.option("--tokens-per-day", type=click.IntRange(1), metavar="N")
+@click.option("--requests-per-minute", type=WholeNumber(1), metavar="N")
+@click.option("--concurrent-requests", type=WholeNumber(1), metavar="N")
+@click.option("--tokens-per-day", type=WholeNumber(1), metavar="N")
 def add(name: str, path: Path, **limits: object) -> None:
     """Make a key and print it. It is shown only once."""
     from argosy.guard.keys import KeyFile

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from argosy.cli.shared.declared import choices
+from argosy.cli.shared.numbers import WholeNumber
 from argosy.cli.shared.settings import Settings, for_engine, read_settings
 from argosy.config import counted, format_bytes
 from argosy.errors import ArgosyError, UsageError
@@ -36,7 +37,7 @@ Progress = Callable[[str, float], None]
 @click.option(
     "--shards",
     "num_shares",
-    type=click.IntRange(1, 64),
+    type=WholeNumber(1, 64),
     metavar="N",
     help="Divide the experts into N files, one for each `argosy worker --share K/N`.",
 )

@@ -11,6 +11,7 @@ import click
 
 from argosy.cli.commands import completion
 from argosy.cli.shared.declared import choices
+from argosy.cli.shared.numbers import WholeNumber
 from argosy.cli.shared.output import progress_bar, write_file
 from argosy.cli.shared.settings import Settings, for_engine, read_settings
 from argosy.errors import UsageError
@@ -41,7 +42,7 @@ _WINDOWS_SHOWN = (1, 8, 64, 512, 4096)
 )
 @click.option(
     "--tokens",
-    type=click.IntRange(64, 65536),
+    type=WholeNumber(64, 65536),
     default=2048,
     show_default=True,
     metavar="N",
@@ -50,7 +51,7 @@ _WINDOWS_SHOWN = (1, 8, 64, 512, 4096)
 @click.option("--ablate", metavar="WHAT", help="Remove LAYER:EXPERT,... or *:EXPERT, or `all`, each alone.")
 @click.option(
     "--ablate-tokens",
-    type=click.IntRange(64, 65536),
+    type=WholeNumber(64, 65536),
     default=512,
     show_default=True,
     metavar="N",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from argosy.cli.shared.declared import choices
+from argosy.cli.shared.numbers import RealNumber
 from argosy.cli.shared.output import progress_bar, write_text
 from argosy.cli.shared.settings import Settings, read_settings
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 @click.option(
     "-t",
     "--temperature",
-    type=float,
+    type=RealNumber(),
     default=0.0,
     metavar="X",
     help="0, the default, always takes the likeliest word.",

@@ -6,17 +6,27 @@ from pathlib import Path
 
 import click
 
+from argosy.cli.shared.numbers import WholeNumber
+
 
 @click.command("upcycle")
 @click.argument("dense")
 @click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
-@click.option("--experts", type=int, default=8, show_default=True, help="Routed experts per layer.")
+@click.option("--experts", type=WholeNumber(), default=8, show_default=True, help="Routed experts per layer.")
 @click.option(
-    "--experts-per-token", type=int, default=2, show_default=True, help="Routed experts used per token."
+    "--experts-per-token",
+    type=WholeNumber(),
+    default=2,
+    show_default=True,
+    help="Routed experts used per token.",
 )
-@click.option("--width", type=int, default=96, show_default=True, help="Neurons per expert.")
+@click.option("--width", type=WholeNumber(), default=96, show_default=True, help="Neurons per expert.")
 @click.option(
-    "--seed", type=int, default=0, show_default=True, help="Seed for neurons and the initial router."
+    "--seed",
+    type=WholeNumber(),
+    default=0,
+    show_default=True,
+    help="Seed for neurons and the initial router.",
 )
 def upcycle(
     dense: str, destination: Path, experts: int, experts_per_token: int, width: int, seed: int

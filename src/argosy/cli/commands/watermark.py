@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from argosy.cli.commands import completion
+from argosy.cli.shared.numbers import RealNumber
 from argosy.config import DEMO
 from argosy.errors import UsageError
 
@@ -66,7 +67,7 @@ def make_key(path: Path) -> None:
     default=_FALSE_POSITIVES,
     show_default=True,
     metavar="X",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=RealNumber(0, 1, min_open=True, max_open=True),
     help="Call a text marked if fewer unmarked ones score as high.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")

@@ -18,6 +18,7 @@ import click
 
 from argosy.cli.commands import completion
 from argosy.cli.shared.help_all import Further
+from argosy.cli.shared.numbers import RealNumber, WholeNumber
 from argosy.config import option as config_option
 from argosy.config.option import Declaration, declarations
 
@@ -132,7 +133,7 @@ def _type(one: Declaration) -> dict[str, Any]:
         return {"type": click.Choice(one.words)}
     if one.kind is Path:
         return {"type": click.Path(path_type=Path)}
-    if one.kind in (int, float) and (option.least, option.most) != (None, None):
-        bounded: Any = click.IntRange if one.kind is int else click.FloatRange
-        return {"type": bounded(option.least, option.most)}
+    if one.kind in (int, float):
+        bounds: Any = (option.least, option.most)
+        return {"type": WholeNumber(*bounds) if one.kind is int else RealNumber(*bounds)}
     return {"type": one.kind} if one.kind is not str else {}

@@ -9,6 +9,7 @@ off) whether products run as measured on this machine. A misspelt ARGOSY_ variab
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -106,8 +107,10 @@ def _value(environment: Mapping[str, str], one: Declaration) -> Any:
     if not text or one.kind is str:
         return text or None
     if one.kind is int:
-        if not text.isdecimal() or int(text) < (one.option.least or 0):
-            raise UsageError(f"{name} must be a whole number of at least {one.option.least}, found '{text}'")
+        least, most = one.option.least or 0, one.option.most or math.inf
+        if not text.isdecimal() or len(text) > 18 or not least <= int(text) <= most:
+            bounds = f"at least {least}" + ("" if most == math.inf else f" and at most {most}")
+            raise UsageError(f"{name} must be a whole number of {bounds}, found '{text[:20]}'")
         return int(text)
     known = one.words if one.kind is Literal else ("on", "off")
     if text not in known:
