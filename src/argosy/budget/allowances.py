@@ -14,12 +14,12 @@ from argosy.media.parts import FFMPEG_BYTES, PROMPT_LIMITS
 from argosy.prompt.chat import TEMPLATE_WORKER_BYTES
 from argosy.prompt.tokenizer import Tokenizer
 
-_DECODED_PIXEL_BYTES = 3 + 4  # as it is, and while Pillow scales it
+_DECODED_PIXEL_BYTES = 3 + 4  # decoded, and while Pillow scales it
 MEDIA_WAITING_BYTES = 64 * MIB  # prepared pictures, sounds and frames of requests whose encode has not begun
 MEDIA_KEPT_BYTES = 64 * MIB  # rows kept for prompts that repeat a picture
 TRANSCRIPTS_KEPT_BYTES = 1 * MIB  # transcripts kept for prompts that repeat a sound
 _DECODER_BYTES = 96 * MIB  # the process that decodes files, beyond what one file may take
-_HIGHEST_MEDIA_RATE = 48_000  # samples per second that a model wants
+_HIGHEST_MEDIA_RATE = 48_000  # samples per second that a model expects
 # Growth of a process after the plan that no part of the plan covers: allowances, above the measured values.
 MEDIA_GROWTH_BYTES = 18 * MIB  # libraries for media, which are imported when the model is opened
 TOKEN_OBJECT_BYTES = 160  # ids as Python objects, and an entry in the index of prefixes: about 100
@@ -33,10 +33,11 @@ GRAMMAR_BYTES = 64 * MIB  # compiled grammars, and the state they build up while
 
 
 def process_bytes(tokenizer: Tokenizer | None) -> int:
-    """Bytes that this process holds now, plus the worker it will start if the model has a chat template.
+    """Return the bytes that this process holds now, plus the worker that it will start if the model has a chat
+    template.
 
-    What was freed while files were read is returned to the system first: the engine needs that memory again, and its
-    own parts count it.
+    Memory that was freed while files were read is first returned to the system: the engine needs it again, and other
+    parts of the plan count it.
     """
     _native.trim_heap()
     has_template = tokenizer is not None and tokenizer.chat_template is not None
@@ -44,7 +45,7 @@ def process_bytes(tokenizer: Tokenizer | None) -> int:
 
 
 def growth_bytes(config: EngineConfig, context_tokens: int, *, has_media: bool) -> int:
-    """Growth of a process after the plan that no part of the plan covers."""
+    """Return the growth of a process after planning that no part of the plan covers."""
     threads = config.threads + config.readers + OTHER_THREADS
     nbytes = PROCESS_GROWTH_BYTES + threads * THREAD_BYTES + context_tokens * TOKEN_OBJECT_BYTES
     if config.watermark is not None:
@@ -55,10 +56,10 @@ def growth_bytes(config: EngineConfig, context_tokens: int, *, has_media: bool) 
 
 
 def media_bytes(*, takes_pictures: bool, takes_video: bool) -> int:
-    """Memory for media beside their encoders: a file that is decoded, requests that wait, rows kept."""
+    """Return the memory for media besides their encoders: a file being decoded, waiting requests, kept rows."""
     sound_bytes = round(4 * PROMPT_LIMITS.sound_s * _HIGHEST_MEDIA_RATE)
     decoded = max(_DECODED_PIXEL_BYTES * PROMPT_LIMITS.pixels if takes_pictures else 0, sound_bytes)
-    # Pictures are decoded beside a video: ffmpeg needs memory of its own.
+    # Pictures are decoded while a video is: ffmpeg needs its own memory.
     ffmpeg_bytes = FFMPEG_BYTES + PROMPT_LIMITS.decode_bytes
     video = ffmpeg_bytes + PROMPT_LIMITS.video_bytes + sound_bytes if takes_video else 0
     return (
@@ -67,5 +68,5 @@ def media_bytes(*, takes_pictures: bool, takes_video: bool) -> int:
 
 
 def lendable_bytes(encoder_bytes: int) -> int:
-    """The part of `MemoryPlan.encoder_bytes` that is unused while nothing is decoded, encoded or transcribed."""
+    """Return the part of `MemoryPlan.encoder_bytes` that is unused while nothing is decoded, encoded or transcribed."""
     return max(0, encoder_bytes - MEDIA_WAITING_BYTES - MEDIA_KEPT_BYTES - TRANSCRIPTS_KEPT_BYTES)

@@ -1,16 +1,16 @@
-"""How many slots the expert cache has at the moment: those of the plan, and more in memory that others do not need.
+"""Set the current number of expert slots: the plan's slots, plus slots in memory that other parts do not need.
 
-    the plan's share + what pictures, prompts, sequences leave idle  ->  slots now  ->  `experts/cache.py`
+    the plan's share + idle memory of pictures, prompts, sequences  ->  slots now  ->  `experts/cache.py`
 
-Whoever has memory in the plan that it does not use says so with `allow`, and takes it back in the same way before it
-uses it. Memory is with the system when such a call returns, so the sum never exceeds the budget. The cache changes
-only between two steps. What is resident decides no token.
+A part of the plan that does not use its memory lends it with `allow`, and takes it back the same way before using it.
+When such a call returns, the system has the memory, so the sum never exceeds the budget. The cache changes only
+between two steps. Residency never changes a token.
 
-A step that needs memory takes it at once. Everybody else takes it in small pieces between steps, for a part of the time
-that steps take, so that running answers hardly notice; and the rest at once after a second.
+A step that needs memory takes it at once. Other users take it in small pieces between steps, for a fraction of the
+steps' time, so that running answers hardly notice; after a second they take the rest at once.
 
-Elsewhere: `media_memory.py` lends what pictures and sounds take, `idle_memory.py` what prompts and the KV cache do;
-`shares.py` divides the plan's share among models.
+Elsewhere: `media_memory.py` lends the memory of pictures and sounds, `idle_memory.py` that of prompts and the KV
+cache; `shares.py` divides the plan's share among models.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from argosy.config import MIB
 from argosy.errors import UsageError
 
 OWN = "experts"  # the source of the plan's own slots
-# Memory that goes at once, while a step may wait: to copy as much and to free its pages takes a few milliseconds.
+# Memory taken at once, while a step may wait: copying this much and freeing its pages takes a few milliseconds.
 _PIECE_BYTES = 32 * MIB
 _SHARE_OF_STEPS = 0.25  # share of the time for pieces between steps
-_PATIENCE_S = 1.0  # whoever has waited for so long gets the rest at once
+_PATIENCE_S = 1.0  # after waiting this long, a caller gets the rest at once
 
 
 class Slots(Protocol):
-    """The method of an `ExpertCache` that is needed here."""
+    """The method of an `ExpertCache` that this module needs."""
 
     def resize(self, num_slots: int, *, held_slots: int | None = None) -> None: ...
 
 
 class ExpertMemory:
-    """The memory that experts may have now, by source.
+    """The memory that experts may use now, by source.
 
     Attributes:
         step_s: the duration of the last step.
@@ -45,7 +45,7 @@ class ExpertMemory:
 
     Args:
         num_slots: the plan's own slots.
-        lock: held by whoever runs a step; it goes to whoever has waited longest (`engine/turns.py`).
+        lock: held while a step runs; it goes to the longest waiter (`engine/turns.py`).
     """
 
     def __init__(
@@ -64,34 +64,35 @@ class ExpertMemory:
         self._slot_bytes = max(1, slot_bytes)
         self._allowed = {OWN: num_slots * slot_bytes}
         self._num_slots = num_slots
-        self._held_slots = num_slots  # slots with memory; the others hold experts that have not moved yet
+        self._held_slots = num_slots  # slots that keep memory; those beyond hold unmoved experts
         self._is_closed = False
 
     @property
     def num_slots(self) -> int:
-        """Slots that there are now."""
+        """The current number of slots."""
         return self._num_slots
 
     @property
     def lent_slots(self) -> int:
-        """Slots in memory that others lend now."""
+        """The number of slots in borrowed memory."""
         return max(0, self._num_slots - self._allowed[OWN] // self._slot_bytes)
 
     def allow(self, source: str, nbytes: int) -> None:
-        """Let experts have so much memory of a source. Call it with the lock, between two steps."""
+        """Let experts use `nbytes` of a source. Call this with the lock, between two steps."""
         self._require_open()
-        num_awaited = self._held_slots - self._num_slots  # they are for others, who take them between steps
+        num_awaited = self._held_slots - self._num_slots  # other callers take this memory between steps
         self._allowed[source] = nbytes
         self._resize(self._target() + num_awaited)
 
     def approach(self, wanted: Mapping[str, int], *, is_urgent: bool = False) -> bool:
-        """Do a part of `allow` that steps hardly notice, or all of it if it is urgent. Call it likewise.
+        """Do a part of `allow` that steps hardly notice, or all of it if it is urgent. Call this with the lock,
+        between steps.
 
         Args:
-            wanted: bytes of some sources.
+            wanted: bytes by source, for some sources.
 
         Returns:
-            Whether nothing is left to do, for anybody.
+            Whether no work is left, for any caller.
         """
         self._require_open()
         began = self._clock()
@@ -104,17 +105,17 @@ class ExpertMemory:
                 return False
 
     def shrink(self, source: str, nbytes: int) -> None:
-        """Let experts have no more than so much of a source. Call it with the lock, within a step, between two layers.
+        """Limit experts to `nbytes` of a source. Call this with the lock, within a step, between two layers.
 
-        All of it goes at once, including what `allow_between_steps` has not taken yet.
+        The memory is freed at once, including memory that `allow_between_steps` has not taken yet.
         """
         self.approach({source: min(nbytes, self._allowed[source])}, is_urgent=True)
 
     def allow_between_steps(self, wanted: Callable[[], Mapping[str, int]]) -> None:
-        """As `allow`, in parts, from any thread; steps go on meanwhile.
+        """Do `allow` in parts, from any thread; steps continue meanwhile.
 
         Args:
-            wanted: bytes of some sources; called with the lock before each part.
+            wanted: returns bytes by source, for some sources; called with the lock before each part.
 
         Raises:
             UsageError: the engine was closed meanwhile.
@@ -127,14 +128,14 @@ class ExpertMemory:
                 is_done = self.approach(wanted(), is_urgent=is_urgent)
 
     def close(self) -> None:
-        """End: the cache changes no more. Call it with the lock."""
+        """Close: the cache no longer changes. Call this with the lock."""
         self._is_closed = True
 
     def _target(self) -> int:
         return min(self.most_slots, sum(self._allowed.values()) // self._slot_bytes)
 
     def _resize(self, held_slots: int) -> None:
-        """Have the slots that are allowed; at most `held_slots` of those that there were have memory afterwards."""
+        """Resize to the allowed slots; at most `held_slots` of the earlier slots keep memory."""
         num_slots = self._target()
         held = max(num_slots, min(held_slots, self._held_slots))
         if (num_slots, held) != (self._num_slots, self._held_slots):

@@ -1,4 +1,4 @@
-"""The memory that a model takes, part by part, known from its headers before anything is loaded.
+"""Compute the memory that a model takes, part by part, from its headers, before anything is loaded.
 
 A memory plan asks here and never recomputes a size. Native code reports what native code allocates.
 """
@@ -31,28 +31,28 @@ if TYPE_CHECKING:
 
 # Properties that depend on the towers.
 _OF_MEDIA = ("encoders", "processors", "low_detail", "encoder_bytes", "unbroken_tokens", "_largest_media")
-# The context that is planned for if nobody asks for one, of models that support as many tokens.
+# The default context, for models that support it.
 DEFAULT_CONTEXT = 8192
 _SMALLEST_PROCESS_BYTES = 96 * MIB  # interpreter, libraries and a small tokenizer, before any weights
 # Keys and values that would take a larger share of the smallest budget are float16 by default.
 _KV_SHARE = 1 / 20
 # Ids as Python objects, the arrays of a step, and native lists of runs, per token.
 _STEP_TOKEN_BYTES = 256
-_PAGE_BYTES = 2 * MIB  # as native memory comes and goes (`native/store/arena.h`)
+_PAGE_BYTES = 2 * MIB  # the granularity of native memory (`native/store/arena.h`)
 
 
 def kv_blocks(num_tokens: int) -> int:
-    """KV blocks for `num_tokens` positions."""
+    """Return the KV blocks for `num_tokens` positions."""
     return -(-num_tokens // KV_BLOCK_TOKENS)
 
 
 def kv_bytes(
     config: ModelConfig, num_tokens: int, kv_dtype: KvDtype, *, window_blocks: int | None = None
 ) -> int:
-    """Bytes of keys and values of all layers for `num_tokens` positions, in whole blocks.
+    """Return the bytes of keys and values of all layers for `num_tokens` positions, in whole blocks.
 
     Args:
-        window_blocks: blocks for layers with a sliding window; None: they keep all positions, too.
+        window_blocks: blocks for layers with a sliding window; None: these layers also keep all positions.
     """
     blocks = kv_blocks(num_tokens)
     return _native.kv_cache_bytes(kv_shapes(config), blocks, KV_BLOCK_TOKENS, kv_dtype, window_blocks)
@@ -60,7 +60,7 @@ def kv_bytes(
 
 @dataclass(frozen=True, slots=True)
 class KvLayout:
-    """Where a KV cache keeps what each position needs, which decides how many bytes unused positions leave free.
+    """The layout of a KV cache, which decides how many bytes unused positions leave free.
 
     regions: begin and end of the keys, and of the values, of each layer without a sliding window.
     """
@@ -83,7 +83,7 @@ class KvLayout:
         return cls(blocks * KV_BLOCK_TOKENS, tuple(regions))
 
     def free_bytes(self, num_tokens: int) -> int:
-        """Bytes in whole pages behind the first positions of each region."""
+        """Return the bytes in whole pages after the first positions of each region."""
         found = 0
         for begin, end in self.regions:
             used = begin + -(-(end - begin) * num_tokens // self.num_tokens)
@@ -92,35 +92,35 @@ class KvLayout:
 
 
 def state_bytes(config: ModelConfig, num_states: int) -> int:
-    """Bytes of recurrent state for `num_states` sequences; 0 if no layer has one."""
+    """Return the bytes of recurrent state for `num_states` sequences; 0 if no layer has one."""
     if config.delta is None or not num_states:
         return 0
     return _native.recurrent_state_bytes(num_states, len(config.delta_layers), config.delta.sizes)
 
 
 def files_to_run(files: ModelFiles, config: EngineConfig) -> ModelFiles:
-    """Returns the files that an engine with these settings reads: with the draft layer if that proposes tokens.
+    """Return the files that an engine with these settings reads, including the draft layer if it proposes tokens.
 
     Raises:
-        UnsupportedModel, CheckpointError: there is no draft layer, or it cannot be used.
+        UnsupportedModel, CheckpointError: the draft layer is missing or cannot be used.
     """
     needs_draft = config.speculate == "mtp" and not files.num_draft_layers
     return files.with_draft_layer() if needs_draft else files
 
 
 class ModelFootprint:
-    """Bytes of each part of one model, run with the settings of `config`.
+    """The bytes of each part of one model that runs with the settings of `config`.
 
-    Sums over all experts are made once, so use one object for every plan of a model.
+    Sums over all experts are computed once, so use one object for every plan of a model.
     """
 
     def __init__(self, files: ModelFiles, config: EngineConfig) -> None:
         self.files = files = files_to_run(files, config)
-        self.config = files.config  # describes all layers, the one that drafts among them
+        self.config = files.config  # describes all layers, the draft layer included
         self.num_experts = len(files.experts)  # routed experts in all layers
         self._wanted_kv_dtype = config.kv_dtype
         self._threads = config.threads  # each has scratch memory
-        # One that this machine lacks is refused when the engine starts.
+        # The engine refuses an instruction set that this machine lacks when it starts.
         names = _native.instruction_sets()
         self._instruction_set = config.instruction_set if config.instruction_set in names else names[-1]
         self._has_media = config.media is not False
@@ -146,25 +146,25 @@ class ModelFootprint:
         return found if fault is None else dict.fromkeys(found, fault)
 
     def without_media(self, fault: ArgosyError) -> ModelFootprint:
-        """The same model if its towers are not used; `fault` is raised when a prompt has media."""
-        other = copy(self)  # with the sums over experts that are made already
+        """Return the same model without its towers; a prompt with media raises `fault`."""
+        other = copy(self)  # keeps the computed sums over experts
         for name in _OF_MEDIA:
             vars(other).pop(name, None)
         other._media_fault = fault
         return other
 
     def with_kv(self, kv_dtype: KvDtype) -> ModelFootprint:
-        """The same model with keys and values in another format."""
+        """Return the same model with keys and values in another format."""
         other = copy(self)
         other.kv_dtype = kv_dtype
         return other
 
     @cached_property
     def kv_dtype(self) -> KvDtype:
-        """The format of keys and values: the requested one, or what suits the model.
+        """The format of keys and values: the requested format, or the model's default.
 
-        That is f16 if float32 would take more than a twentieth of the smallest budget that runs the model, with the
-        default context. It follows from the checkpoint alone: a budget must not change which tokens come out.
+        The default is f16 if float32 would take more than a twentieth of the smallest budget that runs the model with
+        the default context. It depends only on the checkpoint: a budget must not change which tokens come out.
         """
         if self._wanted_kv_dtype is not None:
             return self._wanted_kv_dtype
@@ -175,7 +175,7 @@ class ModelFootprint:
 
     @cached_property
     def processors(self) -> Mapping[Kind, Processor | ArgosyError]:
-        """The processor of each kind of media, or the error that says why media of that kind are refused."""
+        """The processor of each kind of media, or the error that says why that kind is refused."""
         found: dict[Kind, Processor | ArgosyError] = {}
         for kind, tower in self.encoders.items():
             try:
@@ -203,7 +203,7 @@ class ModelFootprint:
 
     @cached_property
     def low_detail(self) -> Processor | None:
-        """The processor of pictures with low detail; None if the model takes no pictures."""
+        """The processor of low-detail pictures; None if the model takes no pictures."""
         tower = self.encoders.get("picture")
         if (
             tower is None
@@ -215,16 +215,16 @@ class ModelFootprint:
 
     @cached_property
     def encoder_bytes(self) -> int:
-        """The weights of the towers that can be used, and the largest encode."""
+        """The bytes of the usable towers' weights, and of the largest encode."""
         peaks = [tower.peak_bytes(shape) for tower, shape in self._largest_media]
         towers = {tower.encoder.kind: tower for tower, _ in self._largest_media}
         return sum(tower.weight_bytes for tower in towers.values()) + max(peaks, default=0)
 
     def picture_work(self, height: int, width: int) -> tuple[int, int] | None:
-        """Positions of a picture of this size, and floating-point operations to encode it; None if it cannot be taken.
+        """Return a picture's positions, and the floating-point operations to encode it; None if pictures are refused.
 
         Raises:
-            BadMedia: the model takes no picture of this size.
+            BadMedia: the model does not take pictures of this size.
         """
         from argosy.media.pictures import PictureProcessor
 
@@ -236,7 +236,7 @@ class ModelFootprint:
 
     @cached_property
     def unbroken_tokens(self) -> int:
-        """The most positions of a picture that see one another, and therefore run in one step; 0 if none do."""
+        """The most positions of a picture that see one another and must therefore run in one step; 0 if none do."""
         spans = (
             tower.num_positions(shape) for tower, shape in self._largest_media if tower.encoder.sees_both_ways
         )
@@ -253,7 +253,7 @@ class ModelFootprint:
 
     @cached_property
     def ears(self) -> WhisperFiles | None:
-        """The checkpoint that transcribes sound; its tokenizer is in memory from now on."""
+        """The checkpoint that transcribes sound; reading this loads its tokenizer."""
         if self._ears is None:
             return None
         from argosy.model.whisper.files import open_whisper
@@ -262,7 +262,7 @@ class ModelFootprint:
 
     @cached_property
     def ears_bytes(self) -> int:
-        """The weights that transcribe, and the longest sound."""
+        """The bytes of the weights that transcribe, and of the longest sound."""
         if self.ears is None:
             return 0
         from argosy.model.whisper.transcription import working_bytes
@@ -271,7 +271,7 @@ class ModelFootprint:
 
     @cached_property
     def staging_bytes(self) -> int:
-        """Buffers that readers transcode from; 0 if every weight lands as it is stored."""
+        """The bytes of the buffers from which readers transcode; 0 if every weight lands as it is stored."""
         is_transcoded = any(
             piece.transcode for one in self.files.dense.values() for piece in one.pieces
         ) or any(piece.transcode for record in self.files.experts.values() for piece in record.pieces)
@@ -283,12 +283,12 @@ class ModelFootprint:
 
     @property
     def slot_bytes(self) -> int:
-        """What one more expert slot takes, whatever its kind."""
+        """The bytes of one more expert slot, whatever its kind."""
         return self._slots.slot_bytes
 
     @cached_property
     def resident_bytes(self) -> int:
-        """All experts, one after another."""
+        """The bytes of all experts, one after another."""
         return resident_bytes(self.files.experts)
 
     def kv_bytes(self, num_tokens: int, window_blocks: int | None = None) -> int:
@@ -307,7 +307,7 @@ class ModelFootprint:
         return state_bytes(self.config, num_states)
 
     def working_bytes(self, step_tokens: int) -> int:
-        """The memory of a step of at most `step_tokens` tokens."""
+        """Return the memory of a step of at most `step_tokens` tokens."""
         sizes = self._stack_sizes
         others = sizes.dispatch_bytes(step_tokens) + _STEP_TOKEN_BYTES * step_tokens
         if self.files.num_draft_layers:
@@ -316,22 +316,24 @@ class ModelFootprint:
         return self.buffer_bytes(step_tokens) + others
 
     def buffer_bytes(self, step_tokens: int) -> int:
-        """The buffers and scratch memory of such a step, which a `Decoder` has as long as steps may be so long."""
+        """Return the buffers and scratch memory of such a step, which a `Decoder` keeps while steps may be
+        that long.
+        """
         sizes = self._stack_sizes
-        # On `amx`, activations of bfloat16 and FP8 weights are split, which takes less than quantising them.
+        # On `amx`, activations for bfloat16 and FP8 weights are split, which takes less memory than quantising them.
         prepares = self._has_quants or self._instruction_set == "amx"
         scratch = sizes.scratch_bytes(step_tokens, self._threads, prepares)
         products = _native.product_scratch_bytes(self._threads, self._instruction_set) if prepares else 0
         return sizes.buffer_bytes(step_tokens) + scratch + products
 
     def choices_bytes(self, step_tokens: int) -> int:
-        """The choices of steps that a recorder was not told yet."""
+        """The bytes of logged choices that have not reached the recorder yet."""
         layers, k = len(self.files.own_config.moe_layers), self.config.experts_per_token
         return log_bytes(step_tokens, num_layers=layers, experts_per_token=k)
 
     @cached_property
     def _has_quants(self) -> bool:
-        """Whether any weights are quantised, so that activations are, too."""
+        """Whether any weights are quantised, so that activations are quantised as well."""
         formats = {ref.format for ref in self.files.dense.values()}
         for record in self.files.experts.values():
             formats.update(matrix.format for matrix in (record.gate, record.up, record.down))
@@ -342,10 +344,11 @@ class ModelFootprint:
         return stack_sizes(self.config)
 
     def record_bytes(self, num_slots: int, num_lent: int = 0) -> int:
-        """Bytes of the records about experts, if `num_slots` of them have room: where each is, when it was used.
+        """Return the bytes of the records about experts if `num_slots` of them have slots: the place and last use of
+        each.
 
         Args:
-            num_lent: how many more have room at times.
+            num_lent: how many more have slots at times.
         """
         if not self.num_experts:
             return 0
@@ -354,7 +357,7 @@ class ModelFootprint:
         return self.cache_record_bytes(num_slots + num_lent)
 
     def cache_record_bytes(self, num_slots: int) -> int:
-        """The same for slots of a cache, whether or not it has one for each expert."""
+        """Return the same for a cache's slots, even if there is one for each expert."""
         in_slots = slots.bookkeeping_bytes(
             self._slots, num_slots=num_slots, num_experts=self.config.num_experts
         )

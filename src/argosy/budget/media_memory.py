@@ -1,12 +1,12 @@
-"""Lend the memory of pictures and sounds to experts while there are none.
+"""Lend the memory for pictures and sounds to experts while there are none.
 
     lent to the expert cache  ── a picture comes ──>  taken back: decoded, encoded  ── idle for a minute ──>  lent again
 
 The plan reserves memory for encoders and ears, one encode, and the process that decodes files
-(`allowances.lendable_bytes`). While nothing uses it, the expert cache has more slots there. Whoever needs it says so
-with `use`, which returns once experts have given it back and the system has their pages.
+(`allowances.lendable_bytes`). While nothing uses it, it holds more slots of the expert cache. A caller that needs it
+calls `use`, which returns once experts have left and the system has their pages.
 
-Elsewhere: `expert_memory.py` gives it to experts; `engine/media/prompt_media.py` uses it.
+Elsewhere: `expert_memory.py` turns it into slots; `engine/media/prompt_media.py` uses it.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class MediaMemory:
     """Lends the memory for pictures and sounds to experts, and takes it back.
 
     Args:
-        clear: frees all that pictures and sounds use of it.
-        experts: whom it is lent to; None: it is never lent.
-        nbytes: how much is lent.
-        lock: held by whoever runs a step; it goes to whoever has waited longest (`engine/turns.py`).
+        clear: frees all of it that pictures and sounds occupy.
+        experts: the borrower; None: the memory is never lent.
+        nbytes: the bytes to lend.
+        lock: held while a step runs; it goes to the longest waiter (`engine/turns.py`).
     """
 
     def __init__(
@@ -60,12 +60,12 @@ class MediaMemory:
 
     @property
     def is_lent(self) -> bool:
-        """Whether experts have some of it."""
+        """Whether experts occupy any of it."""
         return self._is_lent
 
     @contextmanager
     def use(self) -> Iterator[None]:
-        """Keep the memory for pictures and sounds; waits for some steps while experts have it. From any thread.
+        """Keep the memory for pictures and sounds; if experts occupy it, wait for some steps. Safe from any thread.
 
         Raises:
             UsageError: the engine was closed meanwhile.
@@ -84,7 +84,7 @@ class MediaMemory:
                 self._used_at = self._clock()
 
     def settle(self) -> None:
-        """Lend the memory or take it back, as its users need it. Call it with the lock, between two steps."""
+        """Lend the memory or take it back, as its users need it. Call this with the lock, between two steps."""
         self._require_open()
         if self._experts is None or not self._nbytes:
             return
@@ -94,14 +94,14 @@ class MediaMemory:
             return
         with self._users:
             is_idle = not self._num_users and self._clock() - self._used_at >= IDLE_S
-            self._is_lent = is_idle  # whoever comes from now on waits for the lock
+            self._is_lent = is_idle  # later callers wait for the lock
         if is_idle:
             self._clear()
             _native.trim_heap()
             self._experts.allow(SOURCE, self._nbytes)
 
     def close(self) -> None:
-        """End: nothing is lent any more. Call it with the lock."""
+        """Close: nothing is lent any more. Call this with the lock."""
         self._is_closed = True
 
     def _require_open(self) -> None:

@@ -42,11 +42,11 @@ class MemoryPlan:
     budget_bytes: int
     process_bytes: int
     dense_bytes: int
-    encoder_bytes: int = 0  # towers and ears, an encode of each, and the processes that decode files
+    encoder_bytes: int = 0  # towers and ears, one encode each, and the processes that decode files
     kv_bytes: int
     kv_layout: KvLayout
     kv_dtype: KvDtype
-    windows: WindowSizes | None = None  # blocks of layers with a sliding window; None: as many as the others
+    windows: WindowSizes | None = None  # blocks of layers with a sliding window; None: as for others
     state_bytes: int = 0  # recurrent state for num_states sequences
     num_states: int = 0
     snapshot_bytes: int = 0  # recurrent states kept at the end of prefixes
@@ -54,19 +54,19 @@ class MemoryPlan:
     claimed: Mapping[str, int] = field(default_factory=dict)  # bytes by part of `CLAIMED`
     working_bytes: int
     staging_bytes: int  # buffers that readers transcode from
-    bookkeeping_bytes: int  # where each expert lies, and when it was last used
+    bookkeeping_bytes: int  # the place and last use of each expert
     page_table_bytes: int = 0  # kernel page tables for everything mapped after the plan
     slot_bytes: int
     resident_bytes: int  # all experts, packed end to end
     num_slots: int
-    lent_slots: int = 0  # more slots, in the memory for pictures and sounds while there are none
-    idle_slots: int = 0  # more slots at most, in idle memory of prompts and the KV cache
+    lent_slots: int = 0  # further slots, in the memory for pictures and sounds while there are none
+    idle_slots: int = 0  # most further slots, in idle memory of prompts and the KV cache
     idle_buffer_bytes: int = 0  # the part of `working_bytes` that steps without prompt tokens leave idle
     most_slots: int = 0  # slots at most, if `num_slots` has changed or may change; 0: neither
     num_experts: int  # routed experts in all layers
     context_tokens: int
     chunk_tokens: int
-    held_bytes: int = 0  # the part of `process_bytes` that was in memory already
+    held_bytes: int = 0  # the part of `process_bytes` that was already in memory
 
     @property
     def expert_bytes(self) -> int:
@@ -78,7 +78,7 @@ class MemoryPlan:
 
     @property
     def left_bytes(self) -> int:
-        """The rest of the budget after all parts; below zero in a plan that does not fit."""
+        """The rest of the budget after all parts; below zero if the plan does not fit."""
         return self.budget_bytes - self.total_bytes
 
     @property
@@ -87,16 +87,16 @@ class MemoryPlan:
 
     @property
     def is_packed(self) -> bool:
-        """Whether all experts are stored end to end, and not in slots."""
+        """Whether all experts are stored end to end instead of in slots."""
         return self.is_resident and not self.most_slots
 
     @property
     def reachable_slots(self) -> int:
-        """Expert slots while everything that may be lent is lent."""
+        """The number of expert slots while everything that may be lent is lent."""
         return self.num_slots + self.lent_slots + self.idle_slots
 
     def decode_slots(self, num_tokens: int) -> int:
-        """Likely expert slots while text is generated and sequences hold `num_tokens` in all."""
+        """Return the likely number of expert slots while text is generated and sequences hold `num_tokens` in all."""
         part = -(-kv_blocks(self.context_tokens) // KV_PARTS) * KV_BLOCK_TOKENS
         used_tokens = min(self.context_tokens, -(-num_tokens // part) * part)
         layout = self.kv_layout
@@ -185,5 +185,5 @@ class MemoryPlan:
 
 
 def slots_per_state(config: EngineConfig) -> int:
-    """Slots of the recurrent state per sequence: a second one to return to if a proposal is rejected."""
+    """Return the slots of the recurrent state per sequence: with proposals, a second slot restores a rejected one."""
     return 2 if config.draft_tokens else 1

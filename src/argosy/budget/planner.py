@@ -1,17 +1,18 @@
 """Divide a memory budget before anything is loaded, and again while an engine runs.
 
-Dense weights have the first claim. Next come the KV cache, the recurrent state and its snapshots, and what others in
-the process claim. Then come working buffers and the staging buffers that readers transcode from. Experts get the rest:
-equal slots, or packed end to end when all of them fit. The budget covers the whole process, interpreter included, so
-the plan starts from what the process holds now. The kernel charges page tables to the process's cgroup, so they are
-planned as well. A budget below the floor (one token's experts of one layer in memory) is refused with the numbers.
+Dense weights have the first claim. Next come the KV cache, the recurrent state and its snapshots, and the claims of
+other parts of the process. Then come working buffers and the staging buffers from which readers transcode. Experts get
+the rest: equal slots, or packed end to end when all of them fit. The budget covers the whole process, interpreter
+included, so the plan starts from what the process holds now. The kernel charges page tables to the process's cgroup,
+so they are planned as well. A budget below the floor (one token's experts of one layer in memory) is refused with the
+numbers.
 
-What pictures and sounds take is reserved, and lent to experts while there are none (`media_memory.py`). So are KV
-blocks that hold nothing, and buffers for prompts while there are none (`idle_memory.py`).
+The memory for pictures and sounds is reserved, and lent to experts while there are none (`media_memory.py`). So are
+empty KV blocks, and buffers for prompts while there are none (`idle_memory.py`).
 
 A running engine may get another budget: `replan` changes what can change then, experts and KV blocks.
 
-Elsewhere: `memory_plan.py` is the result; `allowances.py` has what is measured; `refusals.py` says what would fit.
+Elsewhere: `memory_plan.py` is the result; `allowances.py` holds measured values; `refusals.py` says what would fit.
 """
 
 from __future__ import annotations
@@ -52,23 +53,25 @@ from argosy.model.draft_layer import MOST_BEHIND
 
 SMALLEST_CHUNK = 16
 RESIDENT_CHUNK = 512  # with 8 of 128 experts, 32 tokens each; a longer chunk only enlarges working buffers
-PLANNED_PROMPT, PLANNED_ANSWER = 1024, 256  # tokens of the request that the chunk is chosen for
+PLANNED_PROMPT, PLANNED_ANSWER = 1024, 256  # tokens of the request for which the chunk is chosen
 
 
 def quarter_of_experts(files: ModelFiles) -> int:
-    """Slots for a quarter of all routed experts, but at least what a token needs: the demo model's default."""
+    """Return slots for a quarter of all routed experts, but at least those that a token needs: the demo model's
+    default.
+    """
     return max(files.config.experts_per_token, len(files.experts) // 4)
 
 
 def plan_memory(footprint: ModelFootprint, config: EngineConfig, *, process_bytes: int) -> MemoryPlan:
     """Plan an engine's memory.
 
-    The chunk is the one that reads least (`experts_read`), at most `config.chunk_tokens` long; but a picture whose
-    positions see one another has to run in one step, so no chunk is shorter than the largest. A context that was not
-    explicitly requested shrinks to fit. Where layers have a recurrent state, a sixteenth of the budget decides how many
-    sequences have one, or fewer if nothing fits otherwise; other sequences wait. The same amount again goes to
-    snapshots, at most two per sequence, and none in the smallest plan. `config.expert_slots` fixes the number of slots
-    instead of using the rest of the budget.
+    The planner chooses the chunk that reads least (`experts_read`), at most `config.chunk_tokens` long; but a picture
+    whose positions see one another must run in one step, so no chunk is shorter than the largest such picture. A
+    context that was not explicitly requested shrinks to fit. Where layers have a recurrent state, a sixteenth of the
+    budget decides how many sequences have one, or fewer if nothing fits otherwise; other sequences wait. The same
+    amount again goes to snapshots, at most two per sequence, and none in the smallest plan. `config.expert_slots`
+    fixes the number of slots instead of using the rest of the budget.
 
     Raises:
         DoesNotFit: names the smallest budget that works, and settings with which this one does.
@@ -82,7 +85,7 @@ def plan_memory(footprint: ModelFootprint, config: EngineConfig, *, process_byte
 def _search(
     footprint: ModelFootprint, config: EngineConfig, process_bytes: int
 ) -> tuple[MemoryPlan | None, MemoryPlan]:
-    """The best plan that fits; or None, and the smallest plan."""
+    """Return the best plan that fits, or None, and the smallest plan."""
     num_experts = footprint.num_experts
     contexts = _contexts(footprint.config, config)
     chunks = [max(chunk, footprint.unbroken_tokens) for chunk in _chunks(config)]
@@ -99,7 +102,8 @@ def _search(
             if not fitting:
                 continue
             candidate = min(fitting, key=lambda p: experts_read(footprint.config, p))
-            # Keep the first context that fits; a smaller one replaces it only while experts have less than a quarter.
+            # # Keep the first context that fits; a smaller one replaces it only while fewer than a quarter of experts
+            # fit.
             if best is None or candidate.num_slots >= 2 * best.num_slots:
                 best = candidate
             if best.num_slots * 4 >= num_experts:
@@ -117,7 +121,7 @@ def _without_experts(
     chunk: int,
     counts: tuple[int, int],
 ) -> MemoryPlan:
-    """The plan of all parts but experts.
+    """Plan all parts but experts.
 
     Args:
         counts: recurrent states, and snapshots of them.
@@ -183,7 +187,7 @@ def _working_bytes(
     has_windows: bool,
     records: bool,
 ) -> int:
-    """Buffers of a step with a whole chunk and every sequence that decodes."""
+    """Return the buffers of a step with a whole chunk and every decoding sequence."""
     model, step_tokens = footprint.config, chunk + config.decode_tokens
     working = footprint.working_bytes(step_tokens)
     working += 3 * 4 * model.vocab_size * config.decode_tokens  # logits, and the sampler's copies of them
@@ -199,7 +203,7 @@ def _working_bytes(
 
 
 def _with_experts(footprint: ModelFootprint, config: EngineConfig, without_experts: MemoryPlan) -> MemoryPlan:
-    """The plan with all experts, with the most that fit, or with the fewest, which may not fit."""
+    """Return the plan with all experts, with the most that fit, or with the fewest, which may not fit."""
     num_experts, expert_slots = footprint.num_experts, config.expert_slots
     with_slots = partial(_with_slots, footprint, without_experts)
     everything = with_slots(num_experts)
@@ -217,7 +221,7 @@ def _with_experts(footprint: ModelFootprint, config: EngineConfig, without_exper
 
 
 def _has_media(footprint: ModelFootprint) -> bool:
-    """Whether modules for media are imported; they are even if the towers are not used."""
+    """Whether modules for media are imported, which happens even if the towers are not used."""
     return bool(footprint.encoders or footprint.ears_bytes)
 
 
@@ -228,7 +232,7 @@ def _with_slots(
     most_lent: int = 0,
     idle_buffer_bytes: int | None = None,
 ) -> MemoryPlan:
-    """A plan with `num_slots` experts in memory, and more while others leave memory idle.
+    """Return a plan with `num_slots` experts in memory, and more while other parts leave memory idle.
 
     Args:
         idle_buffer_bytes: None: no idle memory is lent.
@@ -249,7 +253,7 @@ def _with_slots(
         if without_experts.most_slots
         else footprint.record_bytes(num_slots, lent_slots + idle_slots),
     )
-    # Lent memory is mapped twice: for whoever lends it, and for experts.
+    # Lent memory is mapped twice: for its owner, and for experts.
     mapped = some.total_bytes - some.held_bytes + (lent_slots + idle_slots) * some.slot_bytes
     return replace(some, page_table_bytes=page_table_bytes(mapped))
 
@@ -257,7 +261,7 @@ def _with_slots(
 def _most_slots(
     with_slots: Callable[[int], MemoryPlan], fewest: MemoryPlan, most_slots: int
 ) -> MemoryPlan | None:
-    """The plan with the most slots that fits; None: not even one with as few as `fewest` has."""
+    """Return the plan with the most slots that fits, or None if even `fewest` do not fit."""
     # Start too high, because a slot also needs records and page tables; then remove slots until it fits.
     slot_bytes = max(1, fewest.slot_bytes)
     slots = min(most_slots, fewest.num_slots + fewest.left_bytes // slot_bytes)
@@ -269,7 +273,7 @@ def _most_slots(
 
 
 def _idle_buffer_bytes(footprint: ModelFootprint, config: EngineConfig, chunk: int) -> int:
-    """Buffers that steps without prompt tokens leave idle; none if encoders or a draft layer share them."""
+    """Return the buffers that steps without prompt tokens leave idle; 0 if encoders or a draft layer share them."""
     if _has_media(footprint) or footprint.files.num_draft_layers:
         return 0
     decode = config.decode_tokens
@@ -279,10 +283,10 @@ def _idle_buffer_bytes(footprint: ModelFootprint, config: EngineConfig, chunk: i
 def in_slots(
     footprint: ModelFootprint, config: EngineConfig, plan: MemoryPlan, *, lends_media: bool = False
 ) -> MemoryPlan:
-    """A plan changed to slots for the fewest experts; what is idle then can be lent.
+    """Change a plan to slots for the fewest experts; idle memory can then be lent.
 
     Args:
-        lends_media: so is the memory for pictures and sounds, which otherwise stays with them.
+        lends_media: also lend the memory for pictures and sounds.
     """
     idle_bytes = _idle_buffer_bytes(footprint, config, plan.chunk_tokens)
     fewest = min(footprint.num_experts, footprint.config.experts_per_token)
@@ -302,11 +306,11 @@ def replan(
     fewest_blocks: int,
     most_slots: int,
 ) -> MemoryPlan:
-    """The plan of a running engine in another budget. Experts leave first, then KV blocks; nothing else can change.
+    """Plan a running engine for another budget. Experts leave first, then KV blocks; nothing else can change.
 
     Args:
         plan: the plan that the engine was opened with.
-        kv_bytes: gives the size of so many KV blocks.
+        kv_bytes: returns the size of a number of KV blocks.
         fewest_blocks: the need of running and waiting sequences.
         most_slots: limit of all expert slots together.
 
@@ -351,7 +355,7 @@ def plan_with_media(
     """Plan with media, or without them if the budget has no room for them and the settings leave that open.
 
     Returns:
-        The footprint that the plan is for, and the plan. Without media, the footprint's towers hold the reason.
+        The planned footprint, and the plan. Without media, the footprint's towers hold the reason.
 
     Raises:
         DoesNotFit: as `plan_memory`.
@@ -377,15 +381,16 @@ def plan_with_media(
 def plan_share(
     footprint: ModelFootprint, config: EngineConfig, *, process_bytes: int
 ) -> tuple[ModelFootprint, MemoryPlan]:
-    """Plan a model that shares the budget with others of its process: its floor, with the fewest experts that run.
+    """Plan the floor of a model that shares the budget with others in its process: the fewest experts with which it
+    runs.
 
-    Media, context and chunk are those of the model alone in the budget, so they do not depend on other models.
+    Media, context and chunk are as if the model had the whole budget, so they do not depend on other models.
 
     Args:
         process_bytes: size of the process with everything that its models share.
 
     Returns:
-        The footprint that the plan is for, as `plan_with_media`.
+        The planned footprint and the plan, as `plan_with_media`.
 
     Raises:
         DoesNotFit: as `plan_memory`.
@@ -395,7 +400,7 @@ def plan_share(
 
 
 def grown(footprint: ModelFootprint, floor: MemoryPlan, budget_bytes: int) -> MemoryPlan:
-    """The plan of a model that gets more than its floor from `plan_share`, before it is opened."""
+    """Extend the floor from `plan_share` of a model that gets more, before it is opened."""
     return replan(
         footprint,
         floor,
@@ -407,18 +412,18 @@ def grown(footprint: ModelFootprint, floor: MemoryPlan, budget_bytes: int) -> Me
 
 
 def most_bytes(footprint: ModelFootprint, floor: MemoryPlan) -> int:
-    """What a model with this floor could use beyond it: with all experts in memory."""
+    """Return what a model with this floor could use beyond it, with all experts in memory."""
     return _with_slots(footprint, floor, floor.num_experts).total_bytes - floor.total_bytes
 
 
 def shared_bytes(footprints: Sequence[ModelFootprint] | None, claims: tuple[Claim, ...]) -> int:
-    """The memory of a server with several models, without the models.
+    """Return the memory of a server with several models, not counting the models.
 
-    Call it when tokenizers, grammars and headers of all of them are in memory, and before any weights are.
+    Call this when the tokenizers, grammars and headers of all models are in memory, but before any weights.
 
     Args:
-        footprints: of the models; None: they are not known yet, and may take anything.
-        claims: of the server, and of what it keeps for all models together.
+        footprints: footprints of the models; None: not known yet.
+        claims: claims of the server, and of memory that it keeps for all models together.
     """
     _native.trim_heap()
     takes_media = footprints is None or any(footprint.encoder_bytes for footprint in footprints)
@@ -435,9 +440,9 @@ def shared_bytes(footprints: Sequence[ModelFootprint] | None, claims: tuple[Clai
 
 
 def _windows(footprint: ModelFootprint, config: EngineConfig, context: int, chunk: int) -> WindowSizes | None:
-    """Blocks of layers with a sliding window; None: they keep every position, as they also do for `kv_dir`.
+    """Return the blocks of layers with a sliding window; None: these layers keep every position, as with `kv_dir`.
 
-    A draft layer runs positions that no step has reached, so it also needs every position.
+    A draft layer runs positions that no step has reached, so with one every position is needed as well.
     """
     if not footprint.window or config.kv_dir is not None or config.speculate == "mtp":
         return None
@@ -451,7 +456,7 @@ def _windows(footprint: ModelFootprint, config: EngineConfig, context: int, chun
 
 
 def _state_counts(footprint: ModelFootprint, config: EngineConfig) -> list[tuple[int, int]]:
-    """Candidate numbers of recurrent states and of snapshots, largest first."""
+    """Return candidate numbers of recurrent states and of snapshots, largest first."""
     if not footprint.config.delta_layers:
         return [(0, 0)]
     share = config.budget.ram_bytes // 16 // footprint.state_bytes(slots_per_state(config))
@@ -465,17 +470,18 @@ def _state_counts(footprint: ModelFootprint, config: EngineConfig) -> list[tuple
 
 
 def experts_read(model: ModelConfig, plan: MemoryPlan) -> float:
-    """Experts that one request reads from the drive; the chunk minimizes this.
+    """Estimate the experts that one request reads from the drive; the planner chooses the chunk that minimizes this.
 
     While reading is the bottleneck, a request takes
 
-        seconds = experts read * bytes of one / drive bandwidth + arithmetic
+        seconds = experts read * bytes per expert / drive bandwidth + arithmetic
 
     A prompt sweeps through the experts once per chunk, so a chunk twice as long halves the prompt's reads; but its
     working buffers take slots, so the answer misses more. Arithmetic is the same for every chunk. The request has a
     prompt of PLANNED_PROMPT and an answer of PLANNED_ANSWER tokens. A sweep needs the experts that a chunk of
-    independent tokens touches, and misses those that are not resident. The answer misses what is typical of models of
-    its kind (`experts/hit_rate.py`): what runs recorded has no say, so that a model always has the same plan.
+    independent tokens touches, and misses those that are not resident. The answer misses as is typical for models of
+    its kind (`experts/hit_rate.py`): recordings of earlier runs do not count, so that a model always gets the same
+    plan.
     """
     per_layer, missing = model.num_experts, 1.0 - plan.num_slots / max(1, plan.num_experts)
     if not missing or not per_layer:
@@ -489,7 +495,7 @@ def experts_read(model: ModelConfig, plan: MemoryPlan) -> float:
 
 
 def _contexts(model: ModelConfig, config: EngineConfig) -> list[int]:
-    """The requested context, or all candidates, largest first."""
+    """Return the requested context, or all candidates, largest first."""
     if wanted := config.budget.context_tokens:
         return [wanted]
     contexts = [min(model.context_tokens, DEFAULT_CONTEXT)]
@@ -499,7 +505,9 @@ def _contexts(model: ModelConfig, config: EngineConfig) -> list[int]:
 
 
 def _chunks(config: EngineConfig) -> list[int]:
-    """Candidate chunks, the earlier one winning a tie: first the resident model's, then smaller, then larger ones."""
+    """Return candidate chunks: first the resident model's, then smaller, then larger ones; the earlier one
+    wins a tie.
+    """
     if config.chunk_tokens is None:
         halves = _halves(RESIDENT_CHUNK)
         return [*halves, *(RESIDENT_CHUNK << i for i in range(1, 3))]

@@ -1,4 +1,4 @@
-"""Why a budget is too small, what fits instead, and which settings make a plan smaller."""
+"""Explain why a budget is too small, what fits instead, and which settings make a plan smaller."""
 
 from __future__ import annotations
 
@@ -62,19 +62,19 @@ def does_not_fit(
 
 
 def in_mib(needed_bytes: int) -> str:
-    """A budget of at least `needed_bytes`, as an option has it."""
+    """Format a budget of at least `needed_bytes` as an option's value."""
     return f"{-(-(needed_bytes + PROCESS_VARIES_BYTES) // MIB)}MiB"
 
 
 class _Remedy(NamedTuple):
-    """An option that makes a plan smaller, and what it changes."""
+    """An option that makes a plan smaller, and its effect."""
 
     option: str
     apply: Callable[[ModelFootprint, EngineConfig], tuple[ModelFootprint, EngineConfig]]
 
 
 def _remedies(footprint: ModelFootprint, config: EngineConfig) -> list[list[_Remedy]]:
-    """Options that make a plan smaller, one list for each kind, the gentlest first."""
+    """Return options that make a plan smaller, one list for each kind, the gentlest first."""
     kinds: list[list[_Remedy]] = []
     formats = get_args(KvDtype)
     if smaller := formats[formats.index(footprint.kv_dtype) + 1 :]:
@@ -106,7 +106,7 @@ def _with_context(
 def _what_helps(
     footprint: ModelFootprint, config: EngineConfig, search: Search, needed_bytes: int
 ) -> str | None:
-    """The options with which a budget is enough; or else the smallest budget with all of them, if it needs less."""
+    """Return the options with which the budget suffices, or otherwise the smallest budget with all options."""
     kinds = _remedies(footprint, config)
     fitting = []
     for kind in kinds:

@@ -1,4 +1,4 @@
-"""What the machine must allow before an engine starts: memory, and address space.
+"""Check that the machine allows what an engine needs before it starts: memory, and address space.
 
 Elsewhere: `planner.py` divides the budget; `machine/resources.py` reads the limits.
 """
@@ -20,7 +20,7 @@ from argosy.machine import resources
 from argosy.machine.resources import held_bytes
 from argosy.prompt.tokenizer import TOKENIZER_FILE
 
-TOKENIZER_ROOM_BYTES = 256 * MIB  # kept free when experts are read before the tokenizer is built and measured
+TOKENIZER_ROOM_BYTES = 256 * MIB  # stays free if experts are read before the tokenizer is measured
 _TOKENIZER_BYTES_PER_BYTE = 32  # per byte of tokenizer.json while it is read: 20 to 26 measured
 _MALLOC_ARENA_BYTES = 64 * MIB  # address space that glibc reserves for each thread that allocates
 
@@ -64,10 +64,11 @@ def require_mappable(footprint: ModelFootprint, config: EngineConfig) -> None:
 
 
 def require_memory(footprint: ModelFootprint, config: EngineConfig) -> None:
-    """Check that the machine has the memory that the plan takes: a larger budget is fine for a model that leaves some.
+    """Check that the machine has the memory that the plan uses; a larger budget is fine if the model leaves some
+    unused.
 
     Raises:
-        DoesNotFit: it has less.
+        DoesNotFit: the machine has less.
     """
     limit = resources.memory_limit()
     if config.budget.ram_bytes <= limit.total_bytes:
@@ -86,15 +87,15 @@ def require_memory(footprint: ModelFootprint, config: EngineConfig) -> None:
 
 
 def machine_bytes() -> int:
-    """The memory that the machine and the cgroups of this process allow."""
+    """Return the memory that the machine and the cgroups of this process allow."""
     return resources.memory_limit().total_bytes
 
 
 def require_budget(budget_bytes: int) -> None:
-    """Check that the machine has the memory.
+    """Check that the machine has the memory of the budget.
 
     Raises:
-        DoesNotFit: it has less.
+        DoesNotFit: the machine has less.
     """
     limit = resources.memory_limit()
     if budget_bytes > limit.total_bytes:
@@ -108,7 +109,7 @@ def require_budget(budget_bytes: int) -> None:
 
 
 def require_machine(budget_bytes: int) -> None:
-    """Check that models that share a budget find it on this machine.
+    """Check that this machine has the budget that several models share.
 
     Raises:
         DoesNotFit: the machine has less memory, or `ulimit` bounds the address space, of which each model reserves as

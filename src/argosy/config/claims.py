@@ -14,13 +14,13 @@ CLAIMED = {
     "routing_bytes": ("routing", "counts of the experts that tokens choose"),
     "group_bytes": ("group", "connections to workers, and what they keep"),
 }
-# The part of what a process takes anyway, which its owners may let grow.
+# The process's own memory, which its owners may let grow.
 PROCESS = "process_bytes"
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Bytes that one owner needs. Claims on the same part of the budget are added up.
+    """The bytes that one owner needs. Claims on the same part of the budget are added up.
 
     Args:
         part: a key of `CLAIMED`, or `PROCESS`.
@@ -41,6 +41,6 @@ class Claim:
 def claimed(
     claims: tuple[Claim, ...], part: str, *, takes_media: bool = False, takes_video: bool = False
 ) -> int:
-    """The bytes that claims on a part come to, for a model that takes these media."""
+    """Return the total bytes of claims on a part, for a model that takes these media."""
     holds = {"always": True, "media": takes_media, "video": takes_video}
     return sum(claim.nbytes for claim in claims if claim.part == part and holds[claim.when])

@@ -1,7 +1,7 @@
-"""How one engine runs: what a caller may choose, and the complete settings that it becomes.
+"""How one engine runs: the caller's options, and the complete settings that they become.
 
-Each choice is declared once, in `EngineOptions`: its type, what a person types for it, its help and its environment
-variable. Its default is that of `EngineConfig`, the complete settings.
+Each option is declared once, in `EngineOptions`: its type, its flag, its help and its environment variable. Its
+default is that of `EngineConfig`, the complete settings.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from argosy.config.units import GIB
 from argosy.errors import UsageError
 
 KV_BLOCK_TOKENS = 16  # positions of a KV block
-# A server's defaults: sequences in one step, and others that may wait.
+# A server's defaults: sequences in one step, and sequences that may wait.
 SERVED_AT_ONCE, SERVED_WAITING = 16, 64
-# A watermark prefers tokens by the key and this many tokens before them, in a tournament of so many rounds.
+# A watermark prefers tokens by the key and the tokens before them, in a tournament: number of tokens, and of rounds.
 WATERMARK_CONTEXT, WATERMARK_DEPTH = 4, 30
 DRAFTED_AT_ONCE = 2  # while more sequences run, the engine's own drafters propose nothing
 DRAFT_TOKENS = 3  # default limit of proposals per sequence and step
-MOST_DRAFT_TOKENS = 64  # beyond this, a step that confirms proposals is a prompt
+MOST_DRAFT_TOKENS = 64  # beyond this, a step that confirms proposals counts as a prompt
 TINY_EN = "tiny.en"  # a Whisper checkpoint that is fetched when it is first used
-DEMO = "demo"  # selects the embedded default model; a directory of that name is `./demo`
+DEMO = "demo"  # selects the embedded default model; write `./demo` for a directory of that name
 
 # Formats of keys, values and latent vectors. q8: bytes, and a scale for 32 dimensions of a position (kv_layer.h).
 KvDtype = Literal["f32", "f16", "q8"]
@@ -41,9 +41,9 @@ class Tuning(NamedTuple):
     """How products with the weights of one format run; no result depends on it.
 
     ask_ahead: how far ahead a product with one token prefetches weights.
-    few_ask_ahead: the same of one with a few tokens; off: it prefetches the next rows as a whole.
-    two_panels_from: with AVX-512, the tokens from which a tile takes two panels of 16 rows at once, from 2 to 9.
-    amx_from: with AMX, the tokens from which a product runs on its tiles; 0: never.
+    few_ask_ahead: the same for a product with a few tokens; off: it prefetches the next rows as a whole.
+    two_panels_from: with AVX-512, the number of tokens from which a tile takes two panels of 16 rows at once, 2 to 9.
+    amx_from: the number of tokens from which a product runs on AMX tiles; 0: never.
     """
 
     ask_ahead: AskAhead
@@ -54,10 +54,10 @@ class Tuning(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget(Strict):
-    """Memory that one process may use, interpreter included. The planner adds no hidden margin."""
+    """The memory that one process may use, interpreter included. The planner adds no hidden margin."""
 
     ram_bytes: int
-    context_tokens: int | None = None  # None: the model's context length, or as much as the budget allows
+    context_tokens: int | None = None  # None: the model's context length, or the most that the budget allows
 
     def __post_init__(self) -> None:
         if self.ram_bytes <= 0:
@@ -89,21 +89,21 @@ MOST_THREADS = 1024  # as native code has it: a higher count is a mistake
 
 
 class EngineOptions(TypedDict, total=False):
-    """Everything about an engine that a caller may choose; `EngineConfig` describes what is not described here.
+    """Every option of an engine; `EngineConfig` describes those that are not described here.
 
     memory: the budget of the whole process: bytes, `8GiB`, `8GB`, `75%`, or a `Budget`. None: free memory less a
         margin (`machine.resources.default_budget`).
-    context: positions of the KV cache, shared by all sequences, at most the model's context length; None: as many as
-        the budget allows.
-    threads: compute threads; None: as many as `machine.tuning` finds fastest, at most the cores this process may use.
-    expert_slots: None: what the budget leaves, or a quarter of the demo model's experts if `memory` is None, too.
-    ears: directory of a Whisper checkpoint, or `tiny.en`, which is fetched once: what a model without a tower for sound
-        gets of a sound is its transcript.
+    context: positions of the KV cache, shared by all sequences, at most the model's context length; None: the most
+        that the budget allows.
+    threads: compute threads; None: the fastest number according to `machine.tuning`, at most this process's cores.
+    expert_slots: None: what the budget leaves, or a quarter of the demo model's experts if `memory` is also None.
+    ears: directory of a Whisper checkpoint, or `tiny.en`, which is fetched once; a model without a tower for sound
+        then gets the transcript of a sound.
     kv_dir: a path, or a `KvDir` with its bounds.
-    watermark: the file with its key, from `argosy watermark key`.
-    sampling: `temperature` and others of `config.CHOOSING`, instead of what the checkpoint says.
-    mmproj: the file with the vision tower of a GGUF model; None: the one beside it, if there is exactly one.
-    speculate: `auto` is `mtp` if the checkpoint has a layer for it, or else `lookup`.
+    watermark: the file with the watermark's key, from `argosy watermark key`.
+    sampling: fields of `config.CHOOSING`, such as `temperature`, that override the checkpoint's.
+    mmproj: the file with the vision tower of a GGUF model; None: the only such file in its directory, if there is one.
+    speculate: `auto` is `mtp` if the checkpoint has a layer for it, otherwise `lookup`.
     """
 
     memory: Annotated[
@@ -198,38 +198,38 @@ class EngineConfig(Strict):
 
     budget: Budget
     threads: int
-    kv_dtype: KvDtype | None = None  # None: what suits the model (`ModelFootprint.kv_dtype`)
+    kv_dtype: KvDtype | None = None  # None: the model's default (`ModelFootprint.kv_dtype`)
     instruction_set: str | None = None  # the most capable one to use; None: the best this processor has
     ask_ahead: AskAhead | None = None  # how products prefetch weights; None: as measured for each format
-    tune: bool = True  # run products as measured on this machine, once; False: as the defaults say
-    # Maximum prompt tokens in one step; None: the memory plan decides. It is raised for models whose pictures have to
-    # run in one step, to the largest picture.
+    tune: bool = True  # run products as measured once on this machine; False: by the defaults
+    # # Maximum prompt tokens in one step; None: the memory plan decides. Raised to the largest picture for models
+    # whose pictures must run in one step.
     chunk_tokens: int | None = None
     expert_slots: int | None = None  # size of the expert cache; None: what the budget leaves
     max_sequences: int = 8  # maximum sequences in one step
     readers: int = 4  # threads that read experts
     # Prefetch guesses of the next layer's experts while the drive is idle and the guesses are right.
     look_ahead: bool = True
-    experts_off: bool = False  # leave routed experts out of every sum, only to compare with a dense base
-    # Take pictures, sounds and videos if the model has encoders for them. None: if the budget has room for that, too.
+    experts_off: bool = False  # leave routed experts out of every sum, only for comparison with a dense base
+    # Take pictures, sounds and videos if the model has encoders for them. None: if the budget also has room for that.
     media: bool | None = None
     # Maximum positions of a picture or a group of frames; larger ones are scaled down.
     image_tokens: int = IMAGE_TOKENS
     video_tokens: int = (
         VIDEO_TOKENS  # maximum positions of a video, all frames together; larger ones are scaled down
     )
-    ears: Path | None = None  # a Whisper checkpoint, which transcribes sound for a model that takes none
+    ears: Path | None = None  # a Whisper checkpoint that transcribes sound for a model that cannot hear
     speculate: Speculate = "off"  # propose tokens, to confirm several in one step; no answer changes
-    draft_tokens: int = 0  # most tokens that are proposed per sequence and step
+    draft_tokens: int = 0  # most tokens proposed per sequence and step
     max_waiting: int | None = None  # maximum sequences waiting to run; None: no limit
-    pooling: Pooling | None = None  # for embeddings; None: as the checkpoint declares, or else the last token
-    prefix_reuse: bool = True  # reuse the keys and values of a prefix that was computed before
+    pooling: Pooling | None = None  # of embeddings; None: as the checkpoint declares, or the last token
+    prefix_reuse: bool = True  # reuse the keys and values of an already computed prefix
     kv_dir: KvDir | None = None  # keep those keys and values here across restarts
-    watermark: Path | None = None  # the file with the key of a watermark in sampled text; None: there is none
+    watermark: Path | None = None  # the file with the key of a watermark in sampled text; None: no watermark
     grammars: bool = False  # support grammar-constrained answers; takes memory for the vocabulary
-    # Memory of others in the process: a server, a recorder of routing, a group.
+    # Memory of other parts of the process: a server, a recorder of routing, a group.
     claims: tuple[Claim, ...] = ()
-    # Fields of `CHOOSING`, for requests that leave them to the model: they replace what the checkpoint says.
+    # Fields of `CHOOSING` for requests that leave them to the model: they override the checkpoint's.
     sampling: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -261,7 +261,7 @@ class EngineConfig(Strict):
 
     @property
     def decode_tokens(self) -> int:
-        """Most tokens of decoding sequences in a step: one each, and the proposals after it."""
+        """The most tokens of decoding sequences in a step: one each, plus proposals."""
         drafted = self.max_sequences
         if self.speculate != "off":
             drafted = min(drafted, DRAFTED_AT_ONCE)

@@ -73,7 +73,7 @@ class ActivationConfig:
     silu: silu(gate) * up.
     clamped (gpt-oss): gate * sigmoid(alpha * gate) * (up + 1), with gate clamped to at most `limit` and up
     to -limit..limit.
-    gelu_tanh: gelu(gate) * up, with gelu in its form with tanh (arXiv:1606.08415).
+    gelu_tanh: gelu(gate) * up, with the tanh approximation of gelu (arXiv:1606.08415).
     """
 
     kind: Literal["silu", "clamped", "gelu_tanh"] = "silu"
@@ -88,7 +88,7 @@ class LatentConfig:
     query_rank: int  # 0: queries are not compressed
     kv_rank: int
     nope_dim: int  # query and key dimensions of a head that do not rotate
-    rope_dim: int  # those that rotate; all heads share the key's
+    rope_dim: int  # dimensions that rotate; all heads share the key's
     value_dim: int
     norm_eps: float  # for the norms of the compressed vectors
     is_up_split: bool = False  # the file holds k_up (transposed head by head) and v_up instead of kv_up
@@ -119,12 +119,12 @@ class DeltaConfig:
 
     @property
     def conv_channels(self) -> int:
-        """q, k and v of all heads."""
+        """The channels of q, k and v of all heads."""
         return 2 * self.key_channels + self.value_channels
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
-        """The tuple that `_native` takes."""
+        """The sizes as `_native` expects them."""
         return self.num_key_heads, self.num_value_heads, self.key_dim, self.value_dim, self.conv_width
 
 
@@ -141,7 +141,7 @@ class LayerConfig:
     num_kv_heads: int = 0  # 0: the model's
     head_dim: int = 0  # 0: the model's
     rope: RopeConfig | None = None  # None: the model's
-    keys_are_values: bool = False  # there is no v: the keys, before their norm, are the values
+    keys_are_values: bool = False  # no v: the keys, before their norm, are the values
     is_causal: bool = False  # also in media spans, no position sees a later one
 
 
@@ -180,14 +180,14 @@ class ModelConfig:
     # Each head's output is multiplied by the sigmoid of its gate; q has rows for both, head by head.
     has_output_gate: bool = False
     has_expert_bias: bool = False  # gate, up and down of routed experts have biases
-    # RMSNorm of what the mixer, and what the feed-forward networks, add: `attn_post_norm`, `mlp_post_norm`.
+    # RMSNorm of the outputs of the mixer and of the feed-forward networks: `attn_post_norm`, `mlp_post_norm`.
     has_post_norms: bool = False
     # Routed experts have their own norms before and after, the shared expert has its own after: `expert_norm`,
     # `expert_post_norm`, `shared_post_norm`.
     has_expert_norms: bool = False
     has_layer_scale: bool = False  # a factor of the hidden state after each layer: `layer_scale`
     embedding_scale: float = 1.0  # factor of the embeddings of tokens
-    logit_cap: float = 0.0  # logits become cap * tanh(logit / cap); 0: they stay
+    logit_cap: float = 0.0  # logits become cap * tanh(logit / cap); 0: unchanged
     norm_offset: float = 0.0  # added to stored norm weights: 1 where they are zero-centred
     is_embedding_tied: bool = False  # the head is the embedding table
     draft_form: DraftForm = "deepseek"
@@ -201,7 +201,7 @@ class ModelConfig:
 
     @property
     def delta_layers(self) -> tuple[int, ...]:
-        """Layers with a recurrent state."""
+        """The layers with a recurrent state."""
         return tuple(i for i, layer in enumerate(self.layers) if layer.mixer == "delta")
 
     def kv_heads_of(self, layer: int) -> int:
@@ -220,17 +220,19 @@ class ModelConfig:
 
     @property
     def head_name(self) -> str:
-        """The dense matrix that turns hidden states into logits."""
+        """The name of the dense matrix that turns hidden states into logits."""
         return "embed" if self.is_embedding_tied else "head"
 
     @property
     def mtp_layers(self) -> range:
-        """Layers for multi-token prediction, which files number after the model's own."""
+        """The layers for multi-token prediction, which files number after the model's own."""
         return range(self.num_layers, self.num_layers + self.num_mtp_layers)
 
     @property
     def draft_only(self) -> ModelConfig:
-        """The first layer for multi-token prediction, with its number: it is like the last one with such a mixer."""
+        """The first layer for multi-token prediction, with its number; it is like the model's last layer with such a
+        mixer.
+        """
         alike = (one for one in reversed(self.layers) if one.is_moe and one.mixer != "delta")
         layer = next(alike, LayerConfig(is_moe=True))
         return replace(self, layers=(*(LayerConfig(is_moe=False),) * self.num_layers, layer))

@@ -1,8 +1,8 @@
-"""How a setting is declared, once: a field gives its name, type and default, and an `Option` all that is said of it.
+"""Declare a setting once: a field gives its name, type and default, and an `Option` gives everything else.
 
     threads: Annotated[int | None, Option("--threads N", "Compute threads.", least=1, variable="ARGOSY_THREADS")]
 
-Elsewhere: `cli/shared/declared.py` makes the command line of them, `cli/shared/settings.py` reads the environment.
+Elsewhere: `cli/shared/declared.py` makes command-line options, `cli/shared/settings.py` reads the environment.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class Option:
     """A setting on the command line and in the environment.
 
     usage: its flags, and a word for its value: `-m --model MODEL`, `--media/--no-media`. `--no-NAME` alone sets the
-        field NAME to False. Empty: the environment alone gives it.
+        field NAME to False. Empty: only the environment sets it.
     help: None: the line of another option describes it.
-    title: of that line, if it is for other options too.
+    title: the title of that line, if it also describes other options.
     least, most: bounds of a number.
     completes: the function of `cli/commands/completion.py` that proposes values.
     variable: the environment variable that gives a value where the command line does not.
@@ -55,9 +55,9 @@ class Declaration(NamedTuple):
     """A field with its option.
 
     kind: the first type of its annotation, which a person types; `Literal` if there are only certain words.
-    words: these words.
-    is_list: it may be given several times.
-    default: MISSING: the field has none.
+    words: the allowed words.
+    is_list: the option may be given several times.
+    default: MISSING if the field has none.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Declaration(NamedTuple):
 
 @cache
 def declarations(owner: type) -> dict[str, Declaration]:
-    """The fields of a dataclass or typed dictionary that are options, by name, in their order."""
+    """Return the fields of a dataclass or typed dictionary that are options, by name, in order."""
     defaults = {one.name: one.default for one in fields(owner)} if is_dataclass(owner) else {}
     found = {}
     for name, annotation in get_type_hints(owner, include_extras=True).items():

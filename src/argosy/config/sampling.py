@@ -1,4 +1,4 @@
-"""How tokens are chosen, when an answer ends, and the form that it must have."""
+"""How tokens are chosen, when an answer ends, and the grammar that it must follow."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ LENIENT_SCHEMA = "x-argosy-lenient"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grammar(Strict):
-    """The form that an answer must have.
+    """The grammar that an answer must follow.
 
     With a trigger, the answer is unconstrained until the trigger is complete and follows the grammar from there. A
     special token matches only where a Lark grammar names it, as `<|call|>` or `<[128010]>`.
 
     is_lenient: schema keywords that cannot be enforced are dropped, and a grammar that takes too much work stops
-    constraining its answer. Otherwise both are errors.
+    constraining its answer. Otherwise both cases are errors.
     """
 
     kind: Literal["json_object", "json_schema", "regex", "lark"]
@@ -73,7 +73,7 @@ class Grammar(Strict):
 CHOOSING = (
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
 )  # fmt: skip
-Effort = Literal["low", "medium", "high"]  # of thinking, in the words of the command line and of presets
+Effort = Literal["low", "medium", "high"]  # of thinking, as the command line and presets spell it
 EFFORTS = get_args(Effort)
 
 # Where the options of `SamplingParams` and `Preset` apply.
@@ -84,10 +84,10 @@ THINKING = ("thinks", "effort")  # run, chat, preset
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingDefaults:
-    """How a model's tokens are chosen where a request does not say.
+    """How a model's tokens are chosen if a request does not say.
 
-    source: where the values are from; those here are for checkpoints that say nothing.
-    notes: what the checkpoint asks for and does not get, a sentence each.
+    source: the origin of the values; the defaults here are for checkpoints that declare nothing.
+    notes: declarations of the checkpoint that have no effect, a sentence each.
     """
 
     # llama.cpp's defaults, which suit most chat models (docs/decisions/0088).
@@ -104,11 +104,11 @@ class SamplingDefaults:
     def overridden(
         self, given: Mapping[str, float], source: str = "this server's options"
     ) -> SamplingDefaults:
-        """The defaults with the values of an operator or a preset."""
+        """Return the defaults, overridden by an operator's or a preset's values."""
         return replace(self, **given, source=source) if given else self  # type: ignore[arg-type]
 
     def as_dict(self) -> dict[str, float]:
-        """The values, by the name of their field."""
+        """Return the values by field name."""
         return {name: getattr(self, name) for name in CHOOSING}
 
 
@@ -116,7 +116,7 @@ class SamplingDefaults:
 class SamplingParams(Strict):
     """How the next token is chosen, and when to stop. Zero temperature is greedy: the lowest id wins a tie.
 
-    Built directly, it is complete, and the same for every model; `asked` leaves the rest to the model.
+    Parameters built directly are complete, and the same for every model; `asked` leaves the rest to the model.
     """
 
     # None: to the end of the context; 0: only with prompt_logprobs
@@ -160,15 +160,15 @@ class SamplingParams(Strict):
     skip_special_tokens: bool = True
     prompt_logprobs: int | None = None  # like logprobs, for every prompt token except the first
     grammar: Grammar | None = None
-    watermark: bool = True  # mark what is sampled, if the engine has a key for that
+    watermark: bool = True  # mark sampled tokens, if the engine has a watermark key
     left_to_model: frozenset[str] = (
         frozenset()
     )  # fields, of `CHOOSING`, that get the model's defaults (`fill_in`)
 
     @classmethod
     def asked(cls, given: Mapping[str, Any]) -> Self:
-        """Parameters with the given fields; `CHOOSING` is left to the model where they do not say, and the answer goes
-        on to the end of the context.
+        """Return parameters with the given fields; other fields of `CHOOSING` are left to the model, and the answer
+        may run to the end of the context.
 
         Raises:
             UsageError: a field is unknown, or its value is out of bounds.
@@ -177,7 +177,7 @@ class SamplingParams(Strict):
         return cls.from_mapping({"max_tokens": None, **given, "left_to_model": left})
 
     def fill_in(self, defaults: SamplingDefaults) -> Self:
-        """The parameters with the model's defaults for what was left to it."""
+        """Return the parameters with the model's defaults for the fields left to it."""
         if not self.left_to_model:
             return self
         chosen = {name: getattr(defaults, name) for name in self.left_to_model}
@@ -225,13 +225,13 @@ class SamplingParams(Strict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
-    """A model under another name, with defaults for requests that do not say.
+    """A model under another name, with defaults for fields that requests leave out.
 
-    model: the whole name in the library, `demo` or an absolute path; for a server, the id of its model.
-    system: for conversations without a system message of their own.
+    model: the full name in the library, `demo` or an absolute path; for a server, the id of its model.
+    system: the system message of conversations without one.
     messages: examples that come before every conversation, after its system message: `role` and `content`.
     sampling: fields of `CHOOSING`.
-    context: most tokens of prompt and answer together; it makes no context larger.
+    context: most tokens of prompt and answer together; it never enlarges a context.
     """
 
     name: str
@@ -262,11 +262,11 @@ class Preset:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what it does to requests."""
+        """Return the SHA-256 of its effect on requests."""
         return hashlib.sha256(repr(self).encode(errors="surrogatepass")).hexdigest()
 
     def fill_in(self, params: SamplingParams) -> SamplingParams:
-        """The parameters of a request, with the preset's for those that it does not name."""
+        """Return the parameters of a request, with the preset's values for fields that it does not name."""
         chosen: dict[str, Any] = {
             name: value for name, value in self.sampling.items() if name in params.left_to_model
         }
@@ -277,7 +277,7 @@ class Preset:
         return replace(params, **chosen, left_to_model=left) if chosen else params
 
     def with_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """A conversation with the preset's system message, unless it has one, and examples."""
+        """Return a conversation with the preset's examples, and its system message unless the conversation has one."""
         num_first = next(
             (at for at, one in enumerate(messages) if one.get("role") not in _SYSTEM_ROLES), len(messages)
         )

@@ -1,4 +1,4 @@
-"""Sizes and times that people write and read."""
+"""Parse and format sizes and times for people."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def parse_size(text: str | int, *, total_bytes: int | None = None) -> int:
     A percentage is relative to `total_bytes`, the memory that the machine or its cgroup allows.
 
     Raises:
-        UsageError: `text` is not a size, is not above zero, is 8 EiB or more, has no unit, or is a percentage and there
-            is no total.
+        UsageError: `text` is not a size, is not above zero, is 8 EiB or more, has no unit, or is a percentage without
+            a total.
     """
     size: float
     if isinstance(text, int):
@@ -74,7 +74,7 @@ def format_bytes(count: float) -> str:
 
 
 def disk_size(nbytes: int) -> str:
-    """Bytes on a drive or a line, in its own units: `18.6 GB`, `271 MB`, `4 kB`."""
+    """Format bytes on a drive or a network line, in decimal units: `18.6 GB`, `271 MB`, `4 kB`."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if nbytes >= size:
             value = nbytes / size
@@ -83,5 +83,5 @@ def disk_size(nbytes: int) -> str:
 
 
 def counted(number: int, noun: str, nouns: str | None = None) -> str:
-    """A number with its noun: `1 expert`, `3 experts`. `nouns` is a plural that does not end in an s alone."""
+    """Format a number with its noun: `1 expert`, `3 experts`. `nouns` is an irregular plural."""
     return f"{number} {noun}" if number == 1 else f"{number} {nouns or noun + 's'}"

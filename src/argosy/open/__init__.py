@@ -1,1 +1,1 @@
-"""What a user opens, by path or by name: the one place where names of models become files."""
+"""Open what a user names, by path or by name: the only place where names of models become files."""

@@ -1,4 +1,4 @@
-"""`argosy.Transcriber`: ears that are opened by a path or a name."""
+"""`argosy.Transcriber`: a transcriber opened by path or name."""
 
 from __future__ import annotations
 

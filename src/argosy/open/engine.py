@@ -1,4 +1,4 @@
-"""`argosy.Engine`: an engine that is opened by a path or a name."""
+"""`argosy.Engine`: an engine opened by path or name."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Engine(engine.Engine):
         experts: ExpertGroup | None = None,
         **options: Unpack[EngineOptions],
     ) -> Self:
-        """Open a model with the settings that are given, and the defaults for the others.
+        """Open a model with the given settings, and defaults for the others.
 
         Args:
             model: a checkpoint or pack directory, a GGUF file, the name of a model in the library, or `demo` for the
@@ -46,9 +46,9 @@ class Engine(engine.Engine):
             progress: called with the progress of startup.
             observe_routes: called with (layer, expert_ids [tokens, k]) in every step. Routing can reveal text: keep it
                 private. Every step stops at every layer to call it; a recorder costs next to nothing.
-            recorder: opens a recorder that receives the choices of all steps, several steps at a time; not called for a
-                model without routed experts. With one, the user's cache keeps the rate that the drive had.
-            experts: other processes that run experts, too, such as a `cluster.Group`; it serves this engine only.
+            recorder: opens a recorder that receives the choices of all steps, several steps at a time; not called for
+                a model without routed experts. With a recorder, the user's cache also keeps the drive's rate.
+            experts: other processes that also run experts, such as a `cluster.Group`; it serves only this engine.
             options: see `EngineOptions`.
 
         Raises:

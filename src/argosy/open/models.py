@@ -23,12 +23,12 @@ DEMO_CHUNK = 256  # default tokens of a step of the demo model
 
 
 def locate_model(model: str | Path, progress: Progress | None = None) -> Path:
-    """Locate a model: `demo`, which is made on first use; a path; an alias; a name in the library, or a part of one.
+    """Locate a model: `demo`, which is built on first use; a path; an alias; a name in the library, or a part of one.
 
     A path that exists wins over a name. A `Path` is never a name.
 
     Raises:
-        UsageError: several models match.   CheckpointError: there is none of that name, or it is not whole.
+        UsageError: several models match.   CheckpointError: no model has that name, or it is incomplete.
     """
     if str(model) == DEMO:
         from argosy.demo.locate import locate
@@ -38,13 +38,13 @@ def locate_model(model: str | Path, progress: Progress | None = None) -> Path:
 
 
 def is_here(model: str) -> bool:
-    """Whether it is the name or path of something on this machine, or `demo`."""
+    """Whether `model` is the name or path of something on this machine, or `demo`."""
     return names.find(model) is not None
 
 
 def open_files(path: Path, *, mmproj: str | Path | None = None) -> ModelFiles:
-    """Find and check all files of a model: `open_model`, and the vision tower in the file that the caller names, or
-    where the program keeps it that put the model there.
+    """Find and check all files of a model: `open_model`, and the vision tower in the caller's file, or in the place
+    where the program that installed the model keeps it.
 
     Raises:
         The same errors as `open_model`, also if the tower in that file cannot be used.
@@ -61,7 +61,7 @@ def open_files(path: Path, *, mmproj: str | Path | None = None) -> ModelFiles:
 
 
 def locate_ears(ears: str | Path, progress: Progress | None = None) -> Path:
-    """Locate a Whisper checkpoint as any model; `tiny.en` is fetched when it is first used."""
+    """Locate a Whisper checkpoint like any model; `tiny.en` is fetched on first use."""
     if str(ears) == TINY_EN:
         from argosy.demo.ears import locate
 
@@ -72,7 +72,7 @@ def locate_ears(ears: str | Path, progress: Progress | None = None) -> Path:
 def configure(
     model: str | Path, files: ModelFiles, progress: Progress | None = None, **options: Unpack[EngineOptions]
 ) -> EngineConfig:
-    """Fill in the settings that were left out, for a model as the caller names it.
+    """Fill in the settings that were left out, for a model by the caller's name for it.
 
     Raises:
         UsageError: a setting is invalid, or the requested context is longer than the model supports.
