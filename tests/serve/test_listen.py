@@ -216,7 +216,7 @@ def test_a_certificate_is_refused_with_the_reason(tmp_path: Path) -> None:
 
 
 def test_a_proxy_needs_keys() -> None:
-    with pytest.raises(UsageError, match="names a proxy, which admits other machines, and there are no keys"):
+    with pytest.raises(UsageError, match="names a proxy, which admits other machines, but there are no keys"):
         require_keys_behind_proxy(Front(proxies=("127.0.0.1",)), None)
     require_keys_behind_proxy(Front(), None)
     require_keys_behind_proxy(Front(proxies=("unix",)), Path("keys.json"))

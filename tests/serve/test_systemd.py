@@ -126,7 +126,7 @@ def test_a_socket_that_other_machines_reach_needs_keys_whatever_else_is_passed(
         outside.bind(("0.0.0.0", 0))
         outside.listen()
         said = refused([*sockets, outside])
-    assert "listening on 0.0.0.0 admits other machines, and there are no keys" in said
+    assert "listening on 0.0.0.0 admits other machines, but there are no keys" in said
 
 
 def take(monkeypatch: pytest.MonkeyPatch, descriptor: int, **variables: str) -> list[systemd.Listener]:

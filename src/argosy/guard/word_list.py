@@ -194,7 +194,7 @@ class ListStream:
     def __init__(self, words: WordList) -> None:
         self._list = words
         self._held = ""
-        # where in `_held` the last words begin; as many as the longest phrase has
+        # where in `_held` the last words begin, up to the length of the longest phrase
         self._starts: list[int] = []
         self._recent: list[_Word] = []  # those words
         self._open = ""  # the compared part of the last word, if that may go on

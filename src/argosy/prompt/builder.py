@@ -243,7 +243,7 @@ class PromptBuilder:
     def infill(
         self, before: str, after: str, *, snippets: Sequence[Snippet] = (), reserved_tokens: int = 0
     ) -> Filling:
-        """The prompt that asks for the text between two texts.
+        """The prompt that makes the model write the text between two texts.
 
         Args:
             snippets: parts of other files for the model to read first; those that do not fit are left out.

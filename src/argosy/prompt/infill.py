@@ -6,9 +6,8 @@
 The forms are those that the models were trained with, as documented by their makers. Only the form's own tokens are
 control tokens; all texts are encoded as a caller's text.
 
-Elsewhere: `builder.py` chooses a model's form; `serve/dialects/openai_completions.py` has `suffix`,
-`serve/dialects/llama_infill.py` has
-snippets, too.
+Elsewhere: `builder.py` chooses a model's form; `serve/dialects/openai_completions.py` takes a `suffix`,
+`serve/dialects/llama_infill.py` also snippets.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MOST_MARKS = 1 << 16  # about 10 MB; the least recently used mark is forgotten first
-_MOST_PARTS = 256  # per request; later ones have no marks of their own
+_MOST_PARTS = 256  # per request; later ones get no marks
 _PIECE_CHARS = 4096  # for a prompt that is a single text
 # The fields in which the dialects put what precedes the conversation, then the conversation.
 _BEFORE = ("tools", "system", "instructions")

@@ -71,7 +71,7 @@ def require_keys(host: str, keys: Path | None) -> None:
         is_local = False
     if keys is None and not is_local:
         raise UsageError(
-            f"listening on {host} admits other machines, and there are no keys",
+            f"listening on {host} admits other machines, but there are no keys",
             hint="`argosy keys add NAME --keys FILE`, then `argosy serve ... --keys FILE`; or --host 127.0.0.1",
         )
 
@@ -84,7 +84,7 @@ def require_keys_behind_proxy(front: Front, keys: Path | None) -> None:
     """
     if keys is None and front.proxies:
         raise UsageError(
-            "--forwarded-from names a proxy, which admits other machines, and there are no keys",
+            "--forwarded-from names a proxy, which admits other machines, but there are no keys",
             hint="`argosy keys add NAME --keys FILE`, then `argosy serve ... --keys FILE`",
         )
 

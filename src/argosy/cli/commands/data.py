@@ -92,7 +92,7 @@ def erase(
     if url is not None:
         if (keys, kv_dir, audit, audit_key_file) != (None,) * 4:
             raise UsageError(
-                "--url erases everything that the server keeps", hint="give no other place beside it"
+                "--url erases everything that the server keeps", hint="give no other place with it"
             )
         _erase_running(name, url, key_file)
         return

@@ -409,7 +409,7 @@ def _cache_lines(found: RoutingReport, realised: Realised | None) -> list[str]:
 
 def _removal_lines(found: RoutingReport, changes: list[Change], width: int) -> list[str]:
     lines = [
-        "rise of perplexity without an expert, % (the rise of the loss in standard errors: above 4 is no chance)"
+        "rise of perplexity without an expert, % (the rise of the loss in standard errors: above 4 it is not chance)"
     ]
     lines.append(f"{'expert':<10}" + "".join(f"{domain:>{max(width, 18)}}" for domain in found.domains))
     by_removal: dict[str, list[Change]] = {}

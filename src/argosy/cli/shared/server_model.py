@@ -465,7 +465,7 @@ def find_model(model: str, url: str | None, *, no_server: bool, is_quiet: bool) 
     except (UsageError, ServerNotUsable) as error:
         if process is None:
             raise
-        click.echo(f"note: {error.message}; {model} is loaded here, beside that server", err=True)
+        click.echo(f"note: {error.message}; {model} is loaded here, in addition to that server", err=True)
         return None
     followed = Followed(RemoteServer(url, key, timeout_s=_STATE_S), entry["id"])
     found = ServerModel(server, model, entry, address, followed)

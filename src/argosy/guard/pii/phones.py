@@ -18,8 +18,8 @@ from argosy.guard.pii.entities import Candidate, Rule
 _PATTERN = r"(?:\(?\+ ?|\()?[0-9](?:[ ()./\-]{0,3}[0-9]){6,18}"
 _FEWEST_DIGITS, _MOST_DIGITS = 7, 15
 _MOST_TRIED = 4  # how many ends of a candidate to try: a price or a date may follow a number
-# Parsing a candidate takes some 50 microseconds. A text may have this many parsed, plus one for every so many
-# bytes; beyond that, a number with a country code is accepted unparsed, and any other is skipped.
+# Parsing a candidate takes some 50 microseconds. A text may have this many parsed, plus one per a number of bytes;
+# beyond that, a number with a country code is accepted unparsed, and any other is skipped.
 MOST_READ, _BYTES_OF_ANOTHER = 512, 256
 _IN_NUMBER = re.compile(rb"[0-9][ .\-/_]?\Z")
 _NO_PHONE = re.compile(r"[0-9]+\.[0-9]+|[0-9]{1,4}([./\-])[0-9]{1,2}\1[0-9]{2,4}")  # a decimal, a date

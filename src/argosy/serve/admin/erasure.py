@@ -22,7 +22,7 @@ class Erasure(Closed):
     key: its id.
     responses: stored responses and their items.
     answers: answers that were kept for replay.
-    audit_contents: contents of requests in the audit; null: the server has no audit.
+    audit_contents: contents of requests in the audit; null if the server has no audit.
     """
 
     object: Literal["erasure"]
@@ -33,9 +33,10 @@ class Erasure(Closed):
 
 
 async def erase_data(request: Request) -> Erasure:
-    """Erase what is kept of a key, by its id or name: stored responses, answers, prefixes, and contents of the audit.
+    """Erase the data kept for a key, by its id or name: stored responses, answers, prefixes, and contents of the
+    audit.
 
-    Its running requests end. The key itself and its counts stay; revoking it removes them, too.
+    Its running requests end. The key itself and its counts stay; revoking the key also removes those.
     """
     state, given = request.app.state, request.path_params["key"]
     key_id = state.ring.id_of(given)

@@ -129,14 +129,15 @@ class SharingState(Closed):
 
 
 class RunningState(Closed):
-    """A prompt that runs, with its answers.
+    """A running prompt, with its answers.
 
     id: of its request, as in `x-request-id` and the log.
-    prompt_done: tokens of the prompt that are computed or came from the prefix cache.
+    prompt_done: tokens of the prompt that have been computed or came from the prefix cache.
     answer_tokens: over all of its answers.
-    tok_per_s: its own mean, of the prompt until the first token, and of its answers after that; null: not known yet.
+    tok_per_s: its own mean, over the prompt until the first token and over its answers after that; null if not
+        known yet.
     seconds: since it first ran.
-    seconds_left: until its first token, estimated; null: not known yet, or the prompt is done.
+    seconds_left: estimated time to its first token; null if not known yet, or if the prompt is done.
     """
 
     id: str
@@ -152,12 +153,12 @@ class RunningState(Closed):
 class WaitingState(Closed):
     """A request that has not run yet.
 
-    why: "turn": others run, as many as may at once; "memory": no room for its keys and values; "prompt": another
-        request computes the beginning of its prompt; "model": its model is being loaded; "room": other models have the
-        memory for its own.
-    ahead: requests of the same model that came before and wait, too.
-    seconds: since it waits.
-    share_done: of the model that is being loaded; null: not known.
+    why: "turn": the limit of running requests is reached; "memory": no room for its keys and values; "prompt":
+        another request is computing the same prefix; "model": its model is being loaded; "room": other models have
+        the memory for its own.
+    ahead: earlier requests for the same model that are also waiting.
+    seconds: how long it has waited.
+    share_done: the fraction of its model that is loaded; null if unknown.
     """
 
     id: str
@@ -171,9 +172,9 @@ class WaitingState(Closed):
 class EngineState(Closed):
     """The state of a server. If it has several models, `model` is the one used last, with its numbers.
 
-    running: the prompts of all models that run, in order of arrival.
+    running: the running prompts of all models, in order of arrival.
     waiting: requests that have not run yet, likewise; the first hundred of each model. `queue` counts all.
-    workers: machines that run experts; empty: the server runs alone.
+    workers: machines that run experts; empty if the server runs alone.
     """
 
     models: list[SharingState]
@@ -511,7 +512,7 @@ class Metrics:
     ) -> Iterator[Metric]:
         """Predicted and measured times of the last minute's steps without prompt tokens."""
         quantities = GaugeMetricFamily(
-            "argosy_expected", "Recent decode beside its prediction",
+            "argosy_expected", "Recent decode and its prediction",
             labels=[*of_model, "quantity", "unit", "value"],
         )  # fmt: skip
         parts = GaugeMetricFamily(

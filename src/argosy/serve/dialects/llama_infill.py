@@ -1,4 +1,4 @@
-"""POST /infill of llama-server, which editors ask for the text at the cursor.
+"""POST /infill of llama-server, from which editors request the text at the cursor.
 
     input_prefix + prompt  ─┐
     input_suffix           ─┼─ the form that the model was trained with (`prompt/infill.py`) ─>  content
@@ -157,7 +157,7 @@ class Filled(Closed):
 
 
 async def infill(body: InfillBody, request: Request) -> Response:
-    """Fill in what comes between two texts, as llama-server does."""
+    """Fill in the text between two texts, as llama-server does."""
     return await respond(InfillExchange, body, request)
 
 

@@ -22,7 +22,7 @@ MODEL_QUERY = {"model": {"type": "string", "maxLength": 256}}
 
 
 class GenerationParameters(Closed):
-    """What an answer gets where its request does not say; -1: to the end of the context."""
+    """The defaults for an answer; -1: to the end of the context."""
 
     n_predict: int
     temperature: float
@@ -59,7 +59,7 @@ class Props(Closed):
 
 
 class Slot(Closed):
-    """Room for one answer; a sequence has no fixed one, so those that run come first."""
+    """Room for one answer; sequences have no fixed slot, so running ones come first."""
 
     id: int
     is_processing: bool

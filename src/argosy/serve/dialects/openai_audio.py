@@ -136,7 +136,7 @@ Event = TextDelta | TextDone
 
 
 async def transcriptions(body: TranscriptionBody, request: Request) -> Response:
-    """Write down what is said in a sound."""
+    """Transcribe the speech in a sound."""
     if "word" in body.granularities:
         raise UsageError(
             "timestamp_granularities: word is not supported; supported: segment",
@@ -160,7 +160,7 @@ async def transcriptions(body: TranscriptionBody, request: Request) -> Response:
 
 
 async def translations(body: TranslationBody, request: Request) -> Response:
-    """Write down in English what is said in a sound."""
+    """Transcribe the speech in a sound into English."""
     return await _whole(body, await _options(body, request, "translate", None), request)
 
 

@@ -30,8 +30,8 @@ class Capabilities(Closed):
     """How tools and sounds reach the model, and what a request may choose.
 
     tools: `native` by its chat template, `generic` by a generic prompt, `none` not at all.
-    thinking: `on-off` (enable_thinking), `efforts` (reasoning_effort), `both` or `none`; null: the model's template was
-        not read yet.
+    thinking: `on-off` (enable_thinking), `efforts` (reasoning_effort), `both` or `none`; null if the model's
+        template has not been read yet.
     sound: `native` if the model hears, `transcript` if it reads what a transcriber heard, `none` if it takes no sound.
     """
 
@@ -41,7 +41,7 @@ class Capabilities(Closed):
 
 
 class DefaultParameters(Closed):
-    """How tokens are chosen where a request does not say."""
+    """How tokens are chosen unless a request says otherwise."""
 
     temperature: float
     top_k: int
@@ -56,8 +56,8 @@ class Model(Closed):
     """A model of the server.
 
     state: `ready` in memory, `loading`, `unloaded` until a request needs it, `failed` if it could not be opened.
-    default_parameters: of models that answer; the one that transcribes has none.
-    parent: of a preset, the id of its model.
+    default_parameters: for models that answer; the one that transcribes has none.
+    parent: for a preset, the id of its model.
     """
 
     id: str

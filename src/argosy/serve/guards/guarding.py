@@ -185,5 +185,5 @@ def _require_models(policies: Policies, names: Sequence[str]) -> None:
             raise UsageError(
                 f"the policy's check {check.name} asks the model {check.model}, "
                 f"and this server has: {', '.join(names)}",
-                hint="serve it beside the others: `argosy serve MODEL GUARD --policy FILE`",
+                hint="serve it alongside the others: `argosy serve MODEL GUARD --policy FILE`",
             )

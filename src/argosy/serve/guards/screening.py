@@ -1,7 +1,7 @@
 """Apply a policy to one request: before the prompt is made, and during its answers.
 
     before: transcripts -> texts of a possible length -> patterns, lists -> what the model gets; asked checks
-    during: steps, as many as have arrived together -> patterns, lists, in a thread -> asked checks -> what may be sent
+    during: steps that have arrived together -> patterns, lists, in a thread -> asked checks -> what may be sent
 
 The policy decides how a failed check counts.
 

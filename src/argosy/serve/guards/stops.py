@@ -25,7 +25,7 @@ from argosy.serve.models.models import models_of
 
 
 class StopBody(Strict):
-    """Stop a model or preset, a key by its id or name, or a person as clients name them; or let them go on."""
+    """Stop a model or preset, a key by its id or name, or a person as clients name them; or lift the stop."""
 
     kind: Kind
     name: Annotated[str, Field(min_length=1, max_length=LONGEST_NAME, examples=["demo"])]
@@ -37,7 +37,7 @@ class StopBody(Strict):
 
 
 class Stopped(Closed):
-    """All that is stopped; `is_saved`: also for the next process."""
+    """Everything that is stopped; `is_saved`: also for the next process."""
 
     model: list[str]
     key: list[str]
@@ -63,7 +63,7 @@ async def stops(request: Request) -> Stopped:
 
 
 async def stop(body: StopBody, request: Request) -> Stopped:
-    """Stop something at once, or let it go on."""
+    """Stop something at once, or lift a stop."""
     kept, names = _stops_of(request), {body.name}
     if body.kind == "model":
         names = {await _model_id(body, kept, request)}

@@ -46,7 +46,7 @@ class WatermarkPractice(Closed):
 
 
 class AuditPractice(Closed):
-    """How long the audit keeps envelopes and contents, in seconds; null: envelopes for ever, contents not at all."""
+    """How long the audit keeps envelopes and contents, in seconds; null: envelopes forever, contents not at all."""
 
     keeps_envelopes_s: float | None
     keeps_contents: bool
@@ -54,7 +54,7 @@ class AuditPractice(Closed):
 
 
 class KeptPractice(Closed):
-    """How long data is kept, in seconds; null: it is not kept.
+    """How long data is kept, in seconds; null if it is not kept.
 
     responses_s: responses in memory, after they were last used.
     prefix_files_s: keys and values of prompts and answers in files; they reveal the text.
@@ -78,7 +78,7 @@ class ChecksPractice(Closed):
 class Transparency(Closed):
     """Facts about a server for the people who use it.
 
-    checks: null: nothing looks at texts.
+    checks: null if nothing looks at texts.
     """
 
     object: Literal["transparency"]
