@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -19,24 +18,18 @@ from argosy.guard.keys import KeyRing
 from argosy.serve.answer.service import Common, Service
 from argosy.serve.app import ROUTES, make_app
 from tests.cli.tiny_chat_model import write_chat_model
+from tests.serve.bodies import BODIES
 from tests.serve.conftest import serving, start
 
-SAY = [{"role": "user", "content": "Hi"}]
-BODIES: dict[str, dict[str, Any]] = {
-    "/v1/chat/completions": {"messages": SAY, "max_tokens": 1},
-    "/v1/completions": {"prompt": "Hi", "max_tokens": 1},
-    "/v1/responses": {"input": "Hi", "max_output_tokens": 1},
-    "/v1/responses/input_tokens": {"input": "Hi"},
-    "/v1/messages": {"messages": SAY, "max_tokens": 1},
-    "/v1/messages/count_tokens": {"messages": SAY},
-    "/api/chat": {"messages": SAY, "options": {"num_predict": 1}, "stream": False},
-    "/api/generate": {"prompt": "Hi", "options": {"num_predict": 1}, "stream": False},
-    "/api/show": {"name": "tiny"},
-    "/api/embed": {"input": "Hi"},
-    "/api/embeddings": {"prompt": "Hi"},
-    "/v1/embeddings": {"input": "Hi"},
-    "/tokenize": {"content": "Hi"},
-    "/detokenize": {"tokens": [1]},
+# These need a reranker or a model that fills in: `test_embeddings.py`. A moderation's model is a check.
+ELSEWHERE = {"/rerank", "/v1/rerank", "/infill", "/v1/moderations"}
+# Every other route whose body names a model; forms: `test_audio.py`.
+NAMING = {
+    route.rule.path: BODIES[route.rule.path]("Hi")
+    | ({"stream": False} if "stream" in route.body.model_fields else {})
+    for route in ROUTES
+    if not route.rule.takes_form and "model" in getattr(route.body, "model_fields", ())
+    if route.rule.path not in ELSEWHERE
 }
 TOLD = (
     'the model "gpt-4o" does not exist; this server has: tiny\n'
@@ -44,18 +37,11 @@ TOLD = (
 )
 
 
-def test_every_route_whose_body_names_a_model_is_tested_here() -> None:
-    takes_json = [route for route in ROUTES if not route.rule.takes_form]  # forms: `test_audio.py`
-    named = {r.rule.path for r in takes_json if "model" in getattr(r.body, "model_fields", ())}
-    # These need a reranker or a model that fills in: `test_embeddings.py`. A moderation's model is a check.
-    assert named - {"/rerank", "/v1/rerank", "/infill", "/v1/moderations"} == BODIES.keys()
-
-
-@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("path", NAMING)
 def test_an_unknown_model_is_not_found_and_the_served_model_or_no_name_is_accepted(
     client: httpx.Client, path: str
 ) -> None:
-    answer = client.post(path, json=BODIES[path] | {"model": "gpt-4o"})
+    answer = client.post(path, json=NAMING[path] | {"model": "gpt-4o"})
     assert answer.status_code == 404
     if path.startswith("/v1/messages"):
         assert answer.json() == {"type": "error", "error": {"type": "not_found_error", "message": TOLD}}
@@ -66,8 +52,8 @@ def test_an_unknown_model_is_not_found_and_the_served_model_or_no_name_is_accept
         assert answer.json() == {"error": {"message": TOLD, **known}}
         assert client.get("/v1/models/gpt-4o").json() == answer.json()
     for named in ({}, {"model": "tiny"}, {"model": None}):
-        assert client.post(path, json=BODIES[path] | named).status_code == 200
-    assert client.post(path, json=BODIES[path] | {"model": ""}).status_code == 404
+        assert client.post(path, json=NAMING[path] | named).status_code == 200
+    assert client.post(path, json=NAMING[path] | {"model": ""}).status_code == 404
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +64,9 @@ def lenient(service: Service) -> Iterator[str]:
     yield from start(make_app(any_model, KeyRing(None), block_tokens=16, max_sequences=8))
 
 
-@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("path", NAMING)
 def test_with_any_model_every_name_means_the_served_model(lenient: str, path: str) -> None:
-    answer = httpx.post(lenient + path, json=BODIES[path] | {"model": "claude-opus-4-5"})
+    answer = httpx.post(lenient + path, json=NAMING[path] | {"model": "claude-opus-4-5"})
     assert answer.status_code == 200
     assert answer.json().get("model", "tiny") == "tiny"
     assert httpx.get(f"{lenient}/v1/models/claude-opus-4-5").json()["id"] == "tiny"
@@ -170,5 +156,5 @@ def test_a_server_with_a_failed_engine_is_neither_ready_nor_healthy(
                 answer = httpx.get(url + path)
                 assert answer.status_code == 503
                 assert "the engine has failed" in answer.json()["error"]["message"]
-            answer = httpx.post(f"{url}/v1/completions", json=BODIES["/v1/completions"])
+            answer = httpx.post(f"{url}/v1/completions", json=BODIES["/v1/completions"]("Hi"))
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "30")
