@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import os
 import signal
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 
@@ -57,6 +59,28 @@ LONGEST = (
 # Collecting makes a million objects that live as long as the tests do; looking through them again and again for garbage
 # took 40 % of the time, and after collecting they are left out of every search.
 gc.disable()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session: pytest.Session) -> None:
+    """Import test files, each process of xdist from another place on: they share the compiling in a new checkout.
+
+    Otherwise all compile the same file at the same time. Collection takes the modules from here, and reports errors.
+    """
+    config, worker = session.config, os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is None:
+        return
+    root, left_out = config.rootpath, [Path(each).resolve() for each in config.getoption("ignore") or ()]
+    files = sorted(
+        path.relative_to(root)
+        for argument in config.args
+        for path in Path(argument).resolve().rglob("test_*.py")
+        if path.is_relative_to(root) and not any(path.is_relative_to(each) for each in left_out)
+    )
+    first = int(worker.removeprefix("gw")) * len(files) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    for path in files[first:] + files[:first]:
+        with suppress(Exception, pytest.skip.Exception):
+            importlib.import_module(".".join(path.with_suffix("").parts))
 
 
 def pytest_collection_finish() -> None:
