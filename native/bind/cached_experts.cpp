@@ -138,12 +138,12 @@ void end_lease(CachedExperts& experts, bool is_whole) {
 
 void bind_cached_experts(nb::module_& m) {
   nb::class_<CachePolicy>(m, "CachePolicy", R"(
-    Decides which expert is in which slot, and which one is evicted: native/ops/cache_policy.h says how. Moves no bytes.
+    Decides which expert gets which slot, and which one leaves (native/ops/cache_policy.h). Moves no bytes.
 
     Keys are (layer, expert).
 
     Args:
-        layers: those whose experts may have these slots.)")
+        layers: the layers whose experts may use these slots.)")
       .def(
           "__init__",
           [](CachePolicy* self, int64_t num_slots, const std::vector<int64_t>& layers,
@@ -163,10 +163,10 @@ void bind_cached_experts(nb::module_& m) {
             policy.resize(num_slots);
           },
           "num_slots"_a, R"(
-        Have so many slots, numbered from 0.
+        Change the number of slots; slots are numbered from 0.
 
-        If there are more experts than slots, those are evicted that misses of decode would displace next. The others
-        stay where they are. `moves` brings those in slots that go to lower ones, which nobody else gets until then.)")
+        If there are more experts than slots, those that misses of decode would displace next are evicted. The others
+        stay in place. `moves` brings experts in removed slots to lower ones, which stay reserved until then.)")
       .def(
           "moves",
           [](CachePolicy& policy, int64_t num_slots) {
@@ -180,7 +180,7 @@ void bind_cached_experts(nb::module_& m) {
         Move the experts in slots from `num_slots` on, which is no less than the number of slots. None may be pinned.
 
         Returns:
-            What has to be copied now, (expert, its slot, its new slot); the new ones hold nothing.)")
+            The copies to make now, (expert, its slot, its new slot); the new slots are empty.)")
       .def("begin", &CachePolicy::begin, "layer"_a,
            "Begin a layer's turn in decode: its experts are a turn older.")
       .def(
@@ -245,7 +245,8 @@ void bind_cached_experts(nb::module_& m) {
         goes first.)")
       .def_prop_ro("num_slots", &CachePolicy::num_slots)
       .def_prop_ro("num_resident", &CachePolicy::num_resident)
-      .def_prop_ro("floor", &CachePolicy::floor, "Experts that a layer keeps while another can give one.")
+      .def_prop_ro("floor", &CachePolicy::floor,
+                   "Experts that a layer keeps while another layer can give one.")
       .def_prop_ro("window_slots", &CachePolicy::window_slots, "Most slots of a sweep.")
       .def_prop_ro("guess_slots", &CachePolicy::guess_slots, "Most slots of guesses.")
       .def_static(
@@ -274,7 +275,7 @@ void bind_cached_experts(nb::module_& m) {
     Reads by a store into an arena.
 
     Args:
-        record_of: the record of an expert (layer, expert); asked once, when it is first read.)")
+        record_of: returns the record of (layer, expert); called once, before its first read.)")
       .def(
           "__init__",
           [](StoreReads* self, std::shared_ptr<Store> store, std::shared_ptr<Arena> arena,
@@ -284,29 +285,29 @@ void bind_cached_experts(nb::module_& m) {
           "store"_a, "arena"_a, "record_of"_a);
 
   nb::class_<CachedExperts, LayerExperts>(m, "CachedExperts", R"(
-    Leases of the experts of a layer, as many in memory as there are slots: native/ops/cached_experts.h.
+    Leases of the experts of a layer; memory holds one expert per slot (native/ops/cached_experts.h).
 
     As `LayerExperts`, a stack runs layers without Python, unless a read fails or a layer takes long; then the lease
     stays open. One thread at a time; counters may be read by any.
 
     Args:
         reads: how experts are read into the arena of the table.
-        table: where an expert lies is noted here.
+        table: receives the place of each expert.
         kinds: the policy of each kind of slots, its layers, and where its slots begin in the arena.
         keys: the experts that may be read.
         look_ahead: read guesses for decode.
-        reads_all: read experts that no token asks for, too, while there is a slot for every one.)")
+        reads_all: while there is a slot for every expert, also read experts that no token chose.)")
       .def("__init__", &make_cached_experts, "reads"_a, "table"_a, nb::kw_only(), "kinds"_a, "keys"_a,
            "experts_per_token"_a, "look_ahead"_a, "reads_all"_a)
       .def("open", &open_lease, "layer"_a, "experts"_a, "scan"_a, R"(
         Open a lease of experts of a layer, each named once; a lease that is still open ends.
 
         Args:
-            scan: experts that only prompt tokens asked for.)")
+            scan: experts that only prompt tokens chose.)")
       .def("group", &next_group, R"(
-        The experts to compute next; none: all have been. None: wait with `collect`, unless there is a `failure`.
+        The experts to compute next; empty: all are done. None: wait with `collect`, unless there is a `failure`.
 
-        The weights of the group before may move.)")
+        The weights of the previous group may move.)")
       .def("collect", &collect, "Wait until a read of the open lease has ended.")
       .def_prop_ro("failure", &failure_of, "The read of the open lease that failed: (expert, message, kind).")
       .def("end", &end_lease, nb::kw_only(), "is_whole"_a, R"(
@@ -335,9 +336,9 @@ void bind_cached_experts(nb::module_& m) {
             experts.guess(layer, by_rank, is_sweep);
           },
           "layer"_a, "by_rank"_a, nb::kw_only(), "is_sweep"_a,
-          "Tell which experts the next lease may ask for, best first. Never waits.")
+          "Announce which experts the next lease may need, best first. Never waits.")
       .def("forget_hint", &CachedExperts::forget_hint,
-           "Give up what the last guess still holds, except reads that have begun. Never waits.")
+           "Release what the last guess still holds, except reads that have begun. Never waits.")
       .def(
           "collect_early",
           [](CachedExperts& experts) {

@@ -299,11 +299,11 @@ void bind_owners(nb::module_& m) {
 
     Attributes:
         peer: its connection; None: there is none, or it is this machine.
-        is_slow: it was late, and still owes an answer.
-        is_set_aside: it computed something else than others.
-        is_resident: it has every expert in memory.
-        num_run, num_rerouted, num_verified, num_mismatches: experts, counted once for each layer and step, that it
-            ran; that were asked of it and then of another; that another computed, too; and whose bits differed then.)")
+        is_slow: it was late and still owes an answer.
+        is_set_aside: its results differed from those of others.
+        is_resident: it holds every expert in memory.
+        num_run, num_rerouted, num_verified, num_mismatches: counts of experts, once per layer and step: those that it
+            ran, that went to another owner after it, that another owner also computed, and whose bits then differed.)")
       .def(nb::new_([](std::string name) { return std::make_shared<Owner>(std::move(name)); }), "name"_a)
       .def_prop_ro("name", &Owner::name)
       .def_prop_rw(
@@ -325,14 +325,14 @@ void bind_owners(nb::module_& m) {
       .def_prop_rw("num_mismatches", &get_number<&Owner::num_mismatches>,
                    &set_number<&Owner::num_mismatches, int64_t>)
       .def("set_rates", &Owner::set_rates, "record_bytes"_a, "disk_bytes_per_s"_a,
-           "Estimate what an expert of so many bytes takes here; 0 for the drive: unknown.")
-      .def_prop_ro("hit_s", &Owner::hit_s, "Seconds of an expert in memory.")
-      .def_prop_ro("miss_s", &Owner::miss_s, "Seconds of an expert that is read first.")
+           "Estimate the seconds that an expert of this size takes here; 0 for the drive: unknown.")
+      .def_prop_ro("hit_s", &Owner::hit_s, "Seconds to run an expert in memory.")
+      .def_prop_ro("miss_s", &Owner::miss_s, "Seconds to read and run an expert.")
       .def("remember", &Owner::remember, "num_slots"_a, nb::kw_only(), "num_layers"_a, "num_experts"_a, R"(
         From now on remember the last `num_slots` experts that it ran, and no earlier one.
 
         Takes 8 bytes for each expert of the model.)")
-      .def("forget", &Owner::forget, "Remember none: it may have been started again.")
+      .def("forget", &Owner::forget, "Forget its experts: it may have been restarted.")
       .def("note", &Owner::note, "layer"_a, "experts"_a, "It has run these experts.")
       .def("has", &Owner::has, "layer"_a, "expert"_a, "Whether it probably has an expert in memory.")
       .def_prop_ro("num_remembered", &Owner::num_remembered);
@@ -367,10 +367,10 @@ void bind_owners(nb::module_& m) {
             experts by host and rank; nothing for a host that has everything in memory.)")
       .def(
           "is_usable", [](const Owners& owners, const Owner& owner) { return owners.is_usable(owner); },
-          "owner"_a, "Whether an owner can be asked now and is expected to answer in time.");
+          "owner"_a, "Whether an owner can take requests now and is expected to answer in time.");
 
   nb::class_<AskedCounts>(m, "AskedCounts", R"(
-    Experts that were asked of owners, counted once for each layer and step; a hit was probably in its memory.)")
+    Experts requested from owners, counted once per layer and step; a hit was probably in the owner's memory.)")
       .def_ro("lookups", &AskedCounts::lookups)
       .def_ro("hits", &AskedCounts::hits)
       .def_ro("decode_lookups", &AskedCounts::decode_lookups)
@@ -378,17 +378,17 @@ void bind_owners(nb::module_& m) {
 
   using Begun = GroupExperts::Begun;
   nb::class_<Begun>(m, "BegunLayer", R"(
-    A layer whose experts were asked of owners. The one who takes it over forgets its ticket.)")
+    A layer whose experts were requested from owners. The caller that takes it over forgets its ticket.)")
       .def_ro("layer", &Begun::layer)
       .def_ro("ticket", &Begun::ticket)
       .def_ro("owners", &Begun::owners, "The table that it began with.")
-      .def_ro("done", &Begun::done, "Experts whose outputs are there.")
+      .def_ro("done", &Begun::done, "Experts whose outputs have arrived.")
       .def_prop_ro("shares", &shares_of,
                    "(owner, peer, experts that it still owes, deadline in seconds of `time.monotonic`).")
       .def_ro("failures", &Begun::failures);
 
   nb::class_<BoundGroupExperts, LayerExperts>(m, "GroupExperts", R"(
-    The experts of a group's layers, run by their owners without Python while nothing goes wrong.
+    The experts of a group's layers, run by their owners without Python as long as nothing goes wrong.
 
     When an owner fails, is late, or takes long, the stack stops at the layer; `take_over` returns what was begun.)")
       .def(nb::init<BoundExchange&>(), nb::keep_alive<1, 2>(), "exchange"_a)
@@ -403,7 +403,7 @@ void bind_owners(nb::module_& m) {
             nb::gil_scoped_release released;
             return bound.take_over();
           },
-          "The layer at which the stack stopped, as far as it was begun; None: it was not.")
+          "The layer at which the stack stopped, if it was begun; otherwise None.")
       .def(
           "abandon", [](BoundGroupExperts& bound) { bound.abandon(); },
           nb::call_guard<nb::gil_scoped_release>(), "Forget a layer that was begun, if there is one.")
@@ -415,10 +415,10 @@ void bind_owners(nb::module_& m) {
             return bound.guess_for(owners, layer, by_rank, is_sweep);
           },
           "owners"_a, "layer"_a, "by_rank"_a, nb::kw_only(), "is_sweep"_a, R"(
-        Pass a guess (`ExpertRunner.guess`) on to the workers that will be asked; return the ranks of this machine.)")
+        Pass a guess (`ExpertRunner.guess`) on to the workers concerned; return the ranks of this machine.)")
       .def_static(
           "wants_guess", [](const Owners& owners) { return GroupExperts::wants_guess(owners); }, "owners"_a,
-          "Whether a guess would be of use to a worker.")
+          "Whether a guess would help a worker.")
       .def(
           "patience_s",
           [](const BoundGroupExperts& bound, const Owner& owner, int64_t peer, int64_t layer,
@@ -432,7 +432,7 @@ void bind_owners(nb::module_& m) {
 
         While the times of an owner are hardly known, it has a second, twice the time of its reads, and some more.)")
       .def("count_asked", &GroupExperts::count_asked, "owner"_a, "layer"_a, "dispatch"_a, "experts"_a,
-           "Count experts that are asked of a worker.")
+           "Count experts requested from a worker.")
       .def_prop_ro("counts", &GroupExperts::counts);
 }
 
@@ -458,7 +458,7 @@ void bind_cluster(nb::module_& m) {
 
   nb::class_<PeerStats>(m, "PeerStats", R"(
     One connection of an `Exchange`, up to now. `queued_bytes` wait for the socket; `num_late` experts were answered
-    after somebody else, or after their ticket was forgotten. Requests of at most 32 rows are in `few_rows`.)")
+    after another peer, or after their ticket was forgotten. Requests of at most 32 rows are in `few_rows`.)")
       .def_ro("is_connected", &PeerStats::is_connected)
       .def_ro("failure", &PeerStats::failure, "Why it is not connected; empty if it is.")
       .def_ro("num_outstanding", &PeerStats::num_outstanding, "Requests without a complete answer.")
@@ -516,7 +516,7 @@ void bind_cluster(nb::module_& m) {
             nb::gil_scoped_release released;
             return bound.exchange().peers();
           },
-          "Those that are connected.")
+          "The connected peers.")
       .def("send", &BoundExchange::send, "layer"_a, "dispatch"_a, "rows"_a, "out"_a.noconvert(), "shares"_a,
            R"(
         Ask peers for outputs of a dispatch; return a ticket, which must be forgotten in the end.
@@ -532,16 +532,16 @@ void bind_cluster(nb::module_& m) {
             ValueError: no token chose an expert, a request exceeds the limits, no peer ever had an id, or there are 64
                 tickets. Nothing was sent then.)")
       .def("resend", &BoundExchange::resend, "ticket"_a, "shares"_a,
-           "Ask further peers. Experts whose outputs are there are left out; whoever answers first wins.")
+           "Ask further peers for missing experts; the first complete answer wins.")
       .def("receive", &BoundExchange::receive, "ticket"_a, "timeout_us"_a, R"(
-        Wait for events of a ticket: none if the time is over, or if no peer owes it anything.)")
+        Wait for events of a ticket; empty if the time is over, or if no peer owes it an answer.)")
       .def("drop", &BoundExchange::drop, "ticket"_a, "experts"_a, R"(
         The caller writes the outputs of these experts from now on; answers that still arrive for them are dropped.
 
         Raises:
             ValueError: no token chose an expert; nothing was dropped then.)")
       .def("forget", &BoundExchange::forget, "ticket"_a,
-           "Cancel what was not answered. Nothing reads `rows` or writes `out` after this.")
+           "Cancel open requests. Nothing reads `rows` or writes `out` after this.")
       .def(
           "guess",
           [](BoundExchange& bound, int64_t peer, int64_t layer,
@@ -549,7 +549,7 @@ void bind_cluster(nb::module_& m) {
              bool is_sweep) { bound.exchange().guess(peer, layer, by_rank, is_sweep); },
           "peer"_a, "layer"_a, "by_rank"_a, nb::kw_only(), "is_sweep"_a,
           nb::call_guard<nb::gil_scoped_release>(), R"(
-        Tell a peer which experts it may be asked for next (`ExpertRunner.guess`); dropped if the peer is gone or
+        Tell a peer which experts may be requested next (`ExpertRunner.guess`); dropped if the peer is gone or
         full.)")
       .def(
           "tend",
@@ -603,21 +603,21 @@ void bind_cluster(nb::module_& m) {
   bind_owners(m);
 
   nb::class_<WorkerRequest>(m, "WorkerRequest", R"(
-    Rows and assignments of a request, with numbers of their own. The arrays are the link's memory, which the next
+    Rows and assignments of a request, with their own numbering. The arrays are the link's memory, which the next
     request overwrites.)")
       .def_ro("layer", &WorkerRequest::layer)
       .def_ro("dispatch", &WorkerRequest::dispatch)
       .def_prop_ro("rows", &rows_of, nb::rv_policy::automatic, "[rows, hidden]")
       .def_prop_ro("out", &out_of, nb::rv_policy::automatic, "[assignments, hidden], to be written.");
 
-  nb::class_<WorkerGuess>(m, "WorkerGuess", "What the coordinator may ask for next.")
+  nb::class_<WorkerGuess>(m, "WorkerGuess", "The experts that the coordinator may request next.")
       .def_prop_ro("layer", [](const WorkerGuess& bound) { return bound.guess.layer; })
       .def_prop_ro("by_rank", [](const WorkerGuess& bound) { return bound.guess.by_rank; })
       .def_prop_ro("is_sweep", [](const WorkerGuess& bound) { return bound.guess.is_sweep; });
 
   nb::class_<BoundWorkerLink>(m, "WorkerLink", R"(
-    A worker's end of one connection: one request after another. One thread serves it; `interrupt`, `close` and
-    `status` are for any.
+    A worker's end of one connection: one request after another. One thread serves it; any thread may call
+    `interrupt`, `close` and `status`.
 
     Takes over `fd`, a connected stream socket. Its memory is `worker_link_bytes`, from the start.
 
@@ -658,7 +658,7 @@ void bind_cluster(nb::module_& m) {
           [](BoundWorkerLink& bound) {
             return bound.serve([](WorkerLink& link) { return link.is_cancelled(); });
           },
-          "Whether nobody wants the request any more; it has ended then. Never waits.")
+          "Whether the request was cancelled, which ends it. Never waits.")
       .def("serve_resident", &serve_resident, "runtime"_a, "table"_a, R"(
         Answer requests from a table, without Python.
 
@@ -670,7 +670,7 @@ void bind_cluster(nb::module_& m) {
             what `next` and `ExpertTable.run` raise.)")
       .def(
           "interrupt", [](BoundWorkerLink& bound) { bound.link().interrupt(); },
-          "Make the call of `next` or `serve_resident` that runs, or the following one, return.")
+          "Make the running call of `next` or `serve_resident`, or the following one, return.")
       .def_prop_rw(
           "status", [](BoundWorkerLink& bound) { return bytes_of(bound.link().status()); },
           [](BoundWorkerLink& bound, const nb::bytes& status) {
@@ -680,10 +680,10 @@ void bind_cluster(nb::module_& m) {
       .def_prop_ro(
           "buffer_bytes",
           [](BoundWorkerLink& bound) { return WorkerLink::buffer_bytes(bound.link().limits()); },
-          "Bytes of its buffers.")
+          "The bytes of its buffers.")
       .def(
           "close", [](BoundWorkerLink& bound) { bound.link().close(); },
-          "End the connection; a call of `next` that runs returns None.");
+          "End the connection; a running call of `next` returns None.");
 
   m.def(
       "worker_link_bytes",

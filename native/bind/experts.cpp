@@ -118,7 +118,7 @@ void bind_expert_table(nb::module_& m) {
       .def_prop_ro("experts_per_token", &experts_per_token, "ValueError in a worker.")
       .def_prop_ro("num_assignments", &Dispatch::num_assignments)
       .def_prop_ro("experts", &Dispatch::experts, "The experts that any token chose, ascending.")
-      .def_prop_ro("scan", &Dispatch::scan, "Those that only prompt tokens chose.")
+      .def_prop_ro("scan", &Dispatch::scan, "The experts that only prompt tokens chose.")
       .def("assignments", &assignments_of, "expert"_a,
            "The assignments of an expert: token * experts per token + rank, ascending.")
       .def("choices", &copy_of_choices,
@@ -139,7 +139,7 @@ void bind_expert_table(nb::module_& m) {
             ValueError: no token chose an expert, or it is named twice.)");
 
   nb::class_<LayerExperts>(m, "LayerExperts",
-                           "Experts of a layer that run elsewhere, while a step goes on without Python.");
+                           "Experts of a layer that run elsewhere, while a step continues without Python.");
 
   nb::class_<BoundExpertTable>(m, "ExpertTable", R"(
     Routed experts whose weights are in an arena: where each lies, and how to run it.
@@ -159,7 +159,7 @@ void bind_expert_table(nb::module_& m) {
           "arena"_a, nb::kw_only(), "hidden"_a, "activation"_a)
       .def_prop_ro("nbytes", &ExpertTable::nbytes, "Bytes of the arena.")
       .def_prop_ro("num_runs", &ExpertTable::num_runs,
-                   "How many experts have run, counted once for each layer and step.")
+                   "The number of experts that have run, counted once per layer and step.")
       .def("add_layer", &add_layer, "layer"_a, nb::kw_only(), "formats"_a, "width"_a, "starts"_a,
            "gate_bias"_a.none() = nb::none(), "up_bias"_a.none() = nb::none(),
            "down_bias"_a.none() = nb::none(), R"(

@@ -71,7 +71,7 @@ void bind_choice(nb::module_& m) {
         return num_threads * kernels_named(instruction_set).product_scratch_bytes;
       },
       "num_threads"_a, "instruction_set"_a = nb::none(),
-      "The most memory that products of a Runtime take beside its scratch; 0 without AMX.");
+      "The most memory that products of a Runtime take besides its scratch; 0 without AMX.");
 
   m.def("amx_state", &amx_state,
         "absent: the CPU has no AMX, or not what kernels need; refused: the system lets this process use "
@@ -244,7 +244,7 @@ void bind_matrix(nb::module_& m) {
         return View<float>(raw, 2, shape, owner);
       },
       "format"_a, "data"_a, "rows"_a, "cols"_a,
-      "The weights [rows, cols] as the products use them, the same bits on every instruction set.");
+      "The weights [rows, cols] as products use them, with the same bits on every instruction set.");
 
   nb::class_<Matrix>(m, "Matrix", R"(
     Weights inside an arena or a uint8 array, which it keeps alive. Any offset works; multiples of 64 are fastest.)")

@@ -838,7 +838,7 @@ void bind_stack(nb::module_& m) {
           },
           "num_experts"_a, "experts_per_token"_a, "width"_a, "shared_width"_a, "has_norm"_a = false)
       .def("add_ffn_post_norm", &StackSizes::add_ffn_post_norm,
-           "Some layer has a norm of what its feed-forward networks add together.")
+           "Add the norm of the summed outputs of a layer's feed-forward networks.")
       .def("buffer_bytes", &StackSizes::buffer_bytes, "max_tokens"_a,
            "Bytes that a Stack allocates for steps of at most `max_tokens`.")
       .def("dispatch_bytes", &StackSizes::dispatch_bytes, "max_tokens"_a, R"(
@@ -917,7 +917,7 @@ void bind_stack(nb::module_& m) {
       .def("run_shared", &BoundStack::run_shared,
            "Run the shared expert of the waiting layer, if it has one; once, before the next `advance`.")
       .def("finish_experts", &BoundStack::finish_experts, "experts"_a,
-           "Say that the outputs of these experts of the waiting layer are in `expert_out`; each once.")
+           "Announce that the outputs of these experts of the waiting layer are in `expert_out`; each once.")
       .def(
           "rows", [](nb::handle_t<BoundStack> self) { return nb::cast<BoundStack&>(self).rows(self); }, R"(
         While a layer waits, the input of its experts: [tokens, hidden], a read-only view.)")
@@ -952,8 +952,9 @@ void bind_stack(nb::module_& m) {
 
         Raises:
             ValueError: the layer has no such experts, or a group of them would keep too few.)")
-      .def_prop_ro("layers_done", &BoundStack::layers_done,
-                   "The layers that the step has run; 0 once it is done. Any thread may ask while it runs.")
+      .def_prop_ro(
+          "layers_done", &BoundStack::layers_done,
+          "The layers that the step has run; 0 once it is done. Any thread may call this while it runs.")
       .def_prop_ro("sizes", &BoundStack::sizes)
       .def_prop_ro("buffer_bytes", &BoundStack::buffer_bytes,
                    "Bytes of the allocated working memory, without scratch.")

@@ -348,7 +348,7 @@ void bind_store(nb::module_& m) {
 #endif
       },
       nb::call_guard<nb::gil_scoped_release>(),
-      "Give freed heap memory back to the system, where the C library can.");
+      "Return freed heap memory to the system, if the C library can.");
   m.attr("STAGING_BYTES") = Store::kStagingBytes;
   m.def("crc32c_wide", &checksum_of, "buffer"_a, R"(
     The checksum of a record: CRC32C over the CRC32Cs of its four quarters (native/store/crc32c.h).)");

@@ -6,18 +6,17 @@
 //   for (const Event& event : exchange.receive(ticket, timeout)) ...     // outputs are in `out`
 //   exchange.forget(ticket);
 //
-// There is no thread in here: whoever sends or receives moves the bytes, of all peers, without waiting for
-// any of them. A peer that takes or sends nothing keeps its own queue waiting and no other. Rows are sent
-// from the caller's memory and outputs are received into it, so a queue holds only lists of numbers, however
-// long it is.
+// An exchange has no thread: every call that sends or receives moves the bytes of all peers, without waiting
+// for any of them. A peer that is stuck delays only its own queue. Rows are sent from the caller's memory
+// and outputs are received into it, so a queue holds only lists of numbers, however long it is.
 //
 // `out` is written only inside receive(), of any ticket, and not after forget(); rows of an expert not after
-// drop() either. An event names an expert once all of its rows are there. They all come from one frame: if
-// two peers were asked for the same expert, the frame that began last writes its rows, the first complete one
-// is told, and the rest is dropped.
+// drop() either. An event names an expert once all of its rows are there. All rows come from one frame: if
+// two peers were asked for the same expert, the frame that began last writes the rows, the first complete
+// one is reported, and the rest is dropped.
 //
-// Every function may be called from any thread, and throws std::invalid_argument for what only the caller can
-// get wrong. What a peer does wrong closes its connection, and is an event of each ticket that waits for it.
+// Every function may be called from any thread, and throws std::invalid_argument for mistakes of the caller.
+// A mistake of a peer closes its connection, and becomes an event of each ticket that waits for it.
 #pragma once
 
 #include <array>
@@ -99,7 +98,7 @@ class Exchange {
   // [num_assignments][hidden] stay in place until forget(). A peer that is gone or full becomes an event.
   int64_t send(int64_t layer, std::shared_ptr<const Dispatch> dispatch, const float* rows, float* out,
                const std::vector<Share>& shares);
-  // Asks further peers for experts of the ticket. Experts that are done are not asked for.
+  // Asks further peers for experts of the ticket that are not done.
   void resend(int64_t ticket, const std::vector<Share>& shares);
   // Waits for events of the ticket. Returns none when the time is over, or no request of it is outstanding.
   std::vector<ExchangeEvent> receive(int64_t ticket, Microseconds timeout);
@@ -108,8 +107,7 @@ class Exchange {
   void drop(int64_t ticket, const std::vector<int32_t>& experts);
   void forget(int64_t ticket);  // does nothing if it was forgotten before
 
-  // Tells which experts a peer may be asked for next, those first that routers rank first. A full peer is not
-  // told.
+  // Tells a peer which experts may be requested next, best-ranked first. A full peer is skipped.
   void guess(int64_t peer, int64_t layer, const std::vector<std::vector<int32_t>>& by_rank, bool is_sweep);
 
   // To be called now and then from a thread that does not run experts: pings idle peers, and drops late

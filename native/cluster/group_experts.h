@@ -23,8 +23,8 @@
 
 namespace argosy {
 
-// The experts that owners were asked for, counted once for each layer and step; one that its owner probably
-// had in memory is a hit. Those of `decode` are not only for prompt tokens.
+// Experts requested from owners, counted once per layer and step; an expert that was probably in its owner's
+// memory is a hit. Counts of `decode` leave out experts that only prompt tokens chose.
 struct AskedCounts {
   int64_t lookups = 0, hits = 0, decode_lookups = 0, decode_hits = 0;
 };
@@ -65,7 +65,7 @@ class GroupExperts : public LayerExperts {
   std::optional<Begun> take_over();  // none: no layer is on its way
   void abandon();                    // forgets the layer that is on its way, if there is one
 
-  // Passes a guess on to the workers that will be asked; returns the ranks of this machine.
+  // Passes a guess on to the workers concerned; returns the ranks of this machine.
   std::vector<std::vector<int32_t>> guess_for(const Owners& owners, int64_t layer,
                                               const std::vector<std::vector<int32_t>>& by_rank,
                                               bool is_sweep);

@@ -33,11 +33,11 @@ class Owner : public std::enable_shared_from_this<Owner> {
   std::atomic<bool> is_set_aside = false;  // it computed something else than others
   std::atomic<bool> is_resident = false;   // every expert is in its memory
 
-  // Counts of experts, once for each layer and step: experts that it ran, that it was asked for before
-  // another owner was, that another owner computed as well, and whose bits differed then.
+  // Counts of experts, once per layer and step: experts that it ran, that went to another owner after it,
+  // that another owner also computed, and whose bits then differed.
   std::atomic<int64_t> num_run = 0, num_rerouted = 0, num_verified = 0, num_mismatches = 0;
 
-  // Estimates what an expert of so many bytes takes here; a drive of 0 bytes per second is unknown.
+  // Estimates the seconds that an expert takes here; a drive of 0 bytes per second is unknown.
   void set_rates(int64_t record_bytes, double disk_bytes_per_s);
   double hit_s() const { return hit_s_; }    // for an expert in memory
   double miss_s() const { return miss_s_; }  // for an expert that is read first

@@ -7,13 +7,13 @@
 //   (layout: kv_layer.h); q and out are float32. A sink is one more score of a head: it takes weight from
 //   the other scores and adds no value (gpt-oss; arXiv:2309.17453 explains why models want one).
 //
-// Positions are divided into sections at fixed places. Each has a state of its own, and the states of the
-// sections that a token sees are merged in ascending order, by whoever computed them. Within a section, the
-// reference passes over the keys twice. The vector version processes stretches of four tiles of sixteen
-// positions, at fixed places, with a running maximum (Milakov and Gimelshein, arXiv:1805.02867). Which
-// positions share a stretch and a section, and the order of its sums, depend only on the positions a token
-// sees, so its output is the same in decode, in a prefill chunk of any size, and with any number of threads.
-// A sink initialises the running maximum and sum of the first section.
+// Positions are divided into sections at fixed places. Each section has its own state, and the states of the
+// sections that a token sees are merged in ascending order, whichever thread computed them. Within a
+// section, the reference passes over the keys twice. The vector version processes stretches of four tiles of
+// sixteen positions, at fixed places, with a running maximum (Milakov and Gimelshein, arXiv:1805.02867).
+// Which positions share a stretch and a section, and the order of its sums, depend only on the positions a
+// token sees, so its output is the same in decode, in a prefill chunk of any size, and with any number of
+// threads. A sink initialises the running maximum and sum of the first section.
 //
 // Bound by multiply-adds if many tokens and heads share the keys, by reading the keys for one token. The keys
 // of a few tiles, and the values of a few columns, stay in the first-level cache while all queries of the

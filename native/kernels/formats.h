@@ -80,7 +80,7 @@ enum class Format : uint8_t {
 [[maybe_unused]] static constexpr int kNumFormats = 18;
 [[maybe_unused]] static constexpr int64_t kGroupSize = 32;
 [[maybe_unused]] static constexpr int64_t kPanelRows = 16;
-// Bytes of a cache line. Panels begin at multiples of it, and kernels are fastest if their matrix does, too.
+// Bytes of a cache line. Panels begin at multiples of it, and kernels are fastest if their matrix also does.
 [[maybe_unused]] static constexpr int64_t kMatrixAlignment = 64;
 // Four columns of a panel (4 bits: two times four).
 [[maybe_unused]] static constexpr int64_t kChunkBytes = 64;

@@ -3,7 +3,7 @@
 // The dot product of a group is an exact integer, whatever computes it, and the operations on floats are
 // those of quantized_tile_avx512.h, in the same order (docs/decisions/0081). 64 bytes of a panel are four
 // columns of sixteen rows, which is one row of a tile: a group of 32 columns is a tile of eight rows, and
-// sixteen tokens are the other operand. What is left over (a last panel, a few tokens) goes to AVX-512.
+// sixteen tokens are the other operand. The remainder (a last panel, a few tokens) goes to AVX-512.
 //
 // For a block of groups, the quants of two panels are unpacked to signed bytes and their scales to floats.
 // Then, for each sixteen tokens, four groups at a time are multiplied, and then scaled: after a tile

@@ -10,8 +10,8 @@
 // columns begins at zero and is multiplied by its scale in float32.
 //
 // Tiles sum even and odd columns apart, so the bits are not those of AVX-512. But they are the same for one
-// token as for many: a sum depends on its row and on its token, and not on what else is in the tiles. What is
-// left over of columns, rows and tokens is filled with zeros.
+// token as for many: a sum depends on its row and on its token, not on the other contents of the tiles.
+// Incomplete columns, rows and tokens are filled up with zeros.
 //
 // Numbers below the smallest normal one count as zero. An activation that is infinite, or beyond the largest
 // bfloat16, is multiplied as infinite, as in float32. A weight that is infinite or NaN makes its row NaN or

@@ -22,8 +22,8 @@ struct AskAhead {
 // which is fastest (docs/decisions/0069).
 struct Tuning {
   AskAhead ask_ahead = kAskAheads[0];  // with one token
-  // With as many tokens as one tile takes. If it asks for nothing, the next panels are prefetched into the
-  // second-level cache, as with more tokens.
+  // With up to a tile of tokens. If this is off, the next panels are prefetched into the second-level cache,
+  // as with more tokens.
   AskAhead few_ask_ahead = kAskAheads[0];
   // AVX-512: from this many tokens on, a tile takes two panels of 16 rows, and one panel with fewer.
   int64_t two_panels_from = 4;

@@ -9,7 +9,7 @@
 //
 // The oldest expert is evicted. Its age takes three facts into account:
 //
-// - Layers take turns. An expert can only be asked for when its layer runs, so its age is the number of turns
+// - Layers take turns. An expert can only be needed when its layer runs, so its age is the number of turns
 //   of its own layer since its last use. Among experts of equal age, the one whose layer had its turn most
 //   recently is evicted, because it is needed last.
 // - Use repeats. An expert is younger by kBonusTurns for each doubling of its uses; a use counts half after
@@ -18,11 +18,11 @@
 //   experts_per_token) while another layer can give one. Otherwise, with fewer slots than one token uses,
 //   each expert would be evicted just before it is needed again.
 //
-// Prompt tokens sweep through nearly every expert once per chunk. Experts that only they ask for take free
-// slots, then only the slots of a small window, newest first: the next sweep comes in the same order, so the
-// experts swept in last are needed last. Experts that decode uses stay; experts that were only swept in are
-// evicted first. So are experts that were only guessed: they take no more slots than one token asks for in a
-// layer, and the oldest of them goes first.
+// Prompt tokens sweep through nearly every expert once per chunk. Experts that only prompt tokens choose
+// take free slots, then only the slots of a small window, newest first: the next sweep comes in the same
+// order, so the experts swept in last are needed last. Experts that decode uses stay; experts that were only
+// swept in are evicted first. So are experts that were only guessed: they take no more slots than one token
+// needs in a layer, and the oldest of them goes first.
 //
 // Finding the expert to evict takes O(log slots). Within a layer all ages grow alike, so each layer has a
 // heap by a constant (worth), and one heap of the layers above their floor compares their oldest experts. An
@@ -66,13 +66,13 @@ class CachePolicy {
   // expert of another layer.
   CachePolicy(int64_t num_slots, const std::vector<int64_t>& layers, int64_t experts_per_token);
 
-  // From now on there are so many slots, numbered from 0. If there are more experts than slots, those are
-  // evicted that misses of decode would displace next. The others stay where they are. moves() brings those
-  // in slots that go to lower ones, which nobody else gets until then. Throws std::invalid_argument if more
-  // experts are pinned than there will be slots.
+  // Changes the number of slots, numbered from 0. If there are more experts than slots, those that misses of
+  // decode would displace next are evicted. The others stay in place. moves() brings experts in removed
+  // slots to lower ones, which stay reserved until then. Throws std::invalid_argument if more experts are
+  // pinned than there will be slots.
   void resize(int64_t num_slots);
   // Moves the experts in slots from `num_slots` on, which is no less than the number of slots. None may be
-  // pinned. Returns what has to be copied now, to slots that hold nothing.
+  // pinned. Returns the copies to make now, to empty slots.
   std::vector<Move> moves(int64_t num_slots);
 
   // Begins a layer's turn in decode: its experts are a turn older.

@@ -4,15 +4,15 @@
 //   open(layer, experts, scan)  ->  group(), again and again: experts that are here, then others as they land
 //                               ->  collect() where group() says that it waits for reads  ->  close()
 //
-// A lease is a promise that weights stay: those of a group until the next one, or the end. As many misses of
-// a layer as there are slots are issued before the first expert is computed. A slot whose expert has been
-// computed is free for the next miss, so a layer may ask for more experts than there are slots. No read of a
-// lease is in flight at its end, even if it is cut short.
+// A lease is a promise that weights stay: those of a group stay until the next group, or the end. Before the
+// first expert is computed, every slot gets a miss to read. A slot whose expert has been computed is free
+// for the next miss, so a layer may need more experts than there are slots. When a lease ends, even early,
+// none of its reads is in flight.
 //
-// guess() tells which experts the next layer will probably ask for, and look-ahead decides which of them are
-// worth a read (the hint). These reads begin once the open lease has issued all of its own reads, in slots of
-// the policy's window; the next lease takes them over at whatever stage they are. So the drive does not wait
-// for arithmetic between two layers.
+// guess() tells which experts the next layer will probably need, and look-ahead decides which of them are
+// worth a read (the hint). These reads begin once the open lease has issued all of its own reads, in slots
+// of the policy's window; the next lease takes them over at whatever stage they are. So the drive does not
+// wait for arithmetic between two layers.
 //
 // As LayerExperts, a stack runs a layer without a pause: unless a read fails, or the layer takes long. Then
 // the lease stays open, and Python goes on with it.
@@ -39,8 +39,8 @@
 namespace argosy {
 
 // Counters since the cache was created; hits / lookups is the hit rate. A miss whose read had started before
-// the layer asked counts in reads_ahead, a read-ahead that was not needed in idle_reads; bytes_read includes
-// both. Those of `decode` leave out what only prompts ask for.
+// the layer needed it counts in reads_ahead, a read-ahead that was not needed in idle_reads; bytes_read
+// includes both. Counters of `decode` leave out experts that only prompts chose.
 struct LeaseCounts {
   int64_t lookups = 0, hits = 0, bytes_read = 0, reads_ahead = 0, idle_reads = 0, decode_lookups = 0,
           decode_hits = 0;
@@ -60,7 +60,7 @@ class CachedExperts : public LayerExperts {
   struct Options {
     int64_t experts_per_token;
     bool look_ahead;  // whether guesses for decode are read
-    // Reads experts that no token asked for, too, while there is a slot for every one.
+    // While there is a slot for every expert, also reads experts that no token chose.
     bool reads_all;
   };
   // A read that failed; the lease that needs the expert ends.
@@ -78,9 +78,9 @@ class CachedExperts : public LayerExperts {
 
   // ── leases ──
 
-  // Finds the experts, each named once, and issues reads for those that are missing. `scan` are those that
-  // only prompt tokens asked for: they pass through the cache without displacing experts that decode uses.
-  // Ends a lease that is still open.
+  // Finds the experts, each named once, and issues reads for those that are missing. `scan` are experts that
+  // only prompt tokens chose: they pass through the cache without displacing experts that decode uses. Ends
+  // a lease that is still open.
   void open(int64_t layer, std::vector<int32_t> experts, std::vector<int32_t> scan);
   bool is_open() const { return lease_.has_value(); }
   // Whether the open lease is for this dispatch, begun by begin().
@@ -94,7 +94,7 @@ class CachedExperts : public LayerExperts {
   bool collect(std::optional<Milliseconds> most);
   int64_t num_in_flight() const { return lease_ ? int64_t(lease_->in_flight.size()) : 0; }
   bool is_short_of_slots() const { return lease_ && !lease_->missing.empty(); }
-  // Ends the lease. Only after a whole one, experts that no token asked for may be read.
+  // Ends the lease. Only after a whole lease may experts that no token chose be read.
   void close(bool is_whole);
   // The experts that the stack's thread has run already.
   std::vector<int32_t> take_done();

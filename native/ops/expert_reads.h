@@ -1,6 +1,6 @@
 // expert_reads.h: reads of experts into the slots of a cache.
 //
-// StoreReads asks for the record of an expert when it is first read, and keeps a table of those it knows.
+// StoreReads requests the record of an expert when it is first read, and keeps a table of known records.
 #pragma once
 
 #include <chrono>

@@ -20,7 +20,7 @@
 
 namespace argosy {
 
-// For each rank of a guess, how often a guessed expert that was missing was then asked for.
+// For each rank of a guess, how often a missing guessed expert was then needed.
 class LookAhead {
  public:
   static constexpr double kLeastRight = 0.5;
@@ -35,7 +35,7 @@ class LookAhead {
   std::vector<int32_t> trusted(const std::vector<std::vector<int32_t>>& by_rank) const;
   // Records the missing experts of a guess for a layer.
   void remember(int64_t layer, std::vector<Ranked> missing);
-  // Compares the guess for a layer with the experts that it asked for.
+  // Compares the guess for a layer with the experts that it needed.
   void learn(int64_t layer, const std::vector<int32_t>& asked);
 
  private:

@@ -244,9 +244,8 @@ class Stack {
   // Computes the logits [num_rows][vocabulary] of rows of the last step, at most max_tokens rows.
   void logits(const int64_t* rows, int64_t num_rows, float* out);
 
-  // From the next step on, steps have at most so many tokens, no more than the stack was made for. Buffers
-  // and the scratch of the runtime have room for them, and the system gets the rest. Throws
-  // std::invalid_argument.
+  // Limits further steps to max_tokens tokens, no more than the stack was made for. Buffers and the
+  // runtime's scratch keep room for them, and the system gets the rest. Throws std::invalid_argument.
   void resize(int64_t max_tokens);
 
   const StackDescription& description() const { return description_; }

@@ -1,7 +1,7 @@
 // stack_sizes.h: the working memory of a Stack: its buffers and the scratch of its operations.
 //
-// The sizes follow from the dimensions of the layers, without their weights, so the memory plan asks for them
-// before anything is loaded, and a Stack allocates by the same numbers.
+// The sizes follow from the dimensions of the layers, without their weights, so the memory plan computes
+// them before anything is loaded, and a Stack allocates by the same numbers.
 #pragma once
 
 #include <cstdint>

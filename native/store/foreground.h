@@ -20,7 +20,7 @@ class Foreground {
   void begin();
   void end();
 
-  // Call it after so many seconds of work in the background, without holding a lock. Waits until there is no
+  // Call this after worked_seconds of work in the background, without holding a lock. Waits until there is no
   // work in the foreground, but no longer than the share demands, and never longer than a second.
   void give_way(double worked_seconds);
 

@@ -26,10 +26,10 @@
 // the calls.
 //
 // A store can imitate a slower drive: with `bytes_per_s`, a part lands no sooner than a drive of that rate
-// would have read it and all parts that began before it. Bytes from the page cache count, too.
+// would have read it and all parts that began before it. Bytes from the page cache also count.
 //
-// A store may begin in the background, to load a model beside others that answer: few parts are in progress
-// then, and its readers give way to work in the foreground.
+// A store may begin in the background, to load a model while others answer: few parts are then in progress,
+// and its readers give way to work in the foreground.
 #pragma once
 
 #include <array>

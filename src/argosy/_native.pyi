@@ -226,7 +226,7 @@ class Store:
         """Join the readers and close the files. Unfinished reads fail."""
 
 def trim_heap() -> None:
-    """Give freed heap memory back to the system, where the C library can."""
+    """Return freed heap memory to the system, if the C library can."""
 
 STAGING_BYTES: int = 2097152
 
@@ -249,7 +249,7 @@ def instruction_sets() -> list[InstructionSet]:
 
 def product_scratch_bytes(num_threads: int, instruction_set: str | None = None) -> int:
     """
-    The most memory that products of a Runtime take beside its scratch; 0 without AMX.
+    The most memory that products of a Runtime take besides its scratch; 0 without AMX.
     """
 
 def amx_state() -> str:
@@ -370,7 +370,7 @@ def transcode(
 
 def dequantize(format: Format, data: NDArray[numpy.uint8], rows: int, cols: int) -> NDArray[numpy.float32]:
     """
-    The weights [rows, cols] as the products use them, the same bits on every instruction set.
+    The weights [rows, cols] as products use them, with the same bits on every instruction set.
     """
 
 class Matrix:
@@ -684,7 +684,7 @@ class Dispatch:
 
     @property
     def scan(self) -> list[int]:
-        """Those that only prompt tokens chose."""
+        """The experts that only prompt tokens chose."""
 
     def assignments(self, expert: int) -> list[int]:
         """
@@ -709,7 +709,7 @@ class Dispatch:
 
 class LayerExperts:
     """
-    Experts of a layer that run elsewhere, while a step goes on without Python.
+    Experts of a layer that run elsewhere, while a step continues without Python.
     """
 
 class ExpertTable:
@@ -730,7 +730,7 @@ class ExpertTable:
 
     @property
     def num_runs(self) -> int:
-        """How many experts have run, counted once for each layer and step."""
+        """The number of experts that have run, counted once per layer and step."""
 
     def add_layer(
         self,
@@ -780,12 +780,12 @@ class ExpertTable:
 
 class CachePolicy:
     """
-    Decides which expert is in which slot, and which one is evicted: native/ops/cache_policy.h says how. Moves no bytes.
+    Decides which expert gets which slot, and which one leaves (native/ops/cache_policy.h). Moves no bytes.
 
     Keys are (layer, expert).
 
     Args:
-        layers: those whose experts may have these slots.
+        layers: the layers whose experts may use these slots.
     """
 
     def __init__(self, *, num_slots: int, layers: Sequence[int], experts_per_token: int) -> None: ...
@@ -794,10 +794,10 @@ class CachePolicy:
 
     def resize(self, num_slots: int) -> None:
         """
-        Have so many slots, numbered from 0.
+        Change the number of slots; slots are numbered from 0.
 
-        If there are more experts than slots, those are evicted that misses of decode would displace next. The others
-        stay where they are. `moves` brings those in slots that go to lower ones, which nobody else gets until then.
+        If there are more experts than slots, those that misses of decode would displace next are evicted. The others
+        stay in place. `moves` brings experts in removed slots to lower ones, which stay reserved until then.
         """
 
     def moves(self, num_slots: int) -> list[tuple[tuple[int, int], int, int]]:
@@ -805,7 +805,7 @@ class CachePolicy:
         Move the experts in slots from `num_slots` on, which is no less than the number of slots. None may be pinned.
 
         Returns:
-            What has to be copied now, (expert, its slot, its new slot); the new ones hold nothing.
+            The copies to make now, (expert, its slot, its new slot); the new slots are empty.
         """
 
     def begin(self, layer: int) -> None:
@@ -856,7 +856,7 @@ class CachePolicy:
     def num_resident(self) -> int: ...
     @property
     def floor(self) -> int:
-        """Experts that a layer keeps while another can give one."""
+        """Experts that a layer keeps while another layer can give one."""
 
     @property
     def window_slots(self) -> int:
@@ -898,7 +898,7 @@ class StoreReads(ExpertReads):
     Reads by a store into an arena.
 
     Args:
-        record_of: the record of an expert (layer, expert); asked once, when it is first read.
+        record_of: returns the record of (layer, expert); called once, before its first read.
     """
 
     def __init__(
@@ -907,18 +907,18 @@ class StoreReads(ExpertReads):
 
 class CachedExperts(LayerExperts):
     """
-    Leases of the experts of a layer, as many in memory as there are slots: native/ops/cached_experts.h.
+    Leases of the experts of a layer; memory holds one expert per slot (native/ops/cached_experts.h).
 
     As `LayerExperts`, a stack runs layers without Python, unless a read fails or a layer takes long; then the lease
     stays open. One thread at a time; counters may be read by any.
 
     Args:
         reads: how experts are read into the arena of the table.
-        table: where an expert lies is noted here.
+        table: receives the place of each expert.
         kinds: the policy of each kind of slots, its layers, and where its slots begin in the arena.
         keys: the experts that may be read.
         look_ahead: read guesses for decode.
-        reads_all: read experts that no token asks for, too, while there is a slot for every one.
+        reads_all: while there is a slot for every expert, also read experts that no token chose.
     """
 
     def __init__(
@@ -937,14 +937,14 @@ class CachedExperts(LayerExperts):
         Open a lease of experts of a layer, each named once; a lease that is still open ends.
 
         Args:
-            scan: experts that only prompt tokens asked for.
+            scan: experts that only prompt tokens chose.
         """
 
     def group(self) -> list[int] | None:
         """
-        The experts to compute next; none: all have been. None: wait with `collect`, unless there is a `failure`.
+        The experts to compute next; empty: all are done. None: wait with `collect`, unless there is a `failure`.
 
-        The weights of the group before may move.
+        The weights of the previous group may move.
         """
 
     def collect(self) -> None:
@@ -983,12 +983,12 @@ class CachedExperts(LayerExperts):
 
     def guess(self, layer: int, by_rank: Sequence[Sequence[int]], *, is_sweep: bool) -> None:
         """
-        Tell which experts the next lease may ask for, best first. Never waits.
+        Announce which experts the next lease may need, best first. Never waits.
         """
 
     def forget_hint(self) -> None:
         """
-        Give up what the last guess still holds, except reads that have begun. Never waits.
+        Release what the last guess still holds, except reads that have begun. Never waits.
         """
 
     def collect_early(self) -> None:
@@ -1044,7 +1044,7 @@ class ExchangeTimes:
 class PeerStats:
     """
     One connection of an `Exchange`, up to now. `queued_bytes` wait for the socket; `num_late` experts were answered
-    after somebody else, or after their ticket was forgotten. Requests of at most 32 rows are in `few_rows`.
+    after another peer, or after their ticket was forgotten. Requests of at most 32 rows are in `few_rows`.
     """
 
     @property
@@ -1117,7 +1117,7 @@ class Exchange:
 
     @property
     def peers(self) -> list[int]:
-        """Those that are connected."""
+        """The connected peers."""
 
     def send(
         self,
@@ -1144,12 +1144,12 @@ class Exchange:
 
     def resend(self, ticket: int, shares: Mapping[int, Sequence[int]]) -> None:
         """
-        Ask further peers. Experts whose outputs are there are left out; whoever answers first wins.
+        Ask further peers for missing experts; the first complete answer wins.
         """
 
     def receive(self, ticket: int, timeout_us: int) -> list[ExchangeEvent]:
         """
-        Wait for events of a ticket: none if the time is over, or if no peer owes it anything.
+        Wait for events of a ticket; empty if the time is over, or if no peer owes it an answer.
         """
 
     def drop(self, ticket: int, experts: Sequence[int]) -> None:
@@ -1162,12 +1162,12 @@ class Exchange:
 
     def forget(self, ticket: int) -> None:
         """
-        Cancel what was not answered. Nothing reads `rows` or writes `out` after this.
+        Cancel open requests. Nothing reads `rows` or writes `out` after this.
         """
 
     def guess(self, peer: int, layer: int, by_rank: Sequence[Sequence[int]], *, is_sweep: bool) -> None:
         """
-        Tell a peer which experts it may be asked for next (`ExpertRunner.guess`); dropped if the peer is gone or
+        Tell a peer which experts may be requested next (`ExpertRunner.guess`); dropped if the peer is gone or
         full.
         """
 
@@ -1218,11 +1218,11 @@ class Owner:
 
     Attributes:
         peer: its connection; None: there is none, or it is this machine.
-        is_slow: it was late, and still owes an answer.
-        is_set_aside: it computed something else than others.
-        is_resident: it has every expert in memory.
-        num_run, num_rerouted, num_verified, num_mismatches: experts, counted once for each layer and step, that it
-            ran; that were asked of it and then of another; that another computed, too; and whose bits differed then.
+        is_slow: it was late and still owes an answer.
+        is_set_aside: its results differed from those of others.
+        is_resident: it holds every expert in memory.
+        num_run, num_rerouted, num_verified, num_mismatches: counts of experts, once per layer and step: those that it
+            ran, that went to another owner after it, that another owner also computed, and whose bits then differed.
     """
 
     def __init__(self, name: str) -> None: ...
@@ -1262,16 +1262,16 @@ class Owner:
     def num_mismatches(self, arg: int, /) -> None: ...
     def set_rates(self, record_bytes: int, disk_bytes_per_s: float) -> None:
         """
-        Estimate what an expert of so many bytes takes here; 0 for the drive: unknown.
+        Estimate the seconds that an expert of this size takes here; 0 for the drive: unknown.
         """
 
     @property
     def hit_s(self) -> float:
-        """Seconds of an expert in memory."""
+        """Seconds to run an expert in memory."""
 
     @property
     def miss_s(self) -> float:
-        """Seconds of an expert that is read first."""
+        """Seconds to read and run an expert."""
 
     def remember(self, num_slots: int, *, num_layers: int, num_experts: int) -> None:
         """
@@ -1281,7 +1281,7 @@ class Owner:
         """
 
     def forget(self) -> None:
-        """Remember none: it may have been started again."""
+        """Forget its experts: it may have been restarted."""
 
     def note(self, layer: int, experts: Sequence[int]) -> None:
         """It has run these experts."""
@@ -1337,11 +1337,11 @@ class Owners:
         """
 
     def is_usable(self, owner: Owner) -> bool:
-        """Whether an owner can be asked now and is expected to answer in time."""
+        """Whether an owner can take requests now and is expected to answer in time."""
 
 class AskedCounts:
     """
-    Experts that were asked of owners, counted once for each layer and step; a hit was probably in its memory.
+    Experts requested from owners, counted once per layer and step; a hit was probably in the owner's memory.
     """
 
     @property
@@ -1355,7 +1355,7 @@ class AskedCounts:
 
 class BegunLayer:
     """
-    A layer whose experts were asked of owners. The one who takes it over forgets its ticket.
+    A layer whose experts were requested from owners. The caller that takes it over forgets its ticket.
     """
 
     @property
@@ -1368,7 +1368,7 @@ class BegunLayer:
 
     @property
     def done(self) -> list[int]:
-        """Experts whose outputs are there."""
+        """Experts whose outputs have arrived."""
 
     @property
     def shares(self) -> list[tuple[Owner, int, list[int], float]]:
@@ -1381,7 +1381,7 @@ class BegunLayer:
 
 class GroupExperts(LayerExperts):
     """
-    The experts of a group's layers, run by their owners without Python while nothing goes wrong.
+    The experts of a group's layers, run by their owners without Python as long as nothing goes wrong.
 
     When an owner fails, is late, or takes long, the stack stops at the layer; `take_over` returns what was begun.
     """
@@ -1397,7 +1397,7 @@ class GroupExperts(LayerExperts):
 
     def take_over(self) -> BegunLayer | None:
         """
-        The layer at which the stack stopped, as far as it was begun; None: it was not.
+        The layer at which the stack stopped, if it was begun; otherwise None.
         """
 
     def abandon(self) -> None:
@@ -1407,12 +1407,12 @@ class GroupExperts(LayerExperts):
         self, owners: Owners, layer: int, by_rank: Sequence[Sequence[int]], *, is_sweep: bool
     ) -> list[list[int]]:
         """
-        Pass a guess (`ExpertRunner.guess`) on to the workers that will be asked; return the ranks of this machine.
+        Pass a guess (`ExpertRunner.guess`) on to the workers concerned; return the ranks of this machine.
         """
 
     @staticmethod
     def wants_guess(owners: Owners) -> bool:
-        """Whether a guess would be of use to a worker."""
+        """Whether a guess would help a worker."""
 
     def patience_s(self, owner: Owner, peer: int, layer: int, num_rows: int, experts: Sequence[int]) -> float:
         """
@@ -1422,14 +1422,14 @@ class GroupExperts(LayerExperts):
         """
 
     def count_asked(self, owner: Owner, layer: int, dispatch: Dispatch, experts: Sequence[int]) -> None:
-        """Count experts that are asked of a worker."""
+        """Count experts requested from a worker."""
 
     @property
     def counts(self) -> AskedCounts: ...
 
 class WorkerRequest:
     """
-    Rows and assignments of a request, with numbers of their own. The arrays are the link's memory, which the next
+    Rows and assignments of a request, with their own numbering. The arrays are the link's memory, which the next
     request overwrites.
     """
 
@@ -1446,7 +1446,7 @@ class WorkerRequest:
         """[assignments, hidden], to be written."""
 
 class WorkerGuess:
-    """What the coordinator may ask for next."""
+    """The experts that the coordinator may request next."""
 
     @property
     def layer(self) -> int: ...
@@ -1457,8 +1457,8 @@ class WorkerGuess:
 
 class WorkerLink:
     """
-    A worker's end of one connection: one request after another. One thread serves it; `interrupt`, `close` and
-    `status` are for any.
+    A worker's end of one connection: one request after another. One thread serves it; any thread may call
+    `interrupt`, `close` and `status`.
 
     Takes over `fd`, a connected stream socket. Its memory is `worker_link_bytes`, from the start.
 
@@ -1494,7 +1494,7 @@ class WorkerLink:
     @property
     def is_cancelled(self) -> bool:
         """
-        Whether nobody wants the request any more; it has ended then. Never waits.
+        Whether the request was cancelled, which ends it. Never waits.
         """
 
     def serve_resident(self, runtime: Runtime, table: ExpertTable) -> bool:
@@ -1511,7 +1511,7 @@ class WorkerLink:
 
     def interrupt(self) -> None:
         """
-        Make the call of `next` or `serve_resident` that runs, or the following one, return.
+        Make the running call of `next` or `serve_resident`, or the following one, return.
         """
 
     @property
@@ -1522,10 +1522,10 @@ class WorkerLink:
     def status(self, arg: bytes, /) -> None: ...
     @property
     def buffer_bytes(self) -> int:
-        """Bytes of its buffers."""
+        """The bytes of its buffers."""
 
     def close(self) -> None:
-        """End the connection; a call of `next` that runs returns None."""
+        """End the connection; a running call of `next` returns None."""
 
 def worker_link_bytes(
     *, hidden: int, num_experts: Sequence[int], most_rows: int, most_assignments: int
@@ -1788,7 +1788,7 @@ class StackSizes:
         self, num_experts: int, experts_per_token: int, width: int, shared_width: int, has_norm: bool = False
     ) -> None: ...
     def add_ffn_post_norm(self) -> None:
-        """Some layer has a norm of what its feed-forward networks add together."""
+        """Add the norm of the summed outputs of a layer's feed-forward networks."""
 
     def buffer_bytes(self, max_tokens: int) -> int:
         """Bytes that a Stack allocates for steps of at most `max_tokens`."""
@@ -1908,7 +1908,7 @@ class Stack:
 
     def finish_experts(self, experts: Sequence[int]) -> None:
         """
-        Say that the outputs of these experts of the waiting layer are in `expert_out`; each once.
+        Announce that the outputs of these experts of the waiting layer are in `expert_out`; each once.
         """
 
     def rows(self) -> NDArray[numpy.float32]:
@@ -1966,7 +1966,7 @@ class Stack:
     @property
     def layers_done(self) -> int:
         """
-        The layers that the step has run; 0 once it is done. Any thread may ask while it runs.
+        The layers that the step has run; 0 once it is done. Any thread may call this while it runs.
         """
 
     @property
