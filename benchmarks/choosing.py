@@ -84,7 +84,7 @@ def row_of(machine: str, forecast: Forecast, owner: Owner) -> str:
         return f"| `{machine}` | no, it needs {format_bytes(forecast.smallest_bytes)} | | | | | | |"
     decode, prompt = forecast.decode[0], forecast.prompts[0]
     priced = cost(owner, prompt_s=prompt.seconds.likely, tokens_per_s=decode.tokens_per_s.likely)
-    share = forecast.plan.num_slots / max(1, forecast.plan.num_experts)
+    share = forecast.plan.slots.own / max(1, forecast.plan.slots.num_experts)
     verdict = {"thrashes": "barely", "streams": "streams", "resident": "resident"}[forecast.verdict]
     cells = (
         f"`{machine}`", verdict, f"{share:.0%}", spread(decode.tokens_per_s), spread(prompt.seconds),

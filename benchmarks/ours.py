@@ -98,7 +98,7 @@ def main() -> None:
         seconds=time.perf_counter() - begin,
         bytes_read=counters.bytes_read,
         plan=[list(line) for line in engine.plan.lines()],
-        is_resident=engine.plan.is_resident,
+        is_resident=engine.plan.slots.is_resident,
     )
     if job.get("logits"):
         import numpy as np

@@ -103,7 +103,7 @@ def run_cell(job: dict[str, Any]) -> dict[str, Any]:
         "peak_bytes": peak + resources.process_footprint().page_table_bytes,
         "planned_bytes": planned.total_bytes,
         "parts": planned.as_dict(),
-        "filled": resident / max(1, min(planned.num_experts, planned.num_slots)),
+        "filled": resident / max(1, min(planned.slots.num_experts, planned.slots.own)),
     }
 
 

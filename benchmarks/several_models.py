@@ -100,7 +100,7 @@ def budget_of(models: Sequence[Path]) -> int:
         "claims = (*server_claims(keeps_content=False), Claim('replay_bytes', 4 * MIB))\n"
         "ready, process = make_ready(wanted, claims=claims, recorder=None)\n"
         "print(json.dumps([process, [one.floor_bytes for one in ready],"
-        " [one.plan.num_experts * one.plan.slot_bytes for one in ready]]))\n"
+        " [one.plan.slots.num_experts * one.plan.slots.slot_bytes for one in ready]]))\n"
     )
     command = [sys.executable, "-c", code, *map(str, models)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

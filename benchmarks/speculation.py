@@ -151,7 +151,7 @@ def compare(
 ) -> None:
     """Answer the same texts without and with speculation, in turns."""
     for engine in (off, on):
-        if not engine.plan.is_resident:
+        if not engine.plan.slots.is_resident:
             raise SystemExit("the experts must be in memory; give two engines more with --memory")
         rates(engine, texts[:1], given=given)
     samples = alternate(

@@ -335,7 +335,7 @@ def inside(trillion: Trillion, options: argparse.Namespace) -> None:
                     "parts": parts,
                     "plan": engine.plan.lines(),
                     "budget_bytes": engine.plan.budget_bytes,
-                    "slots": engine.plan.num_slots,
+                    "slots": engine.plan.slots.own,
                     "kv_bytes_per_token": engine.plan.kv_bytes // engine.plan.context_tokens,
                 }
             )

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from argosy.budget.expert_memory import OWN, ExpertMemory
-from argosy.config import MIB
+from argosy.config import MIB, ExpertSlots
 from argosy.engine.turns import Turns
 from argosy.errors import UsageError
 
@@ -23,12 +23,12 @@ class Slots:
         self.noted = [100]
         self.now = 0.0
 
-    def resize(self, num_slots: int, *, held_slots: int | None = None) -> None:
-        assert held_slots is not None
-        assert held_slots >= num_slots
+    def resize(self, num_slots: int, *, held: int | None = None) -> None:
+        assert held is not None
+        assert held >= num_slots
         self.now += PIECE_S
         self.num_slots = num_slots
-        self.noted.append(held_slots)
+        self.noted.append(held)
 
 
 @pytest.fixture
@@ -43,9 +43,8 @@ def lock() -> Turns:
 
 @pytest.fixture
 def memory(cache: Slots, lock: Turns) -> ExpertMemory:
-    return ExpertMemory(
-        cache, num_slots=100, slot_bytes=SLOT_BYTES, most_slots=120, lock=lock, clock=lambda: cache.now
-    )
+    slots = ExpertSlots(own=100, lent=15, idle=5, num_experts=1000, slot_bytes=SLOT_BYTES)
+    return ExpertMemory(cache, slots, lock=lock, clock=lambda: cache.now)  # type: ignore[arg-type]
 
 
 def test_memory_that_is_lent_has_slots_up_to_the_most_that_there_can_be(
@@ -54,13 +53,13 @@ def test_memory_that_is_lent_has_slots_up_to_the_most_that_there_can_be(
     memory.allow("KV cache", 5 * SLOT_BYTES - 1)
     assert cache.noted[-1] == memory.num_slots == 104  # never more than what is lent
     memory.allow("prompts", 1)
-    assert (cache.noted[-1], memory.lent_slots) == (105, 5)
+    assert (cache.noted[-1], memory.num_slots) == (105, 105)
     memory.allow("pictures", 1000 * SLOT_BYTES)
-    assert (cache.noted[-1], memory.lent_slots) == (120, 20)
+    assert (cache.noted[-1], memory.num_slots) == (120, 120)
     memory.allow("KV cache", 0)
     assert cache.noted[-1] == 120  # pictures lend enough
     memory.allow("pictures", 0)
-    assert (cache.noted[-1], memory.lent_slots) == (100, 0)
+    assert (cache.noted[-1], memory.num_slots) == (100, 100)
 
 
 def test_a_step_gets_what_it_needs_at_once(memory: ExpertMemory, cache: Slots) -> None:

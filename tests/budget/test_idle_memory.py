@@ -17,7 +17,7 @@ from argosy.budget.footprint import KvLayout, ModelFootprint, kv_blocks
 from argosy.budget.idle_memory import IdleMemory
 from argosy.budget.memory_plan import MemoryPlan
 from argosy.budget.planner import plan_memory
-from argosy.config import KV_BLOCK_TOKENS, MIB, Budget, EngineConfig
+from argosy.config import KV_BLOCK_TOKENS, MIB, Budget, EngineConfig, ExpertSlots
 from argosy.engine import start
 from argosy.engine.turns import Turns
 from argosy.errors import DoesNotFit, PromptTooLong, UsageError
@@ -32,6 +32,7 @@ from tests.budget.conftest import CONTEXT
 
 NUM_BLOCKS, SLOT_BYTES, BUFFER_BYTES = 1024, 1 * MIB, 64 * 1024  # buffers: for each token
 STEP_TOKENS, DECODE_TOKENS = 512, 8
+SLOTS = ExpertSlots(own=10, idle=990, num_experts=1000, slot_bytes=SLOT_BYTES)
 SHAPES = [_native.KvShape.keys_values(4, 128)]  # keys and values of a block take 32 KiB each
 
 
@@ -40,7 +41,7 @@ class Lender:
 
     def __init__(self) -> None:
         self.told: list[tuple[str, int]] = []
-        self.experts = ExpertMemory(self, num_slots=10, slot_bytes=SLOT_BYTES, most_slots=1000, lock=Turns())
+        self.experts = ExpertMemory(self, SLOTS, lock=Turns())  # type: ignore[arg-type]
         self.kv = _native.KvCache(SHAPES, NUM_BLOCKS, 16, "f32")
         self.blocks = KvBlocks(NUM_BLOCKS, 16)
         self.memory = IdleMemory(
@@ -53,8 +54,8 @@ class Lender:
             decode_tokens=DECODE_TOKENS,
         )
 
-    def resize(self, num_slots: int, *, held_slots: int | None = None) -> None:
-        assert held_slots == num_slots  # steps take it at once
+    def resize(self, num_slots: int, *, held: int | None = None) -> None:
+        assert held == num_slots  # steps take it at once
         self.told.append(("slots", num_slots))
 
     def decode(self, num_steps: int = 1) -> None:
@@ -169,7 +170,7 @@ def planned(model: Path, budget_bytes: int) -> MemoryPlan:
 @pytest.fixture(scope="module")
 def answers(model: Path) -> list[list[int]]:
     with Engine.open(model, memory="3GiB", prefix_reuse=False, **OPTIONS) as engine:
-        assert engine.plan.is_resident
+        assert engine.plan.slots.is_resident
         return [engine.generate(prompt, GREEDY).token_ids for prompt in PROMPTS]
 
 
@@ -179,28 +180,28 @@ def tight(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     monkeypatch.setattr(start, "held_bytes", lambda: HELD)  # the size of a test process varies
     monkeypatch.setattr(start, "process_bytes", lambda tokenizer: HELD)
     everything = planned(model, 1 << 40)
-    budget = everything.total_bytes - MISSING * everything.slot_bytes
+    budget = everything.total_bytes - MISSING * everything.slots.slot_bytes
     with Engine.open(model, memory=budget, **OPTIONS) as engine:
         yield engine
 
 
 def test_a_plan_counts_what_lending_takes(model: Path) -> None:
     everything = planned(model, 1 << 40)
-    assert everything.idle_slots == 0
-    tight = planned(model, everything.total_bytes - MISSING * everything.slot_bytes)
-    assert 0 < tight.num_slots < 24
+    assert everything.slots.idle == 0
+    tight = planned(model, everything.total_bytes - MISSING * everything.slots.slot_bytes)
+    assert 0 < tight.slots.own < 24
     assert tight.total_bytes <= tight.budget_bytes
     idle = tight.idle_buffer_bytes + tight.kv_bytes
-    assert tight.num_slots + tight.idle_slots == min(96, tight.num_slots + idle // tight.slot_bytes)
-    assert tight.decode_slots(CONTEXT) == tight.num_slots + min(
-        tight.idle_slots, tight.idle_buffer_bytes // tight.slot_bytes
+    assert tight.slots.own + tight.slots.idle == min(96, tight.slots.own + idle // tight.slots.slot_bytes)
+    assert tight.slots_in_decode(CONTEXT) == tight.slots.own + min(
+        tight.slots.idle, tight.idle_buffer_bytes // tight.slots.slot_bytes
     )
-    assert tight.decode_slots(0) == tight.num_slots + tight.idle_slots
-    assert tight.decode_slots(1) == tight.num_slots + min(
-        tight.idle_slots,
-        (tight.idle_buffer_bytes + tight.kv_layout.free_bytes(CONTEXT // 32)) // tight.slot_bytes,
+    assert tight.slots_in_decode(0) == tight.slots.own + tight.slots.idle
+    assert tight.slots_in_decode(1) == tight.slots.own + min(
+        tight.slots.idle,
+        (tight.idle_buffer_bytes + tight.kv_layout.free_bytes(CONTEXT // 32)) // tight.slots.slot_bytes,
     )
-    assert tight.as_dict()["idle_expert_slots"] == tight.idle_slots
+    assert tight.as_dict()["idle_expert_slots"] == tight.slots.idle
     assert "in idle memory" in tight.parts()[-1].note
 
 
@@ -225,7 +226,7 @@ def test_answers_are_the_same_while_memory_is_lent_and_taken_back(
 ) -> None:
     plan, cache, buffers = tight.plan, tight._started.model.cache, tight._started.model.decoder._stack
     assert cache is not None
-    most, fewest = (plan.idle_buffer_bytes // plan.slot_bytes, plan.num_slots)
+    most, fewest = (plan.idle_buffer_bytes // plan.slots.slot_bytes, plan.slots.own)
     assert most > 4
     whole = buffers.buffer_bytes
     for prompt, expected in zip(PROMPTS * 2, answers * 2, strict=True):
@@ -259,7 +260,7 @@ def test_the_budget_may_change_in_the_middle_of_answers(
     tight: Engine, model: Path, answers: list[list[int]]
 ) -> None:
     opened = tight.plan
-    slot = opened.slot_bytes
+    slot = opened.slots.slot_bytes
     budgets = [
         opened.budget_bytes - 6 * slot, opened.budget_bytes + 20 * slot, opened.total_bytes - 8 * slot,
         opened.budget_bytes + 100 * slot, opened.budget_bytes,
@@ -270,15 +271,15 @@ def test_the_budget_may_change_in_the_middle_of_answers(
         plan = tight.resize(budgets[len(seen) % len(budgets)])
         assert plan is tight.plan
         assert plan.total_bytes <= plan.budget_bytes
-        assert not plan.is_packed
+        assert not plan.slots.is_packed
         facts = tight.facts()
         assert facts.budget_bytes == plan.budget_bytes
         seen.append(facts.expert_slots)
         tight.step()
     assert [one.new_ids for one in sequences] == answers
     assert max(seen) == 96
-    assert min(seen) < opened.num_slots + opened.idle_slots
-    assert tight.resize(opened.budget_bytes).num_slots == opened.num_slots
+    assert min(seen) < opened.slots.own + opened.slots.idle
+    assert tight.resize(opened.budget_bytes).slots.own == opened.slots.own
 
 
 def test_below_the_fewest_experts_kv_blocks_leave_that_no_answer_needs(
@@ -295,9 +296,9 @@ def test_below_the_fewest_experts_kv_blocks_leave_that_no_answer_needs(
     assert tight.plan is opened
     needed = refused.value.facts["needed_bytes"]
     assert isinstance(needed, int)
-    assert needed < opened.total_bytes - opened.num_slots * opened.slot_bytes
+    assert needed < opened.total_bytes - opened.slots.own * opened.slots.slot_bytes
     plan = tight.resize(needed)
-    assert plan.num_slots == 2
+    assert plan.slots.own == 2
     assert blocks.num_blocks == kv_blocks(plan.context_tokens) < kv_blocks(CONTEXT)
     assert plan.context_tokens >= len(PROMPTS[0]) + 24
     with pytest.raises(PromptTooLong):
@@ -328,7 +329,7 @@ def test_experts_leave_in_the_middle_of_a_step_that_a_smaller_budget_would_wait_
     runner = tight._started.model.experts
     assert isinstance(runner, CachedRunner)
     run, seen, asked = runner.run, list[tuple[int, int]](), list[threading.Thread]()
-    smaller = opened.total_bytes - 8 * opened.slot_bytes
+    smaller = opened.total_bytes - 8 * opened.slots.slot_bytes
     steps = 0
 
     def ask_within(layer: int, *arguments: Any) -> Any:
@@ -348,7 +349,7 @@ def test_experts_leave_in_the_middle_of_a_step_that_a_smaller_budget_would_wait_
         tight.step()
     asked[0].join()
     first = [slots for step, slots in seen if step == 1]
-    assert first[0] - first[-1] == opened.num_slots - tight.plan.num_slots > 0
+    assert first[0] - first[-1] == opened.slots.own - tight.plan.slots.own > 0
     assert tight.plan.budget_bytes == smaller
     assert sequence.new_ids == answers[1]
     assert tight._started.model.decoder.between_layers is None
@@ -407,7 +408,7 @@ def test_experts_leave_in_the_middle_of_a_step_that_is_one_native_call(
     model: Path, monkeypatch: pytest.MonkeyPatch, are_in_slots: bool
 ) -> None:
     with Engine.open(model, memory="3GiB", **SLOW) as engine:
-        opened, smaller = engine.plan, engine.plan.total_bytes - MISSING * engine.plan.slot_bytes
+        opened, smaller = engine.plan, engine.plan.total_bytes - MISSING * engine.plan.slots.slot_bytes
         expected = engine.generate(LONG, TWO).token_ids
         if are_in_slots:
             engine.resize(smaller)
@@ -419,7 +420,7 @@ def test_experts_leave_in_the_middle_of_a_step_that_is_one_native_call(
         assert num_stops > 0
         assert (new_ids, error) == (expected, None)
         assert engine.plan.budget_bytes == smaller
-        assert engine.facts().expert_slots < opened.num_experts
+        assert engine.facts().expert_slots < opened.slots.num_experts
 
 
 def test_what_keeps_experts_from_leaving_within_a_step_fails_no_answer(
@@ -432,8 +433,8 @@ def test_what_keeps_experts_from_leaving_within_a_step_fails_no_answer(
         def refuse(*_: object, **__: object) -> None:
             raise MemoryError("no addresses")
 
-        monkeypatch.setattr(engine._started.model, "move_to_slots", refuse)
-        smaller = opened.total_bytes - MISSING * opened.slot_bytes
+        monkeypatch.setattr(engine._started.model, "unpack", refuse)
+        smaller = opened.total_bytes - MISSING * opened.slots.slot_bytes
         new_ids, num_stops, error = resize_within_a_step(engine, smaller, monkeypatch)
         assert (new_ids, num_stops) == (expected, 0)
         assert isinstance(error, MemoryError)
@@ -445,19 +446,19 @@ def test_experts_that_lie_end_to_end_move_into_slots_when_the_budget_is_too_smal
 ) -> None:
     with Engine.open(model, memory="3GiB", **OPTIONS) as engine:
         opened, model_ = engine.plan, engine._started.model
-        assert opened.is_packed
-        assert engine.resize(opened.total_bytes).is_packed
+        assert opened.slots.is_packed
+        assert engine.resize(opened.total_bytes).slots.is_packed
         sequences = [engine.submit(prompt, GREEDY) for prompt in PROMPTS]
         for _ in range(8):
             engine.step()
         before = engine.ledger
         assert before.lookups == before.hits > 0
         arena = model_.experts._arena  # type: ignore[union-attr]
-        plan = engine.resize(opened.total_bytes - MISSING * opened.slot_bytes)
+        plan = engine.resize(opened.total_bytes - MISSING * opened.slots.slot_bytes)
         assert not arena.nbytes
-        assert not plan.is_packed
-        assert 2 <= plan.num_slots < 24
-        assert plan.idle_slots > 0
+        assert not plan.slots.is_packed
+        assert 2 <= plan.slots.own < 24
+        assert plan.slots.idle > 0
         assert plan.total_bytes <= plan.budget_bytes
         assert engine.facts().num_resident == 0
         assert engine.ledger.lookups == before.lookups
@@ -466,8 +467,8 @@ def test_experts_that_lie_end_to_end_move_into_slots_when_the_budget_is_too_smal
             engine.step()
         assert [one.new_ids for one in sequences] == answers
         assert engine.ledger.hits < engine.ledger.lookups
-        assert engine.facts().expert_slots == model_.cache._arena.nbytes // opened.slot_bytes  # type: ignore[union-attr]
-        assert engine.resize(opened.budget_bytes).num_slots == opened.num_experts
+        assert engine.facts().expert_slots == model_.cache._arena.nbytes // opened.slots.slot_bytes  # type: ignore[union-attr]
+        assert engine.resize(opened.budget_bytes).slots.own == opened.slots.num_experts
         for prompt, expected in zip(PROMPTS * 2, answers * 2, strict=True):
             assert list(engine.generate(prompt, GREEDY).token_ids) == expected
         assert model_.experts is not None

@@ -65,25 +65,25 @@ def test_a_plan_of_any_share_fits_in_it_and_counts_what_is_lent(
     options = TEXT if which == "model" else MEDIA
     (ready,) = made_ready(request.getfixturevalue(which), "one", **options)
     floor, fewest = ready.plan, ready.model.experts_per_token
-    assert floor.num_slots == fewest
-    assert floor.lent_slots > 0 if which == "seeing" else floor.idle_slots > 0
+    assert floor.slots.own == fewest
+    assert floor.slots.lent > 0 if which == "seeing" else floor.slots.idle > 0
     before = 0
     for share_bytes in (*range(0, ready.most_bytes, ready.most_bytes // 40), ready.most_bytes):
         plan = grown(ready.footprint, floor, ready.budget_bytes(share_bytes))
         assert plan.total_bytes <= floor.total_bytes + share_bytes
-        assert plan.left_bytes < 2 * plan.slot_bytes or plan.is_resident
-        assert before <= plan.num_slots <= plan.reachable_slots <= plan.num_experts
-        assert plan.num_slots < plan.reachable_slots or plan.is_resident
-        assert plan.bookkeeping_bytes >= ready.footprint.cache_record_bytes(plan.reachable_slots)
-        before = plan.num_slots
-    assert before == floor.num_experts
+        assert plan.left_bytes < 2 * plan.slots.slot_bytes or plan.slots.is_resident
+        assert before <= plan.slots.own <= plan.slots.reachable <= plan.slots.num_experts
+        assert plan.slots.own < plan.slots.reachable or plan.slots.is_resident
+        assert plan.bookkeeping_bytes >= ready.footprint.record_bytes(plan.slots)
+        before = plan.slots.own
+    assert before == floor.slots.num_experts
 
 
 def test_answers_are_the_same_while_two_models_lend_take_back_and_change_their_shares(model: Path) -> None:
     with Engine.open(model, memory="3GiB", **TEXT) as engine:
         expected = [engine.generate(prompt, GREEDY).token_ids for prompt in PROMPTS]
     ready = made_ready(model, "one", "two", **TEXT)
-    slot_bytes = ready[0].plan.slot_bytes
+    slot_bytes = ready[0].plan.slots.slot_bytes
     shares = [20 * slot_bytes, 4 * slot_bytes, 40 * slot_bytes]
     with opened(*ready, share_bytes=shares[0]) as engines:
         for at, prompt in enumerate(PROMPTS * 2):
@@ -94,14 +94,14 @@ def test_answers_are_the_same_while_two_models_lend_take_back_and_change_their_s
                     engine.step()
                     cache, facts = engine._started.model.cache, engine.facts()
                     assert cache is not None
-                    assert engine.plan.num_slots <= facts.expert_slots <= engine.plan.reachable_slots
+                    assert engine.plan.slots.own <= facts.expert_slots <= engine.plan.slots.reachable
                     assert cache._arena.nbytes == facts.expert_slots * cache.slot_bytes
                 seen.append(facts.expert_slots)
                 if len(seen) == 15:
                     for one, engine in zip(ready, engines, strict=True):
                         engine.resize(one.budget_bytes(shares[(at + 1) % 3]), is_share=True)
             assert [sequence.new_ids for sequence in sequences] == [expected[at % 3]] * 2
-            assert seen[-1] > engines[1].plan.num_slots  # idle memory is lent
+            assert seen[-1] > engines[1].plan.slots.own  # idle memory is lent
             if at == 0:
                 assert seen[0] < seen[10]  # a prompt of a hundred tokens had taken its buffers
 
@@ -122,18 +122,18 @@ def test_a_picture_takes_its_memory_back_from_experts_of_a_model_beside_others(s
     with Engine.open(seeing, memory="3GiB", **MEDIA) as engine:
         expected = answers(engine, with_picture=True)
     ready = made_ready(seeing, "one", "two", **MEDIA)
-    with opened(*ready, share_bytes=4 * ready[0].plan.slot_bytes) as (engine, other):
+    with opened(*ready, share_bytes=4 * ready[0].plan.slots.slot_bytes) as (engine, other):
         assert isinstance(engine.media, PromptMedia)
         plan, now = engine.plan, 0.0
         engine.media.memory._clock = lambda: now
         for _ in range(2):
             assert engine.media.memory.is_lent
-            assert engine.facts().expert_slots == plan.num_slots + plan.lent_slots
+            assert engine.facts().expert_slots == plan.slots.own + plan.slots.lent
             assert answers(engine, with_picture=False) == expected[:2]
             assert answers(engine, with_picture=True) == expected
             assert not engine.media.memory.is_lent
-            assert plan.num_slots <= engine.facts().expert_slots < plan.num_slots + plan.lent_slots
-            assert other.facts().expert_slots == plan.num_slots + plan.lent_slots  # it has a loan of its own
+            assert plan.slots.own <= engine.facts().expert_slots < plan.slots.own + plan.slots.lent
+            assert other.facts().expert_slots == plan.slots.own + plan.slots.lent  # it has a loan of its own
             now += IDLE_S
             engine.generate([5, 9], GREEDY)
 
@@ -170,7 +170,7 @@ for at, prompt in enumerate(prompts):
     engines[more].resize(ready[more].budget_bytes(half + half // 2), is_share=True)
 for one, engine in zip(ready, engines):
     one.close(engine)
-print(json.dumps([told, most, [one.plan.num_slots + half // one.plan.slot_bytes for one in ready]]))
+print(json.dumps([told, most, [one.plan.slots.own + half // one.plan.slots.slot_bytes for one in ready]]))
 """
 
 

@@ -19,7 +19,7 @@ from argosy.budget.footprint import ModelFootprint
 from argosy.budget.media_memory import IDLE_S, MediaMemory
 from argosy.budget.memory_plan import MemoryPlan
 from argosy.budget.planner import plan_memory
-from argosy.config import MIB, Budget, EngineConfig
+from argosy.config import MIB, Budget, EngineConfig, ExpertSlots
 from argosy.engine import start
 from argosy.engine.media.prompt_media import PromptMedia
 from argosy.engine.turns import Turns
@@ -40,8 +40,8 @@ class Slots:
     def __init__(self) -> None:
         self.noted = [NUM_SLOTS]
 
-    def resize(self, num_slots: int, *, held_slots: int | None = None) -> None:
-        self.noted.append(num_slots if held_slots is None else held_slots)
+    def resize(self, num_slots: int, *, held: int | None = None) -> None:
+        self.noted.append(num_slots if held is None else held)
 
 
 class Lender:
@@ -52,10 +52,8 @@ class Lender:
         self.cache, self.lock = Slots(), Turns()
         self.cleared: list[int] = []
         self.experts = ExpertMemory(
-            self.cache,
-            num_slots=NUM_SLOTS,
-            slot_bytes=SLOT_BYTES,
-            most_slots=NUM_SLOTS + LENT_SLOTS,
+            self.cache,  # type: ignore[arg-type]
+            ExpertSlots(own=NUM_SLOTS, lent=LENT_SLOTS, num_experts=1000, slot_bytes=SLOT_BYTES),
             lock=self.lock,
             clock=lambda: self.now,
         )
@@ -71,10 +69,10 @@ class Lender:
 def test_it_is_lent_until_a_picture_comes_and_again_after_a_minute_without() -> None:
     lender = Lender()
     lender.memory.settle()
-    assert lender.experts.lent_slots == LENT_SLOTS
+    assert lender.experts.num_slots == NUM_SLOTS + LENT_SLOTS
     with lender.memory.use():
         assert not lender.memory.is_lent
-        assert lender.experts.lent_slots == 0
+        assert lender.experts.num_slots == NUM_SLOTS
         assert lender.cache.noted == [NUM_SLOTS, NUM_SLOTS + LENT_SLOTS, NUM_SLOTS]
         lender.now += 10 * IDLE_S
         lender.memory.settle()  # it is still used
@@ -159,21 +157,21 @@ def planned(model: Path, budget_bytes: int) -> MemoryPlan:
 
 def test_a_plan_lends_what_media_take_only_while_they_are_there(model: Path) -> None:
     everything = planned(model, 1 << 40)
-    assert everything.is_resident
-    assert everything.lent_slots == 0  # nothing is left to lend to
-    for missing in (1, everything.num_experts // 2, everything.num_experts - 4):
-        tight = planned(model, everything.total_bytes - missing * everything.slot_bytes)
-        assert tight.num_slots < everything.num_experts
-        assert tight.num_slots + tight.lent_slots == everything.num_experts
-        assert tight.lent_slots * tight.slot_bytes <= lendable_bytes(tight.encoder_bytes)
+    assert everything.slots.is_resident
+    assert everything.slots.lent == 0  # nothing is left to lend to
+    for missing in (1, everything.slots.num_experts // 2, everything.slots.num_experts - 4):
+        tight = planned(model, everything.total_bytes - missing * everything.slots.slot_bytes)
+        assert tight.slots.own < everything.slots.num_experts
+        assert tight.slots.own + tight.slots.lent == everything.slots.num_experts
+        assert tight.slots.lent * tight.slots.slot_bytes <= lendable_bytes(tight.encoder_bytes)
         assert tight.total_bytes <= tight.budget_bytes
         mapped = tight.total_bytes - 50 * MIB - tight.page_table_bytes
-        assert tight.page_table_bytes >= page_table_bytes(mapped + tight.lent_slots * tight.slot_bytes)
-        assert tight.as_dict()["lent_expert_slots"] == tight.lent_slots
-        assert f", {everything.num_experts} while there are no pictures" in tight.parts()[-1].note
+        assert tight.page_table_bytes >= page_table_bytes(mapped + tight.slots.lent * tight.slots.slot_bytes)
+        assert tight.as_dict()["lent_expert_slots"] == tight.slots.lent
+        assert f", {everything.slots.num_experts} while there are no pictures" in tight.parts()[-1].note
     config = EngineConfig(budget=Budget(ram_bytes=1 << 40), threads=1, expert_slots=6)
     fixed = plan_memory(ModelFootprint(open_model(model), config), config, process_bytes=50 * MIB)
-    assert (fixed.num_slots, fixed.lent_slots) == (6, 0)  # whoever fixes the number gets it
+    assert (fixed.slots.own, fixed.slots.lent) == (6, 0)  # whoever fixes the number gets it
 
 
 def open_with(model: Path, budget_bytes: int, **options: Any) -> Engine:
@@ -213,13 +211,13 @@ def test_a_budget_without_room_for_media_runs_text_and_says_why_it_sees_nothing(
 def tight_engine(model: Path, num_missing: int) -> Iterator[Engine]:
     """An engine whose budget is so small that some experts have room only in the memory for pictures."""
     everything = planned(model, 1 << 40)
-    budget = everything.total_bytes - num_missing * everything.slot_bytes
+    budget = everything.total_bytes - num_missing * everything.slots.slot_bytes
     options: dict[str, Any] = {"threads": 1, "image_tokens": 64, "chunk_tokens": 16, "prefix_reuse": False}
     with pytest.MonkeyPatch.context() as patch:  # the size of a test process varies
         patch.setattr(start, "held_bytes", lambda: 50 * MIB)
         patch.setattr(start, "process_bytes", lambda tokenizer: 50 * MIB)
         with Engine.open(model, memory=f"{budget // MIB}MiB", **options) as engine:
-            assert 0 < engine.plan.num_slots < engine.plan.num_experts - num_missing // 2
+            assert 0 < engine.plan.slots.own < engine.plan.slots.num_experts - num_missing // 2
             yield engine
 
 
@@ -237,7 +235,7 @@ def answers(engine: Engine, seed: int | None = None) -> list[list[int]]:
 
 def test_answers_are_the_same_while_memory_is_lent_taken_back_and_lent_again(model: Path) -> None:
     with Engine.open(model, memory="3GiB", threads=1, image_tokens=64, prefix_reuse=False) as engine:
-        assert engine.plan.is_resident
+        assert engine.plan.slots.is_resident
         expected = [answers(engine, seed) for seed in range(3)]
     with tight_engine(model, num_missing=40) as engine:
         assert isinstance(engine.media, PromptMedia)
@@ -245,13 +243,13 @@ def test_answers_are_the_same_while_memory_is_lent_taken_back_and_lent_again(mod
         now = 0.0
         memory._clock = lambda: now
         for seed in range(3):
-            assert engine.facts().expert_slots == plan.num_slots + plan.lent_slots
+            assert engine.facts().expert_slots == plan.slots.own + plan.slots.lent
             assert answers(engine) == expected[seed][:-1]
-            assert engine.facts().num_resident > plan.num_slots
+            assert engine.facts().num_resident > plan.slots.own
             assert not engine.media._encoders._open
             assert answers(engine, seed) == expected[seed]
-            assert engine.facts().expert_slots == plan.num_slots >= engine.facts().num_resident
-            assert cache._arena.nbytes == plan.num_slots * plan.slot_bytes
+            assert engine.facts().expert_slots == plan.slots.own >= engine.facts().num_resident
+            assert cache._arena.nbytes == plan.slots.own * plan.slots.slot_bytes
             assert engine.media._encoders._open
             now += IDLE_S
             engine.generate(TEXTS[0], GREEDY)

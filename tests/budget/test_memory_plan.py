@@ -79,7 +79,7 @@ def test_the_parts_of_a_plan_sum_to_its_total_and_stay_within_the_budget(files: 
 
 def test_the_smallest_budget_that_a_refusal_names_works_and_a_byte_less_does_not(files: ModelFiles) -> None:
     needed = smallest_budget(files)
-    assert plan(files, needed).num_slots == files.config.experts_per_token
+    assert plan(files, needed).slots.own == files.config.experts_per_token
     with pytest.raises(DoesNotFit):
         plan(files, needed - 1)
 
@@ -201,7 +201,7 @@ def test_resident_experts_take_their_own_bytes_and_not_slots_of_the_largest(file
     everything = plan(files, 1024 * MIB)
     fits = 1024 * MIB - (everything.budget_bytes - everything.total_bytes)
     exact = plan(files, fits, context=everything.context_tokens)
-    assert exact.is_resident
+    assert exact.slots.is_resident
     assert exact.expert_bytes == resident_bytes(files.experts)
     assert (
         not plan(files, fits - 1, context=everything.context_tokens, chunk_tokens=256).total_bytes > fits - 1
@@ -210,7 +210,7 @@ def test_resident_experts_take_their_own_bytes_and_not_slots_of_the_largest(file
 
 def test_experts_get_the_memory_that_the_rest_leaves(files: ModelFiles) -> None:
     roomy = plan(files, 1024 * MIB)
-    assert roomy.is_resident
+    assert roomy.slots.is_resident
     assert roomy.context_tokens == files.config.context_tokens
     assert roomy.kv_bytes == kv_bytes(files.config, 4096, "f32")
     assert roomy.chunk_tokens == 256
@@ -234,7 +234,7 @@ def large_model(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
 def test_the_chunk_that_reads_the_fewest_experts_is_chosen(tmp_path_factory: pytest.TempPathFactory) -> None:
     files = large_model(tmp_path_factory)
     all_in_memory = plan(files, 4096 * MIB, chunk_tokens=None)
-    assert all_in_memory.is_resident
+    assert all_in_memory.slots.is_resident
     assert all_in_memory.chunk_tokens == 512
     for share in (0.05, 0.1, 0.2, 0.5, 0.8):
         budget = all_in_memory.total_bytes - int((1 - share) * all_in_memory.expert_bytes)
@@ -255,8 +255,9 @@ def test_a_long_chunk_pays_off_while_its_buffers_cost_few_slots(files: ModelFile
 
     def best_chunk(share: float) -> int:
         def read(chunk: int) -> float:
-            slots = int(2048 * share - chunk * 0.2 / 2.65)
-            return experts_read(model, replace(some, num_slots=slots, num_experts=2048, chunk_tokens=chunk))
+            own = int(2048 * share - chunk * 0.2 / 2.65)
+            slots = replace(some.slots, own=own, num_experts=2048)
+            return experts_read(model, replace(some, slots=slots, chunk_tokens=chunk))
 
         return min((128, 256, 512, 1024, 2048), key=read)
 
@@ -296,10 +297,10 @@ def test_the_bookkeeping_of_experts_is_planned(files: ModelFiles) -> None:
     needed = smallest_budget(many)
     for ram_bytes in (needed, needed + 50 * MIB, 4096 * MIB):
         planned = plan(many, ram_bytes)
-        slots = min(planned.num_slots, planned.num_experts - 1)
+        slots = min(planned.slots.own, planned.slots.num_experts - 1)
         policy_bytes = CachePolicy.bytes(num_slots=slots, num_layers=61, num_experts=384)
         assert planned.bookkeeping_bytes > 10 * MIB
-        if planned.is_resident:
+        if planned.slots.is_resident:
             assert planned.bookkeeping_bytes >= resident_bookkeeping_bytes(many.experts)
         else:
             assert planned.bookkeeping_bytes >= bookkeeping_bytes(many.experts) + policy_bytes
@@ -320,8 +321,8 @@ def test_one_more_slot_would_not_fit(files: ModelFiles) -> None:
     needed = smallest_budget(files)
     for ram_bytes in range(needed, needed + MIB, 40_000):
         planned = plan(files, ram_bytes, context=512, chunk_tokens=16)
-        if not planned.is_resident:
-            assert ram_bytes - planned.total_bytes < planned.slot_bytes + 16 * 1024
+        if not planned.slots.is_resident:
+            assert ram_bytes - planned.total_bytes < planned.slots.slot_bytes + 16 * 1024
 
 
 def test_answers_kept_for_replay_are_in_the_total_and_in_the_refusal(

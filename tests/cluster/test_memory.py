@@ -48,7 +48,7 @@ def test_an_engine_that_runs_no_experts_keeps_no_cache_of_them(model: Path) -> N
         Group([address], local=False) as group,
         open_engine(model, group) as engine,
     ):
-        assert engine.plan.num_slots == CONFIG["num_experts_per_tok"]
+        assert engine.plan.slots.own == CONFIG["num_experts_per_tok"]
 
 
 def test_a_group_has_nothing_to_run_for_an_engine_without_experts(model: Path) -> None:

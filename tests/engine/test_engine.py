@@ -211,10 +211,10 @@ def test_the_demo_model_runs_with_its_whole_context_and_a_quarter_of_its_experts
     demo = write_chat_model(tmp_path / "demo", context_tokens=8192)
     monkeypatch.setattr("argosy.demo.locate.locate", lambda progress=None: demo)
     with Engine.open("demo", threads=1) as engine:
-        assert engine.plan.num_slots == engine.plan.num_experts // 4
+        assert engine.plan.slots.own == engine.plan.slots.num_experts // 4
         assert engine.plan.context_tokens == 8192
     with Engine.open("demo", threads=1, memory="2GiB") as engine:
-        assert engine.plan.is_resident
+        assert engine.plan.slots.is_resident
 
 
 def test_a_step_without_work_does_nothing(engine: Engine) -> None:

@@ -234,7 +234,7 @@ def case(
 @cache
 def answers_of_resident(directory: Path, instruction_set: str, prompt: tuple[int, ...]) -> Answers:
     with Engine.open(directory, memory="4GiB", threads=1, instruction_set=instruction_set) as engine:
-        assert engine.plan.is_resident
+        assert engine.plan.slots.is_resident
         return Answers.of(engine, list(prompt))
 
 
@@ -248,8 +248,8 @@ def test_a_small_expert_cache_changes_nothing(case: Case, size: str) -> None:
     share = case.in_turn([0.25, 0.5]) if size == "share" else 0
     num_slots = max(case.experts_per_token, int(share * case.num_experts))
     with case.engine(expert_slots=num_slots) as engine:
-        assert engine.plan.num_slots == num_slots
-        assert not engine.plan.is_resident
+        assert engine.plan.slots.own == num_slots
+        assert not engine.plan.slots.is_resident
         Answers.of(engine, case.prompt).assert_equal(resident(case))
 
 
@@ -422,8 +422,8 @@ def test_a_budget_that_holds_some_experts_changes_nothing(tmp_path: Path) -> Non
     with Engine.open(
         tmp_path, memory=without_experts + plan.expert_bytes // 2, threads=1, context=128
     ) as engine:
-        assert plan.is_resident
-        assert engine.config.experts_per_token <= engine.plan.num_slots < engine.plan.num_experts
+        assert plan.slots.is_resident
+        assert engine.config.experts_per_token <= engine.plan.slots.own < engine.plan.slots.num_experts
         Answers.of(engine, prompt).assert_equal(expected)
 
 

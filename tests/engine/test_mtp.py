@@ -168,13 +168,13 @@ def test_text_is_the_same_with_it(model: Path, slots: str | None, temperature: f
     prompts = [prompt_ids({"vocab_size": size}, seed, 20 + 9 * seed) for seed in range(2)]
     with Engine.open(model, **SETTINGS) as engine:
         expected = [one.new_ids for one in run(engine, prompts, temperature)]
-        experts = engine.plan.num_experts
+        experts = engine.plan.slots.num_experts
     more = {} if slots is None else {"expert_slots": open_model(model).config.experts_per_token}
     with Engine.open(model, speculate="mtp", **SETTINGS, **more) as engine:
         assert [one.new_ids for one in run(engine, prompts, temperature)] == expected
         assert [one.new_ids for one in run(engine, prompts, temperature)] == expected
         assert engine.ledger.proposed_tokens > 0
-        assert engine.plan.num_experts == experts + open_model(model).config.num_experts
+        assert engine.plan.slots.num_experts == experts + open_model(model).config.num_experts
         # Callers see the model, whose layers are those of its config.
         assert engine.config == open_model(model).config
 
@@ -183,11 +183,11 @@ def test_text_is_the_same_when_experts_move_into_slots(model: Path) -> None:
     prompt = prompt_ids({"vocab_size": vocab_size(model)}, 2, 30)
     with Engine.open(model, speculate="mtp", **SETTINGS) as engine:
         expected = engine.generate(prompt, params(0.0)).token_ids
-        assert engine.plan.is_packed
+        assert engine.plan.slots.is_packed
         sequence = engine.submit(prompt, params(0.0))
         while len(sequence.new_ids) < len(expected) // 2:
             engine.step()
-        assert not engine.resize(engine.plan.total_bytes - 1).is_packed
+        assert not engine.resize(engine.plan.total_bytes - 1).slots.is_packed
         while sequence.result is None:
             engine.step()
         assert tuple(sequence.new_ids) == tuple(expected)

@@ -96,7 +96,7 @@ def test_experts_are_read_early_only_if_they_fit_with_room_to_spare(
     order.clear()
     with Engine.open(directory, memory=needed + TOKENIZER_ROOM_BYTES // 2, threads=1) as engine:
         assert order == ["tokenizer", "experts"]
-        assert engine.plan.is_resident
+        assert engine.plan.slots.is_resident
         assert engine.logits([1, 2, 3]).tolist() == expected
     order.clear()
     with Engine.open(
@@ -118,13 +118,13 @@ def test_experts_read_early_make_way_for_an_unexpectedly_large_tokenizer(
     # This leaves room for one token's experts, but not for all experts.
     growth = growth_bytes(engine.settings, plan.context_tokens, has_media=False)
     others = plan.total_bytes - plan.expert_bytes - plan.process_bytes + growth
-    held = plan.budget_bytes - others - engine.config.experts_per_token * plan.slot_bytes
+    held = plan.budget_bytes - others - engine.config.experts_per_token * plan.slots.slot_bytes
     monkeypatch.setattr("argosy.engine.start.process_bytes", lambda tokenizer: held + landed_bytes)
     order.clear()
     with Engine.open(directory, **settings) as engine:
         assert order == ["experts", "tokenizer"]
         assert isinstance(engine._started.model.experts, CachedRunner)
-        assert engine.plan.num_slots == engine.config.experts_per_token
+        assert engine.plan.slots.own == engine.config.experts_per_token
         assert engine.logits([1, 2, 3]).tolist() == expected
 
 

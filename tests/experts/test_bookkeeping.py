@@ -14,7 +14,6 @@ import pytest
 from argosy import _native
 from argosy.checkpoint.files import ExpertMatrix, ExpertRecord
 from argosy.checkpoint.landing import Piece
-from argosy.experts import slots
 from argosy.experts.cache import ExpertCache
 from argosy.experts.files import (
     Arithmetic,
@@ -25,7 +24,7 @@ from argosy.experts.files import (
     resident_bookkeeping_bytes,
 )
 from argosy.experts.policy import CachePolicy
-from argosy.experts.slots import lay_out_slots
+from argosy.experts.slots import lay_out
 
 NUM_LAYERS, NUM_EXPERTS, EXPERTS_PER_TOKEN = 61, 384, 8
 PIECE_BYTES = 128
@@ -164,10 +163,8 @@ def test_a_cache_takes_no_more_memory_than_planned(store: _native.Store, tmp_pat
                     list(lease)
         return made
 
-    layout = lay_out_slots(records, experts_per_token=EXPERTS_PER_TOKEN)
-    planned = bookkeeping_bytes(records) + slots.bookkeeping_bytes(
-        layout, num_slots=num_slots, num_experts=NUM_EXPERTS
-    )
+    layout = lay_out(records, experts_per_token=EXPERTS_PER_TOKEN)
+    planned = bookkeeping_bytes(records) + layout.bookkeeping_bytes(num_slots, num_experts=NUM_EXPERTS)
     assert planned / 2 <= bytes_left_by(make) <= planned
 
 

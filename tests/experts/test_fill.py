@@ -51,7 +51,7 @@ def test_a_cache_with_all_experts_runs_like_a_resident_model_and_counts_the_same
     assert num_here > stats.lookups - stats.hits  # more than tokens asked for
     assert [engine.generate(prompt, PARAMS).token_ids for prompt in prompts] == expected
     facts = engine.facts()
-    assert facts.num_resident == facts.num_experts == ready.plan.num_experts
+    assert facts.num_resident == facts.num_experts == ready.plan.slots.num_experts
     assert engine._started.model.experts.resident is not None
     assert engine.ledger.lookups > lookups
     before = engine.ledger
@@ -59,10 +59,10 @@ def test_a_cache_with_all_experts_runs_like_a_resident_model_and_counts_the_same
     after = engine.ledger
     assert after.lookups - before.lookups == after.hits - before.hits > 0
     # With one slot less, steps ask again.
-    slot_bytes, lent_slots = ready.plan.slot_bytes, ready.plan.lent_slots + ready.plan.idle_slots
-    own_slots = ready.plan.num_experts - ready.plan.num_slots - lent_slots - 1
+    slot_bytes, lent_slots = ready.plan.slots.slot_bytes, ready.plan.slots.lent + ready.plan.slots.idle
+    own_slots = ready.plan.slots.num_experts - ready.plan.slots.own - lent_slots - 1
     plan = engine.resize(ready.budget_bytes(own_slots * slot_bytes + slot_bytes // 2), is_share=True)
-    assert plan.reachable_slots == ready.plan.num_experts - 1
+    assert plan.slots.reachable == ready.plan.slots.num_experts - 1
     assert engine._started.model.experts.resident is None
     assert [engine.generate(prompt, PARAMS).token_ids for prompt in prompts] == expected
     assert engine._started.model.experts.resident is None

@@ -13,7 +13,7 @@ from argosy.checkpoint.files import ExpertMatrix, ExpertRecord
 from argosy.checkpoint.landing import Piece
 from argosy.experts.cache import ExpertCache
 from argosy.experts.files import Key, memory_of, resident_bytes
-from argosy.experts.slots import SlotLayout, Slots, lay_out_slots
+from argosy.experts.slots import SlotLayout, Slots, lay_out
 from tests.experts.fake_store import FakeFiles, FakeStore, Truth, make_records
 
 PAGE = 4096
@@ -50,7 +50,7 @@ models = st.lists(st.integers(1, 12), min_size=1, max_size=10)
 @settings(deadline=None, max_examples=200)
 def test_any_number_of_slots_fits_into_its_memory(sizes: list[int], num_experts: int, k: int) -> None:
     records = records_of(sizes, num_experts)
-    layout = lay_out_slots(records, experts_per_token=k)
+    layout = lay_out(records, experts_per_token=k)
     for num_slots in range(len(records) + 1):
         found = ends(layout, num_slots)
         assert not found or found[-1] <= num_slots * layout.slot_bytes
@@ -65,7 +65,7 @@ def test_slots_lie_end_to_end_and_hold_every_expert_of_their_layers(
     sizes: list[int], num_experts: int, k: int
 ) -> None:
     records = records_of(sizes, num_experts)
-    layout = lay_out_slots(records, experts_per_token=k)
+    layout = lay_out(records, experts_per_token=k)
     begins = sorted(int(place) for kind in layout.kinds for place in kind.places)
     assert begins == [0, *ends(layout, len(records))[:-1]]
     assert sorted(layer for kind in layout.kinds for layer in kind.layers) == list(range(len(sizes)))
@@ -77,7 +77,7 @@ def test_slots_lie_end_to_end_and_hold_every_expert_of_their_layers(
 
 
 def test_equal_experts_have_one_kind_of_slots() -> None:
-    layout = lay_out_slots(records_of([3] * 5), experts_per_token=K)
+    layout = lay_out(records_of([3] * 5), experts_per_token=K)
     assert [kind.slot_bytes for kind in layout.kinds] == [3 * PAGE]
     assert layout.slot_bytes == 3 * PAGE
     assert layout.counts(17) == [17]
@@ -85,7 +85,7 @@ def test_equal_experts_have_one_kind_of_slots() -> None:
 
 def test_two_sizes_in_equal_shares_take_their_mean() -> None:
     records = records_of([6, 8, 6, 8])
-    layout = lay_out_slots(records, experts_per_token=K)
+    layout = lay_out(records, experts_per_token=K)
     assert layout.slot_bytes == 7 * PAGE
     assert layout.slot_bytes * len(records) == resident_bytes(records)
     assert layout.counts(33) == [17, 16]
@@ -93,7 +93,7 @@ def test_two_sizes_in_equal_shares_take_their_mean() -> None:
 
 def test_a_kind_with_few_experts_costs_little_more_than_its_share() -> None:
     records = records_of([100] * 31 + [300])
-    layout = lay_out_slots(records, experts_per_token=8)
+    layout = lay_out(records, experts_per_token=8)
     mean = sum(map(memory_of, records.values())) / len(records)
     assert layout.slot_bytes <= 1.18 * mean  # of the first 8 slots, one has 300 pages: (7 * 100 + 300) / 8
     assert layout.counts(8) == [7, 1]
@@ -101,13 +101,13 @@ def test_a_kind_with_few_experts_costs_little_more_than_its_share() -> None:
 
 
 def test_sizes_that_hardly_differ_share_a_kind() -> None:
-    layout = lay_out_slots(records_of([100, 101, 200, 202, 203, 300, 400, 500]), experts_per_token=8)
+    layout = lay_out(records_of([100, 101, 200, 202, 203, 300, 400, 500]), experts_per_token=8)
     assert len(layout.kinds) == 4
     assert {(0, 1), (2, 3, 4)} < {kind.layers for kind in layout.kinds}
 
 
 def test_a_model_without_experts_has_no_slots() -> None:
-    layout = lay_out_slots({}, experts_per_token=0)
+    layout = lay_out({}, experts_per_token=0)
     assert (layout.slot_bytes, layout.kinds, layout.counts(0)) == (0, (), [])
 
 
@@ -170,7 +170,7 @@ def test_every_expert_has_its_own_bytes_in_slots_of_two_sizes_whose_number_chang
     assert [kind.layers for kind in rig.cache.slots._layout.kinds] == [(0, 2), (1, 3)]
     for number, (layer, experts, scan, hint, num_slots) in enumerate(asked):
         rig.run(layer, experts, scan, hint)
-        rig.cache.resize(num_slots, held_slots=num_slots + number % 3)
+        rig.cache.resize(num_slots, held=num_slots + number % 3)
         assert rig.cache._arena.nbytes >= num_slots * rig.cache.slot_bytes
         resident = rig.cache.slots.resident()
         assert len(resident) == rig.cache.slots.num_resident <= num_slots
@@ -195,7 +195,7 @@ def test_a_slot_for_every_expert_holds_every_expert() -> None:
 
 
 def test_the_slots_that_go_first_are_the_last_of_each_kind() -> None:
-    layout = lay_out_slots(records_of([6, 8]), experts_per_token=K)
+    layout = lay_out(records_of([6, 8]), experts_per_token=K)
     slots = Slots(layout, num_slots=8, experts_per_token=K)
     for layer in (0, 1):
         for expert in range(4):

@@ -70,7 +70,7 @@ def test_verdicts_follow_the_budget() -> None:
     assert found[8].refusal is not None
     # The experts of one token: 60 layers of 8.
     assert found[16].plan is not None
-    assert found[16].plan.num_slots < 480
+    assert found[16].plan.slots.own < 480
     assert found[16].decode[0].hit_rate.likely < 0.1
     speeds = [one.decode[0].tokens_per_s.likely for one in found.values() if one.decode]
     assert speeds == sorted(speeds)
@@ -162,10 +162,10 @@ def test_the_demo_model_is_planned_as_it_runs_without_a_budget() -> None:
     settings = configure(DEMO, files)
     _, runs = plan_with_media(ModelFootprint(files, settings), settings, process_bytes=PROCESS_BYTES)
     assert forecast.plan is not None
-    assert forecast.plan.num_slots == runs.num_slots == quarter_of_experts(files) < len(files.experts)
+    assert forecast.plan.slots.own == runs.slots.own == quarter_of_experts(files) < len(files.experts)
     assert forecast.plan.context_tokens == runs.context_tokens
     assert forecast.plan.chunk_tokens == runs.chunk_tokens
-    assert forecast.fixed_slots == runs.num_slots
+    assert forecast.expert_slots == runs.slots.own
     assert forecast.smallest_bytes < forecast.plan.total_bytes < forecast.resident_bytes
     assert forecast.curve[-1].num_slots == len(files.experts)
 

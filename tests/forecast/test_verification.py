@@ -60,7 +60,7 @@ def test_steps_that_go_as_predicted_have_no_error(qwen: Forecaster, streams: int
     plan = qwen.plan(gib * GIB)
     found = compare_decode(qwen, plan, as_predicted(qwen, plan, streams))
 
-    streamed = [] if plan.is_resident else ["hit rate", "drive, decode"]
+    streamed = [] if plan.slots.is_resident else ["hit rate", "drive, decode"]
     assert [row.name for row in found.rows] == ["decode", *streamed]
     for row in found.rows:
         assert row.error == pytest.approx(0.0, abs=1e-4)

@@ -202,8 +202,9 @@ def answers(model: Model, path: Path) -> Iterator[dict[str, Any]]:
             instruction_set=instruction_set,
             prefix_reuse=False,
         ) as engine:
-            if engine.plan.is_resident != (budget == "resident"):
-                raise SystemExit(f"{model.name}: {engine.plan.num_slots} expert slots are not '{budget}'")
+            plan = engine.plan.as_dict()
+            if (plan["expert_slots"] >= plan["experts"]) != (budget == "resident"):
+                raise SystemExit(f"{model.name}: {plan['expert_slots']} expert slots are not '{budget}'")
             logits = [hashlib.sha256(engine.logits(prompt).tobytes()) for prompt in prompts]
             alone = [engine.generate_batch([prompt], greedy)[0] for prompt in prompts]
             together = engine.generate_batch(prompts, greedy)

@@ -137,7 +137,7 @@ def test_balance_reuse_and_company_of_choices_made_by_hand() -> None:
 
 def test_caches_are_replayed_over_second_halves_at_each_budget_and_the_engine_s_own() -> None:
     domains = routes_of()
-    found = reported(domains, own_slots=31)
+    found = reported(domains, num_slots=31)
     assert list(found.caches) == [6, 12, 24, 31, 48, 72]
     trace = np.concatenate(
         [domain.choices[: TOKENS // 2] for domain in domains]

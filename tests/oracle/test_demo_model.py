@@ -177,7 +177,7 @@ def test_argosy_with_a_quarter_of_the_experts_answers_as_transformers_does(
     ids = _chat_ids(tokenizer, prompt)
     # The budget covers the whole process, which also holds torch and two more models.
     with Engine.open(demo_directory, memory="4GiB", kv_dtype="f32", expert_slots=60) as engine:
-        assert 0 < engine.plan.num_slots < engine.plan.num_experts
+        assert 0 < engine.plan.slots.own < engine.plan.slots.num_experts
         found = engine.logits(ids)
         answer = engine.generate(ids, SamplingParams(max_tokens=32, ignore_eos=True)).token_ids
     with torch.no_grad():

@@ -236,14 +236,14 @@ def test_clients_see_the_context_that_a_smaller_budget_leaves(
     server: str, service: Service, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened, facts = engine.plan, service.model
-    smaller = replace(opened, num_slots=3, context_tokens=opened.context_tokens // 2)
+    smaller = replace(opened, slots=replace(opened.slots, own=3), context_tokens=opened.context_tokens // 2)
     recorder = Recorder(engine.config, engine.settings, keeps_recent=True)
-    recent = LiveCache(recorder, num_experts=engine.config.num_experts, num_slots=opened.usual_slots)
+    recent = LiveCache(recorder, num_experts=engine.config.num_experts, num_slots=opened.slots_in_decode())
     monkeypatch.setattr(service, "recent_cache", recent)
     assert seen_contexts(server) == {opened.context_tokens}
     for plan in (smaller, opened):
         monkeypatch.setattr(engine, "resize", lambda budget_bytes, plan=plan, **_: plan)
         assert httpx.post(f"{server}/v1/engine/memory", json={"memory": "1GiB"}).status_code == 200
         assert seen_contexts(server) == {plan.context_tokens}
-        assert recent.num_slots == plan.usual_slots
+        assert recent.num_slots == plan.slots_in_decode()
     assert service.model == facts

@@ -279,9 +279,9 @@ def test_a_model_shrinks_and_grows_between_the_tokens_of_an_answer(
 ) -> None:
     (ready, *_), _ = made_ready({"one": paths["one"]})
     plan = ready.plan
-    fewest, most = plan.num_slots, plan.num_experts
+    fewest, most = plan.slots.own, plan.slots.num_experts
     assert fewest == ready.model.experts_per_token
-    shares = {fewest: 0, fewest + 3: 7 * plan.slot_bytes // 2, most: ready.most_bytes}
+    shares = {fewest: 0, fewest + 3: 7 * plan.slots.slot_bytes // 2, most: ready.most_bytes}
     params = SamplingParams(max_tokens=NUM_NEW, ignore_eos=True)
     for _ in range(2):  # it opens again after it was closed
         engine = ready.open(ready.most_bytes)
@@ -293,7 +293,7 @@ def test_a_model_shrinks_and_grows_between_the_tokens_of_an_answer(
                     break
                 plan = engine.resize(ready.budget_bytes(shares[num_slots]), is_share=True)
                 facts = engine.facts()
-                assert plan.num_slots == num_slots <= facts.expert_slots <= plan.reachable_slots
+                assert plan.slots.own == num_slots <= facts.expert_slots <= plan.slots.reachable
                 assert facts.num_resident <= facts.expert_slots
             assert sequence.result is not None
             assert sequence.result.text == alone["one", prompt]

@@ -18,10 +18,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from time import perf_counter
-from typing import Protocol
 
-from argosy.config import MIB
+from argosy.config import MIB, ExpertSlots
 from argosy.errors import UsageError
+from argosy.experts.cache import ExpertCache
 
 OWN = "experts"  # the source of the plan's own slots
 # Memory taken at once, while a step may wait: copying this much and freeing its pages takes a few milliseconds.
@@ -30,57 +30,40 @@ _SHARE_OF_STEPS = 0.25  # share of the time for pieces between steps
 _PATIENCE_S = 1.0  # after waiting this long, a caller gets the rest at once
 
 
-class Slots(Protocol):
-    """The method of an `ExpertCache` that this module needs."""
-
-    def resize(self, num_slots: int, *, held_slots: int | None = None) -> None: ...
-
-
 class ExpertMemory:
     """The memory that experts may use now, by source.
 
     Attributes:
         step_s: the duration of the last step.
-        most_slots: the limit, however much memory is idle.
+        num_slots: the current number of slots.
+        most: the limit of slots, however much memory is idle.
 
     Args:
-        num_slots: the plan's own slots.
+        slots: the plan's slots.
         lock: held while a step runs; it goes to the longest waiter (`engine/turns.py`).
     """
 
     def __init__(
         self,
-        cache: Slots,
+        cache: ExpertCache,
+        slots: ExpertSlots,
         *,
-        num_slots: int,
-        slot_bytes: int,
-        most_slots: int,
         lock: AbstractContextManager[object],
         clock: Callable[[], float] = perf_counter,
     ) -> None:
         self.step_s = 0.0
         self._cache, self._lock, self._clock = cache, lock, clock
-        self.most_slots = most_slots
-        self._slot_bytes = max(1, slot_bytes)
-        self._allowed = {OWN: num_slots * slot_bytes}
-        self._num_slots = num_slots
-        self._held_slots = num_slots  # slots that keep memory; those beyond hold unmoved experts
+        self.most = slots.reachable
+        self._slot_bytes = max(1, slots.slot_bytes)
+        self._allowed = {OWN: slots.own_bytes}
+        self.num_slots = slots.own
+        self._num_held = slots.own  # slots that keep memory; those beyond hold unmoved experts
         self._is_closed = False
-
-    @property
-    def num_slots(self) -> int:
-        """The current number of slots."""
-        return self._num_slots
-
-    @property
-    def lent_slots(self) -> int:
-        """The number of slots in borrowed memory."""
-        return max(0, self._num_slots - self._allowed[OWN] // self._slot_bytes)
 
     def allow(self, source: str, nbytes: int) -> None:
         """Let experts use `nbytes` of a source. Call this with the lock, between two steps."""
         self._require_open()
-        num_awaited = self._held_slots - self._num_slots  # other callers take this memory between steps
+        num_awaited = self._num_held - self.num_slots  # other callers take this memory between steps
         self._allowed[source] = nbytes
         self._resize(self._target() + num_awaited)
 
@@ -98,8 +81,8 @@ class ExpertMemory:
         began = self._clock()
         self._allowed |= wanted
         while True:
-            self._resize(0 if is_urgent else self._held_slots - max(1, _PIECE_BYTES // self._slot_bytes))
-            if self._held_slots == self._num_slots:
+            self._resize(0 if is_urgent else self._num_held - max(1, _PIECE_BYTES // self._slot_bytes))
+            if self._num_held == self.num_slots:
                 return True
             if self._clock() - began >= self.step_s * _SHARE_OF_STEPS:
                 return False
@@ -132,15 +115,15 @@ class ExpertMemory:
         self._is_closed = True
 
     def _target(self) -> int:
-        return min(self.most_slots, sum(self._allowed.values()) // self._slot_bytes)
+        return min(self.most, sum(self._allowed.values()) // self._slot_bytes)
 
-    def _resize(self, held_slots: int) -> None:
-        """Resize to the allowed slots; at most `held_slots` of the earlier slots keep memory."""
+    def _resize(self, held: int) -> None:
+        """Resize to the allowed slots; at most `held` of the earlier slots keep memory."""
         num_slots = self._target()
-        held = max(num_slots, min(held_slots, self._held_slots))
-        if (num_slots, held) != (self._num_slots, self._held_slots):
-            self._cache.resize(num_slots, held_slots=held)
-            self._num_slots, self._held_slots = num_slots, held
+        held = max(num_slots, min(held, self._num_held))
+        if (num_slots, held) != (self.num_slots, self._num_held):
+            self._cache.resize(num_slots, held=held)
+            self.num_slots, self._num_held = num_slots, held
 
     def _require_open(self) -> None:
         if self._is_closed:

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from argosy import _native
 from argosy.checkpoint.files import ModelFiles
-from argosy.config import FLOAT_FORMATS, KV_BLOCK_TOKENS, MIB, EngineConfig, KvDtype, ModelConfig
+from argosy.config import FLOAT_FORMATS, KV_BLOCK_TOKENS, MIB, EngineConfig, ExpertSlots, KvDtype, ModelConfig
 from argosy.errors import ArgosyError
-from argosy.experts import slots
 from argosy.experts.files import bookkeeping_bytes, resident_bookkeeping_bytes, resident_bytes
 from argosy.experts.recording import log_bytes
+from argosy.experts.slots import SlotLayout, lay_out
 from argosy.media.parts import LOW_DETAIL_TOKENS, Kind
 from argosy.model.draft_layer import MOST_DRAFT_ROWS, copied_head_bytes, joining_bytes
 from argosy.model.layers import kv_shapes, stack_sizes
@@ -278,13 +278,13 @@ class ModelFootprint:
         return self._readers * _native.STAGING_BYTES if is_transcoded else 0
 
     @cached_property
-    def _slots(self) -> slots.SlotLayout:
-        return slots.lay_out_slots(self.files.experts, experts_per_token=self.config.experts_per_token)
+    def _layout(self) -> SlotLayout:
+        return lay_out(self.files.experts, experts_per_token=self.config.experts_per_token)
 
     @property
     def slot_bytes(self) -> int:
         """The bytes of one more expert slot, whatever its kind."""
-        return self._slots.slot_bytes
+        return self._layout.slot_bytes
 
     @cached_property
     def resident_bytes(self) -> int:
@@ -343,25 +343,14 @@ class ModelFootprint:
     def _stack_sizes(self) -> _native.StackSizes:
         return stack_sizes(self.config)
 
-    def record_bytes(self, num_slots: int, num_lent: int = 0) -> int:
-        """Return the bytes of the records about experts if `num_slots` of them have slots: the place and last use of
-        each.
-
-        Args:
-            num_lent: how many more have slots at times.
-        """
+    def record_bytes(self, room: ExpertSlots) -> int:
+        """Return the bytes of the records about experts with this room: the place and last use of each."""
         if not self.num_experts:
             return 0
-        if num_slots >= self.num_experts:
+        if room.is_packed:
             return self._use_bytes + self._resident_records
-        return self.cache_record_bytes(num_slots + num_lent)
-
-    def cache_record_bytes(self, num_slots: int) -> int:
-        """Return the same for a cache's slots, even if there is one for each expert."""
-        in_slots = slots.bookkeeping_bytes(
-            self._slots, num_slots=num_slots, num_experts=self.config.num_experts
-        )
-        return self._use_bytes + self._records + in_slots
+        in_cache = self._layout.bookkeeping_bytes(room.reachable, num_experts=self.config.num_experts)
+        return self._use_bytes + self._records + in_cache
 
     @property
     def _use_bytes(self) -> int:

@@ -17,6 +17,7 @@ from argosy.config import (
     CLAIMED,
     KV_BLOCK_TOKENS,
     EngineConfig,
+    ExpertSlots,
     KvDtype,
 )
 from argosy.kept.kv_windows import WindowSizes
@@ -56,21 +57,16 @@ class MemoryPlan:
     staging_bytes: int  # buffers that readers transcode from
     bookkeeping_bytes: int  # the place and last use of each expert
     page_table_bytes: int = 0  # kernel page tables for everything mapped after the plan
-    slot_bytes: int
     resident_bytes: int  # all experts, packed end to end
-    num_slots: int
-    lent_slots: int = 0  # further slots, in the memory for pictures and sounds while there are none
-    idle_slots: int = 0  # most further slots, in idle memory of prompts and the KV cache
+    slots: ExpertSlots
     idle_buffer_bytes: int = 0  # the part of `working_bytes` that steps without prompt tokens leave idle
-    most_slots: int = 0  # slots at most, if `num_slots` has changed or may change; 0: neither
-    num_experts: int  # routed experts in all layers
     context_tokens: int
     chunk_tokens: int
     held_bytes: int = 0  # the part of `process_bytes` that was already in memory
 
     @property
     def expert_bytes(self) -> int:
-        return self.resident_bytes if self.is_packed else self.num_slots * self.slot_bytes
+        return self.resident_bytes if self.slots.is_packed else self.slots.own_bytes
 
     @property
     def total_bytes(self) -> int:
@@ -81,56 +77,41 @@ class MemoryPlan:
         """The rest of the budget after all parts; below zero if the plan does not fit."""
         return self.budget_bytes - self.total_bytes
 
-    @property
-    def is_resident(self) -> bool:
-        return self.num_slots >= self.num_experts
+    def slots_in_decode(self, num_tokens: int | None = None) -> int:
+        """Return the likely number of expert slots during decode, while sequences hold `num_tokens` in all.
 
-    @property
-    def is_packed(self) -> bool:
-        """Whether all experts are stored end to end instead of in slots."""
-        return self.is_resident and not self.most_slots
-
-    @property
-    def reachable_slots(self) -> int:
-        """The number of expert slots while everything that may be lent is lent."""
-        return self.num_slots + self.lent_slots + self.idle_slots
-
-    def decode_slots(self, num_tokens: int) -> int:
-        """Return the likely number of expert slots while text is generated and sequences hold `num_tokens` in all."""
+        Args:
+            num_tokens: None: half of the context.
+        """
+        if num_tokens is None:
+            num_tokens = self.context_tokens // 2
         part = -(-kv_blocks(self.context_tokens) // KV_PARTS) * KV_BLOCK_TOKENS
         used_tokens = min(self.context_tokens, -(-num_tokens // part) * part)
         layout = self.kv_layout
         idle_bytes = self.idle_buffer_bytes
         idle_bytes += max(0, layout.free_bytes(used_tokens) - layout.free_bytes(self.context_tokens))
-        idle_slots = min(self.idle_slots, idle_bytes // max(1, self.slot_bytes))
-        return self.num_slots + self.lent_slots + idle_slots
+        return self.slots.without_media + min(self.slots.idle, self.slots.fitting(idle_bytes))
 
-    @property
-    def usual_slots(self) -> int:
-        """The likely number of expert slots during decode, with sequences that fill half of the context."""
-        return self.decode_slots(self.context_tokens // 2)
-
-    def model_sizes(self, config: EngineConfig) -> ModelSizes:
-        """The model's share of this plan."""
+    def model_sizes(self, config: EngineConfig, *, most_experts: int = 0) -> ModelSizes:
+        """The model's share of this plan, with addresses for `most_experts` in memory."""
         return ModelSizes(
             kv_blocks=kv_blocks(self.context_tokens),
             kv_dtype=self.kv_dtype,
             step_tokens=self.chunk_tokens + config.decode_tokens,
             num_states=self.num_states * slots_per_state(config) + self.num_snapshots,
             window_blocks=None if self.windows is None else self.windows.num_window_blocks,
-            expert_slots=None if self.is_packed else self.reachable_slots,
-            first_slots=self.num_slots,
-            reads_all=bool(self.most_slots),
+            slots=None if self.slots.is_packed else self.slots,
+            most_experts=most_experts,
         )
 
     def parts(self) -> list[Part]:
         """All parts of the budget, in the order of their claims."""
-        share = 100 * self.num_slots / max(1, self.num_experts)
-        experts = f"{self.num_slots} of {self.num_experts} experts ({share:.0f} %)"
-        if self.lent_slots:
-            experts += f", {self.num_slots + self.lent_slots} while there are no pictures or sounds"
-        if self.idle_slots:
-            experts += f", up to {self.reachable_slots} in idle memory"
+        slots = self.slots
+        experts = f"{slots.own} of {slots.num_experts} experts ({slots.own_percent:.0f} %)"
+        if slots.lent:
+            experts += f", {slots.without_media} while there are no pictures or sounds"
+        if slots.idle:
+            experts += f", up to {slots.reachable} in idle memory"
         states, snapshots = (
             f"{self.num_states} sequences at once",
             f"{self.num_snapshots} prompt prefixes",
@@ -175,10 +156,10 @@ class MemoryPlan:
             "budget_bytes": self.budget_bytes,
             "total_bytes": self.total_bytes,
             **{part.key: part.nbytes for part in self.parts()},
-            "expert_slots": self.num_slots,
-            "lent_expert_slots": self.lent_slots,
-            "idle_expert_slots": self.idle_slots,
-            "experts": self.num_experts,
+            "expert_slots": self.slots.own,
+            "lent_expert_slots": self.slots.lent,
+            "idle_expert_slots": self.slots.idle,
+            "experts": self.slots.num_experts,
             "context_tokens": self.context_tokens,
             "chunk_tokens": self.chunk_tokens,
         }

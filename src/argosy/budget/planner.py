@@ -40,6 +40,7 @@ from argosy.config import (
     PROCESS,
     Claim,
     EngineConfig,
+    ExpertSlots,
     ModelConfig,
     claimed,
     format_bytes,
@@ -102,11 +103,11 @@ def _search(
             if not fitting:
                 continue
             candidate = min(fitting, key=lambda p: experts_read(footprint.config, p))
-            # # Keep the first context that fits; a smaller one replaces it only while fewer than a quarter of experts
+            # Keep the first context that fits; a smaller one replaces it only while fewer than a quarter of experts
             # fit.
-            if best is None or candidate.num_slots >= 2 * best.num_slots:
+            if best is None or candidate.slots.own >= 2 * best.slots.own:
                 best = candidate
-            if best.num_slots * 4 >= num_experts:
+            if best.slots.own * 4 >= num_experts:
                 break
         if best is not None:
             return best, best
@@ -168,10 +169,8 @@ def _without_experts(
         ),
         staging_bytes=footprint.staging_bytes,
         bookkeeping_bytes=0,
-        slot_bytes=footprint.slot_bytes,
         resident_bytes=footprint.resident_bytes,
-        num_slots=0,
-        num_experts=footprint.num_experts,
+        slots=ExpertSlots(num_experts=footprint.num_experts, slot_bytes=footprint.slot_bytes),
         context_tokens=context,
         chunk_tokens=chunk,
         held_bytes=process_bytes,
@@ -204,20 +203,19 @@ def _working_bytes(
 
 def _with_experts(footprint: ModelFootprint, config: EngineConfig, without_experts: MemoryPlan) -> MemoryPlan:
     """Return the plan with all experts, with the most that fit, or with the fewest, which may not fit."""
-    num_experts, expert_slots = footprint.num_experts, config.expert_slots
-    with_slots = partial(_with_slots, footprint, without_experts)
-    everything = with_slots(num_experts)
-    if expert_slots is None and everything.left_bytes >= 0:
+    num_experts, wanted = footprint.num_experts, config.expert_slots
+    with_own = partial(_with_own, footprint, without_experts)
+    everything = with_own(num_experts)
+    if wanted is None and everything.left_bytes >= 0:
         return everything
-    fewest_slots = footprint.config.experts_per_token if expert_slots is None else expert_slots
-    fewest = with_slots(min(num_experts, fewest_slots))
-    if expert_slots is not None or fewest.left_bytes < 0:
+    fewest = with_own(min(num_experts, footprint.config.experts_per_token if wanted is None else wanted))
+    if wanted is not None or fewest.left_bytes < 0:
         return fewest
-    lent = lendable_bytes(without_experts.encoder_bytes) // max(1, fewest.slot_bytes)
+    lent = fewest.slots.fitting(lendable_bytes(without_experts.encoder_bytes))
     idle_bytes = _idle_buffer_bytes(footprint, config, without_experts.chunk_tokens)
-    lending = partial(with_slots, most_lent=lent, idle_buffer_bytes=idle_bytes)
+    lending = partial(with_own, most_lent=lent, idle_buffer_bytes=idle_bytes)
     # Without room even for the records of lent slots, nothing is lent.
-    return _most_slots(lending, fewest, num_experts) or fewest
+    return _fullest(lending, fewest, num_experts) or fewest
 
 
 def _has_media(footprint: ModelFootprint) -> bool:
@@ -225,49 +223,41 @@ def _has_media(footprint: ModelFootprint) -> bool:
     return bool(footprint.encoders or footprint.ears_bytes)
 
 
-def _with_slots(
+def _with_own(
     footprint: ModelFootprint,
     without_experts: MemoryPlan,
-    num_slots: int,
+    own: int,
     most_lent: int = 0,
     idle_buffer_bytes: int | None = None,
 ) -> MemoryPlan:
-    """Return a plan with `num_slots` experts in memory, and more while other parts leave memory idle.
+    """Return a plan with `own` experts in memory, and more while other parts leave memory idle.
 
     Args:
         idle_buffer_bytes: None: no idle memory is lent.
     """
-    most_slots = without_experts.most_slots or footprint.num_experts
-    lent_slots = min(most_lent, most_slots - num_slots)
-    idle_slots = 0
+    slots, idle = without_experts.slots, 0
     if idle_buffer_bytes is not None:
-        idle_slots = (idle_buffer_bytes + without_experts.kv_bytes) // max(1, without_experts.slot_bytes)
-        idle_slots = min(idle_slots, most_slots - num_slots - lent_slots)
+        idle = slots.fitting(idle_buffer_bytes + without_experts.kv_bytes)
+    slots = slots.filled(own, lent=most_lent, idle=idle)
     some = replace(
         without_experts,
-        num_slots=num_slots,
-        lent_slots=lent_slots,
-        idle_slots=idle_slots,
+        slots=slots,
         idle_buffer_bytes=idle_buffer_bytes or 0,
-        bookkeeping_bytes=footprint.cache_record_bytes(num_slots + lent_slots + idle_slots)
-        if without_experts.most_slots
-        else footprint.record_bytes(num_slots, lent_slots + idle_slots),
+        bookkeeping_bytes=footprint.record_bytes(slots),
     )
     # Lent memory is mapped twice: for its owner, and for experts.
-    mapped = some.total_bytes - some.held_bytes + (lent_slots + idle_slots) * some.slot_bytes
+    mapped = some.total_bytes - some.held_bytes + (slots.lent + slots.idle) * slots.slot_bytes
     return replace(some, page_table_bytes=page_table_bytes(mapped))
 
 
-def _most_slots(
-    with_slots: Callable[[int], MemoryPlan], fewest: MemoryPlan, most_slots: int
-) -> MemoryPlan | None:
+def _fullest(with_own: Callable[[int], MemoryPlan], fewest: MemoryPlan, most: int) -> MemoryPlan | None:
     """Return the plan with the most slots that fits, or None if even `fewest` do not fit."""
     # Start too high, because a slot also needs records and page tables; then remove slots until it fits.
-    slot_bytes = max(1, fewest.slot_bytes)
-    slots = min(most_slots, fewest.num_slots + fewest.left_bytes // slot_bytes)
-    while (found := with_slots(slots)).left_bytes < 0:
-        slots -= -(found.left_bytes // slot_bytes)
-        if slots < fewest.num_slots:
+    slots = fewest.slots
+    own = min(most, slots.own + slots.fitting(fewest.left_bytes))
+    while (found := with_own(own)).left_bytes < 0:
+        own += slots.fitting(found.left_bytes)  # below zero
+        if own < slots.own:
             return None
     return found
 
@@ -280,7 +270,7 @@ def _idle_buffer_bytes(footprint: ModelFootprint, config: EngineConfig, chunk: i
     return footprint.buffer_bytes(chunk + decode) - footprint.buffer_bytes(decode)
 
 
-def in_slots(
+def shrunk(
     footprint: ModelFootprint, config: EngineConfig, plan: MemoryPlan, *, lends_media: bool = False
 ) -> MemoryPlan:
     """Change a plan to slots for the fewest experts; idle memory can then be lent.
@@ -290,11 +280,11 @@ def in_slots(
     """
     idle_bytes = _idle_buffer_bytes(footprint, config, plan.chunk_tokens)
     fewest = min(footprint.num_experts, footprint.config.experts_per_token)
-    some = replace(plan, most_slots=footprint.num_experts)
-    lent = lendable_bytes(plan.encoder_bytes) // max(1, plan.slot_bytes) if lends_media else 0
-    lending = _with_slots(footprint, some, fewest, lent, idle_bytes)
+    some = replace(plan, slots=replace(plan.slots, most=footprint.num_experts))
+    lent = plan.slots.fitting(lendable_bytes(plan.encoder_bytes)) if lends_media else 0
+    lending = _with_own(footprint, some, fewest, lent, idle_bytes)
     # Without room even for the records of lent slots, nothing is lent.
-    return lending if lending.left_bytes >= 0 else _with_slots(footprint, some, fewest)
+    return lending if lending.left_bytes >= 0 else _with_own(footprint, some, fewest)
 
 
 def replan(
@@ -304,7 +294,7 @@ def replan(
     *,
     kv_bytes: Callable[[int], int],
     fewest_blocks: int,
-    most_slots: int,
+    most: int,
 ) -> MemoryPlan:
     """Plan a running engine for another budget. Experts leave first, then KV blocks; nothing else can change.
 
@@ -312,12 +302,12 @@ def replan(
         plan: the plan that the engine was opened with.
         kv_bytes: returns the size of a number of KV blocks.
         fewest_blocks: the need of running and waiting sequences.
-        most_slots: limit of all expert slots together.
+        most: limit of all expert slots together.
 
     Raises:
         DoesNotFit: names the smallest budget that works now.
     """
-    idle_bytes = plan.idle_buffer_bytes if plan.idle_slots else None
+    idle_bytes = plan.idle_buffer_bytes if plan.slots.idle else None
 
     def with_blocks(num_blocks: int) -> MemoryPlan:
         tokens = min(plan.context_tokens, num_blocks * KV_BLOCK_TOKENS)
@@ -326,27 +316,26 @@ def replan(
             budget_bytes=budget_bytes,
             kv_bytes=kv_bytes(num_blocks),
             context_tokens=tokens,
-            most_slots=most_slots,
-            num_slots=0,
+            slots=replace(plan.slots, own=0, most=most),
         )
 
-    def with_slots(some: MemoryPlan, num_slots: int) -> MemoryPlan:
-        return _with_slots(footprint, some, num_slots, plan.lent_slots, idle_bytes)
+    def with_own(some: MemoryPlan, own: int) -> MemoryPlan:
+        return _with_own(footprint, some, own, plan.slots.lent, idle_bytes)
 
-    fewest = min(footprint.num_experts, footprint.config.experts_per_token, most_slots)
-    least = with_slots(with_blocks(fewest_blocks), fewest)
+    fewest = min(footprint.num_experts, footprint.config.experts_per_token, most)
+    least = with_own(with_blocks(fewest_blocks), fewest)
     if least.left_bytes < 0:
         raise too_small_now(least)
-    num_blocks, most = fewest_blocks, kv_blocks(plan.context_tokens)
-    while num_blocks < most:
-        middle = (num_blocks + most + 1) // 2
-        if with_slots(with_blocks(middle), fewest).left_bytes < 0:
-            most = middle - 1
+    num_blocks, most_blocks = fewest_blocks, kv_blocks(plan.context_tokens)
+    while num_blocks < most_blocks:
+        middle = (num_blocks + most_blocks + 1) // 2
+        if with_own(with_blocks(middle), fewest).left_bytes < 0:
+            most_blocks = middle - 1
         else:
             num_blocks = middle
     some = with_blocks(num_blocks)
-    found = with_slots(some, fewest)
-    return _most_slots(partial(with_slots, some), found, min(footprint.num_experts, most_slots)) or found
+    found = with_own(some, fewest)
+    return _fullest(partial(with_own, some), found, min(footprint.num_experts, most)) or found
 
 
 def plan_with_media(
@@ -396,7 +385,7 @@ def plan_share(
         DoesNotFit: as `plan_memory`.
     """
     footprint, alone = plan_with_media(footprint, config, process_bytes=process_bytes)
-    return footprint, in_slots(footprint, config, alone, lends_media=True)
+    return footprint, shrunk(footprint, config, alone, lends_media=True)
 
 
 def grown(footprint: ModelFootprint, floor: MemoryPlan, budget_bytes: int) -> MemoryPlan:
@@ -407,13 +396,13 @@ def grown(footprint: ModelFootprint, floor: MemoryPlan, budget_bytes: int) -> Me
         budget_bytes,
         kv_bytes=lambda num_blocks: floor.kv_bytes,
         fewest_blocks=kv_blocks(floor.context_tokens),
-        most_slots=floor.num_experts,
+        most=floor.slots.num_experts,
     )
 
 
 def most_bytes(footprint: ModelFootprint, floor: MemoryPlan) -> int:
     """Return what a model with this floor could use beyond it, with all experts in memory."""
-    return _with_slots(footprint, floor, floor.num_experts).total_bytes - floor.total_bytes
+    return _with_own(footprint, floor, floor.slots.num_experts).total_bytes - floor.total_bytes
 
 
 def shared_bytes(footprints: Sequence[ModelFootprint] | None, claims: tuple[Claim, ...]) -> int:
@@ -483,7 +472,7 @@ def experts_read(model: ModelConfig, plan: MemoryPlan) -> float:
     its kind (`experts/hit_rate.py`): recordings of earlier runs do not count, so that a model always gets the same
     plan.
     """
-    per_layer, missing = model.num_experts, 1.0 - plan.num_slots / max(1, plan.num_experts)
+    per_layer, missing = model.num_experts, 1.0 - plan.slots.own / max(1, plan.slots.num_experts)
     if not missing or not per_layer:
         return 0.0
     num_sweeps = -(-PLANNED_PROMPT // plan.chunk_tokens)

@@ -22,8 +22,8 @@ from argosy.cluster.hello import MOST_ROWS
 from argosy.cluster.secure import BUFFER_BYTES
 from argosy.config import AskAhead, ModelConfig, format_bytes
 from argosy.errors import DoesNotFit, UsageError
-from argosy.experts import slots as expert_slots
 from argosy.experts.files import Key, bookkeeping_bytes, resident_bookkeeping_bytes, resident_bytes
+from argosy.experts.slots import lay_out
 from argosy.machine.resources import PROCESS_GROWTH_BYTES, THREAD_BYTES, held_bytes, page_table_bytes
 from argosy.model.weights import dense_footprint
 
@@ -145,15 +145,14 @@ def plan_worker(
     is_transcoded = any(piece.transcode for record in share.values() for piece in record.pieces)
     biases = biases_of(files)
     growth = PROCESS_GROWTH_BYTES + (threads + readers + _OTHER_THREADS + most_coordinators) * THREAD_BYTES
-    layout = expert_slots.lay_out_slots(share, experts_per_token=config.experts_per_token)
+    layout = lay_out(share, experts_per_token=config.experts_per_token)
 
     def plan(slots: int | None) -> WorkerPlan:
         if slots is None:
             records, experts = resident_bookkeeping_bytes(share), resident_bytes(share)
         else:
-            records = bookkeeping_bytes(share) + expert_slots.bookkeeping_bytes(
-                layout, num_slots=slots, num_experts=config.num_experts
-            )
+            records = bookkeeping_bytes(share)
+            records += layout.bookkeeping_bytes(slots, num_experts=config.num_experts)
             experts = slots * layout.slot_bytes
         parts = {
             "bias_bytes": dense_footprint(biases) if biases else 0,

@@ -7,6 +7,7 @@ The command line and the environment are read in one place and become an `Engine
 
 from argosy.config.claims import *
 from argosy.config.engine import *
+from argosy.config.expert_slots import *
 from argosy.config.model import *
 from argosy.config.sampling import *
 from argosy.config.units import *

@@ -17,16 +17,16 @@ from dataclasses import replace
 from time import perf_counter
 
 from argosy import _native
-from argosy.budget.expert_memory import OWN
+from argosy.budget.expert_memory import OWN, ExpertMemory
 from argosy.budget.footprint import kv_blocks
 from argosy.budget.idle_memory import KV
 from argosy.budget.memory_plan import MemoryPlan
-from argosy.budget.planner import in_slots, replan
+from argosy.budget.planner import replan, shrunk
 from argosy.budget.requirements import require_budget
 from argosy.config import MIB, EngineConfig, format_bytes
 from argosy.engine.requests import Requests
 from argosy.engine.scheduler import Scheduler
-from argosy.engine.start import Started, expert_memory, idle_memory, reserved_slots
+from argosy.engine.start import Started, idle_memory, most_experts
 from argosy.errors import ArgosyError, DoesNotFit, UsageError
 from argosy.model.step import Step
 
@@ -123,17 +123,16 @@ class Resizer:
                 except DoesNotFit:
                     self._undo_shrinking()
                     raise
-                self._move_to_slots(plan)
+                self._unpack(plan)
                 experts, idle = started.experts, started.idle
                 if experts is not None and idle is not None:
                     self._requests.context_tokens = plan.context_tokens
                     self._scheduler.resize_kv(kv_blocks(plan.context_tokens))
                     idle.forget_blocks()
-                    experts.most_slots = max(plan.reachable_slots, experts.most_slots)
+                    experts.most = max(plan.slots.reachable, experts.most)
             if experts is not None and idle is not None:
-                own_bytes = plan.num_slots * plan.slot_bytes
-                experts.allow_between_steps(lambda: {KV: idle.idle_kv_bytes(), OWN: own_bytes})
-                experts.most_slots = plan.reachable_slots
+                experts.allow_between_steps(lambda: {KV: idle.idle_kv_bytes(), OWN: plan.slots.own_bytes})
+                experts.most = plan.slots.reachable
             started.plan = plan
             return plan
 
@@ -143,9 +142,9 @@ class Resizer:
         """
         started = self._started
         if started.experts is not None:
-            if started.plan.is_packed:
+            if started.plan.slots.is_packed:
                 started.plan = self._replan(started.plan.budget_bytes)
-            started.experts.allow(OWN, started.plan.num_slots * started.plan.slot_bytes)
+            started.experts.allow(OWN, started.plan.slots.own_bytes)
 
     @contextmanager
     def _shrinking_early(self, budget_bytes: int) -> Iterator[None]:
@@ -161,9 +160,9 @@ class Resizer:
             decoder.between_layers = None
             with suppress(ArgosyError, MemoryError):  # `resize` raises it, and answers continue
                 plan = self._replan(budget_bytes)
-                self._move_to_slots(plan)
+                self._unpack(plan)
                 if started.experts is not None:
-                    started.experts.shrink(OWN, plan.num_slots * plan.slot_bytes)
+                    started.experts.shrink(OWN, plan.slots.own_bytes)
 
         decoder.between_layers = shrink
         try:
@@ -184,34 +183,34 @@ class Resizer:
                     needed_bytes=opened.total_bytes,
                     budget_bytes=budget_bytes,
                 )
-        if opened.is_packed:
-            opened = in_slots(self._started.footprint, self._config, opened)
+        if opened.slots.is_packed:
+            opened = shrunk(self._started.footprint, self._config, opened)
         return replan(
             self._started.footprint,
             opened,
             budget_bytes,
             kv_bytes=model.kv.held_bytes,
             fewest_blocks=max(1, self._scheduler.num_blocks_needed),
-            most_slots=opened.num_experts if model.cache is None else model.cache.most_slots,
+            most=opened.slots.num_experts if model.cache is None else model.cache.most,
         )
 
-    def _move_to_slots(self, plan: MemoryPlan) -> None:
+    def _unpack(self, plan: MemoryPlan) -> None:
         """If the experts lie end to end and the plan uses slots, move them to slots. KV blocks stay as they are.
 
         Call it with the lock, between two steps or layers.
         """
         started = self._started
         model = started.model
-        if not model.is_packed or plan.is_packed:
+        if not model.is_packed or plan.slots.is_packed:
             return
         self._before_moving()
-        cache = model.move_to_slots(
+        cache = model.unpack(
             started.store,
-            plan.num_slots,
-            most_slots=reserved_slots(plan, plan.reachable_slots),
+            plan.slots,
+            most=most_experts(plan.slots),
             look_ahead=self._config.look_ahead,
         )
-        started.experts = expert_memory(cache, plan, started.lock)
+        started.experts = ExpertMemory(cache, plan.slots, lock=started.lock)
         started.idle = idle_memory(
             started.experts, model, started.cache, started.footprint, self._config, plan
         )

@@ -18,7 +18,7 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from argosy import _native
@@ -30,13 +30,12 @@ from argosy.budget.memory_plan import MemoryPlan
 from argosy.budget.planner import grown, plan_with_media
 from argosy.budget.requirements import TOKENIZER_ROOM_BYTES, require_mappable, require_memory
 from argosy.checkpoint.files import ModelFiles
-from argosy.config import KV_BLOCK_TOKENS, EngineConfig
+from argosy.config import KV_BLOCK_TOKENS, EngineConfig, ExpertSlots
 from argosy.engine.media.text_only import TextOnly
 from argosy.engine.options import choose_instruction_set
 from argosy.engine.prefix import PrefixCache, identify
 from argosy.engine.turns import Turns
 from argosy.errors import ArgosyError, DoesNotFit, UnsupportedModel, UsageError
-from argosy.experts.cache import ExpertCache
 from argosy.experts.recording import RouteLog, RoutingRecorder
 from argosy.experts.resident import Progress
 from argosy.experts.runner import ExpertGroup
@@ -208,7 +207,7 @@ def start(
             foreground=share.foreground,
         )
         lock = Turns()
-        memory = None if model.cache is None else expert_memory(model.cache, plan, lock)
+        memory = None if model.cache is None else ExpertMemory(model.cache, plan.slots, lock=lock)
         ears, media = _open_media(read, ears_files, store, runtime, share.turns, lock, memory, undo)
         prompts = PromptBuilder(
             tokenizer,
@@ -286,7 +285,7 @@ def _read(
     with suppress(DoesNotFit):  # nothing is read then, and the plan below raises the error
         if share.floor is None:
             _, plan = plan_with_media(footprint, config, process_bytes=held)
-            with_experts = plan.is_resident and plan.left_bytes >= TOKENIZER_ROOM_BYTES
+            with_experts = plan.slots.is_resident and plan.left_bytes >= TOKENIZER_ROOM_BYTES
         reading = ModelReading(
             files, store, with_experts=with_experts, experts_off=config.experts_off, progress=progress
         )
@@ -358,31 +357,18 @@ def _open_log(
     )
 
 
-def reserved_slots(plan: MemoryPlan, most_slots: int) -> int:
-    """Return how many expert slots get addresses: the budget may grow while the engine runs."""
+def most_experts(slots: ExpertSlots) -> int:
+    """Return how many experts get addresses: the budget may grow while the engine runs."""
     if not may_reserve():
-        return most_slots
-    return max(most_slots, min(plan.num_experts, memory_limit().total_bytes // max(1, plan.slot_bytes)))
+        return slots.reachable
+    return max(slots.reachable, min(slots.num_experts, slots.fitting(memory_limit().total_bytes)))
 
 
 def _model_sizes(read: _Read, config: EngineConfig, floor: MemoryPlan | None) -> ModelSizes:
-    sizes, plan = read.plan.model_sizes(config), read.plan
-    if sizes.expert_slots is None:
-        return sizes
+    plan = read.plan
     if floor is not None:  # other engines may leave it the whole budget
         plan = grown(read.footprint, floor, floor.budget_bytes)
-    return replace(sizes, expert_slots=reserved_slots(plan, plan.reachable_slots))
-
-
-def expert_memory(cache: ExpertCache, plan: MemoryPlan, lock: Turns) -> ExpertMemory:
-    """Create the memory of experts in slots, as planned."""
-    return ExpertMemory(
-        cache,
-        num_slots=plan.num_slots,
-        slot_bytes=plan.slot_bytes,
-        most_slots=plan.reachable_slots,
-        lock=lock,
-    )
+    return read.plan.model_sizes(config, most_experts=most_experts(plan.slots))
 
 
 def idle_memory(
@@ -432,7 +418,7 @@ def _open_media(
     lend = functools.partial(
         MediaMemory,
         experts=lends_to,
-        nbytes=lendable_bytes(plan.encoder_bytes) if plan.lent_slots else 0,
+        nbytes=lendable_bytes(plan.encoder_bytes) if plan.slots.lent else 0,
         lock=lock,
     )
     towers = runnable(footprint.encoders)

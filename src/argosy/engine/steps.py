@@ -73,7 +73,7 @@ class _Decoding:
             np.arange(count),
             np.ones(count, np.bool_),
             _block_table(sequences, spare=_SPARE_COLUMNS),
-            _state_slots(sequences),
+            _states_of(sequences),
             _shifts(sequences),
         )
 
@@ -170,7 +170,7 @@ class StepBuilder:
             is_decode=np.repeat([not sequence.is_prefilling for sequence in sequences], counts),
             order=np.concatenate(orders),
             wanted=np.array(wanted, np.int64),
-            state_slots=_state_slots(sequences),
+            state_slots=_states_of(sequences),
             window_blocks=None if self._windows is None else self._windows.of_block,
         )
         if any(sequence.spans is not None for sequence in sequences):
@@ -226,7 +226,7 @@ def _block_table(sequences: list[Sequence], *, spare: int = 0) -> NDArray[np.int
     return table
 
 
-def _state_slots(sequences: Iterable[Sequence]) -> NDArray[np.int32] | None:
+def _states_of(sequences: Iterable[Sequence]) -> NDArray[np.int32] | None:
     """Return int32 [sequences], or None if no layer has a recurrent state."""
     slots = [sequence.state_slot for sequence in sequences if sequence.state_slot is not None]
     return np.array(slots, np.int32) if slots else None

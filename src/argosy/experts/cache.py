@@ -23,7 +23,7 @@ from typing import Protocol
 from argosy import _native
 from argosy.experts.files import Arithmetic, ExpertFiles
 from argosy.experts.runner import Rows, RunnerStats
-from argosy.experts.slots import Copy, Slots, lay_out_slots
+from argosy.experts.slots import Copy, Slots, lay_out
 
 
 class Cores(Protocol):
@@ -42,7 +42,7 @@ class ExpertCache:
     Attributes:
         slots: which expert is in which slot.
         slot_bytes: bytes of the arena for a slot; see `SlotLayout`.
-        most_slots: the limit of `resize`.
+        most: the limit of `resize`.
         core: leases, reads and guesses.
         lent: the lock for the cores, which other models may take while a lease waits for reads; None: the step keeps
         it.
@@ -50,8 +50,8 @@ class ExpertCache:
         compute_s: the time spent computing experts that Python started.
 
     Args:
-        num_slots: the maximum number of slots.
-        first_slots: the number of slots at first; None: `num_slots`.
+        num_slots: the number of slots at first.
+        most: the maximum number of slots; None: `num_slots`.
         reads_all: while there is a slot for every expert, also read experts that no token chose.
         foreground: the work to which committing memory gives way; None: it gives way to nothing.
     """
@@ -62,28 +62,27 @@ class ExpertCache:
         *,
         num_slots: int,
         experts_per_token: int,
-        first_slots: int | None = None,
+        most: int | None = None,
         reads_all: bool = False,
         arithmetic: Arithmetic | None = None,
         look_ahead: bool = True,
         foreground: _native.Foreground | None = None,
     ) -> None:
-        self.most_slots = num_slots
+        self.most = num_slots if most is None else most
         self.lent: Cores | None = None
         self.earlier = RunnerStats()
         self.compute_s = 0.0
         self.others_run = False  # other models still had the cores when a lease took them back
         self._foreground = foreground
         self._populating: list[threading.Thread] = []
-        layout = lay_out_slots(files.records, experts_per_token=experts_per_token, alignment=files.alignment)
+        layout = lay_out(files.records, experts_per_token=experts_per_token, alignment=files.alignment)
         self.slot_bytes = layout.slot_bytes
-        arena = self._arena = _native.Arena(self.slot_bytes * num_slots)
+        arena = self._arena = _native.Arena(self.slot_bytes * self.most)
         self.table = files.table(arena, arithmetic or Arithmetic())
-        first_slots = num_slots if first_slots is None else first_slots
-        arena.resize(first_slots * self.slot_bytes)
-        self._held_slots = first_slots
+        arena.resize(num_slots * self.slot_bytes)
+        self._num_held = num_slots
         self._populate()
-        self.slots = Slots(layout, num_slots=first_slots, experts_per_token=experts_per_token)
+        self.slots = Slots(layout, num_slots=num_slots, experts_per_token=experts_per_token)
         self._files = files
         self.core = _native.CachedExperts(
             files.reads(arena),
@@ -131,13 +130,13 @@ class ExpertCache:
         key, message, kind = failure
         return self._files.failure(key, message, kind)
 
-    def resize(self, num_slots: int, *, held_slots: int | None = None) -> None:
+    def resize(self, num_slots: int, *, held: int | None = None) -> None:
         """Change the number of slots between two leases; the memory of removed slots goes back to the system at once.
 
         The experts that a miss would evict next leave. Other experts in removed slots are copied to lower slots.
 
         Args:
-            held_slots: slots that still have memory when this returns, at least `num_slots`: experts may stay there
+            held: slots that still have memory when this returns, at least `num_slots`: experts may stay there
                 until the next call. None: no more than `num_slots`.
         """
         self.core.end(is_whole=False)  # left by a step that failed
@@ -146,12 +145,11 @@ class ExpertCache:
             self.core.collect_early()
         if num_slots != self.slots.num_slots:
             self.slots.resize(num_slots)
-        before, held = self._held_slots, num_slots
-        if held_slots is not None:
-            held = max(num_slots, min(held_slots, before))
+        before = self._num_held
+        held = num_slots if held is None else max(num_slots, min(held, before))
         if moves := self.slots.moves(held):
             self._copy(moves)
-        self._held_slots = held
+        self._num_held = held
         self._arena.resize(held * self.slot_bytes)
         if held > before:
             self._populate()

@@ -70,8 +70,16 @@ class SlotLayout:
             num_slots = sum(end <= num_slots * self.slot_bytes for end in ends[:num_slots])
         return [int(np.searchsorted(kind.order, num_slots)) for kind in self.kinds]
 
+    def bookkeeping_bytes(self, num_slots: int, *, num_experts: int) -> int:
+        """Most bytes that `Slots`, its policies and leases can hold, with at most `num_experts` in each layer."""
+        in_policies = sum(
+            CachePolicy.bytes(num_slots=count, num_layers=len(kind.layers), num_experts=num_experts)
+            for kind, count in zip(self.kinds, self.counts(num_slots), strict=True)
+        )
+        return in_policies + _EXPERT_BYTES * sum(kind.num_experts for kind in self.kinds)
 
-def lay_out_slots(
+
+def lay_out(
     records: Mapping[Key, ExpertRecord], *, experts_per_token: int, alignment: int = LARGEST_ALIGNMENT
 ) -> SlotLayout:
     """Choose the kinds of slots with which most experts fit into a budget.
@@ -129,15 +137,6 @@ def _lay_out(
         ),
         fewest,
     )
-
-
-def bookkeeping_bytes(layout: SlotLayout, *, num_slots: int, num_experts: int) -> int:
-    """Most bytes that `Slots`, its policies and leases can hold, with at most `num_experts` in each layer."""
-    in_policies = sum(
-        CachePolicy.bytes(num_slots=count, num_layers=len(kind.layers), num_experts=num_experts)
-        for kind, count in zip(layout.kinds, layout.counts(num_slots), strict=True)
-    )
-    return in_policies + _EXPERT_BYTES * sum(kind.num_experts for kind in layout.kinds)
 
 
 class Copy(NamedTuple):

@@ -201,7 +201,7 @@ def _answer(engine: Engine, prompt_tokens: int, num_new: int) -> _Answers:
 def _long_tokens(engine: Engine, computing_s: float, drive_bytes_per_s: float) -> int:
     """The longest prompt that should finish in time if a decoded token computes for `computing_s`."""
     plan, model = engine.plan, engine.config
-    missing_bytes = max(0, plan.num_experts - plan.num_slots) * plan.slot_bytes
+    missing_bytes = max(0, plan.slots.num_experts - plan.slots.own) * plan.slots.slot_bytes
     num_tokens = max(1, min(LONG_TOKENS, plan.context_tokens // 2))
 
     def expected_s(num_tokens: int) -> float:

@@ -66,7 +66,7 @@ class Forecast:
     longer_prompts: requested prompt lengths that exceed the context, in tokens.
     picture: None if the model takes no pictures, the budget has no room for them, or their processor is unknown.
     knee_bytes: the smallest budget with nine tenths of the speed with all experts in memory.
-    fixed_slots: experts in memory, if the settings fix their number regardless of the budget.
+    expert_slots: experts in memory, if the settings fix their number regardless of the budget.
     is_text_only: it takes pictures or sound, but the budget has no room for them.
     """
 
@@ -84,7 +84,7 @@ class Forecast:
     picture: PictureForecast | None = None
     curve: tuple[Point, ...] = ()
     knee_bytes: int | None = None
-    fixed_slots: int | None = None
+    expert_slots: int | None = None
     is_text_only: bool = False
 
 
@@ -119,7 +119,7 @@ class Speeds:
             self.work,
             self.rates,
             self.working_set,
-            num_slots=plan.decode_slots(streams * each),
+            num_slots=plan.slots_in_decode(streams * each),
             context=each,
             streams=streams,
             hit_rate=hit_rate,
@@ -130,7 +130,7 @@ class Speeds:
             self.work,
             self.rates,
             self.working_set,
-            num_slots=plan.num_slots + plan.lent_slots,
+            num_slots=plan.slots.without_media,
             num_tokens=num_tokens,
             chunk_tokens=plan.chunk_tokens,
         )
@@ -157,7 +157,7 @@ class Forecaster(Speeds):
         self._footprint = ModelFootprint(files, config)
         super().__init__(files.config, work_of(files, self._footprint.kv_dtype), rates, working_set)
         self.config = config
-        self._with_any_slots = replace(config, expert_slots=None)
+        self._flexible = replace(config, expert_slots=None)
         self._process_bytes = process_bytes
         self._model = files.config
 
@@ -215,7 +215,7 @@ class Forecaster(Speeds):
             work=self.work,
             rates=self.rates,
             working_set=self.working_set,
-            fixed_slots=self.config.expert_slots,
+            expert_slots=self.config.expert_slots,
         )
         if with_curve:
             curve = tuple(self._curve(smallest, resident))
@@ -256,7 +256,7 @@ class Forecaster(Speeds):
             num_positions=num_positions,
             flop=flop,
             num_text_tokens=_PICTURE_TEXT_TOKENS,
-            num_slots=plan.num_slots,
+            num_slots=plan.slots.own,
             chunk_tokens=plan.chunk_tokens,
         )
 
@@ -264,13 +264,13 @@ class Forecaster(Speeds):
         """Predict decode of one sequence by equal machines: one as planned, the others with experts only."""
         others = plan.budget_bytes - BARE_PROCESS_BYTES - PROCESS_GROWTH_BYTES - plan.staging_bytes
         others -= page_table_bytes(others)
-        slots = plan.num_slots + (num_machines - 1) * max(0, others // max(1, plan.slot_bytes))
+        num_slots = plan.slots.own + (num_machines - 1) * max(0, plan.slots.fitting(others))
         return predict_group(
             self.work,
             self.rates,
             self.working_set,
             num_machines=num_machines,
-            num_slots=min(slots, plan.num_experts),
+            num_slots=min(num_slots, plan.slots.num_experts),
             hidden_size=self._model.hidden_size,
             network=network,
             context=plan.context_tokens // 2,
@@ -278,7 +278,7 @@ class Forecaster(Speeds):
 
     def servers(self, plan: MemoryPlan) -> tuple[SimulatedServer, SimulatedServer, SimulatedServer]:
         """A fast, a likely and a slow server with that plan."""
-        at_once, num_slots = self.config.max_sequences, plan.usual_slots
+        at_once, num_slots = self.config.max_sequences, plan.slots_in_decode()
         if plan.num_states:
             at_once = min(at_once, plan.num_states)
         fast, likely, slow = tabulate(
@@ -300,7 +300,7 @@ class Forecaster(Speeds):
 
     def _smallest_bytes(self) -> int:
         try:
-            return self._plan(self._with_any_slots, 1).total_bytes
+            return self._plan(self._flexible, 1).total_bytes
         except DoesNotFit as refusal:
             needed = refusal.facts["needed_bytes"]
             assert isinstance(needed, int)
@@ -310,7 +310,7 @@ class Forecaster(Speeds):
         """The bytes that the model takes with every expert in memory and the context of `plan`."""
         context = self.config.budget.context_tokens or (plan.context_tokens if plan else None)
         budget = Budget(ram_bytes=1 << 60, context_tokens=context)
-        everything = replace(self._with_any_slots, budget=budget)
+        everything = replace(self._flexible, budget=budget)
         return plan_memory(self._footprint, everything, process_bytes=self._process_bytes).total_bytes
 
     def _curve(self, smallest: int, resident: int) -> list[Point]:
@@ -320,18 +320,18 @@ class Forecaster(Speeds):
             for number in range(1, _NUM_BUDGETS)
         )
         for budget in (smallest, *between, resident):
-            plan = self._plan(self._with_any_slots, budget)
+            plan = self._plan(self._flexible, budget)
             speed = self.decode(plan, 1, context=min(1024, plan.context_tokens // 2)).tokens_per_s.likely
-            points.append(Point(budget, plan.num_slots, speed))
+            points.append(Point(budget, plan.slots.own, speed))
         return points
 
 
 def verdict_of(plan: MemoryPlan, model: ModelConfig) -> Verdict:
     """How a model runs in a plan; `thrashes` means that one token's experts are evicted before the next token."""
-    if plan.is_resident:
+    if plan.slots.is_resident:
         return "resident"
     one_token = len(model.moe_layers) * model.experts_per_token
-    return "streams" if plan.num_slots + plan.lent_slots >= one_token else "thrashes"
+    return "streams" if plan.slots.without_media >= one_token else "thrashes"
 
 
 def tokenizer_bytes(json_bytes: int, vocab_size: int) -> int:

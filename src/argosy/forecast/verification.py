@@ -120,7 +120,7 @@ def compare_decode(speeds: Speeds, plan: MemoryPlan, steps: DecodeSteps) -> Veri
     hit_rate = steps.hits / steps.lookups if steps.lookups else 1.0
     expected = speeds.decode(plan, streams, context=context)
     rows = [Row("decode", "tok/s", expected.tokens_per_s, steps.num_tokens / steps.seconds)]
-    if not plan.is_resident:
+    if not plan.slots.is_resident:
         read = steps.bytes_read / steps.num_tokens
         rows += [
             Row("hit rate", "share", expected.hit_rate, hit_rate),
@@ -187,7 +187,7 @@ def verify(
     compared = compare_decode(forecaster, planned, steps)
     expected = forecaster.prompt(planned, num_tokens)
     rows = [*compared.rows, Row(f"first token of {num_tokens}", "s", expected.seconds, first_s)]
-    if not planned.is_resident:
+    if not planned.slots.is_resident:
         swept = prefilled.bytes_read - before.bytes_read
         rows.append(Row("drive, prompt", "MB", expected.drive_bytes.times(1e-6), swept / 1e6))
     if peak is not None:

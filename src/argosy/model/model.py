@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from argosy import _native
 from argosy.checkpoint.files import ModelFiles
-from argosy.config import KV_BLOCK_TOKENS, KvDtype
+from argosy.config import KV_BLOCK_TOKENS, ExpertSlots, KvDtype
 from argosy.errors import UsageError
 from argosy.experts.cache import CachedRunner, ExpertCache
 from argosy.experts.files import ExpertFiles
@@ -43,10 +43,9 @@ class ModelSizes:
     kv_dtype: KvDtype
     step_tokens: int  # maximum tokens of a step
     num_states: int  # slots of the recurrent state; ignored if no layer has one
-    expert_slots: int | None  # maximum; None: every expert, packed end to end
+    slots: ExpertSlots | None  # for experts; None: every expert, packed end to end
     window_blocks: int | None = None  # for layers with a sliding window; None: as many as for other layers
-    first_slots: int | None = None  # at first; None: as many
-    reads_all: bool = False  # once there is a slot for every expert, also read experts that no token chose
+    most_experts: int = 0  # that get addresses in slots
 
 
 class ModelReading:
@@ -133,10 +132,10 @@ class ModelReading:
         experts: ExpertRunner | None = None
         cache: ExpertCache | None = None
         cache_bytes = 0
-        if self._has_experts and sizes.expert_slots is None:
+        if self._has_experts and sizes.slots is None:
             experts = self._resident_runner(self._weights, runtime)
             cache_bytes = self._files.expert_bytes
-        elif self._has_experts and sizes.expert_slots is not None:
+        elif self._has_experts and sizes.slots is not None:
             if self._experts_reading is not None:
                 self._experts_reading.close()
             expert_files = self._expert_files()
@@ -144,9 +143,8 @@ class ModelReading:
                 self._files,
                 self._weights,
                 expert_files,
-                num_slots=sizes.expert_slots,
-                first_slots=sizes.first_slots,
-                reads_all=sizes.reads_all,
+                sizes.slots,
+                most=sizes.most_experts,
                 look_ahead=look_ahead,
                 foreground=foreground,
             )
@@ -190,19 +188,18 @@ def _cache(
     files: ModelFiles,
     weights: DenseWeights,
     expert_files: ExpertFiles,
+    slots: ExpertSlots,
     *,
-    num_slots: int,
-    first_slots: int | None,
-    reads_all: bool,
+    most: int,
     look_ahead: bool,
     foreground: _native.Foreground | None = None,
 ) -> ExpertCache:
     """A cache for the experts of a model; see `ExpertCache` for the arguments."""
     return ExpertCache(
         expert_files,
-        num_slots=num_slots,
-        first_slots=first_slots,
-        reads_all=reads_all,
+        num_slots=slots.own,
+        most=most,
+        reads_all=bool(slots.most),
         experts_per_token=files.config.experts_per_token,
         arithmetic=describe_experts(files.config, weights),
         look_ahead=look_ahead,
@@ -309,16 +306,14 @@ class Model:
         """Whether this process has all experts, end to end."""
         return isinstance(self.experts, ResidentRunner)
 
-    def move_to_slots(
-        self, store: _native.Store, num_slots: int, *, most_slots: int, look_ahead: bool
-    ) -> ExpertCache:
+    def unpack(self, store: _native.Store, slots: ExpertSlots, *, most: int, look_ahead: bool) -> ExpertCache:
         """From the next step on, keep experts in slots instead of all in memory, end to end.
 
         All experts leave first, so that the two memories never add up, and are read again when tokens choose them.
         Once there is a slot for every expert, the others are read as well. Counters continue.
 
         Args:
-            most_slots: limit of the cache's `resize`; the cache reserves addresses for this many.
+            most: limit of the cache's `resize`; the cache reserves addresses for this many.
 
         Raises:
             ArgosyError, MemoryError: a file cannot be opened, or there is too little address space; nothing changed.
@@ -329,9 +324,8 @@ class Model:
             self._files,
             self.weights,
             ExpertFiles(store, self._files.experts, open_file=functools.cache(store.open)),
-            num_slots=most_slots,
-            first_slots=0,
-            reads_all=True,
+            replace(slots, own=0),
+            most=most,
             look_ahead=look_ahead,
         )
         cache.earlier = replace(packed.stats)
@@ -340,7 +334,7 @@ class Model:
         if self.draft is not None:
             self.draft.run_with(self.experts)
         packed.give_back()
-        cache.resize(num_slots)
+        cache.resize(slots.own)
         return cache
 
     def rows_of(self, expert: int) -> NDArray[np.int64]:

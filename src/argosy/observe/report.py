@@ -173,13 +173,13 @@ def report(
     *,
     layers: tuple[int, ...],
     num_experts: int,
-    own_slots: int | None = None,
+    num_slots: int | None = None,
     seed: int = 0,
 ) -> RoutingReport:
     """Report on the choices of each domain, which has at least one token.
 
     Args:
-        own_slots: the size of the engine's cache, replayed in addition to BUDGETS; None: every expert is resident.
+        num_slots: the size of the engine's cache, replayed in addition to BUDGETS; None: every expert is resident.
     """
     rng = np.random.default_rng(seed)
     k = domains[0].choices.shape[2]
@@ -214,7 +214,7 @@ def report(
         if across is not None and across.is_significant
         else {},
         working_set=_working_set(domains, layers, num_experts),
-        caches=_replay(domains, num_experts, own_slots),
+        caches=_replay(domains, num_experts, num_slots),
     )
 
 
@@ -388,7 +388,7 @@ def _working_set(domains: Sequence[DomainRouting], layers: tuple[int, ...], num_
 
 
 def _replay(
-    domains: Sequence[DomainRouting], num_experts: int, own_slots: int | None
+    domains: Sequence[DomainRouting], num_experts: int, num_slots: int | None
 ) -> dict[int, dict[str, float]]:
     """Hit rates over the second half of each domain, after the first half has filled the cache."""
     halves = [np.split(domain.choices, [len(domain.choices) // 2]) for domain in domains]
@@ -397,8 +397,8 @@ def _replay(
     _, num_layers, k = trace.shape
     all_experts = num_layers * num_experts
     budgets = {max(k, round(all_experts * percent / 100)) for percent in BUDGETS}
-    if own_slots is not None:
-        budgets.add(own_slots)
+    if num_slots is not None:
+        budgets.add(num_slots)
     return {
         slots: hit_rates(trace, num_experts=num_experts, slots=slots, counted_from=len(filled))
         for slots in sorted(budgets)

@@ -50,8 +50,8 @@ def bench(model: str, as_json: bool, flags: Settings) -> None:
     settings: Settings = {**read_settings(**flags), "context": context, "media": False, "record": False}
     with Neighbours() as others:
         rates = _rates(files, settings)
-        least_slots = max(1, files.config.experts_per_token)
-        speeds = _speeds(model, settings, least_slots, rates["drive_bytes_per_s"])
+        fewest = max(1, files.config.experts_per_token)
+        speeds = _speeds(model, settings, fewest, rates["drive_bytes_per_s"])
     facts = {
         **_machine_facts(settings),
         **_model_facts(model, files),
@@ -69,7 +69,7 @@ def bench(model: str, as_json: bool, flags: Settings) -> None:
         print(*_lines(facts, str(others)), sep="\n")
 
 
-def _speeds(model: str, settings: Settings, least_slots: int, drive: float | None) -> list[dict[str, Any]]:
+def _speeds(model: str, settings: Settings, fewest: int, drive: float | None) -> list[dict[str, Any]]:
     """Measure at the budget, then with half the experts that fit it, if that still holds a token's experts."""
     from argosy.cli.shared.output import progress_bar
     from argosy.forecast.bench import measure_alone
@@ -82,7 +82,7 @@ def _speeds(model: str, settings: Settings, least_slots: int, drive: float | Non
     speeds = [measured()]
     plan = speeds[0]["plan"]
     half = plan["expert_slots"] // 2
-    if half >= least_slots:
+    if half >= fewest:
         speeds.append(measured(expert_slots=half, chunk_tokens=plan["chunk_tokens"]))
     return speeds
 

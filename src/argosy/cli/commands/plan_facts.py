@@ -99,8 +99,8 @@ class PlanFacts:
             assert forecast.refusal is not None
             return f"no: it needs {format_bytes(forecast.smallest_bytes)}"
         plan = forecast.plan
-        share = 100 * plan.num_slots / max(1, plan.num_experts)
-        where = "" if forecast.verdict == "resident" else f", {share:.0f} % of its experts in memory"
+        share = f", {plan.slots.own_percent:.0f} % of its experts in memory"
+        where = "" if forecast.verdict == "resident" else share
         takes = f"{format_bytes(plan.total_bytes)} of {format_bytes(plan.budget_bytes)}"
         left_out = "; text only: there is no room for pictures and sound" if forecast.is_text_only else ""
         verdict = f"{FITS[forecast.verdict]}{where}; {takes}{left_out}"
@@ -132,7 +132,7 @@ class PlanFacts:
             f"budget    smallest {format_bytes(forecast.smallest_bytes)}{knee}; all experts in memory with "
             f"{format_bytes(forecast.resident_bytes)}"
         ]
-        if forecast.fixed_slots is not None:
+        if forecast.expert_slots is not None:
             lines.append(
                 "          without `--memory` the demo model streams: a quarter of its experts are in memory"
             )

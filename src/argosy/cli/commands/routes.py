@@ -96,7 +96,7 @@ def routes(
             domains,
             layers=config.moe_layers,
             num_experts=config.num_experts,
-            own_slots=None if realised is None else realised.slots,
+            num_slots=None if realised is None else realised.slots,
         )
     name = Path(model).name
     if svg is not None:
@@ -219,7 +219,7 @@ class _Reader:
         from argosy.observe.replay import hit_rates
 
         engine, plan = self.engine, self.engine.plan
-        if plan.is_resident:
+        if plan.slots.is_resident:
             return None
         params = SamplingParams(max_tokens=_ANSWER, ignore_eos=True)
         parts = []
@@ -232,7 +232,7 @@ class _Reader:
             parts.append(self._trace.take())
         filling, counted = parts
         chosen = [part.choices[part.is_decode] for part in parts]
-        slots = plan.decode_slots(_PROMPT + _ANSWER)
+        slots = plan.slots_in_decode(_PROMPT + _ANSWER)
         return Realised(
             slots,
             counted.hits / max(1, counted.lookups),

@@ -131,7 +131,7 @@ class Service:
         if self.reranking is not None:
             self.reranking.context_tokens = plan.context_tokens
         if self.recent_cache is not None:
-            self.recent_cache.num_slots = plan.usual_slots
+            self.recent_cache.num_slots = plan.slots_in_decode()
 
     @property
     def ears_id(self) -> str:

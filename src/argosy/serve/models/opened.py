@@ -110,8 +110,8 @@ def service_for(
         return compare_decode(speeds, engine.plan, steps)
 
     recent_cache = None
-    if recorder is not None and not engine.plan.is_packed:
-        num_experts, num_slots = engine.config.num_experts, engine.plan.usual_slots
+    if recorder is not None and not engine.plan.slots.is_packed:
+        num_experts, num_slots = engine.config.num_experts, engine.plan.slots_in_decode()
         recent_cache = LiveCache(recorder, num_experts=num_experts, num_slots=num_slots)
     reranking = None
     if common.rerank is not None:
