@@ -14,17 +14,20 @@ import gc
 import importlib
 import os
 import signal
+import subprocess
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
 import certifi
 import pytest
 
-from argosy import _native
+from argosy import _native, confined_process
+from tests.helpers.forks import ForkedWorker
 
 # Products run as the defaults say, whatever was measured here: tests neither wait for a probe nor keep what it finds.
 os.environ["ARGOSY_TUNE"] = "off"
@@ -134,6 +137,23 @@ def _memory_of_a_module_ends_with_it() -> Iterator[None]:
     yield
     gc.collect()
     _native.trim_heap()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _confined_processes_are_forks() -> Iterator[None]:
+    """Those that this process starts, hundreds of them; where they are tested themselves, `as_users_have_them`."""
+    with pytest.MonkeyPatch.context() as patch:
+        forked = SimpleNamespace(**vars(subprocess) | {"Popen": ForkedWorker})
+        patch.setattr(confined_process, "subprocess", forked)
+        yield
+
+
+@pytest.fixture(scope="module")
+def as_users_have_them() -> Iterator[None]:
+    """Processes of templates and media start with an interpreter of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(confined_process, "subprocess", subprocess)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

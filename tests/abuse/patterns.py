@@ -48,35 +48,35 @@ class Pattern:
 
 def patterns() -> Iterator[Pattern]:
     """Every call of `re` in the source."""
-    trees = {
-        path: ast.parse(path.read_text())
+    modules = {
+        path: [*ast.walk(ast.parse(path.read_text()))]
         for path in sorted((SOURCE / "argosy").rglob("*.py"))
         if path.stem != "__main__"
     }
     used: dict[str, set[str]] = {}
-    for tree in trees.values():
-        for node in ast.walk(tree):
+    for nodes in modules.values():
+        for node in nodes:
             if isinstance(node, ast.Attribute) and (name := _name_of(node.value)):
                 used.setdefault(name, set()).add(node.attr)
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and len(node.args) > 1:
                 used.setdefault(_name_of(node.func.value), set()).add(
                     "search"
                 )  # a match at one place after another
-    for path, tree in trees.items():
+    for path, nodes in modules.items():
+        calls = [node for node in nodes if isinstance(node, ast.Call) and _is_of_re(node.func)]
+        if not calls:
+            continue
         module = importlib.import_module(
             ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
         )
         names = {
             id(node.value): target
-            for node in ast.walk(tree)
+            for node in nodes
             if isinstance(node, ast.Assign | ast.AnnAssign | ast.keyword) and node.value is not None
             if (target := _target_of(node))
         }
-        for node in ast.walk(tree):
-            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
-                continue
-            if _name_of(node.func.value) != "re" or node.func.attr not in _CALLS:
-                continue
+        for node in calls:
+            assert isinstance(node.func, ast.Attribute)
             name = names.get(id(node), "")
             methods = used.get(name, set()) & _CALLS if node.func.attr == "compile" else {node.func.attr}
             flags = [one.value for one in node.keywords if one.arg == "flags"] + node.args[
@@ -92,6 +92,10 @@ def patterns() -> Iterator[Pattern]:
                 not methods <= _ANCHORED or not methods,
                 methods == {"fullmatch"},
             )
+
+
+def _is_of_re(called: ast.expr) -> bool:
+    return isinstance(called, ast.Attribute) and _name_of(called.value) == "re" and called.attr in _CALLS
 
 
 def _name_of(node: ast.AST) -> str:

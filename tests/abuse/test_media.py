@@ -43,6 +43,8 @@ FILES_OF_KINDS = [
     for name, make in files.items()
 ]
 
+pytestmark = pytest.mark.usefixtures("as_users_have_them")
+
 
 @pytest.fixture(scope="module")
 def decoder() -> Iterator[Decoder]:

@@ -22,10 +22,13 @@ from tests.abuse import hostile_videos
 from tests.abuse.hostile_videos import full, made, mp4
 from tests.media.video_samples import VIDEO_SETTINGS
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("ffmpeg") is None or shutil.which("ffprobe") is None,
-    reason="needs the programs ffmpeg and ffprobe (`apt install ffmpeg`)",
-)
+pytestmark = [
+    pytest.mark.usefixtures("as_users_have_them"),
+    pytest.mark.skipif(
+        shutil.which("ffmpeg") is None or shutil.which("ffprobe") is None,
+        reason="needs the programs ffmpeg and ffprobe (`apt install ffmpeg`)",
+    ),
+]
 
 LIMITS = MediaLimits()
 CPU_SECONDS = 5.0  # of all processes for one file, on a busy machine

@@ -11,7 +11,9 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from tests.helpers.forks import Forked
 
 _TIMEOUT_S = 60.0
 _ESCAPES = re.compile(rb"\x1b(?:\[[0-9;?]*[A-Za-z]|\][^\x07]*\x07|[^\[\]])")
@@ -81,12 +83,19 @@ class OnTerminal:
 
 
 @contextmanager
-def on_terminal(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Iterator[OnTerminal]:
-    """Start a program with a terminal of its own, and end it at the end."""
+def on_terminal(command: Sequence[Any], environment: Mapping[str, str] | None = None) -> Iterator[OnTerminal]:
+    """Start a program with a terminal of its own, and end it at the end.
+
+    Args:
+        command: a program and its arguments, or a function of a module and its arguments, which is called in a fork.
+    """
     master, slave = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-S", "-c", _TAKE_TERMINAL, *command],
-        stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+    if callable(command[0]):
+        start: type[subprocess.Popen[bytes]] = Forked
+    else:
+        start, command = subprocess.Popen, [sys.executable, "-S", "-c", _TAKE_TERMINAL, *command]
+    process = start(
+        command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
         env={**os.environ, "TERM": "xterm", **(environment or {})},
     )  # fmt: skip
     os.close(slave)

@@ -23,6 +23,7 @@ from argosy.cli.shared import own_server
 from argosy.cli.shared.remote import DEFAULT_URL, default_url
 from argosy.directory import Directory
 from argosy.errors import ServerNotUsable
+from tests.cluster.rigs import wait_until
 from tests.helpers.command import run_argosy
 from tests.helpers.forks import ForkedArgosy
 from tests.helpers.guides import shown_after
@@ -154,6 +155,7 @@ def test_a_killed_server_is_replaced(chat_model: Path) -> None:
     assert up(chat_model).returncode == 0
     first = here()
     os.kill(first.pid, signal.SIGKILL)
+    wait_until(lambda: own_server.running() is None)  # whoever adopted it learns of its end
     done = up(chat_model)
     assert done.returncode == 0, done.stderr
     assert here().pid != first.pid

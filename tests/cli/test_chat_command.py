@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
+import argosy.open.engine
 from argosy.cli.commands.conversation import Conversation
 from argosy.cli.main import main
 from argosy.cli.shared.chat_models import LocalModel
@@ -19,6 +22,7 @@ from argosy.errors import DoesNotFit, PromptTooLong, ReadFailed, UsageError
 from argosy.prompt.thinking import Thinking
 from tests.cli.fake_engine import FakeEngine
 from tests.cli.terminal import on_terminal
+from tests.helpers.forks import argosy_command
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -188,9 +192,8 @@ def test_a_real_model_talks_over_several_turns(
 
 
 def test_the_line_editor_reads_a_line_and_quits_on_interrupts(chat_model: Path) -> None:
-    command = [sys.executable, "-m", "argosy", "chat", str(chat_model), "--threads", "1", "-n", "4"]
-    command += ["-t", "0", "--ignore-eos"]
-    with on_terminal(command) as terminal:
+    options = ["--threads", "1", "-n", "4", "-t", "0", "--ignore-eos"]
+    with on_terminal([argosy_command, "chat", str(chat_model), *options]) as terminal:
         terminal.until(b">")
         terminal.send(b"Hi\r")
         terminal.until(b"(cut off after 4 tokens, the limit of -n: /continue goes on)")
@@ -203,25 +206,25 @@ def test_the_line_editor_reads_a_line_and_quits_on_interrupts(chat_model: Path) 
         assert terminal.process.wait(timeout=30) == 130
 
 
-# Chats with the fake engine on a terminal: it prints what it was asked, and a text with escape sequences.
-FAKE_CHAT = """
-import sys, argosy.open.engine as e
-from tests.cli.fake_engine import FakeEngine
-class Engine(FakeEngine):
-    opened, asked, params = [], [], []
-    answer = ("a\\x1b[2J", "\\n```py\\n", "x = 1\\n", "```\\n", "end")
-e.Engine = Engine
-from argosy.cli.main import main
-code = main(["chat", "demo", *sys.argv[1:]])
-print([message["content"] for message in Engine.asked[-1]])
-sys.exit(code)
-"""
+def fake_chat(*arguments: str) -> int:
+    """Chat with the fake engine on a terminal: print what it was asked, and a text with escape sequences."""
+
+    class Engine(FakeEngine):
+        opened: ClassVar[list[dict[str, object]]] = []
+        asked: ClassVar[list[Any]] = []
+        params: ClassVar[list[SamplingParams]] = []
+        answer = ("a\x1b[2J", "\n```py\n", "x = 1\n", "```\n", "end")
+
+    argosy.open.engine.Engine = Engine  # type: ignore[misc, assignment]
+    code = main(["chat", "demo", *arguments])
+    print([message["content"] for message in Engine.asked[-1]])
+    return code
 
 
 def test_a_message_has_several_lines_and_history_returns_in_the_next_chat(tmp_path: Path) -> None:
     history = tmp_path / "own" / "lines"
-    command = [sys.executable, "-c", FAKE_CHAT, "--history", str(history), "--no-record"]
-    with on_terminal(command, {"NO_COLOR": "1"}) as terminal:
+    chat = [fake_chat, "--history", str(history), "--no-record"]
+    with on_terminal(chat, {"NO_COLOR": "1"}) as terminal:
         terminal.until(f"lines are kept in {history}, 0 of them".encode())
         terminal.until(b">")
         terminal.send(b"one\\\r")  # a backslash at the end
@@ -234,7 +237,7 @@ def test_a_message_has_several_lines_and_history_returns_in_the_next_chat(tmp_pa
         assert terminal.process.wait(timeout=30) == 0
     assert history.stat().st_mode & 0o777 == 0o600
     assert history.read_text() == '"one\\ntwo\\nthree\\nfour"\n'
-    with on_terminal(command) as terminal:
+    with on_terminal(chat) as terminal:
         terminal.until(b"1 of them from before")
         terminal.until(b">")
         terminal.send(b"\x1b[A\r")  # the key that goes back
@@ -248,24 +251,23 @@ def test_a_message_has_several_lines_and_history_returns_in_the_next_chat(tmp_pa
     assert answer.removeprefix(b"a\xef\xbf\xbd[2J") == fences
 
 
-# Shows the beginning of an answer, then waits for ^C.
-WAITING_CHAT = """
-import os, select, signal
-from tests.cli.fake_engine import FakeEngine
-told, woken = os.pipe()
-os.set_blocking(woken, False)
-def wait(at):
-    if at == 0:
-        signal.set_wakeup_fd(woken)
-    if at == 1:
-        select.select([told], [], [])
-FakeEngine.before_token = staticmethod(wait)
-"""
+def waiting_chat(*arguments: str) -> int:
+    """Show the beginning of an answer, then wait for ^C."""
+    told, woken = os.pipe()
+    os.set_blocking(woken, False)
+
+    def wait(at: int) -> None:
+        if at == 0:
+            signal.set_wakeup_fd(woken)
+        if at == 1:
+            select.select([told], [], [])
+
+    FakeEngine.before_token = staticmethod(wait)  # type: ignore[method-assign]
+    return fake_chat(*arguments)
 
 
 def test_keys_typed_during_an_answer_wait_for_the_prompt_and_neither_they_nor_an_interrupt_mark_it() -> None:
-    command = [sys.executable, "-c", WAITING_CHAT + FAKE_CHAT, "--no-record", "-q"]
-    with on_terminal(command, {"NO_COLOR": "1"}) as terminal:
+    with on_terminal([waiting_chat, "--no-record", "-q"], {"NO_COLOR": "1"}) as terminal:
         terminal.until(b">")
         terminal.send(b"Hi\r")
         terminal.until(b"[2J")  # the end of the first token

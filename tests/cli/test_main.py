@@ -9,10 +9,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import click
 import pytest
 
+import argosy.open.engine
 from argosy import errors
 from argosy.cli.commands.chat import chat
 from argosy.cli.commands.plan import plan
@@ -21,15 +23,17 @@ from argosy.cli.commands.serve import serve
 from argosy.cli.main import _COMMANDS, _SUBJECTS, main
 from argosy.cli.shared.help_all import Further
 from argosy.cli.shared.settings import VARIABLES, for_engine, read_settings, wants_traceback
+from argosy.config import SamplingParams
 from argosy.errors import UsageError
 from argosy.user_directories import data_directory
 from tests.cli.fake_engine import FakeEngine
+from tests.helpers.forks import Forked
 
 Engine = type[FakeEngine]
 Captured = pytest.CaptureFixture[str]
 
 
-def argosy(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+def run_module(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "argosy", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)  # type: ignore[call-overload, no-any-return]
 
@@ -239,7 +243,7 @@ def test_the_first_output_takes_200_ms_of_a_processor_at_most() -> None:
         subprocess.run([sys.executable, "-c", ""], check=True, timeout=60)
 
     def version() -> None:
-        assert argosy("--version").returncode == 0
+        assert run_module("--version").returncode == 0
 
     assert min(_cpu_seconds(version) for _ in range(5)) - min(_cpu_seconds(bare) for _ in range(3)) < 0.2
 
@@ -392,17 +396,19 @@ def test_an_interrupt_anywhere_exits_130_with_a_clean_line(at: str, engine: Engi
     assert capsys.readouterr().err == "\ninterrupted\n"
 
 
-def test_a_reader_that_closes_the_pipe_causes_no_error_message(engine: Engine) -> None:
-    code = (
-        "import sys, argosy.open.engine as e\n"
-        "from tests.cli.fake_engine import FakeEngine\n"
-        "class Engine(FakeEngine):\n"
-        "    opened, asked, params, answer = [], [], [], ('word ',) * 200000\n"
-        "e.Engine = Engine\n"
-        "from argosy.cli.main import main\n"
-        "sys.exit(main(['run', '-m', 'x', 'Hi']))\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def answer_at_length() -> int:
+    class Long(FakeEngine):
+        opened: ClassVar[list[dict[str, object]]] = []
+        asked: ClassVar[list[object]] = []
+        params: ClassVar[list[SamplingParams]] = []
+        answer = ("word ",) * 200_000
+
+    argosy.open.engine.Engine = Long  # type: ignore[misc, assignment]
+    return main(["run", "-m", "x", "Hi"])
+
+
+def test_a_reader_that_closes_the_pipe_causes_no_error_message() -> None:
+    process = Forked[bytes]([answer_at_length], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.read(10)
@@ -477,7 +483,7 @@ def test_tracebacks_are_off_unless_asked_for() -> None:
 
 
 def test_the_module_runs_as_the_command() -> None:
-    done = argosy("show", "/nowhere", env={**os.environ})
+    done = run_module("show", "/nowhere", env={**os.environ})
     assert (done.returncode, done.stdout) == (4, "")
     assert done.stderr == "error: /nowhere does not exist\n"
 

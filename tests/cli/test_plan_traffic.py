@@ -15,7 +15,7 @@ from tests.families.published import PUBLISHED
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ARGOSY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("argosy.forecast.traffic.MOST_REQUESTS", 600)
+    monkeypatch.setattr("argosy.forecast.traffic.MOST_REQUESTS", 300)
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_times_and_machines_are_the_same_in_text_and_json(
 
     said = text(capsys, *options)
     assert (
-        "0.1 requests/s at random (seed 0); prompts of 300~2 tokens, answers of 100~2; 600 simulated" in said
+        "0.1 requests/s at random (seed 0); prompts of 300~2 tokens, answers of 100~2; 300 simulated" in said
     )
     assert "one machine keeps up: " in said
     assert "a first token within 30 s in 99 of 100 requests" in said
@@ -88,7 +88,7 @@ def test_requests_of_a_file_come_as_it_says(
     assert "requests/s as the file says" in text(capsys, qwen, "--traffic", str(path))
     assert (
         facts(capsys, qwen, "--traffic", str(path), "--rate", "0.01")["likely"]["one_machine"]["num_requests"]
-        == 600
+        == 300
     )
 
 

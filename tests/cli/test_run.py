@@ -13,18 +13,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 from unittest.mock import ANY
 
 import pytest
 
 from argosy.cli.main import main
+from argosy.cli.shared import answer_writer
 from argosy.cli.shared.output import FencedCode, write_file, write_text
 from argosy.config import CHOOSING, SamplingParams
 from argosy.errors import UsageError
 from argosy.machine.resources import MemoryLimit
 from argosy.prompt.prompt import Prompt
 from tests.cli.fake_engine import FakeEngine
+from tests.helpers.forks import Forked
 
 Engine = type[FakeEngine]
 Captured = pytest.CaptureFixture[str]
@@ -245,9 +247,9 @@ def test_a_program_that_keeps_its_pipe_open_is_told_what_is_waited_for(
 
     def close_later() -> None:
         deadline = time.monotonic() + 10
-        while (not said or not said[-1]) and time.monotonic() < deadline:
+        while (not said or not said[-1].endswith("\n")) and time.monotonic() < deadline:
             time.sleep(0.01)
-            said.append(capsys.readouterr().err)
+            said.append("".join(said[-1:]) + capsys.readouterr().err)
         os.close(start)
 
     closing = threading.Thread(target=close_later)
@@ -680,19 +682,23 @@ def test_show_also_refuses_too_long_a_context_for_a_config_without_weights(
     assert "a context of 257 tokens was requested, and the model supports 256" in capsys.readouterr().err
 
 
+def answer_slowly(*arguments: str) -> int:
+    """Pause after each write, so that the answer does not end before a signal arrives."""
+    write = answer_writer.write_text
+
+    def slowly(*given: Any, **more: Any) -> None:
+        write(*given, **more)
+        time.sleep(0.2)
+
+    answer_writer.write_text = slowly
+    return main(["run", *arguments])
+
+
 def test_interrupting_the_real_process_exits_130(chat_model: Path) -> None:
-    command = [sys.executable, "-m", "argosy", "run", "-m", str(chat_model), "--threads", "1"]
-    # The pause after each write keeps the answer from ending before the signal arrives.
-    code = (
-        "import sys, argosy.cli.shared.answer_writer as output\n"
-        "real = output.write_text\n"
-        "output.write_text = lambda *a, **k: (real(*a, **k), __import__('time').sleep(0.2))\n"
-        "from argosy.cli.main import main\n"
-        f"sys.exit(main({[*command[3:], '-n', '200', '--ignore-eos', 'Hi']!r}))\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ}
-    )
+    process = Forked[bytes](
+        [answer_slowly, "-m", chat_model, "--threads", "1", "-n", "200", "--ignore-eos", "Hi"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
     assert process.stdout is not None
     process.stdout.read(1)
     process.send_signal(signal.SIGINT)

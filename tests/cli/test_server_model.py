@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -30,6 +29,8 @@ from argosy.serve.answer.media_parts import media_in
 from argosy.serve.dialects.openai_chat_bodies import ChatBody
 from tests.cli.terminal import on_terminal
 from tests.cli.tiny_chat_model import write_chat_model
+from tests.helpers.command import run_argosy
+from tests.helpers.forks import argosy_command
 from tests.library.caches import add_to_hub
 from tests.serve.fake_server import fake_server
 
@@ -50,21 +51,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A user whose server has the library: one model, `Acme/One`."""
     home = tmp_path_factory.mktemp("home")
     add_to_hub(home / "HF_HOME" / "hub", "Acme/One", write_chat_model(home / "files" / "model"))
-    environment = {**os.environ, **{name: str(home / name) for name in SEEN}}
-    command = [
-        sys.executable,
-        "-m",
-        "argosy",
-        "up",
-        "--no-systemd",
-        "--port",
-        "0",
-        "--memory",
-        "1GiB",
-        "--threads",
-        "1",
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    command = ["up", "--no-systemd", "--port", "0", "--memory", "1GiB", "--threads", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in SEEN:
+            patch.setenv(name, str(home / name))
+        done = run_argosy(*command, timeout_s=120)
     assert done.returncode == 0, done.stderr
     yield home
     os.kill(int(done.stdout.rpartition(" ")[2]), signal.SIGKILL)
@@ -438,7 +429,7 @@ def test_an_interrupt_leaves_the_server_at_once_and_the_answer_goes_on_from_its_
 ) -> None:
     saved = tmp_path / "talk.json"
     with scripted(says_a_part_and_waits, goes_on) as server:
-        command = [sys.executable, "-m", "argosy", "chat", "one", "--url", server.url]
+        command = [argosy_command, "chat", "one", "--url", server.url]
         with on_terminal(command, {"NO_COLOR": "1"}) as terminal:
             terminal.until(f"using the server at {server.url}: one is in memory".encode())
             terminal.until(b">")
@@ -471,7 +462,7 @@ def test_the_progress_of_a_prompt_at_the_server_is_a_bar(tmp_path: Path) -> None
     for command in (["chat", "one"], ["run", "-m", "one", "Hi"]):
         may_answer.clear()
         with scripted(reads_long) as server:
-            whole = [sys.executable, "-m", "argosy", *command, "--url", server.url]
+            whole = [argosy_command, *command, "--url", server.url]
             with on_terminal(whole, {"NO_COLOR": "1", "COLUMNS": "120"}) as terminal:
                 if command[0] == "chat":
                     terminal.until(b">")

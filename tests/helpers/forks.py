@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import fcntl
 import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
+import termios
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.forkserver import get_inherited_fds  # type: ignore[attr-defined]
@@ -17,7 +19,12 @@ from threading import Barrier
 from typing import Any, AnyStr, NoReturn
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tests.model.open_parts", "tests.route.serving", "tests.abuse.kills", "pytest"])
+FORKS.set_forkserver_preload(
+    [
+        "tests.model.open_parts", "tests.route.serving", "tests.abuse.kills", "pytest", "argosy.media.worker",
+        "argosy.prompt.template_worker",
+    ]
+)  # fmt: skip
 
 
 def call_in_fork(function: Callable[..., Any], *arguments: Any, **named: Any) -> tuple[Any, str]:
@@ -55,22 +62,23 @@ def call_at_once(function: Callable[..., Any], calls: Sequence[Sequence[Any]]) -
     return [process.exitcode for process in processes]
 
 
-class ForkedArgosy(subprocess.Popen[AnyStr]):
-    """`Popen` of `argosy` with these arguments, without the second that importing it takes.
+class Forked(subprocess.Popen[AnyStr]):
+    """`Popen` of a function of strings, [function, *arguments], which may return an exit code.
 
-    What `argosy` is called, where its interpreter comes from and what it imports when, other tests check.
+    With `start_new_session`, a terminal that is its stdin becomes its own, whose ^C is a signal.
     """
 
     _fork: BaseProcess
 
-    def _execute_child(self, args: Sequence[object], *rest: Any) -> None:
+    def _execute_child(self, args: Any, *rest: Any) -> None:
+        function, *arguments = args
         _, _, _, _, cwd, env, _, _, _, *pipes = rest[:15]
         ends = [number if end == -1 else end for number, end in enumerate((pipes[0], pipes[3], pipes[5]))]
         self._fork = FORKS.Process(
-            target=_run_command,
+            target=_run,
             args=(
-                [str(each) for each in args], dict(os.environ if env is None else env), str(cwd or os.getcwd()),
-                [_Descriptor(end) for end in ends],
+                function, [str(each) for each in arguments], dict(os.environ if env is None else env),
+                str(cwd or os.getcwd()), [_Descriptor(end) for end in ends], rest[20],
             ),
         )  # fmt: skip
         self._fork.start()
@@ -89,6 +97,30 @@ class ForkedArgosy(subprocess.Popen[AnyStr]):
         if self._internal_poll() is None:
             raise subprocess.TimeoutExpired(self.args, timeout or 0)
         return self.returncode
+
+
+def argosy_command(*arguments: str) -> int:
+    from argosy.cli.main import main
+
+    sys.argv = ["argosy", *arguments]
+    return main(arguments)
+
+
+class ForkedArgosy(Forked[AnyStr]):
+    """`Popen` of `argosy` with these arguments, without the second that importing it takes.
+
+    What `argosy` is called, where its interpreter comes from and what it imports when, other tests check.
+    """
+
+    def _execute_child(self, args: Any, *rest: Any) -> None:
+        super()._execute_child((argosy_command, *args), *rest)
+
+
+class ForkedWorker(Forked[bytes]):
+    """`Popen` of a `ConfinedProcess`: `python -I -S -X utf8 -c CODE`, where only CODE counts."""
+
+    def _execute_child(self, args: Any, *rest: Any) -> None:
+        super()._execute_child((exec, args[-1]), *rest)
 
 
 class _Descriptor:
@@ -127,11 +159,14 @@ def _call(
     told.send(result)
 
 
-def _run_command(
-    arguments: Sequence[str], environment: dict[str, str], directory: str, descriptors: Sequence[int]
+def _run(
+    function: Callable[..., int | None],
+    arguments: Sequence[str],
+    environment: dict[str, str],
+    directory: str,
+    descriptors: Sequence[int],
+    has_own_session: bool,
 ) -> NoReturn:
-    from argosy.cli.main import main
-
     os.chdir(directory)
     os.environ.clear()
     os.environ.update(environment)
@@ -140,10 +175,13 @@ def _run_command(
     for descriptor in get_inherited_fds():
         os.close(descriptor)
     sys.stdin = open(0)  # noqa: SIM115 - to the end of the process
-    sys.argv = ["argosy", *arguments]
-    code = 1
+    if has_own_session:
+        os.setsid()
+        if os.isatty(0):
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    code: int | None = 1
     try:
-        code = main(arguments)
+        code = function(*arguments)
     finally:
         atexit._run_exitfuncs()
     sys.exit(code)

@@ -21,6 +21,8 @@ from tests.media.samples import FILES, PICTURES, encoded, jpeg_with_exif, patter
 
 LIMITS = MediaLimits()
 
+pytestmark = pytest.mark.usefixtures("as_users_have_them")
+
 
 def content_of(file: bytes) -> Content:
     return Image(file).read(LIMITS)

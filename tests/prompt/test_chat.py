@@ -34,6 +34,7 @@ from argosy.prompt.tokenizer import Tokenizer, text_of
 from tests.prompt.templates_for_tests import ALL, LLAMA2, MIXTRAL, QWEN3, TRICKS
 from tests.prompt.tokenizers_for_tests import CHATML, SPECIAL, STRUCTURAL, byte_level_json, llama_json
 
+pytestmark = pytest.mark.usefixtures("as_users_have_them")
 NOW = datetime.datetime(2026, 1, 2, 3, 4, 5)
 SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 

@@ -27,7 +27,6 @@ from argosy.serve.http.gate import Gate
 from argosy.serve.http.log import LogWriter
 from tests.abuse.figures import PATHS, body_of, request_with
 
-NUM_REQUESTS = 1000
 AT_ONCE = 16
 
 
@@ -51,8 +50,9 @@ def leave(app: Gate, canary: str, secret: str) -> Any:
     return app(scope, receive, send)
 
 
-def test_a_thousand_canaries_leave_no_trace(
-    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("num_requests", [250, pytest.param(1000, marks=pytest.mark.full)])
+def test_canaries_leave_no_trace(
+    num_requests: int, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     keys = KeyFile(tmp_path / "keys.json")
@@ -65,7 +65,9 @@ def test_a_thousand_canaries_leave_no_trace(
         log.setLevel(logging.INFO)
         audit = Audit(AuditSettings(directory=tmp_path / "audit"), facts={})
         try:
-            seen, statuses, metrics = asyncio.run(_send_all(service, keys, secret, audit, monkeypatch))
+            seen, statuses, metrics = asyncio.run(
+                _send_all(num_requests, service, keys, secret, audit, monkeypatch)
+            )
         finally:
             audit.close()
             writer.close()
@@ -74,18 +76,23 @@ def test_a_thousand_canaries_leave_no_trace(
         "metrics": metrics
     }
     assert (
-        sum(len(text.splitlines()) for name, text in texts.items() if name.endswith("/log")) >= NUM_REQUESTS
+        sum(len(text.splitlines()) for name, text in texts.items() if name.endswith("/log")) >= num_requests
     )
     assert sum(b'"kind":"request"' in text for text in texts.values()) == 1
     for where, text in texts.items():
         assert [canary for canary in seen if canary.encode() in text] == [], where
         assert secret.encode() not in text, where
     assert {"200", "400", "401", "404", "500", "left"} <= statuses.keys(), statuses
-    assert min(statuses["500"], statuses["left"]) >= 30
+    assert min(statuses["500"], statuses["left"]) >= num_requests // 33
 
 
 async def _send_all(
-    service: Service, keys: KeyFile, secret: str, audit: Audit, monkeypatch: pytest.MonkeyPatch
+    num_requests: int,
+    service: Service,
+    keys: KeyFile,
+    secret: str,
+    audit: Audit,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[list[str], Counter[str], bytes]:
     app = make_app(
         service,
@@ -103,7 +110,7 @@ async def _send_all(
 
     monkeypatch.setattr(service.prompts, "build", failing)
     rng, statuses = random.Random(0), Counter[str]()
-    seen = [f"canary{rng.getrandbits(64):016x}" for _ in range(NUM_REQUESTS)]
+    seen = [f"canary{rng.getrandbits(64):016x}" for _ in range(num_requests)]
     room = asyncio.Semaphore(AT_ONCE)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as client:
