@@ -129,7 +129,9 @@ def _state_bytes(engine: Engine) -> int:
     return _native.recurrent_state_bytes(1, len(engine.config.delta_layers), engine.config.delta.sizes)
 
 
-@pytest.mark.parametrize("draft_tokens", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "draft_tokens", [1, *(pytest.param(number, marks=pytest.mark.full) for number in (2, 3)), 4]
+)
 def test_grammars_stop_strings_and_limits_end_an_answer_at_the_same_token(
     text_model: Path, draft_tokens: int
 ) -> None:

@@ -39,6 +39,7 @@ TYPES = {"F32": one_type("F32"), "BF16": one_type("BF16"), "Q8_0": one_type("Q8_
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
+@pytest.mark.covering(1)
 @each_config
 @pytest.mark.parametrize("type_name", TYPES)
 def test_logits_match_those_of_the_dequantised_weights(

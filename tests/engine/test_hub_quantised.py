@@ -60,6 +60,7 @@ FP8_MODELS = {
 }
 
 
+@pytest.mark.covering(1)  # how a model's weights are found does not depend on how they are multiplied
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 @pytest.mark.parametrize("model", FP8_MODELS)
 def test_logits_and_answers_of_fp8_match_those_of_the_dequantised_weights(
@@ -82,6 +83,7 @@ def test_logits_and_answers_of_fp8_match_those_of_the_dequantised_weights(
     assert found[0][1] == found[1][1]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 @pytest.mark.parametrize("model", ["qwen3_moe", "kimi_k25"])
 def test_logits_of_int4_match_those_of_the_dequantised_weights(

@@ -161,6 +161,7 @@ def test_every_position_of_an_answer_has_run_when_it_ends(tmp_path: Path) -> Non
     assert left == [0] * 4
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("slots", [None, "fewest"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_text_is_the_same_with_it(model: Path, slots: str | None, temperature: float) -> None:

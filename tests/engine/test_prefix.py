@@ -282,6 +282,7 @@ def test_another_model_kv_type_instruction_set_or_tenant_finds_nothing_in_files(
         os.utime(weights, ns=(facts.st_atime_ns, facts.st_mtime_ns))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("kind", ["kv", "state"])
 @pytest.mark.parametrize("what", ["flip", "cut", "another's", "missing"])
 def test_a_damaged_file_is_not_trusted_and_its_prompt_is_recomputed_and_rewritten(
