@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from argosy.errors import BadMedia
-from argosy.media.decoder import Decoder
+from argosy.media.decoder import FileDecoder
 from argosy.media.parts import Audio, Image, MediaLimits
 from tests.abuse import hostile_media
 from tests.media.samples import FILES, encoded, palette_image, pattern, png, wav, wave
@@ -47,20 +47,20 @@ pytestmark = pytest.mark.usefixtures("as_users_have_them")
 
 
 @pytest.fixture(scope="module")
-def decoder() -> Iterator[Decoder]:
-    made = Decoder()
+def decoder() -> Iterator[FileDecoder]:
+    made = FileDecoder()
     yield made
     made.close()
 
 
-def decode(decoder: Decoder, kind: str, file: bytes) -> None:
+def decode(decoder: FileDecoder, kind: str, file: bytes) -> None:
     if kind == "picture":
         decoder.picture(Image(file).read(LIMITS))
     else:
         decoder.sound(Audio(file).read(LIMITS), 16_000)
 
 
-def require_usable(decoder: Decoder) -> None:
+def require_usable(decoder: FileDecoder) -> None:
     assert decoder.picture(Image(png(pattern(4, 5))).read(LIMITS)).shape == (4, 5, 3)
 
 
@@ -68,7 +68,7 @@ def require_our_sentence(error: BadMedia) -> None:
     assert any(re.fullmatch(sentence, error.message) for sentence in SENTENCES), error.message
 
 
-def cpu_seconds(decoder: Decoder) -> float:
+def cpu_seconds(decoder: FileDecoder) -> float:
     """Processor time of all workers so far, those that were killed and the one that runs."""
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert decoder._worker is not None
@@ -76,7 +76,7 @@ def cpu_seconds(decoder: Decoder) -> float:
     return ended.ru_utime + ended.ru_stime + (int(fields[11]) + int(fields[12])) / 100
 
 
-def peak_bytes(decoder: Decoder) -> int:
+def peak_bytes(decoder: FileDecoder) -> int:
     assert decoder._worker is not None
     status = Path(f"/proc/{decoder._worker._process.pid}/status").read_text()
     found = re.search(r"VmHWM:\s+(\d+) kB", status)
@@ -90,7 +90,7 @@ def test_there_are_at_least_sixty_hostile_files() -> None:
 
 @pytest.mark.parametrize(("kind", "make"), FILES_OF_KINDS)
 def test_a_hostile_file_is_refused_cheaply_and_the_decoder_stays_usable(
-    decoder: Decoder, kind: str, make: hostile_media.Make
+    decoder: FileDecoder, kind: str, make: hostile_media.Make
 ) -> None:
     file = make()
     require_usable(decoder)
@@ -106,7 +106,7 @@ def test_a_hostile_file_is_refused_cheaply_and_the_decoder_stays_usable(
     assert cpu_seconds(decoder) - before < CPU_SECONDS + 1.0
 
 
-def test_the_kernel_ends_a_worker_that_uses_up_its_processor_time(decoder: Decoder) -> None:
+def test_the_kernel_ends_a_worker_that_uses_up_its_processor_time(decoder: FileDecoder) -> None:
     file = hostile_media.PICTURES["jpeg_of_5000_scans"]()
     require_usable(decoder)
     with pytest.raises(BadMedia, match="takes more processor time"):
@@ -134,7 +134,7 @@ SEEDS = {
 
 
 @pytest.mark.parametrize("kind", SEEDS)
-def test_damaged_files_are_decoded_or_refused_in_our_words(decoder: Decoder, kind: str) -> None:
+def test_damaged_files_are_decoded_or_refused_in_our_words(decoder: FileDecoder, kind: str) -> None:
     rng = random.Random(14)
     num_refused = 0
     for number in range(300):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from argosy.errors import BadMedia
-from argosy.media.decoder import Decoder
+from argosy.media.decoder import FileDecoder
 from argosy.media.frames import open_frames
 from argosy.media.parts import FFMPEG_BYTES, MediaLimits, Video
 from argosy.media.videos import read_video_processor
@@ -56,7 +56,7 @@ SENTENCES = [
 def decode(file: bytes) -> int:
     """Decode the frames that a model would see; returns how many there are."""
     processor = read_video_processor(VIDEO_SETTINGS["qwen3_vl"], most_tokens=256, most_group_tokens=64)
-    with open_frames(Video(file).read(LIMITS), Decoder(LIMITS), LIMITS) as frames:
+    with open_frames(Video(file).read(LIMITS), FileDecoder(LIMITS), LIMITS) as frames:
         indices = processor.sample(frames.num_frames, frames.rate)
         return len(processor.resize(frames.at(indices), len(indices)))
 
@@ -168,6 +168,6 @@ def test_a_frame_beyond_the_limit_is_not_read() -> None:
     small = MediaLimits(pixels=50_000)
     with (
         pytest.raises(BadMedia, match=r"a frame may have at most 0\.05 megapixels, found 300 x 200"),
-        open_frames(Video(file).read(LIMITS), Decoder(LIMITS), small) as frames,
+        open_frames(Video(file).read(LIMITS), FileDecoder(LIMITS), small) as frames,
     ):
         list(frames.at(np.array([0])))

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from argosy.media.decoder import Decoder
+from argosy.media.decoder import FileDecoder
 
 
 @pytest.fixture(scope="package")
-def decoder() -> Iterator[Decoder]:
-    made = Decoder()
+def decoder() -> Iterator[FileDecoder]:
+    made = FileDecoder()
     yield made
     made.close()

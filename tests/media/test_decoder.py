@@ -15,7 +15,7 @@ from PIL import Image as PillowImage
 from argosy import confined_process
 from argosy.errors import ArgosyError, BadMedia
 from argosy.media import decoder as decoder_module
-from argosy.media.decoder import Decoder
+from argosy.media.decoder import FileDecoder
 from argosy.media.parts import Audio, Content, Image, MediaLimits
 from tests.media.samples import FILES, PICTURES, encoded, jpeg_with_exif, pattern, png, wav, wave
 
@@ -28,12 +28,12 @@ def content_of(file: bytes) -> Content:
     return Image(file).read(LIMITS)
 
 
-def process_of(decoder: Decoder) -> int:
+def process_of(decoder: FileDecoder) -> int:
     assert decoder._worker is not None
     return decoder._worker._process.pid
 
 
-def test_pixels_are_those_of_the_file(decoder: Decoder) -> None:
+def test_pixels_are_those_of_the_file(decoder: FileDecoder) -> None:
     pixels = pattern(300, 2000)  # two pieces
     found = decoder.picture(content_of(png(pixels)))
     assert found.dtype == np.uint8
@@ -41,7 +41,7 @@ def test_pixels_are_those_of_the_file(decoder: Decoder) -> None:
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
-def test_every_orientation_is_applied_to_pictures_of_several_pieces(decoder: Decoder, turn: int) -> None:
+def test_every_orientation_is_applied_to_pictures_of_several_pieces(decoder: FileDecoder, turn: int) -> None:
     file = jpeg_with_exif(encoded(PillowImage.fromarray(pattern(700, 900)), "JPEG"), turn)
     plain = np.asarray(PillowImage.open(io.BytesIO(file)))
     turned = {
@@ -59,7 +59,9 @@ def test_every_orientation_is_applied_to_pictures_of_several_pieces(decoder: Dec
     assert told == [turned.shape[:2]]
 
 
-def test_a_picture_that_its_header_rules_out_is_not_decoded_and_the_process_stays(decoder: Decoder) -> None:
+def test_a_picture_that_its_header_rules_out_is_not_decoded_and_the_process_stays(
+    decoder: FileDecoder,
+) -> None:
     damaged = png(pattern(40, 50))[:200]  # a whole header, and not all of the pixels
 
     def refuse(height: int, width: int) -> None:
@@ -76,7 +78,7 @@ def test_a_picture_that_its_header_rules_out_is_not_decoded_and_the_process_stay
     assert process_of(decoder) == process
 
 
-def test_the_bytes_of_a_picture_are_sent_once(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bytes_of_a_picture_are_sent_once(decoder: FileDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[int] = []
     write = decoder_module.ConfinedProcess.write
     monkeypatch.setattr(
@@ -89,7 +91,7 @@ def test_the_bytes_of_a_picture_are_sent_once(decoder: Decoder, monkeypatch: pyt
     assert sent.count(len(file)) == 1
 
 
-def test_transparent_pixels_become_white(decoder: Decoder) -> None:
+def test_transparent_pixels_become_white(decoder: FileDecoder) -> None:
     pixels = np.zeros((2, 2, 4), np.uint8)
     pixels[0, 0] = (10, 20, 30, 255)
     found = decoder.picture(content_of(png(pixels)))
@@ -97,7 +99,7 @@ def test_transparent_pixels_become_white(decoder: Decoder) -> None:
     assert found[1, 1].tolist() == [255, 255, 255]
 
 
-def test_of_several_frames_the_first_is_taken(decoder: Decoder) -> None:
+def test_of_several_frames_the_first_is_taken(decoder: FileDecoder) -> None:
     found = decoder.picture(content_of(PICTURES["webp_animated"]()))
     first = PillowImage.fromarray(pattern(64, 48, 4, 1))
     white = PillowImage.new("RGBA", first.size, "white")
@@ -105,7 +107,7 @@ def test_of_several_frames_the_first_is_taken(decoder: Decoder) -> None:
 
 
 def test_an_array_needs_no_process() -> None:
-    decoder = Decoder()
+    decoder = FileDecoder()
     grey = pattern(5, 7, 1)[:, :, 0]
     content = Image(grey).read(LIMITS)
     told: list[tuple[int, int]] = []
@@ -118,7 +120,7 @@ def test_an_array_needs_no_process() -> None:
     assert decoder._worker is None
 
 
-def test_an_array_and_a_file_of_the_same_samples_sound_alike(decoder: Decoder) -> None:
+def test_an_array_and_a_file_of_the_same_samples_sound_alike(decoder: FileDecoder) -> None:
     samples = wave(0.5, 22_050)
     file = decoder.sound(Audio(wav(samples, 22_050, 32)).read(LIMITS), 16_000)
     array = decoder.sound(Audio(samples[:, 0].astype(np.float32), rate=22_050).read(LIMITS), 16_000)
@@ -126,25 +128,25 @@ def test_an_array_and_a_file_of_the_same_samples_sound_alike(decoder: Decoder) -
 
 
 @pytest.mark.parametrize("bits", [8, 16, 24, 32])
-def test_silence_is_zero_at_every_width(decoder: Decoder, bits: int) -> None:
+def test_silence_is_zero_at_every_width(decoder: FileDecoder, bits: int) -> None:
     found = decoder.sound(Audio(wav(np.zeros((1000, 2)), 16_000, bits)).read(LIMITS), 16_000)
     assert found.size == 1000
     assert not found.any()
 
 
-def test_channels_are_mixed_by_their_mean(decoder: Decoder) -> None:
+def test_channels_are_mixed_by_their_mean(decoder: FileDecoder) -> None:
     left, right = np.full(1000, 0.5), np.full(1000, -0.25)
     found = decoder.sound(Audio(wav(np.stack([left, right], 1), 16_000, 32)).read(LIMITS), 16_000)
     assert np.allclose(found, 0.125)
 
 
-def test_a_wav_from_a_pipe_is_read_to_its_end(decoder: Decoder) -> None:
+def test_a_wav_from_a_pipe_is_read_to_its_end(decoder: FileDecoder) -> None:
     file = bytearray(wav(wave(0.1, 16_000), 16_000))
     file[40:44] = b"\xff" * 4
     assert decoder.sound(Audio(bytes(file)).read(LIMITS), 16_000).size == 1600
 
 
-def test_a_worker_that_was_killed_is_replaced(decoder: Decoder) -> None:
+def test_a_worker_that_was_killed_is_replaced(decoder: FileDecoder) -> None:
     content = content_of(png(pattern(9, 9)))
     decoder.picture(content)
     first = process_of(decoder)
@@ -156,7 +158,7 @@ def test_a_worker_that_was_killed_is_replaced(decoder: Decoder) -> None:
 
 
 def test_a_worker_that_dies_before_it_has_the_file_is_not_the_files_fault(
-    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+    decoder: FileDecoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = content_of(png(pattern(9, 9)))
     decoder.picture(content)
@@ -175,7 +177,7 @@ def test_a_worker_that_dies_before_it_has_the_file_is_not_the_files_fault(
 
 
 def test_a_worker_that_dies_while_it_decodes_is_a_bad_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder = Decoder()
+    decoder = FileDecoder()
     content = content_of(png(pattern(9, 9)))
     decoder.picture(content)
     worker = decoder._worker
@@ -197,7 +199,7 @@ def test_a_worker_that_dies_while_it_decodes_is_a_bad_file(monkeypatch: pytest.M
 
 
 def test_a_worker_that_does_not_answer_is_killed_in_time() -> None:
-    decoder = Decoder(MediaLimits(wall_s=0.5))
+    decoder = FileDecoder(MediaLimits(wall_s=0.5))
     content = content_of(png(pattern(9, 9)))
     decoder.picture(content)
     process = process_of(decoder)
@@ -213,7 +215,7 @@ def test_a_worker_that_does_not_answer_is_killed_in_time() -> None:
 
 
 def test_an_idle_worker_ends_and_the_next_file_starts_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder = Decoder()
+    decoder = FileDecoder()
     content = content_of(png(pattern(9, 9)))
     decoder.picture(content)
     worker = decoder._worker
@@ -231,10 +233,10 @@ def test_an_idle_worker_ends_and_the_next_file_starts_another(monkeypatch: pytes
 
 
 def test_the_worker_sees_no_secrets_and_can_open_nothing(
-    decoder: Decoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    decoder: FileDecoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("SOME_TOKEN", "secret")
-    fresh = Decoder()
+    fresh = FileDecoder()
     fresh.picture(content_of(png(pattern(9, 9))))
     process = process_of(fresh)
     assert b"secret" not in Path(f"/proc/{process}/environ").read_bytes()
@@ -248,7 +250,7 @@ def test_the_worker_sees_no_secrets_and_can_open_nothing(
     fresh.close()
 
 
-def test_a_picture_at_the_limits_is_decoded_in_the_memory_that_is_allowed(decoder: Decoder) -> None:
+def test_a_picture_at_the_limits_is_decoded_in_the_memory_that_is_allowed(decoder: FileDecoder) -> None:
     """The declared size decides before anything is decoded, so what passes must not run out of memory."""
     for name, width, height, options in (
         ("JPEG", 8000, 6240, {}),
@@ -264,7 +266,7 @@ def test_a_picture_at_the_limits_is_decoded_in_the_memory_that_is_allowed(decode
     [("JPEG", (6000, 5000), {"progressive": True}, 302), ("WEBP", (4200, 4000), {"method": 0}, 336)],
 )
 def test_a_picture_that_needs_too_much_memory_is_refused_by_its_header(
-    decoder: Decoder, name: str, size: tuple[int, int], options: dict[str, Any], needed: int
+    decoder: FileDecoder, name: str, size: tuple[int, int], options: dict[str, Any], needed: int
 ) -> None:
     file = encoded(PillowImage.new("RGB", size), name, **options)
     with pytest.raises(
@@ -275,14 +277,14 @@ def test_a_picture_that_needs_too_much_memory_is_refused_by_its_header(
 
 
 def test_memory_that_runs_out_is_a_sentence_and_no_crash() -> None:
-    decoder = Decoder(MediaLimits(decode_bytes=20 << 20, sound_s=10_000))
+    decoder = FileDecoder(MediaLimits(decode_bytes=20 << 20, sound_s=10_000))
     with pytest.raises(BadMedia, match="takes more than 20 MiB"):
         decoder.sound(Audio(wav(np.zeros((9_000_000, 1)), 8_000)).read(LIMITS), 16_000)
     assert decoder.picture(content_of(png(pattern(9, 9)))).shape == (9, 9, 3)
     decoder.close()
 
 
-def test_threads_take_turns(decoder: Decoder) -> None:
+def test_threads_take_turns(decoder: FileDecoder) -> None:
     files = [png(pattern(40, 50, seed=seed)) for seed in range(6)]
     found: dict[int, Any] = {}
 
@@ -327,7 +329,7 @@ def test_an_answer_that_breaks_the_protocol_is_a_bad_file(
         return real([*arguments[:-1], code], **options)
 
     monkeypatch.setattr(confined_process.subprocess, "Popen", start)
-    decoder = Decoder(MediaLimits(wall_s=3))
+    decoder = FileDecoder(MediaLimits(wall_s=3))
     with pytest.raises((BadMedia, ArgosyError)) as refused:
         decoder.picture(content_of(b"\x89PNG\r\n\x1a\n"))
     assert "<b>" not in str(refused.value)
@@ -338,9 +340,9 @@ def test_an_answer_that_breaks_the_protocol_is_a_bad_file(
 def test_what_a_worker_needs_is_reported_if_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder_module, "_PACKAGES", ("PIL", "no_such_package"))
     with pytest.raises(ArgosyError, match="need the package no_such_package"):
-        Decoder().picture(content_of((FILES / "rgb.jpg").read_bytes()))
+        FileDecoder().picture(content_of((FILES / "rgb.jpg").read_bytes()))
     monkeypatch.setattr(decoder_module, "_PACKAGES", ("PIL",))
     monkeypatch.setattr(confined_process, "_PASSED", ())
     monkeypatch.setattr(confined_process, "_paths", lambda *_: ["/"])
     with pytest.raises(ArgosyError, match="did not start"):
-        Decoder().picture(content_of((FILES / "rgb.jpg").read_bytes()))
+        FileDecoder().picture(content_of((FILES / "rgb.jpg").read_bytes()))

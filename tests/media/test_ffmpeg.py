@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from argosy.budget import allowances
 from argosy.errors import BadMedia, UsageError
 from argosy.media import ffmpeg
-from argosy.media.decoder import Decoder
+from argosy.media.decoder import FileDecoder
 from argosy.media.ffmpeg import VideoFile, _Patience
 from argosy.media.frames import open_frames
 from argosy.media.parts import FFMPEG_BYTES, MediaLimits, RequestMedia, Video
@@ -227,7 +227,7 @@ def test_errors_beyond_what_the_pipe_holds_stop_nothing(tmp_path: Path) -> None:
 
 
 def test_without_ffmpeg_the_error_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoder: Decoder
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoder: FileDecoder
 ) -> None:
     data = encoded(tmp_path, frames(4), *EXACT["mp4"])
     monkeypatch.setenv("PATH", str(tmp_path))

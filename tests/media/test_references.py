@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from argosy.media.decoder import Decoder
+from argosy.media.decoder import FileDecoder
 from argosy.media.parts import Audio, Image, MediaLimits
 from argosy.media.pictures import read_picture_processor
 from argosy.media.sounds import read_sound_processor
@@ -32,7 +32,7 @@ KEPT = dict(
 
 
 @pytest.mark.parametrize("case", PICTURES)
-def test_a_picture_gives_the_patches_of_the_reference_processors(decoder: Decoder, case: str) -> None:
+def test_a_picture_gives_the_patches_of_the_reference_processors(decoder: FileDecoder, case: str) -> None:
     content = Image(PICTURES[case]()).read(MediaLimits())
     told: list[tuple[int, int]] = []
     pixels = decoder.picture(content, lambda *size: told.append(size))
@@ -49,7 +49,7 @@ def test_a_picture_gives_the_patches_of_the_reference_processors(decoder: Decode
 
 
 @pytest.mark.parametrize("case", SOUNDS)
-def test_a_sound_gives_the_features_of_the_reference_processor(decoder: Decoder, case: str) -> None:
+def test_a_sound_gives_the_features_of_the_reference_processor(decoder: FileDecoder, case: str) -> None:
     samples = decoder.sound(Audio(SOUNDS[case]()).read(MediaLimits()), RATE)
     for name, settings in SOUND_SETTINGS.items():
         processor = read_sound_processor(settings, padding="chunk" if name == "whisper" else "none")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from argosy.media.decoder import Decoder
+from argosy.media.decoder import FileDecoder
 from argosy.media.parts import Audio, Image, MediaLimits
 from argosy.media.pictures import read_picture_processor
 from argosy.media.sounds import read_sound_processor
@@ -35,8 +35,8 @@ SPEECH = sorted(Path(os.environ["ARGOSY_SPEECH"]).iterdir()) if "ARGOSY_SPEECH" 
 
 
 @pytest.fixture(scope="module")
-def decoder() -> Iterator[Decoder]:
-    made = Decoder()
+def decoder() -> Iterator[FileDecoder]:
+    made = FileDecoder()
     yield made
     made.close()
 
@@ -48,7 +48,7 @@ def family(request: pytest.FixtureRequest) -> tuple[str, Any]:
 
 @pytest.mark.parametrize("case", PICTURES)
 def test_patches_equal_those_of_the_reference_processor(
-    decoder: Decoder, family: tuple[str, Any], case: str
+    decoder: FileDecoder, family: tuple[str, Any], case: str
 ) -> None:
     name, processor = family
     file = PICTURES[case]()
@@ -63,7 +63,7 @@ def test_patches_equal_those_of_the_reference_processor(
     "size", [(13, 1500), (33, 700), (55, 57), (199, 1), (1, 199), (1000, 1001), (2345, 1111)]
 )
 def test_sizes_equal_those_of_the_reference_processor(
-    decoder: Decoder, family: tuple[str, Any], size: tuple[int, int]
+    decoder: FileDecoder, family: tuple[str, Any], size: tuple[int, int]
 ) -> None:
     name, processor = family
     file = png(pattern(*size))
@@ -75,7 +75,7 @@ def test_sizes_equal_those_of_the_reference_processor(
     assert abs(patches - expected).max() < LARGEST_DIFFERENCE
 
 
-def check_sound(decoder: Decoder, name: str, file: bytes, largest: float) -> None:
+def check_sound(decoder: FileDecoder, name: str, file: bytes, largest: float) -> None:
     expected_samples = reference_samples(file)
     samples = decoder.sound(Audio(file).read(MediaLimits()), RATE)
     assert samples.shape == expected_samples.shape
@@ -89,7 +89,7 @@ def check_sound(decoder: Decoder, name: str, file: bytes, largest: float) -> Non
 
 @pytest.mark.parametrize("name", SOUND_SETTINGS)
 @pytest.mark.parametrize("case", SOUNDS)
-def test_features_equal_those_of_the_reference_processor(decoder: Decoder, name: str, case: str) -> None:
+def test_features_equal_those_of_the_reference_processor(decoder: FileDecoder, name: str, case: str) -> None:
     # In near silence, the rounding of MP3 shows more than anywhere else.
     check_sound(
         decoder, name, SOUNDS[case](), 10 * LARGEST_DIFFERENCE_OF_MP3 if case == "mp3" else LARGEST_DIFFERENCE
@@ -99,12 +99,12 @@ def test_features_equal_those_of_the_reference_processor(decoder: Decoder, name:
 @pytest.mark.parametrize("name", SOUND_SETTINGS)
 @pytest.mark.parametrize("path", SPEECH, ids=lambda path: path.name)
 def test_features_of_speech_equal_those_of_the_reference_processor(
-    decoder: Decoder, name: str, path: Path
+    decoder: FileDecoder, name: str, path: Path
 ) -> None:
     check_sound(decoder, name, path.read_bytes(), LARGEST_DIFFERENCE)
 
 
-def test_samples_of_every_file_equal_those_of_the_reference_loader(decoder: Decoder) -> None:
+def test_samples_of_every_file_equal_those_of_the_reference_loader(decoder: FileDecoder) -> None:
     for case, make in SOUNDS.items():
         file = make()
         samples = decoder.sound(Audio(file).read(MediaLimits()), RATE)

@@ -45,7 +45,7 @@ from argosy.kept.prefix_files import SECRET_BYTES, PrefixFiles
 from argosy.kept.recurrent_state import StateSlots
 from argosy.machine import tuning
 from argosy.machine.resources import held_bytes, may_reserve, memory_limit, page_table_bytes
-from argosy.media.decoder import Decoder
+from argosy.media.decoder import FileDecoder
 from argosy.media.parts import PROMPT_LIMITS
 from argosy.model.clock import PartClock
 from argosy.model.decoder import RouteObserver
@@ -403,7 +403,7 @@ def _open_media(
 ) -> tuple[Transcriber | None, PromptMedia | TextOnly]:
     """Open ears and media, if the model has any; modules that only media need are imported here."""
     footprint, plan, ears = read.footprint, read.first_plan, None
-    decoder = Decoder(PROMPT_LIMITS)
+    decoder = FileDecoder(PROMPT_LIMITS)
     undo.callback(decoder.close)
     if ears_files is not None:
         from argosy.engine.media.ears import Transcriber

@@ -1,6 +1,6 @@
-"""Decodes pictures and sounds in another process, which is killed and replaced when it exceeds a limit.
+"""Decode pictures and sounds in another process, which is killed and replaced when it exceeds a limit.
 
-    Content  ->  Decoder  ->  worker.py, in its own process  ->  uint8 [height, width, 3] or float32 [samples]
+    Content  ->  FileDecoder  ->  worker.py, in its own process  ->  uint8 [height, width, 3] or float32 [samples]
 
 This process never looks into a file. It sends the bytes, waits for a bounded time, and checks the answer's size before
 reading it. The worker refuses a file with a name from a short list and a few numbers; this module has the sentences.
@@ -43,7 +43,7 @@ _Check = Callable[[int, int], object]
 _FORMATS = {"picture": "PNG, JPEG, WebP or GIF", "sound": "WAV, MP3, FLAC or OGG Vorbis"}
 
 
-class Decoder:
+class FileDecoder:
     """Decodes one file at a time; the process starts on first use and ends after ten idle seconds."""
 
     def __init__(self, limits: MediaLimits | None = None) -> None:

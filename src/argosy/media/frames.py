@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from argosy.media.decoder import Decoder
+from argosy.media.decoder import FileDecoder
 from argosy.media.ffmpeg import VideoFile
 from argosy.media.parts import Content, MediaLimits, RequestMedia
 
@@ -53,7 +53,7 @@ class Frames:
 @contextlib.contextmanager
 def open_frames(
     content: Content,
-    decoder: Decoder,
+    decoder: FileDecoder,
     limits: MediaLimits,
     request: RequestMedia | None = None,
     *,

@@ -26,7 +26,7 @@ from argosy.budget.allowances import TRANSCRIPTS_KEPT_BYTES
 from argosy.config import TINY_EN
 from argosy.errors import Overloaded, UsageError
 from argosy.machine import tuning
-from argosy.media.decoder import Decoder
+from argosy.media.decoder import FileDecoder
 from argosy.media.parts import PROMPT_LIMITS, Audio, Content, RequestMedia
 from argosy.media.transcript import Transcript, TranscriptOptions
 from argosy.model.weights import load_dense
@@ -66,7 +66,7 @@ class Transcriber:
         runtime: _native.Runtime,
         *,
         turns: AbstractContextManager[object],
-        decoder: Decoder,
+        decoder: FileDecoder,
     ) -> None:
         self.files = files
         self.name = TINY_EN if files.path.name.startswith(f"whisper-{TINY_EN}-") else files.path.name
@@ -95,7 +95,7 @@ class Transcriber:
         files = open_whisper(path)
         store = _native.Store(_NUM_READERS)
         runtime = _native.Runtime(threads or tuning.known_threads())
-        decoder = Decoder(PROMPT_LIMITS)
+        decoder = FileDecoder(PROMPT_LIMITS)
         made = cls(files, store, runtime, turns=threading.RLock(), decoder=decoder)
         made._owns = [decoder.close, store.close, runtime.close]
         return made

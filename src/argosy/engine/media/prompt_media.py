@@ -32,7 +32,7 @@ from argosy.budget.media_memory import MediaMemory
 from argosy.engine.media.video_layout import Group, Sound, told_by_angles, told_by_text
 from argosy.engine.turns import Turns
 from argosy.errors import ArgosyError, BadMedia, Overloaded, UnsupportedModel, UsageError
-from argosy.media.decoder import Decoder
+from argosy.media.decoder import FileDecoder
 from argosy.media.frames import open_frames
 from argosy.media.parts import PROMPT_LIMITS, Audio, Content, Hearing, Image, Kind, RequestMedia, Video
 from argosy.media.pictures import PictureProcessor
@@ -69,7 +69,7 @@ class PromptMedia:
         self,
         encoders: Encoders,
         processors: Mapping[Kind, Processor | ArgosyError],
-        decoder: Decoder,
+        decoder: FileDecoder,
         low_detail: Processor | None,
         encode_text: Callable[[str], list[int]],
         lend: Lend,
@@ -434,7 +434,7 @@ class _Room:
 def open_media(
     encoders: Encoders,
     processors: Mapping[Kind, Processor | ArgosyError],
-    decoder: Decoder,
+    decoder: FileDecoder,
     low_detail: Processor | None,
     tokenizer: Tokenizer | None,
     lend: Lend,
