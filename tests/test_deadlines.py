@@ -35,7 +35,7 @@ PERIODS = {
     "serve/admin/engine.py:_STATE_S": "states of the engine are sent",
     "cli/shared/output.py:LINE_S": "a command without a terminal reports its progress",
     "cli/shared/output.py:_REDRAW_S": "a bar is drawn again",
-    "serve/models/opened.py:LOADING_SAID_S": "the log reports a model that is loading",
+    "serve/models/entry.py:LOADING_SAID_S": "the log reports a model that is loading",
     "serve/admin/state.py:PROMPT_SAID_S": "the log reports long prompts",
     "serve/admin/key_watch.py:LOOK_S": "revoked keys are looked for",
     "serve/admin/memory.py:LOOK_S": "limits of memory are read",

@@ -57,7 +57,7 @@ from tests.helpers.forks import ForkedArgosy
 from tests.models.tiny import prompt_ids, qwen3_moe, write_model
 from tests.native import _native_testing
 from tests.serve import test_disconnects as disconnects
-from tests.serve.conftest import serving, start
+from tests.serve.conftest import only, serving, start
 from tests.serve.dialects import DIALECTS, PATHS, greedy
 
 _MOST_SHOWN = 5  # violations printed for a figure
@@ -801,7 +801,7 @@ def in_this_process(model: Path, keys: KeyFile | None = None) -> Iterator[str]:
         Engine.open(model, memory="1GiB", threads=1, grammars=True, max_waiting=64) as engine,
         serving(engine) as service,
     ):
-        running = start(make_app(service, KeyRing(keys), block_tokens=16, max_sequences=8))
+        running = start(make_app(only(service), KeyRing(keys), block_tokens=16, max_sequences=8))
         yield next(running)
         next(running, None)
 

@@ -23,7 +23,7 @@ from argosy.serve.http.gate import Gate
 from argosy.serve.http.held import BODY_BYTES
 from tests.abuse.hostile_bodies import ATTACKS, CHAT, SPEAKING_OF_BRACES
 from tests.cli.tiny_chat_model import write_chat_model
-from tests.serve.conftest import serving, start
+from tests.serve.conftest import only, serving, start
 
 JSON = {"content-type": "application/json"}
 HI = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
@@ -47,7 +47,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     secrets = {name: keys.add(name, scopes=("infer",))[1] for name in ("attacker", "other")}
     model = write_chat_model(folder / "model")
     with Engine.open(model, memory="2GiB", threads=1, grammars=True) as engine, serving(engine) as service:
-        gate = make_app(service, KeyRing(keys), block_tokens=16, max_sequences=4)
+        gate = make_app(only(service), KeyRing(keys), block_tokens=16, max_sequences=4)
         for url in start(gate):
             yield Server(gate, url, secrets)
 

@@ -13,7 +13,7 @@ from argosy.guard.keys import KeyRing
 from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
 from argosy.serve.http.origins import Site
-from tests.serve.conftest import start
+from tests.serve.conftest import only, start
 
 OURS = [
     "localhost", "LOCALHOST", "localhost:8080", "localhost:", "127.0.0.1", "127.0.0.1:1", "10.1.2.3:80", "[::1]",
@@ -37,7 +37,7 @@ MALFORMED = [
 @pytest.fixture(scope="module")
 def address(service: Service) -> Iterator[tuple[str, int]]:
     app = make_app(
-        service, KeyRing(None), block_tokens=16, max_sequences=8, site=Site(hosts=["Models.Example"])
+        only(service), KeyRing(None), block_tokens=16, max_sequences=8, site=Site(hosts=["Models.Example"])
     )
     for url in start(app):
         parts = urlsplit(url)

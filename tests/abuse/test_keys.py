@@ -21,7 +21,7 @@ from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
 from tests.abuse.kills import add_and_revoke
 from tests.helpers.forks import ForkedArgosy, call_at_once
-from tests.serve.conftest import start
+from tests.serve.conftest import only, start
 
 NUM_WRITERS = 12
 DIGEST = "0" * 63 + "1"
@@ -167,7 +167,7 @@ def keyed(
 ) -> Iterator[tuple[str, KeyFile, str, str]]:
     file = KeyFile(tmp_path_factory.mktemp("keys") / "keys.json")
     secrets = [file.add(name)[1] for name in ("one", "two")]
-    for url in start(make_app(service, KeyRing(file), block_tokens=16, max_sequences=8)):
+    for url in start(make_app(only(service), KeyRing(file), block_tokens=16, max_sequences=8)):
         yield url, file, secrets[0], secrets[1]
 
 

@@ -31,7 +31,7 @@ from argosy.serve.http.access import MAX_BODY_BYTES
 from argosy.serve.http.failures import Refused
 from argosy.serve.http.gate import Gate
 from argosy.serve.http.held import BODY_BYTES, MEDIA_BODIES_BYTES, MEDIA_BODY_BYTES, Pool
-from tests.serve.conftest import serving, start
+from tests.serve.conftest import only, serving, start
 from tests.serve.dialects import MAX_TOKENS, PATHS
 from tests.serve.seeing_model import write_seeing_model
 from tests.serve.test_seeing import picture
@@ -144,7 +144,7 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Gate, str
         )  # it takes videos
         assert engine.plan.encoder_bytes > media_bytes(takes_pictures=True, takes_video=False)
         with serving(engine) as service:
-            gate = make_app(service, KeyRing(None), block_tokens=16, max_sequences=4)
+            gate = make_app(only(service), KeyRing(None), block_tokens=16, max_sequences=4)
             assert gate.bodies.max_bytes == ROOM
             for url in start(gate):
                 yield gate, url, service

@@ -11,10 +11,14 @@ from argosy.config import MIB, Grammar, SamplingDefaults, SamplingParams
 from argosy.engine.ledger import Ledger
 from argosy.engine.media.text_only import TextOnly
 from argosy.engine.sequence import Result, TokenEvent
+from argosy.model import families as model_families
 from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.formats import Event, Parser
 from argosy.prompt.prompt import Prompt
+from tests.families.published import PUBLISHED
 from tests.prompt.families import FAMILIES, Family
+
+_QWEN3_30B = next(model.config for model in PUBLISHED if model.name == "Qwen3-30B-A3B")
 
 
 class FakePlan:
@@ -82,7 +86,7 @@ class FakeEngine:
     family: str = "chatml"
     media: Any = TextOnly()
     watch: Any = SimpleNamespace(progress=lambda: None)  # nobody waits for a prompt of this engine
-    num_parameters = 30_500_000_000
+    config = model_families.FAMILIES["qwen3_moe"].parse_config(_QWEN3_30B)
     sampling = SamplingDefaults()
     ends: str = "stop"  # why it stops after `answer`
     before_open: Callable[[], None] = staticmethod(lambda: None)

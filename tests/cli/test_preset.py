@@ -142,9 +142,9 @@ def test_a_server_answers_as_its_preset_and_has_its_model_once(
         assert make(name, "-m", str(model)) == 0
     served: list[tuple[str, ServerSettings]] = []
     monkeypatch.setattr(
-        "argosy.serve.run.one_model", lambda engine, name, settings, *_, **__: served.append((name, settings))
+        "argosy.serve.run.serve",
+        lambda offers, sockets, settings, **_: served.append((offers[0].facts.id, settings)),
     )
-    monkeypatch.setattr("argosy.serve.run.serve", lambda make_models, *_, **__: make_models(None))
     assert main(["serve", "coder", "writer", str(model), "--port", "0"]) == 0
     assert main(["serve", str(model), "--port", "0"]) == 0
     (name, settings), (_, plain) = served

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from argosy.library import kept, names
 from argosy.library.names import look_up
 from argosy.library.places import Found
 from argosy.serve.answer.service import Common
-from argosy.serve.models.models import Models
+from argosy.serve.models.entry import Entry, Offer
 from tests.cli.tiny_chat_model import write_chat_model
 
 Captured = pytest.CaptureFixture[str]
@@ -82,14 +82,13 @@ def test_a_model_served_with_others_is_noted_as_used_when_it_is_opened(
     paths = [write_chat_model(tmp_path / name) for name in ("one", "two")]
     names.add_alias("short", str(paths[0]))
 
-    def several_models(*_: Any, note_use: Callable[[str], None], **__: Any) -> None:
+    def serve(*_: Any, note_use: Callable[[str], None], **__: Any) -> None:
         assert kept.read().used == {}
         note_use("two")  # named by its path, so it is in no library
         assert kept.read().used == {}
         note_use("one")
 
-    monkeypatch.setattr("argosy.serve.run.several_models", several_models)
-    monkeypatch.setattr("argosy.serve.run.serve", lambda make_models, *_, **__: make_models(Common()))
+    monkeypatch.setattr("argosy.serve.run.serve", serve)
     assert main(["serve", "short", str(paths[1]), "--port", "0", "--memory", "1GiB"]) == 0
     assert list(kept.read().used) == [str(paths[0])]
 
@@ -102,11 +101,10 @@ def test_sampling_options_go_before_the_checkpoint(
     (model / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20}')
     found: list[SamplingDefaults] = []
 
-    def serve(make_models: Callable[[Common], Models], *_: Any, **__: Any) -> None:
-        models = make_models(Common())
-        found.append(models.facts()[0].facts.sampling)
-        for service in models.services():
-            service.loop.close()
+    def serve(offers: Sequence[Offer], *_: Any, **__: Any) -> None:
+        entry = Entry(offers[0], Common())
+        found.append(entry.facts.sampling)
+        entry.close()
 
     monkeypatch.setattr("argosy.serve.run.serve", serve)
     assert main(["serve", str(model), "--port", "0", "--memory", "1GiB", "-t", "0.3", *options]) == 0

@@ -13,7 +13,7 @@ from argosy.serve.app import make_app
 from tests.clients.test_ai_sdk import converse
 from tests.models.tiny import qwen3_moe, write_model
 from tests.prompt.tokenizers_for_tests import CHATML, filling_json, write_tokenizer
-from tests.serve.conftest import serving, start
+from tests.serve.conftest import only, serving, start
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     write_model(directory, qwen3_moe(vocab_size=560, max_position_embeddings=512), seed=3)
     write_tokenizer(directory, filling_json(), {"eos_token": "<|im_end|>", "chat_template": CHATML})
     with Engine.open(directory, memory="1GiB", threads=1) as engine, serving(engine) as service:
-        yield from start(make_app(service, KeyRing(None), block_tokens=16, max_sequences=8))
+        yield from start(make_app(only(service), KeyRing(None), block_tokens=16, max_sequences=8))
 
 
 def test_an_autocompletion_is_the_text_between_prompt_and_suffix(url: str) -> None:

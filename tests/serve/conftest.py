@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -17,11 +18,13 @@ from argosy.guard.keys import KeyRing
 from argosy.open.engine import Engine
 from argosy.prompt.replay import ReplayMemory
 from argosy.serve.answer.facts import ModelFacts
-from argosy.serve.answer.service import Service
+from argosy.serve.answer.service import Common, Service
 from argosy.serve.app import make_app
 from argosy.serve.http.listen import bind
 from argosy.serve.http.server import uvicorn_config
 from argosy.serve.http.streams import EventStream
+from argosy.serve.models.entry import Entry, Offer
+from argosy.serve.models.models import Models
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.serve.fake_server import fake_server
 from tests.serve.speaking import speaking, write_speaking_model
@@ -59,6 +62,16 @@ def serving(engine: Engine) -> Iterator[Service]:
     prompts.close()
 
 
+def only(service: Service, **options: Any) -> Models:
+    """The models of a server that has one, whose engine is open from start to end."""
+    common = Common(kept=service.kept, work=service.work, any_model=service.any_model)
+    offer = Offer(facts=service.model, key=service, serve=lambda _: service)
+    budget_bytes = service.loop.snapshot().engine.budget_bytes
+    return Models(
+        [offer], partial(Entry, common=common), common, budget_bytes=budget_bytes, process_bytes=0, **options
+    )
+
+
 def start(app: Any, **options: Any) -> Iterator[str]:
     server = uvicorn.Server(uvicorn_config(app, grace_s=5, **options))
     with bind("127.0.0.1", 0) as sockets:
@@ -88,7 +101,7 @@ def alive_at_once(monkeypatch: pytest.MonkeyPatch, num_signs: int = 1) -> None:
 
 @pytest.fixture(scope="session")
 def url(service: Service) -> Iterator[str]:
-    yield from start(make_app(service, KeyRing(None), block_tokens=16, max_sequences=8))
+    yield from start(make_app(only(service), KeyRing(None), block_tokens=16, max_sequences=8))
 
 
 @pytest.fixture
@@ -111,7 +124,7 @@ def speaking_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servi
 
 @pytest.fixture(scope="session")
 def speaking_url(speaking_service: Service) -> Iterator[str]:
-    yield from start(make_app(speaking_service, KeyRing(None), block_tokens=16, max_sequences=8))
+    yield from start(make_app(only(speaking_service), KeyRing(None), block_tokens=16, max_sequences=8))
 
 
 @pytest.fixture

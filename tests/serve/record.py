@@ -310,7 +310,7 @@ def own_server() -> Iterator[httpx.Client]:
     from argosy.guard.keys import KeyRing
     from argosy.open.engine import Engine
     from argosy.serve.app import make_app
-    from tests.serve.conftest import serving, start
+    from tests.serve.conftest import only, serving, start
     from tests.serve.speaking import speaking, write_speaking_model
 
     with tempfile.TemporaryDirectory() as folder, speaking():
@@ -319,7 +319,7 @@ def own_server() -> Iterator[httpx.Client]:
             Engine.open(model, memory="2GiB", threads=2, grammars=True) as engine,
             serving(engine) as service,
         ):
-            for url in start(make_app(service, KeyRing(None), block_tokens=16, max_sequences=8)):
+            for url in start(make_app(only(service), KeyRing(None), block_tokens=16, max_sequences=8)):
                 with httpx.Client(base_url=url, timeout=60) as client:
                     yield client
 

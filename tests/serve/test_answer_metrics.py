@@ -20,8 +20,7 @@ from argosy.serve.admin.answer_metrics import MOST_KEYS, AnswerMetrics
 from argosy.serve.admin.state import Metrics
 from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
-from argosy.serve.models.models import Models
-from tests.serve.conftest import start
+from tests.serve.conftest import only, start
 
 
 class Clock:
@@ -125,7 +124,7 @@ def test_the_number_of_keys_among_the_labels_is_bounded() -> None:
 def keyed(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str, str]]:
     keys = KeyFile(tmp_path_factory.mktemp("keys") / "keys.json")
     key, secret = keys.add("canary-name", scopes=("infer", "metrics"))
-    for url in start(make_app(service, KeyRing(keys), block_tokens=16, max_sequences=8)):
+    for url in start(make_app(only(service), KeyRing(keys), block_tokens=16, max_sequences=8)):
         yield url, key.id, secret
 
 
@@ -176,7 +175,7 @@ def test_energy_is_a_metric_where_it_is_measured_and_nowhere_else(
         shown = replace(facts, engine=replace(facts.engine, totals=totals))
         with monkeypatch.context() as patch:
             patch.setattr(service.loop, "snapshot", lambda: shown)
-            registry = Metrics(Models.of(service), co2_grams_per_kwh=360.0).registry
+            registry = Metrics(only(service), co2_grams_per_kwh=360.0).registry
             text = values(generate_latest(registry).decode())
         return {name: value for name, value in text.items() if "energy" in name or "co2" in name}
 

@@ -19,7 +19,7 @@ from argosy.serve.answer.service import Common, Service
 from argosy.serve.app import ROUTES, make_app
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.serve.bodies import BODIES
-from tests.serve.conftest import serving, start
+from tests.serve.conftest import only, serving, start
 
 # These need a reranker or a model that fills in: `test_embeddings.py`. A moderation's model is a check.
 ELSEWHERE = {"/rerank", "/v1/rerank", "/infill", "/v1/moderations"}
@@ -61,7 +61,7 @@ def lenient(service: Service) -> Iterator[str]:
     any_model = Service(
         service.loop, service.prompts, service.tokenizer, service.model, Common(any_model=True)
     )
-    yield from start(make_app(any_model, KeyRing(None), block_tokens=16, max_sequences=8))
+    yield from start(make_app(only(any_model), KeyRing(None), block_tokens=16, max_sequences=8))
 
 
 @pytest.mark.parametrize("path", NAMING)
@@ -110,7 +110,7 @@ def test_a_server_whose_engine_or_queue_has_stopped_is_healthy_and_not_ready(
     with Engine.open(model, memory="2GiB", threads=1) as engine, serving(engine) as service:
         silent = replace(service.loop.snapshot(), silent_s=SILENT_S + 1)
         may_go_on = threading.Event()
-        for url in start(make_app(service, KeyRing(None), block_tokens=16, max_sequences=8)):
+        for url in start(make_app(only(service), KeyRing(None), block_tokens=16, max_sequences=8)):
 
             def answers(url: str = url) -> list[httpx.Response]:
                 return [httpx.get(url + path) for path in ("/health", "/ready")]
@@ -142,7 +142,7 @@ def test_a_server_with_a_failed_engine_is_neither_ready_nor_healthy(
 ) -> None:
     model = write_chat_model(tmp_path / "model")
     with Engine.open(model, memory="2GiB", threads=1) as engine, serving(engine) as service:
-        for url in start(make_app(service, KeyRing(None), block_tokens=16, max_sequences=8)):
+        for url in start(make_app(only(service), KeyRing(None), block_tokens=16, max_sequences=8)):
             assert [httpx.get(url + path).status_code for path in ("/health", "/ready")] == [200, 200]
             monkeypatch.setattr("argosy.engine.loop._AFTER_FAILURE_S", 0.0)
             # A class of its own: idle loops of other engines in this process look at `is_writing` every second.

@@ -32,7 +32,7 @@ from argosy.serve.guards.guarding import Guarding
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.media.samples import RATE, wav
 from tests.models.tiny_whisper import TINY, sound, write_transformers
-from tests.serve.conftest import serving, start
+from tests.serve.conftest import only, serving, start
 
 SPEECH = wav(sound(4.5, 6).reshape(-1, 1).astype("float64"), RATE)
 TRANSCRIPTIONS, TRANSLATIONS = "/v1/audio/transcriptions", "/v1/audio/translations"
@@ -50,7 +50,7 @@ def hearing(
         serving(engine) as service,
     ):
         assert engine.ears is not None
-        for url in start(make_app(service, KeyRing(None), block_tokens=16, max_sequences=8)):
+        for url in start(make_app(only(service), KeyRing(None), block_tokens=16, max_sequences=8)):
             yield service, url, engine.ears
 
 
@@ -161,7 +161,7 @@ def test_a_transcript_in_a_prompt_is_judged_like_a_text(
     for words, status in (("another", 200), (said, 400)):
         path.with_name("words.txt").write_text(f"{digest_of(words)}\n")
         app = make_app(
-            service,
+            only(service),
             KeyRing(None),
             block_tokens=16,
             max_sequences=8,
@@ -334,7 +334,9 @@ def test_a_key_is_needed_and_its_tokens_are_counted(
     key, secret = keys.add("quota", tokens_per_day=1)
     limits = Limits()
     num_tokens = sum(len(segment.token_ids) for segment in expected(hearing).segments)
-    for url in start(make_app(hearing[0], KeyRing(keys), block_tokens=16, max_sequences=8, limits=limits)):
+    for url in start(
+        make_app(only(hearing[0]), KeyRing(keys), block_tokens=16, max_sequences=8, limits=limits)
+    ):
         assert post(url).status_code == 401
         headers = {"Authorization": f"Bearer {secret}"}
         files, data = {"file": ("a.wav", SPEECH)}, {"model": "whisper-1"}

@@ -29,7 +29,7 @@ from argosy.serve.http.access import RouteRule
 from argosy.serve.http.caller import Caller
 from argosy.serve.http.held import Pool
 from argosy.serve.run import ServerSettings
-from tests.serve.conftest import start
+from tests.serve.conftest import only, start
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 ASK = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3, "temperature": 0}
@@ -80,7 +80,7 @@ def server(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     audit = Audit(AuditSettings(directory=root / "audit", with_content=True), facts={})
     auditor = Auditor(audit, policy="p" * 64)
     app = make_app(
-        service, KeyRing(keys), block_tokens=16, max_sequences=8, governance=Governing(auditor=auditor)
+        only(service), KeyRing(keys), block_tokens=16, max_sequences=8, governance=Governing(auditor=auditor)
     )
     for url in start(app):
         yield Server(
@@ -155,7 +155,11 @@ def test_requests_without_a_valid_key_are_counted_in_one_line(service: Service, 
     auditor = Auditor(audit, policy="")
     for url in start(
         make_app(
-            service, KeyRing(keys), block_tokens=16, max_sequences=8, governance=Governing(auditor=auditor)
+            only(service),
+            KeyRing(keys),
+            block_tokens=16,
+            max_sequences=8,
+            governance=Governing(auditor=auditor),
         )
     ):
         with httpx.Client(base_url=url) as client:
@@ -274,7 +278,11 @@ def test_the_state_says_whether_prompts_and_answers_are_kept(service: Service, t
     for with_content in (False, True):
         practice = Practice(audit=AuditSettings(directory=tmp_path, with_content=with_content))
         app = make_app(
-            service, KeyRing(None), block_tokens=16, max_sequences=8, governance=Governing(practice=practice)
+            only(service),
+            KeyRing(None),
+            block_tokens=16,
+            max_sequences=8,
+            governance=Governing(practice=practice),
         )
         for url in start(app):
             assert httpx.get(f"{url}/v1/engine/state").json()["privacy"]["logging"] is with_content

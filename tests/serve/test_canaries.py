@@ -26,6 +26,7 @@ from argosy.serve.guards.governing import Governing
 from argosy.serve.http.gate import Gate
 from argosy.serve.http.log import LogWriter
 from tests.abuse.figures import PATHS, body_of, request_with
+from tests.serve.conftest import only
 
 AT_ONCE = 16
 
@@ -95,7 +96,7 @@ async def _send_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[list[str], Counter[str], bytes]:
     app = make_app(
-        service,
+        only(service),
         KeyRing(keys),
         block_tokens=16,
         max_sequences=8,

@@ -16,7 +16,7 @@ from argosy.guard.keys import KeyRing
 from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
 from argosy.serve.http import server as http_server
-from tests.serve.conftest import start
+from tests.serve.conftest import only, start
 from tests.serve.dialects import DIALECTS, PATHS, greedy
 
 MOST = 3
@@ -24,7 +24,7 @@ MOST = 3
 
 @pytest.fixture
 def address(service: Service) -> Iterator[tuple[str, int]]:
-    app = make_app(service, KeyRing(None), block_tokens=16, max_sequences=8)
+    app = make_app(only(service), KeyRing(None), block_tokens=16, max_sequences=8)
     for url in start(app, max_connections=MOST):
         host, _, port = url.removeprefix("http://").partition(":")
         yield host, int(port)
@@ -77,7 +77,7 @@ def test_connections_far_beyond_the_limit_are_closed_without_an_answer(
 
 def test_an_idle_connection_is_closed(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_server, "KEEP_ALIVE_S", 1)
-    for url in start(make_app(service, KeyRing(None), block_tokens=16, max_sequences=8)):
+    for url in start(make_app(only(service), KeyRing(None), block_tokens=16, max_sequences=8)):
         host, _, port = url.removeprefix("http://").partition(":")
         with ExitStack() as stack:
             connection = connect((host, int(port)), stack)

@@ -17,6 +17,7 @@ from argosy.serve.answer.facts import ModelFacts
 from argosy.serve.answer.service import Common, Service
 from argosy.serve.app import make_app
 from tests.prompt.families import FAMILIES
+from tests.serve.conftest import only
 
 
 class Listener:
@@ -121,7 +122,7 @@ def heard(family: Any, service: Service, path: str, bodies: list[dict[str, Any]]
         vocab_size=family.tokenizer.vocab_size,
     )  # fmt: skip
     app = make_app(
-        Service(loop, builder, family.tokenizer, model, Common(any_model=True)),
+        only(Service(loop, builder, family.tokenizer, model, Common(any_model=True))),
         KeyRing(None), block_tokens=16, max_sequences=8,
     )  # fmt: skip
 

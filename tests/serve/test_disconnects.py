@@ -45,6 +45,7 @@ from argosy.serve.app import make_app
 from argosy.serve.http.listen import bind
 from argosy.serve.http.server import uvicorn_config
 from tests.cli.tiny_chat_model import write_chat_model
+from tests.serve.conftest import only
 
 NUM_CLIENTS = 5
 CONTEXT_TOKENS, MOST_TOKENS = 2048, 1500
@@ -83,7 +84,7 @@ class Server:
         self.prompts = PromptBuilder(engine.tokenizer, vocab_size=512, memory=ReplayMemory())
         self.loop = EngineLoop(engine)
         service = Service(self.loop, self.prompts, engine.tokenizer, facts)
-        app = make_app(service, KeyRing(keys), block_tokens=16, max_sequences=4, limits=self.limits)
+        app = make_app(only(service), KeyRing(keys), block_tokens=16, max_sequences=4, limits=self.limits)
         self._server = uvicorn.Server(uvicorn_config(app, grace_s=5))
         self._bound = ExitStack()
         sockets = self._bound.enter_context(bind("127.0.0.1", 0))

@@ -34,7 +34,7 @@ from argosy.serve.http.held import Held, Pool
 from tests.models.safetensors_file import Array
 from tests.models.tiny import qwen3_moe, write_model
 from tests.prompt.tokenizers_for_tests import CHATML, FIM, byte_level_json, filling_json, write_tokenizer
-from tests.serve.conftest import alive_at_once, serving, start
+from tests.serve.conftest import alive_at_once, only, serving, start
 from tests.serve.record import read_events
 
 TEXTS = ["How are you?", "I am well, thank you; and you?", "東京の空"]
@@ -66,7 +66,7 @@ def server(
     keys = KeyFile(tmp_path_factory.mktemp("keys") / "keys.json")
     _, secret = keys.add("ann", tokens_per_day=100_000)
     ring = KeyRing(keys)
-    app = make_app(own_service, ring, block_tokens=16, max_sequences=8, limits=Limits(known=ring.ids))
+    app = make_app(only(own_service), ring, block_tokens=16, max_sequences=8, limits=Limits(known=ring.ids))
     for url in start(app):
         yield url, {"authorization": f"Bearer {secret}"}
 
@@ -605,7 +605,7 @@ def test_infill_gives_the_model_placeholders_and_refuses_listed_phrases(
 
     monkeypatch.setattr(own_service.loop, "submit", submitted)
     app = make_app(
-        own_service,
+        only(own_service),
         KeyRing(None),
         block_tokens=16,
         max_sequences=8,

@@ -28,7 +28,7 @@ from argosy.serve.http.failures import Refused
 from argosy.serve.http.gate import Gate, _Pace
 from argosy.serve.http.held import Pool
 from argosy.serve.run import require_keys
-from tests.serve.conftest import start
+from tests.serve.conftest import only, start
 from tests.serve.fake_server import POLICY
 
 JSON = {"content-type": "application/json"}
@@ -43,7 +43,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> KeyFile:
 @pytest.fixture(scope="module")
 def keyed(service: Service, keys: KeyFile) -> Iterator[tuple[str, str]]:
     _, secret = keys.add("one", requests_per_minute=3)
-    for url in start(make_app(service, KeyRing(keys), block_tokens=16, max_sequences=8)):
+    for url in start(make_app(only(service), KeyRing(keys), block_tokens=16, max_sequences=8)):
         yield url, secret
 
 
@@ -216,7 +216,7 @@ def test_a_client_that_does_not_finish_its_head_or_body_is_cut_off(
 
 
 def test_all_bodies_together_are_bounded_and_their_memory_is_released(service: Service) -> None:
-    gate = make_app(service, KeyRing(None), block_tokens=16, max_sequences=8)
+    gate = make_app(only(service), KeyRing(None), block_tokens=16, max_sequences=8)
     gate.bodies = Pool(12_000)
     size = {"content": "a" * 1500}
 
@@ -385,7 +385,7 @@ class Failing(Hook, Watch):
 def test_an_answer_ends_with_an_error_if_a_watch_fails(service: Service, phase: str) -> None:
     governance = Governance()
     governance.hooks = (Failing(phase),)
-    app = make_app(service, KeyRing(None), block_tokens=16, max_sequences=8, governance=governance)
+    app = make_app(only(service), KeyRing(None), block_tokens=16, max_sequences=8, governance=governance)
     for url in start(app):
         whole = httpx.post(f"{url}/v1/chat/completions", json=ASK, timeout=20)
         assert (whole.status_code, whole.json()["error"]["type"]) == (500, "server_error")

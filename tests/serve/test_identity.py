@@ -21,7 +21,7 @@ from argosy import Engine
 from argosy.guard.keys import KeyRing
 from argosy.serve.app import make_app
 from tests.cli.tiny_chat_model import write_chat_model
-from tests.serve.conftest import serving, start
+from tests.serve.conftest import only, serving, start
 
 TEXT = "{} begins it, and it goes on for some time before anything is asked of anyone. "
 WAYS = ({"temperature": 0}, {"temperature": 0.9, "top_p": 0.95, "seed": 7}, {"temperature": 1.3, "seed": 8})
@@ -44,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def served(model: Path, **options: Any) -> Iterator[tuple[Engine, httpx.Client]]:
     settings = {"memory": "2GiB", "threads": 1, "expert_slots": 5, "chunk_tokens": 24, "max_sequences": 4}
     with Engine.open(model, **settings, grammars=True, **options) as engine, serving(engine) as service:
-        running = start(make_app(service, KeyRing(None), block_tokens=16, max_sequences=4))
+        running = start(make_app(only(service), KeyRing(None), block_tokens=16, max_sequences=4))
         with httpx.Client(base_url=next(running), timeout=60) as client:
             yield engine, client
         next(running, None)

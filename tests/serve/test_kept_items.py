@@ -26,9 +26,8 @@ from argosy.serve.http import server as http_server
 from argosy.serve.http.failures import Refused
 from argosy.serve.http.held import Pool, PoolShare
 from argosy.serve.http.listen import bind
-from argosy.serve.models.models import Models
 from tests.cli.tiny_chat_model import write_chat_model
-from tests.serve.conftest import serving, start
+from tests.serve.conftest import only, serving, start
 from tests.serve.dialects import TOOLS
 
 
@@ -211,7 +210,7 @@ def test_a_server_frees_what_is_too_old_though_no_request_comes(monkeypatch: pyt
     )  # fmt: skip
     snapshot = SimpleNamespace(engine=SimpleNamespace(budget_bytes=1 << 30))
     loop: Any = SimpleNamespace(close=lambda: None, snapshot=lambda: snapshot)
-    models = Models.of(Service(loop, PromptBuilder(None, vocab_size=8), None, facts, Common(kept=kept)))
+    models = only(Service(loop, PromptBuilder(None, vocab_size=8), None, facts, Common(kept=kept)))
     monkeypatch.setattr(http_server, "SWEEP_S", 0.01)
     app = make_app(models, KeyRing(None), block_tokens=16, max_sequences=8)
     listens = threading.Event()
@@ -467,7 +466,7 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Servi
     secrets = {name: keys.add(name)[1] for name in ("one", "two")}
     model = write_chat_model(root / "model")
     with Engine.open(model, memory="2GiB", threads=1) as engine, serving(engine) as service:
-        for url in start(make_app(service, KeyRing(keys), block_tokens=16, max_sequences=8)):
+        for url in start(make_app(only(service), KeyRing(keys), block_tokens=16, max_sequences=8)):
             yield url, service, secrets
 
 

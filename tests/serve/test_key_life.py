@@ -27,7 +27,7 @@ from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
 from argosy.serve.http.running import Run, Running
 from tests.cli.tiny_chat_model import write_chat_model
-from tests.serve.conftest import start
+from tests.serve.conftest import only, start
 
 PROMPT = "A prompt of some length, so that it has blocks that are kept, in memory and in files. " * 2
 ASK = {"prompt": PROMPT, "max_tokens": 40, "temperature": 0, "logit_bias": {"2": -100, "0": -100}}
@@ -88,7 +88,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         ring = KeyRing(keys)
         with EngineLoop(engine) as loop:
             service = Service(loop, prompts, engine.tokenizer, facts)
-            app = make_app(service, ring, block_tokens=16, max_sequences=8, limits=limits)
+            app = make_app(only(service), ring, block_tokens=16, max_sequences=8, limits=limits)
             with KeyWatch(ring, limits, app.running, service.revoke):
                 for url in start(app):
                     yield Server(url, engine, service, limits, keys, root / "kv", memory)

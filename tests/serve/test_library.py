@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from argosy.serve.answer.service import Common
 from argosy.serve.answer.work import Work
 from argosy.serve.app import make_app
 from argosy.serve.claims import server_claims
+from argosy.serve.models.entry import Entry
 from argosy.serve.models.models import Models
-from argosy.serve.models.opened import EngineSource, LibraryShelf
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.library.caches import add_to_hub
 from tests.serve.conftest import start
@@ -48,20 +49,18 @@ def hub(tmp_path: Path, model_files: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 @pytest.fixture
 def server(hub: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr("argosy.serve.models.models.SHELF_S", 0.0)
+    monkeypatch.setattr("argosy.serve.models.models.LIBRARY_S", 0.0)
     given = {"memory": 4 * GIB, "threads": 1, "grammars": True, "max_sequences": 4, "max_waiting": 8}
     given["sampling"] = {"top_p": 0.9}
     process_bytes = shared_bytes(None, SERVER)
     library = ServedLibrary(given, process_bytes, None)
     common = Common(ring=None, kept=KeptItems(), work=Work())
     models = Models(
-        [], common, budget_bytes=4 * GIB, process_bytes=process_bytes,
-        shelf=LibraryShelf(library.look, lambda offer: EngineSource(offer, common, record=None)),
+        library.look, partial(Entry, common=common), common, budget_bytes=4 * GIB, process_bytes=process_bytes,
     )  # fmt: skip
     yield from start(make_app(models, KeyRing(None), block_tokens=16, max_sequences=4))
     for entry in models.loader.entries:
-        if entry.opened is not None:
-            entry.opened.close()
+        entry.close()
 
 
 def post(url: str, body: dict[str, Any]) -> Any:
@@ -125,6 +124,7 @@ def test_a_model_is_planned_in_the_budget_that_is_given(hub: Path) -> None:
     given = {"memory": 4 * GIB, "threads": 1, "max_sequences": 4, "max_waiting": 8}
     library = ServedLibrary(given, shared_bytes(None, SERVER), None)
     one, _ = library.look().offers
+    assert one.make is not None
     budgets = [one.make(budget)[0].plan.budget_bytes for budget in (None, 1 * GIB)]
     assert budgets == [4 * GIB, 1 * GIB]
 

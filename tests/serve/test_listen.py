@@ -31,7 +31,7 @@ from argosy.serve.http.origins import Site
 from argosy.serve.run import require_keys_behind_proxy
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.helpers.forks import ForkedArgosy
-from tests.serve.conftest import start
+from tests.serve.conftest import only, start
 
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
 
@@ -233,7 +233,11 @@ def proxied(service: Service, keys: tuple[KeyFile, str]) -> Iterator[httpx.Clien
     """A server that believes 127.0.0.1, where its client is."""
     front = Front(proxies=("127.0.0.1", "10.0.0.0/8"), base_path="/argosy")
     app = make_app(
-        service, KeyRing(keys[0]), block_tokens=16, max_sequences=8, site=Site(base_path=front.base_path)
+        only(service),
+        KeyRing(keys[0]),
+        block_tokens=16,
+        max_sequences=8,
+        site=Site(base_path=front.base_path),
     )
     for url in start(app, front=front):
         with httpx.Client(base_url=url) as client:
@@ -263,7 +267,7 @@ def test_strangers_behind_a_proxy_are_limited_each_by_their_own_address(
 
 
 def test_a_client_that_is_no_proxy_is_not_believed(service: Service, keys: tuple[KeyFile, str]) -> None:
-    app = make_app(service, KeyRing(keys[0]), block_tokens=16, max_sequences=8)
+    app = make_app(only(service), KeyRing(keys[0]), block_tokens=16, max_sequences=8)
     for url in start(app, front=Front(proxies=("10.0.0.0/8",))):
         with httpx.Client(base_url=url) as client:
             told = {"x-forwarded-for": "198.51.100.7"}

@@ -17,7 +17,7 @@ from argosy.serve.app import make_app
 from tests.models.tiny import qwen3_moe, write_model
 from tests.prompt.test_tokenizer import BYTE_LEVEL, LLAMA, LLAMA_CONFIG, QWEN_CONFIG, UNIGRAM, WORD_PIECE
 from tests.prompt.tokenizers_for_tests import byte_level_json, llama_json, unigram_json, write_tokenizer
-from tests.serve.conftest import serving, start
+from tests.serve.conftest import only, serving, start
 from tests.serve.record import read_events
 
 TEMPLATE = "{% for message in messages %}[{{ message.role }}] {{ message.content }} {% endfor %}[answer]"
@@ -37,7 +37,7 @@ def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     write_model(model, qwen3_moe(vocab_size=640, max_position_embeddings=512), seed=3)
     write_tokenizer(Path(model), text(), {**config, "chat_template": TEMPLATE})
     with Engine.open(model, memory="2GiB", threads=1) as engine, serving(engine) as service:
-        for url in start(make_app(service, KeyRing(None), block_tokens=16, max_sequences=8)):
+        for url in start(make_app(only(service), KeyRing(None), block_tokens=16, max_sequences=8)):
             with httpx.Client(base_url=url, timeout=60) as client:
                 yield client
 

@@ -31,7 +31,7 @@ from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
 from argosy.serve.http.held import Files, Pool, PoolShare
 from tests.media.samples import pattern, png
-from tests.serve.conftest import serving, start
+from tests.serve.conftest import only, serving, start
 from tests.serve.dialects import MAX_TOKENS, PATHS, TOOLS
 from tests.serve.seeing_model import write_seeing_model
 from tests.serve.test_replaced import read_tool, text
@@ -249,10 +249,11 @@ def test_an_allowed_host_is_a_plain_name(name: str) -> None:
 def test_the_command_line_names_the_hosts(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[MediaHosts | None] = []
     monkeypatch.setattr("argosy.cli.commands.serve.open_engine", lambda *_, **__: MagicMock())
+    monkeypatch.setattr("argosy.serve.models.entry.facts_of_engine", Mock())
     monkeypatch.setattr("argosy.open.models.locate_model", Mock(side_effect=UsageError("no model")))
     monkeypatch.setattr(
         "argosy.serve.run.serve",
-        lambda make_models, sockets, settings, **_: given.append(settings.media_hosts),
+        lambda offers, sockets, settings, **_: given.append(settings.media_hosts),
     )
     options = [option for name in names for option in ("--media-host", name)]
     result = CliRunner().invoke(serve, ["model", "--port", "0", *options])
@@ -500,7 +501,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def url(service: Service) -> Iterator[str]:
-    yield from start(make_app(service, KeyRing(None), block_tokens=16, max_sequences=4))
+    yield from start(make_app(only(service), KeyRing(None), block_tokens=16, max_sequences=4))
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from argosy.serve.admin import memory as memory_module
 from argosy.serve.admin.memory import MemoryWatch
 from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
-from tests.serve.conftest import start
+from tests.serve.conftest import only, start
 
 FLOOR, ASKED = 300, 1000
 
@@ -144,7 +144,7 @@ def test_looks_that_fail_are_logged_once_and_are_not_the_last(
 
 @pytest.fixture(scope="module")
 def server(service: Service) -> Iterator[str]:
-    yield from start(make_app(service, KeyRing(None), block_tokens=16, max_sequences=8))
+    yield from start(make_app(only(service), KeyRing(None), block_tokens=16, max_sequences=8))
 
 
 def test_free_memory_is_given_back_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,8 +25,8 @@ from argosy.serve.http.failures import Refused
 from argosy.serve.http.running import Running
 from argosy.serve.models import loading
 from argosy.serve.models import models as models_module
-from argosy.serve.models.entry import Abilities, Lasting, Progress
-from argosy.serve.models.models import Models, Shelved, use_model
+from argosy.serve.models.entry import Entry, Offer, Offers, Progress
+from argosy.serve.models.models import Models, use_model
 
 BUDGET, PROCESS = 1000, 100
 
@@ -67,36 +67,43 @@ class FakeService:
 class FakeModel:
     """Open: takes its floor, with two slots, and its share of the memory for experts, of 10 bytes each."""
 
-    def __init__(self, source: FakeSource, share_bytes: int) -> None:
-        self._source = source
-        self.service: Any = FakeService(source.facts)
+    def __init__(self, entry: FakeEntry, share_bytes: int) -> None:
+        self._entry = entry
         self.share_bytes = share_bytes
-        source.meter.add(source.floor_bytes + share_bytes)
+        entry.meter.add(entry.floor_bytes + share_bytes)
 
     @property
     def num_slots(self) -> int:
         return 2 + self.share_bytes // 10
 
     def resize(self, share_bytes: int) -> None:
-        time.sleep(self._source.resize_s)
-        self._source.meter.add(share_bytes - self.share_bytes)
+        time.sleep(self._entry.resize_s)
+        self._entry.meter.add(share_bytes - self.share_bytes)
         self.share_bytes = share_bytes
-        self._source.resizes.append(self.num_slots)
+        self._entry.resizes.append(self.num_slots)
 
     def close(self) -> None:
-        source = self._source
-        source.meter.add(-source.floor_bytes - self.share_bytes)
-        source.num_closed += 1
-        source.opened = None
+        entry = self._entry
+        entry.meter.add(-entry.floor_bytes - self.share_bytes)
+        entry.num_closed += 1
+        entry.opened = None
 
 
-class FakeSource:
+def facts_of(name: str, num_experts: int = 42) -> ModelFacts:
+    return ModelFacts(
+        id=name, family="fake", context_tokens=16, num_layers=1, num_experts=num_experts, experts_per_token=2,
+        vocab_size=8,
+    )  # fmt: skip
+
+
+class FakeEntry(Entry):
+    """A model without an engine."""
+
+    floor_bytes = most_bytes = 0
+
     def __init__(self, meter: Meter, name: str, floor_bytes: int, most_slots: int) -> None:
+        super().__init__(Offer(facts=facts_of(name, most_slots), key=self), Common())
         self.meter, self.floor_bytes, self.most_bytes = meter, floor_bytes, 10 * (most_slots - 2)
-        self.facts = ModelFacts(
-            id=name, family="fake", context_tokens=16, num_layers=1, num_experts=most_slots, experts_per_token=2,
-            vocab_size=8,
-        )  # fmt: skip
         self.opened: FakeModel | None = None
         self.num_opened = self.num_closed = 0
         self.resizes: list[int] = []
@@ -108,9 +115,6 @@ class FakeSource:
         self.resize_s = 0.0
         self.prepared: list[bool] = []  # a True for each `prepare`, and a False for each `release`
         self.unready: Exception | None = None
-
-    def abilities(self, *, may_read: bool = False) -> Abilities:
-        return Abilities()
 
     def prepare(self, budget_bytes: int) -> None:
         self.prepared.append(True)
@@ -126,7 +130,7 @@ class FakeSource:
     def num_slots(self) -> int:
         return 0 if self.opened is None else self.opened.num_slots
 
-    def open(self, share_bytes: int, progress: Progress) -> FakeModel:
+    def open(self, share_bytes: int, progress: Progress) -> Any:
         while not self.can_open.wait(0.005):
             progress("reading experts", 0.5)
             self.has_told.set()
@@ -134,10 +138,23 @@ class FakeSource:
             raise self.error
         self.num_opened += 1
         self.opened = FakeModel(self, share_bytes)
-        return self.opened
+        return FakeService(self.facts)
+
+    def resize(self, share_bytes: int) -> None:
+        assert self.opened is not None
+        self.opened.resize(share_bytes)
+
+    def close(self) -> None:
+        assert self.opened is not None
+        self.opened.close()
 
     def forget(self, tenant: str) -> None:
         self.forgotten.append(tenant)
+
+
+def fake_entry(offer: Offer) -> Entry:
+    assert isinstance(offer.key, FakeEntry)
+    return offer.key
 
 
 class Rig:
@@ -146,12 +163,12 @@ class Rig:
     def __init__(self, *, any_model: bool = False, **options: Any) -> None:
         self.now = 1000.0
         self.meter = Meter()
-        self.a = FakeSource(self.meter, "a", 200, 42)
-        self.b = FakeSource(self.meter, "b", 200, 42)
-        self.big = FakeSource(self.meter, "big", 600, 12)
+        self.a = FakeEntry(self.meter, "a", 200, 42)
+        self.b = FakeEntry(self.meter, "b", 200, 42)
+        self.big = FakeEntry(self.meter, "big", 600, 12)
         self.models = Models(
-            [self.a, self.b, self.big], Common(any_model=any_model), budget_bytes=BUDGET, process_bytes=PROCESS,
-            clock=lambda: self.now, **options,
+            [one.offer for one in (self.a, self.b, self.big)], fake_entry, Common(any_model=any_model),
+            budget_bytes=BUDGET, process_bytes=PROCESS, clock=lambda: self.now, **options,
         )  # fmt: skip
 
     @asynccontextmanager
@@ -452,8 +469,10 @@ def test_an_unload_is_finished_if_the_client_that_asked_for_it_leaves() -> None:
 
 def test_a_name_is_found_with_and_without_the_tag_latest() -> None:
     async def test(rig: Rig) -> None:
-        rig.b.facts = replace(rig.b.facts, id="b:latest")
-        models = Models([rig.a, rig.b], Common(), budget_bytes=BUDGET, process_bytes=PROCESS)
+        tagged = FakeEntry(rig.meter, "b:latest", 200, 42)
+        models = Models(
+            [rig.a.offer, tagged.offer], fake_entry, Common(), budget_bytes=BUDGET, process_bytes=PROCESS
+        )
         for name, found in (("a", "a"), ("a:latest", "a"), ("b", "b:latest"), ("b:latest", "b:latest")):
             assert models.standing(name).facts.id == found
         for name in ("a:30b", "A:latest", ":latest", ""):
@@ -595,8 +614,11 @@ class OnlyService(FakeService):
 
 def test_the_only_model_of_a_server_stays_in_memory_and_has_all_of_the_budget() -> None:
     async def test() -> None:
-        service: Any = OnlyService(FakeSource(Meter(), "only", 200, 42).facts)
-        models = Models([Lasting(service)], Common(), budget_bytes=BUDGET, process_bytes=0)
+        service: Any = OnlyService(facts_of("only"))
+        offer = Offer(facts=service.model, key=service, serve=lambda _: service)
+        models = Models(
+            [offer], partial(Entry, common=Common()), Common(), budget_bytes=BUDGET, process_bytes=0
+        )
         try:
             with ExitStack() as used:
                 assert await models.use(None, used) is service
@@ -661,36 +683,32 @@ def test_the_budget_stays_while_a_model_is_read() -> None:
 # ── a library ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class FakeShelf:
+class FakeLibrary:
     """A library whose models a test puts there and takes away."""
 
-    def __init__(self, *sources: FakeSource) -> None:
-        self.sources = {source.facts.id: source for source in sources}
+    def __init__(self, *entries: FakeEntry) -> None:
+        self.entries = {entry.name: entry for entry in entries}
         self.others: dict[str, str] = {}
         self.faults: dict[str, str] = {}
         self.num_looks = 0
 
-    def look(self) -> Shelved:
+    def look(self) -> Offers:
         self.num_looks += 1
-        return Shelved(sources=dict(self.sources), others=self.others, faults=self.faults)
+        offers = [entry.offer for entry in self.entries.values()]
+        return Offers(offers=offers, others=self.others, faults=self.faults)
 
 
 class LibraryRig(Rig):
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.shelf = FakeShelf(self.a, self.b)
+        self.library = FakeLibrary(self.a, self.b)
         self.models = Models(
-            [],
-            Common(),
-            budget_bytes=BUDGET,
-            process_bytes=PROCESS,
-            shelf=self.shelf,
-            clock=lambda: self.now,
-            **options,
-        )
+            self.library.look, fake_entry, Common(), budget_bytes=BUDGET, process_bytes=PROCESS,
+            clock=lambda: self.now, **options,
+        )  # fmt: skip
 
     async def ask(self, name: str | None) -> str:
-        self.now += models_module.SHELF_S
+        self.now += models_module.LIBRARY_S
         if name is not None:
             await self.models.look(name)
         return await super().ask(name)
@@ -713,9 +731,9 @@ def test_a_model_that_came_into_the_library_is_found_when_it_is_asked_for_and_on
         assert await rig.ask("a") == "a"
         with pytest.raises(Refused, match=r'the model "big" does not exist; this server has: a, b\n'):
             await rig.ask("big")
-        rig.shelf.sources["big"] = rig.big
+        rig.library.entries["big"] = rig.big
         assert await rig.ask("big") == "big"
-        del rig.shelf.sources["a"], rig.shelf.sources["b"]
+        del rig.library.entries["a"], rig.library.entries["b"]
         await rig.models.unload("a")  # one in memory stays
         with pytest.raises(Refused, match="this server has: big"):
             await rig.ask("c")
@@ -727,15 +745,15 @@ def test_a_model_that_came_into_the_library_is_found_when_it_is_asked_for_and_on
 def test_a_model_that_is_not_in_memory_is_looked_up_before_it_is_loaded() -> None:
     async def test(rig: LibraryRig) -> None:
         await rig.models.look()
-        new = FakeSource(rig.meter, "a", 200, 42)
-        rig.shelf.sources["a"] = new  # its files were replaced
+        new = FakeEntry(rig.meter, "a", 200, 42)
+        rig.library.entries["a"] = new  # its files were replaced
         assert await rig.ask("a") == "a"
         assert (rig.a.num_opened, new.num_opened) == (0, 1)
-        num_looks = rig.shelf.num_looks
+        num_looks = rig.library.num_looks
         await rig.ask("a")
-        assert rig.shelf.num_looks == num_looks
-        del rig.shelf.sources["b"]  # they are damaged
-        rig.shelf.faults["b"] = "a tensor ends beyond the file"
+        assert rig.library.num_looks == num_looks
+        del rig.library.entries["b"]  # they are damaged
+        rig.library.faults["b"] = "a tensor ends beyond the file"
         with pytest.raises(Refused, match="cannot run: a tensor ends beyond the file"):
             await rig.ask("b")
 
@@ -762,10 +780,10 @@ def test_a_model_of_the_library_is_planned_in_the_present_budget() -> None:
 
 def test_a_model_in_memory_stays_when_its_files_are_replaced_and_the_next_load_has_the_new_ones() -> None:
     async def test(rig: LibraryRig) -> None:
-        new = FakeSource(rig.meter, "a", 200, 42)
+        new = FakeEntry(rig.meter, "a", 200, 42)
         await rig.models.look()
         async with rig.using("a"):
-            rig.shelf.sources["a"] = new
+            rig.library.entries["a"] = new
             with pytest.raises(Refused):
                 await rig.ask("c")
             await rig.ask("a")
@@ -809,7 +827,7 @@ def test_a_request_without_a_name_means_the_model_used_last_or_the_only_one() ->
         await rig.models.unload("a")
         assert await rig.ask(None) == "b"
         await rig.models.unload("b")
-        del rig.shelf.sources["a"]
+        del rig.library.entries["a"]
         with pytest.raises(Refused):
             await rig.ask("c")
         assert await rig.ask(None) == "b"
@@ -819,8 +837,8 @@ def test_a_request_without_a_name_means_the_model_used_last_or_the_only_one() ->
 
 def test_other_names_mean_the_whole_one_and_a_model_that_cannot_run_says_why() -> None:
     async def test(rig: LibraryRig) -> None:
-        rig.shelf.others = {"short": "a", "gone": "c"}
-        rig.shelf.faults = {"c": "c.gguf is cut off"}
+        rig.library.others = {"short": "a", "gone": "c"}
+        rig.library.faults = {"c": "c.gguf is cut off"}
         for name in ("short", "Short", "a:latest", "SHORT:latest"):
             assert await rig.ask(name) == "a"
         with pytest.raises(
@@ -836,11 +854,11 @@ def test_other_names_mean_the_whole_one_and_a_model_that_cannot_run_says_why() -
 def test_unknown_names_look_at_the_library_once_a_second_and_an_error_lists_few_names() -> None:
     async def test(rig: LibraryRig) -> None:
         for number in range(50):
-            source = FakeSource(rig.meter, f"m{number}", 200, 42)
-            rig.shelf.sources[source.facts.id] = source
+            source = FakeEntry(rig.meter, f"m{number}", 200, 42)
+            rig.library.entries[source.facts.id] = source
         for number in range(100):
             await rig.models.look(f"unknown{number}")
-        assert rig.shelf.num_looks == 1
+        assert rig.library.num_looks == 1
         with pytest.raises(Refused, match=r"m17, 32 more\n"):
             rig.models.id_of("unknown")
 
@@ -849,7 +867,7 @@ def test_unknown_names_look_at_the_library_once_a_second_and_an_error_lists_few_
 
 def test_an_empty_library_says_so() -> None:
     async def test(rig: LibraryRig) -> None:
-        rig.shelf.sources = {}
+        rig.library.entries = {}
         with pytest.raises(Refused, match="this server has: none yet") as refused:
             await rig.ask("a")
         assert "`argosy search WORDS`" in str(refused.value.hint)

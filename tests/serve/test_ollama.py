@@ -17,7 +17,7 @@ from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
 from argosy.serve.dialects.ollama import HINTS
 from tests.media.samples import pattern, png
-from tests.serve.conftest import alive_at_once, serving, start
+from tests.serve.conftest import alive_at_once, only, serving, start
 from tests.serve.dialects import TOOLS
 from tests.serve.record import read_lines
 from tests.serve.seeing_model import write_seeing_model
@@ -270,7 +270,7 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         Engine.open(model, memory="4GiB", media=True, threads=2, grammars=True) as engine,
         serving(engine) as service,
     ):
-        for url in start(make_app(service, KeyRing(None), block_tokens=16, max_sequences=8)):
+        for url in start(make_app(only(service), KeyRing(None), block_tokens=16, max_sequences=8)):
             with httpx.Client(base_url=url, timeout=60) as client:
                 yield client
 

@@ -41,7 +41,7 @@ from argosy.serve.http.failures import AnthropicError, OllamaError, OpenAIError
 from argosy.serve.http.route import Route
 from argosy.serve.http.streams import DONE
 from tests.serve import record
-from tests.serve.conftest import start
+from tests.serve.conftest import only, start
 
 
 class ShortLoop:
@@ -127,7 +127,7 @@ def keyed(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         reranking=Reranking(form, service.tokenizer, context_tokens=service.model.context_tokens),
     )  # fmt: skip
     app = make_app(
-        short,
+        only(short),
         KeyRing(keys),
         block_tokens=16,
         max_sequences=8,

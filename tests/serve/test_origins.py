@@ -12,7 +12,7 @@ from argosy.guard.keys import KeyFile, KeyRing
 from argosy.serve.answer.service import Service
 from argosy.serve.app import ROUTES, make_app
 from argosy.serve.http.origins import Origins, Site, granted, origin_of
-from tests.serve.conftest import start
+from tests.serve.conftest import only, start
 
 PAGE, APP = "https://chat.example.org", "app://obsidian.md"
 ASK = {"content": "a"}
@@ -57,7 +57,7 @@ def allowing(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iter
     keys = KeyFile(tmp_path_factory.mktemp("origins") / "keys.json")
     _, secret = keys.add("one")
     origins = Origins([PAGE, APP])
-    app = make_app(service, KeyRing(keys), block_tokens=16, max_sequences=8, site=Site(origins=origins))
+    app = make_app(only(service), KeyRing(keys), block_tokens=16, max_sequences=8, site=Site(origins=origins))
     for url in start(app):
         yield url, secret
 

@@ -29,7 +29,7 @@ from argosy.serve.app import make_app
 from argosy.serve.http.held import MEDIA_BODY_BYTES
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.media.samples import pattern, png, wav, wave
-from tests.serve.conftest import serving, start
+from tests.serve.conftest import only, serving, start
 from tests.serve.fake_server import CONTEXT_TOKENS, fake_server
 from tests.serve.page_browser import CONTRAST, Browser, Keys, seen_on, webdriver
 from tests.serve.seeing_model import write_seeing_model
@@ -1006,7 +1006,9 @@ def test_a_real_model_gets_an_attached_picture_and_a_recording(
     with (
         Engine.open(model, memory="3GiB", threads=1, max_sequences=2, image_tokens=64) as engine,
         serving(engine) as service,
-        contextmanager(start)(make_app(service, KeyRing(None), block_tokens=16, max_sequences=2)) as url,
+        contextmanager(start)(
+            make_app(only(service), KeyRing(None), block_tokens=16, max_sequences=2)
+        ) as url,
     ):
         prompts: list[Any] = []
         submit = service.loop.submit
@@ -1053,7 +1055,9 @@ def real(driver: webdriver.Chrome, tmp_path: Path) -> Iterator[Browser]:
     with (
         Engine.open(model, memory="2GiB", threads=1, expert_slots=EXPERT_SLOTS, max_sequences=2) as engine,
         serving(engine) as service,
-        contextmanager(start)(make_app(service, KeyRing(None), block_tokens=16, max_sequences=2)) as url,
+        contextmanager(start)(
+            make_app(only(service), KeyRing(None), block_tokens=16, max_sequences=2)
+        ) as url,
     ):
         browser = Browser(driver, url)
         browser.complaints()  # clears the messages of the test before

@@ -47,7 +47,7 @@ from argosy.serve.guards.governing import Governing
 from argosy.serve.guards.guarding import Guarding
 from argosy.serve.http.route import Route
 from tests.serve.bodies import BODIES
-from tests.serve.conftest import serving, start
+from tests.serve.conftest import only, serving, start
 from tests.serve.speaking import write_speaking_model
 
 NOT_ALLOWED = "a blue moon"
@@ -79,7 +79,11 @@ def matrix(
     guarding = Guarding(path)
     guarding.stops.set("key", "stopped", is_stopped=True)
     app = make_app(
-        service, KeyRing(keys), block_tokens=16, max_sequences=8, governance=Governing(guarding=guarding)
+        only(service),
+        KeyRing(keys),
+        block_tokens=16,
+        max_sequences=8,
+        governance=Governing(guarding=guarding),
     )
     for url in start(app):
         with httpx.Client(base_url=url, timeout=60) as client:
@@ -186,7 +190,7 @@ def test_rerank_screens_query_and_documents(service: Service, tmp_path: Path) ->
         reranking=Reranking(form, service.tokenizer, context_tokens=service.model.context_tokens),
     )  # fmt: skip
     app = make_app(
-        ranking,
+        only(ranking),
         KeyRing(None),
         block_tokens=16,
         max_sequences=8,
@@ -407,7 +411,11 @@ def shown_words(service: Service, path: Path) -> Iterator[tuple[httpx.Client, li
         service.loop, service.prompts, service.tokenizer, service.model, reranking=reranking, ears=ears
     )
     app = make_app(
-        own, KeyRing(None), block_tokens=16, max_sequences=8, governance=Governing(guarding=Guarding(path))
+        only(own),
+        KeyRing(None),
+        block_tokens=16,
+        max_sequences=8,
+        governance=Governing(guarding=Guarding(path)),
     )
     with (
         mock.patch.multiple(service.loop, submit=submit, submit_embedding=submit),

@@ -21,8 +21,7 @@ from argosy.serve.app import make_app
 from argosy.serve.guards.governing import Governing
 from argosy.serve.guards.guarding import Guarding
 from argosy.serve.http.caller import Caller, Watch
-from argosy.serve.models.models import Models
-from tests.serve.conftest import start
+from tests.serve.conftest import only, start
 
 POLICY = """
 default = "plain"
@@ -94,7 +93,7 @@ def rig(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     presets = ServedPresets({"tiny": Named("tiny", Path("/models/tiny"), "tiny")})
     presets.__dict__["_own_ids"] = {"/models/tiny": "tiny"}
     app = make_app(
-        Models.of(service, presets=presets),
+        only(service, presets=presets),
         KeyRing(keys),
         block_tokens=16,
         max_sequences=8,

@@ -31,7 +31,7 @@ from argosy.serve.dialects.openai_responses_bodies import ResponsesBody
 from argosy.serve.http.closed import Closed
 from argosy.serve.http.route import Route, post_route
 from argosy.serve.http.streams import EventStream
-from tests.serve.conftest import start
+from tests.serve.conftest import only, start
 from tests.serve.record import read_events
 
 
@@ -84,7 +84,7 @@ ROUTE: Route = post_route("/v1/plain", plain, PlainAnswer, events=PlainEvent)
 @pytest.fixture
 def plainly(speaking_service: Service, monkeypatch: pytest.MonkeyPatch) -> Iterator[httpx.Client]:
     monkeypatch.setattr(app, "ROUTES", (*app.ROUTES, ROUTE))
-    for url in start(app.make_app(speaking_service, KeyRing(None), block_tokens=16, max_sequences=8)):
+    for url in start(app.make_app(only(speaking_service), KeyRing(None), block_tokens=16, max_sequences=8)):
         with httpx.Client(base_url=f"{url}/v1", timeout=60) as client:
             yield client
 

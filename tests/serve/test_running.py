@@ -41,7 +41,7 @@ from argosy.serve.guards.guarding import Guarding
 from argosy.serve.http.gate import Gate
 from argosy.serve.http.work import WorkQueue
 from tests.cli.tiny_chat_model import write_chat_model
-from tests.serve.conftest import serving, start
+from tests.serve.conftest import only, serving, start
 
 PERSON = "eve"
 GOES_ON = {"logit_bias": {"2": -100, "0": -100}}  # forbids the tokens that end an answer
@@ -288,7 +288,7 @@ def serve(root: Path) -> Iterator[Server]:
         audit = Audit(AuditSettings(directory=root / "audit", with_content=True), facts={})
         entered.callback(audit.close)
         app = make_app(
-            service,
+            only(service),
             ring,
             block_tokens=16,
             max_sequences=16,

@@ -33,7 +33,7 @@ from argosy.serve.guards import check_over_http
 from argosy.serve.guards.governing import Governing
 from argosy.serve.guards.guarding import Guarding
 from argosy.serve.http.caller import Caller
-from tests.serve.conftest import start
+from tests.serve.conftest import only, start
 from tests.serve.dialects import TOOLS
 from tests.serve.record import read_events
 
@@ -185,7 +185,7 @@ def guarding(policy_file: Path) -> Guarding:
 @pytest.fixture(scope="module")
 def screened_url(speaking_service: Service, guarding: Guarding) -> Iterator[str]:
     app = make_app(
-        speaking_service,
+        only(speaking_service),
         KeyRing(None),
         block_tokens=16,
         max_sequences=8,
@@ -403,7 +403,7 @@ def test_a_check_that_nobody_answers_counts_as_the_policy_says(
         'default = "a"\n[policies.a]\ninput = ["x"]\n[checks.x]\nurl = "http://127.0.0.1:9/v1/moderations"\n'
     )
     app = make_app(
-        speaking_service,
+        only(speaking_service),
         KeyRing(None),
         block_tokens=16,
         max_sequences=8,
@@ -564,7 +564,7 @@ def test_moderations_cut_long_texts_and_count_the_tokens_of_a_model(
     keys = KeyFile(tmp_path / "keys.json")
     secret = keys.add("a", scopes=("infer",), tokens_per_day=10)[1]
     app = make_app(
-        speaking_service,
+        only(speaking_service),
         KeyRing(keys),
         block_tokens=16,
         max_sequences=8,

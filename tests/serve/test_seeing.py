@@ -34,7 +34,7 @@ from argosy.serve.http.caller import Caller
 from argosy.serve.http.held import Files, Pool, PoolShare
 from tests.media.samples import pattern, png, raw_png, wav, wave
 from tests.media.video_samples import clip_file
-from tests.serve.conftest import serving, start
+from tests.serve.conftest import only, serving, start
 from tests.serve.dialects import MAX_TOKENS, PATHS, TOOLS
 from tests.serve.record import read_events
 from tests.serve.seeing_model import write_seeing_model
@@ -73,7 +73,7 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seeing]:
                 return submit(prompt, *given, **more)
 
             service.loop.submit = spied  # type: ignore[method-assign]
-            for url in start(make_app(service, KeyRing(None), block_tokens=16, max_sequences=8)):
+            for url in start(make_app(only(service), KeyRing(None), block_tokens=16, max_sequences=8)):
                 yield Seeing(service, url, prompts, prompt, answer.text)
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from argosy.serve.answer.service import Common
 from argosy.serve.answer.work import Work
 from argosy.serve.app import make_app
 from argosy.serve.claims import server_claims
+from argosy.serve.models.entry import Entry, Offer
 from argosy.serve.models.models import Models
-from argosy.serve.models.opened import EngineSource, Offer
 from tests.models.tiny import qwen3_moe, write_model
 from tests.prompt.tokenizers_for_tests import CHATML, byte_level_json, write_tokenizer
 from tests.serve.conftest import start
@@ -90,14 +91,13 @@ def several(paths: dict[str, Path]) -> Iterator[Several]:
     common = Common(ring=None, kept=KeptItems(), work=Work())
     opened: list[str] = []
     models = Models(
-        [EngineSource(Offer.of(one), common, record=None, note_use=opened.append) for one in ready], common,
+        list(map(Offer.of_ready, ready)), partial(Entry, common=common, note_use=opened.append), common,
         budget_bytes=process_bytes + floors[0] + floors[1] + floors[2] // 2, process_bytes=process_bytes,
     )  # fmt: skip
     for url in start(make_app(models, KeyRing(None), block_tokens=16, max_sequences=4)):
         yield Several(url, models, ready, opened)
     for entry in models.loader.entries:
-        if entry.opened is not None:
-            entry.opened.close()
+        entry.close()
 
 
 def test_models_are_listed_before_they_are_loaded(several: Several) -> None:

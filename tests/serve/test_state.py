@@ -17,10 +17,9 @@ from argosy.open.engine import Engine
 from argosy.serve.admin.state import PROMPT_SAID_S, log_prompts
 from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
-from argosy.serve.models.models import Models
-from argosy.serve.models.opened import _told
+from argosy.serve.models.entry import _told
 from tests.cli.tiny_chat_model import write_chat_model
-from tests.serve.conftest import serving, start
+from tests.serve.conftest import only, serving, start
 
 
 @pytest.fixture
@@ -43,7 +42,7 @@ def test_the_state_shows_a_request_that_runs_by_the_id_that_its_client_has(
     monkeypatch.setattr(own_engine._started.model, "forward", look)
     ask = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}
     with serving(own_engine) as service:
-        for url in start(make_app(service, KeyRing(None), block_tokens=16, max_sequences=8)):
+        for url in start(make_app(only(service), KeyRing(None), block_tokens=16, max_sequences=8)):
             answer = httpx.post(f"{url}/v1/chat/completions", json=ask)
             assert httpx.get(f"{url}/v1/engine/state").json()["running"] == []
     (first,) = seen[0]
@@ -69,7 +68,7 @@ def test_the_log_tells_of_prompts_and_waits_that_take_long_and_of_no_others(
     facts = replace(service.loop.snapshot(), requests=(long, short, answering), waiting=waiting)
     monkeypatch.setattr(service.loop, "snapshot", lambda: facts)
     with caplog.at_level(logging.INFO, "argosy.serve"):
-        log_prompts(Models.of(service))
+        log_prompts(only(service))
     record, of_wait = caplog.records
     assert of_wait.getMessage() == "req_4 waits for its turn, 2 before it"
     assert of_wait.facts == {  # type: ignore[attr-defined]
@@ -90,7 +89,7 @@ def test_the_log_tells_of_the_first_waits_alone_when_many_wait(
     facts = replace(service.loop.snapshot(), waiting=waiting)
     monkeypatch.setattr(service.loop, "snapshot", lambda: facts)
     with caplog.at_level(logging.INFO, "argosy.serve"):
-        log_prompts(Models.of(service))
+        log_prompts(only(service))
     told = [record.facts["request_id"] for record in caplog.records]  # type: ignore[attr-defined]
     assert told == [f"req_{ahead}" for ahead in range(8)]
 

@@ -15,7 +15,7 @@ from argosy.guard.keys import SCOPES, KeyFile, KeyRing
 from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
 from tests.engine.test_grammar_bounds import BOMBS, REFUSED
-from tests.serve.conftest import start
+from tests.serve.conftest import only, start
 from tests.serve.record import read_events
 
 PATHS = ("/v1/chat/completions", "/v1/completions")
@@ -164,7 +164,7 @@ def keyed(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     keys.add("first")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("argosy.guard.keys._LOOK_AGAIN_S", 0.01)
-        for url in start(make_app(service, KeyRing(keys), block_tokens=16, max_sequences=8)):
+        for url in start(make_app(only(service), KeyRing(keys), block_tokens=16, max_sequences=8)):
             yield url, keys
 
 

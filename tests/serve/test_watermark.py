@@ -21,7 +21,7 @@ from argosy.serve.guards.governing import Governing
 from argosy.serve.guards.guarding import Guarding
 from argosy.serve.guards.transparency import Practice
 from tests.cli.tiny_chat_model import write_chat_model
-from tests.serve.conftest import serving, start
+from tests.serve.conftest import only, serving, start
 from tests.serve.test_audited import Server
 
 POLICIES = """
@@ -54,7 +54,7 @@ def server(key: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
         serving(engine) as service,
     ):
         app = make_app(
-            service,
+            only(service),
             KeyRing(None),
             block_tokens=16,
             max_sequences=8,

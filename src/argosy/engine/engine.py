@@ -19,8 +19,6 @@ from numpy.typing import NDArray
 
 from argosy.budget.memory_plan import MemoryPlan
 from argosy.checkpoint.files import ModelFiles
-from argosy.checkpoint.fingerprint import fingerprint
-from argosy.checkpoint.geometry import count_parameters
 from argosy.checkpoint.sampling import declared_sampling
 from argosy.config import EngineConfig, ModelConfig
 from argosy.engine.admission import Admission
@@ -90,7 +88,7 @@ class Engine(BlockingCalls):
             experts=experts,
         )
         self._lock = started.lock
-        self._files = files
+        self.files = files
         self.config: ModelConfig = files.config
         self.settings = config
         self.work = work_of(files, started.plan.kv_dtype)  # predictions of the engine's speed start from this
@@ -331,16 +329,6 @@ class Engine(BlockingCalls):
             self._started.require_open()
             self._log.flush()
 
-    @property
-    def num_parameters(self) -> int:
-        """The number of parameters of the model with all of its experts, without encoders."""
-        return count_parameters(self.config)[0]
-
-    @property
-    def fingerprint(self) -> str:
-        """Return the digest that identifies the model (`checkpoint/fingerprint.py`); reads samples of the files."""
-        return fingerprint(self._files)
-
     def close(self) -> None:
         """Cancel running sequences and free everything. Closing twice is harmless."""
         if self.ears is not None:
@@ -354,4 +342,4 @@ class Engine(BlockingCalls):
             self._started.close()
             self.watch.close()
             del self.prompts, self.media, self._scheduler, self._answers, self._drafts, self._resizer
-        self._log.close(self._files.path)
+        self._log.close(self.files.path)

@@ -1,4 +1,4 @@
-"""Facts about an engine for monitoring: only numbers, never text."""
+"""Facts about an engine and its model: only numbers, never text."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 
 from argosy import _native
 from argosy.budget.memory_plan import MemoryPlan
+from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.fingerprint import fingerprint
+from argosy.checkpoint.geometry import count_parameters
 from argosy.engine.ledger import Ledger
 from argosy.engine.scheduler import Scheduler
 from argosy.engine.start import Started
@@ -107,3 +110,11 @@ def collect_facts(started: Started, scheduler: Scheduler, totals: Ledger, uses: 
         expert_use_tokens=uses.reported_tokens,
         operations=started.runtime.operations if _native.amx_formats() else None,
     )
+
+
+def identity_of(files: ModelFiles) -> tuple[int, str]:
+    """The parameters of a model with all of its experts, without encoders; and the digest that identifies it.
+
+    Reads samples of its files (`checkpoint/fingerprint.py`).
+    """
+    return count_parameters(files.config)[0], fingerprint(files)

@@ -21,8 +21,6 @@ from argosy.budget.memory_plan import MemoryPlan
 from argosy.budget.planner import most_bytes, plan_share, shared_bytes
 from argosy.budget.requirements import require_machine
 from argosy.checkpoint.files import ModelFiles
-from argosy.checkpoint.fingerprint import fingerprint
-from argosy.checkpoint.geometry import count_parameters
 from argosy.checkpoint.sampling import declared_sampling
 from argosy.config import KIB, MIB, Claim, EngineConfig, ModelConfig
 from argosy.engine.engine import Engine
@@ -49,7 +47,7 @@ class Ready:
     """A model without its weights.
 
     Attributes:
-        tools: how the model is told about tools.
+        tool_calling: how the model is told about tools.
         variables: the variables of its chat template that callers may set.
         can_infill: whether it was trained to fill in text between two others.
         sampling: how tokens are chosen if a request does not say.
@@ -78,7 +76,7 @@ class Ready:
         self._turns, self._foreground = turns, foreground
         self._vocabulary = Vocabulary.open(self.files, self.config)
         prompts = PromptBuilder(self._vocabulary.tokenizer, vocab_size=self.files.config.vocab_size)
-        self.tools: ToolCalling = prompts.tool_calling
+        self.tool_calling: ToolCalling = prompts.tool_calling
         self.variables = prompts.variables
         self.can_infill = prompts.can_infill
         prompts.close()
@@ -111,16 +109,6 @@ class Ready:
     @property
     def tokenizer(self) -> Tokenizer | None:
         return self._vocabulary.tokenizer
-
-    @property
-    def num_parameters(self) -> int:
-        """See `Engine.num_parameters`."""
-        return count_parameters(self.model)[0]
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """See `Engine.fingerprint`."""
-        return fingerprint(self.files)
 
     @property
     def plan(self) -> MemoryPlan:

@@ -30,7 +30,6 @@ from argosy.serve.admin.erasure import Erasure, erase_data
 from argosy.serve.admin.health import Health, Ready, health, ready
 from argosy.serve.admin.openapi import document
 from argosy.serve.admin.state import EngineState, MemoryState, Metrics
-from argosy.serve.answer.service import Service
 from argosy.serve.dialects.body import answering
 from argosy.serve.governance import Governance
 from argosy.serve.http.access import RouteRule, dialect_of
@@ -116,7 +115,7 @@ def _document(base_path: str) -> str:
 
 
 def make_app(
-    served: Models | Service,
+    models: Models,
     ring: KeyRing,
     *,
     block_tokens: int,
@@ -131,7 +130,6 @@ def make_app(
     """Build the whole server as an ASGI application.
 
     Args:
-        served: the models, or the service of the only one.
         governance: policies, the audit, and what users are told; None: no policies, and nothing is recorded.
         workers: machines that run experts for the model; None: it runs alone.
         co2_grams_per_kwh: emissions of the electricity used; None: unknown.
@@ -140,7 +138,6 @@ def make_app(
     Raises:
         UsageError: a policy asks a model that the server does not have.
     """
-    models = served if isinstance(served, Models) else Models.of(served)
     site = Site() if site is None else site
     governance = new_governance() if governance is None else governance
     running = Running(governance.why_not)

@@ -17,14 +17,14 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from argosy.config import KV_BLOCK_TOKENS
+from argosy.config import KV_BLOCK_TOKENS, SERVED_AT_ONCE
 from argosy.errors import UsageError
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.guard.limits import Limits, UseFile
-from argosy.observe.recorder import Recorder
 from argosy.serve.admin.cluster import Workers
 from argosy.serve.admin.key_watch import KeyWatch
 from argosy.serve.admin.memory import MemoryWatch
@@ -34,25 +34,16 @@ from argosy.serve.answer.media_hosts import MediaHosts
 from argosy.serve.answer.service import Common
 from argosy.serve.answer.work import Work
 from argosy.serve.app import GUARDS, make_app
+from argosy.serve.claims import KEPT_BYTES
 from argosy.serve.governance import Governance
 from argosy.serve.http.listen import Front, Listener
 from argosy.serve.http.log import LogFormat, LogWriter
 from argosy.serve.http.origins import Origins, Site
 from argosy.serve.http.server import MAX_CONNECTIONS, Endpoint, make_room_for_files, run_app
+from argosy.serve.models.entry import Entry, Offer, Offers, Recording
 from argosy.serve.models.models import Models, Presets
-from argosy.serve.models.opened import (
-    EngineSource,
-    LibraryShelf,
-    Offer,
-    Offers,
-    Recording,
-    facts_of,
-    service_for,
-)
 
 if TYPE_CHECKING:
-    from argosy.engine.engine import Engine
-    from argosy.forecast.forecast import Speeds
     from argosy.guard.audit import AuditSettings
     from argosy.serve.guards.guarding import Guarding
 
@@ -100,6 +91,8 @@ class ServerSettings:
     front: TLS, proxies, and the base path.
     log_bytes: the size limit of a log file; None: no limit.
     workers: run experts for the model; None: it runs alone.
+    idle_unload_s: unload a model after this long without requests; None: only if its memory is needed.
+    preload: names of models to load before the server listens.
     audit: where requests are recorded; None: they are not.
     co2_grams_per_kwh: emissions of the electricity used, for `/metrics`.
     guarding: policies and stops; None: there are none.
@@ -126,6 +119,9 @@ class ServerSettings:
     log_format: LogFormat = "text"
     log_bytes: int | None = None
     workers: Workers | None = None
+    max_sequences: int = SERVED_AT_ONCE
+    idle_unload_s: float | None = None
+    preload: Sequence[str] = ()
     audit: AuditSettings | None = None
     co2_grams_per_kwh: float | None = None
     has_watermark: bool = False
@@ -181,11 +177,11 @@ class ServerSettings:
         }  # fmt: skip
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
-    def common(self, ring: KeyRing, *, kept_bytes: int) -> Common:
-        """The parts that all models of the server share; `kept_bytes` is the memory for items that clients refer to."""
+    def common(self, ring: KeyRing) -> Common:
+        """The parts that all models of the server share."""
         return Common(
             ring=None if self.keys is None else ring,
-            kept=KeptItems(max_bytes=kept_bytes if self.store else 0, kept_s=self.store_s),
+            kept=KeptItems(max_bytes=KEPT_BYTES if self.store else 0, kept_s=self.store_s),
             work=Work(),
             keep_billing_line=self.keep_billing_line,
             any_model=self.any_model,
@@ -195,13 +191,14 @@ class ServerSettings:
 
 
 def serve(
-    make_models: Callable[[Common], Models],
+    offers: Sequence[Offer] | Callable[[], Offers],
     sockets: Sequence[Listener],
     settings: ServerSettings,
     *,
-    kept_bytes: int,
-    max_sequences: int,
-    preload: Sequence[str] = (),
+    budget_bytes: int,
+    process_bytes: int,
+    record: Callable[[], Recording] | None = None,
+    note_use: Callable[[str], None] | None = None,
     expectation: str | None = None,
 ) -> None:
     """Serve models until a signal, keeping answers for replay within the memory plan.
@@ -209,10 +206,11 @@ def serve(
     After the first signal, no signal ends the process before everything is closed; the exit code stays 0.
 
     Args:
-        make_models: makes the models from their shared parts, for example with `one_model` or `several_models`.
+        offers: the models; or what finds those of a library.
         sockets: from `bind`, `bind_file` or `passed_sockets`.
-        kept_bytes: memory for items that clients refer to.
-        preload: names of models to load before the server listens.
+        process_bytes: what the process takes of the budget beside its models.
+        record: makes what records the routing of a model while it is open; None: nothing is recorded.
+        note_use: called with the name of each model that is opened, in a thread.
         expectation: a line to print below the address.
 
     Raises:
@@ -220,73 +218,17 @@ def serve(
         ArgosyError: a preloaded model cannot be opened or does not fit.
     """
     with _keyed(settings) as (ring, limits, governance):
-        models = make_models(settings.common(ring, kept_bytes=kept_bytes))
+        common = settings.common(ring)
+        models = Models(
+            offers, partial(Entry, common=common, record=record, note_use=note_use), common,
+            budget_bytes=budget_bytes, process_bytes=process_bytes, idle_unload_s=settings.idle_unload_s,
+            presets=settings.presets, default=settings.default,
+        )  # fmt: skip
         try:
-            _run(
-                models, ring, limits, sockets, settings, max_sequences=max_sequences, preload=preload,
-                expectation=expectation, governance=governance,
-            )  # fmt: skip
+            _run(models, ring, limits, sockets, settings, governance, expectation=expectation)
         finally:
             for service in models.services():
                 service.loop.close()
-
-
-def one_model(
-    engine: Engine,
-    name: str,
-    settings: ServerSettings,
-    common: Common,
-    *,
-    recorder: Recorder | None = None,
-    speeds: Speeds | None = None,
-) -> Models:
-    """A server's only model, whose engine is open and stays open.
-
-    Args:
-        recorder: records the choices of recent tokens; None: nothing is recorded.
-        speeds: predictions for `/metrics`; None for none.
-    """
-    facts = facts_of(
-        name, engine.config, engine.plan, num_parameters=engine.num_parameters, media_kinds=engine.media.kinds,
-        hears=engine.media.hears, fingerprint=engine.fingerprint, sampling=engine.sampling,
-    )  # fmt: skip
-    service = service_for(
-        engine, facts, common, recorder=recorder, speeds=speeds,
-        replay_bytes=engine.plan.claimed["replay_bytes"] - common.kept.max_bytes,
-    )  # fmt: skip
-    return Models.of(service, presets=settings.presets, default=settings.default)
-
-
-def several_models(
-    offers: Sequence[Offer] | Callable[[], Offers],
-    settings: ServerSettings,
-    common: Common,
-    *,
-    budget_bytes: int,
-    process_bytes: int,
-    record: Callable[[], Recording] | None,
-    idle_unload_s: float | None,
-    note_use: Callable[[str], None] | None = None,
-) -> Models:
-    """Models that share a budget, none of them in memory yet.
-
-    Args:
-        offers: the models; or what finds those of a library.
-        process_bytes: what the process takes of the budget beside its models.
-        record: makes what records the routing of a model while it is open; None: nothing is recorded.
-        idle_unload_s: unload a model after this long without requests; None: only if its memory is needed.
-        note_use: called in a thread with the name of each model that is opened.
-    """
-
-    def to_source(offer: Offer) -> EngineSource:
-        return EngineSource(offer, common, record=record, note_use=note_use)
-
-    return Models(
-        [] if callable(offers) else list(map(to_source, offers)), common, budget_bytes=budget_bytes,
-        process_bytes=process_bytes, idle_unload_s=idle_unload_s,
-        shelf=LibraryShelf(offers, to_source) if callable(offers) else None,
-        presets=settings.presets, default=settings.default,
-    )  # fmt: skip
 
 
 @contextmanager
@@ -322,11 +264,9 @@ def _run(
     limits: Limits,
     sockets: Sequence[Listener],
     settings: ServerSettings,
-    *,
-    max_sequences: int,
-    preload: Sequence[str] = (),
-    expectation: str | None = None,
     governance: Governance,
+    *,
+    expectation: str | None,
 ) -> None:
     watch = MemoryWatch(models)
     app = make_app(
@@ -334,7 +274,7 @@ def _run(
         ring,
         memory_watch=watch,
         block_tokens=KV_BLOCK_TOKENS,
-        max_sequences=max_sequences,
+        max_sequences=settings.max_sequences,
         site=settings.site,
         limits=limits,
         governance=governance,
@@ -343,7 +283,7 @@ def _run(
     )
 
     def started(address: str) -> None:
-        name = "the library" if models.has_shelf else ", ".join(models.names)
+        name = "the library" if models.has_library else ", ".join(models.names)
         if settings.log_format == "json":
             log.info("serving", extra={"facts": {"event": "started", "model": name, "address": address}})
             return
@@ -357,6 +297,6 @@ def _run(
 
     with KeyWatch(ring, limits, app.running, models.revoke):
         run_app(
-            app, models, settings.endpoint(sockets), started, preload=preload, beside=beside,
+            app, models, settings.endpoint(sockets), started, preload=settings.preload, beside=beside,
             reload=None if settings.guarding is None else governance.reload,
         )  # fmt: skip

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -37,11 +37,11 @@ from argosy.errors import UsageError
 
 if TYPE_CHECKING:
     from argosy.budget.memory_plan import MemoryPlan
-    from argosy.engine.shared import Ready
     from argosy.forecast.forecast import Speeds
     from argosy.library.names import Named
     from argosy.serve.guards.guarding import Guarding
     from argosy.serve.http.listen import Listener
+    from argosy.serve.models.entry import Offer, Offers
     from argosy.serve.run import ServerSettings
 
 _PROMPT_TOKENS = 1024  # length of the prompt whose first token is predicted at the start
@@ -148,7 +148,7 @@ def serve(
         any_model=given.any_model, store=not given.no_store, rerank=given.rerank,
         media_hosts=MediaHosts(given.media_host) if given.media_host else None, audit=keeping.audit,
         co2_grams_per_kwh=given.co2_grams_per_kwh,
-        store_s=keeping.store_s,
+        store_s=keeping.store_s, max_sequences=given.max_sequences, idle_unload_s=idle_unload_s, preload=given.preload,
         guarding=_guarding(given.policy),
         has_watermark="watermark" in settings,
         prefix_files_s=None if kept is None else kept.ttl_s,
@@ -170,15 +170,7 @@ def serve(
     share_one_heap()
     make_room_for_files(given.max_connections)
     with listening.bind() as sockets:
-        if len(found) != 1 or given.idle_unload is not None:
-            if group.hosts:
-                raise UsageError(
-                    "--cluster is for a server with one model that stays loaded",
-                    hint="start a server for each model, each with workers of its own",
-                )
-            _serve_several(found, ids, settings, more, sockets, server, given.preload, idle_unload_s)
-        else:
-            _serve_one(found[0], ids[0], settings, more, sockets, server, group)
+        _serve(found, ids, settings, more, sockets, server, group)
 
 
 def _look_up(models: Sequence[str], presets: Collection[str]) -> list[Named]:
@@ -249,113 +241,124 @@ def _ids(models: Sequence[Named], names: Sequence[str]) -> list[str]:
     return ids
 
 
-def _serve_one(
-    model: Named,
-    name: str,
-    settings: Settings,
-    more: Mapping[str, Any],
-    sockets: Sequence[Listener],
-    server: ServerSettings,
-    wanted: WantedGroup,
-) -> None:
-    from argosy.forecast.forecast import Speeds
-    from argosy.machine import kept_rates
-    from argosy.open.models import locate_model
-    from argosy.serve.claims import KEPT_BYTES, REPLAY_BYTES, server_claims
-    from argosy.serve.run import one_model
-    from argosy.serve.run import serve as run
-
-    claims = (*server_claims(keeps_content=server.keeps_content), Claim("replay_bytes", REPLAY_BYTES))
-    more = {**more, "claims": claims}
-    recording = Recording(keeps_recent=True)
-    with (
-        wanted.open(model.text) as group,
-        open_engine(model, settings, recording=recording, group=group, **more) as engine,
-    ):
-        server = replace(server, workers=group)
-        speeds = expectation = None
-        with suppress(UsageError):  # a damaged file of kept rates; `argosy plan` reports it
-            rates = kept_rates.rates_here(
-                locate_model(model.path or model.text), threads=engine.settings.threads
-            )
-            speeds = Speeds(engine.config, engine.work, rates, recording.known)
-            expectation = _expectation(model.text, speeds, engine.plan)
-        run(
-            lambda common: one_model(engine, name, server, common, recorder=recording.recorder, speeds=speeds),
-            sockets, server, kept_bytes=KEPT_BYTES, max_sequences=engine.settings.max_sequences,
-            expectation=expectation,
-        )  # fmt: skip
-
-
-def _serve_several(
+def _serve(
     models: Sequence[Named],
     ids: Sequence[str],
     settings: Settings,
     more: Mapping[str, Any],
     sockets: Sequence[Listener],
     server: ServerSettings,
-    preload: Sequence[str],
-    idle_unload_s: float | None,
+    wanted: WantedGroup,
 ) -> None:
-    from urllib.parse import quote
+    """Serve models, or the library if there are none.
 
+    The only model is opened now and stays, with all of the budget, unless it may be unloaded when it is idle. Others
+    are loaded when requests name them.
+    """
     from argosy.budget.planner import shared_bytes
     from argosy.budget.requirements import require_machine
     from argosy.cli.commands.served_library import ServedLibrary, speeds_of
-    from argosy.cli.shared.output import progress_bar
     from argosy.engine.options import budget_of
-    from argosy.engine.shared import make_ready
     from argosy.library import kept
-    from argosy.open.models import configure, locate_model, open_files
     from argosy.serve.claims import KEPT_BYTES, REPLAY_BYTES, server_claims
-    from argosy.serve.models.opened import Offer
+    from argosy.serve.models.entry import Offer
     from argosy.serve.run import serve as run
-    from argosy.serve.run import several_models
 
-    for option in ("mmproj", "ears"):
-        if option in settings:
-            raise UsageError(
-                f"--{option} is for a server with one model",
-                hint="a vision tower beside its GGUF file is found" if option == "mmproj" else None,
-            )
-    given = (
-        for_engine(settings) | dict(more) | {"claims": (Claim("replay_bytes", REPLAY_BYTES - KEPT_BYTES),)}
-    )
-    given["memory"] = budget_of(settings.get("memory"), None).ram_bytes
-    recording = Recording(keeps_recent=True) if settings.get("record", True) else None
-    claims = (*server_claims(keeps_content=server.keeps_content), Claim("replay_bytes", KEPT_BYTES))
-    wanted, paths = [], {}
-    ready: list[Ready] = []
-    with progress_bar() as progress:
-        for found, name in zip(models, ids, strict=True):
-            model = found.path or found.text
-            paths[name] = path = locate_model(model, progress)
-            files = open_files(path)
-            if (kv_dir := more["kv_dir"]) is not None:
-                own = replace(kv_dir, path=kv_dir.path / quote(name, safe=""))
-                given["kv_dir"] = replace(own, max_bytes=own.max_bytes // len(models))
-            wanted.append((name, files, configure(model, files, **given)))
-        if wanted:
-            ready, process_bytes = make_ready(wanted, claims=claims, recorder=recording)
-        else:
-            require_machine(given["memory"])
-            process_bytes = shared_bytes(None, claims)
+    is_recorded = settings.get("record", True)
+    recording = Recording(keeps_recent=True) if is_recorded else None
+    shared = (*server_claims(keeps_content=server.keeps_content), Claim("replay_bytes", KEPT_BYTES))
+    own = (Claim("replay_bytes", REPLAY_BYTES - KEPT_BYTES),)
     library_names = {name: found.name for found, name in zip(models, ids, strict=True)}
 
     def note_use(name: str) -> None:
         if (in_library := library_names.get(name, name)) is not None:
             kept.note_use(in_library)
 
-    run(
-        lambda common: several_models(
-            [Offer.of(one, speeds_of(one, paths[one.name])) for one in ready] if wanted
-            else ServedLibrary(given, process_bytes, recording).look,
-            server, common, budget_bytes=given["memory"], process_bytes=process_bytes,
-            idle_unload_s=idle_unload_s, note_use=note_use,
-            record=(lambda: Recording(keeps_recent=True)) if settings.get("record", True) else None,
-        ),
-        sockets, server, kept_bytes=KEPT_BYTES, max_sequences=given["max_sequences"], preload=preload,
-    )  # fmt: skip
+    offers: Sequence[Offer] | Callable[[], Offers]
+    with ExitStack() as opened:
+        expectation = None
+        if len(models) == 1 and server.idle_unload_s is None:
+            group = opened.enter_context(wanted.open(models[0].text))
+            server = replace(server, workers=group)
+            engine = opened.enter_context(
+                open_engine(
+                    models[0], settings, recording=recording, group=group, claims=(*shared, *own), **more
+                )
+            )
+            speeds = speeds_of(
+                engine,
+                models[0].path or models[0].text,
+                threads=engine.settings.threads,
+                uses_counts=is_recorded,
+            )
+            if speeds is not None:
+                expectation = _expectation(models[0].text, speeds, engine.plan)
+            recorder = None if recording is None else recording.recorder
+            offers = [Offer.of_engine(engine, ids[0], recorder=recorder, speeds=speeds)]
+            budget_bytes, process_bytes = engine.plan.budget_bytes, 0
+        else:
+            _refuse_with_several(wanted, settings)
+            budget_bytes = budget_of(settings.get("memory"), None).ram_bytes
+            given = {**for_engine(settings), **more, "claims": own, "memory": budget_bytes}
+            if models:
+                offers, process_bytes = _make_ready(models, ids, given, shared, recording)
+            else:
+                require_machine(budget_bytes)
+                process_bytes = shared_bytes(None, shared)
+                offers = ServedLibrary(given, process_bytes, recording).look
+        run(
+            offers, sockets, server, budget_bytes=budget_bytes, process_bytes=process_bytes,
+            record=(lambda: Recording(keeps_recent=True)) if is_recorded else None, note_use=note_use,
+            expectation=expectation,
+        )  # fmt: skip
+
+
+def _refuse_with_several(wanted: WantedGroup, settings: Settings) -> None:
+    """Refuse what only a server with one model has, whose model stays in memory."""
+    if wanted.hosts:
+        raise UsageError(
+            "--cluster is for a server with one model that stays loaded",
+            hint="start a server for each model, each with workers of its own",
+        )
+    for option in ("mmproj", "ears"):
+        if option in settings:
+            raise UsageError(
+                f"--{option} is for a server with one model",
+                hint="a vision tower beside its GGUF file is found" if option == "mmproj" else None,
+            )
+
+
+def _make_ready(
+    models: Sequence[Named],
+    ids: Sequence[str],
+    given: Mapping[str, Any],
+    claims: tuple[Claim, ...],
+    recording: Recording | None,
+) -> tuple[list[Offer], int]:
+    """Make models ready to be loaded. Returns them, and the memory of the process without their floors."""
+    from urllib.parse import quote
+
+    from argosy.cli.commands.served_library import speeds_of
+    from argosy.cli.shared.output import progress_bar
+    from argosy.engine.shared import make_ready
+    from argosy.open.models import configure, locate_model, open_files
+    from argosy.serve.models.entry import Offer
+
+    found, paths = [], {}
+    with progress_bar() as progress:
+        for named, name in zip(models, ids, strict=True):
+            model, options = named.path or named.text, dict(given)
+            paths[name] = path = locate_model(model, progress)
+            files = open_files(path)
+            if (kv_dir := given["kv_dir"]) is not None:
+                own = kv_dir.path / quote(name, safe="")
+                options["kv_dir"] = replace(kv_dir, path=own, max_bytes=kv_dir.max_bytes // len(models))
+            found.append((name, files, configure(model, files, **options)))
+        ready, process_bytes = make_ready(found, claims=claims, recorder=recording)
+    offers = [
+        Offer.of_ready(one, speeds_of(one, paths[one.name], threads=one.config.threads)) for one in ready
+    ]
+    return offers, process_bytes
 
 
 def _expectation(model: str, speeds: Speeds, plan: MemoryPlan) -> str:

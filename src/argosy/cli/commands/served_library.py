@@ -22,11 +22,12 @@ from argosy.errors import ArgosyError, UsageError
 
 if TYPE_CHECKING:
     from argosy.cli.shared.options import Recording
+    from argosy.engine.engine import Engine
     from argosy.engine.shared import Ready
     from argosy.forecast.forecast import Speeds
     from argosy.library.names import Named
     from argosy.serve.answer.facts import ModelFacts
-    from argosy.serve.models.opened import Offer, Offers
+    from argosy.serve.models.entry import Offer, Offers
 
 
 class ServedLibrary:
@@ -52,7 +53,7 @@ class ServedLibrary:
         from argosy.library import kept, names
         from argosy.library.facts import key_of
         from argosy.library.places import find_models
-        from argosy.serve.models.opened import Offers
+        from argosy.serve.models.entry import Offers
 
         offers: dict[str, Offer] = {}
         faults: dict[str, str] = {}
@@ -100,7 +101,7 @@ class ServedLibrary:
             faults[name] = str(error.strerror)
 
     def _offer(self, name: str, facts: Mapping[str, Any], path: Path, key: object) -> Offer:
-        from argosy.serve.models.opened import Offer
+        from argosy.serve.models.entry import Offer
 
         return Offer(facts=self._facts_of(name, facts), key=key, make=partial(self._make, name, path))
 
@@ -125,7 +126,7 @@ class ServedLibrary:
         if budget_bytes is not None:
             given["memory"] = budget_bytes
         ready = self._making.ready(name, files, configure(name, files, **given))
-        return ready, speeds_of(ready, path)
+        return ready, speeds_of(ready, path, threads=ready.config.threads)
 
 
 class ServedPresets:
@@ -181,17 +182,25 @@ class ServedPresets:
         return None if model is None else replace(preset, model=model)
 
 
-def speeds_of(ready: Ready, path: Path) -> Speeds | None:
-    """Predicts a model's speed; None if the kept rates cannot be read, which `argosy plan` reports."""
+def speeds_of(
+    model: Ready | Engine, path: str | Path, *, threads: int, uses_counts: bool = True
+) -> Speeds | None:
+    """Predicts a model's speed; None if the kept rates cannot be read, which `argosy plan` reports.
+
+    Args:
+        uses_counts: predict from the experts that earlier runs chose.
+    """
     from argosy.forecast.forecast import Speeds
     from argosy.machine import kept_rates
     from argosy.observe import saved
+    from argosy.open.models import locate_model
 
     try:
-        rates = kept_rates.rates_here(path, threads=ready.config.threads)
+        rates = kept_rates.rates_here(locate_model(path), threads=threads)
     except UsageError:
         return None
     known = None
-    with suppress(OSError, UsageError):
-        known = saved.find_for(ready.files)
-    return Speeds(ready.model, ready.work, rates, known)
+    if uses_counts:
+        with suppress(OSError, UsageError):
+            known = saved.find_for(model.files)
+    return Speeds(model.files.config, model.work, rates, known)

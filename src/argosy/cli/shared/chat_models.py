@@ -141,9 +141,11 @@ class LocalModel:
         return sampling if preset is None else sampling.overridden(preset.sampling)
 
     def facts(self) -> list[str]:
+        from argosy.checkpoint.geometry import count_parameters
+
         engine = self._engine
         return [
-            f"{parameter_count(engine.num_parameters)} parameters",
+            f"{parameter_count(count_parameters(engine.config)[0])} parameters",
             f"context of {engine.plan.context_tokens:,} tokens",
             f"{format_bytes(engine.plan.total_bytes)} of memory planned",
         ]

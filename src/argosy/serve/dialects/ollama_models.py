@@ -19,7 +19,7 @@ from argosy.serve.answer.facts import ModelFacts
 from argosy.serve.dialects.ollama_bodies import ShowBody
 from argosy.serve.http.closed import Closed
 from argosy.serve.http.route import get_route, post_route
-from argosy.serve.models.entry import Listing, Standing
+from argosy.serve.models.entry import Standing
 from argosy.serve.models.models import LATEST, models_of
 
 API_VERSION = "0.30.0"  # the Ollama version that these routes follow; clients check whether it is new enough
@@ -149,7 +149,7 @@ async def show(body: ShowBody, request: Request) -> Shown:
     return _shown(listing)
 
 
-def _shown(listing: Listing) -> Shown:
+def _shown(listing: Standing) -> Shown:
     model, abilities = listing.facts, listing.abilities
     can = {
         "completion": True, "tools": abilities.tools != "none", "insert": abilities.can_infill,

@@ -17,7 +17,7 @@ from argosy.prompt.thinking import ThinkingSwitch
 from argosy.serve.answer.service import Service
 from argosy.serve.http.closed import Closed
 from argosy.serve.http.route import get_route
-from argosy.serve.models.entry import Listing, State
+from argosy.serve.models.entry import Standing, State
 from argosy.serve.models.models import models_of
 
 
@@ -88,7 +88,7 @@ _TOOL_PARAMETERS = ("tools", "tool_choice", "parallel_tool_calls")
 _MODALITIES: Mapping[Kind, str] = {"picture": "image", "sound": "audio", "video": "video"}
 
 
-def _model(listing: Listing) -> Model:
+def _model(listing: Standing) -> Model:
     model, tools = listing.facts, listing.abilities.tools
     more = [*(() if tools == "none" else _TOOL_PARAMETERS)]
     thinking = listing.abilities.thinking

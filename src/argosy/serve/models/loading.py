@@ -26,7 +26,7 @@ from argosy.errors import ArgosyError, DoesNotFit, Overloaded
 from argosy.serve.answer.service import Service
 from argosy.serve.http.log import where_it_failed
 from argosy.serve.http.work import Threads
-from argosy.serve.models.entry import Entry, Lasting
+from argosy.serve.models.entry import Entry
 
 log = logging.getLogger("argosy.serve")
 
@@ -43,7 +43,7 @@ class Loader:
 
     Attributes:
         entries: its models.
-        lasting: the only model, which stays in memory and has all of the budget; None: models come and go.
+        lasting: the only model, if it stays in memory and has all of the budget; None: models come and go.
         budget_bytes: the budget now.
         process_bytes: what the process takes of it beside its models.
         is_stopped: nothing is loaded any more.
@@ -59,12 +59,12 @@ class Loader:
         *,
         budget_bytes: int,
         process_bytes: int,
-        lasting: Lasting | None,
         idle_unload_s: float | None,
         num_threads: int,
         clock: Callable[[], float],
     ) -> None:
-        self.entries, self.lasting = list(entries), lasting
+        self.entries = list(entries)
+        self.lasting = next((entry for entry in entries if entry.stays), None)
         self.budget_bytes, self.process_bytes = budget_bytes, process_bytes
         self.is_stopped = False
         self._idle_unload_s, self._clock = idle_unload_s, clock
@@ -81,7 +81,7 @@ class Loader:
 
     def services(self) -> list[Service]:
         """The services of the models in memory, the first one first."""
-        return [entry.opened.service for entry in self.entries if entry.opened is not None]
+        return [entry.service for entry in self.entries if entry.service is not None]
 
     def opening(self, entry: Entry) -> asyncio.Task[None]:
         """The task that loads a model, begun now unless it runs."""
@@ -97,10 +97,10 @@ class Loader:
         """End all requests of a revoked tenant, and delete all of its data. Any thread may call this."""
         self._revoked.add(tenant)
         for entry in self.entries:
-            if (opened := entry.opened) is not None:
-                opened.service.revoke(tenant)
+            if (service := entry.service) is not None:
+                service.revoke(tenant)
             else:
-                entry.source.forget(tenant)
+                entry.forget(tenant)
 
     def erase(self, tenant: str) -> int:
         """End the running requests of a tenant, and delete what is kept of it. Any thread may call this.
@@ -110,10 +110,10 @@ class Loader:
         """
         num_answers = 0
         for entry in self.entries:
-            if (opened := entry.opened) is not None:
-                num_answers += opened.service.erase(tenant)
+            if (service := entry.service) is not None:
+                num_answers += service.erase(tenant)
             else:
-                entry.source.forget(tenant)
+                entry.forget(tenant)
         return num_answers
 
     async def stop(self) -> None:
@@ -133,7 +133,7 @@ class Loader:
         await asyncio.gather(*opening, return_exceptions=True)
         async with self._moving:
             for entry in self.entries:
-                if entry.opened is not None:
+                if entry.service is not None:
                     await self._unload(entry)
         self._threads.shutdown()
 
@@ -169,7 +169,7 @@ class Loader:
 
     async def _resize(self, budget_bytes: int) -> None:
         async with self._moving:
-            if self.lasting is not None:
+            if self.lasting is not None and self.lasting.service is not None:
                 await self.in_thread(self.lasting.service.resize, budget_bytes)
                 self.budget_bytes = budget_bytes
                 return
@@ -185,7 +185,7 @@ class Loader:
                 if free_bytes >= 0:
                     break
                 leaving.append(idle)
-                free_bytes += idle.source.floor_bytes
+                free_bytes += idle.floor_bytes
             if free_bytes < 0:
                 needed = budget_bytes - free_bytes
                 raise DoesNotFit(
@@ -205,19 +205,19 @@ class Loader:
     def _forget_unused(self, entry: Entry) -> None:
         """Free what was made for a model that is not open."""
         if not entry.is_here:
-            entry.source.release()
+            entry.release()
 
     async def _open(self, entry: Entry) -> None:
         """Make room for a model, and read it."""
         try:
             while True:
                 async with self._moving:
-                    if not entry.num_uses or (entry.opened is not None and not entry.is_leaving):
+                    if not entry.num_uses or (entry.service is not None and not entry.is_leaving):
                         return
                     self._require_wanted()
                     if entry.fault is not None and self._clock() - entry.failed_at < _RETRY_S:
                         raise entry.fault.with_traceback(None)
-                    await self._attempt(entry, entry.source.prepare, self.budget_bytes)
+                    await self._attempt(entry, entry.prepare, self.budget_bytes)
                     if await self._make_room(entry):
                         break
                     reading = [
@@ -233,20 +233,18 @@ class Loader:
             self._forget_unused(entry)
 
     async def _read(self, entry: Entry) -> None:
-        source = entry.source
-
         def tell(task: str, share: float) -> None:  # in a thread
             self._require_wanted()
             entry.share_read = share
 
         entry.share_read = None
-        opened = await self._attempt(entry, source.open, entry.expert_bytes, tell)
-        entry.opened, entry.is_loading, entry.fault = opened, False, None
+        service = await self._attempt(entry, entry.open, entry.expert_bytes, tell)
+        entry.service, entry.is_loading, entry.fault = service, False, None
         entry.used_at = self._clock()
         if self._looking is None and not self.is_stopped:  # also if all who waited have gone
             self._looking = asyncio.create_task(self._look())
         for tenant in tuple(self._revoked):  # its key was revoked while the model was read
-            opened.service.revoke(tenant)
+            service.revoke(tenant)
 
     async def _attempt(self, entry: Entry, call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
         """Do a part of opening a model in a thread; what fails is remembered, and not tried again at once."""
@@ -278,13 +276,13 @@ class Loader:
         Raises:
             Overloaded: the floors of models that answer leave too little. Nothing has changed then.
         """
-        needed, free_bytes = entry.source.floor_bytes, self._bytes_beside_floors()
+        needed, free_bytes = entry.floor_bytes, self._bytes_beside_floors()
         leaving: list[Entry] = []
         for idle in sorted((one for one in self.entries if one.is_idle), key=lambda one: one.used_at):
             if needed <= free_bytes:
                 break
             leaving.append(idle)
-            free_bytes += idle.source.floor_bytes
+            free_bytes += idle.floor_bytes
         if needed > free_bytes:
             raise self._no_room(entry, free_bytes)
         if needed > free_bytes - self._loading_bytes():
@@ -299,13 +297,13 @@ class Loader:
 
     def _bytes_beside_floors(self) -> int:
         """The rest of the budget after the process and the floors of the models in memory."""
-        floors = sum(one.source.floor_bytes for one in self.entries if one.is_here)
+        floors = sum(one.floor_bytes for one in self.entries if one.is_here)
         return self.budget_bytes - self.process_bytes - floors
 
     def _no_room(self, entry: Entry, free_bytes: int) -> Overloaded:
-        needed = entry.source.floor_bytes
+        needed = entry.floor_bytes
         busy = [one for one in self.entries if one.is_here and not one.is_idle]
-        held = [(one.name, one.source.floor_bytes) for one in busy]
+        held = [(one.name, one.floor_bytes) for one in busy]
         parts = "  +  ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in held)
         enough = -(-(self.budget_bytes + needed - free_bytes) // MIB)
         free = format_bytes(max(0, free_bytes))
@@ -331,19 +329,19 @@ class Loader:
         """
         free_bytes = self._bytes_beside_floors() - self._loading_bytes()
         if joining is not None:
-            free_bytes -= joining.source.floor_bytes
+            free_bytes -= joining.floor_bytes
         sharing = [entry for entry in self.entries if entry is joining or entry.state == "ready"]
         now = self._clock()
         claims = [self._claim(entry, now, is_joining=entry is joining) for entry in sharing]
         shares = list(zip(sharing, divide(free_bytes, claims), strict=True))
         for entry, share_bytes in shares:
-            if share_bytes < entry.expert_bytes and entry.opened is not None:
-                await self.in_thread(entry.opened.resize, share_bytes)
+            if share_bytes < entry.expert_bytes and entry.service is not None:
+                await self.in_thread(entry.resize, share_bytes)
                 entry.expert_bytes = share_bytes
         for entry, share_bytes in shares:
-            if share_bytes > entry.expert_bytes and entry.opened is not None:
+            if share_bytes > entry.expert_bytes and entry.service is not None:
                 entry.expert_bytes = share_bytes  # first: what is allowed counts as used
-                await self.in_thread(entry.opened.resize, share_bytes)
+                await self.in_thread(entry.resize, share_bytes)
         if joining is not None:
             (joining.expert_bytes,) = (share_bytes for entry, share_bytes in shares if entry is joining)
             joining.is_loading = True
@@ -352,7 +350,7 @@ class Loader:
     @staticmethod
     def _claim(entry: Entry, now: float, *, is_joining: bool) -> Claim:
         return Claim(
-            most_bytes=entry.source.most_bytes,
+            most_bytes=entry.most_bytes,
             held_bytes=entry.expert_bytes,
             used_at=entry.used_at,
             is_in_use=is_joining or entry.num_uses > 0 or now - entry.used_at < IN_USE_S,
@@ -371,16 +369,16 @@ class Loader:
 
     async def _unload(self, entry: Entry) -> None:
         """Free a model's memory; `_moving` is held."""
-        assert entry.opened is not None
+        assert entry.service is not None
         entry.is_leaving, is_told = True, not self.is_stopped
         try:
-            await self.in_thread(entry.opened.close)
+            await self.in_thread(entry.close)
         except Overloaded:  # no thread for it: the model stays as it is
             entry.is_leaving = False
             raise
         except Exception as error:
             log.error("models: %s did not end well: %s", entry.name, where_it_failed(error))
-        entry.opened, entry.is_leaving, entry.expert_bytes = None, False, 0
+        entry.service, entry.is_leaving, entry.expert_bytes = None, False, 0
         self._forget_unused(entry)
         if is_told:
             log.info("models: %s is unloaded", entry.name)
@@ -415,7 +413,7 @@ class Loader:
     def _could_use_more(entry: Entry) -> bool:
         if entry.state != "ready" or not entry.num_uses:
             return False
-        return entry.expert_bytes < entry.source.most_bytes
+        return entry.expert_bytes < entry.most_bytes
 
 
 def _retrieve(task: asyncio.Task[None]) -> None:

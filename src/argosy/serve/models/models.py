@@ -4,20 +4,20 @@
                        ─ open fails ─>  failed  ─ the next request, after a while ─>  loading
 
 A model is loaded when a request first names it. A server's only model is there from start to end, and has all of the
-budget (`Lasting`). A model takes its floor, and `budget/shares.py` divides what the floors leave among the models
-in memory. Idle models give their experts first; a model is unloaded only if another one's floor does not fit otherwise,
-after `idle_unload_s` without requests, or if a request asks for it and no other uses the model. A model whose floor
-does not fit beside models that answer is refused. One that only experts of a model that is being read keep out waits
-until they can leave.
+budget, unless it may be unloaded. A model takes its floor, and `budget/shares.py` divides what the floors leave among
+the models in memory. Idle models give their experts first; a model is unloaded only if another one's floor does not fit
+otherwise, after `idle_unload_s` without requests, or if a request asks for it and no other uses the model. A model
+whose floor does not fit beside models that answer is refused. One that only experts of a model that is being read keep
+out waits until they can leave.
 
 A preset is a further name of a model: it loads nothing, and shares the model's engine, memory and queue. The name of a
 model always means the model.
 
-A server may have a library: its models come and go with their files (`Shelf`), and each is made ready, with tokenizer
+A server may have a library: its models come and go with their files, and each is made ready, with tokenizer
 and plan, when it is loaded, and forgotten when it is unloaded.
 
-Elsewhere: `loading.py` moves memory; `entry.py` is a model; `opened.py` opens an engine; `serve/answer/service.py` has
-the service of one model; `serve/dialects/body.py` calls `use_model`.
+Elsewhere: `loading.py` moves memory; `entry.py` is a model; `serve/answer/service.py` has the service of one model;
+`serve/dialects/body.py` calls `use_model`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
 from time import monotonic
 from typing import TYPE_CHECKING, Protocol
 
@@ -37,7 +36,7 @@ from argosy.errors import UsageError
 from argosy.serve.answer.service import Common, Service
 from argosy.serve.http.caller import Caller
 from argosy.serve.http.failures import Refused
-from argosy.serve.models.entry import Entry, Lasting, Listing, Source, Standing, Waiter
+from argosy.serve.models.entry import Abilities, Entry, Offer, Offers, Standing, Waiter
 from argosy.serve.models.loading import Loader
 
 if TYPE_CHECKING:
@@ -47,31 +46,9 @@ log = logging.getLogger("argosy.serve")
 
 LATEST = ":latest"  # the tag that a name without a tag means, for clients of Ollama
 
-SHELF_S = 1.0  # the library is not looked at again before
+LIBRARY_S = 1.0  # the library is not looked at again before
 _MOST_NAMES = 20  # of models, in an error
-_SHELF_THREADS = 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shelved:
-    """What a library has now.
-
-    sources: by the name for clients; a model whose files are unchanged keeps its source.
-    others: further names in lower case, such as aliases, and the names that they stand for.
-    faults: models that cannot run, and why.
-    """
-
-    sources: Mapping[str, Source]
-    others: Mapping[str, str]
-    faults: Mapping[str, str]
-
-
-class Shelf(Protocol):
-    """A library whose models a server has."""
-
-    def look(self) -> Shelved:
-        """Find its models now. It may read headers of new ones: call it in a thread."""
-        ...
+_LIBRARY_THREADS = 16
 
 
 class Presets(Protocol):
@@ -95,11 +72,11 @@ class Models:
     last, or its only one.
 
     Args:
-        sources: none is in memory yet, except one that lasts.
+        offers: the models; or what finds those of a library now, which may read headers of new ones.
+        to_entry: makes an entry of an offer.
         common: the parts that they share; with its `any_model`, unknown names mean the first model.
         process_bytes: what the process takes of the budget beside its models.
         idle_unload_s: unload a model after so long without requests; None: only if its memory is needed.
-        shelf: a library; None: the models are the sources.
         presets: None: there are none.
         default: the name that requests mean that name no model; None: the first model.
         clock: seconds.
@@ -107,13 +84,13 @@ class Models:
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        offers: Sequence[Offer] | Callable[[], Offers],
+        to_entry: Callable[[Offer], Entry],
         common: Common,
         *,
         budget_bytes: int,
         process_bytes: int,
         idle_unload_s: float | None = None,
-        shelf: Shelf | None = None,
         presets: Presets | None = None,
         default: str | None = None,
         clock: Callable[[], float] = monotonic,
@@ -123,53 +100,41 @@ class Models:
         self.work, self.kept, self._any_model = common.work, common.kept, common.any_model
         self._idle_unload_s = idle_unload_s
         self._clock = clock
-        lasting = next((one for one in sources if isinstance(one, Lasting)), None)
+        self._library, self._to_entry = (offers if callable(offers) else None), to_entry
+        entries = [] if callable(offers) else [to_entry(offer) for offer in offers]
         # Each model may be read at once, and be resized or closed; a thread that waits takes no other's.
-        num_threads = 2 * len(sources) if shelf is None else _SHELF_THREADS
+        num_threads = _LIBRARY_THREADS if self.has_library else 2 * len(entries)
         self.loader = Loader(
-            [Entry(one, lasting if one is lasting else None) for one in sources], lasting=lasting,
-            budget_bytes=budget_bytes, process_bytes=process_bytes, idle_unload_s=idle_unload_s,
+            entries, budget_bytes=budget_bytes, process_bytes=process_bytes, idle_unload_s=idle_unload_s,
             num_threads=num_threads, clock=clock,
         )  # fmt: skip
-        self._shelf = shelf
-        self._shelved = Shelved(sources={}, others={}, faults={})
-        self._shelved_at: float | None = None
-        self._shelving = asyncio.Lock()
-
-    @classmethod
-    def of(cls, service: Service, *, presets: Presets | None = None, default: str | None = None) -> Models:
-        """A server's only model, which is in memory from start to end."""
-        common = Common(kept=service.kept, work=service.work, any_model=service.any_model)
-        budget_bytes = service.loop.snapshot().engine.budget_bytes
-        return cls(
-            [Lasting(service)], common, budget_bytes=budget_bytes, process_bytes=0, presets=presets,
-            default=default,
-        )  # fmt: skip
+        self._found = Offers()
+        self._looked_at: float | None = None
+        self._looking = asyncio.Lock()
 
     # ── a library ───────────────────────────────────────────────────────────────────────────────────────────────
 
     async def look(self, name: str | None = None) -> None:
         """See which models the library has now; with a name, only if no such model is in memory.
 
-        Without a library, and within SHELF_S of the last look, nothing happens.
+        Without a library, and within LIBRARY_S of the last look, nothing happens.
         """
         known = None if name is None else self._known(name)
-        if self._shelf is None or (known is not None and known.is_here):
+        if self._library is None or (known is not None and known.is_here):
             return
-        async with self._shelving:  # those who came meanwhile find it done
-            if self._shelved_at is not None and self._clock() - self._shelved_at < SHELF_S:
+        async with self._looking:  # those who came meanwhile find it done
+            if self._looked_at is not None and self._clock() - self._looked_at < LIBRARY_S:
                 return
-            self._shelved = shelved = await self.loader.in_thread(self._shelf.look)
-            self._shelved_at = self._clock()
-            entries = {
-                one.name: one
-                for one in self._entries
-                if not one.is_free or shelved.sources.get(one.name) is one.source
-            }
-            self.loader.entries = [
-                entries.pop(name) if name in entries else Entry(source)
-                for name, source in shelved.sources.items()
-            ] + list(entries.values())
+            self._found = found = await self.loader.in_thread(self._library)
+            self._looked_at = self._clock()
+            known_before = {one.name: one for one in self._entries}
+            entries = []
+            for offer in found.offers:
+                entry = known_before.pop(offer.facts.id, None)
+                if entry is None or (entry.is_free and entry.offer.key != offer.key):
+                    entry = self._to_entry(offer)
+                entries.append(entry)
+            self.loader.entries = entries + [one for one in known_before.values() if not one.is_free]
 
     # ── for requests ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -178,14 +143,14 @@ class Models:
         return [entry.name for entry in self._entries]
 
     @property
-    def has_shelf(self) -> bool:
+    def has_library(self) -> bool:
         """Whether its models are those of a library."""
-        return self._shelf is not None
+        return self._library is not None
 
     @property
     def takes_media(self) -> bool:
         """Whether any model takes pictures or sounds."""
-        return self._shelf is not None or any(entry.facts.media_kinds for entry in self._entries)
+        return self.has_library or any(entry.facts.media_kinds for entry in self._entries)
 
     @property
     def _entries(self) -> list[Entry]:
@@ -214,14 +179,14 @@ class Models:
     def _known(self, name: str) -> Entry | None:
         found = {entry.name: entry for entry in self._entries}
         for wanted in (name, name.removesuffix(LATEST), name + LATEST):
-            for whole in (wanted, self._shelved.others.get(wanted.lower())):
+            for whole in (wanted, self._found.others.get(wanted.lower())):
                 if whole in found:
                     return found[whole]
         return None
 
     def _first(self) -> Entry | None:
         """The model of requests that name none."""
-        if self._shelf is None:
+        if not self.has_library:
             return self._entries[0]
         here = sorted((one for one in self._entries if one.is_here), key=lambda one: one.used_at)
         return (here or self._entries)[-1] if here or len(self._entries) == 1 else None
@@ -237,9 +202,9 @@ class Models:
             [f"{len(self.names) - _MOST_NAMES} more"] if len(self.names) > _MOST_NAMES else []
         )
         hint = "`argosy serve --any-model` accepts every model name"
-        if self._shelf is not None:
+        if self.has_library:
             hint = "`argosy list` shows the models that are here; `argosy search WORDS` finds others to pull"
-            fault = self._shelved.faults.get(name or "")
+            fault = self._found.faults.get(name or "")
             said = said if fault is None else f"the model {json.dumps(name)} cannot run: {fault}"
         raise Refused(
             404, f"{said}; this server has: {', '.join(names) or 'none yet'}", hint=hint, param="model",
@@ -311,11 +276,11 @@ class Models:
         entry = self._find(name)
         entry.num_uses += 1  # from now on it stays
         until.callback(self._end_use, entry)
-        while entry.opened is None or entry.is_leaving:
+        while entry.service is None or entry.is_leaving:
             opening = self.loader.opening(entry)
             with self._waiting(entry, request_id):
                 await asyncio.shield(opening)
-        return entry.opened.service
+        return entry.service
 
     @contextmanager
     def _waiting(self, entry: Entry, request_id: str) -> Iterator[None]:
@@ -356,9 +321,9 @@ class Models:
 
     def shown(self) -> Service | None:
         """The service of the model in memory that was used last."""
-        ready = [entry for entry in self._entries if entry.opened is not None]
-        ready.sort(key=lambda entry: (entry.num_uses > 0, entry.used_at))
-        return ready[-1].opened.service if ready and ready[-1].opened is not None else None
+        here = [entry for entry in self._entries if entry.service is not None]
+        here.sort(key=lambda entry: (entry.num_uses > 0, entry.used_at))
+        return here[-1].service if here else None
 
     def facts(self) -> list[Standing]:
         """The standing of each model, without presets."""
@@ -370,44 +335,41 @@ class Models:
         Raises:
             Refused: there is no such model.
         """
-        found = self._standing(self._find(name))
-        return found if preset is None else replace(found, facts=found.facts.under(preset))
+        return self._standing(self._find(name), preset)
 
-    def _standing(self, entry: Entry) -> Standing:
+    def _standing(
+        self, entry: Entry, preset: Preset | None = None, abilities: Abilities | None = None
+    ) -> Standing:
         unloads_in_s = None
         if self._idle_unload_s is not None:
             idle_s = 0.0 if entry.num_uses else self._clock() - entry.used_at
             unloads_in_s = max(0.0, self._idle_unload_s - idle_s)
         return Standing(
-            facts=entry.facts,
+            facts=entry.facts if preset is None else entry.facts.under(preset),
             state=entry.state,
-            service=None if entry.opened is None else entry.opened.service,
+            service=entry.service,
             memory_bytes=entry.held_bytes,
             expert_bytes=entry.expert_bytes,
             unloads_in_s=unloads_in_s,
+            abilities=abilities or Abilities(),
         )
 
-    def listed(self, name: str | None = None) -> list[Listing]:
-        """All models and presets, or the one with this name. It may read a model's files and render its chat template:
-        run it in a thread.
+    def listed(self, name: str | None = None) -> list[Standing]:
+        """All models and presets, or the one with this name, with their abilities. It may read a model's files and
+        render its chat template: run it in a thread.
 
         Raises:
             Refused: there is no such model.   ArgosyError: it cannot be read.
         """
         if name is not None:
             preset = self._preset(name)
-            return [self._listing(self._find(preset.model if preset else name), preset, may_read=True)]
-        return [self._listing(entry, may_read=False) for entry in self._entries] + [
-            self._listing(entry, preset, may_read=False)
-            for preset in self.presets()
-            if (entry := self._known(preset.model)) is not None
+            entry = self._find(preset.model if preset else name)
+            return [self._standing(entry, preset, entry.abilities(may_read=True))]
+        found: list[tuple[Entry, Preset | None]] = [(entry, None) for entry in self._entries]
+        found += [
+            (known, preset) for preset in self.presets() if (known := self._known(preset.model)) is not None
         ]
-
-    @staticmethod
-    def _listing(entry: Entry, preset: Preset | None = None, *, may_read: bool) -> Listing:
-        abilities = entry.source.abilities(may_read=may_read)
-        facts = entry.facts if preset is None else entry.facts.under(preset)
-        return Listing(facts=facts, state=entry.state, abilities=abilities)
+        return [self._standing(entry, preset, entry.abilities()) for entry, preset in found]
 
     async def unload(self, name: str | None) -> bool:
         """Unload a model now, unless a request uses it. A model that was not loaded here stays.
