@@ -28,6 +28,7 @@ from argosy.serve.guards.transparency import Practice
 from argosy.serve.http.access import RouteRule
 from argosy.serve.http.caller import Caller
 from argosy.serve.http.held import Pool
+from argosy.serve.http.server import Endpoint
 from argosy.serve.run import ServerSettings
 from tests.serve.conftest import only, start
 
@@ -333,4 +334,4 @@ def test_an_audit_that_nothing_here_would_write_is_refused(
 ) -> None:
     monkeypatch.setattr("argosy.serve.run.GUARDS", None)  # as in an installation without `serve/guards`
     with pytest.raises(UsageError, match=r"without `argosy\.serve\.guards`, so it records no requests"):
-        ServerSettings(host="127.0.0.1", audit=AuditSettings(directory=tmp_path))
+        ServerSettings(endpoint=Endpoint(host="127.0.0.1"), audit=AuditSettings(directory=tmp_path))

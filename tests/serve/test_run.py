@@ -31,7 +31,7 @@ from argosy.serve.claims import TEXT_BYTES
 from argosy.serve.guards.audited import AUDIT_BYTES
 from argosy.serve.http import server as http_server
 from argosy.serve.http.held import BODY_BYTES
-from argosy.serve.http.listen import Front, bind
+from argosy.serve.http.listen import bind
 from argosy.serve.http.running import Running
 from argosy.serve.http.server import Endpoint
 from tests.cli.tiny_chat_model import write_chat_model
@@ -302,7 +302,8 @@ def test_what_was_here_before_a_server_is_collected_after_it(monkeypatch: pytest
         http_server.run_app(
             SimpleNamespace(running=Running()),  # type: ignore[arg-type]
             None,  # type: ignore[arg-type]
-            Endpoint(sockets=sockets, host="localhost", front=Front(), drain_s=0.0),
+            sockets,
+            Endpoint(host="localhost", drain_s=0.0),
             lambda address: None,
         )
     assert num_frozen[0] > 0 == gc.get_freeze_count()

@@ -14,9 +14,9 @@ import ipaddress
 import json
 import logging
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,8 +38,7 @@ from argosy.serve.claims import KEPT_BYTES
 from argosy.serve.governance import Governance
 from argosy.serve.http.listen import Front, Listener
 from argosy.serve.http.log import LogFormat, LogWriter
-from argosy.serve.http.origins import Origins, Site
-from argosy.serve.http.server import MAX_CONNECTIONS, Endpoint, make_room_for_files, run_app
+from argosy.serve.http.server import Endpoint, make_room_for_files, run_app
 from argosy.serve.models.entry import Entry, Offer, Offers, Recording
 from argosy.serve.models.models import Models, Presets
 
@@ -84,12 +83,9 @@ def require_keys_behind_proxy(front: Front, keys: Path | None) -> None:
 class ServerSettings:
     """The settings of a server that do not depend on its models.
 
-    host: the host to print in the address of the server.
-    keys: the file with the API keys of clients; None: no key is needed.
+    endpoint: where and to whom it answers.
     store: keep responses in memory, for clients that refer to them, until `store_s` after their last use.
     rerank: the reranker's prompt form, by its name in `RERANK_FORMS`; None: the models do not rank documents.
-    front: TLS, proxies, and the base path.
-    log_bytes: the size limit of a log file; None: no limit.
     workers: run experts for the model; None: it runs alone.
     idle_unload_s: unload a model after this long without requests; None: only if its memory is needed.
     preload: names of models to load before the server listens.
@@ -102,22 +98,14 @@ class ServerSettings:
     default: the model for requests that name none; None: the first one.
     """
 
-    host: str
-    keys: Path | None = None
-    hosts: Collection[str] = ()
-    origins: Origins | None = None
-    drain_s: float = 30.0
-    max_connections: int = MAX_CONNECTIONS
+    endpoint: Endpoint
     keep_billing_line: bool = False
     any_model: bool = False
     store: bool = True
     store_s: float = KEPT_S
     rerank: str | None = None
     media_hosts: MediaHosts | None = None
-    front: Front = field(default_factory=Front)
     guarding: Guarding | None = None
-    log_format: LogFormat = "text"
-    log_bytes: int | None = None
     workers: Workers | None = None
     max_sequences: int = SERVED_AT_ONCE
     idle_unload_s: float | None = None
@@ -135,18 +123,6 @@ class ServerSettings:
                 "this installation is without `argosy.serve.guards`, so it records no requests",
                 hint="install the whole of argosy, or leave out --audit",
             )
-
-    @property
-    def site(self) -> Site:
-        """The names and paths under which the server is reached."""
-        return Site(hosts=self.hosts, origins=self.origins or Origins(), base_path=self.front.base_path)
-
-    def endpoint(self, sockets: Sequence[Listener]) -> Endpoint:
-        """Where and how the server listens."""
-        return Endpoint(
-            sockets=sockets, host=self.host, front=self.front, drain_s=self.drain_s,
-            max_connections=self.max_connections,
-        )  # fmt: skip
 
     @contextmanager
     def governance(self) -> Iterator[Governance]:
@@ -170,7 +146,7 @@ class ServerSettings:
     def policy_sha256(self) -> str:
         """SHA-256 of the settings that govern requests and what is kept of them."""
         deciding = {
-            "keys": self.keys is not None, "any_model": self.any_model, "rerank": self.rerank,
+            "keys": self.endpoint.keys is not None, "any_model": self.any_model, "rerank": self.rerank,
             "media_hosts": [] if self.media_hosts is None else sorted(self.media_hosts.names),
             "store_s": self.store_s if self.store else 0,
             "audit_content": self.keeps_content, "watermark": self.has_watermark,
@@ -180,7 +156,7 @@ class ServerSettings:
     def common(self, ring: KeyRing) -> Common:
         """The parts that all models of the server share."""
         return Common(
-            ring=None if self.keys is None else ring,
+            ring=None if self.endpoint.keys is None else ring,
             kept=KeptItems(max_bytes=KEPT_BYTES if self.store else 0, kept_s=self.store_s),
             work=Work(),
             keep_billing_line=self.keep_billing_line,
@@ -233,15 +209,15 @@ def serve(
 
 @contextmanager
 def _keyed(settings: ServerSettings) -> Iterator[tuple[KeyRing, Limits, Governance]]:
-    """Open a server's keys, limits, log and governance until it ends."""
-    keys = settings.keys
-    require_keys(settings.host, keys)
-    require_keys_behind_proxy(settings.front, keys)
-    make_room_for_files(settings.max_connections)
+    """The keys and limits of a server, its log and its governance, until it ends."""
+    endpoint, keys = settings.endpoint, settings.endpoint.keys
+    require_keys(endpoint.host, keys)
+    require_keys_behind_proxy(endpoint.front, keys)
+    make_room_for_files(endpoint.max_connections)
     ring = KeyRing(None if keys is None else KeyFile(keys))
     counts = None if keys is None else UseFile(keys.with_name(keys.name + ".use"))
     limits = Limits(file=counts, known=ring.ids)
-    with logging_to_stderr(settings.log_format, settings.log_bytes), ExitStack() as closing:
+    with logging_to_stderr(endpoint.log_format, endpoint.log_bytes), ExitStack() as closing:
         closing.callback(limits.close)
         yield ring, limits, closing.enter_context(settings.governance())
 
@@ -275,7 +251,7 @@ def _run(
         memory_watch=watch,
         block_tokens=KV_BLOCK_TOKENS,
         max_sequences=settings.max_sequences,
-        site=settings.site,
+        site=settings.endpoint.site,
         limits=limits,
         governance=governance,
         workers=settings.workers,
@@ -284,7 +260,7 @@ def _run(
 
     def started(address: str) -> None:
         name = "the library" if models.has_library else ", ".join(models.names)
-        if settings.log_format == "json":
+        if settings.endpoint.log_format == "json":
             log.info("serving", extra={"facts": {"event": "started", "model": name, "address": address}})
             return
         # A single write, because another thread writes log lines.
@@ -297,6 +273,6 @@ def _run(
 
     with KeyWatch(ring, limits, app.running, models.revoke):
         run_app(
-            app, models, settings.endpoint(sockets), started, preload=settings.preload, beside=beside,
+            app, models, sockets, settings.endpoint, started, preload=settings.preload, beside=beside,
             reload=None if settings.guarding is None else governance.reload,
         )  # fmt: skip

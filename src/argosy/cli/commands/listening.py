@@ -24,11 +24,13 @@ from click.core import ParameterSource
 from argosy.cli.shared import own_server
 from argosy.cli.shared.config_file import use_config
 from argosy.cli.shared.declared import options
+from argosy.config import parse_size
 from argosy.config.option import Further, Option
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
     from argosy.serve.http.listen import Front, Listener
+    from argosy.serve.http.server import Endpoint
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -120,6 +122,18 @@ class Listening:
     mode: int
     front: Front
     passed: Sequence[Listener] = ()
+
+    def endpoint(self, given: ListeningOptions) -> Endpoint:
+        """What a server or a router needs of the options. Raises what `Origins` and `parse_size` raise."""
+        from argosy.serve.http.origins import Origins
+        from argosy.serve.http.server import Endpoint
+
+        return Endpoint(
+            host=self.host, keys=given.keys, hosts=given.allow_host, origins=Origins(given.allow_origin),
+            front=self.front, drain_s=given.drain, max_connections=given.max_connections,
+            log_format=given.log_format,
+            log_bytes=None if given.log_limit is None else parse_size(given.log_limit),
+        )  # fmt: skip
 
     @contextmanager
     def bind(self) -> Iterator[list[Listener]]:

@@ -31,10 +31,8 @@ def route(urls: tuple[str, ...], given: ListeningOptions) -> None:
     """
     from argosy.errors import UsageError
     from argosy.guard.keys import KeyFile
-    from argosy.route.run import RouterSettings
     from argosy.route.run import route as run
     from argosy.route.upstream import parse_address
-    from argosy.serve.http.origins import Origins
     from argosy.serve.run import require_keys, require_keys_behind_proxy
 
     addresses = [parse_address(url) for url in urls]
@@ -46,13 +44,9 @@ def route(urls: tuple[str, ...], given: ListeningOptions) -> None:
     require_keys_behind_proxy(listening.front, given.keys)
     if given.keys is not None:
         KeyFile(given.keys).read()
-    settings = RouterSettings(
-        addresses=addresses, host=listening.host, keys=given.keys, hosts=given.allow_host,
-        origins=Origins(given.allow_origin), drain_s=given.drain, max_connections=given.max_connections,
-        front=listening.front, log_format=given.log_format,
-    )  # fmt: skip
+    endpoint = listening.endpoint(given)
     if given.check:
         print("the settings are valid")
         return
     with listening.bind() as sockets:
-        run(sockets, settings)
+        run(addresses, sockets, endpoint)

@@ -30,7 +30,6 @@ from argosy.config import (
     SamplingParams,
     counted,
     parse_seconds,
-    parse_size,
 )
 from argosy.config.option import Further, Option
 from argosy.errors import UsageError
@@ -117,7 +116,6 @@ def serve(
     from argosy.cli.commands.served_library import ServedPresets
     from argosy.library.names import preset_of
     from argosy.serve.answer.media_hosts import MediaHosts
-    from argosy.serve.http.origins import Origins
     from argosy.serve.http.server import make_room_for_files
     from argosy.serve.http.work import share_one_heap
     from argosy.serve.run import ServerSettings, require_keys, require_keys_behind_proxy
@@ -141,10 +139,7 @@ def serve(
     settings = read_settings(**flags)
     kept = None if given.kv_dir is None else _kv_dir(given.kv_dir, keeping.kv_s)
     server = ServerSettings(
-        host=listening.host, keys=given.keys, hosts=given.allow_host, origins=Origins(given.allow_origin),
-        front=listening.front, log_format=given.log_format,
-        log_bytes=None if given.log_limit is None else parse_size(given.log_limit),
-        drain_s=given.drain, max_connections=given.max_connections, keep_billing_line=given.keep_billing_line,
+        endpoint=listening.endpoint(given), keep_billing_line=given.keep_billing_line,
         any_model=given.any_model, store=not given.no_store, rerank=given.rerank,
         media_hosts=MediaHosts(given.media_host) if given.media_host else None, audit=keeping.audit,
         co2_grams_per_kwh=given.co2_grams_per_kwh,

@@ -26,9 +26,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
@@ -39,7 +40,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from argosy.errors import UsageError
 from argosy.serve.http.gate import NO_ROOM, Gate
 from argosy.serve.http.listen import SOCKET_CLIENT, Certificate, Front, Listener, address_of, cannot_listen
-from argosy.serve.http.log import where_it_failed
+from argosy.serve.http.log import LogFormat, where_it_failed
+from argosy.serve.http.origins import Origins, Site
 from argosy.serve.http.running import Running
 from argosy.serve.http.systemd import Notifier
 from argosy.serve.http.work import Threads
@@ -372,24 +374,35 @@ def uvicorn_config(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """Where and how a server listens.
+    """Where and to whom a server or a router answers.
 
-    sockets: from `bind`, `bind_file` or `passed_sockets`.
-    host: the host to show in the server's address.
+    host: the host to show in its address.
+    keys: the file with the API keys of clients; None: no key is needed.
     front: TLS, proxies, and the base path.
     drain_s: how long running answers may take after the first signal.
+    log_bytes: the size limit of a log file; None: no limit.
     """
 
-    sockets: Sequence[Listener]
     host: str
-    front: Front
-    drain_s: float
+    keys: Path | None = None
+    hosts: Collection[str] = ()
+    origins: Origins = field(default_factory=Origins)
+    front: Front = field(default_factory=Front)
+    drain_s: float = 30.0
     max_connections: int = MAX_CONNECTIONS
+    log_format: LogFormat = "text"
+    log_bytes: int | None = None
+
+    @property
+    def site(self) -> Site:
+        """The names and paths under which it is reached."""
+        return Site(hosts=self.hosts, origins=self.origins, base_path=self.front.base_path)
 
 
 def run_app(
     app: Gate,
     lifecycle: Lifecycle,
+    sockets: Sequence[Listener],
     endpoint: Endpoint,
     started: Callable[[str], None],
     *,
@@ -400,6 +413,7 @@ def run_app(
     """Serve `app` until a signal.
 
     Args:
+        sockets: from `bind`, `bind_file` or `passed_sockets`.
         started: called with the address once the server listens.
         preload: names for `lifecycle` to load before the server listens.
         reload: reads files other than the certificate again on SIGHUP, in a thread; None: there are none.
@@ -411,9 +425,9 @@ def run_app(
     front, max_connections, drain_s = endpoint.front, endpoint.max_connections, endpoint.drain_s
     config = uvicorn_config(app, grace_s=drain_s + 5, max_connections=max_connections, front=front)
     if front.certificate is not None:
-        for one in endpoint.sockets:
+        for one in sockets:
             one.limit(max_connections + _TOLD_CONNECTIONS)
-    address = address_of(endpoint.sockets[0], endpoint.host, front)
+    address = address_of(sockets[0], endpoint.host, front)
     sys.setswitchinterval(_SWITCH_S)
     # The objects that exist now will stay. Scanning them for garbage would stall all requests for a fifth of a
     # second each time.
@@ -430,10 +444,10 @@ def run_app(
             reload,
             beside,
         )
-        server.run(list(endpoint.sockets))
+        server.run(list(sockets))
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
-        raise cannot_listen(error, endpoint.host, endpoint.sockets[0].getsockname()[1]) from None
+        raise cannot_listen(error, endpoint.host, sockets[0].getsockname()[1]) from None
     finally:
         gc.unfreeze()  # engines are in reference cycles and must be freed before the process ends
