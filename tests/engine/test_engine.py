@@ -473,11 +473,7 @@ def test_requests_beyond_max_waiting_are_refused_with_a_time_to_retry() -> None:
 
 
 def test_older_windows_of_expert_uses_count_half() -> None:
-    class Decoder:
-        def take_uses(self) -> Any:
-            return np.full((2, 3), 8, np.int64)
-
-    uses = ExpertUses(Decoder())
+    uses = ExpertUses(lambda: np.full((2, 3), 8, np.int64))
     uses.count(255)
     assert uses.reported is None
     seen = []

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,18 +53,17 @@ class EngineFacts:
         return replace(self, memory=tuple(plan.lines()), budget_bytes=plan.budget_bytes)
 
 
-class _CountsUses(Protocol):
-    def take_uses(self) -> NDArray[np.int64]: ...
-
-
 class ExpertUses:
     """How often each expert was chosen, reported only for at least WINDOW_TOKENS tokens at once.
 
     Each window halves the counts of the windows before it.
+
+    Args:
+        take_uses: as `Model.take_uses`.
     """
 
-    def __init__(self, decoder: _CountsUses) -> None:
-        self._decoder = decoder
+    def __init__(self, take_uses: Callable[[], NDArray[np.int64]]) -> None:
+        self._take_uses = take_uses
         self._num_tokens = 0
         self.num_tokens_run = 0
         self.reported: NDArray[np.int64] | None = None
@@ -75,7 +74,7 @@ class ExpertUses:
         self._num_tokens += num_tokens
         self.num_tokens_run += num_tokens
         if self._num_tokens >= WINDOW_TOKENS:
-            uses = self._decoder.take_uses()
+            uses = self._take_uses()
             if self.reported is not None:  # a new array: the last one may still be in use
                 uses += self.reported // 2
             self.reported = uses

@@ -34,7 +34,7 @@ class StepLog:
     def __init__(self, model: Model, store: _native.Store, routes: RouteLog | None) -> None:
         self._model, self._store, self._routes = model, store, routes
         self._reads = DriveReads()
-        self.uses = ExpertUses(model)
+        self.uses = ExpertUses(model.take_uses)
 
     @contextmanager
     def during(self, step: Step) -> Iterator[None]:
