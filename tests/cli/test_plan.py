@@ -252,7 +252,10 @@ def test_a_damaged_record_of_earlier_runs_is_left_out_and_said(capsys: pytest.Ca
     kept.parent.mkdir(parents=True)
     for damaged, problem in (
         ("{}", "working set cannot be read"),
-        (json.dumps(recorded(64).as_dict() | {"num_experts": 99}), "of a model with 3 layers of 99 experts"),
+        (
+            json.dumps(recorded(64).as_dict() | {"num_experts": 99}),
+            "belongs to a model with 3 layers of 99 experts",
+        ),
     ):
         kept.write_text(damaged)
         assert main(["plan", str(TINY), "--memory", "1GiB"]) == 0
