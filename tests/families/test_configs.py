@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from argosy.config import LayerConfig, ModelConfig, RopeConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import FAMILIES
+from argosy.model.families import qwen3_moe as qwen3
 from argosy.model.reading.config_reader import ConfigReader
 from tests.models.tiny import RawConfig, glm4_moe, minimax_m2, mixtral, olmoe, qwen2_moe, qwen3_moe, respelt
 
@@ -209,6 +211,25 @@ def test_qwen3_moe_s_window_applies_to_every_layer() -> None:
     assert "supported: sliding_attention in every layer" in refusal(
         qwen3_moe(**used, layer_types=["full_attention"] * 3)
     )
+
+
+def test_a_sibling_of_qwen3_moe_reads_the_same_text_with_other_norms() -> None:
+    defaults = {
+        "num_layers": 24, "renormalize": False, "expert_width": 768, "dense_width": 6144, "vocab_size": 151_936,
+        "hidden_size": 2048, "num_heads": 32, "num_kv_heads": 4, "rope_theta": 10_000.0, "norm_eps": 1e-6,
+        "context_tokens": 32_768, "num_experts": 128, "experts_per_token": 8,
+    }  # fmt: skip
+    raw = qwen3_moe(use_sliding_window=True, sliding_window=6)
+
+    def read(**keys: object) -> ModelConfig:
+        reader = ConfigReader(raw | keys, "sibling")
+        config = qwen3.read_text(reader, "sibling", qwen3.read_window, qk_norm="none", **defaults)
+        reader.finish()
+        return config
+
+    assert read(use_qk_norm=False) == replace(parse(raw), family="sibling", qk_norm="none")
+    with pytest.raises(UnsupportedModel, match="use_qk_norm"):
+        read(use_qk_norm=True)
 
 
 def test_biases() -> None:

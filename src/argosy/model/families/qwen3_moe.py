@@ -8,7 +8,7 @@ Qwen3-VL-MoE and the thinker of Qwen3-Omni have the same text model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
@@ -28,6 +28,7 @@ __all__ = [
     "open_qwen3_gguf",
     "parse_config",
     "read_text",
+    "read_window",
 ]
 
 MODEL_TYPE = "qwen3_moe"
@@ -45,7 +46,7 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     config = read_text(
         reader,
         MODEL_TYPE,
-        _read_window,
+        read_window,
         num_layers=24,
         renormalize=False,
         expert_width=768,
@@ -73,12 +74,14 @@ def read_text(
     renormalize: bool,
     expert_width: int,
     dense_width: int,
+    qk_norm: Literal["none", "head", "flat"] = "head",
     **defaults: Any,
 ) -> ModelConfig:
     """Read the text model of this family or of its multimodal siblings; the caller calls `finish()`.
 
     Args:
         read_window: given the number of layers, reads their sliding window; None means that the family has none.
+        qk_norm: as `ModelConfig.qk_norm`.
         num_layers and the following: defaults of absent keys; `defaults` are those of `read_common`.
     """
     num_layers = reader.integer("num_hidden_layers", default=num_layers, most=MOST_LAYERS)
@@ -92,7 +95,7 @@ def read_text(
     has_bias = reader.flag("attention_bias", False)
     # Released files of Qwen3-Coder and Qwen3-Omni repeat these keys of sibling models.
     reader.neutral("qkv_bias", False)
-    reader.neutral("use_qk_norm", True)
+    reader.neutral("use_qk_norm", qk_norm != "none")
     reader.neutral("shared_expert_intermediate_size", 0, None)
     return ModelConfig(
         family=family,
@@ -102,7 +105,7 @@ def read_text(
         dense_width=reader.integer("intermediate_size", default=dense_width),
         has_qkv_bias=has_bias,
         has_o_bias=has_bias,
-        qk_norm="head",
+        qk_norm=qk_norm,
         **common,
     )
 
@@ -135,7 +138,7 @@ def open_qwen3_gguf(reader: GgufConfigReader, family: str, *, axes: Axes | None 
     return read_gguf_layout(reader.file, config, is_paired=False, has_rope_freqs=False)
 
 
-def _read_window(reader: ConfigReader, num_layers: int) -> int:
+def read_window(reader: ConfigReader, num_layers: int) -> int:
     """The sliding window of all layers, 0 for full attention."""
     is_used = reader.flag("use_sliding_window", False)
     window = reader.optional_integer("sliding_window", default=4096, least=0)
