@@ -1,13 +1,23 @@
-# ruff: noqa: F403  these modules are read as one
+# ruff: noqa: F401, I001  names for others to import, read as one table
 """User settings and checkpoint geometry, as frozen and strict values.
 
 The command line and the environment are read in one place and become an `EngineConfig`. A family file turns
 `config.json` into a `ModelConfig`. Everything below receives these objects and reads no other configuration.
 """
 
-from argosy.config.claims import *
-from argosy.config.engine import *
-from argosy.config.expert_slots import *
-from argosy.config.model import *
-from argosy.config.sampling import *
-from argosy.config.units import *
+from argosy.config.claims import CLAIMED, PROCESS, Claim, claimed
+from argosy.config.engine import (
+    DEMO, DRAFTED_AT_ONCE, DRAFT_TOKENS, KV_BLOCK_TOKENS, RUNNING, SERVED_AT_ONCE, SERVED_WAITING, SIZING,
+    TINY_EN, WATERMARK_CONTEXT, WATERMARK_DEPTH, AskAhead, Budget, EngineConfig, EngineOptions, KvDir,
+    KvDtype, Pooling, Tuning,
+)  # fmt: skip
+from argosy.config.expert_slots import ExpertSlots
+from argosy.config.model import (
+    FLOAT_FORMATS, ActivationConfig, DeltaConfig, Format, LatentConfig, LayerConfig, MixerKind, ModelConfig,
+    RopeConfig, RouterConfig,
+)  # fmt: skip
+from argosy.config.sampling import (
+    CHOOSING, EFFORTS, ENDING, LENIENT_SCHEMA, MAX_GRAMMAR_CHARACTERS, SAMPLING, THINKING, Grammar, Preset,
+    SamplingDefaults, SamplingParams, Trigger,
+)  # fmt: skip
+from argosy.config.units import GIB, KIB, MIB, counted, disk_size, format_bytes, parse_seconds, parse_size
