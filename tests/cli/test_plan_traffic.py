@@ -100,7 +100,7 @@ def test_without_a_rate_nothing_is_simulated(qwen: str, capsys: pytest.CaptureFi
     ("arguments", "problem"),
     [
         (["--rate", "0"], "--rate takes"),
-        (["--rate", "nan"], "--rate takes"),
+        (["--rate", "nan"], "'nan' is not a finite number"),
         (["--rate", "-1"], "--rate takes"),
         (["--rate", "1e300"], "--rate takes"),
         (["--traffic", "prompt=8,answer=4"], "when requests arrive"),
