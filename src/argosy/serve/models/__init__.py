@@ -1,1 +1,1 @@
-"""The models of a server, and each as it is open."""
+"""The models of a server, and open engines."""

@@ -38,12 +38,12 @@ log = logging.getLogger("argosy.serve")
 LOADING_SAID_S = 10.0  # how often the log tells of a model that is loaded
 
 State = Literal["unloaded", "loading", "ready", "failed"]
-Progress = Callable[[str, float], None]  # the current task, and the share done from 0 to 1
+Progress = Callable[[str, float], None]  # the current task, and the fraction done
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Abilities:
-    """What a model's tokenizer and chat template say about it. The defaults are those of a model that was not read."""
+    """A model's abilities according to its tokenizer and chat template. The defaults are for an unread model."""
 
     tools: ToolCalling = "generic"
     thinking: ThinkingSwitch | None = None
@@ -77,8 +77,8 @@ class Offer:
     key: equal as long as its files are unchanged.
     make: reads its tokenizer and plans it in a budget; raises DoesNotFit, CheckpointError and related errors.
     ready: what `make` makes, there from start to end: the model, and predictions of its speed or None.
-    serve: makes the service of a server's only model, which stays in memory and has all of the budget. Whoever opened
-        its engine closes it.
+    serve: makes the service of a server's only model, which stays in memory and has all of the budget. The opener
+        of its engine closes it.
     """
 
     facts: ModelFacts
@@ -123,11 +123,11 @@ class Offers:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
-    """A model now.
+    """The current state of a model.
 
-    service: None: it is not in memory.
-    memory_bytes: its part of the memory that models share; `expert_bytes` of it can be taken while it runs.
-    unloads_in_s: seconds until it is unloaded if no request uses it; None: no time is set.
+    service: None if the model is not in memory.
+    memory_bytes: its part of the memory shared by models, of which `expert_bytes` can be taken while it runs.
+    unloads_in_s: seconds until it is unloaded if no request uses it; None if no time is set.
     abilities: those of a model that was not read, except in a list: finding out takes a while.
     """
 
@@ -142,7 +142,7 @@ class Standing:
 
 @dataclass(slots=True, eq=False)
 class Waiter:
-    """A request that waits for a model, by its id."""
+    """A request waiting for a model."""
 
     name: str
     since: float
@@ -169,14 +169,14 @@ class Entry:
         note_use: Callable[[str], None] | None = None,
     ) -> None:
         self.offer = offer
-        self.is_loading = False  # it has memory, and is being read
-        self.share_read: float | None = None  # of the part of it that is being read
-        self.has_no_room = False  # it waits for memory of models that are being read
+        self.is_loading = False  # it has memory and is being read
+        self.share_read: float | None = None  # fraction read of the current part
+        self.has_no_room = False  # it waits for memory held by models being read
         self.waiters: list[Waiter] = []
-        self.is_leaving = False  # it is being closed, and still has memory
+        self.is_leaving = False  # it is being closed and still has memory
         self.fault: ArgosyError | None = None  # why it could not be opened
         self.failed_at = 0.0
-        self.num_uses = 0  # requests that use it, or wait for it
+        self.num_uses = 0  # requests that use it or wait for it
         self.used_at = 0.0
         self.expert_bytes = 0  # the memory for experts beyond its floor
         self.opening: asyncio.Task[None] | None = None
@@ -198,7 +198,7 @@ class Entry:
 
     @property
     def facts(self) -> ModelFacts:
-        """What clients may know: of a model in memory, with the context that its budget leaves."""
+        """The facts for clients; for a model in memory, with the context that its budget leaves."""
         service = self.service
         return self._facts if service is None else service.model
 
@@ -216,12 +216,12 @@ class Entry:
 
     @property
     def is_here(self) -> bool:
-        """Whether it has memory."""
+        """Whether it holds memory."""
         return self.service is not None or self.is_loading
 
     @property
     def is_free(self) -> bool:
-        """Whether it is neither in memory nor used by a request or load, so it can be removed from the server."""
+        """Whether it is neither in memory nor in use, so that it can be removed from the server."""
         return not (self.is_here or self.num_uses or self.opening)
 
     @property
@@ -242,11 +242,11 @@ class Entry:
 
     @property
     def held_bytes(self) -> int:
-        """The memory that it has now, of what models share."""
+        """The memory that it holds of what models share."""
         return self.floor_bytes + self.expert_bytes if self.is_here else 0
 
     def abilities(self, *, may_read: bool = False) -> Abilities:
-        """What it can do; what is only in files, and was not read yet, is unknown unless it may be read now."""
+        """What the model can do. Facts in files that have not been read are unknown unless they may be read now."""
         if (service := self.service) is not None and self.stays:
             return Abilities.of(service.prompts, service.tokenizer)
         if self._abilities is None and may_read:
@@ -263,7 +263,7 @@ class Entry:
         return made
 
     def prepare(self, budget_bytes: int) -> None:
-        """Have what is needed before it is opened, such as its floor in the server's budget.
+        """Prepare to open the model, for example by checking its floor against the server's budget.
 
         Raises what `open` raises, and DoesNotFit.
         """
@@ -272,7 +272,7 @@ class Entry:
                 self._made = self._make(budget_bytes)
 
     def release(self) -> None:
-        """Free what `prepare` made; it is not open."""
+        """Free what `prepare` made; the model is not open."""
         self._made = self.offer.ready
 
     def open(self, share_bytes: int, progress: Progress) -> Service:
@@ -298,13 +298,13 @@ class Entry:
         return service
 
     def resize(self, share_bytes: int) -> None:
-        """Have this much beyond the floor; the memory of others is with the system when this returns."""
+        """Use this much memory beyond the floor; any freed memory is back with the system when this returns."""
         assert self.service is not None
         assert self._made is not None
         self.service.resize(self._made[0].budget_bytes(share_bytes), is_share=True)
 
     def close(self) -> None:
-        """End running requests, and free the memory."""
+        """End running requests and free the memory."""
         if self.stays and self.service is not None:
             self.service.loop.close()
         self._closing.close()

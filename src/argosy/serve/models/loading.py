@@ -1,13 +1,13 @@
-"""Memory changes hands among the models of a server: loads, unloads, and shares of what floors leave.
+"""Move memory among the models of a server: loading, unloading, and dividing what the floors leave.
 
     a request names a model  ─>  its floor is taken from idle models, its share from all  ─>  read  ─>  ready
 
-Requests for a model in memory never wait for memory that moves. All state here belongs to the event loop. Whatever
-waits for an engine or a drive runs in a thread. `_moving` is held while memory changes hands, and not while a model is
-read. The order of locks is `_moving`, then those of the engines; nothing here runs inside a turn. Memory is taken from
-one model, and is with the system, before another one may use it. So the sum never exceeds the budget.
+Requests for a model in memory never wait for memory to move. All state here belongs to the event loop; anything
+that waits for an engine or a drive runs in a thread. `_moving` is held while memory changes hands, but not while a
+model is read. The order of locks is `_moving`, then those of the engines; nothing here runs inside a turn. Memory
+taken from one model is back with the system before another may use it, so the sum never exceeds the budget.
 
-Elsewhere: `budget/shares.py` has the rule; `models.py` finds models and says how they stand.
+Elsewhere: `budget/shares.py` has the rule; `models.py` finds models and reports their state.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ log = logging.getLogger("argosy.serve")
 P = ParamSpec("P")
 T = TypeVar("T")
 
-LOOK_S = 1.0  # how often to look for idle models, and for models that could use more memory
-_RETRY_S = 10.0  # a model that could not be opened is not tried again before
+LOOK_S = 1.0  # how often to look for idle models and for models that could use more memory
+_RETRY_S = 10.0  # the wait before retrying a model that could not be opened
 _RETRY_STOPPING_S = 30
 
 
@@ -44,12 +44,12 @@ class Loader:
     Attributes:
         entries: its models.
         lasting: the only model, if it stays in memory and has all of the budget; None: models come and go.
-        budget_bytes: the budget now.
-        process_bytes: what the process takes of it beside its models.
-        is_stopped: nothing is loaded any more.
+        budget_bytes: the current budget.
+        process_bytes: the process's part of it, not counting models.
+        is_stopped: no more models are loaded.
 
     Args:
-        idle_unload_s: unload a model after so long without requests; None: only if its memory is needed.
+        idle_unload_s: unload a model after this long without requests; None: only if its memory is needed.
         num_threads: for calls that wait for an engine or a drive.
     """
 
@@ -76,7 +76,7 @@ class Loader:
 
     @property
     def held_bytes(self) -> int:
-        """The memory that the process and its models have now, of a budget that models share."""
+        """The memory that the process and its models hold of a shared budget."""
         return self.process_bytes + sum(entry.held_bytes for entry in self.entries)
 
     def services(self) -> list[Service]:
@@ -84,17 +84,17 @@ class Loader:
         return [entry.service for entry in self.entries if entry.service is not None]
 
     def opening(self, entry: Entry) -> asyncio.Task[None]:
-        """The task that loads a model, begun now unless it runs."""
+        """The task that loads a model, started unless it is already running."""
         if entry.opening is None:
             entry.opening = asyncio.create_task(self._open(entry))
-            entry.opening.add_done_callback(_retrieve)  # all who wait may have gone
+            entry.opening.add_done_callback(_retrieve)  # all waiting requests may have gone
         return entry.opening
 
     def in_thread(self, call: Callable[P, T], *args: P.args, **named: P.kwargs) -> asyncio.Future[T]:
         return asyncio.get_running_loop().run_in_executor(self._threads, partial(call, *args, **named))
 
     def revoke(self, tenant: str) -> None:
-        """End all requests of a revoked tenant, and delete all of its data. Any thread may call this."""
+        """End a revoked tenant's requests and delete all of its data. Any thread may call this."""
         self._revoked.add(tenant)
         for entry in self.entries:
             if (service := entry.service) is not None:
@@ -103,7 +103,7 @@ class Loader:
                 entry.forget(tenant)
 
     def erase(self, tenant: str) -> int:
-        """End the running requests of a tenant, and delete what is kept of it. Any thread may call this.
+        """End a tenant's running requests and delete its data. Any thread may call this.
 
         Returns:
             The number of answers that were kept for replay.
@@ -117,12 +117,12 @@ class Loader:
         return num_answers
 
     async def stop(self) -> None:
-        """End running requests, and loads."""
+        """End running requests and loads."""
         self.is_stopped = True
         await asyncio.gather(*(self.in_thread(service.loop.close) for service in self.services()))
 
     async def close(self) -> None:
-        """End everything, and free the models that were loaded here. Closing twice is harmless."""
+        """End everything and free the models loaded here. Closing twice is harmless."""
         if self._is_closed.is_set():
             return
         self._is_closed.set()
@@ -138,7 +138,7 @@ class Loader:
         self._threads.shutdown()
 
     async def unload(self, entry: Entry) -> bool:
-        """Unload a model now, unless a request uses it, or it stays in memory.
+        """Unload a model now, unless a request uses it or it must stay in memory.
 
         Returns:
             Whether it is out of memory.
@@ -155,13 +155,13 @@ class Loader:
             return not entry.is_here
 
     async def resize(self, budget_bytes: int) -> None:
-        """Have another memory budget from now on; requests go on meanwhile.
+        """Change the memory budget while requests continue.
 
-        Experts leave first; then KV blocks of the only model, or idle models. The memory is with the system when this
-        returns.
+        Experts are evicted first, then KV blocks of the only model, or idle models. The memory is back with the
+        system when this returns.
 
         Raises:
-            DoesNotFit: it is less than answers need now, or more than the machine has; nothing has changed.
+            DoesNotFit: it is less than current answers need, or more than the machine has; nothing has changed.
             Overloaded: a model is being loaded.
         """
         # Whoever asks may leave, and what has begun is finished.
@@ -198,17 +198,17 @@ class Loader:
             await self._unload_all(leaving)
             self.budget_bytes = budget_bytes
             for entry in self.entries:
-                if isinstance(entry.fault, DoesNotFit):  # in the budget of before
+                if isinstance(entry.fault, DoesNotFit):  # under the old budget
                     entry.fault = None
             await self._divide()
 
     def _forget_unused(self, entry: Entry) -> None:
-        """Free what was made for a model that is not open."""
+        """Free the preparations for a model that is not open."""
         if not entry.is_here:
             entry.release()
 
     async def _open(self, entry: Entry) -> None:
-        """Make room for a model, and read it."""
+        """Make room for a model and read it."""
         try:
             while True:
                 async with self._moving:
@@ -241,13 +241,13 @@ class Loader:
         service = await self._attempt(entry, entry.open, entry.expert_bytes, tell)
         entry.service, entry.is_loading, entry.fault = service, False, None
         entry.used_at = self._clock()
-        if self._looking is None and not self.is_stopped:  # also if all who waited have gone
+        if self._looking is None and not self.is_stopped:  # even if all waiting requests have gone
             self._looking = asyncio.create_task(self._look())
-        for tenant in tuple(self._revoked):  # its key was revoked while the model was read
+        for tenant in tuple(self._revoked):  # the key was revoked while the model was being read
             service.revoke(tenant)
 
     async def _attempt(self, entry: Entry, call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
-        """Do a part of opening a model in a thread; what fails is remembered, and not tried again at once."""
+        """Run a step of opening a model in a thread; a failure is remembered and not retried at once."""
         try:
             return await self.in_thread(call, *args, **named)
         except Exception as error:
@@ -267,14 +267,14 @@ class Loader:
             raise _stopping()
 
     async def _make_room(self, entry: Entry) -> bool:
-        """Take the floor of a model from others, and its share of what floors leave; `_moving` is held.
+        """Take a model's floor from others, and its share of what the floors leave; `_moving` is held.
 
         Returns:
-            False if experts of a model that is being read are in the way: they can leave once it is read. Nothing has
-            changed then.
+            False if experts of a model being read are in the way, because they can leave only afterwards. Nothing
+            has changed then.
 
         Raises:
-            Overloaded: the floors of models that answer leave too little. Nothing has changed then.
+            Overloaded: the floors of answering models leave too little. Nothing has changed then.
         """
         needed, free_bytes = entry.floor_bytes, self._bytes_beside_floors()
         leaving: list[Entry] = []
@@ -292,11 +292,11 @@ class Loader:
         return True
 
     def _loading_bytes(self) -> int:
-        """Memory for experts of models that are being read; it is fixed until then."""
+        """The memory for experts of models being read, which is fixed until they are ready."""
         return sum(one.expert_bytes for one in self.entries if one.is_loading)
 
     def _bytes_beside_floors(self) -> int:
-        """The rest of the budget after the process and the floors of the models in memory."""
+        """What the process and the floors of the models in memory leave of the budget."""
         floors = sum(one.floor_bytes for one in self.entries if one.is_here)
         return self.budget_bytes - self.process_bytes - floors
 
@@ -323,9 +323,9 @@ class Loader:
         )
 
     async def _divide(self, joining: Entry | None = None) -> None:
-        """Give each model its share of the memory for experts; `_moving` is held. Shrink some before others grow.
+        """Give each model its share of the memory for experts, shrinking before growing; `_moving` is held.
 
-        joining: a model that is about to be read; it takes its floor and its share.
+        joining: a model about to be read, which takes its floor and its share.
         """
         free_bytes = self._bytes_beside_floors() - self._loading_bytes()
         if joining is not None:
@@ -340,7 +340,7 @@ class Loader:
                 entry.expert_bytes = share_bytes
         for entry, share_bytes in shares:
             if share_bytes > entry.expert_bytes and entry.service is not None:
-                entry.expert_bytes = share_bytes  # first: what is allowed counts as used
+                entry.expert_bytes = share_bytes  # set first, because allowed memory counts as used
                 await self.in_thread(entry.resize, share_bytes)
         if joining is not None:
             (joining.expert_bytes,) = (share_bytes for entry, share_bytes in shares if entry is joining)
@@ -357,9 +357,9 @@ class Loader:
         )
 
     async def _unload_all(self, leaving: Sequence[Entry]) -> None:
-        """Unload idle models; `_moving` is held. If one stays, for want of a thread, so do those after it."""
+        """Unload idle models; `_moving` is held. If one stays for lack of a thread, so do those after it."""
         for entry in leaving:
-            entry.is_leaving = True  # no request begins to use one meanwhile
+            entry.is_leaving = True  # no request can start to use one meanwhile
         try:
             for entry in leaving:
                 await self._unload(entry)
@@ -384,7 +384,9 @@ class Loader:
             log.info("models: %s is unloaded", entry.name)
 
     async def _look(self) -> None:
-        """Now and then, unload models that are idle for long, and give models that answer what they can use."""
+        """Periodically unload models that have been idle for long, and give answering models the memory they can
+        use.
+        """
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_S):
@@ -394,7 +396,7 @@ class Loader:
             try:
                 async with self._moving:
                     await self._look_once()
-            except Exception as error:  # look again after any failure
+            except Exception as error:  # keep looking after any failure
                 log.error("models: %s", where_it_failed(error))
 
     async def _look_once(self) -> None:

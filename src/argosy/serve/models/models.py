@@ -1,6 +1,6 @@
-"""The models of a server: which are in memory, and how they share the budget.
+"""The models of a server: which ones are in memory, and how they share the budget.
 
-    name  ─ find ─>  entry: unloaded -> loading -> ready -> unloaded  ─ use ─>  Service, until the request has ended
+    name  ─ find ─>  entry: unloaded -> loading -> ready -> unloaded  ─ use ─>  Service, until the request ends
                        ─ open fails ─>  failed  ─ the next request, after a while ─>  loading
 
 A model is loaded when a request first names it. A server's only model is there from start to end, and has all of the
@@ -10,8 +10,8 @@ otherwise, after `idle_unload_s` without requests, or if a request asks for it a
 whose floor does not fit beside models that answer is refused. One that only experts of a model that is being read keep
 out waits until they can leave.
 
-A preset is a further name of a model: it loads nothing, and shares the model's engine, memory and queue. The name of a
-model always means the model.
+A preset is another name for a model: it loads nothing and shares the model's engine, memory and queue. A model's
+own name always means the model.
 
 A server may have a library: its models come and go with their files, and each is made ready, with tokenizer
 and plan, when it is loaded, and forgotten when it is unloaded.
@@ -44,26 +44,26 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("argosy.serve")
 
-LATEST = ":latest"  # the tag that a name without a tag means, for clients of Ollama
+LATEST = ":latest"  # the default tag of names, for clients of Ollama
 
-LIBRARY_S = 1.0  # the library is not looked at again before
-_MOST_NAMES = 20  # of models, in an error
+LIBRARY_S = 1.0  # the shortest time between two looks at the library
+_MOST_NAMES = 20  # model names listed in an error
 _LIBRARY_THREADS = 16
 
 
 class Presets(Protocol):
-    """The presets of a server's models as they are now, each with the id of its model. Call both in a thread."""
+    """The current presets of a server's models, each with the id of its model. Call both methods in a thread."""
 
     def find(self, name: str) -> Preset | None:
-        """The preset of that name; None: there is none, or none of a model that this server has.
+        """The preset of that name, or None if there is none for a model of this server.
 
         Raises:
-            UsageError: it is damaged.
+            UsageError: its file is damaged.
         """
         ...
 
     def all(self) -> list[Preset]:
-        """Those that can be used."""
+        """All usable presets."""
         ...
 
 
@@ -74,11 +74,11 @@ class Models:
     Args:
         offers: the models; or what finds those of a library now, which may read headers of new ones.
         to_entry: makes an entry of an offer.
-        common: the parts that they share; with its `any_model`, unknown names mean the first model.
-        process_bytes: what the process takes of the budget beside its models.
-        idle_unload_s: unload a model after so long without requests; None: only if its memory is needed.
-        presets: None: there are none.
-        default: the name that requests mean that name no model; None: the first model.
+        common: their shared parts; with its `any_model`, unknown names mean the first model.
+        process_bytes: the process's part of the budget, not counting models.
+        idle_unload_s: unload a model after this long without requests; None: only if its memory is needed.
+        presets: None for none.
+        default: the model for requests that name none; None: the first model.
         clock: seconds.
     """
 
@@ -96,13 +96,13 @@ class Models:
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self._presets, self._default = presets, default
-        self.is_draining = False  # the server is about to stop; requests that run go on, and load models
+        self.is_draining = False  # the server is about to stop; running requests continue and may load models
         self.work, self.kept, self._any_model = common.work, common.kept, common.any_model
         self._idle_unload_s = idle_unload_s
         self._clock = clock
         self._library, self._to_entry = (offers if callable(offers) else None), to_entry
         entries = [] if callable(offers) else [to_entry(offer) for offer in offers]
-        # Each model may be read at once, and be resized or closed; a thread that waits takes no other's.
+        # All models may be read, resized or closed at the same time without taking each other's thread.
         num_threads = _LIBRARY_THREADS if self.has_library else 2 * len(entries)
         self.loader = Loader(
             entries, budget_bytes=budget_bytes, process_bytes=process_bytes, idle_unload_s=idle_unload_s,
@@ -115,14 +115,14 @@ class Models:
     # ── a library ───────────────────────────────────────────────────────────────────────────────────────────────
 
     async def look(self, name: str | None = None) -> None:
-        """See which models the library has now; with a name, only if no such model is in memory.
+        """Refresh the list of the library's models; with a name, only if no such model is in memory.
 
         Without a library, and within LIBRARY_S of the last look, nothing happens.
         """
         known = None if name is None else self._known(name)
         if self._library is None or (known is not None and known.is_here):
             return
-        async with self._looking:  # those who came meanwhile find it done
+        async with self._looking:  # callers who waited find it done
             if self._looked_at is not None and self._clock() - self._looked_at < LIBRARY_S:
                 return
             self._found = found = await self.loader.in_thread(self._library)
@@ -144,7 +144,7 @@ class Models:
 
     @property
     def has_library(self) -> bool:
-        """Whether its models are those of a library."""
+        """Whether the models come from a library."""
         return self._library is not None
 
     @property
@@ -158,22 +158,22 @@ class Models:
 
     @property
     def has_one(self) -> bool:
-        """Whether the server has one model, which has all of the budget."""
+        """Whether the server has a single model with the whole budget."""
         return self.loader.lasting is not None
 
     @property
     def budget_bytes(self) -> int:
-        """The memory budget of the server now."""
+        """The server's current memory budget."""
         return self.loader.budget_bytes
 
     @property
     def process_bytes(self) -> int:
-        """What the process takes of it beside its models."""
+        """The process's part of the budget, not counting models."""
         return self.loader.process_bytes
 
     @property
     def held_bytes(self) -> int:
-        """The memory that the process and its models have now, of a budget that models share."""
+        """The memory that the process and its models hold of a shared budget."""
         return self.loader.held_bytes
 
     def _known(self, name: str) -> Entry | None:
@@ -185,7 +185,7 @@ class Models:
         return None
 
     def _first(self) -> Entry | None:
-        """The model of requests that name none."""
+        """The model for requests that name none."""
         if not self.has_library:
             return self._entries[0]
         here = sorted((one for one in self._entries if one.is_here), key=lambda one: one.used_at)
@@ -212,7 +212,8 @@ class Models:
         )  # fmt: skip
 
     async def named(self, name: str | None) -> tuple[str | None, Preset | None]:
-        """The model that a request's name means, and the preset if it is one's. Looks at the library if need be.
+        """The model that a request's name means, and the preset if the name is a preset's. Looks at the library if
+        necessary.
 
         Raises:
             Refused: it is a preset that cannot be used.
@@ -225,7 +226,9 @@ class Models:
         return (name, None) if preset is None else (preset.model, preset)
 
     def _preset(self, name: str | None) -> Preset | None:
-        """The preset that a request's name means. Reads a file: call it in a thread. Raises what `named` raises."""
+        """The preset that a request's name means. Call it in a thread, because it reads a file. Raises what `named`
+        raises.
+        """
         names = [] if name is None else [name]
         if name is None or (self._any_model and self._known(name) is None):
             names += [] if self._default is None else [self._default]
@@ -246,11 +249,11 @@ class Models:
         return None
 
     def _is_model(self, name: str | None) -> bool:
-        """Whether a model has exactly this name; a short form of one may be the name of a preset."""
+        """Whether a model has exactly this name, because a shortened name may be a preset's."""
         return any(entry.name == name for entry in self._entries)
 
     def presets(self) -> list[Preset]:
-        """The presets that requests can name. Reads files: call it in a thread."""
+        """The presets that requests can name. Call it in a thread, because it reads files."""
         known = [] if self._presets is None else self._presets.all()
         return [one for one in known if not self._is_model(one.name) and self._known(one.model) is not None]
 
@@ -263,18 +266,18 @@ class Models:
         return self._find(name).name
 
     async def use(self, name: str | None, until: ExitStack, request_id: str = "") -> Service:
-        """The service of a model, which is loaded if it is not in memory. It stays until `until` is closed.
+        """The service of a model, which is loaded if necessary and stays in memory until `until` is closed.
 
         Args:
-            request_id: for `waits`; empty: it waits unseen.
+            request_id: the id to show in `waits`; empty to wait unseen.
 
         Raises:
             Refused: there is no such model.
-            Overloaded: it does not fit beside models that answer now, or the server is stopping.
+            Overloaded: it does not fit alongside models that are answering, or the server is stopping.
             ArgosyError: it cannot be opened.
         """
         entry = self._find(name)
-        entry.num_uses += 1  # from now on it stays
+        entry.num_uses += 1  # this keeps it in memory
         until.callback(self._end_use, entry)
         while entry.service is None or entry.is_leaving:
             opening = self.loader.opening(entry)
@@ -292,7 +295,7 @@ class Models:
             entry.waiters.remove(waiter)
 
     def waits(self) -> list[tuple[str, RequestWait]]:
-        """The requests that wait for their models, the first MOST_WAITS of each, with the model's id."""
+        """The requests that wait for models, up to MOST_WAITS per model, with the model's id."""
         now = self._clock()
         return [
             (
@@ -316,11 +319,11 @@ class Models:
         return self.loader.services()
 
     def hearing(self) -> Service | None:
-        """The service with ears, if there is one: a server of several models has none."""
+        """The service with ears, if any; a server of several models has none."""
         return next((service for service in self.services() if service.ears is not None), None)
 
     def shown(self) -> Service | None:
-        """The service of the model in memory that was used last."""
+        """The service of the most recently used model in memory."""
         here = [entry for entry in self._entries if entry.service is not None]
         here.sort(key=lambda entry: (entry.num_uses > 0, entry.used_at))
         return here[-1].service if here else None
@@ -330,7 +333,7 @@ class Models:
         return [self._standing(entry) for entry in self._entries]
 
     def standing(self, name: str | None, preset: Preset | None = None) -> Standing:
-        """The standing of the model with a name, as `named` has both.
+        """The standing of a model and preset that `named` returned.
 
         Raises:
             Refused: there is no such model.
@@ -372,7 +375,7 @@ class Models:
         return [self._standing(entry, preset, entry.abilities()) for entry, preset in found]
 
     async def unload(self, name: str | None) -> bool:
-        """Unload a model now, unless a request uses it. A model that was not loaded here stays.
+        """Unload a model now, unless a request uses it. A model not loaded here stays.
 
         Returns:
             Whether it is out of memory.
@@ -383,23 +386,23 @@ class Models:
         return await self.loader.unload(self._find(name))
 
     async def resize(self, budget_bytes: int) -> None:
-        """Have another memory budget from now on; see `Loader.resize`."""
+        """Change the memory budget; see `Loader.resize`."""
         await self.loader.resize(budget_bytes)
 
     def revoke(self, tenant: str) -> None:
-        """End all requests of a revoked tenant, and delete all of its data. Any thread may call this."""
+        """End a revoked tenant's requests and delete all of its data. Any thread may call this."""
         self.loader.revoke(tenant)
         self.kept.forget(tenant)
 
     def drop_expired(self) -> None:
-        """Free stored responses that are too old."""
+        """Free expired responses."""
         self.kept.drop_expired()
 
     def erase(self, tenant: str) -> tuple[int, int]:
-        """End the running requests of a tenant, and delete what is kept of it. Any thread may call this.
+        """End a tenant's running requests and delete its data. Any thread may call this.
 
         Returns:
-            The number of stored responses with their items, and of answers that were kept for replay.
+            The number of deleted responses with their items, and of deleted answers for replay.
         """
         num_answers = self.loader.erase(tenant)
         return self.kept.erase(tenant), num_answers
@@ -407,7 +410,7 @@ class Models:
     # ── the life of the server ──────────────────────────────────────────────────────────────────────────────────
 
     async def preload(self, names: Sequence[str]) -> None:
-        """Look at the library, and load models one after another. Raises what `use` raises."""
+        """Look at the library and load models one after another. Raises what `use` raises."""
         await self.look()
         for name in names:
             base, _ = await self.named(name)
@@ -415,31 +418,31 @@ class Models:
                 await self.use(base, used)
 
     async def stop(self) -> None:
-        """End running requests, and loads."""
+        """End running requests and loads."""
         await self.loader.stop()
 
     async def close(self) -> None:
-        """End everything, and free the models that were loaded here. Closing twice is harmless."""
+        """End everything and free the models loaded here. Closing twice is harmless."""
         await self.loader.close()
 
 
 def models_of(request: Request) -> Models:
-    """All models of the server."""
+    """The models of a request's server."""
     models: Models = request.app.state.models
     return models
 
 
 async def use_model(request: Request, name: str | None = None) -> Service:
-    """The service of the model that a request names, for the rest of the request; None: the first model.
+    """The service of the model that a request names, or of the first model, for the rest of the request.
 
-    The model is loaded if it is not in memory, and stays until the request has ended. Raises what `Models.use` and
+    The model is loaded if necessary and stays in memory until the request ends. Raises what `Models.use` and
     `Run.go_on` raise.
     """
     caller: Caller = request.state.caller
     models = models_of(request)
     name, preset = await models.named(name)
     caller.uses = (models.id_of(name), *([] if preset is None else [preset.name]))
-    caller.go_on()  # a model that is stopped is not loaded
+    caller.go_on()  # do not load a stopped model
     service = await models.use(name, caller.ending, caller.request_id)
     request.state.service = service = service if preset is None else service.under(preset)
     return service

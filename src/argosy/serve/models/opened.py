@@ -38,12 +38,12 @@ def service_for(
     recorder: Recorder | None,
     speeds: Speeds | None,
 ) -> Service:
-    """Start the thread that steps an engine; whoever closes the engine closes the service's `loop` first.
+    """Start the thread that steps an engine. Close the service's `loop` before closing the engine.
 
     Args:
-        replay_bytes: for answers whose tokens are kept until their conversation continues.
-        recorder: has the choices of recent tokens; None: nothing is recorded.
-        speeds: predictions of its speed; None: there are none.
+        replay_bytes: memory for answers whose tokens are kept until their conversation continues.
+        recorder: records the choices of recent tokens; None: nothing is recorded.
+        speeds: predicts its speed; None: no predictions.
     """
 
     def compare(steps: DecodeSteps) -> Verification:
@@ -59,7 +59,7 @@ def service_for(
         form, context_tokens = RERANK_FORMS[common.rerank], engine.plan.context_tokens
         reranking = Reranking(form, engine.tokenizer, context_tokens=context_tokens)
     if common.ring is not None:
-        engine.forget_others(["", *common.ring.ids])  # drops tenants whose keys were revoked meanwhile
+        engine.forget_others(["", *common.ring.ids])  # drop tenants whose keys were revoked meanwhile
     return Service(
         EngineLoop(engine, report=lambda error: log.error("engine: %s", where_it_failed(error))),
         engine.prompts.remembering(ReplayMemory(max_bytes=replay_bytes)),
