@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from argosy.config import Format
 
-# # ggml's table: type number -> name, values per block, bytes per block. Tensors of all these types can be located, so
+# ggml's table: type number -> name, values per block, bytes per block. Tensors of all these types can be located, so
 # a type without a kernel is refused by name, and only if the model needs the tensor.
 TENSOR_TYPES: Mapping[int, tuple[str, int, int]] = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),

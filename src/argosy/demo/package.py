@@ -14,7 +14,7 @@ from argosy.errors import UsageError
 from argosy.installed import command_for_experts
 
 MODEL_CARD = "MODEL_CARD.md"
-# # Entries of the demo's generation_config.json. A model this small strays when it samples, and only a demonstration
+# Entries of the demo's generation_config.json. A model this small strays when it samples, and only a demonstration
 # whose text is always the same can be checked.
 GENERATION = {"do_sample": False}
 

@@ -21,7 +21,7 @@ from argosy.machine.energy import EnergyMeter
 _READ_EVERY_S = 0.05
 _JOULES_PER_KWH = 3.6e6
 
-# # The drive's energy is not measured, so we assume a range: from an NVMe drive that reads 7 GB/s at 2 W to a SATA
+# The drive's energy is not measured, so we assume a range: from an NVMe drive that reads 7 GB/s at 2 W to a SATA
 # drive that reads 0.5 GB/s at 4 W.
 _DRIVE_JOULES_PER_BYTE = (0.3e-9, 8e-9)
 

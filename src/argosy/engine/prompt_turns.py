@@ -16,7 +16,7 @@ from argosy.engine.sequence import Sequence
 from argosy.engine.steps import CannotRun
 from argosy.errors import ArgosyError
 
-# # Seconds of encoding between two steps, or the duration of a decode step if that is longer. Long enough that
+# Seconds of encoding between two steps, or the duration of a decode step if that is longer. Long enough that
 # switching costs little; short enough that no stream visibly pauses and a new prompt starts soon.
 MAKING_S = 0.02
 

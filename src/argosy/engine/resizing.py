@@ -55,7 +55,7 @@ class Resizer:
         self._before_moving = before_moving
         self._opened_with = started.first_plan
         self._one_at_a_time = threading.Lock()
-        # # Applies until no expert slot is free for the first time; None: that time is over, or there are no other
+        # Applies until no expert slot is free for the first time; None: that time is over, or there are no other
         # engines.
         self._loading = started.foreground
         self.foreground: AbstractContextManager[object] = nullcontext()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from argosy.engine.grammar.constraint import Constraint
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-# # turn: the maximum of sequences is running. memory: no room for its keys and values. prompt: another request
+# turn: the maximum of sequences is running. memory: no room for its keys and values. prompt: another request
 # computes the beginning of its prompt. model: its model is being loaded. room: other models occupy the memory for its
 # model.
 WaitReason = Literal["turn", "memory", "prompt", "model", "room"]

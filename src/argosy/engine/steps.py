@@ -27,7 +27,7 @@ class Scheduled(NamedTuple):
     step: Step
     sequences: list[Sequence]  # rows of `step.block_table`
     counts: list[int] | None  # tokens of each sequence; None: one each, and all of them decode
-    # # In the order of `step.wanted`: one row each, and one more for every proposal. A pooled text wants no logits.
+    # In the order of `step.wanted`: one row each, and one more for every proposal. A pooled text wants no logits.
     ready: list[Sequence]
     proposals: dict[Sequence, list[int]]  # the unconfirmed last tokens of some decoding sequences
 

@@ -44,7 +44,7 @@ Floats = NDArray[np.float64]
 WINDOWS: tuple[int, ...] = tuple(sorted({1} | {2**n for n in range(1, 15)} | {3 * 2**n for n in range(13)}))
 # Measured on recorded answers (`benchmarks/hit_rate.py`), and published spreads of hit rates at one size.
 RECORDED_ERROR, PRIOR_ERROR = 0.03, 0.10
-# # Hit rate by share of experts with a slot, for models without recordings: from fine-grained models (Qwen3-30B in six
+# Hit rate by share of experts with a slot, for models without recordings: from fine-grained models (Qwen3-30B in six
 # domains, GLM-5.2 in service, recorded answers) and from Mixtral 8x7B (https://pypi.org/project/moe-policylang/),
 # which balances its eight experts.
 _FINE = ((0.0, 0.03, 0.06, 0.12, 0.25, 0.5, 0.76, 1.0), (0.0, 0.13, 0.35, 0.57, 0.70, 0.89, 0.97, 1.0))

@@ -284,7 +284,7 @@ class _Process:
             raise ArgosyError("videos need a Python interpreter to start ffmpeg with limits")
         limiter = [sys.executable, "-I", "-S", "-c", _LIMITER, str(memory), str(-int(-cpu_s // 1))]
         self._memory = memory
-        # # Nothing reads the errors meanwhile: text that does not fit the pipe is lost, and ffmpeg does not wait for
+        # Nothing reads the errors meanwhile: text that does not fit the pipe is lost, and ffmpeg does not wait for
         # room.
         self._errors, errors = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:

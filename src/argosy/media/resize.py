@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-# # Places computed together: they read nearly the same inputs. A larger product would make BLAS start its threads,
+# Places computed together: they read nearly the same inputs. A larger product would make BLAS start its threads,
 # which then spin: twice the processor time on two cores, many times as much on many cores.
 _BLOCK = 8
 _ROWS_AT_ONCE = 64  # bounds the memory of float64 copies

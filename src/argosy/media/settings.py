@@ -17,7 +17,7 @@ from argosy.errors import CheckpointError, UnsupportedModel
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # the first file that exists counts
 VIDEO_FILES = ("video_preprocessor_config.json", *PROCESSOR_FILES)
 
-# # Keys of every processor that do not change values: names, layouts and containers of results, and parameters of
+# Keys of every processor that do not change values: names, layouts and containers of results, and parameters of
 # switches that must be off.
 _HARMLESS = frozenset({
     "_processor_class", "_valid_processor_keys", "auto_map", "crop_size", "data_format", "default_to_square", "device",

@@ -59,7 +59,7 @@ _SLACK_BYTES = 16 << 20  # for pieces, tables and the decoders' buffers
 
 # A Pillow image takes a byte, two bytes or four bytes per pixel, by its mode.
 _BYTES_PER_PIXEL = {"1": 1, "L": 1, "P": 1, "I;16": 2}
-# # The decoder for animations holds two canvases, a copy of the frame and the image itself; a lossless frame needs one
+# The decoder for animations holds two canvases, a copy of the frame and the image itself; a lossless frame needs one
 # more copy.
 _WEBP_BYTES_PER_PIXEL = 20
 # A block of 64 pixels takes at least one bit.

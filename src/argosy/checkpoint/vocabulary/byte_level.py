@@ -77,7 +77,7 @@ class Words:
     adds_bos: bool = False
 
 
-# # Names as in llama.cpp's converter (conversion/base.py, get_vocab_base_pre), for the families that run here. Flags
+# Names as in llama.cpp's converter (conversion/base.py, get_vocab_base_pre), for the families that run here. Flags
 # as in the models' tokenizer.json, even if llama.cpp lacks the corresponding step.
 WORDS: Mapping[str, Words] = {
     "gpt-2": Words(patterns=(_GPT2,)),

@@ -141,7 +141,7 @@ class Governor:
         self._busy, self._is_busy = 0.0, False
         # When the last step ended: the time, and `busy_s` then.
         self._last_end: tuple[float, float] | None = None
-        # # An estimate: seconds that the same tokens would have taken without proposals, less the seconds that they
+        # An estimate: seconds that the same tokens would have taken without proposals, less the seconds that they
         # took.
         self.won_s = 0.0
 

@@ -25,7 +25,7 @@ from argosy.errors import GrammarError
 MAX_CALLERS_CHARACTERS = 1 << 15  # for a caller's grammar; reading it takes up to a tenth of a second
 MAX_REGEX_CHARACTERS = 1 << 10  # for a regular expression, also inside a schema or a grammar
 MAX_NESTING = 64
-# # Levels open at once along a chain of rules or schemas. A thread with a 2 MiB stack survived 490 levels, and one
+# Levels open at once along a chain of rules or schemas. A thread with a 2 MiB stack survived 490 levels, and one
 # with the usual 8 MiB survived four times that; beyond it the process crashes.
 MAX_LEVELS = 400
 

@@ -39,7 +39,7 @@ from argosy.model.reading.accounts import FLOAT_FORMATS, TensorAccounts
 from argosy.model.reading.config_reader import ConfigReader
 from argosy.model.weights import DenseReading, dense_footprint, is_vector
 
-# # Bytes of a tower read between two steps: reads in flight when a step begins compete with the step's expert reads,
+# Bytes of a tower read between two steps: reads in flight when a step begins compete with the step's expert reads,
 # so they are few, and yield to those. Waiting for one tensor takes no longer than this, however slow the drive.
 READ_BYTES = 16 << 20
 READ_MS = 5
