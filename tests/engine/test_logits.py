@@ -13,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from argosy import Engine, SamplingParams, _native
+from argosy.errors import UsageError
 from tests.models.configuration import Configuration
 from tests.models.numpy_model import NumpyModel
 from tests.models.random_models import (
@@ -117,3 +118,26 @@ def test_logits_are_read_alone_while_another_thread_asks() -> None:
 
     assert set(num_live) == {1}
     assert answers == [alone]
+
+
+def test_logits_that_wait_while_another_thread_closes_the_engine_are_refused() -> None:
+    reference = REFERENCES[0]
+    errors: list[Exception] = []
+
+    def read() -> None:
+        try:
+            engine.logits(reference.input_ids)
+        except Exception as error:
+            errors.append(error)
+
+    engine = Engine.open(reference.directory, memory="2GiB", threads=1)
+    other = Thread(target=read)
+    with engine._lock:  # a step
+        other.start()
+        while not engine._lock._waiting:
+            sleep(0.001)
+        engine.close()
+    other.join()
+
+    assert not engine.has_work
+    assert [(type(error), str(error)) for error in errors] == [(UsageError, "the engine is closed")]

@@ -233,7 +233,7 @@ class Engine(BlockingCalls):
     @property
     def has_work(self) -> bool:
         """Whether a step would run any sequence."""
-        return self._scheduler.has_work
+        return self._started.is_open and self._scheduler.has_work
 
     @property
     def is_writing(self) -> bool:
