@@ -138,6 +138,7 @@ def test_other_configs_are_refused_by_name_with_the_supported_ones(given: Any, a
         (changed(INT4, ignore=[r"re:[\][](a+)+]"]), "which repeats a group"),
         (changed(INT4, ignore=["re:.*a.*b.*c.*d"]), "which has more than 3 repetitions or 8 alternatives"),
         (changed(INT4, ignore=["re:" + "(a|a)" * 9]), "which has more than 3 repetitions or 8 alternatives"),
+        (changed(FP8, ignored_layers=["re:" + "(" * 500 + "a" + ")" * 500]), "which has more than 64 groups"),
     ],
 )
 def test_invalid_or_costly_module_lists_are_refused(given: Any, sentence: str) -> None:

@@ -38,6 +38,7 @@ MXFP4_GROUP = 32
 _LONGEST_EXPRESSION = 1024
 _MOST_REPETITIONS = 3  # in an expression that names modules
 _MOST_ALTERNATIVES = 8
+_MOST_GROUPS = 64  # Python compiles groups within groups recursively
 
 SUPPORTED = (
     f"fp8 with weight_block_size [{FP8_BLOCK}, {FP8_BLOCK}], "
@@ -86,6 +87,8 @@ def _fault_of_expression(expression: str) -> str | None:
         return "repeats a group, or opens one with (? other than (?:, (?= and (?!"
     if len(re.findall(r"[*+?{]", plain)) > _MOST_REPETITIONS or plain.count("|") > _MOST_ALTERNATIVES:
         return f"has more than {_MOST_REPETITIONS} repetitions or {_MOST_ALTERNATIVES} alternatives"
+    if plain.count("(") > _MOST_GROUPS:
+        return f"has more than {_MOST_GROUPS} groups"
     try:
         re.compile(expression)
     except (re.error, OverflowError) as error:
