@@ -202,7 +202,7 @@ class EngineConfig(Strict):
     instruction_set: str | None = None  # the most capable one to use; None: the best this processor has
     ask_ahead: AskAhead | None = None  # how products prefetch weights; None: as measured for each format
     tune: bool = True  # run products as measured once on this machine; False: by the defaults
-    # # Maximum prompt tokens in one step; None: the memory plan decides. Raised to the largest picture for models
+    # Maximum prompt tokens in one step; None: the memory plan decides. Raised to the largest picture for models
     # whose pictures must run in one step.
     chunk_tokens: int | None = None
     expert_slots: int | None = None  # size of the expert cache; None: what the budget leaves
