@@ -175,6 +175,23 @@ def test_a_closed_engine_refuses_requests() -> None:
         engine.step()
 
 
+@pytest.mark.parametrize("call", ["generate", "embed"])
+def test_a_request_is_refused_if_another_thread_closes_the_engine_while_its_prompt_is_built(
+    call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine.open(REFERENCE.directory, memory="2GiB", threads=1)
+    name = {"generate": "build", "embed": "whole_text"}[call]
+    build = getattr(engine.prompts, name)
+
+    def close_then_build(*args: Any, **options: Any) -> Any:
+        engine.close()
+        return build(*args, **options)
+
+    monkeypatch.setattr(engine.prompts, name, close_then_build)
+    with pytest.raises(UsageError, match="the engine is closed"):
+        getattr(engine, call)([PROMPT] if call == "embed" else PROMPT)
+
+
 def test_a_misspelt_option_is_refused_with_the_known_ones() -> None:
     with pytest.raises(
         UsageError, match=r"unknown option 'contxt' of Engine\.open; known: memory, context, threads"

@@ -292,8 +292,10 @@ class Engine(BlockingCalls):
 
     def resize(self, budget_bytes: int, *, is_share: bool = False) -> MemoryPlan:
         """Change the memory budget; see `Resizer.resize`."""
+        resizer: Resizer | None = getattr(self, "_resizer", None)
         self._started.require_open()
-        return self._resizer.resize(budget_bytes, is_share=is_share)
+        assert resizer is not None  # `close` deletes it, and a closed engine does not come here
+        return resizer.resize(budget_bytes, is_share=is_share)
 
     def forbid_experts(self, experts: Mapping[int, Collection[int]]) -> None:
         """From the next step on, prevent every token from choosing these experts, given by layer

@@ -145,6 +145,14 @@ class Started:
         if not self.is_open:
             raise UsageError("the engine is closed")
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> object:
+            """Refuse what `close` deleted, also for threads that saw the engine open and do not hold the lock."""
+            if name in self.__dataclass_fields__:
+                raise UsageError("the engine is closed")
+            raise AttributeError(f"Started has no {name}")
+
     def close(self) -> None:
         """Free everything, even if a part of it fails to close. Call it with the lock, once."""
         self.is_open = False
