@@ -15,6 +15,7 @@ import pytest
 
 from argosy import Engine, SamplingParams
 from argosy.config import KV_BLOCK_TOKENS
+from argosy.engine.facts import EngineFacts
 from argosy.engine.loop import AnswerEnd, AnswerToken, EngineLoop, Event, LoopFacts, PromptProgress, Request
 from argosy.errors import ArgosyError, Overloaded, PromptTooLong
 from argosy.model.decoder import Decoder
@@ -103,6 +104,18 @@ def test_the_facts_give_the_numbers_of_resident_experts_slots_and_experts(loop: 
     loop.submit(PROMPT, SHORT, heard)
     heard.wait()
     wait_until(lambda: experts() == (4, 4, total))  # a snapshot may be one step old
+
+
+def test_after_a_resize_the_facts_of_an_idle_engine_have_the_slots_and_blocks_of_now() -> None:
+    def room(facts: EngineFacts) -> tuple[int, int, int]:
+        return facts.expert_slots, facts.num_resident, facts.kv_blocks
+
+    with open_engine(expert_slots=None) as engine, EngineLoop(engine) as loop:
+        plan, slots_before = engine.plan, engine.facts().expert_slots
+        for budget_bytes in (plan.total_bytes - 8 * plan.slots.slot_bytes, plan.budget_bytes):
+            loop.resize(budget_bytes)
+            assert room(loop.snapshot().engine) == room(engine.facts())
+            assert (engine.facts().expert_slots == slots_before) is (budget_bytes == plan.budget_bytes)
 
 
 def test_a_request_hears_of_its_prompt_then_of_each_token_then_of_its_end(

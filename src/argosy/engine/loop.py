@@ -240,7 +240,8 @@ class EngineLoop:
     def resize(self, budget_bytes: int, *, is_share: bool = False) -> MemoryPlan:
         """Give the engine another memory budget, while requests go on (`Engine.resize`, whose errors it raises)."""
         plan = self._engine.resize(budget_bytes, is_share=is_share)
-        self._facts = self._facts.with_plan(plan)  # `Engine.facts` would wait for the running step
+        # `Engine.facts` would wait for a running step, after which the thread gathers them itself.
+        self._facts = self._facts.with_plan(plan) if self._num_live else self._engine.facts()
         return plan
 
     def snapshot(self) -> LoopFacts:
