@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from argosy.route.app import _usage
 from tests.route.conftest import RealServer, RunningRouter, routing
 
 LONG = 400  # tokens: long enough to kill its server in the middle
@@ -360,3 +361,24 @@ def test_other_routes_are_answered_by_a_server(router: RunningRouter) -> None:
         assert client.get("/nowhere").status_code == 404
         with client.stream("GET", "/v1/engine/events") as events:
             assert next(events.iter_lines()).startswith("data: {")
+
+
+def test_cached_tokens_count_as_part_of_a_prompt_in_every_dialect() -> None:
+    of_openai = {"prompt_tokens": 54, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 48}}
+    of_responses = {"input_tokens": 54, "output_tokens": 3, "input_tokens_details": {"cached_tokens": 48}}
+    of_anthropic = [
+        {
+            "output_tokens": 3,
+            "input_tokens": fresh,
+            "cache_read_input_tokens": 48,
+            "cache_creation_input_tokens": made,
+        }
+        for fresh, made in ((6, 0), (0, 6))
+    ]
+    for usage in (of_openai, of_responses, *of_anthropic):
+        assert _usage({"usage": usage}) == (54, 3)
+        assert _usage({"type": "message_start", "message": {"usage": usage}}) == (54, 3)
+    assert _usage({"usage": {"input_tokens": 0, "output_tokens": 0, "cache_read_input_tokens": 0}}) == (
+        None,
+        None,
+    )

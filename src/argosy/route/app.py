@@ -475,14 +475,20 @@ class _Exchange:
         return sse({"type": "error", "code": "server_error", "message": message, "param": None}, "error")
 
 
+# Anthropic's names for prompt tokens that `input_tokens` excludes
+_CACHED = ("cache_read_input_tokens", "cache_creation_input_tokens")
+
+
 def _usage(data: dict[str, Any]) -> tuple[int | None, int | None]:
     """Tokens of prompt and answer, if an event or a whole answer reports them."""
     for holder in (data, data.get("response"), data.get("message")):
         usage = holder.get("usage") if isinstance(holder, dict) else None
         if isinstance(usage, dict):
-            return (
-                _number(usage, "prompt_tokens", "input_tokens"), _number(usage, "completion_tokens", "output_tokens")
-            )  # fmt: skip
+            prompt = [
+                _number(usage, "prompt_tokens", "input_tokens"),
+                *(_number(usage, name) for name in _CACHED),
+            ]
+            return sum(filter(None, prompt)) or None, _number(usage, "completion_tokens", "output_tokens")
     return _number(data, "prompt_eval_count"), _number(data, "eval_count")
 
 
