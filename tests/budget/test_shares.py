@@ -5,11 +5,11 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from argosy.budget.shares import Claim, divide
+from argosy.budget.shares import Demand, divide
 
 
-def claim(most_bytes: int, *, held_bytes: int = 0, used_at: float = 0.0, in_use: bool) -> Claim:
-    return Claim(most_bytes=most_bytes, held_bytes=held_bytes, used_at=used_at, is_in_use=in_use)
+def claim(most_bytes: int, *, held_bytes: int = 0, used_at: float = 0.0, in_use: bool) -> Demand:
+    return Demand(most_bytes=most_bytes, held_bytes=held_bytes, used_at=used_at, is_in_use=in_use)
 
 
 def test_models_in_use_have_equal_shares() -> None:
@@ -44,7 +44,7 @@ def test_the_idle_model_that_was_used_last_keeps_most() -> None:
 
 CLAIMS = st.lists(
     st.builds(
-        Claim,
+        Demand,
         most_bytes=st.integers(0, 5000),
         held_bytes=st.integers(0, 5000),
         used_at=st.floats(0, 1e6),
@@ -55,7 +55,7 @@ CLAIMS = st.lists(
 
 
 @given(st.integers(0, 10_000), CLAIMS)
-def test_shares_never_exceed_what_there_is(free_bytes: int, claims: list[Claim]) -> None:
+def test_shares_never_exceed_what_there_is(free_bytes: int, claims: list[Demand]) -> None:
     shares = divide(free_bytes, claims)
     assert sum(shares) <= free_bytes
     for share, one in zip(shares, claims, strict=True):
@@ -63,7 +63,7 @@ def test_shares_never_exceed_what_there_is(free_bytes: int, claims: list[Claim])
 
 
 @given(st.integers(0, 10_000), CLAIMS)
-def test_models_in_use_go_without_only_if_all_is_theirs(free_bytes: int, claims: list[Claim]) -> None:
+def test_models_in_use_go_without_only_if_all_is_theirs(free_bytes: int, claims: list[Demand]) -> None:
     both = list(zip(divide(free_bytes, claims), claims, strict=True))
     theirs = [(share, one) for share, one in both if one.is_in_use]
     if any(share < one.most_bytes for share, one in theirs):

@@ -372,7 +372,7 @@ def test_a_model_that_the_budget_has_become_too_small_for_is_refused_with_what_w
         with pytest.raises(Overloaded) as caught:
             await rig.ask("a")
         assert str(caught.value) == (
-            f"a needs 200 B, and the budget of {PROCESS + 150} B leaves 150 B beside the process\n"
+            f"a needs 200 B, and the budget of {PROCESS + 150} B leaves 150 B for models\n"
             "hint: start the server with `--memory 1MiB`"
         )
 

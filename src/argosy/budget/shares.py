@@ -5,8 +5,8 @@
 A model's floor is everything that it needs to run: dense weights, KV cache, buffers, and expert slots for one token in
 one layer. The memory that the floors leave is for experts:
 
-1. Models in use get equal shares. No model gets more than all of its experts take; the others share the excess. 2.
-Idle models keep their memory while there is room, the most recently used first.
+1. Models in use get equal shares. No model gets more than all of its experts take; the others share the excess.
+2. Idle models keep their memory while there is room, the most recently used first.
 
 So an idle model keeps its experts until another model needs their memory.
 
@@ -22,8 +22,8 @@ IN_USE_S = 60.0  # a model is in use while it answers, and for this long afterwa
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Claim:
-    """A model's use for memory beyond its floor."""
+class Demand:
+    """How much memory beyond its floor a model could use, and holds now."""
 
     most_bytes: int
     held_bytes: int  # current bytes
@@ -31,19 +31,19 @@ class Claim:
     is_in_use: bool
 
 
-def divide(free_bytes: int, claims: Sequence[Claim]) -> list[int]:
+def divide(free_bytes: int, demands: Sequence[Demand]) -> list[int]:
     """Return the bytes of each model beyond its floor, together at most `free_bytes`, which is not negative."""
     assert free_bytes >= 0
-    shares = [0] * len(claims)
-    in_use = [number for number, claim in enumerate(claims) if claim.is_in_use]
+    shares = [0] * len(demands)
+    in_use = [number for number, demand in enumerate(demands) if demand.is_in_use]
     # Models that can use least come first, so that the others share the excess.
-    in_use.sort(key=lambda number: claims[number].most_bytes)
+    in_use.sort(key=lambda number: demands[number].most_bytes)
     for place, number in enumerate(in_use):
-        shares[number] = min(claims[number].most_bytes, free_bytes // (len(in_use) - place))
+        shares[number] = min(demands[number].most_bytes, free_bytes // (len(in_use) - place))
         free_bytes -= shares[number]
-    others = [number for number, claim in enumerate(claims) if not claim.is_in_use]
-    others.sort(key=lambda number: claims[number].used_at, reverse=True)
+    others = [number for number, demand in enumerate(demands) if not demand.is_in_use]
+    others.sort(key=lambda number: demands[number].used_at, reverse=True)
     for number in others:
-        shares[number] = min(claims[number].held_bytes, free_bytes)
+        shares[number] = min(demands[number].held_bytes, free_bytes)
         free_bytes -= shares[number]
     return shares

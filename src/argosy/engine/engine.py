@@ -35,7 +35,7 @@ from argosy.engine.resizing import Resizer
 from argosy.engine.scheduler import Scheduler
 from argosy.engine.sequence import FinishReason, Result, TokenEvent
 from argosy.engine.sequence import Sequence as EngineSequence
-from argosy.engine.start import Share, start
+from argosy.engine.start import ProcessShare, start
 from argosy.engine.step_log import StepLog
 from argosy.engine.steps import CannotRun, Scheduled
 from argosy.engine.watermark import Watermark
@@ -70,7 +70,7 @@ class Engine(BlockingCalls):
         progress: Progress | None = None,
         observe_routes: RouteObserver | None = None,
         recorder: OpenRecorder | None = None,
-        share: Share | None = None,
+        share: ProcessShare | None = None,
         experts: ExpertGroup | None = None,
     ) -> None:
         watermark = None if config.watermark is None else Watermark.read(config.watermark)

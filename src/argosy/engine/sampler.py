@@ -6,8 +6,9 @@
        answer: stop tokens, and end tokens unless they are ignored. They stay if a grammar allows nothing else.
     1. `logit_bias` is added.
     2. `repetition_penalty` divides the positive logits and multiplies the negative logits of all prompt and answer
-    tokens. 3. `presence_penalty` is subtracted once from each token in the answer, `frequency_penalty` once per
-    occurrence. 4. Temperature 0 ends here: the largest logit wins, the lowest id on a tie.
+       tokens.
+    3. `presence_penalty` is subtracted once from each token in the answer, `frequency_penalty` once per occurrence.
+    4. Temperature 0 ends here: the largest logit wins, the lowest id on a tie.
     5. Logits are divided by `temperature`.
     6. `top_k` keeps the k largest; on a tie the lower ids.
     7. `top_p` keeps the most likely tokens until their probabilities, among those still kept, sum to p.

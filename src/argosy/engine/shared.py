@@ -25,7 +25,7 @@ from argosy.checkpoint.sampling import declared_sampling
 from argosy.config import KIB, MIB, Claim, EngineConfig, ModelConfig
 from argosy.engine.engine import Engine
 from argosy.engine.options import with_recorder
-from argosy.engine.start import Share, Vocabulary
+from argosy.engine.start import ProcessShare, Vocabulary
 from argosy.engine.turns import Turns
 from argosy.errors import ArgosyError, DoesNotFit
 from argosy.experts.recording import OpenRecorder
@@ -150,7 +150,7 @@ class Ready:
         Raises:
             CheckpointError and related errors: a file is damaged or missing.
         """
-        share = Share(
+        share = ProcessShare(
             footprint=self.footprint,
             turns=self._turns,
             foreground=self._foreground,

@@ -6,8 +6,8 @@ The tokenizer is built while weights are read. Its memory is known only afterwar
 before anything is read, to refuse early, and again with the memory that the process then holds. Experts are also read
 early if all of them fit next to any tokenizer of reasonable size.
 
-An engine that shares its process with others gets tokenizer and plan in its `Share`: its memory cannot be measured
-while others run. It reads its experts when they are needed, into a changing number of slots. It starts in the
+An engine that shares its process with others gets tokenizer and plan in its `ProcessShare`: its memory cannot be
+measured while others run. It reads its experts when they are needed, into a changing number of slots. It starts in the
 background: its reads give way to the steps and reads of other engines.
 """
 
@@ -85,7 +85,7 @@ class Vocabulary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
+class ProcessShare:
     """An engine's share of its process: a part of it, or all of it.
 
     turns: the lock for the cores, common to all engines of the process, so that their steps do not compete.
@@ -176,13 +176,13 @@ def start(
     progress: Progress | None = None,
     observe_routes: RouteObserver | None = None,
     recorder: RoutingRecorder | None = None,
-    share: Share | None = None,
+    share: ProcessShare | None = None,
     experts: ExpertGroup | None = None,
 ) -> Started:
     """Open everything that an engine needs.
 
     Args:
-        share: None: the engine has the budget and the process for itself (`Share.alone`).
+        share: None: the engine has the budget and the process for itself (`ProcessShare.alone`).
         experts: other processes that also run experts; `config.claims` includes their memory in this process.
 
     Raises:
@@ -192,7 +192,7 @@ def start(
     files = files_to_run(files, config)
     _require_readable(files)
     instruction_set = choose_instruction_set(config.instruction_set)
-    share = Share.alone(files, config) if share is None else share
+    share = ProcessShare.alone(files, config) if share is None else share
     ears_files = share.footprint.ears  # read before memory is measured
     clock = PartClock()
     with _no_collections(), ExitStack() as undo:
@@ -281,7 +281,7 @@ class _Read(NamedTuple):
 def _read(
     files: ModelFiles,
     config: EngineConfig,
-    share: Share,
+    share: ProcessShare,
     store: _native.Store,
     progress: Progress | None,
     undo: ExitStack,

@@ -231,7 +231,7 @@ def _ids(models: Sequence[Named], names: Sequence[str]) -> list[str]:
         if ids.count(name) > 1:
             raise UsageError(
                 f"two models are named {name}",
-                hint="`--name ID` for each model, in their order, names them otherwise",
+                hint="name each of them yourself: `--name ID` once for each model, in their order",
             )
     return ids
 

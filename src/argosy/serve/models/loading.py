@@ -20,7 +20,7 @@ from functools import partial
 from typing import ParamSpec, TypeVar
 
 from argosy.budget.requirements import require_budget
-from argosy.budget.shares import IN_USE_S, Claim, divide
+from argosy.budget.shares import IN_USE_S, Demand, divide
 from argosy.config import MIB, format_bytes
 from argosy.errors import ArgosyError, DoesNotFit, Overloaded
 from argosy.serve.answer.service import Service
@@ -145,7 +145,7 @@ class Loader:
         """
         if self.lasting is not None:
             return False
-        # Whoever asks may leave, and what has begun is finished.
+        # The client may disconnect; the change still completes.
         return await asyncio.shield(asyncio.create_task(self._unload_if_idle(entry)))
 
     async def _unload_if_idle(self, entry: Entry) -> bool:
@@ -164,7 +164,7 @@ class Loader:
             DoesNotFit: it is less than current answers need, or more than the machine has; nothing has changed.
             Overloaded: a model is being loaded.
         """
-        # Whoever asks may leave, and what has begun is finished.
+        # The client may disconnect; the change still completes.
         await asyncio.shield(asyncio.create_task(self._resize(budget_bytes)))
 
     async def _resize(self, budget_bytes: int) -> None:
@@ -313,7 +313,7 @@ class Loader:
             said = f"models that answer now leave {free} of {budget}\n  {parts}  (without experts)"
             hint = f"try again when {' or '.join(name for name, _ in held)} has answered, or {hint}"
         else:
-            said = f"{budget} leaves {free} beside the process"
+            said = f"{budget} leaves {free} for models"
         return Overloaded(
             f"{entry.name} needs {format_bytes(needed)}, and {said}",
             retry_after_s=int(_RETRY_S),
@@ -332,8 +332,8 @@ class Loader:
             free_bytes -= joining.floor_bytes
         sharing = [entry for entry in self.entries if entry is joining or entry.state == "ready"]
         now = self._clock()
-        claims = [self._claim(entry, now, is_joining=entry is joining) for entry in sharing]
-        shares = list(zip(sharing, divide(free_bytes, claims), strict=True))
+        demands = [self._demand(entry, now, is_joining=entry is joining) for entry in sharing]
+        shares = list(zip(sharing, divide(free_bytes, demands), strict=True))
         for entry, share_bytes in shares:
             if share_bytes < entry.expert_bytes and entry.service is not None:
                 await self.in_thread(entry.resize, share_bytes)
@@ -348,8 +348,8 @@ class Loader:
         assert self.held_bytes <= self.budget_bytes
 
     @staticmethod
-    def _claim(entry: Entry, now: float, *, is_joining: bool) -> Claim:
-        return Claim(
+    def _demand(entry: Entry, now: float, *, is_joining: bool) -> Demand:
+        return Demand(
             most_bytes=entry.most_bytes,
             held_bytes=entry.expert_bytes,
             used_at=entry.used_at,
