@@ -222,6 +222,27 @@ def test_a_closed_engine_releases_the_memory_of_experts(expert_slots: int | None
         arena.array()
 
 
+class FailingRecorder:
+    nbytes = 0
+
+    def record(self, *_: object) -> None:
+        raise OSError("no space left")
+
+
+def test_an_engine_whose_recorder_fails_is_closed_nevertheless() -> None:
+    engine = Engine.open(
+        REFERENCE.directory, memory="2GiB", threads=1, recorder=lambda files, config: FailingRecorder()
+    )
+    weights = engine._started.model.weights
+    sequence = engine.submit(PROMPT)
+    with pytest.raises(OSError, match="no space left"):
+        engine.close()
+    assert sequence.result is not None
+    assert sequence.result.finish_reason == "cancelled"
+    assert sys.getrefcount(weights) == 2
+    engine.close()
+
+
 def test_the_demo_model_runs_with_its_whole_context_and_a_quarter_of_its_experts_unless_a_budget_is_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -338,10 +338,12 @@ class Engine(BlockingCalls):
         with self._lock:
             if not self._started.is_open:
                 return
-            for sequence in list(self._sequences):
-                self._finish(sequence, "cancelled")
-            self._log.flush()
-            self._started.close()
-            self.watch.close()
-            del self.prompts, self.media, self._scheduler, self._answers, self._drafts, self._resizer
+            try:
+                for sequence in list(self._sequences):
+                    self._finish(sequence, "cancelled")
+                self._log.flush()
+            finally:  # a recorder may fail
+                self._started.close()
+                self.watch.close()
+                del self.prompts, self.media, self._scheduler, self._answers, self._drafts, self._resizer
         self._log.close(self.files.path)
