@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from argosy import SamplingParams
 from argosy.engine.engine import Engine
 from argosy.engine.shared import Ready, make_ready
+from argosy.errors import DoesNotFit
 from argosy.experts.cache import CachedRunner
 from argosy.open.models import configure, open_files
 from tests.cli.tiny_chat_model import write_chat_model
@@ -147,3 +149,24 @@ def test_calls_of_an_engine_do_not_wait_for_steps_of_others(engines: tuple[Engin
         caller.start()
         caller.join(30)
         assert not caller.is_alive()
+
+
+def test_a_model_is_opened_with_more_than_the_budget_that_it_was_planned_for_even_where_no_addresses_are_spare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("argosy.engine.start.may_reserve", lambda: False)  # as with `ulimit -v`
+    path = write_chat_model(tmp_path / "model")
+    files = open_files(path)
+    config = configure(path, files, memory="2GiB", threads=1)
+    (tight,), _ = make_ready([("tight", files, config)], claims=(), recorder=None)
+    with pytest.raises(DoesNotFit) as refused:
+        tight.fit(2 << 30)
+    needed = refused.value.facts["needed_bytes"]
+    assert isinstance(needed, int)
+    tight.fit((4 << 30) - needed)  # exactly enough for its floor
+    assert tight.plan.slots.reachable < tight.plan.slots.num_experts
+
+    engine = tight.open(tight.most_bytes)  # the server has got a larger budget since
+    assert engine.facts().expert_slots == engine.plan.slots.num_experts
+    assert len(engine.generate(PROMPT, PARAMS).token_ids) == 4
+    tight.close(engine)

@@ -375,7 +375,7 @@ def most_experts(slots: ExpertSlots) -> int:
 def _model_sizes(read: _Read, config: EngineConfig, floor: MemoryPlan | None) -> ModelSizes:
     plan = read.plan
     if floor is not None:  # other engines may leave it the whole budget
-        plan = grown(read.footprint, floor, floor.budget_bytes)
+        plan = grown(read.footprint, floor, max(floor.budget_bytes, plan.budget_bytes))
     return read.plan.model_sizes(config, most_experts=most_experts(plan.slots))
 
 
