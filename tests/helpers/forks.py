@@ -10,13 +10,15 @@ import subprocess
 import sys
 import tempfile
 import termios
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.forkserver import get_inherited_fds  # type: ignore[attr-defined]
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import DupFd
 from threading import Barrier
 from typing import Any, AnyStr, NoReturn
+
+Surroundings = tuple[str, dict[str, str]]
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
@@ -36,7 +38,8 @@ def call_in_fork(function: Callable[..., Any], *arguments: Any, **named: Any) ->
     ours, theirs = FORKS.Pipe(duplex=False)
     with ours, tempfile.TemporaryFile("w+") as screen:
         process = FORKS.Process(
-            target=_call, args=(theirs, _Descriptor(screen.fileno()), function, arguments, named)
+            target=_call,
+            args=(theirs, _Descriptor(screen.fileno()), _surroundings(), function, arguments, named),
         )
         process.start()
         theirs.close()
@@ -54,7 +57,10 @@ def call_in_fork(function: Callable[..., Any], *arguments: Any, **named: Any) ->
 def call_at_once(function: Callable[..., Any], calls: Sequence[Sequence[Any]]) -> list[int | None]:
     """Call a function with each of these arguments in processes of their own, all at once; return the exit codes."""
     all_started = FORKS.Barrier(len(calls))
-    processes = [FORKS.Process(target=_call_with, args=(all_started, function, *given)) for given in calls]
+    processes = [
+        FORKS.Process(target=_call_with, args=(all_started, _surroundings(), function, *given))
+        for given in calls
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -77,8 +83,8 @@ class Forked(subprocess.Popen[AnyStr]):
         self._fork = FORKS.Process(
             target=_run,
             args=(
-                function, [str(each) for each in arguments], dict(os.environ if env is None else env),
-                str(cwd or os.getcwd()), [_Descriptor(end) for end in ends], rest[20],
+                function, [str(each) for each in arguments], _surroundings(cwd, env),
+                [_Descriptor(end) for end in ends], rest[20],
             ),
         )  # fmt: skip
         self._fork.start()
@@ -137,7 +143,22 @@ def _number_there(descriptor: Any) -> int:
     return int(descriptor.detach())
 
 
-def _call_with(all_started: Barrier, function: Callable[..., Any], *given: Any) -> None:
+def _surroundings(cwd: Any = None, env: Mapping[str, str] | None = None) -> Surroundings:
+    """The directory and the environment of a fork. Its server has those of the test that started it."""
+    return str(cwd or os.getcwd()), dict(os.environ if env is None else env)
+
+
+def _enter(surroundings: Surroundings) -> None:
+    directory, environment = surroundings
+    os.chdir(directory)
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def _call_with(
+    all_started: Barrier, surroundings: Surroundings, function: Callable[..., Any], *given: Any
+) -> None:
+    _enter(surroundings)
     all_started.wait(60)
     function(*given)
 
@@ -151,8 +172,14 @@ def _write_to(descriptors: Sequence[int]) -> None:
 
 
 def _call(
-    told: Connection, screen: int, function: Callable[..., Any], arguments: Any, named: dict[str, Any]
+    told: Connection,
+    screen: int,
+    surroundings: Surroundings,
+    function: Callable[..., Any],
+    arguments: Any,
+    named: dict[str, Any],
 ) -> None:
+    _enter(surroundings)
     _write_to([screen, screen])
     result = function(*arguments, **named)
     sys.stdout.flush()
@@ -162,14 +189,11 @@ def _call(
 def _run(
     function: Callable[..., int | None],
     arguments: Sequence[str],
-    environment: dict[str, str],
-    directory: str,
+    surroundings: Surroundings,
     descriptors: Sequence[int],
     has_own_session: bool,
 ) -> NoReturn:
-    os.chdir(directory)
-    os.environ.clear()
-    os.environ.update(environment)
+    _enter(surroundings)
     os.dup2(descriptors[0], 0)
     _write_to(descriptors[1:])
     for descriptor in get_inherited_fds():
