@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from argosy.guard.keys import KeyFile, KeyRing
 from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
 from tests.abuse.kills import add_and_revoke
+from tests.helpers.command import run_argosy
 from tests.helpers.forks import ForkedArgosy, call_at_once
 from tests.serve.conftest import only, start
 
@@ -53,6 +55,8 @@ def test_concurrent_commands_lose_no_key(file: KeyFile) -> None:
     ]
     assert [process.wait(60) for process in processes] == [0] * 4
     assert {key.name for key in file.read()} == {"a", "b", "c"}
+    listed = run_argosy("keys", "list", "--keys", file.path, is_fork=False)
+    assert set(re.findall(r"^key-\w+ +(\w) ", listed.stdout, re.MULTILINE)) == {"a", "b", "c"}
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename"])

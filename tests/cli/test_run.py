@@ -694,7 +694,7 @@ def answer_slowly(*arguments: str) -> int:
     return main(["run", *arguments])
 
 
-def test_interrupting_the_real_process_exits_130(chat_model: Path) -> None:
+def test_interrupting_a_process_exits_130(chat_model: Path) -> None:
     process = Forked[bytes](
         [answer_slowly, "-m", chat_model, "--threads", "1", "-n", "200", "--ignore-eos", "Hi"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,

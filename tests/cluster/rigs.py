@@ -21,7 +21,7 @@ from argosy.cluster.worker import Worker, bind
 from argosy.cluster.worker_plan import WorkerSettings
 from argosy.experts.workers import WorkerStatus
 from argosy.model.families import open_model
-from tests.helpers.forks import ForkedArgosy
+from tests.helpers.command import start_of
 from tests.models.tiny import gpt_oss, prompt_ids, qwen3_moe
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -76,18 +76,22 @@ class WorkerProcess:
 
     Args:
         is_awaited: whether `start` waits until it is ready. A worker that copies is not ready without a coordinator.
+        is_fork: it starts sooner, but has imported most modules.
     """
 
-    def __init__(self, model: Path, *options: str, port: int = 0, is_awaited: bool = True) -> None:
+    def __init__(
+        self, model: Path, *options: str, port: int = 0, is_awaited: bool = True, is_fork: bool = True
+    ) -> None:
         self._is_awaited = is_awaited
+        self._start, command = start_of(is_fork=is_fork)
         self._command = [
-            "worker", str(model), "--memory", "1GiB", "--threads", "1", "--disk-rate", "1GB", *options
+            *command, "worker", str(model), "--memory", "1GiB", "--threads", "1", "--disk-rate", "1GB", *options
         ]  # fmt: skip
         self.process: subprocess.Popen[str]
         self.start(port)
 
     def start(self, port: int) -> None:
-        self.process = ForkedArgosy[str](
+        self.process = self._start(
             [*self._command, "--bind", f"127.0.0.1:{port}"],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**os.environ, "ARGOSY_ASK_AHEAD": "off"},

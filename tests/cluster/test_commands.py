@@ -42,7 +42,10 @@ def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def workers(model: Path, key_file: Path) -> Iterator[list[str]]:
     options = ["--key-file", str(key_file)]
-    with worker_process(model, *options) as one, worker_process(model, *options, "--share", "1/2") as other:
+    with (
+        worker_process(model, *options) as one,
+        worker_process(model, *options, "--share", "1/2", is_fork=False) as other,
+    ):
         yield [one.address, other.address]
 
 

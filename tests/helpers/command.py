@@ -12,12 +12,22 @@ from tests.helpers.forks import ForkedArgosy
 COMMAND = Path(sys.executable).with_name("argosy")
 
 
+def start_of(*, is_fork: bool) -> tuple[type[subprocess.Popen[str]], list[str]]:
+    """Return a `Popen` of `argosy`, and the words before its arguments."""
+    return (ForkedArgosy, []) if is_fork else (subprocess.Popen, [sys.executable, "-m", "argosy"])
+
+
 def run_argosy(
-    *arguments: str | Path, stdin: str = "", timeout_s: float = 60
+    *arguments: str | Path, stdin: str = "", timeout_s: float = 60, is_fork: bool = True
 ) -> subprocess.CompletedProcess[str]:
-    """Run `argosy` with these arguments; a nonzero exit code raises nothing."""
-    process = ForkedArgosy[str](
-        arguments,
+    """Run `argosy` with these arguments; a nonzero exit code raises nothing.
+
+    Args:
+        is_fork: it starts sooner, but has imported most modules; each command starts by itself in some test.
+    """
+    start, command = start_of(is_fork=is_fork)
+    process = start(
+        [*command, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

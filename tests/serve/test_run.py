@@ -241,7 +241,7 @@ def test_an_audit_survives_a_kill_and_a_running_server_erases_a_key(
         process.kill()
     with served(model, *options) as (url, process):
         monkeypatch.setenv("ARGOSY_API_KEY", admin)
-        erased = run_argosy("data", "erase", "--key", "laptop", "--url", url)
+        erased = run_argosy("data", "erase", "--key", "laptop", "--url", url, is_fork=False)
         assert erased.returncode == 0, erased.stderr
         assert f"key               {key.id}" in erased.stdout
         assert "audit contents    3 erased" in erased.stdout
@@ -252,7 +252,9 @@ def test_an_audit_survives_a_kill_and_a_running_server_erases_a_key(
         log = [json.loads(line) for line in end(process).splitlines() if line.startswith("{")]
     anchors = [line["anchor"] for line in log if line["event"] == "audit_anchor"]
     assert len(anchors) == 2  # at the start and at the end
-    found = run_argosy("audit", "verify", directory, "--anchor", anchors[0], "--anchor", anchors[1])
+    found = run_argosy(
+        "audit", "verify", directory, "--anchor", anchors[0], "--anchor", anchors[1], is_fork=False
+    )
     assert found.returncode == 0, found.stdout
     assert "0 kept, 3 erased" in found.stdout
 
