@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from argosy.checkpoint.untrusted_file import quote, read_object
+from argosy.checkpoint.untrusted_file import quote, read_at, read_object
 from argosy.errors import CheckpointError
 
 
@@ -38,6 +39,19 @@ def test_a_file_that_is_too_long_is_not_read(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match="is 100000001 bytes long; at most 100000000 are read"):
         read_object(path)
+
+
+def test_bytes_are_read_in_order_though_each_call_returns_a_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(range(100)))
+    read = os.pread
+    monkeypatch.setattr(os, "pread", lambda descriptor, nbytes, at: read(descriptor, min(nbytes, 7), at))
+    with path.open("rb") as file:
+        assert read_at(file.fileno(), 40, 30, path) == bytes(range(30, 70))
+        with pytest.raises(CheckpointError, match="ends at byte 100; expected 40 bytes at 80"):
+            read_at(file.fileno(), 40, 80, path)
 
 
 def test_a_quote_is_short_and_printable() -> None:

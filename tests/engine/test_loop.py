@@ -8,6 +8,7 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,16 @@ def require_nothing_left(engine: Engine) -> None:
     facts = engine.facts()
     assert (facts.num_running, facts.num_waiting, facts.kv_blocks_held, facts.states_held) == (0, 0, 0, 0)
     assert engine._started.store.pending() == 0
+
+
+@pytest.mark.parametrize("method", ["facts", "close"])
+def test_facts_and_an_end_come_between_two_steps(engine: Engine, method: str) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        with engine._lock:  # as during a step
+            called = pool.submit(getattr(engine, method))
+            assert not wait([called], 0.2).done
+            assert engine.facts().tokens_run == 0
+        called.result(PATIENCE_S)
 
 
 def test_the_facts_give_the_numbers_of_resident_experts_slots_and_experts(loop: EngineLoop) -> None:

@@ -250,6 +250,21 @@ def test_the_next_process_finds_a_prompt_in_files_and_answers_the_same(model: Mo
     assert visible(first) == visible(second) == model.alone(prompt)
 
 
+@pytest.mark.parametrize(("less_bytes", "num_found"), [(0, 288), (1, 0)])
+def test_a_prompt_that_takes_more_than_half_of_the_room_for_files_is_not_written(
+    directories: dict[str, Path], tmp_path: Path, less_bytes: int, num_found: int
+) -> None:
+    model = Model("latent", directories["latent"])
+    prompt = model.prompt(1, 300)
+    with model.engine(kv_dir=tmp_path / "sizes") as engine:
+        assert engine._started.cache._files is not None
+        file_bytes = engine._started.cache._files.file_bytes("kv")
+    room = KvDir(path=tmp_path / "kv", max_bytes=2 * (300 // KV_BLOCK_TOKENS) * file_bytes - less_bytes)
+    for expected in (0, num_found):
+        with model.engine(kv_dir=room) as engine:
+            assert cached(engine.generate(prompt, GREEDY)) == expected
+
+
 def test_another_model_kv_type_instruction_set_or_tenant_finds_nothing_in_files(
     model: Model, tmp_path: Path
 ) -> None:

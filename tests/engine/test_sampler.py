@@ -248,6 +248,13 @@ def test_a_bias_outside_the_vocabulary_is_named() -> None:
         SAMPLER.sample(np.zeros(3, np.float32), params, SamplerState([]))
 
 
+@pytest.mark.parametrize("bias", [-100.5, 100.5])
+def test_a_bias_that_is_too_large_is_named(bias: float) -> None:
+    SamplingParams(logit_bias={1: -100.0, 2: 100.0})
+    with pytest.raises(UsageError, match=f"from -100 to 100, found {bias} for token 2"):
+        SamplingParams(logit_bias={1: 0.0, 2: bias})
+
+
 def test_the_logits_are_left_unchanged() -> None:
     logits = np.arange(5, dtype=np.float32)
     params = replace(

@@ -223,6 +223,17 @@ def test_a_level_is_claimed_for_a_whole_interval(
     assert compare(few, [], before, after).verdict.level == level
 
 
+@pytest.mark.parametrize(("swing", "is_certain"), [(0.0, True), (8.0, False)])
+def test_a_group_reads_less_likely_only_if_that_is_certain(
+    few: Material, swing: float, is_certain: bool
+) -> None:
+    before, answers = np.zeros((8, 4, 2)), np.zeros((0, 3))
+    after = before.copy()
+    after[::2, 2], after[1::2, 2] = -3.0 - swing, -3.0 + swing  # the same mean
+    reasons = compare(few, [], scores_with(before, answers), scores_with(after, answers)).verdict.reasons
+    assert any("reads less likely than before" in reason for reason in reasons) == is_certain
+
+
 def test_gaps_that_change_in_both_ways_are_large_drift_that_favours_nobody(few: Material) -> None:
     before, answers = np.zeros((8, 4, 2)), np.zeros((0, 3))
     after = before.copy()

@@ -321,6 +321,23 @@ def test_a_size_that_no_drive_has_is_refused_before_a_byte_is_fetched(server: Se
     assert server.ranges == []
 
 
+def test_a_pull_that_continues_needs_room_for_the_missing_bytes_alone(
+    server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.lies[SHARDS[-1]] = {"status": "503"}
+    with pytest.raises(FetchFailed, match="answers 503"):
+        fetch(look_up(REPOSITORY))
+    server.lies.clear()
+    download = look_up(REPOSITORY)
+    assert download.here_bytes > 0
+    room = download.nbytes - download.here_bytes + pull._RESERVE_BYTES
+    monkeypatch.setattr(pull.resources, "free_disk_bytes", lambda _: room - 1)
+    with pytest.raises(DiskFull, match="more, and"):
+        fetch(download)
+    monkeypatch.setattr(pull.resources, "free_disk_bytes", lambda _: room)
+    assert fetch(download).is_dir()
+
+
 def test_a_drive_that_fills_during_a_fetch_is_reported_and_the_same_command_continues(
     server: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,13 @@ def test_every_expert_that_is_chosen_has_a_cell_and_darker_means_more_often() ->
     assert first == sorted(first, reverse=True)  # 0.25, then 0.5
     assert second == sorted(second, reverse=True)
     assert min(second) < min(first)  # all of a layer's choices
+    frames = [rect for rect in picture.iter(f"{_SVG}rect") if rect.get("fill") == "none"]
+    cell = re.match(r"M\d+ \d+h(\d+)v(\d+)h", paths[0][1])
+    assert cell is not None
+    width, height = map(int, cell.groups())
+    assert [(one.get("width"), one.get("height")) for one in frames] == [
+        (str(4 * width), str(2 * height))
+    ] * 2
 
 
 def test_a_large_model_makes_a_small_file_with_all_layers_inside() -> None:
