@@ -311,8 +311,19 @@ class Directory:
 def replacing(path: Path) -> Iterator[Callable[[bytes], None]]:
     """`Directory.replacing` for a file that the user named: a link stays a link, and its target is replaced."""
     path = Path(os.path.realpath(path))
-    with Directory(path.parent) as parent, parent.replacing(path.name) as write:
+    with Directory(path.parent) as parent, parent.replacing(file_name(path)) as write:
         yield write
+
+
+def file_name(path: Path) -> str:
+    """The name of a file that the user named, in its directory.
+
+    Raises:
+        IsADirectoryError: the path can only name a directory: `.`, `..`, `/`, or no text.
+    """
+    if path.name in ("", ".."):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    return path.name
 
 
 def sync(path: Path) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from argosy.directory import Directory
+from argosy.directory import Directory, file_name
 from argosy.errors import UsageError
 
 LOCK = "lock"  # name of the file that a process locks to hold a directory
@@ -80,7 +80,7 @@ def make_secret(path: Path, num_bytes: int) -> None:
     """
     with Directory(path.parent) as parent:
         try:
-            descriptor = parent.open(path.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+            descriptor = parent.open(file_name(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         except FileExistsError:
             raise UsageError(
                 f"{path} exists, and a secret is never replaced", hint="name another file"
@@ -104,7 +104,7 @@ def read_secret(path: Path, num_bytes: int, *, lost_with_it: str, may_make: bool
     """
     try:
         with Directory(path.parent) as parent:
-            descriptor = parent.open(path.name)
+            descriptor = parent.open(file_name(path))
     except FileNotFoundError:
         if not may_make:
             raise

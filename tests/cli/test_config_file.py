@@ -118,6 +118,7 @@ def test_relative_paths_begin_at_the_files_folder(tmp_path: Path) -> None:
         ("kv = 'f8'", "kv: 'f8' is not one of"),
         ("port = 1\nport = 2", "is not valid TOML"),
         ("port =", "is not valid TOML"),
+        (f"port = {'9' * 5000}", "is not valid TOML"),
         ("a = " + "[" * 20_000, "nested too deeply"),
         ("#" * 70_000, "larger than 65536 bytes"),
     ],

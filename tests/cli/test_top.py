@@ -366,6 +366,8 @@ def test_a_servers_own_error_message_is_passed_on(capsys: Captured) -> None:
         ("127.0.0.1:8080", "--url must be a server's address, found '127.0.0.1:8080'"),
         ("http://", "must be a server's address"),
         ("http://h:port", "must be a server's address"),
+        ("http://foo..bar", "must be a server's address"),
+        (f"http://{'a' * 64}.example", "must be a server's address"),
         ("ftp://h", "must be a server's address"),
         (
             "http://h:1/v1",

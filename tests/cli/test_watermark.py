@@ -102,6 +102,8 @@ def test_what_cannot_be_judged_is_refused(
         (detect(open_key, chat_model, text), "can be read by others"),
         (detect(key, chat_model, text, "--false-positives", "0"), "--false-positives"),
         (["watermark", "key", str(key)], "never replaced"),
+        *((["watermark", "key", path], "Is a directory") for path in ("", "..", "/")),
+        *((detect(Path(path), chat_model, text), "Is a directory") for path in ("", "..", "/")),
     ):
         assert main(arguments) == 2, arguments
         assert said in capsys.readouterr().err

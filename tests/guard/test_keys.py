@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,21 @@ def test_a_key_file_that_others_may_read_is_refused(tmp_path: Path) -> None:
     file.path.chmod(0o640)
     with pytest.raises(UsageError, match="other users can access"):
         file.read()
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    os.mkfifo(path, 0o600)
+    with pytest.raises(UsageError, match=r"keys\.json cannot be read: it is not a regular file"):
+        KeyFile(path).read()
+
+
+def test_only_a_missing_file_is_said_to_need_a_first_key(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="makes one"):
+        KeyFile(tmp_path / "keys.json").read()
+    with pytest.raises(UsageError, match="Is a directory") as raised:
+        KeyFile(tmp_path).add("laptop")
+    assert raised.value.hint is None
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,7 @@ def test_the_digest_covers_the_file_and_all_that_it_names(file: Path) -> None:
         ("[policies.lenient]", "[policies.'a b']", "a name has letters, digits, dots and dashes"),
         ('blocked-users = ["u-1"]', "blocked-users = [1]", "blocked-users must be a list of at most"),
         ('default = "house"', "default = ", "it is not TOML"),
+        ('default = "house"', f"default = {'9' * 5000}", "it is not TOML"),
     ],
 )
 def test_a_mistake_is_named(file: Path, old: str, new: str, fault: str) -> None:

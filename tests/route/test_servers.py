@@ -131,6 +131,7 @@ def test_addresses_of_servers(url: str, shown: str) -> None:
         "ftp://a",
         "http://",
         "http://a:99999",
+        "http://a..b",
         "http://u:p@a",
         "http://a/?q",
         "http://a\r\nx",

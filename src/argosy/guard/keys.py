@@ -102,14 +102,21 @@ class KeyFile:
             UsageError: the file is missing, others can access it, or its content is invalid.
         """
         try:
-            with self.path.open("rb") as file:
-                if os.fstat(file.fileno()).st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            # Opening a named pipe must not block.
+            with open(
+                self.path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
+            ) as file:
+                mode = os.fstat(file.fileno()).st_mode
+                if not stat.S_ISREG(mode):
+                    raise UsageError(f"{self.path} cannot be read: it is not a regular file")
+                if mode & (stat.S_IRWXG | stat.S_IRWXO):
                     raise UsageError(f"other users can access {self.path}", hint=f"chmod 600 {self.path}")
                 data = file.read(_MAX_FILE_BYTES + 1)
         except OSError as error:
+            makes = f"`argosy keys add NAME --keys {self.path}` makes one"
             raise UsageError(
                 f"{self.path} cannot be read: {error.strerror}",
-                hint=f"`argosy keys add NAME --keys {self.path}` makes one",
+                hint=makes if isinstance(error, FileNotFoundError) else None,
             ) from None
         try:
             return _keys_in(data)

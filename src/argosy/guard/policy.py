@@ -208,7 +208,7 @@ class _Reader:
         data = self._file(self._path, _MOST_FILE_BYTES)
         try:
             given = tomllib.loads(data)
-        except (tomllib.TOMLDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: invalid, or a number has too many digits
             raise UsageError(f"it is not TOML: {error}") from None
         known = ("default", "keys", "policies", "checks", "blocked-users")
         _require_known(given, known, "")

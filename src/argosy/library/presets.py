@@ -157,7 +157,7 @@ def from_toml(data: bytes, name: str) -> Preset:
         given = tomllib.loads(data.decode())
     except UnicodeDecodeError as error:
         raise UsageError(f"it is not UTF-8 text: byte {error.start} is invalid") from None
-    except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: invalid, or a number has too many digits
         raise UsageError(f"it is not TOML: {error}") from None
     for key in given:
         require_known(key, _KEYS)

@@ -65,6 +65,7 @@ def parse_address(url: str) -> Address:
     try:
         parts = urlsplit(url)
         port = parts.port
+        (parts.hostname or "").encode("idna")  # as sockets do: an empty or long label is an error
     except ValueError:
         parts, port = urlsplit(""), None
     if (

@@ -130,7 +130,7 @@ def _claude_code(connection: Connection, file: Path | None, environment: Mapping
 
 def _codex(connection: Connection, file: Path | None, environment: Mapping[str, str]) -> Setup:
     path = file or _home(environment, "CODEX_HOME", ".codex") / "config.toml"
-    catalogue = path.with_name("argosy-models.json")
+    catalogue = path.parent / "argosy-models.json"
     root: dict[str, Any] = {
         "model": connection.model,
         "model_provider": "argosy",

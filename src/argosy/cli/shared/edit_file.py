@@ -180,7 +180,7 @@ def as_toml(values: Mapping[str, Any]) -> list[str]:
 def _parsed_toml(text: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: invalid, or a number has too many digits
         raise _Unreadable(f"it is not TOML ({error})") from error
 
 

@@ -132,6 +132,7 @@ class RemoteServer:
         try:
             parts = urlsplit(url)
             self._port = parts.port
+            (parts.hostname or "").encode("idna")  # as sockets do: an empty or long label is an error
         except ValueError:
             parts, self._port = urlsplit(""), None
         if parts.scheme not in ("http", "https") or not parts.hostname:
