@@ -92,7 +92,7 @@ def test_reset_keeps_only_the_system_message(engine: Engine, capsys: Captured) -
 
 
 def test_commands_answer_on_stderr(engine: Engine, capsys: Captured) -> None:
-    conversation(engine).talk(reading("/help", "Hi", "/ledger", "/legder", "/quit", "never read"))
+    conversation(engine).talk(reading("/help", "Hi", "/ledger", "/legder", "/quit now", "never read"))
     captured = capsys.readouterr()
     assert captured.out == "Paris is it.\n"
     assert "/reset         forget the conversation" in captured.err

@@ -454,7 +454,7 @@ def test_the_help_lists_every_variable_that_the_program_reads(capfd: pytest.Capt
     [
         ({"ARGOSY_THREADS": "many"}, "a whole number of at least 1 and at most 1024, found 'many'"),
         ({"ARGOSY_THREADS": "0"}, "at most 1024, found '0'"),
-        ({"ARGOSY_MEMORY": "8"}, "'8' has no unit\nhint: write 8GiB, 8MiB, or 8B for bytes"),
+        ({"ARGOSY_MEMORY": "8"}, "ARGOSY_MEMORY: '8' has no unit\nhint: write 8GiB, 8MiB, or 8B for bytes"),
         (
             {"ARGOSY_MEMROY": "1GiB"},
             "unknown environment variable ARGOSY_MEMROY; did you mean ARGOSY_MEMORY?",

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import click
 
@@ -39,10 +39,6 @@ from argosy.cli.shared.texts import MOST_BYTES, text_or_file
 from argosy.config import DEMO
 from argosy.config.option import Option
 from argosy.errors import UsageError
-
-if TYPE_CHECKING:
-    pass
-
 
 _DEFAULT_HISTORY = ""  # `--history` without a file
 

@@ -142,7 +142,7 @@ class Conversation:
                 say("press ^C again to quit")
                 continue
             is_leaving = False
-            if said == "/quit":
+            if said.split(maxsplit=1)[:1] == ["/quit"]:
                 return
             try:
                 self._take(said)
@@ -502,7 +502,7 @@ class Conversation:
                 what = ", all of them thoughts"
                 if self._not_thinking.variables(self._open_model.variables):
                     why += ", /think off skips them"
-            say(f"(cut off after {num_tokens:,} tokens{what}, {why})")
+            say(f"(cut off after {num_tokens:,} token{'s' * (num_tokens != 1)}{what}, {why})")
         self._say_speed(reply)
 
     def _has_made_room(self, begun: _Begun | None) -> bool:

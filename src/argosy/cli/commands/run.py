@@ -200,7 +200,7 @@ def _say_cut(
     Raises:
         UsageError: nothing useful came.
     """
-    more = "allow more with -n"
+    more, tokens = "allow more with -n", f"{num_tokens:,} token{'s' * (num_tokens != 1)}"
     if full_context is not None:
         more = f"the context of {full_context:,} tokens is full: a larger --context allows more"
     if answer.reasoning and not answer.text.strip():
@@ -208,10 +208,8 @@ def _say_cut(
             more += ", or use --no-think"
         raise UsageError(f"all {num_tokens:,} tokens went into thoughts, so there is no answer", hint=more)
     if has_form:
-        raise UsageError(
-            f"the answer was cut off after {num_tokens:,} tokens, before its JSON was complete", hint=more
-        )
-    print(f"note: the answer was cut off after {num_tokens:,} tokens; {more}", file=sys.stderr)
+        raise UsageError(f"the answer was cut off after {tokens}, before its JSON was complete", hint=more)
+    print(f"note: the answer was cut off after {tokens}; {more}", file=sys.stderr)
 
 
 def _ask_server(at: ServerModel, question: _Question) -> None:

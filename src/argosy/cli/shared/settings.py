@@ -53,8 +53,12 @@ def read_settings(environment: Mapping[str, str] | None = None, **flags: Unpack[
     found.pop("tune", None)  # only checked here: `machine/tuning.py` reads it in every process of ours
     found |= {name: value for name, value in flags.items() if value is not None}
     if "memory" in found:
-        # checks only the format: the total is read when an engine opens
-        parse_size(found["memory"], total_bytes=GIB)
+        try:  # checks only the format: the total is read when an engine opens
+            parse_size(found["memory"], total_bytes=GIB)
+        except UsageError as error:
+            if flags.get("memory") is not None:
+                raise
+            raise UsageError(f"ARGOSY_MEMORY: {error.message}", hint=error.hint) from None
     return cast(Settings, found)
 
 
