@@ -229,6 +229,34 @@ class FailingRecorder:
         raise OSError("no space left")
 
 
+def test_a_recorder_that_failed_once_receives_later_steps() -> None:
+    class FailingOnce(FailingRecorder):
+        num_calls = 0
+
+        def record(self, *_: object) -> None:
+            self.num_calls += 1
+            if self.num_calls == 1:
+                raise OSError("no space left")
+
+    recorder = FailingOnce()
+    with Engine.open(
+        REFERENCE.directory,
+        memory="2GiB",
+        threads=1,
+        chunk_tokens=64,
+        prefix_reuse=False,
+        recorder=lambda *_: recorder,
+    ) as engine:
+        num_failed = 0
+        for _ in range(12):
+            try:
+                engine.generate((PROMPT * 60)[:60], SamplingParams(max_tokens=2, ignore_eos=True))
+            except OSError:
+                num_failed += 1
+    assert num_failed == 1
+    assert recorder.num_calls > 1
+
+
 def test_an_engine_whose_recorder_fails_is_closed_nevertheless() -> None:
     engine = Engine.open(
         REFERENCE.directory, memory="2GiB", threads=1, recorder=lambda files, config: FailingRecorder()

@@ -103,8 +103,8 @@ class RouteLog:
             self.flush(runner)
 
     def flush(self, runner: ExpertRunner) -> None:
-        """Pass the logged steps to the recorder."""
-        stats = runner.stats
-        self._recorder.record(self._steps, stats.decode_lookups, stats.decode_hits)
+        """Pass the logged steps to the recorder; they are lost if it fails."""
+        stats, steps = runner.stats, self._steps
         self._steps = []
         self._begin = 0
+        self._recorder.record(steps, stats.decode_lookups, stats.decode_hits)
