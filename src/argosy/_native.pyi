@@ -1143,9 +1143,7 @@ class Exchange:
         """
 
     def resend(self, ticket: int, shares: Mapping[int, Sequence[int]]) -> None:
-        """
-        Ask further peers for missing experts; the first complete answer wins.
-        """
+        """Ask further peers for missing experts; the first complete answer wins."""
 
     def receive(self, ticket: int, timeout_us: int) -> list[ExchangeEvent]:
         """
@@ -1161,9 +1159,7 @@ class Exchange:
         """
 
     def forget(self, ticket: int) -> None:
-        """
-        Cancel open requests. Nothing reads `rows` or writes `out` after this.
-        """
+        """Cancel open requests. Nothing reads `rows` or writes `out` after this."""
 
     def guess(self, peer: int, layer: int, by_rank: Sequence[Sequence[int]], *, is_sweep: bool) -> None:
         """
@@ -1337,7 +1333,9 @@ class Owners:
         """
 
     def is_usable(self, owner: Owner) -> bool:
-        """Whether an owner can take requests now and is expected to answer in time."""
+        """
+        Whether an owner can take requests now and is expected to answer in time.
+        """
 
 class AskedCounts:
     """
@@ -1396,9 +1394,7 @@ class GroupExperts(LayerExperts):
         """
 
     def take_over(self) -> BegunLayer | None:
-        """
-        The layer at which the stack stopped, if it was begun; otherwise None.
-        """
+        """The layer at which the stack stopped, if it was begun; otherwise None."""
 
     def abandon(self) -> None:
         """Forget a layer that was begun, if there is one."""
@@ -1493,9 +1489,7 @@ class WorkerLink:
 
     @property
     def is_cancelled(self) -> bool:
-        """
-        Whether the request was cancelled, which ends it. Never waits.
-        """
+        """Whether the request was cancelled, which ends it. Never waits."""
 
     def serve_resident(self, runtime: Runtime, table: ExpertTable) -> bool:
         """
