@@ -25,7 +25,8 @@ def rows_by_room(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Row
     return found
 
 
-@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.full) for part in (1, 2))])
+@pytest.mark.full
+@pytest.mark.parametrize("part", range(3))
 def test_no_reader_takes_time_that_grows_faster_than_its_input(
     rows_by_room: dict[str, list[Row]], part: int
 ) -> None:
@@ -37,6 +38,7 @@ def test_no_reader_takes_time_that_grows_faster_than_its_input(
     assert not slow, "\n".join(slow)
 
 
+@pytest.mark.full
 def test_no_body_takes_memory_that_grows_faster_than_it(rows_by_room: dict[str, list[Row]]) -> None:
     large = []
     for row in rows_by_room["body"] + rows_by_room["strict_json"] + rows_by_room["template"]:

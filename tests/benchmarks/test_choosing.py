@@ -18,6 +18,7 @@ def _each_table_is_made_once() -> Iterator[None]:
         yield
 
 
+@pytest.mark.full
 def test_the_guide_has_the_tables_of_today() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert page.count("| `box:") == len(MODELS) * len(MACHINES)

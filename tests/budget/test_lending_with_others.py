@@ -186,6 +186,7 @@ def checkpoint(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(directory)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(bool(why_no_cap()), reason=why_no_cap() or "")
 def test_two_models_that_lend_their_idle_memory_stay_within_a_cgroup_of_their_budget(
     checkpoint: Path,

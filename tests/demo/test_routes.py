@@ -20,7 +20,7 @@ HELD_OUT = Path(__file__).parents[1] / "oracle" / "held_out"
 CARD = Path(__file__).parents[2] / "packages" / "argosy-demo" / "argosy_demo" / "MODEL_CARD.md"
 NUM_TOKENS = 512
 NUM_EXPERTS = 12  # of a layer; four of them hear and see, and serve no text
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
 
 
 def texts() -> dict[str, str]:

@@ -99,7 +99,8 @@ def checkpoint(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.skipif(bool(why_no_cap()), reason=why_no_cap() or "")
-@pytest.mark.parametrize("num_photographs", [2, pytest.param(6, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("num_photographs", [2, 6])
 def test_photographs_and_a_recording_beside_texts_stay_within_the_budget(
     checkpoint: Path, num_photographs: int
 ) -> None:

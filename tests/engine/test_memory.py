@@ -94,6 +94,7 @@ def test_a_model_of_four_times_the_budget_runs_in_a_cgroup_of_the_budget(checkpo
         )
 
 
+@pytest.mark.full
 @pytest.mark.skipif(bool(why_no_cap()), reason=why_no_cap() or "")
 def test_prompts_that_are_written_to_files_and_read_again_stay_within_the_budget(
     checkpoint: Path, tmp_path: Path

@@ -22,6 +22,7 @@ def case(tmp_path: Path) -> Case:
     return Case(native, native.Runtime(1), str(path))
 
 
+@pytest.mark.full
 def test_odd_arguments_to_every_binding_end_in_a_result_or_an_exception(tmp_path: Path) -> None:
     note = tmp_path / "note"
     walk = [sys.executable, "-m", "tests.native.odd_arguments", "--note", str(note)]
