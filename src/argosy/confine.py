@@ -1,6 +1,6 @@
 """Limits that a process sets on itself before it touches data from a stranger; they cannot be lifted again.
 
-Where a system does not know a limit, the others still hold: whoever started the process also enforces a time limit.
+Where a system does not know a limit, the others still hold: the parent process also enforces a time limit.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     ConfinedProcess("argosy.media.worker", ...)  ->  its `main`: "ready", then an answer to each request, over pipes
 
 The child sees our package, the packages that it is given, and no variable of the environment but those that find
-shared libraries. Every write and read has a deadline. Whoever asks decides what an ended or late process means.
+shared libraries. Every write and read has a deadline. The caller decides what an ended or late process means.
 
 Elsewhere: `confine.py` has the limits that the child sets on itself.
 """

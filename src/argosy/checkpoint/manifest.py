@@ -307,7 +307,7 @@ def _expert_files(manifest: Manifest) -> list[str]:
 
 
 def _check_files(directory: Path, manifest: Manifest, shards: int) -> None:
-    """Compare sizes with the manifest. Files that `shards` do not need may be missing, see `open_pack`."""
+    """Compare sizes with the manifest. Files that `shards` do not need may be missing: see `open_pack`."""
     expert_files = _expert_files(manifest)
     for required in (DENSE_FILE, *expert_files):
         if required not in manifest.files:

@@ -292,9 +292,9 @@ class Engine(BlockingCalls):
 
     def resize(self, budget_bytes: int, *, is_share: bool = False) -> MemoryPlan:
         """Change the memory budget; see `Resizer.resize`."""
-        resizer: Resizer | None = getattr(self, "_resizer", None)
+        resizer: Resizer | None = getattr(self, "_resizer", None)  # first: `close` may delete it later
         self._started.require_open()
-        assert resizer is not None  # `close` deletes it, and a closed engine does not come here
+        assert resizer is not None
         return resizer.resize(budget_bytes, is_share=is_share)
 
     def forbid_experts(self, experts: Mapping[int, Collection[int]]) -> None:

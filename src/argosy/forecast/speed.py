@@ -356,8 +356,8 @@ def predict_picture(
 
 
 def _asked(work: Work, working_set: WorkingSet, num_tokens: int) -> float:
-    """The distinct experts of a layer requested by `num_tokens` tokens or steps; 1 if no layer has experts, to
-    avoid dividing by 0.
+    """How many distinct experts of a layer `num_tokens` tokens or steps choose; 1 without layers of experts, so that
+    nobody divides by 0.
     """
     return float(working_set.distinct_in(num_tokens).mean()) if work.num_moe_layers else 1.0
 

@@ -214,7 +214,7 @@ class Conversation:
         say(f"thinking {said}")
 
     def _note_thinking(self) -> bool:
-        """Report what the model cannot be told, if anything; return whether there was something."""
+        """Print a note if the model cannot think as it should; return whether there is one."""
         if (shortfall := self._open_model.shortfall(self._thinking)) is not None:
             say(f"note: {shortfall}")
         return shortfall is not None
