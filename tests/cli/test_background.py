@@ -161,6 +161,30 @@ def test_a_killed_server_is_replaced(chat_model: Path) -> None:
     assert here().pid != first.pid
 
 
+# The first thread ends and another goes on, as in a killed server whose threads have not all ended.
+FIRST_THREAD_ENDS = """
+import ctypes, threading, time
+threading.Thread(target=time.sleep, args=(600,)).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+def test_a_killed_process_runs_until_its_last_thread_has_ended() -> None:
+    with subprocess.Popen([sys.executable, "-c", FIRST_THREAD_ENDS]) as ending:
+        try:
+            status = Path(f"/proc/{ending.pid}/status")
+            wait_until(lambda: "State:\tZ" in status.read_text())
+            started = own_server._started(ending.pid)
+            assert started is not None
+            process = own_server.Process(ending.pid, started, 0.0, "http://127.0.0.1:1")
+            assert own_server.is_running(process)
+            ending.kill()
+            wait_until(lambda: "Threads:\t1\n" in status.read_text())
+            assert not own_server.is_running(process)
+        finally:
+            ending.kill()
+
+
 def test_a_later_process_with_the_servers_id_is_never_stopped(state: Path, capfd: Captured) -> None:
     with subprocess.Popen(["sleep", "600"]) as victim:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import select
@@ -39,13 +40,12 @@ def passing(
     sockets: list[socket.socket], *options: str, **environment: str
 ) -> Iterator[subprocess.Popen[str]]:
     """A server with these sockets; they are far from the descriptors that they become."""
-    far = [os.dup(one.fileno()) for one in sockets]
-    high = [os.dup2(number, 100 + place) for place, number in enumerate(far)]
+    high = [fcntl.fcntl(one, fcntl.F_DUPFD, 100) for one in sockets]
     process = subprocess.Popen(
         [sys.executable, "-c", PASSING, str(len(high)), *map(str, high), *options], pass_fds=high, text=True,
         stderr=subprocess.PIPE, env=os.environ | environment,
     )  # fmt: skip
-    for number in {*far, *high}:
+    for number in high:
         os.close(number)
     try:
         yield process

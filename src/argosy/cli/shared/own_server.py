@@ -172,7 +172,10 @@ def is_starting(process: Process) -> bool:
 
 
 def _started(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot, or None if there is no such process."""
+    """When a process started, in clock ticks since boot, or None if there is no such process.
+
+    A killed process is a zombie as soon as its first thread has ended, while others still hold its sockets.
+    """
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             # The second field is the program's name in parentheses, which may itself contain spaces and
@@ -180,4 +183,5 @@ def _started(pid: int) -> int | None:
             state, *facts = file.read(_MOST_BYTES).rpartition(b")")[2].split()
     except (OSError, ValueError):
         return None
-    return None if state == b"Z" else int(facts[18])
+    num_threads = int(facts[16])
+    return None if state == b"Z" and num_threads <= 1 else int(facts[18])
