@@ -15,6 +15,7 @@ import pytest
 
 from argosy._native import Arena, Store, crc32c_wide, drive_probe
 from argosy.machine.resources import process_footprint
+from tests.helpers.forks import call_in_fork
 from tests.native._native_testing import FaultyFileSystem, RealFileSystem
 
 PAGE = 4096
@@ -369,3 +370,29 @@ def test_a_closed_store_refuses_fetches(file: Path) -> None:
     store.close()
     with pytest.raises(ValueError, match="the store is closed"):
         store.fetch(Arena(PAGE), [(file_id, 0, 1, 0)], None)
+
+
+def test_stores_take_the_queues_of_earlier_ones_except_in_a_fork(file: Path) -> None:
+    counts = []
+    for _ in range(3):  # the kernel needs 40 ms to destroy a queue
+        counts.append(num_kernel_queues())
+        many = [Store(1) for _ in range(8)]
+        while many:
+            many.pop().close()
+        assert read_all(file) == file.read_bytes()
+    if not counts[1]:
+        pytest.skip("the kernel has no asynchronous reads")
+    assert counts[0] <= counts[1] == counts[2] <= counts[0] + 4
+    assert call_in_fork(read_all, file)[0] == file.read_bytes()
+
+
+def read_all(file: Path) -> bytes:
+    store, arena, nbytes = Store(2), Arena(16 * PAGE), file.stat().st_size
+    assert fetch_one(store, arena, store.open(str(file)), 0, nbytes, 0) == (None, None)
+    store.close()
+    return arena.array()[:nbytes].tobytes()
+
+
+def num_kernel_queues() -> int:
+    """Rings of Linux AIO in the address space of this process."""
+    return Path("/proc/self/maps").read_text().count("/[aio]")
