@@ -9,6 +9,7 @@ meet, and the others are `full`.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import importlib
@@ -27,6 +28,7 @@ import certifi
 import pytest
 
 from argosy import _native, confined_process
+from argosy.serve.http import server
 from tests.helpers.forks import ForkedWorker
 
 # Products run as the defaults say, whatever was measured here: tests neither wait for a probe nor keep what it finds.
@@ -89,10 +91,7 @@ def pytest_collection(session: pytest.Session) -> None:
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
-
-
-def pytest_unconfigure() -> None:
-    gc.unfreeze()
+    atexit.register(gc.unfreeze)  # later than pytest's own collections, of which there are five
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks for markers
@@ -137,6 +136,14 @@ def _memory_of_a_module_ends_with_it() -> Iterator[None]:
     yield
     gc.collect()
     _native.trim_heap()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _servers_unfreeze_nothing() -> Iterator[None]:
+    """A server thaws all objects when it ends; with those of collecting, each later search would take half a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server, "gc", SimpleNamespace(freeze=lambda: None, unfreeze=lambda: None))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

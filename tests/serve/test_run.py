@@ -36,7 +36,7 @@ from argosy.serve.http.running import Running
 from argosy.serve.http.server import Endpoint
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.helpers.command import run_argosy
-from tests.helpers.forks import ForkedArgosy
+from tests.helpers.forks import ForkedArgosy, call_in_fork
 
 
 @pytest.fixture(scope="module")
@@ -297,10 +297,19 @@ def test_an_address_that_is_not_this_machines_is_an_error(host: str, fault: str)
         pass
 
 
-def test_what_was_here_before_a_server_is_collected_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    num_frozen: list[int] = []
-    monkeypatch.setattr(http_server.Server, "run", lambda *_: num_frozen.append(gc.get_freeze_count()))
-    with bind("localhost", 0) as sockets:
+def test_what_was_here_before_a_server_is_collected_after_it() -> None:
+    (before, while_serving, after), _ = call_in_fork(frozen_objects)  # those of this process stay frozen
+    assert before < while_serving
+    assert after == 0
+
+
+def frozen_objects() -> list[int]:
+    """Count them before, while and after a server runs."""
+    counts: list[int] = []
+    with pytest.MonkeyPatch.context() as patch, bind("localhost", 0) as sockets:
+        patch.setattr(http_server, "gc", gc)
+        patch.setattr(http_server.Server, "run", lambda *_: counts.append(gc.get_freeze_count()))
+        counts.append(gc.get_freeze_count())
         http_server.run_app(
             SimpleNamespace(running=Running()),  # type: ignore[arg-type]
             None,  # type: ignore[arg-type]
@@ -308,7 +317,7 @@ def test_what_was_here_before_a_server_is_collected_after_it(monkeypatch: pytest
             Endpoint(host="localhost", drain_s=0.0),
             lambda address: None,
         )
-    assert num_frozen[0] > 0 == gc.get_freeze_count()
+    return [*counts, gc.get_freeze_count()]
 
 
 def test_sockets_are_bound_at_once_and_listen_later() -> None:
