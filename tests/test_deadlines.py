@@ -47,7 +47,7 @@ PERIODS = {
     "route/servers.py:_LOOK_S": "a stream without a server looks for one",
     "cluster/member.py:LOOK_S": "connections are tended",
     "cluster/worker.py:_TICK_S": "a worker's figures are refreshed",
-    "cluster/door.py:TICK_S": "a door looks whether it is closed",
+    "cluster/door.py:_AGAIN_S": "a door tries again where the system has no room",
     "cluster/ray_control.py:SAID_S": "a wait for workers is reported",
     "cluster/ray_control.py:_LOOK_S": "the workers that Ray started are checked",
     "cli/shared/server_model.py:_LOOK_S": "a wait for a busy server looks for ^C",
@@ -61,6 +61,10 @@ PERIODS = {
 ENDLESS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ("checkpoint/upcycle.py", "another command makes the same model; ^C ends it"): [
         ("_locked_scratch", "fcntl.flock(scratch.descriptor, fcntl.LOCK_EX)"),
+    ],
+    ("cluster/door.py", "a door is open until a worker drains, and shut by the thread that waits for that"): [
+        ("admit", "listener.accept()"),
+        ("admit.shut", "is_over.wait()"),
     ],
     ("cluster/group.py", "the keeper wakes every `_LOOK_S`, and waits for nothing itself"): [
         ("Group.close", "self._keeper.join()"),

@@ -22,6 +22,7 @@ from argosy.checkpoint.pack import pack
 from argosy.checkpoint.shards import ALL_SHARDS, COPY_FILE, shard_of, shards_of_share
 from argosy.cluster import copied as copied_module
 from argosy.cluster import copy_link, hello, identity, secure
+from argosy.cluster import copying as copying_module
 from argosy.cluster.copied import Copy, CopyingWorker
 from argosy.cluster.copy_link import THE_LIST, CopyEnd, CopyLink
 from argosy.cluster.copy_source import CopySource, Pace, serve_copy
@@ -332,8 +333,9 @@ def test_bytes_are_on_the_drive_before_it_is_noted_that_they_are(
 
 
 def test_a_worker_process_is_killed_while_it_copies_and_serves_in_the_end(
-    models: dict[str, Path], tmp_path: Path
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(copying_module, "MOST_PAUSE_S", 0.25)  # before it is called again
     model, key = models["a pack"], tmp_path / "key"
     key.write_bytes(KEY)
     key.chmod(0o600)

@@ -64,7 +64,9 @@ def test_silent_strangers_leave_the_oldest_first_and_keep_nobody_out() -> None:
 
 
 def test_a_thread_that_cannot_start_ends_one_connection_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "_AGAIN_S", 0.05)
     with ExitStack() as stack, admitting() as listener:
+        assert is_met(connect(stack, listener))  # the door's own thread has started
         with monkeypatch.context() as patched:
 
             def refuse(_: threading.Thread) -> None:

@@ -14,8 +14,8 @@ import pytest
 
 from argosy import _native
 from argosy.checkpoint.pack import pack
+from argosy.cluster import hello, secure
 from argosy.cluster import runner as runner_module
-from argosy.cluster import secure
 from argosy.cluster import worker as worker_module
 from argosy.cluster.group import Group
 from argosy.cluster.member import parse_host
@@ -444,7 +444,9 @@ def test_two_workers_that_disagree_are_both_set_aside(model: Path) -> None:
 
 
 @needs_openssl
-def test_tls_carries_the_same_bits(model: Path, alone: list[Any], tmp_path: Path) -> None:
+def test_tls_carries_the_same_bits(
+    model: Path, alone: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     certificate, key = make_certificate(tmp_path, "worker", "-nodes")
     other, _ = make_certificate(tmp_path, "other", "-nodes")
     with worker_thread(model, tls=secure.server_context(certificate, key), num_slots=12) as (address, _):
@@ -459,6 +461,7 @@ def test_tls_carries_the_same_bits(model: Path, alone: list[Any], tmp_path: Path
             pytest.raises(PeerNotUsable, match="its certificate is not trusted"),
         ):
             open_engine(model, group)
+        monkeypatch.setattr(hello, "HELLO_S", 0.2)  # each side would wait for the other's first bytes
         with Group([host]) as group, pytest.raises(PeerNotUsable):  # plain bytes to a worker that speaks TLS
             open_engine(model, group)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import socket
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,7 +18,7 @@ from contextlib import suppress
 log = logging.getLogger("argosy.cluster")
 
 MOST_STRANGERS = 8  # connections still in their introduction
-TICK_S = 0.5  # between two checks of `is_over`
+_AGAIN_S = 0.5  # before the next attempt where the system has no room for a connection
 
 Meet = Callable[[socket.socket, str, Callable[[], None]], None]
 
@@ -70,16 +69,20 @@ def admit(listener: socket.socket, meet: Meet, is_over: threading.Event) -> None
         finally:
             strangers.remove(stranger)
 
-    listener.settimeout(TICK_S)
+    def shut() -> None:
+        is_over.wait()
+        with suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)  # this ends `accept`
+
+    threading.Thread(target=shut, name="argosy-door", daemon=True).start()
     with listener:
         while not is_over.is_set():
             try:
                 connection, (address, *_) = listener.accept()
-            except TimeoutError:
-                continue
             except OSError as error:  # too many open files, or the connection is already gone
-                log.warning("worker: a connection could not be accepted: %s", error.strerror)
-                time.sleep(TICK_S)
+                if not is_over.is_set():
+                    log.warning("worker: a connection could not be accepted: %s", error.strerror)
+                    is_over.wait(_AGAIN_S)
                 continue
             try:  # counted here, because threads may start in another order than the connections
                 stranger = strangers.add(connection, str(address))
@@ -98,4 +101,4 @@ def admit(listener: socket.socket, meet: Meet, is_over: threading.Event) -> None
                 strangers.remove(stranger)
                 connection.close()
                 log.warning("worker: a connection could not be met: %s", error)
-                time.sleep(TICK_S)
+                is_over.wait(_AGAIN_S)
