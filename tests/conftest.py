@@ -9,6 +9,7 @@ meet, and the others are `full`.
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import ctypes
 import gc
@@ -143,6 +144,15 @@ def _servers_unfreeze_nothing() -> Iterator[None]:
     """A server thaws all objects when it ends; with those of collecting, each later search would take half a second."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server, "gc", SimpleNamespace(freeze=lambda: None, unfreeze=lambda: None))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _servers_look_often_whether_they_end() -> Iterator[None]:
+    """uvicorn sleeps a tenth of a second between two looks, and so would each of some hundred servers at its end."""
+    with pytest.MonkeyPatch.context() as patch:
+        quick = SimpleNamespace(**vars(asyncio) | {"sleep": lambda seconds: asyncio.sleep(seconds / 10)})
+        patch.setattr("uvicorn.server.asyncio", quick)
         yield
 
 

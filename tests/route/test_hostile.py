@@ -66,7 +66,7 @@ def faking(*answers: Answer) -> Iterator[tuple[RunningRouter, list[FakeServer]]]
     with ExitStack() as stack:
         servers = [stack.enter_context(FakeServer(answer)) for answer in answers]
         for server in servers:
-            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
             stack.callback(server.shutdown)
         yield stack.enter_context(routing([server.url for server in servers])), servers
 
