@@ -15,14 +15,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
 
 from argosy.guard.keys import KeyRing
 from argosy.route.app import make_router
 from argosy.route.servers import Fleet, Health
 from argosy.route.upstream import parse_address
 from argosy.serve.http.listen import bind
-from argosy.serve.http.server import uvicorn_config
+from argosy.serve.http.server import WokenServer, uvicorn_config
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.helpers.forks import FORKS
 
@@ -126,7 +125,7 @@ def routing(urls: Sequence[str], *, health: Health | None = None) -> Iterator[Ru
     health = health or Health(period_s=0.1, timeout_s=1.0)
     fleet = Fleet([parse_address(url) for url in urls], health)
 
-    class Server(uvicorn.Server):
+    class Server(WokenServer):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await fleet.preload()
             await super().startup(sockets)
@@ -141,11 +140,11 @@ def routing(urls: Sequence[str], *, health: Health | None = None) -> Iterator[Ru
         thread = threading.Thread(target=server.run, args=[sockets])
         thread.start()
         while not server.started:
-            time.sleep(0.01)
+            time.sleep(0.001)
         try:
             yield RunningRouter(f"http://127.0.0.1:{port}", fleet)
         finally:
-            server.should_exit = True
+            server.end()
             thread.join()
 
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-import uvicorn
 
 from argosy.engine.loop import EngineLoop
 from argosy.guard.keys import KeyRing
@@ -21,7 +20,7 @@ from argosy.serve.answer.facts import ModelFacts
 from argosy.serve.answer.service import Common, Service
 from argosy.serve.app import make_app
 from argosy.serve.http.listen import bind
-from argosy.serve.http.server import uvicorn_config
+from argosy.serve.http.server import WokenServer, uvicorn_config
 from argosy.serve.http.streams import EventStream
 from argosy.serve.models.entry import Entry, Offer
 from argosy.serve.models.models import Models
@@ -73,17 +72,17 @@ def only(service: Service, **options: Any) -> Models:
 
 
 def start(app: Any, **options: Any) -> Iterator[str]:
-    server = uvicorn.Server(uvicorn_config(app, grace_s=5, **options))
+    server = WokenServer(uvicorn_config(app, grace_s=5, **options))
     with bind("127.0.0.1", 0) as sockets:
         port = sockets[0].getsockname()[1]
         thread = threading.Thread(target=server.run, args=[sockets])
         thread.start()
         while not server.started:
-            time.sleep(0.01)
+            time.sleep(0.001)
         try:
             yield f"http://127.0.0.1:{port}"
         finally:
-            server.should_exit = True
+            server.end()
             thread.join()
 
 

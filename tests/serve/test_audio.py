@@ -373,7 +373,7 @@ def test_a_transcription_ends_when_its_client_leaves(
     else:
         # No piece of work gets a turn until the client has left, so it cannot be done before.
         with ears._turns, pytest.raises(httpx.ReadTimeout):
-            httpx.post(url + TRANSCRIPTIONS, files=files, data=fields, timeout=httpx.Timeout(60, read=1.5))
+            httpx.post(url + TRANSCRIPTIONS, files=files, data=fields, timeout=httpx.Timeout(60, read=0.5))
     until = time.monotonic() + 30
     while ears._num_asking:
         assert time.monotonic() < until

@@ -60,7 +60,7 @@ def test_one_connection_too_many_gets_a_503_in_its_dialect_and_is_closed(
         deadline = time.monotonic() + 20
         while httpx.post(url, json=greedy(dialect, "Hi", 1), timeout=20).status_code != 200:
             assert time.monotonic() < deadline
-            time.sleep(0.05)
+            time.sleep(0.01)
 
 
 def test_connections_far_beyond_the_limit_are_closed_without_an_answer(
@@ -76,7 +76,7 @@ def test_connections_far_beyond_the_limit_are_closed_without_an_answer(
 
 
 def test_an_idle_connection_is_closed(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_server, "KEEP_ALIVE_S", 1)
+    monkeypatch.setattr(http_server, "KEEP_ALIVE_S", 0.2)
     for url in start(make_app(only(service), KeyRing(None), block_tokens=16, max_sequences=8)):
         host, _, port = url.removeprefix("http://").partition(":")
         with ExitStack() as stack:

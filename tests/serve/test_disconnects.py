@@ -26,7 +26,6 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 
 from argosy import Engine, SamplingParams
 from argosy.engine.loop import AnswerEnd, AnswerToken, EngineLoop
@@ -43,7 +42,7 @@ from argosy.serve.answer.service import Service
 from argosy.serve.answer.tool_use import ToolUse
 from argosy.serve.app import make_app
 from argosy.serve.http.listen import bind
-from argosy.serve.http.server import uvicorn_config
+from argosy.serve.http.server import WokenServer, uvicorn_config
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.serve.conftest import only
 
@@ -85,7 +84,7 @@ class Server:
         self.loop = EngineLoop(engine)
         service = Service(self.loop, self.prompts, engine.tokenizer, facts)
         app = make_app(only(service), KeyRing(keys), block_tokens=16, max_sequences=4, limits=self.limits)
-        self._server = uvicorn.Server(uvicorn_config(app, grace_s=5))
+        self._server = WokenServer(uvicorn_config(app, grace_s=5))
         self._bound = ExitStack()
         sockets = self._bound.enter_context(bind("127.0.0.1", 0))
         self.port = sockets[0].getsockname()[1]
@@ -94,7 +93,7 @@ class Server:
         wait_for(lambda: self._server.started)
 
     def close(self) -> None:
-        self._server.should_exit = True
+        self._server.end()
         self._thread.join()
         self._bound.close()
         self.loop.close()

@@ -43,8 +43,10 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> KeyFile:
 @pytest.fixture(scope="module")
 def keyed(service: Service, keys: KeyFile) -> Iterator[tuple[str, str]]:
     _, secret = keys.add("one", requests_per_minute=3)
-    for url in start(make_app(only(service), KeyRing(keys), block_tokens=16, max_sequences=8)):
-        yield url, secret
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("argosy.guard.keys._LOOK_AGAIN_S", 0.01)
+        for url in start(make_app(only(service), KeyRing(keys), block_tokens=16, max_sequences=8)):
+            yield url, secret
 
 
 @pytest.mark.parametrize("route", [route for route in ROUTES if route.rule.scope], ids=lambda r: r.rule.path)
@@ -74,7 +76,7 @@ def test_a_key_is_limited_by_its_scope_its_rate_and_its_revocation(
     assert [answer.status_code for answer in statuses] == [200, 200, 200, 429]
     assert int(statuses[-1].headers["Retry-After"]) > 0
     keys.revoke("one")
-    time.sleep(1.1)
+    time.sleep(0.05)
     assert httpx.get(f"{url}/v1/models", headers=headers).status_code == 401
 
 
@@ -83,7 +85,7 @@ def test_tokens_generated_before_a_client_hangs_up_count_against_its_quota(
 ) -> None:
     url, _ = keyed
     _, secret = keys.add("quota", tokens_per_day=12)
-    time.sleep(1.1)
+    time.sleep(0.05)
     headers = {"Authorization": f"Bearer {secret}"}
     ask = {"prompt": "abc", "max_tokens": 200, "stream": True, "logit_bias": {"2": -100, "0": -100}}
     with httpx.stream("POST", f"{url}/v1/completions", json=ask, headers=headers) as answer:
@@ -208,8 +210,8 @@ def test_too_large_a_body_is_refused_by_its_announced_length(
 def test_a_client_that_does_not_finish_its_head_or_body_is_cut_off(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("argosy.serve.http.server.HEADER_S", 0.3)
-    monkeypatch.setattr("argosy.serve.http.incoming.BODY_STALL_S", 0.3)
+    monkeypatch.setattr("argosy.serve.http.server.HEADER_S", 0.15)
+    monkeypatch.setattr("argosy.serve.http.incoming.BODY_STALL_S", 0.15)
     assert raw(url, b"GET /health HTTP/1.1\r\nHo") == b""
     head = b"POST /tokenize HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     assert raw(url, head + b"Content-Length: 50\r\n\r\n{").startswith(b"HTTP/1.1 408")

@@ -230,7 +230,7 @@ def test_a_server_frees_what_is_too_old_though_no_request_comes(monkeypatch: pyt
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
         finally:
-            server.should_exit = True
+            server.end()
             thread.join()
 
 

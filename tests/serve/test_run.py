@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import gc
+import importlib
 import json
 import re
 import resource
@@ -12,7 +13,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -36,7 +37,7 @@ from argosy.serve.http.running import Running
 from argosy.serve.http.server import Endpoint
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.helpers.command import run_argosy
-from tests.helpers.forks import ForkedArgosy, call_in_fork
+from tests.helpers.forks import Forked, ForkedArgosy, argosy_command, call_in_fork
 
 
 @pytest.fixture(scope="module")
@@ -44,25 +45,39 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_chat_model(tmp_path_factory.mktemp("run") / "model")
 
 
+def argosy_with(constants: str, *arguments: str) -> int:
+    """Run `argosy` with other values of constants, given as JSON: so tests need not wait as long as users."""
+    for name, value in json.loads(constants).items():
+        module, _, constant = name.rpartition(".")
+        found = importlib.import_module(module)
+        assert hasattr(found, constant)
+        setattr(found, constant, value)
+    return argosy_command(*arguments)
+
+
 @contextmanager
-def served(model: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Run a server; yield its address and process once it is ready."""
+def served(
+    model: Path, *options: str, constants: Mapping[str, float] | None = None
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Run a server, with other `constants` if any are given; yield its address and process once it is ready."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
         "serve", str(model), "--memory", "1GiB", "--port", str(port), "--max-sequences", "3",
     ]  # fmt: skip
-    process = ForkedArgosy[str]([*command, *options], stderr=subprocess.PIPE, text=True)
+    process = Forked[str](
+        [argosy_with, json.dumps(constants or {}), *command, *options], stderr=subprocess.PIPE, text=True
+    )
     try:
         url = f"http://127.0.0.1:{port}"
-        for _ in range(600):
+        for _ in range(3000):
             try:
                 assert httpx.get(f"{url}/ready").status_code == 200
                 break
             except httpx.TransportError:
                 assert process.poll() is None
-                time.sleep(0.05)
+                time.sleep(0.01)
         yield url, process
     finally:
         process.kill()
@@ -157,7 +172,7 @@ def test_metrics_have_predictions_beside_what_decode_took(
 
 
 def test_a_server_with_an_unread_log_answers_and_ends(model: Path) -> None:
-    with served(model) as (url, process):
+    with served(model, constants={"argosy.serve.http.log._CLOSE_S": 0.2}) as (url, process):
         assert process.stderr is not None
         size = fcntl.fcntl(process.stderr, fcntl.F_SETPIPE_SZ, 4096)
         with httpx.Client(timeout=20) as client:
@@ -206,7 +221,8 @@ def test_a_restart_restores_no_quota_and_a_revoked_key_leaves_no_file(model: Pat
         raise AssertionError(f"{num_tenants()} tenants have files, expected {num}")
 
     options = ("--keys", str(keys.path), "--kv-dir", str(tmp_path / "kv"))
-    with served(model, *options) as (url, process):
+    often = {"argosy.guard.keys._LOOK_AGAIN_S": 0.05, "argosy.serve.admin.key_watch.LOOK_S": 0.05}
+    with served(model, *options, constants=often) as (url, process):
         assert [ask(url, name) for name in headers] == [200, 200, 200]
         wait_for(3)
         assert run_argosy("keys", "revoke", "revoked", "--keys", keys.path).returncode == 0
@@ -365,7 +381,7 @@ def test_signals_at_any_moment_of_the_shutdown_end_the_server_with_0(
 
 
 def test_a_request_of_many_parts_is_finished_after_a_signal(model: Path) -> None:
-    texts = ["something to embed " * 12] * 1500
+    texts = ["something to embed " * 12] * 600
     with served(model) as (url, process), ThreadPoolExecutor(1) as thread:
         answer = thread.submit(httpx.post, f"{url}/v1/embeddings", json={"input": texts}, timeout=60)
         while "argosy_prompt_tokens_total 0.0\n" in httpx.get(f"{url}/metrics").text:
@@ -406,7 +422,8 @@ def test_a_second_signal_ends_every_stream_with_an_error_event(tmp_path: Path) -
 
 
 def test_at_the_limit_on_open_files_connections_wait_and_the_log_says_it_once(model: Path) -> None:
-    with served(model) as (url, process), ExitStack() as stack:
+    retry = {"asyncio.constants.ACCEPT_RETRY_DELAY": 0.2}
+    with served(model, constants=retry) as (url, process), ExitStack() as stack:
         assert process.stderr is not None
         while "serving" not in process.stderr.readline():  # it is ready before it has opened all its files
             assert process.poll() is None
@@ -420,7 +437,7 @@ def test_at_the_limit_on_open_files_connections_wait_and_the_log_says_it_once(mo
         ]
         for connection in waiting:
             connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-        time.sleep(2.5)  # the server tries twice more, a second apart
+        time.sleep(0.5)  # the server tries twice more
         resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (hard, hard))
         for connection in waiting:
             assert connection.makefile("rb").read().startswith(b"HTTP/1.1 200")

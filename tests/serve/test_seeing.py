@@ -546,7 +546,8 @@ def test_pictures_are_not_prepared_for_a_client_that_has_left(
         assert has_left.wait(60)
     finally:
         may_end.set()
-    while seeing.service.work._large._num_running:
+    queue = seeing.service.work._large
+    while queue._num_idle < queue._num_running:
         time.sleep(0.005)
     assert len(prepared) == 1
 

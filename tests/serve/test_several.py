@@ -312,6 +312,7 @@ def test_the_command_serves_several_models_and_unloads_idle_ones(paths: dict[str
         "b/c",
         "--idle-unload",
         "1s",
+        constants={"argosy.serve.models.loading.LOOK_S": 0.05},
     ) as (url, process):
         data = httpx.get(f"{url}/v1/models").json()["data"]
         assert [(one["id"], one["state"]) for one in data] == [("a", "unloaded"), ("b/c", "ready")]
@@ -322,7 +323,7 @@ def test_the_command_serves_several_models_and_unloads_idle_ones(paths: dict[str
         until = time.monotonic() + 20
         while "ready" in [one["state"] for one in httpx.get(f"{url}/v1/models").json()["data"]]:
             assert time.monotonic() < until
-            time.sleep(0.1)
+            time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         log = end(process)
         assert process.returncode == 0

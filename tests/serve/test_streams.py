@@ -67,13 +67,13 @@ def sent_by(stream: EventStream) -> list[bytes]:
 def test_a_stream_sends_keep_alives_only_while_it_has_no_events(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("argosy.serve.http.streams.KEEP_ALIVE_S", 0.3)
+    monkeypatch.setattr("argosy.serve.http.streams.KEEP_ALIVE_S", 0.2)
 
     async def parts() -> AsyncIterator[bytes]:
         for number in range(10):
             yield b"%d" % number
-            await asyncio.sleep(0.04)
-        await asyncio.sleep(0.5)
+            await asyncio.sleep(0.025)
+        await asyncio.sleep(0.3)
         yield b"late"
 
     sent = sent_by(EventStream(parts(), Caller()))
@@ -102,8 +102,8 @@ def test_a_whole_answer_begins_at_once_if_its_client_has_waited_long_enough_befo
 
 
 def test_a_client_that_reads_nothing_of_its_answer_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("argosy.serve.http.server.STUCK_S", 0.3)
-    size, heard, has_heard = 64 << 20, list[str](), threading.Event()
+    monkeypatch.setattr("argosy.serve.http.server.STUCK_S", 0.1)
+    size, heard, has_heard = 16 << 20, list[str](), threading.Event()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})

@@ -3,7 +3,8 @@
 Only this file knows uvicorn. It relies on undocumented members that may change in any minor release, so
 `pyproject.toml` bounds uvicorn's version:
 
-    Server       startup, shutdown, capture_signals, handle_exit, should_exit, force_exit, server_state.connections
+    Server       startup, main_loop, shutdown, capture_signals, handle_exit, should_exit, force_exit,
+                 server_state.connections
     H11Protocol  its module, its arguments, app_state, client, conn, connections, cycle.response_complete,
                  flow.resume_reading, loop, scheme, transport
     Config       `http` as a function that makes a protocol
@@ -182,7 +183,24 @@ class Lifecycle(Protocol):
     async def close(self) -> None: ...
 
 
-class Server(uvicorn.Server):
+class WokenServer(uvicorn.Server):
+    """uvicorn that sleeps until it is told to end, instead of looking ten times a second whether it is."""
+
+    _told: asyncio.Event | None = None
+
+    async def main_loop(self) -> None:
+        self._events, self._told = asyncio.get_running_loop(), asyncio.Event()
+        if not self.should_exit:
+            await self._told.wait()
+
+    def end(self) -> None:
+        """Shut down; may be called in any thread and in a signal handler, at any time before the server has ended."""
+        self.should_exit = True
+        if self._told is not None:
+            self._events.call_soon_threadsafe(self._told.set)
+
+
+class Server(WokenServer):
     """uvicorn with our own start, signals and shutdown.
 
     Args:
@@ -242,7 +260,7 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains, the second ends the server. Both lead to exit code 0."""
         self._is_told_twice = self.should_exit
-        self.should_exit = True
+        self.end()
 
     def _handle_hangup_with(self, handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
         """Install the SIGHUP handler, unless there is nothing to read again."""
