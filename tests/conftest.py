@@ -101,7 +101,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
     crosses = defaultdict(list)
     for item in items:
-        if isinstance(item, pytest.Function) and item.get_closest_marker("covering"):
+        marks = [item.get_closest_marker(name) for name in ("covering", "full")]
+        if isinstance(item, pytest.Function) and marks[0] and not marks[1]:
             crosses[item.path, item.originalname].append(item)
     for cases in crosses.values():
         for case in _not_needed(cases):

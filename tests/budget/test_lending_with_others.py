@@ -25,22 +25,11 @@ from argosy.prompt.prompt import Prompt
 from cgroup import run_capped, why_no_cap
 from make_checkpoint import raw_config, write_checkpoint
 from tests.budget.conftest import CONTEXT
-from tests.models.seeing import with_towers, write
-from tests.models.tiny_wrappers import qwen3_vl_moe
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
 PROMPTS = [list(range(3, 103)), [5, 9, 12], [7] * 40]
 TEXT: dict[str, Any] = {"threads": 1, "context": CONTEXT, "chunk_tokens": 256, "max_sequences": 4}
 MEDIA: dict[str, Any] = {"threads": 1, "image_tokens": 64, "chunk_tokens": 16, "prefix_reuse": False}
-
-
-@pytest.fixture(scope="module")
-def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with 48 experts of 1.5 MiB each, and a tower for pictures."""
-    directory = tmp_path_factory.mktemp("lending") / "model"
-    raw = with_towers("qwen3_vl_moe", qwen3_vl_moe(num_experts=16, moe_intermediate_size=8192))
-    write(directory, "qwen3_vl_moe", raw, seed=11)
-    return directory
 
 
 def made_ready(path: Path, *names: str, **options: Any) -> list[Ready]:
@@ -58,9 +47,10 @@ def opened(*ready: Ready, share_bytes: int) -> Iterator[list[Engine]]:
         one.close(engine)
 
 
+@pytest.mark.parametrize("num_shares", [10, pytest.param(40, marks=pytest.mark.full)])
 @pytest.mark.parametrize("which", ["model", "seeing"])
 def test_a_plan_of_any_share_fits_in_it_and_counts_what_is_lent(
-    which: str, request: pytest.FixtureRequest
+    which: str, num_shares: int, request: pytest.FixtureRequest
 ) -> None:
     options = TEXT if which == "model" else MEDIA
     (ready,) = made_ready(request.getfixturevalue(which), "one", **options)
@@ -68,7 +58,7 @@ def test_a_plan_of_any_share_fits_in_it_and_counts_what_is_lent(
     assert floor.slots.own == fewest
     assert floor.slots.lent > 0 if which == "seeing" else floor.slots.idle > 0
     before = 0
-    for share_bytes in (*range(0, ready.most_bytes, ready.most_bytes // 40), ready.most_bytes):
+    for share_bytes in (*range(0, ready.most_bytes, ready.most_bytes // num_shares), ready.most_bytes):
         plan = grown(ready.footprint, floor, ready.budget_bytes(share_bytes))
         assert plan.total_bytes <= floor.total_bytes + share_bytes
         assert plan.left_bytes < 2 * plan.slots.slot_bytes or plan.slots.is_resident

@@ -28,8 +28,6 @@ from argosy.machine.resources import page_table_bytes
 from argosy.media.parts import Image, RequestMedia
 from argosy.model.families import open_model
 from argosy.prompt.prompt import Prompt
-from tests.models.seeing import with_towers, write
-from tests.models.tiny_wrappers import qwen3_vl_moe
 
 NUM_SLOTS, LENT_SLOTS, SLOT_BYTES = 10, 30, 1 * MIB
 
@@ -141,12 +139,8 @@ TEXTS = [[5, 9, 12, 40], [7] * 9, [20, 21, 22]]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with 48 experts of 1.5 MiB each."""
-    directory = tmp_path_factory.mktemp("lending") / "model"
-    raw = with_towers("qwen3_vl_moe", qwen3_vl_moe(num_experts=16, moe_intermediate_size=8192))
-    write(directory, "qwen3_vl_moe", raw, seed=11)
-    return directory
+def model(seeing: Path) -> Path:
+    return seeing
 
 
 def planned(model: Path, budget_bytes: int) -> MemoryPlan:

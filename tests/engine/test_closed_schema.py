@@ -17,6 +17,7 @@ from argosy.errors import GrammarError
 from argosy.prompt.tokenizer import Tokenizer
 from argosy.user_directories import cache_directory
 from tests.engine.library_schemas import LIBRARY_SCHEMAS
+from tests.helpers.examples import few_of
 from tests.prompt.tokenizers_for_tests import byte_level_json
 
 NAMED = {"properties": {"name": {"type": "string"}}, "required": ["name"], "type": "object"}
@@ -173,7 +174,7 @@ def demo() -> Iterator[Engine]:
         yield engine
 
 
-@pytest.mark.parametrize("library", LIBRARY_SCHEMAS)
+@pytest.mark.parametrize("library", few_of(LIBRARY_SCHEMAS, ("vllm", "instructor")))
 def test_the_structured_output_example_of_a_library_ends_by_itself(demo: Engine, library: str) -> None:
     question, schema = LIBRARY_SCHEMAS[library]
     grammar = Grammar(kind="json_schema", text=json.dumps(schema))

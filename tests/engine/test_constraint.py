@@ -525,6 +525,7 @@ RULES = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("what", [*LINKS, *RULES])
 def test_a_chain_of_references_is_followed_on_a_small_stack_or_refused_with_the_number(
     compiler: GrammarCompiler, what: str
@@ -592,6 +593,7 @@ def test_a_reference_with_an_unknown_target_is_refused(
         compiler.compile(Grammar(kind="json_schema", text=json.dumps(schema)))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_grammar_is_followed_or_refused_within_bounds(
     compiler: GrammarCompiler, tokenizer: Tokenizer, name: str

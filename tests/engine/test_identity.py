@@ -23,6 +23,7 @@ from argosy.config import AskAhead
 from argosy.machine import tuning
 from argosy.model.families import open_model
 from tests.experts.process_runner import ProcessRunner
+from tests.helpers.examples import few_of
 from tests.helpers.tunings import keep, random_tunings, use_cache
 from tests.models.hub_quantised import write_fp8_model, write_int4_model
 from tests.models.mxfp4_models import write_mxfp4_model
@@ -119,6 +120,14 @@ CASES = [
 CASES += [("gpt_oss", "source"), ("gpt_oss", "mxfp4")]
 CONFIGS["gpt_oss"] = GPT_OSS
 CASES += [("qwen3_moe_blocks", "fp8"), ("kimi_k2", "int4")]
+# One of each kind of layers in place, and one of each format.
+IN_SHORT = [
+    *((family, "in place") for family in ("qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v3", "gemma4")),
+    *(("qwen3_moe", format) for format in ("q8", "q4")),
+    ("gpt_oss", "mxfp4"),
+    ("qwen3_moe_blocks", "fp8"),
+    ("kimi_k2", "int4"),
+]
 QUANTISED = {
     "qwen3_moe_blocks": qwen3_moe(  # one whole block of 128 and a partial one, in rows and columns
         max_position_embeddings=1024,
@@ -198,23 +207,31 @@ def visible(result: Any) -> tuple[Any, ...]:
     return result.token_ids, result.logprobs, result.finish_reason
 
 
+class Directories(dict[tuple[str, str], Path]):
+    """Where the models of cases are; each is written when it is first asked for."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def __missing__(self, case: tuple[str, str]) -> Path:
+        family, format = case
+        path = self[case] = self.root / f"{family}-{format}"
+        if format == "in place":
+            write_model(path, CONFIGS[family], seed=3)
+        elif format == "fp8":
+            write_fp8_model(path, QUANTISED[family], seed=3)
+        elif format == "int4":
+            write_int4_model(path, QUANTISED[family], seed=3)
+        elif format == "mxfp4":
+            write_mxfp4_model(path, CONFIGS[family], seed=3)
+        else:
+            pack(open_model(self[family, "in place"]), path, format=format)
+        return path
+
+
 @pytest.fixture(scope="module")
-def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
-    root = tmp_path_factory.mktemp("identity")
-    found = {}
-    for family, config in CONFIGS.items():
-        found[family, "in place"] = write_model(root / family, config, seed=3)
-    write_fp8_model(root / "fp8", QUANTISED["qwen3_moe_blocks"], seed=3)
-    found["qwen3_moe_blocks", "fp8"] = root / "fp8"
-    write_int4_model(root / "int4", QUANTISED["kimi_k2"], seed=3)
-    found["kimi_k2", "int4"] = root / "int4"
-    write_mxfp4_model(root / "gpt_oss-mxfp4", GPT_OSS, seed=3)
-    found["gpt_oss", "mxfp4"] = root / "gpt_oss-mxfp4"
-    for family, format in CASES:
-        if (family, format) not in found:
-            found[family, format] = root / f"{family}-{format}"
-            pack(open_model(root / family), found[family, format], format=format)
-    return found
+def directories(tmp_path_factory: pytest.TempPathFactory) -> Directories:
+    return Directories(tmp_path_factory.mktemp("identity"))
 
 
 @pytest.fixture(params=_native.instruction_sets())
@@ -222,10 +239,11 @@ def instruction_set(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}".replace(" ", "-"))
-def case(
-    request: pytest.FixtureRequest, directories: dict[tuple[str, str], Path], instruction_set: str
-) -> Iterator[Case]:
+@pytest.fixture(
+    params=few_of(CASES, IN_SHORT),
+    ids=lambda case: f"{case[0]}-{case[1]}".replace(" ", "-"),
+)
+def case(request: pytest.FixtureRequest, directories: Directories, instruction_set: str) -> Iterator[Case]:
     config = (CONFIGS | QUANTISED)[request.param[0]]
     turn = CASES.index(request.param) + _native.instruction_sets().index(instruction_set)
     return Case(directories[request.param], config, instruction_set, turn)
@@ -332,7 +350,7 @@ def test_rounded_keys_and_values_change_little_and_the_same_everywhere(case: Cas
     ids=lambda model: f"{model[0]}-{model[1]}".replace(" ", "-"),
 )
 def test_engines_with_different_instruction_sets_step_in_turn_and_each_keeps_its_bits(
-    model: tuple[str, str], directories: dict[tuple[str, str], Path]
+    model: tuple[str, str], directories: Directories
 ) -> None:
     names = _native.instruction_sets()
     cases = [Case(directories[model], CONFIGS[model[0]], name) for name in names]
@@ -374,23 +392,24 @@ def test_a_batch_of_eight_changes_nothing(case: Case) -> None:
 
 
 # How rows and outputs travel depends neither on the instruction set nor on how a model keeps its experts, so one model
-# tries all sets, and one of each kind of layers and of expert biases is enough.
+# tries all sets, and experts that are shared, in groups and with biases are enough.
 BY_SOCKET = [
-    (family, "in place") for family in ("qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v3", "gemma4")
+    *((case, _native.instruction_sets()[-1]) for case in CASES),
+    *((("qwen3_moe", "in place"), name) for name in _native.instruction_sets()[:-1]),
 ]
-BY_SOCKET += [("gpt_oss", "mxfp4")]
+BY_SOCKET_IN_SHORT = [
+    (("qwen2_moe", "in place"), _native.instruction_sets()[-1]),
+    (("deepseek_v3", "in place"), _native.instruction_sets()[-1]),
+    (("gpt_oss", "mxfp4"), _native.instruction_sets()[-1]),
+    (("qwen3_moe", "in place"), _native.instruction_sets()[0]),
+]
 
 
 @pytest.mark.parametrize(
     ("case", "instruction_set"),
     [
-        *(
-            pytest.param(
-                case, _native.instruction_sets()[-1], marks=[] if case in BY_SOCKET else pytest.mark.full
-            )
-            for case in CASES
-        ),
-        *((("qwen3_moe", "in place"), name) for name in _native.instruction_sets()[:-1]),
+        each if each in BY_SOCKET_IN_SHORT else pytest.param(*each, marks=pytest.mark.full)
+        for each in BY_SOCKET
     ],
     indirect=True,
     ids=str,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from argosy import Engine, SamplingParams
+from argosy.engine.sequence import Result
 from argosy.errors import ArgosyError, UsageError
 from argosy.prompt.media_span import MediaSpan, SpanRows
 from argosy.prompt.prompt import Prompt
@@ -115,6 +117,13 @@ class Case:
             self.expected.append(tokens)
         self.directory = runnable(DIRECTORIES[name], scratch)
 
+    @cached_property
+    def resident(self) -> tuple[int, list[Result]]:
+        """How many experts a token has, and the answers to each prompt alone with all experts in memory."""
+        with Engine.open(self.directory, memory="2GiB", threads=1) as engine:
+            answers = [engine.generate(prompt_of(media), PARAMS) for media in self.sequences]
+            return engine.config.experts_per_token, answers
+
 
 @pytest.fixture(scope="module", params=MODELS)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
@@ -137,10 +146,8 @@ PARAMS = SamplingParams(max_tokens=NUM_NEW, ignore_eos=True, logprobs=2)
 def test_media_prompts_get_the_tokens_of_the_numpy_model(case: Case, options: dict[str, Any]) -> None:
     """The prompts run alone, together, and again with a prefix hit."""
     settings: dict[str, Any] = {"memory": "2GiB", **options}
-    with Engine.open(case.directory, memory="2GiB", threads=1) as engine:
-        least = engine.config.experts_per_token
-        prompts = [prompt_of(media) for media in case.sequences]
-        expected = [engine.generate(prompt, PARAMS) for prompt in prompts]
+    least, expected = case.resident
+    prompts = [prompt_of(media) for media in case.sequences]
     if settings.get("expert_slots") == "smallest":
         settings["expert_slots"] = least
     assert [one.token_ids for one in expected] == case.expected

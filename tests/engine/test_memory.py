@@ -20,7 +20,7 @@ from cgroup import CappedRun, run_capped, why_no_cap
 from make_checkpoint import raw_config, write_checkpoint
 
 BUDGET_BYTES = 112 << 20
-PROMPT_TOKENS, NEW_TOKENS = 1000, 200
+PROMPT_TOKENS, NEW_TOKENS = 520, 40
 
 GENERATE = """
 import json, random, sys

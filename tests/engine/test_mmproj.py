@@ -78,6 +78,7 @@ def test_a_converted_model_answers_as_its_checkpoint_and_as_transformers(family:
     assert found_answer == answer == reference["greedy"].tolist()
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("format", ["source", "q8"])
 def test_a_pack_of_a_converted_model_sees(family: str, format: str, tmp_path: Path) -> None:

@@ -74,7 +74,14 @@ def num_reads(
 
 @pytest.mark.parametrize(
     ("kind", "every"),
-    [("eio", 11), ("truncated", 29), ("flip", 29), pytest.param("eio", 3, marks=pytest.mark.full)],
+    [
+        ("eio", 23),
+        ("truncated", 61),
+        ("flip", 61),
+        pytest.param("eio", 3, marks=pytest.mark.full),
+        pytest.param("truncated", 29, marks=pytest.mark.full),
+        pytest.param("flip", 29, marks=pytest.mark.full),
+    ],
 )
 def test_any_read_may_fail_once_and_the_answers_are_the_same(
     model: tuple[Path, RawConfig], faults: list[_native_testing.FaultyFileSystem], kind: str, every: int

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from argosy.config import SamplingParams
 from argosy.engine.sampler import Sampler, SamplerState
 from argosy.errors import ArgosyError, GrammarError, UsageError
+from tests.helpers.examples import given_few
 
 SAMPLER = Sampler()
 
@@ -74,12 +74,13 @@ parameters = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
-@given(
+@given_few(
     logits=st.lists(st.sampled_from([-3.0, -1.5, -0.25, 0.0, 0.5, 1.25, 4.0]), min_size=4, max_size=12),
     params=parameters,
     prompt=st.lists(st.integers(0, 3), max_size=4),
     answer=st.lists(st.integers(0, 3), max_size=5),
+    few=50,
+    many=200,
 )
 def test_the_choice_equals_the_plain_references(
     logits: list[float], params: SamplingParams, prompt: list[int], answer: list[int]
@@ -177,14 +178,15 @@ def test_top_k_keeps_exactly_k_tokens_and_the_lower_ids_of_a_tie() -> None:
     assert drawn == {0, 1, 2}
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("spread", [0.1, 2.0, 6.0], ids=["flat", "usual", "peaked"])
 @pytest.mark.parametrize(
-    ("top_k", "top_p", "min_p"),
+    "cut",
     [(0, 1.0, 0.0), (0, 0.999, 0.0), (0, 0.5, 0.0), (0, 1.0, 1e-4), (0, 0.9999999, 1e-9), (5000, 0.9, 0.0)],
+    ids=str,
 )
-def test_a_large_vocabulary_is_cut_like_a_small_one(
-    spread: float, top_k: int, top_p: float, min_p: float
-) -> None:
+def test_a_large_vocabulary_is_cut_like_a_small_one(spread: float, cut: tuple[int, float, float]) -> None:
+    top_k, top_p, min_p = cut
     logits = np.random.default_rng(1).normal(0, spread, 20_000).astype(np.float32)
     params = SamplingParams(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p)
     chances = reference(logits.tolist(), params, [], [])

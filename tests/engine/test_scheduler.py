@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from argosy.engine.steps import CannotRun, Scheduled
 from argosy.kept.kv_windows import WindowSizes
 from argosy.kept.recurrent_state import StateSlots
 from tests.engine.scheduling import BLOCK_TOKENS, NotedStates, Rig, num_prefill
+from tests.helpers.examples import given_few
 
 
 def test_a_prompt_is_prefilled_in_chunks_and_its_last_token_gives_the_first_answer() -> None:
@@ -411,7 +411,7 @@ asked = st.tuples(
 )
 
 
-@given(
+@given_few(
     st.lists(asked, min_size=1, max_size=10),
     st.integers(1, 12),
     st.integers(1, 5),
@@ -419,8 +419,9 @@ asked = st.tuples(
     st.sampled_from([None, 0, 1, 3]),
     st.sampled_from([None, 1, 2, 5, 8, 9]),
     st.data(),
+    few=40,
+    many=200,
 )
-@settings(deadline=None, max_examples=200)
 def test_whatever_comes_and_goes_each_answer_is_computed_from_its_own_tokens_and_nothing_leaks(
     coming: list[tuple[tuple[int, int, int], int, int, str, int]],
     chunk_tokens: int,
@@ -496,12 +497,13 @@ def test_whatever_comes_and_goes_each_answer_is_computed_from_its_own_tokens_and
 # ── fewer blocks ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@given(
+@given_few(
     st.lists(st.tuples(st.integers(1, 20), st.integers(1, 8)), min_size=1, max_size=6),
     st.lists(st.integers(0, 24), min_size=1, max_size=12),
     st.booleans(),
+    few=25,
+    many=60,
 )
-@settings(deadline=None, max_examples=60)
 def test_every_sequence_comes_to_its_end_while_blocks_come_and_go(
     asked: list[tuple[int, int]], sizes: list[int], reuse: bool
 ) -> None:

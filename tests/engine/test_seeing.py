@@ -80,6 +80,7 @@ def test_logits_and_answers_equal_those_of_transformers(family: str) -> None:
         require_answer(engine, prompt, reference["logits"][-1], reference["greedy"])
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("options", [{"chunk_tokens": 16, "threads": 1}, {"expert_slots": 4}], ids=str)
 def test_no_setting_changes_an_answer(family: str, options: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example
 from hypothesis import strategies as st
 
 from argosy.engine.sequence import Sequence as EngineSequence
@@ -13,6 +13,7 @@ from argosy.forecast.simulation import SimulatedServer, Times, simulate
 from argosy.forecast.step_times import StepTimes, Table
 from argosy.forecast.traffic import TrafficRequest
 from tests.engine.scheduling import BLOCK_TOKENS, Rig
+from tests.helpers.examples import given_few
 
 # Seconds that are no multiples of each other, so that no two things happen at once by rounding.
 STEPS = StepTimes(
@@ -76,8 +77,14 @@ REQUESTS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=150)
-@given(lengths=REQUESTS, chunk=st.integers(3, 64), places=st.integers(1, 5), num_blocks=st.integers(40, 120))
+@given_few(
+    lengths=REQUESTS,
+    chunk=st.integers(3, 64),
+    places=st.integers(1, 5),
+    num_blocks=st.integers(40, 120),
+    few=30,
+    many=150,
+)
 @example([(0.0, 100, 60), (0.1, 100, 60), (0.1, 100, 60)], 16, 4, 60).via("two are preempted")
 @example([(0.0, 3, 80), (0.5, 150, 5)], 16, 2, 80).via("a prompt takes turns with an answer")
 def test_requests_have_the_times_that_the_scheduler_gives_them(

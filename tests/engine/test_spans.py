@@ -286,6 +286,7 @@ def first_token_s(arrival_s: float, *, piece_s: float, has_picture: bool, has_ta
             one.new_ids.append(1)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("has_talker", [False, True])
 @pytest.mark.parametrize("piece_s", [0.001, 0.007, 0.025])
 def test_a_picture_delays_the_first_token_of_a_text_by_at_most_one_step(

@@ -50,6 +50,7 @@ def answers(engine: Engine, temperature: float) -> list[Result]:
     return [engine.generate(prompt, params(temperature)) for prompt in PROMPTS]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("slots", [None, 4])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_text_is_the_same_with_lookup_at_every_budget(

@@ -116,6 +116,7 @@ def test_tokens_logits_and_answers_equal_those_of_transformers(case: tuple[str, 
         require_answer(engine, prompt, reference["logits"], reference["greedy"])
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("options", [{"chunk_tokens": 16, "threads": 1}, {"expert_slots": 4}], ids=str)
 def test_no_setting_changes_an_answer(case: tuple[str, dict[str, Any]], options: dict[str, Any]) -> None:
     family, reference = case

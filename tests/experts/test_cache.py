@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from argosy.errors import CorruptRecord, ReadFailed
 from argosy.experts.cache import CachedRunner, ExpertCache
 from argosy.experts.files import Key
 from tests.experts.fake_store import MATRIX_BYTES, RUNTIME, FakeFiles, FakeStore, Truth, inputs, make_records
+from tests.helpers.examples import given_few
 
 NUM_LAYERS, NUM_EXPERTS = 3, 12
 
@@ -69,8 +69,14 @@ leases = st.lists(
 )
 
 
-@given(leases, st.integers(2, NUM_LAYERS * NUM_EXPERTS), st.integers(0, 1000), st.sampled_from([1, 2, 3]))
-@settings(deadline=None, max_examples=150)
+@given_few(
+    leases,
+    st.integers(2, NUM_LAYERS * NUM_EXPERTS),
+    st.integers(0, 1000),
+    st.sampled_from([1, 2, 3]),
+    few=30,
+    many=150,
+)
 def test_every_expert_comes_exactly_once_with_its_own_bytes(
     asked: list[tuple[int, list[int], set[int]]], num_slots: int, seed: int, num_pieces: int
 ) -> None:
@@ -234,8 +240,7 @@ def run_and_check(rig: Rig, layer: int, experts: list[int], scan: Collection[int
     return groups
 
 
-@given(leases, st.integers(2, NUM_LAYERS * NUM_EXPERTS), st.integers(0, 1000))
-@settings(deadline=None, max_examples=100)
+@given_few(leases, st.integers(2, NUM_LAYERS * NUM_EXPERTS), st.integers(0, 1000), few=25, many=100)
 def test_a_run_writes_the_outputs_of_every_expert_once(
     asked: list[tuple[int, list[int], set[int]]], num_slots: int, seed: int
 ) -> None:

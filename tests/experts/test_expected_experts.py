@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from argosy.errors import ReadFailed
 from tests.experts.fake_store import MATRIX_BYTES
 from tests.experts.test_cache import NUM_EXPERTS, NUM_LAYERS, Rig, all_of
+from tests.helpers.examples import given_few
 
 ALL = list(range(NUM_EXPERTS))
 
@@ -62,15 +62,16 @@ steps = st.lists(
 )
 
 
-@given(
+@given_few(
     steps,
     st.integers(2, NUM_LAYERS * NUM_EXPERTS),
     st.integers(0, 1000),
     st.sampled_from([0.0, 0.3, 1.0]),
     st.sampled_from([0.0, 0.5]),
     st.booleans(),
+    few=60,
+    many=500,
 )
-@settings(deadline=None, max_examples=500)
 def test_whatever_was_hinted_or_guessed_every_expert_comes_once_with_its_own_bytes(
     asked: list[tuple[int, list[int], set[int], tuple[int, list[int]] | None]],
     num_slots: int,
@@ -96,8 +97,13 @@ def test_whatever_was_hinted_or_guessed_every_expert_comes_once_with_its_own_byt
     check_all_slots_can_be_had(rig)
 
 
-@given(steps, st.lists(st.integers(2, NUM_LAYERS * NUM_EXPERTS), min_size=1), st.integers(0, 1000))
-@settings(deadline=None, max_examples=200)
+@given_few(
+    steps,
+    st.lists(st.integers(2, NUM_LAYERS * NUM_EXPERTS), min_size=1),
+    st.integers(0, 1000),
+    few=40,
+    many=200,
+)
 def test_the_number_of_slots_may_change_while_reads_of_a_hint_are_in_flight(
     asked: list[tuple[int, list[int], set[int], tuple[int, list[int]] | None]], sizes: list[int], seed: int
 ) -> None:

@@ -6,11 +6,11 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from argosy.experts.files import Key
 from argosy.experts.policy import CachePolicy
+from tests.helpers.examples import given_few
 
 Asked = tuple[int, list[int], bool]  # layer, experts, is_scan
 
@@ -89,8 +89,7 @@ def histories(draw: st.DrawFn) -> tuple[int, int, int, int, list[Asked]]:
     return num_layers, num_experts, k, num_slots, draw(asked)
 
 
-@given(histories(), st.data())
-@settings(deadline=None, max_examples=200)
+@given_few(histories(), st.data(), few=40, many=200)
 def test_a_pinned_expert_keeps_its_slot_and_no_slot_holds_two(
     history: tuple[int, int, int, int, list[Asked]], data: st.DataObject
 ) -> None:
@@ -119,8 +118,7 @@ def test_a_pinned_expert_keeps_its_slot_and_no_slot_holds_two(
         check(policy, pinned)
 
 
-@given(histories())
-@settings(deadline=None, max_examples=200)
+@given_few(histories(), few=40, many=200)
 def test_any_number_of_experts_passes_through_any_number_of_slots(
     history: tuple[int, int, int, int, list[Asked]],
 ) -> None:
@@ -132,8 +130,7 @@ def test_any_number_of_experts_passes_through_any_number_of_slots(
     assert len(policy.resident()) <= num_slots
 
 
-@given(histories(), st.lists(st.integers(1, 48), min_size=1))
-@settings(deadline=None, max_examples=200)
+@given_few(histories(), st.lists(st.integers(1, 48), min_size=1), few=40, many=200)
 def test_the_number_of_slots_may_change_between_leases(
     history: tuple[int, int, int, int, list[Asked]], sizes: list[int]
 ) -> None:
@@ -168,8 +165,7 @@ def test_the_number_of_slots_may_change_between_leases(
     assert sorted(slot for slot in trial if slot is not None) == list(range(num_slots))
 
 
-@given(histories())
-@settings(deadline=None, max_examples=200)
+@given_few(histories(), few=40, many=200)
 def test_slots_are_filled_before_any_expert_is_evicted(
     history: tuple[int, int, int, int, list[Asked]],
 ) -> None:
@@ -234,8 +230,7 @@ def test_of_two_equally_old_experts_the_one_whose_layer_comes_last_is_evicted() 
         assert lease(policy, layer, [0, 1]) == 2
 
 
-@given(histories())
-@settings(deadline=None, max_examples=200)
+@given_few(histories(), few=40, many=200)
 def test_the_evicted_expert_is_the_oldest_by_exhaustive_search(
     history: tuple[int, int, int, int, list[Asked]],
 ) -> None:

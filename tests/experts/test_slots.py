@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from argosy.checkpoint.files import ExpertMatrix, ExpertRecord
@@ -15,6 +14,7 @@ from argosy.experts.cache import ExpertCache
 from argosy.experts.files import Key, memory_of, resident_bytes
 from argosy.experts.slots import SlotLayout, Slots, lay_out
 from tests.experts.fake_store import FakeFiles, FakeStore, Truth, make_records
+from tests.helpers.examples import given_few
 
 PAGE = 4096
 NUM_EXPERTS, K = 16, 4
@@ -46,8 +46,7 @@ def ends(layout: SlotLayout, num_slots: int) -> list[int]:
 models = st.lists(st.integers(1, 12), min_size=1, max_size=10)
 
 
-@given(models, st.integers(1, 6), st.integers(1, 5))
-@settings(deadline=None, max_examples=200)
+@given_few(models, st.integers(1, 6), st.integers(1, 5), few=40, many=200)
 def test_any_number_of_slots_fits_into_its_memory(sizes: list[int], num_experts: int, k: int) -> None:
     records = records_of(sizes, num_experts)
     layout = lay_out(records, experts_per_token=k)
@@ -59,8 +58,7 @@ def test_any_number_of_slots_fits_into_its_memory(sizes: list[int], num_experts:
             assert all(layout.counts(num_slots)), "a layer has no slot"
 
 
-@given(models, st.integers(1, 6), st.integers(1, 5))
-@settings(deadline=None, max_examples=200)
+@given_few(models, st.integers(1, 6), st.integers(1, 5), few=40, many=200)
 def test_slots_lie_end_to_end_and_hold_every_expert_of_their_layers(
     sizes: list[int], num_experts: int, k: int
 ) -> None:
@@ -161,8 +159,7 @@ leases = st.lists(
 )
 
 
-@given(leases, st.integers(0, 1000))
-@settings(deadline=None, max_examples=150)
+@given_few(leases, st.integers(0, 1000), few=30, many=150)
 def test_every_expert_has_its_own_bytes_in_slots_of_two_sizes_whose_number_changes(
     asked: list[tuple[int, list[int], set[int], list[int], int]], seed: int
 ) -> None:

@@ -194,13 +194,14 @@ def outputs_of_whole_sequences(case: Case, instruction_set: str) -> list[Outputs
         return run(parts, one_by_one(case.sequences), case.sequences)
 
 
+@pytest.mark.covering(1)
 def test_whole_sequences_have_the_logits_and_hidden_states_of_the_numpy_model(
     case: Case, instruction_set: str
 ) -> None:
     assert_near(outputs_of_whole_sequences(case, instruction_set), case)
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     ("most", "residency", "threads"),
     [

@@ -24,6 +24,7 @@ from argosy.model.decoder import Decoder, RouteObserver
 from argosy.model.families import open_model
 from argosy.model.layers import kv_shapes, stack_sizes
 from argosy.model.step import Addition, Overrides, Step
+from tests.helpers.examples import few_of
 from tests.model.open_parts import (
     BLOCK_TOKENS,
     BLOCKS_A_SEQUENCE,
@@ -83,6 +84,18 @@ SEEING = (
     "qwen3_vl_moe_plain", "glm4v_moe_plain", "qwen3_omni_moe_plain", "qwen3_5_moe_plain", "deepseek_v3_plain",
     "gpt_oss_plain", "mixtral_plain", "qwen3_next-q8",
 )  # fmt: skip
+
+
+# One of each kind of layers, and the packed ones; `test_a_step_has_the_bits_of_its_operations` runs the others, too.
+IN_SHORT = [
+    *PACKED,
+    "deepseek_v2_groups",
+    *(f"{family}_plain" for family in (
+        "deepseek_v3", "gemma4", "glm4_moe", "gpt_oss", "minimax_m2", "mixtral", "olmoe", "qwen3_5_moe", "qwen3_moe",
+        "qwen3_next", "qwen3_omni_moe", "qwen3_vl_moe",
+    )),
+]  # fmt: skip
+few_models = pytest.mark.parametrize("directory", few_of(MODELS, IN_SHORT), indirect=True)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -148,11 +161,7 @@ def test_a_step_has_the_bits_of_its_operations(
     require_the_bits_of_the_operations(directory, residency, instruction_set)
 
 
-@pytest.mark.parametrize(
-    "directory",
-    [name if name in SEEING else pytest.param(name, marks=pytest.mark.full) for name in MODELS],
-    indirect=True,
-)
+@pytest.mark.parametrize("directory", few_of(MODELS, SEEING[3:6]), indirect=True)
 def test_a_step_with_experts_in_another_process_has_the_bits_of_its_operations(directory: Path) -> None:
     """How rows travel there does not depend on the instruction set."""
     require_the_bits_of_the_operations(directory, "another process", _native.instruction_sets()[-1])
@@ -178,6 +187,7 @@ def require_the_bits_of_the_operations(directory: Path, residency: Residency, in
         np.testing.assert_array_equal(ours, theirs, err_msg=f"step {step}")
 
 
+@few_models
 def test_a_stack_and_its_operations_allocate_what_the_sizes_say(directory: Path) -> None:
     """The memory plan uses the same sizes before anything is loaded."""
     with open_parts(directory, "resident", threads=2) as parts:
@@ -230,6 +240,7 @@ def test_layers_that_run_alone_use_their_own_blocks(tmp_path: Path) -> None:
         assert np.array_equal(one, other)
 
 
+@few_models
 def test_threads_and_observers_change_nothing_and_all_choices_are_observed(directory: Path) -> None:
     heard: list[tuple[int, tuple[int, ...]]] = []
 
@@ -251,6 +262,7 @@ def test_threads_and_observers_change_nothing_and_all_choices_are_observed(direc
     ]
 
 
+@few_models
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("residency", ["resident", "smallest cache"])
 def test_uses_count_how_often_tokens_chose_each_expert_since_the_last_call(
@@ -738,6 +750,7 @@ def test_a_signal_ends_a_long_step_between_two_layers(tmp_path: Path) -> None:
     assert np.isnan(logits).all()  # the head has not run
 
 
+@few_models
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("residency", ["resident", "smallest cache"])
 def test_kept_choices_are_those_that_an_observer_hears_and_a_resident_step_does_not_stop_for_them(
@@ -762,6 +775,7 @@ def test_kept_choices_are_those_that_an_observer_hears_and_a_resident_step_does_
         np.testing.assert_array_equal(choices, heard[number * num_layers : (number + 1) * num_layers])
 
 
+@few_models
 def test_no_token_chooses_a_forbidden_expert_until_it_is_allowed_again(directory: Path) -> None:
     with open_parts(directory, "resident") as parts:
         before = run(parts, decoder_of(parts))

@@ -252,7 +252,9 @@ def test_a_prompt_never_becomes_a_control_token(transcribers: dict[tuple[str, st
     assert max(before) < special.end
 
 
-@pytest.mark.parametrize("seconds", [0.01, 1.999, 2.0, 2.001, 100.0])
+@pytest.mark.parametrize(
+    "seconds", [0.01, 1.999, 2.0, 2.001, 10.0, pytest.param(100.0, marks=pytest.mark.full)]
+)
 def test_sounds_of_any_length_are_transcribed(
     seconds: float, transcribers: dict[tuple[str, str], Transcriber]
 ) -> None:
