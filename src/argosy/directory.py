@@ -315,6 +315,26 @@ def replacing(path: Path) -> Iterator[Callable[[bytes], None]]:
         yield write
 
 
+def read_named(path: Path, most_bytes: int) -> bytes:
+    """Read the first `most_bytes` of a file or pipe that the user named.
+
+    Raises:
+        OSError: it cannot be read, or it is a pipe that nothing writes to, which would be waited for forever.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with open(descriptor, "rb", buffering=0) as file:
+        data = file.read(most_bytes)  # None: a writer of the pipe has written nothing yet
+        if data == b"" and stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EPIPE, "it is a pipe that nothing writes to", str(path))
+        os.set_blocking(descriptor, True)
+        parts = [part := data or file.read(most_bytes)]
+        num_left = most_bytes - len(part)
+        while part and num_left:
+            parts.append(part := file.read(num_left))
+            num_left -= len(part)
+    return b"".join(parts)
+
+
 def file_name(path: Path) -> str:
     """The name of a file that the user named, in its directory.
 

@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
 
+from argosy.directory import read_named
 from argosy.errors import PeerNotUsable, PeerRefused, UsageError
 
 PROTOCOL = 2
@@ -180,11 +181,9 @@ def read_key(path: Path) -> bytes:
         UsageError: the file cannot be read, others can access it, or its size is not that of a key.
     """
     try:
-        with path.open("rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            if mode & (stat.S_IRWXG | stat.S_IRWXO):
-                raise UsageError(f"other users can access {path}", hint=f"chmod 600 {path}")
-            key = file.read(_LONGEST_KEY + 1).strip()
+        if os.stat(path).st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise UsageError(f"other users can access {path}", hint=f"chmod 600 {path}")
+        key = read_named(path, _LONGEST_KEY + 1).strip()
     except OSError as error:
         raise UsageError(
             f"the key file {path} cannot be read: {error.strerror}",

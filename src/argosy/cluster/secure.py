@@ -34,6 +34,7 @@ def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
+    _refuse_pipes(certificate, key)
     try:
         context.load_cert_chain(certificate, key)
     except (OSError, ssl.SSLError) as error:
@@ -49,11 +50,19 @@ def client_context(authorities: Path) -> ssl.SSLContext:
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
+    _refuse_pipes(authorities)
     try:
         context.load_verify_locations(authorities)
     except (OSError, ssl.SSLError) as error:
         raise UsageError(f"{authorities} has no certificates for TLS: {_reason(error)}") from None
     return context
+
+
+def _refuse_pipes(*paths: Path) -> None:
+    """OpenSSL opens a file by its name, and would wait forever for a pipe's writer."""
+    for path in paths:
+        if path.is_fifo():
+            raise UsageError(f"{path} cannot be used for TLS: it is a pipe")
 
 
 def _reason(error: OSError) -> str:

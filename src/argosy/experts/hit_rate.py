@@ -34,6 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy.config import ModelConfig
+from argosy.directory import read_named
 from argosy.errors import UsageError
 from argosy.experts.policy import BONUS_TURNS, HALF_LIFE_TURNS
 from argosy.strict_json import JsonError, parse_json
@@ -478,8 +479,7 @@ class WorkingSet:
         Raises:
             UsageError: the file holds something else.   OSError: it cannot be read.
         """
-        with path.open("rb") as file:
-            return cls.from_json(file.read(MOST_JSON_BYTES + 1))
+        return cls.from_json(read_named(path, MOST_JSON_BYTES + 1))
 
     @classmethod
     def from_json(cls, data: bytes) -> WorkingSet:

@@ -33,6 +33,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar, get_args
 
+from argosy.directory import read_named
 from argosy.errors import UsageError
 from argosy.guard.guard_models import GUARD_FORMS
 from argosy.guard.keys import Key
@@ -235,8 +236,7 @@ class _Reader:
     def _file(self, path: Path, most_bytes: int) -> str:
         file_name = "the file" if path == self._path else path.name
         try:
-            with path.open("rb") as file:
-                data = file.read(most_bytes + 1)
+            data = read_named(path, most_bytes + 1)
         except OSError as error:
             raise UsageError(f"{file_name} cannot be read: {error.strerror}") from None
         if len(data) > most_bytes:

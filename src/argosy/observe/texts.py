@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from argosy.directory import read_named
 from argosy.errors import UsageError
 from argosy.strict_json import JsonError, parse_json
 
@@ -77,8 +78,7 @@ def _beginning(path: Path, most_bytes: int) -> str:
 
 def _read(path: Path, most_bytes: int) -> bytes:
     try:
-        with path.open("rb") as file:
-            return file.read(most_bytes)
+        return read_named(path, most_bytes)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
 

@@ -17,6 +17,7 @@ from argosy.cli.shared.declared import choices
 from argosy.cli.shared.help_all import Command
 from argosy.cli.shared.texts import STDIN, text_or_file
 from argosy.config import ENDING, THINKING, Preset, SamplingParams
+from argosy.directory import read_named
 from argosy.errors import UsageError
 
 
@@ -157,8 +158,7 @@ def _imported(name: str, source: str) -> Preset:
         if source == STDIN:
             data = sys.stdin.buffer.read(modelfile.MOST_BYTES + 1)
         else:
-            with Path(source).open("rb") as file:
-                data = file.read(modelfile.MOST_BYTES + 1)
+            data = read_named(Path(source), modelfile.MOST_BYTES + 1)
         found = modelfile.read(data, Path() if source == STDIN else Path(source).parent)
         for note in found.notes:
             print(f"note: {note}", file=sys.stderr)

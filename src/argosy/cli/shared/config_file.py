@@ -19,6 +19,7 @@ from typing import Any
 
 import click
 
+from argosy.directory import read_named
 from argosy.errors import UsageError, did_you_mean
 
 _MOST_BYTES = 64 << 10
@@ -64,8 +65,7 @@ def read_config(path: Path, ctx: click.Context) -> dict[str, Any]:
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            data = file.read(_MOST_BYTES + 1)
+        data = read_named(path, _MOST_BYTES + 1)
     except OSError as error:
         raise UsageError(f"--config {path} cannot be read: {error.strerror}") from None
     if len(data) > _MOST_BYTES:

@@ -17,7 +17,10 @@ from typing import Annotated, Any, Literal, Unpack, cast
 
 from argosy.config import GIB, EngineOptions, parse_size
 from argosy.config.option import Declaration, Further, declarations
+from argosy.directory import read_named
 from argosy.errors import UsageError, did_you_mean
+
+_MOST_KEY_BYTES = 16 << 10  # servers take no longer header
 
 
 class Settings(EngineOptions, total=False):
@@ -90,10 +93,12 @@ def api_key(key_file: Path | None = None, environment: Mapping[str, str] | None 
     else:
         origin = str(key_file)
         try:
-            text = key_file.read_text(encoding="utf-8").strip()
+            text = read_named(key_file, _MOST_KEY_BYTES + 1).decode().strip()
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not text"
             raise UsageError(f"the key file {key_file} cannot be read: {reason}") from error
+        if len(text) > _MOST_KEY_BYTES:
+            raise UsageError(f"{origin} has more than {_MOST_KEY_BYTES} bytes, so it is not a key")
     if not text or not all("!" <= character <= "~" for character in text):  # it goes into a header
         raise UsageError(f"{origin} must contain a key: one line of printable characters without spaces")
     return text

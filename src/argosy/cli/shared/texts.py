@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from argosy.directory import read_named
 from argosy.errors import UsageError
 
 STDIN = "-"
@@ -114,8 +115,7 @@ def read_file(path: Path, most_bytes: int = MOST_BYTES, name: str | None = None)
     """
     name = str(path) if name is None else name
     try:
-        with path.open("rb") as file:
-            data = file.read(most_bytes + 1)
+        data = read_named(path, most_bytes + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "the path is invalid"
         raise UsageError(f"{name} cannot be read: {reason}") from None
