@@ -353,13 +353,18 @@ def test_invalid_settings_are_refused_by_name(tmp_path: Path) -> None:
     for values, sentence in (
         ({"max_waiting": -1}, "max_waiting must be at least 0, found -1"),
         ({"draft_tokens": -1}, "draft_tokens must be at least 0, found -1"),
+        ({"threads": 10**11}, "threads must be at most 1024, found 100000000000"),
+        ({"max_sequences": 10**11}, "max_sequences must be at most 1024, found 100000000000"),
+        ({"threads": "2"}, "threads must be a whole number, found '2'"),
+        ({"readers": None}, "readers must be a whole number, found None"),
+        ({"chunk_tokens": 1.5}, "chunk_tokens must be a whole number, found 1.5"),
         (
             {"kv_dir": kv_dir, "prefix_reuse": False},
             "kv_dir keeps prefixes for reuse, and prefix_reuse is off",
         ),
     ):
         with pytest.raises(UsageError, match=sentence):
-            EngineConfig(budget=budget, threads=1, **values)
+            EngineConfig(**{"budget": budget, "threads": 1, **values})
     for values, sentence in (
         ({"ttl_s": 0}, "ttl_s must be above zero"),
         ({"ttl_s": float("nan")}, "ttl_s must be above zero"),

@@ -459,6 +459,10 @@ def test_the_help_lists_every_variable_that_the_program_reads(capfd: pytest.Capt
             {"ARGOSY_MEMROY": "1GiB"},
             "unknown environment variable ARGOSY_MEMROY; did you mean ARGOSY_MEMORY?",
         ),
+        (
+            {"ARGOSY_INSTRUCTION_SET": "sse9"},
+            "ARGOSY_INSTRUCTION_SET: unknown instruction set 'sse9'; this processor has: plain",
+        ),
         ({"ARGOSY_TUNE": "no"}, "ARGOSY_TUNE must be on or off, found 'no'"),
         (
             {"ARGOSY_ASK_AHEAD": "on"},

@@ -30,6 +30,9 @@ def test_names_are_those_of_the_files_or_one_for_each_model() -> None:
         _ids(same, ())
     with pytest.raises(UsageError, match="--name was given 1 time, and there are 2 models"):
         _ids(same, ("x",))
+    for name in ("", "x\ny"):
+        with pytest.raises(UsageError, match="--name must be printable text"):
+            _ids(same, ("x", name))
 
 
 def test_times_have_units() -> None:

@@ -146,6 +146,12 @@ def test_settings_that_an_engine_cannot_honour_are_refused_by_name(tmp_path: Pat
         Engine.open(REFERENCE.directory, memory="2GiB", expert_slots=1)
     with pytest.raises(UsageError, match="unknown unit 'Gigs'"):
         Engine.open(REFERENCE.directory, memory="2Gigs")
+    with pytest.raises(UsageError, match="a size is text or a whole number of bytes"):
+        Engine.open(REFERENCE.directory, memory=1.5)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="context_tokens must be a whole number, found 'long'"):
+        Engine.open(REFERENCE.directory, memory="2GiB", context="long")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="a context of 129 tokens was requested"):
+        Engine.open(REFERENCE.directory, memory=Budget(ram_bytes=1 << 30), context=129)
 
 
 def test_a_context_longer_than_the_models_is_refused_with_both_numbers() -> None:

@@ -7,9 +7,9 @@ The command line and the environment are read in one place and become an `Engine
 
 from argosy.config.claims import CLAIMED, PROCESS, Claim, claimed
 from argosy.config.engine import (
-    DEMO, DRAFTED_AT_ONCE, DRAFT_TOKENS, KV_BLOCK_TOKENS, RUNNING, SERVED_AT_ONCE, SERVED_WAITING, SIZING,
-    TINY_EN, WATERMARK_CONTEXT, WATERMARK_DEPTH, AskAhead, Budget, EngineConfig, EngineOptions, KvDir,
-    KvDtype, Pooling, Tuning,
+    DEMO, DRAFTED_AT_ONCE, DRAFT_TOKENS, INSTRUCTION_SETS, KV_BLOCK_TOKENS, MOST_SEQUENCES, RUNNING,
+    SERVED_AT_ONCE, SERVED_WAITING, SIZING, TINY_EN, WATERMARK_CONTEXT, WATERMARK_DEPTH, AskAhead, Budget,
+    EngineConfig, EngineOptions, KvDir, KvDtype, Pooling, Tuning,
 )  # fmt: skip
 from argosy.config.expert_slots import ExpertSlots
 from argosy.config.model import (

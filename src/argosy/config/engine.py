@@ -14,7 +14,7 @@ from typing import Annotated, Literal, NamedTuple, TypedDict, get_args
 from argosy.config.claims import Claim
 from argosy.config.option import Further, Option
 from argosy.config.sampling import CHOOSING, SamplingParams
-from argosy.config.strict import Strict
+from argosy.config.strict import Strict, require_whole
 from argosy.config.units import GIB
 from argosy.errors import UsageError
 
@@ -31,6 +31,7 @@ DEMO = "demo"  # selects the embedded default model; write `./demo` for a direct
 
 # Formats of keys, values and latent vectors. q8: bytes, and a scale for 32 dimensions of a position (kv_layer.h).
 KvDtype = Literal["f32", "f16", "q8"]
+INSTRUCTION_SETS = ("plain", "avx2", "avx512", "amx")  # in increasing capability
 AskAhead = Literal["off", "one_level", "one_level_far", "two_levels"]
 Pooling = Literal["mean", "last"]  # how hidden states become the embedding of a text
 # The drafter (`engine/drafts/drafter.py`): n-grams of the text, or the checkpoint's layer for multi-token prediction.
@@ -60,10 +61,9 @@ class Budget(Strict):
     context_tokens: int | None = None  # None: the model's context length, or the most that the budget allows
 
     def __post_init__(self) -> None:
-        if self.ram_bytes <= 0:
-            raise UsageError(f"ram_bytes must be above zero, found {self.ram_bytes}")
-        if self.context_tokens is not None and self.context_tokens < 1:
-            raise UsageError(f"context_tokens must be at least 1, found {self.context_tokens}")
+        require_whole("ram_bytes", self.ram_bytes, 1)
+        if self.context_tokens is not None:
+            require_whole("context_tokens", self.context_tokens, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +86,7 @@ FEWEST_IMAGE_TOKENS = 16  # fewer would distort pictures
 FEWEST_VIDEO_TOKENS = 16
 IMAGE_TOKENS, VIDEO_TOKENS = 1024, 4096  # defaults
 MOST_THREADS = 1024  # as native code has it: a higher count is a mistake
+MOST_SEQUENCES = 1024
 
 
 class EngineOptions(TypedDict, total=False):
@@ -184,10 +185,13 @@ SIZING = ("memory", "threads", "context", "kv_dtype", "instruction_set")  # any 
 RUNNING = (*SIZING, "media", "image_tokens", "video_tokens", "mmproj", "ears", "speculate", "tune")
 
 
-_LEAST = {
-    "threads": 1, "chunk_tokens": 1, "max_sequences": 1, "readers": 1, "max_waiting": 0, "draft_tokens": 0,
-    "image_tokens": FEWEST_IMAGE_TOKENS, "video_tokens": FEWEST_VIDEO_TOKENS,
+# The least and the most of each; None: no limit but the memory.
+_BOUNDS: dict[str, tuple[int, int | None]] = {
+    "threads": (1, MOST_THREADS), "chunk_tokens": (1, None), "max_sequences": (1, MOST_SEQUENCES), "readers": (1, None),
+    "max_waiting": (0, None), "draft_tokens": (0, MOST_DRAFT_TOKENS), "expert_slots": (0, None),
+    "image_tokens": (FEWEST_IMAGE_TOKENS, None), "video_tokens": (FEWEST_VIDEO_TOKENS, None),
 }  # fmt: skip
+_MAY_BE_NONE = ("chunk_tokens", "max_waiting", "expert_slots")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,12 +237,12 @@ class EngineConfig(Strict):
     sampling: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            if (value := getattr(self, name)) is not None and value < least:
+        for name, (least, most) in _BOUNDS.items():
+            if (value := getattr(self, name)) is not None or name not in _MAY_BE_NONE:
                 hint = (
                     "media=False (`--no-media`) takes no pictures at all" if name == "image_tokens" else None
                 )
-                raise UsageError(f"{name} must be at least {least}, found {value}", hint=hint)
+                require_whole(name, value, least, most, hint=hint)
         for name, words in (("speculate", get_args(Speculate)), ("ask_ahead", (None, *get_args(AskAhead)))):
             if (value := getattr(self, name)) not in words:
                 raise UsageError(f"unknown {name} '{value}'; known: {', '.join(filter(None, words))}")
@@ -254,8 +258,6 @@ class EngineConfig(Strict):
         SamplingParams.asked(self.sampling)  # checks the values
         if self.speculate != "off" and not self.draft_tokens:
             raise UsageError("draft_tokens must be at least 1 to speculate, found 0")
-        if self.draft_tokens > MOST_DRAFT_TOKENS:
-            raise UsageError(f"draft_tokens must be at most {MOST_DRAFT_TOKENS}, found {self.draft_tokens}")
         if self.kv_dir is not None and not self.prefix_reuse:
             raise UsageError("kv_dir keeps prefixes for reuse, and prefix_reuse is off")
 

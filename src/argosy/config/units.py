@@ -23,6 +23,10 @@ def parse_size(text: str | int, *, total_bytes: int | None = None) -> int:
             a total.
     """
     size: float
+    if not isinstance(text, str | int):
+        raise UsageError(
+            f"a size is text or a whole number of bytes, found {text!r:.40}", hint="write 8GiB, 8GB or 75%"
+        )
     if isinstance(text, int):
         size = text
     elif match := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(%|[a-zA-Z]*)", text.strip()):

@@ -138,9 +138,11 @@ def choose_instruction_set(cap: str | None) -> str:
 
 
 def budget_of(memory: str | int | Budget | None, context: int | None) -> Budget:
-    """Return the budget for these options; if `memory` is None, free memory less a margin."""
+    """Return the budget for these options; if `memory` is None, free memory less a margin. `context` overrides a
+    `Budget`'s.
+    """
     if isinstance(memory, Budget):
-        return memory
+        return memory if context is None else replace(memory, context_tokens=context)
     limit = resources.memory_limit()
     if memory is None:
         ram_bytes, _ = resources.default_budget(limit)

@@ -14,7 +14,7 @@ from contextlib import suppress
 import click
 from click.shell_completion import CompletionItem, get_completion_class, shell_complete
 
-from argosy.config import DEMO
+from argosy.config import DEMO, INSTRUCTION_SETS
 from argosy.errors import ArgosyError
 
 SHELLS = ("bash", "zsh", "fish")
@@ -100,7 +100,7 @@ def context_sizes(ctx: click.Context, param: click.Parameter, incomplete: str) -
 
 
 def instruction_sets(ctx: click.Context, param: click.Parameter, incomplete: str) -> Items:
-    return _beginning_with(incomplete, ("plain", "avx2", "avx512", "amx"))
+    return _beginning_with(incomplete, INSTRUCTION_SETS)
 
 
 def _beginning_with(incomplete: str, values: tuple[str, ...]) -> Items:

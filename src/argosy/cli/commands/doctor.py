@@ -79,8 +79,6 @@ def machine_facts(path: Path, *, tune: bool = False) -> dict[str, Any]:
     known = _native.instruction_sets()
     settings = read_settings()
     chosen = settings.get("instruction_set") or known[-1]
-    if chosen not in known:
-        raise UsageError(f"ARGOSY_INSTRUCTION_SET is '{chosen}', and this processor has: {', '.join(known)}")
     limit = resources.memory_limit()
     budget_bytes, margin_bytes = resources.default_budget(limit)
     drive = resources.drive_of(path)

@@ -22,6 +22,7 @@ from argosy.cli.shared.settings import Settings, for_engine, read_settings
 from argosy.config import (
     CHOOSING,
     DEMO,
+    MOST_SEQUENCES,
     SERVED_AT_ONCE,
     SERVED_WAITING,
     Claim,
@@ -65,7 +66,7 @@ class ServeOptions(ListeningOptions):
     ] = None
     any_model: Annotated[bool, Further("--any-model", "Accept every model name that clients send.")] = False
     max_sequences: Annotated[
-        int, Option("--max-sequences N", "Answers at once.", least=1, most=1024, shows_default=True)
+        int, Option("--max-sequences N", "Answers at once.", least=1, most=MOST_SEQUENCES, shows_default=True)
     ] = SERVED_AT_ONCE
     max_waiting: Annotated[
         int, Further("--max-waiting N", "Requests that may wait.", least=0, shows_default=True)
@@ -152,6 +153,10 @@ def serve(
     )  # fmt: skip
     _check_keys(given.keys, settings.get("watermark"))
     if given.check:
+        if "instruction_set" in settings:
+            from argosy.engine.options import choose_instruction_set
+
+            choose_instruction_set(settings["instruction_set"])
         print("the settings are valid")
         return
     if keeping.audit is not None:
@@ -217,8 +222,11 @@ def _ids(models: Sequence[Named], names: Sequence[str]) -> list[str]:
     """The names of models for clients.
 
     Raises:
-        UsageError: two models would have the same name, or there are names for some models only.
+        UsageError: two models would have the same name, a name is invalid, or there are names for some models only.
     """
+    for name in names:
+        if not name or not name.isprintable():  # it is logged
+            raise UsageError(f"--name must be printable text, found {name[:64]!a}")
     if names and len(names) != len(models):
         raise UsageError(
             f"--name was given {counted(len(names), 'time')}, and there {'is' if len(models) == 1 else 'are'} "

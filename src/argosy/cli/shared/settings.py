@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, Unpack, cast
 
-from argosy.config import GIB, EngineOptions, parse_size
+from argosy.config import GIB, INSTRUCTION_SETS, EngineOptions, parse_size
 from argosy.config.option import Declaration, Further, declarations
 from argosy.directory import read_named
 from argosy.errors import UsageError, did_you_mean
@@ -44,7 +45,8 @@ def read_settings(environment: Mapping[str, str] | None = None, **flags: Unpack[
     """Combine given flags with the environment for the rest.
 
     Raises:
-        UsageError: a variable is misspelt or has an invalid value, or the memory is not a size with a unit.
+        UsageError: a variable is misspelt or has an invalid value, the memory is not a size with a unit, or there is no
+            such instruction set.
     """
     environment = os.environ if environment is None else environment
     refuse_misspelt(environment)
@@ -55,14 +57,31 @@ def read_settings(environment: Mapping[str, str] | None = None, **flags: Unpack[
     }
     found.pop("tune", None)  # only checked here: `machine/tuning.py` reads it in every process of ours
     found |= {name: value for name, value in flags.items() if value is not None}
-    if "memory" in found:
-        try:  # checks only the format: the total is read when an engine opens
+    with _naming("ARGOSY_MEMORY", flags.get("memory")):
+        if "memory" in found:  # checks only the format: the total is read when an engine opens
             parse_size(found["memory"], total_bytes=GIB)
-        except UsageError as error:
-            if flags.get("memory") is not None:
-                raise
-            raise UsageError(f"ARGOSY_MEMORY: {error.message}", hint=error.hint) from None
+    if (chosen := found.get("instruction_set")) is not None:
+        from argosy import _native
+
+        # A plan for another machine may name what this processor lacks.
+        known = _native.instruction_sets() if flags.get("instruction_set") is None else INSTRUCTION_SETS
+        if chosen not in known:
+            from argosy.engine.options import choose_instruction_set
+
+            with _naming("ARGOSY_INSTRUCTION_SET", flags.get("instruction_set")):
+                choose_instruction_set(chosen)
     return cast(Settings, found)
+
+
+@contextmanager
+def _naming(variable: str, flag: object) -> Iterator[None]:
+    """Let an error say that its value came from the environment, unless a flag took precedence."""
+    try:
+        yield
+    except UsageError as error:
+        if flag is not None:
+            raise
+        raise UsageError(f"{variable}: {error.message}", hint=error.hint) from None
 
 
 def for_engine(settings: Settings) -> dict[str, Any]:

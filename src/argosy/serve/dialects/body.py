@@ -23,6 +23,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from argosy.config import counted
 from argosy.errors import UsageError, did_you_mean
 from argosy.prompt.json_text import count_values
 from argosy.serve.answer.fields import Strict, names_with_effect
@@ -288,13 +289,13 @@ def _needed(error: Mapping[str, Any]) -> str:
         case "missing":
             return "a value"
         case "too_long":
-            return f"at most {context['max_length']} items"
+            return f"at most {counted(context['max_length'], 'item')}"
         case "too_short":
-            return f"at least {context['min_length']} items"
+            return f"at least {counted(context['min_length'], 'item')}"
         case "string_too_long":
-            return f"at most {context['max_length']} characters"
+            return f"at most {counted(context['max_length'], 'character')}"
         case "string_too_short":
-            return f"at least {context['min_length']} characters"
+            return f"at least {counted(context['min_length'], 'character')}"
         case "union_tag_invalid":
             return f"{_tag_field(context)} to be one of {context['expected_tags']}"
         case "union_tag_not_found":
