@@ -1335,7 +1335,7 @@ def many_connections(scratch: Path, size: int) -> Finding:
         before = memory_of(server.process.pid, "VmRSS")
         with health_times(server.url, finding) as while_connecting:
             connections = [stack.enter_context(connected(server.url)) for _ in range(size)]
-            time.sleep(0.5)
+            time.sleep(min(0.5, 0.2 + size / 1000))
         for connection in connections:
             connection.sendall(head_of("GET", "/health"))
         finding.require(

@@ -488,7 +488,7 @@ class Chain(Writer):
 
     name = "audit"
     roots = ("audit",)
-    num_lines = 36
+    num_lines = 24
 
     def _open(self) -> ChainWriter:
         return ChainWriter(
@@ -542,6 +542,7 @@ class State(Writer):
 
     name = "state"
     roots = ("data", "data/argosy", "cache")
+    num_rounds = 3
 
     def __init__(self, fixed: Path) -> None:
         super().__init__(fixed)
@@ -557,7 +558,7 @@ class State(Writer):
 
     def work(self, tell: Tell) -> None:
         self._set_places()
-        for number in range(6):
+        for number in range(self.num_rounds):
             tuning._keep("avx2", functools.partial(self._choose, number + 1))
             kept_rates.save(guess("a processor", 2), self.directory)
             with contextlib.suppress(OSError):
@@ -581,10 +582,10 @@ class State(Writer):
         (self.directory / "cache" / locate._VERSION).unlink(missing_ok=True)
         self.work(lambda _: None)
         kept = tuning._read("avx2").formats
-        require(set(kept) == set(range(1, 7)), f"choices for {set(kept)} threads")
+        require(set(kept) == set(range(1, self.num_rounds + 1)), f"choices for {set(kept)} threads")
         require(kept_rates.load(self.directory, threads=2) is not None, "what was measured is gone")
         require(saved.find(saved.directory() / "model.json") is not None, "the counts are gone")
-        require(len(read_kept().used) == 6, "the uses are gone")
+        require(len(read_kept().used) == self.num_rounds, "the uses are gone")
         left = [path.name for path in self.directory.rglob("*") if path.name.endswith((".new", ".lock"))]
         require(not left, f"left over: {left}")
         return "written again"

@@ -66,7 +66,13 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return lengths
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+# Others of the same kind are in `make test`.
+MORE = ("six chats of 2 MB", "2 MB of one letter", "Ollama: four bodies of 8 MB of {}")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full) if name in MORE else name for name in ATTACKS]
+)
 def test_a_hostile_body_is_refused_within_bounds_while_another_client_is_answered(
     server: Server, pieces: list[int], name: str
 ) -> None:

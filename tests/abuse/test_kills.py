@@ -58,8 +58,9 @@ class Follows(kills.Writer):
     name = "follows"
 
     def work(self, tell: kills.Tell) -> None:
-        (self.directory / "state").write_bytes(b"new")
-        tell(1)
+        for number in range(4):  # whichever write is the last, others have followed the link
+            (self.directory / "state").write_bytes(b"new")
+            tell(number)
 
     def check(self, told: list[Any]) -> str:
         return "whole"

@@ -37,8 +37,9 @@ SENTENCES = [
     r"a sound may take at most 600 seconds, found [\d,.]+",
 ]
 
+MANY_SCANS = "jpeg_of_5000_scans"  # has a test of its own
 FILES_OF_KINDS = [
-    pytest.param(kind, make, id=f"{kind}-{name}")
+    pytest.param(kind, make, id=f"{kind}-{name}", marks=pytest.mark.full if name == MANY_SCANS else ())
     for kind, files in (("picture", hostile_media.PICTURES), ("sound", hostile_media.SOUNDS))
     for name, make in files.items()
 ]
@@ -107,7 +108,7 @@ def test_a_hostile_file_is_refused_cheaply_and_the_decoder_stays_usable(
 
 
 def test_the_kernel_ends_a_worker_that_uses_up_its_processor_time(decoder: FileDecoder) -> None:
-    file = hostile_media.PICTURES["jpeg_of_5000_scans"]()
+    file = hostile_media.PICTURES[MANY_SCANS]()
     require_usable(decoder)
     with pytest.raises(BadMedia, match="takes more processor time"):
         decode(decoder, "picture", file)

@@ -58,31 +58,42 @@ def chat(data: str, text: str, **how: Any) -> bytes:
 
 
 MILLION = 1 << 20
-BODIES: dict[str, Callable[[], bytes]] = {
-    "one large picture": lambda: chat("A" * (42 * MILLION), "What is this?"),
-    "with an escaped emoji": lambda: chat("A" * (30 * MILLION), "What is this? \U0001f600"),
-    "with an emoji as it is": lambda: chat("A" * (20 * MILLION), "What is this? \U0001f600", ensure_ascii=False),
-    "with Chinese": lambda: chat("A" * (20 * MILLION), "\u4ec0\u4e48" * 1000, ensure_ascii=False),
-    "with an accent": lambda: chat("A" * (20 * MILLION), "Qu\u00e9 es?", ensure_ascii=False),
-    "an emoji inside the data": lambda: chat(
-        "A" * (8 * MILLION) + "\U0001f600", "What is this?", ensure_ascii=False
+# Each takes about the room that it has, or a fraction of it.
+BODIES: dict[str, Callable[[int], bytes]] = {
+    "one large picture": lambda part: chat("A" * (42 * MILLION // part), "What is this?"),
+    "with an escaped emoji": lambda part: chat("A" * (30 * MILLION // part), "What is this? \U0001f600"),
+    "with an emoji as it is": lambda part: chat(
+        "A" * (20 * MILLION // part), "What is this? \U0001f600", ensure_ascii=False
     ),
-    "an escaped emoji inside the data": lambda: chat("A" * (8 * MILLION) + "\U0001f600", "What is this?"),
-    "data after an escaped quote": lambda: chat('\U0001f600"' + "A" * (8 * MILLION), "What is this?"),
-    "data in a text": lambda: chat("AAAA", "\U0001f600" + "A" * (4 * MILLION - 1)),
-    "many pictures": lambda: chat("AAAA", "?").replace(
+    "with Chinese": lambda part: chat(
+        "A" * (20 * MILLION // part), "\u4ec0\u4e48" * 1000, ensure_ascii=False
+    ),
+    "with an accent": lambda part: chat("A" * (20 * MILLION // part), "Qu\u00e9 es?", ensure_ascii=False),
+    "an emoji inside the data": lambda part: chat(
+        "A" * (8 * MILLION // part) + "\U0001f600", "What is this?", ensure_ascii=False
+    ),
+    "an escaped emoji inside the data": lambda part: chat(
+        "A" * (8 * MILLION // part) + "\U0001f600", "What is this?"
+    ),
+    "data after an escaped quote": lambda part: chat(
+        '\U0001f600"' + "A" * (8 * MILLION // part), "What is this?"
+    ),
+    "data in a text": lambda _: chat("AAAA", "\U0001f600" + "A" * (4 * MILLION - 1)),
+    "many pictures": lambda _: chat("AAAA", "?").replace(
         b'}}]', b'}}' + (b',{"type":"text","text":"a"}' * 4000) + b"]", 1
     ),
 }  # fmt: skip
+whole_and_small = pytest.mark.parametrize("part", [4, pytest.param(1, marks=pytest.mark.full)])
 
 
+@whole_and_small
 @pytest.mark.parametrize("name", BODIES)
-def test_no_more_memory_is_taken_than_was_charged(name: str) -> None:
+def test_no_more_memory_is_taken_than_was_charged(name: str, part: int) -> None:
     pool = Pool(ROOM)
     share = pool.share()
     tracemalloc.start()
     try:
-        parts = [BODIES[name]()]
+        parts = [BODIES[name](part)]
         share.hold(len(parts[0]))
         tracemalloc.reset_peak()
         body = validated(parts.pop(), ChatBody, share)
@@ -150,10 +161,14 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Gate, str
                 yield gate, url, service
 
 
-def test_many_large_bodies_at_once_are_answered_or_told_to_wait(seeing: tuple[Gate, str, Service]) -> None:
+@whole_and_small
+def test_many_large_bodies_at_once_are_answered_or_told_to_wait(
+    seeing: tuple[Gate, str, Service], part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gate, url, _ = seeing
-    data = chat(base64.b64encode(noise(21 * MILLION)).decode(), "What is this?")
-    assert len(data) > 3 * MAX_BODY_BYTES
+    monkeypatch.setattr(gate.bodies, "max_bytes", ROOM // part)
+    data = chat(base64.b64encode(noise(21 * MILLION // part)).decode(), "What is this?")
+    assert len(data) > 3 * MAX_BODY_BYTES // part
     gate.bodies.peak_bytes = 0
     answers: list[httpx.Response] = []
 
@@ -172,11 +187,19 @@ def test_many_large_bodies_at_once_are_answered_or_told_to_wait(seeing: tuple[Ga
         if answer.status_code == 503:
             assert "no memory is left for another request body" in answer.text
             assert "retry-after" in answer.headers
-    assert 2 * len(data) < gate.bodies.peak_bytes <= ROOM
+    assert 2 * len(data) < gate.bodies.peak_bytes <= ROOM // part
 
 
-@pytest.mark.parametrize("stores", [False, True])
-@pytest.mark.parametrize("dialect", ["chat", "responses", "messages"])
+@pytest.mark.parametrize(
+    ("dialect", "stores"),
+    [
+        ("chat", False),
+        ("responses", False),
+        ("responses", True),
+        ("messages", False),
+        *(pytest.param(dialect, True, marks=pytest.mark.full) for dialect in ("chat", "messages")),
+    ],
+)
 def test_the_data_of_pictures_is_freed_when_the_prompt_is_built(
     seeing: tuple[Gate, str, Service], dialect: str, stores: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

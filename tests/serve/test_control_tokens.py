@@ -116,7 +116,7 @@ def family(request: pytest.FixtureRequest) -> Any:
 
 def heard(family: Any, service: Service, path: str, bodies: list[dict[str, Any]]) -> list[Counter[int]]:
     """The control tokens in the prompt of each request."""
-    builder, loop = family.builder(), Listener(service.loop)
+    builder, loop = family.shared_builder, Listener(service.loop)
     model = ModelFacts(
         id="m", family="f", context_tokens=1 << 20, num_layers=1, num_experts=1, experts_per_token=1,
         vocab_size=family.tokenizer.vocab_size,
@@ -137,10 +137,7 @@ def heard(family: Any, service: Service, path: str, bodies: list[dict[str, Any]]
                 found.append(Counter(id for id in ids if id in family.tokenizer.control_ids))
         return found
 
-    try:
-        return asyncio.run(ask())
-    finally:
-        builder.close()
+    return asyncio.run(ask())
 
 
 @pytest.mark.parametrize("path", CONVERSATIONS)

@@ -240,7 +240,7 @@ def num_children() -> int:
     return len(found)
 
 
-@pytest.mark.parametrize("num_disconnects", [100, pytest.param(500, marks=pytest.mark.full)])
+@pytest.mark.parametrize("num_disconnects", [50, pytest.param(500, marks=pytest.mark.full)])
 def test_clients_that_vanish_leave_nothing_behind(
     server: Server, keys: tuple[KeyFile, list[tuple[str, str]]], num_disconnects: int
 ) -> None:

@@ -42,6 +42,9 @@ def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
                 yield client
 
 
+every_seed = pytest.mark.parametrize(
+    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.full) for seed in (2, 3))]
+)
 SAMPLED = {"temperature": 1.0, "max_tokens": 60, "ignore_eos": True}
 
 
@@ -59,7 +62,7 @@ def choice_of(asked: httpx.Client, path: str, **body: Any) -> Any:
 
 
 @pytest.mark.parametrize("shows_special", [False, True])
-@pytest.mark.parametrize("seed", range(4))
+@every_seed
 def test_bytes_of_all_tokens_are_the_bytes_of_the_completion(
     asked: httpx.Client, seed: int, shows_special: bool
 ) -> None:
@@ -76,7 +79,7 @@ def test_bytes_of_all_tokens_are_the_bytes_of_the_completion(
     assert scores["text_offset"][0] == 0
 
 
-@pytest.mark.parametrize("seed", range(4))
+@every_seed
 def test_bytes_of_all_tokens_are_the_bytes_of_the_chat(asked: httpx.Client, seed: int) -> None:
     """Except for the space that SentencePiece puts before a text: in a chat, an answer is a text of its own."""
     body = {"messages": [{"role": "user", "content": "How are you"}], "logprobs": True, "top_logprobs": 3}

@@ -318,7 +318,7 @@ def statuses(url: str, secret: str) -> Counter[tuple[str, str]]:
 @pytest.mark.parametrize(
     ("phases", "examples", "num_cases"),
     [
-        ("examples,fuzzing,stateful", 4, 250),
+        ("examples,fuzzing", 2, 200),
         pytest.param("examples,coverage,fuzzing,stateful", 15, NUM_CASES, marks=pytest.mark.full),
     ],
     ids=["short", "whole"],
