@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -15,6 +18,7 @@ from argosy.cli.main import main
 from argosy.config import MIB
 from argosy.forecast import bench
 from argosy.machine import neighbours, probes
+from tests.helpers.forks import Forked
 from tests.models.tiny import qwen3_moe, write_model
 
 Captured = pytest.CaptureFixture[str]
@@ -25,6 +29,19 @@ def _small_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "MEMORY_BYTES", 8 * MIB)
 
 
+class Measuring(Forked[str]):
+    """The process that measures, without the second that its imports take."""
+
+    def _execute_child(self, args: Any, *rest: Any) -> None:
+        super()._execute_child((bench._main,), *rest)
+
+
+@pytest.fixture
+def _measures_in_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": Measuring}))
+
+
+@pytest.mark.usefixtures("_measures_in_a_fork")
 def test_the_lines_name_version_machine_model_rates_two_budgets_and_neighbours(
     tmp_path: Path, capsys: Captured
 ) -> None:
@@ -72,6 +89,7 @@ def test_json_has_the_same_facts_and_plans_that_differ_in_experts_alone(
     assert facts["others"] is not None
 
 
+@pytest.mark.usefixtures("_measures_in_a_fork")
 def test_an_error_of_the_process_that_measures_is_that_of_the_command(
     chat_model: Path, capsys: Captured
 ) -> None:

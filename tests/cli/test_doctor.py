@@ -21,6 +21,12 @@ from argosy.machine import resources, tuning
 from tests.helpers.tunings import keep, use_cache
 
 
+@pytest.fixture(scope="module")
+def drive(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the drive was measured to do, once."""
+    return command.measure_drive(tmp_path_factory.mktemp("drive"), 64 * MIB)
+
+
 def test_doctor_prints_facts_and_leaves_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--path", str(tmp_path), "--size", "64MiB"]) == 0
     printed = capsys.readouterr()
@@ -39,7 +45,10 @@ def test_doctor_prints_facts_and_leaves_no_file(tmp_path: Path, capsys: pytest.C
     assert list(tmp_path.iterdir()) == []
 
 
-def test_json_holds_the_same_facts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_holds_the_same_facts(
+    drive: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "measure_drive", lambda *_: drive)
     assert main(["doctor", "--path", str(tmp_path), "--size", "64MiB", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["cores"] == resources.usable_cores()
@@ -104,8 +113,9 @@ def test_choices_are_shown_with_what_they_won(
 
 
 def test_the_report_fits_a_screen_unless_products_are_asked_for(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    drive: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(command, "measure_drive", lambda *_: drive)
     use_cache(monkeypatch, tmp_path / "cache")
     monkeypatch.setenv("ARGOSY_THREADS", "2")
     keep(

@@ -91,7 +91,9 @@ def test_a_list_says_what_is_here_from_headers(models: Path, capsys: Captured) -
     assert "someone/bert" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("width", [46, 50, 80, 100])
+@pytest.mark.parametrize(
+    "width", [46, 100, *(pytest.param(width, marks=pytest.mark.full) for width in (50, 80))]
+)
 @pytest.mark.parametrize("command", [["list", "--all"], ["show", "qwen"], ["plan", "qwen"], ["data", "list"]])
 def test_a_narrow_terminal_breaks_no_word(
     command: list[str], width: int, models: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch

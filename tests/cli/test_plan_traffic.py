@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from argosy.cli.main import main
+from argosy.forecast import simulation
 from tests.families.published import PUBLISHED
 
 
@@ -40,7 +41,7 @@ def text(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_times_and_machines_are_the_same_in_text_and_json(
     qwen: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = [qwen, "--rate", "0.1", "--traffic", "prompt=300~2,answer=100~2", "--target", "first-token=30s"]
+    options = [qwen, "--rate", "0.1", "--traffic", "prompt=300~2,answer=20~2", "--target", "first-token=30s"]
     found = facts(capsys, *options)
     assert found["likely"]["keeps_up"]
     first = found["likely"]["one_machine"]["first_token_s"]
@@ -52,7 +53,7 @@ def test_times_and_machines_are_the_same_in_text_and_json(
 
     said = text(capsys, *options)
     assert (
-        "0.1 requests/s at random (seed 0); prompts of 300~2 tokens, answers of 100~2; 300 simulated" in said
+        "0.1 requests/s at random (seed 0); prompts of 300~2 tokens, answers of 20~2; 300 simulated" in said
     )
     assert "one machine keeps up: " in said
     assert "a first token within 30 s in 99 of 100 requests" in said
@@ -61,8 +62,9 @@ def test_times_and_machines_are_the_same_in_text_and_json(
 
 
 def test_a_machine_that_cannot_keep_up_has_no_percentiles(
-    qwen: str, capsys: pytest.CaptureFixture[str]
+    qwen: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(simulation, "_MOST_COST", 1e4)  # some hundred requests
     found = facts(capsys, qwen, "--rate", "50", "--target", "token=50ms")
     for case in ("fast", "likely", "slow"):
         assert not found[case]["keeps_up"]

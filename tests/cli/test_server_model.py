@@ -10,16 +10,18 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from argosy.cli.main import main
-from argosy.cli.shared import own_server
+from argosy.cli.shared import own_server, server_model
 from argosy.cli.shared.remote import RemoteServer
 from argosy.cli.shared.server_model import Followed, ServerModel, part_of
 from argosy.cli.shared.server_model import _sent as sent_messages
@@ -451,7 +453,10 @@ def test_an_interrupt_leaves_the_server_at_once_and_the_answer_goes_on_from_its_
     assert [one["content"] for one in json.loads(saved.read_text())] == ["Hi", "Yes, I do."]
 
 
-def test_the_progress_of_a_prompt_at_the_server_is_a_bar(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "command", [["chat", "one"], pytest.param(["run", "-m", "one", "Hi"], marks=pytest.mark.full)]
+)
+def test_the_progress_of_a_prompt_at_the_server_is_a_bar(command: list[str]) -> None:
     def reads_long(handler: Answering) -> None:
         handler.begin()
         assert may_answer.wait(60)
@@ -459,21 +464,25 @@ def test_the_progress_of_a_prompt_at_the_server_is_a_bar(tmp_path: Path) -> None
         handler.end()
 
     may_answer = threading.Event()
-    for command in (["chat", "one"], ["run", "-m", "one", "Hi"]):
-        may_answer.clear()
-        with scripted(reads_long) as server:
-            whole = [argosy_command, *command, "--url", server.url]
-            with on_terminal(whole, {"NO_COLOR": "1", "COLUMNS": "120"}) as terminal:
-                if command[0] == "chat":
-                    terminal.until(b">")
-                    terminal.send(b"Hi\r")
-                terminal.until(b"prompt 50 of 200 tokens")
-                terminal.until(b"about 20 s left")
-                may_answer.set()
-                terminal.until(b"Yes")
+    with scripted(reads_long) as server:
+        whole = [argosy_command, *command, "--url", server.url]
+        with on_terminal(whole, {"NO_COLOR": "1", "COLUMNS": "120"}) as terminal:
+            if command[0] == "chat":
+                terminal.until(b">")
+                terminal.send(b"Hi\r")
+            terminal.until(b"prompt 50 of 200 tokens")
+            terminal.until(b"about 20 s left")
+            may_answer.set()
+            terminal.until(b"Yes")
 
 
-def test_a_busy_server_is_asked_again_and_a_line_says_so(chat: Typed) -> None:
+def test_a_busy_server_is_asked_again_and_a_line_says_so(
+    chat: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + sum(slept), sleep=slept.append)
+    monkeypatch.setattr(server_model, "time", clock)
+
     def is_busy(handler: Answering) -> None:
         handler.reply({"error": {"message": "1 waiting, and the limit is 1"}}, 429, retry_after="1")
 
@@ -483,6 +492,7 @@ def test_a_busy_server_is_asked_again_and_a_line_says_so(chat: Typed) -> None:
     assert err.count("1 waiting, and the limit is 1; retrying until it is free") == 1
     assert "error" not in err
     assert len(server.asked) == 3
+    assert sum(slept) > 1.7  # a second before each
 
 
 def test_what_came_before_the_server_was_lost_is_kept_and_goes_on(chat: Typed, tmp_path: Path) -> None:

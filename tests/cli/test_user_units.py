@@ -20,7 +20,7 @@ from argosy.errors import UsageError
 
 Captured = pytest.CaptureFixture[str]
 # A stand-in for systemctl: it writes its calls down. The file `failing` has the call that fails.
-SYSTEMCTL = """#!{python}
+SYSTEMCTL = """#!{python} -IS
 import pathlib, sys
 here, called = pathlib.Path({here!r}), " ".join(sys.argv[2:])
 with open(here / "calls", "a") as calls:

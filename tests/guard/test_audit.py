@@ -324,7 +324,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("num_tamperings", [300, pytest.param(1000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("num_tamperings", [120, pytest.param(1000, marks=pytest.mark.full)])
 def test_tamperings_are_all_detected(num_tamperings: int, sound: Path, tmp_path: Path) -> None:
     key = key_of(sound)
     missed = []

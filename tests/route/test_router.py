@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from argosy.route.app import _usage
+from argosy.route.servers import Health
 from tests.route.conftest import RealServer, RunningRouter, routing
 
 LONG = 400  # tokens: long enough to kill its server in the middle
@@ -184,17 +185,19 @@ def test_frozen_server_is_noticed_and_its_stream_continues(
 ) -> None:
     expected, _ = streamed(router, "chat", temperature=0)
     frozen: list[RealServer] = []
+    impatient = Health(period_s=0.05, timeout_s=0.4)
+    with routing([server.url for server in servers], health=impatient) as other:
 
-    def freeze(number: int) -> None:
-        if number == 30:
-            frozen.append(busy(router, servers))
-            frozen[0].kill(signal.SIGSTOP)
+        def freeze(number: int) -> None:
+            if number == 30:
+                frozen.append(busy(other, servers))
+                frozen[0].kill(signal.SIGSTOP)
 
-    try:
-        assert streamed(router, "chat", freeze, temperature=0)[0] == expected
-    finally:
-        for server in frozen:
-            server.kill(signal.SIGCONT)
+        try:
+            assert streamed(other, "chat", freeze, temperature=0)[0] == expected
+        finally:
+            for server in frozen:
+                server.kill(signal.SIGCONT)
     assert frozen
 
 

@@ -64,7 +64,7 @@ def test_no_part_of_a_value_leaves_before_it_is_known(value: str) -> None:
 
 def test_prose_is_held_back_by_about_a_word_and_nothing_for_long() -> None:
     stream, num_passed, most = FindingStream(FINDER), 0, 0
-    prose = "The model says plain things, in plain words, for a while and then it stops. " * 20
+    prose = "The model says plain things, in plain words, for a while and then it stops. " * 8
     for num_sent, character in enumerate(prose, 1):
         num_passed += sum(len(part.text) for part in stream.push(character))
         most = max(most, num_sent - num_passed)
