@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_mixed_requests_that_are_cancelled_at_any_time_leave_nothing_behind() -> None:
-    command = [sys.executable, "-m", "tests.engine.mixed_requests", "--requests", "120"]
+    command = [sys.executable, "-m", "tests.engine.mixed_requests", "--requests", "60"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     assert "nothing is left behind" in done.stdout

@@ -20,6 +20,7 @@ from argosy.config import KV_BLOCK_TOKENS, KvDir
 from argosy.directory import Directory
 from argosy.engine.sequence import Sequence
 from argosy.kept import prefix_files
+from tests.helpers.examples import few_of
 from tests.models.mxfp4_models import write_mxfp4_model
 from tests.models.tiny import RawConfig, gpt_oss, prompt_ids, qwen3_moe, write_model
 from tests.models.tiny_delta import qwen3_next
@@ -265,6 +266,7 @@ def test_a_prompt_that_takes_more_than_half_of_the_room_for_files_is_not_written
             assert cached(engine.generate(prompt, GREEDY)) == expected
 
 
+@pytest.mark.parametrize("model", few_of(CONFIGS, ("attention", "delta")), indirect=True)
 def test_another_model_kv_type_instruction_set_or_tenant_finds_nothing_in_files(
     model: Model, tmp_path: Path
 ) -> None:

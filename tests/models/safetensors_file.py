@@ -74,7 +74,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, tuple[str, Array]]) -> N
         offset += len(part)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(parts))
+    with path.open("wb") as file:
+        file.writelines([len(text).to_bytes(8, "little"), text, *parts])
 
 
 def write_checkpoint(
@@ -99,14 +100,18 @@ def encode(dtype: str, array: Array) -> Array:
     """Return the stored form of these values."""
     if dtype != "BF16":
         return np.ascontiguousarray(array, NUMPY_DTYPE[dtype])
-    bits = np.ascontiguousarray(array, "<f4").view("<u4")
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+    bits = np.array(array, "<f4", order="C").reshape(-1).view("<u4")
+    bits += (bits >> 16) & 1
+    bits += 0x7FFF
+    return bits.view("<u2")[1::2].reshape(np.shape(array))  # the upper halves
 
 
 def decode(dtype: str, stored: Array) -> Array:
     """Return the values of the stored form."""
     if dtype == "BF16":
-        return (stored.astype("<u4") << 16).view("<f4")
+        bits = stored.astype("<u4")
+        bits <<= 16
+        return bits.view("<f4")
     return stored.astype("<f4") if dtype == "F16" else stored.copy()
 
 
