@@ -28,6 +28,7 @@ SOURCE = Path(__file__).parents[2] / "src"
 _MOST_BOUNDED = 64
 _CALLS = frozenset({"compile", "match", "fullmatch", "search", "split", "sub", "subn", "findall", "finditer"})
 _ANCHORED = frozenset({"match", "fullmatch"})
+_MAY_MATTER = re.compile(rf"\bre\.|\.(?:{'|'.join(_CALLS)})\b")  # in a module that makes or uses patterns
 _BEGINNINGS = (kinds.AT_BEGINNING, kinds.AT_BEGINNING_STRING)
 
 
@@ -49,9 +50,9 @@ class Pattern:
 def patterns() -> Iterator[Pattern]:
     """Every call of `re` in the source."""
     modules = {
-        path: [*ast.walk(ast.parse(path.read_text()))]
+        path: [*ast.walk(ast.parse(text))]
         for path in sorted((SOURCE / "argosy").rglob("*.py"))
-        if path.stem != "__main__"
+        if path.stem != "__main__" and _MAY_MATTER.search(text := path.read_text())
     }
     used: dict[str, set[str]] = {}
     for nodes in modules.values():

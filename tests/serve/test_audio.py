@@ -362,7 +362,7 @@ def test_a_transcription_ends_when_its_client_leaves(
             assert has_left.wait(30)
 
     monkeypatch.setattr(openai_audio._Work, "_tell", tell_and_wait)
-    long = wav(sound(60.0, 6).reshape(-1, 1).astype("float64"), RATE)
+    long = wav(sound(40.0, 6).reshape(-1, 1).astype("float64"), RATE)
     fields = {"model": "whisper-1", "stream": json.dumps(is_streamed)}
     files = {"file": ("a.wav", io.BytesIO(long))}
     if is_streamed:
@@ -387,7 +387,7 @@ def read_events_of(answer: httpx.Response) -> Iterator[str]:
 @english
 def test_answers_stream_while_a_sound_is_transcribed(hearing: tuple[Service, str, Transcriber]) -> None:
     _, url, ears = hearing
-    long = wav(sound(60.0, 6).reshape(-1, 1).astype("float64"), RATE)
+    long = wav(sound(40.0, 6).reshape(-1, 1).astype("float64"), RATE)
     outcome: list[int] = []
     thread = threading.Thread(target=lambda: outcome.append(post(url, file=long).status_code))
     thread.start()

@@ -351,10 +351,12 @@ BOMBS: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.full)])
 @pytest.mark.parametrize("what", BOMBS)
 def test_a_hostile_schema_is_followed_or_refused_soon_in_every_dialect_that_takes_one(
-    client: httpx.Client, what: str
+    client: httpx.Client, what: str, part: int
 ) -> None:
+    """A part tries every other form, and each form with half of the schemas."""
     schema = BOMBS[what]
     tool = {"name": "f", "parameters": {"type": "object", "properties": {"a": schema}}}
     forms: list[tuple[str, dict[str, Any]]] = [
@@ -373,7 +375,7 @@ def test_a_hostile_schema_is_followed_or_refused_soon_in_every_dialect_that_take
             {"tools": [{"name": "f", "input_schema": tool["parameters"]}], "tool_choice": {"type": "any"}},
         ),
     ]
-    for path, more in forms:
+    for path, more in forms[(list(BOMBS).index(what) + part) % 2 :: 2]:
         began = time.monotonic()
         answer = client.post(path, json=DIALECTS[path] | more)
         assert time.monotonic() - began < 10
