@@ -18,7 +18,7 @@ from argosy.budget.planner import experts_read, plan_memory
 from argosy.budget.requirements import require_memory
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.landing import Transcoded
-from argosy.config import GIB, MIB, Budget, Claim, EngineConfig, KvDir, KvDtype, claimed
+from argosy.config import GIB, MIB, Budget, Claim, EngineConfig, KvDir, KvDtype, claimed, parse_size
 from argosy.errors import DoesNotFit, UsageError
 from argosy.experts.files import bookkeeping_bytes, resident_bookkeeping_bytes, resident_bytes
 from argosy.experts.policy import CachePolicy
@@ -53,6 +53,18 @@ def smallest_budget(files: ModelFiles, context: int | None = None) -> int:
     needed = refused.value.facts["needed_bytes"]
     assert isinstance(needed, int)
     return needed
+
+
+@pytest.mark.parametrize("more_bytes", range(0, 100 << 10, 10 << 10))
+def test_the_need_that_a_refusal_prints_is_enough(files: ModelFiles, more_bytes: int) -> None:
+    config = EngineConfig(budget=Budget(ram_bytes=1 * MIB), threads=2)
+    footprint = ModelFootprint(files, config)
+    with pytest.raises(DoesNotFit) as refused:
+        plan_memory(footprint, config, process_bytes=PROCESS_BYTES + more_bytes)
+    printed = re.match(r"needs (.*) of memory, and the budget is", refused.value.message)
+    assert printed is not None
+    enough = replace(config, budget=Budget(ram_bytes=parse_size(printed[1])))
+    plan_memory(footprint, enough, process_bytes=PROCESS_BYTES + more_bytes)
 
 
 def test_a_plan_counts_the_scratch_of_products_that_use_it(

@@ -357,8 +357,8 @@ def plan_with_media(
         needed = error.facts["needed_bytes"]
         assert isinstance(needed, int)
     fault = DoesNotFit(
-        f"the memory budget has no room for pictures and sound: with them the model needs {format_bytes(needed)}, "
-        f"and the budget is {format_bytes(config.budget.ram_bytes)}",
+        "the memory budget has no room for pictures and sound: with them the model needs "
+        f"{format_bytes(needed, rounds_up=True)}, and the budget is {format_bytes(config.budget.ram_bytes)}",
         hint=f"`--memory {in_mib(needed)}` works",
         needed_bytes=needed,
         budget_bytes=config.budget.ram_bytes,

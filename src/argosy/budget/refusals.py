@@ -25,7 +25,7 @@ Search = Callable[[ModelFootprint, EngineConfig], tuple[MemoryPlan | None, Memor
 def too_small_now(least: MemoryPlan) -> DoesNotFit:
     parts = "  +  ".join(f"{part.label} {format_bytes(part.nbytes)}" for part in least.parts() if part.nbytes)
     return DoesNotFit(
-        f"needs {format_bytes(least.total_bytes)} of memory now, and the budget would be "
+        f"needs {format_bytes(least.total_bytes, rounds_up=True)} of memory now, and the budget would be "
         f"{format_bytes(least.budget_bytes)}\n  {parts}",
         hint=f"{in_mib(least.total_bytes)} works; KV blocks of answers that run or wait cannot leave",
         needed_bytes=least.total_bytes,
@@ -53,7 +53,7 @@ def does_not_fit(
     if not quantised_formats(footprint.files):
         hints.append("`argosy pack --format q8` or q4 makes dense weights and experts smaller")
     return DoesNotFit(
-        f"needs {format_bytes(needed)} of memory, and the budget is {format_bytes(budget)}\n{parts}",
+        f"needs {format_bytes(needed, rounds_up=True)} of memory, and the budget is {format_bytes(budget)}\n{parts}",
         hint="; ".join(hints),
         needed_bytes=needed,
         budget_bytes=budget,

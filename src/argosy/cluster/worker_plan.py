@@ -194,7 +194,7 @@ def _fitting(plan: WorkerPlan) -> WorkerPlan:
         return plan
     parts = "  +  ".join(f"{label} {format_bytes(nbytes)}" for label, nbytes in plan.parts() if nbytes)
     raise DoesNotFit(
-        f"this worker needs {format_bytes(plan.total_bytes)} of memory, and the budget is "
+        f"this worker needs {format_bytes(plan.total_bytes, rounds_up=True)} of memory, and the budget is "
         f"{format_bytes(plan.budget_bytes)}\n  {parts}",
         hint=f"`--memory {-(-plan.total_bytes // (1 << 20)) + 2}MiB` works",
         needed_bytes=plan.total_bytes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from argosy.errors import UsageError
@@ -68,12 +69,18 @@ def parse_seconds(text: str) -> float:
     return seconds
 
 
-def format_bytes(count: float) -> str:
-    """Format a memory size for people: `16.5 GiB`, `310 MiB`, `12 KiB`, `0 B`."""
+def format_bytes(count: float, *, rounds_up: bool = False) -> str:
+    """Format a memory size for people: `16.5 GiB`, `310 MiB`, `12 KiB`, `0 B`.
+
+    A size that is needed rounds up, so that a budget of the printed size is enough.
+    """
     for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
         if abs(count) >= size:
             value = count / size
-            return f"{value:.1f} {unit}" if value < 100 else f"{value:.0f} {unit}"
+            digits = 1 if value < 100 else 0
+            if rounds_up:
+                value = math.ceil(value * 10**digits) / 10**digits
+            return f"{value:.{digits}f} {unit}"
     return f"{count:.0f} B"
 
 

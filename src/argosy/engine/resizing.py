@@ -177,7 +177,7 @@ class Resizer:
                 return replace(opened, budget_bytes=budget_bytes)
             if not model.is_packed:
                 raise DoesNotFit(
-                    f"needs {format_bytes(opened.total_bytes)} of memory, and the budget would be "
+                    f"needs {format_bytes(opened.total_bytes, rounds_up=True)} of memory, and the budget would be "
                     f"{format_bytes(budget_bytes)}: nothing of it can leave while it runs",
                     hint=f"start again with `--memory {budget_bytes // MIB}MiB`",
                     needed_bytes=opened.total_bytes,

@@ -172,7 +172,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         fits = {
             "resident": "yes",
             "streams": "yes, it streams",
-            "no": f"no, needs {format_bytes(row['smallest_bytes'])}",
+            "no": f"no, needs {format_bytes(row['smallest_bytes'], rounds_up=True)}",
         }[row["fits"]]
         experts = f"{row['experts_per_token']} of {row['num_experts']}" if row["num_experts"] else "-"
         table.append(

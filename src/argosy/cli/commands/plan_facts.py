@@ -97,7 +97,7 @@ class PlanFacts:
         forecast = self.forecast
         if forecast.plan is None:
             assert forecast.refusal is not None
-            return f"no: it needs {format_bytes(forecast.smallest_bytes)}"
+            return f"no: it needs {format_bytes(forecast.smallest_bytes, rounds_up=True)}"
         plan = forecast.plan
         share = f", {plan.slots.own_percent:.0f} % of its experts in memory"
         where = "" if forecast.verdict == "resident" else share
@@ -127,10 +127,10 @@ class PlanFacts:
         forecast = self.forecast
         knee = ""
         if forecast.knee_bytes is not None:
-            knee = f"; 90 % of full speed with {format_bytes(forecast.knee_bytes)}"
+            knee = f"; 90 % of full speed with {format_bytes(forecast.knee_bytes, rounds_up=True)}"
         lines = [
-            f"budget    smallest {format_bytes(forecast.smallest_bytes)}{knee}; all experts in memory with "
-            f"{format_bytes(forecast.resident_bytes)}"
+            f"budget    smallest {format_bytes(forecast.smallest_bytes, rounds_up=True)}{knee}; "
+            f"all experts in memory with {format_bytes(forecast.resident_bytes, rounds_up=True)}"
         ]
         if forecast.expert_slots is not None:
             lines.append(

@@ -130,7 +130,7 @@ def _formats(repository: Repository, memory: str | int | None, *, lists: bool, f
         smallest = min((found.smallest_bytes for _, found in fits if found is not None), default=0)
         raise DoesNotFit(
             f"none of the {len(offers)} formats of {owner} fits this machine",
-            hint=f"the smallest needs about {format_bytes(smallest)}" if smallest else None,
+            hint=f"the smallest needs about {format_bytes(smallest, rounds_up=True)}" if smallest else None,
         )
     print(*_table(fits, best, repository.tower), sep="\n", file=sys.stdout if lists else sys.stderr)
     at = f" --revision {repository.asked}" if repository.asked else ""
@@ -204,7 +204,7 @@ def _table(
         parts = f" in {offer.num_parts} parts" if offer.num_parts > 1 and offer.nbytes is not None else ""
         told, speed = "not yet readable" if not offer.may_run else "-", ""
         if fit is not None:
-            told = _FITS.get(fit.verdict) or f"no, needs {format_bytes(fit.smallest_bytes)}"
+            told = _FITS.get(fit.verdict) or f"no, needs {format_bytes(fit.smallest_bytes, rounds_up=True)}"
         if fit is not None and fit.tokens_per_s is not None:
             speed = f"about {short_number(fit.tokens_per_s)} tok/s"
         mark = "best that fits" if offer is best else ""
@@ -232,8 +232,8 @@ def _lines(download: Download, forecast: Forecast, missing_bytes: int) -> list[s
         f"model     {download.name}, revision {_revision(download)}",
         f"licence   {download.licence or 'not stated'}, see {download.source.url}/{download.source.repository}",
         f"fits      {fits}",
-        f"budget    smallest {format_bytes(forecast.smallest_bytes)}; all experts in memory with "
-        f"{format_bytes(forecast.resident_bytes)}",
+        f"budget    smallest {format_bytes(forecast.smallest_bytes, rounds_up=True)}; all experts in memory with "
+        f"{format_bytes(forecast.resident_bytes, rounds_up=True)}",
     ]
     if forecast.decode:
         speed = forecast.decode[0].tokens_per_s

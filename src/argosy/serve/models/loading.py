@@ -315,7 +315,7 @@ class Loader:
         else:
             said = f"{budget} leaves {free} for models"
         return Overloaded(
-            f"{entry.name} needs {format_bytes(needed)}, and {said}",
+            f"{entry.name} needs {format_bytes(needed, rounds_up=True)}, and {said}",
             retry_after_s=int(_RETRY_S),
             hint=hint,
             needed_bytes=needed,
@@ -357,7 +357,7 @@ class Loader:
         )
 
     async def _unload_all(self, leaving: Sequence[Entry]) -> None:
-        """Unload idle models; `_moving` is held. If one stays for lack of a thread, so do those after it."""
+        """Unload idle models; the caller holds `_moving`. If no thread is free for one, the rest also stay."""
         for entry in leaving:
             entry.is_leaving = True  # no request can start to use one meanwhile
         try:
@@ -368,7 +368,7 @@ class Loader:
                 entry.is_leaving = False
 
     async def _unload(self, entry: Entry) -> None:
-        """Free a model's memory; `_moving` is held."""
+        """Free a model's memory; the caller holds `_moving`."""
         assert entry.service is not None
         entry.is_leaving, is_told = True, not self.is_stopped
         try:
