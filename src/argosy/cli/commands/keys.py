@@ -37,9 +37,22 @@ def keys() -> None:
     metavar="SCOPE",
     help="infer, grammar (answers that follow a regex or a grammar), metrics or admin; may be repeated.",
 )
-@click.option("--requests-per-minute", type=WholeNumber(1), metavar="N")
-@click.option("--concurrent-requests", type=WholeNumber(1), metavar="N")
-@click.option("--tokens-per-day", type=WholeNumber(1), metavar="N")
+@click.option(
+    "--requests-per-minute",
+    type=WholeNumber(1),
+    metavar="N",
+    help="Most requests a minute; default: no limit.",
+)
+@click.option(
+    "--concurrent-requests",
+    type=WholeNumber(1),
+    metavar="N",
+    help="Most requests at once; default: no limit.",
+)
+@click.option(
+    "--tokens-per-day", type=WholeNumber(1), metavar="N",
+    help="Most tokens a day, of prompts and answers; default: no limit.",
+)  # fmt: skip
 def add(name: str, path: Path, **limits: object) -> None:
     """Make a key and print it. It is shown only once."""
     from argosy.guard.keys import KeyFile
