@@ -184,7 +184,7 @@ class Hub:
         self._lock = Lock()
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
             raise FetchFailed(
-                f"HF_HUB_OFFLINE is set, so no server is asked for {self._what}",
+                f"HF_HUB_OFFLINE is set, so nothing is fetched from {self._what}",
                 hint="unset it, or name a model that is here: `argosy list`",
                 what=self._what,
                 is_absent=True,

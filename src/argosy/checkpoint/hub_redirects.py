@@ -44,7 +44,7 @@ class Redirects(urllib.request.HTTPRedirectHandler):
         return quote(found.rpartition("@")[2].rpartition("//")[2].rstrip("/"))
 
     def authorize(self, request: urllib.request.Request) -> None:
-        """Note where a request goes, and add the token if the host is the token's."""
+        """Note where a request goes, and add the token if it belongs to that host."""
         self._asked.url = request.full_url
         if self._token and origin_of(request.full_url) == self._origin:
             # Unredirected headers are not sent to another host.

@@ -120,7 +120,7 @@ def predict_group(
 def _step_s(
     work: Work, rates: Rates, machines: int, hit_rate: float, hidden_size: int, network: Network, context: int
 ) -> tuple[float, float]:
-    """Seconds of a step, and how many of them the network takes."""
+    """Return the seconds of a step, and the network's part of them."""
     chosen = work.experts_per_token
     dense_s = sum(
         rates.product_s(format, nbytes, parameters, 1)

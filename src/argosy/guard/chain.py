@@ -211,8 +211,8 @@ def chain_files(directory: Path) -> list[tuple[int, Path]]:
 class End:
     """The end of a file: its last whole line, and what follows it.
 
-    line: None: the file has no whole line.
-    whole_bytes: the size of the file up to and with its last newline.
+    line: None if the file contains no whole line.
+    whole_bytes: the size of the file up to and including its last newline.
     """
 
     line: bytes | None

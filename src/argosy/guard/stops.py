@@ -111,7 +111,7 @@ def _names_in(data: bytes) -> dict[Kind, frozenset[str]]:
     except JsonError as error:
         raise ValueError(str(error)) from None
     if not isinstance(given, dict) or given.keys() != {"version", *KINDS} or given["version"] != _VERSION:
-        raise ValueError(f"it has no version {_VERSION}, or other fields than {', '.join(KINDS)}")
+        raise ValueError(f"it must contain version {_VERSION}, {', '.join(KINDS)}, and nothing else")
     for kind in KINDS:
         names = given[kind]
         is_list = isinstance(names, list) and len(names) <= MOST_STOPPED

@@ -111,7 +111,7 @@ class Choices:
 
 
 def is_on() -> bool:
-    """Whether `ARGOSY_TUNE` leaves tuning on; read here because it applies to every process of ours."""
+    """Whether `ARGOSY_TUNE` leaves tuning on; read here because it applies to every process of Argosy."""
     return os.environ.get("ARGOSY_TUNE") != "off"
 
 

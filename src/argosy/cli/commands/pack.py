@@ -53,7 +53,9 @@ Progress = Callable[[str, float], None]
     type=click.Path(path_type=Path),
     help="Verify the BLAKE3 hashes of a pack.",
 )
-@click.option("--report", is_flag=True, help="Then compare both, as `argosy eval drift`, in DST/drift.json.")
+@click.option(
+    "--report", is_flag=True, help="Then compare both as `argosy eval drift` does, in DST/drift.json."
+)
 @choices(Settings, "memory", into="flags", memory={"help": "Budget of that comparison: 8GiB, 8GB, 75%."})
 @click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")
 def pack(

@@ -58,9 +58,7 @@ class ServeOptions(ListeningOptions):
         tuple[str, ...], Option("--name ID", "Model name for clients; default: the file name.")
     ] = ()
     preload: Annotated[tuple[str, ...], Further("--preload ID", "Load this model at the start.")] = ()
-    library: Annotated[bool, Option("--library", "Serve all local models, each when it is asked for.")] = (
-        False
-    )
+    library: Annotated[bool, Option("--library", "Serve all local models, loaded on request.")] = False
     idle_unload: Annotated[
         str | None, Option("--idle-unload TIME", "Unload a model after 10m (90s, 1h) of no use.")
     ] = None

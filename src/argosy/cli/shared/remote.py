@@ -54,12 +54,12 @@ def server_options(command: Command) -> Command:
 
 
 def whole(value: object) -> int:
-    """A count from a server; 0 if it is not one or is absurd."""
+    """Return the count that a server sent, or 0 if it is no plausible count."""
     return value if isinstance(value, int) and 0 <= value <= _MOST else 0
 
 
 def number(value: object) -> float | None:
-    """A number from a server; None if it is not one or is absurd."""
+    """Return the number that a server sent, or None if it is no plausible number."""
     return value if isinstance(value, int | float) and -_MOST <= value <= _MOST else None
 
 

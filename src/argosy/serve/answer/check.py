@@ -19,7 +19,7 @@ Text = str | Sequence[int]
 
 
 class Checked(NamedTuple):
-    """A request as the model gets it, and its texts for asked checks."""
+    """A request as the model gets it, and the texts that a model or server still has to check."""
 
     request: ModelRequest
     texts: Sequence[str] = ()

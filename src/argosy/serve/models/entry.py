@@ -310,7 +310,7 @@ class Entry:
         self._closing.close()
 
     def forget(self, tenant: str) -> None:
-        """Delete what files keep of a tenant, while the model is not in memory; a library's models keep nothing."""
+        """Delete a tenant's data in files while the model is not in memory; models of a library keep none."""
         if self.offer.ready is not None:
             self.offer.ready[0].forget(tenant)
 
