@@ -7,6 +7,7 @@ the members that they find. Here both are deleted from a copy; what they are, `.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import runpy
@@ -49,6 +50,11 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     native = Path(sys.modules["argosy._native"].__file__ or "")
     (root / "argosy" / native.name).symlink_to(native)
     delete(MAP["optional"](root / "argosy"))
+    for path in root.rglob("argosy/**/*.py"):  # what is compiled already stays so
+        compiled = Path(importlib.util.cache_from_source(str(SOURCE / path.relative_to(root / "argosy"))))
+        if compiled.is_file():
+            (path.parent / "__pycache__").mkdir(exist_ok=True)
+            shutil.copy2(compiled, path.parent / "__pycache__")
     return root
 
 
@@ -75,7 +81,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def environment(core: Path) -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(core)}
+    return os.environ | {"PYTHONPATH": str(core), "PYTHONPYCACHEPREFIX": "", "PYTHONDONTWRITEBYTECODE": ""}
 
 
 def python(core: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

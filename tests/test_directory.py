@@ -366,7 +366,7 @@ def changes(tree: ast.AST) -> Iterator[tuple[int, str, bool]]:
 
 # Most modules have none of these, and are not parsed.
 MAY_CHANGE = re.compile(
-    rf"\bos\.|\bshutil\b|\bopen\(|\.write_(text|bytes)\(|\.({'|'.join(OF_ANY_PATH)}|replace)\("
+    rf"\bos\.({'|'.join(OF_MODULES['os'])})\b|\bshutil\b|\bopen\(|\.write_(text|bytes)\(|\.({'|'.join(OF_ANY_PATH)}|replace)\("
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
@@ -244,6 +245,7 @@ def imported_module(imported: str, names: Mapping[str, Path]) -> str | None:
     return module if module in names and module != "argosy" else None
 
 
+@functools.cache
 def modules() -> list[Path]:
     return sorted(SOURCE.rglob("*.py"))
 
@@ -258,25 +260,33 @@ def target_room(imported: str) -> str:
     return parts[1] if len(parts) > 1 else "__init__"
 
 
-def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line, absolute module name) of each import, including those in functions and under TYPE_CHECKING."""
-    nodes: list[Any] = [node for node in ast.walk(ast.parse(path.read_text())) if hasattr(node, "lineno")]
-    for node in sorted(nodes, key=lambda node: (node.lineno, node.col_offset)):
-        match node:
-            case ast.Import(names=names):
-                yield from ((node.lineno, alias.name) for alias in names)
-            case ast.ImportFrom(level=0, module=str(module), names=names):
-                yield from ((node.lineno, f"{module}.{alias.name}") for alias in names)
-            case ast.ImportFrom():
-                pytest.fail(f"{path}:{node.lineno}: relative imports are not used here")
-            case ast.Call(
-                func=ast.Name(id="__import__" | "import_module") | ast.Attribute(attr="import_module"),
-                args=[ast.Constant(value=str(name)), *_],
-            ):
-                yield node.lineno, name
-            case ast.Call(func=ast.Name(id="members"), args=[ast.Constant(value=str(package)), *_]):
-                folder = SOURCE.joinpath(*package.split(".")[1:])
-                words = (one.value for one in nodes if isinstance(one, ast.Constant))
-                names = {word for word in words if isinstance(word, str) and word.isidentifier()}
-                members = sorted(name for name in names if (folder / f"{name}.py").is_file())
-                yield from ((node.lineno, f"{package}.{name}") for name in members)
+@functools.cache
+def imports(path: Path) -> tuple[tuple[int, str], ...]:
+    """Return (line, absolute module name) of each import, including those in functions and under TYPE_CHECKING."""
+    nodes = [*ast.walk(ast.parse(path.read_text()))]
+    calls: list[Any] = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom | ast.Call)]
+    words = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    calls.sort(key=lambda node: (node.lineno, node.col_offset))
+    return tuple(found for node in calls for found in _imported(path, node, words))
+
+
+def _imported(path: Path, node: Any, words: list[str]) -> Iterator[tuple[int, str]]:
+    """Yield what one node imports, in a module that has these strings."""
+    match node:
+        case ast.Import(names=names):
+            yield from ((node.lineno, alias.name) for alias in names)
+        case ast.ImportFrom(level=0, module=str(module), names=names):
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in names)
+        case ast.ImportFrom():
+            pytest.fail(f"{path}:{node.lineno}: relative imports are not used here")
+        case ast.Call(
+            func=ast.Name(id="__import__" | "import_module") | ast.Attribute(attr="import_module"),
+            args=[ast.Constant(value=str(name)), *_],
+        ):
+            yield node.lineno, name
+        case ast.Call(func=ast.Name(id="members"), args=[ast.Constant(value=str(package)), *_]):
+            folder = SOURCE.joinpath(*package.split(".")[1:])
+            members = sorted(
+                word for word in {*words} if word.isidentifier() and (folder / f"{word}.py").is_file()
+            )
+            yield from ((node.lineno, f"{package}.{name}") for name in members)
