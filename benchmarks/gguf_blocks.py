@@ -7,6 +7,7 @@ llama-quantize.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import gguf
@@ -44,7 +45,9 @@ def to_blocks(block_type: str, rows: NDArray[np.float32]) -> NDArray[np.uint8]:
         values, _ = block_shape(block_type)
         blocks = _QUANTISERS[block_type](np.ascontiguousarray(rows, np.float32).reshape(-1, values))
         return blocks.reshape(len(rows), nbytes)
-    packed = quantize(np.ascontiguousarray(rows, np.float32), gguf.GGMLQuantizationType[block_type])
+    # `quantize` takes 16 rows at a time, which should be long.
+    long = np.ascontiguousarray(rows, np.float32).reshape(len(rows) // math.gcd(len(rows), 64), -1)
+    packed = quantize(long, gguf.GGMLQuantizationType[block_type])
     return np.ascontiguousarray(packed).view(np.uint8).reshape(len(rows), nbytes)
 
 

@@ -26,6 +26,7 @@ tensor, so a gigabyte takes seconds and no more memory than one tensor. `random_
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import shutil
@@ -292,14 +293,27 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     return FAMILIES[raw["model_type"]].parse_config(raw)
 
 
+def _normal_numbers(seed: int) -> tuple[NDArray[np.float32], np.random.Generator]:
+    """The numbers of a pool, which those of one seed share, and what draws further ones."""
+    values, state = _pool(seed)
+    random = np.random.default_rng()
+    random.bit_generator.state = state
+    return values, random
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(seed: int) -> tuple[NDArray[np.float32], Mapping[str, Any]]:
+    random = np.random.default_rng([seed, 7])
+    values = random.standard_normal(_POOL_VALUES, np.float32)
+    return values, random.bit_generator.state
+
+
 class Pool:
     """Bytes of normal numbers in one block type, for any size and deviation."""
 
     def __init__(self, block_type: str, seed: int) -> None:
         self._block_type = block_type
-        self._random = np.random.default_rng([seed, 7])
-        normal = self._random.standard_normal(_POOL_VALUES, np.float32)
-        self._normal = normal
+        self._normal, self._random = _normal_numbers(seed)
         self._blocks: dict[float, Bytes] = {}  # deviation -> [blocks, block bytes]
 
     def _scaled(self, deviation: float) -> Bytes:
