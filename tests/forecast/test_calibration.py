@@ -19,16 +19,18 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_everything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(product_rates, "_SAMPLE_S", 0.01)
+    monkeypatch.setattr(product_rates, "_SAMPLE_S", 0.001)
+    monkeypatch.setattr(product_rates, "_PROBE_S", 60.0)
+    monkeypatch.setattr(product_rates, "MIB", 1 << 16)  # of the memory that is probed
     monkeypatch.setattr(calibration, "ROUNDS", 2)
     monkeypatch.setattr(drive_rates, "_DRIVE_S", 0.02)
     monkeypatch.setattr(calibration, "_STEPS", 6)
     monkeypatch.setattr(calibration, "_TURNS", 1)
-    for name, layers in (("_FEW", 2), ("_MANY", 6), ("_MIDDLING", 2), ("_LARGE", 2)):
+    for name, layers in (("_FEW", 2), ("_MANY", 4), ("_MIDDLING", 2), ("_LARGE", 2)):
         size = getattr(calibration, name)
         monkeypatch.setattr(calibration, name, size._replace(layers=layers, hidden=size.hidden // 2))
-    monkeypatch.setattr(product_rates, "_ARENA_BYTES", 32 << 20)
-    monkeypatch.setattr(product_rates, "_KEYS_BYTES", 4 << 20)
+    monkeypatch.setattr(product_rates, "_ARENA_BYTES", 16 << 20)
+    monkeypatch.setattr(product_rates, "_KEYS_BYTES", 1 << 20)
     big = tmp_path / "model.safetensors"
     big.write_bytes(bytes(96 << 20))
     told: list[str] = []

@@ -68,7 +68,10 @@ def exponential(random: np.random.Generator, count: int) -> np.ndarray[Any, Any]
     return 1 + random.exponential(1e5, count)
 
 
-@pytest.mark.parametrize("load", [0.3, 0.6, 0.85])
+each_load = pytest.mark.parametrize("load", [0.3, pytest.param(0.6, marks=pytest.mark.full), 0.85])
+
+
+@each_load
 def test_with_one_place_and_equal_requests_the_queue_is_m_d_1(load: float) -> None:
     found = simulate(random_requests(load, NUM), server(constant(1.0), constant(1.0)))
     wait = load / (2 * (1 - load))  # Pollaczek and Khinchine
@@ -77,7 +80,7 @@ def test_with_one_place_and_equal_requests_the_queue_is_m_d_1(load: float) -> No
     assert found.busy == pytest.approx(load, rel=0.02)
 
 
-@pytest.mark.parametrize("load", [0.3, 0.6, 0.85])
+@each_load
 def test_with_one_place_and_exponential_requests_the_queue_is_m_m_1(load: float) -> None:
     found = simulate(random_requests(load, NUM, prompt=exponential), server(constant(1.0), by_tokens(1e-5)))
     tolerance = 3 * standard_error(load)
@@ -134,7 +137,7 @@ def test_what_a_server_can_do_is_where_its_queue_begins_to_grow() -> None:
     most = requests_per_s(requests_of(source, 1.0, count=2000), REALISTIC)
     queues = [
         simulate(
-            requests_of(source, share * most, count=4000), replace(REALISTIC, max_waiting=None)
+            requests_of(source, share * most, count=2000), replace(REALISTIC, max_waiting=None)
         ).num_waiting
         for share in (0.9, 1.2)
     ]
@@ -292,6 +295,7 @@ def test_requests_that_come_at_once_have_no_rate_and_are_still_answered() -> Non
     assert found.likely.needed.num_servers == 1
 
 
+@pytest.mark.full
 def test_ten_thousand_requests_take_seconds() -> None:
     requests = requests_of(parse_traffic("prompt=300~2,answer=200~2"), 0.3, count=10_000)
     began = time.process_time()

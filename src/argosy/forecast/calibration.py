@@ -17,6 +17,7 @@ Elsewhere: `product_rates.py` and `drive_rates.py` time their parts; `machine/ke
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -247,7 +248,8 @@ def _write_model(path: Path, size: _Size) -> None:
     numbers = np.random.default_rng(0).normal(scale=0.05, size=1 << 20).astype("<f2")
 
     def tensor(name: str, shape: tuple[int, ...]) -> TensorToWrite:
-        return name, "F16", shape, np.resize(np.roll(numbers, len(name)), shape).tobytes
+        places = np.arange(math.prod(shape)) - len(name)
+        return name, "F16", shape, numbers.take(places, mode="wrap").tobytes
 
     tensors = [tensor(layout.dense_name(name), shape) for name, shape in dense_shapes(config)]
     for layer in config.moe_layers:

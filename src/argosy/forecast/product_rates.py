@@ -86,7 +86,8 @@ class Kernels:
             for one in self._calls
             if one.is_arithmetic
         }
-        return {name: share * self.int8_operations for name, share in shares.items()}
+        int8_operations = self.int8_operations
+        return {name: share * int8_operations for name, share in shares.items()}
 
     @property
     def memory_bytes_per_s(self) -> float:
