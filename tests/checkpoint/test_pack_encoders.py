@@ -48,6 +48,7 @@ def bytes_of(files: ModelFiles, name: str) -> bytes:
     return ref.path.read_bytes()[ref.offset : ref.offset + ref.nbytes]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 @pytest.mark.parametrize("format", PACK_FORMATS)
 def test_a_pack_of_any_format_has_the_same_encoders(family: str, format: str, tmp_path: Path) -> None:
@@ -168,13 +169,14 @@ def killed_at(number: int) -> Iterator[list[str]]:
         yield writes
 
 
-def test_a_pack_killed_anywhere_in_its_encoders_resumes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [36, pytest.param(9, marks=pytest.mark.full)])
+def test_a_pack_killed_anywhere_in_its_encoders_resumes(step: int, tmp_path: Path) -> None:
     with killed_at(0) as writes:
         pack_to(SOURCE, tmp_path / "whole")
     whole = contents(tmp_path / "whole")
     before = len(whole["dense.bin"]) + len(whole["experts.bin"])
     resumed = []
-    for number in {1, 2, 3, *range(4, len(writes), 9), len(writes)}:
+    for number in {1, 2, 3, *range(4, len(writes), step), len(writes)}:
         with killed_at(number), pytest.raises(Killed):
             pack_to(SOURCE, tmp_path / "packed")
         report = pack_to(SOURCE, tmp_path / "packed")

@@ -332,9 +332,16 @@ def failing_at(number: int, code: int, patch: pytest.MonkeyPatch, under: Path) -
     return calls
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, pytest.param(errno.EDQUOT, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    ("code", "num_between"),
+    [
+        (errno.ENOSPC, 12),
+        pytest.param(errno.ENOSPC, 60, marks=pytest.mark.full),
+        pytest.param(errno.EDQUOT, 60, marks=pytest.mark.full),
+    ],
+)
 def test_a_full_disk_at_any_call_is_reported_with_the_bytes_needed(
-    source: Path, tmp_path: Path, code: int
+    source: Path, tmp_path: Path, code: int, num_between: int
 ) -> None:
     pack_to(source, tmp_path / "undisturbed")
     with pytest.MonkeyPatch.context() as patch:
@@ -343,8 +350,8 @@ def test_a_full_disk_at_any_call_is_reported_with_the_bytes_needed(
     assert set(calls) == set(CHANGING_CALLS)
     # After the rename the pack is complete, and later failures do not matter.
     renamed = max(at for at, name in enumerate(calls) if name == "rename") + 1
-    step = max(1, len(calls) // 60)
-    for number in sorted({*range(1, 12), *range(1, renamed, step), *range(renamed - 12, len(calls) + 1)}):
+    step, ends = max(1, len(calls) // num_between), num_between // 5
+    for number in sorted({*range(1, ends), *range(1, renamed, step), *range(renamed - ends, len(calls) + 1)}):
         destination = tmp_path / f"packed{number}"
         with pytest.MonkeyPatch.context() as patch:
             failing_at(number, code, patch, destination)

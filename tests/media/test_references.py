@@ -31,7 +31,9 @@ KEPT = dict(
 )
 
 
-@pytest.mark.parametrize("case", PICTURES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(each, marks=[pytest.mark.full] * (each == "png_4000x3000")) for each in PICTURES]
+)
 def test_a_picture_gives_the_patches_of_the_reference_processors(decoder: FileDecoder, case: str) -> None:
     content = Image(PICTURES[case]()).read(MediaLimits())
     told: list[tuple[int, int]] = []

@@ -37,7 +37,11 @@ def prepared(
     return np.concatenate([patches for patches, _ in groups]), [grid for _, grid in groups], indices
 
 
-@pytest.mark.parametrize(("name", "case"), CASES)
+@pytest.mark.parametrize(
+    ("name", "case"),
+    # A long video of large frames takes as long as all others; other processors have it too.
+    [pytest.param(*each, marks=[pytest.mark.full] * (each == ("qwen3_omni", "long"))) for each in CASES],
+)
 def test_a_video_gives_the_patches_of_the_reference_processors(name: str, case: str) -> None:
     processor = read_video_processor(VIDEO_SETTINGS[name])
     patches, grids, indices = prepared(processor, VIDEOS[case])
@@ -89,7 +93,7 @@ def test_kimi_counts_hours() -> None:
 
 
 @pytest.mark.parametrize("name", VIDEO_SETTINGS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     num_frames=st.integers(1, 400),
     height=st.integers(1, 4000),

@@ -34,8 +34,21 @@ def test_config_weights_and_prompt_follow_from_the_seed(configuration: Configura
         np.testing.assert_array_equal(stored[name], tensor, err_msg=name)
 
 
-@pytest.mark.parametrize("reference", REFERENCES, ids=lambda reference: reference.name)
+each_reference = pytest.mark.parametrize("reference", REFERENCES, ids=lambda reference: reference.name)
+
+
+@each_reference
 def test_the_numpy_model_agrees_with_transformers(reference: Reference) -> None:
+    """In one pass over the prompt and its continuation, whose tokens are the best after those before them."""
+    model, num_prompt = NumpyModel(reference.directory), len(reference.input_ids)
+    logits = model.logits([*reference.input_ids, *reference.greedy[:-1]])
+    assert logits[num_prompt - 1 :].argmax(axis=-1).tolist() == reference.greedy
+    assert difference(logits[:num_prompt], reference.logits) < 1e-5
+
+
+@pytest.mark.full
+@each_reference
+def test_the_numpy_model_generates_what_transformers_does(reference: Reference) -> None:
     model = NumpyModel(reference.directory)
     assert difference(model.logits(reference.input_ids), reference.logits) < 1e-5
     assert model.greedy(reference.input_ids, len(reference.greedy)) == reference.greedy

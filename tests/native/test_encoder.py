@@ -55,6 +55,7 @@ def matrix_of(format: str, weights: Floats) -> tuple[native.Matrix, Doubles]:
 # Products.
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("format", ["f32", "f16", "bf16"])
 @pytest.mark.parametrize("shape", [(1, 1), (33, 16), (70, 100), (96, 1152)])
 @pytest.mark.parametrize("tokens", [0, 1, 7, 16, 50, 400])
@@ -239,6 +240,7 @@ def attention(query: Floats, key: Floats, value: Floats, scale: float) -> Double
     return np.einsum("hts,shd->thd", weights / weights.sum(axis=2, keepdims=True), values, optimize=True)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dim", [1, 16, 64, 72, 80])
 @pytest.mark.parametrize("heads", [(1, 1), (4, 4), (6, 2)])
 @pytest.mark.parametrize("sizes", [(1, 1), (3, 50), (16, 47), (17, 48), (64, 49), (65, 96), (130, 200)])

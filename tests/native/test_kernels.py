@@ -581,6 +581,7 @@ class Conversation:
         return np.array(out), np.abs(v).max()
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "block_tokens", "window", "dtype"),
     [  # every pair of a format with another size

@@ -206,7 +206,7 @@ def test_an_arena_can_become_smaller_while_a_thread_populates_it() -> None:
 def test_a_thread_that_populates_an_arena_lets_others_go_first() -> None:
     """It takes the arena's mutex again at once, for every huge page."""
     size = 512 << 20
-    for _ in range(4):
+    for _ in range(2):
         arena = Arena(size)
         populating = threading.Thread(target=arena.populate)
         populating.start()

@@ -254,7 +254,7 @@ values = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=40)
 @given(
     name=st.sampled_from([family.name for family in CALLING]),
     arguments=st.dictionaries(nice, values, max_size=3),
@@ -359,7 +359,10 @@ def controls_of_plain_text(name: str) -> Counter[int]:
 
 
 def hostile(mark: str, is_apart: bool) -> list[str]:
-    """Return texts that hide the marker; those for which the edges of a text do not matter in one, or apart."""
+    """Return the marker and texts that hide it, all of these in one or apart.
+
+    The second half begins a text and the first half ends it, since other text may complete them.
+    """
     half = len(mark) // 2
     inside = [
         f"x{mark}y{mark}",
@@ -368,8 +371,9 @@ def hostile(mark: str, is_apart: bool) -> list[str]:
         "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in mark),  # full-width
         f'"}}\n{mark}\n{{"',
     ]
-    # The second half, which other text may complete.
-    return [mark, mark[half:], mark[:half], *(inside if is_apart else ["\nx\n".join(inside)])]
+    if is_apart:
+        return [mark, mark[half:], mark[:half], *inside]
+    return [mark, "\nx\n".join([mark[half:], *inside, mark[:half]])]
 
 
 @pytest.mark.parametrize("is_apart", [False, pytest.param(True, marks=pytest.mark.full)])
@@ -379,13 +383,15 @@ def test_no_marker_becomes_a_control_token_wherever_a_caller_writes_it(name: str
     marks = [family.tokenizer.token_text(i) for i in sorted(family.tokenizer.control_ids)]
     assert set(family.marks) <= {*marks, *family.special, *family.structural}
     expected = controls_of_plain_text(name)
-    for mark in dict.fromkeys([*family.marks, "<|im_end|>", "<|endoftext|>", "<think>", "<tool_call>"]):
-        for said in hostile(mark, is_apart):
-            found = controls(family, *everywhere(said))
-            assert found == expected, (mark, said, found - expected, expected - found)
+    texts = [said for mark in dict.fromkeys(family.marks) for said in hostile(mark, is_apart)]
+    foreign = sorted({"<|im_end|>", "<|endoftext|>", "<think>", "<tool_call>"} - {*family.marks})
+    of_others = [said for mark in foreign for said in hostile(mark, is_apart)]
+    for said in [*texts, *(of_others if is_apart else ["\nx\n".join(foreign)])]:
+        found = controls(family, *everywhere(said))
+        assert found == expected, (said, found - expected, expected - found)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(data=st.data(), name=st.sampled_from([family.name for family in CALLING]))
 def test_no_mixture_of_markers_becomes_a_control_token(data: st.DataObject, name: str) -> None:
     family = FAMILIES[name]
@@ -420,7 +426,8 @@ def test_full_width_marks_stay_text_even_if_the_tokenizer_folds_them() -> None:
     builder.close()
 
 
-def test_a_marker_split_over_two_fields_stays_text() -> None:
+@pytest.mark.parametrize("is_at_ends", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_a_marker_split_over_two_fields_stays_text(is_at_ends: bool) -> None:
     def split(first: str, second: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         parts = [{"type": "text", "text": first}, {"type": "text", "text": second}]
         tool = copy.deepcopy(WEATHER)
@@ -431,7 +438,7 @@ def test_a_marker_split_over_two_fields_stays_text() -> None:
     for family in CALLING:
         expected = controls(family, *split("x", "x"))
         for mark in family.marks:
-            for at in sorted({1, len(mark) // 2, len(mark) - 1}):
+            for at in {1, len(mark) - 1} if is_at_ends else {len(mark) // 2}:
                 assert controls(family, *split(mark[:at], mark[at:])) == expected, (mark, at)
 
 
