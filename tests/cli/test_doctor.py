@@ -148,6 +148,12 @@ def test_one_line_says_whether_amx_is_used(
     assert f"  AMX               {command._AMX_STATES['unused']}\n" in capsys.readouterr().out
 
 
+def test_a_pipe_is_no_directory_to_measure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert main(["doctor", "--path", str(tmp_path / "pipe")]) == 2
+    assert "pipe cannot be written to, and measuring the drive needs a file there" in capsys.readouterr().err
+
+
 def test_a_wrong_ask_ahead_is_a_usage_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -818,5 +818,8 @@ def test_showing_a_config_without_weights_estimates_their_size(tmp_path: Path, c
 def test_a_file_that_cannot_be_written_is_an_error_with_its_reason(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"picture\.svg cannot be written: No such file or directory"):
         write_file(tmp_path / "nowhere" / "picture.svg", "<svg/>")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="pipe cannot be written: nothing reads this pipe"):
+        write_file(tmp_path / "pipe", "<svg/>")
     write_file(tmp_path / "picture.svg", "<svg/>")
     assert (tmp_path / "picture.svg").read_text("utf-8") == "<svg/>"

@@ -128,6 +128,7 @@ def test_status_as_json_is_what_the_server_says(url: str, workers: list[str], ca
     ("arguments", "says"),
     [
         (["run", "Hi", "--cluster", "nonsense"], "'nonsense' is not the address of a worker"),
+        (["serve", "--check", "--cluster", "h:1,nonsense"], "'nonsense' is not the address of a worker"),
         (["run", "Hi", "--cluster", ","], "--cluster names no worker"),
         (["run", "Hi", "--verify", "1%"], "--verify needs --cluster"),
         (["run", "Hi", "--cluster-key-file", "f"], "--cluster-key-file needs --cluster"),
@@ -176,6 +177,12 @@ def test_shares_of_all_parts_are_everything() -> None:
     assert shards_of(()) == ALL_SHARDS
     assert sum(shards_of([f"{part}/4"]) for part in range(1, 5)) == ALL_SHARDS
     assert shards_of(["1/4", "2/4"]) == shards_of(["1/4"]) | shards_of(["2/4"])
+
+
+@pytest.mark.parametrize("text", ["1/" + "9" * 5000, "9" * 5000 + "/3", "2/1", "0/1", "1/x", ""])
+def test_other_texts_are_no_share(text: str) -> None:
+    with pytest.raises(UsageError, match="--share takes K/N"):
+        shards_of([text])
 
 
 @pytest.mark.parametrize("text", ["1%", "1", " 1 %"])

@@ -18,7 +18,7 @@ from argosy.cluster import hello, secure
 from argosy.cluster import runner as runner_module
 from argosy.cluster import worker as worker_module
 from argosy.cluster.group import Group
-from argosy.cluster.member import parse_host
+from argosy.cluster.member import format_host, parse_host
 from argosy.cluster.worker import Worker, bind
 from argosy.engine.engine import Engine
 from argosy.errors import PeerNotUsable, PeerRefused, RunnerFailed, UsageError
@@ -385,6 +385,12 @@ def test_a_group_without_an_engine_has_nothing_to_change() -> None:
 
 def test_addresses_may_be_ipv6() -> None:
     assert parse_host("[::1]:7070") == ("::1", 7070)
+    assert format_host("::1", 7070) == "[::1]:7070"  # what a worker prints goes into `--cluster`
+
+
+def test_a_port_of_thousands_of_digits_is_refused() -> None:
+    with pytest.raises(UsageError, match="is not the address of a worker"):
+        parse_host("h:" + "9" * 5000)
 
 
 # ── verification ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -103,9 +103,15 @@ def parse_host(text: str, *, lowest_port: int = 1) -> tuple[str, int]:
         host = host[1:-1]
     elif ":" in host:
         host = ""
-    if not host or not port.isascii() or not port.isdecimal() or not lowest_port <= int(port) < 65536:
+    is_port = port.isascii() and port.isdecimal() and len(port) <= 5
+    if not host or not is_port or not lowest_port <= int(port) < 65536:
         raise UsageError(f"'{text}' is not the address of a worker", hint="write HOST:PORT, as 10.0.0.2:7070")
     return host, int(port)
+
+
+def format_host(host: str, port: int) -> str:
+    """The text that `parse_host` reads as this address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _numbers(data: bytes) -> dict[str, int]:

@@ -32,6 +32,7 @@ from argosy.checkpoint.shards import shard_of
 from argosy.cluster import door, hello, secure
 from argosy.cluster.hello import MOST_ROWS, Facts, Offer, Refusal
 from argosy.cluster.identity import fingerprint
+from argosy.cluster.member import format_host
 from argosy.cluster.worker_plan import (
     WorkerPlan,
     WorkerSettings,
@@ -82,7 +83,7 @@ def bind(host: str, port: int, *, has_key: bool) -> socket.socket:
         listener.bind(address)
     except OSError as error:
         listener.close()
-        raise UsageError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+        raise UsageError(f"cannot listen on {format_host(host, port)}: {error.strerror}") from None
     return listener
 
 

@@ -164,7 +164,7 @@ def measure_drive(path: Path, size_bytes: int, progress: Progress | None = None)
                 needed_bytes=file_bytes,
                 free_bytes=resources.free_disk_bytes(path),
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise UsageError(
                 f"{path} cannot be written to, and measuring the drive needs a file there",
                 hint="choose a directory of your own on the same drive: `argosy doctor --path DIR`",

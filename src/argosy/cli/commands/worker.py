@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from argosy.cluster.worker import Worker
     from argosy.cluster.worker_plan import WorkerSettings
 
+_LONGEST_SHARE = 16
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerOptions:
@@ -111,7 +113,7 @@ def worker(model: str, given: WorkerOptions, flags: Settings) -> None:
       argosy worker /data/copy --copy --bind 10.0.0.3:7070 --memory 56GiB --key-file key
     """
     from argosy.cli.shared.output import progress_bar
-    from argosy.cluster.member import parse_host
+    from argosy.cluster.member import format_host, parse_host
     from argosy.cluster.worker import Worker
     from argosy.cluster.worker import bind as bind_socket
     from argosy.model.families import open_model
@@ -125,7 +127,10 @@ def worker(model: str, given: WorkerOptions, flags: Settings) -> None:
     if given.is_copy:
         port = listener.getsockname()[1]
         found = _copied(
-            Path(model), listener, f"{host}:{port}", wanted if given.shares else replace(wanted, shards=0)
+            Path(model),
+            listener,
+            format_host(host, port),
+            wanted if given.shares else replace(wanted, shards=0),
         )
         if found is None:
             return
@@ -140,7 +145,9 @@ def worker(model: str, given: WorkerOptions, flags: Settings) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: running.drain())
         try:
-            running.serve(listener, started=lambda: _tell(running, f"{host}:{listener.getsockname()[1]}"))
+            running.serve(
+                listener, started=lambda: _tell(running, format_host(host, listener.getsockname()[1]))
+            )
         finally:
             running.close()
 
@@ -188,7 +195,8 @@ def shards_of(shares: Sequence[str]) -> int:
     mask = 0
     for share in shares:
         part, _, of = share.partition("/")
-        if not (part.isdecimal() and of.isdecimal() and 1 <= int(part) <= int(of) <= NUM_SHARDS):
+        are_numbers = part.isdecimal() and of.isdecimal() and len(share) <= _LONGEST_SHARE
+        if not (are_numbers and 1 <= int(part) <= int(of) <= NUM_SHARDS):
             raise UsageError(
                 f"--share takes K/N with K from 1 to N and N up to {NUM_SHARDS}, found '{share}'",
                 hint="for example 1/4",

@@ -73,6 +73,11 @@ class WantedGroup:
             return
         if not self.hosts:
             raise UsageError("--cluster names no worker", hint="--cluster HOST:PORT,...")
+        if self.hosts != (AUTO,):
+            from argosy.cluster.member import parse_host
+
+            for host in self.hosts:
+                parse_host(host)
         if self.hosts == (AUTO,) and self.cluster_ca is not None:
             raise UsageError(
                 "--cluster auto starts workers without TLS, but --cluster-ca requires it",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -121,9 +122,18 @@ def write_file(path: Path, text: str) -> None:
         UsageError: it cannot be written.
     """
     try:
-        path.write_text(text, encoding="utf-8")
+        # Opening a named pipe that nothing reads must not block.
+        with open(
+            path,
+            "w",
+            encoding="utf-8",
+            opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK, 0o666),
+        ) as file:
+            os.set_blocking(file.fileno(), True)
+            file.write(text)
     except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
+        reason = "nothing reads this pipe" if error.errno == errno.ENXIO else error.strerror
+        raise UsageError(f"{path} cannot be written: {reason}") from error
 
 
 def write_dim(text: str) -> None:
