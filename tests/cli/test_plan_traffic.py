@@ -12,6 +12,8 @@ from argosy.cli.main import main
 from argosy.forecast import simulation
 from tests.families.published import PUBLISHED
 
+TINY = str(Path(__file__).parents[1] / "models" / "reference" / "mixtral_plain")
+
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,26 +78,24 @@ def test_a_machine_that_cannot_keep_up_has_no_percentiles(
     assert "100 such machines do not reach it" in said
 
 
-def test_requests_of_a_file_come_as_it_says(
-    qwen: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_requests_of_a_file_come_as_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text(
         "".join(f'{{"at_s": {at}, "prompt_tokens": 40, "answer_tokens": 1}}\n' for at in (0, 50, 100))
     )
-    found = facts(capsys, qwen, "--traffic", str(path))
+    found = facts(capsys, TINY, "--traffic", str(path))
     assert (found["at_random"], found["seed"], found["target"]) == (False, None, None)
     assert found["rate_per_s"] == pytest.approx(0.02)
     assert found["likely"]["one_machine"]["token_s"] is None  # answers of one token have no further ones
-    assert "requests/s as the file says" in text(capsys, qwen, "--traffic", str(path))
+    assert "requests/s as the file says" in text(capsys, TINY, "--traffic", str(path))
     assert (
-        facts(capsys, qwen, "--traffic", str(path), "--rate", "0.01")["likely"]["one_machine"]["num_requests"]
+        facts(capsys, TINY, "--traffic", str(path), "--rate", "0.01")["likely"]["one_machine"]["num_requests"]
         == 300
     )
 
 
-def test_without_a_rate_nothing_is_simulated(qwen: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert facts(capsys, qwen) is None
+def test_without_a_rate_nothing_is_simulated(capsys: pytest.CaptureFixture[str]) -> None:
+    assert facts(capsys, TINY) is None
 
 
 @pytest.mark.parametrize(
@@ -115,21 +115,18 @@ def test_without_a_rate_nothing_is_simulated(qwen: str, capsys: pytest.CaptureFi
     ],
 )
 def test_what_cannot_be_simulated_is_refused(
-    arguments: list[str], problem: str, qwen: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["plan", qwen, "--machine", "box:desktop-64", *arguments]) == 2
+    assert main(["plan", TINY, "--machine", "box:desktop-64", *arguments]) == 2
     assert problem in capsys.readouterr().err
 
 
 def test_with_verify_the_simulation_uses_measured_steps(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny = Path(__file__).parents[1] / "models" / "reference" / "mixtral_plain"
     lengths = ["--traffic", "prompt=16,answer=8"]
     assert (
-        main(
-            ["plan", str(tiny), "--memory", "1GiB", "--context", "128", "--rate", "0.5", *lengths, "--verify"]
-        )
+        main(["plan", TINY, "--memory", "1GiB", "--context", "128", "--rate", "0.5", *lengths, "--verify"])
         == 0
     )
     assert "requests/s, by measured steps" in capsys.readouterr().out

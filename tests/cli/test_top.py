@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -247,7 +249,9 @@ def test_top_waits_for_a_lost_server_and_shows_the_age_of_its_last_state(
         yield server.state()
 
     monkeypatch.setattr(RemoteServer, "states", states)
-    monkeypatch.setattr(top.time, "sleep", lambda seconds: None)
+    slept: list[float] = []
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + sum(slept), sleep=slept.append)
+    monkeypatch.setattr(top, "time", clock)
     top.watch(RemoteServer(server.url))  # ^C ends it silently
     shown = screen.getvalue()
     assert "has ended the stream; this state is 0 s old" in shown

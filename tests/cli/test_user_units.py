@@ -145,7 +145,10 @@ def test_the_service_runs_a_command_of_serve_and_finds_the_same_files(
     assert (options["library"], options["idle_unload"], options["port"]) == (True, "15m", 8080)
 
 
-@pytest.mark.parametrize("changed", ["edited", "written", "link", "binary"])
+@pytest.mark.parametrize(
+    "changed",
+    ["edited", "link", *(pytest.param(name, marks=pytest.mark.full) for name in ("written", "binary"))],
+)
 def test_a_unit_of_somebody_else_stays(changed: str, systemd: Path, tmp_path: Path, capfd: Captured) -> None:
     assert main(["up"]) == 0
     assert main(["stop"]) == 0
