@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -131,6 +133,23 @@ def test_a_repository_with_more_formats_than_anybody_makes_is_not_compared(
     assert main(["pull", NAME, "--formats"]) == 2
     assert "has 5000 files or formats of that name, too many to list" in capsys.readouterr().err
     assert server.ranges == []
+
+
+def test_a_person_is_asked_first_and_told_what_to_run_then(
+    server: Served, hub: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Mock(return_value=False)
+    for stream in (sys.stdin, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    monkeypatch.setattr("click.confirm", asked)
+    command = ["pull", f"{NAME}:Q4_K_M", "--memory", "1GiB"]
+    assert main(command) == 1
+    assert asked.call_args.args == ("Fetch it, under the licence apache-2.0?",)
+    assert list(hub.rglob("*.gguf")) == []
+    asked.return_value = True
+    assert main(command) == 0
+    assert f"ready     argosy run -m {NAME}:Q4_K_M " in capsys.readouterr().out
+    assert list(hub.rglob("*.gguf"))
 
 
 def test_fit_keeps_to_the_part_of_a_name_that_is_given(server: Served, hub: Path, capsys: Captured) -> None:
