@@ -171,11 +171,15 @@ def test_a_text_that_the_policy_does_not_allow_is_refused_where_a_route_screens(
 
 def test_a_route_without_a_policy_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     from argosy.serve.dialects.openai_embeddings import Embeddings, embeddings
+    from argosy.serve.http.access import RouteRule
     from argosy.serve.http.route import post_route
 
+    with pytest.raises(TypeError, match="screens"):
+        post_route("/new", embeddings, Embeddings)  # type: ignore[call-arg]
+    rule = RouteRule(method="POST", path="/new", scope="infer")
     with pytest.raises(AssertionError, match="say what the content policy"):
         test_every_route_declares_what_it_screens_and_has_a_body_here(
-            post_route("/new", embeddings, Embeddings)
+            Route(rule=rule, handler=embeddings, answer=Embeddings)
         )
 
 

@@ -78,7 +78,7 @@ async def plain(body: PlainBody, request: Request) -> Response:
     return await respond(PlainExchange, body, request)
 
 
-ROUTE: Route = post_route("/v1/plain", plain, PlainAnswer, events=PlainEvent)
+ROUTE: Route = post_route("/v1/plain", plain, PlainAnswer, screens="answers", events=PlainEvent)
 
 
 @pytest.fixture
@@ -99,6 +99,7 @@ def test_a_new_dialect_streams_the_text_of_its_whole_answer(plainly: httpx.Clien
     assert "".join(event["text"] for event in events) == whole.json()["text"]
     for answer in (whole, streamed):
         assert answer.headers["x-ignored-params"] == "mood"
+        assert answer.headers["x-ai-generated"] == "1"
 
 
 def test_a_new_dialect_refuses_and_fails_like_the_others(plainly: httpx.Client) -> None:

@@ -51,7 +51,7 @@ def get_route(
 
 
 def post_route(
-    path: str, handler: Callable[..., Any], answer: Any, *, screens: Screens | None = None,
+    path: str, handler: Callable[..., Any], answer: Any, *, screens: Screens,
     takes_media: bool = False, **described: Any,
 ) -> Route:  # fmt: skip
     rule = RouteRule(
