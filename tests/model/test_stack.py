@@ -86,7 +86,7 @@ SEEING = (
 )  # fmt: skip
 
 
-# One of each kind of layers, and the packed ones; `test_a_step_has_the_bits_of_its_operations` runs the others, too.
+# One of each kind of layers, and the packed ones. `test_logits.py` compares every model with transformers.
 IN_SHORT = [
     *PACKED,
     "deepseek_v2_groups",
@@ -150,6 +150,17 @@ def run(parts: Parts, decoder: Decoder | ReferenceDecoder) -> list[Floats]:
 PARTLY_RESIDENT: tuple[Residency, ...] = ("smallest cache", "guessing cache", "no experts")
 
 
+@pytest.mark.parametrize(
+    "directory",
+    few_of(
+        MODELS,
+        [
+            *IN_SHORT, "deepseek_v2_lite", "glm4_moe_lite_plain", "mixtral_window_top1", "olmoe_cut_off_renormalised",
+            "qwen2_moe_layer_types_yarn", "qwen3_moe_dynamic_every_second",
+        ],
+    ),
+    indirect=True,
+)  # fmt: skip
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("instruction_set", _native.instruction_sets())
 @pytest.mark.parametrize("is_resident", [True, False], ids=["resident", "partly resident"])
