@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from argosy.cli.commands import background
 from argosy.cli.main import main
 from argosy.cli.shared import own_server
 from argosy.cli.shared.remote import DEFAULT_URL, default_url
@@ -137,6 +138,16 @@ def test_two_that_start_at_once_start_one_server(chat_model: Path) -> None:
     assert sorted(one.returncode for one in both) == [0, 2], said
     (told,) = (out for out, _ in said if out)
     assert f"pid {here().pid}\n" in told
+
+
+@pytest.mark.parametrize(
+    ("command", "hint"), [("exit 1", "its log is empty"), ("echo why; exit 1", "the lines above are its log")]
+)
+def test_only_a_log_with_lines_is_said_to_be_above(command: str, hint: str, tmp_path: Path) -> None:
+    with Directory(tmp_path) as folder, pytest.raises(ServerNotUsable, match="exit code 1") as refused:
+        background._start(folder, ["sh", "-c", command])
+    assert refused.value.hint is not None
+    assert hint in refused.value.hint
 
 
 def test_a_server_that_cannot_start_says_why_and_leaves_no_process(chat_model: Path, state: Path) -> None:

@@ -254,12 +254,18 @@ def _start(state: Directory, command: Sequence[str]) -> Process:
 def _wait_until_ready(child: subprocess.Popen[bytes], log: _LogReader) -> Process:
     server = _own()
     began = said = time.monotonic()
+    is_log_empty = True
     while time.monotonic() - began < START_S:
-        sys.stderr.write(log.new())
-        if child.poll() is not None:
+        has_ended = child.poll() is not None  # before its log is read, which then holds its last words
+        new = log.new()
+        sys.stderr.write(new)
+        is_log_empty = is_log_empty and not new
+        if has_ended:
             raise ServerNotUsable(
                 f"the server ended with exit code {child.returncode} before it was ready",
-                hint="the lines above are its log; `argosy logs` shows more",
+                hint="its log is empty: is the drive of your home directory full? `argosy serve` shows why it ends"
+                if is_log_empty
+                else "the lines above are its log; `argosy logs` shows more",
                 url=own_server.socket_url(),
             )
         process = own_server.running()
