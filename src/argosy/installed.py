@@ -7,7 +7,6 @@ command names the packages that an extra stands for, or a file, and never these 
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
 import sys
 import urllib.parse
@@ -46,6 +45,8 @@ def command_for_experts() -> str:
 
 def command_for(*packages: str) -> str:
     """The command that installs packages into the environment of this process."""
+    import shlex
+
     prefix, python = Path(sys.prefix), Path(sys.executable)
     if (prefix / "pipx_metadata.json").exists():
         begin = ["pipx", "inject", _NAME]

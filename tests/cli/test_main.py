@@ -27,6 +27,7 @@ from argosy.config import SamplingParams
 from argosy.errors import UsageError
 from argosy.user_directories import data_directory
 from tests.cli.fake_engine import FakeEngine
+from tests.cli.tiny_chat_model import write_chat_model
 from tests.helpers.forks import Forked
 
 Engine = type[FakeEngine]
@@ -236,6 +237,25 @@ def test_version_help_and_lists_need_no_heavy_imports() -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("argosy 0.")
+
+
+def test_an_engine_without_a_server_holds_no_modules_that_it_does_not_need(tmp_path: Path) -> None:
+    """The plan counts what the process holds: experts get the rest of the budget."""
+    model = write_chat_model(tmp_path / "model")
+    unneeded = {"argosy.prompt.chat", "http.client", "ssl", "tomllib"}
+    code = (
+        "import sys; from argosy import Engine; Engine\n"
+        f"print(sorted({unneeded} & sys.modules.keys()))\n"
+        "from argosy.cli.main import main\n"
+        f"main(['run', 'hi', '-q', '-n', '1', '--memory', '400MiB', '-m', {str(model)!r}])\n"
+        f"print(sorted({unneeded - {'argosy.prompt.chat'}} & sys.modules.keys()))\n"  # this model has a template
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert (lines[0], lines[-1]) == ("[]", "[]")
 
 
 def test_the_first_output_takes_200_ms_of_a_processor_at_most() -> None:

@@ -11,7 +11,6 @@ from argosy.config import (
 )
 from argosy.machine.resources import PROCESS_GROWTH_BYTES, THREAD_BYTES, held_bytes
 from argosy.media.parts import FFMPEG_BYTES, PROMPT_LIMITS
-from argosy.prompt.chat import TEMPLATE_WORKER_BYTES
 from argosy.prompt.tokenizer import Tokenizer
 
 _DECODED_PIXEL_BYTES = 3 + 4  # decoded, and while Pillow scales it
@@ -27,6 +26,7 @@ TOKEN_OBJECT_BYTES = 160  # ids as Python objects, and an entry in the index of 
 MARKED_ANSWER_BYTES = 12 * KIB
 # A lookup drafter takes this per token of a sequence: its id, room to grow, a copy while that grows, and a search.
 LOOKUP_TOKEN_BYTES = 20
+TEMPLATE_WORKER_BYTES = 24 * MIB  # the process that renders chat templates: 22 MiB measured
 PROCESS_VARIES_BYTES = 2 * MIB  # process size differs by this much from one start to the next
 OTHER_THREADS = 8  # threads of the interpreter, the engine and the server, beside compute and reader threads
 GRAMMAR_BYTES = 64 * MIB  # compiled grammars, and the state they build up while answers follow them

@@ -124,7 +124,6 @@ class GgufFile:
     path: Path  # the first part of a split model
     metadata: Mapping[str, Value]
     tensors: Mapping[str, TensorRef]  # of all parts
-    metadata_bytes: bytes  # the key-value part exactly as in the file, for a copy without tensors
 
     def integer(self, key: str, default: int | None = None, *, least: int = 0, most: int = 2**31 - 1) -> int:
         """Return a whole number.
@@ -270,7 +269,7 @@ def read_gguf(path: Path) -> GgufFile:
             f"the {split.count} parts of {path.name} hold {len(tensors)} tensors, expected {split.num_tensors}",
             path=path,
         )
-    return GgufFile(path, first.metadata, tensors, first.metadata_bytes)
+    return GgufFile(path, first.metadata, tensors)
 
 
 def _read_file(path: Path) -> tuple[GgufFile, _Split | None]:
@@ -278,9 +277,8 @@ def _read_file(path: Path) -> tuple[GgufFile, _Split | None]:
     with open_regular(path) as (descriptor, file_bytes):
         cursor = _Cursor(path, descriptor, file_bytes)
         num_tensors, num_entries = _read_start(cursor)
-        metadata, spans = _read_metadata(cursor, num_entries)
+        metadata, _ = _read_metadata(cursor, num_entries)
         split = _take_split(cursor, metadata)
-        metadata_bytes = b"".join(cursor.bytes(*spans[key]) for key in metadata)
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         # The specification requires a multiple of 8; every reader in use requires a power of two.
         if (
@@ -294,7 +292,7 @@ def _read_file(path: Path) -> tuple[GgufFile, _Split | None]:
         relative = [_read_tensor(cursor) for _ in range(num_tensors)]
         data_start = _round_up(cursor.at, alignment)
         tensors = _place(relative, cursor, data_start, alignment)
-        return GgufFile(path, metadata, tensors, metadata_bytes), split
+        return GgufFile(path, metadata, tensors), split
 
 
 def _take_split(cursor: _Cursor, metadata: dict[str, Value]) -> _Split | None:
@@ -320,9 +318,17 @@ def is_gguf(path: Path) -> bool:
         return nbytes >= len(MAGIC) and read_at(descriptor, len(MAGIC), 0, path) == MAGIC
 
 
-def metadata_only(file: GgufFile) -> bytes:
-    """Return the bytes of a GGUF file with the same metadata and no tensors, as vocabularies are distributed."""
-    return MAGIC + struct.pack("<IQQ", 3, 0, len(file.metadata)) + file.metadata_bytes
+def metadata_only(path: Path) -> bytes:
+    """Read the bytes of a GGUF file with the same metadata and no tensors, as vocabularies are distributed.
+
+    Raises: as `read_gguf`.
+    """
+    with open_regular(path) as (descriptor, file_bytes):
+        cursor = _Cursor(path, descriptor, file_bytes)
+        metadata, spans = _read_metadata(cursor, _read_start(cursor)[1])
+        _take_split(cursor, metadata)
+        entries = b"".join(cursor.bytes(*spans[key]) for key in metadata)
+    return MAGIC + struct.pack("<IQQ", 3, 0, len(metadata)) + entries
 
 
 class _Cursor:

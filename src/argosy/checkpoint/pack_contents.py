@@ -14,7 +14,7 @@ from typing import NamedTuple, cast
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.formats import is_quantised, round_up
 from argosy.checkpoint.geometry import packed_config, packed_format
-from argosy.checkpoint.gguf import GgufFile, metadata_only, read_gguf
+from argosy.checkpoint.gguf import GgufFile, metadata_only
 from argosy.checkpoint.gguf_names import GGUF_METADATA_FILE, MMPROJ_METADATA_FILE
 from argosy.checkpoint.landing import Halves, MatrixRef
 from argosy.checkpoint.manifest import (
@@ -247,9 +247,9 @@ def files_to_make(files: ModelFiles, *, has_encoders: bool) -> dict[str, bytes]:
     """
     if files.path.is_dir():
         return _pooling_file(files.path)
-    made = {GGUF_METADATA_FILE: metadata_only(read_gguf(files.path))}
+    made = {GGUF_METADATA_FILE: metadata_only(files.path)}
     if has_encoders and isinstance(files.mmproj, GgufFile):
-        made[MMPROJ_METADATA_FILE] = metadata_only(files.mmproj)
+        made[MMPROJ_METADATA_FILE] = metadata_only(files.mmproj.path)
     return made
 
 

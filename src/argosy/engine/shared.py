@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import cached_property
 
 from argosy import _native
+from argosy.budget.allowances import TEMPLATE_WORKER_BYTES
 from argosy.budget.footprint import ModelFootprint
 from argosy.budget.memory_plan import MemoryPlan
 from argosy.budget.planner import most_bytes, plan_share, shared_bytes
@@ -34,7 +35,6 @@ from argosy.kept.prefix_files import forget_files
 from argosy.media.parts import Hearing, Kind
 from argosy.model.work import Work, work_of
 from argosy.prompt.builder import PromptBuilder
-from argosy.prompt.chat import TEMPLATE_WORKER_BYTES
 from argosy.prompt.prompt import ToolCalling
 from argosy.prompt.tokenizer import Tokenizer
 

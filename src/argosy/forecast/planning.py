@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from argosy.budget.allowances import PROCESS_VARIES_BYTES, process_bytes
+from argosy.budget.allowances import PROCESS_VARIES_BYTES, TEMPLATE_WORKER_BYTES, process_bytes
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.geometry import count_parameters
 from argosy.checkpoint.hub import Source
@@ -43,7 +43,6 @@ from argosy.media.parts import Kind
 from argosy.model.families import CONFIG_FILE, config_alone, open_model
 from argosy.model.remote import RemoteHeaders, fetch_headers
 from argosy.open.models import configure, is_here, locate_model, open_files
-from argosy.prompt.chat import TEMPLATE_WORKER_BYTES
 from argosy.prompt.tokenizer import Tokenizer
 
 HERE = "here"

@@ -14,7 +14,6 @@ Elsewhere: `names.py` resolves names; Ollama's format is `modelfile.py`; `config
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -151,6 +150,8 @@ def from_toml(data: bytes, name: str) -> Preset:
     Raises:
         UsageError: it is too large, is not TOML, or has a setting that is unknown or out of bounds.
     """
+    import tomllib
+
     if len(data) > MOST_BYTES:
         raise UsageError(f"a preset of {len(data)} bytes is too large; at most {MOST_BYTES} are read")
     try:

@@ -39,7 +39,6 @@ _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"
 _RENDER_SECONDS = 5.0
 _RENDER_SECONDS_PER_MILLION = 4.0  # per million characters of input
 _MOST_WORKERS = 2  # a server's claims count the second one (`SERVER_GROWTH_BYTES`)
-TEMPLATE_WORKER_BYTES = 24 << 20  # memory of such a process; 22 MiB measured
 _INSTEAD = "give the model text to continue instead: `--raw`"
 _TEMPLATE_CHARACTERS = 1 << 20  # a template may write this much beyond twice its input
 

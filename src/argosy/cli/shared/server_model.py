@@ -442,9 +442,6 @@ def find_model(model: str, url: str | None, *, no_server: bool, is_quiet: bool) 
     Raises:
         UsageError, ServerNotUsable: a server was named but cannot answer this command.
     """
-    from argosy.cli.shared.remote import RemoteServer
-    from argosy.cli.shared.settings import api_key
-
     if no_server:
         if url is not None:
             raise UsageError("--url and --no-server exclude each other")
@@ -452,6 +449,9 @@ def find_model(model: str, url: str | None, *, no_server: bool, is_quiet: bool) 
     process = own_server.found() if url is None else None
     if process is None and url is None:
         return None
+    from argosy.cli.shared.remote import RemoteServer  # imports HTTP, which an engine does not need
+    from argosy.cli.shared.settings import api_key
+
     url, key = own_server.socket_url() if url is None else url, api_key()
     server = RemoteServer(url, key)
     address = server.url if process is None else process.address
