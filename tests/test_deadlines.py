@@ -143,6 +143,9 @@ ENDLESS: dict[tuple[str, str], list[tuple[str, str]]] = {
     ): [
         ("_Work.next_event", "self._events.get()"),
     ],
+    ("serve/http/server.py", "a server runs until it is told to end"): [
+        ("WokenServer.main_loop", "self._told.wait()"),
+    ],
     ("serve/http/server.py", "the load has been told to stop, or has ended"): [
         ("Server._load_first", "asyncio.wait([loading])"),
         ("Server._load_first", "loading.result()"),
