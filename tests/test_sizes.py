@@ -6,6 +6,8 @@ import runpy
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 MAP: dict[str, Any] = runpy.run_path(str(ROOT / ".ci" / "map.py"))
 
@@ -18,6 +20,11 @@ def test_nothing_in_the_sources_is_above_the_limits() -> None:
     assert {
         limit: [one for one in places if one[0] not in MANY_OF_A_KIND] for limit, places in found.items()
     } == {limit: [] for limit in found}, "cut it where its jobs meet, or find the module that should carry it"
+
+
+@pytest.mark.full  # it takes apart 97,000 lines
+def test_the_core_stays_within_its_bound() -> None:
+    assert 30_000 < MAP["lines_of_core"](ROOT / "src" / "argosy") <= MAP["MOST_LINES_OF_CORE"]
 
 
 def test_each_limit_finds_what_is_above_it(tmp_path: Path) -> None:
