@@ -226,7 +226,7 @@ def test_the_number_of_experts_must_match_the_checksums(packed: Path) -> None:
         open_model(packed)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_change_to_a_manifest_s_values_is_harmless_or_an_argosy_error(
     original: Path, data: st.DataObject

@@ -235,7 +235,7 @@ def test_a_file_moved_from_elsewhere_is_not_trusted(tmp_path: Path) -> None:
     files.close()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 10**6), st.integers(1, 255))
 def test_a_file_with_any_byte_changed_is_not_trusted(files: PrefixFiles, at: int, change: int) -> None:
     write(files, content(1))

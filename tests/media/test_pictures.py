@@ -49,7 +49,7 @@ sides = st.integers(1, 16_384)
 
 
 @pytest.mark.parametrize("name", PICTURE_SETTINGS)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(height=sides, width=sides, most_tokens=st.integers(70, 20_000))
 def test_no_picture_takes_more_tokens_than_the_cap(
     name: str, height: int, width: int, most_tokens: int

@@ -93,7 +93,7 @@ def test_kimi_counts_hours() -> None:
 
 
 @pytest.mark.parametrize("name", VIDEO_SETTINGS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     num_frames=st.integers(1, 400),
     height=st.integers(1, 4000),

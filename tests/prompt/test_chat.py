@@ -75,7 +75,7 @@ contents = st.one_of(
 turns = st.lists(contents, min_size=1, max_size=5)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=60)
 @given(said=turns)
 @pytest.mark.parametrize("name", ALL)
 def test_templates_render_as_in_plain_jinja_and_show_who_wrote_what(name: str, said: list[str]) -> None:

@@ -126,7 +126,7 @@ def cut_up(tokens: Iterable[Token], places: Iterable[int]) -> Iterator[Token]:
 ALL = [(param.values[0], param.values[1]) for param in transcripts()]
 
 
-@settings(deadline=None, max_examples=250)
+@settings(deadline=None, max_examples=600)
 @given(case=st.sampled_from(ALL), data=st.data())
 def test_any_split_of_an_answer_gives_the_same_events(
     case: tuple[Family, dict[str, Any]], data: st.DataObject
@@ -150,7 +150,7 @@ def test_a_mark_spelled_as_text_may_be_split_anywhere() -> None:
         assert told(events_of(family, case, cut_up(tokens, range(1, length)))) == case["events"]
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=300)
 @given(
     name=st.sampled_from(sorted(FAMILIES)),
     data=st.data(),

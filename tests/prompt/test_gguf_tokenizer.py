@@ -174,7 +174,7 @@ def pair(
     return core, opened(write_bpe(path, core, request.param, bos=0, eos=2))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None)
 @given(text=texts)
 def test_ids_of_any_text_are_those_of_the_original(
     pair: tuple[tokenizers.Tokenizer, Tokenizer], text: str

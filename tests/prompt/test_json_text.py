@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from argosy.errors import UsageError
@@ -47,7 +47,6 @@ def counted_at_once(num_bytes: int) -> Iterator[None]:
         yield
 
 
-@settings(max_examples=40)
 @given(value=values, at_once=st.integers(1, 9) | st.just(1 << 18))
 def test_values_are_counted_exactly(value: Any, at_once: int) -> None:
     for ensure_ascii in (True, False):
@@ -56,7 +55,6 @@ def test_values_are_counted_exactly(value: Any, at_once: int) -> None:
         assert counts == (parts_of(value), items_of(value))
 
 
-@settings(max_examples=40)
 @given(
     value=values, cut=st.integers(0, 200), tail=st.binary(max_size=20),
     at_once=st.integers(1, 9) | st.just(1 << 18),

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from argosy.errors import UsageError
@@ -260,7 +260,6 @@ def test_a_self_referential_schema_terminates() -> None:
 # JSON
 
 
-@settings(max_examples=40)
 @given(
     value=st.recursive(
         st.none()

@@ -94,7 +94,7 @@ joins = st.sampled_from(["", " ", " ", "  ", "\n", ", "])
 texts = st.lists(st.tuples(words, joins), max_size=60).map(lambda parts: "".join(a + b for a, b in parts))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(text=st.one_of(texts, st.text(st.characters(exclude_categories=["Cs"]), max_size=200)))
 def test_pieces_have_the_ids_of_the_whole_text_for_every_kind_of_tokenizer(
     kinds: dict[str, Tokenizer], text: str
@@ -106,7 +106,7 @@ def test_pieces_have_the_ids_of_the_whole_text_for_every_kind_of_tokenizer(
             assert [token_id for ids in pieces for token_id in ids] == encode(text), kind
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(parts=st.lists(st.tuples(st.booleans(), texts), max_size=4))
 def test_a_conversation_encoded_in_pieces_has_the_ids_of_the_whole(
     kinds: dict[str, Tokenizer], parts: list[tuple[bool, str]]
@@ -149,7 +149,7 @@ def test_text_is_not_cut_if_tokens_span_spaces() -> None:
 # The fewest tokens a text can have
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(text=texts)
 def test_a_text_has_at_least_its_bytes_divided_by_the_longest_token_s(
     kinds: dict[str, Tokenizer], text: str
@@ -225,7 +225,7 @@ def test_a_long_text_of_exactly_the_allowed_number_of_tokens_is_encoded(kinds: d
             kinds[kind].encode(text, max_tokens=len(ids) - 1)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(text=texts, num_tokens=st.integers(0, 80))
 def test_the_start_of_a_text_has_the_first_ids_of_the_whole(
     kinds: dict[str, Tokenizer], text: str, num_tokens: int

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from argosy.errors import CheckpointError, UsageError
@@ -148,7 +148,6 @@ def test_an_added_token_of_one_letter_is_text_unless_it_is_special() -> None:
     assert {pair, special}.isdisjoint(tokenizer.encode("schöön für"))
 
 
-@settings(max_examples=40)
 @given(parts=st.lists(st.tuples(st.booleans(), st.one_of(halves, markers, texts))))
 def test_only_the_template_s_own_text_gives_control_tokens(parts: list[tuple[bool, str]]) -> None:
     for tokenizer in (BYTE_LEVEL, LLAMA):
@@ -346,7 +345,6 @@ def joined(tokenizer: Tokenizer, token_ids: list[int]) -> bytes:
     return b"".join(map(tokenizer.token_bytes, token_ids))
 
 
-@settings(max_examples=40)
 @given(text=hostile)
 def test_the_bytes_of_a_text_s_tokens_are_the_bytes_of_the_text(text: str) -> None:
     assert joined(BYTE_LEVEL, BYTE_LEVEL.encode(text)) == text.encode()

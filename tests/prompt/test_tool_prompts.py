@@ -254,7 +254,7 @@ values = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=80)
 @given(
     name=st.sampled_from([family.name for family in CALLING]),
     arguments=st.dictionaries(nice, values, max_size=3),
@@ -391,7 +391,7 @@ def test_no_marker_becomes_a_control_token_wherever_a_caller_writes_it(name: str
         assert found == expected, (said, found - expected, expected - found)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=60)
 @given(data=st.data(), name=st.sampled_from([family.name for family in CALLING]))
 def test_no_mixture_of_markers_becomes_a_control_token(data: st.DataObject, name: str) -> None:
     family = FAMILIES[name]
