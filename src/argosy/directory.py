@@ -315,14 +315,21 @@ def replacing(path: Path) -> Iterator[Callable[[bytes], None]]:
         yield write
 
 
-def read_named(path: Path, most_bytes: int) -> bytes:
+def read_named(
+    path: Path, most_bytes: int, *, inspect: Callable[[os.stat_result], None] | None = None
+) -> bytes:
     """Read the first `most_bytes` of a file or pipe that the user named.
+
+    Args:
+        inspect: gets the facts of the open file before it is read, and raises if it must not be.
 
     Raises:
         OSError: it cannot be read, or it is a pipe that nothing writes to, which would be waited for forever.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     with open(descriptor, "rb", buffering=0) as file:
+        if inspect is not None:
+            inspect(os.fstat(descriptor))
         data = file.read(most_bytes)  # None: a writer of the pipe has written nothing yet
         if data == b"" and stat.S_ISFIFO(os.fstat(descriptor).st_mode):
             raise OSError(errno.EPIPE, "it is a pipe that nothing writes to", str(path))

@@ -180,10 +180,13 @@ def read_key(path: Path) -> bytes:
     Raises:
         UsageError: the file cannot be read, others can access it, or its size is not that of a key.
     """
-    try:
-        if os.stat(path).st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+
+    def inspect(facts: os.stat_result) -> None:
+        if facts.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise UsageError(f"other users can access {path}", hint=f"chmod 600 {path}")
-        key = read_named(path, _LONGEST_KEY + 1).strip()
+
+    try:
+        key = read_named(path, _LONGEST_KEY + 1, inspect=inspect).strip()
     except OSError as error:
         raise UsageError(
             f"the key file {path} cannot be read: {error.strerror}",

@@ -138,8 +138,9 @@ def choose_instruction_set(cap: str | None) -> str:
 
 
 def budget_of(memory: str | int | Budget | None, context: int | None) -> Budget:
-    """Return the budget for these options; if `memory` is None, free memory less a margin. `context` overrides a
-    `Budget`'s.
+    """Return the budget for these options; if `memory` is None, free memory less a margin.
+
+    `context` overrides the context of a `Budget`.
     """
     if isinstance(memory, Budget):
         return memory if context is None else replace(memory, context_tokens=context)
