@@ -6,6 +6,7 @@ activations, and a rounded score that flips one routing decision would hide the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -221,11 +222,17 @@ def test_greedy_answers_are_equal_at_every_budget_in_place_and_packed(
     config, *places = in_place_and_packed
     turn = FAMILIES.index(request.node.callspec.params["in_place_and_packed"])
     turn += _native.instruction_sets().index(instruction_set)
-    prompt = prompt_ids(config, 4, 19)
+    require_equal_answers(places, turn, prompt_ids(config, 4, 19), instruction_set, most_slots=24)
+
+
+def require_equal_answers(
+    places: Sequence[Path], turn: int, prompt: list[int], instruction_set: str, *, most_slots: int
+) -> None:
+    """Compare logits, greedy tokens and log-probabilities at four budgets, which take turns in the places."""
     greedy = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, logprobs=2)
     answers = []
     for number, (expert_slots, threads, chunk_tokens) in enumerate(
-        ((None, 1, 256), (24, 2, 5), (5, 1, 256), (2, 2, 1))
+        ((None, 1, 256), (most_slots, 2, 5), (5, 1, 256), (2, 2, 1))
     ):
         with Engine.open(
             places[(turn + number) % 2], memory="4GiB", threads=threads, chunk_tokens=chunk_tokens,

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from argosy import Engine, SamplingParams, _native
+from argosy import Engine, _native
 from argosy.checkpoint.manifest import verify_pack
 from argosy.checkpoint.pack import pack
 from argosy.errors import CheckpointError
 from argosy.model.families import open_model
-from tests.engine.test_gguf import LARGEST_DIVERGENCE, mean_divergence
+from tests.engine.test_gguf import LARGEST_DIVERGENCE, mean_divergence, require_equal_answers
 from tests.models.mxfp4_models import write_mxfp4_model
 from tests.models.numpy_model import NumpyModel
 from tests.models.references import LARGEST_DIFFERENCE, difference
@@ -55,20 +55,9 @@ def test_greedy_answers_are_equal_at_every_budget_in_place_and_packed(
     write_mxfp4_model(tmp_path / "model", config, seed=4)
     pack(open_model(tmp_path / "model"), tmp_path / "packed", format="source")
     verify_pack(tmp_path / "packed")
-    prompt = prompt_ids(config, 4, 19)
-    greedy = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, logprobs=2)
-    answers, places = [], (tmp_path / "model", tmp_path / "packed")
+    places = [tmp_path / "model", tmp_path / "packed"]
     turn = _native.instruction_sets().index(instruction_set)
-    for number, (expert_slots, threads, chunk_tokens) in enumerate(
-        ((None, 1, 256), (16, 2, 5), (5, 1, 256), (2, 2, 1))
-    ):
-        with Engine.open(
-            places[(turn + number) % 2], memory="4GiB", threads=threads, chunk_tokens=chunk_tokens,
-            expert_slots=expert_slots, instruction_set=instruction_set,
-        ) as engine:  # fmt: skip
-            result = engine.generate(prompt, greedy)
-            answers.append((engine.logits(prompt).tobytes(), result.token_ids, result.logprobs))
-    assert answers == [answers[0]] * len(answers)
+    require_equal_answers(places, turn, prompt_ids(config, 4, 19), instruction_set, most_slots=16)
 
 
 def test_a_pack_holds_every_weight_bit_for_bit(tmp_path: Path) -> None:
