@@ -284,6 +284,15 @@ def test_one_file_and_an_index_together_are_ambiguous(tmp_path: Path) -> None:
     assert "holds both model.safetensors and model.safetensors.index.json" in refusal(tmp_path)
 
 
+def test_an_index_of_the_one_file_is_read_as_mlx_writes_it(tmp_path: Path) -> None:
+    write_raw(tmp_path / "model.safetensors", {"a": GOOD}, b"\0" * 4)
+    write_index(tmp_path, {"a": "model.safetensors"})
+    assert open_tensors(tmp_path)["a"].path == tmp_path / "model.safetensors"
+
+    write_index(tmp_path, {"a": "model.safetensors", "b": "model.safetensors"})
+    assert "assigns b to model.safetensors, which does not contain it" in refusal(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
 def test_a_format_that_can_run_code_is_never_read(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"\x80\x04")

@@ -69,6 +69,10 @@ def open_tensors(directory: Path) -> dict[str, TensorRef]:
     single, index = directory / SINGLE_FILE, directory / INDEX_FILE
     has_single, has_index = _exists(single), _exists(index)
     if has_single and has_index:
+        if set(_read_weight_map(index).values()) == {
+            SINGLE_FILE
+        }:  # mlx-lm writes an index for one file as well
+            return _read_shards(index)
         raise CheckpointError(
             f"{directory} holds both {SINGLE_FILE} and {INDEX_FILE}, but only one of them may exist",
             hint="move one of them away",

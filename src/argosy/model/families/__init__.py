@@ -32,6 +32,7 @@ from argosy.errors import CheckpointError, UnsupportedModel, UsageError
 from argosy.installed import members
 from argosy.model.reading.config_reader import ConfigReader
 from argosy.model.reading.layout import Layout, read_layout
+from argosy.model.reading.mlx import mlx_layouts
 from argosy.model.reading.quantization import read_quantization
 
 CONFIG_FILE = "config.json"
@@ -129,7 +130,8 @@ def _open(path: Path, mmproj: Path | None, tower: Path | None, shards: int) -> M
         raise _without_config(path)
     family, config = read_config(path)
     quantization = read_quantization(read_object(config_path), config_path)
-    return read_layout(path, config, family.LAYOUTS, open_tensors(path), quantization)
+    layouts = (*family.LAYOUTS, *mlx_layouts(family.MODEL_TYPE, family.LAYOUTS[0]))
+    return read_layout(path, config, layouts, open_tensors(path), quantization)
 
 
 def config_alone(path: str | Path) -> ModelConfig | None:
@@ -228,8 +230,13 @@ def read_config(directory: Path) -> tuple[Family, ModelConfig]:
 def _require_same_config(packed: ModelFiles) -> None:
     """Prove that a pack's manifest agrees with its `config.json`."""
     _, config = read_config(packed.path)
-    # Only the tensors, not config.json, show whether the head is a separate tensor and whether kv_up is split.
-    config = replace(config, is_embedding_tied=packed.config.is_embedding_tied)
+    # Only the tensors, not config.json, show whether the head is a separate tensor, whether norms are stored minus one
+    # and whether kv_up is split.
+    config = replace(
+        config,
+        is_embedding_tied=packed.config.is_embedding_tied,
+        norm_offset=packed.config.norm_offset,
+    )
     if config.latent is not None and packed.config.latent is not None:
         latent = replace(config.latent, is_up_split=packed.config.latent.is_up_split)
         config = replace(config, latent=latent)

@@ -5,9 +5,10 @@
 A family has one or several layouts. Files on the hub have one tensor per expert matrix, and `transformers` 5 can also
 write all experts of a layer as one fused tensor, [experts, 2 * width, hidden] with gate before up. Other layouts
 alternate rows of gate and up, in MXFP4 blocks and scales; or store fused tensors transposed, [experts, hidden, 2 *
-width]: these can be packed, but not run in place. A weight may be codes and scales: `weight` in E4M3 with
-`weight_scale_inv`, or `weight_packed` with `weight_scale` and `weight_shape`. The first layout whose expert tensors
-exist is used; if fused and transposed tensors have the same name, their shape tells them apart.
+width]: these can be packed, but not run in place. MLX stacks the experts of gate, of up and of down (`mlx.py`). A
+weight may be codes and scales: `weight` in E4M3 with `weight_scale_inv`, or `weight_packed` with `weight_scale` and
+`weight_shape`. The first layout whose expert tensors exist is used; if fused and transposed tensors have the same name,
+their shape tells them apart.
 
 If the files contain a layer for multi-token prediction with DeepSeek-V3's names, it is found as well (`DraftFiles`);
 an engine reads it only to speculate. Its copies of embedding and head equal the model's, and are not read.
@@ -87,6 +88,7 @@ class Layout:
     expert_names: tuple[str, str, str] | None = None  # gate, up, down, with {expert}
     fused_names: tuple[str, str] | None = None  # gate and up in one, down
     transposed_names: tuple[str, str] | None = None  # the same, transposed
+    stacked_names: tuple[str, str, str] | None = None  # gate, up, down, each of all experts
     has_turns: bool = False  # columns of gate and up alternate in transposed tensors
     mxfp4_names: tuple[str, str, str, str] | None = None  # blocks, scales of alternating gate and up; of down
     by_turns: tuple[str, str] | None = None  # canonical names of two tensors whose values alternate in one
@@ -96,6 +98,7 @@ class Layout:
     # The prefix of a draft layer numbered 0. None: its number follows the model's layers.
     mtp_prefix: str | None = None
     first_layer: int = 0  # the layer that is numbered 0 in the files
+    is_mlx: bool = False  # norms and axes are as `mlx.py` says
 
     def dense_name(self, canonical: str) -> str:
         """Return the checkpoint's name of a dense tensor."""
@@ -118,7 +121,7 @@ class Layout:
     def names_of_expert(self, layer: int, expert: int) -> tuple[str, ...]:
         """Return the checkpoint's names of an expert's tensors."""
         prefix = f"{self.prefix}layers.{layer - self.first_layer}."
-        if stacked := self.fused_names or self.transposed_names or self.mxfp4_names:
+        if stacked := self.fused_names or self.transposed_names or self.stacked_names or self.mxfp4_names:
             return tuple(prefix + name for name in stacked)
         assert self.expert_names is not None
         return tuple(prefix + name.format(expert=expert) for name in self.expert_names)
@@ -185,8 +188,12 @@ def read_layout(
     if config.is_embedding_tied and layout.head_name in tensors:
         # The config says tied, but the files contain a head: the files win, as in transformers 5.
         config = replace(config, is_embedding_tied=False)
+    if layout.is_mlx:
+        config = _as_in_mlx(config, layout, tensors)
     reader = _Accounts(directory, tensors, quantization)
-    dense = {canonical: reader.dense(canonical, shape, layout) for canonical, shape in dense_shapes(config)}
+    dense = {
+        canonical: reader.dense(config, canonical, shape, layout) for canonical, shape in dense_shapes(config)
+    }
     experts = reader.experts(config, layout)
     others = reader.refuse_extra(config, layout.is_passed_over(config), "this config.json")
     require_one_format_a_layer(experts, directory)
@@ -198,6 +205,8 @@ def _read_draft(
     reader: _Accounts, config: ModelConfig, layouts: tuple[Layout, ...], layout: Layout
 ) -> DraftFiles | ArgosyError | None:
     """Find the first layer for multi-token prediction, in `layout` or another one; None if there is none."""
+    if layout.is_mlx:  # a layer in a file beside the model's would have norms minus one
+        return None
     number = config.num_layers
     choices = [one.of_draft(number) for one in (layout, *layouts)]
     found = next((one for one in choices if _is_there(one.names_of_expert(number, 0)[0], reader)), choices[0])
@@ -206,9 +215,17 @@ def _read_draft(
     return read_draft(
         config,
         reader.path,
-        lambda _, name, shape: reader.dense(name, shape, found),
+        lambda alone, name, shape: reader.dense(alone, name, shape, found),
         lambda alone: reader.experts(alone, found),
     )
+
+
+def _as_in_mlx(config: ModelConfig, layout: Layout, tensors: Mapping[str, TensorRef]) -> ModelConfig:
+    """The config of MLX's checkpoint: norms are stored whole, and kv_up may be stored as its two halves."""
+    latent = config.latent
+    if latent is not None and "k_up" in layout.layer_names:
+        latent = replace(latent, is_up_split=layout.dense_name("layers.0.k_up") in tensors)
+    return replace(config, norm_offset=0.0, latent=latent)
 
 
 def _choose(layouts: tuple[Layout, ...], config: ModelConfig, tensors: Mapping[str, TensorRef]) -> Layout:
@@ -320,12 +337,14 @@ class _Accounts(TensorAccounts):
                 tensor=tensor,
             )
 
-    def dense(self, canonical: str, shape: tuple[int, ...], layout: Layout) -> MatrixRef:
+    def dense(self, config: ModelConfig, canonical: str, shape: tuple[int, ...], layout: Layout) -> MatrixRef:
         name, last = layout.dense_name(canonical), canonical.rpartition(".")[2]
         turn = layout.by_turns.index(last) if layout.by_turns and last in layout.by_turns else None
         in_file = shape if turn is None else (*shape[:-1], 2 * shape[-1])
         if last.endswith("conv"):  # each has one input channel
-            in_file = (in_file[0], 1, *in_file[1:])
+            in_file = (*in_file, 1) if layout.is_mlx else (in_file[0], 1, *in_file[1:])
+        if layout.is_mlx and last in ("k_up", "v_up"):
+            in_file = (config.num_heads, in_file[0] // config.num_heads, in_file[1])
         rows, cols = shape if len(shape) == 2 else (1, shape[0])
         if turn is None:
             return replace(self.weight(name, in_file), rows=rows, cols=cols)
@@ -338,6 +357,8 @@ class _Accounts(TensorAccounts):
             read = self._fused_expert
         elif layout.transposed_names is not None:
             read = self._transposed_expert
+        elif layout.stacked_names is not None:
+            read = self._stacked_expert
         elif layout.mxfp4_names is not None:
             read = self._mxfp4_expert
         return {
@@ -364,6 +385,15 @@ class _Accounts(TensorAccounts):
             up=ExpertMatrix(0, matrix_bytes(gate_up_format, *gate), gate_up_format, *gate),
             down=ExpertMatrix(1, 0, down_format, *down),
         )
+
+    def _stacked_expert(
+        self, config: ModelConfig, layout: Layout, expert: int, names: tuple[str, ...]
+    ) -> ExpertRecord:
+        matrices = []
+        for name, shape in zip(names, expert_shapes(config), strict=True):
+            ref, format = self.take(name, (config.num_experts, *shape))
+            matrices.append(MatrixRef.of(ref.at(expert), format, *shape))
+        return ExpertRecord.of(*matrices)
 
     def _transposed_expert(
         self, config: ModelConfig, layout: Layout, expert: int, names: tuple[str, ...]

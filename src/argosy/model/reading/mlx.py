@@ -1,0 +1,90 @@
+"""The names and axes of MLX's checkpoints, which mlx-lm and mlx-vlm write: what each family's `sanitize` there changes.
+
+    a family's first layout + its row of `_FORMS`  ->  mlx_layouts  ->  the same tensors under MLX's names
+
+The experts of a layer are stacked: gate, up and down are tensors [experts, rows, columns]. Norms that the hub stores
+minus one are stored whole, a convolution's taps are the second of its three axes, and the layer for multi-token
+prediction is left out. Files of latent attention hold either kv_b_proj, or its two halves head by head.
+
+A family without a row is refused: its `sanitize` may have changed values that no shape shows.
+
+Sources: `models/*.py` of mlx-lm 0.32 and `models/*/` of mlx-vlm 0.7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from argosy.model.reading.layout import Layout
+
+_TEXT = "model."
+_IN_WRAPPER = "language_model.model."
+_TOWERS = (
+    r"(vision_tower|vision_model|audio_tower|embed_vision|embed_audio|multi_modal_projector|mm_projector)\..*"
+)
+_DRAFTS = r"(language_model\.)?(model\.)?mtp\..*"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Form:
+    """What differs from the family's layout."""
+
+    experts: str = "mlp.switch_mlp"
+    prefixes: tuple[str, ...] = (_TEXT,)
+    names: Mapping[str, str] = field(default_factory=dict)
+    has_own_biases: bool = False  # of gate, up and down of the experts
+    passed_over: str | None = None
+
+
+_LATENT = {"k_up": "self_attn.embed_q.weight", "v_up": "self_attn.unembed_out.weight"}
+_WRAPPED = _Form(prefixes=(_IN_WRAPPER,), passed_over=_TOWERS)
+_DELTA = _Form(passed_over=_DRAFTS)
+
+_FORMS: Mapping[str, _Form] = {
+    "mixtral": _Form(experts="block_sparse_moe.switch_mlp"),
+    "minimax_m2": _Form(experts="block_sparse_moe.switch_mlp", passed_over=_DRAFTS),
+    "qwen2_moe": _Form(),
+    "qwen3_moe": _Form(),
+    "olmoe": _Form(),
+    "glm4_moe": _Form(),
+    "gpt_oss": _Form(experts="mlp.experts", has_own_biases=True),
+    "deepseek_v2": _Form(),
+    "deepseek_v3": _Form(names=_LATENT),
+    "kimi_k2": _Form(names=_LATENT),
+    "kimi_k25": replace(_WRAPPED, names=_LATENT),
+    "glm4_moe_lite": _Form(names=_LATENT),
+    "qwen3_next": _DELTA,
+    "qwen3_5_moe": replace(_WRAPPED, passed_over=f"{_TOWERS}|{_DRAFTS}"),
+    "qwen3_5_moe_text": replace(_DELTA, prefixes=(_TEXT, _IN_WRAPPER)),
+    "qwen3_vl_moe": _WRAPPED,
+    "glm4v_moe": _WRAPPED,
+    "gemma4": replace(_WRAPPED, experts="experts.switch_glu"),
+    "qwen3_omni_moe": _Form(
+        prefixes=("thinker.language_model.model.",),
+        passed_over=r"(talker|code2wav|thinker\.(audio_tower|vision_tower))\..*",
+    ),
+}
+FAMILIES = frozenset(_FORMS)
+
+
+def mlx_layouts(family: str, layout: Layout) -> Iterator[Layout]:
+    """Yield the layouts of MLX's checkpoints of a family, made from the family's first layout."""
+    form = _FORMS.get(family)
+    if form is None:
+        return
+    names = {**layout.layer_names, **form.names}
+    if form.has_own_biases:
+        names |= {
+            f"expert_{name}_bias": f"{form.experts}.{name}_proj.bias" for name in ("gate", "up", "down")
+        }
+    gate, up, down = (f"{form.experts}.{name}_proj.weight" for name in ("gate", "up", "down"))
+    for prefix in form.prefixes:
+        yield Layout(
+            layer_names=names,
+            stacked_names=(gate, up, down),
+            prefix=prefix,
+            head_name=f"{prefix.removesuffix('model.')}lm_head.weight",
+            passed_over=form.passed_over,
+            is_mlx=True,
+        )

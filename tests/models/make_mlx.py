@@ -1,0 +1,101 @@
+"""Write tiny checkpoints as mlx-lm does, and the logits of MLX for them (needs `mlx[cpu]` and `mlx-lm`, no torch).
+
+    python -m tests.models.make_mlx                  # rewrite the committed checkpoints
+    python -m tests.models.make_mlx --out DIR NAME   # only these, elsewhere
+
+A checkpoint as on the hub is loaded, quantised and saved by mlx-lm. The logits are those of the stored weights in
+float32: scales and biases are widened first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_map
+from mlx_lm.utils import load_model, quantize_model, save_config, save_model
+
+from tests.models.mlx_models import DIRECTORY, MODELS, MlxModel
+from tests.models.safetensors_file import Array, write_safetensors
+from tests.models.tiny import prompt_ids, text_of, write_model
+
+NUM_TOKENS = 24
+
+
+def load(directory: Path) -> Any:
+    """Load the model in a directory with mlx-lm."""
+    raw = json.loads((directory / "config.json").read_text())
+    # mlx-lm gives the text part of Gemma-4 the wrapper's number of tokens, or that of the released models.
+    changes = {"vocab_size": text_of(raw)["vocab_size"]} if raw["model_type"] == "gemma4" else None
+    return load_model(directory, model_config=changes)[0]
+
+
+def write(model: MlxModel, directory: Path, source: Path | None = None) -> Path:
+    """Write `model` as mlx-lm does, with `ref.safetensors` beside it; `source` is a checkpoint as on the hub."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    mx.set_default_device(mx.cpu)
+    with tempfile.TemporaryDirectory() as scratch:
+        if source is None:
+            source = write_model(Path(scratch) / "hub", model.config, seed=model.seed)
+        network = load(source)
+        config = json.loads((source / "config.json").read_text())
+        if model.bits is not None:
+            network, config = quantize_model(
+                network, config, model.group, model.bits, model.mode, quant_predicate=_predicate(model)
+            )
+        save_model(directory, network)
+    save_config(config, directory / "config.json")
+    token_ids = prompt_ids(model.config, model.seed, NUM_TOKENS)
+    write_safetensors(
+        directory / "ref.safetensors",
+        {
+            "input_ids": ("I64", np.array(token_ids)),
+            "logits": ("F32", logits(load(directory), token_ids)),
+        },
+    )
+    return directory
+
+
+def logits(network: Any, token_ids: list[int]) -> Array:
+    """Return float32 [tokens, vocab]."""
+    network.update(
+        tree_map(
+            lambda one: one.astype(mx.float32) if mx.issubdtype(one.dtype, mx.floating) else one,
+            network.parameters(),
+        )
+    )
+    return np.array(network(mx.array([token_ids]))[0])
+
+
+def _predicate(model: MlxModel) -> Any:
+    def settings(path: str, module: Any) -> Any:
+        for end, given in model.modules.items():
+            if path.endswith(end):
+                return given
+        return True
+
+    return settings
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", help="models; none: all of them")
+    parser.add_argument("--out", type=Path, default=DIRECTORY)
+    arguments = parser.parse_args()
+    for model in MODELS:
+        if not arguments.names or model.name in arguments.names:
+            directory = write(model, arguments.out / model.name)
+            print(
+                f"{model.name:24} {sum(file.stat().st_size for file in directory.iterdir()) / 1000:7.0f} kB"
+            )
+
+
+if __name__ == "__main__":
+    main()
