@@ -220,7 +220,6 @@ def test_a_pull_prints_what_the_guide_shows(
         assert format in of_a_format
         if format != "Q4_K_M":  # it has its true size here
             assert of_a_format[format][0] == row[0]
-    assert of_a_format["UD-IQ2_XXS"][1] == "not yet readable"
     assert re.sub(r":\w+`", ":`", table[-1]) == re.sub(r":\w+`", ":`", last)
 
     *shown, question = shown_after("getting-a-model.md", f"argosy pull {name}:Q4_K_M")

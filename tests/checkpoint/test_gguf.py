@@ -294,7 +294,9 @@ def test_values_of_a_type_without_a_kernel_are_refused_by_name(path: Path) -> No
         read_values(file.tensors["x"])
 
 
-@pytest.mark.parametrize(("kind", "said"), [(4, "4"), (512, "512"), (139, "139, one of ik_llama.cpp's own")])
+@pytest.mark.parametrize(
+    ("kind", "said"), [(4, "4"), (512, "512"), (139, "IQ4_K (139), one of ik_llama.cpp's own")]
+)
 def test_an_unknown_type_is_refused_with_the_supported_types(kind: int, said: str, path: Path) -> None:
     with pytest.raises(UnsupportedModel) as refusal:
         read_gguf(RawGguf(tensors=[tensor("x", [256], kind, 0)], data=bytes(110)).write(path))

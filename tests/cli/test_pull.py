@@ -43,8 +43,8 @@ def server(hub: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
         "m-Q6_K.gguf": larger(1.5),
         "m-BF16-00001-of-00002.gguf": larger(2),
         "m-BF16-00002-of-00002.gguf": larger(2),
-        "m-UD-IQ2_XXS.gguf": larger(0.5),
-        "m-UD-TQ1_0.gguf": larger(0.3),
+        "m-IQ2_KT.gguf": larger(0.5),
+        "m-IQ1_KT.gguf": larger(0.3),
         "m-Q3_K_M-00001-of-00003.gguf": larger(0.1),
         "m-imatrix.gguf": (b"of a quantisation", 17),
         "mmproj-F32.gguf": (b"not this one", 12),
@@ -68,8 +68,8 @@ def test_formats_are_listed_with_size_fit_and_speed_and_nothing_is_fetched(
     assert main(["pull", NAME, "--formats", "--memory", "1GiB"]) == 0
     said = capsys.readouterr().out
     table = rows(said)
-    assert table["UD-IQ2_XXS"] == ["55 kB", "not yet readable"]
-    assert table["UD-TQ1_0"] == ["33 kB", "not yet readable"]
+    assert table["IQ2_KT"] == ["55 kB", "no, IQ2_KT is not read"]
+    assert table["IQ1_KT"] == ["33 kB", "no, IQ1_KT is not read"]
     assert table["Q4_K_M"][:2] == ["110 kB", "yes, with every expert in memory"]
     assert table["Q4_K_M"][2].startswith("about ")
     assert table["BF16"][0] == "439 kB in 2 parts"
@@ -87,7 +87,7 @@ def test_formats_are_listed_with_size_fit_and_speed_and_nothing_is_fetched(
     [
         ("", "none was named", 7),
         (":Q5", "none of them has 'Q5' in its name", 7),
-        (":_K", "'_K' is a part of 3 names", 3),
+        (":_K", "'_K' is a part of 5 names", 5),
     ],
 )
 def test_a_format_that_is_not_one_of_the_repository_gets_the_list(

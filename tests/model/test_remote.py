@@ -20,7 +20,7 @@ from argosy.checkpoint.hub import Source
 from argosy.errors import ArgosyError, CheckpointError, FetchFailed, UsageError
 from argosy.model import remote
 from argosy.model.families import FAMILIES, open_model
-from argosy.model.remote import RemoteHeaders, fetch_headers
+from argosy.model.remote import RemoteHeaders, fetch_headers, gguf_models
 from tests.checkpoint.raw_gguf import RawGguf, entry, tensor
 from tests.families.published import PUBLISHED
 from tests.helpers.hub_server import REPOSITORY, Served, directory_files, served
@@ -123,6 +123,49 @@ def test_one_of_several_gguf_files_must_be_named() -> None:
         assert fetched(server, "q8_0")[1].num_shards == 1
 
 
+# Names as publishers give them, and the file or folder that other programs choose for a part of one.
+UNSLOTH = ("UD-IQ2_M/M-UD-IQ2_M-00001-of-00002.gguf", "UD-IQ2_M/M-UD-IQ2_M-00002-of-00002.gguf",
+           "UD-IQ1_S/M-UD-IQ1_S-00001-of-00001.gguf", "UD-Q2_K_XL/M-UD-Q2_K_XL.gguf", "M-Q2_K.gguf", "M-Q2_K_L.gguf",
+           "M-UD-TQ1_0.gguf", "mmproj-F16.gguf", "imatrix_unsloth.gguf")  # fmt: skip
+BARTOWSKI = ("owner_M-IQ2_M/owner_M-IQ2_M-00001-of-00002.gguf", "owner_M-IQ2_M/owner_M-IQ2_M-00002-of-00002.gguf",
+             "owner_M-IQ2_XXS.gguf", "owner_M-IQ2_XS.gguf", "owner_M-imatrix.gguf")  # fmt: skip
+MRADERMACHER = ("M.i1-IQ2_M.gguf", "M.i1-IQ1_S.gguf", "M.i1-Q2_K_S.gguf", "M.i1-Q2_K.gguf", "M.imatrix.gguf")
+
+
+@pytest.mark.parametrize(
+    ("names", "part", "stem"),
+    [
+        (UNSLOTH, "UD-IQ2_M", "UD-IQ2_M/M-UD-IQ2_M"),
+        (UNSLOTH, "ud-iq2_m", "UD-IQ2_M/M-UD-IQ2_M"),
+        (UNSLOTH, "IQ2_M", "UD-IQ2_M/M-UD-IQ2_M"),
+        (UNSLOTH, "M-UD-IQ2_M-00002-of-00002.gguf", "UD-IQ2_M/M-UD-IQ2_M"),
+        (UNSLOTH, "IQ1_S", "UD-IQ1_S/M-UD-IQ1_S"),
+        (UNSLOTH, "Q2_K", "M-Q2_K"),
+        (UNSLOTH, "Q2_K_XL", "UD-Q2_K_XL/M-UD-Q2_K_XL"),
+        (UNSLOTH, "TQ1_0", "M-UD-TQ1_0"),
+        (BARTOWSKI, "IQ2_M", "owner_M-IQ2_M/owner_M-IQ2_M"),
+        (BARTOWSKI, "iq2_xs", "owner_M-IQ2_XS"),
+        (BARTOWSKI, "owner_M-IQ2_XXS.gguf", "owner_M-IQ2_XXS"),
+        (MRADERMACHER, "IQ2_M", "M.i1-IQ2_M"),
+        (MRADERMACHER, "i1-IQ1_S", "M.i1-IQ1_S"),
+        (MRADERMACHER, "Q2_K", "M.i1-Q2_K"),
+    ],
+)
+def test_a_part_of_a_name_chooses_the_file_that_other_programs_choose(
+    names: tuple[str, ...], part: str, stem: str
+) -> None:
+    (model,) = gguf_models(names, part)
+    assert model.stem == stem
+    assert len(model.parts) == model.num_parts
+
+
+def test_a_plain_format_is_not_taken_for_the_publishers_own() -> None:
+    names = ("M-IQ2_M.gguf", "UD-IQ2_M/M-UD-IQ2_M.gguf", "M-UD-IQ2_M_L.gguf")
+    assert [model.stem for model in gguf_models(names, "IQ2_M")] == ["M-IQ2_M"]
+    assert [model.stem for model in gguf_models(names, "UD-IQ2_M")] == ["UD-IQ2_M/M-UD-IQ2_M"]
+    assert len(gguf_models(names, "IQ2")) == 3
+
+
 def large_files(name: str, num_layers: int, num_shards: int) -> dict[str, tuple[bytes, int]]:
     """The first layers of a released model as shards of one file each layer or so: headers alone."""
     raw = {**next(model.config for model in PUBLISHED if model.name == name), "num_hidden_layers": num_layers}
@@ -190,6 +233,9 @@ def test_less_than_8_mb_are_read_of_more_than_600_gb(
     [
         ("Qwen/Qwen3-30B-A3B", Source("https://huggingface.co", "Qwen/Qwen3-30B-A3B")),
         ("a/b-GGUF:Q4_K_M", Source("https://huggingface.co", "a/b-GGUF", "Q4_K_M")),
+        ("hf.co/a/b-GGUF:UD-IQ2_M", Source("https://huggingface.co", "a/b-GGUF", "UD-IQ2_M")),
+        ("huggingface.co/a/b", Source("https://huggingface.co", "a/b")),
+        ("hf.co/b", Source("https://huggingface.co", "hf.co/b")),
         ("https://hub.example/a/b", Source("https://hub.example", "a/b")),
         ("https://example.org/x/y.gguf", Source("https://example.org/x/y.gguf")),
         ("http://127.0.0.1:8000/a/b", Source("http://127.0.0.1:8000", "a/b")),

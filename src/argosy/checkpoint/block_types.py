@@ -22,6 +22,12 @@ TENSOR_TYPES: Mapping[int, tuple[str, int, int]] = {
     39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36),
 }  # fmt: skip
 BLOCK_SIZES: Mapping[str, tuple[int, int]] = {name: size for name, *size in TENSOR_TYPES.values()}  # type: ignore[misc]
+# ik_llama.cpp's types (its ggml.h), so that a refusal can name them.
+IK_TYPES: Mapping[int, str] = {
+    133: "Q6_0", 134: "IQ1_BN", 135: "IQ2_BN", 137: "IQ2_K", 138: "IQ3_K", 139: "IQ4_K", 140: "IQ5_K", 141: "IQ6_K",
+    144: "IQ4_KS", 145: "IQ2_KS", 146: "IQ4_KSS", 152: "IQ5_KS", 153: "IQ2_KT", 154: "IQ3_KT", 155: "IQ4_KT",
+    156: "IQ3_KS", 157: "IQ2_KL", 158: "IQ1_KT",
+}  # fmt: skip
 # GGUF block type -> the slot format that holds it without loss.
 SLOT_FORMATS: Mapping[str, Format] = {
     "Q8_0": "q8",
@@ -40,12 +46,23 @@ SLOT_FORMATS: Mapping[str, Format] = {
 }
 RUNNABLE_TYPES = ("F32", "F16", "BF16", *SLOT_FORMATS)
 TYPE_HINT = "Q4_K_M, Q6_K, Q8_0, Q2_K, Q3_K_M, IQ4_XS and BF16 files of a model use only these types"
+_ALL_NAMES = sorted({*BLOCK_SIZES, *IK_TYPES.values()}, key=len, reverse=True)
 # First parts of format names, such as IQ2, for which no type has a kernel.
 _UNREAD_FORMATS = {name.partition("_")[0] for name in BLOCK_SIZES} - {
     name.partition("_")[0] for name in RUNNABLE_TYPES
 }
 
 
+def type_in_name(format: str) -> str | None:
+    """Return the type after which a format, as `format_in_name` returns it, is named; None if it is a mixture's name
+    alone, such as IQ2_M.
+    """
+    bare = format.removeprefix("UD-")
+    return next((name for name in _ALL_NAMES if bare == name or bare.startswith(name + "_")), None)
+
+
 def may_run(format: str) -> bool:
     """Whether files in a format, as `format_in_name` returns it, may run here. Only the header is certain."""
+    if (named := type_in_name(format)) is not None:
+        return named in RUNNABLE_TYPES
     return format.removeprefix("UD-").partition("_")[0] not in _UNREAD_FORMATS

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
-from argosy.checkpoint.block_types import RUNNABLE_TYPES, TENSOR_TYPES, TYPE_HINT
+from argosy.checkpoint.block_types import IK_TYPES, RUNNABLE_TYPES, TENSOR_TYPES, TYPE_HINT
 from argosy.checkpoint.gguf_names import PART_NAME, first_part, part_name
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.checkpoint.untrusted_file import open_regular, quote, read_at
@@ -530,8 +530,9 @@ def _read_tensor(cursor: _Cursor) -> TensorRef:
     offset = cursor.unpack(_LENGTH, f"the offset of {shown}")
     if kind not in TENSOR_TYPES:
         whose = ", one of ik_llama.cpp's own" if kind in _IK_LLAMA_TYPES else ""
+        called = f"{IK_TYPES[kind]} ({kind})" if kind in IK_TYPES else f"{kind}"
         raise UnsupportedModel(
-            f"{cursor.path.name}: {shown} has type {kind}{whose}; supported: {', '.join(RUNNABLE_TYPES)}",
+            f"{cursor.path.name}: {shown} has type {called}{whose}; supported: {', '.join(RUNNABLE_TYPES)}",
             hint=TYPE_HINT,
             path=cursor.path,
             tensor=name,

@@ -47,7 +47,8 @@ _LONGEST_LICENCE = 64
 _MOST_LICENCES = 4  # most files of one model
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
-_HUB_NAME = re.compile(rf"({_NAME}/{_NAME})(?::([A-Za-z0-9._-]{{1,96}}))?")
+# Users of Ollama and llama.cpp write the hub's address before a repository's name.
+_HUB_NAME = re.compile(rf"(?:(?:hf|huggingface)\.co/)?({_NAME}/{_NAME})(?::([A-Za-z0-9._-]{{1,96}}))?")
 _PATH = re.compile(r"(?:/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)+")
 _RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 
@@ -74,7 +75,7 @@ class Source:
     def find(cls, text: str, environment: Mapping[str, str] | None = None) -> Source | None:
         """Return the repository that `text` names; None if it is neither OWNER/NAME nor an address.
 
-        Forms: OWNER/NAME, OWNER/NAME:Q4_K_M, https://HUB/OWNER/NAME, https://HOST/PATH.gguf.
+        Forms: OWNER/NAME, OWNER/NAME:Q4_K_M, hf.co/OWNER/NAME:Q4_K_M, https://HUB/OWNER/NAME, https://HOST/PATH.gguf.
 
         Raises:
             UsageError: the address is not supported.

@@ -136,7 +136,8 @@ class GgufModel:
 def gguf_models(names: Sequence[str], part: str = "") -> list[GgufModel]:
     """List the models in GGUF files of a repository; with `part`, those whose names contain it.
 
-    A format or the name of a file selects only that model, even if longer names contain it.
+    A format or the name of a file selects only that model, even if longer names contain it; so does a format without
+    the publisher's "UD-" where no other file has it.
     """
     found: dict[str, list[str]] = {}
     for name in sorted(names):
@@ -144,9 +145,19 @@ def gguf_models(names: Sequence[str], part: str = "") -> list[GgufModel]:
             split = PART_NAME.fullmatch(name)
             found.setdefault(split["stem"] if split else name.removesuffix(GGUF_SUFFIX), []).append(name)
     models = [GgufModel(stem, tuple(parts)) for stem, parts in found.items()]
-    wanted = part.lower()
-    exact = [model for model in models if wanted in (model.format.lower(), model.stem.lower())]
-    return exact if part and len(exact) == 1 else [model for model in models if wanted in model.stem.lower()]
+    split = PART_NAME.fullmatch(part)
+    wanted = (split["stem"] if split else part.removesuffix(GGUF_SUFFIX)).lower()
+
+    def names_of(model: GgufModel) -> tuple[str, ...]:
+        return model.format.lower(), model.stem.lower(), model.stem.lower().rpartition("/")[2]
+
+    for exact in (
+        [model for model in models if wanted in names_of(model)],
+        [model for model in models if f"ud-{wanted}" == model.format.lower()],
+    ):
+        if part and len(exact) == 1:
+            return exact
+    return [model for model in models if wanted in model.stem.lower()]
 
 
 def _is_gguf_model(name: str) -> bool:

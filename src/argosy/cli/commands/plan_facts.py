@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from argosy.cli.commands.plan_traffic import Traffic
 from argosy.cli.shared.output import FITS, short_number, table_lines
+from argosy.cli.shared.weights import weight_facts, weight_lines
 from argosy.config import disk_size, format_bytes
 
 if TYPE_CHECKING:
@@ -160,6 +161,7 @@ class PlanFacts:
             f"model     {subject.name}; {where}",
             f"          {everything / 1e9:.1f} B parameters, {active / 1e9:.1f} B active; experts in "
             f"{files.expert_format}",
+            *(f"          {line}" for line in weight_lines(weight_facts(files))),
             f"          a token reads {work.dense_bytes / 1e9:.2f} GB of dense weights and "
             f"{work.routed_token_bytes() / 1e9:.2f} GB of experts ({work.record_bytes / 1e6:.1f} MB each)",
         ]
@@ -225,7 +227,7 @@ class PlanFacts:
                 "num_parameters": everything, "num_active_parameters": active,
                 "expert_format": subject.files.expert_format, "dense_bytes": forecast.work.dense_bytes,
                 "routed_bytes_per_token": forecast.work.routed_token_bytes(),
-                "record_bytes": forecast.work.record_bytes,
+                "record_bytes": forecast.work.record_bytes, "weights": weight_facts(subject.files),
                 "download_bytes": remote.file_bytes if remote else None,
                 "free_disk_bytes": self._free_disk_bytes,
                 "headers_read": None if remote is None else [remote.num_read, remote.num_shards],

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from argosy.checkpoint.block_types import type_in_name
 from argosy.checkpoint.untrusted_file import quote
 from argosy.cli.commands.library import ask
 from argosy.cli.shared.declared import choices
@@ -202,7 +203,10 @@ def _table(
     for offer, fit in fits:
         size = "incomplete" if offer.nbytes is None else disk_size(offer.nbytes)
         parts = f" in {offer.num_parts} parts" if offer.num_parts > 1 and offer.nbytes is not None else ""
-        told, speed = "not yet readable" if not offer.may_run else "-", ""
+        told, speed = (
+            "-" if offer.may_run else f"no, {type_in_name(offer.format) or quote(offer.format)} is not read",
+            "",
+        )
         if fit is not None:
             told = _FITS.get(fit.verdict) or f"no, needs {format_bytes(fit.smallest_bytes, rounds_up=True)}"
         if fit is not None and fit.tokens_per_s is not None:

@@ -10,6 +10,7 @@ from argosy.cli.commands import completion
 from argosy.cli.shared.options import engine_options, settings_of
 from argosy.cli.shared.output import parameter_count, print_facts
 from argosy.cli.shared.settings import Settings, for_engine, read_settings
+from argosy.cli.shared.weights import weight_facts, weight_lines
 from argosy.config import DEMO, format_bytes
 from argosy.errors import DoesNotFit
 
@@ -120,6 +121,7 @@ def model_facts(files: ModelFiles) -> dict[str, Any]:
         "expert_format": files.expert_format if files.experts else None,
         "dense_bytes": files.dense_bytes,
         "expert_bytes": files.expert_bytes,
+        "weights": weight_facts(files),
         "encoders": _encoder_facts(files),
         **_sampling_facts(files),
     }
@@ -197,6 +199,10 @@ def fact_lines(facts: dict[str, Any]) -> list[str]:
         *_geometry_lines(facts),
         f"  on disk       {format_bytes(facts['dense_bytes'])} used by every token,"
         f" {format_bytes(facts['expert_bytes'])} of routed experts",
+        *(
+            f"{label:<16}{line}"
+            for label, line in zip(("  weights", ""), weight_lines(facts["weights"]), strict=False)
+        ),
         *(_encoder_line(encoder) for encoder in facts["encoders"]),
         *_sampling_lines(facts),
     ]
