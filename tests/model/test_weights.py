@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from argosy import _native
 from argosy.checkpoint.block_types import SLOT_FORMATS
-from argosy.checkpoint.landing import AS_STORED, Landing, MatrixRef, PairedRows, Transcoded
+from argosy.checkpoint.landing import AS_STORED, Exact, Landing, MatrixRef, PairedRows, Transcoded
 from argosy.errors import CheckpointError, CorruptRecord, ReadFailed
 from argosy.model.weights import DenseWeights, dense_footprint, load_dense
 from tests.native import _native_testing
@@ -95,6 +95,19 @@ def test_every_weight_has_its_value_from_the_file_and_its_row(dense: Dense) -> N
         _native.embed(runtime, matrix, np.arange(ROWS, dtype=np.int32), found)
         np.testing.assert_array_equal(found, dense.truth[name], err_msg=name)
     runtime.close()
+
+
+def test_quantised_rows_that_score_experts_become_float32_without_loss(dense: Dense) -> None:
+    name = "layers.1.o"
+    dense.refs = {name: Exact.of(dense.refs[name])}
+    weights = dense.load()
+    assert weights.matrices[name].format == "f32"
+    found = np.empty((ROWS, COLS), np.float32)
+    runtime = _native.Runtime(1)
+    _native.embed(runtime, weights.matrices[name], np.arange(ROWS, dtype=np.int32), found)
+    runtime.close()
+    np.testing.assert_array_equal(found, dense.truth[name])
+    assert dense_footprint(dense.refs) >= 2 * 4 * ROWS * COLS  # once as values, once while they land
 
 
 def test_an_offset_is_added_only_to_norms_of_the_hidden_state(dense: Dense) -> None:

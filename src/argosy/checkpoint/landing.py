@@ -9,6 +9,7 @@ become, the memory that this takes, and how to do it. No other code distinguishe
     Transcoded      blocks of a GGUF; or codes, scales and other parts that safetensors holds as separate tensors
     PairedRows      rows of q and k in the order of adjacent rotary pairs
     Widened         blocks that become float32, for encoders
+    Exact           the same of codes and scales in separate tensors, for rows that score experts
     TapsFirst       weights of a convolution
     Strided         values that are not contiguous
     Halves          keys and values in one matrix (`latent_up.py`)
@@ -306,6 +307,33 @@ class Widened(Moved):
         panels = _native.transcode(self.block_type, landed, ref.rows, ref.cols)
         values = _native.dequantize(SLOT_FORMATS[self.block_type], panels, ref.rows, ref.cols)
         check_vector(ref.name, values)
+        places[0][:] = values.reshape(-1).view(np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class Exact(Moved):
+    """A quantised matrix whose values become float32, because products round the other factor to multiply quants."""
+
+    quantised: MatrixRef
+
+    @classmethod
+    def of(cls, quantised: MatrixRef) -> MatrixRef:
+        """Make a reference to the values of a quantised matrix."""
+        return replace(quantised, format="f32", landing=cls(quantised))
+
+    @property
+    def needs_scratch(self) -> bool:
+        return True
+
+    def pieces(self, ref: MatrixRef) -> tuple[Piece, ...]:
+        return self.quantised.pieces
+
+    def working_bytes(self, ref: MatrixRef) -> int:
+        return ref.landed_bytes
+
+    def land(self, ref: MatrixRef, landed: Bytes, places: Sequence[Bytes]) -> None:
+        (matrix,) = self.quantised.landing.matrices(self.quantised, landed)
+        values = _native.dequantize(self.quantised.format, matrix, ref.rows, ref.cols)
         places[0][:] = values.reshape(-1).view(np.uint8)
 
 

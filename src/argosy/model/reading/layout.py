@@ -37,8 +37,8 @@ from argosy.checkpoint.files import (
     require_one_format_a_layer,
 )
 from argosy.checkpoint.formats import BYTES_PER_VALUE, matrix_bytes
-from argosy.checkpoint.geometry import dense_shapes, expert_shapes
-from argosy.checkpoint.landing import MatrixRef, Piece, Strided, Transcode, Transcoded
+from argosy.checkpoint.geometry import dense_shapes, expert_shapes, is_kept_exact
+from argosy.checkpoint.landing import Exact, MatrixRef, Piece, Strided, Transcode, Transcoded
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.config import Format, ModelConfig
 from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
@@ -347,7 +347,9 @@ class _Accounts(TensorAccounts):
             in_file = (config.num_heads, in_file[0] // config.num_heads, in_file[1])
         rows, cols = shape if len(shape) == 2 else (1, shape[0])
         if turn is None:
-            return replace(self.weight(name, in_file), rows=rows, cols=cols)
+            matrix = replace(self.weight(name, in_file), rows=rows, cols=cols)
+            is_quantised = isinstance(matrix.landing, Transcoded)
+            return Exact.of(matrix) if is_quantised and is_kept_exact(canonical) else matrix
         tensor, format = self.take(name, in_file)  # codes cannot alternate
         return MatrixRef.of(tensor, format, rows, cols, Strided((2 * cols, 2), turn))
 
