@@ -18,6 +18,7 @@ from tests.models.tiny_gemma import gemma4
 from tests.models.tiny_latent import deepseek_v3
 
 DIRECTORY = Path(__file__).parent / "reference_mlx"
+MLX_TOWERS = Path(__file__).parent / "mlx_towers.json"  # by `make_mlx_towers.py`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

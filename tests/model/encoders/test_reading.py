@@ -24,6 +24,8 @@ from argosy.model.encoders.table import ENCODERS
 from tests.model.encoders.open_tower import PARTS, finish
 from tests.model.encoders.test_towers import encode
 from tests.model.encoders.test_towers import open_tower as open_reference
+from tests.models.mlx_models import MLX_TOWERS
+from tests.models.safetensors_file import read_safetensors, write_safetensors
 from tests.models.tiny_encoders import REFERENCE
 from tests.native import _native_testing
 
@@ -93,6 +95,43 @@ def test_a_tower_read_from_its_files_gives_the_same_rows(name: str, family: str,
         assert found.additions.keys() == expected.additions.keys()
         encoders.drop()
         assert finish(encoders.open(kind)) is not tower
+
+
+def as_mlx_vlm_writes(tmp_path: Path, name: str) -> Path:
+    """A copy of a reference with the names and axes of mlx-vlm (`make_mlx_towers.py`)."""
+    shutil.copytree(REFERENCE / name, tmp_path / name)
+    values = read_safetensors(REFERENCE / name / "model.safetensors")
+    turned = {}
+    for hub, (theirs, shape) in json.loads(MLX_TOWERS.read_text())[name].items():
+        value = values[hub] if list(values[hub].shape) == shape else np.moveaxis(values[hub], 1, -1)
+        assert list(value.shape) == shape
+        turned[theirs] = "BF16", value
+    write_safetensors(tmp_path / name / "model.safetensors", turned)
+    return tmp_path / name
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [(name, kind) for name, family, kind in PLACES if family != "qwen2_moe"]
+)
+def test_a_tower_that_mlx_vlm_wrote_gives_the_same_rows(name: str, kind: Kind, tmp_path: Path) -> None:
+    _, _, reference = open_reference(name, is_exact=False)
+    with opened(as_mlx_vlm_writes(tmp_path, name)) as encoders:
+        tower = finish(encoders.open(kind))
+        expected, found = encode(name, reference, 0), encode(name, tower, 0)
+        np.testing.assert_array_equal(found.embeddings, expected.embeddings)
+        for layer, addition in expected.additions.items():
+            np.testing.assert_array_equal(found.additions[layer], addition)
+
+
+def test_a_quantised_tower_of_mlx_is_refused_with_the_reason(tmp_path: Path) -> None:
+    directory = as_mlx_vlm_writes(tmp_path, "qwen3_vl_moe")
+    values = read_safetensors(directory / "model.safetensors")
+    tensors = {name: ("BF16", value) for name, value in values.items()}
+    name = "vision_tower.blocks.0.mlp.linear_fc1"
+    tensors[f"{name}.weight"] = "I32", np.zeros((40, 3), np.int32)
+    write_safetensors(directory / "model.safetensors", tensors)
+    found = find_encoders(model_files(directory))["picture"]
+    assert f"{name}.weight is [40, 3], expected [40, 24]" in str(found)
 
 
 def test_whoever_opens_a_tower_shares_its_reads() -> None:

@@ -32,6 +32,7 @@ from argosy.media.sounds import SoundProcessor, read_sound_processor
 from argosy.media.videos import VideoProcessor, read_video_processor
 from argosy.model.encoders.blocks import FLOAT_BYTES, attention_flop
 from argosy.model.encoders.encoder import Encoder, Shape, Tower, VideoForm
+from argosy.model.encoders.mlx_towers import has_tower, in_mlx, mlx_name
 from argosy.model.encoders.mmproj import TowerInFile, is_of, read_towers
 from argosy.model.encoders.table import ENCODERS
 from argosy.model.families import CONFIG_FILE
@@ -201,7 +202,7 @@ def find_encoders(files: ModelFiles) -> dict[Kind, EncoderFiles | ArgosyError]:
         except (UnsupportedModel, CheckpointError) as error:
             return {"picture": error}
     for encoder in ENCODERS.get(files.config.family, ()):
-        if any(name.startswith(encoder.prefix) for name in files.others):
+        if has_tower(files.config.family, encoder.prefix, files.others):
             try:
                 found[encoder.kind] = _read(files, encoder)
             except (UnsupportedModel, CheckpointError) as error:
@@ -246,11 +247,15 @@ def _read(files: ModelFiles, encoder: Encoder) -> EncoderFiles:
     own = _inner(around, encoder.path[-1], files.config.family)
     config = encoder.read(own, around, files.config)
     accounts = TensorAccounts(files.path, files.others, FLOAT_FORMATS)
-    names = {canonical: encoder.prefix + tensor.name for canonical, tensor in encoder.tensors(config).items()}
+    tensors = encoder.tensors(config)
+    names = {canonical: encoder.prefix + tensor.name for canonical, tensor in tensors.items()}
+    theirs = {canonical: mlx_name(files.config.family, name) for canonical, name in names.items()}
+    if any(name != names[canonical] and name in accounts for canonical, name in theirs.items()):
+        names = theirs
     return EncoderFiles(
         encoder,
         config,
-        _take_tensors(accounts, encoder, config, names),
+        _take_tensors(accounts, encoder, config, names, is_gguf=False),
         token_id=_token_id(around, encoder.placeholders, files),
         marks=_marks(around, encoder, files),
         settings=_read_settings(files.path, encoder.kind),
@@ -279,7 +284,7 @@ def _in_gguf(tower: TowerInFile, files: ModelFiles, header: GgufFile, tokens: li
     path, kind = files.mmproj.path, tower.encoder.kind
     of_kind = {name: _with_blocks(ref) for name, ref in files.others.items() if is_of(kind, name)}
     accounts = TensorAccounts(path, of_kind, {**FLOAT_FORMATS, _BLOCKS: "f32"}, hint=_MMPROJ_HINT)
-    tensors = _take_tensors(accounts, tower.encoder, tower.config, tower.names)
+    tensors = _take_tensors(accounts, tower.encoder, tower.config, tower.names, is_gguf=True)
     accounts.refuse_extra(
         files.config, lambda name: name == _SINUSOIDS, f"the tower that {path.name} describes for {kind}s"
     )
@@ -307,13 +312,14 @@ def _with_blocks(ref: TensorRef) -> TensorRef:
 
 
 def _take_tensors(
-    accounts: TensorAccounts, encoder: Encoder, config: Any, names: Mapping[str, str]
+    accounts: TensorAccounts, encoder: Encoder, config: Any, names: Mapping[str, str], *, is_gguf: bool
 ) -> dict[str, MatrixRef]:
     """Take the tensors of a tower by canonical name; `names` are their names in the files."""
     tensors = {}
     for canonical, tensor in encoder.tensors(config).items():
         # llama.cpp's converter gives the bias of a convolution two more axes.
-        ref, format = accounts.take(names[canonical], tensor.shape, (*tensor.shape, 1, 1))
+        other, other_landing = ((*tensor.shape, 1, 1), tensor.landing) if is_gguf else in_mlx(tensor)
+        ref, format = accounts.take(names[canonical], tensor.shape, other)
         block_type = _BLOCKS if ref.dtype == _BLOCKS else None
         if block_type is not None and is_vector(canonical):
             raise CheckpointError(
@@ -321,7 +327,9 @@ def _take_tensors(
                 path=ref.path,
                 tensor=ref.name,
             )
-        landing = Widened(block_type) if block_type is not None else tensor.landing
+        landing = tensor.landing if ref.shape == tensor.shape else other_landing
+        if block_type is not None:
+            landing = Widened(block_type)
         tensors[canonical] = MatrixRef.of(ref, format, tensor.rows, tensor.cols, landing)
     return tensors
 
