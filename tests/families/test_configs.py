@@ -385,11 +385,11 @@ def test_training_and_generation_keys_are_ignored(make: Any) -> None:
     [
         ({"hidden_act": "gelu"}, "asks for hidden_act 'gelu'; supported: silu"),
         (
-            {"quantization_config": {"quant_method": "gptq"}},
-            "asks for quantization_config 'gptq'; supported: fp8 with weight_block_size",
+            {"quantization_config": {"quant_method": "hqq"}},
+            "asks for quantization_config 'hqq'; supported: fp8, compressed-tensors",
         ),
         ({"quantization_config": {}}, "asks for quantization_config 'unknown'"),
-        ({"quantization_config": "int4"}, "asks for quantization_config 'int4'; supported: fp8 with"),
+        ({"quantization_config": "int4"}, "asks for quantization_config 'int4'; supported: fp8, "),
         ({"pretraining_tp": 2}, "asks for pretraining_tp 2; supported: 1 or null"),
         ({"mlp_bias": True}, "asks for mlp_bias true; supported: false or null"),
         ({"hidden_size": "40"}, "hidden_size is '40', text; expected a whole number from 1 to"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from argosy import Engine
 from argosy.checkpoint.pack import pack
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import open_model
-from argosy.model.reading.quantization import Quantization, read_quantization
+from argosy.model.reading.quantization import read_quantization
 from tests.models.hub_quantised import FP8, INT4, write_fp8_model, write_int4_model
 from tests.models.safetensors_file import edit_header, read_header
 from tests.models.tiny import prompt_ids, qwen3_moe
@@ -39,27 +40,131 @@ def changed(base: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return config
 
 
-@pytest.mark.parametrize(
-    ("given", "method", "num_excluded"),
-    [
-        (FP8, "fp8", 3),
-        # MiniMax-M2
-        (
-            changed(FP8, fmt="float8_e4m3fn", modules_to_not_convert=["gate", "lm_head"]),
-            "fp8",
-            2,
-        ),
-        # DeepSeek-V3.1
-        (changed(FP8, scale_fmt="ue8m0", ignored_layers=["lm_head"]), "fp8", 4),
-        (INT4, "int4", 4),
-        (changed(INT4, quantization_status=None, version="0.12.0", global_compression_ratio=None), "int4", 4),
-        (MXFP4, "mxfp4", 1),
-    ],
-)
-def test_supported_configs_are_read(given: dict[str, Any], method: str, num_excluded: int) -> None:
+def schemes_of(given: Any, *modules: str) -> list[str | None]:
+    """Describe the schemes of modules."""
     found = read_quantization({"quantization_config": given})
     assert found is not None
-    assert (found.method, len(found.excluded)) == (method, num_excluded)
+    schemes = [found.scheme_of(module) for module in modules]
+    return [None if scheme is None else str(scheme) for scheme in schemes]
+
+
+NVFP4 = {
+    "quant_method": "modelopt",
+    "quant_algo": "NVFP4",
+    "ignore": ["lm_head", "model.layers.0.self_attn*"],
+}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm", "zero_point": True}
+AUTO_ROUND = {
+    "quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True, "packing_format": "auto_round:auto_gptq",
+}  # fmt: skip
+FP8_CODES = "fp8, 8 bits, symmetric, "
+Q, EXPERT_UP, ROUTER = (
+    f"model.layers.0.{name}" for name in ("self_attn.q_proj", "mlp.experts.3.up_proj", "mlp.gate")
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "q", "up"),
+    [
+        (FP8, FP8_CODES + "blocks of 128 x 128", ...),
+        # MiniMax-M2
+        (changed(FP8, fmt="float8_e4m3fn", modules_to_not_convert=["gate"]), FP8_CODES + "blocks of 128 x 128", ...),
+        # DeepSeek-V3.1
+        (changed(FP8, scale_fmt="ue8m0", ignored_layers=["q_proj"]), None, FP8_CODES + "blocks of 128 x 128"),
+        (changed(FP8, weight_block_size=[32, 64], activation_scheme="static"), FP8_CODES + "blocks of 32 x 64", ...),
+        (changed(FP8, weight_block_size=None), FP8_CODES + "one scale a matrix", ...),
+        (INT4, None, "pack-quantized, 4 bits, symmetric, groups of 32"),
+        (
+            changed(INT4, quantization_status=None, version="0.12.0", global_compression_ratio=None, ignore=None),
+            "pack-quantized, 4 bits, symmetric, groups of 32",
+            ...,
+        ),
+        (
+            changed(INT4, weights__symmetric=False, weights__group_size=128, weights__actorder="static", ignore=[]),
+            "pack-quantized, 4 bits, with zero points, groups of 128",
+            ...,
+        ),
+        (
+            changed(INT4, weights__num_bits=8, weights__strategy="channel", weights__group_size=None, ignore=[]),
+            "pack-quantized, 8 bits, symmetric, one scale a row",
+            ...,
+        ),
+        (
+            changed(
+                INT4,
+                format="int-quantized",
+                group__input_activations={"num_bits": 8, "dynamic": True},
+                weights__num_bits=8,
+                weights__strategy="channel",
+                weights__group_size=None,
+                kv_cache_scheme={"num_bits": 8},
+                sparsity_config={"format": "dense"},
+            ),
+            None,
+            "int-quantized, 8 bits, symmetric, one scale a row",
+        ),
+        (
+            changed(
+                INT4,
+                format="float-quantized",
+                weights__num_bits=8,
+                weights__type="float",
+                weights__strategy="block",
+                weights__group_size=None,
+                weights__block_structure=[128, 128],
+            ),
+            None,
+            FP8_CODES + "blocks of 128 x 128",
+        ),
+        (
+            changed(
+                INT4, format="mixed-precision", group__format="nvfp4-pack-quantized", weights__group_size=16,
+                weights__type="float", weights__strategy="tensor_group",
+            ),
+            None,
+            "nvfp4-divided, 4 bits, symmetric, groups of 16",
+        ),
+        (MXFP4, "mxfp4-blocks, 4 bits, symmetric, groups of 32", ...),
+        (NVFP4, None, "nvfp4, 4 bits, symmetric, groups of 16"),
+        ({"quant_algo": "FP8", "quant_method": "modelopt"}, FP8_CODES + "one scale a matrix", ...),
+        ({"quant_method": "modelopt", "quant_algo": "fp8_pb_wo"}, FP8_CODES + "blocks of 128 x 128", ...),
+        (
+            {
+                "quant_method": "modelopt_mixed",
+                "quant_algo": "MIXED_PRECISION",
+                "quantized_layers": {
+                    Q: {"quant_algo": "FP8"},
+                    "model.layers.*.mlp.experts*": {"quant_algo": "W4A16_NVFP4", "group_size": 16},
+                },
+            },
+            FP8_CODES + "one scale a matrix",
+            "nvfp4, 4 bits, symmetric, groups of 16",
+        ),
+        (GPTQ, "gptq, 4 bits, with zero points, groups of 128", ...),
+        (
+            changed(GPTQ, checkpoint_format="gptq_v2", group_size=-1, dynamic={"-:.*self_attn": {}}),
+            None,
+            "gptq_v2, 4 bits, with zero points, one scale a row",
+        ),
+        (
+            changed(GPTQ, dynamic={r"+:.*\.q_proj": {"bits": 8, "group_size": 64}}),
+            "gptq, 8 bits, with zero points, groups of 64",
+            "gptq, 4 bits, with zero points, groups of 128",
+        ),
+        (changed(AWQ, modules_to_not_convert=["self_attn"]), None, "awq, 4 bits, with zero points, groups of 64"),
+        (
+            changed(AUTO_ROUND, extra_config={Q: {"bits": 8}, ".*mlp.experts.*": {"bits": 16, "data_type": "float"}}),
+            "gptq, 8 bits, with zero points, groups of 32",
+            None,
+        ),
+        (changed(AUTO_ROUND, packing_format="auto_round:auto_awq"), "awq, 4 bits, with zero points, groups of 32", ...),
+        (changed(AUTO_ROUND, packing_format="auto_round"), "gptq_v2, 4 bits, with zero points, groups of 32", ...),
+    ],
+)  # fmt: skip
+def test_supported_configs_are_read(given: dict[str, Any], q: str | None, up: Any) -> None:
+    assert schemes_of(given, Q, EXPERT_UP) == [q, q if up is ... else up]
+    found = read_quantization({"quantization_config": given})
     assert read_quantization({"text_config": {"quantization_config": given}}) == found
     assert (
         read_quantization({"quantization_config": given, "text_config": {"quantization_config": given}})
@@ -72,42 +177,76 @@ def test_no_quantization_config_is_none() -> None:
     assert read_quantization({"quantization_config": None, "text_config": {}}) is None
 
 
-@pytest.mark.parametrize(
-    ("given", "asked"),
-    [
-        ({"quant_method": "gptq", "bits": 4}, "quantization_config 'gptq'"),
-        ({"quant_method": "awq"}, "quantization_config 'awq'"),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quantization_config 'modelopt'"),
-        ({"quant_algo": "NVFP4"}, "quantization_config 'NVFP4'"),
-        ({"quant_method": "bitsandbytes"}, "quantization_config 'bitsandbytes'"),
-        ([], "quantization_config []"),
-        (changed(FP8, weight_block_size=None), "quantization_config.weight_block_size null"),
-        (changed(FP8, weight_block_size=[1, 128]), "quantization_config.weight_block_size [1, 128]"),
-        (changed(FP8, activation_scheme="static"), "quantization_config.activation_scheme 'static'"),
-        (changed(FP8, fmt="e5m2"), "quantization_config.fmt 'e5m2'"),
-        (changed(FP8, surprise=1), "quantization_config.surprise 1"),
-        (changed(INT4, format="float-quantized"), "quantization_config.format 'float-quantized'"),
-        (changed(INT4, config_groups={}), "quantization_config.config_groups {}"),
-        (changed(INT4, kv_cache_scheme={"num_bits": 8}), "quantization_config.kv_cache_scheme"),
-        (changed(INT4, sparsity_config={"format": "dense"}), "quantization_config.sparsity_config"),
-        (changed(INT4, weights__num_bits=8), "config_groups.group_0.weights.num_bits 8"),
-        (changed(INT4, weights__symmetric=False), "config_groups.group_0.weights.symmetric false"),
-        (changed(INT4, weights__group_size=128), "config_groups.group_0.weights.group_size 128"),
-        (changed(INT4, weights__strategy="channel"), "config_groups.group_0.weights.strategy 'channel'"),
-        (changed(INT4, weights__type="float"), "config_groups.group_0.weights.type 'float'"),
-        (changed(INT4, weights__actorder="group"), "config_groups.group_0.weights.actorder 'group'"),
-        (changed(INT4, group__targets=["Embedding"]), "config_groups.group_0.targets ['Embedding']"),
-        (changed(INT4, group__input_activations={"num_bits": 8}), "config_groups.group_0.input_activations"),
-        (changed(MXFP4, dequantize=True), "quantization_config.dequantize true"),
-    ],
+METHODS = (
+    "supported: fp8, compressed-tensors, modelopt, gptq, awq, auto-round, mxfp4, and unquantised bf16, f16"
 )
-def test_other_configs_are_refused_by_name_with_the_supported_ones(given: Any, asked: str) -> None:
+GROUPS = "supported: 32, 64, 128"
+
+
+@pytest.mark.parametrize(
+    ("given", "asked", "supported"),
+    [
+        ({"quant_method": "hqq", "bits": 4}, "quantization_config 'hqq'", METHODS),
+        ({"quant_method": ["fp8"]}, "quantization_config ['fp8']", METHODS),
+        ({"quant_algo": "NVFP4"}, "quantization_config 'NVFP4'", METHODS),
+        ([], "quantization_config []", METHODS),
+        (changed(FP8, weight_block_size=[128]), "weight_block_size [128]", "supported: [rows, columns]"),
+        (changed(FP8, weight_block_size=[0, 128]), "weight_block_size 0", "a whole number from 1"),
+        (changed(FP8, weight_block_size=[True, 128]), "weight_block_size true", "a whole number from 1"),
+        (changed(FP8, weight_block_size=[128, 2**31]), "weight_block_size 2147483648", "a whole number from 1"),
+        (changed(FP8, activation_scheme="other"), "activation_scheme 'other'", '"dynamic", "static"'),
+        (changed(FP8, fmt="e5m2"), "quantization_config.fmt 'e5m2'", '"e4m3"'),
+        (changed(FP8, surprise=1), "quantization_config.surprise 1", METHODS),
+        (changed(INT4, format="marlin-24"), "quantization_config.format 'marlin-24'", '"pack-quantized", "int-quant'),
+        (changed(INT4, config_groups={}), "quantization_config.config_groups {}", "groups with targets"),
+        (changed(INT4, sparsity_config={"format": "sparse-24-bitmask"}), "quantization_config.sparsity_config", "null"),
+        (changed(INT4, transform_config={"r": 1}), "quantization_config.transform_config", "null"),
+        (changed(INT4, weights__num_bits=0), "config_groups.group_0.weights.num_bits 0", "supported: 4, 8"),
+        (changed(INT4, weights__num_bits=3), "config_groups.group_0.weights.num_bits 3", "supported: 4, 8"),
+        (changed(INT4, weights__num_bits=True), "config_groups.group_0.weights.num_bits true", "supported: 4, 8"),
+        (changed(INT4, weights__symmetric=1), "config_groups.group_0.weights.symmetric 1", "supported: true, false"),
+        (changed(INT4, weights__group_size=48), "config_groups.group_0.weights.group_size 48", GROUPS),
+        (changed(INT4, weights__group_size=-1), "config_groups.group_0.weights.group_size -1", GROUPS),
+        (changed(INT4, weights__group_size=128.5), "config_groups.group_0.weights.group_size 128.5", GROUPS),
+        (changed(INT4, weights__strategy="tensor"), "weights.strategy 'tensor'", '"group", "channel"'),
+        (changed(INT4, weights__type="float"), "config_groups.group_0.weights.type 'float'", 'supported: "int"'),
+        (changed(INT4, weights__actorder="group"), "weights.actorder 'group'", 'null, false, "weight", "static"'),
+        (changed(INT4, weights__dynamic=True), "weights.dynamic true", "supported: false"),
+        (changed(INT4, group__targets=["Embedding"]), "config_groups.group_0.targets ['Embedding']", '"Linear"'),
+        (changed(INT4, group__weights=[4]), "config_groups.group_0.weights [4]", METHODS),
+        (changed(MXFP4, dequantize=True), "quantization_config.dequantize true", "supported: false"),
+        (changed(NVFP4, quant_algo="NVFP4_AWQ"), "quant_algo 'NVFP4_AWQ'", "supported: FP8, FP8_PER_CHANNEL"),
+        (changed(NVFP4, pre_quant_scale=True), "pre_quant_scale true", "supported: false"),
+        (changed(NVFP4, group_size=32), "quantization_config.group_size 32", "supported: 16"),
+        (changed(NVFP4, quant_algo="MIXED_PRECISION"), "quantized_layers null", METHODS),
+        (changed(GPTQ, bits=5), "quantization_config.bits 5", "supported: 2, 3, 4, 8"),
+        (changed(GPTQ, bits=0), "quantization_config.bits 0", "supported: 2, 3, 4, 8"),
+        (changed(GPTQ, group_size=100), "quantization_config.group_size 100", "supported: 32, 64, 128, -1"),
+        (changed(GPTQ, desc_act=True), "quantization_config.desc_act true", "supported: false"),
+        (changed(GPTQ, checkpoint_format="marlin"), "checkpoint_format 'marlin'", '"gptq", "gptq_v2"'),
+        (changed(GPTQ, dynamic={".*": {"bits": 6}}), "dynamic..*.bits 6", "supported: 2, 3, 4, 8"),
+        (changed(AWQ, version="gemv"), "quantization_config.version 'gemv'", "supported: gemm"),
+        (changed(AWQ, zero_point=False), "quantization_config.zero_point false", "supported: true"),
+        (changed(AWQ, bits=8), "quantization_config.bits 8", "supported: 4"),
+        (changed(AUTO_ROUND, data_type="mx_fp"), "quantization_config.data_type 'mx_fp'", 'supported: "int"'),
+        (changed(AUTO_ROUND, packing_format="fake"), "packing_format 'fake'", '"auto_round:auto_gptq"'),
+        (changed(AUTO_ROUND, extra_config={Q: {"bits": 5}}), "q_proj.bits 5", "supported: 2, 3, 4, 8"),
+    ],
+)  # fmt: skip
+def test_other_configs_are_refused_by_name_with_the_supported_ones(
+    given: Any, asked: str, supported: str
+) -> None:
     with pytest.raises(UnsupportedModel) as caught:
         read_quantization({"quantization_config": given})
     assert asked in str(caught.value)
-    assert "supported: fp8 with weight_block_size [128, 128], compressed-tensors pack-quantized" in str(
-        caught.value
-    )
+    assert supported in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["hqq", "exl3", "quip", "aqlm", "quark", "torchao", "vptq", "spqr"])
+def test_a_known_method_that_is_not_read_says_what_to_get(method: str) -> None:
+    with pytest.raises(UnsupportedModel) as caught:
+        read_quantization({"quantization_config": {"quant_method": method}})
+    assert "GGUF" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize(
@@ -139,8 +278,13 @@ def test_other_configs_are_refused_by_name_with_the_supported_ones(given: Any, a
         (changed(INT4, ignore=["re:.*a.*b.*c.*d"]), "which has more than 3 repetitions or 8 alternatives"),
         (changed(INT4, ignore=["re:" + "(a|a)" * 9]), "which has more than 3 repetitions or 8 alternatives"),
         (changed(FP8, ignored_layers=["re:" + "(" * 500 + "a" + ")" * 500]), "which has more than 64 groups"),
+        (changed(INT4, group__targets=["re:(a+)+$"]), "targets has 're:(a+)+$', which repeats a group"),
+        (changed(GPTQ, dynamic={"+:(a+)+$": {}}), "dynamic has '+:(a+)+$', which repeats a group"),
+        (changed(AUTO_ROUND, extra_config={"(a+)+$": {}}), "extra_config has '(a+)+$', which repeats a group"),
+        (changed(INT4, ignore=[f"re:{i}" for i in range(257)]), "ignore has 257 expressions; at most 256 are"),
+        (changed(NVFP4, ignore=[f"a*{i}*" for i in range(257)]), "ignore, exclude_modules has 257 expressions"),
     ],
-)
+)  # fmt: skip
 def test_invalid_or_costly_module_lists_are_refused(given: Any, sentence: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         read_quantization({"quantization_config": given})
@@ -157,8 +301,7 @@ def test_invalid_or_costly_module_lists_are_refused(given: Any, sentence: str) -
     ],
 )
 def test_expressions_in_released_checkpoints_are_accepted(expression: str) -> None:
-    found = read_quantization({"quantization_config": changed(INT4, ignore=[expression])})
-    assert found == Quantization("int4", (expression,))
+    assert read_quantization({"quantization_config": changed(INT4, ignore=[expression])}) is not None
 
 
 def test_two_different_configs_are_refused() -> None:
@@ -180,7 +323,8 @@ def test_two_different_configs_are_refused() -> None:
     ],
 )
 def test_an_excluded_name_covers_the_module_and_its_children(name: str, module: str, excluded: bool) -> None:
-    assert Quantization("fp8", (name,)).excludes(module) is excluded
+    (scheme,) = schemes_of(changed(FP8, modules_to_not_convert=[name]), module)
+    assert (scheme is None) is excluded
 
 
 @pytest.mark.parametrize(
@@ -195,7 +339,45 @@ def test_an_excluded_name_covers_the_module_and_its_children(name: str, module: 
     ],
 )
 def test_compressed_tensors_names_match_as_in_its_own_library(name: str, module: str, excluded: bool) -> None:
-    assert Quantization("int4", (name,)).excludes(module) is excluded
+    (scheme,) = schemes_of(changed(INT4, ignore=[name]), module)
+    assert (scheme is None) is excluded
+
+
+@pytest.mark.parametrize(
+    "glob",
+    ["model.*", "*", "*up_proj", "*.3.*", "model.layers.*.mlp.*", "model.layers.3.mlp*", "a*b", "*.3", "mo*mo*l", "**"],
+)  # fmt: skip
+def test_globs_match_as_those_of_a_shell(glob: str) -> None:
+    modules = [
+        "model.layers.3.mlp.up_proj",
+        "model.layers.30.mlp.up_proj",
+        "lm_head",
+        "a.b",
+        "ab",
+        "b",
+        "model",
+        "",
+    ]
+    found = schemes_of(changed(NVFP4, ignore=[glob]), *modules)
+    assert [scheme is None for scheme in found] == [fnmatchcase(module, glob) for module in modules]
+
+
+def test_groups_of_compressed_tensors_take_names_before_expressions_before_classes() -> None:
+    groups = {}
+    for bits, targets in ((4, ["Linear"]), (8, ["re:.*self_attn.*", "model.layers.3.mlp.gate"])):
+        own = copy.deepcopy(INT4["config_groups"]["group_0"])
+        own["targets"] = targets
+        own["weights"]["num_bits"] = bits
+        groups[str(bits)] = own
+    modules = ["model.layers.0.self_attn.q_proj", "model.layers.3.mlp.gate", "model.layers.3.mlp.up_proj"]
+    for order in (list(groups), list(groups)[::-1]):
+        given = changed(INT4, config_groups={name: groups[name] for name in order}, ignore=[])
+        assert [str(one).partition(" bits")[0][-1] for one in schemes_of(given, *modules)] == ["8", "8", "4"]
+    groups["4"]["targets"] = ["re:.*q_proj"]
+    with pytest.raises(
+        CheckpointError, match=r"describes model.layers.0.self_attn.q_proj in two ways: .* 8 bits"
+    ):
+        schemes_of(changed(INT4, config_groups=groups, ignore=[]), *modules)
 
 
 def test_a_wrapper_s_config_applies_to_its_text_model(tmp_path: Path) -> None:
@@ -255,11 +437,11 @@ def renamed(name: str, new: str) -> Damage:
         ),
         (
             rewrite_config(none=True),
-            "is F8_E4M3, quantised as fp8, but config.json has no quantization_config",
+            "is F8_E4M3, the codes of a quantised weight, but config.json has no quantization_config",
         ),
         (
             rewrite_config(modules_to_not_convert=["model.layers.1.mlp.experts"]),
-            "experts.0.gate_proj.weight is F8_E4M3, but the quantization_config of config.json says that it is not",
+            "experts.0.gate_proj.weight is F8_E4M3, the codes of a quantised weight, but the quantization_config",
         ),
     ],
 )
@@ -287,7 +469,7 @@ def test_a_damaged_fp8_checkpoint_is_refused_by_name(damage: Damage, sentence: s
         ),
         (
             rewrite_config(ignore=["re:.*experts.2.*"]),
-            "experts.2.gate_proj.weight_packed is I32, but the quantization_config of config.json says that it",
+            "experts.2.gate_proj.weight_packed is I32, the codes of a quantised weight, but the quantization_config of",
         ),
     ],
 )
@@ -302,7 +484,8 @@ def test_a_damaged_int4_checkpoint_is_refused_by_name(damage: Damage, sentence: 
 def test_int4_columns_that_are_not_whole_groups_are_refused_by_name(tmp_path: Path) -> None:
     write_int4_model(tmp_path / "model", INT4_CONFIG | {"moe_intermediate_size": 72}, seed=1)
     with pytest.raises(
-        UnsupportedModel, match=r"down_proj\.weight_packed has 72 columns; supported: whole groups of 32"
+        UnsupportedModel,
+        match=r"down_proj\.weight_packed holds a matrix \[96, 72\] as .*; supported: .* groups of 32",
     ):
         open_model(tmp_path / "model")
 

@@ -98,6 +98,10 @@ class TensorAccounts:
         self._taken.add(name)
         return ref, formats[ref.dtype]
 
+    def pass_over(self, ends: tuple[str, ...]) -> None:
+        """Account for tensors that are not needed, whose names have one of these ends."""
+        self._taken.update(name for name in self._tensors if name.endswith(ends))
+
     def refuse_extra(
         self, config: ModelConfig, is_passed_over: Callable[[str], object], described_by: str
     ) -> dict[str, TensorRef]:

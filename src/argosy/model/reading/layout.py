@@ -6,9 +6,8 @@ A family has one or several layouts. Files on the hub have one tensor per expert
 write all experts of a layer as one fused tensor, [experts, 2 * width, hidden] with gate before up. Other layouts
 alternate rows of gate and up, in MXFP4 blocks and scales; or store fused tensors transposed, [experts, hidden, 2 *
 width]: these can be packed, but not run in place. MLX stacks the experts of gate, of up and of down (`mlx.py`). A
-weight may be codes and scales: `weight` in E4M3 with `weight_scale_inv`, or `weight_packed` with `weight_scale` and
-`weight_shape`. The first layout whose expert tensors exist is used; if fused and transposed tensors have the same name,
-their shape tells them apart.
+weight may be codes, scales and zero points (`coded_weights.py`). The first layout whose expert tensors exist is used;
+if fused and transposed tensors have the same name, their shape tells them apart.
 
 If the files contain a layer for multi-token prediction with DeepSeek-V3's names, it is found as well (`DraftFiles`);
 an engine reads it only to speculate. Its copies of embedding and head equal the model's, and are not read.
@@ -23,7 +22,6 @@ Elsewhere: `checkpoint/geometry.py` knows shapes; `checkpoint/safetensors.py` fi
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -40,10 +38,11 @@ from argosy.checkpoint.formats import BYTES_PER_VALUE, matrix_bytes
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes, is_kept_exact
 from argosy.checkpoint.landing import Exact, MatrixRef, Piece, Strided, Transcode, Transcoded
 from argosy.checkpoint.safetensors import TensorRef
-from argosy.config import Format, ModelConfig
+from argosy.config import ModelConfig
 from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
-from argosy.model.reading.accounts import FLOAT_FORMATS, TensorAccounts, read_draft
-from argosy.model.reading.quantization import FP8_BLOCK, INT4_GROUP, MXFP4_GROUP, Quantization
+from argosy.model.reading.accounts import read_draft
+from argosy.model.reading.coded_weights import MXFP4_GROUP, PASSED_OVER, Slice, WeightAccounts, is_there
+from argosy.model.reading.schemes import Quantization
 
 # Constants that old exporters saved with the weights; Argosy computes them from the config.
 _LEFTOVERS = (
@@ -86,9 +85,9 @@ class Layout:
 
     layer_names: Mapping[str, str]
     expert_names: tuple[str, str, str] | None = None  # gate, up, down, with {expert}
+    stacked_names: tuple[str, str, str] | None = None  # the same, all experts in one
     fused_names: tuple[str, str] | None = None  # gate and up in one, down
     transposed_names: tuple[str, str] | None = None  # the same, transposed
-    stacked_names: tuple[str, str, str] | None = None  # gate, up, down, each of all experts
     has_turns: bool = False  # columns of gate and up alternate in transposed tensors
     mxfp4_names: tuple[str, str, str, str] | None = None  # blocks, scales of alternating gate and up; of down
     by_turns: tuple[str, str] | None = None  # canonical names of two tensors whose values alternate in one
@@ -121,7 +120,8 @@ class Layout:
     def names_of_expert(self, layer: int, expert: int) -> tuple[str, ...]:
         """Return the checkpoint's names of an expert's tensors."""
         prefix = f"{self.prefix}layers.{layer - self.first_layer}."
-        if stacked := self.fused_names or self.transposed_names or self.stacked_names or self.mxfp4_names:
+        stacked = self.stacked_names or self.fused_names or self.transposed_names or self.mxfp4_names
+        if stacked is not None:
             return tuple(prefix + name for name in stacked)
         assert self.expert_names is not None
         return tuple(prefix + name.format(expert=expert) for name in self.expert_names)
@@ -195,6 +195,8 @@ def read_layout(
         canonical: reader.dense(config, canonical, shape, layout) for canonical, shape in dense_shapes(config)
     }
     experts = reader.experts(config, layout)
+    if quantization is not None:
+        reader.pass_over(PASSED_OVER)
     others = reader.refuse_extra(config, layout.is_passed_over(config), "this config.json")
     require_one_format_a_layer(experts, directory)
     draft = _read_draft(_Accounts(directory, tensors, quantization), config, layouts, layout)
@@ -209,7 +211,7 @@ def _read_draft(
         return None
     number = config.num_layers
     choices = [one.of_draft(number) for one in (layout, *layouts)]
-    found = next((one for one in choices if _is_there(one.names_of_expert(number, 0)[0], reader)), choices[0])
+    found = next((one for one in choices if is_there(one.names_of_expert(number, 0)[0], reader)), choices[0])
     if found.dense_name(f"layers.{number}.draft_join") not in reader:
         return None
     return read_draft(
@@ -231,7 +233,7 @@ def _as_in_mlx(config: ModelConfig, layout: Layout, tensors: Mapping[str, Tensor
 def _choose(layouts: tuple[Layout, ...], config: ModelConfig, tensors: Mapping[str, TensorRef]) -> Layout:
     """Choose the first layout whose expert tensors exist; if several share the names, the one with the right shape."""
     probe = config.moe_layers[0]
-    there = [one for one in layouts if _is_there(one.names_of_expert(probe, 0)[0], tensors)]
+    there = [one for one in layouts if is_there(one.names_of_expert(probe, 0)[0], tensors)]
     if not there:
         return layouts[0]
     names = there[0].names_of_expert(probe, 0)
@@ -250,92 +252,8 @@ def _choose(layouts: tuple[Layout, ...], config: ModelConfig, tensors: Mapping[s
     return (fitting or alike)[0]
 
 
-def _packed(name: str) -> str:
-    """The name of a weight's codes in compressed-tensors."""
-    return name.removesuffix("weight") + "weight_packed"
-
-
-def _is_there(name: str, tensors: Mapping[str, TensorRef] | TensorAccounts) -> bool:
-    return name in tensors or _packed(name) in tensors
-
-
-def _in_parts(format: Format, shape: tuple[int, ...], *parts: tuple[TensorRef, str]) -> MatrixRef:
-    """Make a matrix whose codes, scales and the like are separate tensors, each with its block type."""
-    rows, cols = shape
-    first, *others = (
-        Piece.of(ref, Transcode(block_type, format, rows, cols), completes=0) for ref, block_type in parts
-    )
-    assert first.transcode is not None
-    return MatrixRef.of(
-        parts[0][0], format, rows, cols, Transcoded(first.transcode.block_type, tuple(others))
-    )
-
-
-class _Accounts(TensorAccounts):
+class _Accounts(WeightAccounts):
     """Tensors of safetensors files, as dense matrices and experts."""
-
-    def __init__(
-        self, directory: Path, tensors: Mapping[str, TensorRef], quantization: Quantization | None
-    ) -> None:
-        super().__init__(directory, tensors, FLOAT_FORMATS)
-        self._quantization = quantization
-
-    def weight(self, name: str, shape: tuple[int, ...]) -> MatrixRef:
-        """Take the tensor or tensors of a weight; which of them exist shows how it is stored.
-
-        Raises:
-            CheckpointError: a tensor is missing or has another shape, or `quantization_config` contradicts them.
-            UnsupportedModel: a tensor has an unsupported dtype.
-        """
-        ref = self._tensors.get(name)
-        if ref is None and _packed(name) in self:
-            return self._int4(name, shape)
-        if ref is not None and ref.dtype == "F8_E4M3" and len(shape) == 2:
-            return self._f8(name, shape)
-        ref, format = self.take(name, shape)
-        rows, cols = shape if len(shape) == 2 else (1, math.prod(shape))
-        return MatrixRef.of(ref, format, rows, cols)
-
-    def _f8(self, name: str, shape: tuple[int, ...]) -> MatrixRef:
-        self._require_said("fp8", name, name)
-        codes = self.take_part(name, {"F8_E4M3": "f8_codes"}, shape)
-        blocks = tuple(-(-size // FP8_BLOCK) for size in shape)
-        scales = self.take_part(name + "_scale_inv", {"F32": "f8_scales", "BF16": "f8_scales_bf16"}, blocks)
-        return _in_parts("f8", shape, codes, scales)
-
-    def _int4(self, name: str, shape: tuple[int, ...]) -> MatrixRef:
-        packed, base = _packed(name), name.removesuffix("weight")
-        self._require_said("int4", name, packed)
-        rows, cols = shape
-        if cols % INT4_GROUP:
-            raise UnsupportedModel(
-                f"{self._tensors[packed].path.name}: {packed} has {cols} columns; supported: whole groups of "
-                f"{INT4_GROUP}",
-                path=self._tensors[packed].path,
-                tensor=packed,
-            )
-        codes = self.take_part(packed, {"I32": "int4_quants"}, (rows, cols // 8))
-        scales = self.take_part(base + "weight_scale", {"BF16": "int4_scales"}, (rows, cols // INT4_GROUP))
-        self.take_part(base + "weight_shape", {"I32": "", "I64": ""}, (2,))
-        return _in_parts("int4", shape, codes, scales)
-
-    def _require_said(self, method: str, name: str, tensor: str) -> None:
-        """Prove that the config describes a quantised weight."""
-        said, path = self._quantization, self._tensors[tensor].path
-        if said is None or said.method != method:
-            raise CheckpointError(
-                f"{path.name}: {tensor} is {self._tensors[tensor].dtype}, quantised as {method}, but config.json "
-                f"{'has no quantization_config' if said is None else f'says {said.method}'}",
-                path=path,
-                tensor=tensor,
-            )
-        if said.excludes(name.removesuffix(".weight")):
-            raise CheckpointError(
-                f"{path.name}: {tensor} is {self._tensors[tensor].dtype}, but the quantization_config of config.json "
-                "says that it is not quantised",
-                path=path,
-                tensor=tensor,
-            )
 
     def dense(self, config: ModelConfig, canonical: str, shape: tuple[int, ...], layout: Layout) -> MatrixRef:
         name, last = layout.dense_name(canonical), canonical.rpartition(".")[2]
@@ -375,10 +293,20 @@ class _Accounts(TensorAccounts):
         gate, up, down = map(self.weight, names, expert_shapes(config))
         return ExpertRecord.of(gate, up, down)
 
+    def _stacked_expert(
+        self, config: ModelConfig, layout: Layout, expert: int, names: tuple[str, ...]
+    ) -> ExpertRecord:
+        slice = Slice(config.num_experts, expert)
+        matrices = zip(names, expert_shapes(config), strict=True)
+        return ExpertRecord.of(*(self.weight(name, shape, slice) for name, shape in matrices))
+
     def _fused_expert(
         self, config: ModelConfig, layout: Layout, expert: int, names: tuple[str, ...]
     ) -> ExpertRecord:
         gate, _, down = expert_shapes(config)
+        if self.codes_of(names[0]) is not None:
+            halves = [self.weight(names[0], gate, Slice(config.num_experts, expert, 2, at)) for at in (0, 1)]
+            return ExpertRecord.of(*halves, self.weight(names[1], down, Slice(config.num_experts, expert)))
         gate_up_ref, gate_up_format = self.take(names[0], (config.num_experts, 2 * gate[0], gate[1]))
         down_ref, down_format = self.take(names[1], (config.num_experts, *down))
         return ExpertRecord(
@@ -387,15 +315,6 @@ class _Accounts(TensorAccounts):
             up=ExpertMatrix(0, matrix_bytes(gate_up_format, *gate), gate_up_format, *gate),
             down=ExpertMatrix(1, 0, down_format, *down),
         )
-
-    def _stacked_expert(
-        self, config: ModelConfig, layout: Layout, expert: int, names: tuple[str, ...]
-    ) -> ExpertRecord:
-        matrices = []
-        for name, shape in zip(names, expert_shapes(config), strict=True):
-            ref, format = self.take(name, (config.num_experts, *shape))
-            matrices.append(MatrixRef.of(ref.at(expert), format, *shape))
-        return ExpertRecord.of(*matrices)
 
     def _transposed_expert(
         self, config: ModelConfig, layout: Layout, expert: int, names: tuple[str, ...]
@@ -416,6 +335,12 @@ class _Accounts(TensorAccounts):
             down=ExpertMatrix(1, 0, down, hidden, width, strides=(1, hidden)),
         )
 
+    def _require_mxfp4(self, blocks: str, shape: tuple[int, int]) -> None:
+        """Prove that the config describes the codes of stacked experts."""
+        scheme = self.scheme_of(blocks.removesuffix("_blocks"), self._tensors[blocks])
+        if scheme.storage != "mxfp4-blocks":
+            raise self.unread(self._tensors[blocks], shape, scheme, "mxfp4")
+
     def _mxfp4_expert(
         self, config: ModelConfig, layout: Layout, expert: int, names: tuple[str, ...]
     ) -> ExpertRecord:
@@ -435,7 +360,7 @@ class _Accounts(TensorAccounts):
             groups = (config.num_experts, interleaved * rows, cols // MXFP4_GROUP)
             first = len(pieces)
             if blocks in self:
-                self._require_said("mxfp4", blocks.removesuffix("_blocks"), blocks)
+                self._require_mxfp4(blocks, (rows, cols))
             for name, block_type, shape in (
                 (blocks, "mxfp4_quants", (*groups, MXFP4_GROUP // 2)),
                 (scales, "mxfp4_scales", groups),

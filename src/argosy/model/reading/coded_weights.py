@@ -1,0 +1,261 @@
+"""Find the tensors of a weight: floats, or the codes, scales and zero points of its scheme.
+
+    name, shape  ->  WeightAccounts.weight  ->  MatrixRef, which lands all parts in one matrix
+
+Each storage of a scheme is a row of `STORAGES`: the format in memory, and the tensors with their dtypes, shapes and
+block types. A format may depend on the dtype of the scales. The tensors in the files decide whether a matrix is
+quantised; a quantised one that the config does not describe is refused, because codes alone do not tell their meaning.
+
+Experts may be stacked along the first axis of every part, and gate and up in one tensor: `Slice` says which part of
+them a matrix is.
+
+Elsewhere: `schemes.py` describes schemes; `native/kernels/transcode.h` lists block types.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from argosy.checkpoint.landing import MatrixRef, Piece, Transcode, Transcoded
+from argosy.checkpoint.safetensors import TensorRef
+from argosy.checkpoint.untrusted_file import quote
+from argosy.config import Format
+from argosy.errors import CheckpointError, UnsupportedModel
+from argosy.model.reading.accounts import FLOAT_FORMATS, TensorAccounts
+from argosy.model.reading.schemes import Quantization, Scheme
+
+FP8_BLOCK = 128
+MXFP4_GROUP = 32
+# Tensors of quantised checkpoints that do not change weights: they round activations, keys and values.
+PASSED_OVER = tuple(
+    f"{of}_{what}"
+    for of in ("input", "output", ".q", ".k", ".v", ".kv", ".activation")
+    for what in ("scale", "zero_point", "global_scale")
+)
+# The last parts of names of codes, for which a checkpoint has no `weight`.
+_CODES = ("weight_packed", "qweight")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A tensor of a weight.
+
+    names: its possible names, where the weight's own name ends in "weight".
+    types: the allowed dtypes, and the block type of each; "" is checked and never read.
+    shapes: the allowed shapes; errors name the first.
+    """
+
+    names: tuple[str, ...]
+    types: Mapping[str, str]
+    shapes: tuple[tuple[int, ...], ...]
+    is_required: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """The parts of a weight, codes first, and its format in memory."""
+
+    format: Format
+    parts: tuple[Part, ...]
+
+
+# Says how a scheme stores a matrix [rows, cols]; `dtype_of` returns the dtype of a part, or None if there is none.
+# Returns a text that says what is supported instead.
+Storage = Callable[[Scheme, int, int, Callable[[str], str | None]], Stored | str]
+
+
+def _ceil(size: int, step: int) -> int:
+    return -(-size // step)
+
+
+def _pack_quantized(
+    scheme: Scheme, rows: int, cols: int, dtype_of: Callable[[str], str | None]
+) -> Stored | str:
+    if scheme.bits != 4 or scheme.block != (1, 32) or scheme.has_zeros or cols % 32:
+        return "4 bits, symmetric, whole groups of 32 columns"
+    return Stored(
+        "int4",
+        (
+            Part(("weight_packed",), {"I32": "int4_quants"}, ((rows, cols // 8),)),
+            Part(("weight_scale",), {"BF16": "int4_scales"}, ((rows, cols // 32),)),
+            Part(("weight_shape",), {"I32": "", "I64": ""}, ((2,),)),
+        ),
+    )
+
+
+def _fp8(scheme: Scheme, rows: int, cols: int, dtype_of: Callable[[str], str | None]) -> Stored | str:
+    if scheme.block != (FP8_BLOCK, FP8_BLOCK):
+        return f"blocks of {FP8_BLOCK} x {FP8_BLOCK}"
+    blocks = _ceil(rows, FP8_BLOCK), _ceil(cols, FP8_BLOCK)
+    types = {"F32": "f8_scales", "BF16": "f8_scales_bf16"}
+    return Stored(
+        "f8",
+        (
+            Part(("weight",), {"F8_E4M3": "f8_codes"}, ((rows, cols),)),
+            Part(("weight_scale_inv", "weight_scale"), types, (blocks,)),
+        ),
+    )
+
+
+STORAGES: Mapping[str, Storage] = {
+    "pack-quantized": _pack_quantized,
+    "fp8": _fp8,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A matrix in stacked tensors [num_experts, num_matrices * rows, cols]."""
+
+    num_experts: int
+    expert: int
+    num_matrices: int = 1
+    matrix: int = 0
+
+    def shapes_of(self, part: Part, whole: Part) -> tuple[tuple[int, ...], ...]:
+        """Return the shapes of a stacked part; `whole` is the part of the matrices together."""
+        return tuple((self.num_experts, *shape) for shape in whole.shapes)
+
+    def of(self, ref: TensorRef, shape: tuple[int, ...]) -> TensorRef | None:
+        """Return this matrix's part, which has `shape`; None if its bytes are not contiguous."""
+        one = ref.at(self.expert)
+        if self.num_matrices == 1 or math.prod(one.shape) == math.prod(shape):
+            return one
+        if one.shape != (self.num_matrices * shape[0], *shape[1:]):
+            return None
+        nbytes = one.nbytes // self.num_matrices
+        return TensorRef(one.name, one.path, one.offset + self.matrix * nbytes, nbytes, one.dtype, shape)
+
+
+def is_there(name: str, tensors: Mapping[str, TensorRef] | TensorAccounts) -> bool:
+    """Whether a weight exists, or its codes do."""
+    return any(one in tensors for one in (name, *(_spellings(name, codes)[0] for codes in _CODES)))
+
+
+def _spellings(name: str, part: str) -> tuple[str, ...]:
+    """Return the possible names of a weight's part: stacked weights have no "weight" in their names."""
+    if name.endswith(".weight"):
+        return (name.removesuffix("weight") + part,)
+    return tuple(dict.fromkeys((name + part.removeprefix("weight"), f"{name}_{part}")))
+
+
+class WeightAccounts(TensorAccounts):
+    """Tensors of safetensors files, as weights."""
+
+    def __init__(
+        self, directory: Path, tensors: Mapping[str, TensorRef], quantization: Quantization | None
+    ) -> None:
+        super().__init__(directory, tensors, FLOAT_FORMATS)
+        self._quantization = quantization
+
+    def weight(self, name: str, shape: tuple[int, ...], slice: Slice | None = None) -> MatrixRef:
+        """Take the tensor or tensors of a weight; which of them exist shows how it is stored.
+
+        Raises:
+            CheckpointError: a tensor is missing or has another shape, or `quantization_config` contradicts them.
+            UnsupportedModel: a tensor has an unsupported dtype, or no kernel reads the scheme.
+        """
+        if (codes := self.codes_of(name)) is not None and len(shape) == 2:
+            return self._coded(name, codes, (shape[0], shape[1]), slice)
+        if slice is not None:
+            in_file = (slice.num_experts, slice.num_matrices * shape[0], *shape[1:])
+            ref, format = self.take(name, in_file)
+            part = slice.of(ref, shape)
+            assert part is not None
+            return MatrixRef.of(part, format, shape[0], shape[1])
+        ref, format = self.take(name, shape)
+        rows, cols = shape if len(shape) == 2 else (1, math.prod(shape))
+        return MatrixRef.of(ref, format, rows, cols)
+
+    def codes_of(self, name: str) -> TensorRef | None:
+        """Return the tensor with the codes of a quantised weight; None if it is a float, or missing."""
+        ref = self._tensors.get(name)
+        if ref is not None:
+            return None if ref.dtype in FLOAT_FORMATS or len(ref.shape) < 2 else ref
+        spelled = (one for codes in _CODES for one in _spellings(name, codes))
+        return next((self._tensors[one] for one in spelled if one in self._tensors), None)
+
+    def scheme_of(self, name: str, codes: TensorRef) -> Scheme:
+        """Return the scheme of a weight, whose codes prove that it has one.
+
+        Raises:
+            CheckpointError: the config does not describe it.
+        """
+        said = self._quantization
+        scheme = said.scheme_of(name.removesuffix(".weight")) if said is not None else None
+        if scheme is None:
+            raise CheckpointError(
+                f"{codes.path.name}: {quote(codes.name)} is {codes.dtype}, the codes of a quantised weight, but "
+                + (
+                    "config.json has no quantization_config"
+                    if said is None
+                    else f"{said.where} says that it is not quantised"
+                ),
+                path=codes.path,
+                tensor=codes.name,
+            )
+        return scheme
+
+    def _coded(self, name: str, codes: TensorRef, shape: tuple[int, int], slice: Slice | None) -> MatrixRef:
+        scheme = self.scheme_of(name, codes)
+        stored = self._stored(name, scheme, *shape, codes)
+        num_matrices = 1 if slice is None else slice.num_matrices
+        whole = self._stored(name, scheme, num_matrices * shape[0], shape[1], codes)
+        pieces: list[tuple[TensorRef, str]] = []
+        for part, together in zip(stored.parts, whole.parts, strict=True):
+            spelled = [one for names in part.names for one in _spellings(name, names)]
+            found = next((one for one in spelled if one in self), spelled[0])
+            if not part.is_required and found not in self:
+                continue
+            shapes = part.shapes if slice is None else slice.shapes_of(part, together)
+            ref, block_type = self.take_part(found, part.types, *shapes)
+            if slice is not None:
+                own = slice.of(ref, part.shapes[0])
+                if own is None:
+                    raise UnsupportedModel(
+                        f"{ref.path.name}: {quote(found)} {list(ref.shape)} holds several matrices, whose bytes "
+                        "alternate; supported: experts in separate tensors",
+                        path=ref.path,
+                        tensor=found,
+                    )
+                ref = own
+            if block_type:
+                pieces.append((ref, block_type))
+        return in_parts(stored.format, shape, *pieces)
+
+    def _stored(self, name: str, scheme: Scheme, rows: int, cols: int, codes: TensorRef) -> Stored:
+        def dtype_of(part: str) -> str | None:
+            spelled = (self._tensors.get(one) for one in _spellings(name, part))
+            return next((ref.dtype for ref in spelled if ref is not None), None)
+
+        storage = STORAGES.get(scheme.storage)
+        stored = ", ".join(STORAGES) if storage is None else storage(scheme, rows, cols, dtype_of)
+        if isinstance(stored, str):
+            raise self.unread(codes, (rows, cols), scheme, stored)
+        return stored
+
+    def unread(
+        self, codes: TensorRef, shape: tuple[int, int], scheme: Scheme, supported: str
+    ) -> UnsupportedModel:
+        """Return the error for a weight that no kernel reads as it is stored."""
+        return UnsupportedModel(
+            f"{codes.path.name}: {quote(codes.name)} holds a matrix {list(shape)} as {scheme}; "
+            f"supported: {supported}",
+            path=codes.path,
+            tensor=codes.name,
+        )
+
+
+def in_parts(format: Format, shape: tuple[int, int], *parts: tuple[TensorRef, str]) -> MatrixRef:
+    """Make a matrix whose codes, scales and the like are separate tensors, each with its block type."""
+    rows, cols = shape
+    first, *others = (
+        Piece.of(ref, Transcode(block_type, format, rows, cols), completes=0) for ref, block_type in parts
+    )
+    assert first.transcode is not None
+    return MatrixRef.of(
+        parts[0][0], format, rows, cols, Transcoded(first.transcode.block_type, tuple(others))
+    )

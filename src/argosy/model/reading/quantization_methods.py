@@ -1,0 +1,388 @@
+"""Turn the settings of each quantisation method into rules that give the scheme of a module.
+
+    quant_method         format or algorithm                                                       scheme's storage
+    fp8                  weight_block_size [R, C], or null: one scale a matrix                     fp8
+    compressed-tensors   pack-quantized, int-quantized, float-quantized, naive-quantized,          pack-quantized,
+                         nvfp4-pack-quantized, mxfp4-pack-quantized, mxfp8-quantized,              int-quantized, fp8,
+                         mixed-precision: one of these for each group                              nvfp4-divided, ...
+    modelopt             FP8, FP8_PER_CHANNEL_PER_TOKEN, FP8_PB_WO, NVFP4, W4A16_NVFP4, MXFP8,     fp8, nvfp4, mxfp8
+                         MIXED_PRECISION: one of these for each module
+    gptq, auto-round     checkpoint_format gptq or gptq_v2                                         gptq, gptq_v2
+    awq, auto-round      version gemm                                                              awq
+    mxfp4                gpt-oss                                                                   mxfp4-blocks
+
+Activations stay as they are: settings that would round them (`input_activations`, `activation_scheme`) change nothing
+here, and neither do those of a KV cache. Settings that change weights, such as rotations, are refused.
+
+Sources: `QuantizationConfig` and `match_targets` of compressed-tensors 0.20; `convert_hf_quant_config_format` of
+modelopt 0.47; the quantisation configs of transformers 5.24; `packing_format` of auto-round 0.16; `QuantizeConfig` of
+gptqmodel 7.7.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from argosy.model.reading.schemes import EVERYTHING, Names, Quantization, Rule, Scheme, SettingsReader
+
+GROUPS = (32, 64, 128)  # columns that share an integer scale
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+
+# ── compressed-tensors ──────────────────────────────────────────────────────────────────────────────────────────────
+
+# Format -> type, bits and strategies of the weights; symmetric and not.
+_CT_FORMATS: Mapping[str, tuple[str, tuple[int, ...], tuple[str, ...]]] = {
+    "pack-quantized": ("int", (4, 8), ("group", "channel")),
+    "int-quantized": ("int", (8,), ("group", "channel")),
+    "float-quantized": ("float", (8,), ("tensor", "channel", "block")),
+    "nvfp4-pack-quantized": ("float", (4,), ("tensor_group",)),
+    "mxfp4-pack-quantized": ("float", (4,), ("group",)),
+    "mxfp8-quantized": ("float", (8,), ("group",)),
+}
+_CT_STORAGES = {"float-quantized": "fp8", "nvfp4-pack-quantized": "nvfp4-divided"}
+_CT_GROUPS = {"nvfp4-pack-quantized": (16,), "mxfp4-pack-quantized": (32,), "mxfp8-quantized": (32,)}
+_ORDERED = (
+    None,
+    False,
+    "weight",
+    "static",
+)  # values of actorder with which the columns of a group are neighbours
+
+
+def read_compressed_tensors(reader: SettingsReader) -> Quantization:
+    """Read groups of modules and their schemes: exact names come before expressions, and those before "Linear"."""
+    config = reader.settings
+    _require_dense(reader, config.get("sparsity_config"))
+    reader.keys(
+        config, reader.key, "quant_method", "format", "config_groups", "ignore", "sparsity_config",
+        "global_compression_ratio", "version", "kv_cache_scheme",
+        quantization_status=("compressed", "frozen", None),
+        transform_config=(None, {}),
+        moe_sparsity_config=(None,),
+    )  # fmt: skip
+    groups = reader.mapping(config.get("config_groups"), f"{reader.key}.config_groups")
+    if not groups:
+        raise reader.refused(f"{reader.key}.config_groups", groups, "groups with targets and weights")
+    exact, expressions, linear = [], [], []
+    for name, group in groups.items():
+        where = f"{reader.key}.config_groups.{name}"
+        fields = reader.mapping(group, where)
+        reader.keys(fields, where, "weights", "targets", "format", "input_activations", "output_activations")
+        scheme = _ct_scheme(reader, fields, where)
+        named = reader.names(fields, "targets")
+        classes = {target for target in named.exact if "." not in target and target[:1].isupper()}
+        if classes - {"Linear"}:
+            raise reader.refused(f"{where}.targets", sorted(classes), '"Linear", names and "re:" expressions')
+        if named.exact - classes:
+            exact.append(Rule(Names(named.exact - classes), scheme, level=0))
+        if named.expressions:
+            expressions.append(Rule(Names(expressions=named.expressions), scheme, level=1))
+        if classes:
+            linear.append(Rule(EVERYTHING, scheme, level=2))
+    ignored = Rule(reader.names(config, "ignore"), None)
+    return Quantization("compressed-tensors", (ignored, *exact, *expressions, *linear))
+
+
+def _require_dense(reader: SettingsReader, sparsity: object) -> None:
+    """Refuse a config of sparse weights, unless it says that there are none."""
+    said = sparsity.get("format", "dense") if isinstance(sparsity, dict) else sparsity
+    if said not in (None, "dense"):
+        raise reader.refused(f"{reader.key}.sparsity_config", sparsity, 'null and format "dense"')
+
+
+def _ct_scheme(reader: SettingsReader, group: Mapping[str, object], where: str) -> Scheme | None:
+    if group.get("weights") is None:  # a group of activations
+        return None
+    where = f"{where}.weights"
+    weights = reader.mapping(group["weights"], where)
+    given = {"format": group.get("format") or reader.settings.get("format")}
+    format = reader.choice(given, reader.key, "format", *_CT_FORMATS, "naive-quantized")
+    if format == "naive-quantized":
+        format = "int-quantized" if weights.get("type", "int") == "int" else "float-quantized"
+    kind, bits, strategies = _CT_FORMATS[format]
+    reader.keys(
+        weights, where, "num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "actorder",
+        "observer", "observer_kwargs", "scale_dtype", "zp_dtype",
+        dynamic=(False, None),
+    )  # fmt: skip
+    reader.choice(weights, where, "type", kind, default="int")
+    num_bits = reader.choice(weights, where, "num_bits", *bits, default=8)
+    default = "tensor" if weights.get("group_size") is None else "group"
+    default = "channel" if weights.get("group_size") == -1 else default
+    strategy = reader.choice(weights, where, "strategy", *strategies, default=default)
+    symmetries = (True, False) if kind == "int" else (True,)
+    is_symmetric = reader.choice(weights, where, "symmetric", *symmetries, default=True)
+    reader.choice(weights, where, "actorder", *_ORDERED, default=False)
+    block = {"tensor": (0, 0), "channel": (1, 0)}.get(strategy)
+    if strategy == "block":
+        block = _block(reader, weights.get("block_structure"), f"{where}.block_structure")
+    elif block is None:
+        block = 1, reader.choice(weights, where, "group_size", *_CT_GROUPS.get(format, GROUPS))
+    storage = _CT_STORAGES.get(format, format)
+    return Scheme(storage=storage, bits=num_bits, block=block, has_zeros=not is_symmetric)
+
+
+def _block(reader: SettingsReader, value: object, where: str) -> tuple[int, int]:
+    """Return the rows and columns of a block; compressed-tensors once wrote "128x128"."""
+    if isinstance(value, str) and re.fullmatch(r"\d{1,7}x\d{1,7}", value):
+        value = [int(size) for size in value.split("x")]
+    if not isinstance(value, list) or len(value) != 2:
+        raise reader.refused(where, value, "[rows, columns], such as [128, 128]")
+    rows, cols = (reader.count(size, where) for size in value)
+    return rows, cols
+
+
+# ── modelopt ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_MODELOPT: Mapping[str, Scheme] = {
+    "FP8": Scheme(storage="fp8", bits=8, block=(0, 0)),
+    "FP8_PER_CHANNEL_PER_TOKEN": Scheme(storage="fp8", bits=8, block=(1, 0)),
+    "FP8_PB_WO": Scheme(storage="fp8", bits=8, block=(128, 128)),
+    "NVFP4": Scheme(storage="nvfp4", bits=4, block=(1, 16)),
+    "W4A16_NVFP4": Scheme(storage="nvfp4", bits=4, block=(1, 16)),
+    "MXFP8": Scheme(storage="mxfp8-quantized", bits=8, block=(1, 32)),
+}
+_MODELOPT_ALGORITHMS = (*_MODELOPT, "MIXED_PRECISION")
+
+
+def read_modelopt(reader: SettingsReader) -> Quantization:
+    """Read one algorithm, or one for each module that `quantized_layers` names; globs exclude modules."""
+    config = reader.settings
+    reader.keys(
+        config, reader.key, "quant_method", "quant_algo", "config_groups", "ignore", "exclude_modules",
+        "quantized_layers", "group_size", "kv_cache_scheme", "kv_cache_quant_algo", "producer",
+        has_zero_point=(False, None),
+        pre_quant_scale=(False, None),
+    )  # fmt: skip
+    excluded = Rule(reader.names(config, "ignore", "exclude_modules", match_parts=True, has_globs=True), None)
+    algorithm = config.get("quant_algo")
+    if algorithm != "MIXED_PRECISION":
+        scheme = _modelopt_scheme(reader, config, reader.key)
+        return Quantization("modelopt", (excluded, Rule(EVERYTHING, scheme)))
+    layers = reader.mapping(config.get("quantized_layers"), f"{reader.key}.quantized_layers")
+    by_scheme: dict[Scheme, list[str]] = {}
+    for name, layer in layers.items():
+        where = f"{reader.key}.quantized_layers.{name}"
+        fields = reader.mapping(layer, where)
+        reader.keys(
+            fields, where, "quant_algo", "group_size", has_zero_point=(False,), pre_quant_scale=(False,)
+        )
+        by_scheme.setdefault(_modelopt_scheme(reader, fields, where), []).append(name)
+    rules = (
+        Rule(reader.names({"quantized_layers": names}, "quantized_layers", match_parts=True, has_globs=True), one)
+        for one, names in by_scheme.items()
+    )  # fmt: skip
+    return Quantization("modelopt", (excluded, *(replace(rule, level=0) for rule in rules)))
+
+
+def _modelopt_scheme(reader: SettingsReader, given: Mapping[str, object], where: str) -> Scheme:
+    algorithm = given.get("quant_algo")
+    scheme = _MODELOPT.get(algorithm.upper()) if isinstance(algorithm, str) else None
+    if scheme is None:
+        raise reader.refused(f"{where}.quant_algo", algorithm, ", ".join(_MODELOPT_ALGORITHMS))
+    if scheme.storage != "fp8":
+        reader.choice(given, where, "group_size", scheme.block[1], default=scheme.block[1])
+    return scheme
+
+
+# ── fp8, mxfp4 ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_fp8(reader: SettingsReader) -> Quantization:
+    """Read E4M3 weights with a scale for each block, or for each matrix."""
+    config = reader.settings
+    reader.keys(
+        config, reader.key, "quant_method", "weight_block_size", "modules_to_not_convert", "ignored_layers",
+        "modules_to_convert", "kv_cache_scheme",
+        activation_scheme=("dynamic", "static", None),
+        fmt=("e4m3", "float8_e4m3fn", None),
+        scale_fmt=("ue8m0", "float", None),  # the dtype of the scales tells
+        dequantize=(False, None),
+        expert_dtype=("fp8", None),
+        is_checkpoint_fp8_serialized=(True, None),
+    )  # fmt: skip
+    size = config.get("weight_block_size")
+    block = (0, 0) if size is None else _block(reader, size, f"{reader.key}.weight_block_size")
+    names = reader.names(config, "modules_to_not_convert", "ignored_layers", match_parts=True)
+    scheme = Scheme(storage="fp8", bits=8, block=block)
+    return Quantization("fp8", (Rule(names, None), Rule(EVERYTHING, scheme)))
+
+
+def read_mxfp4(reader: SettingsReader) -> Quantization:
+    """Read MXFP4 as gpt-oss stores it."""
+    config = reader.settings
+    reader.keys(config, reader.key, "quant_method", "modules_to_not_convert", dequantize=(False, None))
+    scheme = Scheme(storage="mxfp4-blocks", bits=4, block=(1, 32))
+    names = reader.names(config, "modules_to_not_convert", match_parts=True)
+    return Quantization("mxfp4", (Rule(names, None), Rule(EVERYTHING, scheme)))
+
+
+# ── gptq, awq, auto-round ───────────────────────────────────────────────────────────────────────────────────────────
+
+# Settings of programs that quantise and run, which do not say how weights are stored.
+_GPTQ_NOTES = (
+    "quant_method", "model_name_or_path", "model_file_base_name", "true_sequential", "damp_percent",
+    "damp_auto_increment", "static_groups", "meta", "lm_head", "dataset", "tokenizer", "batch_size", "pad_token_id",
+    "block_name_to_quantize", "module_name_preceding_first_block", "modules_in_block_to_quantize", "max_input_length",
+    "model_seqlen", "use_cuda_fp16", "use_exllama", "exllama_config", "disable_exllama", "cache_block_outputs",
+    "backend", "act_group_aware", "mse", "version", "offload_to_disk",
+)  # fmt: skip
+
+
+def read_gptq(reader: SettingsReader) -> Quantization:
+    """Read integers in groups of input columns; `dynamic` changes or excludes the modules of an expression."""
+    config = reader.settings
+    reader.keys(
+        config, reader.key, *_GPTQ_NOTES, "bits", "group_size", "desc_act", "sym", "checkpoint_format", "format",
+        "dynamic", "modules_to_not_convert",
+        is_marlin_format=(False, None),
+        pack_dtype=("int32", None),
+        adapter=(None,),
+        rotation=(None,),
+    )  # fmt: skip
+    spelled = "format" if config.get("checkpoint_format") is None else "checkpoint_format"
+    storage = str(reader.choice(config, reader.key, spelled, "gptq", "gptq_v2", default="gptq"))
+    excluded = Rule(reader.names(config, "modules_to_not_convert", match_parts=True), None)
+    rules = [excluded]
+    dynamic = config.get("dynamic") or {}
+    changes = reader.mapping(dynamic, f"{reader.key}.dynamic")
+    reader.require_few(len(changes), "dynamic")
+    for name, change in changes.items():
+        sign, _, text = name.partition(":") if name.startswith(("+:", "-:")) else ("+", ":", name)
+        names = Names(expressions=(reader.expression(name, text, "dynamic"),))
+        where = f"{reader.key}.dynamic.{name}"
+        own = {**config, **reader.mapping(change, where)}
+        scheme = None if sign == "-" else _grouped(reader, own, where, storage)
+        rules.append(Rule(names, scheme))
+    return Quantization("gptq", (*rules, Rule(EVERYTHING, _grouped(reader, config, reader.key, storage))))
+
+
+def _grouped(reader: SettingsReader, given: Mapping[str, object], where: str, storage: str) -> Scheme:
+    """Return the scheme of integers in groups of input columns."""
+    allowed = (4,) if storage == "awq" else (2, 3, 4, 8)
+    bits = reader.choice(given, where, "bits", *allowed)
+    group = reader.choice(given, where, "group_size", *GROUPS, -1)
+    reader.choice(given, where, "desc_act", False, default=False)
+    reader.choice(given, where, "sym", True, False, default=True)  # zero points are stored in any case
+    return Scheme(storage=storage, bits=bits, block=(1, max(group, 0)), has_zeros=True)
+
+
+def read_awq(reader: SettingsReader) -> Quantization:
+    """Read 4-bit integers in groups of input columns, in the order of AWQ's kernel."""
+    config = reader.settings
+    reader.keys(
+        config, reader.key, "quant_method", "bits", "w_bit", "group_size", "q_group_size", "version", "format",
+        "modules_to_not_convert", "backend", "do_fuse", "modules_to_fuse", "fuse_max_seq_len", "exllama_config",
+        zero_point=(True, None),
+        desc_act=(False, None),
+        sym=(False, True, None),
+    )  # fmt: skip
+    for key in ("version", "format"):
+        said = config.get(key)
+        if said is not None and (not isinstance(said, str) or said.lower() != "gemm"):
+            raise reader.refused(f"{reader.key}.{key}", said, "gemm")
+    sizes = {
+        key: config.get(key, config.get(old))
+        for key, old in (("bits", "w_bit"), ("group_size", "q_group_size"))
+    }
+    scheme = _grouped(reader, sizes, reader.key, "awq")
+    excluded = _containing(reader, config, "modules_to_not_convert")
+    return Quantization("awq", (Rule(excluded, None), Rule(EVERYTHING, scheme)))
+
+
+def _containing(reader: SettingsReader, config: Mapping[str, object], key: str) -> Names:
+    """Return the modules whose names contain one of the names in a list, as AutoAWQ compares them."""
+    named = reader.names(config, key)
+    globs = tuple(("", name, "") for name in sorted(named.exact))
+    reader.require_few(len(globs), key)
+    return Names(expressions=named.expressions, globs=globs)
+
+
+_AUTO_ROUND = {
+    "auto_round:auto_gptq": "gptq",
+    "auto_round:gptq": "gptq",
+    "auto_round": "gptq_v2",
+    "auto_round:gptqmodel": "gptq_v2",
+    "auto_round:auto_awq": "awq",
+    "auto_round:awq": "awq",
+}
+_AUTO_ROUND_NOTES = (
+    "quant_method", "autoround_version", "nsamples", "iters", "seqlen", "batch_size", "lr", "minmax_lr",
+    "low_gpu_mem_usage", "amp", "scale_dtype", "enable_quanted_input", "enable_minmax_tuning",
+    "enable_norm_bias_tuning", "to_quant_block_names", "block_name_to_quantize", "quant_block_list", "dataset",
+    "backend", "gradient_accumulate_steps", "super_bits", "super_group_size", "supported_types", "quant_lm_head",
+    "disable_opt_rtn", "act_bits", "act_dynamic", "act_group_size", "act_sym", "act_data_type", "enable_alg_ext",
+    "modules_in_block_to_quantize",
+)  # fmt: skip
+
+
+def read_auto_round(reader: SettingsReader) -> Quantization:
+    """Read AutoRound's settings, whose `extra_config` has those of single modules."""
+    config = reader.settings
+    reader.keys(
+        config, reader.key, *_AUTO_ROUND_NOTES, "bits", "group_size", "sym", "packing_format", "extra_config",
+        "modules_to_not_convert",
+        data_type=("int", None),
+        rotation_config=(None, {}),
+    )  # fmt: skip
+    packing = reader.choice(
+        config, reader.key, "packing_format", *_AUTO_ROUND, default="auto_round:auto_gptq"
+    )
+    storage = _AUTO_ROUND[str(packing)]
+    rules = [Rule(reader.names(config, "modules_to_not_convert", match_parts=True), None)]
+    by_scheme: dict[Scheme | None, tuple[set[str], list[re.Pattern[str]]]] = {}
+    extra = config.get("extra_config") or {}
+    for name, change in reader.mapping(extra, f"{reader.key}.extra_config").items():
+        where = f"{reader.key}.extra_config.{name}"
+        own = reader.mapping(change, where)
+        is_float = own.get("bits") in (16, 32) or own.get("data_type") in ("float", "fp", "bfloat16")
+        scheme = None if is_float else _grouped(reader, {**config, **own}, where, storage)
+        exact, expressions = by_scheme.setdefault(scheme, (set(), []))
+        if _PLAIN_NAME.fullmatch(name):
+            exact.add(name)
+        else:
+            expressions.append(reader.expression(name, name, "extra_config"))
+    reader.require_few(sum(len(found) for _, found in by_scheme.values()), "extra_config")
+    rules += (Rule(Names(frozenset(exact)), scheme) for scheme, (exact, _) in by_scheme.items())
+    rules += (
+        Rule(Names(expressions=tuple(found)), scheme, level=1) for scheme, (_, found) in by_scheme.items()
+    )
+    rules.append(Rule(EVERYTHING, _grouped(reader, config, reader.key, storage)))
+    return Quantization("auto-round", tuple(rules))
+
+
+MethodReader = Callable[[SettingsReader], Quantization]
+METHODS: Mapping[str, MethodReader] = {
+    "fp8": read_fp8,
+    "compressed-tensors": read_compressed_tensors,
+    "modelopt": read_modelopt,
+    "gptq": read_gptq,
+    "awq": read_awq,
+    "auto-round": read_auto_round,
+    "mxfp4": read_mxfp4,
+}
+ALIASES = {"modelopt_fp4": "modelopt", "modelopt_mixed": "modelopt", "intel/auto-round": "auto-round"}
+
+_GPU_ONLY = "its codes are laid out for kernels of GPUs; the model's GGUF files at the same size are read"
+# Methods that are known and not read, and what to get instead.
+REFUSED: Mapping[str, str] = {
+    "exl2": _GPU_ONLY,
+    "exl3": _GPU_ONLY,
+    "hqq": "get a GGUF, or the model quantised with compressed-tensors",
+    "aqlm": "its weights are sums of codebook entries; get a GGUF of the same size",
+    "vptq": "its weights are entries of codebooks of vectors; get a GGUF of the same size",
+    "quip": "its weights are rotated; get a GGUF of the same size",
+    "spqr": "its outliers are stored apart; get a GGUF of the same size",
+    "higgs": "its weights are rotated; get a GGUF of the same size",
+    "fp_quant": "its weights are rotated; get the model as NVFP4 from modelopt or compressed-tensors",
+    "quark": "get the model quantised with compressed-tensors or modelopt, or a GGUF",
+    "torchao": "get the model quantised with compressed-tensors, or a GGUF",
+    "quanto": "get the model quantised with compressed-tensors, or a GGUF",
+    "eetq": "its codes are laid out for kernels of GPUs; get a Q8_0 GGUF",
+    "fbgemm_fp8": "get the model quantised with compressed-tensors to float-quantized",
+    "bitnet": "get a TQ2_0 GGUF",
+    "bitsandbytes": "get the model quantised with compressed-tensors, or a GGUF",
+    "sinq": "get a GGUF of the same size",
+}

@@ -1,0 +1,303 @@
+"""Say how each module of a checkpoint stores its weight, and read the settings that describe it.
+
+    settings  ->  SettingsReader  ->  rules  ->  Quantization.scheme_of(module)  ->  Scheme, or None: floats
+
+A rule gives the scheme of modules that it names; the first rule that matches a module decides.
+
+Elsewhere: `quantization.py` finds the settings; `quantization_methods.py` makes rules of them; `coded_weights.py` knows
+the tensors of each scheme.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from argosy.checkpoint.untrusted_file import quote
+from argosy.errors import CheckpointError, UnsupportedModel
+
+KEY = "quantization_config"
+_LONGEST_EXPRESSION = 1024
+_MOST_REPETITIONS = 3  # in an expression that names modules
+_MOST_ALTERNATIVES = 8
+_MOST_GROUPS = 64  # Python compiles groups within groups recursively
+_MOST_EXPRESSIONS = 256  # in one list; each is tried with every module
+_LARGEST_COUNT = 1 << 20
+_Value = TypeVar("_Value")
+_HINT = "get the checkpoint in one of these forms; `argosy pack --format q8` or `q4` then makes it smaller"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheme:
+    """How the weight of a module is stored.
+
+    storage: the names and layouts of its tensors, a key of `STORAGES` in `coded_weights.py`.
+    block: the rows and columns that share a scale, 0 for all: (1, 32) is a group, (1, 0) a row, (0, 0) the matrix.
+    has_zeros: whether integer zero points are stored.
+    is_ordered: whether the columns of a group are neighbours; if not, a tensor tells the group of each column.
+    """
+
+    storage: str
+    bits: int
+    block: tuple[int, int]
+    has_zeros: bool = False
+    is_ordered: bool = True
+
+    def __str__(self) -> str:
+        rows, cols = self.block
+        shared = {(0, 0): "one scale a matrix", (1, 0): "one scale a row"}.get(
+            self.block, f"groups of {cols}" if rows == 1 else f"blocks of {rows} x {cols}"
+        )
+        zeros = "with zero points" if self.has_zeros else "symmetric"
+        return f"{self.storage}, {self.bits} bits, {zeros}, {shared}"
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """A set of modules, such as "model.layers.0.self_attn.q_proj".
+
+    exact: their names.
+    parts: names that also match everything inside them, and every module whose path ends in them.
+    expressions: regular expressions that match the beginning of a module's name.
+    globs: texts around `*`, each of which stands for any characters; they match whole names.
+    """
+
+    exact: frozenset[str] = frozenset()
+    parts: frozenset[str] = frozenset()
+    expressions: tuple[re.Pattern[str], ...] = ()
+    globs: tuple[tuple[str, ...], ...] = ()
+    is_everything: bool = False
+    # Globs of the form "text*" are most, and are tried together.
+    _beginnings: tuple[str, ...] = field(init=False, repr=False, compare=False, default=())
+    _others: tuple[tuple[str, ...], ...] = field(init=False, repr=False, compare=False, default=())
+
+    def __post_init__(self) -> None:
+        is_beginning = [len(texts) == 2 and not texts[1] for texts in self.globs]
+        beginnings = [texts[0] for texts, is_one in zip(self.globs, is_beginning, strict=True) if is_one]
+        others = [texts for texts, is_one in zip(self.globs, is_beginning, strict=True) if not is_one]
+        object.__setattr__(self, "_beginnings", tuple(beginnings))
+        object.__setattr__(self, "_others", tuple(others))
+
+    def __bool__(self) -> bool:
+        return bool(self.exact or self.parts or self.expressions or self.globs or self.is_everything)
+
+    def match(self, module: str) -> bool:
+        """Whether a module is one of them."""
+        if self.is_everything or module in self.exact or module.startswith(self._beginnings):
+            return True
+        if self.parts:
+            steps = module.split(".")
+            for count in range(1, len(steps) + 1):
+                if ".".join(steps[:count]) in self.parts or ".".join(steps[-count:]) in self.parts:
+                    return True
+        return any(expression.match(module) for expression in self.expressions) or any(
+            _matches_glob(texts, module) for texts in self._others
+        )
+
+
+EVERYTHING = Names(is_everything=True)
+
+
+def _matches_glob(texts: tuple[str, ...], module: str) -> bool:
+    first, *middle, last = texts
+    start, end = len(first), len(module) - len(last)
+    if start > end or not module.startswith(first) or not module.endswith(last):
+        return False
+    for text in middle:
+        found = module.find(text, start, end)
+        if found < 0:
+            return False
+        start = found + len(text)
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """The scheme of some modules; None: they are not quantised. Rules of one level must agree about a module."""
+
+    names: Names
+    scheme: Scheme | None
+    level: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """How a checkpoint's weights are stored. `where` names the settings in errors."""
+
+    method: str
+    rules: tuple[Rule, ...]
+    where: str = "the quantization_config of config.json"
+
+    def scheme_of(self, module: str) -> Scheme | None:
+        """Return the scheme of a module, such as "model.layers.0.self_attn.q_proj"; None: it is not quantised.
+
+        Raises:
+            CheckpointError: rules contradict each other.
+        """
+        rule = next((rule for rule in self.rules if rule.names.match(module)), None)
+        if rule is None:
+            return None
+        for other in self.rules if rule.level is not None else ():
+            if other.level == rule.level and other.scheme != rule.scheme and other.names.match(module):
+                raise CheckpointError(
+                    f"{self.where} describes {quote(module)} in two ways: {rule.scheme} and {other.scheme}",
+                    key=KEY,
+                )
+        return rule.scheme
+
+
+class SettingsReader:
+    """Reads a `quantization_config` strictly.
+
+    Args:
+        given: the settings.
+        key: their key in the file `path`.
+        supported: what errors list if a setting has no list of its own.
+    """
+
+    def __init__(self, given: object, path: Path, key: str, supported: str) -> None:
+        self.path = path
+        self.key = key
+        self._supported = supported
+        self.settings = self.mapping(given, key)
+
+    def keys(
+        self, given: Mapping[str, object], where: str, *read: str, **neutral: tuple[object, ...]
+    ) -> None:
+        """Refuse a key that is neither read nor neutral, and a neutral key whose value would change something."""
+        for key, value in given.items():
+            if key in read:
+                continue
+            if key not in neutral:
+                raise self.refused(f"{where}.{key}", value)
+            if value not in neutral[key] or (value == 0 and value is not False):
+                shown = ", ".join(json.dumps(one) for one in neutral[key])
+                raise self.refused(f"{where}.{key}", value, shown)
+
+    def choice(
+        self,
+        given: Mapping[str, object],
+        where: str,
+        key: str,
+        *allowed: _Value,
+        default: _Value | None = None,
+    ) -> _Value:
+        """Return a setting that has one of the allowed values; an absent or null one counts as `default`."""
+        value = default if given.get(key) is None else given[key]
+        for one in allowed:
+            if one == value and isinstance(one, bool) == isinstance(value, bool):
+                return one
+        shown = ", ".join("null" if one is None else json.dumps(one) for one in allowed)
+        raise self.refused(f"{where}.{key}", given.get(key), shown)
+
+    def count(self, value: object, where: str) -> int:
+        """Return a setting that is a positive whole number."""
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _LARGEST_COUNT:
+            raise self.refused(where, value, f"a whole number from 1 to {_LARGEST_COUNT}")
+        return value
+
+    def names(
+        self, config: Mapping[str, object], *keys: str, match_parts: bool = False, has_globs: bool = False
+    ) -> Names:
+        """Return the modules that some lists name; "re:" starts an expression.
+
+        Args:
+            match_parts: whether a name also matches what is inside it, and paths that end in it.
+            has_globs: whether `*` in a name stands for any characters.
+        """
+        exact: set[str] = set()
+        parts: set[str] = set()
+        expressions: list[re.Pattern[str]] = []
+        globs: list[tuple[str, ...]] = []
+        for key in keys:
+            for name in self._listed(config, key):
+                if name.startswith("re:"):
+                    expressions.append(self.expression(name, name[3:], key))
+                elif has_globs and "*" in name:
+                    globs.append(tuple(name.split("*")))
+                else:
+                    (parts if match_parts else exact).add(name)
+        found = Names(frozenset(exact), frozenset(parts), tuple(expressions), tuple(globs))
+        self.require_few(len(found.expressions) + len(found._others), ", ".join(keys))
+        return found
+
+    def require_few(self, count: int, where: str) -> None:
+        """Prove that a config has few expressions, because each is tried with every module."""
+        if count > _MOST_EXPRESSIONS:
+            raise CheckpointError(
+                f"{self.path.name}: {self.key}.{where} has {count} expressions; at most {_MOST_EXPRESSIONS} are read",
+                path=self.path,
+                key=KEY,
+            )
+
+    def expression(self, name: str, expression: str, key: str) -> re.Pattern[str]:
+        """Compile an expression, which `name` is or contains."""
+        if fault := _fault_of_expression(expression):
+            raise CheckpointError(
+                f"{self.path.name}: {self.key}.{key} has '{quote(name)}', which {fault}",
+                path=self.path,
+                key=KEY,
+            )
+        return re.compile(expression)
+
+    def _listed(self, config: Mapping[str, object], key: str) -> list[str]:
+        names = config.get(key)
+        if names is None:
+            return []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise CheckpointError(
+                f"{self.path.name}: {self.key}.{key} is {quote(names)}; expected a list of strings or null",
+                path=self.path,
+                key=KEY,
+            )
+        return names
+
+    def mapping(self, value: object, where: str) -> Mapping[str, object]:
+        """Return a setting that is an object."""
+        if not isinstance(value, dict):
+            raise self.refused(where, value)
+        return value
+
+    def refused(
+        self, where: str, value: object, supported: str | None = None, hint: str | None = None
+    ) -> UnsupportedModel:
+        """Return the error for a setting with a value that is not supported."""
+        named = value is None or isinstance(value, bool)
+        said = json.dumps(value) if named else f"'{quote(value)}'" if isinstance(value, str) else quote(value)
+        supported = supported or self._supported
+        return UnsupportedModel(
+            f"{self.path.name} asks for {where} {said}; supported: {supported}",
+            hint=hint or _HINT,
+            path=self.path,
+            key=KEY,
+            value=value,
+            supported=supported,
+        )
+
+
+def _fault_of_expression(expression: str) -> str | None:
+    """Return why a checkpoint's regular expression is refused, or None if it is accepted.
+
+    Matching backtracks over repetitions and alternatives, so a hostile file could make it take hours. With few of them
+    and no nesting it cannot: a module's name has a hundred characters.
+    """
+    if len(expression) > _LONGEST_EXPRESSION:
+        return f"has {len(expression)} characters; at most {_LONGEST_EXPRESSION} are read"
+    # The expression without [sets] and \escapes; a set that stays open takes the rest.
+    plain = re.sub(r"\\.|\[\^?\]?(?:\\.|[^]\\])*\]?", "x", expression, flags=re.DOTALL)
+    plain = re.sub(r"\(\?[:=!]", "(", plain)
+    if "(?" in plain or re.search(r"\)[*+?{]", plain):
+        return "repeats a group, or opens one with (? other than (?:, (?= and (?!"
+    if len(re.findall(r"[*+?{]", plain)) > _MOST_REPETITIONS or plain.count("|") > _MOST_ALTERNATIVES:
+        return f"has more than {_MOST_REPETITIONS} repetitions or {_MOST_ALTERNATIVES} alternatives"
+    if plain.count("(") > _MOST_GROUPS:
+        return f"has more than {_MOST_GROUPS} groups"
+    try:
+        re.compile(expression)
+    except (re.error, OverflowError) as error:
+        return f"is not a valid regular expression: {error}"
+    return None
