@@ -2,7 +2,8 @@
 
 `gguf.quants` has most of the 32-value types. The 256-value types, and IQ4_NL, are here, after the layouts in
 ggml-common.h (llama.cpp): scales come from the largest and smallest value of a sub-block, without the searches of
-llama-quantize.
+llama-quantize. Quantising to the i-quants below four bits is a search in a grid for every eight values, which takes
+minutes for a model: these are random blocks instead.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ BLOCK_TYPES = (
     *("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4", "IQ4_NL"),
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"),
 )
+RANDOM_TYPES = (*("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0", "TQ2_0"),)
 
 
 def block_shape(block_type: str) -> tuple[int, int]:
@@ -60,8 +62,41 @@ def scale_blocks(block_type: str, blocks: NDArray[np.uint8], factor: float) -> N
     return scaled
 
 
+def random_blocks(
+    block_type: str, count: int, deviation: float, random: np.random.Generator
+) -> NDArray[np.uint8]:
+    """Blocks [count, block bytes] of random codes with mean near 0, whose scales give about the standard deviation."""
+    _, nbytes = block_shape(block_type)
+    blocks = random.integers(0, 256, (count, nbytes), np.uint8)
+    if block_type == "TQ2_0":  # of its four codes, quantisers use three
+        blocks[:, :64] = _joined(random.integers(0, 3, (count, 4, 64), np.uint8), 2)
+    _set_scales(block_type, blocks, np.ones(count, np.float32))
+    some = gguf.dequantize(blocks[:1024], gguf.GGMLQuantizationType[block_type])
+    scales = (
+        random.uniform(0.5, 1.5, count) * deviation / (1.04 * float(some.std()))
+    )  # 1.04: of their own spread
+    _set_scales(block_type, blocks, scales.astype(np.float32))
+    return blocks
+
+
+def _set_scales(block_type: str, blocks: NDArray[np.uint8], scales: NDArray[np.float32]) -> None:
+    halves = scales.astype(np.float16)
+    if block_type == "IQ1_M":  # four bits of the scale on top of each of the last four words
+        words = blocks[:, 48:].view(np.uint16)
+        for number in range(4):
+            part = halves.view(np.uint16) >> (4 * number) & 15
+            words[:, number] = words[:, number] & 0xFFF | part << 12
+        blocks[:, 48:] = words.view(np.uint8)
+        return
+    for begin in _SCALES[block_type]:
+        blocks[:, begin : begin + 2] = halves.reshape(-1, 1).view(np.uint8)
+
+
 # Where a block holds its float16 scales.
 _SCALES = {
+    **dict.fromkeys(("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), (0,)),
+    "TQ1_0": (52,),
+    "TQ2_0": (64,),
     **dict.fromkeys(("Q8_0", "Q4_0", "Q5_0", "IQ4_NL", "IQ4_XS"), (0,)),
     **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
     "Q2_K": (80, 82),

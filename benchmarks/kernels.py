@@ -1,30 +1,41 @@
 """How close do the products get to the machine's limits: reading weights for one token, arithmetic for many?
 
     python benchmarks/kernels.py --rows 768 --cols 2048
+    python benchmarks/kernels.py --peer --formats iq2_xxs iq3_s --tokens 1 2 4 6 32 128 512      # beside llama.cpp
 
 For every format and number of threads: bytes of weights per second with one token, weights cold, over a plain read of
 memory; and operations per second with more tokens, two per multiply-add. For quantized formats these are int8
 operations, over the peak rate of the instruction or over what the same plain read allows, whichever is less; q8 counts
 twice, because its activations have two bytes. Figures are the best of many short samples,
 and limits are the best of all probes of the run, one before each figure: a neighbour can only slow a sample down.
+
+With `--peer`, each figure is how many times as fast as llama.cpp's product of the same blocks Argosy's is: the ratio of
+the medians of samples that take turns in this process, weights cold in both. The blocks are random, so an index of a
+grid may be any. For one token the share of a plain read follows.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import get_args
 
+import gguf
 import numpy as np
+from numpy.typing import NDArray
 
+import ggml
 from argosy import _native
+from argosy.checkpoint.block_types import SLOT_FORMATS
 from argosy.config import AskAhead, Format
 from argosy.machine import tuning
 from common import Report, Sample, verdict
 from engines import passes
+from gguf_blocks import RANDOM_TYPES, random_blocks, to_blocks
 
 FORMATS = get_args(Format)
 FLOATS = ("f32", "f16", "bf16", "f8")  # formats with float32 activations
@@ -131,6 +142,7 @@ def main() -> None:
     parser.add_argument("--instruction-set", choices=sets, default=sets[-1])
     parser.add_argument("--ask-ahead", choices=get_args(AskAhead), help="default: measured for each format")
     parser.add_argument("--seconds", type=float, default=0.5, help="per figure")
+    parser.add_argument("--peer", action="store_true", help="ratios to llama.cpp's products")
     options = parser.parse_args()
 
     report = Report("kernels")
@@ -144,6 +156,9 @@ def main() -> None:
     with Sample() as sample:
         for threads in options.threads:
             runtime = _native.Runtime(threads, choices[threads].tunings(options.ask_ahead), name)
+            if options.peer:
+                compare(report, runtime, memory, options, is_first=threads == options.threads[0])
+                continue
             if threads == options.threads[0]:
                 for matrices in formats:
                     require_right(runtime, memory, matrices)
@@ -200,6 +215,104 @@ def measure(
             )
         print(f"{matrices.format:<8}{''.join(cells)}")
     report.line("limits", f"read {read_wall / 1e9:.1f} GB/s, int8 {peak / 1e9:.0f} Gop/s")
+
+
+# ── beside llama.cpp ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def blocks_of(block_type: str, rows: int, cols: int) -> NDArray[np.uint8]:
+    """Blocks of one matrix."""
+    random = np.random.default_rng(3)
+    if block_type in RANDOM_TYPES:
+        values, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[block_type]]
+        return random_blocks(block_type, rows * cols // values, 1.0, random).reshape(-1)
+    return to_blocks(block_type, random.standard_normal((rows, cols), np.float32)).reshape(-1)
+
+
+class Beside:
+    """The same matrix again and again, in Argosy's memory and in llama.cpp's."""
+
+    def __init__(self, memory: _native.Arena, format: Format, rows: int, cols: int) -> None:
+        (block_type,) = (name for name, slot in SLOT_FORMATS.items() if slot == format)
+        blocks = blocks_of(block_type, rows, cols)
+        self.ours = Matrices(memory, format, rows, cols)
+        panels = _native.transcode(block_type, blocks, rows, cols)
+        for number in range(len(self.ours.all)):
+            memory.array()[number * self.ours.nbytes :][: self.ours.nbytes] = panels
+        self.theirs = ggml.Products(block_type, rows, cols, len(self.ours.all), blocks)
+
+    def samples(
+        self, runtime: _native.Runtime, tokens: int, seconds: float
+    ) -> tuple[list[float], list[float]]:
+        """Seconds that a product takes, in Argosy and in llama.cpp; the samples take turns.
+
+        Raises:
+            SystemExit: their products differ.
+        """
+        x = np.random.default_rng(2).standard_normal((tokens, self.ours.cols), dtype=np.float32)
+        count = min(len(self.ours.all), max(1, COLD_SAMPLE_BYTES // self.ours.nbytes) if tokens == 1 else 2)
+        outs = [np.empty((tokens, self.ours.rows), np.float32) for _ in range(count)]
+        graphs = self.theirs.prepare(x, runtime.num_threads, count)
+        ours: list[float] = []
+        theirs: list[float] = []
+        end = time.perf_counter() + 2 * seconds
+        while time.perf_counter() < end or len(ours) < 5:
+            matrices = self.ours.take(count)
+            begin = time.perf_counter()
+            _native.matmul(runtime, matrices, x, outs)
+            ours.append((time.perf_counter() - begin) / count)
+            graph = graphs[len(theirs) % len(graphs)]
+            begin = time.perf_counter()
+            graph.run()
+            theirs.append((time.perf_counter() - begin) / count)
+            if runtime.num_threads > 1:
+                ggml.wait_for_spinning_threads()
+        expected = graphs[0].out(0)
+        for graph in graphs:
+            graph.free()
+        # Both round activations to 8 bits, llama.cpp 256 of them together.
+        if not np.abs(outs[0] - expected).max() <= 0.03 * np.abs(expected).max():
+            raise SystemExit(f"{self.ours.format}: the product is not llama.cpp's")
+        return ours[1:], theirs[1:]
+
+
+def compare(
+    report: Report,
+    runtime: _native.Runtime,
+    memory: _native.Arena,
+    options: argparse.Namespace,
+    *,
+    is_first: bool,
+) -> None:
+    """Print how many times as fast as llama.cpp's each product is, for one number of threads."""
+    threads, name = runtime.num_threads, runtime.instruction_set
+    shape = f"{options.rows} x {options.cols}, {threads} threads"
+    formats = [format for format in options.formats if format in SLOT_FORMATS.values()]
+    for number, format in enumerate(formats):
+        beside = Beside(memory, format, options.rows, options.cols)
+        cells = []
+        for tokens in options.tokens:
+            ours, theirs = beside.samples(runtime, tokens, options.seconds)
+            times = statistics.median(theirs) / statistics.median(ours)
+            cells.append(f"{times:>8.2f}x")
+            facts = {"format": format, "shape": shape, "tokens": tokens}
+            report.record("over llama.cpp", "x", [times], [], **facts)
+            if tokens == 1:
+                wall = max(_native.memory_probe(threads, ARENA_BYTES, name) for _ in range(3))
+                rate = beside.ours.nbytes / statistics.median(ours)
+                cells.append(f" ({rate / 1e9:.1f} GB/s, {rate / wall:.2f} of a read)")
+                report.record("share of a read", "", [rate / wall], [], **facts)
+        if number == 0 and is_first:
+            report.correct(
+                f"{format}: the product is llama.cpp's; every other one is checked before its figure"
+            )
+            report.opening()
+        if number == 0:
+            report.line(
+                "shape", f"{shape}; {', '.join(map(str, options.tokens))} tokens; times llama.cpp's speed"
+            )
+        print(f"{format:<8}{''.join(cells)}", flush=True)
+        beside.theirs.free()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 
     small            1.3 B parameters: hidden 1024, 16 layers, 8 of 64 experts of width 384
     mid             10.1 B: hidden 2048, 16 layers, 8 of 128 experts of width 768
+    large           15.1 B: mid with 24 layers, 8 GiB in Q4_0
     mixtral-like     3.1 B: hidden 2048, 8 layers, 2 of 8 experts of width 7168
     tiny             0.1 B, for the short form of a benchmark
     long             0.4 B: hidden 1024, 8 layers, 4 of 32 experts of width 384, 32 heads on 4, a context of 40,960
@@ -83,6 +84,16 @@ _LONG = {
     "vocab": 32_000,
     "context": 40_960,
 }
+_MID = {
+    "hidden": 2048,
+    "layers": 16,
+    "experts": 128,
+    "experts_per_token": 8,
+    "width": 768,
+    "heads": 32,
+    "kv_heads": 4,
+    "vocab": 32_000,
+}
 GEOMETRIES: Mapping[str, Mapping[str, Any]] = {
     "drafting": {**_SMALL, "family": "glm4_moe", "layers": 24, "width": 288, "heads": 24},
     "drafting-tiny": {**_TINY, "family": "glm4_moe"},
@@ -100,18 +111,10 @@ GEOMETRIES: Mapping[str, Mapping[str, Any]] = {
     },
     "tiny": _TINY,
     "small": _SMALL,
-    "mid": {
-        "hidden": 2048,
-        "layers": 16,
-        "experts": 128,
-        "experts_per_token": 8,
-        "width": 768,
-        "heads": 32,
-        "kv_heads": 4,
-        "vocab": 32_000,
-    },
+    "mid": _MID,
     "long": _LONG,
     "long-latent": {**_LONG, "family": "deepseek_v3", "heads": 16},
+    "large": {**_MID, "layers": 24},
     "mixtral-like": {
         "family": "mixtral",
         "hidden": 2048,
@@ -325,11 +328,13 @@ class Pool:
             elif self._block_type == "F16":
                 blocks = (self._normal * deviation).astype(np.float16).view(np.uint8).reshape(-1, 2)
             else:
-                from gguf_blocks import block_shape, scale_blocks, to_blocks
+                from gguf_blocks import RANDOM_TYPES, block_shape, random_blocks, scale_blocks, to_blocks
 
                 values, nbytes = block_shape(self._block_type)
                 normal = self._normal.reshape(-1, values)
-                if self._block_type == "MXFP4":  # scales are powers of two
+                if self._block_type in RANDOM_TYPES:
+                    blocks = random_blocks(self._block_type, len(normal), deviation, self._random)
+                elif self._block_type == "MXFP4":  # scales are powers of two
                     blocks = to_blocks("MXFP4", normal * np.float32(deviation)).reshape(-1, nbytes)
                 else:
                     whole = to_blocks(self._block_type, normal).reshape(-1, nbytes)
@@ -426,10 +431,10 @@ def _tensors(raw: Mapping[str, Any], routing: Routing, seed: int) -> Iterator[Te
 
 GGUF_FORMATS = (
     *("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_1", "Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K", "Q6_K"),
-    *("IQ4_NL", "IQ4_XS", "MXFP4_MOE"),
+    *("IQ4_NL", "IQ4_XS", "MXFP4_MOE", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_M", "IQ3_XXS", "IQ3_S"),
 )
 # The type of most matrices, if a format is not named after it.
-_MOSTLY = {"Q3_K_M": "Q3_K", "Q4_K_M": "Q4_K"}
+_MOSTLY = {"Q3_K_M": "Q3_K", "Q4_K_M": "Q4_K", "IQ2_M": "IQ2_S"}
 # Replaces a type of 256 values where a row is not a multiple of 256.
 _SMALLER_BLOCKS = {
     "Q2_K": "Q4_0",
@@ -437,7 +442,7 @@ _SMALLER_BLOCKS = {
     "Q4_K": "Q5_0",
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
-    "IQ4_XS": "IQ4_NL",
+    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
 }
 
 
@@ -445,7 +450,8 @@ def block_type_of(format: str, name: str, layer: int, cols: int, config: ModelCo
     """The type that llama-quantize gives a matrix (llama.cpp, src/llama-quant.cpp), by canonical name.
 
     The head keeps 6 bits in formats below 8. Mixtures give `v`, `down` and `o` more bits than the rest, and keep `k`
-    and `v` of models with eight experts at 8 bits. `Q5_K` is llama-quantize's Q5_K_S.
+    and `v` of models with eight experts at 8 bits. `Q5_K` is llama-quantize's Q5_K_S. Embeddings of IQ2_M to IQ3_S have
+    Q3_K in place of IQ3_S, to which nothing here quantises.
     """
     last = name.rpartition(".")[2].removeprefix("shared_")
     if last in ("router", "score"):
@@ -464,6 +470,8 @@ def _more_bits(format: str, last: str, layer: int, config: ModelConfig) -> str |
     is_first = layer < eighth
     is_chosen = is_first or layer >= 7 * config.num_layers // 8 or (layer - eighth) % 3 == 2
     shares_keys = config.num_heads >= 4 * config.num_kv_heads
+    if format in _BELOW_FOUR_BITS:
+        return _of_i_quants(format, last, is_first, shares_keys, config)
     if last == "head":
         return "Q6_K"
     if config.num_experts == 8 and last in ("k", "v"):
@@ -487,6 +495,32 @@ def _more_bits(format: str, last: str, layer: int, config: ModelConfig) -> str |
             return "Q5_K" if shares_keys else None
         case "IQ4_NL" | "IQ4_XS", "down":
             return "Q5_K" if is_first else None
+    return None
+
+
+_BELOW_FOUR_BITS = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_M", "IQ3_XXS", "IQ3_S")
+
+
+def _of_i_quants(
+    format: str, last: str, is_first: bool, shares_keys: bool, config: ModelConfig
+) -> str | None:
+    """The same for mixtures of the i-quants with an importance matrix."""
+    is_small = format[2] in "12" and format != "IQ2_M"
+    match last:
+        case "head":
+            return "Q6_K" if format == "IQ3_S" else "Q5_K"
+        case "embed":
+            return "Q2_K" if is_small else "Q3_K"
+        case "v" if format[2] in "12":
+            return "Q4_K" if shares_keys or config.num_experts >= 4 else "Q2_K" if is_small else "IQ3_S"
+        case "v" if shares_keys:
+            return "Q4_K"
+        case "q" | "k" if format == "IQ3_XXS":
+            return "IQ2_S"
+        case "down" if is_first and format[2] in "12":
+            return "Q2_K" if is_small else "IQ3_S"
+        case "o":
+            return {"IQ1_S": "IQ2_XXS", "IQ1_M": "IQ2_XXS", "IQ2_M": "IQ3_S", "IQ3_XXS": "IQ3_S"}.get(format)
     return None
 
 

@@ -1,6 +1,7 @@
 """How fast does a model run that does not fit in memory, compared with llama.cpp with mmap under the same memory limit?
 
     python benchmarks/streamed.py [--formats Q4_0] [--caps 75,50,25,12] [--ask decode,prefill] [--read-ahead 128,8192]
+    python benchmarks/streamed.py --geometries large --formats Q4_0,IQ2_XXS --limit 2GiB --read-ahead 128 --ask decode
 
 Each run is a fresh process in a memory cgroup limited to a share of the file's size, with swap forbidden, page cache
 charged to the group, and the file's cached pages dropped first. Argosy gets the limit as its budget. Both decode two
@@ -25,10 +26,11 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from argosy.config import format_bytes
+from argosy.config.units import parse_size
 from argosy.model.families import open_model
 from cgroup import NoMemoryCap
 from common import (
@@ -81,13 +83,14 @@ class Streamed:
 
     def __init__(self, case: Case, share: int, options: argparse.Namespace) -> None:
         self.case, self.share, self.options = case, share, options
-        self.limit_bytes = file_bytes(case.model) * share // 100
+        self.limit_bytes = options.limit or file_bytes(case.model) * share // 100
         self.told: list[str] = []
         self.notes: list[str] = []
 
     @property
     def name(self) -> str:
-        return f"{self.case.geometry} {self.case.format} {self.share} %"
+        limit = format_bytes(self.limit_bytes) if self.options.limit else f"{self.share} %"
+        return f"{self.case.geometry} {self.case.format} {limit}"
 
     def run(self, engine: str, job: Job, read_ahead_kib: int, *, passive: bool = False) -> Run:
         drop_page_cache(job.model)
@@ -187,7 +190,8 @@ def best_peer(samples: dict[str, list[Sample]], key: str) -> float:
     return max(values, default=math.nan)
 
 
-def ask_decode(report: Report, streamed: Streamed, read_ahead_kib: int, resident: Resident) -> None:
+def ask_decode(report: Report, streamed: Streamed, read_ahead_kib: int, resident: Resident) -> float:
+    """Returns Argosy's tokens per second."""
     case, name = streamed.case, f"{streamed.name}, {read_ahead_kib} KiB"
     ways = variants(read_ahead_kib, case.threads)
     runs = {way: streamed.decode(engine, threads, read_ahead_kib) for way, (engine, threads) in ways.items()}
@@ -227,6 +231,21 @@ def ask_decode(report: Report, streamed: Streamed, read_ahead_kib: int, resident
     for note in streamed.notes:
         report.line("note", note)
     report.neighbours([sample for found in samples.values() for sample in found])
+    return ours
+
+
+def ask_gain(report: Report, speeds: Mapping[Case, float], limit_bytes: int) -> None:
+    """What the smaller of two files gains under one limit, over what its bytes promise."""
+    large, small = sorted(speeds, key=lambda case: file_bytes(case.model), reverse=True)
+    promised = file_bytes(large.model) / file_bytes(small.model)
+    report.ratio(
+        f"{large.geometry}: {small.format} over {large.format} in {format_bytes(limit_bytes)}",
+        speeds[small],
+        speeds[large],
+        target=f">= {0.8 * promised:.2f}",
+        promised=promised,
+        threads=small.threads,
+    )
 
 
 def report_roofline(
@@ -308,6 +327,11 @@ def main() -> int:
     tidy_up_when_terminated()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--caps", default="75,50,25,12", help="limits, in percent of the file")
+    parser.add_argument(
+        "--limit",
+        type=parse_size,
+        help="one limit for every file, such as 2GiB; of two formats, compares the speeds",
+    )
     parser.add_argument("--ask", default="decode,prefill")
     parser.add_argument("--read-ahead", default=f"{TUNED_KIB},{AS_IT_COMES_KIB}")
     parser.add_argument("--new", type=int, default=32, help="tokens of an answer")
@@ -315,7 +339,8 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=512, help="of the prompt, where prefill is asked")
     parser.add_argument("--timeout", type=float, default=180, help="seconds for one run")
     options, cases = parse_cases(parser, geometries="mid", formats="Q4_0,Q8_0", threads="2", repeats=2)
-    caps = [int(cap) for cap in options.caps.split(",")]
+    caps = [0] if options.limit else [int(cap) for cap in options.caps.split(",")]
+    speeds: dict[Case, float] = {}
     if options.short:
         # A tiny model needs less memory than the interpreter, so the limit is larger than the file.
         caps, options.new, options.tokens, options.read_ahead = [165], 8, 64, str(TUNED_KIB)
@@ -336,12 +361,15 @@ def main() -> int:
             for cap in caps:
                 if "decode" in asked:
                     for kib in map(int, options.read_ahead.split(",")):
-                        ask_decode(report, Streamed(case, cap, options), kib, resident)
-                if "prefill" in asked and (cap == 25 or options.short):
+                        speed = ask_decode(report, Streamed(case, cap, options), kib, resident)
+                        speeds.setdefault(case, speed)
+                if "prefill" in asked and (cap in (0, 25) or options.short):
                     ask_prefill(report, Streamed(case, cap, options))
         except (NoMemoryCap, CannotSet) as reason:
             print(f"skipped: {reason}", file=sys.stderr)
             return 0
+    if options.limit and len(speeds) == 2:
+        ask_gain(report, speeds, options.limit)
     return 0
 
 

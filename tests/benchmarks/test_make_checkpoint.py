@@ -11,7 +11,7 @@ from gguf.quants import dequantize
 
 from argosy import Engine, SamplingParams
 from argosy.config import ModelConfig
-from gguf_blocks import BLOCK_TYPES, scale_blocks, to_blocks
+from gguf_blocks import BLOCK_TYPES, RANDOM_TYPES, random_blocks, scale_blocks, to_blocks
 from make_checkpoint import block_type_of, make_model, parse_config, raw_config, vocabulary
 from random_weights import RandomWeights, document
 from routing import overlap
@@ -56,6 +56,14 @@ def test_scaled_blocks_hold_scaled_values(block_type: str):
     scaled = scale_blocks(block_type, blocks.reshape(-1, nbytes), 0.25).reshape(blocks.shape)
     # The scales are float16, and some of them are subnormal.
     np.testing.assert_allclose(dequantize(scaled, kind), dequantize(blocks, kind) / 4, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("block_type", RANDOM_TYPES)
+def test_random_blocks_have_mean_0_and_the_deviation(block_type: str):
+    blocks = random_blocks(block_type, 4096, 0.02, np.random.default_rng(3))
+    values = dequantize(blocks, gguf.GGMLQuantizationType[block_type])
+    assert values.std() == pytest.approx(0.02, rel=0.03)
+    assert abs(values.mean()) < 0.02 / 50
 
 
 @pytest.mark.parametrize(
@@ -105,6 +113,17 @@ def test_block_types_are_those_of_llama_quantize():
     assert {*types("Q2_K", "v"), *types("Q2_K", "q", 384)} == {"Q4_K", "Q4_0"}
     assert {*types("Q2_K", "v", config=eight), *types("Q2_K", "o", config=eight)} == {"Q8_0", "Q5_K"}
     assert {*types("MXFP4_MOE", "down"), *types("Q8_0", "router")} == {"Q8_0", "F32"}
+    assert types("IQ2_XXS", "down")[1:3] == ["Q2_K", "IQ2_XXS"]
+    assert types("IQ2_M", "down")[1:3] == ["IQ3_S", "IQ2_S"]
+    assert types("IQ1_M", "down", 640)[1:3] == ["Q4_0", "IQ4_NL"]
+    assert {*types("IQ1_S", "o"), *types("IQ1_S", "v"), *types("IQ1_S", "q")} == {"IQ2_XXS", "Q4_K", "IQ1_S"}
+    assert {*types("IQ3_XXS", "o"), *types("IQ3_XXS", "k"), *types("IQ3_XXS", "down")} == {
+        "IQ3_S",
+        "IQ2_S",
+        "IQ3_XXS",
+    }
+    assert {*types("IQ3_S", "v"), *types("IQ3_S", "o")} == {"Q4_K", "IQ3_S"}
+    assert block_type_of("IQ2_XXS", "head", 0, 1024, config) == "Q5_K"
     assert block_type_of("MXFP4_MOE", "expert.down", 0, 768, config) == "MXFP4"
     assert block_type_of("Q4_0", "head", 0, 1024, config) == "Q6_K"
     assert block_type_of("Q2_K", "embed", 0, 1024, config) == "Q2_K"
