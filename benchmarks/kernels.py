@@ -38,7 +38,7 @@ from engines import passes
 from gguf_blocks import RANDOM_TYPES, random_blocks, to_blocks
 
 FORMATS = get_args(Format)
-FLOATS = ("f32", "f16", "bf16", "f8")  # formats with float32 activations
+FLOATS = get_args(Format)[: get_args(Format).index("q8")]  # formats with float32 activations
 ARENA_BYTES = 256 << 20  # eight times the last-level cache of the machine this was written on
 COLD_SAMPLE_BYTES = 12 << 20  # takes about half a millisecond
 TARGET = ">= 0.95"  # share of a plain read, for one token

@@ -147,7 +147,7 @@ void bind_matrix(nb::module_& m) {
       "f8_scales_bytes",
       [](int64_t cols) {
         require_range("cols", cols, 0, kLargestSize);
-        return f8_scales_bytes(cols);
+        return f8_scales_bytes(Format::f8, cols);
       },
       "cols"_a, "Bytes of the scales before each F8_BLOCK rows of codes of an f8 matrix.");
 
@@ -161,7 +161,7 @@ void bind_matrix(nb::module_& m) {
       [](const FormatName& format_name, const ArrayOf<float>& weights, const OutArrayOf<uint8_t>& out,
          Runtime* runtime) {
         const Format format = parse_format(format_name);
-        if (format == Format::f8 || format > Format::q4) {
+        if (is_f8(format) || format > Format::q4) {
           refuse("cannot quantise to " + format_name +
                  ", which only holds weights transcoded from a file; known: f32, f16, bf16, q8, q4");
         }
@@ -188,7 +188,9 @@ void bind_matrix(nb::module_& m) {
         require_range("interleaved", interleaved, 1, kLargestSize);
         require_range("rows", rows, 0, kLargestSize / interleaved);
         const int64_t size = interleaved * checked_matrix_bytes(slot_format(*type), rows, cols);
-        if (interleaved > 1 && slot_format(*type) == Format::f8) refuse("f8 matrices cannot be interleaved");
+        if (interleaved > 1 && !may_be_interleaved(*type)) {
+          refuse(std::string(kFormatNames[int(slot_format(*type))]) + " matrices cannot be interleaved");
+        }
         if (!has_whole_blocks(*type, cols)) {
           refuse("cols is " + std::to_string(cols) + ", expected a multiple of " +
                  std::to_string(block_cols(*type)) + " for " + block_type);
@@ -220,10 +222,10 @@ void bind_matrix(nb::module_& m) {
     The bytes are the same on every instruction set.
 
     Q8_0 becomes q8, Q4_0 becomes q4, and GGUF's other types become the format with their name; cols is a multiple of
-    their block size, 32 or 256. `int4_quants`, `int4_scales`, `mxfp4_quants`, `mxfp4_scales`, `f8_codes`, `f8_scales`
-    and `f8_scales_bf16` (native/kernels/transcode.h) write only their part of the matrix: into `out` [matrix_bytes],
-    which is returned, or into new zeros. `interleaved` matrices with `rows` rows each, which alternate row by row in
-    `data`, come out one after another.
+    their block size, 32 or 256. Types with lower-case names, such as `int4_quants` and `f8_scales_64x128`
+    (native/kernels/transcode.h), write only their part of the matrix: into `out` [matrix_bytes], which is returned, or
+    into new zeros. `interleaved` matrices with `rows` rows each, which alternate row by row in `data`, come out one
+    after another.
 
     Raises:
         ValueError: an f8 code is NaN, or a scale gives weights that do not fit a float32.)");

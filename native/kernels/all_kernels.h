@@ -45,21 +45,30 @@ struct TableBuilder {
     has_matmul[int(format)] = true;
   }
   constexpr void set(BlockType type, bool (*kernel)(const TranscodeArgs&)) {
-    table.transcode[int(type)] = kernel;
-    has_transcode[int(type)] = true;
+    table.transcode[kind_of(type)] = kernel;
+    has_transcode[kind_of(type)] = true;
   }
   template <Format... kFormats>
   constexpr void set_quantized() {
     (set(kFormats, matmul_quantized<kFormats>), ...);
   }
-  // All types that become panels; those of f8 have kernels of their own.
+  template <Format... kFormats>
+  constexpr void set_f8() {
+    (set(kFormats, matmul_f8<kFormats>), ...);
+  }
   template <BlockType kType>
-  constexpr void set_panels() {
-    if constexpr (slot_format(kType) != Format::f8) set(kType, transcode_panels<kType>);
+  constexpr void set_transcode() {
+    if constexpr (!is_f8(slot_format(kType))) {
+      set(kType, transcode_panels<kType>);
+    } else if constexpr (entry_of(kType).scale == ScaleType::none) {
+      set(kType, transcode_f8_codes<slot_format(kType)>);
+    } else {
+      set(kType, transcode_f8_scales<kType>);
+    }
   }
   template <size_t... kTypes>
-  constexpr void set_all_panels(std::index_sequence<kTypes...>) {
-    (set_panels<BlockType(kTypes)>(), ...);
+  constexpr void set_transcode_of_all(std::index_sequence<kTypes...>) {
+    (set_transcode<BlockType(kTypes)>(), ...);
   }
 };
 
@@ -114,14 +123,11 @@ constexpr KernelTable kernel_table_named(const char* name) {
   builder.set(Format::f32, matmul_float<F32Weights>);
   builder.set(Format::f16, matmul_float<F16Weights>);
   builder.set(Format::bf16, matmul_float<Bf16Weights>);
-  builder.set(Format::f8, matmul_f8);
+  builder.set_f8<Format::f8, Format::f8_row, Format::f8_32, Format::mxfp8>();
   builder.set_quantized<Format::q8, Format::q4, Format::q4_1, Format::q5_0, Format::q5_1, Format::q4_k,
                         Format::q5_k, Format::q6_k, Format::q2_k, Format::q3_k, Format::iq4_nl,
                         Format::iq4_xs, Format::mxfp4, Format::int4>();
-  builder.set_all_panels(std::make_index_sequence<kNumBlockTypes>());
-  builder.set(BlockType::f8_codes, transcode_f8_codes);
-  builder.set(BlockType::f8_scales, transcode_f8_scales<BlockType::f8_scales>);
-  builder.set(BlockType::f8_scales_bf16, transcode_f8_scales<BlockType::f8_scales_bf16>);
+  builder.set_transcode_of_all(std::make_index_sequence<kNumBlockTypes>());
   for (const bool is_set : builder.has_matmul) {
     if (!is_set) throw "a format has no product";
   }

@@ -1,9 +1,15 @@
 // formats.h: the memory layout of weight matrices.
 //
 //   f32, f16, bf16   row-major [rows, cols], no padding, any alignment.
-//   f8               FP8 E4M3 codes with a float32 scale for each block of 128 rows and 128 columns. Every
-//                    128 rows store their scales, [ceil(cols / 128)], padded with zeros to 64 bytes, then
-//                    their codes, row-major. The last stretch holds the remaining rows.
+//   f8 f8_row        FP8 E4M3 codes, row-major, in stretches of rows. A stretch stores its scales, padded
+//   with f8_32 mxfp8      zeros to 64 bytes, then its codes. The last stretch holds the remaining rows:
+//
+//            rows of a stretch   scales                        of
+//     f8     128                 float32 [ceil(cols / 128)]    128 rows and 128 columns
+//     f8_row 16                  float32 [16]                  a row
+//     f8_32  16                  float32 [16][ceil(cols / 32)] a row and 32 columns
+//     mxfp8  16                  e8m0 [16][ceil(cols / 32)]    a row and 32 columns: 2^(byte - 127)
+//
 //   the others       quantised: weight = scale * q, or scale * q + min. A code of `bits` bits stands for q:
 //                    the code minus `zero`, or an entry of a table of 16. Rows are padded to 16, columns to
 //                    a block.
@@ -59,6 +65,9 @@ enum class Format : uint8_t {
   f16,
   bf16,
   f8,
+  f8_row,
+  f8_32,
+  mxfp8,
   q8,
   q4,
   q4_1,
@@ -77,7 +86,7 @@ enum class Format : uint8_t {
 
 // Everything here has internal linkage: several instruction sets compile this header, and the linker must not
 // keep one copy for all of them.
-[[maybe_unused]] static constexpr int kNumFormats = 18;
+[[maybe_unused]] static constexpr int kNumFormats = 21;
 [[maybe_unused]] static constexpr int64_t kGroupSize = 32;
 [[maybe_unused]] static constexpr int64_t kPanelRows = 16;
 // Bytes of a cache line. Panels begin at multiples of it, and kernels are fastest if their matrix also does.
@@ -192,18 +201,59 @@ static inline constexpr int64_t num_blocks(Format format, int64_t cols) {
   return round_up(cols, quant_format(format).block_cols) / quant_format(format).block_cols;
 }
 
+static inline constexpr bool is_f8(Format format) { return format >= Format::f8 && format <= Format::mxfp8; }
+
 // f8: rows and columns of a block of weights that share a scale.
 [[maybe_unused]] static constexpr int64_t kF8Block = 128;
 
-static inline constexpr int64_t f8_scales_bytes(int64_t cols) {
-  return round_up(round_up(cols, kF8Block) / kF8Block * 4, kMatrixAlignment);
+namespace {
+
+// One row of the table of FP8 formats.
+struct F8Format {
+  int64_t stretch_rows;            // a multiple of kPanelRows
+  int64_t scale_rows, scale_cols;  // of a block; no columns: all
+  int64_t scale_bytes;
+
+  // The scales of a row, and their bytes.
+  constexpr int64_t num_scales(int64_t cols) const {
+    if (scale_cols == 0) return cols > 0 ? 1 : 0;
+    return round_up(cols, scale_cols) / scale_cols;
+  }
+  constexpr int64_t row_bytes(int64_t cols) const { return num_scales(cols) * scale_bytes; }
+};
+
+}  // namespace
+
+static inline constexpr F8Format f8_format(Format format) {
+  switch (format) {
+    case Format::f8_row:
+      return {kPanelRows, 1, 0, 4};
+    case Format::f8_32:
+      return {kPanelRows, 1, 32, 4};
+    case Format::mxfp8:
+      return {kPanelRows, 1, 32, 1};
+    default:
+      return {kF8Block, kF8Block, kF8Block, 4};
+  }
 }
-// Where the scales of a row begin, and where its codes begin.
-static inline constexpr int64_t f8_scales_at(int64_t row, int64_t cols) {
-  return row / kF8Block * (f8_scales_bytes(cols) + kF8Block * cols);
+
+// Bytes of the scales of a stretch.
+static inline constexpr int64_t f8_scales_bytes(Format format, int64_t cols) {
+  const F8Format f8 = f8_format(format);
+  return round_up(f8.stretch_rows / f8.scale_rows * f8.row_bytes(cols), kMatrixAlignment);
 }
-static inline constexpr int64_t f8_row_at(int64_t row, int64_t cols) {
-  return f8_scales_at(row, cols) + f8_scales_bytes(cols) + row % kF8Block * cols;
+// Where the stretch of a row begins, where the scales of the row begin, and where its codes begin.
+static inline constexpr int64_t f8_stretch_at(Format format, int64_t row, int64_t cols) {
+  const int64_t rows = f8_format(format).stretch_rows;
+  return row / rows * (f8_scales_bytes(format, cols) + rows * cols);
+}
+static inline constexpr int64_t f8_scales_at(Format format, int64_t row, int64_t cols) {
+  const F8Format f8 = f8_format(format);
+  return f8_stretch_at(format, row, cols) + row % f8.stretch_rows / f8.scale_rows * f8.row_bytes(cols);
+}
+static inline constexpr int64_t f8_row_at(Format format, int64_t row, int64_t cols) {
+  return f8_stretch_at(format, row, cols) + f8_scales_bytes(format, cols) +
+         row % f8_format(format).stretch_rows * cols;
 }
 
 // For f32, f16 and bf16 only.
@@ -215,7 +265,10 @@ static inline constexpr int64_t panel_bytes(Format format, int64_t cols) {
 
 static inline constexpr int64_t matrix_bytes(Format format, int64_t rows, int64_t cols) {
   if (is_quantized(format)) return round_up(rows, kPanelRows) / kPanelRows * panel_bytes(format, cols);
-  if (format == Format::f8) return round_up(rows, kF8Block) / kF8Block * f8_scales_bytes(cols) + rows * cols;
+  if (is_f8(format)) {
+    const int64_t stretch_rows = f8_format(format).stretch_rows;
+    return round_up(rows, stretch_rows) / stretch_rows * f8_scales_bytes(format, cols) + rows * cols;
+  }
   return rows * cols * weight_bytes(format);
 }
 

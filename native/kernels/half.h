@@ -53,6 +53,12 @@ static inline float float_from_f8(uint8_t code) {
   return bit_cast<float>(sign | bit_cast<uint32_t>(float(magnitude) * 0x1p-9f));
 }
 
+// E8M0 of the OCP Microscaling Formats (MX) Specification v1.0: 2^(code - 127); NaN if all bits are set.
+static inline float float_from_e8m0(uint8_t code) {
+  if (code == 0xFF) return bit_cast<float>(0x7FC00000u);
+  return bit_cast<float>(code == 0 ? 0x00400000u : uint32_t(code) << 23);  // 2^-127 is subnormal
+}
+
 template <class T>
 static inline T read_unaligned(const void* from) {
   T value;

@@ -16,11 +16,17 @@ constexpr int kF8RowsAlone = 4, kF8VecsOfFewTokens = 4;
 }  // namespace
 }  // namespace argosy
 
+#include "kernels/kernel_table.h"
 #include "kernels/matmul_f8.h"
 
 namespace argosy {
-void matmul_f8_vbmi(const MatmulArgs& args);
-void matmul_f8_vbmi(const MatmulArgs& args) { matmul_f8(args); }
+void add_vbmi_products(KernelTable& table);
+void add_vbmi_products(KernelTable& table) {
+  table.matmul[int(Format::f8)] = matmul_f8<Format::f8>;
+  table.matmul[int(Format::f8_row)] = matmul_f8<Format::f8_row>;
+  table.matmul[int(Format::f8_32)] = matmul_f8<Format::f8_32>;
+  table.matmul[int(Format::mxfp8)] = matmul_f8<Format::mxfp8>;
+}
 }  // namespace argosy
 
 #endif

@@ -23,7 +23,7 @@ extern const KernelTable kPlainKernels;
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;
 void add_vnni_products(KernelTable& table);
-void matmul_f8_vbmi(const MatmulArgs& args);
+void add_vbmi_products(KernelTable& table);
 void add_bf16_encoders(KernelTable& table);
 void add_amx_products(KernelTable& table);
 void add_amx_attention(KernelTable& table);
@@ -84,7 +84,7 @@ const KernelTable& avx512_kernels() {
   static const KernelTable with_extensions = [] {
     KernelTable table = kAvx512Kernels;
     if constexpr (is_built("avx512_vbmi")) {
-      if (__builtin_cpu_supports("avx512vbmi")) table.matmul[int(Format::f8)] = matmul_f8_vbmi;
+      if (__builtin_cpu_supports("avx512vbmi")) add_vbmi_products(table);
     }
     if constexpr (is_built("avx512_bf16")) {
       if (__builtin_cpu_supports("avx512bf16")) add_bf16_encoders(table);

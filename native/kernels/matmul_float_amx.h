@@ -64,9 +64,11 @@ struct Bf16OnTiles {
 
 struct F8OnTiles {
   static constexpr int64_t kBytes = 1, kScaledSteps = kF8Block / kStepCols;
-  static const uint8_t* row(const MatmulArgs& a, int64_t row) { return a.weights + f8_row_at(row, a.cols); }
+  static const uint8_t* row(const MatmulArgs& a, int64_t row) {
+    return a.weights + f8_row_at(Format::f8, row, a.cols);
+  }
   static float scale(const MatmulArgs& a, int64_t row, int64_t col) {
-    return read_unaligned<float>(a.weights + f8_scales_at(row, a.cols) + col / kF8Block * 4);
+    return read_unaligned<float>(a.weights + f8_scales_at(Format::f8, row, a.cols) + col / kF8Block * 4);
   }
   // A normal code has the exponent and the three highest bits of its bfloat16, which has another bias. The
   // seven magnitudes below come from a table: as bfloat16, they are normal numbers.

@@ -18,12 +18,21 @@
 //   int4_scales    bf16 [rows, cols / 32]
 //   mxfp4_quants   u8 [rows, cols / 2], the even column in the low half: a code of e2m1
 //   mxfp4_scales   u8 [rows, cols / 32], e8m0: 2^(byte - 127), 255 is NaN
-//   f8_codes       u8 [rows, cols], E4M3: NaN is refused
-//   f8_scales      float32 [rows / 128, cols / 128], rounded up; f8_scales_bf16 the same as bfloat16. A scale
-//                  with which the largest code overflows float32 is refused
+//   f8_codes       u8 [rows, cols], E4M3: NaN is refused; f8_row_codes, f8_32_codes, mxfp8_codes the same
+//   f8_scales      float32 [rows / 128, cols / 128], rounded up. A scale with which the largest code
+//   overflows
+//                  float32 is refused
+//   f8_scale       float32, of the whole matrix
+//   f8_row_scales  float32 [rows]
+//   f8_32_scales   float32 [rows, cols / 32], rounded up
+//   mxfp8_scales   e8m0 [rows, cols / 32], rounded up
 //
-// For these tensors, a block is the data of 32 columns (f8_codes: of one column; f8 scales: of 128 rows and
-// columns). The scales write the padding.
+// Scales of FP8 may also be bfloat16, float16 or e8m0: f8_scales_bf16 and so on. Those of blocks may have
+// other blocks than their format, if these consist of whole blocks of the format: f8_32_scales_64x128 is
+// float32 [rows / 64, cols / 128], rounded up, and each scale is repeated.
+//
+// For these tensors, a block is the data of 32 columns (codes of FP8: of one column; scales of FP8: of their
+// rows and columns). The scales write the padding.
 //
 // Several matrices may be interleaved in one tensor: a row of the first, a row of the second, and so on. They
 // become matrices stored one after another.
@@ -38,7 +47,8 @@
 
 namespace argosy {
 
-enum class BlockType : uint8_t {
+// Bits 16 and up hold the rows and columns of a block, if a name gives them: `sized`.
+enum class BlockType : uint64_t {
   q8_0,
   q4_0,
   q4_1,
@@ -58,16 +68,41 @@ enum class BlockType : uint8_t {
   mxfp4_scales,
   f8_codes,
   f8_scales,
-  f8_scales_bf16
+  f8_scales_bf16,
+  f8_scales_f16,
+  f8_scales_e8m0,
+  f8_scale,
+  f8_scale_bf16,
+  f8_scale_f16,
+  f8_row_codes,
+  f8_row_scales,
+  f8_row_scales_bf16,
+  f8_row_scales_f16,
+  f8_32_codes,
+  f8_32_scales,
+  f8_32_scales_bf16,
+  f8_32_scales_f16,
+  mxfp8_codes,
+  mxfp8_scales
 };
 
+// How a scale of FP8 is stored.
+enum class ScaleType : uint8_t { none, f32, bf16, f16, e8m0 };
+
+// Rows or columns of a block that covers the whole matrix: at least as many as a matrix can have.
+[[maybe_unused]] static constexpr int64_t kWhole = int64_t{1} << 30;
+
 // name: its GGUF name, or the name of a part.   format: the slot format that holds it.
-// bytes: of one block in the file.
+// bytes: of one block in the file.              rows, cols: of one block; no columns: those of the format.
+// scale: of FP8 scales.                         may_be_sized: whether a name may give other rows and columns.
 struct BlockTypeEntry {
   BlockType type;
   std::string_view name;
   Format format;
   int64_t bytes;
+  int64_t rows = 1, cols = 0;
+  ScaleType scale = ScaleType::none;
+  bool may_be_sized = false;
 };
 [[maybe_unused]] static constexpr BlockTypeEntry kBlockTypes[] = {
     {BlockType::q8_0, "Q8_0", Format::q8, 34},
@@ -87,19 +122,42 @@ struct BlockTypeEntry {
     {BlockType::int4_scales, "int4_scales", Format::int4, 2},
     {BlockType::mxfp4_quants, "mxfp4_quants", Format::mxfp4, 16},
     {BlockType::mxfp4_scales, "mxfp4_scales", Format::mxfp4, 1},
-    {BlockType::f8_codes, "f8_codes", Format::f8, 1},
-    {BlockType::f8_scales, "f8_scales", Format::f8, 4},
-    {BlockType::f8_scales_bf16, "f8_scales_bf16", Format::f8, 2},
+    {BlockType::f8_codes, "f8_codes", Format::f8, 1, 1, 1},
+    {BlockType::f8_scales, "f8_scales", Format::f8, 4, 128, 128, ScaleType::f32, true},
+    {BlockType::f8_scales_bf16, "f8_scales_bf16", Format::f8, 2, 128, 128, ScaleType::bf16, true},
+    {BlockType::f8_scales_f16, "f8_scales_f16", Format::f8, 2, 128, 128, ScaleType::f16, true},
+    {BlockType::f8_scales_e8m0, "f8_scales_e8m0", Format::f8, 1, 128, 128, ScaleType::e8m0, true},
+    {BlockType::f8_scale, "f8_scale", Format::f8, 4, kWhole, kWhole, ScaleType::f32},
+    {BlockType::f8_scale_bf16, "f8_scale_bf16", Format::f8, 2, kWhole, kWhole, ScaleType::bf16},
+    {BlockType::f8_scale_f16, "f8_scale_f16", Format::f8, 2, kWhole, kWhole, ScaleType::f16},
+    {BlockType::f8_row_codes, "f8_row_codes", Format::f8_row, 1, 1, 1},
+    {BlockType::f8_row_scales, "f8_row_scales", Format::f8_row, 4, 1, kWhole, ScaleType::f32},
+    {BlockType::f8_row_scales_bf16, "f8_row_scales_bf16", Format::f8_row, 2, 1, kWhole, ScaleType::bf16},
+    {BlockType::f8_row_scales_f16, "f8_row_scales_f16", Format::f8_row, 2, 1, kWhole, ScaleType::f16},
+    {BlockType::f8_32_codes, "f8_32_codes", Format::f8_32, 1, 1, 1},
+    {BlockType::f8_32_scales, "f8_32_scales", Format::f8_32, 4, 1, 32, ScaleType::f32, true},
+    {BlockType::f8_32_scales_bf16, "f8_32_scales_bf16", Format::f8_32, 2, 1, 32, ScaleType::bf16, true},
+    {BlockType::f8_32_scales_f16, "f8_32_scales_f16", Format::f8_32, 2, 1, 32, ScaleType::f16, true},
+    {BlockType::mxfp8_codes, "mxfp8_codes", Format::mxfp8, 1, 1, 1},
+    {BlockType::mxfp8_scales, "mxfp8_scales", Format::mxfp8, 1, 1, 32, ScaleType::e8m0, true},
 };
 [[maybe_unused]] static constexpr int kNumBlockTypes = int(sizeof(kBlockTypes) / sizeof(kBlockTypes[0]));
 
-static inline constexpr const BlockTypeEntry& entry_of(BlockType type) { return kBlockTypes[int(type)]; }
+// Index of the entry.
+static inline constexpr int kind_of(BlockType type) { return int(uint64_t(type) & 0xFFFF); }
+static inline constexpr const BlockTypeEntry& entry_of(BlockType type) { return kBlockTypes[kind_of(type)]; }
 static_assert([] {
   for (int i = 0; i < kNumBlockTypes; ++i) {
     if (kBlockTypes[i].type != BlockType(i)) return false;
   }
   return true;
 }());
+
+// The type whose blocks have these rows and columns, at most kMostSized.
+[[maybe_unused]] static constexpr int64_t kMostSized = (int64_t{1} << 24) - 1;
+static inline constexpr BlockType sized(BlockType type, int64_t rows, int64_t cols) {
+  return BlockType(uint64_t(kind_of(type)) | uint64_t(rows) << 16 | uint64_t(cols) << 40);
+}
 
 static inline constexpr Format slot_format(BlockType type) { return entry_of(type).format; }
 
@@ -114,18 +172,22 @@ static inline constexpr bool is_scales(BlockType type) {
   return type == BlockType::int4_scales || type == BlockType::mxfp4_scales;
 }
 
-// Rows and columns of the matrix that one block covers. If blocks cover several rows, blocks at the edges may
-// cover fewer rows and columns; otherwise cols is a multiple of the block's columns.
+// Rows and columns of the matrix that one block covers. Blocks of FP8 at the edges may cover fewer; otherwise
+// cols is a multiple of the block's columns.
 static inline constexpr int64_t block_rows(BlockType type) {
-  return type == BlockType::f8_scales || type == BlockType::f8_scales_bf16 ? kF8Block : 1;
+  const auto rows = int64_t(uint64_t(type) >> 16 & uint64_t(kMostSized));
+  return rows > 0 ? rows : entry_of(type).rows;
 }
 static inline constexpr int64_t block_cols(BlockType type) {
-  if (type == BlockType::f8_codes) return 1;
-  return block_rows(type) > 1 ? block_rows(type) : quant_format(slot_format(type)).block_cols;
+  const auto cols = int64_t(uint64_t(type) >> 40);
+  if (cols > 0) return cols;
+  return entry_of(type).cols > 0 ? entry_of(type).cols : quant_format(slot_format(type)).block_cols;
 }
 static inline constexpr bool has_whole_blocks(BlockType type, int64_t cols) {
-  return block_rows(type) > 1 || cols % block_cols(type) == 0;
+  return is_f8(slot_format(type)) || cols % block_cols(type) == 0;
 }
+// Whether the rows of several matrices may alternate in the file.
+static inline constexpr bool may_be_interleaved(BlockType type) { return !is_f8(slot_format(type)); }
 
 // Bytes of a row of blocks in the file.
 static inline constexpr int64_t block_row_bytes(BlockType type, int64_t cols) {
@@ -137,15 +199,14 @@ static inline constexpr int64_t source_bytes(BlockType type, int64_t rows, int64
   return round_up(rows, block_rows(type)) / block_rows(type) * block_row_bytes(type, cols);
 }
 
-// The rows that are transcoded at once: those of a panel, or of a block if it has more.
-static inline constexpr int64_t strip_rows(BlockType type) {
-  return block_rows(type) > kPanelRows ? block_rows(type) : kPanelRows;
-}
+// The rows that are transcoded at once: those of whole blocks, and at least those of a panel.
+static inline constexpr int64_t strip_rows(BlockType type) { return round_up(kPanelRows, block_rows(type)); }
 static inline constexpr int64_t num_strips(BlockType type, int64_t rows) {
   return round_up(rows, strip_rows(type)) / strip_rows(type);
 }
 
-// By its GGUF name, such as "Q4_0", or by the name of a part, such as "int4_scales".
+// By its GGUF name, such as "Q4_0", or by the name of a part, such as "int4_scales"; "_64x128" after the name
+// of scales gives the rows and columns of their blocks.
 std::optional<BlockType> block_type_named(std::string_view name);
 // All names, separated by commas.
 std::string known_block_types();
@@ -154,7 +215,7 @@ std::string known_block_types();
 // `matrix`. `rows` is the number of rows of the whole matrix and `matrix` its first byte; `rows_data` begins
 // at the first row of panel_begin. cols must consist of whole blocks. Any alignment. With `interleaved`
 // matrices of `rows` rows each, `rows_data` holds the rows of all of them, and they become matrices of
-// matrix_bytes(...) one after another; f8 is never interleaved. For the types that refuse it, returns false
+// matrix_bytes(...) one after another; FP8 is never interleaved. For the types that refuse it, returns false
 // if a code is NaN or a scale gives weights that overflow float32. Runs with best_kernels(): every
 // instruction set writes the same bytes.
 [[nodiscard]] bool transcode(BlockType type, const uint8_t* rows_data, int64_t rows, int64_t cols,
@@ -167,6 +228,7 @@ struct TranscodeArgs {
   int64_t interleaved;
   int64_t panel_begin, panel_end;
   uint8_t* matrix;
+  BlockType type = {};  // gives the size of a block, if it is not that of the type
 };
 
 }  // namespace argosy

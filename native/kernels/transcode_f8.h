@@ -1,7 +1,7 @@
-// transcode_f8.h: transcodes the two tensors of an FP8 matrix to f8 (transcode.h has the contract).
+// transcode_f8.h: transcodes the two tensors of an FP8 matrix (transcode.h has the contract).
 //
 //   codes    [rows, cols], copied to their rows.
-//   scales   [rows / 128, cols / 128] rounded up, float32 or bfloat16, stored as float32 before their rows.
+//   scales   of any blocks that consist of whole blocks of the format, and repeated in each of these.
 #pragma once
 
 #include "kernels/half.h"
@@ -21,15 +21,16 @@ inline bool has_nan_code(const uint8_t* codes, int64_t n) {
 
 #endif
 
+template <Format kFormat>
 bool transcode_f8_codes(const TranscodeArgs& a) {
   constexpr int64_t kInCache = 4096;  // bytes to copy and then check
   bool has_nan = false;
   const uint8_t* from = a.rows_data;
   for (int64_t row = a.panel_begin * kPanelRows; row < a.panel_end * kPanelRows && row < a.rows;
        row += kPanelRows) {
-    // The rows of a panel are contiguous, because 128 is a multiple of 16.
+    // The rows of a panel are contiguous, because a stretch is whole panels.
     const int64_t nbytes = (a.rows - row < kPanelRows ? a.rows - row : kPanelRows) * a.cols;
-    uint8_t* to = a.matrix + f8_row_at(row, a.cols);
+    uint8_t* to = a.matrix + f8_row_at(kFormat, row, a.cols);
     for (int64_t at = 0; at < nbytes; at += kInCache) {
       const int64_t n = nbytes - at < kInCache ? nbytes - at : kInCache;
       std::memcpy(to + at, from + at, size_t(n));
@@ -40,22 +41,52 @@ bool transcode_f8_codes(const TranscodeArgs& a) {
   return !has_nan;
 }
 
+// The bits of a float32 scale.
+template <ScaleType kScale>
+uint32_t read_f8_scale(const uint8_t* from) {
+  if constexpr (kScale == ScaleType::e8m0) {
+    return bit_cast<uint32_t>(float_from_e8m0(*from));
+  } else if constexpr (kScale == ScaleType::f16) {
+    return bit_cast<uint32_t>(float_from_f16(read_unaligned<uint16_t>(from)));
+  } else if constexpr (kScale == ScaleType::bf16) {
+    return uint32_t(read_unaligned<uint16_t>(from)) << 16;
+  } else {
+    return read_unaligned<uint32_t>(from);
+  }
+}
+
 template <BlockType kType>
 bool transcode_f8_scales(const TranscodeArgs& a) {
-  const int64_t scales = round_up(a.cols, kF8Block) / kF8Block;
+  constexpr BlockTypeEntry kEntry = entry_of(kType);
+  constexpr F8Format kF8 = f8_format(kEntry.format);
+  const BlockType type = kind_of(a.type) == kind_of(kType) ? a.type : kType;
+  const int64_t scales = kF8.num_scales(a.cols);
+  const int64_t copies = kF8.scale_cols == 0 ? 1 : block_cols(type) / kF8.scale_cols;
+  const int64_t first_row = a.panel_begin * strip_rows(type);
+  const int64_t end_row = a.panel_end * strip_rows(type) < a.rows ? a.panel_end * strip_rows(type) : a.rows;
   bool is_finite = true;
-  const uint8_t* from = a.rows_data;
-  for (int64_t row = a.panel_begin * kF8Block; row < a.panel_end * kF8Block && row < a.rows;
-       row += kF8Block) {
-    uint8_t* to = a.matrix + f8_scales_at(row, a.cols);
-    for (int64_t i = 0; i < scales; ++i, from += kType == BlockType::f8_scales ? 4 : 2) {
-      const uint32_t bits = kType == BlockType::f8_scales ? read_unaligned<uint32_t>(from)
-                                                          : uint32_t(read_unaligned<uint16_t>(from)) << 16;
+  for (int64_t row = first_row; row < end_row; row += kF8.scale_rows) {
+    const uint8_t* from = a.rows_data + (row - first_row) / block_rows(type) * block_row_bytes(type, a.cols);
+    uint8_t* to = a.matrix + f8_scales_at(kEntry.format, row, a.cols);
+    for (int64_t begin = 0; begin < scales; begin += copies, from += kEntry.bytes) {
+      const uint32_t bits = read_f8_scale<kEntry.scale>(from);
       // Below 2^119, the largest code, 448, times the scale is still a float32.
       is_finite = is_finite && (bits & 0x7FFFFFFFu) < 0x7B000000u;
-      std::memcpy(to + 4 * i, &bits, 4);
+      const int64_t end = scales - begin < copies ? scales : begin + copies;
+      for (int64_t i = begin; i < end; ++i, to += kF8.scale_bytes) {
+        if constexpr (kF8.scale_bytes == 1) {
+          *to = *from;
+        } else {
+          std::memcpy(to, &bits, 4);
+        }
+      }
     }
-    std::memset(to + 4 * scales, 0, size_t(f8_scales_bytes(a.cols) - 4 * scales));
+    const int64_t next = row + kF8.scale_rows;
+    if (next % kF8.stretch_rows == 0 || next >= a.rows) {  // the last scales of a stretch
+      const uint8_t* codes =
+          a.matrix + f8_stretch_at(kEntry.format, row, a.cols) + f8_scales_bytes(kEntry.format, a.cols);
+      std::memset(to, 0, size_t(codes - to));
+    }
   }
   return is_finite;
 }

@@ -66,8 +66,7 @@ int64_t transcoded_bytes(const Piece& piece, const std::string& name) {
   constexpr int64_t kMostRows = int64_t{1} << 30;
   const bool is_possible = rows > 0 && cols > 0 && interleaved > 0 && cols <= kMostRows &&
                            rows <= kMostRows && interleaved <= kMostRows / rows &&
-                           has_whole_blocks(type, cols) &&
-                           (interleaved == 1 || slot_format(type) != Format::f8);
+                           has_whole_blocks(type, cols) && (interleaved == 1 || may_be_interleaved(type));
   if (!is_possible || source_bytes(type, interleaved * rows, cols) != piece.nbytes) {
     throw std::invalid_argument(name + ": " + std::to_string(piece.nbytes) + " bytes are not " +
                                 (interleaved == 1 ? "" : std::to_string(interleaved) + " times ") +

@@ -19,10 +19,11 @@
 
 namespace argosy::testing {
 
-inline const Format kFormats[] = {Format::f32,    Format::f16,   Format::bf16, Format::f8,   Format::q8,
-                                  Format::q4,     Format::q4_1,  Format::q5_0, Format::q5_1, Format::q4_k,
-                                  Format::q5_k,   Format::q6_k,  Format::q2_k, Format::q3_k, Format::iq4_nl,
-                                  Format::iq4_xs, Format::mxfp4, Format::int4};
+inline const Format kFormats[] = {
+    Format::f32,  Format::f16,  Format::bf16, Format::f8,     Format::f8_row, Format::f8_32, Format::mxfp8,
+    Format::q8,   Format::q4,   Format::q4_1, Format::q5_0,   Format::q5_1,   Format::q4_k,  Format::q5_k,
+    Format::q6_k, Format::q2_k, Format::q3_k, Format::iq4_nl, Format::iq4_xs, Format::mxfp4, Format::int4};
+inline const Format kF8Formats[] = {Format::f8, Format::f8_row, Format::f8_32, Format::mxfp8};
 // Block types that hold a whole matrix.
 inline const BlockType kBlockTypes[] = {
     BlockType::q8_0,   BlockType::q4_0,   BlockType::q4_1, BlockType::q5_0, BlockType::q5_1,
@@ -61,13 +62,12 @@ inline std::vector<const KernelTable*> all_tables() {
 inline const KernelTable& plain() { return kernel_table("plain"); }
 
 // Formats that float32 weights can be quantised to; the others only come from files.
-inline bool is_quantized_here(Format format) { return format <= Format::q4 && format != Format::f8; }
+inline bool is_quantized_here(Format format) { return format <= Format::q4 && !is_f8(format); }
 
 // The columns that a matrix of this format can have: `cols` or, for GGUF's blocks, rounded up to a whole
 // block.
 inline int64_t cols_of(Format format, int64_t cols) {
-  return is_quantized_here(format) || format == Format::f8 ? cols
-                                                           : round_up(cols, quant_format(format).block_cols);
+  return is_quantized_here(format) || is_f8(format) ? cols : round_up(cols, quant_format(format).block_cols);
 }
 
 inline BlockType block_type_of(Format format) {
@@ -75,6 +75,23 @@ inline BlockType block_type_of(Format format) {
     if (slot_format(type) == format) return type;
   }
   return {};
+}
+
+// The two tensors of an FP8 matrix, and the number of its scales.
+inline BlockType codes_of(Format format) {
+  return format == Format::f8       ? BlockType::f8_codes
+         : format == Format::f8_row ? BlockType::f8_row_codes
+         : format == Format::f8_32  ? BlockType::f8_32_codes
+                                    : BlockType::mxfp8_codes;
+}
+inline BlockType scales_of(Format format) {
+  return format == Format::f8       ? BlockType::f8_scales
+         : format == Format::f8_row ? BlockType::f8_row_scales
+         : format == Format::f8_32  ? BlockType::f8_32_scales
+                                    : BlockType::mxfp8_scales;
+}
+inline int64_t num_f8_scales(Format format, int64_t rows, int64_t cols) {
+  return source_bytes(scales_of(format), rows, cols) / block_bytes(scales_of(format));
 }
 
 // The offset of a block's scale in its bytes; a float16 min follows two bytes later.
@@ -136,24 +153,23 @@ struct Weights {
   Weights(BlockType type, const std::vector<uint8_t>& blocks, int64_t rows, int64_t cols,
           int64_t misalign = 0)
       : Weights(slot_format(type), rows, cols, misalign) {
-    bring(type, blocks);
+    CHECK(bring(type, blocks));
   }
 
-  void bring(BlockType type, const std::vector<uint8_t>& blocks) {
-    CHECK(transcode(type, blocks.data(), view.rows, view.cols, 1, 0, num_strips(type, view.rows),
-                    const_cast<uint8_t*>(view.data)));
+  bool bring(BlockType type, const std::vector<uint8_t>& blocks) {
+    CHECK_EQUAL(int64_t(blocks.size()), source_bytes(type, view.rows, view.cols));
+    return transcode(type, blocks.data(), view.rows, view.cols, 1, 0, num_strips(type, view.rows),
+                     const_cast<uint8_t*>(view.data));
   }
 
-  // Both tensors of an FP8 matrix, whatever value a code has.
-  Weights(const std::vector<uint8_t>& codes, const std::vector<float>& scales, int64_t rows, int64_t cols,
-          int64_t misalign = 0)
-      : Weights(Format::f8, rows, cols, misalign) {
-    uint8_t* matrix = bytes.get() + misalign;
+  // Both tensors of an FP8 matrix, whatever value a code has. Scales of mxfp8 are bytes.
+  template <class Scale>
+  Weights(Format format, const std::vector<uint8_t>& codes, const std::vector<Scale>& scales, int64_t rows,
+          int64_t cols, int64_t misalign = 0)
+      : Weights(format, rows, cols, misalign) {
     const auto* bits = reinterpret_cast<const uint8_t*>(scales.data());
-    plain().transcode[int(BlockType::f8_codes)](
-        {codes.data(), rows, cols, 1, 0, num_strips(BlockType::f8_codes, rows), matrix});
-    plain().transcode[int(BlockType::f8_scales)](
-        {bits, rows, cols, 1, 0, num_strips(BlockType::f8_scales, rows), matrix});
+    bring(codes_of(format), codes);
+    CHECK(bring(scales_of(format), {bits, bits + scales.size() * sizeof(Scale)}));
   }
 
   // cols must be cols_of(format, ...).
@@ -162,22 +178,27 @@ struct Weights {
     if (format == Format::int4) {
       Weights parts(format, rows, cols, misalign);
       for (const BlockType type : {BlockType::int4_scales, BlockType::int4_quants}) {
-        parts.bring(type, random_blocks(type, rows, cols, seed));
+        CHECK(parts.bring(type, random_blocks(type, rows, cols, seed)));
       }
       return parts;
     }
-    if (format == Format::f8) return random_f8(rows, cols, seed, misalign);
+    if (is_f8(format)) return random_f8(format, rows, cols, seed, misalign);
     const BlockType type = block_type_of(format);
     return Weights(type, random_blocks(type, rows, cols, seed), rows, cols, misalign);
   }
 
   // Every code except NaN, with scales that give weights of order one.
-  static Weights random_f8(int64_t rows, int64_t cols, unsigned seed, int64_t misalign) {
+  static Weights random_f8(Format format, int64_t rows, int64_t cols, unsigned seed, int64_t misalign) {
     std::mt19937 generator(seed);
     std::vector<uint8_t> codes(size_t(rows * cols));
     for (uint8_t& code : codes) code = uint8_t(generator() % 0x7F + generator() % 2 * 0x80);
-    const int64_t blocks = round_up(rows, kF8Block) / kF8Block * round_up(cols, kF8Block) / kF8Block;
-    return Weights(codes, normal(blocks, seed + 1, 0.01f), rows, cols, misalign);
+    const int64_t scales = num_f8_scales(format, rows, cols);
+    if (format != Format::mxfp8) {
+      return Weights(format, codes, normal(scales, seed + 1, 0.01f), rows, cols, misalign);
+    }
+    std::vector<uint8_t> powers(static_cast<size_t>(scales));
+    for (uint8_t& power : powers) power = uint8_t(110 + generator() % 10);
+    return Weights(format, codes, powers, rows, cols, misalign);
   }
 
   std::unique_ptr<uint8_t[]> bytes;

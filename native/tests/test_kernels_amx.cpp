@@ -60,7 +60,7 @@ void tiles_have_the_bits_of_avx512() {
   int formats = 0;
   for (const Format format : kFormats) {
     const bool has_kernel =
-        tables_with_tiles().matmul[int(format)] != kAvx512Kernels.matmul[int(format)] && format != Format::f8;
+        tables_with_tiles().matmul[int(format)] != kAvx512Kernels.matmul[int(format)] && !is_f8(format);
     CHECK_EQUAL(has_kernel, has_amx_product(format));
     if (!has_kernel) continue;
     ++formats;
@@ -603,7 +603,7 @@ void every_code_of_fp8_is_exact() {
       std::vector<uint8_t> codes(size_t(kRows * cols), 0);
       for (int64_t row = 0; row < kRows; ++row)
         codes[size_t(row * cols + place)] = row % 128 == 127 ? 0 : uint8_t(row);
-      const Weights w(codes, {0.75f, 3.0f}, kRows, cols, 3);
+      const Weights w(Format::f8, codes, std::vector<float>{0.75f, 3.0f}, kRows, cols, 3);
       for (const int64_t tokens : {1, 3}) {
         const std::vector<float> x(size_t(tokens * cols), 1.0f);
         const std::vector<float> y = multiply_some(w.view, x, 0, kRows, 0, tokens);

@@ -271,37 +271,114 @@ constexpr int64_t kF8Rows = 290, kF8Cols = 700, kF8Tokens = 61;
 void f8_weights_are_codes_times_scales() {
   std::vector<uint8_t> codes(size_t(kF8Rows * kF8Cols));
   for (size_t i = 0; i < codes.size(); ++i) codes[i] = uint8_t(i);
-  const std::vector<float> scales = normal(3 * 6, 12);
-  const Weights w(codes, scales, kF8Rows, kF8Cols, 1);
-  std::vector<float> found(codes.size());
-  for (const KernelTable* table : all_tables()) {
-    for (int64_t row = 0; row < kF8Rows; ++row)
-      table->dequantize_row(Format::f8, w.view.data, kF8Cols, row, found.data() + row * kF8Cols);
+  // The rows and columns of a scale, or of a block of scales that are equal.
+  const std::tuple<Format, BlockType, size_t, size_t> cases[] = {
+      {Format::f8, BlockType::f8_scales, 128, 128},
+      {Format::f8, sized(BlockType::f8_scales, 256, 384), 256, 384},
+      {Format::f8, BlockType::f8_scale, 1000, 1000},
+      {Format::f8_row, BlockType::f8_row_scales, 1, 1000},
+      {Format::f8_32, BlockType::f8_32_scales, 1, 32},
+      {Format::f8_32, sized(BlockType::f8_32_scales, 64, 64), 64, 64},
+      {Format::f8_32, sized(BlockType::f8_32_scales, 10, 96), 10, 96},
+      {Format::f8_32, sized(BlockType::f8_32_scales, 1, 128), 1, 128},
+  };
+  for (const auto& [format, type, rows, cols] : cases) {
+    const size_t across = (kF8Cols + cols - 1) / cols, down = (kF8Rows + rows - 1) / rows;
+    const std::vector<float> scales = normal(int64_t(down * across), 12);
+    Weights w(format, kF8Rows, kF8Cols, 1);
+    w.bring(codes_of(format), codes);
+    const auto* bits = reinterpret_cast<const uint8_t*>(scales.data());
+    CHECK(w.bring(type, {bits, bits + scales.size() * 4}));
+    std::vector<float> found(codes.size());
+    for (const KernelTable* table : all_tables()) {
+      for (int64_t row = 0; row < kF8Rows; ++row)
+        table->dequantize_row(format, w.view.data, kF8Cols, row, found.data() + row * kF8Cols);
+      bool equal = true;
+      for (size_t i = 0; i < codes.size(); ++i) {
+        const size_t row = i / kF8Cols, col = i % kF8Cols;
+        const float expected = float(e4m3(codes[i]) * double(scales[row / rows * across + col / cols]));
+        equal &= std::isnan(expected) ? std::isnan(found[i]) : found[i] == expected;
+      }
+      CHECK(equal);
+    }
+  }
+}
+
+void f8_scales_may_have_other_types() {
+  const std::vector<uint8_t> codes(size_t(kF8Rows * kF8Cols), 0x38);  // 1
+  const auto require = [&](BlockType type, const auto& stored, int64_t count,
+                           double (*value)(int64_t number)) {
+    Weights w(slot_format(type), kF8Rows, kF8Cols, 3);
+    CHECK(w.bring(codes_of(slot_format(type)), codes));
+    const auto* bits = reinterpret_cast<const uint8_t*>(stored.data());
+    CHECK(w.bring(type, {bits, bits + size_t(count * block_bytes(type))}));
+    std::vector<float> found(codes.size());
+    dequantize(w.view, found.data());
+    const int64_t across = block_row_bytes(type, kF8Cols) / block_bytes(type);
     bool equal = true;
-    for (size_t i = 0; i < codes.size(); ++i) {
-      const size_t row = i / kF8Cols, col = i % kF8Cols;
-      const float expected = float(e4m3(codes[i]) * double(scales[row / 128 * 6 + col / 128]));
-      equal &= std::isnan(expected) ? std::isnan(found[i]) : found[i] == expected;
+    for (int64_t i = 0; i < kF8Rows * kF8Cols; ++i) {
+      const int64_t row = i / kF8Cols / block_rows(type), col = i % kF8Cols / block_cols(type);
+      equal &= double(found[size_t(i)]) == value(row * across + col);
     }
     CHECK(equal);
+  };
+  std::vector<uint16_t> bf16(kF8Rows * 22), f16(bf16.size());
+  std::vector<uint8_t> e8m0(bf16.size());
+  for (size_t i = 0; i < bf16.size(); ++i) {
+    bf16[i] = uint16_t(0x3800 + i % 1000);
+    f16[i] = uint16_t(i % 0x7C00);  // subnormal ones too
+    e8m0[i] = uint8_t(i % 246);
+  }
+  const auto bf16_at = [](int64_t i) { return double(float_from_bf16(uint16_t(0x3800 + i % 1000))); };
+  const auto f16_at = [](int64_t i) { return double(float_from_f16(uint16_t(i % 0x7C00))); };
+  const auto e8m0_at = [](int64_t i) { return std::ldexp(1.0, int(i % 246) - 127); };
+  require(BlockType::f8_scales_bf16, bf16, 18, bf16_at);
+  require(BlockType::f8_scales_f16, f16, 18, f16_at);
+  require(BlockType::f8_scales_e8m0, e8m0, 18, e8m0_at);
+  require(BlockType::f8_scale_bf16, bf16, 1, bf16_at);
+  require(BlockType::f8_scale_f16, f16, 1, f16_at);
+  require(BlockType::f8_row_scales_bf16, bf16, kF8Rows, bf16_at);
+  require(BlockType::f8_row_scales_f16, f16, kF8Rows, f16_at);
+  require(BlockType::f8_32_scales_bf16, bf16, kF8Rows * 22, bf16_at);
+  require(BlockType::f8_32_scales_f16, f16, kF8Rows * 22, f16_at);
+  require(BlockType::mxfp8_scales, e8m0, kF8Rows * 22, e8m0_at);
+  require(sized(BlockType::mxfp8_scales, 32, 32), e8m0, 10 * 22, e8m0_at);
+  require(sized(BlockType::mxfp8_scales, 7, 64), e8m0, 42 * 11, e8m0_at);
+}
+
+void sizes_of_blocks_are_part_of_their_names() {
+  CHECK(block_type_named("f8_scales_256x128") == sized(BlockType::f8_scales, 256, 128));
+  CHECK(block_type_named("f8_scales_bf16_128x384") == sized(BlockType::f8_scales_bf16, 128, 384));
+  CHECK(block_type_named("mxfp8_scales_3x64") == sized(BlockType::mxfp8_scales, 3, 64));
+  CHECK_EQUAL(block_rows(sized(BlockType::mxfp8_scales, 3, 64)), 3);
+  CHECK_EQUAL(block_cols(sized(BlockType::mxfp8_scales, 3, 64)), 64);
+  CHECK_EQUAL(strip_rows(sized(BlockType::mxfp8_scales, 3, 64)), 18);
+  for (const char* wrong :
+       {"f8_scales_64x128", "f8_scales_128x64", "mxfp8_scales_1x16", "mxfp8_scales_0x32", "mxfp8_scales_1x0",
+        "mxfp8_scales_-1x32", "mxfp8_scales_1x32x", "mxfp8_scales_1x", "mxfp8_scales_x32", "mxfp8_scales_",
+        "mxfp8_scales_16777216x32", "mxfp8_scales_99999999999999999999x32", "f8_scale_128x128",
+        "f8_codes_128x128", "f8_row_scales_1x32", "Q4_0_1x32", "f8_scales_bf16_", ""}) {
+    CHECK(!block_type_named(wrong));
   }
 }
 
 void f8_products_are_those_of_the_float32_weights() {
-  const Weights w = Weights::random(Format::f8, kF8Rows, kF8Cols, 13, 1);
   const std::vector<float> x = normal(kF8Tokens * kF8Cols, 14);
-  std::vector<float> weights(size_t(kF8Rows * kF8Cols));
-  dequantize(w.view, weights.data());
-  const Weights as_floats(Format::f32, weights, kF8Rows, kF8Cols);
-  for (const KernelTable* table : all_tables()) {
-    const std::vector<float> all = multiply(*table, w.view, x, kF8Tokens);
-    // 700 products of numbers up to about 10, rounded to 2^-24, summed in another order; or to 2^-17.
-    const double tolerance = table->split_activations != nullptr ? 1e-3 : 1e-4;
-    CHECK(near(all, multiply(*table, as_floats.view, x, kF8Tokens), tolerance));
-    for (int64_t t = 0; t < kF8Tokens; ++t) {
-      const std::vector<float> one(x.begin() + t * kF8Cols, x.begin() + (t + 1) * kF8Cols);
-      CHECK(same_bits(multiply(*table, w.view, one, 1),
-                      std::vector<float>(all.begin() + t * kF8Rows, all.begin() + (t + 1) * kF8Rows)));
+  for (const Format format : kF8Formats) {
+    const Weights w = Weights::random(format, kF8Rows, kF8Cols, 13, 1);
+    std::vector<float> weights(size_t(kF8Rows * kF8Cols));
+    dequantize(w.view, weights.data());
+    const Weights as_floats(Format::f32, weights, kF8Rows, kF8Cols);
+    for (const KernelTable* table : all_tables()) {
+      const std::vector<float> all = multiply(*table, w.view, x, kF8Tokens);
+      // 700 products of numbers up to about 10, rounded to 2^-24, summed in another order; or to 2^-17.
+      const bool splits = table->split_activations != nullptr && splits_activations(format);
+      CHECK(near(all, multiply(*table, as_floats.view, x, kF8Tokens), splits ? 1e-3 : 1e-4));
+      for (int64_t t = 0; t < kF8Tokens; ++t) {
+        const std::vector<float> one(x.begin() + t * kF8Cols, x.begin() + (t + 1) * kF8Cols);
+        CHECK(same_bits(multiply(*table, w.view, one, 1),
+                        std::vector<float>(all.begin() + t * kF8Rows, all.begin() + (t + 1) * kF8Rows)));
+      }
     }
   }
 }
@@ -314,21 +391,30 @@ void a_product_with_an_f8_code_is_its_value() {
     const int code = int(i) / int(kCols);
     codes[i] = uint8_t(code % 128 == 127 ? 0 : code);
   }
-  const Weights w(codes, std::vector<float>(4, 0.5f), kRows, kCols, 3);
-  for (const KernelTable* table : all_tables()) {
-    for (const int64_t tokens : {1, 2, 3, 6, 30}) {
-      for (int64_t first = 0; first < kCols; first += tokens) {
-        std::vector<float> x(size_t(tokens * kCols), 0.0f);
-        for (int64_t t = 0; t < tokens && first + t < kCols; ++t) x[size_t(t * kCols + first + t)] = 1.0f;
-        const std::vector<float> y = multiply(*table, w.view, x, tokens);
-        bool equal = true;
-        for (int64_t t = 0; t < tokens && first + t < kCols; ++t) {
-          for (int64_t row = 0; row < kRows; ++row) {
-            const double value = row % 128 == 127 ? 0 : e4m3(int(row));
-            equal &= double(y[size_t(t * kRows + row)]) == value / 2;
+  const auto weights_of = [&](Format format) {
+    const auto scales = size_t(num_f8_scales(format, kRows, kCols));
+    if (format == Format::mxfp8) {
+      return Weights(format, codes, std::vector<uint8_t>(scales, 126), kRows, kCols, 3);
+    }
+    return Weights(format, codes, std::vector<float>(scales, 0.5f), kRows, kCols, 3);
+  };
+  for (const Format format : kF8Formats) {
+    const Weights w = weights_of(format);
+    for (const KernelTable* table : all_tables()) {
+      for (const int64_t tokens : {1, 2, 3, 6, 30}) {
+        for (int64_t first = 0; first < kCols; first += tokens) {
+          std::vector<float> x(size_t(tokens * kCols), 0.0f);
+          for (int64_t t = 0; t < tokens && first + t < kCols; ++t) x[size_t(t * kCols + first + t)] = 1.0f;
+          const std::vector<float> y = multiply(*table, w.view, x, tokens);
+          bool equal = true;
+          for (int64_t t = 0; t < tokens && first + t < kCols; ++t) {
+            for (int64_t row = 0; row < kRows; ++row) {
+              const double value = row % 128 == 127 ? 0 : e4m3(int(row));
+              equal &= double(y[size_t(t * kRows + row)]) == value / 2;
+            }
           }
+          CHECK(equal);
         }
-        CHECK(equal);
       }
     }
   }
@@ -336,17 +422,17 @@ void a_product_with_an_f8_code_is_its_value() {
 
 void what_is_no_number_is_seen_while_it_is_transcoded() {
   for (const KernelTable* table : all_tables()) {
-    std::vector<uint8_t> matrix(size_t(matrix_bytes(Format::f8, kF8Rows, kF8Cols)));
+    std::vector<uint8_t> matrix(size_t(matrix_bytes(Format::f8_32, kF8Rows, kF8Cols)));  // the largest
     const auto run = [&](BlockType type, const void* data) {
-      return table->transcode[int(type)]({static_cast<const uint8_t*>(data), kF8Rows, kF8Cols, 1, 0,
-                                          num_strips(type, kF8Rows), matrix.data()});
+      return table->transcode[kind_of(type)]({static_cast<const uint8_t*>(data), kF8Rows, kF8Cols, 1, 0,
+                                              num_strips(type, kF8Rows), matrix.data()});
     };
     std::vector<uint8_t> codes(size_t(kF8Rows * kF8Cols), 0xFE);
     CHECK(run(BlockType::f8_codes, codes.data()));
     for (const size_t at : {size_t(0), codes.size() / 2, codes.size() - 1}) {
       std::vector<uint8_t> damaged = codes;
       damaged[at] = at % 2 == 0 ? 0x7F : 0xFF;
-      CHECK(!run(BlockType::f8_codes, damaged.data()));
+      for (const Format format : kF8Formats) CHECK(!run(codes_of(format), damaged.data()));
     }
     std::vector<float> scales(18, 6e35f);
     CHECK(run(BlockType::f8_scales, scales.data()));
@@ -359,6 +445,20 @@ void what_is_no_number_is_seen_while_it_is_transcoded() {
     CHECK(run(BlockType::f8_scales_bf16, halves.data()));
     halves[3] = 0x7F80;
     CHECK(!run(BlockType::f8_scales_bf16, halves.data()));
+    halves[3] = 0x7C00;
+    CHECK(!run(BlockType::f8_scales_f16, halves.data()));
+    const float nan = NAN;
+    CHECK(!run(BlockType::f8_scale, &nan));
+    std::vector<float> of_rows(kF8Rows, 6e35f);
+    CHECK(run(BlockType::f8_row_scales, of_rows.data()));
+    of_rows.back() = 1e36f;
+    CHECK(!run(BlockType::f8_row_scales, of_rows.data()));
+    std::vector<uint8_t> powers(kF8Rows * 22, 245);
+    CHECK(run(BlockType::mxfp8_scales, powers.data()));
+    for (const uint8_t wrong : {uint8_t{246}, uint8_t{254}, uint8_t{255}}) {
+      powers.back() = wrong;
+      CHECK(!run(BlockType::mxfp8_scales, powers.data()));
+    }
   }
 }
 
@@ -372,7 +472,7 @@ void f8_tensors_may_be_transcoded_apart() {
     halves[i] = uint16_t(0x3C00 + 77 * i);
     scales[i] = float_from_bf16(halves[i]);
   }
-  const Weights whole(codes, scales, kF8Rows, kF8Cols);
+  const Weights whole(Format::f8, codes, scales, kF8Rows, kF8Cols);
   const auto size = size_t(matrix_bytes(Format::f8, kF8Rows, kF8Cols));
   for (const KernelTable* table : all_tables()) {
     std::vector<uint8_t> parts(size, 0xAA);
@@ -395,7 +495,7 @@ void nan_and_infinity_stay_in_their_row() {
   constexpr int64_t kRows = 20, kCols = 70;
   for (const KernelTable* table : all_tables()) {
     for (const Format format : kFormats) {
-      if (format == Format::f8) continue;  // f8 has no infinities, and one scale for all these rows
+      if (is_f8(format)) continue;  // their scales are finite
       std::vector<float> values = normal(kRows * kCols, 8);
       values[3 * kCols + 40] = NAN;
       values[7 * kCols + 69] = -INFINITY;
@@ -432,12 +532,16 @@ std::vector<uint8_t> any_source(BlockType type, int64_t rows, int64_t cols, unsi
   std::mt19937 generator(seed);
   std::vector<uint8_t> bytes(size_t(source_bytes(type, rows, cols)));
   for (uint8_t& byte : bytes) byte = uint8_t(generator());
-  if (type == BlockType::f8_codes) {
+  if (!is_f8(slot_format(type))) return bytes;
+  const ScaleType scale = entry_of(type).scale;
+  if (scale == ScaleType::none) {
     for (uint8_t& byte : bytes) byte = (byte & 0x7F) == 0x7F ? 0 : byte;
-  } else if (type == BlockType::f8_scales) {
+  } else if (scale == ScaleType::f32) {
     const std::vector<float> scales = normal(int64_t(bytes.size() / 4), seed);
     std::memcpy(bytes.data(), scales.data(), bytes.size());
-  } else if (type == BlockType::f8_scales_bf16) {
+  } else if (scale == ScaleType::e8m0) {
+    for (uint8_t& byte : bytes) byte = uint8_t(byte % 246);
+  } else {
     for (size_t i = 1; i < bytes.size(); i += 2) bytes[i] = bytes[i] % 2 == 0 ? 0x3D : 0xBD;
   }
   return bytes;
@@ -449,9 +553,9 @@ void every_instruction_set_transcodes_to_the_same_bytes() {
   for (int number = 0; number < kNumBlockTypes; ++number) {
     const BlockType type = BlockType(number);
     const Format format = slot_format(type);
-    const int64_t rows = 300, cols = format == Format::f8 ? 300 : 3 * quant_format(format).block_cols;
+    const int64_t rows = 300, cols = is_f8(format) ? 300 : 3 * quant_format(format).block_cols;
     for (const int64_t interleaved : {1, 2}) {
-      if (format == Format::f8 && interleaved > 1) continue;
+      if (!may_be_interleaved(type) && interleaved > 1) continue;
       const std::vector<uint8_t> source = any_source(type, interleaved * rows, cols, 15);
       std::vector<uint8_t> expected;
       for (const KernelTable* table : all_tables()) {
@@ -487,7 +591,7 @@ void panels_may_be_transcoded_apart() {
     for (int number = 0; number < kNumBlockTypes; ++number) {
       const BlockType type = BlockType(number);
       const Format format = slot_format(type);
-      if (format == Format::f8) continue;  // f8_tensors_may_be_transcoded_apart
+      if (is_f8(format)) continue;  // f8_tensors_may_be_transcoded_apart
       const int64_t cols = 2 * quant_format(format).block_cols;
       const int64_t row_bytes = block_row_bytes(type, cols);
       for (const int64_t interleaved : {1, 2, 3}) {
@@ -531,6 +635,8 @@ int main() {
   a_token_has_one_order_of_sums();
   a_long_row_has_the_same_order_of_sums();
   f8_weights_are_codes_times_scales();
+  f8_scales_may_have_other_types();
+  sizes_of_blocks_are_part_of_their_names();
   f8_products_are_those_of_the_float32_weights();
   a_product_with_an_f8_code_is_its_value();
   what_is_no_number_is_seen_while_it_is_transcoded();

@@ -35,11 +35,11 @@ from argosy import _native
 from argosy.checkpoint.block_types import RUNNABLE_TYPES, SLOT_FORMATS, TYPE_HINT
 from argosy.checkpoint.formats import (
     BYTES_PER_VALUE,
-    F8_BLOCK,
     PANEL_ROWS,
     MatrixShape,
     matrix_bytes,
     round_up,
+    rows_together,
 )
 from argosy.checkpoint.latent_up import KeyValueMatrix, KeyValueRows, passing_bytes, split, split_shapes
 from argosy.checkpoint.safetensors import TensorRef
@@ -474,7 +474,7 @@ def _steps(ref: MatrixRef, most_values: int) -> Iterator[tuple[int, int]]:
 
     Only the last step may contain part of a panel, so that concatenated slices equal the matrix converted at once.
     """
-    together = F8_BLOCK if ref.format == "f8" else PANEL_ROWS
+    together = max(PANEL_ROWS, rows_together(ref.format))
     step = max(together, most_values // max(1, ref.cols) // together * together)
     for row in range(0, ref.rows, step):
         yield row, min(step, ref.rows - row)

@@ -8,6 +8,7 @@ half: each weight is stored once, and both products read rows in order.
 
 - Float formats keep their bits.
 - f8 has scales for square blocks: it keeps its bits if each half of a head is whole blocks, and otherwise becomes
+  float32. The other FP8 formats keep the value half if each half of a head is whole stretches; the rest becomes
   float32.
 - Groups of other quantised weights run along the rank and cannot be transposed without requantising. The key half
   becomes float16, which is off by at most a thirtieth of a quantisation step for q8, and by less for other formats.
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 
 from argosy import _native
 from argosy.checkpoint.formats import F8_BLOCK, MatrixShape, is_quantised, matrix_bytes, rows_together
-from argosy.config import Format
+from argosy.config import F8_FORMATS, Format
 
 Bytes = NDArray[np.uint8]
 
@@ -55,9 +56,9 @@ class KeyValueMatrix(NamedTuple):
 def split_shapes(kv_up: KeyValueMatrix) -> tuple[MatrixShape, MatrixShape]:
     """Return the shapes of k_up and v_up."""
     format, head, rank = kv_up
-    whole_format: Format = "f32" if format == "f8" else "f16"
+    whole_format: Format = "f32" if format in F8_FORMATS else "f16"
     value_format: Format = format if _is_cut_between_heads(kv_up) else whole_format
-    key_format: Format = "f16" if is_quantised(format) and format != "f8" else value_format
+    key_format: Format = value_format if not is_quantised(format) or format == "f8" else whole_format
     return (
         MatrixShape(key_format, head.num_heads * rank, head.key_rows),
         MatrixShape(value_format, head.num_heads * head.value_rows, rank),
@@ -93,8 +94,9 @@ def split(kv_up: KeyValueMatrix, matrix: Bytes, keys: Bytes, values: Bytes) -> N
         if key_shape.format == "f8":
             _turn_f8(one[:key_bytes], head.key_rows, rank, place)
         else:
-            exact = _native.dequantize(format, one[:key_bytes], head.key_rows, rank).astype(np.float16)
-            place.view(np.float16).reshape(rank, head.key_rows)[:] = exact.T
+            exact = _native.dequantize(format, one[:key_bytes], head.key_rows, rank)
+            number = np.float32 if key_shape.format == "f32" else np.float16
+            place.view(number).reshape(rank, head.key_rows)[:] = exact.T
 
 
 def _split_whole(heads: NDArray[Any], key_rows: int, keys: Bytes, values: Bytes) -> None:

@@ -10,11 +10,12 @@ from typing import Literal
 DraftForm = Literal["deepseek", "qwen"]
 # Storage formats of a weight matrix in memory; native/kernels/formats.h has the layouts.
 Format = Literal[
-    "f32", "f16", "bf16", "f8",
+    "f32", "f16", "bf16", "f8", "f8_row", "f8_32", "mxfp8",
     "q8", "q4", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k", "q2_k", "q3_k", "iq4_nl", "iq4_xs", "mxfp4",
     "int4",
 ]  # fmt: skip
-FLOAT_FORMATS: frozenset[Format] = frozenset({"f32", "f16", "bf16", "f8"})  # activations stay float32
+F8_FORMATS: frozenset[Format] = frozenset({"f8", "f8_row", "f8_32", "mxfp8"})
+FLOAT_FORMATS: frozenset[Format] = F8_FORMATS.union({"f32", "f16", "bf16"})  # activations stay float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
