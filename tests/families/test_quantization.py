@@ -429,7 +429,7 @@ def renamed(name: str, new: str) -> Damage:
         ),
         (
             entry(EXPERT + "weight_scale_inv", lambda e: e.update(dtype="I32")),
-            "weight_scale_inv is I32; supported: F32, BF16",
+            "supported: scales in F32, BF16, F16, U8, F8_E8M0, found I32",
         ),
         (
             entry(EXPERT + "weight", lambda e: e.update(dtype="F8_E5M2")),

@@ -36,7 +36,8 @@ from argosy.errors import CheckpointError, UnsupportedModel
 REQUANTISED: tuple[Format, ...] = ("f8", "f8_row", "f8_32", "mxfp8", "int4", "mxfp4")
 
 _COPIED_NAMES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "config.json", "hf_quant_config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json",
     "merges.txt", "tiktoken.model", "preprocessor_config.json", "processor_config.json",
     "video_preprocessor_config.json", MODULES_FILE, GGUF_METADATA_FILE, MMPROJ_METADATA_FILE,

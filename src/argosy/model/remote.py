@@ -43,6 +43,7 @@ from argosy.directory import Directory
 from argosy.errors import CheckpointError, DiskFull, UnsupportedModel, UsageError
 from argosy.experts.resident import Progress
 from argosy.model.families import CONFIG_FILE, read_config
+from argosy.model.reading.quantization import MODELOPT_FILE
 from argosy.prompt.tokenizer import TOKENIZER_FILE
 
 SAFETENSORS_BYTES = 7 << 20  # most bytes read of a safetensors model, config.json and lists of files included
@@ -205,7 +206,7 @@ def _fetch_safetensors(
     directory: Path,
     tell: Progress,
 ) -> RemoteHeaders:
-    for name in (CONFIG_FILE, GENERATION_FILE):
+    for name in (CONFIG_FILE, GENERATION_FILE, MODELOPT_FILE):
         if name in names:
             (directory / name).write_bytes(hub.read_all(url_of(name), _CONFIG_BYTES))
     _, config = read_config(directory)

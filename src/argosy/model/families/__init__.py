@@ -33,7 +33,7 @@ from argosy.installed import members
 from argosy.model.reading.config_reader import ConfigReader
 from argosy.model.reading.layout import Layout, read_layout
 from argosy.model.reading.mlx import mlx_layouts
-from argosy.model.reading.quantization import read_quantization
+from argosy.model.reading.quantization import read_stored
 
 CONFIG_FILE = "config.json"
 
@@ -129,7 +129,7 @@ def _open(path: Path, mmproj: Path | None, tower: Path | None, shards: int) -> M
     if not config_path.exists() and not config_path.is_symlink():
         raise _without_config(path)
     family, config = read_config(path)
-    quantization = read_quantization(read_object(config_path), config_path)
+    quantization = read_stored(config_path)
     layouts = (*family.LAYOUTS, *mlx_layouts(family.MODEL_TYPE, family.LAYOUTS[0]))
     return read_layout(path, config, layouts, open_tensors(path), quantization)
 

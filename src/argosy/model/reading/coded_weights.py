@@ -17,19 +17,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import cast, get_args
 
+from argosy.checkpoint.block_types import fp8_parts
 from argosy.checkpoint.landing import MatrixRef, Piece, Transcode, Transcoded
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.checkpoint.untrusted_file import quote
 from argosy.config import Format
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.reading.accounts import FLOAT_FORMATS, TensorAccounts
-from argosy.model.reading.mlx_quantization import AS_ITS_TENSORS, scheme_of_tensors
 from argosy.model.reading.schemes import Quantization, Scheme
 
-FP8_BLOCK = 128
 MXFP4_GROUP = 32
 # Tensors of quantised checkpoints that do not change weights: they round activations, keys and values.
 PASSED_OVER = tuple(
@@ -64,87 +63,95 @@ class Stored:
     parts: tuple[Part, ...]
 
 
-# Says how a scheme stores a matrix [rows, cols]; `dtype_of` returns the dtype of a part, or None if there is none.
-# Returns a text that says what is supported instead.
-Storage = Callable[[Scheme, int, int, Callable[[str], str | None]], Stored | str]
+_E8M0 = ("U8", "F8_E8M0")
+_FP8_DTYPES = ("F32", "BF16", "F16", *_E8M0)
+_FP8_SCALES = ("weight_scale_inv", "weight_scale", "qscale_weight", "scale")
+_FP4_SCALES = ("weight_scale", "scale")
 
 
 def _ceil(size: int, step: int) -> int:
     return -(-size // step)
 
 
-def _pack_quantized(
-    scheme: Scheme, rows: int, cols: int, dtype_of: Callable[[str], str | None]
-) -> Stored | str:
+def _pack_quantized(scheme: Scheme, rows: int, cols: int, scale_dtype: str | None) -> Stored | str:
     if scheme.bits != 4 or scheme.block != (1, 32) or scheme.has_zeros or cols % 32:
         return "4 bits, symmetric, whole groups of 32 columns"
-    return Stored(
-        "int4",
-        (
-            Part(("weight_packed",), {"I32": "int4_quants"}, ((rows, cols // 8),)),
-            Part(("weight_scale",), {"BF16": "int4_scales"}, ((rows, cols // 32),)),
-            Part(("weight_shape",), {"I32": "", "I64": ""}, ((2,),)),
-        ),
+    parts = (
+        Part(("weight_packed",), {"I32": "int4_quants"}, ((rows, cols // 8),)),
+        Part(("weight_scale",), {"BF16": "int4_scales"}, ((rows, cols // 32),)),
+        Part(("weight_shape",), {"I32": "", "I64": ""}, ((2,),)),
     )
+    return Stored("int4", parts)
 
 
-def _fp8(scheme: Scheme, rows: int, cols: int, dtype_of: Callable[[str], str | None]) -> Stored | str:
-    if scheme.block != (FP8_BLOCK, FP8_BLOCK):
-        return f"blocks of {FP8_BLOCK} x {FP8_BLOCK}"
-    blocks = _ceil(rows, FP8_BLOCK), _ceil(cols, FP8_BLOCK)
-    types = {"F32": "f8_scales", "BF16": "f8_scales_bf16"}
-    return Stored(
-        "f8",
-        (
-            Part(("weight",), {"F8_E4M3": "f8_codes"}, ((rows, cols),)),
-            Part(("weight_scale_inv", "weight_scale"), types, (blocks,)),
-        ),
+def _fp8(scheme: Scheme, rows: int, cols: int, scale_dtype: str | None) -> Stored | str:
+    dtype = scale_dtype or "F32"
+    if dtype not in _FP8_DTYPES:
+        return f"scales in {', '.join(_FP8_DTYPES)}, found {dtype}"
+    height, width = scheme.block[0] or rows, scheme.block[1] or cols
+    found = fp8_parts((rows, cols), (height, width), dtype)
+    if found is None:
+        return "blocks of whole groups of 32 columns"
+    format, codes, scales = found
+    shapes: tuple[tuple[int, ...], ...] = ((_ceil(rows, height), _ceil(cols, width)),)
+    if scheme.block == (0, 0):
+        shapes = ((), (1,), (1, 1))
+    elif scheme.block == (1, 0):
+        shapes = ((rows, 1), (rows,))
+    else:
+        shapes += ((shapes[0][0], 1, shapes[0][1], 1),)  # modelopt's
+    parts = (
+        Part(("weight",), {"F8_E4M3": codes}, ((rows, cols),)),
+        Part(_FP8_SCALES, {dtype: scales}, shapes),
     )
+    return Stored(format, parts)
 
 
-def _mlx_affine(scheme: Scheme, rows: int, cols: int, dtype_of: Callable[[str], str | None]) -> Stored | str:
-    bits, group = scheme.bits, scheme.block[1]
-    name = {"F16": "f16", "BF16": "bf16"}.get(scales := dtype_of("scales") or "F16")
-    if name is None or cols % group:
-        return "whole groups, with scales in F16 or BF16"
-    format = cast(Format, f"affine{bits}_{group}_{name}")
-    return Stored(
-        format,
-        (
-            Part(("weight",), {"U32": f"{format}:codes"}, ((rows, cols * bits // 32),)),
-            Part(("scales",), {scales: f"{format}:scales"}, ((rows, cols // group),)),
-            Part(("biases",), {scales: f"{format}:biases"}, ((rows, cols // group),)),
-        ),
+def _mxfp8(scheme: Scheme, rows: int, cols: int, scale_dtype: str | None) -> Stored | str:
+    if cols % 32:
+        return "columns in whole groups of 32"
+    parts = (
+        Part(("weight",), {"F8_E4M3": "mxfp8_codes"}, ((rows, cols),)),
+        Part(("weight_scale",), dict.fromkeys(_E8M0, "mxfp8_scales"), ((rows, cols // 32),)),
     )
+    return Stored("mxfp8", parts)
 
 
-def _mlx_floats(format: Format, scales: str) -> Storage:
-    """The modes of MLX whose codes and scales are small floats."""
+def _mxfp4(scheme: Scheme, rows: int, cols: int, scale_dtype: str | None) -> Stored | str:
+    if cols % MXFP4_GROUP:
+        return f"columns in whole groups of {MXFP4_GROUP}"
+    parts = (
+        Part(("weight_packed", "weight"), dict.fromkeys(("U8", "I8"), "mxfp4_quants"), ((rows, cols // 2),)),
+        Part(_FP4_SCALES, dict.fromkeys(_E8M0, "mxfp4_scales"), ((rows, cols // MXFP4_GROUP),)),
+    )
+    return Stored("mxfp4", parts)
 
-    def stored(scheme: Scheme, rows: int, cols: int, dtype_of: Callable[[str], str | None]) -> Stored | str:
-        group = scheme.block[1]
-        if cols % group:
-            return f"whole groups of {group} columns"
-        codes = f"{format}_codes" if scheme.bits == 8 else f"{format}_quants"
-        return Stored(
-            format,
-            (
-                Part(("weight",), {"U32": codes}, ((rows, cols * scheme.bits // 32),)),
-                Part(("scales",), {"U8": scales}, ((rows, cols // group),)),
-            ),
-        )
 
-    return stored
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """The tensors of a scheme.
+
+    stored: says how a matrix [rows, cols] is stored if its scales have a dtype (None: they are missing), or what is
+        supported instead.
+    scales: the possible names of the scales.
+    """
+
+    stored: Callable[[Scheme, int, int, str | None], Stored | str]
+    scales: tuple[str, ...] = ("weight_scale",)
 
 
 STORAGES: Mapping[str, Storage] = {
-    "pack-quantized": _pack_quantized,
-    "fp8": _fp8,
-    "mlx-affine": _mlx_affine,
-    "mlx-mxfp4": _mlx_floats("mxfp4", "mxfp4_scales"),
-    "mlx-mxfp8": _mlx_floats("mxfp8", "mxfp8_scales"),
-    "mlx-nvfp4": _mlx_floats(cast(Format, "nvfp4"), "nvfp4_scales_alone"),
+    "pack-quantized": Storage(_pack_quantized),
+    "fp8": Storage(_fp8, _FP8_SCALES),
+    "mxfp8-quantized": Storage(_mxfp8),
+    "mxfp4-pack-quantized": Storage(_mxfp4),
 }
+
+
+@lru_cache(256)
+def _stored(scheme: Scheme, rows: int, cols: int, scale_dtype: str | None) -> Stored | str:
+    storage = STORAGES.get(scheme.storage)
+    return ", ".join(STORAGES) if storage is None else storage.stored(scheme, rows, cols, scale_dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,24 +163,28 @@ class Slice:
     num_matrices: int = 1
     matrix: int = 0
 
-    def shapes_of(self, part: Part, whole: Part) -> tuple[tuple[int, ...], ...]:
-        """Return the shapes of a stacked part; `whole` is the part of the matrices together."""
+    def in_file(self, whole: Part) -> tuple[tuple[int, ...], ...]:
+        """Return the shapes of a stacked part, given the part of all matrices of an expert together."""
         return tuple((self.num_experts, *shape) for shape in whole.shapes)
 
-    def of(self, ref: TensorRef, shape: tuple[int, ...]) -> TensorRef | None:
-        """Return this matrix's part, which has `shape`; None if its bytes are not contiguous."""
+    def of(self, ref: TensorRef, shapes: tuple[tuple[int, ...], ...]) -> TensorRef | None:
+        """Return this matrix's part, which has one of these shapes; None if its bytes are not contiguous."""
         one = ref.at(self.expert)
-        if self.num_matrices == 1 or math.prod(one.shape) == math.prod(shape):
+        if one.shape in shapes:  # also a factor that gate and up share
             return one
-        if one.shape != (self.num_matrices * shape[0], *shape[1:]):
+        count = self.num_matrices
+        shape = next(
+            (shape for shape in shapes if shape and one.shape == (count * shape[0], *shape[1:])), None
+        )
+        if shape is None:
             return None
-        nbytes = one.nbytes // self.num_matrices
+        nbytes = one.nbytes // count
         return TensorRef(one.name, one.path, one.offset + self.matrix * nbytes, nbytes, one.dtype, shape)
 
 
 def is_there(name: str, tensors: Mapping[str, TensorRef] | TensorAccounts) -> bool:
     """Whether a weight exists, or its codes do."""
-    return any(one in tensors for one in (name, *(_spellings(name, codes)[0] for codes in _CODES)))
+    return name in tensors or any(one in tensors for codes in _CODES for one in _spellings(name, codes))
 
 
 def _spellings(name: str, part: str) -> tuple[str, ...]:
@@ -181,10 +192,6 @@ def _spellings(name: str, part: str) -> tuple[str, ...]:
     if name.endswith(".weight"):
         return (name.removesuffix("weight") + part,)
     return tuple(dict.fromkeys((name + part.removeprefix("weight"), f"{name}_{part}")))
-
-
-def _by_head(shape: tuple[int, ...], num_heads: int) -> tuple[int, ...]:
-    return (num_heads, shape[0] // num_heads, *shape[1:]) if num_heads else shape
 
 
 class WeightAccounts(TensorAccounts):
@@ -196,27 +203,22 @@ class WeightAccounts(TensorAccounts):
         super().__init__(directory, tensors, FLOAT_FORMATS)
         self._quantization = quantization
 
-    def weight(
-        self, name: str, shape: tuple[int, ...], slice: Slice | None = None, *, num_heads: int = 0
-    ) -> MatrixRef:
+    def weight(self, name: str, shape: tuple[int, ...], slice: Slice | None = None) -> MatrixRef:
         """Take the tensor or tensors of a weight; which of them exist shows how it is stored.
-
-        Args:
-            num_heads: the tensors have an axis for heads before that of the rows of one; 0: they have not.
 
         Raises:
             CheckpointError: a tensor is missing or has another shape, or `quantization_config` contradicts them.
             UnsupportedModel: a tensor has an unsupported dtype, or no kernel reads the scheme.
         """
         if (codes := self.codes_of(name)) is not None and len(shape) == 2:
-            return self._coded(name, codes, (shape[0], shape[1]), slice, num_heads)
+            return self._coded(name, codes, (shape[0], shape[1]), slice)
         if slice is not None:
             in_file = (slice.num_experts, slice.num_matrices * shape[0], *shape[1:])
             ref, format = self.take(name, in_file)
-            part = slice.of(ref, shape)
+            part = slice.of(ref, (shape,))
             assert part is not None
             return MatrixRef.of(part, format, shape[0], shape[1])
-        ref, format = self.take(name, _by_head(shape, num_heads))
+        ref, format = self.take(name, shape)
         rows, cols = shape if len(shape) == 2 else (1, math.prod(shape))
         return MatrixRef.of(ref, format, rows, cols)
 
@@ -249,49 +251,45 @@ class WeightAccounts(TensorAccounts):
             )
         return scheme
 
-    def _coded(
-        self, name: str, codes: TensorRef, shape: tuple[int, int], slice: Slice | None, num_heads: int
-    ) -> MatrixRef:
+    def _coded(self, name: str, codes: TensorRef, shape: tuple[int, int], slice: Slice | None) -> MatrixRef:
         scheme = self.scheme_of(name, codes)
-        if scheme.storage == AS_ITS_TENSORS:
-            scheme = scheme_of_tensors(codes, self._tensors.get(_spellings(name, "scales")[0]), shape[1])
-        stored = self._stored(name, scheme, *shape, codes)
-        num_matrices = 1 if slice is None else slice.num_matrices
-        whole = self._stored(name, scheme, num_matrices * shape[0], shape[1], codes)
+        stored = self._stored(name, codes, scheme, shape)
+        together = stored
+        if slice is not None and slice.num_matrices > 1:
+            together = self._stored(name, codes, scheme, (slice.num_matrices * shape[0], shape[1]))
         pieces: list[tuple[TensorRef, str]] = []
-        for part, together in zip(stored.parts, whole.parts, strict=True):
-            spelled = [one for names in part.names for one in _spellings(name, names)]
-            found = next((one for one in spelled if one in self), spelled[0])
+        for part, whole in zip(stored.parts, together.parts, strict=True):
+            found = self._name_of(name, part.names)
             if not part.is_required and found not in self:
                 continue
-            shapes = part.shapes if slice is None else slice.shapes_of(part, together)
-            shapes = tuple(_by_head(one, num_heads) for one in shapes)
+            shapes = part.shapes if slice is None else slice.in_file(whole)
             ref, block_type = self.take_part(found, part.types, *shapes)
-            if slice is not None:
-                own = slice.of(ref, part.shapes[0])
-                if own is None:
-                    raise UnsupportedModel(
-                        f"{ref.path.name}: {quote(found)} {list(ref.shape)} holds several matrices, whose bytes "
-                        "alternate; supported: experts in separate tensors",
-                        path=ref.path,
-                        tensor=found,
-                    )
-                ref = own
+            own = ref if slice is None else slice.of(ref, part.shapes)
+            if own is None:
+                raise UnsupportedModel(
+                    f"{ref.path.name}: {quote(found)} {list(ref.shape)} holds parts of several matrices that cannot be "
+                    "separated; supported: experts in separate tensors",
+                    path=ref.path,
+                    tensor=found,
+                )
             if block_type:
-                pieces.append((ref, block_type))
+                pieces.append((own, block_type))
         return in_parts(stored.format, shape, *pieces)
 
-    def _stored(self, name: str, scheme: Scheme, rows: int, cols: int, codes: TensorRef) -> Stored:
-        def dtype_of(part: str) -> str | None:
-            spelled = (self._tensors.get(one) for one in _spellings(name, part))
-            return next((ref.dtype for ref in spelled if ref is not None), None)
+    def _name_of(self, name: str, parts: tuple[str, ...]) -> str:
+        """Return the name of a weight's part that exists, or the first that it could have."""
+        if len(parts) == 1 and name.endswith(".weight"):
+            return name.removesuffix("weight") + parts[0]
+        spelled = [one for part in parts for one in _spellings(name, part)]
+        return next((one for one in spelled if one in self._tensors), spelled[0])
 
-        storage = STORAGES.get(scheme.storage)
-        stored = ", ".join(STORAGES) if storage is None else storage(scheme, rows, cols, dtype_of)
-        if isinstance(stored, Stored) and stored.format not in get_args(Format):
-            stored = "formats that have kernels"
+    def _stored(self, name: str, codes: TensorRef, scheme: Scheme, shape: tuple[int, int]) -> Stored:
+        scales = None
+        if (storage := STORAGES.get(scheme.storage)) is not None:
+            scales = self._tensors.get(self._name_of(name, storage.scales))
+        stored = _stored(scheme, *shape, None if scales is None else scales.dtype)
         if isinstance(stored, str):
-            raise self.unread(codes, (rows, cols), scheme, stored)
+            raise self.unread(codes, shape, scheme, stored)
         return stored
 
     def unread(

@@ -2,9 +2,11 @@
 
     raw config  ->  read_quantization  ->  Quantization: the scheme of each module
 
+    directory   ->  read_stored  ->  the same; modelopt may describe it in `hf_quant_config.json` instead
+
 Every key is read, or known to change nothing, or refused by name. The tensors in the files tell which matrices are
 quantised (`coded_weights.py`), and `quantization_config` is checked against them. In a multimodal config it may be at
-the top level or in the text part. MLX has its settings in `quantization` (`mlx_quantization.py`).
+the top level or in the text part.
 
 Elsewhere: `quantization_methods.py` reads the settings of each method.
 """
@@ -12,20 +14,49 @@ Elsewhere: `quantization_methods.py` reads the settings of each method.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
+from argosy.checkpoint.untrusted_file import quote, read_object
 from argosy.errors import CheckpointError
-from argosy.model.reading.mlx_quantization import read_mlx
 from argosy.model.reading.quantization_methods import ALIASES, METHODS, REFUSED
 from argosy.model.reading.schemes import KEY, Quantization, SettingsReader
 
-__all__ = ["KEY", "MLX_KEY", "read_quantization"]
+__all__ = ["KEY", "MODELOPT_FILE", "read_quantization", "read_stored"]
 
-MLX_KEY = "quantization"
-
+MODELOPT_FILE = "hf_quant_config.json"
+_DETAILS = "quantization"  # the key of that file
 # Its possible places: the top level, or the text parts of a multimodal config.
 _PARTS = ((), ("text_config",), ("thinker_config",), ("thinker_config", "text_config"))
-SUPPORTED = f"{', '.join(METHODS)}, and unquantised bf16, f16 and f32 tensors; under {MLX_KEY}: MLX's modes"
+SUPPORTED = f"{', '.join(METHODS)}, and unquantised bf16, f16 and f32 tensors"
+
+
+def read_stored(config: Path) -> Quantization | None:
+    """Read how the weights beside a `config.json` are stored.
+
+    Raises:
+        UnsupportedModel, CheckpointError: as `read_quantization`; or two files contradict each other.
+    """
+    raw, path = read_object(config), config.with_name(MODELOPT_FILE)
+    found = read_quantization(raw, config)
+    if not path.exists() or (found is not None and found.method != "modelopt"):
+        return found
+    details = read_object(path).get(_DETAILS)
+    reader = SettingsReader(details, path, _DETAILS, SUPPORTED)
+    own = METHODS["modelopt"](reader)
+    if found is None:
+        return replace(own, where=path.name)
+    _, said = next(_all_said(raw))
+    algorithm = said.get("quant_algo") if isinstance(said, Mapping) else None
+    if algorithm != reader.settings.get("quant_algo"):
+        raise CheckpointError(
+            f"{config.name} says quant_algo {quote(algorithm)}, and {path.name} says "
+            f"{quote(reader.settings.get('quant_algo'))}",
+            hint="the files of two checkpoints may have been mixed; fetch them again",
+            path=path,
+            key="quant_algo",
+        )
+    return found
 
 
 def read_quantization(raw: Mapping[str, object], path: Path = Path("config.json")) -> Quantization | None:
@@ -36,8 +67,6 @@ def read_quantization(raw: Mapping[str, object], path: Path = Path("config.json"
         CheckpointError: it is not an object, or appears twice with different values.
     """
     said = list(_all_said(raw))
-    if raw.get(MLX_KEY) is not None:
-        return _read_mlx(raw[MLX_KEY], [given for _, given in said], path)
     if not said:
         return None
     _, given = said[0]
@@ -52,19 +81,6 @@ def read_quantization(raw: Mapping[str, object], path: Path = Path("config.json"
     if name not in METHODS:
         raise reader.refused(KEY, method, hint=REFUSED.get(name))
     return METHODS[name](reader)
-
-
-def _read_mlx(given: object, said: list[object], path: Path) -> Quantization:
-    """Read MLX's settings; `quantization_config` repeats them, or describes the checkpoint that MLX converted."""
-    reader = SettingsReader(given, path, MLX_KEY, SUPPORTED)
-    for other in said:
-        if other != given and not (isinstance(other, dict) and "quant_method" in other):
-            raise CheckpointError(
-                f"{path.name} has {MLX_KEY} and {KEY} with different values, and neither names a quant_method",
-                path=path,
-                key=KEY,
-            )
-    return read_mlx(reader)
 
 
 def _all_said(raw: Mapping[str, object]) -> Iterator[tuple[str, object]]:

@@ -190,24 +190,28 @@ def _modelopt_scheme(reader: SettingsReader, given: Mapping[str, object], where:
 # ── fp8, mxfp4 ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+_EXPERTS = Names(globs=(("", ".experts.", ""),))
+
+
 def read_fp8(reader: SettingsReader) -> Quantization:
     """Read E4M3 weights with a scale for each block, or for each matrix."""
     config = reader.settings
     reader.keys(
         config, reader.key, "quant_method", "weight_block_size", "modules_to_not_convert", "ignored_layers",
-        "modules_to_convert", "kv_cache_scheme",
+        "modules_to_convert", "kv_cache_scheme", "expert_dtype",
         activation_scheme=("dynamic", "static", None),
         fmt=("e4m3", "float8_e4m3fn", None),
         scale_fmt=("ue8m0", "float", None),  # the dtype of the scales tells
         dequantize=(False, None),
-        expert_dtype=("fp8", None),
         is_checkpoint_fp8_serialized=(True, None),
     )  # fmt: skip
     size = config.get("weight_block_size")
     block = (0, 0) if size is None else _block(reader, size, f"{reader.key}.weight_block_size")
     names = reader.names(config, "modules_to_not_convert", "ignored_layers", match_parts=True)
-    scheme = Scheme(storage="fp8", bits=8, block=block)
-    return Quantization("fp8", (Rule(names, None), Rule(EVERYTHING, scheme)))
+    rules = [Rule(names, None), Rule(EVERYTHING, Scheme(storage="fp8", bits=8, block=block))]
+    if reader.choice(config, reader.key, "expert_dtype", "fp8", "fp4", default="fp8") == "fp4":  # DeepSeek-V4
+        rules.insert(1, Rule(_EXPERTS, Scheme(storage="mxfp4-pack-quantized", bits=4, block=(1, 32))))
+    return Quantization("fp8", tuple(rules))
 
 
 def read_mxfp4(reader: SettingsReader) -> Quantization:

@@ -71,6 +71,8 @@ class Names:
     expressions: tuple[re.Pattern[str], ...] = ()
     globs: tuple[tuple[str, ...], ...] = ()
     is_everything: bool = False
+    # The numbers of steps in the paths of `parts`.
+    _lengths: tuple[int, ...] = field(init=False, repr=False, compare=False, default=())
     # Globs of the form "text*" are most, and are tried together.
     _beginnings: tuple[str, ...] = field(init=False, repr=False, compare=False, default=())
     _others: tuple[tuple[str, ...], ...] = field(init=False, repr=False, compare=False, default=())
@@ -79,6 +81,7 @@ class Names:
         is_beginning = [len(texts) == 2 and not texts[1] for texts in self.globs]
         beginnings = [texts[0] for texts, is_one in zip(self.globs, is_beginning, strict=True) if is_one]
         others = [texts for texts, is_one in zip(self.globs, is_beginning, strict=True) if not is_one]
+        object.__setattr__(self, "_lengths", tuple({name.count(".") + 1 for name in self.parts}))
         object.__setattr__(self, "_beginnings", tuple(beginnings))
         object.__setattr__(self, "_others", tuple(others))
 
@@ -91,7 +94,7 @@ class Names:
             return True
         if self.parts:
             steps = module.split(".")
-            for count in range(1, len(steps) + 1):
+            for count in self._lengths:
                 if ".".join(steps[:count]) in self.parts or ".".join(steps[-count:]) in self.parts:
                     return True
         return any(expression.match(module) for expression in self.expressions) or any(

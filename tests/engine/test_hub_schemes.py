@@ -1,0 +1,115 @@
+"""Checkpoints in every scheme of the hub hold the exact weights, and answer the same at every budget and packed.
+
+Comparisons with the dequantised weights choose every expert: most quantised matrices take 8-bit activations, and a
+rounded score that flips one routing decision would hide the cost of rounding itself.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from argosy import Engine, _native
+from argosy.checkpoint.landing import MatrixRef
+from argosy.checkpoint.pack import pack
+from argosy.model.families import open_model
+from tests.engine.test_gguf import LARGEST_DIVERGENCE, mean_divergence, require_equal_answers
+from tests.helpers.examples import few_of
+from tests.models.hub_schemes import KINDS, write_kind
+from tests.models.numpy_model import NumpyModel
+from tests.models.references import LARGEST_DIFFERENCE, difference
+from tests.models.safetensors_file import Array, read_checkpoint
+from tests.models.tiny import RawConfig, prompt_ids, qwen3_moe
+
+FEW = ("fp8 channel", "fp8 and fp4 experts", "ct mxfp4")
+
+
+def config_of(*, experts: int, chosen: int, layers: int = 2) -> RawConfig:
+    """Columns of 256 and 128; one group of 128 is a whole row of `down`, and no scale fills a block of rows."""
+    return qwen3_moe(
+        hidden_size=256, head_dim=32, num_attention_heads=6, num_key_value_heads=2, moe_intermediate_size=128,
+        num_hidden_layers=layers, num_experts=experts, num_experts_per_tok=chosen,
+    )  # fmt: skip
+
+
+def values_of(matrix: MatrixRef, directory: Path) -> Array:
+    """Return the weights of a matrix of a pack."""
+    stored = np.fromfile(matrix.path, np.uint8)[matrix.offset : matrix.offset + matrix.nbytes]
+    return _native.dequantize(matrix.format, stored, matrix.rows, matrix.cols)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_pack_holds_every_weight_bit_for_bit(name: str, tmp_path: Path) -> None:
+    config = config_of(experts=3, chosen=2, layers=1)
+    exact = read_checkpoint(write_kind(tmp_path / "model", config, KINDS[name], seed=6, num_shards=2))
+    pack(open_model(tmp_path / "model"), tmp_path / "packed", format="source")
+    files = open_model(tmp_path / "packed")
+    assert files.expert_format == KINDS[name].format
+    layer = "model.layers.0."
+    for part in "qkvo":
+        found = values_of(files.dense[f"layers.0.{part}"], tmp_path)
+        np.testing.assert_array_equal(found, exact[f"{layer}self_attn.{part}_proj.weight"])
+    for expert in range(3):
+        for part in ("gate", "up", "down"):
+            found = values_of(files.experts[0, expert].matrix(part, part), tmp_path)
+            np.testing.assert_array_equal(found, exact[f"{layer}mlp.experts.{expert}.{part}_proj.weight"])
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("instruction_set", _native.instruction_sets())
+@pytest.mark.parametrize("name", few_of(KINDS, FEW))
+def test_logits_match_those_of_the_dequantised_weights(
+    name: str, instruction_set: str, tmp_path: Path
+) -> None:
+    config = config_of(experts=3, chosen=3)
+    reference = NumpyModel(write_kind(tmp_path / "model", config, KINDS[name], seed=5))
+    prompt = prompt_ids(config, 5)
+    with Engine.open(tmp_path / "model", memory="4GiB", threads=2, instruction_set=instruction_set) as engine:
+        logits = engine.logits(prompt)
+    expected = reference.logits(prompt)
+    if KINDS[name].has_exact_activations:
+        assert difference(logits, expected) <= LARGEST_DIFFERENCE
+    else:
+        assert mean_divergence(expected, logits) <= LARGEST_DIVERGENCE
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("instruction_set", _native.instruction_sets())
+@pytest.mark.parametrize("name", few_of(KINDS, FEW))
+def test_answers_are_equal_at_every_budget_in_place_and_packed(
+    name: str, instruction_set: str, tmp_path: Path
+) -> None:
+    config = config_of(experts=9, chosen=2)
+    write_kind(tmp_path / "model", config, KINDS[name], seed=4)
+    pack(open_model(tmp_path / "model"), tmp_path / "packed", format="source")
+    turn = _native.instruction_sets().index(instruction_set)
+    places = [tmp_path / "model", tmp_path / "packed"]
+    require_equal_answers(places, turn, prompt_ids(config, 4, 19), instruction_set, most_slots=16)
+
+
+@pytest.mark.parametrize("name", ["ct fp8 block", "fp8 channel", "fp8 block 32 ue8m0", "mxfp8", "ct mxfp4"])
+def test_experts_in_one_tensor_are_those_in_separate_ones(name: str, tmp_path: Path) -> None:
+    config = config_of(experts=5, chosen=2, layers=1)
+    exact = read_checkpoint(
+        write_kind(tmp_path / "model", config, KINDS[name], seed=2, num_shards=2, is_stacked=True)
+    )
+    pack(open_model(tmp_path / "model"), tmp_path / "packed", format="source")
+    files = open_model(tmp_path / "packed")
+    for expert in range(5):
+        for part in ("gate", "up", "down"):
+            found = values_of(files.experts[0, expert].matrix(part, part), tmp_path)
+            np.testing.assert_array_equal(
+                found, exact[f"model.layers.0.mlp.experts.{expert}.{part}_proj.weight"]
+            )
+
+
+def test_modelopt_s_own_file_describes_a_checkpoint_whose_config_does_not(tmp_path: Path) -> None:
+    config = config_of(experts=3, chosen=2, layers=1)
+    kind = KINDS["fp8 tensor"]
+    write_kind(tmp_path / "model", config, kind, seed=3, settings_file="hf_quant_config.json")
+    write_kind(tmp_path / "other", config, kind, seed=3)
+    found, expected = (open_model(tmp_path / name) for name in ("model", "other"))
+    assert found.experts[0, 1].formats == expected.experts[0, 1].formats
+    assert found.dense["layers.0.q"].format == expected.dense["layers.0.q"].format == "f8"

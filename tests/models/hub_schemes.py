@@ -1,0 +1,390 @@
+"""Write tiny checkpoints in every quantised scheme of the hub, with the same weights dequantised beside them.
+
+    config.json, KINDS[name]  ->  directory with codes, scales, zero points
+                              ->  <directory>.f32 with their values in F32
+
+Codes, scales and zero points are random, and the floats follow from the formula of each format: nothing is rounded.
+Packing is by bits: a row of codes is a little-endian stream, whose first code has the lowest bits, cut into words.
+
+A kind says which matrices it quantises, so one checkpoint may mix several.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.models.hub_quantised import E4M3
+from tests.models.mxfp4_models import E2M1
+from tests.models.safetensors_file import NUMPY_DTYPE, Array, decode, encode, write_checkpoint
+from tests.models.tiny import RawConfig, random_tensors
+
+# The parts of a weight by the end of their names, where the weight's is "weight"; and its values.
+Stored = tuple[dict[str, tuple[str, Array]], Array]
+Quantise = Callable[[np.random.Generator, tuple[int, int], float], Stored]
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.(.*)")
+# The order in which AWQ stores the eight outputs of a word.
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def in_words(codes: Array, bits: int) -> Array:
+    """Pack codes [rows, cols] into int32 [rows, cols * bits / 32], rounded up."""
+    stream = ((codes[:, :, None].astype(np.uint32) >> np.arange(bits, dtype=np.uint32)) & 1).astype(np.uint8)
+    stream = stream.reshape(len(codes), -1)
+    stream = np.pad(stream, ((0, 0), (0, -stream.shape[1] % 32)))
+    return np.packbits(stream, axis=1, bitorder="little").view("<i4")
+
+
+def as_stored(dtype: str, values: Array) -> Array:
+    """Return the values after a float has been stored in a dtype."""
+    return decode(dtype, encode(dtype, values.astype(np.float32))).reshape(values.shape)
+
+
+def spread(scales: Array, shape: tuple[int, int], block: tuple[int, int]) -> Array:
+    """Repeat scales [rows / block, cols / block] over a matrix; 0 in a block stands for all rows or columns."""
+    height, width = block[0] or shape[0], block[1] or shape[1]
+    return np.repeat(np.repeat(scales, height, axis=0), width, axis=1)[: shape[0], : shape[1]]
+
+
+def grid(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
+    return -(-shape[0] // (block[0] or shape[0])), -(-shape[1] // (block[1] or shape[1]))
+
+
+def integers(
+    layout: str, bits: int, group: int, *, has_zeros: bool = False, scale_dtype: str = "BF16"
+) -> Quantise:
+    """Integers in groups of columns; a group of 0 is a whole row."""
+
+    def quantise(rng: np.random.Generator, shape: tuple[int, int], deviation: float) -> Stored:
+        groups = grid(shape, (1, group))
+        codes = rng.integers(0, 2**bits, shape)
+        # AutoGPTQ stores zero points minus one, so the largest cannot be stored.
+        zeros = rng.integers(1, 2**bits, groups) if has_zeros else np.full(groups, 2 ** (bits - 1))
+        size = deviation / (2**bits / 12**0.5)
+        scales = as_stored(scale_dtype, size * rng.uniform(0.5, 1.5, groups))
+        values = (codes - spread(zeros, shape, (1, group))).astype(np.float32)
+        values *= spread(scales, shape, (1, group))
+        return LAYOUTS[layout](codes, zeros, (scale_dtype, scales), bits, group, has_zeros), values
+
+    return quantise
+
+
+def _pack_quantized(
+    codes: Array, zeros: Array, scales: tuple[str, Array], bits: int, group: int, has_zeros: bool
+) -> dict[str, tuple[str, Array]]:
+    parts = {
+        "weight_packed": ("I32", in_words(codes, bits)),
+        "weight_scale": scales,
+        "weight_shape": ("I64", np.array(codes.shape, np.int64)),
+    }
+    if has_zeros:  # packed along rows
+        parts["weight_zero_point"] = "I32", np.ascontiguousarray(in_words(zeros.T, bits).T)
+    return parts
+
+
+def _int_quantized(
+    codes: Array, zeros: Array, scales: tuple[str, Array], bits: int, group: int, has_zeros: bool
+) -> dict[str, tuple[str, Array]]:
+    parts = {"weight": ("I8", (codes - 128).astype(np.int8)), "weight_scale": scales}
+    if has_zeros:
+        parts["weight_zero_point"] = "I8", (zeros - 128).astype(np.int8)
+    return parts
+
+
+def _gptq(
+    codes: Array,
+    zeros: Array,
+    scales: tuple[str, Array],
+    bits: int,
+    group: int,
+    has_zeros: bool,
+    less: int = 1,
+) -> dict[str, tuple[str, Array]]:
+    cols = codes.shape[1]
+    return {
+        "qweight": ("I32", np.ascontiguousarray(in_words(codes, bits).T)),
+        "qzeros": ("I32", in_words(zeros.T - less, bits)),
+        "scales": (scales[0], np.ascontiguousarray(scales[1].T)),
+        "g_idx": ("I32", (np.arange(cols) // (group or cols)).astype(np.int32)),
+    }  # fmt: skip
+
+
+def _gptq_v2(*given: Any) -> dict[str, tuple[str, Array]]:
+    return _gptq(*given, less=0)
+
+
+def _awq(
+    codes: Array, zeros: Array, scales: tuple[str, Array], bits: int, group: int, has_zeros: bool
+) -> dict[str, tuple[str, Array]]:
+    def packed(values: Array) -> Array:  # [inputs or groups, rows]
+        eights = values.reshape(len(values), -1, 8)[:, :, list(AWQ_ORDER)]
+        return in_words(eights.reshape(values.shape), bits)
+
+    return {
+        "qweight": ("I32", packed(codes.T)),
+        "qzeros": ("I32", packed(zeros.T)),
+        "scales": (scales[0], np.ascontiguousarray(scales[1].T)),
+    }
+
+
+LAYOUTS: Mapping[str, Callable[..., dict[str, tuple[str, Array]]]] = {
+    "pack-quantized": _pack_quantized,
+    "int-quantized": _int_quantized,
+    "gptq": _gptq,
+    "gptq_v2": _gptq_v2,
+    "awq": _awq,
+}
+
+
+def fp8(
+    block: tuple[int, int],
+    scale_dtype: str,
+    name: str = "weight_scale",
+    shape_of: Callable[[int, int], tuple[int, ...]] = lambda rows, cols: (rows, cols),
+) -> Quantise:
+    """E4M3 codes with a scale for each block; `shape_of` says how the scales are stored."""
+
+    def quantise(rng: np.random.Generator, shape: tuple[int, int], deviation: float) -> Stored:
+        codes = rng.choice(np.delete(np.arange(256, dtype=np.uint8), [0x7F, 0xFF]), shape)
+        size = deviation / float(E4M3[np.isfinite(E4M3)].std())
+        scales, stored = random_scales(rng, grid(shape, block), size, scale_dtype)
+        parts = {
+            "weight": ("F8_E4M3", codes),
+            name: (scale_dtype, stored.reshape(shape_of(*stored.shape))),
+        }
+        return parts, E4M3[codes] * spread(scales, shape, block)
+
+    return quantise
+
+
+def random_scales(
+    rng: np.random.Generator, shape: tuple[int, ...], size: float, dtype: str
+) -> tuple[Array, Array]:
+    """Return values about `size`, and what is stored for them."""
+    if dtype in ("U8", "F8_E8M0"):
+        middle = 127 + round(float(np.log2(size)))
+        stored = rng.integers(middle - 1, middle + 2, shape).astype(np.uint8)
+        return np.exp2(stored.astype(np.float32) - 127), stored
+    scales = as_stored(dtype, size * rng.uniform(0.5, 1.5, shape))
+    return scales, scales
+
+
+def fp4(
+    group: int,
+    scale_dtype: str,
+    codes_name: str,
+    factor: tuple[str, bool] | None = None,
+    *,
+    scale_name: str = "weight_scale",
+    codes_dtype: str = "U8",
+) -> Quantise:
+    """E2M1 codes with a scale for each group of columns, and a factor of the matrix, which may divide."""
+
+    def quantise(rng: np.random.Generator, shape: tuple[int, int], deviation: float) -> Stored:
+        rows, cols = shape
+        codes = rng.integers(0, 16, shape, np.uint8)
+        size = deviation / float(E2M1.std())
+        pairs = codes[:, 0::2] | codes[:, 1::2] << 4
+        parts: dict[str, tuple[str, Array]] = {
+            codes_name: (codes_dtype, pairs.view(NUMPY_DTYPE[codes_dtype]))
+        }
+        if factor is None:
+            scales, stored = random_scales(rng, (rows, cols // group), size, scale_dtype)
+        else:
+            stored = rng.integers(0x30, 0x50, (rows, cols // group)).astype(np.uint8)
+            own = np.float32(size / float(E4M3[0x40]) * rng.uniform(0.5, 1.5))
+            name, divides = factor
+            own = np.float32(1 / own) if divides else own
+            parts[name] = "F32", np.array([own] if divides else own, np.float32)
+            scales = E4M3[stored] / own if divides else E4M3[stored] * own
+        parts[scale_name] = scale_dtype, stored
+        return parts, E2M1[codes] * np.repeat(scales, group, axis=1)
+
+    return quantise
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a checkpoint is quantised.
+
+    settings: its `quantization_config`.
+    quantise: by a part of the weights' names; the first that a name contains.
+    format: the format of the experts in memory.
+    has_exact_activations: whether products take float32 activations.
+    extra: tensors of every quantised module that change nothing.
+    """
+
+    settings: Mapping[str, Any]
+    quantise: Mapping[str, Quantise]
+    format: str
+    has_exact_activations: bool = False
+    extra: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+
+
+def compressed(format: str, **weights: Any) -> dict[str, Any]:
+    """The config of one group of compressed-tensors."""
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": format,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head", r"re:.*mlp\.gate$"],
+    }
+
+
+def modelopt(algorithm: str, **changes: Any) -> dict[str, Any]:
+    return {
+        "quant_method": "modelopt", "quant_algo": algorithm, "ignore": ["lm_head", "*.mlp.gate"],
+        "kv_cache_scheme": {"num_bits": 8, "type": "float", "dynamic": False}, "producer": {"name": "modelopt"},
+    } | changes  # fmt: skip
+
+
+def gptq(bits: int, group: int, **changes: Any) -> dict[str, Any]:
+    return {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": group,
+        "desc_act": False,
+        "sym": False,
+    } | changes
+
+
+NVFP4 = fp4(16, "F8_E4M3", "weight", ("weight_scale_2", False))
+PER_TENSOR = fp8((0, 0), "F32", shape_of=lambda rows, cols: ())
+ACTIVATIONS: Mapping[str, tuple[str, tuple[int, ...]]] = {"input_scale": ("F32", ()), "k_scale": ("F32", ())}
+KINDS: Mapping[str, Kind] = {
+    "fp8 tensor": Kind(modelopt("FP8"), {"_proj.": PER_TENSOR}, "f8", True, ACTIVATIONS),
+    "fp8 channel": Kind(
+        compressed("float-quantized", num_bits=8, type="float", strategy="channel"),
+        {"_proj.": fp8((1, 0), "BF16")},
+        "f8_row",
+        True,
+    ),
+    "fp8 block 32 ue8m0": Kind(
+        {
+            "quant_method": "fp8",
+            "weight_block_size": [32, 32],
+            "scale_fmt": "ue8m0",
+            "modules_to_not_convert": ["lm_head"],
+        },
+        {"_proj.": fp8((32, 32), "F8_E8M0", "weight_scale_inv")},
+        "mxfp8",
+        True,
+    ),
+    "fp8 and fp4 experts": Kind(
+        {"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "ue8m0", "expert_dtype": "fp4"},
+        {
+            ".experts.": fp4(32, "F8_E8M0", "weight", scale_name="scale", codes_dtype="I8"),
+            "_proj.": fp8((128, 128), "F8_E8M0", "scale"),
+        },
+        "mxfp4",
+    ),
+    "fp8 block 64": Kind(
+        {"quant_method": "fp8", "weight_block_size": [64, 64], "activation_scheme": "dynamic"},
+        {"_proj.": fp8((64, 64), "F32", "weight_scale_inv")},
+        "f8_32",
+        True,
+    ),
+    "ct fp8 block": Kind(
+        compressed("float-quantized", num_bits=8, type="float", strategy="block", block_structure=[128, 128]),
+        {"_proj.": fp8((128, 128), "BF16")},
+        "f8",
+        True,
+    ),
+    "mxfp8": Kind(
+        compressed(
+            "mxfp8-quantized",
+            num_bits=8,
+            type="float",
+            strategy="group",
+            group_size=32,
+            scale_dtype="torch.uint8",
+        ),
+        {"_proj.": fp8((1, 32), "U8")},
+        "mxfp8",
+        True,
+    ),
+    "ct mxfp4": Kind(
+        compressed("mxfp4-pack-quantized", num_bits=4, type="float", strategy="group", group_size=32),
+        {"_proj.": fp4(32, "U8", "weight_packed")},
+        "mxfp4",
+    ),
+}
+
+
+def stacked(stored: Mapping[str, tuple[str, Array]]) -> dict[str, tuple[str, Array]]:
+    """Stack the experts of a layer, and the rows of gate and up."""
+    found: dict[str, tuple[str, Array]] = {}
+    experts: dict[tuple[str, str], dict[tuple[int, str], tuple[str, Array]]] = {}
+    for name, part in stored.items():
+        if (match := _EXPERT.fullmatch(name)) is None:
+            found[name] = part
+        else:
+            layer, expert, matrix, end = match.groups()
+            experts.setdefault((layer, end), {})[int(expert), matrix] = part
+    for (layer, end), parts in experts.items():
+        count = 1 + max(expert for expert, _ in parts)
+        dtype = parts[0, "gate"][0]
+        rows = [np.concatenate([parts[at, one][1] for one in ("gate", "up")]) for at in range(count)]
+        for matrix, arrays in (("gate_up", rows), ("down", [parts[at, "down"][1] for at in range(count)])):
+            found[f"{layer}.{matrix}_proj{end.removeprefix('weight')}"] = dtype, np.stack(arrays)
+    return found
+
+
+def write_kind(
+    directory: Path,
+    config: RawConfig,
+    kind: Kind,
+    *,
+    seed: int,
+    num_shards: int = 1,
+    settings_file: str = "",
+    is_stacked: bool = False,
+) -> Path:
+    """Write `directory`, and the dequantised weights to `<directory>.f32`; return the latter.
+
+    Args:
+        settings_file: modelopt's file for the settings; if empty, they are in config.json.
+        is_stacked: whether all experts of a layer are in one tensor, and gate and up too.
+    """
+    rng = np.random.default_rng([seed, 36])
+    stored: dict[str, tuple[str, Array]] = {}
+    exact: dict[str, Array] = {}
+    for name, values in random_tensors(config, seed, "BF16").items():
+        quantise = next((one for part, one in kind.quantise.items() if part in name), None)
+        if quantise is None or not name.endswith("_proj.weight"):
+            stored[name], exact[name] = ("BF16", values), values
+            continue
+        parts, exact[name] = quantise(rng, values.shape, float(values.std()))
+        base = name.removesuffix("weight")
+        stored |= {base + end: part for end, part in parts.items()}
+        for end, (dtype, shape) in kind.extra.items():
+            stored[base + end] = dtype, np.full(shape, 0.01, np.float32)
+    if is_stacked:
+        stored = stacked(stored)
+    directory.mkdir(parents=True)
+    settings = dict(kind.settings)
+    if settings_file:
+        details = {
+            "exclude_modules" if key == "ignore" else key: value
+            for key, value in settings.items()
+            if key not in ("quant_method", "kv_cache_scheme", "producer")
+        }
+        (directory / settings_file).write_text(json.dumps({"quantization": details}))
+    config_file = directory / "config.json"
+    config_file.write_text(
+        json.dumps(config if settings_file else config | {"quantization_config": settings})
+    )
+    write_checkpoint(directory, stored, num_shards=num_shards)
+    plain = directory.with_name(directory.name + ".f32")
+    plain.mkdir()
+    (plain / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
+    write_checkpoint(plain, {name: ("F32", values) for name, values in exact.items()})
+    return plain
