@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from argosy import _native as native
-from argosy.checkpoint.block_types import fp8_parts
+from argosy.checkpoint.formats import fp8_parts
 from argosy.config import F8_FORMATS
 
 Bytes = NDArray[np.uint8]

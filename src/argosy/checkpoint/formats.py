@@ -63,3 +63,44 @@ def rows_together(format: Format) -> int:
 def round_up(count: int, multiple: int) -> int:
     """Round `count` up to a multiple of `multiple`."""
     return -(-count // multiple) * multiple
+
+
+class Fp8Parts(NamedTuple):
+    """The format of an FP8 matrix, and the block types of its two tensors."""
+
+    format: Format
+    codes: str
+    scales: str
+
+
+# dtype of scales -> the end of their block type.
+_FP8_SCALES = {"F32": "", "BF16": "_bf16", "F16": "_f16", "F8_E8M0": "_e8m0", "U8": "_e8m0"}
+_FP8_GROUP = 32  # columns that share a scale, in the formats with a scale for each row
+
+
+def fp8_parts(shape: tuple[int, int], block: tuple[int, int], scale_dtype: str) -> Fp8Parts | None:
+    """Return how to hold an E4M3 matrix whose scales, of safetensors dtype `scale_dtype`, each cover a block.
+
+    The block has `block` rows and columns: (1, cols) with a scale for each row, `shape` with a single one. None: no
+    format holds them exactly.
+    """
+    end = _FP8_SCALES.get(scale_dtype)
+    if end is None or min(block) < 1:
+        return None
+    is_power = end == "_e8m0"
+    # A block that reaches the edge covers as many rows or columns as we like.
+    rows, cols = (
+        size if size < whole else round_up(size, F8_BLOCK) for size, whole in zip(block, shape, strict=True)
+    )
+    if not is_power and block[1] >= shape[1]:
+        if block[0] >= shape[0]:
+            return Fp8Parts("f8", "f8_codes", "f8_scale" + end)
+        if block[0] == 1:
+            return Fp8Parts("f8_row", "f8_row_codes", "f8_row_scales" + end)
+    if rows % F8_BLOCK == 0 and cols % F8_BLOCK == 0:
+        return Fp8Parts("f8", "f8_codes", f"f8_scales{end}_{rows}x{cols}")
+    if cols % _FP8_GROUP:
+        return None
+    if is_power:
+        return Fp8Parts("mxfp8", "mxfp8_codes", f"mxfp8_scales_{rows}x{cols}")
+    return Fp8Parts("f8_32", "f8_32_codes", f"f8_32_scales{end}_{rows}x{cols}")

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from argosy.checkpoint.block_types import fp8_parts
+from argosy.checkpoint.formats import fp8_parts
 from argosy.checkpoint.landing import MatrixRef, Piece, Transcode, Transcoded
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.checkpoint.untrusted_file import quote
