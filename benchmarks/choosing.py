@@ -42,7 +42,6 @@ class Chosen(NamedTuple):
 
 
 MODELS = (
-    Chosen("Mixtral 8x7B", "Mixtral-8x7B"),
     Chosen("gpt-oss-120b", "gpt-oss-120b"),
     Chosen("Qwen3.6-35B-A3B", "Qwen3.6-35B-A3B"),
     Chosen("DeepSeek-V3.2", "DeepSeek-V3"),
