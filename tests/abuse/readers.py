@@ -1516,6 +1516,18 @@ def file_rows(folder: Path) -> Iterator[Row]:
         _quiet(read_quantization),
         1 << 12,
     )
+
+    def own_settings(n):
+        own = {f"model.layers.{at}.x": {"bits": 2 + at % 5, "group_size": 64} for at in range(n)}
+        return {"quantization": {"bits": 4, "group_size": 64} | own}
+
+    yield Row(
+        "quantization: MLX's settings of modules",
+        "paths",
+        own_settings,
+        _quiet(read_quantization),
+        1 << 12,
+    )
     for pattern in ("|[|", "|\\|", "|(|", "|a|", "|.*|", "|[]|", "[|a|", "|(?:|", "|^|"):
         made = functools.partial(run, "re:" + pattern)
         yield Row(

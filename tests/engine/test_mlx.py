@@ -9,14 +9,9 @@ import pytest
 from argosy import Engine, SamplingParams
 from argosy.checkpoint.manifest import verify_pack
 from argosy.checkpoint.pack import pack
-from argosy.model.families import FAMILIES, open_model
-from argosy.model.reading import mlx
+from argosy.model.families import open_model
 from tests.models.mlx_models import PLAIN, MlxModel
 from tests.models.references import LARGEST_DIFFERENCE, difference
-
-
-def test_every_family_has_its_changes_in_the_table() -> None:
-    assert FAMILIES.keys() == mlx.FAMILIES
 
 
 @pytest.mark.parametrize("model", PLAIN, ids=lambda model: model.name)

@@ -22,18 +22,20 @@ from mlx.utils import tree_map
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
 from tests.models.mlx_models import DIRECTORY, MODELS, MlxModel
+from tests.models.mxfp4_models import write_mxfp4_model
 from tests.models.safetensors_file import Array, write_safetensors
-from tests.models.tiny import prompt_ids, text_of, write_model
+from tests.models.tiny import RawConfig, prompt_ids, text_of, write_model
 
 NUM_TOKENS = 24
 
 
-def load(directory: Path) -> Any:
-    """Load the model in a directory with mlx-lm."""
+def load(directory: Path) -> tuple[Any, RawConfig]:
+    """Load the model in a directory with mlx-lm; return it with its config, in which quantisation is in MLX's words."""
     raw = json.loads((directory / "config.json").read_text())
     # mlx-lm gives the text part of Gemma-4 the wrapper's number of tokens, or that of the released models.
-    changes = {"vocab_size": text_of(raw)["vocab_size"]} if raw["model_type"] == "gemma4" else None
-    return load_model(directory, model_config=changes)[0]
+    changes = {"vocab_size": text_of(raw)["vocab_size"]} if raw["model_type"] == "gemma4" else {}
+    network, config = load_model(directory, model_config=changes)
+    return network, {key: value for key, value in config.items() if key not in changes}
 
 
 def write(model: MlxModel, directory: Path, source: Path | None = None) -> Path:
@@ -43,9 +45,13 @@ def write(model: MlxModel, directory: Path, source: Path | None = None) -> Path:
     mx.set_default_device(mx.cpu)
     with tempfile.TemporaryDirectory() as scratch:
         if source is None:
-            source = write_model(Path(scratch) / "hub", model.config, seed=model.seed)
-        network = load(source)
-        config = json.loads((source / "config.json").read_text())
+            source = Path(scratch) / "hub"
+            if model.has_mxfp4_experts:
+                write_mxfp4_model(source, model.config, seed=model.seed)
+            else:
+                dtype = "F16" if model.config.get("torch_dtype") == "float16" else "BF16"
+                write_model(source, model.config, seed=model.seed, dtype=dtype)
+        network, config = load(source)
         if model.bits is not None:
             network, config = quantize_model(
                 network, config, model.group, model.bits, model.mode, quant_predicate=_predicate(model)
@@ -57,7 +63,7 @@ def write(model: MlxModel, directory: Path, source: Path | None = None) -> Path:
         directory / "ref.safetensors",
         {
             "input_ids": ("I64", np.array(token_ids)),
-            "logits": ("F32", logits(load(directory), token_ids)),
+            "logits": ("F32", logits(load(directory)[0], token_ids)),
         },
     )
     return directory

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import cast, get_args
 
 from argosy.checkpoint.formats import fp8_parts
 from argosy.checkpoint.landing import MatrixRef, Piece, Transcode, Transcoded
@@ -27,6 +28,7 @@ from argosy.checkpoint.untrusted_file import quote
 from argosy.config import Format
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.reading.accounts import FLOAT_FORMATS, TensorAccounts
+from argosy.model.reading.mlx_quantization import AS_ITS_TENSORS, scheme_of_tensors
 from argosy.model.reading.schemes import Quantization, Scheme
 
 MXFP4_GROUP = 32
@@ -63,6 +65,7 @@ class Stored:
     parts: tuple[Part, ...]
 
 
+_FLOATS_16 = {"F16": "f16", "BF16": "bf16"}
 _E8M0 = ("U8", "F8_E8M0")
 _FP8_DTYPES = ("F32", "BF16", "F16", *_E8M0)
 _FP8_SCALES = ("weight_scale_inv", "weight_scale", "qscale_weight", "scale")
@@ -127,6 +130,37 @@ def _mxfp4(scheme: Scheme, rows: int, cols: int, scale_dtype: str | None) -> Sto
     return Stored("mxfp4", parts)
 
 
+def _mlx_affine(scheme: Scheme, rows: int, cols: int, scale_dtype: str | None) -> Stored | str:
+    bits, group = scheme.bits, scheme.block[1]
+    name = _FLOATS_16.get(scales := scale_dtype or "F16")
+    if name is None or cols % group:
+        return "whole groups, with scales in F16 or BF16"
+    format = cast(Format, f"affine{bits}_{group}_{name}")
+    parts = (
+        Part(("weight",), {"U32": f"{format}:codes"}, ((rows, cols * bits // 32),)),
+        Part(("scales",), {scales: f"{format}:scales"}, ((rows, cols // group),)),
+        Part(("biases",), {scales: f"{format}:biases"}, ((rows, cols // group),)),
+    )
+    return Stored(format, parts)
+
+
+def _mlx_floats(format: Format, scales: str) -> Storage:
+    """The modes of MLX whose codes and scales are small floats."""
+
+    def stored(scheme: Scheme, rows: int, cols: int, scale_dtype: str | None) -> Stored | str:
+        group = scheme.block[1]
+        if cols % group:
+            return f"whole groups of {group} columns"
+        codes = f"{format}_codes" if scheme.bits == 8 else f"{format}_quants"
+        parts = (
+            Part(("weight",), {"U32": codes}, ((rows, cols * scheme.bits // 32),)),
+            Part(("scales",), {"U8": scales}, ((rows, cols // group),)),
+        )
+        return Stored(format, parts)
+
+    return Storage(stored, ("scales",))
+
+
 @dataclass(frozen=True, slots=True)
 class Storage:
     """The tensors of a scheme.
@@ -145,6 +179,10 @@ STORAGES: Mapping[str, Storage] = {
     "fp8": Storage(_fp8, _FP8_SCALES),
     "mxfp8-quantized": Storage(_mxfp8),
     "mxfp4-pack-quantized": Storage(_mxfp4),
+    "mlx-affine": Storage(_mlx_affine, ("scales",)),
+    "mlx-mxfp4": _mlx_floats("mxfp4", "mxfp4_scales"),
+    "mlx-mxfp8": _mlx_floats("mxfp8", "mxfp8_scales"),
+    "mlx-nvfp4": _mlx_floats(cast(Format, "nvfp4"), "nvfp4_scales_alone"),
 }
 
 
@@ -194,6 +232,10 @@ def _spellings(name: str, part: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((name + part.removeprefix("weight"), f"{name}_{part}")))
 
 
+def _by_head(shape: tuple[int, ...], num_heads: int) -> tuple[int, ...]:
+    return (num_heads, shape[0] // num_heads, *shape[1:]) if num_heads else shape
+
+
 class WeightAccounts(TensorAccounts):
     """Tensors of safetensors files, as weights."""
 
@@ -203,22 +245,27 @@ class WeightAccounts(TensorAccounts):
         super().__init__(directory, tensors, FLOAT_FORMATS)
         self._quantization = quantization
 
-    def weight(self, name: str, shape: tuple[int, ...], slice: Slice | None = None) -> MatrixRef:
+    def weight(
+        self, name: str, shape: tuple[int, ...], slice: Slice | None = None, *, num_heads: int = 0
+    ) -> MatrixRef:
         """Take the tensor or tensors of a weight; which of them exist shows how it is stored.
+
+        Args:
+            num_heads: the tensors have an axis for heads before that of the rows of one; 0: they have not.
 
         Raises:
             CheckpointError: a tensor is missing or has another shape, or `quantization_config` contradicts them.
             UnsupportedModel: a tensor has an unsupported dtype, or no kernel reads the scheme.
         """
         if (codes := self.codes_of(name)) is not None and len(shape) == 2:
-            return self._coded(name, codes, (shape[0], shape[1]), slice)
+            return self._coded(name, codes, (shape[0], shape[1]), slice, num_heads)
         if slice is not None:
             in_file = (slice.num_experts, slice.num_matrices * shape[0], *shape[1:])
             ref, format = self.take(name, in_file)
             part = slice.of(ref, (shape,))
             assert part is not None
             return MatrixRef.of(part, format, shape[0], shape[1])
-        ref, format = self.take(name, shape)
+        ref, format = self.take(name, _by_head(shape, num_heads))
         rows, cols = shape if len(shape) == 2 else (1, math.prod(shape))
         return MatrixRef.of(ref, format, rows, cols)
 
@@ -251,8 +298,12 @@ class WeightAccounts(TensorAccounts):
             )
         return scheme
 
-    def _coded(self, name: str, codes: TensorRef, shape: tuple[int, int], slice: Slice | None) -> MatrixRef:
+    def _coded(
+        self, name: str, codes: TensorRef, shape: tuple[int, int], slice: Slice | None, num_heads: int
+    ) -> MatrixRef:
         scheme = self.scheme_of(name, codes)
+        if scheme.storage == AS_ITS_TENSORS:
+            scheme = scheme_of_tensors(codes, self._tensors.get(self._name_of(name, ("scales",))), shape[1])
         stored = self._stored(name, codes, scheme, shape)
         together = stored
         if slice is not None and slice.num_matrices > 1:
@@ -263,6 +314,7 @@ class WeightAccounts(TensorAccounts):
             if not part.is_required and found not in self:
                 continue
             shapes = part.shapes if slice is None else slice.in_file(whole)
+            shapes = tuple(_by_head(one, num_heads) for one in shapes)
             ref, block_type = self.take_part(found, part.types, *shapes)
             own = ref if slice is None else slice.of(ref, part.shapes)
             if own is None:
@@ -288,6 +340,8 @@ class WeightAccounts(TensorAccounts):
         if (storage := STORAGES.get(scheme.storage)) is not None:
             scales = self._tensors.get(self._name_of(name, storage.scales))
         stored = _stored(scheme, *shape, None if scales is None else scales.dtype)
+        if isinstance(stored, Stored) and stored.format not in get_args(Format):
+            stored = "formats that have kernels"
         if isinstance(stored, str):
             raise self.unread(codes, shape, scheme, stored)
         return stored

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from argosy.checkpoint.untrusted_file import kind_of, quote
 from argosy.errors import CheckpointError, UnsupportedModel
-from argosy.model.reading.quantization import KEY, read_quantization
+from argosy.model.reading.quantization import KEY, MLX_KEY, read_quantization
 
 # Models have about a hundred layers and a few hundred experts; larger values mean a damaged file.
 MOST_LAYERS = 4096
@@ -282,7 +282,7 @@ class ConfigReader:
         """
         if KEY not in self._asked:
             read_quantization(self._raw, self._path)
-            self._asked.add(KEY)
+            self._asked |= {KEY, MLX_KEY}
         for name, accepted in NEUTRAL.items():
             if name not in self._asked:
                 self.neutral(name, *accepted)

@@ -261,11 +261,10 @@ class _Accounts(WeightAccounts):
         in_file = shape if turn is None else (*shape[:-1], 2 * shape[-1])
         if last.endswith("conv"):  # each has one input channel
             in_file = (*in_file, 1) if layout.is_mlx else (in_file[0], 1, *in_file[1:])
-        if layout.is_mlx and last in ("k_up", "v_up"):
-            in_file = (config.num_heads, in_file[0] // config.num_heads, in_file[1])
+        num_heads = config.num_heads if layout.is_mlx and last in ("k_up", "v_up") else 0
         rows, cols = shape if len(shape) == 2 else (1, shape[0])
         if turn is None:
-            matrix = replace(self.weight(name, in_file), rows=rows, cols=cols)
+            matrix = replace(self.weight(name, in_file, num_heads=num_heads), rows=rows, cols=cols)
             is_quantised = isinstance(matrix.landing, Transcoded)
             return Exact.of(matrix) if is_quantised and is_kept_exact(canonical) else matrix
         tensor, format = self.take(name, in_file)  # codes cannot alternate

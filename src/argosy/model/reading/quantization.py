@@ -6,7 +6,7 @@
 
 Every key is read, or known to change nothing, or refused by name. The tensors in the files tell which matrices are
 quantised (`coded_weights.py`), and `quantization_config` is checked against them. In a multimodal config it may be at
-the top level or in the text part.
+the top level or in the text part. MLX has its settings in `quantization` (`mlx_quantization.py`).
 
 Elsewhere: `quantization_methods.py` reads the settings of each method.
 """
@@ -19,16 +19,18 @@ from pathlib import Path
 
 from argosy.checkpoint.untrusted_file import quote, read_object
 from argosy.errors import CheckpointError
+from argosy.model.reading.mlx_quantization import read_mlx
 from argosy.model.reading.quantization_methods import ALIASES, METHODS, REFUSED
 from argosy.model.reading.schemes import KEY, Quantization, SettingsReader
 
-__all__ = ["KEY", "MODELOPT_FILE", "read_quantization", "read_stored"]
+__all__ = ["KEY", "MLX_KEY", "MODELOPT_FILE", "read_quantization", "read_stored"]
 
+MLX_KEY = "quantization"
 MODELOPT_FILE = "hf_quant_config.json"
 _DETAILS = "quantization"  # the key of that file
 # Its possible places: the top level, or the text parts of a multimodal config.
 _PARTS = ((), ("text_config",), ("thinker_config",), ("thinker_config", "text_config"))
-SUPPORTED = f"{', '.join(METHODS)}, and unquantised bf16, f16 and f32 tensors"
+SUPPORTED = f"{', '.join(METHODS)}, and unquantised bf16, f16 and f32 tensors; under {MLX_KEY}: MLX's modes"
 
 
 def read_stored(config: Path) -> Quantization | None:
@@ -67,6 +69,8 @@ def read_quantization(raw: Mapping[str, object], path: Path = Path("config.json"
         CheckpointError: it is not an object, or appears twice with different values.
     """
     said = list(_all_said(raw))
+    if raw.get(MLX_KEY) is not None:
+        return _read_mlx(raw[MLX_KEY], [given for _, given in said], path)
     if not said:
         return None
     _, given = said[0]
@@ -81,6 +85,19 @@ def read_quantization(raw: Mapping[str, object], path: Path = Path("config.json"
     if name not in METHODS:
         raise reader.refused(KEY, method, hint=REFUSED.get(name))
     return METHODS[name](reader)
+
+
+def _read_mlx(given: object, said: list[object], path: Path) -> Quantization:
+    """Read MLX's settings; `quantization_config` repeats them, or describes the checkpoint that MLX converted."""
+    reader = SettingsReader(given, path, MLX_KEY, SUPPORTED)
+    for other in said:
+        if other != given and not (isinstance(other, dict) and "quant_method" in other):
+            raise CheckpointError(
+                f"{path.name} has {MLX_KEY} and {KEY} with different values, and neither names a quant_method",
+                path=path,
+                key=KEY,
+            )
+    return read_mlx(reader)
 
 
 def _all_said(raw: Mapping[str, object]) -> Iterator[tuple[str, object]]:
