@@ -1,4 +1,4 @@
-"""The oracle is transformers on torch; without them, no test here is collected."""
+"""The oracle is transformers on torch, or MLX; without it, its tests are not collected."""
 
 from __future__ import annotations
 
@@ -11,7 +11,18 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-collect_ignore_glob = [] if all(map(importlib.util.find_spec, ("torch", "transformers"))) else ["test_*.py"]
+_OF_MLX = "test_mlx.py"
+_OTHERS = "test_[!m]*.py", "test_m[!l]*.py"
+
+
+def _has(*modules: str) -> bool:
+    return all(map(importlib.util.find_spec, modules))
+
+
+collect_ignore_glob = [
+    *(() if _has("torch", "transformers") else _OTHERS),
+    *(() if _has("mlx", "mlx_lm") else (_OF_MLX,)),
+]
 
 
 @pytest.fixture(scope="module")

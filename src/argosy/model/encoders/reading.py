@@ -341,7 +341,10 @@ def _inner(reader: ConfigReader, key: str, family: str) -> ConfigReader:
             f"{CONFIG_FILE} has no {key}, and the files have a tower that it describes", key=key
         )
     return ConfigReader(
-        {name: value for name, value in raw.items() if name != "model_type"}, family, within=key
+        # mlx-vlm once noted with `skip_vision` that a tower keeps its floats.
+        {name: value for name, value in raw.items() if name not in ("model_type", "skip_vision")},
+        family,
+        within=key,
     )
 
 

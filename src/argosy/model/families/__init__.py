@@ -2,8 +2,9 @@
 
     path  ->  open_model  ->  ModelFiles     a pack, safetensors with config.json, or a GGUF file
 
-A new family needs a file with `MODEL_TYPE`, `LAYOUTS`, `parse_config`, `GGUF_ARCHITECTURE` and `open_gguf`, a test, and
-one line in `FAMILIES`. If its GGUF files cannot be read, `GGUF_ARCHITECTURE` is None, and there is no `open_gguf`.
+A new family needs a file with `MODEL_TYPE`, `LAYOUTS`, `parse_config`, `GGUF_ARCHITECTURE` and `open_gguf`, a test, one
+line in `FAMILIES`, and a row in `model/reading/mlx.py`. If its GGUF files cannot be read, `GGUF_ARCHITECTURE` is None,
+and there is no `open_gguf`.
 """
 
 from __future__ import annotations

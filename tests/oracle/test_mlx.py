@@ -1,0 +1,111 @@
+"""Checkpoints that mlx-lm converts have the weights and the logits of MLX, whatever the family and the mode."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from argosy import Engine, _native
+from tests.engine.test_gguf import LARGEST_DIVERGENCE, mean_divergence
+from tests.models.configurations import CONFIGURATIONS
+from tests.models.make_mlx import write
+from tests.models.mlx_models import QUANTISED, MlxModel
+from tests.models.references import LARGEST_DIFFERENCE, Reference, difference
+from tests.models.tiny import write_model
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+ROWS, COLS = 40, 8192  # 10,240 groups of 32
+AFFINE = [
+    (bits, group, dtype)
+    for bits in (2, 3, 4, 5, 6, 8)
+    for group in (32, 64, 128)
+    for dtype in ("f16", "bf16")
+]
+SCALES = {"mxfp4": "mxfp4_scales", "mxfp8": "mxfp8_scales", "nvfp4": "nvfp4_scales_alone"}
+
+
+def random_words(bits: int) -> np.ndarray:
+    return np.random.default_rng(bits).integers(0, 2**32, (ROWS, COLS * bits // 32), np.uint32)
+
+
+def landed(format: str, **parts: np.ndarray) -> np.ndarray:
+    """The values of a matrix whose parts land one after another; keys are block types, `_at_` stands for a colon."""
+    matrix = np.zeros(_native.matrix_bytes(format, ROWS, COLS), np.uint8)
+    for name, part in parts.items():
+        raw = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+        _native.transcode(name.replace("_at_", ":"), raw, ROWS, COLS, out=matrix)
+    return _native.dequantize(format, matrix, ROWS, COLS)
+
+
+@pytest.mark.parametrize(("bits", "group", "dtype"), AFFINE)
+def test_affine_weights_are_those_of_mlx_bit_for_bit(bits: int, group: int, dtype: str) -> None:
+    mx.set_default_device(mx.cpu)
+    words, rng = random_words(bits), np.random.default_rng(group)
+    kind = mx.float16 if dtype == "f16" else mx.bfloat16
+    scales, biases = (
+        mx.array(rng.standard_normal((ROWS, COLS // group), np.float32)).astype(kind) for _ in range(2)
+    )
+    expected = mx.dequantize(
+        mx.array(words), scales.astype(mx.float32), biases.astype(mx.float32), group_size=group, bits=bits
+    )
+    format = f"affine{bits}_{group}_{dtype}"
+    stored = {
+        "codes": words,
+        "scales": np.array(scales.view(mx.uint16)),
+        "biases": np.array(biases.view(mx.uint16)),
+    }
+    found = landed(format, **{f"{format}_at_{name}": part for name, part in stored.items()})
+    np.testing.assert_array_equal(found, np.array(expected))
+
+
+@pytest.mark.parametrize("mode", SCALES)
+def test_weights_of_small_floats_are_those_of_mlx_bit_for_bit(mode: str) -> None:
+    mx.set_default_device(mx.cpu)
+    bits, group = (8, 32) if mode == "mxfp8" else (4, 16 if mode == "nvfp4" else 32)
+    words = random_words(bits)
+    if mode == "mxfp8":  # E4M3's NaN is refused
+        codes = words.view(np.uint8)
+        codes[codes & 0x7F == 0x7F] = 0x7E
+    # mxfp4 and mxfp8: any power of two whose products are float32; nvfp4: E4M3 of either sign
+    scales = np.random.default_rng(bits).integers(0, 245, (ROWS, COLS // group)).astype(np.uint8)
+    if mode == "nvfp4":
+        scales[scales & 0x7F == 0x7F] = 0x38
+    expected = mx.dequantize(mx.array(words), mx.array(scales), mode=mode, dtype=mx.float32)
+    codes_type = f"{mode}_codes" if bits == 8 else f"{mode}_quants"
+    found = landed(mode, **{codes_type: words, SCALES[mode]: scales})
+    np.testing.assert_array_equal(found, np.array(expected))
+
+
+# Of each family that mlx-lm runs as transformers does, a config without what mlx-lm lacks.
+NAMES = (
+    "deepseek_v2_lite", "deepseek_v3_plain", "glm4_moe_lite_plain", "glm4_moe_plain", "glm4_moe_qk_norm_scaled_sharded",
+    "kimi_k25_wrapper", "kimi_k2_many_experts", "minimax_m2_plain", "minimax_m2_all_turns_tied", "mixtral_plain",
+    "olmoe_plain", "qwen2_moe_plain_f16", "qwen3_5_moe_plain", "qwen3_moe_plain", "qwen3_next_plain",
+    "qwen3_next_bias_yarn_f32", "gemma4_all_full_scaled_rope",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_of_renamed_checkpoints_are_those_of_mlx(name: str, tmp_path: Path) -> None:
+    configuration = next(one for one in CONFIGURATIONS if one.name == name)
+    model = MlxModel(name=name, config=configuration.config, seed=50_000)
+    source = write_model(tmp_path / "hub", model.config, seed=model.seed, dtype=configuration.dtype)
+    reference = Reference(write(model, tmp_path / "model", source))
+    assert difference(logits(reference), reference.logits) <= LARGEST_DIFFERENCE
+
+
+@pytest.mark.parametrize("model", QUANTISED, ids=lambda model: model.name)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_logits_of_quantised_checkpoints_are_those_of_mlx(model: MlxModel, seed: int, tmp_path: Path) -> None:
+    reference = Reference(write(replace(model, seed=50_000 + seed), tmp_path / "model"))
+    assert mean_divergence(reference.logits, logits(reference)) <= LARGEST_DIVERGENCE
+
+
+def logits(reference: Reference) -> np.ndarray:
+    with Engine.open(reference.directory, memory="4GiB", kv_dtype="f32", threads=2) as engine:
+        return engine.logits(reference.input_ids)
