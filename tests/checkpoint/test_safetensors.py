@@ -284,6 +284,11 @@ def test_one_file_and_an_index_together_are_ambiguous(tmp_path: Path) -> None:
     assert "holds both model.safetensors and model.safetensors.index.json" in refusal(tmp_path)
 
 
+def test_metadata_may_be_null(tmp_path: Path) -> None:
+    write_raw(tmp_path / "model.safetensors", {"__metadata__": None, "a": GOOD}, b"\0" * 4)
+    assert list(open_tensors(tmp_path)) == ["a"]
+
+
 def test_an_index_of_the_one_file_is_read_as_mlx_writes_it(tmp_path: Path) -> None:
     write_raw(tmp_path / "model.safetensors", {"a": GOOD}, b"\0" * 4)
     write_index(tmp_path, {"a": "model.safetensors"})

@@ -122,6 +122,8 @@ def read_header(path: Path) -> dict[str, TensorRef]:
 
 
 def _check_metadata(metadata: object, path: Path) -> None:
+    if metadata is None:  # MLX writes null if there are none, and the reference implementation reads it
+        return
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path.name}: __metadata__ must map strings to strings", path=path)
 
