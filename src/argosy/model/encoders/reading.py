@@ -12,7 +12,7 @@ Elsewhere: a tower's file says where families keep it, `mmproj.py` how GGUF file
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -252,6 +252,7 @@ def _read(files: ModelFiles, encoder: Encoder) -> EncoderFiles:
     theirs = {canonical: mlx_name(files.config.family, name) for canonical, name in names.items()}
     if any(name != names[canonical] and name in accounts for canonical, name in theirs.items()):
         names = theirs
+    _require_floats(accounts, names.values())
     return EncoderFiles(
         encoder,
         config,
@@ -309,6 +310,20 @@ def _with_blocks(ref: TensorRef) -> TensorRef:
     if ref.dtype != "U8" or not ref.shape or ref.shape[-1] % _BLOCK_BYTES:
         return ref
     return replace(ref, dtype=_BLOCKS, shape=(*ref.shape[:-1], ref.shape[-1] // _BLOCK_BYTES * _BLOCK_VALUES))
+
+
+def _require_floats(accounts: TensorAccounts, names: Iterable[str]) -> None:
+    """Refuse a tower that MLX quantised: its products would round activations, which no reference of it does."""
+    for name in names:
+        scales = f"{name.removesuffix('weight')}scales"
+        if name.endswith(".weight") and scales in accounts:
+            raise UnsupportedModel(
+                f"{accounts.path.name}: {name} is quantised ({scales} is beside it); supported: towers in "
+                f"{', '.join(FLOAT_FORMATS)}",
+                hint="text runs; for pictures and sound take a conversion whose tower keeps its floats",
+                path=accounts.path,
+                tensor=name,
+            )
 
 
 def _take_tensors(
