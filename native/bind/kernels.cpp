@@ -71,7 +71,7 @@ void bind_choice(nb::module_& m) {
         return num_threads * kernels_named(instruction_set).product_scratch_bytes;
       },
       "num_threads"_a, "instruction_set"_a = nb::none(),
-      "The most memory that products of a Runtime take besides its scratch; 0 without AMX.");
+      "The most memory that products of a Runtime take besides its scratch.");
 
   m.def("amx_state", &amx_state,
         "absent: the CPU has no AMX, or not what kernels need; refused: the system lets this process use "
@@ -80,7 +80,7 @@ void bind_choice(nb::module_& m) {
       "amx_formats",
       [] {
         std::vector<FormatName> names;
-        for (int i = 0; i < kNumFormats && best_kernels().product_scratch_bytes > 0; ++i) {
+        for (int i = 0; i < kNumFormats && best_kernels().has_tiles; ++i) {
           if (has_amx_product(Format(i))) names.push_back(std::string(kFormatNames[i]));
         }
         return names;

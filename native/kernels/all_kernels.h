@@ -9,6 +9,7 @@
 #include "kernels/activations.h"
 #include "kernels/attend.h"
 #include "kernels/attention.h"
+#include "kernels/coded.h"
 #include "kernels/combine.h"
 #include "kernels/gated_delta.h"
 #include "kernels/gelu.h"
@@ -28,6 +29,7 @@
 #include "kernels/route.h"
 #include "kernels/swiglu.h"
 #include "kernels/transcode_f8.h"
+#include "kernels/transcode_iq.h"
 #include "kernels/transcode_panel.h"
 
 namespace argosy {
@@ -48,9 +50,17 @@ struct TableBuilder {
     table.transcode[kind_of(type)] = kernel;
     has_transcode[kind_of(type)] = true;
   }
-  template <Format... kFormats>
+  template <Format kFormat>
   constexpr void set_quantized() {
-    (set(kFormats, matmul_quantized<kFormats>), ...);
+    if constexpr (is_coded(kFormat)) {
+      set(kFormat, matmul_coded<kFormat>);
+    } else if constexpr (is_quantized(kFormat)) {
+      set(kFormat, matmul_quantized<kFormat>);
+    }
+  }
+  template <size_t... kFormats>
+  constexpr void set_all_quantized(std::index_sequence<kFormats...>) {
+    (set_quantized<Format(kFormats)>(), ...);
   }
   template <Format... kFormats>
   constexpr void set_f8() {
@@ -78,7 +88,8 @@ constexpr KernelTable kernel_table_named(const char* name) {
   builder.table = {
       .name = name,
       .matmul = {},
-      .product_scratch_bytes = 0,
+      .product_scratch_bytes = kCodedScratchBytes,
+      .has_tiles = false,
       .quantize_activations = quantize_activations,
       .split_activations = nullptr,
       .quantize_q8 = quantize_panels<Format::q8>,
@@ -124,9 +135,7 @@ constexpr KernelTable kernel_table_named(const char* name) {
   builder.set(Format::f16, matmul_float<F16Weights>);
   builder.set(Format::bf16, matmul_float<Bf16Weights>);
   builder.set_f8<Format::f8, Format::f8_row, Format::f8_32, Format::mxfp8>();
-  builder.set_quantized<Format::q8, Format::q4, Format::q4_1, Format::q5_0, Format::q5_1, Format::q4_k,
-                        Format::q5_k, Format::q6_k, Format::q2_k, Format::q3_k, Format::iq4_nl,
-                        Format::iq4_xs, Format::mxfp4, Format::int4>();
+  builder.set_all_quantized(std::make_index_sequence<kNumFormats>());
   builder.set_transcode_of_all(std::make_index_sequence<kNumBlockTypes>());
   for (const bool is_set : builder.has_matmul) {
     if (!is_set) throw "a format has no product";

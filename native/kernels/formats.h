@@ -30,6 +30,12 @@
 //     mxfp4    4   table e2m1   bf16 of 32                     -
 //     int4     4   - 8          bf16 of 32                     -
 //
+//   coded        iq2_xxs to iq1_m: indices into grids, signs and sub-scales, in the bits of the file's blocks
+//                (coded.h). Products decode them to a wide format: 8 bits with float32 scales, in scratch.
+//
+//     wide         8   - 128        f32 of 32                      -
+//     wide_halves  8   - 128        f32 of 16                      -
+//
 // The formats from q4_1 to mxfp4 hold what GGUF's blocks of the same name hold, bit for bit, except for the
 // sign of a min that GGUF subtracts (kernels/transcode.h). mxfp4 follows the OCP Microscaling Formats (MX)
 // Specification v1.0: the table holds its values doubled, so a scale is half of the scale in the file, stored
@@ -52,6 +58,8 @@
 //            half, and of column 4 (c + 4) + j in the high half;
 //   2, 3     then 2 times 64 bytes: bits 2 c and 2 c + 1 of byte 4 r + j = the two lowest bits of q of column
 //            4 c + j in the first 64 bytes, of column 4 (c + 4) + j in the second (c = 0..3).
+//
+// A block of a wide format has its float32 scales [half group][16] in front.
 //
 // So 64 bytes are four columns of sixteen rows: one vpdpbusd multiplies them with four broadcast activations.
 #pragma once
@@ -81,12 +89,22 @@ enum class Format : uint8_t {
   iq4_nl,
   iq4_xs,
   mxfp4,
-  int4
+  int4,
+  iq2_xxs,
+  iq2_xs,
+  iq2_s,
+  iq3_xxs,
+  iq3_s,
+  iq1_s,
+  iq1_m,
+  // Only in scratch: what coded formats are decoded to.
+  wide,
+  wide_halves
 };
 
 // Everything here has internal linkage: several instruction sets compile this header, and the linker must not
 // keep one copy for all of them.
-[[maybe_unused]] static constexpr int kNumFormats = 21;
+[[maybe_unused]] static constexpr int kNumFormats = int(Format::wide);
 [[maybe_unused]] static constexpr int64_t kGroupSize = 32;
 [[maybe_unused]] static constexpr int64_t kPanelRows = 16;
 // Bytes of a cache line. Panels begin at multiples of it, and kernels are fastest if their matrix also does.
@@ -121,8 +139,15 @@ struct QuantFormat {
   SubScales sub_scales = SubScales::none;
   bool is_bf16 = false;            // whether the scales are bfloat16
   const uint8_t* table = nullptr;  // 16 bytes; null: a code is its own byte
+  bool has_float_scales = false;   // wide formats: scales are float32
+  // Coded formats: what a panel is decoded to, the bytes of a block before its groups, and those of a group.
+  Format wide = Format::f32;
+  int64_t front_bytes = 0, coded_group_bytes = 0;
+  bool has_row_scale = false;  // a panel begins with a float32 for each row, which multiplies its sum
 
-  constexpr int64_t group_bytes() const { return kChunkBytes * bits; }
+  constexpr bool is_coded() const { return wide != Format::f32; }
+  constexpr int64_t row_scale_bytes() const { return has_row_scale ? kPanelRows * 4 : 0; }
+  constexpr int64_t group_bytes() const { return is_coded() ? coded_group_bytes : kChunkBytes * bits; }
   constexpr int64_t block_groups() const { return block_cols / kGroupSize; }
   // The number of parts of a group that have their own scale.
   constexpr int parts() const { return sub_scale_cols == 16 ? 2 : 1; }
@@ -147,11 +172,15 @@ struct QuantFormat {
     return sub_scales_at() + (sub_scale_cols > 0 ? block_cols / sub_scale_cols * kPanelRows : 0);
   }
   constexpr int64_t block_scale_bytes() const {
+    if (is_coded()) return front_bytes;
+    if (has_float_scales) return kPanelRows * 4 * parts();
     return sub_mins_at() + (sub_scales == SubScales::bytes ? block_groups() * kPanelRows : 0);
   }
   constexpr int64_t block_bytes() const { return block_scale_bytes() + block_groups() * group_bytes(); }
   // Offsets in a panel: the scales of the block that contains a group, and the quants of the group.
-  constexpr int64_t scales_at(int64_t group) const { return group / block_groups() * block_bytes(); }
+  constexpr int64_t scales_at(int64_t group) const {
+    return row_scale_bytes() + group / block_groups() * block_bytes();
+  }
   constexpr int64_t quants_at(int64_t group) const {
     return scales_at(group) + block_scale_bytes() + group % block_groups() * group_bytes();
   }
@@ -160,6 +189,18 @@ struct QuantFormat {
 }  // namespace
 
 static inline constexpr bool is_quantized(Format format) { return format >= Format::q8; }
+
+// A row of the table for a coded format.
+static inline constexpr QuantFormat coded_format(Format wide, int64_t block_cols, int64_t sub_scale_cols,
+                                                 int64_t front_bytes, int64_t group_bytes) {
+  return {.bits = 8,
+          .zero = 128,
+          .block_cols = block_cols,
+          .sub_scale_cols = sub_scale_cols,
+          .wide = wide,
+          .front_bytes = front_bytes,
+          .coded_group_bytes = group_bytes};
+}
 
 // For quantised formats only.
 static inline constexpr QuantFormat quant_format(Format format) {
@@ -190,9 +231,31 @@ static inline constexpr QuantFormat quant_format(Format format) {
       return {4, 16, 32, 0, false, SubScales::none, true, kE2m1Bytes};
     case Format::int4:
       return {4, 8, 32, 0, false, SubScales::none, true};
+    case Format::iq2_xxs:
+      return coded_format(Format::wide, 256, 0, 32, 128);
+    case Format::iq2_xs:
+      return coded_format(Format::wide_halves, 256, 16, 32 + 128, 128);
+    case Format::iq2_s:
+      return coded_format(Format::wide_halves, 256, 16, 32 + 128 + 8 * 16, 128);
+    case Format::iq3_xxs:
+      return coded_format(Format::wide, 256, 0, 32, 192);
+    case Format::iq3_s:
+      return coded_format(Format::wide, 256, 0, 32 + 64 + 8 * 16, 192);
+    case Format::iq1_s:
+      return coded_format(Format::wide, 256, 0, 32 + 64 + 8 * 24, 64);
+    case Format::iq1_m:
+      return coded_format(Format::wide_halves, 256, 16, 128 + 8 * 32, 64);
+    case Format::wide:
+      return {.bits = 8, .zero = 128, .block_cols = 32, .has_float_scales = true};
+    case Format::wide_halves:
+      return {.bits = 8, .zero = 128, .block_cols = 32, .sub_scale_cols = 16, .has_float_scales = true};
     default:
       return {4, 8, 32};
   }
+}
+
+static inline constexpr bool is_coded(Format format) {
+  return is_quantized(format) && quant_format(format).is_coded();
 }
 
 static inline constexpr int64_t num_groups(int64_t cols) { return round_up(cols, kGroupSize) / kGroupSize; }
@@ -260,7 +323,8 @@ static inline constexpr int64_t f8_row_at(Format format, int64_t row, int64_t co
 static inline constexpr int64_t weight_bytes(Format format) { return format == Format::f32 ? 4 : 2; }
 
 static inline constexpr int64_t panel_bytes(Format format, int64_t cols) {
-  return round_up(num_blocks(format, cols) * quant_format(format).block_bytes(), kMatrixAlignment);
+  const QuantFormat quant = quant_format(format);
+  return round_up(quant.row_scale_bytes() + num_blocks(format, cols) * quant.block_bytes(), kMatrixAlignment);
 }
 
 static inline constexpr int64_t matrix_bytes(Format format, int64_t rows, int64_t cols) {
@@ -272,7 +336,7 @@ static inline constexpr int64_t matrix_bytes(Format format, int64_t rows, int64_
   return rows * cols * weight_bytes(format);
 }
 
-// q of row 0 to 15 of a panel.
+// q of row 0 to 15 of a panel. Not for coded formats: see CodedRow in coded.h.
 static inline int32_t quant_at(Format format, const uint8_t* panel, int64_t row, int64_t col) {
   const QuantFormat q = quant_format(format);
   const uint8_t* group = panel + q.quants_at(col / kGroupSize) + row * 4 + col % 4;

@@ -38,7 +38,7 @@ void add_amx_float_products(KernelTable& table) {
   table.matmul[int(Format::bf16)] = matmul_float_amx<Bf16OnTiles>;
   table.matmul[int(Format::f8)] = matmul_float_amx<F8OnTiles>;
   table.split_activations = split_activations;
-  static_assert(kSplitScratchBytes >= kAmxScratchBytes);
+  static_assert(kSplitScratchBytes >= kAmxScratchBytes && kAmxScratchBytes >= kCodedScratchBytes);
   table.product_scratch_bytes = kSplitScratchBytes;
 }
 

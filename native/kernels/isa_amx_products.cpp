@@ -18,6 +18,7 @@ void add_amx_products(KernelTable& table) {
   };
   for (int format = 0; format < kNumFormats; ++format) with_number<kNumFormats - 1>(format, add);
   table.product_scratch_bytes = kAmxScratchBytes;
+  table.has_tiles = true;
 }
 
 }  // namespace argosy

@@ -17,6 +17,7 @@ constexpr bool kHasTilesWithoutPrefetch = true;
 }  // namespace
 }  // namespace argosy
 
+#include "kernels/coded.h"
 #include "kernels/kernel_table.h"
 #include "kernels/matmul_quantized.h"
 
@@ -25,7 +26,11 @@ namespace argosy {
 void add_vnni_products(KernelTable& table);
 void add_vnni_products(KernelTable& table) {
   const auto add = [&]<int kFormat>(Number<kFormat>) {
-    if constexpr (is_quantized(Format(kFormat))) table.matmul[kFormat] = matmul_quantized<Format(kFormat)>;
+    if constexpr (is_coded(Format(kFormat))) {
+      table.matmul[kFormat] = matmul_coded<Format(kFormat)>;
+    } else if constexpr (is_quantized(Format(kFormat))) {
+      table.matmul[kFormat] = matmul_quantized<Format(kFormat)>;
+    }
   };
   for (int format = 0; format < kNumFormats; ++format) with_number<kNumFormats - 1>(format, add);
 }

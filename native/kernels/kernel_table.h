@@ -42,7 +42,8 @@ struct KernelTable {
   const char* name;
 
   void (*matmul[kNumFormats])(const MatmulArgs& args);
-  int64_t product_scratch_bytes;  // 0: no product uses scratch
+  int64_t product_scratch_bytes;  // of a thread
+  bool has_tiles;                 // whether some products run on the tiles of AMX
   // x begins at column 32 * group_begin; `activations` is the token's whole row of `cols`.
   void (*quantize_activations)(const float* x, int64_t cols, int64_t group_begin, int64_t group_end,
                                uint8_t* activations);

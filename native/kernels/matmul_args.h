@@ -12,9 +12,9 @@ namespace argosy {
 [[maybe_unused]] static constexpr int64_t kAmxScratchBytes = int64_t{736} << 10;
 [[maybe_unused]] static constexpr int64_t kSplitScratchBytes = int64_t{1088} << 10;
 // Whether products with weights of this format can run on tiles. Those of q2_k and q3_k add up two dot
-// products of a group as 16-bit integers, which tiles do not have.
+// products of a group as 16-bit integers, which tiles do not have; coded formats run on their wide format.
 static inline constexpr bool has_amx_product(Format format) {
-  return is_quantized(format) && !quant_format(format).is_paired();
+  return is_quantized(format) && !quant_format(format).is_paired() && !is_coded(format);
 }
 // In the instruction set `amx`, products with weights of these formats run on tiles always, and split their
 // activations into two bfloat16 parts (matmul_float_amx.h).
@@ -38,6 +38,11 @@ static inline constexpr int64_t most_split_tokens(int64_t cols) {
   const int64_t fit = kKeptSplitBytes / split_bytes(cols, kTwoTiles);
   return fit > 1 ? fit * kTwoTiles : kTwoTiles;
 }
+// Where products of coded formats decode two panels, behind what product_scratch.h keeps. What else lies
+// there only serves a product that follows with the same format.
+[[maybe_unused]] static constexpr int64_t kWideScratchAt = 256, kStripCols = 2048;
+[[maybe_unused]] static constexpr int64_t kCodedScratchBytes =
+    kWideScratchAt + 2 * panel_bytes(Format::wide_halves, kStripCols);
 // At its beginning: the operations of all products since it was zeros. Other threads may read them.
 struct ProductCounts {
   uint64_t in_tiles, all;
@@ -45,6 +50,7 @@ struct ProductCounts {
 
 // y[t][r - row_begin] = sum over c of W[r][c] * x[t][c]
 struct MatmulArgs {
+  Format format;           // of the weights: one kernel may serve several
   const uint8_t* weights;  // the whole matrix
   int64_t cols;
   int64_t row_begin, row_end;  // for panels, row_begin is a multiple of 16
@@ -58,7 +64,7 @@ struct MatmulArgs {
   const uint8_t* next_weights = nullptr;  // the panels that the caller reads next: a prefetch hint
   Tuning tuning = {};
   // KernelTable::product_scratch_bytes of this thread, aligned to 64. nullptr: a product without tiles; those
-  // that split activations need it.
+  // that split activations, and those of coded formats, need it.
   uint8_t* scratch = nullptr;
   // What KernelTable::split_activations wrote of all tokens, aligned to 64; nullptr: the product splits x.
   const uint8_t* split_x = nullptr;

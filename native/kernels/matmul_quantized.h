@@ -39,28 +39,30 @@ void matmul_reference(const MatmulArgs& a) {
       float sum = 0.0f;
       for (int64_t group = 0; group < num_groups(a.cols); ++group) {
         const float scale = read_unaligned<float>(x + activation_scales_at(kFormat, a.cols) + group * 4);
+        int32_t q[kGroupSize];
+        quants_of_group<kFormat>(panel, lane, group, q);
         float scaled = 0.0f;
-        for (int64_t begin = group * kGroupSize; begin < (group + 1) * kGroupSize; begin += kSameScale) {
+        for (int64_t part = 0; part < kQuant.parts(); ++part) {
           int32_t dot = 0;
-          for (int64_t col = begin; col < begin + kSameScale; ++col) {
-            dot += quant_at(kFormat, panel, lane, col) * activation_at(kFormat, x, a.cols, col);
+          for (int64_t i = part * kSameScale; i < (part + 1) * kSameScale; ++i) {
+            dot += q[i] * activation_at(kFormat, x, a.cols, group * kGroupSize + i);
           }
-          scaled += weight_scale_at(kFormat, panel, lane, begin).scale * float(dot);
+          scaled += scale_of_part<kFormat>(panel, lane, group, part).scale * float(dot);
         }
         if constexpr (kQuant.has_min && kQuant.parts() == 2) {
           const uint8_t* negated = x + activation_negated_sums_at(Format::q6_k, a.cols) + group * 8;
           for (int64_t part = 0; part < 2; ++part) {
-            const int64_t begin = group * kGroupSize + part * kSameScale;
-            scaled += weight_scale_at(kFormat, panel, lane, begin).min *
+            scaled += scale_of_part<kFormat>(panel, lane, group, part).min *
                       float(-read_unaligned<int32_t>(negated + part * 4));
           }
         }
         sum += scaled * scale;
         if constexpr (kQuant.has_min && kQuant.parts() == 1) {
-          sum += weight_scale_at(kFormat, panel, lane, group * kGroupSize).min *
+          sum += scale_of_part<kFormat>(panel, lane, group, 0).min *
                  read_unaligned<float>(x + activation_sums_at(a.cols) + group * 4);
         }
       }
+      if constexpr (kQuant.has_row_scale) sum *= read_unaligned<float>(panel + 4 * lane);
       output_row(a, token)[row - a.row_begin] = sum;
     }
   }

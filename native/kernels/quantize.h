@@ -13,6 +13,7 @@
 
 #include "kernels/formats.h"
 #include "kernels/half.h"
+#include "kernels/matmul_args.h"
 #include "kernels/matmul_f8.h"
 #include "kernels/weight_scale.h"
 
@@ -168,9 +169,32 @@ void quantize_panels(const float* weights, int64_t rows, int64_t cols, int64_t p
   }
 }
 
+template <Format kFormat>
+void dequantize_coded_row(const uint8_t* panel, int64_t row, int64_t cols, float* out) {
+  constexpr QuantFormat kQuant = quant_format(kFormat);
+  const float row_scale = kQuant.has_row_scale ? read_unaligned<float>(panel + 4 * row) : 1.0f;
+  for (int64_t group = 0; group < num_groups(cols); ++group) {
+    int8_t q[kGroupSize];
+    CodedRow<kFormat>::quants(panel, row, group, q);
+    float scale[2];
+    for (int part = 0; part < kQuant.parts(); ++part)
+      scale[part] = CodedRow<kFormat>::scale(panel, row, group, part);
+    for (int64_t i = 0; i < kGroupSize && group * kGroupSize + i < cols; ++i) {
+      const int64_t part = kQuant.parts() == 2 ? i / 16 : 0;
+      out[group * kGroupSize + i] = scale[part] * float(q[i]) * row_scale;
+    }
+  }
+}
+
 inline void dequantize_panel_row(Format format, const uint8_t* weights, int64_t cols, int64_t row,
                                  float* out) {
   const uint8_t* panel = weights + row / kPanelRows * panel_bytes(format, cols);
+  if (is_coded(format)) {
+    return with_number<kNumFormats - 1, int(Format::q8)>(int(format), [&]<int kFormat>(Number<kFormat>) {
+      if constexpr (is_coded(Format(kFormat)))
+        dequantize_coded_row<Format(kFormat)>(panel, row % kPanelRows, cols, out);
+    });
+  }
   for (int64_t col = 0; col < cols; ++col) {
     const auto [scale, min] = weight_scale_at(format, panel, row % kPanelRows, col);
     const float value = scale * float(quant_at(format, panel, row % kPanelRows, col));

@@ -38,7 +38,8 @@ struct QuantizedTile {
   static constexpr int kLargestByte = kQuant.largest_byte();
   // Quants keep their sign and have no zero to remove. This applies to those that vpmaddubsw could not hold
   // otherwise.
-  static constexpr bool kIsSigned = kQuant.table != nullptr && kLargestByte > 127 && !ARGOSY_AVX_VNNI;
+  static constexpr bool kHasSign = kQuant.table != nullptr || kQuant.has_float_scales;
+  static constexpr bool kIsSigned = kHasSign && kLargestByte > 127 && !ARGOSY_AVX_VNNI;
   using Operands = TileOperands<kFormat, kTokens>;
   using Dots = __m256i[kTokens][kParts][2];  // rows 0-7 and 8-15
   using Sums = Vec[kTokens][2];
@@ -48,7 +49,7 @@ struct QuantizedTile {
 #if ARGOSY_AVX_VNNI
     multiply_four(o, group, dot);
 #else
-    if constexpr (kQuant.bits == 8) {
+    if constexpr (kFormat == Format::q8) {
       multiply_wide(o, group, dot);
     } else {
       multiply_bytes(o, group, dot);
@@ -64,6 +65,12 @@ struct QuantizedTile {
     BlockScales found;
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
+      if constexpr (kQuant.has_float_scales) {
+        const uint8_t* floats = o.block_scales(group) + half * 8 * 4;
+        found.scale[half] = F32Weights::load(floats);
+        found.min[half] = zeros();
+        continue;
+      }
       const uint8_t* scales = o.block_scales(group) + half * 8 * 2;
       found.scale[half] = kQuant.is_bf16 ? Bf16Weights::load(scales) : F16Weights::load(scales);
       found.min[half] = zeros();
@@ -87,6 +94,26 @@ struct QuantizedTile {
       float* y = output_row(a, token + j) + (row - a.row_begin);
       store(y, sum[j][0], rows < 8 ? rows : 8);
       if (rows > 8) store(y + 8, sum[j][1], rows < 16 ? rows - 8 : 8);
+    }
+  }
+
+  // The opposite of put: continues sums that an earlier strip of columns has put.
+  [[gnu::always_inline]] static inline void take(const MatmulArgs& a, int64_t row, int64_t token, Sums& sum) {
+    const int64_t rows = a.row_end - row;
+#pragma GCC unroll 4
+    for (int j = 0; j < kTokens; ++j) {
+      const float* y = output_row(a, token + j) + (row - a.row_begin);
+      sum[j][0] = load(y, rows < 8 ? rows : 8);
+      sum[j][1] = rows > 8 ? load(y + 8, rows < 16 ? rows - 8 : 8) : zeros();
+    }
+  }
+
+  // Multiplies the sums by a float32 for each row, which the panel begins with.
+  [[gnu::always_inline]] static inline void multiply_rows(const uint8_t* panel, int64_t, Sums& sum) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kTokens; ++j) {
+      sum[j][0] = mul(sum[j][0], F32Weights::load(panel));
+      sum[j][1] = mul(sum[j][1], F32Weights::load(panel + 32));
     }
   }
 
@@ -171,7 +198,10 @@ struct QuantizedTile {
   [[gnu::always_inline]] static inline void multiply_bytes(const Operands& o, int64_t group, Dots& dot) {
     const uint8_t* quants = o.quants(group);
     // The number of chunks whose products fit in 16 bits, within one part of the group.
-    constexpr int kMost = kIsSigned ? 1 : kLargestByte < 16 ? 8 : kLargestByte < 32 ? 4 : 2;
+    constexpr int kMost = kQuant.bits == 8 || kIsSigned ? 1
+                          : kLargestByte < 16           ? 8
+                          : kLargestByte < 32           ? 4
+                                                        : 2;
     constexpr int kRun = kMost * kParts > 8 ? 8 / kParts : kMost;
     const __m256i ones = _mm256_set1_epi16(1);
 #pragma GCC unroll 4
@@ -215,7 +245,8 @@ struct QuantizedTile {
   // Unpacks four columns of eight rows to bytes, with their sign if kIsSigned.
   [[gnu::always_inline]] static inline __m256i unpack(const uint8_t* group, int chunk) {
     if constexpr (kQuant.bits == 8) {
-      return load_bytes(group + chunk * kChunkBytes);
+      const __m256i bytes = load_bytes(group + chunk * kChunkBytes);
+      return kIsSigned ? _mm256_xor_si256(bytes, _mm256_set1_epi8(int8_t(kQuant.zero))) : bytes;
     } else if constexpr (kQuant.table != nullptr) {
       return _mm256_shuffle_epi8(table(), low_bits(group, chunk));
     } else if constexpr (kQuant.bits == kQuant.low_bits()) {
@@ -261,12 +292,14 @@ struct QuantizedTile {
       return scale_pairs(o, group, half, block_scale, sub(zeros(), min), subs + 2 * first_row, dot, sum);
     }
     Vec weight_scale[kParts] = {block_scale};
-    if constexpr (kQuant.sub_scale_cols > 0) {
-      constexpr bool kHasSign = kQuant.sub_scales == SubScales::signed_bytes;
+    if constexpr (kQuant.has_float_scales) {
+      if constexpr (kParts == 2) weight_scale[1] = F32Weights::load(scales + (kPanelRows + first_row) * 4);
+    } else if constexpr (kQuant.sub_scale_cols > 0) {
+      constexpr bool kSubsHaveSign = kQuant.sub_scales == SubScales::signed_bytes;
 #pragma GCC unroll 2
       for (int part = 0; part < kParts; ++part) {
         weight_scale[part] =
-            mul(block_scale, bytes_to_floats(subs + first_row + part * kPanelRows, kHasSign));
+            mul(block_scale, bytes_to_floats(subs + first_row + part * kPanelRows, kSubsHaveSign));
       }
       if constexpr (kQuant.has_min) {
         const uint8_t* sub_mins =

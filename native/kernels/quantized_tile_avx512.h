@@ -39,6 +39,11 @@ struct QuantizedTile {
 #pragma GCC unroll 2
     for (int i = 0; i < kPanels; ++i) {
       const uint8_t* scales = o.block_scales(group) + i * o.stride;
+      if constexpr (kQuant.has_float_scales) {
+        found.scale[i] = F32Weights::load(scales);
+        found.min[i] = zeros();
+        continue;
+      }
       found.scale[i] = kQuant.is_bf16 ? Bf16Weights::load(scales) : F16Weights::load(scales);
       found.min[i] = zeros();
       if constexpr (kQuant.has_min) found.min[i] = F16Weights::load(scales + kPanelRows * 2);
@@ -111,7 +116,9 @@ struct QuantizedTile {
         continue;
       }
       Vec weight_scale[kParts] = {block_scale};
-      if constexpr (kQuant.sub_scale_cols > 0) {
+      if constexpr (kQuant.has_float_scales) {
+        if constexpr (kParts == 2) weight_scale[1] = F32Weights::load(scales + kPanelRows * 4);
+      } else if constexpr (kQuant.sub_scale_cols > 0) {
         constexpr bool kIsSigned = kQuant.sub_scales == SubScales::signed_bytes;
 #pragma GCC unroll 2
         for (int part = 0; part < kParts; ++part) {
@@ -148,6 +155,29 @@ struct QuantizedTile {
         store(output_row(a, token + j) + (row - a.row_begin) + i * kPanelRows, sum[i][j],
               rows < kPanelRows ? rows : kPanelRows);
       }
+    }
+  }
+
+  // The opposite of put: continues sums that an earlier strip of columns has put.
+  [[gnu::always_inline]] static inline void take(const MatmulArgs& a, int64_t row, int64_t token, Sums& sum) {
+#pragma GCC unroll 2
+    for (int i = 0; i < kPanels; ++i) {
+      const int64_t rows = a.row_end - (row + i * kPanelRows);
+#pragma GCC unroll 16
+      for (int j = 0; j < kTokens; ++j) {
+        sum[i][j] = load(output_row(a, token + j) + (row - a.row_begin) + i * kPanelRows,
+                         rows < kPanelRows ? rows : kPanelRows);
+      }
+    }
+  }
+
+  // Multiplies the sums by a float32 for each row, which the panels begin with.
+  [[gnu::always_inline]] static inline void multiply_rows(const uint8_t* panel, int64_t stride, Sums& sum) {
+#pragma GCC unroll 2
+    for (int i = 0; i < kPanels; ++i) {
+      const Vec by = F32Weights::load(panel + i * stride);
+#pragma GCC unroll 16
+      for (int j = 0; j < kTokens; ++j) sum[i][j] = mul(sum[i][j], by);
     }
   }
 

@@ -4,6 +4,8 @@
 //   Q4_1 Q5_0 Q5_1 IQ4_NL MXFP4     the same                         ->  q4_1 q5_0 q5_1 iq4_nl mxfp4
 //   Q4_K Q5_K Q6_K Q2_K Q3_K        a row is blocks of 256 columns   ->  q4_k q5_k q6_k q2_k q3_k
 //   IQ4_XS                          the same                         ->  iq4_xs
+//   IQ2_XXS IQ2_XS IQ2_S            the same                         ->  iq2_xxs iq2_xs iq2_s
+//   IQ3_XXS IQ3_S IQ1_S IQ1_M       the same                         ->  iq3_xxs iq3_s iq1_s iq1_m
 //   int4_quants int4_scales         compressed-tensors               ->  int4
 //   mxfp4_quants mxfp4_scales       OCP MX                           ->  mxfp4
 //
@@ -62,6 +64,13 @@ enum class BlockType : uint64_t {
   iq4_nl,
   iq4_xs,
   mxfp4,
+  iq2_xxs,
+  iq2_xs,
+  iq2_s,
+  iq3_xxs,
+  iq3_s,
+  iq1_s,
+  iq1_m,
   int4_quants,
   int4_scales,
   mxfp4_quants,
@@ -118,6 +127,13 @@ struct BlockTypeEntry {
     {BlockType::iq4_nl, "IQ4_NL", Format::iq4_nl, 18},
     {BlockType::iq4_xs, "IQ4_XS", Format::iq4_xs, 136},
     {BlockType::mxfp4, "MXFP4", Format::mxfp4, 17},
+    {BlockType::iq2_xxs, "IQ2_XXS", Format::iq2_xxs, 66},
+    {BlockType::iq2_xs, "IQ2_XS", Format::iq2_xs, 74},
+    {BlockType::iq2_s, "IQ2_S", Format::iq2_s, 82},
+    {BlockType::iq3_xxs, "IQ3_XXS", Format::iq3_xxs, 98},
+    {BlockType::iq3_s, "IQ3_S", Format::iq3_s, 110},
+    {BlockType::iq1_s, "IQ1_S", Format::iq1_s, 50},
+    {BlockType::iq1_m, "IQ1_M", Format::iq1_m, 56},
     {BlockType::int4_quants, "int4_quants", Format::int4, 16},
     {BlockType::int4_scales, "int4_scales", Format::int4, 2},
     {BlockType::mxfp4_quants, "mxfp4_quants", Format::mxfp4, 16},

@@ -39,7 +39,8 @@ struct BlockRows {
   }
 
   void load_one(int64_t at, RowWords& words) const {
-    for (int r = 0; r < kRowsAtOnce; ++r) words[r] = read_unaligned<uint32_t>(row[r] + at);
+    words = RowWords{read_unaligned<uint32_t>(row[0] + at), read_unaligned<uint32_t>(row[1] + at),
+                     read_unaligned<uint32_t>(row[2] + at), read_unaligned<uint32_t>(row[3] + at)};
   }
 
   // Stores into 64 bytes that hold one word of every row of the panel.
@@ -406,7 +407,7 @@ void transcode_blocks(const uint8_t* from, int64_t row_stride, int64_t present, 
         const bool is_row = first + r < present;
         rows.row[r] = is_row ? from + (first + r) * row_stride + b * block_bytes(kType) : kNoRow;
       }
-      uint8_t* block = panel + b * kQuant.block_bytes();
+      uint8_t* block = panel + kQuant.scales_at(b * kQuant.block_groups());
       transcode_block<kType>(rows, block + kQuant.block_scale_bytes(), block);
     }
   }
@@ -423,7 +424,8 @@ void transcode_panel(const uint8_t* from, int64_t row_stride, int64_t present, i
     transcode_blocks<kType>(from, row_stride, present, blocks, panel, next);
   }
   if constexpr (!is_quants(kType)) {
-    uint8_t* end = panel + blocks * quant_format(kFormat).block_bytes();
+    constexpr QuantFormat kQuant = quant_format(kFormat);
+    uint8_t* end = panel + kQuant.scales_at(blocks * kQuant.block_groups());
     std::memset(end, 0, size_t(panel + panel_bytes(kFormat, cols) - end));
   }
 }

@@ -1,6 +1,7 @@
-// weight_scale.h: the factors of a single quant, one row and column at a time.
+// weight_scale.h: the factors and the quants of one row, for every quantised format.
 #pragma once
 
+#include "kernels/coded_row.h"
 #include "kernels/formats.h"
 #include "kernels/half.h"
 
@@ -12,6 +13,7 @@ struct WeightScale {
   float scale, min;
 };
 
+// Not for coded formats.
 inline WeightScale weight_scale_at(Format format, const uint8_t* panel, int64_t row, int64_t col) {
   const QuantFormat q = quant_format(format);
   const int64_t inside = col % q.block_cols;
@@ -31,6 +33,28 @@ inline WeightScale weight_scale_at(Format format, const uint8_t* panel, int64_t 
   if (q.sub_scales != SubScales::bytes) return {scale * float(int8_t(sub_scale)), 0.0f};
   const uint8_t sub_min = scales[q.sub_mins_at() + inside / kGroupSize * kPanelRows + row];
   return {scale * float(sub_scale), min * float(sub_min)};
+}
+
+// The same for half `part` of a group, or for a whole group, whose part is 0.
+template <Format kFormat>
+WeightScale scale_of_part(const uint8_t* panel, int64_t row, int64_t group, int64_t part) {
+  if constexpr (is_coded(kFormat)) {
+    return {CodedRow<kFormat>::scale(panel, row, group, part), 0.0f};
+  } else {
+    return weight_scale_at(kFormat, panel, row, group * kGroupSize + part * kGroupSize / 2);
+  }
+}
+
+// The quants of a group.
+template <Format kFormat>
+void quants_of_group(const uint8_t* panel, int64_t row, int64_t group, int32_t (&q)[kGroupSize]) {
+  if constexpr (is_coded(kFormat)) {
+    int8_t bytes[kGroupSize];
+    CodedRow<kFormat>::quants(panel, row, group, bytes);
+    for (int i = 0; i < kGroupSize; ++i) q[i] = bytes[i];
+  } else {
+    for (int i = 0; i < kGroupSize; ++i) q[i] = quant_at(kFormat, panel, row, group * kGroupSize + i);
+  }
 }
 
 }  // namespace

@@ -134,6 +134,7 @@ void linear(Runtime& runtime, const MatrixView& matrix, Rows<const float> x, int
           const int64_t count = std::min(num_tokens - token, kBlockTokens);
           const Rows<float> y = {sums.data + token * sums.stride + row, sums.stride};
           table.matmul[int(matrix.format)]({
+              .format = matrix.format,
               .weights = matrix.data,
               .cols = cols,
               .row_begin = row,

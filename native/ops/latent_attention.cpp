@@ -89,6 +89,7 @@ void multiply_heads(Runtime& runtime, const MatrixView& matrix, int64_t num_head
           const int64_t head = begin / blocks, first = begin % blocks * kBlockRows;
           const int64_t next = std::min(end, (head + 1) * blocks);
           table.matmul[int(matrix.format)]({
+              .format = matrix.format,
               .weights = matrix.data,
               .cols = cols,
               .row_begin = head * rows + first,

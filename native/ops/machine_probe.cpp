@@ -126,6 +126,7 @@ std::vector<double> product_probe(const KernelTable& kernels, int threads, const
     const int64_t panel = panel_bytes(trial.format, kCols), panels = nbytes / panel;
     pool.parallel_for(panels, kRangePanels, [&](int64_t begin, int64_t end, int worker) {
       kernels.matmul[int(trial.format)]({
+          .format = trial.format,
           .weights = arena.data(),
           .cols = kCols,
           .row_begin = begin * kPanelRows,

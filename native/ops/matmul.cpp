@@ -102,6 +102,7 @@ void matmul(Runtime& runtime, const std::vector<Product>& products, const float*
             next = rows_at(products[i + 1].matrix, 0);
           }
           table.matmul[int(matrix.format)]({
+              .format = matrix.format,
               .weights = matrix.data,
               .cols = cols,
               .row_begin = row_begin,

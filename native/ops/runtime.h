@@ -57,9 +57,7 @@ class Runtime {
   }
   // Blocks of `rows` rows that a product should process in one call: on tiles, it copies its activations once
   // for all of them.
-  int64_t blocks_together(int64_t rows) const {
-    return product_scratch_ != nullptr ? kRowsOnTiles / rows : 1;
-  }
+  int64_t blocks_together(int64_t rows) const { return kernels_.has_tiles ? kRowsOnTiles / rows : 1; }
   // Multiplications and additions since the runtime began, of products with weights for which the kernels
   // have tiles (the quantised ones, and in `amx` bfloat16 and FP8): on the tiles of AMX, and all of them.
   // Both are 0 if the kernels have no tiles.

@@ -25,6 +25,7 @@ struct Activations {
   int64_t quant_stride;
 
   void give(Format format, MatmulArgs& args) const {
+    args.format = format;
     args.x = is_quantized(format) ? quants : reinterpret_cast<const uint8_t*>(floats);
     args.x_stride = is_quantized(format) ? quant_stride : float_stride * 4;
   }

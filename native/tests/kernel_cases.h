@@ -20,15 +20,18 @@
 namespace argosy::testing {
 
 inline const Format kFormats[] = {
-    Format::f32,  Format::f16,  Format::bf16, Format::f8,     Format::f8_row, Format::f8_32, Format::mxfp8,
-    Format::q8,   Format::q4,   Format::q4_1, Format::q5_0,   Format::q5_1,   Format::q4_k,  Format::q5_k,
-    Format::q6_k, Format::q2_k, Format::q3_k, Format::iq4_nl, Format::iq4_xs, Format::mxfp4, Format::int4};
+    Format::f32,     Format::f16,   Format::bf16,  Format::f8,      Format::f8_row, Format::f8_32,
+    Format::mxfp8,   Format::q8,    Format::q4,    Format::q4_1,    Format::q5_0,   Format::q5_1,
+    Format::q4_k,    Format::q5_k,  Format::q6_k,  Format::q2_k,    Format::q3_k,   Format::iq4_nl,
+    Format::iq4_xs,  Format::mxfp4, Format::int4,  Format::iq2_xxs, Format::iq2_xs, Format::iq2_s,
+    Format::iq3_xxs, Format::iq3_s, Format::iq1_s, Format::iq1_m};
 inline const Format kF8Formats[] = {Format::f8, Format::f8_row, Format::f8_32, Format::mxfp8};
 // Block types that hold a whole matrix.
 inline const BlockType kBlockTypes[] = {
-    BlockType::q8_0,   BlockType::q4_0,   BlockType::q4_1, BlockType::q5_0, BlockType::q5_1,
-    BlockType::q4_k,   BlockType::q5_k,   BlockType::q6_k, BlockType::q2_k, BlockType::q3_k,
-    BlockType::iq4_nl, BlockType::iq4_xs, BlockType::mxfp4};
+    BlockType::q8_0,   BlockType::q4_0,    BlockType::q4_1,  BlockType::q5_0,    BlockType::q5_1,
+    BlockType::q4_k,   BlockType::q5_k,    BlockType::q6_k,  BlockType::q2_k,    BlockType::q3_k,
+    BlockType::iq4_nl, BlockType::iq4_xs,  BlockType::mxfp4, BlockType::iq2_xxs, BlockType::iq2_xs,
+    BlockType::iq2_s,  BlockType::iq3_xxs, BlockType::iq3_s, BlockType::iq1_s,   BlockType::iq1_m};
 
 // Sizes around the vectors (8, 16), the panel (16) and the group (32).
 inline const int64_t kSizes[] = {0, 1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 70};
@@ -113,6 +116,13 @@ inline void put_half(uint8_t* to, float value) {
   std::memcpy(to, &half, 2);
 }
 
+// In a block of iq1_m, the scale is the highest four bits of each of the last four words of 16 bits.
+inline void put_iq1_m_scale(uint8_t* block, float value) {
+  const uint16_t half = f16_from_float(value);
+  for (int i = 0; i < 4; ++i)
+    block[49 + 2 * i] = uint8_t((block[49 + 2 * i] & 15) | (half >> 4 * i & 15) << 4);
+}
+
 // Random quants and sub-scales, with scales and mins that give weights of order one.
 inline std::vector<uint8_t> random_blocks(BlockType type, int64_t rows, int64_t cols, unsigned seed) {
   std::mt19937 generator(seed);
@@ -120,8 +130,10 @@ inline std::vector<uint8_t> random_blocks(BlockType type, int64_t rows, int64_t 
   std::vector<uint8_t> bytes(size_t(rows * block_row_bytes(type, cols)));
   for (uint8_t& byte : bytes) byte = uint8_t(generator());
   if (is_quants(type)) return bytes;
-  const float largest = float(quant.table != nullptr ? quant.zero : 1 << (quant.bits - 1)) *
-                        (quant.sub_scale_cols > 0 ? 32.0f : 1.0f);
+  const float largest = quant.is_coded()
+                            ? 512.0f
+                            : float(quant.table != nullptr ? quant.zero : 1 << (quant.bits - 1)) *
+                                  (quant.sub_scale_cols > 0 ? 32.0f : 1.0f);
   std::normal_distribution<float> distribution(0.0f, 1.0f);
   for (size_t at = size_t(scale_at(type)); at < bytes.size(); at += size_t(block_bytes(type))) {
     const float scale = distribution(generator) / largest;
@@ -130,6 +142,8 @@ inline std::vector<uint8_t> random_blocks(BlockType type, int64_t rows, int64_t 
     } else if (type == BlockType::int4_scales) {
       const uint16_t bits = bf16_from_float(scale);
       std::memcpy(&bytes[at], &bits, 2);
+    } else if (type == BlockType::iq1_m) {
+      put_iq1_m_scale(&bytes[at], scale);
     } else {
       put_half(&bytes[at], scale);
     }
@@ -231,6 +245,7 @@ inline uint8_t* product_scratch() {
 
 inline MatmulArgs matmul_args(const MatrixView& w, const Inputs& x, int64_t num_tokens, float* y) {
   MatmulArgs args = {};
+  args.format = w.format;
   args.weights = w.data;
   args.cols = w.cols;
   args.row_end = w.rows;

@@ -168,6 +168,25 @@ void check_exact_products(const KernelTable& table, const MatrixView& w) {
   }
 }
 
+// Makes all scales of a block of an i-quant one: sub-scales of zero, which stand for their unit.
+void make_unit_scales(BlockType type, uint8_t* block) {
+  const auto clear = [&](int64_t at, uint8_t kept, int64_t step) {
+    for (int64_t i = 0; i < 8; ++i) block[at + i * step] &= kept;
+  };
+  if (type == BlockType::iq2_xxs) clear(2 + 7, 0x0F, 8);
+  if (type == BlockType::iq2_xs) clear(66, 0, 1);
+  if (type == BlockType::iq2_s) clear(74, 0, 1);
+  if (type == BlockType::iq3_xxs) clear(66 + 3, 0x0F, 4);
+  if (type == BlockType::iq3_s) std::memset(block + 106, 0, 4);
+  if (type == BlockType::iq1_s) clear(34 + 1, 0x8F, 2);
+  if (type == BlockType::iq1_m) {
+    clear(48, 0, 1);
+    put_iq1_m_scale(block, 8.0f);
+  } else {
+    put_half(block, type == BlockType::iq3_s ? 1.0f : type == BlockType::iq3_xxs ? 4.0f : 8.0f);
+  }
+}
+
 // The sums are the largest possible, with all scales one.
 void integer_sums_are_exact() {
   constexpr int64_t kRows = 16, kCols = 64;
@@ -213,6 +232,10 @@ void integer_sums_are_exact() {
           block[0] = 128;
           continue;
         }
+        if (is_coded(slot_format(type))) {
+          make_unit_scales(type, block);
+          continue;
+        }
         put_half(block + scale_at(type), 1.0f);
         if (quant.has_min) put_half(block + scale_at(type) + 2, quant.sub_scale_cols == 0 ? -3.0f : 1.0f);
       }
@@ -252,8 +275,16 @@ Weights spoiled(Format format, int64_t rows) {
   const int64_t cols = quant_format(format).block_cols;
   Weights w = Weights::random(format, rows, cols, 8);
   const uint16_t infinity = quant_format(format).is_bf16 ? 0x7F80 : 0x7C00, nan = infinity | 0x40;
-  std::memcpy(w.bytes.get() + 3 * 2, &nan, 2);
-  std::memcpy(w.bytes.get() + 7 * 2, &infinity, 2);
+  const auto spoil = [&](int64_t row, uint16_t bits) {
+    if (format == Format::iq1_m) {  // the bytes of a scale lie on top of two words
+      for (int half = 0; half < 2; ++half)
+        w.bytes[size_t(64 * half + 4 * row + 3)] = uint8_t(bits >> 8 * half);
+    } else {
+      std::memcpy(w.bytes.get() + row * 2, &bits, 2);
+    }
+  };
+  spoil(3, nan);
+  spoil(7, infinity);
   return w;
 }
 

@@ -249,7 +249,7 @@ def instruction_sets() -> list[InstructionSet]:
 
 def product_scratch_bytes(num_threads: int, instruction_set: str | None = None) -> int:
     """
-    The most memory that products of a Runtime take besides its scratch; 0 without AMX.
+    The most memory that products of a Runtime take besides its scratch.
     """
 
 def amx_state() -> str:

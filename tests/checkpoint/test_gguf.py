@@ -289,8 +289,8 @@ def test_values_equal_those_the_gguf_package_reads(type_name: str, path: Path) -
 
 
 def test_values_of_a_type_without_a_kernel_are_refused_by_name(path: Path) -> None:
-    file = read_gguf(RawGguf(tensors=[tensor("x", [256], 21, 0)], data=bytes(110)).write(path))
-    with pytest.raises(UnsupportedModel, match="x is IQ3_S; supported: F32, F16, BF16, Q8_0"):
+    file = read_gguf(RawGguf(tensors=[tensor("x", [256], 15, 0)], data=bytes(292)).write(path))
+    with pytest.raises(UnsupportedModel, match="x is Q8_K; supported: F32, F16, BF16, Q8_0"):
         read_values(file.tensors["x"])
 
 

@@ -27,6 +27,7 @@ from tests.models.gguf_models import (
     TypeOf,
     mixed,
     mixed_small,
+    mixed_smallest,
     one_type,
     write_gguf_model,
 )
@@ -111,7 +112,9 @@ def mean_divergence(expected: Array, found: Array) -> float:
     "family",
     ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v3", "glm4_moe", "olmoe", "minimax_m2"],
 )
-@pytest.mark.parametrize("type_of", [*map(one_type, TYPES), mixed], ids=[*TYPES, "mixed"])
+@pytest.mark.parametrize(
+    "type_of", [*map(one_type, TYPES), mixed, mixed_smallest], ids=[*TYPES, "mixed", "mixed_smallest"]
+)
 def test_logits_match_those_of_the_dequantised_weights(family: str, type_of: TypeOf, tmp_path: Path) -> None:
     config = config_of(family, num_experts=3, experts_per_token=3)
     path = tmp_path / "model.gguf"
@@ -125,6 +128,40 @@ def test_logits_match_those_of_the_dequantised_weights(family: str, type_of: Typ
         assert difference(logits, expected) <= LARGEST_DIFFERENCE
     else:
         assert mean_divergence(expected, logits) <= LARGEST_DIVERGENCE
+
+
+@pytest.mark.parametrize("width", [640, 1408, 2880])
+def test_widths_that_are_no_whole_blocks_of_a_type_have_another_there(width: int, tmp_path: Path) -> None:
+    """llama.cpp's quantiser stores `down` of such models in blocks of 32 columns, next to the types of the others."""
+
+    def type_of(name: str) -> str:
+        if "ffn_down_exps" in name:
+            return "IQ4_NL" if name.startswith("blk.0.") else "Q5_0"
+        return mixed_smallest(name)
+
+    config = config_of("qwen3_moe", num_experts=3, experts_per_token=3) | {"moe_intermediate_size": width}
+    path = tmp_path / "model.gguf"
+    reference = NumpyModel(write_gguf_model(path, config, type_of, seed=5))
+    prompt = prompt_ids(config, 5)
+    with Engine.open(path, memory="4GiB", threads=1) as engine:
+        assert mean_divergence(reference.logits(prompt), engine.logits(prompt)) <= LARGEST_DIVERGENCE
+
+
+# Pruning (REAP) leaves numbers of experts that are no power of two and no multiple of 8.
+@pytest.mark.parametrize("num_experts", few_of([7, 12, 100], (7, 100)))
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "glm4_moe"])
+def test_any_number_of_experts_runs_from_gguf_and_safetensors(
+    family: str, num_experts: int, tmp_path: Path
+) -> None:
+    config = config_of(family, num_experts=num_experts, experts_per_token=3)
+    path = tmp_path / "model.gguf"
+    safetensors = write_gguf_model(path, config, one_type("F32"), seed=5)
+    prompt = prompt_ids(config, 5)
+    expected = NumpyModel(safetensors).logits(prompt)
+    for model in (path, safetensors):
+        for expert_slots in (None, 5):
+            with Engine.open(model, memory="4GiB", threads=1, expert_slots=expert_slots) as engine:
+                assert difference(engine.logits(prompt), expected) <= LARGEST_DIFFERENCE
 
 
 @pytest.mark.parametrize("type_name", ["F32", "Q8_0", "Q5_0", "Q4_K"])
@@ -208,7 +245,8 @@ def in_place_and_packed(
     family, folder = request.param, tmp_path_factory.mktemp("gguf")
     config = config_of(family, num_experts=8, experts_per_token=2)
     path, packed = folder / "model.gguf", folder / "packed"
-    write_gguf_model(path, config, mixed_small if family == "qwen3_moe" else mixed, seed=4)
+    kinds = {"qwen3_moe": mixed_small, "mixtral": mixed_smallest, "glm4_moe": mixed_smallest}
+    write_gguf_model(path, config, kinds.get(family, mixed), seed=4)
     pack(open_model(path), packed, format="source")
     return config, path, packed
 

@@ -22,6 +22,7 @@ from tests.models.safetensors_file import Array, write_checkpoint
 from tests.models.tiny import RawConfig, head_dim, moe_layers, num_experts, random_tensors, text_of
 from tests.models.tiny_latent import LATENT_FAMILIES
 from tests.models.tiny_mtp import mtp_tensors
+from tests.native.gguf_blocks import put_iq1_m_scales
 
 ARCHITECTURES = {
     "mixtral": "llama",
@@ -34,8 +35,8 @@ ARCHITECTURES = {
     "minimax_m2": "minimax-m2",
 }
 # Types to which the `gguf` package does not quantise: the offset of the float16 scale, the offset of the scale of the
-# minima if there is one, and the factor that makes the mean 0.
-_RANDOM_TYPES: dict[str, tuple[int, int | None, float]] = {
+# minima if there is one, and the factor that makes the mean 0. IQ1_M's scale lies in four words of its blocks.
+_RANDOM_TYPES: dict[str, tuple[int | None, int | None, float]] = {
     "Q4_K": (0, 2, 7.5),
     "Q5_K": (0, 2, 15.5),
     "Q6_K": (208, None, 0.0),
@@ -43,6 +44,13 @@ _RANDOM_TYPES: dict[str, tuple[int, int | None, float]] = {
     "Q3_K": (108, None, 0.0),
     "IQ4_NL": (0, None, 0.0),
     "IQ4_XS": (0, None, 0.0),
+    "IQ2_XXS": (0, None, 0.0),
+    "IQ2_XS": (0, None, 0.0),
+    "IQ2_S": (0, None, 0.0),
+    "IQ3_XXS": (0, None, 0.0),
+    "IQ3_S": (0, None, 0.0),
+    "IQ1_S": (0, None, 0.0),
+    "IQ1_M": (None, None, 0.0),
 }
 BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4", *_RANDOM_TYPES)
 TYPES = ("F32", "F16", "BF16", *BLOCK_TYPES)
@@ -126,6 +134,23 @@ def mixed_small(name: str) -> str:
     if "attn_v" in name and name.endswith("weight"):
         return "MXFP4"
     return one_type("Q2_K" if "exps" in name else "IQ4_XS")(name)
+
+
+def mixed_smallest(name: str) -> str:
+    """Return types mixed as in files below three bits: each matrix of an expert has its own, and layers differ."""
+    is_first = name.startswith("blk.0.")
+    for part, types in (
+        ("ffn_gate_exps", ("IQ2_XXS", "IQ1_M")),
+        ("ffn_up_exps", ("IQ2_S", "IQ1_S")),
+        ("ffn_down_exps", ("IQ3_S", "IQ2_XS")),
+        ("attn_v.weight", ("Q4_K", "IQ3_S")),
+        ("attn_output.weight", ("IQ2_XXS", "IQ3_XXS")),
+    ):
+        if part in name:
+            return types[0 if is_first else 1]
+    if name in ("token_embd.weight", "output.weight"):
+        return "IQ3_S" if name == "token_embd.weight" else "IQ2_S"
+    return one_type("IQ3_XXS")(name)
 
 
 def write_gguf_model(
@@ -408,7 +433,10 @@ def random_blocks(
     scale_at, minima_at, balance = _RANDOM_TYPES[type_name]
 
     def set_scales(scale: Array) -> None:
-        blocks[:, scale_at : scale_at + 2] = scale.astype("<f2").reshape(-1, 1).view(np.uint8)
+        if scale_at is None:
+            put_iq1_m_scales(blocks, scale.astype(np.float16))
+        else:
+            blocks[:, scale_at : scale_at + 2] = scale.astype("<f2").reshape(-1, 1).view(np.uint8)
         if minima_at is not None:
             minima = (balance * scale).astype("<f2")
             blocks[:, minima_at : minima_at + 2] = minima.reshape(-1, 1).view(np.uint8)

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
-# Block type -> slot format, columns of a block, bytes of a block, offsets of its float16 values. MXFP4 has none: its
-# scale is the block's first byte.
+# Block type -> slot format, columns of a block, bytes of a block, offsets of its float16 values. Two have none: the
+# scale of MXFP4 is the block's first byte, and that of IQ1_M lies in the highest four bits of its last four words.
 BLOCK_TYPES: dict[str, tuple[str, int, int, tuple[int, ...]]] = {
     "Q8_0": ("q8", 32, 34, (0,)),
     "Q4_0": ("q4", 32, 18, (0,)),
@@ -25,12 +25,26 @@ BLOCK_TYPES: dict[str, tuple[str, int, int, tuple[int, ...]]] = {
     "IQ4_NL": ("iq4_nl", 32, 18, (0,)),
     "IQ4_XS": ("iq4_xs", 256, 136, (0,)),
     "MXFP4": ("mxfp4", 32, 17, ()),
+    "IQ2_XXS": ("iq2_xxs", 256, 66, (0,)),
+    "IQ2_XS": ("iq2_xs", 256, 74, (0,)),
+    "IQ2_S": ("iq2_s", 256, 82, (0,)),
+    "IQ3_XXS": ("iq3_xxs", 256, 98, (0,)),
+    "IQ3_S": ("iq3_s", 256, 110, (0,)),
+    "IQ1_S": ("iq1_s", 256, 50, (0,)),
+    "IQ1_M": ("iq1_m", 256, 56, ()),
 }
 BLOCK_TYPE_OF = {format: name for name, (format, *_) in BLOCK_TYPES.items()}
 
 
 def block_cols(format: str) -> int:
     return BLOCK_TYPES[BLOCK_TYPE_OF[format]][1]
+
+
+def put_iq1_m_scales(blocks: Bytes, scales: NDArray[np.float16]) -> None:
+    """Write the scale of each block: [blocks, 56] and [blocks]."""
+    for i in range(4):
+        nibble = (scales.view(np.uint16) >> 4 * i & 15).astype(np.uint8)
+        blocks[:, 49 + 2 * i] = blocks[:, 49 + 2 * i] & 15 | nibble << 4
 
 
 def random_blocks(block_type: str, rows: int, cols: int, *, seed: int = 0, scale: float = 0.02) -> Bytes:
@@ -44,6 +58,8 @@ def random_blocks(block_type: str, rows: int, cols: int, *, seed: int = 0, scale
     if block_type == "MXFP4":
         exponents = np.log2(np.abs(generator.standard_normal(len(blocks))) * scale).clip(-20, 20)
         blocks[:, 0] = (127 + exponents.round()).astype(np.uint8)
+    if block_type == "IQ1_M":
+        put_iq1_m_scales(blocks, (generator.standard_normal(len(blocks)) * scale).astype(np.float16))
     return blocks.reshape(-1)
 
 

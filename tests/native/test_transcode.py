@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from argosy import _native as native
-from tests.native.gguf_blocks import BLOCK_TYPES, Bytes, dequantized, random_blocks
+from tests.native.gguf_blocks import BLOCK_TYPES, Bytes, dequantized, put_iq1_m_scales, random_blocks
 
 
 @pytest.fixture(params=native.instruction_sets())
@@ -44,6 +44,10 @@ def test_scales_may_be_any_float16(block_type: str) -> None:
         blocks = random_blocks(block_type, len(halves), cols).reshape(-1, size)
         blocks[:, place : place + 2] = halves.reshape(-1, 1).view(np.uint8)
         require_same_values(block_type, blocks.reshape(-1), len(halves), cols)
+    if block_type == "IQ1_M":
+        blocks = random_blocks(block_type, len(halves), cols).reshape(-1, size)
+        put_iq1_m_scales(blocks, halves)
+        require_same_values(block_type, blocks.reshape(-1), len(halves), cols)
 
 
 @pytest.mark.parametrize("block_type", BLOCK_TYPES)
@@ -53,6 +57,8 @@ def test_quants_and_sub_scales_may_have_extreme_values(block_type: str, byte: in
     blocks = np.full_like(random_blocks(block_type, 3, width), byte).reshape(3, -1)
     for place in places:
         blocks[:, place : place + 2] = np.array([[0.37]], np.float16).view(np.uint8)
+    if block_type == "IQ1_M":
+        put_iq1_m_scales(blocks, np.full(3, 0.37, np.float16))
     require_same_values(block_type, blocks.reshape(-1), 3, width)
 
 
@@ -158,8 +164,8 @@ def test_products_with_int4_follow_the_specification(instruction_set: str) -> No
 
 
 def test_blocks_that_cannot_be_transcoded_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="unknown block type 'IQ3_S'; known: Q8_0"):
-        native.transcode("IQ3_S", np.zeros(0, np.uint8), 0, 0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="unknown block type 'IQ9_S'; known: Q8_0"):
+        native.transcode("IQ9_S", np.zeros(0, np.uint8), 0, 0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="cols is 128, expected a multiple of 256 for Q4_K"):
         native.transcode("Q4_K", np.zeros(72, np.uint8), 1, 128)
     with pytest.raises(ValueError, match=r"data has shape \[17\], expected \[18\]"):
@@ -171,6 +177,7 @@ def test_blocks_that_cannot_be_transcoded_are_refused_by_name() -> None:
     [
         *("q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"),
         *("q2_k", "q3_k", "iq4_nl", "iq4_xs", "mxfp4", "int4"),
+        *("iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq1_s", "iq1_m"),
     ],
 )
 def test_quantising_to_a_format_that_only_files_have_is_refused(format: str) -> None:

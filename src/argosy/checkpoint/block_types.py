@@ -43,9 +43,16 @@ SLOT_FORMATS: Mapping[str, Format] = {
     "IQ4_NL": "iq4_nl",
     "IQ4_XS": "iq4_xs",
     "MXFP4": "mxfp4",
+    "IQ2_XXS": "iq2_xxs",
+    "IQ2_XS": "iq2_xs",
+    "IQ2_S": "iq2_s",
+    "IQ3_XXS": "iq3_xxs",
+    "IQ3_S": "iq3_s",
+    "IQ1_S": "iq1_s",
+    "IQ1_M": "iq1_m",
 }
 RUNNABLE_TYPES = ("F32", "F16", "BF16", *SLOT_FORMATS)
-TYPE_HINT = "Q4_K_M, Q6_K, Q8_0, Q2_K, Q3_K_M, IQ4_XS and BF16 files of a model use only these types"
+TYPE_HINT = "Q4_K_M, Q6_K, Q8_0, Q2_K, IQ1_S to IQ4_XS, MXFP4 and BF16 files of a model use only these types"
 _ALL_NAMES = sorted({*BLOCK_SIZES, *IK_TYPES.values()}, key=len, reverse=True)
 # First parts of format names, such as IQ2, for which no type has a kernel.
 _UNREAD_FORMATS = {name.partition("_")[0] for name in BLOCK_SIZES} - {
