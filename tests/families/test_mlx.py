@@ -188,12 +188,22 @@ def test_shapes_tell_the_mode(
         scheme_of_tensors(tensor("x.weight", "U32", *codes), found, cols)
 
 
-def test_the_config_of_the_converted_checkpoint_may_stay_beside_the_settings() -> None:
+def test_settings_are_found_where_programs_write_them_and_must_agree() -> None:
     given = {"group_size": 64, "bits": 4}
     for other in (None, given, {"quant_method": "fp8", "weight_block_size": [128, 128]}):
         found = read_quantization({"quantization": given, "quantization_config": other})
         assert found is not None
         assert found.method == "mlx"
+    alone = read_quantization({"quantization_config": given})
+    assert alone is not None
+    assert alone.method == "mlx"
+    inside = read_quantization({"text_config": {"quantization": given}})
+    assert inside is not None
+    assert inside.method == "mlx"
+    with pytest.raises(
+        CheckpointError, match="two different values of quantization, one of them in text_config"
+    ):
+        read_quantization({"quantization": given, "text_config": {"quantization": {"bits": 8}}})
     with pytest.raises(CheckpointError, match="quantization and quantization_config with different values"):
         read_quantization({"quantization": given, "quantization_config": {"group_size": 64, "bits": 8}})
     with pytest.raises(UnsupportedModel, match="quantization 4"):

@@ -48,7 +48,7 @@ def read_stored(config: Path) -> Quantization | None:
     own = METHODS["modelopt"](reader)
     if found is None:
         return replace(own, where=path.name)
-    _, said = next(_all_said(raw))
+    said = _said(raw, KEY, config)
     algorithm = said.get("quant_algo") if isinstance(said, Mapping) else None
     if algorithm != reader.settings.get("quant_algo"):
         raise CheckpointError(
@@ -68,43 +68,44 @@ def read_quantization(raw: Mapping[str, object], path: Path = Path("config.json"
         UnsupportedModel: the method or its variant is not supported.
         CheckpointError: it is not an object, or appears twice with different values.
     """
-    said = list(_all_said(raw))
-    if raw.get(MLX_KEY) is not None:
-        return _read_mlx(raw[MLX_KEY], [given for _, given in said], path)
-    if not said:
-        return None
-    _, given = said[0]
-    for where, other in said[1:]:
-        if other != given:
+    said = _said(raw, KEY, path)
+    if (mlx := _said(raw, MLX_KEY, path)) is not None:
+        # `quantization_config` repeats them, or describes the checkpoint that MLX converted.
+        if said not in (None, mlx) and not (isinstance(said, dict) and "quant_method" in said):
             raise CheckpointError(
-                f"{path.name} has two different values of {KEY}, one of them in {where}", path=path, key=KEY
+                f"{path.name} has {MLX_KEY} and {KEY} with different values, and neither names a quant_method",
+                path=path,
+                key=KEY,
             )
-    reader = SettingsReader(given, path, KEY, SUPPORTED)
+        return read_mlx(SettingsReader(mlx, path, MLX_KEY, SUPPORTED))
+    if said is None:
+        return None
+    reader = SettingsReader(said, path, KEY, SUPPORTED)
     method = reader.settings.get("quant_method", reader.settings.get("quant_algo", "unknown"))
+    if method == "unknown" and {"group_size", "bits"} <= reader.settings.keys():
+        return read_mlx(reader)
     name = ALIASES.get(method, method) if isinstance(method, str) else ""
     if name not in METHODS:
         raise reader.refused(KEY, method, hint=REFUSED.get(name))
     return METHODS[name](reader)
 
 
-def _read_mlx(given: object, said: list[object], path: Path) -> Quantization:
-    """Read MLX's settings; `quantization_config` repeats them, or describes the checkpoint that MLX converted."""
-    reader = SettingsReader(given, path, MLX_KEY, SUPPORTED)
-    for other in said:
-        if other != given and not (isinstance(other, dict) and "quant_method" in other):
+def _said(raw: Mapping[str, object], key: str, path: Path) -> object:
+    """Return the settings under a key of a config or its parts, or None; if there are several, they must agree."""
+    said = list(_all_said(raw, key))
+    for where, other in said[1:]:
+        if other != said[0][1]:
             raise CheckpointError(
-                f"{path.name} has {MLX_KEY} and {KEY} with different values, and neither names a quant_method",
-                path=path,
-                key=KEY,
+                f"{path.name} has two different values of {key}, one of them in {where}", path=path, key=key
             )
-    return read_mlx(reader)
+    return said[0][1] if said else None
 
 
-def _all_said(raw: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    """Yield every `quantization_config` of a config and its parts, each with the name of its part."""
+def _all_said(raw: Mapping[str, object], key: str) -> Iterator[tuple[str, object]]:
+    """Yield every value of a key of a config and its parts, each with the name of its part."""
     for path in _PARTS:
         part: object = raw
         for name in path:
             part = part.get(name) if isinstance(part, dict) else None
-        if isinstance(part, Mapping) and part.get(KEY) is not None:
-            yield ".".join(path), part[KEY]
+        if isinstance(part, Mapping) and part.get(key) is not None:
+            yield ".".join(path), part[key]
