@@ -222,7 +222,7 @@ void bind_matrix(nb::module_& m) {
     The bytes are the same on every instruction set.
 
     Q8_0 becomes q8, Q4_0 becomes q4, and GGUF's other types become the format with their name; cols is a multiple of
-    their block size, 32 or 256. Types with lower-case names, such as `int4_quants` and `f8_scales_64x128`
+    their block size, 32, 64 or 256. Types with lower-case names, such as `int4_quants` and `f8_scales_64x128`
     (native/kernels/transcode.h), write only their part of the matrix: into `out` [matrix_bytes], which is returned, or
     into new zeros. `interleaved` matrices with `rows` rows each, which alternate row by row in `data`, come out one
     after another.

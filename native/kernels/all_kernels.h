@@ -30,6 +30,7 @@
 #include "kernels/swiglu.h"
 #include "kernels/transcode_f8.h"
 #include "kernels/transcode_iq.h"
+#include "kernels/transcode_nvfp4.h"
 #include "kernels/transcode_panel.h"
 
 namespace argosy {
@@ -68,7 +69,15 @@ struct TableBuilder {
   }
   template <BlockType kType>
   constexpr void set_transcode() {
-    if constexpr (!is_f8(slot_format(kType))) {
+    if constexpr (kType == BlockType::nvfp4) {
+      set(kType, transcode_nvfp4_alone);
+    } else if constexpr (kType == BlockType::nvfp4_scales || kType == BlockType::nvfp4_scales_alone) {
+      constexpr bool kHasFactor = kType == BlockType::nvfp4_scales;
+      set(kType, transcode_nvfp4_scales<kHasFactor>);
+    } else if constexpr (is_factor(kType)) {
+      constexpr bool kIsDivisor = kType == BlockType::nvfp4_divisor;
+      set(kType, transcode_nvfp4_factor<kIsDivisor>);
+    } else if constexpr (!is_f8(slot_format(kType))) {
       set(kType, transcode_panels<kType>);
     } else if constexpr (entry_of(kType).scale == ScaleType::none) {
       set(kType, transcode_f8_codes<slot_format(kType)>);

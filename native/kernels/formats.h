@@ -28,6 +28,7 @@
 //     iq4_nl   4   table iq4    f16 of 32                      -
 //     iq4_xs   4   table iq4    f16 of 256 * int8 of 32        -
 //     mxfp4    4   table e2m1   bf16 of 32                     -
+//     nvfp4    4   table e2m1   f32 of a row * e4m3 of 16      -
 //     int4     4   - 8          bf16 of 32                     -
 //
 //   coded        iq2_xxs to iq1_m: indices into grids, signs and sub-scales, in the bits of the file's blocks
@@ -39,8 +40,9 @@
 // The formats from q4_1 to mxfp4 hold what GGUF's blocks of the same name hold, bit for bit, except for the
 // sign of a min that GGUF subtracts (kernels/transcode.h). mxfp4 follows the OCP Microscaling Formats (MX)
 // Specification v1.0: the table holds its values doubled, so a scale is half of the scale in the file, stored
-// as a bfloat16, which has every power of two from 2^-133 to 2^127. int4 is the format that
-// compressed-tensors packs.
+// as a bfloat16, which has every power of two from 2^-133 to 2^127. nvfp4 has the same table; its panels
+// begin with the scales of the rows, float32 [16], and its blocks of 64 columns have only sub-scales. int4 is
+// the format that compressed-tensors packs.
 //
 // A quantised matrix is a list of panels of 16 rows. A block is the columns that share a 16-bit scale: 32 or
 // 256 of them. A panel holds its blocks one after another and is padded to 64 bytes. A block holds its
@@ -89,6 +91,7 @@ enum class Format : uint8_t {
   iq4_nl,
   iq4_xs,
   mxfp4,
+  nvfp4,
   int4,
   iq2_xxs,
   iq2_xs,
@@ -124,12 +127,13 @@ static inline constexpr int64_t round_up(int64_t n, int64_t multiple) {
 [[maybe_unused]] static constexpr uint8_t kIq4Bytes[16] = {1,   24,  45,  63,  79,  93,  106, 118,
                                                            129, 141, 153, 166, 181, 197, 217, 241};
 
-enum class SubScales : uint8_t { none, bytes, signed_bytes, signed_pairs, nibble_pairs };
+enum class SubScales : uint8_t { none, bytes, signed_bytes, signed_pairs, nibble_pairs, e4m3 };
 
 namespace {  // gives the functions internal linkage, too: member functions of a class shared by all files are
              // shared
 
-// One row of the table at the top.
+// One row of the table at the top. Always inlined: in a loop over groups, all of it is constants, and GCC
+// would leave some calls.
 struct QuantFormat {
   int bits;
   int zero;  // 0, or a power of two
@@ -145,43 +149,52 @@ struct QuantFormat {
   int64_t front_bytes = 0, coded_group_bytes = 0;
   bool has_row_scale = false;  // a panel begins with a float32 for each row, which multiplies its sum
 
-  constexpr bool is_coded() const { return wide != Format::f32; }
-  constexpr int64_t row_scale_bytes() const { return has_row_scale ? kPanelRows * 4 : 0; }
-  constexpr int64_t group_bytes() const { return is_coded() ? coded_group_bytes : kChunkBytes * bits; }
-  constexpr int64_t block_groups() const { return block_cols / kGroupSize; }
+  [[gnu::always_inline]] constexpr bool is_coded() const { return wide != Format::f32; }
+  [[gnu::always_inline]] constexpr int64_t row_scale_bytes() const {
+    return has_row_scale ? kPanelRows * 4 : 0;
+  }
+  [[gnu::always_inline]] constexpr int64_t group_bytes() const {
+    return is_coded() ? coded_group_bytes : kChunkBytes * bits;
+  }
+  [[gnu::always_inline]] constexpr int64_t block_groups() const { return block_cols / kGroupSize; }
   // The number of parts of a group that have their own scale.
-  constexpr int parts() const { return sub_scale_cols == 16 ? 2 : 1; }
+  [[gnu::always_inline]] constexpr int parts() const { return sub_scale_cols == 16 ? 2 : 1; }
   // The bits stored together, after the planes of the higher bits; and their offset in a group.
-  constexpr int low_bits() const { return bits == 8 ? 8 : bits < 4 ? 2 : 4; }
-  constexpr int64_t low_at() const { return kChunkBytes * (bits - low_bits()); }
-  constexpr int zero_shift() const { return __builtin_ctz(unsigned(zero)); }
+  [[gnu::always_inline]] constexpr int low_bits() const { return bits == 8 ? 8 : bits < 4 ? 2 : 4; }
+  [[gnu::always_inline]] constexpr int64_t low_at() const { return kChunkBytes * (bits - low_bits()); }
+  [[gnu::always_inline]] constexpr int zero_shift() const { return __builtin_ctz(unsigned(zero)); }
   // The largest byte that stands for a weight.
-  constexpr int largest_byte() const {
+  [[gnu::always_inline]] constexpr int largest_byte() const {
     if (table == nullptr) return (1 << bits) - 1;
     int largest = 0;
     for (int i = 0; i < 16; ++i) largest = table[i] > largest ? table[i] : largest;
     return largest;
   }
   // Whether the sub-scales of both half groups of a row lie side by side.
-  constexpr bool is_paired() const {
+  [[gnu::always_inline]] constexpr bool is_paired() const {
     return sub_scales == SubScales::signed_pairs || sub_scales == SubScales::nibble_pairs;
   }
   // Offset in the scales of a block.
-  constexpr int64_t sub_scales_at() const { return kPanelRows * 2 * (has_min ? 2 : 1); }
-  constexpr int64_t sub_mins_at() const {
+  [[gnu::always_inline]] constexpr int64_t sub_scales_at() const {
+    if (sub_scales == SubScales::e4m3) return 0;  // the row scale is the block's
+    return kPanelRows * 2 * (has_min ? 2 : 1);
+  }
+  [[gnu::always_inline]] constexpr int64_t sub_mins_at() const {
     return sub_scales_at() + (sub_scale_cols > 0 ? block_cols / sub_scale_cols * kPanelRows : 0);
   }
-  constexpr int64_t block_scale_bytes() const {
+  [[gnu::always_inline]] constexpr int64_t block_scale_bytes() const {
     if (is_coded()) return front_bytes;
     if (has_float_scales) return kPanelRows * 4 * parts();
     return sub_mins_at() + (sub_scales == SubScales::bytes ? block_groups() * kPanelRows : 0);
   }
-  constexpr int64_t block_bytes() const { return block_scale_bytes() + block_groups() * group_bytes(); }
+  [[gnu::always_inline]] constexpr int64_t block_bytes() const {
+    return block_scale_bytes() + block_groups() * group_bytes();
+  }
   // Offsets in a panel: the scales of the block that contains a group, and the quants of the group.
-  constexpr int64_t scales_at(int64_t group) const {
+  [[gnu::always_inline]] constexpr int64_t scales_at(int64_t group) const {
     return row_scale_bytes() + group / block_groups() * block_bytes();
   }
-  constexpr int64_t quants_at(int64_t group) const {
+  [[gnu::always_inline]] constexpr int64_t quants_at(int64_t group) const {
     return scales_at(group) + block_scale_bytes() + group % block_groups() * group_bytes();
   }
 };
@@ -203,7 +216,7 @@ static inline constexpr QuantFormat coded_format(Format wide, int64_t block_cols
 }
 
 // For quantised formats only.
-static inline constexpr QuantFormat quant_format(Format format) {
+[[gnu::always_inline]] static inline constexpr QuantFormat quant_format(Format format) {
   switch (format) {
     case Format::q8:
       return {8, 128, 32};
@@ -229,6 +242,14 @@ static inline constexpr QuantFormat quant_format(Format format) {
       return {4, 128, 256, 32, false, SubScales::signed_bytes, false, kIq4Bytes};
     case Format::mxfp4:
       return {4, 16, 32, 0, false, SubScales::none, true, kE2m1Bytes};
+    case Format::nvfp4:
+      return {.bits = 4,
+              .zero = 16,
+              .block_cols = 64,
+              .sub_scale_cols = 16,
+              .sub_scales = SubScales::e4m3,
+              .table = kE2m1Bytes,
+              .has_row_scale = true};
     case Format::int4:
       return {4, 8, 32, 0, false, SubScales::none, true};
     case Format::iq2_xxs:
@@ -258,7 +279,9 @@ static inline constexpr bool is_coded(Format format) {
   return is_quantized(format) && quant_format(format).is_coded();
 }
 
-static inline constexpr int64_t num_groups(int64_t cols) { return round_up(cols, kGroupSize) / kGroupSize; }
+[[gnu::always_inline]] static inline constexpr int64_t num_groups(int64_t cols) {
+  return round_up(cols, kGroupSize) / kGroupSize;
+}
 
 static inline constexpr int64_t num_blocks(Format format, int64_t cols) {
   return round_up(cols, quant_format(format).block_cols) / quant_format(format).block_cols;
@@ -373,15 +396,16 @@ static inline constexpr int64_t activation_low_at(int64_t cols) { return num_gro
 static inline constexpr int64_t activation_whole_at(int64_t cols) {
   return num_groups(cols) * 2 * kGroupSize;
 }
-static inline constexpr int64_t activation_scales_at(Format format, int64_t cols) {
+[[gnu::always_inline]] static inline constexpr int64_t activation_scales_at(Format format, int64_t cols) {
   return num_groups(cols) * (4 * kGroupSize + (format == Format::q8 ? 4 : 0));
 }
-static inline constexpr int64_t activation_negated_sums_at(Format format, int64_t cols) {
+[[gnu::always_inline]] static inline constexpr int64_t activation_negated_sums_at(Format format,
+                                                                                  int64_t cols) {
   const QuantFormat quant = quant_format(format);
   const int64_t behind = format == Format::q8 ? 8 : quant.parts() == 1 ? 12 : quant.is_paired() ? 24 : 16;
   return num_groups(cols) * (4 * kGroupSize + behind);
 }
-static inline constexpr int64_t activation_sums_at(int64_t cols) {
+[[gnu::always_inline]] static inline constexpr int64_t activation_sums_at(int64_t cols) {
   return num_groups(cols) * (4 * kGroupSize + 28);
 }
 // An odd number of cache lines, so that the same column of many tokens is spread over the sets of the cache.

@@ -53,6 +53,12 @@ static inline float float_from_f8(uint8_t code) {
   return bit_cast<float>(sign | bit_cast<uint32_t>(float(magnitude) * 0x1p-9f));
 }
 
+// A code as value / 256, with 480 / 256 for NaN: without its sign, it is a float16 whose exponent has a bias
+// of 15 instead of 7, subnormals included.
+static inline float float_from_f8_over_256(uint8_t code) {
+  return float_from_f16(uint16_t((code & 0x80u) << 8 | (code & 0x7Fu) << 7));
+}
+
 // E8M0 of the OCP Microscaling Formats (MX) Specification v1.0: 2^(code - 127); NaN if all bits are set.
 static inline float float_from_e8m0(uint8_t code) {
   if (code == 0xFF) return bit_cast<float>(0x7FC00000u);

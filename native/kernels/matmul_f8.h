@@ -92,9 +92,12 @@ struct RowsOfF8 {
     if constexpr (scales_weights(kFormat)) scale_weights(col, i, n, to);
   }
   void scale_weights(int64_t col, int i, int64_t n, Vec (&to)[kVecs]) const {
+    Vec by = zeros();
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) {
-      if (v * kLanes < n) to[v] = mul(f8_scale<kFormat>(scales[i], col + v * kLanes), to[v]);
+      if (v * kLanes >= n) break;
+      if (v * kLanes % kGroupSize == 0) by = f8_scale<kFormat>(scales[i], col + v * kLanes);
+      to[v] = mul(by, to[v]);
     }
   }
   Vec scale(int64_t col, int i) const { return f8_scale<kFormat>(scales[i], col); }

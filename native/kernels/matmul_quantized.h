@@ -145,6 +145,7 @@ void run_tile(const MatmulArgs& a, int64_t row, int64_t token, const Ahead& ahea
       Tile::scale(o, group, Tile::block_scales(o, group), dot, sum);
     }
   }
+  if constexpr (kQuant.has_row_scale) Tile::multiply_rows(o.panel, o.stride, sum);
   Tile::put(a, row, token, sum);
 }
 
@@ -177,6 +178,7 @@ void run_one_token(const MatmulArgs& a, int64_t row) {
       Tile::scale(o, group, scales, dot, sum);
     }
   }
+  if constexpr (kQuant.has_row_scale) Tile::multiply_rows(o.panel, o.stride, sum);
   Tile::put(a, row, 0, sum);
 }
 

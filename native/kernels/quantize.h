@@ -195,10 +195,12 @@ inline void dequantize_panel_row(Format format, const uint8_t* weights, int64_t 
         dequantize_coded_row<Format(kFormat)>(panel, row % kPanelRows, cols, out);
     });
   }
+  const QuantFormat quant = quant_format(format);
+  const float row_scale = quant.has_row_scale ? read_unaligned<float>(panel + row % kPanelRows * 4) : 1.0f;
   for (int64_t col = 0; col < cols; ++col) {
     const auto [scale, min] = weight_scale_at(format, panel, row % kPanelRows, col);
     const float value = scale * float(quant_at(format, panel, row % kPanelRows, col));
-    out[col] = quant_format(format).has_min ? value + min : value;
+    out[col] = quant.has_min ? value + min : value * row_scale;
   }
 }
 

@@ -25,6 +25,13 @@ inline Vec bytes_to_floats(const uint8_t* from, bool is_signed) {
   return _mm256_cvtepi32_ps(is_signed ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
 }
 
+// Eight codes as value / 256 (weight_scale.h).
+inline Vec e4m3_to_floats(const uint8_t* from) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  const __m128i halves = _mm_slli_epi16(_mm_cvtepi8_epi16(bytes), 7);
+  return _mm256_cvtph_ps(_mm_and_si128(halves, _mm_set1_epi16(int16_t(0xBF80))));
+}
+
 inline __m256i broadcast_four(const uint8_t* bytes) {
   return _mm256_set1_epi32(read_unaligned<int32_t>(bytes));
 }
@@ -69,6 +76,10 @@ struct QuantizedTile {
         const uint8_t* floats = o.block_scales(group) + half * 8 * 4;
         found.scale[half] = F32Weights::load(floats);
         found.min[half] = zeros();
+        continue;
+      }
+      if constexpr (kQuant.sub_scales == SubScales::e4m3) {
+        found.scale[half] = found.min[half] = zeros();
         continue;
       }
       const uint8_t* scales = o.block_scales(group) + half * 8 * 2;
@@ -294,6 +305,11 @@ struct QuantizedTile {
     Vec weight_scale[kParts] = {block_scale};
     if constexpr (kQuant.has_float_scales) {
       if constexpr (kParts == 2) weight_scale[1] = F32Weights::load(scales + (kPanelRows + first_row) * 4);
+    } else if constexpr (kQuant.sub_scales == SubScales::e4m3) {
+#pragma GCC unroll 2
+      for (int part = 0; part < kParts; ++part) {
+        weight_scale[part] = e4m3_to_floats(subs + first_row + part * kPanelRows);
+      }
     } else if constexpr (kQuant.sub_scale_cols > 0) {
       constexpr bool kSubsHaveSign = kQuant.sub_scales == SubScales::signed_bytes;
 #pragma GCC unroll 2

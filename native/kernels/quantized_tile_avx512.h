@@ -21,6 +21,13 @@ inline Vec bytes_to_floats(const uint8_t* from, bool is_signed) {
   return _mm512_cvtepi32_ps(is_signed ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
 }
 
+// Sixteen codes as value / 256 (weight_scale.h).
+inline Vec e4m3_to_floats(const uint8_t* from) {
+  Vec values[1];
+  load_f8(from, values);
+  return values[0];
+}
+
 template <Format kFormat, int kPanels, int kTokens>
 struct QuantizedTile {
   static constexpr QuantFormat kQuant = quant_format(kFormat);
@@ -42,6 +49,10 @@ struct QuantizedTile {
       if constexpr (kQuant.has_float_scales) {
         found.scale[i] = F32Weights::load(scales);
         found.min[i] = zeros();
+        continue;
+      }
+      if constexpr (kQuant.sub_scales == SubScales::e4m3) {
+        found.scale[i] = found.min[i] = zeros();
         continue;
       }
       found.scale[i] = kQuant.is_bf16 ? Bf16Weights::load(scales) : F16Weights::load(scales);
@@ -118,6 +129,10 @@ struct QuantizedTile {
       Vec weight_scale[kParts] = {block_scale};
       if constexpr (kQuant.has_float_scales) {
         if constexpr (kParts == 2) weight_scale[1] = F32Weights::load(scales + kPanelRows * 4);
+      } else if constexpr (kQuant.sub_scales == SubScales::e4m3) {
+#pragma GCC unroll 2
+        for (int part = 0; part < kParts; ++part)
+          weight_scale[part] = e4m3_to_floats(subs + part * kPanelRows);
       } else if constexpr (kQuant.sub_scale_cols > 0) {
         constexpr bool kIsSigned = kQuant.sub_scales == SubScales::signed_bytes;
 #pragma GCC unroll 2

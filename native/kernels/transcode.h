@@ -6,6 +6,7 @@
 //   IQ4_XS                          the same                         ->  iq4_xs
 //   IQ2_XXS IQ2_XS IQ2_S            the same                         ->  iq2_xxs iq2_xs iq2_s
 //   IQ3_XXS IQ3_S IQ1_S IQ1_M       the same                         ->  iq3_xxs iq3_s iq1_s iq1_m
+//   NVFP4                           a row is blocks of 64 columns    ->  nvfp4
 //   int4_quants int4_scales         compressed-tensors               ->  int4
 //   mxfp4_quants mxfp4_scales       OCP MX                           ->  mxfp4
 //
@@ -20,10 +21,14 @@
 //   int4_scales    bf16 [rows, cols / 32]
 //   mxfp4_quants   u8 [rows, cols / 2], the even column in the low half: a code of e2m1
 //   mxfp4_scales   u8 [rows, cols / 32], e8m0: 2^(byte - 127), 255 is NaN
+//   nvfp4_quants   u8 [rows, cols / 2], as mxfp4_quants
+//   nvfp4_scales   e4m3 [rows, cols / 16]: NaN is refused
+//   nvfp4_factor   float32, multiplies all weights; nvfp4_divisor divides them. It is refused if it is no
+//                  number, or if weights would overflow. nvfp4_blocks is NVFP4 with a factor beside it;
+//                  nvfp4_scales_alone has none
 //   f8_codes       u8 [rows, cols], E4M3: NaN is refused; f8_row_codes, f8_32_codes, mxfp8_codes the same
-//   f8_scales      float32 [rows / 128, cols / 128], rounded up. A scale with which the largest code
-//   overflows
-//                  float32 is refused
+//   f8_scales      float32 [rows / 128, cols / 128], rounded up. A scale is refused if the largest code times
+//                  it overflows float32
 //   f8_scale       float32, of the whole matrix
 //   f8_row_scales  float32 [rows]
 //   f8_32_scales   float32 [rows, cols / 32], rounded up
@@ -64,6 +69,7 @@ enum class BlockType : uint64_t {
   iq4_nl,
   iq4_xs,
   mxfp4,
+  nvfp4,
   iq2_xxs,
   iq2_xs,
   iq2_s,
@@ -92,7 +98,13 @@ enum class BlockType : uint64_t {
   f8_32_scales_bf16,
   f8_32_scales_f16,
   mxfp8_codes,
-  mxfp8_scales
+  mxfp8_scales,
+  nvfp4_blocks,
+  nvfp4_quants,
+  nvfp4_scales,
+  nvfp4_scales_alone,
+  nvfp4_factor,
+  nvfp4_divisor
 };
 
 // How a scale of FP8 is stored.
@@ -127,6 +139,7 @@ struct BlockTypeEntry {
     {BlockType::iq4_nl, "IQ4_NL", Format::iq4_nl, 18},
     {BlockType::iq4_xs, "IQ4_XS", Format::iq4_xs, 136},
     {BlockType::mxfp4, "MXFP4", Format::mxfp4, 17},
+    {BlockType::nvfp4, "NVFP4", Format::nvfp4, 36},
     {BlockType::iq2_xxs, "IQ2_XXS", Format::iq2_xxs, 66},
     {BlockType::iq2_xs, "IQ2_XS", Format::iq2_xs, 74},
     {BlockType::iq2_s, "IQ2_S", Format::iq2_s, 82},
@@ -156,6 +169,12 @@ struct BlockTypeEntry {
     {BlockType::f8_32_scales_f16, "f8_32_scales_f16", Format::f8_32, 2, 1, 32, ScaleType::f16, true},
     {BlockType::mxfp8_codes, "mxfp8_codes", Format::mxfp8, 1, 1, 1},
     {BlockType::mxfp8_scales, "mxfp8_scales", Format::mxfp8, 1, 1, 32, ScaleType::e8m0, true},
+    {BlockType::nvfp4_blocks, "nvfp4_blocks", Format::nvfp4, 36},
+    {BlockType::nvfp4_quants, "nvfp4_quants", Format::nvfp4, 8, 1, 16},
+    {BlockType::nvfp4_scales, "nvfp4_scales", Format::nvfp4, 1, 1, 16},
+    {BlockType::nvfp4_scales_alone, "nvfp4_scales_alone", Format::nvfp4, 1, 1, 16},
+    {BlockType::nvfp4_factor, "nvfp4_factor", Format::nvfp4, 4, kWhole, kWhole},
+    {BlockType::nvfp4_divisor, "nvfp4_divisor", Format::nvfp4, 4, kWhole, kWhole},
 };
 [[maybe_unused]] static constexpr int kNumBlockTypes = int(sizeof(kBlockTypes) / sizeof(kBlockTypes[0]));
 
@@ -182,10 +201,21 @@ static inline constexpr int64_t block_bytes(BlockType type) { return entry_of(ty
 
 // Whether the type holds only quants, and whether it holds only scales.
 static inline constexpr bool is_quants(BlockType type) {
-  return type == BlockType::int4_quants || type == BlockType::mxfp4_quants;
+  return type == BlockType::int4_quants || type == BlockType::mxfp4_quants || type == BlockType::nvfp4_quants;
 }
 static inline constexpr bool is_scales(BlockType type) {
   return type == BlockType::int4_scales || type == BlockType::mxfp4_scales;
+}
+
+// Whether the type holds one number for a whole matrix of panels.
+static inline constexpr bool is_factor(BlockType type) {
+  return type == BlockType::nvfp4_factor || type == BlockType::nvfp4_divisor;
+}
+
+// Whether some bytes are refused: transcode() returns false.
+static inline constexpr bool may_be_refused(BlockType type) {
+  return is_f8(slot_format(type)) || is_factor(type) || type == BlockType::nvfp4_scales ||
+         type == BlockType::nvfp4_scales_alone;
 }
 
 // Rows and columns of the matrix that one block covers. Blocks of FP8 at the edges may cover fewer; otherwise
@@ -200,10 +230,12 @@ static inline constexpr int64_t block_cols(BlockType type) {
   return entry_of(type).cols > 0 ? entry_of(type).cols : quant_format(slot_format(type)).block_cols;
 }
 static inline constexpr bool has_whole_blocks(BlockType type, int64_t cols) {
-  return is_f8(slot_format(type)) || cols % block_cols(type) == 0;
+  return is_f8(slot_format(type)) || is_factor(type) || cols % block_cols(type) == 0;
 }
 // Whether the rows of several matrices may alternate in the file.
-static inline constexpr bool may_be_interleaved(BlockType type) { return !is_f8(slot_format(type)); }
+static inline constexpr bool may_be_interleaved(BlockType type) {
+  return !is_f8(slot_format(type)) && !is_factor(type);
+}
 
 // Bytes of a row of blocks in the file.
 static inline constexpr int64_t block_row_bytes(BlockType type, int64_t cols) {

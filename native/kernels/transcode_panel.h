@@ -348,9 +348,9 @@ void transcode_block<BlockType::mxfp4>(const BlockRows& rows, uint8_t* quants, u
 
 // 16 bytes with two neighbouring columns each: the nibbles of columns 4 c to 4 c + 3 and of columns 4 (c + 4)
 // to 4 (c + 4) + 3 share a word of a panel.
-inline void transcode_neighbours(const BlockRows& rows, uint8_t* group) {
+inline void transcode_neighbours(const BlockRows& rows, int64_t at, uint8_t* group) {
   RowWords words[4];
-  rows.load(0, words);
+  rows.load(at, words);
   for (int c = 0; c < 4; ++c) {
     const int shift = c % 2 * 16;
     rows.store(group + c * kChunkBytes,
@@ -360,12 +360,44 @@ inline void transcode_neighbours(const BlockRows& rows, uint8_t* group) {
 
 template <>
 void transcode_block<BlockType::int4_quants>(const BlockRows& rows, uint8_t* quants, uint8_t*) {
-  transcode_neighbours(rows, quants);
+  transcode_neighbours(rows, 0, quants);
 }
 
 template <>
 void transcode_block<BlockType::mxfp4_quants>(const BlockRows& rows, uint8_t* quants, uint8_t*) {
-  transcode_neighbours(rows, quants);
+  transcode_neighbours(rows, 0, quants);
+}
+
+template <>
+void transcode_block<BlockType::nvfp4_quants>(const BlockRows& rows, uint8_t* quants, uint8_t*) {
+  constexpr int64_t kGroupBytes = quant_format(Format::nvfp4).group_bytes();
+  for (int64_t g = 0; g < 2; ++g) transcode_neighbours(rows, 16 * g, quants + g * kGroupBytes);
+}
+
+// Four scales without a sign, then for each 16 columns eight bytes: the low halves are the first eight
+// columns. A scale of 0x7F is zero, and one of 0xFF is 480 (ggml_ue4m3_to_fp32), which is what 0x7F means in
+// a panel.
+template <>
+void transcode_block<BlockType::nvfp4_blocks>(const BlockRows& rows, uint8_t* quants, uint8_t* scales) {
+  RowWords packed;
+  rows.load_one(0, packed);
+  for (int64_t r = 0; r < kRowsAtOnce; ++r) {
+    for (int i = 0; i < 4; ++i) {
+      const auto code = uint8_t(packed[r] >> (8 * i));
+      scales[i * kPanelRows + rows.first + r] = code == 0x7F ? 0 : code & 0x7F;
+    }
+  }
+  constexpr int64_t kGroupBytes = quant_format(Format::nvfp4).group_bytes();
+  for (int64_t g = 0; g < 2; ++g) {
+    RowWords words[4];  // two of each half of a group
+    rows.load(4 + 16 * g, words);
+    for (int c = 0; c < 2; ++c) {
+      const RowWords &first = words[c], &second = words[2 + c];
+      uint8_t* chunk = quants + g * kGroupBytes + c * kChunkBytes;
+      rows.store(chunk, (first & kLowNibbles) | ((second & kLowNibbles) << 4));
+      rows.store(chunk + 2 * kChunkBytes, ((first >> 4) & kLowNibbles) | (second & ~kLowNibbles));
+    }
+  }
 }
 
 // Transcodes only the scales of sixteen rows, one short row after another.
@@ -389,23 +421,33 @@ void transcode_scales(const uint8_t* from, int64_t row_stride, int64_t present, 
 // Transcodes sixteen rows, row_stride bytes apart, of which the first `present` exist. `next` points to the
 // bytes of the next panel.
 template <BlockType kType>
-void transcode_blocks(const uint8_t* from, int64_t row_stride, int64_t present, int64_t blocks,
-                      uint8_t* panel, const uint8_t* next) {
-  constexpr QuantFormat kQuant = quant_format(slot_format(kType));
-  static constexpr uint8_t kNoRow[block_bytes(kType)] = {};
+void transcode_blocks(const uint8_t* from, int64_t row_stride, int64_t present, int64_t cols, uint8_t* panel,
+                      const uint8_t* next) {
+  constexpr Format kFormat = slot_format(kType);
+  constexpr QuantFormat kQuant = quant_format(kFormat);
+  // A block of the format may be several of the file; then the last may be incomplete.
+  constexpr int64_t kBytes = kQuant.block_cols / block_cols(kType) * block_bytes(kType);
+  static constexpr uint8_t kNoRow[kBytes] = {};
+  const int64_t blocks = num_blocks(kFormat, cols), row_bytes = block_row_bytes(kType, cols);
   for (int64_t b = 0; b < blocks; ++b) {
     // The hardware prefetcher cannot follow sixteen short streams; prefetch the next panel's rows, which are
     // one piece.
     if (next != nullptr) {
-      const uint8_t* share = next + b * kPanelRows * block_bytes(kType);
-      for (int64_t at = 0; at < kPanelRows * block_bytes(kType); at += 64)
-        __builtin_prefetch(share + at, 0, 2);
+      const uint8_t* share = next + b * kPanelRows * kBytes;
+      for (int64_t at = 0; at < kPanelRows * kBytes; at += 64) __builtin_prefetch(share + at, 0, 2);
     }
+    const int64_t rest = row_bytes - b * kBytes;
     for (int64_t first = 0; first < kPanelRows; first += kRowsAtOnce) {
       BlockRows rows = {{}, first};
+      uint8_t filled[kRowsAtOnce][kBytes];
       for (int64_t r = 0; r < kRowsAtOnce; ++r) {
         const bool is_row = first + r < present;
-        rows.row[r] = is_row ? from + (first + r) * row_stride + b * block_bytes(kType) : kNoRow;
+        rows.row[r] = is_row ? from + (first + r) * row_stride + b * kBytes : kNoRow;
+        if (is_row && kQuant.block_cols != block_cols(kType) && rest < kBytes) {
+          std::memset(filled[r], 0, kBytes);
+          std::memcpy(filled[r], rows.row[r], size_t(rest));
+          rows.row[r] = filled[r];
+        }
       }
       uint8_t* block = panel + kQuant.scales_at(b * kQuant.block_groups());
       transcode_block<kType>(rows, block + kQuant.block_scale_bytes(), block);
@@ -421,7 +463,7 @@ void transcode_panel(const uint8_t* from, int64_t row_stride, int64_t present, i
   if constexpr (is_scales(kType)) {
     transcode_scales<kType>(from, row_stride, present, blocks, panel);
   } else {
-    transcode_blocks<kType>(from, row_stride, present, blocks, panel, next);
+    transcode_blocks<kType>(from, row_stride, present, cols, panel, next);
   }
   if constexpr (!is_quants(kType)) {
     constexpr QuantFormat kQuant = quant_format(kFormat);

@@ -18,6 +18,9 @@ inline WeightScale weight_scale_at(Format format, const uint8_t* panel, int64_t 
   const QuantFormat q = quant_format(format);
   const int64_t inside = col % q.block_cols;
   const uint8_t* scales = panel + q.scales_at(col / kGroupSize);
+  if (q.sub_scales == SubScales::e4m3) {
+    return {float_from_f8_over_256(scales[inside / q.sub_scale_cols * kPanelRows + row]), 0.0f};
+  }
   const uint16_t bits = read_unaligned<uint16_t>(scales + row * 2);
   const float scale = q.is_bf16 ? float_from_bf16(bits) : float_from_f16(bits);
   const float min =

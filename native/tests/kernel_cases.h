@@ -20,18 +20,19 @@
 namespace argosy::testing {
 
 inline const Format kFormats[] = {
-    Format::f32,     Format::f16,   Format::bf16,  Format::f8,      Format::f8_row, Format::f8_32,
-    Format::mxfp8,   Format::q8,    Format::q4,    Format::q4_1,    Format::q5_0,   Format::q5_1,
-    Format::q4_k,    Format::q5_k,  Format::q6_k,  Format::q2_k,    Format::q3_k,   Format::iq4_nl,
-    Format::iq4_xs,  Format::mxfp4, Format::int4,  Format::iq2_xxs, Format::iq2_xs, Format::iq2_s,
-    Format::iq3_xxs, Format::iq3_s, Format::iq1_s, Format::iq1_m};
+    Format::f32,    Format::f16,     Format::bf16,  Format::f8,    Format::f8_row,  Format::f8_32,
+    Format::mxfp8,  Format::q8,      Format::q4,    Format::q4_1,  Format::q5_0,    Format::q5_1,
+    Format::q4_k,   Format::q5_k,    Format::q6_k,  Format::q2_k,  Format::q3_k,    Format::iq4_nl,
+    Format::iq4_xs, Format::mxfp4,   Format::nvfp4, Format::int4,  Format::iq2_xxs, Format::iq2_xs,
+    Format::iq2_s,  Format::iq3_xxs, Format::iq3_s, Format::iq1_s, Format::iq1_m};
 inline const Format kF8Formats[] = {Format::f8, Format::f8_row, Format::f8_32, Format::mxfp8};
 // Block types that hold a whole matrix.
 inline const BlockType kBlockTypes[] = {
-    BlockType::q8_0,   BlockType::q4_0,    BlockType::q4_1,  BlockType::q5_0,    BlockType::q5_1,
-    BlockType::q4_k,   BlockType::q5_k,    BlockType::q6_k,  BlockType::q2_k,    BlockType::q3_k,
-    BlockType::iq4_nl, BlockType::iq4_xs,  BlockType::mxfp4, BlockType::iq2_xxs, BlockType::iq2_xs,
-    BlockType::iq2_s,  BlockType::iq3_xxs, BlockType::iq3_s, BlockType::iq1_s,   BlockType::iq1_m};
+    BlockType::q8_0,   BlockType::q4_0,   BlockType::q4_1,    BlockType::q5_0,  BlockType::q5_1,
+    BlockType::q4_k,   BlockType::q5_k,   BlockType::q6_k,    BlockType::q2_k,  BlockType::q3_k,
+    BlockType::iq4_nl, BlockType::iq4_xs, BlockType::mxfp4,   BlockType::nvfp4, BlockType::iq2_xxs,
+    BlockType::iq2_xs, BlockType::iq2_s,  BlockType::iq3_xxs, BlockType::iq3_s, BlockType::iq1_s,
+    BlockType::iq1_m};
 
 // Sizes around the vectors (8, 16), the panel (16) and the group (32).
 inline const int64_t kSizes[] = {0, 1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 70};
@@ -129,7 +130,7 @@ inline std::vector<uint8_t> random_blocks(BlockType type, int64_t rows, int64_t 
   const QuantFormat quant = quant_format(slot_format(type));
   std::vector<uint8_t> bytes(size_t(rows * block_row_bytes(type, cols)));
   for (uint8_t& byte : bytes) byte = uint8_t(generator());
-  if (is_quants(type)) return bytes;
+  if (is_quants(type) || may_be_refused(type)) return bytes;
   const float largest = quant.is_coded()
                             ? 512.0f
                             : float(quant.table != nullptr ? quant.zero : 1 << (quant.bits - 1)) *
@@ -139,6 +140,8 @@ inline std::vector<uint8_t> random_blocks(BlockType type, int64_t rows, int64_t 
     const float scale = distribution(generator) / largest;
     if (type == BlockType::mxfp4 || type == BlockType::mxfp4_scales) {
       bytes[at] = uint8_t(122 + bytes[at] % 6);
+    } else if (type == BlockType::nvfp4) {
+      for (size_t i = at; i < at + 4; ++i) bytes[i] = uint8_t(0x18 + bytes[i] % 16);  // 1/16 to 1/4
     } else if (type == BlockType::int4_scales) {
       const uint16_t bits = bf16_from_float(scale);
       std::memcpy(&bytes[at], &bits, 2);

@@ -279,6 +279,9 @@ Weights spoiled(Format format, int64_t rows) {
     if (format == Format::iq1_m) {  // the bytes of a scale lie on top of two words
       for (int half = 0; half < 2; ++half)
         w.bytes[size_t(64 * half + 4 * row + 3)] = uint8_t(bits >> 8 * half);
+    } else if (quant_format(format).has_row_scale) {
+      const float scale = float_from_f16(bits);
+      std::memcpy(w.bytes.get() + row * 4, &scale, 4);
     } else {
       std::memcpy(w.bytes.get() + row * 2, &bits, 2);
     }
@@ -563,9 +566,12 @@ std::vector<uint8_t> any_source(BlockType type, int64_t rows, int64_t cols, unsi
   std::mt19937 generator(seed);
   std::vector<uint8_t> bytes(size_t(source_bytes(type, rows, cols)));
   for (uint8_t& byte : bytes) byte = uint8_t(generator());
-  if (!is_f8(slot_format(type))) return bytes;
+  if (!may_be_refused(type)) return bytes;
   const ScaleType scale = entry_of(type).scale;
-  if (scale == ScaleType::none) {
+  if (is_factor(type)) {
+    const float factor = 0.37f;
+    std::memcpy(bytes.data(), &factor, 4);
+  } else if (scale == ScaleType::none) {
     for (uint8_t& byte : bytes) byte = (byte & 0x7F) == 0x7F ? 0 : byte;
   } else if (scale == ScaleType::f32) {
     const std::vector<float> scales = normal(int64_t(bytes.size() / 4), seed);
@@ -622,7 +628,7 @@ void panels_may_be_transcoded_apart() {
     for (int number = 0; number < kNumBlockTypes; ++number) {
       const BlockType type = BlockType(number);
       const Format format = slot_format(type);
-      if (is_f8(format)) continue;  // f8_tensors_may_be_transcoded_apart
+      if (is_f8(format) || is_factor(type)) continue;  // f8_tensors_may_be_transcoded_apart
       const int64_t cols = 2 * quant_format(format).block_cols;
       const int64_t row_bytes = block_row_bytes(type, cols);
       for (const int64_t interleaved : {1, 2, 3}) {

@@ -15,9 +15,10 @@ import pytest
 from gguf import GGUFWriter
 
 from argosy import Engine, SamplingParams, _native
+from argosy.checkpoint.gguf import read_gguf
 from argosy.checkpoint.manifest import verify_pack
 from argosy.checkpoint.pack import pack
-from argosy.errors import UsageError
+from argosy.errors import CheckpointError, UnsupportedModel, UsageError
 from argosy.model.families import open_model
 from tests.helpers.examples import few_of
 from tests.models import gguf_models
@@ -304,6 +305,53 @@ def test_a_pack_holds_the_weights_of_its_gguf_bit_for_bit(type_name: str, tmp_pa
         _native.dequantize(ref.format, stored, ref.rows, ref.cols),
         reference.tensors["model.layers.0.self_attn.q_proj.weight"],
     )
+
+
+def test_matrices_in_nvfp4_may_have_factors(tmp_path: Path) -> None:
+    config = config_of("qwen2_moe", num_experts=3, experts_per_token=3)
+    path, packed = tmp_path / "model.gguf", tmp_path / "packed"
+    reference = NumpyModel(write_gguf_model(path, config, one_type("NVFP4"), seed=6, has_factors=True))
+    pack(open_model(path), packed, format="source")
+    prompt = prompt_ids(config, 5)
+    expected = reference.logits(prompt)
+    answers = []
+    for place in (path, packed):
+        with Engine.open(place, memory="4GiB", threads=2, expert_slots=3) as engine:
+            answers.append(engine.logits(prompt))
+    assert mean_divergence(expected, answers[0]) <= LARGEST_DIVERGENCE
+    np.testing.assert_array_equal(answers[0], answers[1])
+    record = open_model(packed).experts[1, 2]
+    start, nbytes = record.pieces[0].offset + record.down.offset, _native.matrix_bytes("nvfp4", 256, 256)
+    stored = np.fromfile(packed / "experts.bin", np.uint8)[start : start + nbytes]
+    np.testing.assert_array_equal(
+        _native.dequantize("nvfp4", stored, 256, 256),
+        reference.tensors["model.layers.1.mlp.experts.2.down_proj.weight"],
+    )
+
+
+@pytest.mark.parametrize("name", ["blk.0.attn_q.scale", "blk.1.ffn_up_exps.scale"])
+def test_a_factor_that_is_no_number_is_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    config = config_of("qwen2_moe", num_experts=2, experts_per_token=2)
+    write_gguf_model(path, config, one_type("NVFP4"), seed=6, has_factors=True)
+    with open(path, "r+b") as file:
+        file.seek(read_gguf(path).tensors[name].offset)
+        file.write(np.float32(np.nan).tobytes())
+    with (
+        pytest.raises(CheckpointError, match="hold a code or scale that is not a finite number"),
+        Engine.open(path, memory="4GiB", threads=1) as engine,
+    ):
+        engine.logits(prompt_ids(config, 5))
+
+
+def test_a_factor_that_reordered_rows_would_need_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    config = config_of("mixtral", num_experts=2, experts_per_token=1)
+    write_gguf_model(path, config, one_type("NVFP4"), seed=6, has_factors=True)
+    with pytest.raises(
+        UnsupportedModel, match=r"blk.0.attn_q.weight is NVFP4 with a factor in blk.0.attn_q.scale"
+    ):
+        open_model(path)
 
 
 def test_a_quantised_gguf_is_never_quantised_again(tmp_path: Path) -> None:

@@ -35,13 +35,15 @@ ARCHITECTURES = {
     "minimax_m2": "minimax-m2",
 }
 # Types to which the `gguf` package does not quantise: the offset of the float16 scale, the offset of the scale of the
-# minima if there is one, and the factor that makes the mean 0. IQ1_M's scale lies in four words of its blocks.
+# minima if there is one, and the factor that makes the mean 0. IQ1_M's scale lies in four words of its blocks;
+# NVFP4 has four scales in FP8.
 _RANDOM_TYPES: dict[str, tuple[int | None, int | None, float]] = {
     "Q4_K": (0, 2, 7.5),
     "Q5_K": (0, 2, 15.5),
     "Q6_K": (208, None, 0.0),
     "Q2_K": (80, 82, 1.5),
     "Q3_K": (108, None, 0.0),
+    "NVFP4": (None, None, 0.0),
     "IQ4_NL": (0, None, 0.0),
     "IQ4_XS": (0, None, 0.0),
     "IQ2_XXS": (0, None, 0.0),
@@ -165,6 +167,7 @@ def write_gguf_model(
     has_bare_first_part: bool = False,
     sections: tuple[int, ...] = (),
     metadata: Mapping[str, int] | None = None,
+    has_factors: bool = False,
 ) -> Path:
     """Write `path`, and the dequantised weights to a directory named `<path>.f32`; return that directory.
 
@@ -172,6 +175,7 @@ def write_gguf_model(
     values of latent attention share one tensor, as in files from before April 2025. With `tensors_per_part`, the model
     is split into parts beside `path`, the first of which may have no tensors. With `sections`, the sizes of the
     position axes, the model is the text part of Qwen3-VL-MoE or GLM-4.5V. `metadata` has further numbers by their keys.
+    With `has_factors`, each matrix in NVFP4 has one in a tensor beside it, and one for activations, which is nonsense.
     """
     rng = np.random.default_rng([seed, 3])
     exact: dict[str, Array] = {}
@@ -193,6 +197,7 @@ def write_gguf_model(
     for key, number in (metadata or {}).items():
         writer.add_uint32(key, number)
     stacks: dict[str, list[Array]] = {}
+    factors: dict[str, list[float]] = {}
     tensors = mtp_tensors(config, seed) if num_draft_layers(config) else random_tensors(config, seed, "F32")
     for hub_name, values in tensors.items():
         if not is_in_gguf(hub_name, config):
@@ -207,6 +212,9 @@ def write_gguf_model(
             continue
         type_name = type_of(name)
         blocks, kept = to_blocks(values.astype(np.float32), type_name, rng)
+        if has_factors and type_name == "NVFP4":
+            factors.setdefault(name, []).append(rng.uniform(0.5, 2.0))
+            kept = kept * np.float32(factors[name][-1])
         exact[hub_name] = kept.reshape(values.shape)
         if name.endswith("ffn_gate_inp_shexp.weight"):
             blocks = blocks.reshape(-1)
@@ -219,6 +227,11 @@ def write_gguf_model(
         else:
             add(writer, name if not is_expert else numbered(name, hub_name), blocks, type_name)
     assert not stacks
+    for name, numbers in factors.items():
+        writer.add_tensor(name.removesuffix("weight") + "scale", np.array(numbers, np.float32))
+        writer.add_tensor(
+            name.removesuffix("weight") + "input_scale", np.full(len(numbers), np.nan, np.float32)
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -433,7 +446,9 @@ def random_blocks(
     scale_at, minima_at, balance = _RANDOM_TYPES[type_name]
 
     def set_scales(scale: Array) -> None:
-        if scale_at is None:
+        if type_name == "NVFP4":
+            blocks[:, :4] = gguf.quants.NVFP4.fp32_to_ue4m3(scale).reshape(-1, 1)
+        elif scale_at is None:
             put_iq1_m_scales(blocks, scale.astype(np.float16))
         else:
             blocks[:, scale_at : scale_at + 2] = scale.astype("<f2").reshape(-1, 1).view(np.uint8)

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
-# Block type -> slot format, columns of a block, bytes of a block, offsets of its float16 values. Two have none: the
-# scale of MXFP4 is the block's first byte, and that of IQ1_M lies in the highest four bits of its last four words.
+# Block type -> slot format, columns of a block, bytes of a block, offsets of its float16 values. Three have none: the
+# scale of MXFP4 is the block's first byte, those of NVFP4 are the first four, and that of IQ1_M lies in the highest
+# four bits of its last four words.
 BLOCK_TYPES: dict[str, tuple[str, int, int, tuple[int, ...]]] = {
     "Q8_0": ("q8", 32, 34, (0,)),
     "Q4_0": ("q4", 32, 18, (0,)),
@@ -25,6 +26,7 @@ BLOCK_TYPES: dict[str, tuple[str, int, int, tuple[int, ...]]] = {
     "IQ4_NL": ("iq4_nl", 32, 18, (0,)),
     "IQ4_XS": ("iq4_xs", 256, 136, (0,)),
     "MXFP4": ("mxfp4", 32, 17, ()),
+    "NVFP4": ("nvfp4", 64, 36, ()),
     "IQ2_XXS": ("iq2_xxs", 256, 66, (0,)),
     "IQ2_XS": ("iq2_xs", 256, 74, (0,)),
     "IQ2_S": ("iq2_s", 256, 82, (0,)),
@@ -58,6 +60,9 @@ def random_blocks(block_type: str, rows: int, cols: int, *, seed: int = 0, scale
     if block_type == "MXFP4":
         exponents = np.log2(np.abs(generator.standard_normal(len(blocks))) * scale).clip(-20, 20)
         blocks[:, 0] = (127 + exponents.round()).astype(np.uint8)
+    if block_type == "NVFP4":  # FP8 with a bias of 7 for the exponents
+        exponents = np.log2(np.abs(generator.standard_normal((len(blocks), 4))) * scale).clip(-9, 8)
+        blocks[:, :4] = np.maximum(0, np.round(8 * (exponents + 7))).astype(np.uint8)
     if block_type == "IQ1_M":
         put_iq1_m_scales(blocks, (generator.standard_normal(len(blocks)) * scale).astype(np.float16))
     return blocks.reshape(-1)

@@ -176,7 +176,7 @@ def test_blocks_that_cannot_be_transcoded_are_refused_by_name() -> None:
     "format",
     [
         *("q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"),
-        *("q2_k", "q3_k", "iq4_nl", "iq4_xs", "mxfp4", "int4"),
+        *("q2_k", "q3_k", "iq4_nl", "iq4_xs", "mxfp4", "nvfp4", "int4"),
         *("iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq1_s", "iq1_m"),
     ],
 )

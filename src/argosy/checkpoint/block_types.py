@@ -43,6 +43,7 @@ SLOT_FORMATS: Mapping[str, Format] = {
     "IQ4_NL": "iq4_nl",
     "IQ4_XS": "iq4_xs",
     "MXFP4": "mxfp4",
+    "NVFP4": "nvfp4",
     "IQ2_XXS": "iq2_xxs",
     "IQ2_XS": "iq2_xs",
     "IQ2_S": "iq2_s",

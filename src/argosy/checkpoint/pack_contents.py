@@ -33,7 +33,7 @@ from argosy.config import Format, ModelConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 
 # Formats in which models are released: their weights are exact.
-REQUANTISED: tuple[Format, ...] = ("f8", "f8_row", "f8_32", "mxfp8", "int4", "mxfp4")
+REQUANTISED: tuple[Format, ...] = ("f8", "f8_row", "f8_32", "mxfp8", "int4", "mxfp4", "nvfp4")
 
 _COPIED_NAMES = (
     "config.json", "hf_quant_config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",

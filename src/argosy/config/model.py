@@ -11,7 +11,7 @@ DraftForm = Literal["deepseek", "qwen"]
 # Storage formats of a weight matrix in memory; native/kernels/formats.h has the layouts.
 Format = Literal[
     "f32", "f16", "bf16", "f8", "f8_row", "f8_32", "mxfp8",
-    "q8", "q4", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k", "q2_k", "q3_k", "iq4_nl", "iq4_xs", "mxfp4",
+    "q8", "q4", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k", "q2_k", "q3_k", "iq4_nl", "iq4_xs", "mxfp4", "nvfp4",
     "int4", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq1_s", "iq1_m",
 ]  # fmt: skip
 F8_FORMATS: frozenset[Format] = frozenset({"f8", "f8_row", "f8_32", "mxfp8"})

@@ -182,7 +182,7 @@ STORAGES: Mapping[str, Storage] = {
     "mlx-affine": Storage(_mlx_affine, ("scales",)),
     "mlx-mxfp4": _mlx_floats("mxfp4", "mxfp4_scales"),
     "mlx-mxfp8": _mlx_floats("mxfp8", "mxfp8_scales"),
-    "mlx-nvfp4": _mlx_floats(cast(Format, "nvfp4"), "nvfp4_scales_alone"),
+    "mlx-nvfp4": _mlx_floats("nvfp4", "nvfp4_scales_alone"),
 }
 
 

@@ -5,7 +5,8 @@
 The names are llama.cpp's, the same for all families: `blk.{layer}.attn_q.weight` and so on. The experts of a layer are
 stacked in one tensor per matrix, [experts, rows, cols], and an expert is a slice of each, read in place; files from
 early 2024 have one tensor per expert instead (`blk.{layer}.ffn_gate.{expert}.weight`). Every tensor is accounted for,
-as in `layout.py` for safetensors.
+as in `layout.py` for safetensors. A matrix in NVFP4 may have a factor in a tensor named `scale`, experts one each;
+`input_scale` belongs to activations in FP4, which no kernel uses.
 
 Elsewhere: `checkpoint/geometry.py` knows shapes; `checkpoint/gguf.py` finds the bytes; `native/store/` turns blocks
 into slot formats while they land.
@@ -26,10 +27,18 @@ from argosy.checkpoint.files import (
 )
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes
 from argosy.checkpoint.gguf import GgufFile
-from argosy.checkpoint.landing import AS_STORED, Landing, MatrixRef, PairedRows, Transcoded
+from argosy.checkpoint.landing import (
+    AS_STORED,
+    Landing,
+    MatrixRef,
+    PairedRows,
+    Piece,
+    Transcode,
+    Transcoded,
+)
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.config import Format, ModelConfig
-from argosy.errors import ArgosyError
+from argosy.errors import ArgosyError, UnsupportedModel
 from argosy.model.reading.accounts import TensorAccounts, read_draft
 
 _FLOAT_FORMATS: Mapping[str, Format] = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
@@ -167,7 +176,7 @@ class _Accounts(TensorAccounts):
         elif len(shape) == 2 and rows == 1:
             shapes = (shape, (cols,))  # GGUF stores the single row that scores the shared expert as a vector
         ref, _ = self.take(name, *shapes)
-        return _matrix(ref, rows, cols, paired_heads)
+        return _matrix(ref, rows, cols, paired_heads, factor=self._factor(ref))
 
     def experts(self, config: ModelConfig, layer: int) -> dict[tuple[int, int], ExpertRecord]:
         """Take the routed experts of a layer."""
@@ -180,21 +189,50 @@ class _Accounts(TensorAccounts):
                 ]
                 for expert in range(config.num_experts)
             ]
+            factors = [[self._factor(ref) for ref in refs] for refs in slices]
         else:
             stacked = [
                 self.take(f"blk.{layer}.{name}_exps.weight", (config.num_experts, *shape))[0]
                 for name, shape in zip(_EXPERT_NAMES, shapes, strict=True)
             ]
             slices = [[ref.at(expert) for ref in stacked] for expert in range(config.num_experts)]
+            of_stack = [self._factor(ref, config.num_experts) for ref in stacked]
+            factors = [[ref and ref.at(expert) for ref in of_stack] for expert in range(config.num_experts)]
         return {
-            (layer, expert): ExpertRecord.of(*(_matrix(ref, *ref.shape) for ref in refs))
-            for expert, refs in enumerate(slices)
+            (layer, expert): ExpertRecord.of(
+                *(_matrix(ref, *ref.shape, factor=factor) for ref, factor in zip(refs, of_refs, strict=True))
+            )
+            for expert, (refs, of_refs) in enumerate(zip(slices, factors, strict=True))
         }
 
+    def _factor(self, ref: TensorRef, count: int = 1) -> TensorRef | None:
+        """Take the factors of a tensor's `count` matrices, or return None if it has none."""
+        if ref.dtype != "NVFP4":
+            return None
+        base = ref.name.removesuffix("weight")
+        if (of_activations := base + "input_scale") in self:
+            self.take_part(of_activations, {"F32": ""}, (count,))
+        if (name := base + "scale") not in self:
+            return None
+        return self.take_part(name, {"F32": "nvfp4_factor"}, (count,))[0]
 
-def _matrix(ref: TensorRef, rows: int, cols: int, paired_heads: int = 0) -> MatrixRef:
+
+def _matrix(
+    ref: TensorRef, rows: int, cols: int, paired_heads: int = 0, *, factor: TensorRef | None = None
+) -> MatrixRef:
+    format = FORMAT_OF_TYPE[ref.dtype]
     block_type = ref.dtype if ref.dtype in SLOT_FORMATS else None
     landing: Landing = AS_STORED if block_type is None else Transcoded(block_type)
-    if paired_heads:
+    if factor is not None:
+        if paired_heads:
+            raise UnsupportedModel(
+                f"{ref.path.name}: {ref.name} is {ref.dtype} with a factor in {factor.name}; supported for rows of "
+                "adjacent rotary pairs: without one",
+                path=ref.path,
+                tensor=ref.name,
+            )
+        piece = Piece.of(factor, Transcode("nvfp4_factor", format, rows, cols), completes=0)
+        landing = Transcoded("nvfp4_blocks", (piece,))
+    elif paired_heads:
         landing = PairedRows(paired_heads, block_type)
-    return MatrixRef.of(ref, FORMAT_OF_TYPE[ref.dtype], rows, cols, landing)
+    return MatrixRef.of(ref, format, rows, cols, landing)
