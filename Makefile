@@ -107,11 +107,12 @@ build/sanitize-module-%: FORCE $(VENV)/.installed
 	  -DPython_EXECUTABLE="$(abspath $(BIN)/python)" -DARGOSY_SANITIZE=$(if $(findstring address,$*),address$(comma)undefined,$*)
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build $@ --target _native --target _native_testing
 
-test-sanitize-module: build/sanitize-module-address build/sanitize-module-thread  ## odd arguments under ASan and UBSan, 2,000 requests under ThreadSanitizer
+test-sanitize-module: build/sanitize-module-address build/sanitize-module-thread  ## odd arguments and changed files under ASan and UBSan, 2,000 requests under ThreadSanitizer
 	@echo "planted faults are found:"
 	$(ASAN) $(BIN)/python -m tests.native.planted_faults overflow --module build/sanitize-module-address/_native.*.so 2> /dev/null; test $$? = 66
 	$(TSAN) $(BIN)/python -m tests.native.planted_faults race --module build/sanitize-module-thread/_native.*.so 2> /dev/null; test $$? = 66
 	$(ASAN) $(BIN)/python -m tests.native.odd_arguments --module build/sanitize-module-address/_native.*.so
+	$(ASAN) $(BIN)/python -m tests.abuse.mutated_files --count 500 --module build/sanitize-module-address/_native.*.so
 	$(TSAN) $(BIN)/python -m tests.engine.mixed_requests --requests 2000 --module build/sanitize-module-thread/_native.*.so
 
 soak: $(VENV)/.installed build-native-tests  ## everything too long for a test, in two hours; the page about it is build/soak.md

@@ -45,6 +45,7 @@ RUNS = {
     "figures": Run(python("tests/abuse/figures.py"), r"^(R\d+ |  )", 6000),
     "kills": Run(python("tests/abuse/kills.py", "--points", "200"), r"", 2400),
     "kills beside links": Run(python("tests/abuse/kills.py", "--links", "--points", "200"), r"", 2400),
+    "changed files": Run(python("-m", "tests.abuse.mutated_files"), r"no crash", 1800),
     "growth": Run(python("-m", "tests.abuse.growth"), r"", 600),
     "frozen workers": Run(python("benchmarks/cluster_freeze.py", "--times", "50"), r"", 1800),
     "sanitizers": Run(("make", "test-sanitize"), r"(tests passed|calls of|requests|found)", 3600),
