@@ -24,6 +24,7 @@ extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;
 void add_vnni_products(KernelTable& table);
 void add_vbmi_products(KernelTable& table);
+void add_gfni_products(KernelTable& table);
 void add_bf16_encoders(KernelTable& table);
 void add_amx_products(KernelTable& table);
 void add_amx_attention(KernelTable& table);
@@ -85,6 +86,9 @@ const KernelTable& avx512_kernels() {
     KernelTable table = kAvx512Kernels;
     if constexpr (is_built("avx512_vbmi")) {
       if (__builtin_cpu_supports("avx512vbmi")) add_vbmi_products(table);
+    }
+    if constexpr (is_built("avx512_gfni")) {
+      if (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("gfni")) add_gfni_products(table);
     }
     if constexpr (is_built("avx512_bf16")) {
       if (__builtin_cpu_supports("avx512bf16")) add_bf16_encoders(table);
