@@ -525,6 +525,61 @@ void f8_tensors_may_be_transcoded_apart() {
   }
 }
 
+// Random bytes, so scales and mins of every kind; f8 codes are never NaN.
+std::vector<uint8_t> any_source(BlockType type, int64_t rows, int64_t cols, unsigned seed) {
+  std::mt19937 generator(seed);
+  std::vector<uint8_t> bytes(size_t(source_bytes(type, rows, cols)));
+  for (uint8_t& byte : bytes) byte = uint8_t(generator());
+  if (!may_be_refused(type)) return bytes;
+  const ScaleType scale = entry_of(type).scale;
+  if (is_factor(type)) {
+    const float factor = 0.37f;
+    std::memcpy(bytes.data(), &factor, 4);
+  } else if (scale == ScaleType::none) {
+    for (uint8_t& byte : bytes) byte = (byte & 0x7F) == 0x7F ? 0 : byte;
+  } else if (scale == ScaleType::f32) {
+    const std::vector<float> scales = normal(int64_t(bytes.size() / 4), seed);
+    std::memcpy(bytes.data(), scales.data(), bytes.size());
+  } else if (scale == ScaleType::e8m0) {
+    for (uint8_t& byte : bytes) byte = uint8_t(byte % 246);
+  } else {
+    for (size_t i = 1; i < bytes.size(); i += 2) bytes[i] = bytes[i] % 2 == 0 ? 0x3D : 0xBD;
+  }
+  return bytes;
+}
+
+// The strips of blocks of any height, scales before or after codes.
+void f8_scales_of_any_block_may_be_transcoded_apart() {
+  const std::pair<Format, BlockType> cases[] = {
+      {Format::f8, sized(BlockType::f8_scales, 256, 128)},
+      {Format::f8_row, BlockType::f8_row_scales},
+      {Format::f8_32, sized(BlockType::f8_32_scales, 10, 64)},
+      {Format::mxfp8, sized(BlockType::mxfp8_scales, 32, 32)},
+      {Format::mxfp8, sized(BlockType::mxfp8_scales, 7, 96)},
+  };
+  for (const auto& [format, type] : cases) {
+    const std::vector<uint8_t> codes = any_source(codes_of(format), kF8Rows, kF8Cols, 17);
+    const std::vector<uint8_t> scales = any_source(type, kF8Rows, kF8Cols, 18);
+    Weights whole(format, kF8Rows, kF8Cols, 0);
+    CHECK(whole.bring(codes_of(format), codes));
+    CHECK(whole.bring(type, scales));
+    const auto size = size_t(matrix_bytes(format, kF8Rows, kF8Cols));
+    const int64_t strip_bytes = source_bytes(type, strip_rows(type), kF8Cols);
+    std::vector<uint8_t> parts(size, 0xAA);
+    for (int64_t strip = num_strips(type, kF8Rows) - 1; strip >= 0; --strip) {
+      const int64_t begin = strip * strip_bytes, end = begin + strip_bytes;
+      // Only these bytes, so that a sanitizer sees reads beyond them.
+      const std::vector<uint8_t> some(
+          scales.begin() + begin,
+          scales.begin() + (end < int64_t(scales.size()) ? end : int64_t(scales.size())));
+      CHECK(transcode(type, some.data(), kF8Rows, kF8Cols, 1, strip, strip + 1, parts.data()));
+    }
+    CHECK(transcode(codes_of(format), codes.data(), kF8Rows, kF8Cols, 1, 0,
+                    num_strips(codes_of(format), kF8Rows), parts.data()));
+    CHECK(std::memcmp(parts.data(), whole.view.data, size) == 0);
+  }
+}
+
 void nan_and_infinity_stay_in_their_row() {
   constexpr int64_t kRows = 20, kCols = 70;
   for (const KernelTable* table : all_tables()) {
@@ -559,29 +614,6 @@ void every_instruction_set_packs_the_same_bytes() {
       CHECK(found == expected);
     }
   }
-}
-
-// Random bytes, so scales and mins of every kind; f8 codes are never NaN.
-std::vector<uint8_t> any_source(BlockType type, int64_t rows, int64_t cols, unsigned seed) {
-  std::mt19937 generator(seed);
-  std::vector<uint8_t> bytes(size_t(source_bytes(type, rows, cols)));
-  for (uint8_t& byte : bytes) byte = uint8_t(generator());
-  if (!may_be_refused(type)) return bytes;
-  const ScaleType scale = entry_of(type).scale;
-  if (is_factor(type)) {
-    const float factor = 0.37f;
-    std::memcpy(bytes.data(), &factor, 4);
-  } else if (scale == ScaleType::none) {
-    for (uint8_t& byte : bytes) byte = (byte & 0x7F) == 0x7F ? 0 : byte;
-  } else if (scale == ScaleType::f32) {
-    const std::vector<float> scales = normal(int64_t(bytes.size() / 4), seed);
-    std::memcpy(bytes.data(), scales.data(), bytes.size());
-  } else if (scale == ScaleType::e8m0) {
-    for (uint8_t& byte : bytes) byte = uint8_t(byte % 246);
-  } else {
-    for (size_t i = 1; i < bytes.size(); i += 2) bytes[i] = bytes[i] % 2 == 0 ? 0x3D : 0xBD;
-  }
-  return bytes;
 }
 
 // Readers, pack and the Python functions without a runtime use best_kernels(), whatever an engine computes
@@ -678,6 +710,7 @@ int main() {
   a_product_with_an_f8_code_is_its_value();
   what_is_no_number_is_seen_while_it_is_transcoded();
   f8_tensors_may_be_transcoded_apart();
+  f8_scales_of_any_block_may_be_transcoded_apart();
   what_is_asked_for_ahead_changes_no_bit();
   the_panels_of_a_tile_change_no_bit();
   rows_and_tokens_may_be_picked();

@@ -17,7 +17,7 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.formats import matrix_bytes
 from argosy.checkpoint.landing import AS_STORED, Halves, MatrixRef, Transcoded
 from argosy.checkpoint.latent_up import KeyValueRows
-from argosy.config import Format, KvDtype, LatentConfig
+from argosy.config import F8_FORMATS, Format, KvDtype, LatentConfig
 from argosy.errors import UnsupportedModel
 from argosy.model.clock import PartClock
 from argosy.model.decoder import Decoder
@@ -223,6 +223,37 @@ def test_blocks_of_f8_are_transposed_with_their_scales(
     )
 
     assert key_up.format == value_up.format == format
+    np.testing.assert_array_equal(rows_of(key_up), keys)
+    np.testing.assert_array_equal(rows_of(value_up), values)
+
+
+@pytest.mark.parametrize("rows", [KeyValueRows(3, 32, 48), KeyValueRows(2, 24, 40)])
+@pytest.mark.parametrize("format", sorted(F8_FORMATS - {"f8"}))
+def test_values_keep_fp8_with_scales_of_rows_and_keys_become_float32(
+    rows: KeyValueRows, format: Format, tmp_path: Path
+) -> None:
+    num_rows, cols = rows.num_heads * (rows.key_rows + rows.value_rows), 96
+    rng = np.random.default_rng(0)
+    data = _native.transcode(
+        f"{format}_codes", rng.integers(0, 127, num_rows * cols, np.uint8), num_rows, cols
+    )
+    count = num_rows if format == "f8_row" else num_rows * 3
+    scales = (
+        rng.integers(110, 130, count, np.uint8)
+        if format == "mxfp8"
+        else rng.uniform(0.5, 2, count).astype(np.float32).view(np.uint8)
+    )
+    _native.transcode(f"{format}_scales", scales, num_rows, cols, out=data)
+    path = tmp_path / "dense.bin"
+    path.write_bytes(data)
+    keys, values = halves_of(_native.dequantize(format, data, num_rows, cols), rows)
+
+    key_up, value_up = load_one(
+        MatrixRef("kv_b", path, 0, len(data), format, num_rows, cols, landing=Halves(AS_STORED, rows))
+    )
+
+    has_whole_stretches = rows.key_rows % 16 == rows.value_rows % 16 == 0
+    assert (key_up.format, value_up.format) == ("f32", format if has_whole_stretches else "f32")
     np.testing.assert_array_equal(rows_of(key_up), keys)
     np.testing.assert_array_equal(rows_of(value_up), values)
 

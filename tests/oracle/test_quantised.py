@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from argosy import Engine
+from tests.models.gguf_models import one_type, write_gguf_model
+from tests.models.numpy_model import NumpyModel
 from tests.models.quantised import MIXTURES, PEER, SEED, Recipe, config_of, peer_logits, quantise
 from tests.models.tiny import prompt_ids
 from tests.oracle.test_oracle import mean_divergence
@@ -46,3 +48,23 @@ def test_predictions_are_llama_cpp_s_beyond_its_rounding(name: str, tmp_path: Pa
 
     assert mean_divergence(exact, found) <= LARGEST_DIVERGENCE
     assert mean_divergence(logits, found) <= LARGEST_DIVERGENCE + mean_divergence(logits, exact)
+
+
+def test_nvfp4_with_a_factor_for_each_matrix_predicts_what_llama_cpp_predicts(tmp_path: Path) -> None:
+    config, path = config_of("qwen3_moe"), tmp_path / "model.gguf"
+    # llama.cpp reads no factor of the embedding.
+    directory = write_gguf_model(
+        path,
+        config,
+        lambda name: "Q8_0" if "token_embd" in name else one_type("NVFP4")(name),
+        seed=SEED,
+        has_factors=True,
+    )
+    prompt = prompt_ids(config, SEED)
+    logits, exact = peer_logits(path, prompt), NumpyModel(directory).logits(prompt)
+    with Engine.open(path, memory="2GiB", threads=1) as engine:
+        found = engine.logits(prompt)
+
+    assert mean_divergence(exact, found) <= LARGEST_DIVERGENCE
+    assert mean_divergence(logits, found) <= LARGEST_DIVERGENCE + mean_divergence(logits, exact)
+    assert mean_divergence(logits, exact) <= LARGEST_DIVERGENCE
