@@ -33,6 +33,11 @@ CASES = {
         f"width-{width}-{mixture}": Recipe(config_of("qwen3_moe", width), mixture)
         for width, mixture in ((640, "IQ1_S"), (1408, "IQ2_M"), (2880, "Q2_K"), (640, "TQ2_0"))
     },
+    # llama.cpp has no mixture of NVFP4: publishers convert to it. The quantiser takes it tensor by tensor.
+    **{
+        f"NVFP4-{width}": Recipe(config_of("qwen3_moe", width), "Q8_0", {"exps": "NVFP4", "attn": "NVFP4"})
+        for width in (256, 640)
+    },
     "hidden-640-IQ2_XS": Recipe(config_of("glm4_moe", 1408, hidden_size=640), "IQ2_XS"),
 }
 
