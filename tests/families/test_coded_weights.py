@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from argosy import Engine
 from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
 from argosy.model.families import open_model
 from tests.families.test_quantization import Damage, entry, renamed, spoil
+from tests.helpers.examples import few_of
 from tests.models.hub_schemes import KINDS, write_kind
+from tests.models.safetensors_file import edit_header
 from tests.models.tiny import prompt_ids, qwen3_moe
 
 CONFIG = qwen3_moe(
@@ -52,13 +57,19 @@ def typed(name: str, dtype: str) -> Damage:
 
 DAMAGES: list[tuple[str, Damage, str]] = [
     # parts that are missing
+    ("nvfp4", gone("weight_scale_2"), "up_proj.weight_scale_2 is missing"),
+    ("ct nvfp4", gone("weight_global_scale"), "up_proj.weight_global_scale is missing"),
     ("ct mxfp4", gone("weight_scale"), "up_proj.weight_scale is missing"),
     ("fp8 tensor", gone("weight_scale"), "up_proj.weight_scale_inv is missing"),
     # settings that lie about the tensors
     ("fp8 block 64", settings(weight_block_size=[128, 128]), "weight_scale_inv is ["),
     ("fp8 block 64", settings(weight_block_size=[64, 48]), "supported: blocks of whole groups of 32 columns"),
     ("fp8 block 64", settings(weight_block_size=None), "weight_scale_inv is ["),
+    ("nvfp4", settings(quant_algo="FP8"), "F16, U8, F8_E8M0, found F8_E4M3"),
+    ("fp8 tensor", settings(quant_algo="NVFP4"), "q_proj.weight is [128, 256], expected [128, 128]"),
     # shapes and dtypes
+    ("nvfp4", shaped("weight_scale_2", 1, 1), "weight_scale_2 is [1, 1], expected []"),
+    ("nvfp4", typed("weight_scale", "U8"), "weight_scale is U8; supported: F8_E4M3"),
     ("fp8 tensor", typed("weight_scale", "I32"), "scales in F32, BF16, F16, U8, F8_E8M0, found I32"),
     ("fp8 tensor", typed("weight", "F8_E5M2"), "up_proj.weight is F8_E5M2; supported: F8_E4M3"),
 ]
@@ -78,7 +89,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(
 
 @pytest.mark.parametrize("name", ["pre_quant_scale", "svdquant_lora_a", "weight_zero_point", "weight_g_idx"])
 def test_a_part_that_would_change_the_weights_is_refused(name: str, tmp_path: Path) -> None:
-    write_kind(tmp_path / "model", CONFIG, KINDS["fp8 tensor"], seed=1)
+    write_kind(tmp_path / "model", CONFIG, KINDS["nvfp4"], seed=1)
     renamed(UP + "input_scale", UP + name)(tmp_path / "model")
     with pytest.raises(CheckpointError, match=f"up_proj.{name} .* has no such tensor"):
         open_model(tmp_path / "model")
@@ -87,6 +98,10 @@ def test_a_part_that_would_change_the_weights_is_refused(name: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("kind", "name", "value", "sentence"),
     [
+        ("nvfp4", "weight_scale_2", np.float32(np.nan).tobytes(), "not a finite number"),
+        ("nvfp4", "weight_scale_2", np.float32(np.inf).tobytes(), "not a finite number"),
+        ("ct nvfp4", "weight_global_scale", np.float32(0).tobytes(), "not a finite number"),
+        ("nvfp4", "weight_scale", b"\x7f", "not a finite number"),
         ("fp8 channel", "weight_scale", b"\x80\x7f", "not a finite number"),
         ("mxfp8", "weight_scale", b"\xff", "not a finite number"),
         ("fp8 tensor", "weight", b"\x7f", "not a finite number"),
@@ -105,3 +120,67 @@ def test_codes_and_scales_that_are_not_finite_are_named_when_loaded(
         engine.logits(prompt_ids(CONFIG, 1, 16))
     assert "layer 0, expert 1: " in str(caught.value)
     assert sentence in str(caught.value)
+
+
+ODD_VALUES: list[Any] = [
+    None, 0, -1, 1, 3, 2**31, 2**63, 1.5, True, False, "", "x", "re:.*", [], {}, ["re:.*"], [128, 128], {"bits": 4},
+]  # fmt: skip
+
+
+def mutate(settings: Any, rng: np.random.Generator) -> None:
+    """Change, add or remove one value anywhere in a settings object."""
+    while True:
+        inner = [value for value in settings.values() if isinstance(value, dict) and value]
+        if not inner or rng.random() < 0.4:
+            break
+        settings = inner[rng.integers(len(inner))]
+    keys = [*settings, "surprise"]
+    key = keys[rng.integers(len(keys))]
+    if rng.random() < 0.2 and key in settings:
+        del settings[key]
+    else:
+        settings[key] = ODD_VALUES[rng.integers(len(ODD_VALUES))]
+
+
+def mutate_header(header: dict[str, dict[str, Any]], rng: np.random.Generator) -> None:
+    """Change the shape, dtype or name of a tensor, in its own bytes."""
+    name = list(header)[rng.integers(len(header))]
+    one = header[name]
+    match rng.integers(4):
+        case 0:
+            one["shape"] = one["shape"][::-1]
+        case 1:
+            one["shape"] = [math.prod(one["shape"])]
+        case 2:
+            sizes = {
+                "U8": ("I8", "F8_E4M3", "F8_E8M0"),
+                "I32": ("U32", "F32"),
+                "BF16": ("F16", "I16"),
+                "F32": ("I32",),
+            }
+            others = sizes.get(one["dtype"], ("U8",))
+            one["dtype"] = others[rng.integers(len(others))]
+        case _:
+            header["other." + name] = header.pop(name)
+
+
+@pytest.mark.parametrize("num_mutations", [12, pytest.param(200, marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", few_of(KINDS, ("modelopt mixed", "fp8 block 64")))
+def test_mutated_settings_and_headers_are_refused_or_harmless(
+    name: str, num_mutations: int, tmp_path: Path
+) -> None:
+    write_kind(tmp_path / "model", CONFIG, KINDS[name], seed=1)
+    config_file, weights = tmp_path / "model" / "config.json", tmp_path / "model" / "model.safetensors"
+    text, data = config_file.read_text(), weights.read_bytes()
+    rng = np.random.default_rng(num_mutations)
+    for number in range(num_mutations):
+        config_file.write_text(text)
+        weights.write_bytes(data)
+        if number % 2:
+            config = json.loads(text)
+            mutate(config["quantization_config"], rng)
+            config_file.write_text(json.dumps(config))
+        else:
+            edit_header(weights, lambda header: mutate_header(header, rng))
+        with contextlib.suppress(CheckpointError, UnsupportedModel):
+            open_model(tmp_path / "model")

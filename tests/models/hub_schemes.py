@@ -218,6 +218,7 @@ class Kind:
     format: the format of the experts in memory.
     has_exact_activations: whether products take float32 activations.
     extra: tensors of every quantised module that change nothing.
+    rounding: the largest relative difference of values that need more bits than float32 has.
     """
 
     settings: Mapping[str, Any]
@@ -225,6 +226,7 @@ class Kind:
     format: str
     has_exact_activations: bool = False
     extra: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    rounding: float = 0.0
 
 
 def compressed(format: str, **weights: Any) -> dict[str, Any]:
@@ -256,6 +258,8 @@ def gptq(bits: int, group: int, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
+# A code, its scale and the factor of the matrix are multiplied in any order, and a divisor is inverted first.
+THREE_ROUNDINGS = 3 * 2.0**-24
 NVFP4 = fp4(16, "F8_E4M3", "weight", ("weight_scale_2", False))
 PER_TENSOR = fp8((0, 0), "F32", shape_of=lambda rows, cols: ())
 ACTIVATIONS: Mapping[str, tuple[str, tuple[int, ...]]] = {"input_scale": ("F32", ()), "k_scale": ("F32", ())}
@@ -315,6 +319,27 @@ KINDS: Mapping[str, Kind] = {
         compressed("mxfp4-pack-quantized", num_bits=4, type="float", strategy="group", group_size=32),
         {"_proj.": fp4(32, "U8", "weight_packed")},
         "mxfp4",
+    ),
+    "nvfp4": Kind(modelopt("NVFP4"), {"_proj.": NVFP4}, "nvfp4", extra=ACTIVATIONS, rounding=THREE_ROUNDINGS),
+    "ct nvfp4": Kind(
+        compressed("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16),
+        {"_proj.": fp4(16, "F8_E4M3", "weight_packed", ("weight_global_scale", True))},
+        "nvfp4",
+        extra={"input_global_scale": ("F32", (1,))},
+        rounding=THREE_ROUNDINGS,
+    ),
+    "modelopt mixed": Kind(
+        modelopt(
+            "MIXED_PRECISION",
+            quantized_layers={
+                "model.layers.*.self_attn*": {"quant_algo": "FP8"},
+                "model.layers.*.mlp.experts*": {"quant_algo": "W4A16_NVFP4", "group_size": 16},
+            },
+        ),
+        {"self_attn": PER_TENSOR, "_proj.": NVFP4},
+        "nvfp4",
+        extra=ACTIVATIONS,
+        rounding=THREE_ROUNDINGS,
     ),
 }
 

@@ -68,6 +68,7 @@ class Stored:
 _FLOATS_16 = {"F16": "f16", "BF16": "bf16"}
 _E8M0 = ("U8", "F8_E8M0")
 _FP8_DTYPES = ("F32", "BF16", "F16", *_E8M0)
+_FP8_DTYPES = ("F32", "BF16", "F16", *_E8M0)
 _FP8_SCALES = ("weight_scale_inv", "weight_scale", "qscale_weight", "scale")
 _FP4_SCALES = ("weight_scale", "scale")
 
@@ -76,19 +77,99 @@ def _ceil(size: int, step: int) -> int:
     return -(-size // step)
 
 
+def _grouped(scheme: Scheme, cols: int, scale_dtype: str | None, *, is_signed: bool) -> tuple[str, int] | str:
+    """Return the format of integers in groups of columns, and the columns of a group in memory.
+
+    A scale for each row is repeated for groups.
+    """
+    group = scheme.block[1] or next((size for size in (128, 64, 32) if cols % size == 0), 128)
+    if scale_dtype is not None and scale_dtype not in _FLOATS_16:
+        return f"scales in {' or '.join(_FLOATS_16)}, found {scale_dtype}"
+    if cols % 32:
+        return "columns in whole groups of 32"
+    kind = "int" if is_signed else "uint"
+    return f"{kind}{scheme.bits}_{group}_{_FLOATS_16[scale_dtype or 'BF16']}", group
+
+
+def _of(format: str, part: str, *dtypes: str) -> dict[str, str]:
+    return dict.fromkeys(dtypes, f"{format}:{part}")
+
+
 def _pack_quantized(scheme: Scheme, rows: int, cols: int, scale_dtype: str | None) -> Stored | str:
-    if scheme.bits != 4 or scheme.block != (1, 32) or scheme.has_zeros or cols % 32:
-        return "4 bits, symmetric, whole groups of 32 columns"
-    parts = (
-        Part(("weight_packed",), {"I32": "int4_quants"}, ((rows, cols // 8),)),
-        Part(("weight_scale",), {"BF16": "int4_scales"}, ((rows, cols // 32),)),
+    named = _grouped(scheme, cols, scale_dtype, is_signed=not scheme.has_zeros)
+    if isinstance(named, str):
+        return named
+    format, group = named
+    codes = _of(format, "codes", "I32")
+    num_groups, scales, zeros = _ceil(cols, group), "scales", "zeros"
+    if not scheme.block[1]:
+        num_groups, scales, zeros = 1, "channel_scales", "channel_zeros"
+    scale_types = _of(format, scales, *_FLOATS_16)
+    if format == "int4_32_bf16" and scales == "scales":  # the older name
+        format, codes, scale_types = "int4", {"I32": "int4_quants"}, {"BF16": "int4_scales"}
+    parts = [
+        Part(("weight_packed",), codes, ((rows, _ceil(cols * scheme.bits, 32)),)),
+        Part(("weight_scale",), scale_types, ((rows, num_groups),)),
         Part(("weight_shape",), {"I32": "", "I64": ""}, ((2,),)),
+    ]
+    if scheme.has_zeros:
+        shape = _ceil(rows * scheme.bits, 32), num_groups
+        parts.append(Part(("weight_zero_point",), _of(format, zeros, "I32"), (shape,)))
+    return Stored(cast(Format, format), tuple(parts))
+
+
+def _int_quantized(scheme: Scheme, rows: int, cols: int, scale_dtype: str | None) -> Stored | str:
+    named = _grouped(scheme, cols, scale_dtype, is_signed=not scheme.has_zeros)
+    if isinstance(named, str):
+        return named
+    format, group = named
+    shapes: tuple[tuple[int, ...], ...] = ((rows, _ceil(cols, group)),)
+    scales, zeros = "scales", "int8_zeros"
+    if not scheme.block[1]:
+        shapes, scales, zeros = ((rows, 1), (rows,)), "channel_scales", "int8_channel_zeros"
+    parts = [
+        Part(("weight",), _of(format, "int8_codes", "I8"), ((rows, cols),)),
+        Part(("weight_scale",), _of(format, scales, *_FLOATS_16), shapes),
+    ]
+    if scheme.has_zeros:
+        parts.append(Part(("weight_zero_point",), _of(format, zeros, "I8"), shapes))
+    return Stored(cast(Format, format), tuple(parts))
+
+
+def _gptq(scheme: Scheme, rows: int, cols: int, scale_dtype: str | None) -> Stored | str:
+    """Integers in groups of input columns, which are the first axis of every tensor."""
+    named = _grouped(scheme, cols, scale_dtype, is_signed=False)
+    if isinstance(named, str):
+        return named
+    format, group = named
+    if rows * scheme.bits % 32:
+        return f"rows in whole words: {rows} rows of {scheme.bits} bits are not"
+    is_awq, num_groups = scheme.storage == "awq", _ceil(cols, group)
+    scales, zeros = (
+        "scales_by_group",
+        {"gptq": "gptq_zeros", "gptq_v2": "gptq_v2_zeros"}.get(scheme.storage, "awq_zeros"),
     )
-    return Stored("int4", parts)
+    order = "g_idx"
+    if not scheme.block[1]:
+        num_groups, scales, order = 1, "channel_scales", "channel_g_idx"
+        zeros = {"gptq": "gptq_channel_zeros", "gptq_v2": "channel_zeros"}.get(scheme.storage, "")
+        if not zeros:
+            return "groups of 32, 64 or 128"
+    words = rows * scheme.bits // 32
+    codes = (cols, words) if is_awq else (cols * scheme.bits // 32, rows)
+    parts = (
+        Part(("qweight",), _of(format, "awq_codes" if is_awq else "gptq_codes", "I32"), (codes,)),
+        Part(("scales",), _of(format, scales, *_FLOATS_16), ((num_groups, rows),)),
+        Part(("qzeros",), _of(format, zeros, "I32"), ((num_groups, words),)),
+        Part(("g_idx",), _of(format, order, "I32"), ((cols,),), is_required=False),
+    )
+    return Stored(cast(Format, format), parts)
 
 
 def _fp8(scheme: Scheme, rows: int, cols: int, scale_dtype: str | None) -> Stored | str:
     dtype = scale_dtype or "F32"
+    if dtype not in _FP8_DTYPES:
+        return f"scales in {', '.join(_FP8_DTYPES)}, found {dtype}"
     if dtype not in _FP8_DTYPES:
         return f"scales in {', '.join(_FP8_DTYPES)}, found {dtype}"
     height, width = scheme.block[0] or rows, scheme.block[1] or cols
@@ -128,6 +209,20 @@ def _mxfp4(scheme: Scheme, rows: int, cols: int, scale_dtype: str | None) -> Sto
         Part(_FP4_SCALES, dict.fromkeys(_E8M0, "mxfp4_scales"), ((rows, cols // MXFP4_GROUP),)),
     )
     return Stored("mxfp4", parts)
+
+
+def _nvfp4(scheme: Scheme, rows: int, cols: int, scale_dtype: str | None) -> Stored | str:
+    if cols % 16:
+        return "columns in whole groups of 16"
+    factor, block_type = "weight_scale_2", "nvfp4_factor"
+    if scheme.storage == "nvfp4-divided":
+        factor, block_type = "weight_global_scale", "nvfp4_divisor"
+    parts = (
+        Part(("weight_packed", "weight"), {"U8": "nvfp4_quants"}, ((rows, cols // 2),)),
+        Part(("weight_scale",), {"F8_E4M3": "nvfp4_scales"}, ((rows, cols // 16),)),
+        Part((factor,), {"F32": block_type}, ((), (1,))),
+    )
+    return Stored("nvfp4", parts)
 
 
 def _mlx_affine(scheme: Scheme, rows: int, cols: int, scale_dtype: str | None) -> Stored | str:
@@ -176,9 +271,15 @@ class Storage:
 
 STORAGES: Mapping[str, Storage] = {
     "pack-quantized": Storage(_pack_quantized),
+    "int-quantized": Storage(_int_quantized),
+    "gptq": Storage(_gptq, ("scales",)),
+    "gptq_v2": Storage(_gptq, ("scales",)),
+    "awq": Storage(_gptq, ("scales",)),
     "fp8": Storage(_fp8, _FP8_SCALES),
     "mxfp8-quantized": Storage(_mxfp8),
     "mxfp4-pack-quantized": Storage(_mxfp4),
+    "nvfp4": Storage(_nvfp4),
+    "nvfp4-divided": Storage(_nvfp4),
     "mlx-affine": Storage(_mlx_affine, ("scales",)),
     "mlx-mxfp4": _mlx_floats("mxfp4", "mxfp4_scales"),
     "mlx-mxfp8": _mlx_floats("mxfp8", "mxfp8_scales"),
@@ -307,6 +408,10 @@ class WeightAccounts(TensorAccounts):
         stored = self._stored(name, codes, scheme, shape)
         together = stored
         if slice is not None and slice.num_matrices > 1:
+            if shape[0] % max(scheme.block[0], 32 if scheme.has_zeros else 1):
+                raise self.unread(
+                    codes, shape, scheme, "experts in separate tensors: gate and up share scales here"
+                )
             together = self._stored(name, codes, scheme, (slice.num_matrices * shape[0], shape[1]))
         pieces: list[tuple[TensorRef, str]] = []
         for part, whole in zip(stored.parts, together.parts, strict=True):

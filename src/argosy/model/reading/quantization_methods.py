@@ -231,7 +231,7 @@ _GPTQ_NOTES = (
     "damp_auto_increment", "static_groups", "meta", "lm_head", "dataset", "tokenizer", "batch_size", "pad_token_id",
     "block_name_to_quantize", "module_name_preceding_first_block", "modules_in_block_to_quantize", "max_input_length",
     "model_seqlen", "use_cuda_fp16", "use_exllama", "exllama_config", "disable_exllama", "cache_block_outputs",
-    "backend", "act_group_aware", "mse", "version", "offload_to_disk",
+    "backend", "act_group_aware", "mse", "version", "offload_to_disk", "method", "hyb_act", "activation",
 )  # fmt: skip
 
 
@@ -318,7 +318,8 @@ _AUTO_ROUND_NOTES = (
     "enable_norm_bias_tuning", "to_quant_block_names", "block_name_to_quantize", "quant_block_list", "dataset",
     "backend", "gradient_accumulate_steps", "super_bits", "super_group_size", "supported_types", "quant_lm_head",
     "disable_opt_rtn", "act_bits", "act_dynamic", "act_group_size", "act_sym", "act_data_type", "enable_alg_ext",
-    "modules_in_block_to_quantize",
+    "modules_in_block_to_quantize", "static_attention_dtype", "static_kv_dtype", "static_attention_granularity",
+    "static_kv_granularity",
 )  # fmt: skip
 
 
@@ -330,6 +331,8 @@ def read_auto_round(reader: SettingsReader) -> Quantization:
         "modules_to_not_convert",
         data_type=("int", None),
         rotation_config=(None, {}),
+        rotation_configs=(None, []),
+        regex_config=(None, {}),
     )  # fmt: skip
     packing = reader.choice(
         config, reader.key, "packing_format", *_AUTO_ROUND, default="auto_round:auto_gptq"
