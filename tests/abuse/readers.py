@@ -1528,6 +1528,33 @@ def file_rows(folder: Path) -> Iterator[Row]:
         _quiet(read_quantization),
         1 << 12,
     )
+
+    def layers(n):
+        return {
+            "quantization_config": {
+                "quant_method": "modelopt",
+                "quant_algo": "MIXED_PRECISION",
+                "quantized_layers": {f"model.layers.{at}.x": {"quant_algo": "FP8"} for at in range(n)},
+            }
+        }
+
+    def globs(n):
+        return {
+            "quantization_config": {
+                "quant_method": "modelopt",
+                "quant_algo": "FP8",
+                "ignore": [f"model.layers.{at}*" for at in range(n)],
+            }
+        }
+
+    def scheme(raw):
+        found = read_quantization(raw)
+        assert found is not None
+        for at in range(64):
+            found.scheme_of(f"model.layers.{at}.mlp.experts.{at}.up_proj")
+
+    yield Row("quantization: schemes of modules", "names", layers, _quiet(scheme), 1 << 12)
+    yield Row("quantization: schemes of modules", "globs", globs, _quiet(scheme), 1 << 12)
     for pattern in ("|[|", "|\\|", "|(|", "|a|", "|.*|", "|[]|", "[|a|", "|(?:|", "|^|"):
         made = functools.partial(run, "re:" + pattern)
         yield Row(
