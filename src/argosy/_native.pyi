@@ -248,9 +248,7 @@ def instruction_sets() -> list[InstructionSet]:
     """The instruction sets that this CPU supports, worst first."""
 
 def product_scratch_bytes(num_threads: int, instruction_set: str | None = None) -> int:
-    """
-    The most memory that products of a Runtime take besides its scratch.
-    """
+    """The most memory that products of a Runtime take besides its scratch."""
 
 def amx_state() -> str:
     """
