@@ -90,7 +90,7 @@ def fp8_parts(shape: tuple[int, int], block: tuple[int, int], scale_dtype: str) 
     is_power = end == "_e8m0"
     # A block that reaches the edge covers as many rows or columns as we like.
     rows, cols = (
-        size if size < whole else round_up(size, F8_BLOCK) for size, whole in zip(block, shape, strict=True)
+        size if size < whole else round_up(whole, F8_BLOCK) for size, whole in zip(block, shape, strict=True)
     )
     if not is_power and block[1] >= shape[1]:
         if block[0] >= shape[0]:
