@@ -223,8 +223,12 @@ def measure(
 def blocks_of(block_type: str, rows: int, cols: int) -> NDArray[np.uint8]:
     """Blocks of one matrix."""
     random = np.random.default_rng(3)
+    values, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[block_type]]
+    if block_type == "NVFP4":
+        blocks = random.integers(0, 256, (rows * cols // values, nbytes), np.uint8)
+        blocks[:, :4] = random.integers(0x30, 0x40, (len(blocks), 4))  # scales from 0.5 to 1.9
+        return blocks.reshape(-1)
     if block_type in RANDOM_TYPES:
-        values, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[block_type]]
         return random_blocks(block_type, rows * cols // values, 1.0, random).reshape(-1)
     return to_blocks(block_type, random.standard_normal((rows, cols), np.float32)).reshape(-1)
 
