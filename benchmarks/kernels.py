@@ -31,14 +31,14 @@ from numpy.typing import NDArray
 import ggml
 from argosy import _native
 from argosy.checkpoint.block_types import SLOT_FORMATS
-from argosy.config import AskAhead, Format
+from argosy.config import MEASURED_FORMATS, AskAhead, Format
 from argosy.machine import tuning
 from common import Report, Sample, verdict
 from engines import passes
 from gguf_blocks import RANDOM_TYPES, random_blocks, to_blocks
 
-FORMATS = get_args(Format)
-FLOATS = get_args(Format)[: get_args(Format).index("q8")]  # formats with float32 activations
+FORMATS = MEASURED_FORMATS
+FLOATS = FORMATS[: FORMATS.index("q8")]  # formats with float32 activations
 ARENA_BYTES = 256 << 20  # eight times the last-level cache of the machine this was written on
 COLD_SAMPLE_BYTES = 12 << 20  # takes about half a millisecond
 TARGET = ">= 0.95"  # share of a plain read, for one token

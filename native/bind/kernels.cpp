@@ -50,7 +50,7 @@ NamedTuning named_tuning(const Tuning& tuning) {
 NamedTunings named_tunings(const Runtime& runtime) {
   NamedTunings named;
   for (int i = int(Format::q8); i < kNumFormats; ++i) {
-    named[std::string(kFormatNames[i])] = named_tuning(runtime.tuning(Format(i)));
+    named[format_name(Format(i))] = named_tuning(runtime.tuning(Format(i)));
   }
   return named;
 }
@@ -81,12 +81,17 @@ void bind_choice(nb::module_& m) {
       [] {
         std::vector<FormatName> names;
         for (int i = 0; i < kNumFormats && best_kernels().has_tiles; ++i) {
-          if (has_amx_product(Format(i))) names.push_back(std::string(kFormatNames[i]));
+          if (has_amx_product(Format(i))) names.push_back(format_name(Format(i)));
         }
         return names;
       },
       "Formats whose products can run on the tiles of AMX; none if the CPU or the system has no tiles.");
 
+  m.def(
+      "measured_as", [](const std::string& name) { return format_name(measured_as(parse_format(name))); },
+      "format"_a, R"(
+    The format that is measured in place of a format: for a grouped format, one of as many bits with the same
+    arithmetic; any other is measured itself.)");
   m.attr("FEWEST_FOR_TWO_PANELS") = kFewestForTwoPanels;
   m.attr("MOST_FOR_ONE_PANEL") = kMostForOnePanel;
   m.def(
@@ -189,7 +194,10 @@ void bind_matrix(nb::module_& m) {
         require_range("rows", rows, 0, kLargestSize / interleaved);
         const int64_t size = interleaved * checked_matrix_bytes(slot_format(*type), rows, cols);
         if (interleaved > 1 && !may_be_interleaved(*type)) {
-          refuse(std::string(kFormatNames[int(slot_format(*type))]) + " matrices cannot be interleaved");
+          refuse(format_name(slot_format(*type)) + " matrices cannot be interleaved");
+        }
+        if (!has_whole_words(*type, rows)) {
+          refuse("rows is " + std::to_string(rows) + ", but " + block_type + " holds whole words of rows");
         }
         if (!has_whole_blocks(*type, cols)) {
           refuse("cols is " + std::to_string(cols) + ", expected a multiple of " +
@@ -200,9 +208,10 @@ void bind_matrix(nb::module_& m) {
           bool is_finite;
           {
             nb::gil_scoped_release released;
-            is_finite = transcode(*type, from, rows, cols, interleaved, 0, num_strips(*type, rows), matrix);
+            is_finite =
+                transcode(*type, from, rows, cols, interleaved, 0, num_strips(*type, rows, cols), matrix);
           }
-          if (!is_finite) refuse(block_type + " data holds a code or scale that is not a finite number");
+          if (!is_finite) refuse(block_type + " data holds " + what_is_refused(*type));
         };
         if (out) {
           fill(write_array("out", *out, {size}));
@@ -223,7 +232,8 @@ void bind_matrix(nb::module_& m) {
 
     Q8_0 becomes q8, Q4_0 becomes q4, and GGUF's other types become the format with their name; cols is a multiple of
     their block size, 32, 64 or 256. Types with lower-case names, such as `int4_quants` and `f8_scales_64x128`
-    (native/kernels/transcode.h), write only their part of the matrix: into `out` [matrix_bytes], which is returned, or
+    (native/kernels/transcode.h), and parts of grouped formats, such as `uint4_128_f16:gptq_codes` (grouped_parts.h),
+    write only their part of the matrix: into `out` [matrix_bytes], which is returned, or
     into new zeros. `interleaved` matrices with `rows` rows each, which alternate row by row in `data`, come out one
     after another.
 
@@ -262,8 +272,7 @@ void bind_matrix(nb::module_& m) {
           "memory"_a, "offset"_a, "format"_a, "rows"_a, "cols"_a)
       .def_prop_ro("rows", [](const Matrix& self) { return self.view.rows; })
       .def_prop_ro("cols", [](const Matrix& self) { return self.view.cols; })
-      .def_prop_ro("format",
-                   [](const Matrix& self) { return FormatName(kFormatNames[int(self.view.format)]); });
+      .def_prop_ro("format", [](const Matrix& self) { return FormatName(format_name(self.view.format)); });
 
   m.def(
       "matmul",

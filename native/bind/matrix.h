@@ -14,6 +14,7 @@
 
 #include "bind/bind.h"
 #include "kernels/swiglu_args.h"
+#include "kernels/transcode.h"
 #include "ops/attention.h"
 #include "ops/latent_attention.h"
 #include "ops/swiglu.h"
@@ -21,7 +22,7 @@
 
 namespace argosy {
 
-inline constexpr const char* kFormatNames[kNumFormats] = {
+inline constexpr const char* kFormatNames[kFirstGrouped] = {
     "f32",   "f16",  "bf16",    "f8",     "f8_row", "f8_32",   "mxfp8", "q8",     "q4",     "q4_1",
     "q5_0",  "q5_1", "q4_k",    "q5_k",   "q6_k",   "q2_k",    "q3_k",  "iq4_nl", "iq4_xs", "mxfp4",
     "nvfp4", "int4", "iq2_xxs", "iq2_xs", "iq2_s",  "iq3_xxs", "iq3_s", "iq1_s",  "iq1_m"};
@@ -30,13 +31,19 @@ inline constexpr int64_t kLargestSize = int64_t{1} << 30;
 
 using FormatName = Named<std::string, "Format">;
 
+inline std::string format_name(Format format) {
+  return is_grouped(format) ? grouped_name(format) : kFormatNames[int(format)];
+}
+
 inline Format parse_format(const std::string& name) {
-  for (int i = 0; i < kNumFormats; ++i) {
+  for (int i = 0; i < kFirstGrouped; ++i) {
     if (name == kFormatNames[i]) return Format(i);
   }
+  if (const std::optional<Format> format = grouped_format_named(name)) return *format;
   std::string known;
   for (const char* each : kFormatNames) known += (known.empty() ? "" : ", ") + std::string(each);
-  refuse("unknown format '" + name + "'; known: " + known);
+  refuse("unknown format '" + name + "'; known: " + known + ", and grouped formats such as " +
+         grouped_name(Format::first_grouped));
 }
 
 inline int64_t checked_matrix_bytes(Format format, int64_t rows, int64_t cols) {

@@ -29,6 +29,7 @@
 #include "kernels/route.h"
 #include "kernels/swiglu.h"
 #include "kernels/transcode_f8.h"
+#include "kernels/transcode_grouped.h"
 #include "kernels/transcode_iq.h"
 #include "kernels/transcode_nvfp4.h"
 #include "kernels/transcode_panel.h"
@@ -56,7 +57,7 @@ struct TableBuilder {
     if constexpr (is_coded(kFormat)) {
       set(kFormat, matmul_coded<kFormat>);
     } else if constexpr (is_quantized(kFormat)) {
-      set(kFormat, matmul_quantized<kFormat>);
+      set(kFormat, matmul_quantized<kernel_format(kFormat)>);
     }
   }
   template <size_t... kFormats>
@@ -104,6 +105,7 @@ constexpr KernelTable kernel_table_named(const char* name) {
       .quantize_q8 = quantize_panels<Format::q8>,
       .quantize_q4 = quantize_panels<Format::q4>,
       .transcode = {},
+      .transcode_grouped = transcode_grouped,
       .dequantize_row = dequantize_row,
       .rms_norm = rms_norm,
       .rope = rope,

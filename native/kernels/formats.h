@@ -37,6 +37,17 @@
 //     wide         8   - 128        f32 of 32                      -
 //     wide_halves  8   - 128        f32 of 16                      -
 //
+// The grouped formats have a name of three parts, such as uint4_128_f16: kind and bits, columns of a group of
+// weights that share a scale (32, 64 or 128), and the type of the scale (f16, bf16). weight = scale * code +
+// min, and the kind says what the min is:
+//
+//     int      4, 8 bits              - scale * 2^(bits - 1); nothing is stored
+//     uint     2, 3, 4, 8             - scale * zero; a byte for each scale
+//     affine   2, 3, 4, 5, 6, 8       a bias, of the type of the scale
+//
+// They hold what compressed-tensors, GPTQ and AWQ store (int, uint) and what MLX stores (affine). Products
+// read the size of the group and the kind at run time, so there is one kernel for each number of bits.
+//
 // The formats from q4_1 to mxfp4 hold what GGUF's blocks of the same name hold, bit for bit, except for the
 // sign of a min that GGUF subtracts (kernels/transcode.h). mxfp4 follows the OCP Microscaling Formats (MX)
 // Specification v1.0: the table holds its values doubled, so a scale is half of the scale in the file, stored
@@ -45,13 +56,14 @@
 // the format that compressed-tensors packs.
 //
 // A quantised matrix is a list of panels of 16 rows. A block is the columns that share a 16-bit scale: 32 or
-// 256 of them. A panel holds its blocks one after another and is padded to 64 bytes. A block holds its
-// scales, then the quants of its groups. The scales of a block are 16-bit floats [16 rows], then, if the
-// format has them, its mins float16 [16], its sub-scales [group or half group][16] and its sub-mins
-// [group][16]. q2_k and q3_k store sub-scales as [group][16][half group] instead, so that both sub-scales of
-// a row are multiplied at once; those of q2_k share a byte with their sub-mins, which are the high half. So a
-// product reads a matrix from its first byte to its last
-// (docs/decisions/0019-read-panels-sequentially.md). The quants of a group of 32 columns are:
+// 256 of them, or a group of a grouped format. A panel holds its blocks one after another and is padded to 64
+// bytes. A block holds its scales, then the quants of its groups. The scales of a block are 16-bit floats [16
+// rows], then, if the format has them, its mins float16 [16] (affine: of the type of the scales; uint: zeros
+// u8 [16]), its sub-scales [group or half group][16] and its sub-mins [group][16]. q2_k and q3_k store
+// sub-scales as [group][16][half group] instead, so that both sub-scales of a row are multiplied at once;
+// those of q2_k share a byte with their sub-mins, which are the high half. So a product reads a matrix from
+// its first byte to its last (docs/decisions/0019-read-panels-sequentially.md). The quants of a group of 32
+// columns are:
 //
 //   8 bits   chunk c = 0..7: 64 bytes; byte 4 r + j = q of row r, column 4 c + j.
 //   3, 5     first 64 bytes; bit c of byte 4 r + j = the highest bit of q of column 4 c + j;
@@ -100,14 +112,38 @@ enum class Format : uint8_t {
   iq3_s,
   iq1_s,
   iq1_m,
+  first_grouped,  // of kNumGrouped formats
   // Only in scratch: what coded formats are decoded to.
-  wide,
+  wide = first_grouped + 72,
   wide_halves
 };
 
+// What the min of a grouped format is: -scale * 2^(bits - 1), -scale * a stored zero, or stored.
+enum class GroupedMin : uint8_t { not_grouped, of_constant_zero, of_zeros, stored };
+
+struct GroupedKind {
+  const char* name;
+  int bits;
+  GroupedMin min;
+};
+[[maybe_unused]] static constexpr GroupedKind kGroupedKinds[] = {
+    {"int4", 4, GroupedMin::of_constant_zero}, {"int8", 8, GroupedMin::of_constant_zero},
+    {"uint2", 2, GroupedMin::of_zeros},        {"uint3", 3, GroupedMin::of_zeros},
+    {"uint4", 4, GroupedMin::of_zeros},        {"uint8", 8, GroupedMin::of_zeros},
+    {"affine2", 2, GroupedMin::stored},        {"affine3", 3, GroupedMin::stored},
+    {"affine4", 4, GroupedMin::stored},        {"affine5", 5, GroupedMin::stored},
+    {"affine6", 6, GroupedMin::stored},        {"affine8", 8, GroupedMin::stored},
+};
+[[maybe_unused]] static constexpr int kNumGroupedKinds = int(sizeof(kGroupedKinds) / sizeof(GroupedKind));
+// Formats of a kind: in groups of 32, 64 and 128 columns, with scales in float16 and in bfloat16 for each.
+[[maybe_unused]] static constexpr int kFormatsOfKind = 6;
+[[maybe_unused]] static constexpr int kNumGrouped = kNumGroupedKinds * kFormatsOfKind;
+
 // Everything here has internal linkage: several instruction sets compile this header, and the linker must not
 // keep one copy for all of them.
+[[maybe_unused]] static constexpr int kFirstGrouped = int(Format::first_grouped);
 [[maybe_unused]] static constexpr int kNumFormats = int(Format::wide);
+static_assert(kNumFormats == kFirstGrouped + kNumGrouped);
 [[maybe_unused]] static constexpr int64_t kGroupSize = 32;
 [[maybe_unused]] static constexpr int64_t kPanelRows = 16;
 // Bytes of a cache line. Panels begin at multiples of it, and kernels are fastest if their matrix also does.
@@ -148,6 +184,7 @@ struct QuantFormat {
   Format wide = Format::f32;
   int64_t front_bytes = 0, coded_group_bytes = 0;
   bool has_row_scale = false;  // a panel begins with a float32 for each row, which multiplies its sum
+  GroupedMin grouped_min = GroupedMin::not_grouped;
 
   [[gnu::always_inline]] constexpr bool is_coded() const { return wide != Format::f32; }
   [[gnu::always_inline]] constexpr int64_t row_scale_bytes() const {
@@ -157,6 +194,15 @@ struct QuantFormat {
     return is_coded() ? coded_group_bytes : kChunkBytes * bits;
   }
   [[gnu::always_inline]] constexpr int64_t block_groups() const { return block_cols / kGroupSize; }
+  [[gnu::always_inline]] constexpr int block_shift() const {
+    return __builtin_ctzll(uint64_t(block_groups()));
+  }
+  [[gnu::always_inline]] constexpr bool is_grouped() const { return grouped_min != GroupedMin::not_grouped; }
+  // Bytes of the mins of a block, or of what they are computed from.
+  [[gnu::always_inline]] constexpr int64_t min_bytes() const {
+    if (!has_min || grouped_min == GroupedMin::of_constant_zero) return 0;
+    return kPanelRows * (grouped_min == GroupedMin::of_zeros ? 1 : 2);
+  }
   // The number of parts of a group that have their own scale.
   [[gnu::always_inline]] constexpr int parts() const { return sub_scale_cols == 16 ? 2 : 1; }
   // The bits stored together, after the planes of the higher bits; and their offset in a group.
@@ -177,7 +223,7 @@ struct QuantFormat {
   // Offset in the scales of a block.
   [[gnu::always_inline]] constexpr int64_t sub_scales_at() const {
     if (sub_scales == SubScales::e4m3) return 0;  // the row scale is the block's
-    return kPanelRows * 2 * (has_min ? 2 : 1);
+    return kPanelRows * 2 + min_bytes();
   }
   [[gnu::always_inline]] constexpr int64_t sub_mins_at() const {
     return sub_scales_at() + (sub_scale_cols > 0 ? block_cols / sub_scale_cols * kPanelRows : 0);
@@ -192,16 +238,51 @@ struct QuantFormat {
   }
   // Offsets in a panel: the scales of the block that contains a group, and the quants of the group.
   [[gnu::always_inline]] constexpr int64_t scales_at(int64_t group) const {
-    return row_scale_bytes() + group / block_groups() * block_bytes();
+    return row_scale_bytes() + (group >> block_shift()) * block_bytes();
   }
   [[gnu::always_inline]] constexpr int64_t quants_at(int64_t group) const {
-    return scales_at(group) + block_scale_bytes() + group % block_groups() * group_bytes();
+    return scales_at(group) + block_scale_bytes() + (group & (block_groups() - 1)) * group_bytes();
   }
 };
 
 }  // namespace
 
 static inline constexpr bool is_quantized(Format format) { return format >= Format::q8; }
+[[gnu::always_inline]] static inline constexpr bool is_grouped(Format format) {
+  return int(format) >= kFirstGrouped && int(format) < kNumFormats;
+}
+
+// For grouped formats only: their kind, and the format of a kind and a group size.
+[[gnu::always_inline]] static inline constexpr GroupedKind grouped_kind(Format format) {
+  return kGroupedKinds[(int(format) - kFirstGrouped) / kFormatsOfKind];
+}
+static inline constexpr Format grouped_format(int kind, int64_t group_cols, bool is_bf16) {
+  return Format(kFirstGrouped + kind * kFormatsOfKind + __builtin_ctzll(uint64_t(group_cols / 32)) * 2 +
+                is_bf16);
+}
+
+// The format whose kernel multiplies weights of this format: the same for all grouped formats of as many
+// bits.
+[[gnu::always_inline]] static inline constexpr Format kernel_format(Format format) {
+  if (!is_grouped(format)) return format;
+  int kind = 0;
+  while (kGroupedKinds[kind].bits != grouped_kind(format).bits ||
+         kGroupedKinds[kind].min != GroupedMin::stored)
+    ++kind;
+  return grouped_format(kind, 64, false);
+}
+
+// The format that is measured in place of this format: one of as many bits with the same arithmetic.
+static inline constexpr Format measured_as(Format format) {
+  constexpr Format kOfBits[9] = {{},           {},           Format::q2_k, Format::q3_k, Format::q4_1,
+                                 Format::q5_1, Format::q6_k, {},           Format::q8};
+  return is_grouped(format) ? kOfBits[grouped_kind(format).bits] : format;
+}
+
+// Whether products take both bytes of an activation (docs/decisions/0006-sixteen-bit-activations-for-q8.md).
+[[gnu::always_inline]] static inline constexpr bool takes_both_bytes(Format format) {
+  return format == Format::q8 || (is_grouped(format) && grouped_kind(format).bits == 8);
+}
 
 // A row of the table for a coded format.
 static inline constexpr QuantFormat coded_format(Format wide, int64_t block_cols, int64_t sub_scale_cols,
@@ -217,6 +298,16 @@ static inline constexpr QuantFormat coded_format(Format wide, int64_t block_cols
 
 // For quantised formats only.
 [[gnu::always_inline]] static inline constexpr QuantFormat quant_format(Format format) {
+  if (is_grouped(format)) {
+    const GroupedKind kind = grouped_kind(format);
+    const int variant = (int(format) - kFirstGrouped) % kFormatsOfKind;
+    return {.bits = kind.bits,
+            .zero = 0,
+            .block_cols = int64_t{32} << variant / 2,
+            .has_min = true,
+            .is_bf16 = variant % 2 == 1,
+            .grouped_min = kind.min};
+  }
   switch (format) {
     case Format::q8:
       return {8, 128, 32};
@@ -380,10 +471,10 @@ static inline int32_t quant_at(Format format, const uint8_t* panel, int64_t row,
 //   int8  [groups * 32]   high: with low, x / (scale / 256) rounded to nearest even = 256 * high + low
 //   int8  [groups * 32]   low
 //   int16 [groups * 32]   256 * high + low: for q8 kernels that multiply 16 bits at once
-//   float [groups]        scale = largest magnitude in the group / 127, for high alone (all formats but q8)
-//   float [groups]        scale / 256, for both bytes (q8)
+//   float [groups]        scale = largest magnitude in the group / 127, for high alone (most formats)
+//   float [groups]        scale / 256, for both bytes (takes_both_bytes: q8 and grouped formats of 8 bits)
 //   int32 [groups]        -(sum of 256 * high + low): multiplied by the zero of the q8 quants, it removes
-//                         that zero from a dot product
+//                         that zero from a dot product; times the scale, it multiplies a min
 //   int32 [groups]        -(sum of high): the same for the other formats with a zero
 //   int32 [2 * groups]    -(sum of high) per half group: for q6_k
 //   int16 [2 * groups]    the same: for formats whose sub-scales are stored in pairs
@@ -397,12 +488,12 @@ static inline constexpr int64_t activation_whole_at(int64_t cols) {
   return num_groups(cols) * 2 * kGroupSize;
 }
 [[gnu::always_inline]] static inline constexpr int64_t activation_scales_at(Format format, int64_t cols) {
-  return num_groups(cols) * (4 * kGroupSize + (format == Format::q8 ? 4 : 0));
+  return num_groups(cols) * (4 * kGroupSize + (takes_both_bytes(format) ? 4 : 0));
 }
 [[gnu::always_inline]] static inline constexpr int64_t activation_negated_sums_at(Format format,
                                                                                   int64_t cols) {
   const QuantFormat quant = quant_format(format);
-  const int64_t behind = format == Format::q8 ? 8 : quant.parts() == 1 ? 12 : quant.is_paired() ? 24 : 16;
+  const int64_t behind = takes_both_bytes(format) ? 8 : quant.parts() == 1 ? 12 : quant.is_paired() ? 24 : 16;
   return num_groups(cols) * (4 * kGroupSize + behind);
 }
 [[gnu::always_inline]] static inline constexpr int64_t activation_sums_at(int64_t cols) {

@@ -14,7 +14,7 @@ namespace {
 constexpr int kFloatTileRows = 2, kFloatTileTokens = 4, kFloatRowsAlone = 4;
 constexpr int kF8RowsAlone = 4, kF8VecsOfFewTokens = kF8Vecs;
 // The most tokens whose sums fit in the 16 registers.
-constexpr int one_panel_tokens(Format format) { return format == Format::q8 ? 2 : 4; }
+constexpr int one_panel_tokens(Format format) { return takes_both_bytes(format) ? 2 : 4; }
 // A loop that may prefetch spends registers and instructions on addresses, so tiles that never prefetch have
 // a loop of their own.
 constexpr bool kHasTilesWithoutPrefetch = true;

@@ -12,7 +12,7 @@
 namespace argosy {
 namespace {
 // As in isa_avx2.cpp.
-constexpr int one_panel_tokens(Format format) { return format == Format::q8 ? 2 : 4; }
+constexpr int one_panel_tokens(Format format) { return takes_both_bytes(format) ? 2 : 4; }
 constexpr bool kHasTilesWithoutPrefetch = true;
 }  // namespace
 }  // namespace argosy
@@ -29,7 +29,7 @@ void add_vnni_products(KernelTable& table) {
     if constexpr (is_coded(Format(kFormat))) {
       table.matmul[kFormat] = matmul_coded<Format(kFormat)>;
     } else if constexpr (is_quantized(Format(kFormat))) {
-      table.matmul[kFormat] = matmul_quantized<Format(kFormat)>;
+      table.matmul[kFormat] = matmul_quantized<kernel_format(Format(kFormat))>;
     }
   };
   for (int format = 0; format < kNumFormats; ++format) with_number<kNumFormats - 1>(format, add);

@@ -15,7 +15,7 @@ constexpr int kFloatTileRows = 4, kFloatTileTokens = 6, kFloatRowsAlone = 4;
 constexpr int kF8RowsAlone = 4, kF8VecsOfFewTokens = kF8Vecs;
 constexpr int one_panel_tokens(Format) { return 8; }
 constexpr int two_panels_tokens(Format format) {
-  return format == Format::q8 || quant_format(format).parts() == 2 ? 4 : 6;
+  return takes_both_bytes(format) || quant_format(format).parts() == 2 ? 4 : 6;
 }
 constexpr bool kHasTilesWithoutPrefetch = false;
 constexpr int kScoreQueries = 8, kScoreTiles = 2, kValueQueries = 4;

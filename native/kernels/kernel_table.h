@@ -57,6 +57,7 @@ struct KernelTable {
   void (*quantize_q4)(const float* weights, int64_t rows, int64_t cols, int64_t panel_begin,
                       int64_t panel_end, uint8_t* out);
   bool (*transcode[kNumBlockTypes])(const TranscodeArgs& args);
+  bool (*transcode_grouped)(const TranscodeArgs& args);
   void (*dequantize_row)(Format format, const uint8_t* weights, int64_t cols, int64_t row, float* out);
 
   // out may be x.

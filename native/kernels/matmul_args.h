@@ -12,11 +12,11 @@ namespace argosy {
 [[maybe_unused]] static constexpr int64_t kAmxScratchBytes = int64_t{736} << 10;
 [[maybe_unused]] static constexpr int64_t kSplitScratchBytes = int64_t{1088} << 10;
 // Whether products with weights of this format can run on tiles. Those of q2_k and q3_k add up two dot
-// products of a group as 16-bit integers, which tiles do not have; coded formats run on their wide format.
-// Nothing multiplies row scales there.
+// products of a group as 16-bit integers, which tiles do not have; those of grouped formats are read at run
+// time, and coded formats run on their wide format. Nothing multiplies row scales there.
 static inline constexpr bool has_amx_product(Format format) {
   return is_quantized(format) && !quant_format(format).is_paired() && !is_coded(format) &&
-         !quant_format(format).has_row_scale;
+         !is_grouped(format) && !quant_format(format).has_row_scale;
 }
 // In the instruction set `amx`, products with weights of these formats run on tiles always, and split their
 // activations into two bfloat16 parts (matmul_float_amx.h).

@@ -1,8 +1,8 @@
 // matmul_quantized.h: y = W x for quantised weights and int8 activations.
 //
 //   W  panels of 16 rows (formats.h), at any alignment.    y  float32, overwritten.
-//   x  the output of quantize_activations, per token: both bytes of an activation for q8 weights, the high
-//      byte for the other formats.
+//   x  the output of quantize_activations, per token: both bytes of an activation for weights of 8 bits, the
+//      high byte for the other formats.
 //
 // For each group in ascending order: y += (weight scale * activation scale) * float(dot), where dot is the
 // exact integer sum over the group of q * activation; then, if the format has mins, y += min * (activation
@@ -15,6 +15,7 @@
 
 #include "kernels/half.h"
 #include "kernels/matmul_args.h"
+#include "kernels/tile_operands.h"
 #include "kernels/weight_scale.h"
 
 namespace argosy {
@@ -22,7 +23,7 @@ namespace {
 
 inline int32_t activation_at(Format format, const uint8_t* x, int64_t cols, int64_t col) {
   const int32_t high = int8_t(x[col]);
-  return format == Format::q8 ? 256 * high + int8_t(x[activation_low_at(cols) + col]) : high;
+  return takes_both_bytes(format) ? 256 * high + int8_t(x[activation_low_at(cols) + col]) : high;
 }
 
 // The reference.
@@ -31,8 +32,9 @@ void matmul_reference(const MatmulArgs& a) {
   constexpr QuantFormat kQuant = quant_format(kFormat);
   // Columns that share one scale of the weights and one of the activations.
   constexpr int64_t kSameScale = kGroupSize / kQuant.parts();
+  const Format format = format_of<kFormat>(a);
   for (int64_t row = a.row_begin; row < a.row_end; ++row) {
-    const uint8_t* panel = a.weights + row / kPanelRows * panel_bytes(kFormat, a.cols);
+    const uint8_t* panel = a.weights + row / kPanelRows * panel_bytes(format, a.cols);
     const int64_t lane = row % kPanelRows;
     for (int64_t token = 0; token < a.num_tokens; ++token) {
       const uint8_t* x = activation_row(a, token);
@@ -40,26 +42,26 @@ void matmul_reference(const MatmulArgs& a) {
       for (int64_t group = 0; group < num_groups(a.cols); ++group) {
         const float scale = read_unaligned<float>(x + activation_scales_at(kFormat, a.cols) + group * 4);
         int32_t q[kGroupSize];
-        quants_of_group<kFormat>(panel, lane, group, q);
+        quants_of_group<kFormat>(panel, lane, group, q, format);
         float scaled = 0.0f;
         for (int64_t part = 0; part < kQuant.parts(); ++part) {
           int32_t dot = 0;
           for (int64_t i = part * kSameScale; i < (part + 1) * kSameScale; ++i) {
             dot += q[i] * activation_at(kFormat, x, a.cols, group * kGroupSize + i);
           }
-          scaled += scale_of_part<kFormat>(panel, lane, group, part).scale * float(dot);
+          scaled += scale_of_part<kFormat>(panel, lane, group, part, format).scale * float(dot);
         }
         if constexpr (kQuant.has_min && kQuant.parts() == 2) {
           const uint8_t* negated = x + activation_negated_sums_at(Format::q6_k, a.cols) + group * 8;
           for (int64_t part = 0; part < 2; ++part) {
-            scaled += scale_of_part<kFormat>(panel, lane, group, part).min *
+            scaled += scale_of_part<kFormat>(panel, lane, group, part, format).min *
                       float(-read_unaligned<int32_t>(negated + part * 4));
           }
         }
         sum += scaled * scale;
         if constexpr (kQuant.has_min && kQuant.parts() == 1) {
-          sum += scale_of_part<kFormat>(panel, lane, group, 0).min *
-                 read_unaligned<float>(x + activation_sums_at(a.cols) + group * 4);
+          sum += scale_of_part<kFormat>(panel, lane, group, 0, format).min *
+                 activation_sum<kFormat>(x, a.cols, group);
         }
       }
       if constexpr (kQuant.has_row_scale) sum *= read_unaligned<float>(panel + 4 * lane);
@@ -109,7 +111,7 @@ template <Format kFormat, int kPanels, int kTokens, bool kAsks>
 void run_tile(const MatmulArgs& a, int64_t row, int64_t token, const Ahead& ahead) {
   using Tile = QuantizedTile<kFormat, kPanels, kTokens>;
   constexpr QuantFormat kQuant = quant_format(kFormat);
-  const TileOperands<kFormat, kTokens> o(a, row, token);
+  TileOperands<kFormat, kTokens> o(a, row, token);
 #pragma GCC unroll 8
   for (int j = 0; j < kTokens; ++j) {
     const float* y = output_row(a, token + j) + (row - a.row_begin);
@@ -135,14 +137,16 @@ void run_tile(const MatmulArgs& a, int64_t row, int64_t token, const Ahead& ahea
   };
   const int64_t groups = num_groups(a.cols);
   typename Tile::Sums sum = {};
-  for (int64_t block = 0; block < groups; block += kQuant.block_groups()) {
+  for (int64_t block = 0; block < groups; block += o.block_groups()) {
+    o.enter_block();
     if constexpr (kAsks) ask(o.block_scales(block), Bytes<kQuant.block_scale_bytes()>{});
-    for (int64_t group = block; group < groups && group < block + kQuant.block_groups(); ++group) {
+    for (int64_t group = block; group < groups && group < block + o.block_groups(); ++group) {
       if constexpr (kAsks) ask(o.quants(group), Bytes<kQuant.group_bytes()>{});
       typename Tile::Dots dot;
       Tile::multiply(o, group, dot);
       // Converted again for each group: a large tile has no registers to keep the scales in.
       Tile::scale(o, group, Tile::block_scales(o, group), dot, sum);
+      o.leave_group();
     }
   }
   if constexpr (kQuant.has_row_scale) Tile::multiply_rows(o.panel, o.stride, sum);
@@ -155,7 +159,7 @@ template <Format kFormat, bool kAsksL1, bool kAsksL2>
 void run_one_token(const MatmulArgs& a, int64_t row) {
   using Tile = QuantizedTile<kFormat, 1, 1>;
   constexpr QuantFormat kQuant = quant_format(kFormat);
-  const TileOperands<kFormat, 1> o(a, row, 0);
+  TileOperands<kFormat, 1> o(a, row, 0);
   const uint8_t* end = o.panel + (a.row_end - row + kPanelRows - 1) / kPanelRows * o.stride;
   const uint8_t* next = a.next_weights != nullptr ? a.next_weights : end;
   // A prefetch cannot fault, so an address past the weights is harmless.
@@ -168,14 +172,16 @@ void run_one_token(const MatmulArgs& a, int64_t row) {
   };
   const int64_t groups = num_groups(a.cols);
   typename Tile::Sums sum = {};
-  for (int64_t block = 0; block < groups; block += kQuant.block_groups()) {
+  for (int64_t block = 0; block < groups; block += o.block_groups()) {
+    o.enter_block();
     ask(o.block_scales(block), Bytes<kQuant.block_scale_bytes()>{});
     const typename Tile::BlockScales scales = Tile::block_scales(o, block);
-    for (int64_t group = block; group < groups && group < block + kQuant.block_groups(); ++group) {
+    for (int64_t group = block; group < groups && group < block + o.block_groups(); ++group) {
       ask(o.quants(group), Bytes<kQuant.group_bytes()>{});
       typename Tile::Dots dot;
       Tile::multiply(o, group, dot);
       Tile::scale(o, group, scales, dot, sum);
+      o.leave_group();
     }
   }
   if constexpr (kQuant.has_row_scale) Tile::multiply_rows(o.panel, o.stride, sum);
@@ -204,9 +210,10 @@ void matmul_one_token(const MatmulArgs& a) {
 // later one has more; the compiler makes no others.
 template <Format kFormat, int kPanels, int kMostTokens>
 void run_panels(const MatmulArgs& a, int64_t row) {
-  const uint8_t* next = row + kPanels * kPanelRows < a.row_end
-                            ? a.weights + (row / kPanelRows + kPanels) * panel_bytes(kFormat, a.cols)
-                            : a.next_weights;
+  const uint8_t* next =
+      row + kPanels * kPanelRows < a.row_end
+          ? a.weights + (row / kPanelRows + kPanels) * panel_bytes(format_of<kFormat>(a), a.cols)
+          : a.next_weights;
   const int64_t tiles = (a.num_tokens + kMostTokens - 1) / kMostTokens;
   // The first of several tiles waits for memory and the others do not, so it prefetches the next panels.
   const Ahead ahead = {tiles == 1 ? a.tuning.few_ask_ahead : AskAhead{}, next};

@@ -1,7 +1,7 @@
 // quantized_tile_avx2.h: the inner loop of matmul_quantized with exact 16-bit products, or with AVX-VNNI.
 //
-// With AVX-VNNI, vpdpbusd multiplies four bytes and adds them to 32 bits, for q8 once for the high and once
-// for the low bytes of the activations. Without it:
+// With AVX-VNNI, vpdpbusd multiplies four bytes and adds them to 32 bits, for 8 bits once for the high and
+// once for the low bytes of the activations. Without it:
 //
 //   8 bits   weights are widened to the 16 bits that activations have; vpmaddwd gives each row two partial
 //            sums of 32 bits.
@@ -42,6 +42,7 @@ struct QuantizedTile {
   static constexpr QuantFormat kQuant = quant_format(kFormat);
   static constexpr int64_t kBlockGroups = kQuant.block_groups();
   static constexpr int kParts = kQuant.parts();
+  static constexpr bool kBothBytes = takes_both_bytes(kFormat);
   static constexpr int kLargestByte = kQuant.largest_byte();
   // Quants keep their sign and have no zero to remove. This applies to those that vpmaddubsw could not hold
   // otherwise.
@@ -56,7 +57,7 @@ struct QuantizedTile {
 #if ARGOSY_AVX_VNNI
     multiply_four(o, group, dot);
 #else
-    if constexpr (kFormat == Format::q8) {
+    if constexpr (kBothBytes) {
       multiply_wide(o, group, dot);
     } else {
       multiply_bytes(o, group, dot);
@@ -83,9 +84,20 @@ struct QuantizedTile {
         continue;
       }
       const uint8_t* scales = o.block_scales(group) + half * 8 * 2;
-      found.scale[half] = kQuant.is_bf16 ? Bf16Weights::load(scales) : F16Weights::load(scales);
+      const bool is_bf16 = o.is_bf16();
+      found.scale[half] = is_bf16 ? Bf16Weights::load(scales) : F16Weights::load(scales);
       found.min[half] = zeros();
-      if constexpr (kQuant.has_min) found.min[half] = F16Weights::load(scales + kPanelRows * 2);
+      if constexpr (kQuant.has_min) {
+        const uint8_t* mins = o.block_scales(group) + kPanelRows * 2;
+        if (o.grouped_min() == GroupedMin::of_constant_zero) {
+          found.min[half] = mul(found.scale[half], broadcast(-float(1 << (kQuant.bits - 1))));
+        } else if (o.grouped_min() == GroupedMin::of_zeros) {
+          found.min[half] = mul(found.scale[half], sub(zeros(), bytes_to_floats(mins + half * 8, false)));
+        } else {
+          mins += half * 8 * 2;
+          found.min[half] = is_bf16 ? Bf16Weights::load(mins) : F16Weights::load(mins);
+        }
+      }
     }
     return found;
   }
@@ -133,10 +145,9 @@ struct QuantizedTile {
 
   // The zero of the quants stays in the dot products.
   [[gnu::always_inline]] static inline void multiply_four(const Operands& o, int64_t group, Dots& dot) {
-    constexpr bool kIsQ8 = kFormat == Format::q8;
     const uint8_t* quants = o.quants(group);
     const int64_t x_at = group * kGroupSize, low_at = activation_low_at(o.cols) + x_at;
-    __m256i low[kTokens][2];  // q8
+    __m256i low[kTokens][2];  // if kBothBytes
 #pragma GCC unroll 4
     for (int j = 0; j < kTokens; ++j) {
       low[j][0] = low[j][1] = _mm256_setzero_si256();
@@ -146,7 +157,7 @@ struct QuantizedTile {
 #pragma GCC unroll 8
     for (int step = 0; step < 8; ++step) {
       // Chunks c and c + 4 share bytes.
-      const int chunk = kIsQ8 ? step : step / 2 + step % 2 * 4;
+      const int chunk = kBothBytes ? step : step / 2 + step % 2 * 4;
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
         const __m256i w = unpack(quants + 32 * half, chunk);
@@ -154,14 +165,14 @@ struct QuantizedTile {
         for (int j = 0; j < kTokens; ++j) {
           __m256i& to = dot[j][kParts == 1 ? 0 : chunk / 4][half];
           to = _mm256_dpbusd_avx_epi32(to, w, broadcast_four(o.x[j] + x_at + 4 * chunk));
-          if constexpr (kIsQ8) {
+          if constexpr (kBothBytes) {
             const __m256i four = broadcast_four(o.x[j] + low_at + 4 * chunk);
             low[j][half] = _mm256_dpbusd_avx_epi32(low[j][half], w, four);
           }
         }
       }
     }
-    if constexpr (kIsQ8) {
+    if constexpr (kBothBytes) {
 #pragma GCC unroll 4
       for (int j = 0; j < kTokens; ++j) {
 #pragma GCC unroll 2
@@ -345,7 +356,7 @@ struct QuantizedTile {
             fma(x_scale, fma(weight_scale[1], exact[1], mul(weight_scale[0], exact[0])), sum[j][half]);
       }
       if constexpr (kQuant.has_min) {
-        const Vec x_sum = broadcast(read_unaligned<float>(o.x[j] + activation_sums_at(o.cols) + group * 4));
+        const Vec x_sum = broadcast(activation_sum<kFormat>(o.x[j], o.cols, group));
         sum[j][half] = fma(min, x_sum, sum[j][half]);
       }
     }

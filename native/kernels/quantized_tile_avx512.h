@@ -2,8 +2,8 @@
 //
 // Sixteen rows are the lanes of a register: 64 bytes of quants times four broadcast activations add to
 // sixteen sums. A sum starts at the group's offset, which removes the zero of the format from every weight.
-// For q8 weights there are two sums, of the high and of the low bytes of the activations; formats with a
-// scale per 16 columns have one sum per half group. vpshufb does the table lookups.
+// For weights of 8 bits there are two sums, of the high and of the low bytes of the activations; formats with
+// a scale per 16 columns have one sum per half group. vpshufb does the table lookups.
 #pragma once
 
 #include "kernels/tile_operands.h"
@@ -33,6 +33,7 @@ struct QuantizedTile {
   static constexpr QuantFormat kQuant = quant_format(kFormat);
   static constexpr int64_t kBlockGroups = kQuant.block_groups();
   static constexpr int kParts = kQuant.parts();
+  static constexpr bool kBothBytes = takes_both_bytes(kFormat);
   using Operands = TileOperands<kFormat, kTokens>;
   using Dots = __m512i[kPanels][kTokens][kParts];
   using Sums = Vec[kPanels][kTokens];
@@ -55,9 +56,19 @@ struct QuantizedTile {
         found.scale[i] = found.min[i] = zeros();
         continue;
       }
-      found.scale[i] = kQuant.is_bf16 ? Bf16Weights::load(scales) : F16Weights::load(scales);
+      const bool is_bf16 = o.is_bf16();
+      found.scale[i] = is_bf16 ? Bf16Weights::load(scales) : F16Weights::load(scales);
       found.min[i] = zeros();
-      if constexpr (kQuant.has_min) found.min[i] = F16Weights::load(scales + kPanelRows * 2);
+      if constexpr (kQuant.has_min) {
+        const uint8_t* mins = scales + kPanelRows * 2;
+        if (o.grouped_min() == GroupedMin::of_constant_zero) {
+          found.min[i] = mul(found.scale[i], broadcast(-float(1 << (kQuant.bits - 1))));
+        } else if (o.grouped_min() == GroupedMin::of_zeros) {
+          found.min[i] = mul(found.scale[i], sub(zeros(), bytes_to_floats(mins, false)));
+        } else {
+          found.min[i] = is_bf16 ? Bf16Weights::load(mins) : F16Weights::load(mins);
+        }
+      }
     }
     return found;
   }
@@ -66,15 +77,15 @@ struct QuantizedTile {
   [[gnu::always_inline]] static inline void multiply(const Operands& o, int64_t group, Dots& dot) {
     const int64_t x_at = group * kGroupSize;
     const int64_t low_at = activation_low_at(o.cols) + x_at;
-    __m512i low[kPanels][kTokens];  // q8
+    __m512i low[kPanels][kTokens];  // if kBothBytes
 #pragma GCC unroll 16
     for (int j = 0; j < kTokens; ++j) {
 #pragma GCC unroll 2
       for (int i = 0; i < kPanels; ++i) {
-        if constexpr (kFormat == Format::q8) low[i][j] = offset(o, group, j, 0);
+        if constexpr (kBothBytes) low[i][j] = offset(o, group, j, 0);
 #pragma GCC unroll 2
         for (int part = 0; part < kParts; ++part) {
-          dot[i][j][part] = kFormat == Format::q8 ? _mm512_setzero_si512() : offset(o, group, j, part);
+          dot[i][j][part] = kBothBytes ? _mm512_setzero_si512() : offset(o, group, j, part);
         }
       }
     }
@@ -93,14 +104,14 @@ struct QuantizedTile {
           __m512i& to = dot[i][j][kParts == 1 ? 0 : chunk / 4];
           to = _mm512_dpbusd_epi32(to, w[i], four);
         }
-        if constexpr (kFormat == Format::q8) {
+        if constexpr (kBothBytes) {
           const __m512i four_low = broadcast_four(o.x[j] + low_at + 4 * chunk);
 #pragma GCC unroll 2
           for (int i = 0; i < kPanels; ++i) low[i][j] = _mm512_dpbusd_epi32(low[i][j], w[i], four_low);
         }
       }
     }
-    if constexpr (kFormat == Format::q8) {
+    if constexpr (kBothBytes) {
 #pragma GCC unroll 16
       for (int j = 0; j < kTokens; ++j) {
 #pragma GCC unroll 2
@@ -115,7 +126,6 @@ struct QuantizedTile {
   [[gnu::always_inline]] static inline void scale(const Operands& o, int64_t group,
                                                   const BlockScales& of_block, const Dots& dot, Sums& sum) {
     const int64_t x_scale_at = activation_scales_at(kFormat, o.cols) + group * 4;
-    const int64_t x_sum_at = activation_sums_at(o.cols) + group * 4;
 #pragma GCC unroll 2
     for (int i = 0; i < kPanels; ++i) {
       const uint8_t* scales = o.block_scales(group) + i * o.stride;
@@ -154,7 +164,7 @@ struct QuantizedTile {
           sum[i][j] = fma(x_scale, fma(weight_scale[1], _mm512_cvtepi32_ps(dot[i][j][1]), first), sum[i][j]);
         }
         if constexpr (kQuant.has_min) {
-          sum[i][j] = fma(min, broadcast(read_unaligned<float>(o.x[j] + x_sum_at)), sum[i][j]);
+          sum[i][j] = fma(min, broadcast(activation_sum<kFormat>(o.x[j], o.cols, group)), sum[i][j]);
         }
       }
     }

@@ -23,6 +23,19 @@ std::optional<BlockType> sized_type(const BlockTypeEntry& entry, std::string_vie
   return sized(entry.type, rows, cols);
 }
 
+// "uint4_128_f16:codes": a grouped format, and a part that it can have.
+std::optional<BlockType> grouped_type_named(std::string_view name) {
+  const size_t colon = name.find(':');
+  if (colon == name.npos) return std::nullopt;
+  const std::optional<Format> format = grouped_format_named(name.substr(0, colon));
+  for (const GroupedPartEntry& entry : kGroupedParts) {
+    if (format && entry.name == name.substr(colon + 1) && has_part(*format, entry.part)) {
+      return grouped_type(*format, entry.part);
+    }
+  }
+  return std::nullopt;
+}
+
 }  // namespace
 
 std::optional<BlockType> block_type_named(std::string_view name) {
@@ -32,7 +45,7 @@ std::optional<BlockType> block_type_named(std::string_view name) {
     const bool begins = entry.may_be_sized && name.starts_with(std::string(entry.name) + "_");
     if (begins && (longest == nullptr || entry.name.size() > longest->name.size())) longest = &entry;
   }
-  if (longest == nullptr) return std::nullopt;
+  if (longest == nullptr) return grouped_type_named(name);
   return sized_type(*longest, name.substr(longest->name.size() + 1));
 }
 
@@ -41,13 +54,43 @@ std::string known_block_types() {
   for (const BlockTypeEntry& entry : kBlockTypes) {
     known += (known.empty() ? "" : ", ") + std::string(entry.name);
   }
-  return known;
+  return known + ", and parts of grouped formats such as " + grouped_name(Format::first_grouped) + ":codes";
+}
+
+const char* what_is_refused(BlockType type) {
+  if (is_grouped(type)) {
+    switch (part_of(type)) {
+      case GroupedPart::gptq_zeros:
+      case GroupedPart::gptq_channel_zeros:
+        return "a stored zero with all bits set: one more is 0 to some programs, and 2^bits to others";
+      case GroupedPart::g_idx:
+      case GroupedPart::channel_g_idx:
+        return "columns whose groups are not in order (act-order), which no kernel multiplies";
+      default:
+        break;
+    }
+  }
+  return "a code or scale that is not a finite number";
+}
+
+std::string grouped_name(Format format) {
+  const QuantFormat quant = quant_format(format);
+  return std::string(grouped_kind(format).name) + "_" + std::to_string(quant.block_cols) +
+         (quant.is_bf16 ? "_bf16" : "_f16");
+}
+
+std::optional<Format> grouped_format_named(std::string_view name) {
+  for (int i = kFirstGrouped; i < kNumFormats; ++i) {
+    if (grouped_name(Format(i)) == name) return Format(i);
+  }
+  return std::nullopt;
 }
 
 bool transcode(BlockType type, const uint8_t* rows_data, int64_t rows, int64_t cols, int64_t interleaved,
                int64_t panel_begin, int64_t panel_end, uint8_t* matrix) {
-  return best_kernels().transcode[kind_of(type)](
-      {rows_data, rows, cols, interleaved, panel_begin, panel_end, matrix, type});
+  const TranscodeArgs args = {rows_data, rows, cols, interleaved, panel_begin, panel_end, matrix, type};
+  return is_grouped(type) ? best_kernels().transcode_grouped(args)
+                          : best_kernels().transcode[kind_of(type)](args);
 }
 
 }  // namespace argosy

@@ -9,6 +9,7 @@
 //   NVFP4                           a row is blocks of 64 columns    ->  nvfp4
 //   int4_quants int4_scales         compressed-tensors               ->  int4
 //   mxfp4_quants mxfp4_scales       OCP MX                           ->  mxfp4
+//   uint4_128_f16:gptq_codes ...    parts (grouped_parts.h)          ->  grouped formats
 //
 // Every weight keeps the value that the file gives it: only the order of the bits changes. The block layouts
 // are those of the GGUF specification (ggml's block_q8_0 to block_mxfp4). Its MXFP4 reads a scale of 255 as
@@ -51,10 +52,12 @@
 #include <string_view>
 
 #include "kernels/formats.h"
+#include "kernels/grouped_parts.h"
 
 namespace argosy {
 
-// Bits 16 and up hold the rows and columns of a block, if a name gives them: `sized`.
+// Bits 16 and up hold the rows and columns of a block, if a name gives them: `sized`. After the named ones
+// follow the parts of grouped formats: grouped_type().
 enum class BlockType : uint64_t {
   q8_0,
   q4_0,
@@ -194,9 +197,21 @@ static inline constexpr BlockType sized(BlockType type, int64_t rows, int64_t co
   return BlockType(uint64_t(kind_of(type)) | uint64_t(rows) << 16 | uint64_t(cols) << 40);
 }
 
-static inline constexpr Format slot_format(BlockType type) { return entry_of(type).format; }
+static inline constexpr bool is_grouped(BlockType type) { return kind_of(type) >= kNumBlockTypes; }
+static inline constexpr BlockType grouped_type(Format format, GroupedPart part) {
+  return BlockType(kNumBlockTypes + int(part) * kNumGrouped + int(format) - kFirstGrouped);
+}
+// For grouped types only.
+static inline constexpr GroupedPart part_of(BlockType type) {
+  return GroupedPart((kind_of(type) - kNumBlockTypes) / kNumGrouped);
+}
 
-// Bytes of one block in the file.
+static inline constexpr Format slot_format(BlockType type) {
+  if (is_grouped(type)) return Format(kFirstGrouped + (kind_of(type) - kNumBlockTypes) % kNumGrouped);
+  return entry_of(type).format;
+}
+
+// Bytes of one block in the file; not of grouped types.
 static inline constexpr int64_t block_bytes(BlockType type) { return entry_of(type).bytes; }
 
 // Whether the type holds only quants, and whether it holds only scales.
@@ -221,10 +236,12 @@ static inline constexpr bool may_be_refused(BlockType type) {
 // Rows and columns of the matrix that one block covers. Blocks of FP8 at the edges may cover fewer; otherwise
 // cols is a multiple of the block's columns.
 static inline constexpr int64_t block_rows(BlockType type) {
+  if (is_grouped(type)) return 1;
   const auto rows = int64_t(uint64_t(type) >> 16 & uint64_t(kMostSized));
   return rows > 0 ? rows : entry_of(type).rows;
 }
 static inline constexpr int64_t block_cols(BlockType type) {
+  if (is_grouped(type)) return kGroupSize;
   const auto cols = int64_t(uint64_t(type) >> 40);
   if (cols > 0) return cols;
   return entry_of(type).cols > 0 ? entry_of(type).cols : quant_format(slot_format(type)).block_cols;
@@ -234,7 +251,7 @@ static inline constexpr bool has_whole_blocks(BlockType type, int64_t cols) {
 }
 // Whether the rows of several matrices may alternate in the file.
 static inline constexpr bool may_be_interleaved(BlockType type) {
-  return !is_f8(slot_format(type)) && !is_factor(type);
+  return !is_grouped(type) && !is_f8(slot_format(type)) && !is_factor(type);
 }
 
 // Bytes of a row of blocks in the file.
@@ -242,8 +259,14 @@ static inline constexpr int64_t block_row_bytes(BlockType type, int64_t cols) {
   return round_up(cols, block_cols(type)) / block_cols(type) * block_bytes(type);
 }
 
+// Whether the type can have this many rows.
+static inline constexpr bool has_whole_words(BlockType type, int64_t rows) {
+  return !is_grouped(type) || has_whole_words(slot_format(type), part_of(type), rows);
+}
+
 // Bytes of `rows` rows in the file.
 static inline constexpr int64_t source_bytes(BlockType type, int64_t rows, int64_t cols) {
+  if (is_grouped(type)) return part_bytes(slot_format(type), part_of(type), rows, cols);
   return round_up(rows, block_rows(type)) / block_rows(type) * block_row_bytes(type, cols);
 }
 
@@ -252,24 +275,42 @@ static inline constexpr int64_t strip_rows(BlockType type) { return round_up(kPa
 static inline constexpr int64_t num_strips(BlockType type, int64_t rows) {
   return round_up(rows, strip_rows(type)) / strip_rows(type);
 }
+// The same for all types; the strips of some grouped types are columns of the matrix.
+static inline constexpr int64_t num_strips(BlockType type, int64_t rows, int64_t cols) {
+  return is_grouped(type) ? part_strips(slot_format(type), part_of(type), rows, cols)
+                          : num_strips(type, rows);
+}
+// Bytes of a strip in the file; the last strip may have fewer.
+static inline constexpr int64_t strip_bytes(BlockType type, int64_t rows, int64_t cols) {
+  if (is_grouped(type)) return part_strip_bytes(slot_format(type), part_of(type), rows, cols);
+  return source_bytes(type, strip_rows(type), cols);
+}
 
-// By its GGUF name, such as "Q4_0", or by the name of a part, such as "int4_scales"; "_64x128" after the name
-// of scales gives the rows and columns of their blocks.
+// By its GGUF name, such as "Q4_0", or by the name of a part, such as "int4_scales" or
+// "uint4_128_f16:scales";
+// "_64x128" after the name of scales gives the rows and columns of their blocks.
 std::optional<BlockType> block_type_named(std::string_view name);
 // All names, separated by commas.
 std::string known_block_types();
 
+// What makes transcode() return false, to follow "holds".
+const char* what_is_refused(BlockType type);
+
+// The name of a grouped format, such as "uint4_128_f16", and the reverse.
+std::string grouped_name(Format format);
+std::optional<Format> grouped_format_named(std::string_view name);
+
 // Transcodes the rows of strips [panel_begin, panel_end), the last of which may be short, to the same rows of
 // `matrix`. `rows` is the number of rows of the whole matrix and `matrix` its first byte; `rows_data` begins
-// at the first row of panel_begin. cols must consist of whole blocks. Any alignment. With `interleaved`
-// matrices of `rows` rows each, `rows_data` holds the rows of all of them, and they become matrices of
-// matrix_bytes(...) one after another; FP8 is never interleaved. For the types that refuse it, returns false
-// if a code is NaN or a scale gives weights that overflow float32. Runs with best_kernels(): every
-// instruction set writes the same bytes.
+// at the first row of panel_begin; if strips are columns, at strip panel_begin. cols must consist of whole
+// blocks. Any alignment. With `interleaved` matrices of `rows` rows each, `rows_data` holds the rows of all
+// of them, and they become matrices of matrix_bytes(...) one after another, if may_be_interleaved(). For the
+// types that refuse it, returns false if a code is NaN or a scale gives weights that overflow float32. Runs
+// with best_kernels(): every instruction set writes the same bytes.
 [[nodiscard]] bool transcode(BlockType type, const uint8_t* rows_data, int64_t rows, int64_t cols,
                              int64_t interleaved, int64_t panel_begin, int64_t panel_end, uint8_t* matrix);
 
-// The arguments of transcode(); panels are strips of strip_rows(type) rows.
+// The arguments of transcode(); panels are strips.
 struct TranscodeArgs {
   const uint8_t* rows_data;
   int64_t rows, cols;

@@ -23,8 +23,11 @@ inline WeightScale weight_scale_at(Format format, const uint8_t* panel, int64_t 
   }
   const uint16_t bits = read_unaligned<uint16_t>(scales + row * 2);
   const float scale = q.is_bf16 ? float_from_bf16(bits) : float_from_f16(bits);
-  const float min =
-      q.has_min ? float_from_f16(read_unaligned<uint16_t>(scales + (kPanelRows + row) * 2)) : 0.0f;
+  if (q.grouped_min == GroupedMin::of_constant_zero) return {scale, -scale * float(1 << (q.bits - 1))};
+  if (q.grouped_min == GroupedMin::of_zeros) return {scale, -scale * float(scales[kPanelRows * 2 + row])};
+  const uint16_t min_bits =
+      q.has_min ? read_unaligned<uint16_t>(scales + (kPanelRows + row) * 2) : uint16_t(0);
+  const float min = q.is_bf16 ? float_from_bf16(min_bits) : float_from_f16(min_bits);
   if (q.sub_scales == SubScales::none) return {scale, min};
   const int64_t number = inside / q.sub_scale_cols;
   const int64_t at =
@@ -38,25 +41,27 @@ inline WeightScale weight_scale_at(Format format, const uint8_t* panel, int64_t 
   return {scale * float(sub_scale), min * float(sub_min)};
 }
 
-// The same for half `part` of a group, or for a whole group, whose part is 0.
+// The same for half `part` of a group, or for a whole group, whose part is 0. `format` is one of those with
+// the kernel of kFormat.
 template <Format kFormat>
-WeightScale scale_of_part(const uint8_t* panel, int64_t row, int64_t group, int64_t part) {
+WeightScale scale_of_part(const uint8_t* panel, int64_t row, int64_t group, int64_t part, Format format) {
   if constexpr (is_coded(kFormat)) {
     return {CodedRow<kFormat>::scale(panel, row, group, part), 0.0f};
   } else {
-    return weight_scale_at(kFormat, panel, row, group * kGroupSize + part * kGroupSize / 2);
+    return weight_scale_at(format, panel, row, group * kGroupSize + part * kGroupSize / 2);
   }
 }
 
 // The quants of a group.
 template <Format kFormat>
-void quants_of_group(const uint8_t* panel, int64_t row, int64_t group, int32_t (&q)[kGroupSize]) {
+void quants_of_group(const uint8_t* panel, int64_t row, int64_t group, int32_t (&q)[kGroupSize],
+                     Format format) {
   if constexpr (is_coded(kFormat)) {
     int8_t bytes[kGroupSize];
     CodedRow<kFormat>::quants(panel, row, group, bytes);
     for (int i = 0; i < kGroupSize; ++i) q[i] = bytes[i];
   } else {
-    for (int i = 0; i < kGroupSize; ++i) q[i] = quant_at(kFormat, panel, row, group * kGroupSize + i);
+    for (int i = 0; i < kGroupSize; ++i) q[i] = quant_at(format, panel, row, group * kGroupSize + i);
   }
 }
 

@@ -49,7 +49,7 @@ class Runtime {
 
   int num_threads() const { return num_threads_; }
   const KernelTable& kernels() const { return kernels_; }
-  const Tuning& tuning(Format format) const { return tunings_[size_t(format)]; }
+  const Tuning& tuning(Format format) const { return tunings_[size_t(measured_as(format))]; }
   // The scratch of products that `worker` computes: MatmulArgs::scratch.
   uint8_t* product_scratch(int worker) const {
     return product_scratch_ != nullptr ? product_scratch_->data() + worker * kernels_.product_scratch_bytes

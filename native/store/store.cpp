@@ -66,7 +66,8 @@ int64_t transcoded_bytes(const Piece& piece, const std::string& name) {
   constexpr int64_t kMostRows = int64_t{1} << 30;
   const bool is_possible = rows > 0 && cols > 0 && interleaved > 0 && cols <= kMostRows &&
                            rows <= kMostRows && interleaved <= kMostRows / rows &&
-                           has_whole_blocks(type, cols) && (interleaved == 1 || may_be_interleaved(type));
+                           has_whole_blocks(type, cols) && has_whole_words(type, rows) &&
+                           (interleaved == 1 || may_be_interleaved(type));
   if (!is_possible || source_bytes(type, interleaved * rows, cols) != piece.nbytes) {
     throw std::invalid_argument(name + ": " + std::to_string(piece.nbytes) + " bytes are not " +
                                 (interleaved == 1 ? "" : std::to_string(interleaved) + " times ") +
@@ -247,13 +248,12 @@ void Store::add_piece(Request& request, const Piece& piece, std::optional<uint32
     const int64_t panel_bytes = piece.transcode->panel_bytes();
     if (panel_bytes > kStagingBytes - 2 * align) {
       throw std::invalid_argument(
-          file_name(path) + ": " +
-          std::to_string(strip_rows(piece.transcode->block_type) * piece.transcode->interleaved) +
-          " rows of " + std::to_string(cols) + " columns take " + std::to_string(panel_bytes) +
+          file_name(path) + ": " + std::to_string(rows * piece.transcode->interleaved) + " rows of " +
+          std::to_string(cols) + " columns are read in strips of " + std::to_string(panel_bytes) +
           " bytes, but a reader can transcode at most " + std::to_string(kStagingBytes - 2 * align) +
           " at once");
     }
-    const int64_t num_panels = num_strips(piece.transcode->block_type, rows);
+    const int64_t num_panels = num_strips(piece.transcode->block_type, rows, cols);
     const int64_t num_parts = divide_up(num_panels, std::max<int64_t>(1, kTranscodedPartBytes / panel_bytes));
     const int64_t part_panels = divide_up(num_panels, num_parts);
     for (int64_t panel = 0; panel < num_panels; panel += part_panels) {
@@ -586,8 +586,8 @@ Store::Outcome Store::read_part(const Begun& begun) {
   add_seconds(&StoreStats::transcode_seconds, file_system_->seconds() - start);
   if (is_finite) return {};
   return {ReadError::not_finite, file_name(piece.file->path) + ": " +
-                                     range_of(data_begin, data_end - data_begin) +
-                                     " hold a code or scale that is not a finite number"};
+                                     range_of(data_begin, data_end - data_begin) + " hold " +
+                                     what_is_refused(type)};
 }
 
 // Reads bytes [part.begin, part.end) of the file into the part's memory, except those already there. It is an

@@ -62,9 +62,10 @@ struct FileInfo {
   std::string why_not_direct;
 };
 
-// A matrix of blocks, one row after another. It becomes panels of slot_format(block_type), or only the quants
-// or only the scales of these panels (kernels/transcode.h). If several matrices are interleaved row by row in
-// one tensor, each has `rows` rows, and the results are stored one after another.
+// A matrix of blocks, one row after another (grouped_parts.h: or one strip of columns after another). It
+// becomes panels of slot_format(block_type), or only the quants or only the scales of these panels
+// (kernels/transcode.h). If several matrices are interleaved row by row in one tensor, each has `rows` rows,
+// and the results are stored one after another.
 struct Transcode {
   BlockType block_type;
   int64_t rows;
@@ -72,7 +73,7 @@ struct Transcode {
   int64_t interleaved = 1;
 
   // Bytes of the file that become one strip of each matrix.
-  int64_t panel_bytes() const { return interleaved * source_bytes(block_type, strip_rows(block_type), cols); }
+  int64_t panel_bytes() const { return interleaved * strip_bytes(block_type, rows, cols); }
 };
 
 struct Piece {

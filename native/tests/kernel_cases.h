@@ -19,12 +19,21 @@
 
 namespace argosy::testing {
 
+// Grouped formats: each number of bits, each kind, each size of a group and each type of scales.
+inline const Format kInt4 = grouped_format(0, 128, true), kInt8 = grouped_format(1, 32, false),
+                    kUint2 = grouped_format(2, 64, false), kUint3 = grouped_format(3, 128, false),
+                    kUint4 = grouped_format(4, 64, true), kUint8 = grouped_format(5, 128, true),
+                    kAffine2 = grouped_format(6, 128, true), kAffine3 = grouped_format(7, 32, false),
+                    kAffine4 = grouped_format(8, 64, false), kAffine5 = grouped_format(9, 64, true),
+                    kAffine6 = grouped_format(10, 128, false), kAffine8 = grouped_format(11, 64, false);
 inline const Format kFormats[] = {
     Format::f32,    Format::f16,     Format::bf16,  Format::f8,    Format::f8_row,  Format::f8_32,
     Format::mxfp8,  Format::q8,      Format::q4,    Format::q4_1,  Format::q5_0,    Format::q5_1,
     Format::q4_k,   Format::q5_k,    Format::q6_k,  Format::q2_k,  Format::q3_k,    Format::iq4_nl,
     Format::iq4_xs, Format::mxfp4,   Format::nvfp4, Format::int4,  Format::iq2_xxs, Format::iq2_xs,
-    Format::iq2_s,  Format::iq3_xxs, Format::iq3_s, Format::iq1_s, Format::iq1_m};
+    Format::iq2_s,  Format::iq3_xxs, Format::iq3_s, Format::iq1_s, Format::iq1_m,   kInt4,
+    kInt8,          kUint2,          kUint3,        kUint4,        kUint8,          kAffine2,
+    kAffine3,       kAffine4,        kAffine5,      kAffine6,      kAffine8};
 inline const Format kF8Formats[] = {Format::f8, Format::f8_row, Format::f8_32, Format::mxfp8};
 // Block types that hold a whole matrix.
 inline const BlockType kBlockTypes[] = {
@@ -71,7 +80,8 @@ inline bool is_quantized_here(Format format) { return format <= Format::q4 && !i
 // The columns that a matrix of this format can have: `cols` or, for GGUF's blocks, rounded up to a whole
 // block.
 inline int64_t cols_of(Format format, int64_t cols) {
-  return is_quantized_here(format) || is_f8(format) ? cols : round_up(cols, quant_format(format).block_cols);
+  if (is_quantized_here(format) || is_f8(format)) return cols;
+  return round_up(cols, is_grouped(format) ? kGroupSize : quant_format(format).block_cols);
 }
 
 inline BlockType block_type_of(Format format) {
@@ -155,6 +165,41 @@ inline std::vector<uint8_t> random_blocks(BlockType type, int64_t rows, int64_t 
   return bytes;
 }
 
+inline std::vector<uint8_t> random_part(Format format, GroupedPart part, int64_t rows, int64_t cols,
+                                        unsigned seed) {
+  std::mt19937 generator(seed + unsigned(part));
+  std::vector<uint8_t> bytes(size_t(part_bytes(format, part, rows, cols)));
+  for (uint8_t& byte : bytes) byte = uint8_t(generator());
+  if (part == GroupedPart::g_idx || part == GroupedPart::channel_g_idx) {
+    for (int64_t col = 0; col < cols; ++col) {
+      const auto group = int32_t(part == GroupedPart::g_idx ? col / quant_format(format).block_cols : 0);
+      std::memcpy(&bytes[size_t(4 * col)], &group, 4);
+    }
+    return bytes;
+  }
+  const bool is_bias = part == GroupedPart::biases;
+  const bool is_scale = part == GroupedPart::scales || part == GroupedPart::channel_scales ||
+                        part == GroupedPart::scales_by_group;
+  if (!is_bias && !is_scale) {
+    // Zeros to which one is added have no code with all bits set. The codes of three bits are all 2.
+    const bool adds_one = part == GroupedPart::gptq_zeros || part == GroupedPart::gptq_channel_zeros;
+    const int bits = grouped_kind(format).bits;
+    constexpr uint8_t kTwos[3] = {0x92, 0x24, 0x49};
+    for (size_t i = 0; adds_one && i < bytes.size(); ++i) {
+      bytes[i] = bits == 3 ? kTwos[i % 3] : uint8_t(bytes[i] & (bits == 2 ? 0x55 : 0x77));
+    }
+    return bytes;
+  }
+  const float largest = float(1 << grouped_kind(format).bits);
+  std::normal_distribution<float> distribution(0.0f, 1.0f);
+  for (size_t at = 0; at < bytes.size(); at += 2) {
+    const float value = distribution(generator) / (is_scale ? largest : 1.0f);
+    const uint16_t bits = quant_format(format).is_bf16 ? bf16_from_float(value) : f16_from_float(value);
+    std::memcpy(&bytes[at], &bits, 2);
+  }
+  return bytes;
+}
+
 // Exactly the bytes of a matrix, `misalign` bytes after an aligned address, so that a sanitizer detects reads
 // beyond it.
 struct Weights {
@@ -175,7 +220,7 @@ struct Weights {
 
   bool bring(BlockType type, const std::vector<uint8_t>& blocks) {
     CHECK_EQUAL(int64_t(blocks.size()), source_bytes(type, view.rows, view.cols));
-    return transcode(type, blocks.data(), view.rows, view.cols, 1, 0, num_strips(type, view.rows),
+    return transcode(type, blocks.data(), view.rows, view.cols, 1, 0, num_strips(type, view.rows, view.cols),
                      const_cast<uint8_t*>(view.data));
   }
 
@@ -199,9 +244,21 @@ struct Weights {
       }
       return parts;
     }
+    if (is_grouped(format)) return random_grouped(format, rows, cols, seed, misalign);
     if (is_f8(format)) return random_f8(format, rows, cols, seed, misalign);
     const BlockType type = block_type_of(format);
     return Weights(type, random_blocks(type, rows, cols, seed), rows, cols, misalign);
+  }
+
+  // Random codes, and zeros or biases, with scales that give weights of order one.
+  static Weights random_grouped(Format format, int64_t rows, int64_t cols, unsigned seed, int64_t misalign) {
+    Weights parts(format, rows, cols, misalign);
+    for (const GroupedPart part :
+         {GroupedPart::codes, GroupedPart::scales, GroupedPart::zeros, GroupedPart::biases}) {
+      if (has_part(format, part))
+        CHECK(parts.bring(grouped_type(format, part), random_part(format, part, rows, cols, seed)));
+    }
+    return parts;
   }
 
   // Every code except NaN, with scales that give weights of order one.

@@ -653,6 +653,84 @@ void every_instruction_set_dequantizes_to_the_same_bits() {
   }
 }
 
+// Every part of every grouped format, in any order of strips, writes its places and no others, the same in
+// every instruction set.
+void parts_of_grouped_formats_may_be_transcoded_apart() {
+  for (int number = 0; number < kNumGroupedParts * kNumGrouped; ++number) {
+    const BlockType type = BlockType(kNumBlockTypes + number);
+    const Format format = slot_format(type);
+    const GroupedPart part = part_of(type);
+    if (!has_part(format, part)) continue;
+    CHECK(block_type_named(grouped_name(format) + ":" + std::string(kGroupedParts[int(part)].name)) == type);
+    for (const auto& [rows, cols] : {std::pair{96, 160}, std::pair{40, 96}, std::pair{33, 256}}) {
+      if (!has_whole_words(type, rows)) continue;
+      const std::vector<uint8_t> source = random_part(format, part, rows, cols, 3);
+      const int64_t strips = num_strips(type, rows, cols), stride = strip_bytes(type, rows, cols);
+      CHECK(stride * (strips - 1) < int64_t(source.size()) && int64_t(source.size()) <= stride * strips);
+      std::vector<uint8_t> expected(size_t(matrix_bytes(format, rows, cols)), 0xA5);
+      CHECK(plain().transcode_grouped({source.data(), rows, cols, 1, 0, strips, expected.data(), type}));
+      for (const KernelTable* table : all_tables()) {
+        std::vector<uint8_t> found(expected.size(), 0xA5);
+        for (int64_t strip = strips - 1; strip >= 0; --strip) {
+          // Exactly the strip's bytes, so that a sanitizer detects reads beyond them.
+          const int64_t end = std::min(int64_t(source.size()), (strip + 1) * stride);
+          const std::vector<uint8_t> some(source.begin() + strip * stride, source.begin() + end);
+          CHECK(table->transcode_grouped({some.data(), rows, cols, 1, strip, strip + 1, found.data(), type}));
+        }
+        CHECK(found == expected);
+      }
+    }
+  }
+}
+
+// Codes, scales, and zeros or biases together write every byte of the matrix.
+void grouped_parts_fill_the_matrix() {
+  for (int i = kFirstGrouped; i < kNumFormats; ++i) {
+    const Format format = Format(i);
+    for (const auto& [rows, cols] : {std::pair{33, 96}, std::pair{16, 256}}) {
+      std::vector<uint8_t> filled[2];
+      for (const uint8_t before : {uint8_t{0x00}, uint8_t{0xFF}}) {
+        std::vector<uint8_t>& matrix = filled[before != 0];
+        matrix.assign(size_t(matrix_bytes(format, rows, cols)), before);
+        for (const GroupedPart part :
+             {GroupedPart::codes, GroupedPart::scales, GroupedPart::zeros, GroupedPart::biases}) {
+          if (!has_part(format, part)) continue;
+          const BlockType type = grouped_type(format, part);
+          const std::vector<uint8_t> source = random_part(format, part, rows, cols, 3);
+          CHECK(
+              transcode(type, source.data(), rows, cols, 1, 0, num_strips(type, rows, cols), matrix.data()));
+        }
+      }
+      CHECK(filled[0] == filled[1]);
+    }
+  }
+}
+
+// The sums are the largest possible, with all scales one.
+void integer_sums_of_grouped_formats_are_exact() {
+  constexpr int64_t kRows = 16, kCols = 64;
+  for (const KernelTable* table : all_tables()) {
+    for (int i = kFirstGrouped; i < kNumFormats; ++i) {
+      const Format format = Format(i);
+      for (const uint8_t byte : {uint8_t{0x00}, uint8_t{0xFF}}) {
+        Weights w(format, kRows, kCols, 0);
+        for (const GroupedPart part :
+             {GroupedPart::codes, GroupedPart::scales, GroupedPart::zeros, GroupedPart::biases}) {
+          if (!has_part(format, part)) continue;
+          std::vector<uint8_t> bytes(size_t(part_bytes(format, part, kRows, kCols)),
+                                     part == GroupedPart::zeros ? uint8_t(~byte) : byte);
+          if (part == GroupedPart::scales || part == GroupedPart::biases) {
+            const uint16_t one = quant_format(format).is_bf16 ? 0x3F80 : 0x3C00;
+            for (size_t at = 0; at < bytes.size(); at += 2) std::memcpy(&bytes[at], &one, 2);
+          }
+          CHECK(w.bring(grouped_type(format, part), bytes));
+        }
+        check_exact_products(*table, w.view);
+      }
+    }
+  }
+}
+
 // A reader transcodes a few panels of a matrix at a time, from the rows it has.
 void panels_may_be_transcoded_apart() {
   constexpr int64_t kRows = 53;
@@ -721,5 +799,8 @@ int main() {
   every_instruction_set_transcodes_to_the_same_bytes();
   every_instruction_set_dequantizes_to_the_same_bits();
   panels_may_be_transcoded_apart();
+  parts_of_grouped_formats_may_be_transcoded_apart();
+  grouped_parts_fill_the_matrix();
+  integer_sums_of_grouped_formats_are_exact();
   return check_result();
 }

@@ -298,7 +298,7 @@ struct BlockMatrix {
   int64_t cols;
   int64_t interleaved = 1;
 
-  int64_t file_bytes() const { return interleaved * rows * block_row_bytes(type, cols); }
+  int64_t file_bytes() const { return interleaved * source_bytes(type, rows, cols); }
   int64_t bytes() const { return interleaved * matrix_bytes(slot_format(type), rows, cols); }
   Piece piece(int file_id, int64_t offset, int64_t dest) const {
     return {file_id, offset, file_bytes(), dest, Transcode{type, rows, cols, interleaved}};
@@ -312,7 +312,7 @@ constexpr uint8_t kUntouched = 0xA5;
 std::vector<uint8_t> panels_of(const BlockMatrix& matrix, const uint8_t* blocks) {
   std::vector<uint8_t> panels(size_t(matrix.bytes()), kUntouched);
   CHECK(transcode(matrix.type, blocks, matrix.rows, matrix.cols, matrix.interleaved, 0,
-                  (matrix.rows + kPanelRows - 1) / kPanelRows, panels.data()));
+                  num_strips(matrix.type, matrix.rows, matrix.cols), panels.data()));
   return panels;
 }
 
@@ -383,6 +383,32 @@ void quants_and_scales_land_in_the_same_panels() {
     CHECK(std::equal(panels.begin(), panels.end(), arena.data()));
     CHECK(store.stats().reads > 3);
   }
+}
+
+// The strips of a part may be rows of the matrix, or columns: readers transcode both as they arrive.
+void parts_of_grouped_formats_land_strip_by_strip() {
+  const TestFile file(int64_t{3} << 20);
+  const Format format = *grouped_format_named("uint4_128_f16");
+  Store store(4, files());
+  const int id = store.open(file.path());
+  Arena arena{size_t{3} << 20};
+  for (const GroupedPart part :
+       {GroupedPart::codes, GroupedPart::gptq_codes, GroupedPart::awq_codes, GroupedPart::zeros,
+        GroupedPart::channel_zeros, GroupedPart::gptq_v2_zeros, GroupedPart::awq_zeros}) {
+    for (const int64_t rows : {8, 1128}) {
+      const BlockMatrix matrix{grouped_type(format, part), rows, 2080};
+      const int64_t reads = store.stats().reads;
+      std::fill_n(arena.data(), size_t(matrix.bytes() + 64), kUntouched);
+      CHECK_EQUAL(wait_one(store, store.fetch(arena, {matrix.piece(id, 35, 0)})).message, "");
+      CHECK(holds_panels(arena, 0, matrix, file, 35));
+      CHECK_EQUAL(arena.data()[matrix.bytes()], kUntouched);
+      CHECK_EQUAL(store.stats().reads - reads > 1, matrix.file_bytes() > Store::kTranscodedPartBytes);
+    }
+  }
+  const BlockMatrix words{grouped_type(format, GroupedPart::awq_codes), 12, 64};
+  CHECK_THROWS(std::invalid_argument, store.fetch(arena, {words.piece(id, 0, 0)}));
+  Piece twice = BlockMatrix{grouped_type(format, GroupedPart::codes), 8, 64, 2}.piece(id, 0, 0);
+  CHECK_THROWS(std::invalid_argument, store.fetch(arena, {twice}));
 }
 
 void plain_and_transcoded_pieces_share_a_ticket() {
@@ -997,6 +1023,7 @@ int main() {
     a_matrix_of_blocks_lands_as_panels_at_any_offset();
     a_large_matrix_of_blocks_is_shared_by_the_readers();
     quants_and_scales_land_in_the_same_panels();
+    parts_of_grouped_formats_land_strip_by_strip();
     plain_and_transcoded_pieces_share_a_ticket();
     an_interrupted_or_partial_read_of_blocks_goes_on();
     a_failed_read_of_blocks_fails_its_ticket_and_writes_nothing_of_that_part();

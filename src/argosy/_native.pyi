@@ -260,6 +260,12 @@ def amx_formats() -> list[Format]:
     Formats whose products can run on the tiles of AMX; none if the CPU or the system has no tiles.
     """
 
+def measured_as(format: str) -> str:
+    """
+    The format that is measured in place of a format: for a grouped format, one of as many bits with the same
+    arithmetic; any other is measured itself.
+    """
+
 FEWEST_FOR_TWO_PANELS: int = 2
 
 MOST_FOR_ONE_PANEL: int = 8
@@ -358,7 +364,8 @@ def transcode(
 
     Q8_0 becomes q8, Q4_0 becomes q4, and GGUF's other types become the format with their name; cols is a multiple of
     their block size, 32, 64 or 256. Types with lower-case names, such as `int4_quants` and `f8_scales_64x128`
-    (native/kernels/transcode.h), write only their part of the matrix: into `out` [matrix_bytes], which is returned, or
+    (native/kernels/transcode.h), and parts of grouped formats, such as `uint4_128_f16:gptq_codes` (grouped_parts.h),
+    write only their part of the matrix: into `out` [matrix_bytes], which is returned, or
     into new zeros. `interleaved` matrices with `rows` rows each, which alternate row by row in `data`, come out one
     after another.
 

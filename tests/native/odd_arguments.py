@@ -289,6 +289,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "amx_formats": lambda: (),
         "product_scratch_bytes": lambda: (2,),
         "matrix_bytes": lambda: ("q4", 3, 64),
+        "measured_as": lambda: ("uint4_128_f16",),
         "f8_scales_bytes": lambda: (300,),
         "quantize": lambda: ("q8", f(16, 64), np.zeros(n.matrix_bytes("q8", 16, 64), np.uint8), runtime),
         "transcode": lambda: ("Q4_0", np.zeros(16 * 2 * 18, np.uint8), 16, 64, 1, None),

@@ -8,13 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 
 from argosy import _native
-from argosy.config import Format
+from argosy.config import MEASURED_FORMATS, Format
 
 HIDDEN, WIDTH, NUM_EXPERTS, LAYER = 256, 256, 8, 1
 LIMITS: dict[str, Any] = {
@@ -171,7 +171,7 @@ def next_request(link: _native.WorkerLink) -> _native.WorkerRequest:
 
 
 @pytest.mark.parametrize("kind", ["unix", "tcp"])
-@pytest.mark.parametrize("format", get_args(Format))
+@pytest.mark.parametrize("format", [*MEASURED_FORMATS, "uint4_128_f16", "affine5_64_bf16"])
 def test_workers_give_the_bits_of_the_table_for_every_format(format: Format, kind: str) -> None:
     experts = Experts(format)
     with exchange_of(2, kind) as (exchange, peers, links), ExitStack() as stack:

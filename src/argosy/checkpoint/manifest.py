@@ -41,7 +41,7 @@ from argosy.checkpoint.landing import MatrixRef, Piece
 from argosy.checkpoint.safetensors import TensorRef, read_header
 from argosy.checkpoint.shards import ALL_SHARDS, NUM_SHARDS, shard_of, shards_of_share
 from argosy.checkpoint.untrusted_file import kind_of, open_regular, quote, read_object
-from argosy.config import Format, ModelConfig
+from argosy.config import MEASURED_FORMATS, Format, ModelConfig
 from argosy.errors import CheckpointError, CorruptRecord
 
 MANIFEST_FILE = "argosy.json"
@@ -432,7 +432,11 @@ class _Strict:
 
     def format(self, value: object, where: str) -> Format:
         if value not in STORED_FORMATS:
-            raise self.wrong(where, value, f"one of {', '.join(STORED_FORMATS)}")
+            raise self.wrong(
+                where,
+                value,
+                f"one of {', '.join(MEASURED_FORMATS)}, or a grouped format, such as uint4_128_f16",
+            )
         return value
 
     def expert_formats(self, value: object, layers: tuple[int, ...]) -> dict[int, ExpertFormats]:

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 # How layers for multi-token prediction differ, as vLLM runs them. deepseek: the embedding at position 0 counts as
 # zeros, and a draft goes on from its state before the final norm. qwen: neither.
 DraftForm = Literal["deepseek", "qwen"]
 # Storage formats of a weight matrix in memory; native/kernels/formats.h has the layouts.
-Format = Literal[
+# Products of grouped formats are not measured: `_native.measured_as` names a format with the same arithmetic.
+MeasuredFormat = Literal[
     "f32", "f16", "bf16", "f8", "f8_row", "f8_32", "mxfp8",
     "q8", "q4", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k", "q2_k", "q3_k", "iq4_nl", "iq4_xs", "mxfp4", "nvfp4",
     "int4", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq1_s", "iq1_m",
 ]  # fmt: skip
+GroupedFormat = Literal[
+    "int4_32_f16", "int4_32_bf16", "int4_64_f16", "int4_64_bf16", "int4_128_f16", "int4_128_bf16",
+    "int8_32_f16", "int8_32_bf16", "int8_64_f16", "int8_64_bf16", "int8_128_f16", "int8_128_bf16",
+    "uint2_32_f16", "uint2_32_bf16", "uint2_64_f16", "uint2_64_bf16", "uint2_128_f16", "uint2_128_bf16",
+    "uint3_32_f16", "uint3_32_bf16", "uint3_64_f16", "uint3_64_bf16", "uint3_128_f16", "uint3_128_bf16",
+    "uint4_32_f16", "uint4_32_bf16", "uint4_64_f16", "uint4_64_bf16", "uint4_128_f16", "uint4_128_bf16",
+    "uint8_32_f16", "uint8_32_bf16", "uint8_64_f16", "uint8_64_bf16", "uint8_128_f16", "uint8_128_bf16",
+    "affine2_32_f16", "affine2_32_bf16", "affine2_64_f16", "affine2_64_bf16", "affine2_128_f16", "affine2_128_bf16",
+    "affine3_32_f16", "affine3_32_bf16", "affine3_64_f16", "affine3_64_bf16", "affine3_128_f16", "affine3_128_bf16",
+    "affine4_32_f16", "affine4_32_bf16", "affine4_64_f16", "affine4_64_bf16", "affine4_128_f16", "affine4_128_bf16",
+    "affine5_32_f16", "affine5_32_bf16", "affine5_64_f16", "affine5_64_bf16", "affine5_128_f16", "affine5_128_bf16",
+    "affine6_32_f16", "affine6_32_bf16", "affine6_64_f16", "affine6_64_bf16", "affine6_128_f16", "affine6_128_bf16",
+    "affine8_32_f16", "affine8_32_bf16", "affine8_64_f16", "affine8_64_bf16", "affine8_128_f16", "affine8_128_bf16",
+]  # fmt: skip
+Format = Literal[MeasuredFormat, GroupedFormat]
+MEASURED_FORMATS: tuple[MeasuredFormat, ...] = get_args(MeasuredFormat)
 F8_FORMATS: frozenset[Format] = frozenset({"f8", "f8_row", "f8_32", "mxfp8"})
 FLOAT_FORMATS: frozenset[Format] = F8_FORMATS.union({"f32", "f16", "bf16"})  # activations stay float32
 

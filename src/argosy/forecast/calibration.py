@@ -25,14 +25,14 @@ from collections.abc import Sequence
 from contextlib import closing
 from datetime import date
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 
 from argosy import _native
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes
 from argosy.checkpoint.safetensors_write import TensorToWrite, write_safetensors
-from argosy.config import Format, SamplingParams
+from argosy.config import MEASURED_FORMATS, SamplingParams
 from argosy.experts.resident import Progress
 from argosy.forecast.drive_rates import ROUNDS, DriveRates, file_to_read
 from argosy.forecast.product_rates import KV_DTYPES, MOST_WAITING, Kernels
@@ -79,9 +79,9 @@ def calibrate(
         rates, varied = kernels.rates, kernels.varied
         memory_bytes_per_s = kernels.memory_bytes_per_s
         keys_values = {dtype: kernels.share_of_memory(f"keys and values {dtype}") for dtype in KV_DTYPES}
-        waits = {
+        waits: dict[str, tuple[float, ...]] = {
             format: tuple(kernels.wait(format, min(tokens, MOST_WAITING)) for tokens in NUM_TOKENS)
-            for format in get_args(Format)
+            for format in MEASURED_FORMATS
         }
         int8_operations = kernels.int8_operations
         drive = reads.result(cores)
@@ -92,7 +92,7 @@ def calibrate(
         memory_bytes_per_s=memory_bytes_per_s,
         int8_operations=int8_operations,
         operations={
-            format: tuple(rates[f"{format} {tokens}"] for tokens in NUM_TOKENS) for format in get_args(Format)
+            format: tuple(rates[f"{format} {tokens}"] for tokens in NUM_TOKENS) for format in MEASURED_FORMATS
         },
         waits=waits,
         encoder_operations=rates["encoder"],

@@ -12,7 +12,7 @@ from typing import NamedTuple, get_args
 import numpy as np
 
 from argosy import _native
-from argosy.config import MIB, Format, KvDtype
+from argosy.config import MEASURED_FORMATS, MIB, Format, KvDtype
 from argosy.machine.rates import (
     NUM_TOKENS,
 )
@@ -157,7 +157,7 @@ def _products(runtime: _native.Runtime, memory: ExitStack) -> Iterator[_Timed]:
         starts = cycle(range(0, number - count + 1, count))
         return lambda: _native.matmul(runtime, matrices[(at := next(starts)) : at + count], x, outs)
 
-    for format in get_args(Format):
+    for format in MEASURED_FORMATS:
         size = _native.matrix_bytes(format, ROWS, COLS)
         cold = max(1, _COLD_BYTES // size)
         for tokens in NUM_TOKENS:

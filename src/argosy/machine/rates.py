@@ -18,7 +18,7 @@ from math import copysign, log2
 from typing import Any, get_args
 
 from argosy import _native
-from argosy.config import FLOAT_FORMATS, Format, KvDtype
+from argosy.config import FLOAT_FORMATS, MEASURED_FORMATS, KvDtype
 from argosy.strict_json import JsonError
 
 # How far rates may be off: a measurement's own variation, kept between the first two; or the third for a guess.
@@ -95,6 +95,7 @@ class Rates:
 
     def product_s(self, format: str, nbytes: float, parameters: float, tokens: float) -> float:
         """Return the seconds of products of `tokens` tokens with weights of a format, read once from memory."""
+        format = _native.measured_as(format)
         rate = _at(tokens, self.operations[format])
         return (
             2.0 * parameters * tokens / rate
@@ -196,7 +197,7 @@ def _checked(value: object) -> Rates:
         raise JsonError(f"is not an object with `format` {FORMAT!r}")
     if value.keys() != set(Rates.__dataclass_fields__):
         raise JsonError("has other keys than those that were written")
-    formats = set(get_args(Format))
+    formats = set(MEASURED_FORMATS)
     for name in ("operations", "waits"):
         found = value[name]
         if not isinstance(found, dict) or found.keys() != formats or not all(map(_are_rates, found.values())):
@@ -301,8 +302,8 @@ def unhidden_waits(
     operations: Mapping[str, tuple[float, ...]], memory_bytes_per_s: float
 ) -> dict[str, tuple[float, ...]]:
     """Return `Rates.waits` for a machine where the longer of arithmetic and memory hides the shorter."""
-    waits = {}
-    for name in get_args(Format):
+    waits: dict[str, tuple[float, ...]] = {}
+    for name in MEASURED_FORMATS:
         delivered_s = _native.matrix_bytes(name, 1024, 1024) / 1024**2 / memory_bytes_per_s  # a weight
         computed_s = [2.0 * tokens / rate for tokens, rate in zip(NUM_TOKENS, operations[name], strict=True)]
         waits[name] = tuple(max(1e-9, 1.0 / _READ_SHARE - seconds / delivered_s) for seconds in computed_s)
@@ -314,8 +315,8 @@ def guess(cpu: str, cores: int, *, drive_bytes_per_s: float | None = None) -> Ra
     family = next((one for one in CPU_FAMILIES if re.search(one.pattern, cpu, re.IGNORECASE)), UNKNOWN_CPU)
     memory = 1e9 * min(family.memory_gb_per_s, cores * family.core_gb_per_s)
     floats = 1e9 * cores * family.core_f32_gops * _F32_SHARE
-    operations = {}
-    for name in get_args(Format):
+    operations: dict[str, tuple[float, ...]] = {}
+    for name in MEASURED_FORMATS:
         passes = 2 if name == "q8" else 1  # q8 activations take two bytes
         most = floats if name in FLOAT_FORMATS else 1e9 * cores * family.core_int8_gops * _INT8_SHARE / passes
         shares = _FLOAT_SHARES if name in FLOAT_FORMATS else _INT8_SHARES

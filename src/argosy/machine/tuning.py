@@ -30,14 +30,14 @@ from pathlib import Path
 from typing import NamedTuple, get_args
 
 from argosy import _native
-from argosy.config import FLOAT_FORMATS, MIB, AskAhead, Format, Tuning
+from argosy.config import FLOAT_FORMATS, MEASURED_FORMATS, MIB, AskAhead, Format, Tuning
 from argosy.directory import Directory
 from argosy.machine import resources
 from argosy.strict_json import JsonError, parse_json
 from argosy.user_directories import measurement_file
 
 PROBE_S = 5.0  # at most
-FORMATS: tuple[Format, ...] = tuple(name for name in get_args(Format) if name not in FLOAT_FORMATS)
+FORMATS: tuple[Format, ...] = tuple(name for name in MEASURED_FORMATS if name not in FLOAT_FORMATS)
 
 _VERSION = 2  # version of the file
 _MOST_BYTES = 256 << 10
