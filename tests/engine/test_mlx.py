@@ -9,14 +9,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
 from argosy import Engine, SamplingParams
 from argosy.checkpoint.manifest import verify_pack
 from argosy.checkpoint.pack import pack
-from argosy.config import Format
 from argosy.model.families import open_model
 from tests.engine.test_gguf import LARGEST_DIVERGENCE, mean_divergence
 from tests.models.mlx_models import DIRECTORY, PLAIN, QUANTISED, MlxModel
@@ -34,18 +32,7 @@ def is_like_mlx(model: MlxModel, logits: Array) -> bool:
     return mean_divergence(expected, logits) <= LARGEST_DIVERGENCE
 
 
-needs_kernels = pytest.mark.skipif(
-    "affine4_64_bf16" not in get_args(Format), reason="no kernel reads affine yet"
-)
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        pytest.param(one, id=one.name, marks=() if one.name in EXACT else needs_kernels)
-        for one in PLAIN + QUANTISED
-    ],
-)
+@pytest.mark.parametrize("model", PLAIN + QUANTISED, ids=lambda model: model.name)
 def test_answers_are_those_of_mlx_in_place_and_packed(model: MlxModel, tmp_path: Path) -> None:
     reference = model.reference
     pack(open_model(reference.directory), tmp_path / "packed", format="source")

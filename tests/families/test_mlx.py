@@ -6,12 +6,11 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
 from argosy.checkpoint.safetensors import TensorRef
-from argosy.config import Format
 from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
 from argosy.model.families import FAMILIES, open_model
 from argosy.model.reading import mlx
@@ -19,10 +18,6 @@ from argosy.model.reading.mlx_quantization import scheme_of_tensors
 from argosy.model.reading.quantization import read_quantization
 from tests.models.mlx_models import DIRECTORY
 from tests.models.safetensors_file import edit_header
-
-needs_affine = pytest.mark.skipif(
-    "affine4_64_bf16" not in get_args(Format), reason="no kernel reads affine yet"
-)
 
 Q, K, HEAD = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "lm_head"
 Settings = dict[str, Any]
@@ -56,7 +51,6 @@ def formats_of(directory: Path) -> dict[str, str]:
 FORMATS = {"layers.0.q": "affine5_128_bf16", "layers.0.k": "bf16", "head": "affine8_32_bf16"}
 
 
-@needs_affine
 @pytest.mark.parametrize(
     "settings",
     [
@@ -74,7 +68,6 @@ def test_tensors_tell_what_the_settings_of_a_module_leave_open(settings: Setting
     assert formats_of(copied(tmp_path, **settings)) == FORMATS
 
 
-@needs_affine
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -130,7 +123,6 @@ def added(name: str) -> Callable[[dict[str, Any]], None]:
 EXPERTS = "model.layers.0.mlp.switch_mlp.gate_proj"
 
 
-@needs_affine
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
