@@ -12,6 +12,7 @@ from gguf import GGUFReader
 from argosy.checkpoint.block_types import SLOT_FORMATS, may_run, type_in_name
 from argosy.cli.main import main
 from tests.engine.test_gguf import config_of
+from tests.helpers.hub_server import REPOSITORY, served
 from tests.models.gguf_models import mixed_small, write_gguf_model
 
 Captured = pytest.CaptureFixture[str]
@@ -54,6 +55,17 @@ def test_a_name_that_hides_the_type_of_the_experts_is_told(model: Path, capsys: 
     for command in ("show", "plan"):
         assert main([command, str(model), "--memory", "2GiB"]) == 0
         assert "the name says UD-IQ2_S; 33% of its experts are q2_k" in capsys.readouterr().out
+
+
+def test_the_header_of_a_remote_file_tells_the_same(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    local = weights_of("plan", model, capsys)
+    content = model.read_bytes()
+    with served({"UD-IQ2_S/tiny-UD-IQ2_S.gguf": (content, len(content))}) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        assert main(["plan", f"{REPOSITORY}:ud-iq2_s", "--memory", "2GiB", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"]["weights"] == local
 
 
 @pytest.mark.parametrize("name", ["tiny-UD-Q2_K_XL.gguf", "tiny-IQ2_M.gguf", "tiny.gguf"])
