@@ -125,6 +125,7 @@ template <Format kFormat>
 struct IqDecoder<kFormat> {
   static constexpr QuantFormat kQuant = quant_format(kFormat);
   static constexpr IqOrder kOrder = IqOrder::by_four;
+  static constexpr int kMostTokens = kFormat == Format::iq2_xxs ? 12 : 6;
   static constexpr int kSteps = 1, kStepBytes = 8;
 
   struct Codes {
@@ -182,6 +183,7 @@ template <Format kFormat>
 struct IqDecoder<kFormat> {
   static constexpr QuantFormat kQuant = quant_format(kFormat);
   static constexpr IqOrder kOrder = IqOrder::by_pairs;
+  static constexpr int kMostTokens = 6;
   static constexpr int kSteps = 2, kStepBytes = 4;
 
   struct Codes {
@@ -286,6 +288,7 @@ template <Format kFormat>
 struct IqDecoder<kFormat> {
   static constexpr QuantFormat kQuant = quant_format(kFormat);
   static constexpr IqOrder kOrder = IqOrder::by_column;
+  static constexpr int kMostTokens = 6;
   static constexpr int kSteps = 1, kStepBytes = 8;
 
   // indices[half]: in 64 bits, entries 2 half and 2 half + 1 of two rows.

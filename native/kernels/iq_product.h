@@ -1,4 +1,4 @@
-// iq_product.h: products of i-quants with up to six tokens, straight from their codes; for AVX-512.
+// iq_product.h: products of i-quants with a few tokens, straight from their codes; for AVX-512.
 //
 // IqDecoder<kFormat> (iq_vbmi.h, iq_avx512.h) decodes a group of sixteen rows into eight vectors, and each is
 // multiplied with all tokens at once. Their columns are not in order, so the thread's scratch gets the
@@ -13,6 +13,7 @@ namespace {
 
 // The decoder of an instruction set:
 //   look_up(block, group, step)   finds the codes of a step, which is all of a group or half of it
+//   kMostTokens                   with more, products are faster by way of the scratch
 //   values(codes, step)           makes bytes of them: of a wide panel or, if kHasDeltaByRow, 8 times the
 //   codes
 // Dword r of vector i of a group belongs to row r, and to the columns of dword i in the decoder's order.
@@ -342,8 +343,7 @@ template <Format kFormat, int kTokens>
 template <Format kFormat>
   requires(is_iq(kFormat))
 struct DirectProduct<kFormat> {
-  // Those of iq1 take longest to decode.
-  static constexpr int kMostOfTile = 6, kMostTokens = is_iq1(kFormat) ? 6 : 12;
+  static constexpr int kMostOfTile = 6, kMostTokens = IqDecoder<kFormat>::kMostTokens;
 
   // A panel is decoded for each tile of up to six tokens: two of them still beat the way through the scratch.
   static void run(const MatmulArgs& a) {

@@ -1,5 +1,5 @@
-// iq_vbmi.h: i-quants with AVX-512 VBMI, VNNI and GFNI: products of up to six tokens straight from the codes,
-// and the decoding of panels (coded.h).
+// iq_vbmi.h: i-quants with AVX-512 VBMI, VNNI and GFNI: products of a few tokens straight from the codes, and
+// the decoding of panels (coded.h).
 //
 // vpermi2b looks up 64 indices in 128 entries, and leaves an index as it is where its mask is 0: so two
 // lookups make one in 256 entries, and blends make it larger. A lookup gives the codes of four columns of an
@@ -127,6 +127,8 @@ struct IqDecoder {
   static constexpr bool kIsByEight = kFormat == Format::iq2_xxs || kFormat == Format::iq1_s;
   static constexpr IqOrder kOrder = kIsByEight ? IqOrder::by_eight : IqOrder::by_four;
 
+  // Those of iq1 take longest to decode.
+  static constexpr int kMostTokens = is_iq1(kFormat) ? 6 : 12;
   // A group is decoded in steps: the half groups of iq3, or all of it.
   static constexpr int kSteps = is_iq3(kFormat) ? 2 : 1, kStepBytes = 8 / kSteps;
 
