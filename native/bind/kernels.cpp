@@ -36,7 +36,8 @@ using NamedTunings = std::map<FormatName, NamedTuning>;
 Tunings parse_tunings(const NamedTunings& named) {
   Tunings tunings = default_tunings();
   for (const auto& [format, tuning] : named) {
-    if (!is_quantized(parse_format(format))) refuse("format '" + format + "' has nothing to tune");
+    if (!is_quantized(parse_format(format)) || is_grouped(parse_format(format)))
+      refuse("format '" + format + "' has nothing to tune");
     tunings[size_t(parse_format(format))] = parse_tuning(tuning);
   }
   return tunings;
@@ -49,7 +50,7 @@ NamedTuning named_tuning(const Tuning& tuning) {
 
 NamedTunings named_tunings(const Runtime& runtime) {
   NamedTunings named;
-  for (int i = int(Format::q8); i < kNumFormats; ++i) {
+  for (int i = int(Format::q8); i < kFirstGrouped; ++i) {
     named[format_name(Format(i))] = named_tuning(runtime.tuning(Format(i)));
   }
   return named;
