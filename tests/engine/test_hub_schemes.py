@@ -23,7 +23,7 @@ from tests.models.references import LARGEST_DIFFERENCE, difference
 from tests.models.safetensors_file import Array, read_checkpoint
 from tests.models.tiny import RawConfig, prompt_ids, qwen3_moe
 
-FEW = ("fp8 channel", "modelopt mixed", "fp8 and fp4 experts")
+FEW = ("ct uint4 group 64", "gptq", "awq", "ct w8a8", "fp8 channel", "modelopt mixed", "ct mxfp4")
 
 
 def config_of(*, experts: int, chosen: int, layers: int = 2) -> RawConfig:

@@ -57,18 +57,41 @@ def typed(name: str, dtype: str) -> Damage:
 
 DAMAGES: list[tuple[str, Damage, str]] = [
     # parts that are missing
+    ("ct uint4 group 64", gone("weight_zero_point"), "up_proj.weight_zero_point is missing"),
+    ("ct int4 group 128", gone("weight_scale"), "up_proj.weight_scale is missing"),
+    ("ct int4 group 128", gone("weight_packed"), "up_proj.weight is missing"),
+    ("gptq", gone("qzeros"), "up_proj.qzeros is missing"),
+    ("awq", gone("scales"), "up_proj.scales is missing"),
     ("nvfp4", gone("weight_scale_2"), "up_proj.weight_scale_2 is missing"),
     ("ct nvfp4", gone("weight_global_scale"), "up_proj.weight_global_scale is missing"),
     ("ct mxfp4", gone("weight_scale"), "up_proj.weight_scale is missing"),
     ("fp8 tensor", gone("weight_scale"), "up_proj.weight_scale_inv is missing"),
     # settings that lie about the tensors
+    ("ct int4 group 128", settings(weights__group_size=64), "weight_scale is [128, 2], expected [128, 4]"),
+    ("ct int4 group 128", settings(weights__num_bits=8), "weight_packed is [128, 32], expected [128, 64]"),
+    ("ct int4 group 128", settings(weights__symmetric=False), "weight_zero_point is missing"),
+    ("ct uint4 group 64", settings(weights__symmetric=True), ".weight_zero_point [16, 4]"),
+    ("ct w8a8", settings(weights__strategy="group", weights__group_size=32), "weight_scale is ["),
+    ("gptq", settings(group_size=32), "scales is [2, 128], expected [8, 128]"),
+    ("gptq", settings(bits=8), "qweight is [32, 128], expected [64, 128]"),
+    ("gptq", settings(bits=2), "qweight is [32, 128], expected [16, 128]"),
+    ("awq", settings(group_size=128), "scales is ["),
     ("fp8 block 64", settings(weight_block_size=[128, 128]), "weight_scale_inv is ["),
     ("fp8 block 64", settings(weight_block_size=[64, 48]), "supported: blocks of whole groups of 32 columns"),
     ("fp8 block 64", settings(weight_block_size=None), "weight_scale_inv is ["),
     ("nvfp4", settings(quant_algo="FP8"), "F16, U8, F8_E8M0, found F8_E4M3"),
     ("fp8 tensor", settings(quant_algo="NVFP4"), "q_proj.weight is [128, 256], expected [128, 128]"),
+    (
+        "gptq",
+        settings(modules_to_not_convert=["model.layers.0.mlp"]),
+        "the quantization_config of config.json says that it is not",
+    ),
     # shapes and dtypes
+    ("gptq", shaped("g_idx", 128, 2), "g_idx is [128, 2], expected [256]"),
+    ("ct int4 group 128", shaped("weight_packed", 2**31, 2**31), "up_proj.weight_packed"),
     ("nvfp4", shaped("weight_scale_2", 1, 1), "weight_scale_2 is [1, 1], expected []"),
+    ("ct int4 group 32 f16", typed("weight_packed", "F32"), "weight_packed is F32; supported: I32"),
+    ("ct int4 group 32 f16", typed("weight_scale", "I16"), "supported: scales in F16 or BF16, found I16"),
     ("nvfp4", typed("weight_scale", "U8"), "weight_scale is U8; supported: F8_E4M3"),
     ("fp8 tensor", typed("weight_scale", "I32"), "scales in F32, BF16, F16, U8, F8_E8M0, found I32"),
     ("fp8 tensor", typed("weight", "F8_E5M2"), "up_proj.weight is F8_E5M2; supported: F8_E4M3"),
@@ -102,6 +125,8 @@ def test_a_part_that_would_change_the_weights_is_refused(name: str, tmp_path: Pa
         ("nvfp4", "weight_scale_2", np.float32(np.inf).tobytes(), "not a finite number"),
         ("ct nvfp4", "weight_global_scale", np.float32(0).tobytes(), "not a finite number"),
         ("nvfp4", "weight_scale", b"\x7f", "not a finite number"),
+        ("ct int4 group 128", "weight_scale", b"\xc0\x7f", "not a finite number"),
+        ("gptq", "scales", b"\x00\x7c", "not a finite number"),
         ("fp8 channel", "weight_scale", b"\x80\x7f", "not a finite number"),
         ("mxfp8", "weight_scale", b"\xff", "not a finite number"),
         ("fp8 tensor", "weight", b"\x7f", "not a finite number"),
@@ -120,6 +145,26 @@ def test_codes_and_scales_that_are_not_finite_are_named_when_loaded(
         engine.logits(prompt_ids(CONFIG, 1, 16))
     assert "layer 0, expert 1: " in str(caught.value)
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("index", [1, -1, 2**31 - 1])
+def test_columns_that_a_gptq_file_says_belong_to_another_group_are_refused(
+    index: int, tmp_path: Path
+) -> None:
+    write_kind(tmp_path / "model", CONFIG, KINDS["gptq"], seed=1)
+    spoil(tmp_path / "model", UP + "g_idx", 8, np.int32(index).tobytes())
+    with (
+        pytest.raises(CheckpointError, match="layer 0, expert 1: "),
+        Engine.open(tmp_path / "model", memory="4GiB", threads=1) as engine,
+    ):
+        engine.logits(prompt_ids(CONFIG, 1, 16))
+
+
+def test_a_scale_of_zero_makes_its_weights_zero(tmp_path: Path) -> None:
+    write_kind(tmp_path / "model", CONFIG, KINDS["ct int4 group 128"], seed=1)
+    spoil(tmp_path / "model", UP + "weight_scale", 0, b"\0\0")
+    with Engine.open(tmp_path / "model", memory="4GiB", threads=1) as engine:
+        assert np.isfinite(engine.logits(prompt_ids(CONFIG, 1, 16))).all()
 
 
 ODD_VALUES: list[Any] = [
@@ -165,7 +210,9 @@ def mutate_header(header: dict[str, dict[str, Any]], rng: np.random.Generator) -
 
 
 @pytest.mark.parametrize("num_mutations", [12, pytest.param(200, marks=pytest.mark.full)])
-@pytest.mark.parametrize("name", few_of(KINDS, ("modelopt mixed", "fp8 block 64")))
+@pytest.mark.parametrize(
+    "name", few_of(KINDS, ("ct uint4 group 64", "modelopt mixed", "gptq", "fp8 block 64"))
+)
 def test_mutated_settings_and_headers_are_refused_or_harmless(
     name: str, num_mutations: int, tmp_path: Path
 ) -> None:

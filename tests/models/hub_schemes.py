@@ -264,6 +264,83 @@ NVFP4 = fp4(16, "F8_E4M3", "weight", ("weight_scale_2", False))
 PER_TENSOR = fp8((0, 0), "F32", shape_of=lambda rows, cols: ())
 ACTIVATIONS: Mapping[str, tuple[str, tuple[int, ...]]] = {"input_scale": ("F32", ()), "k_scale": ("F32", ())}
 KINDS: Mapping[str, Kind] = {
+    "ct int4 group 128": Kind(
+        compressed("pack-quantized", num_bits=4, strategy="group", group_size=128),
+        {"_proj.": integers("pack-quantized", 4, 128)},
+        "int4_128_bf16",
+    ),
+    "ct int4 group 32 f16": Kind(
+        compressed("pack-quantized", num_bits=4, strategy="group", group_size=32),
+        {"_proj.": integers("pack-quantized", 4, 32, scale_dtype="F16")},
+        "int4_32_f16",
+    ),
+    "ct int4 channel": Kind(
+        compressed("pack-quantized", num_bits=4, strategy="channel"),
+        {"_proj.": integers("pack-quantized", 4, 0)},
+        "int4_128_bf16",
+    ),
+    "ct uint4 group 64": Kind(
+        compressed("pack-quantized", num_bits=4, strategy="group", group_size=64, symmetric=False),
+        {"_proj.": integers("pack-quantized", 4, 64, has_zeros=True)},
+        "uint4_64_bf16",
+    ),
+    "ct int8 channel packed": Kind(
+        compressed("pack-quantized", num_bits=8, strategy="channel"),
+        {"_proj.": integers("pack-quantized", 8, 0, scale_dtype="F16")},
+        "int8_128_f16",
+    ),
+    "ct w8a8": Kind(
+        compressed("int-quantized", num_bits=8, strategy="channel"),
+        {"_proj.": integers("int-quantized", 8, 0)},
+        "int8_128_bf16",
+    ),
+    "ct w8a8 asymmetric": Kind(
+        compressed("int-quantized", num_bits=8, strategy="group", group_size=64, symmetric=False),
+        {"_proj.": integers("int-quantized", 8, 64, has_zeros=True)},
+        "uint8_64_bf16",
+    ),
+    "gptq": Kind(
+        gptq(4, 128), {"_proj.": integers("gptq", 4, 128, has_zeros=True, scale_dtype="F16")}, "uint4_128_f16"
+    ),
+    "gptq 8 bits": Kind(
+        gptq(8, 32, checkpoint_format="gptq"),
+        {"_proj.": integers("gptq", 8, 32, has_zeros=True, scale_dtype="F16")},
+        "uint8_32_f16",
+    ),
+    "gptq channel": Kind(
+        gptq(4, -1, sym=True),
+        {"_proj.": integers("gptq", 4, 0, has_zeros=True, scale_dtype="F16")},
+        "uint4_128_f16",
+    ),
+    "gptq_v2": Kind(
+        gptq(4, 64, checkpoint_format="gptq_v2"),
+        {"_proj.": integers("gptq_v2", 4, 64, has_zeros=True, scale_dtype="BF16")},
+        "uint4_64_bf16",
+    ),
+    "awq": Kind(
+        {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm", "zero_point": True},
+        {"_proj.": integers("awq", 4, 64, has_zeros=True, scale_dtype="F16")},
+        "uint4_64_f16",
+    ),
+    "auto-round": Kind(
+        {
+            "quant_method": "auto-round",
+            "bits": 4,
+            "group_size": 128,
+            "sym": True,
+            "packing_format": "auto_round:auto_gptq",
+            "extra_config": {
+                f"model.layers.{layer}.self_attn.{name}_proj": {"bits": 8}
+                for layer in range(3)
+                for name in "qkvo"
+            },
+        },
+        {
+            "self_attn": integers("gptq", 8, 128, has_zeros=True, scale_dtype="F16"),
+            "_proj.": integers("gptq", 4, 128, has_zeros=True, scale_dtype="F16"),
+        },
+        "uint4_128_f16",
+    ),
     "fp8 tensor": Kind(modelopt("FP8"), {"_proj.": PER_TENSOR}, "f8", True, ACTIVATIONS),
     "fp8 channel": Kind(
         compressed("float-quantized", num_bits=8, type="float", strategy="channel"),
