@@ -23,7 +23,7 @@ from tests.models.references import LARGEST_DIFFERENCE, difference
 from tests.models.safetensors_file import Array, read_checkpoint
 from tests.models.tiny import RawConfig, prompt_ids, qwen3_moe
 
-FEW = ("ct uint4 group 64", "gptq", "awq", "ct w8a8", "fp8 channel", "modelopt mixed", "ct mxfp4")
+FEW = ("ct uint4 group 64", "gptq", "fp8 channel", "modelopt mixed")
 
 
 def config_of(*, experts: int, chosen: int, layers: int = 2) -> RawConfig:
@@ -90,12 +90,12 @@ def test_logits_match_those_of_the_dequantised_weights(
 def test_answers_are_equal_at_every_budget_in_place_and_packed(
     name: str, instruction_set: str, tmp_path: Path
 ) -> None:
-    config = config_of(experts=9, chosen=2)
+    config = config_of(experts=8, chosen=2, layers=1)
     write_kind(tmp_path / "model", config, KINDS[name], seed=4)
     pack(open_model(tmp_path / "model"), tmp_path / "packed", format="source")
     turn = _native.instruction_sets().index(instruction_set)
     places = [tmp_path / "model", tmp_path / "packed"]
-    require_equal_answers(places, turn, prompt_ids(config, 4, 19), instruction_set, most_slots=16)
+    require_equal_answers(places, turn, prompt_ids(config, 4, 19), instruction_set, most_slots=7)
 
 
 @pytest.mark.parametrize("name", ["ct fp8 block", "fp8 channel", "fp8 block 32 ue8m0", "mxfp8", "ct mxfp4"])
