@@ -93,6 +93,18 @@ void bind_choice(nb::module_& m) {
       "format"_a, R"(
     The format that is measured in place of a format: for a grouped format, one of as many bits with the same
     arithmetic; any other is measured itself.)");
+
+  m.def(
+      "coded_formats",
+      [] {
+        std::vector<FormatName> names;
+        for (int i = 0; i < kNumFormats; ++i) {
+          if (is_coded(Format(i))) names.push_back(format_name(Format(i)));
+        }
+        return names;
+      },
+      "Formats whose products decode the weights before they multiply them.");
+
   m.attr("FEWEST_FOR_TWO_PANELS") = kFewestForTwoPanels;
   m.attr("MOST_FOR_ONE_PANEL") = kMostForOnePanel;
   m.def(

@@ -13,8 +13,8 @@
 //
 // Bits do not depend on which of them ran, so a DirectProduct has the operations of the wide tile, group by
 // group: sum = fma(scale * x_scale, float(dot), sum); with a scale for each half, sum = fma(x_scale,
-// fma(scale[1], float(dot[1]), scale[0] * float(dot[0])), sum); with a min, then sum = fma(min, x_sum, sum).
-// A format with row scales multiplies the sum by them at the end.
+// fma(scale[1], float(dot[1]), scale[0] * float(dot[0])), sum). A format with row scales multiplies the sum
+// by them at the end.
 #pragma once
 
 #include "kernels/coded_row.h"
@@ -66,6 +66,28 @@ struct Decode {
 };
 
 template <Format kFormat>
+  requires(keeps_blocks(kFormat))
+struct Decode<kFormat> {
+  static constexpr QuantFormat kQuant = quant_format(kFormat), kWide = quant_format(kQuant.wide);
+
+  static void run(const uint8_t* panel, int64_t group_begin, int64_t group_end, uint8_t* wide) {
+    for (int64_t begin = group_begin; begin < group_end; begin += kQuant.block_groups()) {
+      for (int64_t row = 0; row < kPanelRows; ++row) {
+        const DecodedBlock<kFormat> block(panel + kQuant.scales_at(begin), row);
+        uint8_t* to = wide;
+        for (int64_t g = 0; g < kQuant.block_groups(); ++g, to += kWide.block_bytes()) {
+          put_wide_row<kQuant.wide>(to, row, block.q + g * kGroupSize);
+          for (int64_t part = 0; part < kWide.parts(); ++part) {
+            std::memcpy(to + (part * kPanelRows + row) * 4, &block.scale[g * kWide.parts() + part], 4);
+          }
+        }
+      }
+      wide += kQuant.block_groups() * kWide.block_bytes();
+    }
+  }
+};
+
+template <Format kFormat>
 struct DirectProduct {
   static constexpr int kMostTokens = 0;
   static void run(const MatmulArgs&) {}
@@ -76,15 +98,15 @@ struct Strip {
   const uint8_t* wide;  // the panels, wide_bytes apart
   int64_t wide_bytes;
   int64_t group_begin, group_end;
-  bool is_last;
+  const uint8_t* row_scales;  // of the first panel, after the last strip of a format that has them; or null
+  int64_t row_scales_stride;
 };
 
 // Adds the products of a strip to the sums of kPanels panels from `row` and kTokens tokens from `token`.
-template <Format kFormat, int kPanels, int kTokens>
+template <Format kWide, int kPanels, int kTokens>
 void run_strip(const MatmulArgs& a, const Strip& strip, int64_t row, int64_t token) {
-  constexpr QuantFormat kQuant = quant_format(kFormat);
-  using Tile = QuantizedTile<kQuant.wide, kPanels, kTokens>;
-  const TileOperands<kQuant.wide, kTokens> o(a, strip.wide, strip.wide_bytes, strip.group_begin, token);
+  using Tile = QuantizedTile<kWide, kPanels, kTokens>;
+  const TileOperands<kWide, kTokens> o(a, strip.wide, strip.wide_bytes, strip.group_begin, token);
   typename Tile::Sums sum = {};
   if (strip.group_begin > 0) Tile::take(a, row, token, sum);
   for (int64_t group = strip.group_begin; group < strip.group_end; ++group) {
@@ -92,38 +114,45 @@ void run_strip(const MatmulArgs& a, const Strip& strip, int64_t row, int64_t tok
     Tile::multiply(o, group, dot);
     Tile::scale(o, group, Tile::block_scales(o, group), dot, sum);
   }
-  if constexpr (kQuant.has_row_scale) {
-    if (strip.is_last) {
-      const int64_t stride = panel_bytes(kFormat, a.cols);
-      Tile::multiply_rows(a.weights + row / kPanelRows * stride, stride, sum);
-    }
-  }
+  if (strip.row_scales != nullptr) Tile::multiply_rows(strip.row_scales, strip.row_scales_stride, sum);
   Tile::put(a, row, token, sum);
 }
 
-// All tokens of kPanels panels, in tiles of nearly equal size.
+// All tokens of a strip, in tiles of nearly equal size.
+template <Format kWide, int kPanels, int kMostTokens>
+[[gnu::noinline]] void run_tokens(const MatmulArgs& a, const Strip& strip, int64_t row) {
+  const int64_t tiles = (a.num_tokens + kMostTokens - 1) / kMostTokens;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t first = a.num_tokens * tile / tiles, end = a.num_tokens * (tile + 1) / tiles;
+    with_number<kMostTokens>(end - first, [&]<int kTokens>(Number<kTokens>) {
+      run_strip<kWide, kPanels, kTokens>(a, strip, row, first);
+    });
+  }
+}
+
+// All tokens of kPanels panels.
 template <Format kFormat, int kPanels, int kMostTokens>
 void run_decoded(const MatmulArgs& a, int64_t row) {
-  constexpr Format kWide = quant_format(kFormat).wide;
+  constexpr QuantFormat kQuant = quant_format(kFormat);
+  constexpr int64_t kMostGroups = kStripCols / kGroupSize;
   static_assert(kStripCols % kLongestBlock == 0);
   const int64_t stride = panel_bytes(kFormat, a.cols), groups = num_groups(a.cols);
-  const int64_t tiles = (a.num_tokens + kMostTokens - 1) / kMostTokens;
+  const uint8_t* panel = a.weights + row / kPanelRows * stride;
   uint8_t* wide = a.scratch + kWideScratchAt;
   // Without columns, the sums are zero.
-  for (int64_t begin = 0; begin == 0 || begin < groups; begin += kStripCols / kGroupSize) {
-    const int64_t left = groups - begin, most = kStripCols / kGroupSize;
-    const Strip strip = {wide, panel_bytes(kWide, kStripCols), begin, begin + (left < most ? left : most),
-                         left <= most};
+  for (int64_t begin = 0; begin == 0 || begin < groups; begin += kMostGroups) {
+    const bool is_last = groups - begin <= kMostGroups;
+    const Strip strip = {wide,
+                         panel_bytes(kQuant.wide, kStripCols),
+                         begin,
+                         is_last ? groups : begin + kMostGroups,
+                         kQuant.has_row_scale && is_last ? panel : nullptr,
+                         stride};
     for (int64_t i = 0; i < kPanels; ++i) {
-      Decode<kFormat>::run(a.weights + (row / kPanelRows + i) * stride, strip.group_begin, strip.group_end,
+      Decode<kFormat>::run(panel + i * stride, strip.group_begin, strip.group_end,
                            wide + i * strip.wide_bytes);
     }
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t first = a.num_tokens * tile / tiles, end = a.num_tokens * (tile + 1) / tiles;
-      with_number<kMostTokens>(end - first, [&]<int kTokens>(Number<kTokens>) {
-        run_strip<kFormat, kPanels, kTokens>(a, strip, row, first);
-      });
-    }
+    run_tokens<kQuant.wide, kPanels, kMostTokens>(a, strip, row);
   }
 }
 

@@ -1,15 +1,14 @@
 // coded_row.h: one row of a group of a coded format: its quants and their scales.
 //
-//   CodedRow<F>::quants(panel, row, group, q)        the 32 quants of the group
-//   CodedRow<F>::scale(panel, row, group, part)      weight = scale * q, or scale * q + min if
-//   quant_format(F)
-//                                                    has mins; part: the half of the group, if each has a
-//                                                    scale
+//   CodedRow<F>::quants(panel, row, group, q)     the 32 quants of the group
+//   CodedRow<F>::scale(panel, row, group, part)   weight = scale * q, times the row's scale if there is one;
+//                                                 part: the half of the group, if each has a scale
 //
 // Defined for each coded format. From it come the references of products, the rows that embeddings look up,
 // and the plain way to decode a panel (coded.h).
 #pragma once
 
+#include "kernels/coded_block.h"
 #include "kernels/formats.h"
 #include "kernels/half.h"
 #include "kernels/iq_grids.h"
@@ -24,31 +23,29 @@ struct CodedRow;
 //
 // A block of 256 columns takes sixteen times the bytes of the file's block:
 //
-//            d         sub-scales               bit masks, of 8 groups     8 groups
-//   iq2_xxs  f16 [16]  -                        -                          64 index bytes, words by row
-//   iq2_xs   f16 [16]  128: nibbles by half     -                          64 index bytes, 64: index bit 8,
-//   signs iq2_s    f16 [16]  128: nibbles by half     16: index bits 8, 9        64 index bytes, 64 sign
-//   bytes iq3_xxs  f16 [16]  -                        -                          2 x 64 index bytes, words by
-//   row iq3_s    f16 [16]  64: nibbles by row       16: index bit 8, twice     2 x 64 index bytes, 64 sign
-//   bytes iq1_s    f16 [16]  64: nibbles by row       24: index bits 8, 9, 10    64 index bytes iq1_m    -
-//   128: three bits by half  32: the same, delta        64 index bytes
+//            d         sub-scales            bit masks of 8 groups   8 groups, bytes each
+//   iq2_xxs  f16 [16]  -                     -                       64 index, 64 words by row
+//   iq2_xs   f16 [16]  128 nibbles by half   -                       64 index, 64 index bit 8 and signs
+//   iq2_s    f16 [16]  128 nibbles by half   16: index bits 8, 9     64 index, 64 signs
+//   iq3_xxs  f16 [16]  -                     -                       128 index, 64 words by row
+//   iq3_s    f16 [16]  64 nibbles by row     16: index bit 8, twice  128 index, 64 signs
+//   iq1_s    f16 [16]  64 nibbles by row     24: index bits 8 to 10  64 index
+//   iq1_m    -         128 threes by half    32: the same, delta     64 index
 //
 // Index k of a row belongs to columns 8 k to 8 k + 7 of a group; in iq3, to columns 4 k to 4 k + 3. Its place
-// is 4 r + k; if each half of a group has a sub-scale, it is 16 (r / 4) + 8 (k / 2) + 2 (r % 4) + k % 2,
-// because vpunpcklbw and vpunpckhbw of two lookups then leave the halves of a group in two vectors, in the
-// order of the rows.
+// is 4 r + k; if each half of a group has a sub-scale, it is 16 (r / 4) + 8 (k / 2) + 2 (r % 4) + k % 2:
+// vpunpcklbw and vpunpckhbw of two lookups then leave the halves of a group in two vectors, in the order of
+// the rows.
 //
-//   index bytes   the low byte of each index, at its place; iq3: the second 64 bytes have indices 4 to 7.
-//   iq1:
-//                 names of entries (iq_grids.h)
-//   sign bytes    at the place of index k, the signs of columns 8 k to 8 k + 7. iq2_xs: bit 0 = bit 8 of the
-//                 index, bits 1 to 7 = seven signs; the eighth makes their number even
-//   words by row  uint32 [16]: four fields of seven signs, the sub-scale on top
-//   bit masks     uint64 each: the bit at its place belongs to the index; iq3: the second to indices 4 to 7
-//   by row        uint32 [16]: nibble g belongs to group g; iq1_s: bit 3 of a nibble = delta is negative
-//   by half       uint32 [half][16]: nibble g, in iq1_m the three bits from 3 g on, belongs to group g.
-//   iq1_m: the
-//                 top bytes of the words of both halves are those of d
+//   index         the low byte of each index, at its place; iq3: the second 64 bytes have indices 4 to 7.
+//                 iq1: the low byte of the name of an entry (iq_grids.h).
+//   signs         at the place of index k, the signs of columns 8 k to 8 k + 7. iq2_xs: bit 0 is bit 8 of the
+//                 index, bits 1 to 7 are seven signs; the eighth makes their number even.
+//   words by row  uint32 [16]: four fields of seven signs, the sub-scale on top.
+//   bit masks     uint64 each: the bit at its place belongs to the index; iq3: the second to indices 4 to 7.
+//   by row        uint32 [16]: nibble g belongs to group g; iq1_s: bit 3 of a nibble: delta is negative.
+//   by half       uint32 [half][16]: nibble g, or the three bits from 3 g on, belongs to group g. iq1_m: the
+//                 top bytes of a row's two words are the bytes of d.
 //
 // weight = d * unit * (2 sub-scale + 1) * value. The value is that of the grid with its sign; iq1: 8 times
 // that of the grid, plus or minus 1 (delta).
@@ -225,6 +222,23 @@ struct CodedRow<kFormat> {
   static float scale(const uint8_t* panel, int64_t row, int64_t group, int64_t part) {
     const IqRow<kFormat> found(panel, row, group);
     return found.d() * (iq_unit(kFormat) * float(2 * found.sub_scale(part) + 1));
+  }
+};
+
+// ---- Formats that keep the bytes of the file's blocks ----
+
+template <Format kFormat>
+  requires(keeps_blocks(kFormat))
+struct CodedRow<kFormat> {
+  static constexpr QuantFormat kQuant = quant_format(kFormat);
+
+  static void quants(const uint8_t* panel, int64_t row, int64_t group, int8_t (&q)[kGroupSize]) {
+    const DecodedBlock<kFormat> block(panel + kQuant.scales_at(group), row);
+    std::memcpy(q, block.q + group % kQuant.block_groups() * kGroupSize, kGroupSize);
+  }
+  static float scale(const uint8_t* panel, int64_t row, int64_t group, int64_t part) {
+    const DecodedBlock<kFormat> block(panel + kQuant.scales_at(group), row);
+    return block.scale[group % kQuant.block_groups() * kQuant.parts() + part];
   }
 };
 

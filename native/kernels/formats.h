@@ -30,8 +30,10 @@
 //     mxfp4    4   table e2m1   bf16 of 32                     -
 //     nvfp4    4   table e2m1   f32 of a row * e4m3 of 16      -
 //     int4     4   - 8          bf16 of 32                     -
+//     tq2_0    2   - 1          f16 of 256                     -
+//     q2_0     2   - 1          f16 of 64                      -
 //
-//   coded        iq2_xxs to iq1_m: indices into grids, signs and sub-scales, in the bits of the file's blocks
+//   coded        iq2_xxs to iq2_kl: indices into grids, trits or signs, in the bits of the file's blocks
 //                (coded.h). Products decode them to a wide format: 8 bits with float32 scales, in scratch.
 //
 //     wide         8   - 128        f32 of 32                      -
@@ -55,11 +57,11 @@
 // begin with the scales of the rows, float32 [16], and its blocks of 64 columns have only sub-scales. int4 is
 // the format that compressed-tensors packs.
 //
-// A quantised matrix is a list of panels of 16 rows. A block is the columns that share a 16-bit scale: 32 or
-// 256 of them, or a group of a grouped format. A panel holds its blocks one after another and is padded to 64
-// bytes. A block holds its scales, then the quants of its groups. The scales of a block are 16-bit floats [16
-// rows], then, if the format has them, its mins float16 [16] (affine: of the type of the scales; uint: zeros
-// u8 [16]), its sub-scales [group or half group][16] and its sub-mins [group][16]. q2_k and q3_k store
+// A quantised matrix is a list of panels of 16 rows. A block is the columns that share a 16-bit scale: 32, 64
+// or 256 of them, or a group of a grouped format. A panel holds its blocks one after another and is padded to
+// 64 bytes. A block holds its scales, then the quants of its groups. The scales of a block are 16-bit floats
+// [16 rows], then, if the format has them, its mins float16 [16] (affine: of the type of the scales; uint:
+// zeros u8 [16]), its sub-scales [group or half group][16] and its sub-mins [group][16]. q2_k and q3_k store
 // sub-scales as [group][16][half group] instead, so that both sub-scales of a row are multiplied at once;
 // those of q2_k share a byte with their sub-mins, which are the high half. So a product reads a matrix from
 // its first byte to its last (docs/decisions/0019-read-panels-sequentially.md). The quants of a group of 32
@@ -105,6 +107,8 @@ enum class Format : uint8_t {
   mxfp4,
   nvfp4,
   int4,
+  tq2_0,
+  q2_0,
   iq2_xxs,
   iq2_xs,
   iq2_s,
@@ -112,6 +116,18 @@ enum class Format : uint8_t {
   iq3_s,
   iq1_s,
   iq1_m,
+  tq1_0,
+  q1_0,
+  iq2_k,
+  iq3_k,
+  iq4_k,
+  iq5_k,
+  iq6_k,
+  iq2_ks,
+  iq3_ks,
+  iq4_ks,
+  iq5_ks,
+  iq2_kl,
   first_grouped,  // of kNumGrouped formats
   // Only in scratch: what coded formats are decoded to.
   wide = first_grouped + 72,
@@ -286,14 +302,16 @@ static inline constexpr Format measured_as(Format format) {
 
 // A row of the table for a coded format.
 static inline constexpr QuantFormat coded_format(Format wide, int64_t block_cols, int64_t sub_scale_cols,
-                                                 int64_t front_bytes, int64_t group_bytes) {
+                                                 int64_t front_bytes, int64_t group_bytes = 0,
+                                                 bool has_row_scale = false) {
   return {.bits = 8,
           .zero = 128,
           .block_cols = block_cols,
           .sub_scale_cols = sub_scale_cols,
           .wide = wide,
           .front_bytes = front_bytes,
-          .coded_group_bytes = group_bytes};
+          .coded_group_bytes = group_bytes,
+          .has_row_scale = has_row_scale};
 }
 
 // For quantised formats only.
@@ -343,6 +361,10 @@ static inline constexpr QuantFormat coded_format(Format wide, int64_t block_cols
               .has_row_scale = true};
     case Format::int4:
       return {4, 8, 32, 0, false, SubScales::none, true};
+    case Format::tq2_0:
+      return {2, 1, 256};
+    case Format::q2_0:
+      return {2, 1, 64};
     case Format::iq2_xxs:
       return coded_format(Format::wide, 256, 0, 32, 128);
     case Format::iq2_xs:
@@ -357,6 +379,30 @@ static inline constexpr QuantFormat coded_format(Format wide, int64_t block_cols
       return coded_format(Format::wide, 256, 0, 32 + 64 + 8 * 24, 64);
     case Format::iq1_m:
       return coded_format(Format::wide_halves, 256, 16, 128 + 8 * 32, 64);
+    case Format::tq1_0:
+      return coded_format(Format::wide, 256, 0, 16 * 54);
+    case Format::q1_0:
+      return coded_format(Format::wide, 128, 0, 16 * 18);
+    case Format::iq2_k:
+      return coded_format(Format::wide_halves, 256, 16, 16 * 76);
+    case Format::iq3_k:
+      return coded_format(Format::wide_halves, 256, 16, 16 * 110);
+    case Format::iq4_k:
+      return coded_format(Format::wide_halves, 256, 16, 16 * 144);
+    case Format::iq5_k:
+      return coded_format(Format::wide_halves, 256, 16, 16 * 176);
+    case Format::iq6_k:
+      return coded_format(Format::wide_halves, 256, 16, 16 * 212);
+    case Format::iq2_ks:
+      return coded_format(Format::wide, 256, 0, 16 * 70, 0, true);
+    case Format::iq3_ks:
+      return coded_format(Format::wide, 256, 0, 16 * 102, 0, true);
+    case Format::iq4_ks:
+      return coded_format(Format::wide, 256, 0, 16 * 136, 0, true);
+    case Format::iq5_ks:
+      return coded_format(Format::wide, 256, 0, 16 * 168, 0, true);
+    case Format::iq2_kl:
+      return coded_format(Format::wide, 256, 0, 16 * 86, 0, true);
     case Format::wide:
       return {.bits = 8, .zero = 128, .block_cols = 32, .has_float_scales = true};
     case Format::wide_halves:

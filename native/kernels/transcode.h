@@ -6,7 +6,12 @@
 //   IQ4_XS                          the same                         ->  iq4_xs
 //   IQ2_XXS IQ2_XS IQ2_S            the same                         ->  iq2_xxs iq2_xs iq2_s
 //   IQ3_XXS IQ3_S IQ1_S IQ1_M       the same                         ->  iq3_xxs iq3_s iq1_s iq1_m
+//   TQ1_0 TQ2_0                     the same                         ->  tq1_0 tq2_0
+//   Q1_0 Q2_0                       a row is blocks of 128, 64       ->  q1_0 q2_0
 //   NVFP4                           a row is blocks of 64 columns    ->  nvfp4
+//   IQ2_K IQ3_K IQ4_K IQ5_K IQ6_K   a row is blocks of 256           ->  iq2_k iq3_k iq4_k iq5_k iq6_k
+//   IQ2_KS IQ3_KS IQ2_KL            a row is a float16, then blocks  ->  iq2_ks iq3_ks iq2_kl
+//   IQ4_KS IQ5_KS                   a row is a float32, then blocks  ->  iq4_ks iq5_ks
 //   int4_quants int4_scales         compressed-tensors               ->  int4
 //   mxfp4_quants mxfp4_scales       OCP MX                           ->  mxfp4
 //   uint4_128_f16:gptq_codes ...    parts (grouped_parts.h)          ->  grouped formats
@@ -80,6 +85,20 @@ enum class BlockType : uint64_t {
   iq3_s,
   iq1_s,
   iq1_m,
+  tq1_0,
+  tq2_0,
+  q1_0,
+  q2_0,
+  iq2_k,
+  iq3_k,
+  iq4_k,
+  iq5_k,
+  iq6_k,
+  iq2_ks,
+  iq3_ks,
+  iq4_ks,
+  iq5_ks,
+  iq2_kl,
   int4_quants,
   int4_scales,
   mxfp4_quants,
@@ -150,6 +169,20 @@ struct BlockTypeEntry {
     {BlockType::iq3_s, "IQ3_S", Format::iq3_s, 110},
     {BlockType::iq1_s, "IQ1_S", Format::iq1_s, 50},
     {BlockType::iq1_m, "IQ1_M", Format::iq1_m, 56},
+    {BlockType::tq1_0, "TQ1_0", Format::tq1_0, 54},
+    {BlockType::tq2_0, "TQ2_0", Format::tq2_0, 66},
+    {BlockType::q1_0, "Q1_0", Format::q1_0, 18},
+    {BlockType::q2_0, "Q2_0", Format::q2_0, 18},
+    {BlockType::iq2_k, "IQ2_K", Format::iq2_k, 76},
+    {BlockType::iq3_k, "IQ3_K", Format::iq3_k, 110},
+    {BlockType::iq4_k, "IQ4_K", Format::iq4_k, 144},
+    {BlockType::iq5_k, "IQ5_K", Format::iq5_k, 176},
+    {BlockType::iq6_k, "IQ6_K", Format::iq6_k, 212},
+    {BlockType::iq2_ks, "IQ2_KS", Format::iq2_ks, 70},
+    {BlockType::iq3_ks, "IQ3_KS", Format::iq3_ks, 102},
+    {BlockType::iq4_ks, "IQ4_KS", Format::iq4_ks, 136},
+    {BlockType::iq5_ks, "IQ5_KS", Format::iq5_ks, 168},
+    {BlockType::iq2_kl, "IQ2_KL", Format::iq2_kl, 86},
     {BlockType::int4_quants, "int4_quants", Format::int4, 16},
     {BlockType::int4_scales, "int4_scales", Format::int4, 2},
     {BlockType::mxfp4_quants, "mxfp4_quants", Format::mxfp4, 16},
@@ -254,9 +287,15 @@ static inline constexpr bool may_be_interleaved(BlockType type) {
   return !is_grouped(type) && !is_f8(slot_format(type)) && !is_factor(type);
 }
 
-// Bytes of a row of blocks in the file.
+// Bytes of the scale, float32 or float16, that precedes a row's blocks in the file.
+static inline constexpr int64_t row_scale_bytes(BlockType type) {
+  const Format format = slot_format(type);
+  if (format < Format::iq2_ks || format > Format::iq2_kl) return 0;
+  return format == Format::iq4_ks || format == Format::iq5_ks ? 4 : 2;
+}
+// Bytes of a row in the file.
 static inline constexpr int64_t block_row_bytes(BlockType type, int64_t cols) {
-  return round_up(cols, block_cols(type)) / block_cols(type) * block_bytes(type);
+  return row_scale_bytes(type) + round_up(cols, block_cols(type)) / block_cols(type) * block_bytes(type);
 }
 
 // Whether the type can have this many rows.

@@ -156,53 +156,42 @@ constexpr Iq1Names kSpreadNames = [] {
   return made;
 }();
 
-// The names of the indices of four groups: their low bytes, and for each mask the bits of the row, those of
-// group g in byte g.
-struct NamedRow {
-  uint32_t low[4] = {}, bits[3] = {};
-
-  void add(int g, int k, uint32_t index) {
-    const uint32_t name = kSpreadNames.spread[index];
-    low[g] |= (name & 0xFF) << 8 * k;
-    for (int m = 0; m < 3; ++m) bits[m] |= (name >> 8 * (m + 1) & 0xFF) << (8 * g + k);
-  }
-};
-
-// Stores the names of four groups, whose masks begin at `masks`.
-template <Format kFormat>
-void store_names(const BlockRows& rows, const NamedRow (&named)[kRowsAtOnce], uint8_t* groups,
+// Stores the names of the indices of four groups: `low` has the four lowest bytes of a group, and the three
+// bits above those of index k begin at bit kStep * k of `high`.
+template <Format kFormat, int kStep>
+void store_names(const BlockRows& rows, const RowWords* low, const RowWords (&high)[4], uint8_t* groups,
                  uint8_t* masks) {
-  const auto each_row = [&](const auto& word) {
-    return RowWords{word(named[0]), word(named[1]), word(named[2]), word(named[3])};
-  };
+  RowWords bits[3] = {};  // of each mask, those of group g in byte g
   for (int g = 0; g < 4; ++g) {
-    const RowWords low = each_row([&](const NamedRow& row) { return row.low[g]; });
-    rows.store(groups + g * quant_format(kFormat).group_bytes(), in_place<kFormat>(low));
+    RowWords low_bytes = {}, above = {};
+    for (int k = 0; k < 4; ++k) {
+      const RowWords index = ((low[g] >> (8 * k)) & 0xFFu) | (((high[g] >> (kStep * k)) & 7u) << 8);
+      const RowWords name = {kSpreadNames.spread[index[0]], kSpreadNames.spread[index[1]],
+                             kSpreadNames.spread[index[2]], kSpreadNames.spread[index[3]]};
+      low_bytes |= (name & 0xFFu) << (8 * k);
+      above |= (name & 0xFFFFFF00u) << k;
+    }
+    rows.store(groups + g * quant_format(kFormat).group_bytes(), in_place<kFormat>(low_bytes));
+    for (int m = 0; m < 3; ++m) bits[m] |= ((above >> (8 * (m + 1))) & 15u) << (8 * g);
   }
-  for (int m = 0; m < 3; ++m) {
-    const RowWords bits = each_row([&](const NamedRow& row) { return row.bits[m]; });
-    store_mask_bits<kFormat>(rows, bits, masks + 8 * m);
-  }
+  for (int m = 0; m < 3; ++m) store_mask_bits<kFormat>(rows, bits[m], masks + 8 * m);
 }
 
 template <>
 void transcode_block<BlockType::iq1_s>(const BlockRows& rows, uint8_t* groups, uint8_t* front) {
   constexpr Format kFormat = Format::iq1_s;
   rows.copy_halves(0, front);
-  for (int64_t four = 0; four < 2; ++four) {
-    NamedRow named[kRowsAtOnce];
-    for (int r = 0; r < kRowsAtOnce; ++r) {
-      for (int g = 0; g < 4; ++g) {
-        const uint8_t* low = rows.row[r] + 2 + 16 * four + 4 * g;
-        const uint32_t high = read_unaligned<uint16_t>(rows.row[r] + 34 + 8 * four + 2 * g);
-        for (int k = 0; k < 4; ++k) named[r].add(g, k, low[k] | (high >> 3 * k & 7) << 8);
-      }
-    }
-    store_names<kFormat>(rows, named, groups + 4 * four * quant_format(kFormat).group_bytes(),
-                         front + iq_masks_at(kFormat) + 4 * four * iq_mask_bytes(kFormat));
-  }
-  RowWords high[4], nibbles = {};  // two groups in a word, their sub-scale and delta on top
+  RowWords low[8], high[4], nibbles = {};  // `high`: two groups in a word
+  rows.load(2, low);
   rows.load(34, high);
+  for (int four = 0; four < 2; ++four) {
+    const RowWords of_groups[4] = {high[2 * four], high[2 * four] >> 16, high[2 * four + 1],
+                                   high[2 * four + 1] >> 16};
+    store_names<kFormat, 3>(rows, low + 4 * four, of_groups,
+                            groups + 4 * four * quant_format(kFormat).group_bytes(),
+                            front + iq_masks_at(kFormat) + 4 * four * iq_mask_bytes(kFormat));
+  }
+  // The sub-scale and delta of each group are on top.
   for (int i = 0; i < 4; ++i) nibbles |= (((high[i] >> 12) & 15u) | ((high[i] >> 28) << 4)) << (8 * i);
   rows.store(front + iq_sub_scales_at(kFormat), nibbles);
 }
@@ -210,24 +199,21 @@ void transcode_block<BlockType::iq1_s>(const BlockRows& rows, uint8_t* groups, u
 template <>
 void transcode_block<BlockType::iq1_m>(const BlockRows& rows, uint8_t* groups, uint8_t* front) {
   constexpr Format kFormat = Format::iq1_m;
-  for (int64_t four = 0; four < 2; ++four) {
+  RowWords low[8],
+      high[4];  // `high`: a nibble for each index, its highest bits and whether delta is negative
+  rows.load(0, low);
+  rows.load(32, high);
+  for (int four = 0; four < 2; ++four) {
     uint8_t* masks = front + iq_masks_at(kFormat) + 4 * four * iq_mask_bytes(kFormat);
-    NamedRow named[kRowsAtOnce];
-    RowWords deltas;  // byte g: of group g
-    for (int r = 0; r < kRowsAtOnce; ++r) {
-      uint32_t of_row = 0;
-      for (int g = 0; g < 4; ++g) {
-        const uint8_t* low = rows.row[r] + 16 * four + 4 * g;
-        // A nibble for each index: its highest bits, and whether delta is negative.
-        const uint32_t high = read_unaligned<uint16_t>(rows.row[r] + 32 + 8 * four + 2 * g);
-        for (int k = 0; k < 4; ++k) {
-          named[r].add(g, k, low[k] | (high >> 4 * k & 7) << 8);
-          of_row |= (high >> (4 * k + 3) & 1) << (8 * g + k);
-        }
-      }
-      deltas[r] = of_row;
+    const RowWords of_groups[4] = {high[2 * four], high[2 * four] >> 16, high[2 * four + 1],
+                                   high[2 * four + 1] >> 16};
+    store_names<kFormat, 4>(rows, low + 4 * four, of_groups,
+                            groups + 4 * four * quant_format(kFormat).group_bytes(), masks);
+    RowWords deltas = {};  // byte g: of group g
+    for (int g = 0; g < 4; ++g) {
+      const RowWords signs = (of_groups[g] >> 3) & 0x1111u;
+      deltas |= ((signs | (signs >> 3) | (signs >> 6) | (signs >> 9)) & 15u) << (8 * g);
     }
-    store_names<kFormat>(rows, named, groups + 4 * four * quant_format(kFormat).group_bytes(), masks);
     store_mask_bits<kFormat>(rows, deltas, masks + 24);
   }
   // Four words of 16 bits: the sub-scales of the halves of two groups, and four bits of d on top.

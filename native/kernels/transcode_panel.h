@@ -5,6 +5,7 @@
 // zeros.
 #pragma once
 
+#include "kernels/coded_block.h"
 #include "kernels/half.h"
 #include "kernels/transcode.h"
 
@@ -90,8 +91,19 @@ inline void swap_bits(RowWords& a, int shift, uint32_t mask) {
   a ^= differ ^ (differ << shift);
 }
 
+// Of formats that keep the bytes of their blocks (coded_block.h); the others are specialised.
 template <BlockType kType>
-void transcode_block(const BlockRows& rows, uint8_t* quants, uint8_t* scales);
+void transcode_block(const BlockRows& rows, uint8_t*, uint8_t* block) {
+  static_assert(keeps_blocks(slot_format(kType)));
+  constexpr int64_t kBytes = block_bytes(kType), kBeforeWords = kBytes % 4;
+  if constexpr (kBeforeWords > 0) rows.copy_halves(0, block);
+  uint8_t* words = block + kBeforeWords * kPanelRows;
+  for (int64_t i = 0; i < kBytes / 4; ++i) {
+    RowWords word;
+    rows.load_one(kBeforeWords + 4 * i, word);
+    rows.store(words + i * kChunkBytes, word);
+  }
+}
 
 template <>
 void transcode_block<BlockType::q8_0>(const BlockRows& rows, uint8_t* quants, uint8_t* scales) {
@@ -346,6 +358,28 @@ void transcode_block<BlockType::mxfp4>(const BlockRows& rows, uint8_t* quants, u
   }
 }
 
+template <>
+void transcode_block<BlockType::tq2_0>(const BlockRows& rows, uint8_t* quants, uint8_t* scales) {
+  constexpr int64_t kGroupBytes = quant_format(Format::tq2_0).group_bytes();
+  for (int64_t half = 0; half < 2; ++half) {
+    store_pair_planes(rows, 32 * half, quants + 4 * half * kGroupBytes, kGroupBytes);
+  }
+  rows.copy_halves(64, scales);
+}
+
+template <>
+void transcode_block<BlockType::q2_0>(const BlockRows& rows, uint8_t* quants, uint8_t* scales) {
+  RowWords words[4];  // of sixteen columns each: four neighbours in a byte
+  rows.load(2, words);
+  for (int i = 0; i < 4; ++i) {
+    // Bits 2 j of byte c, j and c from 0 to 3, go to bits 2 c of byte j.
+    swap_bits(words[i], 6, 0x00CC00CC);
+    swap_bits(words[i], 12, 0x0000F0F0);
+    rows.store(quants + i * kChunkBytes, words[i]);
+  }
+  rows.copy_halves(0, scales);
+}
+
 // 16 bytes with two neighbouring columns each: the nibbles of columns 4 c to 4 c + 3 and of columns 4 (c + 4)
 // to 4 (c + 4) + 3 share a word of a panel.
 inline void transcode_neighbours(const BlockRows& rows, int64_t at, uint8_t* group) {
@@ -442,7 +476,8 @@ void transcode_blocks(const uint8_t* from, int64_t row_stride, int64_t present, 
       uint8_t filled[kRowsAtOnce][kBytes];
       for (int64_t r = 0; r < kRowsAtOnce; ++r) {
         const bool is_row = first + r < present;
-        rows.row[r] = is_row ? from + (first + r) * row_stride + b * kBytes : kNoRow;
+        const int64_t at = (first + r) * row_stride + row_scale_bytes(kType) + b * kBytes;
+        rows.row[r] = is_row ? from + at : kNoRow;
         if (is_row && kQuant.block_cols != block_cols(kType) && rest < kBytes) {
           std::memset(filled[r], 0, kBytes);
           std::memcpy(filled[r], rows.row[r], size_t(rest));
@@ -455,6 +490,20 @@ void transcode_blocks(const uint8_t* from, int64_t row_stride, int64_t present, 
   }
 }
 
+// Copies the scales that precede the rows, as float32, to the beginning of the panel.
+template <BlockType kType>
+void transcode_row_scales(const uint8_t* from, int64_t row_stride, int64_t present, uint8_t* panel) {
+  for (int64_t r = 0; r < kPanelRows; ++r) {
+    float scale = 0.0f;
+    if (r < present) {
+      const uint8_t* row = from + r * row_stride;
+      scale = row_scale_bytes(kType) == 4 ? read_unaligned<float>(row)
+                                          : float_from_f16(read_unaligned<uint16_t>(row));
+    }
+    std::memcpy(panel + 4 * r, &scale, 4);
+  }
+}
+
 template <BlockType kType>
 void transcode_panel(const uint8_t* from, int64_t row_stride, int64_t present, int64_t cols, uint8_t* panel,
                      const uint8_t* next) {
@@ -463,6 +512,7 @@ void transcode_panel(const uint8_t* from, int64_t row_stride, int64_t present, i
   if constexpr (is_scales(kType)) {
     transcode_scales<kType>(from, row_stride, present, blocks, panel);
   } else {
+    if constexpr (row_scale_bytes(kType) > 0) transcode_row_scales<kType>(from, row_stride, present, panel);
     transcode_blocks<kType>(from, row_stride, present, cols, panel, next);
   }
   if constexpr (!is_quants(kType)) {

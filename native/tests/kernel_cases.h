@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/coded_block.h"
 #include "kernels/half.h"
 #include "kernels/kernel_table.h"
 #include "kernels/matmul_args.h"
@@ -27,21 +28,26 @@ inline const Format kInt4 = grouped_format(0, 128, true), kInt8 = grouped_format
                     kAffine4 = grouped_format(8, 64, false), kAffine5 = grouped_format(9, 64, true),
                     kAffine6 = grouped_format(10, 128, false), kAffine8 = grouped_format(11, 64, false);
 inline const Format kFormats[] = {
-    Format::f32,    Format::f16,     Format::bf16,  Format::f8,    Format::f8_row,  Format::f8_32,
-    Format::mxfp8,  Format::q8,      Format::q4,    Format::q4_1,  Format::q5_0,    Format::q5_1,
-    Format::q4_k,   Format::q5_k,    Format::q6_k,  Format::q2_k,  Format::q3_k,    Format::iq4_nl,
-    Format::iq4_xs, Format::mxfp4,   Format::nvfp4, Format::int4,  Format::iq2_xxs, Format::iq2_xs,
-    Format::iq2_s,  Format::iq3_xxs, Format::iq3_s, Format::iq1_s, Format::iq1_m,   kInt4,
-    kInt8,          kUint2,          kUint3,        kUint4,        kUint8,          kAffine2,
-    kAffine3,       kAffine4,        kAffine5,      kAffine6,      kAffine8};
+    Format::f32,     Format::f16,    Format::bf16,   Format::f8,      Format::f8_row, Format::f8_32,
+    Format::mxfp8,   Format::q8,     Format::q4,     Format::q4_1,    Format::q5_0,   Format::q5_1,
+    Format::q4_k,    Format::q5_k,   Format::q6_k,   Format::q2_k,    Format::q3_k,   Format::iq4_nl,
+    Format::iq4_xs,  Format::mxfp4,  Format::nvfp4,  Format::int4,    Format::tq2_0,  Format::q2_0,
+    Format::iq2_xxs, Format::iq2_xs, Format::iq2_s,  Format::iq3_xxs, Format::iq3_s,  Format::iq1_s,
+    Format::iq1_m,   Format::tq1_0,  Format::q1_0,   Format::iq2_k,   Format::iq3_k,  Format::iq4_k,
+    Format::iq5_k,   Format::iq6_k,  Format::iq2_ks, Format::iq3_ks,  Format::iq4_ks, Format::iq5_ks,
+    Format::iq2_kl,  kInt4,          kInt8,          kUint2,          kUint3,         kUint4,
+    kUint8,          kAffine2,       kAffine3,       kAffine4,        kAffine5,       kAffine6,
+    kAffine8};
 inline const Format kF8Formats[] = {Format::f8, Format::f8_row, Format::f8_32, Format::mxfp8};
 // Block types that hold a whole matrix.
 inline const BlockType kBlockTypes[] = {
-    BlockType::q8_0,   BlockType::q4_0,   BlockType::q4_1,    BlockType::q5_0,  BlockType::q5_1,
-    BlockType::q4_k,   BlockType::q5_k,   BlockType::q6_k,    BlockType::q2_k,  BlockType::q3_k,
-    BlockType::iq4_nl, BlockType::iq4_xs, BlockType::mxfp4,   BlockType::nvfp4, BlockType::iq2_xxs,
-    BlockType::iq2_xs, BlockType::iq2_s,  BlockType::iq3_xxs, BlockType::iq3_s, BlockType::iq1_s,
-    BlockType::iq1_m};
+    BlockType::q8_0,   BlockType::q4_0,   BlockType::q4_1,    BlockType::q5_0,   BlockType::q5_1,
+    BlockType::q4_k,   BlockType::q5_k,   BlockType::q6_k,    BlockType::q2_k,   BlockType::q3_k,
+    BlockType::iq4_nl, BlockType::iq4_xs, BlockType::mxfp4,   BlockType::nvfp4,  BlockType::iq2_xxs,
+    BlockType::iq2_xs, BlockType::iq2_s,  BlockType::iq3_xxs, BlockType::iq3_s,  BlockType::iq1_s,
+    BlockType::iq1_m,  BlockType::tq1_0,  BlockType::tq2_0,   BlockType::q1_0,   BlockType::q2_0,
+    BlockType::iq2_k,  BlockType::iq3_k,  BlockType::iq4_k,   BlockType::iq5_k,  BlockType::iq6_k,
+    BlockType::iq2_ks, BlockType::iq3_ks, BlockType::iq4_ks,  BlockType::iq5_ks, BlockType::iq2_kl};
 
 // Sizes around the vectors (8, 16), the panel (16) and the group (32).
 inline const int64_t kSizes[] = {0, 1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 70};
@@ -117,6 +123,10 @@ inline int64_t scale_at(BlockType type) {
       return 80;
     case BlockType::q3_k:
       return 108;
+    case BlockType::tq1_0:
+      return 52;
+    case BlockType::tq2_0:
+      return 64;
     default:
       return 0;
   }
@@ -141,11 +151,24 @@ inline std::vector<uint8_t> random_blocks(BlockType type, int64_t rows, int64_t 
   std::vector<uint8_t> bytes(size_t(rows * block_row_bytes(type, cols)));
   for (uint8_t& byte : bytes) byte = uint8_t(generator());
   if (is_quants(type) || may_be_refused(type)) return bytes;
-  const float largest = quant.is_coded()
+  const Format format = slot_format(type);
+  const float largest = keeps_blocks(format) ? (format <= Format::q1_0 ? 1.0f : 2048.0f)
+                        : quant.is_coded()
                             ? 512.0f
                             : float(quant.table != nullptr ? quant.zero : 1 << (quant.bits - 1)) *
                                   (quant.sub_scale_cols > 0 ? 32.0f : 1.0f);
   std::normal_distribution<float> distribution(0.0f, 1.0f);
+  if (const int64_t of_row = row_scale_bytes(type); of_row > 0) {
+    for (size_t at = 0; at < bytes.size(); at += size_t(block_row_bytes(type, cols))) {
+      const float scale = distribution(generator) / largest;
+      if (of_row == 4) {
+        std::memcpy(&bytes[at], &scale, 4);
+      } else {
+        put_half(&bytes[at], scale);
+      }
+    }
+    return bytes;
+  }
   for (size_t at = size_t(scale_at(type)); at < bytes.size(); at += size_t(block_bytes(type))) {
     const float scale = distribution(generator) / largest;
     if (type == BlockType::mxfp4 || type == BlockType::mxfp4_scales) {

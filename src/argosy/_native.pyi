@@ -266,6 +266,9 @@ def measured_as(format: str) -> str:
     arithmetic; any other is measured itself.
     """
 
+def coded_formats() -> list[Format]:
+    """Formats whose products decode the weights before they multiply them."""
+
 FEWEST_FOR_TWO_PANELS: int = 2
 
 MOST_FOR_ONE_PANEL: int = 8

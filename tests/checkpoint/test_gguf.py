@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 
-from argosy.checkpoint.block_types import BLOCK_SIZES, SLOT_FORMATS
+from argosy.checkpoint.block_types import BLOCK_SIZES, SLOT_FORMATS, TENSOR_TYPES
 from argosy.checkpoint.gguf import GgufArray, metadata_only, read_gguf
 from argosy.checkpoint.gguf_names import find_gguf
 from argosy.checkpoint.landing import in_halves, read_values
@@ -19,6 +19,10 @@ from argosy.checkpoint.safetensors import TensorRef
 from argosy.errors import CheckpointError, UnsupportedModel
 from tests.checkpoint.raw_gguf import ARRAY, STRING, RawGguf, entry, tensor, text
 from tests.models.gguf_models import BLOCK_TYPES, TYPES, in_pairs, to_blocks
+from tests.native.gguf_blocks import dequantized, random_blocks
+from tests.native.ik_blocks import SIZES as IK_SIZES
+
+WITHOUT_PACKAGE = ("Q1_0", "Q2_0", *IK_SIZES)  # types that the `gguf` package cannot read
 
 
 @pytest.fixture
@@ -270,7 +274,8 @@ def test_a_large_vocabulary_is_skipped_and_a_huge_file_is_not_read(path: Path) -
 
 def test_block_sizes_are_those_of_the_gguf_package() -> None:
     for name, (values, nbytes) in BLOCK_SIZES.items():
-        if name != "Q8_1":  # two float16 in ggml, which the package counts as float32
+        # Q8_1: two float16 in ggml, which the package counts as float32. The package has no others.
+        if name not in ("Q8_1", *WITHOUT_PACKAGE):
             assert (values, nbytes) == gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]], name
 
 
@@ -288,6 +293,19 @@ def test_values_equal_those_the_gguf_package_reads(type_name: str, path: Path) -
     np.testing.assert_array_equal(found, expected.reshape(19, 512))
 
 
+@pytest.mark.parametrize("type_name", WITHOUT_PACKAGE)
+def test_values_of_types_that_the_package_does_not_have(type_name: str, path: Path) -> None:
+    number = next(number for number, (name, *_) in TENSOR_TYPES.items() if name == type_name)
+    blocks = random_blocks(type_name, 19, 512)
+    padding = bytes(-len(blocks) % 32)
+    after = tensor("y", [8], 0, len(blocks) + len(padding))
+    raw = RawGguf(
+        tensors=[tensor("x", [512, 19], number, 0), after], data=blocks.tobytes() + padding + bytes(32)
+    )
+    found = read_values(read_gguf(raw.write(path)).tensors["x"])
+    np.testing.assert_array_equal(found, dequantized(type_name, blocks, 19, 512))
+
+
 def test_values_of_a_type_without_a_kernel_are_refused_by_name(path: Path) -> None:
     file = read_gguf(RawGguf(tensors=[tensor("x", [256], 15, 0)], data=bytes(292)).write(path))
     with pytest.raises(UnsupportedModel, match="x is Q8_K; supported: F32, F16, BF16, Q8_0"):
@@ -295,7 +313,7 @@ def test_values_of_a_type_without_a_kernel_are_refused_by_name(path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"), [(4, "4"), (512, "512"), (139, "IQ4_K (139), one of ik_llama.cpp's own")]
+    ("kind", "said"), [(4, "4"), (512, "512"), (146, "IQ4_KSS (146), one of ik_llama.cpp's own")]
 )
 def test_an_unknown_type_is_refused_with_the_supported_types(kind: int, said: str, path: Path) -> None:
     with pytest.raises(UnsupportedModel) as refusal:
@@ -303,12 +321,12 @@ def test_an_unknown_type_is_refused_with_the_supported_types(kind: int, said: st
     sentence, _, hint = str(refusal.value).partition("\nhint: ")
     before, _, supported = sentence.partition("; supported: ")
     assert before == f"{path.name}: x has type {said}"
-    assert set(supported.split(", ")) == set(TYPES)
+    assert set(supported.split(", ")) == {*TYPES, *WITHOUT_PACKAGE}
     assert hint.startswith("Q4_K_M, ")
 
 
 def test_slot_formats_include_every_block_type_of_the_tests() -> None:
-    assert set(SLOT_FORMATS) == set(BLOCK_TYPES)
+    assert set(SLOT_FORMATS) == {*BLOCK_TYPES, *WITHOUT_PACKAGE}
 
 
 def test_paired_rows_are_restored_to_halves() -> None:

@@ -54,7 +54,7 @@ _RANDOM_TYPES: dict[str, tuple[int | None, int | None, float]] = {
     "IQ1_S": (0, None, 0.0),
     "IQ1_M": (None, None, 0.0),
 }
-BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4", *_RANDOM_TYPES)
+BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4", "TQ1_0", "TQ2_0", *_RANDOM_TYPES)
 TYPES = ("F32", "F16", "BF16", *BLOCK_TYPES)
 
 TypeOf = Callable[[str], str]  # the GGUF name of a tensor -> its type

@@ -6,12 +6,14 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from tests.native import ik_blocks
+
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
-# Block type -> slot format, columns of a block, bytes of a block, offsets of its float16 values. Three have none: the
+# Block type -> slot format, columns of a block, bytes of a block, offsets of its float16 values. Some have none: the
 # scale of MXFP4 is the block's first byte, those of NVFP4 are the first four, and that of IQ1_M lies in the highest
-# four bits of its last four words.
+# four bits of its last four words. Some of ik_llama.cpp's have a scale before the blocks of each row.
 BLOCK_TYPES: dict[str, tuple[str, int, int, tuple[int, ...]]] = {
     "Q8_0": ("q8", 32, 34, (0,)),
     "Q4_0": ("q4", 32, 18, (0,)),
@@ -34,6 +36,14 @@ BLOCK_TYPES: dict[str, tuple[str, int, int, tuple[int, ...]]] = {
     "IQ3_S": ("iq3_s", 256, 110, (0,)),
     "IQ1_S": ("iq1_s", 256, 50, (0,)),
     "IQ1_M": ("iq1_m", 256, 56, ()),
+    "TQ1_0": ("tq1_0", 256, 54, (52,)),
+    "TQ2_0": ("tq2_0", 256, 66, (64,)),
+    "Q1_0": ("q1_0", 128, 18, (0,)),
+    "Q2_0": ("q2_0", 64, 18, (0,)),
+    **{
+        name: (name.lower(), 256, size, (0,) if row_scale is None else ())
+        for name, (size, row_scale) in ik_blocks.SIZES.items()
+    },
 }
 BLOCK_TYPE_OF = {format: name for name, (format, *_) in BLOCK_TYPES.items()}
 
@@ -65,11 +75,35 @@ def random_blocks(block_type: str, rows: int, cols: int, *, seed: int = 0, scale
         blocks[:, :4] = np.maximum(0, np.round(8 * (exponents + 7))).astype(np.uint8)
     if block_type == "IQ1_M":
         put_iq1_m_scales(blocks, (generator.standard_normal(len(blocks)) * scale).astype(np.float16))
-    return blocks.reshape(-1)
+    return with_row_scales(block_type, blocks, generator.standard_normal(rows) * scale).reshape(-1)
+
+
+def with_row_scales(block_type: str, blocks: Bytes, scales: NDArray[np.floating]) -> Bytes:
+    """Put a scale before the blocks of each row, if the type has one: [rows, bytes of a row]."""
+    _, row_scale = ik_blocks.SIZES.get(block_type, (0, None))
+    rows = blocks.reshape(len(scales), -1)
+    if row_scale is None:
+        return rows
+    return np.hstack([scales.astype(row_scale).reshape(-1, 1).view(np.uint8), rows])
 
 
 def dequantized(block_type: str, blocks: Bytes, rows: int, cols: int) -> Floats:
+    blocks = blocks.reshape(rows, -1)
+    if block_type in ik_blocks.SIZES:
+        return ik_blocks.dequantized(block_type, blocks, cols)
+    if block_type in ("Q1_0", "Q2_0"):  # which the `gguf` package does not decode yet
+        return _few_bits(blocks.reshape(-1, 18), 1 if block_type == "Q1_0" else 2).reshape(rows, cols)
     kind = gguf.GGMLQuantizationType[block_type]
-    _, width, size, _ = BLOCK_TYPES[block_type]
     with np.errstate(invalid="ignore", over="ignore"):
-        return gguf.quants.dequantize(blocks.reshape(rows, cols // width * size), kind).reshape(rows, cols)
+        return gguf.quants.dequantize(blocks, kind).reshape(rows, cols)
+
+
+def _few_bits(blocks: Bytes, bits: int) -> Floats:
+    """Decode a float16 scale and codes of one bit (1 and -1) or two (-1 to 2), the first in the lowest bits (ggml)."""
+    d = np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float32)
+    codes = (blocks[:, 2:, None] >> np.arange(0, 8, bits, dtype=np.uint8) & (1 << bits) - 1).reshape(
+        len(d), -1
+    )
+    values = codes.astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        return d * (2 * values - 1 if bits == 1 else values - 1)

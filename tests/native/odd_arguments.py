@@ -287,6 +287,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "instruction_sets": lambda: (),
         "amx_state": lambda: (),
         "amx_formats": lambda: (),
+        "coded_formats": lambda: (),
         "product_scratch_bytes": lambda: (2,),
         "matrix_bytes": lambda: ("q4", 3, 64),
         "measured_as": lambda: ("uint4_128_f16",),

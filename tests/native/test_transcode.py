@@ -5,11 +5,21 @@ Every instruction set writes and reads the same bytes (native/tests/test_kernels
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 import pytest
 
 from argosy import _native as native
-from tests.native.gguf_blocks import BLOCK_TYPES, Bytes, dequantized, put_iq1_m_scales, random_blocks
+from tests.native import ik_blocks
+from tests.native.gguf_blocks import (
+    BLOCK_TYPES,
+    Bytes,
+    dequantized,
+    put_iq1_m_scales,
+    random_blocks,
+    with_row_scales,
+)
 
 
 @pytest.fixture(params=native.instruction_sets())
@@ -48,6 +58,10 @@ def test_scales_may_be_any_float16(block_type: str) -> None:
         blocks = random_blocks(block_type, len(halves), cols).reshape(-1, size)
         put_iq1_m_scales(blocks, halves)
         require_same_values(block_type, blocks.reshape(-1), len(halves), cols)
+    if ik_blocks.SIZES.get(block_type, (0, None))[1] is not None:
+        bare = np.random.default_rng(3).integers(0, 256, (len(halves), size), np.uint8)
+        rows = with_row_scales(block_type, bare, halves)
+        require_same_values(block_type, rows.reshape(-1), len(halves), cols)
 
 
 @pytest.mark.parametrize("block_type", BLOCK_TYPES)
@@ -60,6 +74,38 @@ def test_quants_and_sub_scales_may_have_extreme_values(block_type: str, byte: in
     if block_type == "IQ1_M":
         put_iq1_m_scales(blocks, np.full(3, 0.37, np.float16))
     require_same_values(block_type, blocks.reshape(-1), 3, width)
+
+
+# Checksums of what ik_llama.cpp's own functions (its commit 8337e4c) decode from the blocks that the test makes. That
+# of IQ6_K decodes with a polynomial, and its products with the table that the polynomial approximates.
+@pytest.mark.parametrize(
+    ("block_type", "checksum"),
+    [
+        ("IQ2_K", 0x1DEFA809),
+        ("IQ3_K", 0x61820630),
+        ("IQ4_K", 0x190D02FB),
+        ("IQ5_K", 0xFB301304),
+        ("IQ2_KS", 0x26BE784D),
+        ("IQ3_KS", 0x3D8E50E1),
+        ("IQ4_KS", 0xFF6D4359),
+        ("IQ5_KS", 0x736E82C1),
+        ("IQ2_KL", 0xAC57C863),
+    ],
+)
+def test_values_are_those_that_ik_llama_decodes(block_type: str, checksum: int) -> None:
+    rows, cols, generator = 64, 512, np.random.default_rng(7)
+    size, row_scale = ik_blocks.SIZES[block_type]
+    blocks = generator.integers(0, 256, (rows, 2 * size), dtype=np.uint8)
+    if row_scale is None:
+        halves = blocks.reshape(-1, size)
+        halves[:, :2] = generator.standard_normal(2 * rows).astype("<f2").reshape(-1, 1).view(np.uint8)
+    elif row_scale == "<f2":
+        blocks = with_row_scales(block_type, blocks, generator.standard_normal(rows))
+    else:  # powers of two: their products are exact in any order
+        blocks = with_row_scales(block_type, blocks, np.ldexp(1.0, generator.integers(-8, 8, rows)))
+    matrix = native.transcode(block_type, blocks.reshape(-1), rows, cols)
+    found = native.dequantize(block_type.lower(), matrix, rows, cols)
+    assert zlib.crc32((found + np.float32(0)).tobytes()) == checksum
 
 
 @pytest.mark.parametrize("block_type", BLOCK_TYPES)
@@ -178,6 +224,7 @@ def test_blocks_that_cannot_be_transcoded_are_refused_by_name() -> None:
         *("q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"),
         *("q2_k", "q3_k", "iq4_nl", "iq4_xs", "mxfp4", "nvfp4", "int4"),
         *("iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq1_s", "iq1_m"),
+        *("tq1_0", "tq2_0", "q1_0", "q2_0", *map(str.lower, ik_blocks.SIZES)),
     ],
 )
 def test_quantising_to_a_format_that_only_files_have_is_refused(format: str) -> None:

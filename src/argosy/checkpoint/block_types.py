@@ -19,14 +19,19 @@ TENSOR_TYPES: Mapping[int, tuple[str, int, int]] = {
     20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136),
     24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8),
     29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66),
-    39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36),
+    39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18), 42: ("Q2_0", 64, 18),
+    # Those of ik_llama.cpp.
+    137: ("IQ2_K", 256, 76), 138: ("IQ3_K", 256, 110), 139: ("IQ4_K", 256, 144), 140: ("IQ5_K", 256, 176),
+    141: ("IQ6_K", 256, 212), 144: ("IQ4_KS", 256, 136), 145: ("IQ2_KS", 256, 70), 152: ("IQ5_KS", 256, 168),
+    156: ("IQ3_KS", 256, 102), 157: ("IQ2_KL", 256, 86),
 }  # fmt: skip
 BLOCK_SIZES: Mapping[str, tuple[int, int]] = {name: size for name, *size in TENSOR_TYPES.values()}  # type: ignore[misc]
-# ik_llama.cpp's types (its ggml.h), so that a refusal can name them.
+# Bytes of the scale that precedes the blocks of each row.
+ROW_SCALE_BYTES: Mapping[str, int] = {"IQ2_KS": 2, "IQ3_KS": 2, "IQ2_KL": 2, "IQ4_KS": 4, "IQ5_KS": 4}
+# ik_llama.cpp's other types (its ggml.h), so that a refusal can name them.
 IK_TYPES: Mapping[int, str] = {
-    133: "Q6_0", 134: "IQ1_BN", 135: "IQ2_BN", 137: "IQ2_K", 138: "IQ3_K", 139: "IQ4_K", 140: "IQ5_K", 141: "IQ6_K",
-    144: "IQ4_KS", 145: "IQ2_KS", 146: "IQ4_KSS", 152: "IQ5_KS", 153: "IQ2_KT", 154: "IQ3_KT", 155: "IQ4_KT",
-    156: "IQ3_KS", 157: "IQ2_KL", 158: "IQ1_KT",
+    133: "Q6_0", 134: "IQ1_BN", 135: "IQ2_BN", 146: "IQ4_KSS", 153: "IQ2_KT", 154: "IQ3_KT", 155: "IQ4_KT",
+    158: "IQ1_KT",
 }  # fmt: skip
 # GGUF block type -> the slot format that holds it without loss.
 SLOT_FORMATS: Mapping[str, Format] = {
@@ -51,6 +56,20 @@ SLOT_FORMATS: Mapping[str, Format] = {
     "IQ3_S": "iq3_s",
     "IQ1_S": "iq1_s",
     "IQ1_M": "iq1_m",
+    "TQ1_0": "tq1_0",
+    "TQ2_0": "tq2_0",
+    "Q1_0": "q1_0",
+    "Q2_0": "q2_0",
+    "IQ2_K": "iq2_k",
+    "IQ3_K": "iq3_k",
+    "IQ4_K": "iq4_k",
+    "IQ5_K": "iq5_k",
+    "IQ6_K": "iq6_k",
+    "IQ2_KS": "iq2_ks",
+    "IQ3_KS": "iq3_ks",
+    "IQ4_KS": "iq4_ks",
+    "IQ5_KS": "iq5_ks",
+    "IQ2_KL": "iq2_kl",
 }
 RUNNABLE_TYPES = ("F32", "F16", "BF16", *SLOT_FORMATS)
 TYPE_HINT = "Q4_K_M, Q6_K, Q8_0, Q2_K, IQ1_S to IQ4_XS, MXFP4 and BF16 files of a model use only these types"

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
-from argosy.checkpoint.block_types import IK_TYPES, RUNNABLE_TYPES, TENSOR_TYPES, TYPE_HINT
+from argosy.checkpoint.block_types import IK_TYPES, ROW_SCALE_BYTES, RUNNABLE_TYPES, TENSOR_TYPES, TYPE_HINT
 from argosy.checkpoint.gguf_names import PART_NAME, first_part, part_name
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.checkpoint.untrusted_file import open_regular, quote, read_at
@@ -550,9 +550,10 @@ def _read_tensor(cursor: _Cursor) -> TensorRef:
     row = sizes[0] if sizes else 1
     if row % block_values:
         raise refuse(f"has rows of {row} values, but {dtype} stores blocks of {block_values}")
-    return TensorRef(
-        name, cursor.path, offset, num_values // block_values * block_bytes, dtype, tuple(reversed(sizes))
-    )
+    nbytes = num_values // block_values * block_bytes
+    if dtype in ROW_SCALE_BYTES and row:
+        nbytes += num_values // row * ROW_SCALE_BYTES[dtype]
+    return TensorRef(name, cursor.path, offset, nbytes, dtype, tuple(reversed(sizes)))
 
 
 def _place(

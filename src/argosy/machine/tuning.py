@@ -273,6 +273,10 @@ def _rates(
 
 
 def _trials(name: Format, default: Tuning, instruction_set: str) -> list[_Trial]:
+    if (
+        name in _native.coded_formats()
+    ):  # decoding takes so long that nothing else is worth the time of a probe
+        return [(name, 1, default)]
     alone = [default._replace(ask_ahead=ask_ahead) for ask_ahead in get_args(AskAhead)]
     few = [default._replace(few_ask_ahead=ask_ahead) for ask_ahead in get_args(AskAhead)]
     has_avx512 = instruction_set in {"avx512", "amx"}
@@ -312,6 +316,8 @@ def _fastest(name: Format, default: Tuning, rates: Mapping[_Trial, float]) -> Fo
         gain = rate(fastest) / rate(default)
         return (fastest, gain) if gain > 1 + _TIE else (default, 1.0)
 
+    if name in _native.coded_formats():
+        return FormatChoice(default, rates[name, 1, default], 1.0, 1.0, 1.0)
     one, gain = best(alone, [default._replace(ask_ahead=each) for each in get_args(AskAhead)])
     limits = (*_FEW_TOKENS, _native.MOST_FOR_ONE_PANEL + 1)
     has_shapes = (name, _FEW_TOKENS[0], _with_panels(default, True)) in rates
