@@ -24,6 +24,8 @@ constexpr int kAttendTile = 6, kAttendVecs = 2;
 }  // namespace
 }  // namespace argosy
 
+#include "kernels/iq_avx2.h"
+// After the products that it uses.
 #include "kernels/all_kernels.h"
 
 namespace argosy {

@@ -18,6 +18,7 @@ constexpr bool kHasTilesWithoutPrefetch = true;
 }  // namespace argosy
 
 #include "kernels/coded.h"
+#include "kernels/iq_avx2.h"
 #include "kernels/kernel_table.h"
 #include "kernels/matmul_quantized.h"
 

@@ -145,6 +145,28 @@ void rows_and_tokens_may_be_picked() {
   }
 }
 
+// Each token has a single activation of 127 with a scale of one, so its products are rounded once: one wrong
+// index, sign or scale is a different number.
+void every_weight_of_a_coded_format_is_that_of_the_reference() {
+  constexpr int64_t kRows = 17, kCols = 256;
+  for (const KernelTable* table : all_tables()) {
+    for (const Format format : kFormats) {
+      if (!is_coded(format) || table == &plain()) continue;
+      const Weights w = Weights::random(format, kRows, kCols, 8);
+      std::vector<float> x(size_t(kCols * kCols));
+      for (int64_t t = 0; t < kCols; ++t) x[size_t(t * kCols + t)] = 127.0f;
+      const std::vector<float> expected = multiply(plain(), w.view, x, kCols);
+      CHECK(multiply(*table, w.view, x, kCols) == expected);
+      for (const int64_t tokens : {1, 2, 4}) {
+        for (int64_t t = 0; t < kCols; t += tokens) {
+          CHECK(multiply(*table, w.view, {x.begin() + t * kCols, x.begin() + (t + tokens) * kCols}, tokens) ==
+                std::vector<float>(expected.begin() + t * kRows, expected.begin() + (t + tokens) * kRows));
+        }
+      }
+    }
+  }
+}
+
 // Every result is a whole number that a float can hold, from activations that are whole numbers: it must be
 // exact.
 void check_exact_products(const KernelTable& table, const MatrixView& w) {
@@ -796,6 +818,7 @@ int main() {
   what_is_asked_for_ahead_changes_no_bit();
   the_panels_of_a_tile_change_no_bit();
   rows_and_tokens_may_be_picked();
+  every_weight_of_a_coded_format_is_that_of_the_reference();
   integer_sums_are_exact();
   activations_are_the_same_bytes_everywhere();
   nan_and_infinity_stay_in_their_row();
