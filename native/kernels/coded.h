@@ -40,8 +40,7 @@ template <Format kWide>
   for (int64_t chunk = 0; chunk < 8; ++chunk) {
     uint32_t four;
     std::memcpy(&four, q + 4 * chunk, 4);
-    static_assert(kQuant.zero == 128);
-    four ^= 0x80808080u;
+    four = (four ^ 0x80808080u) - uint32_t(128 - kQuant.zero) * 0x01010101u;  // no byte borrows
     std::memcpy(block + kQuant.block_scale_bytes() + chunk * kChunkBytes + 4 * row, &four, 4);
   }
 }

@@ -36,8 +36,12 @@
 //   coded        iq2_xxs to iq2_kl: indices into grids, trits or signs, in the bits of the file's blocks
 //                (coded.h). Products decode them to a wide format: 8 bits with float32 scales, in scratch.
 //
-//     wide         8   - 128        f32 of 32                      -
-//     wide_halves  8   - 128        f32 of 16                      -
+//     wide                8   - 128   f32 of 32
+//     wide_halves         8   - 128   f32 of 16
+//     wide_medium         8   - 64    f32 of 32   codes from 1 to 127: vpmaddubsw takes them as they are
+//     wide_medium_halves  8   - 64    f32 of 16
+//     wide_small          8   - 16    f32 of 32   codes from 1 to 31: 16 bits hold the sum of eight products
+//     wide_small_halves   8   - 16    f32 of 16
 //
 // The grouped formats have a name of three parts, such as uint4_128_f16: kind and bits, columns of a group of
 // weights that share a scale (32, 64 or 128), and the type of the scale (f16, bf16). weight = scale * code +
@@ -131,7 +135,11 @@ enum class Format : uint8_t {
   first_grouped,  // of kNumGrouped formats
   // Only in scratch: what coded formats are decoded to.
   wide = first_grouped + 72,
-  wide_halves
+  wide_halves,
+  wide_medium,
+  wide_medium_halves,
+  wide_small,
+  wide_small_halves
 };
 
 // What the min of a grouped format is: -scale * 2^(bits - 1), -scale * a stored zero, or stored.
@@ -227,6 +235,7 @@ struct QuantFormat {
   [[gnu::always_inline]] constexpr int zero_shift() const { return __builtin_ctz(unsigned(zero)); }
   // The largest byte that stands for a weight.
   [[gnu::always_inline]] constexpr int largest_byte() const {
+    if (has_float_scales) return 2 * zero - 1;
     if (table == nullptr) return (1 << bits) - 1;
     int largest = 0;
     for (int i = 0; i < 16; ++i) largest = table[i] > largest ? table[i] : largest;
@@ -366,23 +375,23 @@ static inline constexpr QuantFormat coded_format(Format wide, int64_t block_cols
     case Format::q2_0:
       return {2, 1, 64};
     case Format::iq2_xxs:
-      return coded_format(Format::wide, 256, 0, 32, 128);
+      return coded_format(Format::wide_medium, 256, 0, 32, 128);
     case Format::iq2_xs:
-      return coded_format(Format::wide_halves, 256, 16, 32 + 128, 128);
+      return coded_format(Format::wide_medium_halves, 256, 16, 32 + 128, 128);
     case Format::iq2_s:
-      return coded_format(Format::wide_halves, 256, 16, 32 + 128 + 8 * 16, 128);
+      return coded_format(Format::wide_medium_halves, 256, 16, 32 + 128 + 8 * 16, 128);
     case Format::iq3_xxs:
-      return coded_format(Format::wide, 256, 0, 32, 192);
+      return coded_format(Format::wide_medium, 256, 0, 32, 192);
     case Format::iq3_s:
-      return coded_format(Format::wide, 256, 0, 32 + 64 + 8 * 16, 192);
+      return coded_format(Format::wide_small, 256, 0, 32 + 64 + 8 * 16, 192);
     case Format::iq1_s:
-      return coded_format(Format::wide, 256, 0, 32 + 64 + 8 * 24, 64);
+      return coded_format(Format::wide_small, 256, 0, 32 + 64 + 8 * 24, 64);
     case Format::iq1_m:
-      return coded_format(Format::wide_halves, 256, 16, 128 + 8 * 32, 64);
+      return coded_format(Format::wide_small_halves, 256, 16, 128 + 8 * 32, 64);
     case Format::tq1_0:
-      return coded_format(Format::wide, 256, 0, 16 * 54);
+      return coded_format(Format::wide_small, 256, 0, 16 * 54);
     case Format::q1_0:
-      return coded_format(Format::wide, 128, 0, 16 * 18);
+      return coded_format(Format::wide_small, 128, 0, 16 * 18);
     case Format::iq2_k:
       return coded_format(Format::wide_halves, 256, 16, 16 * 76);
     case Format::iq3_k:
@@ -407,6 +416,14 @@ static inline constexpr QuantFormat coded_format(Format wide, int64_t block_cols
       return {.bits = 8, .zero = 128, .block_cols = 32, .has_float_scales = true};
     case Format::wide_halves:
       return {.bits = 8, .zero = 128, .block_cols = 32, .sub_scale_cols = 16, .has_float_scales = true};
+    case Format::wide_medium:
+      return {.bits = 8, .zero = 64, .block_cols = 32, .has_float_scales = true};
+    case Format::wide_medium_halves:
+      return {.bits = 8, .zero = 64, .block_cols = 32, .sub_scale_cols = 16, .has_float_scales = true};
+    case Format::wide_small:
+      return {.bits = 8, .zero = 16, .block_cols = 32, .has_float_scales = true};
+    case Format::wide_small_halves:
+      return {.bits = 8, .zero = 16, .block_cols = 32, .sub_scale_cols = 16, .has_float_scales = true};
     default:
       return {4, 8, 32};
   }

@@ -6,8 +6,8 @@
 //   8 bits   weights are widened to the 16 bits that activations have; vpmaddwd gives each row two partial
 //            sums of 32 bits.
 //   others   vpmaddubsw multiplies bytes and adds pairs into 16 bits. As many of these sums are added as 16
-//            bits hold without saturating (8, 4, 2 sums of 2 * 15, 31, 63 * 127). Table bytes too large for
-//            even one sum are used with their sign: the weight's sign moves to the activation.
+//            bits hold without saturating (8, 4, 2, 1 sums of 2 * 15, 31, 63, 127 * 127). Bytes too large
+//            for even one sum are used with their sign: the weight's sign moves to the activation.
 #pragma once
 
 #include "kernels/tile_operands.h"
@@ -220,10 +220,10 @@ struct QuantizedTile {
   [[gnu::always_inline]] static inline void multiply_bytes(const Operands& o, int64_t group, Dots& dot) {
     const uint8_t* quants = o.quants(group);
     // The number of chunks whose products fit in 16 bits, within one part of the group.
-    constexpr int kMost = kQuant.bits == 8 || kIsSigned ? 1
-                          : kLargestByte < 16           ? 8
-                          : kLargestByte < 32           ? 4
-                                                        : 2;
+    constexpr int kMost = kIsSigned || kLargestByte > 63 ? 1
+                          : kLargestByte < 16            ? 8
+                          : kLargestByte < 32            ? 4
+                                                         : 2;
     constexpr int kRun = kMost * kParts > 8 ? 8 / kParts : kMost;
     const __m256i ones = _mm256_set1_epi16(1);
 #pragma GCC unroll 4
