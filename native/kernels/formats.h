@@ -514,8 +514,7 @@ static inline constexpr int64_t matrix_bytes(Format format, int64_t rows, int64_
 }
 
 // q of row 0 to 15 of a panel. Not for coded formats: see CodedRow in coded.h.
-static inline int32_t quant_at(Format format, const uint8_t* panel, int64_t row, int64_t col) {
-  const QuantFormat q = quant_format(format);
+static inline int32_t quant_at(const QuantFormat& q, const uint8_t* panel, int64_t row, int64_t col) {
   const uint8_t* group = panel + q.quants_at(col / kGroupSize) + row * 4 + col % 4;
   const int64_t chunk = col % kGroupSize / 4;
   if (q.bits == 8) return group[chunk * kChunkBytes] - q.zero;
@@ -527,6 +526,9 @@ static inline int32_t quant_at(Format format, const uint8_t* panel, int64_t row,
   if (q.bits % 2 == 1) code += (group[0] >> chunk & 1) << q.low_bits();
   if (q.bits == 6) code += pair_of(group) << q.low_bits();
   return (q.table != nullptr ? q.table[code] : code) - q.zero;
+}
+static inline int32_t quant_at(Format format, const uint8_t* panel, int64_t row, int64_t col) {
+  return quant_at(quant_format(format), panel, row, col);
 }
 
 // One token's activations, quantised for products with quantised weights; 64-byte aligned, in this order:

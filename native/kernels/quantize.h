@@ -197,10 +197,14 @@ inline void dequantize_panel_row(Format format, const uint8_t* weights, int64_t 
   }
   const QuantFormat quant = quant_format(format);
   const float row_scale = quant.has_row_scale ? read_unaligned<float>(panel + row % kPanelRows * 4) : 1.0f;
-  for (int64_t col = 0; col < cols; ++col) {
-    const auto [scale, min] = weight_scale_at(format, panel, row % kPanelRows, col);
-    const float value = scale * float(quant_at(format, panel, row % kPanelRows, col));
-    out[col] = quant.has_min ? value + min : value * row_scale;
+  constexpr int64_t kSameScale = 16;  // no scale is of fewer columns
+  for (int64_t begin = 0; begin < cols; begin += kSameScale) {
+    const auto [scale, min] = weight_scale_at(format, panel, row % kPanelRows, begin);
+    const int64_t end = cols - begin < kSameScale ? cols : begin + kSameScale;
+    for (int64_t col = begin; col < end; ++col) {
+      const float value = scale * float(quant_at(quant, panel, row % kPanelRows, col));
+      out[col] = quant.has_min ? value + min : value * row_scale;
+    }
   }
 }
 
