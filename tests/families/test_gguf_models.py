@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf import GGUFWriter, RopeScalingType
+from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
 
 from argosy.checkpoint.landing import AS_STORED, PairedRows, Transcode, Transcoded
 from argosy.config import ModelConfig, RopeConfig, RouterConfig
@@ -285,13 +285,14 @@ def _more_layers(writer: GGUFWriter) -> dict[str, Any]:
 
 
 def test_a_type_without_a_kernel_is_refused_by_name(write: Write) -> None:
-    whole_blocks = {
-        "hidden_size": 256, "moe_intermediate_size": 256, "num_attention_heads": 4, "head_dim": 64,
-    }  # fmt: skip
-    with pytest.raises(
-        UnsupportedModel, match=r"token_embd\.weight is TQ2_0; supported: F32, F16, BF16, Q8_0"
-    ):
-        open_model(write("qwen3moe", type_name="TQ2_0", **whole_blocks))
+    path = write("qwen3moe", type_name="F16")
+    raw = path.read_bytes()
+    name = b"token_embd.weight"
+    at = raw.index(name) + len(name) + 4 + 2 * 8  # behind the number of sizes and two sizes
+    assert raw[at : at + 4] == GGMLQuantizationType.F16.to_bytes(4, "little")
+    path.write_bytes(raw[:at] + GGMLQuantizationType.I16.to_bytes(4, "little") + raw[at + 4 :])
+    with pytest.raises(UnsupportedModel, match=r"token_embd\.weight is I16; supported: F32, F16, BF16, Q8_0"):
+        open_model(path)
 
 
 def test_a_missing_key_is_named(write: Write) -> None:
