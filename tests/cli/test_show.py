@@ -82,7 +82,9 @@ def test_a_name_that_hides_nothing_is_not_told(
         ("UD-TQ1_0", "TQ1_0"),
         ("Q4_K_M", "Q4_K"),
         ("UD-Q2_K_XL", "Q2_K"),
+        ("UD-Q8_K_XL", None),
         ("MXFP4_MOE", "MXFP4"),
+        ("IQ2_K_R4", "IQ2_K_R4"),
         ("IQ2_KL", "IQ2_KL"),
         ("IQ2_M", None),
         ("", None),
@@ -95,6 +97,10 @@ def test_a_format_is_named_after_a_type_or_after_a_mixture(format: str, expected
 def test_types_without_a_kernel_may_not_run() -> None:
     assert not may_run("IQ2_KT")
     assert not may_run("UD-IQ1_KT")
+    assert not may_run("IQ2_K_R4")
+    assert not may_run("Q8_0_R8")
+    assert not may_run("Q4_0_8_8")
+    assert may_run("UD-Q8_K_XL")
     assert may_run("UD-Q4_K_XL")
     assert may_run("IQ4_XS")
     assert may_run("")

@@ -5,6 +5,7 @@ Elsewhere: `native/kernels/transcode.h` describes their layouts; `formats.py` li
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from argosy.config import Format
@@ -73,7 +74,10 @@ SLOT_FORMATS: Mapping[str, Format] = {
 }
 RUNNABLE_TYPES = ("F32", "F16", "BF16", *SLOT_FORMATS)
 TYPE_HINT = "Q4_K_M, Q6_K, Q8_0, Q2_K, IQ1_S to IQ4_XS, MXFP4 and BF16 files of a model use only these types"
-_ALL_NAMES = sorted({*BLOCK_SIZES, *IK_TYPES.values()}, key=len, reverse=True)
+# No file holds Q8_K, which is for activations; UD-Q8_K_XL is a mixture with Q8_0.
+_ALL_NAMES = sorted({*BLOCK_SIZES, *IK_TYPES.values()} - {"Q8_K"}, key=len, reverse=True)
+# The ends of names of types that interleave rows, such as IQ2_K_R4 of ik_llama.cpp and the former Q4_0_8_8.
+_INTERLEAVED = re.compile(r"_(?:R\d{1,2}|[48]_[48])$")
 # First parts of format names, such as IQ2, for which no type has a kernel.
 _UNREAD_FORMATS = {name.partition("_")[0] for name in BLOCK_SIZES} - {
     name.partition("_")[0] for name in RUNNABLE_TYPES
@@ -85,6 +89,8 @@ def type_in_name(format: str) -> str | None:
     alone, such as IQ2_M.
     """
     bare = format.removeprefix("UD-")
+    if _INTERLEAVED.search(bare):
+        return bare
     return next((name for name in _ALL_NAMES if bare == name or bare.startswith(name + "_")), None)
 
 

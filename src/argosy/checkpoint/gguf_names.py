@@ -15,7 +15,8 @@ GGUF_METADATA_FILE = "metadata.gguf"  # in a pack made from a GGUF: its metadata
 MMPROJ_METADATA_FILE = "mmproj-metadata.gguf"  # the same for the file with its vision tower
 
 _FORMAT_IN_NAME = re.compile(
-    r"(?:^|[-_./])((?:UD-)?(?:(?:[IT]?Q\d{1,2}|MXFP4)(?:_[A-Z0-9]{1,16}){0,4}|BF16|F16|F32))$", re.IGNORECASE
+    r"(?:^|[-_./])((?:UD-)?(?:(?:[IT]?Q\d{1,2}|(?:MX|NV)FP4)(?:_[A-Z0-9]{1,16}){0,4}|BF16|F16|F32))$",
+    re.IGNORECASE,
 )
 PART_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 

@@ -68,7 +68,6 @@ class Stored:
 _FLOATS_16 = {"F16": "f16", "BF16": "bf16"}
 _E8M0 = ("U8", "F8_E8M0")
 _FP8_DTYPES = ("F32", "BF16", "F16", *_E8M0)
-_FP8_DTYPES = ("F32", "BF16", "F16", *_E8M0)
 _FP8_SCALES = ("weight_scale_inv", "weight_scale", "qscale_weight", "scale")
 _FP4_SCALES = ("weight_scale", "scale")
 
@@ -168,8 +167,6 @@ def _gptq(scheme: Scheme, rows: int, cols: int, scale_dtype: str | None) -> Stor
 
 def _fp8(scheme: Scheme, rows: int, cols: int, scale_dtype: str | None) -> Stored | str:
     dtype = scale_dtype or "F32"
-    if dtype not in _FP8_DTYPES:
-        return f"scales in {', '.join(_FP8_DTYPES)}, found {dtype}"
     if dtype not in _FP8_DTYPES:
         return f"scales in {', '.join(_FP8_DTYPES)}, found {dtype}"
     height, width = scheme.block[0] or rows, scheme.block[1] or cols

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -245,7 +246,7 @@ class SettingsReader:
                 path=self.path,
                 key=KEY,
             )
-        return re.compile(expression)
+        return _compile(expression)
 
     def _listed(self, config: Mapping[str, object], key: str) -> list[str]:
         names = config.get(key)
@@ -300,7 +301,14 @@ def _fault_of_expression(expression: str) -> str | None:
     if plain.count("(") > _MOST_GROUPS:
         return f"has more than {_MOST_GROUPS} groups"
     try:
-        re.compile(expression)
+        _compile(expression)
     except (re.error, OverflowError) as error:
         return f"is not a valid regular expression: {error}"
     return None
+
+
+def _compile(expression: str) -> re.Pattern[str]:
+    """Compile an expression without Python's warnings, which would be about a file that the user did not write."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return re.compile(expression)
