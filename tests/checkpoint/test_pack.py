@@ -12,17 +12,20 @@ import blake3
 import numpy as np
 import pytest
 
+from argosy import Engine
 from argosy.checkpoint import pack_conversion
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.formats import matrix_bytes
 from argosy.checkpoint.landing import MatrixRef
 from argosy.checkpoint.manifest import expert_file
 from argosy.checkpoint.pack import PACK_FORMATS, PackReport, open_pack, pack, verify_pack
+from argosy.checkpoint.pack_contents import smaller_formats
 from argosy.checkpoint.pack_conversion import round_to_bf16
 from argosy.checkpoint.shards import ALL_SHARDS, shard_of, shards_of_share
-from argosy.errors import CheckpointError, CorruptRecord, UsageError
+from argosy.errors import CheckpointError, CorruptRecord, DoesNotFit, UsageError
 from argosy.model.families import open_model
 from tests.checkpoint import packed_formats
+from tests.models.hub_schemes import KINDS, write_kind
 from tests.models.mxfp4_models import write_mxfp4_model
 from tests.models.safetensors_file import Array, read_checkpoint, write_checkpoint
 from tests.models.tiny import RawConfig, gpt_oss, mixtral, qwen2_moe, qwen3_moe, random_tensors, write_model
@@ -203,6 +206,26 @@ def test_a_packed_model_can_be_packed_again_unless_it_is_quantised(tmp_path: Pat
 
     with pytest.raises(UsageError, match=r"is already q4; quantised weights are never quantised again"):
         pack(open_model(tmp_path / "again"), tmp_path / "third", format="q8")
+
+
+@pytest.mark.parametrize(
+    ("kind", "smaller"), [(None, ["q8", "q4"]), ("fp8 channel", ["q4"]), ("nvfp4", []), ("gptq", [])]
+)
+def test_formats_are_offered_only_if_they_make_a_model_smaller(
+    tmp_path: Path, kind: str | None, smaller: list[str]
+) -> None:
+    config = qwen3_moe(hidden_size=128, moe_intermediate_size=128, num_hidden_layers=1, num_experts=2)
+    if kind is None:
+        write_model(tmp_path / "model", config, seed=1)
+    else:
+        write_kind(tmp_path / "model", config, KINDS[kind], seed=1)
+    files = open_model(tmp_path / "model")
+    assert smaller_formats(files) == smaller
+    for format in smaller:
+        pack(files, tmp_path / format, format=format)
+    with pytest.raises(DoesNotFit) as caught, Engine.open(tmp_path / "model", memory="2MiB"):
+        raise AssertionError
+    assert ("argosy pack" in str(caught.value.hint)) == bool(smaller)
 
 
 @every_format

@@ -240,6 +240,7 @@ def test_other_configs_are_refused_by_name_with_the_supported_ones(
         read_quantization({"quantization_config": given})
     assert asked in str(caught.value)
     assert supported in str(caught.value)
+    assert "argosy pack" not in str(caught.value.hint)  # it would refuse most of them, already quantised
 
 
 @pytest.mark.parametrize("method", ["hqq", "exl3", "quip", "aqlm", "quark", "torchao", "vptq", "spqr"])

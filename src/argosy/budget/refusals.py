@@ -37,7 +37,7 @@ def too_small_now(least: MemoryPlan) -> DoesNotFit:
 def does_not_fit(
     floor: MemoryPlan, footprint: ModelFootprint, config: EngineConfig, search: Search
 ) -> DoesNotFit:
-    from argosy.checkpoint.pack_contents import quantised_formats
+    from argosy.checkpoint.pack_contents import smaller_formats
 
     needed, budget = floor.total_bytes, config.budget.ram_bytes
     described = [
@@ -50,8 +50,9 @@ def does_not_fit(
     hints = [f"`--memory {in_mib(needed)}` works"]
     if (remedy := _what_helps(footprint, config, search, needed)) is not None:
         hints.append(remedy)
-    if not quantised_formats(footprint.files):
-        hints.append("`argosy pack --format q8` or q4 makes dense weights and experts smaller")
+    if smaller := smaller_formats(footprint.files):
+        options = " or ".join((f"`argosy pack --format {smaller[0]}`", *smaller[1:]))
+        hints.append(f"{options} makes dense weights and experts smaller")
     return DoesNotFit(
         f"needs {format_bytes(needed, rounds_up=True)} of memory, and the budget is {format_bytes(budget)}\n{parts}",
         hint="; ".join(hints),

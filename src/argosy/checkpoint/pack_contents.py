@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 from argosy.checkpoint.files import ModelFiles
-from argosy.checkpoint.formats import is_quantised, round_up
+from argosy.checkpoint.formats import is_quantised, matrix_bytes, round_up
 from argosy.checkpoint.geometry import packed_config, packed_format
 from argosy.checkpoint.gguf import GgufFile, metadata_only
 from argosy.checkpoint.gguf_names import GGUF_METADATA_FILE, MMPROJ_METADATA_FILE
@@ -34,6 +34,8 @@ from argosy.errors import CheckpointError, UnsupportedModel
 
 # Formats in which models are released: their weights are exact.
 REQUANTISED: tuple[Format, ...] = ("f8", "f8_row", "f8_32", "mxfp8", "int4", "mxfp4", "nvfp4")
+
+_NOTABLY_SMALLER = 0.9
 
 _COPIED_NAMES = (
     "config.json", "hf_quant_config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -208,6 +210,21 @@ def quantised_formats(files: ModelFiles) -> str:
         ):
             return "+".join(quantised)
     return ""
+
+
+def smaller_formats(files: ModelFiles) -> list[Format]:
+    """Return the formats of packs whose experts, or dense matrices if there are none, are notably smaller."""
+    if quantised_formats(files):
+        return []
+    formats = {format for layer in files.config.moe_layers for format in files.expert_formats(layer)}
+    formats = formats or {ref.format for ref in files.dense.values() if ref.rows > 1}
+    now = max(map(_sample_bytes, formats))
+    offered: tuple[Format, ...] = ("q8", "q4")
+    return [format for format in offered if _sample_bytes(format) <= _NOTABLY_SMALLER * now]
+
+
+def _sample_bytes(format: Format) -> int:
+    return matrix_bytes(format, 1024, 1024)
 
 
 def goes_with_weights(name: str) -> bool:

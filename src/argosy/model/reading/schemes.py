@@ -29,7 +29,7 @@ _MOST_GROUPS = 64  # Python compiles groups within groups recursively
 _MOST_EXPRESSIONS = 256  # in one list; each is tried with every module
 _LARGEST_COUNT = 1 << 20
 _Value = TypeVar("_Value")
-_HINT = "get the checkpoint in one of these forms; `argosy pack --format q8` or `q4` then makes it smaller"
+_HINT = "get the checkpoint in one of these forms, or a GGUF of the model"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
