@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 import numpy as np
@@ -290,6 +291,23 @@ def test_invalid_or_costly_module_lists_are_refused(given: Any, sentence: str) -
     with pytest.raises(CheckpointError) as caught:
         read_quantization({"quantization_config": given})
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        changed(NVFP4, ignore=[f"model.layers.{number}.mlp*" for number in range(200_000)]),
+        changed(FP8, ignored_layers=["." * steps for steps in range(1500)]),
+    ],
+    ids=["beginnings", "steps"],
+)
+def test_long_lists_of_modules_cost_little(given: Any) -> None:
+    found = read_quantization({"quantization_config": given})
+    assert found is not None
+    start = process_time()
+    for expert in range(2000):
+        assert found.scheme_of(f"model.layer.0.mlp.experts.{expert}.up_proj") is not None
+    assert process_time() - start < 0.5  # 2 s and more if each name of the list were tried
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import TypeVar
 
@@ -74,16 +75,18 @@ class Names:
     is_everything: bool = False
     # The numbers of steps in the paths of `parts`.
     _lengths: tuple[int, ...] = field(init=False, repr=False, compare=False, default=())
-    # Globs of the form "text*" are most, and are tried together.
-    _beginnings: tuple[str, ...] = field(init=False, repr=False, compare=False, default=())
+    # Globs of the form "text*" are most. There may be thousands, so they are looked up, by their lengths.
+    _beginnings: frozenset[str] = field(init=False, repr=False, compare=False, default=frozenset())
+    _sizes: tuple[int, ...] = field(init=False, repr=False, compare=False, default=())
     _others: tuple[tuple[str, ...], ...] = field(init=False, repr=False, compare=False, default=())
 
     def __post_init__(self) -> None:
         is_beginning = [len(texts) == 2 and not texts[1] for texts in self.globs]
         beginnings = [texts[0] for texts, is_one in zip(self.globs, is_beginning, strict=True) if is_one]
         others = [texts for texts, is_one in zip(self.globs, is_beginning, strict=True) if not is_one]
-        object.__setattr__(self, "_lengths", tuple({name.count(".") + 1 for name in self.parts}))
-        object.__setattr__(self, "_beginnings", tuple(beginnings))
+        object.__setattr__(self, "_lengths", tuple(sorted({name.count(".") + 1 for name in self.parts})))
+        object.__setattr__(self, "_beginnings", frozenset(beginnings))
+        object.__setattr__(self, "_sizes", tuple(sorted(set(map(len, beginnings)))))
         object.__setattr__(self, "_others", tuple(others))
 
     def __bool__(self) -> bool:
@@ -91,11 +94,14 @@ class Names:
 
     def match(self, module: str) -> bool:
         """Whether a module is one of them."""
-        if self.is_everything or module in self.exact or module.startswith(self._beginnings):
+        if self.is_everything or module in self.exact:
+            return True
+        sizes = takewhile(lambda size: size <= len(module), self._sizes)
+        if any(module[:size] in self._beginnings for size in sizes):
             return True
         if self.parts:
             steps = module.split(".")
-            for count in self._lengths:
+            for count in takewhile(lambda count: count <= len(steps), self._lengths):
                 if ".".join(steps[:count]) in self.parts or ".".join(steps[-count:]) in self.parts:
                     return True
         return any(expression.match(module) for expression in self.expressions) or any(
