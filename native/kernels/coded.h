@@ -9,7 +9,8 @@
 //
 //   Decode<F>::run           writes groups [group_begin, group_end) of a panel as a panel of the wide format.
 //                            group_begin is at the beginning of a block; `wide` is aligned to 64 bytes.
-//   DirectProduct<F>::run    multiplies up to kMostTokens tokens, all rows of the arguments.
+//   DirectProduct<F>::run    multiplies up to kMostTokens tokens, all rows of the arguments, if the columns
+//                            are whole blocks.
 //
 // Bits do not depend on which of them ran, so a DirectProduct has the operations of the wide tile, group by
 // group: sum = fma(scale * x_scale, float(dot), sum); with a scale for each half, sum = fma(x_scale,
@@ -157,7 +158,10 @@ void run_decoded(const MatmulArgs& a, int64_t row) {
 
 template <Format kFormat>
 void matmul_coded(const MatmulArgs& a) {
-  if (a.num_tokens <= DirectProduct<kFormat>::kMostTokens) return DirectProduct<kFormat>::run(a);
+  const bool has_whole_blocks = a.cols % quant_format(kFormat).block_cols == 0;
+  if (has_whole_blocks && a.num_tokens <= DirectProduct<kFormat>::kMostTokens) {
+    return DirectProduct<kFormat>::run(a);
+  }
   int64_t row = a.row_begin;
 #if ARGOSY_AVX512
   if (a.num_tokens >= a.tuning.two_panels_from) {

@@ -134,6 +134,17 @@ def require_products(matrix: native.Matrix, weights: np.ndarray, instruction_set
     runtime.close()
 
 
+@pytest.mark.parametrize("block_type", [name for name, entry in BLOCK_TYPES.items() if entry[1] > 32])
+def test_columns_may_end_inside_a_block(block_type: str, instruction_set: str) -> None:
+    format, block_cols, *_ = BLOCK_TYPES[block_type]
+    for blocks, missing in ((1, 4), (2, 3 * block_cols // 4)):
+        stored = blocks * block_cols
+        memory = native.transcode(block_type, random_blocks(block_type, 20, stored), 20, stored)
+        cols = stored - missing
+        weights = native.dequantize(format, memory, 20, cols)
+        require_products(native.Matrix(memory, 0, format, 20, cols), weights, instruction_set)
+
+
 def test_scales_of_mxfp4_may_be_any_byte() -> None:
     """They run from 2^-128 to 2^126 of the doubled values, subnormal at the low end; in GGUF files 255 is 2^127."""
     blocks = random_blocks("MXFP4", 256, 32).reshape(256, 17)
