@@ -29,6 +29,7 @@ inline void put_nvfp4_factor(const TranscodeArgs& a, int64_t panel_begin, int64_
 // zero.
 template <bool kIsDivisor>
 bool transcode_nvfp4_factor(const TranscodeArgs& a) {
+  if (a.rows == 0 || a.cols == 0) return true;  // and no factor
   const float given = read_unaligned<float>(a.rows_data);
   const float factor = kIsDivisor ? 1.0f / given : given;
   // An infinite divisor would make every weight zero.

@@ -115,6 +115,12 @@ def test_what_is_no_finite_number_is_refused(name: str, data: Bytes) -> None:
         native.transcode(name, data, 1, 64)
 
 
+def test_a_matrix_without_weights_reads_no_factor() -> None:
+    behind = np.full(4, 0xFF, np.uint8)  # NaN
+    for rows, cols in ((0, 64), (1, 0)):
+        native.transcode("nvfp4_factor", behind[:0], rows, cols)
+
+
 def test_what_cannot_be_transcoded_is_refused() -> None:
     with pytest.raises(ValueError, match="cols is 72, expected a multiple of 16 for nvfp4_quants"):
         native.transcode("nvfp4_quants", np.zeros(36, np.uint8), 1, 72)
