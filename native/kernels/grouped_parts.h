@@ -1,29 +1,30 @@
 // grouped_parts.h: the tensors that become grouped formats (formats.h), which store codes, scales, and zeros
 // or biases apart.
 //
-//   "uint4_128_f16:gptq_codes"    a block type: the format, and the part of every panel that the tensor
-//   becomes
+//   "uint4_128_f16:gptq_codes"    a block type: the format, and the part of a matrix that the tensor becomes
 //
 // G is the number of groups of a row, cols / group rounded up; cols is a multiple of 32. Words are int32. A
-// stream holds codes of `bits` bits, the first in the lowest bits of the first word.
+// stream holds codes of `bits` bits, the first in the lowest bits of the first word. CT stands for
+// compressed-tensors, GPTQ 2 for the second version of GPTQ's files.
 //
-//   codes               a stream for each row: words [rows, cols * bits / 32]            compressed-tensors,
-//   MLX int8_codes          int8 [rows, cols]: code - 128 compressed-tensors gptq_codes          words [cols
-//   * bits / 32, rows]: a stream down each column        GPTQ awq_codes           words [cols, rows / 8]:
-//   eight rows in AWQ's order                AWQ scales              [rows, G], of the type that the format
-//   names                     compressed-tensors, MLX channel_scales      [rows]: the same for all groups the
-//   same, and GPTQ scales_by_group     [G, rows]                                                        GPTQ,
-//   AWQ zeros               words [rows * bits / 32 rounded up, G]: a stream down compressed-tensors
-//   channel_zeros       a stream of rows                                                 the same
-//   int8_zeros          int8 [rows, G]: zero - 128                                       compressed-tensors
-//   int8_channel_zeros  int8 [rows]                                                      the same
-//   gptq_zeros          words [G, rows * bits / 32]: a stream of rows, zero - 1          GPTQ
-//   gptq_v2_zeros       the same, but the zero itself                                    GPTQ's second
-//   version gptq_channel_zeros  a stream of rows, zero - 1                                       GPTQ
-//   awq_zeros           words [G, rows / 8] in AWQ's order                               AWQ
-//   biases              [rows, G], of the type that the format names                     MLX
-//   g_idx               int32 [cols]: the group of each column, which must be in order   GPTQ
-//   channel_g_idx       int32 [cols]: zeros                                              GPTQ
+//   codes               words [rows, cols * bits / 32]: a stream for each row              CT, MLX
+//   int8_codes          int8 [rows, cols]: code - 128                                      CT
+//   gptq_codes          words [cols * bits / 32, rows]: a stream down each column          GPTQ
+//   awq_codes           words [cols, rows / 8]: eight rows in AWQ's order                  AWQ
+//   scales              [rows, G], of the type that the format names                       CT, MLX
+//   channel_scales      [rows]: the same for all groups                                    CT, GPTQ
+//   scales_by_group     [G, rows]                                                          GPTQ, AWQ
+//   zeros               words [rows * bits / 32 rounded up, G]: a stream down each column  CT
+//   channel_zeros       a stream of rows                                                   CT, GPTQ 2
+//   int8_zeros          int8 [rows, G]: zero - 128                                         CT
+//   int8_channel_zeros  int8 [rows]: the same for all groups                               CT
+//   gptq_zeros          words [G, rows * bits / 32]: a stream of rows, zero - 1            GPTQ
+//   gptq_v2_zeros       the same, but the zero itself                                      GPTQ 2
+//   gptq_channel_zeros  a stream of rows, zero - 1                                         GPTQ
+//   awq_zeros           words [G, rows / 8] in AWQ's order                                 AWQ
+//   biases              [rows, G], of the type that the format names                       MLX
+//   g_idx               int32 [cols]: the group of each column, which must be in order     GPTQ
+//   channel_g_idx       int32 [cols]: zeros                                                GPTQ
 //
 // A stored zero with all bits set is refused where one is added: some programs read it as 0, others as
 // 2^bits. In AWQ's order, nibble k of a word belongs to row (0, 2, 4, 6, 1, 3, 5, 7)[k] of eight.
