@@ -368,12 +368,12 @@ def transcode(
     Q8_0 becomes q8, Q4_0 becomes q4, and GGUF's other types become the format with their name; cols is a multiple of
     their block size, 32, 64 or 256. Types with lower-case names, such as `int4_quants` and `f8_scales_64x128`
     (native/kernels/transcode.h), and parts of grouped formats, such as `uint4_128_f16:gptq_codes` (grouped_parts.h),
-    write only their part of the matrix: into `out` [matrix_bytes], which is returned, or
-    into new zeros. `interleaved` matrices with `rows` rows each, which alternate row by row in `data`, come out one
-    after another.
+    write only their part of the matrix: into `out` [matrix_bytes], which is returned, or into new zeros.
+    `interleaved` matrices with `rows` rows each, which alternate row by row in `data`, come out one after another.
 
     Raises:
-        ValueError: an f8 code is NaN, or a scale gives weights that do not fit a float32.
+        ValueError: the data holds what its type refuses: a code that is NaN, a scale that is no number or too
+            large, a stored zero that programs disagree about, or columns whose groups are not in order.
     """
 
 def dequantize(format: Format, data: NDArray[numpy.uint8], rows: int, cols: int) -> NDArray[numpy.float32]:
