@@ -286,8 +286,12 @@ STORAGES: Mapping[str, Storage] = {
 
 @lru_cache(256)
 def _stored(scheme: Scheme, rows: int, cols: int, scale_dtype: str | None) -> Stored | str:
-    storage = STORAGES.get(scheme.storage)
-    return ", ".join(STORAGES) if storage is None else storage.stored(scheme, rows, cols, scale_dtype)
+    if (storage := STORAGES.get(scheme.storage)) is None:
+        return ", ".join(STORAGES)
+    stored = storage.stored(scheme, rows, cols, scale_dtype)
+    if isinstance(stored, Stored) and stored.format not in get_args(Format):
+        return "formats that have kernels"
+    return stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -442,8 +446,6 @@ class WeightAccounts(TensorAccounts):
         if (storage := STORAGES.get(scheme.storage)) is not None:
             scales = self._tensors.get(self._name_of(name, storage.scales))
         stored = _stored(scheme, *shape, None if scales is None else scales.dtype)
-        if isinstance(stored, Stored) and stored.format not in get_args(Format):
-            stored = "formats that have kernels"
         if isinstance(stored, str):
             raise self.unread(codes, shape, scheme, stored)
         return stored
