@@ -111,6 +111,9 @@ def test_choices_are_shown_with_what_they_won(
     assert with_amx["q8"][-4:] == ["off:", "wrong", "-100", "%"]
     assert with_amx["q4_k"][-3:] == ["off", "+0", "%"]
 
+    choices["formats"]["iq2_kl"] |= {"bytes_per_s": 0.0}
+    assert "    iq2_kl  not measured" in command._choice_lines(choices, has_amx=True, is_whole=True)
+
 
 def test_the_report_fits_a_screen_unless_products_are_asked_for(
     drive: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -117,15 +117,19 @@ def test_amx_is_used_from_where_it_pays_with_all_larger_numbers_of_tokens(
     assert tuning.measure(2, AVX512).formats == found
 
 
-def test_formats_that_the_time_is_too_short_for_get_what_the_first_one_got(
+def test_formats_that_the_time_is_too_short_for_get_the_tuning_of_the_first_and_no_figures(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     probe = Probe(monkeypatch, some_rate)
     monkeypatch.setattr(tuning, "PROBE_S", 0.0)
     found = tuning.choose(2, AVX512).formats
     assert probe.num_calls == 1
-    assert set(found.values()) == {found["q8"]}
     assert found["q8"].tuning.two_panels_from == 8
+    assert found["q8"].bytes_per_s == pytest.approx(1e9)
+    others = {choice for name, choice in found.items() if name != "q8"}
+    assert others == {(found["q8"].tuning, 0.0, 1.0, 1.0, 1.0)}
+    new_process()
+    assert tuning.choose(2, AVX512).formats == found  # they are kept
 
 
 def test_what_chance_decided_is_not_kept_and_one_thread_may_decide_for_several(

@@ -60,7 +60,8 @@ _MANY_TOKENS = 32
 class FormatChoice(NamedTuple):
     """The choice for weights of one format, and its gain.
 
-    bytes_per_s: the rate at which one token reads weights that are in no processor cache.
+    bytes_per_s: the rate at which one token reads weights that are in no processor cache; 0 if the format was not
+        measured, so that another one's tuning stands in.
     gain: speed of one token relative to the defaults, 1.0 if there is no gain.
     few_tokens_gain: speed of 2 to 8 tokens relative to the defaults.
     amx_gain: speed of 32 tokens with AMX tiles relative to AVX-512, whichever was chosen; 1.0 without AMX, 0.0 if the
@@ -238,7 +239,7 @@ def _measured_formats(threads: int, instruction_set: str) -> dict[Format, Format
     """Choose for every format; return None if other work disturbed the probe, so that its results may be chance.
 
     Several threads are disturbed more easily than one, because they are fast only while all of them run; if they are,
-    one thread decides for them. Formats for which no time is left get the choice of the first format.
+    one thread decides for them. Formats for which no time is left get the tuning of the first format.
     """
     default = default_tuning()
     trials = {name: _trials(name, default, instruction_set) for name in FORMATS}
@@ -252,7 +253,8 @@ def _measured_formats(threads: int, instruction_set: str) -> dict[Format, Format
         # Disturbances only ever slow a pass down, so the best one counts.
         best = {trial: max(rates) for trial, rates in found.items()}
         measured = {name: _fastest(name, default, best) for name in FORMATS if trials[name][0] in best}
-        return {name: measured.get(name, measured[FORMATS[0]]) for name in FORMATS}
+        unmeasured = FormatChoice(measured[FORMATS[0]].tuning, 0.0, 1.0, 1.0, 1.0)
+        return {name: measured.get(name, unmeasured) for name in FORMATS}
     return None
 
 
@@ -470,7 +472,7 @@ def _checked_choice(value: object) -> FormatChoice:
         raise JsonError("has a choice that does not exist")
     return FormatChoice(
         Tuning(ask_ahead, few_ask_ahead, two_panels_from, amx_from),
-        _number(bytes_per_s, _MOST_BYTES_PER_S),
+        0.0 if bytes_per_s == 0 else _number(bytes_per_s, _MOST_BYTES_PER_S),
         _number(gain, _MOST_GAIN),
         _number(few_gain, _MOST_GAIN),
         0.0 if amx_gain == 0 else _number(amx_gain, _MOST_GAIN),

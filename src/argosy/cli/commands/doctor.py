@@ -316,6 +316,9 @@ def _choice_lines(choices: dict[str, Any], *, has_amx: bool, is_whole: bool) -> 
         + (f"   {'many tokens: AMX':<16}{'gain':>7}" if has_amx else ""),
     ]
     for name, choice in choices["formats"].items():
+        if not choice["bytes_per_s"]:  # the time was up
+            lines.append(f"    {name:<8}not measured")
+            continue
         few = f"{choice['few_ask_ahead']}, from {choice['two_panels_from']} tokens"
         lines.append(
             f"    {name:<8}{choice['ask_ahead']:<21}{choice['bytes_per_s'] / 1e9:>5.1f}{_gain(choice['gain']):>7}"
