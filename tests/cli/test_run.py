@@ -713,7 +713,7 @@ def test_interrupting_a_process_exits_130(chat_model: Path) -> None:
 def test_show_prints_family_geometry_and_plan(chat_model: Path, capsys: Captured) -> None:
     assert main(["show", str(chat_model), "--memory", "4GiB"]) == 0
     out = capsys.readouterr().out
-    assert "qwen3_moe, in the hub's format, experts bf16" in out
+    assert "qwen3_moe, safetensors files, experts bf16" in out
     assert "6 per layer, 2 per token, width 24" in out
     assert "fits      yes, " in out
     assert " of 4.0 GiB" in out

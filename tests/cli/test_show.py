@@ -57,6 +57,18 @@ def test_a_name_that_hides_the_type_of_the_experts_is_told(model: Path, capsys: 
         assert "the name says UD-IQ2_S; 33% of its experts are q2_k" in capsys.readouterr().out
 
 
+def test_formats_of_a_mixture_are_listed_once(model: Path, capsys: Captured) -> None:
+    for command, line in (
+        ("show", "a GGUF file, experts in 4 formats, rest "),
+        ("plan", "active; experts in 4 formats"),
+    ):
+        assert main([command, str(model), "--memory", "2GiB"]) == 0
+        out = capsys.readouterr().out
+        assert line in out
+        assert out.count("iq4_nl") == 1
+        assert ", 1 other below 0.5%" in out
+
+
 def test_the_header_of_a_remote_file_tells_the_same(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from argosy.cli.commands.plan_traffic import Traffic
 from argosy.cli.shared.output import FITS, short_number, table_lines
-from argosy.cli.shared.weights import weight_facts, weight_lines
+from argosy.cli.shared.weights import formats_in_short, weight_facts, weight_lines
 from argosy.config import disk_size, format_bytes
 
 if TYPE_CHECKING:
@@ -159,8 +159,8 @@ class PlanFacts:
                 where += f", for which {hub_cache()} has no room: {disk_size(free)} are free"
         lines = [
             f"model     {subject.name}; {where}",
-            f"          {everything / 1e9:.1f} B parameters, {active / 1e9:.1f} B active; experts in "
-            f"{files.expert_format}",
+            f"          {everything / 1e9:.1f} B parameters, {active / 1e9:.1f} B active; experts "
+            f"{formats_in_short(files.expert_format.split('+'))}",
             *(f"          {line}" for line in weight_lines(weight_facts(files))),
             f"          a token reads {work.dense_bytes / 1e9:.2f} GB of dense weights and "
             f"{work.routed_token_bytes() / 1e9:.2f} GB of experts ({work.record_bytes / 1e6:.1f} MB each)",

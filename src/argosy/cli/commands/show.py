@@ -10,7 +10,7 @@ from argosy.cli.commands import completion
 from argosy.cli.shared.options import engine_options, settings_of
 from argosy.cli.shared.output import parameter_count, print_facts
 from argosy.cli.shared.settings import Settings, for_engine, read_settings
-from argosy.cli.shared.weights import weight_facts, weight_lines
+from argosy.cli.shared.weights import formats_in_short, weight_facts, weight_lines
 from argosy.config import DEMO, format_bytes
 from argosy.errors import DoesNotFit
 
@@ -190,12 +190,13 @@ def _hypothetical_sizes(config: ModelConfig) -> dict[str, Any]:
 
 def fact_lines(facts: dict[str, Any]) -> list[str]:
     """The facts of `model_facts` as lines of text."""
-    kind = "a pack" if facts["is_packed"] else "a GGUF file" if facts["is_gguf"] else "in the hub's format"
-    dense = "+".join(facts["dense_formats"])
+    kind = "a pack" if facts["is_packed"] else "a GGUF file" if facts["is_gguf"] else "safetensors files"
+    experts = formats_in_short((facts["expert_format"] or "none").split("+"))
+    dense = formats_in_short(facts["dense_formats"])
     return [
         f"model     {facts['name']}",
         f"  path          {facts['path']}",
-        f"  family        {facts['family']}, {kind}, experts {facts['expert_format']}, rest {dense}",
+        f"  family        {facts['family']}, {kind}, experts {experts}, rest {dense}",
         *_geometry_lines(facts),
         f"  on disk       {format_bytes(facts['dense_bytes'])} used by every token,"
         f" {format_bytes(facts['expert_bytes'])} of routed experts",

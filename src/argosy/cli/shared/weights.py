@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     from argosy.checkpoint.files import ModelFiles
 
 _LEAST_SHARE = 0.005  # of a type that is shown with its share
+_MOST_NAMED = 3
 
 
 def weight_facts(files: ModelFiles) -> dict[str, Any]:
@@ -48,10 +50,15 @@ def weight_lines(facts: dict[str, Any]) -> list[str]:
     formats: dict[str, float] = facts["formats"]
     shown = [f"{format} {share:.0%}" for format, share in formats.items() if share >= _LEAST_SHARE]
     if left := len(formats) - len(shown):
-        shown.append(f"{left} other{'s' * (left > 1)}")
+        shown.append(f"{left} other{'s' * (left > 1)} below {_LEAST_SHARE:.1%}")
     lines = [f"{facts['bits_per_weight']:.2f} bits a weight: {', '.join(shown)}"]
     if (hidden := facts["hidden_by_name"]) is not None:
         lines.append(
             f"the name says {hidden['name']}; {hidden['share']:.0%} of its experts are {hidden['format']}"
         )
     return lines
+
+
+def formats_in_short(formats: Sequence[str]) -> str:
+    """The names of a few formats; of more, only their number: a mixture's are listed by `weight_lines`."""
+    return "+".join(formats) if len(formats) <= _MOST_NAMED else f"in {len(formats)} formats"
