@@ -78,10 +78,6 @@ TYPE_HINT = "Q4_K_M, Q6_K, Q8_0, Q2_K, IQ1_S to IQ4_XS, MXFP4 and BF16 files of 
 _ALL_NAMES = sorted({*BLOCK_SIZES, *IK_TYPES.values()} - {"Q8_K"}, key=len, reverse=True)
 # The ends of names of types that interleave rows, such as IQ2_K_R4 of ik_llama.cpp and the former Q4_0_8_8.
 _INTERLEAVED = re.compile(r"_(?:R\d{1,2}|[48]_[48])$")
-# First parts of format names, such as IQ2, for which no type has a kernel.
-_UNREAD_FORMATS = {name.partition("_")[0] for name in BLOCK_SIZES} - {
-    name.partition("_")[0] for name in RUNNABLE_TYPES
-}
 
 
 def type_in_name(format: str) -> str | None:
@@ -96,6 +92,5 @@ def type_in_name(format: str) -> str | None:
 
 def may_run(format: str) -> bool:
     """Whether files in a format, as `format_in_name` returns it, may run here. Only the header is certain."""
-    if (named := type_in_name(format)) is not None:
-        return named in RUNNABLE_TYPES
-    return format.removeprefix("UD-").partition("_")[0] not in _UNREAD_FORMATS
+    named = type_in_name(format)
+    return named is None or named in RUNNABLE_TYPES
