@@ -322,7 +322,15 @@ def test_an_unknown_type_is_refused_with_the_supported_types(kind: int, said: st
     before, _, supported = sentence.partition("; supported: ")
     assert before == f"{path.name}: x has type {said}"
     assert set(supported.split(", ")) == {*TYPES, *WITHOUT_PACKAGE}
-    assert hint.startswith("Q4_K_M, ")
+    assert hint.startswith("get a file of the model named Q4_K_M, ")
+
+
+def test_a_trellis_type_is_refused_with_the_reason(path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match="IQ2_KT \\(153\\)") as refusal:
+        read_gguf(RawGguf(tensors=[tensor("x", [256], 153, 0)], data=bytes(110)).write(path))
+    assert "hint: KT types compute every weight from a hash, which is slow on a CPU; get " in str(
+        refusal.value
+    )
 
 
 def test_slot_formats_include_every_block_type_of_the_tests() -> None:

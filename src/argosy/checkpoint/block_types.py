@@ -34,6 +34,7 @@ IK_TYPES: Mapping[int, str] = {
     133: "Q6_0", 134: "IQ1_BN", 135: "IQ2_BN", 146: "IQ4_KSS", 153: "IQ2_KT", 154: "IQ3_KT", 155: "IQ4_KT",
     158: "IQ1_KT",
 }  # fmt: skip
+_IK_NUMBERS = range(97, 512)  # of all its own types
 # GGUF block type -> the slot format that holds it without loss.
 SLOT_FORMATS: Mapping[str, Format] = {
     "Q8_0": "q8",
@@ -73,11 +74,26 @@ SLOT_FORMATS: Mapping[str, Format] = {
     "IQ2_KL": "iq2_kl",
 }
 RUNNABLE_TYPES = ("F32", "F16", "BF16", *SLOT_FORMATS)
-TYPE_HINT = "Q4_K_M, Q6_K, Q8_0, Q2_K, IQ1_S to IQ4_XS, MXFP4 and BF16 files of a model use only these types"
+TYPE_HINT = (
+    "get a file of the model named Q4_K_M, Q6_K, Q8_0, Q2_K, IQ1_S to IQ4_XS, MXFP4 or BF16; "
+    "they hold only these types"
+)
 # No file holds Q8_K, which is for activations; UD-Q8_K_XL is a mixture with Q8_0.
 _ALL_NAMES = sorted({*BLOCK_SIZES, *IK_TYPES.values()} - {"Q8_K"}, key=len, reverse=True)
 # The ends of names of types that interleave rows, such as IQ2_K_R4 of ik_llama.cpp and the former Q4_0_8_8.
 _INTERLEAVED = re.compile(r"_(?:R\d{1,2}|[48]_[48])$")
+
+
+def unread_type(kind: int) -> tuple[str, str]:
+    """Return how an error names a type that is not in `TENSOR_TYPES`, and a hint what to get instead."""
+    name = IK_TYPES.get(kind, "")
+    called = f"{name} ({kind})" if name else f"{kind}"
+    if kind in _IK_NUMBERS:
+        called += ", one of ik_llama.cpp's own"
+    why = (
+        "KT types compute every weight from a hash, which is slow on a CPU; " if name.endswith("_KT") else ""
+    )
+    return called, why + TYPE_HINT
 
 
 def type_in_name(format: str) -> str | None:

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
-from argosy.checkpoint.block_types import IK_TYPES, ROW_SCALE_BYTES, RUNNABLE_TYPES, TENSOR_TYPES, TYPE_HINT
+from argosy.checkpoint.block_types import ROW_SCALE_BYTES, RUNNABLE_TYPES, TENSOR_TYPES, unread_type
 from argosy.checkpoint.gguf_names import PART_NAME, first_part, part_name
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.checkpoint.untrusted_file import open_regular, quote, read_at
@@ -60,8 +60,6 @@ _TYPE_NAMES = {
 _LENGTH, _TYPE = struct.Struct("<Q"), struct.Struct("<I")
 _SMALLEST_ENTRY = 8 + 1 + 4 + 1  # metadata: key length, key, type, value
 _SMALLEST_TENSOR = 8 + 1 + 4 + 4 + 8  # tensor list: name length, name, dimensions, type, offset
-
-_IK_LLAMA_TYPES = range(97, 512)  # the numbers of ik_llama.cpp's own types (its ggml.h)
 
 Scalar = int | float | bool | str
 
@@ -529,11 +527,10 @@ def _read_tensor(cursor: _Cursor) -> TensorRef:
     kind = cursor.unpack(_TYPE, f"the type of {shown}")
     offset = cursor.unpack(_LENGTH, f"the offset of {shown}")
     if kind not in TENSOR_TYPES:
-        whose = ", one of ik_llama.cpp's own" if kind in _IK_LLAMA_TYPES else ""
-        called = f"{IK_TYPES[kind]} ({kind})" if kind in IK_TYPES else f"{kind}"
+        called, hint = unread_type(kind)
         raise UnsupportedModel(
-            f"{cursor.path.name}: {shown} has type {called}{whose}; supported: {', '.join(RUNNABLE_TYPES)}",
-            hint=TYPE_HINT,
+            f"{cursor.path.name}: {shown} has type {called}; supported: {', '.join(RUNNABLE_TYPES)}",
+            hint=hint,
             path=cursor.path,
             tensor=name,
             key="type",

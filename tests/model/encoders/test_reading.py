@@ -133,7 +133,9 @@ def test_a_quantised_tower_of_mlx_is_refused_with_the_reason(tmp_path: Path) -> 
     write_safetensors(directory / "model.safetensors", tensors)
     found = find_encoders(model_files(directory))["picture"]
     assert isinstance(found, UnsupportedModel)
-    assert f"{name}.weight is quantised ({name}.scales is beside it); supported: towers in F32" in str(found)
+    assert f"{name}.weight is quantised (its scales are {name}.scales); supported: towers in F32" in str(
+        found
+    )
 
 
 def test_whoever_opens_a_tower_shares_its_reads() -> None:

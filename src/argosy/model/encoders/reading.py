@@ -318,9 +318,9 @@ def _require_floats(accounts: TensorAccounts, names: Iterable[str]) -> None:
         scales = f"{name.removesuffix('weight')}scales"
         if name.endswith(".weight") and scales in accounts:
             raise UnsupportedModel(
-                f"{accounts.path.name}: {name} is quantised ({scales} is beside it); supported: towers in "
+                f"{accounts.path.name}: {name} is quantised (its scales are {scales}); supported: towers in "
                 f"{', '.join(FLOAT_FORMATS)}",
-                hint="text runs; for pictures and sound take a conversion whose tower keeps its floats",
+                hint="text runs; for pictures and sound, get a conversion whose tower is not quantised",
                 path=accounts.path,
                 tensor=name,
             )

@@ -395,6 +395,7 @@ class WeightAccounts(TensorAccounts):
                     if said is None
                     else f"{said.where} says that it is not quantised"
                 ),
+                hint="config.json may belong to another version of the checkpoint; fetch both again",
                 path=codes.path,
                 tensor=codes.name,
             )
@@ -411,7 +412,7 @@ class WeightAccounts(TensorAccounts):
         if slice is not None and slice.num_matrices > 1:
             if shape[0] % max(scheme.block[0], 32 if scheme.has_zeros else 1):
                 raise self.unread(
-                    codes, shape, scheme, "experts in separate tensors: gate and up share scales here"
+                    codes, shape, scheme, "experts in separate tensors, because gate and up share scales here"
                 )
             together = self._stored(name, codes, scheme, (slice.num_matrices * shape[0], shape[1]))
         pieces: list[tuple[TensorRef, str]] = []

@@ -31,11 +31,16 @@ AS_ITS_TENSORS = "mlx"  # the storage of modules without settings of their own
 
 
 def storage_of(mode: str) -> str:
+    """Return the storage of a mode, a key of `STORAGES` in `coded_weights.py`."""
     return f"mlx-{mode}"
 
 
 def read_mlx(reader: SettingsReader) -> Quantization:
-    """Read the settings for all modules, and those of single ones: an object, or whether the module is quantised."""
+    """Read the settings for all modules, and those of single ones: an object, or whether the module is quantised.
+
+    Raises:
+        UnsupportedModel: a setting is unknown or not supported.
+    """
     _scheme(reader, {key: reader.settings[key] for key in _KEYS if key in reader.settings}, reader.key)
     names: dict[Scheme | None, set[str]] = {}
     for path, given in reader.settings.items():
@@ -76,7 +81,8 @@ def scheme_of_tensors(codes: TensorRef, scales: TensorRef | None, cols: int) -> 
     """
     if scales is None:
         raise CheckpointError(
-            f"{codes.path.name}: {quote(codes.name)} is {codes.dtype}, MLX's codes, but there are no scales beside it",
+            f"{codes.path.name}: {quote(codes.name)} is {codes.dtype}, MLX's codes, but its scales are missing",
+            hint="fetch the model's files again",
             path=codes.path,
             tensor=codes.name,
         )

@@ -43,12 +43,8 @@ _CT_FORMATS: Mapping[str, tuple[str, tuple[int, ...], tuple[str, ...]]] = {
 }
 _CT_STORAGES = {"float-quantized": "fp8", "nvfp4-pack-quantized": "nvfp4-divided"}
 _CT_GROUPS = {"nvfp4-pack-quantized": (16,), "mxfp4-pack-quantized": (32,), "mxfp8-quantized": (32,)}
-_ORDERED = (
-    None,
-    False,
-    "weight",
-    "static",
-)  # values of actorder with which the columns of a group are neighbours
+# Values of actorder with which the columns of a group are neighbours.
+_ORDERED = (None, False, "weight", "static")
 
 
 def read_compressed_tensors(reader: SettingsReader) -> Quantization:
@@ -360,6 +356,7 @@ def read_auto_round(reader: SettingsReader) -> Quantization:
     return Quantization("auto-round", tuple(rules))
 
 
+# Raises UnsupportedModel for a setting that it does not know or support, and CheckpointError for a malformed one.
 MethodReader = Callable[[SettingsReader], Quantization]
 METHODS: Mapping[str, MethodReader] = {
     "fp8": read_fp8,
@@ -372,22 +369,22 @@ METHODS: Mapping[str, MethodReader] = {
 }
 ALIASES = {"modelopt_fp4": "modelopt", "modelopt_mixed": "modelopt", "intel/auto-round": "auto-round"}
 
-_GPU_ONLY = "its codes are laid out for kernels of GPUs; the model's GGUF files at the same size are read"
-# Methods that are known and not read, and what to get instead.
+_GPU_ONLY = "its codes are laid out for GPU kernels; get a GGUF of the same size"
+# Methods that are known and not read, with the reason if there is one, and what to get instead.
 REFUSED: Mapping[str, str] = {
     "exl2": _GPU_ONLY,
     "exl3": _GPU_ONLY,
-    "hqq": "get a GGUF, or the model quantised with compressed-tensors",
+    "hqq": "its groups may run along either axis; get a GGUF, or the model quantised with compressed-tensors",
     "aqlm": "its weights are sums of codebook entries; get a GGUF of the same size",
     "vptq": "its weights are entries of codebooks of vectors; get a GGUF of the same size",
     "quip": "its weights are rotated; get a GGUF of the same size",
-    "spqr": "its outliers are stored apart; get a GGUF of the same size",
+    "spqr": "its outliers are stored separately; get a GGUF of the same size",
     "higgs": "its weights are rotated; get a GGUF of the same size",
     "fp_quant": "its weights are rotated; get the model as NVFP4 from modelopt or compressed-tensors",
     "quark": "get the model quantised with compressed-tensors or modelopt, or a GGUF",
     "torchao": "get the model quantised with compressed-tensors, or a GGUF",
     "quanto": "get the model quantised with compressed-tensors, or a GGUF",
-    "eetq": "its codes are laid out for kernels of GPUs; get a Q8_0 GGUF",
+    "eetq": "its codes are laid out for GPU kernels; get a Q8_0 GGUF",
     "fbgemm_fp8": "get the model quantised with compressed-tensors to float-quantized",
     "bitnet": "get a TQ2_0 GGUF",
     "bitsandbytes": "get the model quantised with compressed-tensors, or a GGUF",

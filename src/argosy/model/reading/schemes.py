@@ -161,7 +161,7 @@ class Quantization:
 
 
 class SettingsReader:
-    """Reads a `quantization_config` strictly.
+    """Reads a `quantization_config` strictly: methods raise UnsupportedModel or CheckpointError for what they refuse.
 
     Args:
         given: the settings.
