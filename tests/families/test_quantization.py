@@ -49,6 +49,13 @@ def schemes_of(given: Any, *modules: str) -> list[str | None]:
     return [None if scheme is None else str(scheme) for scheme in schemes]
 
 
+def in_groups(num_groups: int, num_expressions: int) -> dict[str, Any]:
+    """Groups of compressed-tensors with as many expressions each."""
+    group = copy.deepcopy(INT4["config_groups"]["group_0"])
+    group["targets"] = [f"re:{number}" for number in range(num_expressions)]
+    return changed(INT4, config_groups={f"g{number}": group for number in range(num_groups)})
+
+
 NVFP4 = {
     "quant_method": "modelopt",
     "quant_algo": "NVFP4",
@@ -285,6 +292,9 @@ def test_a_known_method_that_is_not_read_says_what_to_get(method: str) -> None:
         (changed(AUTO_ROUND, extra_config={"(a+)+$": {}}), "extra_config has '(a+)+$', which repeats a group"),
         (changed(INT4, ignore=[f"re:{i}" for i in range(257)]), "ignore has 257 expressions; at most 256 are"),
         (changed(NVFP4, ignore=[f"a*{i}*" for i in range(257)]), "ignore, exclude_modules has 257 expressions"),
+        (changed(NVFP4, ignore=["a*" * 600]), "ignore has an expression of 1200 characters; at most 1024 are read"),
+        (in_groups(257, 1), "config_groups has 257 groups; at most 256 are read"),
+        (in_groups(3, 100), "config_groups has 300 expressions; at most 256 are read"),
     ],
 )  # fmt: skip
 def test_invalid_or_costly_module_lists_are_refused(given: Any, sentence: str) -> None:

@@ -61,6 +61,7 @@ def read_compressed_tensors(reader: SettingsReader) -> Quantization:
     groups = reader.mapping(config.get("config_groups"), f"{reader.key}.config_groups")
     if not groups:
         raise reader.refused(f"{reader.key}.config_groups", groups, "groups with targets and weights")
+    reader.require_few(len(groups), "config_groups", "groups")
     exact, expressions, linear = [], [], []
     for name, group in groups.items():
         where = f"{reader.key}.config_groups.{name}"
@@ -77,6 +78,7 @@ def read_compressed_tensors(reader: SettingsReader) -> Quantization:
             expressions.append(Rule(Names(expressions=named.expressions), scheme, level=1))
         if classes:
             linear.append(Rule(EVERYTHING, scheme, level=2))
+    reader.require_few(sum(len(rule.names.expressions) for rule in expressions), "config_groups")
     ignored = Rule(reader.names(config, "ignore"), None)
     return Quantization("compressed-tensors", (ignored, *exact, *expressions, *linear))
 

@@ -13,10 +13,11 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
+from time import perf_counter
 from typing import TypeVar
 
 from argosy.checkpoint.untrusted_file import quote
@@ -28,6 +29,7 @@ _MOST_REPETITIONS = 3  # in an expression that names modules
 _MOST_ALTERNATIVES = 8
 _MOST_GROUPS = 64  # Python compiles groups within groups recursively
 _MOST_EXPRESSIONS = 256  # in one list; each is tried with every module
+_MOST_MATCHING_S = 20.0  # those of real files take milliseconds
 _LARGEST_COUNT = 1 << 20
 _Value = TypeVar("_Value")
 _HINT = "get the checkpoint in one of these forms, or a GGUF of the model"
@@ -92,8 +94,8 @@ class Names:
     def __bool__(self) -> bool:
         return bool(self.exact or self.parts or self.expressions or self.globs or self.is_everything)
 
-    def match(self, module: str) -> bool:
-        """Whether a module is one of them."""
+    def match(self, module: str, spend: Callable[[float], None] = lambda seconds: None) -> bool:
+        """Whether a module is one of them. `spend` learns what each expression took, and may raise an error."""
         if self.is_everything or module in self.exact:
             return True
         sizes = takewhile(lambda size: size <= len(module), self._sizes)
@@ -104,9 +106,13 @@ class Names:
             for count in takewhile(lambda count: count <= len(steps), self._lengths):
                 if ".".join(steps[:count]) in self.parts or ".".join(steps[-count:]) in self.parts:
                     return True
-        return any(expression.match(module) for expression in self.expressions) or any(
-            _matches_glob(texts, module) for texts in self._others
-        )
+        for expression in self.expressions:
+            start = perf_counter()
+            is_one = expression.match(module) is not None
+            spend(perf_counter() - start)
+            if is_one:
+                return True
+        return any(_matches_glob(texts, module) for texts in self._others)
 
 
 EVERYTHING = Names(is_everything=True)
@@ -141,23 +147,36 @@ class Quantization:
     method: str
     rules: tuple[Rule, ...]
     where: str = "the quantization_config of config.json"
+    # One number: how long expressions have been compared with modules.
+    _spent_s: list[float] = field(init=False, repr=False, compare=False, default_factory=lambda: [0.0])
 
     def scheme_of(self, module: str) -> Scheme | None:
         """Return the scheme of a module, such as "model.layers.0.self_attn.q_proj"; None: it is not quantised.
 
         Raises:
-            CheckpointError: rules contradict each other.
+            CheckpointError: rules contradict each other, or their expressions take too long.
         """
-        rule = next((rule for rule in self.rules if rule.names.match(module)), None)
+        rule = next((rule for rule in self.rules if rule.names.match(module, self._spend)), None)
         if rule is None:
             return None
         for other in self.rules if rule.level is not None else ():
-            if other.level == rule.level and other.scheme != rule.scheme and other.names.match(module):
+            is_other = other.level == rule.level and other.scheme != rule.scheme
+            if is_other and other.names.match(module, self._spend):
                 raise CheckpointError(
                     f"{self.where} describes {quote(module)} in two ways: {rule.scheme} and {other.scheme}",
                     key=KEY,
                 )
         return rule.scheme
+
+    def _spend(self, seconds: float) -> None:
+        self._spent_s[0] += seconds
+        if self._spent_s[0] > _MOST_MATCHING_S:
+            raise CheckpointError(
+                f"{self.where} has regular expressions that take more than {_MOST_MATCHING_S:g} s to compare with "
+                "the names of modules",
+                hint="replace them by the names of the modules",
+                key=KEY,
+            )
 
 
 class SettingsReader:
@@ -228,6 +247,10 @@ class SettingsReader:
                 if name.startswith("re:"):
                     expressions.append(self.expression(name, name[3:], key))
                 elif has_globs and "*" in name:
+                    if len(name) > _LONGEST_EXPRESSION:
+                        raise self._costly(
+                            key, f"an expression of {len(name)} characters", _LONGEST_EXPRESSION
+                        )
                     globs.append(tuple(name.split("*")))
                 else:
                     (parts if match_parts else exact).add(name)
@@ -235,14 +258,17 @@ class SettingsReader:
         self.require_few(len(found.expressions) + len(found._others), ", ".join(keys))
         return found
 
-    def require_few(self, count: int, where: str) -> None:
-        """Prove that a config has few expressions, because each is tried with every module."""
+    def require_few(self, count: int, where: str, what: str = "expressions") -> None:
+        """Prove that a config has few expressions or groups, because each is tried with every module."""
         if count > _MOST_EXPRESSIONS:
-            raise CheckpointError(
-                f"{self.path.name}: {self.key}.{where} has {count} expressions; at most {_MOST_EXPRESSIONS} are read",
-                path=self.path,
-                key=KEY,
-            )
+            raise self._costly(where, f"{count} {what}", _MOST_EXPRESSIONS)
+
+    def _costly(self, where: str, found: str, most: int) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path.name}: {self.key}.{where} has {found}; at most {most} are read",
+            path=self.path,
+            key=KEY,
+        )
 
     def expression(self, name: str, expression: str, key: str) -> re.Pattern[str]:
         """Compile an expression, which `name` is or contains."""
@@ -280,7 +306,7 @@ class SettingsReader:
         said = json.dumps(value) if named else f"'{quote(value)}'" if isinstance(value, str) else quote(value)
         supported = supported or self._supported
         return UnsupportedModel(
-            f"{self.path.name} asks for {where} {said}; supported: {supported}",
+            f"{self.path.name} asks for {quote(where)} {said}; supported: {supported}",
             hint=hint or _HINT,
             path=self.path,
             key=KEY,
@@ -293,7 +319,7 @@ def _fault_of_expression(expression: str) -> str | None:
     """Return why a checkpoint's regular expression is refused, or None if it is accepted.
 
     Matching backtracks over repetitions and alternatives, so a hostile file could make it take hours. With few of them
-    and no nesting it cannot: a module's name has a hundred characters.
+    and no nesting it takes seconds at most, as a module's name has a hundred characters; `Quantization` limits the sum.
     """
     if len(expression) > _LONGEST_EXPRESSION:
         return f"has {len(expression)} characters; at most {_LONGEST_EXPRESSION} are read"
@@ -309,7 +335,7 @@ def _fault_of_expression(expression: str) -> str | None:
     try:
         _compile(expression)
     except (re.error, OverflowError) as error:
-        return f"is not a valid regular expression: {error}"
+        return f"is not a valid regular expression: {quote(str(error))}"
     return None
 
 

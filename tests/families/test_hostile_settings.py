@@ -1,0 +1,57 @@
+"""Quantisation settings of a hostile file neither forge lines of an error nor take hours to apply."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from argosy.errors import CheckpointError, UnsupportedModel
+from argosy.model.reading import schemes
+from argosy.model.reading.quantization import read_quantization
+
+FORGED = "\x1b[2J\nhint: run this\u202e" + "a" * 9999
+LINEAR = {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "channel"}}
+PACKED = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"g": LINEAR}}
+MIXED = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quant_method": "fp8", FORGED: 1},
+        PACKED | {"config_groups": {FORGED: 1}},
+        PACKED | {"config_groups": {"g": LINEAR | {FORGED: 1}}},
+        PACKED | {"config_groups": {"g": LINEAR | {"weights": {FORGED: 1}}}},
+        {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": {".*\n" + FORGED[6:800]: 1}},
+        {"quant_method": "auto-round", "extra_config": {FORGED: 1}},
+        MIXED | {"quantized_layers": {FORGED: {}}},
+        {"bits": 4, "group_size": 64, FORGED: 1},
+    ],
+)
+def test_a_key_of_the_file_cannot_write_lines_of_an_error(settings: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedModel) as caught:
+        read_quantization({"quantization_config": settings})
+    assert len(str(caught.value)) < 1000
+    message, hint = str(caught.value).splitlines()
+    assert (message + hint).isprintable()
+    assert hint.startswith("hint: get the checkpoint in")
+
+
+def test_a_fault_of_an_expression_is_printable() -> None:
+    with pytest.raises(CheckpointError, match="bad character range") as caught:
+        read_quantization({"quantization_config": PACKED | {"ignore": ["re:[z-\x1b]"]}})
+    assert str(caught.value).isprintable()
+
+
+def test_expressions_that_take_long_to_compare_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schemes, "_MOST_MATCHING_S", 0.05)
+    found = read_quantization({"quantization_config": PACKED | {"ignore": ["re:" + "(.|.)" * 8 + ".*.*.*!"]}})
+    assert found is not None
+
+    def all_schemes() -> None:
+        for expert in range(1000):  # each takes about 10 ms
+            found.scheme_of(f"model.layers.0.mlp.experts.{expert}.gate_proj")
+
+    with pytest.raises(CheckpointError, match=r"regular expressions that take more than 0.05 s to compare"):
+        all_schemes()
