@@ -1,4 +1,4 @@
-"""Print the tables of `docs/guides/choosing-a-machine.md`: what `argosy plan` says of five models on four machines.
+"""Print the tables of `docs/guides/choosing-a-machine.md`: what `argosy plan` says of three models on four machines.
 
     python benchmarks/choosing.py [--write]
 
@@ -44,7 +44,6 @@ class Chosen(NamedTuple):
 MODELS = (
     Chosen("gpt-oss-120b", "gpt-oss-120b"),
     Chosen("Qwen3.6-35B-A3B", "Qwen3.6-35B-A3B"),
-    Chosen("DeepSeek-V3.2", "DeepSeek-V3"),
     Chosen("Kimi-K2.6", "Kimi-K2"),
 )
 
