@@ -234,7 +234,6 @@ GROUPS = "supported: 32, 64, 128"
         (changed(GPTQ, checkpoint_format="marlin"), "checkpoint_format 'marlin'", '"gptq", "gptq_v2"'),
         (changed(GPTQ, dynamic={".*": {"bits": 6}}), "dynamic..*.bits 6", "supported: 2, 3, 4, 8"),
         (changed(AWQ, version="gemv"), "quantization_config.version 'gemv'", "supported: gemm"),
-        (changed(AWQ, zero_point=False), "quantization_config.zero_point false", "supported: true"),
         (changed(AWQ, bits=8), "quantization_config.bits 8", "supported: 4"),
         (changed(AUTO_ROUND, data_type="mx_fp"), "quantization_config.data_type 'mx_fp'", 'supported: "int"'),
         (changed(AUTO_ROUND, packing_format="fake"), "packing_format 'fake'", '"auto_round:auto_gptq"'),
@@ -284,17 +283,21 @@ def test_a_known_method_that_is_not_read_says_what_to_get(method: str) -> None:
             "which repeats a group, or opens one with (? other than",
         ),
         (changed(INT4, ignore=[r"re:[\][](a+)+]"]), "which repeats a group"),
-        (changed(INT4, ignore=["re:.*a.*b.*c.*d"]), "which has more than 3 repetitions or 8 alternatives"),
-        (changed(INT4, ignore=["re:" + "(a|a)" * 9]), "which has more than 3 repetitions or 8 alternatives"),
+        (changed(INT4, ignore=["re:.*a.*b.*c.*d"]), "which has more than 3 repetitions or 256 alternatives"),
+        (changed(INT4, ignore=["re:" + "(a|a)" * 9]), "which has more than 3 repetitions or 256 alternatives"),
+        (changed(INT4, ignore=["re:" + "(a)?" * 9]), "which has more than 3 repetitions or 256 alternatives"),
+        (changed(INT4, ignore=["re:(a?)??"]), "which repeats a group"),
         (changed(FP8, ignored_layers=["re:" + "(" * 500 + "a" + ")" * 500]), "which has more than 64 groups"),
         (changed(INT4, group__targets=["re:(a+)+$"]), "targets has 're:(a+)+$', which repeats a group"),
         (changed(GPTQ, dynamic={"+:(a+)+$": {}}), "dynamic has '+:(a+)+$', which repeats a group"),
         (changed(AUTO_ROUND, extra_config={"(a+)+$": {}}), "extra_config has '(a+)+$', which repeats a group"),
         (changed(INT4, ignore=[f"re:{i}" for i in range(257)]), "ignore has 257 expressions; at most 256 are"),
-        (changed(NVFP4, ignore=[f"a*{i}*" for i in range(257)]), "ignore, exclude_modules has 257 expressions"),
+        (changed(NVFP4, ignore=[f"a*{i}*" for i in range(257)]), "modules_to_not_convert has 257 expressions"),
         (changed(NVFP4, ignore=["a*" * 600]), "ignore has an expression of 1200 characters; at most 1024 are read"),
         (in_groups(257, 1), "config_groups has 257 groups; at most 256 are read"),
         (in_groups(3, 100), "config_groups has 300 expressions; at most 256 are read"),
+        (changed(AWQ, modules_to_not_convert=[f"a{i}" for i in range(2049)]), "has 2049 texts to find in names;"),
+        (changed(GPTQ, dynamic={f"a{i}": {"bits": (2, 4)[i % 2]} for i in range(257)}), "dynamic has 257 expressions"),
     ],
 )  # fmt: skip
 def test_invalid_or_costly_module_lists_are_refused(given: Any, sentence: str) -> None:
@@ -308,8 +311,10 @@ def test_invalid_or_costly_module_lists_are_refused(given: Any, sentence: str) -
     [
         changed(NVFP4, ignore=[f"model.layers.{number}.mlp*" for number in range(200_000)]),
         changed(FP8, ignored_layers=["." * steps for steps in range(1500)]),
+        changed(AWQ, modules_to_not_convert=[f"model.layers.{number}.mlp.gate" for number in range(2048)]),
+        changed(GPTQ, dynamic={rf"-:.*model\.layers\.{number}\.mlp\.gate.*": {} for number in range(2048)}),
     ],
-    ids=["beginnings", "steps"],
+    ids=["beginnings", "steps", "texts", "expressions"],
 )
 def test_long_lists_of_modules_cost_little(given: Any) -> None:
     found = read_quantization({"quantization_config": given})
@@ -327,6 +332,8 @@ def test_long_lists_of_modules_cost_little(given: Any) -> None:
         r"re:model\.layers\.\d+\.mlp\.experts\.[0-9]+\..*",
         r"re:^(?!.*experts).*$",
         r"re:(?:a|b)[*+?]\*[]+]",
+        r"re:.*q(_a)?_proj$",
+        r"re:.*layers\.(56|57|58|59|60|61|62|63)\.mlp\..*(gate|up|down)_proj$",
         "re:[[a-z]+",  # Python warns about it
     ],
 )

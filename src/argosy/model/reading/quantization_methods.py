@@ -22,8 +22,9 @@ gptqmodel 7.7.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from itertools import groupby
 
 from argosy.model.reading.schemes import EVERYTHING, Names, Quantization, Rule, Scheme, SettingsReader
 
@@ -43,17 +44,19 @@ _CT_FORMATS: Mapping[str, tuple[str, tuple[int, ...], tuple[str, ...]]] = {
 }
 _CT_STORAGES = {"float-quantized": "fp8", "nvfp4-pack-quantized": "nvfp4-divided"}
 _CT_GROUPS = {"nvfp4-pack-quantized": (16,), "mxfp4-pack-quantized": (32,), "mxfp8-quantized": (32,)}
+_EXPERTS = Names(globs=(("", ".experts.", ""),))
+_CT_CLASSES = {"RoutedExperts": _EXPERTS, "Linear": EVERYTHING}  # vLLM's class of all experts comes first
 # Values of actorder with which the columns of a group are neighbours.
 _ORDERED = (None, False, "weight", "static")
 
 
 def read_compressed_tensors(reader: SettingsReader) -> Quantization:
-    """Read groups of modules and their schemes: exact names come before expressions, and those before "Linear"."""
+    """Read groups of modules and their schemes: exact names come before expressions, and those before classes."""
     config = reader.settings
     _require_dense(reader, config.get("sparsity_config"))
     reader.keys(
         config, reader.key, "quant_method", "format", "config_groups", "ignore", "sparsity_config",
-        "global_compression_ratio", "version", "kv_cache_scheme",
+        "global_compression_ratio", "version", "kv_cache_scheme", "provider",
         quantization_status=("compressed", "frozen", None),
         transform_config=(None, {}),
         moe_sparsity_config=(None,),
@@ -62,25 +65,26 @@ def read_compressed_tensors(reader: SettingsReader) -> Quantization:
     if not groups:
         raise reader.refused(f"{reader.key}.config_groups", groups, "groups with targets and weights")
     reader.require_few(len(groups), "config_groups", "groups")
-    exact, expressions, linear = [], [], []
+    rules: list[Rule] = []
     for name, group in groups.items():
         where = f"{reader.key}.config_groups.{name}"
         fields = reader.mapping(group, where)
         reader.keys(fields, where, "weights", "targets", "format", "input_activations", "output_activations")
+        if fields.get("weights") is None:  # activations, also of modules that have no weights
+            continue
         scheme = _ct_scheme(reader, fields, where)
         named = reader.names(fields, "targets")
         classes = {target for target in named.exact if "." not in target and target[:1].isupper()}
-        if classes - {"Linear"}:
-            raise reader.refused(f"{where}.targets", sorted(classes), '"Linear", names and "re:" expressions')
-        if named.exact - classes:
-            exact.append(Rule(Names(named.exact - classes), scheme, level=0))
-        if named.expressions:
-            expressions.append(Rule(Names(expressions=named.expressions), scheme, level=1))
-        if classes:
-            linear.append(Rule(EVERYTHING, scheme, level=2))
-    reader.require_few(sum(len(rule.names.expressions) for rule in expressions), "config_groups")
+        if classes - _CT_CLASSES.keys():
+            known = ", ".join(f'"{one}"' for one in _CT_CLASSES)
+            raise reader.refused(f"{where}.targets", sorted(classes), f'{known}, names and "re:" expressions')
+        targets = [Names(named.exact - classes), Names(expressions=named.expressions)]
+        targets += (found if one in classes else Names() for one, found in _CT_CLASSES.items())
+        rules += (Rule(found, scheme, level) for level, found in enumerate(targets) if found)
+    reader.require_few_names("config_groups", *(rule.names for rule in rules))
+    rules.sort(key=lambda rule: rule.level or 0)
     ignored = Rule(reader.names(config, "ignore"), None)
-    return Quantization("compressed-tensors", (ignored, *exact, *expressions, *linear))
+    return Quantization("compressed-tensors", (ignored, *rules))
 
 
 def _require_dense(reader: SettingsReader, sparsity: object) -> None:
@@ -90,9 +94,7 @@ def _require_dense(reader: SettingsReader, sparsity: object) -> None:
         raise reader.refused(f"{reader.key}.sparsity_config", sparsity, 'null and format "dense"')
 
 
-def _ct_scheme(reader: SettingsReader, group: Mapping[str, object], where: str) -> Scheme | None:
-    if group.get("weights") is None:  # a group of activations
-        return None
+def _ct_scheme(reader: SettingsReader, group: Mapping[str, object], where: str) -> Scheme:
     where = f"{where}.weights"
     weights = reader.mapping(group["weights"], where)
     given = {"format": group.get("format") or reader.settings.get("format")}
@@ -138,6 +140,7 @@ _MODELOPT: Mapping[str, Scheme] = {
     "FP8": Scheme(storage="fp8", bits=8, block=(0, 0)),
     "FP8_PER_CHANNEL_PER_TOKEN": Scheme(storage="fp8", bits=8, block=(1, 0)),
     "FP8_PB_WO": Scheme(storage="fp8", bits=8, block=(128, 128)),
+    "FP8_BLOCK_SCALES": Scheme(storage="fp8", bits=8, block=(128, 128)),  # TensorRT-LLM's name
     "NVFP4": Scheme(storage="nvfp4", bits=4, block=(1, 16)),
     "W4A16_NVFP4": Scheme(storage="nvfp4", bits=4, block=(1, 16)),
     "MXFP8": Scheme(storage="mxfp8-quantized", bits=8, block=(1, 32)),
@@ -150,11 +153,13 @@ def read_modelopt(reader: SettingsReader) -> Quantization:
     config = reader.settings
     reader.keys(
         config, reader.key, "quant_method", "quant_algo", "config_groups", "ignore", "exclude_modules",
-        "quantized_layers", "group_size", "kv_cache_scheme", "kv_cache_quant_algo", "producer",
+        "modules_to_not_convert", "quantized_layers", "group_size", "kv_cache_scheme", "kv_cache_quant_algo",
+        "producer", "packed_modules_mapping", "weights", "input_activations",
         has_zero_point=(False, None),
         pre_quant_scale=(False, None),
     )  # fmt: skip
-    excluded = Rule(reader.names(config, "ignore", "exclude_modules", match_parts=True, has_globs=True), None)
+    lists = ("ignore", "exclude_modules", "modules_to_not_convert")
+    excluded = Rule(reader.names(config, *lists, match_parts=True, has_globs=True), None)
     algorithm = config.get("quant_algo")
     if algorithm != "MIXED_PRECISION":
         scheme = _modelopt_scheme(reader, config, reader.key)
@@ -186,9 +191,6 @@ def _modelopt_scheme(reader: SettingsReader, given: Mapping[str, object], where:
 
 
 # ── fp8, mxfp4 ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-_EXPERTS = Names(globs=(("", ".experts.", ""),))
 
 
 def read_fp8(reader: SettingsReader) -> Quantization:
@@ -223,42 +225,65 @@ def read_mxfp4(reader: SettingsReader) -> Quantization:
 
 # ── gptq, awq, auto-round ───────────────────────────────────────────────────────────────────────────────────────────
 
-# Settings of programs that quantise and run, which do not say how weights are stored.
-_GPTQ_NOTES = (
-    "quant_method", "model_name_or_path", "model_file_base_name", "true_sequential", "damp_percent",
-    "damp_auto_increment", "static_groups", "meta", "lm_head", "dataset", "tokenizer", "batch_size", "pad_token_id",
-    "block_name_to_quantize", "module_name_preceding_first_block", "modules_in_block_to_quantize", "max_input_length",
-    "model_seqlen", "use_cuda_fp16", "use_exllama", "exllama_config", "disable_exllama", "cache_block_outputs",
-    "backend", "act_group_aware", "mse", "version", "offload_to_disk", "method", "hyb_act", "activation",
+# Settings of programs that quantise and run, which do not say how weights are stored. Each of these programs writes
+# the others' methods as well.
+_NOTES = (
+    "act_bits", "act_data_type", "act_dynamic", "act_group_aware", "act_group_size", "act_sym", "activation", "amp",
+    "autoround_version", "backend", "batch_size", "block_name_to_quantize", "cache_block_outputs",
+    "damp_auto_increment", "damp_percent", "dataset", "disable_exllama", "disable_opt_rtn", "do_fuse",
+    "enable_alg_ext", "enable_minmax_tuning", "enable_norm_bias_tuning", "enable_quanted_input", "exllama_config",
+    "fuse_max_seq_len", "gradient_accumulate_steps", "hyb_act", "iters", "lm_head", "low_gpu_mem_usage", "lr",
+    "max_input_length", "meta", "method", "minmax_lr", "model_file_base_name", "model_free", "model_name_or_path",
+    "model_seqlen", "module_name_preceding_first_block", "modules_in_block_to_quantize", "modules_to_fuse", "mse",
+    "nsamples", "offload_to_disk", "pad_token_id", "provider", "quant_block_list", "quant_lm_head", "quant_method",
+    "scale_dtype", "seqlen", "static_attention_dtype", "static_attention_granularity", "static_groups",
+    "static_kv_dtype", "static_kv_granularity", "super_bits", "super_group_size", "supported_types",
+    "to_quant_block_names", "tokenizer", "true_sequential", "use_cuda_fp16", "use_exllama",
 )  # fmt: skip
+_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "data_type": ("int", None),
+    "pack_dtype": ("int32", None),
+    "is_marlin_format": (False, None),
+    "adapter": (None,),
+    "rotation": (None,),
+    "rotation_config": (None, {}),
+    "rotation_configs": (None, []),
+    "regex_config": (None, {}),
+}
 
 
 def read_gptq(reader: SettingsReader) -> Quantization:
     """Read integers in groups of input columns; `dynamic` changes or excludes the modules of an expression."""
     config = reader.settings
     reader.keys(
-        config, reader.key, *_GPTQ_NOTES, "bits", "group_size", "desc_act", "sym", "checkpoint_format", "format",
-        "dynamic", "modules_to_not_convert",
-        is_marlin_format=(False, None),
-        pack_dtype=("int32", None),
-        adapter=(None,),
-        rotation=(None,),
+        config, reader.key, *_NOTES, "bits", "group_size", "desc_act", "sym", "checkpoint_format", "format", "dynamic",
+        "modules_to_not_convert", "version", **_NEUTRAL,
     )  # fmt: skip
     spelled = "format" if config.get("checkpoint_format") is None else "checkpoint_format"
     storage = str(reader.choice(config, reader.key, spelled, "gptq", "gptq_v2", default="gptq"))
     excluded = Rule(reader.names(config, "modules_to_not_convert", match_parts=True), None)
-    rules = [excluded]
     dynamic = config.get("dynamic") or {}
-    changes = reader.mapping(dynamic, f"{reader.key}.dynamic")
-    reader.require_few(len(changes), "dynamic")
-    for name, change in changes.items():
+    found: list[tuple[re.Pattern[str], Scheme | None]] = []
+    for name, change in reader.mapping(dynamic, f"{reader.key}.dynamic").items():
         sign, _, text = name.partition(":") if name.startswith(("+:", "-:")) else ("+", ":", name)
-        names = Names(expressions=(reader.expression(name, text, "dynamic"),))
         where = f"{reader.key}.dynamic.{name}"
         own = {**config, **reader.mapping(change, where)}
         scheme = None if sign == "-" else _grouped(reader, own, where, storage)
-        rules.append(Rule(names, scheme))
-    return Quantization("gptq", (*rules, Rule(EVERYTHING, _grouped(reader, config, reader.key, storage))))
+        found.append((reader.expression(name, text, "dynamic"), scheme))
+    every = Rule(EVERYTHING, _grouped(reader, config, reader.key, storage))
+    return Quantization("gptq", (excluded, *_in_order(reader, "dynamic", found), every))
+
+
+def _in_order(
+    reader: SettingsReader, key: str, found: Iterable[tuple[re.Pattern[str], Scheme | None]]
+) -> list[Rule]:
+    """Return the rules of expressions, the first of which that matches decides; neighbours share a rule."""
+    rules = [
+        Rule(Names(expressions=tuple(expression for expression, _ in same)), scheme)
+        for scheme, same in groupby(found, key=lambda one: one[1])
+    ]
+    reader.require_few_names(key, *(rule.names for rule in rules))
+    return rules
 
 
 def _grouped(reader: SettingsReader, given: Mapping[str, object], where: str, storage: str) -> Scheme:
@@ -275,13 +300,13 @@ def read_awq(reader: SettingsReader) -> Quantization:
     """Read 4-bit integers in groups of input columns, in the order of AWQ's kernel."""
     config = reader.settings
     reader.keys(
-        config, reader.key, "quant_method", "bits", "w_bit", "group_size", "q_group_size", "version", "format",
-        "modules_to_not_convert", "backend", "do_fuse", "modules_to_fuse", "fuse_max_seq_len", "exllama_config",
-        zero_point=(True, None),
+        config, reader.key, *_NOTES, "bits", "w_bit", "group_size", "q_group_size", "version", "format",
+        "checkpoint_format", "modules_to_not_convert", "ignore", **_NEUTRAL,
+        zero_point=(True, False, None),  # zero points are stored in any case
         desc_act=(False, None),
         sym=(False, True, None),
     )  # fmt: skip
-    for key in ("version", "format"):
+    for key in ("version", "format", "checkpoint_format"):
         said = config.get(key)
         if said is not None and (not isinstance(said, str) or said.lower() != "gemm"):
             raise reader.refused(f"{reader.key}.{key}", said, "gemm")
@@ -290,16 +315,8 @@ def read_awq(reader: SettingsReader) -> Quantization:
         for key, old in (("bits", "w_bit"), ("group_size", "q_group_size"))
     }
     scheme = _grouped(reader, sizes, reader.key, "awq")
-    excluded = _containing(reader, config, "modules_to_not_convert")
+    excluded = reader.names(config, "modules_to_not_convert", "ignore", match_texts=True)
     return Quantization("awq", (Rule(excluded, None), Rule(EVERYTHING, scheme)))
-
-
-def _containing(reader: SettingsReader, config: Mapping[str, object], key: str) -> Names:
-    """Return the modules whose names contain one of the names in a list, as AutoAWQ compares them."""
-    named = reader.names(config, key)
-    globs = tuple(("", name, "") for name in sorted(named.exact))
-    reader.require_few(len(globs), key)
-    return Names(expressions=named.expressions, globs=globs)
 
 
 _AUTO_ROUND = {
@@ -310,50 +327,40 @@ _AUTO_ROUND = {
     "auto_round:auto_awq": "awq",
     "auto_round:awq": "awq",
 }
-_AUTO_ROUND_NOTES = (
-    "quant_method", "autoround_version", "nsamples", "iters", "seqlen", "batch_size", "lr", "minmax_lr",
-    "low_gpu_mem_usage", "amp", "scale_dtype", "enable_quanted_input", "enable_minmax_tuning",
-    "enable_norm_bias_tuning", "to_quant_block_names", "block_name_to_quantize", "quant_block_list", "dataset",
-    "backend", "gradient_accumulate_steps", "super_bits", "super_group_size", "supported_types", "quant_lm_head",
-    "disable_opt_rtn", "act_bits", "act_dynamic", "act_group_size", "act_sym", "act_data_type", "enable_alg_ext",
-    "modules_in_block_to_quantize", "static_attention_dtype", "static_kv_dtype", "static_attention_granularity",
-    "static_kv_granularity",
-)  # fmt: skip
+
+
+def _packing_of(config: Mapping[str, object]) -> str:
+    """Return the packing of files of AutoRound before 0.5, whose backend tells it: "auto_round:gptq:exllamav2"."""
+    backend = config.get("backend")
+    if not isinstance(backend, str) or not backend.startswith("auto_round:"):
+        return "auto_round:auto_gptq"
+    return next((f"auto_round:{one}" for one in ("gptq", "awq") if one in backend), "auto_round")
 
 
 def read_auto_round(reader: SettingsReader) -> Quantization:
     """Read AutoRound's settings, whose `extra_config` has those of single modules."""
     config = reader.settings
     reader.keys(
-        config, reader.key, *_AUTO_ROUND_NOTES, "bits", "group_size", "sym", "packing_format", "extra_config",
-        "modules_to_not_convert",
-        data_type=("int", None),
-        rotation_config=(None, {}),
-        rotation_configs=(None, []),
-        regex_config=(None, {}),
+        config, reader.key, *_NOTES, "bits", "group_size", "sym", "packing_format", "extra_config",
+        "modules_to_not_convert", **_NEUTRAL,
     )  # fmt: skip
-    packing = reader.choice(
-        config, reader.key, "packing_format", *_AUTO_ROUND, default="auto_round:auto_gptq"
-    )
+    packing = reader.choice(config, reader.key, "packing_format", *_AUTO_ROUND, default=_packing_of(config))
     storage = _AUTO_ROUND[str(packing)]
     rules = [Rule(reader.names(config, "modules_to_not_convert", match_parts=True), None)]
-    by_scheme: dict[Scheme | None, tuple[set[str], list[re.Pattern[str]]]] = {}
+    names: dict[Scheme | None, set[str]] = {}
+    found: list[tuple[re.Pattern[str], Scheme | None]] = []
     extra = config.get("extra_config") or {}
     for name, change in reader.mapping(extra, f"{reader.key}.extra_config").items():
         where = f"{reader.key}.extra_config.{name}"
         own = reader.mapping(change, where)
         is_float = own.get("bits") in (16, 32) or own.get("data_type") in ("float", "fp", "bfloat16")
         scheme = None if is_float else _grouped(reader, {**config, **own}, where, storage)
-        exact, expressions = by_scheme.setdefault(scheme, (set(), []))
         if _PLAIN_NAME.fullmatch(name):
-            exact.add(name)
+            names.setdefault(scheme, set()).add(name)
         else:
-            expressions.append(reader.expression(name, name, "extra_config"))
-    reader.require_few(sum(len(found) for _, found in by_scheme.values()), "extra_config")
-    rules += (Rule(Names(frozenset(exact)), scheme) for scheme, (exact, _) in by_scheme.items())
-    rules += (
-        Rule(Names(expressions=tuple(found)), scheme, level=1) for scheme, (_, found) in by_scheme.items()
-    )
+            found.append((reader.expression(name, name, "extra_config"), scheme))
+    rules += (Rule(Names(frozenset(exact)), scheme) for scheme, exact in names.items())
+    rules += _in_order(reader, "extra_config", found)
     rules.append(Rule(EVERYTHING, _grouped(reader, config, reader.key, storage)))
     return Quantization("auto-round", tuple(rules))
 

@@ -11,6 +11,7 @@ the tensors of each scheme.
 from __future__ import annotations
 
 import json
+import math
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -26,10 +27,12 @@ from argosy.errors import CheckpointError, UnsupportedModel
 KEY = "quantization_config"
 _LONGEST_EXPRESSION = 1024
 _MOST_REPETITIONS = 3  # in an expression that names modules
-_MOST_ALTERNATIVES = 8
+_MOST_ALTERNATIVES = 256  # the product of those of all groups
 _MOST_GROUPS = 64  # Python compiles groups within groups recursively
 _MOST_EXPRESSIONS = 256  # in one list; each is tried with every module
 _MOST_MATCHING_S = 20.0  # those of real files take milliseconds
+_MOST_TEXTS = 2048  # that a name may contain; looking for one is a tenth of the work
+_CONTAINS = re.compile(r"\.\*((?:[\w-]|\\[._-])+)(?:\.\*)?")  # the expression ".*text.*"
 _LARGEST_COUNT = 1 << 20
 _Value = TypeVar("_Value")
 _HINT = "get the checkpoint in one of these forms, or a GGUF of the model"
@@ -80,15 +83,33 @@ class Names:
     # Globs of the form "text*" are most. There may be thousands, so they are looked up, by their lengths.
     _beginnings: frozenset[str] = field(init=False, repr=False, compare=False, default=frozenset())
     _sizes: tuple[int, ...] = field(init=False, repr=False, compare=False, default=())
+    # There may be many globs "*text*" and expressions ".*text.*" as well.
+    _texts: tuple[str, ...] = field(init=False, repr=False, compare=False, default=())
+    _tried: tuple[re.Pattern[str], ...] = field(init=False, repr=False, compare=False, default=())
     _others: tuple[tuple[str, ...], ...] = field(init=False, repr=False, compare=False, default=())
 
     def __post_init__(self) -> None:
-        is_beginning = [len(texts) == 2 and not texts[1] for texts in self.globs]
-        beginnings = [texts[0] for texts, is_one in zip(self.globs, is_beginning, strict=True) if is_one]
-        others = [texts for texts, is_one in zip(self.globs, is_beginning, strict=True) if not is_one]
+        beginnings: set[str] = set()
+        inside: set[str] = set()
+        tried: list[re.Pattern[str]] = []
+        others: list[tuple[str, ...]] = []
+        for texts in self.globs:
+            if len(texts) == 2 and not texts[1]:
+                beginnings.add(texts[0])
+            elif len(texts) == 3 and not texts[0] and not texts[2]:
+                inside.add(texts[1])
+            else:
+                others.append(texts)
+        for expression in self.expressions:
+            if found := _CONTAINS.fullmatch(expression.pattern):
+                inside.add(found[1].replace("\\", ""))
+            else:
+                tried.append(expression)
         object.__setattr__(self, "_lengths", tuple(sorted({name.count(".") + 1 for name in self.parts})))
         object.__setattr__(self, "_beginnings", frozenset(beginnings))
         object.__setattr__(self, "_sizes", tuple(sorted(set(map(len, beginnings)))))
+        object.__setattr__(self, "_texts", tuple(sorted(inside)))
+        object.__setattr__(self, "_tried", tuple(tried))
         object.__setattr__(self, "_others", tuple(others))
 
     def __bool__(self) -> bool:
@@ -106,7 +127,9 @@ class Names:
             for count in takewhile(lambda count: count <= len(steps), self._lengths):
                 if ".".join(steps[:count]) in self.parts or ".".join(steps[-count:]) in self.parts:
                     return True
-        for expression in self.expressions:
+        if any(text in module for text in self._texts):
+            return True
+        for expression in self._tried:
             start = perf_counter()
             is_one = expression.match(module) is not None
             spend(perf_counter() - start)
@@ -230,12 +253,18 @@ class SettingsReader:
         return value
 
     def names(
-        self, config: Mapping[str, object], *keys: str, match_parts: bool = False, has_globs: bool = False
+        self,
+        config: Mapping[str, object],
+        *keys: str,
+        match_parts: bool = False,
+        match_texts: bool = False,
+        has_globs: bool = False,
     ) -> Names:
         """Return the modules that some lists name; "re:" starts an expression.
 
         Args:
             match_parts: whether a name also matches what is inside it, and paths that end in it.
+            match_texts: whether it matches every name that contains it.
             has_globs: whether `*` in a name stands for any characters.
         """
         exact: set[str] = set()
@@ -252,16 +281,25 @@ class SettingsReader:
                             key, f"an expression of {len(name)} characters", _LONGEST_EXPRESSION
                         )
                     globs.append(tuple(name.split("*")))
+                elif match_texts:
+                    globs.append(("", name, ""))
                 else:
                     (parts if match_parts else exact).add(name)
         found = Names(frozenset(exact), frozenset(parts), tuple(expressions), tuple(globs))
-        self.require_few(len(found.expressions) + len(found._others), ", ".join(keys))
+        self.require_few_names(", ".join(keys), found)
         return found
 
-    def require_few(self, count: int, where: str, what: str = "expressions") -> None:
-        """Prove that a config has few expressions or groups, because each is tried with every module."""
-        if count > _MOST_EXPRESSIONS:
-            raise self._costly(where, f"{count} {what}", _MOST_EXPRESSIONS)
+    def require_few_names(self, where: str, *names: Names) -> None:
+        """Prove that there are few expressions, globs and texts, because each is tried with every module."""
+        self.require_few(sum(len(one._tried) + len(one._others) for one in names), where)
+        self.require_few(sum(len(one._texts) for one in names), where, "texts to find in names", _MOST_TEXTS)
+
+    def require_few(
+        self, count: int, where: str, what: str = "expressions", most: int = _MOST_EXPRESSIONS
+    ) -> None:
+        """Prove that a config has few of what is tried with every module."""
+        if count > most:
+            raise self._costly(where, f"{count} {what}", most)
 
     def _costly(self, where: str, found: str, most: int) -> CheckpointError:
         return CheckpointError(
@@ -326,9 +364,11 @@ def _fault_of_expression(expression: str) -> str | None:
     # The expression without [sets] and \escapes; a set that stays open takes the rest.
     plain = re.sub(r"\\.|\[\^?\]?(?:\\.|[^]\\])*\]?", "x", expression, flags=re.DOTALL)
     plain = re.sub(r"\(\?[:=!]", "(", plain)
+    plain = re.sub(r"\)\?(?![*+?{])", "|)", plain)  # a group that may be absent
     if "(?" in plain or re.search(r"\)[*+?{]", plain):
         return "repeats a group, or opens one with (? other than (?:, (?= and (?!"
-    if len(re.findall(r"[*+?{]", plain)) > _MOST_REPETITIONS or plain.count("|") > _MOST_ALTERNATIVES:
+    ways = math.prod(1 + text.count("|") for text in re.split(r"[()]", plain))
+    if len(re.findall(r"[*+?{]", plain)) > _MOST_REPETITIONS or ways > _MOST_ALTERNATIVES:
         return f"has more than {_MOST_REPETITIONS} repetitions or {_MOST_ALTERNATIVES} alternatives"
     if plain.count("(") > _MOST_GROUPS:
         return f"has more than {_MOST_GROUPS} groups"

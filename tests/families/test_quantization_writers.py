@@ -1,0 +1,71 @@
+"""Settings that name no storage are passed over, whichever program wrote them, and settings of early versions are read.
+
+The examples have the keys that the exporters of auto-round 0.3 to 0.16, gptqmodel 7.7, transformers 5.24, modelopt 0.47
+and vLLM write.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.families.test_quantization import AUTO_ROUND, AWQ, EXPERT_UP, GPTQ, NVFP4, changed, schemes_of
+from tests.models.hub_quantised import INT4
+
+# Settings that AutoRound's files have, whichever method they name.
+AUTO_ROUND_NOTES = {
+    "autoround_version": "0.9.0", "data_type": "int", "enable_quanted_input": False, "iters": 1000,
+    "low_gpu_mem_usage": True, "lr": 0.001, "nsamples": 512, "provider": "auto-round", "seqlen": 2048,
+}  # fmt: skip
+ATTENTION = {"targets": ["Qwen3MoeAttention"], "weights": None, "input_activations": {"num_bits": 8}}
+
+
+@pytest.mark.parametrize(
+    ("given", "storage"),
+    [
+        (GPTQ | AUTO_ROUND_NOTES | {"lm_head": False, "damp_percent": 0.01, "true_sequential": False}, "gptq"),
+        (AWQ | AUTO_ROUND_NOTES | {"sym": True, "zero_point": False}, "awq"),
+        (AUTO_ROUND | AUTO_ROUND_NOTES | {"model_free": True}, "gptq"),
+        # gptqmodel 7.7, transformers 5.24, a rewriter of files
+        (AWQ | {"method": "awq", "format": "gemm", "checkpoint_format": "gemm", "pack_dtype": "int32"}, "awq"),
+        (AWQ | {"tokenizer": None, "dataset": None, "damp_percent": 0.1, "checkpoint_format": "gemm"}, "awq"),
+        (AWQ | {"modules_to_not_convert": [], "ignore": ["lm_head"]}, "awq"),
+        (INT4 | {"provider": "auto-round", "ignore": []}, "pack-quantized"),
+        (changed(INT4, group__targets=["RoutedExperts"]), "pack-quantized"),
+        (INT4 | {"config_groups": INT4["config_groups"] | {"attention": ATTENTION}}, "pack-quantized"),
+        (NVFP4 | {"modules_to_not_convert": ["model.layers.*.self_attn"], "packed_modules_mapping": {}}, "nvfp4"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8_BLOCK_SCALES"}, "fp8"),
+    ],
+)  # fmt: skip
+def test_settings_that_say_nothing_of_weights_are_passed_over(given: dict[str, Any], storage: str) -> None:
+    (scheme,) = schemes_of(given, EXPERT_UP)
+    assert str(scheme).startswith(f"{storage}, ")
+
+
+@pytest.mark.parametrize(
+    ("backend", "storage"),
+    [
+        ("auto_round:exllamav2", "gptq_v2"),  # of asymmetric weights: its packer takes no one from a zero
+        ("auto_round:gptq:exllamav2", "gptq"),
+        ("auto_round:awq", "awq"),
+        ("auto_gptq:cuda", "gptq"),
+        ("auto", "gptq"),
+    ],
+)
+def test_the_backend_of_early_files_of_auto_round_tells_their_packing(backend: str, storage: str) -> None:
+    early = {key: value for key, value in AUTO_ROUND.items() if key != "packing_format"}
+    early |= {"quant_method": "intel/auto-round", "backend": backend, "sym": False}
+    (scheme,) = schemes_of(early, EXPERT_UP)
+    assert str(scheme).startswith(f"{storage}, ")
+
+
+def test_the_first_expression_of_auto_round_that_matches_decides() -> None:
+    expressions = {".*q_proj.*": {"bits": 2}, ".*attn.*": {"bits": 8}, ".*experts.*": {"bits": 16}}
+    found = schemes_of(
+        AUTO_ROUND | {"extra_config": expressions}, *(f"model.layers.0.{name}" for name in NAMES)
+    )
+    assert [scheme and scheme[6] for scheme in found] == ["2", "8", None, "4"]
+
+
+NAMES = ("self_attn.q_proj", "self_attn.k_proj", "mlp.experts.0.up_proj", "mlp.up_proj")
