@@ -11,8 +11,8 @@ Each mutation changes a tiny quantised model, which is then opened and asked for
     settings    numbers and words of a config.json's quantisation settings
 
 It is refused with an ArgosyError, or it runs. The weights of a GGUF that runs are then those that the `gguf` package
-decodes from the changed bytes, bit for bit; and settings that do not fit the tensors never give other logits. A crash
-ends the process, and FILE names the mutation.
+decodes from the changed bytes, or `tests/native/gguf_blocks.py` where the package cannot, bit for bit; and settings
+that do not fit the tensors never give other logits. A crash ends the process, and FILE names the mutation.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 
+from tests.models.gguf_models import mixed_of_ik, write_gguf_model
 from tests.models.hub_schemes import KINDS, write_kind
+from tests.models.quantised import config_of
 from tests.models.tiny import qwen3_moe
+from tests.native.gguf_blocks import BLOCK_TYPES, WITHOUT_PACKAGE, dequantized
 from tests.native.other_build import open_module
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -48,13 +50,15 @@ def sources(folder: Path) -> list[Path]:
     made are written to `folder`.
     """
     found = sorted((MODELS / "reference_quantised").glob("*.gguf"))
+    found.append(folder / "ik.gguf")
+    write_gguf_model(found[-1], config_of("qwen3_moe", num_hidden_layers=2), mixed_of_ik, seed=1)
     for config in sorted(MODELS.glob("reference*/*/config.json")):
         if settings_of(json.loads(config.read_text())) is not None:
             found.append(config.parent)
     sizes = {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config_of = {**sizes, "moe_intermediate_size": 64, "num_hidden_layers": 1, "num_experts": 3}
+    others = {**sizes, "moe_intermediate_size": 64, "num_hidden_layers": 1, "num_experts": 3}
     for name, kind in KINDS.items():
-        write_kind(folder / name, qwen3_moe(**config_of, num_experts_per_tok=2), kind, seed=1)
+        write_kind(folder / name, qwen3_moe(**others, num_experts_per_tok=2), kind, seed=1)
         found.append(folder / name)
     return found
 
@@ -91,7 +95,7 @@ class GgufSource:
                 changed[at] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, changed[at] ^ 1 << rng.randrange(8)))
         elif kind == "swap":
             at = self.kinds[rng.choice(sorted(self.kinds))]
-            changed[at] = rng.choice((*range(48), 97, 133, 144, 158, 255))
+            changed[at] = rng.choice((*range(48), 97, 133, *WITHOUT_PACKAGE.values(), 158, 255))
         elif kind == "size":
             if rng.random() < 0.7:
                 return bytes(changed[: rng.randrange(len(changed))])
@@ -102,7 +106,7 @@ class GgufSource:
 
     def _change_blocks(self, changed: bytearray, rng: random.Random) -> None:
         ref = self.tensors[rng.choice(sorted(self.tensors))]
-        _, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[ref.dtype]]
+        block_bytes = BLOCK_TYPES[ref.dtype][2] if ref.dtype in BLOCK_TYPES else 4
         for _ in range(rng.randint(1, 6)):
             block = ref.offset + rng.randrange(ref.nbytes // block_bytes) * block_bytes
             if rng.random() < 0.5:
@@ -124,18 +128,22 @@ class GgufSource:
             is_same = old is not None and (old.dtype, old.shape) == (ref.dtype, ref.shape)
             if is_same and raw == self.content[old.offset : old.offset + old.nbytes]:
                 continue
-            if ref.dtype not in gguf.GGMLQuantizationType.__members__ or not raw:
-                continue
-            kind = gguf.GGMLQuantizationType[ref.dtype]
-            stored = np.frombuffer(raw, np.uint8)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                expected = gguf.dequantize(
-                    stored.view({"F32": "<f4", "F16": "<f2"}.get(ref.dtype, np.uint8)), kind
-                )
             found = refused(lambda ref=ref: read_values(ref))
-            if not isinstance(found, str):
+            if raw and not isinstance(found, str):
+                expected = values_of(ref.dtype, raw, ref.shape)
                 np.testing.assert_array_equal(found.reshape(-1), expected.reshape(-1), err_msg=name)
+
+
+def values_of(dtype: str, raw: bytes, shape: tuple[int, ...]) -> Any:
+    """The values of a tensor whose type Argosy reads, by other decoders."""
+    stored = np.frombuffer(raw, np.uint8)
+    if dtype == "BF16":
+        return (stored.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    if dtype not in BLOCK_TYPES:
+        return stored.view({"F32": "<f4", "F16": "<f2"}[dtype]).astype(np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return dequantized(dtype, stored, int(np.prod(shape[:-1])), shape[-1])
 
 
 # ── safetensors ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -4,7 +4,8 @@
                                                             ->  directory with the dequantised weights in F32
 
 The `gguf` package writes and reads the blocks, so only names and order are ours. Types to which it cannot quantise get
-random blocks of the wanted size; each weight is then its block's value.
+random blocks of the wanted size; each weight is then its block's value. Those that it cannot read either are decoded by
+`tests/native/gguf_blocks.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from tests.models.safetensors_file import Array, write_checkpoint
 from tests.models.tiny import RawConfig, head_dim, moe_layers, num_experts, random_tensors, text_of
 from tests.models.tiny_latent import LATENT_FAMILIES
 from tests.models.tiny_mtp import mtp_tensors
-from tests.native.gguf_blocks import put_iq1_m_scales
+from tests.native import gguf_blocks
+from tests.native.gguf_blocks import WITHOUT_PACKAGE, put_iq1_m_scales
 
 ARCHITECTURES = {
     "mixtral": "llama",
@@ -54,7 +56,11 @@ _RANDOM_TYPES: dict[str, tuple[int | None, int | None, float]] = {
     "IQ1_S": (0, None, 0.0),
     "IQ1_M": (None, None, 0.0),
 }
-BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4", "TQ1_0", "TQ2_0", *_RANDOM_TYPES)
+BLOCK_TYPES = (
+    *("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4", "TQ1_0", "TQ2_0"),
+    *_RANDOM_TYPES,
+    *WITHOUT_PACKAGE,
+)
 TYPES = ("F32", "F16", "BF16", *BLOCK_TYPES)
 
 TypeOf = Callable[[str], str]  # the GGUF name of a tensor -> its type
@@ -153,6 +159,22 @@ def mixed_smallest(name: str) -> str:
     if name in ("token_embd.weight", "output.weight"):
         return "IQ3_S" if name == "token_embd.weight" else "IQ2_S"
     return one_type("IQ3_XXS")(name)
+
+
+def mixed_of_ik(name: str) -> str:
+    """Return types of ik_llama.cpp's, mixed as in files made with it, and in the first layer the ternary ones."""
+    is_first = name.startswith("blk.0.")
+    for part, types in (
+        ("ffn_gate_exps", ("TQ1_0", "IQ2_KL")),
+        ("ffn_up_exps", ("Q1_0", "IQ2_KS")),
+        ("ffn_down_exps", ("Q2_0", "IQ3_KS")),
+        ("attn_q.weight", ("TQ2_0", "IQ4_KS")),
+        ("attn_k.weight", ("IQ2_K", "IQ3_K")),
+        ("attn_v.weight", ("IQ5_K", "IQ6_K")),
+    ):
+        if part in name:
+            return types[0 if is_first else 1]
+    return one_type("IQ4_K" if name == "token_embd.weight" else "IQ5_KS")(name)
 
 
 def write_gguf_model(
@@ -384,7 +406,8 @@ def add_split_kv(
 
 def type_that_fits(type_name: str, cols: int) -> str:
     """Return the type that llama.cpp's quantiser uses instead when rows are not whole blocks of a K type."""
-    return "Q8_0" if cols % gguf.GGML_QUANT_SIZES[GGMLQuantizationType[type_name]][0] else type_name
+    is_plain = type_name not in gguf_blocks.BLOCK_TYPES
+    return type_name if is_plain or not cols % gguf_blocks.BLOCK_TYPES[type_name][1] else "Q8_0"
 
 
 def is_in_gguf(hub_name: str, config: RawConfig) -> bool:
@@ -424,6 +447,8 @@ def numbered(name: str, hub_name: str) -> str:
 
 def to_blocks(values: Array, type_name: str, rng: np.random.Generator) -> tuple[Array, Array]:
     """Return a tensor's blocks in the file, rows first, and its values as stored."""
+    if type_name in WITHOUT_PACKAGE:
+        return blocks_without_package(type_name, values.shape, float(values.std()), rng)
     kind = GGMLQuantizationType[type_name]
     if type_name in _RANDOM_TYPES:
         blocks = random_blocks(type_name, values.shape, float(values.std()), rng)
@@ -432,6 +457,19 @@ def to_blocks(values: Array, type_name: str, rng: np.random.Generator) -> tuple[
     else:
         blocks = gguf.quantize(values, kind)
     return blocks, np.asarray(gguf.dequantize(blocks, kind), np.float32)
+
+
+def blocks_without_package(
+    type_name: str, shape: tuple[int, ...], deviation: float, rng: np.random.Generator
+) -> tuple[Array, Array]:
+    """Return random blocks of the wanted standard deviation, and their values."""
+    rows, cols, seed = int(np.prod(shape[:-1])), shape[-1], int(rng.integers(2**31))
+    unit = gguf_blocks.dequantized(
+        type_name, gguf_blocks.random_blocks(type_name, rows, cols, seed=seed, scale=1.0), rows, cols
+    )
+    scale = deviation / float(unit.std())
+    blocks = gguf_blocks.random_blocks(type_name, rows, cols, seed=seed, scale=scale)
+    return blocks.reshape(*shape[:-1], -1), gguf_blocks.dequantized(type_name, blocks, rows, cols)
 
 
 def random_blocks(
@@ -471,5 +509,12 @@ def in_pairs(rows: Array, num_heads: int) -> Array:
 def add(writer: GGUFWriter, name: str, blocks: Array, type_name: str) -> None:
     if type_name in ("F32", "F16"):
         writer.add_tensor(name, blocks)
+    elif (
+        type_name in WITHOUT_PACKAGE
+    ):  # the writer only notes the number and the shape, unless the bytes are unsigned
+        width, nbytes = gguf_blocks.BLOCK_TYPES[type_name][1:3]
+        cols = blocks.shape[-1] // nbytes * width  # what precedes the blocks of a row is shorter than one
+        number: Any = WITHOUT_PACKAGE[type_name]
+        writer.add_tensor(name, blocks.view(np.int8), raw_shape=(*blocks.shape[:-1], cols), raw_dtype=number)
     else:
         writer.add_tensor(name, blocks, raw_dtype=GGMLQuantizationType[type_name])

@@ -45,6 +45,8 @@ BLOCK_TYPES: dict[str, tuple[str, int, int, tuple[int, ...]]] = {
         for name, (size, row_scale) in ik_blocks.SIZES.items()
     },
 }
+# Types that the `gguf` package does not read yet, or, like ik_llama.cpp's, never will: their numbers in files.
+WITHOUT_PACKAGE = {"Q1_0": 41, "Q2_0": 42, **ik_blocks.NUMBERS}
 BLOCK_TYPE_OF = {format: name for name, (format, *_) in BLOCK_TYPES.items()}
 
 
@@ -91,7 +93,7 @@ def dequantized(block_type: str, blocks: Bytes, rows: int, cols: int) -> Floats:
     blocks = blocks.reshape(rows, -1)
     if block_type in ik_blocks.SIZES:
         return ik_blocks.dequantized(block_type, blocks, cols)
-    if block_type in ("Q1_0", "Q2_0"):  # which the `gguf` package does not decode yet
+    if block_type in ("Q1_0", "Q2_0"):
         return _few_bits(blocks.reshape(-1, 18), 1 if block_type == "Q1_0" else 2).reshape(rows, cols)
     kind = gguf.GGMLQuantizationType[block_type]
     with np.errstate(invalid="ignore", over="ignore"):

@@ -11,6 +11,11 @@ from numpy.typing import NDArray
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
+# The numbers of the types in files (ik_llama.cpp's `ggml.h`).
+NUMBERS = {
+    "IQ2_K": 137, "IQ3_K": 138, "IQ4_K": 139, "IQ5_K": 140, "IQ6_K": 141, "IQ4_KS": 144, "IQ2_KS": 145, "IQ5_KS": 152,
+    "IQ3_KS": 156, "IQ2_KL": 157,
+}  # fmt: skip
 # Bytes of a block, and the type of the scale that precedes the blocks of a row.
 SIZES: dict[str, tuple[int, str | None]] = {
     "IQ2_K": (76, None),
