@@ -225,7 +225,14 @@ class SettingsReader:
             if key in read:
                 continue
             if key not in neutral:
-                raise self.refused(f"{where}.{key}", value)
+                raise UnsupportedModel(
+                    f"{self.path.name} asks for {quote(f'{where}.{key}')} {_shown(value)}, which is not known and may "
+                    "change weights",
+                    hint="get another quantisation of the model, or a GGUF",
+                    path=self.path,
+                    key=KEY,
+                    value=value,
+                )
             if value not in neutral[key] or (value == 0 and value is not False):
                 shown = ", ".join(json.dumps(one) for one in neutral[key])
                 raise self.refused(f"{where}.{key}", value, shown)
@@ -340,17 +347,21 @@ class SettingsReader:
         self, where: str, value: object, supported: str | None = None, hint: str | None = None
     ) -> UnsupportedModel:
         """Return the error for a setting with a value that is not supported."""
-        named = value is None or isinstance(value, bool)
-        said = json.dumps(value) if named else f"'{quote(value)}'" if isinstance(value, str) else quote(value)
         supported = supported or self._supported
         return UnsupportedModel(
-            f"{self.path.name} asks for {quote(where)} {said}; supported: {supported}",
+            f"{self.path.name} asks for {quote(where)} {_shown(value)}; supported: {supported}",
             hint=hint or _HINT,
             path=self.path,
             key=KEY,
             value=value,
             supported=supported,
         )
+
+
+def _shown(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return f"'{quote(value)}'" if isinstance(value, str) else quote(value)
 
 
 def _fault_of_expression(expression: str) -> str | None:
