@@ -68,7 +68,9 @@ def draft_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
 
 
 def require_countable(config: ModelConfig) -> None:
-    """Check that the experts of a config without files are few enough to list.
+    """Check that the experts of a config are few enough to list.
+
+    A header of a few kilobytes can claim any number: stacked experts are one tensor, and files may have holes.
 
     Raises:
         UnsupportedModel: there are too many experts.
@@ -76,7 +78,7 @@ def require_countable(config: ModelConfig) -> None:
     num_experts = len(config.moe_layers) * config.num_experts
     if num_experts > _MOST_EXPERTS:
         raise UnsupportedModel(
-            f"its layers have {num_experts} experts together; at most {_MOST_EXPERTS} are counted without their files",
+            f"its layers have {num_experts} experts together; at most {_MOST_EXPERTS} are supported",
             key="num_experts",
             value=num_experts,
             supported=_MOST_EXPERTS,

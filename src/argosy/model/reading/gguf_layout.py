@@ -25,7 +25,7 @@ from argosy.checkpoint.files import (
     ModelFiles,
     require_one_format_a_layer,
 )
-from argosy.checkpoint.geometry import dense_shapes, expert_shapes
+from argosy.checkpoint.geometry import dense_shapes, expert_shapes, require_countable
 from argosy.checkpoint.gguf import GgufFile
 from argosy.checkpoint.landing import (
     AS_STORED,
@@ -121,7 +121,7 @@ def read_gguf_layout(
 
     Raises:
         CheckpointError: a tensor is missing, extra, or has another shape than the metadata require.
-        UnsupportedModel: no kernel reads a tensor's type.
+        UnsupportedModel: no kernel reads a tensor's type, or there are too many experts.
     """
     accounts = _Accounts(file.path, file.tensors, FORMAT_OF_TYPE, hint=TYPE_HINT)
 
@@ -134,6 +134,7 @@ def read_gguf_layout(
         return reader.dense(dense_name(canonical, names), shape, heads, stacked)
 
     dense = {name: take_dense(accounts, config, name, shape) for name, shape in dense_shapes(config)}
+    require_countable(config)
     experts: dict[tuple[int, int], ExpertRecord] = {}
     for layer in config.moe_layers:
         experts |= accounts.experts(config, layer)

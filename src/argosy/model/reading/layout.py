@@ -35,7 +35,7 @@ from argosy.checkpoint.files import (
     require_one_format_a_layer,
 )
 from argosy.checkpoint.formats import BYTES_PER_VALUE, matrix_bytes
-from argosy.checkpoint.geometry import dense_shapes, expert_shapes, is_kept_exact
+from argosy.checkpoint.geometry import dense_shapes, expert_shapes, is_kept_exact, require_countable
 from argosy.checkpoint.landing import Exact, MatrixRef, Piece, Strided, Transcode, Transcoded
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.config import ModelConfig
@@ -182,7 +182,7 @@ def read_layout(
 
     Raises:
         CheckpointError: a tensor is missing, extra, or has another shape than the config requires.
-        UnsupportedModel: no kernel reads a tensor's dtype.
+        UnsupportedModel: no kernel reads a tensor's dtype, or there are too many experts.
     """
     layout = _choose(layouts, config, tensors)
     if config.is_embedding_tied and layout.head_name in tensors:
@@ -194,6 +194,7 @@ def read_layout(
     dense = {
         canonical: reader.dense(config, canonical, shape, layout) for canonical, shape in dense_shapes(config)
     }
+    require_countable(config)
     experts = reader.experts(config, layout)
     if quantization is not None:
         reader.pass_over(PASSED_OVER)

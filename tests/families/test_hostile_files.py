@@ -1,14 +1,19 @@
-"""Quantisation settings of a hostile file neither forge lines of an error nor take hours to apply."""
+"""Hostile files neither forge lines of an error, nor take hours or all memory to open."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from argosy.checkpoint import geometry
 from argosy.errors import CheckpointError, UnsupportedModel
+from argosy.model.families import open_model
 from argosy.model.reading import schemes
 from argosy.model.reading.quantization import read_quantization
+from tests.models.gguf_models import one_type, write_gguf_model
+from tests.models.tiny import qwen3_moe, write_model
 
 FORGED = "\x1b[2J\nhint: run this\u202e" + "a" * 9999
 LINEAR = {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "channel"}}
@@ -55,3 +60,17 @@ def test_expressions_that_take_long_to_compare_are_refused(monkeypatch: pytest.M
 
     with pytest.raises(CheckpointError, match=r"regular expressions that take more than 0.05 s to compare"):
         all_schemes()
+
+
+@pytest.mark.parametrize("is_gguf", [True, False])
+def test_more_experts_than_memory_could_list_are_refused(
+    is_gguf: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = qwen3_moe(num_hidden_layers=2, num_experts=4, hidden_size=32, moe_intermediate_size=32)
+    if is_gguf:
+        write_gguf_model(tmp_path / "model.gguf", config, one_type("Q8_0"), seed=1)
+    path = tmp_path / "model.gguf" if is_gguf else write_model(tmp_path / "model", config, seed=1)
+    assert len(open_model(path).experts) == 8
+    monkeypatch.setattr(geometry, "_MOST_EXPERTS", 7)
+    with pytest.raises(UnsupportedModel, match="its layers have 8 experts together; at most 7 are supported"):
+        open_model(path)
