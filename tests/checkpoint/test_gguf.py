@@ -239,6 +239,8 @@ def test_a_later_or_renamed_part_is_refused_with_a_hint(tmp_path: Path) -> None:
 def test_parts_in_a_directory_count_as_one_model(tmp_path: Path) -> None:
     assert find_gguf(tmp_path) is None
     first = write_parts(tmp_path)
+    for name in ("mmproj-F16.gguf", "imatrix_unsloth.gguf", "model.imatrix.gguf"):
+        (tmp_path / name).touch()
     assert find_gguf(tmp_path) == first
     first.unlink()
     with pytest.raises(CheckpointError, match=r"model-00001-of-00003\.gguf is missing from"):

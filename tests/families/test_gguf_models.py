@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
 
+from argosy.checkpoint.gguf import metadata_only
 from argosy.checkpoint.landing import AS_STORED, PairedRows, Transcode, Transcoded
 from argosy.config import ModelConfig, RopeConfig, RouterConfig
 from argosy.errors import CheckpointError, UnsupportedModel
@@ -231,7 +232,10 @@ REFUSED: dict[str, tuple[str, Callable[[GGUFWriter], object]]] = {
         "qwen3moe", lambda w: w.add_string("qwen3moe.rope.scaling.type", "longrope")),
     r"asks for qwen2moe\.attention\.sliding_window 32; supported: 0": (
         "qwen2moe", lambda w: w.add_sliding_window(32)),
-    r"is a GGUF of type 'adapter'; supported: model": ("llama", lambda w: w.add_type("adapter")),
+    r"is a GGUF of type 'adapter', changes .*; supported: model": ("llama", lambda w: w.add_type("adapter")),
+    r"is a GGUF of type 'imatrix', measurements .*; supported: model": ("llama", lambda w: w.add_type("imatrix")),
+    r"is a GGUF of type 'mmproj', the part .*; supported: model": ("llama", lambda w: w.add_type("mmproj")),
+    r"is a GGUF of type 'other'; supported: model": ("llama", lambda w: w.add_type("other")),
 }  # fmt: skip
 
 
@@ -253,6 +257,13 @@ def test_a_dense_model_and_another_architecture_are_refused(write: Write, tmp_pa
         UnsupportedModel, match=r"has architecture 'kimi-linear'; supported: llama, qwen2moe, qwen3moe"
     ):
         open_model(tmp_path / "other.gguf")
+
+
+def test_a_file_with_a_vocabulary_alone_is_refused(write: Write, tmp_path: Path) -> None:
+    bare = tmp_path / "vocabulary.gguf"
+    bare.write_bytes(metadata_only(write("qwen3moe")))
+    with pytest.raises(CheckpointError, match=r"vocabulary\.gguf has no tensors: it holds a vocabulary"):
+        open_model(bare)
 
 
 def test_a_missing_unexpected_or_misshapen_tensor_is_named(write: Write, tmp_path: Path) -> None:

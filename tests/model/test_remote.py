@@ -20,7 +20,7 @@ from argosy.checkpoint.hub import Source
 from argosy.errors import ArgosyError, CheckpointError, FetchFailed, UsageError
 from argosy.model import remote
 from argosy.model.families import FAMILIES, open_model
-from argosy.model.remote import RemoteHeaders, fetch_headers, gguf_models
+from argosy.model.remote import GgufModel, RemoteHeaders, fetch_headers, gguf_models
 from tests.checkpoint.raw_gguf import RawGguf, entry, tensor
 from tests.families.published import PUBLISHED
 from tests.helpers.hub_server import REPOSITORY, Served, directory_files, served
@@ -164,6 +164,23 @@ def test_a_plain_format_is_not_taken_for_the_publishers_own() -> None:
     assert [model.stem for model in gguf_models(names, "IQ2_M")] == ["M-IQ2_M"]
     assert [model.stem for model in gguf_models(names, "UD-IQ2_M")] == ["UD-IQ2_M/M-UD-IQ2_M"]
     assert len(gguf_models(names, "IQ2")) == 3
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "imatrix_unsloth.gguf",
+        "M.imatrix.gguf",
+        "M-imatrix.gguf",
+        "sub/imatrix.gguf",
+        "mmproj-F16.gguf",
+        "M.gguf.part1of2",
+    ],
+)
+def test_a_measurement_or_a_tower_is_no_model(name: str) -> None:
+    assert gguf_models([name, "M-IQ2_M-imatrix.gguf"]) == [
+        GgufModel("M-IQ2_M-imatrix", ("M-IQ2_M-imatrix.gguf",))
+    ]
 
 
 def large_files(name: str, num_layers: int, num_shards: int) -> dict[str, tuple[bytes, int]]:

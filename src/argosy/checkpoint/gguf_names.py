@@ -39,16 +39,33 @@ def format_in_name(stem: str) -> str:
     return found[1].upper() if found else ""
 
 
+def is_tower(name: str) -> bool:
+    """Whether a file's name says that it contains a vision tower: llama.cpp calls it mmproj."""
+    return "mmproj" in name and name.endswith(GGUF_SUFFIX)
+
+
+def is_model(name: str) -> bool:
+    """Whether a file's name says that it contains weights of a model: neither a tower nor an importance matrix.
+
+    Files quantised with an importance matrix may be named after it as well, and keep a format in their names.
+    """
+    stem = name.removesuffix(GGUF_SUFFIX)
+    before = re.sub(r"[-._]*imatrix$", "", stem.lower())
+    is_measurement = stem.lower().startswith("imatrix") or before != stem.lower()
+    has_format = bool(format_in_name(stem) or format_in_name(before))
+    return name.endswith(GGUF_SUFFIX) and not is_tower(name) and (has_format or not is_measurement)
+
+
 def find_gguf(directory: Path) -> Path | None:
     """Return the only GGUF file in `directory`, or the first part of its only split model; None if there is none.
 
-    A model's vision tower does not count: llama.cpp keeps it in a file with `mmproj` in its name.
+    A model's vision tower and its importance matrix do not count.
 
     Raises:
         CheckpointError: there are several models.
     """
     entries = sorted(entry for entry in directory.iterdir() if entry.suffix == GGUF_SUFFIX)
-    models = [entry for entry in entries if "mmproj" not in entry.name] or entries
+    models = [entry for entry in entries if is_model(entry.name)] or entries
     found = list(dict.fromkeys(map(first_part, models)))
     if len(found) > 1:
         raise CheckpointError(
@@ -70,7 +87,7 @@ def find_mmproj(model: Path) -> Path | None:
         entries = sorted(entry for entry in model.parent.iterdir() if entry.suffix == GGUF_SUFFIX)
     except PermissionError:  # files in such a directory can be opened by name
         return None
-    found = [entry for entry in entries if "mmproj" in entry.name and entry.name != model.name]
+    found = [entry for entry in entries if is_tower(entry.name) and entry.name != model.name]
     if len(found) > 1:
         raise CheckpointError(
             f"{model.parent} holds {len(found)} files that may have the vision tower of {model.name}: "

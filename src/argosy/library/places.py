@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from argosy.checkpoint.gguf_names import GGUF_SUFFIX, PART_NAME, format_in_name
+from argosy.checkpoint.gguf_names import GGUF_SUFFIX, PART_NAME, format_in_name, is_model, is_tower
 from argosy.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE
 from argosy.checkpoint.untrusted_file import open_regular, parse_object, quote, read_at
 from argosy.errors import CheckpointError, UsageError
@@ -288,7 +288,7 @@ def _models_in(
     models: dict[str, list[str]] = {}
     for file in sorted(files):
         base = file.rpartition("/")[2]
-        if base.endswith(GGUF_SUFFIX) and not is_tower(base):
+        if is_model(base):
             part = PART_NAME.fullmatch(file)
             models.setdefault(part["stem"] if part else file.removesuffix(GGUF_SUFFIX), []).append(file)
     towers = [file for file in files if is_tower(file.rpartition("/")[2])]
@@ -514,7 +514,3 @@ def _lies_in(root: Path, path: Path) -> bool:
     except (OSError, RuntimeError):
         return False
     return target.is_relative_to(root.resolve()) and target.is_file()
-
-
-def is_tower(name: str) -> bool:
-    return "mmproj" in name and name.endswith(GGUF_SUFFIX)

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from argosy.checkpoint.geometry import require_countable
 from argosy.checkpoint.gguf import read_gguf
-from argosy.checkpoint.gguf_names import GGUF_SUFFIX, PART_NAME, format_in_name, part_name
+from argosy.checkpoint.gguf_names import GGUF_SUFFIX, PART_NAME, format_in_name, is_model, part_name
 from argosy.checkpoint.hub import Hub, Source
 from argosy.checkpoint.safetensors import (
     DTYPE_BITS,
@@ -142,7 +142,7 @@ def gguf_models(names: Sequence[str], part: str = "") -> list[GgufModel]:
     """
     found: dict[str, list[str]] = {}
     for name in sorted(names):
-        if _is_gguf_model(name):
+        if is_model(name.rpartition("/")[2]):
             split = PART_NAME.fullmatch(name)
             found.setdefault(split["stem"] if split else name.removesuffix(GGUF_SUFFIX), []).append(name)
     models = [GgufModel(stem, tuple(parts)) for stem, parts in found.items()]
@@ -159,15 +159,6 @@ def gguf_models(names: Sequence[str], part: str = "") -> list[GgufModel]:
         if part and len(exact) == 1:
             return exact
     return [model for model in models if wanted in model.stem.lower()]
-
-
-def _is_gguf_model(name: str) -> bool:
-    """Whether a file's name says that it contains weights of a model: not a tower, and not an importance matrix."""
-    base = name.rpartition("/")[2]
-    stem = base.removesuffix(GGUF_SUFFIX)
-    before = stem.lower().removesuffix("imatrix").rstrip("-._")
-    is_measurement = stem.lower().endswith("imatrix") and not format_in_name(before)
-    return base.endswith(GGUF_SUFFIX) and "mmproj" not in base and not is_measurement
 
 
 def choose_weights(names: Sequence[str], source: Source) -> list[str]:

@@ -253,7 +253,7 @@ def _lines(download: Download, forecast: Forecast, missing_bytes: int) -> list[s
 
 
 def _tower_lines(download: Download) -> list[str]:
-    from argosy.library.places import is_tower
+    from argosy.checkpoint.gguf_names import is_tower
 
     return [
         f"          {quote(file.name)}, {disk_size(file.nbytes or 0)} of it, reads pictures or sound"

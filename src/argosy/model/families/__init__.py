@@ -154,12 +154,28 @@ def _has_tensors(directory: Path) -> bool:
     return any((directory / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
 
 
+# What GGUF files of other types are, and what to do instead.
+_OTHER_KINDS: Mapping[str, tuple[str, str]] = {
+    "adapter": (
+        "changes to a model's weights (LoRA)",
+        "Argosy applies no adapters: merge it into its model, or get a file in which it is merged",
+    ),
+    "imatrix": ("measurements with which a model is quantised", "give one of the model's quantised files"),
+    "mmproj": (
+        "the part of a model that sees or hears",
+        "give the model's own file; a file with mmproj in its name next to it is found, --mmproj names another",
+    ),
+}
+
+
 def _open_gguf(path: Path, mmproj: Path | None, tower: Path | None) -> ModelFiles:
     file = read_gguf(path)
     kind = file.text("general.type", "model")
     if kind != "model":
+        what = _OTHER_KINDS.get(kind)
         raise UnsupportedModel(
-            f"{path.name} is a GGUF of type '{quote(kind)}'; supported: model",
+            f"{path.name} is a GGUF of type '{quote(kind)}'{f', {what[0]}' if what else ''}; supported: model",
+            hint=what[1] if what else "give the GGUF file of a model",
             path=path,
             key="general.type",
             value=kind,
@@ -179,6 +195,12 @@ def _open_gguf(path: Path, mmproj: Path | None, tower: Path | None) -> ModelFile
             key="general.architecture",
             value=architecture,
             supported=list(families),
+        )
+    if not file.tensors:
+        raise CheckpointError(
+            f"{path.name} has no tensors: it holds a vocabulary and settings, but no weights",
+            hint="give a file of the same model with its weights",
+            path=path,
         )
     return _with_mmproj(families[architecture].open_gguf(file), mmproj, tower)
 
