@@ -6,9 +6,9 @@
 // entry (iq3: of two); vpermb then turns codes and signs into bytes. It reads six bits of its index and
 // ignores the others, so fields are shifted but never cut out.
 //
-// What is found at once is the same column of many entries. So the four bytes of a dword are columns that lie
-// eight apart (iq2_xxs, iq1_s), or four apart in a half group (the others). Direct products take activations
-// in that order; decoding puts the bytes in the order of the columns.
+// A byte of the result belongs to one entry, so the four bytes of a dword are columns that lie eight apart
+// (iq2_xxs, iq1_s), or four apart in a half group (the others). Direct products take activations in that
+// order; decoding puts the bytes in the order of the columns.
 #pragma once
 
 #include "kernels/iq_product.h"
@@ -16,16 +16,19 @@
 namespace argosy {
 namespace {
 
-// low[i]: the codes of the first four columns of entry i, two bits each; high[i]: of the last four; in iq1,
-// of the first last half of u = i, behind 128 of which lie the second ones (iq_grids.h). iq3: low[i]: column
-// 0 in bits 3 to 5 and column 3 in bits 0 to 2; high[i]: columns 1 and 2. values: bytes by codes and signs,
-// as IqDecoder::values looks them up.
+// low[i]: the codes of the first four columns of entry i, two bits each; high[i]: of the last four. iq3:
+// low[i]: column 0 in bits 3 to 5 and column 3 in bits 0 to 2; high[i]: columns 1 and 2. values: bytes by
+// codes and signs, as IqDecoder::values looks them up.
+//
+// iq1: three codes are digits to base three in bits 0 to 4, and the fourth is in bits 6 and 7. Bit 5 of
+// low[i] says which of the two last halves of u an entry has (iq_grids.h); high has all first ones, then all
+// second ones. IqDecoder::values puts the sign of delta in bit 5 (iq1_m).
 template <Format kFormat>
 struct alignas(64) IqTables {
   static constexpr int kEntries = int(sizeof(kIqEntries<kFormat>) / 8);
   uint8_t low[kEntries];
   uint8_t high[is_iq1(kFormat) ? 256 : kEntries];
-  uint8_t values[3][64];
+  uint8_t values[is_iq1(kFormat) ? 4 : 3][64];
 };
 
 template <Format kFormat>
@@ -43,6 +46,10 @@ constexpr IqTables<kFormat> iq_tables() {
   };
   const auto four = [&](int entry, int first) {
     int codes = 0;
+    if constexpr (is_iq1(kFormat)) {
+      for (int j = 2; j >= 0; --j) codes = codes * 3 + code(entry, first + j);
+      return uint8_t(codes | code(entry, first + 3) << 6);
+    }
     for (int j = 0; j < 4; ++j) codes |= code(entry, first + j) << 2 * j;
     return uint8_t(codes);
   };
@@ -52,7 +59,11 @@ constexpr IqTables<kFormat> iq_tables() {
       t.high[i] = uint8_t(code(i, 1) << 3 | code(i, 2));
     } else {
       t.low[i] = four(i, 0);
-      if constexpr (!is_iq1(kFormat)) t.high[i] = four(i, 4);
+      if constexpr (is_iq1(kFormat)) {
+        if (i >> 7 >= kIq1From[i & 127]) t.low[i] |= 0x20;
+      } else {
+        t.high[i] = four(i, 4);
+      }
     }
   }
   if constexpr (is_iq1(kFormat)) {
@@ -73,8 +84,13 @@ constexpr IqTables<kFormat> iq_tables() {
       t.values[0][i] = byte_of(i >> 3, (i & 1) != 0);
       t.values[1][i] = byte_of(i >> 3, (i & 2) != 0);
       t.values[2][i] = byte_of(i & 7, (i & 8) != 0);
-    } else if constexpr (kFormat == Format::iq1_s) {
-      for (int j = 0; j < 3; ++j) t.values[j][i] = uint8_t(8 * (i >> 2 * j & 3));
+    } else if constexpr (is_iq1(kFormat)) {
+      // The fourth comes with bit 5 in front of it.
+      const int digits[] = {i % 32 % 3, i % 32 / 3 % 3, i % 32 / 9, i >> 1 & 3};
+      for (int j = 0; j < 4; ++j) {
+        const bool is_negative = (i & (j < 3 ? 0x20 : 1)) != 0;
+        t.values[j][i] = kFormat == Format::iq1_s ? uint8_t(8 * digits[j]) : byte_of(digits[j], is_negative);
+      }
     } else {
       for (int j = 0; j < 2; ++j) t.values[j][i] = byte_of(i >> 2 * j & 3, (i >> (4 + j) & 1) != 0);
     }
@@ -168,31 +184,25 @@ struct IqDecoder {
       found.bytes[2] = value(2, pick(high, shifted, _mm512_set1_epi8(8)));
       found.bytes[3] = value(2, pick(low, nibbles, _mm512_set1_epi8(8)));
     } else if constexpr (kFormat == Format::iq1_s) {
-#pragma GCC unroll 2
-      for (int q = 0; q < 2; ++q) {
-        const __m512i each = q == 0 ? low : high;
-        found.bytes[4 * q] = value(0, each);
-        found.bytes[4 * q + 1] = value(1, each);
-        found.bytes[4 * q + 2] = value(2, each);
-        found.bytes[4 * q + 3] = value(0, _mm512_srli_epi16(each, 6));
-      }
+      put_four_of_iq1(low, found.bytes);
+      put_four_of_iq1(high, found.bytes + 4);
+    } else if constexpr (kFormat == Format::iq1_m) {
+      const __m512i bit_5 = _mm512_set1_epi8(0x20);
+      const __m512i first = pick(low, signs, bit_5), last = pick(high, signs, bit_5);
+      put_four_of_iq1(_mm512_unpacklo_epi8(first, last), found.bytes);
+      put_four_of_iq1(_mm512_unpackhi_epi8(first, last), found.bytes + 4);
     } else {
       const auto lower = [](__m512i a, __m512i b) { return _mm512_unpacklo_epi8(a, b); };
       const auto upper = [](__m512i a, __m512i b) { return _mm512_unpackhi_epi8(a, b); };
-      if constexpr (kFormat == Format::iq1_m) {
-        put_four(lower(low, high), lower(signs, signs), lower(signs, signs), found.bytes);
-        put_four(upper(low, high), upper(signs, signs), upper(signs, signs), found.bytes + 4);
+      // Those of columns 0 and 1, then of 2 and 3, of the first and of the last four, in bits 4 and 5.
+      const __m512i low_01 = _mm512_slli_epi16(signs, 4), low_23 = _mm512_slli_epi16(signs, 2);
+      const __m512i high_01 = signs, high_23 = _mm512_srli_epi16(signs, 2);
+      if constexpr (kIsByEight) {
+        put_four(low, low_01, low_23, found.bytes);
+        put_four(high, high_01, high_23, found.bytes + 4);
       } else {
-        // Those of columns 0 and 1, then of 2 and 3, of the first and of the last four, in bits 4 and 5.
-        const __m512i low_01 = _mm512_slli_epi16(signs, 4), low_23 = _mm512_slli_epi16(signs, 2);
-        const __m512i high_01 = signs, high_23 = _mm512_srli_epi16(signs, 2);
-        if constexpr (kIsByEight) {
-          put_four(low, low_01, low_23, found.bytes);
-          put_four(high, high_01, high_23, found.bytes + 4);
-        } else {
-          put_four(lower(low, high), lower(low_01, high_01), lower(low_23, high_23), found.bytes);
-          put_four(upper(low, high), upper(low_01, high_01), upper(low_23, high_23), found.bytes + 4);
-        }
+        put_four(lower(low, high), lower(low_01, high_01), lower(low_23, high_23), found.bytes);
+        put_four(upper(low, high), upper(low_01, high_01), upper(low_23, high_23), found.bytes + 4);
       }
     }
     return found;
@@ -236,12 +246,7 @@ struct IqDecoder {
     }
     low = look_up_in<kEntries>(kTables.low, index, bits);
     if constexpr (is_iq1(kFormat)) {
-      __m512i v = _mm512_maskz_mov_epi8(bits.is_7, load_bytes(kOnes));
-      v = _mm512_mask_add_epi8(v, bits.is[0], v, _mm512_set1_epi8(2));
-      v = _mm512_mask_add_epi8(v, bits.is[1], v, _mm512_set1_epi8(4));
-      v = _mm512_mask_add_epi8(v, bits.is[2], v, _mm512_set1_epi8(8));
-      const __m512i from = _mm512_permutex2var_epi8(load_bytes(kIq1From), index, load_bytes(kIq1From + 64));
-      const __mmask64 is_second = _mm512_cmple_epi8_mask(from, v);
+      const __mmask64 is_second = _mm512_test_epi8_mask(low, _mm512_set1_epi8(0x20));
       high = look_up_128(kTables.high + 128, look_up_128(kTables.high, index, _knot_mask64(is_second)),
                          is_second);
     } else {
@@ -278,6 +283,13 @@ struct IqDecoder {
     to[1] = value(1, of_01);
     to[2] = value(0, of_23);
     to[3] = value(1, of_23);
+  }
+
+  [[gnu::always_inline]] static inline void put_four_of_iq1(__m512i codes, __m512i* to) {
+    to[0] = value(0, codes);
+    to[1] = value(1, codes);
+    to[2] = value(2, codes);
+    to[3] = value(3, _mm512_srli_epi16(codes, 5));
   }
 };
 
