@@ -65,27 +65,13 @@ struct Decode {
   }
 };
 
-template <Format kFormat>
-  requires(keeps_blocks(kFormat))
-struct Decode<kFormat> {
-  static constexpr QuantFormat kQuant = quant_format(kFormat), kWide = quant_format(kQuant.wide);
+}  // namespace
+}  // namespace argosy
 
-  static void run(const uint8_t* panel, int64_t group_begin, int64_t group_end, uint8_t* wide) {
-    for (int64_t begin = group_begin; begin < group_end; begin += kQuant.block_groups()) {
-      for (int64_t row = 0; row < kPanelRows; ++row) {
-        const DecodedBlock<kFormat> block(panel + kQuant.scales_at(begin), row);
-        uint8_t* to = wide;
-        for (int64_t g = 0; g < kQuant.block_groups(); ++g, to += kWide.block_bytes()) {
-          put_wide_row<kQuant.wide>(to, row, block.q + g * kGroupSize);
-          for (int64_t part = 0; part < kWide.parts(); ++part) {
-            std::memcpy(to + (part * kPanelRows + row) * 4, &block.scale[g * kWide.parts() + part], 4);
-          }
-        }
-      }
-      wide += kQuant.block_groups() * kWide.block_bytes();
-    }
-  }
-};
+#include "kernels/block_decode.h"
+
+namespace argosy {
+namespace {
 
 template <Format kFormat>
 struct DirectProduct {

@@ -233,12 +233,11 @@ struct CodedRow<kFormat> {
   static constexpr QuantFormat kQuant = quant_format(kFormat);
 
   static void quants(const uint8_t* panel, int64_t row, int64_t group, int8_t (&q)[kGroupSize]) {
-    const DecodedBlock<kFormat> block(panel + kQuant.scales_at(group), row);
-    std::memcpy(q, block.q + group % kQuant.block_groups() * kGroupSize, kGroupSize);
+    CodedBlock<kFormat>::quants({panel + kQuant.scales_at(group), row}, group % kQuant.block_groups(), q);
   }
   static float scale(const uint8_t* panel, int64_t row, int64_t group, int64_t part) {
-    const DecodedBlock<kFormat> block(panel + kQuant.scales_at(group), row);
-    return block.scale[group % kQuant.block_groups() * kQuant.parts() + part];
+    return CodedBlock<kFormat>::scale({panel + kQuant.scales_at(group), row}, group % kQuant.block_groups(),
+                                      part);
   }
 };
 

@@ -36,36 +36,42 @@ void matmul_reference(const MatmulArgs& a) {
   for (int64_t row = a.row_begin; row < a.row_end; ++row) {
     const uint8_t* panel = a.weights + row / kPanelRows * panel_bytes(format, a.cols);
     const int64_t lane = row % kPanelRows;
-    for (int64_t token = 0; token < a.num_tokens; ++token) {
-      const uint8_t* x = activation_row(a, token);
-      float sum = 0.0f;
-      for (int64_t group = 0; group < num_groups(a.cols); ++group) {
+    const auto sum = [&](int64_t token) -> float& { return output_row(a, token)[row - a.row_begin]; };
+    for (int64_t token = 0; token < a.num_tokens; ++token) sum(token) = 0.0f;
+    for (int64_t group = 0; group < num_groups(a.cols); ++group) {
+      int32_t q[kGroupSize];
+      quants_of_group<kFormat>(panel, lane, group, q, format);
+      WeightScale weight[2];
+      for (int64_t part = 0; part < kQuant.parts(); ++part) {
+        weight[part] = scale_of_part<kFormat>(panel, lane, group, part, format);
+      }
+      for (int64_t token = 0; token < a.num_tokens; ++token) {
+        const uint8_t* x = activation_row(a, token);
         const float scale = read_unaligned<float>(x + activation_scales_at(kFormat, a.cols) + group * 4);
-        int32_t q[kGroupSize];
-        quants_of_group<kFormat>(panel, lane, group, q, format);
         float scaled = 0.0f;
         for (int64_t part = 0; part < kQuant.parts(); ++part) {
           int32_t dot = 0;
           for (int64_t i = part * kSameScale; i < (part + 1) * kSameScale; ++i) {
             dot += q[i] * activation_at(kFormat, x, a.cols, group * kGroupSize + i);
           }
-          scaled += scale_of_part<kFormat>(panel, lane, group, part, format).scale * float(dot);
+          scaled += weight[part].scale * float(dot);
         }
         if constexpr (kQuant.has_min && kQuant.parts() == 2) {
           const uint8_t* negated = x + activation_negated_sums_at(Format::q6_k, a.cols) + group * 8;
           for (int64_t part = 0; part < 2; ++part) {
-            scaled += scale_of_part<kFormat>(panel, lane, group, part, format).min *
-                      float(-read_unaligned<int32_t>(negated + part * 4));
+            scaled += weight[part].min * float(-read_unaligned<int32_t>(negated + part * 4));
           }
         }
-        sum += scaled * scale;
+        sum(token) += scaled * scale;
         if constexpr (kQuant.has_min && kQuant.parts() == 1) {
-          sum += scale_of_part<kFormat>(panel, lane, group, 0, format).min *
-                 activation_sum<kFormat>(x, a.cols, group);
+          sum(token) += weight[0].min * activation_sum<kFormat>(x, a.cols, group);
         }
       }
-      if constexpr (kQuant.has_row_scale) sum *= read_unaligned<float>(panel + 4 * lane);
-      output_row(a, token)[row - a.row_begin] = sum;
+    }
+    if constexpr (kQuant.has_row_scale) {
+      for (int64_t token = 0; token < a.num_tokens; ++token) {
+        sum(token) *= read_unaligned<float>(panel + 4 * lane);
+      }
     }
   }
 }

@@ -61,7 +61,8 @@ void quants_of_group(const uint8_t* panel, int64_t row, int64_t group, int32_t (
     CodedRow<kFormat>::quants(panel, row, group, bytes);
     for (int i = 0; i < kGroupSize; ++i) q[i] = bytes[i];
   } else {
-    for (int i = 0; i < kGroupSize; ++i) q[i] = quant_at(format, panel, row, group * kGroupSize + i);
+    const QuantFormat quant = quant_format(format);
+    for (int i = 0; i < kGroupSize; ++i) q[i] = quant_at(quant, panel, row, group * kGroupSize + i);
   }
 }
 
