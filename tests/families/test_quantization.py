@@ -410,10 +410,12 @@ def test_groups_of_compressed_tensors_take_names_before_expressions_before_class
     for order in (list(groups), list(groups)[::-1]):
         given = changed(INT4, config_groups={name: groups[name] for name in order}, ignore=[])
         assert [str(one).partition(" bits")[0][-1] for one in schemes_of(given, *modules)] == ["8", "8", "4"]
-    groups["4"]["targets"] = ["re:.*q_proj"]
-    with pytest.raises(
-        CheckpointError, match=r"describes model.layers.0.self_attn.q_proj in two ways: .* 8 bits"
-    ):
+    for targets, bits in ((["re:.*q_proj"], "4"), (["re:.*self_attn.+"], "8")):  # the first in the alphabet
+        groups["4"]["targets"] = targets
+        (scheme,) = schemes_of(changed(INT4, config_groups=groups, ignore=[]), Q)
+        assert str(scheme).startswith(f"pack-quantized, {bits} bits")
+    groups["4"]["targets"] = ["model.layers.3.mlp.gate"]
+    with pytest.raises(CheckpointError, match=r"describes model.layers.3.mlp.gate in two ways: .* 8 bits"):
         schemes_of(changed(INT4, config_groups=groups, ignore=[]), *modules)
 
 

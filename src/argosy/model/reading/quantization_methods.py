@@ -45,7 +45,10 @@ _CT_FORMATS: Mapping[str, tuple[str, tuple[int, ...], tuple[str, ...]]] = {
 _CT_STORAGES = {"float-quantized": "fp8", "nvfp4-pack-quantized": "nvfp4-divided"}
 _CT_GROUPS = {"nvfp4-pack-quantized": (16,), "mxfp4-pack-quantized": (32,), "mxfp8-quantized": (32,)}
 _EXPERTS = Names(globs=(("", ".experts.", ""),))
-_CT_CLASSES = {"RoutedExperts": _EXPERTS, "Linear": EVERYTHING}  # vLLM's class of all experts comes first
+_CT_CLASSES = {
+    "RoutedExperts": (1, _EXPERTS),
+    "Linear": (2, EVERYTHING),
+}  # levels, modules; the former is vLLM's
 # Values of actorder with which the columns of a group are neighbours.
 _ORDERED = (None, False, "weight", "static")
 
@@ -65,7 +68,9 @@ def read_compressed_tensors(reader: SettingsReader) -> Quantization:
     if not groups:
         raise reader.refused(f"{reader.key}.config_groups", groups, "groups with targets and weights")
     reader.require_few(len(groups), "config_groups", "groups")
-    rules: list[Rule] = []
+    exact: list[Rule] = []
+    found: list[tuple[re.Pattern[str], Scheme]] = []
+    classes: list[Rule] = []
     for name, group in groups.items():
         where = f"{reader.key}.config_groups.{name}"
         fields = reader.mapping(group, where)
@@ -74,17 +79,33 @@ def read_compressed_tensors(reader: SettingsReader) -> Quantization:
             continue
         scheme = _ct_scheme(reader, fields, where)
         named = reader.names(fields, "targets")
-        classes = {target for target in named.exact if "." not in target and target[:1].isupper()}
-        if classes - _CT_CLASSES.keys():
+        of_classes = {target for target in named.exact if "." not in target and target[:1].isupper()}
+        if of_classes - _CT_CLASSES.keys():
             known = ", ".join(f'"{one}"' for one in _CT_CLASSES)
-            raise reader.refused(f"{where}.targets", sorted(classes), f'{known}, names and "re:" expressions')
-        targets = [Names(named.exact - classes), Names(expressions=named.expressions)]
-        targets += (found if one in classes else Names() for one, found in _CT_CLASSES.items())
-        rules += (Rule(found, scheme, level) for level, found in enumerate(targets) if found)
-    reader.require_few_names("config_groups", *(rule.names for rule in rules))
-    rules.sort(key=lambda rule: rule.level or 0)
+            raise reader.refused(
+                f"{where}.targets", sorted(of_classes), f'{known}, names and "re:" expressions'
+            )
+        if named.exact - of_classes:
+            exact.append(Rule(Names(named.exact - of_classes), scheme, level=0))
+        found += ((expression, scheme) for expression in named.expressions)
+        classes += (Rule(_CT_CLASSES[one][1], scheme, _CT_CLASSES[one][0]) for one in of_classes)
+    found.sort(key=lambda one: one[0].pattern)  # the order in which its library tries them
+    expressions = _in_order(reader, "config_groups", found)
+    classes.sort(key=lambda rule: rule.level or 0)
     ignored = Rule(reader.names(config, "ignore"), None)
-    return Quantization("compressed-tensors", (ignored, *rules))
+    return Quantization("compressed-tensors", (ignored, *exact, *expressions, *classes))
+
+
+def _in_order(
+    reader: SettingsReader, key: str, found: Iterable[tuple[re.Pattern[str], Scheme | None]]
+) -> list[Rule]:
+    """Return the rules of expressions, the first of which that matches decides; neighbours share a rule."""
+    rules = [
+        Rule(Names(expressions=tuple(expression for expression, _ in same)), scheme)
+        for scheme, same in groupby(found, key=lambda one: one[1])
+    ]
+    reader.require_few_names(key, *(rule.names for rule in rules))
+    return rules
 
 
 def _require_dense(reader: SettingsReader, sparsity: object) -> None:
@@ -272,18 +293,6 @@ def read_gptq(reader: SettingsReader) -> Quantization:
         found.append((reader.expression(name, text, "dynamic"), scheme))
     every = Rule(EVERYTHING, _grouped(reader, config, reader.key, storage))
     return Quantization("gptq", (excluded, *_in_order(reader, "dynamic", found), every))
-
-
-def _in_order(
-    reader: SettingsReader, key: str, found: Iterable[tuple[re.Pattern[str], Scheme | None]]
-) -> list[Rule]:
-    """Return the rules of expressions, the first of which that matches decides; neighbours share a rule."""
-    rules = [
-        Rule(Names(expressions=tuple(expression for expression, _ in same)), scheme)
-        for scheme, same in groupby(found, key=lambda one: one[1])
-    ]
-    reader.require_few_names(key, *(rule.names for rule in rules))
-    return rules
 
 
 def _grouped(reader: SettingsReader, given: Mapping[str, object], where: str, storage: str) -> Scheme:
