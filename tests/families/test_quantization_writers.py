@@ -6,12 +6,20 @@ and vLLM write.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from argosy.errors import CheckpointError
+from argosy.model.families import open_model
 from tests.families.test_quantization import AUTO_ROUND, AWQ, EXPERT_UP, GPTQ, NVFP4, changed, schemes_of
 from tests.models.hub_quantised import INT4
+from tests.models.hub_schemes import KINDS, write_kind
+from tests.models.safetensors_file import read_header
+from tests.models.tiny import qwen3_moe
 
 # Settings that AutoRound's files have, whichever method they name.
 AUTO_ROUND_NOTES = {
@@ -69,3 +77,28 @@ def test_the_first_expression_of_auto_round_that_matches_decides() -> None:
 
 
 NAMES = ("self_attn.q_proj", "self_attn.k_proj", "mlp.experts.0.up_proj", "mlp.up_proj")
+
+
+def add_tensor(path: Path, name: str, values: np.ndarray[Any, np.dtype[np.float16]]) -> None:
+    header, begin = read_header(path)
+    data = path.read_bytes()[begin:]
+    header[name] = {
+        "dtype": "F16",
+        "shape": values.shape,
+        "data_offsets": [len(data), len(data) + values.nbytes],
+    }
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data + values.tobytes())
+
+
+def test_biases_of_a_gptq_file_may_be_zeros(tmp_path: Path) -> None:
+    config = qwen3_moe(hidden_size=128, moe_intermediate_size=128, num_hidden_layers=2, num_experts=4)
+    write_kind(tmp_path / "model", config, KINDS["gptq"], seed=1)
+    bias = np.zeros(128, np.float16)
+    file = tmp_path / "model" / "model.safetensors"
+    add_tensor(file, "model.layers.0.mlp.experts.1.up_proj.bias", bias)  # as AutoGPTQ writes them
+    open_model(tmp_path / "model")
+    bias[100] = 2**-24
+    add_tensor(file, "model.layers.0.mlp.experts.2.down_proj.bias", bias)
+    with pytest.raises(CheckpointError, match=r"experts.2.down_proj.bias \[128\]: a qwen3_moe model with"):
+        open_model(tmp_path / "model")

@@ -24,7 +24,7 @@ from typing import cast, get_args
 from argosy.checkpoint.formats import fp8_parts
 from argosy.checkpoint.landing import MatrixRef, Piece, Transcode, Transcoded
 from argosy.checkpoint.safetensors import TensorRef
-from argosy.checkpoint.untrusted_file import quote
+from argosy.checkpoint.untrusted_file import open_regular, quote, read_at
 from argosy.config import Format
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.reading.accounts import FLOAT_FORMATS, TensorAccounts
@@ -35,11 +35,12 @@ MXFP4_GROUP = 32
 # Tensors of quantised checkpoints that do not change weights: they round activations, keys and values.
 PASSED_OVER = tuple(
     f"{of}_{what}"
-    for of in ("input", "output", ".q", ".k", ".v", ".kv", ".activation")
+    for of in ("input", "output", ".q", ".k", ".v", ".kv", ".activation", ".act")
     for what in ("scale", "zero_point", "global_scale")
 )
 # The last parts of names of codes, for which a checkpoint has no `weight`.
 _CODES = ("weight_packed", "qweight")
+_LARGEST_BIAS_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,6 +347,19 @@ class WeightAccounts(TensorAccounts):
     ) -> None:
         super().__init__(directory, tensors, FLOAT_FORMATS)
         self._quantization = quantization
+
+    def pass_over_zero_biases(self) -> None:
+        """Account for biases of zeros, which AutoGPTQ writes for every module that it quantises."""
+        for name, ref in self._tensors.items():
+            if (
+                name.endswith(".bias")
+                and name not in self._taken
+                and name.removesuffix("bias") + "qweight" in self._tensors
+                and ref.nbytes <= _LARGEST_BIAS_BYTES
+            ):
+                with open_regular(ref.path) as (descriptor, _):
+                    if not any(read_at(descriptor, ref.nbytes, ref.offset, ref.path)):
+                        self._taken.add(name)
 
     def weight(
         self, name: str, shape: tuple[int, ...], slice: Slice | None = None, *, num_heads: int = 0

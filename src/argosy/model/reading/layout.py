@@ -198,6 +198,7 @@ def read_layout(
     experts = reader.experts(config, layout)
     if quantization is not None:
         reader.pass_over(PASSED_OVER)
+        reader.pass_over_zero_biases()
     others = reader.refuse_extra(config, layout.is_passed_over(config), "this config.json")
     require_one_format_a_layer(experts, directory)
     draft = _read_draft(_Accounts(directory, tensors, quantization), config, layouts, layout)
