@@ -149,7 +149,7 @@ def _require_packable(files: ModelFiles, destination: Path, format: str) -> None
         raise UsageError(f"unknown format '{format}'; known: {', '.join(PACK_FORMATS)}")
     if format != "source" and (quantised := quantised_formats(files)):
         raise UsageError(
-            f"{files.path} is already {quantised}; quantised weights are never quantised again",
+            f"{files.path} is already {quantised}, which is not quantised again",
             hint="`--format source` keeps them as they are; for another format, pack from the original checkpoint",
         )
     if destination.name.endswith(PARTIAL_SUFFIX) or destination.name in ("", ".", ".."):

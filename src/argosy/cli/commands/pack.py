@@ -72,9 +72,9 @@ def pack(
     """Write the model SRC, a name or a path, as a pack in DST, where each expert is one aligned read.
 
     A pack is optional; models also run from their own files. `source` keeps every weight bit for bit, bf16
-    rounds float32 and float16, q8 and q4 quantise. Checkpoints in FP8, INT4 or MXFP4 can be packed in any of
-    these formats, a quantised GGUF only as `source`. Encoders of pictures and sound keep every bit in every
-    format. After an interruption the same command continues.
+    rounds float32 and float16, q8 and q4 quantise. Weights in FP8, MXFP4, NVFP4, or compressed-tensors' INT4 in
+    groups of 32, can be packed in any of these formats, other quantised weights only as `source`. Encoders of
+    pictures and sound keep every bit in every format. After an interruption the same command continues.
     --report measures what packing changed, with both models one after the other.
 
     \b
