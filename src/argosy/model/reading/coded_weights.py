@@ -478,7 +478,7 @@ class WeightAccounts(TensorAccounts):
 
 
 def in_parts(format: Format, shape: tuple[int, int], *parts: tuple[TensorRef, str]) -> MatrixRef:
-    """Make a matrix whose codes, scales and the like are separate tensors, each with its block type."""
+    """Make a matrix [rows, cols] of separate tensors, codes first, each with its block type."""
     rows, cols = shape
     first, *others = (
         Piece.of(ref, Transcode(block_type, format, rows, cols), completes=0) for ref, block_type in parts
