@@ -48,3 +48,6 @@ def test_the_committed_files_hold_every_type_that_publishers_mix() -> None:
         *("F32", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
         *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0"),
     }
+    assert types_of(Quantised("few_bits").path) == {
+        *("F32", "Q1_0", "Q2_0", "TQ1_0", "TQ2_0", "NVFP4", "MXFP4", "Q4_1")
+    }

@@ -1,6 +1,6 @@
 """Tiny models in the mixtures of types that people download, quantised by llama.cpp, with llama.cpp's logits.
 
-    python -m tests.models.quantised        # rewrite the committed files; needs llama.cpp (`make peer`)
+    python -m tests.models.quantised [NAME...]        # rewrite the committed files; needs llama.cpp (`make peer`)
 
     reference_quantised/<name>.gguf             a model
     reference_quantised/<name>.safetensors      its prompt, and llama.cpp's logits from the file and from its weights in
@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,10 +26,12 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader
 
+from argosy.checkpoint.gguf import read_gguf
 from tests.models.gguf_models import one_type, write_gguf_model
 from tests.models.safetensors_file import Array, read_safetensors, write_safetensors
 from tests.models.tiny import RawConfig, glm4_moe, gpt_oss, prompt_ids, qwen3_moe
 from tests.models.tiny_latent import deepseek_v3
+from tests.native.gguf_blocks import WITHOUT_PACKAGE
 
 ROOT = Path(__file__).parents[2]
 DIRECTORY = Path(__file__).parent / "reference_quantised"
@@ -38,7 +41,7 @@ SEED = 7
 # llama.cpp's mixtures below four bits.
 MIXTURES = (
     *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M"),
-    *("Q2_K_S", "Q2_K", "TQ1_0", "TQ2_0"),
+    *("Q2_K_S", "Q2_K", "TQ1_0", "TQ2_0", "Q1_0", "Q2_0"),
 )
 _HEADS: dict[str, Any] = {
     "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "num_hidden_layers": 2,
@@ -90,8 +93,15 @@ _UD_TYPES = {
     "blk.1.attn_q": "IQ4_XS", "blk.1.attn_k": "Q3_K", "blk.1.attn_v": "Q2_K", "blk.1.attn_output": "IQ3_S",
     "blk.1.ffn_gate_exps": "IQ1_S", "blk.1.ffn_up_exps": "IQ1_M", "blk.1.ffn_down_exps": "IQ2_S",
 }  # fmt: skip
+# Those of ternary and binary models, and the four bits of GPUs, which no mixture has together.
+_FEW_BITS = {
+    "token_embd": "TQ1_0", "^output.weight": "Q2_0",
+    "attn_q": "NVFP4", "attn_k": "MXFP4", "attn_v": "Q4_1", "attn_output": "TQ2_0",
+    "ffn_gate_exps": "Q1_0", "ffn_up_exps": "TQ1_0", "ffn_down_exps": "Q2_0",
+}  # fmt: skip
 RECIPES = {
     "ud": Recipe(config_of("qwen3_moe"), "Q2_K", _UD_TYPES),
+    "few_bits": Recipe(config_of("qwen3_moe", num_hidden_layers=1), "Q2_0", _FEW_BITS),
 }
 
 
@@ -107,12 +117,17 @@ def quantise(recipe: Recipe, path: Path) -> Path:
             num_stacked = int(tensor.shape[2]) if len(tensor.shape) > 2 else 1
             columns[tensor.name] = rng.lognormal(size=int(tensor.shape[0]) * num_stacked).astype(np.float32)
     np.savez(importance, **columns)
-    overrides = {name: int(GGMLQuantizationType[kind]) for name, kind in recipe.overrides.items()}
+    overrides = {name: number_of(kind) for name, kind in recipe.overrides.items()}
     _ask("quantise", source=str(source), target=str(path), file_type=f"LLAMA_FTYPE_MOSTLY_{recipe.mixture}",
          overrides=overrides, importance=str(importance), may_requantise=False)  # fmt: skip
     _ask("quantise", source=str(path), target=str(exact), file_type="LLAMA_FTYPE_ALL_F32",
          overrides={}, importance="", may_requantise=True)  # fmt: skip
     return exact
+
+
+def number_of(kind: str) -> int:
+    """The number of a type in files."""
+    return WITHOUT_PACKAGE[kind] if kind in WITHOUT_PACKAGE else int(GGMLQuantizationType[kind])
 
 
 def peer_logits(path: Path, token_ids: list[int]) -> Array:
@@ -136,7 +151,7 @@ def _ask(command: str, **job: Any) -> None:
 
 def types_of(path: Path) -> set[str]:
     """The types of a file's tensors."""
-    return {tensor.tensor_type.name for tensor in GGUFReader(path).tensors}
+    return {ref.dtype for ref in read_gguf(path).tensors.values()}
 
 
 @dataclass(frozen=True)
@@ -157,6 +172,8 @@ class Quantised:
 def main() -> None:
     DIRECTORY.mkdir(exist_ok=True)
     for name, recipe in RECIPES.items():
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"{name}.gguf"
             exact = quantise(recipe, path)

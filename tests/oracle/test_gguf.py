@@ -1,4 +1,7 @@
-"""GGUF files against transformers in float32 on weights that the gguf package dequantised."""
+"""GGUF files against transformers in float32 on dequantised weights.
+
+The `gguf` package dequantises; the types that it cannot read are decoded by `tests/native/gguf_blocks.py`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import pytest
 import torch
 
 from argosy import Engine, SamplingParams
-from tests.models.gguf_models import TypeOf, mixed, one_type, write_gguf_model
+from tests.models.gguf_models import BLOCK_TYPES, TypeOf, mixed, one_type, write_gguf_model
 from tests.models.make_models import load
 from tests.models.references import LARGEST_DIFFERENCE, difference
 from tests.models.tiny import (
@@ -54,10 +57,14 @@ CONFIGS = [
     minimax_m2(**SIZES, intermediate_size=256, rotary_dim=32, num_local_experts=4),
 ]
 KINDS = {"F32": one_type("F32"), "Q8_0": one_type("Q8_0"), "Q4_0": one_type("Q4_0"), "mixed": mixed}
+# Every family in some types, and every other type in one family.
+CASES = {
+    **{f"{config['model_type']}-{kind}": (config, KINDS[kind]) for config in CONFIGS for kind in KINDS},
+    **{f"qwen3_moe-{kind}": (CONFIGS[2], one_type(kind)) for kind in BLOCK_TYPES if kind not in KINDS},
+}
 
 
-@pytest.mark.parametrize("type_of", KINDS.values(), ids=KINDS)
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config["model_type"])
+@pytest.mark.parametrize(("config", "type_of"), CASES.values(), ids=CASES)
 def test_logits_equal_transformers_on_the_dequantised_weights(
     config: RawConfig, type_of: TypeOf, tmp_path: Path
 ) -> None:
