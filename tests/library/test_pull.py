@@ -25,7 +25,8 @@ from argosy.cli.main import main
 from argosy.errors import CheckpointError, DiskFull, FetchFailed, UsageError
 from argosy.forecast.planning import plan_remote, summarise
 from argosy.library import kept, pull
-from argosy.library.pull import Moment, fetch, look_up
+from argosy.library.places import find_models
+from argosy.library.pull import Moment, ask_hub, fetch, look_up
 from argosy.model.encoders.reading import EncoderFiles, find_encoders
 from argosy.model.families import open_model
 from argosy.open.models import locate_model, open_files
@@ -130,6 +131,28 @@ def test_one_quantisation_and_its_tower_are_fetched(hub: Path, monkeypatch: pyte
         assert look_up(f"{REPOSITORY}:f16").files[0].name == "m-F16.gguf"  # and not BF16
         with pytest.raises(UsageError, match="has 3 models"):
             look_up(REPOSITORY)
+
+
+def test_two_files_of_one_format_keep_the_names_under_which_they_were_pulled(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = directory_files(GGUF)["model.gguf"]
+    content = {f"{name}/M-{name}.gguf": model for name in ("IQ2_KL", "smol-IQ2_KL", "Q8_0")}
+    smol, plain = f"{REPOSITORY}:M-smol-IQ2_KL", f"{REPOSITORY}:M-IQ2_KL"
+    with served(content) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        assert [offer.format for offer in ask_hub(REPOSITORY).offers()] == [
+            "M-IQ2_KL",
+            "M-smol-IQ2_KL",
+            "Q8_0",
+        ]
+        for asked, name in (("smol-IQ2_KL", smol), ("IQ2_KL", plain), ("Q8_0", f"{REPOSITORY}:Q8_0")):
+            download = look_up(f"{REPOSITORY}:{asked}")
+            assert download.name == name
+            path = fetch(download)
+            assert {model.name for model in find_models().models} == set(kept.read().pulled)
+            for written in (name, f"{REPOSITORY}:{asked}", f"model:{asked}", f"{REPOSITORY}:{path.name}"):
+                assert locate_model(written) == path
 
 
 class Killed(BaseException):

@@ -160,6 +160,8 @@ def test_a_part_of_a_name_chooses_the_file_that_other_programs_choose(
 
 
 def test_a_plain_format_is_not_taken_for_the_publishers_own() -> None:
+    folders = ("IQ2_KL/M-IQ2_KL.gguf", "smol-IQ2_KL/M-smol-IQ2_KL.gguf")
+    assert [model.stem for model in gguf_models(folders, "iq2_kl")] == ["IQ2_KL/M-IQ2_KL"]
     names = ("M-IQ2_M.gguf", "UD-IQ2_M/M-UD-IQ2_M.gguf", "M-UD-IQ2_M_L.gguf")
     assert [model.stem for model in gguf_models(names, "IQ2_M")] == ["M-IQ2_M"]
     assert [model.stem for model in gguf_models(names, "UD-IQ2_M")] == ["UD-IQ2_M/M-UD-IQ2_M"]

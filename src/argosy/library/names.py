@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from argosy.checkpoint.gguf_names import GGUF_SUFFIX
+from argosy.checkpoint.gguf_names import GGUF_SUFFIX, PART_NAME
 from argosy.checkpoint.untrusted_file import quote
 from argosy.config import DEMO, Preset
 from argosy.errors import ArgosyError, CheckpointError, UsageError
@@ -267,21 +267,29 @@ def _find(text: str, found: Found) -> Model | Path | None:
 
 
 def _named(text: str, models: Sequence[Model], *, allow_part: bool) -> Model | None:
-    """The model with that name; otherwise the one whose name without owner or format it is; otherwise the one whose
-    name contains it.
+    """The model with that name; otherwise the one whose name without owner or format it is, or that has the file or
+    folder which it names instead of the format; otherwise the one whose name contains it.
     """
     wanted = text.lower()
     repository, _, part = wanted.partition(":")
+    part = part.removesuffix(GGUF_SUFFIX)
+
+    def file_of(model: Model) -> str:
+        """The name of its GGUF file without suffix and number of the part; "" for others, and files named by digest."""
+        split = PART_NAME.fullmatch(model.path.name)
+        name = split["stem"] if split else model.path.name
+        return name.removesuffix(GGUF_SUFFIX).lower() if model.path.suffix == GGUF_SUFFIX else ""
 
     def is_short_form(model: Model) -> bool:
         whole, _, format = model.name.lower().partition(":")
         short = whole.rpartition("/")[2]
-        return repository in (whole, short) and part in ("", format)
+        stored = file_of(model), model.path.parent.name.lower()
+        return repository in (whole, short) and part in ("", format, *stored)
 
     def is_part(model: Model) -> bool:
         whole, _, format = model.name.lower().partition(":")
         if "/" in repository:
-            return repository == whole and part in format
+            return repository == whole and (part in format or part in file_of(model))
         return wanted in model.name.lower() or (bool(part) and repository in whole and part in format)
 
     for matches in (

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -96,7 +96,7 @@ def find_models(environment: Mapping[str, str] | None = None) -> Found:
     """Find the models in all places: the hub's first, then LM Studio's, then Ollama's, each sorted by name."""
     found = Found()
     models = [
-        _hub_models(hub_cache(environment), _pinned(found), found),
+        _hub_models(hub_cache(environment), _pulled(found), found),
         *(_lm_studio_models(root, found) for root in _lm_studio(environment, found)),
         *(_ollama_models(root, found) for root in _ollama(environment)),
     ]
@@ -188,39 +188,39 @@ def choose_tower(names: Sequence[str]) -> str | None:
     return min(towers, key=rank, default=None)
 
 
-def gguf_names(repository: str, stems: Sequence[str]) -> dict[str, str]:
+def gguf_names(repository: str, stems: Sequence[str], pulled: Collection[str] = ()) -> dict[str, str]:
     """The library's name of each GGUF model in a repository, by the stem of its file: OWNER/NAME:FORMAT if that is
-    unique.
+    unique, otherwise OWNER/NAME:FILE.
+
+    A model keeps the name under which it was `pulled`: the repository may have more files of its format than are here.
     """
-    parts = {stem: format_in_name(stem) for stem in stems}
-    alone = {part for part, count in Counter(parts.values()).items() if part and count == 1}
+    files = {stem: f"{repository}:{stem.rpartition('/')[2]}" for stem in stems}
+    formats = {stem: f"{repository}:{format_in_name(stem)}" for stem in stems if format_in_name(stem)}
+    counts = Counter(name for stem, name in formats.items() if files[stem] not in pulled)
     return {
-        stem: f"{repository}:{part if part in alone else stem.rpartition('/')[2]}"
-        for stem, part in parts.items()
+        stem: formats[stem] if counts[formats.get(stem, "")] == 1 and name not in pulled else name
+        for stem, name in files.items()
     }
 
 
 # ── the hub's cache ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _pinned(found: Found) -> dict[str, list[tuple[str, Pulled]]]:
-    """The models pulled at a revision other than the main branch, by repository."""
+def _pulled(found: Found) -> Mapping[str, Pulled]:
+    """What was pulled, by name."""
     try:
-        pulled = kept.read().pulled
+        return kept.read().pulled
     except UsageError as error:
         found.note(error.message)
         return {}
+
+
+def _hub_models(root: Path, pulled: Mapping[str, Pulled], found: Found) -> Iterator[Model]:
+    """The models of each repository at its main branch; those pulled at another revision at that one."""
     pinned: dict[str, list[tuple[str, Pulled]]] = {}
     for name, one in pulled.items():
         if one.asked:
             pinned.setdefault(one.repository, []).append((name, one))
-    return pinned
-
-
-def _hub_models(
-    root: Path, pinned: Mapping[str, Sequence[tuple[str, Pulled]]], found: Found
-) -> Iterator[Model]:
-    """The models of each repository at its main branch; those in `pinned` at the revision pulled."""
     for folder in _entries(root, found):
         kind, _, name = folder.name.partition("--")
         parts = name.split("--")
@@ -233,7 +233,7 @@ def _hub_models(
 
         def models_at(snapshot: Path, repository: str = repository) -> Iterator[Model]:
             files = _files(root, snapshot, found, depth=2)
-            return _models_in(snapshot, files, repository, place="hub", root=root)
+            return _models_in(snapshot, files, repository, place="hub", root=root, pulled=pulled)
 
         own = [(name, one) for name, one in pinned.get(repository, ()) if one.revision in snapshots]
         newest = _snapshot(folder, snapshots)
@@ -271,7 +271,13 @@ def read_ref(path: Path) -> str:
 
 
 def _models_in(
-    directory: Path, files: Mapping[str, Path], name: str, *, place: Place, root: Path
+    directory: Path,
+    files: Mapping[str, Path],
+    name: str,
+    *,
+    place: Place,
+    root: Path,
+    pulled: Collection[str] = (),
 ) -> Iterator[Model]:
     """The models in a repository's directory: one in safetensors, or any number of GGUF files."""
     if CONFIG_FILE in files:
@@ -292,7 +298,7 @@ def _models_in(
             part = PART_NAME.fullmatch(file)
             models.setdefault(part["stem"] if part else file.removesuffix(GGUF_SUFFIX), []).append(file)
     towers = [file for file in files if is_tower(file.rpartition("/")[2])]
-    names = gguf_names(name, list(models))
+    names = gguf_names(name, list(models), pulled)
     for stem, parts in models.items():
         beside = [tower for tower in towers if tower.rpartition("/")[0] == stem.rpartition("/")[0]]
         above = [tower for tower in towers if "/" not in tower]

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -150,7 +151,7 @@ class Offer:
     """A model in a repository, in one format.
 
     name: its name in the library.
-    format: such as Q4_K_M or safetensors, or the file name if that names no format.
+    format: such as Q4_K_M or safetensors, or the file name if that names no format, or one that others also have.
     source: names exactly this model.
     nbytes: the size of its weights; None if a part or a size is missing.
     may_run: False if its format has no kernel.
@@ -187,11 +188,12 @@ class Repository:
         """Its models, or those that a part of a name selects, smallest first."""
         names, sizes = self.listing.names, {file.name: file.nbytes for file in self.listing.files}
         models = gguf_models(names, part)
-        library = gguf_names(self.source.repository, [model.stem for model in gguf_models(names)])
+        library = self._gguf_names
+        formats = Counter(model.format for model in gguf_models(names))
         found = [
             Offer(
                 name=library[model.stem],
-                format=model.format or model.stem.rpartition("/")[2],
+                format=model.format if formats[model.format] == 1 else model.stem.rpartition("/")[2],
                 source=replace(self.source, part=model.stem),
                 num_parts=model.num_parts,
                 nbytes=_total(sizes, model.parts) if len(model.parts) == model.num_parts else None,
@@ -221,6 +223,11 @@ class Repository:
         return bool(self.source.part) and bool(gguf_models(self.listing.names, self.source.part))
 
     @property
+    def _gguf_names(self) -> dict[str, str]:
+        """The library's names of its GGUF models, by the stems of their files."""
+        return gguf_names(self.source.repository, [model.stem for model in gguf_models(self.listing.names)])
+
+    @property
     def tower(self) -> RemoteFile | None:
         """The vision tower's file for the GGUF models here; None if there is none, or if it is in a folder."""
         name = choose_tower([file.name for file in self.listing.files if "/" not in file.name])
@@ -246,7 +253,7 @@ class Repository:
         return Download(
             source=source,
             asked=self.asked,
-            name=gguf_names(source.repository, [stem])[stem] if is_gguf else source.repository,
+            name=self._gguf_names[stem] if is_gguf else source.repository,
             licence=listing.licence,
             files=tuple(files[name] for name in chosen),
             root=hub_cache(),

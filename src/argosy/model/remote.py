@@ -137,8 +137,8 @@ class GgufModel:
 def gguf_models(names: Sequence[str], part: str = "") -> list[GgufModel]:
     """List the models in GGUF files of a repository; with `part`, those whose names contain it.
 
-    A format or the name of a file selects only that model, even if longer names contain it; so does a format without
-    the publisher's "UD-" where no other file has it.
+    A format, or the name of a file or of its folder, selects only that model, even if longer names contain it; so does
+    a format without the publisher's "UD-" where no other file has it.
     """
     found: dict[str, list[str]] = {}
     for name in sorted(names):
@@ -149,11 +149,13 @@ def gguf_models(names: Sequence[str], part: str = "") -> list[GgufModel]:
     split = PART_NAME.fullmatch(part)
     wanted = (split["stem"] if split else part.removesuffix(GGUF_SUFFIX)).lower()
 
-    def names_of(model: GgufModel) -> tuple[str, ...]:
-        return model.format.lower(), model.stem.lower(), model.stem.lower().rpartition("/")[2]
+    def paths_of(model: GgufModel) -> tuple[str, ...]:
+        folder, _, file = model.stem.lower().rpartition("/")
+        return model.stem.lower(), folder, file
 
     for exact in (
-        [model for model in models if wanted in names_of(model)],
+        [model for model in models if wanted == model.format.lower()],
+        [model for model in models if wanted in paths_of(model)],
         [model for model in models if f"ud-{wanted}" == model.format.lower()],
     ):
         if part and len(exact) == 1:
