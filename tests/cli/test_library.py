@@ -142,6 +142,11 @@ def test_headers_are_read_once_until_a_file_changes(
     path.write_text(path.read_text() + " ")
     assert listed(capsys) == first
     assert len(read) == 4
+    settings = next(config.iterdir()) / "hf_quant_config.json"
+    settings.write_text("{}")
+    listed(capsys)
+    assert len(read) == 5
+    settings.unlink()
     kept = models / "cache" / "library-facts.json"
     kept.write_text("damaged")
     assert listed(capsys) == first

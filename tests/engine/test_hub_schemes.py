@@ -6,14 +6,18 @@ rounded score that flips one routing decision would hide the cost of rounding it
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from argosy import Engine, _native
+from argosy.checkpoint.fingerprint import fingerprint
 from argosy.checkpoint.landing import MatrixRef
 from argosy.checkpoint.pack import pack
+from argosy.cluster import identity
+from argosy.engine.prefix import identify
 from argosy.model.families import open_model
 from tests.engine.test_gguf import LARGEST_DIVERGENCE, mean_divergence, require_equal_answers
 from tests.helpers.examples import few_of
@@ -112,6 +116,21 @@ def test_experts_in_one_tensor_are_those_in_separate_ones(name: str, tmp_path: P
             np.testing.assert_array_equal(
                 found, exact[f"model.layers.0.mlp.experts.{expert}.{part}_proj.weight"]
             )
+
+
+def test_a_model_is_another_with_other_settings_of_the_same_bytes(tmp_path: Path) -> None:
+    write_kind(tmp_path / "model", config_of(experts=3, chosen=2, layers=1), KINDS["gptq"], seed=2)
+    gptq = open_model(tmp_path / "model")
+    own = fingerprint(gptq), identity.fingerprint(gptq), identify(gptq, "plain")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["checkpoint_format"] = "gptq_v2"  # zero points are not one less
+    path.write_text(json.dumps(config))
+    other = open_model(tmp_path / "model")
+    assert [ref.format for ref in other.dense.values()] == [ref.format for ref in gptq.dense.values()]
+    assert fingerprint(other) != own[0]
+    assert identity.fingerprint(other) != own[1]
+    assert identify(other, "plain") != own[2]
 
 
 def test_modelopt_s_own_file_describes_a_checkpoint_whose_config_does_not(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Identify a model by 64 hexadecimal digits, without reading all of its bytes.
 
-    configuration, files, place and format of every tensor, checksums of a pack, samples of other files  ->  fingerprint
+    configuration, files, place and types of every tensor, checksums of a pack, samples of other files  ->  fingerprint
 
 Models of different geometry or format have different fingerprints. For a pack, the fingerprint covers every byte, as
 well as the pack's checksums do (CRC-32C: they detect accidents, not forgery). In other files it reads 4 KiB from the
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.landing import Piece
 from argosy.errors import ReadFailed
 
 NUM_SAMPLES = 32  # number of samples of tensors that every token needs, and of experts
@@ -39,10 +40,10 @@ def fingerprint(files: ModelFiles) -> str:
     refs = sorted(files.dense.items())
     for name, ref in refs:
         facts = name, ref.path.name, ref.offset, ref.nbytes, ref.format, ref.rows, ref.cols, ref.checksum
-        digest.update(repr(facts).encode())
+        digest.update(repr((*facts, block_types(ref.pieces))).encode())
     for key, record in sorted(files.experts.items()):
         pieces = [(piece.path.name, piece.offset, piece.nbytes, piece.checksum) for piece in record.pieces]
-        digest.update(repr((key, record.formats, pieces)).encode())
+        digest.update(repr((key, record.formats, pieces, block_types(record.pieces))).encode())
     unchecked = [ref for _, ref in refs if ref.checksum is None]
     places = [middle_of(ref.path, ref.offset, ref.nbytes) for ref in _spread(unchecked)]
     records = [record for _, record in sorted(files.experts.items())]
@@ -53,6 +54,11 @@ def fingerprint(files: ModelFiles) -> str:
         digest.update(repr((path.name, nbytes)).encode())
         digest.update(sampled)
     return digest.hexdigest()
+
+
+def block_types(pieces: Iterable[Piece]) -> list[str]:
+    """Return how the bytes of transcoded pieces are read: the same file has other weights with other settings."""
+    return [piece.transcode.block_type for piece in pieces if piece.transcode is not None]
 
 
 def middle_of(path: Path, offset: int, nbytes: int) -> Place:

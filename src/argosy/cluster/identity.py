@@ -17,7 +17,7 @@ from itertools import islice
 from blake3 import blake3
 
 from argosy.checkpoint.files import ModelFiles
-from argosy.checkpoint.fingerprint import SAMPLE_BYTES, Place, middle_of, read_samples
+from argosy.checkpoint.fingerprint import SAMPLE_BYTES, Place, block_types, middle_of, read_samples
 from argosy.checkpoint.landing import MatrixRef
 
 _SAMPLES = 256
@@ -36,7 +36,7 @@ def fingerprint(files: ModelFiles) -> bytes:
             (piece.offset if piece.checksum is None else None, piece.nbytes, piece.checksum)
             for piece in record.pieces
         ]
-        digest.update(repr((key, record.formats, pieces)).encode())
+        digest.update(repr((key, record.formats, pieces, block_types(record.pieces))).encode())
     for name, ref in _biases(files):
         digest.update(repr((name, ref.checksum)).encode())
     places = list(samples(files))

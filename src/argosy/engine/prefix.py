@@ -396,9 +396,10 @@ def identify(files: ModelFiles, instruction_set: str, *others: object) -> bytes:
     A file, our kernels included, is identified by its name, size and modification time: hashing a terabyte would take
     longer than reuse saves.
     """
-    # Rows of media come from these as well.
+    # Rows of media come from some of these, and settings say what the bytes of quantised weights mean.
+    names = (*VIDEO_FILES, "config.json", "hf_quant_config.json")
     paths = {str(path) for path in files.weight_paths}
-    paths |= {str(path) for name in VIDEO_FILES if (path := files.path / name).is_file()}
+    paths |= {str(path) for name in names if (path := files.path / name).is_file()}
     facts = [(Path(path).name, *_size_and_time(path)) for path in (*sorted(paths), _native.__file__)]
     return blake3(repr((files.config, facts, instruction_set, others)).encode()).digest()
 
