@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from argosy.errors import CheckpointError
+from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import open_model
 from tests.families.test_quantization import AUTO_ROUND, AWQ, EXPERT_UP, GPTQ, NVFP4, changed, schemes_of
 from tests.models.hub_quantised import INT4
@@ -77,6 +77,40 @@ def test_the_first_expression_of_auto_round_that_matches_decides() -> None:
 
 
 NAMES = ("self_attn.q_proj", "self_attn.k_proj", "mlp.experts.0.up_proj", "mlp.up_proj")
+
+
+MX_FP: dict[str, Any] = AUTO_ROUND | {
+    "packing_format": "auto_round:llm_compressor", "data_type": "mx_fp", "act_bits": 4, "act_data_type": "mx_fp",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "storage"),
+    [
+        (MX_FP, "mxfp4-pack-quantized, 4 bits, symmetric, groups of 32"),
+        (MX_FP | {"bits": 8, "data_type": "mx_fp_rceil"}, "mxfp8-quantized, 8 bits, symmetric, groups of 32"),
+        (MX_FP | {"group_size": 16, "data_type": "nv_fp4"}, "nvfp4-divided, 4 bits, symmetric, groups of 16"),
+        (MX_FP | {"extra_config": {EXPERT_UP: {"bits": 8}}}, "mxfp8-quantized, 8 bits, symmetric, groups of 32"),
+        (MX_FP | {"extra_config": {EXPERT_UP: {"bits": 16, "data_type": "float"}}}, None),
+    ],
+)  # fmt: skip
+def test_floats_of_auto_round_are_stored_as_in_compressed_tensors(given: Any, storage: str | None) -> None:
+    assert schemes_of(given, EXPERT_UP) == [storage]
+
+
+@pytest.mark.parametrize(
+    ("changes", "asked"),
+    [
+        ({"data_type": "int"}, 'data_type \'int\'; supported: "mx_fp", "nv_fp"'),
+        ({"data_type": None}, 'data_type null; supported: "mx_fp"'),
+        ({"bits": 6}, "bits 6; supported: 4, 8"),
+        ({"group_size": 16}, "group_size 16; supported: 32"),
+        ({"packing_format": "auto_round"}, "data_type 'mx_fp'; supported: \"int\""),
+    ],
+)
+def test_other_floats_of_auto_round_are_refused(changes: Any, asked: str) -> None:
+    with pytest.raises(UnsupportedModel, match=asked):
+        schemes_of(MX_FP | changes, EXPERT_UP)
 
 
 def add_tensor(path: Path, name: str, values: np.ndarray[Any, np.dtype[np.float16]]) -> None:

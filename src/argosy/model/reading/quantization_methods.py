@@ -9,6 +9,8 @@
                          MIXED_PRECISION: one of these for each module
     gptq, auto-round     checkpoint_format gptq or gptq_v2                                         gptq, gptq_v2
     awq, auto-round      version gemm                                                              awq
+    auto-round           data_type mx_fp, nv_fp                                                    mxfp4-pack-quantized,
+                                                                                                   nvfp4-divided, ...
     mxfp4                gpt-oss                                                                   mxfp4-blocks
 
 Activations stay as they are: settings that would round them (`input_activations`, `activation_scheme`) change nothing
@@ -335,6 +337,12 @@ _AUTO_ROUND = {
     "auto_round:gptqmodel": "gptq_v2",
     "auto_round:auto_awq": "awq",
     "auto_round:awq": "awq",
+    "auto_round:llm_compressor": "",  # the storages of compressed-tensors
+}
+_AUTO_ROUND_FLOATS = {
+    ("mx_fp", 4): Scheme(storage="mxfp4-pack-quantized", bits=4, block=(1, 32)),
+    ("mx_fp", 8): Scheme(storage="mxfp8-quantized", bits=8, block=(1, 32)),
+    ("nv_fp", 4): Scheme(storage="nvfp4-divided", bits=4, block=(1, 16)),
 }
 
 
@@ -350,8 +358,8 @@ def read_auto_round(reader: SettingsReader) -> Quantization:
     """Read AutoRound's settings, whose `extra_config` has those of single modules."""
     config = reader.settings
     reader.keys(
-        config, reader.key, *_NOTES, "bits", "group_size", "sym", "packing_format", "extra_config",
-        "modules_to_not_convert", **_NEUTRAL,
+        config, reader.key, *_NOTES, "bits", "group_size", "sym", "packing_format", "extra_config", "data_type",
+        "modules_to_not_convert", **{key: values for key, values in _NEUTRAL.items() if key != "data_type"},
     )  # fmt: skip
     packing = reader.choice(config, reader.key, "packing_format", *_AUTO_ROUND, default=_packing_of(config))
     storage = _AUTO_ROUND[str(packing)]
@@ -363,15 +371,32 @@ def read_auto_round(reader: SettingsReader) -> Quantization:
         where = f"{reader.key}.extra_config.{name}"
         own = reader.mapping(change, where)
         is_float = own.get("bits") in (16, 32) or own.get("data_type") in ("float", "fp", "bfloat16")
-        scheme = None if is_float else _grouped(reader, {**config, **own}, where, storage)
+        scheme = None if is_float else _auto_round_scheme(reader, {**config, **own}, where, storage)
         if _PLAIN_NAME.fullmatch(name):
             names.setdefault(scheme, set()).add(name)
         else:
             found.append((reader.expression(name, name, "extra_config"), scheme))
     rules += (Rule(Names(frozenset(exact)), scheme) for scheme, exact in names.items())
     rules += _in_order(reader, "extra_config", found)
-    rules.append(Rule(EVERYTHING, _grouped(reader, config, reader.key, storage)))
+    rules.append(Rule(EVERYTHING, _auto_round_scheme(reader, config, reader.key, storage)))
     return Quantization("auto-round", tuple(rules))
+
+
+def _auto_round_scheme(
+    reader: SettingsReader, given: Mapping[str, object], where: str, storage: str
+) -> Scheme:
+    """Return the scheme of integers in groups, or if `storage` is empty, of FP4 or FP8 codes."""
+    if storage:
+        reader.choice(given, where, "data_type", "int", default="int")
+        return _grouped(reader, given, where, storage)
+    said = given.get("data_type")  # such as mx_fp, mx_fp4 and nv_fp4_with_static_gs
+    kind = said[:5] if isinstance(said, str) else ""
+    bits = [of for name, of in _AUTO_ROUND_FLOATS if name == kind]
+    if not bits:
+        raise reader.refused(f"{where}.data_type", said, '"mx_fp", "nv_fp"')
+    scheme = _AUTO_ROUND_FLOATS[kind, reader.choice(given, where, "bits", *bits)]
+    reader.choice(given, where, "group_size", scheme.block[1])
+    return scheme
 
 
 # Raises UnsupportedModel for a setting that it does not know or support, and CheckpointError for a malformed one.
