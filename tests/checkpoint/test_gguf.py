@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from argosy.checkpoint.gguf import GgufArray, metadata_only, read_gguf
 from argosy.checkpoint.gguf_names import find_gguf
 from argosy.checkpoint.landing import in_halves, read_values
 from argosy.checkpoint.safetensors import TensorRef
+from argosy.config import MEASURED_FORMATS
 from argosy.errors import CheckpointError, UnsupportedModel
 from tests.checkpoint.raw_gguf import ARRAY, STRING, RawGguf, entry, tensor, text
 from tests.models.gguf_models import BLOCK_TYPES, TYPES, add, in_pairs, to_blocks
@@ -325,6 +327,14 @@ def test_a_trellis_type_is_refused_with_the_reason(path: Path) -> None:
 
 def test_slot_formats_include_every_block_type_of_the_tests() -> None:
     assert set(SLOT_FORMATS) == set(BLOCK_TYPES)
+
+
+def test_the_page_of_formats_has_each_format_and_no_other() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "internals" / "formats.md").read_text()
+    rows = (line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    grouped = {name for name in named if re.fullmatch(r"(u?int|affine)\d_\d+_b?f16(_act_order)?", name)}
+    assert named - grouped == set(MEASURED_FORMATS)
 
 
 def test_paired_rows_are_restored_to_halves() -> None:
