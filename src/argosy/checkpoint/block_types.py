@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from argosy.config import Format
+from argosy.config import FLOAT_FORMATS, MEASURED_FORMATS, Format
 
 # ggml's table: type number -> name, values per block, bytes per block. Tensors of all these types can be located, so
 # a type without a kernel is refused by name, and only if the model needs the tensor.
@@ -35,43 +35,12 @@ IK_TYPES: Mapping[int, str] = {
     158: "IQ1_KT",
 }  # fmt: skip
 _IK_NUMBERS = range(97, 512)  # of all its own types
-# GGUF block type -> the slot format that holds it without loss.
+# GGUF block type -> the slot format that holds it without loss, which has the type's name, except for two.
 SLOT_FORMATS: Mapping[str, Format] = {
-    "Q8_0": "q8",
-    "Q4_0": "q4",
-    "Q4_1": "q4_1",
-    "Q5_0": "q5_0",
-    "Q5_1": "q5_1",
-    "Q4_K": "q4_k",
-    "Q5_K": "q5_k",
-    "Q6_K": "q6_k",
-    "Q2_K": "q2_k",
-    "Q3_K": "q3_k",
-    "IQ4_NL": "iq4_nl",
-    "IQ4_XS": "iq4_xs",
-    "MXFP4": "mxfp4",
-    "NVFP4": "nvfp4",
-    "IQ2_XXS": "iq2_xxs",
-    "IQ2_XS": "iq2_xs",
-    "IQ2_S": "iq2_s",
-    "IQ3_XXS": "iq3_xxs",
-    "IQ3_S": "iq3_s",
-    "IQ1_S": "iq1_s",
-    "IQ1_M": "iq1_m",
-    "TQ1_0": "tq1_0",
-    "TQ2_0": "tq2_0",
-    "Q1_0": "q1_0",
-    "Q2_0": "q2_0",
-    "IQ2_K": "iq2_k",
-    "IQ3_K": "iq3_k",
-    "IQ4_K": "iq4_k",
-    "IQ5_K": "iq5_k",
-    "IQ6_K": "iq6_k",
-    "IQ2_KS": "iq2_ks",
-    "IQ3_KS": "iq3_ks",
-    "IQ4_KS": "iq4_ks",
-    "IQ5_KS": "iq5_ks",
-    "IQ2_KL": "iq2_kl",
+    block_type: slot
+    for slot in MEASURED_FORMATS
+    if slot not in FLOAT_FORMATS
+    and (block_type := {"q8": "Q8_0", "q4": "Q4_0"}.get(slot, slot.upper())) in BLOCK_SIZES
 }
 RUNNABLE_TYPES = ("F32", "F16", "BF16", *SLOT_FORMATS)
 TYPE_HINT = (
