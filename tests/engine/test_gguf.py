@@ -158,7 +158,8 @@ def test_widths_that_are_no_whole_blocks_of_a_type_have_another_there(width: int
 def test_any_number_of_experts_runs_from_gguf_and_safetensors(
     family: str, num_experts: int, tmp_path: Path
 ) -> None:
-    config = config_of(family, num_experts=num_experts, experts_per_token=3)
+    narrow = {"hidden_size": 64, "moe_intermediate_size": 32}
+    config = config_of(family, num_experts=num_experts, experts_per_token=3) | narrow
     path = tmp_path / "model.gguf"
     safetensors = write_gguf_model(path, config, one_type("F32"), seed=5)
     prompt = prompt_ids(config, 5)

@@ -86,6 +86,7 @@ def test_parts_land_in_any_order() -> None:
     assert all(np.array_equal(each, found[0]) for each in found)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("format", FORMATS)
 def test_products_match_the_values(format: str, instruction_set: str) -> None:  # noqa: F811
     """They are equal up to the rounding of float32 sums, for activations that are integers times their scale.
