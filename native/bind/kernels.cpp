@@ -254,6 +254,26 @@ void bind_matrix(nb::module_& m) {
             large, a stored zero that programs disagree about, or columns whose groups are not in order.)");
 
   m.def(
+      "put_in_act_order",
+      [](const FormatName& format_name, const OutArrayOf<uint8_t>& matrix, int64_t rows, int64_t cols) {
+        const Format format = parse_format(format_name);
+        if (!has_act_order(format)) refuse(format_name + " has no act-order");
+        uint8_t* data = write_array("matrix", matrix, {checked_matrix_bytes(format, rows, cols)});
+        bool is_right;
+        {
+          nb::gil_scoped_release released;
+          is_right = put_in_act_order(format, rows, cols, data);
+        }
+        if (!is_right) refuse("the matrix holds " + std::string(kWrongOrder));
+      },
+      "format"_a, "matrix"_a.noconvert(), "rows"_a, "cols"_a, R"(
+    Complete a matrix of an `act_order` format after `transcode` has written all its parts; a Store does it itself.
+
+    Raises:
+        ValueError: g_idx names a group that the matrix does not have, or a group has more or fewer columns than the
+            format says; `matrix` is undefined then.)");
+
+  m.def(
       "dequantize",
       [](const FormatName& format_name, const ArrayOf<uint8_t>& data, int64_t rows, int64_t cols) {
         const Format format = parse_format(format_name);

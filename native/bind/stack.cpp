@@ -845,15 +845,16 @@ void bind_stack(nb::module_& m) {
         Most bytes that a step allocates: a layer's dispatch, and arrays of experts that run or are predicted.)")
       .def(
           "scratch_bytes",
-          [](const StackSizes& self, int64_t max_tokens, int num_threads, bool has_quants) {
+          [](const StackSizes& self, int64_t max_tokens, int num_threads, bool has_quants,
+             bool has_act_order) {
             require_range("num_threads", num_threads, 1, kMostThreads);
-            return self.scratch_bytes(max_tokens, num_threads, has_quants);
+            return self.scratch_bytes(max_tokens, num_threads, has_quants, has_act_order);
           },
-          "max_tokens"_a, "num_threads"_a, "has_quants"_a = true, R"(
+          "max_tokens"_a, "num_threads"_a, "has_quants"_a = true, "has_act_order"_a = true, R"(
         Bytes of scratch memory that a Stack reserves in its Runtime: no operation of a step takes more.
 
-        Without `has_quants`, the bytes that operations take if no weights are quantised: the rest of what is reserved
-        is never touched.)")
+        Without `has_quants`, the bytes that operations take if no weights are quantised, and without `has_act_order`,
+        if none are in an `act_order` format: the rest of what is reserved is never touched.)")
       .def(
           "__eq__", [](const StackSizes& self, const StackSizes& other) { return self == other; },
           nb::sig("def __eq__(self, other: object, /) -> bool"));

@@ -106,6 +106,7 @@ constexpr KernelTable kernel_table_named(const char* name) {
       .quantize_q4 = quantize_panels<Format::q4>,
       .transcode = {},
       .transcode_grouped = transcode_grouped,
+      .move_columns = move_columns,
       .dequantize_row = dequantize_row,
       .rms_norm = rms_norm,
       .rope = rope,

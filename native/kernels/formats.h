@@ -54,6 +54,11 @@
 // They hold what compressed-tensors, GPTQ and AWQ store (int, uint) and what MLX stores (affine). Products
 // read the size of the group and the kind at run time, so there is one kernel for each number of bits.
 //
+// int and uint also exist with act-order (uint4_128_f16_act_order): any columns of the file may share a
+// group, so panels hold them in another order, which follows the panels: int32 [cols], padded to 64 bytes.
+// Column i of the panels is column order[i] of the matrix. If they are in their places, order[0] is -1.
+// Products take the activations in this order (ops/matmul.h).
+//
 // The formats from q4_1 to mxfp4 hold what GGUF's blocks of the same name hold, bit for bit, except for the
 // sign of a min that GGUF subtracts (kernels/transcode.h). mxfp4 follows the OCP Microscaling Formats (MX)
 // Specification v1.0: the table holds its values doubled, so a scale is half of the scale in the file, stored
@@ -134,7 +139,7 @@ enum class Format : uint8_t {
   iq2_kl,
   first_grouped,  // of kNumGrouped formats
   // Only in scratch: what coded formats are decoded to.
-  wide = first_grouped + 72,
+  wide = first_grouped + 108,
   wide_halves,
   wide_medium,
   wide_medium_halves,
@@ -161,7 +166,10 @@ struct GroupedKind {
 [[maybe_unused]] static constexpr int kNumGroupedKinds = int(sizeof(kGroupedKinds) / sizeof(GroupedKind));
 // Formats of a kind: in groups of 32, 64 and 128 columns, with scales in float16 and in bfloat16 for each.
 [[maybe_unused]] static constexpr int kFormatsOfKind = 6;
-[[maybe_unused]] static constexpr int kNumGrouped = kNumGroupedKinds * kFormatsOfKind;
+// After them follow the formats of the first kinds with act-order.
+[[maybe_unused]] static constexpr int kNumKindsInActOrder = 6;
+[[maybe_unused]] static constexpr int kNumInPlace = kNumGroupedKinds * kFormatsOfKind;
+[[maybe_unused]] static constexpr int kNumGrouped = kNumInPlace + kNumKindsInActOrder * kFormatsOfKind;
 
 // Everything here has internal linkage: several instruction sets compile this header, and the linker must not
 // keep one copy for all of them.
@@ -277,9 +285,15 @@ static inline constexpr bool is_quantized(Format format) { return format >= Form
   return int(format) >= kFirstGrouped && int(format) < kNumFormats;
 }
 
+// Whether the columns of a matrix may be in another order, which follows its panels.
+[[gnu::always_inline]] static inline constexpr bool has_act_order(Format format) {
+  return int(format) >= kFirstGrouped + kNumInPlace && int(format) < kNumFormats;
+}
+
 // For grouped formats only: their kind, and the format of a kind and a group size.
 [[gnu::always_inline]] static inline constexpr GroupedKind grouped_kind(Format format) {
-  return kGroupedKinds[(int(format) - kFirstGrouped) / kFormatsOfKind];
+  return kGroupedKinds[(int(format) - kFirstGrouped - (has_act_order(format) ? kNumInPlace : 0)) /
+                       kFormatsOfKind];
 }
 static inline constexpr Format grouped_format(int kind, int64_t group_cols, bool is_bf16) {
   return Format(kFirstGrouped + kind * kFormatsOfKind + __builtin_ctzll(uint64_t(group_cols / 32)) * 2 +
@@ -504,8 +518,16 @@ static inline constexpr int64_t panel_bytes(Format format, int64_t cols) {
   return round_up(quant.row_scale_bytes() + num_blocks(format, cols) * quant.block_bytes(), kMatrixAlignment);
 }
 
+// Bytes of all panels, and so the offset of the order of the columns.
+static inline constexpr int64_t panels_bytes(Format format, int64_t rows, int64_t cols) {
+  return round_up(rows, kPanelRows) / kPanelRows * panel_bytes(format, cols);
+}
+static inline constexpr int64_t order_bytes(Format format, int64_t cols) {
+  return has_act_order(format) ? round_up(cols * 4, kMatrixAlignment) : 0;
+}
+
 static inline constexpr int64_t matrix_bytes(Format format, int64_t rows, int64_t cols) {
-  if (is_quantized(format)) return round_up(rows, kPanelRows) / kPanelRows * panel_bytes(format, cols);
+  if (is_quantized(format)) return panels_bytes(format, rows, cols) + order_bytes(format, cols);
   if (is_f8(format)) {
     const int64_t stretch_rows = f8_format(format).stretch_rows;
     return round_up(rows, stretch_rows) / stretch_rows * f8_scales_bytes(format, cols) + rows * cols;

@@ -23,7 +23,8 @@
 //   gptq_channel_zeros  a stream of rows, zero - 1                                         GPTQ
 //   awq_zeros           words [G, rows / 8] in AWQ's order                                 AWQ
 //   biases              [rows, G], of the type that the format names                       MLX
-//   g_idx               int32 [cols]: the group of each column, which must be in order     GPTQ
+//   g_idx               int32 [cols]: the group of each column, which must be in order     GPTQ, CT
+//                       unless the format has act-order
 //   channel_g_idx       int32 [cols]: zeros                                                GPTQ
 //
 // A stored zero with all bits set is refused where one is added: some programs read it as 0, others as
@@ -33,6 +34,9 @@
 // column: 32 rows); or, of a tensor whose rows are columns of the matrix, 32 columns of codes or one group of
 // scales or zeros. So a reader transcodes such a tensor while it arrives as well. The scales write the
 // padding.
+//
+// With act-order, the codes land in the order of the file, and g_idx behind the panels. When all parts have
+// landed, put_in_act_order() (transcode.h) moves the columns of a group together.
 #pragma once
 
 #include <string_view>
@@ -117,8 +121,9 @@ static inline constexpr bool has_part(Format format, GroupedPart part) {
     case GroupedPart::gptq_codes:
     case GroupedPart::scales_by_group:
     case GroupedPart::g_idx:
-    case GroupedPart::channel_g_idx:
       return !is_affine;
+    case GroupedPart::channel_g_idx:
+      return !is_affine && !has_act_order(format);
     case GroupedPart::awq_codes:
       return kind.bits == 4 && !is_affine;
     case GroupedPart::int8_zeros:

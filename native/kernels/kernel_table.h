@@ -58,6 +58,7 @@ struct KernelTable {
                       int64_t panel_end, uint8_t* out);
   bool (*transcode[kNumBlockTypes])(const TranscodeArgs& args);
   bool (*transcode_grouped)(const TranscodeArgs& args);
+  void (*move_columns)(const ActOrderArgs& args);
   void (*dequantize_row)(Format format, const uint8_t* weights, int64_t cols, int64_t row, float* out);
 
   // out may be x.

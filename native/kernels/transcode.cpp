@@ -1,6 +1,10 @@
 #include "kernels/transcode.h"
 
+#include <algorithm>
 #include <charconv>
+#include <cstring>
+#include <numeric>
+#include <vector>
 
 #include "kernels/kernel_table.h"
 
@@ -36,6 +40,22 @@ std::optional<BlockType> grouped_type_named(std::string_view name) {
   return std::nullopt;
 }
 
+// Writes the order of columns of which `groups` are the groups: those of the first group, and so on. Returns
+// false if a group does not have its number of columns.
+bool order_columns(const std::vector<int32_t>& groups, int64_t group_cols, std::vector<int32_t>& order) {
+  const auto cols = int64_t(groups.size()), num_groups = round_up(cols, group_cols) / group_cols;
+  std::vector<int64_t> ends(size_t(num_groups), 0);
+  for (int64_t g = 0; g < num_groups; ++g) ends[size_t(g)] = g * group_cols;
+  for (int64_t col = 0; col < cols; ++col) {
+    const int64_t g = groups[size_t(col)];
+    if (g < 0 || g >= num_groups) return false;
+    const int64_t place = ends[size_t(g)]++;
+    if (place >= (g + 1) * group_cols || place >= cols) return false;
+    order[size_t(place)] = int32_t(col);
+  }
+  return true;
+}
+
 }  // namespace
 
 std::optional<BlockType> block_type_named(std::string_view name) {
@@ -65,7 +85,7 @@ const char* what_is_refused(BlockType type) {
         return "a stored zero with all bits set: one more is 0 to some programs, and 2^bits to others";
       case GroupedPart::g_idx:
       case GroupedPart::channel_g_idx:
-        return "columns whose groups are not in order (act-order), which no kernel multiplies";
+        return "columns whose groups are not in order (act-order), though the settings say that they are";
       default:
         break;
     }
@@ -76,7 +96,7 @@ const char* what_is_refused(BlockType type) {
 std::string grouped_name(Format format) {
   const QuantFormat quant = quant_format(format);
   return std::string(grouped_kind(format).name) + "_" + std::to_string(quant.block_cols) +
-         (quant.is_bf16 ? "_bf16" : "_f16");
+         (quant.is_bf16 ? "_bf16" : "_f16") + (has_act_order(format) ? "_act_order" : "");
 }
 
 std::optional<Format> grouped_format_named(std::string_view name) {
@@ -91,6 +111,27 @@ bool transcode(BlockType type, const uint8_t* rows_data, int64_t rows, int64_t c
   const TranscodeArgs args = {rows_data, rows, cols, interleaved, panel_begin, panel_end, matrix, type};
   return is_grouped(type) ? best_kernels().transcode_grouped(args)
                           : best_kernels().transcode[kind_of(type)](args);
+}
+
+bool put_in_act_order(Format format, int64_t rows, int64_t cols, uint8_t* matrix) {
+  if (rows == 0 || cols == 0) return true;
+  uint8_t* const place = matrix + panels_bytes(format, rows, cols);
+  std::vector<int32_t> groups(size_t(cols), 0), order(size_t(cols), 0);
+  std::memcpy(groups.data(), place, size_t(cols) * 4);
+  if (std::all_of(groups.begin(), groups.end(), [](int32_t group) { return group == -1; })) {
+    std::iota(order.begin(), order.end(), 0);
+  } else if (!order_columns(groups, quant_format(format).block_cols, order)) {
+    return false;
+  }
+  if (std::is_sorted(order.begin(), order.end())) {
+    order[0] = -1;
+  } else {
+    std::vector<uint32_t> columns(size_t(cols), 0);
+    best_kernels().move_columns({format, rows, cols, matrix, order.data(), columns.data()});
+  }
+  std::memset(place, 0, size_t(order_bytes(format, cols)));
+  std::memcpy(place, order.data(), size_t(cols) * 4);
+  return true;
 }
 
 }  // namespace argosy

@@ -349,6 +349,24 @@ std::optional<Format> grouped_format_named(std::string_view name);
 [[nodiscard]] bool transcode(BlockType type, const uint8_t* rows_data, int64_t rows, int64_t cols,
                              int64_t interleaved, int64_t panel_begin, int64_t panel_end, uint8_t* matrix);
 
+// Completes a matrix whose format has act-order, in which all parts have landed as the file has them: moves
+// the columns of a group together, and g_idx becomes the order. Returns false if the matrix holds what
+// kWrongOrder says; it is undefined then. If all of g_idx is -1, as compressed-tensors writes where it has
+// not reordered, the columns are in their places.
+[[nodiscard]] bool put_in_act_order(Format format, int64_t rows, int64_t cols, uint8_t* matrix);
+[[maybe_unused]] static constexpr const char* kWrongOrder =
+    "an order of columns (g_idx) that names a group the matrix does not have, "
+    "or in which a group has more or fewer columns than the settings say";
+
+// Moves column order[i] of the panels to i.
+struct ActOrderArgs {
+  Format format;
+  int64_t rows, cols;
+  uint8_t* matrix;
+  const int32_t* order;  // [cols]
+  uint32_t* columns;     // [cols], scratch
+};
+
 // The arguments of transcode(); panels are strips.
 struct TranscodeArgs {
   const uint8_t* rows_data;

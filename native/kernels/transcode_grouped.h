@@ -24,6 +24,14 @@ struct GroupedMatrix {
         groups(num_groups(a.cols)),
         blocks(num_blocks(format, a.cols)),
         data(a.matrix) {}
+  explicit GroupedMatrix(const ActOrderArgs& a)
+      : format(a.format),
+        quant(quant_format(format)),
+        rows(a.rows),
+        cols(a.cols),
+        groups(num_groups(a.cols)),
+        blocks(num_blocks(format, a.cols)),
+        data(a.matrix) {}
 
   int64_t num_panels() const { return round_up(rows, kPanelRows) / kPanelRows; }
   uint8_t* panel(int64_t index) const { return data + index * panel_bytes(format, cols); }
@@ -91,6 +99,30 @@ inline void store_chunks(const BlockRows& rows, const RowWords (&chunks)[8], uin
   } else {
     for (int c = 0; c < 4; ++c)
       rows.store(low + c * kChunkBytes, (chunks[c] & kLowNibbles) | ((chunks[c + 4] & kLowNibbles) << 4));
+  }
+}
+
+// The reverse.
+template <int kBits>
+inline void load_chunks(const BlockRows& rows, const uint8_t* group, RowWords (&chunks)[8]) {
+  const auto load = [&](const uint8_t* at) {
+    RowWords words;
+    std::memcpy(&words, at + rows.first * 4, sizeof words);
+    return words;
+  };
+  constexpr int kLow = kBits == 8 ? 8 : kBits < 4 ? 2 : 4;
+  const uint8_t* low = group + (kBits - kLow) * kChunkBytes;
+  RowWords bits = {};
+  if constexpr (kBits - kLow == 1) bits = load(group);
+  for (int c = 0; c < 8; ++c) {
+    if constexpr (kBits == 8) {
+      chunks[c] = load(low + c * kChunkBytes);
+    } else if constexpr (kLow == 4) {
+      chunks[c] = (load(low + c % 4 * kChunkBytes) >> (c / 4 * 4)) & kLowNibbles;
+    } else {
+      chunks[c] = (load(low + c / 4 * kChunkBytes) >> (c % 4 * 2)) & 0x03030303u;
+    }
+    if constexpr (kBits - kLow == 1) chunks[c] |= ((bits >> c) & 0x01010101u) << kLow;
   }
 }
 
@@ -326,6 +358,45 @@ bool is_in_order(const TranscodeArgs& a, int64_t group_cols) {
   return is_right;
 }
 
+// Moves column order[i] of four rows to i. `columns` is scratch: one word for each column.
+template <int kBits>
+void move_columns(const GroupedMatrix& m, int64_t index, int64_t first, const int32_t* order,
+                  uint32_t* columns) {
+  using Bytes = uint8_t __attribute__((vector_size(16)));
+  // Four columns of four rows: byte j of word r becomes byte r of word j.
+  const auto turned = [](const RowWords& words) {
+    const Bytes bytes = Bytes(words);
+    return RowWords(
+        __builtin_shufflevector(bytes, bytes, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  };
+  const BlockRows rows = {{}, first};
+  RowWords chunks[8];
+  for (int64_t g = 0; g < m.groups; ++g) {
+    load_chunks<kBits>(rows, m.group(index, g), chunks);
+    for (int c = 0; c < 8; ++c) {
+      const RowWords four = turned(chunks[c]);
+      std::memcpy(columns + g * kGroupSize + 4 * c, &four, sizeof four);
+    }
+  }
+  for (int64_t g = 0; g < m.groups; ++g) {
+    const int32_t* from = order + g * kGroupSize;
+    for (int c = 0; c < 8; ++c, from += 4) {
+      chunks[c] = turned(RowWords{columns[from[0]], columns[from[1]], columns[from[2]], columns[from[3]]});
+    }
+    store_chunks<kBits>(rows, chunks, m.group(index, g));
+  }
+}
+
+void move_columns(const ActOrderArgs& a) {
+  const GroupedMatrix m(a);
+  with_bits(m.quant.bits, [&]<int kBits>(Number<kBits>) {
+    for (int64_t index = 0; index < m.num_panels(); ++index) {
+      for (int64_t first = 0; first < kPanelRows; first += kRowsAtOnce)
+        move_columns<kBits>(m, index, first, a.order, a.columns);
+    }
+  });
+}
+
 bool transcode_grouped(const TranscodeArgs& a) {
   const GroupedMatrix m(a);
   const GroupedPart part = part_of(a.type);
@@ -359,6 +430,11 @@ bool transcode_grouped(const TranscodeArgs& a) {
     case GroupedPart::awq_zeros:
       return transcode_zeros_of_groups(m, a, part);
     case GroupedPart::g_idx:
+      if (has_act_order(m.format)) {
+        std::memcpy(m.panel(m.num_panels()) + a.panel_begin * kGroupSize * 4, a.rows_data,
+                    size_t(a.panel_end - a.panel_begin) * kGroupSize * 4);
+        return true;
+      }
       return is_in_order(a, m.quant.block_cols);
     case GroupedPart::channel_g_idx:
       return is_in_order(a, kLargestGroup);

@@ -113,7 +113,7 @@ void linear(Runtime& runtime, const MatrixView& matrix, Rows<const float> x, int
   const int64_t sums_at = layout.add(keeps_out ? num_tokens * matrix.rows * 4 : 0);
   uint8_t* scratch = layout.bytes() > 0 ? runtime.scratch(layout.bytes()) : nullptr;
   if (quantizes) {
-    quantize_tokens(runtime, x.data, x.stride, cols, num_tokens, scratch + quants_at);
+    quantize_tokens(runtime, x.data, x.stride, cols, num_tokens, scratch + quants_at, ColumnOrder(matrix));
     activations = scratch + quants_at;
     x_stride = activation_bytes(cols);
   }

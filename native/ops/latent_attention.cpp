@@ -76,10 +76,7 @@ void multiply_heads(Runtime& runtime, const MatrixView& matrix, int64_t num_head
   const bool quantized = is_quantized(matrix.format);
   const int64_t row_bytes = quantized ? activation_bytes(cols) : x_row * 4;
   if (quantized) {
-    runtime.parallel_for(num_tokens * num_heads, cols, [&](int64_t begin, int64_t end, int) {
-      for (int64_t i = begin; i < end; ++i)
-        table.quantize_activations(x + i * x_row, cols, 0, num_groups(cols), activations + i * row_bytes);
-    });
+    quantize_tokens(runtime, x, x_row, cols, num_tokens * num_heads, activations, ColumnOrder(matrix));
   }
   const uint8_t* from = quantized ? activations : reinterpret_cast<const uint8_t*>(x);
   runtime.parallel_for(

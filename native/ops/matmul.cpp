@@ -44,13 +44,40 @@ const uint8_t* rows_at(const MatrixView& matrix, int64_t row) {
   return matrix.data + row / kPanelRows * panel_bytes(matrix.format, matrix.cols);
 }
 
+ColumnOrder::ColumnOrder(const MatrixView& matrix) : cols_(matrix.cols) {
+  if (!has_act_order(matrix.format) || matrix.rows == 0 || matrix.cols == 0) return;
+  const uint8_t* data = matrix.data + panels_bytes(matrix.format, matrix.rows, matrix.cols);
+  if (read_unaligned<int32_t>(data) >= 0) data_ = data;
+}
+
+bool ColumnOrder::operator==(const ColumnOrder& other) const {
+  if (data_ == nullptr || other.data_ == nullptr) return data_ == other.data_;
+  return cols_ == other.cols_ && std::memcmp(data_, other.data_, size_t(cols_) * 4) == 0;
+}
+
+int64_t ColumnOrder::column(int64_t i) const {
+  return std::min(int64_t{read_unaligned<uint32_t>(data_ + 4 * i)}, cols_ - 1);
+}
+
+void quantize_token(const KernelTable& table, const float* x, int64_t cols, uint8_t* activations,
+                    const ColumnOrder& order) {
+  if (!order) return table.quantize_activations(x, cols, 0, num_groups(cols), activations);
+  constexpr int64_t kGroups = 16;
+  float in_order[kGroups * kGroupSize];
+  for (int64_t group = 0; group < num_groups(cols); group += kGroups) {
+    const int64_t end = std::min(group + kGroups, num_groups(cols));
+    for (int64_t i = group * kGroupSize; i < std::min(end * kGroupSize, cols); ++i)
+      in_order[i - group * kGroupSize] = x[order.column(i)];
+    table.quantize_activations(in_order, cols, group, end, activations);
+  }
+}
+
 void quantize_tokens(Runtime& runtime, const float* x, int64_t x_stride, int64_t cols, int64_t num_tokens,
-                     uint8_t* activations) {
+                     uint8_t* activations, const ColumnOrder& order) {
   const KernelTable& table = runtime.kernels();
   runtime.parallel_for(num_tokens, cols, [&](int64_t begin, int64_t end, int) {
     for (int64_t token = begin; token < end; ++token) {
-      table.quantize_activations(x + token * x_stride, cols, 0, num_groups(cols),
-                                 activations + token * activation_bytes(cols));
+      quantize_token(table, x + token * x_stride, cols, activations + token * activation_bytes(cols), order);
     }
   });
 }
@@ -59,11 +86,13 @@ int64_t matmul_scratch_bytes(int64_t cols, int64_t num_tokens) {
   return std::max(num_tokens * activation_bytes(cols), split_bytes(cols, num_tokens));
 }
 
-void matmul(Runtime& runtime, const std::vector<Product>& products, const float* x, int64_t num_tokens) {
-  if (products.empty() || num_tokens == 0) return;
+namespace {
+
+// matmul() of matrices whose columns have the same order. The caller holds the lock.
+void multiply(Runtime& runtime, const std::vector<Product>& products, const ColumnOrder& order,
+              const float* x, int64_t num_tokens) {
   const KernelTable& table = runtime.kernels();
   const int64_t cols = products[0].matrix.cols;
-  const auto lock = runtime.lock();
   std::vector<int64_t> first_block = {0};
   bool quantizes = false, splits = false;
   for (const Product& product : products) {
@@ -76,7 +105,7 @@ void matmul(Runtime& runtime, const std::vector<Product>& products, const float*
   uint8_t* activations = nullptr;
   if (quantizes) {
     activations = runtime.scratch(num_tokens * activation_bytes(cols));
-    quantize_tokens(runtime, x, cols, cols, num_tokens, activations);
+    quantize_tokens(runtime, x, cols, cols, num_tokens, activations, order);
   } else if (splits) {
     activations = runtime.scratch(split_bytes(cols, num_tokens));
     split_tokens(runtime, x, cols, num_tokens, activations);
@@ -126,12 +155,39 @@ void matmul(Runtime& runtime, const std::vector<Product>& products, const float*
       runtime.blocks_together(kBlockRows));
 }
 
+void dequantize_row(const KernelTable& table, const MatrixView& matrix, int64_t row, float* out) {
+  table.dequantize_row(matrix.format, matrix.data, matrix.cols, row, out);
+  const ColumnOrder order(matrix);
+  if (!order) return;
+  const std::vector<float> in_order(out, out + matrix.cols);
+  for (int64_t i = 0; i < matrix.cols; ++i) out[order.column(i)] = in_order[size_t(i)];
+}
+
+}  // namespace
+
+void matmul(Runtime& runtime, const std::vector<Product>& products, const float* x, int64_t num_tokens) {
+  if (products.empty() || num_tokens == 0) return;
+  const auto lock = runtime.lock();
+  const auto has_order = [](const Product& product) { return bool(ColumnOrder(product.matrix)); };
+  if (std::none_of(products.begin(), products.end(), has_order))
+    return multiply(runtime, products, {}, x, num_tokens);
+  std::vector<Product> rest = products;
+  while (!rest.empty()) {
+    const ColumnOrder order(rest[0].matrix);
+    const auto first = std::stable_partition(rest.begin(), rest.end(), [&](const Product& product) {
+      return !(ColumnOrder(product.matrix) == order);
+    });
+    multiply(runtime, {first, rest.end()}, order, x, num_tokens);
+    rest.erase(first, rest.end());
+  }
+}
+
 void embed(Runtime& runtime, const MatrixView& matrix, const int32_t* ids, int64_t num_tokens, float* out) {
   const KernelTable& table = runtime.kernels();
   const auto lock = runtime.lock();
   runtime.parallel_for(num_tokens, matrix.cols * 4, [&](int64_t begin, int64_t end, int) {
     for (int64_t token = begin; token < end; ++token) {
-      table.dequantize_row(matrix.format, matrix.data, matrix.cols, ids[token], out + token * matrix.cols);
+      dequantize_row(table, matrix, ids[token], out + token * matrix.cols);
     }
   });
 }
@@ -163,7 +219,7 @@ void quantize(Runtime* runtime, Format format, const float* weights, int64_t row
 void dequantize(const MatrixView& matrix, float* out) {
   const KernelTable& table = best_kernels();
   for (int64_t row = 0; row < matrix.rows; ++row) {
-    table.dequantize_row(matrix.format, matrix.data, matrix.cols, row, out + row * matrix.cols);
+    dequantize_row(table, matrix, row, out + row * matrix.cols);
   }
 }
 

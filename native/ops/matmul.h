@@ -17,6 +17,21 @@ struct MatrixView {
 // The panel that holds a row; null if the format has no panels.
 const uint8_t* rows_at(const MatrixView& matrix, int64_t row);
 
+// The order of the columns of a matrix in its panels; false if they are in their places.
+class ColumnOrder {
+ public:
+  ColumnOrder() = default;
+  explicit ColumnOrder(const MatrixView& matrix);
+  explicit operator bool() const { return data_ != nullptr; }
+  bool operator==(const ColumnOrder& other) const;
+  // The column that is number i of the panels. Whatever the memory holds, it is less than cols.
+  int64_t column(int64_t i) const;
+
+ private:
+  const uint8_t* data_ = nullptr;
+  int64_t cols_ = 0;
+};
+
 // out[t][r] = sum over c of W[r][c] * x[t][c]
 struct Product {
   MatrixView matrix;
@@ -24,7 +39,8 @@ struct Product {
 };
 
 // Multiplies x float32 [num_tokens][cols] by several matrices with the same number of columns: x is quantised
-// once, or split once for tiles, and all products share one parallel loop.
+// once, or split once for tiles, and all products share one parallel loop. Matrices whose columns are in
+// another order have a loop of their own, or share it with those of the same order.
 void matmul(Runtime& runtime, const std::vector<Product>& products, const float* x, int64_t num_tokens);
 
 // The most runtime scratch that matmul takes for matrices with this many columns.
@@ -39,9 +55,12 @@ void quantize(Runtime* runtime, Format format, const float* weights, int64_t row
               uint8_t* out);
 void dequantize(const MatrixView& matrix, float* out);
 
-// Quantises the activations of num_tokens tokens to int8. Rows of x are x_stride floats apart, rows of
-// `activations` activation_bytes(cols). The caller holds the lock.
+// Quantises the activations of num_tokens tokens to int8, in the order of a matrix's columns. Rows of x are
+// x_stride floats apart, rows of `activations` activation_bytes(cols). The caller holds the lock.
 void quantize_tokens(Runtime& runtime, const float* x, int64_t x_stride, int64_t cols, int64_t num_tokens,
-                     uint8_t* activations);
+                     uint8_t* activations, const ColumnOrder& order = {});
+// The same for one token, on the calling thread.
+void quantize_token(const KernelTable& table, const float* x, int64_t cols, uint8_t* activations,
+                    const ColumnOrder& order);
 
 }  // namespace argosy

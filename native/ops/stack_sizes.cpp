@@ -144,7 +144,8 @@ StackBuffers StackSizes::place_buffers(uint8_t* memory, int64_t max_tokens) cons
   return buffers;
 }
 
-int64_t StackSizes::scratch_bytes(int64_t max_tokens, int num_threads, bool has_quants) const {
+int64_t StackSizes::scratch_bytes(int64_t max_tokens, int num_threads, bool has_quants,
+                                  bool has_act_order) const {
   int64_t widest = std::max({int64_t{1}, hidden_, attended_, query_latent_});
   const int64_t cols = widest;  // the most columns of a matrix outside of the feed-forward networks
   for (const Network& network : networks_) widest = std::max(widest, network.width * network.k);
@@ -163,7 +164,7 @@ int64_t StackSizes::scratch_bytes(int64_t max_tokens, int num_threads, bool has_
   }
   for (const Network& network : networks_) {
     bytes = std::max(bytes, swiglu_scratch_bytes(hidden_, network.width, max_tokens, max_tokens * network.k,
-                                                 num_threads, has_quants));
+                                                 num_threads, has_quants, has_act_order));
   }
   return Runtime::scratch_size(bytes);
 }

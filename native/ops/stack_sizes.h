@@ -75,8 +75,9 @@ class StackSizes {
   // step allocates for itself.
   int64_t dispatch_bytes(int64_t max_tokens) const;
   // The most that any operation of a step requests from Runtime::scratch, whatever the formats of the
-  // weights; less if none of them is quantised, because then no activations are.
-  int64_t scratch_bytes(int64_t max_tokens, int num_threads, bool has_quants = true) const;
+  // weights; less if none of them is quantised, because then no activations are, or if none has act-order.
+  int64_t scratch_bytes(int64_t max_tokens, int num_threads, bool has_quants = true,
+                        bool has_act_order = true) const;
 
   bool operator==(const StackSizes&) const = default;
 

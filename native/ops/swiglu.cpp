@@ -1,6 +1,7 @@
 #include "ops/swiglu.h"
 
 #include <algorithm>
+#include <span>
 
 #include "kernels/kernel_table.h"
 #include "kernels/matmul_args.h"
@@ -59,36 +60,57 @@ constexpr int64_t kWorkerFloats = 2 * kSplitTokenBlock * kWidthBlock;  // gate a
 // Where the parts of the scratch lie.
 struct Scratch {
   ScratchLayout layout;
-  int64_t x, inner_quants, inner_floats, workers;
+  int64_t x, ordered_x, inner_quants, inner_floats, workers;
 };
 
 struct Wanted {
   bool x_as_quants, inner_as_quants, inner_as_floats;
+  int64_t num_ordered;  // assignments whose x is quantised in the orders of their experts
 };
+
+// The most assignments whose x is quantised in the orders of their experts at once, unless one has more.
+constexpr int64_t kOrderedTogether = 64;
+int64_t most_ordered(int64_t num_tokens, int64_t assignments) {
+  return std::min(assignments, std::max(num_tokens, kOrderedTogether));
+}
 
 Scratch lay_out(int64_t hidden, int64_t width, int64_t num_tokens, int64_t assignments, int num_threads,
                 const Wanted& wanted) {
   Scratch scratch = {};
   ScratchLayout& layout = scratch.layout;
   scratch.x = layout.add(wanted.x_as_quants ? num_tokens * activation_bytes(hidden) : 0);
+  scratch.ordered_x = layout.add(2 * wanted.num_ordered * activation_bytes(hidden));
   scratch.inner_quants = layout.add(wanted.inner_as_quants ? assignments * activation_bytes(width) : 0);
   scratch.inner_floats = layout.add(wanted.inner_as_floats ? assignments * round_up(width, 16) * 4 : 0);
   scratch.workers = layout.add(num_threads * kWorkerFloats * 4);
   return scratch;
 }
 
-bool wants_quants(const std::vector<ExpertView>& experts, MatrixView ExpertView::* matrix) {
-  return std::any_of(experts.begin(), experts.end(),
-                     [&](const ExpertView& expert) { return is_quantized((expert.*matrix).format); });
-}
+// The orders of the columns of an expert's matrices.
+struct ExpertOrders {
+  ColumnOrder gate, up, down;
+  bool up_is_as_gate;
+
+  explicit ExpertOrders(const ExpertView& expert)
+      : gate(expert.gate), up(expert.up), down(expert.down), up_is_as_gate(gate == up) {}
+};
+
+// swiglu_experts() for some experts; `dispatch` is that of all, from the first of them on. The caller holds
+// the lock.
+void run_experts(Runtime& runtime, std::span<const ExpertView> experts, const Activation& activation,
+                 const float* x, int64_t num_tokens, const Assignments& dispatch, float* out);
 
 }  // namespace
 
 int64_t swiglu_scratch_bytes(int64_t hidden, int64_t width, int64_t num_tokens, int64_t assignments,
-                             int num_threads, bool has_quants) {
+                             int num_threads, bool has_quants, bool has_act_order) {
   // Experts of the same formats take either quants or floats between their products, and quants are larger.
-  const Wanted most = {
-      .x_as_quants = has_quants, .inner_as_quants = has_quants, .inner_as_floats = !has_quants};
+  // With act-order they take both.
+  const bool is_ordered = has_quants && has_act_order;
+  const Wanted most = {.x_as_quants = has_quants,
+                       .inner_as_quants = has_quants,
+                       .inner_as_floats = !has_quants || is_ordered,
+                       .num_ordered = is_ordered ? most_ordered(num_tokens, assignments) : 0};
   return lay_out(hidden, width, num_tokens, assignments, num_threads, most).layout.bytes();
 }
 
@@ -97,24 +119,82 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
   const int64_t num_experts = int64_t(experts.size());
   const int64_t assignments = experts.empty() ? 0 : dispatch.starts[num_experts];
   if (assignments == 0) return;
+  const auto lock = runtime.lock();
+  const std::span<const ExpertView> all = experts;
+  const auto run = [&](int64_t begin, int64_t end) {
+    const Assignments of_these = {dispatch.starts + begin, dispatch.token, dispatch.row};
+    run_experts(runtime, all.subspan(size_t(begin), size_t(end - begin)), activation, x, num_tokens, of_these,
+                out);
+  };
+  const bool has_orders = std::any_of(experts.begin(), experts.end(), [](const ExpertView& expert) {
+    return ColumnOrder(expert.gate) || ColumnOrder(expert.up);
+  });
+  if (!has_orders) return run(0, num_experts);
+  const int64_t most = most_ordered(num_tokens, assignments);
+  for (int64_t begin = 0; begin < num_experts;) {
+    int64_t end = begin + 1;
+    while (end < num_experts && dispatch.starts[end + 1] - dispatch.starts[begin] <= most) ++end;
+    run(begin, end);
+    begin = end;
+  }
+}
+
+namespace {
+
+void run_experts(Runtime& runtime, std::span<const ExpertView> experts, const Activation& activation,
+                 const float* x, int64_t num_tokens, const Assignments& dispatch, float* out) {
+  const int64_t num_experts = int64_t(experts.size());
+  const int64_t first_assignment = dispatch.starts[0], end_assignment = dispatch.starts[num_experts];
+  const int64_t assignments = end_assignment - first_assignment;
+  if (assignments == 0) return;
   const KernelTable& table = runtime.kernels();
   const int64_t hidden = experts[0].gate.cols;
   const int64_t width = experts[0].gate.rows;
   const int64_t inner_stride = round_up(width, 16);
-  const bool x_as_quants = wants_quants(experts, &ExpertView::gate) || wants_quants(experts, &ExpertView::up);
-  const bool inner_as_quants = wants_quants(experts, &ExpertView::down);
-  const bool inner_as_floats = std::any_of(experts.begin(), experts.end(), [](const ExpertView& expert) {
-    return !is_quantized(expert.down.format);
-  });
+  Wanted wanted = {};
+  bool orders_x = false, orders_inner = false;
+  std::vector<ExpertOrders> orders;
+  orders.reserve(experts.size());
+  for (const ExpertView& expert : experts) {
+    const ExpertOrders& own = orders.emplace_back(expert);
+    orders_x |= own.gate || own.up;
+    wanted.x_as_quants |= is_quantized(expert.gate.format) && !own.gate;
+    wanted.x_as_quants |= is_quantized(expert.up.format) && !own.up;
+    wanted.inner_as_quants |= is_quantized(expert.down.format);
+    wanted.inner_as_floats |= !is_quantized(expert.down.format) || own.down;
+    orders_inner |= bool(own.down);
+  }
 
-  const auto lock = runtime.lock();
-  const Scratch places = lay_out(hidden, width, num_tokens, assignments, runtime.num_threads(),
-                                 {x_as_quants, inner_as_quants, inner_as_floats});
+  wanted.num_ordered = orders_x ? assignments : 0;
+  const Scratch places = lay_out(hidden, width, num_tokens, end_assignment, runtime.num_threads(), wanted);
   uint8_t* scratch = runtime.scratch(places.layout.bytes());
   float* inner = reinterpret_cast<float*>(scratch + places.inner_floats);
   uint8_t* inner_quants = scratch + places.inner_quants;
 
-  if (x_as_quants) quantize_tokens(runtime, x, hidden, hidden, num_tokens, scratch + places.x);
+  // The x of an assignment in the order of gate, and of up if that is the same.
+  const auto ordered_x = [&](int64_t a, bool is_of_up) {
+    return scratch + places.ordered_x + (2 * (a - first_assignment) + is_of_up) * activation_bytes(hidden);
+  };
+  // Calls body(assignment, expert) for all of them, in parallel.
+  const auto for_assignments = [&](int64_t work, const auto& body) {
+    runtime.parallel_for(assignments, work, [&](int64_t begin, int64_t end, int) {
+      for (int64_t a = first_assignment + begin; a < first_assignment + end; ++a) {
+        const int32_t* next =
+            std::upper_bound(dispatch.starts, dispatch.starts + num_experts + 1, int32_t(a));
+        body(a, next - dispatch.starts - 1);
+      }
+    });
+  };
+
+  if (wanted.x_as_quants) quantize_tokens(runtime, x, hidden, hidden, num_tokens, scratch + places.x);
+  if (orders_x) {
+    for_assignments(2 * hidden, [&](int64_t a, int64_t index) {
+      const float* from = x + (dispatch.token != nullptr ? dispatch.token[a] : a) * hidden;
+      const ExpertOrders& own = orders[size_t(index)];
+      if (own.gate) quantize_token(table, from, hidden, ordered_x(a, false), own.gate);
+      if (own.up && !own.up_is_as_gate) quantize_token(table, from, hidden, ordered_x(a, true), own.up);
+    });
+  }
   const Activations of_x = {x, hidden, scratch + places.x, activation_bytes(hidden)};
   const Activations of_inner = {inner, inner_stride, inner_quants, activation_bytes(width)};
   const int64_t mean_tokens = (assignments + num_experts - 1) / num_experts;
@@ -139,14 +219,19 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
     const int64_t rows = std::min(num_blocks * kWidthBlock, width - row);
     float* gate = reinterpret_cast<float*>(scratch + places.workers) + worker * kWorkerFloats;
     float* up = gate + token_block * kWidthBlock;
-    const auto multiply = [&](const MatrixView& matrix, float* y, const uint8_t* next, bool repeats_x) {
+    const ExpertOrders& own = orders[size_t(index)];
+    const auto multiply = [&](const MatrixView& matrix, const ColumnOrder& order, float* y,
+                              const uint8_t* next, bool repeats_x) {
       MatmulArgs args = {};
       of_x.give(matrix.format, args);
       args.weights = matrix.data;
       args.cols = hidden;
       args.row_begin = row;
       args.row_end = row + rows;
-      if (dispatch.token != nullptr) {
+      if (order) {
+        args.x = ordered_x(a, &order == &own.up && !own.up_is_as_gate);
+        args.x_stride = 2 * activation_bytes(hidden);
+      } else if (dispatch.token != nullptr) {
         args.x_index = dispatch.token + a;
       } else {
         args.x += a * args.x_stride;
@@ -157,14 +242,16 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
       args.next_weights = next;
       args.tuning = runtime.tuning(matrix.format);
       args.scratch = runtime.product_scratch(worker);
-      args.repeats_x = repeats_x && expert.gate.format == expert.up.format;
+      args.repeats_x = repeats_x && expert.gate.format == expert.up.format && own.up_is_as_gate;
       table.matmul[int(matrix.format)](args);
     };
     const bool reads_on = a == dispatch.starts[index];  // later tokens find the weights in the cache
-    multiply(expert.gate, gate, reads_on ? rows_at(expert.up, row) : nullptr, is_next);
-    multiply(expert.up, up, reads_on ? rows_after(&ExpertView::gate, index, row + rows) : nullptr, true);
-    // Quantise activations while they are still in the cache; float32 activations are kept as they are.
-    const bool becomes_quants = is_quantized(expert.down.format);
+    multiply(expert.gate, own.gate, gate, reads_on ? rows_at(expert.up, row) : nullptr, is_next);
+    multiply(expert.up, own.up, up, reads_on ? rows_after(&ExpertView::gate, index, row + rows) : nullptr,
+             true);
+    // Quantise activations while they are still in the cache; float32 activations are kept as they are, and
+    // so are those that are quantised in another order.
+    const bool becomes_quants = is_quantized(expert.down.format) && !own.down;
     table.activate({
         .activation = activation,
         .gate = gate,
@@ -206,6 +293,13 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
       },
       runtime.blocks_together(kWidthBlock));
 
+  if (orders_inner) {
+    for_assignments(width, [&](int64_t a, int64_t index) {
+      if (const ColumnOrder& order = orders[size_t(index)].down)
+        quantize_token(table, inner + a * inner_stride, width, inner_quants + a * activation_bytes(width),
+                       order);
+    });
+  }
   const auto run_down = [&](int64_t index, int64_t block, int64_t num_blocks, int worker) {
     const MatrixView& down = experts[index].down;
     const int64_t row = block * kHiddenBlock;
@@ -243,4 +337,5 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
       runtime.blocks_together(kHiddenBlock));
 }
 
+}  // namespace
 }  // namespace argosy

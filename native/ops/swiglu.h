@@ -30,13 +30,14 @@ struct Assignments {
 };
 
 // y = activation(x Wg^T + bg, x Wu^T + bu) Wd^T + bd for every assignment. All experts share two parallel
-// loops: gate, up and activation, then down. A bias is added to the finished sum of its row.
+// loops: gate, up and activation, then down. A bias is added to the finished sum of its row. If columns are
+// in another order, activations are quantised in loops before these, for some of the experts at a time.
 void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, const Activation& activation,
                     const float* x, int64_t num_tokens, const Assignments& dispatch, float* out);
 
 // The most runtime scratch that swiglu_experts takes, if all experts have the same formats. has_quants: some
-// of these formats may be quantised.
+// of these formats may be quantised. has_act_order: some of them may have act-order.
 int64_t swiglu_scratch_bytes(int64_t hidden, int64_t width, int64_t num_tokens, int64_t assignments,
-                             int num_threads, bool has_quants);
+                             int num_threads, bool has_quants, bool has_act_order);
 
 }  // namespace argosy

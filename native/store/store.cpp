@@ -246,11 +246,11 @@ void Store::add_piece(Request& request, const Piece& piece, std::optional<uint32
     if (checksum) throw std::invalid_argument("a transcoded piece cannot have a checksum");
     const int64_t rows = piece.transcode->rows, cols = piece.transcode->cols;
     const int64_t panel_bytes = piece.transcode->panel_bytes();
-    if (panel_bytes > kStagingBytes - 2 * align) {
+    if (panel_bytes > staging_bytes() - 2 * align) {
       throw std::invalid_argument(
           file_name(path) + ": " + std::to_string(rows * piece.transcode->interleaved) + " rows of " +
           std::to_string(cols) + " columns are read in strips of " + std::to_string(panel_bytes) +
-          " bytes, but a reader can transcode at most " + std::to_string(kStagingBytes - 2 * align) +
+          " bytes, but the readers can transcode at most " + std::to_string(staging_bytes() - 2 * align) +
           " at once");
     }
     const int64_t num_panels = num_strips(piece.transcode->block_type, rows, cols);
@@ -689,7 +689,31 @@ void Store::finish_part(std::unique_lock<std::mutex>& lock, const Part& part, Ou
     lock.lock();
     note(std::move(checked));
   }
+  if (piece.parts_left == 0 && has_landed(request, piece) && request.outcome.error == ReadError::none) {
+    lock.unlock();
+    Outcome completed = complete_matrix(piece);
+    lock.lock();
+    note(std::move(completed));
+  }
   if (--request.parts_left == 0) end_request(request);
+}
+
+// Whether the piece is the last of the parts of a matrix with act-order. The caller holds the lock.
+bool Store::has_landed(const Request& request, const PieceState& piece) {
+  if (!piece.transcode || !has_act_order(slot_format(piece.transcode->block_type))) return false;
+  return std::all_of(request.pieces.begin(), request.pieces.end(), [&piece](const PieceState& each) {
+    return each.memory != piece.memory || each.parts_left == 0;
+  });
+}
+
+Store::Outcome Store::complete_matrix(const PieceState& piece) {
+  const auto& [type, rows, cols, interleaved] = *piece.transcode;
+  const double start = file_system_->seconds();
+  const bool is_right = put_in_act_order(slot_format(type), rows, cols, piece.memory);
+  add_seconds(&StoreStats::transcode_seconds, file_system_->seconds() - start);
+  if (is_right) return {};
+  return {ReadError::not_finite, file_name(piece.file->path) + ": the matrix of " +
+                                     range_of(piece.offset, piece.nbytes) + " holds " + kWrongOrder};
 }
 
 void Store::end_request(Request& request) {

@@ -247,6 +247,8 @@ class Store {
   int64_t read_cached(File& file, uint8_t* memory, int64_t offset, int64_t nbytes);
   Outcome read_range(const PieceState& piece, const Begun& begun, int64_t needed_end);
   Outcome check_piece(const PieceState& piece);
+  static bool has_landed(const Request& request, const PieceState& piece);
+  Outcome complete_matrix(const PieceState& piece);
   void finish_part(std::unique_lock<std::mutex>& lock, const Part& part, Outcome outcome);
   void end_request(Request& request);
   void add_seconds(double StoreStats::* counter, double seconds);

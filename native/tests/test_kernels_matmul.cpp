@@ -718,16 +718,46 @@ void grouped_parts_fill_the_matrix() {
       for (const uint8_t before : {uint8_t{0x00}, uint8_t{0xFF}}) {
         std::vector<uint8_t>& matrix = filled[before != 0];
         matrix.assign(size_t(matrix_bytes(format, rows, cols)), before);
-        for (const GroupedPart part :
-             {GroupedPart::codes, GroupedPart::scales, GroupedPart::zeros, GroupedPart::biases}) {
+        for (const GroupedPart part : {GroupedPart::codes, GroupedPart::scales, GroupedPart::zeros,
+                                       GroupedPart::biases, GroupedPart::g_idx}) {
           if (!has_part(format, part)) continue;
           const BlockType type = grouped_type(format, part);
           const std::vector<uint8_t> source = random_part(format, part, rows, cols, 3);
           CHECK(
               transcode(type, source.data(), rows, cols, 1, 0, num_strips(type, rows, cols), matrix.data()));
         }
+        if (has_act_order(format)) CHECK(put_in_act_order(format, rows, cols, matrix.data()));
       }
       CHECK(filled[0] == filled[1]);
+    }
+  }
+}
+
+// Every instruction set moves the same columns: those of the panels, which hold the codes and nothing else.
+void columns_move_to_the_places_of_their_order() {
+  constexpr int64_t kRows = 33, kCols = 160;
+  std::vector<int32_t> order(kCols);
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), std::mt19937(1));
+  for (int i = kFirstGrouped + kNumInPlace; i < kNumFormats; ++i) {
+    const Format format = Format(i);
+    const BlockType type = grouped_type(format, GroupedPart::codes);
+    const std::vector<uint8_t> source = random_part(format, GroupedPart::codes, kRows, kCols, 3);
+    Weights before(format, kRows, kCols, 0);
+    std::memset(before.bytes.get(), 0, size_t(matrix_bytes(format, kRows, kCols)));
+    CHECK(before.bring(type, source));
+    for (const KernelTable* table : all_tables()) {
+      Weights after(format, kRows, kCols, 0);
+      std::memcpy(after.bytes.get(), before.bytes.get(), size_t(matrix_bytes(format, kRows, kCols)));
+      std::vector<uint32_t> columns(kCols);
+      table->move_columns({format, kRows, kCols, after.bytes.get(), order.data(), columns.data()});
+      for (int64_t row = 0; row < kRows; ++row) {
+        const int64_t panel = row / kPanelRows * panel_bytes(format, kCols);
+        for (int64_t col = 0; col < kCols; ++col) {
+          CHECK_EQUAL(quant_at(format, after.view.data + panel, row % kPanelRows, col),
+                      quant_at(format, before.view.data + panel, row % kPanelRows, order[size_t(col)]));
+        }
+      }
     }
   }
 }
@@ -736,7 +766,7 @@ void grouped_parts_fill_the_matrix() {
 void integer_sums_of_grouped_formats_are_exact() {
   constexpr int64_t kRows = 16, kCols = 64;
   for (const KernelTable* table : all_tables()) {
-    for (int i = kFirstGrouped; i < kNumFormats; ++i) {
+    for (int i = kFirstGrouped; i < kFirstGrouped + kNumInPlace; ++i) {
       const Format format = Format(i);
       for (const uint8_t byte : {uint8_t{0x00}, uint8_t{0xFF}}) {
         Weights w(format, kRows, kCols, 0);
@@ -828,6 +858,7 @@ int main() {
   panels_may_be_transcoded_apart();
   parts_of_grouped_formats_may_be_transcoded_apart();
   grouped_parts_fill_the_matrix();
+  columns_move_to_the_places_of_their_order();
   integer_sums_of_grouped_formats_are_exact();
   return check_result();
 }

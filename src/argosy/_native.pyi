@@ -376,6 +376,15 @@ def transcode(
             large, a stored zero that programs disagree about, or columns whose groups are not in order.
     """
 
+def put_in_act_order(format: Format, matrix: NDArray[numpy.uint8], rows: int, cols: int) -> None:
+    """
+    Complete a matrix of an `act_order` format after `transcode` has written all its parts; a Store does it itself.
+
+    Raises:
+        ValueError: g_idx names a group that the matrix does not have, or a group has more or fewer columns than the
+            format says; `matrix` is undefined then.
+    """
+
 def dequantize(format: Format, data: NDArray[numpy.uint8], rows: int, cols: int) -> NDArray[numpy.float32]:
     """
     The weights [rows, cols] as products use them, with the same bits on every instruction set.
@@ -1800,12 +1809,14 @@ class StackSizes:
         Most bytes that a step allocates: a layer's dispatch, and arrays of experts that run or are predicted.
         """
 
-    def scratch_bytes(self, max_tokens: int, num_threads: int, has_quants: bool = True) -> int:
+    def scratch_bytes(
+        self, max_tokens: int, num_threads: int, has_quants: bool = True, has_act_order: bool = True
+    ) -> int:
         """
         Bytes of scratch memory that a Stack reserves in its Runtime: no operation of a step takes more.
 
-        Without `has_quants`, the bytes that operations take if no weights are quantised: the rest of what is reserved
-        is never touched.
+        Without `has_quants`, the bytes that operations take if no weights are quantised, and without `has_act_order`,
+        if none are in an `act_order` format: the rest of what is reserved is never touched.
         """
 
     def __eq__(self, other: object, /) -> bool: ...

@@ -78,7 +78,7 @@ def test_a_plan_counts_the_scratch_of_products_that_use_it(
         for name in (None, "avx512", "amx")
     }
     found = {name: footprint.buffer_bytes(64) for name, footprint in footprints.items()}
-    split = footprints["amx"]._stack_sizes.scratch_bytes(64, 2, True)
+    split = footprints["amx"]._stack_sizes.scratch_bytes(64, 2, True, has_act_order=False)
     as_floats = footprints["avx512"]._stack_sizes.scratch_bytes(64, 2, False)
     assert found[None] == found["avx512"] == found["amx"] - (2 << 20) - (split - as_floats)
 

@@ -14,7 +14,7 @@ import pytest
 
 from argosy import Engine, _native
 from argosy.checkpoint.fingerprint import fingerprint
-from argosy.checkpoint.landing import MatrixRef
+from argosy.checkpoint.landing import MatrixRef, read_landed
 from argosy.checkpoint.pack import pack
 from argosy.cluster import identity
 from argosy.engine.prefix import identify
@@ -27,7 +27,7 @@ from tests.models.references import LARGEST_DIFFERENCE, difference
 from tests.models.safetensors_file import Array, read_checkpoint
 from tests.models.tiny import RawConfig, prompt_ids, qwen3_moe
 
-FEW = ("ct uint4 group 64", "gptq", "fp8 channel", "modelopt mixed")
+FEW = ("ct uint4 group 64", "gptq", "gptq act-order", "fp8 channel", "modelopt mixed")
 
 
 def config_of(*, experts: int, chosen: int, layers: int = 2) -> RawConfig:
@@ -131,6 +131,17 @@ def test_a_model_is_another_with_other_settings_of_the_same_bytes(tmp_path: Path
     assert fingerprint(other) != own[0]
     assert identity.fingerprint(other) != own[1]
     assert identify(other, "plain") != own[2]
+
+
+def test_rows_of_a_matrix_with_act_order_are_its_own(tmp_path: Path) -> None:
+    config = config_of(experts=3, chosen=2, layers=1)
+    exact = read_checkpoint(write_kind(tmp_path / "model", config, KINDS["gptq act-order"], seed=6))
+    ref = open_model(tmp_path / "model").dense["layers.0.o"]
+    landed = read_landed(ref, lambda piece: piece.path.read_bytes()[piece.offset :][: piece.nbytes])
+    rows = list(ref.landing.values(ref, landed, 0, 48 * ref.cols))
+    assert [first for first, _ in rows] == [*range(0, ref.rows, 48)]
+    found = np.concatenate([values for _, values in rows])
+    np.testing.assert_array_equal(found, exact["model.layers.0.self_attn.o_proj.weight"])
 
 
 def test_modelopt_s_own_file_describes_a_checkpoint_whose_config_does_not(tmp_path: Path) -> None:

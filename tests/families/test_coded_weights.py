@@ -61,6 +61,8 @@ DAMAGES: list[tuple[str, Damage, str]] = [
     ("ct int4 group 128", gone("weight_scale"), "up_proj.weight_scale is missing"),
     ("ct int4 group 128", gone("weight_packed"), "up_proj.weight is missing"),
     ("gptq", gone("qzeros"), "up_proj.qzeros is missing"),
+    ("gptq act-order", gone("g_idx"), "up_proj.g_idx is missing"),
+    ("ct int4 act-order", gone("weight_g_idx"), "up_proj.weight_g_idx is missing"),
     ("awq", gone("scales"), "up_proj.scales is missing"),
     ("nvfp4", gone("weight_scale_2"), "up_proj.weight_scale_2 is missing"),
     ("ct nvfp4", gone("weight_global_scale"), "up_proj.weight_global_scale is missing"),
@@ -88,6 +90,9 @@ DAMAGES: list[tuple[str, Damage, str]] = [
     ),
     # shapes and dtypes
     ("gptq", shaped("g_idx", 128, 2), "g_idx is [128, 2], expected [256]"),
+    ("gptq act-order", shaped("g_idx", 128, 2), "g_idx is [128, 2], expected [256]"),
+    ("gptq act-order", typed("g_idx", "F32"), "g_idx is F32; supported: I32"),
+    ("ct int4 act-order", shaped("weight_g_idx", 64, 4), "weight_g_idx is [64, 4], expected [256]"),
     ("ct int4 group 128", shaped("weight_packed", 2**31, 2**31), "up_proj.weight_packed"),
     ("nvfp4", shaped("weight_scale_2", 1, 1), "weight_scale_2 is [1, 1], expected []"),
     ("ct int4 group 32 f16", typed("weight_packed", "F32"), "weight_packed is F32; supported: I32"),
@@ -147,14 +152,32 @@ def test_codes_and_scales_that_are_not_finite_are_named_when_loaded(
     assert sentence in str(caught.value)
 
 
-@pytest.mark.parametrize("index", [1, -1, 2**31 - 1])
-def test_columns_that_a_gptq_file_says_belong_to_another_group_are_refused(
-    index: int, tmp_path: Path
+@pytest.mark.parametrize(
+    ("kind", "index"),
+    [
+        *(("gptq", index) for index in (1, -1, 2**31 - 1)),
+        *(("gptq act-order", index) for index in (0, 2, -1, 8, 2**31 - 1)),  # it is 5
+        *(("ct int4 act-order", index) for index in (-1, 8)),
+    ],
+)
+def test_columns_that_a_file_says_belong_to_another_group_are_refused(
+    kind: str, index: int, tmp_path: Path
 ) -> None:
-    write_kind(tmp_path / "model", CONFIG, KINDS["gptq"], seed=1)
-    spoil(tmp_path / "model", UP + "g_idx", 8, np.int32(index).tobytes())
+    write_kind(tmp_path / "model", CONFIG, KINDS[kind], seed=1)
+    name = UP + ("weight_g_idx" if kind.startswith("ct") else "g_idx")
+    spoil(tmp_path / "model", name, 8, np.int32(index).tobytes())
     with (
         pytest.raises(CheckpointError, match="layer 0, expert 1: "),
+        Engine.open(tmp_path / "model", memory="4GiB", threads=1) as engine,
+    ):
+        engine.logits(prompt_ids(CONFIG, 1, 16))
+
+
+def test_act_order_that_the_settings_deny_is_refused(tmp_path: Path) -> None:
+    write_kind(tmp_path / "model", CONFIG, KINDS["gptq act-order"], seed=1)
+    settings(desc_act=False)(tmp_path / "model")
+    with (
+        pytest.raises(CheckpointError, match=r"not in order \(act-order\), though the settings say"),
         Engine.open(tmp_path / "model", memory="4GiB", threads=1) as engine,
     ):
         engine.logits(prompt_ids(CONFIG, 1, 16))

@@ -57,9 +57,15 @@ def grid(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
 
 
 def integers(
-    layout: str, bits: int, group: int, *, has_zeros: bool = False, scale_dtype: str = "BF16"
+    layout: str,
+    bits: int,
+    group: int,
+    *,
+    has_zeros: bool = False,
+    scale_dtype: str = "BF16",
+    has_act_order: bool = False,
 ) -> Quantise:
-    """Integers in groups of columns; a group of 0 is a whole row."""
+    """Integers in groups of columns; a group of 0 is a whole row. With act-order, any columns form a group."""
 
     def quantise(rng: np.random.Generator, shape: tuple[int, int], deviation: float) -> Stored:
         groups = grid(shape, (1, group))
@@ -68,9 +74,16 @@ def integers(
         zeros = rng.integers(1, 2**bits, groups) if has_zeros else np.full(groups, 2 ** (bits - 1))
         size = deviation / (2**bits / 12**0.5)
         scales = as_stored(scale_dtype, size * rng.uniform(0.5, 1.5, groups))
+        parts = LAYOUTS[layout](codes, zeros, (scale_dtype, scales), bits, group, has_zeros)
+        if has_act_order:
+            group_of = rng.permutation(shape[1]) // group
+            name = "weight_g_idx" if layout == "pack-quantized" else "g_idx"
+            parts[name] = "I32", group_of.astype(np.int32)
+            values = (codes - zeros[:, group_of]).astype(np.float32) * scales[:, group_of]
+            return parts, values
         values = (codes - spread(zeros, shape, (1, group))).astype(np.float32)
         values *= spread(scales, shape, (1, group))
-        return LAYOUTS[layout](codes, zeros, (scale_dtype, scales), bits, group, has_zeros), values
+        return parts, values
 
     return quantise
 
@@ -316,6 +329,26 @@ KINDS: Mapping[str, Kind] = {
         gptq(4, 64, checkpoint_format="gptq_v2"),
         {"_proj.": integers("gptq_v2", 4, 64, has_zeros=True, scale_dtype="BF16")},
         "uint4_64_bf16",
+    ),
+    "gptq act-order": Kind(
+        gptq(4, 32, desc_act=True, static_groups=False),
+        {"_proj.": integers("gptq", 4, 32, has_zeros=True, scale_dtype="F16", has_act_order=True)},
+        "uint4_32_f16_act_order",
+    ),
+    "gptq act-order in order": Kind(
+        gptq(4, 64, desc_act=True, static_groups=True),
+        {"_proj.": integers("gptq", 4, 64, has_zeros=True, scale_dtype="F16")},
+        "uint4_64_f16_act_order",
+    ),
+    "gptq_v2 3 bits act-order": Kind(
+        gptq(3, 64, desc_act=True, checkpoint_format="gptq_v2"),
+        {"_proj.": integers("gptq_v2", 3, 64, has_zeros=True, scale_dtype="BF16", has_act_order=True)},
+        "uint3_64_bf16_act_order",
+    ),
+    "ct int4 act-order": Kind(
+        compressed("pack-quantized", num_bits=4, strategy="group", group_size=32, actorder="group"),
+        {"_proj.": integers("pack-quantized", 4, 32, has_act_order=True)},
+        "int4_32_bf16_act_order",
     ),
     "awq": Kind(
         {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm", "zero_point": True},

@@ -2,9 +2,9 @@
 
     PYTHON tests/models/make_packed_weights.py OUT.npz compressed-tensors|gptq|awq|mlx ...
 
-Run by hand, where the packers are: compressed-tensors, AutoGPTQ 0.7.1 (its `qlinear_cuda_old`), AutoRound's AWQ
-(`export_to_awq.utils`), and mlx. Each run adds its arrays to OUT, named `FORMAT/PACKER/PART`, with the values as
-`FORMAT/PACKER/values`. Sizes are small: the file is in the repository.
+Run by hand, where the packers are: compressed-tensors (for act-order 0.10), AutoGPTQ 0.7.1 (its `qlinear_cuda_old`, for
+act-order `qlinear_cuda`), AutoRound's AWQ (`export_to_awq.utils`), and mlx. Each run adds its arrays to OUT, named
+`FORMAT/PACKER/PART`, with the values as `FORMAT/PACKER/values`. Sizes are small: the file is in the repository.
 """
 
 from __future__ import annotations
@@ -79,6 +79,59 @@ def gptq() -> Iterator[tuple[str, Arrays]]:
         )
 
 
+def act_order_of(bits: int) -> np.ndarray:
+    return np.random.default_rng([bits, 9]).permutation(COLS) // GROUP
+
+
+def gptq_act_order() -> Iterator[tuple[str, Arrays]]:
+    import torch
+    from auto_gptq.nn_modules.qlinear.qlinear_cuda import QuantLinear
+
+    for bits in (2, 3, 4, 8):
+        codes, scales, zeros = codes_of(bits, 4)
+        groups = act_order_of(bits)
+        layer = QuantLinear(bits, GROUP, COLS, ROWS, False, weight_dtype=torch.float32)
+        linear = torch.nn.Linear(COLS, ROWS, bias=False)
+        weight = scales[:, groups] * (codes - zeros[:, groups])
+        linear.weight.data = torch.tensor(weight, dtype=torch.float32)
+        g_idx = torch.tensor(groups, dtype=torch.int32)
+        layer.pack(linear, torch.tensor(scales), torch.tensor(zeros, dtype=torch.float32), g_idx)
+        yield (
+            f"uint{bits}_{GROUP}_f16_act_order",
+            {
+                "gptq_codes": layer.qweight.numpy(),
+                "gptq_zeros": layer.qzeros.numpy(),
+                "scales_by_group": layer.scales.half().numpy(),
+                "g_idx": layer.g_idx.numpy(),
+                "values": layer(torch.eye(COLS)).T.contiguous().float().numpy(),
+            },
+        )
+
+
+def compressed_tensors_act_order() -> Iterator[tuple[str, Arrays]]:
+    import torch
+    from compressed_tensors.compressors.quantized_compressors.pack_quantized import pack_to_int32
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    for bits in (4, 8):
+        codes, scales, zeros = codes_of(bits, 5)
+        half = 1 << (bits - 1)
+        q, z = (torch.tensor(each - half, dtype=torch.int8) for each in (codes, zeros))
+        scale = torch.tensor(scales).to(torch.bfloat16)
+        g_idx = torch.tensor(act_order_of(bits), dtype=torch.int32)
+        for is_symmetric in (True, False):
+            values = dequantize(q, scale.float(), None if is_symmetric else z, g_idx=g_idx)
+            parts = {
+                "codes": pack_to_int32(q, bits).numpy(),
+                "scales": scale.view(torch.int16).numpy(),
+                "g_idx": g_idx.numpy(),
+                "values": values.float().numpy(),
+            }
+            if not is_symmetric:
+                parts["zeros"] = pack_to_int32(z, bits, packed_dim=0).numpy()
+            yield f"{'int' if is_symmetric else 'uint'}{bits}_{GROUP}_bf16_act_order", parts
+
+
 def awq() -> Iterator[tuple[str, Arrays]]:
     import torch
     from auto_round.export.export_to_awq.utils import WQLinear_GEMM, dequantize_gemm
@@ -122,7 +175,14 @@ def mlx() -> Iterator[tuple[str, Arrays]]:
         )
 
 
-PACKERS = {"compressed-tensors": compressed_tensors, "gptq": gptq, "awq": awq, "mlx": mlx}
+PACKERS = {
+    "compressed-tensors": compressed_tensors,
+    "gptq": gptq,
+    "awq": awq,
+    "mlx": mlx,
+    "gptq-act-order": gptq_act_order,
+    "compressed-tensors-act-order": compressed_tensors_act_order,
+}
 
 
 def main() -> None:

@@ -294,6 +294,12 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "f8_scales_bytes": lambda: (300,),
         "quantize": lambda: ("q8", f(16, 64), np.zeros(n.matrix_bytes("q8", 16, 64), np.uint8), runtime),
         "transcode": lambda: ("Q4_0", np.zeros(16 * 2 * 18, np.uint8), 16, 64, 1, None),
+        "put_in_act_order": lambda: (
+            "int4_32_f16_act_order",
+            np.full(n.matrix_bytes("int4_32_f16_act_order", 16, 64), 0xFF, np.uint8),
+            16,
+            64,
+        ),
         "dequantize": lambda: ("q4", np.zeros(n.matrix_bytes("q4", 16, 64), np.uint8), 16, 64),
         "matmul": lambda: (runtime, [m(16, 64), m(20, 64, "f16")], f(3, 64), [f(3, 16), f(3, 20)]),
         "embed": lambda: (runtime, m(8, 64), i(0, 7), f(2, 64)),

@@ -12,8 +12,9 @@ from typing import Literal
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from argosy._native import Arena, Store, crc32c_wide, drive_probe
+from argosy._native import Arena, Store, crc32c_wide, drive_probe, transcode
 from argosy.machine.resources import process_footprint
 from tests.helpers.forks import call_in_fork
 from tests.native._native_testing import FaultyFileSystem, RealFileSystem
@@ -162,6 +163,31 @@ def test_an_invalid_piece_is_refused_with_the_numbers(store: Store, file: Path) 
         FaultyFileSystem(1, "fire")  # type: ignore[arg-type]
     assert store.pending() == 0
     assert store.wait_any([]) == []
+
+
+def test_a_strip_may_take_the_memory_of_several_readers(tmp_path: Path) -> None:
+    """A head of 140,000 rows that GPTQ packs down its columns has strips of 2.2 MB; a reader has 2 MiB."""
+    rows, cols, block_type = 140_000, 64, "uint4_32_f16:gptq_codes"
+    codes = np.random.default_rng(1).integers(0, 256, rows * cols // 2, np.uint8)
+    (tmp_path / "head.bin").write_bytes(codes.tobytes())
+    expected = transcode(block_type, codes, rows, cols)
+    with pytest.raises(ValueError, match="in strips of 2240000 bytes, but the readers can transcode at most"):
+        fetch_codes(Store(1), tmp_path / "head.bin", len(expected), rows, cols, block_type)
+    found = fetch_codes(Store(2), tmp_path / "head.bin", len(expected), rows, cols, block_type)
+    np.testing.assert_array_equal(found, expected)
+
+
+def fetch_codes(
+    store: Store, path: Path, nbytes: int, rows: int, cols: int, block_type: str
+) -> NDArray[np.uint8]:
+    arena = Arena(nbytes)
+    piece = (store.open(str(path)), 0, path.stat().st_size, 0, block_type, rows, cols)
+    try:
+        [(_, message, _)] = store.wait_any([store.fetch(arena, [piece])])
+    finally:
+        store.close()
+    assert message is None
+    return arena.array()
 
 
 def test_an_arena_that_becomes_smaller_gives_its_pages_back_and_refuses_reads_there(

@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING
 
 from argosy import _native
 from argosy.checkpoint.files import ModelFiles
-from argosy.config import FLOAT_FORMATS, KV_BLOCK_TOKENS, MIB, EngineConfig, ExpertSlots, KvDtype, ModelConfig
+from argosy.config import (
+    ACT_ORDER_FORMATS,
+    FLOAT_FORMATS,
+    KV_BLOCK_TOKENS,
+    MIB,
+    EngineConfig,
+    ExpertSlots,
+    Format,
+    KvDtype,
+    ModelConfig,
+)
 from argosy.errors import ArgosyError
 from argosy.experts.files import bookkeeping_bytes, resident_bookkeeping_bytes, resident_bytes
 from argosy.experts.recording import log_bytes
@@ -322,7 +332,8 @@ class ModelFootprint:
         sizes = self._stack_sizes
         # On `amx`, activations for bfloat16 and FP8 weights are split, which takes less memory than quantising them.
         prepares = self._has_quants or self._instruction_set == "amx"
-        scratch = sizes.scratch_bytes(step_tokens, self._threads, prepares)
+        has_act_order = not self._formats.isdisjoint(ACT_ORDER_FORMATS)
+        scratch = sizes.scratch_bytes(step_tokens, self._threads, prepares, has_act_order)
         products = _native.product_scratch_bytes(self._threads, self._instruction_set) if prepares else 0
         return sizes.buffer_bytes(step_tokens) + scratch + products
 
@@ -334,10 +345,14 @@ class ModelFootprint:
     @cached_property
     def _has_quants(self) -> bool:
         """Whether any weights are quantised, so that activations are quantised as well."""
+        return not self._formats <= FLOAT_FORMATS or copied_head_bytes(self.files) > 0
+
+    @cached_property
+    def _formats(self) -> set[Format]:
         formats = {ref.format for ref in self.files.dense.values()}
         for record in self.files.experts.values():
-            formats.update(matrix.format for matrix in (record.gate, record.up, record.down))
-        return not formats <= FLOAT_FORMATS or copied_head_bytes(self.files) > 0
+            formats.update(record.formats)
+        return formats
 
     @cached_property
     def _stack_sizes(self) -> _native.StackSizes:

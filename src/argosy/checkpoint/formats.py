@@ -41,6 +41,16 @@ def matrix_bytes(format: Format, rows: int, cols: int) -> int:
     return _native.matrix_bytes(format, rows, cols)
 
 
+def order_bytes(format: Format, cols: int) -> int:
+    """Return the bytes behind a matrix's panels that say which columns they hold: none without act-order."""
+    return matrix_bytes(format, 0, cols)
+
+
+def row_offset(format: Format, row: int, cols: int) -> int:
+    """Return where a row begins in a matrix, if rows can be split there (`rows_together`)."""
+    return matrix_bytes(format, row, cols) - order_bytes(format, cols)
+
+
 class MatrixShape(NamedTuple):
     """A matrix in memory."""
 

@@ -38,13 +38,15 @@ from argosy.checkpoint.formats import (
     PANEL_ROWS,
     MatrixShape,
     matrix_bytes,
+    order_bytes,
     round_up,
+    row_offset,
     rows_together,
 )
 from argosy.checkpoint.latent_up import KeyValueMatrix, KeyValueRows, passing_bytes, split, split_shapes
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.checkpoint.untrusted_file import open_regular, quote, read_at
-from argosy.config import Format
+from argosy.config import ACT_ORDER_FORMATS, Format
 from argosy.errors import CheckpointError, UnsupportedModel
 
 Bytes = npt.NDArray[np.uint8]
@@ -179,9 +181,11 @@ class Landing:
     ) -> Iterator[tuple[int, Float32]]:
         """Yield the exact weights of the matrix with this number: some rows at a time, with the number of the first."""
         matrix = self.matrices(ref, landed)[number]
+        order = matrix[len(matrix) - order_bytes(ref.format, ref.cols) :]
         for row, num_rows in _steps(ref, most_values):
-            start, end = (matrix_bytes(ref.format, count, ref.cols) for count in (row, row + num_rows))
-            yield row, _native.dequantize(ref.format, matrix[start:end], num_rows, ref.cols)
+            start, end = (row_offset(ref.format, count, ref.cols) for count in (row, row + num_rows))
+            rows = np.concatenate((matrix[start:end], order)) if len(order) else matrix[start:end]
+            yield row, _native.dequantize(ref.format, rows, num_rows, ref.cols)
 
 
 AS_STORED = Landing()
@@ -423,19 +427,21 @@ def read_landed(ref: MatrixRef, read: Callable[[Piece], bytes]) -> Bytes:
         CheckpointError: a code or a scale is refused.
     """
     landed: Bytes | None = None
-    for piece in ref.pieces:
-        data = np.frombuffer(read(piece), np.uint8)
-        if (blocks := piece.transcode) is None:
-            return data
-        if landed is None:
-            landed = np.zeros(piece.landed_bytes, np.uint8)
-        try:
+    try:
+        for piece in ref.pieces:
+            data = np.frombuffer(read(piece), np.uint8)
+            if (blocks := piece.transcode) is None:
+                return data
+            if landed is None:
+                landed = np.zeros(piece.landed_bytes, np.uint8)
             _native.transcode(blocks.block_type, data, blocks.rows, blocks.cols, blocks.interleaved, landed)
-        except ValueError as error:
-            raise CheckpointError(
-                f"{piece.path.name}: {ref.name}: {error}", path=piece.path, tensor=ref.name
-            ) from error
-    assert landed is not None
+        assert landed is not None
+        if ref.format in ACT_ORDER_FORMATS:
+            _native.put_in_act_order(ref.format, landed, ref.rows, ref.cols)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{piece.path.name}: {ref.name}: {error}", path=piece.path, tensor=ref.name
+        ) from error
     return landed
 
 

@@ -12,7 +12,8 @@ half: each weight is stored once, and both products read rows in order.
   float32.
 - Groups of other quantised weights run along the rank and cannot be transposed without requantising. The key half
   becomes float16, which is off by at most a thirtieth of a quantisation step for q8, and by less for other formats.
-  The value half is unchanged if each half of a head is whole panels; otherwise it also becomes float16.
+  The value half is unchanged if each half of a head is whole panels; otherwise, and with act-order, it also becomes
+  float16.
 
 Packs store the two halves; for all other sources the split happens while the matrix lands.
 
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 
 from argosy import _native
 from argosy.checkpoint.formats import F8_BLOCK, MatrixShape, is_quantised, matrix_bytes, rows_together
-from argosy.config import F8_FORMATS, Format
+from argosy.config import ACT_ORDER_FORMATS, F8_FORMATS, Format
 
 Bytes = NDArray[np.uint8]
 
@@ -124,4 +125,6 @@ def _is_cut_between_heads(kv_up: KeyValueMatrix) -> bool:
     """Whether the keys and values of each head can be separated without changing weights."""
     together = rows_together(kv_up.format)
     is_turned_whole = kv_up.format != "f8" or kv_up.rank % F8_BLOCK == 0
+    if kv_up.format in ACT_ORDER_FORMATS:
+        return False
     return kv_up.head.key_rows % together == 0 and kv_up.head.value_rows % together == 0 and is_turned_whole

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from argosy import _native
-from argosy.checkpoint.formats import matrix_bytes
+from argosy.checkpoint.formats import matrix_bytes, row_offset
 from argosy.checkpoint.landing import Bytes, Float32, MatrixRef, Piece, read_landed
 from argosy.checkpoint.pack_contents import Source, Unit
 from argosy.checkpoint.untrusted_file import open_regular, read_at
@@ -43,12 +43,12 @@ class Conversion:
             landed = read_landed(ref, self._read)
             if format == ref.format:
                 yield (
-                    matrix_bytes(format, first, ref.cols),
+                    row_offset(format, first, ref.cols),
                     ref.landing.matrices(ref, landed)[source.number],
                 )
                 continue
             for row, values in ref.landing.values(ref, landed, source.number, _SLICE_VALUES):
-                start = matrix_bytes(format, first + row, values.shape[1])
+                start = row_offset(format, first + row, values.shape[1])
                 yield start, self._convert_values(ref, values, format)
 
     def _convert_values(self, ref: MatrixRef, values: Float32, format: Format) -> Bytes:

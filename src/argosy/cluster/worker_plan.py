@@ -20,7 +20,7 @@ from argosy.checkpoint.landing import MatrixRef
 from argosy.checkpoint.shards import ALL_SHARDS, shard_of
 from argosy.cluster.hello import MOST_ROWS
 from argosy.cluster.secure import BUFFER_BYTES
-from argosy.config import AskAhead, ModelConfig, format_bytes
+from argosy.config import ACT_ORDER_FORMATS, AskAhead, ModelConfig, format_bytes
 from argosy.errors import DoesNotFit, UsageError
 from argosy.experts.files import Key, bookkeeping_bytes, resident_bookkeeping_bytes, resident_bytes
 from argosy.experts.slots import lay_out
@@ -143,6 +143,7 @@ def plan_worker(
     sizes = _native.StackSizes(config.hidden_size, 0)
     sizes.add_routed(config.num_experts, config.experts_per_token, config.expert_width, 0)
     is_transcoded = any(piece.transcode for record in share.values() for piece in record.pieces)
+    has_act_order = any(not ACT_ORDER_FORMATS.isdisjoint(record.formats) for record in share.values())
     biases = biases_of(files)
     growth = PROCESS_GROWTH_BYTES + (threads + readers + _OTHER_THREADS + most_coordinators) * THREAD_BYTES
     layout = lay_out(share, experts_per_token=config.experts_per_token)
@@ -157,7 +158,7 @@ def plan_worker(
         parts = {
             "bias_bytes": dense_footprint(biases) if biases else 0,
             "connection_bytes": most_coordinators * (link + (BUFFER_BYTES if settings.tls else 0)),
-            "working_bytes": sizes.scratch_bytes(most_rows, threads)
+            "working_bytes": sizes.scratch_bytes(most_rows, threads, has_act_order=has_act_order)
             + sizes.dispatch_bytes(most_rows)
             + _native.product_scratch_bytes(threads, settings.instruction_set),
             "staging_bytes": readers * _native.STAGING_BYTES if is_transcoded else 0,

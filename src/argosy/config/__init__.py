@@ -13,8 +13,8 @@ from argosy.config.engine import (
 )  # fmt: skip
 from argosy.config.expert_slots import ExpertSlots
 from argosy.config.model import (
-    F8_FORMATS, FLOAT_FORMATS, MEASURED_FORMATS, ActivationConfig, DeltaConfig, Format, LatentConfig, LayerConfig,
-    MixerKind, ModelConfig, RopeConfig, RouterConfig,
+    ACT_ORDER_FORMATS, F8_FORMATS, FLOAT_FORMATS, MEASURED_FORMATS, ActivationConfig, DeltaConfig, Format, LatentConfig,
+    LayerConfig, MixerKind, ModelConfig, RopeConfig, RouterConfig,
 )  # fmt: skip
 from argosy.config.sampling import (
     CHOOSING, EFFORTS, ENDING, LENIENT_SCHEMA, MAX_GRAMMAR_CHARACTERS, SAMPLING, THINKING, Grammar, Preset,

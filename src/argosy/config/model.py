@@ -29,10 +29,25 @@ GroupedFormat = Literal[
     "affine5_32_f16", "affine5_32_bf16", "affine5_64_f16", "affine5_64_bf16", "affine5_128_f16", "affine5_128_bf16",
     "affine6_32_f16", "affine6_32_bf16", "affine6_64_f16", "affine6_64_bf16", "affine6_128_f16", "affine6_128_bf16",
     "affine8_32_f16", "affine8_32_bf16", "affine8_64_f16", "affine8_64_bf16", "affine8_128_f16", "affine8_128_bf16",
+    "int4_32_f16_act_order", "int4_32_bf16_act_order", "int4_64_f16_act_order",
+    "int4_64_bf16_act_order", "int4_128_f16_act_order", "int4_128_bf16_act_order",
+    "int8_32_f16_act_order", "int8_32_bf16_act_order", "int8_64_f16_act_order",
+    "int8_64_bf16_act_order", "int8_128_f16_act_order", "int8_128_bf16_act_order",
+    "uint2_32_f16_act_order", "uint2_32_bf16_act_order", "uint2_64_f16_act_order",
+    "uint2_64_bf16_act_order", "uint2_128_f16_act_order", "uint2_128_bf16_act_order",
+    "uint3_32_f16_act_order", "uint3_32_bf16_act_order", "uint3_64_f16_act_order",
+    "uint3_64_bf16_act_order", "uint3_128_f16_act_order", "uint3_128_bf16_act_order",
+    "uint4_32_f16_act_order", "uint4_32_bf16_act_order", "uint4_64_f16_act_order",
+    "uint4_64_bf16_act_order", "uint4_128_f16_act_order", "uint4_128_bf16_act_order",
+    "uint8_32_f16_act_order", "uint8_32_bf16_act_order", "uint8_64_f16_act_order",
+    "uint8_64_bf16_act_order", "uint8_128_f16_act_order", "uint8_128_bf16_act_order",
 ]  # fmt: skip
 Format = Literal[MeasuredFormat, GroupedFormat]
 MEASURED_FORMATS: tuple[MeasuredFormat, ...] = get_args(MeasuredFormat)
 F8_FORMATS: frozenset[Format] = frozenset({"f8", "f8_row", "f8_32", "mxfp8"})
+ACT_ORDER_FORMATS: frozenset[Format] = frozenset(
+    format for format in get_args(GroupedFormat) if format.endswith("_act_order")
+)
 FLOAT_FORMATS: frozenset[Format] = F8_FORMATS.union({"f32", "f16", "bf16"})  # activations stay float32
 
 

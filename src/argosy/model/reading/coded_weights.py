@@ -88,7 +88,13 @@ def _grouped(scheme: Scheme, cols: int, scale_dtype: str | None, *, is_signed: b
     if cols % 32:
         return "columns in whole groups of 32"
     kind = "int" if is_signed else "uint"
-    return f"{kind}{scheme.bits}_{group}_{_FLOATS_16[scale_dtype or 'BF16']}", group
+    order = "" if _is_ordered(scheme) else "_act_order"
+    return f"{kind}{scheme.bits}_{group}_{_FLOATS_16[scale_dtype or 'BF16']}{order}", group
+
+
+def _is_ordered(scheme: Scheme) -> bool:
+    """Whether the columns that share a scale are neighbours. A scale of a row is shared by all."""
+    return scheme.is_ordered or not scheme.block[1]
 
 
 def _of(format: str, part: str, *dtypes: str) -> dict[str, str]:
@@ -115,6 +121,8 @@ def _pack_quantized(scheme: Scheme, rows: int, cols: int, scale_dtype: str | Non
     if scheme.has_zeros:
         shape = _ceil(rows * scheme.bits, 32), num_groups
         parts.append(Part(("weight_zero_point",), _of(format, zeros, "I32"), (shape,)))
+    if not _is_ordered(scheme):
+        parts.append(Part(("weight_g_idx",), _of(format, "g_idx", "I32"), ((cols,),)))
     return Stored(cast(Format, format), tuple(parts))
 
 
@@ -133,6 +141,8 @@ def _int_quantized(scheme: Scheme, rows: int, cols: int, scale_dtype: str | None
     ]
     if scheme.has_zeros:
         parts.append(Part(("weight_zero_point",), _of(format, zeros, "I8"), shapes))
+    if not _is_ordered(scheme):
+        parts.append(Part(("weight_g_idx",), _of(format, "g_idx", "I32"), ((cols,),)))
     return Stored(cast(Format, format), tuple(parts))
 
 
@@ -161,7 +171,7 @@ def _gptq(scheme: Scheme, rows: int, cols: int, scale_dtype: str | None) -> Stor
         Part(("qweight",), _of(format, "awq_codes" if is_awq else "gptq_codes", "I32"), (codes,)),
         Part(("scales",), _of(format, scales, *_FLOATS_16), ((num_groups, rows),)),
         Part(("qzeros",), _of(format, zeros, "I32"), ((num_groups, words),)),
-        Part(("g_idx",), _of(format, order, "I32"), ((cols,),), is_required=False),
+        Part(("g_idx",), _of(format, order, "I32"), ((cols,),), is_required=not _is_ordered(scheme)),
     )
     return Stored(cast(Format, format), parts)
 

@@ -51,8 +51,9 @@ _CT_CLASSES = {
     "RoutedExperts": (1, _EXPERTS),
     "Linear": (2, EVERYTHING),
 }  # levels, modules; the former is vLLM's
-# Values of actorder with which the columns of a group are neighbours.
+# Values of actorder with which the columns of a group are neighbours, and those with which they are not.
 _ORDERED = (None, False, "weight", "static")
+_UNORDERED = ("group", "dynamic", True)
 
 
 def read_compressed_tensors(reader: SettingsReader) -> Quantization:
@@ -137,14 +138,17 @@ def _ct_scheme(reader: SettingsReader, group: Mapping[str, object], where: str) 
     strategy = reader.choice(weights, where, "strategy", *strategies, default=default)
     symmetries = (True, False) if kind == "int" else (True,)
     is_symmetric = reader.choice(weights, where, "symmetric", *symmetries, default=True)
-    reader.choice(weights, where, "actorder", *_ORDERED, default=False)
+    orders = (*_ORDERED, *_UNORDERED) if kind == "int" and strategy == "group" else _ORDERED
+    is_ordered = reader.choice(weights, where, "actorder", *orders, default=False) in _ORDERED
     block = {"tensor": (0, 0), "channel": (1, 0)}.get(strategy)
     if strategy == "block":
         block = _block(reader, weights.get("block_structure"), f"{where}.block_structure")
     elif block is None:
         block = 1, reader.choice(weights, where, "group_size", *_CT_GROUPS.get(format, GROUPS))
     storage = _CT_STORAGES.get(format, format)
-    return Scheme(storage=storage, bits=num_bits, block=block, has_zeros=not is_symmetric)
+    return Scheme(
+        storage=storage, bits=num_bits, block=block, has_zeros=not is_symmetric, is_ordered=is_ordered
+    )
 
 
 def _block(reader: SettingsReader, value: object, where: str) -> tuple[int, int]:
@@ -302,9 +306,12 @@ def _grouped(reader: SettingsReader, given: Mapping[str, object], where: str, st
     allowed = (4,) if storage == "awq" else (2, 3, 4, 8)
     bits = reader.choice(given, where, "bits", *allowed)
     group = reader.choice(given, where, "group_size", *GROUPS, -1)
-    reader.choice(given, where, "desc_act", False, default=False)
+    # The files tell which columns are in a group; with static_groups they are neighbours in spite of desc_act.
+    has_act_order = reader.choice(given, where, "desc_act", False, True, default=False)
     reader.choice(given, where, "sym", True, False, default=True)  # zero points are stored in any case
-    return Scheme(storage=storage, bits=bits, block=(1, max(group, 0)), has_zeros=True)
+    return Scheme(
+        storage=storage, bits=bits, block=(1, max(group, 0)), has_zeros=True, is_ordered=not has_act_order
+    )
 
 
 def read_awq(reader: SettingsReader) -> Quantization:

@@ -60,7 +60,8 @@ class Scheme:
             self.block, f"groups of {cols}" if rows == 1 else f"blocks of {rows} x {cols}"
         )
         zeros = "with zero points" if self.has_zeros else "symmetric"
-        return f"{self.storage}, {self.bits} bits, {zeros}, {shared}"
+        order = "" if self.is_ordered else ", act-order"
+        return f"{self.storage}, {self.bits} bits, {zeros}, {shared}{order}"
 
 
 @dataclass(frozen=True, slots=True)
