@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from argosy.errors import CheckpointError, UnsupportedModel
-from argosy.model.families import open_model
+from argosy.model.families import FAMILIES, open_model
+from argosy.model.reading.quantization import read_quantization
 from tests.families.test_quantization import AUTO_ROUND, AWQ, EXPERT_UP, GPTQ, NVFP4, changed, schemes_of
 from tests.models.hub_quantised import INT4
 from tests.models.hub_schemes import KINDS, write_kind
@@ -77,6 +78,15 @@ def test_the_first_expression_of_auto_round_that_matches_decides() -> None:
 
 
 NAMES = ("self_attn.q_proj", "self_attn.k_proj", "mlp.experts.0.up_proj", "mlp.up_proj")
+
+
+def test_the_former_key_of_compressed_tensors_is_read() -> None:
+    raw = qwen3_moe(hidden_size=128, moe_intermediate_size=128, num_hidden_layers=2, num_experts=4)
+    raw |= {"compression_config": INT4}
+    assert read_quantization(raw) == read_quantization({"quantization_config": INT4})
+    assert FAMILIES["qwen3_moe"].parse_config(raw).num_experts == 4
+    with pytest.raises(CheckpointError, match=r"two different values .* in compression_config"):
+        read_quantization(raw | {"quantization_config": GPTQ})
 
 
 MX_FP: dict[str, Any] = AUTO_ROUND | {

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from argosy.checkpoint.untrusted_file import kind_of, quote
 from argosy.errors import CheckpointError, UnsupportedModel
-from argosy.model.reading.quantization import KEY, MLX_KEY, read_quantization
+from argosy.model.reading.quantization import KEY, KEYS, read_quantization
 
 # Models have about a hundred layers and a few hundred experts; larger values mean a damaged file.
 MOST_LAYERS = 4096
@@ -46,7 +46,6 @@ HARMLESS = frozenset({
 
 # Known switches of other models: accepted while they are off.
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "compression_config": (None,),
     "pretraining_tp": (1, None),
     "is_encoder_decoder": (False,),
     "is_decoder": (False,),
@@ -282,7 +281,7 @@ class ConfigReader:
         """
         if KEY not in self._asked:
             read_quantization(self._raw, self._path)
-            self._asked |= {KEY, MLX_KEY}
+        self._asked.update(KEYS)
         for name, accepted in NEUTRAL.items():
             if name not in self._asked:
                 self.neutral(name, *accepted)

@@ -23,9 +23,11 @@ from argosy.model.reading.mlx_quantization import read_mlx
 from argosy.model.reading.quantization_methods import ALIASES, METHODS, REFUSED
 from argosy.model.reading.schemes import KEY, Quantization, SettingsReader
 
-__all__ = ["KEY", "MLX_KEY", "MODELOPT_FILE", "read_quantization", "read_stored"]
+__all__ = ["KEY", "KEYS", "MLX_KEY", "MODELOPT_FILE", "read_quantization", "read_stored"]
 
 MLX_KEY = "quantization"
+_FORMER_KEY = "compression_config"  # of compressed-tensors until 2024
+KEYS = (KEY, MLX_KEY, _FORMER_KEY)
 MODELOPT_FILE = "hf_quant_config.json"
 _DETAILS = "quantization"  # the key of that file
 # Its possible places: the top level, or the text parts of a multimodal config.
@@ -102,10 +104,11 @@ def _said(raw: Mapping[str, object], key: str, path: Path) -> object:
 
 
 def _all_said(raw: Mapping[str, object], key: str) -> Iterator[tuple[str, object]]:
-    """Yield every value of a key of a config and its parts, each with the name of its part."""
+    """Yield every value of a key, or its former name, in a config and its parts; each with its place."""
     for path in _PARTS:
         part: object = raw
         for name in path:
             part = part.get(name) if isinstance(part, dict) else None
-        if isinstance(part, Mapping) and part.get(key) is not None:
-            yield ".".join(path), part[key]
+        for one in (key, _FORMER_KEY) if key == KEY else (key,):
+            if isinstance(part, Mapping) and part.get(one) is not None:
+                yield ".".join(path if one == key else (*path, one)), part[one]
