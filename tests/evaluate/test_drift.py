@@ -18,7 +18,8 @@ from argosy.cli.main import main
 from argosy.config import MIB
 from argosy.errors import ArgosyError, DiskFull, UsageError
 from argosy.evaluate import row_file
-from argosy.evaluate.drift import compare
+from argosy.evaluate.drift import _shown, compare
+from argosy.evaluate.intervals import Estimate
 from argosy.evaluate.material import Material
 from argosy.evaluate.measure import DriftReport, measure_drift
 from argosy.evaluate.questions import Question
@@ -378,3 +379,8 @@ def test_a_pack_with_a_report_keeps_it_and_stays_a_pack(
     assert "the pack is complete, and `argosy eval drift" in capsys.readouterr().err
     with Engine.open(tmp_path / "small", **OPTIONS) as engine:
         assert engine.generate("a", SamplingParams(max_tokens=1)).token_ids
+
+
+def test_a_share_of_nearly_all_tokens_is_written_as_a_number() -> None:
+    assert _shown(Estimate(0.997, 0.985, 1.0), percent=True) == "100 % (98 to 100)"
+    assert _shown(Estimate(0.0123, 0.0, 0.02), "nats") == "0.012 nats (0 to 0.02)"

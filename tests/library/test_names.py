@@ -39,6 +39,7 @@ def library(hub: Path, ollama: Path, tmp_path: Path) -> Path:
         ("Qwen3-Coder-GGUF:Q8_0", "Qwen3-Coder-Q8_0.gguf"),
         ("coder:q8", "Qwen3-Coder-Q8_0.gguf"),
         ("unsloth/Qwen3-Coder-GGUF:Qwen3-Coder-Q8_0.gguf", "Qwen3-Coder-Q8_0.gguf"),
+        ("unsloth/Qwen3-Coder-GGUF:Q8_0/Qwen3-Coder-Q8_0.gguf", "Qwen3-Coder-Q8_0.gguf"),
         ("unsloth/Qwen3-Coder-GGUF:coder-q4", "Qwen3-Coder-Q4_K_M.gguf"),
         ("qwen3:30b", "sha256-"),
     ],

@@ -141,6 +141,9 @@ def test_two_files_of_one_format_keep_the_names_under_which_they_were_pulled(
     smol, plain = f"{REPOSITORY}:M-smol-IQ2_KL", f"{REPOSITORY}:M-IQ2_KL"
     with served(content) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
+        page = f"{server.url}/{REPOSITORY}/blob/main/IQ2_KL/M-IQ2_KL.gguf"
+        for text in (page, f"{REPOSITORY}:IQ2_KL/M-IQ2_KL.gguf"):
+            assert look_up(text).files[0].name == "IQ2_KL/M-IQ2_KL.gguf"
         assert [offer.format for offer in ask_hub(REPOSITORY).offers()] == [
             "M-IQ2_KL",
             "M-smol-IQ2_KL",

@@ -258,6 +258,23 @@ def test_less_than_8_mb_are_read_of_more_than_600_gb(
         ("https://hub.example/a/b", Source("https://hub.example", "a/b")),
         ("https://example.org/x/y.gguf", Source("https://example.org/x/y.gguf")),
         ("http://127.0.0.1:8000/a/b", Source("http://127.0.0.1:8000", "a/b")),
+        ("a/b-GGUF:Q8_0/m-Q8_0.gguf", Source("https://huggingface.co", "a/b-GGUF", "Q8_0/m-Q8_0.gguf")),
+        ("a/b-GGUF:../m.gguf", None),
+        *(
+            (
+                f"https://huggingface.co/a/b-GGUF/{page}/main/Q8_0/m.gguf",
+                Source("https://huggingface.co", "a/b-GGUF", "Q8_0/m.gguf"),
+            )
+            for page in ("blob", "resolve")
+        ),
+        (
+            "https://huggingface.co/a/b-GGUF/tree/main/Q8_0",
+            Source("https://huggingface.co", "a/b-GGUF", "Q8_0"),
+        ),
+        (
+            "https://hub.example/a/b/resolve/main/m.gguf",
+            Source("https://hub.example/a/b/resolve/main/m.gguf"),
+        ),
         ("./a/b", None),
         ("a/b/c", None),
         ("/a/b", None),

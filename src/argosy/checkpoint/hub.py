@@ -48,7 +48,13 @@ _MOST_LICENCES = 4  # most files of one model
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 # Users of Ollama and llama.cpp write the hub's address before a repository's name.
-_HUB_NAME = re.compile(rf"(?:(?:hf|huggingface)\.co/)?({_NAME}/{_NAME})(?::([A-Za-z0-9._-]{{1,96}}))?")
+_HUB_NAME = re.compile(
+    rf"(?:(?:hf|huggingface)\.co/)?({_NAME}/{_NAME})(?::((?:{_NAME}/)*[A-Za-z0-9._-]{{1,128}}))?"
+)
+# The page of a file or folder on the hub, and the file itself.
+_HUB_PAGE = re.compile(
+    rf"({_NAME}/{_NAME})/(?:blob|resolve|tree)/main/((?:{_NAME}/)*[A-Za-z0-9._-]{{1,128}})"
+)
 _PATH = re.compile(r"(?:/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)+")
 _RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 
@@ -75,7 +81,8 @@ class Source:
     def find(cls, text: str, environment: Mapping[str, str] | None = None) -> Source | None:
         """Return the repository that `text` names; None if it is neither OWNER/NAME nor an address.
 
-        Forms: OWNER/NAME, OWNER/NAME:Q4_K_M, hf.co/OWNER/NAME:Q4_K_M, https://HUB/OWNER/NAME, https://HOST/PATH.gguf.
+        Forms: OWNER/NAME, OWNER/NAME:Q4_K_M, OWNER/NAME:FOLDER/FILE, hf.co/OWNER/NAME:Q4_K_M, https://HUB/OWNER/NAME,
+        addresses of pages and files of the hub, https://HOST/PATH.gguf.
 
         Raises:
             UsageError: the address is not supported.
@@ -87,6 +94,9 @@ class Source:
             return None
         url = _checked_address(text, "the address")
         parts = urllib.parse.urlsplit(url)
+        hub = hub_address(environment)
+        if url.startswith(f"{hub}/") and (page := _HUB_PAGE.fullmatch(url.removeprefix(f"{hub}/"))):
+            return cls(hub, page[1], page[2])
         if parts.path.endswith(".gguf"):
             return cls(url)
         if repository := _HUB_NAME.fullmatch(parts.path.strip("/")):

@@ -352,5 +352,6 @@ def _verdict(
 
 def _shown(estimate: Estimate, unit: str = "", *, percent: bool = False) -> str:
     factor = 100 if percent else 1
-    value, low, high = (f"{factor * number:.2g}" for number in (estimate.value, estimate.low, estimate.high))
+    numbers = (estimate.value, estimate.low, estimate.high)
+    value, low, high = (f"{float(f'{factor * number:.2g}'):g}" for number in numbers)  # 100, not 1e+02
     return f"{value} {'%' if percent else unit} ({low} to {high})"

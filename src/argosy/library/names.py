@@ -272,7 +272,7 @@ def _named(text: str, models: Sequence[Model], *, allow_part: bool) -> Model | N
     """
     wanted = text.lower()
     repository, _, part = wanted.partition(":")
-    part = part.removesuffix(GGUF_SUFFIX)
+    part = part.rpartition("/")[2].removesuffix(GGUF_SUFFIX)
 
     def file_of(model: Model) -> str:
         """The name of its GGUF file without suffix and number of the part; "" for others, and files named by digest."""
