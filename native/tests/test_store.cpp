@@ -832,21 +832,25 @@ void what_the_page_cache_holds_comes_from_there_and_nothing_is_added() {
   const uint32_t checksum = file.checksum(0, file.size());
   // Reads the file while `kept` bytes of it are in the page cache; returns how many bytes came from there.
   const auto cached_bytes = [&](int64_t kept) {
-    keep_in_page_cache(file, kept);
-    int64_t held = -1;  // reads in progress do not count yet
-    for (int64_t before = -2; before != held; before = std::exchange(held, in_page_cache(file)))
-      std::this_thread::sleep_for(milliseconds(30));
-    Store store(3, files());
-    const int id = store.open(file.path());
-    std::fill_n(arena.data(), arena.size(), uint8_t{0});
-    CHECK_EQUAL(wait_one(store, store.fetch(arena, {{id, 0, file.size(), 0}}, {checksum})).message, "");
-    CHECK(holds(arena, 0, file, 0, file.size()));
-    CHECK_EQUAL(in_page_cache(file), held);
-    const StoreStats stats = store.stats();
-    CHECK_EQUAL(stats.reads, 65);  // one per part, each from a single source
-    CHECK_EQUAL(stats.bytes_read, file.size());
-    CHECK(stats.cached_bytes <= held);
-    return stats.cached_bytes;
+    for (int times_left = 9;; --times_left) {
+      keep_in_page_cache(file, kept);
+      int64_t held = -1;  // reads in progress do not count yet
+      for (int64_t before = -2; before != held; before = std::exchange(held, in_page_cache(file)))
+        std::this_thread::sleep_for(milliseconds(30));
+      Store store(3, files());
+      const int id = store.open(file.path());
+      std::fill_n(arena.data(), arena.size(), uint8_t{0});
+      CHECK_EQUAL(wait_one(store, store.fetch(arena, {{id, 0, file.size(), 0}}, {checksum})).message, "");
+      CHECK(holds(arena, 0, file, 0, file.size()));
+      // A busy drive ends read-ahead late, which adds to the cache; the store would add every time.
+      if (in_page_cache(file) != held && times_left > 0) continue;
+      CHECK_EQUAL(in_page_cache(file), held);
+      const StoreStats stats = store.stats();
+      CHECK_EQUAL(stats.reads, 65);  // one per part, each from a single source
+      CHECK_EQUAL(stats.bytes_read, file.size());
+      CHECK(stats.cached_bytes <= held);
+      return stats.cached_bytes;
+    }
   };
   // The kernel may lock pages for a moment, and then their parts come from the drive: look again.
   const auto most_cached = [&](int64_t kept, int64_t enough) {
