@@ -37,8 +37,8 @@ OTHERS: list[dict[str, Any]] = [
     {"id": "Qwen/Qwen3-8B", "tags": ["safetensors", "qwen3"]},
     {"id": "a/dense-GGUF", "tags": ["gguf"], "gguf": {"architecture": "llama"}},
     {"id": "a/new-GGUF", "tags": ["gguf"], "gguf": {"architecture": "of tomorrow"}},
-    {"id": "a/awq", "tags": ["safetensors", "qwen3_moe", "awq"]},
-    {"id": "a/mlx", "tags": ["safetensors", "qwen3_moe", "mlx"]},
+    {"id": "a/exl3", "tags": ["safetensors", "qwen3_moe", "exl3"]},
+    {"id": "a/hqq", "tags": ["safetensors", "qwen3_moe", "hqq"]},
     {"id": "a/old", "tags": ["pytorch", "qwen3_moe"]},
 ]
 
@@ -77,6 +77,13 @@ def test_models_that_run_are_listed_with_parameters_downloads_and_licence(
         ["bartowski/Qwen3-30B-A3B-GGUF", "30.5", "B", "GGUF", "99", "other,", "gated"],
     ]
     assert said.err == "note: Argosy does not run 6 others; --all lists them\n"
+
+
+@pytest.mark.parametrize("tag", ["awq", "gptq", "mlx", "bitsandbytes", "nvfp4", "compressed-tensors"])
+def test_a_quantised_model_whose_method_is_read_may_run(tag: str, server: Served, capsys: Captured) -> None:
+    server.models = [{"id": "a/b", "tags": ["safetensors", "qwen3_moe", tag]}]
+    assert main(["search", "qwen3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["models"][0]["may_run"] is True
 
 
 def test_all_lists_the_others_and_json_has_the_same_facts(server: Served, capsys: Captured) -> None:

@@ -27,7 +27,7 @@ _LONGEST_LICENCE = 40
 _LARGEST_NUMBER = 10**15
 _EXPAND = ("downloads", "gated", "gguf", "safetensors", "tags")
 # Tags of weights in unsupported formats, and of weights that are not a complete model.
-_NOT_READ = {"awq", "gptq", "exl2", "exl3", "mlx", "bitsandbytes", "nvfp4", "peft", "lora"}
+_NOT_READ = {"exl2", "exl3", "hqq", "aqlm", "vptq", "peft", "lora"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
