@@ -31,8 +31,8 @@ BLOCK_SIZES: Mapping[str, tuple[int, int]] = {name: size for name, *size in TENS
 ROW_SCALE_BYTES: Mapping[str, int] = {"IQ2_KS": 2, "IQ3_KS": 2, "IQ2_KL": 2, "IQ4_KS": 4, "IQ5_KS": 4}
 # ik_llama.cpp's other types (its ggml.h), so that a refusal can name them.
 IK_TYPES: Mapping[int, str] = {
-    133: "Q6_0", 134: "IQ1_BN", 135: "IQ2_BN", 146: "IQ4_KSS", 153: "IQ2_KT", 154: "IQ3_KT", 155: "IQ4_KT",
-    158: "IQ1_KT",
+    133: "Q6_0", 134: "IQ1_BN", 135: "IQ2_BN", 146: "IQ4_KSS", 151: "Q8_KV", 153: "IQ2_KT", 154: "IQ3_KT",
+    155: "IQ4_KT", 158: "IQ1_KT",
 }  # fmt: skip
 _IK_NUMBERS = range(97, 512)  # of all its own types
 # GGUF block type -> the slot format that holds it without loss, which has the type's name, except for two.

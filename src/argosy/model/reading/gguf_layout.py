@@ -227,8 +227,9 @@ def _matrix(
     if factor is not None:
         if paired_heads:
             raise UnsupportedModel(
-                f"{ref.path.name}: {ref.name} is {ref.dtype} with a factor in {factor.name}; supported for rows of "
-                "adjacent rotary pairs: without one",
+                f"{ref.path.name}: {ref.name} is {ref.dtype} with a factor in {factor.name}, and its rows must be put "
+                "into another order; supported in that case: every type without a factor",
+                hint="get a file of the model whose attn_q and attn_k have another type, such as Q8_0",
                 path=ref.path,
                 tensor=ref.name,
             )
