@@ -121,7 +121,8 @@ int64_t Record::bytes(int64_t num_pieces, bool has_checksums) {
 
 int64_t Store::request_bytes(const std::vector<int64_t>& piece_bytes) {
   int64_t num_parts = 0;
-  for (const int64_t nbytes : piece_bytes) num_parts += nbytes / kTranscodedPartBytes + 1;
+  // A part has whole strips, so it may have little more than half of its size.
+  for (const int64_t nbytes : piece_bytes) num_parts += 2 * nbytes / kTranscodedPartBytes + 1;
   const int64_t in_table =
       heap_bytes(sizeof(void*) + sizeof(decltype(requests_)::value_type)) + 2 * int64_t(sizeof(void*));
   return heap_bytes(sizeof(Request)) + heap_bytes(piece_bytes.size() * sizeof(PieceState)) + in_table +

@@ -195,3 +195,22 @@ def test_reading_every_expert_at_once_also_takes_memory_for_the_reads(
     assert resident_bookkeeping_bytes(records) >= bookkeeping_bytes(records) + len(records) * request
     part = _native.request_bytes([8 << 20]) - _native.request_bytes([4 << 20])
     assert part * 20 < 4 << 20  # a few bytes per part of half a mebibyte
+
+
+def test_a_ticket_for_strips_of_half_a_part_takes_no_more_than_planned(tmp_path: Path) -> None:
+    rows, cols = 16 * 2000, 15424  # sixteen rows of Q8_0 are little more than a quarter of a mebibyte
+    nbytes = rows * cols // 32 * 34
+    path = tmp_path / "matrix.bin"
+    with path.open("wb") as file:
+        file.truncate(nbytes)
+    store = _native.Store(1, bytes_per_s=1 << 20)
+    try:
+        arena = _native.Arena(_native.matrix_bytes("q8", rows, cols))
+        record = _native.Record([(store.open(str(path)), 0, nbytes, 0, "Q8_0", rows, cols, 1)])
+        before = heap_bytes()
+        tickets = store.fetch_many(arena, [(record, 0)], "maybe")
+        once = 16 << 10  # what the first ticket of a store allocates
+        assert heap_bytes() - before <= _native.request_bytes([nbytes]) + once
+        store.drop(tickets)
+    finally:
+        store.close()
