@@ -138,6 +138,23 @@ static inline constexpr bool has_part(Format format, GroupedPart part) {
   }
 }
 
+// Whether some bytes of the part are refused: no numbers, or numbers with several meanings.
+static inline constexpr bool part_may_be_refused(GroupedPart part) {
+  switch (part) {
+    case GroupedPart::scales:
+    case GroupedPart::channel_scales:
+    case GroupedPart::scales_by_group:
+    case GroupedPart::biases:
+    case GroupedPart::gptq_zeros:
+    case GroupedPart::gptq_channel_zeros:
+    case GroupedPart::g_idx:
+    case GroupedPart::channel_g_idx:
+      return true;
+    default:
+      return false;
+  }
+}
+
 // Whether the part can have this many rows.
 static inline constexpr bool has_whole_words(Format format, GroupedPart part, int64_t rows) {
   const RowUnit unit = kGroupedParts[int(part)].rows;

@@ -262,6 +262,7 @@ static inline constexpr bool is_factor(BlockType type) {
 
 // Whether some bytes are refused: transcode() returns false.
 static inline constexpr bool may_be_refused(BlockType type) {
+  if (is_grouped(type)) return part_may_be_refused(part_of(type));
   return is_f8(slot_format(type)) || is_factor(type) || type == BlockType::nvfp4_scales ||
          type == BlockType::nvfp4_scales_alone;
 }

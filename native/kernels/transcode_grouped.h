@@ -228,7 +228,9 @@ void transcode_awq_codes(const GroupedMatrix& m, const TranscodeArgs& a) {
 }
 
 inline bool is_finite_half(uint16_t bits, bool is_bf16) {
-  const uint16_t exponent = is_bf16 ? 0x7F80 : 0x7C00;
+  // Of a bfloat16 below 2^119, the largest weight, 255 times the scale, is a float32.
+  if (is_bf16) return (bits & 0x7F80) < 0x7B00;
+  const uint16_t exponent = 0x7C00;
   return (bits & exponent) != exponent;
 }
 

@@ -135,6 +135,7 @@ def test_a_part_that_would_change_the_weights_is_refused(name: str, tmp_path: Pa
         ("fp8 channel", "weight_scale", b"\x80\x7f", "not a finite number"),
         ("mxfp8", "weight_scale", b"\xff", "not a finite number"),
         ("fp8 tensor", "weight", b"\x7f", "not a finite number"),
+        ("ct int4 group 128", "weight_scale", np.float32(3e38).tobytes()[2:], "not a finite number"),
     ],
 )
 @pytest.mark.parametrize("slots", [None, 2])
