@@ -76,8 +76,7 @@ struct TableBuilder {
       constexpr bool kHasFactor = kType == BlockType::nvfp4_scales;
       set(kType, transcode_nvfp4_scales<kHasFactor>);
     } else if constexpr (is_factor(kType)) {
-      constexpr bool kIsDivisor = kType == BlockType::nvfp4_divisor;
-      set(kType, transcode_nvfp4_factor<kIsDivisor>);
+      set(kType, transcode_nvfp4_factor<kType>);
     } else if constexpr (!is_f8(slot_format(kType))) {
       set(kType, transcode_panels<kType>);
     } else if constexpr (entry_of(kType).scale == ScaleType::none) {

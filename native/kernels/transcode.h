@@ -29,7 +29,8 @@
 //   mxfp4_scales   u8 [rows, cols / 32], e8m0: 2^(byte - 127), 255 is NaN
 //   nvfp4_quants   u8 [rows, cols / 2], as mxfp4_quants
 //   nvfp4_scales   e4m3 [rows, cols / 16]: NaN is refused
-//   nvfp4_factor   float32, multiplies all weights; nvfp4_divisor divides them. It is refused if it is no
+//   nvfp4_factor   float32, multiplies all weights; nvfp4_divisor divides them; nvfp4_largest is the largest
+//                  weight that scales can give: 448 * 6 = 2688 times the factor. It is refused if it is no
 //                  number, or if weights would overflow. nvfp4_blocks is NVFP4 with a factor beside it;
 //                  nvfp4_scales_alone has none
 //   f8_codes       u8 [rows, cols], E4M3: NaN is refused; f8_row_codes, f8_32_codes, mxfp8_codes the same
@@ -126,7 +127,8 @@ enum class BlockType : uint64_t {
   nvfp4_scales,
   nvfp4_scales_alone,
   nvfp4_factor,
-  nvfp4_divisor
+  nvfp4_divisor,
+  nvfp4_largest
 };
 
 // How a scale of FP8 is stored.
@@ -211,6 +213,7 @@ struct BlockTypeEntry {
     {BlockType::nvfp4_scales_alone, "nvfp4_scales_alone", Format::nvfp4, 1, 1, 16},
     {BlockType::nvfp4_factor, "nvfp4_factor", Format::nvfp4, 4, kWhole, kWhole},
     {BlockType::nvfp4_divisor, "nvfp4_divisor", Format::nvfp4, 4, kWhole, kWhole},
+    {BlockType::nvfp4_largest, "nvfp4_largest", Format::nvfp4, 4, kWhole, kWhole},
 };
 [[maybe_unused]] static constexpr int kNumBlockTypes = int(sizeof(kBlockTypes) / sizeof(kBlockTypes[0]));
 
@@ -257,7 +260,8 @@ static inline constexpr bool is_scales(BlockType type) {
 
 // Whether the type holds one number for a whole matrix of panels.
 static inline constexpr bool is_factor(BlockType type) {
-  return type == BlockType::nvfp4_factor || type == BlockType::nvfp4_divisor;
+  return type == BlockType::nvfp4_factor || type == BlockType::nvfp4_divisor ||
+         type == BlockType::nvfp4_largest;
 }
 
 // Whether some bytes are refused: transcode() returns false.

@@ -27,11 +27,14 @@ inline void put_nvfp4_factor(const TranscodeArgs& a, int64_t panel_begin, int64_
 
 // Below 2^116, the largest weight, 448 * 6 * factor, is a float32. A matrix of zeros may have a factor of
 // zero.
-template <bool kIsDivisor>
+template <BlockType kType>
 bool transcode_nvfp4_factor(const TranscodeArgs& a) {
   if (a.rows == 0 || a.cols == 0) return true;  // and no factor
   const float given = read_unaligned<float>(a.rows_data);
-  const float factor = kIsDivisor ? 1.0f / given : given;
+  constexpr bool kIsDivisor = kType == BlockType::nvfp4_divisor;
+  const float factor = kIsDivisor                          ? 1.0f / given
+                       : kType == BlockType::nvfp4_largest ? given / 2688.0f
+                                                           : given;
   // An infinite divisor would make every weight zero.
   const bool is_usable = factor > -0x1p116f && factor < 0x1p116f && (!kIsDivisor || factor != 0.0f);
   put_nvfp4_factor(a, 0, (a.rows + kPanelRows - 1) / kPanelRows, is_usable ? factor : 0.0f);

@@ -10,6 +10,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from argosy import Engine, SamplingParams
@@ -17,6 +18,7 @@ from argosy.checkpoint.manifest import verify_pack
 from argosy.checkpoint.pack import pack
 from argosy.model.families import open_model
 from tests.engine.test_gguf import LARGEST_DIVERGENCE, mean_divergence
+from tests.engine.test_hub_schemes import values_of
 from tests.models.mlx_models import DIRECTORY, PLAIN, QUANTISED, MlxModel
 from tests.models.references import LARGEST_DIFFERENCE, Reference, difference
 from tests.models.safetensors_file import Array, read_header
@@ -90,3 +92,30 @@ def test_experts_one_by_one_as_early_mlx_lm_stored_them_are_the_same(tmp_path: P
         with Engine.open(directory, memory="4GiB", threads=1) as engine:
             found.append(engine.logits(Reference(source).input_ids).tobytes())
     assert found[0] == found[1]
+
+
+def test_nvfp4_weights_may_have_a_factor_for_each_matrix(tmp_path: Path) -> None:
+    source, copy = DIRECTORY / "qwen3_next_nvfp4", tmp_path / "model"
+    shutil.copytree(source, copy)
+    header, begin = read_header(source / "model.safetensors")
+    content = (source / "model.safetensors").read_bytes()[begin:]
+    factors = {"gate": [0.5, 3.0], "down": [1.0, 0.25]}
+    for name, factor in factors.items():
+        largest = (2688 * np.array(factor, np.float32)).tobytes()
+        header[f"model.layers.0.mlp.switch_mlp.{name}_proj.global_scale"] = {
+            "dtype": "F32",
+            "shape": [2],
+            "data_offsets": [len(content), len(content) + len(largest)],
+        }
+        content += largest
+    text = json.dumps(header).encode()
+    (copy / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + content)
+    (copy / "model.safetensors.index.json").unlink(missing_ok=True)
+    for directory, name in ((source, "plain"), (copy, "scaled")):
+        pack(open_model(directory), tmp_path / name, format="source")
+    plain, scaled = (open_model(tmp_path / name).experts for name in ("plain", "scaled"))
+    for expert in range(2):
+        for name in ("gate", "up", "down"):
+            found, whole = (values_of(one[0, expert].matrix(name, name), tmp_path) for one in (scaled, plain))
+            factor = np.float32(factors.get(name, [1.0, 1.0])[expert])
+            np.testing.assert_array_equal(found, whole * factor)

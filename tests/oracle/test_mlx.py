@@ -92,6 +92,20 @@ NAMES = (
 )  # fmt: skip
 
 
+@pytest.mark.parametrize("largest", [1e-3, 0.37, 2688.0, 1e6])
+def test_nvfp4_weights_with_a_factor_are_those_of_mlx(largest: float) -> None:
+    mx.set_default_device(mx.cpu)
+    words = random_words(4)
+    scales = np.random.default_rng(4).integers(0, 0x7F, (ROWS, COLS // 16), np.uint8)
+    factor = np.array([largest], np.float32)
+    expected = mx.dequantize(
+        mx.array(words), mx.array(scales), group_size=16, bits=4, mode="nvfp4", global_scale=mx.array(factor),
+        dtype=mx.float32,
+    )  # fmt: skip
+    found = landed("nvfp4", nvfp4_quants=words, nvfp4_scales=scales, nvfp4_largest=factor)
+    np.testing.assert_allclose(found, np.array(expected), rtol=3 * 2**-24, atol=0)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_of_renamed_checkpoints_are_those_of_mlx(name: str, tmp_path: Path) -> None:
     configuration = next(one for one in CONFIGURATIONS if one.name == name)

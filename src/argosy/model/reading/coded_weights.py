@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import cast, get_args
@@ -247,21 +247,26 @@ def _mlx_affine(scheme: Scheme, rows: int, cols: int, scale_dtype: str | None) -
     return Stored(format, parts)
 
 
-def _mlx_floats(format: Format, scales: str) -> Storage:
-    """The modes of MLX whose codes and scales are small floats."""
+_MLX_FACTOR = "global_scale"  # the largest magnitude of a matrix; not all have one
+
+
+def _mlx_floats(format: Format, scales: str, largest: str = "", **fields: str) -> Storage:
+    """The modes of MLX whose codes and scales are small floats; `largest` is a factor that a matrix may have."""
 
     def stored(scheme: Scheme, rows: int, cols: int, scale_dtype: str | None) -> Stored | str:
         group = scheme.block[1]
         if cols % group:
             return f"whole groups of {group} columns"
         codes = f"{format}_codes" if scheme.bits == 8 else f"{format}_quants"
-        parts = (
+        parts = [
             Part(("weight",), {"U32": codes}, ((rows, cols * scheme.bits // 32),)),
             Part(("scales",), {"U8": scales}, ((rows, cols // group),)),
-        )
-        return Stored(format, parts)
+        ]
+        if largest:
+            parts.append(Part((_MLX_FACTOR,), {"F32": largest}, ((), (1,))))
+        return Stored(format, tuple(parts))
 
-    return Storage(stored, ("scales",))
+    return Storage(stored, ("scales",), **fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,10 +276,12 @@ class Storage:
     stored: says how a matrix [rows, cols] is stored if its scales have a dtype (None: they are missing), or what is
         supported instead.
     scales: the possible names of the scales.
+    with_factor: the storage of matrices that also have MLX's factor.
     """
 
     stored: Callable[[Scheme, int, int, str | None], Stored | str]
     scales: tuple[str, ...] = ("weight_scale",)
+    with_factor: str = ""
 
 
 STORAGES: Mapping[str, Storage] = {
@@ -291,7 +298,8 @@ STORAGES: Mapping[str, Storage] = {
     "mlx-affine": Storage(_mlx_affine, ("scales",)),
     "mlx-mxfp4": _mlx_floats("mxfp4", "mxfp4_scales"),
     "mlx-mxfp8": _mlx_floats("mxfp8", "mxfp8_scales"),
-    "mlx-nvfp4": _mlx_floats("nvfp4", "nvfp4_scales_alone"),
+    "mlx-nvfp4": _mlx_floats("nvfp4", "nvfp4_scales_alone", with_factor="mlx-nvfp4-scaled"),
+    "mlx-nvfp4-scaled": _mlx_floats("nvfp4", "nvfp4_scales", "nvfp4_largest"),
 }
 
 
@@ -469,6 +477,8 @@ class WeightAccounts(TensorAccounts):
     def _stored(self, name: str, codes: TensorRef, scheme: Scheme, shape: tuple[int, int]) -> Stored:
         scales = None
         if (storage := STORAGES.get(scheme.storage)) is not None:
+            if storage.with_factor and self._name_of(name, (_MLX_FACTOR,)) in self:
+                scheme = replace(scheme, storage=storage.with_factor)
             scales = self._tensors.get(self._name_of(name, storage.scales))
         stored = _stored(scheme, *shape, None if scales is None else scales.dtype)
         if isinstance(stored, str):
@@ -482,6 +492,7 @@ class WeightAccounts(TensorAccounts):
         return UnsupportedModel(
             f"{codes.path.name}: {quote(codes.name)} holds a matrix {list(shape)} as {scheme}; "
             f"supported: {supported}",
+            hint="get a GGUF of the model, or a checkpoint that stores this matrix in a supported way",
             path=codes.path,
             tensor=codes.name,
         )
