@@ -28,6 +28,7 @@
 #include "kernels/rope.h"
 #include "kernels/route.h"
 #include "kernels/swiglu.h"
+#include "kernels/transcode_bnb4.h"
 #include "kernels/transcode_f8.h"
 #include "kernels/transcode_grouped.h"
 #include "kernels/transcode_iq.h"
@@ -77,6 +78,11 @@ struct TableBuilder {
       set(kType, transcode_nvfp4_scales<kHasFactor>);
     } else if constexpr (is_factor(kType)) {
       set(kType, transcode_nvfp4_factor<kType>);
+    } else if constexpr (kType == BlockType::int8_row_order) {
+      set(kType, transcode_int8_order);
+    } else if constexpr (is_bnb4(slot_format(kType)) && kType != BlockType::bnb4_codes &&
+                         kType != BlockType::bnb4_double_codes && kType != BlockType::bnb4_scales) {
+      set(kType, transcode_bnb4<kType>);
     } else if constexpr (!is_f8(slot_format(kType))) {
       set(kType, transcode_panels<kType>);
     } else if constexpr (entry_of(kType).scale == ScaleType::none) {
@@ -145,7 +151,8 @@ constexpr KernelTable kernel_table_named(const char* name) {
   builder.set(Format::f32, matmul_float<F32Weights>);
   builder.set(Format::f16, matmul_float<F16Weights>);
   builder.set(Format::bf16, matmul_float<Bf16Weights>);
-  builder.set_f8<Format::f8, Format::f8_row, Format::f8_32, Format::mxfp8>();
+  builder.set_f8<Format::f8, Format::f8_row, Format::f8_32, Format::mxfp8, Format::int8_row, Format::bnb4,
+                 Format::bnb4_double>();
   builder.set_all_quantized(std::make_index_sequence<kNumFormats>());
   builder.set_transcode_of_all(std::make_index_sequence<kNumBlockTypes>());
   for (const bool is_set : builder.has_matmul) {

@@ -10,6 +10,13 @@
 //     f8_32  16                  float32 [16][ceil(cols / 32)] a row and 32 columns
 //     mxfp8  16                  e8m0 [16][ceil(cols / 32)]    a row and 32 columns: 2^(byte - 127)
 //
+//   int8_row bnb4         the same with other codes, which become float32 weights as well. int8_row: int8,
+//   and bnb4_double           the scales of f8_row. bnb4 (bitsandbytes' nf4 and fp4): codes of four bits, the
+//                         even column in the high half of a byte, rows padded to 64 columns. A stretch of 16
+//                         rows begins with the value of each code, float32 [16], and has float32
+//                         [16][ceil(cols / 64)]. bnb4_double: a byte in place of each of these, by what
+//                         bitsandbytes calls double quantisation (double_scale).
+//
 //   the others       quantised: weight = scale * q, or scale * q + min. A code of `bits` bits stands for q:
 //                    the code minus `zero`, or an entry of a table of 16. Rows are padded to 16, columns to
 //                    a block.
@@ -101,6 +108,9 @@ enum class Format : uint8_t {
   f8_row,
   f8_32,
   mxfp8,
+  int8_row,
+  bnb4,
+  bnb4_double,
   q8,
   q4,
   q4_1,
@@ -455,25 +465,54 @@ static inline constexpr int64_t num_blocks(Format format, int64_t cols) {
   return round_up(cols, quant_format(format).block_cols) / quant_format(format).block_cols;
 }
 
-static inline constexpr bool is_f8(Format format) { return format >= Format::f8 && format <= Format::mxfp8; }
+// Whether the format is one of the rows of codes with scales that float activations multiply.
+static inline constexpr bool is_f8(Format format) {
+  return format >= Format::f8 && format <= Format::bnb4_double;
+}
+static inline constexpr bool is_bnb4(Format format) {
+  return format == Format::bnb4 || format == Format::bnb4_double;
+}
+// Whether the codes are E4M3.
+static inline constexpr bool has_e4m3_codes(Format format) {
+  return format >= Format::f8 && format <= Format::mxfp8;
+}
 
 // f8: rows and columns of a block of weights that share a scale.
 [[maybe_unused]] static constexpr int64_t kF8Block = 128;
 
 namespace {
 
+// bnb4: columns that share a scale, which follow each other through the whole matrix; bnb4_double: scales
+// that share a factor, likewise.
+[[maybe_unused]] static constexpr int64_t kBnb4Block = 64, kDoubleBlock = 256;
+
 // One row of the table of FP8 formats.
 struct F8Format {
   int64_t stretch_rows;            // a multiple of kPanelRows
   int64_t scale_rows, scale_cols;  // of a block; no columns: all
   int64_t scale_bytes;
+  int64_t table_bytes = 0;  // the values of codes of four bits, before the scales of a stretch
+  bool is_double = false;
 
+  // The factors that the scales of a row may have.
+  constexpr int64_t num_factors(int64_t cols) const {
+    return (num_scales(cols) + kDoubleBlock - 1) / kDoubleBlock + 1;
+  }
+  constexpr int64_t row_code_bytes(int64_t cols) const {
+    return table_bytes > 0 ? round_up(cols, kBnb4Block) / 2 : cols;
+  }
   // The scales of a row, and their bytes.
   constexpr int64_t num_scales(int64_t cols) const {
     if (scale_cols == 0) return cols > 0 ? 1 : 0;
     return round_up(cols, scale_cols) / scale_cols;
   }
-  constexpr int64_t row_bytes(int64_t cols) const { return num_scales(cols) * scale_bytes; }
+  constexpr int64_t row_bytes(int64_t cols) const {
+    if (is_double) return double_scales_at(cols) + round_up(num_scales(cols), 4);
+    return num_scales(cols) * scale_bytes;
+  }
+  // bnb4_double: a row has the offset of the matrix, float32; the number of scales before the row that share
+  // its first factor, uint32; its factors, float32; then its scales, bytes.
+  constexpr int64_t double_scales_at(int64_t cols) const { return 8 + 4 * num_factors(cols); }
 };
 
 }  // namespace
@@ -486,6 +525,12 @@ static inline constexpr F8Format f8_format(Format format) {
       return {kPanelRows, 1, 32, 4};
     case Format::mxfp8:
       return {kPanelRows, 1, 32, 1};
+    case Format::int8_row:
+      return {kPanelRows, 1, 0, 4};
+    case Format::bnb4:
+      return {kPanelRows, 1, kBnb4Block, 4, 64};
+    case Format::bnb4_double:
+      return {kPanelRows, 1, kBnb4Block, 1, 64, true};
     default:
       return {kF8Block, kF8Block, kF8Block, 4};
   }
@@ -494,20 +539,22 @@ static inline constexpr F8Format f8_format(Format format) {
 // Bytes of the scales of a stretch.
 static inline constexpr int64_t f8_scales_bytes(Format format, int64_t cols) {
   const F8Format f8 = f8_format(format);
-  return round_up(f8.stretch_rows / f8.scale_rows * f8.row_bytes(cols), kMatrixAlignment);
+  return round_up(f8.table_bytes + f8.stretch_rows / f8.scale_rows * f8.row_bytes(cols), kMatrixAlignment);
 }
 // Where the stretch of a row begins, where the scales of the row begin, and where its codes begin.
 static inline constexpr int64_t f8_stretch_at(Format format, int64_t row, int64_t cols) {
-  const int64_t rows = f8_format(format).stretch_rows;
-  return row / rows * (f8_scales_bytes(format, cols) + rows * cols);
+  const F8Format f8 = f8_format(format);
+  return row / f8.stretch_rows * (f8_scales_bytes(format, cols) + f8.stretch_rows * f8.row_code_bytes(cols));
 }
 static inline constexpr int64_t f8_scales_at(Format format, int64_t row, int64_t cols) {
   const F8Format f8 = f8_format(format);
-  return f8_stretch_at(format, row, cols) + row % f8.stretch_rows / f8.scale_rows * f8.row_bytes(cols);
+  return f8_stretch_at(format, row, cols) + f8.table_bytes +
+         row % f8.stretch_rows / f8.scale_rows * f8.row_bytes(cols);
 }
 static inline constexpr int64_t f8_row_at(Format format, int64_t row, int64_t cols) {
+  const F8Format f8 = f8_format(format);
   return f8_stretch_at(format, row, cols) + f8_scales_bytes(format, cols) +
-         row % f8_format(format).stretch_rows * cols;
+         row % f8.stretch_rows * f8.row_code_bytes(cols);
 }
 
 // For f32, f16 and bf16 only.
@@ -529,8 +576,9 @@ static inline constexpr int64_t order_bytes(Format format, int64_t cols) {
 static inline constexpr int64_t matrix_bytes(Format format, int64_t rows, int64_t cols) {
   if (is_quantized(format)) return panels_bytes(format, rows, cols) + order_bytes(format, cols);
   if (is_f8(format)) {
-    const int64_t stretch_rows = f8_format(format).stretch_rows;
-    return round_up(rows, stretch_rows) / stretch_rows * f8_scales_bytes(format, cols) + rows * cols;
+    const F8Format f8 = f8_format(format);
+    return round_up(rows, f8.stretch_rows) / f8.stretch_rows * f8_scales_bytes(format, cols) +
+           rows * f8.row_code_bytes(cols);
   }
   return rows * cols * weight_bytes(format);
 }

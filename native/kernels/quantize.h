@@ -211,10 +211,7 @@ inline void dequantize_panel_row(Format format, const uint8_t* weights, int64_t 
 void dequantize_row(Format format, const uint8_t* weights, int64_t cols, int64_t row, float* out) {
   if (is_quantized(format)) return dequantize_panel_row(format, weights, cols, row, out);
   if (is_f8(format)) {
-    const uint8_t* codes = weights + f8_row_at(format, row, cols);
-    for (int64_t i = 0; i < cols; ++i) {
-      out[i] = float_from_f8(codes[i]) * f8_scale_at(format, weights, cols, row, i);
-    }
+    for (int64_t i = 0; i < cols; ++i) out[i] = f8_weight_at(format, weights, cols, row, i);
     return;
   }
   const uint8_t* values = weights + row * cols * weight_bytes(format);

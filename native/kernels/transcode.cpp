@@ -20,6 +20,10 @@ std::optional<BlockType> sized_type(const BlockTypeEntry& entry, std::string_vie
   if (error != std::errc() || middle == end || *middle != 'x') return std::nullopt;
   const auto [last, other_error] = std::from_chars(middle + 1, end, cols);
   if (other_error != std::errc() || last != end) return std::nullopt;
+  if (is_text(entry.type)) {
+    const bool is_size = rows == 1 && cols >= 1 && cols <= kMostSized;
+    return is_size ? std::optional(sized(entry.type, rows, cols)) : std::nullopt;
+  }
   const F8Format f8 = f8_format(entry.format);
   for (const auto& [size, unit] : {std::pair{rows, f8.scale_rows}, std::pair{cols, f8.scale_cols}}) {
     if (size < 1 || size > kMostSized || size % unit != 0) return std::nullopt;
@@ -89,6 +93,17 @@ const char* what_is_refused(BlockType type) {
       default:
         break;
     }
+  }
+  if (is_text(type)) {
+    return "a quant_state of another shape or another blocksize than 64 (nested_blocksize 256); get a "
+           "checkpoint with the block sizes that transformers writes";
+  }
+  if (type == BlockType::int8_row_order) {
+    return "another weight_format than 0, rows; save the model again with bitsandbytes 0.46 or newer";
+  }
+  if (type == BlockType::bnb4_double_nested_map) {
+    return "values of 8-bit scales that are not those of bitsandbytes; get the checkpoint without "
+           "bnb_4bit_use_double_quant";
   }
   return "a code or scale that is not a finite number";
 }

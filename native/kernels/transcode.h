@@ -39,11 +39,23 @@
 //   f8_scale       float32, of the whole matrix
 //   f8_row_scales  float32 [rows]
 //   f8_32_scales   float32 [rows, cols / 32], rounded up
+//   int8_row_codes int8 [rows, cols]; int8_row_scales float32 [rows]; or int8_row_largest, the same times
+//                  127. int8_row_order: u8, bitsandbytes' weight_format, 0 for rows
 //   mxfp8_scales   e8m0 [rows, cols / 32], rounded up
 //
 // Scales of FP8 may also be bfloat16, float16 or e8m0: f8_scales_bf16 and so on. Those of blocks may have
 // other blocks than their format, if these consist of whole blocks of the format: f8_32_scales_64x128 is
 // float32 [rows / 64, cols / 128], rounded up, and each scale is repeated.
+//
+// bitsandbytes' tensors of four bits go on from row to row, so rows must be whole blocks of 64 columns:
+//
+//   bnb4_codes     u8 [rows * cols / 2], the even column in the high half
+//   bnb4_scales    float32 [rows * cols / 64]
+//   bnb4_map       float32 [16]: the values of the codes
+//   bnb4_state     JSON, checked. Its name ends in "_1xN", N bytes
+//   bnb4_double_*  codes, map and state the same; in place of scales, u8 [rows * cols / 64] (absmax), float32
+//                  [rows * cols / 64 / 256] rounded up (factors), and float32 [256] (nested_map), the values
+//                  of these bytes, which must be those of double_scale. The state has the offset
 //
 // For these tensors, a block is the data of 32 columns (codes of FP8: of one column; scales of FP8: of their
 // rows and columns). The scales write the padding.
@@ -122,6 +134,20 @@ enum class BlockType : uint64_t {
   f8_32_scales_f16,
   mxfp8_codes,
   mxfp8_scales,
+  int8_row_codes,
+  int8_row_scales,
+  int8_row_largest,
+  int8_row_order,
+  bnb4_codes,
+  bnb4_scales,
+  bnb4_map,
+  bnb4_state,
+  bnb4_double_codes,
+  bnb4_double_map,
+  bnb4_double_state,
+  bnb4_double_absmax,
+  bnb4_double_factors,
+  bnb4_double_nested_map,
   nvfp4_blocks,
   nvfp4_quants,
   nvfp4_scales,
@@ -131,8 +157,8 @@ enum class BlockType : uint64_t {
   nvfp4_largest
 };
 
-// How a scale of FP8 is stored.
-enum class ScaleType : uint8_t { none, f32, bf16, f16, e8m0 };
+// How a scale of FP8 is stored. largest: the weight of code 127, as float32.
+enum class ScaleType : uint8_t { none, f32, bf16, f16, e8m0, largest };
 
 // Rows or columns of a block that covers the whole matrix: at least as many as a matrix can have.
 [[maybe_unused]] static constexpr int64_t kWhole = int64_t{1} << 30;
@@ -207,6 +233,21 @@ struct BlockTypeEntry {
     {BlockType::f8_32_scales_f16, "f8_32_scales_f16", Format::f8_32, 2, 1, 32, ScaleType::f16, true},
     {BlockType::mxfp8_codes, "mxfp8_codes", Format::mxfp8, 1, 1, 1},
     {BlockType::mxfp8_scales, "mxfp8_scales", Format::mxfp8, 1, 1, 32, ScaleType::e8m0, true},
+    {BlockType::int8_row_codes, "int8_row_codes", Format::int8_row, 1, 1, 1},
+    {BlockType::int8_row_scales, "int8_row_scales", Format::int8_row, 4, 1, kWhole, ScaleType::f32},
+    {BlockType::int8_row_largest, "int8_row_largest", Format::int8_row, 4, 1, kWhole, ScaleType::largest},
+    {BlockType::int8_row_order, "int8_row_order", Format::int8_row, 1, kWhole, kWhole},
+    {BlockType::bnb4_codes, "bnb4_codes", Format::bnb4, 32, 1, 64},
+    {BlockType::bnb4_scales, "bnb4_scales", Format::bnb4, 4, 1, 64, ScaleType::f32},
+    {BlockType::bnb4_map, "bnb4_map", Format::bnb4, 64, kWhole, kWhole},
+    {BlockType::bnb4_state, "bnb4_state", Format::bnb4, 0, kWhole, kWhole, ScaleType::none, true},
+    {BlockType::bnb4_double_codes, "bnb4_double_codes", Format::bnb4_double, 32, 1, 64},
+    {BlockType::bnb4_double_map, "bnb4_double_map", Format::bnb4_double, 64, kWhole, kWhole},
+    {BlockType::bnb4_double_state, "bnb4_double_state", Format::bnb4_double, 0, kWhole, kWhole,
+     ScaleType::none, true},
+    {BlockType::bnb4_double_absmax, "bnb4_double_absmax", Format::bnb4_double, 1, 1, 64},
+    {BlockType::bnb4_double_factors, "bnb4_double_factors", Format::bnb4_double, 4, kWhole, kWhole},
+    {BlockType::bnb4_double_nested_map, "bnb4_double_nested_map", Format::bnb4_double, 1024, kWhole, kWhole},
     {BlockType::nvfp4_blocks, "nvfp4_blocks", Format::nvfp4, 36},
     {BlockType::nvfp4_quants, "nvfp4_quants", Format::nvfp4, 8, 1, 16},
     {BlockType::nvfp4_scales, "nvfp4_scales", Format::nvfp4, 1, 1, 16},
@@ -247,8 +288,16 @@ static inline constexpr Format slot_format(BlockType type) {
   return entry_of(type).format;
 }
 
+// Whether the type is text, whose bytes the name counts.
+static inline constexpr bool is_text(BlockType type) {
+  return !is_grouped(type) && (entry_of(type).type == BlockType::bnb4_state ||
+                               entry_of(type).type == BlockType::bnb4_double_state);
+}
+
 // Bytes of one block in the file; not of grouped types.
-static inline constexpr int64_t block_bytes(BlockType type) { return entry_of(type).bytes; }
+static inline constexpr int64_t block_bytes(BlockType type) {
+  return is_text(type) ? int64_t(uint64_t(type) >> 40) : entry_of(type).bytes;
+}
 
 // Whether the type holds only quants, and whether it holds only scales.
 static inline constexpr bool is_quants(BlockType type) {
@@ -275,16 +324,19 @@ static inline constexpr bool may_be_refused(BlockType type) {
 // cols is a multiple of the block's columns.
 static inline constexpr int64_t block_rows(BlockType type) {
   if (is_grouped(type)) return 1;
+  if (is_text(type)) return kWhole;
   const auto rows = int64_t(uint64_t(type) >> 16 & uint64_t(kMostSized));
   return rows > 0 ? rows : entry_of(type).rows;
 }
 static inline constexpr int64_t block_cols(BlockType type) {
   if (is_grouped(type)) return kGroupSize;
+  if (is_text(type)) return kWhole;
   const auto cols = int64_t(uint64_t(type) >> 40);
   if (cols > 0) return cols;
   return entry_of(type).cols > 0 ? entry_of(type).cols : quant_format(slot_format(type)).block_cols;
 }
 static inline constexpr bool has_whole_blocks(BlockType type, int64_t cols) {
+  if (is_bnb4(slot_format(type))) return cols % kBnb4Block == 0;
   return is_f8(slot_format(type)) || is_factor(type) || cols % block_cols(type) == 0;
 }
 // Whether the rows of several matrices may alternate in the file.
@@ -311,6 +363,9 @@ static inline constexpr bool has_whole_words(BlockType type, int64_t rows) {
 // Bytes of `rows` rows in the file.
 static inline constexpr int64_t source_bytes(BlockType type, int64_t rows, int64_t cols) {
   if (is_grouped(type)) return part_bytes(slot_format(type), part_of(type), rows, cols);
+  if (type == BlockType::bnb4_double_factors) {
+    return round_up(rows * (cols / kBnb4Block), kDoubleBlock) / kDoubleBlock * 4;
+  }
   return round_up(rows, block_rows(type)) / block_rows(type) * block_row_bytes(type, cols);
 }
 
@@ -327,6 +382,7 @@ static inline constexpr int64_t num_strips(BlockType type, int64_t rows, int64_t
 // Bytes of a strip in the file; the last strip may have fewer.
 static inline constexpr int64_t strip_bytes(BlockType type, int64_t rows, int64_t cols) {
   if (is_grouped(type)) return part_strip_bytes(slot_format(type), part_of(type), rows, cols);
+  if (type == BlockType::bnb4_double_factors) return source_bytes(type, rows, cols);
   return source_bytes(type, strip_rows(type), cols);
 }
 

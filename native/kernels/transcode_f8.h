@@ -29,12 +29,13 @@ bool transcode_f8_codes(const TranscodeArgs& a) {
   for (int64_t row = a.panel_begin * kPanelRows; row < a.panel_end * kPanelRows && row < a.rows;
        row += kPanelRows) {
     // The rows of a panel are contiguous, because a stretch is whole panels.
-    const int64_t nbytes = (a.rows - row < kPanelRows ? a.rows - row : kPanelRows) * a.cols;
+    const int64_t nbytes =
+        (a.rows - row < kPanelRows ? a.rows - row : kPanelRows) * f8_format(kFormat).row_code_bytes(a.cols);
     uint8_t* to = a.matrix + f8_row_at(kFormat, row, a.cols);
     for (int64_t at = 0; at < nbytes; at += kInCache) {
       const int64_t n = nbytes - at < kInCache ? nbytes - at : kInCache;
       std::memcpy(to + at, from + at, size_t(n));
-      has_nan |= has_nan_code(from + at, n);
+      if constexpr (has_e4m3_codes(kFormat)) has_nan |= has_nan_code(from + at, n);
     }
     from += nbytes;
   }
@@ -50,6 +51,8 @@ uint32_t read_f8_scale(const uint8_t* from) {
     return bit_cast<uint32_t>(float_from_f16(read_unaligned<uint16_t>(from)));
   } else if constexpr (kScale == ScaleType::bf16) {
     return uint32_t(read_unaligned<uint16_t>(from)) << 16;
+  } else if constexpr (kScale == ScaleType::largest) {
+    return bit_cast<uint32_t>(read_unaligned<float>(from) * (1.0f / 127.0f));
   } else {
     return read_unaligned<uint32_t>(from);
   }

@@ -89,6 +89,21 @@ struct Bf16Weights {
   static Vec load(const uint8_t* from, int64_t n) { return widen(load_16bit(from, n)); }
 };
 
+// Sixteen values, and those that the codes in four bytes choose, the high half of a byte first.
+struct SixteenFloats {
+  explicit SixteenFloats(const uint8_t* from)
+      : low(F32Weights::load(from)), high(F32Weights::load(from + 32)) {}
+  Vec of_nibbles(const uint8_t* codes) const {
+    const __m128i bytes = _mm_cvtsi32_si128(read_unaligned<int32_t>(codes));
+    const __m128i in_order = _mm_unpacklo_epi8(_mm_srli_epi16(bytes, 4), bytes);
+    const __m256i chosen = _mm256_cvtepu8_epi32(in_order);
+    // vpermps takes the lowest three bits; the fourth becomes a sign.
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, chosen), _mm256_permutevar8x32_ps(high, chosen),
+                            _mm256_castsi256_ps(_mm256_slli_epi32(chosen, 28)));
+  }
+  Vec low, high;
+};
+
 // FP8 codes as value / 256: spreading the sign to bit 14 and clearing it there leaves a float16 whose
 // exponent has a bias of 15 instead of 7, subnormals included.
 constexpr int kF8Vecs = 2;  // vectors converted to float at once

@@ -78,6 +78,17 @@ struct Bf16Weights {
   }
 };
 
+// Sixteen values, and those that the codes in eight bytes choose, the high half of a byte first.
+struct SixteenFloats {
+  explicit SixteenFloats(const uint8_t* from) : values(F32Weights::load(from)) {}
+  Vec of_nibbles(const uint8_t* codes) const {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
+    const __m128i in_order = _mm_unpacklo_epi8(_mm_srli_epi16(bytes, 4), bytes);
+    return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(in_order), values);  // takes the lowest four bits
+  }
+  Vec values;
+};
+
 // FP8 codes as value / 256: spreading the sign to bit 14 and clearing it there leaves a float16 whose
 // exponent has a bias of 15 instead of 7, subnormals included.
 inline __m256i halves_of_f8(__m128i codes) {

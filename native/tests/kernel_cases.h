@@ -27,17 +27,35 @@ inline const Format kInt4 = grouped_format(0, 128, true), kInt8 = grouped_format
                     kAffine2 = grouped_format(6, 128, true), kAffine3 = grouped_format(7, 32, false),
                     kAffine4 = grouped_format(8, 64, false), kAffine5 = grouped_format(9, 64, true),
                     kAffine6 = grouped_format(10, 128, false), kAffine8 = grouped_format(11, 64, false);
-inline const Format kFormats[] = {
-    Format::f32,     Format::f16,    Format::bf16,   Format::f8,      Format::f8_row, Format::f8_32,
-    Format::mxfp8,   Format::q8,     Format::q4,     Format::q4_1,    Format::q5_0,   Format::q5_1,
-    Format::q4_k,    Format::q5_k,   Format::q6_k,   Format::q2_k,    Format::q3_k,   Format::iq4_nl,
-    Format::iq4_xs,  Format::mxfp4,  Format::nvfp4,  Format::int4,    Format::tq2_0,  Format::q2_0,
-    Format::iq2_xxs, Format::iq2_xs, Format::iq2_s,  Format::iq3_xxs, Format::iq3_s,  Format::iq1_s,
-    Format::iq1_m,   Format::tq1_0,  Format::q1_0,   Format::iq2_k,   Format::iq3_k,  Format::iq4_k,
-    Format::iq5_k,   Format::iq6_k,  Format::iq2_ks, Format::iq3_ks,  Format::iq4_ks, Format::iq5_ks,
-    Format::iq2_kl,  kInt4,          kInt8,          kUint2,          kUint3,         kUint4,
-    kUint8,          kAffine2,       kAffine3,       kAffine4,        kAffine5,       kAffine6,
-    kAffine8};
+inline const Format kFormats[] = {Format::f32,     Format::f16,
+                                  Format::bf16,    Format::f8,
+                                  Format::f8_row,  Format::f8_32,
+                                  Format::mxfp8,   Format::int8_row,
+                                  Format::bnb4,    Format::bnb4_double,
+                                  Format::q8,      Format::q4,
+                                  Format::q4_1,    Format::q5_0,
+                                  Format::q5_1,    Format::q4_k,
+                                  Format::q5_k,    Format::q6_k,
+                                  Format::q2_k,    Format::q3_k,
+                                  Format::iq4_nl,  Format::iq4_xs,
+                                  Format::mxfp4,   Format::nvfp4,
+                                  Format::int4,    Format::tq2_0,
+                                  Format::q2_0,    Format::iq2_xxs,
+                                  Format::iq2_xs,  Format::iq2_s,
+                                  Format::iq3_xxs, Format::iq3_s,
+                                  Format::iq1_s,   Format::iq1_m,
+                                  Format::tq1_0,   Format::q1_0,
+                                  Format::iq2_k,   Format::iq3_k,
+                                  Format::iq4_k,   Format::iq5_k,
+                                  Format::iq6_k,   Format::iq2_ks,
+                                  Format::iq3_ks,  Format::iq4_ks,
+                                  Format::iq5_ks,  Format::iq2_kl,
+                                  kInt4,           kInt8,
+                                  kUint2,          kUint3,
+                                  kUint4,          kUint8,
+                                  kAffine2,        kAffine3,
+                                  kAffine4,        kAffine5,
+                                  kAffine6,        kAffine8};
 inline const Format kF8Formats[] = {Format::f8, Format::f8_row, Format::f8_32, Format::mxfp8};
 // Block types that hold a whole matrix.
 inline const BlockType kBlockTypes[] = {
@@ -86,6 +104,7 @@ inline bool is_quantized_here(Format format) { return format <= Format::q4 && !i
 // The columns that a matrix of this format can have: `cols` or, for GGUF's blocks, rounded up to a whole
 // block.
 inline int64_t cols_of(Format format, int64_t cols) {
+  if (is_bnb4(format)) return round_up(cols, kBnb4Block);
   if (is_quantized_here(format) || is_f8(format)) return cols;
   return round_up(cols, is_grouped(format) ? kGroupSize : quant_format(format).block_cols);
 }
@@ -223,6 +242,59 @@ inline std::vector<uint8_t> random_part(Format format, GroupedPart part, int64_t
   return bytes;
 }
 
+inline std::string bnb_state(int64_t rows, int64_t cols) {
+  return "{\"quant_type\": \"nf4\", \"blocksize\": 64, \"dtype\": \"bfloat16\", \"shape\": [" +
+         std::to_string(rows) + ", " + std::to_string(cols) +
+         "], \"nested_blocksize\": 256, \"nested_dtype\": \"float32\", \"nested_offset\": 6.25e-02}";
+}
+
+// The tensors of a matrix of bitsandbytes.
+inline std::vector<BlockType> bnb_parts(Format format, int64_t rows, int64_t cols) {
+  const auto length = int64_t(bnb_state(rows, cols).size());
+  if (format == Format::int8_row)
+    return {BlockType::int8_row_codes, BlockType::int8_row_largest, BlockType::int8_row_order};
+  if (format == Format::bnb4)
+    return {BlockType::bnb4_codes, BlockType::bnb4_scales, BlockType::bnb4_map,
+            sized(BlockType::bnb4_state, 1, length)};
+  return {BlockType::bnb4_double_nested_map, BlockType::bnb4_double_factors,
+          BlockType::bnb4_double_absmax,     BlockType::bnb4_double_codes,
+          BlockType::bnb4_double_map,        sized(BlockType::bnb4_double_state, 1, length)};
+}
+
+inline std::vector<uint8_t> random_bnb_part(BlockType type, int64_t rows, int64_t cols, unsigned seed) {
+  std::mt19937 generator(seed + unsigned(kind_of(type)));
+  if (is_text(type)) {
+    std::string text = bnb_state(rows, cols);
+    text.resize(size_t(source_bytes(type, rows, cols)));  // a matrix of nothing has none
+    return {text.begin(), text.end()};
+  }
+  std::vector<uint8_t> bytes(size_t(source_bytes(type, rows, cols)));
+  for (uint8_t& byte : bytes) byte = uint8_t(generator());
+  std::vector<float> values;
+  if (type == BlockType::int8_row_order) bytes.assign(bytes.size(), 0);
+  if (type == BlockType::int8_row_largest || type == BlockType::bnb4_scales ||
+      type == BlockType::bnb4_double_factors)
+    values = normal(int64_t(bytes.size() / 4), seed);
+  if (type == BlockType::bnb4_map || type == BlockType::bnb4_double_map) {
+    for (int i = 0; i < 16; ++i) values.push_back(float(i * i - 100) / 125.0f);
+  }
+  if (type == BlockType::bnb4_double_nested_map) {
+    // create_dynamic_map of bitsandbytes.
+    for (int i = 0; i < 7; ++i) {
+      for (int step = 0; step < 1 << i; ++step) {
+        const double middle = 0.1 + 0.9 * (step + 0.5) / (1 << i);
+        values.push_back(float(std::pow(10.0, i - 6) * middle));
+        values.push_back(-values.back());
+      }
+    }
+    values.push_back(0.0f);
+    values.push_back(1.0f);
+    std::sort(values.begin(), values.end());
+  }
+  if (!values.empty() && !bytes.empty()) std::memcpy(bytes.data(), values.data(), bytes.size());
+  return bytes;
+}
+
 // Exactly the bytes of a matrix, `misalign` bytes after an aligned address, so that a sanitizer detects reads
 // beyond it.
 struct Weights {
@@ -268,6 +340,7 @@ struct Weights {
       return parts;
     }
     if (is_grouped(format)) return random_grouped(format, rows, cols, seed, misalign);
+    if (is_f8(format) && !has_e4m3_codes(format)) return random_bnb(format, rows, cols, seed, misalign);
     if (is_f8(format)) return random_f8(format, rows, cols, seed, misalign);
     const BlockType type = block_type_of(format);
     return Weights(type, random_blocks(type, rows, cols, seed), rows, cols, misalign);
@@ -296,6 +369,15 @@ struct Weights {
     std::vector<uint8_t> powers(static_cast<size_t>(scales));
     for (uint8_t& power : powers) power = uint8_t(110 + generator() % 10);
     return Weights(format, codes, powers, rows, cols, misalign);
+  }
+
+  // The tensors of bitsandbytes, for weights of order one.
+  static Weights random_bnb(Format format, int64_t rows, int64_t cols, unsigned seed, int64_t misalign) {
+    Weights parts(format, rows, cols, misalign);
+    for (const BlockType type : bnb_parts(format, rows, cols)) {
+      CHECK(parts.bring(type, random_bnb_part(type, rows, cols, seed)));
+    }
+    return parts;
   }
 
   std::unique_ptr<uint8_t[]> bytes;

@@ -648,6 +648,8 @@ void every_instruction_set_transcodes_to_the_same_bytes() {
   for (int number = 0; number < kNumBlockTypes; ++number) {
     const BlockType type = BlockType(number);
     const Format format = slot_format(type);
+    if (is_f8(format) && !has_e4m3_codes(format))
+      continue;  // tensors_of_bitsandbytes_may_be_transcoded_apart
     const int64_t rows = 300, cols = is_f8(format) ? 300 : 3 * quant_format(format).block_cols;
     for (const int64_t interleaved : {1, 2}) {
       if (!may_be_interleaved(type) && interleaved > 1) continue;
@@ -787,6 +789,34 @@ void integer_sums_of_grouped_formats_are_exact() {
   }
 }
 
+// In any order of tensors and strips, each writes its places and no others.
+void tensors_of_bitsandbytes_may_be_transcoded_apart() {
+  for (const Format format : {Format::int8_row, Format::bnb4, Format::bnb4_double}) {
+    for (const auto& [rows, cols] : {std::pair{53, 128}, std::pair{300, 320}, std::pair{16, 64}}) {
+      const Weights whole = Weights::random(format, rows, cols, 4);
+      std::vector<BlockType> parts = bnb_parts(format, rows, cols);
+      for (const KernelTable* table : all_tables()) {
+        std::reverse(parts.begin(), parts.end());
+        std::vector<uint8_t> found(size_t(matrix_bytes(format, rows, cols)), 0xA5);
+        std::vector<float> expected(size_t(rows * cols)), values(expected.size());
+        for (const BlockType type : parts) {
+          const std::vector<uint8_t> source = random_bnb_part(type, rows, cols, 4);
+          const int64_t strips = num_strips(type, rows), stride = strip_bytes(type, rows, cols);
+          for (int64_t strip = strips - 1; strip >= 0; --strip) {
+            const auto begin = source.begin() + strip * stride;
+            const std::vector<uint8_t> some(begin, strip + 1 < strips ? begin + stride : source.end());
+            CHECK(table->transcode[kind_of(type)](
+                {some.data(), rows, cols, 1, strip, strip + 1, found.data(), type}));
+          }
+        }
+        dequantize(whole.view, expected.data());
+        dequantize({format, found.data(), rows, cols}, values.data());
+        CHECK(same_bits(values, expected));
+      }
+    }
+  }
+}
+
 // A reader transcodes a few panels of a matrix at a time, from the rows it has.
 void panels_may_be_transcoded_apart() {
   constexpr int64_t kRows = 53;
@@ -854,6 +884,7 @@ int main() {
   nan_and_infinity_stay_in_their_row();
   every_instruction_set_packs_the_same_bytes();
   every_instruction_set_transcodes_to_the_same_bytes();
+  tensors_of_bitsandbytes_may_be_transcoded_apart();
   every_instruction_set_dequantizes_to_the_same_bits();
   panels_may_be_transcoded_apart();
   parts_of_grouped_formats_may_be_transcoded_apart();

@@ -129,7 +129,7 @@ def test_a_config_that_contradicts_the_manifest_is_refused(packed: Path) -> None
         (lambda c: c["dense"]["embed"].update(format="f32"), "dense.bin has"),
         (
             lambda c: c["dense"]["embed"].update(format="q5"),
-            "is q5, text; expected one of f32, f16, bf16, f8, f8_row, f8_32, mxfp8, q8, q4",
+            "is q5, text; expected one of f32, f16, bf16, f8, f8_row, f8_32, mxfp8, int8_row, bnb4, ",
         ),
         (lambda c: c["dense"]["embed"].update(crc32c_wide=2**32), "expected a 32-bit checksum"),
         (lambda c: c["dense"]["embed"].pop("format"), "expected the keys format, crc32c_wide"),

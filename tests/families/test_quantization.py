@@ -66,6 +66,7 @@ AWQ = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm", "z
 AUTO_ROUND = {
     "quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True, "packing_format": "auto_round:auto_gptq",
 }  # fmt: skip
+BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 FP8_CODES = "fp8, 8 bits, symmetric, "
 Q, EXPERT_UP, ROUTER = (
     f"model.layers.0.{name}" for name in ("self_attn.q_proj", "mlp.experts.3.up_proj", "mlp.gate")
@@ -155,6 +156,8 @@ Q, EXPERT_UP, ROUTER = (
             FP8_CODES + "one scale a matrix",
             "nvfp4, 4 bits, symmetric, groups of 16",
         ),
+        (BNB, "bnb-4bit, 4 bits, symmetric, groups of 64", ...),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bnb-8bit, 8 bits, symmetric, one scale a row", ...),
         (GPTQ, "gptq, 4 bits, with zero points, groups of 128", ...),
         (
             changed(GPTQ, checkpoint_format="gptq_v2", group_size=-1, dynamic={"-:.*self_attn": {}}),
@@ -191,9 +194,7 @@ def test_no_quantization_config_is_none() -> None:
     assert read_quantization({"quantization_config": None, "text_config": {}}) is None
 
 
-METHODS = (
-    "supported: fp8, compressed-tensors, modelopt, gptq, awq, auto-round, mxfp4, and unquantised bf16, f16"
-)
+METHODS = "supported: fp8, compressed-tensors, modelopt, gptq, awq, auto-round, mxfp4, bitsandbytes, and "
 GROUPS = "supported: 32, 64, 128"
 
 
@@ -238,6 +239,10 @@ GROUPS = "supported: 32, 64, 128"
         (changed(NVFP4, pre_quant_scale=True), "pre_quant_scale true", "supported: false"),
         (changed(NVFP4, group_size=32), "quantization_config.group_size 32", "supported: 16"),
         (changed(NVFP4, quant_algo="MIXED_PRECISION"), "quantized_layers null", METHODS),
+        (changed(BNB, bnb_4bit_quant_type="int4"), "bnb_4bit_quant_type 'int4'", 'supported: "nf4", "fp4"'),
+        (changed(BNB, bnb_4bit_quant_storage="bfloat16"), "bnb_4bit_quant_storage 'bfloat16'", 'supported: "uint8"'),
+        (changed(BNB, load_in_8bit=True), "quantization_config.load_in_4bit true", "load_in_4bit or load_in_8bit"),
+        (changed(BNB, llm_int8_has_fp16_weight=True), "llm_int8_has_fp16_weight true", "supported: false"),
         (changed(GPTQ, bits=5), "quantization_config.bits 5", "supported: 2, 3, 4, 8"),
         (changed(GPTQ, bits=0), "quantization_config.bits 0", "supported: 2, 3, 4, 8"),
         (changed(GPTQ, group_size=100), "quantization_config.group_size 100", "supported: 32, 64, 128, -1"),

@@ -222,6 +222,78 @@ def fp4(
     return quantise
 
 
+# bitsandbytes' `get_4bit_type` and `create_dynamic_map`: the values of codes of weights, and of 8-bit scales.
+NF4 = np.array([
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+    0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+], np.float32)  # fmt: skip
+FP4 = (np.array([0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3]) / 12).astype(
+    np.float32
+)
+
+
+def dynamic_map() -> Array:
+    positive = [
+        10.0 ** (i - 6) * middle
+        for i in range(7)
+        for edges in [np.linspace(0.1, 1, 2**i + 1)]
+        for middle in (edges[:-1] + edges[1:]) / 2
+    ]
+    return np.array(sorted([*positive, *(-value for value in positive), 0.0, 1.0]), np.float32)
+
+
+def bnb_4bit(name: str, *, is_double: bool) -> Quantise:
+    """Codes of four bits with a scale for 64 weights; is_double: scales are 8 bits, with a factor for 256."""
+    table = {"nf4": NF4, "fp4": FP4}[name]
+
+    def quantise(rng: np.random.Generator, shape: tuple[int, int], deviation: float) -> Stored:
+        count = shape[0] * shape[1] // 64
+        codes = rng.integers(0, 16, (count, 64), np.uint8)
+        size = deviation / float(table.std())
+        scales = (size * rng.uniform(0.5, 1.5, count)).astype(np.float32)
+        state: dict[str, Any] = {
+            "quant_type": name, "blocksize": 64, "dtype": "bfloat16", "shape": list(shape)
+        }  # fmt: skip
+        parts: dict[str, tuple[str, Array]] = {
+            "weight": ("U8", (codes[:, ::2] << 4 | codes[:, 1::2]).reshape(-1, 1)),
+            "weight.absmax": ("F32", scales),
+            "weight.quant_map": ("F32", table),
+        }
+        if is_double:
+            stored = rng.integers(0, 256, count, np.uint8)
+            factors = (size / 4 * rng.uniform(0.5, 1.5, -(-count // 256))).astype(np.float32)
+            state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": size}
+            scales = dynamic_map()[stored] * np.repeat(factors, 256)[:count] + np.float32(size)
+            parts |= {
+                "weight.absmax": ("U8", stored),
+                "weight.nested_absmax": ("F32", factors),
+                "weight.nested_quant_map": ("F32", dynamic_map()),
+            }
+        text = np.frombuffer(json.dumps(state).encode(), np.uint8)
+        parts[f"weight.quant_state.bitsandbytes__{name}"] = "U8", text
+        return parts, (table[codes] * scales[:, None]).reshape(shape)
+
+    return quantise
+
+
+def bnb_8bit(rng: np.random.Generator, shape: tuple[int, int], deviation: float) -> Stored:
+    codes = rng.integers(-127, 128, shape).astype(np.int8)
+    largest = (deviation * 3**0.5 * rng.uniform(0.5, 1.5, shape[0])).astype(np.float32)
+    parts = {"weight": ("I8", codes), "SCB": ("F32", largest), "weight_format": ("U8", np.uint8(0))}
+    return parts, codes * (largest[:, None] / np.float32(127))
+
+
+def bitsandbytes(bits: int, **changes: Any) -> dict[str, Any]:
+    return {
+        "quant_method": "bitsandbytes", "_load_in_4bit": bits == 4, "_load_in_8bit": bits == 8,
+        "load_in_4bit": bits == 4, "load_in_8bit": bits == 8, "llm_int8_threshold": 6.0,
+        "llm_int8_skip_modules": ["lm_head", "gate"], "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False, "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+    } | changes  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Kind:
     """How a checkpoint is quantised.
@@ -438,6 +510,23 @@ KINDS: Mapping[str, Kind] = {
         extra={"input_global_scale": ("F32", (1,))},
         rounding=THREE_ROUNDINGS,
     ),
+    "nf4": Kind(
+        bitsandbytes(4), {"_proj.": bnb_4bit("nf4", is_double=True)}, "bnb4_double", True, rounding=2**-20
+    ),
+    "nf4 without double quantisation": Kind(
+        bitsandbytes(4, bnb_4bit_use_double_quant=False),
+        {"_proj.": bnb_4bit("nf4", is_double=False)},
+        "bnb4",
+        True,
+    ),
+    "fp4": Kind(
+        bitsandbytes(4, bnb_4bit_quant_type="fp4"),
+        {"_proj.": bnb_4bit("fp4", is_double=True)},
+        "bnb4_double",
+        True,
+        rounding=2**-20,
+    ),
+    "llm.int8": Kind(bitsandbytes(8), {"_proj.": bnb_8bit}, "int8_row", True, rounding=2**-21),
     "modelopt mixed": Kind(
         modelopt(
             "MIXED_PRECISION",

@@ -778,7 +778,7 @@ def test_wrong_arguments_are_refused_with_both_numbers(runtime: native.Runtime) 
         native.Matrix(np.zeros(1088, np.uint8), 1, "q8", 16, 64)
     with refused("at offset -1 does not lie inside"):
         native.Matrix(np.zeros(1088, np.uint8), -1, "q8", 16, 64)
-    with refused("unknown format 'q5'; known: f32, f16, bf16, f8, f8_row, f8_32, mxfp8, q8, q4"):
+    with refused("unknown format 'q5'; known: f32, f16, bf16, f8, f8_row, f8_32, mxfp8, int8_row, bnb4, "):
         native.matrix_bytes("q5", 1, 1)
     with refused("rows is -1, expected 0 to"):
         native.matrix_bytes("f32", -1, 1)

@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 
 from argosy import _native as native
 from argosy.checkpoint.formats import fp8_parts
-from argosy.config import F8_FORMATS
 
 Bytes = NDArray[np.uint8]
 Doubles = NDArray[np.float64]
@@ -125,7 +124,7 @@ def test_blocks_that_no_format_holds_have_no_parts(block: tuple[int, int], dtype
     assert fp8_parts((64, 64 * 3), block, dtype) is None
 
 
-@pytest.mark.parametrize("format", sorted(F8_FORMATS))
+@pytest.mark.parametrize("format", ["f8", "f8_row", "f8_32", "mxfp8"])
 def test_what_is_no_finite_number_is_refused(format: str) -> None:
     shape = (20, 64)
     wrong: dict[str, list[tuple[str, Bytes]]] = {

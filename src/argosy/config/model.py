@@ -11,7 +11,7 @@ DraftForm = Literal["deepseek", "qwen"]
 # Storage formats of a weight matrix in memory; native/kernels/formats.h has the layouts.
 # Products of grouped formats are not measured: `_native.measured_as` names a format with the same arithmetic.
 MeasuredFormat = Literal[
-    "f32", "f16", "bf16", "f8", "f8_row", "f8_32", "mxfp8",
+    "f32", "f16", "bf16", "f8", "f8_row", "f8_32", "mxfp8", "int8_row", "bnb4", "bnb4_double",
     "q8", "q4", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k", "q2_k", "q3_k", "iq4_nl", "iq4_xs", "mxfp4", "nvfp4",
     "int4", "tq2_0", "q2_0", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq1_s", "iq1_m", "tq1_0", "q1_0",
     "iq2_k", "iq3_k", "iq4_k", "iq5_k", "iq6_k", "iq2_ks", "iq3_ks", "iq4_ks", "iq5_ks", "iq2_kl",
@@ -44,7 +44,9 @@ GroupedFormat = Literal[
 ]  # fmt: skip
 Format = Literal[MeasuredFormat, GroupedFormat]
 MEASURED_FORMATS: tuple[MeasuredFormat, ...] = get_args(MeasuredFormat)
-F8_FORMATS: frozenset[Format] = frozenset({"f8", "f8_row", "f8_32", "mxfp8"})
+F8_FORMATS: frozenset[Format] = frozenset(
+    {"f8", "f8_row", "f8_32", "mxfp8", "int8_row", "bnb4", "bnb4_double"}
+)
 ACT_ORDER_FORMATS: frozenset[Format] = frozenset(
     format for format in get_args(GroupedFormat) if format.endswith("_act_order")
 )

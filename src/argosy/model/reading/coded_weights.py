@@ -50,12 +50,14 @@ class Part:
     names: its possible names, where the weight's own name ends in "weight".
     types: the allowed dtypes, and the block type of each; "" is checked and never read.
     shapes: the allowed shapes; errors name the first.
+    is_text: whether it may be shorter than its shape; the block type gets its length.
     """
 
     names: tuple[str, ...]
     types: Mapping[str, str]
     shapes: tuple[tuple[int, ...], ...]
     is_required: bool = True
+    is_text: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +271,46 @@ def _mlx_floats(format: Format, scales: str, largest: str = "", **fields: str) -
     return Storage(stored, ("scales",), **fields)
 
 
+_BNB4_BLOCK = 64  # columns that share a scale
+_DOUBLE_BLOCK = 256  # scales that share a factor
+_LONGEST_STATE = 4096
+
+
+def _bnb_4bit(scheme: Scheme, rows: int, cols: int, scale_dtype: str | None) -> Stored | str:
+    """bitsandbytes' nf4 and fp4, which a table in the file tells apart. Blocks go on from row to row."""
+    if cols % _BNB4_BLOCK:
+        return f"columns in whole blocks of {_BNB4_BLOCK}"
+    num_scales = rows * cols // _BNB4_BLOCK
+    format: Format = "bnb4_double" if scale_dtype == "U8" else "bnb4"
+    states = tuple(f"weight.quant_state.bitsandbytes__{name}" for name in ("nf4", "fp4"))
+    parts = [
+        Part(("weight",), {"U8": f"{format}_codes"}, ((rows * cols // 2, 1),)),
+        Part(("weight.quant_map",), {"F32": f"{format}_map"}, ((16,),)),
+        Part(states, {"U8": f"{format}_state"}, ((_LONGEST_STATE,),), is_text=True),
+    ]
+    if format == "bnb4":
+        return Stored(format, (*parts, Part(("weight.absmax",), {"F32": "bnb4_scales"}, ((num_scales,),))))
+    parts += [
+        Part(("weight.absmax",), {"U8": "bnb4_double_absmax"}, ((num_scales,),)),
+        Part(
+            ("weight.nested_absmax",),
+            {"F32": "bnb4_double_factors"},
+            ((_ceil(num_scales, _DOUBLE_BLOCK),),),
+        ),
+        Part(("weight.nested_quant_map",), {"F32": "bnb4_double_nested_map"}, ((256,),)),
+    ]
+    return Stored(format, tuple(parts))
+
+
+def _bnb_8bit(scheme: Scheme, rows: int, cols: int, scale_dtype: str | None) -> Stored | str:
+    parts = (
+        Part(("weight",), {"I8": "int8_row_codes"}, ((rows, cols),)),
+        Part(("SCB",), {"F32": "int8_row_largest"}, ((rows,),)),
+        Part(("weight_format",), {"U8": "int8_row_order"}, ((), (1,)), is_required=False),
+    )
+    return Stored("int8_row", parts)
+
+
 @dataclass(frozen=True, slots=True)
 class Storage:
     """The tensors of a scheme.
@@ -295,6 +337,8 @@ STORAGES: Mapping[str, Storage] = {
     "mxfp4-pack-quantized": Storage(_mxfp4),
     "nvfp4": Storage(_nvfp4),
     "nvfp4-divided": Storage(_nvfp4),
+    "bnb-4bit": Storage(_bnb_4bit, ("weight.absmax",)),
+    "bnb-8bit": Storage(_bnb_8bit, ("SCB",)),
     "mlx-affine": Storage(_mlx_affine, ("scales",)),
     "mlx-mxfp4": _mlx_floats("mxfp4", "mxfp4_scales"),
     "mlx-mxfp8": _mlx_floats("mxfp8", "mxfp8_scales"),
@@ -453,6 +497,9 @@ class WeightAccounts(TensorAccounts):
             if not part.is_required and found not in self:
                 continue
             shapes = part.shapes if slice is None else slice.in_file(whole)
+            if part.is_text and found in self:
+                length = self._tensors[found].nbytes
+                shapes = ((length,),) if 0 < length <= _LONGEST_STATE else shapes
             shapes = tuple(_by_head(one, num_heads) for one in shapes)
             ref, block_type = self.take_part(found, part.types, *shapes)
             own = ref if slice is None else slice.of(ref, part.shapes)
@@ -464,7 +511,7 @@ class WeightAccounts(TensorAccounts):
                     tensor=found,
                 )
             if block_type:
-                pieces.append((own, block_type))
+                pieces.append((own, f"{block_type}_1x{own.nbytes}" if part.is_text else block_type))
         return in_parts(stored.format, shape, *pieces)
 
     def _name_of(self, name: str, parts: tuple[str, ...]) -> str:

@@ -12,6 +12,7 @@
     auto-round           data_type mx_fp, nv_fp                                                    mxfp4-pack-quantized,
                                                                                                    nvfp4-divided, ...
     mxfp4                gpt-oss                                                                   mxfp4-blocks
+    bitsandbytes         load_in_4bit: nf4 and fp4; load_in_8bit                                   bnb-4bit, bnb-8bit
 
 Activations stay as they are: settings that would round them (`input_activations`, `activation_scheme`) change nothing
 here, and neither do those of a KV cache. Settings that change weights, such as rotations, are refused.
@@ -250,6 +251,29 @@ def read_mxfp4(reader: SettingsReader) -> Quantization:
     return Quantization("mxfp4", (Rule(names, None), Rule(EVERYTHING, scheme)))
 
 
+def read_bitsandbytes(reader: SettingsReader) -> Quantization:
+    """Read nf4, fp4 and LLM.int8, whose threshold divides activations at run time and leaves weights alone."""
+    config = reader.settings
+    reader.keys(
+        config, reader.key, "quant_method", "load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit",
+        "bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant", "llm_int8_threshold",
+        "llm_int8_skip_modules", "llm_int8_enable_fp32_cpu_offload",
+        llm_int8_has_fp16_weight=(False, None),
+        bnb_4bit_quant_storage=("uint8", None),
+    )  # fmt: skip
+    is_4bit, is_8bit = (
+        reader.choice(config, reader.key, f"load_in_{bits}bit", True, False, default=False) for bits in (4, 8)
+    )
+    if is_4bit == is_8bit:
+        raise reader.refused(f"{reader.key}.load_in_4bit", is_4bit, "load_in_4bit or load_in_8bit")
+    scheme = Scheme(storage="bnb-8bit", bits=8, block=(1, 0))
+    if is_4bit:
+        reader.choice(config, reader.key, "bnb_4bit_quant_type", "nf4", "fp4", default="fp4")
+        scheme = Scheme(storage="bnb-4bit", bits=4, block=(1, 64))
+    # Lists of skipped modules name parts of names in several ways; tensors show what was skipped.
+    return Quantization("bitsandbytes", (Rule(EVERYTHING, scheme),))
+
+
 # ── gptq, awq, auto-round ───────────────────────────────────────────────────────────────────────────────────────────
 
 # Settings of programs that quantise and run, which do not say how weights are stored. Each of these programs writes
@@ -416,6 +440,7 @@ METHODS: Mapping[str, MethodReader] = {
     "awq": read_awq,
     "auto-round": read_auto_round,
     "mxfp4": read_mxfp4,
+    "bitsandbytes": read_bitsandbytes,
 }
 ALIASES = {"modelopt_fp4": "modelopt", "modelopt_mixed": "modelopt", "intel/auto-round": "auto-round"}
 
@@ -437,6 +462,5 @@ REFUSED: Mapping[str, str] = {
     "eetq": "its codes are laid out for GPU kernels; get a Q8_0 GGUF",
     "fbgemm_fp8": "get the model quantised with compressed-tensors to float-quantized",
     "bitnet": "get a TQ2_0 GGUF",
-    "bitsandbytes": "get the model quantised with compressed-tensors, or a GGUF",
     "sinq": "get a GGUF of the same size",
 }
