@@ -32,7 +32,9 @@ class Probe:
     """A machine on which each trial has a given rate, and where one pass over all formats is enough."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, rate: Callable[[int, Trial], float]) -> None:
-        self.num_calls, self._rate = 0, rate
+        self.num_calls = self.num_passes = 0
+        self.formats: set[Format] = set()
+        self._rate = rate
         monkeypatch.setattr(tuning, "_MOST_PASSES", 1)
         monkeypatch.setattr(tuning, "PROBE_S", 30.0)
         monkeypatch.setattr(_native, "product_probe", self)
@@ -43,11 +45,10 @@ class Probe:
         self, threads: int, trials: Sequence[Trial], nbytes: int, passes: int, instruction_set: str
     ) -> list[float]:
         self.num_calls += 1
+        name = trials[0][0]
+        self.num_passes += name == tuning.FORMATS[0]
+        self.formats.add(name)
         return [self._rate(threads, trial) for trial in trials]
-
-    @property
-    def num_passes(self) -> float:
-        return self.num_calls / len(tuning.FORMATS)
 
 
 # The speed with AMX; one that pays with 16 tokens only was chance, and 0 is that of a wrong result.
@@ -114,7 +115,22 @@ def test_amx_is_used_from_where_it_pays_with_all_larger_numbers_of_tokens(
     assert tuning.choose(2, AVX512).formats == found
     assert {choice.tuning.amx_from for choice in tuning.choose(2, "avx2").formats.values()} == {0}
     monkeypatch.setattr(tuning, "_MOST_PASSES", 2)  # passes with wrong results do not count as disturbed
-    assert tuning.measure(2, AVX512).formats == found
+    assert tuning.measure(2, AVX512).tunings() == tuning.choose(2, AVX512).tunings()
+    assert tuning.measure(2, AVX512).formats["q5_k"] == found["q5_k"]
+
+
+def test_a_start_does_not_wait_for_formats_whose_products_have_one_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    probe = Probe(monkeypatch, some_rate)
+    found = tuning.choose(2, AVX512).formats
+    coded = set(_native.coded_formats())
+    assert probe.formats == set(tuning.FORMATS) - coded
+    assert {found[name] for name in coded} == {(tuning.default_tuning(), 0.0, 1.0, 1.0, 1.0)}
+    assert all(found[name].bytes_per_s for name in found if name not in coded)
+    measured = tuning.measure(2, AVX512).formats
+    assert probe.formats == set(tuning.FORMATS)
+    assert all(choice.bytes_per_s for choice in measured.values())
 
 
 def test_formats_that_the_time_is_too_short_for_get_the_tuning_of_the_first_and_no_figures(
@@ -126,7 +142,7 @@ def test_formats_that_the_time_is_too_short_for_get_the_tuning_of_the_first_and_
     assert probe.num_calls == 1
     assert found["q8"].tuning.two_panels_from == 8
     assert found["q8"].bytes_per_s == pytest.approx(1e9)
-    others = {choice for name, choice in found.items() if name != "q8"}
+    others = {found[name] for name in tuning.with_a_choice() if name != "q8"}
     assert others == {(found["q8"].tuning, 0.0, 1.0, 1.0, 1.0)}
     new_process()
     assert tuning.choose(2, AVX512).formats == found  # they are kept
@@ -171,7 +187,7 @@ def test_it_is_measured_once_for_a_machine_and_a_number_of_threads(
     tuning.choose(2, "avx2")
     assert probe.num_passes == 3
     assert len(list(cache.glob("choices-*.json"))) == 2
-    assert tuning.measure(2, AVX512).formats == first.formats
+    assert tuning.measure(2, AVX512).tunings() == first.tunings()
     assert probe.num_passes == 4  # asked for
     cores = resources.usable_cores()
     monkeypatch.setattr(

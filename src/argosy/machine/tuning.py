@@ -171,7 +171,7 @@ def measure(threads: int, instruction_set: str) -> Choices:
 
     def again(known: _Kept) -> _Kept:
         chosen = _measured_threads(instruction_set, usable, physical) if physical < usable else None
-        formats = _measured_formats(threads, instruction_set)
+        formats = _measured_formats(threads, instruction_set, FORMATS)
         return known if formats is None else known.with_threads(chosen).with_formats(threads, formats)
 
     return _updated(threads, instruction_set, again)
@@ -215,7 +215,7 @@ def _chosen(threads: int, instruction_set: str, has_room: bool) -> Choices:
     def missing(known: _Kept) -> _Kept:
         if threads in known.formats:  # another process measured while this one waited
             return known
-        formats = _measured_formats(threads, instruction_set)
+        formats = _measured_formats(threads, instruction_set, with_a_choice())
         return known if formats is None else known.with_formats(threads, formats)
 
     try:
@@ -235,14 +235,26 @@ def _updated(threads: int, instruction_set: str, update: Callable[[_Kept], _Kept
 _Trial = tuple[Format, int, Tuning]
 
 
-def _measured_formats(threads: int, instruction_set: str) -> dict[Format, FormatChoice] | None:
-    """Choose for every format; return None if other work disturbed the probe, so that its results may be chance.
+def with_a_choice() -> tuple[Format, ...]:
+    """Return the formats whose products can run in several ways.
+
+    Products of a coded format decode for so long that no way is faster than another. `measure` alone times them, to
+    show their rates; a start does not wait for that.
+    """
+    coded = set(_native.coded_formats())
+    return tuple(name for name in FORMATS if name not in coded)
+
+
+def _measured_formats(
+    threads: int, instruction_set: str, formats: Sequence[Format]
+) -> dict[Format, FormatChoice] | None:
+    """Choose for these formats; return None if other work disturbed the probe, so that its results may be chance.
 
     Several threads are disturbed more easily than one, because they are fast only while all of them run; if they are,
     one thread decides for them. Formats for which no time is left get the tuning of the first format.
     """
-    default = default_tuning()
-    trials = {name: _trials(name, default, instruction_set) for name in FORMATS}
+    default, with_choice = default_tuning(), with_a_choice()
+    trials = {name: _trials(name, default, instruction_set) for name in formats}
     numbers = (threads,) if threads == 1 else (threads, 1)
     for number in numbers:
         found = _rates(number, trials, instruction_set, PROBE_S / len(numbers))
@@ -252,9 +264,13 @@ def _measured_formats(threads: int, instruction_set: str) -> dict[Format, Format
             continue
         # Disturbances only ever slow a pass down, so the best one counts.
         best = {trial: max(rates) for trial, rates in found.items()}
-        measured = {name: _fastest(name, default, best) for name in FORMATS if trials[name][0] in best}
-        unmeasured = FormatChoice(measured[FORMATS[0]].tuning, 0.0, 1.0, 1.0, 1.0)
-        return {name: measured.get(name, unmeasured) for name in FORMATS}
+        measured = {name: _fastest(name, default, best) for name in formats if trials[name][0] in best}
+        first = measured[FORMATS[0]].tuning
+        return {
+            name: measured.get(name)
+            or FormatChoice(first if name in with_choice else default, 0.0, 1.0, 1.0, 1.0)
+            for name in FORMATS
+        }
     return None
 
 
@@ -265,7 +281,7 @@ def _rates(
     found: dict[_Trial, list[float]] = {}
     end = time.monotonic() + seconds
     # Formats take turns, since a noisy neighbour comes and goes; at least one format is measured.
-    for _, name in product(range(_MOST_PASSES), FORMATS):
+    for _, name in product(range(_MOST_PASSES), trials):
         rates = _native.product_probe(threads, trials[name], _weights_bytes(threads), 1, instruction_set)
         for trial, rate in zip(trials[name], rates, strict=True):
             found.setdefault(trial, []).append(rate)
@@ -275,9 +291,7 @@ def _rates(
 
 
 def _trials(name: Format, default: Tuning, instruction_set: str) -> list[_Trial]:
-    if (
-        name in _native.coded_formats()
-    ):  # decoding takes so long that nothing else is worth the time of a probe
+    if name in _native.coded_formats():
         return [(name, 1, default)]
     alone = [default._replace(ask_ahead=ask_ahead) for ask_ahead in get_args(AskAhead)]
     few = [default._replace(few_ask_ahead=ask_ahead) for ask_ahead in get_args(AskAhead)]
