@@ -49,9 +49,9 @@ def is_model(name: str) -> bool:
 
     Files quantised with an importance matrix may be named after it as well, and keep a format in their names.
     """
-    stem = name.removesuffix(GGUF_SUFFIX)
-    before = re.sub(r"[-._]*imatrix$", "", stem.lower())
-    is_measurement = stem.lower().startswith("imatrix") or before != stem.lower()
+    stem = name.removesuffix(GGUF_SUFFIX).lower()
+    before = stem.removesuffix("imatrix").rstrip("-._")
+    is_measurement = stem.startswith("imatrix") or stem.endswith("imatrix")
     has_format = bool(format_in_name(stem) or format_in_name(before))
     return name.endswith(GGUF_SUFFIX) and not is_tower(name) and (has_format or not is_measurement)
 
