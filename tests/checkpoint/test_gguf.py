@@ -134,6 +134,22 @@ LIES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("lie", "hint"),
+    [
+        (RawGguf(magic=b"vers"), "git lfs pull"),
+        (RawGguf(num_tensors=2**40), "the download may be incomplete"),
+        (RawGguf(num_entries=2**40), "the download may be incomplete"),
+    ],
+)
+def test_a_file_that_is_not_all_there_has_a_hint_how_to_get_it(
+    tmp_path: Path, lie: RawGguf, hint: str
+) -> None:
+    with pytest.raises(CheckpointError) as raised:
+        read_gguf(lie.write(tmp_path / "x.gguf"))
+    assert hint in (raised.value.hint or "")
+
+
 @pytest.mark.parametrize("sentence", LIES)
 def test_a_false_claim_is_refused_by_name(sentence: str, path: Path) -> None:
     with pytest.raises(CheckpointError) as refusal:

@@ -339,6 +339,11 @@ def test_the_command_says_the_verdict_first_and_saves_the_same_facts(
     assert main([*command, "--bbq", str(questions), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == facts
     assert main([*command, "--bbq", str(tmp_path / "none")]) == 2
+    capsys.readouterr()
+    assert main([*command[:5], "1MiB"]) == 3
+    hint = capsys.readouterr().err.splitlines()[-1]
+    assert "`--memory " in hint
+    assert not {"--kv", "--context"} & set(hint.replace("`", " ").split())  # options of other commands
 
 
 def test_a_pack_with_a_report_keeps_it_and_stays_a_pack(

@@ -409,7 +409,9 @@ def _read_start(cursor: _Cursor) -> tuple[int, int]:
     if magic == MAGIC[::-1]:
         raise _big_endian(path)
     if magic != MAGIC:
-        raise cursor.refuse(f"starts with '{quote(magic.decode('latin-1'))}'; a GGUF file starts with 'GGUF'")
+        hint = "`git lfs pull` fetches the file of a Git LFS pointer" if magic == b"vers" else None
+        found = quote(magic.decode("latin-1"))
+        raise cursor.refuse(f"starts with '{found}'; a GGUF file starts with 'GGUF'", hint)
     version = cursor.unpack(_TYPE, "the version")
     # A big-endian file has the same magic; the low bytes of its version then read as zero.
     if version and version & 0xFFFF == 0:
@@ -432,7 +434,8 @@ def _read_start(cursor: _Cursor) -> tuple[int, int]:
         if count * least > cursor.bytes_left:
             raise cursor.refuse(
                 f"claims {count} {what}, but the {cursor.bytes_left} bytes after the counts have room for only "
-                f"{cursor.bytes_left // least}"
+                f"{cursor.bytes_left // least}",
+                hint="the download may be incomplete",
             )
     return num_tensors, num_entries
 

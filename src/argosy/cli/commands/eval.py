@@ -13,6 +13,7 @@ from argosy.cli.shared.declared import choices
 from argosy.cli.shared.numbers import WholeNumber
 from argosy.cli.shared.output import progress_bar, write_file
 from argosy.cli.shared.settings import Settings, for_engine, read_settings
+from argosy.errors import DoesNotFit
 
 if TYPE_CHECKING:
     from argosy.evaluate.drift import Drift, GroupDrift, QuestionDrift, TextDrift
@@ -76,21 +77,29 @@ def drift(
     that differ only in the group they name, and the user's own questions. This measures what compression changes,
     not the bias of REFERENCE.
     """
+    from argosy.budget.refusals import in_mib
     from argosy.evaluate.measure import measure_drift
     from argosy.evaluate.questions import read_questions
 
     settings = read_settings(**flags)
     questions = [] if bbq is None else read_questions(bbq, most=bbq_questions)
-    with progress_bar() as progress:
-        report = measure_drift(
-            reference,
-            candidate,
-            _material(languages),
-            questions,
-            options=for_engine(settings),
-            candidate_settings={} if candidate_kv is None else {"kv_dtype": candidate_kv},
-            progress=progress,
-        )
+    try:
+        with progress_bar() as progress:
+            report = measure_drift(
+                reference,
+                candidate,
+                _material(languages),
+                questions,
+                options=for_engine(settings),
+                candidate_settings={} if candidate_kv is None else {"kv_dtype": candidate_kv},
+                progress=progress,
+            )
+    except DoesNotFit as refusal:  # its hint may name options that this command lacks
+        needed = refusal.facts.get("needed_bytes")
+        if not isinstance(needed, int) or "plan" not in refusal.facts:
+            raise
+        hint = f"`--memory {in_mib(needed)}` works"
+        raise DoesNotFit(refusal.message, hint=hint, **refusal.facts) from None
     if save is not None:
         write_report(report, save)
     print(json.dumps(report.as_dict(), ensure_ascii=False) if as_json else "\n".join(lines(report)))
