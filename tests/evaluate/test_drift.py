@@ -16,7 +16,7 @@ from argosy import Engine, SamplingParams
 from argosy.checkpoint.manifest import verify_pack
 from argosy.cli.main import main
 from argosy.config import MIB
-from argosy.errors import ArgosyError, DiskFull, UsageError
+from argosy.errors import ArgosyError, DiskFull, DoesNotFit, UsageError
 from argosy.evaluate import row_file
 from argosy.evaluate.drift import _shown, compare
 from argosy.evaluate.intervals import Estimate
@@ -339,11 +339,20 @@ def test_the_command_says_the_verdict_first_and_saves_the_same_facts(
     assert main([*command, "--bbq", str(questions), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == facts
     assert main([*command, "--bbq", str(tmp_path / "none")]) == 2
-    capsys.readouterr()
-    assert main([*command[:5], "1MiB"]) == 3
-    hint = capsys.readouterr().err.splitlines()[-1]
-    assert "`--memory " in hint
-    assert not {"--kv", "--context"} & set(hint.replace("`", " ").split())  # options of other commands
+
+
+def test_a_refusal_names_no_option_of_another_command(
+    capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*models: Any, **options: Any) -> DriftReport:
+        hint = "`--memory 200MiB` works; `--memory 176MiB --kv q8 --context 512` is the least"
+        raise DoesNotFit("needs 199 MiB", hint=hint, needed_bytes=199 * MIB, budget_bytes=MIB, plan={})
+
+    monkeypatch.setattr("argosy.evaluate.measure.measure_drift", refuse)
+    assert main(["eval", "drift", "a.gguf", "b.gguf", "--memory", "150MiB"]) == 3
+    said = capsys.readouterr().err
+    assert "needs 199 MiB" in said
+    assert said.splitlines()[-1] == "hint: `--memory 201MiB` works"
 
 
 def test_a_pack_with_a_report_keeps_it_and_stays_a_pack(
