@@ -93,7 +93,7 @@ template <int kBits>
   }
 }
 
-// Puts the bytes of two columns next to each other: of rows with bytes abcd and efgh, those of aebf and cgdh.
+// Interleaves the bytes of two vectors: rows with bytes abcd and efgh become aebf and cgdh.
 [[gnu::always_inline]] inline void interleave(BlockBytes a, BlockBytes b, BlockWords (&to)[2]) {
 #if ARGOSY_AVX512
   const auto as_floats = [](__m512i from) { return _mm512_castsi512_ps(from); };
@@ -110,6 +110,20 @@ template <int kBits>
 #endif
 }
 
+// Calls body(rows, to) for kLanes rows at a time of each block: `to` is where the wide panel has their first
+// scales.
+template <Format kFormat, class Body>
+[[gnu::always_inline]] inline void for_rows_of_blocks(const uint8_t* panel, int64_t group_begin,
+                                                      int64_t group_end, uint8_t* wide, const Body& body) {
+  constexpr QuantFormat kQuant = quant_format(kFormat), kWide = quant_format(kQuant.wide);
+  for (int64_t begin = group_begin; begin < group_end; begin += kQuant.block_groups()) {
+    for (int64_t first = 0; first < kPanelRows; first += kLanes) {
+      body(RowsOfBlock<kFormat>{panel + kQuant.scales_at(begin), first}, wide + 4 * first);
+    }
+    wide += kQuant.block_groups() * kWide.block_bytes();
+  }
+}
+
 template <Format kFormat>
   requires(is_ik(kFormat))
 struct Decode<kFormat> {
@@ -117,27 +131,21 @@ struct Decode<kFormat> {
   static constexpr IkValues kValues = ik_values(kFormat);
 
   static void run(const uint8_t* panel, int64_t group_begin, int64_t group_end, uint8_t* wide) {
-    for (int64_t begin = group_begin; begin < group_end; begin += kQuant.block_groups()) {
-      const uint8_t* block = panel + kQuant.scales_at(begin);
-      for (int64_t first = 0; first < kPanelRows; first += kLanes) {
-        const RowsOfBlock<kFormat> rows = {block, first};
-        Vec d = broadcast(1.0f);
-        if constexpr (!kQuant.has_row_scale) d = floats_of_halves(ik_d<kFormat>(rows));
-        for (int group = 0; group < kQuant.block_groups(); ++group) {
-          uint8_t* to = wide + group * kWide.block_bytes() + 4 * first;
-          BlockWords step[2];
-          for (int part = 0; part < kQuant.parts(); ++part) {
-            using Integers = int32_t __attribute__((vector_size(4 * kLanes)));
-            const auto integers = same_bits_as<Integers>(ik_sub_scale<kFormat>(rows, group, part));
-            store(reinterpret_cast<float*>(to + part * kChunkBytes),
-                  mul(d, __builtin_convertvector(integers, Vec)));
-            step[part] = (0u - ik_table<kFormat>(rows, group, part)) & uint32_t(kValues.step) * 0x01010101u;
-          }
-          put_chunks(rows, group, step, to + kWide.block_scale_bytes());
+    for_rows_of_blocks<kFormat>(panel, group_begin, group_end, wide, [](const auto& rows, uint8_t* to) {
+      Vec d = broadcast(1.0f);
+      if constexpr (!kQuant.has_row_scale) d = floats_of_halves(ik_d<kFormat>(rows));
+      for (int group = 0; group < kQuant.block_groups(); ++group, to += kWide.block_bytes()) {
+        BlockWords step[2];
+        for (int part = 0; part < kQuant.parts(); ++part) {
+          using Integers = int32_t __attribute__((vector_size(4 * kLanes)));
+          const auto integers = same_bits_as<Integers>(ik_sub_scale<kFormat>(rows, group, part));
+          store(reinterpret_cast<float*>(to + part * kChunkBytes),
+                mul(d, __builtin_convertvector(integers, Vec)));
+          step[part] = (0u - ik_table<kFormat>(rows, group, part)) & uint32_t(kValues.step) * 0x01010101u;
         }
+        put_chunks(rows, group, step, to + kWide.block_scale_bytes());
       }
-      wide += kQuant.block_groups() * kWide.block_bytes();
-    }
+    });
   }
 
  private:
@@ -172,24 +180,19 @@ struct Decode<Format::q1_0> {
   static constexpr QuantFormat kQuant = quant_format(Format::q1_0), kWide = quant_format(kQuant.wide);
 
   static void run(const uint8_t* panel, int64_t group_begin, int64_t group_end, uint8_t* wide) {
-    for (int64_t begin = group_begin; begin < group_end; begin += kQuant.block_groups()) {
-      for (int64_t first = 0; first < kPanelRows; first += kLanes) {
-        const RowsOfBlock<Format::q1_0> rows = {panel + kQuant.scales_at(begin), first};
-        const Vec d = floats_of_halves(rows.first_two());
-        for (int64_t group = 0; group < kQuant.block_groups(); ++group) {
-          uint8_t* to = wide + group * kWide.block_bytes() + 4 * first;
-          store(reinterpret_cast<float*>(to), d);
-          BlockWords bits = rows.word(group);
-          for (int64_t chunk = 0; chunk < 8; ++chunk, bits >>= 4) {
-            const BlockWords spread =
-                (bits & 1u) | (bits & 2u) << 7 | (bits & 4u) << 14 | (bits & 8u) << 21;  // a bit in each byte
-            put_chunk(to + kWide.block_scale_bytes(), chunk,
-                      2u * spread + uint32_t(kWide.zero - 1) * 0x01010101u);
-          }
+    for_rows_of_blocks<Format::q1_0>(panel, group_begin, group_end, wide, [](const auto& rows, uint8_t* to) {
+      const Vec d = floats_of_halves(rows.first_two());
+      for (int64_t group = 0; group < kQuant.block_groups(); ++group, to += kWide.block_bytes()) {
+        store(reinterpret_cast<float*>(to), d);
+        BlockWords bits = rows.word(group);
+        for (int64_t chunk = 0; chunk < 8; ++chunk, bits >>= 4) {
+          const BlockWords spread =
+              (bits & 1u) | (bits & 2u) << 7 | (bits & 4u) << 14 | (bits & 8u) << 21;  // a bit in each byte
+          put_chunk(to + kWide.block_scale_bytes(), chunk,
+                    2u * spread + uint32_t(kWide.zero - 1) * 0x01010101u);
         }
       }
-      wide += kQuant.block_groups() * kWide.block_bytes();
-    }
+    });
   }
 };
 
@@ -198,21 +201,17 @@ struct Decode<Format::tq1_0> {
   static constexpr QuantFormat kQuant = quant_format(Format::tq1_0), kWide = quant_format(kQuant.wide);
 
   static void run(const uint8_t* panel, int64_t group_begin, int64_t group_end, uint8_t* wide) {
-    for (int64_t begin = group_begin; begin < group_end; begin += kQuant.block_groups()) {
-      for (int64_t first = 0; first < kPanelRows; first += kLanes) {
-        const RowsOfBlock<Format::tq1_0> rows = {panel + kQuant.scales_at(begin), first};
-        const Vec d = floats_of_halves(rows.word(12) >> 16);
-        for (int64_t group = 0; group < kQuant.block_groups(); ++group) {
-          store(reinterpret_cast<float*>(wide + group * kWide.block_bytes() + 4 * first), d);
-        }
-        for (int64_t i = 0; i < 13; ++i) {
-          // Bytes 4 i to 4 i + 3; the words begin after two bytes.
-          const BlockWords before = i == 0 ? rows.first_two() : rows.word(i - 1) >> 16;
-          put_trits(before | rows.word(i) << 16, i, wide + 4 * first);
-        }
+    for_rows_of_blocks<Format::tq1_0>(panel, group_begin, group_end, wide, [](const auto& rows, uint8_t* to) {
+      const Vec d = floats_of_halves(rows.word(12) >> 16);
+      for (int64_t group = 0; group < kQuant.block_groups(); ++group) {
+        store(reinterpret_cast<float*>(to + group * kWide.block_bytes()), d);
       }
-      wide += kQuant.block_groups() * kWide.block_bytes();
-    }
+      for (int64_t i = 0; i < 13; ++i) {
+        // Bytes 4 i to 4 i + 3; the words begin after two bytes.
+        const BlockWords before = i == 0 ? rows.first_two() : rows.word(i - 1) >> 16;
+        put_trits(before | rows.word(i) << 16, i, to);
+      }
+    });
   }
 
  private:

@@ -63,7 +63,7 @@
 //
 // int and uint also exist with act-order (uint4_128_f16_act_order): any columns of the file may share a
 // group, so panels hold them in another order, which follows the panels: int32 [cols], padded to 64 bytes.
-// Column i of the panels is column order[i] of the matrix. If they are in their places, order[0] is -1.
+// Column i of the panels is column order[i] of the matrix. If every column is in its place, order[0] is -1.
 // Products take the activations in this order (ops/matmul.h).
 //
 // The formats from q4_1 to mxfp4 hold what GGUF's blocks of the same name hold, bit for bit, except for the
@@ -510,8 +510,8 @@ struct F8Format {
     if (is_double) return double_scales_at(cols) + round_up(num_scales(cols), 4);
     return num_scales(cols) * scale_bytes;
   }
-  // bnb4_double: a row has the offset of the matrix, float32; the number of scales before the row that share
-  // its first factor, uint32; its factors, float32; then its scales, bytes.
+  // A row of bnb4_double begins with the offset of the matrix (float32) and the number of earlier scales that
+  // share the row's first factor (uint32). Its factors (float32) and its scales (bytes) follow.
   constexpr int64_t double_scales_at(int64_t cols) const { return 8 + 4 * num_factors(cols); }
 };
 

@@ -5,8 +5,8 @@
 // (vphaddd) leaves eight rows in order. Products multiply magnitudes and move the signs to the activations;
 // iq1: they multiply 8 g + 8 of g = -1, 0, 1 and remove 8 - delta from the dot products.
 //
-// Indices of more than 8 bits are put together in a small buffer, a group early: a load right behind a wider
-// store to the same place waits for it.
+// Indices of more than 8 bits are assembled in a small buffer one group ahead, because a load that directly
+// follows a store of another width to the same place must wait for it.
 #pragma once
 
 #include "kernels/coded.h"

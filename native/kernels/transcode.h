@@ -53,9 +53,10 @@
 //   bnb4_scales    float32 [rows * cols / 64]
 //   bnb4_map       float32 [16]: the values of the codes
 //   bnb4_state     JSON, checked. Its name ends in "_1xN", N bytes
-//   bnb4_double_*  codes, map and state the same; in place of scales, u8 [rows * cols / 64] (absmax), float32
-//                  [rows * cols / 64 / 256] rounded up (factors), and float32 [256] (nested_map), the values
-//                  of these bytes, which must be those of double_scale. The state has the offset
+//   bnb4_double_*  has the same codes, map and state, which also holds the offset. Its scales are themselves
+//                  quantised: absmax is u8 [rows * cols / 64], factors float32 [rows * cols / 64 / 256]
+//                  rounded up, and nested_map float32 [256] has the values of the bytes of absmax, which must
+//                  be those of double_scale
 //
 // For these tensors, a block is the data of 32 columns (codes of FP8: of one column; scales of FP8: of their
 // rows and columns). The scales write the padding.

@@ -17,21 +17,16 @@ struct GroupedMatrix {
   uint8_t* data;
 
   explicit GroupedMatrix(const TranscodeArgs& a)
-      : format(slot_format(a.type)),
-        quant(quant_format(format)),
-        rows(a.rows),
-        cols(a.cols),
-        groups(num_groups(a.cols)),
-        blocks(num_blocks(format, a.cols)),
-        data(a.matrix) {}
-  explicit GroupedMatrix(const ActOrderArgs& a)
-      : format(a.format),
-        quant(quant_format(format)),
-        rows(a.rows),
-        cols(a.cols),
-        groups(num_groups(a.cols)),
-        blocks(num_blocks(format, a.cols)),
-        data(a.matrix) {}
+      : GroupedMatrix(slot_format(a.type), a.rows, a.cols, a.matrix) {}
+  explicit GroupedMatrix(const ActOrderArgs& a) : GroupedMatrix(a.format, a.rows, a.cols, a.matrix) {}
+  GroupedMatrix(Format slot, int64_t num_rows, int64_t num_cols, uint8_t* matrix)
+      : format(slot),
+        quant(quant_format(slot)),
+        rows(num_rows),
+        cols(num_cols),
+        groups(num_groups(num_cols)),
+        blocks(num_blocks(slot, num_cols)),
+        data(matrix) {}
 
   int64_t num_panels() const { return round_up(rows, kPanelRows) / kPanelRows; }
   uint8_t* panel(int64_t index) const { return data + index * panel_bytes(format, cols); }

@@ -52,7 +52,7 @@ _CT_CLASSES = {
     "RoutedExperts": (1, _EXPERTS),
     "Linear": (2, EVERYTHING),
 }  # levels, modules; the former is vLLM's
-# Values of actorder with which the columns of a group are neighbours, and those with which they are not.
+# Values of actorder for which the columns of a group are adjacent, and those for which they may not be.
 _ORDERED = (None, False, "weight", "static")
 _UNORDERED = ("group", "dynamic", True)
 
