@@ -387,13 +387,97 @@ def test_the_space_prefix_and_bos_can_be_turned_off(tmp_path: Path) -> None:
     assert tokenizer.prefix_ids == ()
 
 
+def gemma() -> tokenizers.Tokenizer:
+    """A small tokenizer as `GemmaTokenizer` of transformers 5.24 builds it; runs of newlines are tokens."""
+    core = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    core.normalizer = normalizers.Replace(" ", "▁")
+    core.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    trainer = trainers.BpeTrainer(
+        vocab_size=420,
+        special_tokens=["<eos>", "<bos>", "<unk>", *BYTES],
+        limit_alphabet=60,
+        show_progress=False,
+    )
+    core.train_from_iterator([*TEXTS, *["\n", "\n\n", "\n\n\n", "x ab"] * 3] * 3, trainer)
+    state = json.loads(core.to_str())
+    state["added_tokens"] = state["added_tokens"][:3]
+    return tokenizers.Tokenizer.from_str(json.dumps(state))
+
+
+MARKS_OF_GEMMA = {"<turn|>": 3, "<|tool_response>": 4, "<|channel>": 4}  # and their types
+
+
+def write_gemma(
+    path: Path, core: tokenizers.Tokenizer, kind: str = "gemma4", *, adds_bos: bool = True
+) -> Path:
+    model = json.loads(core.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
+
+    def more(writer: GGUFWriter) -> None:
+        if kind == "gpt2":
+            writer.add_tokenizer_pre("sarvam-moe")
+        writer.add_token_scores([-1000.0] * (len(tokens) + len(MARKS_OF_GEMMA)))
+        writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
+        for role, token_id in (("eos", 0), ("bos", 1), ("unknown", 2)):
+            writer.add_uint32(f"tokenizer.ggml.{role}_token_id", token_id)
+        writer.add_add_bos_token(adds_bos)
+
+    types = [3, 3, 3, *[6] * 256, *[1] * (len(tokens) - 259), *MARKS_OF_GEMMA.values()]
+    return write(path, kind, [*tokens, *MARKS_OF_GEMMA], types, more)
+
+
+@pytest.fixture(scope="module", params=["gemma4", "gpt2"])
+def gemma_pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[tokenizers.Tokenizer, Tokenizer]:
+    """Gemma's tokenizer and the one rebuilt from its GGUF, or from one with the pre-tokenizer of Sarvam."""
+    core = gemma()
+    return core, opened(write_gemma(tmp_path_factory.mktemp("gemma") / "v.gguf", core, request.param))
+
+
+MARKED = st.lists(
+    st.one_of(pieces, st.sampled_from(["\n\n\n\n", "▁", " ▁ ", "<0x41>", "the ", "quotes"]))
+).map("".join)
+
+
+@settings(deadline=None)
+@given(text=MARKED)
+def test_ids_of_gemma_are_those_of_the_original(
+    gemma_pair: tuple[tokenizers.Tokenizer, Tokenizer], text: str
+) -> None:
+    core, tokenizer = gemma_pair
+    ids = core.encode(text, add_special_tokens=False).ids
+    assert tokenizer.encode(text) == ids
+    assert tokenizer.decode(ids) == core.decode(ids)
+
+
+def test_gemma_merges_whole_texts_and_newlines_and_falls_back_to_bytes(tmp_path: Path) -> None:
+    tokenizer = opened(write_gemma(tmp_path / "v.gguf", gemma()))
+    assert pieces_of(tokenizer, "\n\n\n") == ["\n\n\n"]
+    assert pieces_of(tokenizer, "x ab")[-1] in ("x▁ab", "▁ab")
+    assert pieces_of(tokenizer, "€\n") == ["<0xE2>", "<0x82>", "<0xAC>", "\n"]
+
+
+def test_gemma_starts_with_bos_whatever_the_file_says_and_ends_at_marks_of_any_type(tmp_path: Path) -> None:
+    tokenizer = opened(write_gemma(tmp_path / "v.gguf", gemma(), adds_bos=False))
+    assert tokenizer.prefix_ids == (1,)
+    ends = [tokenizer.token_text(token_id) for token_id in tokenizer.eos_ids]
+    assert ends == ["<eos>", "<turn|>", "<|tool_response>"]
+    (channel,) = tokenizer.encode_segments([(False, "<|channel>")])
+    assert tokenizer.decode([channel]) == "<|channel>"  # a user-defined token is printed
+    assert channel not in tokenizer.encode("<|channel>")
+    sarvam = opened(write_gemma(tmp_path / "s.gguf", gemma(), "gpt2", adds_bos=False))
+    assert sarvam.prefix_ids == ()
+
+
 def test_a_tokenizer_that_cannot_be_rebuilt_is_refused_by_name(tmp_path: Path) -> None:
     core = trained("gpt-2")
     with pytest.raises(
         UnsupportedModel, match=r"uses the pre-tokenizer 'tekken'; supported: gpt-2, olmo, smollm"
     ):
         Tokenizer.open(write_bpe(tmp_path / "a.gguf", core, "tekken"))
-    with pytest.raises(UnsupportedModel, match="a tokenizer of kind 'bert'; supported: gpt2, llama"):
+    with pytest.raises(UnsupportedModel, match="a tokenizer of kind 'bert'; supported: gpt2, llama, gemma4"):
         Tokenizer.open(write(tmp_path / "b.gguf", "bert", ["a"], [1], lambda writer: None))
     with pytest.raises(
         CheckpointError, match=r"tokenizer\.ggml\.eos_token_id is '9999', expected an id below"

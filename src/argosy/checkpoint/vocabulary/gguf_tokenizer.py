@@ -3,9 +3,9 @@
     metadata  ->  read_tokenizer   ->  tokenizers.Tokenizer, special tokens, end tokens, chat template
               ->  tokenizer_files  ->  tokenizer.json  +  tokenizer_config.json, as in a checkpoint directory
 
-Two kinds are supported. "gpt2" is byte-level BPE with a list of merges; its `pre` names the rule that first splits text
-into words. "llama" is SentencePiece BPE: a score for each token decides which pair merges first, and a character
-without a token falls back to bytes.
+Three kinds are supported. "gpt2" is byte-level BPE with a list of merges; its `pre` names the rule that first splits
+text into words. "llama" is SentencePiece BPE: a score for each token decides which pair merges first, and a character
+without a token falls back to bytes. "gemma4" is the same with a list of merges, and so is "gpt2" for some models.
 
 Elsewhere: `prompt/tokenizer.py` uses the tokenizer; `byte_level.py` splits words; `gguf.py` reads the file's header.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from argosy.checkpoint.gguf import GgufFile, read_gguf
 from argosy.checkpoint.untrusted_file import quote
@@ -27,11 +27,15 @@ from argosy.checkpoint.vocabulary.byte_level import LONGEST_TOKEN, WORDS, byte_l
 from argosy.errors import CheckpointError, UnsupportedModel
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # token types
+_ADDED = (_CONTROL, _USER_DEFINED)
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+_KINDS = ("gpt2", "llama", "gemma4")
+_CHARACTER_LEVEL = frozenset({"sarvam-moe"})  # names of `pre`, in files of kind "gpt2"
 
 # Tokens that end a turn, whatever the file names as eos: models are trained to stop at any of them.
 _ENDS_OF_TURN = frozenset({
     "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|return|>", "<|call|>",
+    "<turn|>", "<|tool_response>",
 })  # fmt: skip
 
 
@@ -65,18 +69,22 @@ def read_tokenizer(file: GgufFile) -> GgufTokenizer | None:
             f"{file.path.name}: tokenizer.ggml.tokens holds '{quote(twice)}' twice", path=file.path
         )
     kinds = _token_kinds(file, len(tokens))
-    if kind == "gpt2":
+    if kind == "gemma4":
+        core, adds_bos = _character_level(file, tokens, vocab), True
+    elif kind == "gpt2" and file.text("tokenizer.ggml.pre", "default") in _CHARACTER_LEVEL:
+        core, adds_bos = _character_level(file, tokens, vocab), False
+    elif kind == "gpt2":
         core, adds_bos = _byte_level(file, tokens, vocab, kinds)
     elif kind == "llama":
         core, adds_bos = _sentencepiece(file, tokens, vocab, kinds), True
     else:
         raise UnsupportedModel(
-            f"{file.path.name} has a tokenizer of kind '{quote(kind)}'; supported: gpt2, llama",
+            f"{file.path.name} has a tokenizer of kind '{quote(kind)}'; supported: {', '.join(_KINDS)}",
             hint="use the safetensors checkpoint of the same model, which has tokenizer.json",
             path=file.path,
             key="tokenizer.ggml.model",
             value=kind,
-            supported=("gpt2", "llama"),
+            supported=_KINDS,
         )
     for at, token in enumerate(tokens):
         if kinds[at] in (_CONTROL, _UNKNOWN) and token:
@@ -84,7 +92,8 @@ def read_tokenizer(file: GgufFile) -> GgufTokenizer | None:
         elif kinds[at] == _USER_DEFINED and token:
             core.add_tokens([AddedToken(token, special=False, normalized=False)])
     config: dict[str, Any] = {
-        "add_bos_token": file.flag("tokenizer.ggml.add_bos_token", adds_bos),
+        # The first files of Gemma-4 say false; the model was trained with BOS.
+        "add_bos_token": file.flag("tokenizer.ggml.add_bos_token", adds_bos) or kind == "gemma4",
         "add_eos_token": file.flag("tokenizer.ggml.add_eos_token", False),
     }
     for name, role in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
@@ -92,7 +101,7 @@ def read_tokenizer(file: GgufFile) -> GgufTokenizer | None:
         if token_id is not None:
             config[f"{name}_token"] = tokens[token_id]
     ends = {_special_id(file, role, len(tokens)) for role in ("eos", "eot", "eom")}
-    ends |= {vocab[text] for text in _ENDS_OF_TURN & vocab.keys() if kinds[vocab[text]] == _CONTROL}
+    ends |= {vocab[text] for text in _ENDS_OF_TURN & vocab.keys() if kinds[vocab[text]] in _ADDED}
     template = file.metadata.get("tokenizer.chat_template")
     return GgufTokenizer(
         core=core,
@@ -215,11 +224,32 @@ def _sentencepiece(
             byte_fallback=True,
         )
     )
-    adds_space = file.flag("tokenizer.ggml.add_space_prefix", True)
+    return _with_spaces(core, adds_first=file.flag("tokenizer.ggml.add_space_prefix", True))
+
+
+def _character_level(file: GgufFile, tokens: list[str], vocab: dict[str, int]) -> tokenizers.Tokenizer:
+    """BPE over characters with a list of merges, as `GemmaTokenizer` in transformers 5.24 builds it."""
+    unknown = _special_id(file, "unknown", len(tokens))
+    core = tokenizers.Tokenizer(
+        _model_of(
+            file,
+            vocab=vocab,
+            merges=_listed_merges(file),
+            unk_token=None if unknown is None else tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    core.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
+    return _with_spaces(core, adds_first=False)
+
+
+def _with_spaces(core: tokenizers.Tokenizer, *, adds_first: bool) -> tokenizers.Tokenizer:
+    """Spell spaces as SentencePiece does; `adds_first` puts one before a text."""
     replace = normalizers.Replace(" ", _SPACE)
-    core.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), replace]) if adds_space else replace
+    core.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), replace]) if adds_first else replace
     steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    core.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if adds_space else steps)
+    core.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if adds_first else steps)
     return core
 
 
