@@ -198,6 +198,24 @@ def test_experts_in_separate_tensors_read_like_stacked_ones(tmp_path: Path) -> N
     np.testing.assert_array_equal(*logits)
 
 
+@pytest.mark.parametrize(
+    ("family", "type_name"),
+    [("mixtral", "F16"), ("qwen3_moe", "Q4_K"), ("glm4_moe", "IQ2_KS"), ("deepseek_v3", "NVFP4")],
+)
+def test_gate_and_up_in_one_tensor_read_like_separate_ones(
+    family: str, type_name: str, tmp_path: Path
+) -> None:
+    config = config_of(family, num_experts=4, experts_per_token=2)
+    logits = []
+    for is_joined in (False, True):
+        path = tmp_path / f"{is_joined}.gguf"
+        write_gguf_model(path, config, one_type(type_name), seed=2, has_joined_experts=is_joined)
+        assert ("blk.1.ffn_gate_up_exps.weight" in read_gguf(path).tensors) == is_joined
+        with Engine.open(path, memory="4GiB", threads=1) as engine:
+            logits.append(engine.logits(prompt_ids(config, 2)))
+    np.testing.assert_array_equal(*logits)
+
+
 def test_a_router_with_a_bias_and_no_named_scoring_has_sigmoid_scores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -190,6 +190,7 @@ def write_gguf_model(
     sections: tuple[int, ...] = (),
     metadata: Mapping[str, int] | None = None,
     has_factors: bool = False,
+    has_joined_experts: bool = False,
 ) -> Path:
     """Write `path`, and the dequantised weights to a directory named `<path>.f32`; return that directory.
 
@@ -198,6 +199,7 @@ def write_gguf_model(
     is split into parts beside `path`, the first of which may have no tensors. With `sections`, the sizes of the
     position axes, the model is the text part of Qwen3-VL-MoE or GLM-4.5V. `metadata` has further numbers by their keys.
     With `has_factors`, each matrix in NVFP4 has one in a tensor beside it, and one for activations, which is nonsense.
+    With `has_joined_experts`, gate and up share a tensor, as after `--fuse-gate-up-exps`.
     """
     rng = np.random.default_rng([seed, 3])
     exact: dict[str, Array] = {}
@@ -219,6 +221,7 @@ def write_gguf_model(
     for key, number in (metadata or {}).items():
         writer.add_uint32(key, number)
     stacks: dict[str, list[Array]] = {}
+    joined: dict[str, dict[str, tuple[Array, str]]] = {}
     factors: dict[str, list[float]] = {}
     tensors = mtp_tensors(config, seed) if num_draft_layers(config) else random_tensors(config, seed, "F32")
     for hub_name, values in tensors.items():
@@ -245,10 +248,22 @@ def write_gguf_model(
         if is_expert and not split_experts:
             stacks.setdefault(name, []).append(blocks)
             if len(stacks[name]) == num_experts(config):
-                add(writer, name, np.stack(stacks.pop(name)), type_name)
+                stack = np.stack(stacks.pop(name))
+                if has_joined_experts and "down" not in name:
+                    joined.setdefault(name.replace("ffn_up", "ffn_gate"), {})[name] = stack, type_name
+                else:
+                    add(writer, name, stack, type_name)
         else:
             add(writer, name if not is_expert else numbered(name, hub_name), blocks, type_name)
     assert not stacks
+    for gate, pair in joined.items():
+        (first, type_name), (second, _) = pair[gate], pair[gate.replace("ffn_gate", "ffn_up")]
+        add(
+            writer,
+            gate.replace("ffn_gate", "ffn_gate_up"),
+            np.concatenate((first, second), axis=1),
+            type_name,
+        )
     for name, numbers in factors.items():
         writer.add_tensor(name.removesuffix("weight") + "scale", np.array(numbers, np.float32))
         writer.add_tensor(

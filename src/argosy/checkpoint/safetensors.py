@@ -59,6 +59,18 @@ class TensorRef:
             self.name, self.path, self.offset + index * nbytes, nbytes, self.dtype, self.shape[1:]
         )
 
+    def rows(self, first: int, count: int) -> TensorRef:
+        """Return `count` of its rows, from row `first` on."""
+        row_bytes = self.nbytes // self.shape[0]
+        return TensorRef(
+            self.name,
+            self.path,
+            self.offset + first * row_bytes,
+            count * row_bytes,
+            self.dtype,
+            (count, *self.shape[1:]),
+        )
+
 
 def open_tensors(directory: Path) -> dict[str, TensorRef]:
     """Return every tensor of the checkpoint in `directory`, by name.

@@ -3,10 +3,11 @@
     ModelConfig + GgufFile  ->  read_gguf_layout  ->  ModelFiles
 
 The names are llama.cpp's, the same for all families: `blk.{layer}.attn_q.weight` and so on. The experts of a layer are
-stacked in one tensor per matrix, [experts, rows, cols], and an expert is a slice of each, read in place; files from
-early 2024 have one tensor per expert instead (`blk.{layer}.ffn_gate.{expert}.weight`). Every tensor is accounted for,
-as in `layout.py` for safetensors. A matrix in NVFP4 may have a factor in a tensor named `scale`, experts one each;
-`input_scale` belongs to activations in FP4, which no kernel uses.
+stacked in one tensor per matrix, [experts, rows, cols], and an expert is a slice of each, read in place. Files made
+with `--fuse-gate-up-exps` have the rows of gate and up in one tensor; files from early 2024 have one tensor per expert
+(`blk.{layer}.ffn_gate.{expert}.weight`). Every tensor is accounted for, as in `layout.py` for safetensors. A matrix in
+NVFP4 may have a factor in a tensor named `scale`, experts one each; `input_scale` belongs to activations in FP4, which
+no kernel uses.
 
 Elsewhere: `checkpoint/geometry.py` knows shapes; `checkpoint/gguf.py` finds the bytes; `native/store/` turns blocks
 into slot formats while they land.
@@ -47,6 +48,7 @@ FORMAT_OF_TYPE: Mapping[str, Format] = {**_FLOAT_FORMATS, **SLOT_FORMATS}
 _MODEL_NAMES = {"embed": "token_embd.weight", "head": "output.weight", "final_norm": "output_norm.weight"}
 _LAYER_NAMES = {
     "attn_norm": "attn_norm.weight",
+    "attn_post_norm": "post_attention_norm.weight",
     "q": "attn_q.weight",
     "k": "attn_k.weight",
     "v": "attn_v.weight",
@@ -67,6 +69,7 @@ _LAYER_NAMES = {
     "k_up": "attn_k_b.weight",
     "v_up": "attn_v_b.weight",
     "mlp_norm": "ffn_norm.weight",
+    "mlp_post_norm": "post_ffw_norm.weight",
     "router": "ffn_gate_inp.weight",
     "router_bias": "ffn_gate_inp.bias",
     "choice_bias": "exp_probs_b.bias",
@@ -192,12 +195,15 @@ class _Accounts(TensorAccounts):
             ]
             factors = [[self._factor(ref) for ref in refs] for refs in slices]
         else:
-            stacked = [
-                self.take(f"blk.{layer}.{name}_exps.weight", (config.num_experts, *shape))[0]
-                for name, shape in zip(_EXPERT_NAMES, shapes, strict=True)
+            stacks = self._stacks(config, layer)
+            slices = [
+                [
+                    ref.at(expert).rows(first, rows)
+                    for (ref, first), (rows, _) in zip(stacks, shapes, strict=True)
+                ]
+                for expert in range(config.num_experts)
             ]
-            slices = [[ref.at(expert) for ref in stacked] for expert in range(config.num_experts)]
-            of_stack = [self._factor(ref, config.num_experts) for ref in stacked]
+            of_stack = [self._factor(ref, config.num_experts) for ref, _ in stacks]
             factors = [[ref and ref.at(expert) for ref in of_stack] for expert in range(config.num_experts)]
         return {
             (layer, expert): ExpertRecord.of(
@@ -206,6 +212,16 @@ class _Accounts(TensorAccounts):
             for expert, (refs, of_refs) in enumerate(zip(slices, factors, strict=True))
         }
 
+    def _stacks(self, config: ModelConfig, layer: int) -> list[tuple[TensorRef, int]]:
+        """Take the tensors of all gates, ups and downs of a layer, and each one's first row in its tensor."""
+        gate, up, down = (f"blk.{layer}.{name}_exps.weight" for name in _EXPERT_NAMES)
+        (rows, cols), _, down_shape = expert_shapes(config)
+        last = self.take(down, (config.num_experts, *down_shape))[0], 0
+        if (joined := f"blk.{layer}.ffn_gate_up_exps.weight") in self:
+            both, _ = self.take(joined, (config.num_experts, 2 * rows, cols))
+            return [(both, 0), (both, rows), last]
+        return [(self.take(name, (config.num_experts, rows, cols))[0], 0) for name in (gate, up)] + [last]
+
     def _factor(self, ref: TensorRef, count: int = 1) -> TensorRef | None:
         """Take the factors of a tensor's `count` matrices, or return None if it has none."""
         if ref.dtype != "NVFP4":
@@ -213,7 +229,8 @@ class _Accounts(TensorAccounts):
         base = ref.name.removesuffix("weight")
         if (of_activations := base + "input_scale") in self:
             self.take_part(of_activations, {"F32": ""}, (count,))
-        if (name := base + "scale") not in self:
+        # A family may read the factors of an expert's output as its routing weights' (Gemma-4).
+        if (name := base + "scale") not in self or name in self._taken:
             return None
         return self.take_part(name, {"F32": "nvfp4_factor"}, (count,))[0]
 
