@@ -3,31 +3,56 @@
 #include "bind/recurrent.h"
 
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/vector.h>
+
+#include <vector>
 
 namespace argosy {
 
 using namespace nb::literals;
 
+namespace {
+
+std::vector<StateShape> equal_layers(int64_t num_layers, const DeltaSizes& sizes) {
+  require_range("num_layers", num_layers, 1, 1 << 20);
+  return std::vector<StateShape>(size_t(num_layers), delta_shape(sizes).state());
+}
+
+}  // namespace
+
 void bind_recurrent(nb::module_& m) {
+  nb::class_<StateShape>(m, "StateShape", R"(
+    The float32 values that a layer without keys and values keeps of a sequence: the last inputs of its convolution, and
+    the matrices of its heads.)")
+      .def_static(
+          "delta_net", [](const DeltaSizes& sizes) { return delta_shape(sizes).state(); }, "sizes"_a)
+      .def_ro("window_floats", &StateShape::window_floats)
+      .def_ro("matrix_floats", &StateShape::matrix_floats);
+
+  m.def("recurrent_state_bytes", &RecurrentState::bytes, "num_slots"_a, "layers"_a,
+        "Bytes of a RecurrentState.");
+  // The same for layers of equal sizes.
   m.def(
       "recurrent_state_bytes",
       [](int64_t num_slots, int64_t num_layers, const DeltaSizes& sizes) {
-        return RecurrentState::bytes(num_slots, num_layers, delta_shape(sizes));
+        return RecurrentState::bytes(num_slots, equal_layers(num_layers, sizes));
       },
-      "num_slots"_a, "num_layers"_a, "sizes"_a, "Bytes of a RecurrentState.");
+      "num_slots"_a, "num_layers"_a, "sizes"_a);
 
   nb::class_<RecurrentState>(m, "RecurrentState", R"(
-    The state of gated delta nets, one slot per running sequence; memory is committed when it is first written.
+    What layers without keys and values keep, one slot per running sequence; memory is committed when it is first
+    written.
 
     The position of a slot is the number of tokens it has seen. A run of tokens continues from there, or starts over
     from zeros at position 0. A step that failed halfway leaves position -1.
 
     Args:
-        num_layers: the layers with a gated delta net, all of the same sizes.)")
+        layers: the layers that have a recurrent state, in their order.)")
+      .def(nb::init<int64_t, std::vector<StateShape>>(), "num_slots"_a, "layers"_a)
       .def(
           "__init__",
           [](RecurrentState* self, int64_t num_slots, int64_t num_layers, const DeltaSizes& sizes) {
-            new (self) RecurrentState(num_slots, num_layers, delta_shape(sizes));
+            new (self) RecurrentState(num_slots, equal_layers(num_layers, sizes));
           },
           "num_slots"_a, "num_layers"_a, "sizes"_a)
       .def_prop_ro("nbytes", &RecurrentState::nbytes)

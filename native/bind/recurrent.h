@@ -13,7 +13,7 @@ using DeltaSizes = Named<std::array<int64_t, 5>, "_DeltaSizes">;
 
 inline DeltaShape delta_shape(const DeltaSizes& sizes) {
   const DeltaShape shape = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
-  RecurrentState::bytes(1, 1, shape);  // rejects sizes below 1 and products that overflow an int64
+  shape.state();  // rejects sizes below 1 and products that overflow an int64
   require_size("value heads modulo key heads", shape.num_value_heads % shape.num_key_heads, 0);
   return shape;
 }

@@ -283,9 +283,9 @@ void require_fit(const GatedDeltaNet& net, const KvShape& kv, const Rotary&, int
 // Checks that the recurrent state has the shape and the layer that the mixer needs.
 void require_state(const GatedDeltaNet& net, const RecurrentState* recurrent) {
   if (recurrent == nullptr) refuse("a gated delta net needs a recurrent state");
-  if (net.shape != recurrent->shape())
-    refuse("the gated delta net and the recurrent state have different sizes");
   require_range("state_layer", net.state_layer, 0, recurrent->num_layers() - 1);
+  if (net.shape.state() != recurrent->shape(net.state_layer))
+    refuse("the gated delta net and the recurrent state have different sizes");
 }
 template <class OtherMixer>
 void require_state(const OtherMixer&, const RecurrentState*) {}
@@ -872,7 +872,7 @@ void bind_stack(nb::module_& m) {
         max_tokens: most tokens of a step; working memory is allocated for them.
         resident: a table of every routed expert; see `use_experts`.
         experts_off: leave routed experts out of every sum.
-        recurrent: the state of the layers with a gated delta net.
+        recurrent: the state of the layers without keys and values.
         embedding_scale: multiplies embeddings, but not those that a step gives.
         logit_cap: logits become cap * tanh(logit / cap); 0 means that they stay.
         first_layer: the number of the first layer, in `kv` and for those who run its experts.)")

@@ -2,11 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <stdexcept>
-#include <string>
 
 #include "kernels/gated_delta_args.h"
-#include "kernels/kv_layer.h"
 #include "ops/checked_size.h"
 
 namespace argosy {
@@ -15,49 +12,27 @@ namespace {
 
 constexpr float kUnitLengthEps = 1e-6f;  // for the unit length of q and k
 
-constexpr const char* kState = "a recurrent state";
+constexpr const char* kState = "a gated delta net";
 
 }  // namespace
 
-int64_t RecurrentState::bytes(int64_t num_slots, int64_t num_layers, const DeltaShape& shape) {
+StateShape DeltaShape::state() const {
   // Check each part first, so that no sum can overflow.
-  checked_product(kState, {3, shape.num_key_heads, shape.key_dim, shape.conv_width});
-  checked_product(kState, {3, shape.num_value_heads, shape.value_dim, shape.conv_width});
-  checked_product(kState, {3, shape.num_value_heads, shape.key_dim, shape.value_dim});
-  return checked_product(kState, {4, num_slots, num_layers, shape.state_floats()});
+  checked_product(kState, {3, num_key_heads, key_dim, conv_width});
+  checked_product(kState, {3, num_value_heads, value_dim, conv_width});
+  return {(conv_width - 1) * conv_channels(), checked_product(kState, {num_value_heads, key_dim, value_dim})};
 }
 
-RecurrentState::RecurrentState(int64_t num_slots, int64_t num_layers, const DeltaShape& shape)
-    : num_layers_(num_layers),
-      shape_(shape),
-      arena_(size_t(bytes(num_slots, num_layers, shape))),
-      positions_(size_t(num_slots), 0) {}
-
-float* RecurrentState::window(int64_t slot, int64_t layer) {
-  return reinterpret_cast<float*>(arena_.data()) + slot * slot_floats() + layer * shape_.state_floats();
-}
-
-void RecurrentState::copy_out(int64_t slot, float* to) { std::copy_n(window(slot, 0), slot_floats(), to); }
-
-void RecurrentState::copy_in(int64_t slot, const float* from, int64_t position) {
-  std::copy_n(from, slot_floats(), window(slot, 0));
-  set_position(slot, position);
-}
-
-void RecurrentState::copy_slot(int64_t from, int64_t to) {
-  if (from != to) copy_in(to, window(from, 0), position(from));
-}
-
-void gated_delta(Runtime& runtime, RecurrentState& recurrent, int64_t layer, const DeltaWeights& weights,
-                 const DeltaInputs& inputs, const std::vector<DeltaRun>& runs, float* out) {
+void gated_delta(Runtime& runtime, RecurrentState& recurrent, int64_t layer, const DeltaShape& shape,
+                 const DeltaWeights& weights, const DeltaInputs& inputs, const std::vector<StateRun>& runs,
+                 float* out) {
   const KernelTable& table = runtime.kernels();
   const auto lock = runtime.lock();
-  const DeltaShape& shape = recurrent.shape();
   const int64_t key_heads = shape.num_key_heads, value_heads = shape.num_value_heads;
   const int64_t sharing = value_heads / key_heads;  // value heads per key head
   const int64_t channels = shape.conv_channels(), num_runs = int64_t(runs.size());
   int64_t num_tokens = 0;
-  for (const DeltaRun& run : runs) num_tokens += run.end - run.begin;
+  for (const StateRun& run : runs) num_tokens += run.end - run.begin;
   const int64_t tokens_a_run = num_tokens / std::max<int64_t>(num_runs, 1);
 
   // Items: q, k and v of each key head, then all gates as one item.
@@ -65,7 +40,7 @@ void gated_delta(Runtime& runtime, RecurrentState& recurrent, int64_t layer, con
   const int64_t part_work = tokens_a_run * channels / (3 * key_heads) * (shape.conv_width + 16);
   runtime.parallel_for(num_runs * parts, part_work, [&](int64_t begin, int64_t end, int) {
     for (int64_t item = begin; item < end; ++item) {
-      const DeltaRun& run = runs[size_t(item / parts)];
+      const StateRun& run = runs[size_t(item / parts)];
       const int64_t part = item % parts, tokens = run.end - run.begin;
       if (part == 3 * key_heads) {
         for (int64_t head = 0; head < value_heads; head += sharing) {
@@ -114,14 +89,14 @@ void gated_delta(Runtime& runtime, RecurrentState& recurrent, int64_t layer, con
   const int64_t head_work = 3 * tokens_a_run * shape.key_dim * shape.value_dim;
   runtime.parallel_for(num_runs * value_heads, head_work, [&](int64_t begin, int64_t end, int) {
     for (int64_t item = begin; item < end; ++item) {
-      const DeltaRun& run = runs[size_t(item / value_heads)];
+      const StateRun& run = runs[size_t(item / value_heads)];
       const int64_t head = item % value_heads;
       const int64_t key_head = weights.is_tiled ? head % key_heads : head / sharing;
       const int64_t key_at = run.begin * inputs.stride + key_head * inputs.key_group;
       const int64_t value_at = head % sharing * shape.value_dim;
       const int64_t gate_at =
           run.begin * inputs.gate_stride + head / sharing * inputs.gate_group + head % sharing;
-      float* state = recurrent.state(run.slot, layer) + head * shape.key_dim * shape.value_dim;
+      float* state = recurrent.matrices(run.slot, layer) + head * shape.key_dim * shape.value_dim;
       if (run.is_start) std::fill_n(state, shape.key_dim * shape.value_dim, 0.0f);
       table.delta_rule({
           .q = inputs.q + key_at,

@@ -1,12 +1,11 @@
-// gated_delta.h: the recurrent state of sequences, and the gated delta net that updates it.
+// gated_delta.h: the gated delta net, which updates the recurrent state of sequences.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
-#include "kernels/kv_layer.h"
+#include "ops/recurrent_state.h"
 #include "ops/runtime.h"
-#include "store/arena.h"
 
 namespace argosy {
 
@@ -19,54 +18,11 @@ struct DeltaShape {
   int64_t key_channels() const { return num_key_heads * key_dim; }
   int64_t value_channels() const { return num_value_heads * value_dim; }
   int64_t conv_channels() const { return 2 * key_channels() + value_channels(); }
-  int64_t window_floats() const { return (conv_width - 1) * conv_channels(); }
-  int64_t state_floats() const { return window_floats() + num_value_heads * key_dim * value_dim; }
-};
 
-// The recurrent state of the running sequences, float32. Each slot and layer stores the last conv_width - 1
-// inputs of the convolution [conv_width - 1][conv_channels], then the states
-// [value_heads][key_dim][value_dim].
-//
-// The position of a slot is the number of tokens of its sequence that it has seen. A failed step leaves the
-// slot without a position: it can only start again at position 0, or be restored.
-class RecurrentState {
- public:
-  // Throws std::invalid_argument for a size below 1 or a state beyond 2^62 bytes.
-  RecurrentState(int64_t num_slots, int64_t num_layers, const DeltaShape& shape);
-
-  static int64_t bytes(int64_t num_slots, int64_t num_layers, const DeltaShape& shape);
-
-  const DeltaShape& shape() const { return shape_; }
-  int64_t num_slots() const { return int64_t(positions_.size()); }
-  int64_t num_layers() const { return num_layers_; }
-  int64_t nbytes() const { return int64_t(arena_.size()); }
-  int64_t slot_floats() const { return num_layers_ * shape_.state_floats(); }
-
-  float* window(int64_t slot, int64_t layer);
-  float* state(int64_t slot, int64_t layer) { return window(slot, layer) + shape_.window_floats(); }
-
-  // Returns -1 if a step failed half-way.
-  int64_t position(int64_t slot) const { return positions_[size_t(slot)]; }
-  void set_position(int64_t slot, int64_t position) { positions_[size_t(slot)] = position; }
-
-  // Copies a whole slot, float32 [slot_floats()].
-  void copy_out(int64_t slot, float* to);
-  void copy_in(int64_t slot, const float* from, int64_t position);
-  void copy_slot(int64_t from, int64_t to);  // including the position
-
- private:
-  int64_t num_layers_;
-  DeltaShape shape_;
-  // Before positions_, which also grows with num_slots: the arena rejects a count that is too large.
-  Arena arena_;
-  std::vector<int64_t> positions_;
-};
-
-// Consecutive tokens of one sequence.
-struct DeltaRun {
-  int64_t begin, end;  // tokens of the batch
-  int64_t slot;
-  bool is_start;  // the first token is at position 0, so the state starts as zeros
+  // The inputs of the convolution before the next token, [conv_width - 1][conv_channels], and the matrices
+  // [value_heads][key_dim][value_dim]. Throws std::invalid_argument for a size below 1 or a state that is too
+  // large.
+  StateShape state() const;
 };
 
 // Where the parts of a token lie in the outputs of its projections. Strides are in floats. A `group` is the
@@ -91,7 +47,8 @@ struct DeltaWeights {
 };
 
 // out is [num_tokens][value_heads * value_dim]. Overwrites its inputs.
-void gated_delta(Runtime& runtime, RecurrentState& state, int64_t layer, const DeltaWeights& weights,
-                 const DeltaInputs& inputs, const std::vector<DeltaRun>& runs, float* out);
+void gated_delta(Runtime& runtime, RecurrentState& state, int64_t layer, const DeltaShape& shape,
+                 const DeltaWeights& weights, const DeltaInputs& inputs, const std::vector<StateRun>& runs,
+                 float* out);
 
 }  // namespace argosy

@@ -183,7 +183,7 @@ void Stack::begin_runs() {
     is_taken[size_t(slot)] = true;
     runs_.push_back({t, t + 1, slot, position == 0});
   }
-  for (const DeltaRun& run : runs_) recurrent_->set_position(run.slot, -1);  // until the step is done
+  for (const StateRun& run : runs_) recurrent_->set_position(run.slot, -1);  // until the step is done
 }
 
 Pause Stack::advance(std::chrono::nanoseconds slice) {
@@ -222,7 +222,7 @@ Pause Stack::advance(std::chrono::nanoseconds slice) {
       return Pause::experts;
     }
   }
-  for (const DeltaRun& run : runs_) recurrent_->set_position(run.slot, step_.order[run.end - 1] + 1);
+  for (const StateRun& run : runs_) recurrent_->set_position(run.slot, step_.order[run.end - 1] + 1);
   logits(step_.wanted, step_.num_wanted, step_.logits);
   layers_done_.store(0, std::memory_order_relaxed);
   return Pause::done;
@@ -381,7 +381,7 @@ void Stack::mix(const GatedDeltaNet& net) {
   matmul(runtime_, products, buffers_.normed, tokens);
   DeltaWeights weights = net.weights;
   weights.eps = description_.norm_eps;
-  gated_delta(runtime_, *recurrent_, net.state_layer, weights, inputs, runs_, buffers_.attended);
+  gated_delta(runtime_, *recurrent_, net.state_layer, shape, weights, inputs, runs_, buffers_.attended);
   add_block(net.output, nullptr);
 }
 

@@ -327,7 +327,7 @@ class Stack {
   StackBuffers buffers_;
 
   Step step_ = {};
-  std::vector<DeltaRun> runs_;  // runs of the step, if there is a recurrent state
+  std::vector<StateRun> runs_;  // runs of the step, if there is a recurrent state
   Stage stage_ = Stage::done;
   int64_t layer_ = 0;
   std::atomic<int64_t> layers_done_ = 0;

@@ -386,10 +386,10 @@ void bind_latent_attention(nb::module_& m) {
 }
 
 // runs [num_runs][3]: begin, end, slot.
-std::vector<DeltaRun> read_runs(const RecurrentState& state, const ArrayOf<int64_t>& runs,
+std::vector<StateRun> read_runs(const RecurrentState& state, const ArrayOf<int64_t>& runs,
                                 int64_t num_tokens) {
   const int64_t* from = read_array("runs", runs, {kAnySize, 3});
-  std::vector<DeltaRun> found;
+  std::vector<StateRun> found;
   std::vector<bool> is_taken(size_t(state.num_slots()));
   for (const int64_t* run = from; run != from + 3 * runs.shape(0); run += 3) {
     require_range("the beginning of a run", run[0], found.empty() ? 0 : found.back().end, num_tokens - 1);
@@ -406,11 +406,12 @@ std::vector<DeltaRun> read_runs(const RecurrentState& state, const ArrayOf<int64
 void run_gated_delta(Runtime& runtime, RecurrentState& state, int64_t layer, const OutArrayOf<float>& qkv,
                      const ArrayOf<float>& z, const OutArrayOf<float>& b, const OutArrayOf<float>& a,
                      const ArrayOf<int64_t>& runs, const ArrayOf<float>& conv, const ArrayOf<float>& rate,
-                     const ArrayOf<float>& dt_bias, const ArrayOf<float>& norm, float eps, bool is_tiled,
-                     const OutArrayOf<float>& out) {
-  const DeltaShape& shape = state.shape();
+                     const ArrayOf<float>& dt_bias, const ArrayOf<float>& norm, float eps,
+                     const DeltaSizes& sizes, bool is_tiled, const OutArrayOf<float>& out) {
+  const DeltaShape shape = delta_shape(sizes);
   const int64_t heads = shape.num_value_heads;
   require_range("layer", layer, 0, state.num_layers() - 1);
+  if (shape.state() != state.shape(layer)) refuse("the layer of the state has other sizes");
   DeltaInputs inputs = {};
   inputs.q = write_array("qkv", qkv, {kAnySize, shape.conv_channels()});
   const int64_t num_tokens = int64_t(qkv.shape(0));
@@ -434,13 +435,13 @@ void run_gated_delta(Runtime& runtime, RecurrentState& state, int64_t layer, con
       .is_tiled = is_tiled,
   };
   float* to = write_array("out", out, {num_tokens, shape.value_channels()});
-  const std::vector<DeltaRun> found = read_runs(state, runs, num_tokens);
+  const std::vector<StateRun> found = read_runs(state, runs, num_tokens);
   {
     nb::gil_scoped_release released;
-    gated_delta(runtime, state, layer, weights, inputs, found, to);
+    gated_delta(runtime, state, layer, shape, weights, inputs, found, to);
   }
   if (layer + 1 < state.num_layers()) return;
-  for (const DeltaRun& run : found)
+  for (const StateRun& run : found)
     state.set_position(run.slot, state.position(run.slot) + run.end - run.begin);
 }
 
@@ -458,7 +459,7 @@ NB_MODULE(_native_testing, m) {
   bind_latent_attention(m);
   m.def("gated_delta", &run_gated_delta, "runtime"_a, "state"_a, "layer"_a, "qkv"_a.noconvert(), "z"_a,
         "b"_a.noconvert(), "a"_a.noconvert(), "runs"_a, nb::kw_only(), "conv"_a, "rate"_a, "dt_bias"_a,
-        "norm"_a, "eps"_a, "is_tiled"_a, "out"_a.noconvert(), R"(
+        "norm"_a, "eps"_a, "sizes"_a, "is_tiled"_a, "out"_a.noconvert(), R"(
     A gated delta net (native/kernels/gated_delta.h) after its projections; overwrites qkv, b and a.
 
     After the last layer, the slots are at the end of their runs.

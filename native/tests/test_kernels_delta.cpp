@@ -136,10 +136,19 @@ void the_rule_meets_the_reference_and_goes_on_where_it_stopped() {
 
 void a_state_is_as_large_as_it_says_and_slots_do_not_meet() {
   const DeltaShape shape = {2, 4, 3, 5, 4};
-  RecurrentState state(3, 2, shape);
-  CHECK_EQUAL(state.slot_floats(), 2 * (3 * (2 * 6 + 20) + 4 * 3 * 5));
+  CHECK_EQUAL(shape.state().window_floats, 3 * (2 * 6 + 20));
+  CHECK_EQUAL(shape.state().matrix_floats, 4 * 3 * 5);
+  // Layers of different sizes: a convolution alone, matrices alone, and both.
+  RecurrentState state(3, {{7, 0}, shape.state(), {0, 11}});
+  CHECK_EQUAL(state.num_layers(), 3);
+  CHECK_EQUAL(state.slot_floats(), 7 + (3 * (2 * 6 + 20) + 4 * 3 * 5) + 11);
   CHECK_EQUAL(state.nbytes(), 3 * 4 * state.slot_floats());
   for (int64_t slot = 0; slot < 3; ++slot) {
+    CHECK(state.matrices(slot, 0) == state.window(slot, 1));
+    CHECK(state.matrices(slot, 1) == state.window(slot, 1) + shape.state().window_floats);
+    CHECK(state.window(slot, 2) == state.matrices(slot, 1) + shape.state().matrix_floats);
+    CHECK(state.window(slot, 2) == state.matrices(slot, 2));
+    CHECK(slot == 0 || state.window(slot, 0) == state.matrices(slot - 1, 2) + 11);
     state.copy_in(slot, std::vector<float>(size_t(state.slot_floats()), float(slot + 1)).data(), slot);
   }
   for (int64_t slot = 0; slot < 3; ++slot) {
@@ -148,11 +157,18 @@ void a_state_is_as_large_as_it_says_and_slots_do_not_meet() {
     CHECK(found == std::vector<float>(found.size(), float(slot + 1)));
     CHECK_EQUAL(state.position(slot), slot);
   }
-  CHECK_THROWS(std::invalid_argument, RecurrentState(0, 1, shape));
-  CHECK_THROWS(std::invalid_argument, RecurrentState(1, 1, {1, 1, 1, 1, 0}));
-  CHECK_THROWS(std::invalid_argument, RecurrentState::bytes(int64_t{1} << 40, int64_t{1} << 30, shape));
+  constexpr int64_t kMany = int64_t{1} << 60;
+  using Layers = std::vector<StateShape>;
+  CHECK_THROWS(std::invalid_argument, RecurrentState(0, {{7, 0}}));
+  CHECK_THROWS(std::invalid_argument, RecurrentState(1, {}));
+  CHECK_THROWS(std::invalid_argument, RecurrentState(1, {{0, 0}}));
+  CHECK_THROWS(std::invalid_argument, RecurrentState(1, {{7, -1}}));
+  CHECK_THROWS(std::invalid_argument, RecurrentState::bytes(int64_t{1} << 58, {{7, 0}}));
+  CHECK_THROWS(std::invalid_argument, RecurrentState::bytes(1, Layers(8, {kMany / 2, kMany / 4})));
+  CHECK_THROWS(std::invalid_argument, RecurrentState::bytes(1, {{kMany, kMany}}));
+  CHECK_THROWS(std::invalid_argument, (DeltaShape{1, 1, 1, 1, 0}.state()));
   CHECK_THROWS(std::invalid_argument,
-               RecurrentState::bytes(1, 1, {int64_t{1} << 30, int64_t{1} << 30, 1 << 30, 1 << 30, 4}));
+               (DeltaShape{int64_t{1} << 30, int64_t{1} << 30, 1 << 30, 1 << 30, 4}.state()));
 }
 
 }  // namespace

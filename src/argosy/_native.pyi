@@ -21,7 +21,7 @@ Constants:
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy
 from numpy.typing import NDArray
@@ -1553,20 +1553,41 @@ def sources_hash() -> str:
     64 hexadecimal digits: a hash of the sources that decide the bits of a sum; the compiler is not part of it.
     """
 
-def recurrent_state_bytes(num_slots: int, num_layers: int, sizes: _DeltaSizes) -> int:
+class StateShape:
+    """
+    The float32 values that a layer without keys and values keeps of a sequence: the last inputs of its convolution, and
+    the matrices of its heads.
+    """
+
+    @staticmethod
+    def delta_net(sizes: _DeltaSizes) -> StateShape: ...
+    @property
+    def window_floats(self) -> int: ...
+    @property
+    def matrix_floats(self) -> int: ...
+
+@overload
+def recurrent_state_bytes(num_slots: int, layers: Sequence[StateShape]) -> int:
     """Bytes of a RecurrentState."""
+
+@overload
+def recurrent_state_bytes(num_slots: int, num_layers: int, sizes: _DeltaSizes) -> int: ...
 
 class RecurrentState:
     """
-    The state of gated delta nets, one slot per running sequence; memory is committed when it is first written.
+    What layers without keys and values keep, one slot per running sequence; memory is committed when it is first
+    written.
 
     The position of a slot is the number of tokens it has seen. A run of tokens continues from there, or starts over
     from zeros at position 0. A step that failed halfway leaves position -1.
 
     Args:
-        num_layers: the layers with a gated delta net, all of the same sizes.
+        layers: the layers that have a recurrent state, in their order.
     """
 
+    @overload
+    def __init__(self, num_slots: int, layers: Sequence[StateShape]) -> None: ...
+    @overload
     def __init__(self, num_slots: int, num_layers: int, sizes: _DeltaSizes) -> None: ...
     @property
     def nbytes(self) -> int: ...
@@ -1835,7 +1856,7 @@ class Stack:
         max_tokens: most tokens of a step; working memory is allocated for them.
         resident: a table of every routed expert; see `use_experts`.
         experts_off: leave routed experts out of every sum.
-        recurrent: the state of the layers with a gated delta net.
+        recurrent: the state of the layers without keys and values.
         embedding_scale: multiplies embeddings, but not those that a step gives.
         logit_cap: logits become cap * tanh(logit / cap); 0 means that they stay.
         first_layer: the number of the first layer, in `kv` and for those who run its experts.

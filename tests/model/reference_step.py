@@ -210,6 +210,7 @@ class ReferenceDecoder:
             dt_bias=vectors[name + "dt_bias"],
             norm=vectors[name + "norm"],
             eps=self.config.norm_eps,
+            sizes=delta.sizes,
             is_tiled=delta.is_tiled,
             out=out,
         )

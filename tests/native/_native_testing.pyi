@@ -7,7 +7,7 @@ import numpy
 from numpy.typing import NDArray
 
 import argosy._native
-from argosy._native import Activation, Urgency
+from argosy._native import Activation, Urgency, _DeltaSizes
 from argosy.config import Format
 
 # Written by `make stubs` from native/tests/native_testing.cpp: edit it there.
@@ -212,6 +212,7 @@ def gated_delta(
     dt_bias: NDArray[numpy.float32],
     norm: NDArray[numpy.float32],
     eps: float,
+    sizes: _DeltaSizes,
     is_tiled: bool,
     out: NDArray[numpy.float32],
 ) -> None:

@@ -42,8 +42,8 @@ HEADROOM_BYTES = 3 << 30
 # Refused where bfloat16 is not the faster product.
 NEED_ROUNDING = frozenset({"round_keys", "attend_rounded"})
 MADE_BY_OTHERS = {
-    "FileSystem", "KvShape", "Mixer", "Ffn", "ExchangeTimes", "PeerStats", "ExchangeEvent", "WorkerRequest",
-    "WorkerGuess", "LayerExperts", "ExpertReads", "AskedCounts", "BegunLayer", "LeaseCounts",
+    "FileSystem", "KvShape", "StateShape", "Mixer", "Ffn", "ExchangeTimes", "PeerStats", "ExchangeEvent",
+    "WorkerRequest", "WorkerGuess", "LayerExperts", "ExpertReads", "AskedCounts", "BegunLayer", "LeaseCounts",
 }  # fmt: skip
 NUM_MIXED = 40  # calls of each callable with several odd arguments
 # Arguments that fill so much memory, or start so many threads.
@@ -91,7 +91,7 @@ class Case:
         return self.native.KvCache([shapes[kind]], 4, 16, "f32")
 
     def state(self) -> Any:
-        return self.native.RecurrentState(2, 1, self.sizes)
+        return self.native.RecurrentState(2, [self.native.StateShape.delta_net(self.sizes)])
 
     sizes = (1, 2, 16, 16, 4)  # channels: 2 * 16 + 32
 
@@ -273,7 +273,7 @@ class Case:
             np.array([[0, 3, 0]], np.int64),
         ), {
             "conv": floats(4, 64), "rate": floats(2), "dt_bias": floats(2), "norm": floats(16), "eps": 1e-5,
-            "is_tiled": False, "out": floats(3, 32),
+            "sizes": self.sizes, "is_tiled": False, "out": floats(3, 32),
         }  # fmt: skip
 
 
@@ -337,7 +337,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
             runtime, case.kv("latent"), 0, f(3, 2, 48), m(64, 32), m(64, 32), np.zeros((1, 2), np.int32), i(0, 0, 0),
             i(0, 1, 2), 0.1, f(3, 64), i(2, 2, 3),
         ),
-        "recurrent_state_bytes": lambda: (2, 1, case.sizes),
+        "recurrent_state_bytes": lambda: (2, [n.StateShape.delta_net(case.sizes)]),
         "grouped_query_attention": lambda: (
             m(64, 64), m(32, 64), m(32, 64), m(64, 64), 2, 0, 0.1, f(64), f(32), f(32), f(64), f(32), f(32), False, 0.0,
             f(2), False, f(32), True,
@@ -378,7 +378,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "Matrix": lambda: (np.zeros(1 << 12, np.uint8), 0, "q4", 16, 64),
         "Routing": lambda: (2, "sigmoid", f(4), 2, 1, "top2", True, 0.0, 1.0, f(4)),
         "KvCache": lambda: ([n.KvShape.keys_values(1, 32), n.KvShape.latent(16)], 4, 16, "f32"),
-        "RecurrentState": lambda: (2, 1, case.sizes),
+        "RecurrentState": lambda: (2, [n.StateShape.delta_net(case.sizes)]),
         "Rotary": lambda: (np.ones(8), 1.0, True, (0, 1, 2, 0, 1, 2, 0, 0)),
         "StackSizes": lambda: (64, 8),
         "Exchange": lambda: (64, [0, 4], 8, 16),
@@ -405,6 +405,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "GroupExperts": lambda: (case.exchange(),),
         "FileSystem": lambda: (),
         "KvShape": lambda: (),
+        "StateShape": lambda: (),
         "Mixer": lambda: (),
         "Ffn": lambda: (),
     }  # fmt: skip
@@ -472,6 +473,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "KvShape.keys_values": (lambda: n.KvShape, lambda: (1, 32)),
         "KvShape.latent": (lambda: n.KvShape, lambda: (16,)),
         "KvShape.none": (lambda: n.KvShape, lambda: ()),
+        "StateShape.delta_net": (lambda: n.StateShape, lambda: (case.sizes,)),
         "KvCache.copy_out": (case.kv, lambda: (0, np.zeros(case.kv().block_bytes, np.uint8))),
         "KvCache.copy_in": (case.kv, lambda: (0, np.zeros(case.kv().block_bytes, np.uint8))),
         "KvCache.held_bytes": (case.kv, lambda: (2,)),

@@ -81,7 +81,7 @@ class Net:
         return len(self.qkv)
 
     def state(self, num_slots: int = 1) -> native.RecurrentState:
-        return native.RecurrentState(num_slots, 1, self.sizes)
+        return native.RecurrentState(num_slots, [native.StateShape.delta_net(self.sizes)])
 
     def run(
         self,
@@ -109,6 +109,7 @@ class Net:
             dt_bias=self.dt_bias,
             norm=self.norm,
             eps=EPS,
+            sizes=self.sizes,
             is_tiled=self.is_tiled,
             out=out,
         )
@@ -231,15 +232,19 @@ def test_extreme_decays_stay_finite() -> None:
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
+    delta_net = native.StateShape.delta_net
     with pytest.raises(ValueError, match="value heads modulo key heads is 1, expected 0"):
-        native.RecurrentState(1, 1, (2, 3, 4, 4, 4))
+        delta_net((2, 3, 4, 4, 4))
     with pytest.raises(ValueError, match="size of 0, expected 1 or more"):
-        native.recurrent_state_bytes(1, 1, (1, 1, 0, 4, 4))
+        delta_net((1, 1, 0, 4, 4))
+    with pytest.raises(ValueError, match="size of 0, expected 1 or more"):
+        native.RecurrentState(0, [delta_net((1, 1, 4, 4, 4))])
     with pytest.raises(ValueError, match="more than 2\\^62 bytes"):
-        native.recurrent_state_bytes(1 << 40, 1 << 20, (16, 32, 128, 128, 4))
-    assert native.recurrent_state_bytes(2, 3, (16, 32, 128, 128, 4)) == 2 * 3 * 4 * (
-        3 * 8192 + 32 * 128 * 128
-    )
+        native.recurrent_state_bytes(1 << 60, [delta_net((16, 32, 128, 128, 4))])
+    shapes = [delta_net((16, 32, 128, 128, 4)), delta_net((1, 2, 3, 5, 1))]
+    assert [shape.window_floats for shape in shapes] == [3 * 8192, 0]
+    assert [shape.matrix_floats for shape in shapes] == [32 * 128 * 128, 2 * 3 * 5]
+    assert native.recurrent_state_bytes(2, shapes) == 2 * 4 * (3 * 8192 + 32 * 128 * 128 + 2 * 3 * 5)
     net = Net.random((1, 1, 4, 4, 2), 3)
     with pytest.raises(ValueError, match="slot 0 has two runs"):
         net.run(net.state(), runs=[(0, 1, 0), (1, 3, 0)])
