@@ -49,6 +49,31 @@ QWEN35 = (
 )
 
 
+# The patterns of these models' tokenizer.json: Mistral's is also in tekken.json.
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LING = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+K_EXAONE = (
+    CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]?"
+    r"|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+DEEPSEEK = (
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TRINITY = (
+    r"\p{Nd}{1,510}(?=(?>\p{Nd}{510})*(?:\P{Nd}|$))|\G\p{Nd}{510}",
+    r"\A\p{Nd}{1,2}(?=\p{Nd}{3}+\z)",
+    r"\A\p{Nd}{3}|\G\p{Nd}{3}",
+    r"(?:[\u4E00-\u9FFF\u3040-\u309F\u30A0-\u30FF\u3400-\u4DBF\uf900-\uFAFF\uFF65-\uFF9F\u2F00-\u2FDF]+|[\u0E00-\u0E7F]+"
+    r"|[\u0E80-\u0EFF]+|[\u1780-\u17FF]+|[\u1000-\u109F\uAA60-\uAA7F\uA9E0-\uA9FF]+|[\uAC00-\uD7AF\u1100-\u11FF]+)",
+    DEEPSEEK,
+)
+
+
 class Original(NamedTuple):
     """The steps in a model's own tokenizer.json before it merges bytes."""
 
@@ -57,16 +82,19 @@ class Original(NamedTuple):
     ignores_merges: bool = False
 
 
-def split(pattern: str) -> pre_tokenizers.PreTokenizer:
-    isolated = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+def split(*patterns: str, first: str = "isolated") -> pre_tokenizers.PreTokenizer:
+    behaviors = [first, *["isolated"] * len(patterns)]
+    steps = [
+        pre_tokenizers.Split(Regex(one), behavior=how) for one, how in zip(patterns, behaviors, strict=False)
+    ]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return pre_tokenizers.Sequence([isolated, byte_level])
+    return pre_tokenizers.Sequence([*steps, byte_level])
 
 
 GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
 DIGITS = pre_tokenizers.Digits(individual_digits=True)
 # These are from transformers 5.24: `GPTNeoXTokenizer` (OLMoE), `Qwen2Tokenizer` (up to Qwen3-Next), `Qwen3_5Tokenizer`
-# and `TikTokenConverter` (gpt-oss, GLM). MiniMax-M2's expression is the one quoted in llama.cpp's llama-vocab.cpp.
+# and `TikTokenConverter` (gpt-oss, GLM). Expressions from MiniMax-M2's on are those of the models' tokenizer.json.
 ORIGINALS = {
     "gpt-2": Original(GPT2),
     "olmo": Original(GPT2, is_nfc=True),
@@ -77,6 +105,13 @@ ORIGINALS = {
     "gpt-4o": Original(split(O200K), ignores_merges=True),
     "minimax-m2": Original(split(O200K)),
     "glm4": Original(split(LLAMA3), ignores_merges=True),
+    "tekken": Original(split(TEKKEN), ignores_merges=True),
+    "bailingmoe2": Original(split(LING)),
+    "exaone-moe": Original(split(K_EXAONE)),
+    "afmoe": Original(split(*TRINITY)),
+    "cohere2moe": Original(split(r"\d{1,3}(?=(?:\d{3})*\b)", O200K)),
+    "laguna": Original(split(r"(?:\r?\n)+(?!\r?\n)", QWEN2, first="merged_with_next")),
+    "dbrx": Original(split(LLAMA3)),
 }
 
 
@@ -158,6 +193,13 @@ MARKS = [
     " ",
     "/",
     "12",
+    "12345",
+    "1234567",
+    "a_",
+    "東京",
+    "ไทย",
+    "한국",
+    "한국 어",
 ]
 pieces = st.one_of(st.text(st.characters(exclude_categories=["Cs", "Cn"])), st.sampled_from(MARKS))
 # Argosy reads a control token in a caller's text as plain characters, and `tokenizers` does not.
@@ -293,6 +335,36 @@ WORDS = {
         "It's HelloWorld": ["It", "'s", "ĠHelloWorld"],
         "12345  x": ["12345", "Ġ", "Ġx"],
     },
+    "tekken": {
+        "HelloWorld": ["Hello", "World"],
+        "They'LL go": ["They", "'LL", "Ġgo"],
+        "123 a/b//\n": ["1", "2", "3", "Ġa", "/b", "//Ċ"],
+    },
+    "afmoe": {
+        "1234567 89a": ["1", "234", "567", "Ġ", "89", "a"],
+        "a東京ไทย한국": ["a", "æĿ±äº¬", "à¹Ħà¸Ĺà¸¢", "íķľêµŃ"],
+        "It's (x.y)": ["It", "'s", "Ġ(", "x", ".y", ")"],
+    },
+    "cohere2moe": {  # digits in threes from the right, unless a letter follows
+        "1234567": ["1", "234", "567"],
+        "1234567a": ["123", "456", "7", "a"],
+        "HelloWorld 12": ["Hello", "World", "Ġ", "12"],
+    },
+    "exaone-moe": {  # a word goes on over single spaces
+        "one two  three": ["oneĠtwo", "Ġ", "Ġthree"],
+        "12 a/\n\nb": ["1", "2", "Ġa", "/Ċ", "Ċ", "b"],
+    },
+    "laguna": {  # a piece begins at each run of line breaks
+        "a  \r\n\r\n b": ["a", "ĠĠ", "čĊčĊ", "Ġb"],
+        "!\nx": ["!", "Ċ", "x"],
+    },
+    "youtu": {
+        "a한국，。東京": ["a", "íķľêµŃ", "ï¼ĮãĢĤ", "æĿ±äº¬"],
+        "HelloWorld's 12": ["Hello", "World's", "Ġ", "1", "2"],
+    },
+    "bailingmoe2": {"It's 12\n\n x": ["It", "'s", "Ġ", "1", "2", "ĊĊ", "Ġx"]},
+    "mellum2": {"It's 12": ["It", "'s", "Ġ", "1", "2"]},
+    "gigachat": {"It's 12": ["It", "'s", "Ġ12"]},
     "glm4": {
         "12345 67": ["123", "45", "Ġ", "67"],
         "It's HelloWorld": ["It", "'s", "ĠHelloWorld"],
@@ -474,9 +546,9 @@ def test_gemma_starts_with_bos_whatever_the_file_says_and_ends_at_marks_of_any_t
 def test_a_tokenizer_that_cannot_be_rebuilt_is_refused_by_name(tmp_path: Path) -> None:
     core = trained("gpt-2")
     with pytest.raises(
-        UnsupportedModel, match=r"uses the pre-tokenizer 'tekken'; supported: gpt-2, olmo, smollm"
+        UnsupportedModel, match=r"uses the pre-tokenizer 'superbpe'; supported: gpt-2, olmo, smollm"
     ):
-        Tokenizer.open(write_bpe(tmp_path / "a.gguf", core, "tekken"))
+        Tokenizer.open(write_bpe(tmp_path / "a.gguf", core, "superbpe"))
     with pytest.raises(UnsupportedModel, match="a tokenizer of kind 'bert'; supported: gpt2, llama, gemma4"):
         Tokenizer.open(write(tmp_path / "b.gguf", "bert", ["a"], [1], lambda writer: None))
     with pytest.raises(

@@ -55,7 +55,10 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
     kimi = Tokenizer.open(write_kimi_tokenizer(tmp_path_factory.mktemp("kimi")))
     assert kimi is not None
     return {
-        **{pre: Tokenizer(byte_level(pre), config={"eos_token": "<|im_end|>"}) for pre in WORDS},
+        **{
+            pre: Tokenizer(byte_level(pre), config={"eos_token": "<|im_end|>"})
+            for pre in {words: pre for pre, words in reversed(WORDS.items())}.values()
+        },
         "byte level": made(byte_level_json(), {"eos_token": "<|im_end|>"}),
         "llama": made(llama_json(), CONFIG),
         "llama first": made(llama_json("first"), CONFIG),
@@ -136,6 +139,20 @@ def test_text_is_not_cut_if_words_depend_on_the_text_before_them(pattern: str) -
     core = tokenizers.Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
     assert Cutter(core)._separator is None
+
+
+@pytest.mark.parametrize("pre", ["afmoe", "cohere2moe"])
+def test_text_is_cut_between_letters_if_only_digits_look_around(pre: str) -> None:
+    core = byte_level(pre)
+    assert Cutter(core)._separator == ""
+    text = "12,345,678 1234567. 12345a 1a\u00b2 123456 x " * 20
+    with small_pieces():
+        pieces = [piece for _, piece in Cutter(core).pieces(text, lambda part: text_pieces._ids(core, part))]
+    assert len(pieces) > 20
+    assert all(piece[-1] in "a\u00b2x" for piece in pieces[:-1])
+    assert [token_id for piece in pieces for token_id in text_pieces._ids(core, piece)] == text_pieces._ids(
+        core, text
+    )
 
 
 def test_text_is_not_cut_if_tokens_span_spaces() -> None:

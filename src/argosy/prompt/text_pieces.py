@@ -34,9 +34,14 @@ _AROUND = 256  # characters on each side of a candidate cut that are compared
 _TRIES = 64
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's spelling of a space
 _BEHIND_WORD = re.compile(r"[^\W_](?=[^\w'\u2019])")
+_BEHIND_LETTER = re.compile(r"[^\W\d_](?=[^\w'\u2019])")
 _BEFORE_SPACE = re.compile(r"[^\W_](?= \w)")
 _CLASS = re.compile(r"\[(?:\\.|[^\]\\])*\]?|\\\\")  # an unclosed one takes the rest
 _LOOKS_BACK = re.compile(r"\(\?<|\\[AbBG1-9]|\^")
+# A pattern that groups digits, as in Trinity and Command-A-plus: it reads a run of digits and where that run ends.
+_OF_DIGITS = re.compile(
+    r"(?:\\(?:d|p\{Nd\}|[AbGz])|\(\?:\\P\{Nd\}\|\$\)|\(\?[:=>]|[()|*+]|\{\d+(?:,\d*)?\})+"
+)
 
 Encode = Callable[[str], list[int]]
 
@@ -89,7 +94,13 @@ class Cutter:
 
     @functools.cached_property
     def _places(self) -> re.Pattern[str]:
-        return _BEFORE_SPACE if self._separator == " " or self._merges_whole_texts else _BEHIND_WORD
+        if self._separator == " " or self._merges_whole_texts:
+            return _BEFORE_SPACE
+        return _BEHIND_LETTER if any(map(_looks_back, self._patterns)) else _BEHIND_WORD
+
+    @functools.cached_property
+    def _patterns(self) -> tuple[str, ...]:
+        return tuple(_patterns(_state(self._core.pre_tokenizer)))
 
     @functools.cached_property
     def _separator(self) -> str | None:
@@ -99,7 +110,7 @@ class Cutter:
         core = self._core
         if self._merges_whole_texts and not _ends_tokens_before_spaces(core):
             return None
-        if any(_looks_back(pattern) for pattern in _patterns(_state(core.pre_tokenizer))):
+        if any(_looks_back(one) and not _OF_DIGITS.fullmatch(one) for one in self._patterns):
             return None
         if any(len(str(token.content)) > _AROUND for token in core.get_added_tokens_decoder().values()):
             return None

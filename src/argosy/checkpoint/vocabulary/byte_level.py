@@ -29,6 +29,16 @@ _O200K = (  # a word is capitals, then small letters, with one character before 
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_TEKKEN = _O200K.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)?", "").replace(r"\p{N}{1,3}", r"\p{N}")
+_YOUTU = (
+    "[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|[一-龥぀-ゟ゠-ヿ]+",
+    _O200K.replace(r"\p{N}{1,3}", r"\p{N}"),
+)
+# K-EXAONE: a word goes on over single spaces between letters.
+_EXAONE_MOE = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+"
+)
 # Qwen3.5: accents stay with their letters (PRETOKENIZE_REGEX of transformers 5.24, tokenization_qwen3_5.py).
 _QWEN35 = _QWEN2.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
 _NOT_HAN = r"&&[^\p{Han}]"  # Kimi-K2: Chinese characters form separate words
@@ -43,6 +53,15 @@ _DEEPSEEK_V3 = (
     "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+# Trinity: digits in threes from the right, then runs of each script that has no spaces, then DeepSeek-V3's words.
+_AFMOE = (
+    r"\p{Nd}{1,510}(?=(?>\p{Nd}{510})*(?:\P{Nd}|$))|\G\p{Nd}{510}",
+    r"\A\p{Nd}{1,2}(?=\p{Nd}{3}+\z)",
+    r"\A\p{Nd}{3}|\G\p{Nd}{3}",
+    "[\u4e00-\u9fff\u3040-\u309f\u30a0-\u30ff\u3400-\u4dbf\uf900-\ufaff\uff65-\uff9f\u2f00-\u2fdf]+|[\u0e00-\u0e7f]+"
+    "|[\u0e80-\u0eff]+|[\u1780-\u17ff]+|[\u1000-\u109f\uaa60-\uaa7f\ua9e0-\ua9ff]+|[\uac00-\ud7af\u1100-\u11ff]+",
+    _DEEPSEEK_V3[2],
 )
 # DeepSeek-V2: cased letters, as the code point ranges in its tokenizer.json.
 _CASED_SPANS = (
@@ -77,24 +96,45 @@ class Words:
     adds_bos: bool = False
 
 
-# Names as in llama.cpp's converter (conversion/base.py, get_vocab_base_pre), for the families that run here. Flags
-# as in the models' tokenizer.json, even if llama.cpp lacks the corresponding step.
+# Names as in llama.cpp's converter (conversion/base.py, get_vocab_base_pre), for the families that run here. Patterns
+# and flags as in the models' tokenizer.json, even if llama.cpp simplifies a pattern or lacks the corresponding step.
+_LLAMA_BPE = Words(patterns=(_LLAMA3,), ignores_merges=True, adds_bos=True)
+_GPT_4O = Words(patterns=(_O200K,), ignores_merges=True)
+_OF_DEEPSEEK_V3 = Words(patterns=_DEEPSEEK_V3)
+_DIGITS = Words(patterns=(r"\p{N}", _GPT2))
+_OF_QWEN2 = Words(patterns=(_QWEN2,))
 WORDS: Mapping[str, Words] = {
     "gpt-2": Words(patterns=(_GPT2,)),
     "olmo": Words(patterns=(_GPT2,), is_nfc=True),  # GPT-NeoX's tokenizer
-    "smollm": Words(patterns=(r"\p{N}", _GPT2)),
-    "llama-bpe": Words(patterns=(_LLAMA3,), ignores_merges=True, adds_bos=True),
+    "smollm": _DIGITS,
+    "llama-bpe": _LLAMA_BPE,
     "qwen2": Words(patterns=(_QWEN2,), is_nfc=True),
     "qwen35": Words(patterns=(_QWEN35,), is_nfc=True),
-    "gpt-4o": Words(patterns=(_O200K,), ignores_merges=True),
+    "gpt-4o": _GPT_4O,
     "minimax-m2": Words(patterns=(_O200K,)),
-    "deepseek-v3": Words(patterns=_DEEPSEEK_V3),
+    "tekken": Words(patterns=(_TEKKEN,), ignores_merges=True, adds_bos=True),
+    "deepseek-v3": _OF_DEEPSEEK_V3,
     "deepseek-llm": Words(patterns=_DEEPSEEK_V2),
     # Kimi-K2 uses tiktoken, with ranks instead of merges; converters write at most one merge per token.
     "kimi-k2": Words(patterns=(_KIMI,), ignores_merges=True, is_ranked=True),
-    "glm4": Words(patterns=(_LLAMA3,), ignores_merges=True),
+    "hunyuan": Words(patterns=(_QWEN2,), is_nfc=True, ignores_merges=True, is_ranked=True),  # tiktoken
+    **dict.fromkeys(("glm4", "glm5"), Words(patterns=(_LLAMA3,), ignores_merges=True)),
+    "dbrx": Words(patterns=(_LLAMA3,)),  # and Granite-4
+    "youtu": Words(patterns=_YOUTU, ignores_merges=True),
+    "exaone-moe": Words(patterns=(_EXAONE_MOE,)),
+    "afmoe": Words(patterns=_AFMOE),
+    # A run of line breaks begins a piece that goes on to the next one.
+    "laguna": Words(patterns=(r"(?:\r?\n)+(?:[^\r\n]|\r(?!\n))*+", _QWEN2)),
+    "cohere2moe": Words(patterns=(r"\d{1,3}(?=(?:\d{3})*\b)", _O200K)),  # digits in threes from the right
     # llama.cpp's rule for a file that names none.
     "default": Words(patterns=(r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
+    # The same words under other names.
+    **dict.fromkeys(("exaone4", "gigachat", "a.x-4.0"), Words(patterns=(_GPT2,))),
+    **dict.fromkeys(("refact", "starcoder", "mellum2"), _DIGITS),  # the first two are Granite-3's
+    **dict.fromkeys(("llama3", "llama-v3", "lfm2", "pixtral"), _LLAMA_BPE),  # Nemotron-3 says pixtral
+    **dict.fromkeys(("llama4", "kanana2"), _GPT_4O),
+    **dict.fromkeys(("hunyuan-dense", "hy_v4", "joyai-llm"), _OF_DEEPSEEK_V3),
+    **dict.fromkeys(("bailingmoe", "bailingmoe2", "grok-2", "solar-open", "deepseek-r1-qwen"), _OF_QWEN2),
 }
 
 # `merges_by_rank` tries every cut of every token: tokens much longer than in any real vocabulary would take hours.
