@@ -469,7 +469,7 @@ def _more_bits(format: str, last: str, layer: int, config: ModelConfig) -> str |
     eighth = config.num_layers // 8
     is_first = layer < eighth
     is_chosen = is_first or layer >= 7 * config.num_layers // 8 or (layer - eighth) % 3 == 2
-    shares_keys = config.num_heads >= 4 * config.num_kv_heads
+    shares_keys = config.latent is None and config.attention.num_heads >= 4 * config.attention.num_kv_heads
     if format in _BELOW_FOUR_BITS:
         return _of_i_quants(format, last, is_first, shares_keys, config)
     if last == "head":
@@ -557,7 +557,7 @@ def write_gguf(
     for canonical, _ in dense_shapes(config):
         last = canonical.rpartition(".")[2]
         layer = int(canonical.split(".")[1]) if canonical.startswith("layers.") else 0
-        heads = config.num_heads if last in ("k_up", "v_up") else 1
+        heads = config.latent.num_heads if config.latent and last in ("k_up", "v_up") else 1
         plan(canonical, dense_name(canonical), layer, heads=heads)
         if last == "router":
             for matrix in ("gate", "up", "down"):
@@ -597,15 +597,16 @@ def _write_metadata(writer: Any, raw: Mapping[str, Any], config: ModelConfig) ->
     writer.add_context_length(config.context_tokens)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_layers)
-    writer.add_head_count(config.num_heads)
+    writer.add_head_count((config.latent or config.attention).num_heads)
     if config.latent is None:
-        writer.add_head_count_kv(config.num_kv_heads)
-        writer.add_key_length(config.head_dim)
-        writer.add_value_length(config.head_dim)
-        writer.add_rope_dimension_count(config.head_dim)
+        attention = config.attention
+        writer.add_head_count_kv(attention.num_kv_heads)
+        writer.add_key_length(attention.head_dim)
+        writer.add_value_length(attention.head_dim)
+        writer.add_rope_dimension_count(attention.head_dim)
     else:
         _write_latent_metadata(writer, config.latent)
-    writer.add_rope_freq_base(config.rope.theta)
+    writer.add_rope_freq_base(config.ropes[0].theta)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_expert_count(config.num_experts)
     writer.add_expert_used_count(config.experts_per_token)

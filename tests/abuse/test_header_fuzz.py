@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from argosy.checkpoint.safetensors import DTYPE_BITS, read_header
 from argosy.checkpoint.untrusted_file import read_object
+from argosy.config import AttentionConfig
 from argosy.errors import ArgosyError
 from argosy.model.families import FAMILIES
 from tests.models.tiny import mixtral, qwen2_moe, qwen3_moe
@@ -141,7 +142,8 @@ def test_any_value_under_any_config_key_is_valid_or_gives_an_error(
             str(error).encode()
         else:
             assert 1 <= parsed.experts_per_token <= parsed.num_experts
-            for layer in range(parsed.num_layers):
-                assert parsed.num_heads % parsed.kv_heads_of(layer) == 0
+            for layer in parsed.layers:
+                if isinstance(layer.mixer, AttentionConfig):
+                    assert layer.mixer.num_heads % layer.mixer.num_kv_heads == 0
 
     check_value()

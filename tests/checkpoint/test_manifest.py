@@ -64,7 +64,7 @@ def test_a_manifest_round_trips(packed: Path) -> None:
 
     assert manifest.to_bytes() == (packed / "argosy.json").read_bytes()
     assert manifest.config == open_model(packed.parent / "packed").config
-    assert manifest.config.rope.attention_factor == 1.1
+    assert manifest.config.attention.rope.attention_factor == 1.1
     assert manifest.format == "q4"
 
 
@@ -92,12 +92,12 @@ def test_a_changed_manifest_is_refused(packed: Path) -> None:
     assert refusal(packed) == "argosy.json does not match its own BLAKE3: it was changed or damaged"
 
 
-@pytest.mark.parametrize("version", [3, 5])
+@pytest.mark.parametrize("version", [4, 6])
 def test_a_manifest_of_another_version_is_refused(packed: Path, version: int) -> None:
     path = packed / "argosy.json"
-    path.write_text(path.read_text().replace('"argosy_pack": 4', f'"argosy_pack": {version}'))
+    path.write_text(path.read_text().replace('"argosy_pack": 5', f'"argosy_pack": {version}'))
 
-    assert f"argosy.json has version {version}; this Argosy reads version 4" in refusal(packed)
+    assert f"argosy.json has version {version}; this Argosy reads version 5" in refusal(packed)
 
 
 def test_a_missing_or_truncated_file_is_named(packed: Path) -> None:
@@ -156,19 +156,26 @@ def test_a_config_that_contradicts_the_manifest_is_refused(packed: Path) -> None
         (lambda c: c["config"].pop("hidden_size"), "expected the key hidden_size"),
         (lambda c: c["config"].update(layers=3), "config.layers is 3, a whole number; expected a list"),
         (
-            lambda c: c["config"]["rope"].update(kind="longrope"),
-            "config.rope.kind is longrope, text; expected one of",
+            lambda c: c["config"]["layers"][0]["mixer"]["rope"].update(kind="longrope"),
+            "config.layers.mixer.rope.kind is longrope, text; expected one of",
         ),
         (
             lambda c: c["config"]["layers"][0].update(mixer="latent"),
-            "config.latent is None, null; expected an object, for layers whose mixer is latent",
+            "config.layers.mixer is latent, text; expected an object",
+        ),
+        (
+            lambda c: c["config"]["layers"][0]["mixer"].pop("num_heads"),
+            "expected the keys of AttentionConfig or LatentConfig or DeltaConfig",
         ),
         (
             lambda c: c["config"].update(layers=[]),
             "config.layers is [], a list; expected layers with routed experts",
         ),
         (lambda c: c["config"].update(num_experts=0), "expected layers with routed experts"),
-        (lambda c: c["config"]["rope"].update(theta="x"), "config.rope.theta is x, text; expected float"),
+        (
+            lambda c: c["config"]["layers"][0]["mixer"]["rope"].update(theta="x"),
+            "config.layers.mixer.rope.theta is x, text; expected float",
+        ),
         (lambda c: c.pop("experts"), "expected the keys format, config, dense, experts, files"),
     ],
 )

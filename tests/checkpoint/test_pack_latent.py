@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from argosy import Engine, _native
 from argosy.checkpoint import pack_contents
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.pack import pack, verify_pack
+from argosy.config import LatentConfig
 from argosy.model.families import open_model
 from argosy.model.weights import dense_footprint, load_dense
 from tests.checkpoint import packed_formats
@@ -43,7 +43,9 @@ def halves(files: ModelFiles, layer: int) -> tuple[np.ndarray, np.ndarray]:
     """The k_up and v_up of a layer, computed from its kv_up."""
     latent = files.config.latent
     assert latent is not None
-    whole = dense_values(files, f"layers.{layer}.kv_up").reshape(files.config.num_heads, -1, latent.kv_rank)
+    whole = dense_values(files, f"layers.{layer}.kv_up").reshape(
+        files.config.latent.num_heads, -1, latent.kv_rank
+    )
     keys, values = whole[:, : latent.nope_dim], whole[:, latent.nope_dim :]
     return keys.transpose(0, 2, 1).reshape(-1, latent.nope_dim), values.reshape(-1, latent.kv_rank)
 
@@ -78,8 +80,7 @@ def test_float_halves_and_logits_are_bit_identical(
     files = packed(source.path, format)
 
     assert is_split(files)
-    assert source.config.latent is not None
-    assert files.config == replace(source.config, latent=replace(source.config.latent, is_up_split=True))
+    assert files.config == source.config.with_mixers(LatentConfig, is_up_split=True)
     for layer in range(files.config.num_layers):
         for part, expected in zip(("k_up", "v_up"), halves(source, layer), strict=True):
             ref = files.dense[f"layers.{layer}.{part}"]

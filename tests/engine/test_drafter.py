@@ -126,7 +126,7 @@ def test_an_answer_that_runs_again_gets_no_proposals_so_its_step_fits_the_plan(d
 
 def _state_bytes(engine: Engine) -> int:
     assert engine.config.delta is not None
-    return _native.recurrent_state_bytes(1, len(engine.config.delta_layers), engine.config.delta.sizes)
+    return _native.recurrent_state_bytes(1, len(engine.config.recurrent_layers), engine.config.delta.sizes)
 
 
 @pytest.mark.parametrize(

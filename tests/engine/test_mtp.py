@@ -128,7 +128,7 @@ def test_it_predicts_what_numpy_says(model: Path) -> None:
         sequence = engine.submit(known, params(0.0))
         run_to(engine, sequence, 3)
         # A recurrent state is kept at some places only.
-        reusable = 64 if engine.config.delta_layers else (len(known) - 4) // 16 * 16
+        reusable = 64 if engine.config.recurrent_layers else (len(known) - 4) // 16 * 16
         assert sequence.cached_tokens == reusable
         known += sequence.new_ids
         mtp.propose(sequence, 1)

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from argosy.config import LayerConfig, ModelConfig, RopeConfig
+from argosy.config import AttentionConfig, LayerConfig, ModelConfig, RopeConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import FAMILIES
-from argosy.model.families import qwen3_moe as qwen3
+from argosy.model.families.attention import qwen3_moe as qwen3
 from argosy.model.reading.config_reader import ConfigReader
+from tests.helpers.mixers import windows as windows_of
 from tests.models.tiny import RawConfig, glm4_moe, minimax_m2, mixtral, olmoe, qwen2_moe, qwen3_moe, respelt
 
 MAKERS = (mixtral, qwen2_moe, qwen3_moe, glm4_moe, olmoe, minimax_m2)
@@ -39,9 +40,10 @@ def without(raw: RawConfig, *keys: str) -> RawConfig:
 def test_mixtral() -> None:
     config = parse(mixtral())
 
+    rope = RopeConfig(theta=1e6, rotary_dim=10, original_context=128)
+    attention = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=10, rope=rope)
     assert config == ModelConfig(
-        family="mixtral", vocab_size=112, hidden_size=40, num_heads=4, num_kv_heads=2, head_dim=10,
-        layers=(LayerConfig(is_moe=True),) * 3, rope=RopeConfig(theta=1e6, rotary_dim=10, original_context=128),
+        family="mixtral", vocab_size=112, hidden_size=40, layers=(LayerConfig(mixer=attention, is_moe=True),) * 3,
         norm_eps=1e-5, context_tokens=128, num_experts=6, experts_per_token=2, expert_width=20,
         router=config.router, eos_ids=(2,), bos_id=1,
     )  # fmt: skip
@@ -57,19 +59,24 @@ def test_qwen2_moe() -> None:
         48,
         20,
     )
-    assert config.has_qkv_bias
-    assert not config.has_o_bias
-    assert config.qk_norm == "none"
+    assert config.attention.has_qkv_bias
+    assert not config.attention.has_o_bias
+    assert config.attention.qk_norm == "none"
     assert not config.router.renormalize
-    assert config.head_dim == 10
+    assert config.attention.head_dim == 10
 
 
 def test_qwen3_moe() -> None:
     config = parse(qwen3_moe())
 
-    assert (config.head_dim, config.shared_width, config.dense_width, config.expert_width) == (16, 0, 48, 24)
-    assert config.qk_norm != "none"
-    assert not config.has_qkv_bias
+    assert (config.attention.head_dim, config.shared_width, config.dense_width, config.expert_width) == (
+        16,
+        0,
+        48,
+        24,
+    )
+    assert config.attention.qk_norm != "none"
+    assert not config.attention.has_qkv_bias
     assert config.router.renormalize
 
 
@@ -80,13 +87,21 @@ def test_an_absent_key_has_the_default_of_the_family_s_config_class() -> None:
         4096,
         32,
     )
-    assert (mixtral_default.num_heads, mixtral_default.num_kv_heads, mixtral_default.expert_width) == (
+    assert (
+        mixtral_default.attention.num_heads,
+        mixtral_default.attention.num_kv_heads,
+        mixtral_default.expert_width,
+    ) == (
         32,
         8,
         14_336,
     )
     assert (mixtral_default.num_experts, mixtral_default.experts_per_token) == (8, 2)
-    assert (mixtral_default.rope.theta, mixtral_default.norm_eps, mixtral_default.context_tokens) == (
+    assert (
+        mixtral_default.attention.rope.theta,
+        mixtral_default.norm_eps,
+        mixtral_default.context_tokens,
+    ) == (
         1e6,
         1e-5,
         131_072,
@@ -99,26 +114,39 @@ def test_an_absent_key_has_the_default_of_the_family_s_config_class() -> None:
         2048,
         24,
     )
-    assert (qwen2_default.num_heads, qwen2_default.num_kv_heads, qwen2_default.expert_width) == (16, 16, 1408)
+    assert (
+        qwen2_default.attention.num_heads,
+        qwen2_default.attention.num_kv_heads,
+        qwen2_default.expert_width,
+    ) == (16, 16, 1408)
     assert (qwen2_default.num_experts, qwen2_default.experts_per_token) == (60, 4)
     assert (qwen2_default.dense_width, qwen2_default.shared_width) == (5632, 5632)
-    assert (qwen2_default.rope.theta, qwen2_default.norm_eps, qwen2_default.context_tokens) == (
+    assert (qwen2_default.attention.rope.theta, qwen2_default.norm_eps, qwen2_default.context_tokens) == (
         1e4,
         1e-6,
         32_768,
     )
-    assert qwen2_default.has_qkv_bias
+    assert qwen2_default.attention.has_qkv_bias
     assert not qwen2_default.router.renormalize
 
     qwen3_default = parse({"model_type": "qwen3_moe"})
-    assert (qwen3_default.num_heads, qwen3_default.num_kv_heads, qwen3_default.expert_width) == (32, 4, 768)
+    assert (
+        qwen3_default.attention.num_heads,
+        qwen3_default.attention.num_kv_heads,
+        qwen3_default.expert_width,
+    ) == (32, 4, 768)
     assert (qwen3_default.num_experts, qwen3_default.experts_per_token) == (128, 8)
-    assert (qwen3_default.rope.theta, qwen3_default.norm_eps, qwen3_default.dense_width) == (1e4, 1e-6, 6144)
+    assert (qwen3_default.attention.rope.theta, qwen3_default.norm_eps, qwen3_default.dense_width) == (
+        1e4,
+        1e-6,
+        6144,
+    )
     assert not qwen3_default.router.renormalize
-    assert qwen3_default.head_dim == 64
+    assert qwen3_default.attention.head_dim == 64
     for default in (mixtral_default, qwen2_default, qwen3_default):
         assert not default.is_embedding_tied
-        assert all(layer == LayerConfig(is_moe=True, sliding_window=0) for layer in default.layers)
+        assert all(layer == LayerConfig(mixer=default.attention, is_moe=True) for layer in default.layers)
+        assert not any(windows_of(default))
 
 
 @every_family
@@ -138,13 +166,13 @@ def test_experts_are_counted_under_any_of_their_names(make: Any) -> None:
 def test_null_means_the_default(make: Any) -> None:
     config = parse(make(hidden_size=48, num_key_value_heads=None, head_dim=None, rope_scaling=None))
 
-    assert config.num_kv_heads == config.num_heads
-    assert config.head_dim == config.hidden_size // config.num_heads
+    assert config.attention.num_kv_heads == config.attention.num_heads
+    assert config.attention.head_dim == config.hidden_size // config.attention.num_heads
 
 
 @every_family
 def test_head_dim_is_independent_of_hidden_size(make: Any) -> None:
-    assert parse(make(head_dim=24)).head_dim == 24
+    assert parse(make(head_dim=24)).attention.head_dim == 24
 
 
 @every_family
@@ -171,7 +199,7 @@ def test_layers_may_have_no_routed_experts() -> None:
 
 
 def windows(raw: RawConfig) -> list[int]:
-    return [layer.sliding_window for layer in parse(raw).layers]
+    return windows_of(parse(raw))
 
 
 def test_mixtral_s_window_applies_to_every_layer() -> None:
@@ -227,16 +255,17 @@ def test_a_sibling_of_qwen3_moe_reads_the_same_text_with_other_norms() -> None:
         reader.finish()
         return config
 
-    assert read(use_qk_norm=False) == replace(parse(raw), family="sibling", qk_norm="none")
+    plain = parse(raw).with_mixers(AttentionConfig, qk_norm="none")
+    assert read(use_qk_norm=False) == replace(plain, family="sibling")
     with pytest.raises(UnsupportedModel, match="use_qk_norm"):
         read(use_qk_norm=True)
 
 
 def test_biases() -> None:
-    assert not parse(qwen2_moe(qkv_bias=False)).has_qkv_bias
+    assert not parse(qwen2_moe(qkv_bias=False)).attention.has_qkv_bias
     biased = parse(qwen3_moe(attention_bias=True))
-    assert biased.has_qkv_bias
-    assert biased.has_o_bias
+    assert biased.attention.has_qkv_bias
+    assert biased.attention.has_o_bias
     assert "asks for attention_bias true; supported: false" in refusal(mixtral(attention_bias=True))
 
 
@@ -258,11 +287,11 @@ def test_both_spellings_of_rope_mean_the_same(make: Any) -> None:
     new = respelt(without(old, "rope_scaling"), theta=5e5, rope_type="linear", factor=3.0)
 
     assert parse(old) == parse(new)
-    assert parse(old).rope.theta == 5e5
+    assert parse(old).attention.rope.theta == 5e5
 
 
 def rope(scaling: dict[str, Any], **changes: Any) -> RopeConfig:
-    return parse(qwen3_moe(rope_scaling=scaling, **changes)).rope
+    return parse(qwen3_moe(rope_scaling=scaling, **changes)).attention.rope
 
 
 def test_rope_kinds_and_their_fields() -> None:

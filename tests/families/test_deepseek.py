@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -48,14 +49,16 @@ def test_a_released_model_is_read_as_latent_attention_with_dense_layers_first(na
     assert [layer.is_moe for layer in config.layers] == [
         layer >= first for layer in range(text["num_hidden_layers"])
     ]
-    assert {layer.mixer for layer in config.layers} == {"latent"}
-    assert config.latent == LatentConfig(
+    assert {layer.mixer for layer in config.layers} == {config.latent}
+    assert config.latent is not None
+    assert replace(config.latent, scale=0.0) == LatentConfig(
+        num_heads=text["num_attention_heads"], rope=config.latent.rope,
         query_rank=text["q_lora_rank"] or 0, kv_rank=512, nope_dim=text["qk_nope_head_dim"], rope_dim=64,
         value_dim=text["v_head_dim"], norm_eps=1e-6,
     )  # fmt: skip
-    assert config.rope.rotary_dim == 64
-    assert config.rope.is_interleaved
-    assert config.head_dim == text["qk_nope_head_dim"] + 64
+    assert config.latent.rope.rotary_dim == 64
+    assert config.latent.rope.is_interleaved
+    assert config.latent.head_dim == text["qk_nope_head_dim"] + 64
     assert config.shared_width == text["n_shared_experts"] * text["moe_intermediate_size"]
     assert (config.dense_width, config.expert_width) == (
         text["intermediate_size"],
@@ -63,7 +66,7 @@ def test_a_released_model_is_read_as_latent_attention_with_dense_layers_first(na
     )
     assert config.num_mtp_layers == text.get("num_nextn_predict_layers", 0)
     assert (config.norm_eps, config.vocab_size) == (text["rms_norm_eps"], text["vocab_size"])
-    assert config.has_qkv_bias is config.has_o_bias is config.is_embedding_tied is False
+    assert not config.is_embedding_tied
 
 
 def test_routers() -> None:
@@ -83,7 +86,9 @@ def test_routers() -> None:
 
 def test_yarn_s_mscale_all_dim_is_squared_into_the_attention_scale() -> None:
     def scale_of(raw: RawConfig) -> float:
-        return parse(raw).attention_scale * math.sqrt(parse(raw).head_dim)
+        latent = parse(raw).latent
+        assert latent is not None
+        return latent.scale * math.sqrt(latent.head_dim)
 
     assert scale_of(DEEPSEEK_V3) == pytest.approx((0.1 * math.log(40) + 1) ** 2)
     assert scale_of(DEEPSEEK_V2_LITE) == pytest.approx((0.0707 * math.log(40) + 1) ** 2)
@@ -94,12 +99,12 @@ def test_yarn_s_mscale_all_dim_is_squared_into_the_attention_scale() -> None:
 
 
 def test_rope_is_yarn_over_the_rotary_dimensions() -> None:
-    assert parse(DEEPSEEK_V3).rope == RopeConfig(
+    assert parse(DEEPSEEK_V3).ropes[0] == RopeConfig(
         theta=1e4, rotary_dim=64, is_interleaved=True, kind="yarn", factor=40.0, original_context=4096,
         mscale=1.0, mscale_all_dim=1.0,
     )  # fmt: skip
-    assert not parse(DEEPSEEK_V3 | {"rope_interleave": False}).rope.is_interleaved
-    assert parse(GLM_4_7_FLASH).rope.kind == "default"
+    assert not parse(DEEPSEEK_V3 | {"rope_interleave": False}).ropes[0].is_interleaved
+    assert parse(GLM_4_7_FLASH).ropes[0].kind == "default"
 
 
 def test_the_keys_of_transformers_5_mean_the_same() -> None:
@@ -138,7 +143,12 @@ def test_an_absent_key_has_the_default_of_the_family_s_config_class() -> None:
     assert (v3.num_layers, v3.num_experts, v3.context_tokens, v3.num_mtp_layers) == (61, 256, 4096, 1)
     assert v3.router == expected_router(8, 4, 2.5)
     glm = parse({"model_type": "glm4_moe_lite"})
-    assert (glm.num_layers, glm.num_heads, glm.latent and glm.latent.value_dim, glm.norm_eps) == (
+    assert (
+        glm.num_layers,
+        glm.latent and glm.latent.num_heads,
+        glm.latent and glm.latent.value_dim,
+        glm.norm_eps,
+    ) == (
         47,
         20,
         256,

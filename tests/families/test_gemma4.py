@@ -15,6 +15,7 @@ from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import FAMILIES, open_model
 from argosy.model.rope import inverse_frequency
 from tests.families.published import GEMMA_4_26B
+from tests.helpers.mixers import attentions, windows
 from tests.models.safetensors_file import read_checkpoint, write_checkpoint
 from tests.models.tiny import RawConfig, random_tensors, write_model
 from tests.models.tiny_gemma import gemma4
@@ -30,18 +31,19 @@ def test_the_hub_s_config_is_read() -> None:
     config = parse(GEMMA_4_26B)
 
     assert (config.num_layers, len(config.moe_layers)) == (30, 30)
-    full = [i for i, layer in enumerate(config.layers) if not layer.sliding_window]
+    layers = attentions(config)
+    full = [i for i, layer in enumerate(layers) if not layer.sliding_window]
     assert full == [5, 11, 17, 23, 29]
-    assert {layer.sliding_window for layer in config.layers} == {0, 1024}
-    assert {(config.kv_heads_of(i), config.head_dim_of(i)) for i in full} == {(2, 512)}
-    assert (config.kv_heads_of(0), config.head_dim_of(0), config.num_heads) == (8, 256, 16)
-    assert [i for i, layer in enumerate(config.layers) if layer.keys_are_values] == full
-    assert [i for i, layer in enumerate(config.layers) if layer.is_causal] == full
+    assert set(windows(config)) == {0, 1024}
+    assert {(layers[i].num_kv_heads, layers[i].head_dim) for i in full} == {(2, 512)}
+    assert (layers[0].num_kv_heads, layers[0].head_dim, layers[0].num_heads) == (8, 256, 16)
+    assert [i for i, layer in enumerate(layers) if layer.keys_are_values] == full
+    assert [i for i, layer in enumerate(layers) if layer.is_causal] == full
     assert config.router == RouterConfig(renormalize=True, has_norm=True, has_expert_scale=True)
     assert config.activation == ActivationConfig(kind="gelu_tanh")
     assert (config.shared_width, config.expert_width) == (2112, 704)
     assert (config.num_experts, config.experts_per_token) == (128, 8)
-    assert (config.attention_scale, config.logit_cap, config.norm_offset) == (1.0, 30.0, 0.0)
+    assert (config.attention.scale, config.logit_cap, config.norm_offset) == (1.0, 30.0, 0.0)
     assert config.embedding_scale == pytest.approx(2816**0.5)
     assert config.is_embedding_tied
     assert (config.eos_ids, config.bos_id) == ((1, 106), 2)
@@ -51,7 +53,7 @@ def test_each_kind_of_layer_has_its_rotary_embedding() -> None:
     config = parse(GEMMA_4_26B)
     sliding, full = config.ropes
 
-    assert (config.rope_of(0), config.rope_of(5)) == (sliding, full)
+    assert (attentions(config)[0].rope, attentions(config)[5].rope) == (sliding, full)
     np.testing.assert_allclose(inverse_frequency(sliding), 1e4 ** (-np.arange(128) / 128))
     frequency = inverse_frequency(full)  # a quarter of the pairs turns, at the frequencies of the whole head
     np.testing.assert_allclose(frequency[:64], 1e6 ** (-np.arange(64) / 256))
@@ -80,10 +82,11 @@ def test_an_absent_key_has_the_default_of_the_config_class() -> None:
     config = parse({"model_type": "gemma4", "text_config": needed})
 
     assert (config.vocab_size, config.hidden_size, config.num_layers) == (262_144, 2304, 30)
-    assert (config.num_heads, config.num_kv_heads, config.head_dim, config.head_dim_of(5)) == (8, 4, 256, 512)
-    assert (config.kv_heads_of(5), config.layers[5].keys_are_values) == (4, False)
-    assert [layer.sliding_window for layer in config.layers[3:7]] == [512, 512, 0, 512]
-    assert all(layer.is_causal for layer in config.layers)
+    first, full = attentions(config)[0], attentions(config)[5]
+    assert (first.num_heads, first.num_kv_heads, first.head_dim, full.head_dim) == (8, 4, 256, 512)
+    assert (full.num_kv_heads, full.keys_are_values) == (4, False)
+    assert windows(config)[3:7] == [512, 512, 0, 512]
+    assert all(layer.is_causal for layer in attentions(config))
     assert (config.context_tokens, config.norm_eps, config.shared_width) == (131_072, 1e-6, 9216)
     assert (config.logit_cap, config.is_embedding_tied) == (0.0, True)
     assert [(rope.theta, rope.turning_pairs) for rope in config.ropes] == [(1e4, None), (1e6, 64)]
@@ -95,8 +98,8 @@ def test_an_absent_key_has_the_default_of_the_config_class() -> None:
 
 def test_the_last_layer_is_full_whatever_the_config_says() -> None:
     config = parse(gemma4(layer_types=[SLIDING] * 3))
-    assert [layer.sliding_window for layer in config.layers] == [8, 8, 0]
-    assert [config.head_dim_of(layer) for layer in range(3)] == [12, 12, 20]
+    assert windows(config) == [8, 8, 0]
+    assert [layer.head_dim for layer in attentions(config)] == [12, 12, 20]
 
 
 def ropes(**changes: Any) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def test_only_llama_has_paired_rows(write: Write) -> None:
     for architecture in CONFIGS:
         files = open_model(write(architecture))
         config = files.config
-        for name, num_heads in (("q", config.num_heads), ("k", config.num_kv_heads)):
+        for name, num_heads in (("q", config.attention.num_heads), ("k", config.attention.num_kv_heads)):
             landing = files.dense[f"layers.0.{name}"].landing
             assert isinstance(landing, PairedRows) == (architecture == "llama")
             assert not isinstance(landing, PairedRows) or landing.num_heads == num_heads
@@ -170,7 +170,10 @@ def test_tensors_decide_whether_a_glm_has_biases_and_norms(write: Write, tmp_pat
     for has_bias, has_norm in ((True, False), (False, True)):
         path = write("glm4moe", attention_bias=has_bias, use_qk_norm=has_norm, norm_topk_prob=has_norm)
         config = open_model(path).config
-        assert (config.has_qkv_bias, config.qk_norm) == (has_bias, "head" if has_norm else "none")
+        assert (config.attention.has_qkv_bias, config.attention.qk_norm) == (
+            has_bias,
+            "head" if has_norm else "none",
+        )
         assert config.router == hub_config(path).router
         _again(tmp_path)
 
@@ -199,15 +202,15 @@ ROPES: dict[str, tuple[Callable[[GGUFWriter], object], RopeConfig]] = {
 def test_rope_scaling_is_read(kind: str, write: Write) -> None:
     extra, expected = ROPES[kind]
     path = write("qwen3moe", extra=extra)
-    assert open_model(path).config.rope == expected
+    assert open_model(path).config.attention.rope == expected
 
 
 def test_frequency_factors_divide_the_frequencies(write: Write) -> None:
     factors = np.array([1.0, 2.0, 4.0, 8.0], np.float32)
     config = open_model(write("llama", tensors={"rope_freqs.weight": factors})).config
-    assert config.rope.frequency_factors == (1.0, 2.0, 4.0, 8.0)
-    plain = inverse_frequency(replace(config.rope, frequency_factors=()))
-    np.testing.assert_array_equal(inverse_frequency(config.rope), plain / factors)
+    assert config.attention.rope.frequency_factors == (1.0, 2.0, 4.0, 8.0)
+    plain = inverse_frequency(replace(config.attention.rope, frequency_factors=()))
+    np.testing.assert_array_equal(inverse_frequency(config.attention.rope), plain / factors)
 
 
 REFUSED: dict[str, tuple[str, Callable[[GGUFWriter], object]]] = {

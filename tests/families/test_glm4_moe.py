@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from argosy.checkpoint.safetensors import open_tensors
-from argosy.config import LayerConfig, ModelConfig, RouterConfig
+from argosy.config import ModelConfig, RouterConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import FAMILIES, open_model
 from argosy.model.reading.layout import read_layout
@@ -69,18 +69,27 @@ def refusal(**changes: Any) -> str:
 def test_the_hub_s_config_is_read() -> None:
     config = parse(GLM_4_6)
 
-    assert config.layers == (LayerConfig(is_moe=False),) * 3 + (LayerConfig(is_moe=True),) * 89
+    assert {layer.mixer for layer in config.layers} == {config.attention}
+    assert [layer.is_moe for layer in config.layers] == [False] * 3 + [True] * 89
     assert config.router == RouterConfig(
         score="sigmoid", has_choice_bias=True, renormalize=True, renormalize_eps=1e-20, scale=2.5
     )
-    assert (config.head_dim, config.rope.rotary_dim, config.rope.theta) == (128, 64, 1e6)
-    assert not config.rope.is_interleaved
-    assert (config.has_qkv_bias, config.has_o_bias, config.qk_norm) == (True, False, "head")
+    assert (config.attention.head_dim, config.attention.rope.rotary_dim, config.attention.rope.theta) == (
+        128,
+        64,
+        1e6,
+    )
+    assert not config.attention.rope.is_interleaved
+    assert (config.attention.has_qkv_bias, config.attention.has_o_bias, config.attention.qk_norm) == (
+        True,
+        False,
+        "head",
+    )
     assert (config.dense_width, config.expert_width, config.shared_width) == (12_288, 1536, 1536)
     assert not config.shared_is_gated
     assert config.num_mtp_layers == 1
     assert config.eos_ids == (151_329, 151_336, 151_338)
-    assert parse(GLM_4_6 | {"use_qk_norm": False}).qk_norm == "none"
+    assert parse(GLM_4_6 | {"use_qk_norm": False}).attention.qk_norm == "none"
     assert parse(GLM_4_6 | {"n_shared_experts": 2}).shared_width == 3072
 
 
@@ -88,25 +97,33 @@ def test_an_absent_key_has_the_default_of_the_config_class() -> None:
     config = parse({"model_type": "glm4_moe", "head_dim": 44})
 
     assert (config.vocab_size, config.hidden_size, config.num_layers) == (151_552, 4096, 46)
-    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (96, 8, 44)
+    assert (config.attention.num_heads, config.attention.num_kv_heads, config.attention.head_dim) == (
+        96,
+        8,
+        44,
+    )
     assert (config.num_experts, config.experts_per_token, config.expert_width) == (128, 8, 1408)
     assert (config.dense_width, config.shared_width, config.moe_layers[0]) == (10_944, 1408, 1)
     assert (config.context_tokens, config.norm_eps) == (131_072, 1e-5)
-    assert (config.rope.theta, config.rope.rotary_dim) == (1e4, 22)
-    assert (config.has_qkv_bias, config.qk_norm, config.router.scale) == (False, "none", 1.0)
+    assert (config.attention.rope.theta, config.attention.rope.rotary_dim) == (1e4, 22)
+    assert (config.attention.has_qkv_bias, config.attention.qk_norm, config.router.scale) == (
+        False,
+        "none",
+        1.0,
+    )
     with pytest.raises(CheckpointError, match=r"as 0\.5 of 42 dimensions, expected an even number"):
         parse({"model_type": "glm4_moe"})
 
 
 def test_rotary_dimensions_are_read() -> None:
-    assert parse(glm4_moe(partial_rotary_factor=0.34)).rope.rotary_dim == 4
-    assert parse(glm4_moe(partial_rotary_factor=1.0)).rope.rotary_dim == 12
+    assert parse(glm4_moe(partial_rotary_factor=0.34)).attention.rope.rotary_dim == 4
+    assert parse(glm4_moe(partial_rotary_factor=1.0)).attention.rope.rotary_dim == 12
     inside = {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.7}
     raw = {
         key: value for key, value in glm4_moe().items() if key not in ("partial_rotary_factor", "rope_theta")
     }
-    assert parse(raw | {"rope_parameters": inside}).rope.rotary_dim == 8
-    assert parse(raw).rope.rotary_dim == 6
+    assert parse(raw | {"rope_parameters": inside}).attention.rope.rotary_dim == 8
+    assert parse(raw).attention.rope.rotary_dim == 6
     assert "gives partial_rotary_factor as 0.5 and, in rope_parameters, as 0.7" in refusal(
         rope_theta=1e4, rope_parameters=inside
     )

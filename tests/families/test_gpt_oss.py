@@ -12,10 +12,11 @@ import pytest
 
 from argosy import Engine
 from argosy.checkpoint.pack import pack
-from argosy.config import ActivationConfig, LayerConfig, ModelConfig, RouterConfig
+from argosy.config import ActivationConfig, ModelConfig, RouterConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import FAMILIES, open_model
 from argosy.model.rope import angle_scale
+from tests.helpers.mixers import windows
 from tests.models.hub_quantised import FP8
 from tests.models.safetensors_file import Array, decode, encode, write_checkpoint
 from tests.models.tiny import RawConfig, gpt_oss, random_tensors, write_model
@@ -29,24 +30,32 @@ def without(raw: RawConfig, *keys: str) -> RawConfig:
     return {key: value for key, value in raw.items() if key not in keys}
 
 
-def windows(config: ModelConfig) -> list[int]:
-    return [layer.sliding_window for layer in config.layers]
-
-
 def test_the_hub_s_config_is_read() -> None:
     config = parse(gpt_oss())
 
-    assert config.layers == tuple(LayerConfig(is_moe=True, sliding_window=window) for window in (8, 0, 8))
+    assert windows(config) == [8, 0, 8]
+    assert all(layer.is_moe for layer in config.layers)
     assert config.router == RouterConfig(has_bias=True, renormalize=True)
     assert config.activation == ActivationConfig(kind="clamped", limit=7.0, alpha=1.702)
-    assert all((config.has_qkv_bias, config.has_o_bias, config.has_sinks, config.has_expert_bias))
-    assert (config.head_dim, config.expert_width, config.num_experts, config.experts_per_token) == (
+    assert all(
+        (
+            config.attention.has_qkv_bias,
+            config.attention.has_o_bias,
+            config.attention.has_sinks,
+            config.has_expert_bias,
+        )
+    )
+    assert (config.attention.head_dim, config.expert_width, config.num_experts, config.experts_per_token) == (
         12,
         18,
         5,
         2,
     )
-    assert (config.rope.kind, config.rope.truncate, config.rope.original_context) == ("yarn", False, 16)
+    assert (
+        config.attention.rope.kind,
+        config.attention.rope.truncate,
+        config.attention.rope.original_context,
+    ) == ("yarn", False, 16)
     assert config.eos_ids == (2,)
     assert config.bos_id is None
 
@@ -55,20 +64,29 @@ def test_an_absent_key_has_the_default_of_the_config_class() -> None:
     config = parse({"model_type": "gpt_oss"})
 
     assert (config.vocab_size, config.hidden_size, config.num_layers) == (201_088, 2880, 36)
-    assert (config.num_heads, config.num_kv_heads, config.head_dim, config.expert_width) == (64, 8, 64, 2880)
+    assert (
+        config.attention.num_heads,
+        config.attention.num_kv_heads,
+        config.attention.head_dim,
+        config.expert_width,
+    ) == (64, 8, 64, 2880)
     assert (config.num_experts, config.experts_per_token, config.context_tokens) == (128, 4, 131_072)
     assert windows(config) == [128, 0] * 18
-    assert (config.rope.theta, config.rope.factor, config.rope.original_context) == (150_000.0, 32.0, 4096)
-    assert angle_scale(config.rope) == pytest.approx(1.3466, abs=1e-4)
+    assert (
+        config.attention.rope.theta,
+        config.attention.rope.factor,
+        config.attention.rope.original_context,
+    ) == (150_000.0, 32.0, 4096)
+    assert angle_scale(config.attention.rope) == pytest.approx(1.3466, abs=1e-4)
     assert (config.activation.limit, config.activation.alpha) == (7.0, 1.702)
-    assert all((config.has_qkv_bias, config.has_o_bias))
+    assert all((config.attention.has_qkv_bias, config.attention.has_o_bias))
 
 
 def test_yarn_is_the_default_and_can_be_turned_off() -> None:
     plain = without(gpt_oss(), "rope_scaling", "initial_context_length")
-    assert parse(plain).rope.kind == "yarn"
-    assert parse(plain | {"rope_scaling": None}).rope.kind == "yarn"
-    assert parse(plain | {"rope_parameters": {"rope_type": "default"}}).rope.kind == "default"
+    assert parse(plain).attention.rope.kind == "yarn"
+    assert parse(plain | {"rope_scaling": None}).attention.rope.kind == "yarn"
+    assert parse(plain | {"rope_parameters": {"rope_type": "default"}}).attention.rope.kind == "default"
 
 
 def test_layers_alternate_unless_layer_types_says_otherwise() -> None:

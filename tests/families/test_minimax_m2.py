@@ -81,11 +81,19 @@ def refusal(**changes: Any) -> str:
 def test_the_hub_s_config_is_read() -> None:
     config = parse(HUB)
 
-    assert config.layers == (LayerConfig(is_moe=True),) * 62
+    assert config.layers == (LayerConfig(mixer=config.attention, is_moe=True),) * 62
     assert config.router == RouterConfig(score="sigmoid", has_choice_bias=True, renormalize=True)
-    assert (config.qk_norm, config.has_qkv_bias, config.has_o_bias) == ("flat", False, False)
-    assert (config.head_dim, config.rope.rotary_dim, config.rope.theta) == (128, 64, 5e6)
-    assert not config.rope.is_interleaved
+    assert (config.attention.qk_norm, config.attention.has_qkv_bias, config.attention.has_o_bias) == (
+        "flat",
+        False,
+        False,
+    )
+    assert (config.attention.head_dim, config.attention.rope.rotary_dim, config.attention.rope.theta) == (
+        128,
+        64,
+        5e6,
+    )
+    assert not config.attention.rope.is_interleaved
     assert (config.num_experts, config.experts_per_token, config.expert_width) == (256, 8, 1536)
     assert (config.shared_width, config.num_mtp_layers, config.eos_ids) == (0, 0, ())
 
@@ -94,24 +102,33 @@ def test_an_absent_key_has_the_default_of_the_config_class() -> None:
     config = parse({"model_type": "minimax_m2"})
 
     assert (config.vocab_size, config.hidden_size, config.num_layers) == (200_064, 3072, 62)
-    assert (config.num_heads, config.num_kv_heads, config.head_dim, config.expert_width) == (48, 8, 128, 1536)
-    assert (config.rope.theta, config.rope.rotary_dim, config.norm_eps) == (5e6, 128, 1e-6)
+    assert (
+        config.attention.num_heads,
+        config.attention.num_kv_heads,
+        config.attention.head_dim,
+        config.expert_width,
+    ) == (48, 8, 128, 1536)
+    assert (config.attention.rope.theta, config.attention.rope.rotary_dim, config.norm_eps) == (
+        5e6,
+        128,
+        1e-6,
+    )
     assert (config.eos_ids, config.bos_id, config.context_tokens) == ((200_020,), 200_034, 196_608)
 
 
 def test_rotary_dimensions_have_two_spellings() -> None:
-    assert parse(minimax_m2(rotary_dim=4)).rope.rotary_dim == 4
+    assert parse(minimax_m2(rotary_dim=4)).attention.rope.rotary_dim == 4
     plain = {key: value for key, value in minimax_m2().items() if key != "rotary_dim"}
-    assert parse(plain).rope.rotary_dim == 12
-    assert parse(plain | {"partial_rotary_factor": 0.5}).rope.rotary_dim == 6
+    assert parse(plain).attention.rope.rotary_dim == 12
+    assert parse(plain | {"partial_rotary_factor": 0.5}).attention.rope.rotary_dim == 6
     inside = {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5}
-    assert parse(plain | {"rope_parameters": inside}).rope.rotary_dim == 6
+    assert parse(plain | {"rope_parameters": inside}).attention.rope.rotary_dim == 6
     assert "rotary_dim is 14, expected an even number of at most 12, the dimensions of a head" in refusal(
         rotary_dim=14
     )
     assert "rotary_dim is 5, expected an even number" in refusal(rotary_dim=5)
     assert "gives rotary_dim as 6, but partial_rotary_factor means 4" in refusal(partial_rotary_factor=0.34)
-    assert parse(minimax_m2(partial_rotary_factor=0.5)).rope.rotary_dim == 6
+    assert parse(minimax_m2(partial_rotary_factor=0.5)).attention.rope.rotary_dim == 6
 
 
 @pytest.mark.parametrize(

@@ -49,16 +49,26 @@ def parse(raw: RawConfig) -> ModelConfig:
 def test_the_hub_s_config_is_read() -> None:
     config = parse(HUB)
 
-    assert config.layers == (LayerConfig(is_moe=True),) * 16
+    assert config.layers == (LayerConfig(mixer=config.attention, is_moe=True),) * 16
     assert config.router == RouterConfig(renormalize=False)
-    assert (config.qk_norm, config.qkv_limit, config.has_qkv_bias, config.has_o_bias) == (
+    assert (
+        config.attention.qk_norm,
+        config.attention.qkv_limit,
+        config.attention.has_qkv_bias,
+        config.attention.has_o_bias,
+    ) == (
         "flat",
         0,
         False,
         False,
     )
     assert (config.expert_width, config.dense_width, config.shared_width) == (1024, 0, 0)
-    assert (config.num_heads, config.num_kv_heads, config.head_dim, config.rope.rotary_dim) == (
+    assert (
+        config.attention.num_heads,
+        config.attention.num_kv_heads,
+        config.attention.head_dim,
+        config.attention.rope.rotary_dim,
+    ) == (
         16,
         16,
         128,
@@ -67,10 +77,10 @@ def test_the_hub_s_config_is_read() -> None:
 
 
 def test_flags_are_read() -> None:
-    assert parse(olmoe(clip_qkv=8)).qkv_limit == 8.0
+    assert parse(olmoe(clip_qkv=8)).attention.qkv_limit == 8.0
     assert parse(olmoe(norm_topk_prob=True)).router.renormalize
     biased = parse(olmoe(attention_bias=True))
-    assert (biased.has_qkv_bias, biased.has_o_bias) == (True, True)
+    assert (biased.attention.has_qkv_bias, biased.attention.has_o_bias) == (True, True)
 
 
 def test_an_absent_key_has_the_default_of_the_config_class() -> None:
@@ -79,10 +89,10 @@ def test_an_absent_key_has_the_default_of_the_config_class() -> None:
     assert (config.vocab_size, config.hidden_size, config.num_layers, config.expert_width) == (
         50_304, 2048, 16, 2048,
     )  # fmt: skip
-    assert (config.num_heads, config.num_kv_heads, config.eos_ids) == (16, 16, (50_279,))
+    assert (config.attention.num_heads, config.attention.num_kv_heads, config.eos_ids) == (16, 16, (50_279,))
     assert (config.num_experts, config.experts_per_token, config.router.renormalize) == (64, 8, False)
-    assert (config.norm_eps, config.context_tokens, config.rope.theta) == (1e-5, 4096, 1e4)
-    assert parse({"model_type": "olmoe", "num_attention_heads": 8}).num_kv_heads == 8
+    assert (config.norm_eps, config.context_tokens, config.attention.rope.theta) == (1e-5, 4096, 1e4)
+    assert parse({"model_type": "olmoe", "num_attention_heads": 8}).attention.num_kv_heads == 8
 
 
 def test_unsupported_features_are_refused_by_name() -> None:

@@ -14,7 +14,7 @@ from gguf import GGUFWriter
 from argosy import Engine
 from argosy.checkpoint.geometry import count_parameters
 from argosy.checkpoint.safetensors import open_tensors
-from argosy.config import ModelConfig
+from argosy.config import DeltaConfig, LayerConfig, ModelConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import FAMILIES, open_model
 from tests.models import gguf_delta
@@ -92,12 +92,16 @@ def qwen35(
 def test_released_configs_give_the_published_size(raw: RawConfig, billions: float) -> None:
     config = FAMILIES[raw["model_type"]].parse_config(raw)
     assert count_parameters(config)[0] == pytest.approx(billions * 1e9, rel=0.005)
-    assert len(config.delta_layers) == config.num_layers * 3 // 4
-    assert config.rope.rotary_dim == 64
+    assert len(config.recurrent_layers) == config.num_layers * 3 // 4
+    assert config.attention.rope.rotary_dim == 64
     assert config.context_tokens == 262144
 
 
 # ── config.json ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def kind_of(layer: LayerConfig) -> str:
+    return "delta" if isinstance(layer.mixer, DeltaConfig) else "attention"
 
 
 def parse(config: RawConfig) -> ModelConfig:
@@ -106,7 +110,9 @@ def parse(config: RawConfig) -> ModelConfig:
 
 def test_the_interval_or_layer_types_decide_the_layers() -> None:
     def mixers(**changes: Any) -> str:
-        return "".join(layer.mixer[0] for layer in parse(qwen3_next(num_hidden_layers=5, **changes)).layers)
+        return "".join(
+            kind_of(layer)[0] for layer in parse(qwen3_next(num_hidden_layers=5, **changes)).layers
+        )
 
     assert mixers(full_attention_interval=2) == "dadad"
     assert mixers(full_attention_interval=4) == "dddad"
@@ -304,17 +310,10 @@ def test_metadata_means_the_same_as_config_json(
     assert ours.delta is not None
     assert hub.delta is not None
     assert ours.delta.sizes == hub.delta.sizes
-    same = (
-        "layers",
-        "rope",
-        "router",
-        "expert_width",
-        "shared_width",
-        "qk_norm",
-        "has_output_gate",
-        "head_dim",
-    )
-    for name in (*same, "shared_is_gated", "norm_eps", "vocab_size", "num_experts", "eos_ids"):
+    assert ours.attention == hub.attention
+    assert [kind_of(layer) for layer in ours.layers] == [kind_of(layer) for layer in hub.layers]
+    same = ("router", "expert_width", "shared_width", "shared_is_gated")
+    for name in (*same, "norm_eps", "vocab_size", "num_experts", "eos_ids"):
         assert getattr(ours, name) == getattr(hub, name), name
     assert (ours.norm_offset, hub.norm_offset) == (0, 1)
     assert ours.delta.is_tiled == (make is qwen3_5_moe_text)
@@ -335,7 +334,7 @@ def test_without_a_list_of_layers_attention_comes_at_an_interval(
 ) -> None:
     path = tmp_path / "model.gguf"
     write_gguf(path, qwen3_next(**GGUF_SIZES), monkeypatch, lambda writer: list_layers(writer, None))
-    mixers = [layer.mixer for layer in open_model(path).config.layers]
+    mixers = [kind_of(layer) for layer in open_model(path).config.layers]
     assert mixers == ["delta", "attention", "delta"]
 
 
@@ -345,13 +344,13 @@ def test_a_list_of_layers_overrides_the_interval(tmp_path: Path, monkeypatch: py
         writer.kv_data[0]["qwen3next.full_attention_interval"].value = 4
 
     path = write_gguf(tmp_path / "model.gguf", qwen3_next(**GGUF_SIZES), monkeypatch, as_converted)
-    assert open_model(path).config.delta_layers == (0, 2)
+    assert open_model(path).config.recurrent_layers == (0, 2)
 
 
 def test_the_list_of_layers_may_hold_0_and_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.gguf"  # llama.cpp itself saves numbers
     write_gguf(path, qwen3_next(**GGUF_SIZES), monkeypatch, lambda writer: list_layers(writer, [1, 0, 1]))
-    assert open_model(path).config.delta_layers == (0, 2)
+    assert open_model(path).config.recurrent_layers == (0, 2)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 
 from argosy import Engine
 from argosy.checkpoint.pack import pack
-from argosy.config import LayerConfig, ModelConfig, RouterConfig
+from argosy.config import AttentionConfig, LayerConfig, ModelConfig, RouterConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import FAMILIES, open_model
 from argosy.model.reading.quantization import read_quantization
@@ -46,12 +46,25 @@ def write(directory: Path, config: RawConfig, tensors: dict[str, Array]) -> Path
 def test_the_config_of_qwen3_vl_is_read() -> None:
     config = parse(qwen3_vl_moe_of())
 
-    assert config.layers == (LayerConfig(is_moe=True),) * 48
+    assert config.layers == (LayerConfig(mixer=config.attention, is_moe=True),) * 48
     assert config.router == RouterConfig(renormalize=True)
-    assert (config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim) == (2048, 32, 4, 128)
+    assert (
+        config.hidden_size,
+        config.attention.num_heads,
+        config.attention.num_kv_heads,
+        config.attention.head_dim,
+    ) == (2048, 32, 4, 128)
     assert (config.num_experts, config.experts_per_token, config.expert_width) == (128, 8, 768)
-    assert (config.rope.theta, config.rope.rotary_dim, config.rope.kind) == (5e6, 128, "default")
-    assert (config.qk_norm, config.has_qkv_bias, config.is_embedding_tied) == ("head", False, False)
+    assert (config.attention.rope.theta, config.attention.rope.rotary_dim, config.attention.rope.kind) == (
+        5e6,
+        128,
+        "default",
+    )
+    assert (config.attention.qk_norm, config.attention.has_qkv_bias, config.is_embedding_tied) == (
+        "head",
+        False,
+        False,
+    )
     assert (config.context_tokens, config.vocab_size) == (262_144, 151_936)
     assert (config.eos_ids, config.bos_id) == ((151_645,), 151_643)
 
@@ -59,9 +72,13 @@ def test_the_config_of_qwen3_vl_is_read() -> None:
 def test_the_config_of_qwen3_omni_is_that_of_its_thinker() -> None:
     config = parse(QWEN3_OMNI)
 
-    assert config.layers == (LayerConfig(is_moe=True),) * 48
+    assert config.layers == (LayerConfig(mixer=config.attention, is_moe=True),) * 48
     assert (config.vocab_size, config.num_experts, config.expert_width) == (152_064, 128, 768)
-    assert (config.rope.theta, config.rope.rotary_dim, config.rope.is_interleaved) == (1e6, 128, False)
+    assert (
+        config.attention.rope.theta,
+        config.attention.rope.rotary_dim,
+        config.attention.rope.is_interleaved,
+    ) == (1e6, 128, False)
     assert config.eos_ids == (151_645,)  # not given, so the end of a turn
     assert parse(QWEN3_OMNI | {"im_end_token_id": 7}).eos_ids == (7,)
     thinker = QWEN3_OMNI["thinker_config"] | {"eos_token_id": [8, 9]}
@@ -71,12 +88,21 @@ def test_the_config_of_qwen3_omni_is_that_of_its_thinker() -> None:
 def test_the_config_of_glm_4_5v_is_read() -> None:
     config = parse(GLM_45V)
 
-    assert config.layers == (LayerConfig(is_moe=False),) + (LayerConfig(is_moe=True),) * 45
+    assert {layer.mixer for layer in config.layers} == {config.attention}
+    assert [layer.is_moe for layer in config.layers] == [False] + [True] * 45
     assert config.router == RouterConfig(
         score="sigmoid", has_choice_bias=True, renormalize=True, renormalize_eps=1e-20
     )
-    assert (config.rope.theta, config.rope.rotary_dim, config.head_dim) == (1e4, 64, 128)
-    assert (config.has_qkv_bias, config.has_o_bias, config.qk_norm) == (True, False, "none")
+    assert (config.attention.rope.theta, config.attention.rope.rotary_dim, config.attention.head_dim) == (
+        1e4,
+        64,
+        128,
+    )
+    assert (config.attention.has_qkv_bias, config.attention.has_o_bias, config.attention.qk_norm) == (
+        True,
+        False,
+        "none",
+    )
     assert (config.dense_width, config.expert_width, config.shared_width) == (10_944, 1408, 1408)
     assert config.eos_ids == (151_329, 151_336, 151_338)
 
@@ -84,12 +110,16 @@ def test_the_config_of_glm_4_5v_is_read() -> None:
 def test_rotary_pairs_are_assigned_to_position_axes_as_in_transformers() -> None:
     """`apply_interleaved_mrope` of Qwen3-VL gives pair 3 i + a to axis a; GLM-4.5V gives an axis consecutive pairs."""
     taking_turns = [*((0, 1, 2) * 20), 0, 0, 0, 0]
-    assert parse(qwen3_vl_moe_of()).rope.axes == parse(QWEN3_OMNI).rope.axes == tuple(taking_turns)
-    assert parse(GLM_45V).rope.axes == (0,) * 8 + (1,) * 12 + (2,) * 12
+    assert (
+        parse(qwen3_vl_moe_of()).attention.rope.axes
+        == parse(QWEN3_OMNI).attention.rope.axes
+        == tuple(taking_turns)
+    )
+    assert parse(GLM_45V).attention.rope.axes == (0,) * 8 + (1,) * 12 + (2,) * 12
 
     def axes(make: Callable[..., RawConfig], *sections: int) -> tuple[int, ...]:
         rope = {"rope_type": "default", "mrope_section": list(sections)}
-        return parse(make(head_dim=16, partial_rotary_factor=1.0, rope_scaling=rope)).rope.axes
+        return parse(make(head_dim=16, partial_rotary_factor=1.0, rope_scaling=rope)).attention.rope.axes
 
     def without_factor(**changes: Any) -> RawConfig:
         return qwen3_vl_moe(
@@ -99,7 +129,7 @@ def test_rotary_pairs_are_assigned_to_position_axes_as_in_transformers() -> None
     assert axes(without_factor, 5, 1, 2) == (0, 1, 2, 0, 0, 2, 0, 0)
     assert axes(without_factor, 0, 9, 9) == (0, 1, 2, 0, 1, 2, 0, 1)  # more than the number of pairs
     assert axes(glm4v_moe, 5, 1, 2) == (0, 0, 0, 0, 0, 1, 2, 2)
-    assert parse(qwen3_moe()).rope.axes == ()
+    assert parse(qwen3_moe()).attention.rope.axes == ()
 
 
 @every_wrapper
@@ -117,26 +147,41 @@ def test_an_absent_key_has_the_default_of_the_config_class() -> None:
         return {"text_config": {"model_type": model_type + "_text", **keys}}
 
     vl = parse({"model_type": "qwen3_vl_moe", **text("qwen3_vl_moe")})
-    assert (vl.num_layers, vl.num_heads, vl.num_kv_heads, vl.head_dim) == (24, 16, 16, 128)
+    assert (vl.num_layers, vl.attention.num_heads, vl.attention.num_kv_heads, vl.attention.head_dim) == (
+        24,
+        16,
+        16,
+        128,
+    )
     assert (vl.num_experts, vl.experts_per_token, vl.expert_width, vl.dense_width) == (60, 4, 1408, 5632)
-    assert (vl.rope.theta, vl.context_tokens, vl.router.renormalize) == (5e5, 128_000, True)
+    assert (vl.attention.rope.theta, vl.context_tokens, vl.router.renormalize) == (5e5, 128_000, True)
 
     thinker = {"model_type": "qwen3_omni_moe_thinker", **text("qwen3_omni_moe", head_dim=64)}
     omni = parse({"model_type": "qwen3_omni_moe", "thinker_config": thinker})
-    assert (omni.num_layers, omni.num_heads, omni.num_kv_heads, omni.vocab_size) == (28, 28, 4, 3584)
+    assert (omni.num_layers, omni.attention.num_heads, omni.attention.num_kv_heads, omni.vocab_size) == (
+        28,
+        28,
+        4,
+        3584,
+    )
     assert (omni.num_experts, omni.experts_per_token, omni.expert_width, omni.dense_width) == (
         128,
         8,
         768,
         18_944,
     )
-    assert (omni.rope.theta, omni.context_tokens, omni.router.renormalize) == (1e6, 32_768, True)
+    assert (omni.attention.rope.theta, omni.context_tokens, omni.router.renormalize) == (1e6, 32_768, True)
     assert omni.eos_ids == (151_645,)
 
     glm = parse({"model_type": "glm4v_moe", **text("glm4v_moe", head_dim=44)})
-    assert (glm.num_layers, glm.num_heads, glm.num_kv_heads, glm.vocab_size) == (46, 96, 8, 151_424)
-    assert (glm.rope.theta, glm.rope.rotary_dim, glm.context_tokens) == (1e4, 22, 65_536)
-    assert (glm.has_qkv_bias, glm.router.scale, glm.moe_layers[0]) == (True, 1.0, 1)
+    assert (glm.num_layers, glm.attention.num_heads, glm.attention.num_kv_heads, glm.vocab_size) == (
+        46,
+        96,
+        8,
+        151_424,
+    )
+    assert (glm.attention.rope.theta, glm.attention.rope.rotary_dim, glm.context_tokens) == (1e4, 22, 65_536)
+    assert (glm.attention.has_qkv_bias, glm.router.scale, glm.moe_layers[0]) == (True, 1.0, 1)
 
 
 REFUSED: list[tuple[RawConfig, str]] = [
@@ -328,8 +373,9 @@ def test_axis_sections_change_nothing_for_text(architecture: str, tmp_path: Path
     plain = tmp_path / "plain.gguf"
     write_gguf_model(plain, config, one_type("F32"), seed=4)
     found, without = open_model(path).config, open_model(plain).config
-    assert found.rope.axes == GGUF_AXES[architecture]
-    assert found == replace(without, family=family, rope=replace(without.rope, axes=found.rope.axes))
+    assert found.attention.rope.axes == GGUF_AXES[architecture]
+    rope = replace(without.attention.rope, axes=found.attention.rope.axes)
+    assert found == replace(without.with_mixers(AttentionConfig, rope=rope), family=family)
     prompt = prompt_ids(config, 4)
     with Engine.open(path, memory="2GiB", threads=1) as engine:
         assert difference(engine.logits(prompt), reference.logits(prompt)) <= LARGEST_DIFFERENCE

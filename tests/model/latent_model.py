@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,27 +19,30 @@ from argosy.model.weights import is_vector
 
 Array = NDArray[np.float64]
 
-QUERY_RANK = LatentConfig(query_rank=28, kv_rank=36, nope_dim=12, rope_dim=10, value_dim=14, norm_eps=1e-5)
-PLAIN_QUERY = LatentConfig(query_rank=0, kv_rank=48, nope_dim=16, rope_dim=8, value_dim=16, norm_eps=1e-6)
+QUERY_RANK = LatentConfig(
+    num_heads=5, query_rank=28, kv_rank=36, nope_dim=12, rope_dim=10, value_dim=14, norm_eps=1e-5,
+    rope=RopeConfig(theta=1e4, rotary_dim=10, is_interleaved=True),
+)  # fmt: skip
+PLAIN_QUERY = LatentConfig(
+    num_heads=5, query_rank=0, kv_rank=48, nope_dim=16, rope_dim=8, value_dim=16, norm_eps=1e-6,
+    rope=RopeConfig(theta=1e4, rotary_dim=8, is_interleaved=True),
+)  # fmt: skip
 
 
 def latent_config(latent: LatentConfig, *, is_interleaved: bool = True, num_heads: int = 5) -> ModelConfig:
+    rope = replace(latent.rope, is_interleaved=is_interleaved)
+    mixer = replace(latent, num_heads=num_heads, rope=rope)
     return ModelConfig(
         family="deepseek_v3",
         vocab_size=61,
         hidden_size=40,
-        num_heads=num_heads,
-        num_kv_heads=num_heads,
-        head_dim=latent.nope_dim + latent.rope_dim,
-        layers=(LayerConfig(is_moe=False, mixer="latent"),) * 2,
-        rope=RopeConfig(theta=1e4, rotary_dim=latent.rope_dim, is_interleaved=is_interleaved),
+        layers=(LayerConfig(mixer=mixer, is_moe=False),) * 2,
         norm_eps=1e-5,
         context_tokens=512,
         num_experts=0,
         experts_per_token=0,
         expert_width=0,
         router=RouterConfig(),
-        latent=latent,
         dense_width=56,
     )
 
@@ -81,8 +85,9 @@ class LatentModel:
         return norm(hidden, self.values["final_norm"], self.config.norm_eps) @ self.values["head"].T
 
     def _attention(self, part: dict[str, Array], x: Array) -> Array:
-        latent, heads, tokens = self.config.latent, self.config.num_heads, len(x)
+        latent, tokens = self.config.latent, len(x)
         assert latent is not None
+        heads = latent.num_heads
         if latent.query_rank:
             query = norm(x @ part["q_down"].T, part["q_down_norm"], latent.norm_eps) @ part["q_up"].T
         else:
@@ -108,12 +113,13 @@ class LatentModel:
         return out.reshape(tokens, -1) @ part["o"].T
 
     def _turn(self, x: Array) -> Array:
-        angle = np.arange(len(x))[:, None, None] * inverse_frequency(self.config.rope)
+        (rope,) = self.config.ropes
+        angle = np.arange(len(x))[:, None, None] * inverse_frequency(rope)
         out = x.copy()
         half = x.shape[-1] // 2
         first, second = (
             (slice(0, None, 2), slice(1, None, 2))
-            if self.config.rope.is_interleaved
+            if rope.is_interleaved
             else (slice(0, half), slice(half, None))
         )
         a, b = x[:, :, first], x[:, :, second]

@@ -49,7 +49,7 @@ class Parts:
         config = self.config
         if config.delta is None:
             return None
-        return _native.RecurrentState(NUM_SEQUENCES, len(config.delta_layers), config.delta.sizes)
+        return _native.RecurrentState(NUM_SEQUENCES, len(config.recurrent_layers), config.delta.sizes)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy import _native
-from argosy.config import Format, ModelConfig
+from argosy.config import AttentionConfig, DeltaConfig, Format, LatentConfig, ModelConfig, RopeConfig
 from argosy.experts.files import ExpertFiles
 from argosy.model.layers import describe_activation, routing
 from argosy.model.rope import rotary
@@ -73,12 +73,13 @@ class ReferenceDecoder:
         if step.overrides is not None:
             hidden[step.overrides.rows] = step.overrides.embeddings
         for layer in range(self.config.num_layers):
-            if self.config.layers[layer].mixer == "delta":
-                self._add_delta(hidden, layer, step)
-            elif self.config.layers[layer].mixer == "latent":
-                self._add_latent_attention(hidden, layer, step)
-            else:
-                self._add_attention(hidden, layer, step)
+            match self.config.layers[layer].mixer:
+                case DeltaConfig() as delta:
+                    self._add_delta(hidden, layer, step, delta)
+                case LatentConfig() as latent:
+                    self._add_latent_attention(hidden, layer, step, latent)
+                case AttentionConfig() as attention:
+                    self._add_attention(hidden, layer, step, attention)
             self._add_ffn(hidden, layer)
             if self.config.has_layer_scale:
                 hidden *= self.weights.vectors[f"layers.{layer}.layer_scale"]
@@ -104,8 +105,7 @@ class ReferenceDecoder:
     def _norm_if_any(self, x: Floats, name: str) -> Floats:
         return self._norm(x, name) if name in self.weights.vectors else x
 
-    def _rotate(self, heads: Floats, layer: int, step: Step) -> None:
-        rope = self.config.rope_of(layer)
+    def _rotate(self, heads: Floats, rope: RopeConfig, step: Step) -> None:
         cosine, sine = np.empty((2, step.num_tokens, rope.rotary_dim // 2), np.float32)
         rotary(rope).angles(self.runtime, _positions(step), cosine, sine)
         _native.rope(self.runtime, heads, cosine, sine, rope.is_interleaved)
@@ -124,34 +124,35 @@ class ReferenceDecoder:
             out += self.weights.vectors[name + "_bias"]
         return out
 
-    def _add_attention(self, hidden: Floats, layer: int, step: Step) -> None:
-        config, tokens, name = self.config, step.num_tokens, f"layers.{layer}."
-        head_dim = config.head_dim_of(layer)
+    def _add_attention(self, hidden: Floats, layer: int, step: Step, attention: AttentionConfig) -> None:
+        tokens, name, head_dim = step.num_tokens, f"layers.{layer}.", attention.head_dim
         normed = self._norm(hidden, name + "attn_norm")
         query, key, value = (
             self._projection(name + part, normed).reshape(tokens, -1, head_dim)
-            for part in ("qkk" if config.layers[layer].keys_are_values else "qkv")
+            for part in ("qkk" if attention.keys_are_values else "qkv")
         )
-        if config.has_output_gate:
+        if attention.has_output_gate:
             query, gate = np.ascontiguousarray(query[:, 0::2]), np.ascontiguousarray(query[:, 1::2])
-        if config.qk_norm != "none":
-            first = tokens if config.qk_norm == "flat" else -1
+        if attention.qk_norm != "none":
+            first = tokens if attention.qk_norm == "flat" else -1
             query, key = (
                 self._norm(
                     np.ascontiguousarray(x).reshape(first, len(self.weights.vectors[weight])), weight
                 ).reshape(x.shape)
                 for x, weight in ((query, name + "q_norm"), (key, name + "k_norm"))
             )
-        if config.has_value_norm:
+        if attention.has_value_norm:
             value = self._norm_by(value.reshape(-1, head_dim), np.ones(head_dim, np.float32)).reshape(
                 value.shape
             )
-        if config.qkv_limit:
-            query, key, value = (np.clip(x, -config.qkv_limit, config.qkv_limit) for x in (query, key, value))
+        if attention.qkv_limit:
+            query, key, value = (
+                np.clip(x, -attention.qkv_limit, attention.qkv_limit) for x in (query, key, value)
+            )
         for heads in (query, key):
-            self._rotate(heads, layer, step)
+            self._rotate(heads, attention.rope, step)
         _native.kv_write(self.runtime, self.kv, layer, key, value, step.slots)
-        attended = np.empty((tokens, config.num_heads * head_dim), np.float32)
+        attended = np.empty((tokens, attention.num_heads * head_dim), np.float32)
         _native.attention(
             self.runtime,
             self.kv,
@@ -160,19 +161,18 @@ class ReferenceDecoder:
             step.block_table,
             step.sequence,
             step.order,
-            config.attention_scale or head_dim**-0.5,
-            config.layers[layer].sliding_window,
+            attention.scale or head_dim**-0.5,
+            attention.sliding_window,
             attended,
             self.weights.vectors.get(name + "sinks"),
-            None if config.layers[layer].is_causal else step.sees_until,
+            None if attention.is_causal else step.sees_until,
         )
-        if config.has_output_gate:
+        if attention.has_output_gate:
             _native_testing.mul_sigmoid(self.runtime, gate.reshape(attended.shape), attended)
         self._add_mixed(hidden, self._projection(name + "o", attended), layer)
 
-    def _add_delta(self, hidden: Floats, layer: int, step: Step) -> None:
-        delta, name, vectors = self.config.delta, f"layers.{layer}.", self.weights.vectors
-        assert delta is not None
+    def _add_delta(self, hidden: Floats, layer: int, step: Step, delta: DeltaConfig) -> None:
+        name, vectors = f"layers.{layer}.", self.weights.vectors
         assert self.recurrent is not None
         assert step.state_slots is not None
         normed = self._norm(hidden, name + "attn_norm")
@@ -191,7 +191,7 @@ class ReferenceDecoder:
             b, a = self._projection(name + "b", normed), self._projection(name + "a", normed)
         starts = [0, *(np.flatnonzero(np.diff(step.sequence)) + 1), len(normed)]
         slots = [int(step.state_slots[step.sequence[begin]]) for begin in starts[:-1]]
-        if layer == self.config.delta_layers[0]:
+        if layer == self.config.recurrent_layers[0]:
             for begin, slot in zip(starts, slots, strict=False):
                 if step.order[begin] == 0:
                     self.recurrent.restart(slot)
@@ -199,7 +199,7 @@ class ReferenceDecoder:
         _native_testing.gated_delta(
             self.runtime,
             self.recurrent,
-            self.config.delta_layers.index(layer),
+            self.config.recurrent_layers.index(layer),
             qkv,
             z,
             b,
@@ -222,24 +222,23 @@ class ReferenceDecoder:
         heads = self._projection(name, x).reshape(len(x), self.config.delta.num_key_heads, -1)
         return [np.ascontiguousarray(part.reshape(len(x), -1)) for part in np.split(heads, ends, axis=2)]
 
-    def _add_latent_attention(self, hidden: Floats, layer: int, step: Step) -> None:
-        config, latent, tokens, name = self.config, self.config.latent, step.num_tokens, f"layers.{layer}."
-        assert latent is not None
+    def _add_latent_attention(self, hidden: Floats, layer: int, step: Step, latent: LatentConfig) -> None:
+        tokens, name = step.num_tokens, f"layers.{layer}."
         query = normed = self._norm(hidden, name + "attn_norm")
         if latent.query_rank:
             down = self._product(self.weights.matrices[name + "q_down"], normed)
             query = self._norm(down, name + "q_down_norm", latent.norm_eps)
         query = self._product(self.weights.matrices[name + ("q_up" if latent.query_rank else "q")], query)
-        query = query.reshape(tokens, config.num_heads, -1)
+        query = query.reshape(tokens, latent.num_heads, -1)
         vectors = self._product(self.weights.matrices[name + "kv_down"], normed)
         compressed = vectors[:, : latent.kv_rank].copy()
         vectors[:, : latent.kv_rank] = self._norm(compressed, name + "kv_norm", latent.norm_eps)
         for turning in (query[:, :, latent.nope_dim :], vectors[:, None, latent.kv_rank :]):
             turned = turning.copy()
-            self._rotate(turned, layer, step)
+            self._rotate(turned, latent.rope, step)
             turning[:] = turned
         _native_testing.latent_write(self.runtime, self.kv, layer, vectors, step.slots)
-        attended = np.empty((tokens, config.num_heads * latent.value_dim), np.float32)
+        attended = np.empty((tokens, latent.num_heads * latent.value_dim), np.float32)
         _native_testing.latent_attention(
             self.runtime,
             self.kv,
@@ -250,7 +249,7 @@ class ReferenceDecoder:
             step.block_table,
             step.sequence,
             step.order,
-            config.attention_scale or (latent.nope_dim + latent.rope_dim) ** -0.5,
+            latent.scale or latent.head_dim**-0.5,
             attended,
             step.sees_until,
         )

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from argosy import Engine, SamplingParams, _native
-from argosy.checkpoint.manifest import open_pack
+from argosy.checkpoint.manifest import PACK_VERSION, open_pack
 from argosy.checkpoint.pack import pack
 from argosy.model.families import open_model
 from argosy.user_directories import cache_directory
@@ -167,7 +167,8 @@ GENERATED = (
 def models() -> list[Model]:
     committed = {reference.name: reference.directory for reference in references.REFERENCES}
     found = [Model(name, lambda at, source=committed[name]: runnable(source, at)) for name in REFERENCES]
-    demos = [path for path in sorted(cache_directory().glob("demo-*")) if open_pack(path) is not None]
+    packs = sorted(cache_directory().glob(f"demo-*-{PACK_VERSION}-*"))
+    demos = [path for path in packs if open_pack(path) is not None]
     found += [Model("demo", lambda at, path=path: path, is_large=True) for path in demos[-1:]]
     return sorted([*found, *GENERATED], key=lambda model: model.name)
 

@@ -12,6 +12,7 @@ import torch
 
 from argosy import Engine, SamplingParams
 from argosy.checkpoint.pack import pack
+from argosy.config import DeltaConfig
 from argosy.model.families import open_model
 from argosy.model.rope import inverse_frequency
 from tests.models import tiny_delta
@@ -37,7 +38,9 @@ def test_a_config_means_what_transformers_reads_from_it(configuration: Configura
 
     assert ours.num_layers == len(layers)
     kinds = ["delta" if hasattr(layer, "linear_attn") else "attention" for layer in layers]
-    assert [layer.mixer for layer in ours.layers] == kinds
+    assert [
+        "delta" if isinstance(layer.mixer, DeltaConfig) else "attention" for layer in ours.layers
+    ] == kinds
     assert [layer.is_moe for layer in ours.layers] == [hasattr(layer.mlp, "experts") for layer in layers]
     net, delta = layers[kinds.index("delta")].linear_attn, ours.delta
     assert delta is not None
@@ -46,9 +49,9 @@ def test_a_config_means_what_transformers_reads_from_it(configuration: Configura
     assert (delta.conv_width, delta.conv_channels) == (net.conv_kernel_size, net.conv_dim)
     assert ours.norm_eps == net.norm.variance_epsilon == layers[0].input_layernorm.eps
     attention = layers[kinds.index("attention")].self_attn
-    assert ours.head_dim == attention.head_dim
-    assert ours.has_qkv_bias == (attention.q_proj.bias is not None)
-    assert ours.has_o_bias == (attention.o_proj.bias is not None)
+    assert ours.attention.head_dim == attention.head_dim
+    assert ours.attention.has_qkv_bias == (attention.q_proj.bias is not None)
+    assert ours.attention.has_o_bias == (attention.o_proj.bias is not None)
     assert (ours.vocab_size, ours.hidden_size) == tuple(model.model.embed_tokens.weight.shape)
     assert ours.is_embedding_tied == (model.lm_head.weight is model.model.embed_tokens.weight)
     router = layers[ours.moe_layers[0]].mlp.gate
@@ -57,7 +60,7 @@ def test_a_config_means_what_transformers_reads_from_it(configuration: Configura
     assert ours.context_tokens == theirs.max_position_embeddings
     assert list(ours.eos_ids) == [theirs.eos_token_id]
     rotary = model.model.rotary_emb
-    np.testing.assert_allclose(inverse_frequency(ours.rope), rotary.inv_freq.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(inverse_frequency(ours.attention.rope), rotary.inv_freq.numpy(), rtol=1e-6)
 
 
 # For each key, the sizes that its absence implies; everything else stays small.

@@ -15,6 +15,7 @@ import torch
 from argosy import Engine
 from argosy.model.families import open_model
 from argosy.model.rope import inverse_frequency
+from tests.helpers.mixers import attentions
 from tests.models.configuration import Configuration
 from tests.models.configurations_gemma import GEMMA
 from tests.models.make_models import decoder_of, load
@@ -34,15 +35,15 @@ def test_a_config_means_what_transformers_reads_from_it(configuration: Configura
 
     assert ours.num_layers == len(layers)
     assert len(ours.moe_layers) == sum(layer.enable_moe_block for layer in layers)
-    for i, (layer, module) in enumerate(zip(ours.layers, layers, strict=True)):
+    for layer, module in zip(attentions(ours), layers, strict=True):
         attention = module.self_attn
         assert layer.sliding_window == (attention.sliding_window or 0)
-        assert ours.head_dim_of(i) == attention.head_dim
-        assert ours.kv_heads_of(i) == ours.num_heads // attention.num_key_value_groups
+        assert layer.head_dim == attention.head_dim
+        assert layer.num_kv_heads == layer.num_heads // attention.num_key_value_groups
         assert layer.keys_are_values == (attention.v_proj is None)
-        assert ours.attention_scale == attention.scaling
+        assert layer.scale == attention.scaling
         frequency = getattr(decoder.rotary_emb, f"{attention.layer_type}_inv_freq")
-        np.testing.assert_allclose(inverse_frequency(ours.rope_of(i)), frequency.numpy(), rtol=1e-6)
+        np.testing.assert_allclose(inverse_frequency(layer.rope), frequency.numpy(), rtol=1e-6)
     assert (ours.vocab_size, ours.hidden_size) == tuple(decoder.embed_tokens.weight.shape)
     assert ours.embedding_scale == pytest.approx(float(decoder.embed_tokens.embed_scale))
     assert (ours.logit_cap or None) == theirs.final_logit_softcapping

@@ -42,10 +42,10 @@ def test_a_config_means_what_transformers_reads_from_it(configuration: Configura
     assert [layer.is_moe for layer in ours.layers] == [hasattr(layer.mlp, "experts") for layer in layers]
     assert (latent.query_rank or None, latent.kv_rank) == (attention.q_lora_rank, attention.kv_lora_rank)
     assert (latent.nope_dim, latent.rope_dim) == (attention.qk_nope_head_dim, attention.qk_rope_head_dim)
-    assert (latent.value_dim, ours.head_dim) == (attention.v_head_dim, attention.qk_head_dim)
+    assert (latent.value_dim, latent.head_dim) == (attention.v_head_dim, attention.qk_head_dim)
     assert latent.norm_eps == attention.kv_a_layernorm.variance_epsilon
-    assert ours.attention_scale == pytest.approx(attention.scaling, rel=1e-12)
-    assert (ours.num_heads, ours.num_kv_heads) == (theirs.num_attention_heads, theirs.num_key_value_heads)
+    assert latent.scale == pytest.approx(attention.scaling, rel=1e-12)
+    assert latent.num_heads == theirs.num_attention_heads == theirs.num_key_value_heads
     assert (ours.vocab_size, ours.hidden_size) == tuple(model.model.embed_tokens.weight.shape)
     assert ours.norm_eps == layers[0].input_layernorm.variance_epsilon
     assert ours.is_embedding_tied == (model.lm_head.weight is model.model.embed_tokens.weight)
@@ -62,8 +62,8 @@ def test_a_config_means_what_transformers_reads_from_it(configuration: Configura
     assert ours.shared_width == moe.shared_experts.gate_proj.out_features
 
     rotary = model.model.rotary_emb
-    np.testing.assert_allclose(inverse_frequency(ours.rope), rotary.inv_freq.numpy(), rtol=1e-6)
-    assert angle_scale(ours.rope) == pytest.approx(rotary.attention_scaling, rel=1e-12)
+    np.testing.assert_allclose(inverse_frequency(latent.rope), rotary.inv_freq.numpy(), rtol=1e-6)
+    assert angle_scale(latent.rope) == pytest.approx(rotary.attention_scaling, rel=1e-12)
 
 
 # Each key has its default value, so that dropping the key leaves the model unchanged.

@@ -20,6 +20,7 @@ from argosy import Engine, SamplingParams, _native
 from argosy.checkpoint.pack import pack
 from argosy.model.families import open_model
 from argosy.model.rope import angle_scale, inverse_frequency
+from tests.helpers.mixers import windows
 from tests.models import tiny_delta, tiny_gemma
 from tests.models.configurations import CONFIGURATIONS, Configuration
 from tests.models.configurations_latent import LATENT
@@ -255,21 +256,24 @@ def test_a_config_means_what_transformers_reads_from_it(configuration: Configura
 
     assert ours.num_layers == len(layers) == theirs.num_hidden_layers
     assert [layer.is_moe for layer in ours.layers] == [hasattr(layer.mlp, "experts") for layer in layers]
-    assert [layer.sliding_window for layer in ours.layers] == [
-        window_of(theirs, module) for module in attention
-    ]
-    assert ours.head_dim == attention[0].head_dim
-    assert (ours.num_heads, ours.num_kv_heads) == (theirs.num_attention_heads, theirs.num_key_value_heads)
+    assert windows(ours) == [window_of(theirs, module) for module in attention]
+    assert ours.attention.head_dim == attention[0].head_dim
+    assert (ours.attention.num_heads, ours.attention.num_kv_heads) == (
+        theirs.num_attention_heads,
+        theirs.num_key_value_heads,
+    )
     assert (ours.vocab_size, ours.hidden_size) == tuple(decoder.embed_tokens.weight.shape)
     assert ours.norm_eps == layers[0].input_layernorm.variance_epsilon
     assert ours.is_embedding_tied == (model.lm_head.weight is decoder.embed_tokens.weight)
-    assert (ours.qk_norm != "none") == hasattr(attention[0], "q_norm")
-    if ours.qk_norm != "none":
-        width = {"head": ours.head_dim, "flat": ours.num_heads * ours.head_dim}[ours.qk_norm]
+    assert (ours.attention.qk_norm != "none") == hasattr(attention[0], "q_norm")
+    if ours.attention.qk_norm != "none":
+        width = {"head": ours.attention.head_dim, "flat": ours.attention.num_heads * ours.attention.head_dim}[
+            ours.attention.qk_norm
+        ]
         assert attention[0].q_norm.weight.shape == (width,)
-    assert (ours.qkv_limit or None) == getattr(theirs, "clip_qkv", None)
-    assert ours.has_qkv_bias == (attention[0].q_proj.bias is not None)
-    assert ours.has_o_bias == (attention[0].o_proj.bias is not None)
+    assert (ours.attention.qkv_limit or None) == getattr(theirs, "clip_qkv", None)
+    assert ours.attention.has_qkv_bias == (attention[0].q_proj.bias is not None)
+    assert ours.attention.has_o_bias == (attention[0].o_proj.bias is not None)
     assert ours.context_tokens == theirs.max_position_embeddings
     routers = [
         layer.mlp.router if hasattr(layer.mlp, "router") else layer.mlp.gate
@@ -291,8 +295,8 @@ def test_a_config_means_what_transformers_reads_from_it(configuration: Configura
     assert ours.eos_ids == tuple(eos if isinstance(eos, list) else [eos])
 
     rotary = decoder.rotary_emb
-    np.testing.assert_allclose(inverse_frequency(ours.rope), rotary.inv_freq.numpy(), rtol=1e-6)
-    assert angle_scale(ours.rope) == pytest.approx(rotary.attention_scaling, rel=1e-12)
+    np.testing.assert_allclose(inverse_frequency(ours.attention.rope), rotary.inv_freq.numpy(), rtol=1e-6)
+    assert angle_scale(ours.attention.rope) == pytest.approx(rotary.attention_scaling, rel=1e-12)
 
 
 def window_of(config: transformers.PreTrainedConfig, attention: torch.nn.Module) -> int:

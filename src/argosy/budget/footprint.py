@@ -19,6 +19,7 @@ from argosy.config import (
     FLOAT_FORMATS,
     KV_BLOCK_TOKENS,
     MIB,
+    AttentionConfig,
     EngineConfig,
     ExpertSlots,
     Format,
@@ -86,8 +87,10 @@ class KvLayout:
         blocks = kv_blocks(num_tokens)
         for layer, shape in zip(config.layers, kv_shapes(config), strict=True):
             nbytes = _native.kv_cache_bytes([shape], blocks, KV_BLOCK_TOKENS, kv_dtype, window_blocks)
-            if nbytes and (window_blocks is None or not layer.sliding_window):
-                edges = (0, nbytes // 2, nbytes) if layer.mixer == "attention" else (0, nbytes)
+            is_attention = isinstance(layer.mixer, AttentionConfig)
+            is_windowed = isinstance(layer.mixer, AttentionConfig) and layer.mixer.sliding_window > 0
+            if nbytes and (window_blocks is None or not is_windowed):
+                edges = (0, nbytes // 2, nbytes) if is_attention else (0, nbytes)
                 regions += [(end + begin, end + stop) for begin, stop in pairwise(edges)]
             end += nbytes
         return cls(blocks * KV_BLOCK_TOKENS, tuple(regions))
@@ -105,7 +108,7 @@ def state_bytes(config: ModelConfig, num_states: int) -> int:
     """Return the bytes of recurrent state for `num_states` sequences; 0 if no layer has one."""
     if config.delta is None or not num_states:
         return 0
-    return _native.recurrent_state_bytes(num_states, len(config.delta_layers), config.delta.sizes)
+    return _native.recurrent_state_bytes(num_states, len(config.recurrent_layers), config.delta.sizes)
 
 
 def files_to_run(files: ModelFiles, config: EngineConfig) -> ModelFiles:
@@ -310,8 +313,9 @@ class ModelFootprint:
     @property
     def window(self) -> int:
         """The largest sliding window, if some layers have one and others see everything; otherwise 0."""
-        windows = {layer.sliding_window for layer in self.config.layers if layer.mixer == "attention"}
-        return max(windows) if 0 in windows and not self.config.delta_layers else 0
+        mixers = [layer.mixer for layer in self.config.layers]
+        windows = {mixer.sliding_window for mixer in mixers if isinstance(mixer, AttentionConfig)}
+        return max(windows) if 0 in windows and not self.config.recurrent_layers else 0
 
     def state_bytes(self, num_states: int) -> int:
         return state_bytes(self.config, num_states)

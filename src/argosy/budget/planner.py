@@ -446,7 +446,7 @@ def _windows(footprint: ModelFootprint, config: EngineConfig, context: int, chun
 
 def _state_counts(footprint: ModelFootprint, config: EngineConfig) -> list[tuple[int, int]]:
     """Return candidate numbers of recurrent states and of snapshots, largest first."""
-    if not footprint.config.delta_layers:
+    if not footprint.config.recurrent_layers:
         return [(0, 0)]
     share = config.budget.ram_bytes // 16 // footprint.state_bytes(slots_per_state(config))
     counts = []

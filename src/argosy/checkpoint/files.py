@@ -136,9 +136,10 @@ class ModelFiles:
     num_draft_layers: int = 0  # how many of the last `config.layers` only draft
 
     def __post_init__(self) -> None:
-        latent, num_heads = self.config.latent, self.config.num_heads
+        latent = self.config.latent
         if latent is None:
             return
+        num_heads = latent.num_heads
         rows = KeyValueRows(num_heads, latent.nope_dim, latent.value_dim)
         dense = dict(self.dense)
         for name, ref in self.dense.items():

@@ -12,13 +12,12 @@ Elsewhere: `model/families/` maps a checkpoint's tensor names to these.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from math import prod
 from typing import NamedTuple
 
 from argosy.checkpoint.formats import rows_together
-from argosy.config import Format, MixerKind, ModelConfig
+from argosy.config import AttentionConfig, DeltaConfig, Format, LatentConfig, Mixer, ModelConfig
 from argosy.errors import UnsupportedModel
 
 Shape = tuple[int, ...]
@@ -96,7 +95,7 @@ def count_parameters(config: ModelConfig) -> tuple[int, int]:
 
 def _layer_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]]:
     yield "attn_norm", (config.hidden_size,)
-    yield from _MIXER_SHAPES[config.layers[layer].mixer](config, layer)
+    yield from _mixer_shapes(config.layers[layer].mixer, config.hidden_size)
     if config.has_post_norms:
         yield "attn_post_norm", (config.hidden_size,)
     yield "mlp_norm", (config.hidden_size,)
@@ -107,46 +106,54 @@ def _layer_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]
         yield "layer_scale", (1,)
 
 
-def _attention_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]]:
-    hidden, head_dim = config.hidden_size, config.head_dim_of(layer)
-    q_rows, kv_rows = config.num_heads * head_dim, config.kv_heads_of(layer) * head_dim
-    query_rows = 2 * q_rows if config.has_output_gate else q_rows
+def _mixer_shapes(mixer: Mixer, hidden: int) -> Iterator[tuple[str, Shape]]:
+    match mixer:
+        case AttentionConfig():
+            return _attention_shapes(mixer, hidden)
+        case LatentConfig():
+            return _latent_shapes(mixer, hidden)
+        case DeltaConfig():
+            return _delta_shapes(mixer, hidden)
+
+
+def _attention_shapes(attention: AttentionConfig, hidden: int) -> Iterator[tuple[str, Shape]]:
+    head_dim = attention.head_dim
+    q_rows, kv_rows = attention.num_heads * head_dim, attention.num_kv_heads * head_dim
+    query_rows = 2 * q_rows if attention.has_output_gate else q_rows
     yield "q", (query_rows, hidden)
     yield "k", (kv_rows, hidden)
-    if not config.layers[layer].keys_are_values:
+    if not attention.keys_are_values:
         yield "v", (kv_rows, hidden)
-    if config.has_qkv_bias:
+    if attention.has_qkv_bias:
         yield "q_bias", (query_rows,)
         yield "k_bias", (kv_rows,)
         yield "v_bias", (kv_rows,)
-    if config.qk_norm != "none":
-        is_flat = config.qk_norm == "flat"
+    if attention.qk_norm != "none":
+        is_flat = attention.qk_norm == "flat"
         yield "q_norm", (q_rows if is_flat else head_dim,)
         yield "k_norm", (kv_rows if is_flat else head_dim,)
-    if config.has_sinks:
-        yield "sinks", (config.num_heads,)
+    if attention.has_sinks:
+        yield "sinks", (attention.num_heads,)
     yield "o", (hidden, q_rows)
-    if config.has_o_bias:
+    if attention.has_o_bias:
         yield "o_bias", (hidden,)
 
 
-def _latent_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]]:
+def _latent_shapes(latent: LatentConfig, hidden: int) -> Iterator[tuple[str, Shape]]:
     """Return the shapes of multi-head latent attention. Rows per head: q: nope, then rope; kv_up: the key's nope, then
     value.
 
     With `is_up_split`, k_up has kv_rank rows of nope columns for each head: the key half of kv_up, transposed.
     """
-    latent = config.latent
-    assert latent is not None
-    hidden, heads, rank = config.hidden_size, config.num_heads, latent.kv_rank
-    q_rows = heads * (latent.nope_dim + latent.rope_dim)
+    heads, rank = latent.num_heads, latent.kv_rank
+    q_rows = heads * latent.head_dim
     if latent.query_rank:
         yield "q_down", (latent.query_rank, hidden)
         yield "q_down_norm", (latent.query_rank,)
         yield "q_up", (q_rows, latent.query_rank)
     else:
         yield "q", (q_rows, hidden)
-    yield "kv_down", (rank + latent.rope_dim, hidden)
+    yield "kv_down", (latent.cached_dim, hidden)
     yield "kv_norm", (rank,)
     if latent.is_up_split:
         yield "k_up", (heads * rank, latent.nope_dim)
@@ -156,12 +163,10 @@ def _latent_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape
     yield "o", (hidden, heads * latent.value_dim)
 
 
-def _delta_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]]:
+def _delta_shapes(delta: DeltaConfig, hidden: int) -> Iterator[tuple[str, Shape]]:
     """Return the shapes of a gated delta net. Channels of qkv and of the convolution: q of all key heads, then k, then
     v.
     """
-    delta, hidden = config.delta, config.hidden_size
-    assert delta is not None
     if delta.has_joined_qkvz:
         yield "delta_qkvz", (delta.conv_channels + delta.value_channels, hidden)
     else:
@@ -177,13 +182,6 @@ def _delta_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]
     yield "delta_dt_bias", (delta.num_value_heads,)
     yield "delta_norm", (delta.value_dim,)
     yield "delta_out", (hidden, delta.value_channels)
-
-
-_MIXER_SHAPES: Mapping[MixerKind, Callable[[ModelConfig, int], Iterator[tuple[str, Shape]]]] = {
-    "attention": _attention_shapes,
-    "latent": _latent_shapes,
-    "delta": _delta_shapes,
-}
 
 
 def _dense_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
@@ -238,9 +236,7 @@ def is_kept_exact(name: str) -> bool:
 
 def packed_config(config: ModelConfig) -> ModelConfig:
     """Return the config of a bf16, q8 or q4 pack, which stores kv_up as two matrices, as in memory (`latent_up.py`)."""
-    if config.latent is None:
-        return config
-    return replace(config, latent=replace(config.latent, is_up_split=True))
+    return config.with_mixers(LatentConfig, is_up_split=True)
 
 
 def packed_format(name: str, format: str, config: ModelConfig) -> Format:

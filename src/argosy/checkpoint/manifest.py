@@ -49,7 +49,7 @@ DENSE_FILE = "dense.bin"
 EXPERTS_FILE = "experts.bin"
 ENCODERS_FILE = "encoders.safetensors"
 PARTIAL_SUFFIX = ".partial"
-PACK_VERSION = 4
+PACK_VERSION = 5
 
 FILE_ALIGNMENT = 4096
 MATRIX_ALIGNMENT = _native.MATRIX_ALIGNMENT
@@ -209,9 +209,6 @@ def read_manifest(directory: Path) -> Manifest:
             raise reader.wrong("files", name, "plain file names")
         files[name] = reader.count(file["nbytes"], name), str(file["blake3"])
     config = cast(ModelConfig, _from_json(ModelConfig, contents["config"], "config", reader))
-    for mixer, sizes in (("latent", config.latent), ("delta", config.delta)):
-        if sizes is None and any(layer.mixer == mixer for layer in config.layers):
-            raise reader.wrong(f"config.{mixer}", None, f"an object, for layers whose mixer is {mixer}")
     if not config.moe_layers or not config.num_experts:
         raise reader.wrong("config.layers", contents["config"]["layers"], "layers with routed experts")
     return Manifest(
@@ -454,6 +451,17 @@ class _Strict:
         return {layer: (gate, up, down) for layer, (gate, up, down) in zip(layers, gate_up_down, strict=True)}
 
 
+def _option_with(options: list[Any], value: object, where: str, reader: _Strict) -> object:
+    """Return the only option, or the dataclass with the keys of `value`."""
+    if len(options) == 1:
+        return options[0]
+    given = reader.mapping(value, where)
+    found = [option for option in options if given.keys() == {field.name for field in fields(option)}]
+    if not found:
+        raise reader.wrong(where, sorted(given), f"the keys of {' or '.join(o.__name__ for o in options)}")
+    return found[0]
+
+
 def _from_json(kind: Any, value: object, where: str, reader: _Strict) -> object:
     """Rebuild a frozen config object from JSON, checking every type."""
     if is_dataclass(kind):
@@ -482,8 +490,8 @@ def _from_json(kind: Any, value: object, where: str, reader: _Strict) -> object:
     if origin in (Union, types.UnionType):
         if value is None:
             return None
-        kind = next(option for option in get_args(kind) if option is not types.NoneType)
-        return _from_json(kind, value, where, reader)
+        options = [option for option in get_args(kind) if option is not types.NoneType]
+        return _from_json(_option_with(options, value, where, reader), value, where, reader)
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:

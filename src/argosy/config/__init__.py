@@ -13,9 +13,10 @@ from argosy.config.engine import (
 )  # fmt: skip
 from argosy.config.expert_slots import ExpertSlots
 from argosy.config.model import (
-    ACT_ORDER_FORMATS, F8_FORMATS, FLOAT_FORMATS, MEASURED_FORMATS, ActivationConfig, DeltaConfig, Format, LatentConfig,
-    LayerConfig, MixerKind, ModelConfig, RopeConfig, RouterConfig,
+    ACT_ORDER_FORMATS, F8_FORMATS, FLOAT_FORMATS, MEASURED_FORMATS, ActivationConfig, Format, LayerConfig, ModelConfig,
+    RouterConfig,
 )  # fmt: skip
+from argosy.config.mixers import AttentionConfig, DeltaConfig, LatentConfig, Mixer, RopeConfig
 from argosy.config.sampling import (
     CHOOSING, EFFORTS, ENDING, LENIENT_SCHEMA, MAX_GRAMMAR_CHARACTERS, SAMPLING, THINKING, Grammar, Preset,
     SamplingDefaults, SamplingParams, Trigger,

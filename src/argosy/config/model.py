@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
+
+from argosy.config.mixers import AttentionConfig, DeltaConfig, LatentConfig, Mixer, RopeConfig
+
+_MixerT = TypeVar("_MixerT", bound=Mixer)
 
 # How layers for multi-token prediction differ, as vLLM runs them. deepseek: the embedding at position 0 counts as
 # zeros, and a draft goes on from its state before the final norm. qwen: neither.
@@ -54,36 +58,6 @@ FLOAT_FORMATS: frozenset[Format] = F8_FORMATS.union({"f32", "f16", "bf16"})  # a
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RopeConfig:
-    """Rotary position embedding: dimension pair j at position p turns by p * inverse_frequency(j)."""
-
-    theta: float
-    rotary_dim: int  # only the first rotary_dim dimensions of head_dim rotate
-    is_interleaved: bool = False  # dimension 2 i turns with 2 i + 1, not with i + rotary_dim / 2
-    # Positions in media have axes (time, row, column); the axis of each dimension pair. Empty: 0 for every pair.
-    axes: tuple[int, ...] = ()
-    kind: Literal["default", "linear", "dynamic", "yarn", "llama3", "proportional"] = "default"
-    factor: float = 1.0
-    turning_pairs: int | None = None  # proportional: only the first of the pairs turn; None: all of them
-    original_context: int = 0  # positions the model was trained on, before scaling
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0  # yarn
-    attention_factor: float | None = None  # yarn: None computes 0.1 ln(factor) + 1
-    mscale: float | None = None  # yarn, DeepSeek's variant
-    mscale_all_dim: float | None = None
-    truncate: bool = True  # yarn: whole-number correction range
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-    # Each pair's frequency is divided by its factor, before the rule of `kind` applies.
-    frequency_factors: tuple[float, ...] = ()
-
-    @property
-    def num_axes(self) -> int:
-        """Axes of a position: time, row and column, or one."""
-        return 3 if self.axes else 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RouterConfig:
     """How experts are chosen: scores, choice, then routing weights (native/kernels/route.h)."""
 
@@ -118,67 +92,11 @@ class ActivationConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LatentConfig:
-    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): keys and values share a compressed vector."""
-
-    query_rank: int  # 0: queries are not compressed
-    kv_rank: int
-    nope_dim: int  # query and key dimensions of a head that do not rotate
-    rope_dim: int  # dimensions that rotate; all heads share the key's
-    value_dim: int
-    norm_eps: float  # for the norms of the compressed vectors
-    is_up_split: bool = False  # the file holds k_up (transposed head by head) and v_up instead of kv_up
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeltaConfig:
-    """A gated delta net (arXiv:2412.06464): a state per sequence instead of keys and values."""
-
-    num_key_heads: int
-    num_value_heads: int
-    key_dim: int  # per head
-    value_dim: int
-    conv_width: int  # positions that the causal convolution sees
-    has_joined_qkvz: bool = False  # one matrix holds q, k, v and z of each key head in turn
-    has_joined_ba: bool = False  # the same for b and a
-    # Value head i uses key head i % num_key_heads, not i // (num_value_heads / num_key_heads).
-    is_tiled: bool = False
-    is_rate_log: bool = True  # the decay rate is stored as log(-rate)
-
-    @property
-    def key_channels(self) -> int:
-        return self.num_key_heads * self.key_dim
-
-    @property
-    def value_channels(self) -> int:
-        return self.num_value_heads * self.value_dim
-
-    @property
-    def conv_channels(self) -> int:
-        """The channels of q, k and v of all heads."""
-        return 2 * self.key_channels + self.value_channels
-
-    @property
-    def sizes(self) -> tuple[int, int, int, int, int]:
-        """The sizes as `_native` expects them."""
-        return self.num_key_heads, self.num_value_heads, self.key_dim, self.value_dim, self.conv_width
-
-
-MixerKind = Literal["attention", "latent", "delta"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerConfig:
-    """The settings that differ from layer to layer."""
+    """A layer: a mixer, then a feed-forward network. Equal layers share one object of either."""
 
-    is_moe: bool
-    mixer: MixerKind = "attention"
-    sliding_window: int = 0  # 0: full attention
-    num_kv_heads: int = 0  # 0: the model's
-    head_dim: int = 0  # 0: the model's
-    rope: RopeConfig | None = None  # None: the model's
-    keys_are_values: bool = False  # no v: the keys, before their norm, are the values
-    is_causal: bool = False  # also in media spans, no position sees a later one
+    mixer: Mixer
+    is_moe: bool  # the network has routed experts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,11 +106,7 @@ class ModelConfig:
     family: str
     vocab_size: int
     hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
     layers: tuple[LayerConfig, ...]
-    rope: RopeConfig
     norm_eps: float
     context_tokens: int  # the longest sequence the model supports
     num_experts: int
@@ -200,21 +114,9 @@ class ModelConfig:
     expert_width: int
     router: RouterConfig
     activation: ActivationConfig = ActivationConfig()  # for all feed-forward networks
-    latent: LatentConfig | None = None  # for layers whose mixer is "latent"
-    delta: DeltaConfig | None = None  # for layers whose mixer is "delta"
-    attention_scale: float = 0.0  # factor of attention scores; 0: 1 / sqrt(head_dim)
     dense_width: int = 0  # FFN width of layers without routed experts
     shared_width: int = 0  # FFN width of the always-on shared expert; 0: none
     shared_is_gated: bool = False  # the shared expert's output is multiplied by sigmoid(shared_score . x)
-    has_qkv_bias: bool = False
-    has_o_bias: bool = False
-    # RMSNorm before rotary: none, over each head, or over all heads at once.
-    qk_norm: Literal["none", "head", "flat"] = "none"
-    qkv_limit: float = 0.0  # q, k and v are clamped to -limit..limit; 0: not clamped
-    has_value_norm: bool = False  # RMSNorm without a weight over each head of v
-    has_sinks: bool = False  # a learnt score per head that takes attention weight and adds nothing: `sinks`
-    # Each head's output is multiplied by the sigmoid of its gate; q has rows for both, head by head.
-    has_output_gate: bool = False
     has_expert_bias: bool = False  # gate, up and down of routed experts have biases
     # RMSNorm of the outputs of the mixer and of the feed-forward networks: `attn_post_norm`, `mlp_post_norm`.
     has_post_norms: bool = False
@@ -236,23 +138,52 @@ class ModelConfig:
         return len(self.layers)
 
     @property
-    def delta_layers(self) -> tuple[int, ...]:
+    def recurrent_layers(self) -> tuple[int, ...]:
         """The layers with a recurrent state."""
-        return tuple(i for i, layer in enumerate(self.layers) if layer.mixer == "delta")
+        return tuple(i for i, layer in enumerate(self.layers) if isinstance(layer.mixer, DeltaConfig))
 
-    def kv_heads_of(self, layer: int) -> int:
-        return self.layers[layer].num_kv_heads or self.num_kv_heads
+    @property
+    def attention(self) -> AttentionConfig:
+        """The first layer's with grouped-query attention.
 
-    def head_dim_of(self, layer: int) -> int:
-        return self.layers[layer].head_dim or self.head_dim
+        Raises:
+            LookupError: no layer has it.
+        """
+        if (attention := self._first(AttentionConfig)) is None:
+            raise LookupError(f"no layer of {self.family} has grouped-query attention")
+        return attention
 
-    def rope_of(self, layer: int) -> RopeConfig:
-        return self.layers[layer].rope or self.rope
+    @property
+    def latent(self) -> LatentConfig | None:
+        """The first layer's with latent attention."""
+        return self._first(LatentConfig)
+
+    @property
+    def delta(self) -> DeltaConfig | None:
+        """The first gated delta net."""
+        return self._first(DeltaConfig)
+
+    def _first(self, kind: type[_MixerT]) -> _MixerT | None:
+        return next((layer.mixer for layer in self.layers if isinstance(layer.mixer, kind)), None)
+
+    def with_mixers(self, kind: type[Mixer], **changes: Any) -> ModelConfig:
+        """Return the config with `changes` in every mixer of this kind."""
+        changed = {layer: layer for layer in self.layers}
+        for layer in changed:
+            if isinstance(layer.mixer, kind):
+                changed[layer] = replace(layer, mixer=replace(layer.mixer, **changes))
+        return replace(self, layers=tuple(changed[layer] for layer in self.layers))
 
     @property
     def ropes(self) -> tuple[RopeConfig, ...]:
         """The different rotary embeddings of the layers."""
-        return tuple(dict.fromkeys(self.rope_of(layer) for layer in range(self.num_layers)))
+        ropes = (layer.mixer.rope for layer in self.layers if not isinstance(layer.mixer, DeltaConfig))
+        return tuple(dict.fromkeys(ropes))
+
+    @property
+    def num_axes(self) -> int:
+        """Axes of a position: time, row and column, or one."""
+        return max((rope.num_axes for rope in self.ropes), default=1)
 
     @property
     def head_name(self) -> str:
@@ -266,12 +197,13 @@ class ModelConfig:
 
     @property
     def draft_only(self) -> ModelConfig:
-        """The first layer for multi-token prediction, with its number; it is like the model's last layer with such a
-        mixer.
+        """The first layer for multi-token prediction, with its number; it is like the model's last layer with
+        attention.
         """
-        alike = (one for one in reversed(self.layers) if one.is_moe and one.mixer != "delta")
-        layer = next(alike, LayerConfig(is_moe=True))
-        return replace(self, layers=(*(LayerConfig(is_moe=False),) * self.num_layers, layer))
+        attending = [one for one in self.layers if not isinstance(one.mixer, DeltaConfig)]
+        last = ([one for one in attending if one.is_moe] or attending or list(self.layers))[-1]
+        passed_over = replace(last, is_moe=False)
+        return replace(self, layers=(*(passed_over,) * self.num_layers, replace(last, is_moe=True)))
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

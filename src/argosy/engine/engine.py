@@ -99,7 +99,7 @@ class Engine(BlockingCalls):
             started.cache,
             chunk_tokens=started.plan.chunk_tokens,
             max_sequences=config.max_sequences,
-            num_axes=files.config.rope.num_axes,
+            num_axes=files.config.num_axes,
             drafts=self._drafts,
         )
         self.requests = Requests(

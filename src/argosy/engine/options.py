@@ -113,7 +113,7 @@ def require_context(model: ModelConfig, context_tokens: int | None) -> None:
     if context_tokens is None or context_tokens <= model.context_tokens:
         return
     beyond = "a longer one needs rope scaling, and max_position_embeddings (context_length in a GGUF) that includes it"
-    if model.rope.kind == "dynamic":
+    if any(rope.kind == "dynamic" for rope in model.ropes):
         beyond = "longer ones would need this model's dynamic rope scaling, which is not built in"
     raise UsageError(
         f"a context of {context_tokens} tokens was requested, and the model supports {model.context_tokens}",

@@ -171,7 +171,7 @@ class Requests:
             prompt.spans,
             hidden_size=self._model.hidden_size,
             num_layers=self._model.num_layers,
-            num_axes=self._model.rope.num_axes,
+            num_axes=self._model.num_axes,
         )
 
     def require_room(self, sequences: Sequence[EngineSequence]) -> None:

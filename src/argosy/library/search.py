@@ -17,7 +17,8 @@ from argosy.checkpoint.hub import Hub, Source, hub_address, is_hub_name
 from argosy.checkpoint.untrusted_file import quote
 from argosy.errors import UsageError
 from argosy.library.places import Model, find_models
-from argosy.model.families import FAMILIES, mixtral
+from argosy.model.families import FAMILIES
+from argosy.model.families.attention import mixtral
 
 MOST_ASKED = 100  # models that the hub is asked for, most downloaded first
 _MOST_BYTES = 4 << 20

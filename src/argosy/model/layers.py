@@ -6,12 +6,10 @@ with another kind of mixer or network adds a function here and its counterpart i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
 import numpy as np
 
 from argosy import _native
-from argosy.config import MixerKind, ModelConfig
+from argosy.config import AttentionConfig, DeltaConfig, LatentConfig, Mixer, ModelConfig
 from argosy.errors import CheckpointError
 from argosy.experts.files import Arithmetic
 from argosy.model.weights import DenseWeights, Vector
@@ -23,10 +21,10 @@ def describe_layers(config: ModelConfig, weights: DenseWeights) -> list[_native.
     return [
         _native.Layer(
             vectors[f"layers.{i}.attn_norm"],
-            _MIXERS[layer.mixer](config, i, weights),
+            _mixer(config, i, weights),
             vectors[f"layers.{i}.mlp_norm"],
             _routed_ffn(config, i, weights) if layer.is_moe else _dense_ffn(i, weights),
-            rotary=config.ropes.index(config.rope_of(i)),
+            rotary=0 if isinstance(layer.mixer, DeltaConfig) else config.ropes.index(layer.mixer.rope),
             mixer_post_norm=vectors.get(f"layers.{i}.attn_post_norm"),
             ffn_post_norm=vectors.get(f"layers.{i}.mlp_post_norm"),
             scale=float(vectors[f"layers.{i}.layer_scale"][0]) if config.has_layer_scale else 1.0,
@@ -37,7 +35,7 @@ def describe_layers(config: ModelConfig, weights: DenseWeights) -> list[_native.
 
 def kv_shapes(config: ModelConfig) -> list[_native.KvShape]:
     """Return the data that each layer keeps per position."""
-    return [_KV_SHAPES[layer.mixer](config, i) for i, layer in enumerate(config.layers)]
+    return [kv_shape(layer.mixer) for layer in config.layers]
 
 
 def stack_sizes(config: ModelConfig) -> _native.StackSizes:
@@ -45,8 +43,8 @@ def stack_sizes(config: ModelConfig) -> _native.StackSizes:
     sizes = _native.StackSizes(config.hidden_size, sum(rope.rotary_dim // 2 for rope in config.ropes))
     if config.has_post_norms:
         sizes.add_ffn_post_norm()
-    for i, layer in enumerate(config.layers):
-        _ADD_MIXER_SIZES[layer.mixer](sizes, config, i)
+    for layer in config.layers:
+        _add_mixer_sizes(sizes, layer.mixer)
         if layer.is_moe:
             sizes.add_routed(
                 config.num_experts,
@@ -80,37 +78,45 @@ def describe_experts(config: ModelConfig, weights: DenseWeights) -> Arithmetic:
     )
 
 
-def _attention(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Mixer:
+def _mixer(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Mixer:
+    match config.layers[layer].mixer:
+        case AttentionConfig() as attention:
+            return _attention(attention, f"layers.{layer}.", weights)
+        case LatentConfig() as latent:
+            return _latent(latent, f"layers.{layer}.", weights)
+        case DeltaConfig() as delta:
+            return _delta(delta, f"layers.{layer}.delta_", weights, config.recurrent_layers.index(layer))
+
+
+def _attention(attention: AttentionConfig, name: str, weights: DenseWeights) -> _native.Mixer:
     """Grouped-query attention (arXiv:2305.13245)."""
-    name, head_dim = f"layers.{layer}.", config.head_dim_of(layer)
+    head_dim = attention.head_dim
     query, key, output = (weights.matrices[name + part] for part in "qko")
     return _native.grouped_query_attention(
         query,
         key,
-        None if config.layers[layer].keys_are_values else weights.matrices[name + "v"],
+        None if attention.keys_are_values else weights.matrices[name + "v"],
         output,
-        num_heads=config.num_heads,
-        window=config.layers[layer].sliding_window,
-        scale=config.attention_scale or head_dim**-0.5,
+        num_heads=attention.num_heads,
+        window=attention.sliding_window,
+        scale=attention.scale or head_dim**-0.5,
         query_bias=weights.vectors.get(name + "q_bias"),
         key_bias=weights.vectors.get(name + "k_bias"),
         value_bias=weights.vectors.get(name + "v_bias"),
         output_bias=weights.vectors.get(name + "o_bias"),
         query_norm=weights.vectors.get(name + "q_norm"),
         key_norm=weights.vectors.get(name + "k_norm"),
-        is_norm_flat=config.qk_norm == "flat",
-        limit=config.qkv_limit,
+        is_norm_flat=attention.qk_norm == "flat",
+        limit=attention.qkv_limit,
         sinks=weights.vectors.get(name + "sinks"),
-        has_gate=config.has_output_gate,
-        value_norm=np.ones(head_dim, np.float32) if config.has_value_norm else None,
-        is_causal=config.layers[layer].is_causal,
+        has_gate=attention.has_output_gate,
+        value_norm=np.ones(head_dim, np.float32) if attention.has_value_norm else None,
+        is_causal=attention.is_causal,
     )
 
 
-def _delta(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Mixer:
+def _delta(delta: DeltaConfig, name: str, weights: DenseWeights, state_layer: int) -> _native.Mixer:
     """A gated delta net (arXiv:2412.06464)."""
-    delta, name = config.delta, f"layers.{layer}.delta_"
-    assert delta is not None
     matrices = weights.matrices
     return _native.gated_delta_net(
         matrices[name + ("qkvz" if delta.has_joined_qkvz else "qkv")],
@@ -124,7 +130,7 @@ def _delta(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Mi
         norm=weights.vectors[name + "norm"],
         sizes=delta.sizes,
         is_tiled=delta.is_tiled,
-        state_layer=config.delta_layers.index(layer),
+        state_layer=state_layer,
     )
 
 
@@ -147,19 +153,17 @@ def _decay_rate(name: str, weights: DenseWeights, *, is_log: bool) -> Vector:
     return rate
 
 
-def _latent(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Mixer:
+def _latent(latent: LatentConfig, name: str, weights: DenseWeights) -> _native.Mixer:
     """Multi-head latent attention (arXiv:2405.04434). Loading split kv_up into k_up, transposed, and v_up."""
-    latent, name = config.latent, f"layers.{layer}."
-    assert latent is not None
     return _native.multi_head_latent_attention(
         weights.matrices[name + ("q_up" if latent.query_rank else "q")],
         weights.matrices[name + "kv_down"],
         weights.matrices[name + "k_up"],
         weights.matrices[name + "v_up"],
         weights.matrices[name + "o"],
-        num_heads=config.num_heads,
+        num_heads=latent.num_heads,
         rope_dim=latent.rope_dim,
-        scale=config.attention_scale or (latent.nope_dim + latent.rope_dim) ** -0.5,
+        scale=latent.scale or latent.head_dim**-0.5,
         norm_eps=latent.norm_eps,
         kv_norm=weights.vectors[name + "kv_norm"],
         query_down=weights.matrices.get(name + "q_down"),
@@ -167,58 +171,33 @@ def _latent(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.M
     )
 
 
-_MIXERS: Mapping[MixerKind, Callable[[ModelConfig, int, DenseWeights], _native.Mixer]] = {
-    "attention": _attention,
-    "delta": _delta,
-    "latent": _latent,
-}
+def kv_shape(mixer: Mixer) -> _native.KvShape:
+    """Return the data that a layer with this mixer keeps per position."""
+    match mixer:
+        case AttentionConfig():
+            is_windowed = mixer.sliding_window > 0
+            return _native.KvShape.keys_values(mixer.num_kv_heads, mixer.head_dim, is_windowed=is_windowed)
+        case LatentConfig():
+            return _native.KvShape.latent(mixer.cached_dim)
+        case DeltaConfig():
+            return _native.KvShape.none()
 
 
-def _latent_dim(config: ModelConfig) -> int:
-    assert config.latent is not None
-    return config.latent.kv_rank + config.latent.rope_dim
-
-
-_KV_SHAPES: Mapping[MixerKind, Callable[[ModelConfig, int], _native.KvShape]] = {
-    "attention": lambda config, layer: _native.KvShape.keys_values(
-        config.kv_heads_of(layer),
-        config.head_dim_of(layer),
-        is_windowed=config.layers[layer].sliding_window > 0,
-    ),
-    "delta": lambda config, layer: _native.KvShape.none(),
-    "latent": lambda config, layer: _native.KvShape.latent(_latent_dim(config)),
-}
-
-
-def _add_attention_sizes(sizes: _native.StackSizes, config: ModelConfig, layer: int) -> None:
-    sizes.add_attention(
-        config.num_heads, config.kv_heads_of(layer), config.head_dim_of(layer), config.has_output_gate
-    )
-
-
-def _add_latent_sizes(sizes: _native.StackSizes, config: ModelConfig, layer: int) -> None:
-    latent = config.latent
-    assert latent is not None
-    sizes.add_latent_attention(
-        config.num_heads,
-        latent.nope_dim,
-        latent.rope_dim,
-        latent.kv_rank,
-        latent.value_dim,
-        latent.query_rank,
-    )
-
-
-def _add_delta_sizes(sizes: _native.StackSizes, config: ModelConfig, layer: int) -> None:
-    assert config.delta is not None
-    sizes.add_delta_net(config.delta.sizes)
-
-
-_ADD_MIXER_SIZES: Mapping[MixerKind, Callable[[_native.StackSizes, ModelConfig, int], None]] = {
-    "attention": _add_attention_sizes,
-    "delta": _add_delta_sizes,
-    "latent": _add_latent_sizes,
-}
+def _add_mixer_sizes(sizes: _native.StackSizes, mixer: Mixer) -> None:
+    match mixer:
+        case AttentionConfig():
+            sizes.add_attention(mixer.num_heads, mixer.num_kv_heads, mixer.head_dim, mixer.has_output_gate)
+        case LatentConfig():
+            sizes.add_latent_attention(
+                mixer.num_heads,
+                mixer.nope_dim,
+                mixer.rope_dim,
+                mixer.kv_rank,
+                mixer.value_dim,
+                mixer.query_rank,
+            )
+        case DeltaConfig():
+            sizes.add_delta_net(mixer.sizes)
 
 
 def _dense_ffn(layer: int, weights: DenseWeights) -> _native.Ffn:

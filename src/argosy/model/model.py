@@ -241,7 +241,7 @@ class Model:
         self.recurrent: _native.RecurrentState | None = None
         if config.delta is not None and sizes.num_states:
             self.recurrent = _native.RecurrentState(
-                sizes.num_states, len(config.delta_layers), config.delta.sizes
+                sizes.num_states, len(config.recurrent_layers), config.delta.sizes
             )
         self.decoder = Decoder(
             config,

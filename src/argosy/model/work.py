@@ -17,7 +17,8 @@ from typing import NamedTuple
 from argosy import _native
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.formats import matrix_bytes
-from argosy.config import KV_BLOCK_TOKENS, KvDtype, ModelConfig
+from argosy.config import KV_BLOCK_TOKENS, AttentionConfig, DeltaConfig, KvDtype, LatentConfig, ModelConfig
+from argosy.model.layers import kv_shape
 
 
 class Attention(NamedTuple):
@@ -109,20 +110,18 @@ def work_of(files: ModelFiles, kv_dtype: KvDtype) -> Work:
 
 def _attention(config: ModelConfig, kv_dtype: KvDtype) -> tuple[Attention, ...]:
     kinds: Counter[tuple[int, float, float]] = Counter()
-    for number, layer in enumerate(config.layers):
-        if layer.mixer == "delta":
-            continue
-        if layer.mixer == "latent":
-            latent = config.latent
-            assert latent is not None
-            width = latent.kv_rank + latent.rope_dim
-            shape = _native.KvShape.latent(width)
-            operations = 2.0 * config.num_heads * (width + latent.kv_rank)
-        else:
-            shape = _native.KvShape.keys_values(config.kv_heads_of(number), config.head_dim_of(number))
-            operations = 4.0 * config.num_heads * config.head_dim_of(number)
-        token_bytes = _native.kv_cache_bytes([shape], 1, KV_BLOCK_TOKENS, kv_dtype) / KV_BLOCK_TOKENS
-        kinds[layer.sliding_window, token_bytes, operations] += 1
+    for layer in config.layers:
+        window = 0
+        match layer.mixer:
+            case DeltaConfig():
+                continue
+            case LatentConfig() as latent:
+                operations = 2.0 * latent.num_heads * (latent.cached_dim + latent.kv_rank)
+            case AttentionConfig() as attention:
+                operations = 4.0 * attention.num_heads * attention.head_dim
+                window = attention.sliding_window
+        nbytes = _native.kv_cache_bytes([kv_shape(layer.mixer)], 1, KV_BLOCK_TOKENS, kv_dtype)
+        kinds[window, nbytes / KV_BLOCK_TOKENS, operations] += 1
     return tuple(
         Attention(window, count * token_bytes, count * operations)
         for (window, token_bytes, operations), count in kinds.items()

@@ -89,16 +89,17 @@ def geometry_facts(config: ModelConfig) -> dict[str, Any]:
     from argosy.checkpoint.geometry import count_parameters
 
     everything, active = count_parameters(config)
+    attention = config.latent or config.attention
     return {
         "family": config.family,
         "num_layers": config.num_layers,
         "num_moe_layers": len(config.moe_layers),
-        "num_delta_layers": len(config.delta_layers),
+        "num_delta_layers": len(config.recurrent_layers),
         "recurrent_state_bytes_per_sequence": state_bytes(config, 1),
         "hidden_size": config.hidden_size,
-        "num_heads": config.num_heads,
-        "num_kv_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
+        "num_heads": attention.num_heads,
+        "num_kv_heads": attention.num_heads if config.latent else config.attention.num_kv_heads,
+        "head_dim": attention.head_dim,
         "num_experts": config.num_experts,
         "experts_per_token": config.experts_per_token,
         "expert_width": config.expert_width,

@@ -28,7 +28,7 @@ from argosy.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, open_tensors
 from argosy.checkpoint.sampling import GENERATION_FILE
 from argosy.checkpoint.shards import ALL_SHARDS, COPY_FILE
 from argosy.checkpoint.untrusted_file import quote, read_object
-from argosy.config import ModelConfig
+from argosy.config import LatentConfig, ModelConfig
 from argosy.errors import CheckpointError, UnsupportedModel, UsageError
 from argosy.installed import members
 from argosy.model.reading.config_reader import ConfigReader
@@ -57,9 +57,11 @@ FAMILIES: Mapping[str, Family] = {
     for family in members(
         "argosy.model.families",
         (
-            "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3", "kimi_k2", "kimi_k25",
-            "glm4_moe_lite", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text", "glm4_moe", "olmoe", "minimax_m2",
-            "qwen3_vl_moe", "qwen3_omni_moe", "glm4v_moe", "gemma4",
+            "attention.mixtral", "attention.qwen2_moe", "attention.qwen3_moe", "attention.gpt_oss",
+            "latent.deepseek_v2", "latent.deepseek_v3", "latent.kimi_k2", "wrappers.kimi_k25",
+            "latent.glm4_moe_lite", "recurrent.qwen3_next", "wrappers.qwen3_5_moe", "recurrent.qwen3_5_moe_text",
+            "attention.glm4_moe", "attention.olmoe", "attention.minimax_m2",
+            "wrappers.qwen3_vl_moe", "wrappers.qwen3_omni_moe", "wrappers.glm4v_moe", "wrappers.gemma4",
         ),
     )
 }  # fmt: skip
@@ -260,9 +262,8 @@ def _require_same_config(packed: ModelFiles) -> None:
         is_embedding_tied=packed.config.is_embedding_tied,
         norm_offset=packed.config.norm_offset,
     )
-    if config.latent is not None and packed.config.latent is not None:
-        latent = replace(config.latent, is_up_split=packed.config.latent.is_up_split)
-        config = replace(config, latent=latent)
+    if packed.config.latent is not None:
+        config = config.with_mixers(LatentConfig, is_up_split=packed.config.latent.is_up_split)
     if config != packed.config:
         raise CheckpointError(
             f"{MANIFEST_FILE} and {CONFIG_FILE} in {packed.path} describe different models",

@@ -1,6 +1,6 @@
 """Read the part of `config.json` that all families share; each family has its own defaults.
 
-    ConfigReader + defaults  ->  read_common  ->  arguments of `ModelConfig`
+    ConfigReader + defaults  ->  read_common  ->  arguments of `ModelConfig` and `AttentionConfig`
 
 Elsewhere: `GgufConfigReader.common` does the same for GGUF metadata.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from argosy.config import ModelConfig
 from argosy.model.reading.config_reader import MOST_EXPERTS, ConfigReader
@@ -49,7 +49,14 @@ class CommonDefaults:
     axes: Axes | None = None
 
 
-def read_common(reader: ConfigReader, defaults: CommonDefaults) -> dict[str, Any]:
+class Common(NamedTuple):
+    """What `read_common` found: arguments of `ModelConfig`, and of `AttentionConfig`."""
+
+    model: dict[str, Any]
+    attention: dict[str, Any]
+
+
+def read_common(reader: ConfigReader, defaults: CommonDefaults) -> Common:
     """Read sizes, heads, rotary embedding, experts and token ids.
 
     Raises:
@@ -71,17 +78,18 @@ def read_common(reader: ConfigReader, defaults: CommonDefaults) -> dict[str, Any
         most=MOST_EXPERTS,
     )
     reader.one_of("hidden_act", "silu", ("silu",))
-    return {
+    rope = read_rope(
+        reader,
+        head_dim=defaults.rotary_dim or shape.head_dim,
+        context_tokens=context_tokens,
+        default_theta=defaults.rope_theta,
+        default_partial=defaults.partial_rotary_factor,
+        axes=defaults.axes,
+    )
+    heads = shape._asdict()
+    model = {
         "vocab_size": reader.integer("vocab_size", default=defaults.vocab_size),
-        **shape._asdict(),
-        "rope": read_rope(
-            reader,
-            head_dim=defaults.rotary_dim or shape.head_dim,
-            context_tokens=context_tokens,
-            default_theta=defaults.rope_theta,
-            default_partial=defaults.partial_rotary_factor,
-            axes=defaults.axes,
-        ),
+        "hidden_size": heads.pop("hidden_size"),
         "norm_eps": reader.number("rms_norm_eps", defaults.norm_eps),
         "context_tokens": context_tokens,
         "num_experts": num_experts,
@@ -96,6 +104,7 @@ def read_common(reader: ConfigReader, defaults: CommonDefaults) -> dict[str, Any
         "eos_ids": reader.token_ids("eos_token_id", defaults.eos_id),
         "bos_id": next(iter(reader.token_ids("bos_token_id", defaults.bos_id)), None),
     }
+    return Common(model, heads | {"rope": rope})
 
 
 def parse_wrapper(

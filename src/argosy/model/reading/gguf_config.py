@@ -22,6 +22,7 @@ from argosy.checkpoint.landing import check_vector, read_values
 from argosy.checkpoint.untrusted_file import quote
 from argosy.config import RopeConfig
 from argosy.errors import CheckpointError, UnsupportedModel
+from argosy.model.reading.common_config import Common
 from argosy.model.reading.config_reader import LARGEST_SIZE, MOST_EXPERTS, MOST_LAYERS
 from argosy.model.reading.rope_config import Axes, axes_of_pairs
 
@@ -120,8 +121,8 @@ class GgufConfigReader:
             supported=supported,
         )
 
-    def common(self, *, has_partial_rope: bool = False, axes: Axes | None = None) -> dict[str, Any]:
-        """Read the part that is the same in every family with keys and values, as arguments of `ModelConfig`.
+    def common(self, *, has_partial_rope: bool = False, axes: Axes | None = None) -> Common:
+        """Read the part that is the same in every family with keys and values.
 
         Args:
             has_partial_rope: `rope.dimension_count` may be less than a whole head.
@@ -149,13 +150,10 @@ class GgufConfigReader:
                 "attention.value_length", width, f"{head_dim}, the same as attention.key_length"
             )
         rope = self.rope(self._turning(head_dim) if has_partial_rope else head_dim, context_tokens)
-        return {
-            **sizes,
-            "num_heads": num_heads,
-            "num_kv_heads": num_kv_heads,
-            "head_dim": head_dim,
-            "rope": rope if axes is None else replace(rope, axes=self._axes(axes, rope.rotary_dim // 2)),
-        }
+        if axes is not None:
+            rope = replace(rope, axes=self._axes(axes, rope.rotary_dim // 2))
+        heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        return Common(sizes, heads | {"rope": rope})
 
     def _axes(self, axes: Axes, num_pairs: int) -> tuple[int, ...]:
         """Return the axis of each pair; empty if the file has no sections. A fourth axis is for other models, and gets

@@ -132,8 +132,11 @@ def read_gguf_layout(
         reader: _Accounts, config: ModelConfig, canonical: str, shape: tuple[int, ...]
     ) -> MatrixRef:
         last = canonical.rpartition(".")[2]
-        heads = {"q": config.num_heads, "k": config.num_kv_heads}.get(last, 0) if is_paired else 0
-        stacked = config.num_heads if last in ("k_up", "v_up") else 1
+        heads, stacked = 0, 1
+        if is_paired and last in ("q", "k"):
+            heads = config.attention.num_heads if last == "q" else config.attention.num_kv_heads
+        if config.latent is not None and last in ("k_up", "v_up"):
+            stacked = config.latent.num_heads
         return reader.dense(dense_name(canonical, names), shape, heads, stacked)
 
     dense = {name: take_dense(accounts, config, name, shape) for name, shape in dense_shapes(config)}

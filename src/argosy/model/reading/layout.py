@@ -38,7 +38,7 @@ from argosy.checkpoint.formats import BYTES_PER_VALUE, matrix_bytes
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes, is_kept_exact, require_countable
 from argosy.checkpoint.landing import Exact, MatrixRef, Piece, Strided, Transcode, Transcoded
 from argosy.checkpoint.safetensors import TensorRef
-from argosy.config import ModelConfig
+from argosy.config import LatentConfig, ModelConfig
 from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
 from argosy.model.reading.accounts import read_draft
 from argosy.model.reading.coded_weights import MXFP4_GROUP, PASSED_OVER, Slice, WeightAccounts, is_there
@@ -226,10 +226,10 @@ def _read_draft(
 
 def _as_in_mlx(config: ModelConfig, layout: Layout, tensors: Mapping[str, TensorRef]) -> ModelConfig:
     """The config of MLX's checkpoint: norms are stored whole, and kv_up may be stored as its two halves."""
-    latent = config.latent
-    if latent is not None and "k_up" in layout.layer_names:
-        latent = replace(latent, is_up_split=layout.dense_name("layers.0.k_up") in tensors)
-    return replace(config, norm_offset=0.0, latent=latent)
+    if "k_up" in layout.layer_names:
+        is_split = layout.dense_name("layers.0.k_up") in tensors
+        config = config.with_mixers(LatentConfig, is_up_split=is_split)
+    return replace(config, norm_offset=0.0)
 
 
 def _choose(layouts: tuple[Layout, ...], config: ModelConfig, tensors: Mapping[str, TensorRef]) -> Layout:
@@ -263,7 +263,9 @@ class _Accounts(WeightAccounts):
         in_file = shape if turn is None else (*shape[:-1], 2 * shape[-1])
         if last.endswith("conv"):  # each has one input channel
             in_file = (*in_file, 1) if layout.is_mlx else (in_file[0], 1, *in_file[1:])
-        num_heads = config.num_heads if layout.is_mlx and last in ("k_up", "v_up") else 0
+        num_heads = (
+            config.latent.num_heads if layout.is_mlx and config.latent and last in ("k_up", "v_up") else 0
+        )
         rows, cols = shape if len(shape) == 2 else (1, shape[0])
         if turn is None:
             matrix = replace(self.weight(name, in_file, num_heads=num_heads), rows=rows, cols=cols)

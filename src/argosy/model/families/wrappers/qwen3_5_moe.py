@@ -10,7 +10,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from argosy.config import ModelConfig
-from argosy.model.families.qwen3_5_moe_text import GGUF_ARCHITECTURE, TEXT_LAYOUTS, open_gguf, read_text
+from argosy.model.families.recurrent.qwen3_5_moe_text import (
+    GGUF_ARCHITECTURE,
+    TEXT_LAYOUTS,
+    open_gguf,
+    read_text,
+)
 from argosy.model.reading.common_config import parse_wrapper
 
 __all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]

@@ -8,12 +8,13 @@ layers below `max_window_layers`, or where `layer_types` says so: the rule of Qw
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
-from argosy.config import LayerConfig, ModelConfig, RouterConfig
+from argosy.config import AttentionConfig, LayerConfig, ModelConfig, RouterConfig
 from argosy.errors import CheckpointError
-from argosy.model.families.qwen_moe import make_layouts, read_moe_layers
+from argosy.model.families.attention.qwen_moe import make_layouts, read_moe_layers
 from argosy.model.reading.common_config import CommonDefaults, read_common
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.reading.gguf_config import GgufConfigReader
@@ -51,10 +52,11 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     num_layers = reader.integer("num_hidden_layers", default=24, most=MOST_LAYERS)
     windows = _read_windows(reader, num_layers)
     is_moe = read_moe_layers(reader, num_layers)
+    attention = AttentionConfig(**common.attention, has_qkv_bias=reader.flag("qkv_bias", True))
     config = ModelConfig(
         family=MODEL_TYPE,
         layers=tuple(
-            LayerConfig(is_moe=moe, sliding_window=window)
+            LayerConfig(mixer=replace(attention, sliding_window=window), is_moe=moe)
             for moe, window in zip(is_moe, windows, strict=True)
         ),
         expert_width=reader.integer("moe_intermediate_size", default=1408),
@@ -62,8 +64,7 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         dense_width=reader.integer("intermediate_size", default=5632),
         shared_width=reader.integer("shared_expert_intermediate_size", default=5632),
         shared_is_gated=True,
-        has_qkv_bias=reader.flag("qkv_bias", True),
-        **common,
+        **common.model,
     )
     # The demo model's ear and eye use these keys (`model/encoders/table.py`).
     reader.passed("audio_config", "audio_token_id", "image_token_id", "vision_config")
@@ -85,15 +86,16 @@ def open_gguf(file: GgufFile) -> ModelFiles:
     width = reader.integer("feed_forward_length", 0, least=0)
     if window := reader.integer("attention.sliding_window", 0, least=0):
         raise reader.unsupported("attention.sliding_window", window, "0")
+    has_bias = dense_name("layers.0.q_bias") in file.tensors
+    attention = AttentionConfig(**common.attention, has_qkv_bias=has_bias)
     config = ModelConfig(
         family=MODEL_TYPE,
-        layers=(LayerConfig(is_moe=True),) * reader.num_layers(),
-        expert_width=reader.integer("expert_feed_forward_length", width // common["experts_per_token"]),
+        layers=(LayerConfig(mixer=attention, is_moe=True),) * reader.num_layers(),
+        expert_width=reader.integer("expert_feed_forward_length", width // common.model["experts_per_token"]),
         router=RouterConfig(renormalize=reader.flag("expert_weights_norm", False)),
         shared_width=reader.integer("expert_shared_feed_forward_length", width),
         shared_is_gated=True,
-        has_qkv_bias=dense_name("layers.0.q_bias") in file.tensors,
-        **common,
+        **common.model,
     )
     reader.finish()
     return read_gguf_layout(file, config, is_paired=False, has_rope_freqs=False)

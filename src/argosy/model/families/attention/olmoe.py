@@ -10,8 +10,8 @@ from collections.abc import Mapping
 
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
-from argosy.config import LayerConfig, ModelConfig, RouterConfig
-from argosy.model.families.qwen_moe import LAYOUTS
+from argosy.config import AttentionConfig, LayerConfig, ModelConfig, RouterConfig
+from argosy.model.families.attention.qwen_moe import LAYOUTS
 from argosy.model.reading.common_config import CommonDefaults, read_common
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.reading.gguf_config import GgufConfigReader
@@ -48,16 +48,19 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     )
     num_layers = reader.integer("num_hidden_layers", default=16, most=MOST_LAYERS)
     has_bias = reader.flag("attention_bias", False)
-    config = ModelConfig(
-        family=MODEL_TYPE,
-        layers=(LayerConfig(is_moe=True),) * num_layers,
-        expert_width=reader.integer("intermediate_size", default=2048),
-        router=RouterConfig(renormalize=reader.flag("norm_topk_prob", False)),
+    attention = AttentionConfig(
+        **common.attention,
         has_qkv_bias=has_bias,
         has_o_bias=has_bias,
         qk_norm="flat",
         qkv_limit=reader.optional_number("clip_qkv") or 0.0,
-        **common,
+    )
+    config = ModelConfig(
+        family=MODEL_TYPE,
+        layers=(LayerConfig(mixer=attention, is_moe=True),) * num_layers,
+        expert_width=reader.integer("intermediate_size", default=2048),
+        router=RouterConfig(renormalize=reader.flag("norm_topk_prob", False)),
+        **common.model,
     )
     reader.finish()
     return config
@@ -74,13 +77,13 @@ def open_gguf(file: GgufFile) -> ModelFiles:
     common = reader.common()
     reader.neutral("attention.clamp_kqv", 0.0)
     width = reader.integer("feed_forward_length")
+    attention = AttentionConfig(**common.attention, qk_norm="flat")
     config = ModelConfig(
         family=MODEL_TYPE,
-        layers=(LayerConfig(is_moe=True),) * reader.num_layers(),
+        layers=(LayerConfig(mixer=attention, is_moe=True),) * reader.num_layers(),
         expert_width=reader.integer("expert_feed_forward_length", width),
         router=RouterConfig(renormalize=reader.flag("expert_weights_norm", False)),
-        qk_norm="flat",
-        **common,
+        **common.model,
     )
     reader.finish()
     return read_gguf_layout(file, config, is_paired=False, has_rope_freqs=False)

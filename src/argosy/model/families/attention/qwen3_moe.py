@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
-from argosy.config import LayerConfig, ModelConfig, RouterConfig
-from argosy.model.families.qwen_moe import LAYOUTS, read_moe_layers
+from argosy.config import AttentionConfig, LayerConfig, ModelConfig, RouterConfig
+from argosy.model.families.attention.qwen_moe import LAYOUTS, read_moe_layers
 from argosy.model.reading.common_config import CommonDefaults, read_common
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.reading.gguf_config import GgufConfigReader
@@ -81,7 +81,7 @@ def read_text(
 
     Args:
         read_window: given the number of layers, reads their sliding window; None means that the family has none.
-        qk_norm: as `ModelConfig.qk_norm`.
+        qk_norm: as `AttentionConfig.qk_norm`.
         num_layers and the following: defaults of absent keys; `defaults` are those of `read_common`.
     """
     num_layers = reader.integer("num_hidden_layers", default=num_layers, most=MOST_LAYERS)
@@ -97,16 +97,20 @@ def read_text(
     reader.neutral("qkv_bias", False)
     reader.neutral("use_qk_norm", qk_norm != "none")
     reader.neutral("shared_expert_intermediate_size", 0, None)
-    return ModelConfig(
-        family=family,
-        layers=tuple(LayerConfig(is_moe=moe, sliding_window=window) for moe in is_moe),
-        expert_width=reader.integer("moe_intermediate_size", default=expert_width),
-        router=RouterConfig(renormalize=reader.flag("norm_topk_prob", renormalize)),
-        dense_width=reader.integer("intermediate_size", default=dense_width),
+    attention = AttentionConfig(
+        **common.attention,
+        sliding_window=window,
         has_qkv_bias=has_bias,
         has_o_bias=has_bias,
         qk_norm=qk_norm,
-        **common,
+    )
+    return ModelConfig(
+        family=family,
+        layers=tuple(LayerConfig(mixer=attention, is_moe=moe) for moe in is_moe),
+        expert_width=reader.integer("moe_intermediate_size", default=expert_width),
+        router=RouterConfig(renormalize=reader.flag("norm_topk_prob", renormalize)),
+        dense_width=reader.integer("intermediate_size", default=dense_width),
+        **common.model,
     )
 
 
@@ -126,13 +130,13 @@ def open_qwen3_gguf(reader: GgufConfigReader, family: str, *, axes: Axes | None 
     window = reader.integer("attention.sliding_window", 0, least=0)
     # For layers without experts, and all layers have experts.
     reader.integer("feed_forward_length", 0, least=0)
+    attention = AttentionConfig(**common.attention, sliding_window=window, qk_norm="head")
     config = ModelConfig(
         family=family,
-        layers=(LayerConfig(is_moe=True, sliding_window=window),) * reader.num_layers(),
+        layers=(LayerConfig(mixer=attention, is_moe=True),) * reader.num_layers(),
         expert_width=reader.integer("expert_feed_forward_length"),
         router=RouterConfig(renormalize=reader.flag("expert_weights_norm", True)),
-        qk_norm="head",
-        **common,
+        **common.model,
     )
     reader.finish()
     return read_gguf_layout(reader.file, config, is_paired=False, has_rope_freqs=False)

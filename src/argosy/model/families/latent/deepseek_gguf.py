@@ -17,12 +17,8 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import LatentConfig, LayerConfig, ModelConfig, RopeConfig, RouterConfig
 from argosy.errors import CheckpointError
-from argosy.model.families.deepseek import (
-    LATENT_NORM_EPS,
-    RENORMALIZE_EPS,
-    attention_scale,
-    require_groups,
-)
+from argosy.model.families.latent.deepseek import LATENT_NORM_EPS, attention_scale
+from argosy.model.reading.experts_config import read_dense_layers, read_grouped_router, require_groups
 from argosy.model.reading.gguf_config import SIGMOID, SOFTMAX, GgufConfigReader
 from argosy.model.reading.gguf_layout import dense_name, read_gguf_layout
 
@@ -39,9 +35,7 @@ def open_gguf(file: GgufFile) -> ModelFiles:
     reader = GgufConfigReader(file, GGUF_ARCHITECTURE)
     sizes = reader.sizes()
     num_heads = reader.integer("attention.head_count")
-    latent = _read_latent(reader, num_heads)
-    head_dim = latent.nope_dim + latent.rope_dim
-    rope = _read_rope(reader, latent.rope_dim, sizes["context_tokens"])
+    latent = _read_latent(reader, num_heads, sizes["context_tokens"])
     num_layers = reader.num_layers()
     num_dense = read_dense_layers(reader, num_layers)
     router = _read_router(reader, dense_name(f"layers.{num_dense}.choice_bias") in file.tensors)
@@ -49,15 +43,9 @@ def open_gguf(file: GgufFile) -> ModelFiles:
     shared_width = reader.integer("expert_shared_count", 0, least=0) * expert_width
     config = ModelConfig(
         family="deepseek_v3" if router.score == "sigmoid" else "deepseek_v2",
-        num_heads=num_heads,
-        num_kv_heads=num_heads,
-        head_dim=head_dim,
-        layers=tuple(LayerConfig(is_moe=layer >= num_dense, mixer="latent") for layer in range(num_layers)),
-        rope=rope,
+        layers=tuple(LayerConfig(mixer=latent, is_moe=layer >= num_dense) for layer in range(num_layers)),
         expert_width=expert_width,
         router=require_groups(router, sizes["num_experts"], sizes["experts_per_token"]),
-        latent=latent,
-        attention_scale=attention_scale(head_dim, rope),
         dense_width=reader.integer("feed_forward_length", least=0 if num_dense == 0 else 1),
         shared_width=shared_width,
         num_mtp_layers=reader.num_mtp_layers(),
@@ -67,7 +55,7 @@ def open_gguf(file: GgufFile) -> ModelFiles:
     return read_gguf_layout(file, config, is_paired=False, has_rope_freqs=False)
 
 
-def _read_latent(reader: GgufConfigReader, num_heads: int) -> LatentConfig:
+def _read_latent(reader: GgufConfigReader, num_heads: int, context_tokens: int) -> LatentConfig:
     """Sizes of a head and of the compressed vectors, from the keys of old or new files."""
     kv_rank = reader.integer("attention.kv_lora_rank")
     rope_dim = reader.integer("rope.dimension_count")
@@ -92,13 +80,17 @@ def _read_latent(reader: GgufConfigReader, num_heads: int) -> LatentConfig:
             path=reader.file.path,
             key=reader.key("rope.dimension_count"),
         )
+    rope = _read_rope(reader, rope_dim, context_tokens)
     return LatentConfig(
+        num_heads=num_heads,
         query_rank=reader.integer("attention.q_lora_rank", 0, least=0),
         kv_rank=kv_rank,
         nope_dim=head_dim - rope_dim,
         rope_dim=rope_dim,
         value_dim=value_dim,
         norm_eps=LATENT_NORM_EPS,
+        rope=rope,
+        scale=attention_scale(head_dim, rope),
         is_up_split=is_split,
     )
 
@@ -126,35 +118,3 @@ def _read_router(reader: GgufConfigReader, has_choice_bias: bool) -> RouterConfi
     if function not in (SOFTMAX, SIGMOID):
         raise reader.unsupported("expert_gating_func", function, "1 (softmax), 2 (sigmoid)")
     return read_grouped_router(reader, is_sigmoid=function == SIGMOID, has_choice_bias=has_choice_bias)
-
-
-def read_dense_layers(reader: GgufConfigReader, num_layers: int) -> int:
-    """Return how many of the first layers have no routed experts.
-
-    Raises:
-        CheckpointError: no layer has routed experts.
-    """
-    num_dense = reader.integer("leading_dense_block_count", 0, least=0)
-    if num_dense >= num_layers:
-        raise CheckpointError(
-            f"{reader.file.path.name}: {reader.key('leading_dense_block_count')} is {num_dense} of {num_layers} "
-            "layers, which leaves none with routed experts",
-            path=reader.file.path,
-            key=reader.key("leading_dense_block_count"),
-        )
-    return num_dense
-
-
-def read_grouped_router(reader: GgufConfigReader, *, is_sigmoid: bool, has_choice_bias: bool) -> RouterConfig:
-    """Read groups, weights and scale of a router: sigmoid scores as in DeepSeek-V3, or softmax as in V2."""
-    renormalize = reader.flag("expert_weights_norm", False)
-    return RouterConfig(
-        score="sigmoid" if is_sigmoid else "softmax",
-        has_choice_bias=has_choice_bias,
-        num_groups=reader.integer("expert_group_count", 0, least=0) or 1,
-        kept_groups=reader.integer("expert_group_used_count", 0, least=0) or 1,
-        group_score="top2" if is_sigmoid else "max",
-        renormalize=renormalize,
-        renormalize_eps=RENORMALIZE_EPS if renormalize else 0.0,
-        scale=reader.number("expert_weights_scale") if reader.is_set("expert_weights_scale") else 1.0,
-    )

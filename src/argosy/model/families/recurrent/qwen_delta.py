@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from argosy.config import DeltaConfig, LayerConfig, MixerKind
+from argosy.config import AttentionConfig, DeltaConfig, LayerConfig
 from argosy.errors import CheckpointError
 from argosy.model.reading.config_reader import ConfigReader
 
@@ -25,27 +25,38 @@ DELTA_NAMES = {
     "delta_out": "linear_attn.out_proj.weight",
 }
 
-_MIXERS: Mapping[str, MixerKind] = {"linear_attention": "delta", "full_attention": "attention"}
+_DELTA, _ATTENTION = "linear_attention", "full_attention"
 
 PARTIAL_ROTARY_FACTOR = 0.25  # default if a file gives none
 
 
-def read_layers(reader: ConfigReader, is_moe: tuple[bool, ...]) -> tuple[LayerConfig, ...]:
-    """The mixer of each layer, combined with whether it has routed experts."""
+def read_layers(
+    reader: ConfigReader, is_moe: tuple[bool, ...], heads: Mapping[str, Any], *, is_joined: bool
+) -> tuple[LayerConfig, ...]:
+    """The mixer of each layer, combined with whether it has routed experts.
+
+    Args:
+        heads: the arguments of `AttentionConfig` that all families read.
+        is_joined: projections of a delta net are stored key head by key head in two matrices.
+    """
     num_layers = len(is_moe)
-    kinds = reader.layer_types(num_layers, tuple(_MIXERS))
+    has_bias = reader.flag("attention_bias", False)
+    attention = AttentionConfig(
+        **heads, has_qkv_bias=has_bias, has_o_bias=has_bias, qk_norm="head", has_output_gate=True
+    )
+    delta = _read_delta(reader, is_joined=is_joined)
+    kinds = reader.layer_types(num_layers, (_DELTA, _ATTENTION))
     interval = reader.integer("full_attention_interval", default=4)
     if kinds is None:
-        kinds = tuple(
-            "linear_attention" if (layer + 1) % interval else "full_attention" for layer in range(num_layers)
-        )
+        kinds = tuple(_DELTA if (layer + 1) % interval else _ATTENTION for layer in range(num_layers))
     return tuple(
-        LayerConfig(is_moe=moe, mixer=_MIXERS[kind]) for moe, kind in zip(is_moe, kinds, strict=True)
+        LayerConfig(mixer=delta if kind == _DELTA else attention, is_moe=moe)
+        for moe, kind in zip(is_moe, kinds, strict=True)
     )
 
 
-def read_delta(reader: ConfigReader, *, is_joined: bool) -> DeltaConfig:
-    """Sizes of the delta nets. `is_joined`: projections are stored key head by key head in two matrices.
+def _read_delta(reader: ConfigReader, *, is_joined: bool) -> DeltaConfig:
+    """Sizes of the delta nets.
 
     Raises:
         CheckpointError: a size is malformed, or value heads are not a multiple of key heads.
@@ -70,12 +81,7 @@ def read_delta(reader: ConfigReader, *, is_joined: bool) -> DeltaConfig:
 
 def shared_arguments(reader: ConfigReader) -> dict[str, Any]:
     """Arguments of `ModelConfig` that these models have in common."""
-    has_bias = reader.flag("attention_bias", False)
     return {
-        "has_qkv_bias": has_bias,
-        "has_o_bias": has_bias,
-        "qk_norm": "head",
-        "has_output_gate": True,
         "draft_form": "qwen",
         "norm_offset": 1.0,
         "expert_width": reader.integer("moe_intermediate_size", default=512),

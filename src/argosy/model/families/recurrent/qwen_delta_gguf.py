@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
-from argosy.config import DeltaConfig, LayerConfig, ModelConfig, RouterConfig
+from argosy.config import AttentionConfig, DeltaConfig, LayerConfig, ModelConfig, RouterConfig
 from argosy.errors import CheckpointError
 from argosy.model.reading.gguf_config import GgufConfigReader
 from argosy.model.reading.gguf_layout import read_gguf_layout
@@ -45,23 +45,22 @@ def open_delta_gguf(
     common = reader.common(has_partial_rope=True, axes=axes)
     # For layers without experts, and all layers have experts.
     reader.integer("feed_forward_length", 0, least=0)
+    delta = _read_delta(reader)
+    attention = AttentionConfig(**common.attention, qk_norm="head", has_output_gate=True)
     layers = tuple(
-        LayerConfig(is_moe=True, mixer="delta" if is_recurrent else "attention")
+        LayerConfig(mixer=delta if is_recurrent else attention, is_moe=True)
         for is_recurrent in _recurrent_layers(reader)
     )
     config = ModelConfig(
         family=family,
         layers=layers,
-        delta=_read_delta(reader),
         expert_width=reader.integer("expert_feed_forward_length"),
         router=RouterConfig(renormalize=reader.flag("expert_weights_norm", True)),
         shared_width=reader.integer("expert_shared_feed_forward_length"),
         shared_is_gated=True,
-        qk_norm="head",
-        has_output_gate=True,
         draft_form="qwen",
         num_mtp_layers=reader.num_mtp_layers(),
-        **common,
+        **common.model,
     )
     reader.finish()
     return read_gguf_layout(file, config, is_paired=False, has_rope_freqs=False, names=_NAMES)

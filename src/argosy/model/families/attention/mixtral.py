@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
-from argosy.config import LayerConfig, ModelConfig, RouterConfig
+from argosy.config import AttentionConfig, LayerConfig, ModelConfig, RouterConfig
 from argosy.model.reading.common_config import CommonDefaults, read_common
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.reading.gguf_config import GgufConfigReader, frequency_factors
@@ -68,12 +68,13 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     window = reader.optional_integer("sliding_window") or 0
     reader.neutral("attention_bias", False)
     reader.neutral("use_sliding_window", window > 0)
+    attention = AttentionConfig(**common.attention, sliding_window=window)
     config = ModelConfig(
         family=MODEL_TYPE,
-        layers=(LayerConfig(is_moe=True, sliding_window=window),) * num_layers,
+        layers=(LayerConfig(mixer=attention, is_moe=True),) * num_layers,
         expert_width=reader.integer("intermediate_size", default=14_336),
         router=RouterConfig(renormalize=True),
-        **common,
+        **common.model,
     )
     reader.finish()
     return config
@@ -92,16 +93,17 @@ def open_gguf(file: GgufFile) -> ModelFiles:
             "expert_count", 0, "1 or more: this is a dense model, and Argosy runs mixtures of experts"
         )
     common = reader.common()
-    rope = replace(common.pop("rope"), frequency_factors=frequency_factors(file, common["head_dim"]))
+    heads = common.attention
+    rope = replace(heads.pop("rope"), frequency_factors=frequency_factors(file, heads["head_dim"]))
     window = reader.integer("attention.sliding_window", 0, least=0)
+    attention = AttentionConfig(**heads, rope=rope, sliding_window=window)
     width = reader.integer("feed_forward_length")
     config = ModelConfig(
         family=MODEL_TYPE,
-        layers=(LayerConfig(is_moe=True, sliding_window=window),) * reader.num_layers(),
-        rope=rope,
+        layers=(LayerConfig(mixer=attention, is_moe=True),) * reader.num_layers(),
         expert_width=reader.integer("expert_feed_forward_length", width),
         router=RouterConfig(renormalize=reader.flag("expert_weights_norm", True)),
-        **common,
+        **common.model,
     )
     reader.finish()
     return read_gguf_layout(file, config, is_paired=True, has_rope_freqs=True)

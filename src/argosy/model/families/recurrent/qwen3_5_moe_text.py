@@ -13,17 +13,16 @@ from dataclasses import replace
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import ModelConfig, RouterConfig
-from argosy.model.families.qwen_delta import (
+from argosy.model.families.attention.qwen_moe import make_layouts
+from argosy.model.families.recurrent.qwen_delta import (
     DELTA_NAMES,
     MTP_PREFIX,
     MTP_TENSORS,
     PARTIAL_ROTARY_FACTOR,
-    read_delta,
     read_layers,
     shared_arguments,
 )
-from argosy.model.families.qwen_delta_gguf import open_delta_gguf
-from argosy.model.families.qwen_moe import make_layouts
+from argosy.model.families.recurrent.qwen_delta_gguf import open_delta_gguf
 from argosy.model.reading.common_config import CommonDefaults, read_common
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.reading.rope_config import Axes
@@ -102,11 +101,10 @@ def read_text(reader: ConfigReader, family: str) -> ModelConfig:
     reader.passed("intermediate_size", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings")
     return ModelConfig(
         family=family,
-        layers=read_layers(reader, (True,) * num_layers),
-        delta=read_delta(reader, is_joined=False),
+        layers=read_layers(reader, (True,) * num_layers, common.attention, is_joined=False),
         router=RouterConfig(renormalize=True),
         **shared_arguments(reader),
-        **common,
+        **common.model,
     )
 
 

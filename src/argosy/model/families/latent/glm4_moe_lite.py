@@ -10,15 +10,10 @@ from collections.abc import Mapping, Sequence
 
 from argosy.config import ModelConfig
 from argosy.errors import CheckpointError
-from argosy.model.families.deepseek import (
-    LAYOUTS,
-    Defaults,
-    layers_behind_the_dense,
-    read_latent_model,
-    read_sigmoid_router,
-)
-from argosy.model.families.deepseek_gguf import GGUF_ARCHITECTURE, open_gguf
+from argosy.model.families.latent.deepseek import LAYOUTS, Defaults, read_latent_model
+from argosy.model.families.latent.deepseek_gguf import GGUF_ARCHITECTURE, open_gguf
 from argosy.model.reading.config_reader import ConfigReader
+from argosy.model.reading.experts_config import layers_behind_the_dense, read_sigmoid_router
 
 __all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
 

@@ -10,15 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from argosy.config import ModelConfig, RouterConfig
-from argosy.model.families.deepseek import (
-    LAYOUTS,
-    Defaults,
-    read_kept_groups,
-    read_latent_model,
-    require_groups,
-)
-from argosy.model.families.deepseek_gguf import GGUF_ARCHITECTURE, open_gguf
+from argosy.model.families.latent.deepseek import LAYOUTS, Defaults, read_latent_model
+from argosy.model.families.latent.deepseek_gguf import GGUF_ARCHITECTURE, open_gguf
 from argosy.model.reading.config_reader import ConfigReader
+from argosy.model.reading.experts_config import read_kept_groups, require_groups
 
 __all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
 

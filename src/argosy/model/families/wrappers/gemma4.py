@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from argosy.config import ActivationConfig, LayerConfig, ModelConfig, RopeConfig, RouterConfig
+from argosy.config import ActivationConfig, AttentionConfig, LayerConfig, ModelConfig, RouterConfig
 from argosy.errors import CheckpointError
 from argosy.model.reading.common_config import parse_wrapper
 from argosy.model.reading.config_reader import MOST_EXPERTS, MOST_LAYERS, AttentionShape, ConfigReader
@@ -77,12 +77,10 @@ def _read_text(text: ConfigReader) -> ModelConfig:
     shape = text.attention_shape(hidden_size=2304, num_heads=8, num_kv_heads=4, head_dim=256)
     num_experts = text.integer("num_experts", default=None, most=MOST_EXPERTS)
     text.one_of("hidden_activation", "gelu_pytorch_tanh", ("gelu_pytorch_tanh",))
-    rope, layers = _read_layers(text, shape)
     return make_config(
         vocab_size=text.integer("vocab_size", default=262_144),
-        **shape._asdict(),
-        layers=layers,
-        rope=rope,
+        hidden_size=shape.hidden_size,
+        layers=_read_layers(text, shape),
         norm_eps=text.number("rms_norm_eps", 1e-6),
         context_tokens=text.integer("max_position_embeddings", default=131_072),
         num_experts=num_experts,
@@ -103,9 +101,6 @@ def make_config(*, hidden_size: int, **sizes: Any) -> ModelConfig:
         hidden_size=hidden_size,
         router=RouterConfig(renormalize=True, has_expert_scale=True, has_norm=True),
         activation=ActivationConfig(kind="gelu_tanh"),
-        attention_scale=1.0,
-        qk_norm="head",
-        has_value_norm=True,
         has_post_norms=True,
         has_expert_norms=True,
         has_layer_scale=True,
@@ -125,8 +120,7 @@ def _refuse_siblings(text: ConfigReader) -> None:
     text.passed("vocab_size_per_layer_input", "use_double_wide_mlp")
 
 
-def _read_layers(text: ConfigReader, shape: AttentionShape) -> tuple[RopeConfig, tuple[LayerConfig, ...]]:
-    """The rotary embedding of the first layer, which is the model's, and all layers."""
+def _read_layers(text: ConfigReader, shape: AttentionShape) -> tuple[LayerConfig, ...]:
     kinds = _read_kinds(text)
     window = text.integer("sliding_window", default=512)
     is_image_seen = text.optional_one_of("use_bidirectional_attention", ("vision",)) is not None
@@ -135,20 +129,25 @@ def _read_layers(text: ConfigReader, shape: AttentionShape) -> tuple[RopeConfig,
     ropes = read_ropes_of_layers(
         text, {kind: head_dim for kind, (_, head_dim) in heads.items()}, _DEFAULT_ROPES
     )
-    rope = ropes[kinds[0]]
-    layers = (
-        LayerConfig(
+    layers = {
+        kind: LayerConfig(
+            mixer=AttentionConfig(
+                num_heads=shape.num_heads,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+                rope=ropes[kind],
+                sliding_window=window if kind == _SLIDING else 0,
+                is_causal=kind == _FULL or not is_image_seen,
+                scale=1.0,
+                keys_are_values=keys_are_values and kind == _FULL,
+                qk_norm="head",
+                has_value_norm=True,
+            ),
             is_moe=True,
-            sliding_window=window if kind == _SLIDING else 0,
-            num_kv_heads=heads[kind][0],
-            head_dim=heads[kind][1],
-            rope=None if ropes[kind] == rope else ropes[kind],
-            keys_are_values=keys_are_values and kind == _FULL,
-            is_causal=kind == _FULL or not is_image_seen,
         )
-        for kind in kinds
-    )
-    return rope, tuple(layers)
+        for kind, (num_kv_heads, head_dim) in heads.items()
+    }
+    return tuple(layers[kind] for kind in kinds)
 
 
 def _read_kinds(text: ConfigReader) -> tuple[str, ...]:

@@ -11,17 +11,18 @@ from typing import Any
 
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
-from argosy.config import LayerConfig, ModelConfig
-from argosy.model.families.deepseek import (
-    LAYOUTS,
+from argosy.config import AttentionConfig, LayerConfig, ModelConfig
+from argosy.model.families.latent.deepseek import LAYOUTS
+from argosy.model.reading.common_config import CommonDefaults, read_common
+from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
+from argosy.model.reading.experts_config import (
     layers_behind_the_dense,
+    read_dense_layers,
+    read_grouped_router,
     read_mtp_layers,
     read_sigmoid_router,
     require_groups,
 )
-from argosy.model.families.deepseek_gguf import read_dense_layers, read_grouped_router
-from argosy.model.reading.common_config import CommonDefaults, read_common
-from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.reading.gguf_config import SIGMOID, GgufConfigReader
 from argosy.model.reading.gguf_layout import dense_name, read_gguf_layout
 from argosy.model.reading.rope_config import Axes
@@ -81,17 +82,20 @@ def read_text(
     is_moe = layers_behind_the_dense(1)(reader, num_layers)
     expert_width = reader.integer("moe_intermediate_size", default=1408)
     read_router = read_sigmoid_router(scale=1.0, num_groups=1, kept_groups=1)
-    return ModelConfig(
-        family=family,
-        layers=tuple(LayerConfig(is_moe=moe) for moe in is_moe),
-        expert_width=expert_width,
-        router=read_router(reader, common["num_experts"], common["experts_per_token"]),
-        dense_width=reader.integer("intermediate_size", default=10_944),
-        shared_width=reader.integer("n_shared_experts", default=1) * expert_width,
+    attention = AttentionConfig(
+        **common.attention,
         has_qkv_bias=reader.flag("attention_bias", has_bias),
         qk_norm="head" if has_qk_norm else "none",
+    )
+    return ModelConfig(
+        family=family,
+        layers=tuple(LayerConfig(mixer=attention, is_moe=moe) for moe in is_moe),
+        expert_width=expert_width,
+        router=read_router(reader, common.model["num_experts"], common.model["experts_per_token"]),
+        dense_width=reader.integer("intermediate_size", default=10_944),
+        shared_width=reader.integer("n_shared_experts", default=1) * expert_width,
         num_mtp_layers=read_mtp_layers(reader, 1),
-        **common,
+        **common.model,
     )
 
 
@@ -111,17 +115,20 @@ def open_gguf(file: GgufFile) -> ModelFiles:
         reader, is_sigmoid=True, has_choice_bias=dense_name(f"layers.{num_dense}.choice_bias") in file.tensors
     )
     expert_width = reader.integer("expert_feed_forward_length")
-    config = ModelConfig(
-        family=MODEL_TYPE,
-        layers=tuple(LayerConfig(is_moe=layer >= num_dense) for layer in range(num_layers)),
-        expert_width=expert_width,
-        router=require_groups(router, common["num_experts"], common["experts_per_token"]),
-        dense_width=reader.integer("feed_forward_length"),
-        shared_width=reader.integer("expert_shared_count", 0, least=0) * expert_width,
+    attention = AttentionConfig(
+        **common.attention,
         has_qkv_bias=dense_name("layers.0.q_bias") in file.tensors,
         qk_norm="head" if dense_name("layers.0.q_norm") in file.tensors else "none",
+    )
+    config = ModelConfig(
+        family=MODEL_TYPE,
+        layers=tuple(LayerConfig(mixer=attention, is_moe=layer >= num_dense) for layer in range(num_layers)),
+        expert_width=expert_width,
+        router=require_groups(router, common.model["num_experts"], common.model["experts_per_token"]),
+        dense_width=reader.integer("feed_forward_length"),
+        shared_width=reader.integer("expert_shared_count", 0, least=0) * expert_width,
         num_mtp_layers=reader.num_mtp_layers(),
-        **common,
+        **common.model,
     )
     reader.finish()
     return read_gguf_layout(

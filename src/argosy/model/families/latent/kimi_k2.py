@@ -1,6 +1,6 @@
 """Kimi-K2 (arXiv:2507.20534): a DeepSeek-V3 with more experts, fewer heads and no groups.
 
-The text part of Kimi-K2.5 and K2.6 has the same config, so `kimi_k25.py` reads it with `read_text`.
+The text part of Kimi-K2.5 and K2.6 has the same config, so the wrapper `kimi_k25` reads it with `read_text`.
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from argosy.config import ModelConfig
-from argosy.model.families.deepseek import DEEPSEEK_V3, LAYOUTS, read_latent_model, read_sigmoid_router
-from argosy.model.families.deepseek_gguf import GGUF_ARCHITECTURE, open_gguf
+from argosy.model.families.latent.deepseek import DEEPSEEK_V3, LAYOUTS, read_latent_model
+from argosy.model.families.latent.deepseek_gguf import GGUF_ARCHITECTURE, open_gguf
 from argosy.model.reading.config_reader import ConfigReader
+from argosy.model.reading.experts_config import read_sigmoid_router
 
 __all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config", "read_text"]
 

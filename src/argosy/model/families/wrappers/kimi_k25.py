@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from argosy.config import ModelConfig
-from argosy.model.families import deepseek, kimi_k2
-from argosy.model.families.deepseek_gguf import GGUF_ARCHITECTURE, open_gguf
+from argosy.model.families.latent import deepseek, kimi_k2
+from argosy.model.families.latent.deepseek_gguf import GGUF_ARCHITECTURE, open_gguf
 from argosy.model.reading.common_config import parse_wrapper
 
 __all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]

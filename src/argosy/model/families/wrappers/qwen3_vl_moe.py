@@ -14,8 +14,8 @@ from dataclasses import replace
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import ModelConfig
-from argosy.model.families.qwen3_moe import open_qwen3_gguf, read_text
-from argosy.model.families.qwen_moe import make_layouts
+from argosy.model.families.attention.qwen3_moe import open_qwen3_gguf, read_text
+from argosy.model.families.attention.qwen_moe import make_layouts
 from argosy.model.reading.common_config import parse_wrapper
 from argosy.model.reading.config_reader import ConfigReader
 from argosy.model.reading.gguf_config import GgufConfigReader

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from argosy.config import ModelConfig
-from argosy.model.families.deepseek import DEEPSEEK_V3, LAYOUTS, read_latent_model, read_sigmoid_router
-from argosy.model.families.deepseek_gguf import GGUF_ARCHITECTURE, open_gguf
+from argosy.model.families.latent.deepseek import DEEPSEEK_V3, LAYOUTS, read_latent_model
+from argosy.model.families.latent.deepseek_gguf import GGUF_ARCHITECTURE, open_gguf
 from argosy.model.reading.config_reader import ConfigReader
+from argosy.model.reading.experts_config import read_sigmoid_router
 
 __all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
 

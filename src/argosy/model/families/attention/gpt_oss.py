@@ -12,12 +12,12 @@ a property of the weights, it also applies to GGUF files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
-from argosy.config import ActivationConfig, LayerConfig, ModelConfig, RouterConfig
+from argosy.config import ActivationConfig, AttentionConfig, LayerConfig, ModelConfig, RouterConfig
 from argosy.errors import CheckpointError
 from argosy.model.reading.common_config import CommonDefaults, read_common
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
@@ -99,10 +99,13 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     windows = _read_windows(reader, num_layers)
     has_bias = reader.flag("attention_bias", True)
     # The exporter of the released files repeats the number under this key.
-    reader.neutral("initial_context_length", common["rope"].original_context, None)
+    reader.neutral("initial_context_length", common.attention["rope"].original_context, None)
+    attention = AttentionConfig(
+        **common.attention, has_qkv_bias=has_bias, has_o_bias=has_bias, has_sinks=True
+    )
     config = ModelConfig(
         family=MODEL_TYPE,
-        layers=tuple(LayerConfig(is_moe=True, sliding_window=window) for window in windows),
+        layers=_layers(attention, windows),
         expert_width=reader.integer("intermediate_size", default=2880),
         router=RouterConfig(has_bias=True, renormalize=True),
         activation=ActivationConfig(
@@ -110,11 +113,8 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
             limit=reader.number("swiglu_limit", _LIMIT),
             alpha=reader.number("swiglu_alpha", _ALPHA),
         ),
-        has_qkv_bias=has_bias,
-        has_o_bias=has_bias,
-        has_sinks=True,
         has_expert_bias=True,
-        **common,
+        **common.model,
     )
     reader.finish()
     return config
@@ -129,29 +129,34 @@ def open_gguf(file: GgufFile) -> ModelFiles:
     """
     reader = GgufConfigReader(file, GGUF_ARCHITECTURE)
     common = reader.common()
-    rope = common.pop("rope")
+    rope = common.attention.pop("rope")
     window = reader.integer("attention.sliding_window")
     width = reader.integer("feed_forward_length", 0, least=0)
-    config = ModelConfig(
-        family=MODEL_TYPE,
-        layers=tuple(
-            LayerConfig(is_moe=True, sliding_window=window if layer % 2 == 0 else 0)
-            for layer in range(reader.num_layers())
-        ),
+    attention = AttentionConfig(
+        **common.attention,
         rope=replace(rope, truncate=False) if rope.kind == "yarn" else rope,
-        expert_width=reader.integer("expert_feed_forward_length", width),
-        router=RouterConfig(has_bias=True, renormalize=True),
-        activation=ActivationConfig(kind="clamped", limit=_LIMIT, alpha=_ALPHA),
         has_qkv_bias=True,
         has_o_bias=True,
         has_sinks=True,
+    )
+    windows = (window if layer % 2 == 0 else 0 for layer in range(reader.num_layers()))
+    config = ModelConfig(
+        family=MODEL_TYPE,
+        layers=_layers(attention, windows),
+        expert_width=reader.integer("expert_feed_forward_length", width),
+        router=RouterConfig(has_bias=True, renormalize=True),
+        activation=ActivationConfig(kind="clamped", limit=_LIMIT, alpha=_ALPHA),
         has_expert_bias=True,
-        **common,
+        **common.model,
     )
     reader.finish()
     return read_gguf_layout(
         file, config, is_paired=False, has_rope_freqs=False, names={"mlp_norm": "post_attention_norm.weight"}
     )
+
+
+def _layers(attention: AttentionConfig, windows: Iterable[int]) -> tuple[LayerConfig, ...]:
+    return tuple(LayerConfig(mixer=replace(attention, sliding_window=one), is_moe=True) for one in windows)
 
 
 def _read_windows(reader: ConfigReader, num_layers: int) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
-from argosy.config import LayerConfig, ModelConfig, RopeConfig, RouterConfig
+from argosy.config import AttentionConfig, LayerConfig, ModelConfig, RopeConfig, RouterConfig
 from argosy.errors import CheckpointError
 from argosy.model.reading.common_config import CommonDefaults, read_common
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
@@ -76,17 +76,17 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
             partial_rotary_factor=1.0,
         ),
     )
-    rope = _read_rotary_dim(reader, common.pop("rope"), common["head_dim"])
+    heads = common.attention
+    rope = _read_rotary_dim(reader, heads.pop("rope"), heads["head_dim"])
     num_layers = reader.integer("num_hidden_layers", default=62, most=MOST_LAYERS)
     _read_other_generations(reader)
+    attention = AttentionConfig(**heads, rope=rope, qk_norm="flat")
     config = ModelConfig(
         family=MODEL_TYPE,
-        layers=(LayerConfig(is_moe=True),) * num_layers,
-        rope=rope,
+        layers=(LayerConfig(mixer=attention, is_moe=True),) * num_layers,
         expert_width=reader.integer("intermediate_size", default=1536),
         router=_ROUTER,
-        qk_norm="flat",
-        **common,
+        **common.model,
     )
     reader.finish()
     return config
@@ -104,13 +104,13 @@ def open_gguf(file: GgufFile) -> ModelFiles:
     reader.neutral("expert_gating_func", 0, SIGMOID)
     reader.neutral("expert_weights_norm", True)
     width = reader.integer("feed_forward_length")
+    attention = AttentionConfig(**common.attention, qk_norm="flat")
     config = ModelConfig(
         family=MODEL_TYPE,
-        layers=(LayerConfig(is_moe=True),) * reader.num_layers(),
+        layers=(LayerConfig(mixer=attention, is_moe=True),) * reader.num_layers(),
         expert_width=reader.integer("expert_feed_forward_length", width),
         router=_ROUTER,
-        qk_norm="flat",
-        **common,
+        **common.model,
     )
     reader.finish()
     return read_gguf_layout(file, config, is_paired=False, has_rope_freqs=False)

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from argosy.config import ModelConfig
-from argosy.model.families import glm4_moe
-from argosy.model.families.glm4_moe import GGUF_ARCHITECTURE, open_gguf
+from argosy.model.families.attention import glm4_moe
+from argosy.model.families.attention.glm4_moe import GGUF_ARCHITECTURE, open_gguf
 from argosy.model.reading.common_config import parse_wrapper
 from argosy.model.reading.config_reader import ConfigReader
 

@@ -11,17 +11,16 @@ from collections.abc import Mapping
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import ModelConfig, RouterConfig
-from argosy.model.families.qwen_delta import (
+from argosy.model.families.attention.qwen_moe import make_layouts, read_moe_layers
+from argosy.model.families.recurrent.qwen_delta import (
     DELTA_NAMES,
     MTP_PREFIX,
     MTP_TENSORS,
     PARTIAL_ROTARY_FACTOR,
-    read_delta,
     read_layers,
     shared_arguments,
 )
-from argosy.model.families.qwen_delta_gguf import open_delta_gguf
-from argosy.model.families.qwen_moe import make_layouts, read_moe_layers
+from argosy.model.families.recurrent.qwen_delta_gguf import open_delta_gguf
 from argosy.model.reading.common_config import CommonDefaults, read_common
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 
@@ -69,12 +68,11 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     reader.neutral("use_sliding_window", False)
     config = ModelConfig(
         family=MODEL_TYPE,
-        layers=read_layers(reader, read_moe_layers(reader, num_layers)),
-        delta=read_delta(reader, is_joined=True),
+        layers=read_layers(reader, read_moe_layers(reader, num_layers), common.attention, is_joined=True),
         router=RouterConfig(renormalize=reader.flag("norm_topk_prob", True)),
         dense_width=reader.integer("intermediate_size", default=5632),
         **shared_arguments(reader),
-        **common,
+        **common.model,
     )
     reader.finish()
     return config

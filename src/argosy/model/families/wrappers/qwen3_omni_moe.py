@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from argosy.config import ModelConfig
-from argosy.model.families.qwen3_moe import read_text
-from argosy.model.families.qwen3_vl_moe import AXES, GGUF_ARCHITECTURE, open_gguf
-from argosy.model.families.qwen_moe import make_layouts
+from argosy.model.families.attention.qwen3_moe import read_text
+from argosy.model.families.attention.qwen_moe import make_layouts
+from argosy.model.families.wrappers.qwen3_vl_moe import AXES, GGUF_ARCHITECTURE, open_gguf
 from argosy.model.reading.common_config import VISION_KEYS, in_wrapper
 from argosy.model.reading.config_reader import ConfigReader
 

@@ -16,14 +16,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from argosy.config import LatentConfig, LayerConfig, ModelConfig, RopeConfig, RouterConfig
+from argosy.config import LatentConfig, LayerConfig, ModelConfig, RopeConfig
 from argosy.errors import CheckpointError
 from argosy.model.reading.common_config import CommonDefaults, read_common
-from argosy.model.reading.config_reader import MOST_EXPERTS, MOST_LAYERS, ConfigReader
+from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
+from argosy.model.reading.experts_config import ReadRouter, layers_behind_the_dense, read_mtp_layers
 from argosy.model.reading.layout import ATTENTION_NAMES, separate_and_fused
 
 LATENT_NORM_EPS = 1e-6
-RENORMALIZE_EPS = 1e-20
 
 _LAYER_NAMES = {
     **ATTENTION_NAMES,
@@ -88,8 +88,6 @@ DEEPSEEK_V3 = Defaults(
     bos_id=0,
 )
 
-ReadRouter = Callable[[ConfigReader, int, int], RouterConfig]  # reader, experts, experts per token
-
 
 def read_latent_model(
     reader: ConfigReader,
@@ -110,29 +108,34 @@ def read_latent_model(
         UnsupportedModel: a key or value asks for something that is not supported.
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
+    nope_dim = reader.integer("qk_nope_head_dim", default=defaults.nope_dim)
+    rope_dim = reader.integer("qk_rope_head_dim", default=defaults.rope_dim)
+    common = read_common(reader, replace(defaults, rotary_dim=rope_dim))
+    num_heads, num_kv_heads = (common.attention[name] for name in ("num_heads", "num_kv_heads"))
+    is_interleaved = reader.flag("rope_interleave", True)
+    rope = replace(common.attention["rope"], is_interleaved=is_interleaved)
     latent = LatentConfig(
+        num_heads=num_heads,
         query_rank=reader.optional_integer("q_lora_rank", default=defaults.query_rank) or 0,
         kv_rank=reader.integer("kv_lora_rank", default=defaults.kv_rank),
-        nope_dim=reader.integer("qk_nope_head_dim", default=defaults.nope_dim),
-        rope_dim=reader.integer("qk_rope_head_dim", default=defaults.rope_dim),
+        nope_dim=nope_dim,
+        rope_dim=rope_dim,
         value_dim=reader.integer("v_head_dim", default=defaults.value_dim),
         norm_eps=LATENT_NORM_EPS,
+        rope=rope,
+        scale=attention_scale(nope_dim + rope_dim, rope),
     )
-    head_dim = latent.nope_dim + latent.rope_dim
-    common = read_common(reader, replace(defaults, rotary_dim=latent.rope_dim))
-    if common["num_kv_heads"] != common["num_heads"]:
+    if num_kv_heads != num_heads:
         raise CheckpointError(
-            f"config.json gives num_key_value_heads as {common['num_kv_heads']}, expected {common['num_heads']}, the "
+            f"config.json gives num_key_value_heads as {num_kv_heads}, expected {num_heads}, the "
             "same as num_attention_heads: latent attention has a key for each head",
             key="num_key_value_heads",
         )
     # transformers 5 repeats sizes under these names: the rotary dimensions, and the whole head.
-    reader.neutral("head_dim", latent.rope_dim, None)
-    reader.neutral("qk_head_dim", head_dim)
+    reader.neutral("head_dim", rope_dim, None)
+    reader.neutral("qk_head_dim", latent.head_dim)
     reader.neutral("attention_bias", False, None)
     reader.neutral("moe_layer_freq", 1)
-    is_interleaved = reader.flag("rope_interleave", True)
-    rope = replace(common.pop("rope"), is_interleaved=is_interleaved)
     num_layers = reader.integer("num_hidden_layers", default=defaults.num_layers, most=MOST_LAYERS)
     is_moe = (read_moe_layers or layers_behind_the_dense(defaults.first_dense_layers))(reader, num_layers)
     expert_width = reader.integer("moe_intermediate_size", default=defaults.expert_width)
@@ -141,82 +144,14 @@ def read_latent_model(
     )
     return ModelConfig(
         family=family,
-        layers=tuple(LayerConfig(is_moe=moe, mixer="latent") for moe in is_moe),
-        rope=rope,
+        layers=tuple(LayerConfig(mixer=latent, is_moe=moe) for moe in is_moe),
         expert_width=expert_width,
-        router=read_router(reader, common["num_experts"], common["experts_per_token"]),
-        latent=latent,
-        attention_scale=attention_scale(head_dim, rope),
+        router=read_router(reader, common.model["num_experts"], common.model["experts_per_token"]),
         dense_width=reader.integer("intermediate_size", default=defaults.dense_width),
         shared_width=num_shared * expert_width,
         num_mtp_layers=read_mtp_layers(reader, defaults.num_mtp_layers),
-        **(common | {"head_dim": head_dim}),
+        **common.model,
     )
-
-
-def read_sigmoid_router(scale: float, num_groups: int, kept_groups: int) -> ReadRouter:
-    """The router of DeepSeek-V3 (arXiv:2412.19437): sigmoid scores, and a bias that only affects the choice.
-
-    The arguments are the family's defaults.
-    """
-
-    def read(reader: ConfigReader, num_experts: int, experts_per_token: int) -> RouterConfig:
-        reader.one_of("scoring_func", "sigmoid", ("sigmoid",))
-        reader.one_of("topk_method", "noaux_tc", ("noaux_tc",))
-        renormalize = reader.flag("norm_topk_prob", True)
-        groups = reader.optional_integer("n_group", default=num_groups) or 1
-        router = RouterConfig(
-            score="sigmoid",
-            has_choice_bias=True,
-            num_groups=groups,
-            kept_groups=read_kept_groups(reader, groups, kept_groups),
-            group_score="top2",
-            renormalize=renormalize,
-            renormalize_eps=RENORMALIZE_EPS if renormalize else 0.0,
-            scale=reader.number("routed_scaling_factor", scale),
-        )
-        return require_groups(router, num_experts, experts_per_token)
-
-    return read
-
-
-def read_kept_groups(reader: ConfigReader, num_groups: int, default: int | None) -> int:
-    """`topk_group`, which may be null only if there are no groups to choose from."""
-    if num_groups == 1:
-        return reader.optional_integer("topk_group", default=default) or 1
-    return reader.integer("topk_group", default=default)
-
-
-def read_mtp_layers(reader: ConfigReader, default: int) -> int:
-    """Count the layers for multi-token prediction, which follow the model's own layers in the files."""
-    return reader.integer(
-        "num_nextn_predict_layers", "num_mtp_layers", default=default, least=0, most=MOST_LAYERS
-    )
-
-
-def require_groups(router: RouterConfig, num_experts: int, experts_per_token: int) -> RouterConfig:
-    """Return the router if its groups divide the experts evenly and the kept groups have enough experts.
-
-    Raises:
-        CheckpointError: they do not.
-    """
-    groups, kept = router.num_groups, router.kept_groups
-    found = f"{num_experts} experts in {groups} groups, {kept} of them kept"
-    if groups > MOST_EXPERTS or num_experts % groups:
-        raise CheckpointError(f"the router has {found}; expected groups of equal size", key="n_group")
-    size = num_experts // groups
-    if kept > groups or kept * size < experts_per_token:
-        raise CheckpointError(
-            f"the router has {found}; expected no more than all groups, and room for the {experts_per_token} experts "
-            f"of a token in the kept ones",
-            key="topk_group",
-        )
-    if groups > 1 and router.group_score == "top2" and size < 2:
-        raise CheckpointError(
-            f"the router has {found}; a group is scored by its best two experts, so it needs at least two",
-            key="n_group",
-        )
-    return router
 
 
 def attention_scale(head_dim: int, rope: RopeConfig) -> float:
@@ -228,19 +163,3 @@ def attention_scale(head_dim: int, rope: RopeConfig) -> float:
     if rope.kind == "yarn" and rope.mscale_all_dim and rope.factor > 1:
         magnitude = 0.1 * rope.mscale_all_dim * math.log(rope.factor) + 1.0
     return float(head_dim**-0.5 * magnitude * magnitude)
-
-
-def layers_behind_the_dense(default: int) -> Callable[[ConfigReader, int], Sequence[bool]]:
-    """Return a reader of `first_k_dense_replace`, the first layer with experts; `default` is the family's default."""
-
-    def read(reader: ConfigReader, num_layers: int) -> Sequence[bool]:
-        first = reader.optional_integer("first_k_dense_replace", default=default, least=0) or 0
-        if first >= num_layers:
-            raise CheckpointError(
-                f"config.json leaves none of the {num_layers} layers with routed experts: first_k_dense_replace is "
-                f"{first}",
-                key="first_k_dense_replace",
-            )
-        return [layer >= first for layer in range(num_layers)]
-
-    return read

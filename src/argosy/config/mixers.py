@@ -1,0 +1,122 @@
+"""The mixers of a layer, which let positions see each other: attention of two kinds, and recurrent networks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding: dimension pair j at position p turns by p * inverse_frequency(j)."""
+
+    theta: float
+    rotary_dim: int  # only the first rotary_dim dimensions of head_dim rotate
+    is_interleaved: bool = False  # dimension 2 i turns with 2 i + 1, not with i + rotary_dim / 2
+    # Positions in media have axes (time, row, column); the axis of each dimension pair. Empty: 0 for every pair.
+    axes: tuple[int, ...] = ()
+    kind: Literal["default", "linear", "dynamic", "yarn", "llama3", "proportional"] = "default"
+    factor: float = 1.0
+    turning_pairs: int | None = None  # proportional: only the first of the pairs turn; None: all of them
+    original_context: int = 0  # positions the model was trained on, before scaling
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float | None = None  # yarn: None computes 0.1 ln(factor) + 1
+    mscale: float | None = None  # yarn, DeepSeek's variant
+    mscale_all_dim: float | None = None
+    truncate: bool = True  # yarn: whole-number correction range
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    # Each pair's frequency is divided by its factor, before the rule of `kind` applies.
+    frequency_factors: tuple[float, ...] = ()
+
+    @property
+    def num_axes(self) -> int:
+        """Axes of a position: time, row and column, or one."""
+        return 3 if self.axes else 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionConfig:
+    """Grouped-query attention (arXiv:2305.13245)."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope: RopeConfig
+    sliding_window: int = 0  # 0: full attention
+    is_causal: bool = False  # also in media spans, no position sees a later one
+    scale: float = 0.0  # factor of attention scores; 0: 1 / sqrt(head_dim)
+    keys_are_values: bool = False  # no v: the keys, before their norm, are the values
+    has_qkv_bias: bool = False
+    has_o_bias: bool = False
+    # RMSNorm before rotary: none, over each head, or over all heads at once.
+    qk_norm: Literal["none", "head", "flat"] = "none"
+    qkv_limit: float = 0.0  # q, k and v are clamped to -limit..limit; 0: not clamped
+    has_value_norm: bool = False  # RMSNorm without a weight over each head of v
+    has_sinks: bool = False  # a learnt score per head that takes attention weight and adds nothing: `sinks`
+    # Each head's output is multiplied by the sigmoid of its gate; q has rows for both, head by head.
+    has_output_gate: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentConfig:
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): keys and values share a compressed vector."""
+
+    num_heads: int
+    query_rank: int  # 0: queries are not compressed
+    kv_rank: int
+    nope_dim: int  # query and key dimensions of a head that do not rotate
+    rope_dim: int  # dimensions that rotate; all heads share the key's
+    value_dim: int
+    norm_eps: float  # for the norms of the compressed vectors
+    rope: RopeConfig
+    scale: float = 0.0  # factor of attention scores; 0: 1 / sqrt(head_dim)
+    is_up_split: bool = False  # the file holds k_up (transposed head by head) and v_up instead of kv_up
+
+    @property
+    def head_dim(self) -> int:
+        """The dimensions of a query."""
+        return self.nope_dim + self.rope_dim
+
+    @property
+    def cached_dim(self) -> int:
+        """The dimensions that a position keeps: the compressed vector and the rotated key."""
+        return self.kv_rank + self.rope_dim
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaConfig:
+    """A gated delta net (arXiv:2412.06464): a state per sequence instead of keys and values."""
+
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int  # per head
+    value_dim: int
+    conv_width: int  # positions that the causal convolution sees
+    has_joined_qkvz: bool = False  # one matrix holds q, k, v and z of each key head in turn
+    has_joined_ba: bool = False  # the same for b and a
+    # Value head i uses key head i % num_key_heads, not i // (num_value_heads / num_key_heads).
+    is_tiled: bool = False
+    is_rate_log: bool = True  # the decay rate is stored as log(-rate)
+
+    @property
+    def key_channels(self) -> int:
+        return self.num_key_heads * self.key_dim
+
+    @property
+    def value_channels(self) -> int:
+        return self.num_value_heads * self.value_dim
+
+    @property
+    def conv_channels(self) -> int:
+        """The channels of q, k and v of all heads."""
+        return 2 * self.key_channels + self.value_channels
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """The sizes as `_native` expects them."""
+        return self.num_key_heads, self.num_value_heads, self.key_dim, self.value_dim, self.conv_width
+
+
+Mixer = AttentionConfig | LatentConfig | DeltaConfig

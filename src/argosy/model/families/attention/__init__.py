@@ -1,0 +1,1 @@
+"""Families whose layers all have grouped-query attention."""

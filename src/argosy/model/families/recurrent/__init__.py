@@ -1,0 +1,1 @@
+"""Families in which some layers have a recurrent state."""

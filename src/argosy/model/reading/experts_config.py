@@ -1,0 +1,127 @@
+"""Read which layers have routed experts, and how their routers choose, for the families that use DeepSeek's keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from argosy.config import RouterConfig
+from argosy.errors import CheckpointError
+from argosy.model.reading.config_reader import MOST_EXPERTS, MOST_LAYERS, ConfigReader
+from argosy.model.reading.gguf_config import GgufConfigReader
+
+RENORMALIZE_EPS = 1e-20
+
+ReadRouter = Callable[[ConfigReader, int, int], RouterConfig]  # reader, experts, experts per token
+
+
+def read_sigmoid_router(scale: float, num_groups: int, kept_groups: int) -> ReadRouter:
+    """The router of DeepSeek-V3 (arXiv:2412.19437): sigmoid scores, and a bias that only affects the choice.
+
+    The arguments are the family's defaults.
+    """
+
+    def read(reader: ConfigReader, num_experts: int, experts_per_token: int) -> RouterConfig:
+        reader.one_of("scoring_func", "sigmoid", ("sigmoid",))
+        reader.one_of("topk_method", "noaux_tc", ("noaux_tc",))
+        renormalize = reader.flag("norm_topk_prob", True)
+        groups = reader.optional_integer("n_group", default=num_groups) or 1
+        router = RouterConfig(
+            score="sigmoid",
+            has_choice_bias=True,
+            num_groups=groups,
+            kept_groups=read_kept_groups(reader, groups, kept_groups),
+            group_score="top2",
+            renormalize=renormalize,
+            renormalize_eps=RENORMALIZE_EPS if renormalize else 0.0,
+            scale=reader.number("routed_scaling_factor", scale),
+        )
+        return require_groups(router, num_experts, experts_per_token)
+
+    return read
+
+
+def read_kept_groups(reader: ConfigReader, num_groups: int, default: int | None) -> int:
+    """`topk_group`, which may be null only if there are no groups to choose from."""
+    if num_groups == 1:
+        return reader.optional_integer("topk_group", default=default) or 1
+    return reader.integer("topk_group", default=default)
+
+
+def read_mtp_layers(reader: ConfigReader, default: int) -> int:
+    """Count the layers for multi-token prediction, which follow the model's own layers in the files."""
+    return reader.integer(
+        "num_nextn_predict_layers", "num_mtp_layers", default=default, least=0, most=MOST_LAYERS
+    )
+
+
+def require_groups(router: RouterConfig, num_experts: int, experts_per_token: int) -> RouterConfig:
+    """Return the router if its groups divide the experts evenly and the kept groups have enough experts.
+
+    Raises:
+        CheckpointError: they do not.
+    """
+    groups, kept = router.num_groups, router.kept_groups
+    found = f"{num_experts} experts in {groups} groups, {kept} of them kept"
+    if groups > MOST_EXPERTS or num_experts % groups:
+        raise CheckpointError(f"the router has {found}; expected groups of equal size", key="n_group")
+    size = num_experts // groups
+    if kept > groups or kept * size < experts_per_token:
+        raise CheckpointError(
+            f"the router has {found}; expected no more than all groups, and room for the {experts_per_token} experts "
+            f"of a token in the kept ones",
+            key="topk_group",
+        )
+    if groups > 1 and router.group_score == "top2" and size < 2:
+        raise CheckpointError(
+            f"the router has {found}; a group is scored by its best two experts, so it needs at least two",
+            key="n_group",
+        )
+    return router
+
+
+def layers_behind_the_dense(default: int) -> Callable[[ConfigReader, int], Sequence[bool]]:
+    """Return a reader of `first_k_dense_replace`, the first layer with experts; `default` is the family's default."""
+
+    def read(reader: ConfigReader, num_layers: int) -> Sequence[bool]:
+        first = reader.optional_integer("first_k_dense_replace", default=default, least=0) or 0
+        if first >= num_layers:
+            raise CheckpointError(
+                f"config.json leaves none of the {num_layers} layers with routed experts: first_k_dense_replace is "
+                f"{first}",
+                key="first_k_dense_replace",
+            )
+        return [layer >= first for layer in range(num_layers)]
+
+    return read
+
+
+def read_dense_layers(reader: GgufConfigReader, num_layers: int) -> int:
+    """Return how many of the first layers have no routed experts.
+
+    Raises:
+        CheckpointError: no layer has routed experts.
+    """
+    num_dense = reader.integer("leading_dense_block_count", 0, least=0)
+    if num_dense >= num_layers:
+        raise CheckpointError(
+            f"{reader.file.path.name}: {reader.key('leading_dense_block_count')} is {num_dense} of {num_layers} "
+            "layers, which leaves none with routed experts",
+            path=reader.file.path,
+            key=reader.key("leading_dense_block_count"),
+        )
+    return num_dense
+
+
+def read_grouped_router(reader: GgufConfigReader, *, is_sigmoid: bool, has_choice_bias: bool) -> RouterConfig:
+    """Read groups, weights and scale of a router: sigmoid scores as in DeepSeek-V3, or softmax as in V2."""
+    renormalize = reader.flag("expert_weights_norm", False)
+    return RouterConfig(
+        score="sigmoid" if is_sigmoid else "softmax",
+        has_choice_bias=has_choice_bias,
+        num_groups=reader.integer("expert_group_count", 0, least=0) or 1,
+        kept_groups=reader.integer("expert_group_used_count", 0, least=0) or 1,
+        group_score="top2" if is_sigmoid else "max",
+        renormalize=renormalize,
+        renormalize_eps=RENORMALIZE_EPS if renormalize else 0.0,
+        scale=reader.number("expert_weights_scale") if reader.is_set("expert_weights_scale") else 1.0,
+    )
