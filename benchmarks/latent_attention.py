@@ -36,10 +36,13 @@ def matrix(rows: int, cols: int, seed: int) -> tuple[_native.Matrix, np.ndarray]
 class Sequence:
     """The vectors of `context` positions, and attention of tokens over them."""
 
-    def __init__(self, runtime: _native.Runtime, heads: int, context: int, dtype: str) -> None:
+    def __init__(
+        self, runtime: _native.Runtime, heads: int, context: int, dtype: str, index_dim: int = 0
+    ) -> None:
         self.runtime, self.heads, self.context = runtime, heads, context
         blocks = -(-context // BLOCK)
-        self.kv = _native.KvCache([_native.KvShape.latent(RANK + ROPE)], blocks, BLOCK, dtype)  # type: ignore[arg-type]
+        shape = _native.KvShape.latent(RANK + ROPE, index_dim)
+        self.kv = _native.KvCache([shape], blocks, BLOCK, dtype)  # type: ignore[arg-type]
         self.vectors = np.random.default_rng(0).standard_normal((context, RANK + ROPE), dtype=np.float32)
         if dtype != "f32":
             # Whole numbers to 127, the largest of them in every 32, are what both other formats keep.

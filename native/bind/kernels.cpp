@@ -424,7 +424,14 @@ void bind_attention(nb::module_& m) {
         A key and a value for each KV head. Positions per block and value dimensions are padded to 16.
 
         A windowed layer lies in window blocks, of which a KvCache may have fewer.)")
-      .def_static("latent", &KvShape::latent, "dim"_a, "Only one vector, shared by all heads.")
+      .def_static(
+          "latent",
+          [](int64_t dim, int64_t index_dim) {
+            require_range("index_dim", index_dim, 0, kLargestSize);
+            return KvShape::latent(dim, index_dim);
+          },
+          "dim"_a, "index_dim"_a = 0,
+          "Only one vector, shared by all heads; and an index key of `index_dim` elements, if it is not 0.")
       .def_static("none", [] { return KvShape{}; }, "Nothing: the layer has a recurrent state.");
 
   m.def(

@@ -74,6 +74,11 @@ struct BoundMixer {
   Kept kept;
 };
 
+struct BoundIndexer {
+  PositionIndexer indexer;
+  Kept kept;
+};
+
 struct BoundFfn {
   Ffn ffn;
   Kept kept;
@@ -172,9 +177,13 @@ BoundMixer multi_head_latent_attention(const Matrix& query, const Matrix& kv_dow
                                        const Matrix& value_up, const Matrix& output, int64_t num_heads,
                                        int64_t rope_dim, float scale, float norm_eps,
                                        const ArrayOf<float>& kv_norm, const Matrix* query_down,
-                                       const std::optional<ArrayOf<float>>& query_norm) {
+                                       const std::optional<ArrayOf<float>>& query_norm, int64_t num_chosen,
+                                       const BoundIndexer* indexer) {
   if ((query_down != nullptr) != query_norm.has_value())
     refuse("query_down and query_norm must be given together");
+  require_range("num_chosen", num_chosen, 0, INT32_MAX);
+  if (indexer != nullptr && (num_chosen == 0 || query_down == nullptr))
+    refuse("an indexer needs query_down and num_chosen");
   BoundMixer bound;
   Kept& kept = bound.kept;
   LatentAttention mixer;
@@ -188,8 +197,32 @@ BoundMixer multi_head_latent_attention(const Matrix& query, const Matrix& kv_dow
   mixer.kv_norm = kept.keep("kv_norm", kv_norm, mixer.heads.kv_rank);
   mixer.output = kept.keep(output);
   mixer.norm_eps = norm_eps;
+  mixer.num_chosen = num_chosen;
+  if (indexer != nullptr) {
+    mixer.indexer = indexer->indexer;
+    kept.keep(indexer->kept);
+  }
   bound.mixer = mixer;
   return bound;
+}
+
+void make_indexer(BoundIndexer* self, const Matrix& query, const Matrix& key, const Matrix& weights,
+                  const ArrayOf<float>& key_norm, const ArrayOf<float>& key_norm_bias, float norm_eps,
+                  bool has_interleaved_pairs) {
+  require_range("rows of key", key.view.rows, 1, kLargestSize);
+  require_range("rows of weights", weights.view.rows, 1, kLargestSize);
+  require_size("rows of query", query.view.rows, weights.view.rows * key.view.rows);
+  Kept kept;
+  const PositionIndexer indexer = {
+      .query = kept.keep(query),
+      .key = kept.keep(key),
+      .weights = kept.keep(weights),
+      .key_norm = kept.keep("key_norm", key_norm, key.view.rows),
+      .key_norm_bias = kept.keep("key_norm_bias", key_norm_bias, key.view.rows),
+      .norm_eps = norm_eps,
+      .has_interleaved_pairs = has_interleaved_pairs,
+  };
+  new (self) BoundIndexer{indexer, std::move(kept)};
 }
 
 BoundFfn dense_ffn(const Matrix& gate, const Matrix& up, const Matrix& down) {
@@ -302,6 +335,12 @@ void require_fit(const LatentAttention& mixer, const KvShape& kv, const Rotary& 
   require_size("columns of kv_down", mixer.kv_down.cols, hidden);
   require_size("rows of output", mixer.output.rows, hidden);
   require_size("columns of output", mixer.output.cols, heads.num_heads * heads.value_dim);
+  require_size("elements of an index key", mixer.indexer ? mixer.indexer->dim() : 0, kv.index_dim);
+  if (!mixer.indexer) return;
+  require_range("rotated dimensions", heads.rope_dim, 0, kv.index_dim);
+  require_size("columns of the indexer's query", mixer.indexer->query.cols, mixer.query_down->rows);
+  require_size("columns of the indexer's key", mixer.indexer->key.cols, hidden);
+  require_size("columns of the indexer's weights", mixer.indexer->weights.cols, hidden);
 }
 
 void require_fit(const DenseFfn& ffn, int64_t hidden) {
@@ -357,6 +396,7 @@ class BoundStack {
     description.embedding_scale = embedding_scale;
     description.logit_cap = logit_cap;
     description.first_layer = first_layer;
+    int64_t num_chosen = 0;  // of the last layer with an indexer
     for (const BoundLayer* given : layers) {
       const std::string name = item_name("layers", description.layers.size());
       const BoundLayer& layer = require_item(name, given);
@@ -376,6 +416,13 @@ class BoundStack {
         if (table != nullptr) require_experts(block, *table, number);
       };
       std::visit(check_mixer, layer.layer.mixer);
+      if (const LatentAttention* latent = std::get_if<LatentAttention>(&layer.layer.mixer)) {
+        if (latent->indexer) num_chosen = latent->num_chosen;
+        if (latent->num_chosen > 0 && num_chosen == 0)
+          refuse(name +
+                 " sees the positions that an earlier layer chose, and no earlier layer has an indexer");
+        if (latent->num_chosen > 0) require_size(name + ": num_chosen", latent->num_chosen, num_chosen);
+      }
       if (shape.is_windowed) {
         const int64_t window = std::get<GroupedQueryAttention>(layer.layer.mixer).window;
         require_range(name + ": window", window, 1, INT32_MAX);
@@ -721,9 +768,27 @@ void bind_stack(nb::module_& m) {
         b: [value heads, hidden]. Without a: [b, a] of the first key head's value heads, then of the next's.
         output: [hidden, value heads * value dim].
         state_layer: the layer of the recurrent state.)");
+  nb::class_<BoundIndexer>(m, "PositionIndexer", R"(
+    Chooses the positions that latent attention sees, by the lightning indexer (arXiv:2512.02556).
+
+    Args:
+        query: [heads * dim, query_rank].   key: [dim, hidden].   weights: [heads, hidden].
+        key_norm, key_norm_bias: [dim], of a LayerNorm with epsilon `norm_eps`.
+        has_interleaved_pairs: which of the first dimensions rotate together, as for `rope`, whatever the layer's
+            rotary embedding says.)")
+      .def(
+          "__init__",
+          [](BoundIndexer* self, const Matrix& query, const Matrix& key, const Matrix& weights,
+             const ArrayOf<float>& key_norm, const ArrayOf<float>& key_norm_bias, float norm_eps,
+             bool has_interleaved_pairs) {
+            make_indexer(self, query, key, weights, key_norm, key_norm_bias, norm_eps, has_interleaved_pairs);
+          },
+          "query"_a, "key"_a, "weights"_a, nb::kw_only(), "key_norm"_a, "key_norm_bias"_a, "norm_eps"_a,
+          "has_interleaved_pairs"_a);
   m.def("multi_head_latent_attention", &multi_head_latent_attention, "query"_a, "kv_down"_a, "key_up"_a,
         "value_up"_a, "output"_a, nb::kw_only(), "num_heads"_a, "rope_dim"_a, "scale"_a, "norm_eps"_a,
-        "kv_norm"_a, "query_down"_a.none() = nb::none(), "query_norm"_a.none() = nb::none(), R"(
+        "kv_norm"_a, "query_down"_a.none() = nb::none(), "query_norm"_a.none() = nb::none(),
+        "num_chosen"_a = 0, "indexer"_a.none() = nb::none(), R"(
     Query and compressed keys and values -> norms -> rotary -> KV cache -> attention -> output projection.
 
     Args:
@@ -732,7 +797,9 @@ void bind_stack(nb::module_& m) {
         key_up, value_up, scale: as for `latent_attention`.
         output: [hidden, heads * value_dim].
         query_down, query_norm: [query_rank, hidden] and [query_rank], both or none.
-        norm_eps: the epsilon of both norms.)");
+        norm_eps: the epsilon of both norms.
+        num_chosen: a token sees at most so many positions; 0 means all.
+        indexer: chooses them; None means that the layer sees what the last layer with an indexer chose.)");
   m.def("dense_ffn", &dense_ffn, "gate"_a, "up"_a, "down"_a,
         "SwiGLU for every token: gate and up [width, hidden], down [hidden, width].");
   m.def("routed_ffn", &routed_ffn, "router"_a, "routing"_a, nb::kw_only(),
@@ -821,10 +888,19 @@ void bind_stack(nb::module_& m) {
       .def(
           "add_latent_attention",
           [](StackSizes& self, int64_t num_heads, int64_t nope_dim, int64_t rope_dim, int64_t kv_rank,
-             int64_t value_dim, int64_t query_rank) {
-            self.add(LatentSizes{num_heads, nope_dim, rope_dim, kv_rank, value_dim, query_rank});
+             int64_t value_dim, int64_t query_rank, int64_t index_heads, int64_t index_dim,
+             int64_t num_chosen) {
+            self.add(LatentSizes{num_heads,
+                                 nope_dim,
+                                 rope_dim,
+                                 kv_rank,
+                                 value_dim,
+                                 query_rank,
+                                 {index_heads, index_dim, num_chosen}});
           },
-          "num_heads"_a, "nope_dim"_a, "rope_dim"_a, "kv_rank"_a, "value_dim"_a, "query_rank"_a)
+          "num_heads"_a, "nope_dim"_a, "rope_dim"_a, "kv_rank"_a, "value_dim"_a, "query_rank"_a,
+          "index_heads"_a = 0, "index_dim"_a = 0, "num_chosen"_a = 0,
+          "The last three are those of an indexer; 0 without one.")
       .def(
           "add_delta_net", [](StackSizes& self, const DeltaSizes& sizes) { self.add(delta_shape(sizes)); },
           "sizes"_a)

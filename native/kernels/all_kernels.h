@@ -17,6 +17,7 @@
 #include "kernels/kv_write.h"
 #include "kernels/latent_args.h"
 #include "kernels/latent_attention.h"
+#include "kernels/latent_index.h"
 #include "kernels/layer_norm.h"
 #include "kernels/matmul_args.h"
 #include "kernels/matmul_f8.h"
@@ -144,6 +145,7 @@ constexpr KernelTable kernel_table_named(const char* name) {
       .latent_floats = [](int64_t dim, int64_t) { return latent_scratch_floats(dim); },
       .latent_merge = latent_merge,
       .latent_finish = latent_finish,
+      .index_scores = index_scores,
       .read_memory = read_memory,
       .multiply_int8 = multiply_int8,
       .int8_products_per_round = kInt8ProductsPerRound,

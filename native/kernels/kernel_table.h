@@ -33,6 +33,7 @@ struct KvWriteArgs;
 struct LatentWriteArgs;
 struct AttentionArgs;
 struct LatentAttentionArgs;
+struct IndexArgs;
 struct DeltaGatesArgs;
 struct DeltaConvArgs;
 struct DeltaRuleArgs;
@@ -105,6 +106,7 @@ struct KernelTable {
   // Merges the state of a column's next section into `state`.
   void (*latent_merge)(const float* next, int64_t value_dim, int64_t num_heads, float* state);
   void (*latent_finish)(const float* state, int64_t value_dim, int64_t num_heads, float* out);
+  void (*index_scores)(const IndexArgs& args);
 
   // For ops/machine_probe.h. Both return a number that depends on all their work.
   uint64_t (*read_memory)(const uint8_t* data, int64_t nbytes);  // aligned to 64; nbytes is a multiple of 512

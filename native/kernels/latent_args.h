@@ -1,5 +1,5 @@
-// latent_args.h: the arguments of latent attention; where a state has its parts, where vectors lie, and which
-// of a section a column sees.
+// latent_args.h: the arguments of latent attention and its indexer; where a state has its parts, where
+// vectors lie, and which of a section a column sees.
 #pragma once
 
 #include "kernels/attention_args.h"
@@ -17,7 +17,7 @@ namespace argosy {
 struct LatentColumn {
   const float* q;     // [num_heads][dim]
   int64_t num_heads;  // at most kColumnHeads
-  int64_t last;       // the last position that the token sees
+  int64_t last;       // the last position that the token sees; with `positions`, its index there
   float* state;       // latent_state_floats(value_dim): values [value_dim][kColumnHeads], most, sum
 };
 
@@ -25,12 +25,27 @@ struct LatentColumn {
 struct LatentAttentionArgs {
   LatentLayer kv;
   const int32_t* blocks;  // the sequence's block table: position p lies in blocks[p / block_tokens]
+  const int32_t*
+      positions;  // the columns see only these, and sections are sections of this list; nullptr: all
   const LatentColumn* columns;
   int64_t num_columns;
   int64_t begin;
   int64_t value_dim;  // the values are the first value_dim elements of a vector
   float scale;
   float* scratch;  // KernelTable::latent_floats(dim, value_dim)
+};
+
+// Tokens of one sequence against the index keys of positions [begin, end).
+struct IndexArgs {
+  LatentLayer keys;
+  const int32_t* blocks;
+  const float* q;        // [num_tokens][num_heads][dim]
+  const float* weights;  // [num_tokens][num_heads]
+  int64_t num_tokens, num_heads;
+  int64_t begin, end;
+  float* scores;  // [num_tokens][end - begin], rows scores_row floats apart
+  int64_t scores_row;
+  float* scratch;  // index_scratch_floats(dim)
 };
 
 static inline constexpr int64_t latent_state_floats(int64_t value_dim) {
@@ -43,6 +58,11 @@ static inline constexpr int64_t latent_stride(int64_t dim) { return (round_up(di
 static inline constexpr int64_t latent_scratch_floats(int64_t dim) {
   return kStretchKeys * latent_stride(dim) + kMostColumns * kColumnHeads * (dim + kStretchKeys);
 }
+// Index keys of a few positions as float32, by position and by dimension.
+[[maybe_unused]] static constexpr int64_t kMostIndexPositions = 32;
+static inline constexpr int64_t index_scratch_floats(int64_t dim) {
+  return kMostIndexPositions * (latent_stride(dim) + round_up(dim, 16));
+}
 
 namespace {
 
@@ -51,10 +71,13 @@ inline float* state_sum(float* state, int64_t value_dim) {
   return state_most(state, value_dim) + kColumnHeads;
 }
 
+inline const uint8_t* latent_vector(const LatentLayer& kv, const int32_t* blocks, int64_t position) {
+  const int64_t slot = blocks[position / kv.block_tokens] * kv.block_tokens + position % kv.block_tokens;
+  return kv.vectors + slot * latent_vector_bytes(kv);
+}
+
 inline const uint8_t* latent_vector(const LatentAttentionArgs& a, int64_t position) {
-  const int64_t slot =
-      a.blocks[position / a.kv.block_tokens] * a.kv.block_tokens + position % a.kv.block_tokens;
-  return a.kv.vectors + slot * latent_vector_bytes(a.kv);
+  return latent_vector(a.kv, a.blocks, a.positions != nullptr ? a.positions[position] : position);
 }
 
 inline int64_t last_of_section(const LatentAttentionArgs& a, const LatentColumn& column) {

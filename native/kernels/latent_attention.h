@@ -208,12 +208,14 @@ void latent_stretch(const LatentAttentionArgs& a, const LatentColumn* columns, c
   });
 }
 
-template <class Kv>
-void copy_vectors(const LatentAttentionArgs& a, int64_t begin, int64_t count, int64_t stride, float* to) {
-  const int64_t dim = a.kv.dim;
+// Copies `count` vectors as float32, `stride` floats apart; vector_of(i) is where the i-th lies.
+template <class Kv, class VectorOf>
+void copy_vectors(const LatentLayer& kv, int64_t count, int64_t stride, float* to,
+                  const VectorOf& vector_of) {
+  const int64_t dim = kv.dim;
   for (int64_t p = 0; p < count; ++p, to += stride) {
-    const uint8_t* scales = latent_vector(a, begin + p);
-    const uint8_t* vector = scales + kv_scale_bytes(a.kv.format, dim);
+    const uint8_t* scales = vector_of(p);
+    const uint8_t* vector = scales + kv_scale_bytes(kv.format, dim);
     int64_t d = 0;
     for (int64_t group = 0; d < dim; ++group) {
       const typename Kv::Scale scale = Kv::value_scale(scales, group);
@@ -253,7 +255,9 @@ void latent_attention(const LatentAttentionArgs& a) {
   }
   for (int64_t begin = a.begin; begin <= last; begin += kStretchKeys) {
     const int64_t most = last - begin + 1 < kStretchKeys ? last - begin + 1 : kStretchKeys;
-    with_kv(a.kv.format, [&]<class Kv>(Kv) { copy_vectors<Kv>(a, begin, most, stride, vectors); });
+    with_kv(a.kv.format, [&]<class Kv>(Kv) {
+      copy_vectors<Kv>(a.kv, most, stride, vectors, [&](int64_t i) { return latent_vector(a, begin + i); });
+    });
     const auto seen = [&](int64_t c) {
       const int64_t count = last_of_section(a, a.columns[c]) - begin + 1;
       return count < most ? count : most;

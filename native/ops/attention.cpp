@@ -38,17 +38,23 @@ KvLayer layer_of(const KvShape& shape, int64_t block_tokens, KvFormat format) {
   return {nullptr, nullptr, block_tokens, shape.kv_heads, shape.head_dim, format};
 }
 
+// Bytes of `dim` elements for each position of a block.
+int64_t latent_block_bytes(int64_t dim, int64_t block_tokens, KvFormat format) {
+  return block_tokens * latent_vector_bytes({nullptr, block_tokens, dim, format});
+}
+
 int64_t layer_bytes(const KvShape& shape, int64_t num_blocks, int64_t block_tokens, KvFormat format) {
   if (shape.kind == KvShape::Kind::none) return 0;
   checked_product(kKvCache, {num_blocks, block_tokens, shape.kv_heads, shape.head_dim});
   // With room for elements, scales, values beside keys, and rounding up, so that nothing below overflows.
-  checked_product(kKvCache,
-                  {64, num_blocks, block_tokens + kKeyTile, shape.kv_heads, shape.head_dim + kKeyTile});
+  checked_product(kKvCache, {64, num_blocks, block_tokens + kKeyTile, shape.kv_heads,
+                             shape.head_dim + shape.index_dim + kKeyTile});
   const KvLayer layer = layer_of(shape, block_tokens, format);
   if (shape.kind == KvShape::Kind::keys_values) {
     return num_blocks * shape.kv_heads * (key_head_bytes(layer) + value_head_bytes(layer));
   }
-  return num_blocks * block_tokens * latent_vector_bytes({nullptr, block_tokens, shape.head_dim, format});
+  const int64_t index = shape.index_dim > 0 ? latent_block_bytes(shape.index_dim, block_tokens, format) : 0;
+  return num_blocks * (latent_block_bytes(shape.head_dim, block_tokens, format) + index);
 }
 
 }  // namespace
@@ -92,19 +98,26 @@ LatentLayer KvCache::latent_layer(int64_t index) {
   return {arena_.data() + offsets_[size_t(index)], block_tokens_, layers_[size_t(index)].head_dim, format_};
 }
 
+LatentLayer KvCache::index_layer(int64_t index) {
+  const KvShape& shape = layers_[size_t(index)];
+  LatentLayer layer = latent_layer(index);
+  layer.vectors += counts_.num_blocks * latent_block_bytes(shape.head_dim, block_tokens_, format_);
+  layer.dim = shape.index_dim;
+  return layer;
+}
+
 std::vector<KvCache::Part> KvCache::parts(bool is_windowed) {
   std::vector<Part> parts;
   for (size_t i = 0; i < layers_.size(); ++i) {
     const KvShape& shape = layers_[i];
     if (shape.is_windowed != is_windowed) continue;
     const int64_t layer = layer_bytes(shape, 1, block_tokens_, format_);
-    if (shape.kind != KvShape::Kind::keys_values) {
-      if (layer > 0) parts.push_back({offsets_[i], layer});
-      continue;
-    }
-    const int64_t keys = shape.kv_heads * key_head_bytes(this->layer(int64_t(i)));
-    parts.push_back({offsets_[i], keys});
-    parts.push_back({offsets_[i] + counts_.of(shape) * keys, layer - keys});
+    const int64_t first = shape.kind == KvShape::Kind::keys_values
+                              ? shape.kv_heads * key_head_bytes(this->layer(int64_t(i)))
+                          : shape.index_dim > 0 ? latent_block_bytes(shape.head_dim, block_tokens_, format_)
+                                                : layer;
+    if (first > 0) parts.push_back({offsets_[i], first});
+    if (layer > first) parts.push_back({offsets_[i] + counts_.of(shape) * first, layer - first});
   }
   return parts;
 }

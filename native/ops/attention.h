@@ -20,11 +20,14 @@ struct KvShape {
   Kind kind = Kind::none;
   int64_t kv_heads = 0, head_dim = 0;
   bool is_windowed = false;  // the layer has blocks of its own, window blocks
+  int64_t index_dim = 0;     // elements of an index key beside a latent vector; 0: none
 
   static KvShape keys_values(int64_t kv_heads, int64_t head_dim, bool is_windowed = false) {
     return {Kind::keys_values, kv_heads, head_dim, is_windowed};
   }
-  static KvShape latent(int64_t dim) { return {Kind::latent, 1, dim}; }
+  static KvShape latent(int64_t dim, int64_t index_dim = 0) {
+    return {Kind::latent, 1, dim, false, index_dim};
+  }
 };
 
 // How many blocks there are, for layers that keep all positions and for windowed ones.
@@ -47,6 +50,7 @@ class KvCache {
   // The layer must have the matching kind of shape.
   KvLayer layer(int64_t index);
   LatentLayer latent_layer(int64_t index);
+  LatentLayer index_layer(int64_t index);  // the index keys, which lie like latent vectors
 
   const KvShape& shape(int64_t index) const { return layers_[size_t(index)]; }
   int64_t num_layers() const { return int64_t(layers_.size()); }
@@ -70,7 +74,8 @@ class KvCache {
   void copy_block(int64_t from, int64_t to, bool is_windowed);
 
  private:
-  // For each layer, and separately for its keys and values: the offset of block 0, and the bytes per block.
+  // For each layer, and separately for its keys and values, or latent vectors and index keys: the offset of
+  // block 0, and the bytes per block.
   struct Part {
     int64_t offset, block_bytes;
   };

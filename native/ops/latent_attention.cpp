@@ -19,13 +19,14 @@ constexpr const char* kScratch = "latent attention scratch";
 
 int64_t blocks_of(int64_t rows) { return round_up(rows, kBlockRows) / kBlockRows; }
 
-// Columns of one sequence that go through the vectors together.
+// Columns of one sequence that go through the same vectors together.
 struct Item {
   LatentColumn columns[kAmxColumns];
   float* out[kAmxColumns];
   int64_t num_columns;
   int64_t num_sections;  // sections that at least one column sees
   const int32_t* blocks;
+  const int32_t* positions;  // nullptr: all
 };
 
 // The number of sections of an item that threads process in parallel. Their states, at most eight columns for
@@ -45,9 +46,12 @@ int64_t columns_per_token(const LatentHeads& heads) {
   return round_up(heads.num_heads, kColumnHeads) / kColumnHeads;
 }
 
-// The number of sections that a token sees.
-int64_t sections_of(const AttentionBatch& batch, int64_t token) {
-  return (batch.until(token) - 1) / kSectionPositions + 1;
+// The numbers of positions and of sections that a token sees.
+int64_t seen_by(const AttentionBatch& batch, const ChosenPositions& chosen, int64_t token) {
+  return chosen.limits(batch, token) ? chosen.count : batch.until(token);
+}
+int64_t sections_of(const AttentionBatch& batch, const ChosenPositions& chosen, int64_t token) {
+  return (seen_by(batch, chosen, token) - 1) / kSectionPositions + 1;
 }
 
 struct Scratch {
@@ -109,25 +113,30 @@ void multiply_heads(Runtime& runtime, const MatrixView& matrix, int64_t num_head
 }
 
 // Lists the columns of tokens [begin, end), up to `most_columns` of one sequence per item.
-std::vector<Item> list_items(const LatentHeads& heads, const AttentionBatch& batch, int64_t begin,
-                             int64_t end, int64_t most_columns, const float* query, float* attended) {
+std::vector<Item> list_items(const LatentHeads& heads, const AttentionBatch& batch,
+                             const ChosenPositions& chosen, int64_t begin, int64_t end, int64_t most_columns,
+                             const float* query, float* attended) {
   const int64_t per_token = columns_per_token(heads);
   std::vector<Item> items;
   for (int64_t token = begin; token < end; ++token) {
+    const int32_t* blocks = batch.block_table + batch.sequence[token] * batch.max_blocks;
+    const int32_t* positions =
+        chosen.limits(batch, token) ? chosen.positions + token * chosen.count : nullptr;
     for (int64_t c = 0; c < per_token; ++c) {
       const int64_t row = (token - begin) * heads.num_heads + c * kColumnHeads;
-      const int32_t* blocks = batch.block_table + batch.sequence[token] * batch.max_blocks;
-      if (items.empty() || items.back().num_columns == most_columns || items.back().blocks != blocks) {
+      if (items.empty() || items.back().num_columns == most_columns || items.back().blocks != blocks ||
+          items.back().positions != positions) {
         items.push_back({});
         items.back().blocks = blocks;
+        items.back().positions = positions;
       }
       Item& item = items.back();
       item.columns[item.num_columns] = {query + row * heads.vector_dim(),
                                         std::min(kColumnHeads, heads.num_heads - c * kColumnHeads),
-                                        batch.until(token) - 1, nullptr};
+                                        seen_by(batch, chosen, token) - 1, nullptr};
       item.out[item.num_columns] = attended + row * heads.kv_rank;
       ++item.num_columns;
-      item.num_sections = std::max(item.num_sections, sections_of(batch, token));
+      item.num_sections = std::max(item.num_sections, sections_of(batch, chosen, token));
     }
   }
   return items;
@@ -154,6 +163,7 @@ class Sections {
     table_.latent_attention({
         .kv = kv_,
         .blocks = item.blocks,
+        .positions = item.positions,
         .columns = columns,
         .num_columns = count,
         .begin = section * kSectionPositions,
@@ -275,7 +285,7 @@ void latent_write(Runtime& runtime, const LatentLayer& kv, const float* vectors,
 }
 
 void latent_attention(Runtime& runtime, const LatentLayer& kv, const LatentHeads& heads,
-                      const AttentionBatch& batch, float* out) {
+                      const AttentionBatch& batch, const ChosenPositions& chosen, float* out) {
   if (batch.num_tokens == 0) return;
   const auto lock = runtime.lock();
   const int64_t num_heads = heads.num_heads, dim = heads.vector_dim();
@@ -294,10 +304,11 @@ void latent_attention(Runtime& runtime, const LatentLayer& kv, const LatentHeads
     }
     int64_t num_sections = 0;
     for (int64_t token = begin; token < begin + tokens; ++token)
-      num_sections = std::max(num_sections, sections_of(batch, token));
+      num_sections = std::max(num_sections, sections_of(batch, chosen, token));
     const int64_t most_columns = columns_per_item(tokens * columns_per_token(heads), num_sections,
                                                   runtime.num_threads(), runtime.kernels().most_columns);
-    attend(runtime, kv, heads, list_items(heads, batch, begin, begin + tokens, most_columns, query, attended),
+    attend(runtime, kv, heads,
+           list_items(heads, batch, chosen, begin, begin + tokens, most_columns, query, attended),
            most_columns, floats(places.vectors), floats(places.states));
     multiply_heads(runtime, heads.value_up, num_heads, tokens, attended, heads.kv_rank, activations,
                    out + begin * num_heads * heads.value_dim, heads.value_dim);

@@ -34,10 +34,21 @@ void latent_norm(Runtime& runtime, float* vectors, const float* weight, float ep
 void latent_write(Runtime& runtime, const LatentLayer& kv, const float* vectors, const int64_t* slots,
                   int64_t num_tokens);
 
+// The positions that an indexer chose for each token that would see more than `count` (latent_index.h).
+struct ChosenPositions {
+  const int32_t* positions =
+      nullptr;  // [num_tokens][count], ascending; nullptr: all tokens see all positions
+  int64_t count = 0;
+
+  bool limits(const AttentionBatch& batch, int64_t token) const {
+    return positions != nullptr && batch.until(token) > count;
+  }
+};
+
 // batch.q [num_tokens][num_heads][nope_dim + rope_dim], with the last rope_dim dimensions rotated; no window.
 // out [num_tokens][num_heads * value_dim].
 void latent_attention(Runtime& runtime, const LatentLayer& kv, const LatentHeads& heads,
-                      const AttentionBatch& batch, float* out);
+                      const AttentionBatch& batch, const ChosenPositions& chosen, float* out);
 
 // The most runtime scratch that latent_attention takes. Only the sizes in `heads` matter. Sizes are at most
 // 2^30. Throws std::invalid_argument for more than 2^62 bytes.

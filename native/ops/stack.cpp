@@ -6,6 +6,7 @@
 #include <string>
 #include <utility>
 
+#include "ops/encoder.h"
 #include "ops/layer.h"
 
 namespace argosy {
@@ -91,8 +92,10 @@ AttentionSizes sizes_of(const GroupedQueryAttention& mixer) {
 
 LatentSizes sizes_of(const LatentAttention& mixer) {
   const LatentHeads& heads = mixer.heads;
-  return {heads.num_heads, heads.nope_dim,  heads.rope_dim,
-          heads.kv_rank,   heads.value_dim, mixer.query_down ? mixer.query_down->rows : 0};
+  LatentSizes sizes = {heads.num_heads, heads.nope_dim,  heads.rope_dim,
+                       heads.kv_rank,   heads.value_dim, mixer.query_down ? mixer.query_down->rows : 0};
+  if (mixer.indexer) sizes.index = {mixer.indexer->num_heads(), mixer.indexer->dim(), mixer.num_chosen};
+  return sizes;
 }
 
 DeltaShape sizes_of(const GatedDeltaNet& net) { return net.shape; }
@@ -264,12 +267,16 @@ void Stack::write_angles() {
 }
 
 void Stack::rotate(float* x, int64_t num_heads, int64_t head_dim) {
+  rotate(x, num_heads, head_dim, description_.rotaries[size_t(layer().rotary)].is_interleaved);
+}
+
+void Stack::rotate(float* x, int64_t num_heads, int64_t head_dim, bool has_interleaved_pairs) {
   int64_t at = 0;
   for (int64_t i = 0; i < layer().rotary; ++i)
     at += step_.num_tokens * description_.rotaries[size_t(i)].num_pairs();
   const Rotary& rotary = description_.rotaries[size_t(layer().rotary)];
   rope(runtime_, {x, num_heads * head_dim}, step_.num_tokens, num_heads, head_dim, buffers_.cosine + at,
-       buffers_.sine + at, rotary.num_pairs(), rotary.is_interleaved);
+       buffers_.sine + at, rotary.num_pairs(), has_interleaved_pairs);
 }
 
 // Multiplies the mixer's result by the output matrix and adds the product to the hidden state.
@@ -385,16 +392,58 @@ void Stack::mix(const GatedDeltaNet& net) {
   add_block(net.output, nullptr);
 }
 
+// Stores the index keys of the step's tokens. If a token sees more positions than it may, chooses some.
+void Stack::choose_positions(const PositionIndexer& indexer, const AttentionBatch& batch, int64_t count) {
+  const LatentLayer keys = kv_.index_layer(number());
+  const int64_t tokens = batch.num_tokens, heads = indexer.num_heads();
+  float *query = buffers_.query, *key = buffers_.value, *weights = key + tokens * keys.dim;
+  layer_norm(runtime_, key, indexer.key_norm, indexer.key_norm_bias, indexer.norm_eps, tokens, keys.dim, key);
+  rotate(key, 1, keys.dim, indexer.has_interleaved_pairs);
+  latent_write(runtime_, keys, key, step_.slots, tokens);
+
+  const ChosenPositions chosen = {buffers_.chosen, count};
+  bool is_limited = false;
+  for (int64_t token = 0; token < tokens; ++token) is_limited |= chosen.limits(batch, token);
+  if (!is_limited) return;
+  matmul(runtime_, {{indexer.query, query}}, buffers_.query_latent, tokens);
+  rotate(query, heads, keys.dim, indexer.has_interleaved_pairs);
+  // The scale of the scores, dim^-0.5, is not negative, so it may multiply the weights instead.
+  multiply_rows(runtime_, 1 / std::sqrt(float(heads * keys.dim)), tokens, heads, weights);
+  AttentionBatch index_batch = batch;
+  index_batch.num_heads = heads;
+  argosy::choose_positions(runtime_, keys, weights, index_batch, count, buffers_.chosen);
+}
+
 void Stack::mix(const LatentAttention& mixer) {
   const LatentHeads& heads = mixer.heads;
   const LatentLayer kv = kv_.latent_layer(number());
   const int64_t tokens = step_.num_tokens;
   float *query = buffers_.query, *vectors = buffers_.key;
+  const AttentionBatch batch = {
+      .q = query,
+      .num_tokens = tokens,
+      .num_heads = heads.num_heads,
+      .block_table = step_.block_table,
+      .max_blocks = step_.max_blocks,
+      .sequence = step_.sequence,
+      .order = step_.order,
+      .sees_until = step_.sees_until,
+      .scale = heads.scale,
+      .window = 0,
+  };
+  ChosenPositions chosen;
+  if (mixer.num_chosen > 0) chosen = {buffers_.chosen, mixer.num_chosen};
 
   if (mixer.query_down) {
     float* latent = buffers_.query_latent;
-    matmul(runtime_, {{*mixer.query_down, latent}, {mixer.kv_down, vectors}}, buffers_.normed, tokens);
+    std::vector<Product> products = {{*mixer.query_down, latent}, {mixer.kv_down, vectors}};
+    if (mixer.indexer) {
+      products.push_back({mixer.indexer->key, buffers_.value});
+      products.push_back({mixer.indexer->weights, buffers_.value + tokens * mixer.indexer->dim()});
+    }
+    matmul(runtime_, products, buffers_.normed, tokens);
     rms_norm(runtime_, latent, mixer.query_norm, mixer.norm_eps, tokens, mixer.query_down->rows, latent);
+    if (mixer.indexer) choose_positions(*mixer.indexer, batch, mixer.num_chosen);
     matmul(runtime_, {{mixer.query, query}}, latent, tokens);
   } else {
     matmul(runtime_, {{mixer.query, query}, {mixer.kv_down, vectors}}, buffers_.normed, tokens);
@@ -404,20 +453,7 @@ void Stack::mix(const LatentAttention& mixer) {
   rotate(vectors + heads.kv_rank, 1, kv.dim);
 
   latent_write(runtime_, kv, vectors, step_.slots, tokens);
-  latent_attention(runtime_, kv, heads,
-                   {
-                       .q = query,
-                       .num_tokens = tokens,
-                       .num_heads = heads.num_heads,
-                       .block_table = step_.block_table,
-                       .max_blocks = step_.max_blocks,
-                       .sequence = step_.sequence,
-                       .order = step_.order,
-                       .sees_until = step_.sees_until,
-                       .scale = heads.scale,
-                       .window = 0,
-                   },
-                   buffers_.attended);
+  latent_attention(runtime_, kv, heads, batch, chosen, buffers_.attended);
   add_block(mixer.output, nullptr);
 }
 

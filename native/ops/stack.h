@@ -35,6 +35,7 @@
 #include "ops/experts.h"
 #include "ops/gated_delta.h"
 #include "ops/latent_attention.h"
+#include "ops/latent_index.h"
 #include "ops/layer_experts.h"
 #include "ops/matmul.h"
 #include "ops/rotary.h"
@@ -85,6 +86,20 @@ struct GatedDeltaNet {
   int64_t state_layer = 0;    // layer of the recurrent state
 };
 
+// Chooses the positions that latent attention sees (ops/latent_index.h). The first dimensions of queries and
+// keys rotate by the angles of the layer's rotary embedding.
+struct PositionIndexer {
+  MatrixView query;            // [num_heads * dim, query_rank]
+  MatrixView key;              // [dim, hidden]
+  MatrixView weights;          // [num_heads, hidden]
+  const float* key_norm;       // [dim], of a LayerNorm
+  const float* key_norm_bias;  // [dim]
+  float norm_eps;              // of this norm
+  bool has_interleaved_pairs;  // whatever the rotary embedding says
+  int64_t num_heads() const { return weights.rows; }
+  int64_t dim() const { return key.rows; }
+};
+
 // Multi-head latent attention (arXiv:2405.04434): compressed query, compressed keys and values -> norms ->
 // rotary on the rope dimensions -> KV cache -> attention -> output projection.
 struct LatentAttention {
@@ -96,6 +111,9 @@ struct LatentAttention {
   LatentHeads heads;
   MatrixView output;  // [hidden, num_heads * value_dim]
   float norm_eps = 0;
+  int64_t num_chosen = 0;  // a token sees at most so many positions; 0: all
+  // With num_chosen and query_down; none: the layer sees what the last layer with an indexer chose.
+  std::optional<PositionIndexer> indexer;
 };
 
 using Mixer = std::variant<GroupedQueryAttention, LatentAttention, GatedDeltaNet>;
@@ -295,6 +313,7 @@ class Stack {
   void end_layer();
   void add_block(const MatrixView& output, const float* bias);
   void mix(const LatentAttention& attention);
+  void choose_positions(const PositionIndexer& indexer, const AttentionBatch& batch, int64_t count);
   bool feed_forward(const DenseFfn& ffn);  // false: the layer waits for experts
   bool feed_forward(const RoutedFfn& ffn);
   void choose(const Router& router, int64_t layer, const float* x, int32_t* ids, float* weights);
@@ -306,7 +325,9 @@ class Stack {
   void combine_experts(const RoutedFfn& ffn);
   void norm(const float* weight, const float* x, float* out);
   void write_angles();
-  void rotate(float* x, int64_t num_heads, int64_t head_dim);  // by the angles of the current layer's rotary
+  // By the angles of the current layer's rotary, in its pairs or in others.
+  void rotate(float* x, int64_t num_heads, int64_t head_dim);
+  void rotate(float* x, int64_t num_heads, int64_t head_dim, bool has_interleaved_pairs);
   const Layer& layer() const { return description_.layers[size_t(layer_)]; }
   int64_t number() const { return description_.first_layer + layer_; }  // the current layer's
   const RoutedFfn& routed_ffn() const;                                  // the current layer's

@@ -60,6 +60,9 @@ void StackSizes::add(const LatentSizes& mixer) {
   widen(key_, width_of({mixer.kv_rank}) + rope);
   widen(query_latent_, width_of({mixer.query_rank}));
   widen(attended_, width_of({mixer.num_heads, mixer.value_dim}));
+  widen(query_, width_of({mixer.index.num_heads, mixer.index.dim}));
+  widen(value_, width_of({mixer.index.dim}) + width_of({mixer.index.num_heads}));
+  widen(chosen_, width_of({mixer.index.count}));
   if (std::find(latents_.begin(), latents_.end(), mixer) == latents_.end()) latents_.push_back(mixer);
 }
 
@@ -111,6 +114,7 @@ int64_t StackSizes::lay_out(uint8_t* memory, int64_t max_tokens, StackBuffers& b
   place(key_, buffers.key);
   place(value_, buffers.value);
   place(query_latent_, buffers.query_latent);
+  place(chosen_, buffers.chosen);
   place(projected_, buffers.projected);
   place(delta_gates_, buffers.delta_gates);
   place(num_pairs_, buffers.cosine);
@@ -161,6 +165,7 @@ int64_t StackSizes::scratch_bytes(int64_t max_tokens, int num_threads, bool has_
     heads.rope_dim = latent.rope_dim;
     heads.kv_rank = latent.kv_rank;
     bytes = std::max(bytes, latent_scratch_bytes(heads, max_tokens, num_threads));
+    if (latent.index.count > 0) bytes = std::max(bytes, index_scratch_bytes(latent.index, num_threads));
   }
   for (const Network& network : networks_) {
     bytes = std::max(bytes, swiglu_scratch_bytes(hidden_, network.width, max_tokens, max_tokens * network.k,

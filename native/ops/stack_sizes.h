@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "ops/gated_delta.h"
+#include "ops/latent_index.h"
 
 namespace argosy {
 
@@ -18,7 +19,8 @@ struct AttentionSizes {
 
 struct LatentSizes {
   int64_t num_heads, nope_dim, rope_dim, kv_rank, value_dim;
-  int64_t query_rank;  // 0: queries are not compressed
+  int64_t query_rank;     // 0: queries are not compressed
+  IndexSizes index = {};  // count 0: no indexer
 
   bool operator==(const LatentSizes&) const = default;
 };
@@ -38,18 +40,20 @@ struct StackBuffers {
   float *hidden, *normed, *block;  // [hidden]; `block` is what a block adds to the hidden state
   float* query;                    // [num_heads * head_dim]
   float* attended;                 // [num_heads * value_dim]; [value_channels] of a delta net
-  float *key, *value;              // [kv_heads * head_dim]; key [kv_rank + rope_dim]
-  float* query_latent;             // [query_rank]
-  float* projected;                // query and gate of gated heads; q, k, v and z of a delta net
-  float* delta_gates;              // [2 * value_heads]
-  float *cosine, *sine;            // [pairs], those of one rotary embedding after another
-  float* router_logits;            // [num_experts]
-  float* routing_weights;          // [k]
-  int32_t* expert_ids;             // [k]
-  float* shared_score;             // [1]
-  float* expert_in;                // [hidden], if they have their own norm
-  float* expert_out;               // [k * hidden]
-  float* ffn_sum;                  // [hidden], what the networks of a layer add up to before its norm
+  // [kv_heads * head_dim]; key [kv_rank + rope_dim]; value: an index key and the weights of the index heads
+  float *key, *value;
+  float* query_latent;     // [query_rank]
+  int32_t* chosen;         // [positions that an indexer chooses]
+  float* projected;        // query and gate of gated heads; q, k, v and z of a delta net
+  float* delta_gates;      // [2 * value_heads]
+  float *cosine, *sine;    // [pairs], those of one rotary embedding after another
+  float* router_logits;    // [num_experts]
+  float* routing_weights;  // [k]
+  int32_t* expert_ids;     // [k]
+  float* shared_score;     // [1]
+  float* expert_in;        // [hidden], if they have their own norm
+  float* expert_out;       // [k * hidden]
+  float* ffn_sum;          // [hidden], what the networks of a layer add up to before its norm
 };
 
 // The sizes of a stack, layer by layer. All functions throw std::invalid_argument for a dimension outside 0
@@ -93,7 +97,7 @@ class StackSizes {
 
   int64_t hidden_, num_pairs_;
   // Columns of the buffers: the most that any layer needs.
-  int64_t query_ = 0, attended_ = 0, key_ = 0, value_ = 0, query_latent_ = 0, projected_ = 0;
+  int64_t query_ = 0, attended_ = 0, key_ = 0, value_ = 0, query_latent_ = 0, chosen_ = 0, projected_ = 0;
   int64_t delta_gates_ = 0, num_experts_ = 0, k_ = 0, expert_in_ = 0, ffn_sum_ = 0;
   int64_t head_dim_ = 0;  // in layers with keys and values
   std::vector<LatentSizes> latents_;

@@ -31,6 +31,7 @@
 #include "ops/expert_reads.h"
 #include "ops/gated_delta.h"
 #include "ops/latent_attention.h"
+#include "ops/latent_index.h"
 #include "ops/layer.h"
 #include "ops/swiglu.h"
 #include "tests/faulty_file_system.h"
@@ -330,6 +331,12 @@ void bind_experts(nb::module_& m) {
     Run one network on all tokens of x [tokens, hidden]: a dense layer or a shared expert.)");
 }
 
+LatentLayer require_index(KvCache& kv, int64_t layer) {
+  require_range("layer", layer, 0, kv.num_layers() - 1);
+  require_range("index_dim", kv.shape(layer).index_dim, 1, kLargestSize);
+  return kv.index_layer(layer);
+}
+
 void bind_latent_attention(nb::module_& m) {
   m.def(
       "latent_write",
@@ -352,7 +359,7 @@ void bind_latent_attention(nb::module_& m) {
       [](Runtime& runtime, KvCache& kv, int64_t layer, const ArrayOf<float>& q, const Matrix& key_up,
          const Matrix& value_up, const ArrayOf<int32_t>& block_table, const ArrayOf<int32_t>& sequence,
          const ArrayOf<int32_t>& order, float scale, const OutArrayOf<float>& out,
-         const std::optional<ArrayOf<int32_t>>& sees_until) {
+         const std::optional<ArrayOf<int32_t>>& sees_until, const std::optional<ArrayOf<int32_t>>& chosen) {
         require_range("layer", layer, 0, kv.num_layers() - 1);
         const KvShape& shape = kv.shape(layer);
         require_kind(shape, KvShape::Kind::latent);
@@ -370,11 +377,22 @@ void bind_latent_attention(nb::module_& m) {
         if (sees_until) batch.sees_until = read_array("sees_until", *sees_until, {batch.num_tokens});
         float* to = write_array("out", out, {batch.num_tokens, batch.num_heads * heads.value_dim});
         require_blocks(kv, kv.num_blocks_of(layer), batch, int64_t(block_table.shape(0)));
+        ChosenPositions positions;
+        if (chosen) {
+          positions = {read_array("chosen", *chosen, {batch.num_tokens, kAnySize}),
+                       int64_t(chosen->shape(1))};
+          require_range("positions to choose", positions.count, 1, INT32_MAX);
+          for (int64_t t = 0; t < batch.num_tokens; ++t) {
+            if (!positions.limits(batch, t)) continue;
+            require_ids("chosen", positions.positions + t * positions.count, positions.count, batch.until(t));
+          }
+        }
         nb::gil_scoped_release released;
-        latent_attention(runtime, kv.latent_layer(layer), heads, batch, to);
+        latent_attention(runtime, kv.latent_layer(layer), heads, batch, positions, to);
       },
       "runtime"_a, "kv"_a, "layer"_a, "q"_a, "key_up"_a, "value_up"_a, "block_table"_a, "sequence"_a,
-      "order"_a, "scale"_a, "out"_a.noconvert(), "sees_until"_a.none() = nb::none(), R"(
+      "order"_a, "scale"_a, "out"_a.noconvert(), "sees_until"_a.none() = nb::none(),
+      "chosen"_a.none() = nb::none(), R"(
     Multi-head latent attention (arXiv:2405.04434) in its absorbed form, over vectors that all heads share.
 
     Args:
@@ -382,7 +400,55 @@ void bind_latent_attention(nb::module_& m) {
         key_up: [heads * kv_rank, nope_dim]. For each head, maps a query from nope_dim to kv_rank dimensions.
         value_up: [heads * value_dim, kv_rank]. For each head, maps the weighted sum of latent vectors to its result.
         block_table, sequence, order, sees_until: as for `attention`.
-        out: [tokens, heads * value_dim].)");
+        out: [tokens, heads * value_dim].
+        chosen: [tokens, count], the positions that a token sees which would see more than `count`.)");
+
+  m.def(
+      "index_write",
+      [](Runtime& runtime, KvCache& kv, int64_t layer, const ArrayOf<float>& keys,
+         const ArrayOf<int64_t>& slots) {
+        const LatentLayer index = require_index(kv, layer);
+        const int64_t* at = read_array("slots", slots, {kAnySize});
+        const int64_t num_tokens = int64_t(slots.shape(0));
+        const float* from = read_array("keys", keys, {num_tokens, index.dim});
+        require_slots(kv, kv.num_blocks_of(layer), at, num_tokens);
+        nb::gil_scoped_release released;
+        latent_write(runtime, index, from, at, num_tokens);
+      },
+      "runtime"_a, "kv"_a, "layer"_a, "keys"_a, "slots"_a,
+      "Store the index keys [tokens, index_dim] of a layer.");
+
+  m.def(
+      "choose_positions",
+      [](Runtime& runtime, KvCache& kv, int64_t layer, const ArrayOf<float>& q, const ArrayOf<float>& weights,
+         const ArrayOf<int32_t>& block_table, const ArrayOf<int32_t>& sequence, const ArrayOf<int32_t>& order,
+         const OutArrayOf<int32_t>& chosen, const std::optional<ArrayOf<int32_t>>& sees_until) {
+        const LatentLayer index = require_index(kv, layer);
+        AttentionBatch batch = {};
+        batch.q = read_array("q", q, {kAnySize, kAnySize, index.dim});
+        batch.num_tokens = int64_t(q.shape(0));
+        batch.num_heads = int64_t(q.shape(1));
+        const float* by = read_array("weights", weights, {batch.num_tokens, batch.num_heads});
+        batch.block_table = read_array("block_table", block_table, {kAnySize, kAnySize});
+        batch.max_blocks = int64_t(block_table.shape(1));
+        batch.sequence = read_array("sequence", sequence, {batch.num_tokens});
+        batch.order = read_array("order", order, {batch.num_tokens});
+        if (sees_until) batch.sees_until = read_array("sees_until", *sees_until, {batch.num_tokens});
+        int32_t* to = write_array("chosen", chosen, {batch.num_tokens, kAnySize});
+        const int64_t count = int64_t(chosen.shape(1));
+        require_range("positions to choose", count, 1, INT32_MAX);
+        require_blocks(kv, kv.num_blocks_of(layer), batch, int64_t(block_table.shape(0)));
+        nb::gil_scoped_release released;
+        choose_positions(runtime, index, by, batch, count, to);
+      },
+      "runtime"_a, "kv"_a, "layer"_a, "q"_a, "weights"_a, "block_table"_a, "sequence"_a, "order"_a,
+      "chosen"_a.noconvert(), "sees_until"_a.none() = nb::none(), R"(
+    Choose the positions of each token that sees more than `count` (native/ops/latent_index.h).
+
+    Args:
+        q: [tokens, heads, index_dim].   weights: [tokens, heads].
+        block_table, sequence, order, sees_until: as for `attention`.
+        chosen: [tokens, count]; rows of tokens that see all their positions do not change.)");
 }
 
 // runs [num_runs][3]: begin, end, slot.

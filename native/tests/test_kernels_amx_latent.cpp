@@ -346,7 +346,7 @@ struct Model {
         .window = 0,
         .sinks = nullptr,
     };
-    latent_attention(runtime, kv->latent_layer(0), shape, batch, out.data());
+    latent_attention(runtime, kv->latent_layer(0), shape, batch, {}, out.data());
     return out;
   }
 

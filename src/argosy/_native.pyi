@@ -488,8 +488,10 @@ class KvShape:
         """
 
     @staticmethod
-    def latent(dim: int) -> KvShape:
-        """Only one vector, shared by all heads."""
+    def latent(dim: int, index_dim: int = 0) -> KvShape:
+        """
+        Only one vector, shared by all heads; and an index key of `index_dim` elements, if it is not 0.
+        """
 
     @staticmethod
     def none() -> KvShape:
@@ -1704,6 +1706,29 @@ def gated_delta_net(
         state_layer: the layer of the recurrent state.
     """
 
+class PositionIndexer:
+    """
+    Chooses the positions that latent attention sees, by the lightning indexer (arXiv:2512.02556).
+
+    Args:
+        query: [heads * dim, query_rank].   key: [dim, hidden].   weights: [heads, hidden].
+        key_norm, key_norm_bias: [dim], of a LayerNorm with epsilon `norm_eps`.
+        has_interleaved_pairs: which of the first dimensions rotate together, as for `rope`, whatever the layer's
+            rotary embedding says.
+    """
+
+    def __init__(
+        self,
+        query: Matrix,
+        key: Matrix,
+        weights: Matrix,
+        *,
+        key_norm: NDArray[numpy.float32],
+        key_norm_bias: NDArray[numpy.float32],
+        norm_eps: float,
+        has_interleaved_pairs: bool,
+    ) -> None: ...
+
 def multi_head_latent_attention(
     query: Matrix,
     kv_down: Matrix,
@@ -1718,6 +1743,8 @@ def multi_head_latent_attention(
     kv_norm: NDArray[numpy.float32],
     query_down: Matrix | None = None,
     query_norm: NDArray[numpy.float32] | None = None,
+    num_chosen: int = 0,
+    indexer: PositionIndexer | None = None,
 ) -> Mixer:
     """
     Query and compressed keys and values -> norms -> rotary -> KV cache -> attention -> output projection.
@@ -1729,6 +1756,8 @@ def multi_head_latent_attention(
         output: [hidden, heads * value_dim].
         query_down, query_norm: [query_rank, hidden] and [query_rank], both or none.
         norm_eps: the epsilon of both norms.
+        num_chosen: a token sees at most so many positions; 0 means all.
+        indexer: chooses them; None means that the layer sees what the last layer with an indexer chose.
     """
 
 def dense_ffn(gate: Matrix, up: Matrix, down: Matrix) -> Ffn:
@@ -1812,8 +1841,19 @@ class StackSizes:
     def __init__(self, hidden: int, num_pairs: int) -> None: ...
     def add_attention(self, num_heads: int, kv_heads: int, head_dim: int, has_gate: bool) -> None: ...
     def add_latent_attention(
-        self, num_heads: int, nope_dim: int, rope_dim: int, kv_rank: int, value_dim: int, query_rank: int
-    ) -> None: ...
+        self,
+        num_heads: int,
+        nope_dim: int,
+        rope_dim: int,
+        kv_rank: int,
+        value_dim: int,
+        query_rank: int,
+        index_heads: int = 0,
+        index_dim: int = 0,
+        num_chosen: int = 0,
+    ) -> None:
+        """The last three are those of an indexer; 0 without one."""
+
     def add_delta_net(self, sizes: _DeltaSizes) -> None: ...
     def add_dense(self, width: int) -> None: ...
     def add_routed(

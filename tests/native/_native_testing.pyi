@@ -185,6 +185,7 @@ def latent_attention(
     scale: float,
     out: NDArray[numpy.float32],
     sees_until: NDArray[numpy.int32] | None = None,
+    chosen: NDArray[numpy.int32] | None = None,
 ) -> None:
     """
     Multi-head latent attention (arXiv:2405.04434) in its absorbed form, over vectors that all heads share.
@@ -195,6 +196,37 @@ def latent_attention(
         value_up: [heads * value_dim, kv_rank]. For each head, maps the weighted sum of latent vectors to its result.
         block_table, sequence, order, sees_until: as for `attention`.
         out: [tokens, heads * value_dim].
+        chosen: [tokens, count], the positions that a token sees which would see more than `count`.
+    """
+
+def index_write(
+    runtime: argosy._native.Runtime,
+    kv: argosy._native.KvCache,
+    layer: int,
+    keys: NDArray[numpy.float32],
+    slots: NDArray[numpy.int64],
+) -> None:
+    """Store the index keys [tokens, index_dim] of a layer."""
+
+def choose_positions(
+    runtime: argosy._native.Runtime,
+    kv: argosy._native.KvCache,
+    layer: int,
+    q: NDArray[numpy.float32],
+    weights: NDArray[numpy.float32],
+    block_table: NDArray[numpy.int32],
+    sequence: NDArray[numpy.int32],
+    order: NDArray[numpy.int32],
+    chosen: NDArray[numpy.int32],
+    sees_until: NDArray[numpy.int32] | None = None,
+) -> None:
+    """
+    Choose the positions of each token that sees more than `count` (native/ops/latent_index.h).
+
+    Args:
+        q: [tokens, heads, index_dim].   weights: [tokens, heads].
+        block_table, sequence, order, sees_until: as for `attention`.
+        chosen: [tokens, count]; rows of tokens that see all their positions do not change.
     """
 
 def gated_delta(

@@ -87,6 +87,7 @@ class Case:
         shapes = {
             "keys_values": self.native.KvShape.keys_values(1, 32),
             "latent": self.native.KvShape.latent(48),
+            "indexed": self.native.KvShape.latent(48, 16),
         }
         return self.native.KvCache([shapes[kind]], 4, 16, "f32")
 
@@ -106,6 +107,13 @@ class Case:
 
     def routing(self) -> Any:
         return self.native.Routing(2, score="softmax", renormalize=True)
+
+    def indexer(self) -> Any:
+        query, key, weights = self.matrix(32, 32), self.matrix(16, 64), self.matrix(2, 64)
+        ones = np.ones(16, np.float32)
+        return self.native.PositionIndexer(
+            query, key, weights, key_norm=ones, key_norm_bias=ones, norm_eps=1e-6, has_interleaved_pairs=True
+        )
 
     def gqa(self) -> Any:
         query, key, value, output = (self.matrix(rows, 64) for rows in (64, 32, 32, 64))
@@ -335,7 +343,12 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "latent_write": lambda: (runtime, case.kv("latent"), 0, f(2, 48), j(0, 17)),
         "latent_attention": lambda: (
             runtime, case.kv("latent"), 0, f(3, 2, 48), m(64, 32), m(64, 32), np.zeros((1, 2), np.int32), i(0, 0, 0),
-            i(0, 1, 2), 0.1, f(3, 64), i(2, 2, 3),
+            i(0, 1, 2), 0.1, f(3, 64), i(2, 2, 3), np.zeros((3, 1), np.int32),
+        ),
+        "index_write": lambda: (runtime, case.kv("indexed"), 0, f(2, 16), j(0, 17)),
+        "choose_positions": lambda: (
+            runtime, case.kv("indexed"), 0, f(3, 2, 16), f(3, 2), np.zeros((1, 2), np.int32), i(0, 0, 0), i(0, 1, 2),
+            np.zeros((3, 1), np.int32), i(2, 2, 3),
         ),
         "recurrent_state_bytes": lambda: (2, [n.StateShape.delta_net(case.sizes)]),
         "grouped_query_attention": lambda: (
@@ -346,8 +359,10 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
             m(64, 64), m(2, 64), m(64, 32), m(32, 64), m(2, 64), f(4, 64), f(2), f(2), f(16), case.sizes, False, 0,
         ),
         "multi_head_latent_attention": lambda: (
-            m(96, 32), m(48, 64), m(64, 32), m(64, 32), m(64, 64), 2, 16, 0.1, 1e-5, f(32), m(32, 64), f(32),
+            m(96, 32), m(48, 64), m(64, 32), m(64, 32), m(64, 64), 2, 16, 0.1, 1e-5, f(32), m(32, 64), f(32), 4,
+            case.indexer(),
         ),
+        "PositionIndexer": lambda: (m(32, 32), m(16, 64), m(2, 64), f(16), f(16), 1e-6, True),
         "dense_ffn": lambda: (m(32, 64), m(32, 64), m(64, 32)),
         "routed_ffn": lambda: (
             m(4, 64, "f32"), case.routing(), f(4), 32, (m(32, 64), m(32, 64), m(64, 32)), m(1, 64, "f32"), f(64), f(64),
@@ -411,7 +426,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
     }  # fmt: skip
     # Arguments behind these are given by name.
     first_by_name = {"swiglu_experts": 11, "grouped_query_attention": 4, "gated_delta_net": 3, "routed_ffn": 2,
-                     "multi_head_latent_attention": 5, "Routing": 1, "ExpertTable": 1, "Layer": 4,
+                     "multi_head_latent_attention": 5, "PositionIndexer": 3, "Routing": 1, "ExpertTable": 1, "Layer": 4,
                      "replay": 2, "tournament": 2, "linear": 5, "Exchange": 0, "WorkerLink": 1, "worker_link_bytes": 0,
                      "exchange_bytes": 0, "CachePolicy": 0}  # fmt: skip
     names = {
@@ -430,7 +445,9 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "WorkerLink": "hidden num_experts most_rows most_assignments",
         "worker_link_bytes": "hidden num_experts most_rows most_assignments",
         "exchange_bytes": "hidden num_experts most_rows most_assignments num_peers",
-        "multi_head_latent_attention": "num_heads rope_dim scale norm_eps kv_norm query_down query_norm",
+        "multi_head_latent_attention": "num_heads rope_dim scale norm_eps kv_norm query_down query_norm num_chosen"
+        " indexer",
+        "PositionIndexer": "key_norm key_norm_bias norm_eps has_interleaved_pairs",
         "Routing": "score choice_bias num_groups kept_groups group_score renormalize renormalize_eps scale"
         " expert_scale",
     }
@@ -553,7 +570,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
             lambda: (runtime, f(3, 3), f(3, 8), f(3, 8)),
         ),
         "StackSizes.add_attention": (case.stack_sizes, lambda: (4, 2, 16, True)),
-        "StackSizes.add_latent_attention": (case.stack_sizes, lambda: (2, 32, 16, 32, 8, 0)),
+        "StackSizes.add_latent_attention": (case.stack_sizes, lambda: (2, 32, 16, 32, 8, 24, 2, 16, 4)),
         "StackSizes.add_delta_net": (case.stack_sizes, lambda: (case.sizes,)),
         "StackSizes.add_dense": (case.stack_sizes, lambda: (32,)),
         "StackSizes.add_routed": (case.stack_sizes, lambda: (8, 2, 32, 16, True)),
