@@ -1423,7 +1423,7 @@ def file_rows(folder: Path) -> Iterator[Row]:
         sampling,
         untrusted_file,
     )
-    from argosy.checkpoint.vocabulary import gguf_tokenizer, tiktoken_model
+    from argosy.checkpoint.vocabulary import gguf_tokenizer, tekken, tiktoken_model
     from argosy.cli.commands import chat_files
     from argosy.cli.shared import edit_file, output
     from argosy.evaluate import questions, reports
@@ -1493,6 +1493,23 @@ def file_rows(folder: Path) -> Iterator[Row]:
         "ranks": lambda n: b"".join(base64.b64encode(b"%d" % (1000 + at)) + b" %d\n" % at for at in range(n)),
         "one rank": lambda n: b"YQ== 1\n" * n, "one token": lambda n: b"".join(b"YQ== %d\n" % at for at in range(n)),
         "empty lines": lambda n: b"\n" * n, "a long line": lambda n: b"a" * n,
+    })  # fmt: skip
+
+    def tekken_file(tokens, special):
+        vocab = [bytes([byte]) for byte in range(256)] + tokens
+        config = {
+            "pattern": ".",
+            "default_vocab_size": len(vocab) + len(special),
+            "default_num_special_tokens": len(special),
+        }
+        listed = [{"rank": at, "token_bytes": base64.b64encode(one).decode()} for at, one in enumerate(vocab)]
+        named = [{"rank": at, "token_str": one} for at, one in enumerate(special)]
+        return json.dumps({"config": config, "vocab": listed, "special_tokens": named}).encode()
+
+    yield from rows_of("tekken.json", "tekken.json", tekken.read_tekken, {
+        "tokens": lambda n: tekken_file([b"%d" % (1000 + at) for at in range(n)], []),
+        "special tokens": lambda n: tekken_file([], [f"<{at}>" for at in range(n)]),
+        "one special token": lambda n: tekken_file([], [f"<{at}>" for at in range(n)] + ["<0>"]),
     })  # fmt: skip
     yield from rows_of(
         "config.json",

@@ -42,6 +42,7 @@ _SCRATCH_SUFFIX = ".partial"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
+    "tekken.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",

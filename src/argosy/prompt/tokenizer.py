@@ -36,6 +36,7 @@ from argosy.prompt.text_pieces import PIECE_CHARACTERS, Cutter, LongestToken
 
 TOKENIZER_FILE = "tokenizer.json"
 TIKTOKEN_FILE = "tiktoken.model"
+TEKKEN_FILE = "tekken.json"
 
 _MAX_FILE_BYTES = 256 << 20
 _MAX_TEMPLATE_CHARACTERS = 1 << 20
@@ -152,8 +153,7 @@ class Tokenizer:
 
     @classmethod
     def _of_directory(cls, directory: Path) -> Tokenizer:
-        config = _read_optional(directory / "tokenizer_config.json")
-        core = _read_core(directory, config)
+        core, config = _read_core(directory, _read_optional(directory / "tokenizer_config.json"))
         try:
             return cls(
                 core,
@@ -469,20 +469,28 @@ def _read_optional(path: Path) -> dict[str, Any]:
 
 
 def _has_tokenizer(directory: Path) -> bool:
-    return any((directory / name).is_file() for name in (TOKENIZER_FILE, TIKTOKEN_FILE))
+    return any((directory / name).is_file() for name in (TOKENIZER_FILE, TIKTOKEN_FILE, TEKKEN_FILE))
 
 
-def _read_core(directory: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """Read a directory's tokenizer; `tokenizer.json` takes precedence over other files."""
+def _read_core(directory: Path, config: dict[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    """Read a directory's tokenizer, and complete the contents of its tokenizer_config.json.
+
+    Mistral's own file takes precedence over `tokenizer.json`, and that over `tiktoken.model`.
+    """
+    if (directory / TEKKEN_FILE).is_file():
+        from argosy.checkpoint.vocabulary.tekken import read_tekken
+
+        core, named = read_tekken(directory / TEKKEN_FILE)
+        return core, named | config
     path = directory / TOKENIZER_FILE
     if not path.is_file():
         from argosy.checkpoint.vocabulary.tiktoken_model import read_tiktoken
 
-        return read_tiktoken(directory / TIKTOKEN_FILE, config)
+        return read_tiktoken(directory / TIKTOKEN_FILE, config), config
     if path.stat().st_size > _MAX_FILE_BYTES:
         raise CheckpointError(f"{path}: {path.stat().st_size} bytes, more than {_MAX_FILE_BYTES}", path=path)
     try:
-        return tokenizers.Tokenizer.from_buffer(path.read_bytes())  # the path need not be UTF-8
+        return tokenizers.Tokenizer.from_buffer(path.read_bytes()), config  # the path need not be UTF-8
     except Exception as error:  # the package raises plain Exception
         raise CheckpointError(f"{path}: not a tokenizer: {_first_line(error)}", path=path) from None
 

@@ -4,17 +4,20 @@
 
 `WORDS` lists the patterns of the models' own tokenizers by their GGUF names.
 
-Elsewhere: vocabularies and merges come from `gguf_tokenizer.py` and `tiktoken_model.py`; a `tokenizer.json` contains
-all of this itself.
+Elsewhere: vocabularies and merges come from `gguf_tokenizer.py`, `tiktoken_model.py` and `tekken.py`; a
+`tokenizer.json` contains all of this itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+
+from argosy.errors import CheckpointError
 
 # Patterns that split text into words, from the models' own tokenizer.json files.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -164,6 +167,34 @@ def merges_by_rank(tokens: Iterable[str], vocab: Collection[str]) -> list[tuple[
         for cut in range(1, len(token))
         if token[:cut] in vocab and token[cut:] in vocab
     ]
+
+
+def ranked_tokens(by_rank: Mapping[int, bytes], path: Path) -> list[bytes]:
+    """Return the tokens of the file at `path` in rank order.
+
+    Raises:
+        CheckpointError: a rank or a byte is missing, or two ranks have the same token.
+    """
+    tokens = [token for _, token in sorted(by_rank.items())]
+    if missing := set(range(len(tokens))) - by_rank.keys():
+        raise CheckpointError(
+            f"{path.name} has {len(tokens)} tokens but none with rank {min(missing)}; expected ranks "
+            "from 0 on without gaps",
+            path=path,
+        )
+    known = {token: rank for rank, token in enumerate(tokens)}
+    if len(known) < len(tokens):
+        rank = next(rank for rank, token in enumerate(tokens) if known[token] != rank)
+        raise CheckpointError(
+            f"{path.name} gives ranks {rank} and {known[tokens[rank]]} to the same token", path=path
+        )
+    for byte in range(256):
+        if bytes([byte]) not in known:
+            raise CheckpointError(
+                f"{path.name} has no token for the byte 0x{byte:02X}, so text that contains it cannot be encoded",
+                path=path,
+            )
+    return tokens
 
 
 def byte_level_tokenizer(model: models.Model, words: Words) -> tokenizers.Tokenizer:

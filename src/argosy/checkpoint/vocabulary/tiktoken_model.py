@@ -28,6 +28,7 @@ from argosy.checkpoint.vocabulary.byte_level import (
     WORDS,
     byte_level_tokenizer,
     merges_by_rank,
+    ranked_tokens,
     spelling_of_bytes,
 )
 from argosy.errors import CheckpointError, UnsupportedModel
@@ -100,26 +101,7 @@ def _read_ranks(path: Path) -> list[bytes]:
         if (rank := int(digits)) in by_rank:
             raise _damaged(path, number, f"repeats rank {rank}")
         by_rank[rank] = token
-    tokens = [token for _, token in sorted(by_rank.items())]
-    if missing := set(range(len(tokens))) - by_rank.keys():
-        raise CheckpointError(
-            f"{path.name} has {len(tokens)} tokens but none with rank {min(missing)}; expected ranks "
-            "from 0 on without gaps",
-            path=path,
-        )
-    known = {token: rank for rank, token in enumerate(tokens)}
-    if len(known) < len(tokens):
-        rank = next(rank for rank, token in enumerate(tokens) if known[token] != rank)
-        raise CheckpointError(
-            f"{path.name} gives ranks {rank} and {known[tokens[rank]]} to the same token", path=path
-        )
-    for byte in range(256):
-        if bytes([byte]) not in known:
-            raise CheckpointError(
-                f"{path.name} has no token for the byte 0x{byte:02X}, so text that contains it cannot be encoded",
-                path=path,
-            )
-    return tokens
+    return ranked_tokens(by_rank, path)
 
 
 def _damaged(path: Path, number: int, what: str) -> CheckpointError:
