@@ -11,6 +11,15 @@ from argosy.errors import BadMedia, CheckpointError, UnsupportedModel, UsageErro
 from argosy.media.pictures import read_picture_processor
 from tests.media.samples import PICTURE_SETTINGS, pattern
 
+KIMI_VL = {
+    "auto_map": {"AutoImageProcessor": "image_processing_kimi_vl.KimiVLImageProcessor"},
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "in_token_limit": 4096,
+    "num_pooled_tokens": 1024,
+    "pad_input": True,
+    "patch_size": 14,
+}
 KIMI_OF_ITS_OWN_CODE: dict[str, Any] = {
     "auto_map": {"AutoImageProcessor": "kimi_k25_vision_processing.KimiK25VisionProcessor"},
     "media_proc_cfg": {
@@ -78,6 +87,22 @@ def test_kimis_own_settings_say_the_same_as_those_of_transformers() -> None:
     assert np.array_equal(one, other)
 
 
+@pytest.mark.parametrize("most_patches", [4096, 60])
+def test_kimi_vl_sees_pictures_as_its_own_code_does(most_patches: int) -> None:
+    processor = read_picture_processor({**KIMI_VL, "in_token_limit": most_patches})
+    for height, width in ((1, 1), (27, 29), (56, 56), (300, 1100), (1999, 40), (3000, 4000)):
+        resized = [height, width]  # `rescale` of image_processing_kimi_vl.py
+        if (num_patches := (width // 14) * (height // 14)) > most_patches:
+            resized = [int(side * (most_patches / num_patches) ** 0.5) for side in resized]
+        padded = [side + (28 - side % 28) % 28 for side in resized]
+        assert processor.fit.size(height, width) == (*resized, *padded)
+    patches, grid = processor.prepare(pattern(100, 60))
+    same, _ = read_picture_processor(PICTURE_SETTINGS["kimi_k25"]).prepare(pattern(100, 60))
+    assert grid == (1, 8, 6)
+    if most_patches == 4096:
+        assert np.array_equal(patches, same)
+
+
 @pytest.mark.parametrize(
     "raw", [OMNI, {"image_processor": PICTURE_SETTINGS["qwen3_vl"], "feature_extractor": {}}]
 )
@@ -121,11 +146,13 @@ def test_the_frames_of_a_patch_are_equal() -> None:
         ("kimi_k25", {"size": {"max_height": 512, "max_width": 256}}),
         ("kimi_k25", {"image_processor_type": "CLIPImageProcessor"}),
         ("kimi_k25", {"image_processor_type": 5}),
+        ("kimi_vl", {"pad_input": False}),
+        ("kimi_vl", {"merge_kernel_size": [1, 1]}),
     ],
 )
 def test_a_setting_that_would_change_the_pixels_is_refused(name: str, changed: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedModel) as refused:
-        read_picture_processor({**PICTURE_SETTINGS[name], **changed})
+        read_picture_processor({**(PICTURE_SETTINGS | {"kimi_vl": KIMI_VL})[name], **changed})
     key = next(iter(changed))
     assert refused.value.facts["key"] in (key, "height", "max_width")
 

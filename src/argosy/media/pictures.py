@@ -7,7 +7,7 @@ pixels. The families differ in how they choose the size, and in how they order p
 
     Qwen2-VL to Qwen3.5   multiples of patch * merge, a number of pixels between two limits
     GLM-4.1V to GLM-4.6V  the same, counted over the frames of a patch; a side below one token is enlarged to one first
-    Kimi-K2.5             never enlarged, limited patches, then padded with black; resized by Pillow as the
+    Kimi-VL, K2.5         never enlarged, limited patches, then padded with black; resized by Pillow as the
                           model's own code does, while transformers uses torchvision here, which differs by a level
     Gemma-4               as large as the number of tokens allows
 
@@ -281,7 +281,11 @@ def read_picture_processor(
     inner = raw.get("image_processor")
     if isinstance(inner, dict):
         raw, where = inner, f"{where}: image_processor"
-    name = "Kimi_K25ImageProcessor" if "media_proc_cfg" in raw else raw.get("image_processor_type")
+    name = raw.get("image_processor_type")
+    if "media_proc_cfg" in raw:
+        name = "Kimi_K25ImageProcessor"
+    elif "in_token_limit" in raw:
+        name = "KimiVLImageProcessor"
     read = _READERS.get(name.removesuffix("Fast")) if isinstance(name, str) else None
     if read is None:
         raise UnsupportedModel(
@@ -373,6 +377,18 @@ def _read_kimi(settings: Settings, most_tokens: int | None) -> PictureProcessor:
     return PictureProcessor(patch_size, merge_size, 1, fit, "planes", levels, most_tokens)
 
 
+def _read_kimi_vl(settings: Settings, most_tokens: int | None) -> PictureProcessor:
+    """As `KimiVLImageProcessor` in the checkpoint, which refuses a picture of 512 patches on a side."""
+    patch_size = settings.integer("patch_size", 14, most=256)
+    merge_size = 2
+    settings.fixed("merge_kernel_size", [merge_size, merge_size])
+    settings.fixed("pad_input", True)
+    settings.passed("num_pooled_tokens")
+    levels = read_levels(settings, CLIP_MEAN, CLIP_STD, is_normalized=True)
+    fit = KimiFit(patch_size, merge_size, settings.integer("in_token_limit", 4096), 511, most_tokens)
+    return PictureProcessor(patch_size, merge_size, 1, fit, "planes", levels, most_tokens)
+
+
 def _read_gemma(settings: Settings, most_tokens: int | None) -> PictureProcessor:
     patch_size = settings.integer("patch_size", 16, most=256)
     merge_size = settings.integer("pooling_kernel_size", 3, most=16)
@@ -420,5 +436,6 @@ _READERS: dict[str, Callable[[Settings, int | None], PictureProcessor]] = {
     "Glm4vImageProcessor": _read_glm,
     "Glm46VImageProcessor": _read_glm,
     "Kimi_K25ImageProcessor": _read_kimi,
+    "KimiVLImageProcessor": _read_kimi_vl,
     "Gemma4ImageProcessor": _read_gemma,
 }

@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -77,8 +78,33 @@ def opened(directory: Path, file_system: _native.FileSystem | None = None) -> It
 
 def test_every_tower_of_the_table_is_tested() -> None:
     assert {(family, one.kind) for family, encoders in ENCODERS.items() for one in encoders} == {
-        (family, kind) for _, family, kind in PLACES
+        *((family, kind) for _, family, kind in PLACES),
+        ("kimi_vl", "picture"),
     }
+
+
+def test_kimi_vl_has_the_tower_of_kimi_k25_under_other_names(tmp_path: Path) -> None:
+    _, config, reference = open_reference("kimi_k25", is_exact=False)
+    shutil.copytree(REFERENCE / "kimi_k25", tmp_path, dirs_exist_ok=True)
+    names = (
+        ("model.", ""),
+        ("mm_projector", "multi_modal_projector"),
+        ("proj.0", "linear_1"),
+        ("proj.2", "linear_2"),
+    )
+    values = {}
+    for name, value in read_safetensors(REFERENCE / "kimi_k25" / "model.safetensors").items():
+        renamed = reduce(lambda found, pair: found.replace(*pair), names, name)
+        values[renamed] = "BF16", value
+    write_safetensors(tmp_path / "model.safetensors", values)
+    raw = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "kimi_vl"}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with opened(tmp_path) as encoders:
+        assert encoders.files["picture"].config == config
+        tower = finish(encoders.open("picture"))
+        expected, found = encode("kimi_k25", reference, 0), encode("kimi_k25", tower, 0)
+        np.testing.assert_array_equal(found.embeddings, expected.embeddings)
+        assert encoders.files["picture"].video is None
 
 
 @pytest.mark.parametrize(("name", "family", "kind"), PLACES)

@@ -1,4 +1,5 @@
-"""MoonViT and its projector, the vision tower of Kimi-K2.5 and K2.6: pictures, and short pieces of video.
+"""MoonViT and its projector, the vision tower of Kimi-VL, K2.5 and K2.6: pictures, and for the latter two short pieces
+of video.
 
     patches -> product + learned positions (+ time) -> layers -> LayerNorm -> mean over frames -> projector
 
@@ -10,7 +11,7 @@ picture. Positions in the decoder are those of text.
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -90,7 +91,9 @@ def _given(reader: ConfigReader, *names: str) -> str:
     return next((name for name in names if reader.has(name)), names[0])
 
 
-def tensors(config: MoonViTConfig) -> dict[str, EncoderTensor]:
+def tensors(
+    config: MoonViTConfig, projector: str = "mm_projector", products: tuple[str, str] = ("proj.0", "proj.2")
+) -> dict[str, EncoderTensor]:
     """The tensors of tower and projector by canonical name; they have no prefix."""
     hidden, cell, side = config.hidden_size, config.cell_size, config.position_side
     tower = "vision_tower"
@@ -99,10 +102,14 @@ def tensors(config: MoonViTConfig) -> dict[str, EncoderTensor]:
     names = ("norm0", "wqkv", "wo", "norm1", "mlp.fc0", "mlp.fc1")
     found |= layer_tensors(config, config.mlp_width, f"{tower}.encoder.blocks", names)
     found |= with_bias("final_norm", f"{tower}.encoder.final_layernorm", (hidden,))
-    found |= with_bias("projector.norm", "mm_projector.pre_norm", (hidden,))
-    found |= with_bias("projector.up", "mm_projector.proj.0", (cell, cell))
-    found |= with_bias("projector.down", "mm_projector.proj.2", (config.out_size, cell))
+    found |= with_bias("projector.norm", f"{projector}.pre_norm", (hidden,))
+    found |= with_bias("projector.up", f"{projector}.{products[0]}", (cell, cell))
+    found |= with_bias("projector.down", f"{projector}.{products[1]}", (config.out_size, cell))
     return found
+
+
+def _tensors_of_kimi_vl(config: MoonViTConfig) -> dict[str, EncoderTensor]:
+    return tensors(config, "multi_modal_projector", ("linear_1", "linear_2"))
 
 
 def num_positions(config: MoonViTConfig, grid: Grid) -> int:
@@ -187,17 +194,19 @@ class MoonViT(PatchTower[MoonViTConfig]):
         return embeddings
 
 
+_KIMI_K25 = Encoder(
+    kind="picture",
+    path=("vision_config",),
+    placeholders=("media_placeholder_token_id", "image_token_id"),
+    prefix="",
+    read=lambda own, around, model: read_config(own, around, hidden_size=model.hidden_size),
+    tensors=tensors,
+    open=MoonViT,
+    num_positions=num_positions,
+    peak_bytes=peak_bytes,
+    video=VideoForm(most_frames=lambda config: int(config.most_frames)),
+)
 TOWERS: Mapping[str, Encoder] = {
-    "kimi_k25": Encoder(
-        kind="picture",
-        path=("vision_config",),
-        placeholders=("media_placeholder_token_id", "image_token_id"),
-        prefix="",
-        read=lambda own, around, model: read_config(own, around, hidden_size=model.hidden_size),
-        tensors=tensors,
-        open=MoonViT,
-        num_positions=num_positions,
-        peak_bytes=peak_bytes,
-        video=VideoForm(most_frames=lambda config: int(config.most_frames)),
-    ),
+    "kimi_k25": _KIMI_K25,
+    "kimi_vl": replace(_KIMI_K25, tensors=_tensors_of_kimi_vl, video=None),
 }
