@@ -24,6 +24,8 @@ from tests.families.published import PUBLISHED
 
 RECORD = Path(__file__).with_name("gguf_converted.json")
 
+# llama.cpp has no converter for these.
+UNKNOWN = ("axk1", "sarvam_mla")
 # The `architectures` class of the hub's config.json, which selects the converter, for configs stored here without it.
 CLASSES = {
     "mixtral": "MixtralForCausalLM",
@@ -44,6 +46,8 @@ PRE_TOKENIZERS = {
     "deepseek_v3": "deepseek-v3",
     "kimi_k2": "kimi-k2",
     "kimi_k25": "kimi-k2",
+    "kimi_vl": "kimi-k2",
+    "joyai_llm_flash": "joyai-llm",
     "glm4_moe": "glm4",
     "glm4_moe_lite": "glm4",
     "glm4v_moe": "glm4",
@@ -83,6 +87,7 @@ def configs() -> dict[str, RawConfig]:
     return {
         name: {"architectures": [CLASSES.get(config["model_type"])], **config}
         for name, config in found.items()
+        if config["model_type"] not in UNKNOWN
     }
 
 

@@ -321,6 +321,134 @@ GLM_4_7_FLASH: RawConfig = {
     "vocab_size": 154880,
 }
 
+# Sizes as in `scripts/models/` of radixark/miles; Kimi-VL's text part is the same with another theta and context.
+MOONLIGHT: RawConfig = {
+    key: value
+    for key, value in DEEPSEEK_V3.items()
+    if key not in ("num_nextn_predict_layers", "rope_scaling")
+} | {
+    "bos_token_id": 163_584,
+    "eos_token_id": 163_585,
+    "first_k_dense_replace": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 11_264,
+    "max_position_embeddings": 8192,
+    "moe_intermediate_size": 1408,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 16,
+    "num_nextn_predict_layers": 0,
+    "q_lora_rank": None,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 50_000.0,
+    "routed_scaling_factor": 2.446,
+    "topk_group": 1,
+    "vocab_size": 163_840,
+}
+KIMI_VL: RawConfig = {
+    "architectures": ["KimiVLForConditionalGeneration"],
+    "ignore_index": -100,
+    "media_placeholder_token_id": 163_605,
+    "model_type": "kimi_vl",
+    "pad_token_id": 163_838,
+    "text_config": MOONLIGHT | {"max_position_embeddings": 131_072, "rope_theta": 800_000.0},
+    "torch_dtype": "bfloat16",
+    "vision_config": {
+        "hidden_size": 1152, "init_pos_emb_height": 64, "init_pos_emb_width": 64, "intermediate_size": 4304,
+        "merge_kernel_size": [2, 2], "model_type": "moonvit", "num_attention_heads": 16, "num_hidden_layers": 27,
+        "patch_size": 14,
+    },
+    "vocab_size": 163_840,
+}  # fmt: skip
+JOYAI_LLM_FLASH: RawConfig = MOONLIGHT | {
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "intermediate_size": 7168,
+    "model_type": "joyai_llm_flash",
+    "moe_intermediate_size": 768,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_attention_heads": 32,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 32,
+    "q_lora_rank": 1536,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 32_000_000.0,
+    "routed_scaling_factor": 2.5,
+    "vocab_size": 129_280,
+}
+# The defaults of these are the released sizes (transformers 5.24).
+SARVAM_105B: RawConfig = {"architectures": ["SarvamMLAForCausalLM"], "model_type": "sarvam_mla"}
+AXK1: RawConfig = {"architectures": ["AXK1ForCausalLM"], "model_type": "axk1"}
+
+# The params.json of Mistral-Large-3-675B-Instruct-2512, as in vLLM's and Unsloth's tests of it.
+MISTRAL_LARGE_3: RawConfig = {
+    "dim": 7168,
+    "head_dim": 192,
+    "hidden_dim": 16_384,
+    "kv_lora_rank": 512,
+    "llama_4_scaling": {"beta": 0.1, "original_max_position_embeddings": 8192},
+    "max_position_embeddings": 294_912,
+    "moe": {
+        "expert_hidden_dim": 4096,
+        "expert_model_parallel": 1,
+        "expert_parallel": 1,
+        "first_k_dense_replace": 3,
+        "num_expert_groups": 1,
+        "num_expert_groups_per_tok": 1,
+        "num_experts": 128,
+        "num_experts_per_tok": 4,
+        "num_shared_experts": 1,
+        "route_every_n": 1,
+        "routed_scale": 1.0,
+    },
+    "n_heads": 128,
+    "n_kv_heads": 128,
+    "n_layers": 61,
+    "norm_eps": 1e-06,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "quantization_config": {
+        "config_groups": {
+            "FP8_BLOCK": {
+                "format": "float-quantized",
+                "input_activations": {
+                    "dynamic": True, "group_size": 128, "num_bits": 8, "strategy": "group", "symmetric": True,
+                    "type": "float",
+                },
+                "output_activations": None,
+                "targets": ["Linear"],
+                "weights": {
+                    "block_structure": [128, 128], "dynamic": False, "num_bits": 8, "strategy": "block",
+                    "symmetric": True, "type": "float",
+                },
+            }
+        },
+        "format": "float-quantized",
+        "ignore": [
+            "model.embed_tokens", "re:patch_merger.*", "re:vision_encoder.*", "re:vision_language_adapter.*",
+            "re:.*kv_a_proj_with_mqa$", "re:.*q_a_proj$", "re:.*gate$", "lm_head",
+        ],
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+    },
+    "rope_theta": 10_000.0,
+    "tied_embeddings": False,
+    "v_head_dim": 128,
+    "vision_encoder": {"hidden_size": 1664, "image_token_id": 10, "num_hidden_layers": 48, "patch_size": 14},
+    "vocab_size": 131_072,
+    "yarn": {
+        "alpha": 1, "apply_scale": False, "beta": 32, "factor": 36, "original_max_position_embeddings": 8192,
+    },
+}  # fmt: skip
+
 RELEASED: dict[str, RawConfig] = {
     "DeepSeek-V2-Lite": DEEPSEEK_V2_LITE,
     "DeepSeek-V2": DEEPSEEK_V2,

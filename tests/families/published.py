@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from tests.families.hub_configs import RELEASED, RawConfig
+from tests.families.hub_configs import (
+    AXK1,
+    JOYAI_LLM_FLASH,
+    KIMI_VL,
+    MOONLIGHT,
+    RELEASED,
+    SARVAM_105B,
+    RawConfig,
+)
 
 
 class Published(NamedTuple):
@@ -580,4 +588,9 @@ PUBLISHED = (
     Published("Qwen3-Omni-30B-A3B", QWEN3_OMNI, 30.5),
     Published("Gemma-4-26B-A4B", GEMMA_4_26B, 25.2),
     Published("GLM-4.5V", GLM_45V, 106.9),
+    Published("Moonlight-16B-A3B", MOONLIGHT, 16.0),
+    Published("Kimi-VL-A3B", KIMI_VL, 16.0),
+    Published("JoyAI-LLM-Flash", JOYAI_LLM_FLASH, 48.9),
+    Published("Sarvam-105B", SARVAM_105B, 106.0),
+    Published("A.X-K1", AXK1, 519.0),
 )

@@ -91,7 +91,8 @@ def is_another_part_s(name: str, config: RawConfig) -> bool:
     """Whether a tensor belongs to a vision tower or a multi-token prediction layer."""
     text, (first, *rest) = text_of(config), name.removeprefix("language_model.").split(".")
     is_mtp = rest[0] == "layers" and int(rest[1]) >= text["num_hidden_layers"]
-    return is_mtp or first in ("vision_tower", "mm_projector")
+    is_norm_of_dense = rest[2:3] == ["post_mlp_layernorm"] and int(rest[1]) not in moe_layers(config)
+    return is_mtp or is_norm_of_dense or first in ("vision_tower", "mm_projector", "multi_modal_projector")
 
 
 # Families that do not store one tensor per expert matrix have tests of their own.

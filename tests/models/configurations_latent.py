@@ -5,11 +5,14 @@ from __future__ import annotations
 from tests.models.configuration import Configuration, yarn
 from tests.models.tiny import respelt
 from tests.models.tiny_latent import (
+    axk1,
     deepseek_v2,
     deepseek_v3,
     glm4_moe_lite,
     kimi_k2,
     kimi_k25,
+    kimi_vl,
+    sarvam_mla,
     yarn_of_all_dimensions,
 )
 
@@ -120,6 +123,48 @@ LATENT = (
             num_hidden_layers=2,
         ),
         num_shards=2,
+    ),
+    Configuration(
+        name="deepseek_v3_sarvam",
+        config=sarvam_mla(
+            num_attention_heads=3,
+            num_key_value_heads=3,
+            num_hidden_layers=2,
+            vocab_size=72,
+            hidden_size=26,
+            n_routed_experts=5,
+        ),
+    ),
+    Configuration(name="kimi_vl_wrapper", config=kimi_vl(v_head_dim=9, hidden_size=27, num_hidden_layers=2)),
+    Configuration(
+        name="axk1_as_released",
+        config=axk1(
+            hidden_size=29,
+            n_routed_experts=4,
+            n_group=2,
+            topk_group=1,
+            num_experts_per_tok=2,
+            vocab_size=61,
+            num_attention_heads=3,
+            num_key_value_heads=3,
+        ),
+    ),
+    Configuration(
+        name="axk1_bias_layer_types_tied",
+        config=axk1(
+            topk_method="noaux_tc",
+            hidden_size=26,
+            n_routed_experts=6,
+            vocab_size=60,
+            num_experts_per_tok=1,
+            mlp_layer_types=["dense", "sparse"],
+            num_hidden_layers=2,
+            tie_word_embeddings=True,
+            rope_scaling=yarn_of_all_dimensions(8.0, 16),
+            rope_interleave=False,
+            n_group=2,
+            topk_group=1,
+        ),
     ),
     Configuration(name="glm4_moe_lite_plain", config=glm4_moe_lite()),
     Configuration(

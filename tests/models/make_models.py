@@ -63,7 +63,7 @@ def load(directory: Path) -> transformers.PreTrainedModel:
     raw = json.loads((directory / "config.json").read_text())
     family, text = raw["model_type"], text_of(raw)
     how: dict[str, Any] = {}
-    if family in ("kimi_k2", "kimi_k25"):
+    if family in ("kimi_k2", "kimi_k25", "kimi_vl"):
         # transformers has no class for the text model alone; inside Kimi-K2.5 it uses a DeepSeek-V3.
         how["config"] = transformers.DeepseekV3Config(**text | {"model_type": "deepseek_v3"})
         how["key_mapping"] = {r"^language_model\.": ""}
@@ -82,7 +82,7 @@ def load(directory: Path) -> transformers.PreTrainedModel:
     )
     num_layers = text["num_hidden_layers"]
     mtp = [f"model.layers.{num_layers + i}." for i in range(text.get("num_nextn_predict_layers", 0))]
-    unread = (*mtp, "vision_tower.", "mm_projector.", "talker.", "code2wav.")
+    unread = (*mtp, "vision_tower.", "mm_projector.", "multi_modal_projector.", "talker.", "code2wav.")
     info["unexpected_keys"] = [name for name in info["unexpected_keys"] if not name.startswith(unread)]
     unneeded = (
         "model.visual.",

@@ -263,12 +263,13 @@ class NumpyModel:
         config, k = self.config, self.config["num_experts_per_tok"]
         logits = x @ self.tensors[prefix + "gate.weight"].T
         has_bias = prefix + "gate.e_score_correction_bias" in self.tensors
-        scores = sigmoid(logits) if has_bias else softmax(logits)
+        is_sigmoid = has_bias or config["scoring_func"] == "sigmoid"
+        scores = sigmoid(logits) if is_sigmoid else softmax(logits)
         for_choice = scores + self.tensors[prefix + "gate.e_score_correction_bias"] if has_bias else scores
         num_groups, kept = config["n_group"] or 1, config["topk_group"] or 1
-        if has_bias or config["topk_method"] == "group_limited_greedy":
+        if is_sigmoid or config["topk_method"] == "group_limited_greedy":
             grouped = np.sort(for_choice.reshape(len(x), num_groups, -1), axis=2)
-            worth = grouped[:, :, -2:].sum(axis=2) if has_bias and num_groups > 1 else grouped[:, :, -1]
+            worth = grouped[:, :, -2:].sum(axis=2) if is_sigmoid and num_groups > 1 else grouped[:, :, -1]
             best = np.sort(worth, axis=1)[:, ::-1]
             if kept < num_groups:
                 self.note_margin(best, kept)
@@ -279,10 +280,12 @@ class NumpyModel:
         out = self.swiglu(prefix + "shared_experts.", x)
         for token, chosen in enumerate(order[:, :k]):
             weights = scores[token, chosen]
-            if has_bias and config["norm_topk_prob"]:
+            if is_sigmoid and config["norm_topk_prob"]:
                 weights = weights / weights.sum()
             for expert, weight in zip(chosen, config["routed_scaling_factor"] * weights, strict=True):
                 out[token] += weight * self.swiglu(f"{prefix}experts.{expert}.", x[token])
+        if config["model_type"] == "axk1":
+            return self.norm(prefix.removesuffix("mlp.") + "post_mlp_layernorm", out)
         return out
 
     def feed_forward(self, layer: int, x: Array) -> Array:
@@ -421,7 +424,7 @@ def sliding_windows(config: RawConfig) -> list[int]:
 def rope_frequencies(config: RawConfig) -> tuple[Array, float]:
     """Return the angle per position of each dimension pair, and the factor on cosine and sine."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope.get("rope_type", rope.get("type", "default")).removeprefix("deepseek_")
     theta = rope.get("rope_theta", config.get("rope_theta", DEFAULT_THETA.get(config["model_type"], 1e4)))
     share = rope.get(
         "partial_rotary_factor",

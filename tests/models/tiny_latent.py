@@ -14,7 +14,17 @@ from typing import Any
 RawConfig = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 
-LATENT_FAMILIES = ("deepseek_v2", "deepseek_v3", "kimi_k2", "kimi_k25", "glm4_moe_lite")
+_COUNTS = (("routed", "num_experts"), ("shared", "num_shared_experts"))
+LATENT_FAMILIES = (
+    "deepseek_v2",
+    "deepseek_v3",
+    "kimi_k2",
+    "kimi_k25",
+    "glm4_moe_lite",
+    "axk1",
+    "kimi_vl",
+    "sarvam_mla",
+)
 
 
 def deepseek_v2(**changes: Any) -> RawConfig:
@@ -113,6 +123,58 @@ def kimi_k25(*, model_type: str = "kimi_k2", **changes: Any) -> RawConfig:
     }
 
 
+def moonlight(**changes: Any) -> RawConfig:
+    """A config.json with the keys of Moonlight-16B-A3B's."""
+    own = {
+        "n_group": 1,
+        "topk_group": 1,
+        "q_lora_rank": None,
+        "rope_scaling": None,
+        "routed_scaling_factor": 2.446,
+    }
+    return deepseek_v3(n_shared_experts=2, rms_norm_eps=1e-5, rope_theta=50000.0, **own) | changes
+
+
+def sarvam_mla(**changes: Any) -> RawConfig:
+    """A config.json with the keys of Sarvam-105B's, where they differ from DeepSeek-V3's."""
+    raw = moonlight(
+        architectures=["SarvamMLAForCausalLM"],
+        head_dim=26,
+        model_type="sarvam_mla",
+        q_head_dim=16,
+        rope_scaling=yarn_of_all_dimensions(40.0, 16) | {"type": "deepseek_yarn"},
+    )
+    names = {"n_routed_experts": "num_experts", "n_shared_experts": "num_shared_experts"}
+    return {names.get(key, key): value for key, value in (raw | changes).items()}
+
+
+def kimi_vl(**changes: Any) -> RawConfig:
+    """A config.json with the keys of Kimi-VL-A3B-Instruct's; `changes` apply to the text model."""
+    return {
+        "architectures": ["KimiVLForConditionalGeneration"],
+        "ignore_index": -100,
+        "media_placeholder_token_id": 7,
+        "model_type": "kimi_vl",
+        "pad_token_id": 3,
+        "text_config": moonlight(rope_theta=800000.0, **changes),
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.50.3",
+        "vision_config": {"hidden_size": 8, "model_type": "moonvit", "num_hidden_layers": 1, "patch_size": 2},
+        "vocab_size": 80,
+    }
+
+
+def axk1(**changes: Any) -> RawConfig:
+    """A config.json with the keys of A.X-K1's."""
+    own = {
+        "architectures": ["AXK1ForCausalLM"],
+        "model_type": "axk1",
+        "topk_method": None,
+        "rope_scaling": None,
+    }
+    return deepseek_v3(**own) | changes
+
+
 def glm4_moe_lite(**changes: Any) -> RawConfig:
     """A config.json with the keys of GLM-4.7-Flash's."""
     unknown = ("aux_loss_alpha", "bos_token_id", "ep_size", "moe_layer_freq", "scoring_func", "seq_aux")
@@ -176,16 +238,20 @@ def latent_shapes(raw: RawConfig) -> Shapes:
         }
     if "vision_config" in raw:
         width = raw["vision_config"]["hidden_size"]
+        projector = (
+            "multi_modal_projector.linear_1" if raw["model_type"] == "kimi_vl" else "mm_projector.proj.0"
+        )
         shapes |= {
             "vision_tower.patch_embed.proj.weight": (width, 3, 2, 2),
             "vision_tower.encoder.blocks.0.norm0.weight": (width,),
-            "mm_projector.proj.0.weight": (hidden, width),
+            f"{projector}.weight": (hidden, width),
         }
     return shapes
 
 
 def layer_shapes(config: RawConfig, layer: str, *, is_moe: bool) -> Shapes:
-    hidden, heads, experts = config["hidden_size"], config["num_attention_heads"], config["n_routed_experts"]
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    experts, shared = (config.get(f"n_{name}_experts", config.get(other)) for name, other in _COUNTS)
     nope, rope, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
     query_rank, kv_rank = config["q_lora_rank"], config["kv_lora_rank"]
     attention, mlp = layer + "self_attn.", layer + "mlp."
@@ -201,15 +267,17 @@ def layer_shapes(config: RawConfig, layer: str, *, is_moe: bool) -> Shapes:
     shapes[attention + "kv_b_proj.weight"] = (heads * (nope + value), kv_rank)
     shapes[attention + "o_proj.weight"] = (hidden, heads * value)
     shapes[layer + "post_attention_layernorm.weight"] = (hidden,)
+    if config["model_type"] == "axk1":
+        shapes[layer + "post_mlp_layernorm.weight"] = (hidden,)  # dense layers do not use it
     if not is_moe:
         return shapes | swiglu(mlp, hidden, config["intermediate_size"])
     width = config["moe_intermediate_size"]
     shapes[mlp + "gate.weight"] = (experts, hidden)
-    if config["model_type"] != "deepseek_v2":
+    if config["model_type"] != "deepseek_v2" and config["topk_method"] is not None:
         shapes[mlp + "gate.e_score_correction_bias"] = (experts,)
     for expert in range(experts):
         shapes |= swiglu(f"{mlp}experts.{expert}.", hidden, width)
-    return shapes | swiglu(mlp + "shared_experts.", hidden, width * config["n_shared_experts"])
+    return shapes | swiglu(mlp + "shared_experts.", hidden, width * shared)
 
 
 def swiglu(prefix: str, hidden: int, width: int) -> Shapes:

@@ -100,7 +100,7 @@ def _layer_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]
         yield "attn_post_norm", (config.hidden_size,)
     yield "mlp_norm", (config.hidden_size,)
     yield from _routed_shapes(config) if config.layers[layer].is_moe else _dense_shapes(config)
-    if config.has_post_norms:
+    if config.has_post_norms or (config.has_moe_post_norm and config.layers[layer].is_moe):
         yield "mlp_post_norm", (config.hidden_size,)
     if config.has_layer_scale:
         yield "layer_scale", (1,)

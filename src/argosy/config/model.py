@@ -120,6 +120,7 @@ class ModelConfig:
     has_expert_bias: bool = False  # gate, up and down of routed experts have biases
     # RMSNorm of the outputs of the mixer and of the feed-forward networks: `attn_post_norm`, `mlp_post_norm`.
     has_post_norms: bool = False
+    has_moe_post_norm: bool = False  # the same, only of what a layer with experts adds: `mlp_post_norm`
     # Routed experts have their own norms before and after, the shared expert has its own after: `expert_norm`,
     # `expert_post_norm`, `shared_post_norm`.
     has_expert_norms: bool = False

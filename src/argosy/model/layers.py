@@ -41,7 +41,7 @@ def kv_shapes(config: ModelConfig) -> list[_native.KvShape]:
 def stack_sizes(config: ModelConfig) -> _native.StackSizes:
     """Return the dimensions of all layers, from which native code computes its working memory."""
     sizes = _native.StackSizes(config.hidden_size, sum(rope.rotary_dim // 2 for rope in config.ropes))
-    if config.has_post_norms:
+    if config.has_post_norms or config.has_moe_post_norm:
         sizes.add_ffn_post_norm()
     for layer in config.layers:
         _add_mixer_sizes(sizes, layer.mixer)

@@ -31,6 +31,7 @@ from argosy.checkpoint.untrusted_file import quote, read_object
 from argosy.config import LatentConfig, ModelConfig
 from argosy.errors import CheckpointError, UnsupportedModel, UsageError
 from argosy.installed import members
+from argosy.model.families.nearest import find_nearest
 from argosy.model.reading.config_reader import ConfigReader
 from argosy.model.reading.layout import Layout, read_layout
 from argosy.model.reading.mlx import mlx_layouts
@@ -42,7 +43,7 @@ CONFIG_FILE = "config.json"
 class Family(Protocol):
     """The interface of a family file."""
 
-    MODEL_TYPE: str
+    MODEL_TYPE: str  # `OTHER_TYPES`, if there are any, are further names of the same
     LAYOUTS: tuple[Layout, ...]
 
     GGUF_ARCHITECTURE: str | None
@@ -53,7 +54,7 @@ class Family(Protocol):
 
 
 FAMILIES: Mapping[str, Family] = {
-    family.MODEL_TYPE: cast(Family, family)
+    name: cast(Family, family)
     for family in members(
         "argosy.model.families",
         (
@@ -62,8 +63,10 @@ FAMILIES: Mapping[str, Family] = {
             "latent.glm4_moe_lite", "recurrent.qwen3_next", "wrappers.qwen3_5_moe", "recurrent.qwen3_5_moe_text",
             "attention.glm4_moe", "attention.olmoe", "attention.minimax_m2",
             "wrappers.qwen3_vl_moe", "wrappers.qwen3_omni_moe", "wrappers.glm4v_moe", "wrappers.gemma4",
+            "latent.axk1", "wrappers.kimi_vl",
         ),
     )
+    for name in (family.MODEL_TYPE, *getattr(family, "OTHER_TYPES", ()))
 }  # fmt: skip
 
 
@@ -235,8 +238,10 @@ def read_config(directory: Path) -> tuple[Family, ModelConfig]:
     model_type = raw.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
+        nearest = find_nearest(raw, ((name, one.parse_config) for name, one in FAMILIES.items()))
         raise UnsupportedModel(
             f"{CONFIG_FILE} asks for model_type '{quote(model_type)}'; supported: {', '.join(FAMILIES)}",
+            hint=None if nearest is None else str(nearest),
             path=directory / CONFIG_FILE,
             key="model_type",
             value=model_type,
@@ -255,13 +260,16 @@ def read_config(directory: Path) -> tuple[Family, ModelConfig]:
 def _require_same_config(packed: ModelFiles) -> None:
     """Prove that a pack's manifest agrees with its `config.json`."""
     _, config = read_config(packed.path)
-    # Only the tensors, not config.json, show whether the head is a separate tensor, whether norms are stored minus one
-    # and whether kv_up is split.
+    # Only the tensors, not config.json, show whether the head is a separate tensor, whether norms are stored minus one,
+    # whether routers have a bias for the choice, and whether kv_up is split.
     config = replace(
         config,
         is_embedding_tied=packed.config.is_embedding_tied,
         norm_offset=packed.config.norm_offset,
     )
+    if config.family == "axk1":
+        router = replace(config.router, has_choice_bias=packed.config.router.has_choice_bias)
+        config = replace(config, router=router)
     if packed.config.latent is not None:
         config = config.with_mixers(LatentConfig, is_up_split=packed.config.latent.is_up_split)
     if config != packed.config:

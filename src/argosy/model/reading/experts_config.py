@@ -14,15 +14,18 @@ RENORMALIZE_EPS = 1e-20
 ReadRouter = Callable[[ConfigReader, int, int], RouterConfig]  # reader, experts, experts per token
 
 
-def read_sigmoid_router(scale: float, num_groups: int, kept_groups: int) -> ReadRouter:
+def read_sigmoid_router(
+    scale: float, num_groups: int, kept_groups: int, *, may_lack_method: bool = False
+) -> ReadRouter:
     """The router of DeepSeek-V3 (arXiv:2412.19437): sigmoid scores, and a bias that only affects the choice.
 
-    The arguments are the family's defaults.
+    The arguments are the family's defaults, and whether `topk_method` may be null.
     """
 
     def read(reader: ConfigReader, num_experts: int, experts_per_token: int) -> RouterConfig:
         reader.one_of("scoring_func", "sigmoid", ("sigmoid",))
-        reader.one_of("topk_method", "noaux_tc", ("noaux_tc",))
+        if not may_lack_method or reader.optional_one_of("topk_method", ("noaux_tc",)) is not None:
+            reader.one_of("topk_method", "noaux_tc", ("noaux_tc",))
         renormalize = reader.flag("norm_topk_prob", True)
         groups = reader.optional_integer("n_group", default=num_groups) or 1
         router = RouterConfig(
@@ -91,6 +94,32 @@ def layers_behind_the_dense(default: int) -> Callable[[ConfigReader, int], Seque
                 key="first_k_dense_replace",
             )
         return [layer >= first for layer in range(num_layers)]
+
+    return read
+
+
+def layers_by_type(default: int) -> Callable[[ConfigReader, int], Sequence[bool]]:
+    """Return a reader of `mlp_layer_types`, or else of `first_k_dense_replace`, as `layers_behind_the_dense`."""
+    behind_the_dense = layers_behind_the_dense(default)
+
+    def read(reader: ConfigReader, num_layers: int) -> Sequence[bool]:
+        kinds = reader.texts("mlp_layer_types")
+        if kinds is None:
+            return behind_the_dense(reader, num_layers)
+        if len(kinds) != num_layers or not set(kinds) <= {"dense", "sparse"} or "sparse" not in kinds:
+            raise CheckpointError(
+                f"config.json: mlp_layer_types has {len(kinds)} entries, expected 'dense' or 'sparse' for each of "
+                f"{num_layers} layers, and at least one 'sparse'",
+                key="mlp_layer_types",
+            )
+        is_moe = [kind == "sparse" for kind in kinds]
+        if reader.has("first_k_dense_replace") and list(behind_the_dense(reader, num_layers)) != is_moe:
+            raise CheckpointError(
+                "config.json gives the dense layers twice, in first_k_dense_replace and in mlp_layer_types, and they "
+                "differ",
+                key="mlp_layer_types",
+            )
+        return is_moe
 
     return read
 

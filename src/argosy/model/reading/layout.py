@@ -49,7 +49,6 @@ _LEFTOVERS = (
     r"({prefix})?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|{prefix}layers\.\d+\.self_attn\.bias"
 )
 
-_MODEL_NAMES = {"embed": "embed_tokens.weight", "final_norm": "norm.weight"}
 ATTENTION_NAMES = {
     "attn_norm": "input_layernorm.weight",
     "q": "self_attn.q_proj.weight",
@@ -93,6 +92,7 @@ class Layout:
     by_turns: tuple[str, str] | None = None  # canonical names of two tensors whose values alternate in one
     prefix: str = "model."
     head_name: str = "lm_head.weight"
+    has_optional_bias: bool = False  # without `choice_bias`, routers have none, whatever the config says
     passed_over: str | None = None  # regular expression for whole names of tensors that text does not need
     # The prefix of a draft layer numbered 0. None: its number follows the model's layers.
     mtp_prefix: str | None = None
@@ -103,8 +103,8 @@ class Layout:
         """Return the checkpoint's name of a dense tensor."""
         if canonical == "head":
             return self.head_name
-        if canonical in _MODEL_NAMES:
-            return self.prefix + _MODEL_NAMES[canonical]
+        if canonical in ("embed", "final_norm"):
+            return self.prefix + ("embed_tokens.weight" if canonical == "embed" else "norm.weight")
         _, layer, last = canonical.split(".")
         if self.first_layer and last in _MTP_NAMES:
             return self.prefix + _MTP_NAMES[last]
@@ -190,6 +190,9 @@ def read_layout(
         config = replace(config, is_embedding_tied=False)
     if layout.is_mlx:
         config = _as_in_mlx(config, layout, tensors)
+    if layout.has_optional_bias:
+        bias = layout.dense_name(f"layers.{config.moe_layers[0]}.choice_bias")
+        config = replace(config, router=replace(config.router, has_choice_bias=bias in tensors))
     reader = _Accounts(directory, tensors, quantization)
     dense = {
         canonical: reader.dense(config, canonical, shape, layout) for canonical, shape in dense_shapes(config)

@@ -52,6 +52,7 @@ _FORMS: Mapping[str, _Form] = {
     "deepseek_v2": _Form(),
     "deepseek_v3": _Form(names=_LATENT),
     "kimi_k2": _Form(names=_LATENT),
+    "kimi_vl": _WRAPPED,
     "kimi_k25": replace(_WRAPPED, names=_LATENT),
     "glm4_moe_lite": _Form(names=_LATENT),
     "qwen3_next": _DELTA,

@@ -282,7 +282,7 @@ def _kind(fields: _Fields, supported: tuple[Kind, ...]) -> Kind:
         )
     value = fields.values[given[0]] if given else "default"
     for kind in supported:
-        if value == kind:
+        if value in (kind, f"deepseek_{kind}"):
             return kind
     raise fields.unsupported(given[0], ", ".join(supported))
 

@@ -55,7 +55,7 @@ class Defaults(CommonDefaults):
     expert_width: int
     num_shared_experts: int
     first_dense_layers: int
-    query_rank: int
+    query_rank: int | None
     nope_dim: int
     value_dim: int
     rope_theta: float = 10_000.0
@@ -131,17 +131,18 @@ def read_latent_model(
             "same as num_attention_heads: latent attention has a key for each head",
             key="num_key_value_heads",
         )
-    # transformers 5 repeats sizes under these names: the rotary dimensions, and the whole head.
-    reader.neutral("head_dim", rope_dim, None)
+    # Sizes repeated under other names: in transformers 5, the rotary dimensions and the whole head; in Sarvam's files,
+    # those of the cache.
+    reader.neutral("head_dim", rope_dim, latent.cached_dim, None)
     reader.neutral("qk_head_dim", latent.head_dim)
+    reader.neutral("q_head_dim", latent.head_dim)
     reader.neutral("attention_bias", False, None)
     reader.neutral("moe_layer_freq", 1)
     num_layers = reader.integer("num_hidden_layers", default=defaults.num_layers, most=MOST_LAYERS)
     is_moe = (read_moe_layers or layers_behind_the_dense(defaults.first_dense_layers))(reader, num_layers)
     expert_width = reader.integer("moe_intermediate_size", default=defaults.expert_width)
-    num_shared = (
-        reader.optional_integer("n_shared_experts", default=defaults.num_shared_experts, least=0) or 0
-    )
+    shared = "num_shared_experts" if reader.has("num_shared_experts") else "n_shared_experts"
+    num_shared = reader.optional_integer(shared, default=defaults.num_shared_experts, least=0) or 0
     return ModelConfig(
         family=family,
         layers=tuple(LayerConfig(mixer=latent, is_moe=moe) for moe in is_moe),

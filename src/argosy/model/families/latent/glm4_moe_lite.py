@@ -6,14 +6,13 @@ files have a layer for multi-token prediction after the model's own layers, whic
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from argosy.config import ModelConfig
-from argosy.errors import CheckpointError
 from argosy.model.families.latent.deepseek import LAYOUTS, Defaults, read_latent_model
 from argosy.model.families.latent.deepseek_gguf import GGUF_ARCHITECTURE, open_gguf
 from argosy.model.reading.config_reader import ConfigReader
-from argosy.model.reading.experts_config import layers_behind_the_dense, read_sigmoid_router
+from argosy.model.reading.experts_config import layers_by_type, read_sigmoid_router
 
 __all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
 
@@ -54,29 +53,7 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         family=MODEL_TYPE,
         defaults=_DEFAULTS,
         read_router=read_sigmoid_router(scale=1.8, num_groups=1, kept_groups=1),
-        read_moe_layers=_read_moe_layers,
+        read_moe_layers=layers_by_type(_DEFAULTS.first_dense_layers),
     )
     reader.finish()
     return config
-
-
-def _read_moe_layers(reader: ConfigReader, num_layers: int) -> Sequence[bool]:
-    kinds = reader.texts("mlp_layer_types")
-    if kinds is None:
-        return layers_behind_the_dense(_DEFAULTS.first_dense_layers)(reader, num_layers)
-    if len(kinds) != num_layers or not set(kinds) <= {"dense", "sparse"} or "sparse" not in kinds:
-        raise CheckpointError(
-            f"config.json: mlp_layer_types has {len(kinds)} entries, expected 'dense' or 'sparse' for each of "
-            f"{num_layers} layers, and at least one 'sparse'",
-            key="mlp_layer_types",
-        )
-    is_moe = [kind == "sparse" for kind in kinds]
-    if reader.has("first_k_dense_replace"):
-        first = layers_behind_the_dense(_DEFAULTS.first_dense_layers)(reader, num_layers)
-        if list(first) != is_moe:
-            raise CheckpointError(
-                "config.json gives the dense layers twice, in first_k_dense_replace and in mlp_layer_types, and they "
-                "differ",
-                key="mlp_layer_types",
-            )
-    return is_moe
