@@ -285,7 +285,7 @@ def test_a_checkpoint_without_its_processor_says_so_for_the_first_picture(tmp_pa
         ("qwen3_vl_moe", "merge_size", 1, "merge_size 1, and the encoder of pictures takes 2"),
         ("glm4v_moe", "temporal_patch_size", 1, "temporal_patch_size 1, and the encoder of pictures takes 2"),
         ("kimi_k25", "patch_size", 2, "patch_size 2, and the encoder of pictures takes 4"),
-        ("gemma4", "pooling_kernel_size", 1, "merge_size 1, and the encoder of pictures takes 2"),
+        ("gemma4", "pooling_kernel_size", 1, "merge_size 1, and the encoder of pictures takes 3"),
         ("qwen3_omni_moe", "feature_size", 128, "feature_size 128, and the encoder of sounds takes 20"),
     ],
 )

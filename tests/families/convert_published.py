@@ -2,7 +2,7 @@
 
     config.json of `published.py`  ->  the converter of its architecture  ->  gguf_converted.json
 
-    python -m tests.families.convert_published LLAMA_CPP COMMIT
+    python -m tests.families.convert_published LLAMA_CPP COMMIT [NAME...]      # only these models; all by default
 
 LLAMA_CPP is a checkout of llama.cpp (llama-cpp-python's source distribution has one in `vendor/`), COMMIT its name in
 the record. The converters read configs with `transformers`. They need torch only for weights, so torch is stubbed.
@@ -43,6 +43,7 @@ CLASSES = {
 # names a repository beside each hash. Mixtral's tokenizer is SentencePiece and has none.
 PRE_TOKENIZERS = {
     "deepseek_v2": "deepseek-llm",
+    "gemma4": None,  # of a kind of its own
     "deepseek_v3": "deepseek-v3",
     "kimi_k2": "kimi-k2",
     "kimi_k25": "kimi-k2",
@@ -137,10 +138,12 @@ def main() -> None:
     base = load_converters(checkout)
     from importlib.metadata import version
 
-    models = {
-        name: {"tokenizer.ggml.pre": PRE_TOKENIZERS[config["model_type"]], **convert(base, config)}
-        for name, config in configs().items()
-    }
+    models = json.loads(RECORD.read_text()) if sys.argv[3:] else {}
+    models.pop("made with", None)
+    for name, config in configs().items():
+        if not sys.argv[3:] or name in sys.argv[3:]:
+            pre = PRE_TOKENIZERS[config["model_type"]]
+            models[name] = {"tokenizer.ggml.pre": pre, **convert(base, config)}
     made_with = {"llama.cpp": commit, "transformers": version("transformers")}
     lines = [f' "made with": {json.dumps(made_with)}']
     for name, metadata in models.items():

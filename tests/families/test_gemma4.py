@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from gguf import GGUFWriter
 
+from argosy import Engine
 from argosy.budget.footprint import kv_bytes
+from argosy.checkpoint.gguf import GgufFile, read_gguf
 from argosy.config import KV_BLOCK_TOKENS, ActivationConfig, ModelConfig, RouterConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import FAMILIES, open_model
 from argosy.model.rope import inverse_frequency
+from tests.engine.test_gguf import LARGEST_DIVERGENCE, mean_divergence
 from tests.families.published import GEMMA_4_26B
 from tests.helpers.mixers import attentions, windows
+from tests.models.gguf_gemma import write_gemma_gguf
+from tests.models.gguf_models import one_type
+from tests.models.references import LARGEST_DIFFERENCE, difference
 from tests.models.safetensors_file import read_checkpoint, write_checkpoint
-from tests.models.tiny import RawConfig, random_tensors, write_model
+from tests.models.tiny import RawConfig, prompt_ids, random_tensors, write_model
 from tests.models.tiny_gemma import gemma4
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -217,14 +223,98 @@ def test_only_the_towers_are_ignored(tmp_path: Path) -> None:
             open_with(name)
 
 
-def test_a_gguf_is_refused_by_the_name_of_its_architecture(tmp_path: Path) -> None:
+# ── GGUF ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# Rows are whole blocks of every type.
+SIZES: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 256,
+    "num_attention_heads": 4,
+    "head_dim": 64,
+    "global_head_dim": 64,
+}
+
+
+@pytest.mark.parametrize("type_name", ["F32", "F16", "Q8_0", "Q4_K", "NVFP4", "IQ2_KS"])
+def test_a_gguf_answers_as_its_dequantised_weights(type_name: str, tmp_path: Path) -> None:
+    # Every expert is chosen, as a rounded score that changed a choice would hide what rounding costs.
+    config = gemma4(**SIZES, num_experts=4, top_k_experts=4)
     path = tmp_path / "model.gguf"
-    writer = GGUFWriter(path, "gemma4")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
+    directory = write_gemma_gguf(path, config, one_type(type_name), seed=3)
+    apart = tmp_path / "apart.gguf"
+    write_gemma_gguf(apart, config, one_type(type_name), seed=3, are_experts_apart=True)
+    prompt = prompt_ids(config, 5)
+    logits = []
+    for place in (directory, path, apart):
+        with Engine.open(place, memory="4GiB", threads=1) as engine:
+            logits.append(engine.logits(prompt))
+    if type_name == "F32":
+        assert difference(logits[1], logits[0]) <= LARGEST_DIFFERENCE
+    assert mean_divergence(logits[0], logits[1]) <= LARGEST_DIVERGENCE
+    np.testing.assert_array_equal(logits[1], logits[2])
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> GgufFile:
+    path = tmp_path_factory.mktemp("gemma") / "model.gguf"
+    write_gemma_gguf(path, gemma4(), one_type("F32"), seed=3)
+    return read_gguf(path)
+
+
+def test_a_gguf_means_the_same_as_config_json(gguf: GgufFile) -> None:
+    config = FAMILIES["gemma4"].open_gguf(gguf).config
+    assert config == replace(parse(gemma4()), eos_ids=(1,), bos_id=None)
+    assert len(set(map(id, config.layers))) == 2  # equal layers share one object
+
+
+def test_experts_whose_factors_are_folded_into_their_matrices_have_no_others(gguf: GgufFile) -> None:
+    tensors = {name: ref for name, ref in gguf.tensors.items() if not name.endswith("ffn_down_exps.scale")}
+    assert not FAMILIES["gemma4"].open_gguf(replace(gguf, tensors=tensors)).config.router.has_expert_scale
+    tensors["blk.1.ffn_down_exps.scale"] = gguf.tensors["blk.1.ffn_down_exps.scale"]
     with pytest.raises(
-        UnsupportedModel, match=r"model\.gguf has architecture 'gemma4'; supported: "
-    ) as caught:
+        CheckpointError, match=r"blk\.1\.ffn_down_exps\.scale \[6\]: a gemma4 model with these"
+    ):
+        FAMILIES["gemma4"].open_gguf(replace(gguf, tensors=tensors))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "error"),
+    [
+        ("attention.shared_kv_layers", 2, "attention.shared_kv_layers 2; supported: 0"),
+        ("embedding_length_per_layer_input", 256, "embedding_length_per_layer_input 256; supported: 0"),
+        ("attention.value_length", 24, "attention.value_length 24; supported: 20"),
+        ("attention.value_length_swa", 24, "attention.value_length_swa 24; supported: 12"),
+        ("rope.dimension_count", 10, "rope.dimension_count 10; supported: 20"),
+        ("rope.dimension_count_swa", 6, "rope.dimension_count_swa 6; supported: 12"),
+        ("attention.head_count_kv", 3, "head_count_kv 3; supported: divisors of 4, the number of heads"),
+        (
+            "attention.sliding_window_pattern",
+            None,
+            "sliding_window_pattern is 'None', expected a flag for each layer",
+        ),
+        ("rope.scaling.factor", 2.0, "rope.scaling.factor"),
+        ("expert_count", None, "is a Gemma-4 without experts; supported: those with experts"),
+    ],
+)
+def test_a_gguf_with_other_mathematics_is_refused(
+    key: str, value: object, error: str, gguf: GgufFile
+) -> None:
+    metadata: dict[str, Any] = dict(gguf.metadata) | {f"gemma4.{key}": value}
+    if value is None:
+        del metadata[f"gemma4.{key}"]
+    with pytest.raises(CheckpointError, match=error):
+        FAMILIES["gemma4"].open_gguf(replace(gguf, metadata=metadata))
+
+
+def test_a_gguf_without_frequencies_or_with_others_is_refused(gguf: GgufFile, tmp_path: Path) -> None:
+    without = {name: ref for name, ref in gguf.tensors.items() if name != "rope_freqs.weight"}
+    with pytest.raises(CheckpointError, match=r"has no tensor rope_freqs\.weight"):
+        FAMILIES["gemma4"].open_gguf(replace(gguf, tensors=without))
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf.path.read_bytes())
+    with open(path, "r+b") as file:
+        file.seek(gguf.tensors["rope_freqs.weight"].offset)
+        file.write(np.float32(2.0).tobytes())
+    with pytest.raises(UnsupportedModel, match=r"rope_freqs\.weight divides frequencies by other numbers"):
         open_model(path)
-    assert "gemma4" not in str(caught.value).partition("supported")[2]

@@ -24,6 +24,7 @@ from argosy.checkpoint.vocabulary.byte_level import WORDS
 from argosy.config import DeltaConfig, LatentConfig, ModelConfig
 from argosy.errors import CheckpointError
 from argosy.model.families import FAMILIES
+from argosy.model.families.wrappers import gemma4_gguf
 from tests.families.convert_published import RECORD, UNKNOWN, configs
 
 Metadata = dict[str, Any]
@@ -46,6 +47,8 @@ def without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("argosy.model.families.") and hasattr(module, "read_gguf_layout"):
             monkeypatch.setattr(module, "read_gguf_layout", lambda file, config, **_: config)
+    turning = (1.0,) * 64 + (1e30,) * 192  # what Gemma-4's `rope_freqs.weight` holds
+    monkeypatch.setattr(gemma4_gguf, "frequency_factors", lambda file, head_dim: turning)
 
 
 def hub_config(name: str) -> ModelConfig:
@@ -64,6 +67,8 @@ def deciding_tensors(config: ModelConfig, architecture: str) -> dict[str, tuple[
         f"blk.{config.moe_layers[0]}.exp_probs_b.bias": config.router.has_choice_bias,
         "blk.0.ssm_ba.weight": architecture == "qwen3next",
         "blk.0.ssm_alpha.weight": architecture == "qwen35moe",
+        "rope_freqs.weight": architecture == "gemma4",
+        "blk.0.ffn_down_exps.scale": config.router.has_expert_scale,
     }
     return shapes | {name: (1,) for name, is_there in present.items() if is_there}
 
@@ -111,8 +116,8 @@ def add(writer: GGUFWriter, key: str, value: Any) -> None:
 def test_every_announced_architecture_is_recorded() -> None:
     assert set(ARCHITECTURES) == {family.GGUF_ARCHITECTURE for family in FAMILIES.values()} - {None}
     recorded = {CONFIGS[name]["model_type"] for name in CONVERTED}
-    # The wrapper of qwen3_5_moe_text, and a family whose GGUF files are refused.
-    assert FAMILIES.keys() - recorded == {"qwen3_5_moe", "gemma4", *UNKNOWN}
+    # The wrapper of qwen3_5_moe_text, and families whose GGUF files are refused.
+    assert FAMILIES.keys() - recorded == {"qwen3_5_moe", *UNKNOWN}
 
 
 @each_model
@@ -140,7 +145,7 @@ def test_converted_metadata_means_the_same_as_config_json(name: str, tmp_path: P
 @each_model
 def test_its_tokenizer_is_known(name: str) -> None:
     pre = CONVERTED[name]["tokenizer.ggml.pre"]
-    assert pre in WORDS if pre is not None else CONFIGS[name]["model_type"] == "mixtral"
+    assert pre in WORDS if pre is not None else CONFIGS[name]["model_type"] in ("mixtral", "gemma4")
 
 
 def templates(keys: type = gguf.Keys) -> Iterator[str]:

@@ -2,11 +2,9 @@
 
     python -m tests.models.make_mmproj LLAMA_CPP        # rewrite the committed files (needs torch, transformers)
 
-LLAMA_CPP is a directory with `convert_hf_to_gguf.py`, as in the source distribution of llama-cpp-python (0.3.36:
-`vendor/llama.cpp`). Each checkpoint of `reference_seeing/` gets `gguf/model.gguf` and `gguf/mmproj-model.gguf`.
-
-The converter is run as it is, except that tiny models have no tokenizer: the file gets a list of tokens, among them the
-placeholder of pictures. Before, a checkpoint is put into the form that it has on the hub where that is another one.
+Each checkpoint of `reference_seeing/` gets `gguf/model.gguf` and `gguf/mmproj-model.gguf`. `converter.py` runs the
+converter; the placeholder of pictures is among the tokens. Before, a checkpoint is put into the form that it has on the
+hub where that is another one.
 """
 
 from __future__ import annotations
@@ -14,12 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.models.converter import convert, load
 from tests.models.safetensors_file import read_header, read_safetensors, write_safetensors
 from tests.models.seeing import MMPROJ_PLACEHOLDERS, REFERENCE, text_of
 
@@ -60,24 +57,13 @@ def repair(model_class: Any) -> None:
     model_class.filter_tensors = classmethod(without_prefix)
 
 
-def convert(converter: Any, arguments: Sequence[str]) -> None:
-    before = sys.argv
-    sys.argv = ["convert_hf_to_gguf.py", *arguments]
-    try:
-        converter.main()
-    finally:
-        sys.argv = before
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("llama_cpp", type=Path)
     parser.add_argument("families", nargs="*", default=list(MMPROJ_PLACEHOLDERS))
     parser.add_argument("--out", type=Path, default=REFERENCE)
     options = parser.parse_args()
-    sys.path[:0] = [str(options.llama_cpp / "gguf-py"), str(options.llama_cpp)]
-    import convert_hf_to_gguf as converter
-
+    converter = load(options.llama_cpp)
     for family in options.families:
         raw = json.loads((REFERENCE / family / "config.json").read_text())
         around = raw.get("thinker_config", raw)
@@ -85,13 +71,7 @@ def main() -> None:
         for key, placeholder in MMPROJ_PLACEHOLDERS[family].items():
             tokens[around[key]] = placeholder
 
-        def set_vocab(model: Any, tokens: list[str] = tokens) -> None:
-            model.gguf_writer.add_tokenizer_model("none")
-            model.gguf_writer.add_token_list(tokens)
-            model.gguf_writer.add_eos_token_id(2)
-
         architecture = converter.get_model_architecture(raw, converter.ModelType.TEXT)
-        converter.get_model_class(architecture).set_vocab = set_vocab
         if family == "qwen3_omni_moe":
             repair(converter.get_model_class(architecture, mmproj=True))
         directory = options.out / family / "gguf"
@@ -101,7 +81,7 @@ def main() -> None:
             as_on_the_hub(REFERENCE / family, source, family)
             for name, more in (("model.gguf", []), ("mmproj-model.gguf", ["--mmproj"])):
                 made = Path(scratch) / name
-                convert(converter, [str(source), "--outtype", "bf16", "--outfile", str(made), *more])
+                convert(converter, source, made, "--outtype", "bf16", *more, tokens=tokens)
                 shutil.copy(made, directory / name)
 
 

@@ -56,6 +56,12 @@ def with_towers(family: str, raw: dict[str, Any]) -> dict[str, Any]:
         own["video_token_id"] = 52
     if family == "gemma4":
         own["video_token_id"] = 51
+        own["vision_config"] |= {  # GGUF files have no other values of these, except of the first
+            "position_embedding_size": 80,
+            "pooling_kernel_size": 3,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_theta": 100.0, "rope_type": "default"},
+        }
     return raw
 
 
@@ -76,6 +82,7 @@ MMPROJ_PLACEHOLDERS = {
     "qwen3_omni_moe": {"image_token_id": "<|image_pad|>", "audio_token_id": "<|audio_pad|>"},
     "glm4v_moe": {"image_token_id": "<|image|>"},
     "kimi_k25": {"media_placeholder_token_id": "<|media_pad|>"},
+    "gemma4": {"image_token_id": "<|image|>", "boi_token_id": "<|image>", "eoi_token_id": "<image|>"},
 }
 
 
@@ -152,7 +159,10 @@ def processor_config(family: str) -> dict[str, Any]:
     (_, config), *_ = complete(family, CONFIGS[family])
     if family == "gemma4":
         return {
+            "do_normalize": False,
+            "image_mean": [0.0, 0.0, 0.0],
             "image_processor_type": "Gemma4ImageProcessor",
+            "image_std": [1.0, 1.0, 1.0],
             "max_soft_tokens": 70,
             "patch_size": config.patch_size,
             "pooling_kernel_size": config.merge,

@@ -50,6 +50,9 @@ class GemmaVisionConfig:
     norm_eps: float
     theta: float
     is_standardized: bool
+    has_colours_first: bool = (
+        False  # in the file, the kernel of patches is [hidden_size, 3, patch_size, patch_size]
+    )
 
     @property
     def patch_values(self) -> int:
@@ -110,7 +113,12 @@ def tensors(config: GemmaVisionConfig) -> dict[str, EncoderTensor]:
     def plain(canonical: str, name: str, shape: tuple[int, ...]) -> dict[str, EncoderTensor]:
         return with_bias(canonical, name, shape, has_bias=False)
 
-    found = plain("patch", "vision_tower.patch_embedder.input_proj", (hidden, config.patch_values))
+    patch = "vision_tower.patch_embedder.input_proj"
+    if config.has_colours_first:
+        side = config.patch_size
+        found = with_bias("patch", patch, (hidden, 3, side, side), has_bias=False, taps=side**2)
+    else:
+        found = plain("patch", patch, (hidden, config.patch_values))
     found["position"] = EncoderTensor(
         "vision_tower.patch_embedder.position_embedding_table",
         (2, config.most_patches_a_side, hidden),

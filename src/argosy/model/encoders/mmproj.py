@@ -4,8 +4,8 @@
 
 A GGUF model keeps its towers in a separate file of architecture `clip`. Its `clip.projector_type` names the tower, and
 the text model names the family; a file with towers for pictures and for sound has a type for each. Weights keep their
-values, but two are stored differently: the kernel that makes a hidden state from a patch of two frames is two
-matrices, and queries and keys of MoonViT have the pairs of an axis together.
+values, but some are stored differently: the kernel that makes a hidden state from a patch of two frames is two
+matrices, queries and keys of MoonViT have the pairs of an axis together, and Gemma's kernel has colours first.
 
 The file contains the mean and deviation of colours, but for most towers no picture sizes. Sizes then come from the
 released models' `preprocessor_config.json`, named below; llama.cpp uses its own.
@@ -40,10 +40,14 @@ _LAYER_NAMES = {
     "k": "attn_k",
     "v": "attn_v",
     "o": "attn_out",
+    "q_norm": "attn_q_norm",
+    "k_norm": "attn_k_norm",
+    "attn_out_norm": "attn_post_norm",
     "mlp_norm": "ln2",
     "gate": "ffn_gate",
     "up": "ffn_up",
     "down": "ffn_down",
+    "mlp_out_norm": "ffn_post_norm",
 }
 _DEEPSTACK_NAMES = {"norm": "norm", "up": "fc1", "down": "fc2"}
 
@@ -60,6 +64,8 @@ class _Projector:
     read_config: the tower's config as in that checkpoint's `config.json`.
     read_settings: its `preprocessor_config.json`.
     names: tensors outside of layers, by canonical name, without `.weight` or `.bias`.
+    whole_names: those whose names have neither.
+    marks: the tokens before and after a span, if the chat template does not write them.
     stored: how the file differs from the checkpoint, as arguments of the tower's config.
     """
 
@@ -69,17 +75,24 @@ class _Projector:
     read_config: Read
     read_settings: Read
     names: Mapping[str, str]
+    whole_names: Mapping[str, str] = field(default_factory=dict)
+    marks: tuple[str, str] | None = None
     stored: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class TowerInFile:
-    """A tower as its file describes it; `names` maps canonical names to the names of its tensors."""
+    """A tower as its file describes it.
+
+    names: canonical name -> name of the tensor.
+    placeholder, marks: as the projector has them.
+    """
 
     encoder: Encoder
     config: Any
     names: Mapping[str, str]
     placeholder: str
+    marks: tuple[str, str] | None
     settings: Mapping[str, object]
 
 
@@ -161,8 +174,11 @@ def _read_tower(file: GgufFile, model: ModelConfig, kind: Kind) -> TowerInFile:
     config = encoder.read(own, ConfigReader({}, model.family, file.path), model)
     config = replace(config, **projector.stored)
     layers = "v" if kind == "picture" else "a"
-    names = {name: _name(name, layers, projector.names, config) for name in encoder.tensors(config)}
-    return TowerInFile(encoder, config, names, projector.placeholder, settings)
+    names = {
+        name: projector.whole_names.get(name) or _name(name, layers, projector.names, config)
+        for name in encoder.tensors(config)
+    }
+    return TowerInFile(encoder, config, names, projector.placeholder, projector.marks, settings)
 
 
 def _pass_others(reader: GgufConfigReader, kind: Kind) -> None:
@@ -333,6 +349,48 @@ def _kimi_settings(reader: GgufConfigReader) -> dict[str, object]:
     }
 
 
+# ── Gemma-4 ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _read_gemma(reader: GgufConfigReader) -> dict[str, object]:
+    """Read the config. The heads' sizes are those of the tensors, and the file has no rotary base, as in llama.cpp."""
+
+    def size(name: str, axis: int) -> int:
+        ref = reader.file.tensors.get(name)
+        return ref.shape[axis] if ref is not None and len(ref.shape) > axis else 1
+
+    num_heads = reader.integer("vision.attention.head_count")
+    head_dim = max(1, size("v.blk.0.attn_q.weight", 0) // num_heads)
+    reader.integer("vision.image_size")  # nothing depends on it
+    return {
+        "head_dim": head_dim,
+        "hidden_size": reader.integer("vision.embedding_length"),
+        "intermediate_size": reader.integer("vision.feed_forward_length"),
+        "num_attention_heads": num_heads,
+        "num_hidden_layers": reader.integer("vision.block_count", most=MOST_LAYERS),
+        "num_key_value_heads": max(1, size("v.blk.0.attn_k.weight", 0) // head_dim),
+        "patch_size": _patch_size(reader),
+        "pooling_kernel_size": _pooled(reader),
+        "position_embedding_size": size("v.position_embd.weight", 1),
+        "rms_norm_eps": reader.number("vision.attention.layer_norm_epsilon"),
+        "standardize": "v.std_bias" in reader.file.tensors,
+    }
+
+
+def _pooled(reader: GgufConfigReader) -> int:
+    return reader.integer("vision.projector.scale_factor", 3, most=16)
+
+
+def _gemma_settings(reader: GgufConfigReader) -> dict[str, object]:
+    """Return settings as in Gemma-4: 280 tokens, and colours from 0 to 1."""
+    return _read_colours(reader) | {
+        "do_normalize": True,
+        "image_processor_type": "Gemma4ImageProcessor",
+        "patch_size": _patch_size(reader),
+        "pooling_kernel_size": _pooled(reader),
+    }
+
+
 # ── the sound of Qwen3-Omni ─────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -408,6 +466,16 @@ _PROJECTORS: Mapping[str, _Projector] = {
             "projector.down": "mm.2",
         },
         stored={"pair_order": "columns first"},
+    ),
+    "gemma4v": _Projector(
+        families={"gemma4": "gemma4"},
+        placeholder="<|image|>",
+        marks=("<|image>", "<image|>"),
+        read_config=_read_gemma,
+        read_settings=_gemma_settings,
+        names={"patch": "v.patch_embd", "position": "v.position_embd", "projection": "mm.input_projection"},
+        whole_names={"standard_bias": "v.std_bias", "standard_norm": "v.std_scale"},
+        stored={"has_colours_first": True},
     ),
     "qwen3a": _Projector(
         kind="sound",

@@ -289,18 +289,22 @@ def _in_gguf(tower: TowerInFile, files: ModelFiles, header: GgufFile, tokens: li
     accounts.refuse_extra(
         files.config, lambda name: name == _SINUSOIDS, f"the tower that {path.name} describes for {kind}s"
     )
-    if tower.placeholder not in tokens:
-        raise CheckpointError(
-            f"{header.path.name} has no token {tower.placeholder}, which stands for a {kind}",
-            path=header.path,
-            key="tokenizer.ggml.tokens",
-        )
+
+    def id_of(token: str) -> int:
+        if token not in tokens:
+            raise CheckpointError(
+                f"{header.path.name} has no token {token}, which stands for a {kind}, or is beside one",
+                path=header.path,
+                key="tokenizer.ggml.tokens",
+            )
+        return _in_vocabulary(tokens.index(token), token, header.path, files)
+
     return EncoderFiles(
         tower.encoder,
         tower.config,
         tensors,
-        token_id=_in_vocabulary(tokens.index(tower.placeholder), tower.placeholder, header.path, files),
-        marks=None,
+        token_id=id_of(tower.placeholder),
+        marks=None if tower.marks is None else (id_of(tower.marks[0]), id_of(tower.marks[1])),
         settings=(tower.settings, path.name),
     )
 
@@ -336,9 +340,9 @@ def _take_tensors(
         other, other_landing = ((*tensor.shape, 1, 1), tensor.landing) if is_gguf else in_mlx(tensor)
         ref, format = accounts.take(names[canonical], tensor.shape, other)
         block_type = _BLOCKS if ref.dtype == _BLOCKS else None
-        if block_type is not None and is_vector(canonical):
+        if block_type is not None and (is_vector(canonical) or tensor.taps):
             raise CheckpointError(
-                f"{ref.path.name}: {ref.name} is {_BLOCKS}, and a norm or a bias is not quantised",
+                f"{ref.path.name}: {ref.name} is {_BLOCKS}, and a norm, a bias or a convolution is not quantised",
                 path=ref.path,
                 tensor=ref.name,
             )

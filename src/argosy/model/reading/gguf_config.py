@@ -87,6 +87,19 @@ class GgufConfigReader:
             return item
         return self.file.integer(key, default, least=least, most=most)
 
+    def integers(self, name: str, num_layers: int, *, default: int | None = None) -> tuple[int, ...]:
+        """Read a whole number from 1 on for each of `num_layers`; one number counts for all of them."""
+        key = self.key(name)
+        value = self.file.metadata.get(key)
+        if not isinstance(value, GgufArray):
+            return (self.integer(name, default),) * num_layers
+        found = value.values()
+        if len(found) != num_layers or not all(
+            type(item) is int and 1 <= item <= LARGEST_SIZE for item in found
+        ):
+            raise self.file.wrong(key, value, f"a whole number from 1 on for each of {num_layers} layers")
+        return tuple(map(int, found))
+
     def number(self, name: str, default: float | None = None) -> float:
         return self.file.number(self.key(name), default)
 

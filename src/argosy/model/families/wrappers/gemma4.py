@@ -14,17 +14,18 @@ the family (31B), and those with embeddings for every layer (E2B, E4B), are refu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-from argosy.config import ActivationConfig, AttentionConfig, LayerConfig, ModelConfig, RouterConfig
+from argosy.config import LayerConfig, ModelConfig
 from argosy.errors import CheckpointError
+from argosy.model.families.wrappers.gemma import make_config, make_layer
+from argosy.model.families.wrappers.gemma4_gguf import GGUF_ARCHITECTURE, open_gguf
 from argosy.model.reading.common_config import parse_wrapper
 from argosy.model.reading.config_reader import MOST_EXPERTS, MOST_LAYERS, AttentionShape, ConfigReader
 from argosy.model.reading.layout import ATTENTION_NAMES, Layout
 from argosy.model.reading.rope_config import read_ropes_of_layers
 
 MODEL_TYPE = "gemma4"
-GGUF_ARCHITECTURE = None  # their tokenizer is of a kind that is not supported
+__all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 _DEFAULT_ROPES: Mapping[str, Mapping[str, object]] = {
@@ -94,21 +95,6 @@ def _read_text(text: ConfigReader) -> ModelConfig:
     )
 
 
-def make_config(*, hidden_size: int, **sizes: Any) -> ModelConfig:
-    """A model of this family; `sizes` are arguments of `ModelConfig`."""
-    return ModelConfig(
-        family=MODEL_TYPE,
-        hidden_size=hidden_size,
-        router=RouterConfig(renormalize=True, has_expert_scale=True, has_norm=True),
-        activation=ActivationConfig(kind="gelu_tanh"),
-        has_post_norms=True,
-        has_expert_norms=True,
-        has_layer_scale=True,
-        embedding_scale=hidden_size**0.5,
-        **sizes,
-    )
-
-
 def _refuse_siblings(text: ConfigReader) -> None:
     """Refuse the models of the family that have no experts, and switches that only those use."""
     if not text.flag("enable_moe_block", False):
@@ -130,20 +116,14 @@ def _read_layers(text: ConfigReader, shape: AttentionShape) -> tuple[LayerConfig
         text, {kind: head_dim for kind, (_, head_dim) in heads.items()}, _DEFAULT_ROPES
     )
     layers = {
-        kind: LayerConfig(
-            mixer=AttentionConfig(
-                num_heads=shape.num_heads,
-                num_kv_heads=num_kv_heads,
-                head_dim=head_dim,
-                rope=ropes[kind],
-                sliding_window=window if kind == _SLIDING else 0,
-                is_causal=kind == _FULL or not is_image_seen,
-                scale=1.0,
-                keys_are_values=keys_are_values and kind == _FULL,
-                qk_norm="head",
-                has_value_norm=True,
-            ),
-            is_moe=True,
+        kind: make_layer(
+            window=window if kind == _SLIDING else 0,
+            num_heads=shape.num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            rope=ropes[kind],
+            is_causal=kind == _FULL or not is_image_seen,
+            keys_are_values=keys_are_values and kind == _FULL,
         )
         for kind, (num_kv_heads, head_dim) in heads.items()
     }
