@@ -256,7 +256,7 @@ class ReferenceDecoder:
         self._add_mixed(hidden, self._projection(name + "o", attended), layer)
 
     def _add_ffn(self, hidden: Floats, layer: int) -> None:
-        if not self.config.has_post_norms:
+        if f"layers.{layer}.mlp_post_norm" not in self.weights.vectors:
             self._add_networks(hidden, hidden, layer)
             return
         out = np.zeros_like(hidden)
