@@ -38,7 +38,8 @@ from argosy.serve.http.held import Held, Pool
 from argosy.serve.http.streams import SSE
 from argosy.strict_json import parse_json
 from tests.abuse.growth import Row
-from tests.prompt.families import FAMILIES, TOOLS
+from tests.prompt.families import EVERY_FAMILY as FAMILIES
+from tests.prompt.families import TOOLS
 from tests.prompt.tokenizers_for_tests import byte_level_json, llama_json, unigram_json, word_piece_json
 
 Read = Callable[[Any], object]

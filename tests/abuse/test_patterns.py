@@ -22,6 +22,7 @@ ALLOWED = {
     ("model/remote.py", "_LAYER"): "names of at most 256 characters",
     ("model/remote.py", "_EXPERT"): "names of at most 256 characters",
     ("machine/rates.py", "one.pattern"): "a table of ours over the name of this machine's processor",
+    ("prompt/formats/deepseek.py", "parameter"): "at most 256 characters from each place",
     ("prompt/formats/minimax_m2.py", "parameter"): "at most 256 characters from each place",
     ("prompt/formats/parser.py", "'|'.join(map(re.escape, spelled))"): "literal marks",
     ("prompt/formats/qwen3_coder.py", "function"): "tried once for each function",

@@ -27,7 +27,8 @@ from argosy.prompt.formats import find_format
 from argosy.prompt.tokenizer import Tokenizer
 from argosy.prompt.tools import check_tools
 from tests.models.tiny import qwen3_moe, write_model
-from tests.prompt.families import FAMILIES, TOOLS
+from tests.prompt.families import EVERY_FAMILY as FAMILIES
+from tests.prompt.families import TOOLS
 from tests.prompt.test_grammars import ONE
 from tests.prompt.tokenizers_for_tests import byte_level_json, llama_json, unigram_json, word_piece_json
 

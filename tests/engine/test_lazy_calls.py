@@ -13,7 +13,8 @@ from argosy.config import Grammar, Trigger
 from argosy.engine.grammar.constraint import Constraint, GrammarCompiler
 from argosy.errors import GrammarError, Overloaded, UsageError
 from argosy.prompt.prompt import Prompt
-from tests.prompt.families import FAMILIES, TOOLS
+from tests.prompt.families import EVERY_FAMILY as FAMILIES
+from tests.prompt.families import TOOLS
 from tests.prompt.test_grammars import CALLING, OSLO, TWO, ids_of
 from tests.prompt.test_grammars import ONE as ONE_FORCED
 

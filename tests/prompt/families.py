@@ -153,6 +153,36 @@ FAMILIES = {
     )
 }
 
+_HY3 = [f"<{slash}{name}:opensource>" for slash in ("", "/") for name in (
+    "think", "tool_calls", "tool_call", "arg_key", "arg_value",
+)] + ["<tool_sep:opensource>"]  # fmt: skip
+_COHERE = [f"<|{end}_{name}|>" for end in ("START", "END") for name in ("THINKING", "TEXT", "ACTION")]
+
+# Families whose templates here are short: they show how calls and thoughts are written, and no more.
+SHORT = {
+    family.name: family
+    for family in (
+        _family("hunyuan", templates.HUNYUAN_A13B, [], [], ["<|im_end|>"]),
+        _family("granite", templates.GRANITE_3, ["<|tool_call|>"], [], ["<|im_end|>"]),
+        _family("cohere2", templates.COHERE2_MOE, _COHERE, [], ["<|im_end|>"]),
+        _family(
+            "lfm2",
+            templates.LFM2,
+            ["<|tool_call_start|>", "<|tool_call_end|>"],
+            ["<think>", "</think>"],
+            ["<|im_end|>"],
+        ),
+        _family("llama4", templates.LLAMA_4, ["<|python_start|>", "<|python_end|>"], [], ["<|im_end|>"]),
+        _family(
+            "deepseek_v32", templates.DEEPSEEK_V32, ["｜DSML｜"], ["<think>", "</think>"], ["<|im_end|>"]
+        ),
+        _family("deepseek_v4", templates.DEEPSEEK_V4, [], ["<think>", "</think>"], ["<|im_end|>"]),
+        _family("hy3", templates.HY_3, _HY3, [], ["<|im_end|>"]),
+    )
+}
+
+EVERY_FAMILY = FAMILIES | SHORT
+
 WEATHER = {
     "type": "function",
     "function": {

@@ -19,7 +19,8 @@ from argosy.prompt.formats import Format, ToolCallBegin, collect, find_format
 from argosy.prompt.prompt import Prompt
 from argosy.prompt.tokenizer import Tokenizer
 from argosy.prompt.tools import Tool, check_tools
-from tests.prompt.families import FAMILIES, TOOLS, Family
+from tests.prompt.families import EVERY_FAMILY as FAMILIES
+from tests.prompt.families import TOOLS, Family
 
 CALLING = [name for name in FAMILIES if name != "chatml"]
 CHECKED = check_tools(TOOLS)
@@ -85,6 +86,20 @@ ONE = {
     "minimax_m2": '<minimax:tool_call>\n<invoke name="get_weather">\n<parameter name="city">Oslo</parameter>\n'
     "</invoke>\n</minimax:tool_call>",
 }
+ONE |= {
+    "hunyuan": '<tool_calls>[{"name": "get_weather", "arguments": ' + OSLO + "}]</tool_calls>",
+    "granite": '<|tool_call|>[{"name": "get_weather", "arguments": ' + OSLO + "}]",
+    "cohere2": '<|START_ACTION|>[\n    {"tool_call_id": "0", "tool_name": "get_weather", "parameters": '
+    + OSLO
+    + "}\n]<|END_ACTION|>",
+    "lfm2": '<|tool_call_start|>[get_weather(city="Oslo")]<|tool_call_end|>',
+    "llama4": '<|python_start|>[get_weather(city="Oslo")]<|python_end|>',
+    "deepseek_v4": '<｜DSML｜tool_calls>\n<｜DSML｜invoke name="get_weather">\n'
+    '<｜DSML｜parameter name="city" string="true">Oslo</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>',
+    "hy3": "<tool_calls>\n<tool_call>get_weather<tool_sep>\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n"
+    "</tool_call>\n</tool_calls>".replace(">", ":opensource>"),
+}
+ONE["deepseek_v32"] = ONE["deepseek_v4"].replace("tool_calls>", "function_calls>")
 ONE["qwen2_5"] = ONE["qwen3"]
 ONE["minimax_spelled"] = ONE["minimax_m2"]
 
@@ -103,6 +118,25 @@ TWO = {
     "mistral": ONE["mistral"].removesuffix("]") + ', {"name": "clock", "arguments": {}}]',
     "mistral_args": ONE["mistral_args"] + "[TOOL_CALLS]clock[ARGS]{}",
     "minimax_m2": ONE["minimax_m2"].replace("</minimax", '<invoke name="clock">\n</invoke>\n</minimax'),
+}
+_CLOCK = ', {"name": "clock", "arguments": {}}]'
+TWO |= {
+    "hunyuan": ONE["hunyuan"].replace("]", _CLOCK),
+    "granite": ONE["granite"].replace("]", _CLOCK),
+    "cohere2": ONE["cohere2"].replace(
+        "\n]", ',\n    {"tool_call_id": "1", "tool_name": "clock", "parameters": {}}\n]'
+    ),
+    **{name: ONE[name].replace("]", ", clock()]") for name in ("lfm2", "llama4")},
+    **{
+        name: ONE[name].replace(
+            "</｜DSML｜invoke>\n", '</｜DSML｜invoke>\n<｜DSML｜invoke name="clock">\n</｜DSML｜invoke>\n'
+        )
+        for name in ("deepseek_v32", "deepseek_v4")
+    },
+    "hy3": ONE["hy3"].replace(
+        "\n</tool_calls",
+        "\n<tool_call:opensource>clock<tool_sep:opensource>\n</tool_call:opensource>\n</tool_calls",
+    ),
 }
 TWO["qwen2_5"] = TWO["qwen3"]
 TWO["minimax_spelled"] = TWO["minimax_m2"]
@@ -164,6 +198,7 @@ def test_text_that_is_no_call_is_refused_where_it_departs_from_one(name: str) ->
 
 
 JSON_FORMATS = ["qwen3", "deepseek_v3", "deepseek_v31", "kimi_k2", "harmony", "mistral", "mistral_args"]
+JSON_FORMATS += ["hunyuan", "granite", "cohere2"]
 
 
 @pytest.mark.parametrize("name", JSON_FORMATS)
@@ -232,6 +267,75 @@ def test_values_written_one_by_one_must_match_their_schemas(
     assert takes(name, grammar, text) == (value is not None)
     if value is not None:
         assert read(name, text) == [("get_weather", value)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value"),
+    [
+        ('city="a\\nb é🙂"', {"city": "a\nb é🙂"}),
+        (
+            'city="x", days=3, unit="celsius", exact=true, places=["a"], more={"k": [1, null]}, limit=null',
+            {
+                "city": "x", "days": 3, "unit": "celsius", "exact": True, "places": ["a"], "more": {"k": [1, None]},
+                "limit": None,
+            },
+        ),
+        ("days=3", None),
+        ("city=3", None),
+        ('city="x", days="3"', None),
+        ('city="x", unit="kelvin"', None),
+        ('city="x", other=1', None),
+        ('city="x", ', None),
+    ],
+)  # fmt: skip
+def test_arguments_of_a_pythonic_call_must_match_their_schema(
+    arguments: str, value: dict[str, Any] | None
+) -> None:
+    for name in ("lfm2", "llama4"):
+        text = ONE[name].replace('city="Oslo"', arguments)
+        assert takes(name, format_of(name).grammar(CHECKED), text) == (value is not None)
+        if value is not None:
+            assert read(name, text) == [("get_weather", value)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value"),
+    [
+        ([("city", "true", 'a\nb <b> "')], {"city": 'a\nb <b> "'}),
+        (
+            [
+                ("city", "true", "42"),
+                ("days", "false", "3"),
+                ("exact", "false", "true"),
+                ("limit", "false", "null"),
+            ],
+            {"city": "42", "days": 3, "exact": True, "limit": None},
+        ),
+        ([("days", "false", "3")], None),
+        ([("city", "false", "3")], None),
+        ([("city", "true", "x"), ("days", "true", "3")], None),
+        ([("city", "true", "x"), ("unit", "true", "kelvin")], None),
+    ],
+)
+def test_values_of_deepseek_s_tags_must_match_their_schemas(
+    arguments: list[tuple[str, str, str]], value: dict[str, Any] | None
+) -> None:
+    inside = "".join(
+        f'<｜DSML｜parameter name="{key}" string="{is_string}">{text}</｜DSML｜parameter>\n'
+        for key, is_string, text in arguments
+    )
+    for name in ("deepseek_v32", "deepseek_v4"):
+        first, last = ONE[name].index("<｜DSML｜parameter"), ONE[name].index("</｜DSML｜invoke")
+        text = ONE[name][:first] + inside + ONE[name][last:]
+        assert takes(name, format_of(name).grammar(CHECKED), text) == (value is not None)
+        if value is not None:
+            assert read(name, text) == [("get_weather", value)]
+
+
+def test_the_marks_around_a_text_may_stand_around_a_form() -> None:
+    grammar = format_of("cohere2").grammar((), form=WORDS)
+    assert takes("cohere2", grammar, "<|START_THINKING|>hm<|END_THINKING|><|START_TEXT|>ab/<|END_TEXT|>")
+    refuses_at("cohere2", grammar, "<|START_TEXT|>ab//<|END_TEXT|>")
 
 
 GEMMA = "<|tool_call>call:get_weather{{{}}}<tool_call|>"

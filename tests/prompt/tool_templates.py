@@ -517,3 +517,83 @@ MINIMAX_M2 = r"""{%- set open, close = '<minimax:tool_call>', '</minimax:tool_ca
   {%- elif m.role == 'user' -%}{{ ']~b]user\n' ~ visible(m.content) ~ '[e~[\n' }}{%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ ']~b]ai\n<think>\n' }}{%- endif -%}"""
+
+# Turns as in ChatML. Calls, thoughts and the marks around text are each family's; capitals stand for them.
+_SHORT = r"""{%- if tools -%}{{ '<|im_start|>system\n' ~ tools | tojson ~ '<|im_end|>\n' }}{%- endif -%}
+{%- for m in messages -%}
+  {{- '<|im_start|>' ~ m.role ~ '\n' -}}
+  {%- if m.reasoning_content -%}{{ 'THINK' ~ m.reasoning_content ~ 'DONE' }}{%- endif -%}
+  {%- if m.content and m.role == 'assistant' -%}{{ 'OPEN' ~ m.content ~ 'CLOSE' }}
+  {%- else -%}{{ m.content or '' }}{%- endif -%}
+  {%- for call in m.tool_calls or [] -%}
+    {%- set f = call.function -%}
+    {{- 'FIRST' if loop.first else 'BETWEEN' -}}
+    CALL
+    {{- 'LAST' if loop.last else '' -}}
+  {%- endfor -%}
+  {{- '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"""
+
+
+def _short(call: str, first: str, between: str, last: str, think: str, done: str, *around: str) -> str:
+    opened, closed = around or ("", "")
+    parts = {
+        "THINK": think,
+        "DONE": done,
+        "OPEN": opened,
+        "CLOSE": closed,
+        "FIRST": first,
+        "BETWEEN": between,
+    }
+    made = _SHORT
+    for name, text in {**parts, "LAST": last}.items():
+        made = made.replace(name, text)
+    return made.replace("CALL", call)
+
+
+_OBJECT = """{{- '{"name": "' ~ f.name ~ '", "arguments": ' ~ f.arguments | tojson ~ '}' -}}"""
+HUNYUAN_A13B = _short(
+    _OBJECT,
+    "<tool_calls>[",
+    ", ",
+    "]</tool_calls>",
+    r"<think>\n",
+    r"\n</think>\n",
+    r"<answer>\n",
+    r"\n</answer>",
+)
+GRANITE_3 = _short(_OBJECT, "<|tool_call|>[", ", ", "]", "", "")
+COHERE2_MOE = _short(
+    """{{- '{"tool_call_id": "' ~ call.id ~ '", "tool_name": "' ~ f.name ~ '", "parameters": ' ~ f.arguments | tojson
+        ~ '}' -}}""",
+    r"<|START_ACTION|>[\n    ", r",\n    ", r"\n]<|END_ACTION|>", "<|START_THINKING|>", "<|END_THINKING|>",
+    "<|START_TEXT|>", "<|END_TEXT|>",
+)  # fmt: skip
+_PYTHON = """{{- f.name ~ '(' -}}
+    {%- for key, value in f.arguments.items() -%}
+      {{- key ~ '=' ~ (value | string if value is boolean or value is number or value is none
+          else "'" ~ value ~ "'" if value is string else value | tojson) ~ ('' if loop.last else ', ') -}}
+    {%- endfor -%}
+    {{- ')' -}}"""
+LFM2 = _short(_PYTHON, "<|tool_call_start|>[", ", ", "]<|tool_call_end|>", "<think>", "</think>")
+LLAMA_4 = _short(_PYTHON, "<|python_start|>[", ", ", "]<|python_end|>", "", "")
+_TAGS = r"""{{- '<｜DSML｜invoke name="' ~ f.name ~ '">\n' -}}
+    {%- for key, value in f.arguments.items() -%}
+      {{- '<｜DSML｜parameter name="' ~ key ~ '" string="' ~ ('true' if value is string else 'false') ~ '">'
+          ~ (value if value is string else value | tojson) ~ '</｜DSML｜parameter>\n' -}}
+    {%- endfor -%}
+    {{- '</｜DSML｜invoke>\n' -}}"""
+DEEPSEEK_V32 = _short(
+    _TAGS, r"\n\n<｜DSML｜function_calls>\n", "", "</｜DSML｜function_calls>", "<think>", "</think>"
+)
+DEEPSEEK_V4 = DEEPSEEK_V32.replace("function_calls>", "tool_calls>")
+HY_3 = _short(
+    r"""{{- '<tool_call:opensource>' ~ f.name ~ '<tool_sep:opensource>\n' -}}
+    {%- for key, value in f.arguments.items() -%}
+      {{- '<arg_key:opensource>' ~ key ~ '</arg_key:opensource>\n<arg_value:opensource>'
+          ~ (value if value is string else value | tojson) ~ '</arg_value:opensource>\n' -}}
+    {%- endfor -%}
+    {{- '</tool_call:opensource>\n' -}}""",
+    r"<tool_calls:opensource>\n", "", "</tool_calls:opensource>", "<think:opensource>", "</think:opensource>",
+)  # fmt: skip

@@ -15,6 +15,7 @@ from argosy.prompt.formats.parser import SPACE, CutCall, FoundCall, Mark, Parser
 from argosy.prompt.tools import Tool
 
 if TYPE_CHECKING:
+    from argosy.config import Grammar
     from argosy.prompt.prompt import Prompt
 
 # closing marks inside one call: each one makes the call be parsed again, so they must be few
@@ -29,22 +30,32 @@ class BlockFormat(Format):
             does.
         sections: marks around all calls, if the format has them.
         inside: marks inside a block.
+        wrapping: pairs of marks around the text of an answer, which are not part of it.
     """
 
     blocks: ClassVar[Mapping[str, str | None]]
     sections: ClassVar[tuple[str, ...]] = ()
     inside: ClassVar[tuple[str, ...]] = ()
+    wrapping: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     @classmethod
     def marks(cls) -> Sequence[str]:
         closing = (mark for mark in cls.blocks.values() if mark is not None)
-        return tuple(dict.fromkeys((*cls.thinking, *cls.blocks, *closing, *cls.sections, *cls.inside)))
+        others = (*cls.sections, *cls.inside, *(mark for pair in cls.wrapping for mark in pair))
+        return tuple(dict.fromkeys((*cls.thinking, *cls.blocks, *closing, *others)))
 
     def parser(self, tools: Sequence[Tool] = (), prompt: Prompt | None = None) -> Parser:
         return BlockParser(self, tools, is_reasoning=self.thoughts_in(prompt) == "open")
 
     def _lazy_calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> tuple[str, Sequence[str]]:
         return self._calls(lark, tools, parallel), self.sections[:1] or tuple(self.blocks)
+
+    def _text(self, lark: Lark, form: Grammar) -> str:
+        text = super()._text(lark, form)
+        for opened, closed in self.wrapping:
+            if lark.has_token(opened):
+                return f"({lark.mark(opened)})? {text} ({lark.mark(closed)})?"
+        return text
 
     @abstractmethod
     def read(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Reading:
@@ -72,6 +83,7 @@ class BlockParser(Parser):
         self._owed: list[str] = []  # marks of a section without a call so far
         self._maybe: list[str] | None = None  # everything from a call inside thoughts on
         self._is_settling = False
+        self._wrapped_until: str | None = None  # the mark that closes the marks around the text
 
     def _take(self, lexeme: str) -> None:
         if self._block is not None:
@@ -84,6 +96,11 @@ class BlockParser(Parser):
             else:
                 self._pay()
                 self._say(lexeme)
+        elif lexeme == self._wrapped_until or (
+            lexeme in dict(self._form.wrapping) and (self._drops_space or not self._has_said)
+        ):
+            self._wrapped_until = dict(self._form.wrapping).get(lexeme)
+            self._switch(is_reasoning=False)
         elif lexeme == self._form.thinking[0] and not (self._has_said and lexeme in self._lexer.spelled):
             self._pay()
             self._switch(is_reasoning=True)

@@ -8,7 +8,13 @@
     <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{"city": "Oslo"}
     <｜tool▁call▁end｜><｜tool▁calls▁end｜>
 
-Both are read; the chat template decides which one a grammar requires.
+Both are read; the chat template decides which one a grammar requires. V3.2 and V4 write tags:
+
+    <｜DSML｜function_calls>
+    <｜DSML｜invoke name="get_weather">
+    <｜DSML｜parameter name="city" string="true">Oslo</｜DSML｜parameter>
+    </｜DSML｜invoke>
+    </｜DSML｜function_calls>
 """
 
 from __future__ import annotations
@@ -18,13 +24,23 @@ from collections.abc import Mapping, Sequence
 
 from argosy.prompt.formats.block_format import BlockFormat, halves, inside_of
 from argosy.prompt.formats.format import beginning_of_call, call_of, ends_inside_string
-from argosy.prompt.formats.lark import Lark
+from argosy.prompt.formats.functions import Tags, read_cut_functions, read_functions
+from argosy.prompt.formats.lark import Lark, ValueForm
 from argosy.prompt.formats.parser import CutCall, FoundCall, Reading
-from argosy.prompt.tools import Tool
+from argosy.prompt.tools import Tool, types_of
 
 BEGIN, END = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
 ALL_BEGIN, ALL_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 SEPARATOR = "<｜tool▁sep｜>"
+DSML = "｜DSML｜"
+_PARAMETER_END = f"</{DSML}parameter>"
+_TAGS = Tags(
+    function=re.compile(rf'<{DSML}invoke name="([^"\n]+)">'),
+    function_end=f"</{DSML}invoke>",
+    parameter=re.compile(rf'<{DSML}parameter name="(.{{1,256}}?)" string="(true|false)">'),
+    parameter_end=_PARAMETER_END,
+    line_around_values=False,
+)
 _FENCED = re.compile(r"\s*([^\s`]+)\s*```(?:json)?\n(.*?)\n?```\s*", re.DOTALL)
 _FENCE_OPENED = re.compile(r"\s*([^\s`]+)\s*```(?:json)?\n([^`]*)`{0,3}\s*", re.DOTALL)
 
@@ -74,4 +90,63 @@ class DeepSeekV3(DeepSeekV31):
         return f'"function" {lark.mark(SEPARATOR)} {head} {lark.arguments(tool)} "\\n```"'
 
 
-FORMATS = (DeepSeekV3, DeepSeekV31)
+class DeepSeekV32(BlockFormat):
+    name = "deepseek_v32"
+    words = (DSML, "function_calls>")
+    pieces = (DSML,)
+    blocks = {f"<{DSML}function_calls>": f"</{DSML}function_calls>"}  # noqa: RUF012
+
+    def read(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Reading:
+        return read_functions("".join(inside_of(block, self.blocks[block[0]] or "")), _TAGS, tools)
+
+    def read_cut(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Sequence[FoundCall | CutCall]:
+        return read_cut_functions("".join(inside_of(block, self.blocks[block[0]] or "")), _TAGS, tools)
+
+    def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
+        bodies = " | ".join(
+            lark.rule(
+                f'{lark.literal(f"""<{DSML}invoke name="{tool.name}">""")} "\\n" '
+                f'{self._parameters(lark, tool)} {lark.literal(f"</{DSML}invoke>")} "\\n"'
+            )
+            for tool in tools
+        )
+        opened, closed = next(iter(self.blocks.items()))
+        return f'{lark.mark(opened)} "\\n" ({bodies}){"+" if parallel else ""} {lark.mark(closed or "")}'
+
+    def _lazy_calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> tuple[str, Sequence[str]]:
+        calls, words = super()._lazy_calls(lark, tools, parallel)
+        if not self.lexer.pieces:
+            return calls, words
+        return calls.removeprefix(
+            lark.literal("<")
+        ).lstrip(), self.pieces  # the token behind it is the trigger
+
+    @staticmethod
+    def _parameters(lark: Lark, tool: Tool) -> str:
+        """The arguments in the order of the tool's parameters; a string is bare text, all else is JSON."""
+        parts = []
+        whole = {key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}
+        for name, schema in tool.properties.items():
+            types = types_of(schema, tool.parameters)
+            forms = []
+            if not types or "string" in types:
+                form = ValueForm([f'<{DSML}parameter name="{{}}" string="true">'], _PARAMETER_END, rest="\n")
+                forms.append(
+                    f"{form.before(lark, name)} {lark.bare_value(schema, tool, form, types={'string'})}"
+                )
+            if types - {"string"}:
+                form = ValueForm([f'<{DSML}parameter name="{{}}" string="false">'], _PARAMETER_END, rest="\n")
+                value = lark.json({**whole, **schema} if isinstance(schema, Mapping) else schema, tool)
+                forms.append(f"{form.before(lark, name)} {value} {form.after(lark)}")
+            part = f"({' | '.join(forms)})"
+            parts.append(part if name in tool.required else f"{part}?")
+        return " ".join(parts)
+
+
+class DeepSeekV4(DeepSeekV32):
+    name = "deepseek_v4"
+    words = (DSML, "tool_calls>")
+    blocks = {f"<{DSML}tool_calls>": f"</{DSML}tool_calls>"}  # noqa: RUF012
+
+
+FORMATS = (DeepSeekV3, DeepSeekV31, DeepSeekV32, DeepSeekV4)

@@ -42,6 +42,7 @@ class Format(ABC):
         thinking: the marks around thoughts.
         tokens, words: the evidence that a model writes this format: control tokens of its vocabulary, and what its chat
             template says.
+        pieces: control tokens that are parts of spelled marks.
         lexer: separates marks from text.
     """
 
@@ -49,6 +50,7 @@ class Format(ABC):
     thinking: ClassVar[tuple[str, str]] = ("<think>", "</think>")
     tokens: ClassVar[tuple[str, ...]] = ()
     words: ClassVar[tuple[str, ...]] = ()
+    pieces: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def fits(cls, tokenizer: Tokenizer, template: str) -> bool:
@@ -63,7 +65,7 @@ class Format(ABC):
             for mark in self.thinking
             if tokenizer.control_id(mark) is None and mark not in (tokenizer.chat_template or "")
         }
-        self.lexer = Lexer([mark for mark in self.marks() if mark not in unknown], tokenizer)
+        self.lexer = Lexer([mark for mark in self.marks() if mark not in unknown], tokenizer, self.pieces)
         self._tokenizer = tokenizer
 
     @classmethod
@@ -137,7 +139,8 @@ class Format(ABC):
 
     def _word(self, mark: str) -> str | int:
         """`mark` as a trigger word: its token if it has one."""
-        return next((token_id for token_id, known in self.lexer.ids.items() if known == mark), mark)
+        tokens = self.lexer.pieces | self.lexer.ids
+        return next((token_id for token_id, known in tokens.items() if known == mark), mark)
 
     def _free_stretches(self) -> tuple[Sequence[str], Sequence[str]]:
         """The marks that begin and end stretches where calls do not count: those of thoughts, if the model has any."""

@@ -23,7 +23,8 @@ class Tags:
     """A format's spelling of the tags.
 
     Attributes:
-        function, parameter: patterns of the opening tags; their only group is the name.
+        function, parameter: patterns of the opening tags; their first group is the name. A parameter's second group,
+            if there is one, is "true" for a string and "false" for JSON.
         function_end, parameter_end: the closing tags.
         line_around_values: one line break before and one after a value are not part of it.
     """
@@ -81,7 +82,10 @@ def _read_parameters(
         value = text[key.end() : end]
         if tags.line_around_values:
             value = value.removeprefix("\n").removesuffix("\n")
-        arguments[key[1]] = value_of(value, tool.properties.get(key[1]), tool.parameters)
+        is_string = key[2] if tags.parameter.groups > 1 else None
+        arguments[key[1]] = (
+            value if is_string == "true" else value_of(value, tool.properties.get(key[1]), tool.parameters)
+        )
         at = _skip(text, end + len(tags.parameter_end))
     return at + len(tags.function_end)
 

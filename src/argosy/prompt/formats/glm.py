@@ -5,12 +5,22 @@
     <arg_value>Oslo</arg_value>
     </tool_call>
 
-4.7 omits the line breaks; both spellings are read.
+4.7 omits the line breaks; both spellings are read. Laguna and Ling-3 write the same.
+
+Hy3 has marks of its own around all calls and behind the name:
+
+    <tool_calls:opensource>
+    <tool_call:opensource>get_weather<tool_sep:opensource>
+    <arg_key:opensource>city</arg_key:opensource>
+    <arg_value:opensource>Oslo</arg_value:opensource>
+    </tool_call:opensource>
+    </tool_calls:opensource>
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
 
 from argosy.prompt.formats.block_format import BlockFormat, inside_of
 from argosy.prompt.formats.lark import Lark, ValueForm
@@ -21,14 +31,16 @@ from argosy.prompt.tools import Tool, value_of
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 KEY, KEY_END = "<arg_key>", "</arg_key>"
 VALUE, VALUE_END = "<arg_value>", "</arg_value>"
+SEPARATOR = "<tool_sep>"
 
 
 class Glm(BlockFormat):
     name = "glm"
-    words = (KEY,)
+    words: ClassVar[tuple[str, ...]] = (KEY,)
     blocks = {OPEN: CLOSE}  # noqa: RUF012 (a ClassVar, declared in the base)
-    inside = (KEY, KEY_END, VALUE, VALUE_END)
-    line = "\n"
+    inside: ClassVar[tuple[str, ...]] = (KEY, KEY_END, VALUE, VALUE_END)
+    line: ClassVar[str] = "\n"
+    separator: ClassVar[str] = ""  # behind the name
 
     def read(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Reading:
         rest = iter(inside_of(block, CLOSE))
@@ -70,11 +82,15 @@ class Glm(BlockFormat):
 
     def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
         line = lark.literal(self.line) if self.line else ""
-        form = ValueForm([KEY, "{}", KEY_END, *filter(None, [self.line]), VALUE], VALUE_END, rest=self.line)
+        separator = lark.mark(self.separator) if self.separator else ""
+        key, key_end, value, value_end = self.inside[:4]
+        form = ValueForm([key, "{}", key_end, *filter(None, [self.line]), value], value_end, rest=self.line)
         bodies = " | ".join(
-            lark.rule(f"{lark.literal(tool.name)} {line} {lark.bare_values(tool, form)}") for tool in tools
+            lark.rule(f"{lark.literal(tool.name)} {separator} {line} {lark.bare_values(tool, form)}")
+            for tool in tools
         )
-        call = lark.rule(f"{lark.mark(OPEN)} ({bodies}) {lark.mark(CLOSE)}")
+        opened, closed = next(iter(self.blocks.items()))
+        call = lark.rule(f"{lark.mark(opened)} ({bodies}) {lark.mark(closed or '')}")
         return f"{call} ({line} {call})*" if parallel else call
 
 
@@ -82,6 +98,41 @@ class Glm47(Glm):
     name = "glm47"
     words = (f"{KEY_END}{VALUE}",)
     line = ""
+
+
+def _hy3(mark: str) -> str:
+    return f"{mark[:-1]}:opensource>"
+
+
+class Hy3(Glm):
+    name = "hy3"
+    tokens = (_hy3(SEPARATOR),)
+    words = ()
+    thinking = (_hy3("<think>"), _hy3("</think>"))
+    blocks = {_hy3(OPEN): _hy3(CLOSE)}  # noqa: RUF012
+    sections = (_hy3("<tool_calls>"), _hy3("</tool_calls>"))
+    inside = (*map(_hy3, Glm.inside), _hy3(SEPARATOR))
+    separator = _hy3(SEPARATOR)
+
+    def read(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Reading:
+        return super().read(_as_glm(block), tools)
+
+    def read_cut(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Sequence[FoundCall | CutCall]:
+        return super().read_cut(_as_glm(block), tools)
+
+    def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
+        first, last = map(lark.mark, self.sections)
+        return f'{first} "\\n" {super()._calls(lark, tools, parallel)} "\\n" {last}'
+
+
+def _as_glm(block: Sequence[str]) -> list[str]:
+    """The lexemes with GLM's marks, and a line break in place of the mark behind the name."""
+    return [
+        ("\n" if one == _hy3(SEPARATOR) else Mark(one.replace(":opensource", "")))
+        if isinstance(one, Mark)
+        else one
+        for one in block
+    ]
 
 
 def _up_to(lexemes: Iterator[str], mark: str) -> tuple[str, str | None]:
@@ -94,4 +145,4 @@ def _up_to(lexemes: Iterator[str], mark: str) -> tuple[str, str | None]:
     return "".join(text), None
 
 
-FORMATS = (Glm47, Glm)
+FORMATS = (Hy3, Glm47, Glm)

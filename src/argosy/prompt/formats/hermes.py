@@ -7,20 +7,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 from argosy.prompt.formats.block_format import BlockFormat, inside_of
-from argosy.prompt.formats.format import beginning_of_call, call_of, ends_inside_string
+from argosy.prompt.formats.format import call_of, ends_inside_string
+from argosy.prompt.formats.json_list import beginning_of_named_object
 from argosy.prompt.formats.lark import Lark
 from argosy.prompt.formats.parser import CutCall, FoundCall, Reading
 from argosy.prompt.json_text import read_object
 from argosy.prompt.tools import Tool
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-_BEGINNING = re.compile(
-    r'\s*\{\s*"name"\s*:\s*"([^"\\]+)"(?:\s*,\s*"(?:arguments|parameters)"\s*:\s*(\{.*))?', re.DOTALL
-)
 
 
 class Hermes(BlockFormat):
@@ -46,12 +43,6 @@ class Hermes(BlockFormat):
         bodies = " | ".join(lark.rule(named_object(lark, tool)) for tool in tools)
         call = lark.rule(f'{lark.mark(OPEN)} "\\n" ({bodies}) "\\n" {lark.mark(CLOSE)}')
         return f'{call} ("\\n" {call})*' if parallel else call
-
-
-def beginning_of_named_object(text: str, tools: Mapping[str, Tool]) -> Sequence[FoundCall | CutCall]:
-    """The call that begins with `text`, if the text contains its name."""
-    begun = _BEGINNING.match(text)
-    return () if begun is None else beginning_of_call(begun[1], begun[2] or "", tools)
 
 
 def named_object(lark: Lark, tool: Tool) -> str:

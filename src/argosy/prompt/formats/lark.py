@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from argosy.config import LENIENT_SCHEMA, MAX_GRAMMAR_CHARACTERS, Grammar
 from argosy.errors import GrammarError
@@ -44,6 +44,7 @@ class Lark:
     def __init__(self, lexer: Lexer, *, drops_schemas: bool = False, frees_tools: bool = False) -> None:
         self._drops_schemas, self._frees_tools = drops_schemas, frees_tools
         self._ids = {str(mark): token_id for token_id, mark in lexer.ids.items()}
+        self._pieces = lexer.pieces
         self._rules: dict[str, str] = {}  # body to name, with its options
         self._num_characters = 0  # in all schemas
 
@@ -67,8 +68,12 @@ class Lark:
     def mark(self, mark: str) -> str:
         return f"<[{self._ids[mark]}]>" if mark in self._ids else self.literal(mark)
 
-    @staticmethod
-    def literal(text: str) -> str:
+    def literal(self, text: str) -> str:
+        for token_id, piece in self._pieces.items():
+            if piece in text:
+                before, _, behind = text.partition(piece)
+                parts = [self.literal(part) if part else "" for part in (before, behind)]
+                return f" <[{token_id}]> ".join(parts).strip()
         return json.dumps(text, ensure_ascii=False)
 
     def space(self) -> str:
@@ -79,6 +84,11 @@ class Lark:
         """Any text up to and including the first `mark`; `before` stands directly before the mark."""
         if mark in self._ids and not before:
             return f"{self.rule(_ANYTHING)} {self.mark(mark)}"
+        for token_id, piece in self._pieces.items():
+            if piece in mark:
+                first, _, rest = mark.partition(piece)
+                text = self.rule(rf"/(.|\n)*{_in_regex(before + first)}/")
+                return f"{text} <[{token_id}]> {self.literal(rest)}"
         return self.rule(rf"/(.|\n)*{_in_regex(before + mark)}/", "[lazy]")
 
     def json(self, schema: object, tool: Tool | None = None) -> str:
@@ -126,12 +136,13 @@ class Lark:
         """The arguments of a call, each in its own tags, in the order of the tool's parameters."""
         parts, required = [], frozenset(tool.required)
         for name, schema in tool.properties.items():
-            part = f"{form.before(self, name)} {self._bare_value(schema, tool, form)}"
+            types = types_of(schema, tool.parameters)
+            part = f"{form.before(self, name)} {self.bare_value(schema, tool, form, types)}"
             parts.append(part if name in required else f"({part})?")
         return " ".join(parts)
 
-    def _bare_value(self, schema: object, tool: Tool, form: ValueForm) -> str:
-        types = types_of(schema, tool.parameters)
+    def bare_value(self, schema: object, tool: Tool, form: ValueForm, types: Collection[str]) -> str:
+        """A value of one of the `types`, up to the end of its tags; a string has no quotes."""
         choices = schema.get("enum") if isinstance(schema, Mapping) else None
         if isinstance(choices, list) and choices and all(isinstance(choice, str) for choice in choices):
             value = f"({' | '.join(map(self.literal, choices))})"

@@ -10,22 +10,20 @@ Only the next call or the end closes a call. Templates expect ids of nine letter
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 
 from argosy.prompt.formats.block_format import BlockFormat
 from argosy.prompt.formats.format import beginning_of_call, call_of
-from argosy.prompt.formats.hermes import beginning_of_named_object, named_object
+from argosy.prompt.formats.hermes import named_object
+from argosy.prompt.formats.json_list import read_beginning_of_list, read_list
 from argosy.prompt.formats.lark import Lark
 from argosy.prompt.formats.parser import CutCall, FoundCall, Mark, Reading
-from argosy.prompt.json_text import read_json
 from argosy.prompt.messages import Call
 from argosy.prompt.tools import Tool
 
 CALLS, ARGUMENTS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 _ID = re.compile(r"[A-Za-z0-9]{9}")
-_BETWEEN = re.compile(r"[\s,]*")
 
 
 class Mistral(BlockFormat):
@@ -37,14 +35,14 @@ class Mistral(BlockFormat):
 
     def read(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Reading:
         if not _has_marks(block):
-            return _read_list("".join(block[1:]), tools)
+            return read_list("".join(block[1:]), tools)
         parts = _parts(block)
         call = None if parts is None else call_of(parts[0], parts[1], tools, parts[2])
         return None if call is None else [call]
 
     def read_cut(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Sequence[FoundCall | CutCall]:
         if not _has_marks(block):
-            return _read_beginning_of_list("".join(block[1:]), tools)
+            return read_beginning_of_list("".join(block[1:]), tools)
         parts = _parts(block)
         return () if parts is None else beginning_of_call(parts[0], parts[1], tools, parts[2])
 
@@ -80,40 +78,6 @@ def _parts(block: Sequence[str]) -> tuple[str, str, str | None] | None:
     else:
         return None
     return "".join(block[1 : marks[0]]).strip(), "".join(block[last + 1 :]).strip(), own_id
-
-
-def _read_beginning_of_list(text: str, tools: Mapping[str, Tool]) -> Sequence[FoundCall | CutCall]:
-    """Parse the items of a cut list: complete ones, and the start of the last."""
-    calls: list[FoundCall | CutCall] = []
-    text = text.lstrip().removeprefix("[")
-    at = 0
-    while (start := _BETWEEN.match(text, at)) is not None and (at := start.end()) < len(text):
-        try:
-            _, end = json.JSONDecoder().raw_decode(text, at)
-        except (ValueError, RecursionError):
-            return [*calls, *beginning_of_named_object(text[at:], tools)]
-        calls += _read_list(f"[{text[at:end]}]", tools) or []
-        at = end
-    return calls
-
-
-def _read_list(text: str, tools: Mapping[str, Tool]) -> list[FoundCall] | None:
-    try:
-        said = read_json(text)
-    except ValueError:
-        return None
-    calls = []
-    for item in said if isinstance(said, list) else []:
-        if not isinstance(item, dict):
-            return None
-        own_id = item.get("id")
-        call = call_of(
-            item.get("name"), item.get("arguments"), tools, own_id if isinstance(own_id, str) else None
-        )
-        if call is None:
-            return None
-        calls.append(call)
-    return calls or None
 
 
 FORMATS = (Mistral,)

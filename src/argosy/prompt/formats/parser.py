@@ -75,10 +75,13 @@ class Lexer:
     Attributes:
         ids: token ids that are marks.
         spelled: marks without a token.
+        pieces: the text of control tokens that are parts of spelled marks, even if they are hidden in text.
     """
 
-    def __init__(self, marks: Sequence[str], tokenizer: Tokenizer) -> None:
+    def __init__(self, marks: Sequence[str], tokenizer: Tokenizer, pieces: Sequence[str] = ()) -> None:
         self.ids: dict[int, Mark] = {}
+        found = {tokenizer.control_id(piece): piece for piece in pieces}
+        self.pieces = {token_id: piece for token_id, piece in found.items() if token_id is not None}
         spelled = []
         for mark in marks:
             token_id = tokenizer.control_id(mark)
@@ -136,6 +139,8 @@ class Parser(ABC):
             Events that are now certain: usually one, sometimes none or more.
         """
         mark = None if token_id is None else self._lexer.ids.get(token_id)
+        if not text and token_id is not None:
+            text = self._lexer.pieces.get(token_id, "")
         if mark is None:
             lexemes, self._pending = self._lexer.split(self._pending + text)
         else:

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from argosy.prompt.tokenizer import Tokenizer
 
 # From the most specific to the most common; the first one that fits wins. `plain` fits every model.
-_FILES = ("harmony", "kimi_k2", "deepseek", "gemma4", "minimax_m2", "glm", "qwen3_coder", "hermes", "mistral")
+_FILES = (
+    "harmony", "kimi_k2", "deepseek", "gemma4", "pythonic", "json_list", "minimax_m2", "glm", "qwen3_coder", "hermes",
+    "mistral",
+)  # fmt: skip
 _FOUND = (form for file in members("argosy.prompt.formats", _FILES) for form in file.FORMATS)
 FORMATS: dict[str, type[Format]] = {form.name: form for form in (*_FOUND, Plain)}
 

@@ -1,0 +1,144 @@
+"""LFM2 and Llama-4: calls written as a list of calls in Python.
+
+    <|tool_call_start|>[get_weather(city="Oslo", days=2), clock()]<|tool_call_end|>            LFM2
+    <|python_start|>[get_weather(city="Oslo", days=2)]<|python_end|>                            Llama-4
+
+Arguments have names. `true`, `false` and `null` are read like True, False and None.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from argosy.prompt.formats.block_format import BlockFormat, inside_of
+from argosy.prompt.formats.format import beginning_of_call, call_of
+from argosy.prompt.formats.lark import Lark
+from argosy.prompt.formats.parser import CutCall, FoundCall, Reading
+from argosy.prompt.json_text import write_json
+from argosy.prompt.tools import Tool
+
+# A string without its end takes the rest of the text.
+_PIECE = re.compile(r"""\s+|[][(){},:=]|'(?:[^'\\]|\\.)*'?|"(?:[^"\\]|\\.)*"?|[^][(){},:=\s'"]+""", re.DOTALL)
+_ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2})|(.))", re.DOTALL)
+_ESCAPED = {
+    "n": "\n",
+    "t": "\t",
+    "r": "\r",
+    "b": "\b",
+    "f": "\f",
+    "\n": "",
+    **{mark: mark for mark in "'\"\\/"},
+}
+_WORDS = {"True": "true", "False": "false", "None": "null"}
+
+
+class Pythonic(BlockFormat):
+    def read(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Reading:
+        calls, is_complete, is_inside_string = _calls_in(self._inside(block))
+        if is_inside_string:
+            return "more"
+        found = [call_of(name, arguments, tools) for name, arguments in calls]
+        return [call for call in found if call] if is_complete and found and all(found) else None
+
+    def read_cut(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Sequence[FoundCall | CutCall]:
+        calls, _, _ = _calls_in(self._inside(block))
+        return [call for name, arguments in calls for call in beginning_of_call(name, arguments, tools)]
+
+    def _inside(self, block: Sequence[str]) -> str:
+        return "".join(inside_of(block, self.blocks[block[0]] or ""))
+
+    def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
+        call = lark.rule(
+            " | ".join(
+                lark.rule(f'{lark.literal(f"{tool.name}(")} {_arguments(lark, tool)} ")"') for tool in tools
+            )
+        )
+        calls = f'{call} (", " {call})*' if parallel else call
+        opened, closed = next(iter(self.blocks.items()))
+        return f'{lark.mark(opened)} "[" {calls} "]" {lark.mark(closed or "")}'
+
+
+class Lfm2(Pythonic):
+    name = "lfm2"
+    tokens = ("<|tool_call_start|>", "<|tool_call_end|>")
+    blocks = {"<|tool_call_start|>": "<|tool_call_end|>"}  # noqa: RUF012 (a ClassVar, declared in the base)
+
+
+class Llama4(Pythonic):
+    name = "llama4"
+    tokens = ("<|python_start|>", "<|python_end|>")
+    blocks = {"<|python_start|>": "<|python_end|>"}  # noqa: RUF012
+
+
+def _arguments(lark: Lark, tool: Tool) -> str:
+    """The named arguments of a call in the order of its parameters; each value is JSON, which Python reads alike."""
+    first, later = "", ""  # what may follow at the beginning, and after an argument
+    whole = {key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}
+    for name, schema in reversed([*tool.properties.items()]):
+        value = lark.json({**whole, **schema} if isinstance(schema, Mapping) else schema, tool)
+        one = lark.rule(f"{lark.literal(f'{name}=')} {value}")
+        if name in tool.required:
+            first, later = f"{one} {later}", f'", " {one} {later}'
+        else:
+            first = f"({one} {later} | {first})" if first else f"({one} {later})?"
+            later = f'(", " {one})? {later}'
+        first, later = (lark.rule(text) if len(text) > 40 else text for text in (first, later))
+    return first
+
+
+def _calls_in(text: str) -> tuple[list[tuple[str, str]], bool, bool]:
+    """The names of the calls and the JSON text of their arguments, whether the text is complete, and whether it ends
+    inside a string.
+    """
+    calls: list[tuple[str, str]] = []
+    made: list[str] = []  # the arguments of the call being read
+    opened: list[str] = []  # brackets
+    name, at = "", 0
+    is_inside_string = False
+    while (found := _PIECE.match(text, at)) is not None:
+        piece, at = found[0], found.end()
+        if piece.isspace():
+            continue
+        if piece == "(" and opened in ([], ["["]) and name:
+            opened.append(piece)
+            made = ["{"]
+        elif "(" not in opened:
+            if piece in ("[", "]"):
+                opened = [*opened, piece] if piece == "[" else opened[:-1]
+            elif piece != ",":
+                name = piece
+        elif piece == ")" and opened[-1] == "(":
+            opened.pop()
+            calls.append((name, "".join(made) + "}"))
+            name, made = "", []
+        elif piece == "=" and opened[-1] == "(":
+            made[-1:] = [write_json(made[-1]), ": "]
+        elif piece in ("[", "{", "]", "}"):
+            opened = [*opened, piece] if piece in "[{" else opened[:-1]
+            made.append(piece)
+        elif piece[0] in "'\"":
+            written, is_inside_string = _string(piece)
+            made.append(written)
+        else:
+            made.append({",": ", ", ":": ": "}.get(piece) or _WORDS.get(piece, piece))
+    if made:
+        calls.append((name, "".join(made)))
+    return calls, not opened and not made and not name and at == len(text), is_inside_string
+
+
+def _string(piece: str) -> tuple[str, bool]:
+    """The JSON text of a Python string, and whether its end is missing; if so, without the closing quote."""
+    is_cut = len(piece) < 2 or not _ESCAPE.sub("", piece[1:]).endswith(piece[0])
+    value = _ESCAPE.sub(_meaning, piece[1:] if is_cut else piece[1:-1])
+    written = write_json(value.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    return (written[:-1] if is_cut else written), is_cut
+
+
+def _meaning(escape: re.Match[str]) -> str:
+    if digits := escape[1] or escape[2]:
+        return chr(int(digits, 16))
+    return _ESCAPED.get(escape[3], escape[0])
+
+
+FORMATS = (Lfm2, Llama4)
