@@ -155,13 +155,16 @@ BoundMixer gated_delta_net(const Matrix& qkv, const Matrix& b, const Matrix& out
   net.output = kept.keep(output);
   net.shape = shape;
   net.weights = {
-      .conv = kept.keep("conv", conv, {shape.conv_width, shape.conv_channels()}),
+      .conv = {},
+      .has_joined_conv = true,
       .rate = kept.keep("rate", rate, shape.num_value_heads),
       .dt_bias = kept.keep("dt_bias", dt_bias, shape.num_value_heads),
       .norm = kept.keep("norm", norm, shape.value_dim),
       .eps = 0.0f,
       .is_tiled = is_tiled,
   };
+  const float* channels = kept.keep("conv", conv, {shape.conv_width, shape.conv_channels()});
+  for (int64_t part = 0; part < 3; ++part) net.weights.conv[part] = channels + part * shape.key_channels();
   net.state_layer = state_layer;
   if (is_tiled && z == nullptr) refuse("is_tiled needs z: without z, value heads lie beside their key heads");
   require_size("rows of qkv", net.qkv.rows, shape.conv_channels() + (net.z ? 0 : shape.value_channels()));
@@ -170,6 +173,97 @@ BoundMixer gated_delta_net(const Matrix& qkv, const Matrix& b, const Matrix& out
   if (net.a) require_size("rows of a", net.a->rows, shape.num_value_heads);
   require_size("columns of output", net.output.cols, shape.value_channels());
   bound.mixer = std::move(net);
+  return bound;
+}
+
+using Convolutions = std::tuple<ArrayOf<float>, ArrayOf<float>, ArrayOf<float>>;  // of q, k and v
+
+BoundMixer kimi_delta_attention(const Matrix& query, const Matrix& key, const Matrix& value,
+                                const Matrix& beta, const Matrix& decay, const Matrix& gate,
+                                const Matrix& output, const Matrix* decay_down, const Matrix* gate_down,
+                                const Convolutions& conv, const ArrayOf<float>& rate,
+                                const ArrayOf<float>& dt_bias, const ArrayOf<float>& norm, float floor,
+                                const DeltaSizes& sizes, int64_t state_layer) {
+  const DeltaShape shape = delta_shape(sizes);
+  require_size("value heads", shape.num_value_heads, shape.num_key_heads);
+  require_size("value dim", shape.value_dim, shape.key_dim);  // q, k and v have one stride
+  if (!(floor <= 0) || !std::isfinite(floor))
+    refuse("floor is " + std::to_string(floor) + ", expected 0 or less");
+  BoundMixer bound;
+  Kept& kept = bound.kept;
+  KimiDeltaAttention mixer = {};
+  mixer.query = kept.keep(query);
+  mixer.key = kept.keep(key);
+  mixer.value = kept.keep(value);
+  mixer.beta = kept.keep(beta);
+  if (decay_down != nullptr) mixer.decay_down = kept.keep(*decay_down);
+  mixer.decay = kept.keep(decay);
+  if (gate_down != nullptr) mixer.gate_down = kept.keep(*gate_down);
+  mixer.gate = kept.keep(gate);
+  mixer.output = kept.keep(output);
+  mixer.shape = shape;
+  const int64_t keys = shape.key_channels(), values = shape.value_channels();
+  mixer.weights = {
+      .conv = {kept.keep("conv[0]", std::get<0>(conv), {shape.conv_width, keys}),
+               kept.keep("conv[1]", std::get<1>(conv), {shape.conv_width, keys}),
+               kept.keep("conv[2]", std::get<2>(conv), {shape.conv_width, values})},
+      .has_joined_conv = false,
+      .rate = kept.keep("rate", rate, shape.num_key_heads),
+      .dt_bias = kept.keep("dt_bias", dt_bias, keys),
+      .norm = kept.keep("norm", norm, shape.value_dim),
+      .eps = 0.0f,
+      .is_tiled = false,
+      .has_channel_decay = true,
+      .floor = floor,
+  };
+  mixer.state_layer = state_layer;
+  require_size("rows of query", query.view.rows, keys);
+  require_size("rows of key", key.view.rows, keys);
+  require_size("rows of value", value.view.rows, values);
+  require_size("rows of beta", beta.view.rows, shape.num_key_heads);
+  require_size("rows of decay", decay.view.rows, keys);
+  require_size("rows of gate", gate.view.rows, values);
+  if (decay_down != nullptr) require_size("columns of decay", decay.view.cols, decay_down->view.rows);
+  if (gate_down != nullptr) require_size("columns of gate", gate.view.cols, gate_down->view.rows);
+  require_size("columns of output", output.view.cols, values);
+  bound.mixer = std::move(mixer);
+  return bound;
+}
+
+BoundMixer lightning_attention_layer(const Matrix& query, const Matrix& key, const Matrix& value,
+                                     const Matrix& gate, const Matrix& output, int64_t num_heads,
+                                     const std::optional<ArrayOf<float>>& query_norm,
+                                     const std::optional<ArrayOf<float>>& key_norm,
+                                     const ArrayOf<float>& decay, const ArrayOf<float>& norm,
+                                     int64_t num_groups, float scale, int64_t state_layer) {
+  require_range("heads", num_heads, 1, query.view.rows);
+  require_size("rows of query modulo heads", query.view.rows % num_heads, 0);
+  if (query_norm.has_value() != key_norm.has_value())
+    refuse("query_norm and key_norm must be given together");
+  const int64_t channels = query.view.rows, head_dim = channels / num_heads;
+  require_range("num_groups", num_groups, 1, channels);
+  require_size("rows of query modulo num_groups", channels % num_groups, 0);
+  require_size("rows of key", key.view.rows, channels);
+  require_size("rows of value", value.view.rows, channels);
+  require_size("rows of gate", gate.view.rows, channels);
+  require_size("columns of output", output.view.cols, channels);
+  BoundMixer bound;
+  Kept& kept = bound.kept;
+  bound.mixer = LightningAttention{
+      .query = kept.keep(query),
+      .key = kept.keep(key),
+      .value = kept.keep(value),
+      .gate = kept.keep(gate),
+      .output = kept.keep(output),
+      .query_norm = kept.keep("query_norm", query_norm, head_dim),
+      .key_norm = kept.keep("key_norm", key_norm, head_dim),
+      .decay = kept.keep("decay", decay, num_heads),
+      .norm = kept.keep("norm", norm, channels),
+      .num_groups = num_groups,
+      .scale = scale,
+      .shape = {num_heads, num_heads, head_dim, head_dim, 1},
+      .state_layer = state_layer,
+  };
   return bound;
 }
 
@@ -313,12 +407,31 @@ void require_fit(const GatedDeltaNet& net, const KvShape& kv, const Rotary&, int
   require_size("rows of output", net.output.rows, hidden);
 }
 
+void require_fit(const KimiDeltaAttention& mixer, const KvShape& kv, const Rotary&, int64_t hidden) {
+  require_kind(kv, KvShape::Kind::none);
+  for (const MatrixView* matrix : {&mixer.query, &mixer.key, &mixer.value, &mixer.beta})
+    require_size("columns of query, key, value or beta", matrix->cols, hidden);
+  require_size("columns of decay", (mixer.decay_down ? *mixer.decay_down : mixer.decay).cols, hidden);
+  require_size("columns of gate", (mixer.gate_down ? *mixer.gate_down : mixer.gate).cols, hidden);
+  require_size("rows of output", mixer.output.rows, hidden);
+}
+
+void require_fit(const LightningAttention& mixer, const KvShape& kv, const Rotary& rotary, int64_t hidden) {
+  require_kind(kv, KvShape::Kind::none);
+  require_range("rotated dimensions", 2 * rotary.num_pairs(), 0, mixer.shape.key_dim);
+  for (const MatrixView* matrix : {&mixer.query, &mixer.key, &mixer.value, &mixer.gate})
+    require_size("columns of query, key, value or gate", matrix->cols, hidden);
+  require_size("rows of output", mixer.output.rows, hidden);
+}
+
 // Checks that the recurrent state has the shape and the layer that the mixer needs.
-void require_state(const GatedDeltaNet& net, const RecurrentState* recurrent) {
-  if (recurrent == nullptr) refuse("a gated delta net needs a recurrent state");
+template <class DeltaMixer>
+  requires requires(const DeltaMixer& mixer) { mixer.state_layer; }
+void require_state(const DeltaMixer& net, const RecurrentState* recurrent) {
+  if (recurrent == nullptr) refuse("the mixer needs a recurrent state");
   require_range("state_layer", net.state_layer, 0, recurrent->num_layers() - 1);
   if (net.shape.state() != recurrent->shape(net.state_layer))
-    refuse("the gated delta net and the recurrent state have different sizes");
+    refuse("the mixer and the recurrent state have different sizes");
 }
 template <class OtherMixer>
 void require_state(const OtherMixer&, const RecurrentState*) {}
@@ -785,6 +898,35 @@ void bind_stack(nb::module_& m) {
           },
           "query"_a, "key"_a, "weights"_a, nb::kw_only(), "key_norm"_a, "key_norm_bias"_a, "norm_eps"_a,
           "has_interleaved_pairs"_a);
+  m.def("kimi_delta_attention", &kimi_delta_attention, "query"_a, "key"_a, "value"_a, "beta"_a, "decay"_a,
+        "gate"_a, "output"_a, nb::kw_only(), "decay_down"_a.none() = nb::none(),
+        "gate_down"_a.none() = nb::none(), "conv"_a, "rate"_a, "dt_bias"_a, "norm"_a, "floor"_a, "sizes"_a,
+        "state_layer"_a, R"(
+    A delta net with a decay for each key dimension (arXiv:2510.26692). Values are like keys in heads and dimensions.
+
+    A decay is e^(rate softplus(decay x + dt_bias)), or e^(floor sigmoid(-rate (decay x + dt_bias))).
+
+    Args:
+        query, key, value: [heads * dim, hidden].   beta: [heads, hidden].
+        decay, gate: [heads * dim, hidden]; or their columns are the rows of decay_down and gate_down [rank, hidden].
+        output: [hidden, heads * dim].
+        conv: of q, k and v, [width, heads * dim].   rate: [heads], negative.   dt_bias: [heads * dim].
+        norm: [dim], of each head's output, which is then multiplied by sigmoid(gate x).
+        floor: the least logarithm of a decay; 0 means that there is none.
+        state_layer: the layer of the recurrent state.)");
+  m.def("lightning_attention", &lightning_attention_layer, "query"_a, "key"_a, "value"_a, "gate"_a,
+        "output"_a, nb::kw_only(), "num_heads"_a, "query_norm"_a = nb::none(), "key_norm"_a = nb::none(),
+        "decay"_a, "norm"_a, "num_groups"_a, "scale"_a, "state_layer"_a, R"(
+    Linear attention that each head forgets at a fixed rate (arXiv:2401.04658): S = decay S + k v^T.
+
+    Args:
+        query, key, value, gate: [heads * head dim, hidden].   output: [hidden, heads * head dim].
+        query_norm, key_norm: [head dim], of each head, before rotary; both or none.
+        decay: [heads].
+        norm: [heads * head dim], of `num_groups` equal parts of all heads' output, which is then multiplied by
+            sigmoid(gate x).
+        scale: multiplies q . k.
+        state_layer: the layer of the recurrent state, whose sizes are (heads, heads, head dim, head dim, 1).)");
   m.def("multi_head_latent_attention", &multi_head_latent_attention, "query"_a, "kv_down"_a, "key_up"_a,
         "value_up"_a, "output"_a, nb::kw_only(), "num_heads"_a, "rope_dim"_a, "scale"_a, "norm_eps"_a,
         "kv_norm"_a, "query_down"_a.none() = nb::none(), "query_norm"_a.none() = nb::none(),
@@ -904,6 +1046,12 @@ void bind_stack(nb::module_& m) {
       .def(
           "add_delta_net", [](StackSizes& self, const DeltaSizes& sizes) { self.add(delta_shape(sizes)); },
           "sizes"_a)
+      .def(
+          "add_kimi_delta",
+          [](StackSizes& self, const DeltaSizes& sizes, int64_t latent_rows) {
+            self.add(KimiDeltaSizes{delta_shape(sizes), latent_rows});
+          },
+          "sizes"_a, "latent_rows"_a, "latent_rows: of decay_down and gate_down together.")
       .def(
           "add_dense", [](StackSizes& self, int64_t width) { self.add(DenseSizes{width}); }, "width"_a)
       .def(

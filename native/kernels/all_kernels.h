@@ -138,6 +138,7 @@ constexpr KernelTable kernel_table_named(const char* name) {
       .attention_merge = attention_merge,
       .attention_finish = attention_finish,
       .delta_gates = delta_gates,
+      .channel_gates = channel_gates,
       .delta_conv = delta_conv,
       .delta_rule = delta_rule,
       .latent_attention = latent_attention,

@@ -4,8 +4,9 @@
 //   gelu_erf     0.5 x (1 + erf(x / sqrt 2))
 //   gelu_tanh    0.5 x (1 + tanh u) with u = sqrt(2 / pi) (x + 0.044715 x^3)
 //   gelu_quick   x sigmoid(1.702 x)
+//   softplus     log(1 + e^x)
 //
-// The last three are forms of x * P(normal <= x) (Hendrycks and Gimpel, arXiv:1606.08415). The vector version
+// The gelus are forms of x * P(normal <= x) (Hendrycks and Gimpel, arXiv:1606.08415). The vector version
 // takes erf from Abramowitz and Stegun, Handbook of Mathematical Functions (1964), 7.1.26, whose error is at
 // most 1.5e-7: 1 - erf(z) = (a1 t + ... + a5 t^5) e^-z^2 with t = 1 / (1 + p z), for z >= 0. gelu_tanh is
 // computed as x sigmoid(2 u), which loses no digits where the result is small.
@@ -26,6 +27,7 @@ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 inline float gelu_erf(float x) { return 0.5f * x * (1.0f + erff(x * 0.707106781f)); }
 inline float gelu_tanh(float x) { return x * sigmoid(2.0f * kRootOf2OverPi * (x + kCubeOfTanh * x * x * x)); }
 inline float gelu_quick(float x) { return x * sigmoid(kQuick * x); }
+inline float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
 
 #else
 
@@ -53,6 +55,18 @@ inline Vec gelu_tanh(Vec x) {
 }
 
 inline Vec gelu_quick(Vec x) { return gated(x, mul(x, broadcast(-kQuick))); }
+
+// max(x, 0) + log(1 + y) with y = e^-|x|; log(1 + y) = 2 artanh z with z = y / (2 + y) <= 1/3, whose series
+// is cut off below float32.
+inline Vec softplus(Vec x) {
+  const Vec y = exp(sub(zeros(), max_or_second(sub(zeros(), x), x)));
+  const Vec z = div(y, add(y, broadcast(2.0f))), square = mul(z, z);
+  Vec p = broadcast(1.0f / 15);
+  for (const float divisor : {13.0f, 11.0f, 9.0f, 7.0f, 5.0f, 3.0f, 1.0f}) {
+    p = fma(p, square, broadcast(1.0f / divisor));
+  }
+  return fma(mul(broadcast(2.0f), z), p, max_or_second(zeros(), x));
+}
 
 #endif
 

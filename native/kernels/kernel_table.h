@@ -35,6 +35,7 @@ struct AttentionArgs;
 struct LatentAttentionArgs;
 struct IndexArgs;
 struct DeltaGatesArgs;
+struct ChannelGatesArgs;
 struct DeltaConvArgs;
 struct DeltaRuleArgs;
 enum class Gelu;
@@ -97,6 +98,7 @@ struct KernelTable {
   void (*attention_merge)(const float* next, int64_t head_dim, float* state);
   void (*attention_finish)(const float* state, int64_t head_dim, float* out);  // [head_dim]
   void (*delta_gates)(const DeltaGatesArgs& args);
+  void (*channel_gates)(const ChannelGatesArgs& args);
   void (*delta_conv)(const DeltaConvArgs& args);
   void (*delta_rule)(const DeltaRuleArgs& args);
 

@@ -33,22 +33,43 @@ struct DeltaInputs {
   int64_t stride, key_group, value_group;
   const float* z;
   int64_t z_stride, z_group;
-  float *a, *b;
-  int64_t gate_stride, gate_group;
+  float* a;  // one per value head; with a decay for each key dimension, key_dim per head
+  int64_t a_stride, a_group;
+  float* b;
+  int64_t b_stride, b_group;
 };
 
 struct DeltaWeights {
-  const float* conv;     // [conv_width][conv_channels]
+  // The convolutions of q, k and v, [conv_width] rows. Either they are parts of one, with rows of
+  // conv_channels, or each has rows of its own channels, and a window of its own in the state.
+  const float* conv[3];
+  bool has_joined_conv;
   const float* rate;     // [value_heads], negative: the decay rate
-  const float* dt_bias;  // [value_heads]
+  const float* dt_bias;  // [value_heads], or [value_heads][key_dim]
   const float* norm;     // [value_dim]
   float eps;             // the norm's epsilon
   bool is_tiled;         // value head i uses key head i modulo key heads, not i / (value heads per key head)
+  // Kimi Delta Attention: each key dimension has its own decay, at least e^floor if floor < 0, and the output
+  // is gated by sigmoid(z), not silu(z). As many value heads as key heads.
+  bool has_channel_decay = false;
+  float floor = 0;
 };
 
 // out is [num_tokens][value_heads * value_dim]. Overwrites its inputs.
 void gated_delta(Runtime& runtime, RecurrentState& state, int64_t layer, const DeltaShape& shape,
                  const DeltaWeights& weights, const DeltaInputs& inputs, const std::vector<StateRun>& runs,
                  float* out);
+
+// The q, k and v of a token begin at q + t * stride and so on, head after head.
+struct LightningInputs {
+  const float *q, *k, *v;
+  int64_t stride;
+};
+
+// Lightning attention (arXiv:2401.04658): each head forgets at a fixed rate, S = decay S + k (scale v)^T, and
+// its output is S^T q. The shape has a convolution of one position: none. decay is [heads]; out as above.
+void lightning_attention(Runtime& runtime, RecurrentState& state, int64_t layer, const DeltaShape& shape,
+                         const float* decay, float scale, const LightningInputs& inputs,
+                         const std::vector<StateRun>& runs, float* out);
 
 }  // namespace argosy

@@ -7,12 +7,12 @@
 namespace argosy {
 
 void rms_norm(Runtime& runtime, const float* x, const float* weight, float eps, int64_t rows, int64_t cols,
-              float* out) {
+              float* out, int64_t num_weights) {
   const KernelTable& table = runtime.kernels();
   const auto lock = runtime.lock();
   runtime.parallel_for(rows, cols, [&](int64_t begin, int64_t end, int) {
     for (int64_t row = begin; row < end; ++row)
-      table.rms_norm(x + row * cols, weight, cols, eps, out + row * cols);
+      table.rms_norm(x + row * cols, weight + row % num_weights * cols, cols, eps, out + row * cols);
   });
 }
 

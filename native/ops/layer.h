@@ -9,9 +9,10 @@
 
 namespace argosy {
 
-// out[n] = x[n] / sqrt(mean(x[n]^2) + eps) * weight; out may be x.
+// out[n] = x[n] / sqrt(mean(x[n]^2) + eps) * weight; out may be x. With `num_weights`, row n takes weight
+// n % num_weights of [num_weights][cols].
 void rms_norm(Runtime& runtime, const float* x, const float* weight, float eps, int64_t rows, int64_t cols,
-              float* out);
+              float* out, int64_t num_weights = 1);
 
 // Rotates x, num_tokens rows of [num_heads][head_dim] in place; cosine and sine are
 // [num_tokens][num_pairs].

@@ -100,6 +100,13 @@ LatentSizes sizes_of(const LatentAttention& mixer) {
 
 DeltaShape sizes_of(const GatedDeltaNet& net) { return net.shape; }
 
+DeltaShape sizes_of(const LightningAttention& mixer) { return mixer.shape; }
+
+KimiDeltaSizes sizes_of(const KimiDeltaAttention& mixer) {
+  return {mixer.shape,
+          (mixer.decay_down ? mixer.decay_down->rows : 0) + (mixer.gate_down ? mixer.gate_down->rows : 0)};
+}
+
 DenseSizes sizes_of(const DenseFfn& ffn) { return {ffn.network.gate.rows}; }
 
 RoutedSizes sizes_of(const RoutedFfn& ffn) {
@@ -377,8 +384,8 @@ void Stack::mix(const GatedDeltaNet& net) {
     inputs.z_stride = net.qkv.rows;
   }
   inputs.b = gates;
-  inputs.gate_stride = net.b.rows;
-  inputs.gate_group = net.b.rows / shape.num_key_heads;
+  inputs.a_stride = inputs.b_stride = net.b.rows;
+  inputs.a_group = inputs.b_group = net.b.rows / shape.num_key_heads;
   if (net.a) {
     inputs.a = gates + tokens * net.b.rows;
     products.push_back({*net.a, inputs.a});
@@ -412,6 +419,64 @@ void Stack::choose_positions(const PositionIndexer& indexer, const AttentionBatc
   AttentionBatch index_batch = batch;
   index_batch.num_heads = heads;
   argosy::choose_positions(runtime_, keys, weights, index_batch, count, buffers_.chosen);
+}
+
+void Stack::mix(const KimiDeltaAttention& mixer) {
+  const int64_t tokens = step_.num_tokens;
+  const DeltaShape& shape = mixer.shape;
+  const int64_t heads = shape.num_key_heads, channels = shape.key_channels();
+
+  DeltaInputs inputs = {};
+  inputs.q = buffers_.projected;
+  inputs.k = inputs.q + tokens * channels;
+  inputs.v = inputs.k + tokens * channels;
+  float* z = inputs.v + tokens * channels;
+  inputs.z = z;
+  inputs.a = buffers_.delta_gates;
+  inputs.stride = inputs.z_stride = inputs.a_stride = channels;
+  inputs.key_group = inputs.value_group = inputs.z_group = inputs.a_group = shape.key_dim;
+  inputs.b = inputs.a + tokens * channels;
+  inputs.b_stride = heads;
+  inputs.b_group = 1;
+
+  std::vector<Product> products = {
+      {mixer.query, inputs.q}, {mixer.key, inputs.k}, {mixer.value, inputs.v}, {mixer.beta, inputs.b}};
+  float* decay_latent = buffers_.query_latent;
+  float* gate_latent = decay_latent + (mixer.decay_down ? tokens * mixer.decay_down->rows : 0);
+  products.push_back(mixer.decay_down ? Product{*mixer.decay_down, decay_latent}
+                                      : Product{mixer.decay, inputs.a});
+  products.push_back(mixer.gate_down ? Product{*mixer.gate_down, gate_latent} : Product{mixer.gate, z});
+  matmul(runtime_, products, buffers_.normed, tokens);
+  if (mixer.decay_down) matmul(runtime_, {{mixer.decay, inputs.a}}, decay_latent, tokens);
+  if (mixer.gate_down) matmul(runtime_, {{mixer.gate, z}}, gate_latent, tokens);
+
+  DeltaWeights weights = mixer.weights;
+  weights.eps = description_.norm_eps;
+  gated_delta(runtime_, *recurrent_, mixer.state_layer, shape, weights, inputs, runs_, buffers_.attended);
+  add_block(mixer.output, nullptr);
+}
+
+void Stack::mix(const LightningAttention& mixer) {
+  const int64_t tokens = step_.num_tokens, heads = mixer.shape.num_key_heads, dim = mixer.shape.key_dim;
+  const int64_t channels = heads * dim;
+  float *q = buffers_.projected, *k = q + tokens * channels, *v = k + tokens * channels,
+        *gate = v + tokens * channels;
+  matmul(runtime_, {{mixer.query, q}, {mixer.key, k}, {mixer.value, v}, {mixer.gate, gate}}, buffers_.normed,
+         tokens);
+  const float eps = description_.norm_eps;
+  if (mixer.query_norm != nullptr) {
+    rms_norm(runtime_, q, mixer.query_norm, eps, tokens * heads, dim, q);
+    rms_norm(runtime_, k, mixer.key_norm, eps, tokens * heads, dim, k);
+  }
+  rotate(q, heads, dim);
+  rotate(k, heads, dim);
+  float* out = buffers_.attended;
+  lightning_attention(runtime_, *recurrent_, mixer.state_layer, mixer.shape, mixer.decay, mixer.scale,
+                      {q, k, v, channels}, runs_, out);
+  rms_norm(runtime_, out, mixer.norm, eps, tokens * mixer.num_groups, channels / mixer.num_groups, out,
+           mixer.num_groups);
+  mul_sigmoid(runtime_, gate, channels, tokens, channels, out);
+  add_block(mixer.output, nullptr);
 }
 
 void Stack::mix(const LatentAttention& mixer) {

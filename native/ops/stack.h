@@ -100,6 +100,38 @@ struct PositionIndexer {
   int64_t dim() const { return key.rows; }
 };
 
+// Kimi Delta Attention (arXiv:2510.26692): a delta net with a decay for each key dimension. Values have as
+// many heads and dimensions as keys. The projections of the decay and of the output gate may have two
+// factors.
+struct KimiDeltaAttention {
+  MatrixView query, key, value;          // [key_channels, hidden]
+  MatrixView beta;                       // [heads, hidden]
+  std::optional<MatrixView> decay_down;  // [rank, hidden]; none: `decay` takes the hidden state
+  MatrixView decay;                      // [key_channels, rank or hidden]
+  std::optional<MatrixView> gate_down;   // the same for `gate`
+  MatrixView gate;                       // [key_channels, rank or hidden]
+  MatrixView output;                     // [hidden, key_channels]
+  DeltaShape shape = {};
+  DeltaWeights weights = {};  // eps is ignored: the stack's norm_eps is used
+  int64_t state_layer = 0;
+};
+
+// Lightning attention (arXiv:2401.04658) with norms and rotary of q and k: a recurrent state that each head
+// forgets at a fixed rate. The outputs of all heads are normed in groups, then gated.
+struct LightningAttention {
+  MatrixView query, key, value;       // [num_heads * head_dim, hidden]
+  MatrixView gate;                    // the same: the output is multiplied by sigmoid(gate x)
+  MatrixView output;                  // [hidden, num_heads * head_dim]
+  const float* query_norm = nullptr;  // [head_dim], to each head, before rotary; nullptr: none
+  const float* key_norm = nullptr;
+  const float* decay = nullptr;  // [num_heads]
+  const float* norm = nullptr;   // [num_heads * head_dim]
+  int64_t num_groups = 1;
+  float scale = 0;  // multiplies q . k
+  DeltaShape shape = {};
+  int64_t state_layer = 0;
+};
+
 // Multi-head latent attention (arXiv:2405.04434): compressed query, compressed keys and values -> norms ->
 // rotary on the rope dimensions -> KV cache -> attention -> output projection.
 struct LatentAttention {
@@ -116,7 +148,8 @@ struct LatentAttention {
   std::optional<PositionIndexer> indexer;
 };
 
-using Mixer = std::variant<GroupedQueryAttention, LatentAttention, GatedDeltaNet>;
+using Mixer = std::variant<GroupedQueryAttention, LatentAttention, GatedDeltaNet, KimiDeltaAttention,
+                           LightningAttention>;
 
 struct DenseFfn {
   ExpertView network;
@@ -309,6 +342,8 @@ class Stack {
 
   void mix(const GroupedQueryAttention& attention);
   void mix(const GatedDeltaNet& net);
+  void mix(const KimiDeltaAttention& mixer);
+  void mix(const LightningAttention& mixer);
   void begin_runs();
   void end_layer();
   void add_block(const MatrixView& output, const float* bias);

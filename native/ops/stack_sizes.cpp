@@ -73,6 +73,12 @@ void StackSizes::add(const DeltaShape& mixer) {
   widen(attended_, value);
 }
 
+void StackSizes::add(const KimiDeltaSizes& mixer) {
+  add(mixer.shape);
+  widen(delta_gates_, width_of({mixer.shape.num_key_heads, mixer.shape.key_dim + 1}));
+  widen(query_latent_, width_of({mixer.latent_rows}));
+}
+
 void StackSizes::add(const DenseSizes& ffn) { add_network({ffn.width, 1}); }
 
 void StackSizes::add(const RoutedSizes& ffn) {

@@ -25,6 +25,11 @@ struct LatentSizes {
   bool operator==(const LatentSizes&) const = default;
 };
 
+struct KimiDeltaSizes {
+  DeltaShape shape;
+  int64_t latent_rows;  // of the decay's and the gate's first factors together; 0: each is one matrix
+};
+
 struct DenseSizes {
   int64_t width;
 };
@@ -42,10 +47,10 @@ struct StackBuffers {
   float* attended;                 // [num_heads * value_dim]; [value_channels] of a delta net
   // [kv_heads * head_dim]; key [kv_rank + rope_dim]; value: an index key and the weights of the index heads
   float *key, *value;
-  float* query_latent;     // [query_rank]
+  float* query_latent;     // [query_rank]; [latent_rows]
   int32_t* chosen;         // [positions that an indexer chooses]
   float* projected;        // query and gate of gated heads; q, k, v and z of a delta net
-  float* delta_gates;      // [2 * value_heads]
+  float* delta_gates;      // [2 * value_heads]; [heads * (key_dim + 1)]
   float *cosine, *sine;    // [pairs], those of one rotary embedding after another
   float* router_logits;    // [num_experts]
   float* routing_weights;  // [k]
@@ -66,6 +71,7 @@ class StackSizes {
   void add(const AttentionSizes& mixer);
   void add(const LatentSizes& mixer);
   void add(const DeltaShape& mixer);
+  void add(const KimiDeltaSizes& mixer);
   void add(const DenseSizes& ffn);
   void add(const RoutedSizes& ffn);
   void add_ffn_post_norm();  // some layer norms the sum of its feed-forward networks

@@ -473,7 +473,8 @@ void run_gated_delta(Runtime& runtime, RecurrentState& state, int64_t layer, con
                      const ArrayOf<float>& z, const OutArrayOf<float>& b, const OutArrayOf<float>& a,
                      const ArrayOf<int64_t>& runs, const ArrayOf<float>& conv, const ArrayOf<float>& rate,
                      const ArrayOf<float>& dt_bias, const ArrayOf<float>& norm, float eps,
-                     const DeltaSizes& sizes, bool is_tiled, const OutArrayOf<float>& out) {
+                     const DeltaSizes& sizes, bool is_tiled, const OutArrayOf<float>& out,
+                     std::optional<float> floor) {
   const DeltaShape shape = delta_shape(sizes);
   const int64_t heads = shape.num_value_heads;
   require_range("layer", layer, 0, state.num_layers() - 1);
@@ -489,16 +490,24 @@ void run_gated_delta(Runtime& runtime, RecurrentState& state, int64_t layer, con
   inputs.z = read_array("z", z, {num_tokens, shape.value_channels()});
   inputs.z_stride = shape.value_channels();
   inputs.b = write_array("b", b, {num_tokens, heads});
-  inputs.a = write_array("a", a, {num_tokens, heads});
-  inputs.gate_stride = heads;
-  inputs.gate_group = heads / shape.num_key_heads;
+  const int64_t dims = floor ? shape.key_dim : 1;  // decays of a head
+  inputs.a = write_array("a", a, {num_tokens, heads * dims});
+  inputs.a_stride = heads * dims;
+  inputs.b_stride = heads;
+  inputs.b_group = heads / shape.num_key_heads;
+  inputs.a_group = inputs.b_group * dims;
+  const int64_t rows = floor ? 1 : shape.conv_width, part = shape.key_channels() * shape.conv_width / rows;
+  const float* channels = read_array("conv", conv, {rows, shape.conv_width / rows * shape.conv_channels()});
   const DeltaWeights weights = {
-      .conv = read_array("conv", conv, {shape.conv_width, shape.conv_channels()}),
+      .conv = {channels, channels + part, channels + 2 * part},
+      .has_joined_conv = !floor,
       .rate = read_array("rate", rate, {heads}),
-      .dt_bias = read_array("dt_bias", dt_bias, {heads}),
+      .dt_bias = read_array("dt_bias", dt_bias, {heads * dims}),
       .norm = read_array("norm", norm, {shape.value_dim}),
       .eps = eps,
       .is_tiled = is_tiled,
+      .has_channel_decay = floor.has_value(),
+      .floor = floor.value_or(0.0f),
   };
   float* to = write_array("out", out, {num_tokens, shape.value_channels()});
   const std::vector<StateRun> found = read_runs(state, runs, num_tokens);
@@ -525,8 +534,11 @@ NB_MODULE(_native_testing, m) {
   bind_latent_attention(m);
   m.def("gated_delta", &run_gated_delta, "runtime"_a, "state"_a, "layer"_a, "qkv"_a.noconvert(), "z"_a,
         "b"_a.noconvert(), "a"_a.noconvert(), "runs"_a, nb::kw_only(), "conv"_a, "rate"_a, "dt_bias"_a,
-        "norm"_a, "eps"_a, "sizes"_a, "is_tiled"_a, "out"_a.noconvert(), R"(
+        "norm"_a, "eps"_a, "sizes"_a, "is_tiled"_a, "out"_a.noconvert(), "floor"_a = nb::none(), R"(
     A gated delta net (native/kernels/gated_delta.h) after its projections; overwrites qkv, b and a.
+
+    With a floor, Kimi Delta Attention: each key dimension has a value of `a` and of dt_bias, and conv is one row, the
+    [width, channels] of q, of k and of v.
 
     After the last layer, the slots are at the end of their runs.
 

@@ -2,6 +2,7 @@
 // Memory has exactly the necessary size, so that a sanitizer detects accesses beyond it.
 
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
 
 #include "kernels/gated_delta_args.h"
@@ -11,6 +12,8 @@
 
 namespace argosy::testing {
 namespace {
+
+using Update = DeltaRuleArgs::Update;
 
 constexpr int64_t kTokens = 5;
 
@@ -71,15 +74,69 @@ void convolutions_meet_the_reference_and_go_on_where_they_stopped() {
   }
 }
 
+struct Gates {
+  std::vector<float> a, b;
+};
+
+Gates channel_gates(const KernelTable& table, int64_t key_dim, float floor, int64_t tokens_a_call) {
+  const std::vector<float> dt_bias = normal(key_dim, 12);
+  Gates gates = {normal(kTokens * key_dim, 13, 20.0f), normal(kTokens, 14, 4.0f)};
+  for (int64_t t = 0; t < kTokens; t += tokens_a_call) {
+    table.channel_gates({
+        .a = gates.a.data() + t * key_dim,
+        .b = gates.b.data() + t,
+        .a_stride = key_dim,
+        .b_stride = 1,
+        .dt_bias = dt_bias.data(),
+        .rate = -0.2f,
+        .floor = floor,
+        .num_tokens = std::min(tokens_a_call, kTokens - t),
+        .key_dim = key_dim,
+    });
+  }
+  return gates;
+}
+
+void channel_gates_meet_the_reference_and_the_formula() {
+  for (const KernelTable* table : all_tables()) {
+    for (const int64_t key_dim : kSizes) {
+      for (const float floor : {0.0f, -5.0f}) {
+        const Gates found = channel_gates(*table, key_dim, floor, kTokens);
+        const Gates expected = channel_gates(plain(), key_dim, floor, kTokens);
+        CHECK(near(found.a, expected.a, 2e-6));
+        CHECK(near(found.b, expected.b, 1e-6));
+        CHECK(channel_gates(*table, key_dim, floor, 2).a == found.a);
+        const std::vector<float> a = normal(kTokens * key_dim, 13, 20.0f), dt_bias = normal(key_dim, 12);
+        for (int64_t i = 0; i < kTokens * key_dim; ++i) {
+          const double x = double(a[size_t(i)]) + double(dt_bias[size_t(i % key_dim)]);
+          const double log = floor < 0 ? floor / (1 + std::exp(-0.2 * x)) : -0.2 * std::log1p(std::exp(x));
+          CHECK(std::abs(found.a[size_t(i)] - std::exp(log)) < 2e-6);
+        }
+      }
+    }
+  }
+}
+
 struct Recalled {
   std::vector<float> out, state;
 };
 
-Recalled recall(const KernelTable& table, int64_t key_dim, int64_t value_dim, int64_t tokens_a_call) {
+struct Rule {
+  Update update = Update::delta;
+  bool is_sigmoid = false, has_norm = true;
+};
+
+Recalled recall(const KernelTable& table, const Rule& rule, int64_t key_dim, int64_t value_dim,
+                int64_t tokens_a_call) {
   const std::vector<float> q = normal(kTokens * key_dim, 6, 0.3f), k = normal(kTokens * key_dim, 7, 0.3f);
   const std::vector<float> v = normal(kTokens * value_dim, 8), z = normal(kTokens * value_dim, 9);
   const std::vector<float> norm = normal(value_dim, 10);
-  const std::vector<float> decay = {0.9f, 0.0f, 1.0f, 0.5f, 0.7f}, beta = {0.3f, 1.0f, 0.0f, 0.6f, 0.2f};
+  std::vector<float> decay = {0.9f, 0.0f, 1.0f, 0.5f, 0.7f}, beta = {0.3f, 1.0f, 0.0f, 0.6f, 0.2f};
+  const int64_t num_decays = rule.update == Update::channel_delta ? key_dim : 1;
+  if (num_decays > 1) {
+    decay = normal(kTokens * key_dim, 15);
+    for (float& value : decay) value = 1.0f / (1.0f + value * value);
+  }
   // q, k and v have the same stride, as in the projections.
   const int64_t stride = 2 * key_dim + value_dim;
   std::vector<float> qkv(size_t(kTokens * stride));
@@ -92,20 +149,22 @@ Recalled recall(const KernelTable& table, int64_t key_dim, int64_t value_dim, in
   Recalled result = {std::vector<float>(size_t(kTokens * value_dim), NAN), normal(key_dim * value_dim, 11)};
   for (int64_t t = 0; t < kTokens; t += tokens_a_call) {
     table.delta_rule({
+        .update = rule.update,
         .q = qkv.data() + t * stride,
         .k = qkv.data() + t * stride + key_dim,
         .v = qkv.data() + t * stride + 2 * key_dim,
         .stride = stride,
         .z = z.data() + t * value_dim,
         .z_stride = value_dim,
-        .decay = decay.data() + t,
-        .decay_stride = 1,
+        .is_sigmoid = rule.is_sigmoid,
+        .decay = decay.data() + t * num_decays,
+        .decay_stride = num_decays,
         .beta = beta.data() + t,
         .beta_stride = 1,
         .state = result.state.data(),
         .out = result.out.data() + t * value_dim,
         .out_stride = value_dim,
-        .norm = norm.data(),
+        .norm = rule.has_norm ? norm.data() : nullptr,
         .eps = 1e-6f,
         .num_tokens = std::min(tokens_a_call, kTokens - t),
         .key_dim = key_dim,
@@ -116,21 +175,61 @@ Recalled recall(const KernelTable& table, int64_t key_dim, int64_t value_dim, in
 }
 
 void the_rule_meets_the_reference_and_goes_on_where_it_stopped() {
+  const Rule rules[] = {
+      {}, {Update::channel_delta, true}, {Update::add, false, false}, {Update::delta, true}};
   for (const KernelTable* table : all_tables()) {
-    for (const int64_t key_dim : {1, 16, 33}) {
-      for (const int64_t value_dim : kSizes) {
-        if (value_dim == 0) continue;
-        const Recalled expected = recall(plain(), key_dim, value_dim, kTokens);
-        const Recalled found = recall(*table, key_dim, value_dim, kTokens);
-        CHECK(near(found.state, expected.state, 1e-5));
-        CHECK(near(found.out, expected.out, 1e-4));
-        for (const int64_t tokens : {1, 2}) {
-          const Recalled parts = recall(*table, key_dim, value_dim, tokens);
-          CHECK(parts.out == found.out);
-          CHECK(parts.state == found.state);
+    for (const Rule& rule : rules) {
+      for (const int64_t key_dim : {1, 16, 33}) {
+        for (const int64_t value_dim : kSizes) {
+          if (value_dim == 0) continue;
+          const Recalled expected = recall(plain(), rule, key_dim, value_dim, kTokens);
+          const Recalled found = recall(*table, rule, key_dim, value_dim, kTokens);
+          CHECK(near(found.state, expected.state, 1e-5));
+          CHECK(near(found.out, expected.out, 1e-4));
+          for (const int64_t tokens : {1, 2}) {
+            const Recalled parts = recall(*table, rule, key_dim, value_dim, tokens);
+            CHECK(parts.out == found.out);
+            CHECK(parts.state == found.state);
+          }
         }
       }
     }
+  }
+}
+
+void equal_decays_of_all_key_dimensions_are_one_decay() {
+  const std::vector<float> q = normal(16, 6), k = normal(16, 7), v = normal(9, 8), decay(16, 0.6f);
+  const float beta = 0.3f;
+  std::vector<float> out[2], state[2];
+  for (const KernelTable* table : all_tables()) {
+    for (const Update update : {Update::delta, Update::channel_delta}) {
+      const size_t i = update == Update::delta ? 0 : 1;
+      out[i].assign(9, NAN);
+      state[i] = normal(16 * 9, 11);
+      table->delta_rule({
+          .update = update,
+          .q = q.data(),
+          .k = k.data(),
+          .v = v.data(),
+          .stride = 0,
+          .z = nullptr,
+          .z_stride = 0,
+          .decay = decay.data(),
+          .decay_stride = 0,
+          .beta = &beta,
+          .beta_stride = 0,
+          .state = state[i].data(),
+          .out = out[i].data(),
+          .out_stride = 0,
+          .norm = nullptr,
+          .eps = 0.0f,
+          .num_tokens = 1,
+          .key_dim = 16,
+          .value_dim = 9,
+      });
+    }
+    CHECK(near(out[1], out[0], 1e-5));
+    CHECK(near(state[1], state[0], 1e-5));
   }
 }
 
@@ -178,7 +277,9 @@ int main() {
   using namespace argosy::testing;
   output_gates_meet_the_reference();
   convolutions_meet_the_reference_and_go_on_where_they_stopped();
+  channel_gates_meet_the_reference_and_the_formula();
   the_rule_meets_the_reference_and_goes_on_where_it_stopped();
+  equal_decays_of_all_key_dimensions_are_one_decay();
   a_state_is_as_large_as_it_says_and_slots_do_not_meet();
   return check_result();
 }

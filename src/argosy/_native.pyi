@@ -1729,6 +1729,69 @@ class PositionIndexer:
         has_interleaved_pairs: bool,
     ) -> None: ...
 
+def kimi_delta_attention(
+    query: Matrix,
+    key: Matrix,
+    value: Matrix,
+    beta: Matrix,
+    decay: Matrix,
+    gate: Matrix,
+    output: Matrix,
+    *,
+    decay_down: Matrix | None = None,
+    gate_down: Matrix | None = None,
+    conv: tuple[NDArray[numpy.float32], NDArray[numpy.float32], NDArray[numpy.float32]],
+    rate: NDArray[numpy.float32],
+    dt_bias: NDArray[numpy.float32],
+    norm: NDArray[numpy.float32],
+    floor: float,
+    sizes: _DeltaSizes,
+    state_layer: int,
+) -> Mixer:
+    """
+    A delta net with a decay for each key dimension (arXiv:2510.26692). Values are like keys in heads and dimensions.
+
+    A decay is e^(rate softplus(decay x + dt_bias)), or e^(floor sigmoid(-rate (decay x + dt_bias))).
+
+    Args:
+        query, key, value: [heads * dim, hidden].   beta: [heads, hidden].
+        decay, gate: [heads * dim, hidden]; or their columns are the rows of decay_down and gate_down [rank, hidden].
+        output: [hidden, heads * dim].
+        conv: of q, k and v, [width, heads * dim].   rate: [heads], negative.   dt_bias: [heads * dim].
+        norm: [dim], of each head's output, which is then multiplied by sigmoid(gate x).
+        floor: the least logarithm of a decay; 0 means that there is none.
+        state_layer: the layer of the recurrent state.
+    """
+
+def lightning_attention(
+    query: Matrix,
+    key: Matrix,
+    value: Matrix,
+    gate: Matrix,
+    output: Matrix,
+    *,
+    num_heads: int,
+    query_norm: NDArray[numpy.float32] | None = None,
+    key_norm: NDArray[numpy.float32] | None = None,
+    decay: NDArray[numpy.float32],
+    norm: NDArray[numpy.float32],
+    num_groups: int,
+    scale: float,
+    state_layer: int,
+) -> Mixer:
+    """
+    Linear attention that each head forgets at a fixed rate (arXiv:2401.04658): S = decay S + k v^T.
+
+    Args:
+        query, key, value, gate: [heads * head dim, hidden].   output: [hidden, heads * head dim].
+        query_norm, key_norm: [head dim], of each head, before rotary; both or none.
+        decay: [heads].
+        norm: [heads * head dim], of `num_groups` equal parts of all heads' output, which is then multiplied by
+            sigmoid(gate x).
+        scale: multiplies q . k.
+        state_layer: the layer of the recurrent state, whose sizes are (heads, heads, head dim, head dim, 1).
+    """
+
 def multi_head_latent_attention(
     query: Matrix,
     kv_down: Matrix,
@@ -1855,6 +1918,9 @@ class StackSizes:
         """The last three are those of an indexer; 0 without one."""
 
     def add_delta_net(self, sizes: _DeltaSizes) -> None: ...
+    def add_kimi_delta(self, sizes: _DeltaSizes, latent_rows: int) -> None:
+        """latent_rows: of decay_down and gate_down together."""
+
     def add_dense(self, width: int) -> None: ...
     def add_routed(
         self, num_experts: int, experts_per_token: int, width: int, shared_width: int, has_norm: bool = False

@@ -247,9 +247,13 @@ def gated_delta(
     sizes: _DeltaSizes,
     is_tiled: bool,
     out: NDArray[numpy.float32],
+    floor: float | None = None,
 ) -> None:
     """
     A gated delta net (native/kernels/gated_delta.h) after its projections; overwrites qkv, b and a.
+
+    With a floor, Kimi Delta Attention: each key dimension has a value of `a` and of dt_bias, and conv is one row, the
+    [width, channels] of q, of k and of v.
 
     After the last layer, the slots are at the end of their runs.
 

@@ -95,6 +95,7 @@ class Case:
         return self.native.RecurrentState(2, [self.native.StateShape.delta_net(self.sizes)])
 
     sizes = (1, 2, 16, 16, 4)  # channels: 2 * 16 + 32
+    kimi_sizes = (2, 2, 16, 16, 4)
 
     def arena(self) -> Any:
         arena = self.native.Arena(1 << 16)
@@ -358,6 +359,13 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "gated_delta_net": lambda: (
             m(64, 64), m(2, 64), m(64, 32), m(32, 64), m(2, 64), f(4, 64), f(2), f(2), f(16), case.sizes, False, 0,
         ),
+        "kimi_delta_attention": lambda: (
+            m(32, 64), m(32, 64), m(32, 64), m(2, 64), m(32, 32), m(32, 32), m(64, 32), m(32, 64), m(32, 64),
+            (f(4, 32), f(4, 32), f(4, 32)), f(2), f(32), f(16), -5.0, case.kimi_sizes, 0,
+        ),
+        "lightning_attention": lambda: (
+            m(64, 64), m(64, 64), m(64, 64), m(64, 64), m(64, 64), 2, f(32), f(32), f(2), f(64), 1, 0.1, 0,
+        ),
         "multi_head_latent_attention": lambda: (
             m(96, 32), m(48, 64), m(64, 32), m(64, 32), m(64, 64), 2, 16, 0.1, 1e-5, f(32), m(32, 64), f(32), 4,
             case.indexer(),
@@ -426,6 +434,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
     }  # fmt: skip
     # Arguments behind these are given by name.
     first_by_name = {"swiglu_experts": 11, "grouped_query_attention": 4, "gated_delta_net": 3, "routed_ffn": 2,
+                     "kimi_delta_attention": 7, "lightning_attention": 5,
                      "multi_head_latent_attention": 5, "PositionIndexer": 3, "Routing": 1, "ExpertTable": 1, "Layer": 4,
                      "replay": 2, "tournament": 2, "linear": 5, "Exchange": 0, "WorkerLink": 1, "worker_link_bytes": 0,
                      "exchange_bytes": 0, "CachePolicy": 0}  # fmt: skip
@@ -435,6 +444,8 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "grouped_query_attention": "num_heads window scale query_bias key_bias value_bias output_bias query_norm"
         " key_norm is_norm_flat limit sinks has_gate value_norm is_causal",
         "gated_delta_net": "z a conv rate dt_bias norm sizes is_tiled state_layer",
+        "kimi_delta_attention": "decay_down gate_down conv rate dt_bias norm floor sizes state_layer",
+        "lightning_attention": "num_heads query_norm key_norm decay norm num_groups scale state_layer",
         "routed_ffn": "router_bias width shared shared_score router_norm norm post_norm shared_post_norm",
         "Layer": "rotary mixer_post_norm ffn_post_norm scale",
         "ExpertTable": "hidden activation",
@@ -572,6 +583,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "StackSizes.add_attention": (case.stack_sizes, lambda: (4, 2, 16, True)),
         "StackSizes.add_latent_attention": (case.stack_sizes, lambda: (2, 32, 16, 32, 8, 24, 2, 16, 4)),
         "StackSizes.add_delta_net": (case.stack_sizes, lambda: (case.sizes,)),
+        "StackSizes.add_kimi_delta": (case.stack_sizes, lambda: (case.kimi_sizes, 16)),
         "StackSizes.add_dense": (case.stack_sizes, lambda: (32,)),
         "StackSizes.add_routed": (case.stack_sizes, lambda: (8, 2, 32, 16, True)),
         "StackSizes.add_ffn_post_norm": (case.stack_sizes, lambda: ()),

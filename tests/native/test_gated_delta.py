@@ -52,10 +52,21 @@ class Net:
     dt_bias: Floats
     norm: Floats
     is_tiled: bool = False
+    floor: float | None = (
+        None  # Kimi Delta Attention: a decay for each key dimension; 0: without a least decay
+    )
     instruction_set: ClassVar[str | None] = None  # set for each test
 
     @classmethod
-    def random(cls, sizes: Sizes, num_tokens: int, *, seed: int = 0, is_tiled: bool = False) -> Net:
+    def random(
+        cls,
+        sizes: Sizes,
+        num_tokens: int,
+        *,
+        seed: int = 0,
+        is_tiled: bool = False,
+        floor: float | None = None,
+    ) -> Net:
         key_heads, value_heads, key_dim, value_dim, width = sizes
         rng = np.random.default_rng([seed, *sizes])
         channels, values = 2 * key_heads * key_dim + value_heads * value_dim, value_heads * value_dim
@@ -68,12 +79,13 @@ class Net:
             normal(num_tokens, channels),
             normal(num_tokens, values),
             normal(num_tokens, value_heads),
-            3 * normal(num_tokens, value_heads),
+            3 * normal(num_tokens, value_heads * (1 if floor is None else key_dim)),
             normal(width, channels) * np.float32(width**-0.5),
             -np.exp(normal(value_heads)),
-            normal(value_heads),
+            normal(value_heads * (1 if floor is None else key_dim)),
             1 + 0.3 * normal(value_dim),
             is_tiled,
+            floor,
         )
 
     @property
@@ -104,7 +116,7 @@ class Net:
             b,
             a,
             np.array(runs or [(0, len(qkv), 0)], np.int64),
-            conv=self.conv,
+            conv=self.conv if self.floor is None else self.separate_conv,
             rate=self.rate,
             dt_bias=self.dt_bias,
             norm=self.norm,
@@ -112,12 +124,19 @@ class Net:
             sizes=self.sizes,
             is_tiled=self.is_tiled,
             out=out,
+            floor=self.floor,
         )
         runtime.close()
         return out
 
+    @property
+    def separate_conv(self) -> Floats:
+        key_heads, _, key_dim, _, _ = self.sizes
+        parts = np.split(self.conv, [key_heads * key_dim, 2 * key_heads * key_dim], axis=1)
+        return np.concatenate([part.reshape(1, -1) for part in parts], axis=1)
+
     def expected(self) -> NDArray[np.float64]:
-        """Compute the formula of arXiv:2412.06464, with its convolution, norms and gates, in float64."""
+        """Compute the formula of arXiv:2412.06464 or 2510.26692, with convolution, norms and gates, in float64."""
         key_heads, value_heads, key_dim, value_dim, width = self.sizes
         x = np.vstack([np.zeros((width - 1, self.qkv.shape[1])), self.qkv.astype(np.float64)])
         mixed = silu(sum(self.conv[j].astype(np.float64) * x[j : j + self.num_tokens] for j in range(width)))
@@ -126,21 +145,24 @@ class Net:
         v = mixed[:, 2 * keys :].reshape(-1, value_heads, value_dim)
         q = unit(q) / np.sqrt(key_dim)
         k = unit(k)
+        raw = (self.a + self.dt_bias.astype(np.float64)).reshape(self.num_tokens, value_heads, -1)
+        rate = self.rate.astype(np.float64)[:, None]
         decay = np.exp(
-            self.rate.astype(np.float64) * np.logaddexp(0, self.a + self.dt_bias.astype(np.float64))
-        )
+            self.floor / (1 + np.exp(rate * raw)) if self.floor else rate * np.logaddexp(0, raw)
+        )  # [tokens, heads, 1 or key_dim]
         beta = 1 / (1 + np.exp(-self.b.astype(np.float64)))
         out = np.empty((self.num_tokens, value_heads, value_dim))
         for head in range(value_heads):
             key_head = head % key_heads if self.is_tiled else head // (value_heads // key_heads)
             state = np.zeros((key_dim, value_dim))
             for t in range(self.num_tokens):
-                state = state * decay[t, head]
+                state = state * decay[t, head][:, None]
                 change = beta[t, head] * (v[t, head] - k[t, key_head] @ state)
                 state = state + np.outer(k[t, key_head], change)
                 out[t, head] = q[t, key_head] @ state
         out /= np.sqrt((out**2).mean(axis=-1, keepdims=True) + EPS)
-        out = self.norm * out * silu(self.z.reshape(out.shape).astype(np.float64))
+        z = self.z.reshape(out.shape).astype(np.float64)
+        out = self.norm * out * (silu(z) if self.floor is None else 1 / (1 + np.exp(-z)))
         return out.reshape(self.num_tokens, -1)
 
 
@@ -165,6 +187,36 @@ def test_tiled_value_heads_take_key_heads_in_turn() -> None:
     np.testing.assert_allclose(net.run(net.state()), net.expected(), rtol=2e-3, atol=2e-4)
     grouped = Net.random((2, 4, 17, 33, 4), 12)
     assert not np.allclose(grouped.run(grouped.state()), net.expected(), atol=1e-2)
+
+
+KIMI_SIZES: list[Sizes] = [(1, 1, 1, 1, 1), (2, 2, 7, 9, 2), (3, 3, 17, 33, 4), (1, 1, 128, 128, 4)]
+
+
+@pytest.mark.parametrize("floor", [0.0, -5.0])
+@pytest.mark.parametrize("sizes", KIMI_SIZES, ids=str)
+def test_decays_of_key_dimensions_match_the_formula(sizes: Sizes, floor: float) -> None:
+    net = Net.random(sizes, 23, floor=floor)
+    np.testing.assert_allclose(net.run(net.state()), net.expected(), rtol=2e-3, atol=2e-4)
+    assert np.median(abs(net.run(net.state()) - net.expected())) < 2e-6
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+def test_chunks_and_threads_change_no_bit_of_decays_of_key_dimensions(chunk: int) -> None:
+    net = Net.random((3, 3, 17, 33, 4), 19, floor=-5.0)
+    whole = net.run(net.state())
+    state = net.state()
+    parts = [net.run(state, slice(at, at + chunk), threads=3) for at in range(0, 19, chunk)]
+    np.testing.assert_array_equal(np.vstack(parts), whole)
+    assert state.position(0) == 19
+
+
+def test_a_restarted_slot_begins_with_empty_windows_of_separate_convolutions() -> None:
+    net = Net.random((2, 2, 17, 33, 4), 9, floor=0.0)
+    fresh = net.run(net.state())
+    state = net.state()
+    net.run(state)
+    state.restart(0)
+    np.testing.assert_array_equal(net.run(state), fresh)
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
