@@ -419,11 +419,16 @@ KvFormat parse_kv_format(const std::string& dtype) {
 
 void bind_attention(nb::module_& m) {
   nb::class_<KvShape>(m, "KvShape", "The data that a layer keeps per position in a KvCache.")
-      .def_static("keys_values", &KvShape::keys_values, "kv_heads"_a, "head_dim"_a, "is_windowed"_a = false,
-                  R"(
+      .def_static(
+          "keys_values",
+          [](int64_t kv_heads, int64_t head_dim, bool is_windowed, std::optional<int64_t> value_dim) {
+            return KvShape::keys_values(kv_heads, head_dim, value_dim.value_or(head_dim), is_windowed);
+          },
+          "kv_heads"_a, "head_dim"_a, "is_windowed"_a = false, "value_dim"_a.none() = nb::none(), R"(
         A key and a value for each KV head. Positions per block and value dimensions are padded to 16.
 
-        A windowed layer lies in window blocks, of which a KvCache may have fewer.)")
+        A windowed layer lies in window blocks, of which a KvCache may have fewer. Values have the size of keys unless
+        `value_dim` is given.)")
       .def_static(
           "latent",
           [](int64_t dim, int64_t index_dim) {
@@ -443,6 +448,13 @@ void bind_attention(nb::module_& m) {
       },
       "layers"_a, "num_blocks"_a, "block_tokens"_a, "dtype"_a, "num_window_blocks"_a.none() = nb::none(),
       "Bytes of a KvCache.");
+  m.def(
+      "kv_layer_parts",
+      [](const KvShape& shape, int64_t num_blocks, int64_t block_tokens, const KvDtypeName& dtype) {
+        return KvCache::layer_parts(shape, num_blocks, block_tokens, parse_kv_format(dtype));
+      },
+      "shape"_a, "num_blocks"_a, "block_tokens"_a, "dtype"_a, R"(
+    Bytes of a layer's keys and values, or of its latent vectors and index keys, which follow each other in a KvCache.)");
 
   nb::class_<KvCache>(m, "KvCache", R"(
     The data that all layers keep of past positions; memory is committed when it is first written.
@@ -519,20 +531,22 @@ void bind_attention(nb::module_& m) {
         const int64_t* at = read_array("slots", slots, {kAnySize});
         const int64_t num_tokens = int64_t(slots.shape(0));
         const float* k = read_array("keys", keys, {num_tokens, shape.kv_heads, shape.head_dim});
-        const float* v = read_array("values", values, {num_tokens, shape.kv_heads, shape.head_dim});
+        const float* v = read_array("values", values, {num_tokens, shape.kv_heads, shape.value_dim});
         require_slots(kv, kv.num_blocks_of(layer), at, num_tokens);
         nb::gil_scoped_release released;
         kv_write(runtime, kv.layer(layer), k, v, at, num_tokens);
       },
       "runtime"_a, "kv"_a, "layer"_a, "keys"_a, "values"_a, "slots"_a, R"(
-    Store keys and values [tokens, kv_heads, head_dim]; slot = block * block_tokens + offset, int64 [tokens].)");
+    Store keys [tokens, kv_heads, head_dim] and values [tokens, kv_heads, value_dim]; slot = block * block_tokens +
+    offset, int64 [tokens].)");
 
   m.def(
       "attention",
       [](Runtime& runtime, KvCache& kv, int64_t layer, const ArrayOf<float>& q,
          const ArrayOf<int32_t>& block_table, const ArrayOf<int32_t>& sequence, const ArrayOf<int32_t>& order,
          float scale, int64_t window, const OutArrayOf<float>& out,
-         const std::optional<ArrayOf<float>>& sinks, const std::optional<ArrayOf<int32_t>>& sees_until) {
+         const std::optional<ArrayOf<float>>& sinks, const std::optional<ArrayOf<int32_t>>& sees_until,
+         bool is_chunked) {
         require_range("layer", layer, 0, kv.num_layers() - 1);
         require_range("window", window, 0, INT32_MAX);
         const KvShape& shape = kv.shape(layer);
@@ -551,15 +565,16 @@ void bind_attention(nb::module_& m) {
         batch.order = read_array("order", order, {batch.num_tokens});
         if (sees_until) batch.sees_until = read_array("sees_until", *sees_until, {batch.num_tokens});
         batch.scale = scale;
-        batch.window = window;
+        batch.window = {window, is_chunked};
         batch.sinks = sinks ? read_array("sinks", *sinks, {batch.num_heads}) : nullptr;
-        float* to = write_array("out", out, {batch.num_tokens, batch.num_heads * shape.head_dim});
+        float* to = write_array("out", out, {batch.num_tokens, batch.num_heads * shape.value_dim});
         require_blocks(kv, kv.num_blocks_of(layer), batch, int64_t(block_table.shape(0)));
         nb::gil_scoped_release released;
         attention(runtime, kv.layer(layer), batch, to);
       },
       "runtime"_a, "kv"_a, "layer"_a, "q"_a, "block_table"_a, "sequence"_a, "order"_a, "scale"_a, "window"_a,
-      "out"_a.noconvert(), "sinks"_a.none() = nb::none(), "sees_until"_a.none() = nb::none(), R"(
+      "out"_a.noconvert(), "sinks"_a.none() = nb::none(), "sees_until"_a.none() = nb::none(),
+      "is_chunked"_a = false, R"(
     Grouped-query attention; adjacent tokens of a sequence share one pass over its keys.
 
     Args:
@@ -567,10 +582,11 @@ void bind_attention(nb::module_& m) {
         block_table: [sequences, max_blocks]; position p of sequence s is in block block_table[s, p // block_tokens].
         sequence, order: [tokens], a row of `block_table` and the index in the sequence.
         window: positions begin at order - window + 1; 0 means at 0.
-        out: [tokens, heads * head_dim].
+        out: [tokens, heads * value_dim].
         sinks: [heads], a score per head that takes weight and adds nothing; None means no sinks.
         sees_until: [tokens], the end of the positions that a token sees, which must have been written; None means
-            order + 1: its own position is the last.)");
+            order + 1: its own position is the last.
+        is_chunked: positions begin at order // window * window instead.)");
 }
 
 }  // namespace

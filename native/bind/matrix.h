@@ -180,7 +180,7 @@ inline void require_blocks(const KvCache& kv, int64_t num_blocks, const Attentio
     const int64_t last = batch.until(token) - 1;
     // The next token of the same sequence sees every position that this token sees.
     if (token + 1 < batch.num_tokens && batch.sequence[token + 1] == batch.sequence[token] &&
-        batch.until(token + 1) - 1 >= last && batch.window == 0) {
+        batch.until(token + 1) - 1 >= last && batch.window.size == 0) {
       continue;
     }
     const int32_t* row = batch.block_table + batch.sequence[token] * batch.max_blocks;

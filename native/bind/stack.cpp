@@ -98,6 +98,23 @@ using TapOfArray = std::tuple<int64_t, OutArrayOf<float>>;                      
 using NumbersOfTokens = Named<Array, "numpy.ndarray[dtype=int32] | numpy.ndarray[dtype=float32]">;
 using LayerAndDispatch = std::tuple<int64_t, std::shared_ptr<const Dispatch>>;
 
+using GateKindName = Named<std::string, "typing.Literal['sigmoid', 'softplus']">;
+using QueryScaleOfNumbers = std::tuple<float, int64_t, int64_t>;  // beta, period, offset
+
+QueryScale parse_query_scale(const QueryScaleOfNumbers& numbers) {
+  const auto& [beta, period, offset] = numbers;
+  require_range("the period of query_scale", period, 1, INT32_MAX);
+  require_range("the offset of query_scale", offset, 0, INT32_MAX);
+  return {beta, period, offset};
+}
+
+std::optional<OutputGate> keep_gate(Kept& kept, const Matrix* matrix, const std::string& kind) {
+  if (kind != "sigmoid" && kind != "softplus")
+    refuse("unknown gate_kind '" + kind + "'; known: sigmoid, softplus");
+  if (matrix == nullptr) return std::nullopt;
+  return OutputGate{kept.keep(*matrix), kind == "softplus" ? GateKind::softplus : GateKind::sigmoid};
+}
+
 BoundMixer grouped_query_attention(const Matrix& query, const Matrix& key, const Matrix* value,
                                    const Matrix& output, int64_t num_heads, int64_t window, float scale,
                                    const std::optional<ArrayOf<float>>& query_bias,
@@ -107,7 +124,9 @@ BoundMixer grouped_query_attention(const Matrix& query, const Matrix& key, const
                                    const std::optional<ArrayOf<float>>& query_norm,
                                    const std::optional<ArrayOf<float>>& key_norm, bool is_norm_flat,
                                    float limit, const std::optional<ArrayOf<float>>& sinks, bool has_gate,
-                                   const std::optional<ArrayOf<float>>& value_norm, bool is_causal) {
+                                   const std::optional<ArrayOf<float>>& value_norm, bool is_causal,
+                                   bool is_norm_last, float value_scale, bool is_chunked, const Matrix* gate,
+                                   const GateKindName& gate_kind, const QueryScaleOfNumbers& query_scale) {
   require_range("heads", num_heads, 1, query.view.rows);
   require_range("window", window, 0, INT32_MAX);
   const int64_t parts = has_gate ? 2 * num_heads : num_heads;
@@ -115,6 +134,8 @@ BoundMixer grouped_query_attention(const Matrix& query, const Matrix& key, const
   if (query_norm.has_value() != key_norm.has_value())
     refuse("query_norm and key_norm must be given together");
   const int64_t head_dim = query.view.rows / parts;
+  require_size("columns of output modulo heads", output.view.cols % num_heads, 0);
+  const int64_t value_dim = output.view.cols / num_heads;
   BoundMixer bound;
   Kept& kept = bound.kept;
   bound.mixer = GroupedQueryAttention{
@@ -124,19 +145,23 @@ BoundMixer grouped_query_attention(const Matrix& query, const Matrix& key, const
       .output = kept.keep(output),
       .query_bias = kept.keep("query_bias", query_bias, query.view.rows),
       .key_bias = kept.keep("key_bias", key_bias, key.view.rows),
-      .value_bias = kept.keep("value_bias", value_bias, key.view.rows),
+      .value_bias = kept.keep("value_bias", value_bias, value != nullptr ? value->view.rows : key.view.rows),
       .output_bias = kept.keep("output_bias", output_bias, output.view.rows),
       .query_norm = kept.keep("query_norm", query_norm, is_norm_flat ? query.view.rows : head_dim),
       .key_norm = kept.keep("key_norm", key_norm, is_norm_flat ? key.view.rows : head_dim),
       .is_norm_flat = is_norm_flat,
-      .value_norm = kept.keep("value_norm", value_norm, head_dim),
+      .is_norm_last = is_norm_last,
+      .value_norm = kept.keep("value_norm", value_norm, value_dim),
+      .value_scale = value_scale,
       .limit = limit,
       .sinks = kept.keep("sinks", sinks, num_heads),
       .num_heads = num_heads,
-      .window = window,
+      .window = {window, is_chunked},
       .is_causal = is_causal,
       .scale = scale,
+      .query_scale = parse_query_scale(query_scale),
       .has_gate = has_gate,
+      .gate = keep_gate(kept, gate, gate_kind),
   };
   return bound;
 }
@@ -272,7 +297,9 @@ BoundMixer multi_head_latent_attention(const Matrix& query, const Matrix& kv_dow
                                        int64_t rope_dim, float scale, float norm_eps,
                                        const ArrayOf<float>& kv_norm, const Matrix* query_down,
                                        const std::optional<ArrayOf<float>>& query_norm, int64_t num_chosen,
-                                       const BoundIndexer* indexer) {
+                                       const BoundIndexer* indexer, const Matrix* gate,
+                                       const GateKindName& gate_kind,
+                                       const QueryScaleOfNumbers& query_scale) {
   if ((query_down != nullptr) != query_norm.has_value())
     refuse("query_down and query_norm must be given together");
   require_range("num_chosen", num_chosen, 0, INT32_MAX);
@@ -296,6 +323,8 @@ BoundMixer multi_head_latent_attention(const Matrix& query, const Matrix& kv_dow
     mixer.indexer = indexer->indexer;
     kept.keep(indexer->kept);
   }
+  mixer.query_scale = parse_query_scale(query_scale);
+  mixer.gate = keep_gate(kept, gate, gate_kind);
   bound.mixer = mixer;
   return bound;
 }
@@ -360,7 +389,7 @@ BoundFfn routed_ffn(const Matrix& router, const Routing& routing,
 }
 
 void make_layer(BoundLayer* self, const ArrayOf<float>& mixer_norm, const BoundMixer& mixer,
-                const ArrayOf<float>& ffn_norm, const BoundFfn& ffn, int64_t rotary,
+                const ArrayOf<float>& ffn_norm, const BoundFfn& ffn, std::optional<int64_t> rotary,
                 const std::optional<ArrayOf<float>>& mixer_post_norm,
                 const std::optional<ArrayOf<float>>& ffn_post_norm, float scale) {
   Kept kept;
@@ -381,16 +410,24 @@ void make_layer(BoundLayer* self, const ArrayOf<float>& mixer_norm, const BoundM
   new (self) BoundLayer{std::move(layer), hidden, std::move(kept)};
 }
 
+void require_fit(const std::optional<OutputGate>& gate, int64_t num_heads, int64_t attended, int64_t hidden) {
+  if (!gate) return;
+  if (gate->matrix.rows != num_heads) require_size("rows of gate", gate->matrix.rows, attended);
+  require_size("columns of gate", gate->matrix.cols, hidden);
+}
+
 // Checks that the parts of a layer fit the hidden state, the cache and each other.
-void require_fit(const GroupedQueryAttention& mixer, const KvShape& kv, const Rotary& rotary,
+void require_fit(const GroupedQueryAttention& mixer, const KvShape& kv, const Rotary* rotary,
                  int64_t hidden) {
   require_kind(kv, KvShape::Kind::keys_values);
-  require_range("rotated dimensions", 2 * rotary.num_pairs(), 0, kv.head_dim);
-  const int64_t attended = mixer.num_heads * kv.head_dim;
-  require_size("rows of query", mixer.query.rows, mixer.has_gate ? 2 * attended : attended);
+  if (rotary != nullptr) require_range("rotated dimensions", 2 * rotary->num_pairs(), 0, kv.head_dim);
+  const int64_t attended = mixer.num_heads * kv.value_dim, queries = mixer.num_heads * kv.head_dim;
+  require_size("rows of query", mixer.query.rows, mixer.has_gate ? 2 * queries : queries);
+  if (mixer.has_gate || !mixer.value) require_size("value dimensions of a head", kv.value_dim, kv.head_dim);
+  require_fit(mixer.gate, mixer.num_heads, attended, hidden);
   require_size("heads modulo KV heads", mixer.num_heads % kv.kv_heads, 0);
   require_size("rows of key", mixer.key.rows, kv.kv_heads * kv.head_dim);
-  if (mixer.value) require_size("rows of value", mixer.value->rows, kv.kv_heads * kv.head_dim);
+  if (mixer.value) require_size("rows of value", mixer.value->rows, kv.kv_heads * kv.value_dim);
   require_size("rows of output", mixer.output.rows, hidden);
   require_size("columns of query", mixer.query.cols, hidden);
   require_size("columns of key", mixer.key.cols, hidden);
@@ -398,7 +435,7 @@ void require_fit(const GroupedQueryAttention& mixer, const KvShape& kv, const Ro
   require_size("columns of output", mixer.output.cols, attended);
 }
 
-void require_fit(const GatedDeltaNet& net, const KvShape& kv, const Rotary&, int64_t hidden) {
+void require_fit(const GatedDeltaNet& net, const KvShape& kv, const Rotary*, int64_t hidden) {
   require_kind(kv, KvShape::Kind::none);
   for (const MatrixView* matrix : {&net.qkv, &net.b})
     require_size("columns of qkv or b", matrix->cols, hidden);
@@ -407,7 +444,7 @@ void require_fit(const GatedDeltaNet& net, const KvShape& kv, const Rotary&, int
   require_size("rows of output", net.output.rows, hidden);
 }
 
-void require_fit(const KimiDeltaAttention& mixer, const KvShape& kv, const Rotary&, int64_t hidden) {
+void require_fit(const KimiDeltaAttention& mixer, const KvShape& kv, const Rotary*, int64_t hidden) {
   require_kind(kv, KvShape::Kind::none);
   for (const MatrixView* matrix : {&mixer.query, &mixer.key, &mixer.value, &mixer.beta})
     require_size("columns of query, key, value or beta", matrix->cols, hidden);
@@ -416,9 +453,9 @@ void require_fit(const KimiDeltaAttention& mixer, const KvShape& kv, const Rotar
   require_size("rows of output", mixer.output.rows, hidden);
 }
 
-void require_fit(const LightningAttention& mixer, const KvShape& kv, const Rotary& rotary, int64_t hidden) {
+void require_fit(const LightningAttention& mixer, const KvShape& kv, const Rotary* rotary, int64_t hidden) {
   require_kind(kv, KvShape::Kind::none);
-  require_range("rotated dimensions", 2 * rotary.num_pairs(), 0, mixer.shape.key_dim);
+  if (rotary != nullptr) require_range("rotated dimensions", 2 * rotary->num_pairs(), 0, mixer.shape.key_dim);
   for (const MatrixView* matrix : {&mixer.query, &mixer.key, &mixer.value, &mixer.gate})
     require_size("columns of query, key, value or gate", matrix->cols, hidden);
   require_size("rows of output", mixer.output.rows, hidden);
@@ -436,11 +473,12 @@ void require_state(const DeltaMixer& net, const RecurrentState* recurrent) {
 template <class OtherMixer>
 void require_state(const OtherMixer&, const RecurrentState*) {}
 
-void require_fit(const LatentAttention& mixer, const KvShape& kv, const Rotary& rotary, int64_t hidden) {
+void require_fit(const LatentAttention& mixer, const KvShape& kv, const Rotary* rotary, int64_t hidden) {
   require_kind(kv, KvShape::Kind::latent);
   const LatentHeads& heads = mixer.heads;
   require_size("kv_rank + rope_dim", heads.vector_dim(), kv.head_dim);
-  require_size("rotated dimensions", 2 * rotary.num_pairs(), heads.rope_dim);
+  if (rotary != nullptr) require_size("rotated dimensions", 2 * rotary->num_pairs(), heads.rope_dim);
+  require_fit(mixer.gate, heads.num_heads, heads.num_heads * heads.value_dim, hidden);
   require_size("rows of query", mixer.query.rows, heads.num_heads * heads.query_dim());
   if (mixer.query_down) require_size("columns of query_down", mixer.query_down->cols, hidden);
   require_size("columns of query", mixer.query.cols, mixer.query_down ? mixer.query_down->rows : hidden);
@@ -514,10 +552,11 @@ class BoundStack {
       const std::string name = item_name("layers", description.layers.size());
       const BoundLayer& layer = require_item(name, given);
       require_size((name + ": size of the norms").c_str(), layer.hidden, hidden_);
-      require_range(name + ": rotary", layer.layer.rotary, 0, int64_t(rotaries.size()) - 1);
+      const std::optional<int64_t>& turning = layer.layer.rotary;
+      if (turning) require_range(name + ": rotary", *turning, 0, int64_t(rotaries.size()) - 1);
       kept_.keep(layer.kept);
       description.layers.push_back(layer.layer);
-      const Rotary& rotary = description.rotaries[size_t(layer.layer.rotary)];
+      const Rotary* rotary = turning ? &description.rotaries[size_t(*turning)] : nullptr;
       const int64_t number = first_layer + int64_t(description.layers.size()) - 1;
       const KvShape& shape = kv.shape(number);
       const auto check_mixer = [&](const auto& block) {
@@ -537,7 +576,7 @@ class BoundStack {
         if (latent->num_chosen > 0) require_size(name + ": num_chosen", latent->num_chosen, num_chosen);
       }
       if (shape.is_windowed) {
-        const int64_t window = std::get<GroupedQueryAttention>(layer.layer.mixer).window;
+        const int64_t window = std::get<GroupedQueryAttention>(layer.layer.mixer).window.size;
         require_range(name + ": window", window, 1, INT32_MAX);
         window_ = std::max(window_, window);
       }
@@ -616,7 +655,7 @@ class BoundStack {
     if (window_ > 0) {
       if (!window_blocks)
         refuse("the step needs window_blocks, because windowed layers have blocks of their own");
-      reach.window = window_;
+      reach.window = {window_};
       find_windows(kv, reach, read_array("window_blocks", *window_blocks, {kv.num_blocks()}), step,
                    int64_t(block_table.shape(0)));
     }
@@ -836,13 +875,13 @@ void bind_stack(nb::module_& m) {
 
     Args:
         mixer_norm, ffn_norm: [hidden].
-        rotary: the one of the stack's rotary embeddings that the mixer uses.
+        rotary: the one of the stack's rotary embeddings that the mixer uses; None means that nothing rotates.
         mixer_post_norm: [hidden], of what the mixer adds to the hidden state; None means no norm.
         ffn_post_norm: the same for what the layer's feed-forward networks add together.
         scale: multiplies the hidden state after the layer.)")
       .def("__init__", &make_layer, "mixer_norm"_a, "mixer"_a, "ffn_norm"_a, "ffn"_a, nb::kw_only(),
-           "rotary"_a = 0, "mixer_post_norm"_a.none() = nb::none(), "ffn_post_norm"_a.none() = nb::none(),
-           "scale"_a = 1.0f);
+           "rotary"_a.none() = 0, "mixer_post_norm"_a.none() = nb::none(),
+           "ffn_post_norm"_a.none() = nb::none(), "scale"_a = 1.0f);
 
   m.def("grouped_query_attention", &grouped_query_attention, "query"_a, "key"_a, "value"_a.none(), "output"_a,
         nb::kw_only(), "num_heads"_a, "window"_a, "scale"_a, "query_bias"_a.none() = nb::none(),
@@ -850,20 +889,28 @@ void bind_stack(nb::module_& m) {
         "output_bias"_a.none() = nb::none(), "query_norm"_a.none() = nb::none(),
         "key_norm"_a.none() = nb::none(), "is_norm_flat"_a = false, "limit"_a = 0.0f,
         "sinks"_a.none() = nb::none(), "has_gate"_a = false, "value_norm"_a.none() = nb::none(),
-        "is_causal"_a = false, R"(
+        "is_causal"_a = false, "is_norm_last"_a = false, "value_scale"_a = 1.0f, "is_chunked"_a = false,
+        "gate"_a.none() = nb::none(), "gate_kind"_a = "sigmoid",
+        "query_scale"_a = QueryScaleOfNumbers{0.0f, 1, 0}, R"(
     q, k, v -> norm -> clamp -> rotary -> KV cache -> attention -> output projection.
 
     Args:
-        query, output: [heads * head_dim, hidden] and the reverse.   key, value: [kv_heads * head_dim, hidden].
+        query: [heads * head_dim, hidden].   output: [hidden, heads * value_dim].
+        key, value: [kv_heads * head_dim, hidden] and [kv_heads * value_dim, hidden].
         value: None means that the keys, before their norm, are the values.
-        window, scale: as for `attention`.
+        window, is_chunked, scale: as for `attention`.
         query_bias ...: one number per row of the matrix; None means no bias.
         query_norm, key_norm: per head, [head_dim]; if flat, over all heads at once, one number per row; both or none.
-        limit: q, k and v are clamped to [-limit, limit]; 0 means no clamping.
+        is_norm_last: they come after rotary.
+        limit: q, k and v are clamped to [-limit, limit] before rotary; 0 means no clamping.
         sinks: [heads], as for `attention`.
         has_gate: query has rows [query, gate] for each head; a head's output is multiplied by sigmoid of its gate.
-        value_norm: [head_dim], applied to each head; None means no norm.
-        is_causal: no token sees a position after its own, whatever a step's `sees_until` says.)");
+        value_norm: [value_dim], applied to each head; None means no norm.
+        value_scale: multiplies the values.
+        is_causal: no token sees a position after its own, whatever a step's `sees_until` says.
+        gate: [heads, hidden] or [heads * value_dim, hidden]; the result of each head, or each of its elements, is
+            multiplied by `gate_kind` of the gate's product with the layer's input.
+        query_scale: beta, period, offset: queries are multiplied by 1 + beta * log(1 + (position + offset) // period).)");
   m.def(
       "gated_delta_net",
       [](const Matrix& qkv, const Matrix& b, const Matrix& output, const Matrix* z, const Matrix* a,
@@ -930,7 +977,8 @@ void bind_stack(nb::module_& m) {
   m.def("multi_head_latent_attention", &multi_head_latent_attention, "query"_a, "kv_down"_a, "key_up"_a,
         "value_up"_a, "output"_a, nb::kw_only(), "num_heads"_a, "rope_dim"_a, "scale"_a, "norm_eps"_a,
         "kv_norm"_a, "query_down"_a.none() = nb::none(), "query_norm"_a.none() = nb::none(),
-        "num_chosen"_a = 0, "indexer"_a.none() = nb::none(), R"(
+        "num_chosen"_a = 0, "indexer"_a.none() = nb::none(), "gate"_a.none() = nb::none(),
+        "gate_kind"_a = "sigmoid", "query_scale"_a = QueryScaleOfNumbers{0.0f, 1, 0}, R"(
     Query and compressed keys and values -> norms -> rotary -> KV cache -> attention -> output projection.
 
     Args:
@@ -941,7 +989,8 @@ void bind_stack(nb::module_& m) {
         query_down, query_norm: [query_rank, hidden] and [query_rank], both or none.
         norm_eps: the epsilon of both norms.
         num_chosen: a token sees at most so many positions; 0 means all.
-        indexer: chooses them; None means that the layer sees what the last layer with an indexer chose.)");
+        indexer: chooses them; None means that the layer sees what the last layer with an indexer chose.
+        gate, gate_kind, query_scale: as for `grouped_query_attention`.)");
   m.def("dense_ffn", &dense_ffn, "gate"_a, "up"_a, "down"_a,
         "SwiGLU for every token: gate and up [width, hidden], down [hidden, width].");
   m.def("routed_ffn", &routed_ffn, "router"_a, "routing"_a, nb::kw_only(),
@@ -1023,26 +1072,30 @@ void bind_stack(nb::module_& m) {
       .def(nb::init<int64_t, int64_t>(), "hidden"_a, "num_pairs"_a)
       .def(
           "add_attention",
-          [](StackSizes& self, int64_t num_heads, int64_t kv_heads, int64_t head_dim, bool has_gate) {
-            self.add(AttentionSizes{num_heads, kv_heads, head_dim, has_gate});
+          [](StackSizes& self, int64_t num_heads, int64_t kv_heads, int64_t head_dim, bool has_gate,
+             std::optional<int64_t> value_dim, int64_t gate_rows) {
+            self.add(AttentionSizes{num_heads, kv_heads, head_dim, value_dim.value_or(head_dim), has_gate,
+                                    gate_rows});
           },
-          "num_heads"_a, "kv_heads"_a, "head_dim"_a, "has_gate"_a)
+          "num_heads"_a, "kv_heads"_a, "head_dim"_a, "has_gate"_a, "value_dim"_a.none() = nb::none(),
+          "gate_rows"_a = 0)
       .def(
           "add_latent_attention",
           [](StackSizes& self, int64_t num_heads, int64_t nope_dim, int64_t rope_dim, int64_t kv_rank,
              int64_t value_dim, int64_t query_rank, int64_t index_heads, int64_t index_dim,
-             int64_t num_chosen) {
+             int64_t num_chosen, int64_t gate_rows) {
             self.add(LatentSizes{num_heads,
                                  nope_dim,
                                  rope_dim,
                                  kv_rank,
                                  value_dim,
                                  query_rank,
+                                 gate_rows,
                                  {index_heads, index_dim, num_chosen}});
           },
           "num_heads"_a, "nope_dim"_a, "rope_dim"_a, "kv_rank"_a, "value_dim"_a, "query_rank"_a,
-          "index_heads"_a = 0, "index_dim"_a = 0, "num_chosen"_a = 0,
-          "The last three are those of an indexer; 0 without one.")
+          "index_heads"_a = 0, "index_dim"_a = 0, "num_chosen"_a = 0, "gate_rows"_a = 0,
+          "index_heads, index_dim and num_chosen are those of an indexer.")
       .def(
           "add_delta_net", [](StackSizes& self, const DeltaSizes& sizes) { self.add(delta_shape(sizes)); },
           "sizes"_a)

@@ -120,7 +120,7 @@ constexpr KernelTable kernel_table_named(const char* name) {
       .activate = activate,
       .combine = combine,
       .add_sigmoid_gated = add_sigmoid_gated,
-      .mul_sigmoid = mul_sigmoid,
+      .mul_gate = mul_gate,
       .soft_cap = soft_cap,
       .layer_norm = layer_norm,
       .gelu = gelu,

@@ -2,7 +2,7 @@
 //
 //   out[t][h] = sum over p of softmax over p (scale * q[t][h] . key[p]) * value[p]
 //
-//   p runs from max(0, order[t] - window + 1) to sees_until[t] - 1, which is order[t] unless tokens see later
+//   p runs from first_seen(window, order[t]) to sees_until[t] - 1, which is order[t] unless tokens see later
 //   ones (a span of a picture), and h over the heads that share the KV head; keys and values lie in KV blocks
 //   (layout: kv_layer.h); q and out are float32. A sink is one more score of a head: it takes weight from
 //   the other scores and adds no value (gpt-oss; arXiv:2309.17453 explains why models want one).
@@ -45,8 +45,8 @@ inline float attention_score(const AttentionArgs& a, const float* q, int64_t pos
 // Writes the state of one section.
 inline void attend_section(const AttentionArgs& a, int64_t token, int64_t head, int64_t section,
                            float* state) {
-  const int64_t dim = a.kv.head_dim, padded_dim = kv_padded_dim(a.kv);
-  const float* q = a.q + (token * a.num_heads + head) * dim;
+  const int64_t dim = a.kv.value_dim, padded_dim = padded_value_dim(a.kv);
+  const float* q = a.q + (token * a.num_heads + head) * a.kv.head_dim;
   const bool is_first = section == first_section(a, token);
   int64_t begin = first_position(a, token);
   while (lane_of(a.kv, begin) / kSectionKeys < section) ++begin;
@@ -70,22 +70,22 @@ inline void attend_section(const AttentionArgs& a, int64_t token, int64_t head, 
   state[padded_dim + 1] = sum;
 }
 
-void attention_merge(const float* next, int64_t head_dim, float* state) {
-  const int64_t most_at = round_up(head_dim, kKeyTile);
+void attention_merge(const float* next, int64_t value_dim, float* state) {
+  const int64_t most_at = round_up(value_dim, kKeyTile);
   const float most = fmaxf(state[most_at], next[most_at]);
   const float mine = expf(state[most_at] - most), theirs = expf(next[most_at] - most);
-  for (int64_t d = 0; d < head_dim; ++d) state[d] = state[d] * mine + next[d] * theirs;
+  for (int64_t d = 0; d < value_dim; ++d) state[d] = state[d] * mine + next[d] * theirs;
   state[most_at + 1] = state[most_at + 1] * mine + next[most_at + 1] * theirs;
   state[most_at] = most;
 }
 
-void attention_finish(const float* state, int64_t head_dim, float* out) {
-  for (int64_t d = 0; d < head_dim; ++d) out[d] = state[d] / state[round_up(head_dim, kKeyTile) + 1];
+void attention_finish(const float* state, int64_t value_dim, float* out) {
+  for (int64_t d = 0; d < value_dim; ++d) out[d] = state[d] / state[round_up(value_dim, kKeyTile) + 1];
 }
 
 void attention(const AttentionArgs& a) {
   const int64_t group = a.num_heads / a.kv.kv_heads;
-  float *total = a.scratch, *next = total + attention_state_floats(a.kv.head_dim);
+  float *total = a.scratch, *next = total + attention_state_floats(a.kv.value_dim);
   for (int64_t token = 0; token < a.num_tokens; ++token) {
     const int64_t first = first_section(a, token), last = last_section(a, token);
     for (int64_t i = 0; i < group; ++i) {
@@ -98,9 +98,9 @@ void attention(const AttentionArgs& a) {
       attend_section(a, token, head, first, total);
       for (int64_t section = first + 1; section <= last; ++section) {
         attend_section(a, token, head, section, next);
-        attention_merge(next, a.kv.head_dim, total);
+        attention_merge(next, a.kv.value_dim, total);
       }
-      attention_finish(total, a.kv.head_dim, a.out + (token * a.num_heads + head) * a.kv.head_dim);
+      attention_finish(total, a.kv.value_dim, a.out + (token * a.num_heads + head) * a.kv.value_dim);
     }
   }
 }
@@ -112,9 +112,9 @@ constexpr int64_t kStretchTiles = kStretchKeys / kKeyTile;
 
 // The progress of one (token, head) through the keys. Lane numbers include the padding of the blocks.
 struct Query {
-  float* q;             // [padded_dim], a copy: rows of the batch may be a power of two apart
+  float* q;             // [head_dim], a copy: rows of the batch may be a power of two apart
   float* scores;        // [kStretchKeys], scores of the current stretch, later the weights of its keys
-  float* values;        // [padded_dim], running weighted sum
+  float* values;        // [padded value_dim], running weighted sum
   float* total;         // the state of all sections before
   int64_t first, last;  // lanes that the query sees, in all
   float sink;           // -INFINITY: none
@@ -340,7 +340,7 @@ template <class Kv>
 void attend_stretch(const AttentionArgs& a, Query* const* queries, int64_t count, const KeyTile* tiles,
                     int64_t tile_begin, int64_t tile_end) {
   const int64_t dim = a.kv.head_dim;
-  const int64_t padded_dim = kv_padded_dim(a.kv);
+  const int64_t padded_dim = padded_value_dim(a.kv);
   int64_t tile = tile_begin;
   for (; tile + kScoreTiles <= tile_end; tile += kScoreTiles) {
     score_queries<Kv, kScoreTiles>(queries, count, tiles, tile, dim, a.scale);
@@ -355,8 +355,8 @@ void attend_stretch(const AttentionArgs& a, Query* const* queries, int64_t count
 }
 
 // Not inlined, so that every merge executes the same instructions.
-[[gnu::noinline]] void attention_merge(const float* next, int64_t head_dim, float* state) {
-  const int64_t most_at = round_up(head_dim, kKeyTile), sum_at = most_at + 1;
+[[gnu::noinline]] void attention_merge(const float* next, int64_t value_dim, float* state) {
+  const int64_t most_at = round_up(value_dim, kKeyTile), sum_at = most_at + 1;
   const float most = next[most_at] > state[most_at] ? next[most_at] : state[most_at];
   const float mine = exp(state[most_at] - most), theirs = exp(next[most_at] - most);
   for (int64_t d = 0; d < most_at; d += kLanes) {
@@ -366,10 +366,10 @@ void attend_stretch(const AttentionArgs& a, Query* const* queries, int64_t count
   state[most_at] = most;
 }
 
-void attention_finish(const float* state, int64_t head_dim, float* out) {
-  const Vec share = broadcast(1.0f / state[round_up(head_dim, kKeyTile) + 1]);
-  for (int64_t d = 0; d < head_dim; d += kLanes) {
-    const int64_t n = head_dim - d < kLanes ? head_dim - d : kLanes;
+void attention_finish(const float* state, int64_t value_dim, float* out) {
+  const Vec share = broadcast(1.0f / state[round_up(value_dim, kKeyTile) + 1]);
+  for (int64_t d = 0; d < value_dim; d += kLanes) {
+    const int64_t n = value_dim - d < kLanes ? value_dim - d : kLanes;
     store(out + d, mul(load(state + d), share), n);
   }
 }
@@ -381,14 +381,14 @@ inline void begin_section(Query& query, int64_t section, int64_t padded_dim) {
   for (int64_t d = 0; d < padded_dim; d += kLanes) store(query.values + d, zeros());
 }
 
-inline void end_section(Query& query, int64_t head_dim, int64_t padded_dim) {
+inline void end_section(Query& query, int64_t value_dim, int64_t padded_dim) {
   query.values[padded_dim] = query.most;
   query.values[padded_dim + 1] = query.sum;
   if (query.has_total) {
-    attention_merge(query.values, head_dim, query.total);
+    attention_merge(query.values, value_dim, query.total);
     return;
   }
-  for (int64_t d = 0; d < attention_state_floats(head_dim); d += kLanes) {
+  for (int64_t d = 0; d < attention_state_floats(value_dim); d += kLanes) {
     store(query.total + d, load(query.values + d));
   }
   query.has_total = true;
@@ -436,7 +436,7 @@ void attend_lanes(const AttentionArgs& a, Query* all, int64_t count, int64_t fir
 
 template <class Kv>
 void attend_queries(const AttentionArgs& a, Query* all, int64_t count) {
-  const int64_t padded_dim = kv_padded_dim(a.kv);
+  const int64_t padded_dim = padded_value_dim(a.kv);
   int64_t first = all[0].first;
   int64_t last = all[0].last;
   for (int64_t i = 1; i < count; ++i) {
@@ -459,27 +459,28 @@ void attend_queries(const AttentionArgs& a, Query* all, int64_t count) {
     to = to < after ? to : after - 1;
     attend_lanes<Kv>(a, all, count, from > start ? from : start, to, a.section < 0 ? last : to);
     for (int64_t i = 0; i < count; ++i) {
-      if (sees(all[i])) end_section(all[i], a.kv.head_dim, padded_dim);
+      if (sees(all[i])) end_section(all[i], a.kv.value_dim, padded_dim);
     }
   }
 }
 
 void attention(const AttentionArgs& a) {
   const int64_t group = a.num_heads / a.kv.kv_heads;
-  const int64_t dim = a.kv.head_dim;
-  const int64_t padded_dim = kv_padded_dim(a.kv), state_floats = attention_state_floats(dim);
+  const int64_t dim = a.kv.head_dim, value_dim = a.kv.value_dim;
+  const int64_t query_floats = round_up(dim, kKeyTile) + kStretchKeys;
+  const int64_t state_floats = attention_state_floats(value_dim);
   Query queries[kMaxQueries];
   for (int64_t begin = 0; begin < a.num_tokens * group; begin += kMaxQueries) {
     const int64_t rest = a.num_tokens * group - begin;
     const int64_t count = rest < kMaxQueries ? rest : kMaxQueries;
     const auto head_of = [&](int64_t i) { return a.kv_head * group + (begin + i) % group; };
-    const auto row_of = [&](int64_t i) { return ((begin + i) / group * a.num_heads + head_of(i)) * dim; };
+    const auto row_of = [&](int64_t i) { return (begin + i) / group * a.num_heads + head_of(i); };
     for (int64_t i = 0; i < count; ++i) {
       const int64_t token = (begin + i) / group;
       // The totals lie apart, so that what a section uses is small.
-      float* q = a.scratch + i * (padded_dim + kStretchKeys + state_floats);
-      float* scores = q + padded_dim;
-      float* totals = a.scratch + kMaxQueries * (padded_dim + kStretchKeys + state_floats);
+      float* q = a.scratch + i * (query_floats + state_floats);
+      float* scores = q + query_floats - kStretchKeys;
+      float* totals = a.scratch + kMaxQueries * (query_floats + state_floats);
       queries[i] = Query{q,
                          scores,
                          scores + kStretchKeys,
@@ -492,13 +493,13 @@ void attention(const AttentionArgs& a) {
                          false,
                          0,
                          0};
-      for (int64_t d = 0; d < dim; ++d) queries[i].q[d] = a.q[row_of(i) + d];
+      for (int64_t d = 0; d < dim; ++d) queries[i].q[d] = a.q[row_of(i) * dim + d];
     }
     with_kv(a.kv.format, [&]<class Kv>(Kv) { attend_queries<Kv>(a, queries, count); });
     for (int64_t i = 0; i < count; ++i) {
       const float* total = queries[i].total;
       if (a.section < 0) {
-        attention_finish(total, dim, a.out + row_of(i));
+        attention_finish(total, value_dim, a.out + row_of(i) * value_dim);
       } else if (queries[i].has_total) {  // it sees the section
         float* state = state_of(a, begin + i);
         for (int64_t d = 0; d < state_floats; ++d) state[d] = total[d];

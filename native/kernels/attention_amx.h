@@ -38,10 +38,12 @@ constexpr int64_t kStretchSteps = kAmxStretch / kStepKeys;
 constexpr int64_t kRowTiles = kAmxQueries / kTileRows;
 static_assert(kSectionKeys % kAmxStretch == 0);
 
-// The sizes of the parts of a call's scratch, for heads of this dimension.
+// The sizes of the parts of a call's scratch, for heads of these dimensions.
 struct AmxAttentionSizes {
-  explicit AmxAttentionSizes(int64_t head_dim)
-      : steps((head_dim + 31) / 32), columns((head_dim + 15) / 16), state(attention_state_floats(head_dim)) {}
+  AmxAttentionSizes(int64_t head_dim, int64_t value_dim)
+      : steps((head_dim + 31) / 32),
+        columns((value_dim + 15) / 16),
+        state(attention_state_floats(value_dim)) {}
 
   int64_t query_bytes() const { return kRowTiles * steps * kTileBytes; }
   int64_t key_bytes() const { return kStretchTiles * steps * kTileBytes; }
@@ -85,7 +87,7 @@ class AmxAttention {
  public:
   // Splits `count` queries into tiles of sixteen, and fills the last tile with zeros.
   AmxAttention(const AttentionArgs& args, int64_t first_query, int64_t count)
-      : a(args), sizes(args.kv.head_dim), num_queries(count) {
+      : a(args), sizes(args.kv.head_dim, args.kv.value_dim), num_queries(count) {
     TileMemory memory(a.scratch);
     q = memory.take_split(sizes.query_bytes());
     keys = memory.take_split(sizes.key_bytes());
@@ -174,7 +176,7 @@ class AmxAttention {
     store(state + sizes.columns * kLanes, zeros());
     state[sizes.columns * kLanes] = queries[i].most;
     state[sizes.columns * kLanes + 1] = queries[i].sum;
-    if (queries[i].has_total) kAvx512Kernels.attention_merge(state, a.kv.head_dim, total);
+    if (queries[i].has_total) kAvx512Kernels.attention_merge(state, a.kv.value_dim, total);
     queries[i].has_total = true;
   }
 
@@ -230,7 +232,7 @@ class AmxAttention {
 
   // Splits the keys of a tile, and its values from row `first` to before row `last`.
   void put_tile(int64_t tile, const uint8_t* key, const uint8_t* value, int64_t first, int64_t last) {
-    const int64_t dim = a.kv.head_dim, padded_dim = kv_padded_dim(a.kv);
+    const int64_t dim = a.kv.head_dim, padded_dim = padded_value_dim(a.kv);
     const Split key_tile = keys + tile * sizes.steps * kTileBytes;
     typename Kv::Scale scale = {};
     for (int64_t d = 0; d < sizes.steps * 32; d += 2) {
@@ -366,7 +368,7 @@ class AmxAttention {
 constexpr int64_t kFewestGroupedHeads = 4;
 
 void attention_amx(const AttentionArgs& a) {
-  const int64_t group = a.num_heads / a.kv.kv_heads, dim = a.kv.head_dim;
+  const int64_t group = a.num_heads / a.kv.kv_heads, dim = a.kv.value_dim;
   if (group < kFewestGroupedHeads) return kAvx512Kernels.attention(a);
   for (int64_t begin = 0; begin < a.num_tokens * group; begin += kAmxQueries) {
     const int64_t rest = a.num_tokens * group - begin;

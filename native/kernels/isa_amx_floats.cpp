@@ -21,9 +21,9 @@ void add_amx_attention(KernelTable& table);
 void add_amx_attention(KernelTable& table) {
   table.attention = attention_amx;
   table.most_queries = kAmxQueries;
-  table.attention_floats = [](int64_t head_dim) {
-    const int64_t floats = AmxAttentionSizes(head_dim).bytes() / 4,
-                  other = attention_scratch_floats(head_dim);
+  table.attention_floats = [](int64_t head_dim, int64_t value_dim) {
+    const int64_t floats = AmxAttentionSizes(head_dim, value_dim).bytes() / 4,
+                  other = attention_scratch_floats(head_dim, value_dim);
     return floats > other ? floats : other;
   };
   table.latent_attention = latent_attention_amx;

@@ -179,8 +179,8 @@ int64_t largest(const Of& of) {
 
 }  // namespace
 
-int64_t most_attention_floats(int64_t head_dim) {
-  return largest([=](const KernelTable& table) { return table.attention_floats(head_dim); });
+int64_t most_attention_floats(int64_t head_dim, int64_t value_dim) {
+  return largest([=](const KernelTable& table) { return table.attention_floats(head_dim, value_dim); });
 }
 
 int64_t most_attention_queries() {

@@ -38,6 +38,7 @@ struct DeltaGatesArgs;
 struct ChannelGatesArgs;
 struct DeltaConvArgs;
 struct DeltaRuleArgs;
+enum class GateKind;
 enum class Gelu;
 
 struct KernelTable {
@@ -74,8 +75,9 @@ struct KernelTable {
   void (*combine)(const float* expert_out, const float* weights, int64_t k, int64_t hidden, float* out);
   void (*add_sigmoid_gated)(const float* x, float gate_logit, int64_t hidden, float* out);
 
-  void (*mul_sigmoid)(const float* gate, int64_t n, float* x);  // x *= sigmoid(gate)
-  void (*soft_cap)(float cap, int64_t n, float* x);             // x = cap * tanh(x / cap)
+  // x *= the activation of the gate: each element's own, gate_step floats apart (1), or the same for all (0).
+  void (*mul_gate)(GateKind kind, const float* gate, int64_t gate_step, int64_t n, float* x);
+  void (*soft_cap)(float cap, int64_t n, float* x);  // x = cap * tanh(x / cap)
 
   // For encoders. out may be x; bias may be nullptr.
   void (*layer_norm)(const float* x, const float* weight, const float* bias, int64_t cols, float eps,
@@ -92,11 +94,11 @@ struct KernelTable {
   void (*kv_write)(const KvWriteArgs& args);
   void (*latent_write)(const LatentWriteArgs& args);
   void (*attention)(const AttentionArgs& args);
-  int64_t most_queries;                           // (token, head) pairs that a call processes at once
-  int64_t (*attention_floats)(int64_t head_dim);  // the scratch of a call
+  int64_t most_queries;  // (token, head) pairs that a call processes at once
+  int64_t (*attention_floats)(int64_t head_dim, int64_t value_dim);  // the scratch of a call
   // Merges the state of a query's next section into `state`.
-  void (*attention_merge)(const float* next, int64_t head_dim, float* state);
-  void (*attention_finish)(const float* state, int64_t head_dim, float* out);  // [head_dim]
+  void (*attention_merge)(const float* next, int64_t value_dim, float* state);
+  void (*attention_finish)(const float* state, int64_t value_dim, float* out);  // [value_dim]
   void (*delta_gates)(const DeltaGatesArgs& args);
   void (*channel_gates)(const ChannelGatesArgs& args);
   void (*delta_conv)(const DeltaConvArgs& args);
@@ -126,7 +128,7 @@ const KernelTable& kernel_table(const std::string& name);
 const KernelTable& best_kernels();
 
 // The largest KernelTable::attention_floats and most_queries of all instruction sets here.
-int64_t most_attention_floats(int64_t head_dim);
+int64_t most_attention_floats(int64_t head_dim, int64_t value_dim);
 int64_t most_attention_queries();
 // The largest KernelTable::latent_floats and most_columns.
 int64_t most_latent_floats(int64_t dim, int64_t value_dim);

@@ -44,9 +44,9 @@ inline float key_element(const KvLayer& kv, const uint8_t* keys, int64_t offset,
 inline float value_element(const KvLayer& kv, const uint8_t* values, int64_t offset, int64_t d) {
   const uint8_t* tile = values + offset / kKeyTile * value_tile_bytes(kv);
   const int64_t row = offset % kKeyTile;
-  const uint8_t* scales = tile + kKeyTile * kv_padded_dim(kv) * kv_element_bytes(kv.format);
-  return kv_scale(kv.format, scales, row * kv_groups(kv.head_dim) + d / kKvGroup) *
-         kv_element(kv.format, tile, row * kv_padded_dim(kv) + d);
+  const uint8_t* scales = tile + kKeyTile * padded_value_dim(kv) * kv_element_bytes(kv.format);
+  return kv_scale(kv.format, scales, row * kv_groups(kv.value_dim) + d / kKvGroup) *
+         kv_element(kv.format, tile, row * padded_value_dim(kv) + d);
 }
 
 inline float latent_element(const LatentLayer& kv, const uint8_t* vector, int64_t d) {

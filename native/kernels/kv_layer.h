@@ -22,13 +22,13 @@ enum class KvFormat { f32, f16, q8 };
 //   keys    [head_dim][16]: one load brings one dimension of sixteen positions;
 //           q8: for each 32 dimensions (the last group may have fewer) the scales [16], then the bytes
 //           [32][16];
-//   values  [16][head_dim padded to 16];
+//   values  [16][value_dim padded to 16];
 //           q8: then the scales [16][groups of 32 dimensions].
 // Positions of a block are padded to 16.
 struct KvLayer {
   uint8_t* keys;
   uint8_t* values;
-  int64_t block_tokens, kv_heads, head_dim;
+  int64_t block_tokens, kv_heads, head_dim, value_dim;
   KvFormat format;
 };
 
@@ -40,13 +40,13 @@ static inline int64_t kv_groups(int64_t dim) { return (dim + kKvGroup - 1) / kKv
 static inline int64_t kv_scale_bytes(KvFormat format, int64_t dim) {
   return format == KvFormat::q8 ? 2 * kv_groups(dim) : 0;
 }
-static inline int64_t kv_padded_dim(const KvLayer& kv) { return round_up(kv.head_dim, 16); }
+static inline int64_t padded_value_dim(const KvLayer& kv) { return round_up(kv.value_dim, 16); }
 static inline int64_t key_tile_bytes(const KvLayer& kv) {
   return kKeyTile * (kv.head_dim * kv_element_bytes(kv.format) + kv_scale_bytes(kv.format, kv.head_dim));
 }
 static inline int64_t value_tile_bytes(const KvLayer& kv) {
   return kKeyTile *
-         (kv_padded_dim(kv) * kv_element_bytes(kv.format) + kv_scale_bytes(kv.format, kv.head_dim));
+         (padded_value_dim(kv) * kv_element_bytes(kv.format) + kv_scale_bytes(kv.format, kv.value_dim));
 }
 static inline int64_t tiles_per_block(const KvLayer& kv) {
   return (kv.block_tokens + kKeyTile - 1) / kKeyTile;
@@ -82,7 +82,7 @@ static inline int64_t latent_vector_bytes(const LatentLayer& kv) {
 struct KvWriteArgs {
   KvLayer kv;
   const float* keys;     // [num_tokens][kv_heads][head_dim]
-  const float* values;   // the same
+  const float* values;   // [num_tokens][kv_heads][value_dim]
   const int64_t* slots;  // block * block_tokens + offset
   int64_t num_tokens;
   int64_t kv_head;  // the one to write

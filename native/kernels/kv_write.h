@@ -65,33 +65,35 @@ void kv_write_as(const KvWriteArgs& a) {
   const KvLayer& kv = a.kv;
   for (int64_t token = 0; token < a.num_tokens; ++token) {
     const KvPlace place = kv_place(a, token);
-    const int64_t from = (token * kv.kv_heads + a.kv_head) * kv.head_dim;
+    const int64_t row = token * kv.kv_heads + a.kv_head;
     Element* keys = reinterpret_cast<Element*>(place.key_tile) + place.row;
-    Element* values = reinterpret_cast<Element*>(place.value_tile) + place.row * kv_padded_dim(kv);
-    for (int64_t d = 0; d < kv.head_dim; ++d) {
-      keys[d * kKeyTile] = element_from<Element>(a.keys[from + d]);
-      values[d] = element_from<Element>(a.values[from + d]);
-    }
+    Element* values = reinterpret_cast<Element*>(place.value_tile) + place.row * padded_value_dim(kv);
+    for (int64_t d = 0; d < kv.head_dim; ++d)
+      keys[d * kKeyTile] = element_from<Element>(a.keys[row * kv.head_dim + d]);
+    for (int64_t d = 0; d < kv.value_dim; ++d)
+      values[d] = element_from<Element>(a.values[row * kv.value_dim + d]);
   }
 }
 
 void kv_write_q8(const KvWriteArgs& a) {
   const KvLayer& kv = a.kv;
-  const int64_t dim = kv.head_dim, padded_dim = kv_padded_dim(kv), groups = kv_groups(dim);
+  const int64_t padded_dim = padded_value_dim(kv), groups = kv_groups(kv.value_dim);
   for (int64_t token = 0; token < a.num_tokens; ++token) {
     const KvPlace place = kv_place(a, token);
-    const int64_t from = (token * kv.kv_heads + a.kv_head) * dim;
-    quantize_kv(a.keys + from, dim, [&](int64_t group, uint16_t scale, const int8_t* quants, int64_t n) {
+    const int64_t row = token * kv.kv_heads + a.kv_head;
+    const auto put_key = [&](int64_t group, uint16_t scale, const int8_t* quants, int64_t n) {
       uint8_t* scales = place.key_tile + group * kKeyGroupBytes;
       std::memcpy(scales + 2 * place.row, &scale, sizeof scale);
       uint8_t* to = scales + 2 * kKeyTile + place.row;
       for (int64_t d = 0; d < n; ++d) to[d * kKeyTile] = uint8_t(quants[d]);
-    });
-    uint8_t* scales = place.value_tile + kKeyTile * padded_dim;
-    quantize_kv(a.values + from, dim, [&](int64_t group, uint16_t scale, const int8_t* quants, int64_t n) {
+    };
+    const auto put_value = [&](int64_t group, uint16_t scale, const int8_t* quants, int64_t n) {
+      uint8_t* scales = place.value_tile + kKeyTile * padded_dim;
       std::memcpy(scales + 2 * (place.row * groups + group), &scale, sizeof scale);
       std::memcpy(place.value_tile + place.row * padded_dim + group * kKvGroup, quants, size_t(n));
-    });
+    };
+    quantize_kv(a.keys + row * kv.head_dim, kv.head_dim, put_key);
+    quantize_kv(a.values + row * kv.value_dim, kv.value_dim, put_value);
   }
 }
 

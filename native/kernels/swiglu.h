@@ -5,7 +5,7 @@
 //
 // The clamped gate is only limited from above, and NaN stays NaN in both gate and up.
 //
-//   mul_sigmoid    x *= 1 / (1 + e^-gate): the output gate of attention heads
+//   mul_gate       x *= 1 / (1 + e^-gate) or log(1 + e^gate): the output gate of attention heads
 //   soft_cap       x = cap * tanh(x / cap), computed as cap * (1 - 2 / (1 + e^(2 x / cap)));
 //                  its error is a few units in the last place of cap
 #pragma once
@@ -40,8 +40,9 @@ void activate(const ActivateArgs& a) {
   }
 }
 
-void mul_sigmoid(const float* gate, int64_t n, float* x) {
-  for (int64_t i = 0; i < n; ++i) x[i] *= 1.0f / (1.0f + expf(-gate[i]));
+void mul_gate(GateKind kind, const float* gate, int64_t gate_step, int64_t n, float* x) {
+  for (int64_t i = 0; i < n; ++i, gate += gate_step)
+    x[i] *= kind == GateKind::softplus ? softplus(*gate) : sigmoid(*gate);
 }
 
 void soft_cap(float cap, int64_t n, float* x) {
@@ -94,11 +95,12 @@ void activate(const ActivateArgs& a) {
                                      broadcast(-activation.alpha)});
 }
 
-void mul_sigmoid(const float* gate, int64_t n, float* x) {
+void mul_gate(GateKind kind, const float* gate, int64_t gate_step, int64_t n, float* x) {
   for (int64_t i = 0; i < n; i += kLanes) {
     const int64_t here = n - i < kLanes ? n - i : kLanes;
-    const Vec denominator = add(broadcast(1.0f), exp(sub(zeros(), load(gate + i, here))));
-    store(x + i, div(load(x + i, here), denominator), here);
+    const Vec by = gate_step == 0 ? broadcast(*gate) : load(gate + i, here), value = load(x + i, here);
+    store(x + i, kind == GateKind::softplus ? mul(value, softplus(by)) : gated(value, sub(zeros(), by)),
+          here);
   }
 }
 

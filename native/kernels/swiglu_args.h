@@ -17,6 +17,9 @@ struct Activation {
   float limit = 0, alpha = 0;
 };
 
+// The activation of the output gate of attention heads: 1 / (1 + e^-x) or log(1 + e^x).
+enum class GateKind { sigmoid, softplus };
+
 // out[t][i] = activation(gate[t][i] + gate_bias[i], up[t][i] + up_bias[i])
 struct ActivateArgs {
   Activation activation;

@@ -35,7 +35,7 @@ constexpr const char* kKvCache = "a KV cache";
 
 // The places of keys and values are not set.
 KvLayer layer_of(const KvShape& shape, int64_t block_tokens, KvFormat format) {
-  return {nullptr, nullptr, block_tokens, shape.kv_heads, shape.head_dim, format};
+  return {nullptr, nullptr, block_tokens, shape.kv_heads, shape.head_dim, shape.value_dim, format};
 }
 
 // Bytes of `dim` elements for each position of a block.
@@ -44,20 +44,32 @@ int64_t latent_block_bytes(int64_t dim, int64_t block_tokens, KvFormat format) {
 }
 
 int64_t layer_bytes(const KvShape& shape, int64_t num_blocks, int64_t block_tokens, KvFormat format) {
-  if (shape.kind == KvShape::Kind::none) return 0;
-  checked_product(kKvCache, {num_blocks, block_tokens, shape.kv_heads, shape.head_dim});
-  // With room for elements, scales, values beside keys, and rounding up, so that nothing below overflows.
-  checked_product(kKvCache, {64, num_blocks, block_tokens + kKeyTile, shape.kv_heads,
-                             shape.head_dim + shape.index_dim + kKeyTile});
-  const KvLayer layer = layer_of(shape, block_tokens, format);
-  if (shape.kind == KvShape::Kind::keys_values) {
-    return num_blocks * shape.kv_heads * (key_head_bytes(layer) + value_head_bytes(layer));
-  }
-  const int64_t index = shape.index_dim > 0 ? latent_block_bytes(shape.index_dim, block_tokens, format) : 0;
-  return num_blocks * (latent_block_bytes(shape.head_dim, block_tokens, format) + index);
+  int64_t sum = 0;
+  for (const int64_t part : KvCache::layer_parts(shape, num_blocks, block_tokens, format)) sum += part;
+  return sum;
 }
 
 }  // namespace
+
+std::vector<int64_t> KvCache::layer_parts(const KvShape& shape, int64_t num_blocks, int64_t block_tokens,
+                                          KvFormat format) {
+  if (shape.kind == KvShape::Kind::none) return {};
+  const int64_t smallest = shape.kind == KvShape::Kind::latent ? shape.head_dim : shape.value_dim;
+  for (const int64_t dim : {shape.head_dim, smallest})
+    checked_product(kKvCache, {num_blocks, block_tokens, shape.kv_heads, dim});
+  // With room for elements, scales, values beside keys, and rounding up, so that nothing below overflows.
+  const int64_t dim = std::max(shape.head_dim + shape.index_dim, shape.value_dim);
+  checked_product(kKvCache, {64, num_blocks, block_tokens + kKeyTile, shape.kv_heads, dim + kKeyTile});
+  if (shape.kind == KvShape::Kind::latent) {
+    std::vector<int64_t> parts = {num_blocks * latent_block_bytes(shape.head_dim, block_tokens, format)};
+    if (shape.index_dim > 0)
+      parts.push_back(num_blocks * latent_block_bytes(shape.index_dim, block_tokens, format));
+    return parts;
+  }
+  const KvLayer layer = layer_of(shape, block_tokens, format);
+  const int64_t heads = num_blocks * shape.kv_heads;
+  return {heads * key_head_bytes(layer), heads * value_head_bytes(layer)};
+}
 
 int64_t KvCache::bytes(const std::vector<KvShape>& layers, KvBlockCounts counts, int64_t block_tokens,
                        KvFormat format) {
@@ -111,13 +123,11 @@ std::vector<KvCache::Part> KvCache::parts(bool is_windowed) {
   for (size_t i = 0; i < layers_.size(); ++i) {
     const KvShape& shape = layers_[i];
     if (shape.is_windowed != is_windowed) continue;
-    const int64_t layer = layer_bytes(shape, 1, block_tokens_, format_);
-    const int64_t first = shape.kind == KvShape::Kind::keys_values
-                              ? shape.kv_heads * key_head_bytes(this->layer(int64_t(i)))
-                          : shape.index_dim > 0 ? latent_block_bytes(shape.head_dim, block_tokens_, format_)
-                                                : layer;
-    if (first > 0) parts.push_back({offsets_[i], first});
-    if (layer > first) parts.push_back({offsets_[i] + counts_.of(shape) * first, layer - first});
+    int64_t begin = offsets_[i];
+    for (const int64_t block_bytes : layer_parts(shape, 1, block_tokens_, format_)) {
+      parts.push_back({begin, block_bytes});
+      begin += counts_.of(shape) * block_bytes;
+    }
   }
   return parts;
 }
@@ -171,18 +181,19 @@ void kv_write(Runtime& runtime, const KvLayer& kv, const float* keys, const floa
               const int64_t* slots, int64_t num_tokens) {
   const KernelTable& table = runtime.kernels();
   const auto lock = runtime.lock();
-  runtime.parallel_for(kv.kv_heads, num_tokens * kv.head_dim * 4, [&](int64_t begin, int64_t end, int) {
-    for (int64_t head = begin; head < end; ++head) {
-      table.kv_write({
-          .kv = kv,
-          .keys = keys,
-          .values = values,
-          .slots = slots,
-          .num_tokens = num_tokens,
-          .kv_head = head,
-      });
-    }
-  });
+  runtime.parallel_for(kv.kv_heads, num_tokens * (kv.head_dim + kv.value_dim) * 2,
+                       [&](int64_t begin, int64_t end, int) {
+                         for (int64_t head = begin; head < end; ++head) {
+                           table.kv_write({
+                               .kv = kv,
+                               .keys = keys,
+                               .values = values,
+                               .slots = slots,
+                               .num_tokens = num_tokens,
+                               .kv_head = head,
+                           });
+                         }
+                       });
 }
 
 namespace {
@@ -192,8 +203,8 @@ constexpr int64_t kFewItems = 2;
 
 // What sections in progress take: a total for each query, and states of the sections that threads compute at
 // once, at most two for each thread and one more for each item.
-int64_t section_state_floats(int64_t head_dim, int num_threads) {
-  return 3 * kFewItems * num_threads * most_attention_queries() * attention_state_floats(head_dim);
+int64_t section_state_floats(int64_t value_dim, int num_threads) {
+  return 3 * kFewItems * num_threads * most_attention_queries() * attention_state_floats(value_dim);
 }
 
 // A batch against the keys of one layer, by runs and KV heads.
@@ -208,7 +219,7 @@ class Attention {
         runs_(split_into_runs(batch, std::max<int64_t>(1, runtime.kernels().most_queries / group_))),
         num_items_(int64_t(runs_.size()) * kv.kv_heads),
         scratch_(reinterpret_cast<float*>(
-            runtime.scratch(attention_scratch_bytes(kv.head_dim, runtime.num_threads())))) {}
+            runtime.scratch(attention_scratch_bytes(kv.head_dim, kv.value_dim, runtime.num_threads())))) {}
 
   void run() {
     const int64_t num_threads = runtime_.num_threads();
@@ -234,12 +245,11 @@ class Attention {
 
   AttentionArgs args_of(int64_t item, int worker) const {
     const Run& run = run_of(item);
-    const int64_t row = batch_.num_heads * kv_.head_dim;
     return {
         .kv = kv_,
         .kv_head = item / int64_t(runs_.size()),
-        .q = batch_.q + run.begin * row,
-        .out = out_ + run.begin * row,
+        .q = batch_.q + run.begin * batch_.num_heads * kv_.head_dim,
+        .out = out_ + run.begin * batch_.num_heads * kv_.value_dim,
         .order = batch_.order + run.begin,
         .sees_until = batch_.sees_until != nullptr ? batch_.sees_until + run.begin : nullptr,
         .num_tokens = run.end - run.begin,
@@ -253,7 +263,9 @@ class Attention {
   }
 
   int64_t most_queries() const { return runtime_.kernels().most_queries; }
-  int64_t attention_floats() const { return runtime_.kernels().attention_floats(kv_.head_dim); }
+  int64_t attention_floats() const {
+    return runtime_.kernels().attention_floats(kv_.head_dim, kv_.value_dim);
+  }
 
   int64_t first_section(int64_t token) const { return lane_of(kv_, batch_.first(token)) / kSectionKeys; }
   int64_t last_section(int64_t token) const { return lane_of(kv_, batch_.until(token) - 1) / kSectionKeys; }
@@ -262,7 +274,7 @@ class Attention {
     const KernelTable& table = runtime_.kernels();
     int64_t work = 0;
     for (int64_t t = 0; t < batch_.num_tokens; ++t) {
-      work += 2 * batch_.num_heads * kv_.head_dim * (batch_.until(t) - batch_.first(t));
+      work += batch_.num_heads * (kv_.head_dim + kv_.value_dim) * (batch_.until(t) - batch_.first(t));
     }
     runtime_.parallel_for(num_items_, work / num_items_ + 1, [&](int64_t begin, int64_t end, int worker) {
       for (int64_t item = begin; item < end; ++item) table.attention(args_of(item, worker));
@@ -272,12 +284,12 @@ class Attention {
   // Few items over many positions: threads share the sections, too, some at once.
   void share_sections(int64_t begin, int64_t end) {
     const KernelTable& table = runtime_.kernels();
-    const int64_t num_threads = runtime_.num_threads(), state_floats = attention_state_floats(kv_.head_dim);
+    const int64_t num_threads = runtime_.num_threads(), state_floats = attention_state_floats(kv_.value_dim);
     const int64_t at_once = std::min(end - begin, (kFewItems * num_threads + num_items_ - 1) / num_items_);
     const int64_t item_floats = most_queries() * state_floats;
     float* totals = scratch_ + num_threads * attention_floats();
     float* next = totals + num_items_ * item_floats;
-    const int64_t work = 2 * kSectionKeys * group_ * kv_.head_dim;
+    const int64_t work = kSectionKeys * group_ * (kv_.head_dim + kv_.value_dim);
     for (int64_t first = begin; first < end; first += at_once) {
       const int64_t after = std::min(first + at_once, end);
       runtime_.parallel_for(num_items_ * at_once, work, [&](int64_t from, int64_t to, int worker) {
@@ -300,13 +312,13 @@ class Attention {
             if (section == first_section(token)) {
               std::copy_n(state, state_floats, total);
             } else if (first_section(token) < section && section <= last_section(token)) {
-              table.attention_merge(state, kv_.head_dim, total);
+              table.attention_merge(state, kv_.value_dim, total);
             }
           }
           if (after == end) {
             const int64_t head = item / int64_t(runs_.size()) * group_ + q % group_;
-            table.attention_finish(total, kv_.head_dim,
-                                   out_ + (token * batch_.num_heads + head) * kv_.head_dim);
+            table.attention_finish(total, kv_.value_dim,
+                                   out_ + (token * batch_.num_heads + head) * kv_.value_dim);
           }
         }
       }
@@ -325,9 +337,9 @@ class Attention {
 
 }  // namespace
 
-int64_t attention_scratch_bytes(int64_t head_dim, int num_threads) {
-  const int64_t sections = num_threads > 1 ? section_state_floats(head_dim, num_threads) : 0;
-  return (num_threads * most_attention_floats(head_dim) + sections) * 4;
+int64_t attention_scratch_bytes(int64_t head_dim, int64_t value_dim, int num_threads) {
+  const int64_t sections = num_threads > 1 ? section_state_floats(value_dim, num_threads) : 0;
+  return (num_threads * most_attention_floats(head_dim, value_dim) + sections) * 4;
 }
 
 void attention(Runtime& runtime, const KvLayer& kv, const AttentionBatch& batch, float* out) {

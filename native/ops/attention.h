@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "kernels/attention_args.h"
 #include "kernels/kv_layer.h"
 #include "ops/runtime.h"
 #include "store/arena.h"
@@ -14,19 +15,20 @@ namespace argosy {
 struct KvShape {
   enum class Kind {
     none,         // nothing: the layer has a recurrent state
-    keys_values,  // a key and a value of head_dim elements for each KV head
+    keys_values,  // a key of head_dim and a value of value_dim elements for each KV head
     latent,       // one vector of head_dim elements, which all heads share
   };
   Kind kind = Kind::none;
-  int64_t kv_heads = 0, head_dim = 0;
+  int64_t kv_heads = 0, head_dim = 0, value_dim = 0;
   bool is_windowed = false;  // the layer has blocks of its own, window blocks
   int64_t index_dim = 0;     // elements of an index key beside a latent vector; 0: none
 
-  static KvShape keys_values(int64_t kv_heads, int64_t head_dim, bool is_windowed = false) {
-    return {Kind::keys_values, kv_heads, head_dim, is_windowed};
+  static KvShape keys_values(int64_t kv_heads, int64_t head_dim, int64_t value_dim,
+                             bool is_windowed = false) {
+    return {Kind::keys_values, kv_heads, head_dim, value_dim, is_windowed};
   }
   static KvShape latent(int64_t dim, int64_t index_dim = 0) {
-    return {Kind::latent, 1, dim, false, index_dim};
+    return {Kind::latent, 1, dim, 0, false, index_dim};
   }
 };
 
@@ -44,6 +46,10 @@ class KvCache {
   // Throws std::invalid_argument for a size below 1 or a cache beyond 2^62 bytes.
   KvCache(std::vector<KvShape> layers, KvBlockCounts counts, int64_t block_tokens, KvFormat format);
 
+  // The bytes of a layer's keys and of its values, or of its latent vectors and of its index keys. Throws as
+  // the constructor does.
+  static std::vector<int64_t> layer_parts(const KvShape& shape, int64_t num_blocks, int64_t block_tokens,
+                                          KvFormat format);
   static int64_t bytes(const std::vector<KvShape>& layers, KvBlockCounts counts, int64_t block_tokens,
                        KvFormat format);
 
@@ -90,7 +96,8 @@ class KvCache {
   Arena arena_;
 };
 
-// keys and values are [num_tokens][kv_heads][head_dim]. All slots must be in range.
+// keys [num_tokens][kv_heads][head_dim], values [num_tokens][kv_heads][value_dim]. All slots must be in
+// range.
 void kv_write(Runtime& runtime, const KvLayer& kv, const float* keys, const float* values,
               const int64_t* slots, int64_t num_tokens);
 
@@ -103,21 +110,20 @@ struct AttentionBatch {
   const int32_t* order;       // [num_tokens], the index of each token in its sequence
   const int32_t* sees_until;  // [num_tokens], the end of the positions it sees; nullptr: order + 1
   float scale;
-  int64_t window;                // positions begin at order - window + 1; 0: at 0
+  Window window;
   const float* sinks = nullptr;  // [num_heads]; nullptr: none
 
   // The positions that a token sees: [first(token), until(token)). All their blocks must be in range.
-  int64_t first(int64_t token) const {
-    return window > 0 && order[token] >= window ? order[token] - window + 1 : 0;
-  }
+  int64_t first(int64_t token) const { return first_seen(window, order[token]); }
   int64_t until(int64_t token) const {
     return sees_until != nullptr ? int64_t(sees_until[token]) : int64_t(order[token]) + 1;
   }
 };
 
+// out [num_tokens][num_heads][value_dim].
 void attention(Runtime& runtime, const KvLayer& kv, const AttentionBatch& batch, float* out);
 
 // The runtime scratch that attention takes.
-int64_t attention_scratch_bytes(int64_t head_dim, int num_threads);
+int64_t attention_scratch_bytes(int64_t head_dim, int64_t value_dim, int num_threads);
 
 }  // namespace argosy

@@ -45,7 +45,7 @@ struct ChosenPositions {
   }
 };
 
-// batch.q [num_tokens][num_heads][nope_dim + rope_dim], with the last rope_dim dimensions rotated; no window.
+// batch.q [num_tokens][num_heads][nope_dim + rope_dim], no window.
 // out [num_tokens][num_heads * value_dim].
 void latent_attention(Runtime& runtime, const LatentLayer& kv, const LatentHeads& heads,
                       const AttentionBatch& batch, const ChosenPositions& chosen, float* out);

@@ -84,13 +84,13 @@ void soft_cap(Runtime& runtime, float cap, int64_t n, float* x) {
   });
 }
 
-void mul_sigmoid(Runtime& runtime, const float* gate, int64_t gate_stride, int64_t rows, int64_t cols,
-                 float* x) {
+void mul_gate(Runtime& runtime, GateKind kind, const float* gate, int64_t gate_stride, int64_t gate_step,
+              int64_t rows, int64_t cols, float* x) {
   const KernelTable& table = runtime.kernels();
   const auto lock = runtime.lock();
   runtime.parallel_for(rows, 16 * cols, [&](int64_t begin, int64_t end, int) {
     for (int64_t row = begin; row < end; ++row) {
-      table.mul_sigmoid(gate + row * gate_stride, cols, x + row * cols);
+      table.mul_gate(kind, gate + row * gate_stride, gate_step, cols, x + row * cols);
     }
   });
 }

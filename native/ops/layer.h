@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "kernels/route_args.h"
+#include "kernels/swiglu_args.h"
 #include "ops/rows.h"
 #include "ops/runtime.h"
 
@@ -37,8 +38,9 @@ void add_sigmoid_gated(Runtime& runtime, const float* x, const float* gate_logit
 // x[n] = cap * tanh(x[n] / cap)
 void soft_cap(Runtime& runtime, float cap, int64_t n, float* x);
 
-// x[n] *= sigmoid(gate[n]), elementwise; rows of gate are gate_stride floats apart.
-void mul_sigmoid(Runtime& runtime, const float* gate, int64_t gate_stride, int64_t rows, int64_t cols,
-                 float* x);
+// Multiplies row n of x by the activation of row n of `gate`, elementwise, or of its first element if
+// gate_step is 0. Rows of gate are gate_stride floats apart.
+void mul_gate(Runtime& runtime, GateKind kind, const float* gate, int64_t gate_stride, int64_t gate_step,
+              int64_t rows, int64_t cols, float* x);
 
 }  // namespace argosy

@@ -86,14 +86,21 @@ void swiglu(Runtime& runtime, const ExpertView& network, const Activation& activ
 }
 
 AttentionSizes sizes_of(const GroupedQueryAttention& mixer) {
-  const int64_t head_dim = mixer.output.cols / mixer.num_heads;
-  return {mixer.num_heads, mixer.key.rows / head_dim, head_dim, mixer.has_gate};
+  const int64_t head_dim = mixer.query.rows / mixer.num_heads / (mixer.has_gate ? 2 : 1);
+  return {mixer.num_heads, mixer.key.rows / head_dim,
+          head_dim,        mixer.output.cols / mixer.num_heads,
+          mixer.has_gate,  mixer.gate ? mixer.gate->matrix.rows : 0};
 }
 
 LatentSizes sizes_of(const LatentAttention& mixer) {
   const LatentHeads& heads = mixer.heads;
-  LatentSizes sizes = {heads.num_heads, heads.nope_dim,  heads.rope_dim,
-                       heads.kv_rank,   heads.value_dim, mixer.query_down ? mixer.query_down->rows : 0};
+  LatentSizes sizes = {heads.num_heads,
+                       heads.nope_dim,
+                       heads.rope_dim,
+                       heads.kv_rank,
+                       heads.value_dim,
+                       mixer.query_down ? mixer.query_down->rows : 0,
+                       mixer.gate ? mixer.gate->matrix.rows : 0};
   if (mixer.indexer) sizes.index = {mixer.indexer->num_heads(), mixer.indexer->dim(), mixer.num_chosen};
   return sizes;
 }
@@ -274,16 +281,38 @@ void Stack::write_angles() {
 }
 
 void Stack::rotate(float* x, int64_t num_heads, int64_t head_dim) {
-  rotate(x, num_heads, head_dim, description_.rotaries[size_t(layer().rotary)].is_interleaved);
+  if (!layer().rotary) return;
+  rotate(x, num_heads, head_dim, description_.rotaries[size_t(*layer().rotary)].is_interleaved);
 }
 
 void Stack::rotate(float* x, int64_t num_heads, int64_t head_dim, bool has_interleaved_pairs) {
+  if (!layer().rotary) return;
   int64_t at = 0;
-  for (int64_t i = 0; i < layer().rotary; ++i)
+  for (int64_t i = 0; i < *layer().rotary; ++i)
     at += step_.num_tokens * description_.rotaries[size_t(i)].num_pairs();
-  const Rotary& rotary = description_.rotaries[size_t(layer().rotary)];
+  const Rotary& rotary = description_.rotaries[size_t(*layer().rotary)];
   rope(runtime_, {x, num_heads * head_dim}, step_.num_tokens, num_heads, head_dim, buffers_.cosine + at,
        buffers_.sine + at, rotary.num_pairs(), has_interleaved_pairs);
+}
+
+// Multiplies the queries, `cols` of each token.
+void Stack::scale_queries(const QueryScale& scale, int64_t cols) {
+  if (scale.beta == 0) return;
+  const auto lock = runtime_.lock();
+  runtime_.parallel_for(step_.num_tokens, cols, [&](int64_t begin, int64_t end, int) {
+    for (int64_t t = begin; t < end; ++t) {
+      const double periods = double((step_.order[t] + scale.offset) / scale.period);
+      const float factor = float(1 + double(scale.beta) * std::log1p(periods));
+      for (float* x = buffers_.query + t * cols; x < buffers_.query + (t + 1) * cols; ++x) *x *= factor;
+    }
+  });
+}
+
+void Stack::gate_output(const OutputGate& gate, int64_t num_heads, int64_t value_dim) {
+  const int64_t tokens = step_.num_tokens, rows = gate.matrix.rows;
+  matmul(runtime_, {{gate.matrix, buffers_.projected}}, buffers_.normed, tokens);
+  mul_gate(runtime_, gate.kind, buffers_.projected, rows / num_heads, rows == num_heads ? 0 : 1,
+           tokens * num_heads, value_dim, buffers_.attended);
 }
 
 // Multiplies the mixer's result by the output matrix and adds the product to the hidden state.
@@ -309,29 +338,32 @@ void Stack::mix(const GroupedQueryAttention& mixer) {
   add_bias(runtime_, mixer.query_bias, tokens, mixer.query.rows, projected);
   add_bias(runtime_, mixer.key_bias, tokens, mixer.key.rows, key);
   if (!mixer.value) std::copy_n(key, tokens * mixer.key.rows, value);
-  add_bias(runtime_, mixer.value_bias, tokens, mixer.key.rows, value);
+  const int64_t value_cols = kv.kv_heads * kv.value_dim;
+  add_bias(runtime_, mixer.value_bias, tokens, value_cols, value);
   if (mixer.has_gate)
     copy_heads(runtime_, projected, 2 * kv.head_dim, tokens * mixer.num_heads, kv.head_dim, query);
-  if (mixer.query_norm != nullptr) {
-    const auto norm_heads = [&](const float* weight, int64_t heads, float* x) {
-      if (mixer.is_norm_flat) {
-        rms_norm(runtime_, x, weight, eps, tokens, heads * kv.head_dim, x);
-      } else {
-        rms_norm(runtime_, x, weight, eps, tokens * heads, kv.head_dim, x);
-      }
-    };
+  const auto norm_heads = [&](const float* weight, int64_t heads, float* x) {
+    if (weight == nullptr) return;
+    const int64_t cols = mixer.is_norm_flat ? heads * kv.head_dim : kv.head_dim;
+    rms_norm(runtime_, x, weight, eps, tokens * heads * kv.head_dim / cols, cols, x);
+  };
+  const auto norm_queries_and_keys = [&] {
     norm_heads(mixer.query_norm, mixer.num_heads, query);
     norm_heads(mixer.key_norm, kv.kv_heads, key);
-  }
+  };
+  if (!mixer.is_norm_last) norm_queries_and_keys();
   if (mixer.value_norm != nullptr)
-    rms_norm(runtime_, value, mixer.value_norm, eps, tokens * kv.kv_heads, kv.head_dim, value);
+    rms_norm(runtime_, value, mixer.value_norm, eps, tokens * kv.kv_heads, kv.value_dim, value);
   if (mixer.limit > 0) {
     cut_off(runtime_, mixer.limit, tokens, mixer.num_heads * kv.head_dim, query);
     cut_off(runtime_, mixer.limit, tokens, mixer.key.rows, key);
-    cut_off(runtime_, mixer.limit, tokens, mixer.key.rows, value);
+    cut_off(runtime_, mixer.limit, tokens, value_cols, value);
   }
+  multiply_rows(runtime_, mixer.value_scale, tokens, value_cols, value);
   rotate(query, mixer.num_heads, kv.head_dim);
   rotate(key, kv.kv_heads, kv.head_dim);
+  if (mixer.is_norm_last) norm_queries_and_keys();
+  scale_queries(mixer.query_scale, mixer.num_heads * kv.head_dim);
 
   const bool is_windowed = kv_.shape(number()).is_windowed;
   kv_write(runtime_, kv, key, value, is_windowed ? step_.window_slots : step_.slots, tokens);
@@ -351,9 +383,10 @@ void Stack::mix(const GroupedQueryAttention& mixer) {
             },
             buffers_.attended);
   if (mixer.has_gate) {
-    mul_sigmoid(runtime_, projected + kv.head_dim, 2 * kv.head_dim, tokens * mixer.num_heads, kv.head_dim,
-                buffers_.attended);
+    mul_gate(runtime_, GateKind::sigmoid, projected + kv.head_dim, 2 * kv.head_dim, 1,
+             tokens * mixer.num_heads, kv.head_dim, buffers_.attended);
   }
+  if (mixer.gate) gate_output(*mixer.gate, mixer.num_heads, kv.value_dim);
   add_block(mixer.output, mixer.output_bias);
 }
 
@@ -475,7 +508,7 @@ void Stack::mix(const LightningAttention& mixer) {
                       {q, k, v, channels}, runs_, out);
   rms_norm(runtime_, out, mixer.norm, eps, tokens * mixer.num_groups, channels / mixer.num_groups, out,
            mixer.num_groups);
-  mul_sigmoid(runtime_, gate, channels, tokens, channels, out);
+  mul_gate(runtime_, GateKind::sigmoid, gate, channels, 1, tokens, channels, out);
   add_block(mixer.output, nullptr);
 }
 
@@ -494,7 +527,7 @@ void Stack::mix(const LatentAttention& mixer) {
       .order = step_.order,
       .sees_until = step_.sees_until,
       .scale = heads.scale,
-      .window = 0,
+      .window = {},
   };
   ChosenPositions chosen;
   if (mixer.num_chosen > 0) chosen = {buffers_.chosen, mixer.num_chosen};
@@ -516,9 +549,11 @@ void Stack::mix(const LatentAttention& mixer) {
   latent_norm(runtime_, vectors, mixer.kv_norm, mixer.norm_eps, tokens, heads.kv_rank, kv.dim);
   rotate(query + heads.nope_dim, heads.num_heads, heads.query_dim());
   rotate(vectors + heads.kv_rank, 1, kv.dim);
+  scale_queries(mixer.query_scale, heads.num_heads * heads.query_dim());
 
   latent_write(runtime_, kv, vectors, step_.slots, tokens);
   latent_attention(runtime_, kv, heads, batch, chosen, buffers_.attended);
+  if (mixer.gate) gate_output(*mixer.gate, heads.num_heads, heads.value_dim);
   add_block(mixer.output, nullptr);
 }
 

@@ -45,31 +45,48 @@
 
 namespace argosy {
 
+// Queries are multiplied by 1 + beta * log(1 + floor((position + offset) / period)), which keeps attention
+// sharp over many positions (arXiv:2501.19399). beta 0: they stay.
+struct QueryScale {
+  float beta = 0;
+  int64_t period = 1, offset = 0;
+};
+
+// The result of attention is multiplied by the activation of a projection of the mixer's input.
+struct OutputGate {
+  MatrixView matrix;  // [num_heads, hidden], one for each head; or [num_heads * value_dim, hidden]
+  GateKind kind;
+};
+
 // Grouped-query attention (arXiv:2305.13245): q, k, v -> rotary -> KV cache -> attention -> output
 // projection.
 struct GroupedQueryAttention {
   MatrixView query;                   // [num_heads * head_dim, hidden]
   MatrixView key;                     // [kv_heads * head_dim, hidden]
-  std::optional<MatrixView> value;    // the same; none: the keys, before their norm, are the values
-  MatrixView output;                  // [hidden, num_heads * head_dim]
+  std::optional<MatrixView> value;    // [kv_heads * value_dim, hidden]; none: keys, before their norm
+  MatrixView output;                  // [hidden, num_heads * value_dim]
   const float* query_bias = nullptr;  // one per row of the matrix; nullptr: none
   const float* key_bias = nullptr;
   const float* value_bias = nullptr;
   const float* output_bias = nullptr;
-  // Applied before rotary: [head_dim], to each head; or one per row of the matrix if is_norm_flat, to all
-  // heads at once. nullptr: none.
+  // [head_dim], applied to each head; or one per row of the matrix if is_norm_flat, to all heads at once.
+  // nullptr: none.
   const float* query_norm = nullptr;
   const float* key_norm = nullptr;
   bool is_norm_flat = false;
-  const float* value_norm = nullptr;  // [head_dim], applied to each head; nullptr: none
-  float limit = 0;                    // q, k and v are clamped to [-limit, limit] after the norm; 0: no clamp
+  bool is_norm_last = false;          // q and k are normed after rotary
+  const float* value_norm = nullptr;  // [value_dim], applied to each head; nullptr: none
+  float value_scale = 1;              // multiplies the values
+  float limit = 0;                    // q, k and v are clamped to [-limit, limit] before rotary; 0: no clamp
   const float* sinks = nullptr;  // [num_heads], a score that takes weight and adds no value; nullptr: none
   int64_t num_heads = 0;
-  int64_t window = 0;      // a token sees its last `window` positions; 0: all
+  Window window;
   bool is_causal = false;  // a token sees no position after its own, whatever Step::sees_until says
   float scale = 0;         // multiplies the scores
+  QueryScale query_scale;
   // Query rows are [query, gate] of each head; a head's result is multiplied by sigmoid(gate).
   bool has_gate = false;
+  std::optional<OutputGate> gate;
 };
 
 // A gated delta net (arXiv:2412.06464): a recurrent state per sequence instead of keys and values. The rows
@@ -146,6 +163,8 @@ struct LatentAttention {
   int64_t num_chosen = 0;  // a token sees at most so many positions; 0: all
   // With num_chosen and query_down; none: the layer sees what the last layer with an indexer chose.
   std::optional<PositionIndexer> indexer;
+  QueryScale query_scale;
+  std::optional<OutputGate> gate;
 };
 
 using Mixer = std::variant<GroupedQueryAttention, LatentAttention, GatedDeltaNet, KimiDeltaAttention,
@@ -188,7 +207,7 @@ struct Layer {
   Mixer mixer;
   const float* ffn_norm;  // [hidden]
   Ffn ffn;
-  int64_t rotary = 0;                      // an index of StackDescription::rotaries
+  std::optional<int64_t> rotary = 0;       // an index of StackDescription::rotaries; none: nothing rotates
   const float* mixer_post_norm = nullptr;  // [hidden], of what the mixer adds; nullptr: none
   const float* ffn_post_norm = nullptr;    // [hidden], of what the networks add together; nullptr: none
   float scale = 1;                         // multiplies the hidden state after the layer
@@ -360,9 +379,11 @@ class Stack {
   void combine_experts(const RoutedFfn& ffn);
   void norm(const float* weight, const float* x, float* out);
   void write_angles();
-  // By the angles of the current layer's rotary, in its pairs or in others.
+  // By the angles of the current layer's rotary, if it has one, in its pairs or in others.
   void rotate(float* x, int64_t num_heads, int64_t head_dim);
   void rotate(float* x, int64_t num_heads, int64_t head_dim, bool has_interleaved_pairs);
+  void scale_queries(const QueryScale& scale, int64_t cols);
+  void gate_output(const OutputGate& gate, int64_t num_heads, int64_t value_dim);
   const Layer& layer() const { return description_.layers[size_t(layer_)]; }
   int64_t number() const { return description_.first_layer + layer_; }  // the current layer's
   const RoutedFfn& routed_ffn() const;                                  // the current layer's

@@ -45,13 +45,14 @@ StackSizes::StackSizes(int64_t hidden, int64_t num_pairs)
 
 void StackSizes::add(const AttentionSizes& mixer) {
   const int64_t query = width_of({mixer.num_heads, mixer.head_dim});
-  const int64_t key = width_of({mixer.kv_heads, mixer.head_dim});
   widen(query_, query);
-  widen(attended_, query);
-  widen(key_, key);
-  widen(value_, key);
+  widen(attended_, width_of({mixer.num_heads, mixer.value_dim}));
+  widen(key_, width_of({mixer.kv_heads, mixer.head_dim}));
+  widen(value_, width_of({mixer.kv_heads, mixer.value_dim}));
   widen(projected_, mixer.has_gate ? 2 * query : 0);
-  widen(head_dim_, mixer.head_dim);
+  widen(projected_, width_of({mixer.gate_rows}));
+  const std::array<int64_t, 2> dims = {mixer.head_dim, mixer.value_dim};
+  if (std::find(head_dims_.begin(), head_dims_.end(), dims) == head_dims_.end()) head_dims_.push_back(dims);
 }
 
 void StackSizes::add(const LatentSizes& mixer) {
@@ -63,6 +64,7 @@ void StackSizes::add(const LatentSizes& mixer) {
   widen(query_, width_of({mixer.index.num_heads, mixer.index.dim}));
   widen(value_, width_of({mixer.index.dim}) + width_of({mixer.index.num_heads}));
   widen(chosen_, width_of({mixer.index.count}));
+  widen(projected_, width_of({mixer.gate_rows}));
   if (std::find(latents_.begin(), latents_.end(), mixer) == latents_.end()) latents_.push_back(mixer);
 }
 
@@ -163,7 +165,8 @@ int64_t StackSizes::scratch_bytes(int64_t max_tokens, int num_threads, bool has_
 
   int64_t bytes = has_quants ? matmul_scratch_bytes(cols, max_tokens) : 0;
   if (num_experts_ > 0) bytes = std::max(bytes, route_scratch_bytes(num_experts_, num_threads));
-  if (head_dim_ > 0) bytes = std::max(bytes, attention_scratch_bytes(head_dim_, num_threads));
+  for (const auto& [key, value] : head_dims_)
+    bytes = std::max(bytes, attention_scratch_bytes(key, value, num_threads));
   for (const LatentSizes& latent : latents_) {
     LatentHeads heads = {};
     heads.num_heads = latent.num_heads;

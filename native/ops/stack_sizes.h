@@ -4,6 +4,7 @@
 // them before anything is loaded, and a Stack allocates by the same numbers.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -13,13 +14,15 @@
 namespace argosy {
 
 struct AttentionSizes {
-  int64_t num_heads, kv_heads, head_dim;
-  bool has_gate;
+  int64_t num_heads, kv_heads, head_dim, value_dim;
+  bool has_gate;          // the query has rows of a gate
+  int64_t gate_rows = 0;  // of the gate's own projection; 0: none
 };
 
 struct LatentSizes {
   int64_t num_heads, nope_dim, rope_dim, kv_rank, value_dim;
   int64_t query_rank;     // 0: queries are not compressed
+  int64_t gate_rows = 0;  // of the gate's projection; 0: none
   IndexSizes index = {};  // count 0: no indexer
 
   bool operator==(const LatentSizes&) const = default;
@@ -45,11 +48,12 @@ struct StackBuffers {
   float *hidden, *normed, *block;  // [hidden]; `block` is what a block adds to the hidden state
   float* query;                    // [num_heads * head_dim]
   float* attended;                 // [num_heads * value_dim]; [value_channels] of a delta net
-  // [kv_heads * head_dim]; key [kv_rank + rope_dim]; value: an index key and the weights of the index heads
+  // [kv_heads * head_dim], [kv_heads * value_dim]; key [kv_rank + rope_dim]; value: an index key and the
+  // weights of the index heads
   float *key, *value;
   float* query_latent;     // [query_rank]; [latent_rows]
   int32_t* chosen;         // [positions that an indexer chooses]
-  float* projected;        // query and gate of gated heads; q, k, v and z of a delta net
+  float* projected;        // query and gate, or gate, of gated heads; q, k, v and z of a delta net
   float* delta_gates;      // [2 * value_heads]; [heads * (key_dim + 1)]
   float *cosine, *sine;    // [pairs], those of one rotary embedding after another
   float* router_logits;    // [num_experts]
@@ -105,7 +109,7 @@ class StackSizes {
   // Columns of the buffers: the most that any layer needs.
   int64_t query_ = 0, attended_ = 0, key_ = 0, value_ = 0, query_latent_ = 0, chosen_ = 0, projected_ = 0;
   int64_t delta_gates_ = 0, num_experts_ = 0, k_ = 0, expert_in_ = 0, ffn_sum_ = 0;
-  int64_t head_dim_ = 0;  // in layers with keys and values
+  std::vector<std::array<int64_t, 2>> head_dims_;  // of keys, and of their values
   std::vector<LatentSizes> latents_;
   std::vector<Network> networks_;
 };

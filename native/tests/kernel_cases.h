@@ -434,8 +434,8 @@ inline std::vector<float> multiply(const KernelTable& table, const MatrixView& w
 // The outputs of tokens [begin, end) of one sequence. The query of token `begin` is the first row of q.
 inline std::vector<float> attend_tokens(Runtime& runtime, KvCache& cache, const std::vector<int32_t>& blocks,
                                         const float* q, int64_t num_heads, int64_t begin, int64_t end,
-                                        int64_t window, const float* sinks) {
-  const int64_t count = end - begin, row = num_heads * cache.layer(0).head_dim;
+                                        Window window, const float* sinks) {
+  const int64_t count = end - begin, row = num_heads * cache.layer(0).value_dim;
   const std::vector<int32_t> sequence(size_t(count), 0);
   std::vector<int32_t> order;
   for (int64_t p = begin; p < end; ++p) order.push_back(int32_t(p));

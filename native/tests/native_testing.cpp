@@ -215,16 +215,19 @@ void bind_layer(nb::module_& m) {
       "out[t] += sigmoid(gate_logit[t]) * x[t], for x and out [tokens, hidden].");
 
   m.def(
-      "mul_sigmoid",
-      [](Runtime& runtime, const ArrayOf<float>& gate, const OutArrayOf<float>& x) {
+      "mul_gate",
+      [](Runtime& runtime, const ArrayOf<float>& gate, const OutArrayOf<float>& x, bool is_softplus) {
         const float* by = read_array("gate", gate, {kAnySize, kAnySize});
-        const int64_t rows = int64_t(gate.shape(0)), cols = int64_t(gate.shape(1));
-        float* values = write_array("x", x, {rows, cols});
+        float* values = write_array("x", x, {kAnySize, kAnySize});
+        const int64_t rows = int64_t(x.shape(0)), cols = int64_t(x.shape(1)), gates = int64_t(gate.shape(1));
+        require_size("rows of gate", int64_t(gate.shape(0)), rows);
+        if (gates != 1) require_size("columns of gate", gates, cols);
         nb::gil_scoped_release released;
-        mul_sigmoid(runtime, by, cols, rows, cols, values);
+        mul_gate(runtime, is_softplus ? GateKind::softplus : GateKind::sigmoid, by, gates, gates == 1 ? 0 : 1,
+                 rows, cols, values);
       },
-      "runtime"_a, "gate"_a, "x"_a.noconvert(),
-      "x[n] *= sigmoid(gate[n]), elementwise, for x and gate [n, cols].");
+      "runtime"_a, "gate"_a, "x"_a.noconvert(), "is_softplus"_a = false,
+      "x[n] *= sigmoid or softplus of gate[n], elementwise, for x [n, cols] and gate [n, cols] or [n, 1].");
 
   m.def(
       "soft_cap",

@@ -673,15 +673,15 @@ void operations_of_floats_are_counted() {
 
 // A sequence in a KV cache. Every place that no token may see holds NaN.
 struct Sequence {
-  Sequence(int64_t length, int64_t kv_heads, int64_t dim, int64_t block, KvFormat format)
+  Sequence(int64_t length, int64_t kv_heads, int64_t dim, int64_t value_dim, int64_t block, KvFormat format)
       : num_blocks(length / block + 3),
-        kv({KvShape::keys_values(kv_heads, dim)}, {num_blocks, 1}, block, format) {
+        kv({KvShape::keys_values(kv_heads, dim, value_dim)}, {num_blocks, 1}, block, format) {
     for (int64_t i = 0; i < num_blocks; ++i) blocks.push_back(int32_t((i * 7 + 3) % num_blocks));
     if (num_blocks % 7 == 0) {
       for (int64_t i = 0; i < num_blocks; ++i) blocks[size_t(i)] = int32_t(num_blocks - 1 - i);
     }
     const int64_t all = num_blocks * block;
-    const std::vector<float> garbage(size_t(all * kv_heads * dim), NAN);
+    const std::vector<float> garbage(size_t(all * kv_heads * std::max(dim, value_dim)), NAN);
     std::vector<int64_t> slots;
     for (int64_t i = 0; i < all; ++i) slots.push_back(i);
     Runtime runtime(1);
@@ -689,13 +689,13 @@ struct Sequence {
     slots.clear();
     for (int64_t i = 0; i < length; ++i) slots.push_back(blocks[size_t(i / block)] * block + i % block);
     const std::vector<float> keys = normal(length * kv_heads * dim, 5);
-    const std::vector<float> values = normal(length * kv_heads * dim, 6);
+    const std::vector<float> values = normal(length * kv_heads * value_dim, 6);
     kv_write(runtime, kv.layer(0), keys.data(), values.data(), slots.data(), length);
   }
 
   // The outputs of tokens [begin, end), whose queries are rows of q from `begin` on.
   std::vector<float> attend(Runtime& runtime, const std::vector<float>& q, int64_t heads, int64_t begin,
-                            int64_t end, int64_t window, const float* sinks) {
+                            int64_t end, Window window, const float* sinks) {
     const float* first = q.data() + begin * heads * kv.layer(0).head_dim;
     return attend_tokens(runtime, kv, blocks, first, heads, begin, end, window, sinks);
   }
@@ -706,19 +706,20 @@ struct Sequence {
 };
 
 void attention_on_tiles_meets_the_reference_in_every_chunk() {
-  const int64_t shapes[][4] = {
-      // heads, KV heads, dim, length
-      {4, 1, 7, 75}, {8, 2, 16, 300}, {5, 1, 40, 300}, {8, 1, 64, 530}, {9, 1, 33, 75}, {32, 4, 130, 75}};
+  const int64_t shapes[][5] = {// heads, KV heads, dim, dim of values, length
+                               {4, 1, 7, 7, 75},    {8, 2, 16, 16, 300}, {5, 1, 40, 7, 300},
+                               {8, 1, 64, 64, 530}, {9, 1, 33, 70, 75},  {32, 4, 130, 130, 75}};
   Runtime tiles(1, std::nullopt, kernel_table("amx")), reference(1, std::nullopt, plain());
   Runtime shared(3, std::nullopt, kernel_table("amx"));
   int number = 0;
-  for (const auto& [heads, kv_heads, dim, length] : shapes) {
+  for (const auto& [heads, kv_heads, dim, value_dim, length] : shapes) {
     for (const int64_t block : {5, 16, 48}) {
       ++number;
-      const int64_t window = std::vector<int64_t>{0, 19, 270}[size_t(number / 2 % 3)];
+      const Window window =
+          std::vector<Window>{{}, {19}, {270}, {19, true}, {130, true}}[size_t(number / 2 % 5)];
       const KvFormat format =
           std::vector<KvFormat>{KvFormat::f32, KvFormat::f16, KvFormat::q8}[size_t(number) % 3];
-      Sequence sequence(length, kv_heads, dim, block, format);
+      Sequence sequence(length, kv_heads, dim, value_dim, block, format);
       const std::vector<float> q = normal(length * heads * dim, 7);
       const std::vector<float> some = normal(heads, 8, 6.0f);  // below, among and above the scores
       const float* sinks = number % 2 == 0 ? some.data() : nullptr;
@@ -726,7 +727,7 @@ void attention_on_tiles_meets_the_reference_in_every_chunk() {
       const std::vector<float> together = sequence.attend(tiles, q, heads, 0, length, window, sinks);
       CHECK(near(together, expected, 3e-4));
       CHECK(same_bits(sequence.attend(shared, q, heads, 0, length, window, sinks), together));
-      const int64_t row = heads * dim;
+      const int64_t row = heads * value_dim;
       for (const int64_t chunk : {1, 3, 32, 70}) {
         const int64_t from = chunk < 30 && length > 100 ? length - 40 : 0;
         std::vector<float> pieces;
@@ -745,11 +746,11 @@ void attention_on_tiles_meets_the_reference_in_every_chunk() {
 void sections_on_tiles_have_the_same_bits_on_any_threads() {
   const int64_t length = 2 * kSectionKeys + 77, heads = 8, dim = 32, count = 9;
   for (const KvFormat format : {KvFormat::f32, KvFormat::f16, KvFormat::q8}) {
-    Sequence sequence(length, 1, dim, 48, format);
+    Sequence sequence(length, 1, dim, dim, 48, format);
     const std::vector<float> q = normal(length * heads * dim, 7);
     Runtime alone(1, std::nullopt, kernel_table("amx")), three(3, std::nullopt, kernel_table("amx"));
     Runtime other(1, std::nullopt, kernel_table("avx512"));
-    for (const int64_t window : {int64_t{0}, int64_t{1500}}) {
+    for (const Window window : {Window{}, Window{1500}, Window{1500, true}}) {
       const std::vector<float> all =
           sequence.attend(alone, q, heads, length - count, length, window, nullptr);
       CHECK(near(all, sequence.attend(other, q, heads, length - count, length, window, nullptr), 3e-4));
@@ -767,11 +768,11 @@ void sections_on_tiles_have_the_same_bits_on_any_threads() {
 // The error is that of numbers of 16 bits, not that of bfloat16.
 void attention_on_tiles_keeps_sixteen_bits() {
   const int64_t length = 200, heads = 4, dim = 64;
-  Sequence sequence(length, 1, dim, 16, KvFormat::f32);
+  Sequence sequence(length, 1, dim, dim, 16, KvFormat::f32);
   const std::vector<float> q = normal(length * heads * dim, 7);
   Runtime tiles(1, std::nullopt, kernel_table("amx")), reference(1, std::nullopt, plain());
-  const std::vector<float> found = sequence.attend(tiles, q, heads, 0, length, 0, nullptr);
-  const std::vector<float> expected = sequence.attend(reference, q, heads, 0, length, 0, nullptr);
+  const std::vector<float> found = sequence.attend(tiles, q, heads, 0, length, {}, nullptr);
+  const std::vector<float> expected = sequence.attend(reference, q, heads, 0, length, {}, nullptr);
   const double relative = relative_error(found, expected);
   printf("attention on tiles: relative error %.1e\n", relative);
   CHECK(relative < 4e-5);

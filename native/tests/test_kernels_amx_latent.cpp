@@ -343,7 +343,7 @@ struct Model {
         .order = order.data(),
         .sees_until = until.data(),
         .scale = shape.scale,
-        .window = 0,
+        .window = {},
         .sinks = nullptr,
     };
     latent_attention(runtime, kv->latent_layer(0), shape, batch, {}, out.data());

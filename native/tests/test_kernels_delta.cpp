@@ -20,12 +20,28 @@ constexpr int64_t kTokens = 5;
 void output_gates_meet_the_reference() {
   for (const KernelTable* table : all_tables()) {
     for (const int64_t n : kSizes) {
-      const std::vector<float> gate = normal(n, 1, 4.0f);
-      std::vector<float> expected = normal(n, 2), found = expected;
-      plain().mul_sigmoid(gate.data(), n, expected.data());
-      table->mul_sigmoid(gate.data(), n, found.data());
-      CHECK(near(found, expected, 2e-6));
+      std::vector<float> gate = normal(n, 1, 6.0f);
+      if (n > 0) gate[0] = n % 2 ? 0.0f : -12.0f;
+      for (const GateKind kind : {GateKind::sigmoid, GateKind::softplus}) {
+        for (const int64_t step : {0, 1}) {
+          const std::vector<float> x = normal(n, 2);
+          std::vector<float> expected, found = x;
+          for (int64_t i = 0; i < n; ++i) {
+            const double by = double(gate[size_t(step * i)]);
+            const double factor =
+                kind == GateKind::softplus ? std::log1p(std::exp(by)) : 1 / (1 + std::exp(-by));
+            expected.push_back(float(factor * double(x[size_t(i)])));
+          }
+          table->mul_gate(kind, gate.data(), step, n, found.data());
+          for (int64_t i = 0; i < n; ++i)
+            CHECK(std::fabs(found[size_t(i)] - expected[size_t(i)]) <=
+                  1e-6f * std::fabs(expected[size_t(i)]));
+        }
+      }
     }
+    std::vector<float> ends = {INFINITY, -INFINITY, NAN, 100.0f}, ones(4, 1.0f);
+    table->mul_gate(GateKind::softplus, ends.data(), 1, 4, ones.data());
+    CHECK(ones[0] == INFINITY && ones[1] == 0.0f && std::isnan(ones[2]) && ones[3] == 100.0f);
   }
 }
 

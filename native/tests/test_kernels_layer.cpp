@@ -298,10 +298,11 @@ constexpr KvFormat kKvFormats[] = {KvFormat::f32, KvFormat::f16, KvFormat::q8};
 
 // Sequences of random keys, with NaN in every place that no token may see.
 struct Cache {
-  Cache(int64_t heads, int64_t dim, int64_t block, KvFormat format)
-      : kv({KvShape::keys_values(heads, dim)}, {kBlocks, kBlocks}, block, format), block_tokens(block) {
+  Cache(int64_t heads, int64_t dim, int64_t value_dim, int64_t block, KvFormat format)
+      : kv({KvShape::keys_values(heads, dim, value_dim)}, {kBlocks, kBlocks}, block, format),
+        block_tokens(block) {
     const int64_t all = kBlocks * block_tokens;
-    const std::vector<float> garbage(size_t(all * heads * dim), NAN);
+    const std::vector<float> garbage(size_t(all * heads * std::max(dim, value_dim)), NAN);
     std::vector<int64_t> slots;
     for (int64_t i = 0; i < all; ++i) slots.push_back(i);
     Runtime runtime(1);
@@ -311,7 +312,7 @@ struct Cache {
       slots.push_back(blocks[size_t(i / block_tokens)] * block_tokens + i % block_tokens);
     }
     keys = normal(kLength * heads * dim, 5);
-    values = normal(kLength * heads * dim, 6);
+    values = normal(kLength * heads * value_dim, 6);
     kv_write(runtime, kv.layer(0), keys.data(), values.data(), slots.data(), kLength);
   }
   static constexpr int64_t kBlocks = 16, kLength = 75;
@@ -322,19 +323,19 @@ struct Cache {
 };
 
 std::vector<float> attend(const KernelTable& table, Cache& cache, const std::vector<float>& q, int64_t heads,
-                          int64_t begin, int64_t end, int64_t window, const float* sinks = nullptr,
+                          int64_t begin, int64_t end, Window window, const float* sinks = nullptr,
                           const int32_t* sees_until = nullptr) {
   const KvLayer kv = cache.kv.layer(0);
-  const int64_t row = heads * kv.head_dim;
+  const int64_t row = heads * kv.value_dim;
   std::vector<float> out(size_t((end - begin) * row), NAN);
-  std::vector<float> scratch(static_cast<size_t>(table.attention_floats(kv.head_dim)));
+  std::vector<float> scratch(static_cast<size_t>(table.attention_floats(kv.head_dim, kv.value_dim)));
   std::vector<int32_t> order;
   for (int64_t p = begin; p < end; ++p) order.push_back(int32_t(p));
   for (int64_t head = 0; head < kv.kv_heads; ++head) {
     AttentionArgs args = {};
     args.kv = kv;
     args.kv_head = head;
-    args.q = q.data() + begin * row;
+    args.q = q.data() + begin * heads * kv.head_dim;
     args.out = out.data();
     args.order = order.data();
     args.sees_until = sees_until != nullptr ? sees_until + begin : nullptr;
@@ -354,14 +355,15 @@ std::vector<float> attend(const KernelTable& table, Cache& cache, const std::vec
 double attention_error(const KernelTable& table) { return std::string(table.name) == "amx" ? 3e-4 : 4e-6; }
 
 void attention_meets_the_reference_in_every_chunk() {
-  const int64_t shapes[][3] = {
-      {2, 1, 7}, {2, 2, 16}, {9, 1, 40}, {4, 2, 64}, {1, 1, 130}};  // heads, KV heads, dim
+  const int64_t shapes[][4] = {
+      // heads, KV heads, dim, dim of values
+      {2, 1, 7, 7}, {2, 2, 16, 16}, {9, 1, 40, 23}, {4, 2, 64, 64}, {1, 1, 130, 130}, {3, 1, 33, 65}};
   for (const KernelTable* table : all_tables()) {
-    for (const auto& [heads, kv_heads, dim] : shapes) {
+    for (const auto& [heads, kv_heads, dim, value_dim] : shapes) {
       for (const int64_t block_tokens : {5, 16, 48}) {
-        for (const int64_t window : {0, 1, 19}) {
-          const KvFormat format = kKvFormats[size_t(dim + block_tokens + window) % 3];
-          Cache cache(kv_heads, dim, block_tokens, format);
+        for (const Window window : {Window{0}, Window{1}, Window{19}, Window{19, true}}) {
+          const KvFormat format = kKvFormats[size_t(dim + block_tokens + window.size) % 3];
+          Cache cache(kv_heads, dim, value_dim, block_tokens, format);
           const std::vector<float> q = normal(Cache::kLength * heads * dim, 7);
           // Sinks below, among and above the scores.
           const std::vector<float> some = normal(heads, 8, 6.0f);
@@ -394,14 +396,14 @@ struct LongSequence {
     std::vector<int64_t> slots;
     for (int64_t i = 0; i < kLength; ++i) slots.push_back(blocks[size_t(i / block)] * block + i % block);
     keys = normal(kLength * shape.kv_heads * shape.head_dim, 5);
-    values = normal(kLength * shape.kv_heads * shape.head_dim, 6);
+    values = normal(kLength * shape.kv_heads * shape.value_dim, 6);
     Runtime runtime(1);
     kv_write(runtime, kv.layer(0), keys.data(), values.data(), slots.data(), kLength);
   }
 
   // The outputs of the last `count` tokens.
   std::vector<float> attend(Runtime& runtime, const std::vector<float>& q, int64_t num_heads, int64_t count,
-                            int64_t window, const float* sinks) {
+                            Window window, const float* sinks) {
     const float* first = q.data() + (kTokens - count) * num_heads * kv.layer(0).head_dim;
     return attend_tokens(runtime, kv, blocks, first, num_heads, kLength - count, kLength, window, sinks);
   }
@@ -413,8 +415,9 @@ struct LongSequence {
 };
 
 // The first output of a token's last head, in double.
-double one_output(const LongSequence& long_one, const float* q, int64_t kv_heads, int64_t dim, int64_t first,
-                  int64_t last, const float* sink) {
+double one_output(LongSequence& long_one, const float* q, int64_t first, int64_t last, const float* sink) {
+  const KvShape& shape = long_one.kv.shape(0);
+  const int64_t kv_heads = shape.kv_heads, dim = shape.head_dim;
   double sum = 0, value = 0, most = -INFINITY;
   std::vector<double> scores;
   for (int64_t p = first; p <= last; ++p) {
@@ -428,33 +431,36 @@ double one_output(const LongSequence& long_one, const float* q, int64_t kv_heads
   for (int64_t p = first; p <= last; ++p) {
     const double weight = std::exp(scores[size_t(p - first)] - most);
     sum += weight;
-    value += weight * double(long_one.values[size_t((p * kv_heads + kv_heads - 1) * dim)]);
+    value += weight * double(long_one.values[size_t((p * kv_heads + kv_heads - 1) * shape.value_dim)]);
   }
   return value / sum;
 }
 
 void sections_are_merged_the_same_by_any_threads_in_every_chunk() {
   constexpr int64_t kTokens = LongSequence::kTokens, kLength = LongSequence::kLength;
-  const int64_t shapes[][3] = {{2, 1, 40}, {9, 3, 16}, {40, 1, 16}};  // heads, KV heads, dim
+  const int64_t shapes[][4] = {{2, 1, 40, 40}, {9, 3, 16, 24}, {40, 1, 16, 16}};  // as above
   constexpr int kThreads[] = {1, 2, 5};
   for (const KernelTable* table : all_tables()) {
     int number = 0;
-    for (const auto& [heads, kv_heads, dim] : shapes) {
+    for (const auto& [heads, kv_heads, dim, value_dim] : shapes) {
       const std::vector<float> q = normal(kTokens * heads * dim, 7), some = normal(heads, 8, 6.0f);
       for (const int64_t block_tokens : {5, 16}) {
         ++number;
-        LongSequence sequence(KvShape::keys_values(kv_heads, dim), block_tokens, KvFormat::f32);
-        for (const int64_t window : {int64_t(0), kSectionKeys + 200, int64_t(30)}) {
+        LongSequence sequence(KvShape::keys_values(kv_heads, dim, value_dim), block_tokens, KvFormat::f32);
+        for (const Window window :
+             {Window{}, Window{kSectionKeys + 200}, Window{30}, Window{kSectionKeys + 200, true}}) {
           const float* sinks = block_tokens == 16 ? some.data() : nullptr;
           Runtime alone(1, std::nullopt, *table);
-          const int64_t row = heads * dim;
+          const int64_t row = heads * value_dim;
           const std::vector<float> together = sequence.attend(alone, q, heads, kTokens, window, sinks);
           for (const int64_t token : {int64_t(0), int64_t(20), kTokens - 1}) {
             const int64_t last = kLength - kTokens + token;
-            const double expected =
-                one_output(sequence, q.data() + token * row + (heads - 1) * dim, kv_heads, dim,
-                           window > 0 ? last - window + 1 : 0, last, sinks ? sinks + heads - 1 : nullptr);
-            const double found = double(together[size_t(token * row + (heads - 1) * dim)]);
+            const int64_t first = window.size == 0    ? 0
+                                  : window.is_chunked ? last - last % window.size
+                                                      : last - window.size + 1;
+            const double expected = one_output(sequence, q.data() + ((token + 1) * heads - 1) * dim, first,
+                                               last, sinks ? sinks + heads - 1 : nullptr);
+            const double found = double(together[size_t((token + 1) * row - value_dim)]);
             CHECK(std::fabs(found - expected) <= 2e-5);
           }
           // All tokens take longest: each number of threads computes them in a third of the cases.
@@ -489,9 +495,9 @@ void tokens_of_a_span_see_later_ones() {
   for (const KernelTable* table : all_tables()) {
     for (const int64_t block_tokens : {5, 16, 48}) {
       for (const int64_t window : {0, 1, 19}) {
-        Cache cache(kKvHeads, kDim, block_tokens, KvFormat::f32);
+        Cache cache(kKvHeads, kDim, kDim, block_tokens, KvFormat::f32);
         const auto attend_until = [&](const KernelTable& by, int64_t begin, int64_t end) {
-          return attend(by, cache, q, kHeads, begin, end, window, nullptr, until.data());
+          return attend(by, cache, q, kHeads, begin, end, {window}, nullptr, until.data());
         };
         const std::vector<float> together = attend_until(*table, 0, Cache::kLength);
         CHECK(near(together, attend_until(plain(), 0, Cache::kLength), 4e-6));
@@ -523,12 +529,12 @@ void tokens_of_a_span_see_later_ones() {
 // A sink equals one more position with that score and a value of zero.
 void a_sink_takes_its_share_of_the_weights() {
   constexpr int64_t kHeads = 4, kKvHeads = 2, kDim = 16;
-  Cache cache(kKvHeads, kDim, 16, KvFormat::f32);
+  Cache cache(kKvHeads, kDim, kDim, 16, KvFormat::f32);
   const std::vector<float> q = normal(Cache::kLength * kHeads * kDim, 7);
   const std::vector<float> sinks = {-1.5f, 0.0f, 3.0f, 40.0f};
   for (const KernelTable* table : all_tables()) {
-    const std::vector<float> without = attend(*table, cache, q, kHeads, 0, Cache::kLength, 0);
-    const std::vector<float> with = attend(*table, cache, q, kHeads, 0, Cache::kLength, 0, sinks.data());
+    const std::vector<float> without = attend(*table, cache, q, kHeads, 0, Cache::kLength, {});
+    const std::vector<float> with = attend(*table, cache, q, kHeads, 0, Cache::kLength, {}, sinks.data());
     for (int64_t token = 0; token < Cache::kLength; ++token) {
       for (int64_t head = 0; head < kHeads; ++head) {
         double sum = 0;

@@ -480,11 +480,14 @@ class KvShape:
     """The data that a layer keeps per position in a KvCache."""
 
     @staticmethod
-    def keys_values(kv_heads: int, head_dim: int, is_windowed: bool = False) -> KvShape:
+    def keys_values(
+        kv_heads: int, head_dim: int, is_windowed: bool = False, value_dim: int | None = None
+    ) -> KvShape:
         """
         A key and a value for each KV head. Positions per block and value dimensions are padded to 16.
 
-        A windowed layer lies in window blocks, of which a KvCache may have fewer.
+        A windowed layer lies in window blocks, of which a KvCache may have fewer. Values have the size of keys unless
+        `value_dim` is given.
         """
 
     @staticmethod
@@ -505,6 +508,11 @@ def kv_cache_bytes(
     num_window_blocks: int | None = None,
 ) -> int:
     """Bytes of a KvCache."""
+
+def kv_layer_parts(shape: KvShape, num_blocks: int, block_tokens: int, dtype: KvDtype) -> list[int]:
+    """
+    Bytes of a layer's keys and values, or of its latent vectors and index keys, which follow each other in a KvCache.
+    """
 
 class KvCache:
     """
@@ -561,7 +569,8 @@ def kv_write(
     slots: NDArray[numpy.int64],
 ) -> None:
     """
-    Store keys and values [tokens, kv_heads, head_dim]; slot = block * block_tokens + offset, int64 [tokens].
+    Store keys [tokens, kv_heads, head_dim] and values [tokens, kv_heads, value_dim]; slot = block * block_tokens +
+    offset, int64 [tokens].
     """
 
 def attention(
@@ -577,6 +586,7 @@ def attention(
     out: NDArray[numpy.float32],
     sinks: NDArray[numpy.float32] | None = None,
     sees_until: NDArray[numpy.int32] | None = None,
+    is_chunked: bool = False,
 ) -> None:
     """
     Grouped-query attention; adjacent tokens of a sequence share one pass over its keys.
@@ -586,10 +596,11 @@ def attention(
         block_table: [sequences, max_blocks]; position p of sequence s is in block block_table[s, p // block_tokens].
         sequence, order: [tokens], a row of `block_table` and the index in the sequence.
         window: positions begin at order - window + 1; 0 means at 0.
-        out: [tokens, heads * head_dim].
+        out: [tokens, heads * value_dim].
         sinks: [heads], a score per head that takes weight and adds nothing; None means no sinks.
         sees_until: [tokens], the end of the positions that a token sees, which must have been written; None means
             order + 1: its own position is the last.
+        is_chunked: positions begin at order // window * window instead.
     """
 
 def linear(
@@ -1624,7 +1635,7 @@ class Layer:
 
     Args:
         mixer_norm, ffn_norm: [hidden].
-        rotary: the one of the stack's rotary embeddings that the mixer uses.
+        rotary: the one of the stack's rotary embeddings that the mixer uses; None means that nothing rotates.
         mixer_post_norm: [hidden], of what the mixer adds to the hidden state; None means no norm.
         ffn_post_norm: the same for what the layer's feed-forward networks add together.
         scale: multiplies the hidden state after the layer.
@@ -1637,7 +1648,7 @@ class Layer:
         ffn_norm: NDArray[numpy.float32],
         ffn: Ffn,
         *,
-        rotary: int = 0,
+        rotary: int | None = 0,
         mixer_post_norm: NDArray[numpy.float32] | None = None,
         ffn_post_norm: NDArray[numpy.float32] | None = None,
         scale: float = 1.0,
@@ -1664,21 +1675,33 @@ def grouped_query_attention(
     has_gate: bool = False,
     value_norm: NDArray[numpy.float32] | None = None,
     is_causal: bool = False,
+    is_norm_last: bool = False,
+    value_scale: float = 1.0,
+    is_chunked: bool = False,
+    gate: Matrix | None = None,
+    gate_kind: Literal["sigmoid", "softplus"] = "sigmoid",
+    query_scale: tuple[float, int, int] = (0.0, 1, 0),
 ) -> Mixer:
     """
     q, k, v -> norm -> clamp -> rotary -> KV cache -> attention -> output projection.
 
     Args:
-        query, output: [heads * head_dim, hidden] and the reverse.   key, value: [kv_heads * head_dim, hidden].
+        query: [heads * head_dim, hidden].   output: [hidden, heads * value_dim].
+        key, value: [kv_heads * head_dim, hidden] and [kv_heads * value_dim, hidden].
         value: None means that the keys, before their norm, are the values.
-        window, scale: as for `attention`.
+        window, is_chunked, scale: as for `attention`.
         query_bias ...: one number per row of the matrix; None means no bias.
         query_norm, key_norm: per head, [head_dim]; if flat, over all heads at once, one number per row; both or none.
-        limit: q, k and v are clamped to [-limit, limit]; 0 means no clamping.
+        is_norm_last: they come after rotary.
+        limit: q, k and v are clamped to [-limit, limit] before rotary; 0 means no clamping.
         sinks: [heads], as for `attention`.
         has_gate: query has rows [query, gate] for each head; a head's output is multiplied by sigmoid of its gate.
-        value_norm: [head_dim], applied to each head; None means no norm.
+        value_norm: [value_dim], applied to each head; None means no norm.
+        value_scale: multiplies the values.
         is_causal: no token sees a position after its own, whatever a step's `sees_until` says.
+        gate: [heads, hidden] or [heads * value_dim, hidden]; the result of each head, or each of its elements, is
+            multiplied by `gate_kind` of the gate's product with the layer's input.
+        query_scale: beta, period, offset: queries are multiplied by 1 + beta * log(1 + (position + offset) // period).
     """
 
 def gated_delta_net(
@@ -1808,6 +1831,9 @@ def multi_head_latent_attention(
     query_norm: NDArray[numpy.float32] | None = None,
     num_chosen: int = 0,
     indexer: PositionIndexer | None = None,
+    gate: Matrix | None = None,
+    gate_kind: Literal["sigmoid", "softplus"] = "sigmoid",
+    query_scale: tuple[float, int, int] = (0.0, 1, 0),
 ) -> Mixer:
     """
     Query and compressed keys and values -> norms -> rotary -> KV cache -> attention -> output projection.
@@ -1821,6 +1847,7 @@ def multi_head_latent_attention(
         norm_eps: the epsilon of both norms.
         num_chosen: a token sees at most so many positions; 0 means all.
         indexer: chooses them; None means that the layer sees what the last layer with an indexer chose.
+        gate, gate_kind, query_scale: as for `grouped_query_attention`.
     """
 
 def dense_ffn(gate: Matrix, up: Matrix, down: Matrix) -> Ffn:
@@ -1902,7 +1929,15 @@ class StackSizes:
     """
 
     def __init__(self, hidden: int, num_pairs: int) -> None: ...
-    def add_attention(self, num_heads: int, kv_heads: int, head_dim: int, has_gate: bool) -> None: ...
+    def add_attention(
+        self,
+        num_heads: int,
+        kv_heads: int,
+        head_dim: int,
+        has_gate: bool,
+        value_dim: int | None = None,
+        gate_rows: int = 0,
+    ) -> None: ...
     def add_latent_attention(
         self,
         num_heads: int,
@@ -1914,8 +1949,9 @@ class StackSizes:
         index_heads: int = 0,
         index_dim: int = 0,
         num_chosen: int = 0,
+        gate_rows: int = 0,
     ) -> None:
-        """The last three are those of an indexer; 0 without one."""
+        """index_heads, index_dim and num_chosen are those of an indexer."""
 
     def add_delta_net(self, sizes: _DeltaSizes) -> None: ...
     def add_kimi_delta(self, sizes: _DeltaSizes, latent_rows: int) -> None:

@@ -168,7 +168,7 @@ class ReferenceDecoder:
             None if attention.is_causal else step.sees_until,
         )
         if attention.has_output_gate:
-            _native_testing.mul_sigmoid(self.runtime, gate.reshape(attended.shape), attended)
+            _native_testing.mul_gate(self.runtime, gate.reshape(attended.shape), attended)
         self._add_mixed(hidden, self._projection(name + "o", attended), layer)
 
     def _add_delta(self, hidden: Floats, layer: int, step: Step, delta: DeltaConfig) -> None:

@@ -107,10 +107,15 @@ def add_sigmoid_gated(
     out[t] += sigmoid(gate_logit[t]) * x[t], for x and out [tokens, hidden].
     """
 
-def mul_sigmoid(
-    runtime: argosy._native.Runtime, gate: NDArray[numpy.float32], x: NDArray[numpy.float32]
+def mul_gate(
+    runtime: argosy._native.Runtime,
+    gate: NDArray[numpy.float32],
+    x: NDArray[numpy.float32],
+    is_softplus: bool = False,
 ) -> None:
-    """x[n] *= sigmoid(gate[n]), elementwise, for x and gate [n, cols]."""
+    """
+    x[n] *= sigmoid or softplus of gate[n], elementwise, for x [n, cols] and gate [n, cols] or [n, 1].
+    """
 
 def soft_cap(runtime: argosy._native.Runtime, x: NDArray[numpy.float32], cap: float) -> None:
     """x = cap * tanh(x / cap), in place, for x [rows, cols]."""

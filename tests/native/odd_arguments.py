@@ -327,7 +327,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "rope": lambda: (runtime, f(3, 2, 32), f(3, 8), f(3, 8), False),
         "route": lambda: (runtime, case.routing(), f(3, 4), np.zeros((3, 2), np.int32), f(3, 2)),
         "combine": lambda: (runtime, f(6, 64), f(3, 2), f(3, 64)),
-        "mul_sigmoid": lambda: (runtime, f(3, 64), f(3, 64)),
+        "mul_gate": lambda: (runtime, f(3, 64), f(3, 64)),
         "soft_cap": lambda: (runtime, f(3, 64), 30.0),
         "add_sigmoid_gated": lambda: (runtime, f(3, 64), f(3), f(3, 64)),
         "swiglu_experts": lambda: (
@@ -335,6 +335,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
             i(0, 1, 2), f(3, 64), ("clamped", 7.0, 1.7), f(4, 32), f(4, 32), f(4, 64),
         ),
         "swiglu": lambda: (runtime, m(32, 64), m(32, 64), m(64, 32), f(3, 64), f(3, 64), ("silu", 0.0, 0.0)),
+        "kv_layer_parts": lambda: (n.KvShape.keys_values(1, 32), 4, 16, "f32"),
         "kv_cache_bytes": lambda: ([n.KvShape.keys_values(1, 32), n.KvShape.none()], 4, 16, "f16"),
         "kv_write": lambda: (runtime, case.kv(), 0, f(2, 1, 32), f(2, 1, 32), j(0, 17)),
         "attention": lambda: (
@@ -354,7 +355,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "recurrent_state_bytes": lambda: (2, [n.StateShape.delta_net(case.sizes)]),
         "grouped_query_attention": lambda: (
             m(64, 64), m(32, 64), m(32, 64), m(64, 64), 2, 0, 0.1, f(64), f(32), f(32), f(64), f(32), f(32), False, 0.0,
-            f(2), False, f(32), True,
+            f(2), False, f(32), True, True, 0.5, True, m(2, 64), "softplus", (0.1, 8, 1),
         ),
         "gated_delta_net": lambda: (
             m(64, 64), m(2, 64), m(64, 32), m(32, 64), m(2, 64), f(4, 64), f(2), f(2), f(16), case.sizes, False, 0,
@@ -369,6 +370,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "multi_head_latent_attention": lambda: (
             m(96, 32), m(48, 64), m(64, 32), m(64, 32), m(64, 64), 2, 16, 0.1, 1e-5, f(32), m(32, 64), f(32), 4,
             case.indexer(),
+            m(64, 64), "sigmoid", (0.1, 8, 0),
         ),
         "PositionIndexer": lambda: (m(32, 32), m(16, 64), m(2, 64), f(16), f(16), 1e-6, True),
         "dense_ffn": lambda: (m(32, 64), m(32, 64), m(64, 32)),
@@ -442,7 +444,8 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "swiglu_experts": "activation gate_bias up_bias down_bias",
         "linear": "finish exact",
         "grouped_query_attention": "num_heads window scale query_bias key_bias value_bias output_bias query_norm"
-        " key_norm is_norm_flat limit sinks has_gate value_norm is_causal",
+        " key_norm is_norm_flat limit sinks has_gate value_norm is_causal is_norm_last value_scale is_chunked gate"
+        " gate_kind query_scale",
         "gated_delta_net": "z a conv rate dt_bias norm sizes is_tiled state_layer",
         "kimi_delta_attention": "decay_down gate_down conv rate dt_bias norm floor sizes state_layer",
         "lightning_attention": "num_heads query_norm key_norm decay norm num_groups scale state_layer",
@@ -457,7 +460,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "worker_link_bytes": "hidden num_experts most_rows most_assignments",
         "exchange_bytes": "hidden num_experts most_rows most_assignments num_peers",
         "multi_head_latent_attention": "num_heads rope_dim scale norm_eps kv_norm query_down query_norm num_chosen"
-        " indexer",
+        " indexer gate gate_kind query_scale",
         "PositionIndexer": "key_norm key_norm_bias norm_eps has_interleaved_pairs",
         "Routing": "score choice_bias num_groups kept_groups group_score renormalize renormalize_eps scale"
         " expert_scale",

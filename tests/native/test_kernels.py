@@ -566,8 +566,12 @@ class Conversation:
         slots = np.array(blocks, np.int64)[position // block_tokens] * block_tokens + position % block_tokens
         native.kv_write(runtime, kv, 1, k, v, slots)
 
-    def expected(self, q: Floats, position: int, window: int) -> tuple[Floats, Floats]:
+    def expected(
+        self, q: Floats, position: int, window: int, *, is_chunked: bool = False
+    ) -> tuple[Floats, Floats]:
         first = max(0, position - window + 1) if window else 0
+        if is_chunked:
+            first = position - position % window
         k, v = (
             self.k[first : position + 1].astype(np.float64),
             self.v[first : position + 1].astype(np.float64),
@@ -583,33 +587,38 @@ class Conversation:
 
 @pytest.mark.covering(2)
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "block_tokens", "window", "dtype"),
+    ("heads", "kv_heads", "dims", "block_tokens", "window", "dtype"),
     [  # every pair of a format with another size
         (*shape, block_tokens, window, get_args(KvDtype)[(i + j + k) % 3])
-        for i, shape in enumerate([(4, 4, 16), (8, 2, 64), (6, 2, 20), (12, 1, 128), (3, 1, 7)])
+        for i, shape in enumerate(
+            [(4, 4, (16, 16)), (8, 2, (64, 64)), (6, 2, (20, 20)), (12, 1, (128, 40)), (3, 1, (7, 33))]
+        )
         for j, block_tokens in enumerate([16, 5, 32])
-        for k, window in enumerate([0, 1, 20])
+        for k, window in enumerate([0, 1, 20, -20])
     ],
 )
 def test_attention_is_the_same_for_a_token_alone_in_a_chunk_and_in_a_batch(
     runtime: native.Runtime,
     heads: int,
     kv_heads: int,
-    dim: int,
+    dims: tuple[int, int],
     block_tokens: int,
     window: int,
     dtype: KvDtype,
 ) -> None:
-    length = 75
+    length, (dim, value_dim) = 75, dims
+    window, is_chunked = abs(window), window < 0
     needed = -(-length // block_tokens)
-    shapes = [native.KvShape.latent(3), native.KvShape.keys_values(kv_heads, dim), native.KvShape.none()]
-    kv = native.KvCache(shapes, 2 * needed + 3, block_tokens, dtype)
+    shape = native.KvShape.keys_values(kv_heads, dim, value_dim=value_dim)
+    kv = native.KvCache(
+        [native.KvShape.latent(3), shape, native.KvShape.none()], 2 * needed + 3, block_tokens, dtype
+    )
     order = np.random.default_rng(0).permutation(2 * needed + 3).tolist()
-    k, v = normal(2, length, kv_heads, dim), normal(2, length, kv_heads, dim, seed=1)
+    k, v = normal(2, length, kv_heads, dim), normal(2, length, kv_heads, value_dim, seed=1)
     # The content of other sequences' blocks and beyond the end must not matter.
     everything = np.arange((2 * needed + 3) * block_tokens, dtype=np.int64)
-    garbage = np.full((len(everything), kv_heads, dim), np.nan, np.float32)
-    native.kv_write(runtime, kv, 1, garbage, garbage, everything)
+    keys, values = (np.full((len(everything), kv_heads, width), np.nan, np.float32) for width in dims)
+    native.kv_write(runtime, kv, 1, keys, values, everything)
     tables = [order[:needed], order[needed : 2 * needed]]
     talks = [Conversation(runtime, kv, tables[i], block_tokens, k[i], v[i]) for i in range(2)]
     for talk in talks:
@@ -618,10 +627,10 @@ def test_attention_is_the_same_for_a_token_alone_in_a_chunk_and_in_a_batch(
     q = normal(2, length, heads, dim, seed=2)
 
     def attend(sequence: list[int], position: list[int]) -> Floats:
-        out = np.full((len(sequence), heads * dim), np.nan, np.float32)
+        out = np.full((len(sequence), heads * value_dim), np.nan, np.float32)
         native.attention(
             runtime, kv, 1, q[sequence, position], block_table, np.array(sequence, np.int32),
-            np.array(position, np.int32), 0.3, window, out,
+            np.array(position, np.int32), 0.3, window, out, is_chunked=is_chunked,
         )  # fmt: skip
         return out
 
@@ -629,8 +638,10 @@ def test_attention_is_the_same_for_a_token_alone_in_a_chunk_and_in_a_batch(
     alone = [np.concatenate([attend([s], [p]) for p in range(length)]) for s in range(2)]
     for sequence, talk in enumerate(talks):
         for position in (0, 1, 4, 15, 16, 17, 31, 32, 74):
-            expected, magnitude = talk.expected(q[sequence, position], position, window)
-            found = alone[sequence][position].reshape(heads, dim)
+            expected, magnitude = talk.expected(
+                q[sequence, position], position, window, is_chunked=is_chunked
+            )
+            found = alone[sequence][position].reshape(heads, value_dim)
             assert np.all(np.abs(found - expected) <= error * magnitude)
         for begin, end in ((0, length), (0, 1), (3, 10), (15, 33), (40, 75)):
             found = attend([sequence] * (end - begin), list(range(begin, end)))
@@ -658,6 +669,13 @@ def test_the_size_of_a_kv_cache_follows_from_the_shapes_of_its_layers(
     # Positions of a block and dimensions of values are padded to 16; latent vectors are not. In q8, 32 dimensions of a
     # position share a scale.
     assert nbytes(keys_values) == 5 * 16 * 3 * ((52 + 64) * element + 2 * 2 * scale)
+    narrow = native.KvShape.keys_values(3, 52, value_dim=20)
+    assert nbytes(narrow) == 5 * 16 * 3 * ((52 + 32) * element + (2 + 1) * scale)
+    keys, values = native.kv_layer_parts(narrow, 5, 9, dtype)
+    assert keys == 5 * 16 * 3 * (52 * element + 2 * scale)
+    assert values == 5 * 16 * 3 * (32 * element + scale)
+    assert native.kv_layer_parts(latent, 5, 9, dtype) == [nbytes(latent)]
+    assert native.kv_layer_parts(none, 5, 9, dtype) == []
     assert nbytes(latent) == 5 * 9 * (7 * element + scale)
     assert nbytes(none) == 0
     assert nbytes(none, latent, keys_values, latent) == nbytes(keys_values) + 2 * nbytes(latent)
