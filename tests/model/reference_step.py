@@ -12,7 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy import _native
-from argosy.config import AttentionConfig, DeltaConfig, Format, LatentConfig, ModelConfig, RopeConfig
+from argosy.config import (
+    AttentionConfig,
+    DeltaConfig,
+    Format,
+    LatentConfig,
+    ModelConfig,
+    QueryScale,
+    RopeConfig,
+)
 from argosy.experts.files import ExpertFiles
 from argosy.model.layers import describe_activation, routing
 from argosy.model.rope import rotary
@@ -21,6 +29,16 @@ from argosy.model.weights import DenseWeights
 from tests.native import _native_testing
 
 Floats = NDArray[np.float32]
+
+
+def _query_factor(scale: QueryScale | None, step: Step) -> Floats:
+    """The factor of each token's queries [tokens, 1, 1]."""
+    if scale is None:
+        return np.ones((step.num_tokens, 1, 1), np.float32)
+    periods = (np.asarray(step.order, np.int64) + scale.offset) // scale.period
+    return (1 + float(np.float32(scale.beta)) * np.log1p(periods.astype(np.float64)))[:, None, None].astype(
+        np.float32
+    )
 
 
 def _positions(step: Step) -> NDArray[np.int32] | Floats:
@@ -105,7 +123,9 @@ class ReferenceDecoder:
     def _norm_if_any(self, x: Floats, name: str) -> Floats:
         return self._norm(x, name) if name in self.weights.vectors else x
 
-    def _rotate(self, heads: Floats, rope: RopeConfig, step: Step) -> None:
+    def _rotate(self, heads: Floats, rope: RopeConfig | None, step: Step) -> None:
+        if rope is None:
+            return
         cosine, sine = np.empty((2, step.num_tokens, rope.rotary_dim // 2), np.float32)
         rotary(rope).angles(self.runtime, _positions(step), cosine, sine)
         _native.rope(self.runtime, heads, cosine, sine, rope.is_interleaved)
@@ -127,32 +147,29 @@ class ReferenceDecoder:
     def _add_attention(self, hidden: Floats, layer: int, step: Step, attention: AttentionConfig) -> None:
         tokens, name, head_dim = step.num_tokens, f"layers.{layer}.", attention.head_dim
         normed = self._norm(hidden, name + "attn_norm")
-        query, key, value = (
-            self._projection(name + part, normed).reshape(tokens, -1, head_dim)
-            for part in ("qkk" if attention.keys_are_values else "qkv")
-        )
-        if attention.has_output_gate:
+        query, key = (self._projection(name + part, normed).reshape(tokens, -1, head_dim) for part in "qk")
+        value = key.copy()
+        if not attention.keys_are_values:
+            value = self._projection(name + "v", normed).reshape(tokens, -1, attention.width_of_values)
+        if attention.output_gate == "query":
             query, gate = np.ascontiguousarray(query[:, 0::2]), np.ascontiguousarray(query[:, 1::2])
-        if attention.qk_norm != "none":
-            first = tokens if attention.qk_norm == "flat" else -1
-            query, key = (
-                self._norm(
-                    np.ascontiguousarray(x).reshape(first, len(self.weights.vectors[weight])), weight
-                ).reshape(x.shape)
-                for x, weight in ((query, name + "q_norm"), (key, name + "k_norm"))
-            )
+        if not attention.is_norm_last:
+            query, key = self._norm_heads(query, key, name, attention)
         if attention.has_value_norm:
-            value = self._norm_by(value.reshape(-1, head_dim), np.ones(head_dim, np.float32)).reshape(
-                value.shape
-            )
+            width = value.shape[-1]
+            value = self._norm_by(value.reshape(-1, width), np.ones(width, np.float32)).reshape(value.shape)
         if attention.qkv_limit:
             query, key, value = (
                 np.clip(x, -attention.qkv_limit, attention.qkv_limit) for x in (query, key, value)
             )
+        value = value * np.float32(attention.value_scale)
         for heads in (query, key):
             self._rotate(heads, attention.rope, step)
+        if attention.is_norm_last:
+            query, key = self._norm_heads(query, key, name, attention)
+        query = query * _query_factor(attention.query_scale, step)
         _native.kv_write(self.runtime, self.kv, layer, key, value, step.slots)
-        attended = np.empty((tokens, attention.num_heads * head_dim), np.float32)
+        attended = np.empty((tokens, attention.num_heads * value.shape[-1]), np.float32)
         _native.attention(
             self.runtime,
             self.kv,
@@ -166,10 +183,29 @@ class ReferenceDecoder:
             attended,
             self.weights.vectors.get(name + "sinks"),
             None if attention.is_causal else step.sees_until,
+            attention.is_chunked,
         )
-        if attention.has_output_gate:
-            _native_testing.mul_gate(self.runtime, gate.reshape(attended.shape), attended)
+        if attention.gate_rows:
+            gate = self._product(self.weights.matrices[name + "attn_gate"], normed)
+        if attention.output_gate != "none":
+            is_softplus = attention.gate_activation == "softplus"
+            by = (
+                gate.reshape(-1, 1) if attention.output_gate == "heads" else gate.reshape(-1, value.shape[-1])
+            )
+            _native_testing.mul_gate(self.runtime, by, attended.reshape(len(by), -1), is_softplus)
         self._add_mixed(hidden, self._projection(name + "o", attended), layer)
+
+    def _norm_heads(
+        self, query: Floats, key: Floats, name: str, attention: AttentionConfig
+    ) -> tuple[Floats, Floats]:
+        if attention.qk_norm == "none":
+            return query, key
+
+        def normed(x: Floats, name: str) -> Floats:
+            weight = self.weights.vectors.get(name, np.ones(attention.head_dim, np.float32))
+            return self._norm_by(np.ascontiguousarray(x).reshape(-1, len(weight)), weight).reshape(x.shape)
+
+        return normed(query, name + "q_norm"), normed(key, name + "k_norm")
 
     def _add_delta(self, hidden: Floats, layer: int, step: Step, delta: DeltaConfig) -> None:
         name, vectors = f"layers.{layer}.", self.weights.vectors
@@ -237,6 +273,7 @@ class ReferenceDecoder:
             turned = turning.copy()
             self._rotate(turned, latent.rope, step)
             turning[:] = turned
+        query = query * _query_factor(latent.query_scale, step)
         _native_testing.latent_write(self.runtime, self.kv, layer, vectors, step.slots)
         attended = np.empty((tokens, latent.num_heads * latent.value_dim), np.float32)
         _native_testing.latent_attention(

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from argosy import _native
@@ -86,13 +85,13 @@ class KvLayout:
         regions, end = [], 0
         blocks = kv_blocks(num_tokens)
         for layer, shape in zip(config.layers, kv_shapes(config), strict=True):
-            nbytes = _native.kv_cache_bytes([shape], blocks, KV_BLOCK_TOKENS, kv_dtype, window_blocks)
-            is_attention = isinstance(layer.mixer, AttentionConfig)
             is_windowed = isinstance(layer.mixer, AttentionConfig) and layer.mixer.sliding_window > 0
-            if nbytes and (window_blocks is None or not is_windowed):
-                edges = (0, nbytes // 2, nbytes) if is_attention else (0, nbytes)
-                regions += [(end + begin, end + stop) for begin, stop in pairwise(edges)]
-            end += nbytes
+            of_windows = window_blocks if is_windowed else None
+            num_blocks = blocks if of_windows is None else of_windows
+            for nbytes in _native.kv_layer_parts(shape, num_blocks, KV_BLOCK_TOKENS, kv_dtype):
+                if of_windows is None:
+                    regions.append((end, end + nbytes))
+                end += nbytes
         return cls(blocks * KV_BLOCK_TOKENS, tuple(regions))
 
     def free_bytes(self, num_tokens: int) -> int:

@@ -118,23 +118,26 @@ def _mixer_shapes(mixer: Mixer, hidden: int) -> Iterator[tuple[str, Shape]]:
 
 def _attention_shapes(attention: AttentionConfig, hidden: int) -> Iterator[tuple[str, Shape]]:
     head_dim = attention.head_dim
-    q_rows, kv_rows = attention.num_heads * head_dim, attention.num_kv_heads * head_dim
-    query_rows = 2 * q_rows if attention.has_output_gate else q_rows
+    q_rows, k_rows = attention.num_heads * head_dim, attention.num_kv_heads * head_dim
+    v_rows = attention.num_kv_heads * attention.width_of_values
+    query_rows = 2 * q_rows if attention.output_gate == "query" else q_rows
     yield "q", (query_rows, hidden)
-    yield "k", (kv_rows, hidden)
+    yield "k", (k_rows, hidden)
     if not attention.keys_are_values:
-        yield "v", (kv_rows, hidden)
+        yield "v", (v_rows, hidden)
     if attention.has_qkv_bias:
         yield "q_bias", (query_rows,)
-        yield "k_bias", (kv_rows,)
-        yield "v_bias", (kv_rows,)
-    if attention.qk_norm != "none":
+        yield "k_bias", (k_rows,)
+        yield "v_bias", (v_rows,)
+    if attention.qk_norm in ("head", "flat"):
         is_flat = attention.qk_norm == "flat"
         yield "q_norm", (q_rows if is_flat else head_dim,)
-        yield "k_norm", (kv_rows if is_flat else head_dim,)
+        yield "k_norm", (k_rows if is_flat else head_dim,)
     if attention.has_sinks:
         yield "sinks", (attention.num_heads,)
-    yield "o", (hidden, q_rows)
+    if attention.gate_rows:
+        yield "attn_gate", (attention.gate_rows, hidden)
+    yield "o", (hidden, attention.num_heads * attention.width_of_values)
     if attention.has_o_bias:
         yield "o_bias", (hidden,)
 

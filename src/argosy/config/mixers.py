@@ -37,26 +37,59 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QueryScale:
+    """Queries are multiplied by 1 + beta * log(1 + (position + offset) // period) (arXiv:2501.19399)."""
+
+    beta: float
+    period: int
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionConfig:
     """Grouped-query attention (arXiv:2305.13245)."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rope: RopeConfig
+    rope: RopeConfig | None  # None: nothing rotates
+    value_dim: int = 0  # dimensions of a value; 0: head_dim
+    value_scale: float = 1.0  # factor of the values
     sliding_window: int = 0  # 0: full attention
+    is_chunked: bool = (
+        False  # the window begins at multiples of its size, so that a position sees its own chunk
+    )
     is_causal: bool = False  # also in media spans, no position sees a later one
     scale: float = 0.0  # factor of attention scores; 0: 1 / sqrt(head_dim)
     keys_are_values: bool = False  # no v: the keys, before their norm, are the values
     has_qkv_bias: bool = False
     has_o_bias: bool = False
-    # RMSNorm before rotary: none, over each head, or over all heads at once.
-    qk_norm: Literal["none", "head", "flat"] = "none"
+    query_scale: QueryScale | None = None  # a factor of queries that grows with their position
+    # RMSNorm: none, over each head, over all heads at once, or over each head without a weight.
+    qk_norm: Literal["none", "head", "flat", "unweighted"] = "none"
+    is_norm_last: bool = False  # it comes after rotary
     qkv_limit: float = 0.0  # q, k and v are clamped to -limit..limit; 0: not clamped
     has_value_norm: bool = False  # RMSNorm without a weight over each head of v
     has_sinks: bool = False  # a learnt score per head that takes attention weight and adds nothing: `sinks`
-    # Each head's output is multiplied by the sigmoid of its gate; q has rows for both, head by head.
-    has_output_gate: bool = False
+    # Each head's output is multiplied by its gate's activation. query: q has rows for both, head by head; heads and
+    # elements: `attn_gate` gives one for each head, or for each element.
+    output_gate: Literal["none", "query", "heads", "elements"] = "none"
+    gate_activation: Literal["sigmoid", "softplus"] = "sigmoid"
+
+    @property
+    def width_of_values(self) -> int:
+        """The dimensions of a value."""
+        return self.value_dim or self.head_dim
+
+    @property
+    def gate_rows(self) -> int:
+        """The rows of `attn_gate`."""
+        match self.output_gate:
+            case "heads":
+                return self.num_heads
+            case "elements":
+                return self.num_heads * self.width_of_values
+        return 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +103,9 @@ class LatentConfig:
     rope_dim: int  # dimensions that rotate; all heads share the key's
     value_dim: int
     norm_eps: float  # for the norms of the compressed vectors
-    rope: RopeConfig
+    rope: RopeConfig | None  # None: nothing rotates
     scale: float = 0.0  # factor of attention scores; 0: 1 / sqrt(head_dim)
+    query_scale: QueryScale | None = None  # a factor of queries that grows with their position
     is_up_split: bool = False  # the file holds k_up (transposed head by head) and v_up instead of kv_up
 
     @property

@@ -179,7 +179,7 @@ class ModelConfig:
     def ropes(self) -> tuple[RopeConfig, ...]:
         """The different rotary embeddings of the layers."""
         ropes = (layer.mixer.rope for layer in self.layers if not isinstance(layer.mixer, DeltaConfig))
-        return tuple(dict.fromkeys(ropes))
+        return tuple(dict.fromkeys(rope for rope in ropes if rope is not None))
 
     @property
     def num_axes(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from argosy import _native
-from argosy.config import AttentionConfig, DeltaConfig, LatentConfig, Mixer, ModelConfig
+from argosy.config import AttentionConfig, DeltaConfig, LatentConfig, Mixer, ModelConfig, QueryScale
 from argosy.errors import CheckpointError
 from argosy.experts.files import Arithmetic
 from argosy.model.weights import DenseWeights, Vector
@@ -24,13 +24,19 @@ def describe_layers(config: ModelConfig, weights: DenseWeights) -> list[_native.
             _mixer(config, i, weights),
             vectors[f"layers.{i}.mlp_norm"],
             _routed_ffn(config, i, weights) if layer.is_moe else _dense_ffn(i, weights),
-            rotary=0 if isinstance(layer.mixer, DeltaConfig) else config.ropes.index(layer.mixer.rope),
+            rotary=_rotary(config, layer.mixer),
             mixer_post_norm=vectors.get(f"layers.{i}.attn_post_norm"),
             ffn_post_norm=vectors.get(f"layers.{i}.mlp_post_norm"),
             scale=float(vectors[f"layers.{i}.layer_scale"][0]) if config.has_layer_scale else 1.0,
         )
         for i, layer in enumerate(config.layers)
     ]
+
+
+def _rotary(config: ModelConfig, mixer: Mixer) -> int | None:
+    """Return the number of the mixer's rotary embedding, or None if nothing rotates."""
+    rope = None if isinstance(mixer, DeltaConfig) else mixer.rope
+    return None if rope is None else config.ropes.index(rope)
 
 
 def kv_shapes(config: ModelConfig) -> list[_native.KvShape]:
@@ -91,6 +97,7 @@ def _mixer(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Mi
 def _attention(attention: AttentionConfig, name: str, weights: DenseWeights) -> _native.Mixer:
     """Grouped-query attention (arXiv:2305.13245)."""
     head_dim = attention.head_dim
+    unweighted = np.ones(head_dim, np.float32) if attention.qk_norm == "unweighted" else None
     query, key, output = (weights.matrices[name + part] for part in "qko")
     return _native.grouped_query_attention(
         query,
@@ -99,18 +106,24 @@ def _attention(attention: AttentionConfig, name: str, weights: DenseWeights) -> 
         output,
         num_heads=attention.num_heads,
         window=attention.sliding_window,
+        is_chunked=attention.is_chunked,
         scale=attention.scale or head_dim**-0.5,
+        query_scale=_query_scale(attention.query_scale),
         query_bias=weights.vectors.get(name + "q_bias"),
         key_bias=weights.vectors.get(name + "k_bias"),
         value_bias=weights.vectors.get(name + "v_bias"),
         output_bias=weights.vectors.get(name + "o_bias"),
-        query_norm=weights.vectors.get(name + "q_norm"),
-        key_norm=weights.vectors.get(name + "k_norm"),
+        query_norm=weights.vectors.get(name + "q_norm", unweighted),
+        key_norm=weights.vectors.get(name + "k_norm", unweighted),
         is_norm_flat=attention.qk_norm == "flat",
+        is_norm_last=attention.is_norm_last,
         limit=attention.qkv_limit,
         sinks=weights.vectors.get(name + "sinks"),
-        has_gate=attention.has_output_gate,
-        value_norm=np.ones(head_dim, np.float32) if attention.has_value_norm else None,
+        has_gate=attention.output_gate == "query",
+        gate=weights.matrices.get(name + "attn_gate"),
+        gate_kind=attention.gate_activation,
+        value_norm=np.ones(attention.width_of_values, np.float32) if attention.has_value_norm else None,
+        value_scale=attention.value_scale,
         is_causal=attention.is_causal,
     )
 
@@ -168,15 +181,24 @@ def _latent(latent: LatentConfig, name: str, weights: DenseWeights) -> _native.M
         kv_norm=weights.vectors[name + "kv_norm"],
         query_down=weights.matrices.get(name + "q_down"),
         query_norm=weights.vectors.get(name + "q_down_norm"),
+        query_scale=_query_scale(latent.query_scale),
     )
+
+
+def _query_scale(scale: QueryScale | None) -> tuple[float, int, int]:
+    return (0.0, 1, 0) if scale is None else (scale.beta, scale.period, scale.offset)
 
 
 def kv_shape(mixer: Mixer) -> _native.KvShape:
     """Return the data that a layer with this mixer keeps per position."""
     match mixer:
         case AttentionConfig():
-            is_windowed = mixer.sliding_window > 0
-            return _native.KvShape.keys_values(mixer.num_kv_heads, mixer.head_dim, is_windowed=is_windowed)
+            return _native.KvShape.keys_values(
+                mixer.num_kv_heads,
+                mixer.head_dim,
+                is_windowed=mixer.sliding_window > 0,
+                value_dim=mixer.width_of_values,
+            )
         case LatentConfig():
             return _native.KvShape.latent(mixer.cached_dim)
         case DeltaConfig():
@@ -186,7 +208,14 @@ def kv_shape(mixer: Mixer) -> _native.KvShape:
 def _add_mixer_sizes(sizes: _native.StackSizes, mixer: Mixer) -> None:
     match mixer:
         case AttentionConfig():
-            sizes.add_attention(mixer.num_heads, mixer.num_kv_heads, mixer.head_dim, mixer.has_output_gate)
+            sizes.add_attention(
+                mixer.num_heads,
+                mixer.num_kv_heads,
+                mixer.head_dim,
+                mixer.output_gate == "query",
+                mixer.width_of_values,
+                mixer.gate_rows,
+            )
         case LatentConfig():
             sizes.add_latent_attention(
                 mixer.num_heads,

@@ -118,7 +118,7 @@ def _attention(config: ModelConfig, kv_dtype: KvDtype) -> tuple[Attention, ...]:
             case LatentConfig() as latent:
                 operations = 2.0 * latent.num_heads * (latent.cached_dim + latent.kv_rank)
             case AttentionConfig() as attention:
-                operations = 4.0 * attention.num_heads * attention.head_dim
+                operations = 2.0 * attention.num_heads * (attention.head_dim + attention.width_of_values)
                 window = attention.sliding_window
         nbytes = _native.kv_cache_bytes([kv_shape(layer.mixer)], 1, KV_BLOCK_TOKENS, kv_dtype)
         kinds[window, nbytes / KV_BLOCK_TOKENS, operations] += 1

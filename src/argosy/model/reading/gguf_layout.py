@@ -38,7 +38,7 @@ from argosy.checkpoint.landing import (
     Transcoded,
 )
 from argosy.checkpoint.safetensors import TensorRef
-from argosy.config import Format, ModelConfig
+from argosy.config import AttentionConfig, Format, ModelConfig
 from argosy.errors import ArgosyError, UnsupportedModel
 from argosy.model.reading.accounts import TensorAccounts, read_draft
 
@@ -60,6 +60,7 @@ _LAYER_NAMES = {
     "q_norm": "attn_q_norm.weight",
     "k_norm": "attn_k_norm.weight",
     "sinks": "attn_sinks.weight",
+    "attn_gate": "attn_gate.weight",
     "q_down": "attn_q_a.weight",
     "q_down_norm": "attn_q_a_norm.weight",
     "q_up": "attn_q_b.weight",
@@ -134,7 +135,9 @@ def read_gguf_layout(
         last = canonical.rpartition(".")[2]
         heads, stacked = 0, 1
         if is_paired and last in ("q", "k"):
-            heads = config.attention.num_heads if last == "q" else config.attention.num_kv_heads
+            attention = config.layers[int(canonical.split(".")[1])].mixer
+            assert isinstance(attention, AttentionConfig)
+            heads = attention.num_heads if last == "q" else attention.num_kv_heads
         if config.latent is not None and last in ("k_up", "v_up"):
             stacked = config.latent.num_heads
         return reader.dense(dense_name(canonical, names), shape, heads, stacked)

@@ -42,7 +42,7 @@ def read_layers(
     num_layers = len(is_moe)
     has_bias = reader.flag("attention_bias", False)
     attention = AttentionConfig(
-        **heads, has_qkv_bias=has_bias, has_o_bias=has_bias, qk_norm="head", has_output_gate=True
+        **heads, has_qkv_bias=has_bias, has_o_bias=has_bias, qk_norm="head", output_gate="query"
     )
     delta = _read_delta(reader, is_joined=is_joined)
     kinds = reader.layer_types(num_layers, (_DELTA, _ATTENTION))

@@ -46,7 +46,7 @@ def open_delta_gguf(
     # For layers without experts, and all layers have experts.
     reader.integer("feed_forward_length", 0, least=0)
     delta = _read_delta(reader)
-    attention = AttentionConfig(**common.attention, qk_norm="head", has_output_gate=True)
+    attention = AttentionConfig(**common.attention, qk_norm="head", output_gate="query")
     layers = tuple(
         LayerConfig(mixer=delta if is_recurrent else attention, is_moe=True)
         for is_recurrent in _recurrent_layers(reader)
