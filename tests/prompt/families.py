@@ -156,6 +156,9 @@ FAMILIES = {
 _HY3 = [f"<{slash}{name}:opensource>" for slash in ("", "/") for name in (
     "think", "tool_calls", "tool_call", "arg_key", "arg_value",
 )] + ["<tool_sep:opensource>"]  # fmt: skip
+_SOLAR = [f"<|{name}|>" for name in ("begin", "content", "think", "end", "tool_calls", "calls")] + [
+    f"<|tool_call:{name}|>" for name in ("begin", "name", "args", "end")
+]
 _COHERE = [f"<|{end}_{name}|>" for end in ("START", "END") for name in ("THINKING", "TEXT", "ACTION")]
 
 # Families whose templates here are short: they show how calls and thoughts are written, and no more.
@@ -177,6 +180,8 @@ SHORT = {
             "deepseek_v32", templates.DEEPSEEK_V32, ["｜DSML｜"], ["<think>", "</think>"], ["<|im_end|>"]
         ),
         _family("deepseek_v4", templates.DEEPSEEK_V4, [], ["<think>", "</think>"], ["<|im_end|>"]),
+        _family("solar", templates.SOLAR_OPEN, _SOLAR, [], ["<|im_end|>", "<|calls|>"]),
+        _family("gigachat", templates.GIGACHAT_31, ["<|function_call|>"], [], ["<|im_end|>"]),
         _family("hy3", templates.HY_3, _HY3, [], ["<|im_end|>"]),
     )
 }

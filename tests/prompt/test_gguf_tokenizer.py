@@ -394,6 +394,20 @@ def test_special_tokens_and_the_template_come_from_the_metadata(tmp_path: Path) 
     assert tokenizer.encode_segments([(False, "<|im_start|>")]) == [1]
 
 
+@pytest.mark.parametrize("end", ["<|eom|>", "<|observation|>", "</assistant>", "<|calls|>"])
+def test_a_token_that_ends_turns_ends_an_answer_though_no_key_names_it(end: str, tmp_path: Path) -> None:
+    for kind, ends in ((3, (0, 2)), (4, (0, 2)), (1, (2,))):
+        tokens = [end, "a", "</s>", "b", "ab"]
+
+        def more(writer: GGUFWriter) -> None:
+            writer.add_tokenizer_pre("gpt-2")
+            writer.add_token_merges(["a b"])
+            writer.add_eos_token_id(2)
+
+        path = write(tmp_path / f"{kind}.gguf", "gpt2", tokens, [kind, 1, 3, 1, 1], more)
+        assert opened(path).eos_ids == ends
+
+
 def test_llama_bpe_starts_with_bos(tmp_path: Path) -> None:
     core = trained("llama-bpe")
     assert opened(write_bpe(tmp_path / "a.gguf", core, "llama-bpe", bos=1, eos=2)).prefix_ids == (1,)

@@ -92,6 +92,10 @@ ONE |= {
     "cohere2": '<|START_ACTION|>[\n    {"tool_call_id": "0", "tool_name": "get_weather", "parameters": '
     + OSLO
     + "}\n]<|END_ACTION|>",
+    "gigachat": '<|function_call|>{"name": "get_weather", "arguments": ' + OSLO + "}",
+    "solar": "<|tool_calls|><|tool_call:begin|>a1b2c3d4e5<|tool_call:name|>get_weather<|tool_call:args|>"
+    + OSLO
+    + "<|tool_call:end|>",
     "lfm2": '<|tool_call_start|>[get_weather(city="Oslo")]<|tool_call_end|>',
     "llama4": '<|python_start|>[get_weather(city="Oslo")]<|python_end|>',
     "deepseek_v4": '<｜DSML｜tool_calls>\n<｜DSML｜invoke name="get_weather">\n'
@@ -126,6 +130,8 @@ TWO |= {
     "cohere2": ONE["cohere2"].replace(
         "\n]", ',\n    {"tool_call_id": "1", "tool_name": "clock", "parameters": {}}\n]'
     ),
+    "solar": ONE["solar"]
+    + "<|tool_call:begin|>0123456789<|tool_call:name|>clock<|tool_call:args|>{}<|tool_call:end|>",
     **{name: ONE[name].replace("]", ", clock()]") for name in ("lfm2", "llama4")},
     **{
         name: ONE[name].replace(
@@ -198,7 +204,7 @@ def test_text_that_is_no_call_is_refused_where_it_departs_from_one(name: str) ->
 
 
 JSON_FORMATS = ["qwen3", "deepseek_v3", "deepseek_v31", "kimi_k2", "harmony", "mistral", "mistral_args"]
-JSON_FORMATS += ["hunyuan", "granite", "cohere2"]
+JSON_FORMATS += ["hunyuan", "granite", "cohere2", "gigachat", "solar"]
 
 
 @pytest.mark.parametrize("name", JSON_FORMATS)
@@ -454,11 +460,12 @@ SUMS = Grammar(
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_an_answer_without_calls_has_its_form_and_nothing_around_it(name: str) -> None:
-    head = "<|channel|>final<|message|>" if name == "harmony" else ""
+    head = {"harmony": "<|channel|>final<|message|>", "solar": "<|content|>"}.get(name, "")
+    tail = "<|end|>" if name == "solar" else ""
     for form, taken, refused in ((WORDS, "ab/", "ab//"), (SUMS, "1 + 22", "1 + a")):
         for tools in (CHECKED, ()) if name in CALLING else ((),):
             grammar = format_of(name).grammar(tools, form=form)
-            assert takes(name, grammar, head + taken)
+            assert takes(name, grammar, head + taken + tail)
             refuses_at(name, grammar, head + refused)
             refuses_at(name, grammar, f"{head}\n{taken}")
             assert not tools or takes(name, grammar, ONE[name])

@@ -597,3 +597,13 @@ HY_3 = _short(
     {{- '</tool_call:opensource>\n' -}}""",
     r"<tool_calls:opensource>\n", "", "</tool_calls:opensource>", "<think:opensource>", "</think:opensource>",
 )  # fmt: skip
+SOLAR_OPEN = (
+    _short(
+        """{{- '<|tool_call:begin|>' ~ call.id ~ '<|tool_call:name|>' ~ f.name ~ '<|tool_call:args|>' -}}
+        {{- f.arguments | tojson ~ '<|tool_call:end|>' -}}""",
+        "<|tool_calls|>", "", "<|calls|>", "<|think|>", "<|end|><|begin|>assistant", "<|content|>", "<|end|>",
+    )
+    .replace(r"'<|im_start|>' ~ m.role ~ '\n'", "'<|begin|>' ~ m.role")
+    .replace(r"'<|im_start|>assistant\n'", "'<|begin|>assistant'")
+)  # fmt: skip
+GIGACHAT_31 = _short(_OBJECT, "<|function_call|>", "<|function_call|>", "", "", "")

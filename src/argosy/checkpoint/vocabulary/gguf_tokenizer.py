@@ -35,7 +35,8 @@ _CHARACTER_LEVEL = frozenset({"sarvam-moe"})  # names of `pre`, in files of kind
 # Tokens that end a turn, whatever the file names as eos: models are trained to stop at any of them.
 _ENDS_OF_TURN = frozenset({
     "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|return|>", "<|call|>",
-    "<turn|>", "<|tool_response>",
+    "<turn|>", "<|tool_response>", "<|eot|>", "<|eom|>", "<|user|>", "<|observation|>", "<|role_end|>", "</assistant>",
+    "<|END_OF_TURN_TOKEN|>", "<|flush|>", "<|calls|>", "<|endofturn|>", "[e~[",
 })  # fmt: skip
 
 

@@ -5,6 +5,7 @@
     <|START_ACTION|>[
         {"tool_call_id": "0", "tool_name": "get_weather", "parameters": {"city": "Oslo"}}
     ]<|END_ACTION|>                                                                               Command-A-plus
+    <|function_call|>{"name": "get_weather", "arguments": {"city": "Oslo"}}                      GigaChat-3.1
 
 Objects without a list around them are read as well. Hunyuan and Command-A-plus also put marks around the text.
 """
@@ -66,7 +67,7 @@ class JsonList(BlockFormat):
         )
         calls = f"{bodies} ({lark.literal(self.between)} {bodies})*" if parallel else bodies
         opened, closed = next(iter(self.blocks.items()))
-        first, last = map(lark.literal, self.around)
+        first, last = (lark.literal(text) if text else "" for text in self.around)
         return f"{lark.mark(opened)} {first} {calls} {last} {lark.mark(closed) if closed else ''}".strip()
 
     def _head(self, lark: Lark, text: str) -> str:
@@ -101,6 +102,16 @@ class Cohere2(JsonList):
 
     def own_id(self, call: Call, number: int) -> str:
         return call.id if _ID.fullmatch(call.id) else str(number)
+
+
+class GigaChat(JsonList):
+    name = "gigachat"
+    tokens = ("<|function_call|>",)
+    blocks = {"<|function_call|>": None}  # noqa: RUF012
+    around = ("", "")
+
+    def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
+        return super()._calls(lark, tools, parallel=False)
 
 
 def read_list(text: str, tools: Mapping[str, Tool]) -> list[FoundCall] | None:
@@ -147,4 +158,4 @@ def beginning_of_named_object(text: str, tools: Mapping[str, Tool]) -> Sequence[
     return () if begun is None else beginning_of_call(begun[2], begun[3] or "", tools, begun[1])
 
 
-FORMATS = (Hunyuan, Granite3, Cohere2)
+FORMATS = (Hunyuan, Granite3, Cohere2, GigaChat)
