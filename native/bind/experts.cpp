@@ -67,25 +67,31 @@ std::vector<int32_t> assignments_of(const Dispatch& dispatch, int32_t expert) {
 
 void add_layer(BoundExpertTable& table, int64_t layer, const FormatNames& formats, int64_t width,
                const ArrayOf<int64_t>& starts, const std::optional<ArrayOf<float>>& gate_bias,
-               const std::optional<ArrayOf<float>>& up_bias, const std::optional<ArrayOf<float>>& down_bias) {
+               const std::optional<ArrayOf<float>>& up_bias, const std::optional<ArrayOf<float>>& down_bias,
+               const std::optional<ActivationOfNumbers>& activation) {
   require_range("layer", layer, 0, UINT16_MAX);
   require_range("width", width, 0, kLargestSize);
-  const int64_t* from = read_array("starts", starts, {kAnySize, 3});
+  std::array<Format, 3> of_matrices;
+  const int64_t num_matrices = parse_formats(formats, of_matrices);
+  const int64_t* from = read_array("starts", starts, {kAnySize, num_matrices});
   const int64_t num_experts = int64_t(starts.shape(0));
   require_range("experts in starts", num_experts, 1, kLargestSize);
   const auto read_bias = [&](const char* name, const std::optional<ArrayOf<float>>& bias, int64_t size) {
     return bias ? read_array(name, *bias, {num_experts, size}) : nullptr;
   };
   ExpertLayer description = {
-      .formats = parse_formats(formats),
+      .formats = of_matrices,
+      .has_gate = num_matrices == 3,
+      .activation = activation ? std::optional(parse_activation(*activation)) : std::nullopt,
       .width = width,
       .biases = {read_bias("gate_bias", gate_bias, width), read_bias("up_bias", up_bias, width),
                  read_bias("down_bias", down_bias, table.hidden())},
       .starts = std::vector<std::array<int64_t, 3>>(size_t(num_experts)),
   };
   for (auto& start : description.starts) {
-    std::copy_n(from, 3, start.begin());
-    from += 3;
+    start = {};
+    std::copy_n(from, num_matrices, start.end() - num_matrices);
+    from += num_matrices;
   }
   table.add_layer(layer, std::move(description));
   for (const auto& bias : {gate_bias, up_bias, down_bias}) {
@@ -162,14 +168,15 @@ void bind_expert_table(nb::module_& m) {
                    "The number of experts that have run, counted once per layer and step.")
       .def("add_layer", &add_layer, "layer"_a, nb::kw_only(), "formats"_a, "width"_a, "starts"_a,
            "gate_bias"_a.none() = nb::none(), "up_bias"_a.none() = nb::none(),
-           "down_bias"_a.none() = nb::none(), R"(
+           "down_bias"_a.none() = nb::none(), "activation"_a.none() = nb::none(), R"(
         Describe the experts of a layer; none has a place yet.
 
         Args:
-            formats: formats of gate, up and down.
-            starts: int64 [experts, 3], bytes from an expert's place to gate and up [width, hidden] and down
+            formats: formats of gate, up and down, or of up and down if the activation has no gate.
+            starts: int64 [experts, 3 or 2], bytes from an expert's place to gate and up [width, hidden] and down
                 [hidden, width].
-            gate_bias, up_bias: [experts, width].   down_bias: [experts, hidden].)")
+            gate_bias, up_bias: [experts, width].   down_bias: [experts, hidden].
+            activation: None means the table's.)")
       .def(
           "place",
           [](BoundExpertTable& table, const std::vector<PlaceOfExpert>& places) {

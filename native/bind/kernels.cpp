@@ -383,8 +383,8 @@ void bind_layer(nb::module_& m) {
     Scores are the softmax over all experts, or the sigmoid of each. The k best experts by score plus `choice_bias` are
     chosen from the best `kept_groups` of `num_groups` groups of equal size; a group is scored by its best expert, or by
     the sum of its best two. On a tie the lower id wins. Routing weights are the scores of the chosen experts, without
-    the bias; with `renormalize`, divided by their sum plus `renormalize_eps`; then multiplied by `scale`, and by the
-    expert's own scale.
+    the bias; with `renormalize`, divided by their sum plus `renormalize_eps`, or by `renormalize_least` if that is
+    more; then multiplied by `scale`, and by the expert's own scale.
 
     Args:
         experts_per_token: k.
@@ -394,14 +394,16 @@ void bind_layer(nb::module_& m) {
           "__init__",
           [](Routing* self, int64_t experts_per_token, const ScoreName& score,
              const std::optional<ArrayOf<float>>& choice_bias, int64_t num_groups, int64_t kept_groups,
-             const GroupScoreName& group_score, bool renormalize, float renormalize_eps, float scale,
-             const std::optional<ArrayOf<float>>& expert_scale) {
+             const GroupScoreName& group_score, bool renormalize, float renormalize_eps,
+             float renormalize_least, float scale, const std::optional<ArrayOf<float>>& expert_scale) {
             new (self) Routing(make_routing(experts_per_token, score, choice_bias, num_groups, kept_groups,
-                                            group_score, renormalize, renormalize_eps, scale, expert_scale));
+                                            group_score, renormalize, renormalize_eps, renormalize_least,
+                                            scale, expert_scale));
           },
           "experts_per_token"_a, nb::kw_only(), "score"_a, "choice_bias"_a.none() = nb::none(),
           "num_groups"_a = 1, "kept_groups"_a = 1, "group_score"_a = "top2", "renormalize"_a,
-          "renormalize_eps"_a = 0.0f, "scale"_a = 1.0f, "expert_scale"_a.none() = nb::none());
+          "renormalize_eps"_a = 0.0f, "renormalize_least"_a = 0.0f, "scale"_a = 1.0f,
+          "expert_scale"_a.none() = nb::none());
 }
 
 void require_block(const char* name, const KvCache& kv, int64_t block, bool is_windowed = false) {

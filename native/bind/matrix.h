@@ -100,22 +100,31 @@ inline void require_ids(const char* name, const int32_t* ids, int64_t n, int64_t
   }
 }
 
-// The formats of gate, up and down.
-using FormatNames = std::array<FormatName, 3>;
+// The formats of gate, up and down, or of up and down if there is no gate.
+using FormatNames = std::vector<FormatName>;
 
-inline std::array<Format, 3> parse_formats(const FormatNames& names) {
-  return {parse_format(names[0]), parse_format(names[1]), parse_format(names[2])};
+// Their number. The formats of a network without a gate are the last two.
+inline int64_t parse_formats(const FormatNames& names, std::array<Format, 3>& formats) {
+  require_range("number of formats", int64_t(names.size()), 2, 3);
+  formats[0] = {};
+  for (size_t i = 0; i < names.size(); ++i) formats[i + 3 - names.size()] = parse_format(names[i]);
+  return int64_t(names.size());
 }
 
-// Kind ("silu", "clamped" or "gelu_tanh"), limit and alpha.
+// Kind, limit and alpha.
 using ActivationOfNumbers = Named<std::tuple<std::string, float, float>, "Activation">;
 
 inline Activation parse_activation(const ActivationOfNumbers& activation) {
   const auto& [kind, limit, alpha] = activation.base();
   if (kind == "silu") return {};
   if (kind == "gelu_tanh") return {Activation::Kind::gelu_tanh};
-  if (kind != "clamped") refuse("unknown activation '" + kind + "'; known: silu, clamped, gelu_tanh");
+  if (kind == "relu2") return {Activation::Kind::relu2};
+  if (kind != "clamped" && kind != "silu_limited" && kind != "silu_capped")
+    refuse("unknown activation '" + kind +
+           "'; known: silu, clamped, gelu_tanh, silu_limited, silu_capped, relu2");
   if (!(limit > 0)) refuse("limit is " + std::to_string(limit) + ", expected more than 0");
+  if (kind == "silu_limited") return {Activation::Kind::silu_limited, limit};
+  if (kind == "silu_capped") return {Activation::Kind::silu_capped, limit};
   return {Activation::Kind::clamped, limit, alpha};
 }
 
@@ -131,13 +140,21 @@ inline void require_slots(const KvCache& kv, int64_t num_blocks, const int64_t* 
     require_range("a slot", slots[i], 0, num_blocks * kv.block_tokens() - 1);
 }
 
-// gate and up [width, hidden], down [hidden, width].
-inline ExpertView view_network(const Matrix& gate, const Matrix& up, const Matrix& down) {
-  require_size("rows of up", up.view.rows, gate.view.rows);
-  require_size("columns of up", up.view.cols, gate.view.cols);
-  require_size("rows of down", down.view.rows, gate.view.cols);
-  require_size("columns of down", down.view.cols, gate.view.rows);
-  return {gate.view, up.view, down.view};
+// gate and up [width, hidden], down [hidden, width]; nullptr: no gate.
+inline ExpertView view_network(const Matrix* gate, const Matrix& up, const Matrix& down) {
+  if (gate != nullptr) {
+    require_size("rows of up", up.view.rows, gate->view.rows);
+    require_size("columns of up", up.view.cols, gate->view.cols);
+  }
+  require_size("rows of down", down.view.rows, up.view.cols);
+  require_size("columns of down", down.view.cols, up.view.rows);
+  return {gate != nullptr ? std::optional(gate->view) : std::nullopt, up.view, down.view};
+}
+
+inline void require_gate(const std::string& name, bool has_gate, const Activation& activation) {
+  if (has_gate == activation.has_gate()) return;
+  refuse(name + (has_gate ? " has a gate, which its activation does not use"
+                          : " has no gate, which its activation needs"));
 }
 
 // key_up [num_heads * kv_rank, nope_dim], value_up [num_heads * value_dim, kv_rank].

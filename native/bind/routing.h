@@ -41,7 +41,7 @@ using GroupScoreName = Named<std::string, "typing.Literal['max', 'top2']">;
 inline Routing make_routing(int64_t experts_per_token, const std::string& score,
                             const std::optional<ArrayOf<float>>& choice_bias, int64_t num_groups,
                             int64_t kept_groups, const std::string& group_score, bool renormalize,
-                            float renormalize_eps, float scale,
+                            float renormalize_eps, float renormalize_least, float scale,
                             const std::optional<ArrayOf<float>>& expert_scale) {
   if (score != "softmax" && score != "sigmoid") {
     refuse("unknown score '" + score + "'; known: softmax, sigmoid");
@@ -59,8 +59,8 @@ inline Routing make_routing(int64_t experts_per_token, const std::string& score,
                .renormalize = renormalize,
                .renormalize_eps = renormalize_eps,
                .scale = scale,
-               .expert_scale =
-                   expert_scale ? read_array("expert_scale", *expert_scale, {kAnySize}) : nullptr},
+               .expert_scale = expert_scale ? read_array("expert_scale", *expert_scale, {kAnySize}) : nullptr,
+               .renormalize_least = renormalize_least},
       .choice_bias = choice_bias,
       .expert_scale = expert_scale,
   };

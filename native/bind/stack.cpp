@@ -59,9 +59,18 @@ struct Kept {
   const float* keep(const char* name, const std::optional<ArrayOf<float>>& vector, int64_t size) {
     return vector ? keep(name, *vector, size) : nullptr;
   }
-  ExpertView keep(const Matrix& gate, const Matrix& up, const Matrix& down) {
-    for (const Matrix* matrix : {&gate, &up, &down}) memories.push_back(matrix->memory);
+  ExpertView keep(const Matrix* gate, const Matrix& up, const Matrix& down) {
+    for (const Matrix* matrix : {gate, &up, &down}) {
+      if (matrix != nullptr) memories.push_back(matrix->memory);
+    }
     return view_network(gate, up, down);
+  }
+  // [hidden], the weight, or [2, hidden], weight and bias.
+  Norm keep_norm(const char* name, const std::optional<ArrayOf<float>>& norm, int64_t hidden) {
+    if (!norm) return {};
+    if (norm->ndim() != 2) return {keep(name, norm, hidden)};
+    const float* weight = keep(name, *norm, {2, hidden});
+    return {weight, weight + hidden};
   }
   void keep(const Kept& other) {
     memories.insert(memories.end(), other.memories.begin(), other.memories.end());
@@ -91,7 +100,9 @@ struct BoundLayer {
   Kept kept;
 };
 
-using NetworkOfMatrices = std::tuple<const Matrix*, const Matrix*, const Matrix*>;
+using NetworkOfMatrices =
+    Named<std::tuple<const Matrix*, const Matrix*, const Matrix*>, "tuple[Matrix | None, Matrix, Matrix]">;
+using LatentOfMatrices = std::tuple<const Matrix*, const Matrix*>;               // down, up
 using OverridesOfArrays = std::tuple<ArrayOf<int64_t>, ArrayOf<float>>;          // rows, embeddings
 using AdditionOfArrays = std::tuple<int64_t, ArrayOf<int64_t>, ArrayOf<float>>;  // layer, rows, vectors
 using TapOfArray = std::tuple<int64_t, OutArrayOf<float>>;                       // layer, hidden state
@@ -348,9 +359,14 @@ void make_indexer(BoundIndexer* self, const Matrix& query, const Matrix& key, co
   new (self) BoundIndexer{indexer, std::move(kept)};
 }
 
-BoundFfn dense_ffn(const Matrix& gate, const Matrix& up, const Matrix& down) {
+std::optional<Activation> parse_activation(const std::optional<ActivationOfNumbers>& activation) {
+  return activation ? std::optional(parse_activation(*activation)) : std::nullopt;
+}
+
+BoundFfn dense_ffn(const Matrix* gate, const Matrix& up, const Matrix& down,
+                   const std::optional<ActivationOfNumbers>& activation) {
   BoundFfn bound;
-  bound.ffn = DenseFfn{bound.kept.keep(gate, up, down)};
+  bound.ffn = DenseFfn{bound.kept.keep(gate, up, down), parse_activation(activation)};
   return bound;
 }
 
@@ -359,7 +375,10 @@ BoundFfn routed_ffn(const Matrix& router, const Routing& routing,
                     const std::optional<NetworkOfMatrices>& shared, const Matrix* shared_score,
                     const std::optional<ArrayOf<float>>& router_norm,
                     const std::optional<ArrayOf<float>>& norm, const std::optional<ArrayOf<float>>& post_norm,
-                    const std::optional<ArrayOf<float>>& shared_post_norm) {
+                    const std::optional<ArrayOf<float>>& shared_post_norm,
+                    const std::optional<ActivationOfNumbers>& shared_activation,
+                    const std::optional<LatentOfMatrices>& latent, float router_logit_cap,
+                    bool weighs_input) {
   BoundFfn bound;
   RoutedFfn ffn = {};
   ffn.router = {
@@ -367,7 +386,10 @@ BoundFfn routed_ffn(const Matrix& router, const Routing& routing,
       .bias = bound.kept.keep("router_bias", router_bias, router.view.rows),
       .norm = bound.kept.keep("router_norm", router_norm, router.view.cols),
       .rule = routing.checked(router.view.rows),
+      .logit_cap = router_logit_cap,
+      .weighs_input = weighs_input,
   };
+  if (weighs_input) require_size("experts_per_token with weighs_input", ffn.router.rule.k, 1);
   if (routing.choice_bias) bound.kept.arrays.push_back(*routing.choice_bias);
   if (routing.expert_scale) bound.kept.arrays.push_back(*routing.expert_scale);
   require_range("width", width, 0, kLargestSize);
@@ -375,36 +397,59 @@ BoundFfn routed_ffn(const Matrix& router, const Routing& routing,
   ffn.norm = bound.kept.keep("norm", norm, router.view.cols);
   ffn.post_norm = bound.kept.keep("post_norm", post_norm, router.view.cols);
   if (shared) {
-    const auto& [gate, up, down] = *shared;
+    const auto& [gate, up, down] = shared->base();
     ffn.shared = SharedExpert{
-        bound.kept.keep(require_item("shared[0]", gate), require_item("shared[1]", up),
-                        require_item("shared[2]", down)),
+        bound.kept.keep(gate, require_item("shared[1]", up), require_item("shared[2]", down)),
         std::nullopt,
         bound.kept.keep("shared_post_norm", shared_post_norm, router.view.cols),
+        parse_activation(shared_activation),
     };
     if (shared_score != nullptr) ffn.shared->score = bound.kept.keep(*shared_score);
+  }
+  if (latent) {
+    const auto& [down, up] = *latent;
+    ffn.latent = LatentExperts{bound.kept.keep(require_item("latent[0]", down)),
+                               bound.kept.keep(require_item("latent[1]", up))};
+    require_size("columns of latent[0]", ffn.latent->down.cols, router.view.cols);
+    require_size("rows of latent[1]", ffn.latent->up.rows, router.view.cols);
+    require_size("columns of latent[1]", ffn.latent->up.cols, ffn.latent->down.rows);
+    if (norm) refuse("latent experts read what the layer's norm gives: leave out norm");
   }
   bound.ffn = std::move(ffn);
   return bound;
 }
 
-void make_layer(BoundLayer* self, const ArrayOf<float>& mixer_norm, const BoundMixer& mixer,
-                const ArrayOf<float>& ffn_norm, const BoundFfn& ffn, std::optional<int64_t> rotary,
-                const std::optional<ArrayOf<float>>& mixer_post_norm,
-                const std::optional<ArrayOf<float>>& ffn_post_norm, float scale) {
+void make_layer(BoundLayer* self, const std::optional<ArrayOf<float>>& mixer_norm, const BoundMixer* mixer,
+                const std::optional<ArrayOf<float>>& ffn_norm, const BoundFfn* ffn,
+                std::optional<int64_t> rotary, const std::optional<ArrayOf<float>>& mixer_post_norm,
+                const std::optional<ArrayOf<float>>& ffn_post_norm, float scale, bool is_parallel,
+                float mixer_scale, float ffn_scale) {
   Kept kept;
-  kept.keep(mixer.kept);
-  kept.keep(ffn.kept);
-  read_array("mixer_norm", mixer_norm, {kAnySize});
-  const int64_t hidden = int64_t(mixer_norm.shape(0));
+  if (mixer == nullptr && ffn == nullptr) refuse("a layer needs a mixer or a feed-forward network");
+  if (is_parallel && (mixer == nullptr || ffn == nullptr || ffn_norm))
+    refuse("a parallel layer has a mixer and a feed-forward network, and mixer_norm is its only norm");
+  if (mixer == nullptr && (mixer_norm || mixer_post_norm))
+    refuse("the layer has norms of a mixer, but no mixer");
+  if (ffn == nullptr && (ffn_norm || ffn_post_norm))
+    refuse("the layer has norms of a feed-forward network, but no such network");
+  if (mixer != nullptr) kept.keep(mixer->kept);
+  if (ffn != nullptr) kept.keep(ffn->kept);
+  int64_t hidden = 0;  // the last dimension of the norms, the first one decides
+  for (const auto* norm : {&ffn_post_norm, &mixer_post_norm, &ffn_norm, &mixer_norm}) {
+    if (*norm && (*norm)->ndim() > 0) hidden = int64_t((*norm)->shape((*norm)->ndim() - 1));
+  }
+  if (hidden == 0) refuse("a layer needs a norm of its mixer or of its feed-forward network");
   Layer layer = {
-      .mixer_norm = kept.keep("mixer_norm", mixer_norm, hidden),
-      .mixer = mixer.mixer,
-      .ffn_norm = kept.keep("ffn_norm", ffn_norm, hidden),
-      .ffn = ffn.ffn,
+      .mixer_norm = kept.keep_norm("mixer_norm", mixer_norm, hidden),
+      .mixer = mixer != nullptr ? std::optional(mixer->mixer) : std::nullopt,
+      .ffn_norm = kept.keep_norm("ffn_norm", ffn_norm, hidden),
+      .ffn = ffn != nullptr ? std::optional(ffn->ffn) : std::nullopt,
+      .is_parallel = is_parallel,
       .rotary = rotary,
       .mixer_post_norm = kept.keep("mixer_post_norm", mixer_post_norm, hidden),
       .ffn_post_norm = kept.keep("ffn_post_norm", ffn_post_norm, hidden),
+      .mixer_scale = mixer_scale,
+      .ffn_scale = ffn_scale,
       .scale = scale,
   };
   new (self) BoundLayer{std::move(layer), hidden, std::move(kept)};
@@ -494,14 +539,17 @@ void require_fit(const LatentAttention& mixer, const KvShape& kv, const Rotary* 
   require_size("columns of the indexer's weights", mixer.indexer->weights.cols, hidden);
 }
 
-void require_fit(const DenseFfn& ffn, int64_t hidden) {
-  require_size("columns of gate", ffn.network.gate.cols, hidden);
+void require_fit(const DenseFfn& ffn, int64_t hidden, const Activation& activation) {
+  require_size("columns of up", ffn.network.up.cols, hidden);
+  require_gate("the dense network", ffn.network.gate.has_value(), ffn.activation.value_or(activation));
 }
 
-void require_fit(const RoutedFfn& ffn, int64_t hidden) {
+void require_fit(const RoutedFfn& ffn, int64_t hidden, const Activation& activation) {
   require_size("columns of router", ffn.router.matrix.cols, hidden);
   if (!ffn.shared) return;
-  require_size("columns of the shared gate", ffn.shared->network.gate.cols, hidden);
+  require_size("columns of the shared up", ffn.shared->network.up.cols, hidden);
+  require_gate("the shared expert", ffn.shared->network.gate.has_value(),
+               ffn.shared->activation.value_or(activation));
   if (ffn.shared->score) {
     require_size("rows of shared_score", ffn.shared->score->rows, 1);
     require_size("columns of shared_score", ffn.shared->score->cols, hidden);
@@ -517,26 +565,32 @@ void require_experts(const RoutedFfn& ffn, const ExpertTable& table, int64_t lay
 
 using OptionalTable = nb::typed<nb::object, BoundExpertTable>;
 using RunningExperts = nb::typed<nb::object, TypeName<"ExpertTable | LayerExperts | None">>;
+using NormKindName = Named<std::string, "typing.Literal['rms', 'layer']">;
 using OptionalState = nb::typed<nb::object, RecurrentState>;
 
 class BoundStack {
  public:
   BoundStack(Runtime& runtime, KvCache& kv, const Matrix& embedding, const Matrix& head,
-             const ArrayOf<float>& final_norm, float norm_eps, const std::vector<const Rotary*>& rotaries,
-             const ActivationOfNumbers& activation, const std::vector<const BoundLayer*>& layers,
-             int64_t max_tokens, const OptionalTable& resident, bool experts_off,
-             const OptionalState& recurrent, float embedding_scale, float logit_cap, int64_t first_layer)
+             const std::optional<ArrayOf<float>>& final_norm, float norm_eps,
+             const std::vector<const Rotary*>& rotaries, const ActivationOfNumbers& activation,
+             const std::vector<const BoundLayer*>& layers, int64_t max_tokens, const OptionalTable& resident,
+             bool experts_off, const OptionalState& recurrent, float embedding_scale, float logit_cap,
+             int64_t first_layer, float logit_scale, const NormKindName& norm_kind)
       : resident_(resident), recurrent_(recurrent), hidden_(embedding.view.cols), most_tokens_(max_tokens) {
     RecurrentState* state = recurrent.is_none() ? nullptr : nb::cast<RecurrentState*>(recurrent);
     require_size("columns of head", head.view.cols, hidden_);
     require_range("number of layers", int64_t(layers.size()), 0, kv.num_layers());
     require_range("first_layer", first_layer, 0, kv.num_layers() - int64_t(layers.size()));
+    expert_hidden_ = expert_hidden_of(layers, hidden_);
     ExpertTable* table = table_of(resident);
 
     StackDescription description;
     description.embedding = kept_.keep(embedding);
     description.head = kept_.keep(head);
-    description.final_norm = kept_.keep("final_norm", final_norm, hidden_);
+    description.final_norm = kept_.keep_norm("final_norm", final_norm, hidden_);
+    if (norm_kind != "rms" && norm_kind != "layer")
+      refuse("unknown norm_kind '" + norm_kind + "'; known: rms, layer");
+    description.norm_kind = norm_kind == "rms" ? NormKind::rms : NormKind::layer;
     description.norm_eps = norm_eps;
     for (const Rotary* rotary : rotaries)
       description.rotaries.push_back(
@@ -545,6 +599,7 @@ class BoundStack {
     description.experts_off = experts_off;
     description.resident = table;
     description.embedding_scale = embedding_scale;
+    description.logit_scale = logit_scale;
     description.logit_cap = logit_cap;
     description.first_layer = first_layer;
     int64_t num_chosen = 0;  // of the last layer with an indexer
@@ -563,12 +618,20 @@ class BoundStack {
         require_fit(block, shape, rotary, hidden_);
         require_state(block, state);
       };
+      if (description.norm_kind == NormKind::rms &&
+          (layer.layer.mixer_norm.bias != nullptr || layer.layer.ffn_norm.bias != nullptr))
+        refuse(name + ": an RMSNorm has no bias");
       const auto check_ffn = [&](const auto& block) {
-        require_fit(block, hidden_);
+        require_fit(block, hidden_, description.activation);
         if (table != nullptr) require_experts(block, *table, number);
       };
-      std::visit(check_mixer, layer.layer.mixer);
-      if (const LatentAttention* latent = std::get_if<LatentAttention>(&layer.layer.mixer)) {
+      if (layer.layer.mixer) {
+        std::visit(check_mixer, *layer.layer.mixer);
+      } else {
+        require_kind(shape, KvShape::Kind::none);
+      }
+      const Mixer* mixer = layer.layer.mixer ? &*layer.layer.mixer : nullptr;
+      if (const LatentAttention* latent = std::get_if<LatentAttention>(mixer)) {
         if (latent->indexer) num_chosen = latent->num_chosen;
         if (latent->num_chosen > 0 && num_chosen == 0)
           refuse(name +
@@ -576,11 +639,11 @@ class BoundStack {
         if (latent->num_chosen > 0) require_size(name + ": num_chosen", latent->num_chosen, num_chosen);
       }
       if (shape.is_windowed) {
-        const int64_t window = std::get<GroupedQueryAttention>(layer.layer.mixer).window.size;
+        const int64_t window = std::get<GroupedQueryAttention>(*layer.layer.mixer).window.size;
         require_range(name + ": window", window, 1, INT32_MAX);
         window_ = std::max(window_, window);
       }
-      std::visit(check_ffn, layer.layer.ffn);
+      if (layer.layer.ffn) std::visit(check_ffn, *layer.layer.ffn);
     }
     stack_ = std::make_unique<Stack>(runtime, kv, state, std::move(description), max_tokens);
   }
@@ -710,12 +773,12 @@ class BoundStack {
   // Views of the stack's own memory, which lives as long as `owner`, its Python object.
   View<const float> rows(nb::handle owner) const {
     const float* rows = stack_->rows();
-    return View<const float>(rows, {size_t(stack_->dispatch()->num_tokens()), size_t(hidden_)}, owner);
+    return View<const float>(rows, {size_t(stack_->dispatch()->num_tokens()), size_t(expert_hidden_)}, owner);
   }
   View<float> expert_out(nb::handle owner) const {
     float* out = stack_->expert_out();
     const Dispatch& dispatch = *stack_->dispatch();
-    return View<float>(out, {size_t(dispatch.num_tokens() * dispatch.k()), size_t(hidden_)}, owner);
+    return View<float>(out, {size_t(dispatch.num_tokens() * dispatch.k()), size_t(expert_hidden_)}, owner);
   }
 
   void final_states(const ArrayOf<int64_t>& rows, const OutArrayOf<float>& out) {
@@ -753,7 +816,7 @@ class BoundStack {
     ExpertTable* table = nullptr;
     if (nb::isinstance<LayerExperts>(experts)) {
       elsewhere = nb::cast<LayerExperts*>(experts);
-      require_size("columns of the experts", elsewhere->hidden(), hidden_);
+      require_size("columns of the experts", elsewhere->hidden(), expert_hidden_);
     } else {
       table = table_of(experts);
     }
@@ -778,6 +841,18 @@ class BoundStack {
   }
 
  private:
+  // The size of what the routed experts of all layers read and write.
+  static int64_t expert_hidden_of(const std::vector<const BoundLayer*>& layers, int64_t hidden) {
+    int64_t found = 0;
+    for (const BoundLayer* layer : layers) {
+      const RoutedFfn* ffn = layer != nullptr ? layer->layer.routed() : nullptr;
+      if (ffn == nullptr) continue;
+      if (found > 0) require_size("rows of latent[0], as in the other layers,", ffn->expert_hidden(), found);
+      found = ffn->expert_hidden();
+    }
+    return found > 0 ? found : hidden;
+  }
+
   int64_t vocabulary() const { return stack_->description().head.rows; }
 
   // The memory that a step refers to.
@@ -850,14 +925,14 @@ class BoundStack {
   ExpertTable* table_of(const nb::object& resident) const {
     if (resident.is_none()) return nullptr;
     ExpertTable* table = nb::cast<BoundExpertTable*>(resident);
-    require_size("columns of the experts", table->hidden(), hidden_);
+    require_size("columns of the experts", table->hidden(), expert_hidden_);
     return table;
   }
 
   Kept kept_;
   nb::object resident_, recurrent_;
   StepArrays arrays_;  // kept alive since the last step
-  int64_t hidden_ = 0, most_tokens_ = 0, num_tokens_ = 0;
+  int64_t hidden_ = 0, expert_hidden_ = 0, most_tokens_ = 0, num_tokens_ = 0;
   int64_t window_ = 0;                 // the largest of layers with window blocks; 0: there are none
   std::vector<int64_t> window_slots_;  // window slots of the last step, and so on
   std::vector<int32_t> window_table_;
@@ -874,14 +949,18 @@ void bind_stack(nb::module_& m) {
     A layer of a Stack: norm -> mixer -> sum, norm -> feed-forward network -> sum.
 
     Args:
-        mixer_norm, ffn_norm: [hidden].
+        mixer_norm, ffn_norm: [hidden]; [2, hidden], weight and bias, of a LayerNorm; None means no norm.
+        mixer, ffn: one of them may be None.
         rotary: the one of the stack's rotary embeddings that the mixer uses; None means that nothing rotates.
         mixer_post_norm: [hidden], of what the mixer adds to the hidden state; None means no norm.
         ffn_post_norm: the same for what the layer's feed-forward networks add together.
-        scale: multiplies the hidden state after the layer.)")
-      .def("__init__", &make_layer, "mixer_norm"_a, "mixer"_a, "ffn_norm"_a, "ffn"_a, nb::kw_only(),
-           "rotary"_a.none() = 0, "mixer_post_norm"_a.none() = nb::none(),
-           "ffn_post_norm"_a.none() = nb::none(), "scale"_a = 1.0f);
+        scale: multiplies the hidden state after the layer.
+        is_parallel: the network reads what the mixer reads, after mixer_norm, and there is no ffn_norm.
+        mixer_scale, ffn_scale: multiply what the mixer, or the networks together, add to the hidden state.)")
+      .def("__init__", &make_layer, "mixer_norm"_a.none(), "mixer"_a.none(), "ffn_norm"_a.none(),
+           "ffn"_a.none(), nb::kw_only(), "rotary"_a.none() = 0, "mixer_post_norm"_a.none() = nb::none(),
+           "ffn_post_norm"_a.none() = nb::none(), "scale"_a = 1.0f, "is_parallel"_a = false,
+           "mixer_scale"_a = 1.0f, "ffn_scale"_a = 1.0f);
 
   m.def("grouped_query_attention", &grouped_query_attention, "query"_a, "key"_a, "value"_a.none(), "output"_a,
         nb::kw_only(), "num_heads"_a, "window"_a, "scale"_a, "query_bias"_a.none() = nb::none(),
@@ -991,24 +1070,35 @@ void bind_stack(nb::module_& m) {
         num_chosen: a token sees at most so many positions; 0 means all.
         indexer: chooses them; None means that the layer sees what the last layer with an indexer chose.
         gate, gate_kind, query_scale: as for `grouped_query_attention`.)");
-  m.def("dense_ffn", &dense_ffn, "gate"_a, "up"_a, "down"_a,
-        "SwiGLU for every token: gate and up [width, hidden], down [hidden, width].");
+  m.def("dense_ffn", &dense_ffn, "gate"_a.none(), "up"_a, "down"_a, nb::kw_only(),
+        "activation"_a.none() = nb::none(), R"(
+    A network for every token: gate and up [width, hidden], down [hidden, width].
+
+    Args:
+        gate: None if the activation has none.
+        activation: None means the stack's.)");
   m.def("routed_ffn", &routed_ffn, "router"_a, "routing"_a, nb::kw_only(),
         "router_bias"_a.none() = nb::none(), "width"_a, "shared"_a.none() = nb::none(),
         "shared_score"_a.none() = nb::none(), "router_norm"_a.none() = nb::none(),
         "norm"_a.none() = nb::none(), "post_norm"_a.none() = nb::none(),
-        "shared_post_norm"_a.none() = nb::none(), R"(
+        "shared_post_norm"_a.none() = nb::none(), "shared_activation"_a.none() = nb::none(),
+        "latent"_a.none() = nb::none(), "router_logit_cap"_a = 0.0f, "weighs_input"_a = false, R"(
     Experts of `width` chosen by the router, as in `route`, and a shared expert for every token.
 
     Args:
         router: [experts, hidden].
         router_bias: [experts], added to the router's product; None means no bias.
-        shared: gate, up and down of the shared expert.
+        shared: gate, up and down of the shared expert; the gate is None if the activation has none.
         shared_score: [1, hidden]; the shared expert's output is multiplied by sigmoid(shared_score . x).
         router_norm, norm: [hidden]; the router, or the routed experts, read the hidden state after this norm instead
             of the layer's.
         post_norm, shared_post_norm: [hidden], of the weighted sum of the routed experts, and of the shared expert's
-            output; None means no norm.)");
+            output; None means no norm.
+        shared_activation: of the shared expert; None means the stack's.
+        latent: down [latent, hidden] and up [hidden, latent]: the routed experts read down . x, and up . (their sum) is
+            added.
+        router_logit_cap: logits become cap * tanh(logit / cap) before `routing`; 0 means that they stay.
+        weighs_input: the weight of a token's only expert multiplies the expert's input instead of its output.)");
 
   nb::class_<Rotary>(m, "Rotary", R"(
     Angles of the rotary position embedding: position * inverse_frequency (float64 [pairs], in radians).
@@ -1110,12 +1200,18 @@ void bind_stack(nb::module_& m) {
       .def(
           "add_routed",
           [](StackSizes& self, int64_t num_experts, int64_t experts_per_token, int64_t width,
-             int64_t shared_width, bool has_norm) {
-            self.add(RoutedSizes{num_experts, experts_per_token, width, shared_width, has_norm});
+             int64_t shared_width, bool has_own_input, int64_t latent) {
+            self.add(RoutedSizes{num_experts, experts_per_token, width, shared_width, has_own_input, latent});
           },
-          "num_experts"_a, "experts_per_token"_a, "width"_a, "shared_width"_a, "has_norm"_a = false)
+          "num_experts"_a, "experts_per_token"_a, "width"_a, "shared_width"_a, "has_own_input"_a = false,
+          "latent"_a = 0, R"(
+        Add a layer's routed experts and its shared expert.
+
+        Args:
+            has_own_input: the routed experts read something else than the shared expert.
+            latent: the size of what they read and write; 0 means the hidden size.)")
       .def("add_ffn_post_norm", &StackSizes::add_ffn_post_norm,
-           "Add the norm of the summed outputs of a layer's feed-forward networks.")
+           "Add the sum of a layer's feed-forward networks, for its norm or its factor.")
       .def("buffer_bytes", &StackSizes::buffer_bytes, "max_tokens"_a,
            "Bytes that a Stack allocates for steps of at most `max_tokens`.")
       .def("dispatch_bytes", &StackSizes::dispatch_bytes, "max_tokens"_a, R"(
@@ -1142,8 +1238,8 @@ void bind_stack(nb::module_& m) {
     It keeps its arguments alive. Its results equal those of the operations above, called one by one, bit for bit.
 
     Args:
-        embedding, head: [vocabulary, hidden].   final_norm: [hidden].
-        activation: the activation of dense networks and shared experts.
+        embedding, head: [vocabulary, hidden].   final_norm: as in `Layer`.
+        activation: the activation of dense networks and shared experts that have none of their own.
         rotaries: the rotary embeddings that layers choose from.
         layers: with keys and values in the layers of `kv` from `first_layer` on.
         max_tokens: most tokens of a step; working memory is allocated for them.
@@ -1151,16 +1247,19 @@ void bind_stack(nb::module_& m) {
         experts_off: leave routed experts out of every sum.
         recurrent: the state of the layers without keys and values.
         embedding_scale: multiplies embeddings, but not those that a step gives.
+        logit_scale: multiplies logits.
         logit_cap: logits become cap * tanh(logit / cap); 0 means that they stay.
+        norm_kind: RMSNorm or LayerNorm, for all norms of the hidden state.
         first_layer: the number of the first layer, in `kv` and for those who run its experts.)")
-      .def(nb::init<Runtime&, KvCache&, const Matrix&, const Matrix&, const ArrayOf<float>&, float,
-                    const std::vector<const Rotary*>&, const ActivationOfNumbers&,
+      .def(nb::init<Runtime&, KvCache&, const Matrix&, const Matrix&, const std::optional<ArrayOf<float>>&,
+                    float, const std::vector<const Rotary*>&, const ActivationOfNumbers&,
                     const std::vector<const BoundLayer*>&, int64_t, const OptionalTable&, bool,
-                    const OptionalState&, float, float, int64_t>(),
+                    const OptionalState&, float, float, int64_t, float, const NormKindName&>(),
            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), "runtime"_a, "kv"_a, nb::kw_only(), "embedding"_a,
            "head"_a, "final_norm"_a, "norm_eps"_a, "rotaries"_a, "activation"_a, "layers"_a, "max_tokens"_a,
            "resident"_a.none() = nb::none(), "experts_off"_a = false, "recurrent"_a.none() = nb::none(),
-           "embedding_scale"_a = 1.0f, "logit_cap"_a = 0.0f, "first_layer"_a = 0)
+           "embedding_scale"_a = 1.0f, "logit_cap"_a = 0.0f, "first_layer"_a = 0, "logit_scale"_a = 1.0f,
+           "norm_kind"_a = "rms")
       .def("begin", &BoundStack::begin, "token_ids"_a, "sequence"_a, "slots"_a, "is_decode"_a,
            "block_table"_a, "order"_a, "wanted"_a, "logits"_a.noconvert(),
            "state_slots"_a.none() = nb::none(), "angles"_a.none() = nb::none(),
@@ -1198,11 +1297,12 @@ void bind_stack(nb::module_& m) {
            "Announce that the outputs of these experts of the waiting layer are in `expert_out`; each once.")
       .def(
           "rows", [](nb::handle_t<BoundStack> self) { return nb::cast<BoundStack&>(self).rows(self); }, R"(
-        While a layer waits, the input of its experts: [tokens, hidden], a read-only view.)")
+        While a layer waits, the input of its experts: [tokens, hidden or latent], a read-only view.)")
       .def(
           "expert_out",
           [](nb::handle_t<BoundStack> self) { return nb::cast<BoundStack&>(self).expert_out(self); }, R"(
-        While a layer waits, where the outputs of its experts belong: [tokens * experts per token, hidden], a view.
+        While a layer waits, where the outputs of its experts belong: [tokens * experts per token, hidden or latent], a
+        view.
 
         Row token * experts per token + rank is for that token and its expert of that rank.)")
       .def("final_states", &BoundStack::final_states, "rows"_a, "out"_a.noconvert(),

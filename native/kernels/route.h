@@ -9,7 +9,8 @@
 //                         greatest worth; experts in other groups are never chosen. On a tie the lower id
 //                         wins, for experts and for groups
 //   weights  float32 [k]  scores (without bias) of the chosen experts; with renormalize divided by (their
-//                         sum + eps); then multiplied by scale, and by the expert's own scale
+//                         sum + eps), or by `least` if that is more; then multiplied by scale, and by the
+//                         expert's own scale
 //
 // As in DeepSeek-V3 (arXiv:2412.19437, section 2.1.2). NaN logits still give k different ids.
 #pragma once
@@ -68,6 +69,7 @@ inline void weigh_choice(const RouteArgs& args, const float* scores) {
     sum += args.weights[rank];
   }
   sum += rule.renormalize_eps;
+  if (sum < rule.renormalize_least) sum = rule.renormalize_least;
   for (int64_t rank = 0; rank < rule.k; ++rank) {
     if (rule.renormalize) args.weights[rank] /= sum;
     args.weights[rank] *= rule.scale;

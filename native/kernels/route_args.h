@@ -20,6 +20,7 @@ struct RouteRule {
   float renormalize_eps;
   float scale;                          // multiplies the weights, last
   const float* expert_scale = nullptr;  // [num_experts], also multiplies the weight of each; nullptr: none
+  float renormalize_least = 0;          // the least that renormalize divides by
 };
 
 struct RouteArgs {

@@ -3,7 +3,7 @@
 //
 //   gate, up, out  float32 [tokens][n]; out may be gate or up.
 //
-// The clamped gate is only limited from above, and NaN stays NaN in both gate and up.
+// A gate is only limited from above, and NaN stays NaN in both gate and up.
 //
 //   mul_gate       x *= 1 / (1 + e^-gate) or log(1 + e^gate): the output gate of attention heads
 //   soft_cap       x = cap * tanh(x / cap), computed as cap * (1 - 2 / (1 + e^(2 x / cap)));
@@ -23,9 +23,15 @@ namespace {
 inline float activated(const Activation& activation, float gate, float up) {
   if (activation.kind == Activation::Kind::silu) return gate / (1.0f + expf(-gate)) * up;
   if (activation.kind == Activation::Kind::gelu_tanh) return gelu_tanh(gate) * up;
+  if (activation.kind == Activation::Kind::relu2) return up < 0.0f ? 0.0f : up * up;
   const float limit = activation.limit;
-  gate = gate > limit ? limit : gate;
   up = up > limit ? limit : up < -limit ? -limit : up;
+  if (activation.kind == Activation::Kind::silu_capped) {
+    const float value = gate * sigmoid(gate);
+    return (value > limit ? limit : value) * up;
+  }
+  gate = gate > limit ? limit : gate;
+  if (activation.kind == Activation::Kind::silu_limited) return gate * sigmoid(gate) * up;
   return gate * sigmoid(activation.alpha * gate) * (up + 1.0f);
 }
 
@@ -55,15 +61,40 @@ struct SiluActivation {
   Vec operator()(Vec gate, Vec up) const { return mul(silu(gate), up); }
 };
 
+// The bound comes first: a comparison with NaN returns the second operand.
+struct Limits {
+  Vec most, least;
+
+  explicit Limits(float limit) : most(broadcast(limit)), least(broadcast(-limit)) {}
+  Vec from_above(Vec x) const { return min_or_second(most, x); }
+  Vec operator()(Vec x) const { return max_or_second(least, from_above(x)); }
+};
+
 struct ClampedActivation {
-  Vec limit, minus_limit, minus_alpha;
+  Limits limit;
+  Vec minus_alpha;
 
   Vec operator()(Vec gate, Vec up) const {
     const Vec one = broadcast(1.0f);
-    // The bound comes first: a comparison with NaN returns the second operand.
-    gate = min_or_second(limit, gate);
-    up = max_or_second(minus_limit, min_or_second(limit, up));
-    return mul(div(gate, add(one, exp(mul(minus_alpha, gate)))), add(up, one));
+    gate = limit.from_above(gate);
+    return mul(div(gate, add(one, exp(mul(minus_alpha, gate)))), add(limit(up), one));
+  }
+};
+
+struct SiluLimitedActivation {
+  Limits limit;
+  Vec operator()(Vec gate, Vec up) const { return mul(silu(limit.from_above(gate)), limit(up)); }
+};
+
+struct SiluCappedActivation {
+  Limits limit;
+  Vec operator()(Vec gate, Vec up) const { return mul(limit.from_above(silu(gate)), limit(up)); }
+};
+
+struct SquaredReluActivation {
+  Vec operator()(Vec, Vec up) const {
+    const Vec positive = max_or_second(zeros(), up);
+    return mul(positive, positive);
   }
 };
 
@@ -89,10 +120,21 @@ void activate_rows(const ActivateArgs& a, const Activated& activated) {
 
 void activate(const ActivateArgs& a) {
   const Activation& activation = a.activation;
-  if (activation.kind == Activation::Kind::silu) return activate_rows(a, SiluActivation{});
-  if (activation.kind == Activation::Kind::gelu_tanh) return activate_rows(a, GeluTanhActivation{});
-  activate_rows(a, ClampedActivation{broadcast(activation.limit), broadcast(-activation.limit),
-                                     broadcast(-activation.alpha)});
+  const Limits limit(activation.limit);
+  switch (activation.kind) {
+    case Activation::Kind::silu:
+      return activate_rows(a, SiluActivation{});
+    case Activation::Kind::gelu_tanh:
+      return activate_rows(a, GeluTanhActivation{});
+    case Activation::Kind::silu_limited:
+      return activate_rows(a, SiluLimitedActivation{limit});
+    case Activation::Kind::silu_capped:
+      return activate_rows(a, SiluCappedActivation{limit});
+    case Activation::Kind::relu2:
+      return activate_rows(a, SquaredReluActivation{});
+    case Activation::Kind::clamped:
+      return activate_rows(a, ClampedActivation{limit, broadcast(-activation.alpha)});
+  }
 }
 
 void mul_gate(GateKind kind, const float* gate, int64_t gate_step, int64_t n, float* x) {

@@ -97,6 +97,10 @@ ExpertTable::ExpertTable(std::shared_ptr<const void> hold, const uint8_t* data, 
 void ExpertTable::add_layer(int64_t layer, ExpertLayer description) {
   if (layer < 0) refuse("layer is " + std::to_string(layer) + ", expected 0 or more");
   if (num_experts(layer) > 0) refuse("layer " + std::to_string(layer) + " was already added");
+  if (description.has_gate != description.activation.value_or(activation_).has_gate())
+    refuse("the experts of layer " + std::to_string(layer) +
+           (description.has_gate ? " have a gate, which their activation does not use"
+                                 : " have no gate, which their activation needs"));
   if (description.starts.empty()) refuse("layer " + std::to_string(layer) + " has no experts");
   if (layer >= int64_t(layers_.size())) layers_.resize(size_t(layer) + 1);
   std::vector<int64_t> places(description.starts.size(), -1);
@@ -119,8 +123,8 @@ void ExpertTable::place(int64_t layer, int64_t expert, int64_t at) {
     refuse("expert is " + std::to_string(expert) + ", expected 0 to " +
            std::to_string(num_experts(layer) - 1));
   }
-  const auto& [formats, width, biases, starts] = placed.description;
-  for (size_t i = 0; i < 3; ++i) {
+  const auto& [formats, has_gate, activation, width, biases, starts] = placed.description;
+  for (size_t i = has_gate ? 0 : 1; i < 3; ++i) {
     const int64_t rows = i < 2 ? width : hidden_, cols = i < 2 ? hidden_ : width;
     const int64_t start = starts[size_t(expert)][i], size = matrix_bytes(formats[i], rows, cols);
     // No sum here overflows: each comparison leaves less than nbytes_.
@@ -142,13 +146,14 @@ bool ExpertTable::has_places(int64_t layer, const std::vector<int32_t>& experts)
 }
 
 ExpertView ExpertTable::view(const Placed& layer, int32_t expert) const {
-  const auto& [formats, width, biases, starts] = layer.description;
+  const auto& [formats, has_gate, activation, width, biases, starts] = layer.description;
   const uint8_t* memory = data_ + layer.places[size_t(expert)];
   const auto& start = starts[size_t(expert)];
   const auto row_of = [&](const float* rows, int64_t cols) {
     return rows != nullptr ? rows + expert * cols : nullptr;
   };
-  return {.gate = {formats[0], memory + start[0], width, hidden_},
+  const MatrixView gate = {formats[0], memory + start[0], width, hidden_};
+  return {.gate = has_gate ? std::optional(gate) : std::nullopt,
           .up = {formats[1], memory + start[1], width, hidden_},
           .down = {formats[2], memory + start[2], hidden_, width},
           .bias = {row_of(biases.gate, width), row_of(biases.up, width), row_of(biases.down, hidden_)}};
@@ -180,8 +185,8 @@ void ExpertTable::run(Runtime& runtime, int64_t layer, const std::vector<int32_t
   }
   token.reserve(row.size());
   for (const int32_t assignment : row) token.push_back(dispatch.token_of(assignment));
-  swiglu_experts(runtime, views, activation_, rows, dispatch.num_tokens(),
-                 {starts.data(), token.data(), row.data()}, out);
+  swiglu_experts(runtime, views, placed.description.activation.value_or(activation_), rows,
+                 dispatch.num_tokens(), {starts.data(), token.data(), row.data()}, out);
   num_runs_ += int64_t(experts.size());
 }
 

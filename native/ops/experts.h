@@ -16,6 +16,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "ops/swiglu.h"
@@ -68,8 +69,11 @@ struct ExpertBiases {
 };
 
 struct ExpertLayer {
-  std::array<Format, 3> formats;  // formats of gate, up and down, the same for every expert of the layer
-  int64_t width = 0;              // inner neurons of one expert
+  // Of gate, up and down, the same for every expert of the layer; the first counts only if there is a gate.
+  std::array<Format, 3> formats;
+  bool has_gate = true;
+  std::optional<Activation> activation = std::nullopt;  // none: the table's
+  int64_t width = 0;                                    // inner neurons of one expert
   ExpertBiases biases = {};
   std::vector<std::array<int64_t, 3>>
       starts;  // [num_experts]: bytes from an expert's place to gate, up, down

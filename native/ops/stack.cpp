@@ -114,11 +114,15 @@ KimiDeltaSizes sizes_of(const KimiDeltaAttention& mixer) {
           (mixer.decay_down ? mixer.decay_down->rows : 0) + (mixer.gate_down ? mixer.gate_down->rows : 0)};
 }
 
-DenseSizes sizes_of(const DenseFfn& ffn) { return {ffn.network.gate.rows}; }
+DenseSizes sizes_of(const DenseFfn& ffn) { return {ffn.network.up.rows}; }
 
 RoutedSizes sizes_of(const RoutedFfn& ffn) {
-  return {ffn.router.matrix.rows, ffn.router.rule.k, ffn.width,
-          ffn.shared ? ffn.shared->network.gate.rows : 0, ffn.norm != nullptr};
+  return {ffn.router.matrix.rows,
+          ffn.router.rule.k,
+          ffn.width,
+          ffn.shared ? ffn.shared->network.up.rows : 0,
+          ffn.has_own_input(),
+          ffn.latent ? ffn.latent->down.rows : 0};
 }
 
 StackSizes sizes_of(const StackDescription& description) {
@@ -126,9 +130,9 @@ StackSizes sizes_of(const StackDescription& description) {
   for (const Rotary& rotary : description.rotaries) num_pairs += rotary.num_pairs();
   StackSizes sizes(description.embedding.cols, num_pairs);
   for (const Layer& layer : description.layers) {
-    std::visit([&](const auto& mixer) { sizes.add(sizes_of(mixer)); }, layer.mixer);
-    std::visit([&](const auto& ffn) { sizes.add(sizes_of(ffn)); }, layer.ffn);
-    if (layer.ffn_post_norm != nullptr) sizes.add_ffn_post_norm();
+    if (layer.mixer) std::visit([&](const auto& mixer) { sizes.add(sizes_of(mixer)); }, *layer.mixer);
+    if (layer.ffn) std::visit([&](const auto& ffn) { sizes.add(sizes_of(ffn)); }, *layer.ffn);
+    if (layer.sums_apart()) sizes.add_ffn_post_norm();
   }
   return sizes;
 }
@@ -148,8 +152,9 @@ Stack::Stack(Runtime& runtime, KvCache& kv, RecurrentState* recurrent, StackDesc
   const auto lock = runtime_.lock();
   runtime_.scratch(sizes_.scratch_bytes(max_tokens, runtime_.num_threads()));
   for (const Layer& layer : description_.layers) {
-    const RoutedFfn* ffn = std::get_if<RoutedFfn>(&layer.ffn);
+    const RoutedFfn* ffn = layer.routed();
     if (ffn == nullptr) continue;
+    expert_hidden_ = ffn->expert_hidden();
     most_experts_ = std::max(most_experts_, ffn->router.matrix.rows);
     const int64_t k = ffn->router.rule.k;
     experts_per_token_ = num_routed_layers_ == 0 || experts_per_token_ == k ? k : 0;
@@ -228,12 +233,15 @@ Pause Stack::advance(std::chrono::nanoseconds slice) {
       stage_ = Stage::between_layers;
       return Pause::time;
     }
-    norm(layer().mixer_norm, buffers_.hidden, buffers_.normed);
-    std::visit([&](const auto& mixer) { mix(mixer); }, layer().mixer);
-    norm(layer().ffn_norm, buffers_.hidden, buffers_.normed);
-    if (layer().ffn_post_norm != nullptr)
+    if (layer().mixer) {
+      norm(layer().mixer_norm, buffers_.hidden, buffers_.normed);
+      std::visit([&](const auto& mixer) { mix(mixer); }, *layer().mixer);
+    }
+    if (!layer().ffn) continue;
+    if (!layer().is_parallel) norm(layer().ffn_norm, buffers_.hidden, buffers_.normed);
+    if (layer().sums_apart())
       std::fill_n(buffers_.ffn_sum, step_.num_tokens * description_.embedding.cols, 0.0f);
-    const bool is_complete = std::visit([&](const auto& ffn) { return feed_forward(ffn); }, layer().ffn);
+    const bool is_complete = std::visit([&](const auto& ffn) { return feed_forward(ffn); }, *layer().ffn);
     if (!is_complete) {
       stage_ = Stage::waits_for_experts;
       return Pause::experts;
@@ -247,8 +255,9 @@ Pause Stack::advance(std::chrono::nanoseconds slice) {
 
 void Stack::end_layer() {
   const int64_t hidden = description_.embedding.cols;
-  if (layer().ffn_post_norm != nullptr) {
-    norm(layer().ffn_post_norm, buffers_.ffn_sum, buffers_.ffn_sum);
+  if (layer().ffn && layer().sums_apart()) {
+    if (layer().ffn_post_norm != nullptr) norm(layer().ffn_post_norm, buffers_.ffn_sum, buffers_.ffn_sum);
+    multiply_rows(runtime_, layer().ffn_scale, step_.num_tokens, hidden, buffers_.ffn_sum);
     add_rows(runtime_, buffers_.ffn_sum, hidden, step_.num_tokens, hidden, buffers_.hidden);
   }
   multiply_rows(runtime_, layer().scale, step_.num_tokens, hidden, buffers_.hidden);
@@ -262,8 +271,17 @@ void Stack::end_layer() {
   layers_done_.store(layer_, std::memory_order_relaxed);
 }
 
-void Stack::norm(const float* weight, const float* x, float* out) {
-  rms_norm(runtime_, x, weight, description_.norm_eps, step_.num_tokens, description_.embedding.cols, out);
+void Stack::norm(const Norm& by, const float* x, float* out) { norm(by, x, step_.num_tokens, out); }
+
+void Stack::norm(const Norm& by, const float* x, int64_t rows, float* out) {
+  const int64_t hidden = description_.embedding.cols;
+  if (by.weight == nullptr) {
+    std::copy_n(x, rows * hidden, out);
+  } else if (description_.norm_kind == NormKind::rms) {
+    rms_norm(runtime_, x, by.weight, description_.norm_eps, rows, hidden, out);
+  } else {
+    layer_norm(runtime_, x, by.weight, by.bias, description_.norm_eps, rows, hidden, out);
+  }
 }
 
 // Writes the cosines and sines of all rotary embeddings, one embedding after another.
@@ -321,6 +339,7 @@ void Stack::add_block(const MatrixView& output, const float* bias) {
   matmul(runtime_, {{output, buffers_.block}}, buffers_.attended, tokens);
   add_bias(runtime_, bias, tokens, output.rows, buffers_.block);
   if (layer().mixer_post_norm != nullptr) norm(layer().mixer_post_norm, buffers_.block, buffers_.block);
+  multiply_rows(runtime_, layer().mixer_scale, tokens, output.rows, buffers_.block);
   add_rows(runtime_, buffers_.block, output.rows, tokens, output.rows, buffers_.hidden);
   mark(Part::attention_and_dense);
 }
@@ -559,7 +578,8 @@ void Stack::mix(const LatentAttention& mixer) {
 
 bool Stack::feed_forward(const DenseFfn& ffn) {
   const int64_t hidden = description_.embedding.cols;
-  swiglu(runtime_, ffn.network, description_.activation, buffers_.normed, step_.num_tokens, buffers_.block);
+  swiglu(runtime_, ffn.network, ffn.activation.value_or(description_.activation), buffers_.normed,
+         step_.num_tokens, buffers_.block);
   add_rows(runtime_, buffers_.block, hidden, step_.num_tokens, hidden, ffn_sum());
   mark(Part::attention_and_dense);
   return true;
@@ -602,6 +622,7 @@ void Stack::choose(const Router& router, int64_t layer, const float* x, int32_t*
   const int64_t tokens = step_.num_tokens, experts = router.matrix.rows;
   matmul(runtime_, {{router.matrix, buffers_.router_logits}}, x, tokens);
   add_bias(runtime_, router.bias, tokens, experts, buffers_.router_logits);
+  if (router.logit_cap > 0) soft_cap(runtime_, router.logit_cap, tokens * experts, buffers_.router_logits);
   RouteRule rule = router.rule;
   std::vector<float> choice_bias;
   if (const std::vector<int32_t>& forbidden = forbidden_[size_t(layer)]; !forbidden.empty()) {
@@ -622,7 +643,7 @@ void Stack::forbid(int64_t layer, std::vector<int32_t> experts) {
   const auto lock = runtime_.lock();
   const RoutedFfn* ffn = layer < 0 || layer >= int64_t(description_.layers.size())
                              ? nullptr
-                             : std::get_if<RoutedFfn>(&description_.layers[size_t(layer)].ffn);
+                             : description_.layers[size_t(layer)].routed();
   if (ffn == nullptr)
     throw std::invalid_argument("layer " + std::to_string(layer) + " has no routed experts");
   const RouteRule& rule = ffn->router.rule;
@@ -656,7 +677,7 @@ void Stack::dispatch_tokens(const RoutedFfn& ffn) {
     const int64_t of_layer = step_.num_tokens * k;
     std::copy_n(buffers_.expert_ids, of_layer, step_.choices + num_chosen_layers_++ * of_layer);
   }
-  if (ffn.norm != nullptr) norm(ffn.norm, buffers_.hidden, buffers_.expert_in);
+  write_expert_in(ffn);
   chosen_per_token_ = k;
   if (dispatch_.use_count() > 1) dispatch_ = std::make_shared<Dispatch>();  // somebody keeps the last one
   dispatch_->assign(buffers_.expert_ids, step_.is_decode, step_.num_tokens, k, experts);
@@ -668,10 +689,32 @@ void Stack::dispatch_tokens(const RoutedFfn& ffn) {
   mark(Part::router);
 }
 
+// Computes what the routed experts read, if it is not what the layer's norm gives.
+void Stack::write_expert_in(const RoutedFfn& ffn) {
+  const int64_t tokens = step_.num_tokens;
+  if (ffn.norm != nullptr) {
+    norm(ffn.norm, buffers_.hidden, buffers_.expert_in);
+  } else if (ffn.latent) {
+    matmul(runtime_, {{ffn.latent->down, buffers_.expert_in}}, buffers_.normed, tokens);
+  } else if (ffn.router.weighs_input) {
+    std::copy_n(buffers_.normed, tokens * ffn.expert_hidden(), buffers_.expert_in);
+  }
+  if (!ffn.router.weighs_input) return;
+  const int64_t cols = ffn.expert_hidden();
+  runtime_.parallel_for(tokens, cols, [&](int64_t begin, int64_t end, int) {
+    for (int64_t token = begin; token < end; ++token) {
+      const float weight = std::exchange(buffers_.routing_weights[token], 1.0f);
+      float* row = buffers_.expert_in + token * cols;
+      for (int64_t i = 0; i < cols; ++i) row[i] *= weight;
+    }
+  });
+}
+
 void Stack::add_shared(const RoutedFfn& ffn) {
   if (!ffn.shared || std::exchange(has_run_shared_, true)) return;
   const int64_t hidden = description_.embedding.cols, tokens = step_.num_tokens;
-  swiglu(runtime_, ffn.shared->network, description_.activation, buffers_.normed, tokens, buffers_.block);
+  swiglu(runtime_, ffn.shared->network, ffn.shared->activation.value_or(description_.activation),
+         buffers_.normed, tokens, buffers_.block);
   if (ffn.shared->post_norm != nullptr) norm(ffn.shared->post_norm, buffers_.block, buffers_.block);
   if (ffn.shared->score) {
     matmul(runtime_, {{*ffn.shared->score, buffers_.shared_score}}, buffers_.normed, tokens);
@@ -684,25 +727,25 @@ void Stack::add_shared(const RoutedFfn& ffn) {
 
 void Stack::combine_experts(const RoutedFfn& ffn) {
   const int64_t hidden = description_.embedding.cols, tokens = step_.num_tokens;
-  float* sum = ffn.post_norm != nullptr ? buffers_.block : ffn_sum();
-  if (ffn.post_norm != nullptr) std::fill_n(sum, tokens * hidden, 0.0f);
-  combine(runtime_, buffers_.expert_out, buffers_.routing_weights, tokens, ffn.router.rule.k, hidden, sum);
-  if (ffn.post_norm != nullptr) {
-    norm(ffn.post_norm, sum, sum);
-    add_rows(runtime_, sum, hidden, tokens, hidden, ffn_sum());
-  }
+  const bool is_apart = ffn.post_norm != nullptr || ffn.latent;
+  // The experts have run, so the latent vectors that they read are no longer needed.
+  float* sum = ffn.latent ? buffers_.expert_in : is_apart ? buffers_.block : ffn_sum();
+  if (is_apart) std::fill_n(sum, tokens * ffn.expert_hidden(), 0.0f);
+  combine(runtime_, buffers_.expert_out, buffers_.routing_weights, tokens, ffn.router.rule.k,
+          ffn.expert_hidden(), sum);
+  if (ffn.latent) matmul(runtime_, {{ffn.latent->up, buffers_.block}}, sum, tokens);
+  if (ffn.post_norm != nullptr) norm(ffn.post_norm, buffers_.block, buffers_.block);
+  if (is_apart) add_rows(runtime_, buffers_.block, hidden, tokens, hidden, ffn_sum());
   mark(Part::expert_compute);
 }
 
 const float* Stack::expert_in(const RoutedFfn& ffn) const {
-  return ffn.norm != nullptr ? buffers_.expert_in : buffers_.normed;
+  return ffn.has_own_input() ? buffers_.expert_in : buffers_.normed;
 }
 
-float* Stack::ffn_sum() const {
-  return layer().ffn_post_norm != nullptr ? buffers_.ffn_sum : buffers_.hidden;
-}
+float* Stack::ffn_sum() const { return layer().sums_apart() ? buffers_.ffn_sum : buffers_.hidden; }
 
-const RoutedFfn& Stack::routed_ffn() const { return std::get<RoutedFfn>(layer().ffn); }
+const RoutedFfn& Stack::routed_ffn() const { return std::get<RoutedFfn>(*layer().ffn); }
 
 void Stack::require_waiting() const {
   if (stage_ != Stage::waits_for_experts) throw std::invalid_argument("no layer waits for experts");
@@ -740,21 +783,21 @@ std::vector<std::vector<int32_t>> Stack::look_ahead() {
 // -1: no later layer has routed experts.
 int64_t Stack::next_routed_layer() const {
   const auto& layers = description_.layers;
-  const auto next = std::find_if(layers.begin() + layer_ + 1, layers.end(), [](const Layer& layer) {
-    return std::holds_alternative<RoutedFfn>(layer.ffn);
-  });
+  const auto next = std::find_if(layers.begin() + layer_ + 1, layers.end(),
+                                 [](const Layer& layer) { return layer.routed() != nullptr; });
   return next == layers.end() ? -1 : next - layers.begin();
 }
 
 std::vector<std::vector<int32_t>> Stack::predict(int64_t layer) {
   const int64_t tokens = step_.num_tokens;
   const Layer& next = description_.layers[size_t(layer)];
-  const Router& router = std::get<RoutedFfn>(next.ffn).router;
+  const Router& router = next.routed()->router;
   const int64_t experts = router.matrix.rows, k = router.rule.k;
   float* normed = buffers_.block;
   std::vector<int32_t> ids(static_cast<size_t>(tokens * k));
   std::vector<float> weights(ids.size());
-  norm(router.norm != nullptr ? router.norm : next.ffn_norm, buffers_.hidden, normed);
+  const Norm& read = next.is_parallel ? next.mixer_norm : next.ffn_norm;
+  norm(router.norm != nullptr ? Norm{router.norm} : read, buffers_.hidden, normed);
   choose(router, layer, normed, ids.data(), weights.data());
   std::vector<std::vector<int32_t>> by_rank(static_cast<size_t>(k));
   std::vector<bool> is_named(static_cast<size_t>(experts));
@@ -798,13 +841,14 @@ void Stack::final_states(const int64_t* rows, int64_t num_rows, float* out) {
   const int64_t hidden = description_.embedding.cols;
   for (int64_t i = 0; i < num_rows; ++i)
     std::copy_n(buffers_.hidden + rows[i] * hidden, hidden, out + i * hidden);
-  rms_norm(runtime_, out, description_.final_norm, description_.norm_eps, num_rows, hidden, out);
+  norm(description_.final_norm, out, num_rows, out);
 }
 
 void Stack::logits(const int64_t* rows, int64_t num_rows, float* out) {
   const auto lock = runtime_.lock();
   final_states(rows, num_rows, buffers_.normed);
   matmul(runtime_, {{description_.head, out}}, buffers_.normed, num_rows);
+  multiply_rows(runtime_, description_.logit_scale, num_rows, description_.head.rows, out);
   if (description_.logit_cap > 0)
     soft_cap(runtime_, description_.logit_cap, num_rows * description_.head.rows, out);
   mark(Part::attention_and_dense);

@@ -18,7 +18,7 @@
 // (one token, one of its experts) has its own row until `combine` adds the rows in the router's order.
 //
 // To add a kind of mixer or feed-forward network, add an alternative to `Mixer` or `Ffn` and an overload of
-// `mix` or `feed_forward`.
+// `mix` or `feed_forward`. A mixer reads `normed` and leaves it as it is: a parallel network reads it too.
 #pragma once
 
 #include <array>
@@ -172,6 +172,7 @@ using Mixer = std::variant<GroupedQueryAttention, LatentAttention, GatedDeltaNet
 
 struct DenseFfn {
   ExpertView network;
+  std::optional<Activation> activation = std::nullopt;  // none: the stack's
 };
 
 struct Router {
@@ -181,6 +182,9 @@ struct Router {
   // gives.
   const float* norm = nullptr;
   RouteRule rule = {};
+  float logit_cap = 0;  // logits become cap * tanh(logit / cap) before the rule; 0: they stay
+  // The weight of a token's only expert multiplies the expert's input instead of its output.
+  bool weighs_input = false;
 };
 
 // Runs for every token.
@@ -188,6 +192,14 @@ struct SharedExpert {
   ExpertView network;
   std::optional<MatrixView> score;   // [1, hidden]: the output is multiplied by sigmoid(score . x)
   const float* post_norm = nullptr;  // [hidden], of the output, before the score; nullptr: none
+  std::optional<Activation> activation = std::nullopt;  // none: the stack's
+};
+
+// Routed experts that read and write vectors of another size than the hidden state: they read down . x, and
+// up . (their weighted sum) is added.
+struct LatentExperts {
+  MatrixView down;  // [latent, hidden]
+  MatrixView up;    // [hidden, latent]
 };
 
 struct RoutedFfn {
@@ -198,30 +210,51 @@ struct RoutedFfn {
   const float* norm = nullptr;
   const float* post_norm = nullptr;  // [hidden], of the weighted sum of their outputs; nullptr: none
   std::optional<SharedExpert> shared;
+  std::optional<LatentExperts> latent = std::nullopt;
+
+  int64_t expert_hidden() const { return latent ? latent->down.rows : router.matrix.cols; }
+  bool has_own_input() const { return norm != nullptr || latent || router.weighs_input; }
 };
 
 using Ffn = std::variant<DenseFfn, RoutedFfn>;
 
+// A norm of the hidden state, of the stack's kind.
+struct Norm {
+  const float* weight = nullptr;  // [hidden]; nullptr: no norm
+  const float* bias = nullptr;    // [hidden], for NormKind::layer; nullptr: none
+};
+
+enum class NormKind { rms, layer };
+
 struct Layer {
-  const float* mixer_norm;  // [hidden]
-  Mixer mixer;
-  const float* ffn_norm;  // [hidden]
-  Ffn ffn;
+  Norm mixer_norm;             // none: the mixer reads the hidden state
+  std::optional<Mixer> mixer;  // none: the layer has only a network
+  Norm ffn_norm;               // none: the network reads the hidden state
+  std::optional<Ffn> ffn;      // none: the layer has only a mixer
+  // The network reads what the mixer reads, not the hidden state after it; ffn_norm is not used.
+  bool is_parallel = false;
   std::optional<int64_t> rotary = 0;       // an index of StackDescription::rotaries; none: nothing rotates
   const float* mixer_post_norm = nullptr;  // [hidden], of what the mixer adds; nullptr: none
   const float* ffn_post_norm = nullptr;    // [hidden], of what the networks add together; nullptr: none
+  float mixer_scale = 1, ffn_scale = 1;    // multiply what the mixer, or the networks together, add
   float scale = 1;                         // multiplies the hidden state after the layer
+
+  const RoutedFfn* routed() const { return ffn ? std::get_if<RoutedFfn>(&*ffn) : nullptr; }
+  // Whether the outputs of the networks are summed apart from the hidden state.
+  bool sums_apart() const { return ffn_post_norm != nullptr || ffn_scale != 1; }
 };
 
 struct StackDescription {
   MatrixView embedding, head;  // [vocabulary, hidden]
-  const float* final_norm;     // [hidden]
+  Norm final_norm;
+  NormKind norm_kind;  // of every norm of the hidden state
   float norm_eps;
   std::vector<Rotary> rotaries;
   Activation activation;      // in dense networks and shared experts
   bool experts_off;           // leaves routed experts out of every sum
   ExpertTable* resident;      // holds every routed expert; nullptr: the step pauses for experts
   float embedding_scale = 1;  // multiplies embeddings, but not those that a step gives
+  float logit_scale = 1;      // multiplies logits, before the cap
   float logit_cap = 0;        // logits become cap * tanh(logit / cap); 0: they stay
   int64_t first_layer = 0;    // the number of layers[0] in the KV cache and among routed experts
   std::vector<Layer> layers;
@@ -297,8 +330,8 @@ class Stack {
   // std::invalid_argument if no layer waits.
   int64_t waiting_layer() const;  // from first_layer on
   std::shared_ptr<const Dispatch> dispatch() const;
-  const float* rows() const;  // [tokens][hidden], the input of the routed experts
-  float* expert_out() const;  // [tokens * k][hidden], a row for each assignment
+  const float* rows() const;  // [tokens][expert_hidden()], the input of the routed experts
+  float* expert_out() const;  // [tokens * k][expert_hidden()], a row for each assignment
   // Predicts the choice of the next layer with routed experts, as if this layer and the mixer between them
   // added nothing. Returns, for each rank, the experts that some token ranks there and no token ranks higher.
   // Empty if no later layer has routed experts.
@@ -351,6 +384,7 @@ class Stack {
   std::vector<int64_t> take_uses();
   int64_t most_experts() const { return most_experts_; }
   int64_t num_routed_layers() const { return num_routed_layers_; }
+  int64_t expert_hidden() const { return expert_hidden_; }  // the size of what routed experts read and write
   int64_t experts_per_token() const {
     return experts_per_token_;
   }  // the same in every layer; 0: layers differ
@@ -372,12 +406,15 @@ class Stack {
   bool feed_forward(const RoutedFfn& ffn);
   void choose(const Router& router, int64_t layer, const float* x, int32_t* ids, float* weights);
   void dispatch_tokens(const RoutedFfn& ffn);
+  void write_expert_in(const RoutedFfn& ffn);
   bool run_elsewhere(const RoutedFfn& ffn);  // false: the layer waits for experts
   int64_t next_routed_layer() const;
   std::vector<std::vector<int32_t>> predict(int64_t layer);  // the choice of a later layer, by rank
   void add_shared(const RoutedFfn& ffn);
   void combine_experts(const RoutedFfn& ffn);
-  void norm(const float* weight, const float* x, float* out);
+  void norm(const Norm& by, const float* x, float* out);  // for every token
+  void norm(const Norm& by, const float* x, int64_t rows, float* out);
+  void norm(const float* weight, const float* x, float* out) { norm(Norm{weight}, x, out); }
   void write_angles();
   // By the angles of the current layer's rotary, if it has one, in its pairs or in others.
   void rotate(float* x, int64_t num_heads, int64_t head_dim);
@@ -417,7 +454,7 @@ class Stack {
   Clock::time_point last_mark_;
   std::array<double, kNumParts> seconds_ = {};
   int64_t most_experts_ = 0;  // in one layer
-  int64_t num_routed_layers_ = 0, experts_per_token_ = 0;
+  int64_t num_routed_layers_ = 0, experts_per_token_ = 0, expert_hidden_ = 0;
   int64_t num_chosen_layers_ = 0;                // routed layers of the step that have chosen
   std::vector<std::vector<int32_t>> forbidden_;  // [layers], experts that no token may choose
   std::vector<int64_t> uses_;

@@ -81,14 +81,17 @@ void StackSizes::add(const KimiDeltaSizes& mixer) {
   widen(query_latent_, width_of({mixer.latent_rows}));
 }
 
-void StackSizes::add(const DenseSizes& ffn) { add_network({ffn.width, 1}); }
+void StackSizes::add(const DenseSizes& ffn) { add_network({hidden_, ffn.width, 1}); }
 
 void StackSizes::add(const RoutedSizes& ffn) {
   widen(num_experts_, width_of({ffn.num_experts}));
   widen(k_, width_of({ffn.k}));
-  if (ffn.has_norm) expert_in_ = hidden_;
-  add_network({ffn.width, ffn.k});
-  if (ffn.shared_width > 0) add_network({ffn.shared_width, 1});
+  const int64_t expert_hidden = ffn.latent > 0 ? width_of({ffn.latent}) : hidden_;
+  if (ffn.has_own_input || ffn.latent > 0) widen(expert_in_, expert_hidden);
+  widen(expert_out_, width_of({ffn.k, expert_hidden}));
+  widen(latent_, ffn.latent);
+  add_network({expert_hidden, ffn.width, ffn.k});
+  if (ffn.shared_width > 0) add_network({hidden_, ffn.shared_width, 1});
 }
 
 void StackSizes::add_ffn_post_norm() { ffn_sum_ = hidden_; }
@@ -132,7 +135,7 @@ int64_t StackSizes::lay_out(uint8_t* memory, int64_t max_tokens, StackBuffers& b
   place(k_, buffers.expert_ids);
   place(1, buffers.shared_score);
   place(expert_in_, buffers.expert_in);
-  place(width_of({k_, hidden_}), buffers.expert_out);
+  place(expert_out_, buffers.expert_out);
   place(ffn_sum_, buffers.ffn_sum);
   return end;
 }
@@ -158,7 +161,7 @@ StackBuffers StackSizes::place_buffers(uint8_t* memory, int64_t max_tokens) cons
 
 int64_t StackSizes::scratch_bytes(int64_t max_tokens, int num_threads, bool has_quants,
                                   bool has_act_order) const {
-  int64_t widest = std::max({int64_t{1}, hidden_, attended_, query_latent_});
+  int64_t widest = std::max({int64_t{1}, hidden_, attended_, query_latent_, latent_});
   const int64_t cols = widest;  // the most columns of a matrix outside of the feed-forward networks
   for (const Network& network : networks_) widest = std::max(widest, network.width * network.k);
   checked_product(kWorkingMemory, {64, max_tokens, widest});  // nothing below is larger, so nothing overflows
@@ -177,8 +180,9 @@ int64_t StackSizes::scratch_bytes(int64_t max_tokens, int num_threads, bool has_
     if (latent.index.count > 0) bytes = std::max(bytes, index_scratch_bytes(latent.index, num_threads));
   }
   for (const Network& network : networks_) {
-    bytes = std::max(bytes, swiglu_scratch_bytes(hidden_, network.width, max_tokens, max_tokens * network.k,
-                                                 num_threads, has_quants, has_act_order));
+    bytes =
+        std::max(bytes, swiglu_scratch_bytes(network.hidden, network.width, max_tokens,
+                                             max_tokens * network.k, num_threads, has_quants, has_act_order));
   }
   return Runtime::scratch_size(bytes);
 }

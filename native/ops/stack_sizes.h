@@ -39,8 +39,9 @@ struct DenseSizes {
 
 struct RoutedSizes {
   int64_t num_experts, k, width;
-  int64_t shared_width;   // 0: no shared expert
-  bool has_norm = false;  // experts read another norm of the hidden state than the shared expert
+  int64_t shared_width;        // 0: no shared expert
+  bool has_own_input = false;  // experts read something else than the shared expert
+  int64_t latent = 0;          // the size of what experts read and write; 0: the hidden size
 };
 
 // Every buffer has room for max_tokens rows.
@@ -60,9 +61,9 @@ struct StackBuffers {
   float* routing_weights;  // [k]
   int32_t* expert_ids;     // [k]
   float* shared_score;     // [1]
-  float* expert_in;        // [hidden], if they have their own norm
-  float* expert_out;       // [k * hidden]
-  float* ffn_sum;          // [hidden], what the networks of a layer add up to before its norm
+  float* expert_in;        // [hidden or latent], if they do not read what the layer's norm gives
+  float* expert_out;       // [k * (hidden or latent)]
+  float* ffn_sum;          // [hidden], what the networks of a layer add up to before a norm or factor
 };
 
 // The sizes of a stack, layer by layer. All functions throw std::invalid_argument for a dimension outside 0
@@ -78,7 +79,7 @@ class StackSizes {
   void add(const KimiDeltaSizes& mixer);
   void add(const DenseSizes& ffn);
   void add(const RoutedSizes& ffn);
-  void add_ffn_post_norm();  // some layer norms the sum of its feed-forward networks
+  void add_ffn_post_norm();  // some layer norms or scales the sum of its feed-forward networks
 
   // Bytes of the buffers for at most max_tokens tokens. Also throws if an int32 cannot number the
   // assignments.
@@ -98,7 +99,7 @@ class StackSizes {
  private:
   // One network that all tokens run through `k` times.
   struct Network {
-    int64_t width, k;
+    int64_t hidden, width, k;
     bool operator==(const Network&) const = default;
   };
 
@@ -108,7 +109,8 @@ class StackSizes {
   int64_t hidden_, num_pairs_;
   // Columns of the buffers: the most that any layer needs.
   int64_t query_ = 0, attended_ = 0, key_ = 0, value_ = 0, query_latent_ = 0, chosen_ = 0, projected_ = 0;
-  int64_t delta_gates_ = 0, num_experts_ = 0, k_ = 0, expert_in_ = 0, ffn_sum_ = 0;
+  int64_t delta_gates_ = 0, num_experts_ = 0, k_ = 0, expert_in_ = 0, expert_out_ = 0;
+  int64_t ffn_sum_ = 0, latent_ = 0;
   std::vector<std::array<int64_t, 2>> head_dims_;  // of keys, and of their values
   std::vector<LatentSizes> latents_;
   std::vector<Network> networks_;

@@ -88,11 +88,11 @@ Scratch lay_out(int64_t hidden, int64_t width, int64_t num_tokens, int64_t assig
 
 // The orders of the columns of an expert's matrices.
 struct ExpertOrders {
-  ColumnOrder gate, up, down;
+  ColumnOrder gate, up, down;  // without a gate, `gate` is up's
   bool up_is_as_gate;
 
   explicit ExpertOrders(const ExpertView& expert)
-      : gate(expert.gate), up(expert.up), down(expert.down), up_is_as_gate(gate == up) {}
+      : gate(expert.first()), up(expert.up), down(expert.down), up_is_as_gate(gate == up) {}
 };
 
 // swiglu_experts() for some experts; `dispatch` is that of all, from the first of them on. The caller holds
@@ -127,7 +127,7 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
                 out);
   };
   const bool has_orders = std::any_of(experts.begin(), experts.end(), [](const ExpertView& expert) {
-    return ColumnOrder(expert.gate) || ColumnOrder(expert.up);
+    return ColumnOrder(expert.first()) || ColumnOrder(expert.up);
   });
   if (!has_orders) return run(0, num_experts);
   const int64_t most = most_ordered(num_tokens, assignments);
@@ -148,8 +148,8 @@ void run_experts(Runtime& runtime, std::span<const ExpertView> experts, const Ac
   const int64_t assignments = end_assignment - first_assignment;
   if (assignments == 0) return;
   const KernelTable& table = runtime.kernels();
-  const int64_t hidden = experts[0].gate.cols;
-  const int64_t width = experts[0].gate.rows;
+  const int64_t hidden = experts[0].up.cols;
+  const int64_t width = experts[0].up.rows;
   const int64_t inner_stride = round_up(width, 16);
   Wanted wanted = {};
   bool orders_x = false, orders_inner = false;
@@ -158,7 +158,7 @@ void run_experts(Runtime& runtime, std::span<const ExpertView> experts, const Ac
   for (const ExpertView& expert : experts) {
     const ExpertOrders& own = orders.emplace_back(expert);
     orders_x |= own.gate || own.up;
-    wanted.x_as_quants |= is_quantized(expert.gate.format) && !own.gate;
+    wanted.x_as_quants |= is_quantized(expert.first().format) && !own.gate;
     wanted.x_as_quants |= is_quantized(expert.up.format) && !own.up;
     wanted.inner_as_quants |= is_quantized(expert.down.format);
     wanted.inner_as_floats |= !is_quantized(expert.down.format) || own.down;
@@ -203,11 +203,16 @@ void run_experts(Runtime& runtime, std::span<const ExpertView> experts, const Ac
   const bool splits = table.split_activations != nullptr;
   const int64_t token_block = splits ? std::min(most_split_tokens(hidden), kSplitTokenBlock) : kTokenBlock;
 
-  // The weights that a thread reads next when the rows of this expert end before `row`.
-  const auto rows_after = [&](MatrixView ExpertView::* matrix, int64_t index, int64_t row) -> const uint8_t* {
-    if (row < (experts[index].*matrix).rows) return rows_at(experts[index].*matrix, row);
-    return index + 1 < num_experts ? rows_at(experts[index + 1].*matrix, 0) : nullptr;
+  // The weights that a thread reads next when the rows of this expert end before `row`. `matrix_of` returns
+  // an expert's first matrix, or its down.
+  const auto rows_after = [&](const auto& matrix_of, int64_t index, int64_t row) -> const uint8_t* {
+    const MatrixView& matrix = matrix_of(experts[index]);
+    if (row < matrix.rows) return rows_at(matrix, row);
+    return index + 1 < num_experts ? rows_at(matrix_of(experts[index + 1]), 0) : nullptr;
   };
+
+  const auto first_of = [](const ExpertView& expert) -> const MatrixView& { return expert.first(); };
+  const auto down_of = [](const ExpertView& expert) -> const MatrixView& { return expert.down; };
 
   // Runs gate, up and the activation for some blocks of one expert's inner neurons and `count` of its tokens,
   // from assignment a on. There are few enough blocks that the outputs fit in the scratch. `is_next`: this
@@ -218,7 +223,7 @@ void run_experts(Runtime& runtime, std::span<const ExpertView> experts, const Ac
     const int64_t row = block * kWidthBlock;
     const int64_t rows = std::min(num_blocks * kWidthBlock, width - row);
     float* gate = reinterpret_cast<float*>(scratch + places.workers) + worker * kWorkerFloats;
-    float* up = gate + token_block * kWidthBlock;
+    float* up = expert.gate ? gate + token_block * kWidthBlock : gate;
     const ExpertOrders& own = orders[size_t(index)];
     const auto multiply = [&](const MatrixView& matrix, const ColumnOrder& order, float* y,
                               const uint8_t* next, bool repeats_x) {
@@ -242,13 +247,14 @@ void run_experts(Runtime& runtime, std::span<const ExpertView> experts, const Ac
       args.next_weights = next;
       args.tuning = runtime.tuning(matrix.format);
       args.scratch = runtime.product_scratch(worker);
-      args.repeats_x = repeats_x && expert.gate.format == expert.up.format && own.up_is_as_gate;
+      args.repeats_x = repeats_x && expert.first().format == expert.up.format && own.up_is_as_gate;
       table.matmul[int(matrix.format)](args);
     };
     const bool reads_on = a == dispatch.starts[index];  // later tokens find the weights in the cache
-    multiply(expert.gate, own.gate, gate, reads_on ? rows_at(expert.up, row) : nullptr, is_next);
-    multiply(expert.up, own.up, up, reads_on ? rows_after(&ExpertView::gate, index, row + rows) : nullptr,
-             true);
+    if (expert.gate)
+      multiply(*expert.gate, own.gate, gate, reads_on ? rows_at(expert.up, row) : nullptr, is_next);
+    multiply(expert.up, own.up, up, reads_on ? rows_after(first_of, index, row + rows) : nullptr,
+             expert.gate || is_next);
     // Quantise activations while they are still in the cache; float32 activations are kept as they are, and
     // so are those that are quantised in another order.
     const bool becomes_quants = is_quantized(expert.down.format) && !own.down;
@@ -320,7 +326,7 @@ void run_experts(Runtime& runtime, std::span<const ExpertView> experts, const Ac
     }
     args.num_tokens = dispatch.starts[index + 1] - a;
     if (args.num_tokens == 0) return;
-    args.next_weights = rows_after(&ExpertView::down, index, args.row_end);
+    args.next_weights = rows_after(down_of, index, args.row_end);
     args.tuning = runtime.tuning(down.format);
     args.scratch = runtime.product_scratch(worker);
     table.matmul[int(down.format)](args);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "kernels/swiglu_args.h"
@@ -16,9 +17,12 @@ struct ExpertBias {
 };
 
 struct ExpertView {
-  MatrixView gate, up;  // [width, hidden]
-  MatrixView down;      // [hidden, width]
+  std::optional<MatrixView> gate;  // [width, hidden]; none: the activation has no gate
+  MatrixView up;                   // [width, hidden]
+  MatrixView down;                 // [hidden, width]
   ExpertBias bias = {};
+
+  const MatrixView& first() const { return gate ? *gate : up; }  // in the order of use
 };
 
 // The tokens of each expert: expert i runs assignments starts[i] to starts[i + 1]. An assignment a reads
@@ -29,9 +33,10 @@ struct Assignments {
   const int32_t* row;
 };
 
-// y = activation(x Wg^T + bg, x Wu^T + bu) Wd^T + bd for every assignment. All experts share two parallel
-// loops: gate, up and activation, then down. A bias is added to the finished sum of its row. If columns are
-// in another order, activations are quantised in loops before these, for some of the experts at a time.
+// y = activation(x Wg^T + bg, x Wu^T + bu) Wd^T + bd for every assignment; either all experts have a gate, or
+// none. All experts share two parallel loops: gate, up and activation, then down. A bias is added to the
+// finished sum of its row. If columns are in another order, activations are quantised in loops before these,
+// for some of the experts at a time.
 void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, const Activation& activation,
                     const float* x, int64_t num_tokens, const Assignments& dispatch, float* out);
 

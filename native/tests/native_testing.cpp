@@ -241,16 +241,18 @@ void bind_layer(nb::module_& m) {
       "runtime"_a, "x"_a.noconvert(), "cap"_a, "x = cap * tanh(x / cap), in place, for x [rows, cols].");
 }
 
-// offsets [num_experts][3]: where gate, up and down begin.
+// offsets [num_experts][num_matrices]: where gate, up and down begin, or up and down.
 std::vector<ExpertView> view_experts(const uint8_t* data, int64_t nbytes, const int64_t* offsets,
-                                     int64_t num_experts, const std::array<Format, 3>& formats,
-                                     int64_t hidden, int64_t width) {
+                                     int64_t num_experts, int64_t num_matrices,
+                                     const std::array<Format, 3>& formats, int64_t hidden, int64_t width) {
   std::vector<ExpertView> experts;
   experts.reserve(size_t(num_experts));
-  for (const int64_t* at = offsets; at != offsets + 3 * num_experts; at += 3) {
-    experts.push_back({view_matrix("a gate", data, nbytes, at[0], formats[0], width, hidden),
-                       view_matrix("an up", data, nbytes, at[1], formats[1], width, hidden),
-                       view_matrix("a down", data, nbytes, at[2], formats[2], hidden, width)});
+  for (int64_t i = 0; i < num_experts; ++i) {
+    const int64_t* end = offsets + (i + 1) * num_matrices;
+    experts.push_back({std::nullopt, view_matrix("an up", data, nbytes, end[-2], formats[1], width, hidden),
+                       view_matrix("a down", data, nbytes, end[-1], formats[2], hidden, width)});
+    if (num_matrices == 3)
+      experts.back().gate = view_matrix("a gate", data, nbytes, end[-3], formats[0], width, hidden);
   }
   return experts;
 }
@@ -265,7 +267,9 @@ void bind_experts(nb::module_& m) {
          const ArrayOf<int32_t>& token, const ArrayOf<int32_t>& row, const OutArrayOf<float>& out,
          const ActivationOfNumbers& activation, const std::optional<ArrayOf<float>>& gate_bias,
          const std::optional<ArrayOf<float>>& up_bias, const std::optional<ArrayOf<float>>& down_bias) {
-        const int64_t* at = read_array("offsets", offsets, {kAnySize, 3});
+        std::array<Format, 3> of_matrices;
+        const int64_t num_matrices = parse_formats(formats, of_matrices);
+        const int64_t* at = read_array("offsets", offsets, {kAnySize, num_matrices});
         const int64_t num_experts = int64_t(offsets.shape(0));
         const float* from = read_array("x", x, {kAnySize, hidden});
         const int64_t num_tokens = int64_t(x.shape(0));
@@ -282,7 +286,7 @@ void bind_experts(nb::module_& m) {
 
         const std::shared_ptr<const void> hold = arena.hold();
         std::vector<ExpertView> experts = view_experts(arena.data(), int64_t(arena.size()), at, num_experts,
-                                                       parse_formats(formats), hidden, width);
+                                                       num_matrices, of_matrices, hidden, width);
         const auto set_biases = [&](const char* name, const std::optional<ArrayOf<float>>& biases,
                                     int64_t size, const float* ExpertBias::* bias) {
           if (!biases) return;
@@ -296,6 +300,7 @@ void bind_experts(nb::module_& m) {
         set_biases("up_bias", up_bias, width, &ExpertBias::up);
         set_biases("down_bias", down_bias, hidden, &ExpertBias::down);
         const Activation between = parse_activation(activation);
+        require_gate("each expert", num_matrices == 3, between);
         nb::gil_scoped_release released;
         swiglu_experts(runtime, experts, between, from, num_tokens, {start, tokens, rows}, to);
       },
@@ -305,8 +310,8 @@ void bind_experts(nb::module_& m) {
     Run each expert on its tokens: out[row[a]] = activation(x Wg^T + bg, x Wu^T + bu) Wd^T + bd, x = x[token[a]].
 
     Args:
-        formats: formats of gate, up and down.
-        offsets: int64 [experts, 3], the offsets in the arena of gate and up [width, hidden] and down [hidden, width].
+        formats: formats of gate, up and down, or of up and down if the activation has no gate.
+        offsets: int64 [experts, 3 or 2], where gate and up [width, hidden] and down [hidden, width] begin in the arena.
         x: [tokens, hidden].
         starts: [experts + 1]; expert i runs assignments starts[i] to starts[i + 1]; the last entry is their number.
         token: [assignments], the row of x.
@@ -317,20 +322,21 @@ void bind_experts(nb::module_& m) {
 
   m.def(
       "swiglu",
-      [](Runtime& runtime, const Matrix& gate, const Matrix& up, const Matrix& down, const ArrayOf<float>& x,
+      [](Runtime& runtime, const Matrix* gate, const Matrix& up, const Matrix& down, const ArrayOf<float>& x,
          const OutArrayOf<float>& out, const ActivationOfNumbers& activation) {
         const ExpertView network = view_network(gate, up, down);
-        const int64_t hidden = gate.view.cols;
+        const int64_t hidden = up.view.cols;
         const float* from = read_array("x", x, {kAnySize, hidden});
         const int64_t num_tokens = int64_t(x.shape(0));
         require_range("tokens", num_tokens, 0, INT32_MAX);
         float* to = write_array("out", out, {num_tokens, hidden});
         const int32_t starts[2] = {0, int32_t(num_tokens)};
         const Activation between = parse_activation(activation);
+        require_gate("the network", gate != nullptr, between);
         nb::gil_scoped_release released;
         swiglu_experts(runtime, {network}, between, from, num_tokens, {starts, nullptr, nullptr}, to);
       },
-      "runtime"_a, "gate"_a, "up"_a, "down"_a, "x"_a, "out"_a.noconvert(), "activation"_a = kSilu, R"(
+      "runtime"_a, "gate"_a.none(), "up"_a, "down"_a, "x"_a, "out"_a.noconvert(), "activation"_a = kSilu, R"(
     Run one network on all tokens of x [tokens, hidden]: a dense layer or a shared expert.)");
 }
 

@@ -101,6 +101,39 @@ void a_clamped_activation_cuts_off_and_keeps_nan() {
   }
 }
 
+void limited_and_squared_activations_follow_their_formulas_and_keep_nan() {
+  constexpr float kLimit = 2.5f;
+  std::vector<float> gate, up;
+  for (const float g : {-80.0f, -2.6f, -0.5f, 0.0f, 0.3f, 2.4f, 2.6f, 3.0f, 300.0f, INFINITY, NAN}) {
+    for (const float u : {-1e9f, -2.6f, -2.5f, -1.0f, 0.0f, 2.4f, 2.6f, INFINITY, NAN}) {
+      gate.push_back(g);
+      up.push_back(u);
+    }
+  }
+  const auto silu = [](double x) { return x / (1.0 + std::exp(-x)); };
+  const auto cut = [](double x, double least) { return std::max(least, std::min(x, double(kLimit))); };
+  using Kind = Activation::Kind;
+  for (const KernelTable* table : all_tables()) {
+    for (const Kind kind : {Kind::silu_limited, Kind::silu_capped, Kind::relu2}) {
+      const std::vector<float> found = activated(*table, {kind, kLimit}, kind == Kind::relu2 ? up : gate, up);
+      for (size_t i = 0; i < gate.size(); ++i) {
+        const double g = gate[i], u = up[i];
+        const bool is_nan = std::isnan(u) || (std::isnan(g) && kind != Kind::relu2);
+        CHECK_EQUAL(std::isnan(found[i]), is_nan);
+        if (is_nan || (kind == Kind::silu_capped && std::isinf(g))) continue;
+        const double expected = kind == Kind::relu2          ? std::max(u, 0.0) * std::max(u, 0.0)
+                                : kind == Kind::silu_limited ? silu(cut(g, -INFINITY)) * cut(u, -kLimit)
+                                                             : cut(silu(g), -INFINITY) * cut(u, -kLimit);
+        if (std::isinf(expected)) {
+          CHECK(std::isinf(found[i]));
+        } else {
+          CHECK(std::fabs(double(found[i]) - expected) <= 1e-6 * std::fabs(expected) + 2e-38);
+        }
+      }
+    }
+  }
+}
+
 double gelu_tanh(double x) {
   return x / 2 * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (x + 0.044715 * x * x * x)));
 }
@@ -208,6 +241,7 @@ void routes_meet_the_reference() {
         if (round & 2) rule.choice_bias = bias.data();
         rule.renormalize = (round & 4) != 0;
         rule.renormalize_eps = 1e-20f;
+        rule.renormalize_least = (round & 8) != 0 ? 0.75f : 0.0f;
         rule.scale = 2.5f;
         if ((round & 8) != 0 && experts % 4 == 0) {
           rule.num_groups = 4;
@@ -263,6 +297,19 @@ void the_scale_of_an_expert_multiplies_its_weight_alone() {
     CHECK(scaled.ids == plain.ids);
     for (size_t rank = 0; rank < 5; ++rank)
       CHECK_EQUAL(scaled.weights[rank], plain.weights[rank] * scales[size_t(plain.ids[rank])]);
+  }
+}
+
+void weights_are_divided_by_no_less_than_the_least() {
+  const std::vector<float> logits(8, 0.0f);  // softmax: 1 / 8 each
+  for (const KernelTable* table : all_tables()) {
+    RouteRule rule = plain_rule(2);
+    rule.renormalize = true;
+    for (const float least : {0.0f, 0.25f, 0.5f}) {
+      rule.renormalize_least = least;
+      for (const float weight : route(*table, rule, logits).weights)
+        CHECK_EQUAL(weight, least > 0.25f ? 0.25f : 0.5f);
+    }
   }
 }
 
@@ -669,9 +716,16 @@ void threads_change_no_bit() {
       std::vector<float> expected(size_t(kTokens * hidden), NAN), found = expected;
       const Assignments dispatch = {starts.data(), token.data(), row.data()};
       const Activation clamped = {Activation::Kind::clamped, 7.0f, 1.702f};
-      swiglu_experts(one, experts, clamped, x.data(), kTokens, dispatch, expected.data());
-      swiglu_experts(three, experts, clamped, x.data(), kTokens, dispatch, found.data());
-      CHECK(same_bits(found, expected));
+      for (const Activation& activation : {clamped, Activation{Activation::Kind::relu2}}) {
+        for (ExpertView& expert : experts) {
+          if (activation.has_gate()) continue;
+          expert.gate = std::nullopt;
+          expert.bias.gate = nullptr;
+        }
+        swiglu_experts(one, experts, activation, x.data(), kTokens, dispatch, expected.data());
+        swiglu_experts(three, experts, activation, x.data(), kTokens, dispatch, found.data());
+        CHECK(same_bits(found, expected));
+      }
 
       std::vector<float> y_one(size_t(kTokens * width)), y_three = y_one;
       matmul(one, {{weights[0].view, y_one.data()}}, x.data(), kTokens);
@@ -692,6 +746,7 @@ int main() {
   norms_meet_the_reference();
   silu_is_exact_to_a_few_units_and_the_same_in_every_lane();
   a_clamped_activation_cuts_off_and_keeps_nan();
+  limited_and_squared_activations_follow_their_formulas_and_keep_nan();
   gelu_is_exact_to_a_few_units_and_keeps_nan();
   soft_caps_meet_the_formula_at_every_length();
   activations_stay_inside_their_rows();
@@ -699,6 +754,7 @@ int main() {
   ties_go_to_the_lower_expert();
   tied_groups_go_to_the_lower_one();
   the_scale_of_an_expert_multiplies_its_weight_alone();
+  weights_are_divided_by_no_less_than_the_least();
   attention_meets_the_reference_in_every_chunk();
   sections_are_merged_the_same_by_any_threads_in_every_chunk();
   tokens_of_a_span_see_later_ones();

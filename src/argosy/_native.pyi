@@ -31,7 +31,9 @@ from argosy.config import Format, KvDtype, Tuning
 # Written by `make stubs` from native/bind: edit it there.
 
 InstructionSet = Literal["plain", "avx2", "amx", "avx512"]
-Activation = tuple[Literal["silu", "clamped", "gelu_tanh"], float, float]  # kind, limit, alpha
+Activation = tuple[
+    Literal["silu", "clamped", "gelu_tanh", "silu_limited", "silu_capped", "relu2"], float, float
+]  # kind, limit, alpha
 Gelu = Literal["erf", "tanh", "quick"]
 Finish = Literal["store", "add", "multiply", "gelu_erf", "gelu_tanh", "gelu_quick", "silu"]
 Urgency = Literal["now", "soon", "maybe"]
@@ -452,8 +454,8 @@ class Routing:
     Scores are the softmax over all experts, or the sigmoid of each. The k best experts by score plus `choice_bias` are
     chosen from the best `kept_groups` of `num_groups` groups of equal size; a group is scored by its best expert, or by
     the sum of its best two. On a tie the lower id wins. Routing weights are the scores of the chosen experts, without
-    the bias; with `renormalize`, divided by their sum plus `renormalize_eps`; then multiplied by `scale`, and by the
-    expert's own scale.
+    the bias; with `renormalize`, divided by their sum plus `renormalize_eps`, or by `renormalize_least` if that is
+    more; then multiplied by `scale`, and by the expert's own scale.
 
     Args:
         experts_per_token: k.
@@ -472,6 +474,7 @@ class Routing:
         group_score: Literal["max", "top2"] = "top2",
         renormalize: bool,
         renormalize_eps: float = 0.0,
+        renormalize_least: float = 0.0,
         scale: float = 1.0,
         expert_scale: NDArray[numpy.float32] | None = None,
     ) -> None: ...
@@ -772,15 +775,17 @@ class ExpertTable:
         gate_bias: NDArray[numpy.float32] | None = None,
         up_bias: NDArray[numpy.float32] | None = None,
         down_bias: NDArray[numpy.float32] | None = None,
+        activation: Activation | None = None,
     ) -> None:
         """
         Describe the experts of a layer; none has a place yet.
 
         Args:
-            formats: formats of gate, up and down.
-            starts: int64 [experts, 3], bytes from an expert's place to gate and up [width, hidden] and down
+            formats: formats of gate, up and down, or of up and down if the activation has no gate.
+            starts: int64 [experts, 3 or 2], bytes from an expert's place to gate and up [width, hidden] and down
                 [hidden, width].
             gate_bias, up_bias: [experts, width].   down_bias: [experts, hidden].
+            activation: None means the table's.
         """
 
     def place(self, places: Sequence[tuple[tuple[int, int], int]]) -> None:
@@ -1634,24 +1639,30 @@ class Layer:
     A layer of a Stack: norm -> mixer -> sum, norm -> feed-forward network -> sum.
 
     Args:
-        mixer_norm, ffn_norm: [hidden].
+        mixer_norm, ffn_norm: [hidden]; [2, hidden], weight and bias, of a LayerNorm; None means no norm.
+        mixer, ffn: one of them may be None.
         rotary: the one of the stack's rotary embeddings that the mixer uses; None means that nothing rotates.
         mixer_post_norm: [hidden], of what the mixer adds to the hidden state; None means no norm.
         ffn_post_norm: the same for what the layer's feed-forward networks add together.
         scale: multiplies the hidden state after the layer.
+        is_parallel: the network reads what the mixer reads, after mixer_norm, and there is no ffn_norm.
+        mixer_scale, ffn_scale: multiply what the mixer, or the networks together, add to the hidden state.
     """
 
     def __init__(
         self,
-        mixer_norm: NDArray[numpy.float32],
-        mixer: Mixer,
-        ffn_norm: NDArray[numpy.float32],
-        ffn: Ffn,
+        mixer_norm: NDArray[numpy.float32] | None,
+        mixer: Mixer | None,
+        ffn_norm: NDArray[numpy.float32] | None,
+        ffn: Ffn | None,
         *,
         rotary: int | None = 0,
         mixer_post_norm: NDArray[numpy.float32] | None = None,
         ffn_post_norm: NDArray[numpy.float32] | None = None,
         scale: float = 1.0,
+        is_parallel: bool = False,
+        mixer_scale: float = 1.0,
+        ffn_scale: float = 1.0,
     ) -> None: ...
 
 def grouped_query_attention(
@@ -1850,9 +1861,13 @@ def multi_head_latent_attention(
         gate, gate_kind, query_scale: as for `grouped_query_attention`.
     """
 
-def dense_ffn(gate: Matrix, up: Matrix, down: Matrix) -> Ffn:
+def dense_ffn(gate: Matrix | None, up: Matrix, down: Matrix, *, activation: Activation | None = None) -> Ffn:
     """
-    SwiGLU for every token: gate and up [width, hidden], down [hidden, width].
+    A network for every token: gate and up [width, hidden], down [hidden, width].
+
+    Args:
+        gate: None if the activation has none.
+        activation: None means the stack's.
     """
 
 def routed_ffn(
@@ -1861,12 +1876,16 @@ def routed_ffn(
     *,
     router_bias: NDArray[numpy.float32] | None = None,
     width: int,
-    shared: tuple[Matrix, Matrix, Matrix] | None = None,
+    shared: tuple[Matrix | None, Matrix, Matrix] | None = None,
     shared_score: Matrix | None = None,
     router_norm: NDArray[numpy.float32] | None = None,
     norm: NDArray[numpy.float32] | None = None,
     post_norm: NDArray[numpy.float32] | None = None,
     shared_post_norm: NDArray[numpy.float32] | None = None,
+    shared_activation: Activation | None = None,
+    latent: tuple[Matrix, Matrix] | None = None,
+    router_logit_cap: float = 0.0,
+    weighs_input: bool = False,
 ) -> Ffn:
     """
     Experts of `width` chosen by the router, as in `route`, and a shared expert for every token.
@@ -1874,12 +1893,17 @@ def routed_ffn(
     Args:
         router: [experts, hidden].
         router_bias: [experts], added to the router's product; None means no bias.
-        shared: gate, up and down of the shared expert.
+        shared: gate, up and down of the shared expert; the gate is None if the activation has none.
         shared_score: [1, hidden]; the shared expert's output is multiplied by sigmoid(shared_score . x).
         router_norm, norm: [hidden]; the router, or the routed experts, read the hidden state after this norm instead
             of the layer's.
         post_norm, shared_post_norm: [hidden], of the weighted sum of the routed experts, and of the shared expert's
             output; None means no norm.
+        shared_activation: of the shared expert; None means the stack's.
+        latent: down [latent, hidden] and up [hidden, latent]: the routed experts read down . x, and up . (their sum) is
+            added.
+        router_logit_cap: logits become cap * tanh(logit / cap) before `routing`; 0 means that they stay.
+        weighs_input: the weight of a token's only expert multiplies the expert's input instead of its output.
     """
 
 class Rotary:
@@ -1959,10 +1983,26 @@ class StackSizes:
 
     def add_dense(self, width: int) -> None: ...
     def add_routed(
-        self, num_experts: int, experts_per_token: int, width: int, shared_width: int, has_norm: bool = False
-    ) -> None: ...
+        self,
+        num_experts: int,
+        experts_per_token: int,
+        width: int,
+        shared_width: int,
+        has_own_input: bool = False,
+        latent: int = 0,
+    ) -> None:
+        """
+        Add a layer's routed experts and its shared expert.
+
+        Args:
+            has_own_input: the routed experts read something else than the shared expert.
+            latent: the size of what they read and write; 0 means the hidden size.
+        """
+
     def add_ffn_post_norm(self) -> None:
-        """Add the norm of the summed outputs of a layer's feed-forward networks."""
+        """
+        Add the sum of a layer's feed-forward networks, for its norm or its factor.
+        """
 
     def buffer_bytes(self, max_tokens: int) -> int:
         """Bytes that a Stack allocates for steps of at most `max_tokens`."""
@@ -1991,8 +2031,8 @@ class Stack:
     It keeps its arguments alive. Its results equal those of the operations above, called one by one, bit for bit.
 
     Args:
-        embedding, head: [vocabulary, hidden].   final_norm: [hidden].
-        activation: the activation of dense networks and shared experts.
+        embedding, head: [vocabulary, hidden].   final_norm: as in `Layer`.
+        activation: the activation of dense networks and shared experts that have none of their own.
         rotaries: the rotary embeddings that layers choose from.
         layers: with keys and values in the layers of `kv` from `first_layer` on.
         max_tokens: most tokens of a step; working memory is allocated for them.
@@ -2000,7 +2040,9 @@ class Stack:
         experts_off: leave routed experts out of every sum.
         recurrent: the state of the layers without keys and values.
         embedding_scale: multiplies embeddings, but not those that a step gives.
+        logit_scale: multiplies logits.
         logit_cap: logits become cap * tanh(logit / cap); 0 means that they stay.
+        norm_kind: RMSNorm or LayerNorm, for all norms of the hidden state.
         first_layer: the number of the first layer, in `kv` and for those who run its experts.
     """
 
@@ -2011,7 +2053,7 @@ class Stack:
         *,
         embedding: Matrix,
         head: Matrix,
-        final_norm: NDArray[numpy.float32],
+        final_norm: NDArray[numpy.float32] | None,
         norm_eps: float,
         rotaries: Sequence[Rotary],
         activation: Activation,
@@ -2023,6 +2065,8 @@ class Stack:
         embedding_scale: float = 1.0,
         logit_cap: float = 0.0,
         first_layer: int = 0,
+        logit_scale: float = 1.0,
+        norm_kind: Literal["rms", "layer"] = "rms",
     ) -> None: ...
     def begin(
         self,
@@ -2089,12 +2133,13 @@ class Stack:
 
     def rows(self) -> NDArray[numpy.float32]:
         """
-        While a layer waits, the input of its experts: [tokens, hidden], a read-only view.
+        While a layer waits, the input of its experts: [tokens, hidden or latent], a read-only view.
         """
 
     def expert_out(self) -> NDArray[numpy.float32]:
         """
-        While a layer waits, where the outputs of its experts belong: [tokens * experts per token, hidden], a view.
+        While a layer waits, where the outputs of its experts belong: [tokens * experts per token, hidden or latent], a
+        view.
 
         Row token * experts per token + rank is for that token and its expert of that rank.
         """

@@ -142,8 +142,8 @@ def swiglu_experts(
     Run each expert on its tokens: out[row[a]] = activation(x Wg^T + bg, x Wu^T + bu) Wd^T + bd, x = x[token[a]].
 
     Args:
-        formats: formats of gate, up and down.
-        offsets: int64 [experts, 3], the offsets in the arena of gate and up [width, hidden] and down [hidden, width].
+        formats: formats of gate, up and down, or of up and down if the activation has no gate.
+        offsets: int64 [experts, 3 or 2], where gate and up [width, hidden] and down [hidden, width] begin in the arena.
         x: [tokens, hidden].
         starts: [experts + 1]; expert i runs assignments starts[i] to starts[i + 1]; the last entry is their number.
         token: [assignments], the row of x.
@@ -155,7 +155,7 @@ def swiglu_experts(
 
 def swiglu(
     runtime: argosy._native.Runtime,
-    gate: argosy._native.Matrix,
+    gate: argosy._native.Matrix | None,
     up: argosy._native.Matrix,
     down: argosy._native.Matrix,
     x: NDArray[numpy.float32],

@@ -373,12 +373,12 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
             m(64, 64), "sigmoid", (0.1, 8, 0),
         ),
         "PositionIndexer": lambda: (m(32, 32), m(16, 64), m(2, 64), f(16), f(16), 1e-6, True),
-        "dense_ffn": lambda: (m(32, 64), m(32, 64), m(64, 32)),
+        "dense_ffn": lambda: (m(32, 64), m(32, 64), m(64, 32), ("silu_capped", 7.0, 0.0)),
         "routed_ffn": lambda: (
-            m(4, 64, "f32"), case.routing(), f(4), 32, (m(32, 64), m(32, 64), m(64, 32)), m(1, 64, "f32"), f(64), f(64),
-            f(64), f(64),
+            m(4, 64, "f32"), case.routing(), f(4), 32, (m(32, 64), m(32, 64), m(64, 32)), m(1, 64, "f32"), f(64), None,
+            f(64), f(64), ("silu_limited", 7.0, 0.0), (m(48, 64), m(64, 48)), 30.0, False,
         ),
-        "Layer": lambda: (f(64), case.gqa(), f(64), case.routed(), 1, f(64), f(64), 0.5),
+        "Layer": lambda: (f(64), case.gqa(), f(64), case.routed(), 1, f(64), f(64), 0.5, False, 0.5, 0.5),
         "Dispatch": lambda: (np.array([[0, 3], [3, 1]], np.int32), np.array([True, False]), 4),
         "ExpertTable": lambda: (case.arena(), 64, ("silu", 0.0, 0.0)),
         "memory_probe": lambda: (1, 4 << 20, "plain"),
@@ -401,7 +401,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "Foreground": lambda: (0.5,),
         "Runtime": lambda: (2, {"q4": ("two_levels", "off", 9, 0)}, "plain"),
         "Matrix": lambda: (np.zeros(1 << 12, np.uint8), 0, "q4", 16, 64),
-        "Routing": lambda: (2, "sigmoid", f(4), 2, 1, "top2", True, 0.0, 1.0, f(4)),
+        "Routing": lambda: (2, "sigmoid", f(4), 2, 1, "top2", True, 0.0, 0.5, 1.0, f(4)),
         "KvCache": lambda: ([n.KvShape.keys_values(1, 32), n.KvShape.latent(16)], 4, 16, "f32"),
         "RecurrentState": lambda: (2, [n.StateShape.delta_net(case.sizes)]),
         "Rotary": lambda: (np.ones(8), 1.0, True, (0, 1, 2, 0, 1, 2, 0, 0)),
@@ -438,6 +438,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
     first_by_name = {"swiglu_experts": 11, "grouped_query_attention": 4, "gated_delta_net": 3, "routed_ffn": 2,
                      "kimi_delta_attention": 7, "lightning_attention": 5,
                      "multi_head_latent_attention": 5, "PositionIndexer": 3, "Routing": 1, "ExpertTable": 1, "Layer": 4,
+                     "dense_ffn": 3,
                      "replay": 2, "tournament": 2, "linear": 5, "Exchange": 0, "WorkerLink": 1, "worker_link_bytes": 0,
                      "exchange_bytes": 0, "CachePolicy": 0}  # fmt: skip
     names = {
@@ -449,8 +450,10 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "gated_delta_net": "z a conv rate dt_bias norm sizes is_tiled state_layer",
         "kimi_delta_attention": "decay_down gate_down conv rate dt_bias norm floor sizes state_layer",
         "lightning_attention": "num_heads query_norm key_norm decay norm num_groups scale state_layer",
-        "routed_ffn": "router_bias width shared shared_score router_norm norm post_norm shared_post_norm",
-        "Layer": "rotary mixer_post_norm ffn_post_norm scale",
+        "routed_ffn": "router_bias width shared shared_score router_norm norm post_norm shared_post_norm"
+        " shared_activation latent router_logit_cap weighs_input",
+        "dense_ffn": "activation",
+        "Layer": "rotary mixer_post_norm ffn_post_norm scale is_parallel mixer_scale ffn_scale",
         "ExpertTable": "hidden activation",
         "replay": "num_experts policy num_slots counted_from",
         "tournament": "depth",
@@ -462,8 +465,8 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "multi_head_latent_attention": "num_heads rope_dim scale norm_eps kv_norm query_down query_norm num_chosen"
         " indexer gate gate_kind query_scale",
         "PositionIndexer": "key_norm key_norm_bias norm_eps has_interleaved_pairs",
-        "Routing": "score choice_bias num_groups kept_groups group_score renormalize renormalize_eps scale"
-        " expert_scale",
+        "Routing": "score choice_bias num_groups kept_groups group_score renormalize renormalize_eps"
+        " renormalize_least scale expert_scale",
     }
 
     def call_of(name: str, arguments: Callable[[], tuple[Any, ...]]) -> Callable[[], Call]:

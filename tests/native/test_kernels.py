@@ -290,6 +290,7 @@ def expected_routes(
     group_score: str,
     renormalize: bool,
     renormalize_eps: float,
+    renormalize_least: float,
     scale: float,
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Apply the rules of native/kernels/route.h in float64."""
@@ -305,7 +306,9 @@ def expected_routes(
     ids = best_first(np.where(is_kept[:, :, None], grouped, -np.inf).reshape(worth.shape), k)
     weights = np.take_along_axis(scores, ids, axis=1)
     if renormalize:
-        weights = weights / (weights.sum(axis=1, keepdims=True) + renormalize_eps)
+        weights = weights / np.maximum(
+            weights.sum(axis=1, keepdims=True) + renormalize_eps, renormalize_least
+        )
     return ids, weights * scale
 
 
@@ -324,6 +327,7 @@ def test_routes_follow_the_rule(runtime: native.Runtime, seed: int) -> None:
         "group_score": str(rng.choice(["max", "top2"])),
         "renormalize": bool(rng.integers(2)),
         "renormalize_eps": float(rng.choice([0.0, 1e-20, 0.125])),
+        "renormalize_least": float(rng.choice([0.0, 0.5])),
         "scale": float(rng.choice([1.0, 2.5])),
     }
     k = int(rng.integers(1, min(8, kept_groups * size) + 1))
