@@ -182,6 +182,8 @@ SHORT = {
         _family("deepseek_v4", templates.DEEPSEEK_V4, [], ["<think>", "</think>"], ["<|im_end|>"]),
         _family("solar", templates.SOLAR_OPEN, _SOLAR, [], ["<|im_end|>", "<|calls|>"]),
         _family("gigachat", templates.GIGACHAT_31, ["<|function_call|>"], [], ["<|im_end|>"]),
+        _family("llama3", templates.LLAMA_3, ["<|python_tag|>"], [], ["<|im_end|>"]),
+        _family("ernie", templates.ERNIE_45, [], ["<think>", "</think>"], ["<|im_end|>"]),
         _family("hy3", templates.HY_3, _HY3, [], ["<|im_end|>"]),
     )
 }

@@ -103,6 +103,8 @@ ONE |= {
     "hy3": "<tool_calls>\n<tool_call>get_weather<tool_sep>\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n"
     "</tool_call>\n</tool_calls>".replace(">", ":opensource>"),
 }
+ONE["ernie"] = ONE["qwen3"]
+ONE["llama3"] = '{"name": "get_weather", "parameters": ' + OSLO + "}"
 ONE["deepseek_v32"] = ONE["deepseek_v4"].replace("tool_calls>", "function_calls>")
 ONE["qwen2_5"] = ONE["qwen3"]
 ONE["minimax_spelled"] = ONE["minimax_m2"]
@@ -125,6 +127,7 @@ TWO = {
 }
 _CLOCK = ', {"name": "clock", "arguments": {}}]'
 TWO |= {
+    "ernie": TWO["qwen3"],
     "hunyuan": ONE["hunyuan"].replace("]", _CLOCK),
     "granite": ONE["granite"].replace("]", _CLOCK),
     "cohere2": ONE["cohere2"].replace(
@@ -204,7 +207,7 @@ def test_text_that_is_no_call_is_refused_where_it_departs_from_one(name: str) ->
 
 
 JSON_FORMATS = ["qwen3", "deepseek_v3", "deepseek_v31", "kimi_k2", "harmony", "mistral", "mistral_args"]
-JSON_FORMATS += ["hunyuan", "granite", "cohere2", "gigachat", "solar"]
+JSON_FORMATS += ["llama3", "hunyuan", "granite", "cohere2", "gigachat", "solar"]
 
 
 @pytest.mark.parametrize("name", JSON_FORMATS)

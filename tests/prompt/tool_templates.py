@@ -607,3 +607,18 @@ SOLAR_OPEN = (
     .replace(r"'<|im_start|>assistant\n'", "'<|begin|>assistant'")
 )  # fmt: skip
 GIGACHAT_31 = _short(_OBJECT, "<|function_call|>", "<|function_call|>", "", "", "")
+LLAMA_3 = (
+    _short(
+        """{{- '{"name": "' ~ f.name ~ '", "parameters": ' ~ f.arguments | tojson ~ '}' -}}""",
+        "",
+        "",
+        "",
+        "",
+        "",
+    )
+    + """{# asks for {"name": function name, "parameters": dictionary of argument name and its value} #}"""
+)
+ERNIE_45 = _short(
+    _OBJECT, r"<tool_call>\n", r"\n</tool_call>\n<tool_call>\n", r"\n</tool_call>", "", r"\n</think>\n\n",
+    r"<response>\n", r"\n</response>",
+)  # fmt: skip

@@ -30,19 +30,17 @@ class BlockFormat(Format):
             does.
         sections: marks around all calls, if the format has them.
         inside: marks inside a block.
-        wrapping: pairs of marks around the text of an answer, which are not part of it.
     """
 
     blocks: ClassVar[Mapping[str, str | None]]
     sections: ClassVar[tuple[str, ...]] = ()
     inside: ClassVar[tuple[str, ...]] = ()
-    wrapping: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     @classmethod
     def marks(cls) -> Sequence[str]:
         closing = (mark for mark in cls.blocks.values() if mark is not None)
         others = (*cls.sections, *cls.inside, *(mark for pair in cls.wrapping for mark in pair))
-        return tuple(dict.fromkeys((*cls.thinking, *cls.blocks, *closing, *others)))
+        return tuple(dict.fromkeys(filter(None, (*cls.thinking, *cls.blocks, *closing, *others))))
 
     def parser(self, tools: Sequence[Tool] = (), prompt: Prompt | None = None) -> Parser:
         return BlockParser(self, tools, is_reasoning=self.thoughts_in(prompt) == "open")

@@ -43,6 +43,7 @@ class Format(ABC):
         tokens, words: the evidence that a model writes this format: control tokens of its vocabulary, and what its chat
             template says.
         pieces: control tokens that are parts of spelled marks.
+        wrapping: pairs of marks around the text of an answer, which are not part of it.
         lexer: separates marks from text.
     """
 
@@ -51,6 +52,7 @@ class Format(ABC):
     tokens: ClassVar[tuple[str, ...]] = ()
     words: ClassVar[tuple[str, ...]] = ()
     pieces: ClassVar[tuple[str, ...]] = ()
+    wrapping: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     @classmethod
     def fits(cls, tokenizer: Tokenizer, template: str) -> bool:
@@ -59,10 +61,10 @@ class Format(ABC):
         return has_tokens and all(word in template for word in cls.words)
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        # Marks of thoughts that are neither a token nor in the template are ordinary text that a model may write.
+        # Marks around thoughts or text that are neither a token nor in the template are text that a model may write.
         unknown = {
             mark
-            for mark in self.thinking
+            for mark in (*self.thinking, *(mark for pair in self.wrapping for mark in pair))
             if tokenizer.control_id(mark) is None and mark not in (tokenizer.chat_template or "")
         }
         self.lexer = Lexer([mark for mark in self.marks() if mark not in unknown], tokenizer, self.pieces)

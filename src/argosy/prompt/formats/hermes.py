@@ -3,6 +3,8 @@
 <tool_call>
 {"name": "get_weather", "arguments": {"city": "Oslo"}}
 </tool_call>
+
+ERNIE-4.5's thinking models put marks around their text.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ OPEN, CLOSE = "<tool_call>", "</tool_call>"
 class Hermes(BlockFormat):
     name = "hermes"
     words = (OPEN,)
+    wrapping = (("<response>", "</response>"),)
     blocks = {OPEN: CLOSE}  # noqa: RUF012 (a ClassVar, declared in the base)
 
     def read(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Reading:

@@ -3,20 +3,30 @@
     <|tool_call_start|>[get_weather(city="Oslo", days=2), clock()]<|tool_call_end|>            LFM2
     <|python_start|>[get_weather(city="Oslo", days=2)]<|python_end|>                            Llama-4
 
-Arguments have names. `true`, `false` and `null` are read like True, False and None.
+Arguments have names. `true`, `false` and `null` are read like True, False and None. Llama-4 also writes calls without
+the marks, and its own template, like Llama-3's, asks for JSON:
+
+    {"name": "get_weather", "parameters": {"city": "Oslo"}}
+
+An answer that begins with a bracket is held back until it ends, if there are tools to call.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
 
-from argosy.prompt.formats.block_format import BlockFormat, inside_of
+from argosy.prompt.formats.block_format import BlockFormat, BlockParser, inside_of
 from argosy.prompt.formats.format import beginning_of_call, call_of
+from argosy.prompt.formats.json_list import read_beginning_of_list, read_list
 from argosy.prompt.formats.lark import Lark
-from argosy.prompt.formats.parser import CutCall, FoundCall, Reading
+from argosy.prompt.formats.parser import CutCall, FoundCall, Mark, Parser, Reading
 from argosy.prompt.json_text import write_json
 from argosy.prompt.tools import Tool
+
+if TYPE_CHECKING:
+    from argosy.prompt.prompt import Prompt
 
 # A string without its end takes the rest of the text.
 _PIECE = re.compile(r"""\s+|[][(){},:=]|'(?:[^'\\]|\\.)*'?|"(?:[^"\\]|\\.)*"?|[^][(){},:=\s'"]+""", re.DOTALL)
@@ -30,6 +40,8 @@ _ESCAPED = {
     "\n": "",
     **{mark: mark for mark in "'\"\\/"},
 }
+_BARE = ""  # the mark of a call without marks
+_JSON = '{"name": "'
 _WORDS = {"True": "true", "False": "false", "None": "null"}
 
 
@@ -67,8 +79,51 @@ class Lfm2(Pythonic):
 
 class Llama4(Pythonic):
     name = "llama4"
-    tokens = ("<|python_start|>", "<|python_end|>")
-    blocks = {"<|python_start|>": "<|python_end|>"}  # noqa: RUF012
+    tokens: ClassVar[tuple[str, ...]] = ("<|python_start|>", "<|python_end|>")
+    blocks = {"<|python_start|>": "<|python_end|>", _BARE: None}  # noqa: RUF012
+
+    def parser(self, tools: Sequence[Tool] = (), prompt: Prompt | None = None) -> Parser:
+        return _BareParser(self, tools, is_reasoning=self.thoughts_in(prompt) == "open")
+
+    def read(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Reading:
+        return read_list(self._inside(block), tools) or super().read(block, tools)
+
+    def read_cut(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Sequence[FoundCall | CutCall]:
+        return read_beginning_of_list(self._inside(block), tools) or super().read_cut(block, tools)
+
+    def _lazy_calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> tuple[str, Sequence[str]]:
+        return self._calls(lark, tools, parallel), tuple(filter(None, self.blocks))
+
+
+class Llama3(Llama4):
+    name = "llama3"
+    tokens = ()
+    words = ('"parameters": dictionary of argument name',)
+    blocks = {"<|python_start|>": "<|python_end|>", "<|python_tag|>": None, _BARE: None}  # noqa: RUF012
+
+    def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
+        """One call, because its template refuses more than one."""
+        return " | ".join(
+            lark.rule(
+                f'{lark.literal(f"""{_JSON}{tool.name}", "parameters": """)} {lark.arguments(tool)} "}}"'
+            )
+            for tool in tools
+        )
+
+    def _lazy_calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> tuple[str, Sequence[str]]:
+        return self._calls(lark, tools, parallel), (_JSON,)
+
+
+class _BareParser(BlockParser):
+    """Takes an answer that begins with a bracket for a call without marks."""
+
+    def _take(self, lexeme: str) -> None:
+        is_first = (
+            self._block is None and not self._has_said and not self._num_calls and not self._is_reasoning
+        )
+        if is_first and self._tools and not isinstance(lexeme, Mark) and lexeme.lstrip()[:1] in ("[", "{"):
+            self._block = [_BARE]
+        super()._take(lexeme)
 
 
 def _arguments(lark: Lark, tool: Tool) -> str:
@@ -141,4 +196,4 @@ def _meaning(escape: re.Match[str]) -> str:
     return _ESCAPED.get(escape[3], escape[0])
 
 
-FORMATS = (Lfm2, Llama4)
+FORMATS = (Lfm2, Llama3, Llama4)
