@@ -41,6 +41,7 @@ from tests.models.tiny import (
 )
 from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
 from tests.models.tiny_gemma import gemma4
+from tests.models.tiny_gqa import mimo_v2_flash
 from tests.models.tiny_latent import deepseek_v3, kimi_k2
 
 Value = TypeVar("Value")
@@ -99,6 +100,15 @@ CONFIGS = {
     "olmoe": olmoe(max_position_embeddings=1024, clip_qkv=0.8, num_experts=9, num_experts_per_tok=3),
     "gemma4": gemma4(  # heads and rotary embedding by layer, a dense network beside the experts, norms after blocks
         max_position_embeddings=1024, hidden_size=72, num_experts=9, top_k_experts=3, vocab_size=112
+    ),
+    "mimo_v2_flash": mimo_v2_flash(  # values of another width than keys, KV heads by layer, sinks in windows
+        max_position_embeddings=1024,
+        hidden_size=72,
+        moe_intermediate_size=40,
+        num_key_value_heads=2,
+        n_routed_experts=9,
+        num_experts_per_tok=3,
+        vocab_size=112,
     ),
 }
 GPT_OSS = gpt_oss(  # sinks, alternating windows, expert biases

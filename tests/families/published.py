@@ -84,6 +84,52 @@ def qwen2_moe() -> RawConfig:
     }
 
 
+def mimo_v2_flash() -> RawConfig:
+    full = [layer == 0 or (layer + 1) % 6 == 0 for layer in range(48)]
+    return {
+        "model_type": "mimo_v2_flash",
+        "add_full_attention_sink_bias": False,
+        "add_swa_attention_sink_bias": True,
+        "attention_bias": False,
+        "attention_chunk_size": 128,
+        "attention_value_scale": 0.707,
+        "head_dim": 192,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "hybrid_block_size": None,
+        "hybrid_layer_pattern": [int(not one) for one in full],
+        "intermediate_size": 16_384,
+        "layernorm_epsilon": 1e-5,
+        "max_position_embeddings": 262_144,
+        "moe_intermediate_size": 2048,
+        "moe_layer_freq": [0, *[1] * 47],
+        "n_group": 1,
+        "n_routed_experts": 256,
+        "n_shared_experts": None,
+        "norm_topk_prob": True,
+        "num_attention_heads": 64,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+        "partial_rotary_factor": 0.334,
+        "rope_theta": 5_000_000,
+        "routed_scaling_factor": None,
+        "scoring_func": "sigmoid",
+        "sliding_window": 128,
+        "sliding_window_size": 128,
+        "swa_head_dim": 192,
+        "swa_num_attention_heads": 64,
+        "swa_num_key_value_heads": 8,
+        "swa_rope_theta": 10_000,
+        "swa_v_head_dim": 128,
+        "tie_word_embeddings": False,
+        "topk_group": 1,
+        "topk_method": "noaux_tc",
+        "v_head_dim": 128,
+        "vocab_size": 152_576,
+    }
+
+
 def gpt_oss(layers: int, experts: int) -> RawConfig:
     return {
         "model_type": "gpt_oss",
@@ -574,6 +620,7 @@ PUBLISHED = (
     Published("Kimi-K2", RELEASED["Kimi-K2-Instruct"], 1025.7),
     Published("gpt-oss-20b", gpt_oss(24, 32), 20.9),
     Published("gpt-oss-120b", gpt_oss(36, 128), 116.8),
+    Published("MiMo-V2-Flash", mimo_v2_flash(), 309.0),
     Published("GLM-4.5-Air", glm4_moe(), 106.9),
     Published("GLM-4.6", glm4_moe(**GLM_46), 352.8),
     Published("GLM-4.7-Flash", RELEASED["GLM-4.7-Flash"], 29.9),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from tests.models.configuration import Configuration, yarn
 from tests.models.configurations_gemma import GEMMA
+from tests.models.configurations_gqa import GQA
 from tests.models.configurations_latent import LATENT
 from tests.models.configurations_wrappers import WRAPPED
 from tests.models.tiny import (
@@ -437,4 +438,5 @@ CONFIGURATIONS = (
     *LATENT,
     *WRAPPED,
     *GEMMA,
+    *GQA,
 )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.models import tiny_delta, tiny_gemma, tiny_wrappers
+from tests.models import tiny_delta, tiny_gemma, tiny_gqa, tiny_wrappers
 from tests.models.numpy_delta import delta_net
 from tests.models.safetensors_file import Array, read_checkpoint
 from tests.models.tiny import CHOICE_BIASES, RawConfig, expert_names, head_dim, text_of
@@ -159,6 +159,8 @@ class NumpyModel:
             frequency, scale = gemma_frequencies(self.config["rope_parameters"][kind], dim), 1.0
             if kind == "full_attention":  # stays causal within media
                 spans = replace(spans, sees_until=None)
+        elif self.config["model_type"] in tiny_gqa.FAMILIES:
+            frequency, scale = tiny_gqa.frequencies(self.config, layer), 1.0
         else:
             frequency, scale = rope_frequencies(self.config)
         positions = index[None] if spans.angles is None else np.asarray(spans.angles, np.float64)
@@ -182,7 +184,7 @@ class NumpyModel:
     def norm(self, name: str, x: Array, eps: float | None = None) -> Array:
         """Return x after an RMSNorm with the weight of this name; an empty name stands for no weight."""
         mean_square = (x * x).mean(axis=-1, keepdims=True)
-        eps = self.config["rms_norm_eps"] if eps is None else eps
+        eps = self.config.get("rms_norm_eps", self.config.get("layernorm_epsilon")) if eps is None else eps
         # Norms are zero-centred in delta families.
         weight = self.tensors[name + ".weight"] + (1 if self.is_delta else 0) if name else 1
         return weight * x / np.sqrt(mean_square + eps)
@@ -204,7 +206,8 @@ class NumpyModel:
             q, k = self.norm(prefix + "q_norm", q), self.norm(prefix + "k_norm", k)
         if limit := self.config.get("clip_qkv"):
             q, k, v = (np.clip(y, -limit, limit) for y in (q, k, v))
-        q, k, v = (y.reshape(num_tokens, -1, dim) for y in (q, k, v))
+        q, k = (y.reshape(num_tokens, -1, dim) for y in (q, k))
+        v = v.reshape(num_tokens, k.shape[1], -1) * (self.config.get("attention_value_scale") or 1.0)
         if self.is_delta:
             q, output_gate = q[:, 0::2], q[:, 1::2]
         if prefix + "q_norm.weight" in self.tensors and not is_flat:
@@ -215,13 +218,14 @@ class NumpyModel:
 
         heads_per_kv_head = q.shape[1] // k.shape[1]
         is_seen = places.is_seen(self.windows[layer])
-        out = np.empty_like(q)
+        out = np.empty((*q.shape[:2], v.shape[2]))
         for head in range(q.shape[1]):
             scores = q[:, head] @ k[:, head // heads_per_kv_head].T
             scores = scores if self.is_gemma else scores / math.sqrt(dim)
             scores = np.where(is_seen, scores, -np.inf)
-            if prefix + "sinks" in self.tensors:
-                sink = np.full((num_tokens, 1), self.tensors[prefix + "sinks"][head])
+            sinks = self.tensors.get(prefix + "sinks", self.tensors.get(prefix + "attention_sink_bias"))
+            if sinks is not None:
+                sink = np.full((num_tokens, 1), sinks[head])
                 weights = softmax(np.concatenate([scores, sink], axis=1))[:, :-1]
             else:
                 weights = softmax(scores)
@@ -306,7 +310,7 @@ class NumpyModel:
             weights = scores[token, chosen]
             if self.config.get("norm_topk_prob", True):  # always true for Mixtral and MiniMax-M2
                 weights = weights / weights.sum()
-            weights = weights * self.config.get("routed_scaling_factor", 1.0)
+            weights = weights * (self.config.get("routed_scaling_factor") or 1.0)
             for expert, weight in zip(chosen, weights, strict=True):
                 out[token] += weight * self.swiglu(f"{block}experts.{expert}.", x[token], names)
         if block + "shared_expert_gate.weight" in self.tensors:
@@ -405,6 +409,8 @@ def sliding_windows(config: RawConfig) -> list[int]:
         return [0] * num_layers
     if config["model_type"] == "mixtral":
         return [window] * num_layers
+    if config["model_type"] in tiny_gqa.FAMILIES:
+        return tiny_gqa.windows(config)
     if config["model_type"] == tiny_gemma.FAMILY:
         return [window if kind == "sliding_attention" else 0 for kind in tiny_gemma.layer_kinds(config)]
     if config["model_type"] == "gpt_oss":

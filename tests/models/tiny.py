@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.models import tiny_delta, tiny_gemma, tiny_latent, tiny_wrappers
+from tests.models import tiny_delta, tiny_gemma, tiny_gqa, tiny_latent, tiny_wrappers
 from tests.models.safetensors_file import Array, decode, encode, write_checkpoint
 
 RawConfig = dict[str, Any]
@@ -27,6 +27,7 @@ NEW_TOKENS = 16
 
 # Names of the router bias that affects only the choice of experts, by family.
 CHOICE_BIASES = {"glm4_moe": "gate.e_score_correction_bias", "minimax_m2": "e_score_correction_bias"}
+CHOICE_BIASES |= dict.fromkeys(tiny_gqa.FAMILIES, "gate.e_score_correction_bias")
 
 SWIGLU_NAMES = ("gate_proj", "up_proj", "down_proj")
 
@@ -348,6 +349,8 @@ def moe_layers(config: RawConfig) -> list[int]:
         text = text_of(config)
         return [i for i in range(text["num_hidden_layers"]) if tiny_latent.is_moe(text, i)]
     config = text_of(config)
+    if config["model_type"] in tiny_gqa.FAMILIES:
+        return tiny_gqa.moe_layers(config)
     if "first_k_dense_replace" in config:
         return list(range(config["first_k_dense_replace"], config["num_hidden_layers"]))
     step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
@@ -380,11 +383,14 @@ def tensor_shapes(config: RawConfig) -> dict[str, tuple[int, ...]]:
         layer = f"model.layers.{i}."
         attention = layer + "self_attn."
         shapes[layer + "input_layernorm.weight"] = (hidden,)
-        for name, rows in (("q", q_rows), ("k", kv_rows), ("v", kv_rows)):
-            shapes[f"{attention}{name}_proj.weight"] = (rows, hidden)
-            if has_qkv_bias:
-                shapes[f"{attention}{name}_proj.bias"] = (rows,)
-        shapes[attention + "o_proj.weight"] = (hidden, q_rows)
+        if family in tiny_gqa.FAMILIES:
+            shapes |= tiny_gqa.attention_shapes(config, i)
+        else:
+            for name, rows in (("q", q_rows), ("k", kv_rows), ("v", kv_rows)):
+                shapes[f"{attention}{name}_proj.weight"] = (rows, hidden)
+                if has_qkv_bias:
+                    shapes[f"{attention}{name}_proj.bias"] = (rows,)
+            shapes[attention + "o_proj.weight"] = (hidden, q_rows)
         if family in ("qwen3_moe", "gpt_oss", "olmoe") and has_qkv_bias:
             shapes[attention + "o_proj.bias"] = (hidden,)
         if family == "gpt_oss":

@@ -82,6 +82,21 @@ def require_groups(router: RouterConfig, num_experts: int, experts_per_token: in
     return router
 
 
+def read_kinds(
+    reader: ConfigReader, name: str, numbers: str, kinds: tuple[str, str], default: Sequence[int]
+) -> tuple[str, ...]:
+    """Read the kind of each layer by its name, or by its number under another key; `default` has the numbers."""
+    found = reader.integers(numbers, least=0, most=1) or default
+    chosen = reader.texts(name) or tuple(kinds[number] for number in found)
+    if len(chosen) != len(default) or not set(chosen) <= set(kinds):
+        raise CheckpointError(
+            f"config.json: {name} or {numbers} gives {len(chosen)} layers, expected {len(default)}, each "
+            f"{' or '.join(kinds)}",
+            key=name,
+        )
+    return chosen
+
+
 def layers_behind_the_dense(default: int) -> Callable[[ConfigReader, int], Sequence[bool]]:
     """Return a reader of `first_k_dense_replace`, the first layer with experts; `default` is the family's default."""
 

@@ -157,7 +157,11 @@ def _theta(reader: ConfigReader, fields: _Fields, default: float) -> float:
 
 
 def read_ropes_of_layers(
-    reader: ConfigReader, head_dims: Mapping[str, int], defaults: Mapping[str, Mapping[str, object]]
+    reader: ConfigReader,
+    head_dims: Mapping[str, int],
+    defaults: Mapping[str, Mapping[str, object]],
+    *,
+    default_partial: float | None = None,
 ) -> dict[str, RopeConfig]:
     """Read the rotary embedding of each kind of layer from `rope_parameters`.
 
@@ -167,6 +171,7 @@ def read_ropes_of_layers(
     Args:
         head_dims: dimensions of a head of each kind of layer that the model has.
         defaults: every kind of layer that `rope_parameters` may have, with its value where that is absent.
+        default_partial: as for `read_rope`.
 
     Raises:
         UnsupportedModel: a kind or field is not supported; the error names it.
@@ -181,10 +186,15 @@ def read_ropes_of_layers(
                 key=kind_of_layer,
                 supported=list(defaults),
             )
-    return {kind: _rope_of_layers(parameters.get(kind), kind, dim) for kind, dim in head_dims.items()}
+    return {
+        kind: _rope_of_layers(parameters.get(kind), kind, dim, default_partial)
+        for kind, dim in head_dims.items()
+    }
 
 
-def _rope_of_layers(values: object, kind_of_layer: str, head_dim: int) -> RopeConfig:
+def _rope_of_layers(
+    values: object, kind_of_layer: str, head_dim: int, default_partial: float | None
+) -> RopeConfig:
     name = f"rope_parameters.{kind_of_layer}"
     if not isinstance(values, Mapping):
         raise CheckpointError(
@@ -197,7 +207,10 @@ def _rope_of_layers(values: object, kind_of_layer: str, head_dim: int) -> RopeCo
         raise CheckpointError(
             f"config.json gives heads of {head_dim} dimensions, but rotary embedding needs an even number"
         )
-    share = fields.number("partial_rotary_factor", 1.0)
+    share = fields.number("partial_rotary_factor", default_partial or 1.0)
+    if kind == "default" and default_partial is not None:
+        rotary_dim = _part_of_head(head_dim, share)
+        return RopeConfig(theta=fields.number("rope_theta", None), rotary_dim=rotary_dim)
     if kind == "default" and share != 1.0:
         raise fields.unsupported("partial_rotary_factor", "1.0 for kind 'default'")
     turning_pairs = int(share * head_dim // 2) if share <= 1 else 0
@@ -251,6 +264,11 @@ def _rotary_dim(reader: ConfigReader, fields: _Fields, head_dim: int, default_pa
         raise CheckpointError(
             f"config.json gives {key} as {outer} and, in {fields.name}, as {factor}", key=key
         )
+    return _part_of_head(head_dim, factor)
+
+
+def _part_of_head(head_dim: int, factor: float) -> int:
+    key = "partial_rotary_factor"
     rotary_dim = int(head_dim * factor) if factor <= 1 else 0
     if rotary_dim < 2 or rotary_dim % 2:
         raise CheckpointError(
