@@ -45,6 +45,8 @@ PRE_TOKENIZERS = {
     "deepseek_v2": "deepseek-llm",
     "gemma4": None,  # of a kind of its own
     "deepseek_v3": "deepseek-v3",
+    "deepseek_v32": "deepseek-v3",
+    "glm_moe_dsa": "glm4",
     "kimi_k2": "kimi-k2",
     "kimi_k25": "kimi-k2",
     "kimi_vl": "kimi-k2",

@@ -321,6 +321,85 @@ GLM_4_7_FLASH: RawConfig = {
     "vocab_size": 154880,
 }
 
+# huggingface.co/deepseek-ai/DeepSeek-V3.2
+DEEPSEEK_V32: RawConfig = {
+    key: value
+    for key, value in DEEPSEEK_V3.items()
+    if key not in ("auto_map", "aux_loss_alpha", "pretraining_tp", "seq_aux")
+} | {
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "index_head_dim": 128,
+    "index_n_heads": 64,
+    "index_topk": 2048,
+    "model_type": "deepseek_v32",
+    "transformers_version": "4.44.2",
+}
+
+# huggingface.co/zai-org/GLM-5
+GLM_5: RawConfig = {
+    "architectures": ["GlmMoeDsaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "dtype": "bfloat16",
+    "eos_token_id": [154820, 154827, 154829],
+    "ep_size": 1,
+    "first_k_dense_replace": 3,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 6144,
+    "index_head_dim": 128,
+    "index_n_heads": 32,
+    "index_topk": 2048,
+    "indexer_rope_interleave": True,
+    "initializer_range": 0.02,
+    "intermediate_size": 12288,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 202752,
+    "model_type": "glm_moe_dsa",
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 78,
+    "num_key_value_heads": 64,
+    "num_nextn_predict_layers": 1,
+    "pad_token_id": 154820,
+    "pretraining_tp": 1,
+    "q_lora_rank": 2048,
+    "qk_head_dim": 256,
+    "qk_nope_head_dim": 192,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-05,
+    "rope_interleave": True,
+    "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"},
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "transformers_version": "5.0.2.dev0",
+    "use_cache": True,
+    "v_head_dim": 256,
+    "vocab_size": 154880,
+}
+
+# huggingface.co/zai-org/GLM-5.2
+GLM_5_2: RawConfig = GLM_5 | {
+    "head_dim": 192,
+    "index_share_for_mtp_iteration": True,
+    "index_skip_topk_offset": 3,
+    "index_topk_freq": 4,
+    "index_topk_pattern": None,
+    "indexer_types": ["full" if max(layer - 2, 0) % 4 == 0 else "shared" for layer in range(78)],
+    "max_position_embeddings": 1048576,
+    "mlp_layer_types": ["dense"] * 3 + ["sparse"] * 75,
+    "moe_router_dtype": "float32",
+    "rope_parameters": {"rope_theta": 8000000, "rope_type": "default"},
+}
 # Sizes as in `scripts/models/` of radixark/miles; Kimi-VL's text part is the same with another theta and context.
 MOONLIGHT: RawConfig = {
     key: value
@@ -457,4 +536,7 @@ RELEASED: dict[str, RawConfig] = {
     "Kimi-K2-Instruct": KIMI_K2,
     "Kimi-K2.5": KIMI_K25,
     "GLM-4.7-Flash": GLM_4_7_FLASH,
+    "DeepSeek-V3.2": DEEPSEEK_V32,
+    "GLM-5": GLM_5,
+    "GLM-5.2": GLM_5_2,
 }

@@ -49,9 +49,10 @@ def test_a_released_model_is_read_as_latent_attention_with_dense_layers_first(na
     assert [layer.is_moe for layer in config.layers] == [
         layer >= first for layer in range(text["num_hidden_layers"])
     ]
-    assert {layer.mixer for layer in config.layers} == {config.latent}
     assert config.latent is not None
-    assert replace(config.latent, scale=0.0) == LatentConfig(
+    without_index = config.with_mixers(LatentConfig, index=None)
+    assert {layer.mixer for layer in without_index.layers} == {replace(config.latent, index=None)}
+    assert replace(config.latent, scale=0.0, index=None) == LatentConfig(
         num_heads=text["num_attention_heads"], rope=config.latent.rope,
         query_rank=text["q_lora_rank"] or 0, kv_rank=512, nope_dim=text["qk_nope_head_dim"], rope_dim=64,
         value_dim=text["v_head_dim"], norm_eps=1e-6,

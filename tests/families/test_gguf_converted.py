@@ -34,7 +34,7 @@ MADE_WITH = CONVERTED.pop("made with")
 CONFIGS = configs()
 ARCHITECTURES = {metadata["general.architecture"]: name for name, metadata in CONVERTED.items()}
 # Keys that the recorded commit of llama.cpp writes and the `gguf` package on PyPI does not know yet.
-NEWER_THAN_THE_PACKAGE = {"attention.recurrent_layers"}
+NEWER_THAN_THE_PACKAGE = {"attention.indexer.types", "attention.recurrent_layers"}
 
 LAYOUT_OF_DELTA = ("has_joined_qkvz", "has_joined_ba", "is_tiled", "is_rate_log")
 
@@ -65,6 +65,7 @@ def deciding_tensors(config: ModelConfig, architecture: str) -> dict[str, tuple[
         "blk.0.attn_q.bias": "layers.0.q_bias" in needed,
         "blk.0.attn_q_norm.weight": "layers.0.q_norm" in needed,
         f"blk.{config.moe_layers[0]}.exp_probs_b.bias": config.router.has_choice_bias,
+        "blk.0.indexer.attn_q_b.weight": "layers.0.index_q" in needed,
         "blk.0.ssm_ba.weight": architecture == "qwen3next",
         "blk.0.ssm_alpha.weight": architecture == "qwen35moe",
         "rope_freqs.weight": architecture == "gemma4",

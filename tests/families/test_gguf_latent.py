@@ -21,7 +21,9 @@ from tests.models.tiny import RawConfig
 from tests.models.tiny_latent import (
     deepseek_v2,
     deepseek_v3,
+    deepseek_v32,
     glm4_moe_lite,
+    glm_moe_dsa,
     kimi_k2,
     kimi_k25,
     yarn_of_all_dimensions,
@@ -33,6 +35,8 @@ MODELS: dict[str, RawConfig] = {
     "DeepSeek-V3": deepseek_v3(),
     "Kimi-K2": kimi_k2(),
     "Kimi-K2.5": kimi_k25(),
+    "DeepSeek-V3.2": deepseek_v32(),
+    "GLM-5.2": glm_moe_dsa(bos_token_id=1, eos_token_id=2, indexer_types=["full", "full", "shared"]),
     "GLM-4.7-Flash": glm4_moe_lite(bos_token_id=1, eos_token_id=2, tie_word_embeddings=True),
 }
 
@@ -86,8 +90,42 @@ def test_metadata_means_the_same_as_config_json(
     assert found.latent is not None
     assert found.latent.is_up_split == split_kv
     # A file does not say which model with a sigmoid router it holds.
-    assert found.family == ("deepseek_v2" if "V2" in name else "deepseek_v3")
+    families = {"DeepSeek-V3.2": "deepseek_v32", "GLM-5.2": "glm_moe_dsa"}
+    assert found.family == families.get(name, "deepseek_v2" if "V2" in name else "deepseek_v3")
     assert replace(found.with_mixers(LatentConfig, is_up_split=False), family=expected.family) == expected
+
+
+@pytest.mark.parametrize("make", [deepseek_v32, glm_moe_dsa])
+def test_a_file_without_indexers_says_up_to_where_it_is_exact(
+    make: Callable[..., RawConfig], write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = gguf_models.is_in_gguf
+    monkeypatch.setattr(
+        gguf_models, "is_in_gguf", lambda name, config: ".indexer." not in name and plain(name, config)
+    )
+    config = write(make(index_topk=9)).config
+    assert config.exact_tokens == 9
+    assert {layer.mixer.num_chosen for layer in config.layers if isinstance(layer.mixer, LatentConfig)} == {0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "kinds"),
+    [
+        ({"index_topk_freq": 1}, ["own"] * 4),
+        ({"indexer_types": ["full", "shared", "shared", "full"]}, ["own", "shared", "shared", "own"]),
+        (
+            {"max_position_embeddings": 1 << 20},
+            ["own", "own", "own", "shared"],
+        ),  # as in GLM-5.2's config.json
+    ],
+)
+def test_layers_have_their_own_indexer_where_the_file_or_the_length_of_its_context_says(
+    changes: RawConfig, kinds: list[str], write: Write
+) -> None:
+    config = write(glm_moe_dsa(num_hidden_layers=4, **changes)).config
+    assert config.exact_tokens is None
+    mixers = (layer.mixer for layer in config.layers)
+    assert [mixer.index and mixer.index.kind for mixer in mixers if isinstance(mixer, LatentConfig)] == kinds
 
 
 def test_key_and_value_halves_are_read_from_their_own_tensors(write: Write) -> None:

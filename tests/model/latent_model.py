@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,15 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.formats import matrix_bytes
 from argosy.checkpoint.geometry import dense_shapes
 from argosy.checkpoint.landing import MatrixRef
-from argosy.config import Format, LatentConfig, LayerConfig, ModelConfig, RopeConfig, RouterConfig
+from argosy.config import (
+    Format,
+    IndexConfig,
+    LatentConfig,
+    LayerConfig,
+    ModelConfig,
+    RopeConfig,
+    RouterConfig,
+)
 from argosy.model.rope import inverse_frequency
 from argosy.model.weights import is_vector
 
@@ -27,6 +36,22 @@ PLAIN_QUERY = LatentConfig(
     num_heads=5, query_rank=0, kv_rank=48, nope_dim=16, rope_dim=8, value_dim=16, norm_eps=1e-6,
     rope=RopeConfig(theta=1e4, rotary_dim=8, is_interleaved=True),
 )  # fmt: skip
+
+
+# Layers that choose positions in the other pairing of dimensions, share a choice, and choose again.
+INDEX = IndexConfig(num_chosen=17, num_heads=3, head_dim=14, is_interleaved=False, norm_eps=1e-6)
+
+
+def indexed_config(
+    index: IndexConfig = INDEX, *, kinds: Sequence[str] = ("own", "shared", "own")
+) -> ModelConfig:
+    layers = (replace(QUERY_RANK, index=replace(index, kind=kind)) for kind in kinds)
+    config = latent_config(QUERY_RANK)
+    return replace(
+        config,
+        context_tokens=32_768,
+        layers=tuple(LayerConfig(mixer=layer, is_moe=False) for layer in layers),
+    )
 
 
 def latent_config(latent: LatentConfig, *, is_interleaved: bool = True, num_heads: int = 5) -> ModelConfig:
@@ -78,20 +103,27 @@ class LatentModel:
                 for name, value in self.values.items()
                 if name.startswith(f"layers.{layer}.")
             }
-            hidden = hidden + self._attention(part, norm(hidden, part["attn_norm"], self.config.norm_eps))
+            mixer = self.config.layers[layer].mixer
+            assert isinstance(mixer, LatentConfig)
+            normed = norm(hidden, part["attn_norm"], self.config.norm_eps)
+            hidden = hidden + self._attention(mixer, part, normed)
             normed = norm(hidden, part["mlp_norm"], self.config.norm_eps)
             gate, up = normed @ part["gate"].T, normed @ part["up"].T
             hidden = hidden + (gate / (1 + np.exp(-gate)) * up) @ part["down"].T
         return norm(hidden, self.values["final_norm"], self.config.norm_eps) @ self.values["head"].T
 
-    def _attention(self, part: dict[str, Array], x: Array) -> Array:
-        latent, tokens = self.config.latent, len(x)
-        assert latent is not None
-        heads = latent.num_heads
+    def _attention(self, latent: LatentConfig, part: dict[str, Array], x: Array) -> Array:
+        tokens, heads = len(x), latent.num_heads
         if latent.query_rank:
-            query = norm(x @ part["q_down"].T, part["q_down_norm"], latent.norm_eps) @ part["q_up"].T
+            query_latent = norm(x @ part["q_down"].T, part["q_down_norm"], latent.norm_eps)
+            query = query_latent @ part["q_up"].T
         else:
             query = x @ part["q"].T
+        is_seen = np.tril(np.ones((tokens, tokens), bool))
+        if latent.own_index is not None:
+            self._chosen = self._choose(latent.own_index, part, x, query_latent, is_seen)
+        if latent.index is not None:
+            is_seen = is_seen & self._chosen
         query = query.reshape(tokens, heads, -1)
         down = x @ part["kv_down"].T
         compressed = norm(down[:, : latent.kv_rank], part["kv_norm"], latent.norm_eps)
@@ -106,21 +138,49 @@ class LatentModel:
         scores = (
             np.einsum("qhd,khd->hqk", query, key, optimize=True) * (latent.nope_dim + latent.rope_dim) ** -0.5
         )
-        scores += np.where(np.tril(np.ones((tokens, tokens))) > 0, 0, -np.inf)
+        scores[:, ~is_seen] = -np.inf
         weights = np.exp(scores - scores.max(axis=2, keepdims=True))
         weights /= weights.sum(axis=2, keepdims=True)
         out = np.einsum("hqk,khv->qhv", weights, keys_values[:, :, latent.nope_dim :], optimize=True)
         return out.reshape(tokens, -1) @ part["o"].T
 
-    def _turn(self, x: Array) -> Array:
+    def _choose(
+        self,
+        index: IndexConfig,
+        part: dict[str, Array],
+        x: Array,
+        query_latent: Array,
+        is_seen: NDArray[np.bool_],
+    ) -> NDArray[np.bool_]:
+        """Return [token, position], whether the token sees the position."""
         (rope,) = self.config.ropes
+        query = (query_latent @ part["index_q"].T).reshape(len(x), index.num_heads, -1)
+        key = x @ part["index_k"].T
+        key = key - key.mean(axis=1, keepdims=True)
+        key = norm(key, part["index_k_norm"], index.norm_eps) + part["index_k_norm_bias"]
+        query, key = (
+            np.concatenate(
+                [self._turn(y[..., : rope.rotary_dim], index.is_interleaved), y[..., rope.rotary_dim :]],
+                axis=2,
+            )
+            for y in (query, key[:, None])
+        )
+        scores = np.zeros((len(x), len(x)))
+        for head, weights in enumerate((x @ part["index_weights"].T).T):
+            scores += weights[:, None] * np.maximum(query[:, head] @ key[:, 0].T, 0)
+        order = np.argsort(-np.where(is_seen, scores, -np.inf), axis=1, kind="stable")
+        is_chosen = np.zeros_like(is_seen)
+        np.put_along_axis(is_chosen, order[:, : index.num_chosen], True, axis=1)
+        return is_chosen
+
+    def _turn(self, x: Array, is_interleaved: bool | None = None) -> Array:
+        (rope,) = self.config.ropes
+        is_interleaved = rope.is_interleaved if is_interleaved is None else is_interleaved
         angle = np.arange(len(x))[:, None, None] * inverse_frequency(rope)
         out = x.copy()
         half = x.shape[-1] // 2
         first, second = (
-            (slice(0, None, 2), slice(1, None, 2))
-            if rope.is_interleaved
-            else (slice(0, half), slice(half, None))
+            (slice(0, None, 2), slice(1, None, 2)) if is_interleaved else (slice(0, half), slice(half, None))
         )
         a, b = x[:, :, first], x[:, :, second]
         out[:, :, first] = a * np.cos(angle) - b * np.sin(angle)

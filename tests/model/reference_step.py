@@ -7,6 +7,7 @@ by expert itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from argosy.config import (
     AttentionConfig,
     DeltaConfig,
     Format,
+    IndexConfig,
     LatentConfig,
     ModelConfig,
     QueryScale,
@@ -264,6 +266,8 @@ class ReferenceDecoder:
         if latent.query_rank:
             down = self._product(self.weights.matrices[name + "q_down"], normed)
             query = self._norm(down, name + "q_down_norm", latent.norm_eps)
+        if latent.own_index is not None:
+            self._chosen = self._choose(latent.own_index, layer, step, normed, query)
         query = self._product(self.weights.matrices[name + ("q_up" if latent.query_rank else "q")], query)
         query = query.reshape(tokens, latent.num_heads, -1)
         vectors = self._product(self.weights.matrices[name + "kv_down"], normed)
@@ -289,8 +293,41 @@ class ReferenceDecoder:
             latent.scale or latent.head_dim**-0.5,
             attended,
             step.sees_until,
+            self._chosen if latent.num_chosen else None,
         )
         self._add_mixed(hidden, self._projection(name + "o", attended), layer)
+
+    def _choose(
+        self, index: IndexConfig, layer: int, step: Step, normed: Floats, query_latent: Floats
+    ) -> NDArray[np.int32]:
+        name, tokens = f"layers.{layer}.index_", step.num_tokens
+        key = self._product(self.weights.matrices[name + "k"], normed)
+        weight, bias = (self.weights.vectors[name + part] for part in ("k_norm", "k_norm_bias"))
+        _native.layer_norm(self.runtime, key, weight, bias, index.norm_eps, key)
+        query = self._product(self.weights.matrices[name + "q"], query_latent)
+        query = query.reshape(tokens, index.num_heads, -1)
+        mixer = self.config.layers[layer].mixer
+        assert isinstance(mixer, LatentConfig)
+        rope = replace(mixer.rope, is_interleaved=index.is_interleaved)
+        for turning in (query, key[:, None]):
+            self._rotate(turning, rope, step)
+        weights = self._product(self.weights.matrices[name + "weights"], normed)
+        weights *= np.float32(1) / np.sqrt(np.float32(index.num_heads * index.head_dim))
+        _native_testing.index_write(self.runtime, self.kv, layer, key, step.slots)
+        chosen = np.full((tokens, index.num_chosen), -1, np.int32)
+        _native_testing.choose_positions(
+            self.runtime,
+            self.kv,
+            layer,
+            query,
+            weights,
+            step.block_table,
+            step.sequence,
+            step.order,
+            chosen,
+            step.sees_until,
+        )
+        return chosen
 
     def _add_ffn(self, hidden: Floats, layer: int) -> None:
         if f"layers.{layer}.mlp_post_norm" not in self.weights.vectors:

@@ -17,13 +17,20 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.formats import matrix_bytes
 from argosy.checkpoint.landing import AS_STORED, Halves, MatrixRef, Transcoded
 from argosy.checkpoint.latent_up import KeyValueRows
-from argosy.config import F8_FORMATS, Format, KvDtype, LatentConfig
+from argosy.config import F8_FORMATS, Format, IndexConfig, KvDtype, LatentConfig, ModelConfig
 from argosy.errors import UnsupportedModel
 from argosy.model.clock import PartClock
 from argosy.model.decoder import Decoder
 from argosy.model.layers import kv_shapes, stack_sizes
 from argosy.model.weights import dense_footprint, load_dense
-from tests.model.latent_model import PLAIN_QUERY, QUERY_RANK, LatentModel, latent_config
+from tests.model.latent_model import (
+    INDEX,
+    PLAIN_QUERY,
+    QUERY_RANK,
+    LatentModel,
+    indexed_config,
+    latent_config,
+)
 from tests.model.open_parts import Parts, Run, decode, make_steps
 from tests.model.reference_step import Floats, ReferenceDecoder
 from tests.native.gguf_blocks import dequantized, random_blocks
@@ -78,12 +85,30 @@ def test_logits_match_those_of_the_plain_form(
     np.testing.assert_allclose(found, model.logits(step.token_ids.tolist()), atol=2e-5)
 
 
-@pytest.mark.parametrize("format", ["f32", "q8", "q4"])
-@pytest.mark.parametrize("latent", [QUERY_RANK, PLAIN_QUERY])
-def test_a_step_has_the_bits_of_its_operations_on_any_number_of_threads(
-    latent: LatentConfig, format: Format, instruction_set: str, tmp_path: Path
+@pytest.mark.parametrize("index", [INDEX, replace(INDEX, is_interleaved=True, num_chosen=69, num_heads=5)])
+def test_logits_match_those_of_a_mask_over_the_chosen_positions(
+    index: IndexConfig, instruction_set: str, tmp_path: Path
 ) -> None:
-    model = LatentModel(tmp_path, latent_config(latent), format)
+    model = LatentModel(tmp_path, indexed_config(index))
+    with opened(model, instruction_set=instruction_set) as parts:
+        (step,) = make_steps(parts.config, [[Run(0, 70)]])
+        found = decoder_of(parts).forward(step)
+    expected = model.logits(step.token_ids.tolist())
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    dense = LatentModel(tmp_path, replace(model.config, layers=latent_config(QUERY_RANK).layers[:1] * 3))
+    dense.values = model.values
+    without_mask = dense.logits(step.token_ids.tolist())
+    few = index.num_chosen
+    np.testing.assert_allclose(expected[:few], without_mask[:few], atol=1e-12)
+    assert np.abs(expected[few:] - without_mask[few:]).max() > 1e-3
+
+
+@pytest.mark.parametrize("format", ["f32", "q8", "q4"])
+@pytest.mark.parametrize("config", [latent_config(QUERY_RANK), latent_config(PLAIN_QUERY), indexed_config()])
+def test_a_step_has_the_bits_of_its_operations_on_any_number_of_threads(
+    config: ModelConfig, format: Format, instruction_set: str, tmp_path: Path
+) -> None:
+    model = LatentModel(tmp_path, config, format)
     with opened(model, instruction_set=instruction_set) as parts:
         expected = run(parts, ReferenceDecoder(parts.config, parts.weights, None, parts.kv(), parts.runtime))
         alone = run(parts, decoder_of(parts))
@@ -96,8 +121,9 @@ def test_a_step_has_the_bits_of_its_operations_on_any_number_of_threads(
         np.testing.assert_array_equal(threads, theirs)
 
 
-def test_decode_equals_prefill(instruction_set: str, tmp_path: Path) -> None:
-    model = LatentModel(tmp_path, latent_config(QUERY_RANK), "bf16")
+@pytest.mark.parametrize("config", [latent_config(QUERY_RANK), indexed_config()])
+def test_decode_equals_prefill(config: ModelConfig, instruction_set: str, tmp_path: Path) -> None:
+    model = LatentModel(tmp_path, config, "bf16")
     with opened(model, instruction_set=instruction_set) as parts:
         (whole,) = make_steps(parts.config, [[Run(0, 60)]])
         together = decoder_of(parts).forward(whole)

@@ -8,13 +8,21 @@ from tests.models.tiny_latent import (
     axk1,
     deepseek_v2,
     deepseek_v3,
+    deepseek_v32,
     glm4_moe_lite,
+    glm_moe_dsa,
     kimi_k2,
     kimi_k25,
     kimi_vl,
     sarvam_mla,
     yarn_of_all_dimensions,
 )
+
+_INDEXED = {
+    "hidden_size": 24, "intermediate_size": 16, "kv_lora_rank": 14, "moe_intermediate_size": 7, "n_group": 2,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "q_lora_rank": 13, "topk_group": 1, "v_head_dim": 9,
+    "vocab_size": 60,
+}  # fmt: skip
 
 LATENT = (
     Configuration(
@@ -200,5 +208,37 @@ LATENT = (
             q_lora_rank=None,
             eos_token_id=2,
         ),
+    ),
+    Configuration(name="deepseek_v32_plain", config=deepseek_v32(**_INDEXED)),
+    Configuration(
+        name="deepseek_v32_multi_token_prediction",
+        config=deepseek_v32(
+            **_INDEXED
+            | {
+                "index_head_dim": 6,
+                "index_n_heads": 9,
+                "index_topk": 13,
+                "layer_types": ["indexed_attention"] * 2,
+                "num_hidden_layers": 2,
+                "num_nextn_predict_layers": 1,
+                "rope_scaling": None,
+            },
+        ),
+    ),
+    Configuration(name="glm_moe_dsa_plain", config=glm_moe_dsa(**_INDEXED, index_skip_topk_offset=2)),
+    Configuration(
+        name="glm_moe_dsa_shared_types",
+        config={
+            key: value
+            for key, value in glm_moe_dsa(
+                **_INDEXED,
+                indexer_types=["full", "shared", "shared"],
+                index_topk=9,
+                index_topk_freq=1,
+                head_dim=6,
+                mlp_layer_types=["sparse", "dense", "sparse"],
+            ).items()
+            if key != "first_k_dense_replace"
+        },
     ),
 )

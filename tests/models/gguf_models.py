@@ -21,7 +21,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 
 from tests.models.safetensors_file import Array, write_checkpoint
 from tests.models.tiny import RawConfig, head_dim, moe_layers, num_experts, random_tensors, text_of
-from tests.models.tiny_latent import LATENT_FAMILIES
+from tests.models.tiny_latent import INDEXED_FAMILIES, LATENT_FAMILIES
 from tests.models.tiny_mtp import mtp_tensors
 from tests.native import gguf_blocks
 from tests.native.gguf_blocks import WITHOUT_PACKAGE, put_iq1_m_scales
@@ -31,6 +31,8 @@ ARCHITECTURES = {
     "qwen2_moe": "qwen2moe",
     "qwen3_moe": "qwen3moe",
     **dict.fromkeys(LATENT_FAMILIES, "deepseek2"),
+    "deepseek_v32": "deepseek32",
+    "glm_moe_dsa": "glm-dsa",
     "gpt_oss": "gpt-oss",
     "glm4_moe": "glm4moe",
     "olmoe": "olmoe",
@@ -86,6 +88,10 @@ _NAMES = {
     "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
     "self_attn.kv_a_layernorm": "attn_kv_a_norm",
     "self_attn.kv_b_proj": "attn_kv_b",
+    "self_attn.indexer.wq_b": "indexer.attn_q_b",
+    "self_attn.indexer.wk": "indexer.attn_k",
+    "self_attn.indexer.k_norm": "indexer.k_norm",
+    "self_attn.indexer.weights_proj": "indexer.proj",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -354,7 +360,7 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
 
 
 def add_latent_metadata(writer: GGUFWriter, config: RawConfig, *, split_kv: bool) -> None:
-    """Write the script's metadata for latent attention (architecture deepseek2), as today or before April 2025."""
+    """Write the script's metadata for latent attention, as today or before April 2025 (architecture deepseek2)."""
     key = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
     writer.add_vocab_size(config["vocab_size"])
     writer.add_block_count(config["num_hidden_layers"])
@@ -376,8 +382,8 @@ def add_latent_metadata(writer: GGUFWriter, config: RawConfig, *, split_kv: bool
         writer.add_key_length(key)
         writer.add_value_length(config["v_head_dim"])
     writer.add_rope_dimension_count(config["qk_rope_head_dim"])
-    writer.add_rope_freq_base(float(config["rope_theta"]))
-    if (scaling := config["rope_scaling"]) is not None:
+    writer.add_rope_freq_base(float((config.get("rope_parameters") or config)["rope_theta"]))
+    if (scaling := config.get("rope_scaling")) is not None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(scaling["factor"])
         writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
@@ -397,6 +403,13 @@ def add_latent_metadata(writer: GGUFWriter, config: RawConfig, *, split_kv: bool
     )
     writer.add_expert_group_count(config["n_group"])
     writer.add_expert_group_used_count(config["topk_group"])
+    if config["model_type"] in INDEXED_FAMILIES:
+        prefix = f"{ARCHITECTURES[config['model_type']]}.attention.indexer."
+        writer.add_uint32(prefix + "head_count", config["index_n_heads"])
+        writer.add_uint32(prefix + "key_length", config["index_head_dim"])
+        writer.add_uint32(prefix + "top_k", config["index_topk"])
+        if config.get("indexer_types"):
+            writer.add_array(prefix + "types", [kind == "full" for kind in config["indexer_types"]])
     writer.add_tokenizer_model("none")
     writer.add_bos_token_id(config.get("bos_token_id", 1))
     eos = config["eos_token_id"]

@@ -243,6 +243,8 @@ class NumpyModel:
         else:
             compressed = self.norm(prefix + "q_a_layernorm", self.linear(prefix + "q_a_proj", x), 1e-6)
             q = self.linear(prefix + "q_b_proj", compressed)
+            if prefix + "indexer.wk.weight" in self.tensors:
+                self.chosen = self.choose_positions(prefix + "indexer.", x, compressed, places)
         q = q.reshape(num_tokens, -1, nope + turning)
         latent, shared_key = np.split(self.linear(prefix + "kv_a_proj_with_mqa", x), [rank], axis=-1)
         latent = self.norm(prefix + "kv_a_layernorm", latent, 1e-6)
@@ -255,6 +257,8 @@ class NumpyModel:
             magnitude = 0.1 * rope["mscale_all_dim"] * math.log(rope["factor"]) + 1
         scale = magnitude**2 / math.sqrt(nope + turning)
         is_seen = places.is_seen()
+        if "index_topk" in config:  # a layer without an indexer sees what the last one with it chose
+            is_seen = is_seen & self.chosen
         keys_values = self.linear(prefix + "kv_b_proj", latent).reshape(num_tokens, q.shape[1], -1)
         out = np.empty((num_tokens, q.shape[1], keys_values.shape[2] - nope))
         for head in range(q.shape[1]):
@@ -262,6 +266,24 @@ class NumpyModel:
             scores = q[:, head, :nope] @ key.T + q_turned[:, head] @ key_turned[:, 0].T
             out[:, head] = softmax(np.where(is_seen, scale * scores, -np.inf)) @ value
         return self.linear(prefix + "o_proj", out.reshape(num_tokens, -1))
+
+    def choose_positions(self, prefix: str, x: Array, compressed: Array, places: Places) -> Array:
+        """Return [token, position], whether an indexer lets a token see a position; of a tie the lower one."""
+        config = self.config
+        heads, dim, turning = config["index_n_heads"], config["index_head_dim"], config["qk_rope_head_dim"]
+        q = (compressed @ self.tensors[prefix + "wq_b.weight"].T).reshape(len(x), heads, dim)
+        k = x @ self.tensors[prefix + "wk.weight"].T
+        k = k - k.mean(axis=1, keepdims=True)
+        k = k / np.sqrt((k * k).mean(axis=1, keepdims=True) + 1e-6) * self.tensors[prefix + "k_norm.weight"]
+        k = (k + self.tensors[prefix + "k_norm.bias"])[:, None]
+        turn = rotate_pairs if config["model_type"] == "glm_moe_dsa" else rotate
+        q, k = (np.concatenate([turn(y[..., :turning], places), y[..., turning:]], axis=2) for y in (q, k))
+        weights = x @ self.tensors[prefix + "weights_proj.weight"].T
+        scores = np.einsum("th,hts->ts", weights, np.maximum(np.einsum("thd,sd->hts", q, k[:, 0]), 0))
+        order = np.argsort(-np.where(places.is_seen(), scores, -np.inf), axis=1, kind="stable")
+        is_chosen = np.zeros_like(scores, bool)
+        np.put_along_axis(is_chosen, order[:, : config["index_topk"]], True, axis=1)
+        return is_chosen
 
     def deepseek_feed_forward(self, prefix: str, x: Array) -> Array:
         config, k = self.config, self.config["num_experts_per_tok"]

@@ -14,6 +14,7 @@ from typing import Any
 RawConfig = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 
+INDEXED_FAMILIES = ("deepseek_v32", "glm_moe_dsa")
 _COUNTS = (("routed", "num_experts"), ("shared", "num_shared_experts"))
 LATENT_FAMILIES = (
     "deepseek_v2",
@@ -24,6 +25,7 @@ LATENT_FAMILIES = (
     "axk1",
     "kimi_vl",
     "sarvam_mla",
+    *INDEXED_FAMILIES,
 )
 
 
@@ -196,6 +198,62 @@ def glm4_moe_lite(**changes: Any) -> RawConfig:
     return {key: value for key, value in plain.items() if key not in unknown} | changes
 
 
+def deepseek_v32(**changes: Any) -> RawConfig:
+    """A config.json with the keys of DeepSeek-V3.2's."""
+    index = {"index_head_dim": 10, "index_n_heads": 5, "index_topk": 7}
+    unknown = ("aux_loss_alpha", "pretraining_tp", "seq_aux")
+    plain = deepseek_v3(architectures=["DeepseekV32ForCausalLM"], model_type="deepseek_v32", **index)
+    return {key: value for key, value in plain.items() if key not in unknown} | changes
+
+
+def glm_moe_dsa(**changes: Any) -> RawConfig:
+    """A config.json with the keys of GLM-5.2's."""
+    unknown = ("partial_rotary_factor", "rope_scaling", "rope_theta")
+    plain = glm4_moe_lite(
+        architectures=["GlmMoeDsaForCausalLM"],
+        head_dim=10,
+        index_head_dim=8,
+        index_n_heads=6,
+        index_share_for_mtp_iteration=True,
+        index_skip_topk_offset=3,
+        index_topk=6,
+        index_topk_freq=4,
+        indexer_rope_interleave=True,
+        model_type="glm_moe_dsa",
+        moe_router_dtype="float32",
+        qk_head_dim=16,
+        rope_interleave=True,
+        rope_parameters={"rope_theta": 8000000, "rope_type": "default"},
+        routed_scaling_factor=2.5,
+        scoring_func="sigmoid",
+    )
+    return {key: value for key, value in plain.items() if key not in unknown} | changes
+
+
+def has_indexer(config: RawConfig, layer: int) -> bool:
+    """Whether a layer chooses positions itself; layers for multi-token prediction do."""
+    if config["model_type"] not in INDEXED_FAMILIES:
+        return False
+    kinds = config.get("indexer_types") or config.get("index_topk_pattern")
+    if layer >= config["num_hidden_layers"]:
+        return True
+    if kinds:
+        return kinds[layer] in ("full", "F")
+    spacing, first = config.get("index_topk_freq", 1), config.get("index_skip_topk_offset", 2)
+    return max(layer - first + 1, 0) % spacing == 0
+
+
+def indexer_shapes(config: RawConfig, layer: str) -> Shapes:
+    heads, dim = config["index_n_heads"], config["index_head_dim"]
+    return {
+        f"{layer}self_attn.indexer.wq_b.weight": (heads * dim, config["q_lora_rank"]),
+        f"{layer}self_attn.indexer.wk.weight": (dim, config["hidden_size"]),
+        f"{layer}self_attn.indexer.k_norm.weight": (dim,),
+        f"{layer}self_attn.indexer.k_norm.bias": (dim,),
+        f"{layer}self_attn.indexer.weights_proj.weight": (heads, config["hidden_size"]),
+    }
+
+
 def yarn_of_all_dimensions(factor: float, original: int, mscale: float = 1.0) -> dict[str, Any]:
     """DeepSeek's `rope_scaling`."""
     return {
@@ -221,13 +279,18 @@ def latent_shapes(raw: RawConfig) -> Shapes:
     prefix = "language_model." if "text_config" in raw else ""
     shapes: Shapes = {f"{prefix}model.embed_tokens.weight": (vocab, hidden)}
     for layer in range(config["num_hidden_layers"]):
-        shapes |= layer_shapes(config, f"{prefix}model.layers.{layer}.", is_moe=is_moe(config, layer))
+        layer_prefix = f"{prefix}model.layers.{layer}."
+        shapes |= layer_shapes(config, layer_prefix, is_moe=is_moe(config, layer))
+        if has_indexer(config, layer):
+            shapes |= indexer_shapes(config, layer_prefix)
     shapes[f"{prefix}model.norm.weight"] = (hidden,)
     if not config["tie_word_embeddings"]:
         shapes[f"{prefix}lm_head.weight"] = (vocab, hidden)
     for mtp in range(config.get("num_nextn_predict_layers", 0)):
         layer_prefix = f"{prefix}model.layers.{config['num_hidden_layers'] + mtp}."
         shapes |= layer_shapes(config, layer_prefix, is_moe=True)
+        if has_indexer(config, config["num_hidden_layers"]):
+            shapes |= indexer_shapes(config, layer_prefix)
         shapes |= {
             f"{layer_prefix}embed_tokens.weight": (vocab, hidden),
             f"{layer_prefix}eh_proj.weight": (hidden, 2 * hidden),

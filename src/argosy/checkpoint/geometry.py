@@ -163,6 +163,12 @@ def _latent_shapes(latent: LatentConfig, hidden: int) -> Iterator[tuple[str, Sha
         yield "v_up", (heads * latent.value_dim, rank)
     else:
         yield "kv_up", (heads * (latent.nope_dim + latent.value_dim), rank)
+    if (index := latent.own_index) is not None:
+        yield "index_q", (index.num_heads * index.head_dim, latent.query_rank)
+        yield "index_k", (index.head_dim, hidden)
+        yield "index_k_norm", (index.head_dim,)
+        yield "index_k_norm_bias", (index.head_dim,)
+        yield "index_weights", (index.num_heads, hidden)
     yield "o", (hidden, heads * latent.value_dim)
 
 
@@ -223,8 +229,11 @@ def _routed_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
 _DENSE_FORMATS: Mapping[str, Format] = {"bf16": "bf16", "q8": "q8", "q4": "q8"}
 # Besides vectors: rows that score experts, and rows that set how fast a recurrent state forgets and learns.
 _KEPT_EXACT = frozenset(
-    {"router", "shared_score", "sinks", "delta_a", "delta_b", "delta_ba", "delta_conv", "delta_rate"}
-)
+    {
+        "router", "shared_score", "sinks", "index_weights",
+        "delta_a", "delta_b", "delta_ba", "delta_conv", "delta_rate",
+    }
+)  # fmt: skip
 
 
 def is_kept_exact(name: str) -> bool:

@@ -452,11 +452,15 @@ class _Strict:
 
 
 def _option_with(options: list[Any], value: object, where: str, reader: _Strict) -> object:
-    """Return the only option, or the dataclass with the keys of `value`."""
+    """Return the only option, or the dataclass that has the keys of `value`, and needs no others."""
     if len(options) == 1:
         return options[0]
     given = reader.mapping(value, where)
-    found = [option for option in options if given.keys() == {field.name for field in fields(option)}]
+    found = []
+    for option in options:
+        known = {field.name: field.default is MISSING for field in fields(option)}
+        if {name for name, is_needed in known.items() if is_needed} <= given.keys() <= known.keys():
+            found.append(option)
     if not found:
         raise reader.wrong(where, sorted(given), f"the keys of {' or '.join(o.__name__ for o in options)}")
     return found[0]

@@ -16,7 +16,9 @@ from argosy.config.model import (
     ACT_ORDER_FORMATS, F8_FORMATS, FLOAT_FORMATS, MEASURED_FORMATS, ActivationConfig, Format, LayerConfig, ModelConfig,
     RouterConfig,
 )  # fmt: skip
-from argosy.config.mixers import AttentionConfig, DeltaConfig, LatentConfig, Mixer, QueryScale, RopeConfig
+from argosy.config.mixers import (
+    AttentionConfig, DeltaConfig, IndexConfig, LatentConfig, Mixer, QueryScale, RopeConfig,
+)  # fmt: skip
 from argosy.config.sampling import (
     CHOOSING, EFFORTS, ENDING, LENIENT_SCHEMA, MAX_GRAMMAR_CHARACTERS, SAMPLING, THINKING, Grammar, Preset,
     SamplingDefaults, SamplingParams, Trigger,

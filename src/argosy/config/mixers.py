@@ -93,6 +93,20 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class IndexConfig:
+    """The lightning indexer (DeepSeek-V3.2, arXiv:2512.02556): it chooses the positions that a token sees."""
+
+    num_chosen: int  # a token that could see no more sees all
+    num_heads: int
+    head_dim: int
+    is_interleaved: bool  # pairs of its rotary dimensions, which come first, whatever the layer's are
+    norm_eps: float  # for the LayerNorm of its keys
+    # shared: no indexer here, the layer sees what the last one with its own chose. missing: the file has none, so
+    # tokens see all positions, which is exact while these are no more than num_chosen.
+    kind: Literal["own", "shared", "missing"] = "own"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LatentConfig:
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): keys and values share a compressed vector."""
 
@@ -107,6 +121,7 @@ class LatentConfig:
     scale: float = 0.0  # factor of attention scores; 0: 1 / sqrt(head_dim)
     query_scale: QueryScale | None = None  # a factor of queries that grows with their position
     is_up_split: bool = False  # the file holds k_up (transposed head by head) and v_up instead of kv_up
+    index: IndexConfig | None = None  # a token sees only the best positions; None: all
 
     @property
     def head_dim(self) -> int:
@@ -117,6 +132,16 @@ class LatentConfig:
     def cached_dim(self) -> int:
         """The dimensions that a position keeps: the compressed vector and the rotated key."""
         return self.kv_rank + self.rope_dim
+
+    @property
+    def own_index(self) -> IndexConfig | None:
+        """The indexer that the layer runs itself."""
+        return self.index if self.index is not None and self.index.kind == "own" else None
+
+    @property
+    def num_chosen(self) -> int:
+        """The most positions that a token sees; 0: all."""
+        return 0 if self.index is None or self.index.kind == "missing" else self.index.num_chosen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

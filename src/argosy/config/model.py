@@ -192,6 +192,12 @@ class ModelConfig:
         return "embed" if self.is_embedding_tied else "head"
 
     @property
+    def exact_tokens(self) -> int | None:
+        """The positions up to which results are exact, because the file lacks indexers; None: all of them are."""
+        index = self.latent.index if self.latent is not None else None
+        return index.num_chosen if index is not None and index.kind == "missing" else None
+
+    @property
     def mtp_layers(self) -> range:
         """The layers for multi-token prediction, which files number after the model's own."""
         return range(self.num_layers, self.num_layers + self.num_mtp_layers)
@@ -199,10 +205,12 @@ class ModelConfig:
     @property
     def draft_only(self) -> ModelConfig:
         """The first layer for multi-token prediction, with its number; it is like the model's last layer with
-        attention.
+        attention, but sees all positions: a draft need not be exact.
         """
         attending = [one for one in self.layers if not isinstance(one.mixer, DeltaConfig)]
         last = ([one for one in attending if one.is_moe] or attending or list(self.layers))[-1]
+        if isinstance(last.mixer, LatentConfig):
+            last = replace(last, mixer=replace(last.mixer, index=None))
         passed_over = replace(last, is_moe=False)
         return replace(self, layers=(*(passed_over,) * self.num_layers, replace(last, is_moe=True)))
 

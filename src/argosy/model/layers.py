@@ -9,7 +9,15 @@ from __future__ import annotations
 import numpy as np
 
 from argosy import _native
-from argosy.config import AttentionConfig, DeltaConfig, LatentConfig, Mixer, ModelConfig, QueryScale
+from argosy.config import (
+    AttentionConfig,
+    DeltaConfig,
+    IndexConfig,
+    LatentConfig,
+    Mixer,
+    ModelConfig,
+    QueryScale,
+)
 from argosy.errors import CheckpointError
 from argosy.experts.files import Arithmetic
 from argosy.model.weights import DenseWeights, Vector
@@ -182,6 +190,19 @@ def _latent(latent: LatentConfig, name: str, weights: DenseWeights) -> _native.M
         query_down=weights.matrices.get(name + "q_down"),
         query_norm=weights.vectors.get(name + "q_down_norm"),
         query_scale=_query_scale(latent.query_scale),
+        num_chosen=latent.num_chosen,
+        indexer=None if latent.own_index is None else _indexer(latent.own_index, name + "index_", weights),
+    )
+
+
+def _indexer(index: IndexConfig, name: str, weights: DenseWeights) -> _native.PositionIndexer:
+    """The lightning indexer (arXiv:2512.02556)."""
+    return _native.PositionIndexer(
+        *(weights.matrices[name + part] for part in ("q", "k", "weights")),
+        key_norm=weights.vectors[name + "k_norm"],
+        key_norm_bias=weights.vectors[name + "k_norm_bias"],
+        norm_eps=index.norm_eps,
+        has_interleaved_pairs=index.is_interleaved,
     )
 
 
@@ -200,7 +221,9 @@ def kv_shape(mixer: Mixer) -> _native.KvShape:
                 value_dim=mixer.width_of_values,
             )
         case LatentConfig():
-            return _native.KvShape.latent(mixer.cached_dim)
+            return _native.KvShape.latent(
+                mixer.cached_dim, mixer.own_index.head_dim if mixer.own_index else 0
+            )
         case DeltaConfig():
             return _native.KvShape.none()
 
@@ -224,6 +247,7 @@ def _add_mixer_sizes(sizes: _native.StackSizes, mixer: Mixer) -> None:
                 mixer.kv_rank,
                 mixer.value_dim,
                 mixer.query_rank,
+                *(index.num_heads, index.head_dim, index.num_chosen) if (index := mixer.own_index) else (),
             )
         case DeltaConfig():
             sizes.add_delta_net(mixer.sizes)

@@ -110,18 +110,24 @@ def work_of(files: ModelFiles, kv_dtype: KvDtype) -> Work:
 
 def _attention(config: ModelConfig, kv_dtype: KvDtype) -> tuple[Attention, ...]:
     kinds: Counter[tuple[int, float, float]] = Counter()
+
+    def add(window: int, shape: _native.KvShape, operations: float) -> None:
+        nbytes = _native.kv_cache_bytes([shape], 1, KV_BLOCK_TOKENS, kv_dtype)
+        kinds[window, nbytes / KV_BLOCK_TOKENS, operations] += 1
+
     for layer in config.layers:
-        window = 0
         match layer.mixer:
             case DeltaConfig():
                 continue
             case LatentConfig() as latent:
                 operations = 2.0 * latent.num_heads * (latent.cached_dim + latent.kv_rank)
+                add(latent.num_chosen, _native.KvShape.latent(latent.cached_dim), operations)
+                if (index := latent.own_index) is not None:
+                    scoring = 2.0 * index.num_heads * index.head_dim
+                    add(0, _native.KvShape.latent(index.head_dim), scoring)
             case AttentionConfig() as attention:
                 operations = 2.0 * attention.num_heads * (attention.head_dim + attention.width_of_values)
-                window = attention.sliding_window
-        nbytes = _native.kv_cache_bytes([kv_shape(layer.mixer)], 1, KV_BLOCK_TOKENS, kv_dtype)
-        kinds[window, nbytes / KV_BLOCK_TOKENS, operations] += 1
+                add(attention.sliding_window, kv_shape(attention), operations)
     return tuple(
         Attention(window, count * token_bytes, count * operations)
         for (window, token_bytes, operations), count in kinds.items()

@@ -228,6 +228,12 @@ def open_engine(
                 print(f"note: {fault.message}{hint}", file=sys.stderr)
             for note in engine.sampling.notes:
                 print(f"note: {note}", file=sys.stderr)
+            if (exact := engine.config.exact_tokens) is not None:
+                print(
+                    f"note: the file lacks the indexers that choose the positions a token sees: answers are the "
+                    f"model's own up to {exact} tokens, and approximate beyond",
+                    file=sys.stderr,
+                )
             if (shortage := _shortage(engine)) is not None:
                 print(f"note: {shortage}", file=sys.stderr)
             yield engine

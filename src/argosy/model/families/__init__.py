@@ -63,7 +63,7 @@ FAMILIES: Mapping[str, Family] = {
             "latent.glm4_moe_lite", "recurrent.qwen3_next", "wrappers.qwen3_5_moe", "recurrent.qwen3_5_moe_text",
             "attention.glm4_moe", "attention.olmoe", "attention.minimax_m2", "attention.mimo_v2_flash",
             "wrappers.qwen3_vl_moe", "wrappers.qwen3_omni_moe", "wrappers.glm4v_moe", "wrappers.gemma4",
-            "latent.axk1", "wrappers.kimi_vl",
+            "latent.axk1", "wrappers.kimi_vl", "latent.deepseek_v32", "latent.glm_moe_dsa",
         ),
     )
     for name in (family.MODEL_TYPE, *getattr(family, "OTHER_TYPES", ()))

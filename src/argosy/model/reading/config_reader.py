@@ -129,6 +129,14 @@ class ConfigReader:
             raise self._unsupported(name, value, ", ".join(supported))
         return value
 
+    def optional_text(self, name: str) -> str | None:
+        """Read a string, or None if it is null or absent."""
+        value = self._raw.get(name)
+        self._asked.add(name)
+        if value is not None and not isinstance(value, str):
+            raise self._wrong(name, value, "a string or null")
+        return value
+
     def optional_one_of(self, name: str, supported: tuple[str, ...]) -> str | None:
         """Read the same, or None if it is null or absent."""
         self._asked.add(name)

@@ -56,6 +56,8 @@ _FORMS: Mapping[str, _Form] = {
     "kimi_vl": _WRAPPED,
     "kimi_k25": replace(_WRAPPED, names=_LATENT),
     "glm4_moe_lite": _Form(names=_LATENT),
+    "deepseek_v32": _Form(names=_LATENT),
+    "glm_moe_dsa": _Form(names=_LATENT),
     "qwen3_next": _DELTA,
     "qwen3_5_moe": replace(_WRAPPED, passed_over=f"{_TOWERS}|{_DRAFTS}"),
     "qwen3_5_moe_text": replace(_DELTA, prefixes=(_TEXT, _IN_WRAPPER)),

@@ -1,6 +1,7 @@
 """Code shared by the DeepSeek families: latent attention, shared experts, and tensor names.
 
-    deepseek_v2, deepseek_v3, kimi_k2, kimi_k25, glm4_moe_lite  ->  read_latent_model  ->  ModelConfig
+    deepseek_v2, deepseek_v3, deepseek_v32, kimi_k2, kimi_k25, glm4_moe_lite, glm_moe_dsa
+        ->  read_latent_model  ->  ModelConfig
 
 All have latent attention (DeepSeek-V2, arXiv:2405.04434) with an interleaved rotary embedding, dense networks in the
 first layers, and routed and shared experts in the others. They differ only in the router and in defaults, so a family
@@ -16,7 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from argosy.config import LatentConfig, LayerConfig, ModelConfig, RopeConfig
+from argosy.config import IndexConfig, LatentConfig, LayerConfig, ModelConfig, RopeConfig
 from argosy.errors import CheckpointError
 from argosy.model.reading.common_config import CommonDefaults, read_common
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
@@ -24,6 +25,7 @@ from argosy.model.reading.experts_config import ReadRouter, layers_behind_the_de
 from argosy.model.reading.layout import ATTENTION_NAMES, separate_and_fused
 
 LATENT_NORM_EPS = 1e-6
+INDEX_NORM_EPS = 1e-6  # of the LayerNorm of index keys (DeepseekV32Indexer there)
 
 _LAYER_NAMES = {
     **ATTENTION_NAMES,
@@ -33,6 +35,11 @@ _LAYER_NAMES = {
     "kv_down": "self_attn.kv_a_proj_with_mqa.weight",
     "kv_norm": "self_attn.kv_a_layernorm.weight",
     "kv_up": "self_attn.kv_b_proj.weight",
+    "index_q": "self_attn.indexer.wq_b.weight",
+    "index_k": "self_attn.indexer.wk.weight",
+    "index_k_norm": "self_attn.indexer.k_norm.weight",
+    "index_k_norm_bias": "self_attn.indexer.k_norm.bias",
+    "index_weights": "self_attn.indexer.weights_proj.weight",
     "router": "mlp.gate.weight",
     "choice_bias": "mlp.gate.e_score_correction_bias",
     "shared_gate": "mlp.shared_experts.gate_proj.weight",
@@ -96,6 +103,7 @@ def read_latent_model(
     defaults: Defaults,
     read_router: ReadRouter,
     read_moe_layers: Callable[[ConfigReader, int], Sequence[bool]] | None = None,
+    read_indexers: Callable[[ConfigReader, int], Sequence[IndexConfig]] | None = None,
 ) -> ModelConfig:
     """Read the config of any of these families; the caller calls `finish()`.
 
@@ -103,6 +111,7 @@ def read_latent_model(
         read_router: reads the keys of the family's router.
         read_moe_layers: given the number of layers, tells for each whether it has routed experts; None means all
             layers from `first_k_dense_replace` on.
+        read_indexers: the same for what chooses a layer's positions; None means that every token sees all.
 
     Raises:
         UnsupportedModel: a key or value asks for something that is not supported.
@@ -132,8 +141,9 @@ def read_latent_model(
             key="num_key_value_heads",
         )
     # Sizes repeated under other names: in transformers 5, the rotary dimensions and the whole head; in Sarvam's files,
-    # those of the cache.
-    reader.neutral("head_dim", rope_dim, latent.cached_dim, None)
+    # those of the cache; in GLM-5.2's, whose class does not read them, the other dimensions.
+    others = (latent.cached_dim,) if read_indexers is None else (latent.cached_dim, nope_dim)
+    reader.neutral("head_dim", rope_dim, *others, None)
     reader.neutral("qk_head_dim", latent.head_dim)
     reader.neutral("q_head_dim", latent.head_dim)
     reader.neutral("attention_bias", False, None)
@@ -143,9 +153,13 @@ def read_latent_model(
     expert_width = reader.integer("moe_intermediate_size", default=defaults.expert_width)
     shared = "num_shared_experts" if reader.has("num_shared_experts") else "n_shared_experts"
     num_shared = reader.optional_integer(shared, default=defaults.num_shared_experts, least=0) or 0
+    indexers = read_indexers(reader, num_layers) if read_indexers else (None,) * num_layers
+    mixers = {index: replace(latent, index=index) for index in indexers}
     return ModelConfig(
         family=family,
-        layers=tuple(LayerConfig(mixer=latent, is_moe=moe) for moe in is_moe),
+        layers=tuple(
+            LayerConfig(mixer=mixers[index], is_moe=moe) for index, moe in zip(indexers, is_moe, strict=True)
+        ),
         expert_width=expert_width,
         router=read_router(reader, common.model["num_experts"], common.model["experts_per_token"]),
         dense_width=reader.integer("intermediate_size", default=defaults.dense_width),

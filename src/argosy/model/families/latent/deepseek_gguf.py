@@ -1,4 +1,5 @@
-"""The `deepseek2` architecture of GGUF: DeepSeek-V2, V3 and R1, Kimi-K2, GLM-4.7-Flash.
+"""The `deepseek2` architecture of GGUF: DeepSeek-V2, V3 and R1, Kimi-K2, GLM-4.7-Flash; and `deepseek32` and `glm-dsa`,
+which add an indexer.
 
 Only the router in the metadata shows which model a file contains: DeepSeek-V2 uses softmax, all others use sigmoid.
 Files from April 2025 on split `kv_b` into two tensors, `attn_k_b` with each head's part transposed and `attn_v_b`, and
@@ -7,17 +8,21 @@ contain `attn_kv_b`, and the sizes in keys without the ending.
 
 Files of DeepSeek-V3 before October 2025 do not declare groups of experts, so the router of these files chooses among
 all experts.
+
+Indexers are optional in files of `glm-dsa`. A file without them is read as if every token saw all positions, which is
+exact for as many positions as the indexers would choose.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
-from argosy.config import LatentConfig, LayerConfig, ModelConfig, RopeConfig, RouterConfig
+from argosy.config import IndexConfig, LatentConfig, LayerConfig, ModelConfig, RopeConfig, RouterConfig
 from argosy.errors import CheckpointError
-from argosy.model.families.latent.deepseek import LATENT_NORM_EPS, attention_scale
+from argosy.model.families.latent.deepseek import INDEX_NORM_EPS, LATENT_NORM_EPS, attention_scale
 from argosy.model.reading.experts_config import read_dense_layers, read_grouped_router, require_groups
 from argosy.model.reading.gguf_config import SIGMOID, SOFTMAX, GgufConfigReader
 from argosy.model.reading.gguf_layout import dense_name, read_gguf_layout
@@ -32,7 +37,50 @@ def open_gguf(file: GgufFile) -> ModelFiles:
         UnsupportedModel: a key, value or tensor type that is not supported.
         CheckpointError: a key or tensor is missing, malformed, or contradicts another.
     """
-    reader = GgufConfigReader(file, GGUF_ARCHITECTURE)
+    return _open(GgufConfigReader(file, GGUF_ARCHITECTURE), None, lambda *_: ())
+
+
+def open_indexed(
+    file: GgufFile,
+    architecture: str,
+    family: str,
+    *,
+    is_interleaved: bool,
+    is_own: Callable[[int, int], bool] = lambda layer, context_tokens: True,
+) -> ModelFiles:
+    """The same for an architecture whose layers choose positions.
+
+    Args:
+        is_interleaved: how the rotary dimensions of index queries and keys are paired.
+        is_own: whether a layer has its own indexer if the file does not say so.
+    """
+    has_indexers = dense_name("layers.0.index_q") in file.tensors
+
+    def read_indexers(reader: GgufConfigReader, num_layers: int) -> tuple[IndexConfig, ...]:
+        own = IndexConfig(
+            num_chosen=reader.integer("attention.indexer.top_k"),
+            num_heads=reader.integer("attention.indexer.head_count"),
+            head_dim=reader.integer("attention.indexer.key_length"),
+            is_interleaved=is_interleaved,
+            norm_eps=INDEX_NORM_EPS,
+            kind="own" if has_indexers else "missing",
+        )
+        context_tokens = reader.integer("context_length")
+        kinds = reader.flags("attention.indexer.types", num_layers)
+        if kinds is None:
+            kinds = tuple(is_own(layer, context_tokens) for layer in range(num_layers))
+        shared = replace(own, kind="shared") if has_indexers else own
+        return tuple(own if kind else shared for kind in kinds)
+
+    return _open(GgufConfigReader(file, architecture), family, read_indexers)
+
+
+def _open(
+    reader: GgufConfigReader,
+    family: str | None,
+    read_indexers: Callable[[GgufConfigReader, int], Sequence[IndexConfig]],
+) -> ModelFiles:
+    file = reader.file
     sizes = reader.sizes()
     num_heads = reader.integer("attention.head_count")
     latent = _read_latent(reader, num_heads, sizes["context_tokens"])
@@ -41,9 +89,14 @@ def open_gguf(file: GgufFile) -> ModelFiles:
     router = _read_router(reader, dense_name(f"layers.{num_dense}.choice_bias") in file.tensors)
     expert_width = reader.integer("expert_feed_forward_length")
     shared_width = reader.integer("expert_shared_count", 0, least=0) * expert_width
+    indexers = read_indexers(reader, num_layers) or (None,) * num_layers
+    mixers = {index: replace(latent, index=index) for index in indexers}
     config = ModelConfig(
-        family="deepseek_v3" if router.score == "sigmoid" else "deepseek_v2",
-        layers=tuple(LayerConfig(mixer=latent, is_moe=layer >= num_dense) for layer in range(num_layers)),
+        family=family or ("deepseek_v3" if router.score == "sigmoid" else "deepseek_v2"),
+        layers=tuple(
+            LayerConfig(mixer=mixers[index], is_moe=layer >= num_dense)
+            for layer, index in enumerate(indexers)
+        ),
         expert_width=expert_width,
         router=require_groups(router, sizes["num_experts"], sizes["experts_per_token"]),
         dense_width=reader.integer("feed_forward_length", least=0 if num_dense == 0 else 1),

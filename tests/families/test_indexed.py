@@ -1,0 +1,85 @@
+"""Families whose layers choose the positions that a token sees: which have an indexer, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from argosy.config import IndexConfig, LatentConfig
+from argosy.errors import CheckpointError, UnsupportedModel
+from argosy.model.families import FAMILIES
+from tests.families.hub_configs import DEEPSEEK_V32, GLM_5, GLM_5_2, RawConfig
+
+OF_GLM = IndexConfig(num_chosen=2048, num_heads=32, head_dim=128, is_interleaved=True, norm_eps=1e-6)
+
+
+def indexers(raw: RawConfig) -> list[IndexConfig | None]:
+    config = FAMILIES[raw["model_type"]].parse_config(raw)
+    return [layer.mixer.index for layer in config.layers if isinstance(layer.mixer, LatentConfig)]
+
+
+def kinds(raw: RawConfig) -> str:
+    return "".join(index.kind[0] for index in indexers(raw) if index)
+
+
+def glm(**changes: Any) -> RawConfig:
+    unread = ("indexer_types", "index_topk_freq", "index_skip_topk_offset", "index_topk_pattern")
+    return {key: value for key, value in GLM_5_2.items() if key not in unread} | changes
+
+
+def test_released_models_have_an_indexer_in_every_layer_or_in_every_fourth() -> None:
+    of_deepseek = IndexConfig(
+        num_chosen=2048, num_heads=64, head_dim=128, is_interleaved=False, norm_eps=1e-6
+    )
+    assert indexers(DEEPSEEK_V32) == [of_deepseek] * 61
+    assert indexers(GLM_5) == [OF_GLM] * 78
+    assert kinds(GLM_5_2) == "oo" + "osss" * 19
+    assert set(indexers(GLM_5_2)) >= {OF_GLM}
+
+
+def test_types_a_pattern_and_a_schedule_say_the_same() -> None:
+    expected = kinds(GLM_5_2)
+    assert kinds(glm(index_topk_freq=4, index_skip_topk_offset=3)) == expected
+    assert kinds(glm(index_topk_pattern="FF" + "FSSS" * 19)) == expected
+    assert kinds(glm(index_topk_freq=4)) == "o" + "osss" * 19 + "o"  # the offset of the class is 2
+    # A list may go on for the layers of multi-token prediction.
+    assert kinds(glm(indexer_types=[*GLM_5_2["indexer_types"], "full"])) == expected
+
+
+def test_the_pairs_of_an_indexer_may_be_given() -> None:
+    (index,) = set(indexers(DEEPSEEK_V32 | {"indexer_rope_interleave": True}))
+    assert index is not None
+    assert index.is_interleaved
+
+
+@pytest.mark.parametrize(
+    ("raw", "error", "sentence"),
+    [
+        (
+            DEEPSEEK_V32 | {"q_lora_rank": None},
+            CheckpointError,
+            "q_lora_rank is null; expected a whole number",
+        ),
+        (DEEPSEEK_V32 | {"index_topk": 0}, CheckpointError, "index_topk is 0"),
+        (DEEPSEEK_V32 | {"index_head_dim": 32}, CheckpointError, "index_head_dim is 32, less than the 64"),
+        (
+            DEEPSEEK_V32 | {"rope_interleave": False},
+            UnsupportedModel,
+            "rope_interleave false; supported: true",
+        ),
+        (DEEPSEEK_V32 | {"indexer_types": []}, UnsupportedModel, "sets indexer_types to []"),
+        (DEEPSEEK_V32 | {"layer_types": ["other"] * 61}, UnsupportedModel, "other"),
+        (glm(indexer_types=["shared"] * 78), CheckpointError, "'full' for the first"),
+        (glm(indexer_types=["full"] * 77), CheckpointError, "has 77 entries"),
+        (glm(index_topk_pattern="FX" * 39), CheckpointError, "expected 'full' or 'shared'"),
+        (glm(index_topk_pattern=4), CheckpointError, "index_topk_pattern is 4"),
+        (glm(moe_router_dtype="bfloat16"), UnsupportedModel, "moe_router_dtype"),
+        (glm(index_kpool=4), UnsupportedModel, "sets index_kpool to 4"),
+        (glm(head_dim=100), UnsupportedModel, "head_dim 100; supported: 64 or 576 or 192 or null"),
+    ],
+)
+def test_what_an_indexer_cannot_be_is_refused(raw: RawConfig, error: type[Exception], sentence: str) -> None:
+    with pytest.raises(error) as caught:
+        indexers(raw)
+    assert sentence in str(caught.value)
