@@ -228,7 +228,7 @@ def test_a_call_is_reported_as_soon_as_it_is_complete() -> None:
     assert (arguments, end) == (ToolCallArguments(0, "{}"), ToolCallEnd(0))
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qwen3_coder", "kimi_k2", "glm"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_coder", "kimi_k2", "glm", "lfm2"])
 def test_parsing_time_is_linear_in_the_length_of_the_answer(name: str) -> None:
     """Closing marks inside a string, escaped quotes and white space tempt a parser to read text again."""
     family = FAMILIES[name]
@@ -242,8 +242,9 @@ def test_parsing_time_is_linear_in_the_length_of_the_answer(name: str) -> None:
             '{"city": "',
         ],
         "glm": ["<tool_call>", "get_weather", "<arg_key>", "city", "</arg_key>", "<arg_value>"],
+        "lfm2": ["<|tool_call_start|>", "[get_weather(more=" + "[" * 2000 + "'"],
     }[name]
-    closing = "<|tool_call_end|>" if name == "kimi_k2" else "</tool_call>"
+    closing = "<|tool_call_end|>" if name in ("kimi_k2", "lfm2") else "</tool_call>"
 
     def seconds(num: int) -> float:
         pieces = [*opening, *['\\" ', " </parameter> ", closing] * num]

@@ -148,29 +148,34 @@ def _calls_in(text: str) -> tuple[list[tuple[str, str]], bool, bool]:
     """
     calls: list[tuple[str, str]] = []
     made: list[str] = []  # the arguments of the call being read
-    opened: list[str] = []  # brackets
+    opened: list[str] = []  # brackets inside the call
+    num_lists = 0  # brackets around the calls
     name, at = "", 0
     is_inside_string = False
     while (found := _PIECE.match(text, at)) is not None:
         piece, at = found[0], found.end()
         if piece.isspace():
             continue
-        if piece == "(" and opened in ([], ["["]) and name:
-            opened.append(piece)
-            made = ["{"]
-        elif "(" not in opened:
-            if piece in ("[", "]"):
-                opened = [*opened, piece] if piece == "[" else opened[:-1]
+        if not opened:
+            if piece == "(" and name:
+                opened.append(piece)
+                made = ["{"]
+            elif piece in ("[", "]"):
+                num_lists += 1 if piece == "[" else -1
             elif piece != ",":
                 name = piece
-        elif piece == ")" and opened[-1] == "(":
+        elif piece == ")" and len(opened) == 1:
             opened.pop()
             calls.append((name, "".join(made) + "}"))
             name, made = "", []
-        elif piece == "=" and opened[-1] == "(":
+        elif piece == "=" and len(opened) == 1:
             made[-1:] = [write_json(made[-1]), ": "]
-        elif piece in ("[", "{", "]", "}"):
-            opened = [*opened, piece] if piece in "[{" else opened[:-1]
+        elif piece in ("[", "{"):
+            opened.append(piece)
+            made.append(piece)
+        elif piece in ("]", "}"):
+            if len(opened) > 1:
+                opened.pop()
             made.append(piece)
         elif piece[0] in "'\"":
             written, is_inside_string = _string(piece)
@@ -179,7 +184,7 @@ def _calls_in(text: str) -> tuple[list[tuple[str, str]], bool, bool]:
             made.append({",": ", ", ":": ": "}.get(piece) or _WORDS.get(piece, piece))
     if made:
         calls.append((name, "".join(made)))
-    return calls, not opened and not made and not name and at == len(text), is_inside_string
+    return calls, not num_lists and not made and not name and at == len(text), is_inside_string
 
 
 def _string(piece: str) -> tuple[str, bool]:
