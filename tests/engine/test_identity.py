@@ -42,7 +42,7 @@ from tests.models.tiny import (
 from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
 from tests.models.tiny_gemma import gemma4
 from tests.models.tiny_gqa import mimo_v2_flash
-from tests.models.tiny_latent import deepseek_v3, kimi_k2
+from tests.models.tiny_latent import deepseek_v3, glm_moe_dsa, kimi_k2
 
 Value = TypeVar("Value")
 
@@ -87,6 +87,16 @@ CONFIGS = {
         qk_nope_head_dim=16,
         v_head_dim=16,
     ),
+    "glm_moe_dsa": glm_moe_dsa(  # an indexer that chooses positions, and layers that share its choice
+        max_position_embeddings=1024,
+        index_topk=19,
+        indexer_types=["full", "shared", "full", "shared"],
+        n_routed_experts=12,
+        num_attention_heads=17,
+        num_hidden_layers=4,
+        num_key_value_heads=17,
+        v_head_dim=16,
+    ),
     "glm4_moe": glm4_moe(  # partial rotation of the head, expert groups, a router bias
         max_position_embeddings=1024,
         hidden_size=72,
@@ -124,6 +134,7 @@ CASES = [
     *((family, "in place") for family in CONFIGS),
     *(("qwen3_moe", format) for format in ("bf16", "q8", "q4")),
     ("deepseek_v3", "q8"),
+    ("glm_moe_dsa", "q8"),
     ("qwen3_5_moe_text", "q8"),
     ("gemma4", "q8"),
 ]
@@ -132,7 +143,10 @@ CONFIGS["gpt_oss"] = GPT_OSS
 CASES += [("qwen3_moe_blocks", "fp8"), ("kimi_k2", "int4")]
 # One of each kind of layers in place, and one of each format.
 IN_SHORT = [
-    *((family, "in place") for family in ("qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v3", "gemma4")),
+    *(
+        (family, "in place")
+        for family in ("qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v3", "glm_moe_dsa", "gemma4")
+    ),
     *(("qwen3_moe", format) for format in ("q8", "q4")),
     ("gpt_oss", "mxfp4"),
     ("qwen3_moe_blocks", "fp8"),

@@ -24,7 +24,7 @@ from tests.helpers.examples import few_of
 from tests.models.mxfp4_models import write_mxfp4_model
 from tests.models.tiny import RawConfig, gpt_oss, prompt_ids, qwen3_moe, write_model
 from tests.models.tiny_delta import qwen3_next
-from tests.models.tiny_latent import deepseek_v3
+from tests.models.tiny_latent import deepseek_v3, glm_moe_dsa
 
 NUM_NEW = 24
 GREEDY = SamplingParams(max_tokens=NUM_NEW, ignore_eos=True, logprobs=2)
@@ -40,6 +40,7 @@ CONFIGS: dict[str, RawConfig] = {
         rope_scaling={"rope_type": "yarn", "factor": 8.0},
     ),
     "latent": deepseek_v3(max_position_embeddings=1024),
+    "indexed": glm_moe_dsa(max_position_embeddings=1024),
     "delta": qwen3_next(max_position_embeddings=1024),
 }
 

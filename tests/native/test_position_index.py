@@ -14,7 +14,7 @@ from tests.native import _native_testing
 from tests.native.test_latent_attention import ODD_HEADS, SCALE, SMALL, WIDE, Sizes, matrix_of, normal
 
 Floats = NDArray[np.float32]
-HEADS, DIM, LENGTH, BLOCK = 5, 12, 8192 + 300, 16  # two rounds of scores, the second one partial
+HEADS, DIM, LENGTH, BLOCK = 5, 12, 20_000, 16  # three rounds of scores, the last one partial
 
 
 @pytest.fixture(params=native.instruction_sets())
@@ -88,8 +88,8 @@ def test_the_best_positions_are_chosen_and_the_lower_ones_of_a_tie(
     dtype: KvDtype, instruction_set: str
 ) -> None:
     index = Index(instruction_set, dtype=dtype)
-    for count in (1, 7, 600):
-        for position in (count, 255 + count, 8191, 8192, LENGTH - 1):
+    for count in (1, 7, 600, 2048):
+        for position in (count, 255 + count, 4095, 8191, 8192, LENGTH - 1):
             chosen = index.choose([1], [position], count)
             np.testing.assert_array_equal(chosen[0], index.expected(1, position, count))
 

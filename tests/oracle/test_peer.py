@@ -24,7 +24,9 @@ from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
 from tests.models.tiny_latent import (
     deepseek_v2,
     deepseek_v3,
+    deepseek_v32,
     glm4_moe_lite,
+    glm_moe_dsa,
     kimi_k2,
     yarn_of_all_dimensions,
 )
@@ -90,6 +92,29 @@ def test_logits_of_latent_attention_are_llama_cpp_s(name: str, split_kv: bool, t
     yarn = {f"yarn_{key}": float(scaling[key]) for key in ("beta_fast", "beta_slow")}
 
     assert mean_divergence(peer_logits(path, prompt, **yarn), logits) <= LARGEST_DIVERGENCE
+
+
+INDEXED: dict[str, Any] = {"index_head_dim": 128, "index_n_heads": 8, "index_topk": 12}
+INDEXED_MODELS: dict[str, RawConfig] = {
+    "DeepSeek-V3.2": deepseek_v32(**LATENT, **INDEXED),
+    "GLM-5.2": glm_moe_dsa(
+        **LATENT | INDEXED, head_dim=32, qk_head_dim=64, num_hidden_layers=4,
+        indexer_types=["full", "full", "shared", "full"],
+    ),
+}  # fmt: skip
+
+
+# llama.cpp keeps index keys in 16 bits: with this seed, no choice is so near that rounding changes it.
+@pytest.mark.parametrize("name", INDEXED_MODELS)
+def test_logits_over_the_positions_that_an_indexer_chooses_are_llama_cpp_s(name: str, tmp_path: Path) -> None:
+    config, path = INDEXED_MODELS[name], tmp_path / "model.gguf"
+    write_gguf_model(path, config, one_type("F32"), seed=8)
+    prompt = prompt_ids(config, 8)
+    assert len(prompt) > 2 * config["index_topk"]
+    with Engine.open(path, memory="4GiB", kv_dtype="f32", threads=1) as engine:
+        logits = engine.logits(prompt)
+
+    assert mean_divergence(peer_logits(path, prompt), logits) <= LARGEST_DIVERGENCE
 
 
 SIZES: dict[str, Any] = {
