@@ -93,7 +93,8 @@ class RandomWeights:
         self.shapes: dict[str, tuple[int, ...]] = dict(dense_shapes(config))
         shapes = expert_shapes(config)
         self.shapes |= dict(draft_shapes(config))
-        self.shapes |= {"expert.gate": shapes.gate, "expert.up": shapes.up, "expert.down": shapes.down}
+        names = ("expert.gate", "expert.up", "expert.down")[-len(shapes) :]
+        self.shapes |= dict(zip(names, shapes, strict=True))
 
     def __getitem__(self, name: str) -> Recipe:
         shape, kind = self.shapes[name], name.rpartition(".")[2]

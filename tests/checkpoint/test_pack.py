@@ -126,7 +126,7 @@ def test_records_are_aligned_for_unbuffered_reads(tmp_path: Path) -> None:
         assert piece.offset == index * stride
         assert piece.path == tmp_path / "packed" / "experts.bin"
         end = 0
-        for matrix in (record.gate, record.up, record.down):
+        for matrix in record.matrices:
             assert matrix.piece == 0
             assert matrix.offset % 64 == 0
             assert matrix.offset >= end

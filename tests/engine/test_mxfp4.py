@@ -70,7 +70,7 @@ def test_a_pack_holds_every_weight_bit_for_bit(tmp_path: Path) -> None:
         experts = f"model.layers.{layer}.mlp.experts."
         gate_up = exact[experts + "gate_up_proj"][expert]
         expected = gate_up[:, 0::2].T, gate_up[:, 1::2].T, exact[experts + "down_proj"][expert].T
-        for matrix, values in zip((record.gate, record.up, record.down), expected, strict=True):
+        for matrix, values in zip(record.matrices, expected, strict=True):
             start = record.pieces[0].offset + matrix.offset
             nbytes = _native.matrix_bytes("mxfp4", matrix.rows, matrix.cols)
             found = _native.dequantize("mxfp4", stored[start : start + nbytes], matrix.rows, matrix.cols)

@@ -74,7 +74,7 @@ class Truth:
                     one.rows,
                     one.cols,
                 )
-                for one in (record.gate, record.up, record.down)
+                for one in record.matrices
             )
             _native_testing.swiglu(RUNTIME, gate, up, down, self.ROW, out)
             self._outputs[key] = out[0].tolist()

@@ -128,7 +128,7 @@ class Rig:
                     ),
                     *(
                         ExpertMatrix(i, 0, "f32", matrix.rows, matrix.cols)
-                        for i, matrix in enumerate((record.gate, record.up, record.down))
+                        for i, matrix in enumerate(record.matrices)
                     ),
                 )
         self.store = FakeStore(self.files, **store)

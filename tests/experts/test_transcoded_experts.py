@@ -137,6 +137,6 @@ def test_experts_in_blocks_take_exactly_the_memory_of_their_matrices(model: Mode
     exact = sum(
         matrix_bytes(matrix.format, matrix.rows, matrix.cols)
         for record in blocks_only.values()
-        for matrix in (record.gate, record.up, record.down)
+        for matrix in record.matrices
     )
     assert resident_bytes(blocks_only) == exact

@@ -25,7 +25,7 @@ from tests.families.published import PUBLISHED
 RECORD = Path(__file__).with_name("gguf_converted.json")
 
 # llama.cpp has no converter for these, or Argosy does not read what it writes (MiMo).
-UNKNOWN = ("axk1", "mimo_v2_flash", "sarvam_mla")
+UNKNOWN = ("axk1", "flex_olmo", "mimo_v2_flash", "sarvam_mla")
 # The `architectures` class of the hub's config.json, which selects the converter, for configs stored here without it.
 CLASSES = {
     "mixtral": "MixtralForCausalLM",
@@ -34,6 +34,8 @@ CLASSES = {
     "gpt_oss": "GptOssForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
     "olmoe": "OlmoeForCausalLM",
+    "granitemoe": "GraniteMoeForCausalLM",
+    "ernie4_5_moe": "Ernie4_5_MoeForCausalLM",
     "minimax_m2": "MiniMaxM2ForCausalLM",
     "qwen3_next": "Qwen3NextForCausalLM",
     "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
@@ -58,6 +60,8 @@ PRE_TOKENIZERS = {
     "minimax_m2": "minimax-m2",
     "mixtral": None,
     "olmoe": "olmo",
+    "granitemoe": "refact",
+    "ernie4_5_moe": None,
     "qwen2_moe": "qwen2",
     "qwen3_moe": "qwen2",
     "qwen3_next": "qwen2",

@@ -135,7 +135,7 @@ def test_a_pack_holds_the_weights_of_transposed_experts_bit_for_bit(tmp_path: Pa
         experts = f"model.layers.{layer}.mlp.experts."
         gate_up = tensors[experts + "gate_up_proj"][expert]
         expected = gate_up[:, 0::2].T, gate_up[:, 1::2].T, tensors[experts + "down_proj"][expert].T
-        for matrix, values in zip((record.gate, record.up, record.down), expected, strict=True):
+        for matrix, values in zip(record.matrices, expected, strict=True):
             raw = stored[matrix.offset :][: 2 * matrix.rows * matrix.cols].view("<u2")
             np.testing.assert_array_equal(raw.reshape(matrix.rows, matrix.cols), encode("BF16", values))
     for layer in range(3):

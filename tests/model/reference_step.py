@@ -93,6 +93,7 @@ class ReferenceDecoder:
         if step.overrides is not None:
             hidden[step.overrides.rows] = step.overrides.embeddings
         for layer in range(self.config.num_layers):
+            before = hidden.copy()
             match self.config.layers[layer].mixer:
                 case DeltaConfig() as delta:
                     self._add_delta(hidden, layer, step, delta)
@@ -100,7 +101,7 @@ class ReferenceDecoder:
                     self._add_latent_attention(hidden, layer, step, latent)
                 case AttentionConfig() as attention:
                     self._add_attention(hidden, layer, step, attention)
-            self._add_ffn(hidden, layer)
+            self._add_ffn(hidden, layer, before if self.config.is_parallel else hidden)
             if self.config.has_layer_scale:
                 hidden *= self.weights.vectors[f"layers.{layer}.layer_scale"]
             for addition in step.additions:
@@ -109,7 +110,8 @@ class ReferenceDecoder:
             if layer in step.taps:
                 self.tapped[layer] = hidden.copy()
         head = embedding if self.config.is_embedding_tied else self.weights.matrices["head"]
-        logits = self._product(head, self._norm(hidden, "final_norm"))
+        logits = self._product(head, self._norm_hidden(hidden, "final_norm"))
+        logits *= np.float32(self.config.logit_scale)
         if self.config.logit_cap:
             _native_testing.soft_cap(self.runtime, logits, self.config.logit_cap)
         return logits
@@ -120,6 +122,15 @@ class ReferenceDecoder:
     def _norm_by(self, x: Floats, weight: Floats, eps: float | None = None) -> Floats:
         out = np.empty_like(x)
         _native.rms_norm(self.runtime, x, weight, eps or self.config.norm_eps, out)
+        return out
+
+    def _norm_hidden(self, x: Floats, name: str) -> Floats:
+        """Norm the hidden state, unless the layer has no such norm."""
+        weight = self.weights.vectors.get(name)
+        if weight is None or self.config.norm_kind == "rms":
+            return self._norm_if_any(x, name)
+        out = np.empty_like(x)
+        _native.layer_norm(self.runtime, x, weight, None, self.config.norm_eps, out)
         return out
 
     def _norm_if_any(self, x: Floats, name: str) -> Floats:
@@ -133,7 +144,8 @@ class ReferenceDecoder:
         _native.rope(self.runtime, heads, cosine, sine, rope.is_interleaved)
 
     def _add_mixed(self, hidden: Floats, mixed: Floats, layer: int) -> None:
-        hidden += self._norm_if_any(mixed, f"layers.{layer}.attn_post_norm")
+        mixed = self._norm_if_any(mixed, f"layers.{layer}.attn_post_norm")
+        hidden += mixed * np.float32(self.config.residual_scale)
 
     def _product(self, matrix: _native.Matrix, x: Floats) -> Floats:
         out = np.empty((len(x), matrix.rows), np.float32)
@@ -148,7 +160,7 @@ class ReferenceDecoder:
 
     def _add_attention(self, hidden: Floats, layer: int, step: Step, attention: AttentionConfig) -> None:
         tokens, name, head_dim = step.num_tokens, f"layers.{layer}.", attention.head_dim
-        normed = self._norm(hidden, name + "attn_norm")
+        normed = self._norm_hidden(hidden, name + "attn_norm")
         query, key = (self._projection(name + part, normed).reshape(tokens, -1, head_dim) for part in "qk")
         value = key.copy()
         if not attention.keys_are_values:
@@ -213,7 +225,7 @@ class ReferenceDecoder:
         name, vectors = f"layers.{layer}.", self.weights.vectors
         assert self.recurrent is not None
         assert step.state_slots is not None
-        normed = self._norm(hidden, name + "attn_norm")
+        normed = self._norm_hidden(hidden, name + "attn_norm")
         name += "delta_"
         if delta.has_joined_qkvz:
             ends = np.cumsum([delta.key_dim, delta.key_dim, delta.value_channels // delta.num_key_heads])
@@ -262,7 +274,7 @@ class ReferenceDecoder:
 
     def _add_latent_attention(self, hidden: Floats, layer: int, step: Step, latent: LatentConfig) -> None:
         tokens, name = step.num_tokens, f"layers.{layer}."
-        query = normed = self._norm(hidden, name + "attn_norm")
+        query = normed = self._norm_hidden(hidden, name + "attn_norm")
         if latent.query_rank:
             down = self._product(self.weights.matrices[name + "q_down"], normed)
             query = self._norm(down, name + "q_down_norm", latent.norm_eps)
@@ -329,18 +341,20 @@ class ReferenceDecoder:
         )
         return chosen
 
-    def _add_ffn(self, hidden: Floats, layer: int) -> None:
-        if f"layers.{layer}.mlp_post_norm" not in self.weights.vectors:
-            self._add_networks(hidden, hidden, layer)
+    def _add_ffn(self, hidden: Floats, layer: int, read: Floats) -> None:
+        is_averaged = self.config.shared_is_averaged and self.config.layers[layer].is_moe
+        scale = np.float32(self.config.residual_scale * (0.5 if is_averaged else 1.0))
+        if f"layers.{layer}.mlp_post_norm" not in self.weights.vectors and scale == 1:
+            self._add_networks(hidden, read, layer)
             return
         out = np.zeros_like(hidden)
-        self._add_networks(out, hidden, layer)
-        hidden += self._norm(out, f"layers.{layer}.mlp_post_norm")
+        self._add_networks(out, read, layer)
+        hidden += self._norm_if_any(out, f"layers.{layer}.mlp_post_norm") * scale
 
     def _add_networks(self, out: Floats, hidden: Floats, layer: int) -> None:
         """Add the outputs of the networks of a layer, in their order, to `out`, which may be `hidden`."""
         name = f"layers.{layer}."
-        normed = self._norm(hidden, name + "mlp_norm")
+        normed = self._norm_hidden(hidden, name + ("attn_norm" if self.config.is_parallel else "mlp_norm"))
         if not self.config.layers[layer].is_moe:
             out += self._swiglu(normed, *(name + part for part in ("gate", "up", "down")))
             return
@@ -362,7 +376,9 @@ class ReferenceDecoder:
 
     def _swiglu(self, x: Floats, *names: str) -> Floats:
         out = np.empty_like(x)
-        gate, up, down = (self.weights.matrices[name] for name in names)
+        gate, up, down = (self.weights.matrices.get(name) for name in names)
+        assert up is not None
+        assert down is not None
         _native_testing.swiglu(self.runtime, gate, up, down, x, out, describe_activation(self.config))
         return out
 

@@ -166,6 +166,8 @@ def routing_margin(router: torch.nn.Module, inputs: tuple[torch.Tensor, ...], lo
         return margin_behind(logits, router.config.top_k_experts)
     bias = inputs[1] if len(inputs) > 1 else getattr(router, "e_score_correction_bias", None)
     scores = logits.softmax(-1) if bias is None else logits.sigmoid() + bias
+    if hasattr(router, "moe_statics"):  # ERNIE-4.5's adds a bias to the softmax
+        scores = router.moe_statics(scores)
     num_groups, kept = getattr(router, "num_group", None) or 1, getattr(router, "topk_group", None) or 1
     margins = []
     if getattr(router, "topk_method", "group_limited") != "greedy" and num_groups > 1:

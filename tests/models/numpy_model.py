@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.models import tiny_delta, tiny_gemma, tiny_gqa, tiny_wrappers
+from tests.models import tiny_delta, tiny_flags, tiny_gemma, tiny_gqa, tiny_wrappers
 from tests.models.numpy_delta import delta_net
+from tests.models.numpy_flags import run_layer
 from tests.models.safetensors_file import Array, read_checkpoint
 from tests.models.tiny import CHOICE_BIASES, RawConfig, expert_names, head_dim, text_of
 
@@ -116,13 +117,18 @@ class NumpyModel:
         hidden = self.tensors["model.embed_tokens.weight"][token_ids]
         if self.is_gemma:
             hidden = hidden * math.sqrt(hidden.shape[1])
+        hidden = hidden * self.config.get("embedding_multiplier", 1.0)
         if spans.embeddings is not None:
             rows, vectors = spans.embeddings
             hidden[rows] = vectors
         for layer in range(self.config["num_hidden_layers"]):
             prefix = f"model.layers.{layer}."
-            normed = self.norm(prefix + "input_layernorm", hidden)
-            if self.is_gemma:
+            normed = hidden
+            if prefix + "input_layernorm.weight" in self.tensors:
+                normed = self.norm(prefix + "input_layernorm", hidden)
+            if self.config["model_type"] in tiny_flags.FAMILIES:
+                hidden = run_layer(self, layer, hidden, places[layer])
+            elif self.is_gemma:
                 mixed = self.attention(layer, normed, places[layer])
                 hidden = hidden + self.norm(prefix + "post_attention_layernorm", mixed)
                 added = self.gemma_feed_forward(prefix, hidden)
@@ -141,7 +147,7 @@ class NumpyModel:
             self.hidden_states.append(hidden)
         is_tied = self.config.get("tie_word_embeddings", False)
         head = self.tensors["model.embed_tokens.weight" if is_tied else "lm_head.weight"]
-        logits: Array = self.norm("model.norm", hidden) @ head.T
+        logits: Array = self.norm("model.norm", hidden) @ head.T / self.config.get("logits_scaling", 1.0)
         cap = self.config.get("final_logit_softcapping")
         return cap * np.tanh(logits / cap) if cap else logits
 
@@ -202,7 +208,7 @@ class NumpyModel:
         num_tokens = len(x)
         names = "qkv" if prefix + "v_proj.weight" in self.tensors else "qkk"
         q, k, v = (self.linear(f"{prefix}{name}_proj", x) for name in names)
-        if is_flat := self.config["model_type"] in ("olmoe", "minimax_m2"):
+        if is_flat := self.config["model_type"] in ("olmoe", "minimax_m2", "flex_olmo"):
             q, k = self.norm(prefix + "q_norm", q), self.norm(prefix + "k_norm", k)
         if limit := self.config.get("clip_qkv"):
             q, k, v = (np.clip(y, -limit, limit) for y in (q, k, v))
@@ -214,14 +220,15 @@ class NumpyModel:
             q, k = self.norm(prefix + "q_norm", q), self.norm(prefix + "k_norm", k)
         if self.is_gemma:
             v = self.norm("", v)
-        q, k = rotate(q, places), rotate(k, places)
+        turn = rotate_pairs if self.config["model_type"] == "ernie4_5_moe" else rotate
+        q, k = turn(q, places), turn(k, places)
 
         heads_per_kv_head = q.shape[1] // k.shape[1]
         is_seen = places.is_seen(self.windows[layer])
         out = np.empty((*q.shape[:2], v.shape[2]))
         for head in range(q.shape[1]):
             scores = q[:, head] @ k[:, head // heads_per_kv_head].T
-            scores = scores if self.is_gemma else scores / math.sqrt(dim)
+            scores = scores if self.is_gemma else scores * self.config.get("attention_multiplier", dim**-0.5)
             scores = np.where(is_seen, scores, -np.inf)
             sinks = self.tensors.get(prefix + "sinks", self.tensors.get(prefix + "attention_sink_bias"))
             if sinks is not None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.models import tiny_delta, tiny_gemma, tiny_gqa, tiny_latent, tiny_wrappers
+from tests.models import tiny_delta, tiny_flags, tiny_gemma, tiny_gqa, tiny_latent, tiny_wrappers
 from tests.models.safetensors_file import Array, decode, encode, write_checkpoint
 
 RawConfig = dict[str, Any]
@@ -339,7 +339,9 @@ def head_dim(config: RawConfig) -> int:
 def num_experts(config: RawConfig) -> int:
     text = text_of(config)
     return next(
-        text[name] for name in ("num_local_experts", "num_experts", "n_routed_experts") if name in text
+        text[name]
+        for name in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+        if name in text
     )
 
 
@@ -348,6 +350,8 @@ def moe_layers(config: RawConfig) -> list[int]:
     if config["model_type"] in tiny_latent.LATENT_FAMILIES:
         text = text_of(config)
         return [i for i in range(text["num_hidden_layers"]) if tiny_latent.is_moe(text, i)]
+    if config["model_type"] in tiny_flags.FAMILIES:
+        return [i for i in range(config["num_hidden_layers"]) if tiny_flags.is_moe(config, i)]
     config = text_of(config)
     if config["model_type"] in tiny_gqa.FAMILIES:
         return tiny_gqa.moe_layers(config)
@@ -365,6 +369,8 @@ def tensor_shapes(config: RawConfig) -> dict[str, tuple[int, ...]]:
         return tiny_delta.delta_tensor_shapes(config, moe_layers(config), is_fused=is_fused)
     if config["model_type"] in tiny_latent.LATENT_FAMILIES:
         return tiny_latent.latent_shapes(config)
+    if config["model_type"] in tiny_flags.FAMILIES:
+        return tiny_flags.flag_shapes(config)
     if config["model_type"] == tiny_gemma.FAMILY:
         return tiny_gemma.gemma4_shapes(config)
     if config["model_type"] in tiny_wrappers.TEXT_FAMILIES:
@@ -488,7 +494,9 @@ def random_tensors(config: RawConfig, seed: int, dtype: str) -> dict[str, Array]
         elif "embed_tokens" in name:
             # A tied table is also the head: at unit size a token would only ever predict itself.
             values = noise * (0.5 * shape[1] ** -0.5 if text_of(config).get("tie_word_embeddings") else 1.0)
-        elif name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight", "mlp.router.weight")):
+        elif name.endswith(
+            ("mlp.gate.weight", "block_sparse_moe.gate.weight", "router.weight", "router.layer.weight")
+        ):
             values = noise * (1.5 * shape[1] ** -0.5)
         else:
             values = noise * (1.2 * shape[1] ** -0.5)  # [rows, inputs], or [experts, inputs, columns]

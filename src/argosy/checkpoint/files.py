@@ -8,7 +8,7 @@ Everything here is a place in a file (path, offset, length), proved to lie insid
 expert is one piece in a pack, three pieces in a checkpoint with one tensor per matrix and in the stacked tensors of a
 GGUF, and two pieces if gate and up are fused.
 
-All experts of a layer have the same formats of gate, up and down; these three may differ from each other and from
+All experts of a layer have the same formats of gate, up and down; these may differ from each other and from
 layer to layer, as in Q4_K_M files.
 
 Elsewhere: `landing.py` turns bytes into matrices; `native/store/` reads and transcodes; `experts/` decides which
@@ -17,7 +17,7 @@ experts are resident.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,8 @@ from argosy.checkpoint.safetensors import TensorRef
 from argosy.checkpoint.untrusted_file import quote
 from argosy.config import Format, LayerConfig, ModelConfig
 from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
+
+MATRIX_NAMES = ("gate", "up", "down")  # of an expert; some have no gate
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +52,16 @@ class ExpertMatrix:
 
 @dataclass(frozen=True, slots=True)
 class ExpertRecord:
-    """One routed expert: y = down (silu(gate x) * (up x))."""
+    """One routed expert: y = down (silu(gate x) * (up x)), or with another activation, which may have no gate."""
 
     pieces: tuple[Piece, ...]
-    gate: ExpertMatrix
+    gate: ExpertMatrix | None
     up: ExpertMatrix
     down: ExpertMatrix
 
     @classmethod
     def of(cls, *matrices: MatrixRef) -> ExpertRecord:
-        """Make the record of an expert whose gate, up and down are separate tensors."""
+        """Make the record of an expert whose gate, up and down, or up and down, are separate tensors."""
         pieces: list[Piece] = []
         places = []
         for ref in matrices:
@@ -68,7 +70,18 @@ class ExpertRecord:
             pieces += (
                 piece if piece.completes is None else replace(piece, completes=first) for piece in ref.pieces
             )
-        return cls(tuple(pieces), *places)
+        return cls.laid_out(tuple(pieces), places)
+
+    @classmethod
+    def laid_out(cls, pieces: tuple[Piece, ...], matrices: Sequence[ExpertMatrix]) -> ExpertRecord:
+        """Make the record from its `matrices`: gate, up and down, or up and down."""
+        *gate, up, down = matrices
+        return cls(pieces, gate[0] if gate else None, up, down)
+
+    @property
+    def matrices(self) -> tuple[ExpertMatrix, ...]:
+        """Gate, up and down, or up and down: as `expert_shapes`."""
+        return (self.up, self.down) if self.gate is None else (self.gate, self.up, self.down)
 
     @property
     def nbytes(self) -> int:
@@ -76,9 +89,9 @@ class ExpertRecord:
         return sum(piece.nbytes for piece in self.pieces)
 
     @property
-    def formats(self) -> tuple[Format, Format, Format]:
-        """The formats of gate, up and down."""
-        return self.gate.format, self.up.format, self.down.format
+    def formats(self) -> tuple[Format, ...]:
+        """The formats of its matrices."""
+        return tuple(matrix.format for matrix in self.matrices)
 
     def matrix(self, name: str, label: str) -> MatrixRef:
         """Return the expert's gate, up or down as a separate matrix, named `label`."""
@@ -204,8 +217,8 @@ class ModelFiles:
         """The bytes of all routed experts together."""
         return sum(record.nbytes for record in self.experts.values())
 
-    def expert_formats(self, layer: int) -> tuple[Format, Format, Format]:
-        """Return the formats of gate, up and down in a layer; `require_one_format_a_layer` has checked that experts
+    def expert_formats(self, layer: int) -> tuple[Format, ...]:
+        """Return the formats of an expert's matrices in a layer; `require_one_format_a_layer` has checked that experts
         agree.
         """
         return self.experts[layer, 0].formats
@@ -213,7 +226,7 @@ class ModelFiles:
     @cached_property
     def has_strided_experts(self) -> bool:
         """Whether experts' rows are not contiguous, so that the model must be packed before it runs."""
-        return any(record.gate.strides is not None for record in self.experts.values())
+        return any(record.up.strides is not None for record in self.experts.values())
 
     @cached_property
     def expert_format(self) -> str:
@@ -230,7 +243,7 @@ def require_one_format_a_layer(experts: Mapping[tuple[int, int], ExpertRecord], 
     """
     for (layer, expert), record in experts.items():
         for name, found, expected in zip(
-            ("gate", "up", "down"), record.formats, experts[layer, 0].formats, strict=True
+            MATRIX_NAMES[-len(record.formats) :], record.formats, experts[layer, 0].formats, strict=True
         ):
             if found != expected:
                 raise CheckpointError(

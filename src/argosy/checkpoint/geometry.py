@@ -1,7 +1,7 @@
 """List the tensors that a `ModelConfig` requires, under Argosy's own names, with their shapes.
 
     ModelConfig  ->  dense_shapes   {"embed": (vocab, hidden), "layers.0.q": (heads * head_dim, hidden), ...}
-                 ->  expert_shapes  gate, up, down of one routed expert
+                 ->  expert_shapes  gate, up and down, or up and down, of one routed expert
                  ->  count_parameters
 
 Shapes are [rows, columns], as in the product y = W x; a vector's shape is one number. Files in place and packs are
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from math import prod
-from typing import NamedTuple
 
 from argosy.checkpoint.formats import rows_together
 from argosy.config import AttentionConfig, DeltaConfig, Format, LatentConfig, Mixer, ModelConfig
@@ -25,18 +24,12 @@ Shape = tuple[int, ...]
 _MOST_EXPERTS = 1 << 20  # in all layers together; the largest released model has 82,432
 
 
-class ExpertShapes(NamedTuple):
-    """Shapes of the three matrices of one routed expert."""
-
-    gate: tuple[int, int]
-    up: tuple[int, int]
-    down: tuple[int, int]
-
-
-def expert_shapes(config: ModelConfig) -> ExpertShapes:
-    """Return the shapes of gate, up and down, the same for every routed expert of a model."""
-    wide, narrow = (config.expert_width, config.hidden_size), (config.hidden_size, config.expert_width)
-    return ExpertShapes(wide, wide, narrow)
+def expert_shapes(config: ModelConfig) -> tuple[tuple[int, int], ...]:
+    """Return the shapes of gate, up and down, or of up and down if the activation has no gate: the same for every
+    routed expert of a model.
+    """
+    wide, narrow = (config.expert_width, config.expert_hidden), (config.expert_hidden, config.expert_width)
+    return (wide, wide, narrow) if config.activation.has_gate else (wide, narrow)
 
 
 def dense_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
@@ -94,11 +87,13 @@ def count_parameters(config: ModelConfig) -> tuple[int, int]:
 
 
 def _layer_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]]:
-    yield "attn_norm", (config.hidden_size,)
+    if config.has_pre_norms:
+        yield "attn_norm", (config.hidden_size,)
     yield from _mixer_shapes(config.layers[layer].mixer, config.hidden_size)
     if config.has_post_norms:
         yield "attn_post_norm", (config.hidden_size,)
-    yield "mlp_norm", (config.hidden_size,)
+    if config.has_pre_norms and not config.is_parallel:
+        yield "mlp_norm", (config.hidden_size,)
     yield from _routed_shapes(config) if config.layers[layer].is_moe else _dense_shapes(config)
     if config.has_post_norms or (config.has_moe_post_norm and config.layers[layer].is_moe):
         yield "mlp_post_norm", (config.hidden_size,)
@@ -194,7 +189,8 @@ def _delta_shapes(delta: DeltaConfig, hidden: int) -> Iterator[tuple[str, Shape]
 
 
 def _dense_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
-    yield "gate", (config.dense_width, config.hidden_size)
+    if config.activation.has_gate:
+        yield "gate", (config.dense_width, config.hidden_size)
     yield "up", (config.dense_width, config.hidden_size)
     yield "down", (config.hidden_size, config.dense_width)
 
@@ -217,9 +213,13 @@ def _routed_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     if config.has_expert_bias:
         yield "expert_gate_bias", (config.num_experts, config.expert_width)
         yield "expert_up_bias", (config.num_experts, config.expert_width)
-        yield "expert_down_bias", (config.num_experts, hidden)
+        yield "expert_down_bias", (config.num_experts, config.expert_hidden)
+    if config.expert_latent:
+        yield "latent_down", (config.expert_latent, hidden)
+        yield "latent_up", (hidden, config.expert_latent)
     if config.shared_width:
-        yield "shared_gate", (config.shared_width, hidden)
+        if config.activation.has_gate:
+            yield "shared_gate", (config.shared_width, hidden)
         yield "shared_up", (config.shared_width, hidden)
         yield "shared_down", (hidden, config.shared_width)
         if config.shared_is_gated:

@@ -63,30 +63,27 @@ def expert_file(share: int, num_shares: int) -> str:
     return EXPERTS_FILE if num_shares == 1 else f"experts-{share}-of-{num_shares}.bin"
 
 
-ExpertFormats = tuple[Format, Format, Format]  # gate, up, down
+ExpertFormats = tuple[Format, ...]  # of an expert's matrices
 
 
 @dataclass(frozen=True, slots=True)
 class RecordLayout:
-    """The places of an expert's three matrices in its record, the same for every expert of a layer."""
+    """The places of an expert's matrices in its record, the same for every expert of a layer."""
 
-    gate: ExpertMatrix
-    up: ExpertMatrix
-    down: ExpertMatrix
+    matrices: tuple[ExpertMatrix, ...]
     nbytes: int  # without the padding at the end
     stride: int  # from one record to the next
 
 
 def record_layout(config: ModelConfig, formats: ExpertFormats) -> RecordLayout:
-    """Compute the record layout of a model's experts, given the formats of gate, up and down."""
+    """Compute the record layout of a model's experts, given the formats of their matrices."""
     matrices = []
     at = 0
     for format, (rows, cols) in zip(formats, expert_shapes(config), strict=True):
         at = round_up(at, MATRIX_ALIGNMENT)
         matrices.append(ExpertMatrix(0, at, format, rows, cols))
         at += matrix_bytes(format, rows, cols)
-    gate, up, down = matrices
-    return RecordLayout(gate, up, down, at, round_up(at, FILE_ALIGNMENT))
+    return RecordLayout(tuple(matrices), at, round_up(at, FILE_ALIGNMENT))
 
 
 def lay_out_experts(
@@ -151,10 +148,8 @@ class Manifest:
         return (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()
 
     def _formats_to_json(self) -> object:
-        """Return one format if all matrices of all experts share it; otherwise gate, up and down per layer with
-        experts.
-        """
-        formats = {format for three in self.expert_formats.values() for format in three}
+        """Return one format if all matrices of all experts share it; otherwise those of each layer with experts."""
+        formats = {format for each in self.expert_formats.values() for format in each}
         if len(formats) == 1:
             return formats.pop()
         return [list(self.expert_formats[layer]) for layer in self.config.moe_layers]
@@ -216,7 +211,7 @@ def read_manifest(directory: Path) -> Manifest:
         config=config,
         dense_formats=dense_formats,
         dense_checksums=dense_checksums,
-        expert_formats=reader.expert_formats(experts["format"], config.moe_layers),
+        expert_formats=reader.expert_formats(experts["format"], config),
         num_shares=num_shares,
         expert_checksums=[reader.checksum(value, "experts.crc32c_wide") for value in checksums],
         encoder_checksums=encoder_checksums,
@@ -274,9 +269,7 @@ def open_pack(directory: str | Path, *, shards: int = ALL_SHARDS) -> ModelFiles 
     with_checksums = {ref.name: replace(ref, checksum=manifest.dense_checksums[ref.name]) for ref in dense}
     paths = {name: directory / name for name in ends}
     experts = {
-        key: ExpertRecord(
-            (Piece(paths[name], offset, layout.nbytes, checksum),), layout.gate, layout.up, layout.down
-        )
+        key: ExpertRecord.laid_out((Piece(paths[name], offset, layout.nbytes, checksum),), layout.matrices)
         for (key, name, offset, layout), checksum in zip(records, manifest.expert_checksums, strict=True)
     }
     encoders = _open_encoders(directory, manifest)
@@ -436,19 +429,21 @@ class _Strict:
             )
         return value
 
-    def expert_formats(self, value: object, layers: tuple[int, ...]) -> dict[int, ExpertFormats]:
-        """Read formats of gate, up and down for each layer with experts, from one format for all or a list
-        of triples.
-        """
+    def expert_formats(self, value: object, config: ModelConfig) -> dict[int, ExpertFormats]:
+        """Read the formats of an expert's matrices in each layer with experts, from one format for all or a list."""
+        layers, count = config.moe_layers, len(expert_shapes(config))
         if not isinstance(value, list):
             format = self.format(value, "experts.format")
-            return dict.fromkeys(layers, (format, format, format))
+            return dict.fromkeys(layers, (format,) * count)
         if len(value) != len(layers) or not all(
-            isinstance(three, list) and len(three) == 3 for three in value
+            isinstance(each, list) and len(each) == count for each in value
         ):
-            raise self.wrong("experts.format", value, f"three formats for each of {len(layers)} layers")
-        gate_up_down = ([self.format(item, "experts.format") for item in three] for three in value)
-        return {layer: (gate, up, down) for layer, (gate, up, down) in zip(layers, gate_up_down, strict=True)}
+            expected = f"{count} formats for each of {len(layers)} layers"
+            raise self.wrong("experts.format", value, expected)
+        return {
+            layer: tuple(self.format(item, "experts.format") for item in each)
+            for layer, each in zip(layers, value, strict=True)
+        }
 
 
 def _option_with(options: list[Any], value: object, where: str, reader: _Strict) -> object:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, cast
 
-from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.files import MATRIX_NAMES, ModelFiles
 from argosy.checkpoint.formats import is_quantised, matrix_bytes, round_up
-from argosy.checkpoint.geometry import packed_config, packed_format
+from argosy.checkpoint.geometry import expert_shapes, packed_config, packed_format
 from argosy.checkpoint.gguf import GgufFile, metadata_only
 from argosy.checkpoint.gguf_names import GGUF_METADATA_FILE, MMPROJ_METADATA_FILE
 from argosy.checkpoint.landing import Halves, MatrixRef
@@ -98,13 +98,12 @@ class Contents:
         return slice(len(self.dense), len(self.units) - self.num_encoder_units)
 
     def expert_formats(self) -> dict[int, ExpertFormats]:
-        """The formats of gate, up and down by layer."""
+        """The formats of an expert's matrices by layer."""
         first_of_layers = self.units[self.experts][:: self.config.num_experts]
-        found = {}
-        for layer, unit in zip(self.config.moe_layers, first_of_layers, strict=True):
-            gate, up, down = (format for _, format, _ in unit.parts)
-            found[layer] = gate, up, down
-        return found
+        return {
+            layer: tuple(format for _, format, _ in unit.parts)
+            for layer, unit in zip(self.config.moe_layers, first_of_layers, strict=True)
+        }
 
     @property
     def encoder_header(self) -> bytes | None:
@@ -137,8 +136,7 @@ def contents_of(files: ModelFiles, format: str, num_shares: int, encoders: list[
     def expert_formats(layer: int) -> ExpertFormats:
         if format == "source":
             return files.expert_formats(layer)
-        asked = cast(Format, format)
-        return asked, asked, asked
+        return (cast(Format, format),) * len(expert_shapes(config))
 
     for (layer, expert), file, start, layout in lay_out_experts(
         config, expert_formats, num_shares=num_shares
@@ -150,7 +148,7 @@ def contents_of(files: ModelFiles, format: str, num_shares: int, encoders: list[
                 matrix.format,
                 matrix.offset,
             )
-            for name, matrix in (("gate", layout.gate), ("up", layout.up), ("down", layout.down))
+            for name, matrix in zip(MATRIX_NAMES[-len(layout.matrices) :], layout.matrices, strict=True)
         )
         units.append(Unit(file, start, layout.nbytes, start + layout.stride, parts))
     encoder_units = _encoder_units(encoders)

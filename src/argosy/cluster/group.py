@@ -144,7 +144,7 @@ class Group:
         """The most bytes that the group takes in the engine's process: buffers, and tables of experts."""
         config = files.config
         buffers = _native.exchange_bytes(
-            hidden=config.hidden_size,
+            hidden=config.expert_hidden,
             num_experts=num_experts_by_layer(config),
             most_rows=MOST_ROWS,
             most_assignments=MOST_ROWS * config.experts_per_token,
@@ -197,14 +197,14 @@ class Group:
             model=fingerprint(files),
             most_rows=step_tokens,
             most_assignments=most_assignments,
-            hidden=config.hidden_size,
+            hidden=config.expert_hidden,
             num_layers=config.num_layers,
             num_experts=config.num_experts,
         )
         self._model = files
         self._copying.open(files)
         self._exchange = exchange = _native.Exchange(
-            hidden=config.hidden_size,
+            hidden=config.expert_hidden,
             num_experts=num_experts_by_layer(config),
             most_rows=step_tokens,
             most_assignments=most_assignments,

@@ -50,7 +50,7 @@ _MOST_VERIFIED = 256  # assignments per layer that may be verified; bounds the s
 
 def most_verification_bytes(config: ModelConfig) -> int:
     """The most bytes that verifying takes: a layer's outputs, computed twice more."""
-    return 2 * _MOST_VERIFIED * 4 * config.hidden_size
+    return 2 * _MOST_VERIFIED * 4 * config.expert_hidden
 
 
 class Members(Protocol):

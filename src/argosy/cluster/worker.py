@@ -145,7 +145,7 @@ class Worker:
             model=model,
             most_rows=MOST_ROWS,
             most_assignments=MOST_ROWS * config.experts_per_token,
-            hidden=config.hidden_size,
+            hidden=config.expert_hidden,
             num_layers=config.num_layers,
             num_experts=config.num_experts,
         )

@@ -135,12 +135,12 @@ def plan_worker(
     readers, most_coordinators, most_rows = settings.readers, settings.most_coordinators, MOST_ROWS
     config = files.config
     link = _native.worker_link_bytes(
-        hidden=config.hidden_size,
+        hidden=config.expert_hidden,
         num_experts=num_experts_by_layer(config),
         most_rows=most_rows,
         most_assignments=most_rows * config.experts_per_token,
     )
-    sizes = _native.StackSizes(config.hidden_size, 0)
+    sizes = _native.StackSizes(config.expert_hidden, 0)
     sizes.add_routed(config.num_experts, config.experts_per_token, config.expert_width, 0)
     is_transcoded = any(piece.transcode for record in share.values() for piece in record.pieces)
     has_act_order = any(not ACT_ORDER_FORMATS.isdisjoint(record.formats) for record in share.values())

@@ -69,9 +69,12 @@ class RouterConfig:
     group_score: Literal["max", "top2"] = "top2"  # a group's score: its best, or the sum of its best two
     renormalize: bool = True  # a token's routing weights sum to one
     renormalize_eps: float = 0.0  # added to the divisor of the renormalization
+    renormalize_least: float = 0.0  # the least divisor
     scale: float = 1.0  # multiplies the routing weights, last
     # Each expert has a factor for its routing weight, after `scale`: `expert_scale`.
     has_expert_scale: bool = False
+    logit_cap: float = 0.0  # logits become cap * tanh(logit / cap) before they are scored; 0: unchanged
+    weighs_input: bool = False  # the weight multiplies the input of a token's only expert, not its output
     # The router reads the hidden state after its own RMSNorm, whose weight is `router_norm` / sqrt(hidden_size).
     has_norm: bool = False
 
@@ -84,11 +87,18 @@ class ActivationConfig:
     clamped (gpt-oss): gate * sigmoid(alpha * gate) * (up + 1), with gate clamped to at most `limit` and up
     to -limit..limit.
     gelu_tanh: gelu(gate) * up, with the tanh approximation of gelu (arXiv:1606.08415).
+    silu_limited (DeepSeek-V4): silu(gate) * up, with gate clamped to at most `limit` and up to -limit..limit.
+    silu_capped (Step-3.5): silu(gate) clamped to at most `limit`, times up clamped to -limit..limit.
+    relu2: max(up, 0)^2, without a gate (arXiv:2109.08668).
     """
 
-    kind: Literal["silu", "clamped", "gelu_tanh"] = "silu"
+    kind: Literal["silu", "clamped", "gelu_tanh", "silu_limited", "silu_capped", "relu2"] = "silu"
     limit: float = 0.0
     alpha: float = 0.0
+
+    @property
+    def has_gate(self) -> bool:
+        return self.kind != "relu2"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,8 +126,15 @@ class ModelConfig:
     activation: ActivationConfig = ActivationConfig()  # for all feed-forward networks
     dense_width: int = 0  # FFN width of layers without routed experts
     shared_width: int = 0  # FFN width of the always-on shared expert; 0: none
+    shared_is_averaged: bool = False  # routed and shared outputs are averaged, not added
+    # Routed experts read and write vectors of this size, `latent_down` . x and `latent_up` . sum; 0: hidden_size.
+    expert_latent: int = 0
     shared_is_gated: bool = False  # the shared expert's output is multiplied by sigmoid(shared_score . x)
     has_expert_bias: bool = False  # gate, up and down of routed experts have biases
+    norm_kind: Literal["rms", "layer"] = "rms"  # RMSNorm or LayerNorm, for norms of the hidden state
+    has_pre_norms: bool = True  # norms before the mixer and before the networks: `attn_norm`, `mlp_norm`
+    # The networks read what the mixer reads, after `attn_norm`; there is no `mlp_norm`.
+    is_parallel: bool = False
     # RMSNorm of the outputs of the mixer and of the feed-forward networks: `attn_post_norm`, `mlp_post_norm`.
     has_post_norms: bool = False
     has_moe_post_norm: bool = False  # the same, only of what a layer with experts adds: `mlp_post_norm`
@@ -126,6 +143,8 @@ class ModelConfig:
     has_expert_norms: bool = False
     has_layer_scale: bool = False  # a factor of the hidden state after each layer: `layer_scale`
     embedding_scale: float = 1.0  # factor of the embeddings of tokens
+    residual_scale: float = 1.0  # factor of what the mixer, or the networks together, add to the hidden state
+    logit_scale: float = 1.0  # factor of the logits, before the cap
     logit_cap: float = 0.0  # logits become cap * tanh(logit / cap); 0: unchanged
     norm_offset: float = 0.0  # added to stored norm weights: 1 where they are zero-centred
     is_embedding_tied: bool = False  # the head is the embedding table
@@ -185,6 +204,11 @@ class ModelConfig:
     def num_axes(self) -> int:
         """Axes of a position: time, row and column, or one."""
         return max((rope.num_axes for rope in self.ropes), default=1)
+
+    @property
+    def expert_hidden(self) -> int:
+        """The size of the vectors that routed experts read and write."""
+        return self.expert_latent or self.hidden_size
 
     @property
     def head_name(self) -> str:

@@ -136,14 +136,14 @@ class ExpertFiles:
     def table(self, arena: _native.Arena, arithmetic: Arithmetic) -> _native.ExpertTable:
         """Create the table of experts in an arena; no expert has a place yet."""
         some = next(iter(self._all_records.values()))
-        table = _native.ExpertTable(arena, hidden=some.gate.cols, activation=arithmetic.activation)
+        table = _native.ExpertTable(arena, hidden=some.up.cols, activation=arithmetic.activation)
         for layer, num_experts in Counter(layer for layer, _ in self._all_records).items():
             one = self._all_records[layer, 0]
             gate_bias, up_bias, down_bias = arithmetic.biases.get(layer, (None, None, None))
             table.add_layer(
                 layer,
                 formats=one.formats,
-                width=one.gate.rows,
+                width=one.up.rows,
                 starts=np.array([self._starts((layer, expert)) for expert in range(num_experts)], np.int64),
                 gate_bias=gate_bias,
                 up_bias=up_bias,
@@ -152,13 +152,13 @@ class ExpertFiles:
         return table
 
     def _starts(self, key: Key) -> list[int]:
-        """Return the offsets in bytes of gate, up and down from an expert's place."""
+        """Return the offsets in bytes of an expert's matrices from its place."""
         record = self._all_records[key]
         places, _ = _lay_out(record, self.alignment)
         starts = [
             place + piece.inset(self.alignment) for piece, place in zip(record.pieces, places, strict=True)
         ]
-        return [starts[matrix.piece] + matrix.offset for matrix in (record.gate, record.up, record.down)]
+        return [starts[matrix.piece] + matrix.offset for matrix in record.matrices]
 
     def expert_bytes(self, key: Key) -> int:
         """Return the bytes read for one expert."""

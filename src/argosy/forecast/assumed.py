@@ -59,7 +59,7 @@ def assume_pack(config: ModelConfig, format: Format, path: Path) -> ModelFiles:
     for layer in config.moe_layers:
         for expert in range(config.num_experts):
             piece = Piece(path, len(experts) * record_bytes, record_bytes, checksum=0)
-            experts[layer, expert] = ExpertRecord((piece,), *matrices)
+            experts[layer, expert] = ExpertRecord.laid_out((piece,), matrices)
     return ModelFiles(path, config, dense, experts, is_packed=True)
 
 

@@ -271,7 +271,7 @@ class Forecaster(Speeds):
             self.working_set,
             num_machines=num_machines,
             num_slots=min(num_slots, plan.slots.num_experts),
-            hidden_size=self._model.hidden_size,
+            hidden_size=self._model.expert_hidden,
             network=network,
             context=plan.context_tokens // 2,
         )

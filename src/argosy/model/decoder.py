@@ -94,7 +94,9 @@ class Decoder:
             experts_off=experts is None,
             recurrent=recurrent,
             embedding_scale=config.embedding_scale,
+            logit_scale=config.logit_scale,
             logit_cap=config.logit_cap,
+            norm_kind=config.norm_kind,
             first_layer=layers.start,
         )
 

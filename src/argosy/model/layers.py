@@ -28,14 +28,17 @@ def describe_layers(config: ModelConfig, weights: DenseWeights) -> list[_native.
     vectors = weights.vectors
     return [
         _native.Layer(
-            vectors[f"layers.{i}.attn_norm"],
+            vectors.get(f"layers.{i}.attn_norm"),
             _mixer(config, i, weights),
-            vectors[f"layers.{i}.mlp_norm"],
+            vectors.get(f"layers.{i}.mlp_norm"),
             _routed_ffn(config, i, weights) if layer.is_moe else _dense_ffn(i, weights),
             rotary=_rotary(config, layer.mixer),
             mixer_post_norm=vectors.get(f"layers.{i}.attn_post_norm"),
             ffn_post_norm=vectors.get(f"layers.{i}.mlp_post_norm"),
             scale=float(vectors[f"layers.{i}.layer_scale"][0]) if config.has_layer_scale else 1.0,
+            is_parallel=config.is_parallel,
+            mixer_scale=config.residual_scale,
+            ffn_scale=_ffn_scale(config, i),
         )
         for i, layer in enumerate(config.layers)
     ]
@@ -55,7 +58,8 @@ def kv_shapes(config: ModelConfig) -> list[_native.KvShape]:
 def stack_sizes(config: ModelConfig) -> _native.StackSizes:
     """Return the dimensions of all layers, from which native code computes its working memory."""
     sizes = _native.StackSizes(config.hidden_size, sum(rope.rotary_dim // 2 for rope in config.ropes))
-    if config.has_post_norms or config.has_moe_post_norm:
+    is_apart = config.has_post_norms or config.has_moe_post_norm
+    if is_apart or any(_ffn_scale(config, i) != 1 for i in range(config.num_layers)):
         sizes.add_ffn_post_norm()
     for layer in config.layers:
         _add_mixer_sizes(sizes, layer.mixer)
@@ -65,7 +69,8 @@ def stack_sizes(config: ModelConfig) -> _native.StackSizes:
                 config.experts_per_token,
                 config.expert_width,
                 config.shared_width,
-                config.has_expert_norms,
+                config.has_expert_norms or config.router.weighs_input,
+                config.expert_latent,
             )
         else:
             sizes.add_dense(config.dense_width)
@@ -254,20 +259,27 @@ def _add_mixer_sizes(sizes: _native.StackSizes, mixer: Mixer) -> None:
 
 
 def _dense_ffn(layer: int, weights: DenseWeights) -> _native.Ffn:
-    """SwiGLU (arXiv:2002.05202)."""
-    return _native.dense_ffn(*(weights.matrices[f"layers.{layer}.{part}"] for part in ("gate", "up", "down")))
+    """SwiGLU (arXiv:2002.05202), or another activation between its products."""
+    return _native.dense_ffn(*_network(f"layers.{layer}.", weights))
+
+
+def _network(
+    prefix: str, weights: DenseWeights
+) -> tuple[_native.Matrix | None, _native.Matrix, _native.Matrix]:
+    """Return gate, up and down of a network that every token runs through."""
+    matrices = weights.matrices
+    return matrices.get(prefix + "gate"), matrices[prefix + "up"], matrices[prefix + "down"]
+
+
+def _ffn_scale(config: ModelConfig, layer: int) -> float:
+    """Return the factor of what a layer's networks add together."""
+    is_averaged = config.shared_is_averaged and config.layers[layer].is_moe
+    return config.residual_scale * (0.5 if is_averaged else 1.0)
 
 
 def _routed_ffn(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Ffn:
     """Routed experts, and a shared expert if the family has one."""
     name = f"layers.{layer}."
-    shared = None
-    if config.shared_width:
-        shared = (
-            weights.matrices[name + "shared_gate"],
-            weights.matrices[name + "shared_up"],
-            weights.matrices[name + "shared_down"],
-        )
     router_norm = None
     if config.router.has_norm:
         router_norm = weights.vectors[name + "router_norm"] * np.float32(config.hidden_size**-0.5)
@@ -276,12 +288,19 @@ def _routed_ffn(config: ModelConfig, layer: int, weights: DenseWeights) -> _nati
         routing(config, layer, weights),
         router_bias=weights.vectors.get(name + "router_bias"),
         width=config.expert_width,
-        shared=shared,
+        shared=_network(name + "shared_", weights) if config.shared_width else None,
         shared_score=weights.matrices[name + "shared_score"] if config.shared_is_gated else None,
         router_norm=router_norm,
         norm=weights.vectors.get(name + "expert_norm"),
         post_norm=weights.vectors.get(name + "expert_post_norm"),
         shared_post_norm=weights.vectors.get(name + "shared_post_norm"),
+        latent=(
+            (weights.matrices[name + "latent_down"], weights.matrices[name + "latent_up"])
+            if config.expert_latent
+            else None
+        ),
+        router_logit_cap=config.router.logit_cap,
+        weighs_input=config.router.weighs_input,
     )
 
 
@@ -297,6 +316,7 @@ def routing(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.R
         group_score=router.group_score,
         renormalize=router.renormalize,
         renormalize_eps=router.renormalize_eps,
+        renormalize_least=router.renormalize_least,
         scale=router.scale,
         expert_scale=weights.vectors.get(f"layers.{layer}.expert_scale"),
     )

@@ -88,7 +88,7 @@ def work_of(files: ModelFiles, kv_dtype: KvDtype) -> Work:
     expert: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     records = [files.experts[layer, 0] for layer in config.moe_layers]
     for record in records:
-        for matrix in (record.gate, record.up, record.down):
+        for matrix in record.matrices:
             expert[matrix.format][0] += matrix_bytes(matrix.format, matrix.rows, matrix.cols) / len(records)
             expert[matrix.format][1] += matrix.rows * matrix.cols / len(records)
     record_bytes = sum(record.nbytes for record in records)

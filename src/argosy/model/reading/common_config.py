@@ -47,6 +47,7 @@ class CommonDefaults:
     rotary_dim: int | None = None
     partial_rotary_factor: float | None = None
     axes: Axes | None = None
+    is_embedding_tied: bool = False
 
 
 class Common(NamedTuple):
@@ -74,6 +75,7 @@ def read_common(reader: ConfigReader, defaults: CommonDefaults) -> Common:
         "num_experts",
         "num_local_experts",
         "n_routed_experts",
+        "moe_num_experts",
         default=defaults.num_experts,
         most=MOST_EXPERTS,
     )
@@ -97,10 +99,11 @@ def read_common(reader: ConfigReader, defaults: CommonDefaults) -> Common:
             "num_experts_per_tok",
             "num_experts_per_token",
             "experts_per_token",
+            "moe_k",
             default=defaults.experts_per_token,
             most=num_experts,
         ),
-        "is_embedding_tied": reader.flag("tie_word_embeddings", False),
+        "is_embedding_tied": reader.flag("tie_word_embeddings", defaults.is_embedding_tied),
         "eos_ids": reader.token_ids("eos_token_id", defaults.eos_id),
         "bos_id": next(iter(reader.token_ids("bos_token_id", defaults.bos_id)), None),
     }

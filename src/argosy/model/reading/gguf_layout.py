@@ -78,6 +78,8 @@ _LAYER_NAMES = {
     "mlp_post_norm": "post_ffw_norm.weight",
     "router": "ffn_gate_inp.weight",
     "router_bias": "ffn_gate_inp.bias",
+    "latent_down": "ffn_latent_down.weight",
+    "latent_up": "ffn_latent_up.weight",
     "choice_bias": "exp_probs_b.bias",
     "expert_gate_bias": "ffn_gate_exps.bias",
     "expert_up_bias": "ffn_up_exps.bias",
@@ -200,7 +202,7 @@ class _Accounts(TensorAccounts):
             slices = [
                 [
                     self.take(f"blk.{layer}.{name}.{expert}.weight", shape)[0]
-                    for name, shape in zip(_EXPERT_NAMES, shapes, strict=True)
+                    for name, shape in zip(_EXPERT_NAMES[-len(shapes) :], shapes, strict=True)
                 ]
                 for expert in range(config.num_experts)
             ]
@@ -225,13 +227,16 @@ class _Accounts(TensorAccounts):
 
     def _stacks(self, config: ModelConfig, layer: int) -> list[tuple[TensorRef, int]]:
         """Take the tensors of all gates, ups and downs of a layer, and each one's first row in its tensor."""
-        gate, up, down = (f"blk.{layer}.{name}_exps.weight" for name in _EXPERT_NAMES)
-        (rows, cols), _, down_shape = expert_shapes(config)
-        last = self.take(down, (config.num_experts, *down_shape))[0], 0
-        if (joined := f"blk.{layer}.ffn_gate_up_exps.weight") in self:
+        shapes = expert_shapes(config)
+        names = [f"blk.{layer}.{name}_exps.weight" for name in _EXPERT_NAMES[-len(shapes) :]]
+        if (joined := f"blk.{layer}.ffn_gate_up_exps.weight") in self and config.activation.has_gate:
+            (rows, cols), _, down = shapes
             both, _ = self.take(joined, (config.num_experts, 2 * rows, cols))
-            return [(both, 0), (both, rows), last]
-        return [(self.take(name, (config.num_experts, rows, cols))[0], 0) for name in (gate, up)] + [last]
+            return [(both, 0), (both, rows), (self.take(names[-1], (config.num_experts, *down))[0], 0)]
+        return [
+            (self.take(name, (config.num_experts, *shape))[0], 0)
+            for name, shape in zip(names, shapes, strict=True)
+        ]
 
     def _factor(self, ref: TensorRef, count: int = 1) -> TensorRef | None:
         """Take the factors of a tensor's `count` matrices, or return None if it has none."""

@@ -83,13 +83,16 @@ class Layout:
     """Names below `{prefix}layers.{i}.`: dense tensors by canonical name, experts one by one or fused."""
 
     layer_names: Mapping[str, str]
-    expert_names: tuple[str, str, str] | None = None  # gate, up, down, with {expert}
-    stacked_names: tuple[str, str, str] | None = None  # the same, all experts in one
+    expert_names: tuple[str, ...] | None = None  # gate, up and down, or up and down, with {expert}
+    stacked_names: tuple[str, ...] | None = None  # the same, all experts in one
     fused_names: tuple[str, str] | None = None  # gate and up in one, down
     transposed_names: tuple[str, str] | None = None  # the same, transposed
     has_turns: bool = False  # columns of gate and up alternate in transposed tensors
     mxfp4_names: tuple[str, str, str, str] | None = None  # blocks, scales of alternating gate and up; of down
     by_turns: tuple[str, str] | None = None  # canonical names of two tensors whose values alternate in one
+    joined: tuple[
+        str, ...
+    ] = ()  # canonical names of matrices of one size that follow each other in one tensor
     prefix: str = "model."
     head_name: str = "lm_head.weight"
     has_optional_bias: bool = False  # without `choice_bias`, routers have none, whatever the config says
@@ -128,7 +131,7 @@ class Layout:
 
     def gate_up_shape(self, config: ModelConfig) -> tuple[int, int, int]:
         """Return the shape of the first tensor of stacked float experts."""
-        rows, cols = 2 * config.expert_width, config.hidden_size
+        rows, cols = 2 * config.expert_width, config.expert_hidden
         return (config.num_experts, *((rows, cols) if self.transposed_names is None else (cols, rows)))
 
     def is_passed_over(self, config: ModelConfig) -> Callable[[str], bool]:
@@ -262,6 +265,10 @@ class _Accounts(WeightAccounts):
 
     def dense(self, config: ModelConfig, canonical: str, shape: tuple[int, ...], layout: Layout) -> MatrixRef:
         name, last = layout.dense_name(canonical), canonical.rpartition(".")[2]
+        if last in layout.joined:
+            rows, cols = shape
+            tensor, format = self.take(name, (len(layout.joined) * rows, cols))
+            return MatrixRef.of(tensor.rows(layout.joined.index(last) * rows, rows), format, rows, cols)
         turn = layout.by_turns.index(last) if layout.by_turns and last in layout.by_turns else None
         in_file = shape if turn is None else (*shape[:-1], 2 * shape[-1])
         if last.endswith("conv"):  # each has one input channel
@@ -296,8 +303,8 @@ class _Accounts(WeightAccounts):
     def _single_expert(
         self, config: ModelConfig, layout: Layout, expert: int, names: tuple[str, ...]
     ) -> ExpertRecord:
-        gate, up, down = map(self.weight, names, expert_shapes(config))
-        return ExpertRecord.of(gate, up, down)
+        matrices = zip(names, expert_shapes(config), strict=True)
+        return ExpertRecord.of(*(self.weight(name, shape) for name, shape in matrices))
 
     def _stacked_expert(
         self, config: ModelConfig, layout: Layout, expert: int, names: tuple[str, ...]
