@@ -47,6 +47,7 @@ from tests.models.tiny import (
     qwen2_moe,
     qwen3_moe,
 )
+from tests.models.tiny_gqa import mimo_v2_flash
 from tests.models.tiny_latent import deepseek_v3
 
 # The mean KL in nats that 8-bit activations may cost; measured: 0.0003. A wrong scale, row or column costs above 1.
@@ -76,6 +77,16 @@ def config_of(family: str, *, num_experts: int, experts_per_token: int) -> RawCo
             return olmoe(**sizes, num_experts=num_experts, intermediate_size=256)
         case "minimax_m2":
             return minimax_m2(**sizes, rotary_dim=32, num_local_experts=num_experts, intermediate_size=256)
+        case "mimo_v2_flash":
+            widths = {"moe_intermediate_size": 256, "intermediate_size": 256, "v_head_dim": 64}
+            layers = {"hybrid_layer_pattern": [0, 1], "moe_layer_freq": [1, 1]}
+            heads = SIZES["num_attention_heads"]
+            return mimo_v2_flash(
+                **sizes | {"head_dim": 72, "num_key_value_heads": heads // 4},
+                **widths,
+                **layers,
+                n_routed_experts=num_experts,
+            )
         case "gpt_oss":
             return gpt_oss(**sizes, num_local_experts=num_experts, intermediate_size=256)
         case "deepseek_v3":
@@ -112,7 +123,17 @@ def mean_divergence(expected: Array, found: Array) -> float:
 @pytest.mark.covering(1)
 @pytest.mark.parametrize(
     "family",
-    ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v3", "glm4_moe", "olmoe", "minimax_m2"],
+    [
+        "mixtral",
+        "qwen2_moe",
+        "qwen3_moe",
+        "gpt_oss",
+        "deepseek_v3",
+        "glm4_moe",
+        "olmoe",
+        "minimax_m2",
+        "mimo_v2_flash",
+    ],
 )
 @pytest.mark.parametrize(
     "type_of",

@@ -24,7 +24,7 @@ from tests.families.published import PUBLISHED
 
 RECORD = Path(__file__).with_name("gguf_converted.json")
 
-# llama.cpp has no converter for these, or Argosy does not read what it writes (MiMo).
+# llama.cpp has no converter for these, or, for MiMo, none that works with transformers 5.24.
 UNKNOWN = ("axk1", "flex_olmo", "mimo_v2_flash", "sarvam_mla")
 # The `architectures` class of the hub's config.json, which selects the converter, for configs stored here without it.
 CLASSES = {

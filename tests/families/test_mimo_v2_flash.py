@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from argosy.config import AttentionConfig, ModelConfig
 from argosy.errors import ArgosyError
-from argosy.model.families import FAMILIES
+from argosy.model.families import FAMILIES, open_model
 from tests.families.published import mimo_v2_flash as published
 from tests.models.configurations_gqa import GQA
+from tests.models.gguf_models import one_type, write_gguf_model
 from tests.models.tiny_gqa import mimo_v2_flash
 
 
@@ -55,6 +58,18 @@ def test_absent_keys_have_the_defaults_of_transformers() -> None:
     released = parse(published())
     assert config.layers == released.layers
     assert (config.hidden_size, config.num_experts, config.vocab_size) == (4096, 256, 152_576)
+
+
+def test_a_gguf_file_has_the_same_layers(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf_model(path, mimo_v2_flash(), one_type("F32"), seed=3)
+    found, expected = open_model(path).config, parse(mimo_v2_flash())
+    for one, other in zip(attentions(found), attentions(expected), strict=True):
+        assert one.rope is not None
+        assert other.rope is not None
+        assert (one.rope.theta, one.rope.rotary_dim) == (other.rope.theta, other.rope.rotary_dim)
+        assert replace(one, rope=None) == replace(other, rope=None)
+    assert (found.moe_layers, found.router) == (expected.moe_layers, expected.router)
 
 
 def test_transformers_spelling_names_kinds_and_gives_each_its_rotary_embedding() -> None:

@@ -19,6 +19,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
+from tests.models import tiny_gqa
 from tests.models.safetensors_file import Array, write_checkpoint
 from tests.models.tiny import RawConfig, head_dim, moe_layers, num_experts, random_tensors, text_of
 from tests.models.tiny_latent import INDEXED_FAMILIES, LATENT_FAMILIES
@@ -37,6 +38,7 @@ ARCHITECTURES = {
     "glm4_moe": "glm4moe",
     "olmoe": "olmoe",
     "minimax_m2": "minimax-m2",
+    "mimo_v2_flash": "mimo2",
 }
 # Types to which the `gguf` package does not quantise: the offset of the float16 scale, the offset of the scale of the
 # minima if there is one, and the factor that makes the mean 0. IQ1_M's scale lies in four words of its blocks;
@@ -316,13 +318,16 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(width)
     writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
+    if config["model_type"] == "mimo_v2_flash":
+        add_kinds_of_layers(writer, config)
+    else:
+        writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_key_length(head_dim(config))
-    writer.add_value_length(head_dim(config))
+    writer.add_value_length(config.get("v_head_dim", head_dim(config)))
     share = config.get("partial_rotary_factor", 1.0)
     writer.add_rope_dimension_count(config.get("rotary_dim") or int(head_dim(config) * share))
     writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", config.get("layernorm_epsilon")))
     writer.add_expert_count(num_experts(config))
     writer.add_expert_used_count(config["num_experts_per_tok"])
     if config["model_type"] == "gpt_oss":
@@ -356,7 +361,20 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
     writer.add_eos_token_id(eos[0] if isinstance(eos, list) else eos)
     if isinstance(eos, list):
         writer.add_eot_token_id(eos[1])
-    assert config["model_type"] == "glm4_moe" or len(moe_layers(config)) == config["num_hidden_layers"]
+    assert (
+        config["model_type"] in ("glm4_moe", "mimo_v2_flash")
+        or len(moe_layers(config)) == config["num_hidden_layers"]
+    )
+
+
+def add_kinds_of_layers(writer: GGUFWriter, config: RawConfig) -> None:
+    """Write what layers with a window have of their own, and MiMo's factor of values."""
+    num_layers = config["num_hidden_layers"]
+    writer.add_head_count_kv([tiny_gqa.kv_heads(config, layer) for layer in range(num_layers)])
+    writer.add_sliding_window(config["sliding_window_size"])
+    writer.add_sliding_window_pattern([window > 0 for window in tiny_gqa.windows(config)])
+    writer.add_rope_freq_base_swa(config["swa_rope_theta"])
+    writer.add_float32("mimo2.attention.value_scale", config["attention_value_scale"])
 
 
 def add_latent_metadata(writer: GGUFWriter, config: RawConfig, *, split_kv: bool) -> None:
@@ -458,7 +476,7 @@ def gguf_name(hub_name: str, config: RawConfig) -> tuple[str, int, bool]:
     heads = 0
     if config["model_type"] == "mixtral" and part in ("self_attn.q_proj", "self_attn.k_proj"):
         heads = config["num_attention_heads" if part == "self_attn.q_proj" else "num_key_value_heads"]
-    if suffix == "sinks":
+    if suffix in ("sinks", "attention_sink_bias"):
         return f"blk.{layer}.attn_sinks.weight", 0, False
     if suffix == "e_score_correction_bias":
         return f"blk.{layer}.exp_probs_b.bias", 0, False

@@ -21,6 +21,7 @@ from tests.models.gguf_models import one_type, write_gguf_model
 from tests.models.safetensors_file import Array
 from tests.models.tiny import RawConfig, glm4_moe, gpt_oss, minimax_m2, olmoe, prompt_ids, qwen3_moe
 from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
+from tests.models.tiny_gqa import mimo_v2_flash
 from tests.models.tiny_latent import (
     deepseek_v2,
     deepseek_v3,
@@ -135,6 +136,16 @@ HEADS: dict[str, RawConfig] = {
         **SIZES, **GLM, n_routed_experts=24, n_group=4, topk_group=2, num_experts_per_tok=4
     ),
     "OLMoE": olmoe(**SIZES, num_key_value_heads=8, num_experts=6),
+    # llama.cpp counts the position itself in a window, so the prompt ends before the window's edge.
+    "MiMo-V2-Flash": mimo_v2_flash(
+        **SIZES,
+        num_key_value_heads=2,
+        head_dim=96,
+        v_head_dim=64,
+        moe_intermediate_size=256,
+        n_routed_experts=6,
+        sliding_window_size=64,
+    ),
     "MiniMax-M2": minimax_m2(**SIZES, num_key_value_heads=2, head_dim=64, rotary_dim=32, num_local_experts=6),
 }
 

@@ -14,13 +14,15 @@ from dataclasses import replace
 
 from argosy.config import AttentionConfig, LayerConfig, ModelConfig
 from argosy.errors import CheckpointError
+from argosy.model.families.attention.mimo_v2_flash_gguf import GGUF_ARCHITECTURE, open_gguf
 from argosy.model.reading.config_reader import MOST_EXPERTS, MOST_LAYERS, AttentionShape, ConfigReader
 from argosy.model.reading.experts_config import read_kinds, read_sigmoid_router
 from argosy.model.reading.layout import ATTENTION_NAMES, separate_and_fused
 from argosy.model.reading.rope_config import read_ropes_of_layers
 
+__all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
+
 MODEL_TYPE = "mimo_v2_flash"
-GGUF_ARCHITECTURE = None
 
 LAYOUTS = separate_and_fused(
     {
