@@ -219,8 +219,10 @@ def test_a_flag_without_a_counterpart_is_refused_by_name(key: str, value: object
 def test_a_gguf_of_another_architecture_or_tokenizer_is_refused_by_name(tmp_path: Path):
     with pytest.raises(UnsupportedModel, match="'gemma'; supported: llama"):
         upcycle(write_dense_gguf(tmp_path / "a.gguf", architecture="gemma"), tmp_path / "mixture", **SIZES)
-    with pytest.raises(UnsupportedModel, match="'tekken'; supported: gpt-2"):
-        upcycle(write_dense_gguf(tmp_path / "b.gguf", pre_tokenizer="tekken"), tmp_path / "mixture", **SIZES)
+    with pytest.raises(UnsupportedModel, match="'unheard-of'; supported: gpt-2"):
+        upcycle(
+            write_dense_gguf(tmp_path / "b.gguf", pre_tokenizer="unheard-of"), tmp_path / "mixture", **SIZES
+        )
 
 
 def test_a_missing_or_misshapen_tensor_is_named(tmp_path: Path):

@@ -58,6 +58,8 @@ PRE_TOKENIZERS = {
     "glm4v_moe": "glm4",
     "gpt_oss": "gpt-4o",
     "minimax_m2": "minimax-m2",
+    "mistral3": "tekken",
+    "mistral4": "tekken",
     "mixtral": None,
     "olmoe": "olmo",
     "granitemoe": "refact",
@@ -129,6 +131,7 @@ def convert(base: Any, config: RawConfig) -> dict[str, Any]:
 
             kind = Counted
         model = kind(directory, base.gguf.LlamaFileType.MOSTLY_BF16, directory / "model.gguf")
+        model = getattr(model, "impl", model)  # some converters only choose another
         model.set_gguf_parameters()
         entries = model.gguf_writer.kv_data[0].items()
         return {key: _typed(entry) for key, entry in entries if key != "general.file_type"}

@@ -466,6 +466,56 @@ JOYAI_LLM_FLASH: RawConfig = MOONLIGHT | {
 SARVAM_105B: RawConfig = {"architectures": ["SarvamMLAForCausalLM"], "model_type": "sarvam_mla"}
 AXK1: RawConfig = {"architectures": ["AXK1ForCausalLM"], "model_type": "axk1"}
 
+# Values of the hub's config.json and params.json as other engines' tests state them; further keys are omitted.
+MISTRAL_SMALL_4: RawConfig = {
+    "architectures": ["Mistral3ForConditionalGeneration"],
+    "dtype": "bfloat16",
+    "image_token_index": 10,
+    "model_type": "mistral3",
+    "multimodal_projector_bias": False,
+    "projector_hidden_act": "gelu",
+    "spatial_merge_size": 2,
+    "text_config": {
+        "attention_bias": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "first_k_dense_replace": 0,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 12_288,
+        "kv_lora_rank": 256,
+        "max_position_embeddings": 1_048_576,
+        "model_type": "mistral4",
+        "moe_intermediate_size": 2048,
+        "n_group": 1,
+        "n_routed_experts": 128,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_experts_per_tok": 4,
+        "num_hidden_layers": 36,
+        "num_key_value_heads": 32,
+        "q_lora_rank": 1024,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 64,
+        "rms_norm_eps": 1e-06,
+        "rope_interleave": True,
+        "rope_parameters": {
+            "beta_fast": 32.0, "beta_slow": 1.0, "factor": 128.0, "llama_4_scaling_beta": 0.1,
+            "max_position_embeddings": 1_048_576, "mscale": 1.0, "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 8192, "rope_theta": 10_000.0, "rope_type": "yarn", "type": "yarn",
+        },
+        "routed_scaling_factor": 1.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "topk_group": 1,
+        "v_head_dim": 128,
+        "vocab_size": 131_072,
+    },
+    "vision_config": {"hidden_size": 1024, "model_type": "pixtral", "num_hidden_layers": 24, "patch_size": 14},
+    "vision_feature_layer": -1,
+}  # fmt: skip
+
 # The params.json of Mistral-Large-3-675B-Instruct-2512, as in vLLM's and Unsloth's tests of it.
 MISTRAL_LARGE_3: RawConfig = {
     "dim": 7168,

@@ -8,6 +8,7 @@ from tests.families.hub_configs import (
     AXK1,
     JOYAI_LLM_FLASH,
     KIMI_VL,
+    MISTRAL_SMALL_4,
     MOONLIGHT,
     RELEASED,
     SARVAM_105B,
@@ -711,4 +712,5 @@ PUBLISHED = (
     Published("JoyAI-LLM-Flash", JOYAI_LLM_FLASH, 48.9),
     Published("Sarvam-105B", SARVAM_105B, 106.0),
     Published("A.X-K1", AXK1, 519.0),
+    Published("Mistral-Small-4", MISTRAL_SMALL_4, 119.0),
 )

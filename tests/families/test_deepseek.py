@@ -218,7 +218,7 @@ def test_unsupported_features_are_refused_by_name(raw: RawConfig, sentence: str)
         (DEEPSEEK_V3 | {"n_group": 256, "topk_group": 8}, "a group is scored by its best two experts"),
         (DEEPSEEK_V3 | {"num_key_value_heads": 8}, "num_key_value_heads as 8, expected 128"),
         (DEEPSEEK_V3 | {"first_k_dense_replace": 61}, "none of the 61 layers with routed experts"),
-        (DEEPSEEK_V3 | {"head_dim": 128}, "head_dim 128; supported: 64 or 576 or null"),
+        (DEEPSEEK_V3 | {"head_dim": 128}, "head_dim 128; supported: 64 or 192 or 576 or null"),
         (DEEPSEEK_V3 | {"qk_head_dim": 64}, "qk_head_dim 64; supported: 192"),
         (DEEPSEEK_V3 | {"qk_rope_head_dim": 63}, "rotary embedding needs an even number"),
         (GLM_4_7_FLASH | {"mlp_layer_types": ["sparse"] * 47}, "gives the dense layers twice"),

@@ -12,7 +12,7 @@ import pytest
 from gguf import GGUFWriter
 
 from argosy.checkpoint.files import ModelFiles
-from argosy.config import LatentConfig, RouterConfig
+from argosy.config import LatentConfig, QueryScale, RouterConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import open_model
 from tests.models import gguf_models
@@ -26,6 +26,7 @@ from tests.models.tiny_latent import (
     glm_moe_dsa,
     kimi_k2,
     kimi_k25,
+    mistral4,
     yarn_of_all_dimensions,
 )
 
@@ -37,10 +38,12 @@ MODELS: dict[str, RawConfig] = {
     "Kimi-K2.5": kimi_k25(),
     "DeepSeek-V3.2": deepseek_v32(),
     "GLM-5.2": glm_moe_dsa(bos_token_id=1, eos_token_id=2, indexer_types=["full", "full", "shared"]),
+    "Mistral-Small-4": mistral4(),
     "GLM-4.7-Flash": glm4_moe_lite(bos_token_id=1, eos_token_id=2, tie_word_embeddings=True),
 }
 
 Write = Callable[..., ModelFiles]
+plain_metadata = gguf_models.add_latent_metadata
 
 
 @pytest.fixture
@@ -55,15 +58,13 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
         tensors: dict[str, np.ndarray[Any, Any]] | None = None,
         split_kv: bool = True,
     ) -> ModelFiles:
-        plain = gguf_models.add_latent_metadata
-
         def add_metadata(writer: GGUFWriter, config: RawConfig, *, split_kv: bool) -> None:
-            plain(writer, config, split_kv=split_kv)
-            for name in without:
-                del writer.kv_data[0][f"deepseek2.{name}"]
+            plain_metadata(writer, config, split_kv=split_kv)
+            for key in without:
+                del writer.kv_data[0][f"{writer.arch}.{key}"]
             extra(writer)
-            for name, values in (tensors or {}).items():
-                writer.add_tensor(name, values)
+            for key, values in (tensors or {}).items():
+                writer.add_tensor(key, values)
 
         monkeypatch.setattr(gguf_models, "add_latent_metadata", add_metadata)
         path = tmp_path / "model.gguf"
@@ -90,8 +91,14 @@ def test_metadata_means_the_same_as_config_json(
     assert found.latent is not None
     assert found.latent.is_up_split == split_kv
     # A file does not say which model with a sigmoid router it holds.
-    families = {"DeepSeek-V3.2": "deepseek_v32", "GLM-5.2": "glm_moe_dsa"}
-    assert found.family == families.get(name, "deepseek_v2" if "V2" in name else "deepseek_v3")
+    families = {
+        "DeepSeek-V2-Lite": "deepseek_v2",
+        "DeepSeek-V2": "deepseek_v2",
+        "Mistral-Small-4": "mistral4",
+        "DeepSeek-V3.2": "deepseek_v32",
+        "GLM-5.2": "glm_moe_dsa",
+    }
+    assert found.family == families.get(name, "deepseek_v3")
     assert replace(found.with_mixers(LatentConfig, is_up_split=False), family=expected.family) == expected
 
 
@@ -126,6 +133,23 @@ def test_layers_have_their_own_indexer_where_the_file_or_the_length_of_its_conte
     assert config.exact_tokens is None
     mixers = (layer.mixer for layer in config.layers)
     assert [mixer.index and mixer.index.kind for mixer in mixers if isinstance(mixer, LatentConfig)] == kinds
+
+
+def test_mistral_small_4_has_growing_queries_without_the_keys(write: Write) -> None:
+    keys = ("attention.temperature_scale", "attention.temperature_length")
+    latent = write(mistral4(), without=keys).config.latent
+    assert latent is not None
+    assert latent.query_scale == QueryScale(beta=0.1, period=8)
+
+
+def test_a_file_whose_queries_grow_is_mistrals(write: Write) -> None:
+    config = write(
+        deepseek_v2(norm_topk_prob=True, rope_scaling=yarn_of_all_dimensions(40.0, 16)),
+        extra=lambda writer: writer.add_float32("deepseek2.attention.temperature_scale", 0.5),
+    ).config
+    assert config.latent is not None
+    assert config.latent.query_scale == QueryScale(beta=0.5, period=16)
+    assert (config.family, config.router.group_score, config.latent.scale) == ("mistral4", "top2", 0.0)
 
 
 def test_key_and_value_halves_are_read_from_their_own_tensors(write: Write) -> None:

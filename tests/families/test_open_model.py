@@ -96,7 +96,14 @@ def is_another_part_s(name: str, config: RawConfig) -> bool:
 
 
 # Families that do not store one tensor per expert matrix have tests of their own.
-OTHERS = ("gpt_oss", tiny_gemma.FAMILY, *tiny_delta.FAMILIES, *tiny_wrappers.TEXT_FAMILIES)
+OTHERS = (
+    "gpt_oss",
+    "mistral4",
+    "mistral3",
+    tiny_gemma.FAMILY,
+    *tiny_delta.FAMILIES,
+    *tiny_wrappers.TEXT_FAMILIES,
+)
 SEPARATE = [one for one in CONFIGURATIONS if one.config["model_type"] not in OTHERS]
 
 

@@ -23,6 +23,7 @@ from argosy.model.families import FAMILIES, open_model
 from argosy.model.remote import GgufModel, RemoteHeaders, fetch_headers, gguf_models
 from tests.checkpoint.raw_gguf import RawGguf, entry, tensor
 from tests.families.published import PUBLISHED
+from tests.families.test_mistral_layouts import write_own_files
 from tests.helpers.hub_server import REPOSITORY, Served, directory_files, served
 
 REFERENCE = Path(__file__).parents[1] / "models" / "reference"
@@ -54,6 +55,15 @@ def test_headers_of_safetensors_are_those_of_the_files(name: str) -> None:
     weights = [path.stat().st_size for path in (REFERENCE / name).glob("model*.safetensors")]
     assert headers.file_bytes == sum(weights)
     assert headers.num_read == headers.num_shards == len(weights)
+
+
+def test_headers_of_mistrals_own_files_are_those_of_the_files(tmp_path: Path) -> None:
+    write_own_files(tmp_path)
+    local = open_model(tmp_path)
+    with served(directory_files(tmp_path)) as server:
+        found, headers = fetched(server)
+    assert sizes(found) == sizes(local)
+    assert headers.file_bytes == (tmp_path / "consolidated.safetensors").stat().st_size
 
 
 def test_headers_of_a_gguf_are_those_of_the_file() -> None:

@@ -22,7 +22,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from tests.models import tiny_gqa
 from tests.models.safetensors_file import Array, write_checkpoint
 from tests.models.tiny import RawConfig, head_dim, moe_layers, num_experts, random_tensors, text_of
-from tests.models.tiny_latent import INDEXED_FAMILIES, LATENT_FAMILIES
+from tests.models.tiny_latent import INDEXED_FAMILIES, LATENT_FAMILIES, MISTRAL_FAMILIES
 from tests.models.tiny_mtp import mtp_tensors
 from tests.native import gguf_blocks
 from tests.native.gguf_blocks import WITHOUT_PACKAGE, put_iq1_m_scales
@@ -34,6 +34,7 @@ ARCHITECTURES = {
     **dict.fromkeys(LATENT_FAMILIES, "deepseek2"),
     "deepseek_v32": "deepseek32",
     "glm_moe_dsa": "glm-dsa",
+    **dict.fromkeys(MISTRAL_FAMILIES, "mistral4"),
     "gpt_oss": "gpt-oss",
     "glm4_moe": "glm4moe",
     "olmoe": "olmoe",
@@ -232,7 +233,7 @@ def write_gguf_model(
     joined: dict[str, dict[str, tuple[Array, str]]] = {}
     factors: dict[str, list[float]] = {}
     tensors = mtp_tensors(config, seed) if num_draft_layers(config) else random_tensors(config, seed, "F32")
-    for hub_name, values in tensors.items():
+    for hub_name, values in separate(tensors, config).items():
         if not is_in_gguf(hub_name, config):
             exact[hub_name] = values
             continue
@@ -286,6 +287,23 @@ def write_gguf_model(
     (directory / "config.json").write_text(json.dumps({**config, "torch_dtype": "float32"}))
     write_checkpoint(directory, {name: ("F32", values) for name, values in exact.items()})
     return directory
+
+
+def separate(tensors: dict[str, Array], config: RawConfig) -> dict[str, Array]:
+    """Return Mistral's tensors with those of each expert apart."""
+    if config["model_type"] not in MISTRAL_FAMILIES:
+        return tensors
+    found: dict[str, Array] = {}
+    for name, values in tensors.items():
+        block, _, last = name.rpartition(".")
+        if last not in ("gate_up_proj", "down_proj"):
+            found[name] = values
+            continue
+        names = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
+        for expert, matrix in enumerate(values):
+            for part, half in zip(names, np.split(matrix, len(names)), strict=True):
+                found[f"{block}.{expert}.{part}.weight"] = half
+    return found
 
 
 def num_draft_layers(config: RawConfig) -> int:
@@ -400,8 +418,13 @@ def add_latent_metadata(writer: GGUFWriter, config: RawConfig, *, split_kv: bool
         writer.add_key_length(key)
         writer.add_value_length(config["v_head_dim"])
     writer.add_rope_dimension_count(config["qk_rope_head_dim"])
-    writer.add_rope_freq_base(float((config.get("rope_parameters") or config)["rope_theta"]))
-    if (scaling := config.get("rope_scaling")) is not None:
+    rope = config.get("rope_parameters") or config
+    writer.add_rope_freq_base(float(rope["rope_theta"]))
+    is_mistral = config["model_type"] == "mistral4"
+    if is_mistral:
+        writer.add_float32("mistral4.attention.temperature_scale", rope["llama_4_scaling_beta"])
+        writer.add_uint32("mistral4.attention.temperature_length", rope["original_max_position_embeddings"])
+    if (scaling := rope if is_mistral else config.get("rope_scaling")) is not None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(scaling["factor"])
         writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
@@ -415,7 +438,7 @@ def add_latent_metadata(writer: GGUFWriter, config: RawConfig, *, split_kv: bool
     writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     writer.add_expert_weights_scale(config["routed_scaling_factor"])
     writer.add_expert_weights_norm(config["norm_topk_prob"])
-    is_softmax = config["model_type"] == "deepseek_v2"
+    is_softmax = config["model_type"] in ("deepseek_v2", "mistral4")
     writer.add_expert_gating_func(
         gguf.ExpertGatingFuncType.SOFTMAX if is_softmax else gguf.ExpertGatingFuncType.SIGMOID
     )

@@ -79,6 +79,10 @@ def load(directory: Path) -> transformers.PreTrainedModel:
         cls = transformers.AutoModelForImageTextToText
     if family == "qwen3_omni_moe":
         how["config"] = transformers.AutoConfig.from_pretrained(directory).thinker_config
+    if text["model_type"] == "mistral4":
+        cls = transformers.Mistral4ForCausalLM
+        how["config"] = transformers.Mistral4Config(**text)
+        how["key_mapping"] = {r"^language_model\.": ""}
     model, info = cls.from_pretrained(
         directory,
         dtype=torch.float32,
@@ -100,6 +104,10 @@ def load(directory: Path) -> transformers.PreTrainedModel:
     problems = {kind: names for kind, names in info.items() if names}
     if problems:
         raise SystemExit(f"{directory}: {problems}")
+    if text["model_type"] == "mistral4":
+        # transformers multiplies scores by yarn's magnitude since July 2026; the makers' code does not (`mistral4.py`).
+        for layer in model.model.layers:
+            layer.self_attn.scaling = layer.self_attn.qk_head_dim**-0.5
     return model.eval()
 
 
@@ -172,7 +180,8 @@ def routing_margin(router: torch.nn.Module, inputs: tuple[torch.Tensor, ...], lo
     margins = []
     if getattr(router, "topk_method", "group_limited") != "greedy" and num_groups > 1:
         grouped = scores.unflatten(-1, (num_groups, -1))
-        worth = grouped.amax(-1) if bias is None else grouped.topk(2).values.sum(-1)
+        is_best = bias is None and not type(router).__name__.startswith("Mistral4")
+        worth = grouped.amax(-1) if is_best else grouped.topk(2).values.sum(-1)
         margins.append(margin_behind(worth, kept))
         is_kept = torch.zeros_like(worth).scatter(-1, worth.topk(kept).indices, 1.0).bool()
         scores = grouped.masked_fill(~is_kept[..., None], -1.0).flatten(-2)

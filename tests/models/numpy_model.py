@@ -262,6 +262,10 @@ class NumpyModel:
         magnitude = 1.0
         if rope.get("mscale_all_dim") and rope["factor"] > 1:
             magnitude = 0.1 * rope["mscale_all_dim"] * math.log(rope["factor"]) + 1
+        if config["model_type"] == "mistral4":
+            magnitude, period = 1.0, rope["original_max_position_embeddings"]
+            growth = 1 + rope["llama_4_scaling_beta"] * np.log1p(np.arange(num_tokens) // period)
+            q, q_turned = (t * growth[:, None, None] for t in (q, q_turned))
         scale = magnitude**2 / math.sqrt(nope + turning)
         is_seen = places.is_seen()
         if "index_topk" in config:  # a layer without an indexer sees what the last one with it chose
@@ -296,13 +300,18 @@ class NumpyModel:
         config, k = self.config, self.config["num_experts_per_tok"]
         logits = x @ self.tensors[prefix + "gate.weight"].T
         has_bias = prefix + "gate.e_score_correction_bias" in self.tensors
-        is_sigmoid = has_bias or config["scoring_func"] == "sigmoid"
+        is_sigmoid = has_bias or config.get("scoring_func") == "sigmoid"
         scores = sigmoid(logits) if is_sigmoid else softmax(logits)
         for_choice = scores + self.tensors[prefix + "gate.e_score_correction_bias"] if has_bias else scores
         num_groups, kept = config["n_group"] or 1, config["topk_group"] or 1
-        if is_sigmoid or config["topk_method"] == "group_limited_greedy":
+        is_mistral = config["model_type"] == "mistral4"
+        if is_sigmoid or is_mistral or config["topk_method"] == "group_limited_greedy":
             grouped = np.sort(for_choice.reshape(len(x), num_groups, -1), axis=2)
-            worth = grouped[:, :, -2:].sum(axis=2) if is_sigmoid and num_groups > 1 else grouped[:, :, -1]
+            worth = (
+                grouped[:, :, -2:].sum(axis=2)
+                if (is_sigmoid or is_mistral) and num_groups > 1
+                else grouped[:, :, -1]
+            )
             best = np.sort(worth, axis=1)[:, ::-1]
             if kept < num_groups:
                 self.note_margin(best, kept)
@@ -313,7 +322,7 @@ class NumpyModel:
         out = self.swiglu(prefix + "shared_experts.", x)
         for token, chosen in enumerate(order[:, :k]):
             weights = scores[token, chosen]
-            if is_sigmoid and config["norm_topk_prob"]:
+            if (is_sigmoid or is_mistral) and config["norm_topk_prob"]:
                 weights = weights / weights.sum()
             for expert, weight in zip(chosen, config["routed_scaling_factor"] * weights, strict=True):
                 out[token] += weight * self.swiglu(f"{prefix}experts.{expert}.", x[token])

@@ -16,6 +16,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 INDEXED_FAMILIES = ("deepseek_v32", "glm_moe_dsa")
 _COUNTS = (("routed", "num_experts"), ("shared", "num_shared_experts"))
+MISTRAL_FAMILIES = ("mistral4", "mistral3")
 LATENT_FAMILIES = (
     "deepseek_v2",
     "deepseek_v3",
@@ -26,6 +27,7 @@ LATENT_FAMILIES = (
     "kimi_vl",
     "sarvam_mla",
     *INDEXED_FAMILIES,
+    *MISTRAL_FAMILIES,
 )
 
 
@@ -177,6 +179,70 @@ def axk1(**changes: Any) -> RawConfig:
     return deepseek_v3(**own) | changes
 
 
+def mistral4(**changes: Any) -> RawConfig:
+    """A config.json with the keys of Mistral-Small-4's text part. Queries grow four times within a prompt."""
+    return {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "first_k_dense_replace": 1,
+        "hidden_act": "silu",
+        "hidden_size": 26,
+        "initializer_range": 0.02,
+        "intermediate_size": 22,
+        "kv_lora_rank": 14,
+        "max_position_embeddings": 128,
+        "model_type": "mistral4",
+        "moe_intermediate_size": 9,
+        "n_group": 1,
+        "n_routed_experts": 6,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "num_attention_heads": 3,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 3,
+        "pad_token_id": 11,
+        "q_lora_rank": 12,
+        "qk_head_dim": 16,
+        "qk_nope_head_dim": 10,
+        "qk_rope_head_dim": 6,
+        "rms_norm_eps": 1e-06,
+        "rope_interleave": True,
+        "rope_parameters": yarn_of_all_dimensions(16.0, 8)
+        | {
+            "llama_4_scaling_beta": 0.3,
+            "max_position_embeddings": 128,
+            "rope_theta": 10000.0,
+            "rope_type": "yarn",
+        },
+        "routed_scaling_factor": 1.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "topk_group": 1,
+        "v_head_dim": 8,
+        "vocab_size": 72,
+    } | changes
+
+
+def mistral3(**changes: Any) -> RawConfig:
+    """A config.json with the keys of Mistral-Small-4's; `changes` apply to the text model."""
+    return {
+        "architectures": ["Mistral3ForConditionalGeneration"],
+        "dtype": "bfloat16",
+        "image_token_index": 10,
+        "model_type": "mistral3",
+        "multimodal_projector_bias": False,
+        "projector_hidden_act": "gelu",
+        "spatial_merge_size": 2,
+        "text_config": mistral4(**changes),
+        "transformers_version": "5.3.0",
+        "vision_config": {"hidden_size": 8, "model_type": "pixtral", "num_hidden_layers": 1, "patch_size": 2},
+        "vision_feature_layer": -1,
+    }
+
+
 def glm4_moe_lite(**changes: Any) -> RawConfig:
     """A config.json with the keys of GLM-4.7-Flash's."""
     unknown = ("aux_loss_alpha", "bos_token_id", "ep_size", "moe_layer_freq", "scoring_func", "seq_aux")
@@ -301,9 +367,8 @@ def latent_shapes(raw: RawConfig) -> Shapes:
         }
     if "vision_config" in raw:
         width = raw["vision_config"]["hidden_size"]
-        projector = (
-            "multi_modal_projector.linear_1" if raw["model_type"] == "kimi_vl" else "mm_projector.proj.0"
-        )
+        is_kimi_k25 = raw["model_type"] == "kimi_k25"
+        projector = "mm_projector.proj.0" if is_kimi_k25 else "multi_modal_projector.linear_1"
         shapes |= {
             "vision_tower.patch_embed.proj.weight": (width, 3, 2, 2),
             "vision_tower.encoder.blocks.0.norm0.weight": (width,),
@@ -336,6 +401,10 @@ def layer_shapes(config: RawConfig, layer: str, *, is_moe: bool) -> Shapes:
         return shapes | swiglu(mlp, hidden, config["intermediate_size"])
     width = config["moe_intermediate_size"]
     shapes[mlp + "gate.weight"] = (experts, hidden)
+    if config["model_type"] == "mistral4":
+        shapes[mlp + "experts.gate_up_proj"] = (experts, 2 * width, hidden)
+        shapes[mlp + "experts.down_proj"] = (experts, hidden, width)
+        return shapes | swiglu(mlp + "shared_experts.", hidden, width * shared)
     if config["model_type"] != "deepseek_v2" and config["topk_method"] is not None:
         shapes[mlp + "gate.e_score_correction_bias"] = (experts,)
     for expert in range(experts):

@@ -20,6 +20,7 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize
 from compressed_tensors.utils.match import is_match, match_targets
 from safetensors.torch import load_file
 
+from argosy.checkpoint.untrusted_file import read_object
 from argosy.model.reading.quantization import read_stored
 from tests.models.hub_schemes import KINDS, compressed, write_kind
 from tests.models.safetensors_file import read_checkpoint
@@ -111,7 +112,7 @@ def test_modules_match_as_in_the_library(targets: list[str], ignore: list[str], 
     settings = compressed("pack-quantized", num_bits=4, strategy="group", group_size=32) | {"ignore": ignore}
     settings["config_groups"]["group_0"]["targets"] = targets
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": settings}))
-    found = read_stored(tmp_path / "config.json")
+    found = read_stored(read_object(tmp_path / "config.json"), tmp_path / "config.json")
     assert found is not None
     linear = torch.nn.Linear(1, 1)
     for layer in range(12):

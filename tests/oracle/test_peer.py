@@ -29,6 +29,7 @@ from tests.models.tiny_latent import (
     glm4_moe_lite,
     glm_moe_dsa,
     kimi_k2,
+    mistral4,
     yarn_of_all_dimensions,
 )
 from tests.oracle.test_oracle import mean_divergence
@@ -78,6 +79,11 @@ MODELS: dict[str, RawConfig] = {
     "DeepSeek-V3": deepseek_v3(**LATENT),
     "Kimi-K2": kimi_k2(**LATENT),
     "GLM-4.7-Flash": glm4_moe_lite(**LATENT | {"v_head_dim": 96}),
+    # With a factor above 1, llama.cpp would multiply scores by yarn's magnitude (`mistral4.py`).
+    "Mistral-Small-4": mistral4(**LATENT, rope_parameters=mistral4()["rope_parameters"] | {"factor": 1.0}),
+    "Mistral-Small-4 in groups": mistral4(
+        **LATENT, n_group=3, topk_group=2, rope_parameters=mistral4()["rope_parameters"] | {"factor": 1.0}
+    ),
 }
 
 
@@ -89,7 +95,10 @@ def test_logits_of_latent_attention_are_llama_cpp_s(name: str, split_kv: bool, t
     prompt = prompt_ids(config, 7)
     with Engine.open(path, memory="4GiB", kv_dtype="f32", threads=1) as engine:
         logits = engine.logits(prompt)
-    scaling = config["rope_scaling"] or {"beta_fast": 32.0, "beta_slow": 1.0}
+    scaling = config.get("rope_parameters", config.get("rope_scaling")) or {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+    }
     yarn = {f"yarn_{key}": float(scaling[key]) for key in ("beta_fast", "beta_slow")}
 
     assert mean_divergence(peer_logits(path, prompt, **yarn), logits) <= LARGEST_DIVERGENCE

@@ -2,17 +2,19 @@
 
     directory  ->  open_tensors  ->  {name: TensorRef(file, offset, length, dtype, shape)}
 
-A checkpoint is `model.safetensors`, or the shards that `model.safetensors.index.json` lists. Only the header of
-each file is read: 8 bytes of length, then JSON. Nothing is trusted: every range must lie inside the actual file,
-ranges must follow each other without overlaps or holes (as the format's reference implementation demands), a
-length must be dtype times shape, and the index and its shards must agree in both directions. Any fault raises
-one CheckpointError.
+A checkpoint is `model.safetensors`, or the shards that `model.safetensors.index.json` lists; Mistral's own files are
+named `consolidated` instead. Only the header of each file is read: 8 bytes of length, then JSON. Nothing is trusted:
+every range must lie inside the actual file, ranges must follow each other without overlaps or holes (as the format's
+reference implementation demands), a length must be dtype times shape, and the index and its shards must agree in both
+directions. Any fault raises one CheckpointError.
 
 Elsewhere: `model/families/` says which tensors a model must have; `pack.py` writes the packed form.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +30,12 @@ from argosy.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+CONSOLIDATED_FILE = "consolidated.safetensors"  # Mistral's
+CONSOLIDATED_INDEX = "consolidated.safetensors.index.json"
+_NAMES = ((SINGLE_FILE, INDEX_FILE), (CONSOLIDATED_FILE, CONSOLIDATED_INDEX))
+TENSOR_FILES = tuple(name for names in _NAMES for name in names)
+
+SHARD = re.compile(r"(?P<stem>model|consolidated)-(?P<number>\d{5,6})-of-(?P<count>\d{5,6})\.safetensors")
 
 HEADER_LIMIT_BYTES = 100_000_000  # the reference implementation's limit
 LONGEST_NAME = 256  # characters of a tensor's name; real ones have a hundred
@@ -72,28 +80,42 @@ class TensorRef:
         )
 
 
+def weight_files(names: Collection[str]) -> tuple[list[str], str]:
+    """Choose a checkpoint's files with weights among the names of all files; also return the name of their index."""
+    for single, index in _NAMES:
+        if single in names:
+            return [single], index
+        shards = [
+            name for name in names if (match := SHARD.fullmatch(name)) and single.startswith(match["stem"])
+        ]
+        if shards or index in names:
+            return shards, index
+    return [], INDEX_FILE
+
+
 def open_tensors(directory: Path) -> dict[str, TensorRef]:
     """Return every tensor of the checkpoint in `directory`, by name.
 
     Raises:
         CheckpointError: there is no checkpoint, or it breaks a rule in this module's docstring.
     """
-    single, index = directory / SINGLE_FILE, directory / INDEX_FILE
-    has_single, has_index = _exists(single), _exists(index)
-    if has_single and has_index:
-        if set(_read_weight_map(index).values()) == {
-            SINGLE_FILE
-        }:  # mlx-lm writes an index for one file as well
+    for single_name, index_name in _NAMES:
+        single, index = directory / single_name, directory / index_name
+        has_single, has_index = _exists(single), _exists(index)
+        if has_single and has_index:
+            if set(_read_weight_map(index).values()) == {
+                single_name
+            }:  # mlx-lm writes an index for one file as well
+                return _read_shards(index)
+            raise CheckpointError(
+                f"{directory} holds both {single_name} and {index_name}, but only one of them may exist",
+                hint="move one of them away",
+                path=directory,
+            )
+        if has_single:
+            return read_header(single)
+        if has_index:
             return _read_shards(index)
-        raise CheckpointError(
-            f"{directory} holds both {SINGLE_FILE} and {INDEX_FILE}, but only one of them may exist",
-            hint="move one of them away",
-            path=directory,
-        )
-    if has_single:
-        return read_header(single)
-    if has_index:
-        return _read_shards(index)
     raise _nothing_to_read(directory)
 
 

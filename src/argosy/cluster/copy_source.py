@@ -24,7 +24,7 @@ from pathlib import Path
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.manifest import DENSE_FILE, ENCODERS_FILE, MANIFEST_FILE, read_manifest
 from argosy.checkpoint.pack_contents import goes_with_weights
-from argosy.checkpoint.safetensors import INDEX_FILE
+from argosy.checkpoint.safetensors import TENSOR_FILES
 from argosy.checkpoint.untrusted_file import open_regular, read_at
 from argosy.cluster.copy_link import LIST_BYTES, PIECE_BYTES, THE_LIST, Ask, CopyEnd
 from argosy.errors import ArgosyError, CheckpointError, UsageError
@@ -93,7 +93,7 @@ def _head_bytes(files: ModelFiles) -> dict[Path, int]:
     return {
         path: _header_bytes(path) if path.suffix == _WEIGHTS_SUFFIX else path.stat().st_size
         for path in files.path.iterdir()
-        if (path.suffix == _WEIGHTS_SUFFIX or path.name == INDEX_FILE or goes_with_weights(path.name))
+        if (path.suffix == _WEIGHTS_SUFFIX or path.name in TENSOR_FILES or goes_with_weights(path.name))
         and path.is_file()
     }
 

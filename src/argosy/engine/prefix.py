@@ -397,7 +397,7 @@ def identify(files: ModelFiles, instruction_set: str, *others: object) -> bytes:
     longer than reuse saves.
     """
     # Rows of media come from some of these, and settings say what the bytes of quantised weights mean.
-    names = (*VIDEO_FILES, "config.json", "hf_quant_config.json")
+    names = (*VIDEO_FILES, "config.json", "params.json", "hf_quant_config.json")
     paths = {str(path) for path in files.weight_paths}
     paths |= {str(path) for name in names if (path := files.path / name).is_file()}
     facts = [(Path(path).name, *_size_and_time(path)) for path in (*sorted(paths), _native.__file__)]

@@ -20,7 +20,6 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.geometry import count_parameters
 from argosy.checkpoint.hub import Source
 from argosy.checkpoint.sampling import declared_sampling
-from argosy.checkpoint.untrusted_file import read_object
 from argosy.config import Budget, Format, ModelConfig, parse_size
 from argosy.engine.options import with_recorder
 from argosy.errors import UsageError
@@ -40,7 +39,8 @@ from argosy.machine import kept_rates
 from argosy.machine import resources as this_machine
 from argosy.machine.rates import Rates
 from argosy.media.parts import Kind
-from argosy.model.families import CONFIG_FILE, config_alone, open_model
+from argosy.model.families import config_alone, open_model
+from argosy.model.reading.mistral_params import read_raw
 from argosy.model.remote import RemoteHeaders, fetch_headers
 from argosy.open.models import configure, is_here, locate_model, open_files
 from argosy.prompt.tokenizer import Tokenizer
@@ -111,7 +111,7 @@ def _left_out(config: ModelConfig, path: Path) -> tuple[Kind, ...]:
     """The media that a model takes according to its config.json, which does not give the size of their weights."""
     from argosy.model.encoders.table import ENCODERS  # imports every tower
 
-    raw = read_object(path if path.name == CONFIG_FILE else path / CONFIG_FILE)
+    raw, _ = read_raw(path.parent if path.is_file() else path)
     found = []
     for encoder in ENCODERS.get(config.family, ()):
         inner: object = raw

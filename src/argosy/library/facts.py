@@ -59,7 +59,7 @@ def key_of(model: Model) -> str:
     """A key that is equal as long as the model's files, and the code that reads them, are unchanged."""
     towers = () if model.tower is None else (model.tower,)
     files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in (*model.files, *towers)]
-    names = ("config.json", "hf_quant_config.json", "generation_config.json")
+    names = ("config.json", "params.json", "hf_quant_config.json", "generation_config.json")
     beside = (*(model.path / name for name in names), model.manifest)
     files += [
         (str(path), path.stat().st_size, path.stat().st_mtime_ns)

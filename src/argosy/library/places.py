@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from argosy.checkpoint.gguf_names import GGUF_SUFFIX, PART_NAME, format_in_name, is_model, is_tower
-from argosy.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE
+from argosy.checkpoint.safetensors import SHARD, weight_files
 from argosy.checkpoint.untrusted_file import open_regular, parse_object, quote, read_at
 from argosy.errors import CheckpointError, UsageError
 from argosy.library import kept
@@ -32,7 +32,7 @@ from argosy.user_directories import home_directory
 
 Place = Literal["hub", "LM Studio", "Ollama"]
 
-CONFIG_FILE = "config.json"
+CONFIG_FILE, PARAMS_FILE = "config.json", "params.json"
 _MOST_ENTRIES = 20_000  # per directory
 _MOST_NOTES = 50
 _MANIFEST_BYTES = 1 << 20
@@ -41,7 +41,6 @@ _MOST_LAYERS = 100
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _REVISION = re.compile(r"[0-9a-f]{40,64}")
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
-_SHARD = re.compile(r"(?P<stem>model)-(?P<number>\d{5,6})-of-(?P<count>\d{5,6})\.safetensors")
 _TOWERS = ("F16", "BF16", "Q8_0", "F32")  # best first: accurate enough, and small
 _OLLAMA_HOST, _OLLAMA_OWNER = "registry.ollama.ai", "library"
 _WEIGHTS, _TOWER = "application/vnd.ollama.image.model", "application/vnd.ollama.image.projector"
@@ -280,16 +279,16 @@ def _models_in(
     pulled: Collection[str] = (),
 ) -> Iterator[Model]:
     """The models in a repository's directory: one in safetensors, or any number of GGUF files."""
-    if CONFIG_FILE in files:
-        shards = [SINGLE_FILE] if SINGLE_FILE in files else [file for file in files if _SHARD.fullmatch(file)]
-        if shards or INDEX_FILE in files:
+    if CONFIG_FILE in files or PARAMS_FILE in files:
+        shards, index = weight_files(files)
+        if shards or index in files:
             yield Model(
                 name=name,
                 place=place,
                 root=root,
                 path=directory,
                 files=tuple(files[file] for file in shards),
-                num_missing=_num_missing(shards, _SHARD),
+                num_missing=_num_missing(shards, SHARD),
             )
     models: dict[str, list[str]] = {}
     for file in sorted(files):

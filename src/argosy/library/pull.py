@@ -29,7 +29,7 @@ from argosy.checkpoint.gguf_names import GGUF_SUFFIX, PART_NAME
 from argosy.checkpoint.hub import Hub, Listing, RemoteFile, Source, hub_address
 from argosy.checkpoint.pack_contents import goes_with_weights, is_licence
 from argosy.checkpoint.pooling import MODULE_CONFIG, MODULES_FILE
-from argosy.checkpoint.safetensors import INDEX_FILE
+from argosy.checkpoint.safetensors import weight_files
 from argosy.checkpoint.untrusted_file import JSON_LIMIT_BYTES, quote
 from argosy.config import disk_size
 from argosy.directory import Directory
@@ -315,7 +315,7 @@ def _beside(weights: list[str], names: list[str]) -> list[str]:
     if not weights[0].endswith(GGUF_SUFFIX):
         # An embedding model's modules have small files in folders that only the contents of its list name.
         modules = [name for name in names if MODULES_FILE in top and MODULE_CONFIG.fullmatch(name)]
-        return [*top, *modules, *(name for name in names if name == INDEX_FILE)]
+        return [*top, *modules, *(name for name in names if name == weight_files(names)[1])]
     licences = [name for name in top if is_licence(name)]
     folder = weights[0].rpartition("/")[0]
     beside = [name for name in names if name.rpartition("/")[0] == folder]

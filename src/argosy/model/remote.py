@@ -31,10 +31,12 @@ from argosy.checkpoint.hub import Hub, Source
 from argosy.checkpoint.safetensors import (
     DTYPE_BITS,
     HEADER_LIMIT_BYTES,
-    INDEX_FILE,
+    SHARD,
     SINGLE_FILE,
+    TENSOR_FILES,
     TensorRef,
     read_header,
+    weight_files,
 )
 from argosy.checkpoint.sampling import GENERATION_FILE
 from argosy.checkpoint.untrusted_file import parse_object, quote
@@ -42,7 +44,7 @@ from argosy.config import LayerConfig, ModelConfig
 from argosy.directory import Directory
 from argosy.errors import CheckpointError, DiskFull, UnsupportedModel, UsageError
 from argosy.experts.resident import Progress
-from argosy.model.families import CONFIG_FILE, read_config
+from argosy.model.families import CONFIG_FILE, PARAMS_FILE, read_config
 from argosy.model.reading.quantization import MODELOPT_FILE
 from argosy.prompt.tokenizer import TOKENIZER_FILE
 
@@ -54,7 +56,6 @@ _HEADER_BYTES = 6 << 20  # all shards together
 _FIRST_GGUF_BYTES, _FIRST_PART_BYTES = 2 << 20, 32 << 10  # a model's first part, and each other one
 _NUM_AT_ONCE = 8
 _MOST_SHARDS = 2000
-_SHARD = re.compile(r"model-(\d{5,6})-of-(\d{5,6})\.safetensors")
 _LAYER = re.compile(r"(.*?\blayers\.)(\d{1,6})(\..+)")
 _EXPERT = re.compile(r"(.*\bexperts\.)(\d{1,6})(\..+)")
 
@@ -175,7 +176,7 @@ def choose_weights(names: Sequence[str], source: Source) -> list[str]:
     """
     if source.part or (gguf_models(names) and not has_tensors(names)):
         return _chosen(names, source)
-    if CONFIG_FILE not in names:
+    if CONFIG_FILE not in names and PARAMS_FILE not in names:
         raise CheckpointError(
             f"{source.repository} holds no model: looked for {CONFIG_FILE} and for a {GGUF_SUFFIX} file",
             path=source.url,
@@ -185,7 +186,7 @@ def choose_weights(names: Sequence[str], source: Source) -> list[str]:
 
 def has_tensors(names: Sequence[str]) -> bool:
     """Whether a repository contains a model as safetensors."""
-    return any(name == SINGLE_FILE or _SHARD.fullmatch(name) for name in names)
+    return bool(weight_files(names)[0])
 
 
 # ── safetensors ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -199,7 +200,7 @@ def _fetch_safetensors(
     directory: Path,
     tell: Progress,
 ) -> RemoteHeaders:
-    for name in (CONFIG_FILE, GENERATION_FILE, MODELOPT_FILE):
+    for name in (CONFIG_FILE, PARAMS_FILE, GENERATION_FILE, MODELOPT_FILE):
         if name in names:
             (directory / name).write_bytes(hub.read_all(url_of(name), _CONFIG_BYTES))
     _, config = read_config(directory)
@@ -218,10 +219,12 @@ def _fetch_safetensors(
 
 def _shards(names: Sequence[str], source: Source) -> list[str]:
     """Return the safetensors files of a model, in order."""
-    if SINGLE_FILE in names:
-        return [SINGLE_FILE]
-    numbered = {int(match[1]): name for name in names if (match := _SHARD.fullmatch(name))}
-    counts = {int(match[2]) for name in names if (match := _SHARD.fullmatch(name))}
+    files, _ = weight_files(names)
+    if len(files) == 1 and files[0] in TENSOR_FILES:
+        return files
+    matches = [match for name in files if (match := SHARD.fullmatch(name))]
+    numbered = {int(match["number"]): match[0] for match in matches}
+    counts = {int(match["count"]) for match in matches}
     if (
         len(counts) != 1
         or not 1 <= len(numbered) <= _MOST_SHARDS
@@ -237,13 +240,14 @@ def _shards(names: Sequence[str], source: Source) -> list[str]:
 
 def _index(hub: Hub, names: Sequence[str], url_of: Callable[[str], str]) -> Mapping[str, object]:
     """Return the shard of each tensor according to the index; empty if there is no index, or it is large."""
-    if SINGLE_FILE in names or INDEX_FILE not in names:
+    files, index = weight_files(names)
+    if files[0] in TENSOR_FILES or index not in names:
         return {}
-    if hub.read(url_of(INDEX_FILE), 0, 1).file_bytes > _INDEX_BYTES:
+    if hub.read(url_of(index), 0, 1).file_bytes > _INDEX_BYTES:
         return {}
-    entries = parse_object(hub.read_all(url_of(INDEX_FILE), _INDEX_BYTES), Path(INDEX_FILE)).get("weight_map")
+    entries = parse_object(hub.read_all(url_of(index), _INDEX_BYTES), Path(index)).get("weight_map")
     if not isinstance(entries, dict):
-        raise CheckpointError(f"{INDEX_FILE} has no weight_map", path=Path(INDEX_FILE))
+        raise CheckpointError(f"{index} has no weight_map", path=Path(index))
     return entries
 
 
@@ -302,16 +306,17 @@ def _header_bytes(data: bytes, file_bytes: int, name: str) -> int:
 
 
 def _require_same_names(index: Mapping[str, object], found: Mapping[str, TensorRef]) -> None:
+    list_of_names = f"{next(iter(found.values())).path.name.partition('-')[0]}.safetensors.index.json"
     for name, shard in index.items():
         if name not in found or found[name].path.name != shard:
             where = f"{found[name].path.name} does" if name in found else "no shard does"
             raise CheckpointError(
-                f"{INDEX_FILE} says that {quote(shard)} holds {quote(name)}, but {where}",
-                path=Path(INDEX_FILE),
+                f"{list_of_names} says that {quote(shard)} holds {quote(name)}, but {where}",
+                path=Path(list_of_names),
             )
     if index and len(index) != len(found):
         extra = next(name for name in found if name not in index)
-        raise CheckpointError(f"{INDEX_FILE} does not list {quote(extra)}", path=Path(INDEX_FILE))
+        raise CheckpointError(f"{list_of_names} does not list {quote(extra)}", path=Path(list_of_names))
 
 
 _Kind = tuple[str, tuple[int, ...]]  # dtype and shape

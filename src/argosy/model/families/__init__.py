@@ -24,7 +24,7 @@ from argosy.checkpoint.gguf_names import (
     find_mmproj,
 )
 from argosy.checkpoint.manifest import MANIFEST_FILE, open_pack
-from argosy.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, open_tensors
+from argosy.checkpoint.safetensors import TENSOR_FILES, open_tensors
 from argosy.checkpoint.sampling import GENERATION_FILE
 from argosy.checkpoint.shards import ALL_SHARDS, COPY_FILE
 from argosy.checkpoint.untrusted_file import quote, read_object
@@ -34,10 +34,11 @@ from argosy.installed import members
 from argosy.model.families.nearest import find_nearest
 from argosy.model.reading.config_reader import ConfigReader
 from argosy.model.reading.layout import Layout, read_layout
+from argosy.model.reading.mistral_params import CONFIG_FILE, PARAMS_FILE, find_config, read_raw
 from argosy.model.reading.mlx import mlx_layouts
 from argosy.model.reading.quantization import read_stored
 
-CONFIG_FILE = "config.json"
+__all__ = ["CONFIG_FILE", "FAMILIES", "PARAMS_FILE", "Family", "config_alone", "open_model", "read_config"]
 
 
 class Family(Protocol):
@@ -65,7 +66,8 @@ FAMILIES: Mapping[str, Family] = {
             "attention.flex_olmo",
             "attention.granitemoe", "attention.granitemoeshared", "attention.ernie4_5_moe",
             "wrappers.qwen3_vl_moe", "wrappers.qwen3_omni_moe", "wrappers.glm4v_moe", "wrappers.gemma4",
-            "latent.axk1", "wrappers.kimi_vl", "latent.deepseek_v32", "latent.glm_moe_dsa",
+            "latent.axk1", "wrappers.kimi_vl", "latent.deepseek_v32", "latent.glm_moe_dsa", "latent.mistral4",
+            "wrappers.mistral3",
         ),
     )
     for name in (family.MODEL_TYPE, *getattr(family, "OTHER_TYPES", ()))
@@ -133,11 +135,11 @@ def _open(path: Path, mmproj: Path | None, tower: Path | None, shards: int) -> M
         return packed
     if not _has_tensors(path) and (gguf := find_gguf(path)) is not None:
         return _open_gguf(gguf, mmproj, tower)
-    config_path = path / CONFIG_FILE
+    config_path = find_config(path)
     if not config_path.exists() and not config_path.is_symlink():
         raise _without_config(path)
     family, config = read_config(path)
-    quantization = read_stored(config_path)
+    quantization = read_stored(*read_raw(path))
     layouts = (*family.LAYOUTS, *mlx_layouts(family.MODEL_TYPE, family.LAYOUTS[0]))
     return read_layout(path, config, layouts, open_tensors(path), quantization)
 
@@ -149,16 +151,16 @@ def config_alone(path: str | Path) -> ModelConfig | None:
         UnsupportedModel: a family, key or value that is not supported.   CheckpointError: a file is malformed.
     """
     path = Path(path)
-    if path.name == CONFIG_FILE and path.is_file():
+    if path.name in (CONFIG_FILE, PARAMS_FILE) and path.is_file():
         return read_config(path.parent)[1]
-    if not (path / CONFIG_FILE).is_file():
+    if not find_config(path).is_file():
         return None
     has_weights = (path / MANIFEST_FILE).exists() or _has_tensors(path) or find_gguf(path) is not None
     return None if has_weights else read_config(path)[1]
 
 
 def _has_tensors(directory: Path) -> bool:
-    return any((directory / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
+    return any((directory / name).exists() for name in TENSOR_FILES)
 
 
 # What GGUF files of other types are, and what to do instead.
@@ -236,15 +238,15 @@ def read_config(directory: Path) -> tuple[Family, ModelConfig]:
     Raises:
         UnsupportedModel: a family, key or value that is not supported.   CheckpointError: a file is malformed.
     """
-    raw = read_object(directory / CONFIG_FILE)
+    raw, path = read_raw(directory)
     model_type = raw.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         nearest = find_nearest(raw, ((name, one.parse_config) for name, one in FAMILIES.items()))
         raise UnsupportedModel(
-            f"{CONFIG_FILE} asks for model_type '{quote(model_type)}'; supported: {', '.join(FAMILIES)}",
+            f"{path.name} asks for model_type '{quote(model_type)}'; supported: {', '.join(FAMILIES)}",
             hint=None if nearest is None else str(nearest),
-            path=directory / CONFIG_FILE,
+            path=path,
             key="model_type",
             value=model_type,
             supported=list(FAMILIES),
@@ -286,7 +288,7 @@ def _without_config(directory: Path) -> CheckpointError:
     names = sorted(entry.name for entry in directory.iterdir())
     weights = [name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".pth"))]
     looked_for = (
-        f"looked for {MANIFEST_FILE} (a pack), for {CONFIG_FILE} with {SINGLE_FILE} or {INDEX_FILE}, and for a "
+        f"looked for {MANIFEST_FILE} (a pack), for {CONFIG_FILE} with {' or '.join(TENSOR_FILES[:2])}, and for a "
         f"{GGUF_SUFFIX} file"
     )
     found = f", found {quote(weights[0])} without {CONFIG_FILE}" if weights else ""

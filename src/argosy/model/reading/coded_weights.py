@@ -33,10 +33,13 @@ from argosy.model.reading.schemes import Quantization, Scheme
 
 MXFP4_GROUP = 32
 # Tensors of quantised checkpoints that do not change weights: they round activations, keys and values.
-PASSED_OVER = tuple(
-    f"{of}_{what}"
-    for of in ("input", "output", ".q", ".k", ".v", ".kv", ".activation", ".act")
-    for what in ("scale", "zero_point", "global_scale")
+PASSED_OVER = (
+    *(
+        f"{of}_{what}"
+        for of in ("input", "output", ".q", ".k", ".v", ".kv", ".activation", "_activation", ".act")
+        for what in ("scale", "zero_point", "global_scale")
+    ),
+    ".qscale_act",
 )
 # The last parts of names of codes, for which a checkpoint has no `weight`.
 _CODES = ("weight_packed", "qweight")

@@ -267,6 +267,16 @@ class ConfigReader:
     def has(self, name: str) -> bool:
         return name in self._raw
 
+    def lift(self, name: str, *keys: str, default: Mapping[str, object]) -> None:
+        """Make keys of the object `name`, which is `default` if it is null or absent, keys "name.key" of their own."""
+        inner = self.mapping(name) or default
+        lifted = {f"{name}.{key}": value for key, value in inner.items() if key in keys}
+        self._raw = {
+            **self._raw,
+            name: {key: value for key, value in inner.items() if key not in keys},
+            **lifted,
+        }
+
     def neutral(self, name: str, *accepted: object) -> None:
         """Accept a key of other models if its value changes nothing."""
         self._asked.add(name)

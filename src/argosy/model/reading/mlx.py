@@ -54,6 +54,8 @@ _FORMS: Mapping[str, _Form] = {
     "deepseek_v3": _Form(names=_LATENT),
     "kimi_k2": _Form(names=_LATENT),
     "kimi_vl": _WRAPPED,
+    "mistral4": _Form(),
+    "mistral3": _WRAPPED,
     "kimi_k25": replace(_WRAPPED, names=_LATENT),
     "glm4_moe_lite": _Form(names=_LATENT),
     "deepseek_v32": _Form(names=_LATENT),

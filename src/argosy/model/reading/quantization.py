@@ -2,7 +2,7 @@
 
     raw config  ->  read_quantization  ->  Quantization: the scheme of each module
 
-    directory   ->  read_stored  ->  the same; modelopt may describe it in `hf_quant_config.json` instead
+    the same    ->  read_stored  ->  the same; modelopt may describe it in `hf_quant_config.json` instead
 
 Every key is read, or known to change nothing, or refused by name. The tensors in the files tell which matrices are
 quantised (`coded_weights.py`), and `quantization_config` is checked against them. In a multimodal config it may be at
@@ -35,13 +35,13 @@ _PARTS = ((), ("text_config",), ("thinker_config",), ("thinker_config", "text_co
 SUPPORTED = f"{', '.join(METHODS)}, and unquantised bf16, f16 and f32 tensors; under {MLX_KEY}: MLX's modes"
 
 
-def read_stored(config: Path) -> Quantization | None:
-    """Read how the weights beside a `config.json` are stored.
+def read_stored(raw: Mapping[str, object], config: Path) -> Quantization | None:
+    """Read how the weights beside a `config.json` are stored, or beside the file `config` with those keys.
 
     Raises:
         UnsupportedModel, CheckpointError: as `read_quantization`; or two files contradict each other.
     """
-    raw, path = read_object(config), config.with_name(MODELOPT_FILE)
+    path = config.with_name(MODELOPT_FILE)
     found = read_quantization(raw, config)
     if not path.exists() or (found is not None and found.method != "modelopt"):
         return found

@@ -143,7 +143,7 @@ def read_latent_model(
     # Sizes repeated under other names: in transformers 5, the rotary dimensions and the whole head; in Sarvam's files,
     # those of the cache; in GLM-5.2's, whose class does not read them, the other dimensions.
     others = (latent.cached_dim,) if read_indexers is None else (latent.cached_dim, nope_dim)
-    reader.neutral("head_dim", rope_dim, *others, None)
+    reader.neutral("head_dim", rope_dim, latent.head_dim, *others, None)
     reader.neutral("qk_head_dim", latent.head_dim)
     reader.neutral("q_head_dim", latent.head_dim)
     reader.neutral("attention_bias", False, None)

@@ -1,10 +1,13 @@
-"""The `deepseek2` architecture of GGUF: DeepSeek-V2, V3 and R1, Kimi-K2, GLM-4.7-Flash; and `deepseek32` and `glm-dsa`,
-which add an indexer.
+"""The `deepseek2` architecture of GGUF: DeepSeek-V2, V3 and R1, Kimi-K2, GLM-4.7-Flash; `mistral4`; and `deepseek32`
+and `glm-dsa`, which add an indexer.
 
 Only the router in the metadata shows which model a file contains: DeepSeek-V2 uses softmax, all others use sigmoid.
 Files from April 2025 on split `kv_b` into two tensors, `attn_k_b` with each head's part transposed and `attn_v_b`, and
 describe one shared head of keys as wide as the cache; the sizes of a head are in keys that end in `_mla`. Older files
 contain `attn_kv_b`, and the sizes in keys without the ending.
+
+A file whose queries grow with the position is Mistral's: of architecture `mistral4`, or a Mistral-Large-3. Yarn does
+not change its scores, whatever `yarn_log_multiplier` says (`mistral4.py` has the reason); llama.cpp scales them.
 
 Files of DeepSeek-V3 before October 2025 do not declare groups of experts, so the router of these files chooses among
 all experts.
@@ -20,7 +23,15 @@ from dataclasses import replace
 
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
-from argosy.config import IndexConfig, LatentConfig, LayerConfig, ModelConfig, RopeConfig, RouterConfig
+from argosy.config import (
+    IndexConfig,
+    LatentConfig,
+    LayerConfig,
+    ModelConfig,
+    QueryScale,
+    RopeConfig,
+    RouterConfig,
+)
 from argosy.errors import CheckpointError
 from argosy.model.families.latent.deepseek import INDEX_NORM_EPS, LATENT_NORM_EPS, attention_scale
 from argosy.model.reading.experts_config import read_dense_layers, read_grouped_router, require_groups
@@ -28,16 +39,20 @@ from argosy.model.reading.gguf_config import SIGMOID, SOFTMAX, GgufConfigReader
 from argosy.model.reading.gguf_layout import dense_name, read_gguf_layout
 
 GGUF_ARCHITECTURE = "deepseek2"
+MISTRAL = "mistral4"  # its architecture, and the family of every file whose queries grow
+BETA = 0.1  # of Mistral-Small-4
 
 
 def open_gguf(file: GgufFile) -> ModelFiles:
-    """The model in a GGUF file of architecture `deepseek2`.
+    """The model in a GGUF file of architecture `deepseek2` or `mistral4`.
 
     Raises:
         UnsupportedModel: a key, value or tensor type that is not supported.
         CheckpointError: a key or tensor is missing, malformed, or contradicts another.
     """
-    return _open(GgufConfigReader(file, GGUF_ARCHITECTURE), None, lambda *_: ())
+    architecture = file.text("general.architecture")
+    family = MISTRAL if architecture == MISTRAL else None
+    return _open(GgufConfigReader(file, architecture), family, lambda *_: ())
 
 
 def open_indexed(
@@ -89,6 +104,12 @@ def _open(
     router = _read_router(reader, dense_name(f"layers.{num_dense}.choice_bias") in file.tensors)
     expert_width = reader.integer("expert_feed_forward_length")
     shared_width = reader.integer("expert_shared_count", 0, least=0) * expert_width
+    if family in (None, MISTRAL):
+        original = sizes["context_tokens"] if latent.rope is None else latent.rope.original_context
+        query_scale = _read_query_scale(reader, original, is_known=family == MISTRAL)
+        if family == MISTRAL or query_scale is not None:
+            family, latent = MISTRAL, replace(latent, scale=0.0, query_scale=query_scale)
+            router = replace(router, group_score="top2")
     indexers = read_indexers(reader, num_layers) or (None,) * num_layers
     mixers = {index: replace(latent, index=index) for index in indexers}
     config = ModelConfig(
@@ -158,6 +179,16 @@ def _read_rope(reader: GgufConfigReader, rope_dim: int, context_tokens: int) -> 
     if rope.kind == "yarn" and reader.is_set("rope.scaling.yarn_log_multiplier"):
         magnitude = round(reader.number("rope.scaling.yarn_log_multiplier") / 0.1, 6)
     return replace(rope, is_interleaved=True, mscale=magnitude, mscale_all_dim=magnitude)
+
+
+def _read_query_scale(reader: GgufConfigReader, original: int, *, is_known: bool) -> QueryScale | None:
+    """Read how queries grow with the position. `is_known`: as in Mistral-Small-4 if its converter left the keys out."""
+    name = "attention.temperature_scale"
+    is_set = reader.is_set(name)
+    if not is_set and (reader.has(name) or not is_known):
+        return None
+    period = reader.integer("attention.temperature_length", original)
+    return QueryScale(beta=reader.number(name) if is_set else BETA, period=period)
 
 
 def _read_router(reader: GgufConfigReader, has_choice_bias: bool) -> RouterConfig:
