@@ -11,34 +11,25 @@ namespace argosy {
 
 using namespace nb::literals;
 
-namespace {
-
-std::vector<StateShape> equal_layers(int64_t num_layers, const DeltaSizes& sizes) {
-  require_range("num_layers", num_layers, 1, 1 << 20);
-  return std::vector<StateShape>(size_t(num_layers), delta_shape(sizes).state());
-}
-
-}  // namespace
-
 void bind_recurrent(nb::module_& m) {
   nb::class_<StateShape>(m, "StateShape", R"(
     The float32 values that a layer without keys and values keeps of a sequence: the last inputs of its convolution, and
     the matrices of its heads.)")
       .def_static(
           "delta_net", [](const DeltaSizes& sizes) { return delta_shape(sizes).state(); }, "sizes"_a)
+      .def_static(
+          "short_conv",
+          [](int64_t channels, int64_t width) {
+            return StateShape{CausalConv::window_floats(channels, width), 0};
+          },
+          "channels"_a, "width"_a)
+      .def_static(
+          "mamba", [](const MambaSizes& sizes) { return mamba_shape(sizes).state(); }, "sizes"_a)
       .def_ro("window_floats", &StateShape::window_floats)
       .def_ro("matrix_floats", &StateShape::matrix_floats);
 
   m.def("recurrent_state_bytes", &RecurrentState::bytes, "num_slots"_a, "layers"_a,
         "Bytes of a RecurrentState.");
-  // The same for layers of equal sizes.
-  m.def(
-      "recurrent_state_bytes",
-      [](int64_t num_slots, int64_t num_layers, const DeltaSizes& sizes) {
-        return RecurrentState::bytes(num_slots, equal_layers(num_layers, sizes));
-      },
-      "num_slots"_a, "num_layers"_a, "sizes"_a);
-
   nb::class_<RecurrentState>(m, "RecurrentState", R"(
     What layers without keys and values keep, one slot per running sequence; memory is committed when it is first
     written.
@@ -49,12 +40,6 @@ void bind_recurrent(nb::module_& m) {
     Args:
         layers: the layers that have a recurrent state, in their order.)")
       .def(nb::init<int64_t, std::vector<StateShape>>(), "num_slots"_a, "layers"_a)
-      .def(
-          "__init__",
-          [](RecurrentState* self, int64_t num_slots, int64_t num_layers, const DeltaSizes& sizes) {
-            new (self) RecurrentState(num_slots, equal_layers(num_layers, sizes));
-          },
-          "num_slots"_a, "num_layers"_a, "sizes"_a)
       .def_prop_ro("nbytes", &RecurrentState::nbytes)
       .def_prop_ro("num_slots", &RecurrentState::num_slots)
       .def_prop_ro("slot_floats", &RecurrentState::slot_floats,

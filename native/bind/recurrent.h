@@ -1,10 +1,11 @@
-// recurrent.h: the sizes of a gated delta net as Python passes them.
+// recurrent.h: the sizes of recurrent layers as Python passes them.
 #pragma once
 
 #include <array>
 
 #include "bind/bind.h"
 #include "ops/gated_delta.h"
+#include "ops/mamba.h"
 
 namespace argosy {
 
@@ -15,6 +16,16 @@ inline DeltaShape delta_shape(const DeltaSizes& sizes) {
   const DeltaShape shape = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
   shape.state();  // rejects sizes below 1 and products that overflow an int64
   require_size("value heads modulo key heads", shape.num_value_heads % shape.num_key_heads, 0);
+  return shape;
+}
+
+// Heads, head dimension, state dimension, groups, convolution width.
+using MambaSizes = Named<std::array<int64_t, 5>, "_MambaSizes">;
+
+inline MambaShape mamba_shape(const MambaSizes& sizes) {
+  const MambaShape shape = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
+  shape.state();  // rejects sizes below 1 and products that overflow an int64
+  require_size("heads modulo groups", shape.num_heads % shape.num_groups, 0);
   return shape;
 }
 

@@ -303,6 +303,64 @@ BoundMixer lightning_attention_layer(const Matrix& query, const Matrix& key, con
   return bound;
 }
 
+BoundMixer short_conv(const Matrix& input, const Matrix& output, const ArrayOf<float>& conv,
+                      const std::optional<ArrayOf<float>>& conv_bias,
+                      const std::optional<ArrayOf<float>>& input_bias,
+                      const std::optional<ArrayOf<float>>& output_bias, int64_t state_layer) {
+  const int64_t channels = output.view.cols;
+  read_array("conv", conv, {kAnySize, channels});
+  const int64_t width = int64_t(conv.shape(0));
+  CausalConv::window_floats(channels, width);  // rejects sizes below 1 and products that overflow an int64
+  require_size("rows of input", input.view.rows, 3 * channels);
+  BoundMixer bound;
+  Kept& kept = bound.kept;
+  bound.mixer = ShortConv{
+      .input = kept.keep(input),
+      .output = kept.keep(output),
+      .input_bias = kept.keep("input_bias", input_bias, input.view.rows),
+      .output_bias = kept.keep("output_bias", output_bias, output.view.rows),
+      .conv = {channels, width, kept.keep("conv", conv, {width, channels}),
+               kept.keep("conv_bias", conv_bias, channels)},
+      .state_layer = state_layer,
+  };
+  return bound;
+}
+
+BoundMixer mamba_mixer(const Matrix& input, const Matrix& output, const ArrayOf<float>& conv,
+                       const std::optional<ArrayOf<float>>& conv_bias, const ArrayOf<float>& rate,
+                       const ArrayOf<float>& dt_bias, const ArrayOf<float>& skip, const ArrayOf<float>& norm,
+                       const MambaShape& shape, std::tuple<float, float> dt_limit,
+                       const std::optional<ArrayOf<float>>& input_bias,
+                       const std::optional<ArrayOf<float>>& output_bias, int64_t state_layer) {
+  const auto [least_dt, most_dt] = dt_limit;
+  if (!(least_dt >= 0 && least_dt <= most_dt)) refuse("dt_limit must be two numbers from 0 on, in order");
+  require_size("rows of input", input.view.rows, shape.projected());
+  require_size("columns of output", output.view.cols, shape.channels());
+  BoundMixer bound;
+  Kept& kept = bound.kept;
+  bound.mixer = Mamba{
+      .input = kept.keep(input),
+      .output = kept.keep(output),
+      .input_bias = kept.keep("input_bias", input_bias, input.view.rows),
+      .output_bias = kept.keep("output_bias", output_bias, output.view.rows),
+      .shape = shape,
+      .weights =
+          {
+              .conv = kept.keep("conv", conv, {shape.conv_width, shape.conv_channels()}),
+              .conv_bias = kept.keep("conv_bias", conv_bias, shape.conv_channels()),
+              .rate = kept.keep("rate", rate, shape.num_heads),
+              .dt_bias = kept.keep("dt_bias", dt_bias, shape.num_heads),
+              .skip = kept.keep("skip", skip, shape.num_heads),
+              .norm = kept.keep("norm", norm, shape.channels()),
+              .eps = 0.0f,
+              .least_dt = least_dt,
+              .most_dt = most_dt,
+          },
+      .state_layer = state_layer,
+  };
+  return bound;
+}
+
 BoundMixer multi_head_latent_attention(const Matrix& query, const Matrix& kv_down, const Matrix& key_up,
                                        const Matrix& value_up, const Matrix& output, int64_t num_heads,
                                        int64_t rope_dim, float scale, float norm_eps,
@@ -506,17 +564,32 @@ void require_fit(const LightningAttention& mixer, const KvShape& kv, const Rotar
   require_size("rows of output", mixer.output.rows, hidden);
 }
 
-// Checks that the recurrent state has the shape and the layer that the mixer needs.
-template <class DeltaMixer>
-  requires requires(const DeltaMixer& mixer) { mixer.state_layer; }
-void require_state(const DeltaMixer& net, const RecurrentState* recurrent) {
-  if (recurrent == nullptr) refuse("the mixer needs a recurrent state");
-  require_range("state_layer", net.state_layer, 0, recurrent->num_layers() - 1);
-  if (net.shape.state() != recurrent->shape(net.state_layer))
-    refuse("the mixer and the recurrent state have different sizes");
+// A short convolution, or a Mamba-2 mixer.
+template <class RecurrentMixer>
+void require_fit(const RecurrentMixer& mixer, const KvShape& kv, const Rotary*, int64_t hidden) {
+  require_kind(kv, KvShape::Kind::none);
+  require_size("columns of input", mixer.input.cols, hidden);
+  require_size("rows of output", mixer.output.rows, hidden);
 }
-template <class OtherMixer>
-void require_state(const OtherMixer&, const RecurrentState*) {}
+
+template <class MatrixMixer>
+StateShape state_of(const MatrixMixer& mixer) {
+  return mixer.shape.state();
+}
+StateShape state_of(const ShortConv& mixer) {
+  return {CausalConv::window_floats(mixer.conv.channels, mixer.conv.width), 0};
+}
+
+// Checks that the recurrent state has the shape and the layer that the mixer needs.
+template <class AnyMixer>
+void require_state(const AnyMixer& mixer, const RecurrentState* recurrent) {
+  if constexpr (requires { mixer.state_layer; }) {
+    if (recurrent == nullptr) refuse("a mixer without keys and values needs a recurrent state");
+    require_range("state_layer", mixer.state_layer, 0, recurrent->num_layers() - 1);
+    if (state_of(mixer) != recurrent->shape(mixer.state_layer))
+      refuse("the mixer and the recurrent state have different sizes");
+  }
+}
 
 void require_fit(const LatentAttention& mixer, const KvShape& kv, const Rotary* rotary, int64_t hidden) {
   require_kind(kv, KvShape::Kind::latent);
@@ -1053,6 +1126,42 @@ void bind_stack(nb::module_& m) {
             sigmoid(gate x).
         scale: multiplies q . k.
         state_layer: the layer of the recurrent state, whose sizes are (heads, heads, head dim, head dim, 1).)");
+  m.def("short_conv", &short_conv, "input"_a, "output"_a, nb::kw_only(), "conv"_a,
+        "conv_bias"_a.none() = nb::none(), "input_bias"_a.none() = nb::none(),
+        "output_bias"_a.none() = nb::none(), "state_layer"_a, R"(
+    A convolution with two gates: [B, C, x] = input projection; C * conv(B * x) -> output projection.
+
+    Args:
+        input, output: [3 * hidden, hidden] and [hidden, hidden].
+        conv: [width, hidden], depthwise and causal.   conv_bias: [hidden]; None means no bias.
+        input_bias, output_bias: one number per row of the matrix; None means no bias.
+        state_layer: the layer of the recurrent state.)");
+  m.def(
+      "mamba",
+      [](const Matrix& input, const Matrix& output, const ArrayOf<float>& conv,
+         const std::optional<ArrayOf<float>>& conv_bias, const ArrayOf<float>& rate,
+         const ArrayOf<float>& dt_bias, const ArrayOf<float>& skip, const ArrayOf<float>& norm,
+         const MambaSizes& sizes, std::tuple<float, float> dt_limit,
+         const std::optional<ArrayOf<float>>& input_bias, const std::optional<ArrayOf<float>>& output_bias,
+         int64_t state_layer) {
+        return mamba_mixer(input, output, conv, conv_bias, rate, dt_bias, skip, norm, mamba_shape(sizes),
+                           dt_limit, input_bias, output_bias, state_layer);
+      },
+      "input"_a, "output"_a, nb::kw_only(), "conv"_a, "conv_bias"_a.none() = nb::none(), "rate"_a,
+      "dt_bias"_a, "skip"_a, "norm"_a, "sizes"_a, "dt_limit"_a, "input_bias"_a.none() = nb::none(),
+      "output_bias"_a.none() = nb::none(), "state_layer"_a, R"(
+    A Mamba-2 mixer (arXiv:2405.21060): [z, x, B, C, dt] = input projection; convolution over x, B and C, silu ->
+    recurrence -> gate silu(z) -> norm within groups -> output projection.
+
+    Args:
+        input, output: [2 * channels + 2 * groups * state dim + heads, hidden] and [hidden, channels], where channels
+            are heads * head dim.
+        conv: [width, channels + 2 * groups * state dim].   conv_bias: one number per column; None means no bias.
+        rate, dt_bias, skip: [heads]. dt = softplus(dt + dt_bias); the state decays by e^(rate dt); skip * x is added.
+        norm: [channels].
+        dt_limit: dt is clamped to these bounds.
+        input_bias, output_bias: one number per row of the matrix; None means no bias.
+        state_layer: the layer of the recurrent state.)");
   m.def("multi_head_latent_attention", &multi_head_latent_attention, "query"_a, "kv_down"_a, "key_up"_a,
         "value_up"_a, "output"_a, nb::kw_only(), "num_heads"_a, "rope_dim"_a, "scale"_a, "norm_eps"_a,
         "kv_norm"_a, "query_down"_a.none() = nb::none(), "query_norm"_a.none() = nb::none(),
@@ -1195,6 +1304,12 @@ void bind_stack(nb::module_& m) {
             self.add(KimiDeltaSizes{delta_shape(sizes), latent_rows});
           },
           "sizes"_a, "latent_rows"_a, "latent_rows: of decay_down and gate_down together.")
+      .def(
+          "add_short_conv", [](StackSizes& self, int64_t channels) { self.add(ShortConvSizes{channels}); },
+          "channels"_a)
+      .def(
+          "add_mamba", [](StackSizes& self, const MambaSizes& sizes) { self.add(mamba_shape(sizes)); },
+          "sizes"_a)
       .def(
           "add_dense", [](StackSizes& self, int64_t width) { self.add(DenseSizes{width}); }, "width"_a)
       .def(

@@ -9,6 +9,7 @@
 #include "kernels/activations.h"
 #include "kernels/attend.h"
 #include "kernels/attention.h"
+#include "kernels/causal_conv.h"
 #include "kernels/coded.h"
 #include "kernels/combine.h"
 #include "kernels/gated_delta.h"
@@ -19,6 +20,7 @@
 #include "kernels/latent_attention.h"
 #include "kernels/latent_index.h"
 #include "kernels/layer_norm.h"
+#include "kernels/mamba.h"
 #include "kernels/matmul_args.h"
 #include "kernels/matmul_f8.h"
 #include "kernels/matmul_float.h"
@@ -137,10 +139,11 @@ constexpr KernelTable kernel_table_named(const char* name) {
       .attention_floats = attention_scratch_floats,
       .attention_merge = attention_merge,
       .attention_finish = attention_finish,
+      .causal_conv = causal_conv,
       .delta_gates = delta_gates,
       .channel_gates = channel_gates,
-      .delta_conv = delta_conv,
       .delta_rule = delta_rule,
+      .mamba_steps = mamba_steps,
       .latent_attention = latent_attention,
       .most_columns = kMostColumns,
       .latent_floats = [](int64_t dim, int64_t) { return latent_scratch_floats(dim); },

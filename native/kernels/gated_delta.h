@@ -3,7 +3,6 @@
 //
 //   delta_gates    a, b  ->  decay = e^(rate softplus(a + dt_bias)),  beta = 1 / (1 + e^-b)
 //   channel_gates  the same for a vector a; with a floor, decay = e^(floor / (1 + e^(rate (a + dt_bias))))
-//   delta_conv     x  ->  silu(sum over j of weights[j] x[t - width + 1 + j]);  q and k to unit length
 //   delta_rule     q, k, v, z  ->  S = decay S + k (beta (v - decay S^T k))^T
 //                                  out = rms_norm(S^T q) * silu(z)
 //
@@ -40,28 +39,6 @@ void delta_gates(const DeltaGatesArgs& args) {
 }
 
 #if !ARGOSY_VECTOR  // the reference
-
-void delta_conv(const DeltaConvArgs& args) {
-  const int64_t last = args.width - 1;
-  for (int64_t t = 0; t < args.num_tokens; ++t) {
-    float* x = args.x + t * args.x_stride;
-    float sum_of_squares = 0.0f;
-    for (int64_t c = 0; c < args.channels; ++c) {
-      float sum = 0.0f;
-      for (int64_t j = 0; j < last; ++j) {
-        float& past = args.window[j * args.stride + c];
-        sum += args.weights[j * args.stride + c] * past;
-        past = j + 1 < last ? args.window[(j + 1) * args.stride + c] : x[c];
-      }
-      sum += args.weights[last * args.stride + c] * x[c];
-      x[c] = sum / (1.0f + expf(-sum));
-      sum_of_squares += x[c] * x[c];
-    }
-    if (args.length == 0.0f) continue;
-    const float scale = args.length / sqrtf(sum_of_squares + args.eps);
-    for (int64_t c = 0; c < args.channels; ++c) x[c] *= scale;
-  }
-}
 
 void channel_gates(const ChannelGatesArgs& args) {
   for (int64_t t = 0; t < args.num_tokens; ++t) {
@@ -103,33 +80,6 @@ void delta_rule(const DeltaRuleArgs& args) {
 }
 
 #else
-
-void delta_conv(const DeltaConvArgs& args) {
-  const int64_t last = args.width - 1;
-  for (int64_t t = 0; t < args.num_tokens; ++t) {
-    float* x = args.x + t * args.x_stride;
-    Vec sum_of_squares = zeros();
-    for (int64_t c = 0; c < args.channels; c += kLanes) {
-      const int64_t n = args.channels - c < kLanes ? args.channels - c : kLanes;
-      const Vec now = load(x + c, n);
-      Vec sum = zeros();
-      for (int64_t j = 0; j < last; ++j) {
-        float* past = args.window + j * args.stride + c;
-        sum = fma(load(args.weights + j * args.stride + c, n), load(past, n), sum);
-        store(past, j + 1 < last ? load(past + args.stride, n) : now, n);
-      }
-      sum = silu(fma(load(args.weights + last * args.stride + c, n), now, sum));
-      store(x + c, sum, n);
-      sum_of_squares = fma(sum, sum, sum_of_squares);
-    }
-    if (args.length == 0.0f) continue;
-    const Vec scale = broadcast(args.length / sqrtf(sum_lanes(sum_of_squares) + args.eps));
-    for (int64_t c = 0; c < args.channels; c += kLanes) {
-      const int64_t n = args.channels - c < kLanes ? args.channels - c : kLanes;
-      store(x + c, mul(load(x + c, n), scale), n);
-    }
-  }
-}
 
 void channel_gates(const ChannelGatesArgs& args) {
   const Vec rate = broadcast(args.rate), floor = broadcast(args.floor);

@@ -25,16 +25,6 @@ struct ChannelGatesArgs {
   int64_t num_tokens, key_dim;
 };
 
-// Channels of a causal convolution, in place. `stride` separates the positions of `weights` and `window`.
-struct DeltaConvArgs {
-  float* x;  // token t's channels begin at x + t * x_stride
-  int64_t x_stride;
-  const float* weights;  // [width][channels]
-  float* window;  // [width - 1][channels]: the inputs before the first token; on return, before the next
-  int64_t stride, width, channels, num_tokens;
-  float length, eps;  // if length > 0, the result is x / sqrt(sum of x^2 + eps) * length
-};
-
 // One value head. The q of token t begins `stride` floats after the q of token t - 1; k, v and z likewise.
 // A stride of 0 gives every token the same decay or beta.
 struct DeltaRuleArgs {

@@ -34,10 +34,11 @@ struct LatentWriteArgs;
 struct AttentionArgs;
 struct LatentAttentionArgs;
 struct IndexArgs;
+struct CausalConvArgs;
 struct DeltaGatesArgs;
 struct ChannelGatesArgs;
-struct DeltaConvArgs;
 struct DeltaRuleArgs;
+struct MambaStepsArgs;
 enum class GateKind;
 enum class Gelu;
 
@@ -99,10 +100,12 @@ struct KernelTable {
   // Merges the state of a query's next section into `state`.
   void (*attention_merge)(const float* next, int64_t value_dim, float* state);
   void (*attention_finish)(const float* state, int64_t value_dim, float* out);  // [value_dim]
+
+  void (*causal_conv)(const CausalConvArgs& args);
   void (*delta_gates)(const DeltaGatesArgs& args);
   void (*channel_gates)(const ChannelGatesArgs& args);
-  void (*delta_conv)(const DeltaConvArgs& args);
   void (*delta_rule)(const DeltaRuleArgs& args);
+  void (*mamba_steps)(const MambaStepsArgs& args);
 
   void (*latent_attention)(const LatentAttentionArgs& args);
   int64_t most_columns;                                      // in a call

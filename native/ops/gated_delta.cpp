@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kernels/causal_conv_args.h"
 #include "kernels/gated_delta_args.h"
 #include "ops/checked_size.h"
 
@@ -72,11 +73,16 @@ void gated_delta(Runtime& runtime, RecurrentState& recurrent, int64_t layer, con
       for (int64_t j = 0; run.is_start && j + 1 < shape.conv_width; ++j) {
         std::fill_n(window + j * row, width, 0.0f);
       }
-      table.delta_conv({
+      table.causal_conv({
           .x = first,
           .x_stride = inputs.stride,
+          .in_gate = nullptr,
+          .out_gate = nullptr,
           .weights = weights.conv[kind] + head * width,
+          .bias = nullptr,
           .window = window,
+          .out = first,
+          .out_stride = inputs.stride,
           .stride = row,
           .width = shape.conv_width,
           .channels = width,

@@ -114,6 +114,10 @@ KimiDeltaSizes sizes_of(const KimiDeltaAttention& mixer) {
           (mixer.decay_down ? mixer.decay_down->rows : 0) + (mixer.gate_down ? mixer.gate_down->rows : 0)};
 }
 
+ShortConvSizes sizes_of(const ShortConv& mixer) { return {mixer.conv.channels}; }
+
+MambaShape sizes_of(const Mamba& mixer) { return mixer.shape; }
+
 DenseSizes sizes_of(const DenseFfn& ffn) { return {ffn.network.up.rows}; }
 
 RoutedSizes sizes_of(const RoutedFfn& ffn) {
@@ -529,6 +533,29 @@ void Stack::mix(const LightningAttention& mixer) {
            mixer.num_groups);
   mul_gate(runtime_, GateKind::sigmoid, gate, channels, 1, tokens, channels, out);
   add_block(mixer.output, nullptr);
+}
+
+void Stack::mix(const ShortConv& mixer) {
+  const int64_t tokens = step_.num_tokens, channels = mixer.conv.channels;
+  float* projected = buffers_.projected;
+  matmul(runtime_, {{mixer.input, projected}}, buffers_.normed, tokens);
+  add_bias(runtime_, mixer.input_bias, tokens, mixer.input.rows, projected);
+  const ConvInputs inputs = {projected + 2 * channels, projected, projected + channels, mixer.input.rows};
+  causal_conv(runtime_, *recurrent_, mixer.state_layer, mixer.conv, inputs, runs_,
+              {buffers_.attended, channels});
+  add_block(mixer.output, mixer.output_bias);
+}
+
+void Stack::mix(const Mamba& mixer) {
+  const int64_t tokens = step_.num_tokens;
+  float* projected = buffers_.projected;
+  matmul(runtime_, {{mixer.input, projected}}, buffers_.normed, tokens);
+  add_bias(runtime_, mixer.input_bias, tokens, mixer.input.rows, projected);
+  MambaWeights weights = mixer.weights;
+  weights.eps = description_.norm_eps;
+  mamba(runtime_, *recurrent_, mixer.state_layer, mixer.shape, weights, projected, buffers_.delta_gates,
+        runs_, buffers_.attended);
+  add_block(mixer.output, mixer.output_bias);
 }
 
 void Stack::mix(const LatentAttention& mixer) {

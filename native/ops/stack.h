@@ -32,11 +32,13 @@
 
 #include "kernels/route_args.h"
 #include "ops/attention.h"
+#include "ops/causal_conv.h"
 #include "ops/experts.h"
 #include "ops/gated_delta.h"
 #include "ops/latent_attention.h"
 #include "ops/latent_index.h"
 #include "ops/layer_experts.h"
+#include "ops/mamba.h"
 #include "ops/matmul.h"
 #include "ops/rotary.h"
 #include "ops/runtime.h"
@@ -167,8 +169,30 @@ struct LatentAttention {
   std::optional<OutputGate> gate;
 };
 
+// A short convolution with two gates: a row of the input projection is [B, C, x], and C * conv(B * x) goes
+// through the output projection.
+struct ShortConv {
+  MatrixView input;                   // [3 * hidden, hidden]
+  MatrixView output;                  // [hidden, hidden]
+  const float* input_bias = nullptr;  // one per row of the matrix; nullptr: none
+  const float* output_bias = nullptr;
+  CausalConv conv = {};
+  int64_t state_layer = 0;  // layer of the recurrent state
+};
+
+// A Mamba-2 mixer (arXiv:2405.21060).
+struct Mamba {
+  MatrixView input;                   // [shape.projected(), hidden]
+  MatrixView output;                  // [hidden, shape.channels()]
+  const float* input_bias = nullptr;  // one per row of the matrix; nullptr: none
+  const float* output_bias = nullptr;
+  MambaShape shape = {};
+  MambaWeights weights = {};  // eps is ignored: the stack's norm_eps is used
+  int64_t state_layer = 0;    // layer of the recurrent state
+};
+
 using Mixer = std::variant<GroupedQueryAttention, LatentAttention, GatedDeltaNet, KimiDeltaAttention,
-                           LightningAttention>;
+                           LightningAttention, ShortConv, Mamba>;
 
 struct DenseFfn {
   ExpertView network;
@@ -397,6 +421,8 @@ class Stack {
   void mix(const GatedDeltaNet& net);
   void mix(const KimiDeltaAttention& mixer);
   void mix(const LightningAttention& mixer);
+  void mix(const ShortConv& mixer);
+  void mix(const Mamba& mixer);
   void begin_runs();
   void end_layer();
   void add_block(const MatrixView& output, const float* bias);

@@ -81,6 +81,19 @@ void StackSizes::add(const KimiDeltaSizes& mixer) {
   widen(query_latent_, width_of({mixer.latent_rows}));
 }
 
+void StackSizes::add(const ShortConvSizes& mixer) {
+  widen(projected_, 3 * width_of({mixer.channels}));
+  widen(attended_, width_of({mixer.channels}));
+}
+
+void StackSizes::add(const MambaShape& mixer) {
+  const int64_t heads = width_of({mixer.num_heads}), channels = width_of({mixer.num_heads, mixer.head_dim});
+  const int64_t shared = width_of({mixer.num_groups, mixer.state_dim});
+  widen(projected_, 2 * channels + 2 * shared + heads);
+  widen(delta_gates_, heads);
+  widen(attended_, channels);
+}
+
 void StackSizes::add(const DenseSizes& ffn) { add_network({hidden_, ffn.width, 1}); }
 
 void StackSizes::add(const RoutedSizes& ffn) {

@@ -10,6 +10,7 @@
 
 #include "ops/gated_delta.h"
 #include "ops/latent_index.h"
+#include "ops/mamba.h"
 
 namespace argosy {
 
@@ -33,6 +34,10 @@ struct KimiDeltaSizes {
   int64_t latent_rows;  // of the decay's and the gate's first factors together; 0: each is one matrix
 };
 
+struct ShortConvSizes {
+  int64_t channels;
+};
+
 struct DenseSizes {
   int64_t width;
 };
@@ -54,8 +59,8 @@ struct StackBuffers {
   float *key, *value;
   float* query_latent;     // [query_rank]; [latent_rows]
   int32_t* chosen;         // [positions that an indexer chooses]
-  float* projected;        // query and gate, or gate, of gated heads; q, k, v and z of a delta net
-  float* delta_gates;      // [2 * value_heads]; [heads * (key_dim + 1)]
+  float* projected;        // query and gate, or gate, of gated heads; the inputs of recurrent layers
+  float* delta_gates;      // [2 * value_heads]; [heads * (key_dim + 1)]; [heads]
   float *cosine, *sine;    // [pairs], those of one rotary embedding after another
   float* router_logits;    // [num_experts]
   float* routing_weights;  // [k]
@@ -77,6 +82,8 @@ class StackSizes {
   void add(const LatentSizes& mixer);
   void add(const DeltaShape& mixer);
   void add(const KimiDeltaSizes& mixer);
+  void add(const ShortConvSizes& mixer);
+  void add(const MambaShape& mixer);
   void add(const DenseSizes& ffn);
   void add(const RoutedSizes& ffn);
   void add_ffn_post_norm();  // some layer norms or scales the sum of its feed-forward networks

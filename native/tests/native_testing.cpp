@@ -28,11 +28,13 @@
 #include "kernels/kv_layer.h"
 #include "kernels/route_args.h"
 #include "kernels/swiglu_args.h"
+#include "ops/causal_conv.h"
 #include "ops/expert_reads.h"
 #include "ops/gated_delta.h"
 #include "ops/latent_attention.h"
 #include "ops/latent_index.h"
 #include "ops/layer.h"
+#include "ops/mamba.h"
 #include "ops/swiglu.h"
 #include "tests/faulty_file_system.h"
 
@@ -478,6 +480,13 @@ std::vector<StateRun> read_runs(const RecurrentState& state, const ArrayOf<int64
   return found;
 }
 
+// After the last layer, the slots are at the end of their runs.
+void move_on(RecurrentState& state, int64_t layer, const std::vector<StateRun>& runs) {
+  if (layer + 1 < state.num_layers()) return;
+  for (const StateRun& run : runs)
+    state.set_position(run.slot, state.position(run.slot) + run.end - run.begin);
+}
+
 void run_gated_delta(Runtime& runtime, RecurrentState& state, int64_t layer, const OutArrayOf<float>& qkv,
                      const ArrayOf<float>& z, const OutArrayOf<float>& b, const OutArrayOf<float>& a,
                      const ArrayOf<int64_t>& runs, const ArrayOf<float>& conv, const ArrayOf<float>& rate,
@@ -524,9 +533,67 @@ void run_gated_delta(Runtime& runtime, RecurrentState& state, int64_t layer, con
     nb::gil_scoped_release released;
     gated_delta(runtime, state, layer, shape, weights, inputs, found, to);
   }
-  if (layer + 1 < state.num_layers()) return;
-  for (const StateRun& run : found)
-    state.set_position(run.slot, state.position(run.slot) + run.end - run.begin);
+  move_on(state, layer, found);
+}
+
+void run_causal_conv(Runtime& runtime, RecurrentState& state, int64_t layer, const ArrayOf<float>& x,
+                     const std::optional<ArrayOf<float>>& in_gate,
+                     const std::optional<ArrayOf<float>>& out_gate, const ArrayOf<int64_t>& runs,
+                     const ArrayOf<float>& weights, const std::optional<ArrayOf<float>>& bias,
+                     const OutArrayOf<float>& out) {
+  require_range("layer", layer, 0, state.num_layers() - 1);
+  if (in_gate.has_value() != out_gate.has_value()) refuse("in_gate and out_gate must be given together");
+  ConvInputs inputs = {};
+  inputs.x = read_array("x", x, {kAnySize, kAnySize});
+  const int64_t num_tokens = int64_t(x.shape(0)), channels = inputs.stride = int64_t(x.shape(1));
+  if (in_gate) inputs.in_gate = read_array("in_gate", *in_gate, {num_tokens, channels});
+  if (out_gate) inputs.out_gate = read_array("out_gate", *out_gate, {num_tokens, channels});
+  CausalConv conv = {};
+  conv.channels = channels;
+  conv.weights = read_array("weights", weights, {kAnySize, channels});
+  conv.width = int64_t(weights.shape(0));
+  if (bias) conv.bias = read_array("bias", *bias, {channels});
+  if (CausalConv::window_floats(channels, conv.width) != state.shape(layer).window_floats)
+    refuse("the layer of the state has other sizes");
+  float* to = write_array("out", out, {num_tokens, channels});
+  const std::vector<StateRun> found = read_runs(state, runs, num_tokens);
+  {
+    nb::gil_scoped_release released;
+    causal_conv(runtime, state, layer, conv, inputs, found, {to, channels});
+  }
+  move_on(state, layer, found);
+}
+
+void run_mamba(Runtime& runtime, RecurrentState& state, int64_t layer, const OutArrayOf<float>& projected,
+               const ArrayOf<int64_t>& runs, const ArrayOf<float>& conv,
+               const std::optional<ArrayOf<float>>& conv_bias, const ArrayOf<float>& rate,
+               const ArrayOf<float>& dt_bias, const ArrayOf<float>& skip, const ArrayOf<float>& norm,
+               float eps, const MambaSizes& sizes, std::tuple<float, float> dt_limit,
+               const OutArrayOf<float>& out) {
+  const MambaShape shape = mamba_shape(sizes);
+  require_range("layer", layer, 0, state.num_layers() - 1);
+  if (shape.state() != state.shape(layer)) refuse("the layer of the state has other sizes");
+  float* from = write_array("projected", projected, {kAnySize, shape.projected()});
+  const int64_t num_tokens = int64_t(projected.shape(0)), heads = shape.num_heads;
+  const MambaWeights weights = {
+      .conv = read_array("conv", conv, {shape.conv_width, shape.conv_channels()}),
+      .conv_bias = conv_bias ? read_array("conv_bias", *conv_bias, {shape.conv_channels()}) : nullptr,
+      .rate = read_array("rate", rate, {heads}),
+      .dt_bias = read_array("dt_bias", dt_bias, {heads}),
+      .skip = read_array("skip", skip, {heads}),
+      .norm = read_array("norm", norm, {shape.channels()}),
+      .eps = eps,
+      .least_dt = std::get<0>(dt_limit),
+      .most_dt = std::get<1>(dt_limit),
+  };
+  float* to = write_array("out", out, {num_tokens, shape.channels()});
+  const std::vector<StateRun> found = read_runs(state, runs, num_tokens);
+  std::vector<float> decay(size_t(num_tokens * heads));
+  {
+    nb::gil_scoped_release released;
+    mamba(runtime, state, layer, shape, weights, from, decay.data(), found, to);
+  }
+  move_on(state, layer, found);
 }
 
 }  // namespace
@@ -559,4 +626,19 @@ NB_MODULE(_native_testing, m) {
         conv: [width, channels].   rate, dt_bias: [value heads].   norm: [value dim].
         is_tiled: value head i uses key head i modulo key heads, instead of i // (value heads per key head).
         out: [tokens, value heads * value dim].)");
+  m.def("causal_conv", &run_causal_conv, "runtime"_a, "state"_a, "layer"_a, "x"_a, "in_gate"_a.none(),
+        "out_gate"_a.none(), "runs"_a, nb::kw_only(), "weights"_a, "bias"_a.none() = nb::none(),
+        "out"_a.noconvert(), R"(
+    silu(conv(x)), or with gates out_gate * conv(in_gate * x) (native/kernels/causal_conv.h).
+
+    Args:
+        x, in_gate, out_gate, out: [tokens, channels]; both gates or none.
+        runs: as for `gated_delta`.   weights: [width, channels].   bias: [channels].)");
+  m.def("mamba_recurrence", &run_mamba, "runtime"_a, "state"_a, "layer"_a, "projected"_a.noconvert(),
+        "runs"_a, nb::kw_only(), "conv"_a, "conv_bias"_a.none() = nb::none(), "rate"_a, "dt_bias"_a, "skip"_a,
+        "norm"_a, "eps"_a, "sizes"_a, "dt_limit"_a, "out"_a.noconvert(), R"(
+    A Mamba-2 mixer (native/ops/mamba.h) between its projections; overwrites `projected` [tokens, z, x, B, C, dt].
+
+    Args:
+        runs: as for `gated_delta`.   out: [tokens, heads * head dim].   The others are those of `mamba`.)");
 }

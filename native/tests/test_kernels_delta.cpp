@@ -1,11 +1,13 @@
-// Gated delta nets: equal to the reference, and the same for a token whatever the other tokens in the call.
+// Recurrent layers: equal to the reference, and the same for a token whatever the other tokens in the call.
 // Memory has exactly the necessary size, so that a sanitizer detects accesses beyond it.
 
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
 
+#include "kernels/causal_conv_args.h"
 #include "kernels/gated_delta_args.h"
+#include "kernels/mamba_args.h"
 #include "ops/gated_delta.h"
 #include "ops/layer.h"
 #include "tests/kernel_cases.h"
@@ -46,19 +48,26 @@ void output_gates_meet_the_reference() {
 }
 
 struct Convolved {
-  std::vector<float> x, window;
+  std::vector<float> out, window;
 };
 
-Convolved convolve(const KernelTable& table, int64_t channels, int64_t width, float length,
-                   int64_t tokens_a_call) {
-  const std::vector<float> weights = normal(width * channels, 3);
-  Convolved result = {normal(kTokens * channels, 4), normal((width - 1) * channels, 5)};
+Convolved convolve(const KernelTable& table, int64_t channels, int64_t width, float length, bool has_gates,
+                   bool has_bias, int64_t tokens_a_call) {
+  const std::vector<float> weights = normal(width * channels, 3), bias = normal(channels, 12);
+  const std::vector<float> in = normal(kTokens * channels, 13), gate = normal(kTokens * channels, 14);
+  const std::vector<float> x = normal(kTokens * channels, 4);
+  Convolved result = {std::vector<float>(x.size(), NAN), normal((width - 1) * channels, 5)};
   for (int64_t t = 0; t < kTokens; t += tokens_a_call) {
-    table.delta_conv({
-        .x = result.x.data() + t * channels,
+    table.causal_conv({
+        .x = x.data() + t * channels,
         .x_stride = channels,
+        .in_gate = has_gates ? in.data() + t * channels : nullptr,
+        .out_gate = has_gates ? gate.data() + t * channels : nullptr,
         .weights = weights.data(),
+        .bias = has_bias ? bias.data() : nullptr,
         .window = result.window.data(),
+        .out = result.out.data() + t * channels,
+        .out_stride = channels,
         .stride = channels,
         .width = width,
         .channels = channels,
@@ -74,14 +83,18 @@ void convolutions_meet_the_reference_and_go_on_where_they_stopped() {
   for (const KernelTable* table : all_tables()) {
     for (const int64_t channels : kSizes) {
       for (const int64_t width : {1, 2, 4, 5}) {
-        for (const float length : {0.0f, 0.25f}) {
-          const Convolved expected = convolve(plain(), channels, width, length, kTokens);
-          const Convolved found = convolve(*table, channels, width, length, kTokens);
-          CHECK(near(found.x, expected.x, 1e-5));
+        for (const int kind : {0, 1, 2, 3, 4}) {
+          const float length = kind == 1 ? 0.25f : 0.0f;
+          const bool has_gates = kind >= 3, has_bias = kind == 2 || kind == 4;
+          const auto run = [&](const KernelTable& kernels, int64_t tokens) {
+            return convolve(kernels, channels, width, length, has_gates, has_bias, tokens);
+          };
+          const Convolved expected = run(plain(), kTokens), found = run(*table, kTokens);
+          CHECK(near(found.out, expected.out, 1e-5));
           CHECK(found.window == expected.window);
           for (const int64_t tokens : {1, 2}) {
-            const Convolved parts = convolve(*table, channels, width, length, tokens);
-            CHECK(parts.x == found.x);
+            const Convolved parts = run(*table, tokens);
+            CHECK(parts.out == found.out);
             CHECK(parts.window == found.window);
           }
         }
@@ -249,6 +262,28 @@ void equal_decays_of_all_key_dimensions_are_one_decay() {
   }
 }
 
+void steps_are_clamped_and_stay_finite() {
+  for (const KernelTable* table : all_tables()) {
+    std::vector<float> dt = {-200.0f, 0.0f, 1.0f, 50.0f, 3e4f, 0.5f}, decay(6, NAN);
+    const std::vector<float> rate = {-1, -2, -1}, bias = {0, 0, 0.5f};
+    table->mamba_steps({
+        .dt = dt.data(),
+        .dt_stride = 3,
+        .decay = decay.data(),
+        .decay_stride = 3,
+        .rate = rate.data(),
+        .dt_bias = bias.data(),
+        .least_dt = 0.25f,
+        .most_dt = 40.0f,
+        .num_tokens = 2,
+        .num_heads = 3,
+    });
+    // Between the bounds: softplus of 0, 1.5 and 1.
+    CHECK(near(dt, {0.25f, 0.69314718f, 1.70141328f, 40.0f, 40.0f, 1.31326169f}, 1e-6));
+    CHECK(near(decay, {0.77880078f, 0.25f, 0.18242545f, 0.0f, 0.0f, 0.26894142f}, 1e-6));
+  }
+}
+
 void a_state_is_as_large_as_it_says_and_slots_do_not_meet() {
   const DeltaShape shape = {2, 4, 3, 5, 4};
   CHECK_EQUAL(shape.state().window_floats, 3 * (2 * 6 + 20));
@@ -296,6 +331,7 @@ int main() {
   channel_gates_meet_the_reference_and_the_formula();
   the_rule_meets_the_reference_and_goes_on_where_it_stopped();
   equal_decays_of_all_key_dimensions_are_one_decay();
+  steps_are_clamped_and_stay_finite();
   a_state_is_as_large_as_it_says_and_slots_do_not_meet();
   return check_result();
 }

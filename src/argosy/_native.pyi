@@ -21,7 +21,7 @@ Constants:
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import numpy
 from numpy.typing import NDArray
@@ -45,6 +45,7 @@ Piece = (
     | tuple[int, int, int, int, str, int, int, int]
 )
 _DeltaSizes = tuple[int, int, int, int, int]  # key heads, value heads, key dim, value dim, conv width
+_MambaSizes = tuple[int, int, int, int, int]  # heads, head dim, state dim, groups, conv width
 _Buffer = bytes | bytearray | memoryview | NDArray[Any]
 
 class Foreground:
@@ -1579,17 +1580,17 @@ class StateShape:
 
     @staticmethod
     def delta_net(sizes: _DeltaSizes) -> StateShape: ...
+    @staticmethod
+    def short_conv(channels: int, width: int) -> StateShape: ...
+    @staticmethod
+    def mamba(sizes: _MambaSizes) -> StateShape: ...
     @property
     def window_floats(self) -> int: ...
     @property
     def matrix_floats(self) -> int: ...
 
-@overload
 def recurrent_state_bytes(num_slots: int, layers: Sequence[StateShape]) -> int:
     """Bytes of a RecurrentState."""
-
-@overload
-def recurrent_state_bytes(num_slots: int, num_layers: int, sizes: _DeltaSizes) -> int: ...
 
 class RecurrentState:
     """
@@ -1603,10 +1604,7 @@ class RecurrentState:
         layers: the layers that have a recurrent state, in their order.
     """
 
-    @overload
     def __init__(self, num_slots: int, layers: Sequence[StateShape]) -> None: ...
-    @overload
-    def __init__(self, num_slots: int, num_layers: int, sizes: _DeltaSizes) -> None: ...
     @property
     def nbytes(self) -> int: ...
     @property
@@ -1826,6 +1824,57 @@ def lightning_attention(
         state_layer: the layer of the recurrent state, whose sizes are (heads, heads, head dim, head dim, 1).
     """
 
+def short_conv(
+    input: Matrix,
+    output: Matrix,
+    *,
+    conv: NDArray[numpy.float32],
+    conv_bias: NDArray[numpy.float32] | None = None,
+    input_bias: NDArray[numpy.float32] | None = None,
+    output_bias: NDArray[numpy.float32] | None = None,
+    state_layer: int,
+) -> Mixer:
+    """
+    A convolution with two gates: [B, C, x] = input projection; C * conv(B * x) -> output projection.
+
+    Args:
+        input, output: [3 * hidden, hidden] and [hidden, hidden].
+        conv: [width, hidden], depthwise and causal.   conv_bias: [hidden]; None means no bias.
+        input_bias, output_bias: one number per row of the matrix; None means no bias.
+        state_layer: the layer of the recurrent state.
+    """
+
+def mamba(
+    input: Matrix,
+    output: Matrix,
+    *,
+    conv: NDArray[numpy.float32],
+    conv_bias: NDArray[numpy.float32] | None = None,
+    rate: NDArray[numpy.float32],
+    dt_bias: NDArray[numpy.float32],
+    skip: NDArray[numpy.float32],
+    norm: NDArray[numpy.float32],
+    sizes: _MambaSizes,
+    dt_limit: tuple[float, float],
+    input_bias: NDArray[numpy.float32] | None = None,
+    output_bias: NDArray[numpy.float32] | None = None,
+    state_layer: int,
+) -> Mixer:
+    """
+    A Mamba-2 mixer (arXiv:2405.21060): [z, x, B, C, dt] = input projection; convolution over x, B and C, silu ->
+    recurrence -> gate silu(z) -> norm within groups -> output projection.
+
+    Args:
+        input, output: [2 * channels + 2 * groups * state dim + heads, hidden] and [hidden, channels], where channels
+            are heads * head dim.
+        conv: [width, channels + 2 * groups * state dim].   conv_bias: one number per column; None means no bias.
+        rate, dt_bias, skip: [heads]. dt = softplus(dt + dt_bias); the state decays by e^(rate dt); skip * x is added.
+        norm: [channels].
+        dt_limit: dt is clamped to these bounds.
+        input_bias, output_bias: one number per row of the matrix; None means no bias.
+        state_layer: the layer of the recurrent state.
+    """
+
 def multi_head_latent_attention(
     query: Matrix,
     kv_down: Matrix,
@@ -1981,6 +2030,8 @@ class StackSizes:
     def add_kimi_delta(self, sizes: _DeltaSizes, latent_rows: int) -> None:
         """latent_rows: of decay_down and gate_down together."""
 
+    def add_short_conv(self, channels: int) -> None: ...
+    def add_mamba(self, sizes: _MambaSizes) -> None: ...
     def add_dense(self, width: int) -> None: ...
     def add_routed(
         self,

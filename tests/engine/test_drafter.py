@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,13 @@ import pytest
 
 from argosy import Engine, Grammar, SamplingParams, _native
 from argosy.engine.sequence import Result
+from argosy.model.layers import state_shapes
 from tests.engine.random_drafter import RandomDrafter
 from tests.engine.test_constraint import VOCAB, byte_level, byte_level_json
 from tests.models.references import REFERENCES
-from tests.models.tiny import prompt_ids, qwen3_moe, write_model
+from tests.models.tiny import RawConfig, prompt_ids, qwen3_moe, write_model
 from tests.models.tiny_delta import qwen3_next
+from tests.models.tiny_recurrent import lfm2_moe
 
 Request = tuple[Sequence[int], SamplingParams]
 
@@ -107,13 +109,14 @@ def test_text_is_the_same_with_a_drafter_and_takes_fewer_steps(text_model: Path,
     assert drafted < plain - 5
 
 
-@pytest.mark.parametrize("draft_tokens", [1, 4])
+@pytest.mark.parametrize(("make", "draft_tokens"), [(qwen3_next, 1), (qwen3_next, 4), (lfm2_moe, 4)])
 def test_a_recurrent_state_is_rolled_back_when_drafts_are_rejected(
-    delta_model: Path, draft_tokens: int
+    make: Callable[..., RawConfig], draft_tokens: int, tmp_path: Path
 ) -> None:
-    config = qwen3_next(max_position_embeddings=512)
+    config = make(max_position_embeddings=512)
+    model = write_model(tmp_path, config, seed=1)
     requests = [(prompt_ids(config, seed, 20 + seed), params(seed, max_tokens=150)) for seed in range(3)]
-    plain, drafted, engine = compare(delta_model, requests, draft_tokens, seed=7)
+    plain, drafted, engine = compare(model, requests, draft_tokens, seed=7)
     assert drafted < plain
     assert engine.plan.state_bytes == 2 * engine.plan.num_states * _state_bytes(engine)
 
@@ -125,8 +128,7 @@ def test_an_answer_that_runs_again_gets_no_proposals_so_its_step_fits_the_plan(d
 
 
 def _state_bytes(engine: Engine) -> int:
-    assert engine.config.delta is not None
-    return _native.recurrent_state_bytes(1, len(engine.config.recurrent_layers), engine.config.delta.sizes)
+    return _native.recurrent_state_bytes(1, state_shapes(engine.config))
 
 
 @pytest.mark.parametrize(

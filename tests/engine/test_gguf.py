@@ -49,6 +49,7 @@ from tests.models.tiny import (
 )
 from tests.models.tiny_gqa import mimo_v2_flash
 from tests.models.tiny_latent import deepseek_v3
+from tests.models.tiny_recurrent import lfm2_moe
 
 # The mean KL in nats that 8-bit activations may cost; measured: 0.0003. A wrong scale, row or column costs above 1.
 LARGEST_DIVERGENCE = 0.002
@@ -89,6 +90,10 @@ def config_of(family: str, *, num_experts: int, experts_per_token: int) -> RawCo
             )
         case "gpt_oss":
             return gpt_oss(**sizes, num_local_experts=num_experts, intermediate_size=256)
+        case "lfm2_moe":
+            del sizes["head_dim"]
+            kinds = {"layer_types": ["full_attention", "conv"], "num_dense_layers": 0}
+            return lfm2_moe(**sizes, **kinds, num_experts=num_experts, moe_intermediate_size=256)
         case "deepseek_v3":
             return latent(num_experts, experts_per_token)
         case _:
@@ -133,6 +138,7 @@ def mean_divergence(expected: Array, found: Array) -> float:
         "olmoe",
         "minimax_m2",
         "mimo_v2_flash",
+        "lfm2_moe",
     ],
 )
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
 from tests.models.tiny_gemma import gemma4
 from tests.models.tiny_gqa import mimo_v2_flash
 from tests.models.tiny_latent import deepseek_v3, glm_moe_dsa, kimi_k2
+from tests.models.tiny_recurrent import lfm2_moe
 
 Value = TypeVar("Value")
 
@@ -108,6 +109,13 @@ CONFIGS = {
         routed_scaling_factor=1.5,
     ),
     "olmoe": olmoe(max_position_embeddings=1024, clip_qkv=0.8, num_experts=9, num_experts_per_tok=3),
+    "lfm2_moe": lfm2_moe(  # short convolutions, a dense layer, a router bias
+        max_position_embeddings=1024,
+        hidden_size=72,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        num_experts=9,
+    ),
     "gemma4": gemma4(  # heads and rotary embedding by layer, a dense network beside the experts, norms after blocks
         max_position_embeddings=1024, hidden_size=72, num_experts=9, top_k_experts=3, vocab_size=112
     ),
@@ -145,7 +153,15 @@ CASES += [("qwen3_moe_blocks", "fp8"), ("kimi_k2", "int4")]
 IN_SHORT = [
     *(
         (family, "in place")
-        for family in ("qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v3", "glm_moe_dsa", "gemma4")
+        for family in (
+            "qwen2_moe",
+            "qwen3_moe",
+            "qwen3_next",
+            "lfm2_moe",
+            "deepseek_v3",
+            "glm_moe_dsa",
+            "gemma4",
+        )
     ),
     *(("qwen3_moe", format) for format in ("q8", "q4")),
     ("gpt_oss", "mxfp4"),

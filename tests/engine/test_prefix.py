@@ -25,6 +25,7 @@ from tests.models.mxfp4_models import write_mxfp4_model
 from tests.models.tiny import RawConfig, gpt_oss, prompt_ids, qwen3_moe, write_model
 from tests.models.tiny_delta import qwen3_next
 from tests.models.tiny_latent import deepseek_v3, glm_moe_dsa
+from tests.models.tiny_recurrent import lfm2_moe
 
 NUM_NEW = 24
 GREEDY = SamplingParams(max_tokens=NUM_NEW, ignore_eos=True, logprobs=2)
@@ -42,7 +43,9 @@ CONFIGS: dict[str, RawConfig] = {
     "latent": deepseek_v3(max_position_embeddings=1024),
     "indexed": glm_moe_dsa(max_position_embeddings=1024),
     "delta": qwen3_next(max_position_embeddings=1024),
+    "convolutions": lfm2_moe(max_position_embeddings=1024),
 }
+RECURRENT = ("delta", "convolutions")
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ def test_a_prompt_that_diverges_from_another_is_computed_from_there(model: Model
     with model.engine() as engine:
         results = [engine.generate(prompt, GREEDY) for prompt in prompts]
     # A recurrent state resumes only from a snapshot, and only the second prompt shows where the prompts diverge.
-    assert [cached(result) for result in results] == ([0, 0, 96] if model.mixer == "delta" else [0, 96, 96])
+    assert [cached(result) for result in results] == ([0, 0, 96] if model.mixer in RECURRENT else [0, 96, 96])
     for prompt, result in zip(prompts, results, strict=True):
         assert visible(result) == model.alone(prompt)
 
@@ -157,7 +160,7 @@ def test_the_next_turn_finds_the_previous_answer(model: Model) -> None:
         first = engine.generate(prompt, params)
         following = prompt + first.token_ids + model.prompt(2, 30)
         second = engine.generate(following, GREEDY)
-    assert cached(second) == (128 if model.mixer == "delta" else 144)
+    assert cached(second) == (128 if model.mixer in RECURRENT else 144)
     assert visible(second) == model.alone(following)
 
 
@@ -311,7 +314,7 @@ def test_a_damaged_file_is_not_trusted_and_its_prompt_is_recomputed_and_rewritte
         engine.generate(prompt, GREEDY)
     files = sorted(tmp_path.glob(f"*/*.{kind}"))
     if kind == "state":
-        if model.mixer != "delta":
+        if model.mixer not in RECURRENT:
             assert files == []
             return
         files *= 2
@@ -358,7 +361,7 @@ def test_a_file_that_cannot_be_read_costs_only_the_reuse(
     monkeypatch.setattr(prefix_files, "_read_into", fail)
     with model.engine(kv_dir=tmp_path) as engine:
         result = engine.generate(prompt, GREEDY)
-    assert (num_failed > 0) == (kind == "kv" or model.mixer == "delta")
+    assert (num_failed > 0) == (kind == "kv" or model.mixer in RECURRENT)
     assert cached(result) == (0 if num_failed else 288)
     assert visible(result) == model.alone(prompt)
 

@@ -39,6 +39,7 @@ CLASSES = {
     "minimax_m2": "MiniMaxM2ForCausalLM",
     "qwen3_next": "Qwen3NextForCausalLM",
     "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
+    "lfm2_moe": "Lfm2MoeForCausalLM",
     "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
 }
 # tokenizer.ggml.pre, which converters look up by a hash of the tokenizer: `get_vocab_base_pre` of conversion/base.py
@@ -57,6 +58,7 @@ PRE_TOKENIZERS = {
     "glm4_moe_lite": "glm4",
     "glm4v_moe": "glm4",
     "gpt_oss": "gpt-4o",
+    "lfm2_moe": "lfm2",
     "minimax_m2": "minimax-m2",
     "mistral3": "tekken",
     "mistral4": "tekken",

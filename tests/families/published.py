@@ -253,6 +253,32 @@ def minimax_m2() -> RawConfig:
     }
 
 
+def lfm2_moe(attention: tuple[int, ...], num_layers: int, num_experts: int, width: int) -> RawConfig:
+    return {
+        "model_type": "lfm2_moe",
+        "conv_L_cache": 3,
+        "conv_bias": False,
+        "eos_token_id": 7,
+        "hidden_size": 2048,
+        "intermediate_size": 7168 if num_layers == 24 else 11_776,
+        "layer_types": ["full_attention" if i in attention else "conv" for i in range(num_layers)],
+        "max_position_embeddings": 128_000,
+        "moe_intermediate_size": width,
+        "norm_eps": 1e-5,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_dense_layers": 2,
+        "num_experts": num_experts,
+        "num_experts_per_tok": 4,
+        "num_hidden_layers": num_layers,
+        "num_key_value_heads": 8,
+        "rope_theta": 1_000_000.0,
+        "routed_scaling_factor": 1.0,
+        "use_expert_bias": True,
+        "vocab_size": 65_536,
+    }
+
+
 def qwen3_next() -> RawConfig:
     return {
         "model_type": "qwen3_next",
@@ -698,6 +724,8 @@ PUBLISHED = (
     Published("Granite-3.1-1B-A400M", GRANITE_31_1B, 1.33),
     Published("ERNIE-4.5-21B-A3B", ERNIE_45_21B, 21.8),
     Published("MiniMax-M2", minimax_m2(), 228.7),
+    Published("LFM2-8B-A1B", lfm2_moe((2, 6, 10, 14, 18, 21), 24, 32, 1792), 8.34),
+    Published("LFM2-24B-A2B", lfm2_moe(tuple(range(2, 40, 4)), 40, 64, 1536), 23.84),
     Published("Qwen3-Next-80B-A3B", qwen3_next(), 79.7),
     Published("Qwen3.6-35B-A3B", qwen3_5_moe(), 34.7),
     Published("Qwen3.5-122B-A10B", qwen3_5_moe(**QWEN35_122B), 122.1),

@@ -9,18 +9,22 @@ import numpy as np
 import pytest
 
 from argosy import Engine, SamplingParams, _native
-from argosy.budget.footprint import ModelFootprint
+from argosy.budget.footprint import ModelFootprint, state_bytes
 from argosy.budget.planner import plan_memory
 from argosy.config import GIB, MIB, Budget, EngineConfig, format_bytes
 from argosy.engine.sequence import Sequence
 from argosy.errors import DoesNotFit
 from argosy.experts.cache import CachedRunner
 from argosy.kept.recurrent_state import StateSlots
-from argosy.model.families import open_model
+from argosy.model.families import FAMILIES, open_model
+from argosy.model.layers import state_shapes
 from tests.engine.scheduling import Rig
+from tests.families.published import lfm2_moe as published
 from tests.models.tiny import prompt_ids, qwen3_moe, write_model
 from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
+from tests.models.tiny_recurrent import lfm2_moe
 
+SMALL = _native.StateShape.delta_net((1, 1, 4, 4, 2))
 GREEDY = SamplingParams(max_tokens=10, temperature=0, ignore_eos=True, logprobs=2)
 CONFIG = qwen3_next(max_position_embeddings=512)
 PROMPT = prompt_ids(CONFIG, 1, 29)
@@ -86,7 +90,7 @@ def test_a_sequence_cannot_roll_back_without_its_snapshot(engine: Engine) -> Non
 
 
 def test_snapshots_are_bounded_and_the_least_recently_used_is_evicted() -> None:
-    states = StateSlots(_native.RecurrentState(5, 1, (1, 1, 4, 4, 2)), 2)
+    states = StateSlots(_native.RecurrentState(5, [SMALL]), 2)
     slot = states.take()
     for key in (b"a", b"b", b"c"):
         states.snapshot(slot, key)
@@ -158,7 +162,7 @@ def interrupted(*_: object) -> None:
 
 
 def test_a_sequence_waits_for_a_slot_and_not_only_for_blocks() -> None:
-    states = StateSlots(_native.RecurrentState(1, 1, (1, 1, 4, 4, 2)))
+    states = StateSlots(_native.RecurrentState(1, [SMALL]))
     rig = Rig(states=states)
     scheduler, first, second = rig.scheduler, rig.sequence(3), rig.sequence(3, first_id=50)
     scheduler.add(first)
@@ -177,11 +181,10 @@ def test_a_sequence_waits_for_a_slot_and_not_only_for_blocks() -> None:
 
 def test_the_plan_has_a_line_for_states_and_counts_keys_and_values_only_for_attention(model: Path) -> None:
     files = open_model(model)
-    assert files.config.delta is not None
     config = EngineConfig(budget=Budget(ram_bytes=4 * GIB), threads=1, max_sequences=3)
     plan = plan_memory(ModelFootprint(files, config), config, process_bytes=0)
     assert plan.num_states == 3
-    assert plan.state_bytes == _native.recurrent_state_bytes(3, 2, files.config.delta.sizes)
+    assert plan.state_bytes == _native.recurrent_state_bytes(3, state_shapes(files.config))
     assert ("recurrent state", plan.state_bytes, "3 sequences at once") in plan.lines()
     assert ("state snapshots", 2 * plan.state_bytes, "6 prompt prefixes") in plan.lines()
     assert plan.as_dict()["snapshot_bytes"] == plan.snapshot_bytes == 2 * plan.state_bytes
@@ -201,13 +204,22 @@ def test_a_small_budget_has_fewer_states_and_a_refusal_counts_one(tmp_path: Path
         assert found.total_bytes <= ram_bytes
         return found.num_states, found.state_bytes
 
-    one = _native.recurrent_state_bytes(1, 1, (16, 32, 128, 128, 4))
+    one = _native.recurrent_state_bytes(1, [_native.StateShape.delta_net((16, 32, 128, 128, 4))])
     assert plan(4 * GIB) == (8, 8 * one)
     assert plan(64 * one) == (4, 4 * one)
     with pytest.raises(DoesNotFit) as caught:
         plan(8 * MIB)
     assert f"+  recurrent state {format_bytes(one)}  +" in str(caught.value)
     assert plan(caught.value.facts["needed_bytes"])[0] == 1
+
+
+def test_a_convolution_s_state_is_its_last_inputs(tmp_path: Path) -> None:
+    files = open_model(write_model(tmp_path, lfm2_moe(), seed=1))
+    config = EngineConfig(budget=Budget(ram_bytes=4 * GIB), threads=1, max_sequences=3)
+    plan = plan_memory(ModelFootprint(files, config), config, process_bytes=0)
+    assert plan.state_bytes == 3 * 2 * (3 - 1) * 28 * 4  # sequences, layers, positions, channels, bytes
+    everywhere = FAMILIES["lfm2_moe"].parse_config(published((2, 6, 10, 14, 18, 21), 24, 32, 1792))
+    assert state_bytes(everywhere, 1) == 18 * 2 * 2048 * 4
 
 
 def test_a_model_without_delta_nets_has_no_states(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from argosy.experts.files import ExpertFiles
 from argosy.experts.resident import load_resident
 from argosy.experts.runner import ExpertRunner
 from argosy.model.families import open_model
-from argosy.model.layers import describe_experts, kv_shapes
+from argosy.model.layers import describe_experts, kv_shapes, state_shapes
 from argosy.model.step import Step
 from argosy.model.weights import DenseWeights, load_dense
 from tests.experts.process_runner import ProcessRunner
@@ -47,9 +47,8 @@ class Parts:
 
     def recurrent(self) -> _native.RecurrentState | None:
         config = self.config
-        if config.delta is None:
-            return None
-        return _native.RecurrentState(NUM_SEQUENCES, len(config.recurrent_layers), config.delta.sizes)
+        shapes = state_shapes(config)
+        return _native.RecurrentState(NUM_SEQUENCES, shapes) if shapes else None
 
 
 @contextmanager

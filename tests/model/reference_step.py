@@ -19,9 +19,11 @@ from argosy.config import (
     Format,
     IndexConfig,
     LatentConfig,
+    MambaConfig,
     ModelConfig,
     QueryScale,
     RopeConfig,
+    ShortConvConfig,
 )
 from argosy.experts.files import ExpertFiles
 from argosy.model.layers import describe_activation, routing
@@ -97,6 +99,10 @@ class ReferenceDecoder:
             match self.config.layers[layer].mixer:
                 case DeltaConfig() as delta:
                     self._add_delta(hidden, layer, step, delta)
+                case ShortConvConfig():
+                    self._add_short_conv(hidden, layer, step)
+                case MambaConfig() as mamba:
+                    self._add_mamba(hidden, layer, step, mamba)
                 case LatentConfig() as latent:
                     self._add_latent_attention(hidden, layer, step, latent)
                 case AttentionConfig() as attention:
@@ -224,7 +230,6 @@ class ReferenceDecoder:
     def _add_delta(self, hidden: Floats, layer: int, step: Step, delta: DeltaConfig) -> None:
         name, vectors = f"layers.{layer}.", self.weights.vectors
         assert self.recurrent is not None
-        assert step.state_slots is not None
         normed = self._norm_hidden(hidden, name + "attn_norm")
         name += "delta_"
         if delta.has_joined_qkvz:
@@ -239,12 +244,6 @@ class ReferenceDecoder:
             )
         else:
             b, a = self._projection(name + "b", normed), self._projection(name + "a", normed)
-        starts = [0, *(np.flatnonzero(np.diff(step.sequence)) + 1), len(normed)]
-        slots = [int(step.state_slots[step.sequence[begin]]) for begin in starts[:-1]]
-        if layer == self.config.recurrent_layers[0]:
-            for begin, slot in zip(starts, slots, strict=False):
-                if step.order[begin] == 0:
-                    self.recurrent.restart(slot)
         out = np.empty((len(normed), delta.value_channels), np.float32)
         _native_testing.gated_delta(
             self.runtime,
@@ -254,7 +253,7 @@ class ReferenceDecoder:
             z,
             b,
             a,
-            np.array(list(zip(starts, starts[1:], slots, strict=False)), np.int64),
+            self._runs(layer, step),
             conv=vectors[name + "conv"],
             rate=-np.exp(vectors[name + "rate"]) if delta.is_rate_log else vectors[name + "rate"],
             dt_bias=vectors[name + "dt_bias"],
@@ -262,6 +261,63 @@ class ReferenceDecoder:
             eps=self.config.norm_eps,
             sizes=delta.sizes,
             is_tiled=delta.is_tiled,
+            out=out,
+        )
+        self._add_mixed(hidden, self._projection(name + "out", out), layer)
+
+    def _runs(self, layer: int, step: Step) -> NDArray[np.int64]:
+        """Return the first and end token of each sequence and its slot; new sequences start over in the first layer."""
+        assert self.recurrent is not None
+        assert step.state_slots is not None
+        starts = [0, *(np.flatnonzero(np.diff(step.sequence)) + 1), step.num_tokens]
+        slots = [int(step.state_slots[step.sequence[begin]]) for begin in starts[:-1]]
+        if layer == self.config.recurrent_layers[0]:
+            for begin, slot in zip(starts, slots, strict=False):
+                if step.order[begin] == 0:
+                    self.recurrent.restart(slot)
+        return np.array(list(zip(starts, starts[1:], slots, strict=False)), np.int64)
+
+    def _add_short_conv(self, hidden: Floats, layer: int, step: Step) -> None:
+        assert self.recurrent is not None
+        name, vectors = f"layers.{layer}.", self.weights.vectors
+        projected = self._projection(name + "shortconv_in", self._norm_hidden(hidden, name + "attn_norm"))
+        b, c, x = (np.ascontiguousarray(part) for part in np.split(projected, 3, axis=1))
+        name += "shortconv_"
+        out = np.empty_like(x)
+        _native_testing.causal_conv(
+            self.runtime,
+            self.recurrent,
+            self.config.recurrent_layers.index(layer),
+            x,
+            b,
+            c,
+            self._runs(layer, step),
+            weights=vectors[name + "conv"],
+            bias=vectors.get(name + "conv_bias"),
+            out=out,
+        )
+        self._add_mixed(hidden, self._projection(name + "out", out), layer)
+
+    def _add_mamba(self, hidden: Floats, layer: int, step: Step, mamba: MambaConfig) -> None:
+        assert self.recurrent is not None
+        name, vectors = f"layers.{layer}.mamba_", self.weights.vectors
+        projected = self._projection(name + "in", self._norm_hidden(hidden, f"layers.{layer}.attn_norm"))
+        out = np.empty((len(projected), mamba.channels), np.float32)
+        _native_testing.mamba_recurrence(
+            self.runtime,
+            self.recurrent,
+            self.config.recurrent_layers.index(layer),
+            projected,
+            self._runs(layer, step),
+            conv=vectors[name + "conv"],
+            conv_bias=vectors.get(name + "conv_bias"),
+            rate=-np.exp(vectors[name + "rate"]) if mamba.is_rate_log else vectors[name + "rate"],
+            dt_bias=vectors[name + "dt_bias"],
+            skip=vectors[name + "skip"],
+            norm=vectors[name + "norm"],
+            eps=self.config.norm_eps,
+            sizes=mamba.sizes,
+            dt_limit=(mamba.least_dt, mamba.most_dt or float("inf")),
             out=out,
         )
         self._add_mixed(hidden, self._projection(name + "out", out), layer)

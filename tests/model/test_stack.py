@@ -91,8 +91,8 @@ IN_SHORT = [
     *PACKED,
     "deepseek_v2_groups",
     *(f"{family}_plain" for family in (
-        "deepseek_v3", "gemma4", "glm4_moe", "gpt_oss", "minimax_m2", "mixtral", "olmoe", "qwen3_5_moe", "qwen3_moe",
-        "qwen3_next", "qwen3_omni_moe", "qwen3_vl_moe",
+        "deepseek_v3", "gemma4", "glm4_moe", "gpt_oss", "lfm2_moe", "minimax_m2", "mixtral", "olmoe", "qwen3_5_moe",
+        "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_vl_moe",
     )),
 ]  # fmt: skip
 few_models = pytest.mark.parametrize("directory", few_of(MODELS, IN_SHORT), indirect=True)

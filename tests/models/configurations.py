@@ -24,6 +24,7 @@ from tests.models.tiny import (
     respelt,
 )
 from tests.models.tiny_delta import qwen3_5_moe, qwen3_5_moe_text, qwen3_next
+from tests.models.tiny_recurrent import lfm2_moe
 
 
 def without(config: RawConfig, *keys: str) -> RawConfig:
@@ -306,6 +307,25 @@ CONFIGURATIONS = (
             num_hidden_layers=2,
         ),
         dtype="F32",
+    ),
+    Configuration(name="lfm2_moe_plain", config=lfm2_moe()),
+    Configuration(
+        name="lfm2_moe_biases_untied_no_choice_bias",
+        config=lfm2_moe(
+            conv_bias=True,
+            conv_L_cache=5,
+            layer_types=["full_attention", "conv", "conv", "full_attention"],
+            norm_topk_prob=False,
+            num_dense_layers=0,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            routed_scaling_factor=1.5,
+            tie_embedding=False,
+            use_expert_bias=False,
+            hidden_size=24,
+            moe_intermediate_size=7,
+        ),
     ),
     Configuration(name="minimax_m2_plain", config=minimax_m2(num_local_experts=8, num_hidden_layers=2)),
     Configuration(

@@ -40,6 +40,7 @@ ARCHITECTURES = {
     "olmoe": "olmoe",
     "minimax_m2": "minimax-m2",
     "mimo_v2_flash": "mimo2",
+    "lfm2_moe": "lfm2moe",
 }
 # Types to which the `gguf` package does not quantise: the offset of the float16 scale, the offset of the scale of the
 # minima if there is one, and the factor that makes the mean 0. IQ1_M's scale lies in four words of its blocks;
@@ -102,6 +103,18 @@ _NAMES = {
     "mlp.shared_experts.up_proj": "ffn_up_shexp",
     "mlp.shared_experts.down_proj": "ffn_down_shexp",
     "mlp.router": "ffn_gate_inp",
+    "operator_norm": "attn_norm",
+    "ffn_norm": "ffn_norm",
+    "self_attn.out_proj": "attn_output",
+    "self_attn.q_layernorm": "attn_q_norm",
+    "self_attn.k_layernorm": "attn_k_norm",
+    "conv.in_proj": "shortconv.in_proj",
+    "conv.conv": "shortconv.conv",
+    "conv.out_proj": "shortconv.out_proj",
+    "feed_forward.gate": "ffn_gate_inp",
+    "feed_forward.w1": "ffn_gate",
+    "feed_forward.w3": "ffn_up",
+    "feed_forward.w2": "ffn_down",
     "enorm": "nextn.enorm",
     "hnorm": "nextn.hnorm",
     "eh_proj": "nextn.eh_proj",
@@ -119,6 +132,7 @@ _SLICES: dict[str, dict[str, Any]] = {
 _MODEL_NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
+    "model.embedding_norm": "token_embd_norm",
     "lm_head": "output",
 }
 _SWIGLU = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
@@ -128,7 +142,8 @@ def one_type(block_type: str) -> TypeOf:
     """Store all matrices in one type, and leave in F32 what llama.cpp's quantiser leaves in F32."""
     return lambda name: (
         "F32"
-        if "ffn_gate_inp" in name or "norm" in name or "sinks" in name or name.endswith("bias")
+        if any(part in name for part in ("ffn_gate_inp", "norm", "sinks", "shortconv.conv"))
+        or name.endswith("bias")
         else block_type
     )
 
@@ -250,6 +265,8 @@ def write_gguf_model(
             factors.setdefault(name, []).append(rng.uniform(0.5, 2.0))
             kept = kept * np.float32(factors[name][-1])
         exact[hub_name] = kept.reshape(values.shape)
+        if name.endswith("shortconv.conv.weight"):
+            blocks = blocks[:, 0]
         if name.endswith("ffn_gate_inp_shexp.weight"):
             blocks = blocks.reshape(-1)
         if heads:
@@ -336,16 +353,20 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(width)
     writer.add_head_count(config["num_attention_heads"])
+    kv_heads = config["num_key_value_heads"]
     if config["model_type"] == "mimo_v2_flash":
         add_kinds_of_layers(writer, config)
+    elif config["model_type"] == "lfm2_moe":
+        writer.add_head_count_kv([0 if kind == "conv" else kv_heads for kind in config["layer_types"]])
     else:
-        writer.add_head_count_kv(config["num_key_value_heads"])
+        writer.add_head_count_kv(kv_heads)
     writer.add_key_length(head_dim(config))
     writer.add_value_length(config.get("v_head_dim", head_dim(config)))
     share = config.get("partial_rotary_factor", 1.0)
     writer.add_rope_dimension_count(config.get("rotary_dim") or int(head_dim(config) * share))
     writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", config.get("layernorm_epsilon")))
+    eps = (config.get(name) for name in ("rms_norm_eps", "layernorm_epsilon", "norm_eps"))
+    writer.add_layer_norm_rms_eps(next(filter(None, eps)))
     writer.add_expert_count(num_experts(config))
     writer.add_expert_used_count(config["num_experts_per_tok"])
     if config["model_type"] == "gpt_oss":
@@ -360,6 +381,10 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
     elif config["model_type"] not in ("mixtral", "olmoe"):
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    if config["model_type"] == "lfm2_moe":
+        writer.add_leading_dense_block_count(config["num_dense_layers"])
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        writer.add_shortconv_l_cache(config["conv_L_cache"])
     if config["model_type"] == "glm4_moe":
         writer.add_leading_dense_block_count(config["first_k_dense_replace"])
         writer.add_expert_shared_count(config["n_shared_experts"])
@@ -380,7 +405,7 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
     if isinstance(eos, list):
         writer.add_eot_token_id(eos[1])
     assert (
-        config["model_type"] in ("glm4_moe", "mimo_v2_flash")
+        config["model_type"] in ("glm4_moe", "lfm2_moe", "mimo_v2_flash")
         or len(moe_layers(config)) == config["num_hidden_layers"]
     )
 
@@ -489,7 +514,7 @@ def is_in_gguf(hub_name: str, config: RawConfig) -> bool:
 def gguf_name(hub_name: str, config: RawConfig) -> tuple[str, int, bool]:
     """Return the GGUF name, the number of heads with interleaved rows, and whether it is one expert's tensor."""
     part, _, suffix = hub_name.removeprefix("language_model.").rpartition(".")
-    if suffix == "e_score_correction_bias":
+    if suffix in ("e_score_correction_bias", "expert_bias"):
         return f"blk.{part.split('.')[2]}.exp_probs_b.bias", 0, False
     if part in _MODEL_NAMES:
         return f"{_MODEL_NAMES[part]}.{suffix}", 0, False

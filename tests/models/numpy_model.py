@@ -14,7 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.models import tiny_delta, tiny_flags, tiny_gemma, tiny_gqa, tiny_wrappers
+from tests.models import (
+    numpy_recurrent,
+    tiny_delta,
+    tiny_flags,
+    tiny_gemma,
+    tiny_gqa,
+    tiny_recurrent,
+    tiny_wrappers,
+)
 from tests.models.numpy_delta import delta_net
 from tests.models.numpy_flags import run_layer
 from tests.models.safetensors_file import Array, read_checkpoint
@@ -22,7 +30,7 @@ from tests.models.tiny import CHOICE_BIASES, RawConfig, expert_names, head_dim, 
 
 DEFAULT_THETA = {"mixtral": 1e6, "qwen2_moe": 1e4, "qwen3_moe": 1e4, "gpt_oss": 1.5e5}
 DEFAULT_THETA |= {"glm4_moe": 1e4, "olmoe": 1e4, "minimax_m2": 5e6}
-DEFAULT_THETA |= dict.fromkeys(tiny_delta.FAMILIES, 1e4)
+DEFAULT_THETA |= dict.fromkeys(tiny_delta.FAMILIES, 1e4) | {"lfm2_moe": 1e6}
 
 # Families whose positions have three axes, each of which rotates some pairs of a head (m-rope): whether the pairs of
 # the axes alternate, and how many pairs each axis has by default. transformers ignores `mrope_interleaved`.
@@ -103,6 +111,10 @@ class NumpyModel:
             for name in self.tensors:
                 if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
                     self.tensors[name] = self.tensors[name].swapaxes(1, 2)
+        if self.config["model_type"] in tiny_recurrent.FAMILIES:
+            self.config = numpy_recurrent.with_common_keys(self.config)
+            self.tensors = {numpy_recurrent.respelt(name): t for name, t in self.tensors.items()}
+            self.kinds = self.config["layer_types"]
         self.windows = sliding_windows(self.config)
         self.router_margin = math.inf
         self.hidden_states: list[Array] = []
@@ -137,6 +149,8 @@ class NumpyModel:
             else:
                 if self.is_delta and self.kinds[layer] == "linear_attention":
                     hidden = hidden + delta_net(self.config, self.tensors, prefix + "linear_attn.", normed)
+                elif self.kinds and self.kinds[layer] == "conv":
+                    hidden = hidden + numpy_recurrent.short_conv(self.tensors, prefix + "conv.", normed)
                 else:
                     hidden = hidden + self.attention(layer, normed, places[layer])
                 normed = self.norm(prefix + "post_attention_layernorm", hidden)
@@ -388,7 +402,7 @@ class NumpyModel:
         if self.config["model_type"] not in CHOICE_BIASES:
             return softmax(logits), softmax(logits)
         scores = sigmoid(logits)
-        worth = scores + self.tensors[block + CHOICE_BIASES[self.config["model_type"]]]
+        worth = scores + self.tensors.get(block + CHOICE_BIASES[self.config["model_type"]], 0)
         num_groups, kept = self.config.get("n_group", 1), self.config.get("topk_group", 1)
         if num_groups == 1:
             return scores, worth

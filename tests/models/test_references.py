@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tests.models import tiny_delta, tiny_flags, tiny_gemma, tiny_gqa, tiny_wrappers
+from tests.models import tiny_delta, tiny_flags, tiny_gemma, tiny_gqa, tiny_recurrent, tiny_wrappers
 from tests.models.configurations import CONFIGURATIONS, Configuration
 from tests.models.numpy_model import NumpyModel
 from tests.models.references import DIRECTORY, REFERENCES, Reference, difference
@@ -82,6 +82,7 @@ def test_the_references_cover_every_flag() -> None:
         "minimax_m2",
         *tiny_gqa.FAMILIES,
         *tiny_delta.FAMILIES,
+        *tiny_recurrent.FAMILIES,
         *tiny_wrappers.TEXT_FAMILIES,
         tiny_gemma.FAMILY,
         *tiny_flags.FAMILIES,

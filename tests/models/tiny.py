@@ -17,7 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from tests.models import tiny_delta, tiny_flags, tiny_gemma, tiny_gqa, tiny_latent, tiny_wrappers
+from tests.models import (
+    tiny_delta,
+    tiny_flags,
+    tiny_gemma,
+    tiny_gqa,
+    tiny_latent,
+    tiny_recurrent,
+    tiny_wrappers,
+)
 from tests.models.safetensors_file import Array, decode, encode, write_checkpoint
 
 RawConfig = dict[str, Any]
@@ -26,7 +34,11 @@ PROMPT_TOKENS = 32
 NEW_TOKENS = 16
 
 # Names of the router bias that affects only the choice of experts, by family.
-CHOICE_BIASES = {"glm4_moe": "gate.e_score_correction_bias", "minimax_m2": "e_score_correction_bias"}
+CHOICE_BIASES = {
+    "glm4_moe": "gate.e_score_correction_bias",
+    "lfm2_moe": "expert_bias",
+    "minimax_m2": "e_score_correction_bias",
+}
 CHOICE_BIASES |= dict.fromkeys(tiny_gqa.FAMILIES, "gate.e_score_correction_bias")
 
 SWIGLU_NAMES = ("gate_proj", "up_proj", "down_proj")
@@ -367,6 +379,8 @@ def tensor_shapes(config: RawConfig) -> dict[str, tuple[int, ...]]:
         # On the hub, the experts of Qwen3.5 are fused.
         is_fused = config["model_type"] != "qwen3_next"
         return tiny_delta.delta_tensor_shapes(config, moe_layers(config), is_fused=is_fused)
+    if config["model_type"] in tiny_recurrent.FAMILIES:
+        return tiny_recurrent.lfm2_shapes(config)
     if config["model_type"] in tiny_latent.LATENT_FAMILIES:
         return tiny_latent.latent_shapes(config)
     if config["model_type"] in tiny_flags.FAMILIES:
@@ -485,7 +499,7 @@ def random_tensors(config: RawConfig, seed: int, dtype: str) -> dict[str, Array]
             values = 1 + 0.2 * noise
         elif name.endswith("router.proj.weight"):  # its input has the length one
             values = 1.5 * noise
-        elif name.endswith("e_score_correction_bias"):
+        elif name.endswith(("e_score_correction_bias", "expert_bias")):
             values = 0.1 * noise
         elif name.endswith((".bias", "_bias")):
             values = 0.3 * noise
@@ -493,9 +507,18 @@ def random_tensors(config: RawConfig, seed: int, dtype: str) -> dict[str, Array]
             values = noise
         elif "embed_tokens" in name:
             # A tied table is also the head: at unit size a token would only ever predict itself.
-            values = noise * (0.5 * shape[1] ** -0.5 if text_of(config).get("tie_word_embeddings") else 1.0)
+            is_tied = text_of(config).get("tie_word_embeddings")
+            if config["model_type"] in tiny_recurrent.FAMILIES:
+                is_tied = tiny_recurrent.is_tied(config)
+            values = noise * (0.5 * shape[1] ** -0.5 if is_tied else 1.0)
         elif name.endswith(
-            ("mlp.gate.weight", "block_sparse_moe.gate.weight", "router.weight", "router.layer.weight")
+            (
+                "mlp.gate.weight",
+                "block_sparse_moe.gate.weight",
+                "router.weight",
+                "router.layer.weight",
+                "forward.gate.weight",
+            )
         ):
             values = noise * (1.5 * shape[1] ** -0.5)
         else:

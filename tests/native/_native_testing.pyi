@@ -7,7 +7,7 @@ import numpy
 from numpy.typing import NDArray
 
 import argosy._native
-from argosy._native import Activation, Urgency, _DeltaSizes
+from argosy._native import Activation, Urgency, _DeltaSizes, _MambaSizes
 from argosy.config import Format
 
 # Written by `make stubs` from native/tests/native_testing.cpp: edit it there.
@@ -270,4 +270,50 @@ def gated_delta(
         conv: [width, channels].   rate, dt_bias: [value heads].   norm: [value dim].
         is_tiled: value head i uses key head i modulo key heads, instead of i // (value heads per key head).
         out: [tokens, value heads * value dim].
+    """
+
+def causal_conv(
+    runtime: argosy._native.Runtime,
+    state: argosy._native.RecurrentState,
+    layer: int,
+    x: NDArray[numpy.float32],
+    in_gate: NDArray[numpy.float32] | None,
+    out_gate: NDArray[numpy.float32] | None,
+    runs: NDArray[numpy.int64],
+    *,
+    weights: NDArray[numpy.float32],
+    bias: NDArray[numpy.float32] | None = None,
+    out: NDArray[numpy.float32],
+) -> None:
+    """
+    silu(conv(x)), or with gates out_gate * conv(in_gate * x) (native/kernels/causal_conv.h).
+
+    Args:
+        x, in_gate, out_gate, out: [tokens, channels]; both gates or none.
+        runs: as for `gated_delta`.   weights: [width, channels].   bias: [channels].
+    """
+
+def mamba_recurrence(
+    runtime: argosy._native.Runtime,
+    state: argosy._native.RecurrentState,
+    layer: int,
+    projected: NDArray[numpy.float32],
+    runs: NDArray[numpy.int64],
+    *,
+    conv: NDArray[numpy.float32],
+    conv_bias: NDArray[numpy.float32] | None = None,
+    rate: NDArray[numpy.float32],
+    dt_bias: NDArray[numpy.float32],
+    skip: NDArray[numpy.float32],
+    norm: NDArray[numpy.float32],
+    eps: float,
+    sizes: _MambaSizes,
+    dt_limit: tuple[float, float],
+    out: NDArray[numpy.float32],
+) -> None:
+    """
+    A Mamba-2 mixer (native/ops/mamba.h) between its projections; overwrites `projected` [tokens, z, x, B, C, dt].
+
+    Args:
+        runs: as for `gated_delta`.   out: [tokens, heads * head dim].   The others are those of `mamba`.
     """

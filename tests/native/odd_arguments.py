@@ -96,6 +96,7 @@ class Case:
 
     sizes = (1, 2, 16, 16, 4)  # channels: 2 * 16 + 32
     kimi_sizes = (2, 2, 16, 16, 4)
+    mamba_sizes = (2, 16, 8, 1, 4)  # channels: 32, and 48 of the convolution
 
     def arena(self) -> Any:
         arena = self.native.Arena(1 << 16)
@@ -285,6 +286,20 @@ class Case:
             "sizes": self.sizes, "is_tiled": False, "out": floats(3, 32),
         }  # fmt: skip
 
+    def causal_conv(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        f, runs = self.floats, np.array([[0, 3, 0]], np.int64)
+        state = self.native.RecurrentState(1, [self.native.StateShape.short_conv(64, 3)])
+        given = (self.runtime, state, 0, f(3, 64), f(3, 64), f(3, 64), runs)
+        return given, {"weights": f(3, 64), "bias": f(64), "out": f(3, 64)}
+
+    def mamba(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        f, runs = self.floats, np.array([[0, 3, 0]], np.int64)
+        state = self.native.RecurrentState(1, [self.native.StateShape.mamba(self.mamba_sizes)])
+        return (self.runtime, state, 0, f(3, 82), runs), {
+            "conv": f(4, 48), "conv_bias": f(48), "rate": f(2), "dt_bias": f(2), "skip": f(2), "norm": f(32),
+            "eps": 1e-5, "sizes": self.mamba_sizes, "dt_limit": (0.0, 1.0), "out": f(3, 32),
+        }  # fmt: skip
+
 
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
@@ -356,6 +371,11 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "grouped_query_attention": lambda: (
             m(64, 64), m(32, 64), m(32, 64), m(64, 64), 2, 0, 0.1, f(64), f(32), f(32), f(64), f(32), f(32), False, 0.0,
             f(2), False, f(32), True, True, 0.5, True, m(2, 64), "softplus", (0.1, 8, 1),
+        ),
+        "short_conv": lambda: (m(192, 64), m(64, 64), f(3, 64), f(64), f(192), f(64), 0),
+        "mamba": lambda: (
+            m(82, 64), m(64, 32), f(4, 48), f(48), f(2), f(2), f(2), f(32), case.mamba_sizes, (0.0, 1.0), f(82), f(64),
+            0,
         ),
         "gated_delta_net": lambda: (
             m(64, 64), m(2, 64), m(64, 32), m(32, 64), m(2, 64), f(4, 64), f(2), f(2), f(16), case.sizes, False, 0,
@@ -437,6 +457,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
     # Arguments behind these are given by name.
     first_by_name = {"swiglu_experts": 11, "grouped_query_attention": 4, "gated_delta_net": 3, "routed_ffn": 2,
                      "kimi_delta_attention": 7, "lightning_attention": 5,
+                     "short_conv": 2, "mamba": 2,
                      "multi_head_latent_attention": 5, "PositionIndexer": 3, "Routing": 1, "ExpertTable": 1, "Layer": 4,
                      "dense_ffn": 3,
                      "replay": 2, "tournament": 2, "linear": 5, "Exchange": 0, "WorkerLink": 1, "worker_link_bytes": 0,
@@ -450,6 +471,8 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "gated_delta_net": "z a conv rate dt_bias norm sizes is_tiled state_layer",
         "kimi_delta_attention": "decay_down gate_down conv rate dt_bias norm floor sizes state_layer",
         "lightning_attention": "num_heads query_norm key_norm decay norm num_groups scale state_layer",
+        "short_conv": "conv conv_bias input_bias output_bias state_layer",
+        "mamba": "conv conv_bias rate dt_bias skip norm sizes dt_limit input_bias output_bias state_layer",
         "routed_ffn": "router_bias width shared shared_score router_norm norm post_norm shared_post_norm"
         " shared_activation latent router_logit_cap weighs_input",
         "dense_ffn": "activation",
@@ -508,6 +531,8 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "KvShape.latent": (lambda: n.KvShape, lambda: (16,)),
         "KvShape.none": (lambda: n.KvShape, lambda: ()),
         "StateShape.delta_net": (lambda: n.StateShape, lambda: (case.sizes,)),
+        "StateShape.mamba": (lambda: n.StateShape, lambda: (case.mamba_sizes,)),
+        "StateShape.short_conv": (lambda: n.StateShape, lambda: (64, 3)),
         "KvCache.copy_out": (case.kv, lambda: (0, np.zeros(case.kv().block_bytes, np.uint8))),
         "KvCache.copy_in": (case.kv, lambda: (0, np.zeros(case.kv().block_bytes, np.uint8))),
         "KvCache.held_bytes": (case.kv, lambda: (2,)),
@@ -590,6 +615,8 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "StackSizes.add_latent_attention": (case.stack_sizes, lambda: (2, 32, 16, 32, 8, 24, 2, 16, 4)),
         "StackSizes.add_delta_net": (case.stack_sizes, lambda: (case.sizes,)),
         "StackSizes.add_kimi_delta": (case.stack_sizes, lambda: (case.kimi_sizes, 16)),
+        "StackSizes.add_short_conv": (case.stack_sizes, lambda: (64,)),
+        "StackSizes.add_mamba": (case.stack_sizes, lambda: (case.mamba_sizes,)),
         "StackSizes.add_dense": (case.stack_sizes, lambda: (32,)),
         "StackSizes.add_routed": (case.stack_sizes, lambda: (8, 2, 32, 16, True)),
         "StackSizes.add_ffn_post_norm": (case.stack_sizes, lambda: ()),
@@ -622,6 +649,8 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
     calls = {name: call_of(name, arguments) for name, arguments in functions.items()}
     calls |= {name: method_of(name, owner, arguments) for name, (owner, arguments) in methods.items()}
     calls["gated_delta"] = lambda: (case.testing.gated_delta, *case.delta())
+    calls["causal_conv"] = lambda: (case.testing.causal_conv, *case.causal_conv())
+    calls["mamba_recurrence"] = lambda: (case.testing.mamba_recurrence, *case.mamba())
     calls["Stack"] = lambda: (n.Stack, *case.stack_arguments(is_resident=True))
     calls["CachedExperts"] = lambda: (n.CachedExperts, *case.cached_arguments())
     calls["CachedExperts.end"] = lambda: (case.cached(is_open=True).end, (), {"is_whole": True})

@@ -182,7 +182,7 @@ def run(
         activation=("silu", 0.0, 0.0),
         layers=[native.Layer(ones, case.mixer, ones, native.dense_ffn(zeros, zeros, zeros))],
         max_tokens=min(length, chunk),
-        recurrent=native.RecurrentState(1, 1, case.sizes),
+        recurrent=native.RecurrentState(1, [native.StateShape.delta_net(case.sizes)]),
     )
     sizes = native.StackSizes(HIDDEN, PAIRS)
     case.add_sizes(sizes)

@@ -32,6 +32,7 @@ from tests.models.tiny_latent import (
     mistral4,
     yarn_of_all_dimensions,
 )
+from tests.models.tiny_recurrent import lfm2_moe
 from tests.oracle.test_oracle import mean_divergence
 
 ROOT = Path(__file__).parents[2]
@@ -155,6 +156,7 @@ HEADS: dict[str, RawConfig] = {
         n_routed_experts=6,
         sliding_window_size=64,
     ),
+    "LFM2-MoE": lfm2_moe(**SIZES, num_key_value_heads=2, moe_intermediate_size=256, num_experts=6),
     "MiniMax-M2": minimax_m2(**SIZES, num_key_value_heads=2, head_dim=64, rotary_dim=32, num_local_experts=6),
 }
 
@@ -245,7 +247,7 @@ def test_q_k_v_and_z_are_read_from_one_matrix_as_in_llama_cpp(tmp_path: Path) ->
 
 
 # Every expert is chosen, as a rounded score that changed a choice would hide what 8-bit activations cost.
-@pytest.mark.parametrize("name", ["GLM-4.6", "OLMoE", "MiniMax-M2"])
+@pytest.mark.parametrize("name", ["GLM-4.6", "OLMoE", "MiniMax-M2", "LFM2-MoE"])
 def test_logits_of_quantised_models_are_close_to_llama_cpp_s(name: str, tmp_path: Path) -> None:
     config = HEADS[name] | {"num_experts_per_tok": 6}
     assert divergence_from_peer(tmp_path / "model.gguf", config, "Q8_0") <= 0.002

@@ -31,7 +31,7 @@ from argosy.experts.recording import log_bytes
 from argosy.experts.slots import SlotLayout, lay_out
 from argosy.media.parts import LOW_DETAIL_TOKENS, Kind
 from argosy.model.draft_layer import MOST_DRAFT_ROWS, copied_head_bytes, joining_bytes
-from argosy.model.layers import kv_shapes, stack_sizes
+from argosy.model.layers import kv_shapes, stack_sizes, state_shapes
 from argosy.model.weights import dense_footprint
 
 if TYPE_CHECKING:
@@ -105,9 +105,8 @@ class KvLayout:
 
 def state_bytes(config: ModelConfig, num_states: int) -> int:
     """Return the bytes of recurrent state for `num_states` sequences; 0 if no layer has one."""
-    if config.delta is None or not num_states:
-        return 0
-    return _native.recurrent_state_bytes(num_states, len(config.recurrent_layers), config.delta.sizes)
+    shapes = state_shapes(config)
+    return _native.recurrent_state_bytes(num_states, shapes) if shapes and num_states else 0
 
 
 def files_to_run(files: ModelFiles, config: EngineConfig) -> ModelFiles:

@@ -16,7 +16,16 @@ from collections.abc import Iterator, Mapping
 from math import prod
 
 from argosy.checkpoint.formats import rows_together
-from argosy.config import AttentionConfig, DeltaConfig, Format, LatentConfig, Mixer, ModelConfig
+from argosy.config import (
+    AttentionConfig,
+    DeltaConfig,
+    Format,
+    LatentConfig,
+    MambaConfig,
+    Mixer,
+    ModelConfig,
+    ShortConvConfig,
+)
 from argosy.errors import UnsupportedModel
 
 Shape = tuple[int, ...]
@@ -109,6 +118,10 @@ def _mixer_shapes(mixer: Mixer, hidden: int) -> Iterator[tuple[str, Shape]]:
             return _latent_shapes(mixer, hidden)
         case DeltaConfig():
             return _delta_shapes(mixer, hidden)
+        case ShortConvConfig():
+            return _short_conv_shapes(mixer, hidden)
+        case MambaConfig():
+            return _mamba_shapes(mixer, hidden)
 
 
 def _attention_shapes(attention: AttentionConfig, hidden: int) -> Iterator[tuple[str, Shape]]:
@@ -188,6 +201,36 @@ def _delta_shapes(delta: DeltaConfig, hidden: int) -> Iterator[tuple[str, Shape]
     yield "delta_out", (hidden, delta.value_channels)
 
 
+def _short_conv_shapes(conv: ShortConvConfig, hidden: int) -> Iterator[tuple[str, Shape]]:
+    """Return the shapes of a short convolution. Rows of the input projection: B, then C, then x."""
+    yield "shortconv_in", (3 * conv.channels, hidden)
+    yield "shortconv_conv", (conv.channels, conv.conv_width)
+    yield "shortconv_out", (hidden, conv.channels)
+    if conv.has_bias:
+        yield "shortconv_in_bias", (3 * conv.channels,)
+        yield "shortconv_conv_bias", (conv.channels,)
+        yield "shortconv_out_bias", (hidden,)
+
+
+def _mamba_shapes(mamba: MambaConfig, hidden: int) -> Iterator[tuple[str, Shape]]:
+    """Return the shapes of a Mamba-2 mixer. Rows of the input projection: z, x, B, C, then dt; the convolution's
+    channels: x, B, C.
+    """
+    rows = mamba.channels + mamba.conv_channels + mamba.num_heads
+    yield "mamba_in", (rows, hidden)
+    yield "mamba_conv", (mamba.conv_channels, mamba.conv_width)
+    if mamba.has_conv_bias:
+        yield "mamba_conv_bias", (mamba.conv_channels,)
+    yield "mamba_rate", (mamba.num_heads,)
+    yield "mamba_dt_bias", (mamba.num_heads,)
+    yield "mamba_skip", (mamba.num_heads,)
+    yield "mamba_norm", (mamba.channels,)
+    yield "mamba_out", (hidden, mamba.channels)
+    if mamba.has_bias:
+        yield "mamba_in_bias", (rows,)
+        yield "mamba_out_bias", (hidden,)
+
+
 def _dense_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     if config.activation.has_gate:
         yield "gate", (config.dense_width, config.hidden_size)
@@ -229,11 +272,8 @@ def _routed_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
 _DENSE_FORMATS: Mapping[str, Format] = {"bf16": "bf16", "q8": "q8", "q4": "q8"}
 # Besides vectors: rows that score experts, and rows that set how fast a recurrent state forgets and learns.
 _KEPT_EXACT = frozenset(
-    {
-        "router", "shared_score", "sinks", "index_weights",
-        "delta_a", "delta_b", "delta_ba", "delta_conv", "delta_rate",
-    }
-)  # fmt: skip
+    {"router", "shared_score", "sinks", "index_weights", "delta_a", "delta_b", "delta_ba"}
+)
 
 
 def is_kept_exact(name: str) -> bool:
@@ -243,7 +283,7 @@ def is_kept_exact(name: str) -> bool:
     tensors together make up a thousandth of a model.
     """
     last = name.rpartition(".")[2]
-    return last.endswith(("norm", "_bias", "_scale")) or last in _KEPT_EXACT
+    return last.endswith(("norm", "_bias", "_scale", "_conv", "_rate", "_skip")) or last in _KEPT_EXACT
 
 
 def packed_config(config: ModelConfig) -> ModelConfig:

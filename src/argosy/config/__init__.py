@@ -17,7 +17,8 @@ from argosy.config.model import (
     RouterConfig,
 )  # fmt: skip
 from argosy.config.mixers import (
-    AttentionConfig, DeltaConfig, IndexConfig, LatentConfig, Mixer, QueryScale, RopeConfig,
+    AttentionConfig, DeltaConfig, IndexConfig, LatentConfig, MambaConfig, Mixer, QueryScale, RecurrentMixer,
+    RopeConfig, ShortConvConfig,
 )  # fmt: skip
 from argosy.config.sampling import (
     CHOOSING, EFFORTS, ENDING, LENIENT_SCHEMA, MAX_GRAMMAR_CHARACTERS, SAMPLING, THINKING, Grammar, Preset,

@@ -178,4 +178,44 @@ class DeltaConfig:
         return self.num_key_heads, self.num_value_heads, self.key_dim, self.value_dim, self.conv_width
 
 
-Mixer = AttentionConfig | LatentConfig | DeltaConfig
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShortConvConfig:
+    """A gated short convolution (LFM2): C * conv(B * x). Its last inputs are kept per sequence."""
+
+    channels: int  # the hidden size
+    conv_width: int  # positions that the causal convolution sees
+    has_bias: bool = False  # of both projections and of the convolution
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MambaConfig:
+    """A Mamba-2 mixer (arXiv:2405.21060): a state per sequence instead of keys and values."""
+
+    num_heads: int
+    head_dim: int
+    state_dim: int
+    num_groups: int  # heads of a group share B and C, and are normed together
+    conv_width: int  # positions that the causal convolution sees
+    has_conv_bias: bool = True
+    has_bias: bool = False  # of both projections
+    least_dt: float = 0.0  # bounds of a step
+    most_dt: float = 0.0  # 0: none
+    is_rate_log: bool = True  # the decay rate is stored as log(-rate)
+
+    @property
+    def channels(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def conv_channels(self) -> int:
+        """The channels of x, B and C."""
+        return self.channels + 2 * self.num_groups * self.state_dim
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """The sizes as `_native` expects them."""
+        return self.num_heads, self.head_dim, self.state_dim, self.num_groups, self.conv_width
+
+
+RecurrentMixer = DeltaConfig | ShortConvConfig | MambaConfig
+Mixer = AttentionConfig | LatentConfig | RecurrentMixer

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, get_args
 
-from argosy.config.mixers import AttentionConfig, DeltaConfig, LatentConfig, Mixer, RopeConfig
+from argosy.config.mixers import (
+    AttentionConfig,
+    DeltaConfig,
+    LatentConfig,
+    Mixer,
+    RecurrentMixer,
+    RopeConfig,
+)
 
 _MixerT = TypeVar("_MixerT", bound=Mixer)
 
@@ -160,7 +167,7 @@ class ModelConfig:
     @property
     def recurrent_layers(self) -> tuple[int, ...]:
         """The layers with a recurrent state."""
-        return tuple(i for i, layer in enumerate(self.layers) if isinstance(layer.mixer, DeltaConfig))
+        return tuple(i for i, layer in enumerate(self.layers) if isinstance(layer.mixer, RecurrentMixer))
 
     @property
     def attention(self) -> AttentionConfig:
@@ -197,7 +204,7 @@ class ModelConfig:
     @property
     def ropes(self) -> tuple[RopeConfig, ...]:
         """The different rotary embeddings of the layers."""
-        ropes = (layer.mixer.rope for layer in self.layers if not isinstance(layer.mixer, DeltaConfig))
+        ropes = (layer.mixer.rope for layer in self.layers if not isinstance(layer.mixer, RecurrentMixer))
         return tuple(dict.fromkeys(rope for rope in ropes if rope is not None))
 
     @property
@@ -231,7 +238,7 @@ class ModelConfig:
         """The first layer for multi-token prediction, with its number; it is like the model's last layer with
         attention, but sees all positions: a draft need not be exact.
         """
-        attending = [one for one in self.layers if not isinstance(one.mixer, DeltaConfig)]
+        attending = [one for one in self.layers if not isinstance(one.mixer, RecurrentMixer)]
         last = ([one for one in attending if one.is_moe] or attending or list(self.layers))[-1]
         if isinstance(last.mixer, LatentConfig):
             last = replace(last, mixer=replace(last.mixer, index=None))

@@ -14,9 +14,12 @@ from argosy.config import (
     DeltaConfig,
     IndexConfig,
     LatentConfig,
+    MambaConfig,
     Mixer,
     ModelConfig,
     QueryScale,
+    RecurrentMixer,
+    ShortConvConfig,
 )
 from argosy.errors import CheckpointError
 from argosy.experts.files import Arithmetic
@@ -46,13 +49,19 @@ def describe_layers(config: ModelConfig, weights: DenseWeights) -> list[_native.
 
 def _rotary(config: ModelConfig, mixer: Mixer) -> int | None:
     """Return the number of the mixer's rotary embedding, or None if nothing rotates."""
-    rope = None if isinstance(mixer, DeltaConfig) else mixer.rope
+    rope = None if isinstance(mixer, RecurrentMixer) else mixer.rope
     return None if rope is None else config.ropes.index(rope)
 
 
 def kv_shapes(config: ModelConfig) -> list[_native.KvShape]:
     """Return the data that each layer keeps per position."""
     return [kv_shape(layer.mixer) for layer in config.layers]
+
+
+def state_shapes(config: ModelConfig) -> list[_native.StateShape]:
+    """Return the state that each recurrent layer keeps per sequence."""
+    mixers = (layer.mixer for layer in config.layers)
+    return [_state_shape(mixer) for mixer in mixers if isinstance(mixer, RecurrentMixer)]
 
 
 def stack_sizes(config: ModelConfig) -> _native.StackSizes:
@@ -105,6 +114,10 @@ def _mixer(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Mi
             return _latent(latent, f"layers.{layer}.", weights)
         case DeltaConfig() as delta:
             return _delta(delta, f"layers.{layer}.delta_", weights, config.recurrent_layers.index(layer))
+        case ShortConvConfig():
+            return _short_conv(f"layers.{layer}.shortconv_", weights, config.recurrent_layers.index(layer))
+        case MambaConfig() as mamba:
+            return _mamba(mamba, f"layers.{layer}.mamba_", weights, config.recurrent_layers.index(layer))
 
 
 def _attention(attention: AttentionConfig, name: str, weights: DenseWeights) -> _native.Mixer:
@@ -156,6 +169,40 @@ def _delta(delta: DeltaConfig, name: str, weights: DenseWeights, state_layer: in
         norm=weights.vectors[name + "norm"],
         sizes=delta.sizes,
         is_tiled=delta.is_tiled,
+        state_layer=state_layer,
+    )
+
+
+def _short_conv(name: str, weights: DenseWeights, state_layer: int) -> _native.Mixer:
+    """A short convolution with two gates, as in LFM2."""
+    vectors = weights.vectors
+    return _native.short_conv(
+        weights.matrices[name + "in"],
+        weights.matrices[name + "out"],
+        conv=vectors[name + "conv"],
+        conv_bias=vectors.get(name + "conv_bias"),
+        input_bias=vectors.get(name + "in_bias"),
+        output_bias=vectors.get(name + "out_bias"),
+        state_layer=state_layer,
+    )
+
+
+def _mamba(mamba: MambaConfig, name: str, weights: DenseWeights, state_layer: int) -> _native.Mixer:
+    """A Mamba-2 mixer (arXiv:2405.21060)."""
+    vectors = weights.vectors
+    return _native.mamba(
+        weights.matrices[name + "in"],
+        weights.matrices[name + "out"],
+        conv=vectors[name + "conv"],
+        conv_bias=vectors.get(name + "conv_bias"),
+        rate=_decay_rate(name + "rate", weights, is_log=mamba.is_rate_log),
+        dt_bias=vectors[name + "dt_bias"],
+        skip=vectors[name + "skip"],
+        norm=vectors[name + "norm"],
+        sizes=mamba.sizes,
+        dt_limit=(mamba.least_dt, mamba.most_dt or float("inf")),
+        input_bias=vectors.get(name + "in_bias"),
+        output_bias=vectors.get(name + "out_bias"),
         state_layer=state_layer,
     )
 
@@ -229,8 +276,17 @@ def kv_shape(mixer: Mixer) -> _native.KvShape:
             return _native.KvShape.latent(
                 mixer.cached_dim, mixer.own_index.head_dim if mixer.own_index else 0
             )
+    return _native.KvShape.none()
+
+
+def _state_shape(mixer: RecurrentMixer) -> _native.StateShape:
+    match mixer:
         case DeltaConfig():
-            return _native.KvShape.none()
+            return _native.StateShape.delta_net(mixer.sizes)
+        case ShortConvConfig():
+            return _native.StateShape.short_conv(mixer.channels, mixer.conv_width)
+        case MambaConfig():
+            return _native.StateShape.mamba(mixer.sizes)
 
 
 def _add_mixer_sizes(sizes: _native.StackSizes, mixer: Mixer) -> None:
@@ -256,6 +312,10 @@ def _add_mixer_sizes(sizes: _native.StackSizes, mixer: Mixer) -> None:
             )
         case DeltaConfig():
             sizes.add_delta_net(mixer.sizes)
+        case ShortConvConfig():
+            sizes.add_short_conv(mixer.channels)
+        case MambaConfig():
+            sizes.add_mamba(mixer.sizes)
 
 
 def _dense_ffn(layer: int, weights: DenseWeights) -> _native.Ffn:

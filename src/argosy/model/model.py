@@ -30,7 +30,7 @@ from argosy.experts.runner import ExpertGroup, ExpertRunner
 from argosy.model.clock import PartClock
 from argosy.model.decoder import Decoder, RouteObserver
 from argosy.model.draft_layer import MOST_DRAFT_ROWS, DraftLayer
-from argosy.model.layers import describe_experts, kv_shapes
+from argosy.model.layers import describe_experts, kv_shapes, state_shapes
 from argosy.model.step import Step
 from argosy.model.weights import DenseReading, DenseWeights
 
@@ -239,10 +239,8 @@ class Model:
             kv_shapes(files.config), sizes.kv_blocks, KV_BLOCK_TOKENS, sizes.kv_dtype, sizes.window_blocks
         )
         self.recurrent: _native.RecurrentState | None = None
-        if config.delta is not None and sizes.num_states:
-            self.recurrent = _native.RecurrentState(
-                sizes.num_states, len(config.recurrent_layers), config.delta.sizes
-            )
+        if config.recurrent_layers and sizes.num_states:
+            self.recurrent = _native.RecurrentState(sizes.num_states, state_shapes(config))
         self.decoder = Decoder(
             config,
             weights,

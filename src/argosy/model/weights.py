@@ -33,10 +33,10 @@ _ANY_NUMBER = 1 << 62
 
 
 def is_vector(name: str) -> bool:
-    """Whether a tensor is a norm, bias, factor or sink, or a delta net's convolution or rate; all others
+    """Whether a tensor is a norm, bias, factor or sink, or a recurrent layer's convolution or rate; all others
     are matrices.
     """
-    return name.endswith(("norm", "_bias", "_scale", "sinks", "delta_conv", "delta_rate"))
+    return name.endswith(("norm", "_bias", "_scale", "sinks", "_conv", "_rate", "_skip"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +228,7 @@ class DenseReading:
         if name.rpartition(".")[2] in _OFFSET_NORMS:
             values += np.float32(self._norm_offset)
         # In memory it is stored position by position, with channels side by side.
-        if name.endswith("delta_conv"):
+        if name.endswith("_conv"):
             values = np.ascontiguousarray(values.reshape(ref.rows, ref.cols).T)
         return values
 

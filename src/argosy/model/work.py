@@ -17,7 +17,7 @@ from typing import NamedTuple
 from argosy import _native
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.formats import matrix_bytes
-from argosy.config import KV_BLOCK_TOKENS, AttentionConfig, DeltaConfig, KvDtype, LatentConfig, ModelConfig
+from argosy.config import KV_BLOCK_TOKENS, AttentionConfig, KvDtype, LatentConfig, ModelConfig, RecurrentMixer
 from argosy.model.layers import kv_shape
 
 
@@ -116,9 +116,9 @@ def _attention(config: ModelConfig, kv_dtype: KvDtype) -> tuple[Attention, ...]:
         kinds[window, nbytes / KV_BLOCK_TOKENS, operations] += 1
 
     for layer in config.layers:
+        if isinstance(layer.mixer, RecurrentMixer):
+            continue
         match layer.mixer:
-            case DeltaConfig():
-                continue
             case LatentConfig() as latent:
                 operations = 2.0 * latent.num_heads * (latent.cached_dim + latent.kv_rank)
                 add(latent.num_chosen, _native.KvShape.latent(latent.cached_dim), operations)

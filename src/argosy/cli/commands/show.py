@@ -94,7 +94,7 @@ def geometry_facts(config: ModelConfig) -> dict[str, Any]:
         "family": config.family,
         "num_layers": config.num_layers,
         "num_moe_layers": len(config.moe_layers),
-        "num_delta_layers": len(config.recurrent_layers),
+        "num_recurrent_layers": len(config.recurrent_layers),
         "recurrent_state_bytes_per_sequence": state_bytes(config, 1),
         "hidden_size": config.hidden_size,
         "num_heads": attention.num_heads,
@@ -257,11 +257,11 @@ def _geometry_lines(facts: dict[str, Any]) -> list[str]:
     shared = f", and a shared expert of width {facts['shared_width']}" if facts["shared_width"] else ""
     everything, active = facts["num_parameters"], facts["num_parameters_per_token"]
     state = format_bytes(facts["recurrent_state_bytes_per_sequence"])
-    recurrent = f", {facts['num_delta_layers']} with a recurrent state: {state} per sequence"
+    recurrent = f", {facts['num_recurrent_layers']} with a recurrent state: {state} per sequence"
     return [
         f"  parameters    {parameter_count(everything)}, {parameter_count(active)} active per token",
         f"  layers        {facts['num_layers']}, {facts['num_moe_layers']} with routed experts"
-        + (recurrent if facts["num_delta_layers"] else ""),
+        + (recurrent if facts["num_recurrent_layers"] else ""),
         f"  experts       {facts['num_experts']} per layer, {facts['experts_per_token']} per token,"
         f" width {facts['expert_width']}{shared}",
         f"  attention     {facts['num_heads']} heads, {facts['num_kv_heads']} KV heads,"

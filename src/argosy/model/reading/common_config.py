@@ -30,6 +30,8 @@ class CommonDefaults:
     rotary_dim: how many dimensions of a head rotate; None means all, or the part that the file gives.
     partial_rotary_factor: the default of that part; None means that files of this family do not give it.
     axes: as for `read_rope`.
+    norm_eps_name: the key of the norms' epsilon.
+    is_embedding_tied: whether the head is the embedding.
     """
 
     vocab_size: int
@@ -47,6 +49,7 @@ class CommonDefaults:
     rotary_dim: int | None = None
     partial_rotary_factor: float | None = None
     axes: Axes | None = None
+    norm_eps_name: str = "rms_norm_eps"
     is_embedding_tied: bool = False
 
 
@@ -92,7 +95,7 @@ def read_common(reader: ConfigReader, defaults: CommonDefaults) -> Common:
     model = {
         "vocab_size": reader.integer("vocab_size", default=defaults.vocab_size),
         "hidden_size": heads.pop("hidden_size"),
-        "norm_eps": reader.number("rms_norm_eps", defaults.norm_eps),
+        "norm_eps": reader.number(defaults.norm_eps_name, defaults.norm_eps),
         "context_tokens": context_tokens,
         "num_experts": num_experts,
         "experts_per_token": reader.integer(

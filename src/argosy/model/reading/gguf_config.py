@@ -87,17 +87,20 @@ class GgufConfigReader:
             return item
         return self.file.integer(key, default, least=least, most=most)
 
-    def integers(self, name: str, num_layers: int, *, default: int | None = None) -> tuple[int, ...]:
-        """Read a whole number from 1 on for each of `num_layers`; one number counts for all of them."""
+    def integers(
+        self, name: str, num_layers: int, *, default: int | None = None, least: int = 1
+    ) -> tuple[int, ...]:
+        """Read a whole number for each of `num_layers`; one number counts for all of them."""
         key = self.key(name)
         value = self.file.metadata.get(key)
         if not isinstance(value, GgufArray):
-            return (self.integer(name, default),) * num_layers
+            return (self.integer(name, default, least=least),) * num_layers
         found = value.values()
         if len(found) != num_layers or not all(
-            type(item) is int and 1 <= item <= LARGEST_SIZE for item in found
+            type(item) is int and least <= item <= LARGEST_SIZE for item in found
         ):
-            raise self.file.wrong(key, value, f"a whole number from 1 on for each of {num_layers} layers")
+            expected = f"a whole number from {least} on for each of {num_layers} layers"
+            raise self.file.wrong(key, value, expected)
         return tuple(map(int, found))
 
     def number(self, name: str, default: float | None = None) -> float:
@@ -134,11 +137,14 @@ class GgufConfigReader:
             supported=supported,
         )
 
-    def common(self, *, has_partial_rope: bool = False, axes: Axes | None = None) -> Common:
+    def common(
+        self, *, has_partial_rope: bool = False, axes: Axes | None = None, num_kv_heads: int | None = None
+    ) -> Common:
         """Read the part that is the same in every family with keys and values.
 
         Args:
             has_partial_rope: `rope.dimension_count` may be less than a whole head.
+            num_kv_heads: the number in layers with attention; None: the file's, the same in every layer.
             axes: how the family distributes pairs of dimensions over the axes of positions in media, if a file gives
                 their sections; text has the same position on all axes.
 
@@ -149,7 +155,7 @@ class GgufConfigReader:
         sizes = self.sizes()
         hidden_size, context_tokens = sizes["hidden_size"], sizes["context_tokens"]
         num_heads = self.integer("attention.head_count")
-        num_kv_heads = self.integer("attention.head_count_kv", num_heads)
+        num_kv_heads = num_kv_heads or self.integer("attention.head_count_kv", num_heads)
         if num_heads % num_kv_heads:
             raise CheckpointError(
                 f"{self.file.path.name}: attention.head_count is {num_heads}, expected a multiple of "
@@ -167,6 +173,20 @@ class GgufConfigReader:
             rope = replace(rope, axes=self._axes(axes, rope.rotary_dim // 2))
         heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
         return Common(sizes, heads | {"rope": rope})
+
+    def attention_layers(self) -> tuple[int, tuple[bool, ...]]:
+        """Return the KV heads of the layers with attention, and whether each layer has it: others have 0 KV heads.
+
+        Raises:
+            UnsupportedModel: numbers above 0 differ, or all layers have 0.   CheckpointError: a number is malformed.
+        """
+        num_layers = self.num_layers()
+        every_layer = num_layers + self.num_mtp_layers()
+        heads = self.integers("attention.head_count_kv", every_layer, least=0)[:num_layers]
+        if len(kinds := set(heads) - {0}) != 1:
+            expected = "0 in some layers, and the same number above 0 in the others"
+            raise self.unsupported("attention.head_count_kv", sorted(set(heads)), expected)
+        return kinds.pop(), tuple(number > 0 for number in heads)
 
     def _axes(self, axes: Axes, num_pairs: int) -> tuple[int, ...]:
         """Return the axis of each pair; empty if the file has no sections. A fourth axis is for other models, and gets

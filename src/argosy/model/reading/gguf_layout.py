@@ -38,7 +38,7 @@ from argosy.checkpoint.landing import (
     Transcoded,
 )
 from argosy.checkpoint.safetensors import TensorRef
-from argosy.config import AttentionConfig, Format, ModelConfig
+from argosy.config import AttentionConfig, Format, MambaConfig, ModelConfig
 from argosy.errors import ArgosyError, UnsupportedModel
 from argosy.model.reading.accounts import TensorAccounts, read_draft
 
@@ -61,6 +61,17 @@ _LAYER_NAMES = {
     "k_norm": "attn_k_norm.weight",
     "sinks": "attn_sinks.weight",
     "attn_gate": "attn_gate.weight",
+    "shortconv_in": "shortconv.in_proj.weight",
+    "shortconv_conv": "shortconv.conv.weight",
+    "shortconv_out": "shortconv.out_proj.weight",
+    "mamba_in": "ssm_in.weight",
+    "mamba_conv": "ssm_conv1d.weight",
+    "mamba_conv_bias": "ssm_conv1d.bias",
+    "mamba_rate": "ssm_a",
+    "mamba_dt_bias": "ssm_dt.bias",
+    "mamba_skip": "ssm_d",
+    "mamba_norm": "ssm_norm.weight",
+    "mamba_out": "ssm_out.weight",
     "q_down": "attn_q_a.weight",
     "q_down_norm": "attn_q_a_norm.weight",
     "q_up": "attn_q_b.weight",
@@ -110,7 +121,7 @@ def dense_name(canonical: str, names: Mapping[str, str] = {}) -> str:
     names.
     """
     if canonical in _MODEL_NAMES:
-        return _MODEL_NAMES[canonical]
+        return names.get(canonical) or _MODEL_NAMES[canonical]
     _, layer, last = canonical.split(".")
     return f"blk.{layer}.{names.get(last) or _LAYER_NAMES[last]}"
 
@@ -128,7 +139,7 @@ def read_gguf_layout(
     Args:
         is_paired: rows of q and k are in the order of adjacent rotary pairs, as in the llama architecture.
         has_rope_freqs: the family reads `rope_freqs.weight`.
-        names: the architecture's unusual names below `blk.{layer}.`.
+        names: the architecture's unusual names, those of layers below `blk.{layer}.`.
 
     Raises:
         CheckpointError: a tensor is missing, extra, or has another shape than the metadata require.
@@ -140,13 +151,21 @@ def read_gguf_layout(
         reader: _Accounts, config: ModelConfig, canonical: str, shape: tuple[int, ...]
     ) -> MatrixRef:
         last = canonical.rpartition(".")[2]
-        heads, stacked = 0, 1
+        heads = stacked = 0
         if is_paired and last in ("q", "k"):
             attention = config.layers[int(canonical.split(".")[1])].mixer
             assert isinstance(attention, AttentionConfig)
             heads = attention.num_heads if last == "q" else attention.num_kv_heads
         if config.latent is not None and last in ("k_up", "v_up"):
             stacked = config.latent.num_heads
+        mixer = None if last == canonical else config.layers[int(canonical.split(".")[1])].mixer
+        if isinstance(mixer, MambaConfig):
+            heads_and_groups = {
+                "mamba_rate": mixer.num_heads,
+                "mamba_skip": mixer.num_heads,
+                "mamba_norm": mixer.num_groups,
+            }
+            stacked = heads_and_groups.get(last, 0)
         return reader.dense(dense_name(canonical, names), shape, heads, stacked)
 
     dense = {name: take_dense(accounts, config, name, shape) for name, shape in dense_shapes(config)}
@@ -185,10 +204,14 @@ class _Accounts(TensorAccounts):
     """Tensors of a GGUF file, as dense matrices and experts."""
 
     def dense(self, name: str, shape: tuple[int, ...], paired_heads: int, stacked: int) -> MatrixRef:
-        """Take a matrix or vector; `stacked` is the number of matrices that its tensor stacks."""
+        """Take a matrix or vector; `stacked` is the number of matrices, or of parts of the vector, that its tensor
+        may stack; 0: none.
+        """
         rows, cols = shape if len(shape) == 2 else (1, shape[0])
         shapes: tuple[tuple[int, ...], ...] = (shape,)
-        if stacked > 1:
+        if stacked and len(shape) == 1:
+            shapes = (shape, (stacked, cols // stacked))
+        elif stacked > 1:
             shapes = ((stacked, rows // stacked, cols),)
         elif len(shape) == 2 and rows == 1:
             shapes = (shape, (cols,))  # GGUF stores the single row that scores the shared expert as a vector

@@ -97,6 +97,7 @@ class Layout:
     head_name: str = "lm_head.weight"
     embed_name: str = "embed_tokens.weight"  # after the prefix
     has_optional_bias: bool = False  # without `choice_bias`, routers have none, whatever the config says
+    final_norm_name: str = "norm.weight"  # after the prefix
     passed_over: str | None = None  # regular expression for whole names of tensors that text does not need
     # The prefix of a draft layer numbered 0. None: its number follows the model's layers.
     mtp_prefix: str | None = None
@@ -108,7 +109,7 @@ class Layout:
         if canonical == "head":
             return self.head_name
         if canonical in ("embed", "final_norm"):
-            return self.prefix + (self.embed_name if canonical == "embed" else "norm.weight")
+            return self.prefix + (self.embed_name if canonical == "embed" else self.final_norm_name)
         _, layer, last = canonical.split(".")
         if self.first_layer and last in _MTP_NAMES:
             return self.prefix + _MTP_NAMES[last]

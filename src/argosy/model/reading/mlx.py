@@ -38,6 +38,7 @@ class _Form:
 
 
 _LATENT = {"k_up": "self_attn.embed_q.weight", "v_up": "self_attn.unembed_out.weight"}
+_LFM2 = {name: f"feed_forward.{name}_proj.weight" for name in ("gate", "up", "down")}
 _WRAPPED = _Form(prefixes=(_IN_WRAPPER,), passed_over=_TOWERS)
 _DELTA = _Form(passed_over=_DRAFTS)
 
@@ -48,6 +49,7 @@ _FORMS: Mapping[str, _Form] = {
     "qwen2_moe": _Form(),
     "qwen3_moe": _Form(),
     "olmoe": _Form(),
+    "lfm2_moe": _Form(experts="feed_forward.switch_mlp", names=_LFM2),
     "glm4_moe": _Form(),
     "gpt_oss": _Form(experts="mlp.experts", has_own_biases=True),
     "deepseek_v2": _Form(),
@@ -91,6 +93,8 @@ def mlx_layouts(family: str, layout: Layout) -> Iterator[Layout]:
             stacked_names=(gate, up, down),
             prefix=prefix,
             head_name=f"{prefix.removesuffix('model.')}lm_head.weight",
+            embed_name=layout.embed_name,
+            final_norm_name=layout.final_norm_name,
             passed_over=form.passed_over,
             is_mlx=True,
         )
