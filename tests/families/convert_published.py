@@ -62,6 +62,9 @@ PRE_TOKENIZERS = {
     "minimax_m2": "minimax-m2",
     "mistral3": "tekken",
     "mistral4": "tekken",
+    "solar_open": "solar-open",
+    "dots1": "qwen2",
+    "hy_v3": "hunyuan-dense",
     "mixtral": None,
     "olmoe": "olmo",
     "granitemoe": "refact",
@@ -118,6 +121,10 @@ def convert(base: Any, config: RawConfig) -> dict[str, Any]:
     base.ModelBase.index_tensors = lambda self, remote_hf_model_id=None: {}
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
+        if (
+            config.get("scoring_func") == "noaux_tc"
+        ):  # refused today; converters from the model's time wrote sigmoid
+            config = config | {"scoring_func": "sigmoid"}
         (directory / "config.json").write_text(json.dumps(config))
         kind = base.ModelBase.from_model_architecture(config["architectures"][0])
         # The converter counts these layers while it indexes the tensors, and there are no tensors here.

@@ -66,6 +66,8 @@ def deciding_tensors(config: ModelConfig, architecture: str) -> dict[str, tuple[
         "blk.0.attn_q_norm.weight": "layers.0.q_norm" in needed,
         f"blk.{config.moe_layers[0]}.exp_probs_b.bias": config.router.has_choice_bias,
         "blk.0.indexer.attn_q_b.weight": "layers.0.index_q" in needed,
+        f"blk.{config.moe_layers[0]}.exp_probs_b": architecture == "hy_v3",
+        f"blk.{config.moe_layers[0]}.ffn_gate_inp.weight": architecture == "hy_v3",
         "blk.0.ssm_ba.weight": architecture == "qwen3next",
         "blk.0.ssm_alpha.weight": architecture == "qwen35moe",
         "rope_freqs.weight": architecture == "gemma4",

@@ -10,6 +10,7 @@ from tests.models.configuration import Configuration, yarn
 from tests.models.configurations_flags import FLAGS
 from tests.models.configurations_gemma import GEMMA
 from tests.models.configurations_gqa import GQA
+from tests.models.configurations_grouped import GROUPED
 from tests.models.configurations_latent import LATENT
 from tests.models.configurations_wrappers import WRAPPED
 from tests.models.tiny import (
@@ -461,4 +462,5 @@ CONFIGURATIONS = (
     *GEMMA,
     *GQA,
     *FLAGS,
+    *GROUPED,
 )

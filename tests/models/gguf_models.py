@@ -19,7 +19,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
-from tests.models import tiny_gqa
+from tests.models import tiny_gqa, tiny_grouped
 from tests.models.safetensors_file import Array, write_checkpoint
 from tests.models.tiny import RawConfig, head_dim, moe_layers, num_experts, random_tensors, text_of
 from tests.models.tiny_latent import INDEXED_FAMILIES, LATENT_FAMILIES, MISTRAL_FAMILIES
@@ -41,7 +41,11 @@ ARCHITECTURES = {
     "minimax_m2": "minimax-m2",
     "mimo_v2_flash": "mimo2",
     "lfm2_moe": "lfm2moe",
+    "solar_open": "glm4moe",
+    "dots1": "dots1",
+    "hy_v3": "hy_v3",
 }
+_SIGMOID = ("glm4_moe", *tiny_grouped.FAMILIES)
 # Types to which the `gguf` package does not quantise: the offset of the float16 scale, the offset of the scale of the
 # minima if there is one, and the factor that makes the mean 0. IQ1_M's scale lies in four words of its blocks;
 # NVFP4 has four scales in FP8.
@@ -115,6 +119,10 @@ _NAMES = {
     "feed_forward.w1": "ffn_gate",
     "feed_forward.w3": "ffn_up",
     "feed_forward.w2": "ffn_down",
+    "mlp.router.gate": "ffn_gate_inp",
+    "mlp.shared_mlp.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_mlp.up_proj": "ffn_up_shexp",
+    "mlp.shared_mlp.down_proj": "ffn_down_shexp",
     "enorm": "nextn.enorm",
     "hnorm": "nextn.hnorm",
     "eh_proj": "nextn.eh_proj",
@@ -143,7 +151,7 @@ def one_type(block_type: str) -> TypeOf:
     return lambda name: (
         "F32"
         if any(part in name for part in ("ffn_gate_inp", "norm", "sinks", "shortconv.conv"))
-        or name.endswith("bias")
+        or name.endswith(("bias", "exp_probs_b"))
         else block_type
     )
 
@@ -364,18 +372,19 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
     writer.add_value_length(config.get("v_head_dim", head_dim(config)))
     share = config.get("partial_rotary_factor", 1.0)
     writer.add_rope_dimension_count(config.get("rotary_dim") or int(head_dim(config) * share))
-    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_rope_freq_base((config.get("rope_parameters") or config)["rope_theta"])
     eps = (config.get(name) for name in ("rms_norm_eps", "layernorm_epsilon", "norm_eps"))
     writer.add_layer_norm_rms_eps(next(filter(None, eps)))
     writer.add_expert_count(num_experts(config))
     writer.add_expert_used_count(config["num_experts_per_tok"])
-    if config["model_type"] == "gpt_oss":
-        scaling = config["rope_scaling"]
-        writer.add_sliding_window(config["sliding_window"])
-        writer.add_expert_feed_forward_length(width)
+    scaling = config.get("rope_scaling")
+    if config["model_type"] in ("gpt_oss", "solar_open") and scaling is not None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(scaling["factor"])
         writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+    if config["model_type"] == "gpt_oss":
+        writer.add_sliding_window(config["sliding_window"])
+        writer.add_expert_feed_forward_length(width)
     elif config["model_type"] == "minimax_m2":
         writer.add_expert_feed_forward_length(width)
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
@@ -385,14 +394,20 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
         writer.add_leading_dense_block_count(config["num_dense_layers"])
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
         writer.add_shortconv_l_cache(config["conv_L_cache"])
-    if config["model_type"] == "glm4_moe":
+    if config["model_type"] == "hy_v3":
+        shared = config["num_shared_experts"] * config["moe_intermediate_size"]
+        writer.add_expert_shared_feed_forward_length(shared)
+        writer.add_expert_weights_scale(config["router_scaling_factor"])
+        writer.add_expert_weights_norm(True)
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    elif config["model_type"] in _SIGMOID:
         writer.add_leading_dense_block_count(config["first_k_dense_replace"])
         writer.add_expert_shared_count(config["n_shared_experts"])
         writer.add_expert_weights_scale(config["routed_scaling_factor"])
         writer.add_expert_weights_norm(config["norm_topk_prob"])
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
         writer.add_nextn_predict_layers(num_draft_layers(config))
-        if config["n_group"] > 1:
+        if config.get("n_group", 1) > 1:
             writer.add_expert_group_count(config["n_group"])
             writer.add_expert_group_used_count(config["topk_group"])
     if config["model_type"] == "qwen2_moe":
@@ -404,10 +419,8 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
     writer.add_eos_token_id(eos[0] if isinstance(eos, list) else eos)
     if isinstance(eos, list):
         writer.add_eot_token_id(eos[1])
-    assert (
-        config["model_type"] in ("glm4_moe", "lfm2_moe", "mimo_v2_flash")
-        or len(moe_layers(config)) == config["num_hidden_layers"]
-    )
+    may_start_dense = (*_SIGMOID, "lfm2_moe", "mimo_v2_flash")
+    assert config["model_type"] in may_start_dense or len(moe_layers(config)) == config["num_hidden_layers"]
 
 
 def add_kinds_of_layers(writer: GGUFWriter, config: RawConfig) -> None:
@@ -514,6 +527,8 @@ def is_in_gguf(hub_name: str, config: RawConfig) -> bool:
 def gguf_name(hub_name: str, config: RawConfig) -> tuple[str, int, bool]:
     """Return the GGUF name, the number of heads with interleaved rows, and whether it is one expert's tensor."""
     part, _, suffix = hub_name.removeprefix("language_model.").rpartition(".")
+    if suffix == "expert_bias" and config["model_type"] == "hy_v3":
+        return f"blk.{part.split('.')[2]}.exp_probs_b", 0, False
     if suffix in ("e_score_correction_bias", "expert_bias"):
         return f"blk.{part.split('.')[2]}.exp_probs_b.bias", 0, False
     if part in _MODEL_NAMES:
@@ -528,7 +543,7 @@ def gguf_name(hub_name: str, config: RawConfig) -> tuple[str, int, bool]:
         return f"blk.{layer}.attn_sinks.weight", 0, False
     if suffix == "e_score_correction_bias":
         return f"blk.{layer}.exp_probs_b.bias", 0, False
-    if config["model_type"] in ("gpt_oss", "glm4_moe") and part == "post_attention_layernorm":
+    if config["model_type"] in ("gpt_oss", "glm4_moe", "solar_open") and part == "post_attention_layernorm":
         return f"blk.{layer}.post_attention_norm.weight", 0, False
     return f"blk.{layer}.{_NAMES[part]}.{suffix}", heads, False
 

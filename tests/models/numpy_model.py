@@ -20,6 +20,7 @@ from tests.models import (
     tiny_flags,
     tiny_gemma,
     tiny_gqa,
+    tiny_grouped,
     tiny_recurrent,
     tiny_wrappers,
 )
@@ -115,6 +116,8 @@ class NumpyModel:
             self.config = numpy_recurrent.with_common_keys(self.config)
             self.tensors = {numpy_recurrent.respelt(name): t for name, t in self.tensors.items()}
             self.kinds = self.config["layer_types"]
+        if family in tiny_grouped.FAMILIES:
+            self.config, self.tensors = tiny_grouped.as_glm(self.config, self.tensors)
         self.windows = sliding_windows(self.config)
         self.router_margin = math.inf
         self.hidden_states: list[Array] = []

@@ -8,7 +8,15 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tests.models import tiny_delta, tiny_flags, tiny_gemma, tiny_gqa, tiny_recurrent, tiny_wrappers
+from tests.models import (
+    tiny_delta,
+    tiny_flags,
+    tiny_gemma,
+    tiny_gqa,
+    tiny_grouped,
+    tiny_recurrent,
+    tiny_wrappers,
+)
 from tests.models.configurations import CONFIGURATIONS, Configuration
 from tests.models.numpy_model import NumpyModel
 from tests.models.references import DIRECTORY, REFERENCES, Reference, difference
@@ -86,6 +94,7 @@ def test_the_references_cover_every_flag() -> None:
         *tiny_wrappers.TEXT_FAMILIES,
         tiny_gemma.FAMILY,
         *tiny_flags.FAMILIES,
+        *tiny_grouped.FAMILIES,
     }
     assert families["qwen3_next"] >= 4
     assert families["qwen3_5_moe"] + families["qwen3_5_moe_text"] >= 4

@@ -22,6 +22,7 @@ from tests.models import (
     tiny_flags,
     tiny_gemma,
     tiny_gqa,
+    tiny_grouped,
     tiny_latent,
     tiny_recurrent,
     tiny_wrappers,
@@ -387,6 +388,8 @@ def tensor_shapes(config: RawConfig) -> dict[str, tuple[int, ...]]:
         return tiny_flags.flag_shapes(config)
     if config["model_type"] == tiny_gemma.FAMILY:
         return tiny_gemma.gemma4_shapes(config)
+    if config["model_type"] in tiny_grouped.FAMILIES:
+        return tiny_grouped.grouped_shapes(config)
     if config["model_type"] in tiny_wrappers.TEXT_FAMILIES:
         text = text_of(config) | {"model_type": tiny_wrappers.TEXT_FAMILIES[config["model_type"]]}
         text = {"tie_word_embeddings": config.get("tie_word_embeddings", False)} | text
@@ -499,7 +502,7 @@ def random_tensors(config: RawConfig, seed: int, dtype: str) -> dict[str, Array]
             values = 1 + 0.2 * noise
         elif name.endswith("router.proj.weight"):  # its input has the length one
             values = 1.5 * noise
-        elif name.endswith(("e_score_correction_bias", "expert_bias")):
+        elif name.endswith(("e_score_correction_bias", "feed_forward.expert_bias")):
             values = 0.1 * noise
         elif name.endswith((".bias", "_bias")):
             values = 0.3 * noise

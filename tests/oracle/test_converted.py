@@ -22,6 +22,7 @@ from tests.models.make_models import load
 from tests.models.references import LARGEST_DIFFERENCE, difference
 from tests.models.tiny import RawConfig, prompt_ids, write_model
 from tests.models.tiny_gemma import gemma4
+from tests.models.tiny_grouped import dots1, hy_v3
 from tests.oracle.test_oracle import mean_divergence
 from tests.oracle.test_peer import PEER, peer_logits
 
@@ -59,6 +60,16 @@ CONVERTED: dict[str, tuple[str, RawConfig]] = {
             top_k_experts=4,
         ),
     ),
+    "solar_open_plain": ("glm4moe", _OF_NAME["solar_open_plain"]),
+    "solar_open_groups": ("glm4moe", _OF_NAME["solar_open_bias_groups_tied_f32"] | {"attention_bias": False}),
+    # The converter refuses the released file's "noaux_tc", and llama.cpp other numbers of keys than of queries.
+    "dots1_plain": ("dots1", dots1(scoring_func="sigmoid", num_key_value_heads=4)),
+    "dots1_dense": (
+        "dots1",
+        dots1(scoring_func="sigmoid", num_key_value_heads=4, first_k_dense_replace=2, n_shared_experts=1),
+    ),
+    "hy_v3_plain": ("hy_v3", hy_v3(num_experts_per_tok=5)),
+    "hy_v3_shared": ("hy_v3", hy_v3(num_shared_experts=2, num_experts_per_tok=3, head_dim=10)),
     "gemma4_respelt": ("gemma4", _OF_NAME["gemma4_respelt_untied_no_cap_f32"]),
 }
 

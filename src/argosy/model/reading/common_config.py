@@ -26,7 +26,7 @@ class CommonDefaults:
     """A family's defaults of absent keys, as in its config class in transformers 5.24.
 
     num_kv_heads: None means as many as heads.
-    experts_per_token: None means that the file must give it.
+    num_experts, experts_per_token: None means that the file must give it.
     rotary_dim: how many dimensions of a head rotate; None means all, or the part that the file gives.
     partial_rotary_factor: the default of that part; None means that files of this family do not give it.
     axes: as for `read_rope`.
@@ -41,7 +41,7 @@ class CommonDefaults:
     rope_theta: float
     norm_eps: float
     context_tokens: int
-    num_experts: int
+    num_experts: int | None
     experts_per_token: int | None
     head_dim: int | None = None
     eos_id: int | None = None

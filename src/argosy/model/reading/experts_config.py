@@ -15,18 +15,24 @@ ReadRouter = Callable[[ConfigReader, int, int], RouterConfig]  # reader, experts
 
 
 def read_sigmoid_router(
-    scale: float, num_groups: int, kept_groups: int, *, may_lack_method: bool = False
+    scale: float,
+    num_groups: int,
+    kept_groups: int,
+    *,
+    renormalize: bool = True,
+    may_lack_method: bool = False,
+    names: tuple[str, ...] = ("sigmoid",),
 ) -> ReadRouter:
     """The router of DeepSeek-V3 (arXiv:2412.19437): sigmoid scores, and a bias that only affects the choice.
 
-    The arguments are the family's defaults, and whether `topk_method` may be null.
+    The arguments are the family's defaults, whether `topk_method` may be null, and what the scores may be called.
     """
 
     def read(reader: ConfigReader, num_experts: int, experts_per_token: int) -> RouterConfig:
-        reader.one_of("scoring_func", "sigmoid", ("sigmoid",))
+        reader.one_of("scoring_func", names[0], names)
         if not may_lack_method or reader.optional_one_of("topk_method", ("noaux_tc",)) is not None:
             reader.one_of("topk_method", "noaux_tc", ("noaux_tc",))
-        renormalize = reader.flag("norm_topk_prob", True)
+        is_renormalized = reader.flag("norm_topk_prob", renormalize)
         groups = reader.optional_integer("n_group", default=num_groups) or 1
         router = RouterConfig(
             score="sigmoid",
@@ -34,8 +40,8 @@ def read_sigmoid_router(
             num_groups=groups,
             kept_groups=read_kept_groups(reader, groups, kept_groups),
             group_score="top2",
-            renormalize=renormalize,
-            renormalize_eps=RENORMALIZE_EPS if renormalize else 0.0,
+            renormalize=is_renormalized,
+            renormalize_eps=RENORMALIZE_EPS if is_renormalized else 0.0,
             scale=reader.number("routed_scaling_factor", scale),
         )
         return require_groups(router, num_experts, experts_per_token)
@@ -66,7 +72,10 @@ def require_groups(router: RouterConfig, num_experts: int, experts_per_token: in
     groups, kept = router.num_groups, router.kept_groups
     found = f"{num_experts} experts in {groups} groups, {kept} of them kept"
     if groups > MOST_EXPERTS or num_experts % groups:
-        raise CheckpointError(f"the router has {found}; expected groups of equal size", key="n_group")
+        raise CheckpointError(
+            f"the router has {found}; expected groups of equal size (n_group, or expert_group_count)",
+            key="n_group",
+        )
     size = num_experts // groups
     if kept > groups or kept * size < experts_per_token:
         raise CheckpointError(
@@ -159,11 +168,15 @@ def read_dense_layers(reader: GgufConfigReader, num_layers: int) -> int:
 def read_grouped_router(reader: GgufConfigReader, *, is_sigmoid: bool, has_choice_bias: bool) -> RouterConfig:
     """Read groups, weights and scale of a router: sigmoid scores as in DeepSeek-V3, or softmax as in V2."""
     renormalize = reader.flag("expert_weights_norm", False)
+    groups = reader.integer("expert_group_count", 0, least=0) or 1
+    kept = reader.integer("expert_group_used_count", 0, least=0) or 1
+    if kept > groups:
+        raise reader.unsupported("expert_group_used_count", kept, f"at most expert_group_count, {groups}")
     return RouterConfig(
         score="sigmoid" if is_sigmoid else "softmax",
         has_choice_bias=has_choice_bias,
-        num_groups=reader.integer("expert_group_count", 0, least=0) or 1,
-        kept_groups=reader.integer("expert_group_used_count", 0, least=0) or 1,
+        num_groups=groups,
+        kept_groups=kept,
         group_score="top2" if is_sigmoid else "max",
         renormalize=renormalize,
         renormalize_eps=RENORMALIZE_EPS if renormalize else 0.0,

@@ -51,6 +51,7 @@ _FORMS: Mapping[str, _Form] = {
     "olmoe": _Form(),
     "lfm2_moe": _Form(experts="feed_forward.switch_mlp", names=_LFM2),
     "glm4_moe": _Form(),
+    "dots1": _Form(experts="mlp.experts"),
     "gpt_oss": _Form(experts="mlp.experts", has_own_biases=True),
     "deepseek_v2": _Form(),
     "deepseek_v3": _Form(names=_LATENT),

@@ -1,0 +1,125 @@
+"""Solar-Open, dots.llm1 and Hy3: the meaning of their configs and GGUF files, and refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from argosy import Engine
+from argosy.checkpoint.gguf import read_gguf
+from argosy.config import ModelConfig
+from argosy.errors import CheckpointError, UnsupportedModel
+from argosy.model.families import FAMILIES, open_model
+from tests.engine.test_gguf import LARGEST_DIVERGENCE, mean_divergence
+from tests.helpers.mixers import windows
+from tests.models.gguf_models import one_type, write_gguf_model
+from tests.models.references import LARGEST_DIFFERENCE, difference
+from tests.models.tiny import RawConfig, prompt_ids
+from tests.models.tiny_grouped import dots1, hy_v3, solar_open
+
+Make = Callable[..., RawConfig]
+
+
+def parse(raw: RawConfig) -> ModelConfig:
+    return FAMILIES[raw["model_type"]].parse_config(raw)
+
+
+def test_solar_open_has_experts_in_every_layer_and_rotates_whole_heads() -> None:
+    config = parse(solar_open())
+    assert config.moe_layers == (0, 1, 2)
+    assert (config.attention.qk_norm, config.attention.rope.kind) == ("none", "yarn")
+    assert config.attention.rope.rotary_dim == 12
+    assert (config.router.score, config.router.has_choice_bias) == ("sigmoid", True)
+
+
+def test_dots1_has_windows_from_a_layer_on_or_where_layer_types_says() -> None:
+    assert windows(parse(dots1())) == [0, 0, 0]
+    assert windows(parse(dots1(sliding_window=7, max_window_layers=2))) == [0, 0, 7]
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    assert windows(parse(dots1(sliding_window=7, layer_types=kinds))) == [7, 0, 7]
+    absent = {key: value for key, value in dots1(num_hidden_layers=63).items() if key != "sliding_window"}
+    assert windows(parse(absent)) == [0] * 62 + [4096]
+    assert (parse(dots1()).attention.qk_norm, parse(dots1()).shared_width) == ("head", 18)
+    absent = {key: value for key, value in dots1().items() if key != "norm_topk_prob"}
+    assert (parse(dots1()).router.renormalize, parse(absent).router.renormalize) == (True, False)
+
+
+def test_hy3_s_first_layer_is_dense() -> None:
+    config = parse(hy_v3())
+    assert (config.moe_layers, config.router.scale, config.shared_width) == ((1, 2), 2.826, 9)
+    absent = {
+        key: value
+        for key, value in hy_v3().items()
+        if key not in ("first_k_dense_replace", "mlp_layer_types")
+    }
+    assert parse(absent).moe_layers == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "sentence"),
+    [
+        (solar_open, {"first_k_dense_replace": 1}, "first_k_dense_replace 1; supported: 0"),
+        (solar_open, {"use_qk_norm": True}, "use_qk_norm true; supported: false"),
+        (solar_open, {"scoring_func": "softmax"}, "scoring_func 'softmax'; supported: sigmoid"),
+        (solar_open, {"hidden_act": "gelu"}, "hidden_act 'gelu'; supported: silu"),
+        (dots1, {"use_sliding_window": True}, "use_sliding_window true; supported: false"),
+        (dots1, {"moe_layer_freq": 2}, "moe_layer_freq 2; supported: 1"),
+        (dots1, {"scoring_func": "softmax"}, "scoring_func 'softmax'; supported: noaux_tc, sigmoid"),
+        (dots1, {"layer_types": ["sliding_attention"] * 3}, "sliding_window null; supported: a number"),
+        (dots1, {"n_routed_experts": None}, "n_routed_experts is null"),
+        (hy_v3, {"route_norm": False}, "route_norm false; supported: true"),
+        (hy_v3, {"qk_norm": False}, "qk_norm false; supported: true"),
+        (hy_v3, {"moe_router_enable_expert_bias": False}, "moe_router_enable_expert_bias false; supported: true"),
+        (hy_v3, {"mlp_bias": True}, "mlp_bias true; supported: false"),
+        (hy_v3, {"n_group": 2}, "n_group"),
+        (hy_v3, {"expert_hidden_dim": 64}, "expert_hidden_dim 64; supported: 9"),
+    ],
+)  # fmt: skip
+def test_what_a_config_may_not_ask_for(make: Make, changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises((CheckpointError, UnsupportedModel)) as refused:
+        parse(make(**changes))
+    assert sentence in str(refused.value)
+
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 256,
+    "head_dim": 64,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 256,
+    "num_experts_per_tok": 4,
+}
+
+
+@pytest.mark.parametrize("make", [solar_open, dots1, hy_v3], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("type_name", ["F32", "Q4_K"])
+def test_a_gguf_answers_as_its_dequantised_weights(make: Make, type_name: str, tmp_path: Path) -> None:
+    # Every expert is chosen, as a rounded score that changed a choice would hide what rounding costs.
+    experts = "num_experts" if make is hy_v3 else "n_routed_experts"
+    config = make(**SIZES, **{experts: 4})
+    path = tmp_path / "model.gguf"
+    directory = write_gguf_model(path, config, one_type(type_name), seed=3)
+    prompt = prompt_ids(config, 5)
+    logits = []
+    for place in (directory, path):
+        with Engine.open(place, memory="4GiB", threads=1) as engine:
+            logits.append(engine.logits(prompt))
+    if type_name == "F32":
+        assert difference(logits[1], logits[0]) <= LARGEST_DIFFERENCE
+    assert mean_divergence(logits[0], logits[1]) <= LARGEST_DIVERGENCE
+
+
+@pytest.mark.parametrize("make", [solar_open, dots1, hy_v3], ids=lambda make: make.__name__)
+def test_a_gguf_means_the_same_as_config_json(make: Make, tmp_path: Path) -> None:
+    config = make()
+    path = tmp_path / "model.gguf"
+    write_gguf_model(path, config, one_type("F32"), seed=3)
+    expected = parse(config)
+    found = open_model(path).config
+    assert found == replace(expected, family=found.family, dense_width=found.dense_width)
+    metadata = dict(read_gguf(path).metadata) | {f"{read_gguf(path).text('general.architecture')}.odd": 3}
+    with pytest.raises(UnsupportedModel, match="odd"):
+        FAMILIES[config["model_type"]].open_gguf(replace(read_gguf(path), metadata=metadata))

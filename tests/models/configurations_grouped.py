@@ -1,0 +1,65 @@
+"""Configurations of families with grouped-query attention and the router of DeepSeek-V3."""
+
+from __future__ import annotations
+
+from tests.models.configuration import Configuration, yarn
+from tests.models.tiny_grouped import dots1, hy_v3, solar_open
+
+GROUPED = (
+    Configuration(name="solar_open_plain", config=solar_open()),
+    Configuration(
+        name="solar_open_bias_groups_tied_f32",
+        config=solar_open(
+            attention_bias=True,
+            hidden_size=20,
+            head_dim=6,
+            moe_intermediate_size=7,
+            n_group=3,
+            n_routed_experts=6,
+            n_shared_experts=2,
+            norm_topk_prob=False,
+            num_attention_heads=6,
+            num_hidden_layers=2,
+            num_experts_per_tok=3,
+            num_key_value_heads=3,
+            rope_scaling={"type": "yarn"} | yarn(4.0, 16),
+            routed_scaling_factor=1.7,
+            tie_word_embeddings=True,
+            topk_group=2,
+            torch_dtype="float32",
+        ),
+        dtype="F32",
+    ),
+    Configuration(name="dots1_plain", config=dots1()),
+    Configuration(
+        name="dots1_windows_bias_sharded",
+        config=dots1(
+            attention_bias=True,
+            first_k_dense_replace=2,
+            max_window_layers=1,
+            n_shared_experts=1,
+            norm_topk_prob=False,
+            num_hidden_layers=4,
+            num_key_value_heads=4,
+            routed_scaling_factor=1.0,
+            scoring_func="sigmoid",
+            sliding_window=7,
+        ),
+        num_shards=2,
+    ),
+    Configuration(name="hy_v3_plain", config=hy_v3()),
+    Configuration(
+        name="hy_v3_bias_tied_f16",
+        config=hy_v3(
+            attention_bias=True,
+            first_k_dense_replace=0,
+            mlp_layer_types=["sparse"] * 3,
+            num_experts_per_tok=3,
+            num_shared_experts=2,
+            router_scaling_factor=1.3,
+            tie_word_embeddings=True,
+            torch_dtype="float16",
+        ),
+        dtype="F16",
+    ),
+)

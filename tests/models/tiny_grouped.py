@@ -1,0 +1,178 @@
+"""Tiny configurations and tensors of families with grouped-query attention and the router of DeepSeek-V3.
+
+Elsewhere: values and files are `tiny.py`, which also has the older families.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+RawConfig = dict[str, Any]
+Shapes = dict[str, tuple[int, ...]]
+
+_COMMON: RawConfig = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 28,
+    "initializer_range": 0.02,
+    "intermediate_size": 14,
+    "max_position_embeddings": 128,
+    "moe_intermediate_size": 9,
+    "num_attention_heads": 4,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-05,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 52,
+}
+
+
+def solar_open(**changes: Any) -> RawConfig:
+    """A config.json with the keys of Solar-Open-100B's."""
+    return {
+        **_COMMON,
+        "architectures": ["SolarOpenForCausalLM"],
+        "first_k_dense_replace": 0,
+        "head_dim": 12,
+        "model_type": "solar_open",
+        "n_routed_experts": 5,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "pad_token_id": 0,
+        "partial_rotary_factor": 1.0,
+        "rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64},
+        "rope_theta": 1000000,
+        "routed_scaling_factor": 1.0,
+        "transformers_version": "4.57.1",
+    } | changes
+
+
+def dots1(**changes: Any) -> RawConfig:
+    """A config.json with the keys of dots.llm1.base's."""
+    return {
+        **_COMMON,
+        "architectures": ["Dots1ForCausalLM"],
+        "first_k_dense_replace": 1,
+        "hidden_size": 24,
+        "model_type": "dots1",
+        "moe_layer_freq": 1,
+        "n_routed_experts": 5,
+        "n_shared_experts": 2,
+        "norm_topk_prob": True,
+        "pretraining_tp": 1,
+        "rope_scaling": None,
+        "rope_theta": 10000000,
+        "routed_scaling_factor": 2.5,
+        "scoring_func": "noaux_tc",
+        "sliding_window": None,
+        "transformers_version": "4.46.3",
+        "use_sliding_window": False,
+    } | changes
+
+
+def hy_v3(**changes: Any) -> RawConfig:
+    """A config.json with the keys that transformers writes, and those of Tencent's own code."""
+    num_layers = changes.get("num_hidden_layers", 3)
+    return {
+        **_COMMON,
+        "architectures": ["HYV3ForCausalLM"],
+        "enable_moe_fp32_combine": True,
+        "first_k_dense_replace": 1,
+        "head_dim": 14,
+        "mlp_bias": False,
+        "mlp_layer_types": ["dense"] + ["sparse"] * (num_layers - 1),
+        "model_type": "hy_v3",
+        "moe_router_enable_expert_bias": True,
+        "num_experts": 5,
+        "num_nextn_predict_layers": 0,
+        "num_shared_experts": 1,
+        "qk_norm": True,
+        "rope_parameters": {"rope_theta": 11158840.0, "rope_type": "default"},
+        "route_norm": True,
+        "router_scaling_factor": 2.826,
+        "transformers_version": "5.6.0.dev0",
+    } | changes
+
+
+# The names of the router, its bias for the choice, and shared experts, below `mlp.`.
+_NAMES = {
+    "solar_open": ("gate.weight", "gate.e_score_correction_bias", "shared_experts."),
+    "dots1": ("gate.weight", "gate.e_score_correction_bias", "shared_experts."),
+    "hy_v3": ("router.gate.weight", "expert_bias", "shared_mlp."),
+}
+FAMILIES = tuple(_NAMES)
+
+
+def num_dense_layers(config: RawConfig) -> int:
+    return int(config.get("first_k_dense_replace", 1 if config["model_type"] == "hy_v3" else 0))
+
+
+def grouped_shapes(config: RawConfig) -> Shapes:
+    """Return names and shapes of every tensor in the hub's checkpoint of this config."""
+    hidden, vocab, family = config["hidden_size"], config["vocab_size"], config["model_type"]
+    head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
+    q_rows, kv_rows = (config[f"num_{name}_heads"] * head_dim for name in ("attention", "key_value"))
+    num_experts = config.get("num_experts") or config["n_routed_experts"]
+    num_shared = config.get("num_shared_experts") or config["n_shared_experts"]
+    router, bias, shared = _NAMES[family]
+    shapes: Shapes = {"model.embed_tokens.weight": (vocab, hidden)}
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        attention, mlp = layer + "self_attn.", layer + "mlp."
+        shapes[layer + "input_layernorm.weight"] = shapes[layer + "post_attention_layernorm.weight"] = (
+            hidden,
+        )
+        for name, rows in (("q", q_rows), ("k", kv_rows), ("v", kv_rows)):
+            shapes[f"{attention}{name}_proj.weight"] = (rows, hidden)
+            if config["attention_bias"]:
+                shapes[f"{attention}{name}_proj.bias"] = (rows,)
+        shapes[attention + "o_proj.weight"] = (hidden, q_rows)
+        if config["attention_bias"] and family != "solar_open":
+            shapes[attention + "o_proj.bias"] = (hidden,)
+        if family != "solar_open":
+            shapes[attention + "q_norm.weight"] = shapes[attention + "k_norm.weight"] = (head_dim,)
+        if i < num_dense_layers(config):
+            shapes |= _swiglu(mlp, hidden, config["intermediate_size"])
+            continue
+        shapes[mlp + router], shapes[mlp + bias] = (num_experts, hidden), (num_experts,)
+        for expert in range(num_experts):
+            shapes |= _swiglu(f"{mlp}experts.{expert}.", hidden, config["moe_intermediate_size"])
+        shapes |= _swiglu(mlp + shared, hidden, num_shared * config["moe_intermediate_size"])
+    shapes["model.norm.weight"] = (hidden,)
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (vocab, hidden)
+    return shapes
+
+
+def _swiglu(prefix: str, hidden: int, width: int) -> Shapes:
+    return {
+        f"{prefix}gate_proj.weight": (width, hidden),
+        f"{prefix}up_proj.weight": (width, hidden),
+        f"{prefix}down_proj.weight": (hidden, width),
+    }
+
+
+def as_glm(config: RawConfig, tensors: Mapping[str, Any]) -> tuple[RawConfig, dict[str, Any]]:
+    """The same model as a GLM-4.5, whose mathematics contain those of these families."""
+    router, bias, shared = _NAMES[config["model_type"]]
+    theirs = {router: "gate.weight", bias: "gate.e_score_correction_bias", shared: "shared_experts."}
+
+    def name_of(name: str) -> str:
+        for old, new in theirs.items():
+            name = name.replace(f".mlp.{old}", f".mlp.{new}")
+        return name
+
+    scale = config.get("router_scaling_factor") or config.get("routed_scaling_factor", 1.0)
+    glm = config | {"model_type": "glm4_moe", "partial_rotary_factor": 1.0, "routed_scaling_factor": scale}
+    if config.get("sliding_window"):
+        first, num_layers = config["max_window_layers"], config["num_hidden_layers"]
+        kinds = ["full_attention"] * first + ["sliding_attention"] * (num_layers - first)
+        glm |= {"use_sliding_window": True, "layer_types": kinds}
+    return glm, {name_of(name): values for name, values in tensors.items()}
