@@ -42,6 +42,7 @@ from tests.models.tiny import (
 from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
 from tests.models.tiny_gemma import gemma4
 from tests.models.tiny_gqa import mimo_v2_flash
+from tests.models.tiny_kda import bailing_hybrid
 from tests.models.tiny_latent import deepseek_v3, glm_moe_dsa, kimi_k2
 from tests.models.tiny_recurrent import lfm2_moe
 
@@ -116,6 +117,9 @@ CONFIGS = {
         num_key_value_heads=3,
         num_experts=9,
     ),
+    "bailing_hybrid": bailing_hybrid(  # Kimi Delta Attention, latent attention with gates of heads
+        max_position_embeddings=1024, hidden_size=72, num_experts=9, num_experts_per_tok=3
+    ),
     "gemma4": gemma4(  # heads and rotary embedding by layer, a dense network beside the experts, norms after blocks
         max_position_embeddings=1024, hidden_size=72, num_experts=9, top_k_experts=3, vocab_size=112
     ),
@@ -158,6 +162,7 @@ IN_SHORT = [
             "qwen3_moe",
             "qwen3_next",
             "lfm2_moe",
+            "bailing_hybrid",
             "deepseek_v3",
             "glm_moe_dsa",
             "gemma4",

@@ -37,6 +37,7 @@ from tests.model.open_parts import (
     open_parts,
 )
 from tests.model.reference_step import Floats, ReferenceDecoder
+from tests.models import tiny_kda
 from tests.models.references import REFERENCES
 from tests.models.runnable import runnable
 from tests.models.safetensors_file import read_safetensors, write_checkpoint
@@ -66,7 +67,12 @@ STEPS = [
     [Run(3, 1), decode(1)],
 ]
 
-CHECKPOINTS = {reference.name: reference.directory for reference in REFERENCES}
+# The operations of Kimi delta attention are not called one by one: `tests/native/test_linear_mixers.py` proves them.
+CHECKPOINTS = {
+    reference.name: reference.directory
+    for reference in REFERENCES
+    if not reference.name.startswith(tiny_kda.FAMILIES)
+}
 PACKED = {
     "mixtral-q8": (mixtral(hidden_size=80, intermediate_size=72), "q8"),
     "minimax_m2-q8": (minimax_m2(num_local_experts=16, num_experts_per_tok=4), "q8"),

@@ -25,6 +25,7 @@ from tests.models.tiny import (
     respelt,
 )
 from tests.models.tiny_delta import qwen3_5_moe, qwen3_5_moe_text, qwen3_next
+from tests.models.tiny_kda import bailing_hybrid, kimi_linear
 from tests.models.tiny_recurrent import lfm2_moe
 
 
@@ -326,6 +327,48 @@ CONFIGURATIONS = (
             use_expert_bias=False,
             hidden_size=24,
             moe_intermediate_size=7,
+        ),
+    ),
+    Configuration(name="kimi_linear_plain", config=kimi_linear(num_experts=4, vocab_size=64)),
+    Configuration(
+        name="kimi_linear_groups_no_dense_layer",
+        config=kimi_linear(
+            first_k_dense_replace=0,
+            linear_attn_config={
+                "full_attn_layers": [3],
+                "head_dim": 7,
+                "kda_layers": [1, 2],
+                "num_heads": 4,
+                "short_conv_kernel_size": 3,
+            },
+            moe_renormalize=False,
+            num_expert_group=3,
+            topk_group=2,
+            routed_scaling_factor=1.0,
+            hidden_size=24,
+            moe_intermediate_size=6,
+            vocab_size=64,
+            kv_lora_rank=12,
+            num_shared_experts=2,
+        ),
+    ),
+    Configuration(name="bailing_hybrid_plain", config=bailing_hybrid(num_hidden_layers=2, num_experts=9)),
+    Configuration(
+        name="bailing_hybrid_query_rank",
+        config=bailing_hybrid(
+            q_lora_rank=11,
+            layer_group_size=3,
+            num_hidden_layers=3,
+            num_nextn_predict_layers=1,
+            moe_intermediate_size=5,
+            moe_shared_expert_intermediate_size=5,
+            vocab_size=64,
+            kda_lower_bound=-2.5,
+            short_conv_kernel_size=3,
+            head_dim=8,
+            hidden_size=24,
+            norm_topk_prob=False,
+            first_k_dense_replace=0,
         ),
     ),
     Configuration(name="minimax_m2_plain", config=minimax_m2(num_local_experts=8, num_hidden_layers=2)),

@@ -21,11 +21,13 @@ from tests.models import (
     tiny_gemma,
     tiny_gqa,
     tiny_grouped,
+    tiny_kda,
     tiny_recurrent,
     tiny_wrappers,
 )
 from tests.models.numpy_delta import delta_net
 from tests.models.numpy_flags import run_layer
+from tests.models.numpy_kda import as_deepseek, kimi_delta_attention
 from tests.models.safetensors_file import Array, read_checkpoint
 from tests.models.tiny import CHOICE_BIASES, RawConfig, expert_names, head_dim, text_of
 
@@ -118,6 +120,8 @@ class NumpyModel:
             self.kinds = self.config["layer_types"]
         if family in tiny_grouped.FAMILIES:
             self.config, self.tensors = tiny_grouped.as_glm(self.config, self.tensors)
+        if self.config["model_type"] in tiny_kda.FAMILIES:
+            self.config, self.tensors = as_deepseek(self.config, self.tensors)
         self.windows = sliding_windows(self.config)
         self.router_margin = math.inf
         self.hidden_states: list[Array] = []
@@ -152,6 +156,9 @@ class NumpyModel:
             else:
                 if self.is_delta and self.kinds[layer] == "linear_attention":
                     hidden = hidden + delta_net(self.config, self.tensors, prefix + "linear_attn.", normed)
+                elif prefix + "self_attn.A_log" in self.tensors:
+                    mixed = kimi_delta_attention(self.config, self.tensors, prefix + "self_attn.", normed)
+                    hidden = hidden + mixed
                 elif self.kinds and self.kinds[layer] == "conv":
                     hidden = hidden + numpy_recurrent.short_conv(self.tensors, prefix + "conv.", normed)
                 else:
@@ -273,7 +280,9 @@ class NumpyModel:
         latent, shared_key = np.split(self.linear(prefix + "kv_a_proj_with_mqa", x), [rank], axis=-1)
         latent = self.norm(prefix + "kv_a_layernorm", latent, 1e-6)
         turn = rotate_pairs if config.get("rope_interleave", True) else rotate
-        q_turned, key_turned = (turn(t, places) for t in (q[..., nope:], shared_key[:, None]))
+        q_turned, key_turned = q[..., nope:], shared_key[:, None]
+        if not config.get("mla_use_nope"):
+            q_turned, key_turned = turn(q_turned, places), turn(key_turned, places)
 
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         magnitude = 1.0
@@ -293,6 +302,8 @@ class NumpyModel:
             key, value = np.split(keys_values[:, head], [nope], axis=-1)
             scores = q[:, head, :nope] @ key.T + q_turned[:, head] @ key_turned[:, 0].T
             out[:, head] = softmax(np.where(is_seen, scale * scores, -np.inf)) @ value
+        if prefix + "g_proj.weight" in self.tensors:
+            out *= sigmoid(self.linear(prefix + "g_proj", x))[:, :, None]
         return self.linear(prefix + "o_proj", out.reshape(num_tokens, -1))
 
     def choose_positions(self, prefix: str, x: Array, compressed: Array, places: Places) -> Array:

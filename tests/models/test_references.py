@@ -14,6 +14,7 @@ from tests.models import (
     tiny_gemma,
     tiny_gqa,
     tiny_grouped,
+    tiny_kda,
     tiny_recurrent,
     tiny_wrappers,
 )
@@ -91,6 +92,7 @@ def test_the_references_cover_every_flag() -> None:
         *tiny_gqa.FAMILIES,
         *tiny_delta.FAMILIES,
         *tiny_recurrent.FAMILIES,
+        *tiny_kda.FAMILIES,
         *tiny_wrappers.TEXT_FAMILIES,
         tiny_gemma.FAMILY,
         *tiny_flags.FAMILIES,

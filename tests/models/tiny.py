@@ -23,6 +23,7 @@ from tests.models import (
     tiny_gemma,
     tiny_gqa,
     tiny_grouped,
+    tiny_kda,
     tiny_latent,
     tiny_recurrent,
     tiny_wrappers,
@@ -382,6 +383,8 @@ def tensor_shapes(config: RawConfig) -> dict[str, tuple[int, ...]]:
         return tiny_delta.delta_tensor_shapes(config, moe_layers(config), is_fused=is_fused)
     if config["model_type"] in tiny_recurrent.FAMILIES:
         return tiny_recurrent.lfm2_shapes(config)
+    if config["model_type"] in tiny_kda.FAMILIES:
+        return tiny_kda.kda_tensor_shapes(config)
     if config["model_type"] in tiny_latent.LATENT_FAMILIES:
         return tiny_latent.latent_shapes(config)
     if config["model_type"] in tiny_flags.FAMILIES:
@@ -502,13 +505,13 @@ def random_tensors(config: RawConfig, seed: int, dtype: str) -> dict[str, Array]
             values = 1 + 0.2 * noise
         elif name.endswith("router.proj.weight"):  # its input has the length one
             values = 1.5 * noise
-        elif name.endswith(("e_score_correction_bias", "feed_forward.expert_bias")):
+        elif name.endswith(("e_score_correction_bias", "feed_forward.expert_bias", "gate.expert_bias")):
             values = 0.1 * noise
         elif name.endswith((".bias", "_bias")):
             values = 0.3 * noise
         elif name.endswith("sinks"):
             values = noise
-        elif "embed_tokens" in name:
+        elif "embed_tokens" in name or "word_embeddings" in name:
             # A tied table is also the head: at unit size a token would only ever predict itself.
             is_tied = text_of(config).get("tie_word_embeddings")
             if config["model_type"] in tiny_recurrent.FAMILIES:

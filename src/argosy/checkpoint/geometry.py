@@ -20,6 +20,7 @@ from argosy.config import (
     AttentionConfig,
     DeltaConfig,
     Format,
+    KimiDeltaConfig,
     LatentConfig,
     MambaConfig,
     Mixer,
@@ -118,6 +119,8 @@ def _mixer_shapes(mixer: Mixer, hidden: int) -> Iterator[tuple[str, Shape]]:
             return _latent_shapes(mixer, hidden)
         case DeltaConfig():
             return _delta_shapes(mixer, hidden)
+        case KimiDeltaConfig():
+            return _kimi_delta_shapes(mixer, hidden)
         case ShortConvConfig():
             return _short_conv_shapes(mixer, hidden)
         case MambaConfig():
@@ -177,6 +180,8 @@ def _latent_shapes(latent: LatentConfig, hidden: int) -> Iterator[tuple[str, Sha
         yield "index_k_norm", (index.head_dim,)
         yield "index_k_norm_bias", (index.head_dim,)
         yield "index_weights", (index.num_heads, hidden)
+    if latent.has_head_gates:
+        yield "attn_gate", (heads, hidden)
     yield "o", (hidden, heads * latent.value_dim)
 
 
@@ -199,6 +204,25 @@ def _delta_shapes(delta: DeltaConfig, hidden: int) -> Iterator[tuple[str, Shape]
     yield "delta_dt_bias", (delta.num_value_heads,)
     yield "delta_norm", (delta.value_dim,)
     yield "delta_out", (hidden, delta.value_channels)
+
+
+def _kimi_delta_shapes(delta: KimiDeltaConfig, hidden: int) -> Iterator[tuple[str, Shape]]:
+    """Return the shapes of Kimi Delta Attention. The projections of the decay and of the output gate may have two
+    factors.
+    """
+    rows = delta.channels
+    for name in "qkv":
+        yield f"kda_{name}", (rows, hidden)
+        yield f"kda_{name}_conv", (rows, delta.conv_width)
+    yield "kda_beta", (delta.num_heads, hidden)
+    for name, rank in (("kda_decay", delta.decay_rank), ("kda_gate", delta.gate_rank)):
+        if rank:
+            yield name + "_down", (rank, hidden)
+        yield name, (rows, rank or hidden)
+    yield "kda_rate", (delta.num_heads,)
+    yield "kda_dt_bias", (rows,)
+    yield "kda_norm", (delta.head_dim,)
+    yield "kda_out", (hidden, rows)
 
 
 def _short_conv_shapes(conv: ShortConvConfig, hidden: int) -> Iterator[tuple[str, Shape]]:
@@ -272,7 +296,7 @@ def _routed_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
 _DENSE_FORMATS: Mapping[str, Format] = {"bf16": "bf16", "q8": "q8", "q4": "q8"}
 # Besides vectors: rows that score experts, and rows that set how fast a recurrent state forgets and learns.
 _KEPT_EXACT = frozenset(
-    {"router", "shared_score", "sinks", "index_weights", "delta_a", "delta_b", "delta_ba"}
+    {"router", "shared_score", "sinks", "index_weights", "delta_a", "delta_b", "delta_ba", "kda_beta"}
 )
 
 

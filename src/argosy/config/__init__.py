@@ -17,7 +17,8 @@ from argosy.config.model import (
     RouterConfig,
 )  # fmt: skip
 from argosy.config.mixers import (
-    AttentionConfig, DeltaConfig, IndexConfig, LatentConfig, MambaConfig, Mixer, QueryScale, RecurrentMixer,
+    AttentionConfig, DeltaConfig, IndexConfig, KimiDeltaConfig, LatentConfig, MambaConfig, Mixer, QueryScale,
+    RecurrentMixer,
     RopeConfig, ShortConvConfig,
 )  # fmt: skip
 from argosy.config.sampling import (

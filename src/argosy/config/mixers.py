@@ -120,6 +120,7 @@ class LatentConfig:
     rope: RopeConfig | None  # None: nothing rotates
     scale: float = 0.0  # factor of attention scores; 0: 1 / sqrt(head_dim)
     query_scale: QueryScale | None = None  # a factor of queries that grows with their position
+    has_head_gates: bool = False  # the result of each head is multiplied by a sigmoid: `attn_gate`
     is_up_split: bool = False  # the file holds k_up (transposed head by head) and v_up instead of kv_up
     index: IndexConfig | None = None  # a token sees only the best positions; None: all
 
@@ -179,6 +180,28 @@ class DeltaConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KimiDeltaConfig:
+    """Kimi Delta Attention (arXiv:2510.26692): a delta net with a decay for each key dimension of a head."""
+
+    num_heads: int
+    head_dim: int
+    conv_width: int  # positions that the causal convolutions of q, k and v see
+    decay_rank: int = 0  # the projection of the decay has two factors: `kda_decay_down`; 0: one
+    gate_rank: int = 0  # the same of the output gate: `kda_gate_down`
+    floor: float = 0.0  # the least logarithm of a decay; 0: there is none
+    is_rate_log: bool = True  # the decay rate is stored as log(-rate), else with either sign
+
+    @property
+    def channels(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """The sizes as `_native` expects them: those of a delta net."""
+        return self.num_heads, self.num_heads, self.head_dim, self.head_dim, self.conv_width
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ShortConvConfig:
     """A gated short convolution (LFM2): C * conv(B * x). Its last inputs are kept per sequence."""
 
@@ -217,5 +240,5 @@ class MambaConfig:
         return self.num_heads, self.head_dim, self.state_dim, self.num_groups, self.conv_width
 
 
-RecurrentMixer = DeltaConfig | ShortConvConfig | MambaConfig
+RecurrentMixer = DeltaConfig | KimiDeltaConfig | ShortConvConfig | MambaConfig
 Mixer = AttentionConfig | LatentConfig | RecurrentMixer

@@ -13,6 +13,7 @@ from argosy.config import (
     AttentionConfig,
     DeltaConfig,
     IndexConfig,
+    KimiDeltaConfig,
     LatentConfig,
     MambaConfig,
     Mixer,
@@ -114,6 +115,8 @@ def _mixer(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Mi
             return _latent(latent, f"layers.{layer}.", weights)
         case DeltaConfig() as delta:
             return _delta(delta, f"layers.{layer}.delta_", weights, config.recurrent_layers.index(layer))
+        case KimiDeltaConfig() as delta:
+            return _kimi_delta(delta, f"layers.{layer}.kda_", weights, config.recurrent_layers.index(layer))
         case ShortConvConfig():
             return _short_conv(f"layers.{layer}.shortconv_", weights, config.recurrent_layers.index(layer))
         case MambaConfig() as mamba:
@@ -173,6 +176,23 @@ def _delta(delta: DeltaConfig, name: str, weights: DenseWeights, state_layer: in
     )
 
 
+def _kimi_delta(delta: KimiDeltaConfig, name: str, weights: DenseWeights, state_layer: int) -> _native.Mixer:
+    """Kimi Delta Attention (arXiv:2510.26692)."""
+    matrices, vectors = weights.matrices, weights.vectors
+    return _native.kimi_delta_attention(
+        *(matrices[name + part] for part in ("q", "k", "v", "beta", "decay", "gate", "out")),
+        decay_down=matrices.get(name + "decay_down"),
+        gate_down=matrices.get(name + "gate_down"),
+        conv=(vectors[name + "q_conv"], vectors[name + "k_conv"], vectors[name + "v_conv"]),
+        rate=_decay_rate(name + "rate", weights, is_log=delta.is_rate_log, has_sign=False),
+        dt_bias=vectors[name + "dt_bias"],
+        norm=vectors[name + "norm"],
+        floor=delta.floor,
+        sizes=delta.sizes,
+        state_layer=state_layer,
+    )
+
+
 def _short_conv(name: str, weights: DenseWeights, state_layer: int) -> _native.Mixer:
     """A short convolution with two gates, as in LFM2."""
     vectors = weights.vectors
@@ -207,15 +227,15 @@ def _mamba(mamba: MambaConfig, name: str, weights: DenseWeights, state_layer: in
     )
 
 
-def _decay_rate(name: str, weights: DenseWeights, *, is_log: bool) -> Vector:
-    """The decay rate of each head.
+def _decay_rate(name: str, weights: DenseWeights, *, is_log: bool, has_sign: bool = True) -> Vector:
+    """The decay rate of each head. Without a sign, a file may also store minus the rate.
 
     Raises:
         CheckpointError: a rate would make the state grow from token to token, or turn it into NaN.
     """
     rate = weights.vectors[name]
     with np.errstate(over="ignore"):
-        rate = -np.exp(rate) if is_log else rate
+        rate = -np.exp(rate) if is_log else rate if has_sign else -np.abs(rate)
     wrong = np.flatnonzero(~(np.isfinite(rate) & (rate <= 0)))
     if wrong.size:
         raise CheckpointError(
@@ -242,6 +262,7 @@ def _latent(latent: LatentConfig, name: str, weights: DenseWeights) -> _native.M
         query_down=weights.matrices.get(name + "q_down"),
         query_norm=weights.vectors.get(name + "q_down_norm"),
         query_scale=_query_scale(latent.query_scale),
+        gate=weights.matrices.get(name + "attn_gate"),
         num_chosen=latent.num_chosen,
         indexer=None if latent.own_index is None else _indexer(latent.own_index, name + "index_", weights),
     )
@@ -283,6 +304,8 @@ def _state_shape(mixer: RecurrentMixer) -> _native.StateShape:
     match mixer:
         case DeltaConfig():
             return _native.StateShape.delta_net(mixer.sizes)
+        case KimiDeltaConfig():
+            return _native.StateShape.delta_net(mixer.sizes)
         case ShortConvConfig():
             return _native.StateShape.short_conv(mixer.channels, mixer.conv_width)
         case MambaConfig():
@@ -308,10 +331,17 @@ def _add_mixer_sizes(sizes: _native.StackSizes, mixer: Mixer) -> None:
                 mixer.kv_rank,
                 mixer.value_dim,
                 mixer.query_rank,
-                *(index.num_heads, index.head_dim, index.num_chosen) if (index := mixer.own_index) else (),
+                *(
+                    (index.num_heads, index.head_dim, index.num_chosen)
+                    if (index := mixer.own_index)
+                    else (0, 0, 0)
+                ),
+                mixer.num_heads if mixer.has_head_gates else 0,
             )
         case DeltaConfig():
             sizes.add_delta_net(mixer.sizes)
+        case KimiDeltaConfig():
+            sizes.add_kimi_delta(mixer.sizes, mixer.decay_rank + mixer.gate_rank)
         case ShortConvConfig():
             sizes.add_short_conv(mixer.channels)
         case MambaConfig():

@@ -77,7 +77,7 @@ class TensorAccounts:
                 path=self.path,
                 tensor=name,
             )
-        if ref.shape not in shapes:
+        if not any(_is_alike(ref.shape, shape) for shape in shapes):
             raise CheckpointError(
                 f"{ref.path.name}: {name} is {quote(list(ref.shape))}, expected {list(shapes[0])}",
                 path=ref.path,
@@ -127,6 +127,13 @@ class TensorAccounts:
                 extra=extra,
             )
         return others
+
+
+def _is_alike(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Whether they are equal but for axes of length one in a file's vector or matrix."""
+    if len(found) <= len(expected) or len(expected) > 2:
+        return found == expected
+    return [size for size in found if size > 1] == [size for size in expected if size > 1]
 
 
 def read_draft(

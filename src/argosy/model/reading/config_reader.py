@@ -81,8 +81,21 @@ class ConfigReader:
         path: Path = Path("config.json"),
         *,
         within: str | None = None,
+        aliases: Mapping[str, str] = {},
     ) -> None:
-        self._raw = raw
+        """Args:
+        aliases: a family's other names of keys, and the names under which they are read.
+        """
+        self._aliases = {name: alias for alias, name in aliases.items() if alias in raw}
+        for name, alias in self._aliases.items():
+            if name in raw and not _is_same(raw[name], raw[alias]):
+                raise CheckpointError(
+                    f"{path.name} gives {alias} as {_as_json(raw[alias])} and {name}, its other name, as "
+                    f"{_as_json(raw[name])}",
+                    path=path,
+                    key=alias,
+                )
+        self._raw = {aliases.get(key, key): value for key, value in raw.items()}
         self._family = family
         self._path = path
         self._where = path.name if within is None else f"{path.name}: {within}"
@@ -108,6 +121,13 @@ class ConfigReader:
         if not is_positive_number(value):
             raise self._wrong(name, value, "a number above zero")
         return float(value)  # type: ignore[arg-type]
+
+    def negative_number(self, name: str, default: float) -> float:
+        """Read a number below zero."""
+        _, value = self._find(name, default=default)
+        if not isinstance(value, int | float) or not is_positive_number(-value):
+            raise self._wrong(name, value, "a number below zero")
+        return float(value)
 
     def optional_number(self, name: str) -> float | None:
         """Read a number above zero, or None if it is null or absent."""
@@ -336,7 +356,7 @@ class ConfigReader:
             else f"{_as_json(value)}, {kind_of(value)}"
         )
         return CheckpointError(
-            f"{self._where}: {name} is {found}; expected {expected}",
+            f"{self._where}: {self._aliases.get(name, name)} is {found}; expected {expected}",
             path=self._path,
             key=name,
             value=value,
@@ -344,7 +364,7 @@ class ConfigReader:
 
     def _unsupported(self, name: str, value: object, supported: str) -> UnsupportedModel:
         return UnsupportedModel(
-            f"{self._where} asks for {name} {_as_json(value)}; supported: {supported}",
+            f"{self._where} asks for {self._aliases.get(name, name)} {_as_json(value)}; supported: {supported}",
             path=self._path,
             key=name,
             value=value,

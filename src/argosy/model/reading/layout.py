@@ -235,7 +235,8 @@ def _read_draft(
 def _as_in_mlx(config: ModelConfig, layout: Layout, tensors: Mapping[str, TensorRef]) -> ModelConfig:
     """The config of MLX's checkpoint: norms are stored whole, and kv_up may be stored as its two halves."""
     if "k_up" in layout.layer_names:
-        is_split = layout.dense_name("layers.0.k_up") in tensors
+        latent = next(i for i, one in enumerate(config.layers) if isinstance(one.mixer, LatentConfig))
+        is_split = layout.dense_name(f"layers.{latent}.k_up") in tensors
         config = config.with_mixers(LatentConfig, is_up_split=is_split)
     return replace(config, norm_offset=0.0)
 

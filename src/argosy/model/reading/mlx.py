@@ -39,6 +39,13 @@ class _Form:
 
 _LATENT = {"k_up": "self_attn.embed_q.weight", "v_up": "self_attn.unembed_out.weight"}
 _LFM2 = {name: f"feed_forward.{name}_proj.weight" for name in ("gate", "up", "down")}
+_LATENT_OF_LING = {name: in_file.replace("self_attn", "attention") for name, in_file in _LATENT.items()}
+_KIMI_LINEAR = {
+    "router": "mlp.gate.weight",
+    "choice_bias": "mlp.e_score_correction_bias",
+    **{f"shared_{part}": f"mlp.shared_experts.{part}_proj.weight" for part in ("gate", "up", "down")},
+    **{f"kda_{part}_conv": f"self_attn.{part}_conv.conv.weight" for part in "qkv"},
+}
 _WRAPPED = _Form(prefixes=(_IN_WRAPPER,), passed_over=_TOWERS)
 _DELTA = _Form(passed_over=_DRAFTS)
 
@@ -63,6 +70,8 @@ _FORMS: Mapping[str, _Form] = {
     "glm4_moe_lite": _Form(names=_LATENT),
     "deepseek_v32": _Form(names=_LATENT),
     "glm_moe_dsa": _Form(names=_LATENT),
+    "kimi_linear": _Form(names=_LATENT | _KIMI_LINEAR),
+    "bailing_hybrid": _Form(names=_LATENT_OF_LING),
     "qwen3_next": _DELTA,
     "qwen3_5_moe": replace(_WRAPPED, passed_over=f"{_TOWERS}|{_DRAFTS}"),
     "qwen3_5_moe_text": replace(_DELTA, prefixes=(_TEXT, _IN_WRAPPER)),

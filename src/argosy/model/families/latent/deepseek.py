@@ -27,7 +27,7 @@ from argosy.model.reading.layout import ATTENTION_NAMES, separate_and_fused
 LATENT_NORM_EPS = 1e-6
 INDEX_NORM_EPS = 1e-6  # of the LayerNorm of index keys (DeepseekV32Indexer there)
 
-_LAYER_NAMES = {
+LAYER_NAMES = {
     **ATTENTION_NAMES,
     "q_down": "self_attn.q_a_proj.weight",
     "q_down_norm": "self_attn.q_a_layernorm.weight",
@@ -50,7 +50,7 @@ _LAYER_NAMES = {
     "down": "mlp.down_proj.weight",
 }
 
-LAYOUTS = separate_and_fused(_LAYER_NAMES)
+LAYOUTS = separate_and_fused(LAYER_NAMES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +71,7 @@ class Defaults(CommonDefaults):
     rope_dim: int = 64
     num_mtp_layers: int = 0
     eos_id: int
-    bos_id: int
+    bos_id: int | None
 
 
 DEEPSEEK_V3 = Defaults(
