@@ -20,7 +20,7 @@ from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import FAMILIES, open_model
 from argosy.model.reading.layout import Layout, read_layout
 from tests.checkpoint.raw_files import write_raw
-from tests.models import tiny_delta, tiny_gemma, tiny_wrappers
+from tests.models import tiny_delta, tiny_gemma, tiny_recurrent, tiny_wrappers
 from tests.models.configurations import CONFIGURATIONS, Configuration
 from tests.models.safetensors_file import Array, decode, read_checkpoint, write_checkpoint
 from tests.models.tiny import (
@@ -102,6 +102,7 @@ OTHERS = (
     "mistral3",
     tiny_gemma.FAMILY,
     *tiny_delta.FAMILIES,
+    *tiny_recurrent.FAMILIES,
     *tiny_wrappers.TEXT_FAMILIES,
 )
 SEPARATE = [one for one in CONFIGURATIONS if one.config["model_type"] not in OTHERS]
