@@ -76,7 +76,7 @@ def test_the_pairs_of_an_indexer_may_be_given() -> None:
         (glm(index_topk_pattern=4), CheckpointError, "index_topk_pattern is 4"),
         (glm(moe_router_dtype="bfloat16"), UnsupportedModel, "moe_router_dtype"),
         (glm(index_kpool=4), UnsupportedModel, "sets index_kpool to 4"),
-        (glm(head_dim=100), UnsupportedModel, "head_dim 100; supported: 64 or 576 or 192 or null"),
+        (glm(head_dim=100), UnsupportedModel, "head_dim 100; supported: 64 or 256 or 576 or 192 or null"),
     ],
 )
 def test_what_an_indexer_cannot_be_is_refused(raw: RawConfig, error: type[Exception], sentence: str) -> None:

@@ -272,10 +272,8 @@ def _require_same_config(packed: ModelFiles) -> None:
         config,
         is_embedding_tied=packed.config.is_embedding_tied,
         norm_offset=packed.config.norm_offset,
+        router=replace(config.router, has_choice_bias=packed.config.router.has_choice_bias),
     )
-    if config.family == "axk1":
-        router = replace(config.router, has_choice_bias=packed.config.router.has_choice_bias)
-        config = replace(config, router=router)
     if packed.config.latent is not None:
         config = config.with_mixers(LatentConfig, is_up_split=packed.config.latent.is_up_split)
     if config != packed.config:
