@@ -42,7 +42,7 @@ OPTIONAL = {
 # Families, towers, ways to write tool calls, dialects and commands are members of registries: of these folders the core
 # has only the named modules. The core also runs without what only other members need.
 REGISTRIES = {
-    "model/families": ("__init__", "qwen3_moe", "qwen_moe"),
+    "model/families": ("__init__", "nearest", "qwen3_moe", "qwen_moe"),
     "model/encoders": ("__init__", "blocks", "encoder", "mlx_towers", "mmproj", "reading", "table"),
     "prompt/formats": (
         "__init__",
@@ -50,6 +50,7 @@ REGISTRIES = {
         "events",
         "format",
         "hermes",
+        "json_list",
         "lark",
         "parser",
         "plain",

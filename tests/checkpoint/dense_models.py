@@ -41,6 +41,7 @@ class NumpyDense(NumpyModel):
     def __init__(self, directory: Path) -> None:
         self.config = {**json.loads((directory / "config.json").read_text()), "model_type": "qwen3_moe"}
         self.tensors = {name: t.astype(np.float64) for name, t in read_checkpoint(directory).items()}
+        self.is_delta, self.kinds = False, []
         self.windows = [0] * self.config["num_hidden_layers"]
 
     def feed_forward(self, layer: int, x: Array) -> Array:

@@ -22,8 +22,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_group_takes_less_than_64_mib_beside_kimi_k2() -> None:
     config = SimpleNamespace(
-        hidden_size=7168, num_layers=61, num_experts=384, experts_per_token=8, moe_layers=tuple(range(1, 61))
-    )
+        hidden_size=7168,
+        expert_hidden=7168,
+        num_layers=61,
+        num_experts=384,
+        experts_per_token=8,
+        moe_layers=tuple(range(1, 61)),
+    )  # fmt: skip
     files: Any = SimpleNamespace(config=config, experts=range(60 * 384))
     with Group([f"10.0.0.{i}:7070" for i in range(8)], verify=0.01) as group:
         assert group.nbytes(files) < 64 * MIB

@@ -217,7 +217,7 @@ def test_a_picture_whose_positions_see_one_another_fits_every_chunk() -> None:
     with opened(REFERENCE / "gemma4", chunk_tokens=16) as engine:
         assert engine.plan.chunk_tokens == largest
         assert isinstance(engine.media, PromptMedia)
-        picture = engine.media.read(Image(np.zeros((8, 4 * largest, 3), np.uint8)))
+        picture = engine.media.read(Image(np.zeros((8, largest, 3), np.uint8)))
         before, span, after = engine.media.segments(picture, "", RequestMedia())
         assert isinstance(span, MediaSpan)
         assert 16 < span.num_positions <= largest

@@ -51,10 +51,15 @@ class TensorAccounts:
     def take(self, name: str, *shapes: tuple[int, ...]) -> tuple[TensorRef, Format]:
         """Take the tensor `name`, which must have one of the expected shapes; return it and its format.
 
+        Some files store a vector with axes of length one more.
+
         Raises:
             CheckpointError: the tensor is missing, or has another shape.
             UnsupportedModel: no kernel reads its type.
         """
+        ref = self._tensors.get(name)
+        if ref is not None and any(_is_alike(ref.shape, shape) for shape in shapes):
+            shapes = (ref.shape,)
         return self._take(name, shapes, self._formats)
 
     def take_bytes(self, name: str, *shapes: tuple[int, ...]) -> TensorRef:
@@ -77,7 +82,7 @@ class TensorAccounts:
                 path=self.path,
                 tensor=name,
             )
-        if not any(_is_alike(ref.shape, shape) for shape in shapes):
+        if ref.shape not in shapes:
             raise CheckpointError(
                 f"{ref.path.name}: {name} is {quote(list(ref.shape))}, expected {list(shapes[0])}",
                 path=ref.path,

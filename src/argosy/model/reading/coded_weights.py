@@ -446,9 +446,7 @@ class WeightAccounts(TensorAccounts):
             part = slice.of(ref, (shape,))
             assert part is not None
             return MatrixRef.of(part, format, shape[0], shape[1])
-        # Some files store a vector as the only row of a matrix.
-        shapes = (_by_head(shape, num_heads),) if len(shape) > 1 else (shape, (1, *shape))
-        ref, format = self.take(name, *shapes)
+        ref, format = self.take(name, _by_head(shape, num_heads))
         rows, cols = shape if len(shape) == 2 else (1, math.prod(shape))
         return MatrixRef.of(ref, format, rows, cols)
 
