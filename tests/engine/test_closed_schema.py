@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 
 from argosy import Engine, SamplingParams
+from argosy.checkpoint.manifest import PACK_VERSION
 from argosy.config import Grammar
 from argosy.engine.grammar.closed_schema import close_objects
 from argosy.engine.grammar.constraint import GrammarCompiler
@@ -167,7 +168,7 @@ def test_every_object_of_a_librarys_example_is_closed(library: str) -> None:
 
 @pytest.fixture(scope="module")
 def demo() -> Iterator[Engine]:
-    built = sorted(cache_directory().glob("demo-*-q8"))
+    built = sorted(cache_directory().glob(f"demo-*-{PACK_VERSION}-q8"))
     if not built:
         pytest.skip("the demo model is not built here; `make demo` builds it")
     with Engine.open(built[-1], context=4096, media=False, grammars=True) as engine:

@@ -246,7 +246,7 @@ def test_answers_and_events_match_the_document(client: httpx.Client, path: str, 
     ("path", "asked"), [("/api/chat", {"messages": SAY}), ("/api/generate", {"prompt": "Hi"})]
 )
 def test_lines_of_json_match_the_document(client: httpx.Client, path: str, asked: dict[str, Any]) -> None:
-    body = asked | {"options": {"num_predict": 3}, "logprobs": True, "top_logprobs": 1}
+    body = asked | {"options": {"num_predict": 3, "temperature": 0}, "logprobs": True, "top_logprobs": 1}
     whole = client.post(path, json=body | {"stream": False}).json()
     adapter(route_of(path).answer).validate_python(whole, strict=True)
     lines = record.read_lines(client.post(path, json=body).text)
