@@ -243,6 +243,7 @@ def scaled(config: RawConfig, scale: float) -> RawConfig:
         "intermediate_size",
         "moe_intermediate_size",
         "shared_expert_intermediate_size",
+        "moe_shared_expert_intermediate_size",
     ):
         if config.get(key):
             sizes[key] = max(8, round(config[key] * scale))

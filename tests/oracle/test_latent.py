@@ -29,7 +29,11 @@ pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("on
 FIRST_SEED = 40_000
 
 
-@pytest.mark.parametrize("configuration", LATENT, ids=lambda configuration: configuration.name)
+# Mistral's scale of scores follows its makers, and A.X-K1's tensors decide what its config does not say.
+DEEPSEEKS = [one for one in LATENT if one.config["model_type"] not in ("mistral3", "mistral4", "axk1")]
+
+
+@pytest.mark.parametrize("configuration", DEEPSEEKS, ids=lambda configuration: configuration.name)
 def test_a_config_means_what_transformers_reads_from_it(configuration: Configuration, tmp_path: Path) -> None:
     write_model(tmp_path, configuration.config, seed=1)
     ours = open_model(tmp_path).config
