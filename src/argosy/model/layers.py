@@ -6,6 +6,8 @@ with another kind of mixer or network adds a function here and its counterpart i
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 import numpy as np
 
 from argosy import _native
@@ -108,19 +110,23 @@ def describe_experts(config: ModelConfig, weights: DenseWeights) -> Arithmetic:
 
 
 def _mixer(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Mixer:
+    name = f"layers.{layer}."
+    state_layer = bisect_left(
+        config.recurrent_layers, layer
+    )  # its number among the recurrent layers, if it is one
     match config.layers[layer].mixer:
         case AttentionConfig() as attention:
-            return _attention(attention, f"layers.{layer}.", weights)
+            return _attention(attention, name, weights)
         case LatentConfig() as latent:
-            return _latent(latent, f"layers.{layer}.", weights)
+            return _latent(latent, name, weights)
         case DeltaConfig() as delta:
-            return _delta(delta, f"layers.{layer}.delta_", weights, config.recurrent_layers.index(layer))
+            return _delta(delta, name + "delta_", weights, state_layer)
         case KimiDeltaConfig() as delta:
-            return _kimi_delta(delta, f"layers.{layer}.kda_", weights, config.recurrent_layers.index(layer))
+            return _kimi_delta(delta, name + "kda_", weights, state_layer)
         case ShortConvConfig():
-            return _short_conv(f"layers.{layer}.shortconv_", weights, config.recurrent_layers.index(layer))
+            return _short_conv(name + "shortconv_", weights, state_layer)
         case MambaConfig() as mamba:
-            return _mamba(mamba, f"layers.{layer}.mamba_", weights, config.recurrent_layers.index(layer))
+            return _mamba(mamba, name + "mamba_", weights, state_layer)
 
 
 def _attention(attention: AttentionConfig, name: str, weights: DenseWeights) -> _native.Mixer:
@@ -302,9 +308,7 @@ def kv_shape(mixer: Mixer) -> _native.KvShape:
 
 def _state_shape(mixer: RecurrentMixer) -> _native.StateShape:
     match mixer:
-        case DeltaConfig():
-            return _native.StateShape.delta_net(mixer.sizes)
-        case KimiDeltaConfig():
+        case DeltaConfig() | KimiDeltaConfig():
             return _native.StateShape.delta_net(mixer.sizes)
         case ShortConvConfig():
             return _native.StateShape.short_conv(mixer.channels, mixer.conv_width)

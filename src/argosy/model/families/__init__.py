@@ -265,15 +265,17 @@ def read_config(directory: Path) -> tuple[Family, ModelConfig]:
 
 def _require_same_config(packed: ModelFiles) -> None:
     """Prove that a pack's manifest agrees with its `config.json`."""
-    _, config = read_config(packed.path)
+    family, config = read_config(packed.path)
     # Only the tensors, not config.json, show whether the head is a separate tensor, whether norms are stored minus one,
-    # whether routers have a bias for the choice, and whether kv_up is split.
+    # whether kv_up is split, and, in some families, whether routers have a bias for the choice.
     config = replace(
         config,
         is_embedding_tied=packed.config.is_embedding_tied,
         norm_offset=packed.config.norm_offset,
-        router=replace(config.router, has_choice_bias=packed.config.router.has_choice_bias),
     )
+    if any(layout.has_optional_bias for layout in family.LAYOUTS):
+        router = replace(config.router, has_choice_bias=packed.config.router.has_choice_bias)
+        config = replace(config, router=router)
     if packed.config.latent is not None:
         config = config.with_mixers(LatentConfig, is_up_split=packed.config.latent.is_up_split)
     if config != packed.config:

@@ -53,6 +53,17 @@ class CommonDefaults:
     is_embedding_tied: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoeDefaults(CommonDefaults):
+    """The same for families with dense layers first, then layers with routed and shared experts."""
+
+    num_layers: int
+    dense_width: int
+    expert_width: int
+    num_shared_experts: int | None  # None: the file must give it
+    num_mtp_layers: int = 0
+
+
 class Common(NamedTuple):
     """What `read_common` found: arguments of `ModelConfig`, and of `AttentionConfig`."""
 

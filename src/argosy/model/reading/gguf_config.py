@@ -175,7 +175,7 @@ class GgufConfigReader:
         return Common(sizes, heads | {"rope": rope})
 
     def attention_layers(self) -> tuple[int, tuple[bool, ...]]:
-        """Return the KV heads of the layers with attention, and whether each layer has it: others have 0 KV heads.
+        """Return the KV heads of layers with attention, and whether each layer has it; one without has 0 KV heads.
 
         Raises:
             UnsupportedModel: numbers above 0 differ, or all layers have 0.   CheckpointError: a number is malformed.

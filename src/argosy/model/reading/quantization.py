@@ -36,7 +36,7 @@ SUPPORTED = f"{', '.join(METHODS)}, and unquantised bf16, f16 and f32 tensors; u
 
 
 def read_stored(raw: Mapping[str, object], config: Path) -> Quantization | None:
-    """Read how the weights beside a `config.json` are stored, or beside the file `config` with those keys.
+    """Read how weights are stored, from the `config.json` beside them, or from the file `config` with the same keys.
 
     Raises:
         UnsupportedModel, CheckpointError: as `read_quantization`; or two files contradict each other.

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import ModelConfig
-from argosy.model.families.attention.sigmoid_moe import Defaults, open_sigmoid_gguf, read_sigmoid_model
+from argosy.model.families.attention.sigmoid_moe import open_sigmoid_gguf, read_sigmoid_model
 from argosy.model.families.latent.deepseek import LAYOUTS
+from argosy.model.reading.common_config import MoeDefaults
 from argosy.model.reading.config_reader import ConfigReader
 from argosy.model.reading.experts_config import layers_behind_the_dense, read_sigmoid_router
 
@@ -20,7 +21,7 @@ __all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_con
 MODEL_TYPE = "dots1"
 GGUF_ARCHITECTURE = "dots1"
 
-_DEFAULTS = Defaults(
+_DEFAULTS = MoeDefaults(
     vocab_size=152_064,
     hidden_size=4608,
     num_layers=62,

@@ -1,8 +1,8 @@
 """ERNIE-4.5 MoE: softmax scores with a bias for the choice, and weights divided by their sum, but not by less than
 `moe_norm_min`.
 
-Some layers have dense networks: before `moe_layer_start_index`, behind `moe_layer_end_index`, and those between every
-`moe_layer_interval`-th layer. Adjacent dimensions rotate.
+Every `moe_layer_interval`-th layer from `moe_layer_start_index` to `moe_layer_end_index` has experts; the others have
+dense networks. Adjacent dimensions rotate.
 """
 
 from __future__ import annotations

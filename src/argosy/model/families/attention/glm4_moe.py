@@ -12,8 +12,9 @@ from typing import Any
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import ModelConfig
-from argosy.model.families.attention.sigmoid_moe import Defaults, open_sigmoid_gguf, read_sigmoid_model
+from argosy.model.families.attention.sigmoid_moe import open_sigmoid_gguf, read_sigmoid_model
 from argosy.model.families.latent.deepseek import LAYOUTS
+from argosy.model.reading.common_config import MoeDefaults
 from argosy.model.reading.config_reader import ConfigReader
 from argosy.model.reading.experts_config import layers_behind_the_dense, read_sigmoid_router
 from argosy.model.reading.rope_config import Axes
@@ -58,7 +59,7 @@ def read_text(
     return read_sigmoid_model(
         reader,
         family,
-        Defaults(
+        MoeDefaults(
             hidden_size=4096,
             num_layers=46,
             num_heads=96,

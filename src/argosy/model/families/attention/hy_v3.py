@@ -12,8 +12,9 @@ from dataclasses import replace
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import ModelConfig, RouterConfig
-from argosy.model.families.attention.sigmoid_moe import Defaults, open_sigmoid_gguf, read_sigmoid_model
+from argosy.model.families.attention.sigmoid_moe import open_sigmoid_gguf, read_sigmoid_model
 from argosy.model.families.latent import deepseek
+from argosy.model.reading.common_config import MoeDefaults
 from argosy.model.reading.config_reader import ConfigReader
 from argosy.model.reading.experts_config import RENORMALIZE_EPS, layers_by_type
 
@@ -34,7 +35,7 @@ LAYOUTS = (
     replace(_FUSED, layer_names={**_FUSED.layer_names, "choice_bias": "mlp.e_score_correction_bias"}),
 )
 
-_DEFAULTS = Defaults(
+_DEFAULTS = MoeDefaults(
     vocab_size=120_832,
     hidden_size=4096,
     num_layers=80,

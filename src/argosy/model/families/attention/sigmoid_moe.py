@@ -10,13 +10,12 @@ q and k, and in the names of keys and tensors, so a family file gives just these
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import AttentionConfig, LayerConfig, ModelConfig
-from argosy.model.reading.common_config import CommonDefaults, read_common
+from argosy.model.reading.common_config import MoeDefaults, read_common
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.reading.experts_config import (
     ReadRouter,
@@ -30,21 +29,10 @@ from argosy.model.reading.gguf_layout import dense_name, read_gguf_layout
 from argosy.model.reading.rope_config import Axes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Defaults(CommonDefaults):
-    """Defaults of absent keys, as in a family's config class in transformers 5.24."""
-
-    num_layers: int
-    dense_width: int
-    expert_width: int
-    num_shared_experts: int | None  # None: the file must give it
-    num_mtp_layers: int = 0
-
-
 def read_sigmoid_model(
     reader: ConfigReader,
     family: str,
-    defaults: Defaults,
+    defaults: MoeDefaults,
     *,
     read_router: ReadRouter,
     read_moe_layers: Callable[[ConfigReader, int], Sequence[bool]],

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 
 from argosy.config import ModelConfig
 from argosy.model.families.attention.glm4_moe import GGUF_ARCHITECTURE, LAYOUTS, open_gguf
-from argosy.model.families.attention.sigmoid_moe import Defaults, read_sigmoid_model
+from argosy.model.families.attention.sigmoid_moe import read_sigmoid_model
+from argosy.model.reading.common_config import MoeDefaults
 from argosy.model.reading.config_reader import ConfigReader
 from argosy.model.reading.experts_config import read_sigmoid_router
 
@@ -31,7 +32,7 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     config = read_sigmoid_model(
         reader,
         MODEL_TYPE,
-        Defaults(
+        MoeDefaults(
             vocab_size=196_608,
             hidden_size=4096,
             num_layers=48,

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 from argosy.config import IndexConfig, LatentConfig, LayerConfig, ModelConfig, RopeConfig
 from argosy.errors import CheckpointError
-from argosy.model.reading.common_config import CommonDefaults, read_common
+from argosy.model.reading.common_config import MoeDefaults, read_common
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.reading.experts_config import ReadRouter, layers_behind_the_dense, read_mtp_layers
 from argosy.model.reading.layout import ATTENTION_NAMES, separate_and_fused
@@ -54,13 +54,9 @@ LAYOUTS = separate_and_fused(LAYER_NAMES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Defaults(CommonDefaults):
+class Defaults(MoeDefaults):
     """Defaults of absent keys, as in a family's config class in transformers 5.24."""
 
-    num_layers: int
-    dense_width: int
-    expert_width: int
-    num_shared_experts: int
     first_dense_layers: int
     query_rank: int | None
     nope_dim: int
@@ -69,7 +65,6 @@ class Defaults(CommonDefaults):
     norm_eps: float = 1e-6
     kv_rank: int = 512
     rope_dim: int = 64
-    num_mtp_layers: int = 0
     eos_id: int
     bos_id: int | None
 

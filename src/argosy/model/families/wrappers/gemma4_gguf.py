@@ -99,7 +99,7 @@ def _read_layers(reader: GgufConfigReader) -> tuple[LayerConfig, ...]:
 
 
 def _read_heads(reader: GgufConfigReader, suffix: str) -> tuple[int, RopeConfig]:
-    """Read the size and the rotary embedding of the heads with a window (`_swa`) or without."""
+    """Read the size and rotary embedding of heads in layers with a window (`_swa`), or in those without."""
     head_dim = reader.integer(f"attention.key_length{suffix}")
     reader.neutral(f"attention.value_length{suffix}", head_dim)
     reader.neutral(f"rope.dimension_count{suffix}", head_dim)
