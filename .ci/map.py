@@ -37,7 +37,7 @@ OPTIONAL = {
         ),
         *(f"cli/commands/{one}.py" for one in ("audit", "data", "watermark")),
     ),
-    "mixtures": ("demo", "checkpoint/upcycle.py", "cli/commands/upcycle.py"),
+    "mixtures": ("demo", "checkpoint/dense.py", "checkpoint/upcycle.py", "cli/commands/upcycle.py"),
 }  # fmt: skip
 # Families, towers, ways to write tool calls, dialects and commands are members of registries: of these folders the core
 # has only the named modules. The core also runs without what only other members need.
@@ -80,7 +80,8 @@ REGISTRIES = {
 }
 ONLY_FOR_MEMBERS = (
     "batch.py", "model/whisper", "media/transcript.py", "engine/media/ears.py", "open/ears.py",
-    "checkpoint/ctranslate2.py", "checkpoint/pack.py", "forecast/bench.py", "machine/neighbours.py",
+    "checkpoint/ctranslate2.py", "checkpoint/pack.py", "checkpoint/pack_conversion.py", "forecast/bench.py",
+    "machine/neighbours.py", "machine/probes.py", "model/reading/experts_config.py",
     *(f"library/{one}.py" for one in ("modelfile", "pull", "remove", "search")),
     *(f"serve/answer/{one}.py" for one in ("embedding", "side_by_side")),
     *(f"cli/shared/{one}.py" for one in ("chat_models", "clients", "edit_file", "user_units")),
