@@ -16,8 +16,8 @@ from argosy.model.families import open_model
 from argosy.model.weights import dense_footprint, load_dense
 from tests.checkpoint import packed_formats
 from tests.checkpoint.test_pack import dense_bytes, dense_values
-from tests.engine.test_gguf import mean_divergence
 from tests.models.hub_quantised import write_fp8_model
+from tests.models.references import mean_divergence
 from tests.models.tiny import RawConfig, prompt_ids, write_model
 from tests.models.tiny_latent import deepseek_v3
 

@@ -33,9 +33,8 @@ from tests.models.gguf_models import (
     one_type,
     write_gguf_model,
 )
-from tests.models.numpy_model import NumpyModel, softmax
-from tests.models.references import LARGEST_DIFFERENCE, difference
-from tests.models.safetensors_file import Array
+from tests.models.numpy_model import NumpyModel
+from tests.models.references import LARGEST_DIFFERENCE, difference, mean_divergence
 from tests.models.tiny import (
     RawConfig,
     glm4_moe,
@@ -118,11 +117,6 @@ def latent(num_experts: int, experts_per_token: int, **changes: Any) -> RawConfi
         num_experts_per_tok=experts_per_token,
         **changes,
     )
-
-
-def mean_divergence(expected: Array, found: Array) -> float:
-    p, q = softmax(expected.astype(np.float64)), softmax(found.astype(np.float64))
-    return float((p * np.log(p / q)).sum(axis=1).mean())
 
 
 @pytest.mark.covering(1)

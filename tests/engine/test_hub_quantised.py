@@ -16,11 +16,11 @@ from argosy import Engine, SamplingParams, _native
 from argosy.checkpoint.manifest import verify_pack
 from argosy.checkpoint.pack import pack
 from argosy.model.families import open_model
-from tests.engine.test_gguf import LARGEST_DIVERGENCE, mean_divergence
+from tests.engine.test_gguf import LARGEST_DIVERGENCE
 from tests.helpers.examples import few_of
 from tests.models.hub_quantised import write_fp8_model, write_int4_model
 from tests.models.numpy_model import NumpyModel
-from tests.models.references import LARGEST_DIFFERENCE, difference
+from tests.models.references import LARGEST_DIFFERENCE, difference, mean_divergence
 from tests.models.safetensors_file import read_checkpoint
 from tests.models.tiny import RawConfig, minimax_m2, prompt_ids, qwen3_moe
 from tests.models.tiny_delta import qwen3_next

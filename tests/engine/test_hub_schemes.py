@@ -19,11 +19,11 @@ from argosy.checkpoint.pack import pack
 from argosy.cluster import identity
 from argosy.engine.prefix import identify
 from argosy.model.families import open_model
-from tests.engine.test_gguf import LARGEST_DIVERGENCE, mean_divergence, require_equal_answers
+from tests.engine.test_gguf import LARGEST_DIVERGENCE, require_equal_answers
 from tests.helpers.examples import few_of
 from tests.models.hub_schemes import KINDS, write_kind
 from tests.models.numpy_model import NumpyModel
-from tests.models.references import LARGEST_DIFFERENCE, difference
+from tests.models.references import LARGEST_DIFFERENCE, difference, mean_divergence
 from tests.models.safetensors_file import Array, read_checkpoint
 from tests.models.tiny import RawConfig, prompt_ids, qwen3_moe
 

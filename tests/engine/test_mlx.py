@@ -17,10 +17,10 @@ from argosy import Engine, SamplingParams
 from argosy.checkpoint.manifest import verify_pack
 from argosy.checkpoint.pack import pack
 from argosy.model.families import open_model
-from tests.engine.test_gguf import LARGEST_DIVERGENCE, mean_divergence
+from tests.engine.test_gguf import LARGEST_DIVERGENCE
 from tests.engine.test_hub_schemes import values_of
 from tests.models.mlx_models import DIRECTORY, PLAIN, QUANTISED, MlxModel
-from tests.models.references import LARGEST_DIFFERENCE, Reference, difference
+from tests.models.references import LARGEST_DIFFERENCE, Reference, difference, mean_divergence
 from tests.models.safetensors_file import Array, read_header
 
 W = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}  # Mixtral's names on the hub

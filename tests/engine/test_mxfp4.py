@@ -17,10 +17,10 @@ from argosy.checkpoint.manifest import verify_pack
 from argosy.checkpoint.pack import pack
 from argosy.errors import CheckpointError
 from argosy.model.families import open_model
-from tests.engine.test_gguf import LARGEST_DIVERGENCE, mean_divergence, require_equal_answers
+from tests.engine.test_gguf import LARGEST_DIVERGENCE, require_equal_answers
 from tests.models.mxfp4_models import write_mxfp4_model
 from tests.models.numpy_model import NumpyModel
-from tests.models.references import LARGEST_DIFFERENCE, difference
+from tests.models.references import LARGEST_DIFFERENCE, difference, mean_divergence
 from tests.models.safetensors_file import read_checkpoint, write_checkpoint
 from tests.models.tiny import RawConfig, gpt_oss, prompt_ids, random_tensors
 

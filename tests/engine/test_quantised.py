@@ -9,8 +9,9 @@ import pytest
 from argosy import Engine, _native
 from argosy.checkpoint.pack import pack
 from argosy.model.families import open_model
-from tests.engine.test_gguf import mean_divergence, require_equal_answers
+from tests.engine.test_gguf import require_equal_answers
 from tests.models.quantised import RECIPES, Quantised, types_of
+from tests.models.references import mean_divergence
 
 # The mean KL in nats that 8-bit activations may cost. llama.cpp's own cost 0.0004 here.
 LARGEST_DIVERGENCE = 0.002

@@ -16,12 +16,12 @@ from argosy.config import KV_BLOCK_TOKENS, ActivationConfig, ModelConfig, Router
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import FAMILIES, open_model
 from argosy.model.rope import inverse_frequency
-from tests.engine.test_gguf import LARGEST_DIVERGENCE, mean_divergence
+from tests.engine.test_gguf import LARGEST_DIVERGENCE
 from tests.families.published import GEMMA_4_26B
 from tests.helpers.mixers import attentions, windows
 from tests.models.gguf_gemma import write_gemma_gguf
 from tests.models.gguf_models import one_type
-from tests.models.references import LARGEST_DIFFERENCE, difference
+from tests.models.references import LARGEST_DIFFERENCE, difference, mean_divergence
 from tests.models.safetensors_file import read_checkpoint, write_checkpoint
 from tests.models.tiny import RawConfig, prompt_ids, random_tensors, write_model
 from tests.models.tiny_gemma import gemma4

@@ -14,10 +14,10 @@ from argosy.checkpoint.gguf import read_gguf
 from argosy.config import ModelConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import FAMILIES, open_model
-from tests.engine.test_gguf import LARGEST_DIVERGENCE, mean_divergence
+from tests.engine.test_gguf import LARGEST_DIVERGENCE
 from tests.helpers.mixers import windows
 from tests.models.gguf_models import one_type, write_gguf_model
-from tests.models.references import LARGEST_DIFFERENCE, difference
+from tests.models.references import LARGEST_DIFFERENCE, difference, mean_divergence
 from tests.models.tiny import RawConfig, prompt_ids
 from tests.models.tiny_grouped import dots1, hy_v3, solar_open
 

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
+from tests.models.numpy_model import softmax
 from tests.models.safetensors_file import Array, read_safetensors
 
 DIRECTORY = Path(__file__).parent / "reference"
@@ -61,3 +64,9 @@ def difference(found: Array, expected: Array) -> float:
     """Return the largest absolute difference over the largest expected magnitude."""
     assert found.shape == expected.shape, (found.shape, expected.shape)
     return float(abs(found - expected).max() / abs(expected).max())
+
+
+def mean_divergence(expected: Array, found: Array) -> float:
+    """The mean KL divergence of the next-token distributions, in nats."""
+    p, q = softmax(expected.astype(np.float64)), softmax(found.astype(np.float64))
+    return float((p * np.log(p / q)).sum(axis=1).mean())

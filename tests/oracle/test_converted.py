@@ -19,11 +19,10 @@ from argosy.model.families import open_model
 from tests.models.configurations import CONFIGURATIONS
 from tests.models.converter import LLAMA_CPP, convert_all
 from tests.models.make_models import load
-from tests.models.references import LARGEST_DIFFERENCE, difference
+from tests.models.references import LARGEST_DIFFERENCE, difference, mean_divergence
 from tests.models.tiny import RawConfig, prompt_ids, write_model
 from tests.models.tiny_gemma import gemma4
 from tests.models.tiny_grouped import dots1, hy_v3
-from tests.oracle.test_oracle import mean_divergence
 from tests.oracle.test_peer import PEER, peer_logits
 
 pytestmark = [

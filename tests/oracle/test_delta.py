@@ -19,10 +19,9 @@ from tests.models import tiny_delta
 from tests.models.configurations import CONFIGURATIONS, Configuration
 from tests.models.make_models import answer, load
 from tests.models.random_models import write_decided_model
-from tests.models.references import LARGEST_DIFFERENCE, difference
+from tests.models.references import LARGEST_DIFFERENCE, difference, mean_divergence
 from tests.models.tiny import RawConfig, prompt_ids, text_of, write_model
 from tests.models.tiny_delta import qwen3_5_moe, qwen3_5_moe_text, qwen3_next
-from tests.oracle.test_oracle import mean_divergence
 
 pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("one_quiet_thread")]
 

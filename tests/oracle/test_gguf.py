@@ -14,7 +14,7 @@ import torch
 from argosy import Engine, SamplingParams
 from tests.models.gguf_models import BLOCK_TYPES, TypeOf, mixed, one_type, write_gguf_model
 from tests.models.make_models import load
-from tests.models.references import LARGEST_DIFFERENCE, difference
+from tests.models.references import LARGEST_DIFFERENCE, difference, mean_divergence
 from tests.models.tiny import (
     RawConfig,
     glm4_moe,
@@ -26,7 +26,6 @@ from tests.models.tiny import (
     qwen2_moe,
     qwen3_moe,
 )
-from tests.oracle.test_oracle import mean_divergence
 
 pytestmark = pytest.mark.filterwarnings("default")
 

@@ -19,10 +19,9 @@ from safetensors.torch import save_file
 from argosy import Engine, SamplingParams, _native
 from tests.models.hub_quantised import E4M3, FP8, INT4, is_fp8, is_int4
 from tests.models.make_models import load
-from tests.models.references import LARGEST_DIFFERENCE, difference
+from tests.models.references import LARGEST_DIFFERENCE, difference, mean_divergence
 from tests.models.tiny import RawConfig, prompt_ids, qwen3_moe, random_tensors
 from tests.models.tiny_latent import deepseek_v3, kimi_k2
-from tests.oracle.test_oracle import mean_divergence
 
 pytestmark = pytest.mark.filterwarnings("default")
 

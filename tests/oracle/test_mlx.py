@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from argosy import Engine, _native
-from tests.engine.test_gguf import LARGEST_DIVERGENCE, mean_divergence
+from tests.engine.test_gguf import LARGEST_DIVERGENCE
 from tests.models import make_mlx
 from tests.models.configurations import CONFIGURATIONS
 from tests.models.make_mlx import write
 from tests.models.mlx_models import QUANTISED, MlxModel
-from tests.models.references import LARGEST_DIFFERENCE, Reference, difference
+from tests.models.references import LARGEST_DIFFERENCE, Reference, difference, mean_divergence
 from tests.models.tiny import write_model
 
 pytestmark = pytest.mark.filterwarnings("default")

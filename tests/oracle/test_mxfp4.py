@@ -13,9 +13,8 @@ from argosy.checkpoint.pack import pack
 from argosy.model.families import open_model
 from tests.models.make_models import load
 from tests.models.mxfp4_models import write_mxfp4_model
-from tests.models.references import LARGEST_DIFFERENCE, difference
+from tests.models.references import LARGEST_DIFFERENCE, difference, mean_divergence
 from tests.models.tiny import gpt_oss, prompt_ids
-from tests.oracle.test_oracle import mean_divergence
 
 pytestmark = pytest.mark.filterwarnings("default")
 

@@ -25,11 +25,10 @@ from tests.models import tiny_delta, tiny_gemma
 from tests.models.configurations import CONFIGURATIONS, Configuration
 from tests.models.configurations_latent import LATENT
 from tests.models.make_models import answer, decoder_of, load, make, scaled
-from tests.models.numpy_model import softmax
 from tests.models.random_models import random_configuration, random_gpt_oss, write_decided_model
-from tests.models.references import LARGEST_DIFFERENCE, difference
+from tests.models.references import LARGEST_DIFFERENCE, difference, mean_divergence
 from tests.models.runnable import runnable
-from tests.models.safetensors_file import Array, read_safetensors
+from tests.models.safetensors_file import read_safetensors
 from tests.models.tiny import (
     RawConfig,
     glm4_moe,
@@ -396,9 +395,3 @@ def test_a_pack_answers_like_its_source(config: RawConfig, tmp_path: Path) -> No
     assert difference(logits["bf16"], expected) <= LARGEST_DIFFERENCE
     assert mean_divergence(expected, logits["q8"]) < 0.002
     assert mean_divergence(expected, logits["q4"]) < 0.04
-
-
-def mean_divergence(expected: Array, found: Array) -> float:
-    """The mean KL divergence of the next-token distributions, in nats."""
-    p, q = softmax(expected.astype(np.float64)), softmax(found.astype(np.float64))
-    return float((p * np.log(p / q)).sum(axis=1).mean())

@@ -18,6 +18,7 @@ import pytest
 from argosy import Engine
 from tests.models.gguf_delta import write_delta_gguf
 from tests.models.gguf_models import one_type, write_gguf_model
+from tests.models.references import mean_divergence
 from tests.models.safetensors_file import Array
 from tests.models.tiny import RawConfig, glm4_moe, gpt_oss, minimax_m2, olmoe, prompt_ids, qwen3_moe
 from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
@@ -33,7 +34,6 @@ from tests.models.tiny_latent import (
     yarn_of_all_dimensions,
 )
 from tests.models.tiny_recurrent import lfm2_moe
-from tests.oracle.test_oracle import mean_divergence
 
 ROOT = Path(__file__).parents[2]
 PEER = Path(os.environ.get("ARGOSY_PEER_PYTHON") or ROOT / "build" / "peer-venv" / "bin" / "python")

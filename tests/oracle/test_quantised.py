@@ -13,8 +13,8 @@ from argosy import Engine
 from tests.models.gguf_models import one_type, write_gguf_model
 from tests.models.numpy_model import NumpyModel
 from tests.models.quantised import MIXTURES, PEER, SEED, Recipe, config_of, peer_logits, quantise
+from tests.models.references import mean_divergence
 from tests.models.tiny import prompt_ids
-from tests.oracle.test_oracle import mean_divergence
 
 pytestmark = pytest.mark.skipif(not PEER.exists(), reason=f"no llama-cpp-python: {PEER} does not exist")
 
