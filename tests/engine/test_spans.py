@@ -78,8 +78,8 @@ def test_rows_are_made_once_for_all_parts_and_again_after_preemption() -> None:
     spans = spans_of(Prompt.of([1], span(5, made=made), [2]))
     assert list(spans.rows(0, 1)) == []
     assert spans.make_some(1)
-    (at, first), (also_at, second) = *spans.rows(0, 3), *spans.rows(3, 4)
-    assert (at, also_at) == (1, 0)
+    (places, first), (more_places, second) = *spans.rows(0, 3), *spans.rows(3, 4)
+    assert (places.tolist(), more_places.tolist()) == ([1, 2], [0, 1, 2])
     assert first.embeddings[:, 1].tolist() == [0, 1]
     assert second.embeddings[:, 1].tolist() == [2, 3, 4]
     assert second.additions[2][:, 1].tolist() == [202, 203, 204]
@@ -87,6 +87,23 @@ def test_rows_are_made_once_for_all_parts_and_again_after_preemption() -> None:
     assert spans.has_rows_until(0, 7) == 1
     assert spans.make_some(1)
     assert made == [1, 1]
+
+
+def test_tokens_in_a_span_keep_their_own_embeddings() -> None:
+    picture = span(6, tokens={2: 8, 5: 9})
+    prompt = Prompt.of([1], picture, [3])
+    assert prompt.token_ids == (1, 7, 7, 8, 7, 7, 9, 3)
+    spans = spans_of(prompt)
+    for start in range(8):
+        for end in range(start + 1, 9):
+            assert spans.make_some(1)
+            found = list(spans.rows(start, end - start))
+            expected = [at for at in (1, 2, 4, 5) if start <= at < end]
+            assert [start + at for places, _ in found for at in places] == expected
+            for _, made in found:
+                assert made.embeddings[:, 1].tolist() == [at - 1 for at in expected]
+                assert made.additions[2][:, 1].tolist() == [at + 199 for at in expected]
+            assert spans.holds_rows != (start < 7 <= end)  # the last token of a span frees its rows
 
 
 def made_slowly(num_pieces: int, num_positions: int, log: list[str]) -> MakeRows:

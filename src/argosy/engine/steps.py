@@ -195,7 +195,7 @@ class StepBuilder:
                 angles.append(spans.angles(start, count))
                 sees_until.append(spans.sees_until(start, count))
                 for at, made in spans.rows(start, count):
-                    own = np.arange(first_row + at, first_row + at + len(made.embeddings))
+                    own = first_row + at
                     rows.append(own)
                     embeddings.append(made.embeddings)
                     for layer, vectors in made.additions.items():

@@ -46,7 +46,9 @@ class MediaSpan:
     digest: 32 bytes that identify its content, its shape and the model that makes its rows: spans with equal
         digests have equal rows. The prefix cache looks spans up by it.
     num_positions: how many positions it fills.
-    token_id: the placeholder that stands for each of them in `Prompt.token_ids`.
+    token_id: the placeholder that stands for its rows in `Prompt.token_ids`.
+    tokens: position in the span -> a token that fills it instead of a row, such as the end of a picture's rows. The
+        rows have values there too, which nothing reads.
     make_rows: makes the rows when they are first needed, and again if the prompt is recomputed; never called if the
         whole span is in the prefix cache. An `ArgosyError` ends the request. A generator is closed if its rows are
         no longer needed.
@@ -64,6 +66,7 @@ class MediaSpan:
     angles: NDArray[np.floating[Any]] | None = field(default=None, repr=False)
     num_angles: float | None = None
     sees_both_ways: bool = False
+    tokens: Mapping[int, int] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.digest) != DIGEST_BYTES:
@@ -76,6 +79,11 @@ class MediaSpan:
             raise UsageError(
                 f"the angles of a span must be [axes, {self.num_positions}], found {list(self.angles.shape)}"
             )
+
+    @property
+    def token_ids(self) -> list[int]:
+        """What stands for it in `Prompt.token_ids`."""
+        return [self.tokens.get(at, self.token_id) for at in range(self.num_positions)]
 
 
 class MediaReader(Protocol):

@@ -58,7 +58,7 @@ class Prompt:
         for segment in segments:
             if isinstance(segment, MediaSpan):
                 spans.append((len(token_ids), segment))
-                token_ids += [segment.token_id] * segment.num_positions
+                token_ids += segment.token_ids
             else:
                 token_ids += segment
         return cls(tuple(token_ids), spans=tuple(spans))

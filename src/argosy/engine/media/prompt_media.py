@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -185,7 +186,8 @@ class PromptMedia:
         waiting = self._wait(values)
         digest = blake3(content.digest + repr((content.kind, shape)).encode()).digest()
         make_rows = self._maker(content.kind, lambda: waiting.values, shape, tenant, digest)
-        span = _span(content.kind, files, files.token_id, shape, digest, make_rows)
+        tokens = {at: self._encode_text(text)[0] for at, text in files.written(shape).items()}
+        span = _span(content.kind, files, files.token_id, shape, digest, make_rows, tokens=tokens)
         if files.marks is None:
             return [span]
         before, after = files.marks
@@ -358,6 +360,7 @@ def _span(
     digest: bytes,
     make_rows: MakeRows,
     part: Group | None = None,
+    tokens: Mapping[int, int] = MappingProxyType({}),
 ) -> MediaSpan:
     """Make a span, placed by its shape or by `part`."""
     angles, num_angles = (None, None) if part is None else (part.angles, part.num_angles)
@@ -372,6 +375,7 @@ def _span(
         angles=angles,
         num_angles=num_angles,
         sees_both_ways=files.encoder.sees_both_ways,
+        tokens=tokens,
     )
 
 
@@ -441,25 +445,36 @@ def open_media(
     ears: Transcriber | None,
 ) -> PromptMedia:
     """Combine the towers that were found with the processors that prepare media for them."""
-    video = processors.get("video")
-    if tokenizer is not None and isinstance(video, VideoProcessor):
-        form = encoders.files["picture"].encoder.video
-        assert form is not None
-        written = [*video.surroundings, *video.label(0.0, 0.0), *(form.sound or ())]
+    for kind, processor in processors.items():
+        if tokenizer is None or isinstance(processor, ArgosyError):
+            continue
         missing = [
             token
-            for token in re.findall(r"<\|\w+\|>", "".join(written))
+            for token in _control_tokens(kind, processor, encoders)
             if tokenizer.control_id(token) is None
         ]
         if missing:
             fault = UnsupportedModel(
-                f"a video is written with the token {missing[0]}, and the model's tokenizer has none",
+                f"a {kind} is written with the token {missing[0]}, and the model's tokenizer has none",
                 key=missing[0],
             )
-            processors = {**processors, "video": fault}
+            processors = {**processors, kind: fault}
 
     def encode_text(text: str) -> list[int]:
         assert tokenizer is not None  # without a template, a model takes no messages
         return tokenizer.encode_segments([(False, text)])
 
     return PromptMedia(encoders, processors, decoder, low_detail, encode_text, lend, ears)
+
+
+def _control_tokens(kind: Kind, processor: Processor, encoders: Encoders) -> list[str]:
+    """Return the control tokens that are written for a kind of media, those of the chat template excepted."""
+    if not isinstance(processor, VideoProcessor):
+        files = encoders.files[kind]
+        if files.encoder.written is None:
+            return []
+        return [*files.written((1, 2 * files.config.merge, 2 * files.config.merge)).values()]
+    form = encoders.files["picture"].encoder.video
+    assert form is not None
+    texts = [*processor.surroundings, *processor.label(0.0, 0.0), *(form.sound or ())]
+    return re.findall(r"<\|\w+\|>", "".join(texts))

@@ -179,21 +179,20 @@ class Spans:
             self._making[1].close()
             self._making = None
 
-    def rows(self, start: int, count: int) -> Iterator[tuple[int, SpanRows]]:
-        """Yield the rows of media at these positions, part by part: (index of the part's first position, its rows).
+    def rows(self, start: int, count: int) -> Iterator[tuple[NDArray[np.int64], SpanRows]]:
+        """Yield the rows of media at these positions, part by part: (positions, counted from `start`, and their rows).
 
         All rows must exist (`has_rows_until`). A span's rows are freed with its last part.
         """
         for number, at, span, begin, end in self._within(start, start + count):
             made = self._rows[number]
-            part = slice(begin - at, end - at)
-            yield (
-                begin - start,
-                SpanRows(
-                    made.embeddings[part],
-                    {layer: vectors[part] for layer, vectors in made.additions.items()},
-                ),
+            places = np.array(
+                [one for one in range(begin - at, end - at) if one not in span.tokens], np.int64
             )
+            part = places if span.tokens else slice(begin - at, end - at)  # a slice copies nothing
+            if len(places):
+                additions = {layer: vectors[part] for layer, vectors in made.additions.items()}
+                yield places + (at - start), SpanRows(made.embeddings[part], additions)
             if end == at + span.num_positions:
                 del self._rows[number]  # computed again only if the sequence is preempted
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -63,6 +63,8 @@ class Encoder:
     sees_both_ways: each position of a span sees the whole span in the decoder.
     sound_padding: how a sound is padded (`media/sounds.py`).
     video: how the tower is used for video; None: it is not.
+    written: returns the texts of the control tokens that fill positions of a span of a shape instead of rows, by
+        position; None: rows fill all positions.
     """
 
     kind: Kind
@@ -79,3 +81,4 @@ class Encoder:
     sound_padding: Padding = "none"
     marks: tuple[str, str] | None = None
     video: VideoForm | None = None
+    written: Callable[[Any, Any], Mapping[int, str]] | None = None

@@ -168,9 +168,13 @@ class EncoderFiles:
     def num_positions(self, shape: Shape) -> int:
         return self.encoder.num_positions(self.config, shape)
 
+    def written(self, shape: Shape) -> Mapping[int, str]:
+        """Return what `Encoder.written` returns."""
+        return {} if self.encoder.written is None else self.encoder.written(self.config, shape)
+
     def flop(self, grid: Shape) -> int:
         """Floating-point operations of the products and of the attention of a picture."""
-        patches, cells = math.prod(grid), self.num_positions(grid)
+        patches, cells = math.prod(grid), self.num_positions(grid) - len(self.written(grid))
         found = 0
         for name, ref in self.tensors.items():
             if is_vector(name) or name.startswith("position"):
