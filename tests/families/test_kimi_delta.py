@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from argosy.config import KimiDeltaConfig, LatentConfig, ModelConfig, RouterConfig
+from argosy.config import ActivationConfig, KimiDeltaConfig, LatentConfig, ModelConfig, RouterConfig
 from argosy.errors import ArgosyError
 from argosy.model.families import FAMILIES
 from tests.models.tiny import RawConfig
@@ -41,6 +42,19 @@ def test_ling_3_s_config_is_read() -> None:
     assert latent.rope is not None
     assert (latent.has_head_gates, latent.rope.is_interleaved, latent.rope.theta) == (True, True, 6e5)
     assert (config.router.num_groups, config.router.kept_groups, config.router.scale) == (3, 2, 2.5)
+
+
+def test_ling_3_flash_limits_the_activations_of_its_last_layers() -> None:
+    config = parse(
+        bailing_hybrid(
+            expert_swiglu_limit_list=[0, 0, 0, 4.0], share_expert_swiglu_limit_list=[0, 0, 5.0, 7.0]
+        )
+    )
+    limits = [(one.activation, one.shared_activation) for one in config.layers]
+    four, five, seven = (ActivationConfig(kind="silu_capped", limit=limit) for limit in (4.0, 5.0, 7.0))
+    assert limits == [(None, None), (None, None), (None, five), (four, seven)]
+    draft = replace(config, num_mtp_layers=1).draft_only.layers[-1]
+    assert (draft.activation, draft.shared_activation) == (None, None)
 
 
 def test_an_absent_key_has_the_default_of_the_config_class() -> None:
@@ -93,7 +107,9 @@ LINEAR = kimi_linear()["linear_attn_config"]
         (bailing_hybrid(use_mla_nope=True), "asks for use_mla_nope true; supported: false"),
         (bailing_hybrid(group_norm_size=4), "asks for group_norm_size 4; supported: 1"),
         (bailing_hybrid(layer_group_size=3), "supported: a divisor of num_hidden_layers, 4"),
-        (bailing_hybrid(expert_swiglu_limit_list=[0, 0, 0, 4.0]), "asks for expert_swiglu_limit_list"),
+        (bailing_hybrid(expert_swiglu_limit_list=[0, 4.0]), "a number from 0 on for each of 4 layers"),
+        (bailing_hybrid(share_expert_swiglu_limit_list=[0, 0, 0, -1]), "a number from 0 on for each of 4 layers"),
+        (bailing_hybrid(share_expert_swiglu_limit_list=[0, 0, 0, False]), "a number from 0 on for each of 4 layers"),
         (bailing_hybrid(moe_shared_expert_intermediate_size=8), "asks for moe_shared_expert_intermediate_size 8"),
     ],
 )  # fmt: skip

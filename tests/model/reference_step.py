@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from argosy import _native
 from argosy.config import (
+    ActivationConfig,
     AttentionConfig,
     DeltaConfig,
     Format,
@@ -412,7 +413,8 @@ class ReferenceDecoder:
         name = f"layers.{layer}."
         normed = self._norm_hidden(hidden, name + ("attn_norm" if self.config.is_parallel else "mlp_norm"))
         if not self.config.layers[layer].is_moe:
-            out += self._swiglu(normed, *(name + part for part in ("gate", "up", "down")))
+            activation = self.config.layers[layer].activation
+            out += self._swiglu(activation, normed, *(name + part for part in ("gate", "up", "down")))
             return
         router_in = expert_in = normed
         if self.config.router.has_norm:
@@ -420,7 +422,7 @@ class ReferenceDecoder:
             router_in = self._norm_by(hidden, self.weights.vectors[name + "router_norm"] * factor)
         if self.config.has_expert_norms:
             expert_in = self._norm(hidden, name + "expert_norm")
-        self._add_shared(out, normed, name)
+        self._add_shared(out, normed, layer)
         if self.experts is None:
             return
         if self.config.has_expert_norms:
@@ -430,18 +432,22 @@ class ReferenceDecoder:
         else:
             self._add_routed(out, router_in, expert_in, layer, self.experts)
 
-    def _swiglu(self, x: Floats, *names: str) -> Floats:
+    def _swiglu(self, activation: ActivationConfig | None, x: Floats, *names: str) -> Floats:
         out = np.empty_like(x)
         gate, up, down = (self.weights.matrices.get(name) for name in names)
         assert up is not None
         assert down is not None
-        _native_testing.swiglu(self.runtime, gate, up, down, x, out, describe_activation(self.config))
+        act = describe_activation(activation or self.config.activation)
+        _native_testing.swiglu(self.runtime, gate, up, down, x, out, act)
         return out
 
-    def _add_shared(self, hidden: Floats, normed: Floats, name: str) -> None:
+    def _add_shared(self, hidden: Floats, normed: Floats, layer: int) -> None:
         if not self.config.shared_width:
             return
-        out = self._swiglu(normed, *(name + part for part in ("shared_gate", "shared_up", "shared_down")))
+        name, activation = f"layers.{layer}.", self.config.layers[layer].shared_activation
+        out = self._swiglu(
+            activation, normed, *(name + part for part in ("shared_gate", "shared_up", "shared_down"))
+        )
         out = self._norm_if_any(out, name + "shared_post_norm")
         if self.config.shared_is_gated:
             score = self._product(self.weights.matrices[name + "shared_score"], normed)
@@ -479,7 +485,7 @@ class ReferenceDecoder:
             row // np.int32(k),
             row,
             out,
-            activation=describe_activation(config),
+            activation=describe_activation(config.layers[layer].activation or config.activation),
             **biases,
         )
         _native_testing.combine(self.runtime, out, weights, hidden)

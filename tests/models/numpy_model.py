@@ -456,8 +456,8 @@ class NumpyModel:
             down = self.tensors[f"{stack}.down_proj"][int(expert)]
         else:
             gate, up, down = (self.tensors[f"{prefix}{name}.weight"] for name in names)
-        score = x @ gate.T
-        return (score * sigmoid(score) * (x @ up.T)) @ down.T
+        score, limit = x @ gate.T, activation_limit(self.config, prefix)
+        return (np.minimum(score * sigmoid(score), limit) * np.clip(x @ up.T, -limit, limit)) @ down.T
 
     def note_margin(self, best_first: Array, k: int) -> None:
         if k < best_first.shape[1]:
@@ -466,6 +466,13 @@ class NumpyModel:
     def note_gap(self, best_first: Array, k: int) -> None:
         margins = (best_first[:, k - 1] - best_first[:, k]) / np.abs(best_first[:, k - 1])
         self.router_margin = min(self.router_margin, float(margins.min()))
+
+
+def activation_limit(config: RawConfig, prefix: str) -> float:
+    """Return the limit of silu(gate) and of up in the network whose tensors' names begin with `prefix`."""
+    kind = "expert" if ".experts." in prefix else "share_expert"
+    limits = config.get(f"{kind}_swiglu_limit_list")
+    return (limits[int(prefix.split(".")[2])] if limits else 0) or math.inf
 
 
 def sliding_windows(config: RawConfig) -> list[int]:

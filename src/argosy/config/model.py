@@ -114,6 +114,9 @@ class LayerConfig:
 
     mixer: Mixer
     is_moe: bool  # the network has routed experts
+    # None: the model's. Of the dense network or the routed experts, and of the shared expert.
+    activation: ActivationConfig | None = None
+    shared_activation: ActivationConfig | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +133,7 @@ class ModelConfig:
     experts_per_token: int
     expert_width: int
     router: RouterConfig
-    activation: ActivationConfig = ActivationConfig()  # for all feed-forward networks
+    activation: ActivationConfig = ActivationConfig()  # for feed-forward networks of layers without their own
     dense_width: int = 0  # FFN width of layers without routed experts
     shared_width: int = 0  # FFN width of the always-on shared expert; 0: none
     shared_is_averaged: bool = False  # routed and shared outputs are averaged, not added
@@ -236,14 +239,14 @@ class ModelConfig:
     @property
     def draft_only(self) -> ModelConfig:
         """The first layer for multi-token prediction, with its number; it is like the model's last layer with
-        attention, but sees all positions: a draft need not be exact.
+        attention, but sees all positions, and its networks have the model's activation: a draft need not be exact.
         """
         attending = [one for one in self.layers if not isinstance(one.mixer, RecurrentMixer)]
         last = ([one for one in attending if one.is_moe] or attending or list(self.layers))[-1]
         if isinstance(last.mixer, LatentConfig):
             last = replace(last, mixer=replace(last.mixer, index=None))
-        passed_over = replace(last, is_moe=False)
-        return replace(self, layers=(*(passed_over,) * self.num_layers, replace(last, is_moe=True)))
+        passed_over = replace(last, is_moe=False, activation=None, shared_activation=None)
+        return replace(self, layers=(*(passed_over,) * self.num_layers, replace(passed_over, is_moe=True)))
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

@@ -30,10 +30,12 @@ class Arithmetic:
 
     activation: between the products of an expert.
     biases: by layer, the biases of gate and up, float32 [experts, width], and of down, [experts, hidden]; or None.
+    activations: by layer, those that differ; None: they do not.
     """
 
     activation: _native.Activation = ("silu", 0.0, 0.0)
     biases: Mapping[int, tuple[Vector | None, Vector | None, Vector | None]] = field(default_factory=dict)
+    activations: Mapping[int, _native.Activation | None] = field(default_factory=dict)
 
 
 LARGEST_ALIGNMENT = 4096  # the alignment of reads, in bytes, that a plan assumes before files are opened
@@ -148,6 +150,7 @@ class ExpertFiles:
                 gate_bias=gate_bias,
                 up_bias=up_bias,
                 down_bias=down_bias,
+                activation=arithmetic.activations.get(layer),
             )
         return table
 

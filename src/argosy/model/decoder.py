@@ -88,7 +88,7 @@ class Decoder:
             final_norm=weights.vectors["final_norm"],
             norm_eps=config.norm_eps,
             rotaries=[rotary(rope) for rope in config.ropes],
-            activation=describe_activation(config),
+            activation=describe_activation(config.activation),
             layers=describe_layers(config, weights)[layers.start : layers.stop],
             max_tokens=max_tokens,
             experts_off=experts is None,

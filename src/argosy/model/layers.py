@@ -12,11 +12,13 @@ import numpy as np
 
 from argosy import _native
 from argosy.config import (
+    ActivationConfig,
     AttentionConfig,
     DeltaConfig,
     IndexConfig,
     KimiDeltaConfig,
     LatentConfig,
+    LayerConfig,
     MambaConfig,
     Mixer,
     ModelConfig,
@@ -37,7 +39,7 @@ def describe_layers(config: ModelConfig, weights: DenseWeights) -> list[_native.
             vectors.get(f"layers.{i}.attn_norm"),
             _mixer(config, i, weights),
             vectors.get(f"layers.{i}.mlp_norm"),
-            _routed_ffn(config, i, weights) if layer.is_moe else _dense_ffn(i, weights),
+            _routed_ffn(config, i, weights) if layer.is_moe else _dense_ffn(layer, i, weights),
             rotary=_rotary(config, layer.mixer),
             mixer_post_norm=vectors.get(f"layers.{i}.attn_post_norm"),
             ffn_post_norm=vectors.get(f"layers.{i}.mlp_post_norm"),
@@ -89,10 +91,13 @@ def stack_sizes(config: ModelConfig) -> _native.StackSizes:
     return sizes
 
 
-def describe_activation(config: ModelConfig) -> _native.Activation:
+def describe_activation(activation: ActivationConfig) -> _native.Activation:
     """Describe the activation between the products of a feed-forward network."""
-    activation = config.activation
     return activation.kind, activation.limit, activation.alpha
+
+
+def _own_activation(activation: ActivationConfig | None) -> _native.Activation | None:
+    return None if activation is None else describe_activation(activation)
 
 
 def describe_experts(config: ModelConfig, weights: DenseWeights) -> Arithmetic:
@@ -104,8 +109,9 @@ def describe_experts(config: ModelConfig, weights: DenseWeights) -> Arithmetic:
         return None if flat is None else flat.reshape(config.num_experts, -1)
 
     return Arithmetic(
-        describe_activation(config),
+        describe_activation(config.activation),
         {layer: (bias(layer, "gate"), bias(layer, "up"), bias(layer, "down")) for layer in config.moe_layers},
+        {layer: _own_activation(config.layers[layer].activation) for layer in config.moe_layers},
     )
 
 
@@ -352,9 +358,11 @@ def _add_mixer_sizes(sizes: _native.StackSizes, mixer: Mixer) -> None:
             sizes.add_mamba(mixer.sizes)
 
 
-def _dense_ffn(layer: int, weights: DenseWeights) -> _native.Ffn:
+def _dense_ffn(layer: LayerConfig, number: int, weights: DenseWeights) -> _native.Ffn:
     """SwiGLU (arXiv:2002.05202), or another activation between its products."""
-    return _native.dense_ffn(*_network(f"layers.{layer}.", weights))
+    return _native.dense_ffn(
+        *_network(f"layers.{number}.", weights), activation=_own_activation(layer.activation)
+    )
 
 
 def _network(
@@ -388,6 +396,7 @@ def _routed_ffn(config: ModelConfig, layer: int, weights: DenseWeights) -> _nati
         norm=weights.vectors.get(name + "expert_norm"),
         post_norm=weights.vectors.get(name + "expert_post_norm"),
         shared_post_norm=weights.vectors.get(name + "shared_post_norm"),
+        shared_activation=_own_activation(config.layers[layer].shared_activation),
         latent=(
             (weights.matrices[name + "latent_down"], weights.matrices[name + "latent_up"])
             if config.expert_latent

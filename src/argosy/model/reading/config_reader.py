@@ -174,6 +174,22 @@ class ConfigReader:
             raise self._wrong(name, value, f"a list of whole numbers from {least} to {most}")
         return tuple(value)
 
+    def numbers_of_layers(self, name: str, num_layers: int, num_mtp_layers: int = 0) -> tuple[float, ...]:
+        """Read a number from 0 on for each layer, null for 0; without a list, 0 for all. The list may go on with
+        numbers for layers of multi-token prediction, which are ignored.
+        """
+        value = self._raw.get(name)
+        self._asked.add(name)
+        if value is None:
+            return (0.0,) * num_layers
+        if (
+            not isinstance(value, list)
+            or not num_layers <= len(value) <= num_layers + num_mtp_layers
+            or not all(item is None or _is_same(item, 0) or is_positive_number(item) for item in value)
+        ):
+            raise self._wrong(name, value, f"a number from 0 on for each of {num_layers} layers")
+        return tuple(float(item or 0) for item in value[:num_layers])
+
     def token_ids(self, name: str, default: int | None = None) -> tuple[int, ...]:
         """Read one token id, a list of token ids, or null."""
         value = self._raw.get(name, default)

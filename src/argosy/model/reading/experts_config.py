@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from argosy.config import RouterConfig
+from argosy.config import ActivationConfig, ModelConfig, RouterConfig
 from argosy.errors import CheckpointError
 from argosy.model.reading.config_reader import MOST_EXPERTS, MOST_LAYERS, ConfigReader
 from argosy.model.reading.gguf_config import GgufConfigReader
@@ -146,6 +147,23 @@ def layers_by_type(default: int) -> Callable[[ConfigReader, int], Sequence[bool]
         return is_moe
 
     return read
+
+
+def with_limits(config: ModelConfig, routed: Sequence[float], shared: Sequence[float]) -> ModelConfig:
+    """Return the config with the limits (`silu_capped`) of each layer's routed experts, and of its shared expert or
+    dense network; 0 means that there is none.
+    """
+
+    def capped(limit: float) -> ActivationConfig | None:
+        return ActivationConfig(kind="silu_capped", limit=limit) if limit else None
+
+    layers = [
+        replace(layer, activation=capped(of_experts), shared_activation=capped(of_shared))
+        if layer.is_moe
+        else replace(layer, activation=capped(of_shared))
+        for layer, of_experts, of_shared in zip(config.layers, routed, shared, strict=True)
+    ]
+    return replace(config, layers=tuple(layers))
 
 
 def read_dense_layers(reader: GgufConfigReader, num_layers: int) -> int:

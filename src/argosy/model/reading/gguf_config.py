@@ -120,6 +120,16 @@ class GgufConfigReader:
             raise self.file.wrong(key, value, f"true or false for each of {num_layers} layers")
         return tuple(map(bool, found))
 
+    def limits(self, name: str) -> tuple[float, ...]:
+        """Read a number from 0 on for each layer of the model, which 0 does not limit; without an array, 0 for all."""
+        key, num_layers = self.key(name), self.num_layers()
+        if key not in self.file.metadata:
+            return (0.0,) * num_layers
+        found, every_layer = self.file.numbers(key), num_layers + self.num_mtp_layers()
+        if len(found) != every_layer or not all(0 <= limit < float("inf") for limit in found):
+            raise self.file.wrong(key, found, f"a number from 0 on for each of {every_layer} layers")
+        return tuple(found[:num_layers])
+
     def neutral(self, name: str, *accepted: object) -> None:
         """Accept a key if its value changes nothing in this architecture."""
         value = self.file.metadata.get(self.key(name))

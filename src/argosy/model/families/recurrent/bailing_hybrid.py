@@ -1,8 +1,9 @@
 """Ling-3 (tiny 7.9B-A1.3B, flash 124B-A5.1B): Kimi Delta Attention, and latent attention in the last layer of a group.
 
 Decays have a floor, and each head's result of latent attention is multiplied by a gate. The router, the shared expert
-and the layer for multi-token prediction, which only drafts, are DeepSeek-V3's under other names. Ring-2.5 has the same
-`model_type` and other layers.
+and the layer for multi-token prediction, which only drafts, are DeepSeek-V3's under other names. Limits of activations
+(flash, last layers) are those of the makers' vLLM and of llama.cpp; transformers 5.24 ignores them. Ring-2.5 has the
+same `model_type` and other layers.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from argosy.config import KimiDeltaConfig, LatentConfig, ModelConfig
 from argosy.model.families.latent.deepseek import LAYER_NAMES, Defaults, read_latent_model
 from argosy.model.families.recurrent.kimi_delta import DELTA_NAMES, open_delta_gguf, with_delta_layers
 from argosy.model.reading.config_reader import ConfigReader
-from argosy.model.reading.experts_config import layers_by_type, read_sigmoid_router
+from argosy.model.reading.experts_config import layers_by_type, read_sigmoid_router, with_limits
 from argosy.model.reading.layout import separate_and_fused
 
 __all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
@@ -87,8 +88,10 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     reader.neutral("moe_shared_expert_intermediate_size", config.expert_width)
     reader.neutral("rotary_dim", latent.rope_dim)
     reader.neutral("num_kv_heads_for_linear_attn", 0, None, latent.num_heads)
-    for name in ("expert_swiglu_limit_list", "share_expert_swiglu_limit_list"):
-        reader.neutral(name, None, [0] * config.num_layers)
+    limits = [
+        reader.numbers_of_layers(name, config.num_layers, config.num_mtp_layers)
+        for name in ("expert_swiglu_limit_list", "share_expert_swiglu_limit_list")
+    ]
     reader.passed("mtp_loss_scaling_factor", "embedding_dropout", "output_dropout", "partial_rotary_factor")
     delta = KimiDeltaConfig(
         num_heads=latent.num_heads,
@@ -105,7 +108,8 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         for i in range(config.num_layers)
     ]
     reader.finish()
-    return with_delta_layers(config.with_mixers(LatentConfig, has_head_gates=True), delta, is_delta)
+    config = with_limits(config.with_mixers(LatentConfig, has_head_gates=True), *limits)
+    return with_delta_layers(config, delta, is_delta)
 
 
 def open_gguf(file: GgufFile) -> ModelFiles:

@@ -19,6 +19,7 @@ from argosy.model.reading.experts_config import (
     read_dense_layers,
     read_grouped_router,
     require_groups,
+    with_limits,
 )
 from argosy.model.reading.gguf_config import SIGMOID, GgufConfigReader
 from argosy.model.reading.gguf_layout import read_gguf_layout
@@ -109,6 +110,7 @@ def open_delta_gguf(file: GgufFile, architecture: str, family: str) -> ModelFile
         num_mtp_layers=reader.num_mtp_layers(),
         **sizes,
     )
+    config = with_limits(config, reader.limits("swiglu_clamp_exp"), reader.limits("swiglu_clamp_shexp"))
     reader.finish()
     low, full = ("ssm_f_b.weight", "ssm_g_b.weight"), ("ssm_f_a.weight", "ssm_g_a.weight")
     decay, gate = low if is_kimi else full
@@ -151,9 +153,6 @@ def _read_latent(
 def _read_router(reader: GgufConfigReader, is_kimi: bool) -> RouterConfig:
     if (function := reader.integer("expert_gating_func")) != SIGMOID:
         raise reader.unsupported("expert_gating_func", function, "2 (sigmoid)")
-    for name in ("swiglu_clamp_exp", "swiglu_clamp_shexp"):
-        if reader.has(name) and any(limits := reader.file.numbers(reader.key(name))):
-            raise reader.unsupported(name, max(limits), "0 in every layer")
     router = read_grouped_router(reader, is_sigmoid=True, has_choice_bias=True)
     # llama.cpp always renormalises in Kimi-Linear.
     return replace(router, renormalize=True, renormalize_eps=RENORMALIZE_EPS) if is_kimi else router
