@@ -43,7 +43,16 @@ OPTIONAL = {
 # has only the named modules. The core also runs without what only other members need.
 REGISTRIES = {
     "model/families": ("__init__", "nearest", "qwen3_moe", "qwen_moe"),
-    "model/encoders": ("__init__", "blocks", "encoder", "mlx_towers", "mmproj", "reading", "table"),
+    "model/encoders": (
+        "__init__",
+        "blocks",
+        "encoder",
+        "mlx_towers",
+        "mmproj",
+        "projector",
+        "reading",
+        "table",
+    ),
     "prompt/formats": (
         "__init__",
         "block_format",

@@ -262,7 +262,7 @@ FAULTS: dict[str, tuple[dict[str, bytes | None], dict[str, Changed | None], str]
     "another projector": (
         {"clip.projector_type": entry("clip.projector_type", STRING, "gemma3")},
         {},
-        "asks for clip.projector_type gemma3; supported: qwen3vl_merger, glm4v, kimik25",
+        "asks for clip.projector_type gemma3; supported: qwen3vl_merger, glm4v, gemma4v",
     ),
     "no towers": (
         {"clip.has_vision_encoder": entry("clip.has_vision_encoder", 7, False)},

@@ -29,7 +29,9 @@ from argosy.model.encoders.blocks import (
 )
 from argosy.model.encoders.encoder import Encoder, VideoForm
 from argosy.model.encoders.grid import Grid, frame_patches, read_theta
+from argosy.model.encoders.projector import Projector, read_colours, read_patch_size
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
+from argosy.model.reading.gguf_config import GgufConfigReader
 from argosy.prompt.media_span import Making, SpanRows
 
 
@@ -313,5 +315,58 @@ TOWERS: Mapping[str, Encoder] = {
         sees_both_ways=True,
         marks=("boi_token_id", "eoi_token_id"),
         video=VideoForm(),
+    ),
+}
+
+
+def _read_gemma(reader: GgufConfigReader) -> dict[str, object]:
+    """Read the config. The heads' sizes are those of the tensors, and the file has no rotary base, as in llama.cpp."""
+
+    def size(name: str, axis: int) -> int:
+        ref = reader.file.tensors.get(name)
+        return ref.shape[axis] if ref is not None and len(ref.shape) > axis else 1
+
+    num_heads = reader.integer("vision.attention.head_count")
+    head_dim = max(1, size("v.blk.0.attn_q.weight", 0) // num_heads)
+    reader.integer("vision.image_size")  # nothing depends on it
+    return {
+        "head_dim": head_dim,
+        "hidden_size": reader.integer("vision.embedding_length"),
+        "intermediate_size": reader.integer("vision.feed_forward_length"),
+        "num_attention_heads": num_heads,
+        "num_hidden_layers": reader.integer("vision.block_count", most=MOST_LAYERS),
+        "num_key_value_heads": max(1, size("v.blk.0.attn_k.weight", 0) // head_dim),
+        "patch_size": read_patch_size(reader),
+        "pooling_kernel_size": _pooled(reader),
+        "position_embedding_size": size("v.position_embd.weight", 1),
+        "rms_norm_eps": reader.number("vision.attention.layer_norm_epsilon"),
+        "standardize": "v.std_bias" in reader.file.tensors,
+    }
+
+
+def _pooled(reader: GgufConfigReader) -> int:
+    return reader.integer("vision.projector.scale_factor", 3, most=16)
+
+
+def _gemma_settings(reader: GgufConfigReader) -> dict[str, object]:
+    """Return settings as in Gemma-4: 280 tokens, and colours from 0 to 1."""
+    return read_colours(reader) | {
+        "do_normalize": True,
+        "image_processor_type": "Gemma4ImageProcessor",
+        "patch_size": read_patch_size(reader),
+        "pooling_kernel_size": _pooled(reader),
+    }
+
+
+PROJECTORS: Mapping[str, Projector] = {
+    "gemma4v": Projector(
+        families={"gemma4": "gemma4"},
+        placeholder="<|image|>",
+        marks=("<|image>", "<image|>"),
+        read_config=_read_gemma,
+        read_settings=_gemma_settings,
+        names={"patch": "v.patch_embd", "position": "v.position_embd", "projection": "mm.input_projection"},
+        whole_names={"standard_bias": "v.std_bias", "standard_norm": "v.std_scale"},
+        stored={"has_colours_first": True},
     ),
 }

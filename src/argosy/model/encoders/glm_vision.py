@@ -19,7 +19,16 @@ from argosy.model.encoders.blocks import Rows, Steps, block_floats, in_blocks
 from argosy.model.encoders.encoder import Encoder, VideoForm
 from argosy.model.encoders.grid import Grid, frame_patches, read_theta, span_angles
 from argosy.model.encoders.patch_tower import PatchConfig, PatchTower, num_positions, tower_bytes
+from argosy.model.encoders.projector import (
+    Projector,
+    read_colours,
+    read_merge_size,
+    read_patch_size,
+    read_pixels,
+    read_sizes,
+)
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
+from argosy.model.reading.gguf_config import GgufConfigReader
 
 __all__ = [
     "TOWERS", "GlmVisionConfig", "GlmVisionTower", "num_positions", "peak_bytes", "read_config", "span_angles",
@@ -171,5 +180,49 @@ TOWERS: Mapping[str, Encoder] = {
         peak_bytes=peak_bytes,
         angles=lambda config, grid: span_angles(grid, config.merge),
         video=VideoForm(is_shown_as_pictures=True),
+    ),
+}
+
+
+def _read_glm(reader: GgufConfigReader) -> dict[str, object]:
+    reader.neutral("use_silu", True)
+    return read_sizes(reader) | {
+        "attention_bias": "v.blk.0.attn_qkv.bias" in reader.file.tensors,
+        "image_size": reader.integer("vision.image_size"),
+        "rms_norm_eps": reader.number("vision.attention.layer_norm_epsilon"),
+        "temporal_patch_size": 2,
+    }
+
+
+def _glm_settings(reader: GgufConfigReader) -> dict[str, object]:
+    """Return settings as in GLM-4.5V: 12,544 to 9,633,792 pixels, counted over two frames; a token has 28 x 28."""
+    return read_colours(reader) | {
+        "image_processor_type": "Glm4vImageProcessor",
+        "patch_size": read_patch_size(reader),
+        "merge_size": read_merge_size(reader),
+        "size": read_pixels(reader, 12_544, 9_633_792, token=28, frames=2),
+        "temporal_patch_size": 2,
+    }
+
+
+PROJECTORS: Mapping[str, Projector] = {
+    "glm4v": Projector(
+        families={"glm4_moe": "glm4v_moe"},
+        placeholder="<|image|>",
+        read_config=_read_glm,
+        read_settings=_glm_settings,
+        names={
+            "patch": "v.patch_embd",
+            "patch_norm": "v.norm_embd",
+            "position": "v.position_embd",
+            "final_norm": "v.post_ln",
+            "join": "mm.patch_merger",
+            "merger.in": "mm.model.fc",
+            "merger.norm": "mm.post_norm",
+            "merger.gate": "mm.gate",
+            "merger.up": "mm.up",
+            "merger.down": "mm.down",
+        },
+        stored={"are_frames_apart": True},
     ),
 }

@@ -29,7 +29,9 @@ from argosy.model.encoders.grid import (
     read_theta,
 )
 from argosy.model.encoders.patch_tower import PatchConfig, PatchTower, layer_tensors, tower_bytes
+from argosy.model.encoders.projector import Projector, read_colours, read_patch_size
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
+from argosy.model.reading.gguf_config import GgufConfigReader
 from argosy.prompt.media_span import Making
 
 
@@ -209,4 +211,55 @@ _KIMI_K25 = Encoder(
 TOWERS: Mapping[str, Encoder] = {
     "kimi_k25": _KIMI_K25,
     "kimi_vl": replace(_KIMI_K25, tensors=_tensors_of_kimi_vl, video=None),
+}
+
+
+def _read_kimi(reader: GgufConfigReader) -> dict[str, object]:
+    reader.neutral("use_gelu", True)
+    merge = reader.integer("vision.projector.scale_factor", most=16)
+    metadata = reader.file  # these keys lack the prefix of the others
+    reader.integer("vision.image_size")  # the position table has its own keys
+    reader.integer("vision.image_min_pixels", least=0)  # the reference processor enlarges no picture
+    return {
+        "hidden_size": reader.integer("vision.embedding_length"),
+        "intermediate_size": reader.integer("vision.feed_forward_length"),
+        "merge_kernel_size": [merge, merge],
+        "num_attention_heads": reader.integer("vision.attention.head_count"),
+        "num_hidden_layers": reader.integer("vision.block_count", most=MOST_LAYERS),
+        "patch_size": read_patch_size(reader),
+        "pos_emb_height": metadata.integer("vision.pos_emb_height", least=1),
+        "pos_emb_time": metadata.integer("vision.pos_emb_time", least=1),
+        "pos_emb_width": metadata.integer("vision.pos_emb_width", least=1),
+        "projector_ln_eps": reader.number("vision.attention.layer_norm_epsilon"),
+    }
+
+
+def _kimi_settings(reader: GgufConfigReader) -> dict[str, object]:
+    """Return settings as in Kimi-K2.5: at most 512 patches on a side; the file gives their total number, as pixels."""
+    patch_size = read_patch_size(reader)
+    return read_colours(reader) | {
+        "image_processor_type": "Kimi_K25ImageProcessor",
+        "max_patches": reader.integer("vision.image_max_pixels", least=patch_size**2) // patch_size**2,
+        "merge_size": reader.integer("vision.projector.scale_factor", most=16),
+        "patch_size": patch_size,
+        "size": {"max_height": 512, "max_width": 512},
+    }
+
+
+PROJECTORS: Mapping[str, Projector] = {
+    "kimik25": Projector(
+        families={"deepseek_v3": "kimi_k25"},
+        placeholder="<|media_pad|>",
+        read_config=_read_kimi,
+        read_settings=_kimi_settings,
+        names={
+            "patch": "v.patch_embd",
+            "position": "v.position_embd",
+            "final_norm": "v.post_ln",
+            "projector.norm": "mm.input_norm",
+            "projector.up": "mm.1",
+            "projector.down": "mm.2",
+        },
+        stored={"pair_order": "columns first"},
+    ),
 }

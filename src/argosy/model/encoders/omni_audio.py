@@ -32,7 +32,9 @@ from argosy.model.encoders.blocks import (
     sinusoids,
 )
 from argosy.model.encoders.encoder import Encoder
+from argosy.model.encoders.projector import Projector
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
+from argosy.model.reading.gguf_config import GgufConfigReader
 from argosy.model.weights import DenseWeights
 from argosy.prompt.media_span import Making, SpanRows
 
@@ -265,5 +267,48 @@ TOWERS: Mapping[str, Encoder] = {
         open=OmniAudioTower,
         num_positions=lambda config, shape: num_positions(config, *shape),
         peak_bytes=lambda config, shape: peak_bytes(config, *shape),
+    ),
+}
+
+
+def _read_omni_audio(reader: GgufConfigReader) -> dict[str, object]:
+    if (eps := reader.number("audio.attention.layer_norm_epsilon", 1e-5)) != 1e-5:
+        raise reader.unsupported("audio.attention.layer_norm_epsilon", eps, "1e-05")
+    kernel = reader.file.tensors.get("a.conv2d.1.weight")
+    return {
+        "d_model": reader.integer("audio.embedding_length"),
+        "downsample_hidden_size": 480 if kernel is None or not kernel.shape else kernel.shape[0],
+        "encoder_attention_heads": reader.integer("audio.attention.head_count"),
+        "encoder_ffn_dim": reader.integer("audio.feed_forward_length"),
+        "encoder_layers": reader.integer("audio.block_count", most=MOST_LAYERS),
+        "n_window": 50,  # the file has no windows: those of the released models
+        "n_window_infer": 800,
+        "num_mel_bins": reader.integer("audio.num_mel_bins", most=1024),
+        "output_dim": reader.integer("audio.projection_dim"),
+    }
+
+
+def _omni_sound_settings(reader: GgufConfigReader) -> dict[str, object]:
+    return {
+        "feature_extractor_type": "WhisperFeatureExtractor",
+        "feature_size": reader.integer("audio.num_mel_bins", most=1024),
+    }
+
+
+PROJECTORS: Mapping[str, Projector] = {
+    "qwen3a": Projector(
+        kind="sound",
+        families={"qwen3_vl_moe": "qwen3_omni_moe"},
+        placeholder="<|audio_pad|>",
+        read_config=_read_omni_audio,
+        read_settings=_omni_sound_settings,
+        names={
+            **{f"convolution.{i}": f"a.conv2d.{i + 1}" for i in range(3)},
+            "join": "a.conv_out",
+            "final_norm": "a.post_ln",
+            "output.up": "mm.a.mlp.1",
+            "output.down": "mm.a.mlp.2",
+        },
+        unused=("a.position_embd.weight",),  # sinusoids, which the tower computes
     ),
 }

@@ -32,7 +32,16 @@ from argosy.model.encoders.patch_tower import (
     num_positions,
     tower_bytes,
 )
+from argosy.model.encoders.projector import (
+    Projector,
+    read_colours,
+    read_merge_size,
+    read_patch_size,
+    read_pixels,
+    read_sizes,
+)
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
+from argosy.model.reading.gguf_config import GgufConfigReader
 
 __all__ = [
     "TOWERS", "QwenVisionConfig", "QwenVisionTower", "num_positions", "omni_angles", "peak_bytes", "read_config",
@@ -208,4 +217,52 @@ TOWERS: Mapping[str, Encoder] = {
     "qwen3_omni_moe": _encoder("thinker_config", "vision_config", prefix="thinker.visual.", is_omni=True),
     # The demo model's eye; no model of transformers combines the two.
     "qwen2_moe": replace(_encoder("vision_config", prefix="visual."), angles=None, video=None),
+}
+
+
+def _read_qwen(reader: GgufConfigReader) -> dict[str, object]:
+    raw = read_sizes(reader)
+    reader.neutral("use_gelu", True)
+    # The converter writes the text model's; the tower's is always 1e-6.
+    reader.number("vision.attention.layer_norm_epsilon", 1e-6)
+    patches_a_side = reader.integer("vision.image_size") // read_patch_size(reader)
+    num_layers = reader.integer("vision.block_count", most=MOST_LAYERS)
+    deepstack = reader.flags("vision.is_deepstack_layers", num_layers) or ()
+    return raw | {
+        "deepstack_visual_indexes": [layer for layer, is_merged in enumerate(deepstack) if is_merged],
+        "num_position_embeddings": patches_a_side**2,
+        "temporal_patch_size": 2,
+    }
+
+
+def _qwen_settings(reader: GgufConfigReader) -> dict[str, object]:
+    """Return settings as in Qwen3-VL and Qwen3.6, or as in Qwen3-Omni, whose file also contains a tower for sound.
+
+    They have 65,536 to 16,777,216 pixels, and 3,136 to 12,845,056; a token has 32 x 32.
+    """
+    limits = (3136, 12_845_056) if reader.file.flag("clip.has_audio_encoder", False) else (65_536, 16_777_216)
+    return read_colours(reader) | {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "patch_size": read_patch_size(reader),
+        "merge_size": read_merge_size(reader),
+        "size": read_pixels(reader, *limits, token=32),
+        "temporal_patch_size": 2,
+    }
+
+
+PROJECTORS: Mapping[str, Projector] = {
+    "qwen3vl_merger": Projector(
+        families={"qwen3_vl_moe": "qwen3_vl_moe", "qwen3_5_moe_text": "qwen3_5_moe"},
+        placeholder="<|image_pad|>",
+        read_config=_read_qwen,
+        read_settings=_qwen_settings,
+        names={
+            "patch": "v.patch_embd",
+            "position": "v.position_embd",
+            "merger.norm": "v.post_ln",
+            "merger.up": "mm.0",
+            "merger.down": "mm.2",
+        },
+        stored={"are_frames_apart": True},
+    ),
 }

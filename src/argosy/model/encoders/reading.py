@@ -45,7 +45,6 @@ from argosy.model.weights import DenseReading, dense_footprint, is_vector
 READ_BYTES = 16 << 20
 READ_MS = 5
 MEL_FRAMES_PER_SECOND = 100  # in every encoder here: 16,000 samples in hops of 160
-_SINUSOIDS = "a.position_embd.weight"  # a table that the tower for sound computes
 _MMPROJ_HINT = "take the Q8_0, F16, BF16 or F32 file; those are published beside others"
 _BLOCKS, _BLOCK_VALUES, _BLOCK_BYTES = "Q8_0", 32, 34
 
@@ -286,12 +285,14 @@ def _read_mmproj(files: ModelFiles) -> dict[Kind, EncoderFiles | ArgosyError]:
 
 def _in_gguf(tower: TowerInFile, files: ModelFiles, header: GgufFile, tokens: list[str]) -> EncoderFiles:
     assert isinstance(files.mmproj, GgufFile)
-    path, kind = files.mmproj.path, tower.encoder.kind
+    path, kind, projector = files.mmproj.path, tower.encoder.kind, tower.projector
     of_kind = {name: _with_blocks(ref) for name, ref in files.others.items() if is_of(kind, name)}
     accounts = TensorAccounts(path, of_kind, {**FLOAT_FORMATS, _BLOCKS: "f32"}, hint=_MMPROJ_HINT)
     tensors = _take_tensors(accounts, tower.encoder, tower.config, tower.names, is_gguf=True)
     accounts.refuse_extra(
-        files.config, lambda name: name == _SINUSOIDS, f"the tower that {path.name} describes for {kind}s"
+        files.config,
+        lambda name: name in projector.unused,
+        f"the tower that {path.name} describes for {kind}s",
     )
 
     def id_of(token: str) -> int:
@@ -307,8 +308,8 @@ def _in_gguf(tower: TowerInFile, files: ModelFiles, header: GgufFile, tokens: li
         tower.encoder,
         tower.config,
         tensors,
-        token_id=id_of(tower.placeholder),
-        marks=None if tower.marks is None else (id_of(tower.marks[0]), id_of(tower.marks[1])),
+        token_id=id_of(projector.placeholder),
+        marks=None if projector.marks is None else (id_of(projector.marks[0]), id_of(projector.marks[1])),
         settings=(tower.settings, path.name),
     )
 

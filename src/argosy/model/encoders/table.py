@@ -1,4 +1,5 @@
-"""The towers of each family, from the files of towers: each says in `TOWERS` which families have it."""
+"""The towers of each family, from the files of towers: `TOWERS` there says which families have it, `PROJECTORS` how
+GGUF files describe it."""
 
 from __future__ import annotations
 
@@ -6,17 +7,23 @@ from collections.abc import Mapping
 
 from argosy.installed import members
 from argosy.model.encoders.encoder import Encoder
+from argosy.model.encoders.projector import Projector
 
 _FILES = ("qwen_vision", "glm_vision", "gemma_vision", "moon_vit", "omni_audio", "whisper_audio")
 
 
 def _by_family() -> dict[str, tuple[Encoder, ...]]:
     found: dict[str, tuple[Encoder, ...]] = {}
-    for file in members("argosy.model.encoders", _FILES):
+    for file in _MEMBERS:
         for family, encoder in file.TOWERS.items():
             found[family] = (*found.get(family, ()), encoder)
     return found
 
 
+_MEMBERS = tuple(members("argosy.model.encoders", _FILES))
 ENCODERS: Mapping[str, tuple[Encoder, ...]] = _by_family()
 """By the family of a `ModelConfig`."""
+PROJECTORS: Mapping[str, Projector] = {
+    name: projector for file in _MEMBERS for name, projector in getattr(file, "PROJECTORS", {}).items()
+}
+"""By `clip.projector_type`; a tower without one has no GGUF files."""
