@@ -14,6 +14,7 @@ from tests.families.hub_configs import (
     SARVAM_105B,
     RawConfig,
 )
+from tests.families.published_windows import MELLUM_2
 
 
 class Published(NamedTuple):
@@ -816,6 +817,7 @@ PUBLISHED = (
     Published("GLM-4.7-Flash", RELEASED["GLM-4.7-Flash"], 29.9),
     Published("OLMoE-1B-7B", olmoe(), 6.92),
     Published("FlexOlmo-7x7B", FLEX_OLMO, 33.3),
+    Published("Mellum2-12B-A2.5B", MELLUM_2, 12.15),
     Published("Granite-3.1-1B-A400M", GRANITE_31_1B, 1.33),
     Published("ERNIE-4.5-21B-A3B", ERNIE_45_21B, 21.8),
     Published("MiniMax-M2", minimax_m2(), 228.7),

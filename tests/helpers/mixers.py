@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
+
 from argosy.config import AttentionConfig, ModelConfig
 
 
@@ -14,3 +18,15 @@ def attentions(config: ModelConfig) -> tuple[AttentionConfig, ...]:
 
 def windows(config: ModelConfig) -> list[int]:
     return [one.sliding_window for one in attentions(config)]
+
+
+def in_float32(config: ModelConfig) -> ModelConfig:
+    """Return the config with yarn's attention factors as GGUF files have them."""
+    layers = []
+    for layer in config.layers:
+        mixer = layer.mixer
+        if isinstance(mixer, AttentionConfig) and mixer.rope is not None and mixer.rope.attention_factor:
+            factor = float(str(np.float32(mixer.rope.attention_factor)))
+            mixer = replace(mixer, rope=replace(mixer.rope, attention_factor=factor))
+        layers.append(replace(layer, mixer=mixer))
+    return replace(config, layers=tuple(layers))

@@ -12,6 +12,7 @@ from tests.models.configurations_gemma import GEMMA
 from tests.models.configurations_gqa import GQA
 from tests.models.configurations_grouped import GROUPED
 from tests.models.configurations_latent import LATENT
+from tests.models.configurations_windows import WINDOWS
 from tests.models.configurations_wrappers import WRAPPED
 from tests.models.tiny import (
     RawConfig,
@@ -504,6 +505,7 @@ CONFIGURATIONS = (
     *WRAPPED,
     *GEMMA,
     *GQA,
+    *WINDOWS,
     *FLAGS,
     *GROUPED,
 )

@@ -19,7 +19,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
-from tests.models import tiny_gqa, tiny_grouped
+from tests.models import gguf_windows, tiny_gqa, tiny_grouped, tiny_windows
 from tests.models.safetensors_file import Array, write_checkpoint
 from tests.models.tiny import RawConfig, head_dim, moe_layers, num_experts, random_tensors, text_of
 from tests.models.tiny_latent import INDEXED_FAMILIES, LATENT_FAMILIES, MISTRAL_FAMILIES
@@ -44,6 +44,7 @@ ARCHITECTURES = {
     "solar_open": "glm4moe",
     "dots1": "dots1",
     "hy_v3": "hy_v3",
+    "mellum": "mellum",
 }
 _SIGMOID = ("glm4_moe", *tiny_grouped.FAMILIES)
 # Types to which the `gguf` package does not quantise: the offset of the float16 scale, the offset of the scale of the
@@ -372,7 +373,10 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
     writer.add_value_length(config.get("v_head_dim", head_dim(config)))
     share = config.get("partial_rotary_factor", 1.0)
     writer.add_rope_dimension_count(config.get("rotary_dim") or int(head_dim(config) * share))
-    writer.add_rope_freq_base((config.get("rope_parameters") or config)["rope_theta"])
+    if config["model_type"] in tiny_windows.FAMILIES:
+        gguf_windows.add_metadata(writer, config)
+    else:
+        writer.add_rope_freq_base((config.get("rope_parameters") or config)["rope_theta"])
     eps = (config.get(name) for name in ("rms_norm_eps", "layernorm_epsilon", "norm_eps"))
     writer.add_layer_norm_rms_eps(next(filter(None, eps)))
     writer.add_expert_count(num_experts(config))

@@ -23,6 +23,7 @@ from tests.models import (
     tiny_grouped,
     tiny_kda,
     tiny_recurrent,
+    tiny_windows,
     tiny_wrappers,
 )
 from tests.models.numpy_delta import delta_net
@@ -191,6 +192,8 @@ class NumpyModel:
                 spans = replace(spans, sees_until=None)
         elif self.config["model_type"] in tiny_gqa.FAMILIES:
             frequency, scale = tiny_gqa.frequencies(self.config, layer), 1.0
+        elif self.config["model_type"] in tiny_windows.FAMILIES:
+            frequency, scale = window_frequencies(self.config, layer)
         else:
             frequency, scale = rope_frequencies(self.config)
         positions = index[None] if spans.angles is None else np.asarray(spans.angles, np.float64)
@@ -482,6 +485,8 @@ def sliding_windows(config: RawConfig) -> list[int]:
         return [0] * num_layers
     if config["model_type"] == "mixtral":
         return [window] * num_layers
+    if config["model_type"] in tiny_windows.FAMILIES:
+        return tiny_windows.windows(config)
     if config["model_type"] in tiny_gqa.FAMILIES:
         return tiny_gqa.windows(config)
     if config["model_type"] == tiny_gemma.FAMILY:
@@ -525,6 +530,14 @@ def rope_frequencies(config: RawConfig) -> tuple[Array, float]:
     # Dynamic scaling changes nothing up to max_position_embeddings, and no test exceeds it.
     assert kind in ("default", "dynamic"), kind
     return frequency, 1.0
+
+
+def window_frequencies(config: RawConfig, layer: int) -> tuple[Array, float]:
+    """Return the same for a layer of `tiny_windows.FAMILIES`."""
+    frequency, rope = tiny_windows.frequencies(config, layer), tiny_windows.rope_of(config, layer)
+    if rope.get("rope_type") != "yarn":
+        return frequency, 1.0
+    return yarn_frequencies(rope, frequency, rope["rope_theta"], rope["original_max_position_embeddings"])
 
 
 def gemma_frequencies(rope: RawConfig, dim: int) -> Array:

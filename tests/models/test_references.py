@@ -16,6 +16,7 @@ from tests.models import (
     tiny_grouped,
     tiny_kda,
     tiny_recurrent,
+    tiny_windows,
     tiny_wrappers,
 )
 from tests.models.configurations import CONFIGURATIONS, Configuration
@@ -90,6 +91,7 @@ def test_the_references_cover_every_flag() -> None:
         "olmoe",
         "minimax_m2",
         *tiny_gqa.FAMILIES,
+        *tiny_windows.FAMILIES,
         *tiny_delta.FAMILIES,
         *tiny_recurrent.FAMILIES,
         *tiny_kda.FAMILIES,

@@ -26,6 +26,7 @@ from tests.models import (
     tiny_kda,
     tiny_latent,
     tiny_recurrent,
+    tiny_windows,
     tiny_wrappers,
 )
 from tests.models.safetensors_file import Array, decode, encode, write_checkpoint
@@ -367,6 +368,8 @@ def moe_layers(config: RawConfig) -> list[int]:
     if config["model_type"] in tiny_flags.FAMILIES:
         return [i for i in range(config["num_hidden_layers"]) if tiny_flags.is_moe(config, i)]
     config = text_of(config)
+    if config["model_type"] in tiny_windows.FAMILIES:
+        return [i for i in range(config["num_hidden_layers"]) if tiny_windows.is_moe(config, i)]
     if config["model_type"] in tiny_gqa.FAMILIES:
         return tiny_gqa.moe_layers(config)
     if "first_k_dense_replace" in config:
@@ -389,6 +392,8 @@ def tensor_shapes(config: RawConfig) -> dict[str, tuple[int, ...]]:
         return tiny_latent.latent_shapes(config)
     if config["model_type"] in tiny_flags.FAMILIES:
         return tiny_flags.flag_shapes(config)
+    if config["model_type"] in tiny_windows.FAMILIES:
+        return tiny_windows.window_shapes(config)
     if config["model_type"] == tiny_gemma.FAMILY:
         return tiny_gemma.gemma4_shapes(config)
     if config["model_type"] in tiny_grouped.FAMILIES:

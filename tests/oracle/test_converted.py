@@ -23,6 +23,7 @@ from tests.models.references import LARGEST_DIFFERENCE, difference, mean_diverge
 from tests.models.tiny import RawConfig, prompt_ids, write_model
 from tests.models.tiny_gemma import gemma4
 from tests.models.tiny_grouped import dots1, hy_v3
+from tests.models.tiny_windows import YARN, mellum
 from tests.oracle.test_peer import PEER, peer_logits
 
 pytestmark = [
@@ -69,6 +70,23 @@ CONVERTED: dict[str, tuple[str, RawConfig]] = {
     ),
     "hy_v3_plain": ("hy_v3", hy_v3(num_experts_per_tok=5)),
     "hy_v3_shared": ("hy_v3", hy_v3(num_shared_experts=2, num_experts_per_tok=3, head_dim=10)),
+    # llama.cpp needs experts in every layer, and computes the attention factor.
+    "mellum_plain": ("mellum", _OF_NAME["mellum_plain"]),
+    "mellum_full_first": (
+        "mellum",
+        mellum(
+            head_dim=16,
+            layer_types=[_FULL, _SLIDING, _FULL],
+            num_attention_heads=6,
+            num_hidden_layers=3,
+            num_key_value_heads=3,
+            rope_parameters={
+                _FULL: YARN | {"rope_theta": 1e4, "factor": 3.0, "original_max_position_embeddings": 40},
+                _SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+            },
+            sliding_window=11,
+        ),
+    ),
     "gemma4_respelt": ("gemma4", _OF_NAME["gemma4_respelt_untied_no_cap_f32"]),
 }
 

@@ -21,7 +21,7 @@ from argosy.checkpoint.pack import pack
 from argosy.model.families import open_model
 from argosy.model.rope import angle_scale, inverse_frequency
 from tests.helpers.mixers import windows
-from tests.models import tiny_delta, tiny_gemma
+from tests.models import tiny_delta, tiny_gemma, tiny_windows
 from tests.models.configurations import CONFIGURATIONS, Configuration
 from tests.models.configurations_latent import LATENT
 from tests.models.make_models import answer, decoder_of, load, make, scaled
@@ -240,7 +240,7 @@ def test_a_long_prompt_equals_transformers(tmp_path: Path) -> None:
 # Families whose modules in transformers have other names than those read here; their logits are compared.
 OTHER_MODULES = (
     "hy_v3", "mimo_v2_flash", "flex_olmo", "granitemoe", "granitemoeshared", "lfm2_moe", "kimi_linear",
-    "bailing_hybrid",
+    "bailing_hybrid", *tiny_windows.FAMILIES,
 )  # fmt: skip
 PLAIN = [
     c

@@ -78,6 +78,20 @@ def read_common(reader: ConfigReader, defaults: CommonDefaults) -> Common:
         UnsupportedModel: a rotary embedding or activation that is not supported.
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
+    common = read_sizes(reader, defaults)
+    rope = read_rope(
+        reader,
+        head_dim=defaults.rotary_dim or common.attention["head_dim"],
+        context_tokens=common.model["context_tokens"],
+        default_theta=defaults.rope_theta,
+        default_partial=defaults.partial_rotary_factor,
+        axes=defaults.axes,
+    )
+    return Common(common.model, common.attention | {"rope": rope})
+
+
+def read_sizes(reader: ConfigReader, defaults: CommonDefaults) -> Common:
+    """Read the same but the rotary embedding, of which a model may have one for each kind of layer."""
     shape = reader.attention_shape(
         hidden_size=defaults.hidden_size,
         num_heads=defaults.num_heads,
@@ -94,14 +108,6 @@ def read_common(reader: ConfigReader, defaults: CommonDefaults) -> Common:
         most=MOST_EXPERTS,
     )
     reader.one_of("hidden_act", "silu", ("silu",))
-    rope = read_rope(
-        reader,
-        head_dim=defaults.rotary_dim or shape.head_dim,
-        context_tokens=context_tokens,
-        default_theta=defaults.rope_theta,
-        default_partial=defaults.partial_rotary_factor,
-        axes=defaults.axes,
-    )
     heads = shape._asdict()
     model = {
         "vocab_size": reader.integer("vocab_size", default=defaults.vocab_size),
@@ -121,7 +127,7 @@ def read_common(reader: ConfigReader, defaults: CommonDefaults) -> Common:
         "eos_ids": reader.token_ids("eos_token_id", defaults.eos_id),
         "bos_id": next(iter(reader.token_ids("bos_token_id", defaults.bos_id)), None),
     }
-    return Common(model, heads | {"rope": rope})
+    return Common(model, heads)
 
 
 def parse_wrapper(

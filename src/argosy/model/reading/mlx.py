@@ -55,6 +55,7 @@ _FORMS: Mapping[str, _Form] = {
     "mimo_v2_flash": _Form(passed_over=_DRAFTS),
     "qwen2_moe": _Form(),
     "qwen3_moe": _Form(),
+    "mellum": _Form(),
     "olmoe": _Form(),
     "lfm2_moe": _Form(experts="feed_forward.switch_mlp", names=_LFM2),
     "glm4_moe": _Form(),

@@ -109,6 +109,28 @@ def read_rope(
         original = reader.optional_integer("original_max_position_embeddings") or original
     else:
         reader.neutral("original_max_position_embeddings", context_tokens, None)
+    return _scaled(
+        fields,
+        kind,
+        context_tokens,
+        original,
+        theta=theta,
+        rotary_dim=rotary_dim,
+        axes=() if axes is None else _read_axes(fields, axes, rotary_dim // 2),
+    )
+
+
+def _scaled(
+    fields: _Fields,
+    kind: Kind,
+    context_tokens: int,
+    original: int,
+    *,
+    theta: float,
+    rotary_dim: int,
+    axes: tuple[int, ...] = (),
+) -> RopeConfig:
+    """Read the fields of a kind; `original` is the context that the model was trained on before scaling."""
     factor = 1.0
     if kind != "default":
         # yarn with "factor": null means the ratio of the two contexts.
@@ -117,7 +139,7 @@ def read_rope(
     rope = RopeConfig(
         theta=theta,
         rotary_dim=rotary_dim,
-        axes=() if axes is None else _read_axes(fields, axes, rotary_dim // 2),
+        axes=axes,
         kind=kind,
         factor=factor,
         original_context=original,
@@ -132,7 +154,7 @@ def read_rope(
     )
     if kind == "llama3" and rope.high_freq_factor <= rope.low_freq_factor:
         raise CheckpointError(
-            f"config.json: {name} gives high_freq_factor {rope.high_freq_factor}, expected more than "
+            f"config.json: {fields.name} gives high_freq_factor {rope.high_freq_factor}, expected more than "
             f"low_freq_factor {rope.low_freq_factor}",
             key="high_freq_factor",
         )
@@ -162,6 +184,7 @@ def read_ropes_of_layers(
     defaults: Mapping[str, Mapping[str, object]],
     *,
     default_partial: float | None = None,
+    context_tokens: int = 0,
 ) -> dict[str, RopeConfig]:
     """Read the rotary embedding of each kind of layer from `rope_parameters`.
 
@@ -172,6 +195,7 @@ def read_ropes_of_layers(
         head_dims: dimensions of a head of each kind of layer that the model has.
         defaults: every kind of layer that `rope_parameters` may have, with its value where that is absent.
         default_partial: as for `read_rope`.
+        context_tokens: max_position_embeddings, in families whose layers may have yarn; 0: in others.
 
     Raises:
         UnsupportedModel: a kind or field is not supported; the error names it.
@@ -187,13 +211,13 @@ def read_ropes_of_layers(
                 supported=list(defaults),
             )
     return {
-        kind: _rope_of_layers(parameters.get(kind), kind, dim, default_partial)
+        kind: _rope_of_layers(parameters.get(kind), kind, dim, default_partial, context_tokens)
         for kind, dim in head_dims.items()
     }
 
 
 def _rope_of_layers(
-    values: object, kind_of_layer: str, head_dim: int, default_partial: float | None
+    values: object, kind_of_layer: str, head_dim: int, default_partial: float | None, context_tokens: int
 ) -> RopeConfig:
     name = f"rope_parameters.{kind_of_layer}"
     if not isinstance(values, Mapping):
@@ -201,16 +225,24 @@ def _rope_of_layers(
             f"config.json: {name} is {quote(values)}, expected an object", key="rope_parameters"
         )
     fields = _Fields(dict(values), name)
-    kind = _kind(fields, _KINDS_OF_LAYERS)
+    kind = _kind(fields, (*_KINDS_OF_LAYERS, "yarn") if context_tokens else _KINDS_OF_LAYERS)
     fields.refuse_unknown(kind, frozenset())
     if head_dim % 2:
         raise CheckpointError(
             f"config.json gives heads of {head_dim} dimensions, but rotary embedding needs an even number"
         )
     share = fields.number("partial_rotary_factor", default_partial or 1.0)
-    if kind == "default" and default_partial is not None:
-        rotary_dim = _part_of_head(head_dim, share)
-        return RopeConfig(theta=fields.number("rope_theta", None), rotary_dim=rotary_dim)
+    if kind == "yarn" or (kind == "default" and default_partial is not None):
+        return _scaled(
+            fields,
+            kind,
+            context_tokens,
+            fields.integer("original_max_position_embeddings", context_tokens)
+            if kind == "yarn"
+            else context_tokens,
+            theta=fields.number("rope_theta", None),
+            rotary_dim=_part_of_head(head_dim, share),
+        )
     if kind == "default" and share != 1.0:
         raise fields.unsupported("partial_rotary_factor", "1.0 for kind 'default'")
     turning_pairs = int(share * head_dim // 2) if share <= 1 else 0

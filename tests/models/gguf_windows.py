@@ -1,0 +1,24 @@
+"""The metadata of GGUF files of `tiny_windows.FAMILIES`, for `gguf_models.py`."""
+
+from __future__ import annotations
+
+from gguf import GGUFWriter, RopeScalingType
+
+from tests.models.tiny_windows import FULL, SLIDING, RawConfig, windows
+
+
+def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
+    """Write the metadata that llama.cpp's conversion script writes for such a model, except those of every model."""
+    full = config["rope_parameters"].get(FULL, config["rope_parameters"])
+    writer.add_rope_freq_base(full["rope_theta"])
+    if full["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(full["factor"])
+        writer.add_rope_scaling_orig_ctx_len(full["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_attn_factor(full["attention_factor"])
+        writer.add_rope_scaling_yarn_beta_fast(full["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(full["beta_slow"])
+    writer.add_sliding_window(config["sliding_window"])
+    if config["model_type"] == "mellum":
+        writer.add_rope_freq_base_swa(config["rope_parameters"][SLIDING]["rope_theta"])
+        writer.add_sliding_window_pattern([window > 0 for window in windows(config)])

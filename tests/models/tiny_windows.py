@@ -1,0 +1,147 @@
+"""Tiny configs of families that mix layers with a window and layers that see everything, and their tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tests.models.safetensors_file import Array
+
+RawConfig = dict[str, Any]
+Shapes = dict[str, tuple[int, ...]]
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+_COMMON: RawConfig = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "dtype": "bfloat16",
+    "eos_token_id": 2,
+    "head_dim": 10,
+    "hidden_act": "silu",
+    "hidden_size": 20,
+    "initializer_range": 0.02,
+    "intermediate_size": 17,
+    "max_position_embeddings": 128,
+    "moe_intermediate_size": 9,
+    "num_attention_heads": 4,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "sliding_window": 7,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "vocab_size": 53,
+}
+YARN: RawConfig = {
+    "rope_type": "yarn",
+    "rope_theta": 500000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 8,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
+
+
+def mellum(**changes: Any) -> RawConfig:
+    """A config.json with the keys of Mellum2-12B-A2.5B's."""
+    num_layers = changes.get("num_hidden_layers", 4)
+    return {
+        **_COMMON,
+        "architectures": ["MellumForCausalLM"],
+        "layer_types": [FULL if layer % 4 == 3 else SLIDING for layer in range(num_layers)],
+        "max_window_layers": 0,
+        "mlp_layer_types": ["sparse"] * num_layers,
+        "model_type": "mellum",
+        "norm_topk_prob": True,
+        "output_router_logits": False,
+        "rope_parameters": {
+            FULL: YARN | {"attention_factor": 1.2772588722239782},
+            SLIDING: {"rope_type": "default", "rope_theta": 500000.0},
+        },
+        "router_aux_loss_coef": 0.001,
+        "use_sliding_window": True,
+    } | changes
+
+
+FAMILIES = ("mellum",)
+
+
+def is_moe(config: RawConfig, layer: int) -> bool:
+    return bool(config["mlp_layer_types"][layer] == "sparse")
+
+
+def num_heads(config: RawConfig, layer: int) -> int:
+    return int(config["num_attention_heads"])
+
+
+def windows(config: RawConfig) -> list[int]:
+    """Return each layer's window; 0 is full attention."""
+    return [config["sliding_window"] if kind == SLIDING else 0 for kind in config["layer_types"]]
+
+
+def rope_of(config: RawConfig, layer: int) -> RawConfig:
+    """Return the rotary embedding of a layer."""
+    rope: RawConfig = config["rope_parameters"][config["layer_types"][layer]]
+    return rope
+
+
+def frequencies(config: RawConfig, layer: int) -> Array:
+    """Return the angle per position of each dimension pair, before yarn."""
+    rope = rope_of(config, layer)
+    dim = int(config["head_dim"] * rope.get("partial_rotary_factor", 1.0))
+    frequency: Array = rope["rope_theta"] ** -(np.arange(0, dim, 2) / dim)
+    return frequency
+
+
+def window_shapes(config: RawConfig) -> Shapes:
+    """Return names and shapes of every tensor in the hub's checkpoint of this config."""
+    hidden, vocab = config["hidden_size"], config["vocab_size"]
+    shapes: Shapes = {"model.embed_tokens.weight": (vocab, hidden)}
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        shapes |= {f"{prefix}{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+        shapes |= _attention_shapes(config, layer, prefix + "self_attn.")
+        if is_moe(config, layer):
+            shapes |= _moe_shapes(config, prefix + "mlp.")
+        else:
+            shapes |= _swiglu(prefix + "mlp.", hidden, config["intermediate_size"])
+    shapes["model.norm.weight"] = (hidden,)
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (vocab, hidden)
+    return shapes
+
+
+def _attention_shapes(config: RawConfig, layer: int, prefix: str) -> Shapes:
+    hidden, dim = config["hidden_size"], config["head_dim"]
+    q_rows, kv_rows = num_heads(config, layer) * dim, config["num_key_value_heads"] * dim
+    shapes: Shapes = {}
+    for name, rows in (("q", q_rows), ("k", kv_rows), ("v", kv_rows)):
+        shapes[f"{prefix}{name}_proj.weight"] = (rows, hidden)
+        if config["attention_bias"]:
+            shapes[f"{prefix}{name}_proj.bias"] = (rows,)
+    shapes[prefix + "o_proj.weight"] = (hidden, q_rows)
+    if config["attention_bias"]:
+        shapes[prefix + "o_proj.bias"] = (hidden,)
+    shapes[prefix + "q_norm.weight"] = shapes[prefix + "k_norm.weight"] = (dim,)
+    return shapes
+
+
+def _moe_shapes(config: RawConfig, mlp: str) -> Shapes:
+    hidden, num_experts = config["hidden_size"], config["num_experts"]
+    shapes: Shapes = {mlp + "gate.weight": (num_experts, hidden)}
+    for expert in range(num_experts):
+        shapes |= _swiglu(f"{mlp}experts.{expert}.", hidden, config["moe_intermediate_size"])
+    return shapes
+
+
+def _swiglu(prefix: str, hidden: int, width: int) -> Shapes:
+    return {
+        f"{prefix}gate_proj.weight": (width, hidden),
+        f"{prefix}up_proj.weight": (width, hidden),
+        f"{prefix}down_proj.weight": (hidden, width),
+    }
