@@ -12,6 +12,7 @@ import pytest
 from gguf import GGUFWriter
 
 from argosy.checkpoint.files import ModelFiles
+from argosy.cli.main import main
 from argosy.config import LatentConfig, QueryScale, RouterConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import open_model
@@ -104,14 +105,20 @@ def test_metadata_means_the_same_as_config_json(
 
 @pytest.mark.parametrize("make", [deepseek_v32, glm_moe_dsa])
 def test_a_file_without_indexers_says_up_to_where_it_is_exact(
-    make: Callable[..., RawConfig], write: Write, monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., RawConfig],
+    write: Write,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     plain = gguf_models.is_in_gguf
     monkeypatch.setattr(
         gguf_models, "is_in_gguf", lambda name, config: ".indexer." not in name and plain(name, config)
     )
-    config = write(make(index_topk=9)).config
+    files = write(make(index_topk=9))
+    config = files.config
     assert config.exact_tokens == 9
+    assert main(["show", str(files.path)]) == 0
+    assert "indexers      missing: approximate beyond 9 tokens" in capsys.readouterr().out
     assert {layer.mixer.num_chosen for layer in config.layers if isinstance(layer.mixer, LatentConfig)} == {0}
 
 

@@ -123,6 +123,7 @@ def model_facts(files: ModelFiles) -> dict[str, Any]:
         "dense_bytes": files.dense_bytes,
         "expert_bytes": files.expert_bytes,
         "weights": weight_facts(files),
+        "exact_tokens": files.config.exact_tokens,
         "encoders": _encoder_facts(files),
         **_sampling_facts(files),
     }
@@ -206,8 +207,15 @@ def fact_lines(facts: dict[str, Any]) -> list[str]:
             for label, line in zip(("  weights", ""), weight_lines(facts["weights"]), strict=False)
         ),
         *(_encoder_line(encoder) for encoder in facts["encoders"]),
+        *_exactness_lines(facts["exact_tokens"]),
         *_sampling_lines(facts),
     ]
+
+
+def _exactness_lines(exact_tokens: int | None) -> list[str]:
+    if exact_tokens is None:
+        return []
+    return [f"  indexers      missing: approximate beyond {exact_tokens:,} tokens"]
 
 
 def _sampling_lines(facts: dict[str, Any]) -> list[str]:
