@@ -22,6 +22,7 @@ SCRIPTS = (
     "agree",
     "resident",
     "prefill",
+    "blocks",
     "streamed",
     "reads",
     "batch",
