@@ -71,6 +71,7 @@ PRE_TOKENIZERS = {
     "ernie4_5_moe": None,
     "qwen2_moe": "qwen2",
     "mellum": "mellum2",
+    "afmoe": "afmoe",
     "qwen3_moe": "qwen2",
     "qwen3_next": "qwen2",
     "qwen3_omni_moe": "qwen2",

@@ -14,7 +14,7 @@ from tests.families.hub_configs import (
     SARVAM_105B,
     RawConfig,
 )
-from tests.families.published_windows import MELLUM_2
+from tests.families.published_windows import MELLUM_2, TRINITY_LARGE, TRINITY_MINI, trinity
 
 
 class Published(NamedTuple):
@@ -818,6 +818,9 @@ PUBLISHED = (
     Published("OLMoE-1B-7B", olmoe(), 6.92),
     Published("FlexOlmo-7x7B", FLEX_OLMO, 33.3),
     Published("Mellum2-12B-A2.5B", MELLUM_2, 12.15),
+    Published("Trinity-Nano", trinity(), 6.12),
+    Published("Trinity-Mini", TRINITY_MINI, 26.1),
+    Published("Trinity-Large", TRINITY_LARGE, 398.6),
     Published("Granite-3.1-1B-A400M", GRANITE_31_1B, 1.33),
     Published("ERNIE-4.5-21B-A3B", ERNIE_45_21B, 21.8),
     Published("MiniMax-M2", minimax_m2(), 228.7),

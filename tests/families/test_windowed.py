@@ -1,4 +1,4 @@
-"""Mellum2: the meaning of its config and GGUF files, and refusals."""
+"""Mellum2 and Trinity: the meaning of its config and GGUF files, and refusals."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from argosy.config import AttentionConfig, ModelConfig, RopeConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import FAMILIES, open_model
 from tests.engine.test_gguf import LARGEST_DIVERGENCE, mean_divergence
-from tests.families.published_windows import MELLUM_2
+from tests.families.published_windows import MELLUM_2, TRINITY_LARGE, TRINITY_MINI, trinity
 from tests.helpers.mixers import in_float32, windows
 from tests.models.gguf_models import one_type, write_gguf_model
 from tests.models.references import LARGEST_DIFFERENCE, difference
 from tests.models.tiny import RawConfig, prompt_ids
-from tests.models.tiny_windows import FULL, SLIDING, YARN, mellum
+from tests.models.tiny_windows import FULL, SLIDING, YARN, afmoe, mellum
 
 Make = Callable[..., RawConfig]
 
@@ -70,6 +70,36 @@ def test_yarn_without_its_context_has_the_model_s() -> None:
     assert (full.original_context, full.beta_fast, full.attention_factor) == (128, 32.0, None)
 
 
+def test_trinity_rotates_only_in_layers_with_a_window() -> None:
+    config = parse(TRINITY_MINI)
+    assert windows(config) == [2048, 2048, 2048, 0] * 8
+    assert [rope is None for rope in ropes(config)] == [False, False, False, True] * 8
+    assert (config.ropes[0].theta, config.ropes[0].rotary_dim) == (1e4, 128)
+    assert (config.attention.output_gate, config.attention.gate_activation) == ("elements", "sigmoid")
+    assert (config.has_pre_norms, config.has_post_norms, config.attention.qk_norm) == (True, True, "head")
+    assert (config.router.score, config.router.has_choice_bias, config.router.scale) == (
+        "sigmoid",
+        True,
+        2.826,
+    )
+    assert (config.moe_layers[0], config.shared_width) == (2, 1024)
+    assert config.embedding_scale == 2048**0.5
+    assert parse(TRINITY_LARGE).moe_layers[0] == 6
+    assert (
+        windows(parse(trinity(global_attn_every_n_layers=7, num_hidden_layers=8)))[3] == 0
+    )  # layer_types wins
+
+
+def test_absent_keys_of_trinity_have_the_defaults_of_transformers() -> None:
+    config = parse({"model_type": "afmoe"})
+    assert windows(config) == [1024, 1024, 1024, 0] * 8
+    assert (config.embedding_scale, config.router.scale, config.attention.num_kv_heads) == (1.0, 1.0, 16)
+    assert (config.moe_layers[0], config.num_experts, config.experts_per_token) == (1, 64, 6)
+    assert (config.expert_width, config.shared_width, config.context_tokens) == (1408, 2816, 16_384)
+    assert windows(parse(afmoe(global_attn_every_n_layers=3))) == [7, 7, 0, 7]
+    assert windows(parse(afmoe(layer_types=[FULL, SLIDING] * 2))) == [0, 7, 0, 7]
+
+
 @pytest.mark.parametrize(
     ("make", "changes", "sentence"),
     [
@@ -90,6 +120,16 @@ def test_yarn_without_its_context_has_the_model_s() -> None:
             {"rope_parameters": {FULL: YARN | {"rope_theta": 1.0}, SLIDING: PLAIN}},
             "rope_theta 1.0, expected more than 1 for yarn",
         ),
+        (afmoe, {"num_dense_layers": 4}, "num_dense_layers is 4, a whole number; expected a whole number from 0 to 3"),
+        (afmoe, {"route_norm": False}, "route_norm false; supported: true"),
+        (afmoe, {"score_func": "softmax"}, "score_func 'softmax'; supported: 'sigmoid'"),
+        (afmoe, {"n_group": 2}, "n_group 2; supported: 1"),
+        (afmoe, {"num_expert_groups": 2}, "num_expert_groups 2; supported: 1"),
+        (afmoe, {"mup_enabled": None}, "mup_enabled is null"),
+        (afmoe, {"sliding_window": None}, "sliding_window null; supported: a number"),
+        (afmoe, {"global_attn_every_n_layers": 0}, "global_attn_every_n_layers is 0"),
+        (afmoe, {"layer_types": [SLIDING]}, "layer_types has 1 entries"),
+        (afmoe, {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ],
 )  # fmt: skip
 def test_what_a_config_may_not_ask_for(make: Make, changes: dict[str, Any], sentence: str) -> None:
@@ -108,6 +148,8 @@ def test_layers_for_multi_token_prediction_are_passed_over() -> None:
     assert "mtp\\." in (FAMILIES["mellum"].LAYOUTS[0].passed_over or "")
 
 
+each_family = pytest.mark.parametrize("make", [mellum, afmoe], ids=lambda make: make.__name__)
+
 SIZES: dict[str, Any] = {
     "hidden_size": 256,
     "head_dim": 64,
@@ -118,7 +160,7 @@ SIZES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("make", [mellum], ids=lambda make: make.__name__)
+@each_family
 @pytest.mark.parametrize("type_name", ["F32", "Q4_K"])
 def test_a_gguf_answers_as_its_dequantised_weights(make: Make, type_name: str, tmp_path: Path) -> None:
     # Every expert is chosen, as a rounded score that changed a choice would hide what rounding costs.
@@ -135,7 +177,7 @@ def test_a_gguf_answers_as_its_dequantised_weights(make: Make, type_name: str, t
     assert mean_divergence(logits[0], logits[1]) <= LARGEST_DIVERGENCE
 
 
-@pytest.mark.parametrize("make", [mellum], ids=lambda make: make.__name__)
+@each_family
 def test_a_gguf_means_the_same_as_config_json(make: Make, tmp_path: Path) -> None:
     config = make()
     path = tmp_path / "model.gguf"
@@ -161,3 +203,17 @@ def test_a_number_says_which_layers_see_everything(pattern: int, expected: list[
     assert windows(FAMILIES["mellum"].open_gguf(replace(file, metadata=metadata)).config) == [7, 7, 7, 0]
     metadata["mellum.attention.sliding_window"] = 0
     assert windows(FAMILIES["mellum"].open_gguf(replace(file, metadata=metadata)).config) == [0] * 4
+
+
+def test_trinity_s_gguf_needs_a_window_and_norms_its_weights(tmp_path: Path) -> None:
+    write_gguf_model(path := tmp_path / "model.gguf", afmoe(), one_type("F32"), seed=3)
+    file = read_gguf(path)
+    absent = {key: value for key, value in file.metadata.items() if key != "afmoe.expert_weights_norm"}
+    assert FAMILIES["afmoe"].open_gguf(replace(file, metadata=absent)).config == open_model(path).config
+    for change, sentence in (
+        ({"afmoe.expert_weights_norm": False}, "expert_weights_norm"),
+        ({"afmoe.expert_gating_func": 1}, "expert_gating_func"),
+        ({"afmoe.attention.sliding_window": 0}, "sliding_window"),
+    ):
+        with pytest.raises((CheckpointError, UnsupportedModel), match=sentence):
+            FAMILIES["afmoe"].open_gguf(replace(file, metadata=dict(file.metadata) | change))

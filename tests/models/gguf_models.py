@@ -45,6 +45,7 @@ ARCHITECTURES = {
     "dots1": "dots1",
     "hy_v3": "hy_v3",
     "mellum": "mellum",
+    "afmoe": "afmoe",
 }
 _SIGMOID = ("glm4_moe", *tiny_grouped.FAMILIES)
 # Types to which the `gguf` package does not quantise: the offset of the float16 scale, the offset of the scale of the
@@ -78,6 +79,9 @@ TypeOf = Callable[[str], str]  # the GGUF name of a tensor -> its type
 
 _NAMES = {
     "input_layernorm": "attn_norm",
+    "pre_mlp_layernorm": "ffn_norm",
+    "post_mlp_layernorm": "post_ffw_norm",
+    "self_attn.gate_proj": "attn_gate",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -423,7 +427,7 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
     writer.add_eos_token_id(eos[0] if isinstance(eos, list) else eos)
     if isinstance(eos, list):
         writer.add_eot_token_id(eos[1])
-    may_start_dense = (*_SIGMOID, "lfm2_moe", "mimo_v2_flash")
+    may_start_dense = (*_SIGMOID, *tiny_windows.FAMILIES, "lfm2_moe", "mimo_v2_flash")
     assert config["model_type"] in may_start_dense or len(moe_layers(config)) == config["num_hidden_layers"]
 
 
@@ -547,7 +551,10 @@ def gguf_name(hub_name: str, config: RawConfig) -> tuple[str, int, bool]:
         return f"blk.{layer}.attn_sinks.weight", 0, False
     if suffix == "e_score_correction_bias":
         return f"blk.{layer}.exp_probs_b.bias", 0, False
-    if config["model_type"] in ("gpt_oss", "glm4_moe", "solar_open") and part == "post_attention_layernorm":
+    if (
+        config["model_type"] in ("gpt_oss", "glm4_moe", "solar_open", "afmoe")
+        and part == "post_attention_layernorm"
+    ):
         return f"blk.{layer}.post_attention_norm.weight", 0, False
     return f"blk.{layer}.{_NAMES[part]}.{suffix}", heads, False
 

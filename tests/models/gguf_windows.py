@@ -9,6 +9,14 @@ from tests.models.tiny_windows import FULL, SLIDING, RawConfig, windows
 
 def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
     """Write the metadata that llama.cpp's conversion script writes for such a model, except those of every model."""
+    if config["model_type"] == "afmoe":
+        writer.add_rope_freq_base(config["rope_theta"])
+        writer.add_sliding_window(config["sliding_window"])
+        writer.add_leading_dense_block_count(config["num_dense_layers"])
+        writer.add_expert_shared_count(config["num_shared_experts"])
+        writer.add_expert_weights_scale(config["route_scale"])
+        writer.add_expert_weights_norm(config["route_norm"])
+        return
     full = config["rope_parameters"].get(FULL, config["rope_parameters"])
     writer.add_rope_freq_base(full["rope_theta"])
     if full["rope_type"] == "yarn":

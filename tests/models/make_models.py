@@ -123,7 +123,7 @@ def answer(model: transformers.PreTrainedModel, token_ids: list[int], num_tokens
     handles = [
         module.register_forward_hook(lambda m, inputs, out: margins.append(routing_margin(m, inputs, out[0])))
         for module in model.modules()
-        if type(module).__name__.lower().endswith(("topkrouter", "textrouter"))
+        if type(module).__name__.lower().endswith(("topkrouter", "textrouter", "tokenchoicerouter"))
     ]
     ids = torch.tensor([token_ids])
     with index_margins() as of_indexers:

@@ -16,6 +16,7 @@ import numpy as np
 
 from tests.models import (
     numpy_recurrent,
+    numpy_windows,
     tiny_delta,
     tiny_flags,
     tiny_gemma,
@@ -138,6 +139,8 @@ class NumpyModel:
         if self.is_gemma:
             hidden = hidden * math.sqrt(hidden.shape[1])
         hidden = hidden * self.config.get("embedding_multiplier", 1.0)
+        if self.config.get("mup_enabled"):
+            hidden = hidden * math.sqrt(hidden.shape[1])
         if spans.embeddings is not None:
             rows, vectors = spans.embeddings
             hidden[rows] = vectors
@@ -148,6 +151,8 @@ class NumpyModel:
                 normed = self.norm(prefix + "input_layernorm", hidden)
             if self.config["model_type"] in tiny_flags.FAMILIES:
                 hidden = run_layer(self, layer, hidden, places[layer])
+            elif self.config["model_type"] in tiny_windows.FAMILIES:
+                hidden = numpy_windows.run_layer(self, layer, hidden, places[layer])
             elif self.is_gemma:
                 mixed = self.attention(layer, normed, places[layer])
                 hidden = hidden + self.norm(prefix + "post_attention_layernorm", mixed)
@@ -266,6 +271,7 @@ class NumpyModel:
             out[:, head] = weights @ v[:, head // heads_per_kv_head]
         if self.is_delta:
             out *= sigmoid(output_gate)
+        out = numpy_windows.gated(self, prefix, x, out)
         return self.linear(prefix + "o_proj", out.reshape(num_tokens, -1))
 
     def latent_attention(self, prefix: str, x: Array, places: Places) -> Array:

@@ -68,10 +68,42 @@ def mellum(**changes: Any) -> RawConfig:
     } | changes
 
 
-FAMILIES = ("mellum",)
+def afmoe(**changes: Any) -> RawConfig:
+    """A config.json with the keys of Trinity-Mini's."""
+    return {
+        **_COMMON,
+        "architectures": ["AfmoeForCausalLM"],
+        "global_attn_every_n_layers": 4,
+        "model_type": "afmoe",
+        "mup_enabled": True,
+        "n_group": 1,
+        "num_dense_layers": 1,
+        "num_expert_groups": 1,
+        "num_limited_groups": 1,
+        "num_shared_experts": 1,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": None,
+        "rope_theta": 10000,
+        "route_norm": True,
+        "route_scale": 2.826,
+        "score_func": "sigmoid",
+        "topk_group": 1,
+        "use_grouped_mm": True,
+    } | changes
+
+
+FAMILIES = ("mellum", "afmoe")
+
+
+def kinds(config: RawConfig) -> list[str]:
+    every = config.get("global_attn_every_n_layers", 4)
+    by_turns = [SLIDING if (layer + 1) % every else FULL for layer in range(config["num_hidden_layers"])]
+    return config.get("layer_types") or by_turns
 
 
 def is_moe(config: RawConfig, layer: int) -> bool:
+    if config["model_type"] == "afmoe":
+        return bool(layer >= config["num_dense_layers"])
     return bool(config["mlp_layer_types"][layer] == "sparse")
 
 
@@ -81,12 +113,14 @@ def num_heads(config: RawConfig, layer: int) -> int:
 
 def windows(config: RawConfig) -> list[int]:
     """Return each layer's window; 0 is full attention."""
-    return [config["sliding_window"] if kind == SLIDING else 0 for kind in config["layer_types"]]
+    return [config["sliding_window"] if kind == SLIDING else 0 for kind in kinds(config)]
 
 
 def rope_of(config: RawConfig, layer: int) -> RawConfig:
     """Return the rotary embedding of a layer."""
-    rope: RawConfig = config["rope_parameters"][config["layer_types"][layer]]
+    if config["model_type"] == "afmoe":
+        return {"rope_theta": config["rope_theta"]}
+    rope: RawConfig = config["rope_parameters"][kinds(config)[layer]]
     return rope
 
 
@@ -95,7 +129,8 @@ def frequencies(config: RawConfig, layer: int) -> Array:
     rope = rope_of(config, layer)
     dim = int(config["head_dim"] * rope.get("partial_rotary_factor", 1.0))
     frequency: Array = rope["rope_theta"] ** -(np.arange(0, dim, 2) / dim)
-    return frequency
+    is_still = config["model_type"] == "afmoe" and kinds(config)[layer] == FULL
+    return 0 * frequency if is_still else frequency
 
 
 def window_shapes(config: RawConfig) -> Shapes:
@@ -104,7 +139,12 @@ def window_shapes(config: RawConfig) -> Shapes:
     shapes: Shapes = {"model.embed_tokens.weight": (vocab, hidden)}
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
-        shapes |= {f"{prefix}{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+        norms = [
+            "input",
+            "post_attention",
+            *(["pre_mlp", "post_mlp"] if config["model_type"] == "afmoe" else []),
+        ]
+        shapes |= {f"{prefix}{name}_layernorm.weight": (hidden,) for name in norms}
         shapes |= _attention_shapes(config, layer, prefix + "self_attn.")
         if is_moe(config, layer):
             shapes |= _moe_shapes(config, prefix + "mlp.")
@@ -127,15 +167,21 @@ def _attention_shapes(config: RawConfig, layer: int, prefix: str) -> Shapes:
     shapes[prefix + "o_proj.weight"] = (hidden, q_rows)
     if config["attention_bias"]:
         shapes[prefix + "o_proj.bias"] = (hidden,)
+    if config["model_type"] == "afmoe":
+        shapes[prefix + "gate_proj.weight"] = (q_rows, hidden)
     shapes[prefix + "q_norm.weight"] = shapes[prefix + "k_norm.weight"] = (dim,)
     return shapes
 
 
 def _moe_shapes(config: RawConfig, mlp: str) -> Shapes:
     hidden, num_experts = config["hidden_size"], config["num_experts"]
-    shapes: Shapes = {mlp + "gate.weight": (num_experts, hidden)}
+    is_trinity, width = config["model_type"] == "afmoe", config["moe_intermediate_size"]
+    shapes: Shapes = {mlp + ("router.gate.weight" if is_trinity else "gate.weight"): (num_experts, hidden)}
+    if is_trinity:
+        shapes[mlp + "expert_bias"] = (num_experts,)
+        shapes |= _swiglu(mlp + "shared_experts.", hidden, config["num_shared_experts"] * width)
     for expert in range(num_experts):
-        shapes |= _swiglu(f"{mlp}experts.{expert}.", hidden, config["moe_intermediate_size"])
+        shapes |= _swiglu(f"{mlp}experts.{expert}.", hidden, width)
     return shapes
 
 

@@ -23,7 +23,7 @@ from tests.models.references import LARGEST_DIFFERENCE, difference, mean_diverge
 from tests.models.tiny import RawConfig, prompt_ids, write_model
 from tests.models.tiny_gemma import gemma4
 from tests.models.tiny_grouped import dots1, hy_v3
-from tests.models.tiny_windows import YARN, mellum
+from tests.models.tiny_windows import YARN, afmoe, mellum
 from tests.oracle.test_peer import PEER, peer_logits
 
 pytestmark = [
@@ -85,6 +85,23 @@ CONVERTED: dict[str, tuple[str, RawConfig]] = {
                 _SLIDING: {"rope_type": "default", "rope_theta": 1e4},
             },
             sliding_window=11,
+        ),
+    ),
+    # llama.cpp always scales embeddings, and rotates three of four layers.
+    "afmoe_plain": ("afmoe", _OF_NAME["afmoe_plain"]),
+    "afmoe_dense": (
+        "afmoe",
+        afmoe(
+            head_dim=16,
+            hidden_size=28,
+            num_attention_heads=6,
+            num_dense_layers=2,
+            num_experts_per_tok=3,
+            num_hidden_layers=6,
+            num_key_value_heads=3,
+            num_shared_experts=2,
+            sliding_window=11,
+            tie_word_embeddings=True,
         ),
     ),
     "gemma4_respelt": ("gemma4", _OF_NAME["gemma4_respelt_untied_no_cap_f32"]),

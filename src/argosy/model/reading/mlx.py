@@ -56,6 +56,7 @@ _FORMS: Mapping[str, _Form] = {
     "qwen2_moe": _Form(),
     "qwen3_moe": _Form(),
     "mellum": _Form(),
+    "afmoe": _Form(experts="mlp.experts"),
     "olmoe": _Form(),
     "lfm2_moe": _Form(experts="feed_forward.switch_mlp", names=_LFM2),
     "glm4_moe": _Form(),

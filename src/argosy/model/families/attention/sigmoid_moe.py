@@ -1,7 +1,7 @@
 """Code shared by families with grouped-query attention and the router of DeepSeek-V3 (arXiv:2412.19437).
 
-    glm4_moe, solar_open, dots1, hy_v3  ->  read_sigmoid_model  ->  ModelConfig
-                                        ->  open_sigmoid_gguf   ->  ModelFiles
+    glm4_moe, solar_open, dots1, hy_v3, afmoe  ->  read_sigmoid_model  ->  ModelConfig
+                                               ->  open_sigmoid_gguf   ->  ModelFiles
 
 Dense layers come first; the others add shared experts to the routed ones. The families differ in defaults, in norms of
 q and k, and in the names of keys and tensors, so a family file gives just these.
@@ -75,13 +75,20 @@ def read_sigmoid_model(
 
 
 def open_sigmoid_gguf(
-    file: GgufFile, architecture: str, family: str, *, names: Mapping[str, str] = {}, axes: Axes | None = None
+    file: GgufFile,
+    architecture: str,
+    family: str,
+    *,
+    names: Mapping[str, str] = {},
+    axes: Axes | None = None,
+    complete: Callable[[GgufConfigReader, ModelConfig], ModelConfig] = lambda _, config: config,
 ) -> ModelFiles:
     """Open a GGUF file; its tensors show whether q and k have norms and biases, and routers a bias for the choice.
 
     Args:
         names: the architecture's unusual names below `blk.{layer}.`.
         axes: as for `GgufConfigReader.common`.
+        complete: reads what only this family has.
 
     Raises:
         UnsupportedModel: a key, value or tensor type that is not supported.
@@ -124,5 +131,6 @@ def open_sigmoid_gguf(
         num_mtp_layers=reader.num_mtp_layers(),
         **common.model,
     )
+    config = complete(reader, config)
     reader.finish()
     return read_gguf_layout(file, config, is_paired=False, has_rope_freqs=False, names=names)
