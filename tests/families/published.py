@@ -14,6 +14,7 @@ from tests.families.hub_configs import (
     SARVAM_105B,
     RawConfig,
 )
+from tests.families.hub_ling import LING_FLASH_2, LING_MINI_2, RING_1T, SARVAM_30B
 from tests.families.published_windows import MELLUM_2, TRINITY_LARGE, TRINITY_MINI, trinity
 
 
@@ -837,6 +838,10 @@ PUBLISHED = (
     Published("GLM-4.5V", GLM_45V, 106.9),
     Published("Solar-Open-100B", SOLAR_OPEN, 102.6),
     Published("dots.llm1", DOTS1, 142.8),
+    Published("Ling-mini-2.0", LING_MINI_2, 16.3),
+    Published("Ling-flash-2.0", LING_FLASH_2, 103.0),
+    Published("Ring-1T", RING_1T, 1000.0),
+    Published("Sarvam-30B", SARVAM_30B, 32.15),
     Published("Hy3-preview", HY3, 295.0),
     Published("Moonlight-16B-A3B", MOONLIGHT, 16.0),
     Published("Kimi-VL-A3B", KIMI_VL, 16.0),

@@ -127,6 +127,7 @@ def test_every_announced_architecture_is_recorded() -> None:
     # The wrapper of qwen3_5_moe_text, the text model that mistral3 wraps, and families whose GGUF files are refused.
     assert FAMILIES.keys() - recorded == {
         "qwen3_5_moe", "mistral4", *UNKNOWN, "granitemoeshared", "kimi_linear", "bailing_hybrid",
+        "bailing_moe_v2",
     }  # fmt: skip
 
 

@@ -102,6 +102,7 @@ OTHERS = (
     "mistral3",
     "granitemoe",
     "granitemoeshared",
+    "bailing_moe",
     "kimi_linear",
     tiny_gemma.FAMILY,
     *tiny_delta.FAMILIES,

@@ -1,4 +1,4 @@
-"""Solar-Open, dots.llm1 and Hy3: the meaning of their configs and GGUF files, and refusals."""
+"""Solar-Open, dots.llm1, Ling 2.x, Sarvam-30B and Hy3: the meaning of their configs and GGUF files, and refusals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.helpers.mixers import windows
 from tests.models.gguf_models import one_type, write_gguf_model
 from tests.models.references import LARGEST_DIFFERENCE, difference, mean_divergence
 from tests.models.tiny import RawConfig, prompt_ids
-from tests.models.tiny_grouped import dots1, hy_v3, solar_open
+from tests.models.tiny_grouped import bailing_moe, dots1, hy_v3, solar_open
 
 Make = Callable[..., RawConfig]
 
@@ -48,6 +48,19 @@ def test_dots1_has_windows_from_a_layer_on_or_where_layer_types_says() -> None:
     assert (parse(dots1()).router.renormalize, parse(absent).router.renormalize) == (True, False)
 
 
+def test_ling_rotates_a_part_of_each_head_and_sarvam_has_its_config() -> None:
+    config = parse(bailing_moe())
+    assert (config.attention.rope.rotary_dim, config.attention.qk_norm) == (6, "head")
+    assert (config.router.num_groups, config.router.kept_groups, config.router.scale) == (2, 1, 2.5)
+    assert (config.moe_layers, config.shared_width) == ((1, 2), 9)
+    assert parse(bailing_moe(use_qkv_bias=True)).attention.has_qkv_bias
+    assert parse(bailing_moe(model_type="sarvam_moe", architectures=["SarvamMoEForCausalLM"])) == config
+    absent = {key: value for key, value in bailing_moe().items() if not key.startswith("partial_rotary")}
+    assert parse(absent).attention.rope.rotary_dim == 12
+    sarvam = parse({"model_type": "sarvam_moe"})
+    assert (sarvam.router.num_groups, sarvam.router.scale, sarvam.attention.rope.theta) == (1, 2.5, 8e6)
+
+
 def test_hy3_s_first_layer_is_dense() -> None:
     config = parse(hy_v3())
     assert (config.moe_layers, config.router.scale, config.shared_width) == ((1, 2), 2.826, 9)
@@ -71,6 +84,21 @@ def test_hy3_s_first_layer_is_dense() -> None:
         (dots1, {"scoring_func": "softmax"}, "scoring_func 'softmax'; supported: noaux_tc, sigmoid"),
         (dots1, {"layer_types": ["sliding_attention"] * 3}, "sliding_window null; supported: a number"),
         (dots1, {"n_routed_experts": None}, "n_routed_experts is null"),
+        (bailing_moe, {"architectures": ["BailingMoeForCausalLM"]}, "['BailingMoeForCausalLM']; supported"),
+        (bailing_moe, {"architectures": None}, "architectures null; supported: ['BailingMoeV2ForCausalLM']"),
+        (bailing_moe, {"score_function": "softmax"}, "score_function 'softmax'; supported: 'sigmoid'"),
+        (bailing_moe, {"norm_topk_prob": False}, "norm_topk_prob false; supported: true"),
+        (bailing_moe, {"moe_router_enable_expert_bias": False}, "enable_expert_bias false; supported: true"),
+        (bailing_moe, {"use_bias": True}, "use_bias true; supported: false"),
+        (bailing_moe, {"use_rmsnorm": False}, "use_rmsnorm false; supported: true"),
+        (bailing_moe, {"norm_head": True}, "norm_head true; supported: false"),
+        (bailing_moe, {"norm_softmax": True}, "norm_softmax true; supported: false"),
+        (bailing_moe, {"use_sliding_window": True}, "use_sliding_window true; supported: false"),
+        (bailing_moe, {"using_split_qkv_in_self_attention": True}, "self_attention true; supported: false"),
+        (bailing_moe, {"rotary_dim": 12}, "rotary_dim 12; supported: 6"),
+        (bailing_moe, {"moe_shared_expert_intermediate_size": 18}, "intermediate_size 18; supported: 9"),
+        (bailing_moe, {"n_group": 4}, "6 experts in 4 groups"),
+        (bailing_moe, {"multi_gate": True}, "sets multi_gate to true"),
         (hy_v3, {"route_norm": False}, "route_norm false; supported: true"),
         (hy_v3, {"qk_norm": False}, "qk_norm false; supported: true"),
         (hy_v3, {"moe_router_enable_expert_bias": False}, "moe_router_enable_expert_bias false; supported: true"),
@@ -94,12 +122,18 @@ SIZES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("make", [solar_open, dots1, hy_v3], ids=lambda make: make.__name__)
+each_family = pytest.mark.parametrize(
+    "make", [solar_open, dots1, bailing_moe, hy_v3], ids=lambda make: make.__name__
+)
+
+
+@each_family
 @pytest.mark.parametrize("type_name", ["F32", "Q4_K"])
 def test_a_gguf_answers_as_its_dequantised_weights(make: Make, type_name: str, tmp_path: Path) -> None:
     # Every expert is chosen, as a rounded score that changed a choice would hide what rounding costs.
-    experts = "num_experts" if make is hy_v3 else "n_routed_experts"
-    config = make(**SIZES, **{experts: 4})
+    experts = "n_routed_experts" if "n_routed_experts" in make() else "num_experts"
+    of_ling = {"topk_group": 2, "moe_shared_expert_intermediate_size": 256} if make is bailing_moe else {}
+    config = make(**SIZES, **{experts: 4}, **of_ling)
     path = tmp_path / "model.gguf"
     directory = write_gguf_model(path, config, one_type(type_name), seed=3)
     prompt = prompt_ids(config, 5)
@@ -112,7 +146,7 @@ def test_a_gguf_answers_as_its_dequantised_weights(make: Make, type_name: str, t
     assert mean_divergence(logits[0], logits[1]) <= LARGEST_DIVERGENCE
 
 
-@pytest.mark.parametrize("make", [solar_open, dots1, hy_v3], ids=lambda make: make.__name__)
+@each_family
 def test_a_gguf_means_the_same_as_config_json(make: Make, tmp_path: Path) -> None:
     config = make()
     path = tmp_path / "model.gguf"

@@ -3,7 +3,24 @@
 from __future__ import annotations
 
 from tests.models.configuration import Configuration, yarn
-from tests.models.tiny_grouped import dots1, hy_v3, solar_open
+from tests.models.tiny_grouped import bailing_moe, dots1, hy_v3, solar_open
+
+# Like Ring-1T's, it does not give the width of the shared experts.
+_ONE_GROUP = bailing_moe(
+    first_k_dense_replace=0,
+    head_dim=10,
+    n_group=1,
+    num_attention_heads=6,
+    num_experts=5,
+    num_hidden_layers=2,
+    num_key_value_heads=3,
+    num_shared_experts=2,
+    partial_rotary_factor=1.0,
+    rotary_dim=10,
+    tie_word_embeddings=True,
+    use_qkv_bias=True,
+)
+del _ONE_GROUP["moe_shared_expert_intermediate_size"]
 
 GROUPED = (
     Configuration(name="solar_open_plain", config=solar_open()),
@@ -47,6 +64,8 @@ GROUPED = (
         ),
         num_shards=2,
     ),
+    Configuration(name="bailing_moe_plain", config=bailing_moe()),
+    Configuration(name="bailing_moe_bias_one_group_sharded", config=_ONE_GROUP, num_shards=2),
     Configuration(name="hy_v3_plain", config=hy_v3()),
     Configuration(
         name="hy_v3_bias_tied_f16",

@@ -43,6 +43,7 @@ ARCHITECTURES = {
     "lfm2_moe": "lfm2moe",
     "solar_open": "glm4moe",
     "dots1": "dots1",
+    "bailing_moe": "bailingmoe2",
     "hy_v3": "hy_v3",
     "mellum": "mellum",
     "afmoe": "afmoe",
@@ -86,6 +87,10 @@ _NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "attention.query_key_value": "attn_qkv",
+    "attention.dense": "attn_output",
+    "attention.query_layernorm": "attn_q_norm",
+    "attention.key_layernorm": "attn_k_norm",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
@@ -144,6 +149,7 @@ _SLICES: dict[str, dict[str, Any]] = {
 }
 _MODEL_NAMES = {
     "model.embed_tokens": "token_embd",
+    "model.word_embeddings": "token_embd",
     "model.norm": "output_norm",
     "model.embedding_norm": "token_embd_norm",
     "lm_head": "output",
@@ -410,7 +416,7 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
     elif config["model_type"] in _SIGMOID:
         writer.add_leading_dense_block_count(config["first_k_dense_replace"])
-        writer.add_expert_shared_count(config["n_shared_experts"])
+        writer.add_expert_shared_count(config.get("n_shared_experts") or config["num_shared_experts"])
         writer.add_expert_weights_scale(config["routed_scaling_factor"])
         writer.add_expert_weights_norm(config["norm_topk_prob"])
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)

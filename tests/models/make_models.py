@@ -74,6 +74,8 @@ def load(directory: Path) -> transformers.PreTrainedModel:
         # transformers has no class for the text model alone; inside Kimi-K2.5 it uses a DeepSeek-V3.
         how["config"] = transformers.DeepseekV3Config(**text | {"model_type": "deepseek_v3"})
         how["key_mapping"] = {r"^language_model\.": ""}
+    if family == "bailing_moe":  # nor for Ling's, but Sarvam's has the same names and mathematics
+        how["config"] = transformers.SarvamMoEConfig(**raw | {"model_type": "sarvam_moe"})
     cls = transformers.AutoModelForCausalLM
     if family in (*TEXT_FAMILIES, GEMMA):  # the whole model: there is no class for the text part alone
         cls = transformers.AutoModelForImageTextToText

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 RawConfig = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -101,11 +103,53 @@ def hy_v3(**changes: Any) -> RawConfig:
     } | changes
 
 
+def bailing_moe(**changes: Any) -> RawConfig:
+    """A config.json with the keys of Ling-mini-2.0's."""
+    common = {key: value for key, value in _COMMON.items() if key not in ("attention_bias", "bos_token_id")}
+    return {
+        **common,
+        "architectures": ["BailingMoeV2ForCausalLM"],
+        "embedding_dropout": 0.0,
+        "first_k_dense_replace": 1,
+        "head_dim": 12,
+        "max_window_layers": 20,
+        "model_type": "bailing_moe",
+        "moe_router_enable_expert_bias": True,
+        "moe_shared_expert_intermediate_size": 9,
+        "mtp_loss_scaling_factor": 0,
+        "n_group": 2,
+        "norm_head": False,
+        "norm_softmax": False,
+        "norm_topk_prob": True,
+        "num_experts": 6,
+        "num_nextn_predict_layers": 0,
+        "num_shared_experts": 1,
+        "output_dropout": 0.0,
+        "output_router_logits": False,
+        "pad_token_id": 0,
+        "partial_rotary_factor": 0.5,
+        "pretraining_tp": 1,
+        "rope_scaling": None,
+        "rope_theta": 600000,
+        "routed_scaling_factor": 2.5,
+        "router_dtype": "fp32",
+        "score_function": "sigmoid",
+        "topk_group": 1,
+        "transformers_version": "4.52.3",
+        "use_bias": False,
+        "use_qk_norm": True,
+        "use_qkv_bias": False,
+        "use_rmsnorm": True,
+        "use_sliding_window": False,
+    } | changes
+
+
 # The names of the router, its bias for the choice, and shared experts, below `mlp.`.
 _NAMES = {
     "solar_open": ("gate.weight", "gate.e_score_correction_bias", "shared_experts."),
     "dots1": ("gate.weight", "gate.e_score_correction_bias", "shared_experts."),
     "hy_v3": ("router.gate.weight", "expert_bias", "shared_mlp."),
+    "bailing_moe": ("gate.weight", "gate.expert_bias", "shared_experts."),
 }
 FAMILIES = tuple(_NAMES)
 
@@ -122,6 +166,7 @@ def grouped_shapes(config: RawConfig) -> Shapes:
     num_experts = config.get("num_experts") or config["n_routed_experts"]
     num_shared = config.get("num_shared_experts") or config["n_shared_experts"]
     router, bias, shared = _NAMES[family]
+    has_bias = config.get("attention_bias") or config.get("use_qkv_bias")
     shapes: Shapes = {"model.embed_tokens.weight": (vocab, hidden)}
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}."
@@ -131,10 +176,10 @@ def grouped_shapes(config: RawConfig) -> Shapes:
         )
         for name, rows in (("q", q_rows), ("k", kv_rows), ("v", kv_rows)):
             shapes[f"{attention}{name}_proj.weight"] = (rows, hidden)
-            if config["attention_bias"]:
+            if has_bias:
                 shapes[f"{attention}{name}_proj.bias"] = (rows,)
         shapes[attention + "o_proj.weight"] = (hidden, q_rows)
-        if config["attention_bias"] and family != "solar_open":
+        if has_bias and family not in ("solar_open", "bailing_moe"):
             shapes[attention + "o_proj.bias"] = (hidden,)
         if family != "solar_open":
             shapes[attention + "q_norm.weight"] = shapes[attention + "k_norm.weight"] = (head_dim,)
@@ -148,7 +193,29 @@ def grouped_shapes(config: RawConfig) -> Shapes:
     shapes["model.norm.weight"] = (hidden,)
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (vocab, hidden)
-    return shapes
+    return _as_ling(shapes) if family == "bailing_moe" else shapes
+
+
+_LING = {
+    "model.embed_tokens": "model.word_embeddings",
+    "self_attn.o_proj": "attention.dense",
+    "self_attn.q_norm": "attention.query_layernorm",
+    "self_attn.k_norm": "attention.key_layernorm",
+}
+
+
+def _as_ling(shapes: Shapes) -> Shapes:
+    """The tensors under Ling's names: q, k and v are one."""
+    found: Shapes = {}
+    for name, shape in shapes.items():
+        base, _, kind = name.rpartition(".")
+        if base.endswith(("q_proj", "k_proj", "v_proj")):
+            joined = f"{base.rpartition('self_attn.')[0]}attention.query_key_value.{kind}"
+            rows = found[joined][0] if joined in found else 0
+            found[joined] = (rows + shape[0], *shape[1:])
+        else:
+            found[next((name.replace(old, new) for old, new in _LING.items() if old in name), name)] = shape
+    return found
 
 
 def _swiglu(prefix: str, hidden: int, width: int) -> Shapes:
@@ -161,6 +228,9 @@ def _swiglu(prefix: str, hidden: int, width: int) -> Shapes:
 
 def as_glm(config: RawConfig, tensors: Mapping[str, Any]) -> tuple[RawConfig, dict[str, Any]]:
     """The same model as a GLM-4.5, whose mathematics contain those of these families."""
+    if config["model_type"] == "bailing_moe":
+        tensors = _from_ling(config, tensors)
+        config = config | {"use_qk_norm": True, "attention_bias": config["use_qkv_bias"]}
     router, bias, shared = _NAMES[config["model_type"]]
     theirs = {router: "gate.weight", bias: "gate.e_score_correction_bias", shared: "shared_experts."}
 
@@ -170,9 +240,23 @@ def as_glm(config: RawConfig, tensors: Mapping[str, Any]) -> tuple[RawConfig, di
         return name
 
     scale = config.get("router_scaling_factor") or config.get("routed_scaling_factor", 1.0)
-    glm = config | {"model_type": "glm4_moe", "partial_rotary_factor": 1.0, "routed_scaling_factor": scale}
+    share = config["partial_rotary_factor"] if config["model_type"] == "bailing_moe" else 1.0
+    glm = config | {"model_type": "glm4_moe", "partial_rotary_factor": share, "routed_scaling_factor": scale}
     if config.get("sliding_window"):
         first, num_layers = config["max_window_layers"], config["num_hidden_layers"]
         kinds = ["full_attention"] * first + ["sliding_attention"] * (num_layers - first)
         glm |= {"use_sliding_window": True, "layer_types": kinds}
     return glm, {name_of(name): values for name, values in tensors.items()}
+
+
+def _from_ling(config: RawConfig, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    rows = [config[f"num_{name}_heads"] * config["head_dim"] for name in ("attention", "key_value")]
+    found = {}
+    for name, values in tensors.items():
+        if "attention.query_key_value." in name:
+            layer, _, kind = name.partition("attention.query_key_value.")
+            for part, split in zip("qkv", np.split(values, [rows[0], sum(rows)]), strict=True):
+                found[f"{layer}self_attn.{part}_proj.{kind}"] = split
+        else:
+            found[next((name.replace(new, old) for old, new in _LING.items() if new in name), name)] = values
+    return found

@@ -22,7 +22,7 @@ from tests.models.make_models import load
 from tests.models.references import LARGEST_DIFFERENCE, difference, mean_divergence
 from tests.models.tiny import RawConfig, prompt_ids, write_model
 from tests.models.tiny_gemma import gemma4
-from tests.models.tiny_grouped import dots1, hy_v3
+from tests.models.tiny_grouped import bailing_moe, dots1, hy_v3
 from tests.models.tiny_windows import YARN, afmoe, mellum
 from tests.oracle.test_peer import PEER, peer_logits
 
@@ -67,6 +67,25 @@ CONVERTED: dict[str, tuple[str, RawConfig]] = {
     "dots1_dense": (
         "dots1",
         dots1(scoring_func="sigmoid", num_key_value_heads=4, first_k_dense_replace=2, n_shared_experts=1),
+    ),
+    # llama.cpp sees heads that together are as wide as the hidden size, and no biases.
+    "bailing_moe_plain": (
+        "bailingmoe2",
+        bailing_moe(hidden_size=32, head_dim=8, rotary_dim=4, num_nextn_predict_layers=0),
+    ),
+    "bailing_moe_one_group": (
+        "bailingmoe2",
+        bailing_moe(
+            hidden_size=36,
+            head_dim=6,
+            partial_rotary_factor=1.0,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            n_group=1,
+            num_experts=5,
+            num_experts_per_tok=3,
+            first_k_dense_replace=2,
+        ),
     ),
     "hy_v3_plain": ("hy_v3", hy_v3(num_experts_per_tok=5)),
     "hy_v3_shared": ("hy_v3", hy_v3(num_shared_experts=2, num_experts_per_tok=3, head_dim=10)),

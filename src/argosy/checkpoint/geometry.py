@@ -12,7 +12,7 @@ Elsewhere: `model/families/` maps a checkpoint's tensor names to these.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 
 from argosy.checkpoint.formats import rows_together
@@ -67,6 +67,12 @@ def draft_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     yield f"layers.{number}.draft_state_norm", (hidden,)
     yield f"layers.{number}.draft_join", (hidden, 2 * hidden)
     yield f"layers.{number}.draft_final_norm", (hidden,)
+
+
+def shapes_together(config: ModelConfig, layer: int, names: Iterable[str]) -> list[Shape]:
+    """Return the shapes of those of a layer's tensors, in this order, which some files store as one."""
+    shapes = dict(_layer_shapes(config, layer))
+    return [shapes[name] for name in names if name in shapes]
 
 
 def require_countable(config: ModelConfig) -> None:

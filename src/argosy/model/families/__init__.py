@@ -69,7 +69,7 @@ FAMILIES: Mapping[str, Family] = {
             "wrappers.qwen3_vl_moe", "wrappers.qwen3_omni_moe", "wrappers.glm4v_moe", "wrappers.gemma4",
             "latent.axk1", "wrappers.kimi_vl", "latent.deepseek_v32", "latent.glm_moe_dsa", "latent.mistral4",
             "wrappers.mistral3",
-            "attention.solar_open", "attention.dots1", "attention.hy_v3",
+            "attention.solar_open", "attention.dots1", "attention.bailing_moe", "attention.hy_v3",
         ),
     )
     for name in (family.MODEL_TYPE, *getattr(family, "OTHER_TYPES", ()))

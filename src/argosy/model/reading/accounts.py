@@ -5,7 +5,7 @@ Elsewhere: `layout.py` (safetensors) and `gguf_layout.py` know names and shapes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -61,6 +61,22 @@ class TensorAccounts:
         if ref is not None and any(_is_alike(ref.shape, shape) for shape in shapes):
             shapes = (ref.shape,)
         return self._take(name, shapes, self._formats)
+
+    def take_rows(
+        self, name: str, shapes: Sequence[tuple[int, ...]], number: int
+    ) -> tuple[TensorRef, Format]:
+        """Take one of the matrices, or vectors, that the tensor `name` holds one after another.
+
+        Args:
+            shapes: those of all of them.
+            number: which of them.
+
+        Raises:
+            The same errors as `take`.
+        """
+        rows = [shape[0] for shape in shapes]
+        ref, format = self.take(name, (sum(rows), *shapes[0][1:]))
+        return ref.rows(sum(rows[:number]), rows[number]), format
 
     def take_bytes(self, name: str, *shapes: tuple[int, ...]) -> TensorRef:
         """Take a tensor of bytes that the layout knows how to read."""

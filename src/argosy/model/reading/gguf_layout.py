@@ -4,10 +4,10 @@
 
 The names are llama.cpp's, the same for all families: `blk.{layer}.attn_q.weight` and so on. The experts of a layer are
 stacked in one tensor per matrix, [experts, rows, cols], and an expert is a slice of each, read in place. Files made
-with `--fuse-gate-up-exps` have the rows of gate and up in one tensor; files from early 2024 have one tensor per expert
-(`blk.{layer}.ffn_gate.{expert}.weight`). Every tensor is accounted for, as in `layout.py` for safetensors. A matrix in
-NVFP4 may have a factor in a tensor named `scale`, experts one each; `input_scale` belongs to activations in FP4, which
-no kernel uses.
+with `--fuse-gate-up-exps` have the rows of gate and up in one tensor, with `--fuse-qkv` those of q, k and v; files from
+early 2024 have one tensor per expert (`blk.{layer}.ffn_gate.{expert}.weight`). Every tensor is accounted for, as in
+`layout.py` for safetensors. A matrix in NVFP4 may have a factor in a tensor named `scale`, experts one each;
+`input_scale` belongs to activations in FP4, which no kernel uses.
 
 Elsewhere: `checkpoint/geometry.py` knows shapes; `checkpoint/gguf.py` finds the bytes; `native/store/` turns blocks
 into slot formats while they land.
@@ -16,7 +16,7 @@ into slot formats while they land.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from argosy.checkpoint.block_types import SLOT_FORMATS, TYPE_HINT
@@ -26,7 +26,7 @@ from argosy.checkpoint.files import (
     ModelFiles,
     require_one_format_a_layer,
 )
-from argosy.checkpoint.geometry import dense_shapes, expert_shapes, require_countable
+from argosy.checkpoint.geometry import dense_shapes, expert_shapes, require_countable, shapes_together
 from argosy.checkpoint.gguf import GgufFile
 from argosy.checkpoint.landing import (
     AS_STORED,
@@ -108,6 +108,8 @@ _LAYER_NAMES = {
     "draft_final_norm": "nextn.shared_head_norm.weight",
 }
 _EXPERT_NAMES = ("ffn_gate", "ffn_up", "ffn_down")
+# The rows of one tensor, `attn_qkv`, in some files.
+_QKV, _QKV_BIAS = ("q", "k", "v"), ("q_bias", "k_bias", "v_bias")
 # A constant that old converters left behind.
 _LEFTOVERS = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")
 # The same constant, and a tensor that families read into their config.
@@ -166,7 +168,16 @@ def read_gguf_layout(
                 "mamba_norm": mixer.num_groups,
             }
             stacked = heads_and_groups.get(last, 0)
-        return reader.dense(dense_name(canonical, names), shape, heads, stacked)
+        name = dense_name(canonical, names)
+        together = _QKV_BIAS if last.endswith("_bias") else _QKV
+        if isinstance(mixer, AttentionConfig) and last in together and name not in reader:
+            layer = int(canonical.split(".")[1])
+            joined = f"blk.{layer}.attn_qkv.{name.rpartition('.')[2]}"
+            if joined in reader:
+                return reader.part(
+                    joined, shapes_together(config, layer, together), together.index(last), heads
+                )
+        return reader.dense(name, shape, heads, stacked)
 
     dense = {name: take_dense(accounts, config, name, shape) for name, shape in dense_shapes(config)}
     require_countable(config)
@@ -216,6 +227,12 @@ class _Accounts(TensorAccounts):
         elif len(shape) == 2 and rows == 1:
             shapes = (shape, (cols,))  # GGUF stores the single row that scores the shared expert as a vector
         ref, _ = self.take(name, *shapes)
+        return _matrix(ref, rows, cols, paired_heads, factor=self._factor(ref))
+
+    def part(self, name: str, shapes: Sequence[tuple[int, ...]], number: int, paired_heads: int) -> MatrixRef:
+        """Take one of the matrices or vectors that a tensor holds one after another (`--fuse-qkv`)."""
+        ref, _ = self.take_rows(name, shapes, number)
+        rows, cols = ref.shape if len(ref.shape) == 2 else (1, ref.shape[0])
         return _matrix(ref, rows, cols, paired_heads, factor=self._factor(ref))
 
     def experts(self, config: ModelConfig, layer: int) -> dict[tuple[int, int], ExpertRecord]:

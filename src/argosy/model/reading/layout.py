@@ -35,7 +35,13 @@ from argosy.checkpoint.files import (
     require_one_format_a_layer,
 )
 from argosy.checkpoint.formats import BYTES_PER_VALUE, matrix_bytes
-from argosy.checkpoint.geometry import dense_shapes, expert_shapes, is_kept_exact, require_countable
+from argosy.checkpoint.geometry import (
+    dense_shapes,
+    expert_shapes,
+    is_kept_exact,
+    require_countable,
+    shapes_together,
+)
 from argosy.checkpoint.landing import Exact, MatrixRef, Piece, Strided, Transcode, Transcoded
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.config import LatentConfig, ModelConfig
@@ -90,9 +96,8 @@ class Layout:
     has_turns: bool = False  # columns of gate and up alternate in transposed tensors
     mxfp4_names: tuple[str, str, str, str] | None = None  # blocks, scales of alternating gate and up; of down
     by_turns: tuple[str, str] | None = None  # canonical names of two tensors whose values alternate in one
-    joined: tuple[
-        str, ...
-    ] = ()  # canonical names of matrices of one size that follow each other in one tensor
+    # Canonical names of tensors whose rows follow each other in one: those with the same name in `layer_names`.
+    joined: tuple[str, ...] = ()
     prefix: str = "model."
     head_name: str = "lm_head.weight"
     embed_name: str = "embed_tokens.weight"  # after the prefix
@@ -268,10 +273,6 @@ class _Accounts(WeightAccounts):
 
     def dense(self, config: ModelConfig, canonical: str, shape: tuple[int, ...], layout: Layout) -> MatrixRef:
         name, last = layout.dense_name(canonical), canonical.rpartition(".")[2]
-        if last in layout.joined:
-            rows, cols = shape
-            tensor, format = self.take(name, (len(layout.joined) * rows, cols))
-            return MatrixRef.of(tensor.rows(layout.joined.index(last) * rows, rows), format, rows, cols)
         turn = layout.by_turns.index(last) if layout.by_turns and last in layout.by_turns else None
         in_file = shape if turn is None else (*shape[:-1], 2 * shape[-1])
         if last.endswith("conv"):  # each has one input channel
@@ -280,6 +281,12 @@ class _Accounts(WeightAccounts):
             config.latent.num_heads if layout.is_mlx and config.latent and last in ("k_up", "v_up") else 0
         )
         rows, cols = shape if len(shape) == 2 else (1, shape[0])
+        if last in layout.joined:
+            names = layout.layer_names
+            together = [one for one in layout.joined if names[one] == names[last]]
+            shapes = shapes_together(config, int(canonical.split(".")[1]), together)
+            part, format = self.take_rows(name, shapes, together.index(last))
+            return MatrixRef.of(part, format, rows, cols)
         if turn is None:
             matrix = replace(self.weight(name, in_file, num_heads=num_heads), rows=rows, cols=cols)
             is_quantised = isinstance(matrix.landing, Transcoded)
