@@ -48,6 +48,7 @@ from tests.models.tiny import (
 )
 from tests.models.tiny_gqa import mimo_v2_flash
 from tests.models.tiny_latent import deepseek_v3
+from tests.models.tiny_llama4 import OF_GGUF, llama4_text
 from tests.models.tiny_recurrent import lfm2_moe
 
 # The mean KL in nats that 8-bit activations may cost; measured: 0.0003. A wrong scale, row or column costs above 1.
@@ -77,6 +78,13 @@ def config_of(family: str, *, num_experts: int, experts_per_token: int) -> RawCo
             return olmoe(**sizes, num_experts=num_experts, intermediate_size=256)
         case "minimax_m2":
             return minimax_m2(**sizes, rotary_dim=32, num_local_experts=num_experts, intermediate_size=256)
+        case "llama4_text":
+            widths = {"intermediate_size": 256, "intermediate_size_mlp": 256, "interleave_moe_layer_step": 2}
+            # Its tokens have one expert each, so that all of them are chosen only if there is one.
+            sizes["num_experts_per_tok"] = 1
+            return llama4_text(
+                **sizes, **widths, **OF_GGUF, num_local_experts=num_experts // experts_per_token
+            )
         case "mimo_v2_flash":
             widths = {"moe_intermediate_size": 256, "intermediate_size": 256, "v_head_dim": 64}
             layers = {"hybrid_layer_pattern": [0, 1], "moe_layer_freq": [1, 1]}
@@ -131,6 +139,7 @@ def latent(num_experts: int, experts_per_token: int, **changes: Any) -> RawConfi
         "glm4_moe",
         "olmoe",
         "minimax_m2",
+        "llama4_text",
         "mimo_v2_flash",
         "lfm2_moe",
     ],

@@ -59,6 +59,7 @@ PRE_TOKENIZERS = {
     "glm4v_moe": "glm4",
     "gpt_oss": "gpt-4o",
     "lfm2_moe": "lfm2",
+    "llama4": "llama4",
     "minimax_m2": "minimax-m2",
     "mistral3": "tekken",
     "mistral4": "tekken",

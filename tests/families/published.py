@@ -660,6 +660,96 @@ GLM_45V: RawConfig = {
     "vision_config": {"depth": 24, "hidden_size": 1536, "model_type": "glm4v_moe"},
 }
 
+
+def llama4(**changes: Any) -> RawConfig:
+    """config.json of Llama-4-Scout-17B-16E-Instruct; `changes` apply to its text part."""
+    text = {
+        "_attn_implementation_autoset": True,
+        "attention_bias": False,
+        "attention_chunk_size": 8192,
+        "attention_dropout": 0.0,
+        "bos_token_id": 200_000,
+        "cache_implementation": "hybrid",
+        "eos_token_id": [200_001, 200_007, 200_008],
+        "for_llm_compressor": False,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 5120,
+        "initializer_range": 0.02,
+        "interleave_moe_layer_step": 1,
+        "intermediate_size": 8192,
+        "intermediate_size_mlp": 16_384,
+        "max_position_embeddings": 10_485_760,
+        "model_type": "llama4_text",
+        "no_rope_layers": [],
+        "num_attention_heads": 40,
+        "num_experts_per_tok": 1,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 8,
+        "num_local_experts": 16,
+        "output_router_logits": False,
+        "pad_token_id": 200_018,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "factor": 16.0,
+            "high_freq_factor": 1.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "rope_theta": 500_000.0,
+        "router_aux_loss_coef": 0.001,
+        "router_jitter_noise": 0.0,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "use_qk_norm": True,
+        "vocab_size": 202_048,
+    } | changes
+    return {
+        "architectures": ["Llama4ForConditionalGeneration"],
+        "boi_token_index": 200_080,
+        "eoi_token_index": 200_081,
+        "image_token_index": 200_092,
+        "model_type": "llama4",
+        "text_config": text,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0.dev0",
+        "vision_config": {
+            "_attn_implementation_autoset": True,
+            "attention_dropout": 0.0,
+            "hidden_act": "gelu",
+            "hidden_size": 1408,
+            "image_size": 336,
+            "initializer_range": 0.02,
+            "intermediate_size": 5632,
+            "model_type": "llama4_vision_model",
+            "multi_modal_projector_bias": False,
+            "norm_eps": 1e-05,
+            "num_attention_heads": 16,
+            "num_channels": 3,
+            "num_hidden_layers": 34,
+            "patch_size": 14,
+            "pixel_shuffle_ratio": 0.5,
+            "projector_dropout": 0.0,
+            "projector_input_dim": 4096,
+            "projector_output_dim": 4096,
+            "rope_theta": 10000,
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "default",
+            "vision_output_dim": 4096,
+        },
+    }
+
+
+# What differs in Llama-4-Maverick-17B-128E-Instruct.
+MAVERICK: RawConfig = {
+    "interleave_moe_layer_step": 2,
+    "max_position_embeddings": 1_048_576,
+    "num_local_experts": 128,
+    "rope_scaling": None,
+    "use_qk_norm": False,
+}
+
 GEMMA_4_26B: RawConfig = {
     "architectures": ["Gemma4ForConditionalGeneration"],
     "audio_config": None,
@@ -816,6 +906,9 @@ PUBLISHED = (
     Published("GLM-4.5-Air", glm4_moe(), 106.9),
     Published("GLM-4.6", glm4_moe(**GLM_46), 352.8),
     Published("GLM-4.7-Flash", RELEASED["GLM-4.7-Flash"], 29.9),
+    # The makers count their towers of 0.87 billion in: 108.64 and 401.58.
+    Published("Llama-4-Scout", llama4(), 107.77),
+    Published("Llama-4-Maverick", llama4(**MAVERICK), 400.71),
     Published("OLMoE-1B-7B", olmoe(), 6.92),
     Published("FlexOlmo-7x7B", FLEX_OLMO, 33.3),
     Published("Mellum2-12B-A2.5B", MELLUM_2, 12.15),

@@ -21,7 +21,7 @@ from argosy.checkpoint.geometry import dense_shapes
 from argosy.checkpoint.gguf import read_gguf
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.checkpoint.vocabulary.byte_level import WORDS
-from argosy.config import DeltaConfig, LatentConfig, ModelConfig
+from argosy.config import AttentionConfig, DeltaConfig, LatentConfig, ModelConfig
 from argosy.errors import CheckpointError
 from argosy.model.families import FAMILIES
 from argosy.model.families.wrappers import gemma4_gguf
@@ -124,17 +124,33 @@ def test_every_announced_architecture_is_recorded() -> None:
         family.GGUF_ARCHITECTURE for family in FAMILIES.values()
     } - {None}
     recorded = {CONFIGS[name]["model_type"] for name in CONVERTED}
-    # The wrapper of qwen3_5_moe_text, the text model that mistral3 wraps, and families whose GGUF files are refused.
+    # The wrapper of qwen3_5_moe_text, the texts of mistral3 and llama4, and families whose GGUF files are refused.
     assert FAMILIES.keys() - recorded == {
         "qwen3_5_moe", "mistral4", *UNKNOWN, "granitemoeshared", "kimi_linear", "bailing_hybrid",
         "bailing_moe_v2",
+        "llama4_text",
     }  # fmt: skip
+
+
+def with_frequencies_in_a_tensor(config: ModelConfig) -> ModelConfig:
+    """Return the config with rotary embeddings that llama3's rule does not scale: `rope_freqs.weight` does."""
+    layers = []
+    for layer in config.layers:
+        assert isinstance(layer.mixer, AttentionConfig)
+        rope = layer.mixer.rope and replace(
+            layer.mixer.rope, kind="default", factor=1.0, original_context=config.context_tokens,
+            high_freq_factor=4.0,
+        )  # fmt: skip
+        layers.append(replace(layer, mixer=replace(layer.mixer, rope=rope)))
+    return replace(config, layers=tuple(layers))
 
 
 @each_model
 def test_converted_metadata_means_the_same_as_config_json(name: str, tmp_path: Path) -> None:
     found, expected = open_converted(name, tmp_path / "model.gguf"), hub_config(name)
     expected = expected.with_mixers(LatentConfig, is_up_split=True)
+    if expected.family == "llama4":
+        expected = with_frequencies_in_a_tensor(expected)
     if found.delta is not None and expected.delta is not None:
         assert found.delta.sizes == expected.delta.sizes
         layout = {name: getattr(found.delta, name) for name in LAYOUT_OF_DELTA}

@@ -98,6 +98,8 @@ def is_another_part_s(name: str, config: RawConfig) -> bool:
 # Families that do not store one tensor per expert matrix have tests of their own.
 OTHERS = (
     "gpt_oss",
+    "llama4",
+    "llama4_text",
     "mistral4",
     "mistral3",
     "granitemoe",

@@ -462,6 +462,8 @@ class ReferenceDecoder:
         logits = self._projection(f"layers.{layer}.router", router_in)
         ids, weights = np.empty((len(hidden), k), np.int32), np.empty((len(hidden), k), np.float32)
         _native_testing.route(self.runtime, routing(config, layer, self.weights), logits, ids, weights)
+        if config.router.weighs_input:
+            expert_in, weights = expert_in * weights, np.ones_like(weights)
 
         flat = ids.reshape(-1)
         chosen = sorted(set(flat.tolist()))

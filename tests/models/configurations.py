@@ -12,6 +12,7 @@ from tests.models.configurations_gemma import GEMMA
 from tests.models.configurations_gqa import GQA
 from tests.models.configurations_grouped import GROUPED
 from tests.models.configurations_latent import LATENT
+from tests.models.configurations_llama4 import LLAMA4
 from tests.models.configurations_windows import WINDOWS
 from tests.models.configurations_wrappers import WRAPPED
 from tests.models.tiny import (
@@ -502,6 +503,7 @@ CONFIGURATIONS = (
         num_shards=2,
     ),
     *LATENT,
+    *LLAMA4,
     *WRAPPED,
     *GEMMA,
     *GQA,

@@ -19,7 +19,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
-from tests.models import gguf_windows, tiny_gqa, tiny_grouped, tiny_windows
+from tests.models import gguf_windows, tiny_gqa, tiny_grouped, tiny_llama4, tiny_windows
 from tests.models.safetensors_file import Array, write_checkpoint
 from tests.models.tiny import RawConfig, head_dim, moe_layers, num_experts, random_tensors, text_of
 from tests.models.tiny_latent import INDEXED_FAMILIES, LATENT_FAMILIES, MISTRAL_FAMILIES
@@ -29,6 +29,7 @@ from tests.native.gguf_blocks import WITHOUT_PACKAGE, put_iq1_m_scales
 
 ARCHITECTURES = {
     "mixtral": "llama",
+    "llama4_text": "llama4",
     "qwen2_moe": "qwen2moe",
     "qwen3_moe": "qwen3moe",
     **dict.fromkeys(LATENT_FAMILIES, "deepseek2"),
@@ -126,6 +127,9 @@ _NAMES = {
     "conv.conv": "shortconv.conv",
     "conv.out_proj": "shortconv.out_proj",
     "feed_forward.gate": "ffn_gate_inp",
+    "feed_forward.router": "ffn_gate_inp",
+    **{f"feed_forward.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")},
+    **{f"feed_forward.shared_expert.{part}_proj": f"ffn_{part}_shexp" for part in ("gate", "up", "down")},
     "feed_forward.w1": "ffn_gate",
     "feed_forward.w3": "ffn_up",
     "feed_forward.w2": "ffn_down",
@@ -140,7 +144,7 @@ _NAMES = {
     "shared_head.norm": "nextn.shared_head_norm",
     "shared_head.head": "nextn.shared_head_head",
 }
-# The GGUF tensors of gpt-oss's fused tensors, by the last part of their names.
+# The GGUF tensors of gpt-oss's fused tensors, by the last part of their names; Llama-4's have halves.
 _SLICES: dict[str, dict[str, Any]] = {
     "gate_up_proj": {"ffn_gate_exps.weight": np.s_[:, :, 0::2], "ffn_up_exps.weight": np.s_[:, :, 1::2]},
     "gate_up_proj_bias": {"ffn_gate_exps.bias": np.s_[:, 0::2], "ffn_up_exps.bias": np.s_[:, 1::2]},
@@ -272,7 +276,8 @@ def write_gguf_model(
             exact[hub_name] = values
             continue
         if hub_name.rpartition(".")[2] in _SLICES:
-            exact[hub_name] = add_slices(writer, hub_name, values, type_of, rng)
+            is_halved = config["model_type"] in tiny_llama4.FAMILIES
+            exact[hub_name] = add_slices(writer, hub_name, values, type_of, rng, is_halved=is_halved)
             continue
         name, heads, is_expert = gguf_name(hub_name, config)
         if "attn_kv_b" in name and split_kv:
@@ -348,12 +353,22 @@ def num_draft_layers(config: RawConfig) -> int:
 
 
 def add_slices(
-    writer: GGUFWriter, hub_name: str, values: Array, type_of: TypeOf, rng: np.random.Generator
+    writer: GGUFWriter,
+    hub_name: str,
+    values: Array,
+    type_of: TypeOf,
+    rng: np.random.Generator,
+    *,
+    is_halved: bool,
 ) -> Array:
-    """Write the GGUF tensors of a fused tensor of gpt-oss, inputs last; return it with its values as stored."""
+    """Write the GGUF tensors of a transposed tensor, inputs last; return it with its values as stored."""
     exact = np.empty(values.shape, np.float32)
     layer, last = hub_name.removeprefix("model.layers.").partition(".")[0], hub_name.rpartition(".")[2]
-    for part, where in _SLICES[last].items():
+    slices = _SLICES[last]
+    if is_halved and last == "gate_up_proj":
+        half = values.shape[2] // 2
+        slices = dict(zip(slices, (np.s_[:, :, :half], np.s_[:, :, half:]), strict=True))
+    for part, where in slices.items():
         name = f"blk.{layer}.{part}"
         matrices = values[where].swapaxes(-1, -2) if values.ndim == 3 else values[where]
         blocks, kept = to_blocks(np.ascontiguousarray(matrices), type_of(name), rng)
@@ -365,7 +380,7 @@ def add_slices(
 
 def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
     """Write the metadata that llama.cpp's conversion script writes for such a model."""
-    width = config["intermediate_size"]
+    width = config.get("intermediate_size_mlp", config["intermediate_size"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_block_count(config["num_hidden_layers"] + num_draft_layers(config))
     writer.add_context_length(config["max_position_embeddings"])
@@ -399,6 +414,8 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
     if config["model_type"] == "gpt_oss":
         writer.add_sliding_window(config["sliding_window"])
         writer.add_expert_feed_forward_length(width)
+    elif config["model_type"] == "llama4_text":
+        add_llama4_metadata(writer, config)
     elif config["model_type"] == "minimax_m2":
         writer.add_expert_feed_forward_length(width)
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
@@ -433,7 +450,7 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
     writer.add_eos_token_id(eos[0] if isinstance(eos, list) else eos)
     if isinstance(eos, list):
         writer.add_eot_token_id(eos[1])
-    may_start_dense = (*_SIGMOID, *tiny_windows.FAMILIES, "lfm2_moe", "mimo_v2_flash")
+    may_start_dense = (*_SIGMOID, *tiny_windows.FAMILIES, "lfm2_moe", "llama4_text", "mimo_v2_flash")
     assert config["model_type"] in may_start_dense or len(moe_layers(config)) == config["num_hidden_layers"]
 
 
@@ -445,6 +462,18 @@ def add_kinds_of_layers(writer: GGUFWriter, config: RawConfig) -> None:
     writer.add_sliding_window_pattern([window > 0 for window in tiny_gqa.windows(config)])
     writer.add_rope_freq_base_swa(config["swa_rope_theta"])
     writer.add_float32("mimo2.attention.value_scale", config["attention_value_scale"])
+
+
+def add_llama4_metadata(writer: GGUFWriter, config: RawConfig) -> None:
+    """Write Llama-4's keys, and the divisors of its frequencies, which is how llama3's scaling is stored."""
+    writer.add_expert_feed_forward_length(config["intermediate_size"])
+    writer.add_interleave_moe_layer_step(config["interleave_moe_layer_step"])
+    if (scaling := config["rope_scaling"]) is not None:
+        dim = head_dim(config)
+        frequency = config["rope_theta"] ** -(np.arange(0, dim, 2) / dim)
+        turns = scaling["original_max_position_embeddings"] * frequency / (2 * np.pi)
+        divisors = np.where(turns < scaling["low_freq_factor"], scaling["factor"], 1.0)
+        writer.add_tensor("rope_freqs.weight", divisors.astype(np.float32))
 
 
 def add_latent_metadata(writer: GGUFWriter, config: RawConfig, *, split_kv: bool) -> None:

@@ -85,6 +85,10 @@ def load(directory: Path) -> transformers.PreTrainedModel:
         cls = transformers.Mistral4ForCausalLM
         how["config"] = transformers.Mistral4Config(**text)
         how["key_mapping"] = {r"^language_model\.": ""}
+    if family == "llama4":  # the text model without its tower
+        cls = transformers.Llama4ForCausalLM
+        how["config"] = transformers.Llama4TextConfig(**text)
+        how["key_mapping"] = {r"^language_model\.": ""}
     model, info = cls.from_pretrained(
         directory,
         dtype=torch.float32,
@@ -95,7 +99,15 @@ def load(directory: Path) -> transformers.PreTrainedModel:
     )
     num_layers = text["num_hidden_layers"]
     mtp = [f"model.layers.{num_layers + i}." for i in range(text.get("num_nextn_predict_layers", 0))]
-    unread = (*mtp, "vision_tower.", "mm_projector.", "multi_modal_projector.", "talker.", "code2wav.")
+    unread = (
+        *mtp,
+        "vision_tower.",
+        "mm_projector.",
+        "multi_modal_projector.",
+        "vision_model.",
+        "talker.",
+        "code2wav.",
+    )
     info["unexpected_keys"] = [name for name in info["unexpected_keys"] if not name.startswith(unread)]
     unneeded = (
         "model.visual.",
@@ -125,7 +137,9 @@ def answer(model: transformers.PreTrainedModel, token_ids: list[int], num_tokens
     handles = [
         module.register_forward_hook(lambda m, inputs, out: margins.append(routing_margin(m, inputs, out[0])))
         for module in model.modules()
-        if type(module).__name__.lower().endswith(("topkrouter", "textrouter", "tokenchoicerouter"))
+        if type(module)
+        .__name__.lower()
+        .endswith(("topkrouter", "textrouter", "tokenchoicerouter", "llama4router"))
     ]
     ids = torch.tensor([token_ids])
     with index_margins() as of_indexers:
@@ -174,6 +188,8 @@ def routing_margin(router: torch.nn.Module, inputs: tuple[torch.Tensor, ...], lo
     """Return the smallest relative distance between the last chosen and the first rejected expert or group."""
     if hasattr(router, "per_expert_scale"):  # Gemma-4's gives probabilities
         return margin_behind(logits, router.config.top_k_experts)
+    if type(router).__name__ == "Llama4Router":  # gives scores that are 0 except the chosen ones
+        return margin_behind(torch.nn.functional.linear(inputs[0], router.weight), router.top_k)
     bias = inputs[1] if len(inputs) > 1 else getattr(router, "e_score_correction_bias", None)
     scores = logits.softmax(-1) if bias is None else logits.sigmoid() + bias
     if hasattr(router, "moe_statics"):  # ERNIE-4.5's adds a bias to the softmax

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.models import (
+    numpy_llama4,
     numpy_recurrent,
     numpy_windows,
     tiny_delta,
@@ -23,6 +24,7 @@ from tests.models import (
     tiny_gqa,
     tiny_grouped,
     tiny_kda,
+    tiny_llama4,
     tiny_recurrent,
     tiny_windows,
     tiny_wrappers,
@@ -153,6 +155,8 @@ class NumpyModel:
                 hidden = run_layer(self, layer, hidden, places[layer])
             elif self.config["model_type"] in tiny_windows.FAMILIES:
                 hidden = numpy_windows.run_layer(self, layer, hidden, places[layer])
+            elif self.config["model_type"] in tiny_llama4.FAMILIES:
+                hidden = numpy_llama4.run_layer(self, layer, hidden, places[layer])
             elif self.is_gemma:
                 mixed = self.attention(layer, normed, places[layer])
                 hidden = hidden + self.norm(prefix + "post_attention_layernorm", mixed)
@@ -529,7 +533,7 @@ def rope_frequencies(config: RawConfig) -> tuple[Array, float]:
     if kind == "llama3":
         turns = original * frequency / (2 * math.pi)
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        kept = np.clip((turns - low) / (high - low), 0, 1)
+        kept = np.clip((turns - low) / (high - low), 0, 1) if high > low else turns >= low
         return frequency * (kept + (1 - kept) / factor), 1.0
     if kind == "yarn":
         return yarn_frequencies(rope, frequency, theta, original)

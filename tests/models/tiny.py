@@ -25,6 +25,7 @@ from tests.models import (
     tiny_grouped,
     tiny_kda,
     tiny_latent,
+    tiny_llama4,
     tiny_recurrent,
     tiny_windows,
     tiny_wrappers,
@@ -372,6 +373,8 @@ def moe_layers(config: RawConfig) -> list[int]:
         return [i for i in range(config["num_hidden_layers"]) if tiny_windows.is_moe(config, i)]
     if config["model_type"] in tiny_gqa.FAMILIES:
         return tiny_gqa.moe_layers(config)
+    if config["model_type"] in tiny_llama4.FAMILIES:
+        return tiny_llama4.moe_layers(config)
     if "first_k_dense_replace" in config:
         return list(range(config["first_k_dense_replace"], config["num_hidden_layers"]))
     step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
@@ -394,6 +397,8 @@ def tensor_shapes(config: RawConfig) -> dict[str, tuple[int, ...]]:
         return tiny_flags.flag_shapes(config)
     if config["model_type"] in tiny_windows.FAMILIES:
         return tiny_windows.window_shapes(config)
+    if config["model_type"] in tiny_llama4.FAMILIES:
+        return tiny_llama4.llama4_shapes(config)
     if config["model_type"] == tiny_gemma.FAMILY:
         return tiny_gemma.gemma4_shapes(config)
     if config["model_type"] in tiny_grouped.FAMILIES:

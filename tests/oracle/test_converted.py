@@ -20,9 +20,11 @@ from tests.models.configurations import CONFIGURATIONS
 from tests.models.converter import LLAMA_CPP, convert_all
 from tests.models.make_models import load
 from tests.models.references import LARGEST_DIFFERENCE, difference, mean_divergence
+from tests.models.runnable import runnable
 from tests.models.tiny import RawConfig, prompt_ids, write_model
 from tests.models.tiny_gemma import gemma4
 from tests.models.tiny_grouped import bailing_moe, dots1, hy_v3
+from tests.models.tiny_llama4 import OF_GGUF, llama4, llama4_text
 from tests.models.tiny_windows import YARN, afmoe, mellum
 from tests.oracle.test_peer import PEER, peer_logits
 
@@ -123,6 +125,20 @@ CONVERTED: dict[str, tuple[str, RawConfig]] = {
             tie_word_embeddings=True,
         ),
     ),
+    # llama.cpp norms q and k unless there are 128 experts.
+    "llama4_plain": ("llama4", llama4(**OF_GGUF)),
+    "llama4_as_maverick": (
+        "llama4",
+        llama4_text(
+            **OF_GGUF,
+            num_local_experts=128,
+            use_qk_norm=False,
+            interleave_moe_layer_step=2,
+            head_dim=10,
+            rope_scaling=None,
+            num_hidden_layers=6,
+        ),
+    ),
     "gemma4_respelt": ("gemma4", _OF_NAME["gemma4_respelt_untied_no_cap_f32"]),
 }
 
@@ -145,7 +161,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path,
 
 @pytest.mark.parametrize("name", CONVERTED)
 def test_a_converted_model_answers_as_its_checkpoint_as_transformers_and_as_llama_cpp(
-    name: str, converted: dict[str, tuple[Path, Path]]
+    name: str, converted: dict[str, tuple[Path, Path]], tmp_path: Path
 ) -> None:
     directory, path = converted[name]
     architecture, config = CONVERTED[name]
@@ -153,7 +169,7 @@ def test_a_converted_model_answers_as_its_checkpoint_as_transformers_and_as_llam
     prompt = prompt_ids(config, 5)
     greedy = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
     logits, answers = [], []
-    for place in (directory, path):
+    for place in (runnable(directory, tmp_path), path):
         with Engine.open(place, memory="4GiB", kv_dtype="f32", threads=1) as engine:
             logits.append(engine.logits(prompt))
             answers.append(engine.generate(prompt, greedy).token_ids)

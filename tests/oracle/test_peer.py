@@ -33,6 +33,7 @@ from tests.models.tiny_latent import (
     mistral4,
     yarn_of_all_dimensions,
 )
+from tests.models.tiny_llama4 import OF_GGUF, llama4_text
 from tests.models.tiny_recurrent import lfm2_moe
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +50,7 @@ import json, sys
 import numpy as np
 from llama_cpp import Llama
 path, ids, out, yarn = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
-model = Llama(path, n_ctx=64, logits_all=True, verbose=False, n_threads=1, **yarn)
+model = Llama(path, n_ctx=max(64, len(ids)), logits_all=True, verbose=False, n_threads=1, **yarn)
 model.eval(ids)
 np.save(out, np.array(model.scores[: len(ids)]))
 """
@@ -174,6 +175,22 @@ def test_logits_of_partial_rotary_flat_norms_and_sigmoid_routers_are_llama_cpp_s
     name: str, tmp_path: Path
 ) -> None:
     assert divergence_from_peer(tmp_path / "model.gguf", HEADS[name], "F32") <= LARGEST_DIVERGENCE
+
+
+def test_chunks_and_the_growth_of_queries_are_llama_cpp_s(tmp_path: Path) -> None:
+    """In a prompt that crosses the first chunk's end. With one expert, no rounding of keys changes a choice."""
+    path, num_tokens = tmp_path / "model.gguf", OF_GGUF["attention_chunk_size"] + 40
+    config = llama4_text(
+        **OF_GGUF, num_local_experts=1, max_position_embeddings=16_384, hidden_size=64, head_dim=32
+    )
+    write_gguf_model(path, config, one_type("F32"), seed=7)
+    prompt = prompt_ids(config, 7, num_tokens)
+    with Engine.open(path, memory="4GiB", kv_dtype="f32", threads=1, context=num_tokens + 1) as engine:
+        logits = engine.logits(prompt)
+
+    expected = peer_logits(path, prompt)
+    for part in (slice(0, -41), slice(-41, None)):
+        assert mean_divergence(expected[part], logits[part]) <= LARGEST_DIVERGENCE
 
 
 # Text parts of models that also see: images have positions on several axes, and text has them on one.

@@ -79,6 +79,7 @@ def _attention_factor(config: RopeConfig) -> float:
 
 def _llama3(config: RopeConfig, plain: NDArray[np.float64]) -> NDArray[np.float64]:
     turns = config.original_context * plain / (2 * math.pi)  # full turns within the trained context
-    share = (turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
-    keep: NDArray[np.float64] = np.clip(share, 0, 1)
+    # Llama-4 has equal factors: a step.
+    span = max(config.high_freq_factor - config.low_freq_factor, 1e-9)
+    keep: NDArray[np.float64] = np.clip((turns - config.low_freq_factor) / span, 0, 1)
     return plain / config.factor * (1 - keep) + plain * keep

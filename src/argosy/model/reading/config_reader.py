@@ -136,8 +136,11 @@ class ConfigReader:
             return None
         return self.number(name, 1.0)
 
-    def flag(self, name: str, default: bool) -> bool:
+    def flag(self, name: str, default: bool, *, also_true: int | None = None) -> bool:
+        """Read true or false; `also_true` is a number that old files have for true."""
         _, value = self._find(name, default=default)
+        if type(value) is int and value == also_true:
+            return True
         if type(value) is not bool:
             raise self._wrong(name, value, "true or false")
         return value

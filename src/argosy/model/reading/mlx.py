@@ -51,6 +51,7 @@ _DELTA = _Form(passed_over=_DRAFTS)
 
 _FORMS: Mapping[str, _Form] = {
     "mixtral": _Form(experts="block_sparse_moe.switch_mlp"),
+    "llama4": replace(_WRAPPED, experts="feed_forward.experts"),
     "minimax_m2": _Form(experts="block_sparse_moe.switch_mlp", passed_over=_DRAFTS),
     "mimo_v2_flash": _Form(passed_over=_DRAFTS),
     "qwen2_moe": _Form(),

@@ -152,9 +152,9 @@ def _scaled(
         low_freq_factor=fields.number("low_freq_factor", None if kind == "llama3" else 1.0),
         high_freq_factor=fields.number("high_freq_factor", None if kind == "llama3" else 4.0),
     )
-    if kind == "llama3" and rope.high_freq_factor <= rope.low_freq_factor:
+    if kind == "llama3" and rope.high_freq_factor < rope.low_freq_factor:
         raise CheckpointError(
-            f"config.json: {fields.name} gives high_freq_factor {rope.high_freq_factor}, expected more than "
+            f"config.json: {fields.name} gives high_freq_factor {rope.high_freq_factor}, expected at least "
             f"low_freq_factor {rope.low_freq_factor}",
             key="high_freq_factor",
         )
