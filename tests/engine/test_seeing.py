@@ -26,7 +26,7 @@ from argosy.prompt.media_span import MediaSpan
 from argosy.prompt.prompt import Prompt
 from tests.models.references import difference
 from tests.models.safetensors_file import read_safetensors, write_checkpoint
-from tests.models.seeing import CONFIGS, IMAGE_TOKENS, RATE, REFERENCE
+from tests.models.seeing import CONFIGS, IMAGE_TOKENS, RATE, REFERENCE, encode_text
 
 FAMILIES = sorted(CONFIGS)
 LARGEST_DIFFERENCE = 3e-4
@@ -34,7 +34,12 @@ GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
 
 
 def opened(directory: Path, **options: Any) -> Engine:
-    return Engine.open(directory, **{"memory": "3GiB", "threads": 2, "image_tokens": IMAGE_TOKENS} | options)
+    engine = Engine.open(
+        directory, **{"memory": "3GiB", "threads": 2, "image_tokens": IMAGE_TOKENS} | options
+    )
+    if isinstance(engine.media, PromptMedia):
+        engine.media._encode_text = encode_text  # these models have no tokenizer
+    return engine
 
 
 def require_answer(engine: Engine, prompt: Prompt, logits: NDArray[Any], greedy: NDArray[Any]) -> None:

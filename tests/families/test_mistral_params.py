@@ -59,6 +59,7 @@ def test_every_key_has_its_name_in_config_json(tmp_path: Path) -> None:
         "topk_group": 1,
         "v_head_dim": 128,
         "vision_config": MISTRAL_LARGE_3["vision_encoder"],
+        "image_token_id": 10,
         "vocab_size": 131_072,
     }
 

@@ -46,6 +46,7 @@ def picture_processor(name: str) -> Any:
     from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
     from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
     from transformers.models.kimi_k25.image_processing_kimi_k25 import Kimi_K25ImageProcessor
+    from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     class KimiProcessorOnPillow(Kimi_K25ImageProcessor):  # type: ignore[misc]
@@ -62,8 +63,12 @@ def picture_processor(name: str) -> Any:
         "glm4v": Glm4vImageProcessorPil,
         "gemma4": Gemma4ImageProcessorPil,
         "kimi_k25": KimiProcessorOnPillow,
+        "pixtral": PixtralImageProcessorPil,
     }
     settings = {key: value for key, value in PICTURE_SETTINGS[name].items() if key != "image_processor_type"}
+    if "spatial_merge_size" in settings:  # the processor around it multiplies
+        side = settings["patch_size"]["height"] * settings.pop("spatial_merge_size")
+        settings["patch_size"] = {"height": side, "width": side}
     return classes[name](**settings)
 
 
@@ -80,6 +85,15 @@ def reference_patches(processor: Any, file: bytes) -> tuple[NDArray[np.float32],
         positions = np.asarray(made["image_position_ids"])[0]
         grid = (1, int(positions[:, 1].max()) + 1, int(positions[:, 0].max()) + 1)
         return patches[0, : grid[1] * grid[2]], grid
+    if "image_sizes" in made:  # whole pictures
+        ((height, width),) = np.asarray(made["image_sizes"]).tolist()
+        side = processor.patch_size["height"] // 2
+        cells = patches[0].reshape(3, height // side // 2, 2, side, width // side // 2, 2, side)
+        return cells.transpose(1, 4, 2, 5, 0, 3, 6).reshape(-1, 3 * side**2), (
+            1,
+            height // side,
+            width // side,
+        )
     time, rows, columns = (int(side) for side in np.asarray(made["image_grid_thw"])[0])
     return patches.reshape(rows * columns, -1), (time, rows, columns)
 

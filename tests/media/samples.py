@@ -208,6 +208,13 @@ PICTURE_SETTINGS: dict[str, dict[str, Any]] = {
     },
     "gemma4": {"image_processor_type": "Gemma4ImageProcessor", "max_soft_tokens": 280},
     "kimi_k25": {"image_processor_type": "Kimi_K25ImageProcessor", "max_patches": 4096},
+    "pixtral": {
+        "image_processor_type": "PixtralImageProcessorFast",
+        "do_pad": True,
+        "patch_size": {"height": 14, "width": 14},
+        "size": {"longest_edge": 1540},
+        "spatial_merge_size": 2,
+    },
 }
 SOUND_SETTINGS: dict[str, dict[str, Any]] = {
     "whisper": {"feature_extractor_type": "WhisperFeatureExtractor", "feature_size": 80},

@@ -45,7 +45,12 @@ def convert(converter: Any, source: Path, made: Path, *arguments: str, tokens: S
         model.gguf_writer.add_eos_token_id(2)
 
     architecture = converter.get_model_architecture(raw, converter.ModelType.TEXT)
-    converter.get_model_class(architecture).set_vocab = set_vocab
+    model_class = converter.get_model_class(architecture)
+    for one in (
+        model_class,
+        getattr(model_class, "Mistral4Model", model_class),
+    ):  # a class inside Mistral3Model
+        one.set_vocab = set_vocab
     before = sys.argv
     sys.argv = ["convert_hf_to_gguf.py", str(source), "--outfile", str(made), *arguments]
     try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -111,6 +112,8 @@ def answer(model: Any, part: Part, value: Array, shape: tuple[int, ...]) -> Answ
     if part.family == "gemma4":
         places = torch.tensor([[(x, y) for y in range(shape[1]) for x in range(shape[2])]])
         return Answer(model.get_image_features(patches[None], places).pooler_output[0].numpy())
+    if part.family == "mistral3":
+        return Answer(of_pixtral(model, patches, shape))
     if part.family == "kimi_k25":
         patch_size = model.config.vision_config.patch_size
         patches = patches.reshape(len(patches), 3, patch_size, patch_size)
@@ -119,6 +122,26 @@ def answer(model: Any, part: Part, value: Array, shape: tuple[int, ...]) -> Answ
     additions = [addition for [addition] in getattr(found, "deepstack_features", None) or []]
     rows = Answer(embeddings.numpy(), tuple(addition.numpy() for addition in additions))
     return replace(rows, **angles(model, part, grid)) if part.angles else rows
+
+
+def of_pixtral(model: Any, patches: torch.Tensor, shape: tuple[int, ...]) -> Array:
+    """The rows of a picture; zeros where a token ends its row of cells."""
+    merge = model.config.spatial_merge_size
+    picture = picture_of(patches, shape, merge)[None]
+    rows, columns = (size // merge for size in shape[1:])
+    # As `get_image_features`, which fails for a picture of one cell.
+    sizes = torch.tensor([picture.shape[2:]])
+    found = model.multi_modal_projector(model.vision_tower(picture, sizes).last_hidden_state[0], sizes)
+    padded = torch.zeros(rows, columns + 1, found.shape[-1])
+    padded[:, :-1] = found.reshape(rows, columns, -1)
+    return padded.flatten(0, 1).numpy()
+
+
+def picture_of(patches: torch.Tensor, grid: tuple[int, ...], merge: int) -> torch.Tensor:
+    """The picture [3, height, width] of patches that lie cell by cell."""
+    side = math.isqrt(patches.shape[1] // 3)
+    cells = patches.reshape(grid[1] // merge, grid[2] // merge, merge, merge, 3, side, side)
+    return cells.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, grid[1] * side, grid[2] * side)
 
 
 def windows(model: Any, part: Part, features: Array) -> Array:

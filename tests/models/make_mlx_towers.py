@@ -20,7 +20,8 @@ from tests.models.mlx_models import MLX_TOWERS
 REFERENCE = Path(__file__).parent / "reference_encoders"
 
 TOWERS = (
-    "gemma4", "glm4v_moe", "kimi_k25", "qwen3_5_moe", "qwen3_omni_moe", "qwen3_omni_moe_audio", "qwen3_vl_moe",
+    "gemma4", "glm4v_moe", "kimi_k25", "mistral3", "qwen3_5_moe", "qwen3_omni_moe", "qwen3_omni_moe_audio",
+    "qwen3_vl_moe",
 )  # fmt: skip
 
 

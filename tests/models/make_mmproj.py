@@ -18,7 +18,7 @@ from typing import Any
 
 from tests.models.converter import convert, load
 from tests.models.safetensors_file import read_header, read_safetensors, write_safetensors
-from tests.models.seeing import MMPROJ_PLACEHOLDERS, REFERENCE, text_of
+from tests.models.seeing import MMPROJ_PLACEHOLDERS, REFERENCE, WRITTEN, text_of
 
 
 def as_on_the_hub(source: Path, destination: Path, family: str) -> None:
@@ -39,6 +39,9 @@ def as_on_the_hub(source: Path, destination: Path, family: str) -> None:
         for axis in ("height", "width", "time"):
             vision[f"init_pos_emb_{axis}"] = vision[f"pos_emb_{axis}"]
         vision["projector_ln_eps"] = raw["projection_layer_norm_eps"]
+    if family in WRITTEN:
+        added = {str(token_id): {"content": text} for text, token_id in WRITTEN[family].items()}
+        (destination / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
     (destination / "config.json").write_text(json.dumps(raw))
     write_safetensors(
         destination / "model.safetensors",
@@ -70,6 +73,8 @@ def main() -> None:
         tokens = [f"token {number}" for number in range(text_of(raw)["vocab_size"])]
         for key, placeholder in MMPROJ_PLACEHOLDERS[family].items():
             tokens[around[key]] = placeholder
+        for text, token_id in WRITTEN.get(family, {}).items():
+            tokens[token_id] = text
 
         architecture = converter.get_model_architecture(raw, converter.ModelType.TEXT)
         if family == "qwen3_omni_moe":

@@ -25,10 +25,12 @@ import transformers
 
 from argosy.media.parts import Kind
 from argosy.media.pictures import PictureProcessor
+from argosy.model.encoders.encoder import Shape
 from argosy.model.encoders.reading import EncoderFiles, find_encoders
 from argosy.model.families import open_model
+from tests.models.make_encoders import picture_of
 from tests.models.safetensors_file import Array, write_safetensors
-from tests.models.seeing import CONFIGS, IMAGE_TOKENS, RATE, REFERENCE, prompt_of, write
+from tests.models.seeing import CONFIGS, IMAGE_TOKENS, RATE, REFERENCE, encode_text, prompt_of, write
 
 NEW_TOKENS = 8
 
@@ -71,6 +73,16 @@ def picture_inputs(
     if "image_position_ids" in inspect.signature(model.forward).parameters:
         values, places = with_places(patches, grids)
         return {"pixel_values": values, "image_position_ids": places}
+    if "image_sizes" in inspect.signature(model.forward).parameters:  # whole pictures, padded
+        merge = processor.merge_size
+        pictures = [
+            picture_of(torch.tensor(each), grid, merge) for each, grid in zip(patches, grids, strict=True)
+        ]
+        sizes = torch.tensor([picture.shape[1:] for picture in pictures])
+        padded = torch.zeros(len(pictures), 3, *sizes.max(dim=0).values.tolist())
+        for out, picture in zip(padded, pictures, strict=True):
+            out[:, : picture.shape[1], : picture.shape[2]] = picture
+        return {"pixel_values": padded, "image_sizes": sizes}
     pixel_values = torch.tensor(np.concatenate(patches))
     if processor.order == "planes":
         side = processor.patch_size
@@ -83,6 +95,7 @@ def answer(model: Any, directory: Path, family: str, media: dict[str, Array]) ->
     found = find_encoders(open_model(directory))
     processors = {}
     patches, grids, segments = [], [], []
+    shape: Shape
     more: dict[str, Any] = {}
     for name, value in media.items():
         kind: Kind = "sound" if name == "sound" else "picture"
@@ -94,13 +107,14 @@ def answer(model: Any, directory: Path, family: str, media: dict[str, Array]) ->
             prepared, shape = processor.prepare(value)
             patches.append(prepared)
             grids.append(shape)
-            count = files.num_positions(shape)
         else:
             features = processor.prepare(value)
-            count = files.num_positions((features.shape[1],))
+            shape = (features.shape[1],)
             more["input_features"] = torch.tensor(features)[None]
             more["feature_attention_mask"] = torch.ones(1, features.shape[1], dtype=torch.long)
-        span = [files.token_id] * count
+        span = [files.token_id] * files.num_positions(shape)
+        for at, text in files.written(shape).items():
+            (span[at],) = encode_text(text)
         if files.marks is not None:
             span = [files.marks[0], *span, files.marks[1]]
         segments.append((files.token_id, span))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import tokenizers
@@ -19,7 +20,8 @@ from tests.models.tiny import text_of, write_model
 from tests.models.tiny_delta import qwen3_5_moe
 from tests.models.tiny_encoders import Sizes
 from tests.models.tiny_gemma import gemma4
-from tests.models.tiny_latent import kimi_k25
+from tests.models.tiny_latent import kimi_k25, mistral3
+from tests.models.tiny_latent import mistral4 as tiny_mistral4
 from tests.models.tiny_wrappers import glm4v_moe, qwen3_omni_moe, qwen3_vl_moe
 from tests.prompt.tokenizers_for_tests import byte_level_json, write_tokenizer
 
@@ -54,6 +56,8 @@ def with_towers(family: str, raw: dict[str, Any]) -> dict[str, Any]:
     if "media_placeholder_token_id" in own:  # the hub's name for it
         own["media_placeholder_token_id"] = own["image_token_id"]
         own["video_token_id"] = 52
+    if family == "mistral3":  # as for Gemma below
+        own["vision_config"]["rope_parameters"] = {"rope_theta": 10_000.0, "rope_type": "axial"}
     if family == "gemma4":
         own["video_token_id"] = 51
         own["vision_config"] |= {  # GGUF files have no other values of these, except of the first
@@ -72,6 +76,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "glm4v_moe": with_towers("glm4v_moe", glm4v_moe()),
     "kimi_k25": with_towers("kimi_k25", kimi_k25()),
     "gemma4": with_towers("gemma4", gemma4(max_position_embeddings=256)),
+    # With a factor of 1, transformers and llama.cpp scale scores as the makers do. GGUF files have no other beta.
+    "mistral3": with_towers(
+        "mistral3",
+        mistral3(
+            rope_parameters=tiny_mistral4()["rope_parameters"] | {"factor": 1.0, "llama_4_scaling_beta": 0.1}
+        ),
+    ),
 }
 
 
@@ -83,7 +94,10 @@ MMPROJ_PLACEHOLDERS = {
     "glm4v_moe": {"image_token_id": "<|image|>"},
     "kimi_k25": {"media_placeholder_token_id": "<|media_pad|>"},
     "gemma4": {"image_token_id": "<|image|>", "boi_token_id": "<|image>", "eoi_token_id": "<image|>"},
+    "mistral3": {"image_token_index": "[IMG]"},
 }
+# Texts of control tokens between the rows of a picture, and their ids, which no config names.
+WRITTEN: dict[str, dict[str, int]] = {"mistral3": {"[IMG_BREAK]": 63, "[IMG_END]": 64}}
 
 
 def write(directory: Path, family: str, raw: dict[str, Any], seed: int) -> None:
@@ -147,7 +161,8 @@ def complete(family: str, raw: dict[str, Any]) -> list[tuple[Encoder, Any]]:
         for key in encoder.path[:-1]:
             around = around[key]
         inner = {key: value for key, value in around[encoder.path[-1]].items() if key != "model_type"}
-        model: Any = type("Model", (), {"hidden_size": text_of(raw)["hidden_size"]})
+        text = text_of(raw)
+        model: Any = SimpleNamespace(hidden_size=text["hidden_size"], norm_eps=text.get("rms_norm_eps"))
         found.append(
             (encoder, encoder.read(ConfigReader(inner, family), ConfigReader(around, family), model))
         )
@@ -166,6 +181,15 @@ def processor_config(family: str) -> dict[str, Any]:
             "max_soft_tokens": 70,
             "patch_size": config.patch_size,
             "pooling_kernel_size": config.merge,
+        }
+    if family == "mistral3":
+        return {
+            "image_mean": [0.5, 0.4, 0.3],
+            "image_processor_type": "PixtralImageProcessorFast",
+            "image_std": [0.5, 0.25, 0.3],
+            "patch_size": config.patch_size,
+            "size": {"longest_edge": 40},
+            "spatial_merge_size": config.merge,
         }
     names = {"glm4v_moe": "Glm4vImageProcessor", "kimi_k25": "Kimi_K25ImageProcessor"}
     made: dict[str, Any] = {
@@ -193,8 +217,8 @@ VIDEO_TOKENS, GROUP_TOKENS = 32, 70
 
 
 def video_processor_config(family: str) -> dict[str, Any]:
-    """A `video_preprocessor_config.json`; empty for Qwen3-Omni, which has none."""
-    if family == "qwen3_omni_moe":
+    """A `video_preprocessor_config.json`; empty for Qwen3-Omni, which has none, and for towers of pictures alone."""
+    if family not in VIDEO_PROMPTS or family == "qwen3_omni_moe":
         return {}
     made = processor_config(family)
     del made["image_processor_type"]
@@ -221,6 +245,9 @@ _CONTROLS = {
 
 def encode_text(text: str) -> list[int]:
     """A tokenizer for texts around frames: control tokens have the ids of `CONFIGS`, and others depend on the text."""
+    for written in WRITTEN.values():
+        if text in written:
+            return [written[text]]
     pieces = re.findall(r"<\|(\w+)\|>|(\w+|.)", text)
     return [_CONTROLS[control] if control else 20 + sum(other.encode()) % 25 for control, other in pieces]
 

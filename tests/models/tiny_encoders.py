@@ -286,6 +286,35 @@ def gemma4(sizes: Sizes) -> RawConfig:
     }
 
 
+def mistral3(sizes: Sizes) -> RawConfig:
+    text = kimi_k25(sizes)["text_config"] | {"model_type": "mistral4", "rms_norm_eps": 1e-3}
+    return {
+        "architectures": ["Mistral3ForConditionalGeneration"],
+        "image_token_index": 50,
+        "model_type": "mistral3",
+        "multimodal_projector_bias": sizes.heads % 2 == 0,
+        "projector_hidden_act": "gelu",
+        "spatial_merge_size": sizes.merge,
+        "text_config": text | {"rope_parameters": {"rope_theta": 10_000.0, "rope_type": "default"}},
+        "vision_config": {
+            "attention_dropout": 0.0,
+            "head_dim": sizes.head_dim,
+            "hidden_act": "silu" if sizes.heads % 2 else "gelu",
+            "hidden_size": sizes.hidden,
+            "image_size": 1540,
+            "initializer_range": 0.02,
+            "intermediate_size": sizes.mlp,
+            "model_type": "pixtral",
+            "num_attention_heads": sizes.heads,
+            "num_channels": 3,
+            "num_hidden_layers": sizes.layers,
+            "patch_size": sizes.patch,
+            "rope_parameters": {"rope_theta": 300.0, "rope_type": "axial"},
+        },
+        "vision_feature_layer": -1,
+    }
+
+
 def qwen2_moe(sizes: Sizes) -> RawConfig:
     """The composition of the demo model: the eye's tower is Qwen3-VL's; the ear's and its projector are Voxtral's."""
     return _text(sizes) | {
@@ -314,6 +343,7 @@ CONFIGS: dict[str, Callable[[Sizes], RawConfig]] = {
     "glm4v_moe": glm4v_moe,
     "kimi_k25": kimi_k25,
     "gemma4": gemma4,
+    "mistral3": mistral3,
     "qwen2_moe": qwen2_moe,
 }
 

@@ -10,6 +10,7 @@ pixels. The families differ in how they choose the size, and in how they order p
     Kimi-VL, K2.5         never enlarged, limited patches, then padded with black; resized by Pillow as the
                           model's own code does, while transformers uses torchvision here, which differs by a level
     Gemma-4               as large as the number of tokens allows
+    Pixtral               never enlarged but to whole tokens; limited longer side; a token after each row of tokens
 
 Elsewhere: `decoder.py` decodes files; `model/encoders/` runs the towers.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -83,6 +85,7 @@ class PictureProcessor:
     levels: float32 [3, 256]: the value of each 8-bit level in each channel.
     most_tokens: the most tokens of a picture, if a cap lowers the model's own limit or all pictures are scaled to one
         number of tokens.
+    tokens_per_row: control tokens after each row of tokens.
     """
 
     patch_size: int
@@ -92,6 +95,7 @@ class PictureProcessor:
     order: Literal["merged", "planes", "pixels"]
     levels: NDArray[np.float32] = field(repr=False, compare=False)
     most_tokens: int | None = None
+    tokens_per_row: int = 0
 
     def grid(self, height: int, width: int) -> Grid:
         """Return (1, rows, columns) of patches for a picture of this size.
@@ -104,7 +108,7 @@ class PictureProcessor:
     def num_tokens(self, height: int, width: int) -> int:
         """Return the number of tokens that a picture of this size takes; raises what `grid` raises."""
         _, rows, columns = self.grid(height, width)
-        return rows * columns // self.merge_size**2
+        return self._num_tokens(rows, columns)
 
     def prepare(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], Grid]:
         """Make patches.
@@ -140,7 +144,7 @@ class PictureProcessor:
 
     def _grid(self, size: Size) -> Grid:
         rows, columns = size.padded_height // self.patch_size, size.padded_width // self.patch_size
-        num_tokens = rows * columns // self.merge_size**2
+        num_tokens = self._num_tokens(rows, columns)
         if self.most_tokens is not None and num_tokens > self.most_tokens:
             raise BadMedia(
                 f"a picture may take at most {self.most_tokens} tokens, and this one is so narrow that it needs "
@@ -150,6 +154,9 @@ class PictureProcessor:
                 found=num_tokens,
             )
         return 1, rows, columns
+
+    def _num_tokens(self, rows: int, columns: int) -> int:
+        return rows // self.merge_size * (columns // self.merge_size + self.tokens_per_row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +248,34 @@ class GemmaFit:
         return Size(rows, columns, rows, columns)
 
 
+@dataclass(frozen=True, slots=True)
+class PixtralFit:
+    """Keeps a picture's size, or shrinks it to the longest side; then enlarges it to whole tokens."""
+
+    factor: int
+    longest: int
+    most_tokens: int | None = None
+
+    def size(self, height: int, width: int) -> Size:
+        size, longest = self._size(height, width, self.longest), self.longest
+        # Whole tokens, and those after rows, exceed the area, so only trying shows which side respects a cap on tokens.
+        while self.most_tokens is not None and self._num_tokens(size) > self.most_tokens and longest > 1:
+            longest = longest * 63 // 64
+            size = self._size(height, width, longest)
+        return size
+
+    def _size(self, height: int, width: int, longest: int) -> Size:
+        ratio = max(1.0, height / longest, width / longest)
+        # The reference makes nothing of a picture that is narrower than a pixel then; Mistral's own code keeps a pixel.
+        rows, columns = (
+            -(-max(1, int(side / ratio)) // self.factor) * self.factor for side in (height, width)
+        )
+        return Size(rows, columns, rows, columns)
+
+    def _num_tokens(self, size: Size) -> int:
+        return size.height // self.factor * (size.width // self.factor + 1)
+
+
 def patch_values(
     canvases: NDArray[np.uint8], side: int, merge: int, levels: NDArray[np.float32], num_frames: int
 ) -> NDArray[np.float32]:
@@ -264,12 +299,17 @@ def patch_values(
 
 
 def read_picture_processor(
-    raw: Mapping[str, object], *, most_tokens: int | None = None, where: str = "preprocessor_config.json"
+    raw: Mapping[str, object],
+    implied: Mapping[str, object] = MappingProxyType({}),
+    *,
+    most_tokens: int | None = None,
+    where: str = "preprocessor_config.json",
 ) -> PictureProcessor:
     """Make the processor that a checkpoint's settings describe.
 
     Args:
         raw: the object in `preprocessor_config.json`, or in `processor_config.json`, where it is `image_processor`.
+        implied: settings that the tower's config implies, for those that are absent.
         most_tokens: cap on the tokens of a picture; the cap lowers the model's own limit and never raises it.
         where: the name of the file, for errors.
 
@@ -281,6 +321,7 @@ def read_picture_processor(
     inner = raw.get("image_processor")
     if isinstance(inner, dict):
         raw, where = inner, f"{where}: image_processor"
+    raw = {**implied, **{key: value for key, value in raw.items() if value is not None}}
     name = raw.get("image_processor_type")
     if "media_proc_cfg" in raw:
         name = "Kimi_K25ImageProcessor"
@@ -408,18 +449,34 @@ def _read_gemma(settings: Settings, most_tokens: int | None) -> PictureProcessor
     return PictureProcessor(patch_size, merge_size, 1, fit, "pixels", levels, tokens)
 
 
+def _read_pixtral(settings: Settings, most_tokens: int | None) -> PictureProcessor:
+    patch_size = settings.side("patch_size", 16, most=256)
+    merge_size = settings.integer("spatial_merge_size", 1, most=16)
+    longest = 1024
+    if (size := settings.nested("size")) is not None:
+        longest = size.integer("longest_edge", None)
+        size.finish()
+    settings.fixed("do_resize", True)
+    levels = read_levels(
+        settings, CLIP_MEAN, CLIP_STD, is_normalized=True, may_pad=True
+    )  # to other pictures' size
+    fit = PixtralFit(patch_size * merge_size, longest, most_tokens)
+    return PictureProcessor(patch_size, merge_size, 1, fit, "merged", levels, most_tokens, tokens_per_row=1)
+
+
 def read_levels(
     settings: Settings,
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
     *,
     is_normalized: bool,
+    may_pad: bool = False,
 ) -> NDArray[np.float32]:
     """Return float32 [3, 256]: each 8-bit level, scaled in float64 and normalised in float32, as the reference does."""
     settings.fixed("do_convert_rgb", True)
     settings.fixed("do_rescale", True)
     settings.fixed("do_center_crop", False)
-    settings.fixed("do_pad", False)
+    settings.fixed("do_pad", False, may_pad)
     settings.fixed("resample", 3)  # bicubic
     scale = settings.number("rescale_factor", 1 / 255)
     means, stds = settings.colour("image_mean", mean), settings.colour("image_std", std)
@@ -438,4 +495,5 @@ _READERS: dict[str, Callable[[Settings, int | None], PictureProcessor]] = {
     "Kimi_K25ImageProcessor": _read_kimi,
     "KimiVLImageProcessor": _read_kimi_vl,
     "Gemma4ImageProcessor": _read_gemma,
+    "PixtralImageProcessor": _read_pixtral,
 }

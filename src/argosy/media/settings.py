@@ -53,6 +53,15 @@ class Settings:
             raise self._wrong(name, value, f"a whole number from {least} to {most}")
         return value
 
+    def side(self, name: str, default: int, *, most: int) -> int:
+        """Read the side of a square: a whole number, or an equal height and width."""
+        if not isinstance(self._raw.get(name), dict) or (square := self.nested(name)) is None:
+            return self.integer(name, default, most=most)
+        side = square.integer("height", None, most=most)
+        square.fixed("width", side)
+        square.finish()
+        return side
+
     def number(self, name: str, default: float) -> float:
         value = self._find(name, default)
         if not _is_number(value) or not 0 < value < 1e9:  # type: ignore[operator]

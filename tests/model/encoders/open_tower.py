@@ -88,7 +88,12 @@ def _part(family: str, encoder: Encoder, modules: tuple[str, ...], **changes: An
     """A part whose functions are those of the engine's table; `changes` are the fields in which it differs."""
 
     def read(raw: RawConfig) -> Any:
-        around, model = raw, SimpleNamespace(hidden_size=text_of(raw).get("hidden_size"))
+        around, model = (
+            raw,
+            SimpleNamespace(
+                hidden_size=text_of(raw).get("hidden_size"), norm_eps=text_of(raw).get("rms_norm_eps")
+            ),
+        )
         for key in encoder.path[:-1]:
             around = around[key]
         own = ConfigReader(around[encoder.path[-1]], "this family", within=encoder.path[-1])
@@ -155,6 +160,15 @@ PARTS = {
         large_shapes=_stills(_large_grids),
     ),
 }
+
+
+PARTS["mistral3"] = _part(  # type: ignore[call-arg]
+    "mistral3",
+    *ENCODERS["mistral3"],
+    ("model.vision_tower.", "model.multi_modal_projector."),
+    shapes=_stills(_grids),
+    large_shapes=_stills(_large_grids),
+)
 
 
 def dense_weights(

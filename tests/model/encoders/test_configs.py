@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 from argosy import _native
 from argosy.errors import CheckpointError, UnsupportedModel, UsageError
-from argosy.model.encoders import gemma_vision, glm_vision, moon_vit, omni_audio, qwen_vision
+from argosy.model.encoders import gemma_vision, glm_vision, moon_vit, omni_audio, pixtral_vision, qwen_vision
 from argosy.model.reading.config_reader import ConfigReader
 from tests.model.encoders.open_tower import PARTS, dense_weights
 from tests.models.tiny_encoders import CONFIGS, RawConfig, Sizes, random_tensors
@@ -133,12 +134,57 @@ GEMMA_4: RawConfig = {
 }
 
 
+PIXTRAL: RawConfig = {
+    "attention_dropout": 0.0,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "image_size": 1540,
+    "initializer_range": 0.02,
+    "intermediate_size": 4096,
+    "model_type": "pixtral",
+    "num_attention_heads": 16,
+    "num_channels": 3,
+    "num_hidden_layers": 24,
+    "patch_size": 14,
+    "rope_theta": 10000.0,
+}
+# In Mistral-Large-3's params.json.
+PIXTRAL_OF_LARGE_3: RawConfig = {
+    "adapter_bias": False,
+    "add_pre_mm_projector_layer_norm": True,
+    "hidden_size": 1664,
+    "image_break_token_id": 12,
+    "image_end_token_id": 13,
+    "image_size": 1540,
+    "image_token_id": 10,
+    "intermediate_size": 8192,
+    "max_image_size": 1540,
+    "mm_projector_id": "patch_merge",
+    "num_attention_heads": 16,
+    "num_channels": 3,
+    "num_hidden_layers": 48,
+    "patch_size": 14,
+    "rope_theta": 10000.0,
+    "spatial_merge_size": 2,
+}
+
+
 def config_reader(raw: RawConfig) -> ConfigReader:
     return ConfigReader(raw, "this family", within="vision_config")
 
 
 def read_kimi(raw: RawConfig, **wrapper: Any) -> moon_vit.MoonViTConfig:
     return moon_vit.read_config(config_reader(raw), ConfigReader(wrapper, "kimi_k25"), hidden_size=7168)
+
+
+def text_model(hidden_size: int) -> Any:
+    return SimpleNamespace(hidden_size=hidden_size, norm_eps=1e-6)
+
+
+def read_pixtral(raw: RawConfig, **wrapper: Any) -> pixtral_vision.PixtralConfig:
+    around = ConfigReader(wrapper, "mistral3")
+    return pixtral_vision.read_config(config_reader(raw), around, text_model(4096))
 
 
 # The config of a released tower, how it is read, its tensors, and millions of parameters, as transformers counts them.
@@ -169,6 +215,13 @@ RELEASED: dict[str, tuple[RawConfig, Callable[[RawConfig], Any], Callable[[Any],
         lambda raw: gemma_vision.read_config(config_reader(raw), hidden_size=2816),
         gemma_vision.tensors,
         573,
+    ),
+    "Mistral-Small-4": (PIXTRAL, read_pixtral, pixtral_vision.tensors, 428),
+    "Mistral-Large-3": (
+        PIXTRAL_OF_LARGE_3,
+        lambda raw: pixtral_vision.read_own_config(config_reader(raw), text_model(7168)),
+        lambda config: pixtral_vision.tensors(config, pixtral_vision._OWN),
+        2570,
     ),
 }
 
@@ -217,6 +270,13 @@ REFUSED = [
     ("Kimi-K2.5", "text_hidden_size", 4096),
     ("Kimi-K2.5", "mm_hidden_size", 1024),
     ("Kimi-K2.5", "vt_hidden_size", 1160),
+    ("Mistral-Small-4", "hidden_act", "quick_gelu"),
+    ("Mistral-Small-4", "num_channels", 1),
+    ("Mistral-Small-4", "head_dim", 128),
+    ("Mistral-Large-3", "hidden_size", 1672),
+    ("Mistral-Small-4", "rope_parameters", {"rope_type": "yarn", "rope_theta": 10000.0}),
+    ("Mistral-Large-3", "mm_projector_id", "linear"),
+    ("Mistral-Large-3", "add_pre_mm_projector_layer_norm", False),
     ("Gemma-4", "use_clipped_linears", True),
     ("Gemma-4", "num_key_value_heads", 5),
     ("Gemma-4", "head_dim", 70),
@@ -248,6 +308,14 @@ def test_both_spellings_of_kimi_give_the_same_config() -> None:
     }
     wrapper = {"projection_hidden_size": 1152, "projection_layer_norm_eps": 1e-5}
     assert read_kimi(KIMI_K25) == read_kimi(of_transformers, **wrapper) == read_kimi({})
+
+
+def test_another_projector_of_pixtral_is_refused() -> None:
+    for wrapper in ({"vision_feature_layer": -2}, {"projector_hidden_act": "relu"}):
+        with pytest.raises(UnsupportedModel, match=f"asks for {next(iter(wrapper))}"):
+            read_pixtral(PIXTRAL, **wrapper)
+    assert read_pixtral(PIXTRAL, multimodal_projector_bias=True).has_bias
+    assert read_pixtral(PIXTRAL, spatial_merge_size=3).merge == 3
 
 
 def test_a_projector_of_another_size_is_refused() -> None:

@@ -38,6 +38,7 @@ PLACES: list[tuple[str, str, Kind]] = [
     ("glm4v_moe", "glm4v_moe", "picture"),
     ("kimi_k25", "kimi_k25", "picture"),
     ("gemma4", "gemma4", "picture"),
+    ("mistral3", "mistral3", "picture"),
     ("qwen2_moe", "qwen2_moe", "picture"),
     ("qwen2_moe_audio", "qwen2_moe", "sound"),
 ]
@@ -52,6 +53,7 @@ def model_files(directory: Path) -> ModelFiles:
         vocab_size=64,
         hidden_size=inner.get("text_config", inner)["hidden_size"],
         latent=None,
+        norm_eps=inner.get("text_config", inner).get("rms_norm_eps"),
     )
     config.num_heads = 1
     return ModelFiles(directory, config, {}, {}, others=open_tensors(directory))
@@ -80,6 +82,7 @@ def test_every_tower_of_the_table_is_tested() -> None:
     assert {(family, one.kind) for family, encoders in ENCODERS.items() for one in encoders} == {
         *((family, kind) for _, family, kind in PLACES),
         ("kimi_vl", "picture"),
+        ("mistral4", "picture"),
     }
 
 

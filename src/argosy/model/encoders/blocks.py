@@ -121,7 +121,7 @@ class Operations:
         x: Rows,
         out: Rows | None = None,
         *,
-        activation: Literal["silu", "gelu_tanh"] = "silu",
+        activation: Literal["silu", "gelu_erf", "gelu_tanh"] = "silu",
         finish: Finish = "store",
     ) -> Rows:
         """The matrices `gate`, `up` and `down` of `name`."""

@@ -65,6 +65,8 @@ class Encoder:
     video: how the tower is used for video; None: it is not.
     written: returns the texts of the control tokens that fill positions of a span of a shape instead of rows, by
         position; None: rows fill all positions.
+    settings: returns the processor's settings that follow from the tower's config; None: none do. Those in the
+        processor's file take precedence.
     """
 
     kind: Kind
@@ -82,3 +84,4 @@ class Encoder:
     marks: tuple[str, str] | None = None
     video: VideoForm | None = None
     written: Callable[[Any, Any], Mapping[int, str]] | None = None
+    settings: Callable[[Any], Mapping[str, object]] | None = None

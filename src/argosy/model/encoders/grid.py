@@ -21,7 +21,7 @@ from argosy.model.reading.config_reader import ConfigReader, is_positive_number
 Grid = tuple[int, int, int]  # frames, rows and columns of patches
 Weigh = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 Places = tuple[NDArray[np.int64], NDArray[np.int64]]  # the row and the column of each patch of a frame
-PairOrder = Literal["rows first", "alternating", "columns first"]
+PairOrder = Literal["rows first", "rows first, adjacent", "alternating", "columns first"]
 
 
 def frame_patches(grid: Grid) -> int:
@@ -94,22 +94,32 @@ class Rotation:
         order: "rows first": the first half of the pairs turns with the row, and dimension i is paired with
             i + head_dim / 2. Otherwise a pair is two adjacent dimensions; "alternating": pairs turn with column and row
             by turns; "columns first": the first half of the pairs turns with the column.
+        is_staggered: the second axis turns half a step slower than the first.
     """
 
     def __init__(
-        self, places: Places, head_dim: int, theta: float, *, order: PairOrder = "rows first"
+        self,
+        places: Places,
+        head_dim: int,
+        theta: float,
+        *,
+        order: PairOrder = "rows first",
+        is_staggered: bool = False,
     ) -> None:
         self._is_interleaved = order != "rows first"
         self._num_places = len(places[0])
         frequency = theta ** -(np.arange(0, head_dim // 2, 2) / (head_dim // 2))
-        angle = np.arange(1 + max(int(axis.max()) for axis in places))[:, None] * frequency
-        axes = places[::-1] if self._is_interleaved else places
+        axes = places if order.startswith("rows first") else places[::-1]
+        slower = theta ** (-2 / head_dim) if is_staggered else 1.0
 
-        def at_places(table: NDArray[np.float64]) -> Rows:
-            halves = [table.astype(np.float32)[axis] for axis in axes]  # each [places, head_dim / 4]
+        def at_places(of: Weigh) -> Rows:
+            halves = [  # each [places, head_dim / 4]
+                of(np.arange(1.0 + axis.max())[:, None] * (frequency * scale)).astype(np.float32)[axis]
+                for axis, scale in zip(axes, (1.0, slower), strict=True)
+            ]
             return np.stack(halves, axis=2 if order == "alternating" else 1).reshape(self._num_places, -1)
 
-        self._cosine, self._sine = at_places(np.cos(angle)), at_places(np.sin(angle))
+        self._cosine, self._sine = at_places(np.cos), at_places(np.sin)
 
     def apply(self, operations: Operations, x: Rows, rows: slice) -> None:
         """Rotate x [rows, heads, head_dim], which are these rows of all frames, in place."""

@@ -21,6 +21,7 @@ _CHANGES: Mapping[str, tuple[tuple[str, str], ...]] = {
     "glm4v_moe": _VISUAL,
     "gemma4": (("model.", ""),),
     "kimi_k25": (("encoder.", ""), (".wqkv.", ".attn.wqkv."), (".wo.", ".attn.wo.")),
+    "mistral3": (("vision_tower.", "vision_tower.vision_model."),),
     "qwen3_omni_moe": (
         ("thinker.visual.", "thinker.vision_tower."),
         ("merger_list.", "deepstack_merger_list."),

@@ -1,4 +1,4 @@
-"""The common part of the vision towers of GLM, Qwen and Kimi: sizes, tensors and memory of layers, and the path
+"""The common part of vision towers whose patches turn on two axes: sizes, tensors and memory of layers, and the path
 through them.
 
     patches -> product + learned positions -> layers -> merge -> embeddings
@@ -57,9 +57,11 @@ class PatchConfig:
     are_frames_apart: bool = False  # each frame of a patch has its own matrix
     merge: int
     out_size: int
-    position_side: int
+    position_side: int  # 0: no learned positions
     theta: float
     pair_order: PairOrder = "rows first"  # how dimensions of queries and keys lie in their matrices
+    are_axes_staggered: bool = False  # the column turns slower than the row
+    are_qkv_apart: bool = False  # queries, keys and values have a matrix each
 
     @property
     def patch_values(self) -> int:
@@ -148,7 +150,13 @@ class PatchTower(Tower[Sizes]):
         config = self._config
         assert len(patches) == grid[0] * frame_patches(grid), (len(patches), grid)
         places = self._places(grid)
-        rotation = Rotation(places, config.head_dim, config.theta, order=config.pair_order)
+        rotation = Rotation(
+            places,
+            config.head_dim,
+            config.theta,
+            order=config.pair_order,
+            is_staggered=config.are_axes_staggered,
+        )
         hidden = np.empty((len(patches), config.hidden_size), np.float32)
         additions: dict[int, Rows] = {}
         yield from self._embed(patches, grid, places, hidden)
@@ -176,11 +184,13 @@ class PatchTower(Tower[Sizes]):
 
     def _embed(self, patches: Rows, grid: Grid, places: Places, hidden: Rows) -> Steps:
         ops, side = self._operations, self._config.position_side
-        positions = PositionTable("position", side, places, *(self._taps(size, side) for size in grid[1:]))
+        taps = [self._taps(size, side) for size in grid[1:]] if side else []
+        positions = PositionTable("position", side, places, *taps) if side else None
 
         def work(rows: slice) -> None:
             self._embed_patches(patches[rows], hidden[rows])
-            positions.add(ops, hidden[rows], rows)
+            if positions is not None:
+                positions.add(ops, hidden[rows], rows)
 
         return in_blocks(work, range(len(hidden)), ops.flop_per_row(*self._config.patch_kernel.names))
 
@@ -188,17 +198,20 @@ class PatchTower(Tower[Sizes]):
         hidden[:] = self._config.patch_kernel.apply(self._operations, patches)
 
     def _attend(self, layer: str, hidden: Rows, rotation: Rotation, segments: Sequence[range]) -> Steps:
-        """Add the attention of a layer, with the matrices `{layer}.qkv` and `{layer}.o`, to `hidden`."""
+        """Add the attention of a layer to `hidden`."""
         ops, width, head_dim = self._operations, self._config.hidden_size, self._config.head_dim
         qkv = np.empty((len(hidden), 3 * width), np.float32)
         query, key, value = qkv[:, :width], qkv[:, width : 2 * width], qkv[:, 2 * width :]
+        names = [f"{layer}.{name}" for name in (("q", "k", "v") if self._config.are_qkv_apart else ("qkv",))]
 
         def project(rows: slice) -> None:
-            ops.linear(f"{layer}.qkv", self._norm(f"{layer}.attn_norm", hidden[rows]), qkv[rows])
+            normed = self._norm(f"{layer}.attn_norm", hidden[rows])
+            for name, out in zip(names, np.split(qkv[rows], len(names), axis=1), strict=True):
+                ops.linear(name, normed, out)
             query_key = qkv[rows, : 2 * width]
             rotation.apply(ops, query_key.reshape(len(query_key), -1, head_dim), rows)
 
-        yield from in_blocks(project, range(len(hidden)), ops.flop_per_row(f"{layer}.qkv"))
+        yield from in_blocks(project, range(len(hidden)), ops.flop_per_row(*names))
         yield from ops.add_attention(layer, hidden, query, key, value, head_dim=head_dim, segments=segments)
 
     def _feed_forward(self, layer: str, hidden: Rows) -> Steps:

@@ -38,6 +38,7 @@ from argosy.model.encoders.table import ENCODERS
 from argosy.model.families import CONFIG_FILE
 from argosy.model.reading.accounts import FLOAT_FORMATS, TensorAccounts
 from argosy.model.reading.config_reader import ConfigReader
+from argosy.model.reading.mistral_params import find_config, read_raw
 from argosy.model.weights import DenseReading, dense_footprint, is_vector
 
 # Bytes of a tower read between two steps: reads in flight when a step begins compete with the step's expert reads,
@@ -102,7 +103,8 @@ class EncoderFiles:
         raw, where = self.settings
         processor: Processor
         if self.encoder.kind == "picture":
-            processor = read_picture_processor(raw, most_tokens=image_tokens, where=where)
+            implied = {} if self.encoder.settings is None else self.encoder.settings(self.config)
+            processor = read_picture_processor(raw, implied, most_tokens=image_tokens, where=where)
             sizes = {
                 "patch_size": (processor.patch_size, self.config.patch_size),
                 "merge_size": (processor.merge_size, self.config.merge),
@@ -223,9 +225,13 @@ def tensor_names(encoders: Mapping[Kind, EncoderFiles | ArgosyError]) -> set[str
     return {ref.name for tower in runnable(encoders).values() for ref in tower.tensors.values()}
 
 
-def _read_settings(directory: Path, kind: Kind) -> tuple[Mapping[str, object], str] | ArgosyError:
+def _read_settings(
+    directory: Path, kind: Kind, *, is_needed: bool = True
+) -> tuple[Mapping[str, object], str] | ArgosyError:
     names = VIDEO_FILES if kind == "video" else PROCESSOR_FILES
     paths = [path for name in names if (path := directory / name).exists()]
+    if not paths and not is_needed:
+        return {}, find_config(directory).name
     if not paths:
         return CheckpointError(
             f"{directory} has no {names[0]}, which says how a {kind} is prepared for its encoder",
@@ -243,8 +249,8 @@ def _read_settings(directory: Path, kind: Kind) -> tuple[Mapping[str, object], s
 
 
 def _read(files: ModelFiles, encoder: Encoder) -> EncoderFiles:
-    path = files.path / CONFIG_FILE
-    around = ConfigReader(read_object(path), files.config.family, path)
+    raw, path = read_raw(files.path)
+    around = ConfigReader(raw, files.config.family, path)
     for key in encoder.path[:-1]:
         around = _inner(around, key, files.config.family)
     own = _inner(around, encoder.path[-1], files.config.family)
@@ -252,9 +258,13 @@ def _read(files: ModelFiles, encoder: Encoder) -> EncoderFiles:
     accounts = TensorAccounts(files.path, files.others, FLOAT_FORMATS)
     tensors = encoder.tensors(config)
     names = {canonical: encoder.prefix + tensor.name for canonical, tensor in tensors.items()}
-    theirs = {canonical: mlx_name(files.config.family, name) for canonical, name in names.items()}
-    if any(name != names[canonical] and name in accounts for canonical, name in theirs.items()):
-        names = theirs
+    for theirs in (
+        {canonical: mlx_name(files.config.family, name) for canonical, name in names.items()},
+        {canonical: f"model.{name}" for canonical, name in names.items()},  # the modules of transformers
+    ):
+        if any(name != names[canonical] and name in accounts for canonical, name in theirs.items()):
+            names = theirs
+            break
     _require_floats(accounts, names.values())
     return EncoderFiles(
         encoder,
@@ -262,7 +272,7 @@ def _read(files: ModelFiles, encoder: Encoder) -> EncoderFiles:
         _take_tensors(accounts, encoder, config, names, is_gguf=False),
         token_id=_token_id(around, encoder.placeholders, files),
         marks=_marks(around, encoder, files),
-        settings=_read_settings(files.path, encoder.kind),
+        settings=_read_settings(files.path, encoder.kind, is_needed=encoder.settings is None),
         video=None if encoder.video is None else _video(around, encoder.video, files),
     )
 

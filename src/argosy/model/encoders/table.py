@@ -9,7 +9,15 @@ from argosy.installed import members
 from argosy.model.encoders.encoder import Encoder
 from argosy.model.encoders.projector import Projector
 
-_FILES = ("qwen_vision", "glm_vision", "gemma_vision", "moon_vit", "omni_audio", "whisper_audio")
+_FILES = (
+    "qwen_vision",
+    "glm_vision",
+    "gemma_vision",
+    "moon_vit",
+    "pixtral_vision",
+    "omni_audio",
+    "whisper_audio",
+)
 
 
 def _by_family() -> dict[str, tuple[Encoder, ...]]:

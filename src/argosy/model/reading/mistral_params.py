@@ -81,6 +81,9 @@ def _as_mistral4(params: Mapping[str, object], path: Path) -> dict[str, object]:
             raw["quantization_config"] = _quantization(_object(value, key, path), path)
         elif key not in ("yarn", "llama_4_scaling", "rope_theta"):
             _keep(raw, _KEYS.get(key, key), value)
+    vision = raw.get("vision_config")
+    if isinstance(vision, dict) and "image_token_id" in vision:
+        raw["image_token_id"] = vision["image_token_id"]  # where a config.json has it
     theta = {"rope_theta": params["rope_theta"]} if "rope_theta" in params else {}
     raw["rope_parameters"] = _rope(params, path) | theta
     return raw | {"model_type": "mistral4"}

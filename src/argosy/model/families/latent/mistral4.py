@@ -85,7 +85,7 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     """
     reader = ConfigReader(raw, MODEL_TYPE)
     config = read_text(reader)
-    reader.passed("vision_config")
+    reader.passed("vision_config", "image_token_id")
     reader.finish()
     return config
 

@@ -1,4 +1,5 @@
-"""Mistral-Small-4 with its vision tower: the text part, a `mistral4` in `text_config`.
+"""Mistral-Small-4 with its vision tower: the text part, a `mistral4` in `text_config`. The tower is in
+`model/encoders/pixtral_vision.py`.
 
 Mistral's dense models have the same wrapper, and are refused. Files of the hub have their text under
 `language_model.model.`, those that transformers writes under `model.language_model.`.
