@@ -44,6 +44,7 @@ from tests.models.tiny_gemma import gemma4
 from tests.models.tiny_gqa import mimo_v2_flash
 from tests.models.tiny_kda import bailing_hybrid
 from tests.models.tiny_latent import deepseek_v3, glm_moe_dsa, kimi_k2
+from tests.models.tiny_llama4 import llama4_text
 from tests.models.tiny_recurrent import lfm2_moe
 
 Value = TypeVar("Value")
@@ -150,8 +151,16 @@ CASES = [
     ("qwen3_5_moe_text", "q8"),
     ("gemma4", "q8"),
 ]
-CASES += [("gpt_oss", "source"), ("gpt_oss", "mxfp4")]
+CASES += [("gpt_oss", "source"), ("gpt_oss", "mxfp4"), ("llama4_text", "source"), ("llama4_text", "q8")]
 CONFIGS["gpt_oss"] = GPT_OSS
+CONFIGS["llama4_text"] = llama4_text(  # chunks, queries that grow, weighted inputs, dense layers between
+    max_position_embeddings=1024,
+    hidden_size=72,
+    intermediate_size=40,
+    interleave_moe_layer_step=2,
+    num_local_experts=9,
+    vocab_size=112,
+)
 CASES += [("qwen3_moe_blocks", "fp8"), ("kimi_k2", "int4")]
 # One of each kind of layers in place, and one of each format.
 IN_SHORT = [
@@ -170,6 +179,7 @@ IN_SHORT = [
     ),
     *(("qwen3_moe", format) for format in ("q8", "q4")),
     ("gpt_oss", "mxfp4"),
+    ("llama4_text", "source"),
     ("qwen3_moe_blocks", "fp8"),
     ("kimi_k2", "int4"),
 ]
