@@ -66,6 +66,7 @@ PRE_TOKENIZERS = {
     "solar_open": "solar-open",
     "dots1": "qwen2",
     "bailing_moe": "bailingmoe2",
+    "exaone_moe": "exaone-moe",
     "hy_v3": "hunyuan-dense",
     "mixtral": None,
     "olmoe": "olmo",

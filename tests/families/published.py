@@ -14,7 +14,7 @@ from tests.families.hub_configs import (
     SARVAM_105B,
     RawConfig,
 )
-from tests.families.hub_ling import LING_FLASH_2, LING_MINI_2, RING_1T, SARVAM_30B
+from tests.families.hub_ling import K_EXAONE, LING_FLASH_2, LING_MINI_2, RING_1T, SARVAM_30B
 from tests.families.published_windows import MELLUM_2, TRINITY_LARGE, TRINITY_MINI, trinity
 
 
@@ -935,6 +935,7 @@ PUBLISHED = (
     Published("Ling-flash-2.0", LING_FLASH_2, 103.0),
     Published("Ring-1T", RING_1T, 1000.0),
     Published("Sarvam-30B", SARVAM_30B, 32.15),
+    Published("K-EXAONE-236B-A23B", K_EXAONE, 236.0),
     Published("Hy3-preview", HY3, 295.0),
     Published("Moonlight-16B-A3B", MOONLIGHT, 16.0),
     Published("Kimi-VL-A3B", KIMI_VL, 16.0),

@@ -1,4 +1,4 @@
-"""Solar-Open, dots.llm1, Ling 2.x, Sarvam-30B and Hy3: the meaning of their configs and GGUF files, and refusals."""
+"""Solar-Open, dots.llm1, Ling 2.x, Sarvam-30B, K-EXAONE and Hy3: their configs and GGUF files, and refusals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from argosy import Engine
 from argosy.checkpoint.gguf import read_gguf
-from argosy.config import ModelConfig
+from argosy.config import AttentionConfig, ModelConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import FAMILIES, open_model
 from tests.engine.test_gguf import LARGEST_DIVERGENCE
@@ -19,7 +19,7 @@ from tests.helpers.mixers import windows
 from tests.models.gguf_models import one_type, write_gguf_model
 from tests.models.references import LARGEST_DIFFERENCE, difference, mean_divergence
 from tests.models.tiny import RawConfig, prompt_ids
-from tests.models.tiny_grouped import bailing_moe, dots1, hy_v3, solar_open
+from tests.models.tiny_grouped import bailing_moe, dots1, exaone_moe, hy_v3, solar_open
 
 Make = Callable[..., RawConfig]
 
@@ -61,6 +61,40 @@ def test_ling_rotates_a_part_of_each_head_and_sarvam_has_its_config() -> None:
     assert (sarvam.router.num_groups, sarvam.router.scale, sarvam.attention.rope.theta) == (1, 2.5, 8e6)
 
 
+def rotates(config: ModelConfig) -> list[bool]:
+    return [
+        isinstance(layer.mixer, AttentionConfig) and layer.mixer.rope is not None for layer in config.layers
+    ]
+
+
+def test_exaone_rotates_only_in_layers_with_a_window() -> None:
+    config = parse(exaone_moe())
+    assert (windows(config), rotates(config)) == ([7, 0, 7], [True, False, True])
+    assert (config.moe_layers, config.shared_width, config.attention.qk_norm) == ((1, 2), 9, "head")
+    patterns = {4: "LLLGL", "LLG": "LLGLL", 1: "GGGGG", "G": "GGGGG", "L": "LLLLL"}
+    for pattern, expected in patterns.items():
+        by_turns = exaone_moe(layer_types=None, sliding_window_pattern=pattern, num_hidden_layers=5)
+        assert rotates(parse(by_turns)) == [letter == "L" for letter in expected]
+    absent = parse({"model_type": "exaone_moe"})
+    assert windows(absent) == [4096, 4096, 4096, 0] * 8
+    assert (absent.router.scale, absent.eos_ids, absent.moe_layers[0]) == (2.5, (53,), 1)
+    first_release = {key: value for key, value in exaone_moe().items() if key != "first_k_dense_replace"}
+    first_release |= {"first_last_k_dense_replace": 2, "is_moe_layer": [False, False, True]}
+    assert parse(first_release).moe_layers == (2,)
+
+
+def test_a_gguf_with_layers_for_multi_token_prediction_has_flags_of_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf_model(path, exaone_moe(num_hidden_layers=4), one_type("F32"), seed=3)
+    file = read_gguf(path)
+    longer = dict(file.metadata) | {"exaone-moe.block_count": 5}
+    counted = replace(file, metadata=longer | {"exaone-moe.nextn_predict_layers": 1})
+    found = FAMILIES["exaone_moe"].open_gguf(counted).config
+    assert (windows(found), found.num_mtp_layers) == ([7, 0, 7, 7], 1)
+    with pytest.raises(CheckpointError, match="for each of 5 layers"):
+        FAMILIES["exaone_moe"].open_gguf(replace(file, metadata=longer))
+
+
 def test_hy3_s_first_layer_is_dense() -> None:
     config = parse(hy_v3())
     assert (config.moe_layers, config.router.scale, config.shared_width) == ((1, 2), 2.826, 9)
@@ -99,6 +133,17 @@ def test_hy3_s_first_layer_is_dense() -> None:
         (bailing_moe, {"moe_shared_expert_intermediate_size": 18}, "intermediate_size 18; supported: 9"),
         (bailing_moe, {"n_group": 4}, "6 experts in 4 groups"),
         (bailing_moe, {"multi_gate": True}, "sets multi_gate to true"),
+        (exaone_moe, {"sliding_window": None}, "sliding_window is null; expected a whole number"),
+        (exaone_moe, {"layer_types": None, "sliding_window_pattern": "LX"}, "sliding_window_pattern 'LX'; supported"),
+        (exaone_moe, {"layer_types": None, "sliding_window_pattern": 0}, "sliding_window_pattern 0; supported"),
+        (exaone_moe, {"layer_types": None, "sliding_window_pattern": None}, "sliding_window_pattern null; supported"),
+        (exaone_moe, {"layer_types": ["sliding_attention"]}, "layer_types has 1 entries"),
+        (exaone_moe, {"is_moe_layer": [True] * 3}, "is_moe_layer [True, True, True]; supported"),
+        (exaone_moe, {"first_last_k_dense_replace": 2}, "first_last_k_dense_replace as 2 and first_k_dense_replace"),
+        (exaone_moe, {"scoring_func": "softmax"}, "scoring_func 'softmax'; supported: sigmoid"),
+        (exaone_moe, {"topk_method": "greedy"}, "topk_method 'greedy'; supported: noaux_tc"),
+        (exaone_moe, {"n_group": 2}, "5 experts in 2 groups"),
+        (exaone_moe, {"attention_bias": True}, "sets attention_bias to true"),
         (hy_v3, {"route_norm": False}, "route_norm false; supported: true"),
         (hy_v3, {"qk_norm": False}, "qk_norm false; supported: true"),
         (hy_v3, {"moe_router_enable_expert_bias": False}, "moe_router_enable_expert_bias false; supported: true"),
@@ -123,7 +168,7 @@ SIZES: dict[str, Any] = {
 
 
 each_family = pytest.mark.parametrize(
-    "make", [solar_open, dots1, bailing_moe, hy_v3], ids=lambda make: make.__name__
+    "make", [solar_open, dots1, bailing_moe, exaone_moe, hy_v3], ids=lambda make: make.__name__
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.models.configuration import Configuration, yarn
-from tests.models.tiny_grouped import bailing_moe, dots1, hy_v3, solar_open
+from tests.models.tiny_grouped import bailing_moe, dots1, exaone_moe, hy_v3, solar_open
 
 # Like Ring-1T's, it does not give the width of the shared experts.
 _ONE_GROUP = bailing_moe(
@@ -66,6 +66,32 @@ GROUPED = (
     ),
     Configuration(name="bailing_moe_plain", config=bailing_moe()),
     Configuration(name="bailing_moe_bias_one_group_sharded", config=_ONE_GROUP, num_shards=2),
+    Configuration(name="exaone_moe_plain", config=exaone_moe()),
+    Configuration(
+        name="exaone_moe_groups_pattern_tied_f16",
+        config=exaone_moe(
+            first_k_dense_replace=0,
+            head_dim=6,
+            hidden_size=20,
+            layer_types=None,
+            n_group=3,
+            norm_topk_prob=False,
+            num_attention_heads=6,
+            num_experts=6,
+            num_experts_per_tok=3,
+            num_key_value_heads=3,
+            num_shared_experts=2,
+            rope_parameters={"rope_theta": 300.0, "rope_type": "default"},
+            rope_theta=300.0,
+            routed_scaling_factor=1.0,
+            sliding_window=5,
+            sliding_window_pattern=2,
+            tie_word_embeddings=True,
+            topk_group=2,
+            torch_dtype="float16",
+        ),
+        dtype="F16",
+    ),
     Configuration(name="hy_v3_plain", config=hy_v3()),
     Configuration(
         name="hy_v3_bias_tied_f16",

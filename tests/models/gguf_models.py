@@ -45,6 +45,7 @@ ARCHITECTURES = {
     "solar_open": "glm4moe",
     "dots1": "dots1",
     "bailing_moe": "bailingmoe2",
+    "exaone_moe": "exaone-moe",
     "hy_v3": "hy_v3",
     "mellum": "mellum",
     "afmoe": "afmoe",
@@ -441,6 +442,10 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
         if config.get("n_group", 1) > 1:
             writer.add_expert_group_count(config["n_group"])
             writer.add_expert_group_used_count(config["topk_group"])
+    if config["model_type"] == "exaone_moe":
+        writer.add_sliding_window(config["sliding_window"])
+        kinds = tiny_grouped.exaone_kinds(config)
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in kinds])
     if config["model_type"] == "qwen2_moe":
         writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
     writer.add_tokenizer_model("none")

@@ -205,6 +205,8 @@ class NumpyModel:
             frequency, scale = window_frequencies(self.config, layer)
         else:
             frequency, scale = rope_frequencies(self.config)
+        if self.config.get("rotates_in_windows") and not self.windows[layer]:
+            frequency = 0 * frequency
         positions = index[None] if spans.angles is None else np.asarray(spans.angles, np.float64)
         axis = np.zeros(len(frequency), int) if len(positions) == 1 else self.axis_of_pairs(len(frequency))
         sees_until = index + 1 if spans.sees_until is None else np.asarray(spans.sees_until)

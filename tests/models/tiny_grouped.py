@@ -144,12 +144,56 @@ def bailing_moe(**changes: Any) -> RawConfig:
     } | changes
 
 
+def exaone_moe(**changes: Any) -> RawConfig:
+    """A config.json with the keys of K-EXAONE's; without `layer_types` if it is None."""
+    num_layers = changes.get("num_hidden_layers", 3)
+    common = {key: value for key, value in _COMMON.items() if key != "attention_bias"}
+    config = {
+        **common,
+        "architectures": ["ExaoneMoEForCausalLM"],
+        "bos_token_id": 1,
+        "first_k_dense_replace": 1,
+        "head_dim": 10,
+        "layer_types": [
+            "full_attention" if layer % 4 == 1 else "sliding_attention" for layer in range(num_layers)
+        ],
+        "model_type": "exaone_moe",
+        "n_group": 1,
+        "norm_topk_prob": True,
+        "num_experts": 5,
+        "num_nextn_predict_layers": 0,
+        "num_shared_experts": 1,
+        "pad_token_id": 0,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "routed_scaling_factor": 2.5,
+        "scoring_func": "sigmoid",
+        "sliding_window": 7,
+        "sliding_window_pattern": "LLLG",
+        "tokenizer_class": "GPT2Tokenizer",
+        "topk_group": 1,
+        "topk_method": "noaux_tc",
+    } | changes
+    return {key: value for key, value in config.items() if key != "layer_types" or value}
+
+
+def exaone_kinds(config: RawConfig) -> list[str]:
+    every = config["sliding_window_pattern"]
+    kinds = [
+        "full_attention" if i % 4 == 3 else "sliding_attention" for i in range(config["num_hidden_layers"])
+    ]
+    if isinstance(every, int):
+        kinds = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(len(kinds))]
+    return config.get("layer_types") or kinds
+
+
 # The names of the router, its bias for the choice, and shared experts, below `mlp.`.
 _NAMES = {
     "solar_open": ("gate.weight", "gate.e_score_correction_bias", "shared_experts."),
     "dots1": ("gate.weight", "gate.e_score_correction_bias", "shared_experts."),
     "hy_v3": ("router.gate.weight", "expert_bias", "shared_mlp."),
     "bailing_moe": ("gate.weight", "gate.expert_bias", "shared_experts."),
+    "exaone_moe": ("gate.weight", "e_score_correction_bias", "shared_experts."),
 }
 FAMILIES = tuple(_NAMES)
 
@@ -242,7 +286,11 @@ def as_glm(config: RawConfig, tensors: Mapping[str, Any]) -> tuple[RawConfig, di
     scale = config.get("router_scaling_factor") or config.get("routed_scaling_factor", 1.0)
     share = config["partial_rotary_factor"] if config["model_type"] == "bailing_moe" else 1.0
     glm = config | {"model_type": "glm4_moe", "partial_rotary_factor": share, "routed_scaling_factor": scale}
-    if config.get("sliding_window"):
+    if config["model_type"] == "exaone_moe":
+        kinds = exaone_kinds(config)
+        glm |= {"use_sliding_window": True, "layer_types": kinds, "rotates_in_windows": True}
+        glm |= {"use_qk_norm": True, "attention_bias": False}
+    elif config.get("sliding_window"):
         first, num_layers = config["max_window_layers"], config["num_hidden_layers"]
         kinds = ["full_attention"] * first + ["sliding_attention"] * (num_layers - first)
         glm |= {"use_sliding_window": True, "layer_types": kinds}

@@ -23,7 +23,7 @@ from tests.models.references import LARGEST_DIFFERENCE, difference, mean_diverge
 from tests.models.runnable import runnable
 from tests.models.tiny import RawConfig, prompt_ids, write_model
 from tests.models.tiny_gemma import gemma4
-from tests.models.tiny_grouped import bailing_moe, dots1, hy_v3
+from tests.models.tiny_grouped import bailing_moe, dots1, exaone_moe, hy_v3
 from tests.models.tiny_llama4 import OF_GGUF, llama4, llama4_text
 from tests.models.tiny_windows import YARN, afmoe, mellum
 from tests.oracle.test_peer import PEER, peer_logits
@@ -86,6 +86,22 @@ CONVERTED: dict[str, tuple[str, RawConfig]] = {
             n_group=1,
             num_experts=5,
             num_experts_per_tok=3,
+            first_k_dense_replace=2,
+        ),
+    ),
+    "exaone_moe_plain": ("exaone-moe", exaone_moe()),
+    "exaone_moe_groups": (
+        "exaone-moe",
+        exaone_moe(
+            n_group=3,
+            topk_group=2,
+            num_experts=6,
+            num_experts_per_tok=3,
+            head_dim=6,
+            num_hidden_layers=4,
+            layer_types=None,
+            sliding_window_pattern="LG",
+            sliding_window=5,
             first_k_dense_replace=2,
         ),
     ),

@@ -75,8 +75,10 @@ def read_gguf_kinds(reader: GgufConfigReader, *, is_full_first: bool = False) ->
     if not reader.integer("attention.sliding_window", 0, least=0):
         reader.key(name)
         return (FULL,) * num_layers
-    if isinstance(reader.file.metadata.get(reader.key(name)), GgufArray):
-        flags: Sequence[bool] = reader.flags(name, num_layers + reader.num_mtp_layers()) or ()
+    if isinstance(array := reader.file.metadata.get(reader.key(name)), GgufArray):
+        # Some converters leave out the layers for multi-token prediction.
+        num_flags = num_layers + (reader.num_mtp_layers() if len(array) > num_layers else 0)
+        flags: Sequence[bool] = reader.flags(name, num_flags) or ()
     else:
         period = reader.integer(name, 4, least=0)
         full = 0 if is_full_first else period - 1
