@@ -46,6 +46,7 @@ from tests.models.tiny_kda import bailing_hybrid
 from tests.models.tiny_latent import deepseek_v3, glm_moe_dsa, kimi_k2
 from tests.models.tiny_llama4 import llama4_text
 from tests.models.tiny_recurrent import lfm2_moe
+from tests.models.tiny_step import FULL, SLIDING, step3p5
 
 Value = TypeVar("Value")
 
@@ -123,6 +124,18 @@ CONFIGS = {
     ),
     "gemma4": gemma4(  # heads and rotary embedding by layer, a dense network beside the experts, norms after blocks
         max_position_embeddings=1024, hidden_size=72, num_experts=9, top_k_experts=3, vocab_size=112
+    ),
+    "step3p5": step3p5(  # heads by layer with gates, activations with limits of their own
+        hidden_size=72,
+        max_position_embeddings=1024,
+        moe_num_experts=9,
+        moe_top_k=3,
+        num_nextn_predict_layers=0,
+        swiglu_limits=[0, 0.1, 0, 0.2],
+        swiglu_limits_shared=None,
+        layer_types=[FULL, SLIDING, SLIDING, FULL],
+        partial_rotary_factors=[0.5, 1.0, 1.0, 0.5],
+        rope_theta=1e4,
     ),
     "mimo_v2_flash": mimo_v2_flash(  # values of another width than keys, KV heads by layer, sinks in windows
         max_position_embeddings=1024,

@@ -13,6 +13,7 @@ from tests.models.configurations_gqa import GQA
 from tests.models.configurations_grouped import GROUPED
 from tests.models.configurations_latent import LATENT
 from tests.models.configurations_llama4 import LLAMA4
+from tests.models.configurations_step import STEP
 from tests.models.configurations_windows import WINDOWS
 from tests.models.configurations_wrappers import WRAPPED
 from tests.models.tiny import (
@@ -505,6 +506,7 @@ CONFIGURATIONS = (
     *LATENT,
     *LLAMA4,
     *WRAPPED,
+    *STEP,
     *GEMMA,
     *GQA,
     *WINDOWS,

@@ -89,6 +89,10 @@ def load(directory: Path) -> transformers.PreTrainedModel:
         cls = transformers.Llama4ForCausalLM
         how["config"] = transformers.Llama4TextConfig(**text)
         how["key_mapping"] = {r"^language_model\.": ""}
+    if text["model_type"] == "step3p5":  # transformers knows it inside Step-3.7 alone
+        cls = transformers.Step3p7ForConditionalGeneration
+        vision = {"heads": 2, "image_size": 8, "layers": 1, "patch_size": 2, "width": 8}
+        how["config"] = transformers.Step3p7Config(text_config=dict(text), vision_config=vision)
     model, info = cls.from_pretrained(
         directory,
         dtype=torch.float32,
@@ -113,6 +117,8 @@ def load(directory: Path) -> transformers.PreTrainedModel:
         "model.visual.",
         "model.audio_tower.",
         "model.vision_tower.",
+        "model.vision_model.",
+        "model.multi_modal_projector.",
     )  # the files hold only some of their tensors
     info["missing_keys"] = [name for name in info["missing_keys"] if not name.startswith(unneeded)]
     problems = {kind: names for kind, names in info.items() if names}

@@ -26,6 +26,7 @@ from tests.models import (
     tiny_kda,
     tiny_llama4,
     tiny_recurrent,
+    tiny_step,
     tiny_windows,
     tiny_wrappers,
 )
@@ -124,9 +125,12 @@ class NumpyModel:
             self.kinds = self.config["layer_types"]
         if family in tiny_grouped.FAMILIES:
             self.config, self.tensors = tiny_grouped.as_glm(self.config, self.tensors)
+        if self.family in tiny_step.FAMILIES:
+            self.config, self.tensors = tiny_step.as_glm(self.config, self.tensors)
         if self.config["model_type"] in tiny_kda.FAMILIES:
             self.config, self.tensors = as_deepseek(self.config, self.tensors)
-        self.windows = sliding_windows(self.config)
+        is_step = self.family in tiny_step.FAMILIES
+        self.windows = (tiny_step.windows if is_step else sliding_windows)(self.config)
         self.router_margin = math.inf
         self.hidden_states: list[Array] = []
 
@@ -203,6 +207,8 @@ class NumpyModel:
             frequency, scale = tiny_gqa.frequencies(self.config, layer), 1.0
         elif self.config["model_type"] in tiny_windows.FAMILIES:
             frequency, scale = window_frequencies(self.config, layer)
+        elif self.family in tiny_step.FAMILIES:
+            frequency, scale = tiny_step.frequencies(self.config, layer), 1.0
         else:
             frequency, scale = rope_frequencies(self.config)
         if self.config.get("rotates_in_windows") and not self.windows[layer]:
@@ -278,6 +284,8 @@ class NumpyModel:
         if self.is_delta:
             out *= sigmoid(output_gate)
         out = numpy_windows.gated(self, prefix, x, out)
+        if self.family in tiny_step.FAMILIES:
+            out *= sigmoid(self.linear(prefix + "g_proj", x))[:, :, None]
         return self.linear(prefix + "o_proj", out.reshape(num_tokens, -1))
 
     def latent_attention(self, prefix: str, x: Array, places: Places) -> Array:

@@ -17,6 +17,7 @@ from tests.models import (
     tiny_kda,
     tiny_llama4,
     tiny_recurrent,
+    tiny_step,
     tiny_windows,
     tiny_wrappers,
 )
@@ -100,6 +101,7 @@ def test_the_references_cover_every_flag() -> None:
         *tiny_wrappers.TEXT_FAMILIES,
         tiny_gemma.FAMILY,
         *tiny_flags.FAMILIES,
+        *tiny_step.FAMILIES,
         *tiny_grouped.FAMILIES,
     }
     assert families["qwen3_next"] >= 4

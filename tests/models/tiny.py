@@ -27,6 +27,7 @@ from tests.models import (
     tiny_latent,
     tiny_llama4,
     tiny_recurrent,
+    tiny_step,
     tiny_windows,
     tiny_wrappers,
 )
@@ -371,6 +372,8 @@ def moe_layers(config: RawConfig) -> list[int]:
     config = text_of(config)
     if config["model_type"] in tiny_windows.FAMILIES:
         return [i for i in range(config["num_hidden_layers"]) if tiny_windows.is_moe(config, i)]
+    if config["model_type"] in tiny_step.FAMILIES:
+        return tiny_step.moe_layers(config)
     if config["model_type"] in tiny_gqa.FAMILIES:
         return tiny_gqa.moe_layers(config)
     if config["model_type"] in tiny_llama4.FAMILIES:
@@ -393,6 +396,8 @@ def tensor_shapes(config: RawConfig) -> dict[str, tuple[int, ...]]:
         return tiny_kda.kda_tensor_shapes(config)
     if config["model_type"] in tiny_latent.LATENT_FAMILIES:
         return tiny_latent.latent_shapes(config)
+    if config["model_type"] in tiny_step.FAMILIES:
+        return tiny_step.step_shapes(config)
     if config["model_type"] in tiny_flags.FAMILIES:
         return tiny_flags.flag_shapes(config)
     if config["model_type"] in tiny_windows.FAMILIES:
@@ -507,7 +512,10 @@ def random_tensors(config: RawConfig, seed: int, dtype: str) -> dict[str, Array]
     for name, shape in tensor_shapes(config).items():
         noise = rng.standard_normal(shape, np.float32)
         if "norm" in name:
-            is_zero_centred = config["model_type"] in tiny_delta.FAMILIES and "linear_attn" not in name
+            is_zero_centred = (
+                config["model_type"] in (*tiny_delta.FAMILIES, *tiny_step.FAMILIES)
+                and "linear_attn" not in name
+            )
             values = (0 if is_zero_centred else 1) + 0.2 * noise
         elif name.endswith("A_log"):
             values = noise
@@ -515,7 +523,9 @@ def random_tensors(config: RawConfig, seed: int, dtype: str) -> dict[str, Array]
             values = 1 + 0.2 * noise
         elif name.endswith("router.proj.weight"):  # its input has the length one
             values = 1.5 * noise
-        elif name.endswith(("e_score_correction_bias", "feed_forward.expert_bias", "gate.expert_bias")):
+        elif name.endswith(
+            ("e_score_correction_bias", "moe.router_bias", "feed_forward.expert_bias", "gate.expert_bias")
+        ):
             values = 0.1 * noise
         elif name.endswith((".bias", "_bias")):
             values = 0.3 * noise
@@ -534,6 +544,7 @@ def random_tensors(config: RawConfig, seed: int, dtype: str) -> dict[str, Array]
                 "router.weight",
                 "router.layer.weight",
                 "forward.gate.weight",
+                "moe.gate.weight",
             )
         ):
             values = noise * (1.5 * shape[1] ** -0.5)

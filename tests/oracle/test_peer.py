@@ -18,6 +18,7 @@ import pytest
 from argosy import Engine
 from tests.models.gguf_delta import write_delta_gguf
 from tests.models.gguf_models import one_type, write_gguf_model
+from tests.models.gguf_step import write_step_gguf
 from tests.models.references import mean_divergence
 from tests.models.safetensors_file import Array
 from tests.models.tiny import RawConfig, glm4_moe, gpt_oss, minimax_m2, olmoe, prompt_ids, qwen3_moe
@@ -35,6 +36,7 @@ from tests.models.tiny_latent import (
 )
 from tests.models.tiny_llama4 import OF_GGUF, llama4_text
 from tests.models.tiny_recurrent import lfm2_moe
+from tests.models.tiny_step import FULL, SLIDING, step3p5
 
 ROOT = Path(__file__).parents[2]
 PEER = Path(os.environ.get("ARGOSY_PEER_PYTHON") or ROOT / "build" / "peer-venv" / "bin" / "python")
@@ -191,6 +193,28 @@ def test_chunks_and_the_growth_of_queries_are_llama_cpp_s(tmp_path: Path) -> Non
     expected = peer_logits(path, prompt)
     for part in (slice(0, -41), slice(-41, None)):
         assert mean_divergence(expected[part], logits[part]) <= LARGEST_DIVERGENCE
+
+
+@pytest.mark.parametrize("heads", [6, 4])
+def test_logits_of_limited_activations_and_windows_with_other_heads_are_llama_cpp_s(
+    heads: int, tmp_path: Path
+) -> None:
+    config = step3p5(
+        attention_other_setting={"num_attention_heads": heads},
+        layer_types=[FULL, SLIDING, SLIDING, FULL],
+        num_nextn_predict_layers=0,
+        partial_rotary_factors=[0.5, 1.0, 1.0, 0.5],
+        rope_theta=[5000000.0, 10000.0, 10000.0, 5000000.0],
+        swiglu_limits=[0.0, 0.0, 0.04, 0.06],
+        swiglu_limits_shared=[0.05, 0.0, 0.07, 0.1],
+    )
+    path = tmp_path / "model.gguf"
+    write_step_gguf(path, config, one_type("F32"), seed=7)
+    prompt = prompt_ids(config, 7)
+    with Engine.open(path, memory="4GiB", kv_dtype="f32", threads=1) as engine:
+        logits = engine.logits(prompt)
+
+    assert mean_divergence(peer_logits(path, prompt), logits) <= LARGEST_DIVERGENCE
 
 
 # Text parts of models that also see: images have positions on several axes, and text has them on one.

@@ -65,6 +65,7 @@ FAMILIES: Mapping[str, Family] = {
             "attention.glm4_moe", "attention.olmoe", "attention.minimax_m2", "attention.mimo_v2_flash",
             "attention.flex_olmo", "attention.mellum", "attention.afmoe",
             "attention.llama4_text", "wrappers.llama4",
+            "attention.step3p5", "wrappers.step3p7",
             "attention.granitemoe", "attention.granitemoeshared", "attention.ernie4_5_moe",
             "recurrent.lfm2_moe", "recurrent.kimi_linear", "recurrent.bailing_hybrid",
             "wrappers.qwen3_vl_moe", "wrappers.qwen3_omni_moe", "wrappers.glm4v_moe", "wrappers.gemma4",

@@ -177,14 +177,16 @@ class ConfigReader:
             raise self._wrong(name, value, f"a list of whole numbers from {least} to {most}")
         return tuple(value)
 
-    def numbers_of_layers(self, name: str, num_layers: int, num_mtp_layers: int = 0) -> tuple[float, ...]:
-        """Read a number from 0 on for each layer, null for 0; without a list, 0 for all. The list may go on with
-        numbers for layers of multi-token prediction, which are ignored.
+    def numbers_of_layers(
+        self, name: str, num_layers: int, num_mtp_layers: int, default: float = 0.0
+    ) -> tuple[float, ...]:
+        """Read one number for all layers, or a list with a number from 0 on for each, null for 0. The list may go on
+        with numbers for layers of multi-token prediction, which are ignored.
         """
         value = self._raw.get(name)
         self._asked.add(name)
-        if value is None:
-            return (0.0,) * num_layers
+        if value is None or is_positive_number(value):
+            return (default if value is None else float(value),) * num_layers  # type: ignore[arg-type]
         if (
             not isinstance(value, list)
             or not num_layers <= len(value) <= num_layers + num_mtp_layers
@@ -285,23 +287,29 @@ class ConfigReader:
         return AttentionShape(hidden_size, num_heads, num_kv_heads, head_dim)
 
     def layer_types(
-        self, num_layers: int, supported: tuple[str, ...] = ("full_attention", "sliding_attention")
+        self,
+        num_layers: int,
+        supported: tuple[str, ...] = ("full_attention", "sliding_attention"),
+        *,
+        name: str = "layer_types",
+        num_mtp_layers: int = 0,
     ) -> tuple[str, ...] | None:
-        """Read `layer_types`, which must give a supported kind for each layer; None if it is absent."""
-        kinds = self.texts("layer_types")
+        """Read a list with a supported kind for each layer, or None if it is absent. It may go on with kinds of layers
+        for multi-token prediction, which are ignored.
+        """
+        kinds = self.texts(name)
         if kinds is None:
             return None
         for kind in kinds:
             if kind not in supported:
-                raise self._unsupported("layer_types", kind, ", ".join(supported))
-        if len(kinds) != num_layers:
+                raise self._unsupported(name, kind, ", ".join(supported))
+        if not num_layers <= len(kinds) <= num_layers + num_mtp_layers:
             raise CheckpointError(
-                f"{self._where}: layer_types has {len(kinds)} entries, expected one for each of "
-                f"{num_layers} layers",
+                f"{self._where}: {name} has {len(kinds)} entries, expected one for each of {num_layers} layers",
                 path=self._path,
-                key="layer_types",
+                key=name,
             )
-        return kinds
+        return kinds[:num_layers]
 
     def has(self, name: str) -> bool:
         return name in self._raw
