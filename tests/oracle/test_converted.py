@@ -89,7 +89,7 @@ CONVERTED: dict[str, tuple[str, RawConfig]] = {
             first_k_dense_replace=2,
         ),
     ),
-    "exaone_moe_plain": ("exaone-moe", exaone_moe()),
+    "exaone_moe_plain": ("exaone-moe", exaone_moe(num_experts_per_tok=5)),
     "exaone_moe_groups": (
         "exaone-moe",
         exaone_moe(
@@ -100,7 +100,7 @@ CONVERTED: dict[str, tuple[str, RawConfig]] = {
             head_dim=6,
             num_hidden_layers=4,
             layer_types=None,
-            sliding_window_pattern="LG",
+            sliding_window_pattern=2,
             sliding_window=5,
             first_k_dense_replace=2,
         ),
