@@ -47,6 +47,7 @@ from tests.models.tiny_latent import deepseek_v3, glm_moe_dsa, kimi_k2
 from tests.models.tiny_llama4 import llama4_text
 from tests.models.tiny_recurrent import lfm2_moe
 from tests.models.tiny_step import FULL, SLIDING, step3p5
+from tests.models.tiny_windows import laguna
 
 Value = TypeVar("Value")
 
@@ -143,6 +144,14 @@ CONFIGS = {
         moe_intermediate_size=40,
         num_key_value_heads=2,
         n_routed_experts=9,
+        num_experts_per_tok=3,
+        vocab_size=112,
+    ),
+    "laguna": laguna(  # heads and rotary embedding by layer, gates of heads, a shared expert
+        max_position_embeddings=1024,
+        hidden_size=72,
+        moe_intermediate_size=40,
+        num_experts=9,
         num_experts_per_tok=3,
         vocab_size=112,
     ),

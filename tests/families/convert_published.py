@@ -75,6 +75,7 @@ PRE_TOKENIZERS = {
     "qwen2_moe": "qwen2",
     "mellum": "mellum2",
     "afmoe": "afmoe",
+    "laguna": "laguna",
     "qwen3_moe": "qwen2",
     "qwen3_next": "qwen2",
     "qwen3_omni_moe": "qwen2",

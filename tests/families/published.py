@@ -15,7 +15,14 @@ from tests.families.hub_configs import (
     RawConfig,
 )
 from tests.families.hub_ling import K_EXAONE, LING_FLASH_2, LING_MINI_2, RING_1T, SARVAM_30B
-from tests.families.published_windows import MELLUM_2, TRINITY_LARGE, TRINITY_MINI, trinity
+from tests.families.published_windows import (
+    LAGUNA_S_2_1,
+    LAGUNA_XS_2_1,
+    MELLUM_2,
+    TRINITY_LARGE,
+    TRINITY_MINI,
+    trinity,
+)
 
 
 class Published(NamedTuple):
@@ -994,6 +1001,8 @@ PUBLISHED = (
     Published("Trinity-Mini", TRINITY_MINI, 26.1),
     Published("Trinity-Large", TRINITY_LARGE, 398.6),
     Published("Step-3.7-Flash", STEP_37_FLASH, 196.8),
+    Published("Laguna-XS-2.1", LAGUNA_XS_2_1, 33.4),
+    Published("Laguna-S-2.1", LAGUNA_S_2_1, 117.6),
     Published("Granite-3.1-1B-A400M", GRANITE_31_1B, 1.33),
     Published("ERNIE-4.5-21B-A3B", ERNIE_45_21B, 21.8),
     Published("MiniMax-M2", minimax_m2(), 228.7),

@@ -119,3 +119,82 @@ TRINITY_LARGE = trinity(
     num_key_value_heads=8,
     sliding_window=4096,
 )
+
+
+def laguna(num_layers: int, heads: int, **sizes: Any) -> RawConfig:
+    """The config of a Laguna of version 2.1; `heads` are those of layers with a window."""
+    full = [layer % 4 == 0 for layer in range(num_layers)]
+    return sizes | {
+        "architectures": ["LagunaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 2,
+        "decoder_sparse_step": 1,
+        "eos_token_id": [2, 24],
+        "gating": "per-head",
+        "gating_types": ["per_head"] * num_layers,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "layer_types": [FULL if one else SLIDING for one in full],
+        "mlp_layer_types": ["dense"] + ["sparse"] * (num_layers - 1),
+        "mlp_only_layers": [0],
+        "model_type": "laguna",
+        "moe_apply_router_weight_on_input": False,
+        "moe_routed_scaling_factor": 2.5,
+        "moe_router_logit_softcapping": 0.0,
+        "norm_topk_prob": True,
+        "num_attention_heads": 48,
+        "num_attention_heads_per_layer": [48 if one else heads for one in full],
+        "num_experts": 256,
+        "num_hidden_layers": num_layers,
+        "num_key_value_heads": 8,
+        "pad_token_id": 9,
+        "qkv_bias": False,
+        "rms_norm_eps": 1e-6,
+        "sliding_window": 512,
+        "swa_attention_sink_enabled": False,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": 100_352,
+    }
+
+
+def _laguna_ropes(factor: float, beta_fast: float, attention_factor: float) -> RawConfig:
+    return {
+        FULL: {
+            "rope_theta": 500_000.0,
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": 8192,
+            "beta_slow": 1.0,
+            "beta_fast": beta_fast,
+            "attention_factor": attention_factor,
+            "partial_rotary_factor": 0.5,
+        },
+        SLIDING: {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0},
+    }
+
+
+LAGUNA_XS_2_1 = laguna(
+    40,
+    64,
+    hidden_size=2048,
+    intermediate_size=8192,
+    max_position_embeddings=262_144,
+    moe_intermediate_size=512,
+    num_experts_per_tok=8,
+    rope_parameters=_laguna_ropes(32.0, 64.0, 1.3465735902799727),
+    shared_expert_intermediate_size=512,
+)
+LAGUNA_S_2_1 = laguna(
+    48,
+    72,
+    hidden_size=3072,
+    intermediate_size=12_288,
+    max_position_embeddings=1_048_576,
+    moe_intermediate_size=1024,
+    num_experts_per_tok=10,
+    rope_parameters=_laguna_ropes(128.0, 32.0, 1.4852030263919618),
+    shared_expert_intermediate_size=1024,
+)

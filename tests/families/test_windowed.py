@@ -1,4 +1,4 @@
-"""Mellum2 and Trinity: the meaning of its config and GGUF files, and refusals."""
+"""Mellum2, Trinity and Laguna: the meaning of its config and GGUF files, and refusals."""
 
 from __future__ import annotations
 
@@ -15,12 +15,19 @@ from argosy.config import AttentionConfig, ModelConfig, RopeConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import FAMILIES, open_model
 from tests.engine.test_gguf import LARGEST_DIVERGENCE, mean_divergence
-from tests.families.published_windows import MELLUM_2, TRINITY_LARGE, TRINITY_MINI, trinity
-from tests.helpers.mixers import in_float32, windows
+from tests.families.published_windows import (
+    LAGUNA_S_2_1,
+    LAGUNA_XS_2_1,
+    MELLUM_2,
+    TRINITY_LARGE,
+    TRINITY_MINI,
+    trinity,
+)
+from tests.helpers.mixers import attentions, in_float32, windows
 from tests.models.gguf_models import one_type, write_gguf_model
 from tests.models.references import LARGEST_DIFFERENCE, difference
 from tests.models.tiny import RawConfig, prompt_ids
-from tests.models.tiny_windows import FULL, SLIDING, YARN, afmoe, mellum
+from tests.models.tiny_windows import FULL, SLIDING, YARN, afmoe, laguna, mellum
 
 Make = Callable[..., RawConfig]
 
@@ -100,6 +107,59 @@ def test_absent_keys_of_trinity_have_the_defaults_of_transformers() -> None:
     assert windows(parse(afmoe(layer_types=[FULL, SLIDING] * 2))) == [0, 7, 0, 7]
 
 
+def test_laguna_has_more_heads_and_another_embedding_in_layers_with_a_window() -> None:
+    config = parse(LAGUNA_XS_2_1)
+    full, sliding = attentions(config)[:2]
+    assert windows(config) == [0, 512, 512, 512] * 10
+    assert (full.num_heads, sliding.num_heads, full.num_kv_heads) == (48, 64, 8)
+    assert (full.output_gate, full.gate_activation, full.gate_rows, sliding.gate_rows) == (
+        "heads",
+        "softplus",
+        48,
+        64,
+    )
+    assert full.rope is not None
+    assert sliding.rope is not None
+    assert (full.rope.kind, full.rope.rotary_dim, full.rope.theta, full.rope.beta_fast) == (
+        "yarn",
+        64,
+        5e5,
+        64.0,
+    )
+    assert (sliding.rope.kind, sliding.rope.rotary_dim, sliding.rope.theta) == ("default", 128, 1e4)
+    assert config.moe_layers == tuple(range(1, 40))
+    assert (config.shared_width, config.expert_width, config.dense_width) == (512, 512, 8192)
+    router = config.router
+    assert (router.score, router.has_choice_bias, router.renormalize, router.scale) == (
+        "sigmoid",
+        True,
+        True,
+        2.5,
+    )
+    assert (router.logit_cap, config.eos_ids) == (0.0, (2, 24))  # 24: </assistant>
+    assert {one.num_heads for one in attentions(parse(LAGUNA_S_2_1))} == {48, 72}
+
+
+def test_absent_keys_of_laguna_have_the_defaults_of_transformers() -> None:
+    config = parse({"model_type": "laguna"})
+    full = attentions(config)[0]
+    assert (windows(config), {one.num_heads for one in attentions(config)}) == ([0] * 40, {48})
+    assert full.rope is not None
+    assert (full.rope.kind, full.rope.theta, full.rope.rotary_dim) == ("default", 5e5, 64)
+    assert (full.output_gate, config.router.scale, config.moe_layers[0]) == ("heads", 1.0, 1)
+    outer = parse(laguna(partial_rotary_factor=0.5, rope_parameters={FULL: PLAIN, SLIDING: PLAIN}))
+    assert [rope.rotary_dim for rope in ropes(outer) if rope is not None] == [6] * 4
+
+
+def test_laguna_s_gates_are_for_heads_or_for_elements() -> None:
+    rest = without(laguna(), "gating", "gating_types")
+    assert parse(rest) == parse(rest | {"gating": True}) == parse(laguna())
+    elements = rest | {"gating": "per-element", "gating_types": ["per-element"] * 4}
+    assert [one.gate_rows for one in attentions(parse(elements))] == [48, 72, 72, 72]
+    assert parse(laguna(moe_router_logit_softcapping=None)) == parse(laguna())
+    assert parse(laguna(moe_router_logit_softcapping=30.0)).router.logit_cap == 30.0
+
+
 @pytest.mark.parametrize(
     ("make", "changes", "sentence"),
     [
@@ -120,6 +180,21 @@ def test_absent_keys_of_trinity_have_the_defaults_of_transformers() -> None:
             {"rope_parameters": {FULL: YARN | {"rope_theta": 1.0}, SLIDING: PLAIN}},
             "rope_theta 1.0, expected more than 1 for yarn",
         ),
+        (laguna, {"gating": False}, "gating false; supported: true or 'per-head' or 'per-element'"),
+        (laguna, {"gating": "per_head"}, "gating 'per_head'; supported"),
+        (laguna, {"gating_types": ["per_element"] * 4}, "gating_types"),
+        (laguna, {"num_attention_heads_per_layer": [4, 6]}, "2 numbers of heads"),
+        (laguna, {"num_attention_heads_per_layer": [4, 6, 6, 5]}, "[4, 5, 6]; expected one for each of 4 layers"),
+        (laguna, {"mlp_only_layers": [1]}, "gives the dense layers twice"),
+        (laguna, {"decoder_sparse_step": 2}, "gives the dense layers twice"),
+        (laguna, {"moe_router_score_func": "sqrtsoftplus"}, "'sqrtsoftplus'; supported: 'sigmoid' or null"),
+        (laguna, {"moe_router_use_sigmoid": False}, "moe_router_use_sigmoid false; supported: true"),
+        (laguna, {"norm_topk_prob": False}, "norm_topk_prob false; supported: true"),
+        (laguna, {"moe_apply_router_weight_on_input": True}, "moe_apply_router_weight_on_input true"),
+        (laguna, {"swa_attention_sink_enabled": True}, "swa_attention_sink_enabled true; supported: false"),
+        (laguna, {"qkv_bias": True}, "qkv_bias true; supported: false"),
+        (laguna, {"moe_router_logit_softcapping": -1.0}, "expected a number above zero"),
+        (laguna, {"rope_parameters": {"original_max_position_embeddings": 4096}}, "original_max_position_embeddings"),
         (afmoe, {"num_dense_layers": 4}, "num_dense_layers is 4, a whole number; expected a whole number from 0 to 3"),
         (afmoe, {"route_norm": False}, "route_norm false; supported: true"),
         (afmoe, {"score_func": "softmax"}, "score_func 'softmax'; supported: 'sigmoid'"),
@@ -148,7 +223,7 @@ def test_layers_for_multi_token_prediction_are_passed_over() -> None:
     assert "mtp\\." in (FAMILIES["mellum"].LAYOUTS[0].passed_over or "")
 
 
-each_family = pytest.mark.parametrize("make", [mellum, afmoe], ids=lambda make: make.__name__)
+each_family = pytest.mark.parametrize("make", [mellum, afmoe, laguna], ids=lambda make: make.__name__)
 
 SIZES: dict[str, Any] = {
     "hidden_size": 256,
@@ -159,12 +234,17 @@ SIZES: dict[str, Any] = {
     "num_experts_per_tok": 4,
 }
 
+SIZES_OF_LAGUNA: dict[str, Any] = {
+    "num_attention_heads_per_layer": [4, 8, 8, 4],
+    "shared_expert_intermediate_size": 256,
+}
+
 
 @each_family
 @pytest.mark.parametrize("type_name", ["F32", "Q4_K"])
 def test_a_gguf_answers_as_its_dequantised_weights(make: Make, type_name: str, tmp_path: Path) -> None:
     # Every expert is chosen, as a rounded score that changed a choice would hide what rounding costs.
-    config = make(**SIZES)
+    config = make(**SIZES, **(SIZES_OF_LAGUNA if make is laguna else {}))
     path = tmp_path / "model.gguf"
     directory = write_gguf_model(path, config, one_type(type_name), seed=3)
     prompt = prompt_ids(config, 5)
@@ -217,3 +297,24 @@ def test_trinity_s_gguf_needs_a_window_and_norms_its_weights(tmp_path: Path) -> 
     ):
         with pytest.raises((CheckpointError, UnsupportedModel), match=sentence):
             FAMILIES["afmoe"].open_gguf(replace(file, metadata=dict(file.metadata) | change))
+
+
+def test_laguna_s_gguf_shows_its_gates_and_may_have_no_windows(tmp_path: Path) -> None:
+    elements = laguna(gating="per-element", gating_types=["per_element"] * 4)
+    write_gguf_model(path := tmp_path / "model.gguf", elements, one_type("F32"), seed=3)
+    file = read_gguf(path)
+    assert open_model(path).config == replace(in_float32(parse(elements)), eos_ids=(2, 24))
+    without_window = dict(file.metadata) | {"laguna.attention.sliding_window": 0}
+    assert windows(FAMILIES["laguna"].open_gguf(replace(file, metadata=without_window)).config) == [0] * 4
+    for change, sentence in (
+        (
+            {"laguna.attention.head_count_kv": 4},
+            r"\[4, 6\]; expected one for each of 4 layers, multiples of 4",
+        ),
+        ({"laguna.expert_shared_count": 2}, "expert_shared_count"),
+        ({"laguna.expert_gating_func": 4}, "expert_gating_func"),
+        ({"laguna.leading_dense_block_count": 4}, "leaves none with routed experts"),
+        ({"laguna.attention.value_length": 6}, "value_length"),
+    ):
+        with pytest.raises((CheckpointError, UnsupportedModel), match=sentence):
+            FAMILIES["laguna"].open_gguf(replace(file, metadata=dict(file.metadata) | change))

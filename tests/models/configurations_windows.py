@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.models.configuration import Configuration
-from tests.models.tiny_windows import FULL, SLIDING, YARN, afmoe, mellum
+from tests.models.tiny_windows import FULL, SLIDING, YARN, afmoe, laguna, mellum
 
 WINDOWS = (
     Configuration(name="mellum_plain", config=mellum()),
@@ -51,6 +51,35 @@ WINDOWS = (
             sliding_window=5,
             tie_word_embeddings=True,
             vocab_size=43,
+        ),
+    ),
+    Configuration(name="laguna_plain", config=laguna()),
+    Configuration(
+        name="laguna_elements_capped_tied",
+        config=laguna(
+            attention_bias=True,
+            gating="per-element",
+            gating_types=["per_element"] * 3,
+            head_dim=8,
+            hidden_size=24,
+            layer_types=[SLIDING, FULL, FULL],
+            mlp_layer_types=["sparse", "dense", "sparse"],
+            mlp_only_layers=[1],
+            moe_intermediate_size=5,
+            moe_routed_scaling_factor=1.0,
+            moe_router_logit_softcapping=0.7,
+            num_attention_heads=3,
+            num_attention_heads_per_layer=[3, 6, 3],
+            num_experts_per_tok=3,
+            num_hidden_layers=3,
+            num_key_value_heads=3,
+            rope_parameters={
+                FULL: {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+                SLIDING: {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.75},
+            },
+            sliding_window=5,
+            tie_word_embeddings=True,
+            vocab_size=40,
         ),
     ),
 )

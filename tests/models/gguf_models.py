@@ -49,6 +49,7 @@ ARCHITECTURES = {
     "hy_v3": "hy_v3",
     "mellum": "mellum",
     "afmoe": "afmoe",
+    "laguna": "laguna",
 }
 _SIGMOID = ("glm4_moe", *tiny_grouped.FAMILIES)
 # Types to which the `gguf` package does not quantise: the offset of the float16 scale, the offset of the scale of the
@@ -85,6 +86,7 @@ _NAMES = {
     "pre_mlp_layernorm": "ffn_norm",
     "post_mlp_layernorm": "post_ffw_norm",
     "self_attn.gate_proj": "attn_gate",
+    "self_attn.g_proj": "attn_gate",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gguf import GGUFWriter, RopeScalingType
+from gguf import ExpertGatingFuncType, GGUFWriter, RopeScalingType
 
 from tests.models.tiny_windows import FULL, SLIDING, RawConfig, windows
 
@@ -27,6 +27,17 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
         writer.add_rope_scaling_yarn_beta_fast(full["beta_fast"])
         writer.add_rope_scaling_yarn_beta_slow(full["beta_slow"])
     writer.add_sliding_window(config["sliding_window"])
+    if config["model_type"] == "laguna":
+        writer.add_head_count(config["num_attention_heads_per_layer"])
+        writer.add_rope_dimension_count(int(config["head_dim"] * full["partial_rotary_factor"]))
+        sliding = config["rope_parameters"][SLIDING]
+        writer.add_rope_freq_base_swa(sliding["rope_theta"])
+        writer.add_rope_dimension_count_swa(int(config["head_dim"] * sliding["partial_rotary_factor"]))
+        writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
+        writer.add_expert_weights_norm(True)
+        writer.add_expert_weights_scale(config["moe_routed_scaling_factor"])
+        writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
+        writer.add_leading_dense_block_count(config["mlp_layer_types"].index("sparse"))
     if config["model_type"] == "mellum":
         writer.add_rope_freq_base_swa(config["rope_parameters"][SLIDING]["rope_theta"])
         writer.add_sliding_window_pattern([window > 0 for window in windows(config)])

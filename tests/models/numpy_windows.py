@@ -29,6 +29,8 @@ def gated(model: NumpyModel, prefix: str, x: Array, out: Array) -> Array:
     """Return the outputs of heads [tokens, heads, dim] after their gates, if they have any."""
     if (weight := model.tensors.get(prefix + "gate_proj.weight")) is not None:
         return out * _sigmoid(x @ weight.T).reshape(out.shape)
+    if (weight := model.tensors.get(prefix + "g_proj.weight")) is not None:
+        return out * np.log1p(np.exp(x @ weight.T)).reshape(*out.shape[:2], -1)
     return out
 
 
@@ -42,6 +44,11 @@ def _feed_forward(model: NumpyModel, layer: int, x: Array) -> Array:
         worth, scale = scores, 1.0
         is_normed = config["norm_topk_prob"]
         scores /= scores.sum(axis=1, keepdims=True)
+    elif config["model_type"] == "laguna":
+        logits, cap = x @ tensors[mlp + "gate.weight"].T, config["moe_router_logit_softcapping"]
+        scores = _sigmoid(cap * np.tanh(logits / cap) if cap else logits)
+        worth = scores + tensors[mlp + "experts.e_score_correction_bias"]
+        scale, is_normed = config["moe_routed_scaling_factor"], True
     else:
         scores = _sigmoid(x @ tensors[mlp + "router.gate.weight"].T)
         worth, scale, is_normed = scores + tensors[mlp + "expert_bias"], config["route_scale"], True
@@ -54,8 +61,9 @@ def _feed_forward(model: NumpyModel, layer: int, x: Array) -> Array:
             weights = weights / scores[token, chosen].sum()
         for expert, weight in zip(chosen, weights, strict=True):
             out[token] += weight * model.swiglu(f"{mlp}experts.{expert}.", x[token])
-    if mlp + "shared_experts.up_proj.weight" in tensors:
-        out += model.swiglu(mlp + "shared_experts.", x)
+    for shared in ("shared_experts.", "shared_expert."):
+        if f"{mlp}{shared}up_proj.weight" in tensors:
+            out += model.swiglu(mlp + shared, x)
     return out
 
 

@@ -92,7 +92,41 @@ def afmoe(**changes: Any) -> RawConfig:
     } | changes
 
 
-FAMILIES = ("mellum", "afmoe")
+def laguna(**changes: Any) -> RawConfig:
+    """A config.json with the keys of Laguna-XS-2.1's."""
+    num_layers = changes.get("num_hidden_layers", 4)
+    return {
+        **_COMMON,
+        "architectures": ["LagunaForCausalLM"],
+        "bos_token_id": 2,
+        "decoder_sparse_step": 1,
+        "eos_token_id": [2, 24],
+        "gating": "per-head",
+        "gating_types": ["per_head"] * num_layers,
+        "head_dim": 12,
+        "layer_types": [SLIDING if layer % 4 else FULL for layer in range(num_layers)],
+        "mlp_layer_types": ["dense"] + ["sparse"] * (num_layers - 1),
+        "mlp_only_layers": [0],
+        "model_type": "laguna",
+        "moe_apply_router_weight_on_input": False,
+        "moe_routed_scaling_factor": 2.5,
+        "moe_router_logit_softcapping": 0.0,
+        "norm_topk_prob": True,
+        "num_attention_heads_per_layer": [6 if layer % 4 else 4 for layer in range(num_layers)],
+        "num_experts": 4,
+        "qkv_bias": False,
+        "rope_parameters": {
+            FULL: YARN | {"attention_factor": 1.2772588722239782, "partial_rotary_factor": 0.5},
+            SLIDING: {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+        },
+        "router_aux_loss_coef": 0.0,
+        "shared_expert_intermediate_size": 7,
+        "swa_attention_sink_enabled": False,
+        "vocab_size": 43,
+    } | changes
+
+
+FAMILIES = ("mellum", "afmoe", "laguna")
 
 
 def kinds(config: RawConfig) -> list[str]:
@@ -108,7 +142,8 @@ def is_moe(config: RawConfig, layer: int) -> bool:
 
 
 def num_heads(config: RawConfig, layer: int) -> int:
-    return int(config["num_attention_heads"])
+    of_layers = config.get("num_attention_heads_per_layer")
+    return int(of_layers[layer] if of_layers else config["num_attention_heads"])
 
 
 def windows(config: RawConfig) -> list[int]:
@@ -169,6 +204,9 @@ def _attention_shapes(config: RawConfig, layer: int, prefix: str) -> Shapes:
         shapes[prefix + "o_proj.bias"] = (hidden,)
     if config["model_type"] == "afmoe":
         shapes[prefix + "gate_proj.weight"] = (q_rows, hidden)
+    if config["model_type"] == "laguna":
+        rows = q_rows if config["gating"] == "per-element" else num_heads(config, layer)
+        shapes[prefix + "g_proj.weight"] = (rows, hidden)
     shapes[prefix + "q_norm.weight"] = shapes[prefix + "k_norm.weight"] = (dim,)
     return shapes
 
@@ -180,6 +218,9 @@ def _moe_shapes(config: RawConfig, mlp: str) -> Shapes:
     if is_trinity:
         shapes[mlp + "expert_bias"] = (num_experts,)
         shapes |= _swiglu(mlp + "shared_experts.", hidden, config["num_shared_experts"] * width)
+    if config["model_type"] == "laguna":
+        shapes[mlp + "experts.e_score_correction_bias"] = (num_experts,)
+        shapes |= _swiglu(mlp + "shared_expert.", hidden, config["shared_expert_intermediate_size"])
     for expert in range(num_experts):
         shapes |= _swiglu(f"{mlp}experts.{expert}.", hidden, width)
     return shapes

@@ -25,7 +25,7 @@ from tests.models.tiny import RawConfig, prompt_ids, write_model
 from tests.models.tiny_gemma import gemma4
 from tests.models.tiny_grouped import bailing_moe, dots1, exaone_moe, hy_v3
 from tests.models.tiny_llama4 import OF_GGUF, llama4, llama4_text
-from tests.models.tiny_windows import YARN, afmoe, mellum
+from tests.models.tiny_windows import YARN, afmoe, laguna, mellum
 from tests.oracle.test_peer import PEER, peer_logits
 
 pytestmark = [
@@ -153,6 +153,23 @@ CONVERTED: dict[str, tuple[str, RawConfig]] = {
             head_dim=10,
             rope_scaling=None,
             num_hidden_layers=6,
+        ),
+    ),
+    # llama.cpp has no cap of a router's logits.
+    "laguna_plain": ("laguna", _OF_NAME["laguna_plain"]),
+    "laguna_elements": (
+        "laguna",
+        laguna(
+            gating="per-element",
+            gating_types=["per_element"] * 6,
+            head_dim=16,
+            mlp_layer_types=["dense", "dense", *["sparse"] * 4],
+            mlp_only_layers=[0, 1],
+            num_attention_heads_per_layer=[4, 2, 2, 8, 4, 2],
+            num_hidden_layers=6,
+            shared_expert_intermediate_size=11,
+            sliding_window=11,
+            tie_word_embeddings=True,
         ),
     ),
     "gemma4_respelt": ("gemma4", _OF_NAME["gemma4_respelt_untied_no_cap_f32"]),

@@ -59,6 +59,10 @@ _FORMS: Mapping[str, _Form] = {
     "mellum": _Form(),
     "exaone_moe": _Form(names={"choice_bias": "mlp.gate.e_score_correction_bias"}),
     "afmoe": _Form(experts="mlp.experts"),
+    "laguna": _Form(
+        prefixes=(_TEXT, _IN_WRAPPER),
+        names={"router": "mlp.gate.proj.weight", "choice_bias": "mlp.gate.e_score_correction_bias"},
+    ),
     "olmoe": _Form(),
     "lfm2_moe": _Form(experts="feed_forward.switch_mlp", names=_LFM2),
     "glm4_moe": _Form(),
