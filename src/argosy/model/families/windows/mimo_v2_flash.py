@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from argosy.config import AttentionConfig, LayerConfig, ModelConfig
 from argosy.errors import CheckpointError
-from argosy.model.families.attention.mimo_v2_flash_gguf import GGUF_ARCHITECTURE, open_gguf
+from argosy.model.families.windows.mimo_v2_flash_gguf import GGUF_ARCHITECTURE, open_gguf
 from argosy.model.reading.config_reader import MOST_EXPERTS, MOST_LAYERS, AttentionShape, ConfigReader
 from argosy.model.reading.experts_config import read_kinds, read_sigmoid_router
 from argosy.model.reading.layout import ATTENTION_NAMES, separate_and_fused
