@@ -266,35 +266,40 @@ BoundMixer kimi_delta_attention(const Matrix& query, const Matrix& key, const Ma
   return bound;
 }
 
-BoundMixer lightning_attention_layer(const Matrix& query, const Matrix& key, const Matrix& value,
+BoundMixer lightning_attention_layer(const Matrix& query, const Matrix* key, const Matrix* value,
                                      const Matrix& gate, const Matrix& output, int64_t num_heads,
-                                     const std::optional<ArrayOf<float>>& query_norm,
+                                     bool has_silu, const std::optional<ArrayOf<float>>& query_norm,
                                      const std::optional<ArrayOf<float>>& key_norm,
-                                     const ArrayOf<float>& decay, const ArrayOf<float>& norm,
+                                     const ArrayOf<float>& decay, const ArrayOf<float>& norm, float norm_eps,
                                      int64_t num_groups, float scale, int64_t state_layer) {
-  require_range("heads", num_heads, 1, query.view.rows);
-  require_size("rows of query modulo heads", query.view.rows % num_heads, 0);
+  const int64_t channels = gate.view.rows;
+  require_range("heads", num_heads, 1, channels);
+  require_size("rows of gate modulo heads", channels % num_heads, 0);
   if (query_norm.has_value() != key_norm.has_value())
     refuse("query_norm and key_norm must be given together");
-  const int64_t channels = query.view.rows, head_dim = channels / num_heads;
+  if ((key == nullptr) != (value == nullptr)) refuse("key and value must be given together");
+  if (key == nullptr && query_norm) refuse("q and k in one matrix have no norms");
+  const int64_t head_dim = channels / num_heads;
   require_range("num_groups", num_groups, 1, channels);
-  require_size("rows of query modulo num_groups", channels % num_groups, 0);
-  require_size("rows of key", key.view.rows, channels);
-  require_size("rows of value", value.view.rows, channels);
-  require_size("rows of gate", gate.view.rows, channels);
+  require_size("rows of gate modulo num_groups", channels % num_groups, 0);
+  require_size("rows of query", query.view.rows, key == nullptr ? 3 * channels : channels);
+  if (key != nullptr) require_size("rows of key", key->view.rows, channels);
+  if (value != nullptr) require_size("rows of value", value->view.rows, channels);
   require_size("columns of output", output.view.cols, channels);
   BoundMixer bound;
   Kept& kept = bound.kept;
   bound.mixer = LightningAttention{
       .query = kept.keep(query),
-      .key = kept.keep(key),
-      .value = kept.keep(value),
+      .key = key == nullptr ? std::nullopt : std::optional(kept.keep(*key)),
+      .value = value == nullptr ? std::nullopt : std::optional(kept.keep(*value)),
       .gate = kept.keep(gate),
       .output = kept.keep(output),
+      .has_silu = has_silu,
       .query_norm = kept.keep("query_norm", query_norm, head_dim),
       .key_norm = kept.keep("key_norm", key_norm, head_dim),
       .decay = kept.keep("decay", decay, num_heads),
       .norm = kept.keep("norm", norm, channels),
+      .norm_eps = norm_eps,
       .num_groups = num_groups,
       .scale = scale,
       .shape = {num_heads, num_heads, head_dim, head_dim, 1},
@@ -481,7 +486,7 @@ void make_layer(BoundLayer* self, const std::optional<ArrayOf<float>>& mixer_nor
                 const std::optional<ArrayOf<float>>& ffn_norm, const BoundFfn* ffn,
                 std::optional<int64_t> rotary, const std::optional<ArrayOf<float>>& mixer_post_norm,
                 const std::optional<ArrayOf<float>>& ffn_post_norm, float scale, bool is_parallel,
-                float mixer_scale, float ffn_scale) {
+                float mixer_scale, float ffn_scale, float normed_residual) {
   Kept kept;
   if (mixer == nullptr && ffn == nullptr) refuse("a layer needs a mixer or a feed-forward network");
   if (is_parallel && (mixer == nullptr || ffn == nullptr || ffn_norm))
@@ -508,6 +513,7 @@ void make_layer(BoundLayer* self, const std::optional<ArrayOf<float>>& mixer_nor
       .ffn_post_norm = kept.keep("ffn_post_norm", ffn_post_norm, hidden),
       .mixer_scale = mixer_scale,
       .ffn_scale = ffn_scale,
+      .normed_residual = normed_residual,
       .scale = scale,
   };
   new (self) BoundLayer{std::move(layer), hidden, std::move(kept)};
@@ -559,8 +565,9 @@ void require_fit(const KimiDeltaAttention& mixer, const KvShape& kv, const Rotar
 void require_fit(const LightningAttention& mixer, const KvShape& kv, const Rotary* rotary, int64_t hidden) {
   require_kind(kv, KvShape::Kind::none);
   if (rotary != nullptr) require_range("rotated dimensions", 2 * rotary->num_pairs(), 0, mixer.shape.key_dim);
-  for (const MatrixView* matrix : {&mixer.query, &mixer.key, &mixer.value, &mixer.gate})
-    require_size("columns of query, key, value or gate", matrix->cols, hidden);
+  if (rotary != nullptr && !mixer.key) refuse("q and k in one matrix cannot rotate");
+  for (const auto& matrix : {std::optional(mixer.query), mixer.key, mixer.value, std::optional(mixer.gate)})
+    if (matrix) require_size("columns of query, key, value or gate", matrix->cols, hidden);
   require_size("rows of output", mixer.output.rows, hidden);
 }
 
@@ -1029,11 +1036,12 @@ void bind_stack(nb::module_& m) {
         ffn_post_norm: the same for what the layer's feed-forward networks add together.
         scale: multiplies the hidden state after the layer.
         is_parallel: the network reads what the mixer reads, after mixer_norm, and there is no ffn_norm.
-        mixer_scale, ffn_scale: multiply what the mixer, or the networks together, add to the hidden state.)")
+        mixer_scale, ffn_scale: multiply what the mixer, or the networks together, add to the hidden state.
+        normed_residual: not 0 means that they add it to this factor times what they read, instead.)")
       .def("__init__", &make_layer, "mixer_norm"_a.none(), "mixer"_a.none(), "ffn_norm"_a.none(),
            "ffn"_a.none(), nb::kw_only(), "rotary"_a.none() = 0, "mixer_post_norm"_a.none() = nb::none(),
            "ffn_post_norm"_a.none() = nb::none(), "scale"_a = 1.0f, "is_parallel"_a = false,
-           "mixer_scale"_a = 1.0f, "ffn_scale"_a = 1.0f);
+           "mixer_scale"_a = 1.0f, "ffn_scale"_a = 1.0f, "normed_residual"_a = 0.0f);
 
   m.def("grouped_query_attention", &grouped_query_attention, "query"_a, "key"_a, "value"_a.none(), "output"_a,
         nb::kw_only(), "num_heads"_a, "window"_a, "scale"_a, "query_bias"_a.none() = nb::none(),
@@ -1113,17 +1121,20 @@ void bind_stack(nb::module_& m) {
         norm: [dim], of each head's output, which is then multiplied by sigmoid(gate x).
         floor: the least logarithm of a decay; 0 means that there is none.
         state_layer: the layer of the recurrent state.)");
-  m.def("lightning_attention", &lightning_attention_layer, "query"_a, "key"_a, "value"_a, "gate"_a,
-        "output"_a, nb::kw_only(), "num_heads"_a, "query_norm"_a = nb::none(), "key_norm"_a = nb::none(),
-        "decay"_a, "norm"_a, "num_groups"_a, "scale"_a, "state_layer"_a, R"(
+  m.def("lightning_attention", &lightning_attention_layer, "query"_a, "key"_a.none(), "value"_a.none(),
+        "gate"_a, "output"_a, nb::kw_only(), "num_heads"_a, "has_silu"_a = false,
+        "query_norm"_a.none() = nb::none(), "key_norm"_a.none() = nb::none(), "decay"_a, "norm"_a,
+        "norm_eps"_a, "num_groups"_a, "scale"_a, "state_layer"_a, R"(
     Linear attention that each head forgets at a fixed rate (arXiv:2401.04658): S = decay S + k v^T.
 
     Args:
         query, key, value, gate: [heads * head dim, hidden].   output: [hidden, heads * head dim].
+        key, value: None means that query has the rows of q, k and v of each head in turn; then nothing rotates.
+        has_silu: q, k and v become silu of themselves, before their norms.
         query_norm, key_norm: [head dim], of each head, before rotary; both or none.
         decay: [heads].
-        norm: [heads * head dim], of `num_groups` equal parts of all heads' output, which is then multiplied by
-            sigmoid(gate x).
+        norm: [heads * head dim], of `num_groups` equal parts of all heads' output, with epsilon `norm_eps`; the output
+            is then multiplied by sigmoid(gate x).
         scale: multiplies q . k.
         state_layer: the layer of the recurrent state, whose sizes are (heads, heads, head dim, head dim, 1).)");
   m.def("short_conv", &short_conv, "input"_a, "output"_a, nb::kw_only(), "conv"_a,

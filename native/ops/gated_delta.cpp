@@ -159,14 +159,14 @@ void lightning_attention(Runtime& runtime, RecurrentState& recurrent, int64_t la
   runtime.parallel_for(num_runs * heads, head_work, [&](int64_t begin, int64_t end, int) {
     for (int64_t item = begin; item < end; ++item) {
       const StateRun& run = runs[size_t(item / heads)];
-      const int64_t head = item % heads, at = run.begin * inputs.stride;
+      const int64_t head = item % heads, at = run.begin * inputs.stride + head * inputs.group;
       float* state = recurrent.matrices(run.slot, layer) + head * shape.key_dim * shape.value_dim;
       if (run.is_start) std::fill_n(state, shape.key_dim * shape.value_dim, 0.0f);
       table.delta_rule({
           .update = DeltaRuleArgs::Update::add,
-          .q = inputs.q + at + head * shape.key_dim,
-          .k = inputs.k + at + head * shape.key_dim,
-          .v = inputs.v + at + head * shape.value_dim,
+          .q = inputs.q + at,
+          .k = inputs.k + at,
+          .v = inputs.v + at,
           .stride = inputs.stride,
           .z = nullptr,
           .z_stride = 0,

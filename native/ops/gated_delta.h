@@ -60,10 +60,10 @@ void gated_delta(Runtime& runtime, RecurrentState& state, int64_t layer, const D
                  const DeltaWeights& weights, const DeltaInputs& inputs, const std::vector<StateRun>& runs,
                  float* out);
 
-// The q, k and v of a token begin at q + t * stride and so on, head after head.
+// The q, k and v of head h of a token begin at q + t * stride + h * group and so on.
 struct LightningInputs {
   const float *q, *k, *v;
-  int64_t stride;
+  int64_t stride, group;
 };
 
 // Lightning attention (arXiv:2401.04658): each head forgets at a fixed rate, S = decay S + k (scale v)^T, and

@@ -238,11 +238,11 @@ Pause Stack::advance(std::chrono::nanoseconds slice) {
       return Pause::time;
     }
     if (layer().mixer) {
-      norm(layer().mixer_norm, buffers_.hidden, buffers_.normed);
+      norm_block(layer().mixer_norm);
       std::visit([&](const auto& mixer) { mix(mixer); }, *layer().mixer);
     }
     if (!layer().ffn) continue;
-    if (!layer().is_parallel) norm(layer().ffn_norm, buffers_.hidden, buffers_.normed);
+    if (!layer().is_parallel) norm_block(layer().ffn_norm);
     if (layer().sums_apart())
       std::fill_n(buffers_.ffn_sum, step_.num_tokens * description_.embedding.cols, 0.0f);
     const bool is_complete = std::visit([&](const auto& ffn) { return feed_forward(ffn); }, *layer().ffn);
@@ -273,6 +273,14 @@ void Stack::end_layer() {
   }
   ++layer_;
   layers_done_.store(layer_, std::memory_order_relaxed);
+}
+
+void Stack::norm_block(const Norm& by) {
+  norm(by, buffers_.hidden, buffers_.normed);
+  if (layer().normed_residual == 0) return;
+  const int64_t tokens = step_.num_tokens, hidden = description_.embedding.cols;
+  std::copy_n(buffers_.normed, tokens * hidden, buffers_.hidden);
+  multiply_rows(runtime_, layer().normed_residual, tokens, hidden, buffers_.hidden);
 }
 
 void Stack::norm(const Norm& by, const float* x, float* out) { norm(by, x, step_.num_tokens, out); }
@@ -515,22 +523,33 @@ void Stack::mix(const KimiDeltaAttention& mixer) {
 void Stack::mix(const LightningAttention& mixer) {
   const int64_t tokens = step_.num_tokens, heads = mixer.shape.num_key_heads, dim = mixer.shape.key_dim;
   const int64_t channels = heads * dim;
-  float *q = buffers_.projected, *k = q + tokens * channels, *v = k + tokens * channels,
-        *gate = v + tokens * channels;
-  matmul(runtime_, {{mixer.query, q}, {mixer.key, k}, {mixer.value, v}, {mixer.gate, gate}}, buffers_.normed,
-         tokens);
-  const float eps = description_.norm_eps;
+  float* const q = buffers_.projected;
+  float* const gate = q + 3 * tokens * channels;
+  LightningInputs inputs = {q, q + dim, q + 2 * dim, 3 * channels, 3 * dim};
+  std::vector<Product> products = {{mixer.query, q}, {mixer.gate, gate}};
+  float* const k = q + tokens * channels;
+  if (mixer.key) {
+    inputs = {q, k, k + tokens * channels, channels, dim};
+    products.push_back({*mixer.key, k});
+    products.push_back({*mixer.value, k + tokens * channels});
+  }
+  matmul(runtime_, products, buffers_.normed, tokens);
+  // silu(x) = x sigmoid(x)
+  if (mixer.has_silu) mul_gate(runtime_, GateKind::sigmoid, q, channels, 1, 3 * tokens, channels, q);
   if (mixer.query_norm != nullptr) {
+    const float eps = description_.norm_eps;
     rms_norm(runtime_, q, mixer.query_norm, eps, tokens * heads, dim, q);
     rms_norm(runtime_, k, mixer.key_norm, eps, tokens * heads, dim, k);
   }
-  rotate(q, heads, dim);
-  rotate(k, heads, dim);
+  if (mixer.key) {
+    rotate(q, heads, dim);
+    rotate(k, heads, dim);
+  }
   float* out = buffers_.attended;
-  lightning_attention(runtime_, *recurrent_, mixer.state_layer, mixer.shape, mixer.decay, mixer.scale,
-                      {q, k, v, channels}, runs_, out);
-  rms_norm(runtime_, out, mixer.norm, eps, tokens * mixer.num_groups, channels / mixer.num_groups, out,
-           mixer.num_groups);
+  lightning_attention(runtime_, *recurrent_, mixer.state_layer, mixer.shape, mixer.decay, mixer.scale, inputs,
+                      runs_, out);
+  rms_norm(runtime_, out, mixer.norm, mixer.norm_eps, tokens * mixer.num_groups, channels / mixer.num_groups,
+           out, mixer.num_groups);
   mul_gate(runtime_, GateKind::sigmoid, gate, channels, 1, tokens, channels, out);
   add_block(mixer.output, nullptr);
 }

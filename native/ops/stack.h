@@ -138,13 +138,18 @@ struct KimiDeltaAttention {
 // Lightning attention (arXiv:2401.04658) with norms and rotary of q and k: a recurrent state that each head
 // forgets at a fixed rate. The outputs of all heads are normed in groups, then gated.
 struct LightningAttention {
-  MatrixView query, key, value;       // [num_heads * head_dim, hidden]
-  MatrixView gate;                    // the same: the output is multiplied by sigmoid(gate x)
+  // [num_heads * head_dim, hidden]; without key and value, query has the rows of q, k and v of each head in
+  // turn, which have no norms and do not rotate.
+  MatrixView query;
+  std::optional<MatrixView> key, value;
+  MatrixView gate;                    // [num_heads * head_dim, hidden]: the output is times sigmoid(gate x)
   MatrixView output;                  // [hidden, num_heads * head_dim]
+  bool has_silu = false;              // q, k and v become silu of themselves, before their norms
   const float* query_norm = nullptr;  // [head_dim], to each head, before rotary; nullptr: none
   const float* key_norm = nullptr;
   const float* decay = nullptr;  // [num_heads]
   const float* norm = nullptr;   // [num_heads * head_dim]
+  float norm_eps = 0;            // of this norm
   int64_t num_groups = 1;
   float scale = 0;  // multiplies q . k
   DeltaShape shape = {};
@@ -261,7 +266,9 @@ struct Layer {
   const float* mixer_post_norm = nullptr;  // [hidden], of what the mixer adds; nullptr: none
   const float* ffn_post_norm = nullptr;    // [hidden], of what the networks add together; nullptr: none
   float mixer_scale = 1, ffn_scale = 1;    // multiply what the mixer, or the networks together, add
-  float scale = 1;                         // multiplies the hidden state after the layer
+  // Not 0: they add it to this factor times what they read, instead of the hidden state.
+  float normed_residual = 0;
+  float scale = 1;  // multiplies the hidden state after the layer
 
   const RoutedFfn* routed() const { return ffn ? std::get_if<RoutedFfn>(&*ffn) : nullptr; }
   // Whether the outputs of the networks are summed apart from the hidden state.
@@ -438,6 +445,7 @@ class Stack {
   std::vector<std::vector<int32_t>> predict(int64_t layer);  // the choice of a later layer, by rank
   void add_shared(const RoutedFfn& ffn);
   void combine_experts(const RoutedFfn& ffn);
+  void norm_block(const Norm& by);  // what a block of the current layer reads, and the sum it adds to
   void norm(const Norm& by, const float* x, float* out);  // for every token
   void norm(const Norm& by, const float* x, int64_t rows, float* out);
   void norm(const float* weight, const float* x, float* out) { norm(Norm{weight}, x, out); }

@@ -536,6 +536,29 @@ void run_gated_delta(Runtime& runtime, RecurrentState& state, int64_t layer, con
   move_on(state, layer, found);
 }
 
+void run_lightning_attention(Runtime& runtime, RecurrentState& state, int64_t layer, const ArrayOf<float>& q,
+                             const ArrayOf<float>& k, const ArrayOf<float>& v, const ArrayOf<int64_t>& runs,
+                             const ArrayOf<float>& decay, float scale, const OutArrayOf<float>& out) {
+  require_range("layer", layer, 0, state.num_layers() - 1);
+  const float* decays = read_array("decay", decay, {kAnySize});
+  const int64_t heads = int64_t(decay.shape(0));
+  float* to = write_array("out", out, {kAnySize, kAnySize});
+  const int64_t num_tokens = int64_t(out.shape(0)), channels = int64_t(out.shape(1));
+  require_range("heads", heads, 1, channels);
+  const int64_t dim = channels / heads;
+  const DeltaShape shape = {heads, heads, dim, dim, 1};
+  if (shape.state() != state.shape(layer)) refuse("the layer of the state has other sizes");
+  const LightningInputs inputs = {read_array("q", q, {num_tokens, channels}),
+                                  read_array("k", k, {num_tokens, channels}),
+                                  read_array("v", v, {num_tokens, channels}), channels, dim};
+  const std::vector<StateRun> found = read_runs(state, runs, num_tokens);
+  {
+    nb::gil_scoped_release released;
+    lightning_attention(runtime, state, layer, shape, decays, scale, inputs, found, to);
+  }
+  move_on(state, layer, found);
+}
+
 void run_causal_conv(Runtime& runtime, RecurrentState& state, int64_t layer, const ArrayOf<float>& x,
                      const std::optional<ArrayOf<float>>& in_gate,
                      const std::optional<ArrayOf<float>>& out_gate, const ArrayOf<int64_t>& runs,
@@ -626,6 +649,12 @@ NB_MODULE(_native_testing, m) {
         conv: [width, channels].   rate, dt_bias: [value heads].   norm: [value dim].
         is_tiled: value head i uses key head i modulo key heads, instead of i // (value heads per key head).
         out: [tokens, value heads * value dim].)");
+  m.def("lightning_attention", &run_lightning_attention, "runtime"_a, "state"_a, "layer"_a, "q"_a, "k"_a,
+        "v"_a, "runs"_a, nb::kw_only(), "decay"_a, "scale"_a, "out"_a.noconvert(), R"(
+    Lightning attention (native/kernels/gated_delta.h) between its norms.
+
+    Args:
+        q, k, v, out: [tokens, heads * head dim].   decay: [heads].   runs: as for `gated_delta`.)");
   m.def("causal_conv", &run_causal_conv, "runtime"_a, "state"_a, "layer"_a, "x"_a, "in_gate"_a.none(),
         "out_gate"_a.none(), "runs"_a, nb::kw_only(), "weights"_a, "bias"_a.none() = nb::none(),
         "out"_a.noconvert(), R"(

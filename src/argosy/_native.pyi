@@ -1645,6 +1645,7 @@ class Layer:
         scale: multiplies the hidden state after the layer.
         is_parallel: the network reads what the mixer reads, after mixer_norm, and there is no ffn_norm.
         mixer_scale, ffn_scale: multiply what the mixer, or the networks together, add to the hidden state.
+        normed_residual: not 0 means that they add it to this factor times what they read, instead.
     """
 
     def __init__(
@@ -1661,6 +1662,7 @@ class Layer:
         is_parallel: bool = False,
         mixer_scale: float = 1.0,
         ffn_scale: float = 1.0,
+        normed_residual: float = 0.0,
     ) -> None: ...
 
 def grouped_query_attention(
@@ -1797,16 +1799,18 @@ def kimi_delta_attention(
 
 def lightning_attention(
     query: Matrix,
-    key: Matrix,
-    value: Matrix,
+    key: Matrix | None,
+    value: Matrix | None,
     gate: Matrix,
     output: Matrix,
     *,
     num_heads: int,
+    has_silu: bool = False,
     query_norm: NDArray[numpy.float32] | None = None,
     key_norm: NDArray[numpy.float32] | None = None,
     decay: NDArray[numpy.float32],
     norm: NDArray[numpy.float32],
+    norm_eps: float,
     num_groups: int,
     scale: float,
     state_layer: int,
@@ -1816,10 +1820,12 @@ def lightning_attention(
 
     Args:
         query, key, value, gate: [heads * head dim, hidden].   output: [hidden, heads * head dim].
+        key, value: None means that query has the rows of q, k and v of each head in turn; then nothing rotates.
+        has_silu: q, k and v become silu of themselves, before their norms.
         query_norm, key_norm: [head dim], of each head, before rotary; both or none.
         decay: [heads].
-        norm: [heads * head dim], of `num_groups` equal parts of all heads' output, which is then multiplied by
-            sigmoid(gate x).
+        norm: [heads * head dim], of `num_groups` equal parts of all heads' output, with epsilon `norm_eps`; the output
+            is then multiplied by sigmoid(gate x).
         scale: multiplies q . k.
         state_layer: the layer of the recurrent state, whose sizes are (heads, heads, head dim, head dim, 1).
     """

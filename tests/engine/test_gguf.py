@@ -49,6 +49,7 @@ from tests.models.tiny import (
 from tests.models.tiny_gqa import mimo_v2_flash
 from tests.models.tiny_latent import deepseek_v3
 from tests.models.tiny_llama4 import OF_GGUF, llama4_text
+from tests.models.tiny_minimax import minimax
 from tests.models.tiny_recurrent import lfm2_moe
 
 # The mean KL in nats that 8-bit activations may cost; measured: 0.0003. A wrong scale, row or column costs above 1.
@@ -84,6 +85,11 @@ def config_of(family: str, *, num_experts: int, experts_per_token: int) -> RawCo
             sizes["num_experts_per_tok"] = 1
             return llama4_text(
                 **sizes, **widths, **OF_GGUF, num_local_experts=num_experts // experts_per_token
+            )
+        case "minimax":
+            kinds = {"layer_types": ["full_attention", "linear_attention"]}
+            return minimax(
+                **sizes, **kinds, rotary_dim=32, num_local_experts=num_experts, intermediate_size=256
             )
         case "mimo_v2_flash":
             widths = {"moe_intermediate_size": 256, "intermediate_size": 256, "v_head_dim": 64}
@@ -140,6 +146,7 @@ def latent(num_experts: int, experts_per_token: int, **changes: Any) -> RawConfi
         "olmoe",
         "minimax_m2",
         "llama4_text",
+        "minimax",
         "mimo_v2_flash",
         "lfm2_moe",
     ],

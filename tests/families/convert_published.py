@@ -61,6 +61,7 @@ PRE_TOKENIZERS = {
     "lfm2_moe": "lfm2",
     "llama4": "llama4",
     "minimax_m2": "minimax-m2",
+    "minimax_m1": "minimax-m2",
     "mistral3": "tekken",
     "mistral4": "tekken",
     "solar_open": "solar-open",
@@ -145,6 +146,8 @@ def convert(base: Any, config: RawConfig) -> dict[str, Any]:
                     return found
 
             kind = Counted
+        if hasattr(kind, "_get_suppress_tokens"):  # it looks for rows of zeros in the embeddings
+            kind._get_suppress_tokens = lambda self: None
         model = kind(directory, base.gguf.LlamaFileType.MOSTLY_BF16, directory / "model.gguf")
         model = getattr(model, "impl", model)  # some converters only choose another
         model.set_gguf_parameters()

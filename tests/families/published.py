@@ -357,6 +357,53 @@ def minimax_m2() -> RawConfig:
     }
 
 
+def minimax_m1() -> RawConfig:
+    alpha = dict.fromkeys(
+        (f"layernorm_{block}_alpha" for block in ("full_attention", "linear_attention", "mlp")),
+        3.5565588200778455,
+    )
+    beta = {name.replace("alpha", "beta"): 1.0 for name in alpha}
+    return {
+        "architectures": ["MiniMaxM1ForCausalLM"],
+        "attention_dropout": 0.0,
+        "attn_type_list": ([0] * 7 + [1]) * 10,
+        "auto_map": {
+            "AutoConfig": "configuration_minimax_m1.MiniMaxM1Config",
+            "AutoModelForCausalLM": "modeling_minimax_m1.MiniMaxM1ForCausalLM",
+        },
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 6144,
+        "initializer_range": 0.02,
+        "intermediate_size": 9216,
+        **alpha,
+        **beta,
+        "max_position_embeddings": 10_240_000,
+        "model_type": "minimax_m1",
+        "num_attention_heads": 64,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 80,
+        "num_key_value_heads": 8,
+        "num_local_experts": 32,
+        "output_router_logits": False,
+        "postnorm": True,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 10_000_000,
+        "rotary_dim": 64,
+        "router_aux_loss_coef": 0.001,
+        "router_jitter_noise": 0.0,
+        "shared_intermediate_size": 0,
+        "shared_moe_mode": "sigmoid",
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "transformers_version": "4.45.2",
+        "use_cache": True,
+        "vocab_size": 200_064,
+    }
+
+
 def lfm2_moe(attention: tuple[int, ...], num_layers: int, num_experts: int, width: int) -> RawConfig:
     return {
         "model_type": "lfm2_moe",
@@ -1006,6 +1053,7 @@ PUBLISHED = (
     Published("Granite-3.1-1B-A400M", GRANITE_31_1B, 1.33),
     Published("ERNIE-4.5-21B-A3B", ERNIE_45_21B, 21.8),
     Published("MiniMax-M2", minimax_m2(), 228.7),
+    Published("MiniMax-M1", minimax_m1(), 456.0),
     Published("LFM2-8B-A1B", lfm2_moe((2, 6, 10, 14, 18, 21), 24, 32, 1792), 8.34),
     Published("LFM2-24B-A2B", lfm2_moe(tuple(range(2, 40, 4)), 40, 64, 1536), 23.84),
     Published("Qwen3-Next-80B-A3B", qwen3_next(), 79.7),

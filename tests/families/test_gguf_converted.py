@@ -129,6 +129,7 @@ def test_every_announced_architecture_is_recorded() -> None:
         "qwen3_5_moe", "mistral4", *UNKNOWN, "granitemoeshared", "kimi_linear", "bailing_hybrid",
         "bailing_moe_v2", "step3p5",
         "llama4_text",
+        "minimax", "minimax_text_01",  # the other names of minimax_m1
     }  # fmt: skip
 
 
@@ -166,6 +167,7 @@ def test_converted_metadata_means_the_same_as_config_json(name: str, tmp_path: P
         if len(expected.moe_layers) == expected.num_layers
         else expected.dense_width,
         num_mtp_layers=found.num_mtp_layers,
+        normed_residual=float(f"{expected.normed_residual:.8g}"),  # a float32
         norm_offset=found.norm_offset,
     )
 

@@ -19,7 +19,9 @@ from argosy.config import (
     DeltaConfig,
     Format,
     IndexConfig,
+    KimiDeltaConfig,
     LatentConfig,
+    LightningConfig,
     MambaConfig,
     ModelConfig,
     QueryScale,
@@ -100,6 +102,10 @@ class ReferenceDecoder:
             match self.config.layers[layer].mixer:
                 case DeltaConfig() as delta:
                     self._add_delta(hidden, layer, step, delta)
+                case KimiDeltaConfig() as delta:
+                    self._add_kimi_delta(hidden, layer, step, delta)
+                case LightningConfig() as lightning:
+                    self._add_lightning(hidden, layer, step, lightning)
                 case ShortConvConfig():
                     self._add_short_conv(hidden, layer, step)
                 case MambaConfig() as mamba:
@@ -140,6 +146,13 @@ class ReferenceDecoder:
         _native.layer_norm(self.runtime, x, weight, None, self.config.norm_eps, out)
         return out
 
+    def _read(self, hidden: Floats, name: str) -> Floats:
+        """Return what a block reads; it may also replace the hidden state to which the block adds."""
+        normed = self._norm_hidden(hidden, name)
+        if self.config.normed_residual:
+            hidden[:] = normed * np.float32(self.config.normed_residual)
+        return normed
+
     def _norm_if_any(self, x: Floats, name: str) -> Floats:
         return self._norm(x, name) if name in self.weights.vectors else x
 
@@ -167,7 +180,7 @@ class ReferenceDecoder:
 
     def _add_attention(self, hidden: Floats, layer: int, step: Step, attention: AttentionConfig) -> None:
         tokens, name, head_dim = step.num_tokens, f"layers.{layer}.", attention.head_dim
-        normed = self._norm_hidden(hidden, name + "attn_norm")
+        normed = self._read(hidden, name + "attn_norm")
         query, key = (self._projection(name + part, normed).reshape(tokens, -1, head_dim) for part in "qk")
         value = key.copy()
         if not attention.keys_are_values:
@@ -231,7 +244,7 @@ class ReferenceDecoder:
     def _add_delta(self, hidden: Floats, layer: int, step: Step, delta: DeltaConfig) -> None:
         name, vectors = f"layers.{layer}.", self.weights.vectors
         assert self.recurrent is not None
-        normed = self._norm_hidden(hidden, name + "attn_norm")
+        normed = self._read(hidden, name + "attn_norm")
         name += "delta_"
         if delta.has_joined_qkvz:
             ends = np.cumsum([delta.key_dim, delta.key_dim, delta.value_channels // delta.num_key_heads])
@@ -266,6 +279,82 @@ class ReferenceDecoder:
         )
         self._add_mixed(hidden, self._projection(name + "out", out), layer)
 
+    def _add_kimi_delta(self, hidden: Floats, layer: int, step: Step, delta: KimiDeltaConfig) -> None:
+        assert self.recurrent is not None
+        name, vectors = f"layers.{layer}.kda_", self.weights.vectors
+        normed = self._read(hidden, f"layers.{layer}.attn_norm")
+
+        def factored(part: str) -> Floats:
+            has_down = name + part + "_down" in self.weights.matrices
+            return self._projection(
+                name + part, self._projection(f"{name}{part}_down", normed) if has_down else normed
+            )
+
+        rate = vectors[name + "rate"]
+        out = np.empty((len(normed), delta.channels), np.float32)
+        _native_testing.gated_delta(
+            self.runtime,
+            self.recurrent,
+            self.config.recurrent_layers.index(layer),
+            np.concatenate([self._projection(name + part, normed) for part in "qkv"], axis=1),
+            factored("gate"),
+            self._projection(name + "beta", normed),
+            factored("decay"),
+            self._runs(layer, step),
+            conv=np.concatenate([vectors[f"{name}{part}_conv"].reshape(1, -1) for part in "qkv"], axis=1),
+            rate=-np.exp(rate) if delta.is_rate_log else -np.abs(rate),
+            dt_bias=vectors[name + "dt_bias"],
+            norm=vectors[name + "norm"],
+            eps=self.config.norm_eps,
+            sizes=delta.sizes,
+            is_tiled=False,
+            out=out,
+            floor=delta.floor,
+        )
+        self._add_mixed(hidden, self._projection(name + "out", out), layer)
+
+    def _add_lightning(self, hidden: Floats, layer: int, step: Step, lightning: LightningConfig) -> None:
+        assert self.recurrent is not None
+        name, tokens = f"layers.{layer}.lightning_", step.num_tokens
+        normed = self._read(hidden, f"layers.{layer}.attn_norm")
+        if lightning.has_joined_qkv:
+            joined = self._projection(name + "qkv", normed).reshape(tokens, lightning.num_heads, -1)
+            q, k, v = (np.ascontiguousarray(part) for part in np.split(joined, 3, axis=2))
+        else:
+            shape = (tokens, lightning.num_heads, lightning.head_dim)
+            q, k, v = (self._projection(name + part, normed).reshape(shape) for part in "qkv")
+        if lightning.has_silu:
+            for part in (q, k, v):
+                rows = part.reshape(tokens, -1)
+                _native_testing.mul_gate(self.runtime, rows.copy(), rows, False)
+        if lightning.has_qk_norm:
+            q, k = (
+                self._norm(part.reshape(-1, lightning.head_dim), f"{name}{which}_norm").reshape(part.shape)
+                for part, which in ((q, "q"), (k, "k"))
+            )
+        for heads in (q, k):
+            self._rotate(heads, lightning.rope, step)
+        out = np.empty((tokens, lightning.channels), np.float32)
+        _native_testing.lightning_attention(
+            self.runtime,
+            self.recurrent,
+            self.config.recurrent_layers.index(layer),
+            *(part.reshape(tokens, -1) for part in (q, k, v)),
+            self._runs(layer, step),
+            decay=np.exp(-np.array(lightning.slopes)).astype(np.float32),
+            scale=lightning.scale,
+            out=out,
+        )
+        groups = out.reshape(tokens, lightning.num_groups, -1)
+        weight = self.weights.vectors[name + "norm"].reshape(lightning.num_groups, -1)
+        parts = [
+            self._norm_by(np.ascontiguousarray(groups[:, i]), weight[i], lightning.norm_eps)
+            for i in range(lightning.num_groups)
+        ]
+        out = np.ascontiguousarray(np.concatenate(parts, axis=1))
+        _native_testing.mul_gate(self.runtime, self._projection(name + "gate", normed), out, False)
+        self._add_mixed(hidden, self._projection(name + "out", out), layer)
+
     def _runs(self, layer: int, step: Step) -> NDArray[np.int64]:
         """Return the first and end token of each sequence and its slot; new sequences start over in the first layer."""
         assert self.recurrent is not None
@@ -281,7 +370,7 @@ class ReferenceDecoder:
     def _add_short_conv(self, hidden: Floats, layer: int, step: Step) -> None:
         assert self.recurrent is not None
         name, vectors = f"layers.{layer}.", self.weights.vectors
-        projected = self._projection(name + "shortconv_in", self._norm_hidden(hidden, name + "attn_norm"))
+        projected = self._projection(name + "shortconv_in", self._read(hidden, name + "attn_norm"))
         b, c, x = (np.ascontiguousarray(part) for part in np.split(projected, 3, axis=1))
         name += "shortconv_"
         out = np.empty_like(x)
@@ -302,7 +391,7 @@ class ReferenceDecoder:
     def _add_mamba(self, hidden: Floats, layer: int, step: Step, mamba: MambaConfig) -> None:
         assert self.recurrent is not None
         name, vectors = f"layers.{layer}.mamba_", self.weights.vectors
-        projected = self._projection(name + "in", self._norm_hidden(hidden, f"layers.{layer}.attn_norm"))
+        projected = self._projection(name + "in", self._read(hidden, f"layers.{layer}.attn_norm"))
         out = np.empty((len(projected), mamba.channels), np.float32)
         _native_testing.mamba_recurrence(
             self.runtime,
@@ -331,7 +420,7 @@ class ReferenceDecoder:
 
     def _add_latent_attention(self, hidden: Floats, layer: int, step: Step, latent: LatentConfig) -> None:
         tokens, name = step.num_tokens, f"layers.{layer}."
-        query = normed = self._norm_hidden(hidden, name + "attn_norm")
+        query = normed = self._read(hidden, name + "attn_norm")
         if latent.query_rank:
             down = self._product(self.weights.matrices[name + "q_down"], normed)
             query = self._norm(down, name + "q_down_norm", latent.norm_eps)
@@ -364,6 +453,9 @@ class ReferenceDecoder:
             step.sees_until,
             self._chosen if latent.num_chosen else None,
         )
+        if latent.has_head_gates:
+            gates = self._product(self.weights.matrices[name + "attn_gate"], normed).reshape(-1, 1)
+            _native_testing.mul_gate(self.runtime, gates, attended.reshape(len(gates), -1), False)
         self._add_mixed(hidden, self._projection(name + "o", attended), layer)
 
     def _choose(
@@ -411,7 +503,7 @@ class ReferenceDecoder:
     def _add_networks(self, out: Floats, hidden: Floats, layer: int) -> None:
         """Add the outputs of the networks of a layer, in their order, to `out`, which may be `hidden`."""
         name = f"layers.{layer}."
-        normed = self._norm_hidden(hidden, name + ("attn_norm" if self.config.is_parallel else "mlp_norm"))
+        normed = self._read(hidden, name + ("attn_norm" if self.config.is_parallel else "mlp_norm"))
         if not self.config.layers[layer].is_moe:
             activation = self.config.layers[layer].activation
             out += self._swiglu(activation, normed, *(name + part for part in ("gate", "up", "down")))

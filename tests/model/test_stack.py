@@ -37,7 +37,6 @@ from tests.model.open_parts import (
     open_parts,
 )
 from tests.model.reference_step import Floats, ReferenceDecoder
-from tests.models import tiny_kda
 from tests.models.references import REFERENCES
 from tests.models.runnable import runnable
 from tests.models.safetensors_file import read_safetensors, write_checkpoint
@@ -67,12 +66,7 @@ STEPS = [
     [Run(3, 1), decode(1)],
 ]
 
-# The operations of Kimi delta attention are not called one by one: `tests/native/test_linear_mixers.py` proves them.
-CHECKPOINTS = {
-    reference.name: reference.directory
-    for reference in REFERENCES
-    if not reference.name.startswith(tiny_kda.FAMILIES)
-}
+CHECKPOINTS = {reference.name: reference.directory for reference in REFERENCES}
 PACKED = {
     "mixtral-q8": (mixtral(hidden_size=80, intermediate_size=72), "q8"),
     "minimax_m2-q8": (minimax_m2(num_local_experts=16, num_experts_per_tok=4), "q8"),
@@ -97,8 +91,8 @@ IN_SHORT = [
     *PACKED,
     "deepseek_v2_groups",
     *(f"{family}_plain" for family in (
-        "deepseek_v3", "gemma4", "glm4_moe", "gpt_oss", "lfm2_moe", "minimax_m2", "mixtral", "olmoe", "qwen3_5_moe",
-        "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_vl_moe",
+        "bailing_hybrid", "deepseek_v3", "gemma4", "glm4_moe", "gpt_oss", "kimi_linear", "lfm2_moe", "minimax",
+        "minimax_m2", "mixtral", "olmoe", "qwen3_5_moe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_vl_moe",
     )),
 ]  # fmt: skip
 few_models = pytest.mark.parametrize("directory", few_of(MODELS, IN_SHORT), indirect=True)

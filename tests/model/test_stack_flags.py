@@ -293,6 +293,18 @@ def test_factors_multiply_what_blocks_add(has_post_norm: bool) -> None:
     require_close(logits_of([layer], resident=routed.table()), head(expected))
 
 
+def test_blocks_may_add_to_what_they_read() -> None:
+    attention, network = Attention(), Network()
+    layer = _native.Layer(
+        NORM, attention.native(), OTHER, _native.dense_ffn(*network.matrices()), mixer_scale=0.7, ffn_scale=0.7,
+        normed_residual=1.9,
+    )  # fmt: skip
+    read = rms(X, NORM)
+    mixed = 1.9 * read + 0.7 * attention(read)
+    read = rms(mixed, OTHER)
+    require_close(logits_of([layer]), head(1.9 * read + 0.7 * network(read)))
+
+
 def test_logits_are_scaled_before_they_are_capped() -> None:
     layer = _native.Layer(None, None, OTHER, _native.dense_ffn(*(network := Network()).matrices()))
     plain = head(X + network(rms(X, OTHER)))

@@ -12,6 +12,7 @@ from tests.models.configurations_gemma import GEMMA
 from tests.models.configurations_gqa import GQA
 from tests.models.configurations_grouped import GROUPED
 from tests.models.configurations_latent import LATENT
+from tests.models.configurations_lightning import LIGHTNING
 from tests.models.configurations_llama4 import LLAMA4
 from tests.models.configurations_step import STEP
 from tests.models.configurations_windows import WINDOWS
@@ -505,6 +506,7 @@ CONFIGURATIONS = (
     ),
     *LATENT,
     *LLAMA4,
+    *LIGHTNING,
     *WRAPPED,
     *STEP,
     *GEMMA,

@@ -40,6 +40,7 @@ ARCHITECTURES = {
     "glm4_moe": "glm4moe",
     "olmoe": "olmoe",
     "minimax_m2": "minimax-m2",
+    "minimax": "minimax-01",
     "mimo_v2_flash": "mimo2",
     "lfm2_moe": "lfm2moe",
     "solar_open": "glm4moe",
@@ -100,6 +101,9 @@ _NAMES = {
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate": "ffn_gate_inp",
     "block_sparse_moe.gate": "ffn_gate_inp",
+    "self_attn.qkv_proj": "attn_qkv",
+    "self_attn.output_gate": "attn_gate",
+    "self_attn.norm": "attn_norm_2",
     "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
     "mlp.shared_expert.up_proj": "ffn_up_shexp",
     "mlp.shared_expert.down_proj": "ffn_down_shexp",
@@ -419,6 +423,12 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
         writer.add_expert_feed_forward_length(width)
     elif config["model_type"] == "llama4_text":
         add_llama4_metadata(writer, config)
+    elif config["model_type"] == "minimax":
+        writer.add_residual_scale(config["mlp_alpha_factor"])
+        writer.add_array(
+            "minimax-01.attention.recurrent_layers",
+            [kind != "full_attention" for kind in config["layer_types"]],
+        )
     elif config["model_type"] == "minimax_m2":
         writer.add_expert_feed_forward_length(width)
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)

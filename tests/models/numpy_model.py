@@ -25,6 +25,7 @@ from tests.models import (
     tiny_grouped,
     tiny_kda,
     tiny_llama4,
+    tiny_minimax,
     tiny_recurrent,
     tiny_step,
     tiny_windows,
@@ -161,6 +162,8 @@ class NumpyModel:
                 hidden = numpy_windows.run_layer(self, layer, hidden, places[layer])
             elif self.config["model_type"] in tiny_llama4.FAMILIES:
                 hidden = numpy_llama4.run_layer(self, layer, hidden, places[layer])
+            elif self.config["model_type"] in tiny_minimax.FAMILIES:
+                hidden = tiny_minimax.run_layer(self, layer, hidden, places[layer])
             elif self.is_gemma:
                 mixed = self.attention(layer, normed, places[layer])
                 hidden = hidden + self.norm(prefix + "post_attention_layernorm", mixed)

@@ -26,6 +26,7 @@ from tests.models import (
     tiny_kda,
     tiny_latent,
     tiny_llama4,
+    tiny_minimax,
     tiny_recurrent,
     tiny_step,
     tiny_windows,
@@ -392,6 +393,8 @@ def tensor_shapes(config: RawConfig) -> dict[str, tuple[int, ...]]:
         return tiny_delta.delta_tensor_shapes(config, moe_layers(config), is_fused=is_fused)
     if config["model_type"] in tiny_recurrent.FAMILIES:
         return tiny_recurrent.lfm2_shapes(config)
+    if config["model_type"] in tiny_minimax.FAMILIES:
+        return tiny_minimax.minimax_shapes(config)
     if config["model_type"] in tiny_kda.FAMILIES:
         return tiny_kda.kda_tensor_shapes(config)
     if config["model_type"] in tiny_latent.LATENT_FAMILIES:
@@ -475,7 +478,7 @@ def moe_shapes(config: RawConfig, layer: str) -> dict[str, tuple[int, ...]]:
 
 def expert_names(config: RawConfig, layer: str) -> tuple[str, tuple[str, str, str]]:
     """Return the prefix of a layer's experts, and the names of their gate, up and down."""
-    if config["model_type"] in ("mixtral", "minimax_m2"):
+    if config["model_type"] in ("mixtral", "minimax_m2", "minimax"):
         return layer + "block_sparse_moe.", ("w1", "w3", "w2")
     return layer + "mlp.", ("gate_proj", "up_proj", "down_proj")
 

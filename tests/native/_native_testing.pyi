@@ -272,6 +272,26 @@ def gated_delta(
         out: [tokens, value heads * value dim].
     """
 
+def lightning_attention(
+    runtime: argosy._native.Runtime,
+    state: argosy._native.RecurrentState,
+    layer: int,
+    q: NDArray[numpy.float32],
+    k: NDArray[numpy.float32],
+    v: NDArray[numpy.float32],
+    runs: NDArray[numpy.int64],
+    *,
+    decay: NDArray[numpy.float32],
+    scale: float,
+    out: NDArray[numpy.float32],
+) -> None:
+    """
+    Lightning attention (native/kernels/gated_delta.h) between its norms.
+
+    Args:
+        q, k, v, out: [tokens, heads * head dim].   decay: [heads].   runs: as for `gated_delta`.
+    """
+
 def causal_conv(
     runtime: argosy._native.Runtime,
     state: argosy._native.RecurrentState,

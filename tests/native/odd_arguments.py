@@ -385,7 +385,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
             (f(4, 32), f(4, 32), f(4, 32)), f(2), f(32), f(16), -5.0, case.kimi_sizes, 0,
         ),
         "lightning_attention": lambda: (
-            m(64, 64), m(64, 64), m(64, 64), m(64, 64), m(64, 64), 2, f(32), f(32), f(2), f(64), 1, 0.1, 0,
+            m(64, 64), m(64, 64), m(64, 64), m(64, 64), m(64, 64), 2, True, f(32), f(32), f(2), f(64), 1e-5, 1, 0.1, 0,
         ),
         "multi_head_latent_attention": lambda: (
             m(96, 32), m(48, 64), m(64, 32), m(64, 32), m(64, 64), 2, 16, 0.1, 1e-5, f(32), m(32, 64), f(32), 4,
@@ -398,7 +398,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
             m(4, 64, "f32"), case.routing(), f(4), 32, (m(32, 64), m(32, 64), m(64, 32)), m(1, 64, "f32"), f(64), None,
             f(64), f(64), ("silu_limited", 7.0, 0.0), (m(48, 64), m(64, 48)), 30.0, False,
         ),
-        "Layer": lambda: (f(64), case.gqa(), f(64), case.routed(), 1, f(64), f(64), 0.5, False, 0.5, 0.5),
+        "Layer": lambda: (f(64), case.gqa(), f(64), case.routed(), 1, f(64), f(64), 0.5, False, 0.5, 0.5, 0.5),
         "Dispatch": lambda: (np.array([[0, 3], [3, 1]], np.int32), np.array([True, False]), 4),
         "ExpertTable": lambda: (case.arena(), 64, ("silu", 0.0, 0.0)),
         "memory_probe": lambda: (1, 4 << 20, "plain"),
@@ -470,13 +470,14 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         " gate_kind query_scale",
         "gated_delta_net": "z a conv rate dt_bias norm sizes is_tiled state_layer",
         "kimi_delta_attention": "decay_down gate_down conv rate dt_bias norm floor sizes state_layer",
-        "lightning_attention": "num_heads query_norm key_norm decay norm num_groups scale state_layer",
+        "lightning_attention": "num_heads has_silu query_norm key_norm decay norm norm_eps num_groups scale"
+        " state_layer",
         "short_conv": "conv conv_bias input_bias output_bias state_layer",
         "mamba": "conv conv_bias rate dt_bias skip norm sizes dt_limit input_bias output_bias state_layer",
         "routed_ffn": "router_bias width shared shared_score router_norm norm post_norm shared_post_norm"
         " shared_activation latent router_logit_cap weighs_input",
         "dense_ffn": "activation",
-        "Layer": "rotary mixer_post_norm ffn_post_norm scale is_parallel mixer_scale ffn_scale",
+        "Layer": "rotary mixer_post_norm ffn_post_norm scale is_parallel mixer_scale ffn_scale normed_residual",
         "ExpertTable": "hidden activation",
         "replay": "num_experts policy num_slots counted_from",
         "tournament": "depth",

@@ -34,8 +34,8 @@ def sigmoid(x: Doubles) -> Doubles:
     return 1 / (1 + np.exp(-x))
 
 
-def rms(x: Doubles, weight: Floats) -> Doubles:
-    return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + EPS) * weight
+def rms(x: Doubles, weight: Floats, eps: float = EPS) -> Doubles:
+    return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * weight
 
 
 def unit(x: Doubles) -> Doubles:
@@ -73,8 +73,10 @@ class KimiDelta:
         self.conv = [normal(WIDTH, n, seed=9 + i, scale=0.5) for i, n in enumerate(rows[:3])]
         self.rate, self.dt_bias = -np.exp(normal(HEADS, seed=12)), normal(channels, seed=13)
         self.norm = 1 + normal(self.dim, seed=14, scale=0.2)
+
+    def mixer(self) -> native.Mixer:
         (decay_down, decay), (gate_down, gate) = self.factors
-        self.mixer = native.kimi_delta_attention(
+        return native.kimi_delta_attention(
             *(matrix_of(matrix) for matrix in (*self.inputs, decay, gate, self.output)),
             decay_down=None if decay_down is None else matrix_of(decay_down),
             gate_down=None if gate_down is None else matrix_of(gate_down),
@@ -120,6 +122,8 @@ class KimiDelta:
 class Lightning:
     num_groups: int = 1
     has_norms: bool = False
+    has_silu: bool = False
+    is_joined: bool = False  # the rows of q, k and v of each head in turn are one matrix, and nothing rotates
     dim: int = 10
 
     def __post_init__(self) -> None:
@@ -130,14 +134,25 @@ class Lightning:
         self.norms = [1 + normal(self.dim, seed=seed, scale=0.2) for seed in (5, 6)]
         self.norm = 1 + normal(rows, seed=7, scale=0.2)
         self.decay = np.array([0.5, 0.9, 0.99], np.float32)
+
+    def mixer(self) -> native.Mixer:
         query_norm, key_norm = self.norms if self.has_norms else (None, None)
-        self.mixer = native.lightning_attention(
-            *(matrix_of(matrix) for matrix in (*self.inputs, self.output)),
+        inputs = [matrix_of(matrix) for matrix in self.inputs]
+        if self.is_joined:
+            by_head = np.stack(
+                [matrix.reshape(HEADS, self.dim, HIDDEN) for matrix in self.inputs[:3]], axis=1
+            )
+            inputs[:3] = [matrix_of(by_head.reshape(-1, HIDDEN)), None, None]
+        return native.lightning_attention(
+            *inputs,
+            matrix_of(self.output),
             num_heads=HEADS,
+            has_silu=self.has_silu,
             query_norm=query_norm,
             key_norm=key_norm,
             decay=self.decay,
             norm=self.norm,
+            norm_eps=0.03,
             num_groups=self.num_groups,
             scale=0.3,
             state_layer=0,
@@ -148,9 +163,12 @@ class Lightning:
 
     def expected(self, x: Doubles) -> Doubles:
         q, k, v = ((x @ matrix.T).reshape(len(x), HEADS, -1) for matrix in self.inputs[:3])
+        if self.has_silu:
+            q, k, v = (y * sigmoid(y) for y in (q, k, v))
         if self.has_norms:
             q, k = rms(q, self.norms[0]), rms(k, self.norms[1])
-        q, k = turned(q), turned(k)
+        if not self.is_joined:
+            q, k = turned(q), turned(k)
         out = np.empty_like(v)
         for head in range(HEADS):
             state = np.zeros((self.dim, self.dim))
@@ -158,18 +176,30 @@ class Lightning:
                 state = float(self.decay[head]) * state + np.outer(k[t, head], v[t, head])
                 out[t, head] = 0.3 * q[t, head] @ state
         grouped = out.reshape(len(x), self.num_groups, -1)
-        out = rms(grouped, self.norm.reshape(self.num_groups, -1)).reshape(len(x), -1)
+        out = rms(grouped, self.norm.reshape(self.num_groups, -1), eps=0.03).reshape(len(x), -1)
         return out * sigmoid(x @ self.inputs[3].T) @ self.output.T
 
 
 def run(
-    runtime: native.Runtime, case: KimiDelta | Lightning, chunk: int, length: int = LENGTH
+    runtime: native.Runtime,
+    case: KimiDelta | Lightning,
+    chunk: int,
+    length: int = LENGTH,
+    state_sizes: tuple[int, int, int, int, int] | None = None,
 ) -> tuple[Floats, Floats]:
     """Run `length` tokens, `chunk` at a time; return their embeddings, and their hidden states after the layer."""
     embedding, ones, zeros = (
         normal(VOCABULARY, HIDDEN, seed=20),
         np.ones(HIDDEN, np.float32),
         matrix_of(np.zeros((HIDDEN, HIDDEN), np.float32)),
+    )
+    is_joined = isinstance(case, Lightning) and case.is_joined
+    layer = native.Layer(
+        ones,
+        case.mixer(),
+        ones,
+        native.dense_ffn(zeros, zeros, zeros),
+        rotary=None if is_joined else 0,
     )
     stack = native.Stack(
         runtime,
@@ -180,9 +210,9 @@ def run(
         norm_eps=EPS,
         rotaries=[native.Rotary(FREQUENCY, 1.0)],
         activation=("silu", 0.0, 0.0),
-        layers=[native.Layer(ones, case.mixer, ones, native.dense_ffn(zeros, zeros, zeros))],
+        layers=[layer],
         max_tokens=min(length, chunk),
-        recurrent=native.RecurrentState(1, [native.StateShape.delta_net(case.sizes)]),
+        recurrent=native.RecurrentState(1, [native.StateShape.delta_net(state_sizes or case.sizes)]),
     )
     sizes = native.StackSizes(HIDDEN, PAIRS)
     case.add_sizes(sizes)
@@ -219,6 +249,8 @@ CASES: dict[str, KimiDelta | Lightning] = {
     "lightning": Lightning(),
     "lightning_norms": Lightning(has_norms=True, dim=33),
     "lightning_groups": Lightning(num_groups=3, has_norms=True),
+    "lightning_silu": Lightning(has_norms=True, has_silu=True, dim=16),
+    "lightning_joined": Lightning(has_silu=True, is_joined=True, dim=9),
 }
 
 
@@ -235,7 +267,7 @@ def test_a_mixer_meets_numpy_in_every_chunk(name: str, instruction_set: str) -> 
     runtime.close()
 
 
-@pytest.mark.parametrize("name", ["kimi_floor_low_rank", "lightning_groups"])
+@pytest.mark.parametrize("name", ["kimi_floor_low_rank", "lightning_groups", "lightning_joined"])
 def test_4096_tokens_have_the_same_bits_in_every_chunk(name: str) -> None:
     runtime = native.Runtime(2)
     together = run(runtime, CASES[name], 4096, 4096)[1]
@@ -248,11 +280,11 @@ def test_4096_tokens_have_the_same_bits_in_every_chunk(name: str) -> None:
 def test_sizes_that_do_not_fit_are_refused() -> None:
     runtime = native.Runtime(1)
     with pytest.raises(ValueError, match=r"floor is 1\.0.*, expected 0 or less"):
-        KimiDelta(floor=1.0)
-    with pytest.raises(ValueError, match="rows of query modulo num_groups is 2, expected 0"):
-        Lightning(num_groups=7)
-    other = KimiDelta()
-    other.sizes = (HEADS, HEADS, 9, 13, WIDTH)
+        KimiDelta(floor=1.0).mixer()
+    with pytest.raises(ValueError, match="rows of gate modulo num_groups is 2, expected 0"):
+        Lightning(num_groups=7).mixer()
+    with pytest.raises(ValueError, match="q and k in one matrix have no norms"):
+        Lightning(is_joined=True, has_norms=True).mixer()
     with pytest.raises(ValueError, match="the mixer and the recurrent state have different sizes"):
-        run(runtime, other, LENGTH)
+        run(runtime, KimiDelta(), LENGTH, state_sizes=(HEADS, HEADS, 9, 13, WIDTH))
     runtime.close()

@@ -35,6 +35,7 @@ from tests.models.tiny_latent import (
     yarn_of_all_dimensions,
 )
 from tests.models.tiny_llama4 import OF_GGUF, llama4_text
+from tests.models.tiny_minimax import minimax
 from tests.models.tiny_recurrent import lfm2_moe
 from tests.models.tiny_step import FULL, SLIDING, step3p5
 
@@ -160,6 +161,14 @@ HEADS: dict[str, RawConfig] = {
         sliding_window_size=64,
     ),
     "LFM2-MoE": lfm2_moe(**SIZES, num_key_value_heads=2, moe_intermediate_size=256, num_experts=6),
+    "MiniMax-Text-01": minimax(
+        **SIZES,
+        num_key_value_heads=2,
+        head_dim=64,
+        rotary_dim=32,
+        num_local_experts=6,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+    ),
     "MiniMax-M2": minimax_m2(**SIZES, num_key_value_heads=2, head_dim=64, rotary_dim=32, num_local_experts=6),
 }
 
@@ -288,7 +297,7 @@ def test_q_k_v_and_z_are_read_from_one_matrix_as_in_llama_cpp(tmp_path: Path) ->
 
 
 # Every expert is chosen, as a rounded score that changed a choice would hide what 8-bit activations cost.
-@pytest.mark.parametrize("name", ["GLM-4.6", "OLMoE", "MiniMax-M2", "LFM2-MoE"])
+@pytest.mark.parametrize("name", ["GLM-4.6", "OLMoE", "MiniMax-M2", "MiniMax-Text-01", "LFM2-MoE"])
 def test_logits_of_quantised_models_are_close_to_llama_cpp_s(name: str, tmp_path: Path) -> None:
     config = HEADS[name] | {"num_experts_per_tok": 6}
     assert divergence_from_peer(tmp_path / "model.gguf", config, "Q8_0") <= 0.002

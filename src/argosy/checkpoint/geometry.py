@@ -22,6 +22,7 @@ from argosy.config import (
     Format,
     KimiDeltaConfig,
     LatentConfig,
+    LightningConfig,
     MambaConfig,
     Mixer,
     ModelConfig,
@@ -131,6 +132,8 @@ def _mixer_shapes(mixer: Mixer, hidden: int) -> Iterator[tuple[str, Shape]]:
             return _short_conv_shapes(mixer, hidden)
         case MambaConfig():
             return _mamba_shapes(mixer, hidden)
+        case LightningConfig():
+            return _lightning_shapes(mixer, hidden)
 
 
 def _attention_shapes(attention: AttentionConfig, hidden: int) -> Iterator[tuple[str, Shape]]:
@@ -259,6 +262,20 @@ def _mamba_shapes(mamba: MambaConfig, hidden: int) -> Iterator[tuple[str, Shape]
     if mamba.has_bias:
         yield "mamba_in_bias", (rows,)
         yield "mamba_out_bias", (hidden,)
+
+
+def _lightning_shapes(lightning: LightningConfig, hidden: int) -> Iterator[tuple[str, Shape]]:
+    rows = lightning.channels
+    if lightning.has_joined_qkv:
+        yield "lightning_qkv", (3 * rows, hidden)
+    else:
+        yield from ((f"lightning_{name}", (rows, hidden)) for name in "qkv")
+    if lightning.has_qk_norm:
+        yield "lightning_q_norm", (lightning.head_dim,)
+        yield "lightning_k_norm", (lightning.head_dim,)
+    yield "lightning_gate", (rows, hidden)
+    yield "lightning_norm", (rows,)
+    yield "lightning_out", (hidden, rows)
 
 
 def _dense_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:

@@ -17,9 +17,8 @@ from argosy.config.model import (
     RouterConfig,
 )  # fmt: skip
 from argosy.config.mixers import (
-    AttentionConfig, DeltaConfig, IndexConfig, KimiDeltaConfig, LatentConfig, MambaConfig, Mixer, QueryScale,
-    RecurrentMixer,
-    RopeConfig, ShortConvConfig,
+    AttentionConfig, DeltaConfig, IndexConfig, KimiDeltaConfig, LatentConfig, LightningConfig, MambaConfig, Mixer,
+    QueryScale, RecurrentMixer, RopeConfig, RotaryMixer, ShortConvConfig,
 )  # fmt: skip
 from argosy.config.sampling import (
     CHOOSING, EFFORTS, ENDING, LENIENT_SCHEMA, MAX_GRAMMAR_CHARACTERS, SAMPLING, THINKING, Grammar, Preset,

@@ -240,5 +240,37 @@ class MambaConfig:
         return self.num_heads, self.head_dim, self.state_dim, self.num_groups, self.conv_width
 
 
-RecurrentMixer = DeltaConfig | KimiDeltaConfig | ShortConvConfig | MambaConfig
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LightningConfig:
+    """Lightning attention (arXiv:2401.04658): linear attention whose heads forget at fixed rates."""
+
+    slopes: tuple[float, ...]  # of each head: a token's share in the state falls by e^-slope with every token
+    head_dim: int
+    norm_eps: float  # for the norm of the output
+    num_groups: int = (
+        1  # parts of equal size of all heads' output, each with its own RMSNorm, before the gate
+    )
+    rope: RopeConfig | None = None  # None: nothing rotates
+    has_qk_norm: bool = False  # RMSNorm over each head of q and k, before rotary
+    has_silu: bool = False  # q, k and v become silu of themselves, first
+    # One matrix has the rows of q, k and v of each head in turn; without norms and rotary.
+    has_joined_qkv: bool = False
+    scale: float = 1.0  # multiplies q . k
+
+    @property
+    def num_heads(self) -> int:
+        return len(self.slopes)
+
+    @property
+    def channels(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """The sizes as `_native` expects them: those of a delta net without a convolution."""
+        return self.num_heads, self.num_heads, self.head_dim, self.head_dim, 1
+
+
+RecurrentMixer = DeltaConfig | KimiDeltaConfig | ShortConvConfig | MambaConfig | LightningConfig
 Mixer = AttentionConfig | LatentConfig | RecurrentMixer
+RotaryMixer = AttentionConfig | LatentConfig | LightningConfig  # they have `rope`, which may be None

@@ -12,6 +12,7 @@ from argosy.config.mixers import (
     Mixer,
     RecurrentMixer,
     RopeConfig,
+    RotaryMixer,
 )
 
 _MixerT = TypeVar("_MixerT", bound=Mixer)
@@ -154,6 +155,8 @@ class ModelConfig:
     has_layer_scale: bool = False  # a factor of the hidden state after each layer: `layer_scale`
     embedding_scale: float = 1.0  # factor of the embeddings of tokens
     residual_scale: float = 1.0  # factor of what the mixer, or the networks together, add to the hidden state
+    # Not 0: they add it to this factor times what they read, after its norm, instead of the hidden state.
+    normed_residual: float = 0.0
     logit_scale: float = 1.0  # factor of the logits, before the cap
     logit_cap: float = 0.0  # logits become cap * tanh(logit / cap); 0: unchanged
     norm_offset: float = 0.0  # added to stored norm weights: 1 where they are zero-centred
@@ -207,7 +210,7 @@ class ModelConfig:
     @property
     def ropes(self) -> tuple[RopeConfig, ...]:
         """The different rotary embeddings of the layers."""
-        ropes = (layer.mixer.rope for layer in self.layers if not isinstance(layer.mixer, RecurrentMixer))
+        ropes = (layer.mixer.rope for layer in self.layers if isinstance(layer.mixer, RotaryMixer))
         return tuple(dict.fromkeys(rope for rope in ropes if rope is not None))
 
     @property

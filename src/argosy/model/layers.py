@@ -19,11 +19,13 @@ from argosy.config import (
     KimiDeltaConfig,
     LatentConfig,
     LayerConfig,
+    LightningConfig,
     MambaConfig,
     Mixer,
     ModelConfig,
     QueryScale,
     RecurrentMixer,
+    RotaryMixer,
     ShortConvConfig,
 )
 from argosy.errors import CheckpointError
@@ -47,6 +49,7 @@ def describe_layers(config: ModelConfig, weights: DenseWeights) -> list[_native.
             is_parallel=config.is_parallel,
             mixer_scale=config.residual_scale,
             ffn_scale=_ffn_scale(config, i),
+            normed_residual=config.normed_residual,
         )
         for i, layer in enumerate(config.layers)
     ]
@@ -54,7 +57,7 @@ def describe_layers(config: ModelConfig, weights: DenseWeights) -> list[_native.
 
 def _rotary(config: ModelConfig, mixer: Mixer) -> int | None:
     """Return the number of the mixer's rotary embedding, or None if nothing rotates."""
-    rope = None if isinstance(mixer, RecurrentMixer) else mixer.rope
+    rope = mixer.rope if isinstance(mixer, RotaryMixer) else None
     return None if rope is None else config.ropes.index(rope)
 
 
@@ -133,6 +136,8 @@ def _mixer(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Mi
             return _short_conv(name + "shortconv_", weights, state_layer)
         case MambaConfig() as mamba:
             return _mamba(mamba, name + "mamba_", weights, state_layer)
+        case LightningConfig() as lightning:
+            return _lightning(lightning, name + "lightning_", weights, state_layer)
 
 
 def _attention(attention: AttentionConfig, name: str, weights: DenseWeights) -> _native.Mixer:
@@ -239,6 +244,30 @@ def _mamba(mamba: MambaConfig, name: str, weights: DenseWeights, state_layer: in
     )
 
 
+def _lightning(
+    lightning: LightningConfig, name: str, weights: DenseWeights, state_layer: int
+) -> _native.Mixer:
+    """Lightning attention (arXiv:2401.04658)."""
+    matrices, vectors = weights.matrices, weights.vectors
+    return _native.lightning_attention(
+        matrices[name + ("qkv" if lightning.has_joined_qkv else "q")],
+        matrices.get(name + "k"),
+        matrices.get(name + "v"),
+        matrices[name + "gate"],
+        matrices[name + "out"],
+        num_heads=lightning.num_heads,
+        has_silu=lightning.has_silu,
+        query_norm=vectors.get(name + "q_norm"),
+        key_norm=vectors.get(name + "k_norm"),
+        decay=np.exp(-np.array(lightning.slopes)).astype(np.float32),
+        norm=vectors[name + "norm"],
+        norm_eps=lightning.norm_eps,
+        num_groups=lightning.num_groups,
+        scale=lightning.scale,
+        state_layer=state_layer,
+    )
+
+
 def _decay_rate(name: str, weights: DenseWeights, *, is_log: bool, has_sign: bool = True) -> Vector:
     """The decay rate of each head. Without a sign, a file may also store minus the rate.
 
@@ -314,7 +343,7 @@ def kv_shape(mixer: Mixer) -> _native.KvShape:
 
 def _state_shape(mixer: RecurrentMixer) -> _native.StateShape:
     match mixer:
-        case DeltaConfig() | KimiDeltaConfig():
+        case DeltaConfig() | KimiDeltaConfig() | LightningConfig():
             return _native.StateShape.delta_net(mixer.sizes)
         case ShortConvConfig():
             return _native.StateShape.short_conv(mixer.channels, mixer.conv_width)
@@ -348,7 +377,7 @@ def _add_mixer_sizes(sizes: _native.StackSizes, mixer: Mixer) -> None:
                 ),
                 mixer.num_heads if mixer.has_head_gates else 0,
             )
-        case DeltaConfig():
+        case DeltaConfig() | LightningConfig():
             sizes.add_delta_net(mixer.sizes)
         case KimiDeltaConfig():
             sizes.add_kimi_delta(mixer.sizes, mixer.decay_rank + mixer.gate_rank)

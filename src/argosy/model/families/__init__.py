@@ -67,6 +67,7 @@ FAMILIES: Mapping[str, Family] = {
             "attention.llama4_text", "wrappers.llama4",
             "attention.step3p5", "wrappers.step3p7",
             "attention.granitemoe", "attention.granitemoeshared", "attention.ernie4_5_moe",
+            "recurrent.minimax",
             "recurrent.lfm2_moe", "recurrent.kimi_linear", "recurrent.bailing_hybrid",
             "wrappers.qwen3_vl_moe", "wrappers.qwen3_omni_moe", "wrappers.glm4v_moe", "wrappers.gemma4",
             "latent.axk1", "wrappers.kimi_vl", "latent.deepseek_v32", "latent.glm_moe_dsa", "latent.mistral4",

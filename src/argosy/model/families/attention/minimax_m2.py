@@ -76,11 +76,10 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
             partial_rotary_factor=1.0,
         ),
     )
-    heads = common.attention
-    rope = _read_rotary_dim(reader, heads.pop("rope"), heads["head_dim"])
+    attention = AttentionConfig(**common.attention, qk_norm="flat")
+    attention = replace(attention, rope=read_rotary_dim(reader, attention))
     num_layers = reader.integer("num_hidden_layers", default=62, most=MOST_LAYERS)
     _read_other_generations(reader)
-    attention = AttentionConfig(**heads, rope=rope, qk_norm="flat")
     config = ModelConfig(
         family=MODEL_TYPE,
         layers=(LayerConfig(mixer=attention, is_moe=True),) * num_layers,
@@ -116,9 +115,11 @@ def open_gguf(file: GgufFile) -> ModelFiles:
     return read_gguf_layout(file, config, is_paired=False, has_rope_freqs=False)
 
 
-def _read_rotary_dim(reader: ConfigReader, rope: RopeConfig, head_dim: int) -> RopeConfig:
+def read_rotary_dim(reader: ConfigReader, attention: AttentionConfig) -> RopeConfig:
     """The rotary embedding with `rotary_dim` dimensions, if the file gives it."""
-    rotary_dim = reader.optional_integer("rotary_dim")
+    rotary_dim, head_dim = reader.optional_integer("rotary_dim"), attention.head_dim
+    rope = attention.rope
+    assert rope is not None
     if rotary_dim is None:
         return rope
     if rotary_dim > head_dim or rotary_dim % 2:
