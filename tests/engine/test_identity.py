@@ -40,6 +40,7 @@ from tests.models.tiny import (
     write_model,
 )
 from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
+from tests.models.tiny_dense import gemma3_text
 from tests.models.tiny_gemma import gemma4
 from tests.models.tiny_gqa import mimo_v2_flash
 from tests.models.tiny_kda import bailing_hybrid
@@ -138,6 +139,9 @@ CONFIGS = {
         partial_rotary_factors=[0.5, 1.0, 1.0, 0.5],
         rope_theta=1e4,
     ),
+    "gemma3_text": gemma3_text(  # no experts, norms after blocks, rotary embedding by layer
+        max_position_embeddings=1024, hidden_size=72, num_hidden_layers=4, vocab_size=112
+    ),
     "mimo_v2_flash": mimo_v2_flash(  # values of another width than keys, KV heads by layer, sinks in windows
         max_position_embeddings=1024,
         hidden_size=72,
@@ -172,6 +176,7 @@ CASES = [
     ("glm_moe_dsa", "q8"),
     ("qwen3_5_moe_text", "q8"),
     ("gemma4", "q8"),
+    ("gemma3_text", "q4"),
 ]
 CASES += [("gpt_oss", "source"), ("gpt_oss", "mxfp4"), ("llama4_text", "source"), ("llama4_text", "q8")]
 CONFIGS["gpt_oss"] = GPT_OSS
@@ -197,6 +202,7 @@ IN_SHORT = [
             "deepseek_v3",
             "glm_moe_dsa",
             "gemma4",
+            "gemma3_text",
         )
     ),
     *(("qwen3_moe", format) for format in ("q8", "q4")),
@@ -254,6 +260,8 @@ class Case:
 
     def engine(self, **options: Any) -> Engine:
         settings = {"memory": "4GiB", "threads": 1, "instruction_set": self.instruction_set} | options
+        if not self.num_experts:
+            settings.pop("expert_slots", None)
         settings.setdefault("prefix_reuse", False)  # `test_prefix.py` tests prefix hits
         return Engine.open(self.directory, **settings)
 
@@ -340,6 +348,8 @@ def resident(case: Case) -> Answers:
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("size", ["floor", "share"])
 def test_a_small_expert_cache_changes_nothing(case: Case, size: str) -> None:
+    if not case.num_experts:
+        pytest.skip("there are no experts")
     share = case.in_turn([0.25, 0.5]) if size == "share" else 0
     num_slots = max(case.experts_per_token, int(share * case.num_experts))
     with case.engine(expert_slots=num_slots) as engine:
@@ -493,6 +503,8 @@ BY_SOCKET_IN_SHORT = [
 )
 def test_experts_in_another_process_change_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """A socket carries rows there and outputs back, in an order other than the router's."""
+    if not case.num_experts:
+        pytest.skip("there are no experts")
     runner = ProcessRunner(
         case.directory,
         "smallest cache",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from tests.families import published_dense as dense
 from tests.families.hub_configs import (
     AXK1,
     JOYAI_LLM_FLASH,
@@ -1065,6 +1066,17 @@ PUBLISHED = (
     Published("Qwen3-Omni-30B-A3B", QWEN3_OMNI, 30.5),
     Published("Gemma-4-26B-A4B", GEMMA_4_26B, 25.2),
     Published("GLM-4.5V", GLM_45V, 106.9),
+    Published("Qwen3-0.6B", dense.QWEN3_06B, 0.596),
+    Published("Qwen3-4B", dense.QWEN3_4B, 4.02),
+    Published("Qwen3-8B", dense.qwen3(), 8.19),
+    Published("Qwen3-Embedding-0.6B", dense.QWEN3_EMBEDDING_06B, 0.596),
+    Published("Qwen3-Reranker-0.6B", dense.QWEN3_RERANKER_06B, 0.596),
+    Published("Llama-3.1-8B", dense.LLAMA_31_8B, 8.03),
+    Published("Llama-3.2-1B", dense.LLAMA_32_1B, 1.24),
+    Published("Mistral-7B-v0.3", dense.MISTRAL_7B, 7.25),
+    Published("Gemma-3-1B", dense.GEMMA_3_1B, 1.0),
+    Published("Gemma-3-4B", dense.GEMMA_3_4B, 3.88),
+    Published("Gemma-3-27B", dense.GEMMA_3_27B, 27.0),
     Published("Solar-Open-100B", SOLAR_OPEN, 102.6),
     Published("dots.llm1", DOTS1, 142.8),
     Published("Ling-mini-2.0", LING_MINI_2, 16.3),

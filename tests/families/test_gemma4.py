@@ -134,7 +134,7 @@ REFUSED: list[tuple[RawConfig, str]] = [
     (gemma4(rope_parameters=ropes(**{FULL: None})), "rope_parameters.full_attention is None, expected an object"),
     (gemma4(rope_parameters=ropes(chunked_attention={})), "rope_parameters sets chunked_attention; supported: "),
     (gemma4(rope_parameters=ropes(**{FULL: {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}})),
-     "rope_parameters.full_attention asks for rope_type yarn; supported: default, proportional"),
+     "rope_parameters.full_attention asks for rope_type yarn; supported: default, linear, proportional"),
     (gemma4(rope_parameters=ropes(**{FULL: {"rope_type": "proportional", "rope_theta": 1e6, "beta_fast": 4.0}})),
      "rope_parameters.full_attention sets beta_fast to 4.0, but kind 'proportional' does not know this key"),
     (gemma4(rope_parameters=ropes(**{FULL: {"rope_type": "proportional"}})),

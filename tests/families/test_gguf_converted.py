@@ -33,7 +33,8 @@ Metadata = dict[str, Any]
 CONVERTED: dict[str, Metadata] = json.loads(RECORD.read_text())
 MADE_WITH = CONVERTED.pop("made with")
 CONFIGS = configs()
-ARCHITECTURES = {metadata["general.architecture"]: name for name, metadata in CONVERTED.items()}
+# The first of each, which for `llama` is a mixture.
+ARCHITECTURES = {CONVERTED[name]["general.architecture"]: name for name in reversed(CONVERTED)}
 # Keys that the recorded commit of llama.cpp writes and the `gguf` package on PyPI does not know yet.
 NEWER_THAN_THE_PACKAGE = {"attention.indexer.types", "attention.recurrent_layers"}
 
@@ -61,14 +62,15 @@ def deciding_tensors(config: ModelConfig, architecture: str) -> dict[str, tuple[
     """The tensors that tell readers what the metadata does not."""
     shapes = {"token_embd.weight": (config.vocab_size, config.hidden_size)}
     needed = {name for name, _ in dense_shapes(config)}
+    probe = next(iter(config.moe_layers), 0)
     present = {
         "output.weight": not config.is_embedding_tied,
         "blk.0.attn_q.bias": "layers.0.q_bias" in needed,
         "blk.0.attn_q_norm.weight": "layers.0.q_norm" in needed,
-        f"blk.{config.moe_layers[0]}.exp_probs_b.bias": config.router.has_choice_bias,
+        f"blk.{probe}.exp_probs_b.bias": config.router.has_choice_bias,
         "blk.0.indexer.attn_q_b.weight": "layers.0.index_q" in needed,
-        f"blk.{config.moe_layers[0]}.exp_probs_b": architecture == "hy_v3",
-        f"blk.{config.moe_layers[0]}.ffn_gate_inp.weight": architecture == "hy_v3",
+        f"blk.{probe}.exp_probs_b": architecture == "hy_v3",
+        f"blk.{probe}.ffn_gate_inp.weight": architecture == "hy_v3",
         "blk.0.ssm_ba.weight": architecture == "qwen3next",
         "blk.0.ssm_alpha.weight": architecture == "qwen35moe",
         "rope_freqs.weight": architecture == "gemma4",
@@ -157,6 +159,9 @@ def test_converted_metadata_means_the_same_as_config_json(name: str, tmp_path: P
         layout = {name: getattr(found.delta, name) for name in LAYOUT_OF_DELTA}
         expected = expected.with_mixers(DeltaConfig, **layout)
     expected = in_float32(expected)
+    if expected.latent is None and expected.ropes[0].kind == "llama3":  # the tensor rope_freqs.weight scales
+        assert found.ropes[0].theta == expected.ropes[0].theta
+        expected = expected.with_mixers(AttentionConfig, rope=found.ropes[0])
     # These fields differ: a GGUF decides them by tensors, which are not here, or the conversion has changed them.
     assert found == replace(
         expected,
@@ -164,7 +169,7 @@ def test_converted_metadata_means_the_same_as_config_json(name: str, tmp_path: P
         eos_ids=found.eos_ids,
         bos_id=found.bos_id,
         dense_width=found.dense_width
-        if len(expected.moe_layers) == expected.num_layers
+        if 0 < len(expected.moe_layers) == expected.num_layers
         else expected.dense_width,
         num_mtp_layers=found.num_mtp_layers,
         normed_residual=float(f"{expected.normed_residual:.8g}"),  # a float32
@@ -178,7 +183,8 @@ def test_its_tokenizer_is_known(name: str) -> None:
     assert (
         pre in WORDS
         if pre is not None
-        else CONFIGS[name]["model_type"] in ("mixtral", "gemma4", "ernie4_5_moe")
+        else CONFIGS[name]["model_type"]
+        in ("mixtral", "mistral", "gemma3", "gemma3_text", "gemma4", "ernie4_5_moe")
     )
 
 

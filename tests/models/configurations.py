@@ -7,6 +7,7 @@ writes the margins into the reference's metadata.
 from __future__ import annotations
 
 from tests.models.configuration import Configuration, yarn
+from tests.models.configurations_dense import DENSE
 from tests.models.configurations_flags import FLAGS
 from tests.models.configurations_gemma import GEMMA
 from tests.models.configurations_gqa import GQA
@@ -509,6 +510,7 @@ CONFIGURATIONS = (
     *LIGHTNING,
     *WRAPPED,
     *STEP,
+    *DENSE,
     *GEMMA,
     *GQA,
     *WINDOWS,

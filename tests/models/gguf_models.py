@@ -19,7 +19,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
-from tests.models import gguf_windows, tiny_gqa, tiny_grouped, tiny_llama4, tiny_windows
+from tests.models import gguf_windows, tiny_dense, tiny_gqa, tiny_grouped, tiny_llama4, tiny_windows
 from tests.models.safetensors_file import Array, write_checkpoint
 from tests.models.tiny import RawConfig, head_dim, moe_layers, num_experts, random_tensors, text_of
 from tests.models.tiny_latent import INDEXED_FAMILIES, LATENT_FAMILIES, MISTRAL_FAMILIES
@@ -51,7 +51,13 @@ ARCHITECTURES = {
     "mellum": "mellum",
     "afmoe": "afmoe",
     "laguna": "laguna",
+    "qwen3": "qwen3",
+    "llama": "llama",
+    "mistral": "llama",
+    "gemma3_text": "gemma3",
+    "gemma3": "gemma3",
 }
+_PAIRED = ("mixtral", "llama", "mistral")  # rows of q and k are in adjacent pairs
 _SIGMOID = ("glm4_moe", *tiny_grouped.FAMILIES)
 # Types to which the `gguf` package does not quantise: the offset of the float16 scale, the offset of the scale of the
 # minima if there is one, and the factor that makes the mean 0. IQ1_M's scale lies in four words of its blocks;
@@ -118,6 +124,8 @@ _NAMES = {
     "self_attn.indexer.wk": "indexer.attn_k",
     "self_attn.indexer.k_norm": "indexer.k_norm",
     "self_attn.indexer.weights_proj": "indexer.proj",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -264,10 +272,11 @@ def write_gguf_model(
         split_max_tensors=tensors_per_part,
         small_first_shard=has_bare_first_part,
     )
+    text = config | text_of(config) | {"model_type": config["model_type"]}
     if config["model_type"] in LATENT_FAMILIES:
         add_latent_metadata(writer, text_of(config), split_kv=split_kv)
     else:
-        add_metadata(writer, config)
+        add_metadata(writer, text)
     if sections:
         writer.add_rope_dimension_sections([*sections, 0])
         if architecture == "qwen3moe":
@@ -291,7 +300,10 @@ def write_gguf_model(
             exact[hub_name] = add_split_kv(writer, name, values, text_of(config), type_of, rng)
             continue
         type_name = type_of(name)
-        blocks, kept = to_blocks(values.astype(np.float32), type_name, rng)
+        # Norms of Gemma 3 are stored whole.
+        offset = 1.0 if config["model_type"] in tiny_dense.GEMMA and name.endswith("norm.weight") else 0.0
+        blocks, kept = to_blocks(values.astype(np.float32) + np.float32(offset), type_name, rng)
+        kept = kept - np.float32(offset)
         if has_factors and type_name == "NVFP4":
             factors.setdefault(name, []).append(rng.uniform(0.5, 2.0))
             kept = kept * np.float32(factors[name][-1])
@@ -408,11 +420,13 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
     if config["model_type"] in tiny_windows.FAMILIES:
         gguf_windows.add_metadata(writer, config)
     else:
-        writer.add_rope_freq_base((config.get("rope_parameters") or config)["rope_theta"])
+        rope = config.get("rope_parameters") or config
+        writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     eps = (config.get(name) for name in ("rms_norm_eps", "layernorm_epsilon", "norm_eps"))
     writer.add_layer_norm_rms_eps(next(filter(None, eps)))
-    writer.add_expert_count(num_experts(config))
-    writer.add_expert_used_count(config["num_experts_per_tok"])
+    if num_experts(config):
+        writer.add_expert_count(num_experts(config))
+        writer.add_expert_used_count(config["num_experts_per_tok"])
     scaling = config.get("rope_scaling")
     if config["model_type"] in ("gpt_oss", "solar_open") and scaling is not None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
@@ -432,6 +446,8 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
     elif config["model_type"] == "minimax_m2":
         writer.add_expert_feed_forward_length(width)
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    elif config["model_type"] in tiny_dense.FAMILIES:
+        add_dense_metadata(writer, config)
     elif config["model_type"] not in ("mixtral", "olmoe"):
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     if config["model_type"] == "lfm2_moe":
@@ -467,8 +483,27 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
     writer.add_eos_token_id(eos[0] if isinstance(eos, list) else eos)
     if isinstance(eos, list):
         writer.add_eot_token_id(eos[1])
-    may_start_dense = (*_SIGMOID, *tiny_windows.FAMILIES, "lfm2_moe", "llama4_text", "mimo_v2_flash")
+    may_start_dense = (
+        *_SIGMOID,
+        *tiny_windows.FAMILIES,
+        *tiny_dense.FAMILIES,
+        "lfm2_moe",
+        "llama4_text",
+        "mimo_v2_flash",
+    )
     assert config["model_type"] in may_start_dense or len(moe_layers(config)) == config["num_hidden_layers"]
+
+
+def add_dense_metadata(writer: GGUFWriter, config: RawConfig) -> None:
+    """Write what models without experts have of their own."""
+    scaling, window = config.get("rope_scaling"), config.get("sliding_window")
+    if scaling is not None and scaling["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(scaling["factor"])
+    if config["model_type"] in ("mistral", *tiny_dense.GEMMA) and window:
+        writer.add_sliding_window(window)
+    if cap := config.get("final_logit_softcapping"):
+        writer.add_final_logit_softcapping(cap)
 
 
 def add_kinds_of_layers(writer: GGUFWriter, config: RawConfig) -> None:
@@ -597,14 +632,14 @@ def gguf_name(hub_name: str, config: RawConfig) -> tuple[str, int, bool]:
     if ".experts." in part:
         return f"blk.{layer}.ffn_{_SWIGLU[part.rpartition('.')[2]]}_exps.weight", 0, True
     heads = 0
-    if config["model_type"] == "mixtral" and part in ("self_attn.q_proj", "self_attn.k_proj"):
+    if config["model_type"] in _PAIRED and part in ("self_attn.q_proj", "self_attn.k_proj"):
         heads = config["num_attention_heads" if part == "self_attn.q_proj" else "num_key_value_heads"]
     if suffix in ("sinks", "attention_sink_bias"):
         return f"blk.{layer}.attn_sinks.weight", 0, False
     if suffix == "e_score_correction_bias":
         return f"blk.{layer}.exp_probs_b.bias", 0, False
     if (
-        config["model_type"] in ("gpt_oss", "glm4_moe", "solar_open", "afmoe")
+        config["model_type"] in ("gpt_oss", "glm4_moe", "solar_open", "afmoe", *tiny_dense.GEMMA)
         and part == "post_attention_layernorm"
     ):
         return f"blk.{layer}.post_attention_norm.weight", 0, False

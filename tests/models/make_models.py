@@ -77,7 +77,11 @@ def load(directory: Path) -> transformers.PreTrainedModel:
     if family == "bailing_moe":  # nor for Ling's, but Sarvam's has the same names and mathematics
         how["config"] = transformers.SarvamMoEConfig(**raw | {"model_type": "sarvam_moe"})
     cls = transformers.AutoModelForCausalLM
-    if family in (*TEXT_FAMILIES, GEMMA):  # the whole model: there is no class for the text part alone
+    if family in (
+        *TEXT_FAMILIES,
+        GEMMA,
+        "gemma3",
+    ):  # the whole model: there is no class for the text part alone
         cls = transformers.AutoModelForImageTextToText
     if family == "qwen3_omni_moe":
         how["config"] = transformers.AutoConfig.from_pretrained(directory).thinker_config
@@ -175,7 +179,7 @@ def answer(model: transformers.PreTrainedModel, token_ids: list[int], num_tokens
     return Answer(
         logits=logits,
         greedy=greedy,
-        router_margin=min(margins),
+        router_margin=min(margins, default=1.0),
         greedy_margin=greedy_margin,
         index_margin=index_margin,
     )

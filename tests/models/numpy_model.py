@@ -15,10 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from tests.models import (
+    numpy_dense,
     numpy_llama4,
     numpy_recurrent,
     numpy_windows,
     tiny_delta,
+    tiny_dense,
     tiny_flags,
     tiny_gemma,
     tiny_gqa,
@@ -96,6 +98,7 @@ class NumpyModel:
 
     is_delta = False  # some layers have a gated delta net, and norms are zero-centred
     is_gemma = False
+    is_gemma3 = False
 
     def __init__(self, directory: Path) -> None:
         raw: RawConfig = json.loads((directory / "config.json").read_text())
@@ -105,6 +108,7 @@ class NumpyModel:
         self.config = self.config | {"model_type": TEXT_TYPES.get(family, family)}
         self.is_delta = self.config["model_type"] in tiny_delta.FAMILIES
         self.is_gemma = self.config["model_type"] == tiny_gemma.FAMILY
+        self.is_gemma3 = self.config["model_type"] in tiny_dense.GEMMA
         self.kinds = tiny_delta.layer_kinds(self.config) if self.is_delta else []
         is_wrapped = self.config.keys() != raw.keys()
         names = (
@@ -143,7 +147,7 @@ class NumpyModel:
             self.places(len(token_ids), spans, layer) for layer in range(self.config["num_hidden_layers"])
         ]
         hidden = self.tensors["model.embed_tokens.weight"][token_ids]
-        if self.is_gemma:
+        if self.is_gemma or self.is_gemma3:
             hidden = hidden * math.sqrt(hidden.shape[1])
         hidden = hidden * self.config.get("embedding_multiplier", 1.0)
         if self.config.get("mup_enabled"):
@@ -156,7 +160,9 @@ class NumpyModel:
             normed = hidden
             if prefix + "input_layernorm.weight" in self.tensors:
                 normed = self.norm(prefix + "input_layernorm", hidden)
-            if self.config["model_type"] in tiny_flags.FAMILIES:
+            if self.is_gemma3:
+                hidden = numpy_dense.run_layer(self, layer, hidden, places[layer])
+            elif self.config["model_type"] in tiny_flags.FAMILIES:
                 hidden = run_layer(self, layer, hidden, places[layer])
             elif self.config["model_type"] in tiny_windows.FAMILIES:
                 hidden = numpy_windows.run_layer(self, layer, hidden, places[layer])
@@ -206,6 +212,8 @@ class NumpyModel:
             frequency, scale = gemma_frequencies(self.config["rope_parameters"][kind], dim), 1.0
             if kind == "full_attention":  # stays causal within media
                 spans = replace(spans, sees_until=None)
+        elif self.is_gemma3:
+            frequency, scale = numpy_dense.frequencies(self.config, self.windows[layer]), 1.0
         elif self.config["model_type"] in tiny_gqa.FAMILIES:
             frequency, scale = tiny_gqa.frequencies(self.config, layer), 1.0
         elif self.config["model_type"] in tiny_windows.FAMILIES:
@@ -239,7 +247,7 @@ class NumpyModel:
         mean_square = (x * x).mean(axis=-1, keepdims=True)
         eps = self.config.get("rms_norm_eps", self.config.get("layernorm_epsilon")) if eps is None else eps
         # Norms are zero-centred in delta families.
-        weight = self.tensors[name + ".weight"] + (1 if self.is_delta else 0) if name else 1
+        weight = self.tensors[name + ".weight"] + (1 if self.is_delta or self.is_gemma3 else 0) if name else 1
         return weight * x / np.sqrt(mean_square + eps)
 
     def linear(self, name: str, x: Array) -> Array:
@@ -275,7 +283,10 @@ class NumpyModel:
         out = np.empty((*q.shape[:2], v.shape[2]))
         for head in range(q.shape[1]):
             scores = q[:, head] @ k[:, head // heads_per_kv_head].T
-            scores = scores if self.is_gemma else scores * self.config.get("attention_multiplier", dim**-0.5)
+            if self.is_gemma3:
+                scores = scores * self.config["query_pre_attn_scalar"] ** -0.5
+            elif not self.is_gemma:
+                scores = scores * self.config.get("attention_multiplier", dim**-0.5)
             scores = np.where(is_seen, scores, -np.inf)
             sinks = self.tensors.get(prefix + "sinks", self.tensors.get(prefix + "attention_sink_bias"))
             if sinks is not None:
@@ -510,6 +521,8 @@ def sliding_windows(config: RawConfig) -> list[int]:
         return [window] * num_layers
     if config["model_type"] in tiny_windows.FAMILIES:
         return tiny_windows.windows(config)
+    if config["model_type"] in tiny_dense.FAMILIES:
+        return tiny_dense.windows(config)
     if config["model_type"] in tiny_gqa.FAMILIES:
         return tiny_gqa.windows(config)
     if config["model_type"] == tiny_gemma.FAMILY:

@@ -10,6 +10,7 @@ import pytest
 
 from tests.models import (
     tiny_delta,
+    tiny_dense,
     tiny_flags,
     tiny_gemma,
     tiny_gqa,
@@ -97,6 +98,7 @@ def test_the_references_cover_every_flag() -> None:
         *tiny_windows.FAMILIES,
         *tiny_delta.FAMILIES,
         *tiny_recurrent.FAMILIES,
+        *tiny_dense.FAMILIES,
         *tiny_kda.FAMILIES,
         *tiny_llama4.FAMILIES,
         *tiny_minimax.FAMILIES,

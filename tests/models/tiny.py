@@ -19,6 +19,7 @@ import numpy as np
 
 from tests.models import (
     tiny_delta,
+    tiny_dense,
     tiny_flags,
     tiny_gemma,
     tiny_gqa,
@@ -357,9 +358,12 @@ def head_dim(config: RawConfig) -> int:
 def num_experts(config: RawConfig) -> int:
     text = text_of(config)
     return next(
-        text[name]
-        for name in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-        if name in text
+        (
+            text[name]
+            for name in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+            if name in text
+        ),
+        0,
     )
 
 
@@ -375,6 +379,8 @@ def moe_layers(config: RawConfig) -> list[int]:
         return [i for i in range(config["num_hidden_layers"]) if tiny_windows.is_moe(config, i)]
     if config["model_type"] in tiny_step.FAMILIES:
         return tiny_step.moe_layers(config)
+    if config["model_type"] in tiny_dense.FAMILIES:
+        return []
     if config["model_type"] in tiny_gqa.FAMILIES:
         return tiny_gqa.moe_layers(config)
     if config["model_type"] in tiny_llama4.FAMILIES:
@@ -391,6 +397,8 @@ def tensor_shapes(config: RawConfig) -> dict[str, tuple[int, ...]]:
         # On the hub, the experts of Qwen3.5 are fused.
         is_fused = config["model_type"] != "qwen3_next"
         return tiny_delta.delta_tensor_shapes(config, moe_layers(config), is_fused=is_fused)
+    if config["model_type"] in tiny_dense.FAMILIES:
+        return tiny_dense.dense_shapes(config)
     if config["model_type"] in tiny_recurrent.FAMILIES:
         return tiny_recurrent.lfm2_shapes(config)
     if config["model_type"] in tiny_minimax.FAMILIES:
@@ -519,6 +527,7 @@ def random_tensors(config: RawConfig, seed: int, dtype: str) -> dict[str, Array]
                 config["model_type"] in (*tiny_delta.FAMILIES, *tiny_step.FAMILIES)
                 and "linear_attn" not in name
             )
+            is_zero_centred |= config["model_type"] in tiny_dense.GEMMA
             values = (0 if is_zero_centred else 1) + 0.2 * noise
         elif name.endswith("A_log"):
             values = noise

@@ -22,6 +22,7 @@ from tests.models.make_models import load
 from tests.models.references import LARGEST_DIFFERENCE, difference, mean_divergence
 from tests.models.runnable import runnable
 from tests.models.tiny import RawConfig, prompt_ids, write_model
+from tests.models.tiny_dense import gemma3, gemma3_text, llama, qwen3
 from tests.models.tiny_gemma import gemma4
 from tests.models.tiny_grouped import bailing_moe, dots1, exaone_moe, hy_v3
 from tests.models.tiny_llama4 import OF_GGUF, llama4, llama4_text
@@ -170,6 +171,29 @@ CONVERTED: dict[str, tuple[str, RawConfig]] = {
             shared_expert_intermediate_size=11,
             sliding_window=11,
             tie_word_embeddings=True,
+        ),
+    ),
+    "qwen3_plain": ("qwen3", _OF_NAME["qwen3_plain"]),
+    "qwen3_tied": ("qwen3", qwen3(tie_word_embeddings=True, head_dim=14, num_key_value_heads=6)),
+    "llama_plain": ("llama", _OF_NAME["llama_plain"]),
+    "llama_tied": (
+        "llama",
+        llama(rope_scaling=None, tie_word_embeddings=True, head_dim=10, num_key_value_heads=3),
+    ),
+    "mistral_plain": ("llama", _OF_NAME["mistral_plain"]),
+    # llama.cpp counts on every sixth layer to see all, and knows the factor of scores by the size of heads.
+    "gemma3_text": (
+        "gemma3",
+        gemma3_text(num_hidden_layers=7, sliding_window_pattern=6, query_pre_attn_scalar=12),
+    ),
+    "gemma3_scaled": (
+        "gemma3",
+        gemma3(
+            num_hidden_layers=6,
+            sliding_window_pattern=6,
+            query_pre_attn_scalar=8,
+            head_dim=8,
+            num_key_value_heads=3,
         ),
     ),
     "gemma4_respelt": ("gemma4", _OF_NAME["gemma4_respelt_untied_no_cap_f32"]),

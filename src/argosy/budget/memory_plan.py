@@ -148,7 +148,11 @@ class MemoryPlan:
 
     def lines(self) -> list[tuple[str, int, str]]:
         """(label, bytes, note) of every part that is not empty, in the order of their claims."""
-        shown = (part for part in self.parts() if part.nbytes or part.key == "expert_cache_bytes")
+        shown = (
+            part
+            for part in self.parts()
+            if part.nbytes or (part.key == "expert_cache_bytes" and self.slots.num_experts)
+        )
         return [(part.label, part.nbytes, part.note) for part in shown]
 
     def as_dict(self) -> dict[str, int]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from math import prod
+from typing import cast
 
 from argosy.checkpoint.formats import rows_together
 from argosy.config import (
@@ -339,13 +340,16 @@ def packed_config(config: ModelConfig) -> ModelConfig:
 
 
 def packed_format(name: str, format: str, config: ModelConfig) -> Format:
-    """Return the format of a dense tensor in a pack of `format`: bf16, q8 or q4. Only routed experts become q4.
+    """Return the format of a dense tensor in a pack of `format`: bf16, q8 or q4. Only routed experts become q4, and the
+    networks of a model without them.
 
     Each head of k_up and v_up is a separate matrix; it is bf16 if its rows do not fill whole panels.
     """
     if is_kept_exact(name):
         return "f32"
     last, chosen = name.rpartition(".")[2], _DENSE_FORMATS[format]
+    if not config.num_experts and last in ("gate", "up", "down"):
+        return cast(Format, format)
     if last in ("k_up", "v_up"):
         assert config.latent is not None
         head_rows = config.latent.kv_rank if last == "k_up" else config.latent.value_dim

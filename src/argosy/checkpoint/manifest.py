@@ -204,7 +204,7 @@ def read_manifest(directory: Path) -> Manifest:
             raise reader.wrong("files", name, "plain file names")
         files[name] = reader.count(file["nbytes"], name), str(file["blake3"])
     config = cast(ModelConfig, _from_json(ModelConfig, contents["config"], "config", reader))
-    if not config.moe_layers or not config.num_experts:
+    if not config.layers or bool(config.moe_layers) != bool(config.num_experts):
         raise reader.wrong("config.layers", contents["config"]["layers"], "layers with routed experts")
     return Manifest(
         format=str(contents["format"]),

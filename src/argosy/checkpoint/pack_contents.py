@@ -99,7 +99,7 @@ class Contents:
 
     def expert_formats(self) -> dict[int, ExpertFormats]:
         """The formats of an expert's matrices by layer."""
-        first_of_layers = self.units[self.experts][:: self.config.num_experts]
+        first_of_layers = self.units[self.experts][:: self.config.num_experts or 1]
         return {
             layer: tuple(format for _, format, _ in unit.parts)
             for layer, unit in zip(self.config.moe_layers, first_of_layers, strict=True)

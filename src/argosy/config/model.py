@@ -130,10 +130,10 @@ class ModelConfig:
     layers: tuple[LayerConfig, ...]
     norm_eps: float
     context_tokens: int  # the longest sequence the model supports
-    num_experts: int
-    experts_per_token: int
-    expert_width: int
-    router: RouterConfig
+    num_experts: int = 0  # per layer; 0: no layer has routed experts
+    experts_per_token: int = 0
+    expert_width: int = 0
+    router: RouterConfig = RouterConfig()
     activation: ActivationConfig = ActivationConfig()  # for feed-forward networks of layers without their own
     dense_width: int = 0  # FFN width of layers without routed experts
     shared_width: int = 0  # FFN width of the always-on shared expert; 0: none

@@ -57,6 +57,8 @@ def configure(files: ModelFiles, **options: Unpack[EngineOptions]) -> EngineConf
     config = EngineConfig.from_mapping({**given, "budget": budget_of(memory, context)})
     require_context(files.config, config.budget.context_tokens)
     least = files.config.experts_per_token
+    if config.expert_slots is not None and not files.experts:
+        raise UsageError(f"{files.path} has no routed experts, so expert_slots has no meaning")
     if config.expert_slots is not None and config.expert_slots < least:
         raise UsageError(
             f"expert_slots must be at least experts_per_token = {least}, found {config.expert_slots}"

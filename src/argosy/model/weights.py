@@ -23,7 +23,7 @@ Vector = NDArray[np.float32]
 
 # Norms that a family may store minus an offset; norms inside a mixer are stored without one.
 _OFFSET_NORMS = frozenset({
-    "attn_norm", "mlp_norm", "final_norm", "q_norm", "k_norm",
+    "attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm", "final_norm", "q_norm", "k_norm",
     "draft_token_norm", "draft_state_norm", "draft_final_norm",
 })  # fmt: skip
 

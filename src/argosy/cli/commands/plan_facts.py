@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from argosy.cli.commands.plan_traffic import Traffic
-from argosy.cli.shared.output import FITS, short_number, table_lines
+from argosy.cli.shared.output import fits_text, short_number, table_lines
 from argosy.cli.shared.weights import formats_in_short, weight_facts, weight_lines
 from argosy.config import disk_size, format_bytes
 
 if TYPE_CHECKING:
+    from argosy.checkpoint.files import ModelFiles
     from argosy.forecast.forecast import Forecast, Forecaster
     from argosy.forecast.group import GroupForecast
     from argosy.forecast.money import ApiPrice, Cost, Owner
@@ -104,7 +105,7 @@ class PlanFacts:
         where = "" if forecast.verdict == "resident" else share
         takes = f"{format_bytes(plan.total_bytes)} of {format_bytes(plan.budget_bytes)}"
         left_out = "; text only: there is no room for pictures and sound" if forecast.is_text_only else ""
-        verdict = f"{FITS[forecast.verdict]}{where}; {takes}{left_out}"
+        verdict = f"{fits_text(forecast)}{where}; {takes}{left_out}"
         if self._exceeds_machine:
             has = format_bytes(self._place.memory_bytes)
             return f"not in this machine, which has {has}. With the budget: {verdict}"
@@ -126,13 +127,19 @@ class PlanFacts:
 
     def _budgets(self) -> list[str]:
         forecast = self.forecast
+        smallest = f"budget    smallest {format_bytes(forecast.smallest_bytes, rounds_up=True)}"
+        resident = format_bytes(forecast.resident_bytes, rounds_up=True)
+        if not forecast.work.num_moe_layers:
+            tokens = (
+                ""
+                if forecast.plan is None
+                else f"; {resident} with {forecast.plan.context_tokens} tokens of context"
+            )
+            return [smallest + tokens]
         knee = ""
         if forecast.knee_bytes is not None:
             knee = f"; 90 % of full speed with {format_bytes(forecast.knee_bytes, rounds_up=True)}"
-        lines = [
-            f"budget    smallest {format_bytes(forecast.smallest_bytes, rounds_up=True)}{knee}; "
-            f"all experts in memory with {format_bytes(forecast.resident_bytes, rounds_up=True)}"
-        ]
+        lines = [f"{smallest}{knee}; all experts in memory with {resident}"]
         if forecast.expert_slots is not None:
             lines.append(
                 "          without `--memory` the demo model streams: a quarter of its experts are in memory"
@@ -145,10 +152,11 @@ class PlanFacts:
 
         subject, work = self._subject, self.forecast.work
         everything, active = active_parameters(subject.files.config)
-        files = subject.files
+        files, has_experts = subject.files, work.num_moe_layers > 0
+        formats = files.expert_format.split("+") if has_experts else _formats(files)
         where = "its files are here"
         if subject.place == "assumed":
-            where = f"a config.json alone: assumed to be packed as {files.expert_format}"
+            where = f"a config.json alone: assumed to be packed as {formats_in_short(formats)}"
             if subject.left_out:
                 where += (
                     f"; text only, because it does not say what a {' or a '.join(subject.left_out)} takes"
@@ -159,11 +167,15 @@ class PlanFacts:
                 where += f", for which {hub_cache()} has no room: {disk_size(free)} are free"
         lines = [
             f"model     {subject.name}; {where}",
-            f"          {everything / 1e9:.1f} B parameters, {active / 1e9:.1f} B active; experts "
-            f"{formats_in_short(files.expert_format.split('+'))}",
+            f"          {everything / 1e9:.1f} B parameters, {active / 1e9:.1f} B active; "
+            f"{'experts' if has_experts else 'no experts, weights'} {formats_in_short(formats)}",
             *(f"          {line}" for line in weight_lines(weight_facts(files))),
-            f"          a token reads {work.dense_bytes / 1e9:.2f} GB of dense weights and "
-            f"{work.routed_token_bytes() / 1e9:.2f} GB of experts ({work.record_bytes / 1e6:.1f} MB each)",
+            f"          a token reads {work.dense_bytes / 1e9:.2f} GB of dense weights"
+            + (
+                f" and {work.routed_token_bytes() / 1e9:.2f} GB of experts ({work.record_bytes / 1e6:.1f} MB each)"
+                if has_experts
+                else ""
+            ),
         ]
         remote = subject.remote
         if remote is not None and remote.num_read < remote.num_shards:
@@ -171,8 +183,7 @@ class PlanFacts:
                 f"          headers of {remote.num_read} of {remote.num_shards} files were read: layers of the others "
                 "are taken to be alike"
             )
-        lines.append(f"          {self._hit_rate_source()}")
-        return lines
+        return [*lines, f"          {self._hit_rate_source()}"] if has_experts else lines
 
     def _hit_rate_source(self) -> str:
         working_set, file = self.forecast.working_set, self._working_set_file
@@ -293,6 +304,11 @@ def _decode_dict(one: DecodeForecast) -> dict[str, Any]:
         "seconds": dict(one.parts),
         "bound": one.bound,
     }
+
+
+def _formats(files: ModelFiles) -> list[str]:
+    """The formats of a model's matrices, in order of appearance."""
+    return list(dict.fromkeys(ref.format for ref in files.dense.values() if ref.rows > 1))
 
 
 def _spread(values: Range) -> str:

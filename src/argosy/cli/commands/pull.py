@@ -16,7 +16,7 @@ from argosy.checkpoint.block_types import type_in_name
 from argosy.checkpoint.untrusted_file import quote
 from argosy.cli.commands.library import ask
 from argosy.cli.shared.declared import choices
-from argosy.cli.shared.output import FITS, print_facts, short_number, table_lines
+from argosy.cli.shared.output import FITS, fits_text, print_facts, short_number, table_lines
 from argosy.cli.shared.settings import Settings, for_engine, read_settings
 from argosy.config import counted, disk_size, format_bytes
 from argosy.errors import DoesNotFit, UsageError
@@ -225,7 +225,7 @@ def _lines(download: Download, forecast: Forecast, missing_bytes: int) -> list[s
     from argosy.engine.progress import rough_time
     from argosy.machine import resources
 
-    fits = FITS[forecast.verdict]
+    fits = fits_text(forecast)
     if forecast.plan is not None:
         budget_bytes = forecast.plan.budget_bytes
         fits += f"; {format_bytes(forecast.plan.total_bytes)} of {format_bytes(budget_bytes)}"
@@ -236,7 +236,8 @@ def _lines(download: Download, forecast: Forecast, missing_bytes: int) -> list[s
         f"model     {download.name}, revision {_revision(download)}",
         f"licence   {download.licence or 'not stated'}, see {download.source.url}/{download.source.repository}",
         f"fits      {fits}",
-        f"budget    smallest {format_bytes(forecast.smallest_bytes, rounds_up=True)}; all experts in memory with "
+        f"budget    smallest {format_bytes(forecast.smallest_bytes, rounds_up=True)}; "
+        f"{'all experts in memory' if forecast.work.num_moe_layers else 'the largest that it uses'} "
         f"{format_bytes(forecast.resident_bytes, rounds_up=True)}",
     ]
     if forecast.decode:

@@ -268,10 +268,12 @@ def _geometry_lines(facts: dict[str, Any]) -> list[str]:
     recurrent = f", {facts['num_recurrent_layers']} with a recurrent state: {state} per sequence"
     return [
         f"  parameters    {parameter_count(everything)}, {parameter_count(active)} active per token",
-        f"  layers        {facts['num_layers']}, {facts['num_moe_layers']} with routed experts"
+        f"  layers        {facts['num_layers']}, {facts['num_moe_layers'] or 'none'} with routed experts"
         + (recurrent if facts["num_recurrent_layers"] else ""),
         f"  experts       {facts['num_experts']} per layer, {facts['experts_per_token']} per token,"
-        f" width {facts['expert_width']}{shared}",
+        f" width {facts['expert_width']}{shared}"
+        if facts["num_experts"]
+        else "  experts       none: all weights stay in memory",
         f"  attention     {facts['num_heads']} heads, {facts['num_kv_heads']} KV heads,"
         f" head size {facts['head_dim']}; hidden size {facts['hidden_size']}",
         f"  vocabulary    {facts['vocab_size']} tokens; context {facts['context_tokens']} tokens",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from argosy.budget.memory_plan import MemoryPlan
     from argosy.engine.engine import Engine
     from argosy.engine.ledger import Ledger
+    from argosy.forecast.forecast import Forecast
 
 Progress = Callable[[str, float], None]
 
@@ -37,6 +38,7 @@ FITS = {  # verdict of a forecast -> text
     "streams": "yes, it streams",
     "resident": "yes, with every expert in memory",
 }
+_FITS_WITHOUT_EXPERTS = "yes, with all weights in memory, because it has no experts that could stream"
 
 # A model's text must not control the terminal or reorder the characters of a line.
 _CONTROLS = {
@@ -50,6 +52,12 @@ _LAST_COLUMN = 12  # narrowest last column of a table in which words are still r
 
 DIM, NOT_DIM = "\x1b[2m", "\x1b[22m"
 _CODE, _NOT_CODE = "\x1b[36m", "\x1b[39m"
+
+
+def fits_text(forecast: Forecast) -> str:
+    """Return the verdict of a forecast in words."""
+    has_experts = forecast.work.num_moe_layers > 0 or forecast.verdict == "no"
+    return FITS[forecast.verdict] if has_experts else _FITS_WITHOUT_EXPERTS
 
 
 def write_text(text: str, stream: TextIO | None = None, *, code: FencedCode | None = None) -> None:

@@ -41,7 +41,7 @@ class Nearest(NamedTuple):
 
 
 def find_nearest(raw: Mapping[str, object], families: Iterable[tuple[str, Parse]]) -> Nearest | None:
-    """Return the family that refuses the fewest keys of a config; None if that does not read like a known mixture.
+    """Return the family that refuses the fewest keys of a config; None if that does not read like a known model.
 
     Args:
         families: the model type of each family, and its `parse_config`.
@@ -49,7 +49,7 @@ def find_nearest(raw: Mapping[str, object], families: Iterable[tuple[str, Parse]
     text = raw.get("text_config")
     keys = dict(text if isinstance(text, dict) else raw)
     known = keys.keys() - HARMLESS - NEUTRAL.keys()
-    if not _FEWEST_KEYS <= len(known) <= _MOST_KEYS or not any("expert" in key for key in known):
+    if not _FEWEST_KEYS <= len(known) <= _MOST_KEYS:
         return None
     most, nearest = min(_MOST_DIFFERENCES, len(known) // 2), None
     for family, parse in families:

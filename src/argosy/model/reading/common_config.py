@@ -26,7 +26,7 @@ class CommonDefaults:
     """A family's defaults of absent keys, as in its config class in transformers 5.24.
 
     num_kv_heads: None means as many as heads.
-    num_experts, experts_per_token: None means that the file must give it.
+    num_experts, experts_per_token: None means that the file must give it, 0 that the family has no experts.
     rotary_dim: how many dimensions of a head rotate; None means all, or the part that the file gives.
     partial_rotary_factor: the default of that part; None means that files of this family do not give it.
     axes: as for `read_rope`.
@@ -41,8 +41,8 @@ class CommonDefaults:
     rope_theta: float
     norm_eps: float
     context_tokens: int
-    num_experts: int | None
-    experts_per_token: int | None
+    num_experts: int | None = 0
+    experts_per_token: int | None = 0
     head_dim: int | None = None
     eos_id: int | None = None
     bos_id: int | None = None
@@ -99,6 +99,23 @@ def read_sizes(reader: ConfigReader, defaults: CommonDefaults) -> Common:
         head_dim=defaults.head_dim,
     )
     context_tokens = reader.integer("max_position_embeddings", default=defaults.context_tokens)
+    reader.one_of("hidden_act", "silu", ("silu",))
+    heads = shape._asdict()
+    model = {
+        "vocab_size": reader.integer("vocab_size", default=defaults.vocab_size),
+        "hidden_size": heads.pop("hidden_size"),
+        "norm_eps": reader.number(defaults.norm_eps_name, defaults.norm_eps),
+        "context_tokens": context_tokens,
+        "is_embedding_tied": reader.flag("tie_word_embeddings", defaults.is_embedding_tied),
+        "eos_ids": reader.token_ids("eos_token_id", defaults.eos_id),
+        "bos_id": next(iter(reader.token_ids("bos_token_id", defaults.bos_id)), None),
+    }
+    if defaults.num_experts != 0:
+        model |= _experts(reader, defaults)
+    return Common(model, heads)
+
+
+def _experts(reader: ConfigReader, defaults: CommonDefaults) -> dict[str, int]:
     num_experts = reader.integer(
         "num_experts",
         "num_local_experts",
@@ -107,27 +124,15 @@ def read_sizes(reader: ConfigReader, defaults: CommonDefaults) -> Common:
         default=defaults.num_experts,
         most=MOST_EXPERTS,
     )
-    reader.one_of("hidden_act", "silu", ("silu",))
-    heads = shape._asdict()
-    model = {
-        "vocab_size": reader.integer("vocab_size", default=defaults.vocab_size),
-        "hidden_size": heads.pop("hidden_size"),
-        "norm_eps": reader.number(defaults.norm_eps_name, defaults.norm_eps),
-        "context_tokens": context_tokens,
-        "num_experts": num_experts,
-        "experts_per_token": reader.integer(
-            "num_experts_per_tok",
-            "num_experts_per_token",
-            "experts_per_token",
-            "moe_k",
-            default=defaults.experts_per_token,
-            most=num_experts,
-        ),
-        "is_embedding_tied": reader.flag("tie_word_embeddings", defaults.is_embedding_tied),
-        "eos_ids": reader.token_ids("eos_token_id", defaults.eos_id),
-        "bos_id": next(iter(reader.token_ids("bos_token_id", defaults.bos_id)), None),
-    }
-    return Common(model, heads)
+    experts_per_token = reader.integer(
+        "num_experts_per_tok",
+        "num_experts_per_token",
+        "experts_per_token",
+        "moe_k",
+        default=defaults.experts_per_token,
+        most=num_experts,
+    )
+    return {"num_experts": num_experts, "experts_per_token": experts_per_token}
 
 
 def parse_wrapper(

@@ -30,6 +30,8 @@ from argosy.model.reading.rope_config import Axes, axes_of_pairs
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "attention.causal": (True,),
     "attention.scale": (0.0,),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
     "expert_gating_func": (0, 1),  # not given, softmax
     "expert_group_count": (0, 1),
     "expert_group_used_count": (0, 1),
@@ -148,7 +150,12 @@ class GgufConfigReader:
         )
 
     def common(
-        self, *, has_partial_rope: bool = False, axes: Axes | None = None, num_kv_heads: int | None = None
+        self,
+        *,
+        has_partial_rope: bool = False,
+        axes: Axes | None = None,
+        num_kv_heads: int | None = None,
+        has_experts: bool = True,
     ) -> Common:
         """Read the part that is the same in every family with keys and values.
 
@@ -162,7 +169,7 @@ class GgufConfigReader:
             CheckpointError: a key is missing, malformed, or contradicts another or the tensors.
             UnsupportedModel: heads of two widths, or a rotary embedding that is not supported.
         """
-        sizes = self.sizes()
+        sizes = self.sizes(has_experts=has_experts)
         hidden_size, context_tokens = sizes["hidden_size"], sizes["context_tokens"]
         num_heads = self.integer("attention.head_count")
         num_kv_heads = num_kv_heads or self.integer("attention.head_count_kv", num_heads)
@@ -220,7 +227,7 @@ class GgufConfigReader:
     def _turning(self, head_dim: int) -> int:
         return self.integer("rope.dimension_count", head_dim, most=head_dim)
 
-    def sizes(self) -> dict[str, Any]:
+    def sizes(self, *, has_experts: bool = True) -> dict[str, Any]:
         """Read the part that is the same in every family, whatever its mixers, as arguments of `ModelConfig`.
 
         Raises:
@@ -235,17 +242,20 @@ class GgufConfigReader:
                 path=self.file.path,
                 key=self.key("vocab_size"),
             )
-        num_experts = self.integer("expert_count", most=MOST_EXPERTS)
+        experts = {}
+        if has_experts:
+            num_experts = self.integer("expert_count", most=MOST_EXPERTS)
+            experts["num_experts"] = num_experts
+            experts["experts_per_token"] = self.integer("expert_used_count", most=num_experts)
         return {
             "vocab_size": vocab_size,
             "hidden_size": self.integer("embedding_length"),
             "norm_eps": self.number("attention.layer_norm_rms_epsilon"),
             "context_tokens": self.integer("context_length"),
-            "num_experts": num_experts,
-            "experts_per_token": self.integer("expert_used_count", most=num_experts),
             "is_embedding_tied": "output.weight" not in self.file.tensors,
             "eos_ids": tuple(self._token_ids("eos", "eot", "eom")),
             "bos_id": next(iter(self._token_ids("bos")), None),
+            **experts,
         }
 
     def num_layers(self) -> int:

@@ -222,7 +222,8 @@ def _read_draft(
     reader: _Accounts, config: ModelConfig, layouts: tuple[Layout, ...], layout: Layout
 ) -> DraftFiles | ArgosyError | None:
     """Find the first layer for multi-token prediction, in `layout` or another one; None if there is none."""
-    if layout.is_mlx:  # a layer in a file beside the model's would have norms minus one
+    # A layer in a file beside MLX's would have norms minus one.
+    if layout.is_mlx or not config.moe_layers:
         return None
     number = config.num_layers
     choices = [one.of_draft(number) for one in (layout, *layouts)]
@@ -247,7 +248,11 @@ def _as_in_mlx(config: ModelConfig, layout: Layout, tensors: Mapping[str, Tensor
 
 
 def _choose(layouts: tuple[Layout, ...], config: ModelConfig, tensors: Mapping[str, TensorRef]) -> Layout:
-    """Choose the first layout whose expert tensors exist; if several share the names, the one with the right shape."""
+    """Choose the first layout whose expert tensors, or without experts whose embedding, exist; if several share the
+    names, the one with the right shape.
+    """
+    if not config.moe_layers:
+        return next((one for one in layouts if one.dense_name("embed") in tensors), layouts[0])
     probe = config.moe_layers[0]
     there = [one for one in layouts if is_there(one.names_of_expert(probe, 0)[0], tensors)]
     if not there:

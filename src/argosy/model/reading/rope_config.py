@@ -22,7 +22,7 @@ from argosy.model.reading.config_reader import LARGEST_SIZE, ConfigReader, is_po
 
 Kind = Literal["default", "linear", "dynamic", "yarn", "llama3", "proportional"]
 _KINDS_OF_MODELS: tuple[Kind, ...] = ("default", "linear", "dynamic", "yarn", "llama3")
-_KINDS_OF_LAYERS: tuple[Kind, ...] = ("default", "proportional")
+_KINDS_OF_LAYERS: tuple[Kind, ...] = ("default", "linear", "proportional")
 
 _SECTIONS = "mrope_section"
 _IS_MIXED = ("mrope_interleaved", "interleaved")  # two names of one flag
@@ -243,8 +243,8 @@ def _rope_of_layers(
             theta=fields.number("rope_theta", None),
             rotary_dim=_part_of_head(head_dim, share),
         )
-    if kind == "default" and share != 1.0:
-        raise fields.unsupported("partial_rotary_factor", "1.0 for kind 'default'")
+    if kind != "proportional" and share != 1.0:
+        raise fields.unsupported("partial_rotary_factor", f"1.0 for kind '{kind}'")
     turning_pairs = int(share * head_dim // 2) if share <= 1 else 0
     if turning_pairs == 0:
         raise CheckpointError(
@@ -256,7 +256,7 @@ def _rope_of_layers(
         theta=fields.number("rope_theta", None),
         rotary_dim=head_dim,
         kind=kind,
-        factor=fields.number("factor", 1.0),
+        factor=fields.number("factor", None if kind == "linear" else 1.0),
         turning_pairs=turning_pairs if kind == "proportional" else None,
     )
 

@@ -23,6 +23,7 @@ from argosy.model.reading.layout import ATTENTION_NAMES, Layout
 
 MODEL_TYPE = "mixtral"
 GGUF_ARCHITECTURE = "llama"
+_DENSE_TYPE = "llama"  # the model type of the same without experts
 
 LAYOUTS = (
     Layout(
@@ -81,29 +82,30 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
 
 
 def open_gguf(file: GgufFile) -> ModelFiles:
-    """The model in a GGUF file of architecture `llama` with experts.
+    """The model in a GGUF file of architecture `llama`: this family, or Llama and Mistral if there are no experts.
 
     Raises:
-        UnsupportedModel: no experts, or a key, value or tensor type that is not supported.
+        UnsupportedModel: a key, value or tensor type that is not supported.
         CheckpointError: a key or tensor is missing, malformed, or contradicts another.
     """
     reader = GgufConfigReader(file, GGUF_ARCHITECTURE)
-    if reader.integer("expert_count", 0, least=0) == 0:
-        raise reader.unsupported(
-            "expert_count", 0, "1 or more: this is a dense model, and Argosy runs mixtures of experts"
-        )
-    common = reader.common()
+    has_experts = reader.integer("expert_count", 0, least=0) > 0
+    common = reader.common(has_experts=has_experts)
     heads = common.attention
     rope = replace(heads.pop("rope"), frequency_factors=frequency_factors(file, heads["head_dim"]))
     window = reader.integer("attention.sliding_window", 0, least=0)
     attention = AttentionConfig(**heads, rope=rope, sliding_window=window)
     width = reader.integer("feed_forward_length")
-    config = ModelConfig(
-        family=MODEL_TYPE,
-        layers=(LayerConfig(mixer=attention, is_moe=True),) * reader.num_layers(),
-        expert_width=reader.integer("expert_feed_forward_length", width),
-        router=RouterConfig(renormalize=reader.flag("expert_weights_norm", True)),
-        **common.model,
-    )
+    layers = (LayerConfig(mixer=attention, is_moe=has_experts),) * reader.num_layers()
+    if has_experts:
+        config = ModelConfig(
+            family=MODEL_TYPE,
+            layers=layers,
+            expert_width=reader.integer("expert_feed_forward_length", width),
+            router=RouterConfig(renormalize=reader.flag("expert_weights_norm", True)),
+            **common.model,
+        )
+    else:
+        config = ModelConfig(family=_DENSE_TYPE, layers=layers, dense_width=width, **common.model)
     reader.finish()
     return read_gguf_layout(file, config, is_paired=True, has_rope_freqs=True)

@@ -1,0 +1,87 @@
+"""Qwen3 (arXiv:2505.09388) without experts; Qwen3-Embedding, Qwen3-Reranker and Qwen3Guard-Gen are models of this
+family.
+
+Each head of q and k is normed before rotation. `attention_bias` adds a bias to q, k, v and o. With
+`use_sliding_window`, layers from `max_window_layers` on have a window, or those for which `layer_types` says so.
+
+A reranker that llama.cpp's converter recognised has no head, only the rows of yes and no (`cls.output.weight`): such a
+GGUF is refused, because its scores need another computation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.gguf import GgufFile
+from argosy.config import ModelConfig
+from argosy.errors import UnsupportedModel
+from argosy.model.families.attention.dense import LAYOUTS, open_dense_gguf, read_dense_model
+from argosy.model.reading.common_config import CommonDefaults
+from argosy.model.reading.config_reader import ConfigReader
+
+__all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
+
+MODEL_TYPE = "qwen3"
+GGUF_ARCHITECTURE = "qwen3"
+
+_DEFAULTS = CommonDefaults(
+    vocab_size=151_936,
+    hidden_size=4096,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    rope_theta=10_000.0,
+    norm_eps=1e-6,
+    context_tokens=32_768,
+)
+
+
+def parse_config(raw: Mapping[str, object]) -> ModelConfig:
+    """Read a `config.json`; an absent key gets the default of `Qwen3Config` in transformers 5.24.
+
+    Raises:
+        UnsupportedModel: a key or value asks for something that is not supported.
+        CheckpointError: a key is missing, malformed, or contradicts another.
+    """
+    reader = ConfigReader(raw, MODEL_TYPE)
+    has_bias = reader.flag("attention_bias", False)
+    config = read_dense_model(
+        reader,
+        MODEL_TYPE,
+        _DEFAULTS,
+        num_layers=32,
+        dense_width=22_016,
+        read_windows=_read_windows,
+        has_qkv_bias=has_bias,
+        has_o_bias=has_bias,
+        qk_norm="head",
+    )
+    reader.finish()
+    return config
+
+
+def _read_windows(reader: ConfigReader, num_layers: int) -> Sequence[int]:
+    window = reader.optional_integer("sliding_window", default=4096) or 0
+    if not reader.flag("use_sliding_window", False):
+        window = 0
+    first = reader.integer("max_window_layers", default=28, least=0)
+    kinds = reader.layer_types(num_layers)
+    if kinds is None:
+        return [window if layer >= first else 0 for layer in range(num_layers)]
+    if not window and "sliding_attention" in kinds:
+        raise reader.unsupported("layer_types", "full_attention, because the other keys turn windows off")
+    return [window if kind == "sliding_attention" else 0 for kind in kinds]
+
+
+def open_gguf(file: GgufFile) -> ModelFiles:
+    """Open a GGUF file of architecture `qwen3`: no layer has a window. Raises what `open_dense_gguf` raises."""
+    if (head := file.tensors.get("cls.output.weight")) is not None:
+        raise UnsupportedModel(
+            f"{file.path.name} has only the rows of its head that score documents, in {head.name}; supported: files "
+            "with the whole head",
+            hint="get the reranker as safetensors, or a GGUF made without that conversion, and give `--rerank qwen3`",
+            path=file.path,
+            tensor=head.name,
+        )
+    return open_dense_gguf(file, GGUF_ARCHITECTURE, MODEL_TYPE, qk_norm="head")
