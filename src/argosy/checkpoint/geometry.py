@@ -105,16 +105,19 @@ def count_parameters(config: ModelConfig) -> tuple[int, int]:
 
 
 def _layer_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]]:
-    if config.has_pre_norms:
-        yield "attn_norm", (config.hidden_size,)
-    yield from _mixer_shapes(config.layers[layer].mixer, config.hidden_size)
-    if config.has_post_norms:
-        yield "attn_post_norm", (config.hidden_size,)
-    if config.has_pre_norms and not config.is_parallel:
-        yield "mlp_norm", (config.hidden_size,)
-    yield from _routed_shapes(config) if config.layers[layer].is_moe else _dense_shapes(config)
-    if config.has_post_norms or (config.has_moe_post_norm and config.layers[layer].is_moe):
-        yield "mlp_post_norm", (config.hidden_size,)
+    vector, parts = (config.hidden_size,), config.layers[layer]
+    if parts.mixer is not None:
+        if config.has_pre_norms:
+            yield "attn_norm", vector
+        yield from _mixer_shapes(parts.mixer, config.hidden_size)
+        if config.has_post_norms:
+            yield "attn_post_norm", vector
+    if parts.has_network:
+        if config.has_pre_norms and not config.is_parallel:
+            yield "mlp_norm", vector
+        yield from _routed_shapes(config) if parts.is_moe else _dense_shapes(config)
+        if config.has_post_norms or (config.has_moe_post_norm and parts.is_moe):
+            yield "mlp_post_norm", vector
     if config.has_layer_scale:
         yield "layer_scale", (1,)
 

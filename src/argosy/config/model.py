@@ -111,10 +111,11 @@ class ActivationConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerConfig:
-    """A layer: a mixer, then a feed-forward network. Equal layers share one object of either."""
+    """A layer: a mixer, then a feed-forward network, or only one of them. Equal layers share one object of either."""
 
-    mixer: Mixer
+    mixer: Mixer | None
     is_moe: bool  # the network has routed experts
+    has_network: bool = True
     # None: the model's. Of the dense network or the routed experts, and of the shared expert.
     activation: ActivationConfig | None = None
     shared_activation: ActivationConfig | None = None
@@ -244,11 +245,11 @@ class ModelConfig:
         """The first layer for multi-token prediction, with its number; it is like the model's last layer with
         attention, but sees all positions, and its networks have the model's activation: a draft need not be exact.
         """
-        attending = [one for one in self.layers if not isinstance(one.mixer, RecurrentMixer)]
+        attending = [one for one in self.layers if isinstance(one.mixer, AttentionConfig | LatentConfig)]
         last = ([one for one in attending if one.is_moe] or attending or list(self.layers))[-1]
         if isinstance(last.mixer, LatentConfig):
             last = replace(last, mixer=replace(last.mixer, index=None))
-        passed_over = replace(last, is_moe=False, activation=None, shared_activation=None)
+        passed_over = replace(last, is_moe=False, has_network=True, activation=None, shared_activation=None)
         return replace(self, layers=(*(passed_over,) * self.num_layers, replace(passed_over, is_moe=True)))
 
     @property

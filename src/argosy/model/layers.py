@@ -1,7 +1,8 @@
 """Describe a checkpoint's layers to the native stack that runs them: the matrices, norms and sizes of each layer.
 
-A layer is a mixer, which lets positions see each other, and a feed-forward network, each with its own norms. A family
-with another kind of mixer or network adds a function here and its counterpart in native/ops/stack.h.
+A layer is a mixer, which lets positions see each other, and a feed-forward network, each with its own norms, or only
+one of them. A family with another kind of mixer or network adds a function here and its counterpart in
+native/ops/stack.h.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from argosy.config import (
     IndexConfig,
     KimiDeltaConfig,
     LatentConfig,
-    LayerConfig,
     LightningConfig,
     MambaConfig,
     Mixer,
@@ -41,7 +41,7 @@ def describe_layers(config: ModelConfig, weights: DenseWeights) -> list[_native.
             vectors.get(f"layers.{i}.attn_norm"),
             _mixer(config, i, weights),
             vectors.get(f"layers.{i}.mlp_norm"),
-            _routed_ffn(config, i, weights) if layer.is_moe else _dense_ffn(layer, i, weights),
+            _ffn(config, i, weights),
             rotary=_rotary(config, layer.mixer),
             mixer_post_norm=vectors.get(f"layers.{i}.attn_post_norm"),
             ffn_post_norm=vectors.get(f"layers.{i}.mlp_post_norm"),
@@ -55,7 +55,7 @@ def describe_layers(config: ModelConfig, weights: DenseWeights) -> list[_native.
     ]
 
 
-def _rotary(config: ModelConfig, mixer: Mixer) -> int | None:
+def _rotary(config: ModelConfig, mixer: Mixer | None) -> int | None:
     """Return the number of the mixer's rotary embedding, or None if nothing rotates."""
     rope = mixer.rope if isinstance(mixer, RotaryMixer) else None
     return None if rope is None else config.ropes.index(rope)
@@ -89,7 +89,7 @@ def stack_sizes(config: ModelConfig) -> _native.StackSizes:
                 config.has_expert_norms or config.router.weighs_input,
                 config.expert_latent,
             )
-        else:
+        elif layer.has_network:
             sizes.add_dense(config.dense_width)
     return sizes
 
@@ -118,7 +118,7 @@ def describe_experts(config: ModelConfig, weights: DenseWeights) -> Arithmetic:
     )
 
 
-def _mixer(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Mixer:
+def _mixer(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Mixer | None:
     name = f"layers.{layer}."
     state_layer = bisect_left(
         config.recurrent_layers, layer
@@ -138,6 +138,7 @@ def _mixer(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Mi
             return _mamba(mamba, name + "mamba_", weights, state_layer)
         case LightningConfig() as lightning:
             return _lightning(lightning, name + "lightning_", weights, state_layer)
+    return None
 
 
 def _attention(attention: AttentionConfig, name: str, weights: DenseWeights) -> _native.Mixer:
@@ -324,7 +325,7 @@ def _query_scale(scale: QueryScale | None) -> tuple[float, int, int]:
     return (0.0, 1, 0) if scale is None else (scale.beta, scale.period, scale.offset)
 
 
-def kv_shape(mixer: Mixer) -> _native.KvShape:
+def kv_shape(mixer: Mixer | None) -> _native.KvShape:
     """Return the data that a layer with this mixer keeps per position."""
     match mixer:
         case AttentionConfig():
@@ -351,7 +352,7 @@ def _state_shape(mixer: RecurrentMixer) -> _native.StateShape:
             return _native.StateShape.mamba(mixer.sizes)
 
 
-def _add_mixer_sizes(sizes: _native.StackSizes, mixer: Mixer) -> None:
+def _add_mixer_sizes(sizes: _native.StackSizes, mixer: Mixer | None) -> None:
     match mixer:
         case AttentionConfig():
             sizes.add_attention(
@@ -387,8 +388,13 @@ def _add_mixer_sizes(sizes: _native.StackSizes, mixer: Mixer) -> None:
             sizes.add_mamba(mixer.sizes)
 
 
-def _dense_ffn(layer: LayerConfig, number: int, weights: DenseWeights) -> _native.Ffn:
-    """SwiGLU (arXiv:2002.05202), or another activation between its products."""
+def _ffn(config: ModelConfig, number: int, weights: DenseWeights) -> _native.Ffn | None:
+    """SwiGLU (arXiv:2002.05202), or another activation between its products; or routed experts."""
+    layer = config.layers[number]
+    if layer.is_moe:
+        return _routed_ffn(config, number, weights)
+    if not layer.has_network:
+        return None
     return _native.dense_ffn(
         *_network(f"layers.{number}.", weights), activation=_own_activation(layer.activation)
     )
