@@ -16,6 +16,7 @@ from tests.engine.test_constraint import VOCAB, byte_level, byte_level_json
 from tests.models.references import REFERENCES
 from tests.models.tiny import RawConfig, prompt_ids, qwen3_moe, write_model
 from tests.models.tiny_delta import qwen3_next
+from tests.models.tiny_mamba import nemotron_h
 from tests.models.tiny_recurrent import lfm2_moe
 
 Request = tuple[Sequence[int], SamplingParams]
@@ -109,7 +110,9 @@ def test_text_is_the_same_with_a_drafter_and_takes_fewer_steps(text_model: Path,
     assert drafted < plain - 5
 
 
-@pytest.mark.parametrize(("make", "draft_tokens"), [(qwen3_next, 1), (qwen3_next, 4), (lfm2_moe, 4)])
+@pytest.mark.parametrize(
+    ("make", "draft_tokens"), [(qwen3_next, 1), (qwen3_next, 4), (lfm2_moe, 4), (nemotron_h, 4)]
+)
 def test_a_recurrent_state_is_rolled_back_when_drafts_are_rejected(
     make: Callable[..., RawConfig], draft_tokens: int, tmp_path: Path
 ) -> None:

@@ -46,6 +46,7 @@ from tests.models.tiny_gqa import mimo_v2_flash
 from tests.models.tiny_kda import bailing_hybrid
 from tests.models.tiny_latent import deepseek_v3, glm_moe_dsa, kimi_k2
 from tests.models.tiny_llama4 import llama4_text
+from tests.models.tiny_mamba import nemotron_h
 from tests.models.tiny_recurrent import lfm2_moe
 from tests.models.tiny_step import FULL, SLIDING, step3p5
 from tests.models.tiny_windows import laguna
@@ -120,6 +121,16 @@ CONFIGS = {
         num_attention_heads=6,
         num_key_value_heads=3,
         num_experts=9,
+    ),
+    "nemotron_h": nemotron_h(  # layers with a mixer or a network alone, Mamba-2, latent experts without a gate
+        max_position_embeddings=1024,
+        hidden_size=72,
+        hybrid_override_pattern="ME*E-ME",
+        mamba_num_heads=10,
+        moe_latent_size=40,
+        n_routed_experts=9,
+        num_experts_per_tok=3,
+        num_hidden_layers=7,
     ),
     "bailing_hybrid": bailing_hybrid(  # Kimi Delta Attention, latent attention with gates of heads
         max_position_embeddings=1024, hidden_size=72, num_experts=9, num_experts_per_tok=3
@@ -198,6 +209,7 @@ IN_SHORT = [
             "qwen3_moe",
             "qwen3_next",
             "lfm2_moe",
+            "nemotron_h",
             "bailing_hybrid",
             "deepseek_v3",
             "glm_moe_dsa",

@@ -27,6 +27,7 @@ from tests.models.tiny import RawConfig, gpt_oss, prompt_ids, qwen3_moe, write_m
 from tests.models.tiny_delta import qwen3_next
 from tests.models.tiny_latent import deepseek_v3, glm_moe_dsa
 from tests.models.tiny_llama4 import llama4_text
+from tests.models.tiny_mamba import nemotron_h
 from tests.models.tiny_recurrent import lfm2_moe
 
 NUM_NEW = 24
@@ -53,8 +54,9 @@ CONFIGS: dict[str, RawConfig] = {
     "indexed": glm_moe_dsa(max_position_embeddings=1024),
     "delta": qwen3_next(max_position_embeddings=1024),
     "convolutions": lfm2_moe(max_position_embeddings=1024),
+    "mamba": nemotron_h(max_position_embeddings=1024),
 }
-RECURRENT = ("delta", "convolutions")
+RECURRENT = ("delta", "convolutions", "mamba")
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,8 @@ PRE_TOKENIZERS = {
     "mixtral": None,
     "olmoe": "olmo",
     "granitemoe": "refact",
+    "granitemoehybrid": "dbrx",
+    "nemotron_h": "pixtral",
     "ernie4_5_moe": None,
     "qwen2_moe": "qwen2",
     "mellum": "mellum2",

@@ -16,6 +16,7 @@ from tests.families.hub_configs import (
     RawConfig,
 )
 from tests.families.hub_ling import K_EXAONE, LING_FLASH_2, LING_MINI_2, RING_1T, SARVAM_30B
+from tests.families.published_mamba import GRANITE_40_H_SMALL, NEMOTRON_3_SUPER, granitemoehybrid, nemotron_h
 from tests.families.published_windows import (
     LAGUNA_S_2_1,
     LAGUNA_XS_2_1,
@@ -1052,6 +1053,10 @@ PUBLISHED = (
     Published("Laguna-XS-2.1", LAGUNA_XS_2_1, 33.4),
     Published("Laguna-S-2.1", LAGUNA_S_2_1, 117.6),
     Published("Granite-3.1-1B-A400M", GRANITE_31_1B, 1.33),
+    Published("Granite-4.0-H-Tiny", granitemoehybrid(), 6.94),
+    Published("Granite-4.0-H-Small", granitemoehybrid(**GRANITE_40_H_SMALL), 32.2),
+    Published("Nemotron-3-Nano-30B-A3B", nemotron_h(), 31.6),
+    Published("Nemotron-3-Super-120B-A12B", nemotron_h(**NEMOTRON_3_SUPER), 120.6),
     Published("ERNIE-4.5-21B-A3B", ERNIE_45_21B, 21.8),
     Published("MiniMax-M2", minimax_m2(), 228.7),
     Published("MiniMax-M1", minimax_m1(), 456.0),

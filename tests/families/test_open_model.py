@@ -20,7 +20,7 @@ from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import FAMILIES, open_model
 from argosy.model.reading.layout import Layout, read_layout
 from tests.checkpoint.raw_files import write_raw
-from tests.models import tiny_delta, tiny_gemma, tiny_recurrent, tiny_step, tiny_wrappers
+from tests.models import tiny_delta, tiny_gemma, tiny_mamba, tiny_recurrent, tiny_step, tiny_wrappers
 from tests.models.configurations import CONFIGURATIONS, Configuration
 from tests.models.safetensors_file import Array, decode, read_checkpoint, write_checkpoint
 from tests.models.tiny import (
@@ -105,6 +105,7 @@ OTHERS = (
     "granitemoe",
     "granitemoeshared",
     "bailing_moe",
+    *tiny_mamba.FAMILIES,
     "kimi_linear",
     *tiny_step.FAMILIES,
     tiny_gemma.FAMILY,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from argosy import Engine, SamplingParams, _native
-from argosy.budget.footprint import ModelFootprint, state_bytes
+from argosy.budget.footprint import ModelFootprint, kv_bytes, state_bytes
 from argosy.budget.planner import plan_memory
 from argosy.config import GIB, MIB, Budget, EngineConfig, format_bytes
 from argosy.engine.sequence import Sequence
@@ -19,9 +19,11 @@ from argosy.kept.recurrent_state import StateSlots
 from argosy.model.families import FAMILIES, open_model
 from argosy.model.layers import state_shapes
 from tests.engine.scheduling import Rig
+from tests.families import published_mamba
 from tests.families.published import lfm2_moe as published
 from tests.models.tiny import prompt_ids, qwen3_moe, write_model
 from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
+from tests.models.tiny_mamba import nemotron_h
 from tests.models.tiny_recurrent import lfm2_moe
 
 SMALL = _native.StateShape.delta_net((1, 1, 4, 4, 2))
@@ -103,6 +105,19 @@ def test_snapshots_are_bounded_and_the_least_recently_used_is_evicted() -> None:
     states.snapshot(slot, b"e")
     assert states.num_snapshots == states.most_snapshots == 3
     assert states.num_free == 1
+
+
+@pytest.mark.parametrize("num_tokens", [301, pytest.param(4096, marks=pytest.mark.full)])
+def test_a_prompt_in_chunks_of_any_size_has_the_same_bits(num_tokens: int, tmp_path: Path) -> None:
+    """Of every token's logits, and of what follows; a chunk of 1 is a prompt token by token."""
+    config = nemotron_h(max_position_embeddings=8192)
+    model, prompt = write_model(tmp_path, config, seed=1), prompt_ids(config, 1, num_tokens)
+    found = []
+    for chunk in (num_tokens, 256, 7, 1):
+        with Engine.open(model, memory="4GiB", threads=2, chunk_tokens=chunk) as engine:
+            answer = engine.generate(prompt, GREEDY)
+            found.append((engine.logits(prompt).tobytes(), answer.token_ids, answer.logprobs))
+    assert all(one == found[0] for one in found)
 
 
 # ── slots ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -220,6 +235,23 @@ def test_a_convolution_s_state_is_its_last_inputs(tmp_path: Path) -> None:
     assert plan.state_bytes == 3 * 2 * (3 - 1) * 28 * 4  # sequences, layers, positions, channels, bytes
     everywhere = FAMILIES["lfm2_moe"].parse_config(published((2, 6, 10, 14, 18, 21), 24, 32, 1792))
     assert state_bytes(everywhere, 1) == 18 * 2 * 2048 * 4
+
+
+def test_a_mamba_mixer_s_state_is_a_matrix_per_head_and_its_last_inputs(tmp_path: Path) -> None:
+    """Layers without a mixer keep nothing."""
+    directory = write_model(tmp_path, nemotron_h(), seed=1)
+    config = EngineConfig(budget=Budget(ram_bytes=4 * GIB), threads=1, max_sequences=3)
+    plan = plan_memory(ModelFootprint(open_model(directory), config), config, process_bytes=0)
+    floats = 6 * 6 * 12 + (4 - 1) * (6 * 6 + 2 * 2 * 12)  # heads, dimensions, state; positions, channels
+    assert plan.state_bytes == pytest.approx(3 * 2 * floats * 4, rel=0.01)
+    with Engine.open(directory, memory="4GiB", threads=1, max_sequences=3) as engine:
+        state = engine._started.model.recurrent
+        assert state is not None
+        assert state.nbytes / state.num_slots == pytest.approx(plan.state_bytes / 3, rel=0.01)
+    nano = FAMILIES["nemotron_h"].parse_config(published_mamba.nemotron_h())
+    floats = 64 * 64 * 128 + 3 * (64 * 64 + 2 * 8 * 128)
+    assert state_bytes(nano, 1) == pytest.approx(23 * floats * 4, rel=0.01)
+    assert kv_bytes(nano, 1024, "f16") == pytest.approx(6 * 2 * 2 * 128 * 2 * 1024, rel=0.01)
 
 
 def test_a_model_without_delta_nets_has_no_states(tmp_path: Path) -> None:

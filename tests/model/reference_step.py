@@ -114,7 +114,8 @@ class ReferenceDecoder:
                     self._add_latent_attention(hidden, layer, step, latent)
                 case AttentionConfig() as attention:
                     self._add_attention(hidden, layer, step, attention)
-            self._add_ffn(hidden, layer, before if self.config.is_parallel else hidden)
+            if self.config.layers[layer].has_network:
+                self._add_ffn(hidden, layer, before if self.config.is_parallel else hidden)
             if self.config.has_layer_scale:
                 hidden *= self.weights.vectors[f"layers.{layer}.layer_scale"]
             for addition in step.additions:
@@ -521,6 +522,12 @@ class ReferenceDecoder:
             routed = np.zeros_like(out)
             self._add_routed(routed, router_in, expert_in, layer, self.experts)
             out += self._norm(routed, name + "expert_post_norm")
+        elif self.config.expert_latent:
+            latent = np.zeros((len(out), self.config.expert_latent), np.float32)
+            self._add_routed(
+                latent, router_in, self._projection(name + "latent_down", normed), layer, self.experts
+            )
+            out += self._projection(name + "latent_up", latent)
         else:
             self._add_routed(out, router_in, expert_in, layer, self.experts)
 
@@ -566,12 +573,12 @@ class ReferenceDecoder:
             for part in ("gate", "up", "down")
             if (table := self.weights.vectors.get(f"layers.{layer}.expert_{part}_bias")) is not None
         }
-        out = np.empty((flat.size, config.hidden_size), np.float32)
+        out = np.empty((flat.size, config.expert_hidden), np.float32)
         _native_testing.swiglu_experts(
             self.runtime,
             experts.arena,
             experts.formats(layer),
-            config.hidden_size,
+            config.expert_hidden,
             config.expert_width,
             experts.offsets(layer, chosen),
             expert_in,

@@ -92,7 +92,8 @@ IN_SHORT = [
     "deepseek_v2_groups",
     *(f"{family}_plain" for family in (
         "bailing_hybrid", "deepseek_v3", "gemma4", "glm4_moe", "gpt_oss", "kimi_linear", "lfm2_moe", "minimax",
-        "minimax_m2", "mixtral", "olmoe", "qwen3_5_moe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_vl_moe",
+        "minimax_m2", "mixtral", "nemotron_h", "olmoe", "qwen3_5_moe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe",
+        "qwen3_vl_moe",
     )),
 ]  # fmt: skip
 few_models = pytest.mark.parametrize("directory", few_of(MODELS, IN_SHORT), indirect=True)

@@ -15,6 +15,7 @@ from tests.models.configurations_grouped import GROUPED
 from tests.models.configurations_latent import LATENT
 from tests.models.configurations_lightning import LIGHTNING
 from tests.models.configurations_llama4 import LLAMA4
+from tests.models.configurations_mamba import MAMBA
 from tests.models.configurations_step import STEP
 from tests.models.configurations_windows import WINDOWS
 from tests.models.configurations_wrappers import WRAPPED
@@ -515,5 +516,6 @@ CONFIGURATIONS = (
     *GQA,
     *WINDOWS,
     *FLAGS,
+    *MAMBA,
     *GROUPED,
 )

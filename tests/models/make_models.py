@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -273,8 +274,8 @@ def scaled(config: RawConfig, scale: float) -> RawConfig:
     for part in ("thinker_config", "text_config"):
         if part in config:
             return config | {part: scaled(config[part], scale)}
-    step = 2 * config["num_attention_heads"]
-    sizes = {"hidden_size": max(step, round(config["hidden_size"] * scale / step) * step)}
+    step = math.lcm(2 * config["num_attention_heads"], config.get("mamba_n_heads", 1))
+    sizes: RawConfig = {"hidden_size": max(step, round(config["hidden_size"] * scale / step) * step)}
     for key in (
         "vocab_size",
         "intermediate_size",
@@ -284,6 +285,8 @@ def scaled(config: RawConfig, scale: float) -> RawConfig:
     ):
         if config.get(key):
             sizes[key] = max(8, round(config[key] * scale))
+    if "mamba_d_head" in config:  # follows from the hidden size
+        sizes["mamba_d_head"] = "auto"
     return config | sizes
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from tests.models import (
     numpy_dense,
     numpy_llama4,
+    numpy_mamba,
     numpy_recurrent,
     numpy_windows,
     tiny_delta,
@@ -27,6 +28,7 @@ from tests.models import (
     tiny_grouped,
     tiny_kda,
     tiny_llama4,
+    tiny_mamba,
     tiny_minimax,
     tiny_recurrent,
     tiny_step,
@@ -128,6 +130,9 @@ class NumpyModel:
             self.config = numpy_recurrent.with_common_keys(self.config)
             self.tensors = {numpy_recurrent.respelt(name): t for name, t in self.tensors.items()}
             self.kinds = self.config["layer_types"]
+        if family in tiny_mamba.FAMILIES:
+            self.config = numpy_mamba.with_common_keys(self.config)
+            self.tensors = {numpy_mamba.respelt(name): t for name, t in self.tensors.items()}
         if family in tiny_grouped.FAMILIES:
             self.config, self.tensors = tiny_grouped.as_glm(self.config, self.tensors)
         if self.family in tiny_step.FAMILIES:
@@ -170,6 +175,8 @@ class NumpyModel:
                 hidden = numpy_llama4.run_layer(self, layer, hidden, places[layer])
             elif self.config["model_type"] in tiny_minimax.FAMILIES:
                 hidden = tiny_minimax.run_layer(self, layer, hidden, places[layer])
+            elif self.config["model_type"] in tiny_mamba.FAMILIES:
+                hidden = numpy_mamba.run_layer(self, layer, hidden, places[layer])
             elif self.is_gemma:
                 mixed = self.attention(layer, normed, places[layer])
                 hidden = hidden + self.norm(prefix + "post_attention_layernorm", mixed)

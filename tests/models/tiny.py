@@ -27,6 +27,7 @@ from tests.models import (
     tiny_kda,
     tiny_latent,
     tiny_llama4,
+    tiny_mamba,
     tiny_minimax,
     tiny_recurrent,
     tiny_step,
@@ -374,6 +375,8 @@ def moe_layers(config: RawConfig) -> list[int]:
         return [i for i in range(text["num_hidden_layers"]) if tiny_latent.is_moe(text, i)]
     if config["model_type"] in tiny_flags.FAMILIES:
         return [i for i in range(config["num_hidden_layers"]) if tiny_flags.is_moe(config, i)]
+    if config["model_type"] in tiny_mamba.FAMILIES:
+        return tiny_mamba.moe_layers(config)
     config = text_of(config)
     if config["model_type"] in tiny_windows.FAMILIES:
         return [i for i in range(config["num_hidden_layers"]) if tiny_windows.is_moe(config, i)]
@@ -403,6 +406,8 @@ def tensor_shapes(config: RawConfig) -> dict[str, tuple[int, ...]]:
         return tiny_recurrent.lfm2_shapes(config)
     if config["model_type"] in tiny_minimax.FAMILIES:
         return tiny_minimax.minimax_shapes(config)
+    if config["model_type"] in tiny_mamba.FAMILIES:
+        return tiny_mamba.mamba_model_shapes(config)
     if config["model_type"] in tiny_kda.FAMILIES:
         return tiny_kda.kda_tensor_shapes(config)
     if config["model_type"] in tiny_latent.LATENT_FAMILIES:
@@ -529,7 +534,7 @@ def random_tensors(config: RawConfig, seed: int, dtype: str) -> dict[str, Array]
             )
             is_zero_centred |= config["model_type"] in tiny_dense.GEMMA
             values = (0 if is_zero_centred else 1) + 0.2 * noise
-        elif name.endswith("A_log"):
+        elif name.endswith(("A_log", ".D")):
             values = noise
         elif name.endswith(("layer_scalar", "router.scale", "per_expert_scale")):
             values = 1 + 0.2 * noise
@@ -543,7 +548,7 @@ def random_tensors(config: RawConfig, seed: int, dtype: str) -> dict[str, Array]
             values = 0.3 * noise
         elif name.endswith("sinks"):
             values = noise
-        elif "embed_tokens" in name or "word_embeddings" in name:
+        elif any(part in name for part in ("embed_tokens", "word_embeddings", "backbone.embeddings")):
             # A tied table is also the head: at unit size a token would only ever predict itself.
             is_tied = text_of(config).get("tie_word_embeddings")
             if config["model_type"] in tiny_recurrent.FAMILIES:
@@ -555,6 +560,7 @@ def random_tensors(config: RawConfig, seed: int, dtype: str) -> dict[str, Array]
                 "block_sparse_moe.gate.weight",
                 "router.weight",
                 "router.layer.weight",
+                "mixer.gate.weight",
                 "forward.gate.weight",
                 "moe.gate.weight",
             )

@@ -26,6 +26,7 @@ from tests.models.tiny_dense import gemma3, gemma3_text, llama, qwen3
 from tests.models.tiny_gemma import gemma4
 from tests.models.tiny_grouped import bailing_moe, dots1, exaone_moe, hy_v3
 from tests.models.tiny_llama4 import OF_GGUF, llama4, llama4_text
+from tests.models.tiny_mamba import granitemoehybrid, nemotron_h
 from tests.models.tiny_windows import YARN, afmoe, laguna, mellum
 from tests.oracle.test_peer import PEER, peer_logits
 
@@ -66,6 +67,36 @@ CONVERTED: dict[str, tuple[str, RawConfig]] = {
     "solar_open_plain": ("glm4moe", _OF_NAME["solar_open_plain"]),
     "solar_open_groups": ("glm4moe", _OF_NAME["solar_open_bias_groups_tied_f32"] | {"attention_bias": False}),
     # The converter refuses the released file's "noaux_tc", and llama.cpp other numbers of keys than of queries.
+    "granitemoehybrid_plain": ("granitehybrid", granitemoehybrid()),
+    "granitemoehybrid_groups": (
+        "granitehybrid",
+        granitemoehybrid(
+            layer_types=["attention", "mamba", "mamba", "attention"],
+            mamba_d_conv=3,
+            mamba_d_head=14,
+            mamba_n_groups=2,
+            mamba_n_heads=4,
+            num_experts_per_tok=3,
+            num_hidden_layers=4,
+            num_key_value_heads=2,
+        ),
+    ),
+    # llama.cpp cannot run dense layers beside those with experts, nor mixers without a bias of the convolution; its
+    # converter wants multiples of 64 channels.
+    "nemotron_h_plain": ("nemotron_h_moe", nemotron_h(mamba_head_dim=16, mamba_num_heads=4)),
+    "nemotron_h_latent": (
+        "nemotron_h_moe",
+        nemotron_h(
+            hybrid_override_pattern="M*EME",
+            mamba_head_dim=32,
+            moe_latent_size=12,
+            n_groups=1,
+            norm_topk_prob=False,
+            num_key_value_heads=1,
+            num_nextn_predict_layers=1,
+            routed_scaling_factor=1.0,
+        ),
+    ),
     "dots1_plain": ("dots1", dots1(scoring_func="sigmoid", num_key_value_heads=4)),
     "dots1_dense": (
         "dots1",

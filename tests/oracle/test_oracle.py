@@ -21,7 +21,7 @@ from argosy.checkpoint.pack import pack
 from argosy.model.families import open_model
 from argosy.model.rope import angle_scale, inverse_frequency
 from tests.helpers.mixers import windows
-from tests.models import tiny_delta, tiny_gemma, tiny_windows
+from tests.models import tiny_delta, tiny_gemma, tiny_mamba, tiny_windows
 from tests.models.configurations import CONFIGURATIONS, Configuration
 from tests.models.configurations_latent import LATENT
 from tests.models.make_models import answer, decoder_of, load, make, scaled
@@ -241,6 +241,7 @@ def test_a_long_prompt_equals_transformers(tmp_path: Path) -> None:
 OTHER_MODULES = (
     "hy_v3", "llama4", "llama4_text", "mimo_v2_flash", "flex_olmo", "granitemoe", "granitemoeshared", "lfm2_moe",
     "kimi_linear", "bailing_hybrid", "bailing_moe", "minimax", "exaone_moe", *tiny_windows.FAMILIES,
+    *tiny_mamba.FAMILIES,
 )  # fmt: skip
 PLAIN = [
     c

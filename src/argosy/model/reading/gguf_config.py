@@ -152,6 +152,7 @@ class GgufConfigReader:
     def common(
         self,
         *,
+        has_rope: bool = True,
         has_partial_rope: bool = False,
         axes: Axes | None = None,
         num_kv_heads: int | None = None,
@@ -160,6 +161,7 @@ class GgufConfigReader:
         """Read the part that is the same in every family with keys and values.
 
         Args:
+            has_rope: False: nothing rotates, whatever the file says.
             has_partial_rope: `rope.dimension_count` may be less than a whole head.
             num_kv_heads: the number in layers with attention; None: the file's, the same in every layer.
             axes: how the family distributes pairs of dimensions over the axes of positions in media, if a file gives
@@ -185,8 +187,12 @@ class GgufConfigReader:
             raise self.unsupported(
                 "attention.value_length", width, f"{head_dim}, the same as attention.key_length"
             )
-        rope = self.rope(self._turning(head_dim) if has_partial_rope else head_dim, context_tokens)
-        if axes is not None:
+        if not has_rope:
+            rope = None
+            self._asked |= {"rope.dimension_count", "rope.freq_base"}
+        else:
+            rope = self.rope(self._turning(head_dim) if has_partial_rope else head_dim, context_tokens)
+        if rope is not None and axes is not None:
             rope = replace(rope, axes=self._axes(axes, rope.rotary_dim // 2))
         heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
         return Common(sizes, heads | {"rope": rope})

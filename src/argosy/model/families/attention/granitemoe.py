@@ -7,6 +7,7 @@ of the chosen logits.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
@@ -26,20 +27,16 @@ _LAYER_NAMES = {
     "shared_up": "shared_mlp.input_linear.weight",
     "shared_down": "shared_mlp.output_linear.weight",
 }
-_JOINED = ("shared_gate", "shared_up")
 # transformers 5 renames the router and the experts.
 LAYOUTS = tuple(
     Layout(
         layer_names=_LAYER_NAMES | {"router": f"block_sparse_moe.{router}"},
-        joined=_JOINED,
-        fused_names=experts,
+        joined=("shared_gate", "shared_up"),
+        fused_names=(f"block_sparse_moe.{gate_up}", f"block_sparse_moe.{down}"),
     )
-    for router, experts in (
-        (
-            "router.layer.weight",
-            ("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),
-        ),
-        ("router.weight", ("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj")),
+    for router, gate_up, down in (
+        ("router.layer.weight", "input_linear.weight", "output_linear.weight"),
+        ("router.weight", "experts.gate_up_proj", "experts.down_proj"),
     )
 )
 
@@ -51,11 +48,11 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         UnsupportedModel: a key or value asks for something that is not supported.
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
-    return read_granite(ConfigReader(raw, MODEL_TYPE), MODEL_TYPE, has_shared=False)
+    return read_granite(ConfigReader(raw, MODEL_TYPE), MODEL_TYPE)
 
 
-def read_granite(reader: ConfigReader, family: str, *, has_shared: bool) -> ModelConfig:
-    """Read the config of this family, or of the one with a shared expert."""
+def read_granite(reader: ConfigReader, family: str, shared: int | None = None) -> ModelConfig:
+    """Read the config of this family, or of one with a shared expert; `shared` is the default of its width."""
     common = read_common(
         reader,
         CommonDefaults(
@@ -84,7 +81,9 @@ def read_granite(reader: ConfigReader, family: str, *, has_shared: bool) -> Mode
         family=family,
         layers=(LayerConfig(mixer=attention, is_moe=True),) * num_layers,
         expert_width=reader.integer("intermediate_size", default=11_008),
-        shared_width=reader.integer("shared_intermediate_size", default=0, least=0) if has_shared else 0,
+        shared_width=0
+        if shared is None
+        else reader.integer("shared_intermediate_size", default=shared, least=0),
         router=RouterConfig(renormalize=True),
         embedding_scale=reader.number("embedding_multiplier", 1.0),
         residual_scale=reader.number("residual_multiplier", 1.0),
@@ -103,10 +102,17 @@ def open_gguf(file: GgufFile) -> ModelFiles:
         CheckpointError: a key or tensor is missing, malformed, or contradicts another.
     """
     reader = GgufConfigReader(file, GGUF_ARCHITECTURE)
-    common = reader.common()
+    config = read_granite_gguf(reader, MODEL_TYPE)
+    reader.finish()
+    return read_gguf_layout(file, config, is_paired=True, has_rope_freqs=False)
+
+
+def read_granite_gguf(reader: GgufConfigReader, family: str, **changes: Any) -> ModelConfig:
+    """Read the metadata that Granite's architectures share; `changes` are arguments of `GgufConfigReader.common`."""
+    common = reader.common(**changes)
     attention = AttentionConfig(**common.attention, scale=reader.number("attention.scale", 0.0))
-    config = ModelConfig(
-        family=MODEL_TYPE,
+    return ModelConfig(
+        family=family,
         layers=(LayerConfig(mixer=attention, is_moe=True),) * reader.num_layers(),
         expert_width=reader.integer("feed_forward_length"),
         shared_width=reader.integer("expert_shared_feed_forward_length", 0, least=0),
@@ -117,5 +123,3 @@ def open_gguf(file: GgufFile) -> ModelFiles:
         logit_scale=1 / reader.number("logit_scale"),
         **common.model,
     )
-    reader.finish()
-    return read_gguf_layout(file, config, is_paired=True, has_rope_freqs=False)

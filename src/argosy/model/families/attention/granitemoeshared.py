@@ -20,4 +20,4 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         UnsupportedModel: a key or value asks for something that is not supported.
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
-    return read_granite(ConfigReader(raw, MODEL_TYPE), MODEL_TYPE, has_shared=True)
+    return read_granite(ConfigReader(raw, MODEL_TYPE), MODEL_TYPE, shared=0)
