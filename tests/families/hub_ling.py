@@ -54,6 +54,22 @@ LING_MINI_2: RawConfig = {
     "use_rmsnorm": True,
     "vocab_size": 157_184,
 }
+# inclusionAI/Ring-mini-linear-2.0
+RING_MINI_LINEAR_2: RawConfig = {
+    **{
+        key: value
+        for key, value in LING_MINI_2.items()
+        if key not in ("max_window_layers", "mtp_loss_scaling_factor", "rotary_dim")
+    },
+    "architectures": ["BailingMoeLinearV2ForCausalLM"],
+    "group_norm_size": 4,
+    "layer_group_size": 5,
+    "linear_silu": False,
+    "max_position_embeddings": 131_072,
+    "model_type": "bailing_moe_linear",
+    "rope_theta": 1_000_000,
+    "transformers_version": "4.56.1",
+}
 # inclusionAI/Ling-flash-2.0
 LING_FLASH_2: RawConfig = LING_MINI_2 | {
     "hidden_size": 4096,

@@ -15,7 +15,14 @@ from tests.families.hub_configs import (
     SARVAM_105B,
     RawConfig,
 )
-from tests.families.hub_ling import K_EXAONE, LING_FLASH_2, LING_MINI_2, RING_1T, SARVAM_30B
+from tests.families.hub_ling import (
+    K_EXAONE,
+    LING_FLASH_2,
+    LING_MINI_2,
+    RING_1T,
+    RING_MINI_LINEAR_2,
+    SARVAM_30B,
+)
 from tests.families.published_mamba import GRANITE_40_H_SMALL, NEMOTRON_3_SUPER, granitemoehybrid, nemotron_h
 from tests.families.published_windows import (
     LAGUNA_S_2_1,
@@ -1085,6 +1092,7 @@ PUBLISHED = (
     Published("Solar-Open-100B", SOLAR_OPEN, 102.6),
     Published("dots.llm1", DOTS1, 142.8),
     Published("Ling-mini-2.0", LING_MINI_2, 16.3),
+    Published("Ring-mini-linear-2.0", RING_MINI_LINEAR_2, 16.4),
     Published("Ling-flash-2.0", LING_FLASH_2, 103.0),
     Published("Ring-1T", RING_1T, 1000.0),
     Published("Sarvam-30B", SARVAM_30B, 32.15),

@@ -30,6 +30,7 @@ from tests.models import (
     tiny_mamba,
     tiny_minimax,
     tiny_recurrent,
+    tiny_ring,
     tiny_step,
     tiny_windows,
     tiny_wrappers,
@@ -404,6 +405,8 @@ def tensor_shapes(config: RawConfig) -> dict[str, tuple[int, ...]]:
         return tiny_dense.dense_shapes(config)
     if config["model_type"] in tiny_recurrent.FAMILIES:
         return tiny_recurrent.lfm2_shapes(config)
+    if config["model_type"] == tiny_ring.FAMILY:
+        return tiny_ring.ring_shapes(config)
     if config["model_type"] in tiny_minimax.FAMILIES:
         return tiny_minimax.minimax_shapes(config)
     if config["model_type"] in tiny_mamba.FAMILIES:

@@ -71,10 +71,10 @@ def draft_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     yield f"layers.{number}.draft_final_norm", (hidden,)
 
 
-def shapes_together(config: ModelConfig, layer: int, names: Iterable[str]) -> list[Shape]:
+def shapes_together(config: ModelConfig, layer: int, names: Iterable[str]) -> dict[str, Shape]:
     """Return the shapes of those of a layer's tensors, in this order, which some files store as one."""
     shapes = dict(_layer_shapes(config, layer))
-    return [shapes[name] for name in names if name in shapes]
+    return {name: shapes[name] for name in names if name in shapes}
 
 
 def require_countable(config: ModelConfig) -> None:

@@ -69,7 +69,7 @@ FAMILIES: Mapping[str, Family] = {
             "attention.llama4_text", "wrappers.llama4",
             "attention.step3p5", "wrappers.step3p7",
             "attention.granitemoe", "attention.granitemoeshared", "attention.ernie4_5_moe",
-            "recurrent.minimax",
+            "recurrent.minimax", "recurrent.bailing_moe_linear",
             "recurrent.lfm2_moe", "recurrent.granitemoehybrid", "recurrent.nemotron_h",
             "recurrent.kimi_linear", "recurrent.bailing_hybrid",
             "wrappers.qwen3_vl_moe", "wrappers.qwen3_omni_moe", "wrappers.glm4v_moe", "wrappers.gemma4",

@@ -174,9 +174,8 @@ def read_gguf_layout(
             layer = int(canonical.split(".")[1])
             joined = f"blk.{layer}.attn_qkv.{name.rpartition('.')[2]}"
             if joined in reader:
-                return reader.part(
-                    joined, shapes_together(config, layer, together), together.index(last), heads
-                )
+                shapes = shapes_together(config, layer, together)
+                return reader.part(joined, list(shapes.values()), list(shapes).index(last), heads)
         return reader.dense(name, shape, heads, stacked)
 
     dense = {name: take_dense(accounts, config, name, shape) for name, shape in dense_shapes(config)}

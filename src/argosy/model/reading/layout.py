@@ -290,7 +290,7 @@ class _Accounts(WeightAccounts):
             names = layout.layer_names
             together = [one for one in layout.joined if names[one] == names[last]]
             shapes = shapes_together(config, int(canonical.split(".")[1]), together)
-            part, format = self.take_rows(name, shapes, together.index(last))
+            part, format = self.take_rows(name, list(shapes.values()), list(shapes).index(last))
             return MatrixRef.of(part, format, rows, cols)
         if turn is None:
             matrix = replace(self.weight(name, in_file, num_heads=num_heads), rows=rows, cols=cols)
