@@ -158,6 +158,29 @@ def test_gemma3_s_tensors_are_found_under_both_names_of_transformers(tmp_path: P
     np.testing.assert_array_equal(*logits)
 
 
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_model_that_only_embeds_has_other_names_and_no_head(is_tied: bool, tmp_path: Path) -> None:
+    config = qwen3(tie_word_embeddings=is_tied)
+    whole = write_model(tmp_path / "whole", config, seed=3)
+    base = write_model(tmp_path / "base", config, seed=3)
+    tensors = {name.removeprefix("model."): values for name, values in read_checkpoint(whole).items()}
+    tensors.pop("lm_head.weight", None)
+    (base / "model.safetensors").unlink()
+    write_checkpoint(base, {name: ("BF16", values) for name, values in tensors.items()})
+    assert open_model(base).config.is_embedding_tied
+    found = []
+    for place in (whole, base):
+        with Engine.open(place, memory="2GiB", threads=1) as engine:
+            found.append(engine.embed([prompt_ids(config, 5)]))
+    np.testing.assert_array_equal(*found)
+    # A model with the usual names needs its head.
+    tensors = {f"model.{name}": values for name, values in tensors.items()}
+    write_checkpoint(base, {name: ("BF16", values) for name, values in tensors.items()})
+    if not is_tied:
+        with pytest.raises(CheckpointError, match=r"lm_head\.weight is missing"):
+            open_model(base)
+
+
 # llama.cpp knows the layers that see all, and the factor of scores, by rules; its files do not have them.
 GEMMA: dict[str, Any] = {"num_hidden_layers": 6, "sliding_window_pattern": 6, "query_pre_attn_scalar": 12}
 IN_GGUF = {

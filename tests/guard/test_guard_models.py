@@ -22,6 +22,9 @@ from argosy.guard.verdict import CheckFailed
             ["violence", "privacy"],
         ),
         ("qwen3guard", "Safety: Controversial\nCategories: Unethical Acts", False, []),
+        ("qwen3guard", "\n\nSafety: Safe\nCategories: None\nRefusal: Yes\n", False, []),
+        ("qwen3guard", "Safety: Unsafe\nCategories: Viol", True, ["unsafe"]),  # cut off
+        ("qwen3guard", "Safety: Unsafe", True, ["unsafe"]),
         ("gpt-oss-safeguard", '{"violation": 1, "category": "Moons"}', True, ["moons"]),
         ("gpt-oss-safeguard", 'Here: {"violation": 0, "category": null}.', False, []),
     ],
@@ -36,6 +39,22 @@ def test_an_answer_is_read(form: str, answer: str, is_flagged: bool, categories:
     "answer", ["", "I cannot help with that.", "unsafe?", "{}", "Safety:", '{"violation": 2}', "[" * 999]
 )
 def test_an_answer_in_no_known_form_is_a_failure_and_no_pass(form: str, answer: str) -> None:
+    with pytest.raises(CheckFailed):
+        GUARD_FORMS[form].read(answer)
+
+
+@pytest.mark.parametrize(
+    ("form", "answer"),
+    [
+        ("qwen3guard", "Safety: Safe\nCategories: Violent"),
+        ("qwen3guard", "Safety: Safe\nCategories: None\nSafety: Unsafe\nCategories: Violent"),
+        ("qwen3guard", "The text is harmless.\nSafety: Safe\nCategories: None"),
+        ("qwen3guard", "Safety: Safe\nCategories: None\nRefusal: No\nThough it is not."),
+        ("llama-guard", "safe\nS1"),
+        ("llama-guard", "safe or unsafe"),
+    ],
+)
+def test_an_answer_that_contradicts_itself_or_goes_on_is_no_pass(form: str, answer: str) -> None:
     with pytest.raises(CheckFailed):
         GUARD_FORMS[form].read(answer)
 

@@ -55,7 +55,7 @@ class Reference:
 # Those with committed embeddings (`make_embeddings.py`): one of each kind of mixer, norm and embedding.
 EMBEDDED = (
     "deepseek_v3_plain", "gemma4_plain", "glm4_moe_plain", "gpt_oss_plain", "mixtral_plain", "olmoe_plain",
-    "qwen3_moe_plain", "qwen3_next_plain",
+    "qwen3_moe_plain", "qwen3_next_plain", "qwen3_plain", "gemma3_text_plain",
 )  # fmt: skip
 REFERENCES = tuple(Reference(directory) for directory in sorted(DIRECTORY.iterdir()))
 

@@ -17,6 +17,7 @@ from tests.models.runnable import runnable
 from tests.models.safetensors_file import read_safetensors
 from tests.models.tiny import RawConfig, glm4_moe, mixtral, prompt_ids, qwen3_moe, write_model
 from tests.models.tiny_delta import qwen3_next
+from tests.models.tiny_dense import gemma3_text, qwen3
 from tests.models.tiny_gemma import gemma4
 from tests.models.tiny_latent import deepseek_v3
 
@@ -30,6 +31,8 @@ CONFIGS: dict[str, RawConfig] = {
     "deepseek_v3": deepseek_v3(),
     "gemma4": gemma4(),
     "qwen3_next": qwen3_next(),
+    "qwen3": qwen3(hidden_size=36, head_dim=14),
+    "gemma3_text": gemma3_text(head_dim=10, num_key_value_heads=3),
 }
 
 

@@ -32,7 +32,8 @@ from argosy.serve.http.caller import Caller
 from argosy.serve.http.failures import Refused
 from argosy.serve.http.held import Held, Pool
 from tests.models.safetensors_file import Array
-from tests.models.tiny import qwen3_moe, write_model
+from tests.models.tiny import write_model
+from tests.models.tiny_dense import qwen3
 from tests.prompt.tokenizers_for_tests import CHATML, FIM, byte_level_json, filling_json, write_tokenizer
 from tests.serve.conftest import alive_at_once, only, serving, start
 from tests.serve.record import read_events
@@ -43,7 +44,7 @@ TEXTS = ["How are you?", "I am well, thank you; and you?", "東京の空"]
 @pytest.fixture(scope="module")
 def own_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     directory = tmp_path_factory.mktemp("embeddings") / "model"
-    write_model(directory, qwen3_moe(vocab_size=560, max_position_embeddings=512), seed=3)
+    write_model(directory, qwen3(vocab_size=560, max_position_embeddings=512), seed=3)
     config: dict[str, object] = {"eos_token": "<|im_end|>", "chat_template": CHATML}
     write_tokenizer(directory, filling_json("yes", "no"), config)
     with Engine.open(directory, memory="1GiB", threads=1, context=256, max_waiting=64) as engine:

@@ -84,17 +84,20 @@ _OF_QWEN: Mapping[str, str] = {
     "Politically Sensitive Topics": "politically-sensitive", "Copyright Violation": "intellectual-property",
     "Jailbreak": "jailbreak",
 }  # fmt: skip
-_SAFETY = re.compile(r"^Safety: (Safe|Unsafe|Controversial)\s*$", re.MULTILINE)
-_OF_SAFETY = re.compile(r"^Categories: (.+)$", re.MULTILINE)
+# The last line is there for answers alone.
+_SAFETY = re.compile(
+    r"\s*Safety: (Safe|Unsafe|Controversial)[ \t]*(?:\nCategories: ([^\n]+))?(?:\nRefusal: (?:Yes|No))?\s*"
+)
 
 
 def _read_qwen3guard(answer: str) -> Verdict:
     """`Safety: Unsafe`, then `Categories: Violent, PII`. Controversial content gets a score but no flag."""
-    safety = _SAFETY.search(answer)
+    safety = _SAFETY.fullmatch(answer)
     if safety is None:
-        raise CheckFailed("the guard model's answer has no line `Safety: ...`")
-    named = _OF_SAFETY.search(answer)
-    names = [] if named is None else [name for name in _OF_QWEN if name in named[1]]
+        raise CheckFailed("the guard model's answer is not a line `Safety: ...` and one of categories")
+    names = [name for name in _OF_QWEN if name in (safety[2] or "")]
+    if safety[1] == "Safe" and (safety[2] or "None").strip() != "None":
+        raise CheckFailed("the guard model's answer names categories of a safe text")
     score = {"Safe": 0.0, "Controversial": 0.4, "Unsafe": 1.0}[safety[1]]
     scores = {_OF_QWEN[name]: score for name in names} if score else {}
     return Verdict(safety[1] == "Unsafe", scores or ({"unsafe": score} if score else {}))

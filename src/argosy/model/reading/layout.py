@@ -101,6 +101,7 @@ class Layout:
     prefix: str = "model."
     head_name: str = "lm_head.weight"
     embed_name: str = "embed_tokens.weight"  # after the prefix
+    may_lack_head: bool = False  # a model that only embeds: without a head, its embedding table stands for it
     has_optional_bias: bool = False  # without `choice_bias`, routers have none, whatever the config says
     final_norm_name: str = "norm.weight"  # after the prefix
     passed_over: str | None = None  # regular expression for whole names of tensors that text does not need
@@ -198,6 +199,8 @@ def read_layout(
     if config.is_embedding_tied and layout.head_name in tensors:
         # The config says tied, but the files contain a head: the files win, as in transformers 5.
         config = replace(config, is_embedding_tied=False)
+    elif layout.may_lack_head and layout.head_name not in tensors:
+        config = replace(config, is_embedding_tied=True)
     if layout.is_mlx:
         config = _as_in_mlx(config, layout, tensors)
     if layout.has_optional_bias:

@@ -6,6 +6,7 @@ A model without experts is in memory as a whole: nothing of it streams from the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from argosy.checkpoint.files import ModelFiles
@@ -23,7 +24,9 @@ LAYER_NAMES = {
     "up": "mlp.up_proj.weight",
     "down": "mlp.down_proj.weight",
 }
-LAYOUTS = (Layout(layer_names=LAYER_NAMES),)
+_LAYOUT = Layout(layer_names=LAYER_NAMES)
+# Models that embed (Qwen3-Embedding) are stored without "model." and without a head, whatever tie_word_embeddings says.
+LAYOUTS = (_LAYOUT, replace(_LAYOUT, prefix="", may_lack_head=True))
 
 
 def read_dense_model(
