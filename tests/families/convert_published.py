@@ -73,6 +73,7 @@ PRE_TOKENIZERS = {
     "dots1": "qwen2",
     "bailing_moe": "bailingmoe2",
     "exaone_moe": "exaone-moe",
+    "hunyuan": "hunyuan",
     "hy_v3": "hunyuan-dense",
     "mixtral": None,
     "olmoe": "olmo",

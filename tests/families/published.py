@@ -16,6 +16,7 @@ from tests.families.hub_configs import (
     RawConfig,
 )
 from tests.families.hub_ling import (
+    HUNYUAN_A13B,
     K_EXAONE,
     LING_FLASH_2,
     LING_MINI_2,
@@ -1097,6 +1098,7 @@ PUBLISHED = (
     Published("Ring-1T", RING_1T, 1000.0),
     Published("Sarvam-30B", SARVAM_30B, 32.15),
     Published("K-EXAONE-236B-A23B", K_EXAONE, 236.0),
+    Published("Hunyuan-A13B", HUNYUAN_A13B, 80.4),
     Published("Hy3-preview", HY3, 295.0),
     Published("Moonlight-16B-A3B", MOONLIGHT, 16.0),
     Published("Kimi-VL-A3B", KIMI_VL, 16.0),

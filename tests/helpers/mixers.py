@@ -21,12 +21,14 @@ def windows(config: ModelConfig) -> list[int]:
 
 
 def in_float32(config: ModelConfig) -> ModelConfig:
-    """Return the config with yarn's attention factors as GGUF files have them."""
+    """Return the config with thetas and yarn's attention factors as GGUF files have them."""
     layers = []
     for layer in config.layers:
         mixer = layer.mixer
-        if isinstance(mixer, AttentionConfig) and mixer.rope is not None and mixer.rope.attention_factor:
-            factor = float(str(np.float32(mixer.rope.attention_factor)))
-            mixer = replace(mixer, rope=replace(mixer.rope, attention_factor=factor))
+        if isinstance(mixer, AttentionConfig) and mixer.rope is not None:
+            rope = replace(mixer.rope, theta=float(str(np.float32(mixer.rope.theta))))
+            if rope.attention_factor:
+                rope = replace(rope, attention_factor=float(str(np.float32(rope.attention_factor))))
+            mixer = replace(mixer, rope=rope)
         layers.append(replace(layer, mixer=mixer))
     return replace(config, layers=tuple(layers))

@@ -12,6 +12,7 @@ from tests.models.configurations_flags import FLAGS
 from tests.models.configurations_gemma import GEMMA
 from tests.models.configurations_gqa import GQA
 from tests.models.configurations_grouped import GROUPED
+from tests.models.configurations_hunyuan import HUNYUAN
 from tests.models.configurations_latent import LATENT
 from tests.models.configurations_lightning import LIGHTNING
 from tests.models.configurations_llama4 import LLAMA4
@@ -513,6 +514,7 @@ CONFIGURATIONS = (
     *STEP,
     *DENSE,
     *GEMMA,
+    *HUNYUAN,
     *GQA,
     *WINDOWS,
     *FLAGS,

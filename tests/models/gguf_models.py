@@ -19,7 +19,15 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
-from tests.models import gguf_windows, tiny_dense, tiny_gqa, tiny_grouped, tiny_llama4, tiny_windows
+from tests.models import (
+    gguf_windows,
+    tiny_dense,
+    tiny_gqa,
+    tiny_grouped,
+    tiny_hunyuan,
+    tiny_llama4,
+    tiny_windows,
+)
 from tests.models.safetensors_file import Array, write_checkpoint
 from tests.models.tiny import RawConfig, head_dim, moe_layers, num_experts, random_tensors, text_of
 from tests.models.tiny_latent import INDEXED_FAMILIES, LATENT_FAMILIES, MISTRAL_FAMILIES
@@ -46,6 +54,7 @@ ARCHITECTURES = {
     "solar_open": "glm4moe",
     "dots1": "dots1",
     "bailing_moe": "bailingmoe2",
+    tiny_hunyuan.FAMILY: "hunyuan-moe",
     "exaone_moe": "exaone-moe",
     "hy_v3": "hy_v3",
     "mellum": "mellum",
@@ -98,6 +107,9 @@ _NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.query_layernorm": "attn_q_norm",
+    "self_attn.key_layernorm": "attn_k_norm",
+    "mlp.gate.wg": "ffn_gate_inp",
     "attention.query_key_value": "attn_qkv",
     "attention.dense": "attn_output",
     "attention.query_layernorm": "attn_q_norm",
@@ -399,6 +411,10 @@ def add_slices(
 
 def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
     """Write the metadata that llama.cpp's conversion script writes for such a model."""
+    if config["model_type"] == tiny_hunyuan.FAMILY:
+        writer.add_expert_shared_count(1)
+        writer.add_expert_shared_feed_forward_length(config["intermediate_size"])
+        config = tiny_hunyuan.plain(config)
     width = config.get("intermediate_size_mlp", config["intermediate_size"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_block_count(config["num_hidden_layers"] + num_draft_layers(config))

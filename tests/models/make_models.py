@@ -155,7 +155,7 @@ def answer(model: transformers.PreTrainedModel, token_ids: list[int], num_tokens
         for module in model.modules()
         if type(module)
         .__name__.lower()
-        .endswith(("topkrouter", "textrouter", "tokenchoicerouter", "llama4router"))
+        .endswith(("topkrouter", "textrouter", "tokenchoicerouter", "llama4router", "moev1gate"))
     ]
     ids = torch.tensor([token_ids])
     with index_margins() as of_indexers:
@@ -284,7 +284,9 @@ def scaled(config: RawConfig, scale: float) -> RawConfig:
         "moe_shared_expert_intermediate_size",
     ):
         if config.get(key):
-            sizes[key] = max(8, round(config[key] * scale))
+            first, *others = config[key] if isinstance(config[key], list) else [config[key]]
+            size = max(8, round(first * scale))
+            sizes[key] = [size, *(size for _ in others)] if isinstance(config[key], list) else size
     if "mamba_d_head" in config:  # follows from the hidden size
         sizes["mamba_d_head"] = "auto"
     return config | sizes

@@ -26,6 +26,7 @@ from tests.models import (
     tiny_gemma,
     tiny_gqa,
     tiny_grouped,
+    tiny_hunyuan,
     tiny_kda,
     tiny_llama4,
     tiny_mamba,
@@ -133,6 +134,8 @@ class NumpyModel:
         if family in tiny_mamba.FAMILIES:
             self.config = numpy_mamba.with_common_keys(self.config)
             self.tensors = {numpy_mamba.respelt(name): t for name, t in self.tensors.items()}
+        if family == tiny_hunyuan.FAMILY:
+            self.config, self.tensors = tiny_hunyuan.as_qwen(self.config, self.tensors)
         if family in tiny_grouped.FAMILIES:
             self.config, self.tensors = tiny_grouped.as_glm(self.config, self.tensors)
         if self.family in tiny_step.FAMILIES:
@@ -278,12 +281,18 @@ class NumpyModel:
         v = v.reshape(num_tokens, k.shape[1], -1) * (self.config.get("attention_value_scale") or 1.0)
         if self.is_delta:
             q, output_gate = q[:, 0::2], q[:, 1::2]
-        if prefix + "q_norm.weight" in self.tensors and not is_flat:
+        has_norms, is_norm_last = (
+            prefix + "q_norm.weight" in self.tensors,
+            self.config.get("is_norm_last", False),
+        )
+        if has_norms and not is_flat and not is_norm_last:
             q, k = self.norm(prefix + "q_norm", q), self.norm(prefix + "k_norm", k)
         if self.is_gemma:
             v = self.norm("", v)
         turn = rotate_pairs if self.config["model_type"] == "ernie4_5_moe" else rotate
         q, k = turn(q, places), turn(k, places)
+        if is_norm_last:
+            q, k = self.norm(prefix + "q_norm", q), self.norm(prefix + "k_norm", k)
 
         heads_per_kv_head = q.shape[1] // k.shape[1]
         is_seen = places.is_seen(self.windows[layer])
@@ -426,7 +435,7 @@ class NumpyModel:
         if block + "shared_expert_gate.weight" in self.tensors:
             gate = sigmoid(x @ self.tensors[block + "shared_expert_gate.weight"].T)
             out += gate * self.swiglu(block + "shared_expert.", x)
-        if self.config["model_type"] == "glm4_moe":
+        if block + "shared_experts.up_proj.weight" in self.tensors:
             out += self.swiglu(block + "shared_experts.", x)
         return out
 

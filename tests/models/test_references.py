@@ -15,6 +15,7 @@ from tests.models import (
     tiny_gemma,
     tiny_gqa,
     tiny_grouped,
+    tiny_hunyuan,
     tiny_kda,
     tiny_llama4,
     tiny_mamba,
@@ -109,6 +110,7 @@ def test_the_references_cover_every_flag() -> None:
         *tiny_flags.FAMILIES,
         *tiny_step.FAMILIES,
         *tiny_grouped.FAMILIES,
+        tiny_hunyuan.FAMILY,
     }
     assert families["qwen3_next"] >= 4
     assert families["qwen3_5_moe"] + families["qwen3_5_moe_text"] >= 4

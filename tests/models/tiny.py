@@ -24,6 +24,7 @@ from tests.models import (
     tiny_gemma,
     tiny_gqa,
     tiny_grouped,
+    tiny_hunyuan,
     tiny_kda,
     tiny_latent,
     tiny_llama4,
@@ -425,6 +426,8 @@ def tensor_shapes(config: RawConfig) -> dict[str, tuple[int, ...]]:
         return tiny_llama4.llama4_shapes(config)
     if config["model_type"] == tiny_gemma.FAMILY:
         return tiny_gemma.gemma4_shapes(config)
+    if config["model_type"] == tiny_hunyuan.FAMILY:
+        return tiny_hunyuan.hunyuan_shapes(config)
     if config["model_type"] in tiny_grouped.FAMILIES:
         return tiny_grouped.grouped_shapes(config)
     if config["model_type"] in tiny_wrappers.TEXT_FAMILIES:

@@ -25,6 +25,7 @@ from tests.models.tiny import RawConfig, prompt_ids, write_model
 from tests.models.tiny_dense import gemma3, gemma3_text, llama, qwen3
 from tests.models.tiny_gemma import gemma4
 from tests.models.tiny_grouped import bailing_moe, dots1, exaone_moe, hy_v3
+from tests.models.tiny_hunyuan import hunyuan
 from tests.models.tiny_llama4 import OF_GGUF, llama4, llama4_text
 from tests.models.tiny_mamba import granitemoehybrid, nemotron_h
 from tests.models.tiny_windows import YARN, afmoe, laguna, mellum
@@ -119,6 +120,27 @@ CONVERTED: dict[str, tuple[str, RawConfig]] = {
             num_experts=5,
             num_experts_per_tok=3,
             first_k_dense_replace=2,
+        ),
+    ),
+    # The converter refuses any alpha but 1000, and heads other than the hidden size divided by their number, 128.
+    "hunyuan_v1_moe_unscaled": (
+        "hunyuan-moe",
+        hunyuan(rope_scaling=None, moe_topk=[5, 5, 5], head_dim=8, attention_head_dim=8, hidden_size=32),
+    ),
+    "hunyuan_v1_moe_alpha": (
+        "hunyuan-moe",
+        hunyuan(
+            moe_topk=[3, 3],
+            moe_intermediate_size=[9, 9],
+            num_shared_expert=[1, 1],
+            num_hidden_layers=2,
+            head_dim=128,
+            attention_head_dim=128,
+            hidden_size=256,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=32768,
+            num_experts=3,
         ),
     ),
     "exaone_moe_plain": ("exaone-moe", exaone_moe(num_experts_per_tok=5)),

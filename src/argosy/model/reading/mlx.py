@@ -57,6 +57,7 @@ _FORMS: Mapping[str, _Form] = {
     "qwen2_moe": _Form(),
     "qwen3_moe": _Form(),
     "mellum": _Form(),
+    "hunyuan_v1_moe": _Form(),
     "exaone_moe": _Form(names={"choice_bias": "mlp.gate.e_score_correction_bias"}),
     "afmoe": _Form(experts="mlp.experts"),
     "laguna": _Form(
