@@ -44,7 +44,7 @@ TEXTS = ["How are you?", "I am well, thank you; and you?", "東京の空"]
 @pytest.fixture(scope="module")
 def own_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     directory = tmp_path_factory.mktemp("embeddings") / "model"
-    write_model(directory, qwen3(vocab_size=560, max_position_embeddings=512), seed=3)
+    write_model(directory, qwen3(vocab_size=560, hidden_size=32, max_position_embeddings=512), seed=3)
     config: dict[str, object] = {"eos_token": "<|im_end|>", "chat_template": CHATML}
     write_tokenizer(directory, filling_json("yes", "no"), config)
     with Engine.open(directory, memory="1GiB", threads=1, context=256, max_waiting=64) as engine:
