@@ -43,11 +43,13 @@ from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
 from tests.models.tiny_dense import gemma3_text
 from tests.models.tiny_gemma import gemma4
 from tests.models.tiny_gqa import mimo_v2_flash
-from tests.models.tiny_kda import bailing_hybrid
-from tests.models.tiny_latent import deepseek_v3, glm_moe_dsa, kimi_k2
+from tests.models.tiny_kda import bailing_hybrid, kimi_linear
+from tests.models.tiny_latent import deepseek_v3, glm_moe_dsa, kimi_k2, mistral4
 from tests.models.tiny_llama4 import llama4_text
 from tests.models.tiny_mamba import nemotron_h
+from tests.models.tiny_minimax import minimax
 from tests.models.tiny_recurrent import lfm2_moe
+from tests.models.tiny_ring import ring_linear
 from tests.models.tiny_step import FULL, SLIDING, step3p5
 from tests.models.tiny_windows import laguna
 
@@ -135,6 +137,30 @@ CONFIGS = {
     "bailing_hybrid": bailing_hybrid(  # Kimi Delta Attention, latent attention with gates of heads
         max_position_embeddings=1024, hidden_size=72, num_experts=9, num_experts_per_tok=3
     ),
+    "kimi_linear": kimi_linear(  # Kimi Delta Attention with factors of decay and gate, latents without rotary
+        model_max_length=1024, hidden_size=72, num_experts=9, num_experts_per_token=3
+    ),
+    "mistral4": mistral4(  # queries that grow with their position
+        max_position_embeddings=1024,
+        hidden_size=72,
+        n_routed_experts=9,
+        num_experts_per_tok=3,
+        rope_parameters=mistral4()["rope_parameters"] | {"max_position_embeddings": 1024},
+    ),
+    "minimax": minimax(  # lightning attention with q, k and v in one matrix, blocks that add to what they read
+        max_position_embeddings=1024, head_dim=18, hidden_size=72, num_local_experts=9, num_experts_per_tok=3
+    ),
+    "bailing_moe_linear": ring_linear(  # lightning attention with norms and rotary, groups of its output's norm
+        max_position_embeddings=1024,
+        hidden_size=72,
+        head_dim=40,
+        partial_rotary_factor=0.4,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        group_norm_size=3,
+        num_experts=10,
+        num_experts_per_tok=3,
+    ),
     "gemma4": gemma4(  # heads and rotary embedding by layer, a dense network beside the experts, norms after blocks
         max_position_embeddings=1024, hidden_size=72, num_experts=9, top_k_experts=3, vocab_size=112
     ),
@@ -211,6 +237,7 @@ IN_SHORT = [
             "lfm2_moe",
             "nemotron_h",
             "bailing_hybrid",
+            "minimax",
             "deepseek_v3",
             "glm_moe_dsa",
             "gemma4",
@@ -578,3 +605,18 @@ def test_threads_that_share_the_positions_of_a_long_context_change_nothing(
     expected = answer(1, 512)
     assert answer(3, 512) == expected
     assert answer(5, 97) == expected
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", ["minimax", "bailing_moe_linear"])
+def test_long_prompts_of_recurrent_layers_are_equal_in_every_chunk(family: str, tmp_path: Path) -> None:
+    config = CONFIGS[family] | {"max_position_embeddings": 8192}
+    model, prompt = write_model(tmp_path / "model", config, seed=3), prompt_ids(config, 5, 4096)
+
+    def logits(chunk: int) -> Array:
+        with Engine.open(model, memory="2GiB", threads=2, context=4608, chunk_tokens=chunk) as engine:
+            return engine.logits(prompt)
+
+    expected = logits(4096)
+    for chunk in (1, 7, 256):
+        np.testing.assert_array_equal(logits(chunk), expected)

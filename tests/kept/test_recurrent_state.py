@@ -21,9 +21,11 @@ from argosy.model.layers import state_shapes
 from tests.engine.scheduling import Rig
 from tests.families import published_mamba
 from tests.families.published import lfm2_moe as published
+from tests.families.published import minimax_m1
 from tests.models.tiny import prompt_ids, qwen3_moe, write_model
 from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
 from tests.models.tiny_mamba import nemotron_h
+from tests.models.tiny_minimax import minimax
 from tests.models.tiny_recurrent import lfm2_moe
 
 SMALL = _native.StateShape.delta_net((1, 1, 4, 4, 2))
@@ -252,6 +254,23 @@ def test_a_mamba_mixer_s_state_is_a_matrix_per_head_and_its_last_inputs(tmp_path
     floats = 64 * 64 * 128 + 3 * (64 * 64 + 2 * 8 * 128)
     assert state_bytes(nano, 1) == pytest.approx(23 * floats * 4, rel=0.01)
     assert kv_bytes(nano, 1024, "f16") == pytest.approx(6 * 2 * 2 * 128 * 2 * 1024, rel=0.01)
+
+
+def test_the_state_of_lightning_attention_is_a_matrix_for_each_head(tmp_path: Path) -> None:
+    files = open_model(write_model(tmp_path, minimax(), seed=1))
+    config = EngineConfig(budget=Budget(ram_bytes=4 * GIB), threads=1, max_sequences=3)
+    plan = plan_memory(ModelFootprint(files, config), config, process_bytes=0)
+    assert (
+        plan.state_bytes == 3 * 2 * 4 * 6 * 6 * 4
+    )  # sequences, layers, heads, key and value dimensions, bytes
+    everywhere = FAMILIES["minimax"].parse_config(minimax_m1())
+    assert state_bytes(everywhere, 1) == 70 * 64 * 128 * 128 * 4
+    with Engine.open(tmp_path, memory="4GiB", threads=1, max_sequences=3) as engine:
+        states = engine._started.cache.states
+        assert states is not None
+        assert engine.plan.state_bytes == plan.state_bytes
+        planned = engine.plan.state_bytes + engine.plan.snapshot_bytes
+        assert abs(states.state.nbytes - planned) <= planned / 100
 
 
 def test_a_model_without_delta_nets_has_no_states(tmp_path: Path) -> None:
