@@ -22,11 +22,13 @@ import numpy as np
 
 from common import Report, alternate
 from engines import ARGOSY, LLAMA_CPP, MODELS, Job, engines, logits, run
+from tests.models.gguf_mamba import write_mamba_gguf
 from tests.models.gguf_models import one_type, write_gguf_model
 from tests.models.references import mean_divergence
 from tests.models.tiny import RawConfig, qwen3_moe
 from tests.models.tiny_gqa import mimo_v2_flash
 from tests.models.tiny_latent import deepseek_v32
+from tests.models.tiny_mamba import granitemoehybrid
 from tests.models.tiny_recurrent import lfm2_moe
 
 PROMPTS = 3  # the first of them warms up
@@ -51,6 +53,7 @@ class Block:
     make: Callable[..., RawConfig]
     sizes: dict[str, Any]
     prompt_tokens: int = 512
+    write: Callable[..., Path] = write_gguf_model
 
 
 _LATENT = {
@@ -74,6 +77,19 @@ BLOCKS = {
         make=lfm2_moe,
         sizes={"num_experts": 32, "layer_types": ["conv", "conv", "full_attention", "conv"] * 2},
     ),
+    "Mamba-2": Block(
+        make=granitemoehybrid,
+        sizes={
+            "intermediate_size": 384,
+            "layer_types": ["mamba", "mamba", "attention", "mamba"] * 2,
+            "mamba_d_head": "auto",
+            "mamba_d_state": 128,
+            "mamba_n_heads": 32,
+            "num_local_experts": 32,
+            "shared_intermediate_size": 512,
+        },
+        write=write_mamba_gguf,
+    ),
     "indexed latent attention": Block(
         make=deepseek_v32,
         sizes=_LATENT | {"index_head_dim": 128, "index_n_heads": 16, "index_topk": 2048},
@@ -89,7 +105,7 @@ def model_of(folder: Path, name: str, type_name: str, kind: str, **changes: Any)
         folder.mkdir(parents=True, exist_ok=True)
         config = BLOCKS[name].make(**_SIZES | BLOCKS[name].sizes | changes)
         part = path.with_suffix(".part")
-        shutil.rmtree(write_gguf_model(part, config, one_type(type_name), seed=7))
+        shutil.rmtree(BLOCKS[name].write(part, config, one_type(type_name), seed=7))
         part.rename(path)
     return path
 
@@ -102,7 +118,9 @@ def agreement(folder: Path, name: str) -> str:
     Raises:
         SystemExit: they compute something else.
     """
-    key = next(key for key in ("n_routed_experts", "num_experts") if key in BLOCKS[name].sizes)
+    key = next(
+        key for key in ("n_routed_experts", "num_experts", "num_local_experts") if key in BLOCKS[name].sizes
+    )
     model = model_of(folder, name, "F32", "block-checked", **_SMALL, **{key: 4})
     job = Job(model=model, prompts=[tokens(CHECKED_TOKENS, 1)], num_new=0, warm_up=0)
     found = mean_divergence(logits(LLAMA_CPP, job), logits(ARGOSY, job))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGUFWriter
 
 from argosy import Engine, SamplingParams
 from argosy.checkpoint.files import DraftFiles
@@ -142,6 +144,7 @@ def test_no_limit_of_dt_has_several_spellings() -> None:
         ({"n_shared_experts": 2}, "asks for n_shared_experts 2; supported: 1"),
         ({"n_groups": 4}, "36 channels, 6 heads, 4 groups; expected heads of equal size"),
         ({"n_group": 4}, "6 experts in 4 groups"),
+        ({"mamba_num_heads": 70_000}, "mamba_num_heads is 70000, a whole number; expected a whole number from 1"),
         ({"block_configs": []}, "sets block_configs to [], but nemotron_h does not know this key"),
     ],
 )  # fmt: skip
@@ -243,6 +246,26 @@ def test_odd_metadata_are_refused(
     with pytest.raises(ArgosyError) as caught:
         open_model(tmp_path / "model.gguf")
     assert sentence in str(caught.value)
+
+
+def test_puzzle_is_refused_with_its_nearest_relative_and_what_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its layers have experts of different widths, and tokens choose different numbers of them."""
+    raw = nemotron_h(model_type="nemotron_h_puzzle", block_configs=[{"block_type": "mamba"}])
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ArgosyError, match="asks for model_type 'nemotron_h_puzzle'") as caught:
+        open_model(tmp_path)
+    assert "nemotron_h" in str(caught.value.hint)
+    monkeypatch.setattr(
+        GGUFWriter,
+        "add_expert_used_count",
+        lambda self, _: self.add_array("nemotron_h_moe.expert_used_count", [0, 2, 0, 0, 3, 2]),
+    )
+    write_mamba_gguf(tmp_path / "model.gguf", GGUF["nemotron_h"], one_type("F32"), seed=3)
+    with pytest.raises(ArgosyError, match="expert_used_count") as caught:
+        open_model(tmp_path / "model.gguf")
+    assert "supported: the same value in every layer" in str(caught.value)
 
 
 def test_a_damaged_decay_rate_is_refused(tmp_path: Path) -> None:

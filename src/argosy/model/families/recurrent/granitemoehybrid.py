@@ -15,7 +15,12 @@ from argosy.checkpoint.gguf import GgufFile
 from argosy.config import AttentionConfig, LayerConfig, MambaConfig, ModelConfig
 from argosy.errors import CheckpointError
 from argosy.model.families.attention import granitemoe
-from argosy.model.families.recurrent.mamba import MAMBA_NAMES, read_gguf_mamba, require_even_shares
+from argosy.model.families.recurrent.mamba import (
+    MAMBA_NAMES,
+    MOST_OF_ONE,
+    read_gguf_mamba,
+    require_even_shares,
+)
 from argosy.model.reading.config_reader import ConfigReader
 from argosy.model.reading.gguf_config import GgufConfigReader
 from argosy.model.reading.gguf_layout import read_gguf_layout
@@ -41,11 +46,11 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     """
     reader = ConfigReader(raw, MODEL_TYPE)
     channels = reader.integer("mamba_expand", default=2) * reader.integer("hidden_size", default=4096)
-    heads = reader.integer("mamba_n_heads", default=128)
+    heads = reader.integer("mamba_n_heads", default=128, most=MOST_OF_ONE)
     mamba = MambaConfig(
         num_heads=heads,
         head_dim=channels // heads,
-        state_dim=reader.integer("mamba_d_state", default=256),
+        state_dim=reader.integer("mamba_d_state", default=256, most=MOST_OF_ONE),
         num_groups=reader.integer("mamba_n_groups", default=1),
         conv_width=reader.integer("mamba_d_conv", default=4, most=64),
         has_conv_bias=reader.flag("mamba_conv_bias", True),

@@ -6,6 +6,8 @@ from argosy.config import MambaConfig
 from argosy.errors import CheckpointError
 from argosy.model.reading.gguf_config import GgufConfigReader
 
+MOST_OF_ONE = 65_536  # heads, dimensions of one, and of its state: more are a damaged file
+
 # Below the mixer's own name.
 MAMBA_NAMES = {
     "mamba_in": "in_proj.weight",
@@ -44,11 +46,11 @@ def read_gguf_mamba(reader: GgufConfigReader) -> MambaConfig:
     Raises:
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
-    channels, heads = reader.integer("ssm.inner_size"), reader.integer("ssm.time_step_rank")
+    channels, heads = reader.integer("ssm.inner_size"), reader.integer("ssm.time_step_rank", most=MOST_OF_ONE)
     mamba = MambaConfig(
         num_heads=heads,
         head_dim=channels // heads,
-        state_dim=reader.integer("ssm.state_size"),
+        state_dim=reader.integer("ssm.state_size", most=MOST_OF_ONE),
         num_groups=reader.integer("ssm.group_count"),
         conv_width=reader.integer("ssm.conv_kernel", most=64),
         has_conv_bias=any(name.endswith(".ssm_conv1d.bias") for name in reader.file.tensors),

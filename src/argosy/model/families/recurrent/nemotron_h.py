@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from argosy.config import AttentionConfig, MambaConfig, ModelConfig
-from argosy.model.families.recurrent.mamba import MAMBA_NAMES, require_even_shares
+from argosy.model.families.recurrent.mamba import MAMBA_NAMES, MOST_OF_ONE, require_even_shares
 from argosy.model.families.recurrent.nemotron_h_gguf import GGUF_ARCHITECTURE, RELU2, layers_of, open_gguf
 from argosy.model.reading.common_config import CommonDefaults, read_common
 from argosy.model.reading.config_reader import ConfigReader
@@ -78,9 +78,9 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         reader.neutral(name, False)
     reader.passed(*_UNUSED)
     mamba = MambaConfig(
-        num_heads=reader.integer("mamba_num_heads", default=128),
-        head_dim=reader.integer("mamba_head_dim", default=64),
-        state_dim=reader.integer("ssm_state_size", default=128),
+        num_heads=reader.integer("mamba_num_heads", default=128, most=MOST_OF_ONE),
+        head_dim=reader.integer("mamba_head_dim", default=64, most=MOST_OF_ONE),
+        state_dim=reader.integer("ssm_state_size", default=128, most=MOST_OF_ONE),
         num_groups=reader.integer("n_groups", default=8),
         conv_width=reader.integer("conv_kernel", default=4, most=64),
         has_conv_bias=reader.flag("use_conv_bias", True),
