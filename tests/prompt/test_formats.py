@@ -262,6 +262,8 @@ def test_parsing_time_is_linear_in_the_length_of_the_answer(name: str) -> None:
 
 # Choosing a format
 
+OTHERS_FORMATS = {"ernie": "hermes", "granite4": "hermes", "nemotron3": "qwen3_coder"}
+
 
 @pytest.mark.parametrize(
     ("family", "name"),
@@ -281,7 +283,7 @@ def test_parsing_time_is_linear_in_the_length_of_the_answer(name: str) -> None:
         ("minimax_m2", "minimax_m2"),
         ("minimax_spelled", "minimax_m2"),
         ("chatml", "plain"),
-        *((name, {"ernie": "hermes"}.get(name, name)) for name in SHORT),
+        *((name, OTHERS_FORMATS.get(name, name)) for name in SHORT),
     ],
 )
 def test_tokens_and_template_decide_the_format(family: str, name: str) -> None:

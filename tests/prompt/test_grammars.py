@@ -103,7 +103,8 @@ ONE |= {
     "hy3": "<tool_calls>\n<tool_call>get_weather<tool_sep>\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n"
     "</tool_call>\n</tool_calls>".replace(">", ":opensource>"),
 }
-ONE["ernie"] = ONE["qwen3"]
+ONE["ernie"] = ONE["granite4"] = ONE["qwen3"]
+ONE["nemotron3"] = ONE["qwen3_coder"]
 ONE["llama3"] = '{"name": "get_weather", "parameters": ' + OSLO + "}"
 ONE["deepseek_v32"] = ONE["deepseek_v4"].replace("tool_calls>", "function_calls>")
 ONE["qwen2_5"] = ONE["qwen3"]
@@ -128,6 +129,8 @@ TWO = {
 _CLOCK = ', {"name": "clock", "arguments": {}}]'
 TWO |= {
     "ernie": TWO["qwen3"],
+    "granite4": TWO["qwen3"],
+    "nemotron3": TWO["qwen3_coder"],
     "hunyuan": ONE["hunyuan"].replace("]", _CLOCK),
     "granite": ONE["granite"].replace("]", _CLOCK),
     "cohere2": ONE["cohere2"].replace(

@@ -564,6 +564,16 @@ HUNYUAN_A13B = _short(
     r"\n</answer>",
 )
 GRANITE_3 = _short(_OBJECT, "<|tool_call|>[", ", ", "]", "", "")
+GRANITE_4 = _short(_OBJECT, r"<tool_call>\n", r"\n</tool_call>\n<tool_call>\n", r"\n</tool_call>", "", "")
+NEMOTRON_3 = _short(
+    r"""{{- '<function=' ~ f.name ~ '>\n' -}}
+    {%- for key, value in f.arguments.items() -%}
+      {{- '<parameter=' ~ key ~ '>\n' ~ (value if value is string else value | string if value is not iterable
+          else value | tojson) ~ '\n</parameter>\n' -}}
+    {%- endfor -%}
+    {{- '</function>' -}}""",
+    r"<tool_call>\n", r"\n</tool_call>\n<tool_call>\n", r"\n</tool_call>\n", r"<think>\n", r"\n</think>\n",
+)  # fmt: skip
 COHERE2_MOE = _short(
     """{{- '{"tool_call_id": "' ~ call.id ~ '", "tool_name": "' ~ f.name ~ '", "parameters": ' ~ f.arguments | tojson
         ~ '}' -}}""",
