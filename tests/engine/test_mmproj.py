@@ -25,7 +25,8 @@ from argosy.engine.media.text_only import TextOnly
 from argosy.engine.prefix import identify
 from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel, UsageError
 from argosy.media.parts import Audio, Image
-from argosy.media.pictures import PictureProcessor, read_picture_processor
+from argosy.media.patches import PictureProcessor
+from argosy.media.pictures import read_picture_processor
 from argosy.model.encoders.reading import find_encoders, tensor_names
 from argosy.model.families import open_model
 from argosy.prompt.prompt import Prompt
@@ -112,6 +113,7 @@ def test_a_picture_is_prepared_as_by_the_processor_of_the_released_models(family
         "glm4v_moe": {"size": {"shortest_edge": 2 * 8 * side**2, "longest_edge": 2 * 6144 * side**2}},
         "kimi_k25": {"max_patches": 16_384, "size": {"max_height": 512, "max_width": 512}},
         "gemma4": {"max_soft_tokens": 280},
+        "llama4": {"max_patches": 16},
         "mistral3": {"size": {"longest_edge": 1540}},
     }[family]
     expected = read_picture_processor(raw | limits, most_tokens=20_000)

@@ -13,7 +13,8 @@ import pytest
 from argosy.engine.media.prompt_media import PromptMedia, open_media
 from argosy.errors import UnsupportedModel
 from argosy.media.parts import Image, RequestMedia
-from argosy.media.pictures import PictureProcessor, PixtralFit
+from argosy.media.patches import PictureProcessor
+from argosy.media.pictures import PixtralFit
 from argosy.model.encoders.pixtral_vision import _HUB, _OWN
 from argosy.prompt.media_span import MediaSpan
 from tests.engine.test_mmproj import LARGEST_DIFFERENCE, log_probabilities

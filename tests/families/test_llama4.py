@@ -23,7 +23,7 @@ from tests.models.references import LARGEST_DIFFERENCE, difference
 from tests.models.runnable import runnable
 from tests.models.safetensors_file import write_checkpoint
 from tests.models.tiny import prompt_ids, random_tensors, write_model
-from tests.models.tiny_llama4 import OF_GGUF, llama4, llama4_text
+from tests.models.tiny_llama4 import OF_GGUF, apart, llama4, llama4_text
 
 
 def parse(raw: dict[str, Any]) -> ModelConfig:
@@ -145,16 +145,7 @@ def test_experts_with_tensors_of_their_own_run_in_place(tmp_path: Path) -> None:
     directory = tmp_path / "apart"
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config))
-    tensors = {}
-    for name, values in random_tensors(config, 3, "BF16").items():
-        block, _, last = name.rpartition(".experts.")
-        if not block:
-            tensors[name] = values
-            continue
-        parts = ("gate", "up") if last == "gate_up_proj" else ("down",)
-        for part, half in zip(parts, np.split(values, len(parts), axis=2), strict=True):
-            for expert, matrix in enumerate(half):
-                tensors[f"{block}.experts.{expert}.{part}_proj.weight"] = np.ascontiguousarray(matrix.T)
+    tensors = apart(random_tensors(config, 3, "BF16"))
     write_checkpoint(directory, {name: ("BF16", values) for name, values in tensors.items()})
     assert open_model(packed).has_strided_experts
     assert not open_model(directory).has_strided_experts

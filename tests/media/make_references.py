@@ -2,6 +2,7 @@
 
     python tests/media/make_references.py         references.npz; needs transformers, torchvision, soundfile and soxr
     python tests/media/make_references.py files   the files of lossy formats first
+    python tests/media/make_references.py tiles   only tiles.npz, of Llama-4's processor
 
 Of each result its shape, its sum and values at fixed places are kept.
 """
@@ -27,6 +28,8 @@ from tests.media.samples import (
     REFERENCES,
     SOUND_SETTINGS,
     SOUNDS,
+    TILED_SIZES,
+    TILES,
     encoded,
     heard,
     pattern,
@@ -116,6 +119,43 @@ def reference_features(name: str, samples: NDArray[np.float32]) -> NDArray[np.fl
     return np.asarray(made["input_features"])[0]
 
 
+def tile_processor() -> Any:
+    from transformers.models.llama4.image_processing_llama4 import Llama4ImageProcessor
+
+    return Llama4ImageProcessor()
+
+
+def reference_tiles(processor: Any, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], list[int]]:
+    """The patches of tiles, cell by cell, and the arrangement of the tiles."""
+    made = processor(images=Image.fromarray(pixels), return_tensors="pt")
+    tiles = made["pixel_values"].float().numpy()
+    cells = tiles.reshape(len(tiles), 3, 12, 2, 14, 12, 2, 14).transpose(0, 2, 5, 3, 6, 1, 4, 7)
+    return cells.reshape(len(tiles) * 24**2, -1), made["aspect_ratios"][0].tolist()
+
+
+def write_tiles() -> None:
+    """Write what Llama-4's processor makes, and the arrangements and sizes that it chooses for many sizes."""
+    import torch
+    from transformers.image_utils import SizeDict
+    from transformers.models.llama4 import image_processing_llama4 as reference
+
+    processor, kept = tile_processor(), {}
+    for height, width in TILED_SIZES:
+        patches, arrangement = reference_tiles(processor, pattern(height, width))
+        kept[f"{height}x{width}"] = np.array([*arrangement, len(patches), *summary(patches)])
+    rng, chosen = np.random.default_rng(1), []
+    possible = torch.tensor(reference.find_supported_resolutions(16, SizeDict(height=336, width=336)))
+    for _ in range(400):
+        size = torch.Size(int(2**power) for power in rng.uniform(0, 12.5, 2))
+        target = reference.get_best_fit(size, possible)
+        bounded = tuple(min(max(length, 336), most) for length, most in zip(size, target, strict=True))
+        scaled = reference.get_max_res_without_distortion(size, bounded)
+        chosen.append(
+            [*size, *(int(length) // 336 for length in target), *(max(int(one), 1) for one in scaled)]
+        )
+    np.savez_compressed(TILES, chosen=np.array(chosen, np.int32), **kept)
+
+
 def write_files() -> None:
     import soundfile
 
@@ -140,6 +180,9 @@ def write_files() -> None:
 def main() -> None:
     if "files" in sys.argv[1:]:
         write_files()
+    if sys.argv[1:] == ["tiles"]:
+        write_tiles()
+        return
     names: list[str] = []
     shapes: list[tuple[int, ...]] = []
     values: list[NDArray[np.float64]] = []

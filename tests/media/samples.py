@@ -18,6 +18,8 @@ from PIL import Image
 
 FILES = Path(__file__).parent / "files"
 REFERENCES = Path(__file__).parent / "references.npz"
+TILES = Path(__file__).parent / "tiles.npz"
+TILED_SIZES = ((1, 1), (100, 50), (336, 336), (337, 336), (500, 700), (767, 1023), (20, 3000), (2000, 1500))
 RATE = 16_000  # of the sounds that the references are made of
 NUM_PLACES = 24
 

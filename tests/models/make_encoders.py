@@ -74,7 +74,7 @@ def load(directory: Path, part: Part) -> Any:
     problems = {kind: names for kind, names in info.items() if names}
     if problems:
         raise SystemExit(f"{directory}: {problems}")
-    return model.model.eval()
+    return getattr(model, "model", model).eval()
 
 
 def load_tower(directory: Path, part: Part, raw: dict[str, Any]) -> Any:
@@ -114,6 +114,8 @@ def answer(model: Any, part: Part, value: Array, shape: tuple[int, ...]) -> Answ
         return Answer(model.get_image_features(patches[None], places).pooler_output[0].numpy())
     if part.family == "mistral3":
         return Answer(of_pixtral(model, patches, shape))
+    if part.family == "llama4":
+        return Answer(of_llama4(model, patches, shape))
     if part.family == "kimi_k25":
         patch_size = model.config.vision_config.patch_size
         patches = patches.reshape(len(patches), 3, patch_size, patch_size)
@@ -135,6 +137,21 @@ def of_pixtral(model: Any, patches: torch.Tensor, shape: tuple[int, ...]) -> Arr
     padded = torch.zeros(rows, columns + 1, found.shape[-1])
     padded[:, :-1] = found.reshape(rows, columns, -1)
     return padded.flatten(0, 1).numpy()
+
+
+def of_llama4(model: Any, patches: torch.Tensor, shape: tuple[int, ...]) -> Array:
+    """The rows of a picture in tiles; zeros where tokens are."""
+    vision = model.config.vision_config
+    side, merge = vision.image_size // vision.patch_size, round(1 / vision.pixel_shuffle_ratio)
+    tiles = [picture_of(one, (1, side, side), merge) for one in patches.split(side**2)]
+    found = model.multi_modal_projector(model.vision_model(torch.stack(tiles)).last_hidden_state)
+    mark = torch.zeros(1, found.shape[-1])
+    rows, columns = shape[1] // side - 1, shape[2] // side
+    parts = [mark]
+    if rows:
+        parts += [part for tile in found[:-1] for part in (tile, mark)]
+        assert len(found) == rows * columns + 1
+    return torch.cat([*parts, mark, found[-1], mark]).numpy()
 
 
 def picture_of(patches: torch.Tensor, grid: tuple[int, ...], merge: int) -> torch.Tensor:

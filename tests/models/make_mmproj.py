@@ -19,6 +19,7 @@ from typing import Any
 from tests.models.converter import convert, load
 from tests.models.safetensors_file import read_header, read_safetensors, write_safetensors
 from tests.models.seeing import MMPROJ_PLACEHOLDERS, REFERENCE, WRITTEN, text_of
+from tests.models.tiny_llama4 import fused
 
 
 def as_on_the_hub(source: Path, destination: Path, family: str) -> None:
@@ -32,6 +33,10 @@ def as_on_the_hub(source: Path, destination: Path, family: str) -> None:
         for name, value in tensors.items():
             if ".mlp.experts." in name:
                 tensors[name] = value.swapaxes(1, 2)
+    if family == "llama4":
+        dtypes = {one["dtype"] for one in header.values()}
+        tensors, header = fused(tensors), {}
+        header = {name: {"dtype": next(iter(dtypes))} for name in tensors}
     if family == "kimi_k25":
         vision = raw["vision_config"]
         for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"):

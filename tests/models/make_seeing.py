@@ -24,13 +24,15 @@ import torch
 import transformers
 
 from argosy.media.parts import Kind
-from argosy.media.pictures import PictureProcessor
+from argosy.media.patches import PictureProcessor
+from argosy.media.tiles import TileProcessor
 from argosy.model.encoders.encoder import Shape
 from argosy.model.encoders.reading import EncoderFiles, find_encoders
 from argosy.model.families import open_model
 from tests.models.make_encoders import picture_of
-from tests.models.safetensors_file import Array, write_safetensors
+from tests.models.safetensors_file import Array, read_safetensors, write_safetensors
 from tests.models.seeing import CONFIGS, IMAGE_TOKENS, RATE, REFERENCE, encode_text, prompt_of, write
+from tests.models.tiny_llama4 import fused
 
 NEW_TOKENS = 8
 
@@ -39,6 +41,8 @@ def load(directory: Path, family: str) -> Any:
     how: dict[str, Any] = {}
     if family == "qwen3_omni_moe":
         how["config"] = transformers.AutoConfig.from_pretrained(directory).thinker_config
+    if family == "llama4":
+        return load_llama4(directory)
     model, info = transformers.AutoModelForMultimodalLM.from_pretrained(
         directory,
         dtype=torch.float32,
@@ -52,6 +56,18 @@ def load(directory: Path, family: str) -> Any:
     problems = {kind: names for kind, names in info.items() if names}
     if problems:
         raise SystemExit(f"{directory}: {problems}")
+    return model.eval()
+
+
+def load_llama4(directory: Path) -> Any:
+    """Load a checkpoint whose experts have tensors of their own, which transformers does not read."""
+    config = transformers.AutoConfig.from_pretrained(directory)
+    config._attn_implementation = "eager"
+    # transformers 5.24 copies this field, which the text model's output does not have.
+    transformers.modeling_outputs.MoeCausalLMOutputWithPast.image_outputs = None
+    model = transformers.Llama4ForConditionalGeneration(config).float()
+    tensors = fused(read_safetensors(directory / "model.safetensors"))
+    model.load_state_dict({name: torch.tensor(value) for name, value in tensors.items()})
     return model.eval()
 
 
@@ -83,6 +99,10 @@ def picture_inputs(
         for out, picture in zip(padded, pictures, strict=True):
             out[:, : picture.shape[1], : picture.shape[2]] = picture
         return {"pixel_values": padded, "image_sizes": sizes}
+    if isinstance(processor, TileProcessor):
+        side, merge = processor.fit.side // processor.patch_size, processor.merge_size
+        tiles = torch.tensor(np.concatenate(patches)).split(side**2)
+        return {"pixel_values": torch.stack([picture_of(tile, (1, side, side), merge) for tile in tiles])}
     pixel_values = torch.tensor(np.concatenate(patches))
     if processor.order == "planes":
         side = processor.patch_size
@@ -117,7 +137,8 @@ def answer(model: Any, directory: Path, family: str, media: dict[str, Array]) ->
             (span[at],) = encode_text(text)
         if files.marks is not None:
             span = [files.marks[0], *span, files.marks[1]]
-        segments.append((files.token_id, span))
+        written = files.encoder.placeholder
+        segments.append((files.token_id if written is None else encode_text(written)[0], span))
     pictures, tower = processors["picture"], found["picture"]
     assert isinstance(pictures, PictureProcessor)
     assert isinstance(tower, EncoderFiles)
@@ -134,7 +155,7 @@ def answer(model: Any, directory: Path, family: str, media: dict[str, Array]) ->
         own = dict(more, input_ids=tokens, attention_mask=torch.ones_like(tokens))
         if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
             own["mm_token_type_ids"] = (tokens == tower.token_id).int()
-        if hasattr(model.model, "rope_deltas"):
+        if hasattr(getattr(model, "model", None), "rope_deltas"):
             model.model.rope_deltas = None
         if hasattr(model, "rope_deltas"):
             model.rope_deltas = None

@@ -22,6 +22,7 @@ from tests.models.tiny_encoders import Sizes
 from tests.models.tiny_gemma import gemma4
 from tests.models.tiny_latent import kimi_k25, mistral3
 from tests.models.tiny_latent import mistral4 as tiny_mistral4
+from tests.models.tiny_llama4 import OF_GGUF, apart, llama4
 from tests.models.tiny_wrappers import glm4v_moe, qwen3_omni_moe, qwen3_vl_moe
 from tests.prompt.tokenizers_for_tests import byte_level_json, write_tokenizer
 
@@ -56,6 +57,8 @@ def with_towers(family: str, raw: dict[str, Any]) -> dict[str, Any]:
     if "media_placeholder_token_id" in own:  # the hub's name for it
         own["media_placeholder_token_id"] = own["image_token_id"]
         own["video_token_id"] = 52
+    if family == "llama4":  # as for Gemma below
+        own["vision_config"]["rope_parameters"] = {"rope_theta": 10_000.0, "rope_type": "default"}
     if family == "mistral3":  # as for Gemma below
         own["vision_config"]["rope_parameters"] = {"rope_theta": 10_000.0, "rope_type": "axial"}
     if family == "gemma4":
@@ -76,6 +79,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "glm4v_moe": with_towers("glm4v_moe", glm4v_moe()),
     "kimi_k25": with_towers("kimi_k25", kimi_k25()),
     "gemma4": with_towers("gemma4", gemma4(max_position_embeddings=256)),
+    "llama4": with_towers("llama4", llama4(**OF_GGUF, num_local_experts=3)),
     # With a factor of 1, transformers and llama.cpp scale scores as the makers do. GGUF files have no other beta.
     "mistral3": with_towers(
         "mistral3",
@@ -94,10 +98,17 @@ MMPROJ_PLACEHOLDERS = {
     "glm4v_moe": {"image_token_id": "<|image|>"},
     "kimi_k25": {"media_placeholder_token_id": "<|media_pad|>"},
     "gemma4": {"image_token_id": "<|image|>", "boi_token_id": "<|image>", "eoi_token_id": "<image|>"},
+    "llama4": {"image_token_index": "<|patch|>"},
     "mistral3": {"image_token_index": "[IMG]"},
 }
 # Texts of control tokens between the rows of a picture, and their ids, which no config names.
-WRITTEN: dict[str, dict[str, int]] = {"mistral3": {"[IMG_BREAK]": 63, "[IMG_END]": 64}}
+WRITTEN: dict[str, dict[str, int]] = {
+    "llama4": {
+        "<|image_start|>": 53, "<|image_end|>": 54, "<|tile_x_separator|>": 55, "<|tile_y_separator|>": 56,
+        "<|image|>": 50,
+    },
+    "mistral3": {"[IMG_BREAK]": 63, "[IMG_END]": 64},
+}  # fmt: skip
 
 
 def write(directory: Path, family: str, raw: dict[str, Any], seed: int) -> None:
@@ -115,8 +126,12 @@ def write(directory: Path, family: str, raw: dict[str, Any], seed: int) -> None:
         for name, value in read_checkpoint(directory).items()
     }
     others = open_model(directory).others
+    if family == "llama4":  # runs in place so
+        tensors = {
+            name: ("BF16", value) for name, value in apart({n: v for n, (_, v) in tensors.items()}).items()
+        }
     for encoder, config in complete(family, raw):
-        replaced = {name for name in others if name.startswith(encoder.prefix or "vision")}
+        replaced = {name for name in others if name.startswith(encoder.prefix or ("vision", "multi_modal"))}
         tensors = {name: value for name, value in tensors.items() if name not in replaced}
         made = tiny_encoders.random_tensors(encoder.tensors(config), encoder.prefix, seed)
         tensors |= {name: ("BF16", value) for name, value in made.items()}
@@ -181,6 +196,17 @@ def processor_config(family: str) -> dict[str, Any]:
             "max_soft_tokens": 70,
             "patch_size": config.patch_size,
             "pooling_kernel_size": config.merge,
+        }
+    if family == "llama4":
+        side = config.position_side * config.patch_size
+        return {
+            "image_mean": [0.5, 0.4, 0.3],
+            "image_processor_type": "Llama4ImageProcessorFast",
+            "image_std": [0.5, 0.25, 0.3],
+            "merge_size": config.merge,
+            "patch_size": config.patch_size,
+            "resample": 2,
+            "size": {"height": side, "width": side},
         }
     if family == "mistral3":
         return {

@@ -315,6 +315,53 @@ def mistral3(sizes: Sizes) -> RawConfig:
     }
 
 
+def llama4(sizes: Sizes) -> RawConfig:
+    """Tiles of a few cells. The sizes of MLP and projector depend on each other."""
+    return {
+        "architectures": ["Llama4ForConditionalGeneration"],
+        "boi_token_index": 52,
+        "eoi_token_index": 53,
+        "image_token_index": 50,
+        "model_type": "llama4",
+        "text_config": {
+            "head_dim": 8,
+            "hidden_size": sizes.out,
+            "intermediate_size": 8,
+            "intermediate_size_mlp": 8,
+            "max_position_embeddings": 128,
+            "model_type": "llama4_text",
+            "num_attention_heads": 1,
+            "num_hidden_layers": 1,
+            "num_key_value_heads": 1,
+            "num_local_experts": 2,
+            "vocab_size": 64,
+        },
+        "tie_word_embeddings": False,
+        "vision_config": {
+            "attention_dropout": 0.0,
+            "hidden_act": "gelu",
+            "hidden_size": sizes.hidden,
+            "image_size": sizes.merge * 2 * sizes.patch,
+            "initializer_range": 0.02,
+            "intermediate_size": sizes.hidden * sizes.merge**2,
+            "model_type": "llama4_vision_model",
+            "multi_modal_projector_bias": False,
+            "norm_eps": 1e-5,
+            "num_attention_heads": sizes.heads,
+            "num_channels": 3,
+            "num_hidden_layers": sizes.layers,
+            "patch_size": sizes.patch,
+            "pixel_shuffle_ratio": 1 / sizes.merge,
+            "projector_dropout": 0.0,
+            "projector_input_dim": sizes.mlp,
+            "projector_output_dim": sizes.mlp,
+            "rope_parameters": {"rope_theta": 300.0, "rope_type": "default"},
+            "vision_feature_select_strategy": "default",
+            "vision_output_dim": sizes.mlp,
+        },
+    }
+
+
 def qwen2_moe(sizes: Sizes) -> RawConfig:
     """The composition of the demo model: the eye's tower is Qwen3-VL's; the ear's and its projector are Voxtral's."""
     return _text(sizes) | {
@@ -344,6 +391,7 @@ CONFIGS: dict[str, Callable[[Sizes], RawConfig]] = {
     "kimi_k25": kimi_k25,
     "gemma4": gemma4,
     "mistral3": mistral3,
+    "llama4": llama4,
     "qwen2_moe": qwen2_moe,
 }
 

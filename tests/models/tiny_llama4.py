@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
+from tests.models.safetensors_file import Array
+
 RawConfig = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -134,6 +138,36 @@ def llama4_shapes(config: RawConfig) -> Shapes:
         "multi_modal_projector.linear_1.weight": (hidden, 8),
     }
     return {_PREFIX + name: shape for name, shape in shapes.items()} | vision
+
+
+def apart(tensors: dict[str, Array]) -> dict[str, Array]:
+    """Return a checkpoint's tensors with those of each expert apart, as in files of llm-compressor."""
+    found = {}
+    for name, values in tensors.items():
+        block, _, last = name.rpartition(".experts.")
+        if not block:
+            found[name] = values
+            continue
+        parts = ("gate", "up") if last == "gate_up_proj" else ("down",)
+        for part, half in zip(parts, np.split(values, len(parts), axis=2), strict=True):
+            for expert, matrix in enumerate(half):
+                found[f"{block}.experts.{expert}.{part}_proj.weight"] = np.ascontiguousarray(matrix.T)
+    return found
+
+
+def fused(tensors: dict[str, Array]) -> dict[str, Array]:
+    """Undo `apart`."""
+    found = {name: values for name, values in tensors.items() if ".experts." not in name}
+    blocks = {name.partition(".experts.")[0] for name in tensors if ".experts." in name}
+    for block in sorted(blocks):
+        count = sum(name.startswith(block + ".experts.") for name in tensors) // 3
+        gate, up, down = (
+            np.stack([tensors[f"{block}.experts.{expert}.{part}_proj.weight"].T for expert in range(count)])
+            for part in ("gate", "up", "down")
+        )
+        found[block + ".experts.gate_up_proj"] = np.concatenate([gate, up], axis=2)
+        found[block + ".experts.down_proj"] = down
+    return found
 
 
 def _swiglu(prefix: str, hidden: int, width: int) -> Shapes:

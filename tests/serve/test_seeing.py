@@ -22,7 +22,7 @@ from argosy.engine.media.prompt_media import PromptMedia
 from argosy.errors import BadMedia, Overloaded
 from argosy.guard.keys import KeyRing
 from argosy.media.parts import Audio, Image, MediaLimits, Part, Text, Video
-from argosy.media.pictures import PictureProcessor
+from argosy.media.patches import PictureProcessor
 from argosy.open.engine import Engine
 from argosy.serve.answer.media_parts import Intake, MediaPart
 from argosy.serve.answer.service import Service

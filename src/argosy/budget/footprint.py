@@ -237,7 +237,7 @@ class ModelFootprint:
         Raises:
             BadMedia: the model does not take pictures of this size.
         """
-        from argosy.media.pictures import PictureProcessor
+        from argosy.media.patches import PictureProcessor
 
         tower, processor = self.encoders.get("picture"), self.processors.get("picture")
         if tower is None or isinstance(tower, ArgosyError) or not isinstance(processor, PictureProcessor):

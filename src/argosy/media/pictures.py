@@ -10,6 +10,7 @@ pixels. The families differ in how they choose the size, and in how they order p
     Kimi-VL, K2.5         never enlarged, limited patches, then padded with black; resized by Pillow as the
                           model's own code does, while transformers uses torchvision here, which differs by a level
     Gemma-4               as large as the number of tokens allows
+    Llama-4               cut into tiles (`tiles.py`)
     Pixtral               never enlarged but to whole tokens; limited longer side; a token after each row of tokens
 
 Elsewhere: `decoder.py` decodes files; `model/encoders/` runs the towers.
@@ -19,39 +20,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from argosy.errors import BadMedia, CheckpointError, UnsupportedModel, UsageError
 from argosy.media.parts import Kind
+from argosy.media.patches import PictureProcessor, Size
 from argosy.media.settings import SOUND_KEYS, Settings
-
-Grid = tuple[int, int, int]
+from argosy.media.tiles import Llama4Fit, TileProcessor, tile_tokens
 
 _LONGEST_RATIO = 200  # the sides of a picture or frame, for Qwen and GLM
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 GEMMA_TOKENS = (70, 140, 280, 560, 1120)
 _FEWEST_TOKENS = 16  # a cap below this would distort pictures
-
-
-class Size(NamedTuple):
-    """Height and width after resizing, and after padding."""
-
-    height: int
-    width: int
-    padded_height: int
-    padded_width: int
-
-
-class Fit(Protocol):
-    """Chooses the size of a picture."""
-
-    def size(self, height: int, width: int) -> Size: ...
 
 
 def require_ratio(height: int, width: int, kind: Kind) -> None:
@@ -68,95 +52,6 @@ def require_ratio(height: int, width: int, kind: Kind) -> None:
             needed=_LONGEST_RATIO,
             found=max(height, width) / min(height, width),
         )
-
-
-@dataclass(frozen=True, slots=True)
-class PictureProcessor:
-    """Makes patches from pictures.
-
-    patch_size: side of a patch.
-    merge_size: side of the square of patches that becomes one token.
-    frames: how many times a patch repeats the picture, because the tower takes several frames at once.
-    fit: chooses the size.
-    order: how patches, and the values in a patch, are ordered:
-        "merged": patches of a token together; values as [channels, frames, patch, patch];
-        "planes": patches row by row; values as [channels, patch, patch];
-        "pixels": patches row by row; values as [patch, patch, channels].
-    levels: float32 [3, 256]: the value of each 8-bit level in each channel.
-    most_tokens: the most tokens of a picture, if a cap lowers the model's own limit or all pictures are scaled to one
-        number of tokens.
-    tokens_per_row: control tokens after each row of tokens.
-    """
-
-    patch_size: int
-    merge_size: int
-    frames: int
-    fit: Fit
-    order: Literal["merged", "planes", "pixels"]
-    levels: NDArray[np.float32] = field(repr=False, compare=False)
-    most_tokens: int | None = None
-    tokens_per_row: int = 0
-
-    def grid(self, height: int, width: int) -> Grid:
-        """Return (1, rows, columns) of patches for a picture of this size.
-
-        Raises:
-            BadMedia: the picture is too narrow for this model, or cannot shrink to the allowed tokens.
-        """
-        return self._grid(self.fit.size(height, width))
-
-    def num_tokens(self, height: int, width: int) -> int:
-        """Return the number of tokens that a picture of this size takes; raises what `grid` raises."""
-        _, rows, columns = self.grid(height, width)
-        return self._num_tokens(rows, columns)
-
-    def prepare(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], Grid]:
-        """Make patches.
-
-        Args:
-            pixels: uint8 [height, width, 3].
-
-        Returns:
-            float32 [rows * columns, values], and the grid (1, rows, columns).
-
-        Raises:
-            BadMedia: as `grid`.
-        """
-        return self.patches(self.resize(pixels))
-
-    def resize(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Run the first half of `prepare`: return uint8 [height, width, 3], resized and padded to whole patches."""
-        size = self.fit.size(*pixels.shape[:2])
-        self._grid(size)
-        resized = Image.fromarray(pixels).resize((size.width, size.height), Image.Resampling.BICUBIC)
-        canvas = np.zeros((size.padded_height, size.padded_width, 3), np.uint8)
-        canvas[: size.height, : size.width] = np.asarray(resized)
-        return canvas
-
-    def patches(self, canvas: NDArray[np.uint8]) -> tuple[NDArray[np.float32], Grid]:
-        """Run the second half of `prepare`, on the result of `resize`."""
-        rows, columns = canvas.shape[0] // self.patch_size, canvas.shape[1] // self.patch_size
-        side, merge = self.patch_size, self.merge_size if self.order == "merged" else 1
-        values = patch_values(canvas[None], side, merge, self.levels, self.frames)
-        if self.order == "pixels":
-            values = values.transpose(0, 2, 3, 1)
-        return values.reshape(rows * columns, -1), (1, rows, columns)
-
-    def _grid(self, size: Size) -> Grid:
-        rows, columns = size.padded_height // self.patch_size, size.padded_width // self.patch_size
-        num_tokens = self._num_tokens(rows, columns)
-        if self.most_tokens is not None and num_tokens > self.most_tokens:
-            raise BadMedia(
-                f"a picture may take at most {self.most_tokens} tokens, and this one is so narrow that it needs "
-                f"{num_tokens}",
-                kind="picture",
-                needed=self.most_tokens,
-                found=num_tokens,
-            )
-        return 1, rows, columns
-
-    def _num_tokens(self, rows: int, columns: int) -> int:
-        return rows // self.merge_size * (columns // self.merge_size + self.tokens_per_row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,28 +169,6 @@ class PixtralFit:
 
     def _num_tokens(self, size: Size) -> int:
         return size.height // self.factor * (size.width // self.factor + 1)
-
-
-def patch_values(
-    canvases: NDArray[np.uint8], side: int, merge: int, levels: NDArray[np.float32], num_frames: int
-) -> NDArray[np.float32]:
-    """Return the values of patches that cover `num_frames` frames: float32 [patches, channels, num_frames, side *
-    side].
-
-    Args:
-        canvases: uint8 [num_frames, height, width, 3], or one frame, which is repeated.
-        merge: patches of a square with this side lie together.
-        levels: see `PictureProcessor`.
-    """
-    given, rows, columns = len(canvases), canvases.shape[1] // side, canvases.shape[2] // side
-    blocks = canvases.reshape(given, rows // merge, merge, side, columns // merge, merge, side, 3)
-    # [rows, columns, merge, merge, channels, frames, side, side]
-    blocks = blocks.transpose(1, 4, 2, 5, 7, 0, 3, 6)
-    pixels_of = blocks.reshape(rows * columns, 3, given, side * side)
-    values = np.empty((rows * columns, 3, num_frames, side * side), np.float32)
-    for channel in range(3):
-        values[:, channel] = levels[channel][pixels_of[:, channel]]
-    return values
 
 
 def read_picture_processor(
@@ -471,13 +344,20 @@ def read_levels(
     *,
     is_normalized: bool,
     may_pad: bool = False,
+    filter: int = 3,
+    is_rounded: bool = False,
 ) -> NDArray[np.float32]:
-    """Return float32 [3, 256]: each 8-bit level, scaled in float64 and normalised in float32, as the reference does."""
+    """Return float32 [3, 256]: each 8-bit level, scaled in float64 and normalised in float32, as the reference does.
+
+    Args:
+        filter: Pillow's number of the filter: 3 is bicubic, 2 bilinear.
+        is_rounded: every result is rounded to bfloat16.
+    """
     settings.fixed("do_convert_rgb", True)
     settings.fixed("do_rescale", True)
     settings.fixed("do_center_crop", False)
     settings.fixed("do_pad", False, may_pad)
-    settings.fixed("resample", 3)  # bicubic
+    settings.fixed("resample", filter)
     scale = settings.number("rescale_factor", 1 / 255)
     means, stds = settings.colour("image_mean", mean), settings.colour("image_std", std)
     scaled = (np.arange(256) * scale).astype(np.float32)
@@ -485,7 +365,55 @@ def read_levels(
         return np.tile(scaled, (3, 1))
     if not all(stds):
         raise CheckpointError("image_std of a processor has a zero", key="image_std", value=list(stds))
-    return (scaled - np.array(means, np.float32)[:, None]) / np.array(stds, np.float32)[:, None]
+    shift, spread = (np.array(values, np.float32)[:, None] for values in (means, stds))
+    if not is_rounded:
+        return (scaled - shift) / spread
+    scaled = _rounded(np.arange(256, dtype=np.float32) * np.float32(scale))
+    return _rounded(_rounded(scaled - _rounded(shift)) / _rounded(spread))
+
+
+def _rounded(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Round to bfloat16, halves to the even neighbour."""
+    bits = values.view(np.uint32)
+    rounded = bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
+    return (rounded & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+def _read_llama4(settings: Settings, most_tokens: int | None) -> TileProcessor:
+    """As `Llama4ImageProcessor`; the sizes of patches and of cells are the tower's."""
+    patch_size, merge_size = (
+        settings.integer("patch_size", 14, most=256),
+        settings.integer("merge_size", 2, most=16),
+    )
+    side = 336
+    if (size := settings.nested("size")) is not None:
+        side = size.integer("height", None)
+        size.fixed("width", side)
+        size.finish()
+    if side % (patch_size * merge_size):
+        raise UnsupportedModel(
+            f"tiles have {side} pixels on a side; supported: a multiple of {patch_size * merge_size}, those of a token",
+            key="size",
+            value=side,
+        )
+    settings.fixed("do_resize", True)
+    settings.fixed("do_normalize", True)
+    most_tiles, of_tile = (
+        settings.integer("max_patches", 16, most=256),
+        (side // patch_size // merge_size) ** 2,
+    )
+    if most_tokens is not None:
+        if most_tokens < (least := tile_tokens(1, of_tile)):
+            raise UsageError(
+                f"the cap on a picture's tokens must be at least {least} for this model, found {most_tokens}"
+            )
+        while tile_tokens(most_tiles, of_tile) > most_tokens:
+            most_tiles -= 1
+    levels = read_levels(
+        settings, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), is_normalized=True, filter=2, is_rounded=True
+    )
+    fit = Llama4Fit(side, most_tiles, settings.flag("resize_to_max_canvas", False))
+    return TileProcessor(patch_size, merge_size, 1, fit, "merged", levels, tile_tokens(most_tiles, of_tile))
 
 
 _READERS: dict[str, Callable[[Settings, int | None], PictureProcessor]] = {
@@ -496,4 +424,5 @@ _READERS: dict[str, Callable[[Settings, int | None], PictureProcessor]] = {
     "KimiVLImageProcessor": _read_kimi_vl,
     "Gemma4ImageProcessor": _read_gemma,
     "PixtralImageProcessor": _read_pixtral,
+    "Llama4ImageProcessor": _read_llama4,
 }

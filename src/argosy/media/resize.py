@@ -2,11 +2,11 @@
 
     uint8 [height, width, 3]  ->  columns, rounded to 8 bits  ->  rows, rounded to 8 bits  ->  uint8
 
-The filter is Keys' cubic (a = -0.5), widened when a frame shrinks, like Pillow's. But torchvision's weights are 16-bit
-integers and Pillow's have 22 bits or more, so some pixels differ by a level. Sums of such products are whole numbers
-below 2^53: float64 holds them exactly, in any order.
+The filter is Keys' cubic (a = -0.5), or linear, widened when a frame shrinks, like Pillow's. But torchvision's weights
+are 16-bit integers and Pillow's have 22 bits or more, so some pixels differ by a level. Sums of such products are whole
+numbers below 2^53: float64 holds them exactly, in any order.
 
-Elsewhere: pictures are scaled by Pillow itself (`pictures.py`).
+Elsewhere: pictures that are not cut into tiles are scaled by Pillow itself (`pictures.py`).
 """
 
 from __future__ import annotations
@@ -42,10 +42,12 @@ class _Axis(NamedTuple):
 class Resizer:
     """Scales frames of one size to another one."""
 
-    def __init__(self, height: int, width: int, to_height: int, to_width: int) -> None:
+    def __init__(
+        self, height: int, width: int, to_height: int, to_width: int, *, is_linear: bool = False
+    ) -> None:
         self._size = to_height, to_width
-        self._rows = None if height == to_height else _axis(height, to_height)
-        self._columns = None if width == to_width else _axis(width, to_width)
+        self._rows = None if height == to_height else _axis(height, to_height, is_linear)
+        self._columns = None if width == to_width else _axis(width, to_width, is_linear)
 
     def resize(self, frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
         if self._columns is not None:
@@ -87,14 +89,15 @@ def _rounded(sums: NDArray[np.float64], unit: float) -> NDArray[np.uint8]:
     return sums.clip(0, 255).astype(np.uint8)
 
 
-def _axis(size: int, wanted: int) -> _Axis:
+def _axis(size: int, wanted: int, is_linear: bool) -> _Axis:
     scale = size / wanted
     spread = max(scale, 1.0)
+    reach, filtered = (1, _linear) if is_linear else (2, _keys)
     centres = scale * (np.arange(wanted) + 0.5)
-    first = np.maximum((centres - 2 * spread + 0.5).astype(np.int64), 0)
-    last = np.minimum((centres + 2 * spread + 0.5).astype(np.int64), size)
+    first = np.maximum((centres - reach * spread + 0.5).astype(np.int64), 0)
+    last = np.minimum((centres + reach * spread + 0.5).astype(np.int64), size)
     taps = [
-        _keys((np.arange(begin, end) - centre + 0.5) / spread)
+        filtered((np.arange(begin, end) - centre + 0.5) / spread)
         for begin, end, centre in zip(first, last, centres, strict=True)
     ]
     taps = [one / one.sum() for one in taps]
@@ -119,6 +122,11 @@ def _unit(largest: float) -> float:
     while bits < _MOST_BITS and int(0.5 + largest * (1 << (bits + 1))) < 1 << 15:
         bits += 1
     return math.ldexp(1.0, bits)
+
+
+def _linear(distance: NDArray[np.float64]) -> NDArray[np.float64]:
+    near: NDArray[np.float64] = np.maximum(1 - np.abs(distance), 0.0)
+    return near
 
 
 def _keys(distance: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -32,16 +32,14 @@ from numpy.typing import NDArray
 
 from argosy.errors import BadMedia, UnsupportedModel
 from argosy.media.parts import RequestMedia
+from argosy.media.patches import Grid, Size, patch_values
 from argosy.media.pictures import (
     CLIP_MEAN,
     CLIP_STD,
     GEMMA_TOKENS,
     GemmaFit,
-    Grid,
     KimiFit,
     QwenFit,
-    Size,
-    patch_values,
     read_levels,
     require_ratio,
 )

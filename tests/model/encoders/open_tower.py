@@ -171,6 +171,26 @@ PARTS["mistral3"] = _part(  # type: ignore[call-arg]
 )
 
 
+def _tiles(*arrangements: tuple[int, int]) -> Callable[[Any], list[Shape]]:
+    """Shapes of pictures in rows and columns of tiles; several have one more row, for the whole picture."""
+    return lambda config: [
+        (1, (rows + (rows * columns > 1)) * config.position_side, columns * config.position_side)
+        for rows, columns in arrangements
+    ]
+
+
+PARTS["llama4"] = _part(  # type: ignore[call-arg]
+    "llama4",
+    *ENCODERS["llama4"],
+    ("vision_model.", "multi_modal_projector."),
+    shapes=_tiles((1, 1), (1, 2), (2, 1), (2, 2)),
+    large_shapes=_tiles((4, 4), (1, 16)),
+    make_input=lambda config, shape, seed: random_input(
+        (config.num_tiles(shape) * config.position_side**2, config.patch_values), seed
+    ),
+)
+
+
 def dense_weights(
     tensors: Mapping[str, EncoderTensor], prefix: str, values: Mapping[str, Array]
 ) -> DenseWeights:

@@ -12,8 +12,17 @@ import pytest
 
 from argosy import _native
 from argosy.errors import CheckpointError, UnsupportedModel, UsageError
-from argosy.model.encoders import gemma_vision, glm_vision, moon_vit, omni_audio, pixtral_vision, qwen_vision
+from argosy.model.encoders import (
+    gemma_vision,
+    glm_vision,
+    llama4_vision,
+    moon_vit,
+    omni_audio,
+    pixtral_vision,
+    qwen_vision,
+)
 from argosy.model.reading.config_reader import ConfigReader
+from tests.families.published import llama4
 from tests.model.encoders.open_tower import PARTS, dense_weights
 from tests.models.tiny_encoders import CONFIGS, RawConfig, Sizes, random_tensors
 
@@ -216,6 +225,14 @@ RELEASED: dict[str, tuple[RawConfig, Callable[[RawConfig], Any], Callable[[Any],
         gemma_vision.tensors,
         573,
     ),
+    "Llama-4": (
+        llama4()["vision_config"] | {"model_type": "llama4_vision_model"},
+        lambda raw: llama4_vision.read_config(
+            config_reader({key: value for key, value in raw.items() if key != "model_type"}), text_model(5120)
+        ),
+        llama4_vision.tensors,
+        872,
+    ),
     "Mistral-Small-4": (PIXTRAL, read_pixtral, pixtral_vision.tensors, 428),
     "Mistral-Large-3": (
         PIXTRAL_OF_LARGE_3,
@@ -277,6 +294,18 @@ REFUSED = [
     ("Mistral-Small-4", "rope_parameters", {"rope_type": "yarn", "rope_theta": 10000.0}),
     ("Mistral-Large-3", "mm_projector_id", "linear"),
     ("Mistral-Large-3", "add_pre_mm_projector_layer_norm", False),
+    ("Llama-4", "hidden_act", "gelu_pytorch_tanh"),
+    ("Llama-4", "hidden_size", 1416),
+    ("Llama-4", "image_size", 350),
+    ("Llama-4", "intermediate_size", 5000),
+    ("Llama-4", "multi_modal_projector_bias", True),
+    ("Llama-4", "norm_eps", 1e-6),
+    ("Llama-4", "num_channels", 1),
+    ("Llama-4", "pixel_shuffle_ratio", 0.4),
+    ("Llama-4", "projector_output_dim", 4000),
+    ("Llama-4", "vision_feature_layer", -2),
+    ("Llama-4", "vision_feature_select_strategy", "full"),
+    ("Llama-4", "vision_output_dim", 7680),
     ("Gemma-4", "use_clipped_linears", True),
     ("Gemma-4", "num_key_value_heads", 5),
     ("Gemma-4", "head_dim", 70),

@@ -36,7 +36,7 @@ from argosy.errors import ArgosyError, BadMedia, Overloaded, UnsupportedModel, U
 from argosy.media.decoder import FileDecoder
 from argosy.media.frames import open_frames
 from argosy.media.parts import PROMPT_LIMITS, Audio, Content, Hearing, Image, Kind, RequestMedia, Video
-from argosy.media.pictures import PictureProcessor
+from argosy.media.patches import PictureProcessor
 from argosy.media.sounds import SoundProcessor
 from argosy.media.videos import VideoProcessor
 from argosy.model.encoders.encoder import Shape
@@ -158,7 +158,8 @@ class PromptMedia:
         """See `MediaReader.placeholder`."""
         files = self._encoders.files[_TOWERS[content.kind]]
         if content.kind != "video":
-            return files.token_id
+            written = files.encoder.placeholder
+            return files.token_id if written is None else self._encode_text(written)[0]
         assert files.video is not None
         return files.video.token_id
 
@@ -473,7 +474,8 @@ def _control_tokens(kind: Kind, processor: Processor, encoders: Encoders) -> lis
         files = encoders.files[kind]
         if files.encoder.written is None:
             return []
-        return [*files.written((1, 2 * files.config.merge, 2 * files.config.merge)).values()]
+        two_rows = (1, 2 * files.config.merge, 2 * files.config.merge)
+        return [*files.written(two_rows).values(), *files.written(files.largest_shape(processor)).values()]
     form = encoders.files["picture"].encoder.video
     assert form is not None
     texts = [*processor.surroundings, *processor.label(0.0, 0.0), *(form.sound or ())]

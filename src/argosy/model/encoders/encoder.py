@@ -65,6 +65,8 @@ class Encoder:
     video: how the tower is used for video; None: it is not.
     written: returns the texts of the control tokens that fill positions of a span of a shape instead of rows, by
         position; None: rows fill all positions.
+    placeholder: the token that the chat template writes for a picture, if rows have another one.
+    extent: returns the patches of a shape, and those that see one another; None: all of its grid, those of a frame.
     settings: returns the processor's settings that follow from the tower's config; None: none do. Those in the
         processor's file take precedence.
     """
@@ -84,4 +86,6 @@ class Encoder:
     marks: tuple[str, str] | None = None
     video: VideoForm | None = None
     written: Callable[[Any, Any], Mapping[int, str]] | None = None
+    placeholder: str | None = None
+    extent: Callable[[Any, Any], tuple[int, int]] | None = None
     settings: Callable[[Any], Mapping[str, object]] | None = None

@@ -151,6 +151,10 @@ def _read_tower(file: GgufFile, model: ModelConfig, kind: Kind) -> TowerInFile:
         name: projector.whole_names.get(name) or _name(name, layers, projector.names, config)
         for name in encoder.tensors(config)
     }
+    for old, new in projector.renamed.items():
+        names = {
+            ours: name if name in file.tensors else name.replace(old, new) for ours, name in names.items()
+        }
     return TowerInFile(encoder, config, projector, names, settings)
 
 

@@ -30,6 +30,7 @@ class Projector:
     marks: the tokens before and after a span, if the chat template does not write them.
     stored: how the file differs from the checkpoint, as arguments of the tower's config.
     unused: tensors that the tower does not need.
+    renamed: parts of names, and what some files have instead.
     """
 
     kind: Kind = "picture"
@@ -42,6 +43,7 @@ class Projector:
     marks: tuple[str, str] | None = None
     stored: Mapping[str, object] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_sizes(reader: GgufConfigReader) -> dict[str, object]:

@@ -26,7 +26,8 @@ from argosy.checkpoint.safetensors import TensorRef
 from argosy.checkpoint.untrusted_file import read_object
 from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
 from argosy.media.parts import PROMPT_LIMITS, Kind
-from argosy.media.pictures import PictureProcessor, read_picture_processor
+from argosy.media.patches import PictureProcessor
+from argosy.media.pictures import read_picture_processor
 from argosy.media.settings import PROCESSOR_FILES, VIDEO_FILES
 from argosy.media.sounds import SoundProcessor, read_sound_processor
 from argosy.media.videos import VideoProcessor, read_video_processor
@@ -157,9 +158,7 @@ class EncoderFiles:
     def largest_shape(self, processor: Processor) -> Shape:
         """Return the shape of the largest input that this processor makes."""
         if isinstance(processor, PictureProcessor):
-            merge: int = self.config.merge
-            assert processor.most_tokens is not None
-            return (1, merge, merge * processor.most_tokens)
+            return processor.largest_grid()
         if isinstance(processor, VideoProcessor):
             assert processor.most_group_tokens is not None
             frames = 1 if processor.are_joined else processor.group_frames
@@ -175,7 +174,7 @@ class EncoderFiles:
 
     def flop(self, grid: Shape) -> int:
         """Floating-point operations of the products and of the attention of a picture."""
-        patches, cells = math.prod(grid), self.num_positions(grid) - len(self.written(grid))
+        (patches, seen), cells = self._extent(grid), self.num_positions(grid) - len(self.written(grid))
         found = 0
         for name, ref in self.tensors.items():
             if is_vector(name) or name.startswith("position"):
@@ -184,15 +183,21 @@ class EncoderFiles:
             rows = patches if name.startswith(("layers.", "patch")) else cells
             found += 2 * ref.rows * ref.cols * rows
         width: int = getattr(self.config, "query_size", self.config.hidden_size)
-        attention: int = self.config.num_layers * patches * attention_flop(math.prod(grid[1:]), width)
+        attention: int = self.config.num_layers * patches * attention_flop(seen, width)
         return found + attention
+
+    def _extent(self, grid: Shape) -> tuple[int, int]:
+        """Return what `Encoder.extent` returns."""
+        if self.encoder.extent is not None:
+            return self.encoder.extent(self.config, grid)
+        return math.prod(grid), math.prod(grid[1:])
 
     def peak_bytes(self, shape: Shape) -> int:
         """Return the most bytes that encoding an input of this shape allocates, rows and a picture's
         patches included.
         """
-        patches = math.prod(shape) * self.config.patch_values if self.encoder.kind == "picture" else 0
-        return FLOAT_BYTES * patches + self.encoder.peak_bytes(self.config, shape)
+        values = self._extent(shape)[0] * self.config.patch_values if self.encoder.kind == "picture" else 0
+        return FLOAT_BYTES * values + self.encoder.peak_bytes(self.config, shape)
 
 
 def find_encoders(files: ModelFiles) -> dict[Kind, EncoderFiles | ArgosyError]:

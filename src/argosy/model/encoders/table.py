@@ -13,6 +13,7 @@ _FILES = (
     "qwen_vision",
     "glm_vision",
     "gemma_vision",
+    "llama4_vision",
     "moon_vit",
     "pixtral_vision",
     "omni_audio",

@@ -1,0 +1,129 @@
+"""Cut pictures into tiles, as Llama-4's processor does.
+
+    uint8 [height, width, 3]  ->  scaled, padded with black to whole tiles  ->  tiles row by row, and if there are
+                                                                                several, the whole picture as one more
+
+The arrangement of tiles enlarges a picture least, or shrinks it least; of several, the one with the smallest area.
+Numbers are those of the reference, which compares in float32, scales by torchvision's bilinear filter and normalises in
+bfloat16.
+
+Elsewhere: `pictures.py` prepares pictures that stay whole.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from argosy.media.patches import Grid, PictureProcessor, Size, patch_values
+from argosy.media.resize import Resizer
+
+Arrangement = tuple[int, int]  # rows and columns of tiles
+
+
+@dataclass(frozen=True, slots=True)
+class Llama4Fit:
+    """Chooses an arrangement of at most `most_tiles` tiles with the side `side`.
+
+    is_largest: enlarges a picture to the whole of the largest arrangement.
+    """
+
+    side: int
+    most_tiles: int
+    is_largest: bool = False
+
+    def tiles(self, height: int, width: int) -> Arrangement:
+        """Return the arrangement for a picture of this size."""
+        arrangements = np.array(_arrangements(self.most_tiles))
+        high, wide = (
+            (arrangements[:, axis] * self.side).astype(np.float32) / np.float32(length)
+            for axis, length in enumerate((height, width))
+        )
+        scales = np.minimum(high, wide)
+        larger = scales[scales >= 1]
+        shrinks = not len(larger)
+        chosen = scales.max() if shrinks or self.is_largest else larger.min()
+        fitting = arrangements[scales == chosen]
+        rows, columns = fitting[fitting.prod(axis=1).argmin()]
+        return int(rows), int(columns)
+
+    def scaled(self, height: int, width: int) -> tuple[int, int]:
+        """Return the size of the picture within its tiles: not enlarged beyond one tile, unless `is_largest`."""
+        wanted = []
+        for length, tiles in zip((height, width), self.tiles(height, width), strict=True):
+            most = tiles * self.side
+            is_exact = max(length, self.side) <= most and not self.is_largest
+            # The reference divides whole numbers of Python in float64, and those of tensors in float32.
+            wanted.append(np.float64(max(length, self.side)) if is_exact else np.float32(most))
+        ratios = [goal / type(goal)(length) for goal, length in zip(wanted, (height, width), strict=True)]
+        other = int(ratios[1] < ratios[0])  # the axis that limits
+        found = [int(goal) for goal in wanted]
+        length = (height, width)[1 - other]
+        found[1 - other] = min(math.floor(type(ratios[other])(length) * ratios[other]), found[1 - other])
+        return max(found[0], 1), max(found[1], 1)
+
+    def size(self, height: int, width: int) -> Size:
+        """Return the size in the tiles, and that of all tiles, with a further row for the whole picture."""
+        rows, columns = self.tiles(height, width)
+        band = self.side if rows * columns > 1 else 0
+        return Size(*self.scaled(height, width), rows * self.side + band, columns * self.side)
+
+
+def _arrangements(most_tiles: int) -> list[Arrangement]:
+    """Arrangements in the reference's order: by their ratios, from the most tiles down."""
+    by_ratio: dict[float, list[Arrangement]] = {}
+    for count in range(most_tiles, 0, -1):
+        for rows in range(1, count + 1):
+            if count % rows == 0:
+                by_ratio.setdefault(rows / (count // rows), []).append((rows, count // rows))
+    return [one for group in by_ratio.values() for one in group]
+
+
+@dataclass(frozen=True, slots=True)
+class TileProcessor(PictureProcessor):
+    """Makes the patches of tiles: tile by tile, "merged" within each. The grid is that of `Llama4Fit.size`."""
+
+    fit: Llama4Fit
+
+    def resize(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        height, width = pixels.shape[:2]
+        size, side = self.fit.size(height, width), self.fit.side
+        canvas = np.zeros((size.padded_height, size.padded_width, 3), np.uint8)
+        canvas[: size.height, : size.width] = _scaled(pixels, size.height, size.width)
+        if canvas.shape[0] > side:
+            canvas[-side:, :side] = _scaled(pixels, side, side)
+        return canvas
+
+    def patches(self, canvas: NDArray[np.uint8]) -> tuple[NDArray[np.float32], Grid]:
+        side = self.fit.side
+        rows, columns = (length // side for length in canvas.shape[:2])
+        tiles = canvas.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
+        num_tiles = (rows - 1) * columns + 1 if rows > 1 else 1
+        values = [
+            patch_values(tile[None], self.patch_size, self.merge_size, self.levels, 1)
+            for tile in tiles[:num_tiles]
+        ]
+        patches = np.concatenate(values).reshape(len(values) * len(values[0]), -1)
+        return patches, (1, rows * side // self.patch_size, columns * side // self.patch_size)
+
+    def largest_grid(self) -> Grid:
+        side, columns = self.fit.side // self.patch_size, self.fit.most_tiles
+        return 1, side * (2 if columns > 1 else 1), side * columns
+
+    def _num_tokens(self, rows: int, columns: int) -> int:
+        side = self.fit.side // self.patch_size
+        rows, columns = rows // side, columns // side
+        return tile_tokens((rows - 1) * columns if rows > 1 else 1, (side // self.merge_size) ** 2)
+
+
+def tile_tokens(num_tiles: int, of_tile: int) -> int:
+    """Return a picture's tokens: tiles with a separator after each, the whole picture as a tile, and three marks."""
+    return of_tile + 3 + (num_tiles * (of_tile + 1) if num_tiles > 1 else 0)
+
+
+def _scaled(pixels: NDArray[np.uint8], to_height: int, to_width: int) -> NDArray[np.uint8]:
+    height, width = pixels.shape[:2]
+    return Resizer(height, width, to_height, to_width, is_linear=True).resize(pixels)
