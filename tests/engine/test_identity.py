@@ -39,6 +39,7 @@ from tests.models.tiny import (
     qwen3_moe,
     write_model,
 )
+from tests.models.tiny_cohere import cohere2_moe
 from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
 from tests.models.tiny_dense import gemma3_text
 from tests.models.tiny_gemma import gemma4
@@ -163,6 +164,9 @@ CONFIGS = {
     ),
     "gemma4": gemma4(  # heads and rotary embedding by layer, a dense network beside the experts, norms after blocks
         max_position_embeddings=1024, hidden_size=72, num_experts=9, top_k_experts=3, vocab_size=112
+    ),
+    "cohere2_moe": cohere2_moe(  # attention and networks beside each other, LayerNorm, layers that rotate nothing
+        hidden_size=72, max_position_embeddings=1024, num_experts=9, num_experts_per_tok=3, rms_norm_eps=None
     ),
     "step3p5": step3p5(  # heads by layer with gates, activations with limits of their own
         hidden_size=72,

@@ -58,6 +58,7 @@ PRE_TOKENIZERS = {
     "glm4_moe_lite": "glm4",
     "glm4v_moe": "glm4",
     "gpt_oss": "gpt-4o",
+    "cohere2_moe": "cohere2moe",
     "lfm2_moe": "lfm2",
     "llama4": "llama4",
     "minimax_m2": "minimax-m2",

@@ -947,6 +947,41 @@ FLEX_OLMO: RawConfig = {
     "vocab_size": 100_352,
 }
 
+# config.json of North-Mini-Code-1.0.
+NORTH_MINI_CODE: RawConfig = {
+    "architectures": ["Cohere2MoeForCausalLM"],
+    "attention_bias": False,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+    "expert_selection_fn": "sigmoid",
+    "first_k_dense_replace": 1,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 768,
+    "layer_norm_eps": 1e-5,
+    "layer_types": ["sliding_attention" if layer % 4 else "full_attention" for layer in range(49)],
+    "logit_scale": 1.0,
+    "max_position_embeddings": 500_000,
+    "model_type": "cohere2_moe",
+    "norm_topk_prob": False,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 49,
+    "num_key_value_heads": 4,
+    "num_shared_experts": 0,
+    "prefix_dense_intermediate_size": 3072,
+    "prefix_dense_sliding_window_pattern": 1,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 50_000,
+    "sliding_window": 4096,
+    "use_gated_activation": True,
+    "use_parallel_block": True,
+    "use_qk_norm": False,
+    "vocab_size": 262_144,
+}
+
 # config.json of Step-3.7-Flash, without most of the tower's keys; Step-3.5-Flash is its text part.
 _STEP_KINDS = ["full_attention", *["sliding_attention"] * 3] * 12
 _STEP_TEXT: RawConfig = {
@@ -1057,6 +1092,7 @@ PUBLISHED = (
     Published("Trinity-Nano", trinity(), 6.12),
     Published("Trinity-Mini", TRINITY_MINI, 26.1),
     Published("Trinity-Large", TRINITY_LARGE, 398.6),
+    Published("North-Mini-Code-1.0", NORTH_MINI_CODE, 30.5),
     Published("Step-3.7-Flash", STEP_37_FLASH, 196.8),
     Published("Laguna-XS-2.1", LAGUNA_XS_2_1, 33.4),
     Published("Laguna-S-2.1", LAGUNA_S_2_1, 117.6),

@@ -7,6 +7,7 @@ writes the margins into the reference's metadata.
 from __future__ import annotations
 
 from tests.models.configuration import Configuration, yarn
+from tests.models.configurations_cohere import COHERE
 from tests.models.configurations_dense import DENSE
 from tests.models.configurations_flags import FLAGS
 from tests.models.configurations_gemma import GEMMA
@@ -513,6 +514,7 @@ CONFIGURATIONS = (
     *WRAPPED,
     *STEP,
     *DENSE,
+    *COHERE,
     *GEMMA,
     *HUNYUAN,
     *GQA,

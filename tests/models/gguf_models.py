@@ -28,6 +28,7 @@ from tests.models import (
     tiny_llama4,
     tiny_windows,
 )
+from tests.models.gguf_cohere import add_cohere_metadata
 from tests.models.safetensors_file import Array, write_checkpoint
 from tests.models.tiny import RawConfig, head_dim, moe_layers, num_experts, random_tensors, text_of
 from tests.models.tiny_latent import INDEXED_FAMILIES, LATENT_FAMILIES, MISTRAL_FAMILIES
@@ -50,6 +51,7 @@ ARCHITECTURES = {
     "minimax_m2": "minimax-m2",
     "minimax": "minimax-01",
     "mimo_v2_flash": "mimo2",
+    "cohere2_moe": "cohere2moe",
     "lfm2_moe": "lfm2moe",
     "solar_open": "glm4moe",
     "dots1": "dots1",
@@ -287,6 +289,8 @@ def write_gguf_model(
     text = config | text_of(config) | {"model_type": config["model_type"]}
     if config["model_type"] in LATENT_FAMILIES:
         add_latent_metadata(writer, text_of(config), split_kv=split_kv)
+    elif config["model_type"] == "cohere2_moe":
+        add_cohere_metadata(writer, config)
     else:
         add_metadata(writer, text)
     if sections:

@@ -20,6 +20,7 @@ from tests.models import (
     numpy_mamba,
     numpy_recurrent,
     numpy_windows,
+    tiny_cohere,
     tiny_delta,
     tiny_dense,
     tiny_flags,
@@ -142,8 +143,8 @@ class NumpyModel:
             self.config, self.tensors = tiny_step.as_glm(self.config, self.tensors)
         if self.config["model_type"] in tiny_kda.FAMILIES:
             self.config, self.tensors = as_deepseek(self.config, self.tensors)
-        is_step = self.family in tiny_step.FAMILIES
-        self.windows = (tiny_step.windows if is_step else sliding_windows)(self.config)
+        own = next((one for one in (tiny_step, tiny_cohere) if self.family in one.FAMILIES), None)
+        self.windows = sliding_windows(self.config) if own is None else own.windows(self.config)
         self.router_margin = math.inf
         self.hidden_states: list[Array] = []
 
@@ -163,15 +164,18 @@ class NumpyModel:
         if spans.embeddings is not None:
             rows, vectors = spans.embeddings
             hidden[rows] = vectors
+        is_cohere = self.family in tiny_cohere.FAMILIES
         for layer in range(self.config["num_hidden_layers"]):
             prefix = f"model.layers.{layer}."
             normed = hidden
-            if prefix + "input_layernorm.weight" in self.tensors:
+            if prefix + "input_layernorm.weight" in self.tensors and not is_cohere:
                 normed = self.norm(prefix + "input_layernorm", hidden)
             if self.is_gemma3:
                 hidden = numpy_dense.run_layer(self, layer, hidden, places[layer])
             elif self.config["model_type"] in tiny_flags.FAMILIES:
                 hidden = run_layer(self, layer, hidden, places[layer])
+            elif is_cohere:
+                hidden = tiny_cohere.run_layer(self, layer, hidden, places[layer])
             elif self.config["model_type"] in tiny_windows.FAMILIES:
                 hidden = numpy_windows.run_layer(self, layer, hidden, places[layer])
             elif self.config["model_type"] in tiny_llama4.FAMILIES:
@@ -204,7 +208,11 @@ class NumpyModel:
             self.hidden_states.append(hidden)
         is_tied = self.config.get("tie_word_embeddings", False)
         head = self.tensors["model.embed_tokens.weight" if is_tied else "lm_head.weight"]
-        logits: Array = self.norm("model.norm", hidden) @ head.T / self.config.get("logits_scaling", 1.0)
+        normed = (
+            tiny_cohere.norm(self, "model.norm", hidden) if is_cohere else self.norm("model.norm", hidden)
+        )
+        logits: Array = normed @ head.T / self.config.get("logits_scaling", 1.0)
+        logits = logits * self.config.get("logit_scale", 1.0)
         cap = self.config.get("final_logit_softcapping")
         return cap * np.tanh(logits / cap) if cap else logits
 
@@ -228,6 +236,8 @@ class NumpyModel:
             frequency, scale = tiny_gqa.frequencies(self.config, layer), 1.0
         elif self.config["model_type"] in tiny_windows.FAMILIES:
             frequency, scale = window_frequencies(self.config, layer)
+        elif self.family in tiny_cohere.FAMILIES:
+            frequency, scale = tiny_cohere.frequencies(self.config, layer), 1.0
         elif self.family in tiny_step.FAMILIES:
             frequency, scale = tiny_step.frequencies(self.config, layer), 1.0
         else:
@@ -289,7 +299,7 @@ class NumpyModel:
             q, k = self.norm(prefix + "q_norm", q), self.norm(prefix + "k_norm", k)
         if self.is_gemma:
             v = self.norm("", v)
-        turn = rotate_pairs if self.config["model_type"] == "ernie4_5_moe" else rotate
+        turn = rotate_pairs if self.config["model_type"] in ("ernie4_5_moe", "cohere2_moe") else rotate
         q, k = turn(q, places), turn(k, places)
         if is_norm_last:
             q, k = self.norm(prefix + "q_norm", q), self.norm(prefix + "k_norm", k)
@@ -313,9 +323,10 @@ class NumpyModel:
             out[:, head] = weights @ v[:, head // heads_per_kv_head]
         if self.is_delta:
             out *= sigmoid(output_gate)
-        out = numpy_windows.gated(self, prefix, x, out)
         if self.family in tiny_step.FAMILIES:
             out *= sigmoid(self.linear(prefix + "g_proj", x))[:, :, None]
+        else:
+            out = numpy_windows.gated(self, prefix, x, out)
         return self.linear(prefix + "o_proj", out.reshape(num_tokens, -1))
 
     def latent_attention(self, prefix: str, x: Array, places: Places) -> Array:

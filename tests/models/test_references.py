@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.models import (
+    tiny_cohere,
     tiny_delta,
     tiny_dense,
     tiny_flags,
@@ -109,6 +110,7 @@ def test_the_references_cover_every_flag() -> None:
         tiny_gemma.FAMILY,
         *tiny_flags.FAMILIES,
         *tiny_step.FAMILIES,
+        *tiny_cohere.FAMILIES,
         *tiny_grouped.FAMILIES,
         tiny_hunyuan.FAMILY,
     }

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from tests.models import (
+    tiny_cohere,
     tiny_delta,
     tiny_dense,
     tiny_flags,
@@ -386,6 +387,8 @@ def moe_layers(config: RawConfig) -> list[int]:
         return tiny_step.moe_layers(config)
     if config["model_type"] in tiny_dense.FAMILIES:
         return []
+    if config["model_type"] in tiny_cohere.FAMILIES:
+        return [i for i in range(config["num_hidden_layers"]) if tiny_cohere.is_moe(config, i)]
     if config["model_type"] in tiny_gqa.FAMILIES:
         return tiny_gqa.moe_layers(config)
     if config["model_type"] in tiny_llama4.FAMILIES:
@@ -418,6 +421,8 @@ def tensor_shapes(config: RawConfig) -> dict[str, tuple[int, ...]]:
         return tiny_latent.latent_shapes(config)
     if config["model_type"] in tiny_step.FAMILIES:
         return tiny_step.step_shapes(config)
+    if config["model_type"] in tiny_cohere.FAMILIES:
+        return tiny_cohere.cohere_shapes(config)
     if config["model_type"] in tiny_flags.FAMILIES:
         return tiny_flags.flag_shapes(config)
     if config["model_type"] in tiny_windows.FAMILIES:

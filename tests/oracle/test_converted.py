@@ -22,6 +22,7 @@ from tests.models.make_models import load
 from tests.models.references import LARGEST_DIFFERENCE, difference, mean_divergence
 from tests.models.runnable import runnable
 from tests.models.tiny import RawConfig, prompt_ids, write_model
+from tests.models.tiny_cohere import cohere2_moe
 from tests.models.tiny_dense import gemma3, gemma3_text, llama, qwen3
 from tests.models.tiny_gemma import gemma4
 from tests.models.tiny_grouped import bailing_moe, dots1, exaone_moe, hy_v3
@@ -158,6 +159,11 @@ CONVERTED: dict[str, tuple[str, RawConfig]] = {
             sliding_window=5,
             first_k_dense_replace=2,
         ),
+    ),
+    "cohere2_moe_plain": ("cohere2moe", cohere2_moe()),
+    "cohere2_moe_layer_norm": (
+        "cohere2moe",
+        cohere2_moe(rms_norm_eps=None, num_shared_experts=2, norm_topk_prob=True, first_k_dense_replace=2),
     ),
     "hy_v3_plain": ("hy_v3", hy_v3(num_experts_per_tok=5)),
     "hy_v3_shared": ("hy_v3", hy_v3(num_shared_experts=2, num_experts_per_tok=3, head_dim=10)),

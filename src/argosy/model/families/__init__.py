@@ -67,7 +67,7 @@ FAMILIES: Mapping[str, Family] = {
             "attention.glm4_moe", "attention.olmoe", "attention.minimax_m2", "windows.mimo_v2_flash",
             "attention.flex_olmo", "windows.mellum", "windows.afmoe", "windows.laguna",
             "attention.llama4_text", "wrappers.llama4",
-            "attention.step3p5", "wrappers.step3p7",
+            "attention.step3p5", "wrappers.step3p7", "attention.cohere2_moe",
             "attention.granitemoe", "attention.granitemoeshared", "attention.ernie4_5_moe",
             "recurrent.minimax", "recurrent.bailing_moe_linear",
             "recurrent.lfm2_moe", "recurrent.granitemoehybrid", "recurrent.nemotron_h",

@@ -52,6 +52,7 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "tensor_data_layout": ("Meta AI original pth",),
     "use_parallel_residual": (False,),
 }
+RMS_NORM_EPS = "attention.layer_norm_rms_epsilon"
 SOFTMAX, SIGMOID = 1, 2  # values of expert_gating_func; 0 means not given
 
 _HARMLESS = frozenset({"rope.scaling.finetuned"})
@@ -157,6 +158,7 @@ class GgufConfigReader:
         axes: Axes | None = None,
         num_kv_heads: int | None = None,
         has_experts: bool = True,
+        norm_eps: str = RMS_NORM_EPS,
     ) -> Common:
         """Read the part that is the same in every family with keys and values.
 
@@ -166,12 +168,13 @@ class GgufConfigReader:
             num_kv_heads: the number in layers with attention; None: the file's, the same in every layer.
             axes: how the family distributes pairs of dimensions over the axes of positions in media, if a file gives
                 their sections; text has the same position on all axes.
+            norm_eps: the key of the norms' epsilon.
 
         Raises:
             CheckpointError: a key is missing, malformed, or contradicts another or the tensors.
             UnsupportedModel: heads of two widths, or a rotary embedding that is not supported.
         """
-        sizes = self.sizes(has_experts=has_experts)
+        sizes = self.sizes(has_experts=has_experts, norm_eps=norm_eps)
         hidden_size, context_tokens = sizes["hidden_size"], sizes["context_tokens"]
         num_heads = self.integer("attention.head_count")
         num_kv_heads = num_kv_heads or self.integer("attention.head_count_kv", num_heads)
@@ -233,7 +236,7 @@ class GgufConfigReader:
     def _turning(self, head_dim: int) -> int:
         return self.integer("rope.dimension_count", head_dim, most=head_dim)
 
-    def sizes(self, *, has_experts: bool = True) -> dict[str, Any]:
+    def sizes(self, *, has_experts: bool = True, norm_eps: str = RMS_NORM_EPS) -> dict[str, Any]:
         """Read the part that is the same in every family, whatever its mixers, as arguments of `ModelConfig`.
 
         Raises:
@@ -256,7 +259,7 @@ class GgufConfigReader:
         return {
             "vocab_size": vocab_size,
             "hidden_size": self.integer("embedding_length"),
-            "norm_eps": self.number("attention.layer_norm_rms_epsilon"),
+            "norm_eps": self.number(norm_eps),
             "context_tokens": self.integer("context_length"),
             "is_embedding_tied": "output.weight" not in self.file.tensors,
             "eos_ids": tuple(self._token_ids("eos", "eot", "eom")),
