@@ -17,6 +17,7 @@ ELSEWHERE = {
     "modeling_deepseek_v2.py",
     "modeling_rope_utils.py",
     "qwen3_next_mtp.py",
+    "tokenization_hy.py",
     "tokenization_kimi.py",
     "utils/match.py",
 }

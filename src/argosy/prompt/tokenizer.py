@@ -35,7 +35,7 @@ from argosy.prompt.stream_decoder import Pieces, StreamDecoder, pieces_of
 from argosy.prompt.text_pieces import PIECE_CHARACTERS, Cutter, LongestToken
 
 TOKENIZER_FILE = "tokenizer.json"
-TIKTOKEN_FILE = "tiktoken.model"
+TIKTOKEN_FILES = ("tiktoken.model", "hy.tiktoken")  # Kimi's, Hunyuan's
 TEKKEN_FILE = "tekken.json"
 
 _MAX_FILE_BYTES = 256 << 20
@@ -469,13 +469,13 @@ def _read_optional(path: Path) -> dict[str, Any]:
 
 
 def _has_tokenizer(directory: Path) -> bool:
-    return any((directory / name).is_file() for name in (TOKENIZER_FILE, TIKTOKEN_FILE, TEKKEN_FILE))
+    return any((directory / name).is_file() for name in (TOKENIZER_FILE, *TIKTOKEN_FILES, TEKKEN_FILE))
 
 
 def _read_core(directory: Path, config: dict[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     """Read a directory's tokenizer, and complete the contents of its tokenizer_config.json.
 
-    Mistral's own file takes precedence over `tokenizer.json`, and that over `tiktoken.model`.
+    Mistral's own file takes precedence over `tokenizer.json`, and that over `TIKTOKEN_FILES`.
     """
     if (directory / TEKKEN_FILE).is_file():
         from argosy.checkpoint.vocabulary.tekken import read_tekken
@@ -486,7 +486,8 @@ def _read_core(directory: Path, config: dict[str, Any]) -> tuple[tokenizers.Toke
     if not path.is_file():
         from argosy.checkpoint.vocabulary.tiktoken_model import read_tiktoken
 
-        return read_tiktoken(directory / TIKTOKEN_FILE, config), config
+        ranks = next(path for name in TIKTOKEN_FILES if (path := directory / name).is_file())
+        return read_tiktoken(ranks, config), config
     if path.stat().st_size > _MAX_FILE_BYTES:
         raise CheckpointError(f"{path}: {path.stat().st_size} bytes, more than {_MAX_FILE_BYTES}", path=path)
     try:

@@ -1,12 +1,13 @@
-"""Build a tokenizer from `tiktoken.model`, which Kimi checkpoints contain instead of `tokenizer.json`.
+"""Build a tokenizer from `tiktoken.model` or `hy.tiktoken`, which Kimi and Hunyuan have instead of `tokenizer.json`.
 
     tiktoken.model + tokenizer_config.json  ->  read_tiktoken  ->  tokenizers.Tokenizer
 
 A line is the bytes of a token in base64, a space and its rank. The rank is the token's id and decides which pair of a
-word merges first. 256 ids of special tokens follow the ranks: `added_tokens_decoder` names some, and the others are
-reserved. The rule that splits text into words is code in the checkpoint (`tokenization_kimi.py`), which is never run;
-the class in `tokenizer_config.json` implies that rule, so any other class is refused. That code also splits runs of
-more than 25,000 characters without a space, to spare tiktoken; here they stay whole.
+word merges first. Ids of special tokens follow the ranks. Kimi has 256: `added_tokens_decoder` names some, and the
+others are reserved. The rule that splits text into words is code in the checkpoint (`tokenization_kimi.py`), which is
+never run; the class in `tokenizer_config.json` implies that rule, so any other class is refused. That code also splits
+runs of more than 25,000 characters without a space, to spare tiktoken; here they stay whole. Hunyuan's code
+(`tokenization_hy.py`) names its special tokens, and counts lines that have a new token instead of reading ranks.
 
 Elsewhere: `prompt/tokenizer.py` uses the tokenizer; `byte_level.py` handles words and merges.
 """
@@ -34,33 +35,49 @@ from argosy.checkpoint.vocabulary.byte_level import (
 from argosy.errors import CheckpointError, UnsupportedModel
 
 _MAX_FILE_BYTES = 16 << 20  # a vocabulary of 250,000 tokens takes 4.6 MB
-_TOKENIZER_CLASS = "TikTokenTokenizer"
+# The class, whose it is, and the name of its rule for words, by the file's name.
+_CLASSES = {
+    "tiktoken.model": ("TikTokenTokenizer", "Kimi's", "kimi-k2"),
+    "hy.tiktoken": ("HYTokenizer", "Hunyuan's", "hunyuan"),
+}
 _NUM_SPECIAL = 256
+_NAMES_OF_HUNYUAN = (
+    "endoftext",
+    "startoftext",
+    "bos",
+    "eos",
+    "pad",
+    *(f"extra_{number}" for number in range(205)),
+)
 # Flags of an added token. It must match exactly as written, anywhere in the text, so these must be off.
 _OFF = ("lstrip", "rstrip", "single_word")
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def read_tiktoken(path: Path, config: Mapping[str, object]) -> tokenizers.Tokenizer:
-    """Build the tokenizer that a `tiktoken.model` and the contents of its `tokenizer_config.json` describe.
+    """Build the tokenizer that one of these files and the contents of its `tokenizer_config.json` describe.
 
     Raises:
         CheckpointError: a line is damaged, a rank or byte is missing or repeated, or a special token's id does not
             follow the ranks.
         UnsupportedModel: the file belongs to another tokenizer class, or a special token has a flag set.
     """
-    if (found := config.get("tokenizer_class")) != _TOKENIZER_CLASS:
+    expected, whose, words = _CLASSES[path.name]
+    if (found := config.get("tokenizer_class")) != expected:
         raise UnsupportedModel(
             f"tokenizer_config.json asks for tokenizer_class '{quote(found)}' with {path.name}; supported: "
-            f"{_TOKENIZER_CLASS}, Kimi's",
+            f"{expected}, {whose}",
             path=path,
             key="tokenizer_class",
             value=found,
-            supported=(_TOKENIZER_CLASS,),
+            supported=(expected,),
         )
     spelled = spelling_of_bytes()
-    vocab = {token.decode("latin-1").translate(spelled): rank for rank, token in enumerate(_read_ranks(path))}
-    special = _special_tokens(path, config, len(vocab))
+    is_hunyuan = words == "hunyuan"
+    ranks = _read_ranks(path, counts_lines=is_hunyuan)
+    vocab = {token.decode("latin-1").translate(spelled): rank for rank, token in enumerate(ranks)}
+    special = _tokens_of_hunyuan() if is_hunyuan else _special_tokens(path, config, len(vocab))
+    _require_named(path, config, {token.content for token in special})
     if twice := [token.content for token in special if token.content in vocab]:
         raise CheckpointError(
             f"tokenizer_config.json: special token '{quote(twice[0])}' is also a token of {path.name}",
@@ -68,13 +85,13 @@ def read_tiktoken(path: Path, config: Mapping[str, object]) -> tokenizers.Tokeni
             key="added_tokens_decoder",
         )
     merges = merges_by_rank(vocab, vocab)
-    core = byte_level_tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True), WORDS["kimi-k2"])
+    core = byte_level_tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True), WORDS[words])
     core.add_tokens(special)
     return core
 
 
-def _read_ranks(path: Path) -> list[bytes]:
-    """Read the tokens in rank order."""
+def _read_ranks(path: Path, *, counts_lines: bool = False) -> list[bytes]:
+    """Read the tokens in rank order; with `counts_lines`, in the order of the first lines that have them."""
     with open_regular(path) as (descriptor, size):
         if size > _MAX_FILE_BYTES:
             raise CheckpointError(
@@ -82,6 +99,7 @@ def _read_ranks(path: Path) -> list[bytes]:
             )
         lines = read_at(descriptor, size, 0, path).splitlines()
     by_rank: dict[int, bytes] = {}
+    seen: set[bytes] = set()
     for number, line in enumerate(lines, 1):
         if not line:
             continue
@@ -98,14 +116,22 @@ def _read_ranks(path: Path) -> list[bytes]:
             raise _damaged(
                 path, number, f"has a token of {len(token)} bytes; at most {LONGEST_TOKEN} are allowed"
             )
-        if (rank := int(digits)) in by_rank:
+        rank = len(by_rank) if counts_lines else int(digits)
+        if counts_lines and token in seen:
+            continue
+        if rank in by_rank:
             raise _damaged(path, number, f"repeats rank {rank}")
         by_rank[rank] = token
+        seen.add(token)
     return ranked_tokens(by_rank, path)
 
 
 def _damaged(path: Path, number: int, what: str) -> CheckpointError:
     return CheckpointError(f"{path.name}: line {number} {what}", path=path)
+
+
+def _tokens_of_hunyuan() -> list[AddedToken]:
+    return [AddedToken(f"<|{name}|>", special=True, normalized=False) for name in _NAMES_OF_HUNYUAN]
 
 
 def _special_tokens(path: Path, config: Mapping[str, object], first: int) -> list[AddedToken]:
@@ -144,12 +170,16 @@ def _special_tokens(path: Path, config: Mapping[str, object], first: int) -> lis
             path=path,
             key="added_tokens_decoder",
         )
+    return tokens
+
+
+def _require_named(path: Path, config: Mapping[str, object], contents: set[str]) -> None:
+    """Check that tokens with a role are special tokens."""
     for name in _NAMED:
         named = config.get(name)
         content = named.get("content") if isinstance(named, dict) else named
         if content is not None and content not in contents:
             raise _wrong(path, name, content, "one of the special tokens")
-    return tokens
 
 
 def _wrong(path: Path, key: str, found: object, expected: str) -> CheckpointError:
