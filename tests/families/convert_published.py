@@ -25,7 +25,9 @@ from tests.families.published import PUBLISHED
 RECORD = Path(__file__).with_name("gguf_converted.json")
 
 # llama.cpp has no converter for these, or, for MiMo, Sarvam-30B and Step, none that works with transformers 5.24.
-UNKNOWN = ("axk1", "bailing_moe_linear", "flex_olmo", "mimo_v2_flash", "sarvam_mla", "sarvam_moe", "step3p7")
+UNKNOWN = (
+    "axk1", "bailing_moe_linear", "flex_olmo", "mimo_v2_flash", "mimo_v2", "sarvam_mla", "sarvam_moe", "step3p7",
+)  # fmt: skip
 # The `architectures` class of the hub's config.json, which selects the converter, for configs stored here without it.
 CLASSES = {
     "mixtral": "MixtralForCausalLM",

@@ -198,3 +198,67 @@ LAGUNA_S_2_1 = laguna(
     rope_parameters=_laguna_ropes(128.0, 32.0, 1.4852030263919618),
     shared_expert_intermediate_size=1024,
 )
+
+
+def mimo_v2(**changes: Any) -> RawConfig:
+    """The config of MiMo-V2.5, and what differs in another size."""
+    sizes = {
+        "hidden_size": 4096,
+        "hybrid_layer_pattern": [int(layer > 0 and (layer + 1) % 6 > 0) for layer in range(48)],
+        "n_routed_experts": 256,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 4,
+        "swa_num_key_value_heads": 8,
+    } | changes
+    num_layers = len(sizes["hybrid_layer_pattern"])
+    return sizes | {
+        "add_full_attention_sink_bias": False,
+        "add_swa_attention_sink_bias": True,
+        "architectures": ["MiMoV2ForCausalLM"],
+        "attention_bias": False,
+        "attention_projection_layout": "fused_qkv",
+        "attention_value_scale": changes.get("attention_value_scale", 0.707),
+        "audio_config": {},
+        "head_dim": 192,
+        "hidden_act": "silu",
+        "intermediate_size": 16_384,
+        "layernorm_epsilon": 1e-6,
+        "max_position_embeddings": 1_048_576,
+        "model_type": "mimo_v2",
+        "moe_intermediate_size": 2048,
+        "moe_layer_freq": [0, *[1] * (num_layers - 1)],
+        "n_group": 1,
+        "n_shared_experts": None,
+        "norm_topk_prob": True,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": num_layers,
+        "partial_rotary_factor": 0.334,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000_000, "partial_rotary_factor": 0.334},
+        "rope_theta": 10_000_000,
+        "routed_scaling_factor": None,
+        "scoring_func": "sigmoid",
+        "sliding_window": 128,
+        "sliding_window_size": 128,
+        "swa_head_dim": 192,
+        "swa_num_attention_heads": sizes["num_attention_heads"],
+        "swa_rope_theta": 10_000,
+        "swa_v_head_dim": 128,
+        "tie_word_embeddings": False,
+        "topk_group": 1,
+        "topk_method": "noaux_tc",
+        "v_head_dim": 128,
+        "vision_config": {},
+        "vocab_size": 152_576,
+    }
+
+
+_FULL_OF_PRO = (0, 7, 15, 23, 31, 39, 47, 55, 62, 69)
+MIMO_V2_5 = mimo_v2()
+MIMO_V2_5_PRO = mimo_v2(
+    attention_value_scale=0.612,
+    hidden_size=6144,
+    hybrid_layer_pattern=[int(layer not in _FULL_OF_PRO) for layer in range(70)],
+    n_routed_experts=384,
+    num_attention_heads=128,
+    num_key_value_heads=8,
+)

@@ -33,7 +33,7 @@ def test_every_family_has_its_changes_in_the_table() -> None:
         *("step3p5", "step3p7", "cohere2_moe"),
         *("granitemoe", "granitemoehybrid", "nemotron_h"),  # MLX's files of them are refused
         "solar_open",  # their checkpoints of MLX's are refused
-        *("bailing_moe", "bailing_moe_linear"),
+        *("bailing_moe", "bailing_moe_linear", "mimo_v2"),
         "hy_v3",
         # Their names and values are those of the hub, so MLX's checkpoints need no change.
         *tiny_dense.FAMILIES,

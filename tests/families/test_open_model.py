@@ -92,6 +92,7 @@ def is_another_part_s(name: str, config: RawConfig) -> bool:
     text, (first, *rest) = text_of(config), name.removeprefix("language_model.").split(".")
     is_mtp = rest[0] == "layers" and int(rest[1]) >= text["num_hidden_layers"]
     is_norm_of_dense = rest[2:3] == ["post_mlp_layernorm"] and int(rest[1]) not in moe_layers(config)
+    is_norm_of_dense &= text["model_type"] == "axk1"
     return is_mtp or is_norm_of_dense or first in ("vision_tower", "mm_projector", "multi_modal_projector")
 
 

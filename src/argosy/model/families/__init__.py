@@ -65,7 +65,7 @@ FAMILIES: Mapping[str, Family] = {
             "latent.deepseek_v2", "latent.deepseek_v3", "latent.kimi_k2", "wrappers.kimi_k25",
             "latent.glm4_moe_lite", "recurrent.qwen3_next", "wrappers.qwen3_5_moe", "recurrent.qwen3_5_moe_text",
             "attention.glm4_moe", "attention.olmoe", "attention.minimax_m2", "windows.mimo_v2_flash",
-            "attention.flex_olmo", "windows.mellum", "windows.afmoe", "windows.laguna",
+            "attention.flex_olmo", "windows.mellum", "windows.afmoe", "windows.laguna", "windows.mimo_v2",
             "attention.llama4_text", "wrappers.llama4",
             "attention.step3p5", "wrappers.step3p7", "attention.cohere2_moe",
             "attention.granitemoe", "attention.granitemoeshared", "attention.ernie4_5_moe",

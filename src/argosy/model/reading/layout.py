@@ -108,6 +108,8 @@ class Layout:
     # The prefix of a draft layer numbered 0. None: its number follows the model's layers.
     mtp_prefix: str | None = None
     first_layer: int = 0  # the layer that is numbered 0 in the files
+    # Takes a layer's tensor, by canonical name, that files store in a way of this family's own; None for others.
+    take_own: Callable[[WeightAccounts, ModelConfig, int, str], MatrixRef | None] | None = None
     is_mlx: bool = False  # norms and axes are as `mlx.py` says
 
     def dense_name(self, canonical: str) -> str:
@@ -281,6 +283,10 @@ class _Accounts(WeightAccounts):
 
     def dense(self, config: ModelConfig, canonical: str, shape: tuple[int, ...], layout: Layout) -> MatrixRef:
         name, last = layout.dense_name(canonical), canonical.rpartition(".")[2]
+        if layout.take_own is not None and last != canonical:
+            own = layout.take_own(self, config, int(canonical.split(".")[1]), last)
+            if own is not None:
+                return own
         turn = layout.by_turns.index(last) if layout.by_turns and last in layout.by_turns else None
         in_file = shape if turn is None else (*shape[:-1], 2 * shape[-1])
         if last.endswith("conv"):  # each has one input channel
