@@ -104,7 +104,7 @@ ONE |= {
     "</tool_call>\n</tool_calls>".replace(">", ":opensource>"),
 }
 ONE["ernie"] = ONE["granite4"] = ONE["qwen3"]
-ONE["nemotron3"] = ONE["qwen3_coder"]
+ONE["nemotron3"] = ONE["step3"] = ONE["qwen3_coder"]
 ONE["llama3"] = '{"name": "get_weather", "parameters": ' + OSLO + "}"
 ONE["deepseek_v32"] = ONE["deepseek_v4"].replace("tool_calls>", "function_calls>")
 ONE["qwen2_5"] = ONE["qwen3"]
@@ -131,6 +131,7 @@ TWO |= {
     "ernie": TWO["qwen3"],
     "granite4": TWO["qwen3"],
     "nemotron3": TWO["qwen3_coder"],
+    "step3": TWO["qwen3_coder"],
     "hunyuan": ONE["hunyuan"].replace("]", _CLOCK),
     "granite": ONE["granite"].replace("]", _CLOCK),
     "cohere2": ONE["cohere2"].replace(

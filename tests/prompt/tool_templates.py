@@ -574,6 +574,8 @@ NEMOTRON_3 = _short(
     {{- '</function>' -}}""",
     r"<tool_call>\n", r"\n</tool_call>\n<tool_call>\n", r"\n</tool_call>\n", r"<think>\n", r"\n</think>\n",
 )  # fmt: skip
+# Step-3.5 writes calls without a line between them, and thinks from the first token.
+STEP_35 = NEMOTRON_3.replace(r"</tool_call>\n<tool_call>", "</tool_call><tool_call>")
 COHERE2_MOE = _short(
     """{{- '{"tool_call_id": "' ~ call.id ~ '", "tool_name": "' ~ f.name ~ '", "parameters": ' ~ f.arguments | tojson
         ~ '}' -}}""",
