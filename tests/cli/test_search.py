@@ -34,8 +34,8 @@ GGUF: dict[str, Any] = {
     "gguf": {"total": 30532122624, "architecture": "qwen3moe"},
 }
 OTHERS: list[dict[str, Any]] = [
-    {"id": "Qwen/Qwen3-8B", "tags": ["safetensors", "qwen3"]},
-    {"id": "a/dense-GGUF", "tags": ["gguf"], "gguf": {"architecture": "llama"}},
+    {"id": "Qwen/Qwen3-Dense", "tags": ["safetensors", "qwen2"]},
+    {"id": "a/dense-GGUF", "tags": ["gguf"], "gguf": {"architecture": "qwen2"}},
     {"id": "a/new-GGUF", "tags": ["gguf"], "gguf": {"architecture": "of tomorrow"}},
     {"id": "a/exl3", "tags": ["safetensors", "qwen3_moe", "exl3"]},
     {"id": "a/hqq", "tags": ["safetensors", "qwen3_moe", "hqq"]},
@@ -243,18 +243,18 @@ def test_many_models_fill_one_screen_and_the_rest_is_counted(server: Served, cap
     assert "only the 100 most downloaded were looked at" in said.err
 
 
-def test_an_architecture_that_dense_models_share_counts_with_the_name_of_the_mixture(
-    server: Served, capsys: Captured
-) -> None:
+def test_an_architecture_that_mixtures_and_others_share_runs(server: Served, capsys: Captured) -> None:
     server.models = [
         {"id": "a/Mixtral-8x7B-GGUF", "tags": ["gguf"], "gguf": {"architecture": "llama"}},
         {"id": "a/Llama-3-8B-GGUF", "tags": ["gguf"], "gguf": {"architecture": "llama"}},
+        {"id": "a/Qwen3-0.6B", "tags": ["safetensors", "qwen3"]},
         {"id": "a/unread-GGUF", "tags": ["gguf"]},
     ]
     assert main(["search", "x"]) == 0
     said = capsys.readouterr().out
     assert "a/Mixtral-8x7B-GGUF" in said
-    assert "a/Llama" not in said
+    assert "a/Llama-3-8B-GGUF" in said
+    assert "a/Qwen3-0.6B" in said
     assert "GGUF (not known whether it runs)" in said
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from tests.models.references import Reference
 from tests.models.tiny import RawConfig, gpt_oss, minimax_m2, mixtral, qwen3_moe
 from tests.models.tiny_delta import qwen3_next
+from tests.models.tiny_dense import gemma3_text, qwen3
 from tests.models.tiny_gemma import gemma4
 from tests.models.tiny_latent import deepseek_v3, glm4_moe_lite
 
@@ -50,6 +51,7 @@ PLAIN = (
     # mlx-lm rounds a fraction of a pair up, transformers down: a quarter of 16 dimensions is whole pairs.
     MlxModel(name="gemma4", config=gemma4(**_SMALL, global_head_dim=16, num_experts=3)),
     MlxModel(name="minimax_m2", config=minimax_m2(**_SMALL)),
+    MlxModel(name="gemma3_text", config=gemma3_text(vocab_size=48)),  # MLX keeps its norms minus one
 )
 
 
@@ -82,6 +84,11 @@ QUANTISED = (
             "0.mlp.switch_mlp.down_proj": _affine(2, 32),
             "mlp.gate": _affine(8, 64),
         },
+    ),
+    MlxModel(  # no experts
+        name="qwen3_affine",
+        config=qwen3(**_SMALL, hidden_size=64, intermediate_size=32, head_dim=32, num_attention_heads=2),
+        bits=4,
     ),
     # The halves of kv_b_proj are quantised head by head; scales are F16.
     MlxModel(

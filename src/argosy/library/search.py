@@ -18,7 +18,6 @@ from argosy.checkpoint.untrusted_file import quote
 from argosy.errors import UsageError
 from argosy.library.places import Model, find_models
 from argosy.model.families import FAMILIES
-from argosy.model.families.attention import mixtral
 
 MOST_ASKED = 100  # models that the hub is asked for, most downloaded first
 _MOST_BYTES = 4 << 20
@@ -94,7 +93,7 @@ def _hit(entry: Mapping[str, object]) -> Hit | None:
         downloads=_number(entry.get("downloads")),
         licence=quote(licences[0][:_LONGEST_LICENCE]) if licences else "",
         is_gated=entry.get("gated") not in (None, False),
-        may_run=_may_run(name, set(tags), gguf.get("architecture")),
+        may_run=_may_run(set(tags), gguf.get("architecture")),
     )
 
 
@@ -106,14 +105,12 @@ def _number(value: object) -> int | None:
     return value if type(value) is int and 0 <= value < _LARGEST_NUMBER else None
 
 
-def _may_run(name: str, tags: set[str], architecture: object) -> bool | None:
+def _may_run(tags: set[str], architecture: object) -> bool | None:
     """Whether a model belongs to a built-in family; None for a GGUF file that the hub does not describe."""
     if tags & _NOT_READ:
         return False
     if "gguf" in tags:
         known = {family.GGUF_ARCHITECTURE for family in FAMILIES.values()} - {None}
-        if architecture == mixtral.GGUF_ARCHITECTURE:  # dense models also have this architecture
-            return mixtral.MODEL_TYPE in tags or mixtral.MODEL_TYPE in name.lower()
         if isinstance(architecture, str):
             return architecture in known
         return True if tags & FAMILIES.keys() else None
