@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from argosy import Engine, SamplingParams, _native
+from argosy.checkpoint.geometry import count_parameters
 from argosy.checkpoint.pack import pack
 from argosy.model.families import open_model
 from argosy.model.rope import angle_scale, inverse_frequency
@@ -303,6 +304,33 @@ def test_a_config_means_what_transformers_reads_from_it(configuration: Configura
     rotary = decoder.rotary_emb
     np.testing.assert_allclose(inverse_frequency(ours.attention.rope), rotary.inv_freq.numpy(), rtol=1e-6)
     assert angle_scale(ours.attention.rope) == pytest.approx(rotary.attention_scaling, rel=1e-12)
+
+
+@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=name_of)
+def test_a_config_describes_as_many_weights_as_transformers_has(
+    configuration: Configuration, tmp_path: Path
+) -> None:
+    """In whatever modules: every family has weights, an embedding, a head, and layers with experts or without."""
+    write_model(tmp_path, configuration.config, seed=1)
+    ours, model = open_model(tmp_path).config, load(tmp_path)
+    decoder, head, embedding = decoder_of(model), model.get_output_embeddings(), model.get_input_embeddings()
+    weights = {id(weight): weight.numel() for weight in (*decoder.parameters(), head.weight)}
+    # Biases for the choice, and Gemma's factors of layers; a file without such a bias leaves zeros.
+    biases = sum(
+        buffer.numel()
+        for name, buffer in decoder.named_buffers()
+        if name.endswith(("bias", "layer_scalar")) and buffer.any()
+    )
+
+    assert count_parameters(ours)[0] == sum(weights.values()) + biases
+    assert (ours.vocab_size, ours.hidden_size) == tuple(embedding.weight.shape)
+    assert ours.is_embedding_tied == (head.weight is embedding.weight)
+    assert ours.num_layers == len(decoder.layers)
+    has_experts = [
+        any(type(module).__name__.endswith("Experts") for module in layer.modules())
+        for layer in decoder.layers
+    ]
+    assert [layer.is_moe for layer in ours.layers] == has_experts
 
 
 def window_of(config: transformers.PreTrainedConfig, attention: torch.nn.Module) -> int:
