@@ -25,7 +25,7 @@ from argosy.prompt.json_text import read_json
 from argosy.prompt.messages import Call
 from argosy.prompt.tools import Tool
 
-_BETWEEN = re.compile(r"[\s,]*")
+_BETWEEN = re.compile(r"[\s,;]*")
 _ID = re.compile(r"[0-9]{1,6}")
 _BEGINNING = re.compile(
     r'\s*\{\s*(?:"tool_call_id"\s*:\s*"([^"\\]*)"\s*,\s*)?"(?:tool_)?name"\s*:\s*"([^"\\]+)"'
@@ -120,7 +120,7 @@ def read_list(text: str, tools: Mapping[str, Tool]) -> list[FoundCall] | None:
     try:
         said = read_json(text)
     except ValueError:
-        return None
+        said = _in_sequence(text)
     for item in said if isinstance(said, list) else [said]:
         if not isinstance(item, dict):
             return None
@@ -135,6 +135,19 @@ def read_list(text: str, tools: Mapping[str, Tool]) -> list[FoundCall] | None:
             return None
         calls.append(call)
     return calls or None
+
+
+def _in_sequence(text: str) -> list[object]:
+    """The values of a text that has several, or nothing if anything else is there."""
+    values, at = [], 0
+    while (start := _BETWEEN.match(text, at)) is not None and (at := start.end()) < len(text):
+        try:
+            _, end = json.JSONDecoder().raw_decode(text, at)
+            values.append(read_json(text[at:end]))
+        except (ValueError, RecursionError):
+            return []
+        at = end
+    return values
 
 
 def read_beginning_of_list(text: str, tools: Mapping[str, Tool]) -> Sequence[FoundCall | CutCall]:

@@ -6,9 +6,10 @@
 Arguments have names. `true`, `false` and `null` are read like True, False and None. Llama-4 also writes calls without
 the marks, and its own template, like Llama-3's, asks for JSON:
 
-    {"name": "get_weather", "parameters": {"city": "Oslo"}}
+    <|python_start|><|python_end|>{"name": "get_weather", "parameters": {"city": "Oslo"}}{"name": "clock", ...}
 
-An answer that begins with a bracket is held back until it ends, if there are tools to call.
+There the text before calls is between these marks; models often leave them out. An answer that begins with a bracket is
+held back until it ends, if there are tools to call.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ _ESCAPED = {
     **{mark: mark for mark in "'\"\\/"},
 }
 _BARE = ""  # the mark of a call without marks
+_NO_TEXT = re.compile(r"<\|python_start\|>\s*<\|python_end\|>")
 _JSON = '{"name": "'
 _WORDS = {"True": "true", "False": "false", "None": "null"}
 
@@ -81,6 +83,10 @@ class Llama4(Pythonic):
     name = "llama4"
     tokens: ClassVar[tuple[str, ...]] = ("<|python_start|>", "<|python_end|>")
     blocks = {"<|python_start|>": "<|python_end|>", _BARE: None}  # noqa: RUF012
+
+    def _inside(self, block: Sequence[str]) -> str:
+        inside = super()._inside(block)
+        return inside if block[0] else _NO_TEXT.sub("", inside, count=1)
 
     def parser(self, tools: Sequence[Tool] = (), prompt: Prompt | None = None) -> Parser:
         return _BareParser(self, tools, is_reasoning=self.thoughts_in(prompt) == "open")
@@ -124,6 +130,17 @@ class _BareParser(BlockParser):
         if is_first and self._tools and not isinstance(lexeme, Mark) and lexeme.lstrip()[:1] in ("[", "{"):
             self._block = [_BARE]
         super()._take(lexeme)
+
+    def _take_in_block(self, block: list[str], lexeme: str) -> None:
+        closes = isinstance(lexeme, Mark) and lexeme == self._form.blocks[block[0]]
+        if (
+            closes
+            and not (self._has_said or self._num_calls)
+            and _NO_TEXT.fullmatch("".join([*block, lexeme]))
+        ):
+            block[:] = [_BARE, *block, lexeme]
+        else:
+            super()._take_in_block(block, lexeme)
 
 
 def _arguments(lark: Lark, tool: Tool) -> str:
