@@ -77,6 +77,7 @@ PRE_TOKENIZERS = {
     "bailing_moe": "bailingmoe2",
     "exaone_moe": "exaone-moe",
     "hunyuan": "hunyuan",
+    "youtu": "youtu",
     "hy_v3": "hunyuan-dense",
     "mixtral": None,
     "olmoe": "olmo",

@@ -1,4 +1,4 @@
-"""The config.json of released models of Ling's family, K-EXAONE and Hunyuan-A13B: facts of the hub's files."""
+"""The config.json of released models: Ling's family, K-EXAONE, Hunyuan-A13B and Youtu-LLM, facts of the hub's files."""
 
 from __future__ import annotations
 
@@ -243,4 +243,34 @@ HUNYUAN_A13B: RawConfig = {
     "vit_type": None,
     "vocab_size": 128_167,
     "xdrope_section": None,
+}
+# tencent/Youtu-LLM-2B: the defaults of its class in transformers
+YOUTU_LLM_2B: RawConfig = {
+    "architectures": ["YoutuForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128_000,
+    "eos_token_id": 128_001,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 131_072,
+    "mlp_bias": False,
+    "model_type": "youtu",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 16,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_interleave": True,
+    "rope_scaling": None,
+    "rope_theta": 1_600_000,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "v_head_dim": 128,
+    "vocab_size": 128_256,
 }

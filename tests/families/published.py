@@ -23,6 +23,7 @@ from tests.families.hub_ling import (
     RING_1T,
     RING_MINI_LINEAR_2,
     SARVAM_30B,
+    YOUTU_LLM_2B,
 )
 from tests.families.published_mamba import GRANITE_40_H_SMALL, NEMOTRON_3_SUPER, granitemoehybrid, nemotron_h
 from tests.families.published_windows import (
@@ -1139,6 +1140,7 @@ PUBLISHED = (
     Published("Sarvam-30B", SARVAM_30B, 32.15),
     Published("K-EXAONE-236B-A23B", K_EXAONE, 236.0),
     Published("Hunyuan-A13B", HUNYUAN_A13B, 80.4),
+    Published("Youtu-LLM-2B", YOUTU_LLM_2B, 1.96),
     Published("Hy3-preview", HY3, 295.0),
     Published("Moonlight-16B-A3B", MOONLIGHT, 16.0),
     Published("Kimi-VL-A3B", KIMI_VL, 16.0),

@@ -132,7 +132,7 @@ def test_every_announced_architecture_is_recorded() -> None:
     # The wrapper of qwen3_5_moe_text, the texts of mistral3 and llama4, and families whose GGUF files are refused.
     assert FAMILIES.keys() - recorded == {
         "qwen3_5_moe", "mistral4", *UNKNOWN, "granitemoeshared", "kimi_linear", "bailing_hybrid",
-        "bailing_moe_v2", "step3p5", "hunyuan_v1_moe",
+        "bailing_moe_v2", "step3p5", "hunyuan_v1_moe", "youtu_llm",
         "llama4_text",
         "minimax", "minimax_text_01",  # the other names of minimax_m1
     }  # fmt: skip

@@ -21,6 +21,7 @@ from tests.models.configurations_mamba import MAMBA
 from tests.models.configurations_step import STEP
 from tests.models.configurations_windows import WINDOWS
 from tests.models.configurations_wrappers import WRAPPED
+from tests.models.configurations_youtu import YOUTU
 from tests.models.tiny import (
     RawConfig,
     glm4_moe,
@@ -517,6 +518,7 @@ CONFIGURATIONS = (
     *COHERE,
     *GEMMA,
     *HUNYUAN,
+    *YOUTU,
     *GQA,
     *WINDOWS,
     *FLAGS,

@@ -584,6 +584,27 @@ def add_latent_metadata(writer: GGUFWriter, config: RawConfig, *, split_kv: bool
         writer.add_rope_scaling_yarn_beta_fast(float(scaling["beta_fast"]))
         writer.add_rope_scaling_yarn_beta_slow(float(scaling["beta_slow"]))
         writer.add_rope_scaling_yarn_log_mul(0.1 * scaling["mscale_all_dim"])
+    if "n_routed_experts" in config:
+        add_routing_metadata(writer, config)
+    else:
+        writer.add_leading_dense_block_count(config["num_hidden_layers"])
+        writer.add_expert_feed_forward_length(config["intermediate_size"])
+        writer.add_expert_shared_count(0)
+    if config["model_type"] in INDEXED_FAMILIES:
+        prefix = f"{ARCHITECTURES[config['model_type']]}.attention.indexer."
+        writer.add_uint32(prefix + "head_count", config["index_n_heads"])
+        writer.add_uint32(prefix + "key_length", config["index_head_dim"])
+        writer.add_uint32(prefix + "top_k", config["index_topk"])
+        if config.get("indexer_types"):
+            writer.add_array(prefix + "types", [kind == "full" for kind in config["indexer_types"]])
+    writer.add_tokenizer_model("none")
+    writer.add_bos_token_id(config.get("bos_token_id", 1))
+    eos = config["eos_token_id"]
+    writer.add_eos_token_id(eos[0] if isinstance(eos, list) else eos)
+
+
+def add_routing_metadata(writer: GGUFWriter, config: RawConfig) -> None:
+    """Write the script's metadata for routers and experts of DeepSeek's."""
     writer.add_leading_dense_block_count(config["first_k_dense_replace"])
     writer.add_expert_count(config["n_routed_experts"])
     writer.add_expert_used_count(config["num_experts_per_tok"])
@@ -597,17 +618,6 @@ def add_latent_metadata(writer: GGUFWriter, config: RawConfig, *, split_kv: bool
     )
     writer.add_expert_group_count(config["n_group"])
     writer.add_expert_group_used_count(config["topk_group"])
-    if config["model_type"] in INDEXED_FAMILIES:
-        prefix = f"{ARCHITECTURES[config['model_type']]}.attention.indexer."
-        writer.add_uint32(prefix + "head_count", config["index_n_heads"])
-        writer.add_uint32(prefix + "key_length", config["index_head_dim"])
-        writer.add_uint32(prefix + "top_k", config["index_topk"])
-        if config.get("indexer_types"):
-            writer.add_array(prefix + "types", [kind == "full" for kind in config["indexer_types"]])
-    writer.add_tokenizer_model("none")
-    writer.add_bos_token_id(config.get("bos_token_id", 1))
-    eos = config["eos_token_id"]
-    writer.add_eos_token_id(eos[0] if isinstance(eos, list) else eos)
 
 
 def add_split_kv(

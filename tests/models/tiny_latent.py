@@ -26,6 +26,7 @@ LATENT_FAMILIES = (
     "axk1",
     "kimi_vl",
     "sarvam_mla",
+    "youtu",
     *INDEXED_FAMILIES,
     *MISTRAL_FAMILIES,
 )
@@ -333,7 +334,34 @@ def yarn_of_all_dimensions(factor: float, original: int, mscale: float = 1.0) ->
     }
 
 
+def youtu(**changes: Any) -> RawConfig:
+    """A config.json with the keys of Youtu-LLM-2B's."""
+    plain = deepseek_v3(architectures=["YoutuForCausalLM"], model_type="youtu", rope_scaling=None)
+    of_experts = (
+        *(
+            "n_routed_experts",
+            "n_shared_experts",
+            "num_experts_per_tok",
+            "moe_intermediate_size",
+            "n_group",
+            "topk_group",
+        ),
+        *(
+            "topk_method",
+            "scoring_func",
+            "norm_topk_prob",
+            "routed_scaling_factor",
+            "first_k_dense_replace",
+            "ep_size",
+        ),
+        *("num_nextn_predict_layers", "moe_layer_freq", "aux_loss_alpha", "seq_aux"),
+    )
+    return {key: value for key, value in plain.items() if key not in of_experts} | changes
+
+
 def is_moe(config: RawConfig, layer: int) -> bool:
+    if config["model_type"] == "youtu":
+        return False
     kinds = config.get("mlp_layer_types")
     return kinds[layer] == "sparse" if kinds else layer >= config.get("first_k_dense_replace", 1)
 

@@ -144,6 +144,7 @@ CONVERTED: dict[str, tuple[str, RawConfig]] = {
             num_experts=3,
         ),
     ),
+    "youtu_plain": ("deepseek2", _OF_NAME["youtu_plain"]),
     "exaone_moe_plain": ("exaone-moe", exaone_moe(num_experts_per_tok=5)),
     "exaone_moe_groups": (
         "exaone-moe",

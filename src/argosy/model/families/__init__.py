@@ -76,7 +76,7 @@ FAMILIES: Mapping[str, Family] = {
             "latent.axk1", "wrappers.kimi_vl", "latent.deepseek_v32", "latent.glm_moe_dsa", "latent.mistral4",
             "wrappers.mistral3",
             "attention.solar_open", "attention.dots1", "attention.bailing_moe", "attention.hy_v3",
-            "attention.exaone_moe", "attention.hunyuan_v1_moe",
+            "attention.exaone_moe", "attention.hunyuan_v1_moe", "latent.youtu",
         ),
     )
     for name in (family.MODEL_TYPE, *getattr(family, "OTHER_TYPES", ()))

@@ -58,6 +58,7 @@ _FORMS: Mapping[str, _Form] = {
     "qwen3_moe": _Form(),
     "mellum": _Form(),
     "hunyuan_v1_moe": _Form(),
+    "youtu": _Form(),
     "exaone_moe": _Form(names={"choice_bias": "mlp.gate.e_score_correction_bias"}),
     "afmoe": _Form(experts="mlp.experts"),
     "laguna": _Form(

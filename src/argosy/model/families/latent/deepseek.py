@@ -145,7 +145,10 @@ def read_latent_model(
     reader.neutral("moe_layer_freq", 1)
     num_layers = reader.integer("num_hidden_layers", default=defaults.num_layers, most=MOST_LAYERS)
     is_moe = (read_moe_layers or layers_behind_the_dense(defaults.first_dense_layers))(reader, num_layers)
-    expert_width = reader.integer("moe_intermediate_size", default=defaults.expert_width)
+    has_experts = defaults.num_experts != 0
+    expert_width = (
+        reader.integer("moe_intermediate_size", default=defaults.expert_width) if has_experts else 0
+    )
     shared = "num_shared_experts" if reader.has("num_shared_experts") else "n_shared_experts"
     num_shared = reader.optional_integer(shared, default=defaults.num_shared_experts, least=0) or 0
     indexers = read_indexers(reader, num_layers) if read_indexers else (None,) * num_layers
@@ -156,7 +159,9 @@ def read_latent_model(
             LayerConfig(mixer=mixers[index], is_moe=moe) for index, moe in zip(indexers, is_moe, strict=True)
         ),
         expert_width=expert_width,
-        router=read_router(reader, common.model["num_experts"], common.model["experts_per_token"]),
+        router=read_router(
+            reader, common.model.get("num_experts", 0), common.model.get("experts_per_token", 0)
+        ),
         dense_width=reader.integer("intermediate_size", default=defaults.dense_width),
         shared_width=num_shared * expert_width,
         num_mtp_layers=read_mtp_layers(reader, defaults.num_mtp_layers),

@@ -96,14 +96,20 @@ def _open(
     read_indexers: Callable[[GgufConfigReader, int], Sequence[IndexConfig]],
 ) -> ModelFiles:
     file = reader.file
-    sizes = reader.sizes()
+    has_experts = reader.has("expert_count")
+    sizes = reader.sizes(has_experts=has_experts)
     num_heads = reader.integer("attention.head_count")
     latent = _read_latent(reader, num_heads, sizes["context_tokens"])
     num_layers = reader.num_layers()
-    num_dense = read_dense_layers(reader, num_layers)
-    router = _read_router(reader, dense_name(f"layers.{num_dense}.choice_bias") in file.tensors)
     expert_width = reader.integer("expert_feed_forward_length")
-    shared_width = reader.integer("expert_shared_count", 0, least=0) * expert_width
+    if has_experts:
+        num_dense = read_dense_layers(reader, num_layers)
+        router = _read_router(reader, dense_name(f"layers.{num_dense}.choice_bias") in file.tensors)
+        router = require_groups(router, sizes["num_experts"], sizes["experts_per_token"])
+        shared_width = reader.integer("expert_shared_count", 0, least=0) * expert_width
+    else:
+        family, num_dense, router, expert_width, shared_width = "youtu", num_layers, RouterConfig(), 0, 0
+        reader.neutral("leading_dense_block_count", num_layers)
     if family in (None, MISTRAL):
         original = sizes["context_tokens"] if latent.rope is None else latent.rope.original_context
         query_scale = _read_query_scale(reader, original, is_known=family == MISTRAL)
@@ -119,7 +125,7 @@ def _open(
             for layer, index in enumerate(indexers)
         ),
         expert_width=expert_width,
-        router=require_groups(router, sizes["num_experts"], sizes["experts_per_token"]),
+        router=router,
         dense_width=reader.integer("feed_forward_length", least=0 if num_dense == 0 else 1),
         shared_width=shared_width,
         num_mtp_layers=reader.num_mtp_layers(),
