@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from argosy import Engine
-from argosy.config import AttentionConfig, ModelConfig, QueryScale
+from argosy import Engine, SamplingParams
+from argosy.config import AttentionConfig, KvDir, ModelConfig, QueryScale
 from argosy.errors import ArgosyError
 from argosy.model.families import FAMILIES, open_model
 from argosy.model.rope import inverse_frequency
@@ -156,6 +156,25 @@ def test_experts_with_tensors_of_their_own_run_in_place(tmp_path: Path) -> None:
             logits.append(engine.logits(prompt))
     np.testing.assert_array_equal(*logits)
     assert difference(logits[0], NumpyModel(packed).logits(prompt)) <= LARGEST_DIFFERENCE
+
+
+@pytest.mark.parametrize("speculate", ["off", "lookup"])
+def test_layers_with_chunks_keep_what_a_chunk_sees(speculate: str, tmp_path: Path) -> None:
+    """The plan counts window blocks for three of four layers; the answer is that of an engine that keeps all keys."""
+    config = llama4_text(attention_chunk_size=32, max_position_embeddings=2048)
+    write_model(tmp_path / "model", config, seed=3)
+    directory = runnable(tmp_path / "model", tmp_path)
+    prompt = 6 * prompt_ids(config, 3, 101)  # repeats itself, so that a lookup proposes tokens
+    greedy = SamplingParams(max_tokens=70, ignore_eos=True, temperature=0)
+    settings: dict[str, Any] = {"memory": "1GiB", "threads": 1, "max_sequences": 1, "chunk_tokens": 50}
+    with Engine.open(directory, **settings, kv_dir=KvDir(path=tmp_path / "kept")) as engine:
+        assert engine.plan.windows is None
+        expected, all_bytes = engine.generate(prompt, greedy).token_ids, engine.plan.kv_bytes
+    with Engine.open(directory, **settings, speculate=speculate) as engine:
+        assert engine.plan.windows is not None
+        assert engine.plan.windows.window == 32
+        assert engine.plan.kv_bytes < all_bytes / 2
+        assert engine.generate(prompt, greedy).token_ids == expected
 
 
 @pytest.mark.parametrize(
