@@ -25,6 +25,7 @@ from argosy.model.families import FAMILIES, open_model
 from tests.families import published_mamba as published
 from tests.models.gguf_mamba import write_mamba_gguf
 from tests.models.gguf_models import one_type
+from tests.models.hub_schemes import KINDS, write_kind
 from tests.models.numpy_model import NumpyModel
 from tests.models.references import LARGEST_DIFFERENCE, difference, mean_divergence
 from tests.models.safetensors_file import read_checkpoint, write_checkpoint
@@ -278,3 +279,13 @@ def test_a_damaged_decay_rate_is_refused(tmp_path: Path) -> None:
         Engine.open(directory, memory="4GiB", threads=1),
     ):
         pass
+
+
+@pytest.mark.parametrize("kind", ["fp8 tensor", "nvfp4"])
+def test_nvidia_s_quantised_nemotrons_run(kind: str, tmp_path: Path) -> None:
+    config = GGUF["nemotron_h"] | {"num_nextn_predict_layers": 0}
+    reference = NumpyModel(write_kind(tmp_path / "model", config, KINDS[kind], seed=1))
+    prompt = prompt_ids(config, 1)
+    with Engine.open(tmp_path / "model", memory="4GiB", threads=1) as engine:
+        logits = engine.logits(prompt)
+    assert mean_divergence(reference.logits(prompt), logits) <= 2e-3
