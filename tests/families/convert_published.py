@@ -28,6 +28,8 @@ RECORD = Path(__file__).with_name("gguf_converted.json")
 UNKNOWN = (
     "axk1", "bailing_moe_linear", "flex_olmo", "mimo_v2_flash", "mimo_v2", "sarvam_mla", "sarvam_moe", "step3p7",
 )  # fmt: skip
+# Models whose GGUF architecture is another than their family's, and is not read.
+OTHER_ARCHITECTURE = ("Nemotron-Nano-9B-v2",)
 # The `architectures` class of the hub's config.json, which selects the converter, for configs stored here without it.
 CLASSES = {
     "mixtral": "MixtralForCausalLM",
@@ -120,7 +122,7 @@ def configs() -> dict[str, RawConfig]:
     return {
         name: {"architectures": [CLASSES.get(config["model_type"])], **config}
         for name, config in found.items()
-        if config["model_type"] not in UNKNOWN
+        if config["model_type"] not in UNKNOWN and name not in OTHER_ARCHITECTURE
     }
 
 

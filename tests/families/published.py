@@ -25,7 +25,13 @@ from tests.families.hub_ling import (
     SARVAM_30B,
     YOUTU_LLM_2B,
 )
-from tests.families.published_mamba import GRANITE_40_H_SMALL, NEMOTRON_3_SUPER, granitemoehybrid, nemotron_h
+from tests.families.published_mamba import (
+    GRANITE_40_H_SMALL,
+    NEMOTRON_3_SUPER,
+    NEMOTRON_NANO_9B_V2,
+    granitemoehybrid,
+    nemotron_h,
+)
 from tests.families.published_windows import (
     LAGUNA_S_2_1,
     LAGUNA_XS_2_1,
@@ -1105,6 +1111,7 @@ PUBLISHED = (
     Published("Granite-4.0-H-Tiny", granitemoehybrid(), 6.94),
     Published("Granite-4.0-H-Small", granitemoehybrid(**GRANITE_40_H_SMALL), 32.2),
     Published("Nemotron-3-Nano-30B-A3B", nemotron_h(), 31.6),
+    Published("Nemotron-Nano-9B-v2", NEMOTRON_NANO_9B_V2, 8.89),
     Published("Nemotron-3-Super-120B-A12B", nemotron_h(**NEMOTRON_3_SUPER), 120.6),
     Published("ERNIE-4.5-21B-A3B", ERNIE_45_21B, 21.8),
     Published("MiniMax-M2", minimax_m2(), 228.7),

@@ -1,7 +1,7 @@
 """The configs of released models with Mamba-2 mixers, as on the hub.
 
 Granite-4.0-H: ibm-granite/granite-4.0-h-tiny and -small; Nemotron-3: nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16 and
-nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-BF16.
+nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-BF16; without experts, nvidia/NVIDIA-Nemotron-Nano-9B-v2 (its sizes).
 """
 
 from __future__ import annotations
@@ -159,4 +159,27 @@ NEMOTRON_3_SUPER = {
     "num_hidden_layers": 88,
     "num_nextn_predict_layers": 1,
     "routed_scaling_factor": 5.0,
+}
+
+_OF_EXPERTS = (
+    "moe_",
+    "n_routed",
+    "n_shared",
+    "n_group",
+    "norm_topk",
+    "num_experts",
+    "routed_scaling",
+    "topk_group",
+)
+NEMOTRON_NANO_9B_V2 = {
+    key: value for key, value in nemotron_h().items() if key == "n_groups" or not key.startswith(_OF_EXPERTS)
+} | {
+    "hidden_size": 4480,
+    "hybrid_override_pattern": "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
+    "intermediate_size": 15_680,
+    "mamba_head_dim": 80,
+    "mamba_num_heads": 128,
+    "num_attention_heads": 40,
+    "num_hidden_layers": 56,
+    "num_key_value_heads": 8,
 }

@@ -44,6 +44,7 @@ from tests.models.tiny import (
 )
 from tests.models.tiny_gemma import gemma4
 from tests.models.tiny_latent import deepseek_v2, deepseek_v3
+from tests.models.tiny_mamba import nemotron_h
 
 pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("one_quiet_thread")]
 
@@ -107,6 +108,19 @@ LARGE = (
             num_attention_heads=6,
             num_key_value_heads=2,
             num_experts=24,
+        ),
+    ),
+    Configuration(
+        name="nemotron_h_dense",
+        config=nemotron_h(
+            hidden_size=128,
+            hybrid_override_pattern="M-*M-M",
+            intermediate_size=200,
+            mamba_head_dim=24,
+            mamba_num_heads=12,
+            n_groups=3,
+            num_hidden_layers=6,
+            ssm_state_size=40,
         ),
     ),
     Configuration(

@@ -1,5 +1,6 @@
-"""Nemotron-3 (Nano, Super): every layer is a Mamba-2 mixer, attention without rotary embedding, experts, or a dense
-network, alone behind one norm. Experts have no gate, only relu squared; Super's read and write latent vectors.
+"""Nemotron-3 (Nano, Super) and Nemotron-H: a layer is a Mamba-2 mixer, attention without rotary embedding, experts, or
+a dense network, alone behind one norm. Networks have no gate, only relu squared; Super's experts read and write latent
+vectors. Models before Nemotron-3, such as Nano-9B-v2, have no experts.
 
 A step of a mixer, dt, is not clamped, as in NVIDIA's kernels, vLLM and llama.cpp. transformers 5.24 raises it to
 `time_step_min` in a prompt and not afterwards, so that its answers depend on how a text was cut into steps.
@@ -10,11 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from argosy.config import AttentionConfig, MambaConfig, ModelConfig
 from argosy.model.families.recurrent.mamba import MAMBA_NAMES, MOST_OF_ONE, require_even_shares
-from argosy.model.families.recurrent.nemotron_h_gguf import GGUF_ARCHITECTURE, RELU2, layers_of, open_gguf
-from argosy.model.reading.common_config import CommonDefaults, read_common
+from argosy.model.families.recurrent.nemotron_h_gguf import (
+    GGUF_ARCHITECTURE,
+    RELU2,
+    layers_of,
+    open_gguf,
+    read_pattern,
+)
+from argosy.model.reading.common_config import Common, CommonDefaults, read_common
 from argosy.model.reading.config_reader import ConfigReader
 from argosy.model.reading.experts_config import read_sigmoid_router
 from argosy.model.reading.layout import Layout
@@ -48,9 +56,10 @@ _DEFAULTS = CommonDefaults(
     norm_eps=1e-5, context_tokens=4096, num_experts=8, experts_per_token=2, eos_id=2, bos_id=1,
     norm_eps_name="layer_norm_epsilon",
 )  # fmt: skip
-_LETTERS = {
-    "mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "moe": "E", "mlp": "-",
-}  # fmt: skip
+_OF_EXPERTS = (
+    "moe_intermediate_size", "moe_latent_size", "moe_shared_expert_intermediate_size", "n_group", "n_routed_experts",
+    "n_shared_experts", "norm_topk_prob", "num_experts_per_tok", "routed_scaling_factor", "topk_group",
+)  # fmt: skip
 _UNUSED = (  # of training, of transformers' kernels, and of layers for multi-token prediction
     "chunk_size", "expand", "mamba_ssm_cache_dtype", "moe_shared_expert_overlap", "mtp_hybrid_override_pattern",
     "mtp_layers_block_type", "num_logits_to_keep", "num_nextn_predict_layers", "rescale_prenorm_residual",
@@ -66,14 +75,14 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
     reader = ConfigReader(raw, MODEL_TYPE)
-    common = read_common(reader, _DEFAULTS)
-    pattern = _read_pattern(reader)
+    pattern = read_pattern(reader)
+    has_experts = "E" in pattern
+    common = read_common(reader, _DEFAULTS if has_experts else replace(_DEFAULTS, num_experts=0))
     reader.neutral("num_hidden_layers", len(pattern))
     reader.neutral("norm_eps", common.model["norm_eps"])
     reader.neutral("mlp_hidden_act", "relu2")
     reader.neutral("mamba_hidden_act", "silu")
     reader.neutral("sliding_window", None)
-    reader.neutral("n_shared_experts", 1)  # the width below is that of all together
     for name in ("attention_bias", "mamba_proj_bias"):
         reader.neutral(name, False)
     reader.passed(*_UNUSED)
@@ -87,32 +96,25 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         has_bias=reader.flag("use_bias", False),
     )
     require_even_shares(mamba, mamba.channels, "config.json: mamba_num_heads and n_groups")
-    read_router = read_sigmoid_router(1.0, 1, 1)
     config = ModelConfig(
         family=MODEL_TYPE,
         layers=layers_of(pattern, mamba, AttentionConfig(**common.attention | {"rope": None})),
-        expert_width=reader.integer("moe_intermediate_size", default=7688),
-        shared_width=reader.integer("moe_shared_expert_intermediate_size", default=7688),
         dense_width=reader.integer("intermediate_size", default=21_504),
-        expert_latent=reader.optional_integer("moe_latent_size") or 0,
-        router=read_router(reader, common.model["num_experts"], common.model["experts_per_token"]),
         activation=RELU2,
         **common.model,
+        **(_read_experts(reader, common) if has_experts else {}),
     )
+    reader.passed(*_OF_EXPERTS)  # without experts, they say nothing
     reader.finish()
     return config
 
 
-def _read_pattern(reader: ConfigReader) -> str:
-    """Read the kind of each layer, as a letter: M, E, * or -. A list of names goes before a pattern of letters."""
-    for name in ("layers_block_type", "layer_types"):
-        if (kinds := reader.texts(name)) is not None:
-            break
-    pattern = reader.optional_text("hybrid_override_pattern")
-    found = "".join(_LETTERS.get(kind, "?") for kind in kinds) if kinds is not None else pattern
-    if not found or not set(found) <= set(_LETTERS.values()):
-        raise reader.unsupported(
-            "hybrid_override_pattern" if kinds is None else name,
-            f"for each layer, one of {', '.join(_LETTERS)}",
-        )
-    return found
+def _read_experts(reader: ConfigReader, common: Common) -> dict[str, Any]:
+    reader.neutral("n_shared_experts", 1)  # the width below is that of all together
+    read_router = read_sigmoid_router(1.0, 1, 1)
+    return {
+        "expert_width": reader.integer("moe_intermediate_size", default=7688),
+        "shared_width": reader.integer("moe_shared_expert_intermediate_size", default=7688),
+        "expert_latent": reader.optional_integer("moe_latent_size") or 0,
+        "router": read_router(reader, common.model["num_experts"], common.model["experts_per_token"]),
+    }

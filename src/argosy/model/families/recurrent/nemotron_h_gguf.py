@@ -9,12 +9,16 @@ from argosy.checkpoint.gguf import GgufFile
 from argosy.config import ActivationConfig, AttentionConfig, LayerConfig, MambaConfig, ModelConfig
 from argosy.errors import UnsupportedModel
 from argosy.model.families.recurrent.mamba import read_gguf_mamba
+from argosy.model.reading.config_reader import ConfigReader
 from argosy.model.reading.experts_config import read_grouped_router, require_groups
 from argosy.model.reading.gguf_config import SIGMOID, GgufConfigReader
 from argosy.model.reading.gguf_layout import read_gguf_layout
 
 GGUF_ARCHITECTURE = "nemotron_h_moe"
 RELU2 = ActivationConfig(kind="relu2")
+_LETTERS = {
+    "mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "moe": "E", "mlp": "-",
+}  # fmt: skip
 
 
 def open_gguf(file: GgufFile) -> ModelFiles:
@@ -55,16 +59,31 @@ def open_gguf(file: GgufFile) -> ModelFiles:
     return read_gguf_layout(file, config, is_paired=False, has_rope_freqs=False, names=names)
 
 
+def read_pattern(reader: ConfigReader) -> str:
+    """Read the kind of each layer, as a letter: M, E, * or -. A list of names goes before a pattern of letters."""
+    for name in ("layers_block_type", "layer_types"):
+        if (kinds := reader.texts(name)) is not None:
+            break
+    pattern = reader.optional_text("hybrid_override_pattern")
+    found = "".join(_LETTERS.get(kind, "?") for kind in kinds) if kinds is not None else pattern
+    if not found or not set(found) <= set(_LETTERS.values()):
+        raise reader.unsupported(
+            "hybrid_override_pattern" if kinds is None else name,
+            f"for each layer, one of {', '.join(_LETTERS)}",
+        )
+    return found
+
+
 def layers_of(pattern: str, mamba: MambaConfig, attention: AttentionConfig) -> tuple[LayerConfig, ...]:
     """Return the layers of a pattern of letters: M Mamba-2, * attention, E experts, - a dense network.
 
     Raises:
-        UnsupportedModel: no layer has attention, or none has experts.
+        UnsupportedModel: no layer has attention.
     """
-    if not {"E", "*"} <= set(pattern):
+    if "*" not in pattern:
         raise UnsupportedModel(
             f"its layers are {pattern} (M Mamba-2, * attention, E experts, - dense); supported: patterns with "
-            "attention and experts in some layers",
+            "attention in some layers",
             key="hybrid_override_pattern",
             value=pattern,
             supported="M, *, E, -",
