@@ -28,7 +28,9 @@ from tests.models.references import mean_divergence
 from tests.models.tiny import RawConfig, qwen3_moe
 from tests.models.tiny_gqa import mimo_v2_flash
 from tests.models.tiny_latent import deepseek_v32
+from tests.models.tiny_llama4 import OF_GGUF, llama4_text
 from tests.models.tiny_mamba import granitemoehybrid
+from tests.models.tiny_minimax import minimax
 from tests.models.tiny_recurrent import lfm2_moe
 
 PROMPTS = 3  # the first of them warms up
@@ -89,6 +91,19 @@ BLOCKS = {
             "shared_intermediate_size": 512,
         },
         write=write_mamba_gguf,
+    ),
+    "lightning attention": Block(
+        make=minimax,
+        sizes={
+            "head_dim": 128,
+            "intermediate_size": 384,
+            "layer_types": [*["linear_attention"] * 3, "full_attention"] * 2,
+            "num_local_experts": 32,
+        },
+    ),
+    "chunked attention": Block(
+        make=llama4_text,
+        sizes=OF_GGUF | {"head_dim": 128, "num_experts_per_tok": 1, "num_local_experts": 32},
     ),
     "indexed latent attention": Block(
         make=deepseek_v32,
