@@ -217,6 +217,7 @@ CASES = [
     ("glm_moe_dsa", "q8"),
     ("qwen3_5_moe_text", "q8"),
     ("gemma4", "q8"),
+    ("nemotron_h", "q8"),
     ("gemma3_text", "q4"),
 ]
 CASES += [("gpt_oss", "source"), ("gpt_oss", "mxfp4"), ("llama4_text", "source"), ("llama4_text", "q8")]

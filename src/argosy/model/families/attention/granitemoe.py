@@ -39,6 +39,10 @@ LAYOUTS = tuple(
         ("router.weight", "experts.gate_up_proj", "experts.down_proj"),
     )
 )
+_DEFAULTS = CommonDefaults(
+    vocab_size=32_000, hidden_size=4096, num_heads=32, num_kv_heads=None, rope_theta=10_000.0, norm_eps=1e-6,
+    context_tokens=2048, num_experts=8, experts_per_token=2, bos_id=1, eos_id=2,
+)  # fmt: skip
 
 
 def parse_config(raw: Mapping[str, object]) -> ModelConfig:
@@ -53,22 +57,7 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
 
 def read_granite(reader: ConfigReader, family: str, shared: int | None = None) -> ModelConfig:
     """Read the config of this family, or of one with a shared expert; `shared` is the default of its width."""
-    common = read_common(
-        reader,
-        CommonDefaults(
-            vocab_size=32_000,
-            hidden_size=4096,
-            num_heads=32,
-            num_kv_heads=None,
-            rope_theta=10_000.0,
-            norm_eps=1e-6,
-            context_tokens=2048,
-            num_experts=8,
-            experts_per_token=2,
-            bos_id=1,
-            eos_id=2,
-        ),
-    )
+    common = read_common(reader, _DEFAULTS)
     has_bias = reader.flag("attention_bias", False)
     attention = AttentionConfig(
         **common.attention,
