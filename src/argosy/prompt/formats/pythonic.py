@@ -42,7 +42,9 @@ _ESCAPED = {
     **{mark: mark for mark in "'\"\\/"},
 }
 _BARE = ""  # the mark of a call without marks
-_NO_TEXT = re.compile(r"<\|python_start\|>\s*<\|python_end\|>")
+_TEXT = re.compile(
+    r"<\|python_start\|>(.*?)<\|python_end\|>", re.DOTALL
+)  # before calls, in Llama-4's template
 _JSON = '{"name": "'
 _WORDS = {"True": "true", "False": "false", "None": "null"}
 
@@ -86,7 +88,8 @@ class Llama4(Pythonic):
 
     def _inside(self, block: Sequence[str]) -> str:
         inside = super()._inside(block)
-        return inside if block[0] else _NO_TEXT.sub("", inside, count=1)
+        text = None if block[0] else _TEXT.match(inside)
+        return inside if text is None else inside[text.end() :]
 
     def parser(self, tools: Sequence[Tool] = (), prompt: Prompt | None = None) -> Parser:
         return _BareParser(self, tools, is_reasoning=self.thoughts_in(prompt) == "open")
@@ -123,6 +126,8 @@ class Llama3(Llama4):
 class _BareParser(BlockParser):
     """Takes an answer that begins with a bracket for a call without marks."""
 
+    _behind_text = 0  # lexemes of a block until text with marks around it, and space, have ended
+
     def _take(self, lexeme: str) -> None:
         is_first = (
             self._block is None and not self._has_said and not self._num_calls and not self._is_reasoning
@@ -133,14 +138,28 @@ class _BareParser(BlockParser):
 
     def _take_in_block(self, block: list[str], lexeme: str) -> None:
         closes = isinstance(lexeme, Mark) and lexeme == self._form.blocks[block[0]]
-        if (
-            closes
-            and not (self._has_said or self._num_calls)
-            and _NO_TEXT.fullmatch("".join([*block, lexeme]))
-        ):
-            block[:] = [_BARE, *block, lexeme]
-        else:
-            super()._take_in_block(block, lexeme)
+        if closes and not (self._has_said or self._num_calls):
+            if self._form.read([*block, lexeme], self._tools) is None:
+                # Perhaps it is text with marks around it, and calls follow.
+                block[:] = [_BARE, *block, lexeme]
+                self._behind_text = len(block)
+                return
+        elif not block[0] and len(block) == self._behind_text:
+            if not lexeme.strip():
+                self._behind_text += 1
+            elif isinstance(lexeme, Mark) or lexeme.lstrip()[0] not in "[{":
+                self._block = None
+                self._say("".join(block))
+                self._take(lexeme)
+                return
+        super()._take_in_block(block, lexeme)
+
+    def _close(self, block: list[str], *, is_end: bool = False) -> None:
+        text = None if block[0] else _TEXT.match("".join(block))
+        read = self._form.read_cut if is_end and self._is_cut else self._form.read
+        if text is not None and text[1].strip() and read(block, self._tools):
+            self._say(text[1])
+        super()._close(block, is_end=is_end)
 
 
 def _arguments(lark: Lark, tool: Tool) -> str:
