@@ -64,6 +64,8 @@ def open_parts(
     config = files.config
     store = _native.Store(2) if file_system is None else _native.Store(2, file_system)
     opened: dict[str, int] = {}
+    if not files.experts:
+        residency = "no experts"
 
     def open_file(path: str) -> int:
         if path not in opened:
@@ -74,7 +76,8 @@ def open_parts(
     runtime = _native.Runtime(threads, instruction_set=instruction_set)
     try:
         weights = load_dense(store, files.dense, open_file=open_file, norm_offset=files.config.norm_offset)
-        expert_files = ExpertFiles(store, files.experts, open_file=open_file)
+        if files.experts:
+            expert_files = ExpertFiles(store, files.experts, open_file=open_file)
         if residency == "resident":
             experts = load_resident(store, expert_files, runtime, describe_experts(config, weights))
         elif residency == "another process":

@@ -559,6 +559,8 @@ class ReferenceDecoder:
     ) -> None:
         config, k = self.config, self.config.experts_per_token
         logits = self._projection(f"layers.{layer}.router", router_in)
+        if config.router.logit_cap:
+            _native_testing.soft_cap(self.runtime, logits, config.router.logit_cap)
         ids, weights = np.empty((len(hidden), k), np.int32), np.empty((len(hidden), k), np.float32)
         _native_testing.route(self.runtime, routing(config, layer, self.weights), logits, ids, weights)
         if config.router.weighs_input:

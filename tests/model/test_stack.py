@@ -115,6 +115,11 @@ def turn(request: pytest.FixtureRequest) -> int:
     return MODELS.index(request.node.callspec.params["directory"])
 
 
+def require_experts(directory: Path) -> None:
+    if not open_model(directory).experts:
+        pytest.skip("there are no experts")
+
+
 def decoder_of(
     parts: Parts,
     *,
@@ -768,6 +773,7 @@ def test_a_signal_ends_a_long_step_between_two_layers(tmp_path: Path) -> None:
 def test_kept_choices_are_those_that_an_observer_hears_and_a_resident_step_does_not_stop_for_them(
     directory: Path, residency: Any
 ) -> None:
+    require_experts(directory)
     heard: list[Any] = []
     with open_parts(directory, residency) as parts:
         expected = run(parts, decoder_of(parts, observe=lambda layer, ids: heard.append(ids.copy())))
@@ -789,6 +795,7 @@ def test_kept_choices_are_those_that_an_observer_hears_and_a_resident_step_does_
 
 @few_models
 def test_no_token_chooses_a_forbidden_expert_until_it_is_allowed_again(directory: Path) -> None:
+    require_experts(directory)
     with open_parts(directory, "resident") as parts:
         before = run(parts, decoder_of(parts))
         decoder = decoder_of(parts, room_for_choices=room_of(parts.config))
