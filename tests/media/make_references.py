@@ -48,6 +48,7 @@ def picture_processor(name: str) -> Any:
     import transformers
     from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
     from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
     from transformers.models.kimi_k25.image_processing_kimi_k25 import Kimi_K25ImageProcessor
     from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -67,8 +68,11 @@ def picture_processor(name: str) -> Any:
         "gemma4": Gemma4ImageProcessorPil,
         "kimi_k25": KimiProcessorOnPillow,
         "pixtral": PixtralImageProcessorPil,
+        "internvl": GotOcr2ImageProcessorPil,
     }
     settings = {key: value for key, value in PICTURE_SETTINGS[name].items() if key != "image_processor_type"}
+    for key in ("merge_size", "patch_size", "tile_size") if name == "internvl" else ():
+        del settings[key]  # what a tower's config implies
     if "spatial_merge_size" in settings:  # the processor around it multiplies
         side = settings["patch_size"]["height"] * settings.pop("spatial_merge_size")
         settings["patch_size"] = {"height": side, "width": side}
@@ -88,6 +92,9 @@ def reference_patches(processor: Any, file: bytes) -> tuple[NDArray[np.float32],
         positions = np.asarray(made["image_position_ids"])[0]
         grid = (1, int(positions[:, 1].max()) + 1, int(positions[:, 0].max()) + 1)
         return patches[0, : grid[1] * grid[2]], grid
+    if "num_patches" in made:  # tiles, with patches of 14 x 14
+        tiles = patches.reshape(len(patches), 3, 4, 2, 14, 4, 2, 14).transpose(0, 2, 5, 3, 6, 1, 4, 7)
+        return tiles.reshape(-1, 3 * 14**2), (1, 8 * len(patches), 8)
     if "image_sizes" in made:  # whole pictures
         ((height, width),) = np.asarray(made["image_sizes"]).tolist()
         side = processor.patch_size["height"] // 2

@@ -210,6 +210,15 @@ PICTURE_SETTINGS: dict[str, dict[str, Any]] = {
     },
     "gemma4": {"image_processor_type": "Gemma4ImageProcessor", "max_soft_tokens": 280},
     "kimi_k25": {"image_processor_type": "Kimi_K25ImageProcessor", "max_patches": 4096},
+    "internvl": {
+        "image_processor_type": "GotOcr2ImageProcessorFast",
+        "crop_to_patches": True,
+        "max_patches": 12,
+        "merge_size": 2,
+        "patch_size": 14,
+        "size": {"height": 112, "width": 112},
+        "tile_size": 112,
+    },
     "pixtral": {
         "image_processor_type": "PixtralImageProcessorFast",
         "do_pad": True,

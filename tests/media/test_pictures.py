@@ -70,7 +70,17 @@ def test_no_picture_takes_more_tokens_than_the_cap(
         assert max(height, width) > 12 * min(height, width)
 
 
-@pytest.mark.parametrize("name", PICTURE_SETTINGS)
+def test_a_cap_lowers_the_number_of_tiles() -> None:
+    def tiles(height: int, width: int, most_tokens: int | None = None) -> int:
+        processor = read_picture_processor(PICTURE_SETTINGS["internvl"], most_tokens=most_tokens)
+        return processor.num_tokens(height, width) // 16
+
+    assert [tiles(300, 400, 16 * count) for count in (1, 2, 3, 6, 13, 20)] == [1, 1, 1, 5, 13, 13]
+    sizes = (1, 1), (5000, 1), (1, 5000), (113, 113), (200, 200)
+    assert [tiles(*size) for size in sizes] == [1, 13, 13, 1, 5]
+
+
+@pytest.mark.parametrize("name", [name for name in PICTURE_SETTINGS if name != "internvl"])
 def test_a_cap_that_a_picture_does_not_reach_changes_nothing(name: str) -> None:
     plain = read_picture_processor(PICTURE_SETTINGS[name])
     capped = read_picture_processor(PICTURE_SETTINGS[name], most_tokens=600)
@@ -146,6 +156,9 @@ def test_the_frames_of_a_patch_are_equal() -> None:
         ("kimi_k25", {"size": {"max_height": 512, "max_width": 256}}),
         ("kimi_k25", {"image_processor_type": "CLIPImageProcessor"}),
         ("kimi_k25", {"image_processor_type": 5}),
+        ("internvl", {"size": {"height": 224, "width": 224}}),
+        ("internvl", {"do_center_crop": True}),
+        ("pixtral", {"do_resize": False}),
         ("kimi_vl", {"pad_input": False}),
         ("kimi_vl", {"merge_kernel_size": [1, 1]}),
     ],
@@ -187,7 +200,7 @@ def test_a_picture_that_is_too_narrow_is_refused(name: str) -> None:
 
 
 def test_a_cap_that_no_picture_can_keep_is_refused() -> None:
-    for name, most_tokens in (("qwen3_vl", 15), ("gemma4", 69)):
+    for name, most_tokens in (("qwen3_vl", 15), ("gemma4", 69), ("internvl", 15)):
         with pytest.raises(UsageError, match="at least"):
             read_picture_processor(PICTURE_SETTINGS[name], most_tokens=most_tokens)
     with pytest.raises(BadMedia, match="so narrow that it needs"):

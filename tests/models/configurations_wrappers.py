@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.models.configuration import Configuration, yarn
-from tests.models.tiny_wrappers import glm4v_moe, qwen3_omni_moe, qwen3_vl_moe, without_text
+from tests.models.tiny_wrappers import glm4v_moe, internvl, qwen3_omni_moe, qwen3_vl_moe, without_text
 
 WRAPPED = (
     Configuration(name="qwen3_vl_moe_plain", config=qwen3_vl_moe()),
@@ -58,6 +58,20 @@ WRAPPED = (
             num_hidden_layers=4,
             num_key_value_heads=4,
             tie_word_embeddings=True,
+        ),
+        dtype="F16",
+    ),
+    Configuration(name="internvl_plain", config=internvl(head_dim=8, hidden_size=24)),
+    Configuration(
+        name="internvl_biases_dense_tied_f16",
+        config=internvl(
+            attention_bias=True,
+            hidden_size=28,
+            mlp_only_layers=[1],
+            num_experts=5,
+            num_experts_per_tok=3,
+            tie_word_embeddings=True,
+            vocab_size=50,
         ),
         dtype="F16",
     ),

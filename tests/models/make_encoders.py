@@ -116,6 +116,15 @@ def answer(model: Any, part: Part, value: Array, shape: tuple[int, ...]) -> Answ
         return Answer(of_pixtral(model, patches, shape))
     if part.family == "llama4":
         return Answer(of_llama4(model, patches, shape))
+    if part.family == "internvl":
+        vision, merge = model.config.vision_config, round(1 / model.config.downsample_ratio)
+        tiles = patches.reshape(
+            -1, math.prod(vision.image_size) // math.prod(vision.patch_size), patches.shape[1]
+        )
+        side = vision.image_size[0] // vision.patch_size[0]
+        pictures = torch.stack([picture_of(tile, (1, side, side), merge) for tile in tiles])
+        found = model.get_image_features(pictures).pooler_output.flatten(0, 1)
+        return Answer(torch.nn.functional.pad(found, (0, 0, 1, 1)).numpy())  # tokens before and after
     if part.family == "kimi_k25":
         patch_size = model.config.vision_config.patch_size
         patches = patches.reshape(len(patches), 3, patch_size, patch_size)

@@ -11,15 +11,83 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tests.models.converter import convert, load
 from tests.models.safetensors_file import read_header, read_safetensors, write_safetensors
 from tests.models.seeing import MMPROJ_PLACEHOLDERS, REFERENCE, WRITTEN, text_of
 from tests.models.tiny_llama4 import fused
+
+# Names of OpenGVLab's code for those of transformers.
+INTERNVL_CHAT = {
+    "vision_tower.": "vision_model.", "patch_embeddings.projection": "patch_embedding", "cls_token": "class_embedding",
+    "position_embeddings": "position_embedding", "encoder.layer.": "encoder.layers.", "layernorm_before": "norm1",
+    "layernorm_after": "norm2", "lambda_1": "ls1", "lambda_2": "ls2", "attention.projection_layer": "attn.proj",
+    "attention.q_norm": "attn.q_norm", "attention.k_norm": "attn.k_norm", "multi_modal_projector.layer_norm": "mlp1.0",
+    "multi_modal_projector.linear_1": "mlp1.1", "multi_modal_projector.linear_2": "mlp1.3",
+}  # fmt: skip
+
+
+def as_internvl_chat(raw: dict[str, Any]) -> dict[str, Any]:
+    """The config of a tiny InternVL as OpenGVLab writes it."""
+    vision = raw["vision_config"]
+    kept = ("hidden_act", "hidden_size", "intermediate_size", "layer_norm_eps", "norm_type", "num_attention_heads",
+            "num_channels", "num_hidden_layers")  # fmt: skip
+    return {
+        "architectures": ["InternVLChatModel"],
+        "downsample_ratio": raw["downsample_ratio"],
+        "dynamic_image_size": True,
+        "force_image_size": vision["image_size"][0],
+        "llm_config": raw["text_config"] | {"architectures": ["Qwen3MoeForCausalLM"]},
+        "max_dynamic_patch": 4,
+        "min_dynamic_patch": 1,
+        "model_type": "internvl_chat",
+        "pad2square": False,
+        "ps_version": "v2",
+        "select_layer": -1,
+        "template": "internvl2_5",
+        "use_backbone_lora": 0,
+        "use_llm_lora": 0,
+        "use_thumbnail": True,
+        "vision_config": {key: vision[key] for key in kept}
+        | {
+            "architectures": ["InternVisionModel"],
+            "drop_path_rate": 0.0,
+            "dropout": 0.0,
+            "image_size": vision["image_size"][0],
+            "initializer_factor": 0.1,
+            "model_type": "intern_vit_6b",
+            "patch_size": vision["patch_size"][0],
+            "qk_normalization": vision["use_qk_norm"],
+            "qkv_bias": vision["attention_bias"],
+            "use_flash_attn": True,
+        },
+    }
+
+
+def named_as_internvl_chat(
+    tensors: dict[str, Any], header: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tensors in OpenGVLab's names, with one matrix for queries, keys and values; the header has their types."""
+    found: dict[str, Any] = {}
+    types: dict[str, Any] = {}
+    for name, value in tensors.items():
+        if re.search(r"attention\.[kv]_proj", name):
+            continue
+        joined = value
+        if ".q_proj" in name and "vision" in name:
+            joined = np.concatenate([tensors[name.replace("q_proj", f"{one}_proj")] for one in "qkv"])
+        own = name.replace("attention.q_proj", "attn.qkv")
+        for theirs, ours in INTERNVL_CHAT.items():
+            own = own.replace(theirs, ours) if not own.startswith("language_model.") else own
+        found[own], types[own] = joined, header[name]
+    return found, types
 
 
 def as_on_the_hub(source: Path, destination: Path, family: str) -> None:
@@ -44,6 +112,9 @@ def as_on_the_hub(source: Path, destination: Path, family: str) -> None:
         for axis in ("height", "width", "time"):
             vision[f"init_pos_emb_{axis}"] = vision[f"pos_emb_{axis}"]
         vision["projector_ln_eps"] = raw["projection_layer_norm_eps"]
+    if family == "internvl":
+        raw = as_internvl_chat(raw)
+        tensors, header = named_as_internvl_chat(tensors, header)
     if family in WRITTEN:
         added = {str(token_id): {"content": text} for text, token_id in WRITTEN[family].items()}
         (destination / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import transformers
 
 from argosy.media.parts import Kind
 from argosy.media.patches import PictureProcessor
-from argosy.media.tiles import TileProcessor
+from argosy.media.tiles import InternVLFit, TileProcessor
 from argosy.model.encoders.encoder import Shape
 from argosy.model.encoders.reading import EncoderFiles, find_encoders
 from argosy.model.families import open_model
@@ -89,6 +90,11 @@ def picture_inputs(
     if "image_position_ids" in inspect.signature(model.forward).parameters:
         values, places = with_places(patches, grids)
         return {"pixel_values": values, "image_position_ids": places}
+    if isinstance(processor.fit, InternVLFit):
+        grid = (1, *[processor.fit.side // processor.patch_size] * 2)
+        tiles = np.concatenate(patches).reshape(-1, math.prod(grid), patches[0].shape[1])
+        pictures = [picture_of(torch.tensor(tile), grid, processor.merge_size) for tile in tiles]
+        return {"pixel_values": torch.stack(pictures)}
     if "image_sizes" in inspect.signature(model.forward).parameters:  # whole pictures, padded
         merge = processor.merge_size
         pictures = [

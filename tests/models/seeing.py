@@ -23,7 +23,7 @@ from tests.models.tiny_gemma import gemma4
 from tests.models.tiny_latent import kimi_k25, mistral3
 from tests.models.tiny_latent import mistral4 as tiny_mistral4
 from tests.models.tiny_llama4 import OF_GGUF, apart, llama4
-from tests.models.tiny_wrappers import glm4v_moe, qwen3_omni_moe, qwen3_vl_moe
+from tests.models.tiny_wrappers import glm4v_moe, internvl, qwen3_omni_moe, qwen3_vl_moe
 from tests.prompt.tokenizers_for_tests import byte_level_json, write_tokenizer
 
 REFERENCE = Path(__file__).parent / "reference_seeing"
@@ -80,6 +80,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "kimi_k25": with_towers("kimi_k25", kimi_k25()),
     "gemma4": with_towers("gemma4", gemma4(max_position_embeddings=256)),
     "llama4": with_towers("llama4", llama4(**OF_GGUF, num_local_experts=3)),
+    "internvl": with_towers("internvl", internvl(hidden_size=24, num_experts=5, num_hidden_layers=2)),
     # With a factor of 1, transformers and llama.cpp scale scores as the makers do. GGUF files have no other beta.
     "mistral3": with_towers(
         "mistral3",
@@ -100,6 +101,7 @@ MMPROJ_PLACEHOLDERS = {
     "gemma4": {"image_token_id": "<|image|>", "boi_token_id": "<|image>", "eoi_token_id": "<image|>"},
     "llama4": {"image_token_index": "<|patch|>"},
     "mistral3": {"image_token_index": "[IMG]"},
+    "internvl": {"image_token_id": "<IMG_CONTEXT>"},
 }
 # Texts of control tokens between the rows of a picture, and their ids, which no config names.
 WRITTEN: dict[str, dict[str, int]] = {
@@ -108,6 +110,7 @@ WRITTEN: dict[str, dict[str, int]] = {
         "<|image|>": 50,
     },
     "mistral3": {"[IMG_BREAK]": 63, "[IMG_END]": 64},
+    "internvl": {"<img>": 51, "</img>": 52},
 }  # fmt: skip
 
 
@@ -216,6 +219,19 @@ def processor_config(family: str) -> dict[str, Any]:
             "patch_size": config.patch_size,
             "size": {"longest_edge": 40},
             "spatial_merge_size": config.merge,
+        }
+    if family == "internvl":
+        tile = config.side * config.patch_size
+        return {
+            "crop_to_patches": True,
+            "image_mean": [0.5, 0.4, 0.3],
+            "image_processor_type": "GotOcr2ImageProcessorFast",
+            "image_std": [0.5, 0.25, 0.3],
+            "max_patches": 4,
+            "merge_size": config.merge,
+            "patch_size": config.patch_size,
+            "size": {"height": tile, "width": tile},
+            "tile_size": tile,
         }
     names = {"glm4v_moe": "Glm4vImageProcessor", "kimi_k25": "Kimi_K25ImageProcessor"}
     made: dict[str, Any] = {

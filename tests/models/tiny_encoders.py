@@ -362,6 +362,46 @@ def llama4(sizes: Sizes) -> RawConfig:
     }
 
 
+def internvl(sizes: Sizes) -> RawConfig:
+    is_large = sizes.heads % 2 == 0  # with the norms of the large tower
+    merge = min(sizes.merge, 2)  # transformers finds that a third does not divide
+    return {
+        "architectures": ["InternVLForConditionalGeneration"],
+        "downsample_ratio": 1 / merge,
+        "image_seq_length": 9,
+        "image_token_id": 50,
+        "model_type": "internvl",
+        "projector_hidden_act": "gelu",
+        "text_config": _text(sizes, head_dim=8, model_type="qwen3_moe"),
+        "tie_word_embeddings": False,
+        "vision_config": {
+            "attention_bias": not is_large,
+            "attention_dropout": 0.0,
+            "hidden_act": "gelu",
+            "hidden_dropout_prob": 0.0,
+            "hidden_size": sizes.hidden,
+            "image_size": [3 * merge * sizes.patch] * 2,
+            "initializer_range": 0.02,
+            "intermediate_size": sizes.mlp,
+            "layer_norm_eps": 1e-3,
+            "layer_scale_init_value": 0.1,
+            "model_type": "internvl_vision",
+            "norm_type": "rms_norm" if is_large else "layer_norm",
+            "num_attention_heads": sizes.heads,
+            "num_channels": 3,
+            "num_hidden_layers": sizes.layers,
+            "patch_size": [sizes.patch] * 2,
+            "projection_dropout": 0.0,
+            "use_absolute_position_embeddings": True,
+            "use_mask_token": False,
+            "use_mean_pooling": True,
+            "use_qk_norm": is_large,
+        },
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default",
+    }
+
+
 def qwen2_moe(sizes: Sizes) -> RawConfig:
     """The composition of the demo model: the eye's tower is Qwen3-VL's; the ear's and its projector are Voxtral's."""
     return _text(sizes) | {
@@ -392,6 +432,7 @@ CONFIGS: dict[str, Callable[[Sizes], RawConfig]] = {
     "gemma4": gemma4,
     "mistral3": mistral3,
     "llama4": llama4,
+    "internvl": internvl,
     "qwen2_moe": qwen2_moe,
 }
 

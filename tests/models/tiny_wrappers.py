@@ -15,15 +15,21 @@ RawConfig = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 
 # The family of the text part.
-TEXT_FAMILIES = {"qwen3_vl_moe": "qwen3_moe", "qwen3_omni_moe": "qwen3_moe", "glm4v_moe": "glm4_moe"}
+TEXT_FAMILIES = {
+    "qwen3_vl_moe": "qwen3_moe",
+    "qwen3_omni_moe": "qwen3_moe",
+    "internvl": "qwen3_moe",
+    "glm4v_moe": "glm4_moe",
+}
 TEXT_TYPES = {f"{wrapper}_text": family for wrapper, family in TEXT_FAMILIES.items()}
 
 _PREFIXES = {
     "qwen3_vl_moe": "model.language_model.",
     "qwen3_omni_moe": "thinker.model.",
+    "internvl": "language_model.model.",
     "glm4v_moe": "model.language_model.",
 }
-_HEADS = {"qwen3_omni_moe": "thinker.lm_head.weight"}
+_HEADS = {"qwen3_omni_moe": "thinker.lm_head.weight", "internvl": "language_model.lm_head.weight"}
 _VISION = {
     "deepstack_visual_indexes": [0],
     "depth": 1,
@@ -146,6 +152,38 @@ def qwen3_omni_moe(**changes: Any) -> RawConfig:
     }
 
 
+def internvl(**changes: Any) -> RawConfig:
+    """A config.json with the keys of InternVL3.5-30B-A3B's in the form of transformers."""
+    text = _qwen3_text(
+        architectures=["Qwen3MoeForCausalLM"],
+        max_window_layers=48,
+        model_type="qwen3_moe",
+        rope_scaling=None,
+        sliding_window=None,
+        tie_word_embeddings=False,
+        use_sliding_window=False,
+    )
+    return {
+        "architectures": ["InternVLForConditionalGeneration"],
+        "downsample_ratio": 0.5,
+        "image_seq_length": 256,
+        "image_token_id": 50,
+        "model_type": "internvl",
+        "projector_hidden_act": "gelu",
+        "text_config": text | changes,
+        "tie_word_embeddings": changes.get("tie_word_embeddings", False),
+        "transformers_version": "4.55.0",
+        "vision_config": {
+            "hidden_size": 16,
+            "image_size": [8, 8],
+            "model_type": "internvl_vision",
+            "patch_size": [2, 2],
+        },
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default",
+    }
+
+
 def glm4v_moe(**changes: Any) -> RawConfig:
     """A config.json with the keys of GLM-4.5V's; `changes` apply to its text part."""
     text = {
@@ -226,6 +264,11 @@ def wrapped_shapes(config: RawConfig, text: RawConfig, plain: Shapes) -> Shapes:
             shapes[_HEADS.get(family, name)] = shape
         else:
             shapes[_PREFIXES[family] + name.removeprefix("model.")] = shape
+    if family == "internvl":
+        return shapes | {
+            "vision_tower.embeddings.cls_token": (1, 1, 16),
+            "multi_modal_projector.linear_1.bias": (text["hidden_size"],),
+        }
     if family == "glm4v_moe":
         position = "model.visual.embeddings.position_embedding.weight"
         return shapes | {"model.visual.patch_embed.proj.bias": (16,), position: (16, 16)}

@@ -10,7 +10,7 @@ pixels. The families differ in how they choose the size, and in how they order p
     Kimi-VL, K2.5         never enlarged, limited patches, then padded with black; resized by Pillow as the
                           model's own code does, while transformers uses torchvision here, which differs by a level
     Gemma-4               as large as the number of tokens allows
-    Llama-4               cut into tiles (`tiles.py`)
+    Llama-4, InternVL     cut into tiles (`tiles.py`)
     Pixtral               never enlarged but to whole tokens; limited longer side; a token after each row of tokens
 
 Elsewhere: `decoder.py` decodes files; `model/encoders/` runs the towers.
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -30,7 +30,7 @@ from argosy.errors import BadMedia, CheckpointError, UnsupportedModel, UsageErro
 from argosy.media.parts import Kind
 from argosy.media.patches import PictureProcessor, Size
 from argosy.media.settings import SOUND_KEYS, Settings
-from argosy.media.tiles import Llama4Fit, TileProcessor, tile_tokens
+from argosy.media.tiles import InternVLFit, InternVLProcessor, Llama4Fit, TileProcessor, tile_tokens
 
 _LONGEST_RATIO = 200  # the sides of a picture or frame, for Qwen and GLM
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -337,6 +337,31 @@ def _read_pixtral(settings: Settings, most_tokens: int | None) -> PictureProcess
     return PictureProcessor(patch_size, merge_size, 1, fit, "merged", levels, most_tokens, tokens_per_row=1)
 
 
+def _read_internvl(settings: Settings, most_tokens: int | None) -> InternVLProcessor:
+    patch_size = settings.integer("patch_size", None, most=256)
+    merge_size = settings.integer("merge_size", None, most=16)
+    side = settings.integer("tile_size", None, most=65_536)
+    if (size := settings.nested("size")) is not None:
+        size.fixed("height", side)
+        size.fixed("width", side)
+        size.finish()
+    settings.passed("crop_to_patches")  # the processor around it always asks for this
+    settings.fixed("do_resize", True)
+    most = settings.integer("max_patches", 12, most=64)
+    least = settings.integer("min_patches", 1, most=most)
+    levels = read_levels(settings, CLIP_MEAN, CLIP_STD, is_normalized=True)
+    fit = InternVLFit(side, least, most, settings.flag("use_thumbnail", True))
+    of_tile = (side // patch_size // merge_size) ** 2
+    if most_tokens is not None:
+        if most_tokens < of_tile:
+            raise UsageError(
+                f"the cap on a picture's tokens must be at least {of_tile} for this model, found {most_tokens}"
+            )
+        most = min(most, max(1, most_tokens // of_tile - fit.has_copy))
+        fit = replace(fit, least=min(least, most), most=most)
+    return InternVLProcessor(patch_size, merge_size, 1, fit, "merged", levels, of_tile * fit.with_copy(most))
+
+
 def read_levels(
     settings: Settings,
     mean: tuple[float, float, float],
@@ -423,6 +448,7 @@ _READERS: dict[str, Callable[[Settings, int | None], PictureProcessor]] = {
     "Kimi_K25ImageProcessor": _read_kimi,
     "KimiVLImageProcessor": _read_kimi_vl,
     "Gemma4ImageProcessor": _read_gemma,
+    "GotOcr2ImageProcessor": _read_internvl,
     "PixtralImageProcessor": _read_pixtral,
     "Llama4ImageProcessor": _read_llama4,
 }

@@ -1,11 +1,11 @@
-"""Cut pictures into tiles, as Llama-4's processor does.
+"""Cut pictures into tiles, as the processors of Llama-4 and InternVL do.
 
     uint8 [height, width, 3]  ->  scaled, padded with black to whole tiles  ->  tiles row by row, and if there are
                                                                                 several, the whole picture as one more
 
-The arrangement of tiles enlarges a picture least, or shrinks it least; of several, the one with the smallest area.
-Numbers are those of the reference, which compares in float32, scales by torchvision's bilinear filter and normalises in
-bfloat16.
+Llama-4: the arrangement of tiles enlarges a picture least, or shrinks it least; of several, the one with the smallest
+area. Numbers are those of the reference, which compares in float32, scales by torchvision's bilinear filter and
+normalises in bfloat16. InternVL: the arrangement has the nearest aspect ratio, which the picture gets.
 
 Elsewhere: `pictures.py` prepares pictures that stay whole.
 """
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from argosy.media.patches import Grid, PictureProcessor, Size, patch_values
 from argosy.media.resize import Resizer
@@ -127,3 +128,53 @@ def tile_tokens(num_tiles: int, of_tile: int) -> int:
 def _scaled(pixels: NDArray[np.uint8], to_height: int, to_width: int) -> NDArray[np.uint8]:
     height, width = pixels.shape[:2]
     return Resizer(height, width, to_height, to_width, is_linear=True).resize(pixels)
+
+
+@dataclass(frozen=True, slots=True)
+class InternVLFit:
+    """Chooses an arrangement of tiles, which then lie one below the other.
+
+    side: of a tile, in pixels.
+    least, most: tiles of a picture.
+    has_copy: a picture of several tiles is followed by a small copy of the whole, as a further tile.
+    """
+
+    side: int
+    least: int
+    most: int
+    has_copy: bool
+
+    def size(self, height: int, width: int) -> Size:
+        height = self.side * self.with_copy(math.prod(self.tiles(height, width)))
+        return Size(height, self.side, height, self.side)
+
+    def with_copy(self, num_tiles: int) -> int:
+        return num_tiles + (self.has_copy and num_tiles > 1)
+
+    def tiles(self, height: int, width: int) -> Arrangement:
+        """Return the arrangement with the nearest aspect ratio; of several, the largest that the picture half fills."""
+        ratio, least_difference, best = width / height, math.inf, (1, 1)
+        sides = range(1, self.most + 1)
+        found = [(rows, cols) for cols in sides for rows in sides if self.least <= rows * cols <= self.most]
+        for rows, cols in sorted(found, key=math.prod):
+            difference = abs(ratio - cols / rows)
+            is_filled = width * height > 0.5 * self.side * self.side * cols * rows
+            if difference < least_difference or (difference == least_difference and is_filled):
+                least_difference, best = difference, (rows, cols)
+        return best
+
+
+@dataclass(frozen=True, slots=True)
+class InternVLProcessor(PictureProcessor):
+    """Makes the patches of tiles, row by row of tiles."""
+
+    fit: InternVLFit
+
+    def resize(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        rows, columns = self.fit.tiles(*pixels.shape[:2])
+        picture, side = Image.fromarray(pixels), self.fit.side
+        scaled = np.asarray(picture.resize((columns * side, rows * side), Image.Resampling.BICUBIC))
+        tiles = scaled.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, 3)
+        if self.fit.with_copy(rows * columns) == rows * columns:
+            return tiles
+        return np.concatenate([tiles, np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC))])

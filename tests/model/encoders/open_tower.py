@@ -191,6 +191,19 @@ PARTS["llama4"] = _part(  # type: ignore[call-arg]
 )
 
 
+def _copied_tiles(*counts: int) -> Callable[[Any], list[Shape]]:
+    return lambda config: [(1, count * config.side, config.side) for count in counts]
+
+
+PARTS["internvl"] = _part(  # type: ignore[call-arg]
+    "internvl",
+    *ENCODERS["internvl"],
+    ("model.vision_tower.", "model.multi_modal_projector."),
+    shapes=_copied_tiles(1, 2, 3, 1),
+    large_shapes=_copied_tiles(40, 7, 13),
+)
+
+
 def dense_weights(
     tensors: Mapping[str, EncoderTensor], prefix: str, values: Mapping[str, Array]
 ) -> DenseWeights:

@@ -15,6 +15,7 @@ from argosy.errors import CheckpointError, UnsupportedModel, UsageError
 from argosy.model.encoders import (
     gemma_vision,
     glm_vision,
+    intern_vit,
     llama4_vision,
     moon_vit,
     omni_audio,
@@ -179,6 +180,54 @@ PIXTRAL_OF_LARGE_3: RawConfig = {
 }
 
 
+INTERN_VIT: RawConfig = {
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.0,
+    "hidden_size": 1024,
+    "image_size": [448, 448],
+    "initializer_range": 0.02,
+    "intermediate_size": 4096,
+    "layer_norm_eps": 1e-06,
+    "layer_scale_init_value": 0.1,
+    "model_type": "internvl_vision",
+    "norm_type": "layer_norm",
+    "num_attention_heads": 16,
+    "num_channels": 3,
+    "num_hidden_layers": 24,
+    "patch_size": [14, 14],
+    "projection_dropout": 0.0,
+    "use_absolute_position_embeddings": True,
+    "use_mask_token": False,
+    "use_mean_pooling": True,
+    "use_qk_norm": False,
+}
+# InternViT-6B in the spelling of OpenGVLab.
+INTERN_VIT_6B: RawConfig = {
+    "attention_dropout": 0.0,
+    "drop_path_rate": 0.0,
+    "dropout": 0.0,
+    "hidden_act": "gelu",
+    "hidden_size": 3200,
+    "image_size": 448,
+    "initializer_factor": 0.1,
+    "initializer_range": 1e-10,
+    "intermediate_size": 12800,
+    "layer_norm_eps": 1e-06,
+    "model_type": "intern_vit_6b",
+    "norm_type": "rms_norm",
+    "num_attention_heads": 25,
+    "num_channels": 3,
+    "num_hidden_layers": 45,
+    "patch_size": 14,
+    "qk_normalization": True,
+    "qkv_bias": False,
+    "use_bfloat16": True,
+    "use_flash_attn": True,
+}
+
+
 def config_reader(raw: RawConfig) -> ConfigReader:
     return ConfigReader(raw, "this family", within="vision_config")
 
@@ -194,6 +243,16 @@ def text_model(hidden_size: int) -> Any:
 def read_pixtral(raw: RawConfig, **wrapper: Any) -> pixtral_vision.PixtralConfig:
     around = ConfigReader(wrapper, "mistral3")
     return pixtral_vision.read_config(config_reader(raw), around, text_model(4096))
+
+
+def read_intern_vit(raw: RawConfig, **wrapper: Any) -> intern_vit.InternViTConfig:
+    return intern_vit.read_config(config_reader(raw), ConfigReader(wrapper, "internvl"), text_model(2048))
+
+
+def read_intern_vit_6b(raw: RawConfig) -> intern_vit.InternViTConfig:
+    return intern_vit.read_chat_config(
+        config_reader(raw), ConfigReader({}, "internvl_chat"), text_model(4096)
+    )
 
 
 # The config of a released tower, how it is read, its tensors, and millions of parameters, as transformers counts them.
@@ -232,6 +291,13 @@ RELEASED: dict[str, tuple[RawConfig, Callable[[RawConfig], Any], Callable[[Any],
         ),
         llama4_vision.tensors,
         872,
+    ),
+    "InternVL3.5-30B": (INTERN_VIT, read_intern_vit, intern_vit.tensors, 317),
+    "InternVL3.5-241B": (
+        INTERN_VIT_6B,
+        read_intern_vit_6b,
+        lambda config: intern_vit.tensors(config, intern_vit._CHAT),
+        5606,
     ),
     "Mistral-Small-4": (PIXTRAL, read_pixtral, pixtral_vision.tensors, 428),
     "Mistral-Large-3": (
@@ -287,6 +353,14 @@ REFUSED = [
     ("Kimi-K2.5", "text_hidden_size", 4096),
     ("Kimi-K2.5", "mm_hidden_size", 1024),
     ("Kimi-K2.5", "vt_hidden_size", 1160),
+    ("InternVL3.5-30B", "use_mean_pooling", False),
+    ("InternVL3.5-30B", "use_absolute_position_embeddings", False),
+    ("InternVL3.5-30B", "use_mask_token", True),
+    ("InternVL3.5-30B", "norm_type", "group_norm"),
+    ("InternVL3.5-30B", "hidden_act", "quick_gelu"),
+    ("InternVL3.5-30B", "image_size", [448, 224]),
+    ("InternVL3.5-30B", "hidden_size", 1030),
+    ("InternVL3.5-241B", "num_channels", 4),
     ("Mistral-Small-4", "hidden_act", "quick_gelu"),
     ("Mistral-Small-4", "num_channels", 1),
     ("Mistral-Small-4", "head_dim", 128),
@@ -337,6 +411,18 @@ def test_both_spellings_of_kimi_give_the_same_config() -> None:
     }
     wrapper = {"projection_hidden_size": 1152, "projection_layer_norm_eps": 1e-5}
     assert read_kimi(KIMI_K25) == read_kimi(of_transformers, **wrapper) == read_kimi({})
+
+
+def test_another_projector_of_internvl_is_refused() -> None:
+    for wrapper in (
+        {"vision_feature_layer": -4},
+        {"vision_feature_select_strategy": "full"},
+        {"projector_hidden_act": "relu"},
+        {"downsample_ratio": 0.3},
+    ):
+        with pytest.raises(UnsupportedModel, match=f"asks for {next(iter(wrapper))}"):
+            read_intern_vit(INTERN_VIT, **wrapper)
+    assert read_intern_vit(INTERN_VIT, downsample_ratio=0.25).merge == 4
 
 
 def test_another_projector_of_pixtral_is_refused() -> None:

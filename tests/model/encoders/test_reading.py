@@ -40,6 +40,7 @@ PLACES: list[tuple[str, str, Kind]] = [
     ("gemma4", "gemma4", "picture"),
     ("llama4", "llama4", "picture"),
     ("mistral3", "mistral3", "picture"),
+    ("internvl", "internvl", "picture"),
     ("qwen2_moe", "qwen2_moe", "picture"),
     ("qwen2_moe_audio", "qwen2_moe", "sound"),
 ]
@@ -84,6 +85,7 @@ def test_every_tower_of_the_table_is_tested() -> None:
         *((family, kind) for _, family, kind in PLACES),
         ("kimi_vl", "picture"),
         ("mistral4", "picture"),
+        ("internvl_chat", "picture"),
     }
 
 
@@ -143,7 +145,7 @@ def as_mlx_vlm_writes(tmp_path: Path, name: str) -> Path:
 # The demo's towers are not in mlx-vlm, and it keeps the names and axes of Llama-4's.
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [(name, kind) for name, family, kind in PLACES if family not in ("qwen2_moe", "llama4")],
+    [(name, kind) for name, family, kind in PLACES if family not in ("qwen2_moe", "llama4", "internvl")],
 )
 def test_a_tower_that_mlx_vlm_wrote_gives_the_same_rows(name: str, kind: Kind, tmp_path: Path) -> None:
     _, _, reference = open_reference(name, is_exact=False)

@@ -150,7 +150,7 @@ def test_the_operations_of_a_picture_are_known_before_it_is_encoded(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     part, config, tower = open_tower(name)
-    grid = (1, 4 * config.merge, 6 * config.merge)
+    grid = part.shapes(config)[1]
     done = 0
     linear, attend = _native.linear, _native.attend
 

@@ -46,6 +46,12 @@ def block_floats(num_rows: int, flop_per_row: int, floats_per_row: int) -> int:
     return block_rows(num_rows, flop_per_row) * floats_per_row
 
 
+def columns(x: Rows, count: int) -> list[Rows]:
+    """Divide x [rows, columns] into `count` views of equal width."""
+    width = x.shape[1] // count
+    return [x[:, at * width : (at + 1) * width] for at in range(count)]
+
+
 def in_blocks(work: Callable[[slice], None], rows: range, flop_per_row: int) -> Steps:
     """Do the work on all rows, a block at a time."""
     step = block_rows(max(1, len(rows)), flop_per_row)

@@ -69,6 +69,7 @@ class Encoder:
     extent: returns the patches of a shape, and those that see one another; None: all of its grid, those of a frame.
     settings: returns the processor's settings that follow from the tower's config; None: none do. Those in the
         processor's file take precedence.
+    has_processor_file: whether the checkpoints have a file with the processor's settings that describes it.
     """
 
     kind: Kind
@@ -89,3 +90,4 @@ class Encoder:
     placeholder: str | None = None
     extent: Callable[[Any, Any], tuple[int, int]] | None = None
     settings: Callable[[Any], Mapping[str, object]] | None = None
+    has_processor_file: bool = True

@@ -50,6 +50,8 @@ _LAYER_NAMES = {
     "up": "ffn_up",
     "down": "ffn_down",
     "mlp_out_norm": "ffn_post_norm",
+    "attn_scale": "ls1",
+    "mlp_scale": "ls2",
 }
 _DEEPSTACK_NAMES = {"norm": "norm", "up": "fc1", "down": "fc2"}
 

@@ -24,6 +24,7 @@ from argosy.model.encoders.blocks import (
     Tower,
     attention_floats,
     block_floats,
+    columns,
     in_blocks,
 )
 from argosy.model.encoders.grid import (
@@ -201,12 +202,12 @@ class PatchTower(Tower[Sizes]):
         """Add the attention of a layer to `hidden`."""
         ops, width, head_dim = self._operations, self._config.hidden_size, self._config.head_dim
         qkv = np.empty((len(hidden), 3 * width), np.float32)
-        query, key, value = qkv[:, :width], qkv[:, width : 2 * width], qkv[:, 2 * width :]
+        query, key, value = columns(qkv, 3)
         names = [f"{layer}.{name}" for name in (("q", "k", "v") if self._config.are_qkv_apart else ("qkv",))]
 
         def project(rows: slice) -> None:
             normed = self._norm(f"{layer}.attn_norm", hidden[rows])
-            for name, out in zip(names, np.split(qkv[rows], len(names), axis=1), strict=True):
+            for name, out in zip(names, columns(qkv[rows], len(names)), strict=True):
                 ops.linear(name, normed, out)
             query_key = qkv[rows, : 2 * width]
             rotation.apply(ops, query_key.reshape(len(query_key), -1, head_dim), rows)

@@ -47,6 +47,7 @@ from argosy.model.weights import DenseReading, dense_footprint, is_vector
 READ_BYTES = 16 << 20
 READ_MS = 5
 MEL_FRAMES_PER_SECOND = 100  # in every encoder here: 16,000 samples in hops of 160
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 _MMPROJ_HINT = "take the Q8_0, F16, BF16 or F32 file; those are published beside others"
 _BLOCKS, _BLOCK_VALUES, _BLOCK_BYTES = "Q8_0", 32, 34
 
@@ -174,16 +175,16 @@ class EncoderFiles:
 
     def flop(self, grid: Shape) -> int:
         """Floating-point operations of the products and of the attention of a picture."""
-        (patches, seen), cells = self._extent(grid), self.num_positions(grid) - len(self.written(grid))
+        (rows, seen), cells = self._extent(grid), self.num_positions(grid) - len(self.written(grid))
         found = 0
         for name, ref in self.tensors.items():
-            if is_vector(name) or name.startswith("position"):
+            if is_vector(name) or name.startswith(("position", "cls")):
                 continue
             # The part after the layers joins patches: it runs once for each position of the prompt.
-            rows = patches if name.startswith(("layers.", "patch")) else cells
-            found += 2 * ref.rows * ref.cols * rows
+            times = rows if name.startswith(("layers.", "patch")) else cells
+            found += 2 * ref.rows * ref.cols * times
         width: int = getattr(self.config, "query_size", self.config.hidden_size)
-        attention: int = self.config.num_layers * patches * attention_flop(seen, width)
+        attention: int = self.config.num_layers * rows * attention_flop(seen, width)
         return found + attention
 
     def _extent(self, grid: Shape) -> tuple[int, int]:
@@ -277,7 +278,9 @@ def _read(files: ModelFiles, encoder: Encoder) -> EncoderFiles:
         _take_tensors(accounts, encoder, config, names, is_gguf=False),
         token_id=_token_id(around, encoder.placeholders, files),
         marks=_marks(around, encoder, files),
-        settings=_read_settings(files.path, encoder.kind, is_needed=encoder.settings is None),
+        settings=_read_settings(files.path, encoder.kind, is_needed=encoder.settings is None)
+        if encoder.has_processor_file
+        else ({}, path.name),
         video=None if encoder.video is None else _video(around, encoder.video, files),
     )
 
@@ -403,8 +406,22 @@ def _marks(around: ConfigReader, encoder: Encoder, files: ModelFiles) -> tuple[i
 
 
 def _token_id(around: ConfigReader, keys: Sequence[str], files: ModelFiles) -> int:
-    """Return the token id under the first of these keys that exists."""
+    """Return the token id under the first of these keys that exists; a key in angle brackets is the token itself."""
     for key in keys:
+        if key.startswith("<"):
+            added = read_object(files.path / _TOKENIZER_CONFIG).get("added_tokens_decoder")
+            for token_id, token in added.items() if isinstance(added, dict) else ():
+                if (
+                    token_id.isdecimal()
+                    and len(token_id) < 10
+                    and isinstance(token, dict)
+                    and token.get("content") == key
+                ):
+                    return _in_vocabulary(int(token_id), key, files.path / _TOKENIZER_CONFIG, files)
+            raise CheckpointError(
+                f"{_TOKENIZER_CONFIG} has no token {key} in added_tokens_decoder, which stands for a picture",
+                key=key,
+            )
         for token_id in around.token_ids(key):
             return _in_vocabulary(token_id, key, files.path / CONFIG_FILE, files)
     raise CheckpointError(f"{CONFIG_FILE} has no {keys[0]}", key=keys[0])

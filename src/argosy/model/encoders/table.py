@@ -16,6 +16,7 @@ _FILES = (
     "llama4_vision",
     "moon_vit",
     "pixtral_vision",
+    "intern_vit",
     "omni_audio",
     "whisper_audio",
 )

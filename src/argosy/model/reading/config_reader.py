@@ -165,6 +165,9 @@ class ConfigReader:
         self._asked.add(name)
         return None if self._raw.get(name) is None else self.one_of(name, supported[0], supported)
 
+    def is_list(self, name: str) -> bool:
+        return isinstance(self._raw.get(name), list)
+
     def integers(self, name: str, *, least: int, most: int) -> tuple[int, ...]:
         """Read a list of whole numbers; empty if it is null or absent."""
         value = self._raw.get(name)

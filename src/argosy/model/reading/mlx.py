@@ -56,6 +56,8 @@ _FORMS: Mapping[str, _Form] = {
     "mimo_v2_flash": _Form(passed_over=_DRAFTS),
     "qwen2_moe": _Form(),
     "qwen3_moe": _Form(),
+    "internvl": _WRAPPED,
+    "internvl_chat": _WRAPPED,
     "mellum": _Form(),
     "hunyuan_v1_moe": _Form(),
     "youtu": _Form(),

@@ -27,6 +27,7 @@ __all__ = [
     "open_gguf",
     "open_qwen3_gguf",
     "parse_config",
+    "read_own",
     "read_text",
     "read_window",
 ]
@@ -43,9 +44,16 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
     reader = ConfigReader(raw, MODEL_TYPE)
-    config = read_text(
+    config = read_own(reader, MODEL_TYPE)
+    reader.finish()
+    return config
+
+
+def read_own(reader: ConfigReader, family: str) -> ModelConfig:
+    """Read a model of this family, perhaps in the wrapper of another; the caller calls `finish()`."""
+    return read_text(
         reader,
-        MODEL_TYPE,
+        family,
         read_window,
         num_layers=24,
         renormalize=False,
@@ -61,8 +69,6 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         num_experts=128,
         experts_per_token=8,
     )
-    reader.finish()
-    return config
 
 
 def read_text(
