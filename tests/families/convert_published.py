@@ -24,9 +24,11 @@ from tests.families.published import PUBLISHED
 
 RECORD = Path(__file__).with_name("gguf_converted.json")
 
-# llama.cpp has no converter for these, or, for MiMo, Sarvam-30B and Step, none that works with transformers 5.24.
+# llama.cpp has no converter for these, or, for Ling-3, MiMo, Sarvam-30B and Step, none that works with transformers
+# 5.24.
 UNKNOWN = (
-    "axk1", "bailing_moe_linear", "flex_olmo", "mimo_v2_flash", "mimo_v2", "sarvam_mla", "sarvam_moe", "step3p7",
+    "axk1", "bailing_hybrid", "bailing_moe_linear", "flex_olmo", "mimo_v2_flash", "mimo_v2", "sarvam_mla", "sarvam_moe",
+    "step3p7",
 )  # fmt: skip
 # Models whose GGUF architecture is another than their family's, and is not read.
 OTHER_ARCHITECTURE = ("Nemotron-Nano-9B-v2",)
