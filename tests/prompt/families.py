@@ -169,6 +169,7 @@ SHORT = {
         _family("granite", templates.GRANITE_3, ["<|tool_call|>"], [], ["<|im_end|>"]),
         _family("granite4", templates.GRANITE_4, [], ["<tool_call>", "</tool_call>"], ["<|im_end|>"]),
         _family("nemotron3", templates.NEMOTRON_3, [], ["<think>", "</think>"], ["<|im_end|>"]),
+        _family("laguna", templates.LAGUNA, [], _GLM, ["<|im_end|>"]),
         _family("step3", templates.STEP_35, [], _QWEN, ["<|im_end|>"]),
         _family("cohere2", templates.COHERE2_MOE, _COHERE, [], ["<|im_end|>"]),
         _family(

@@ -105,6 +105,7 @@ ONE |= {
 }
 ONE["ernie"] = ONE["granite4"] = ONE["qwen3"]
 ONE["nemotron3"] = ONE["step3"] = ONE["qwen3_coder"]
+ONE["laguna"] = ONE["glm"]
 ONE["llama3"] = '{"name": "get_weather", "parameters": ' + OSLO + "}"
 ONE["deepseek_v32"] = ONE["deepseek_v4"].replace("tool_calls>", "function_calls>")
 ONE["qwen2_5"] = ONE["qwen3"]
@@ -132,6 +133,7 @@ TWO |= {
     "granite4": TWO["qwen3"],
     "nemotron3": TWO["qwen3_coder"],
     "step3": TWO["qwen3_coder"],
+    "laguna": TWO["glm"],
     "hunyuan": ONE["hunyuan"].replace("]", _CLOCK),
     "granite": ONE["granite"].replace("]", _CLOCK),
     "cohere2": ONE["cohere2"].replace(

@@ -576,6 +576,16 @@ NEMOTRON_3 = _short(
 )  # fmt: skip
 # Step-3.5 writes calls without a line between them, and thinks from the first token.
 STEP_35 = NEMOTRON_3.replace(r"</tool_call>\n<tool_call>", "</tool_call><tool_call>")
+# Laguna opens or closes the thoughts itself, and breaks the line after each value only.
+LAGUNA = _short(
+    r"""{{- '<tool_call>' ~ f.name ~ '\n' -}}
+    {%- for key, value in f.arguments.items() -%}
+      {{- '<arg_key>' ~ key ~ '</arg_key>\n<arg_value>' ~ (value if value is string else value | tojson)
+          ~ '</arg_value>\n' -}}
+    {%- endfor -%}
+    {{- '</tool_call>' -}}""",
+    "", r"\n", r"\n", r"<think>\n", r"\n</think>\n",
+)  # fmt: skip
 COHERE2_MOE = _short(
     """{{- '{"tool_call_id": "' ~ call.id ~ '", "tool_name": "' ~ f.name ~ '", "parameters": ' ~ f.arguments | tojson
         ~ '}' -}}""",
