@@ -12,6 +12,7 @@ cannot be forgotten.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import functools
 import gc
@@ -880,6 +881,7 @@ def main() -> int:
     warnings.simplefilter("ignore", RuntimeWarning)  # nanobind's, of objects that were never initialised
     walker = Walker(native, options.note)
     gc.freeze()  # there is a collection after each callable
+    atexit.register(gc.unfreeze)  # nanobind reports as leaked what is never collected
     with tempfile.NamedTemporaryFile() as file:
         file.write(bytes(range(256)) * 64)
         file.flush()
