@@ -1,6 +1,6 @@
 # Commands for a new checkout. Each sets up .venv by itself; they need only Python, a C++ compiler and make.
 .DEFAULT_GOAL := help
-.PHONY: FORCE help demo test test-full native-testing build-native-tests test-native test-emulated test-sanitize test-sanitize-module soak test-oracle test-clients test-cluster test-page first-hour wheel test-wheel sbom lint stubs format map bench peer clean
+.PHONY: FORCE help demo test test-full native-testing build-native-tests test-native test-emulated test-sanitize test-sanitize-module soak test-oracle test-clients test-cluster test-page first-hour wheel test-wheel sbom lint stubs format map families bench peer clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -256,6 +256,9 @@ format: $(VENV)/.lint     ## reformat the sources for lint
 
 map:                      ## every module: its lines of code and first sentence
 	@$(PYTHON) .ci/map.py
+
+families: $(VENV)/.test   ## write docs/families.md, the table of families and of what is proved
+	$(BIN)/python -m tests.families.table
 
 bench: $(VENV)/.installed native-testing  ## the short form of every benchmark
 	$(BIN)/python benchmarks/run_all.py --short

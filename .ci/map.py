@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 MOST_FILES_OF_FOLDER, MOST_LINES_OF_FILE, MOST_LINES_OF_FUNCTION, MOST_PARAMETERS = 25, 600, 80, 10
 MOST_LINES_OF_CORE = 44_000  # docs/decisions/0091-bound-the-core.md
+GENERATED = ("families.md",)  # a table, not prose
 # What the core runs without, below src/argosy; tests/test_core_alone.py deletes it from a copy.
 OPTIONAL = {
     "several machines": ("cluster", "route", *(f"cli/commands/{one}.py" for one in ("worker", "cluster", "route"))),
@@ -225,7 +226,7 @@ def print_sizes(root: Path) -> None:
     ]
     slots = set(re.findall(r"\b[a-z_]*slots\b", "\n".join(texts.values())))
     pages = [root / name for name in ("README.md", "CHANGELOG.md", "SECURITY.md", "CONTRIBUTING.md")]
-    pages += sorted((root / "docs").rglob("*.md"))
+    pages += [page for page in sorted((root / "docs").rglob("*.md")) if page.name not in GENERATED]
     members = sum(codes[path] for path in plug_ins(source))
     rooms = sum(codes[path] for path in optional(source))
     figures = {
