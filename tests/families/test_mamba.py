@@ -138,7 +138,8 @@ def test_unsupported_granites_are_refused_by_name(changes: dict[str, Any], sente
 
 def test_no_limit_of_dt_has_several_spellings() -> None:
     for limit in ([0.0, float("inf")], [0.0, {"__float__": "Infinity"}], None):
-        assert parse(granitemoehybrid(time_step_limit=limit)) == parse(granitemoehybrid())
+        for make in (granitemoehybrid, nemotron_h):
+            assert parse(make(time_step_limit=limit)) == parse(make())
 
 
 @pytest.mark.parametrize(
@@ -155,6 +156,7 @@ def test_no_limit_of_dt_has_several_spellings() -> None:
         ({"mamba_proj_bias": True}, "asks for mamba_proj_bias true; supported: false"),
         ({"mlp_bias": True}, "asks for mlp_bias true; supported: false"),
         ({"sliding_window": 8}, "asks for sliding_window 8; supported: null"),
+        ({"time_step_limit": [0.0, 0.1]}, "asks for time_step_limit [0.0, 0.1]; supported: [0.0, inf]"),
         ({"n_shared_experts": 2}, "asks for n_shared_experts 2; supported: 1"),
         ({"n_groups": 4}, "36 channels, 6 heads, 4 groups; expected heads of equal size"),
         ({"n_group": 4}, "6 experts in 4 groups"),

@@ -18,6 +18,7 @@ from argosy.model.families.attention import granitemoe
 from argosy.model.families.recurrent.mamba import (
     MAMBA_NAMES,
     MOST_OF_ONE,
+    NO_LIMIT,
     read_gguf_mamba,
     require_even_shares,
 )
@@ -34,7 +35,6 @@ _MAMBA, _ATTENTION = (
     ("mamba", "linear_attention"),
     ("attention", "full_attention"),
 )  # transformers 5 renames them
-_NO_LIMIT = ([0.0, float("inf")], [0.0, {"__float__": "Infinity"}], None)
 
 
 def parse_config(raw: Mapping[str, object]) -> ModelConfig:
@@ -63,7 +63,7 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     # Of training, and how transformers cuts prompts, which changes no result.
     reader.passed("init_method", "mamba_chunk_size")
     reader.neutral("normalization_function", "rmsnorm")
-    reader.neutral("time_step_limit", *_NO_LIMIT)
+    reader.neutral("time_step_limit", *NO_LIMIT)
     kinds = reader.layer_types(reader.integer("num_hidden_layers", default=32), (*_MAMBA, *_ATTENTION)) or ()
     has_rope = reader.optional_one_of("position_embedding_type", ("nope", "rope")) == "rope"
     config = granitemoe.read_granite(reader, MODEL_TYPE, shared=1024)

@@ -23,6 +23,10 @@ MAMBA_NAMES = {
 }
 
 
+# Values of `time_step_limit` that clamp nothing.
+NO_LIMIT = ([0.0, float("inf")], [0.0, {"__float__": "Infinity"}], None)
+
+
 def require_even_shares(mamba: MambaConfig, channels: int, where: str) -> MambaConfig:
     """Return the config if its heads share the channels evenly, and its groups share the heads.
 

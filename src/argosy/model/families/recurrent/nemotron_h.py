@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from argosy.config import AttentionConfig, MambaConfig, ModelConfig
-from argosy.model.families.recurrent.mamba import MAMBA_NAMES, MOST_OF_ONE, require_even_shares
+from argosy.model.families.recurrent.mamba import MAMBA_NAMES, MOST_OF_ONE, NO_LIMIT, require_even_shares
 from argosy.model.families.recurrent.nemotron_h_gguf import (
     GGUF_ARCHITECTURE,
     RELU2,
@@ -63,7 +63,7 @@ _OF_EXPERTS = (
 _UNUSED = (  # of training, of transformers' kernels, and of layers for multi-token prediction
     "chunk_size", "expand", "mamba_ssm_cache_dtype", "moe_shared_expert_overlap", "mtp_hybrid_override_pattern",
     "mtp_layers_block_type", "num_logits_to_keep", "num_nextn_predict_layers", "rescale_prenorm_residual",
-    "residual_in_fp32", "time_step_floor", "time_step_limit", "time_step_max", "time_step_min", "use_mamba_kernels",
+    "residual_in_fp32", "time_step_floor", "time_step_max", "time_step_min", "use_mamba_kernels",
 )  # fmt: skip
 
 
@@ -80,9 +80,9 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     common = read_common(reader, _DEFAULTS if has_experts else replace(_DEFAULTS, num_experts=0))
     reader.neutral("num_hidden_layers", len(pattern))
     reader.neutral("norm_eps", common.model["norm_eps"])
-    reader.neutral("mlp_hidden_act", "relu2")
-    reader.neutral("mamba_hidden_act", "silu")
-    reader.neutral("sliding_window", None)
+    for name, only in {"mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "sliding_window": None}.items():
+        reader.neutral(name, only)
+    reader.neutral("time_step_limit", *NO_LIMIT)
     for name in ("attention_bias", "mamba_proj_bias"):
         reader.neutral(name, False)
     reader.passed(*_UNUSED)
