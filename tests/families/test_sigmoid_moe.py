@@ -71,7 +71,7 @@ def test_exaone_rotates_only_in_layers_with_a_window() -> None:
     config = parse(exaone_moe())
     assert (windows(config), rotates(config)) == ([7, 0, 7], [True, False, True])
     assert (config.moe_layers, config.shared_width, config.attention.qk_norm) == ((1, 2), 9, "head")
-    patterns = {4: "LLLGL", "LLG": "LLGLL", 1: "GGGGG", "G": "GGGGG", "L": "LLLLL"}
+    patterns = {4: "LLLGL", 2**62: "LLLLL", "LLG": "LLGLL", 1: "GGGGG", "G": "GGGGG", "L": "LLLLL"}
     for pattern, expected in patterns.items():
         by_turns = exaone_moe(layer_types=None, sliding_window_pattern=pattern, num_hidden_layers=5)
         assert rotates(parse(by_turns)) == [letter == "L" for letter in expected]

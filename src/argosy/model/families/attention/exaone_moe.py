@@ -86,7 +86,7 @@ def _read_kinds(reader: ConfigReader, pattern: object, num_layers: int) -> Seque
     if (kinds := reader.layer_types(num_layers)) is not None:
         return kinds
     if type(pattern) is int and pattern > 0:
-        pattern = "L" * (pattern - 1) + "G"
+        pattern = "L" * min(pattern - 1, num_layers) + "G"
     if not isinstance(pattern, str) or not pattern or not set(pattern) <= {"L", "G"}:
         raise reader.unsupported(_PATTERN, "a whole number from 1, or letters L and G, such as LLLG")
     return [SLIDING if pattern[layer % len(pattern)] == "L" else FULL for layer in range(num_layers)]
