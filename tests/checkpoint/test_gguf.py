@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
@@ -60,6 +61,9 @@ def test_a_key_that_is_missing_or_of_the_wrong_type_is_named(path: Path) -> None
         file.integer("a.words")
     with pytest.raises(CheckpointError, match=r"a\.is_on is 'True', expected a number above zero"):
         file.number("a.is_on")
+    for extreme in (1e39, 1e-46, float("inf"), float("nan")):  # nothing that float32 holds
+        with pytest.raises(CheckpointError, match=r"a\.scale is '.*', expected a number above zero"):
+            replace(file, metadata={"a.scale": extreme}).number("a.scale")
     with pytest.raises(CheckpointError, match=r"a\.count is '7', expected an array of strings"):
         file.texts("a.count")
 

@@ -432,6 +432,8 @@ def test_training_and_generation_keys_are_ignored(make: Any) -> None:
         ),
         ({"vocab_size": None}, "vocab_size is null; expected a whole number"),
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0, a whole number; expected a number above zero"),
+        ({"rms_norm_eps": 1e39}, r"rms_norm_eps is 1e\+39, a number; expected a number above zero"),
+        ({"rms_norm_eps": 1e-46}, "rms_norm_eps is 1e-46, a number; expected a number above zero"),
         ({"rms_norm_eps": 10**400}, "rms_norm_eps is 10000.*; expected a number above zero"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1, a whole number; expected true or false"),
         (

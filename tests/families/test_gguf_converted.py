@@ -257,3 +257,10 @@ def test_any_other_key_changes_the_model_or_is_refused_by_name(
             if not is_noticed:
                 unnoticed.append((key, value))
     assert not unnoticed
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("nan"), -1.0, 1e10])
+def test_sections_that_are_no_whole_numbers_are_refused(number: float, tmp_path: Path) -> None:
+    key = "qwen35moe.rope.dimension_sections"
+    with pytest.raises(CheckpointError, match=rf"{key} is .*, expected three whole numbers from 0"):
+        open_converted("Qwen3.6-35B-A3B", tmp_path / "odd.gguf", {key: [number] * 3 + [0.0]})

@@ -137,7 +137,7 @@ class GgufFile:
     def number(self, key: str, default: float | None = None) -> float:
         """Return a number above zero. A float32 becomes the shortest decimal that rounds to it: 1e-05, not 9.99e-06."""
         value = self._find(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-37 < value < 1e38:
             raise self.wrong(key, value, "a number above zero")
         return float(str(np.float32(value))) if isinstance(value, float) else float(value)
 

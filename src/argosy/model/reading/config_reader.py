@@ -116,7 +116,7 @@ class ConfigReader:
         return self.integer(name, default=default, least=least)
 
     def number(self, name: str, default: float) -> float:
-        """Read a number above zero that fits a float64."""
+        """Read a number above zero that fits a float32."""
         _, value = self._find(name, default=default)
         if not is_positive_number(value):
             raise self._wrong(name, value, "a number above zero")
@@ -403,8 +403,8 @@ class ConfigReader:
 
 
 def is_positive_number(value: object) -> bool:
-    # 1e300: a whole number in JSON may have a thousand digits, and float() of it would fail.
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e300
+    # Products are in float32, where larger numbers are infinite, and smaller ones zero.
+    return isinstance(value, int | float) and not isinstance(value, bool) and 1e-37 < value < 1e38
 
 
 def _is_same(one: object, other: object) -> bool:

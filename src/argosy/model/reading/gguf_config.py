@@ -222,7 +222,7 @@ class GgufConfigReader:
         if key not in self.file.metadata:
             return ()
         value = self.file.numbers(key)
-        sections = [int(number) for number in value[:3] if number >= 0]
+        sections = [int(number) for number in value[:3] if 0 <= number <= LARGEST_SIZE]
         found = None
         if len(sections) == 3 and not any(value[3:]):
             found = axes_of_pairs(sections, num_pairs, is_mixed=axes.is_mixed)
