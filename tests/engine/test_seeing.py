@@ -310,3 +310,28 @@ def test_a_processor_for_another_encoder_is_named(
         assert isinstance(engine.media, PromptMedia)
         with pytest.raises(CheckpointError, match=message):
             engine.media.read(part)
+
+
+@pytest.mark.parametrize(
+    ("family", "side", "sentence"),
+    [
+        ("internvl", 16, "has size 16, and the encoder of pictures takes 24"),
+        ("internvl", 48, "has size 48, and the encoder of pictures takes 24"),
+        ("internvl", 4, "tiles have 4 pixels on a side; supported: a multiple of 8"),
+        ("llama4", 8, "has size 8, and the encoder of pictures takes 16"),
+        ("llama4", 32, "has size 32, and the encoder of pictures takes 16"),
+    ],
+)
+def test_tiles_of_another_size_than_the_tower_s_are_refused(
+    family: str, side: int, sentence: str, tmp_path: Path
+) -> None:
+    directory = tmp_path / "model"
+    shutil.copytree(REFERENCE / family, directory)
+    path = directory / "preprocessor_config.json"
+    raw = json.loads(path.read_text())
+    tile = {name: side for name in ("tile_size",) if name in raw}
+    path.write_text(json.dumps(raw | tile | {"size": {"height": side, "width": side}}))
+    with opened(directory) as engine:
+        assert isinstance(engine.media, PromptMedia)
+        with pytest.raises(CheckpointError, match=sentence):
+            engine.media.read(Image(np.zeros((8, 8, 3), np.uint8)))

@@ -221,7 +221,7 @@ def processor_config(family: str) -> dict[str, Any]:
             "spatial_merge_size": config.merge,
         }
     if family == "internvl":
-        tile = config.side * config.patch_size
+        tile = config.position_side * config.patch_size
         return {
             "crop_to_patches": True,
             "image_mean": [0.5, 0.4, 0.3],

@@ -351,7 +351,7 @@ def _read_internvl(settings: Settings, most_tokens: int | None) -> InternVLProce
     least = settings.integer("min_patches", 1, most=most)
     levels = read_levels(settings, CLIP_MEAN, CLIP_STD, is_normalized=True)
     fit = InternVLFit(side, least, most, settings.flag("use_thumbnail", True))
-    of_tile = (side // patch_size // merge_size) ** 2
+    of_tile = _tokens_of_tile(side, patch_size * merge_size)
     if most_tokens is not None:
         if most_tokens < of_tile:
             raise UsageError(
@@ -360,6 +360,16 @@ def _read_internvl(settings: Settings, most_tokens: int | None) -> InternVLProce
         most = min(most, max(1, most_tokens // of_tile - fit.has_copy))
         fit = replace(fit, least=min(least, most), most=most)
     return InternVLProcessor(patch_size, merge_size, 1, fit, "merged", levels, of_tile * fit.with_copy(most))
+
+
+def _tokens_of_tile(side: int, of_token: int) -> int:
+    if side % of_token:
+        raise UnsupportedModel(
+            f"tiles have {side} pixels on a side; supported: a multiple of {of_token}, those of a token",
+            key="size",
+            value=side,
+        )
+    return (side // of_token) ** 2
 
 
 def read_levels(
@@ -415,18 +425,10 @@ def _read_llama4(settings: Settings, most_tokens: int | None) -> TileProcessor:
         side = size.integer("height", None)
         size.fixed("width", side)
         size.finish()
-    if side % (patch_size * merge_size):
-        raise UnsupportedModel(
-            f"tiles have {side} pixels on a side; supported: a multiple of {patch_size * merge_size}, those of a token",
-            key="size",
-            value=side,
-        )
+    of_tile = _tokens_of_tile(side, patch_size * merge_size)
     settings.fixed("do_resize", True)
     settings.fixed("do_normalize", True)
-    most_tiles, of_tile = (
-        settings.integer("max_patches", 16, most=256),
-        (side // patch_size // merge_size) ** 2,
-    )
+    most_tiles = settings.integer("max_patches", 16, most=256)
     if most_tokens is not None:
         if most_tokens < (least := tile_tokens(1, of_tile)):
             raise UsageError(

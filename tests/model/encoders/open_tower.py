@@ -192,7 +192,7 @@ PARTS["llama4"] = _part(  # type: ignore[call-arg]
 
 
 def _copied_tiles(*counts: int) -> Callable[[Any], list[Shape]]:
-    return lambda config: [(1, count * config.side, config.side) for count in counts]
+    return lambda config: [(1, count * config.position_side, config.position_side) for count in counts]
 
 
 PARTS["internvl"] = _part(  # type: ignore[call-arg]

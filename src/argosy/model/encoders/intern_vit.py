@@ -48,7 +48,7 @@ _MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 class InternViTConfig:
     """Sizes of the tower and its projector.
 
-    side: patches on a side of a tile.
+    position_side: patches on a side of a tile.
     tiles: the fewest and the most tiles of a picture, its small copy not counted; None: the processor's file says.
     """
 
@@ -57,7 +57,7 @@ class InternViTConfig:
     num_heads: int
     mlp_width: int
     patch_size: int
-    side: int
+    position_side: int
     merge: int
     out_size: int
     has_qkv_bias: bool
@@ -111,7 +111,7 @@ def read_chat_config(reader: ConfigReader, wrapper: ConfigReader, model: ModelCo
     wrapper.neutral("use_backbone_lora", 0)
     reader.passed("drop_path_rate", "dropout", "initializer_factor", "use_flash_attn")
     config = _read(reader, wrapper, model, bias=("qkv_bias", False), qk_norm="qk_normalization")
-    size = config.side * config.patch_size
+    size = config.position_side * config.patch_size
     wrapper.neutral("force_image_size", size, None)
     reader.finish()
     least, most = (
@@ -139,7 +139,7 @@ def _read(
         num_heads=reader.integer("num_attention_heads", default=16),
         mlp_width=reader.integer("intermediate_size", default=4096),
         patch_size=patch_size,
-        side=image_size // patch_size,
+        position_side=image_size // patch_size,
         merge=max(1, min(16, round(1 / ratio))),
         out_size=model.hidden_size,
         has_qkv_bias=reader.flag(*bias),
@@ -147,9 +147,10 @@ def _read(
         has_rms_norm=reader.one_of("norm_type", "layer_norm", ("layer_norm", "rms_norm")) == "rms_norm",
         norm_eps=reader.number("layer_norm_eps", 1e-6),
     )
-    if config.merge * ratio != 1 or not config.side or config.side % config.merge:
+    if config.merge * ratio != 1 or not config.position_side or config.position_side % config.merge:
         raise wrapper.unsupported(
-            "downsample_ratio", f"one divided by a divisor of {config.side}, a tile's patches on a side"
+            "downsample_ratio",
+            f"one divided by a divisor of {config.position_side}, a tile's patches on a side",
         )
     if config.hidden_size % config.num_heads:
         raise reader.unsupported("hidden_size", f"a multiple of the number of heads, {config.num_heads}")
@@ -188,7 +189,7 @@ def tensors(config: InternViTConfig, names: Mapping[str, Any] = _HUB) -> dict[st
     found = with_bias("patch", f"{tower}.{names['patch']}", (hidden, 3, config.patch_size, config.patch_size))
     found["cls"] = EncoderTensor(f"{tower}.{names['cls']}", (1, 1, hidden), row_axes=2)
     found["position"] = EncoderTensor(
-        f"{tower}.{names['position']}", (1, config.side**2 + 1, hidden), row_axes=2
+        f"{tower}.{names['position']}", (1, config.position_side**2 + 1, hidden), row_axes=2
     )
     attention = dict.fromkeys(("q", "k", "v"), (hidden, hidden))
     for layer in range(config.num_layers):
@@ -225,13 +226,13 @@ def written(config: InternViTConfig, grid: Grid) -> dict[int, str]:
 
 def extent(config: InternViTConfig, grid: Grid) -> tuple[int, int]:
     """Patches of all tiles, and those of one, which see one another; class tokens count as patches."""
-    seen = config.side**2 + 1
-    return frame_patches(grid) // config.side**2 * seen, seen
+    seen = config.position_side**2 + 1
+    return frame_patches(grid) // config.position_side**2 * seen, seen
 
 
 def settings(config: InternViTConfig) -> dict[str, object]:
     """The processor's settings that follow from the tower's config."""
-    size = config.side * config.patch_size
+    size = config.position_side * config.patch_size
     made: dict[str, object] = {
         "merge_size": config.merge, "patch_size": config.patch_size, "size": {"height": size, "width": size},
         "tile_size": size,
@@ -246,7 +247,12 @@ def settings(config: InternViTConfig) -> dict[str, object]:
 
 def peak_bytes(config: InternViTConfig, grid: Grid) -> int:
     """Most bytes that `encode` allocates, its result included; native scratch memory is not counted."""
-    hidden, wide, out, patches = config.hidden_size, config.mlp_width, config.out_size, config.side**2
+    hidden, wide, out, patches = (
+        config.hidden_size,
+        config.mlp_width,
+        config.out_size,
+        config.position_side**2,
+    )
     rows = patches + 1
     project = block_floats(rows, 6 * hidden**2, 3 * hidden)
     attend = attention_floats(rows, hidden, hidden, 2 * hidden**2, hidden)
@@ -274,7 +280,7 @@ class InternViT(Tower[InternViTConfig]):
             patches: [patches, 3 * patch_size^2], tile by tile, and cell by cell in a tile.
             grid: 1, the rows of patches of all tiles, which are one below the other, and the columns of one.
         """
-        config, size = self._config, self._config.side**2
+        config, size = self._config, self._config.position_side**2
         assert len(patches) == frame_patches(grid), (len(patches), grid)
         assert not len(patches) % size, (len(patches), size)
         embeddings = np.zeros((num_positions(config, grid), config.out_size), np.float32)
@@ -297,8 +303,8 @@ class InternViT(Tower[InternViTConfig]):
 
     def _embed(self, patches: Rows, hidden: Rows) -> Steps:
         ops, config = self._operations, self._config
-        at_rows, at_columns = patch_places((1, config.side, config.side), config.merge)
-        places = np.concatenate([[0], 1 + at_rows * config.side + at_columns]).astype(np.int32)
+        at_rows, at_columns = patch_places((1, config.position_side, config.position_side), config.merge)
+        places = np.concatenate([[0], 1 + at_rows * config.position_side + at_columns]).astype(np.int32)
         padded = np.concatenate([np.zeros_like(patches[:1]), patches])  # with a row for the class token
 
         def work(rows: slice) -> None:

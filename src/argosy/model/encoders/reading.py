@@ -30,6 +30,7 @@ from argosy.media.patches import PictureProcessor
 from argosy.media.pictures import read_picture_processor
 from argosy.media.settings import PROCESSOR_FILES, VIDEO_FILES
 from argosy.media.sounds import SoundProcessor, read_sound_processor
+from argosy.media.tiles import InternVLFit, Llama4Fit
 from argosy.media.videos import VideoProcessor, read_video_processor
 from argosy.model.encoders.blocks import FLOAT_BYTES, attention_flop
 from argosy.model.encoders.encoder import Encoder, Shape, Tower, VideoForm
@@ -112,6 +113,9 @@ class EncoderFiles:
                 "merge_size": (processor.merge_size, self.config.merge),
                 "temporal_patch_size": (processor.frames, getattr(self.config, "patch_frames", 1)),
             }
+            if isinstance(processor.fit, Llama4Fit | InternVLFit):
+                side = self.config.position_side * self.config.patch_size
+                sizes["size"] = (processor.fit.side, side)
         else:
             processor = read_sound_processor(raw, padding=self.encoder.sound_padding, where=where)
             sizes = {"feature_size": (processor.num_bands, self.config.num_mels)}
