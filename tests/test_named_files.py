@@ -12,6 +12,7 @@ NAMED = re.compile(r"`((?:\w+/)*\w+\.py)`")
 # Files of other projects.
 ELSEWHERE = {
     "conversion/base.py",
+    "conversion_mapping.py",
     "convert_hf_to_gguf.py",
     "deepseek_mtp.py",
     "modeling_deepseek_v2.py",

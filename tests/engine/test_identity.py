@@ -42,6 +42,7 @@ from tests.models.tiny import (
 from tests.models.tiny_cohere import cohere2_moe
 from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
 from tests.models.tiny_dense import gemma3_text
+from tests.models.tiny_flint import flint, lara_mini
 from tests.models.tiny_gemma import gemma4
 from tests.models.tiny_gqa import mimo_v2_flash
 from tests.models.tiny_kda import bailing_hybrid, kimi_linear
@@ -200,6 +201,12 @@ CONFIGS = {
         num_experts_per_tok=3,
         vocab_size=112,
     ),
+    "flint": flint(  # sinks, rotary embedding only in windows, sigmoid scores without a bias
+        max_position_embeddings=1024, hidden_size=72, moe_intermediate_size=40, num_experts=9, vocab_size=112
+    ),
+    "lara_mini": lara_mini(  # delta nets, windows and full attention; projections in one tensor
+        max_position_embeddings=1024, hidden_size=72, moe_intermediate_size=40, num_experts=9, vocab_size=112
+    ),
 }
 GPT_OSS = gpt_oss(  # sinks, alternating windows, expert biases
     max_position_embeddings=1024,
@@ -216,6 +223,7 @@ CASES = [
     ("deepseek_v3", "q8"),
     ("glm_moe_dsa", "q8"),
     ("qwen3_5_moe_text", "q8"),
+    ("lara_mini", "q8"),
     ("gemma4", "q8"),
     ("nemotron_h", "q8"),
     ("gemma3_text", "q4"),

@@ -136,6 +136,7 @@ def test_every_announced_architecture_is_recorded() -> None:
         "llama4_text",
         "minimax", "minimax_text_01",  # the other names of minimax_m1
         "internvl", "internvl_chat",
+        "flint", "lara_mini",
     }  # fmt: skip
 
 

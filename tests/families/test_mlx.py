@@ -27,7 +27,7 @@ Settings = dict[str, Any]
 def test_every_family_has_its_changes_in_the_table() -> None:
     assert {family.MODEL_TYPE for family in FAMILIES.values()} == {
         *mlx.FAMILIES,
-        *("axk1", "flex_olmo", "granitemoeshared", "minimax"),  # MLX does not know them
+        *("axk1", "flex_olmo", "granitemoeshared", "minimax", "flint", "lara_mini"),  # MLX does not know them
         "llama4_text",  # MLX's class of this name is of dense models
         "ernie4_5_moe",  # MLX leaves out the bias for the choice
         *("step3p5", "step3p7", "cohere2_moe"),

@@ -106,6 +106,7 @@ OTHERS = (
     "granitemoe",
     "granitemoeshared",
     "bailing_moe",
+    "lara_mini",
     *tiny_mamba.FAMILIES,
     "kimi_linear",
     *tiny_step.FAMILIES,

@@ -10,6 +10,7 @@ from tests.models.configuration import Configuration, yarn
 from tests.models.configurations_cohere import COHERE
 from tests.models.configurations_dense import DENSE
 from tests.models.configurations_flags import FLAGS
+from tests.models.configurations_flint import FLINT
 from tests.models.configurations_gemma import GEMMA
 from tests.models.configurations_gqa import GQA
 from tests.models.configurations_grouped import GROUPED
@@ -521,6 +522,7 @@ CONFIGURATIONS = (
     *YOUTU,
     *GQA,
     *WINDOWS,
+    *FLINT,
     *FLAGS,
     *MAMBA,
     *GROUPED,

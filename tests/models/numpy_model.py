@@ -24,6 +24,7 @@ from tests.models import (
     tiny_delta,
     tiny_dense,
     tiny_flags,
+    tiny_flint,
     tiny_gemma,
     tiny_gqa,
     tiny_grouped,
@@ -137,6 +138,9 @@ class NumpyModel:
             self.tensors = {numpy_mamba.respelt(name): t for name, t in self.tensors.items()}
         if family == tiny_hunyuan.FAMILY:
             self.config, self.tensors = tiny_hunyuan.as_qwen(self.config, self.tensors)
+        if family in tiny_flint.FAMILIES:
+            self.config, self.tensors = tiny_flint.as_known(self.config, self.tensors)
+            self.kinds = self.config["layer_types"]
         if family in tiny_grouped.FAMILIES:
             self.config, self.tensors = tiny_grouped.as_glm(self.config, self.tensors)
         if self.family in tiny_step.FAMILIES:
@@ -191,7 +195,7 @@ class NumpyModel:
                 hidden = hidden + self.norm(prefix + "post_feedforward_layernorm", added)
                 hidden = hidden * self.tensors[prefix + "layer_scalar"]
             else:
-                if self.is_delta and self.kinds[layer] == "linear_attention":
+                if self.kinds and self.kinds[layer] == "linear_attention":
                     hidden = hidden + delta_net(self.config, self.tensors, prefix + "linear_attn.", normed)
                 elif prefix + "self_attn.A_log" in self.tensors:
                     mixed = kimi_delta_attention(self.config, self.tensors, prefix + "self_attn.", normed)

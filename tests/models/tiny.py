@@ -22,6 +22,7 @@ from tests.models import (
     tiny_delta,
     tiny_dense,
     tiny_flags,
+    tiny_flint,
     tiny_gemma,
     tiny_gqa,
     tiny_grouped,
@@ -381,6 +382,8 @@ def moe_layers(config: RawConfig) -> list[int]:
     if config["model_type"] in tiny_mamba.FAMILIES:
         return tiny_mamba.moe_layers(config)
     config = text_of(config)
+    if config["model_type"] in tiny_flint.FAMILIES:
+        return [i for i in range(config["num_hidden_layers"]) if tiny_flint.is_moe(config, i)]
     if config["model_type"] in tiny_windows.FAMILIES:
         return [i for i in range(config["num_hidden_layers"]) if tiny_windows.is_moe(config, i)]
     if config["model_type"] in tiny_step.FAMILIES:
@@ -425,6 +428,8 @@ def tensor_shapes(config: RawConfig) -> dict[str, tuple[int, ...]]:
         return tiny_cohere.cohere_shapes(config)
     if config["model_type"] in tiny_flags.FAMILIES:
         return tiny_flags.flag_shapes(config)
+    if config["model_type"] in tiny_flint.FAMILIES:
+        return tiny_flint.flint_shapes(config)
     if config["model_type"] in tiny_windows.FAMILIES:
         return tiny_windows.window_shapes(config)
     if config["model_type"] in tiny_llama4.FAMILIES:
@@ -557,7 +562,7 @@ def random_tensors(config: RawConfig, seed: int, dtype: str) -> dict[str, Array]
             values = 0.1 * noise
         elif name.endswith((".bias", "_bias")):
             values = 0.3 * noise
-        elif name.endswith("sinks"):
+        elif name.endswith(("sinks", "softmax_offset")):
             values = noise
         elif any(part in name for part in ("embed_tokens", "word_embeddings", "backbone.embeddings")):
             # A tied table is also the head: at unit size a token would only ever predict itself.

@@ -22,7 +22,7 @@ from argosy.checkpoint.pack import pack
 from argosy.model.families import open_model
 from argosy.model.rope import angle_scale, inverse_frequency
 from tests.helpers.mixers import windows
-from tests.models import tiny_delta, tiny_gemma, tiny_mamba, tiny_windows
+from tests.models import tiny_delta, tiny_flint, tiny_gemma, tiny_mamba, tiny_windows
 from tests.models.configurations import CONFIGURATIONS, Configuration
 from tests.models.configurations_latent import LATENT
 from tests.models.make_models import answer, decoder_of, load, make, scaled
@@ -256,7 +256,7 @@ def test_a_long_prompt_equals_transformers(tmp_path: Path) -> None:
 OTHER_MODULES = (
     "hy_v3", "llama4", "llama4_text", "mimo_v2_flash", "flex_olmo", "granitemoe", "granitemoeshared", "lfm2_moe",
     "kimi_linear", "bailing_hybrid", "bailing_moe", "minimax", "exaone_moe", "hunyuan_v1_moe", "youtu",
-    *tiny_windows.FAMILIES, *tiny_mamba.FAMILIES,
+    *tiny_windows.FAMILIES, *tiny_mamba.FAMILIES, *tiny_flint.FAMILIES,
 )  # fmt: skip
 PLAIN = [
     c

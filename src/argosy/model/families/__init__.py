@@ -66,6 +66,7 @@ FAMILIES: Mapping[str, Family] = {
             "latent.glm4_moe_lite", "recurrent.qwen3_next", "wrappers.qwen3_5_moe", "recurrent.qwen3_5_moe_text",
             "attention.glm4_moe", "attention.olmoe", "attention.minimax_m2", "windows.mimo_v2_flash",
             "attention.flex_olmo", "windows.mellum", "windows.afmoe", "windows.laguna", "windows.mimo_v2",
+            "windows.flint", "recurrent.lara_mini",
             "attention.llama4_text", "wrappers.llama4",
             "attention.step3p5", "wrappers.step3p7", "attention.cohere2_moe",
             "attention.granitemoe", "attention.granitemoeshared", "attention.ernie4_5_moe",

@@ -44,7 +44,7 @@ def read_layers(
     attention = AttentionConfig(
         **heads, has_qkv_bias=has_bias, has_o_bias=has_bias, qk_norm="head", output_gate="query"
     )
-    delta = _read_delta(reader, is_joined=is_joined)
+    delta = read_delta(reader, is_joined=is_joined)
     kinds = reader.layer_types(num_layers, (_DELTA, _ATTENTION))
     interval = reader.integer("full_attention_interval", default=4)
     if kinds is None:
@@ -55,15 +55,17 @@ def read_layers(
     )
 
 
-def _read_delta(reader: ConfigReader, *, is_joined: bool) -> DeltaConfig:
-    """Sizes of the delta nets.
+def read_delta(
+    reader: ConfigReader, *, is_joined: bool = False, num_key_heads: int = 16, num_value_heads: int = 32
+) -> DeltaConfig:
+    """Sizes of the delta nets; the numbers of heads are defaults.
 
     Raises:
         CheckpointError: a size is malformed, or value heads are not a multiple of key heads.
     """
     delta = DeltaConfig(
-        num_key_heads=reader.integer("linear_num_key_heads", default=16),
-        num_value_heads=reader.integer("linear_num_value_heads", default=32),
+        num_key_heads=reader.integer("linear_num_key_heads", default=num_key_heads),
+        num_value_heads=reader.integer("linear_num_value_heads", default=num_value_heads),
         key_dim=reader.integer("linear_key_head_dim", default=128),
         value_dim=reader.integer("linear_value_head_dim", default=128),
         conv_width=reader.integer("linear_conv_kernel_dim", default=4, most=64),
