@@ -13,7 +13,6 @@ ALLOWED = {
     ("cli/shared/remote.py", "own_path"): "the address that the user gave on the command line",
     ("engine/grammar/constraint.py", "b'|'.join(map(re.escape, texts))"): "literal words",
     ("engine/grammar/grammar_bounds.py", "_LEXEME"): "reading ends at the first character that begins no lexeme",
-    ("guard/guard_models.py", "_OF_SAFETY"): "the rest of a line always ends at its end",
     ("guard/pii/spelling.py", "word"): "letters and the signs between them share no character",
     ("guard/view.py", "_STRING"): "an open text takes the rest",
     ("model/reading/layout.py", "known"): "names of at most 256 characters; no part of it repeats beside another",

@@ -39,7 +39,8 @@ class NumpyDense(NumpyModel):
     """The plain numpy model of the tests, with a dense feed-forward block."""
 
     def __init__(self, directory: Path) -> None:
-        self.config = {**json.loads((directory / "config.json").read_text()), "model_type": "qwen3_moe"}
+        self.family = "qwen3_moe"
+        self.config = {**json.loads((directory / "config.json").read_text()), "model_type": self.family}
         self.tensors = {name: t.astype(np.float64) for name, t in read_checkpoint(directory).items()}
         self.is_delta, self.kinds = False, []
         self.windows = [0] * self.config["num_hidden_layers"]

@@ -86,17 +86,17 @@ _OF_QWEN: Mapping[str, str] = {
 }  # fmt: skip
 # The last line is there for answers alone.
 _SAFETY = re.compile(
-    r"\s*Safety: (Safe|Unsafe|Controversial)[ \t]*(?:\nCategories: ([^\n]+))?(?:\nRefusal: (?:Yes|No))?\s*"
+    r"Safety: (Safe|Unsafe|Controversial)(?:\nCategories: ([^\n]+))?(?:\nRefusal: (?:Yes|No))?"
 )
 
 
 def _read_qwen3guard(answer: str) -> Verdict:
     """`Safety: Unsafe`, then `Categories: Violent, PII`. Controversial content gets a score but no flag."""
-    safety = _SAFETY.fullmatch(answer)
+    safety = _SAFETY.fullmatch("\n".join(line.rstrip() for line in answer.strip().splitlines()))
     if safety is None:
         raise CheckFailed("the guard model's answer is not a line `Safety: ...` and one of categories")
     names = [name for name in _OF_QWEN if name in (safety[2] or "")]
-    if safety[1] == "Safe" and (safety[2] or "None").strip() != "None":
+    if safety[1] == "Safe" and (safety[2] or "None") != "None":
         raise CheckFailed("the guard model's answer names categories of a safe text")
     score = {"Safe": 0.0, "Controversial": 0.4, "Unsafe": 1.0}[safety[1]]
     scores = {_OF_QWEN[name]: score for name in names} if score else {}
