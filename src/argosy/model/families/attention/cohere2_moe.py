@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from argosy.config import AttentionConfig, ModelConfig, RouterConfig
 from argosy.model.families.attention.cohere2_moe_gguf import GGUF_ARCHITECTURE, layers_of, open_gguf
-from argosy.model.families.attention.windowed import FULL, SLIDING, read_networks, read_window
+from argosy.model.families.windows.windowed import FULL, SLIDING, read_networks, read_window
 from argosy.model.reading.common_config import CommonDefaults, read_common
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.reading.experts_config import read_mtp_layers

@@ -13,7 +13,7 @@ from dataclasses import replace
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import AttentionConfig, LayerConfig, ModelConfig
-from argosy.model.families.attention.windowed import SLIDING, read_gguf_kinds
+from argosy.model.families.windows.windowed import SLIDING, read_gguf_kinds
 from argosy.model.reading.experts_config import read_dense_layers, read_grouped_router
 from argosy.model.reading.gguf_config import SIGMOID, SOFTMAX, GgufConfigReader
 from argosy.model.reading.gguf_layout import dense_name, read_gguf_layout

@@ -12,8 +12,8 @@ from dataclasses import replace
 
 from argosy.config import LayerConfig, Mixer, ModelConfig, RouterConfig
 from argosy.model.families.attention.qwen_moe import make_layouts
-from argosy.model.families.attention.windowed import FULL, SLIDING, attentions_of, read_window
 from argosy.model.families.recurrent.qwen_delta import DELTA_NAMES, read_delta
+from argosy.model.families.windows.windowed import FULL, SLIDING, attentions_of, read_window
 from argosy.model.reading.common_config import CommonDefaults, read_common
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 

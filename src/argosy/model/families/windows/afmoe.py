@@ -16,8 +16,8 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import ModelConfig, RouterConfig
 from argosy.model.families.attention.sigmoid_moe import open_sigmoid_gguf, read_sigmoid_model
-from argosy.model.families.attention.windowed import FULL, SLIDING, layers_of, read_gguf_kinds, read_window
 from argosy.model.families.latent import deepseek
+from argosy.model.families.windows.windowed import FULL, SLIDING, layers_of, read_gguf_kinds, read_window
 from argosy.model.reading.common_config import MoeDefaults
 from argosy.model.reading.config_reader import ConfigReader
 from argosy.model.reading.experts_config import RENORMALIZE_EPS

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from argosy.config import ModelConfig, RouterConfig
 from argosy.model.families.attention.qwen_moe import make_layouts, read_moe_layers
-from argosy.model.families.attention.windowed import FULL, SLIDING, attentions_of, layers_of, read_window
+from argosy.model.families.windows.windowed import FULL, SLIDING, attentions_of, layers_of, read_window
 from argosy.model.reading.common_config import CommonDefaults, read_common
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 

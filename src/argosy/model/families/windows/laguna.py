@@ -12,8 +12,8 @@ from typing import Literal
 
 from argosy.config import ModelConfig
 from argosy.model.families.attention.qwen_moe import make_layouts
-from argosy.model.families.attention.windowed import FULL, SLIDING, read_networks, read_window
 from argosy.model.families.windows.laguna_gguf import GGUF_ARCHITECTURE, MODEL_TYPE, make_config, open_gguf
+from argosy.model.families.windows.windowed import FULL, SLIDING, read_networks, read_window
 from argosy.model.reading.common_config import CommonDefaults, read_sizes
 from argosy.model.reading.config_reader import LARGEST_SIZE, MOST_LAYERS, ConfigReader
 from argosy.model.reading.rope_config import read_ropes_of_layers

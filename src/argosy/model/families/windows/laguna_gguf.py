@@ -12,7 +12,7 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import LayerConfig, ModelConfig, RopeConfig, RouterConfig
 from argosy.errors import CheckpointError
-from argosy.model.families.attention.windowed import (
+from argosy.model.families.windows.windowed import (
     attentions_of,
     read_gguf_kinds,
     read_gguf_ropes,

@@ -13,7 +13,7 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import ModelConfig, RouterConfig
 from argosy.model.families.attention.qwen_moe import make_layouts
-from argosy.model.families.attention.windowed import (
+from argosy.model.families.windows.windowed import (
     FULL,
     SLIDING,
     attentions_of,
