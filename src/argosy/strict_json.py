@@ -38,18 +38,21 @@ class JsonError(ValueError):
         self.syntax = syntax
 
 
-def parse_json(data: bytes | str) -> object:
+def parse_json(data: bytes | str, *, spells_constants: bool = False) -> object:
     """Parse one JSON value.
 
     Args:
         data: the text, or its bytes in UTF-8.
+        spells_constants: `Infinity` and `NaN`, which Python writes, become {"__float__": "Infinity"}, as transformers 5
+            writes them, instead of an error.
 
     Raises:
         JsonError: it is not JSON, has a duplicate key, or holds a value that `check_json` refuses.
     """
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
-        value: object = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        constant = _spelled if spells_constants else _no_constant
+        value: object = json.loads(text, object_pairs_hook=_unique, parse_constant=constant)
     except UnicodeDecodeError as error:
         raise JsonError(f"is not UTF-8 text: byte {error.start} is wrong") from None
     except json.JSONDecodeError as error:
@@ -114,3 +117,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _no_constant(name: str) -> object:
     raise JsonError(f"holds {name}, which is not JSON")
+
+
+def _spelled(name: str) -> object:
+    return {"__float__": name}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from argosy.config import (
     ModelConfig,
     RouterConfig,
 )
-from argosy.errors import ArgosyError
-from argosy.model.families import FAMILIES, open_model
+from argosy.errors import ArgosyError, CheckpointError
+from argosy.model.families import FAMILIES, open_model, read_config
 from tests.families import published_mamba as published
 from tests.models.gguf_mamba import write_mamba_gguf
 from tests.models.gguf_models import one_type
@@ -123,7 +124,7 @@ def test_the_kinds_of_layers_have_several_spellings() -> None:
         ({"mamba_n_heads": 6}, "56 channels, 6 heads, 1 groups; expected heads of equal size"),
         ({"mamba_n_groups": 2}, "56 channels, 7 heads, 2 groups; expected heads of equal size"),
         ({"mamba_d_head": 16}, "asks for mamba_d_head 16; supported: 8 or 'auto'"),
-        ({"time_step_limit": [0.0, 1.0]}, "asks for time_step_limit [0.0, 1.0]; supported: [0.0, inf]"),
+        ({"time_step_limit": [0.0, 1.0]}, "asks for time_step_limit [0.0, 1.0]; supported: [0.0, {"),
         ({"position_embedding_type": "alibi"}, "asks for position_embedding_type 'alibi'; supported: nope, rope"),
         ({"normalization_function": "layernorm"}, "asks for normalization_function 'layernorm'"),
         ({"hidden_act": "gelu"}, "asks for hidden_act 'gelu'; supported: silu"),
@@ -137,9 +138,22 @@ def test_unsupported_granites_are_refused_by_name(changes: dict[str, Any], sente
 
 
 def test_no_limit_of_dt_has_several_spellings() -> None:
-    for limit in ([0.0, float("inf")], [0.0, {"__float__": "Infinity"}], None):
+    for limit in ([0.0, {"__float__": "Infinity"}], None):
         for make in (granitemoehybrid, nemotron_h):
             assert parse(make(time_step_limit=limit)) == parse(make())
+
+
+@pytest.mark.parametrize("make", [granitemoehybrid, nemotron_h])
+def test_a_config_may_have_infinity_as_released_files_do(
+    make: Callable[..., RawConfig], tmp_path: Path
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(make(time_step_limit=[0.0, float("inf")])))
+    assert "Infinity" in path.read_text()
+    assert read_config(tmp_path)[1] == parse(make())
+    path.write_text(json.dumps(make(rms_norm_eps=float("inf"), layer_norm_epsilon=float("inf"))))
+    with pytest.raises(CheckpointError, match=r"_(eps|epsilon) is .*Infinity"):
+        read_config(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +170,7 @@ def test_no_limit_of_dt_has_several_spellings() -> None:
         ({"mamba_proj_bias": True}, "asks for mamba_proj_bias true; supported: false"),
         ({"mlp_bias": True}, "asks for mlp_bias true; supported: false"),
         ({"sliding_window": 8}, "asks for sliding_window 8; supported: null"),
-        ({"time_step_limit": [0.0, 0.1]}, "asks for time_step_limit [0.0, 0.1]; supported: [0.0, inf]"),
+        ({"time_step_limit": [0.0, 0.1]}, "asks for time_step_limit [0.0, 0.1]; supported: [0.0, {"),
         ({"n_shared_experts": 2}, "asks for n_shared_experts 2; supported: 1"),
         ({"n_groups": 4}, "36 channels, 6 heads, 4 groups; expected heads of equal size"),
         ({"n_group": 4}, "6 experts in 4 groups"),

@@ -80,20 +80,23 @@ def read_at(descriptor: int, nbytes: int, offset: int, path: Path) -> bytes:
     return b"".join(parts)
 
 
-def parse_object(data: bytes, path: Path, what: str = "") -> dict[str, object]:
+def parse_object(
+    data: bytes, path: Path, what: str = "", *, spells_constants: bool = False
+) -> dict[str, object]:
     """Parse the JSON object in `data`.
 
     Args:
         data: the text, in UTF-8.
         path: the file that contained it, named in errors.
         what: the part of that file, for example "header"; empty for the whole file.
+        spells_constants: as for `parse_json`.
 
     Raises:
         CheckpointError: `data` is anything else, or JSON that readers could interpret differently.
     """
     subject = f"{path.name}: the {what}" if what else path.name
     try:
-        value = parse_json(data)
+        value = parse_json(data, spells_constants=spells_constants)
     except JsonError as error:
         fault = error.fault if error.key is None else f"gives the key '{quote(error.key)}' twice"
         raise CheckpointError(f"{subject} {fault}", path=path, key=error.key) from error
@@ -102,14 +105,14 @@ def parse_object(data: bytes, path: Path, what: str = "") -> dict[str, object]:
     return value
 
 
-def read_object(path: Path) -> dict[str, object]:
-    """Read the object in a small JSON file, such as `config.json`."""
+def read_object(path: Path, *, spells_constants: bool = False) -> dict[str, object]:
+    """Read the object in a small JSON file, such as `config.json`; `spells_constants` as for `parse_json`."""
     with open_regular(path) as (descriptor, size):
         if size > JSON_LIMIT_BYTES:
             raise CheckpointError(
                 f"{path.name} is {size} bytes long; at most {JSON_LIMIT_BYTES} are read", path=path
             )
-        return parse_object(read_at(descriptor, size, 0, path), path)
+        return parse_object(read_at(descriptor, size, 0, path), path, spells_constants=spells_constants)
 
 
 def kind_of(value: object) -> str:

@@ -53,7 +53,7 @@ def read_raw(directory: Path) -> tuple[dict[str, object], Path]:
         UnsupportedModel: a params.json of another kind of model.   CheckpointError: the file is missing or malformed.
     """
     path = find_config(directory)
-    raw = read_object(path)
+    raw = read_object(path, spells_constants=True)
     return (_as_mistral4(raw, path) if path.name == PARAMS_FILE else raw), path
 
 

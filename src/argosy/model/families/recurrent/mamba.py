@@ -23,8 +23,8 @@ MAMBA_NAMES = {
 }
 
 
-# Values of `time_step_limit` that clamp nothing.
-NO_LIMIT = ([0.0, float("inf")], [0.0, {"__float__": "Infinity"}], None)
+# Values of `time_step_limit` that clamp nothing. Released files have `Infinity`, which `read_raw` respells.
+NO_LIMIT = ([0.0, {"__float__": "Infinity"}], None)
 
 
 def require_even_shares(mamba: MambaConfig, channels: int, where: str) -> MambaConfig:
