@@ -41,7 +41,7 @@ _COPIED_NAMES = (
     "config.json", "hf_quant_config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "tokenizer.model", "params.json", "tekken.json",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json",
-    "merges.txt", "tiktoken.model", "hy.tiktoken", "tekken.json", "preprocessor_config.json", "processor_config.json",
+    "merges.txt", "tiktoken.model", "hy.tiktoken", "preprocessor_config.json", "processor_config.json",
     "video_preprocessor_config.json", MODULES_FILE, GGUF_METADATA_FILE, MMPROJ_METADATA_FILE,
 )  # fmt: skip
 _COPIED_PREFIXES = ("LICENSE", "LICENCE", "NOTICE")
