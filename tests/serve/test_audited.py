@@ -243,7 +243,9 @@ def test_erasing_a_key_removes_responses_answers_prefixes_and_contents(server: S
     }
 
     def cached() -> int:
-        usage = server.post("/v1/completions", prompt).json()["usage"]
+        answer = server.post("/v1/completions", prompt)
+        assert answer.status_code == 200, answer.text
+        usage = answer.json()["usage"]
         return int(usage["prompt_tokens_details"]["cached_tokens"])
 
     cached()
