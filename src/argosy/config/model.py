@@ -111,7 +111,7 @@ class ActivationConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerConfig:
-    """A layer: a mixer, then a feed-forward network, or only one of them. Equal layers share one object of either."""
+    """A layer: a mixer, then a feed-forward network, or only one of them. Equal layers share their objects."""
 
     mixer: Mixer | None
     is_moe: bool  # the network has routed experts

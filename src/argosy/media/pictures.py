@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 
 import numpy as np
@@ -94,6 +95,17 @@ class QwenFit:
         return rows, columns
 
 
+def _capped(
+    sized: Callable[[int], Size], limit: int, num_tokens: Callable[[Size], int], most_tokens: int | None
+) -> Size:
+    """Return the size within `limit`, which is lowered until the size has at most `most_tokens`."""
+    size = sized(limit)
+    while most_tokens is not None and num_tokens(size) > most_tokens and limit > 1:
+        limit = limit * 63 // 64
+        size = sized(limit)
+    return size
+
+
 @dataclass(frozen=True, slots=True)
 class KimiFit:
     """Keeps a picture's size, or shrinks it to the most patches in all and on a side; then pads to whole tokens."""
@@ -105,12 +117,9 @@ class KimiFit:
     most_tokens: int | None = None
 
     def size(self, height: int, width: int) -> Size:
-        size, most_patches = self._size(height, width, self.most_patches), self.most_patches
         # Padding adds tokens, so only trying shows how many patches respect a cap on tokens.
-        while self.most_tokens is not None and self._num_tokens(size) > self.most_tokens and most_patches > 1:
-            most_patches = most_patches * 63 // 64
-            size = self._size(height, width, most_patches)
-        return size
+        sized = partial(self._size, height, width)
+        return _capped(sized, self.most_patches, self._num_tokens, self.most_tokens)
 
     def _size(self, height: int, width: int, most_patches: int) -> Size:
         side = self.most_on_a_side * self.patch_size
@@ -152,12 +161,8 @@ class PixtralFit:
     most_tokens: int | None = None
 
     def size(self, height: int, width: int) -> Size:
-        size, longest = self._size(height, width, self.longest), self.longest
         # Whole tokens, and those after rows, exceed the area, so only trying shows which side respects a cap on tokens.
-        while self.most_tokens is not None and self._num_tokens(size) > self.most_tokens and longest > 1:
-            longest = longest * 63 // 64
-            size = self._size(height, width, longest)
-        return size
+        return _capped(partial(self._size, height, width), self.longest, self._num_tokens, self.most_tokens)
 
     def _size(self, height: int, width: int, longest: int) -> Size:
         ratio = max(1.0, height / longest, width / longest)

@@ -101,7 +101,7 @@ class TileProcessor(PictureProcessor):
     def patches(self, canvas: NDArray[np.uint8]) -> tuple[NDArray[np.float32], Grid]:
         side = self.fit.side
         rows, columns = (length // side for length in canvas.shape[:2])
-        tiles = canvas.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
+        tiles = _in_tiles(canvas, side)
         num_tiles = (rows - 1) * columns + 1 if rows > 1 else 1
         values = [
             patch_values(tile[None], self.patch_size, self.merge_size, self.levels, 1)
@@ -123,6 +123,12 @@ class TileProcessor(PictureProcessor):
 def tile_tokens(num_tiles: int, of_tile: int) -> int:
     """Return a picture's tokens: tiles with a separator after each, the whole picture as a tile, and three marks."""
     return of_tile + 3 + (num_tiles * (of_tile + 1) if num_tiles > 1 else 0)
+
+
+def _in_tiles(canvas: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """Return the tiles of a picture, row by row: uint8 [tiles, side, side, 3]."""
+    rows, columns = (length // side for length in canvas.shape[:2])
+    return canvas.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
 
 
 def _scaled(pixels: NDArray[np.uint8], to_height: int, to_width: int) -> NDArray[np.uint8]:
@@ -174,7 +180,7 @@ class InternVLProcessor(PictureProcessor):
         rows, columns = self.fit.tiles(*pixels.shape[:2])
         picture, side = Image.fromarray(pixels), self.fit.side
         scaled = np.asarray(picture.resize((columns * side, rows * side), Image.Resampling.BICUBIC))
-        tiles = scaled.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, 3)
+        tiles = _in_tiles(scaled, side).reshape(-1, side, 3)
         if self.fit.with_copy(rows * columns) == rows * columns:
             return tiles
         return np.concatenate([tiles, np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC))])

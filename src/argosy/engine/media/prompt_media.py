@@ -469,7 +469,7 @@ def open_media(
 
 
 def _control_tokens(kind: Kind, processor: Processor, encoders: Encoders) -> list[str]:
-    """Return the control tokens that are written for a kind of media, those of the chat template excepted."""
+    """Return the control tokens that are written for a kind of media, except those that the chat template writes."""
     if not isinstance(processor, VideoProcessor):
         files = encoders.files[kind]
         if files.encoder.written is None:

@@ -184,7 +184,7 @@ _CHAT = _HUB | {
 
 
 def tensors(config: InternViTConfig, names: Mapping[str, Any] = _HUB) -> dict[str, EncoderTensor]:
-    """The tensors of tower and projector by canonical name; they have no prefix."""
+    """The tensors of tower and projector by canonical name; their names in files have no prefix."""
     hidden, wide, out, tower = config.hidden_size, config.mlp_width, config.out_size, names["tower"]
     found = with_bias("patch", f"{tower}.{names['patch']}", (hidden, 3, config.patch_size, config.patch_size))
     found["cls"] = EncoderTensor(f"{tower}.{names['cls']}", (1, 1, hidden), row_axes=2)

@@ -111,7 +111,7 @@ def read_config(reader: ConfigReader, model: ModelConfig) -> Llama4VisionConfig:
 
 
 def tensors(config: Llama4VisionConfig) -> dict[str, EncoderTensor]:
-    """The tensors of tower and projector by canonical name; they have no prefix."""
+    """The tensors of tower and projector by canonical name; their names in files have no prefix."""
     hidden, wide, side, tower = config.hidden_size, config.mlp_width, config.patch_size, "vision_model"
     found = {
         "patch": EncoderTensor(f"{tower}.patch_embedding.linear.weight", (hidden, 3 * side**2)),

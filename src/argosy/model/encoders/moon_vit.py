@@ -96,7 +96,7 @@ def _given(reader: ConfigReader, *names: str) -> str:
 def tensors(
     config: MoonViTConfig, projector: str = "mm_projector", products: tuple[str, str] = ("proj.0", "proj.2")
 ) -> dict[str, EncoderTensor]:
-    """The tensors of tower and projector by canonical name; they have no prefix."""
+    """The tensors of tower and projector by canonical name; their names in files have no prefix."""
     hidden, cell, side = config.hidden_size, config.cell_size, config.position_side
     tower = "vision_tower"
     found = with_bias("patch", f"{tower}.patch_embed.proj", (hidden, 3, config.patch_size, config.patch_size))

@@ -131,7 +131,7 @@ _OWN = {
 
 
 def tensors(config: PixtralConfig, names: Mapping[str, str] = _HUB) -> dict[str, EncoderTensor]:
-    """The tensors of tower and projector by canonical name; they have no prefix."""
+    """The tensors of tower and projector by canonical name; their names in files have no prefix."""
     hidden, out, wide, side = config.hidden_size, config.out_size, config.mlp_width, config.patch_size
     no_bias, tower = partial(with_bias, has_bias=False), names["tower"]
     found = no_bias("patch", f"{tower}.patch_conv", (hidden, 3, side, side))

@@ -183,8 +183,8 @@ class ConfigReader:
     def numbers_of_layers(
         self, name: str, num_layers: int, num_mtp_layers: int, default: float = 0.0
     ) -> tuple[float, ...]:
-        """Read one number for all layers, or a list with a number from 0 on for each, null for 0. The list may go on
-        with numbers for layers of multi-token prediction, which are ignored.
+        """Read a number from 0 for each layer: a list, in which null means 0, or one number for all layers. Further
+        entries for layers of multi-token prediction are ignored.
         """
         value = self._raw.get(name)
         self._asked.add(name)

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from argosy.config import AttentionConfig, ModelConfig, RouterConfig
 from argosy.model.families.attention.cohere2_moe_gguf import GGUF_ARCHITECTURE, layers_of, open_gguf
-from argosy.model.families.windows.windowed import FULL, SLIDING, read_networks, read_window
+from argosy.model.families.windows.windowed import kinds_by_turns, read_networks, read_window
 from argosy.model.reading.common_config import CommonDefaults, read_common
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.reading.experts_config import read_mtp_layers
@@ -44,7 +44,7 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
 
 
 def parse_config(raw: Mapping[str, object]) -> ModelConfig:
-    """Read a `config.json`, as `Cohere2MoeConfig` in transformers 5.24 does; raises as `parse_wrapper`."""
+    """Read a `config.json`, as `Cohere2MoeConfig` in transformers 5.24 does; raises the errors of `parse_wrapper`."""
     reader = ConfigReader(
         {k: v for k, v in raw.items() if (k, v) != ("tie_word_embeddings", None)}, MODEL_TYPE
     )
@@ -61,10 +61,9 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     is_moe = read_networks(reader, num_layers, num_dense)
     of_dense = reader.integer("prefix_dense_sliding_window_pattern", default=1)
     period = reader.integer("sliding_window_pattern", "_sliding_window_pattern", default=4)
-    kinds = reader.layer_types(num_layers) or tuple(
-        SLIDING if number % every else FULL
-        for count, every in ((num_dense, of_dense), (num_layers - num_dense, period))
-        for number in range(1, count + 1)
+    kinds = reader.layer_types(num_layers) or (
+        *kinds_by_turns(num_dense, of_dense),
+        *kinds_by_turns(num_layers - num_dense, period),
     )
     has_bias = reader.flag("attention_bias", False)
     attention = AttentionConfig(

@@ -14,7 +14,7 @@ from argosy.checkpoint.gguf import GgufFile
 from argosy.config import ModelConfig
 from argosy.model.families.attention.sigmoid_moe import open_sigmoid_gguf, read_sigmoid_model
 from argosy.model.families.latent import deepseek
-from argosy.model.families.windows.windowed import FULL, SLIDING, layers_of, read_gguf_kinds
+from argosy.model.families.windows.windowed import FULL, SLIDING, read_gguf_kinds, with_rotating_windows
 from argosy.model.reading.common_config import MoeDefaults
 from argosy.model.reading.config_reader import ConfigReader
 from argosy.model.reading.experts_config import layers_by_type, read_sigmoid_router
@@ -66,7 +66,7 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     )
     reader.neutral("is_moe_layer", [layer.is_moe for layer in config.layers], None)
     kinds = _read_kinds(reader, raw.get(_PATTERN, 4), config.num_layers)
-    config = _complete(config, kinds, reader.integer("sliding_window", default=4096))
+    config = with_rotating_windows(config, kinds, reader.integer("sliding_window", default=4096))
     reader.finish()
     return config
 
@@ -75,7 +75,8 @@ def open_gguf(file: GgufFile) -> ModelFiles:
     """Open a GGUF file of architecture `exaone-moe`. Raises what `open_sigmoid_gguf` raises."""
 
     def complete(reader: GgufConfigReader, config: ModelConfig) -> ModelConfig:
-        return _complete(config, read_gguf_kinds(reader), reader.integer("attention.sliding_window"))
+        kinds = read_gguf_kinds(reader)
+        return with_rotating_windows(config, kinds, reader.integer("attention.sliding_window"))
 
     return open_sigmoid_gguf(file, GGUF_ARCHITECTURE, MODEL_TYPE, complete=complete)
 
@@ -90,9 +91,3 @@ def _read_kinds(reader: ConfigReader, pattern: object, num_layers: int) -> Seque
     if not isinstance(pattern, str) or not pattern or not set(pattern) <= {"L", "G"}:
         raise reader.unsupported(_PATTERN, "a whole number from 1, or letters L and G, such as LLLG")
     return [SLIDING if pattern[layer % len(pattern)] == "L" else FULL for layer in range(num_layers)]
-
-
-def _complete(config: ModelConfig, kinds: Sequence[str], window: int) -> ModelConfig:
-    attention = config.attention
-    attentions = {FULL: replace(attention, rope=None), SLIDING: replace(attention, sliding_window=window)}
-    return replace(config, layers=layers_of(kinds, [layer.is_moe for layer in config.layers], attentions))

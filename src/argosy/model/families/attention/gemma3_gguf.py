@@ -11,18 +11,14 @@ from typing import Any
 
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
-from argosy.config import ActivationConfig, AttentionConfig, LayerConfig, ModelConfig, RopeConfig
+from argosy.config import ActivationConfig, ModelConfig, RopeConfig
+from argosy.model.families.windows.windowed import FULL, SLIDING, attentions_of, kinds_by_turns, layers_of
 from argosy.model.reading.gguf_config import GgufConfigReader
 from argosy.model.reading.gguf_layout import read_gguf_layout
 
 GGUF_ARCHITECTURE = "gemma3"
-SLIDING, FULL = "sliding_attention", "full_attention"
+EVERY = 6  # of so many layers, one sees all positions
 _LAYERS_OF_27B = 62
-
-
-def kinds_of_layers(num_layers: int, every: int = 6) -> tuple[str, ...]:
-    """Return the kinds of layers of which every n-th sees all positions."""
-    return tuple(SLIDING if layer % every else FULL for layer in range(1, num_layers + 1))
 
 
 def make_config(
@@ -42,18 +38,11 @@ def make_config(
         sizes: more arguments of `ModelConfig`.
     """
     hidden_size = shape.pop("hidden_size")
-    heads = AttentionConfig(**shape, rope=None, scale=scale, qk_norm="head")
-    layers = {
-        kind: LayerConfig(
-            mixer=replace(heads, rope=ropes[kind], sliding_window=window if kind == SLIDING else 0),
-            is_moe=False,
-        )
-        for kind in set(kinds)
-    }
+    attentions = attentions_of(ropes, window, **shape, scale=scale, qk_norm="head")
     return ModelConfig(
         family="gemma3_text",
         hidden_size=hidden_size,
-        layers=tuple(layers[kind] for kind in kinds),
+        layers=layers_of(kinds, [False] * len(kinds), attentions),
         activation=ActivationConfig(kind="gelu_tanh"),
         has_post_norms=True,
         embedding_scale=hidden_size**0.5,
@@ -76,7 +65,7 @@ def open_gguf(file: GgufFile) -> ModelFiles:
     if rope.kind != "yarn":  # only yarn looks at it; config.json has none
         rope = replace(rope, original_context=0)
     config = make_config(
-        kinds_of_layers(num_layers) if window else (FULL,) * num_layers,
+        kinds_by_turns(num_layers, EVERY) if window else (FULL,) * num_layers,
         {SLIDING: local, FULL: rope},
         heads | {"hidden_size": hidden_size},
         window=window,

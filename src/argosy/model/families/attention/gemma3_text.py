@@ -11,14 +11,8 @@ from collections.abc import Mapping
 
 from argosy.config import ModelConfig
 from argosy.model.families.attention.dense import LAYER_NAMES
-from argosy.model.families.attention.gemma3_gguf import (
-    FULL,
-    GGUF_ARCHITECTURE,
-    SLIDING,
-    kinds_of_layers,
-    make_config,
-    open_gguf,
-)
+from argosy.model.families.attention.gemma3_gguf import EVERY, GGUF_ARCHITECTURE, make_config, open_gguf
+from argosy.model.families.windows.windowed import FULL, SLIDING, kinds_by_turns
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.reading.layout import Layout
 from argosy.model.reading.rope_config import read_ropes_of_layers
@@ -53,15 +47,15 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
 
 
 def read_text(reader: ConfigReader) -> ModelConfig:
-    """Read the same, also inside a wrapper; the caller calls `finish()`."""
+    """Read the text model, alone or inside a wrapper; the caller calls `finish()`."""
     shape = reader.attention_shape(hidden_size=2304, num_heads=8, num_kv_heads=4, head_dim=256)
     reader.one_of("hidden_activation", "gelu_pytorch_tanh", ("gelu_pytorch_tanh",))
     reader.neutral("attn_logit_softcapping", None)
     reader.neutral("use_bidirectional_attention", False, None)
     reader.passed("cache_implementation")
     num_layers = reader.integer("num_hidden_layers", default=26, most=MOST_LAYERS)
-    every = reader.integer("sliding_window_pattern", default=6)
-    kinds = reader.layer_types(num_layers, (SLIDING, FULL)) or kinds_of_layers(num_layers, every)
+    every = reader.integer("sliding_window_pattern", default=EVERY)
+    kinds = reader.layer_types(num_layers, (SLIDING, FULL)) or kinds_by_turns(num_layers, every)
     has_bias = reader.flag("attention_bias", False)
     # Only files of transformers 5 have rope_parameters, with a value for each kind.
     older: dict[str, dict[str, object]] = {

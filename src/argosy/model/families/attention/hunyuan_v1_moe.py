@@ -79,7 +79,7 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
 
 
 def open_gguf(file: GgufFile) -> ModelFiles:
-    """Open a GGUF file of architecture `hunyuan-moe`, whose theta is the scaled one. Raises as `parse_config`."""
+    """Open a GGUF file of architecture `hunyuan-moe`, whose theta is scaled already. Raises as `parse_config` does."""
     reader = GgufConfigReader(file, GGUF_ARCHITECTURE)
     common, width = reader.common(), reader.integer("feed_forward_length")
     for name in ("expert_feed_forward_length", "expert_shared_feed_forward_length"):

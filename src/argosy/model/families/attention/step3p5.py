@@ -48,7 +48,7 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
 
 
 def parse_config(raw: Mapping[str, object]) -> ModelConfig:
-    """Read a `config.json`, as `Step3p7TextConfig` in transformers 5.24 does; raises as `parse_wrapper`."""
+    """Read a `config.json`, as `Step3p7TextConfig` in transformers 5.24 does; raises the errors of `parse_wrapper`."""
     config = read_text(reader := ConfigReader(raw, MODEL_TYPE))
     reader.finish()
     return config

@@ -11,15 +11,15 @@ from dataclasses import replace
 
 from argosy.config import AttentionConfig
 from argosy.errors import CheckpointError
+from argosy.model.families.windows.windowed import FULL, SLIDING
 from argosy.model.reading.config_reader import ConfigReader
 from argosy.model.reading.rope_config import read_rope
 
 _FAMILY = "step3p5"
-_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def read_mixers(reader: ConfigReader, num_layers: int, num_mtp: int) -> list[AttentionConfig]:
-    """Read the attention of each layer; lists may go on for `num_mtp` layers of multi-token prediction.
+    """Read the attention of each layer. Lists may have `num_mtp` more entries, for layers of multi-token prediction.
 
     Raises:
         UnsupportedModel: a key or value asks for something that is not supported.
@@ -28,14 +28,14 @@ def read_mixers(reader: ConfigReader, num_layers: int, num_mtp: int) -> list[Att
     head_dim = reader.integer("head_dim", default=128)
     heads = reader.integer("num_attention_heads", default=64)
     groups = reader.integer("num_key_value_heads", "num_attention_groups", default=8)
-    kinds = reader.layer_types(num_layers, num_mtp_layers=num_mtp) or (_FULL,) * num_layers
+    kinds = reader.layer_types(num_layers, num_mtp_layers=num_mtp) or (FULL,) * num_layers
     other = ConfigReader(reader.mapping(key := "attention_other_setting") or {}, _FAMILY, within=key)
-    for name, value in {"attention_type": _SLIDING, "head_dim": head_dim, "true_head_dim": head_dim}.items():
+    for name, value in {"attention_type": SLIDING, "head_dim": head_dim, "true_head_dim": head_dim}.items():
         other.neutral(name, value)
     more = other.integer("num_attention_heads", default=heads)
     counts = {
-        _FULL: (heads, groups),
-        _SLIDING: (
+        FULL: (heads, groups),
+        SLIDING: (
             reader.integer("num_sliding_attention_heads", default=more),
             other.integer("num_attention_groups", default=groups),
         ),
@@ -53,7 +53,7 @@ def read_mixers(reader: ConfigReader, num_layers: int, num_mtp: int) -> list[Att
         num_heads=heads, num_kv_heads=groups, head_dim=head_dim, rope=None, qk_norm="head", output_gate="heads",
         has_qkv_bias=has_bias, has_o_bias=has_bias, scale=reader.number("query_pre_attn_scalar", head_dim) ** -0.5,
     )  # fmt: skip
-    windows = {_FULL: 0, _SLIDING: reader.integer("sliding_window", default=None) if _SLIDING in kinds else 0}
+    windows = {FULL: 0, SLIDING: reader.integer("sliding_window", default=None) if SLIDING in kinds else 0}
     by_kind, scaling = reader.mapping("rope_parameters"), reader.mapping("rope_scaling") or {}
     bases = reader.numbers_of_layers("rope_theta", num_layers, num_mtp, 10_000.0)
     parts = reader.numbers_of_layers("partial_rotary_factors", num_layers, num_mtp, 1.0)
@@ -63,7 +63,7 @@ def read_mixers(reader: ConfigReader, num_layers: int, num_mtp: int) -> list[Att
         values: object = {
             "rope_theta": base,
             "partial_rotary_factor": part,
-            **(scaling if kind == _FULL else {}),
+            **(scaling if kind == FULL else {}),
         }
         inner = ConfigReader({"rope_parameters": values if by_kind is None else by_kind.get(kind)}, _FAMILY)
         rope = read_rope(

@@ -4,7 +4,7 @@ vectors. Models before Nemotron-3, such as Nano-9B-v2, have no experts.
 
 A step of a mixer, dt, is not clamped, as in NVIDIA's kernels, vLLM and llama.cpp. transformers 5.24 raises it to
 `time_step_min` in a prompt and not afterwards, so that its answers depend on how a text was cut into steps.
-Layers for multi-token prediction are passed over. Puzzle, whose layers differ in top-k, is a type of its own.
+Layers for multi-token prediction are passed over. Puzzle, whose layers differ in top-k, has another `model_type`.
 """
 
 from __future__ import annotations

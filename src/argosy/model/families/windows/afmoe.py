@@ -14,10 +14,15 @@ from dataclasses import replace
 
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
-from argosy.config import ModelConfig, RouterConfig
+from argosy.config import AttentionConfig, ModelConfig, RouterConfig
 from argosy.model.families.attention.sigmoid_moe import open_sigmoid_gguf, read_sigmoid_model
 from argosy.model.families.latent import deepseek
-from argosy.model.families.windows.windowed import FULL, SLIDING, layers_of, read_gguf_kinds, read_window
+from argosy.model.families.windows.windowed import (
+    kinds_by_turns,
+    read_gguf_kinds,
+    read_window,
+    with_rotating_windows,
+)
 from argosy.model.reading.common_config import MoeDefaults
 from argosy.model.reading.config_reader import ConfigReader
 from argosy.model.reading.experts_config import RENORMALIZE_EPS
@@ -86,8 +91,7 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         qk_norm="head",
     )
     every = reader.integer("global_attn_every_n_layers", default=4)
-    by_turns = [SLIDING if layer % every else FULL for layer in range(1, config.num_layers + 1)]
-    kinds = reader.layer_types(config.num_layers) or by_turns
+    kinds = reader.layer_types(config.num_layers) or kinds_by_turns(config.num_layers, every)
     scale = config.hidden_size**0.5 if reader.flag("mup_enabled", False) else 1.0
     config = _complete(config, kinds, read_window(reader, kinds, 1024), scale)
     reader.finish()
@@ -112,7 +116,5 @@ def _read_moe_layers(reader: ConfigReader, num_layers: int) -> Sequence[bool]:
 
 
 def _complete(config: ModelConfig, kinds: Sequence[str], window: int, scale: float) -> ModelConfig:
-    gated = replace(config.attention, output_gate="elements")
-    attentions = {FULL: replace(gated, rope=None), SLIDING: replace(gated, sliding_window=window)}
-    layers = layers_of(kinds, [layer.is_moe for layer in config.layers], attentions)
-    return replace(config, layers=layers, has_post_norms=True, embedding_scale=scale)
+    config = with_rotating_windows(config, kinds, window).with_mixers(AttentionConfig, output_gate="elements")
+    return replace(config, has_post_norms=True, embedding_scale=scale)

@@ -1,7 +1,7 @@
 """Code shared by families in which some layers have a sliding window and the others see all positions.
 
-    mellum, afmoe, laguna  ->  read_window, read_networks, layers_of  ->  ModelConfig
-                           ->  read_gguf_kinds, read_gguf_ropes       ->  the same of GGUF files
+    config.json  ->  read_window, read_networks, layers_of  ->  ModelConfig
+    GGUF         ->  read_gguf_kinds, read_gguf_ropes       ->  the same
 
 Elsewhere: `reading/rope_config.py` reads a rotary embedding for each kind of layer.
 """
@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from argosy.checkpoint.gguf import GgufArray
-from argosy.config import AttentionConfig, LayerConfig, RopeConfig
+from argosy.config import AttentionConfig, LayerConfig, ModelConfig, RopeConfig
 from argosy.errors import CheckpointError
 from argosy.model.families.attention.qwen_moe import read_moe_layers
 from argosy.model.reading.config_reader import ConfigReader
@@ -55,6 +55,22 @@ def read_networks(reader: ConfigReader, num_layers: int, num_dense: int) -> list
             key="mlp_layer_types",
         )
     return is_moe
+
+
+def kinds_by_turns(num_layers: int, every: int) -> tuple[str, ...]:
+    """Return the kinds of layers of which every n-th sees all positions."""
+    return tuple(SLIDING if layer % every else FULL for layer in range(1, num_layers + 1))
+
+
+def with_rotating_windows(config: ModelConfig, kinds: Sequence[str], window: int) -> ModelConfig:
+    """Return a model whose layers have these kinds, and of which only those with a window rotate.
+
+    Args:
+        config: the same with every layer seeing all positions; its first attention is that of all.
+    """
+    attention = config.attention
+    attentions = {FULL: replace(attention, rope=None), SLIDING: replace(attention, sliding_window=window)}
+    return replace(config, layers=layers_of(kinds, [layer.is_moe for layer in config.layers], attentions))
 
 
 def layers_of(

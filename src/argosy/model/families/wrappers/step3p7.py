@@ -21,7 +21,11 @@ _MORE_KEYS = (
 
 
 def parse_config(raw: Mapping[str, object]) -> ModelConfig:
-    """Read the text part of a `config.json`; an absent key gets Step-3.5's default. Raises as `parse_wrapper`."""
+    """Read the text part of a `config.json`; absent keys get Step-3.5's defaults.
+
+    Raises:
+        The same errors as `parse_wrapper`.
+    """
     return parse_wrapper(
         raw, MODEL_TYPE, (step3p5.MODEL_TYPE,), lambda text: step3p5.read_text(text, MODEL_TYPE), *_MORE_KEYS
     )
