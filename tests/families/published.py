@@ -42,6 +42,7 @@ from tests.families.published_windows import (
     TRINITY_MINI,
     trinity,
 )
+from tests.models.tiny_llama4 import GUARD
 
 
 class Published(NamedTuple):
@@ -822,6 +823,9 @@ MAVERICK: RawConfig = {
     "rope_scaling": None,
     "use_qk_norm": False,
 }
+# What differs in Llama-Guard-4-12B: it is Scout with its shared experts alone, as its model card tells. The keys are
+# recalled, and checked by the number of parameters.
+LLAMA_GUARD_4: RawConfig = {**GUARD, "intermediate_size_mlp": 8192}
 
 GEMMA_4_26B: RawConfig = {
     "architectures": ["Gemma4ForConditionalGeneration"],
@@ -1153,6 +1157,7 @@ PUBLISHED = (
     Published("GLM-4.7-Flash", RELEASED["GLM-4.7-Flash"], 29.9),
     # The makers count their towers of 0.87 billion in: 108.64 and 401.58.
     Published("Llama-4-Scout", llama4(), 107.77),
+    Published("Llama-Guard-4-12B", llama4(**LLAMA_GUARD_4), 11.13),
     Published("Llama-4-Maverick", llama4(**MAVERICK), 400.71),
     Published("OLMoE-1B-7B", olmoe(), 6.92),
     Published("FlexOlmo-7x7B", FLEX_OLMO, 33.3),

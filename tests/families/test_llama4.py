@@ -23,7 +23,7 @@ from tests.models.references import LARGEST_DIFFERENCE, difference
 from tests.models.runnable import runnable
 from tests.models.safetensors_file import write_checkpoint
 from tests.models.tiny import prompt_ids, random_tensors, write_model
-from tests.models.tiny_llama4 import OF_GGUF, apart, llama4, llama4_text
+from tests.models.tiny_llama4 import GUARD, OF_GGUF, apart, llama4, llama4_text
 
 
 def parse(raw: dict[str, Any]) -> ModelConfig:
@@ -57,6 +57,17 @@ def test_maverick_has_experts_in_every_second_layer_and_no_norm() -> None:
     assert {attention.qk_norm for attention in attentions(config)} == {"none"}
     assert config.moe_layers == tuple(range(1, 48, 2))
     assert (config.dense_width, config.expert_width) == (16_384, 8192)
+
+
+def test_llama_guard_has_no_experts() -> None:
+    config = parse(published(**GUARD, intermediate_size_mlp=8192))
+    assert (config.moe_layers, config.num_experts, config.shared_width, config.dense_width) == (
+        (),
+        0,
+        0,
+        8192,
+    )
+    assert attentions(config) == attentions(parse(published()))
 
 
 def test_absent_keys_have_the_defaults_of_transformers() -> None:
@@ -183,7 +194,6 @@ def test_layers_with_chunks_keep_what_a_chunk_sees(speculate: str, tmp_path: Pat
         ({"num_experts_per_tok": 2}, "num_experts_per_tok 2; supported: 1, the expert"),
         ({"interleave_moe_layer_step": 0}, "interleave_moe_layer_step 0; supported: 1 to 4"),
         ({"interleave_moe_layer_step": 5}, "interleave_moe_layer_step 5; supported: 1 to 4"),
-        ({"moe_layers": []}, r"moe_layers \[\]; supported: null"),
         ({"moe_layers": [4]}, "moe_layers"),
         ({"no_rope_layers": [1, 0]}, "no_rope_layers has 2 entries"),
         ({"no_rope_layers": [1, 1, 1, 2]}, "no_rope_layers"),

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from tests.models.configuration import Configuration
-from tests.models.tiny_llama4 import llama4, llama4_text
+from tests.models.tiny_llama4 import GUARD, llama4, llama4_text
 
 LLAMA4 = (
     Configuration(name="llama4_plain", config=llama4()),
+    Configuration(
+        name="llama4_guard_f32",
+        config=llama4(
+            **GUARD,
+            head_dim=10,
+            hidden_size=18,
+            intermediate_size_mlp=13,
+            num_attention_heads=3,
+            num_key_value_heads=3,
+            rope_scaling=None,
+            torch_dtype="float32",
+        ),
+        dtype="F32",
+    ),
     Configuration(
         name="llama4_text_every_second_f32",
         config=llama4_text(

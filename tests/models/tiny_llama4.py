@@ -81,13 +81,23 @@ def llama4(**changes: Any) -> RawConfig:
     }
 
 
+# What differs in Llama-Guard-4-12B, which has no experts.
+GUARD: RawConfig = {
+    "interleave_moe_layer_step": 0,
+    "moe_layers": [],
+    "num_experts_per_tok": 0,
+    "num_local_experts": 0,
+}
+
 # What llama.cpp has in its code.
 OF_GGUF = {"attention_chunk_size": 8192, "attn_scale": 0.1, "floor_scale": 8192}
 
 
 def moe_layers(text: RawConfig) -> list[int]:
+    if (listed := text.get("moe_layers")) is not None:
+        return listed  # type: ignore[no-any-return]
     step = text["interleave_moe_layer_step"]
-    return text.get("moe_layers") or [i for i in range(text["num_hidden_layers"]) if (i + 1) % step == 0]
+    return [i for i in range(text["num_hidden_layers"]) if (i + 1) % step == 0]
 
 
 def rotates(text: RawConfig) -> list[bool]:

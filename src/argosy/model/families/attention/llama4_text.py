@@ -2,9 +2,9 @@
 
 Queries without rotary are multiplied by a factor that grows with the position. In Scout, q and k are normed without a
 weight after rotary. A token has one expert, whose input is multiplied by the sigmoid of its logit, and a shared expert;
-in Maverick every second layer is dense. The hub stores the experts of a layer transposed, [experts, hidden, 2 * width]
-with gate before up: `argosy pack` reads them, and the pack runs. In files of llm-compressor, such as Maverick's in FP8,
-each expert has its own tensors, which run in place.
+in Maverick every second layer is dense, in Llama-Guard-4 all are. The hub stores the experts of a layer transposed,
+[experts, hidden, 2 * width] with gate before up: `argosy pack` reads them, and the pack runs. In files of
+llm-compressor, such as Maverick's in FP8, each expert has its own tensors, which run in place.
 """
 
 from __future__ import annotations
@@ -59,18 +59,21 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
 
 def read_text(reader: ConfigReader, family: str) -> ModelConfig:
     """Read the text model; the caller calls `finish()`."""
-    common = read_common(reader, _DEFAULTS)
-    if common.model["experts_per_token"] != 1:
-        raise reader.unsupported("num_experts_per_tok", "1, the expert whose input is weighted")
     num_layers = reader.integer("num_hidden_layers", default=48, most=MOST_LAYERS)
+    moe = _read_moe(reader, num_layers)
+    if not any(moe):
+        reader.passed("num_local_experts", "num_experts_per_tok")  # 0 in released files
+    common = read_common(reader, _DEFAULTS if any(moe) else replace(_DEFAULTS, num_experts=0))
+    if any(moe) and common.model["experts_per_token"] != 1:
+        raise reader.unsupported("num_experts_per_tok", "1, the expert whose input is weighted")
     reader.passed("cache_implementation", "for_llm_compressor")  # how transformers runs it
     width = reader.integer("intermediate_size", default=8192)
-    mixers, moe = _read_attentions(reader, common.attention, num_layers), _read_moe(reader, num_layers)
+    mixers = _read_attentions(reader, common.attention, num_layers)
     return ModelConfig(
         family=family,
         layers=tuple(LayerConfig(mixer=m, is_moe=is_moe) for m, is_moe in zip(mixers, moe, strict=True)),
-        expert_width=width,
-        shared_width=width,
+        expert_width=width if any(moe) else 0,
+        shared_width=width if any(moe) else 0,
         dense_width=reader.integer("intermediate_size_mlp", default=16_384),
         router=ROUTER,
         **common.model,
@@ -105,11 +108,11 @@ def _read_attentions(
 
 
 def _read_moe(reader: ConfigReader, num_layers: int) -> Sequence[bool]:
-    """Read which layers have experts: those in `moe_layers`, or every so many."""
+    """Read which layers have experts: those in `moe_layers`, where an empty list is none, or every so many."""
     step = reader.integer("interleave_moe_layer_step", default=1, least=0)
-    if listed := reader.integers("moe_layers", least=0, most=num_layers - 1):
+    listed = reader.integers("moe_layers", least=0, most=num_layers - 1)
+    if reader.is_list("moe_layers"):
         return [layer in listed for layer in range(num_layers)]
-    reader.neutral("moe_layers", None)
     if not 1 <= step <= num_layers:
         raise reader.unsupported(
             "interleave_moe_layer_step", f"1 to {num_layers}, so that a layer has experts"
