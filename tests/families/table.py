@@ -1,7 +1,6 @@
 """Write `docs/families.md`: what Argosy can do with each family, and which test proves it. `make families`
 
-Every cell follows from the registries of the package and from the data of tests; only which models write calls alike
-is listed here.
+Every cell follows from the registries of the package and from the data of tests, first of all the rows of families.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from tests.families.published import PUBLISHED
 from tests.models import seeing
 from tests.models.configurations import CONFIGURATIONS
 from tests.models.converted import CONVERTED
-from tests.models.gguf_models import ARCHITECTURES
+from tests.models.rows import rows
 from tests.oracle import test_peer
 from tests.prompt.families import EVERY_FAMILY
 
@@ -28,47 +27,6 @@ PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 _RECORDED = json.loads(RECORD.read_text()).keys()
 TRANSCRIPTS = Path(__file__).parents[1] / "prompt" / "transcripts"
 
-# The models of `tests/prompt/families.py` whose templates a family's released models have.
-CHATS: dict[str, tuple[str, ...]] = {
-    "qwen2_moe": ("qwen2_5",),
-    "qwen3": ("qwen3",),
-    "qwen3_moe": ("qwen3", "qwen3_coder"),
-    "qwen3_vl_moe": ("qwen3",),
-    "qwen3_omni_moe": ("qwen3",),
-    "qwen3_next": ("qwen3",),
-    "qwen3_5_moe": ("qwen3_coder",),
-    "qwen3_5_moe_text": ("qwen3_coder",),
-    "deepseek_v3": ("deepseek_v3", "deepseek_v31", "gigachat"),
-    "deepseek_v32": ("deepseek_v32",),
-    "kimi_k2": ("kimi_k2",),
-    "kimi_k25": ("kimi_k2",),
-    "glm4_moe": ("glm", "glm47"),
-    "glm4_moe_lite": ("glm47",),
-    "glm4v_moe": ("glm",),
-    "glm_moe_dsa": ("glm47",),
-    "gpt_oss": ("harmony",),
-    "gemma4": ("gemma4",),
-    "llama": ("llama3",),
-    "llama4": ("llama4",),
-    "mistral": ("mistral",),
-    "mixtral": ("mistral",),
-    "mistral3": ("mistral_args",),
-    "mistral4": ("mistral_args",),
-    "minimax_m2": ("minimax_m2",),
-    "cohere2_moe": ("cohere2",),
-    "granitemoe": ("granite",),
-    "granitemoeshared": ("granite",),
-    "granitemoehybrid": ("granite4",),
-    "hunyuan_v1_moe": ("hunyuan",),
-    "laguna": ("laguna",),
-    "lfm2_moe": ("lfm2",),
-    "nemotron_h": ("nemotron3",),
-    "solar_open": ("solar",),
-    "step3p5": ("step3",),
-    "step3p7": ("step3",),
-    "ernie4_5_moe": ("ernie",),
-    "hy_v3": ("hy3",),
-}
 _HEAD = """# Families
 
 `make families` writes this page from the registries of the package and the data of its tests; do not edit it. A family
@@ -133,7 +91,7 @@ def _row(names: Sequence[str], family: Family) -> tuple[str, ...]:
 
     released = [model.name for model in PUBLISHED if is_any([model.config])]
     gguf = {
-        "G": any(name in ARCHITECTURES for name in names),
+        "G": any(name in rows() and rows()[name].gguf is not None for name in names),
         "C": is_any(config for one, config in configs().items() if one in _RECORDED),
         "F": is_any(config for _, config in CONVERTED.values()),
         "L": is_any(_configs_in(vars(test_peer).values())),
@@ -170,7 +128,7 @@ def _chats(names: Sequence[str]) -> str:
         one for path in TRANSCRIPTS.glob("*.json") for one in json.loads(path.read_text())["families"]
     }
     found: dict[str, bool] = {}
-    for chat in (chat for name in names for chat in CHATS.get(name, ())):
+    for chat in (chat for name in names if name in rows() for chat in rows()[name].chats):
         form = find_format(EVERY_FAMILY[chat].tokenizer, EVERY_FAMILY[chat].template).name
         found[form] = found.get(form, True) and chat in recorded
     return ", ".join(_marked(f"`{form}`", {"R": is_proved}) for form, is_proved in found.items())

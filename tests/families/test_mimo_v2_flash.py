@@ -12,7 +12,7 @@ from argosy.config import AttentionConfig, ModelConfig
 from argosy.errors import ArgosyError
 from argosy.model.families import FAMILIES, open_model
 from tests.families.published import mimo_v2_flash as published
-from tests.models.configurations_gqa import GQA
+from tests.models.configurations_gqa import CONFIGURATIONS
 from tests.models.gguf_models import one_type, write_gguf_model
 from tests.models.tiny_gqa import mimo_v2_flash
 
@@ -73,7 +73,7 @@ def test_a_gguf_file_has_the_same_layers(tmp_path: Path) -> None:
 
 
 def test_transformers_spelling_names_kinds_and_gives_each_its_rotary_embedding() -> None:
-    sliding, full, _ = attentions(parse(GQA[1].config))
+    sliding, full, _ = attentions(parse(CONFIGURATIONS[1].config))
     assert (sliding.sliding_window, full.sliding_window, full.value_scale) == (9, 0, 1.0)
     assert full.rope is not None
     assert sliding.rope is not None

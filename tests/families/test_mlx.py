@@ -16,8 +16,8 @@ from argosy.model.families import FAMILIES, open_model
 from argosy.model.reading import mlx
 from argosy.model.reading.mlx_quantization import scheme_of_tensors
 from argosy.model.reading.quantization import read_quantization
-from tests.models import tiny_dense
 from tests.models.mlx_models import DIRECTORY
+from tests.models.rows import rows
 from tests.models.safetensors_file import edit_header
 
 Q, K, HEAD = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "lm_head"
@@ -25,19 +25,9 @@ Settings = dict[str, Any]
 
 
 def test_every_family_has_its_changes_in_the_table() -> None:
-    assert {family.MODEL_TYPE for family in FAMILIES.values()} == {
-        *mlx.FAMILIES,
-        *("axk1", "flex_olmo", "granitemoeshared", "minimax", "flint", "lara_mini"),  # MLX does not know them
-        "llama4_text",  # MLX's class of this name is of dense models
-        "ernie4_5_moe",  # MLX leaves out the bias for the choice
-        *("step3p5", "step3p7", "cohere2_moe"),
-        *("granitemoe", "granitemoehybrid", "nemotron_h"),  # MLX's files of them are refused
-        "solar_open",  # their checkpoints of MLX's are refused
-        *("bailing_moe", "bailing_moe_linear", "mimo_v2"),
-        "hy_v3",
-        # Their names and values are those of the hub, so MLX's checkpoints need no change.
-        *tiny_dense.FAMILIES,
-    }
+    without = {name for name, row in rows().items() if row.without_mlx}
+    assert not without & mlx.FAMILIES
+    assert {family.MODEL_TYPE for family in FAMILIES.values()} == mlx.FAMILIES | without
 
 
 def copied(tmp_path: Path, **settings: Any) -> Path:

@@ -20,8 +20,8 @@ from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import FAMILIES, open_model
 from argosy.model.reading.layout import Layout, read_layout
 from tests.checkpoint.raw_files import write_raw
-from tests.models import tiny_delta, tiny_gemma, tiny_mamba, tiny_recurrent, tiny_step, tiny_wrappers
 from tests.models.configurations import CONFIGURATIONS, Configuration
+from tests.models.rows import row_of
 from tests.models.safetensors_file import Array, decode, read_checkpoint, write_checkpoint
 from tests.models.tiny import (
     RawConfig,
@@ -97,25 +97,7 @@ def is_another_part_s(name: str, config: RawConfig) -> bool:
 
 
 # Families that do not store one tensor per expert matrix have tests of their own.
-OTHERS = (
-    "gpt_oss",
-    "llama4",
-    "llama4_text",
-    "mistral4",
-    "mistral3",
-    "granitemoe",
-    "granitemoeshared",
-    "bailing_moe",
-    "lara_mini",
-    *tiny_mamba.FAMILIES,
-    "kimi_linear",
-    *tiny_step.FAMILIES,
-    tiny_gemma.FAMILY,
-    *tiny_delta.FAMILIES,
-    *tiny_recurrent.FAMILIES,
-    *tiny_wrappers.TEXT_FAMILIES,
-)
-SEPARATE = [one for one in CONFIGURATIONS if one.config["model_type"] not in OTHERS]
+SEPARATE = [one for one in CONFIGURATIONS if not row_of(one.config).has_own_experts]
 
 
 @pytest.mark.parametrize("configuration", SEPARATE, ids=lambda configuration: configuration.name)

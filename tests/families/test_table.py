@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from argosy.model.families import FAMILIES
-from tests.families.table import CHATS, PAGE, page
+from tests.families.table import PAGE, page
+from tests.models.rows import rows
 from tests.prompt.families import EVERY_FAMILY
 
 
@@ -12,7 +13,6 @@ def test_the_table_is_up_to_date() -> None:
 
 
 def test_every_family_has_a_row_and_every_chat_a_family() -> None:
-    rows = page()
-    assert all(f"`{name}`" in rows for name in FAMILIES)
-    assert CHATS.keys() <= FAMILIES.keys()
-    assert {chat for chats in CHATS.values() for chat in chats} <= EVERY_FAMILY.keys()
+    table = page()
+    assert all(f"`{name}`" in table for name in FAMILIES)
+    assert {chat for row in rows().values() for chat in row.chats} <= EVERY_FAMILY.keys()

@@ -7,22 +7,7 @@ writes the margins into the reference's metadata.
 from __future__ import annotations
 
 from tests.models.configuration import Configuration, yarn
-from tests.models.configurations_cohere import COHERE
-from tests.models.configurations_dense import DENSE
-from tests.models.configurations_flags import FLAGS
-from tests.models.configurations_flint import FLINT
-from tests.models.configurations_gemma import GEMMA
-from tests.models.configurations_gqa import GQA
-from tests.models.configurations_grouped import GROUPED
-from tests.models.configurations_hunyuan import HUNYUAN
-from tests.models.configurations_latent import LATENT
-from tests.models.configurations_lightning import LIGHTNING
-from tests.models.configurations_llama4 import LLAMA4
-from tests.models.configurations_mamba import MAMBA
-from tests.models.configurations_step import STEP
-from tests.models.configurations_windows import WINDOWS
-from tests.models.configurations_wrappers import WRAPPED
-from tests.models.configurations_youtu import YOUTU
+from tests.models.rows import modules_like
 from tests.models.tiny import (
     RawConfig,
     glm4_moe,
@@ -510,20 +495,5 @@ CONFIGURATIONS = (
         dtype="F32",
         num_shards=2,
     ),
-    *LATENT,
-    *LLAMA4,
-    *LIGHTNING,
-    *WRAPPED,
-    *STEP,
-    *DENSE,
-    *COHERE,
-    *GEMMA,
-    *HUNYUAN,
-    *YOUTU,
-    *GQA,
-    *WINDOWS,
-    *FLINT,
-    *FLAGS,
-    *MAMBA,
-    *GROUPED,
+    *(one for module in modules_like("configurations_*.py") for one in module.CONFIGURATIONS),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.models.configuration import Configuration
 from tests.models.tiny_cohere import cohere2_moe
 
-COHERE = (
+CONFIGURATIONS = (
     Configuration(name="cohere2_moe_plain", config=cohere2_moe()),
     Configuration(
         name="cohere2_moe_layer_norm_softmax_sum",

@@ -8,7 +8,7 @@ from tests.models.tiny_dense import gemma3, gemma3_text, llama, mistral, qwen3
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
-DENSE = (
+CONFIGURATIONS = (
     Configuration(name="qwen3_plain", config=qwen3()),
     Configuration(
         name="qwen3_windows_bias_tied_f32",

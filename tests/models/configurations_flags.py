@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.models.configuration import Configuration
 from tests.models.tiny_flags import ernie4_5_moe, flex_olmo, granitemoe, granitemoeshared
 
-FLAGS = (
+CONFIGURATIONS = (
     Configuration(name="flex_olmo_plain", config=flex_olmo()),
     Configuration(
         name="flex_olmo_bias_renormalised_f32",

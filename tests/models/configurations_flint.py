@@ -8,7 +8,7 @@ from tests.models.tiny_flint import DELTA, FULL, SLIDING, flint, lara_mini
 _LINEAR = {"rope_theta": 300.0, "rope_type": "linear", "factor": 2.0}
 _SMALL = {"head_dim": 6, "hidden_size": 26, "num_attention_heads": 6, "num_key_value_heads": 3}
 
-FLINT = (
+CONFIGURATIONS = (
     Configuration(name="flint_plain", config=flint(no_rope_layer_indices=[0, 1, 4])),
     Configuration(
         name="flint_bias_tied_every_second_f16",

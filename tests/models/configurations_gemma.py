@@ -8,7 +8,7 @@ from tests.models.tiny_wrappers import without_text
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
-GEMMA = (
+CONFIGURATIONS = (
     Configuration(name="gemma4_plain", config=gemma4()),
     # The last layer becomes full, and num_global_key_value_heads has no effect.
     Configuration(

@@ -30,7 +30,7 @@ _RESPELT = mimo_v2_flash(
 for _key in ("hybrid_layer_pattern", "layernorm_epsilon", "moe_layer_freq", "sliding_window_size"):
     del _RESPELT[_key]
 
-GQA = (
+CONFIGURATIONS = (
     Configuration(name="mimo_v2_flash_plain", config=mimo_v2_flash()),
     Configuration(name="mimo_v2_flash_respelt", config=_RESPELT),
 )

@@ -22,7 +22,7 @@ _ONE_GROUP = bailing_moe(
 )
 del _ONE_GROUP["moe_shared_expert_intermediate_size"]
 
-GROUPED = (
+CONFIGURATIONS = (
     Configuration(name="solar_open_plain", config=solar_open()),
     Configuration(
         name="solar_open_bias_groups_tied_f32",

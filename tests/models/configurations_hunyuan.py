@@ -24,7 +24,7 @@ for _key in (
 ):
     del _ONE_NUMBER[_key]
 
-HUNYUAN = (
+CONFIGURATIONS = (
     Configuration(name="hunyuan_v1_moe_plain", config=hunyuan()),
     Configuration(name="hunyuan_v1_moe_bias_unscaled_sharded", config=_ONE_NUMBER, num_shards=2),
 )

@@ -26,7 +26,7 @@ _INDEXED = {
     "vocab_size": 60,
 }  # fmt: skip
 
-LATENT = (
+CONFIGURATIONS = (
     Configuration(
         name="deepseek_v2_lite",
         config=deepseek_v2(rope_scaling=yarn_of_all_dimensions(40.0, 16, mscale=0.707)),

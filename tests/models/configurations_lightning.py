@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.models.configuration import Configuration
 from tests.models.tiny_minimax import minimax
 
-LIGHTNING = (
+CONFIGURATIONS = (
     Configuration(name="minimax_plain", config=minimax()),
     Configuration(
         name="minimax_factors_tied_f32_sharded",

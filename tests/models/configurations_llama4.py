@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.models.configuration import Configuration
 from tests.models.tiny_llama4 import GUARD, llama4, llama4_text
 
-LLAMA4 = (
+CONFIGURATIONS = (
     Configuration(name="llama4_plain", config=llama4()),
     Configuration(
         name="llama4_guard_f32",

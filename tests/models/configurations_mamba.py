@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.models.configuration import Configuration
 from tests.models.tiny_mamba import granitemoehybrid, nemotron_h
 
-MAMBA = (
+CONFIGURATIONS = (
     Configuration(name="granitemoehybrid_plain", config=granitemoehybrid()),
     Configuration(
         name="granitemoehybrid_rope_biases_groups",

@@ -7,7 +7,7 @@ from tests.models.tiny_step import FULL, SLIDING, respelt, step3p5, step3p7
 
 _OTHER = {"num_attention_heads": 3, "num_attention_groups": 3, "head_dim": 10, "true_head_dim": 10}
 
-STEP = (
+CONFIGURATIONS = (
     Configuration(name="step3p5_plain", config=step3p5()),
     Configuration(
         name="step3p7_respelt_bias",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.models.configuration import Configuration
 from tests.models.tiny_windows import FULL, SLIDING, YARN, afmoe, laguna, mellum
 
-WINDOWS = (
+CONFIGURATIONS = (
     Configuration(name="mellum_plain", config=mellum()),
     Configuration(
         name="mellum_bias_tied_dense_f16",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.models.configuration import Configuration, yarn
 from tests.models.tiny_wrappers import glm4v_moe, internvl, qwen3_omni_moe, qwen3_vl_moe, without_text
 
-WRAPPED = (
+CONFIGURATIONS = (
     Configuration(name="qwen3_vl_moe_plain", config=qwen3_vl_moe()),
     Configuration(
         name="qwen3_vl_moe_bias_dense_layer_tied_sharded",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.models.configuration import Configuration
 from tests.models.tiny_latent import yarn_of_all_dimensions, youtu
 
-YOUTU = (
+CONFIGURATIONS = (
     Configuration(name="youtu_plain", config=youtu(tie_word_embeddings=True, vocab_size=60)),
     Configuration(
         name="youtu_halves_yarn_f16",

@@ -13,11 +13,10 @@ import numpy as np
 from gguf import GGUFWriter
 
 from tests.models.gguf_models import TypeOf, add, to_blocks
+from tests.models.rows import row_of
 from tests.models.safetensors_file import Array, write_checkpoint
 from tests.models.tiny import random_tensors
 from tests.models.tiny_delta import RawConfig
-
-ARCHITECTURES = {"qwen3_next": "qwen3next", "qwen3_5_moe_text": "qwen35moe"}
 
 _NAMES = {
     "input_layernorm.weight": "attn_norm.weight",
@@ -59,7 +58,7 @@ def write_delta_gguf(
     With `has_ssm_in`, q, k, v and z of qwen3next share one matrix, as in its first files.
     """
     rng = np.random.default_rng([seed, 3])
-    writer = GGUFWriter(path, ARCHITECTURES[config["model_type"]])
+    writer = GGUFWriter(path, row_of(config).gguf)
     add_metadata(writer, config)
     tensors = random_tensors(config, seed, "F32")
     exact: dict[str, Array] = {}

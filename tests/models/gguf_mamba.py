@@ -14,11 +14,10 @@ import numpy as np
 from gguf import GGUFWriter
 
 from tests.models.gguf_models import TypeOf, add, in_pairs, to_blocks
+from tests.models.rows import row_of
 from tests.models.safetensors_file import Array, write_checkpoint
 from tests.models.tiny import RawConfig, random_tensors
 from tests.models.tiny_mamba import mamba_sizes, pattern
-
-ARCHITECTURES = {"granitemoehybrid": "granitehybrid", "nemotron_h": "nemotron_h_moe"}
 
 _MODEL_NAMES = {
     "embed_tokens.weight": "token_embd.weight",
@@ -76,7 +75,7 @@ def write_mamba_gguf(
     `metadata` replaces the arrays of the architecture's keys.
     """
     rng = np.random.default_rng([seed, 3])
-    writer = GGUFWriter(path, ARCHITECTURES[config["model_type"]])
+    writer = GGUFWriter(path, row_of(config).gguf)
     _add_metadata(writer, config, metadata or {})
     exact: dict[str, Array] = {}
     stacks: dict[str, list[Array]] = {}
@@ -151,7 +150,7 @@ def _add_metadata(writer: GGUFWriter, config: RawConfig, changes: dict[str, Any]
         else [config["moe_intermediate_size"] if "E" in kind else 0 for kind in kinds],
     }
     for name, value in (arrays | changes).items():
-        key = f"{ARCHITECTURES[config['model_type']]}.{name}"
+        key = f"{row_of(config).gguf}.{name}"
         if isinstance(value, list):
             writer.add_array(key, value)
         else:

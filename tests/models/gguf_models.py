@@ -29,6 +29,7 @@ from tests.models import (
     tiny_windows,
 )
 from tests.models.gguf_cohere import add_cohere_metadata
+from tests.models.rows import row_of
 from tests.models.safetensors_file import Array, write_checkpoint
 from tests.models.tiny import RawConfig, head_dim, moe_layers, num_experts, random_tensors, text_of
 from tests.models.tiny_latent import INDEXED_FAMILIES, LATENT_FAMILIES, MISTRAL_FAMILIES
@@ -36,38 +37,6 @@ from tests.models.tiny_mtp import mtp_tensors
 from tests.native import gguf_blocks
 from tests.native.gguf_blocks import WITHOUT_PACKAGE, put_iq1_m_scales
 
-ARCHITECTURES = {
-    "mixtral": "llama",
-    "llama4_text": "llama4",
-    "qwen2_moe": "qwen2moe",
-    "qwen3_moe": "qwen3moe",
-    **dict.fromkeys(LATENT_FAMILIES, "deepseek2"),
-    "deepseek_v32": "deepseek32",
-    "glm_moe_dsa": "glm-dsa",
-    **dict.fromkeys(MISTRAL_FAMILIES, "mistral4"),
-    "gpt_oss": "gpt-oss",
-    "glm4_moe": "glm4moe",
-    "olmoe": "olmoe",
-    "minimax_m2": "minimax-m2",
-    "minimax": "minimax-01",
-    "mimo_v2_flash": "mimo2",
-    "cohere2_moe": "cohere2moe",
-    "lfm2_moe": "lfm2moe",
-    "solar_open": "glm4moe",
-    "dots1": "dots1",
-    "bailing_moe": "bailingmoe2",
-    tiny_hunyuan.FAMILY: "hunyuan-moe",
-    "exaone_moe": "exaone-moe",
-    "hy_v3": "hy_v3",
-    "mellum": "mellum",
-    "afmoe": "afmoe",
-    "laguna": "laguna",
-    "qwen3": "qwen3",
-    "llama": "llama",
-    "mistral": "llama",
-    "gemma3_text": "gemma3",
-    "gemma3": "gemma3",
-}
 _PAIRED = ("mixtral", "llama", "mistral")  # rows of q and k are in adjacent pairs
 _SIGMOID = ("glm4_moe", *tiny_grouped.FAMILIES)
 # Types to which the `gguf` package does not quantise: the offset of the float16 scale, the offset of the scale of the
@@ -279,7 +248,8 @@ def write_gguf_model(
     """
     rng = np.random.default_rng([seed, 3])
     exact: dict[str, Array] = {}
-    architecture = ARCHITECTURES[config["model_type"]]
+    architecture = row_of(config).gguf
+    assert architecture is not None, config["model_type"]
     writer = GGUFWriter(
         path,
         "qwen3vlmoe" if sections and architecture == "qwen3moe" else architecture,
@@ -591,7 +561,7 @@ def add_latent_metadata(writer: GGUFWriter, config: RawConfig, *, split_kv: bool
         writer.add_expert_feed_forward_length(config["intermediate_size"])
         writer.add_expert_shared_count(0)
     if config["model_type"] in INDEXED_FAMILIES:
-        prefix = f"{ARCHITECTURES[config['model_type']]}.attention.indexer."
+        prefix = f"{row_of(config).gguf}.attention.indexer."
         writer.add_uint32(prefix + "head_count", config["index_n_heads"])
         writer.add_uint32(prefix + "key_length", config["index_head_dim"])
         writer.add_uint32(prefix + "top_k", config["index_topk"])

@@ -18,6 +18,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,10 +35,9 @@ import torch
 import transformers
 
 from tests.models.configurations import CONFIGURATIONS, Configuration
+from tests.models.rows import row_of
 from tests.models.safetensors_file import Array, write_safetensors
 from tests.models.tiny import NEW_TOKENS, RawConfig, prompt_ids, text_of, write_model
-from tests.models.tiny_gemma import FAMILY as GEMMA
-from tests.models.tiny_wrappers import TEXT_FAMILIES
 
 REFERENCE = Path(__file__).parent / "reference"
 SMALLEST_ROUTER_MARGIN = 2e-3
@@ -69,35 +69,14 @@ class Answer:
 def load(directory: Path) -> transformers.PreTrainedModel:
     """Load the checkpoint's text model in float32; fail on any tensor that no known part accounts for."""
     raw = json.loads((directory / "config.json").read_text())
-    family, text = raw["model_type"], text_of(raw)
+    text, loading = text_of(raw), row_of(raw).loading
     how: dict[str, Any] = {}
-    if family in ("kimi_k2", "kimi_k25", "kimi_vl"):
-        # transformers has no class for the text model alone; inside Kimi-K2.5 it uses a DeepSeek-V3.
-        how["config"] = transformers.DeepseekV3Config(**text | {"model_type": "deepseek_v3"})
-        how["key_mapping"] = {r"^language_model\.": ""}
-    if family == "bailing_moe":  # nor for Ling's, but Sarvam's has the same names and mathematics
-        how["config"] = transformers.SarvamMoEConfig(**raw | {"model_type": "sarvam_moe"})
-    cls = transformers.AutoModelForCausalLM
-    if family in (
-        *TEXT_FAMILIES,
-        GEMMA,
-        "gemma3",
-    ):  # the whole model: there is no class for the text part alone
-        cls = transformers.AutoModelForImageTextToText
-    if family == "qwen3_omni_moe":
-        how["config"] = transformers.AutoConfig.from_pretrained(directory).thinker_config
-    if text["model_type"] == "mistral4":
-        cls = transformers.Mistral4ForCausalLM
-        how["config"] = transformers.Mistral4Config(**text)
-        how["key_mapping"] = {r"^language_model\.": ""}
-    if family == "llama4":  # the text model without its tower
-        cls = transformers.Llama4ForCausalLM
-        how["config"] = transformers.Llama4TextConfig(**text)
-        how["key_mapping"] = {r"^language_model\.": ""}
-    if text["model_type"] == "step3p5":  # transformers knows it inside Step-3.7 alone
-        cls = transformers.Step3p7ForConditionalGeneration
-        vision = {"heads": 2, "image_size": 8, "layers": 1, "patch_size": 2, "width": 8}
-        how["config"] = transformers.Step3p7Config(text_config=dict(text), vision_config=vision)
+    if loading.config is not None:
+        name, arguments = loading.config(raw)
+        how["config"] = getattr(transformers, name)(**arguments)
+    if loading.prefix:
+        how["key_mapping"] = {"^" + re.escape(loading.prefix): ""}
+    cls = getattr(transformers, loading.model)
     model, info = cls.from_pretrained(
         directory,
         dtype=torch.float32,

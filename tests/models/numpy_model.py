@@ -24,11 +24,8 @@ from tests.models import (
     tiny_delta,
     tiny_dense,
     tiny_flags,
-    tiny_flint,
     tiny_gemma,
     tiny_gqa,
-    tiny_grouped,
-    tiny_hunyuan,
     tiny_kda,
     tiny_llama4,
     tiny_mamba,
@@ -41,6 +38,7 @@ from tests.models import (
 from tests.models.numpy_delta import delta_net
 from tests.models.numpy_flags import run_layer
 from tests.models.numpy_kda import as_deepseek, kimi_delta_attention
+from tests.models.rows import rows
 from tests.models.safetensors_file import Array, read_checkpoint
 from tests.models.tiny import CHOICE_BIASES, RawConfig, expert_names, head_dim, text_of
 
@@ -136,15 +134,10 @@ class NumpyModel:
         if family in tiny_mamba.FAMILIES:
             self.config = numpy_mamba.with_common_keys(self.config)
             self.tensors = {numpy_mamba.respelt(name): t for name, t in self.tensors.items()}
-        if family == tiny_hunyuan.FAMILY:
-            self.config, self.tensors = tiny_hunyuan.as_qwen(self.config, self.tensors)
-        if family in tiny_flint.FAMILIES:
-            self.config, self.tensors = tiny_flint.as_known(self.config, self.tensors)
-            self.kinds = self.config["layer_types"]
-        if family in tiny_grouped.FAMILIES:
-            self.config, self.tensors = tiny_grouped.as_glm(self.config, self.tensors)
-        if self.family in tiny_step.FAMILIES:
-            self.config, self.tensors = tiny_step.as_glm(self.config, self.tensors)
+        row = rows().get(family)
+        if row is not None and row.as_known is not None:
+            self.config, self.tensors = row.as_known(self.config, self.tensors)
+            self.kinds = self.config.get("layer_types") or []
         if self.config["model_type"] in tiny_kda.FAMILIES:
             self.config, self.tensors = as_deepseek(self.config, self.tensors)
         own = next((one for one in (tiny_step, tiny_cohere) if self.family in one.FAMILIES), None)

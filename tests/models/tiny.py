@@ -5,39 +5,22 @@
 Nothing is left at zero or one: norms, biases and routers are random too, so that no flag hides behind a neutral
 value. Values are exact in the format they are stored in.
 
-Elsewhere: the configurations with committed references are `configurations.py`; their references come from
-`make_models.py` (transformers), and `numpy_model.py` is the second implementation.
+Elsewhere: a family's names and shapes are in the file with its row (`rows.py`); the configurations with committed
+references are `configurations.py`; their references come from `make_models.py` (transformers), and `numpy_model.py` is
+the second implementation.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tests.models import (
-    tiny_cohere,
-    tiny_delta,
-    tiny_dense,
-    tiny_flags,
-    tiny_flint,
-    tiny_gemma,
-    tiny_gqa,
-    tiny_grouped,
-    tiny_hunyuan,
-    tiny_kda,
-    tiny_latent,
-    tiny_llama4,
-    tiny_mamba,
-    tiny_minimax,
-    tiny_recurrent,
-    tiny_ring,
-    tiny_step,
-    tiny_windows,
-    tiny_wrappers,
-)
+from tests.models.rows import Row, Shapes, row_of
 from tests.models.safetensors_file import Array, decode, encode, write_checkpoint
 
 RawConfig = dict[str, Any]
@@ -49,9 +32,9 @@ NEW_TOKENS = 16
 CHOICE_BIASES = {
     "glm4_moe": "gate.e_score_correction_bias",
     "lfm2_moe": "expert_bias",
+    "mimo_v2_flash": "gate.e_score_correction_bias",
     "minimax_m2": "e_score_correction_bias",
 }
-CHOICE_BIASES |= dict.fromkeys(tiny_gqa.FAMILIES, "gate.e_score_correction_bias")
 
 SWIGLU_NAMES = ("gate_proj", "up_proj", "down_proj")
 
@@ -372,78 +355,39 @@ def num_experts(config: RawConfig) -> int:
     )
 
 
+def tensor_shapes(config: RawConfig) -> Shapes:
+    """Return names and shapes of every tensor in the hub's checkpoint of this config."""
+    shapes = row_of(config).shapes
+    assert shapes is not None, config["model_type"]
+    return shapes(config)
+
+
 def moe_layers(config: RawConfig) -> list[int]:
-    """Return the layers with routed experts: all after the dense ones, or every n-th except those listed."""
-    if config["model_type"] in tiny_latent.LATENT_FAMILIES:
-        text = text_of(config)
-        return [i for i in range(text["num_hidden_layers"]) if tiny_latent.is_moe(text, i)]
-    if config["model_type"] in tiny_flags.FAMILIES:
-        return [i for i in range(config["num_hidden_layers"]) if tiny_flags.is_moe(config, i)]
-    if config["model_type"] in tiny_mamba.FAMILIES:
-        return tiny_mamba.moe_layers(config)
-    config = text_of(config)
-    if config["model_type"] in tiny_flint.FAMILIES:
-        return [i for i in range(config["num_hidden_layers"]) if tiny_flint.is_moe(config, i)]
-    if config["model_type"] in tiny_windows.FAMILIES:
-        return [i for i in range(config["num_hidden_layers"]) if tiny_windows.is_moe(config, i)]
-    if config["model_type"] in tiny_step.FAMILIES:
-        return tiny_step.moe_layers(config)
-    if config["model_type"] in tiny_dense.FAMILIES:
-        return []
-    if config["model_type"] in tiny_cohere.FAMILIES:
-        return [i for i in range(config["num_hidden_layers"]) if tiny_cohere.is_moe(config, i)]
-    if config["model_type"] in tiny_gqa.FAMILIES:
-        return tiny_gqa.moe_layers(config)
-    if config["model_type"] in tiny_llama4.FAMILIES:
-        return tiny_llama4.moe_layers(config)
+    """Return the layers whose tensors include routed experts, without those for multi-token prediction."""
+    num_layers = text_of(config)["num_hidden_layers"]
+    found = {
+        int(match[1])
+        for name in tensor_shapes(config)
+        if not name.startswith("mtp.")
+        and (match := re.search(r"\blayers\.(\d+)\.(?:.*\.)?(?:experts|block_sparse_moe|moe)\.", name))
+    }
+    return sorted(layer for layer in found if layer < num_layers)
+
+
+def plain_moe_layers(config: RawConfig) -> list[int]:
+    """Return the layers with experts of a text config: all after the dense ones, or every n-th except those listed."""
     if "first_k_dense_replace" in config:
         return list(range(config["first_k_dense_replace"], config["num_hidden_layers"]))
     step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
     return [i for i in range(config["num_hidden_layers"]) if i not in dense and (i + 1) % step == 0]
 
 
-def tensor_shapes(config: RawConfig) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of every tensor in the hub's checkpoint of this config."""
-    if config["model_type"] in tiny_delta.FAMILIES:
-        # On the hub, the experts of Qwen3.5 are fused.
-        is_fused = config["model_type"] != "qwen3_next"
-        return tiny_delta.delta_tensor_shapes(config, moe_layers(config), is_fused=is_fused)
-    if config["model_type"] in tiny_dense.FAMILIES:
-        return tiny_dense.dense_shapes(config)
-    if config["model_type"] in tiny_recurrent.FAMILIES:
-        return tiny_recurrent.lfm2_shapes(config)
-    if config["model_type"] == tiny_ring.FAMILY:
-        return tiny_ring.ring_shapes(config)
-    if config["model_type"] in tiny_minimax.FAMILIES:
-        return tiny_minimax.minimax_shapes(config)
-    if config["model_type"] in tiny_mamba.FAMILIES:
-        return tiny_mamba.mamba_model_shapes(config)
-    if config["model_type"] in tiny_kda.FAMILIES:
-        return tiny_kda.kda_tensor_shapes(config)
-    if config["model_type"] in tiny_latent.LATENT_FAMILIES:
-        return tiny_latent.latent_shapes(config)
-    if config["model_type"] in tiny_step.FAMILIES:
-        return tiny_step.step_shapes(config)
-    if config["model_type"] in tiny_cohere.FAMILIES:
-        return tiny_cohere.cohere_shapes(config)
-    if config["model_type"] in tiny_flags.FAMILIES:
-        return tiny_flags.flag_shapes(config)
-    if config["model_type"] in tiny_flint.FAMILIES:
-        return tiny_flint.flint_shapes(config)
-    if config["model_type"] in tiny_windows.FAMILIES:
-        return tiny_windows.window_shapes(config)
-    if config["model_type"] in tiny_llama4.FAMILIES:
-        return tiny_llama4.llama4_shapes(config)
-    if config["model_type"] == tiny_gemma.FAMILY:
-        return tiny_gemma.gemma4_shapes(config)
-    if config["model_type"] == tiny_hunyuan.FAMILY:
-        return tiny_hunyuan.hunyuan_shapes(config)
-    if config["model_type"] in tiny_grouped.FAMILIES:
-        return tiny_grouped.grouped_shapes(config)
-    if config["model_type"] in tiny_wrappers.TEXT_FAMILIES:
-        text = text_of(config) | {"model_type": tiny_wrappers.TEXT_FAMILIES[config["model_type"]]}
-        text = {"tie_word_embeddings": config.get("tie_word_embeddings", False)} | text
-        return tiny_wrappers.wrapped_shapes(config, text, tensor_shapes(text))
+def plain_shapes(
+    config: RawConfig,
+    attention_shapes: Callable[[RawConfig, int], Shapes] | None = None,
+    moe_layers: Callable[[RawConfig], list[int]] = plain_moe_layers,
+) -> Shapes:
+    """Return names and shapes of the tensors of the families here; others may have attention of their own."""
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     q_rows = config["num_attention_heads"] * head_dim(config)
     kv_rows = config["num_key_value_heads"] * head_dim(config)
@@ -451,13 +395,13 @@ def tensor_shapes(config: RawConfig) -> dict[str, tuple[int, ...]]:
     has_qkv_bias = {"mixtral": False, "minimax_m2": False, "qwen2_moe": config.get("qkv_bias", True)}.get(
         family, config.get("attention_bias", family == "gpt_oss")
     )
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
+    shapes: Shapes = {"model.embed_tokens.weight": (vocab, hidden)}
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}."
         attention = layer + "self_attn."
         shapes[layer + "input_layernorm.weight"] = (hidden,)
-        if family in tiny_gqa.FAMILIES:
-            shapes |= tiny_gqa.attention_shapes(config, i)
+        if attention_shapes is not None:
+            shapes |= attention_shapes(config, i)
         else:
             for name, rows in (("q", q_rows), ("k", kv_rows), ("v", kv_rows)):
                 shapes[f"{attention}{name}_proj.weight"] = (rows, hidden)
@@ -485,13 +429,13 @@ def tensor_shapes(config: RawConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def moe_shapes(config: RawConfig, layer: str) -> dict[str, tuple[int, ...]]:
+def moe_shapes(config: RawConfig, layer: str) -> Shapes:
     hidden = config["hidden_size"]
     if config["model_type"] == "gpt_oss":
         return transposed_moe_shapes(layer + "mlp.", num_experts(config), hidden, config["intermediate_size"])
     width = config.get("moe_intermediate_size", config["intermediate_size"])
     block, names = expert_names(config, layer)
-    shapes: dict[str, tuple[int, ...]] = {block + "gate.weight": (num_experts(config), hidden)}
+    shapes: Shapes = {block + "gate.weight": (num_experts(config), hidden)}
     if config["model_type"] in CHOICE_BIASES:
         shapes[block + CHOICE_BIASES[config["model_type"]]] = (num_experts(config),)
     for expert in range(num_experts(config)):
@@ -512,9 +456,7 @@ def expert_names(config: RawConfig, layer: str) -> tuple[str, tuple[str, str, st
     return layer + "mlp.", ("gate_proj", "up_proj", "down_proj")
 
 
-def transposed_moe_shapes(
-    block: str, num_experts: int, hidden: int, width: int
-) -> dict[str, tuple[int, ...]]:
+def transposed_moe_shapes(block: str, num_experts: int, hidden: int, width: int) -> Shapes:
     """Return shapes of experts in one tensor, with alternating columns of gate and up."""
     return {
         block + "router.weight": (num_experts, hidden),
@@ -526,9 +468,7 @@ def transposed_moe_shapes(
     }
 
 
-def swiglu_shapes(
-    prefix: str, names: tuple[str, str, str], hidden: int, width: int
-) -> dict[str, tuple[int, ...]]:
+def swiglu_shapes(prefix: str, names: tuple[str, str, str], hidden: int, width: int) -> Shapes:
     gate, up, down = names
     return {
         f"{prefix}{gate}.weight": (width, hidden),
@@ -541,14 +481,13 @@ def random_tensors(config: RawConfig, seed: int, dtype: str) -> dict[str, Array]
     """Return seeded values, exact in `dtype`, of a size that keeps activations near one and routing decided."""
     rng = np.random.default_rng(seed)
     tensors = {}
-    for name, shape in tensor_shapes(config).items():
+    shapes = tensor_shapes(config)
+    has_zero_centred_norms = row_of(config).has_zero_centred_norms
+    is_tied = not any(name.endswith("lm_head.weight") for name in shapes)
+    for name, shape in shapes.items():
         noise = rng.standard_normal(shape, np.float32)
         if "norm" in name:
-            is_zero_centred = (
-                config["model_type"] in (*tiny_delta.FAMILIES, *tiny_step.FAMILIES)
-                and "linear_attn" not in name
-            )
-            is_zero_centred |= config["model_type"] in tiny_dense.GEMMA
+            is_zero_centred = has_zero_centred_norms and "linear_attn" not in name
             values = (0 if is_zero_centred else 1) + 0.2 * noise
         elif name.endswith(("A_log", ".D")):
             values = noise
@@ -566,9 +505,6 @@ def random_tensors(config: RawConfig, seed: int, dtype: str) -> dict[str, Array]
             values = noise
         elif any(part in name for part in ("embed_tokens", "word_embeddings", "backbone.embeddings")):
             # A tied table is also the head: at unit size a token would only ever predict itself.
-            is_tied = text_of(config).get("tie_word_embeddings")
-            if config["model_type"] in tiny_recurrent.FAMILIES:
-                is_tied = tiny_recurrent.is_tied(config)
             values = noise * (0.5 * shape[1] ** -0.5 if is_tied else 1.0)
         elif name.endswith(
             (
@@ -604,3 +540,14 @@ def prompt_ids(config: RawConfig, seed: int, num_tokens: int = PROMPT_TOKENS) ->
         int(i)
         for i in np.random.default_rng([seed, 1]).integers(3, text_of(config)["vocab_size"], num_tokens)
     ]
+
+
+ROWS = {
+    "mixtral": Row(shapes=plain_shapes, gguf="llama", chats=("mistral",)),
+    "qwen2_moe": Row(shapes=plain_shapes, gguf="qwen2moe", chats=("qwen2_5",)),
+    "qwen3_moe": Row(shapes=plain_shapes, gguf="qwen3moe", chats=("qwen3", "qwen3_coder")),
+    "gpt_oss": Row(shapes=plain_shapes, has_own_experts=True, gguf="gpt-oss", chats=("harmony",)),
+    "glm4_moe": Row(shapes=plain_shapes, gguf="glm4moe", chats=("glm", "glm47")),
+    "olmoe": Row(shapes=plain_shapes, gguf="olmoe"),
+    "minimax_m2": Row(shapes=plain_shapes, gguf="minimax-m2", chats=("minimax_m2",)),
+}

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tests.models.rows import Row
 from tests.models.safetensors_file import Array
 
 if TYPE_CHECKING:
@@ -169,3 +170,13 @@ def _feed_forward(model: NumpyModel, layer: int, x: Array) -> Array:
         out = out + model.swiglu(mlp + "shared_experts.", x)
         out = out / 2 if config["shared_expert_combination_strategy"] == "average" else out
     return out
+
+
+ROWS = {
+    "cohere2_moe": Row(
+        shapes=cohere_shapes,
+        gguf="cohere2moe",
+        chats=("cohere2",),
+        without_mlx="MLX's checkpoints of it are refused",
+    )
+}

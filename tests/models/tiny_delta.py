@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.models.rows import Row
+from tests.models.tiny import plain_moe_layers, text_of
+
 RawConfig = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -148,9 +151,10 @@ def layer_kinds(config: RawConfig) -> list[str]:
     ]
 
 
-def delta_tensor_shapes(config: RawConfig, moe_layers: list[int], *, is_fused: bool) -> Shapes:
+def delta_shapes(config: RawConfig) -> Shapes:
     """Return names and shapes of every tensor in the hub's checkpoint of this config, including some to ignore."""
-    text = config.get("text_config", config)
+    text = text_of(config)
+    moe_layers, is_fused = plain_moe_layers(text), config["model_type"] != "qwen3_next"
     prefix = "model.language_model." if "text_config" in config else "model."
     hidden, vocab = text["hidden_size"], text["vocab_size"]
     shapes: Shapes = {prefix + "embed_tokens.weight": (vocab, hidden)}
@@ -221,3 +225,31 @@ def _moe_shapes(config: RawConfig, block: str, is_fused: bool) -> Shapes:
 def _swiglu_shapes(prefix: str, hidden: int, width: int) -> Shapes:
     shapes: Shapes = {f"{prefix}{name}.weight": (width, hidden) for name in ("gate_proj", "up_proj")}
     return shapes | {f"{prefix}down_proj.weight": (hidden, width)}
+
+
+ROWS = {
+    "qwen3_next": Row(
+        shapes=delta_shapes,
+        has_own_modules=True,
+        has_own_experts=True,
+        has_zero_centred_norms=True,
+        gguf="qwen3next",
+        chats=("qwen3",),
+    ),
+    "qwen3_5_moe_text": Row(
+        shapes=delta_shapes,
+        has_own_modules=True,
+        has_own_experts=True,
+        has_zero_centred_norms=True,
+        gguf="qwen35moe",
+        chats=("qwen3_coder",),
+    ),
+    "qwen3_5_moe": Row(
+        shapes=delta_shapes,
+        has_own_modules=True,
+        has_own_experts=True,
+        has_zero_centred_norms=True,
+        chats=("qwen3_coder",),
+        without_record="the configs here are of its text part",
+    ),
+}

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.models.rows import WHOLE, Row
+
 RawConfig = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -193,3 +195,26 @@ def dense_shapes(config: RawConfig) -> Shapes:
     if not text["tie_word_embeddings"]:
         shapes[start + "lm_head.weight"] = (vocab, hidden)
     return shapes | (_TOWER if family == "gemma3" else {})
+
+
+_IN_MLX = "names and values are those of the hub, so MLX's checkpoints need no change"
+ROWS = {
+    "qwen3": Row(shapes=dense_shapes, gguf="qwen3", chats=("qwen3",), without_mlx=_IN_MLX),
+    "llama": Row(shapes=dense_shapes, gguf="llama", chats=("llama3",), without_mlx=_IN_MLX),
+    "mistral": Row(shapes=dense_shapes, gguf="llama", chats=("mistral",), without_mlx=_IN_MLX),
+    "gemma3_text": Row(
+        shapes=dense_shapes,
+        has_own_modules=True,
+        has_zero_centred_norms=True,
+        gguf="gemma3",
+        without_mlx=_IN_MLX,
+    ),
+    "gemma3": Row(
+        shapes=dense_shapes,
+        loading=WHOLE,
+        has_own_modules=True,
+        has_zero_centred_norms=True,
+        gguf="gemma3",
+        without_mlx=_IN_MLX,
+    ),
+}

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.models.rows import Row
+
 RawConfig = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -172,3 +174,31 @@ def _granite_shapes(config: RawConfig) -> Shapes:
 
 
 FAMILIES = ("flex_olmo", "granitemoe", "granitemoeshared", "ernie4_5_moe")
+
+
+ROWS = {
+    "flex_olmo": Row(
+        shapes=flag_shapes,
+        has_own_modules=True,
+        without_record="llama.cpp has no converter",
+        without_mlx="MLX does not know it",
+    ),
+    "granitemoe": Row(
+        shapes=flag_shapes,
+        has_own_modules=True,
+        has_own_experts=True,
+        chats=("granite",),
+        without_mlx="MLX's checkpoints of it are refused",
+    ),
+    "granitemoeshared": Row(
+        shapes=flag_shapes,
+        has_own_modules=True,
+        has_own_experts=True,
+        chats=("granite",),
+        without_record="no released config is here",
+        without_mlx="MLX does not know it",
+    ),
+    "ernie4_5_moe": Row(
+        shapes=flag_shapes, chats=("ernie",), without_mlx="MLX leaves out the bias for the choice"
+    ),
+}

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.models.rows import Row
+
 RawConfig = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -187,3 +189,22 @@ def _delta_shapes(config: RawConfig, layer: str) -> Shapes:
 def _swiglu(prefix: str, hidden: int, width: int) -> Shapes:
     shapes: Shapes = {f"{prefix}{name}_proj.weight": (width, hidden) for name in ("gate", "up")}
     return shapes | {f"{prefix}down_proj.weight": (hidden, width)}
+
+
+ROWS = {
+    "flint": Row(
+        shapes=flint_shapes,
+        has_own_modules=True,
+        as_known=as_known,
+        without_record="no model is released",
+        without_mlx="MLX does not know it",
+    ),
+    "lara_mini": Row(
+        shapes=flint_shapes,
+        has_own_modules=True,
+        has_own_experts=True,
+        as_known=as_known,
+        without_record="no model is released",
+        without_mlx="MLX does not know it",
+    ),
+}

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.models.rows import WHOLE, Row
+
 RawConfig = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -154,3 +156,15 @@ def gemma4_shapes(config: RawConfig) -> Shapes:
         "model.vision_tower.patch_embedder.input_proj.weight": (16, 12),
         "model.embed_vision.embedding_projection.weight": (hidden, 16),
     }
+
+
+ROWS = {
+    FAMILY: Row(
+        shapes=gemma4_shapes,
+        loading=WHOLE,
+        has_own_modules=True,
+        has_own_experts=True,
+        gguf="gemma4",
+        chats=("gemma4",),
+    )
+}

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from tests.models.rows import Row, Shapes
 from tests.models.safetensors_file import Array
+from tests.models.tiny import plain_shapes
 
 RawConfig = dict[str, Any]
 
@@ -117,3 +119,20 @@ def attention_shapes(config: RawConfig, layer: int) -> dict[str, tuple[int, ...]
     if kinds(config)[layer] == SLIDING:
         shapes[prefix + "attention_sink_bias"] = (heads,)
     return shapes
+
+
+def mimo_shapes(config: RawConfig) -> Shapes:
+    """Return names and shapes of every tensor in the hub's checkpoint of this config."""
+    return plain_shapes(config, attention_shapes, moe_layers)
+
+
+_CONVERTER = "llama.cpp's converter misses a key that transformers 5.24 rewrites"
+ROWS = {
+    "mimo_v2_flash": Row(shapes=mimo_shapes, has_own_modules=True, gguf="mimo2", without_record=_CONVERTER),
+    "mimo_v2": Row(
+        shapes=None,
+        without_references="transformers has no class; `test_mimo_v2.py` joins tensors of mimo_v2_flash",
+        without_record=_CONVERTER,
+        without_mlx="MLX's checkpoints of it are refused",
+    ),
+}

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.models.rows import Loading, Row
+
 RawConfig = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -308,3 +310,38 @@ def _from_ling(config: RawConfig, tensors: Mapping[str, Any]) -> dict[str, Any]:
         else:
             found[next((name.replace(new, old) for old, new in _LING.items() if new in name), name)] = values
     return found
+
+
+def _as_sarvam(config: RawConfig) -> tuple[str, RawConfig]:
+    """transformers has no class for Ling's, but Sarvam's has the same names and mathematics."""
+    return "SarvamMoEConfig", config | {"model_type": "sarvam_moe"}
+
+
+ROWS = {
+    "solar_open": Row(
+        shapes=grouped_shapes,
+        as_known=as_glm,
+        gguf="glm4moe",
+        chats=("solar",),
+        without_mlx="MLX's checkpoints of it are refused",
+    ),
+    "dots1": Row(shapes=grouped_shapes, as_known=as_glm, gguf="dots1"),
+    "hy_v3": Row(
+        shapes=grouped_shapes,
+        has_own_modules=True,
+        as_known=as_glm,
+        gguf="hy_v3",
+        chats=("hy3",),
+        without_mlx="MLX's checkpoints of it are refused",
+    ),
+    "bailing_moe": Row(
+        shapes=grouped_shapes,
+        loading=Loading(config=_as_sarvam),
+        has_own_modules=True,
+        has_own_experts=True,
+        as_known=as_glm,
+        gguf="bailingmoe2",
+        without_mlx="MLX's checkpoints of it are refused",
+    ),
+    "exaone_moe": Row(shapes=grouped_shapes, has_own_modules=True, as_known=as_glm, gguf="exaone-moe"),
+}

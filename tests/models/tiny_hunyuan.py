@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tests.models.rows import Row
+
 RawConfig = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -125,3 +127,10 @@ def as_qwen(config: RawConfig, tensors: Mapping[str, Any]) -> tuple[RawConfig, d
         return next((name.replace(old, new) for old, new in _RESPELT.items() if old in name), name)
 
     return plain(config), {respelt(name): values for name, values in tensors.items()}
+
+
+ROWS = {
+    FAMILY: Row(
+        shapes=hunyuan_shapes, has_own_modules=True, as_known=as_qwen, gguf="hunyuan-moe", chats=("hunyuan",)
+    )
+}

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.models.rows import Row
+
 RawConfig = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -258,3 +260,18 @@ def _swiglu_shapes(
         f"{prefix}{up}.weight": (width, hidden),
         f"{prefix}{down}.weight": (hidden, width),
     }
+
+
+ROWS = {
+    "kimi_linear": Row(
+        shapes=kda_tensor_shapes,
+        has_own_modules=True,
+        has_own_experts=True,
+        without_record="no released config is here",
+    ),
+    "bailing_hybrid": Row(
+        shapes=kda_tensor_shapes,
+        has_own_modules=True,
+        without_record="llama.cpp's converter does not work with transformers 5.24",
+    ),
+}

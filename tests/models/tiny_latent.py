@@ -11,6 +11,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.models.rows import Loading, Row
+from tests.models.tiny import text_of
+
 RawConfig = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -446,3 +449,67 @@ def swiglu(prefix: str, hidden: int, width: int) -> Shapes:
         f"{prefix}up_proj.weight": (width, hidden),
         f"{prefix}down_proj.weight": (hidden, width),
     }
+
+
+def _as_deepseek(config: RawConfig) -> tuple[str, RawConfig]:
+    """transformers has no class for Kimi's text model alone; inside Kimi-K2.5 it uses a DeepSeek-V3."""
+    return "DeepseekV3Config", text_of(config) | {"model_type": "deepseek_v3"}
+
+
+def _text_of_mistral(config: RawConfig) -> tuple[str, RawConfig]:
+    return "Mistral4Config", text_of(config)
+
+
+_KIMI = Loading(config=_as_deepseek, prefix="language_model.")
+_MISTRAL = Loading(model="Mistral4ForCausalLM", config=_text_of_mistral, prefix="language_model.")
+ROWS = {
+    "deepseek_v2": Row(shapes=latent_shapes, has_own_modules=True, gguf="deepseek2"),
+    "deepseek_v3": Row(
+        shapes=latent_shapes,
+        has_own_modules=True,
+        gguf="deepseek2",
+        chats=("deepseek_v3", "deepseek_v31", "gigachat"),
+    ),
+    "deepseek_v32": Row(
+        shapes=latent_shapes, has_own_modules=True, gguf="deepseek32", chats=("deepseek_v32",)
+    ),
+    "glm_moe_dsa": Row(shapes=latent_shapes, has_own_modules=True, gguf="glm-dsa", chats=("glm47",)),
+    "kimi_k2": Row(
+        shapes=latent_shapes, loading=_KIMI, has_own_modules=True, gguf="deepseek2", chats=("kimi_k2",)
+    ),
+    "kimi_k25": Row(
+        shapes=latent_shapes, loading=_KIMI, has_own_modules=True, gguf="deepseek2", chats=("kimi_k2",)
+    ),
+    "kimi_vl": Row(shapes=latent_shapes, loading=_KIMI, has_own_modules=True, gguf="deepseek2"),
+    "glm4_moe_lite": Row(shapes=latent_shapes, has_own_modules=True, gguf="deepseek2", chats=("glm47",)),
+    "axk1": Row(
+        shapes=latent_shapes,
+        has_own_modules=True,
+        without_record="llama.cpp has no converter",
+        without_mlx="MLX does not know it",
+    ),
+    "sarvam_mla": Row(
+        shapes=latent_shapes,
+        has_own_modules=True,
+        gguf="deepseek2",
+        without_record="llama.cpp has no converter",
+    ),
+    "youtu": Row(shapes=latent_shapes, has_own_modules=True, gguf="deepseek2"),
+    "mistral4": Row(
+        shapes=latent_shapes,
+        loading=_MISTRAL,
+        has_own_modules=True,
+        has_own_experts=True,
+        gguf="mistral4",
+        chats=("mistral_args",),
+        without_record="the released config is mistral3's",
+    ),
+    "mistral3": Row(
+        shapes=latent_shapes,
+        loading=_MISTRAL,
+        has_own_modules=True,
+        has_own_experts=True,
+        gguf="mistral4",
+        chats=("mistral_args",),
+    ),
+}

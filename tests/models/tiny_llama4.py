@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from tests.models.rows import Loading, Row
 from tests.models.safetensors_file import Array
+from tests.models.tiny import text_of
 
 RawConfig = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
@@ -183,3 +185,26 @@ def fused(tensors: dict[str, Array]) -> dict[str, Array]:
 def _swiglu(prefix: str, hidden: int, width: int) -> Shapes:
     shapes: Shapes = {f"{prefix}{name}_proj.weight": (width, hidden) for name in ("gate", "up")}
     return shapes | {prefix + "down_proj.weight": (hidden, width)}
+
+
+def _text_of_llama(config: RawConfig) -> tuple[str, RawConfig]:
+    return "Llama4TextConfig", text_of(config)
+
+
+ROWS = {
+    "llama4": Row(
+        shapes=llama4_shapes,
+        loading=Loading(model="Llama4ForCausalLM", config=_text_of_llama, prefix="language_model."),
+        has_own_modules=True,
+        has_own_experts=True,
+        chats=("llama4",),
+    ),
+    "llama4_text": Row(
+        shapes=llama4_shapes,
+        has_own_modules=True,
+        has_own_experts=True,
+        gguf="llama4",
+        without_record="the released configs are llama4's",
+        without_mlx="MLX's class of this name is of dense models",
+    ),
+}

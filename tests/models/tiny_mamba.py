@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.models.rows import Row
+
 RawConfig = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -267,3 +269,23 @@ def _expert_shapes(config: RawConfig) -> Shapes:
 
 def _network(prefix: str, hidden: int, width: int) -> Shapes:
     return {prefix + "up_proj.weight": (width, hidden), prefix + "down_proj.weight": (hidden, width)}
+
+
+ROWS = {
+    "granitemoehybrid": Row(
+        shapes=mamba_model_shapes,
+        has_own_modules=True,
+        has_own_experts=True,
+        gguf="granitehybrid",
+        chats=("granite4",),
+        without_mlx="MLX's checkpoints of it are refused",
+    ),
+    "nemotron_h": Row(
+        shapes=mamba_model_shapes,
+        has_own_modules=True,
+        has_own_experts=True,
+        gguf="nemotron_h_moe",
+        chats=("nemotron3",),
+        without_mlx="MLX's checkpoints of it are refused",
+    ),
+}

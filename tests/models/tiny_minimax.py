@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tests.models.rows import Row
 from tests.models.safetensors_file import Array
 
 if TYPE_CHECKING:
@@ -156,3 +157,10 @@ def _lightning_attention(model: NumpyModel, layer: int, x: Array) -> Array:
     gate = 1 / (1 + np.exp(-x @ tensors[prefix + "output_gate.weight"].T))
     result: Array = (gate * normed) @ tensors[prefix + "out_proj.weight"].T
     return result
+
+
+ROWS = {
+    "minimax": Row(
+        shapes=minimax_shapes, has_own_modules=True, gguf="minimax-01", without_mlx="MLX does not know it"
+    )
+}

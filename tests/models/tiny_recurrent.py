@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.models.rows import Row
+
 RawConfig = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -112,3 +114,10 @@ def _swiglu_shapes(prefix: str, hidden: int, width: int) -> Shapes:
         f"{prefix}w3.weight": (width, hidden),
         f"{prefix}w2.weight": (hidden, width),
     }
+
+
+ROWS = {
+    "lfm2_moe": Row(
+        shapes=lfm2_shapes, has_own_modules=True, has_own_experts=True, gguf="lfm2moe", chats=("lfm2",)
+    )
+}

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.models.rows import Row
 from tests.models.safetensors_file import Array
 from tests.models.tiny_grouped import Shapes, bailing_moe, grouped_shapes
 
@@ -95,3 +96,13 @@ def lightning_attention(config: RawConfig, tensors: dict[str, Array], layer: int
     gate = sigmoid(x @ tensors[prefix + "g_proj.weight"].T)
     result: Array = (gate * normed * tensors[prefix + "g_norm.weight"]) @ tensors[prefix + "dense.weight"].T
     return result
+
+
+ROWS = {
+    FAMILY: Row(
+        shapes=ring_shapes,
+        without_references="transformers has no class; `test_ring_linear.py` compares with numpy",
+        without_record="llama.cpp has no converter",
+        without_mlx="MLX's checkpoints of it are refused",
+    )
+}

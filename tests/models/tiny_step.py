@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from tests.models.rows import Loading, Row
 from tests.models.safetensors_file import Array
+from tests.models.tiny import text_of
 
 RawConfig = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
@@ -276,3 +278,37 @@ def as_glm(config: RawConfig, tensors: Mapping[str, Array]) -> tuple[RawConfig, 
         "share_expert_swiglu_limit_list": config["swiglu_limits_shared"],
     }
     return config | glm, renamed
+
+
+def _as_wrapper(config: RawConfig) -> tuple[str, RawConfig]:
+    """transformers knows the text model inside Step-3.7 alone."""
+    vision = {"heads": 2, "image_size": 8, "layers": 1, "patch_size": 2, "width": 8}
+    return "Step3p7Config", {"text_config": dict(text_of(config)), "vision_config": vision}
+
+
+_LOADING = Loading(model="Step3p7ForConditionalGeneration", config=_as_wrapper)
+ROWS = {
+    "step3p5": Row(
+        shapes=step_shapes,
+        loading=_LOADING,
+        has_own_modules=True,
+        has_own_experts=True,
+        has_zero_centred_norms=True,
+        as_known=as_glm,
+        gguf="step35",
+        chats=("step3",),
+        without_record="no released config is here",
+        without_mlx="MLX's checkpoints of it are refused",
+    ),
+    "step3p7": Row(
+        shapes=step_shapes,
+        loading=_LOADING,
+        has_own_modules=True,
+        has_own_experts=True,
+        has_zero_centred_norms=True,
+        as_known=as_glm,
+        chats=("step3",),
+        without_record="llama.cpp's converter misses a key that transformers 5.24 rewrites",
+        without_mlx="MLX's checkpoints of it are refused",
+    ),
+}

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.models.rows import Row
 from tests.models.safetensors_file import Array
 
 RawConfig = dict[str, Any]
@@ -232,3 +233,10 @@ def _swiglu(prefix: str, hidden: int, width: int) -> Shapes:
         f"{prefix}up_proj.weight": (width, hidden),
         f"{prefix}down_proj.weight": (hidden, width),
     }
+
+
+ROWS = {
+    "mellum": Row(shapes=window_shapes, has_own_modules=True, gguf="mellum"),
+    "afmoe": Row(shapes=window_shapes, has_own_modules=True, gguf="afmoe"),
+    "laguna": Row(shapes=window_shapes, has_own_modules=True, gguf="laguna", chats=("laguna",)),
+}

@@ -9,7 +9,11 @@ Elsewhere: values and files are `tiny.py`; Kimi-K2.5 is `tiny_latent.py`, Qwen3.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
+
+from tests.models.rows import WHOLE, Row
+from tests.models.tiny import tensor_shapes, text_of
 
 RawConfig = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
@@ -253,9 +257,14 @@ def without_text(config: RawConfig, *keys: str) -> RawConfig:
     return config | {"text_config": {k: v for k, v in config["text_config"].items() if k not in keys}}
 
 
-def wrapped_shapes(config: RawConfig, text: RawConfig, plain: Shapes) -> Shapes:
-    """Return the tensors of a whole checkpoint; `plain` are those of its text part as a separate model."""
+def wrapped_shapes(config: RawConfig) -> Shapes:
+    """Return names and shapes of every tensor in the hub's checkpoint of this config: those of its text part as a
+    separate model, under the wrapper's names, and some of other parts.
+    """
     family = config["model_type"]
+    text = {"tie_word_embeddings": config.get("tie_word_embeddings", False)} | text_of(config)
+    text["model_type"] = TEXT_FAMILIES[family]
+    plain = tensor_shapes(text)
     if family == "qwen3_vl_moe":
         plain = _transposed(plain, text)
     shapes = {}
@@ -295,3 +304,30 @@ def _transposed(plain: Shapes, text: RawConfig) -> Shapes:
             shapes[found[1] + "gate_up_proj"] = (experts, hidden, 2 * width)
             shapes[found[1] + "down_proj"] = (experts, width, hidden)
     return shapes
+
+
+def _thinker(config: RawConfig) -> tuple[str, RawConfig]:
+    return "Qwen3OmniMoeThinkerConfig", config["thinker_config"]
+
+
+ROWS = {
+    "qwen3_vl_moe": Row(shapes=wrapped_shapes, loading=WHOLE, has_own_experts=True, chats=("qwen3",)),
+    "qwen3_omni_moe": Row(
+        shapes=wrapped_shapes,
+        loading=replace(WHOLE, config=_thinker),
+        has_own_experts=True,
+        chats=("qwen3",),
+    ),
+    "internvl": Row(
+        shapes=wrapped_shapes,
+        loading=WHOLE,
+        has_own_experts=True,
+        without_record="its text is qwen3_moe's",
+    ),
+    "internvl_chat": Row(
+        shapes=None,
+        without_references="transformers has no class; `test_internvl.py` renames internvl's tensors",
+        without_record="its text is qwen3_moe's",
+    ),
+    "glm4v_moe": Row(shapes=wrapped_shapes, loading=WHOLE, has_own_experts=True, chats=("glm",)),
+}

@@ -17,7 +17,7 @@ from argosy.model.families import open_model
 from argosy.model.rope import inverse_frequency
 from tests.helpers.mixers import attentions
 from tests.models.configuration import Configuration
-from tests.models.configurations_gemma import GEMMA
+from tests.models.configurations_gemma import CONFIGURATIONS
 from tests.models.make_models import decoder_of, load
 from tests.models.references import LARGEST_DIFFERENCE, difference
 from tests.models.tiny import prompt_ids, write_model
@@ -26,7 +26,7 @@ from tests.models.tiny_gemma import gemma4
 pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("one_quiet_thread")]
 
 
-@pytest.mark.parametrize("configuration", GEMMA, ids=lambda configuration: configuration.name)
+@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=lambda configuration: configuration.name)
 def test_a_config_means_what_transformers_reads_from_it(configuration: Configuration, tmp_path: Path) -> None:
     write_model(tmp_path, configuration.config, seed=1)
     ours, model = open_model(tmp_path).config, load(tmp_path)

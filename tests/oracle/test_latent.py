@@ -18,7 +18,7 @@ from argosy import Engine
 from argosy.model.families import open_model
 from argosy.model.rope import angle_scale, inverse_frequency
 from tests.models.configuration import Configuration
-from tests.models.configurations_latent import LATENT
+from tests.models.configurations_latent import CONFIGURATIONS
 from tests.models.make_models import answer, load
 from tests.models.references import LARGEST_DIFFERENCE, difference
 from tests.models.tiny import RawConfig, prompt_ids, write_model
@@ -30,7 +30,9 @@ FIRST_SEED = 40_000
 
 
 # Mistral's scale of scores follows its makers, and A.X-K1's tensors decide what its config does not say.
-DEEPSEEKS = [one for one in LATENT if one.config["model_type"] not in ("mistral3", "mistral4", "axk1")]
+DEEPSEEKS = [
+    one for one in CONFIGURATIONS if one.config["model_type"] not in ("mistral3", "mistral4", "axk1")
+]
 
 
 @pytest.mark.parametrize("configuration", DEEPSEEKS, ids=lambda configuration: configuration.name)

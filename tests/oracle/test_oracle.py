@@ -22,12 +22,11 @@ from argosy.checkpoint.pack import pack
 from argosy.model.families import open_model
 from argosy.model.rope import angle_scale, inverse_frequency
 from tests.helpers.mixers import windows
-from tests.models import tiny_delta, tiny_flint, tiny_gemma, tiny_mamba, tiny_step, tiny_windows
 from tests.models.configurations import CONFIGURATIONS, Configuration
-from tests.models.configurations_latent import LATENT
 from tests.models.make_models import answer, decoder_of, load, make, scaled
 from tests.models.random_models import random_configuration, random_gpt_oss, write_decided_model
 from tests.models.references import LARGEST_DIFFERENCE, difference, mean_divergence
+from tests.models.rows import row_of
 from tests.models.runnable import runnable
 from tests.models.safetensors_file import read_safetensors
 from tests.models.tiny import (
@@ -251,19 +250,8 @@ def test_a_long_prompt_equals_transformers(tmp_path: Path) -> None:
         assert difference(engine.logits(prompt), reference.logits) <= LARGEST_DIFFERENCE
 
 
-# Models with latent attention or delta nets, and Gemma, have modules with other names, and tests of their own.
-# Families whose modules in transformers have other names than those read here; their logits are compared.
-OTHER_MODULES = (
-    "hy_v3", "llama4", "llama4_text", "mimo_v2_flash", "flex_olmo", "granitemoe", "granitemoeshared", "lfm2_moe",
-    "kimi_linear", "bailing_hybrid", "bailing_moe", "minimax", "exaone_moe", "hunyuan_v1_moe", "youtu",
-    "gemma3", "gemma3_text", *tiny_step.FAMILIES, *tiny_windows.FAMILIES, *tiny_mamba.FAMILIES, *tiny_flint.FAMILIES,
-)  # fmt: skip
-PLAIN = [
-    c
-    for c in (*CONFIGURATIONS, *RANDOM)
-    if c not in LATENT
-    and c.config["model_type"] not in (*tiny_delta.FAMILIES, tiny_gemma.FAMILY, *OTHER_MODULES)
-]
+# The others' modules in transformers have other names than those read here; their logits are compared.
+PLAIN = [c for c in (*CONFIGURATIONS, *RANDOM) if not row_of(c.config).has_own_modules]
 
 
 @pytest.mark.parametrize("configuration", PLAIN, ids=name_of)

@@ -3,8 +3,8 @@
     path  ->  open_model  ->  ModelFiles     a pack, safetensors with config.json, or a GGUF file
 
 A new family needs a file with `MODEL_TYPE`, `LAYOUTS`, `parse_config`, `GGUF_ARCHITECTURE` and `open_gguf`, a test, one
-line in `FAMILIES`, and a row in `model/reading/mlx.py`. If its GGUF files cannot be read, `GGUF_ARCHITECTURE` is None,
-and there is no `open_gguf`.
+line in `FAMILIES`, and a row in `tests/models/tiny_*.py`. If its GGUF files cannot be read, `GGUF_ARCHITECTURE` is
+None, and there is no `open_gguf`.
 """
 
 from __future__ import annotations
