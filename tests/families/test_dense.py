@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from argosy import Engine
-from argosy.checkpoint.gguf import read_gguf
+from argosy.checkpoint.gguf import GgufArray, GgufFile, read_gguf
 from argosy.config import ModelConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import FAMILIES, open_model
@@ -224,13 +224,43 @@ def test_a_gguf_answers_as_its_dequantised_weights(name: str, type_name: str, tm
     assert mean_divergence(logits[0], logits[1]) <= LARGEST_DIVERGENCE
 
 
-def test_a_converted_reranker_without_a_head_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "model.gguf"
-    write_gguf_model(path, qwen3(), one_type("F32"), seed=3)
+def reranker(path: Path, labels: list[str], *, tied: bool) -> GgufFile:
+    """A GGUF of a reranker whose tokens have numbers as names; its classifier is rows 3 and 4 of its head."""
+
+    def texts(key: str, values: list[str]) -> GgufArray:
+        raw = b"".join(len(value).to_bytes(8, "little") + value.encode() for value in values)
+        return GgufArray(path, key, 8, len(values), raw)
+
+    config = qwen3(tie_word_embeddings=tied)
+    write_gguf_model(path, config, one_type("F32"), seed=3)
     file = read_gguf(path)
     tensors = dict(file.tensors)
-    tensors["cls.output.weight"] = tensors.pop("output.weight")
+    head = tensors["token_embd.weight"] if tied else tensors.pop("output.weight")
+    tensors["cls.output.weight"] = replace(head.rows(3, 2), name="cls.output.weight")
+    names = {
+        "qwen3.classifier.output_labels": labels,
+        "tokenizer.ggml.tokens": [str(number) for number in range(config["vocab_size"])],
+    }
+    metadata = {**file.metadata, **{key: texts(key, values) for key, values in names.items()}}
+    return replace(file, tensors=tensors, metadata=metadata)
+
+
+def test_a_converted_reranker_whose_head_is_its_embedding_is_whole(tmp_path: Path) -> None:
+    file = reranker(tmp_path / "model.gguf", ["3", "4"], tied=True)
+    files = FAMILIES["qwen3"].open_gguf(file)
+    assert files.config.is_embedding_tied
+    assert files.dense.keys() == open_model(file.path).dense.keys()
+
+
+@pytest.mark.parametrize(
+    ("labels", "tied"),
+    [(["3", "4"], False), (["4", "3"], True), (["3", "yes"], True), (["3"], True), (["3", "4", "5"], True)],
+)
+def test_a_converted_reranker_without_the_whole_head_is_refused(
+    labels: list[str], tied: bool, tmp_path: Path
+) -> None:
+    file = reranker(tmp_path / "model.gguf", labels, tied=tied)
     with pytest.raises(
-        UnsupportedModel, match=r"only the rows of its head that score documents, in output\.weight"
+        UnsupportedModel, match=r"only the rows of its head that score documents, in cls\.output"
     ):
-        FAMILIES["qwen3"].open_gguf(replace(file, tensors=tensors))
+        FAMILIES["qwen3"].open_gguf(file)

@@ -31,12 +31,15 @@ def load(llama_cpp: Path) -> Any:
 
 
 def convert(converter: Any, source: Path, made: Path, *arguments: str, tokens: Sequence[str] = ()) -> None:
-    """Convert `source`, whose vocabulary is `tokens`, or numbers. `arguments` are the script's."""
+    """Convert `source`, whose vocabulary is `tokens`, or its own, or numbers. `arguments` are the script's."""
     raw = json.loads((source / "config.json").read_text())
     if "llm_config" in raw:  # InternVL's name
         raw["text_config"] = raw["llm_config"]
     vocab = list(tokens) or [f"token {number}" for number in range(text_of(raw)["vocab_size"])]
-    if not (has_own := (source / "tokenizer.json").exists()):  # some classes count its tokens
+    if has_own := (source / "tokenizer.json").exists():
+        for token, number in json.loads((source / "tokenizer.json").read_text())["model"]["vocab"].items():
+            vocab[number] = token
+    else:  # some classes count its tokens
         ids = {token: at for at, token in enumerate(vocab)}
         (source / "tokenizer.json").write_text(json.dumps({"model": {"vocab": ids}, "added_tokens": []}))
 

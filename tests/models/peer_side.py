@@ -2,6 +2,7 @@
 
     PEER_PYTHON peer_side.py quantise JOB.json     # source, target, file_type, overrides, importance, may_requantise
     PEER_PYTHON peer_side.py logits JOB.json       # model, token_ids, out
+    PEER_PYTHON peer_side.py pool JOB.json         # model, texts (lists of ids), pooling (-1: the file's), out
 
 Only C functions of llama-cpp-python are used, and nothing of Argosy.
 """
@@ -50,6 +51,24 @@ def logits(job: dict[str, Any]) -> None:
     np.save(job["out"], np.array(model.scores[: len(job["token_ids"])]))
 
 
+def pool(job: dict[str, Any]) -> None:
+    """Save the embedding of each text, or a reranker's probabilities of its labels."""
+    model = Llama(
+        job["model"], n_ctx=512, n_batch=512, n_ubatch=512, embedding=True, pooling_type=job["pooling"],
+        verbose=False, n_threads=1,
+    )  # fmt: skip
+    is_rank = model.pooling_type() == native.LLAMA_POOLING_TYPE_RANK
+    size = native.llama_model_n_cls_out(model.model) if is_rank else model.n_embd()
+    found = []
+    for token_ids in job["texts"]:
+        model._ctx.kv_cache_clear()
+        model._batch.reset()
+        model._batch.add_sequence(token_ids, 0, logits_all=True)
+        model._ctx.decode(model._batch)
+        found.append(native.llama_get_embeddings_seq(model.ctx, 0)[:size])
+    np.save(job["out"], np.array(found, np.float32))
+
+
 if __name__ == "__main__":
     with open(sys.argv[2]) as file:
-        {"quantise": quantise, "logits": logits}[sys.argv[1]](json.load(file))
+        {"quantise": quantise, "logits": logits, "pool": pool}[sys.argv[1]](json.load(file))

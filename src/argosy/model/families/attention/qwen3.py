@@ -4,16 +4,22 @@ family.
 Each head of q and k is normed before rotation. `attention_bias` adds a bias to q, k, v and o. With
 `use_sliding_window`, layers from `max_window_layers` on have a window, or those for which `layer_types` says so.
 
-A reranker that llama.cpp's converter recognised has no head, only the rows of yes and no (`cls.output.weight`): such a
-GGUF is refused, because its scores need another computation.
+In a reranker's GGUF, llama.cpp's converter keeps the head's rows of yes and no in a tensor of their own. If the head is
+the embedding table, as in Qwen3-Reranker-0.6B and 4B, they are copies, and the model is complete without them. Of a
+head of its own (8B), nothing else is left; such a file is refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
 
 from argosy.checkpoint.files import ModelFiles
-from argosy.checkpoint.gguf import GgufFile
+from argosy.checkpoint.gguf import GgufArray, GgufFile
+from argosy.checkpoint.landing import read_values
+from argosy.checkpoint.safetensors import TensorRef
 from argosy.config import ModelConfig
 from argosy.errors import UnsupportedModel
 from argosy.model.families.attention.dense import LAYOUTS, open_dense_gguf, read_dense_model
@@ -24,6 +30,10 @@ __all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_con
 
 MODEL_TYPE = "qwen3"
 GGUF_ARCHITECTURE = "qwen3"
+
+_LABELS, _TOKENS = "qwen3.classifier.output_labels", "tokenizer.ggml.tokens"
+# Cosine of a row and its copy in other blocks: rows of different tokens are nearly orthogonal.
+_LEAST_LIKENESS = 0.9
 
 _DEFAULTS = CommonDefaults(
     vocab_size=151_936,
@@ -77,11 +87,33 @@ def _read_windows(reader: ConfigReader, num_layers: int) -> Sequence[int]:
 def open_gguf(file: GgufFile) -> ModelFiles:
     """Open a GGUF file of architecture `qwen3`: no layer has a window. Raises what `open_dense_gguf` raises."""
     if (head := file.tensors.get("cls.output.weight")) is not None:
-        raise UnsupportedModel(
-            f"{file.path.name} has only the rows of its head that score documents, in {head.name}; supported: files "
-            "with the whole head",
-            hint="get the reranker as safetensors, or a GGUF made without that conversion, and give `--rerank qwen3`",
-            path=file.path,
-            tensor=head.name,
+        if not _is_in_embedding(head, file):
+            raise UnsupportedModel(
+                f"{file.path.name} has only the rows of its head that score documents, in {head.name}; supported: "
+                "files with the whole head, or whose head is the embedding table",
+                hint="get the reranker as safetensors, or a GGUF made without that conversion",
+                path=file.path,
+                tensor=head.name,
+            )
+        file = replace(
+            file,
+            tensors={name: ref for name, ref in file.tensors.items() if ref is not head},
+            metadata={key: value for key, value in file.metadata.items() if key != _LABELS},
         )
     return open_dense_gguf(file, GGUF_ARCHITECTURE, MODEL_TYPE, qk_norm="head")
+
+
+def _is_in_embedding(head: TensorRef, file: GgufFile) -> bool:
+    """Whether the rows of a head are those of its labels, which are tokens, in the embedding table."""
+    embed = file.tensors.get("token_embd.weight")
+    lists = [file.texts(key) for key in (_LABELS, _TOKENS) if isinstance(file.metadata.get(key), GgufArray)]
+    if embed is None or len(lists) < 2 or head.shape != (len(lists[0]), *embed.shape[1:]):
+        return False
+    labels, tokens = lists
+    if not set(labels) <= set(tokens[: embed.shape[0]]):
+        return False
+    copies = (read_values(embed.rows(tokens.index(label), 1))[0] for label in labels)
+    return all(
+        one @ other > _LEAST_LIKENESS * np.linalg.norm(one) * np.linalg.norm(other)
+        for one, other in zip(read_values(head), copies, strict=True)
+    )
