@@ -18,6 +18,7 @@ from argosy.checkpoint.landing import MatrixRef, read_landed
 from argosy.checkpoint.pack import pack
 from argosy.cluster import identity
 from argosy.engine.prefix import identify
+from argosy.errors import UnsupportedModel
 from argosy.model.families import open_model
 from tests.engine.test_gguf import LARGEST_DIVERGENCE, require_equal_answers
 from tests.helpers.examples import few_of
@@ -26,6 +27,7 @@ from tests.models.numpy_model import NumpyModel
 from tests.models.references import LARGEST_DIFFERENCE, difference, mean_divergence
 from tests.models.safetensors_file import Array, read_checkpoint
 from tests.models.tiny import RawConfig, prompt_ids, qwen3_moe
+from tests.models.tiny_grouped import bailing_moe
 
 FEW = ("ct uint4 group 64", "gptq", "gptq act-order", "fp8 channel", "modelopt mixed")
 
@@ -68,6 +70,31 @@ def test_a_pack_holds_every_weight(name: str, tmp_path: Path) -> None:
             found = values_of(files.experts[0, expert].matrix(part, part), tmp_path)
             expected = exact[f"{layer}mlp.experts.{expert}.{part}_proj.weight"]
             require_same(found, expected, KINDS[name].rounding)
+
+
+# Schemes whose columns come first, or whose blocks go on from row to row.
+INSEPARABLE = ("gptq", "awq", "nf4", "fp4")
+NAMING_MODULES = {"auto-round", "modelopt mixed"}  # whose settings name modules of Qwen3
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in NAMING_MODULES])
+def test_rows_of_q_k_and_v_in_one_quantised_matrix_are_separated_or_refused(
+    name: str, tmp_path: Path
+) -> None:
+    config = bailing_moe(
+        hidden_size=256, head_dim=64, num_attention_heads=4, num_key_value_heads=2, moe_intermediate_size=128,
+        moe_shared_expert_intermediate_size=128, num_hidden_layers=2, num_experts=2, intermediate_size=128,
+        n_group=1, topk_group=1,
+    )  # fmt: skip
+    exact = read_checkpoint(write_kind(tmp_path / "model", config, KINDS[name], seed=6))
+    if name.startswith(INSEPARABLE):
+        with pytest.raises(UnsupportedModel, match=r"query_key_value.*: matrices in separate tensors"):
+            open_model(tmp_path / "model")
+        return
+    pack(open_model(tmp_path / "model"), tmp_path / "packed", format="source")
+    files = open_model(tmp_path / "packed")
+    found = np.concatenate([values_of(files.dense[f"layers.1.{part}"], tmp_path) for part in "qkv"])
+    require_same(found, exact["model.layers.1.attention.query_key_value.weight"], KINDS[name].rounding)
 
 
 @pytest.mark.covering(1)

@@ -91,6 +91,28 @@ RING_1T: RawConfig = {
     "num_hidden_layers": 80,
     "num_key_value_heads": 8,
 }
+# inclusionAI/Ling-2.6-flash
+LING_2_6_FLASH: RawConfig = {
+    **{key: value for key, value in LING_FLASH_2.items() if key not in ("norm_topk_prob", "use_rmsnorm")},
+    "architectures": ["BailingMoeV2_5ForCausalLM"],
+    "eos_token_id": 156_895,
+    "group_norm_size": 4,
+    "kv_lora_rank": 512,
+    "layer_group_size": 8,
+    "linear_silu": False,
+    "max_position_embeddings": 131_072,
+    "model_type": "bailing_hybrid",
+    "num_key_value_heads": 32,
+    "num_kv_heads_for_linear_attn": 32,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 1536,
+    "qk_head_dim": 192,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rope_interleave": True,
+    "rope_theta": 6_000_000,
+    "v_head_dim": 128,
+}
 # sarvamai/sarvam-30b
 SARVAM_30B: RawConfig = {
     **{

@@ -18,6 +18,7 @@ from tests.families.hub_configs import (
 from tests.families.hub_ling import (
     HUNYUAN_A13B,
     K_EXAONE,
+    LING_2_6_FLASH,
     LING_FLASH_2,
     LING_MINI_2,
     RING_1T,
@@ -1207,6 +1208,7 @@ PUBLISHED = (
     Published("dots.llm1", DOTS1, 142.8),
     Published("Ling-mini-2.0", LING_MINI_2, 16.3),
     Published("Ring-mini-linear-2.0", RING_MINI_LINEAR_2, 16.4),
+    Published("Ling-2.6-flash", LING_2_6_FLASH, 104.0),
     Published("Ling-flash-2.0", LING_FLASH_2, 103.0),
     Published("Ring-1T", RING_1T, 1000.0),
     Published("Sarvam-30B", SARVAM_30B, 32.15),

@@ -19,6 +19,7 @@ from tests.families.published import PUBLISHED
 from tests.models import seeing
 from tests.models.configurations import CONFIGURATIONS
 from tests.models.converted import CONVERTED
+from tests.models.mlx_models import MODELS as MLX_MODELS
 from tests.models.rows import rows
 from tests.oracle import test_peer
 from tests.prompt.families import EVERY_FAMILY
@@ -39,6 +40,7 @@ _MARKS = (
         "logits and greedy answers equal those of `transformers`",
         ("engine/test_logits", "oracle/test_oracle"),
     ),
+    ("M", "logits equal those of mlx-lm, from a checkpoint that it wrote", ("engine/test_mlx",)),
     ("G", "logits from a GGUF equal those of its dequantised weights", ("engine/test_gguf",)),
     (
         "C",
@@ -96,10 +98,14 @@ def _row(names: Sequence[str], family: Family) -> tuple[str, ...]:
         "F": is_any(config for _, config in CONVERTED.values()),
         "L": is_any(_configs_in(vars(test_peer).values())),
     }
+    text = {
+        "T": is_any(one.config for one in CONFIGURATIONS),
+        "M": is_any(one.config for one in MLX_MODELS),
+    }
     return (
         ", ".join(f"`{name}`" for name in names),
         ", ".join(released),
-        _marked("", {"T": is_any(one.config for one in CONFIGURATIONS)}),
+        _marked("", text),
         "" if family.GGUF_ARCHITECTURE is None else _marked(f"`{family.GGUF_ARCHITECTURE}`", gguf),
         *(_media(names), _chats(names), _drafts(names, family)),
     )

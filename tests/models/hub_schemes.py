@@ -582,8 +582,9 @@ def write_kind(
     stored: dict[str, tuple[str, Array]] = {}
     exact: dict[str, Array] = {}
     for name, values in random_tensors(config, seed, "BF16").items():
-        quantise = next((one for part, one in kind.quantise.items() if part in name), None)
-        if quantise is None or not name.endswith("_proj.weight"):
+        as_module = name.replace("attention.query_key_value", "self_attn.qkv_proj")
+        quantise = next((one for part, one in kind.quantise.items() if part in as_module), None)
+        if quantise is None or not as_module.endswith("_proj.weight"):
             stored[name], exact[name] = ("BF16", values), values
             continue
         parts, exact[name] = quantise(rng, values.shape, float(values.std()))

@@ -35,6 +35,10 @@ def load(directory: Path) -> tuple[Any, RawConfig]:
     # mlx-lm gives the text part of Gemma-4 the wrapper's number of tokens, or that of the released models.
     changes = {"vocab_size": text_of(raw)["vocab_size"]} if raw["model_type"] == "gemma4" else {}
     network, config = load_model(directory, model_config=changes)
+    if raw["model_type"] == "bailing_moe_linear":
+        # mlx-lm gives layer 0 the slopes of layer 1; the makers' code does not.
+        first = network.layers[0].attention
+        first._slope = first._slope * ((1 + 1 / (raw["num_hidden_layers"] - 1) + 1e-5) / (1 + 1e-5))
     return network, {key: value for key, value in config.items() if key not in changes}
 
 

@@ -16,7 +16,10 @@ from tests.models.tiny import RawConfig, gpt_oss, minimax_m2, mixtral, qwen3_moe
 from tests.models.tiny_delta import qwen3_next
 from tests.models.tiny_dense import gemma3_text, qwen3
 from tests.models.tiny_gemma import gemma4
+from tests.models.tiny_grouped import bailing_moe
 from tests.models.tiny_latent import deepseek_v3, glm4_moe_lite
+from tests.models.tiny_ling import ling_2_5
+from tests.models.tiny_ring import ring_linear
 
 DIRECTORY = Path(__file__).parent / "reference_mlx"
 MLX_TOWERS = Path(__file__).parent / "mlx_towers.json"  # by `make_mlx_towers.py`
@@ -51,6 +54,21 @@ PLAIN = (
     # mlx-lm rounds a fraction of a pair up, transformers down: a quarter of 16 dimensions is whole pairs.
     MlxModel(name="gemma4", config=gemma4(**_SMALL, global_head_dim=16, num_experts=3)),
     MlxModel(name="minimax_m2", config=minimax_m2(**_SMALL)),
+    # Two layers of lightning attention, then latent attention, of the last group and behind it.
+    MlxModel(
+        name="ling_2_5",
+        config=ling_2_5(vocab_size=48, hidden_size=20, layer_group_size=3, num_experts=4, n_group=2),
+    ),
+    MlxModel(
+        name="ring_linear",
+        config=ring_linear(
+            **_SMALL | {"num_hidden_layers": 3},
+            hidden_size=24,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_experts=4,
+        ),
+    ),
     # MLX keeps its norms minus one, and rounds the factor of embeddings to BF16: the root of 16 is exact.
     MlxModel(name="gemma3_text", config=gemma3_text(vocab_size=48, hidden_size=16)),
 )
@@ -85,6 +103,14 @@ QUANTISED = (
             "0.mlp.switch_mlp.down_proj": _affine(2, 32),
             "mlp.gate": _affine(8, 64),
         },
+    ),
+    MlxModel(  # q, k and v are the rows of one matrix
+        name="ling_affine",
+        config=bailing_moe(
+            **_OF_TWO, first_k_dense_replace=1, n_group=1, topk_group=1, hidden_size=64, intermediate_size=32,
+            moe_intermediate_size=32, moe_shared_expert_intermediate_size=32, head_dim=16,
+        ),
+        bits=4,
     ),
     MlxModel(  # no experts
         name="qwen3_affine",

@@ -341,7 +341,6 @@ ROWS = {
         has_own_experts=True,
         as_known=as_glm,
         gguf="bailingmoe2",
-        without_mlx="MLX's checkpoints of it are refused",
     ),
     "exaone_moe": Row(shapes=grouped_shapes, has_own_modules=True, as_known=as_glm, gguf="exaone-moe"),
 }

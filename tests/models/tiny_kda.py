@@ -176,7 +176,7 @@ def kda_tensor_shapes(config: RawConfig) -> Shapes:
         layer, is_mtp = f"model.layers.{i}.", i >= config["num_hidden_layers"]
         mixer = layer + ("self_attn." if is_kimi else "attention.")
         shapes[layer + "input_layernorm.weight"] = (hidden,)
-        of_mixer = _delta_shapes if is_delta(config, i) and not is_mtp else _latent_shapes
+        of_mixer = _delta_shapes if is_delta(config, i) and not is_mtp else latent_shapes
         shapes |= {mixer + name: shape for name, shape in of_mixer(config).items()}
         shapes[layer + "post_attention_layernorm.weight"] = (hidden,)
         if i < config["first_k_dense_replace"]:
@@ -218,7 +218,7 @@ def _delta_shapes(config: RawConfig) -> Shapes:
     }
 
 
-def _latent_shapes(config: RawConfig) -> Shapes:
+def latent_shapes(config: RawConfig) -> Shapes:
     hidden, heads, rank = config["hidden_size"], config["num_attention_heads"], config["kv_lora_rank"]
     nope, rope, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
     shapes: Shapes = {
@@ -268,10 +268,5 @@ ROWS = {
         has_own_modules=True,
         has_own_experts=True,
         without_record="no released config is here",
-    ),
-    "bailing_hybrid": Row(
-        shapes=kda_tensor_shapes,
-        has_own_modules=True,
-        without_record="llama.cpp's converter does not work with transformers 5.24",
     ),
 }

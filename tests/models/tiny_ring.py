@@ -101,8 +101,7 @@ def lightning_attention(config: RawConfig, tensors: dict[str, Array], layer: int
 ROWS = {
     FAMILY: Row(
         shapes=ring_shapes,
-        without_references="transformers has no class; `test_ring_linear.py` compares with numpy",
+        without_references="transformers has no class; `test_mlx.py` compares with mlx-lm",
         without_record="llama.cpp has no converter",
-        without_mlx="MLX's checkpoints of it are refused",
     )
 }

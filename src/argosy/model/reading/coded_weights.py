@@ -6,8 +6,8 @@ Each storage of a scheme is a row of `STORAGES`: the format in memory, and the t
 block types. A format may depend on the dtype of the scales. The tensors in the files decide whether a matrix is
 quantised; a quantised one that the config does not describe is refused, because codes alone do not tell their meaning.
 
-Experts may be stacked along the first axis of every part, and gate and up in one tensor: `Slice` says which part of
-them a matrix is.
+Experts may be stacked along the first axis of every part, and gate and up in one tensor; so may q, k and v. `Slice` and
+`Rows` say which part of them a matrix is.
 
 Elsewhere: `schemes.py` describes schemes; `native/kernels/transcode.h` lists block types.
 """
@@ -369,9 +369,13 @@ class Slice:
     num_matrices: int = 1
     matrix: int = 0
 
-    def in_file(self, whole: Part) -> tuple[tuple[int, ...], ...]:
-        """Return the shapes of a stacked part, given the part of all matrices of an expert together."""
-        return tuple((self.num_experts, *shape) for shape in whole.shapes)
+    def whole(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of all matrices of an expert together."""
+        return (self.num_matrices * shape[0], *shape[1:])
+
+    def in_file(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of a stacked part, given the part of all matrices of an expert together."""
+        return (self.num_experts, *whole)
 
     def of(self, ref: TensorRef, shapes: tuple[tuple[int, ...], ...]) -> TensorRef | None:
         """Return this matrix's part, which has one of these shapes; None if its bytes are not contiguous."""
@@ -386,6 +390,33 @@ class Slice:
             return None
         nbytes = one.nbytes // count
         return TensorRef(one.name, one.path, one.offset + self.matrix * nbytes, nbytes, one.dtype, shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A matrix whose rows lie among `total` rows of others, from row `first` on."""
+
+    total: int
+    first: int
+    count: int
+
+    def whole(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of all rows."""
+        return (self.total, *shape[1:])
+
+    def in_file(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of a part, given the part of all rows."""
+        return whole
+
+    def of(self, ref: TensorRef, shapes: tuple[tuple[int, ...], ...]) -> TensorRef | None:
+        """Return this matrix's part, which has one of these shapes; None if its bytes are not contiguous."""
+        if ref.shape in shapes:  # of the whole tensor
+            return ref
+        shape = next((shape for shape in shapes if shape and ref.shape[1:] == shape[1:]), None)
+        if shape is None or ref.shape[0] * self.count != shape[0] * self.total:
+            return None
+        first, rest = divmod(self.first * shape[0], self.count)
+        return None if rest else ref.rows(first, shape[0])
 
 
 def is_there(name: str, tensors: Mapping[str, TensorRef] | TensorAccounts) -> bool:
@@ -427,7 +458,7 @@ class WeightAccounts(TensorAccounts):
                         self._taken.add(name)
 
     def weight(
-        self, name: str, shape: tuple[int, ...], slice: Slice | None = None, *, num_heads: int = 0
+        self, name: str, shape: tuple[int, ...], slice: Slice | Rows | None = None, *, num_heads: int = 0
     ) -> MatrixRef:
         """Take the tensor or tensors of a weight; which of them exist shows how it is stored.
 
@@ -441,14 +472,13 @@ class WeightAccounts(TensorAccounts):
         if (codes := self.codes_of(name)) is not None and len(shape) == 2:
             return self._coded(name, codes, (shape[0], shape[1]), slice, num_heads)
         if slice is not None:
-            in_file = (slice.num_experts, slice.num_matrices * shape[0], *shape[1:])
-            ref, format = self.take(name, in_file)
+            ref, format = self.take(name, slice.in_file(slice.whole(shape)))
             part = slice.of(ref, (shape,))
             assert part is not None
-            return MatrixRef.of(part, format, shape[0], shape[1])
-        ref, format = self.take(name, _by_head(shape, num_heads))
+        else:
+            part, format = self.take(name, _by_head(shape, num_heads))
         rows, cols = shape if len(shape) == 2 else (1, math.prod(shape))
-        return MatrixRef.of(ref, format, rows, cols)
+        return MatrixRef.of(part, format, rows, cols)
 
     def codes_of(self, name: str) -> TensorRef | None:
         """Return the tensor with the codes of a quantised weight; None if it is a float, or missing."""
@@ -481,25 +511,28 @@ class WeightAccounts(TensorAccounts):
         return scheme
 
     def _coded(
-        self, name: str, codes: TensorRef, shape: tuple[int, int], slice: Slice | None, num_heads: int
+        self, name: str, codes: TensorRef, shape: tuple[int, int], slice: Slice | Rows | None, num_heads: int
     ) -> MatrixRef:
         scheme = self.scheme_of(name, codes)
         if scheme.storage == AS_ITS_TENSORS:
             scheme = scheme_of_tensors(codes, self._tensors.get(self._name_of(name, ("scales",))), shape[1])
         stored = self._stored(name, codes, scheme, shape)
         together = stored
-        if slice is not None and slice.num_matrices > 1:
-            if shape[0] % max(scheme.block[0], 32 if scheme.has_zeros else 1):
+        if slice is not None and slice.whole(shape) != shape:
+            step = max(scheme.block[0], 32 if scheme.has_zeros else 1)
+            # Blocks of bitsandbytes go on from one matrix to the next.
+            if shape[0] % step or scheme.storage == "bnb-4bit":
                 raise self.unread(
-                    codes, shape, scheme, "experts in separate tensors, because gate and up share scales here"
+                    codes, shape, scheme, "matrices in separate tensors, because some share scales here"
                 )
-            together = self._stored(name, codes, scheme, (slice.num_matrices * shape[0], shape[1]))
+            rows, cols = slice.whole(shape)
+            together = self._stored(name, codes, scheme, (rows, cols))
         pieces: list[tuple[TensorRef, str]] = []
         for part, whole in zip(stored.parts, together.parts, strict=True):
             found = self._name_of(name, part.names)
             if not part.is_required and found not in self:
                 continue
-            shapes = part.shapes if slice is None else slice.in_file(whole)
+            shapes = part.shapes if slice is None else tuple(slice.in_file(shape) for shape in whole.shapes)
             if part.is_text and found in self:
                 length = self._tensors[found].nbytes
                 shapes = ((length,),) if 0 < length <= _LONGEST_STATE else shapes
@@ -509,7 +542,7 @@ class WeightAccounts(TensorAccounts):
             if own is None:
                 raise UnsupportedModel(
                     f"{ref.path.name}: {quote(found)} {list(ref.shape)} holds parts of several matrices that cannot be "
-                    "separated; supported: experts in separate tensors",
+                    "separated; supported: matrices in separate tensors",
                     path=ref.path,
                     tensor=found,
                 )

@@ -47,7 +47,7 @@ from argosy.checkpoint.safetensors import TensorRef
 from argosy.config import LatentConfig, ModelConfig
 from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
 from argosy.model.reading.accounts import read_draft
-from argosy.model.reading.coded_weights import MXFP4_GROUP, PASSED_OVER, Slice, WeightAccounts, is_there
+from argosy.model.reading.coded_weights import MXFP4_GROUP, PASSED_OVER, Rows, Slice, WeightAccounts, is_there
 from argosy.model.reading.schemes import Quantization
 
 # Constants that old exporters saved with the weights; Argosy computes them from the config.
@@ -254,7 +254,7 @@ def _as_in_mlx(config: ModelConfig, layout: Layout, tensors: Mapping[str, Tensor
 
 def _choose(layouts: tuple[Layout, ...], config: ModelConfig, tensors: Mapping[str, TensorRef]) -> Layout:
     """Choose the first layout whose expert tensors, or without experts whose embedding, exist; if several share the
-    names, the one with the right shape.
+    names, the one whose router exists, with the right shape.
     """
     if not config.moe_layers:
         return next((one for one in layouts if one.dense_name("embed") in tensors), layouts[0])
@@ -262,6 +262,7 @@ def _choose(layouts: tuple[Layout, ...], config: ModelConfig, tensors: Mapping[s
     there = [one for one in layouts if is_there(one.names_of_expert(probe, 0)[0], tensors)]
     if not there:
         return layouts[0]
+    there = [one for one in there if is_there(one.dense_name(f"layers.{probe}.router"), tensors)] or there
     names = there[0].names_of_expert(probe, 0)
     alike = [one for one in there if one.names_of_expert(probe, 0) == names]
     if len(alike) == 1:
@@ -299,8 +300,8 @@ class _Accounts(WeightAccounts):
             names = layout.layer_names
             together = [one for one in layout.joined if names[one] == names[last]]
             shapes = shapes_together(config, int(canonical.split(".")[1]), together)
-            part, format = self.take_rows(name, list(shapes.values()), list(shapes).index(last))
-            return MatrixRef.of(part, format, rows, cols)
+            counts, number = [one[0] for one in shapes.values()], list(shapes).index(last)
+            return self.weight(name, shape, Rows(sum(counts), sum(counts[:number]), counts[number]))
         if turn is None:
             matrix = replace(self.weight(name, in_file, num_heads=num_heads), rows=rows, cols=cols)
             is_quantised = isinstance(matrix.landing, Transcoded)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 from argosy.model.reading.layout import Layout
 
@@ -33,12 +34,16 @@ class _Form:
     experts: str = "mlp.switch_mlp"
     prefixes: tuple[str, ...] = (_TEXT,)
     names: Mapping[str, str] = field(default_factory=dict)
+    variants: tuple[Mapping[str, str], ...] = (
+        {},
+    )  # names that only some of the files have: a layout for each
     has_own_biases: bool = False  # of gate, up and down of the experts
     passed_over: str | None = None
 
 
 _LATENT = {"k_up": "self_attn.embed_q.weight", "v_up": "self_attn.unembed_out.weight"}
 _LFM2 = {name: f"feed_forward.{name}_proj.weight" for name in ("gate", "up", "down")}
+_ROUTER_OF_LING = {"router": "mlp.gate.gate_proj.weight"}
 _LATENT_OF_LING = {name: in_file.replace("self_attn", "attention") for name, in_file in _LATENT.items()}
 _KIMI_LINEAR = {
     "router": "mlp.gate.weight",
@@ -83,7 +88,9 @@ _FORMS: Mapping[str, _Form] = {
     "deepseek_v32": _Form(names=_LATENT),
     "glm_moe_dsa": _Form(names=_LATENT),
     "kimi_linear": _Form(names=_LATENT | _KIMI_LINEAR),
-    "bailing_hybrid": _Form(names=_LATENT_OF_LING),
+    "bailing_moe": _Form(names=_ROUTER_OF_LING),
+    "bailing_moe_linear": _Form(names=_ROUTER_OF_LING),
+    "bailing_hybrid": _Form(names=_LATENT_OF_LING, variants=({}, _ROUTER_OF_LING)),  # Ling-3, Ling-2.5
     "qwen3_next": _DELTA,
     "qwen3_5_moe": replace(_WRAPPED, passed_over=f"{_TOWERS}|{_DRAFTS}"),
     "qwen3_5_moe_text": replace(_DELTA, prefixes=(_TEXT, _IN_WRAPPER)),
@@ -109,9 +116,10 @@ def mlx_layouts(family: str, layout: Layout) -> Iterator[Layout]:
             f"expert_{name}_bias": f"{form.experts}.{name}_proj.bias" for name in ("gate", "up", "down")
         }
     gate, up, down = (f"{form.experts}.{name}_proj.weight" for name in ("gate", "up", "down"))
-    for prefix in form.prefixes:
+    for prefix, more in product(form.prefixes, form.variants):
         yield Layout(
-            layer_names=names,
+            layer_names={**names, **more},
+            joined=layout.joined,
             stacked_names=(gate, up, down),
             prefix=prefix,
             head_name=f"{prefix.removesuffix('model.')}lm_head.weight",

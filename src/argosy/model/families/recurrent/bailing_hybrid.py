@@ -2,8 +2,8 @@
 
 Decays have a floor, and each head's result of latent attention is multiplied by a gate. The router, the shared expert
 and the layer for multi-token prediction, which only drafts, are DeepSeek-V3's under other names. Limits of activations
-(flash, last layers) are those of the makers' vLLM and of llama.cpp; transformers 5.24 ignores them. Ring-2.5 has the
-same `model_type` and other layers.
+(flash, last layers) are those of the makers' vLLM and of llama.cpp; transformers 5.24 ignores them. Ling-2.5 has the
+same `model_type` and other layers: `bailing_lightning.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import KimiDeltaConfig, LatentConfig, ModelConfig
 from argosy.model.families.latent.deepseek import LAYER_NAMES, Defaults, read_latent_model
+from argosy.model.families.recurrent.bailing_lightning import ARCHITECTURES, read_ling_2_5
 from argosy.model.families.recurrent.kimi_delta import DELTA_NAMES, open_delta_gguf, with_delta_layers
+from argosy.model.families.recurrent.lightning import JOINED_LIGHTNING, LIGHTNING_NAMES
 from argosy.model.reading.config_reader import ConfigReader
 from argosy.model.reading.experts_config import layers_by_type, read_sigmoid_router, with_limits
 from argosy.model.reading.layout import separate_and_fused
@@ -26,7 +28,7 @@ MODEL_TYPE = "bailing_hybrid"
 GGUF_ARCHITECTURE = "bailingmoe3"
 
 LAYOUTS = tuple(
-    replace(layout, embed_name="word_embeddings.weight")
+    replace(layout, embed_name="word_embeddings.weight", joined=JOINED_LIGHTNING)
     for layout in separate_and_fused(
         {
             **{name: in_file.replace("self_attn.", "attention.") for name, in_file in LAYER_NAMES.items()},
@@ -36,6 +38,7 @@ LAYOUTS = tuple(
             "attn_gate": "attention.g_proj.weight",
             "o": "attention.dense.weight",
             "choice_bias": "mlp.gate.expert_bias",
+            **LIGHTNING_NAMES,
         }
     )
 )
@@ -72,6 +75,8 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         UnsupportedModel: a key or value asks for something that is not supported.
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
+    if raw.get("architectures") == ARCHITECTURES:
+        return read_ling_2_5(raw, MODEL_TYPE)
     dim = ConfigReader(raw, MODEL_TYPE).integer("head_dim", default=128)  # of Kimi Delta Attention
     reader = ConfigReader({k: v for k, v in raw.items() if k != "head_dim"}, MODEL_TYPE, aliases=_ALIASES)
     for name, accepted in _NEUTRAL.items():
