@@ -103,10 +103,15 @@ def _read_qwen3guard(answer: str) -> Verdict:
     return Verdict(safety[1] == "Unsafe", scores or ({"unsafe": score} if score else {}))
 
 
+# The answer is the one that OpenAI's guide calls policy-referencing.
 _OWN_POLICY = (
-    "{policy}\n\nJudge the content by the policy above. Answer with JSON only, in this form: "
-    '{{"violation": 0 or 1, "category": a short name, or null}}'
+    "{policy}\n\nJudge the content by the policy above. If the content violates the policy, return:\n"
+    '{{"violation": 1, "policy_category": "<category_or_rule_id>"}}\n\nIf the content does NOT violate the policy, '
+    'return:\n{{"violation": 0, "policy_category": null}}'
 )
+_RATIONALE = frozenset(
+    {"rule_ids", "confidence", "rationale"}
+)  # what a policy may also ask for, as in the guide
 
 
 def _by_policy(question: Question, policy: str) -> Sequence[Message]:
@@ -118,23 +123,41 @@ def _by_policy(question: Question, policy: str) -> Sequence[Message]:
 
 
 def _read_safeguard(answer: str) -> Verdict:
-    start, end = answer.find("{"), answer.rfind("}")
+    """The JSON alone, with nothing around it."""
     try:
-        found = parse_json(answer[start : end + 1])
+        found = parse_json(answer.strip())
     except JsonError:
-        raise CheckFailed("the guard model's answer is not JSON") from None
-    if not isinstance(found, dict) or found.get("violation") not in (0, 1):
-        raise CheckFailed('the guard model\'s answer has no `"violation": 0` or `1`')
-    if not found["violation"]:
+        raise CheckFailed("the guard model's answer is not JSON alone") from None
+    if not isinstance(found, dict) or found.keys() - _RATIONALE != {"violation", "policy_category"}:
+        raise CheckFailed('the guard model\'s answer is not an object with "violation" and "policy_category"')
+    violation, category = found["violation"], found["policy_category"]
+    if type(violation) is not int or violation not in (0, 1) or not isinstance(category, str | None):
+        raise CheckFailed(
+            'the guard model\'s answer does not say `"violation": 0` or `1`, or names no category'
+        )
+    if not violation:
         return Verdict()
-    category = found.get("category")
-    name = category.strip().lower()[:64] if isinstance(category, str) else ""
-    return Verdict(True, {name or "policy": 1.0})
+    return Verdict(True, {(category or "").strip().lower()[:64] or "policy": 1.0})
+
+
+# Version 3.2 adds how sure it is; from 3.3 on, thoughts come first and the answer is a score.
+_GRANITE = re.compile(
+    r"(Yes|No)(?:\n<confidence> (?:High|Low) </confidence>)?|(?:<think>\s*</think>\s*)?<score>\s*(yes|no)\s*</score>"
+)
+
+
+def _read_granite_guardian(answer: str) -> Verdict:
+    """`Yes`, there is a risk, or `No`. Without another choice, the template asks about harm in general."""
+    found = _GRANITE.fullmatch(answer.strip())
+    if found is None:
+        raise CheckFailed("the guard model answered neither Yes nor No")
+    return Verdict(True, {"harm": 1.0}) if (found[1] or found[2]).lower() == "yes" else Verdict()
 
 
 GUARD_FORMS: Mapping[str, GuardForm] = {
     "llama-guard": GuardForm(_as_said, _read_llama_guard, max_tokens=64),
     "qwen3guard": GuardForm(_as_said, _read_qwen3guard, max_tokens=128),
+    "granite-guardian": GuardForm(_as_said, _read_granite_guardian, max_tokens=1024),
     # The model thinks before it answers.
     "gpt-oss-safeguard": GuardForm(_by_policy, _read_safeguard, max_tokens=2048, takes_policy=True),
 }

@@ -104,9 +104,18 @@ class ChatTemplate:
         else:  # every template supports these messages, so the first prompt does not wait for the shape
             messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         made_tools = [tool.as_template_reads_it() for tool in tools] or None
-        answer = self._render(messages, made_tools, dict(variables or {}), add_generation_prompt)
-        if "segments" in answer:
-            return [(bool(is_callers), str(text)) for is_callers, text in answer["segments"]]
+        segments: list[Segment] = []
+        for given in (messages, map(_in_parts, messages)):
+            answer = self._render(list(given), made_tools, dict(variables or {}), add_generation_prompt)
+            if "segments" not in answer:
+                break
+            segments = [(bool(is_callers), str(text)) for is_callers, text in answer["segments"]]
+            # Some templates (Llama-Guard-4) print nothing of a content that is not a list of parts.
+            is_printed = any(is_callers for is_callers, _ in segments)
+            if is_printed or not any(turn.content.strip() for turn in turns):
+                return segments
+        if segments:
+            raise UsageError("this model's chat template prints nothing of the conversation")
         raise _failure(str(answer.get("kind")), str(answer.get("message")))
 
     @property
@@ -198,6 +207,15 @@ class ChatTemplate:
                     return worker
                 worker.stop()
         return Worker()
+
+
+def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with its text as the only one in a list of parts."""
+    content = message["content"]
+    if not content or isinstance(content[0], dict):
+        return message
+    pieces = [(True, content)] if isinstance(content, str) else content
+    return {**message, "content": [{"type": "text", "text": pieces}]}
 
 
 def _is_plain(turn: Turn) -> bool:
