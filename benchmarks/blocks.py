@@ -27,6 +27,7 @@ from tests.models.gguf_models import one_type, write_gguf_model
 from tests.models.references import mean_divergence
 from tests.models.tiny import RawConfig, qwen3_moe
 from tests.models.tiny_gqa import mimo_v2_flash
+from tests.models.tiny_kda import kimi_linear
 from tests.models.tiny_latent import deepseek_v32
 from tests.models.tiny_llama4 import OF_GGUF, llama4_text
 from tests.models.tiny_mamba import granitemoehybrid
@@ -56,6 +57,18 @@ class Block:
     sizes: dict[str, Any]
     prompt_tokens: int = 512
     write: Callable[..., Path] = write_gguf_model
+
+
+def kimi(**sizes: Any) -> RawConfig:
+    """Kimi-Linear, both kinds of whose layers have the same number of heads, as a GGUF gives only one."""
+    linear = {
+        "full_attn_layers": [4, 8],
+        "head_dim": 128,
+        "kda_layers": [1, 2, 3, 5, 6, 7],
+        "num_heads": sizes["num_attention_heads"],
+        "short_conv_kernel_size": 4,
+    }
+    return kimi_linear(**sizes, linear_attn_config=linear)
 
 
 _LATENT = {
@@ -91,6 +104,18 @@ BLOCKS = {
             "shared_intermediate_size": 512,
         },
         write=write_mamba_gguf,
+    ),
+    "Kimi Delta Attention": Block(
+        make=kimi,
+        sizes={
+            "kv_lora_rank": 512,
+            "model_max_length": 8192,
+            "num_experts": 32,
+            "num_experts_per_token": 4,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+        },
     ),
     "lightning attention": Block(
         make=minimax,

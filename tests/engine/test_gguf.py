@@ -47,6 +47,7 @@ from tests.models.tiny import (
     qwen3_moe,
 )
 from tests.models.tiny_gqa import mimo_v2_flash
+from tests.models.tiny_kda import bailing_hybrid, kimi_linear
 from tests.models.tiny_latent import deepseek_v3
 from tests.models.tiny_llama4 import OF_GGUF, llama4_text
 from tests.models.tiny_minimax import minimax
@@ -107,24 +108,56 @@ def config_of(family: str, *, num_experts: int, experts_per_token: int) -> RawCo
             del sizes["head_dim"]
             kinds = {"layer_types": ["full_attention", "conv"], "num_dense_layers": 0}
             return lfm2_moe(**sizes, **kinds, num_experts=num_experts, moe_intermediate_size=256)
+        case "kimi_linear":
+            layers = {"full_attn_layers": [2], "kda_layers": [1], "head_dim": 256, "num_heads": 2}
+            return kimi_linear(
+                **LATENT | AROUND_DELTA | {"q_lora_rank": None},
+                linear_attn_config=layers | {"short_conv_kernel_size": 4},
+                num_experts=num_experts,
+                num_experts_per_token=experts_per_token,
+            )
+        case "bailing_hybrid":
+            return bailing_hybrid(
+                **LATENT | AROUND_DELTA,
+                expert_swiglu_limit_list=[0.0, 0.5],
+                share_expert_swiglu_limit_list=[0.25, 0.0],
+                head_dim=256,
+                moe_shared_expert_intermediate_size=256,
+                n_group=1,
+                num_experts=num_experts,
+                num_experts_per_tok=experts_per_token,
+                rotary_dim=LATENT["qk_rope_head_dim"],
+                topk_group=1,
+            )
         case "deepseek_v3":
             return latent(num_experts, experts_per_token)
         case _:
             return qwen3_moe(**sizes, num_experts=num_experts, moe_intermediate_size=256)
 
 
+LATENT: dict[str, Any] = {
+    "hidden_size": 256,
+    "num_hidden_layers": 2,
+    "q_lora_rank": 256,
+    "kv_lora_rank": 256,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 64,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 256,
+}
+AROUND_DELTA = {
+    "first_k_dense_replace": 0,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "v_head_dim": 128,
+}
+
+
 def latent(num_experts: int, experts_per_token: int, **changes: Any) -> RawConfig:
     """Configure a DeepSeek-V3 whose matrix rows are whole blocks of every type, except the key halves."""
     return deepseek_v3(
-        hidden_size=256,
-        num_hidden_layers=2,
-        q_lora_rank=256,
-        kv_lora_rank=256,
-        qk_nope_head_dim=32,
-        qk_rope_head_dim=16,
-        v_head_dim=64,
-        intermediate_size=256,
-        moe_intermediate_size=256,
+        **LATENT,
         n_group=1,
         topk_group=1,
         n_routed_experts=num_experts,
@@ -149,6 +182,8 @@ def latent(num_experts: int, experts_per_token: int, **changes: Any) -> RawConfi
         "minimax",
         "mimo_v2_flash",
         "lfm2_moe",
+        "kimi_linear",
+        "bailing_hybrid",
     ],
 )
 @pytest.mark.parametrize(

@@ -25,10 +25,12 @@ from tests.models import (
     tiny_gqa,
     tiny_grouped,
     tiny_hunyuan,
+    tiny_kda,
     tiny_llama4,
     tiny_windows,
 )
 from tests.models.gguf_cohere import add_cohere_metadata
+from tests.models.gguf_kda import add_kda_metadata, as_stored, kda_name
 from tests.models.rows import row_of
 from tests.models.safetensors_file import Array, write_checkpoint
 from tests.models.tiny import RawConfig, head_dim, moe_layers, num_experts, random_tensors, text_of
@@ -90,6 +92,9 @@ _NAMES = {
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate": "ffn_gate_inp",
     "block_sparse_moe.gate": "ffn_gate_inp",
+    **{
+        f"block_sparse_moe.shared_experts.{part}_proj": f"ffn_{part}_shexp" for part in ("gate", "up", "down")
+    },
     "self_attn.qkv_proj": "attn_qkv",
     "self_attn.output_gate": "attn_gate",
     "self_attn.norm": "attn_norm_2",
@@ -142,6 +147,8 @@ _NAMES = {
     "shared_head.norm": "nextn.shared_head_norm",
     "shared_head.head": "nextn.shared_head_head",
 }
+# Ling's attention has another name.
+_NAMES = {name.replace("self_attn.", "attention."): to for name, to in _NAMES.items()} | _NAMES
 # The GGUF tensors of gpt-oss's fused tensors, by the last part of their names; Llama-4's have halves.
 _SLICES: dict[str, dict[str, Any]] = {
     "gate_up_proj": {"ffn_gate_exps.weight": np.s_[:, :, 0::2], "ffn_up_exps.weight": np.s_[:, :, 1::2]},
@@ -163,8 +170,8 @@ def one_type(block_type: str) -> TypeOf:
     """Store all matrices in one type, and leave in F32 what llama.cpp's quantiser leaves in F32."""
     return lambda name: (
         "F32"
-        if any(part in name for part in ("ffn_gate_inp", "norm", "sinks", "shortconv.conv"))
-        or name.endswith(("bias", "exp_probs_b"))
+        if any(part in name for part in ("ffn_gate_inp", "norm", "sinks", "shortconv.conv", "ssm_conv1d"))
+        or name.endswith(("bias", "exp_probs_b", "ssm_a"))
         else block_type
     )
 
@@ -261,6 +268,8 @@ def write_gguf_model(
         add_latent_metadata(writer, text_of(config), split_kv=split_kv)
     elif config["model_type"] == "cohere2_moe":
         add_cohere_metadata(writer, config)
+    elif config["model_type"] in tiny_kda.FAMILIES:
+        add_kda_metadata(writer, config)
     else:
         add_metadata(writer, text)
     if sections:
@@ -294,6 +303,7 @@ def write_gguf_model(
             factors.setdefault(name, []).append(rng.uniform(0.5, 2.0))
             kept = kept * np.float32(factors[name][-1])
         exact[hub_name] = kept.reshape(values.shape)
+        blocks = as_stored(name, blocks, config)
         if name.endswith("shortconv.conv.weight"):
             blocks = blocks[:, 0]
         if name.endswith("ffn_gate_inp_shexp.weight"):
@@ -621,6 +631,8 @@ def is_in_gguf(hub_name: str, config: RawConfig) -> bool:
 
 def gguf_name(hub_name: str, config: RawConfig) -> tuple[str, int, bool]:
     """Return the GGUF name, the number of heads with interleaved rows, and whether it is one expert's tensor."""
+    if (own := kda_name(hub_name, config)) is not None:
+        return own, 0, False
     part, _, suffix = hub_name.removeprefix("language_model.").rpartition(".")
     if suffix == "expert_bias" and config["model_type"] == "hy_v3":
         return f"blk.{part.split('.')[2]}.exp_probs_b", 0, False

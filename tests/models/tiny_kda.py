@@ -267,6 +267,7 @@ ROWS = {
         shapes=kda_tensor_shapes,
         has_own_modules=True,
         has_own_experts=True,
+        gguf="kimi-linear",
         without_record="no released config is here",
     ),
 }

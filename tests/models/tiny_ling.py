@@ -61,6 +61,7 @@ ROWS = {
     "bailing_hybrid": Row(
         shapes=_shapes,
         has_own_modules=True,
+        gguf="bailingmoe3",
         without_record="llama.cpp's converter does not work with transformers 5.24",
     ),
 }

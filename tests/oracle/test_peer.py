@@ -24,6 +24,7 @@ from tests.models.safetensors_file import Array
 from tests.models.tiny import RawConfig, glm4_moe, gpt_oss, minimax_m2, olmoe, prompt_ids, qwen3_moe
 from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
 from tests.models.tiny_gqa import mimo_v2_flash
+from tests.models.tiny_kda import bailing_hybrid, kimi_linear
 from tests.models.tiny_latent import (
     deepseek_v2,
     deepseek_v3,
@@ -294,6 +295,56 @@ def test_q_k_v_and_z_are_read_from_one_matrix_as_in_llama_cpp(tmp_path: Path) ->
         logits = engine.logits(prompt)
 
     assert mean_divergence(peer_logits(path, prompt), logits) <= LARGEST_DIVERGENCE
+
+
+# llama.cpp chooses among all experts of Kimi-Linear, and its queries have no low rank.
+KDA: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 64,
+}
+KDA_MODELS: dict[str, RawConfig] = {
+    "Kimi-Linear": kimi_linear(
+        **KDA,
+        linear_attn_config={
+            "full_attn_layers": [2],
+            "head_dim": 64,
+            "kda_layers": [1, 3],
+            "num_heads": 4,
+            "short_conv_kernel_size": 4,
+        },
+        qk_rope_head_dim=32,
+    ),
+    "Ling-3": bailing_hybrid(
+        **KDA,
+        expert_swiglu_limit_list=[0.0, 0.04, 0.0, 0.05],
+        head_dim=64,
+        moe_shared_expert_intermediate_size=256,
+        q_lora_rank=64,
+        share_expert_swiglu_limit_list=[0.0, 0.0, 0.03, 0.04],
+    ),
+}
+
+
+# With Q8_0 weights, every expert is chosen, as above.
+@pytest.mark.parametrize("name", KDA_MODELS)
+@pytest.mark.parametrize(
+    ("type_name", "experts_per_token", "largest"), [("F32", 2, LARGEST_DIVERGENCE), ("Q8_0", 6, 0.002)]
+)
+def test_logits_of_kimi_delta_attention_are_llama_cpp_s(
+    name: str, type_name: str, experts_per_token: int, largest: float, tmp_path: Path
+) -> None:
+    config = KDA_MODELS[name] | dict.fromkeys(
+        ("num_experts_per_token", "num_experts_per_tok"), experts_per_token
+    )
+    if type_name == "Q8_0":
+        config |= {"n_group": 1, "topk_group": 1}
+    assert divergence_from_peer(tmp_path / "model.gguf", config, type_name) <= largest
 
 
 # Every expert is chosen, as a rounded score that changed a choice would hide what 8-bit activations cost.
