@@ -52,6 +52,7 @@ PRE_TOKENIZERS = {
     "gemma4": None,  # of a kind of its own
     "deepseek_v3": "deepseek-v3",
     "deepseek_v32": "deepseek-v3",
+    "deepseek_vl_v2": "deepseek-v3",
     "glm_moe_dsa": "glm4",
     "kimi_k2": "kimi-k2",
     "kimi_k25": "kimi-k2",

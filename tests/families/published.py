@@ -33,6 +33,7 @@ from tests.families.published_mamba import (
     granitemoehybrid,
     nemotron_h,
 )
+from tests.families.published_ocr import DEEPSEEK_OCR
 from tests.families.published_windows import (
     LAGUNA_S_2_1,
     LAGUNA_XS_2_1,
@@ -1193,6 +1194,7 @@ PUBLISHED = (
     Published("Qwen3-Omni-30B-A3B", QWEN3_OMNI, 30.5),
     Published("Gemma-4-26B-A4B", GEMMA_4_26B, 25.2),
     Published("GLM-4.5V", GLM_45V, 106.9),
+    Published("DeepSeek-OCR", DEEPSEEK_OCR, 2.935),  # 3.336 with SAM, CLIP and a projector
     Published("Qwen3-0.6B", dense.QWEN3_06B, 0.596),
     Published("Qwen3-4B", dense.QWEN3_4B, 4.02),
     Published("Qwen3-8B", dense.qwen3(), 8.19),

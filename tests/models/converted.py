@@ -11,6 +11,7 @@ from tests.models.tiny_grouped import bailing_moe, dots1, exaone_moe, hy_v3
 from tests.models.tiny_hunyuan import hunyuan
 from tests.models.tiny_llama4 import OF_GGUF, llama4, llama4_text
 from tests.models.tiny_mamba import granitemoehybrid, nemotron_h
+from tests.models.tiny_ocr import deepseek_vl_v2
 from tests.models.tiny_windows import YARN, afmoe, laguna, mellum
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
@@ -75,6 +76,18 @@ CONVERTED: dict[str, tuple[str, RawConfig]] = {
     "dots1_dense": (
         "dots1",
         dots1(scoring_func="sigmoid", num_key_value_heads=4, first_k_dense_replace=2, n_shared_experts=1),
+    ),
+    "deepseek_vl_v2_plain": ("deepseek2-ocr", deepseek_vl_v2()),
+    "deepseek_vl_v2_scaled": (
+        "deepseek2-ocr",
+        deepseek_vl_v2(
+            first_k_dense_replace=2,
+            n_shared_experts=1,
+            num_attention_heads=4,
+            num_experts_per_tok=3,
+            num_key_value_heads=4,
+            routed_scaling_factor=1.5,
+        ),
     ),
     # llama.cpp sees heads that together are as wide as the hidden size, and no biases.
     "bailing_moe_plain": (

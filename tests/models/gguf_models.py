@@ -27,6 +27,7 @@ from tests.models import (
     tiny_hunyuan,
     tiny_kda,
     tiny_llama4,
+    tiny_ocr,
     tiny_windows,
 )
 from tests.models.gguf_cohere import add_cohere_metadata
@@ -470,6 +471,10 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
         if config.get("n_group", 1) > 1:
             writer.add_expert_group_count(config["n_group"])
             writer.add_expert_group_used_count(config["topk_group"])
+    if config["model_type"] in tiny_ocr.FAMILIES:
+        writer.add_leading_dense_block_count(config["num_hidden_layers"] - len(moe_layers(config)))
+        writer.add_expert_shared_count(config["n_shared_experts"])
+        writer.add_expert_weights_scale(config["routed_scaling_factor"])
     if config["model_type"] == "exaone_moe":
         writer.add_sliding_window(config["sliding_window"])
         kinds = tiny_grouped.exaone_kinds(config)
@@ -487,6 +492,7 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
         *_SIGMOID,
         *tiny_windows.FAMILIES,
         *tiny_dense.FAMILIES,
+        *tiny_ocr.FAMILIES,
         "lfm2_moe",
         "llama4_text",
         "mimo_v2_flash",
@@ -626,6 +632,8 @@ def is_in_gguf(hub_name: str, config: RawConfig) -> bool:
     """Return whether conversion keeps a tensor; it drops vision towers and most layers for multi-token prediction."""
     parts = hub_name.removeprefix("language_model.").split(".")
     num_layers = text_of(config)["num_hidden_layers"] + num_draft_layers(config)
+    if parts[1] in ("sam_model", "projector"):
+        return False
     return parts[0] in ("model", "lm_head") and not (parts[1] == "layers" and int(parts[2]) >= num_layers)
 
 

@@ -103,6 +103,7 @@ def load(directory: Path) -> transformers.PreTrainedModel:
         "model.vision_tower.",
         "model.vision_model.",
         "model.multi_modal_projector.",
+        "model.view_separator",
     )  # the files hold only some of their tensors
     constants = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")  # of lightning attention
     info["missing_keys"] = [
@@ -113,7 +114,7 @@ def load(directory: Path) -> transformers.PreTrainedModel:
     problems = {kind: names for kind, names in info.items() if names}
     if problems:
         raise SystemExit(f"{directory}: {problems}")
-    if text["model_type"] == "mistral4":
+    if text.get("model_type") == "mistral4":
         # transformers multiplies scores by yarn's magnitude since July 2026; the makers' code does not (`mistral4.py`).
         for layer in model.model.layers:
             layer.self_attn.scaling = layer.self_attn.qk_head_dim**-0.5

@@ -134,7 +134,7 @@ class NumpyModel:
         if family in tiny_mamba.FAMILIES:
             self.config = numpy_mamba.with_common_keys(self.config)
             self.tensors = {numpy_mamba.respelt(name): t for name, t in self.tensors.items()}
-        row = rows().get(family)
+        row = rows().get(family) or rows().get(raw["model_type"])
         if row is not None and row.as_known is not None:
             self.config, self.tensors = row.as_known(self.config, self.tensors)
             self.kinds = self.config.get("layer_types") or []

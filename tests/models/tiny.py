@@ -335,7 +335,7 @@ def respelt(config: RawConfig, *, theta: float, **scaling: Any) -> RawConfig:
 def text_of(config: RawConfig) -> RawConfig:
     """Return the part of a config that describes the text model."""
     config = config.get("thinker_config", config)
-    return config.get("text_config", config)
+    return config.get("text_config") or config.get("language_config", config)
 
 
 def head_dim(config: RawConfig) -> int:

@@ -74,7 +74,7 @@ FAMILIES: Mapping[str, Family] = {
             "recurrent.lfm2_moe", "recurrent.granitemoehybrid", "recurrent.nemotron_h",
             "recurrent.kimi_linear", "recurrent.bailing_hybrid",
             "wrappers.qwen3_vl_moe", "wrappers.qwen3_omni_moe", "wrappers.glm4v_moe", "wrappers.gemma4",
-            "wrappers.internvl", "wrappers.internvl_chat",
+            "wrappers.internvl", "wrappers.internvl_chat", "wrappers.deepseek_ocr",
             "latent.axk1", "wrappers.kimi_vl", "latent.deepseek_v32", "latent.glm_moe_dsa", "latent.mistral4",
             "wrappers.mistral3",
             "attention.solar_open", "attention.dots1", "attention.bailing_moe", "attention.hy_v3",

@@ -15,7 +15,7 @@ from argosy.model.families.latent.deepseek_gguf import GGUF_ARCHITECTURE, open_g
 from argosy.model.reading.config_reader import ConfigReader
 from argosy.model.reading.experts_config import read_kept_groups, require_groups
 
-__all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
+__all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config", "read_router"]
 
 MODEL_TYPE = "deepseek_v2"
 
@@ -48,14 +48,15 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
     reader = ConfigReader(raw, MODEL_TYPE)
-    config = read_latent_model(reader, family=MODEL_TYPE, defaults=_DEFAULTS, read_router=_read_router)
+    config = read_latent_model(reader, family=MODEL_TYPE, defaults=_DEFAULTS, read_router=read_router)
     # DeepSeek-V2 is always interleaved: a file that says otherwise describes something else.
     reader.neutral("rope_interleave", True)
     reader.finish()
     return config
 
 
-def _read_router(reader: ConfigReader, num_experts: int, experts_per_token: int) -> RouterConfig:
+def read_router(reader: ConfigReader, num_experts: int, experts_per_token: int) -> RouterConfig:
+    """Read a softmax router, whose weights are not renormalised."""
     reader.one_of("scoring_func", "softmax", ("softmax",))
     method = reader.one_of("topk_method", "greedy", ("greedy", "group_limited_greedy"))
     reader.neutral("norm_topk_prob", False, None)
