@@ -89,7 +89,8 @@ REGISTRIES = {
     ),
 }
 ONLY_FOR_MEMBERS = (
-    "batch.py", "model/whisper", "media/transcript.py", "engine/media/ears.py", "open/ears.py",
+    "batch.py", "model/whisper", *(f"media/{one}.py" for one in ("tiles", "transcript", "windows")),
+    "engine/media/ears.py", "open/ears.py",
     "checkpoint/ctranslate2.py", "checkpoint/pack.py", "checkpoint/pack_conversion.py", "forecast/bench.py",
     "machine/neighbours.py", "machine/probes.py", "model/reading/experts_config.py",
     *(f"library/{one}.py" for one in ("modelfile", "pull", "remove", "search")),

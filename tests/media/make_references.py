@@ -3,6 +3,7 @@
     python tests/media/make_references.py         references.npz; needs transformers, torchvision, soundfile and soxr
     python tests/media/make_references.py files   the files of lossy formats first
     python tests/media/make_references.py tiles   only tiles.npz, of Llama-4's processor
+    python tests/media/make_references.py windows only windows.npz, of Step-3.7's processor
 
 Of each result its shape, its sum and values at fixed places are kept.
 """
@@ -30,6 +31,9 @@ from tests.media.samples import (
     SOUNDS,
     TILED_SIZES,
     TILES,
+    WINDOW_SETTINGS,
+    WINDOWED_SIZES,
+    WINDOWS,
     encoded,
     heard,
     pattern,
@@ -163,6 +167,51 @@ def write_tiles() -> None:
     np.savez_compressed(TILES, chosen=np.array(chosen, np.int32), **kept)
 
 
+def window_processor(**settings: Any) -> Any:
+    """Step-3.7's processor, which fills windows beyond a picture with black, as the makers' code does."""
+    import torch
+    from transformers.models.step3p7 import image_processing_step3p7 as reference
+
+    def with_black(image: Any, patch_size: int) -> list[Any]:
+        rows, columns = (-(-length // patch_size) for length in image.shape[1:])
+        canvas = torch.zeros(3, rows * patch_size, columns * patch_size, dtype=image.dtype)
+        canvas[:, : image.shape[1], : image.shape[2]] = image
+        return [one for band in canvas.split(patch_size, dim=1) for one in band.split(patch_size, dim=2)]
+
+    reference.divide_to_patches = with_black
+    return reference.Step3p7ImageProcessor(
+        **{key: value for key, value in settings.items() if key != "image_processor_type"}
+    )
+
+
+def reference_windows(processor: Any, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """The patches of windows, then of the view."""
+    made = processor(images=Image.fromarray(pixels), return_tensors="np")
+    found = []
+    for name in ("pixel_values_local", "pixel_values"):
+        views = np.asarray(made.get(name, np.zeros((0, 3, 14, 14), np.float32)))
+        side = views.shape[2] // 14
+        patches = views.reshape(len(views), 3, side, 14, side, 14).transpose(0, 2, 4, 1, 3, 5)
+        found.append(patches.reshape(-1, 3 * 14**2))
+    return np.concatenate(found)
+
+
+def write_windows() -> None:
+    """Write what Step-3.7's processor makes, and the windows that the released one chooses for many sizes."""
+    processor, kept = window_processor(**WINDOW_SETTINGS), {}
+    for height, width in WINDOWED_SIZES:
+        patches = reference_windows(processor, pattern(height, width))
+        kept[f"{height}x{width}"] = np.array([len(patches), *summary(patches)])
+    rng, chosen, released = np.random.default_rng(2), [], window_processor()
+    while len(chosen) < 400:
+        height, width = (int(2**power) for power in rng.uniform(0, 12.5, 2))
+        if min(height, width) * 3024 < max(height, width):  # the reference makes nothing of it
+            continue
+        whole, cut, side, columns, rows, is_square = released._plan_patches(width, height, 728, 504)
+        chosen.append([height, width, *whole[::-1], *cut[::-1], side, rows, columns, is_square])
+    np.savez_compressed(WINDOWS, chosen=np.array(chosen, np.int32), **kept)
+
+
 def write_files() -> None:
     import soundfile
 
@@ -189,6 +238,9 @@ def main() -> None:
         write_files()
     if sys.argv[1:] == ["tiles"]:
         write_tiles()
+        return
+    if sys.argv[1:] == ["windows"]:
+        write_windows()
         return
     names: list[str] = []
     shapes: list[tuple[int, ...]] = []

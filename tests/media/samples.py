@@ -20,6 +20,12 @@ FILES = Path(__file__).parent / "files"
 REFERENCES = Path(__file__).parent / "references.npz"
 TILES = Path(__file__).parent / "tiles.npz"
 TILED_SIZES = ((1, 1), (100, 50), (336, 336), (337, 336), (500, 700), (767, 1023), (20, 3000), (2000, 1500))
+WINDOWS = Path(__file__).parent / "windows.npz"
+# Whole, elongated, very elongated, narrow, with windows partly beyond the picture, and too long.
+WINDOWED_SIZES = (
+    (1, 1), (168, 168), (100, 160), (70, 168), (20, 90), (30, 160), (150, 400), (400, 300), (225, 140), (40, 500),
+    (900, 700), (31, 900),
+)  # fmt: skip
 RATE = 16_000  # of the sounds that the references are made of
 NUM_PLACES = 24
 
@@ -226,6 +232,14 @@ PICTURE_SETTINGS: dict[str, dict[str, Any]] = {
         "size": {"longest_edge": 1540},
         "spatial_merge_size": 2,
     },
+}
+# Of windows half as long in cells as released ones, or less.
+WINDOW_SETTINGS: dict[str, Any] = {
+    "image_processor_type": "Step3p7ImageProcessor",
+    "max_image_size": 672,
+    "patch_size": 112,
+    "resample": 2,
+    "size": {"height": 168, "width": 168},
 }
 SOUND_SETTINGS: dict[str, dict[str, Any]] = {
     "whisper": {"feature_extractor_type": "WhisperFeatureExtractor", "feature_size": 80},

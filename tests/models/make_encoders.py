@@ -116,6 +116,8 @@ def answer(model: Any, part: Part, value: Array, shape: tuple[int, ...]) -> Answ
         return Answer(of_pixtral(model, patches, shape))
     if part.family == "llama4":
         return Answer(of_llama4(model, patches, shape))
+    if part.family == "step3p7":
+        return Answer(of_step3p7(model, patches, shape))
     if part.family == "internvl":
         vision, merge = model.config.vision_config, round(1 / model.config.downsample_ratio)
         tiles = patches.reshape(
@@ -161,6 +163,40 @@ def of_llama4(model: Any, patches: torch.Tensor, shape: tuple[int, ...]) -> Arra
         parts += [part for tile in found[:-1] for part in (tile, mark)]
         assert len(found) == rows * columns + 1
     return torch.cat([*parts, mark, found[-1], mark]).numpy()
+
+
+def of_step3p7(model: Any, patches: torch.Tensor, shape: tuple[int, ...]) -> Array:
+    """The rows of windows, then of the view; zeros where tokens are."""
+    found = model.get_image_features(
+        **views_of([patches], [shape], model.config.vision_config)
+    ).pooler_output[0]
+    mark = torch.zeros(1, found.shape[-1])
+    rows, columns = step_windows(shape, model.config.vision_config)
+    parts, at = list[torch.Tensor](), 0
+    for number in range(1, rows * columns + 1):
+        parts += [mark, found[at : at + 4], mark]
+        parts += [mark] if number % columns == 0 and number < rows * columns else []
+        at += 4
+    return torch.cat([*parts, mark, found[at:], mark]).numpy()
+
+
+def step_windows(shape: tuple[int, ...], vision: Any) -> tuple[int, int]:
+    """The rows and columns of windows of 8 x 8 patches, which lie above the view."""
+    rows = (shape[1] - vision.image_size // vision.patch_size) // 8
+    return rows, shape[2] // 8 if rows else 0
+
+
+def views_of(patches: list[torch.Tensor], shapes: list[tuple[int, ...]], vision: Any) -> dict[str, Any]:
+    """Pictures as Step-3.7 takes them: views, windows of all, and their numbers."""
+    side = vision.image_size // vision.patch_size
+    views, windows, counts = [], [], []
+    for each, shape in zip(patches, shapes, strict=True):
+        counts.append(math.prod(step_windows(shape, vision)))
+        parts = each.split([64] * counts[-1] + [side**2])
+        windows += [picture_of(part, (1, 8, 8), 1) for part in parts[:-1]]
+        views.append(picture_of(parts[-1], (1, side, side), 1))
+    local = torch.stack(windows) if windows else None
+    return {"pixel_values": torch.stack(views), "pixel_values_local": local, "num_local_patches": counts}
 
 
 def picture_of(patches: torch.Tensor, grid: tuple[int, ...], merge: int) -> torch.Tensor:

@@ -1,6 +1,8 @@
 """Convert the tiny models that see to GGUF with llama.cpp's own converter: text and vision tower, a file each.
 
-    python -m tests.models.make_mmproj LLAMA_CPP        # rewrite the committed files (needs torch, transformers)
+    python -O -m tests.models.make_mmproj LLAMA_CPP     # rewrite the committed files (needs torch, transformers)
+
+Without -O, the converter asserts that Step-3.7's tower has the released sizes.
 
 Each checkpoint of `reference_seeing/` gets `gguf/model.gguf` and `gguf/mmproj-model.gguf`. `converter.py` runs the
 converter; the placeholder of pictures is among the tokens. Before, a checkpoint is put into the form that it has on the
@@ -14,8 +16,10 @@ import json
 import re
 import shutil
 import tempfile
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -136,6 +140,16 @@ def repair(model_class: Any) -> None:
     model_class.filter_tensors = classmethod(without_prefix)
 
 
+def reading_config_itself() -> AbstractContextManager[Any]:
+    """Let the converter read `config.json`, as with a transformers that does not know Step-3.7; it expects keys that
+    the class of transformers 5.24 drops.
+    """
+    import transformers
+
+    unknown = ValueError("this family is unknown")
+    return mock.patch.object(transformers.AutoConfig, "from_pretrained", side_effect=unknown)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("llama_cpp", type=Path)
@@ -162,7 +176,8 @@ def main() -> None:
             as_on_the_hub(REFERENCE / family, source, family)
             for name, more in (("model.gguf", []), ("mmproj-model.gguf", ["--mmproj"])):
                 made = Path(scratch) / name
-                convert(converter, source, made, "--outtype", "bf16", *more, tokens=tokens)
+                with reading_config_itself() if family == "step3p7" else nullcontext():
+                    convert(converter, source, made, "--outtype", "bf16", *more, tokens=tokens)
                 shutil.copy(made, directory / name)
 
 

@@ -27,10 +27,11 @@ import transformers
 from argosy.media.parts import Kind
 from argosy.media.patches import PictureProcessor
 from argosy.media.tiles import InternVLFit, TileProcessor
+from argosy.media.windows import StepFit
 from argosy.model.encoders.encoder import Shape
 from argosy.model.encoders.reading import EncoderFiles, find_encoders
 from argosy.model.families import open_model
-from tests.models.make_encoders import picture_of
+from tests.models.make_encoders import picture_of, views_of
 from tests.models.safetensors_file import Array, read_safetensors, write_safetensors
 from tests.models.seeing import CONFIGS, IMAGE_TOKENS, RATE, REFERENCE, encode_text, prompt_of, write
 from tests.models.tiny_llama4 import fused
@@ -90,6 +91,8 @@ def picture_inputs(
     if "image_position_ids" in inspect.signature(model.forward).parameters:
         values, places = with_places(patches, grids)
         return {"pixel_values": values, "image_position_ids": places}
+    if isinstance(processor.fit, StepFit):
+        return views_of([torch.tensor(each) for each in patches], grids, model.config.vision_config)
     if isinstance(processor.fit, InternVLFit):
         grid = (1, *[processor.fit.side // processor.patch_size] * 2)
         tiles = np.concatenate(patches).reshape(-1, math.prod(grid), patches[0].shape[1])

@@ -23,6 +23,7 @@ from tests.models.tiny_gemma import gemma4
 from tests.models.tiny_latent import kimi_k25, mistral3
 from tests.models.tiny_latent import mistral4 as tiny_mistral4
 from tests.models.tiny_llama4 import OF_GGUF, apart, llama4
+from tests.models.tiny_step import step3p7
 from tests.models.tiny_wrappers import glm4v_moe, internvl, qwen3_omni_moe, qwen3_vl_moe
 from tests.prompt.tokenizers_for_tests import byte_level_json, write_tokenizer
 
@@ -51,6 +52,9 @@ def with_towers(family: str, raw: dict[str, Any]) -> dict[str, Any]:
         "image_token_id",
         "boi_token_id",
         "eoi_token_id",
+        "image_token_len",
+        "patch_token_len",
+        "projector_bias",
     ):
         if key in theirs:
             own[key] = theirs[key]
@@ -81,6 +85,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma4": with_towers("gemma4", gemma4(max_position_embeddings=256)),
     "llama4": with_towers("llama4", llama4(**OF_GGUF, num_local_experts=3)),
     "internvl": with_towers("internvl", internvl(hidden_size=24, num_experts=5, num_hidden_layers=2)),
+    "step3p7": with_towers("step3p7", step3p7(vocab_size=64)),
     # With a factor of 1, transformers and llama.cpp scale scores as the makers do. GGUF files have no other beta.
     "mistral3": with_towers(
         "mistral3",
@@ -102,6 +107,7 @@ MMPROJ_PLACEHOLDERS = {
     "llama4": {"image_token_index": "<|patch|>"},
     "mistral3": {"image_token_index": "[IMG]"},
     "internvl": {"image_token_id": "<IMG_CONTEXT>"},
+    "step3p7": {"image_token_id": "<im_patch>"},
 }
 # Texts of control tokens between the rows of a picture, and their ids, which no config names.
 WRITTEN: dict[str, dict[str, int]] = {
@@ -111,6 +117,9 @@ WRITTEN: dict[str, dict[str, int]] = {
     },
     "mistral3": {"[IMG_BREAK]": 63, "[IMG_END]": 64},
     "internvl": {"<img>": 51, "</img>": 52},
+    "step3p7": {
+        "<im_start>": 53, "<im_end>": 54, "<patch_start>": 55, "<patch_end>": 56, "<patch_newline>": 57,
+    },
 }  # fmt: skip
 
 
@@ -134,7 +143,9 @@ def write(directory: Path, family: str, raw: dict[str, Any], seed: int) -> None:
             name: ("BF16", value) for name, value in apart({n: v for n, (_, v) in tensors.items()}).items()
         }
     for encoder, config in complete(family, raw):
-        replaced = {name for name in others if name.startswith(encoder.prefix or ("vision", "multi_modal"))}
+        replaced = {
+            name for name in others if name.startswith(encoder.prefix or ("vision", "vit_", "multi_modal"))
+        }
         tensors = {name: value for name, value in tensors.items() if name not in replaced}
         made = tiny_encoders.random_tensors(encoder.tensors(config), encoder.prefix, seed)
         tensors |= {name: ("BF16", value) for name, value in made.items()}
@@ -219,6 +230,18 @@ def processor_config(family: str) -> dict[str, Any]:
             "patch_size": config.patch_size,
             "size": {"longest_edge": 40},
             "spatial_merge_size": config.merge,
+        }
+    if family == "step3p7":
+        side, window = (one * config.patch_size for one in (config.position_side, config.window_side))
+        return {
+            "image_mean": [0.5, 0.4, 0.3],
+            "image_processor_type": "Step3p7ImageProcessor",
+            "image_std": [0.5, 0.25, 0.3],
+            "max_image_size": 40,
+            "patch_size": window,
+            "resample": 2,
+            "size": {"height": side, "width": side},
+            "vision_patch_size": config.patch_size,
         }
     if family == "internvl":
         tile = config.position_side * config.patch_size

@@ -15,6 +15,7 @@ import numpy as np
 
 from argosy.model.encoders import EncoderTensor
 from tests.models.safetensors_file import Array, decode, encode
+from tests.models.tiny_step import FULL, step3p5
 
 RawConfig = dict[str, Any]
 
@@ -402,6 +403,43 @@ def internvl(sizes: Sizes) -> RawConfig:
     }
 
 
+def step3p7(sizes: Sizes) -> RawConfig:
+    """Heads of 4, so that a product of the second convolution is small; a view of 12 patches, windows of 8."""
+    width = 4 * sizes.heads
+    return {
+        "architectures": ["Step3p7ForConditionalGeneration"],
+        "image_token_id": 50,
+        "image_token_len": 9,
+        "model_type": "step3p7",
+        "patch_token_len": 4,
+        "projector_bias": sizes.heads % 2 == 0,
+        "text_config": step3p5(
+            attention_other_setting=None, hidden_size=sizes.out, layer_types=[FULL], moe_layers_enum="0",
+            num_hidden_layers=1, num_nextn_predict_layers=0, partial_rotary_factors=[0.5], rope_scaling=None,
+            rope_theta=[10_000.0], swiglu_limits=None, swiglu_limits_shared=None, vocab_size=64,
+        ),
+        "understand_projector_stride": 2,
+        "vision_config": {
+            "heads": sizes.heads,
+            "hidden_act": "quick_gelu",
+            "image_size": 12 * (sizes.patch // 2),
+            "layer_norm_eps": 1e-3,
+            "layers": sizes.layers,
+            "ls_init_value": 0.1,
+            "mlp_ratio": (sizes.mlp + 0.25) / width,
+            "model_type": "perception_encoder",
+            "num_channels": 3,
+            "patch_size": sizes.patch // 2,
+            "use_abs_posemb": True,
+            "use_cls_token": False,
+            "use_ln_post": False,
+            "use_ln_pre": True,
+            "use_rope2d": True,
+            "width": width,
+        },
+    }  # fmt: skip
+
+
 def qwen2_moe(sizes: Sizes) -> RawConfig:
     """The composition of the demo model: the eye's tower is Qwen3-VL's; the ear's and its projector are Voxtral's."""
     return _text(sizes) | {
@@ -433,6 +471,7 @@ CONFIGS: dict[str, Callable[[Sizes], RawConfig]] = {
     "mistral3": mistral3,
     "llama4": llama4,
     "internvl": internvl,
+    "step3p7": step3p7,
     "qwen2_moe": qwen2_moe,
 }
 

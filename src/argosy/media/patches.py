@@ -7,6 +7,7 @@ Elsewhere: `pictures.py` and `tiles.py` choose sizes; `model/encoders/` runs the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
@@ -60,6 +61,11 @@ class PictureProcessor:
     levels: NDArray[np.float32] = field(repr=False, compare=False)
     most_tokens: int | None = None
     tokens_per_row: int = 0
+
+    @property
+    def sides(self) -> Mapping[str, int]:
+        """Return the sides in pixels of what it cuts a picture into, which the tower must expect, by name."""
+        return {}
 
     def grid(self, height: int, width: int) -> Grid:
         """Return (1, rows, columns) of patches for a picture of this size.

@@ -11,6 +11,7 @@ pixels. The families differ in how they choose the size, and in how they order p
                           model's own code does, while transformers uses torchvision here, which differs by a level
     Gemma-4               as large as the number of tokens allows
     Llama-4, InternVL     cut into tiles (`tiles.py`)
+    Step-3.7              cut into windows beside a view of the whole (`windows.py`)
     Pixtral               never enlarged but to whole tokens; limited longer side; a token after each row of tokens
 
 Elsewhere: `decoder.py` decodes files; `model/encoders/` runs the towers.
@@ -20,22 +21,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 
-import numpy as np
-from numpy.typing import NDArray
-
-from argosy.errors import BadMedia, CheckpointError, UnsupportedModel, UsageError
+from argosy.errors import BadMedia, UnsupportedModel, UsageError
+from argosy.installed import members
+from argosy.media.levels import CLIP_MEAN, CLIP_STD, read_levels
 from argosy.media.parts import Kind
 from argosy.media.patches import PictureProcessor, Size
 from argosy.media.settings import SOUND_KEYS, Settings
-from argosy.media.tiles import InternVLFit, InternVLProcessor, Llama4Fit, TileProcessor, tile_tokens
 
 _LONGEST_RATIO = 200  # the sides of a picture or frame, for Qwen and GLM
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 GEMMA_TOKENS = (70, 140, 280, 560, 1120)
+_FILES = ("tiles", "windows")  # each with `READERS`, by image_processor_type
 _FEWEST_TOKENS = 16  # a cap below this would distort pictures
 
 
@@ -342,112 +341,6 @@ def _read_pixtral(settings: Settings, most_tokens: int | None) -> PictureProcess
     return PictureProcessor(patch_size, merge_size, 1, fit, "merged", levels, most_tokens, tokens_per_row=1)
 
 
-def _read_internvl(settings: Settings, most_tokens: int | None) -> InternVLProcessor:
-    patch_size = settings.integer("patch_size", None, most=256)
-    merge_size = settings.integer("merge_size", None, most=16)
-    side = settings.integer("tile_size", None, most=65_536)
-    if (size := settings.nested("size")) is not None:
-        size.fixed("height", side)
-        size.fixed("width", side)
-        size.finish()
-    settings.passed("crop_to_patches")  # the processor around it always asks for this
-    settings.fixed("do_resize", True)
-    most = settings.integer("max_patches", 12, most=64)
-    least = settings.integer("min_patches", 1, most=most)
-    levels = read_levels(settings, CLIP_MEAN, CLIP_STD, is_normalized=True)
-    fit = InternVLFit(side, least, most, settings.flag("use_thumbnail", True))
-    of_tile = _tokens_of_tile(side, patch_size * merge_size)
-    if most_tokens is not None:
-        if most_tokens < of_tile:
-            raise UsageError(
-                f"the cap on a picture's tokens must be at least {of_tile} for this model, found {most_tokens}"
-            )
-        most = min(most, max(1, most_tokens // of_tile - fit.has_copy))
-        fit = replace(fit, least=min(least, most), most=most)
-    return InternVLProcessor(patch_size, merge_size, 1, fit, "merged", levels, of_tile * fit.with_copy(most))
-
-
-def _tokens_of_tile(side: int, of_token: int) -> int:
-    if side % of_token:
-        raise UnsupportedModel(
-            f"tiles have {side} pixels on a side; supported: a multiple of {of_token}, those of a token",
-            key="size",
-            value=side,
-        )
-    return (side // of_token) ** 2
-
-
-def read_levels(
-    settings: Settings,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-    *,
-    is_normalized: bool,
-    may_pad: bool = False,
-    filter: int = 3,
-    is_rounded: bool = False,
-) -> NDArray[np.float32]:
-    """Return float32 [3, 256]: each 8-bit level, scaled in float64 and normalised in float32, as the reference does.
-
-    Args:
-        filter: Pillow's number of the filter: 3 is bicubic, 2 bilinear.
-        is_rounded: every result is rounded to bfloat16.
-    """
-    settings.fixed("do_convert_rgb", True)
-    settings.fixed("do_rescale", True)
-    settings.fixed("do_center_crop", False)
-    settings.fixed("do_pad", False, may_pad)
-    settings.fixed("resample", filter)
-    scale = settings.number("rescale_factor", 1 / 255)
-    means, stds = settings.colour("image_mean", mean), settings.colour("image_std", std)
-    scaled = (np.arange(256) * scale).astype(np.float32)
-    if not settings.flag("do_normalize", is_normalized):
-        return np.tile(scaled, (3, 1))
-    if not all(stds):
-        raise CheckpointError("image_std of a processor has a zero", key="image_std", value=list(stds))
-    shift, spread = (np.array(values, np.float32)[:, None] for values in (means, stds))
-    if not is_rounded:
-        return (scaled - shift) / spread
-    scaled = _rounded(np.arange(256, dtype=np.float32) * np.float32(scale))
-    return _rounded(_rounded(scaled - _rounded(shift)) / _rounded(spread))
-
-
-def _rounded(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Round to bfloat16, halves to the even neighbour."""
-    bits = values.view(np.uint32)
-    rounded = bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
-    return (rounded & np.uint32(0xFFFF0000)).view(np.float32)
-
-
-def _read_llama4(settings: Settings, most_tokens: int | None) -> TileProcessor:
-    """As `Llama4ImageProcessor`; the sizes of patches and of cells are the tower's."""
-    patch_size, merge_size = (
-        settings.integer("patch_size", 14, most=256),
-        settings.integer("merge_size", 2, most=16),
-    )
-    side = 336
-    if (size := settings.nested("size")) is not None:
-        side = size.integer("height", None)
-        size.fixed("width", side)
-        size.finish()
-    of_tile = _tokens_of_tile(side, patch_size * merge_size)
-    settings.fixed("do_resize", True)
-    settings.fixed("do_normalize", True)
-    most_tiles = settings.integer("max_patches", 16, most=256)
-    if most_tokens is not None:
-        if most_tokens < (least := tile_tokens(1, of_tile)):
-            raise UsageError(
-                f"the cap on a picture's tokens must be at least {least} for this model, found {most_tokens}"
-            )
-        while tile_tokens(most_tiles, of_tile) > most_tokens:
-            most_tiles -= 1
-    levels = read_levels(
-        settings, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), is_normalized=True, filter=2, is_rounded=True
-    )
-    fit = Llama4Fit(side, most_tiles, settings.flag("resize_to_max_canvas", False))
-    return TileProcessor(patch_size, merge_size, 1, fit, "merged", levels, tile_tokens(most_tiles, of_tile))
-
-
 _READERS: dict[str, Callable[[Settings, int | None], PictureProcessor]] = {
     "Qwen2VLImageProcessor": _read_qwen,
     "Glm4vImageProcessor": _read_glm,
@@ -455,7 +348,6 @@ _READERS: dict[str, Callable[[Settings, int | None], PictureProcessor]] = {
     "Kimi_K25ImageProcessor": _read_kimi,
     "KimiVLImageProcessor": _read_kimi_vl,
     "Gemma4ImageProcessor": _read_gemma,
-    "GotOcr2ImageProcessor": _read_internvl,
     "PixtralImageProcessor": _read_pixtral,
-    "Llama4ImageProcessor": _read_llama4,
+    **{name: read for file in members("argosy.media", _FILES) for name, read in file.READERS.items()},
 }

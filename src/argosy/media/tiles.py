@@ -13,14 +13,18 @@ Elsewhere: `pictures.py` prepares pictures that stay whole.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from argosy.errors import UsageError
+from argosy.media.levels import CLIP_MEAN, CLIP_STD, read_levels, tokens_of_tile
 from argosy.media.patches import Grid, PictureProcessor, Size, patch_values
 from argosy.media.resize import Resizer
+from argosy.media.settings import Settings
 
 Arrangement = tuple[int, int]  # rows and columns of tiles
 
@@ -88,6 +92,10 @@ class TileProcessor(PictureProcessor):
     """Makes the patches of tiles: tile by tile, "merged" within each. The grid is that of `Llama4Fit.size`."""
 
     fit: Llama4Fit
+
+    @property
+    def sides(self) -> Mapping[str, int]:
+        return {"size": self.fit.side}
 
     def resize(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         height, width = pixels.shape[:2]
@@ -176,6 +184,10 @@ class InternVLProcessor(PictureProcessor):
 
     fit: InternVLFit
 
+    @property
+    def sides(self) -> Mapping[str, int]:
+        return {"size": self.fit.side}
+
     def resize(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         rows, columns = self.fit.tiles(*pixels.shape[:2])
         picture, side = Image.fromarray(pixels), self.fit.side
@@ -184,3 +196,60 @@ class InternVLProcessor(PictureProcessor):
         if self.fit.with_copy(rows * columns) == rows * columns:
             return tiles
         return np.concatenate([tiles, np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC))])
+
+
+def _read_llama4(settings: Settings, most_tokens: int | None) -> TileProcessor:
+    """As `Llama4ImageProcessor`; the sizes of patches and of cells are the tower's."""
+    patch_size, merge_size = (
+        settings.integer("patch_size", 14, most=256),
+        settings.integer("merge_size", 2, most=16),
+    )
+    side = 336
+    if (size := settings.nested("size")) is not None:
+        side = size.integer("height", None)
+        size.fixed("width", side)
+        size.finish()
+    of_tile = tokens_of_tile(side, patch_size * merge_size)
+    settings.fixed("do_resize", True)
+    settings.fixed("do_normalize", True)
+    most_tiles = settings.integer("max_patches", 16, most=256)
+    if most_tokens is not None:
+        if most_tokens < (least := tile_tokens(1, of_tile)):
+            raise UsageError(
+                f"the cap on a picture's tokens must be at least {least} for this model, found {most_tokens}"
+            )
+        while tile_tokens(most_tiles, of_tile) > most_tokens:
+            most_tiles -= 1
+    levels = read_levels(
+        settings, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), is_normalized=True, filter=2, is_rounded=True
+    )
+    fit = Llama4Fit(side, most_tiles, settings.flag("resize_to_max_canvas", False))
+    return TileProcessor(patch_size, merge_size, 1, fit, "merged", levels, tile_tokens(most_tiles, of_tile))
+
+
+def _read_internvl(settings: Settings, most_tokens: int | None) -> InternVLProcessor:
+    patch_size = settings.integer("patch_size", None, most=256)
+    merge_size = settings.integer("merge_size", None, most=16)
+    side = settings.integer("tile_size", None, most=65_536)
+    if (size := settings.nested("size")) is not None:
+        size.fixed("height", side)
+        size.fixed("width", side)
+        size.finish()
+    settings.passed("crop_to_patches")  # the processor around it always asks for this
+    settings.fixed("do_resize", True)
+    most = settings.integer("max_patches", 12, most=64)
+    least = settings.integer("min_patches", 1, most=most)
+    levels = read_levels(settings, CLIP_MEAN, CLIP_STD, is_normalized=True)
+    fit = InternVLFit(side, least, most, settings.flag("use_thumbnail", True))
+    of_tile = tokens_of_tile(side, patch_size * merge_size)
+    if most_tokens is not None:
+        if most_tokens < of_tile:
+            raise UsageError(
+                f"the cap on a picture's tokens must be at least {of_tile} for this model, found {most_tokens}"
+            )
+        most = min(most, max(1, most_tokens // of_tile - fit.has_copy))
+        fit = replace(fit, least=min(least, most), most=most)
+    return InternVLProcessor(patch_size, merge_size, 1, fit, "merged", levels, of_tile * fit.with_copy(most))
+
+
+READERS = {"GotOcr2ImageProcessor": _read_internvl, "Llama4ImageProcessor": _read_llama4}

@@ -31,18 +31,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy.errors import BadMedia, UnsupportedModel
+from argosy.media.levels import CLIP_MEAN, CLIP_STD, read_levels
 from argosy.media.parts import RequestMedia
 from argosy.media.patches import Grid, Size, patch_values
-from argosy.media.pictures import (
-    CLIP_MEAN,
-    CLIP_STD,
-    GEMMA_TOKENS,
-    GemmaFit,
-    KimiFit,
-    QwenFit,
-    read_levels,
-    require_ratio,
-)
+from argosy.media.pictures import GEMMA_TOKENS, GemmaFit, KimiFit, QwenFit, require_ratio
 from argosy.media.resize import Resizer
 from argosy.media.settings import SOUND_KEYS, Settings
 

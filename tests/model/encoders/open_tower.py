@@ -204,6 +204,30 @@ PARTS["internvl"] = _part(  # type: ignore[call-arg]
 )
 
 
+def _windows(*arrangements: tuple[int, int]) -> Callable[[Any], list[Shape]]:
+    """Shapes of pictures in rows and columns of windows, with the view below them."""
+    return lambda config: [
+        (
+            1,
+            config.position_side + rows * config.window_side,
+            max(config.position_side, cols * config.window_side),
+        )
+        for rows, cols in arrangements
+    ]
+
+
+PARTS["step3p7"] = _part(  # type: ignore[call-arg]
+    "step3p7",
+    *ENCODERS["step3p7"],
+    ("model.vision_model.", "model.multi_modal_projector."),
+    shapes=_windows((0, 0), (1, 2), (2, 1), (2, 3)),
+    large_shapes=_windows((4, 4), (1, 16)),
+    make_input=lambda config, shape, seed: random_input(
+        (sum(side**2 for side in config.views(shape)), config.patch_values), seed
+    ),
+)
+
+
 def dense_weights(
     tensors: Mapping[str, EncoderTensor], prefix: str, values: Mapping[str, Array]
 ) -> DenseWeights:

@@ -21,6 +21,7 @@ from argosy.model.encoders import (
     omni_audio,
     pixtral_vision,
     qwen_vision,
+    step_vision,
 )
 from argosy.model.reading.config_reader import ConfigReader
 from tests.families.published import llama4
@@ -228,6 +229,26 @@ INTERN_VIT_6B: RawConfig = {
 }
 
 
+STEP_3_7: RawConfig = {
+    "heads": 16,
+    "hidden_act": "quick_gelu",
+    "image_size": 728,
+    "layer_norm_eps": 1e-05,
+    "layers": 47,
+    "ls_init_value": 0.1,
+    "mlp_ratio": 8960 / 1536,
+    "model_type": "perception_encoder",
+    "num_channels": 3,
+    "patch_size": 14,
+    "use_abs_posemb": True,
+    "use_cls_token": False,
+    "use_ln_post": False,
+    "use_ln_pre": True,
+    "use_rope2d": True,
+    "width": 1536,
+}
+
+
 def config_reader(raw: RawConfig) -> ConfigReader:
     return ConfigReader(raw, "this family", within="vision_config")
 
@@ -253,6 +274,11 @@ def read_intern_vit_6b(raw: RawConfig) -> intern_vit.InternViTConfig:
     return intern_vit.read_chat_config(
         config_reader(raw), ConfigReader({}, "internvl_chat"), text_model(4096)
     )
+
+
+def read_step(raw: RawConfig, **wrapper: Any) -> step_vision.StepVisionConfig:
+    own = config_reader({key: value for key, value in raw.items() if key != "model_type"})
+    return step_vision.read_config(own, ConfigReader(wrapper, "step3p7"), text_model(4096))
 
 
 # The config of a released tower, how it is read, its tensors, and millions of parameters, as transformers counts them.
@@ -299,6 +325,7 @@ RELEASED: dict[str, tuple[RawConfig, Callable[[RawConfig], Any], Callable[[Any],
         lambda config: intern_vit.tensors(config, intern_vit._CHAT),
         5606,
     ),
+    "Step-3.7-Flash": (STEP_3_7, read_step, step_vision.tensors, 1981),
     "Mistral-Small-4": (PIXTRAL, read_pixtral, pixtral_vision.tensors, 428),
     "Mistral-Large-3": (
         PIXTRAL_OF_LARGE_3,
@@ -380,6 +407,17 @@ REFUSED = [
     ("Llama-4", "vision_feature_layer", -2),
     ("Llama-4", "vision_feature_select_strategy", "full"),
     ("Llama-4", "vision_output_dim", 7680),
+    ("Step-3.7-Flash", "hidden_act", "gelu"),
+    ("Step-3.7-Flash", "image_size", 742),
+    ("Step-3.7-Flash", "num_channels", 1),
+    ("Step-3.7-Flash", "rope_parameters", {"rope_type": "yarn", "rope_theta": 10000.0}),
+    ("Step-3.7-Flash", "use_abs_posemb", False),
+    ("Step-3.7-Flash", "use_cls_token", True),
+    ("Step-3.7-Flash", "use_ln_pre", False),
+    ("Step-3.7-Flash", "use_ln_post", True),
+    ("Step-3.7-Flash", "use_rope2d", False),
+    ("Step-3.7-Flash", "width", 1544),
+    ("Step-3.7-Flash", "intermediate_size", 8000),
     ("Gemma-4", "use_clipped_linears", True),
     ("Gemma-4", "num_key_value_heads", 5),
     ("Gemma-4", "head_dim", 70),
@@ -431,6 +469,20 @@ def test_another_projector_of_pixtral_is_refused() -> None:
             read_pixtral(PIXTRAL, **wrapper)
     assert read_pixtral(PIXTRAL, multimodal_projector_bias=True).has_bias
     assert read_pixtral(PIXTRAL, spatial_merge_size=3).merge == 3
+
+
+def test_another_projector_of_step_is_refused() -> None:
+    for key, value in (
+        ("understand_projector_stride", 1),
+        ("image_token_len", 168),
+        ("patch_token_len", 80),
+        ("patch_token_len", 36),
+    ):
+        with pytest.raises(UnsupportedModel, match=f"asks for {key}"):
+            read_step(STEP_3_7, **{key: value})
+    assert read_step(STEP_3_7) == read_step({}, image_token_len=169, patch_token_len=81)
+    assert read_step({}, patch_token_len=100).window_side == 40
+    assert read_step({}, projector_bias=True).has_projector_bias
 
 
 def test_a_projector_of_another_size_is_refused() -> None:

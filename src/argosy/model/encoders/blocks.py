@@ -111,13 +111,29 @@ class Operations:
         _native.gelu(self._runtime, x, kind)
         return x
 
-    def gelu_mlp(self, layer: str, hidden: Rows, eps: float, gelu: Literal["gelu_erf", "gelu_tanh"]) -> Steps:
-        """Add the MLP of a layer, LayerNorm `mlp_norm` and matrices `up` and `down`, to `hidden`."""
+    def add_product(self, name: str, x: Rows, out: Rows, factor: str | None) -> None:
+        """Add x W^T + bias to `out`, times the vector `factor` if there is one."""
+        if factor is None:
+            self.linear(name, x, out, finish="add")
+            return
+        product = self.linear(name, x)
+        product *= self.vector(factor)
+        out += product
+
+    def gelu_mlp(
+        self,
+        layer: str,
+        hidden: Rows,
+        eps: float,
+        gelu: Literal["gelu_erf", "gelu_tanh", "gelu_quick"],
+        factor: str | None = None,
+    ) -> Steps:
+        """Add the MLP of a layer, LayerNorm `mlp_norm` and matrices `up` and `down`, to `hidden`, times `factor`."""
 
         def work(rows: slice) -> None:
             normed = self.layer_norm(f"{layer}.mlp_norm", hidden[rows], eps)
             wide = self.linear(f"{layer}.up", normed, finish=gelu)
-            self.linear(f"{layer}.down", wide, hidden[rows], finish="add")
+            self.add_product(f"{layer}.down", wide, hidden[rows], factor)
 
         return in_blocks(work, range(len(hidden)), self.flop_per_row(f"{layer}.up", f"{layer}.down"))
 
@@ -175,11 +191,14 @@ class Operations:
         *,
         head_dim: int,
         segments: Iterable[range],
+        factor: str | None = None,
     ) -> Steps:
-        """Add to `hidden` the product of matrix `o` of a layer with its heads' attention, scaled by their width."""
+        """Add to `hidden` the product of matrix `o` of a layer with its heads' attention, scaled by their width, times
+        the vector `factor` if there is one.
+        """
 
         def add(rows: slice, heads: Rows) -> None:
-            self.linear(f"{layer}.o", heads, hidden[rows], finish="add")
+            self.add_product(f"{layer}.o", heads, hidden[rows], factor)
 
         yield from self.attend(
             query,

@@ -66,7 +66,8 @@ class Encoder:
     written: returns the texts of the control tokens that fill positions of a span of a shape instead of rows, by
         position; None: rows fill all positions.
     placeholder: the token that the chat template writes for a picture, if rows have another one.
-    extent: returns the patches of a shape, and those that see one another; None: all of its grid, those of a frame.
+    extent: returns the patches of a shape, and the pairs of a patch and one that it sees; None: all of its grid sees
+        its frame.
     settings: returns the processor's settings that follow from the tower's config; None: none do. Those in the
         processor's file take precedence.
     has_processor_file: whether the checkpoints have a file with the processor's settings that describes it.

@@ -151,8 +151,16 @@ def cubic_taps(size: int, table_size: int) -> Taps:
     """Convolve cubically (Keys 1981, a = -0.75) between the centres of pixels; the edge value continues beyond the
     table.
     """
-    source = (np.arange(size) + 0.5) * table_size / size - 0.5
-    return _taps(source, table_size, (-1, 0, 1, 2), _keys)
+    return _taps(_centres(size, table_size), table_size, (-1, 0, 1, 2), _keys)
+
+
+def centre_taps(size: int, table_size: int) -> Taps:
+    """Interpolate linearly between the centres of pixels; the edge value continues beyond the table."""
+    return _taps(_centres(size, table_size), table_size, (0, 1), lambda distance: 1 - distance)
+
+
+def _centres(size: int, table_size: int) -> NDArray[np.float64]:
+    return (np.arange(size) + 0.5) * table_size / size - 0.5
 
 
 def _taps(source: NDArray[np.float64], table_size: int, offsets: Sequence[int], weigh: Weigh) -> Taps:

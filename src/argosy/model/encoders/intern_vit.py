@@ -225,9 +225,10 @@ def written(config: InternViTConfig, grid: Grid) -> dict[int, str]:
 
 
 def extent(config: InternViTConfig, grid: Grid) -> tuple[int, int]:
-    """Patches of all tiles, and those of one, which see one another; class tokens count as patches."""
+    """Patches of all tiles, which see their tile, and the pairs; class tokens count as patches."""
     seen = config.position_side**2 + 1
-    return frame_patches(grid) // config.position_side**2 * seen, seen
+    rows = frame_patches(grid) // config.position_side**2 * seen
+    return rows, rows * seen
 
 
 def settings(config: InternViTConfig) -> dict[str, object]:

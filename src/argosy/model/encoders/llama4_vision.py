@@ -154,8 +154,9 @@ def num_positions(config: Llama4VisionConfig, grid: Grid) -> int:
 
 
 def extent(config: Llama4VisionConfig, grid: Grid) -> tuple[int, int]:
-    """Patches of all tiles, and those of one, which see one another; classes count as patches."""
-    return config.num_tiles(grid) * config.tile_rows, config.tile_rows
+    """Patches of all tiles, which see their tile, and the pairs; classes count as patches."""
+    rows = config.num_tiles(grid) * config.tile_rows
+    return rows, rows * config.tile_rows
 
 
 def settings(config: Llama4VisionConfig) -> dict[str, object]:

@@ -10,11 +10,10 @@ LayerNorm, MLP. Positions in the decoder are like those of text.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
 from argosy import _native
 from argosy.model.encoders import EncoderTensor, with_bias
@@ -26,12 +25,12 @@ from argosy.model.encoders.blocks import (
     Tower,
     attention_floats,
     block_floats,
-    block_rows,
     gelu_mlp_floats,
     in_blocks,
     sinusoids,
 )
 from argosy.model.encoders.encoder import Encoder
+from argosy.model.encoders.halving import halve, halved, halving_floats, halving_tensors
 from argosy.model.encoders.projector import Projector
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.reading.gguf_config import GgufConfigReader
@@ -39,7 +38,6 @@ from argosy.model.weights import DenseWeights
 from argosy.prompt.media_span import Making, SpanRows
 
 _NUM_CONVOLUTIONS = 3
-_KERNEL = 3
 # Rows that a whole chunk becomes; transformers relies on this.
 _CHUNK_ROWS = 13
 _NORM_EPS = 1e-5
@@ -103,8 +101,7 @@ def tensors(config: OmniAudioConfig) -> dict[str, EncoderTensor]:
     hidden, wide, channels = config.hidden_size, config.mlp_width, config.channels
     found: dict[str, EncoderTensor] = {}
     for i in range(_NUM_CONVOLUTIONS):
-        shape = (channels, channels if i else 1, _KERNEL, _KERNEL)
-        found |= with_bias(f"convolution.{i}", f"conv2d{i + 1}", shape, taps=_KERNEL**2)
+        found |= halving_tensors(f"convolution.{i}", f"conv2d{i + 1}", channels, channels if i else 1)
     found |= with_bias("join", "conv_out", (hidden, channels * config.image_rows), has_bias=False)
     for layer in range(config.num_layers):
         name = f"layers.{layer}"
@@ -133,17 +130,13 @@ def peak_bytes(config: OmniAudioConfig, num_frames: int) -> int:
     height, width = config.num_mels, min(num_frames, config.chunk_frames)
     convolutions, num_inputs = [], 1
     for _ in range(_NUM_CONVOLUTIONS):
-        image = (height + 2) * (width + 2) * num_inputs
-        height, width = _halved(height), _halved(width)
-        taps = num_inputs * _KERNEL**2
-        result = (height + 2) * (width + 2) * channels
-        block = _block_lines(height, width, 2 * taps * channels) * width * (taps + channels)
-        convolutions.append(image + result + block)
-        num_inputs = channels
+        image = height * width * num_inputs
+        convolutions.append(image + halving_floats(height, width, channels, num_inputs))
+        height, width, num_inputs = halved(height), halved(width), channels
     joined = 2 * height * width * channels + 4 * width * hidden
     floats = positions * hidden + max(
         *convolutions,
-        (height + 2) * (width + 2) * channels + joined,
+        height * width * channels + joined,
         3 * positions * hidden
         + max(
             block_floats(positions, 6 * hidden**2, 2 * hidden),
@@ -203,16 +196,15 @@ class OmniAudioTower(Tower[OmniAudioConfig]):
     def _embed(self, features: Rows, start: int, out: Rows) -> Steps:
         """Make the rows of the chunk that begins at frame `start`."""
         ops, config = self._operations, self._config
-        # Padded by one pixel on each side: [mel bins + 2, frames + 2, channels].
-        image = np.zeros(
-            (config.num_mels + 2, min(features.shape[1], config.chunk_frames) + 2, 1), np.float32
-        )
+        # A chunk at the end has the silence that makes it as long as the first one.
+        length = min(features.shape[1], config.chunk_frames)
+        image = np.zeros((config.num_mels, length, 1), np.float32)
         frames = features[:, start : start + config.chunk_frames]
-        image[1:-1, 1 : 1 + frames.shape[1], 0] = frames
+        image[:, : frames.shape[1], 0] = frames
         for i in range(_NUM_CONVOLUTIONS):
-            image = yield from self._convolve(f"convolution.{i}", image)
+            image = yield from halve(ops, f"convolution.{i}", image, config.channels, finish="gelu_erf")
         # The channel comes before the mel bins in the product that joins them.
-        x = np.ascontiguousarray(image[1:-1, 1:-1].transpose(1, 2, 0)).reshape(image.shape[1] - 2, -1)
+        x = np.ascontiguousarray(image.transpose(1, 2, 0)).reshape(image.shape[1], -1)
 
         def work(rows: slice) -> None:
             ops.linear("join", x[rows], out[rows])
@@ -220,39 +212,10 @@ class OmniAudioTower(Tower[OmniAudioConfig]):
 
         yield from in_blocks(work, range(len(out)), ops.flop_per_row("join"))
 
-    def _convolve(self, name: str, image: Rows) -> Generator[None, None, Rows]:
-        """Convolve with 3 x 3 kernels at every second pixel, then GELU; the result is padded again."""
-        ops = self._operations
-        height, width = (_halved(size - 2) for size in image.shape[:2])
-        out = np.zeros((height + 2, width + 2, self._config.channels), np.float32)
-
-        # [height, width, rows of the kernel, its columns and channels]: pixels of a row of the kernel lie side by side.
-        channels = image.shape[2]
-        lines = sliding_window_view(image.reshape(len(image), -1), _KERNEL * channels, axis=1)
-        lines = lines[:, :: 2 * channels][:, :width]
-        under = sliding_window_view(lines, _KERNEL, axis=0)[::2].transpose(0, 1, 3, 2)
-        step = _block_lines(height, width, ops.flop_per_row(name))
-        for top in range(0, height, step):
-            x = under[top : top + step].reshape(-1, _KERNEL**2 * channels)
-            pixels = ops.linear(name, x, finish="gelu_erf")
-            out[1 + top :][:step, 1:-1][: len(pixels) // width] = pixels.reshape(-1, width, pixels.shape[1])
-            yield
-        return out
-
-
-def _block_lines(height: int, width: int, flop_per_pixel: int) -> int:
-    """Lines of pixels that are convolved at once."""
-    return max(1, block_rows(height * width, flop_per_pixel) // width)
-
-
-def _halved(size: int) -> int:
-    """Pixels after a convolution at every second one."""
-    return (size + 1) // 2
-
 
 def _after_convolutions(size: int) -> int:
     for _ in range(_NUM_CONVOLUTIONS):
-        size = _halved(size)
+        size = halved(size)
     return size
 
 

@@ -63,6 +63,7 @@ class PatchConfig:
     pair_order: PairOrder = "rows first"  # how dimensions of queries and keys lie in their matrices
     are_axes_staggered: bool = False  # the column turns slower than the row
     are_qkv_apart: bool = False  # queries, keys and values have a matrix each
+    has_layer_scale: bool = False  # what layers add is multiplied by `attn_scale` and `mlp_scale`
 
     @property
     def patch_values(self) -> int:
@@ -131,7 +132,7 @@ def tower_bytes(config: PatchConfig, grid: Grid, segment: int, results: int, sta
     """
     hidden, patches = config.hidden_size, grid[0] * frame_patches(grid)
     project = block_floats(patches, 6 * hidden**2, hidden + config.head_dim + 4)
-    attend = attention_floats(segment, hidden, hidden, 2 * hidden**2)
+    attend = attention_floats(segment, hidden, hidden, 2 * hidden**2, hidden if config.has_layer_scale else 0)
     floats = patches * hidden + results + max(3 * patches * hidden + max(project, attend), *stages)
     return FLOAT_BYTES * floats + rotation_bytes(frame_patches(grid), config.head_dim) + OVERHEAD_BYTES
 
@@ -213,7 +214,19 @@ class PatchTower(Tower[Sizes]):
             rotation.apply(ops, query_key.reshape(len(query_key), -1, head_dim), rows)
 
         yield from in_blocks(project, range(len(hidden)), ops.flop_per_row(*names))
-        yield from ops.add_attention(layer, hidden, query, key, value, head_dim=head_dim, segments=segments)
+        yield from ops.add_attention(
+            layer,
+            hidden,
+            query,
+            key,
+            value,
+            head_dim=head_dim,
+            segments=segments,
+            factor=self._factor(f"{layer}.attn_scale"),
+        )
+
+    def _factor(self, name: str) -> str | None:
+        return name if self._config.has_layer_scale else None
 
     def _feed_forward(self, layer: str, hidden: Rows) -> Steps:
         return self._operations.gelu_mlp(layer, hidden, self._norm_eps, "gelu_tanh")

@@ -30,7 +30,6 @@ from argosy.media.patches import PictureProcessor
 from argosy.media.pictures import read_picture_processor
 from argosy.media.settings import PROCESSOR_FILES, VIDEO_FILES
 from argosy.media.sounds import SoundProcessor, read_sound_processor
-from argosy.media.tiles import InternVLFit, Llama4Fit
 from argosy.media.videos import VideoProcessor, read_video_processor
 from argosy.model.encoders.blocks import FLOAT_BYTES, attention_flop
 from argosy.model.encoders.encoder import Encoder, Shape, Tower, VideoForm
@@ -113,9 +112,9 @@ class EncoderFiles:
                 "merge_size": (processor.merge_size, self.config.merge),
                 "temporal_patch_size": (processor.frames, getattr(self.config, "patch_frames", 1)),
             }
-            if isinstance(processor.fit, Llama4Fit | InternVLFit):
-                side = self.config.position_side * self.config.patch_size
-                sizes["size"] = (processor.fit.side, side)
+            for name, side in processor.sides.items():
+                of_tower = self.config.position_side if name == "size" else self.config.window_side
+                sizes[name] = (side, of_tower * self.config.patch_size)
         else:
             processor = read_sound_processor(raw, padding=self.encoder.sound_padding, where=where)
             sizes = {"feature_size": (processor.num_bands, self.config.num_mels)}
@@ -179,23 +178,26 @@ class EncoderFiles:
 
     def flop(self, grid: Shape) -> int:
         """Floating-point operations of the products and of the attention of a picture."""
-        (rows, seen), cells = self._extent(grid), self.num_positions(grid) - len(self.written(grid))
+        (rows, pairs), cells = self._extent(grid), self.num_positions(grid) - len(self.written(grid))
         found = 0
         for name, ref in self.tensors.items():
             if is_vector(name) or name.startswith(("position", "cls")):
                 continue
-            # The part after the layers joins patches: it runs once for each position of the prompt.
-            times = rows if name.startswith(("layers.", "patch")) else cells
+            # The part after the layers joins patches: it runs once for each position of the prompt; but of two
+            # convolutions that halve both axes, the first makes four pixels of each.
+            times = (
+                rows if name.startswith(("layers.", "patch")) else cells * (4 if "halving.0" in name else 1)
+            )
             found += 2 * ref.rows * ref.cols * times
         width: int = getattr(self.config, "query_size", self.config.hidden_size)
-        attention: int = self.config.num_layers * rows * attention_flop(seen, width)
+        attention: int = self.config.num_layers * attention_flop(pairs, width)
         return found + attention
 
     def _extent(self, grid: Shape) -> tuple[int, int]:
         """Return what `Encoder.extent` returns."""
         if self.encoder.extent is not None:
             return self.encoder.extent(self.config, grid)
-        return math.prod(grid), math.prod(grid[1:])
+        return math.prod(grid), math.prod(grid) * math.prod(grid[1:])
 
     def peak_bytes(self, shape: Shape) -> int:
         """Return the most bytes that encoding an input of this shape allocates, rows and a picture's

@@ -17,6 +17,7 @@ _FILES = (
     "moon_vit",
     "pixtral_vision",
     "intern_vit",
+    "step_vision",
     "omni_audio",
     "whisper_audio",
 )

@@ -1,4 +1,7 @@
-"""Step-3.7-Flash: the text part, a Step-3.5 in `text_config`; files of the hub name its tensors as Step-3.5's."""
+"""Step-3.7-Flash: the text part, a Step-3.5 in `text_config`; files of the hub name its tensors as Step-3.5's.
+
+The vision tower is in `model/encoders/step_vision.py`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ __all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_con
 
 MODEL_TYPE = "step3p7"
 
-# Keys of the projector, and copies of the text's.
+# Keys of the tower, and copies of the text's.
 _MORE_KEYS = (
     "projector_bias", "understand_projector_stride", "image_token_len", "patch_token_len", "hidden_size",
     "max_position_embeddings",
