@@ -18,7 +18,7 @@ from tests.families.hub_configs import RawConfig
 from tests.families.published import PUBLISHED
 from tests.models import seeing
 from tests.models.configurations import CONFIGURATIONS
-from tests.models.converted import CONVERTED
+from tests.models.converted import CONVERTED, LLAMA_CPP_DIFFERS
 from tests.models.mlx_models import MODELS as MLX_MODELS
 from tests.models.rows import rows
 from tests.oracle import test_peer
@@ -95,7 +95,7 @@ def _row(names: Sequence[str], family: Family) -> tuple[str, ...]:
     gguf = {
         "G": any(name in rows() and rows()[name].gguf is not None for name in names),
         "C": is_any(config for one, config in configs().items() if one in _RECORDED),
-        "F": is_any(config for _, config in CONVERTED.values()),
+        "F": is_any(config for name, (_, config) in CONVERTED.items() if name not in LLAMA_CPP_DIFFERS),
         "L": is_any(_configs_in(vars(test_peer).values())),
     }
     text = {

@@ -2,22 +2,211 @@
 
 from __future__ import annotations
 
+from tests.models.configuration import yarn
 from tests.models.configurations import CONFIGURATIONS
-from tests.models.tiny import RawConfig
+from tests.models.converted_latent import LATENT_CONVERTED
+from tests.models.converted_recurrent import RECURRENT_CONVERTED
+from tests.models.tiny import (
+    RawConfig,
+    glm4_moe,
+    gpt_oss,
+    minimax_m2,
+    mixtral,
+    olmoe,
+    qwen2_moe,
+    qwen3_moe,
+    respelt,
+)
 from tests.models.tiny_cohere import cohere2_moe
 from tests.models.tiny_dense import gemma3, gemma3_text, llama, qwen3
+from tests.models.tiny_flags import ernie4_5_moe, granitemoe, granitemoeshared
 from tests.models.tiny_gemma import gemma4
+from tests.models.tiny_gqa import mimo_v2_flash
 from tests.models.tiny_grouped import bailing_moe, dots1, exaone_moe, hy_v3
 from tests.models.tiny_hunyuan import hunyuan
 from tests.models.tiny_llama4 import OF_GGUF, llama4, llama4_text
 from tests.models.tiny_mamba import granitemoehybrid, nemotron_h
 from tests.models.tiny_ocr import deepseek_vl_v2
+from tests.models.tiny_step import FULL, SLIDING, step3p5, step3p7
 from tests.models.tiny_windows import YARN, afmoe, laguna, mellum
+from tests.models.tiny_wrappers import internvl, qwen3_omni_moe
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 _OF_NAME = {one.name: one.config for one in CONFIGURATIONS}
 # The architecture of a file, and the checkpoint's config.
 CONVERTED: dict[str, tuple[str, RawConfig]] = {
+    **LATENT_CONVERTED,
+    **RECURRENT_CONVERTED,
+    "mixtral_plain": ("llama", _OF_NAME["mixtral_plain"]),
+    "mixtral_yarn": (
+        "llama",
+        mixtral(rope_scaling={"type": "yarn"} | yarn(8.0, 16), rope_theta=1e4, head_dim=16),
+    ),
+    "qwen2_moe_plain": ("qwen2moe", qwen2_moe(num_experts=8)),
+    "qwen2_moe_renormalised": (
+        "qwen2moe",
+        qwen2_moe(
+            moe_intermediate_size=9,
+            norm_topk_prob=True,
+            num_experts=5,
+            num_experts_per_tok=5,
+            num_key_value_heads=2,
+            shared_expert_intermediate_size=17,
+        ),
+    ),
+    # Where every expert is chosen, keys and values in 16 bits change no choice.
+    "qwen3_moe_plain": ("qwen3moe", qwen3_moe(num_experts_per_tok=6)),
+    "qwen3_moe_yarn_tied": (
+        "qwen3moe",
+        respelt(
+            qwen3_moe(
+                head_dim=12,
+                moe_intermediate_size=7,
+                num_attention_heads=6,
+                num_experts=5,
+                num_experts_per_tok=5,
+                num_key_value_heads=3,
+                tie_word_embeddings=True,
+            ),
+            theta=1e4,
+            rope_type="yarn",
+            **yarn(4.0, 24),
+        ),
+    ),
+    # llama.cpp counts on a window in every second layer from the first, and clamps at 7.
+    "gpt_oss_plain": ("gpt-oss", gpt_oss()),
+    "gpt_oss_short_windows": (
+        "gpt-oss",
+        gpt_oss(
+            head_dim=14,
+            num_attention_heads=6,
+            num_experts_per_tok=3,
+            num_hidden_layers=4,
+            num_key_value_heads=3,
+            num_local_experts=3,
+            sliding_window=5,
+        ),
+    ),
+    "glm4_moe_plain": ("glm4moe", _OF_NAME["glm4_moe_plain"]),
+    "glm4_moe_groups_tied": ("glm4moe", _OF_NAME["glm4_moe_groups_tied"]),
+    "glm4_moe_qk_norm": (
+        "glm4moe",
+        glm4_moe(
+            first_k_dense_replace=2,
+            n_routed_experts=5,
+            num_experts_per_tok=5,
+            routed_scaling_factor=2.5,
+            use_qk_norm=True,
+        ),
+    ),
+    "glm4v_moe_plain": ("glm4moe", _OF_NAME["glm4v_moe_plain"]),
+    "glm4v_moe_groups_tied": ("glm4moe", _OF_NAME["glm4v_moe_groups_scaled_tied_sharded"]),
+    # llama.cpp does not renormalise, does not clamp, and wants as many heads of keys as of queries.
+    "olmoe_plain": ("olmoe", _OF_NAME["olmoe_plain"]),
+    "olmoe_narrow": (
+        "olmoe",
+        olmoe(
+            hidden_size=24,
+            intermediate_size=7,
+            num_attention_heads=6,
+            num_experts=5,
+            num_experts_per_tok=5,
+            num_key_value_heads=6,
+        ),
+    ),
+    "minimax_m2_plain": ("minimax-m2", _OF_NAME["minimax_m2_plain"]),
+    "minimax_m2_yarn": ("minimax-m2", _OF_NAME["minimax_m2_yarn_f32"]),
+    "minimax_m2_all_turns": (
+        "minimax-m2",
+        minimax_m2(num_experts_per_tok=6, num_key_value_heads=1, rotary_dim=12),
+    ),
+    "granitemoe_plain": ("granitemoe", _OF_NAME["granitemoe_plain"]),
+    "granitemoe_tied": (
+        "granitemoe",
+        granitemoe(hidden_size=24, num_experts_per_tok=6, num_key_value_heads=4, tie_word_embeddings=True),
+    ),
+    "granitemoeshared_plain": ("granitemoe", _OF_NAME["granitemoeshared_top3"]),
+    "granitemoeshared_tied": (
+        "granitemoe",
+        granitemoeshared(
+            num_experts_per_tok=6, num_key_value_heads=1, shared_intermediate_size=7, tie_word_embeddings=True
+        ),
+    ),
+    # The converter takes the width of shared experts for that of dense layers divided by the heads of keys; llama.cpp
+    # needs experts in every layer after the dense ones.
+    "ernie4_5_moe_plain": ("ernie4_5-moe", ernie4_5_moe(intermediate_size=48, num_hidden_layers=3)),
+    "ernie4_5_moe_one_shared": (
+        "ernie4_5-moe",
+        ernie4_5_moe(
+            intermediate_size=12,
+            moe_k=6,
+            moe_layer_start_index=2,
+            moe_num_shared_experts=1,
+            num_hidden_layers=4,
+            num_key_value_heads=1,
+        ),
+    ),
+    "ernie4_5_moe_none_shared": (
+        "ernie4_5-moe",
+        ernie4_5_moe(
+            moe_layer_start_index=2, moe_num_shared_experts=0, num_hidden_layers=3, tie_word_embeddings=False
+        ),
+    ),
+    "mimo_v2_flash_plain": ("mimo2", mimo_v2_flash(sliding_window=40, sliding_window_size=40)),
+    "mimo_v2_flash_every_expert": (
+        "mimo2",
+        mimo_v2_flash(
+            head_dim=20,
+            hybrid_layer_pattern=[0, 1, 1, 1],
+            moe_layer_freq=[0, 1, 1, 1],
+            n_routed_experts=4,
+            num_experts_per_tok=4,
+            num_hidden_layers=4,
+            num_key_value_heads=2,
+            sliding_window=40,
+            sliding_window_size=40,
+            v_head_dim=13,
+        ),
+    ),
+    "mimo_v2_flash_windows": ("mimo2", mimo_v2_flash()),
+    "step3p5_plain": ("step35", step3p5()),
+    "step3p5_unlimited": (
+        "step35",
+        step3p5(
+            attention_other_setting={
+                "head_dim": 12,
+                "num_attention_groups": 3,
+                "num_attention_heads": 3,
+                "true_head_dim": 12,
+            },
+            head_dim=12,
+            layer_types=[FULL, SLIDING, FULL, SLIDING, SLIDING],
+            moe_layers_enum="2,3",
+            moe_top_k=5,
+            num_attention_groups=3,
+            num_attention_heads=6,
+            partial_rotary_factors=[0.5, 1.0, 0.5, 1.0, 1.0],
+            rope_scaling=None,
+            rope_theta=[10000.0, 300.0, 10000.0, 300.0, 300.0],
+            swiglu_limits=[0.0] * 5,
+            swiglu_limits_shared=[0.0] * 5,
+        ),
+    ),
+    "step3p7_plain": ("step35", step3p7()),
+    "qwen3_vl_moe_plain": ("qwen3vlmoe", _OF_NAME["qwen3_vl_moe_plain"]),
+    "qwen3_vl_moe_yarn": ("qwen3vlmoe", _OF_NAME["qwen3_vl_moe_yarn_f32"]),
+    "qwen3_omni_moe_plain": ("qwen3vlmoe", _OF_NAME["qwen3_omni_moe_plain"]),
+    "qwen3_omni_moe_tied": (
+        "qwen3vlmoe",
+        qwen3_omni_moe(num_experts_per_tok=3, num_key_value_heads=4, tie_word_embeddings=True),
+    ),
+    "internvl_plain": ("qwen3moe", _OF_NAME["internvl_plain"]),
+    "internvl_tied": (
+        "qwen3moe",
+        internvl(
+            hidden_size=28, num_experts=5, num_experts_per_tok=5, tie_word_embeddings=True, vocab_size=50
+        ),
+    ),
     # Every expert is chosen, as llama.cpp's table of gelu changes a choice here.
     "gemma4_plain": ("gemma4", gemma4(top_k_experts=6)),
     "gemma4_own_values": (
@@ -242,4 +431,10 @@ CONVERTED: dict[str, tuple[str, RawConfig]] = {
         ),
     ),
     "gemma4_respelt": ("gemma4", _OF_NAME["gemma4_respelt_untied_no_cap_f32"]),
+}
+# Why llama.cpp's logits are others than those of transformers and of Argosy.
+LLAMA_CPP_DIFFERS = {
+    "deepseek_v2_groups": "llama.cpp scores a group by its two best experts, DeepSeek-V2 by its best",
+    "mistral3_stretched": "llama.cpp multiplies scores by yarn's magnitude (`mistral4.py`)",
+    "mimo_v2_flash_windows": "llama.cpp's windows are a position shorter (`mimo_v2_flash.py`)",
 }

@@ -14,10 +14,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+from tests.models.rows import rows
 from tests.models.tiny import text_of
+from tests.models.tiny_delta import FAMILIES as DELTA
 
 LLAMA_CPP = Path(os.environ.get("ARGOSY_LLAMA_CPP") or Path(__file__).parents[2] / "build" / "llama.cpp")
 
@@ -56,14 +60,29 @@ def convert(converter: Any, source: Path, made: Path, *arguments: str, tokens: S
         getattr(model_class, "Mistral4Model", model_class),
     ):  # a class inside Mistral3Model
         one.set_vocab = set_vocab
+        if hasattr(one, "_get_suppress_tokens"):  # tokens without an embedding, by the tokenizer
+            one._get_suppress_tokens = lambda model: None
+    if raw["model_type"] in DELTA:  # the tiny ones have some tensors of their MTP layers, to ignore
+        arguments = (*arguments, "--no-mtp")
     before = sys.argv
     sys.argv = ["convert_hf_to_gguf.py", str(source), "--outfile", str(made), *arguments]
     try:
-        converter.main()
+        with reading_itself() if has_own_spelling(raw) else nullcontext():
+            converter.main()
     finally:
         sys.argv = before
         if not has_own:
             (source / "tokenizer.json").unlink()
+
+
+def has_own_spelling(config: dict[str, Any]) -> bool:
+    row = rows().get(config["model_type"])
+    return row is not None and row.has_own_spelling
+
+
+def reading_itself() -> Any:
+    """The converter as with a transformers that does not know the model: it reads config.json itself."""
+    return mock.patch("conversion.base.AutoConfig.from_pretrained", side_effect=OSError("not known"))
 
 
 def convert_all(pairs: Sequence[tuple[Path, Path]]) -> None:

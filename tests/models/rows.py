@@ -18,6 +18,9 @@ from typing import Any
 RawConfig = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 
+# The reason of families that llama.cpp's converter refuses, which `test_converted.py` checks.
+NO_CONVERTER = "llama.cpp has no converter"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loading:
@@ -47,9 +50,12 @@ class Row:
     has_zero_centred_norms: norms store their weight minus one, except those of delta nets.
     as_known: rewrites config and tensors as those of a family that `numpy_model.py` computes.
     gguf: the architecture in which `gguf_models.py` writes it.
+    released: rewrites a config that transformers reads as the released files have it, for llama.cpp's converter.
+    has_own_spelling: the converter reads config.json itself, because transformers 5.24 leaves keys out that it needs.
     chats: the models of `tests/prompt/families.py` whose templates the released models have.
-    without_references, without_record, without_mlx: why there are no committed references, no metadata of llama.cpp's
-        converter (`gguf_converted.json`), or no support of MLX's checkpoints (`model/reading/mlx.py`).
+    without_references, without_record, without_converted, without_mlx: why there are no committed references, no
+        metadata of llama.cpp's converter (`gguf_converted.json`), no file of it (`converted.py`), or no support of
+        MLX's checkpoints (`model/reading/mlx.py`).
     """
 
     shapes: Callable[[RawConfig], Shapes] | None
@@ -59,9 +65,12 @@ class Row:
     has_zero_centred_norms: bool = False
     as_known: Callable[[RawConfig, Mapping[str, Any]], tuple[RawConfig, dict[str, Any]]] | None = None
     gguf: str | None = None
+    released: Callable[[RawConfig], RawConfig] | None = None
+    has_own_spelling: bool = False
     chats: tuple[str, ...] = ()
     without_references: str = ""
     without_record: str = ""
+    without_converted: str = ""
     without_mlx: str = ""
 
 

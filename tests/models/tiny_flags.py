@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.models.rows import Row
+from tests.models.rows import NO_CONVERTER, Row
 
 RawConfig = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
@@ -180,7 +180,7 @@ ROWS = {
     "flex_olmo": Row(
         shapes=flag_shapes,
         has_own_modules=True,
-        without_record="llama.cpp has no converter",
+        without_record=NO_CONVERTER,
         without_mlx="MLX does not know it",
     ),
     "granitemoe": Row(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.models.rows import Row
+from tests.models.rows import NO_CONVERTER, Row
 
 RawConfig = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
@@ -196,7 +196,7 @@ ROWS = {
         shapes=flint_shapes,
         has_own_modules=True,
         as_known=as_known,
-        without_record="no model is released",
+        without_record=NO_CONVERTER,
         without_mlx="MLX does not know it",
     ),
     "lara_mini": Row(
@@ -204,7 +204,7 @@ ROWS = {
         has_own_modules=True,
         has_own_experts=True,
         as_known=as_known,
-        without_record="no model is released",
+        without_record=NO_CONVERTER,
         without_mlx="MLX does not know it",
     ),
 }

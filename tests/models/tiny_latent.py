@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.models.rows import Loading, Row
+from tests.models.rows import NO_CONVERTER, Loading, Row
 from tests.models.tiny import text_of
 
 RawConfig = dict[str, Any]
@@ -485,14 +485,14 @@ ROWS = {
     "axk1": Row(
         shapes=latent_shapes,
         has_own_modules=True,
-        without_record="llama.cpp has no converter",
+        without_record=NO_CONVERTER,
         without_mlx="MLX does not know it",
     ),
     "sarvam_mla": Row(
         shapes=latent_shapes,
         has_own_modules=True,
         gguf="deepseek2",
-        without_record="llama.cpp has no converter",
+        without_record=NO_CONVERTER,
     ),
     "youtu": Row(shapes=latent_shapes, has_own_modules=True, gguf="deepseek2"),
     "mistral4": Row(
@@ -503,6 +503,7 @@ ROWS = {
         gguf="mistral4",
         chats=("mistral_args",),
         without_record="the released config is mistral3's",
+        without_converted="the converter knows it inside Mistral3ForConditionalGeneration alone",
     ),
     "mistral3": Row(
         shapes=latent_shapes,

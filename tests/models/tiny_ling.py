@@ -62,6 +62,7 @@ ROWS = {
         shapes=_shapes,
         has_own_modules=True,
         gguf="bailingmoe3",
+        has_own_spelling=True,
         without_record="llama.cpp's converter does not work with transformers 5.24",
     ),
 }

@@ -83,7 +83,7 @@ def by_makers(config: RawConfig, **changes: Any) -> RawConfig:
         "model_type": "minimax_m1",
         "postnorm": True,
         "rope_theta": config["rope_parameters"]["rope_theta"],
-        "rotary_dim": 4,
+        "rotary_dim": config.get("rotary_dim", 4),
         "shared_intermediate_size": 0,
         "shared_moe_mode": "sigmoid",
         "torch_dtype": "bfloat16",
@@ -161,6 +161,10 @@ def _lightning_attention(model: NumpyModel, layer: int, x: Array) -> Array:
 
 ROWS = {
     "minimax": Row(
-        shapes=minimax_shapes, has_own_modules=True, gguf="minimax-01", without_mlx="MLX does not know it"
+        shapes=minimax_shapes,
+        has_own_modules=True,
+        gguf="minimax-01",
+        released=by_makers,
+        without_mlx="MLX does not know it",
     )
 }

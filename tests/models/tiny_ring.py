@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.models.rows import Row
+from tests.models.rows import NO_CONVERTER, Row
 from tests.models.safetensors_file import Array
 from tests.models.tiny_grouped import Shapes, bailing_moe, grouped_shapes
 
@@ -102,6 +102,6 @@ ROWS = {
     FAMILY: Row(
         shapes=ring_shapes,
         without_references="transformers has no class; `test_mlx.py` compares with mlx-lm",
-        without_record="llama.cpp has no converter",
+        without_record=NO_CONVERTER,
     )
 }
