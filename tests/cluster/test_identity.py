@@ -29,10 +29,20 @@ from tests.cluster.rigs import (
 )
 from tests.models.gguf_models import mixed, write_gguf_model
 from tests.models.mxfp4_models import write_mxfp4_model
+from tests.models.runnable import runnable
 from tests.models.tiny import RawConfig, prompt_ids, write_model
+from tests.models.tiny_kda import bailing_hybrid
 from tests.models.tiny_latent import deepseek_v3
+from tests.models.tiny_llama4 import llama4_text
+from tests.models.tiny_mamba import nemotron_h
 
 DEEPSEEK = deepseek_v3(max_position_embeddings=1024, n_routed_experts=12)  # a dense layer first
+# Experts whose arithmetic differs: latent ones without a gate; limits by layer; inputs that are weighted.
+ARITHMETIC = {
+    "latent": nemotron_h(max_position_embeddings=1024, moe_latent_size=12),
+    "limits": bailing_hybrid(max_position_embeddings=1024, expert_swiglu_limit_list=[0.0, 0.2, 0.0, 0.1]),
+    "weighted inputs": llama4_text(max_position_embeddings=1024, num_local_experts=9),
+}
 FORMATS: dict[str, RawConfig] = {
     "bf16": CONFIG, "q8": CONFIG, "q4": CONFIG, "mxfp4 with biases": GPT_OSS, "gguf": BLOCKS, "deepseek": DEEPSEEK,
 }  # fmt: skip
@@ -51,6 +61,25 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     write_gguf_model(found["gguf"], BLOCKS, seed=3, type_of=mixed)
     found["deepseek"] = write_model(root / "deepseek", DEEPSEEK, seed=3)
     return found
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ARITHMETIC)
+def test_workers_compute_what_experts_of_a_family_compute(name: str, tmp_path: Path) -> None:
+    config = ARITHMETIC[name]
+    model, prompt = (
+        runnable(write_model(tmp_path / "model", config, seed=3), tmp_path),
+        prompt_ids(config, 5, 37),
+    )
+    with open_engine(model) as engine:
+        expected = answers(engine, prompt)
+    with (
+        worker_thread(model, num_slots=4) as (address, _),
+        Group([address], local=False) as group,
+        open_engine(model, group) as engine,
+    ):
+        assert answers(engine, prompt) == expected
+        assert sum(one["experts_run"] for one in group.status()) == engine.ledger.lookups > 0
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,15 @@ from argosy.model.layers import state_shapes
 from tests.engine.random_drafter import RandomDrafter
 from tests.engine.test_constraint import VOCAB, byte_level, byte_level_json
 from tests.models.references import REFERENCES
+from tests.models.runnable import runnable
 from tests.models.tiny import RawConfig, prompt_ids, qwen3_moe, write_model
 from tests.models.tiny_delta import qwen3_next
+from tests.models.tiny_dense import gemma3_text
+from tests.models.tiny_kda import bailing_hybrid
+from tests.models.tiny_latent import glm_moe_dsa
+from tests.models.tiny_llama4 import llama4_text
 from tests.models.tiny_mamba import nemotron_h
+from tests.models.tiny_minimax import minimax
 from tests.models.tiny_recurrent import lfm2_moe
 
 Request = tuple[Sequence[int], SamplingParams]
@@ -111,7 +117,14 @@ def test_text_is_the_same_with_a_drafter_and_takes_fewer_steps(text_model: Path,
 
 
 @pytest.mark.parametrize(
-    ("make", "draft_tokens"), [(qwen3_next, 1), (qwen3_next, 4), (lfm2_moe, 4), (nemotron_h, 4)]
+    ("make", "draft_tokens"),
+    [
+        (qwen3_next, 1),
+        (qwen3_next, 4),
+        (lfm2_moe, 4),
+        (nemotron_h, 4),
+        *(pytest.param(make, 4, marks=pytest.mark.full) for make in (bailing_hybrid, minimax)),
+    ],
 )
 def test_a_recurrent_state_is_rolled_back_when_drafts_are_rejected(
     make: Callable[..., RawConfig], draft_tokens: int, tmp_path: Path
@@ -122,6 +135,24 @@ def test_a_recurrent_state_is_rolled_back_when_drafts_are_rejected(
     plain, drafted, engine = compare(model, requests, draft_tokens, seed=7)
     assert drafted < plain
     assert engine.plan.state_bytes == 2 * engine.plan.num_states * _state_bytes(engine)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "config",
+    [
+        glm_moe_dsa(max_position_embeddings=512, index_topk=19),
+        llama4_text(max_position_embeddings=512, attention_chunk_size=23),
+        gemma3_text(max_position_embeddings=512),
+    ],
+    ids=lambda config: config["model_type"],
+)
+def test_positions_of_rejected_drafts_are_neither_chosen_nor_seen(config: RawConfig, tmp_path: Path) -> None:
+    """By an indexer, across a chunk's end, and in windows without experts."""
+    model = write_model(tmp_path, config, seed=1)
+    requests = [(prompt_ids(config, seed, 20 + seed), params(seed, max_tokens=150)) for seed in range(3)]
+    plain, drafted, _ = compare(runnable(model, tmp_path), requests, 4, seed=7)
+    assert drafted < plain
 
 
 def test_an_answer_that_runs_again_gets_no_proposals_so_its_step_fits_the_plan(delta_model: Path) -> None:

@@ -621,9 +621,12 @@ def test_threads_that_share_the_positions_of_a_long_context_change_nothing(
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("family", ["minimax", "bailing_moe_linear"])
+@pytest.mark.parametrize(
+    "family", ["minimax", "bailing_moe_linear", "qwen3_next", "lfm2_moe", "kimi_linear", "bailing_hybrid"]
+)
 def test_long_prompts_of_recurrent_layers_are_equal_in_every_chunk(family: str, tmp_path: Path) -> None:
-    config = CONFIGS[family] | {"max_position_embeddings": 8192}
+    length = "model_max_length" if family == "kimi_linear" else "max_position_embeddings"
+    config = CONFIGS[family] | {length: 8192}
     model, prompt = write_model(tmp_path / "model", config, seed=3), prompt_ids(config, 5, 4096)
 
     def logits(chunk: int) -> Array:

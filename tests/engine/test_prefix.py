@@ -25,9 +25,12 @@ from tests.models.mxfp4_models import write_mxfp4_model
 from tests.models.runnable import runnable
 from tests.models.tiny import RawConfig, gpt_oss, prompt_ids, qwen3_moe, write_model
 from tests.models.tiny_delta import qwen3_next
+from tests.models.tiny_dense import gemma3_text
+from tests.models.tiny_kda import bailing_hybrid
 from tests.models.tiny_latent import deepseek_v3, glm_moe_dsa
 from tests.models.tiny_llama4 import llama4_text
 from tests.models.tiny_mamba import nemotron_h
+from tests.models.tiny_minimax import minimax
 from tests.models.tiny_recurrent import lfm2_moe
 
 NUM_NEW = 24
@@ -55,8 +58,16 @@ CONFIGS: dict[str, RawConfig] = {
     "delta": qwen3_next(max_position_embeddings=1024),
     "convolutions": lfm2_moe(max_position_embeddings=1024),
     "mamba": nemotron_h(max_position_embeddings=1024),
+    "kimi delta": bailing_hybrid(  # and latent attention; activations have limits by layer
+        max_position_embeddings=1024,
+        expert_swiglu_limit_list=[0.0, 0.2, 0.0, 0.1],
+        share_expert_swiglu_limit_list=[0.0, 0.1, 0.0, 0.2],
+    ),
+    "lightning": minimax(max_position_embeddings=1024),
+    "no experts": gemma3_text(max_position_embeddings=1024),
 }
-RECURRENT = ("delta", "convolutions", "mamba")
+RECURRENT = ("delta", "convolutions", "mamba", "kimi delta", "lightning")
+IN_SHORT = list(CONFIGS)[:8]
 
 
 @dataclass(frozen=True)
@@ -98,7 +109,7 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {mixer: runnable(root / mixer, root) for mixer in CONFIGS}
 
 
-@pytest.fixture(params=list(CONFIGS))
+@pytest.fixture(params=few_of(CONFIGS, IN_SHORT))
 def model(request: pytest.FixtureRequest, directories: dict[str, Path]) -> Model:
     return Model(request.param, directories[request.param])
 

@@ -1,15 +1,23 @@
-"""Families whose layers choose the positions that a token sees: which have an indexer, and what is refused."""
+"""Families whose layers choose the positions that a token sees: which have an indexer, what is refused, and that
+tokens beyond as many positions as are chosen see no others.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from argosy import Engine
 from argosy.config import IndexConfig, LatentConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import FAMILIES
 from tests.families.hub_configs import DEEPSEEK_V32, GLM_5, GLM_5_2, RawConfig
+from tests.models.numpy_model import NumpyModel
+from tests.models.tiny import prompt_ids, write_model
+from tests.models.tiny_latent import glm_moe_dsa
 
 OF_GLM = IndexConfig(num_chosen=2048, num_heads=32, head_dim=128, is_interleaved=True, norm_eps=1e-6)
 
@@ -83,3 +91,29 @@ def test_what_an_indexer_cannot_be_is_refused(raw: RawConfig, error: type[Except
     with pytest.raises(error) as caught:
         indexers(raw)
     assert sentence in str(caught.value)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("num_tokens", [2049, 4096])
+def test_logits_of_long_prompts_are_those_of_attention_masked_to_the_chosen_positions(
+    num_tokens: int, tmp_path: Path
+) -> None:
+    """At 2,049 tokens, one position counts for one token: seeing it too would change its logits by 3e-3. Of 20,000
+    positions, `tests/native/test_position_index.py` compares a layer's attention.
+    """
+    config = glm_moe_dsa(
+        index_n_heads=2,
+        index_topk=2048,
+        indexer_types=["full", "shared"],
+        max_position_embeddings=8192,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+    )
+    model, prompt = write_model(tmp_path, config, seed=3), prompt_ids(config, 5, num_tokens)
+    with Engine.open(model, memory="4GiB", threads=2, context=num_tokens + 1) as engine:
+        logits = engine.logits(prompt)
+    expected = NumpyModel(model).logits(prompt)
+    differs = np.abs(logits - expected).max(axis=1) > 1e-5 * np.abs(expected).max()
+    # Scores near that of the last position chosen may be rounded past it: 6 of 2,048 tokens.
+    assert differs.sum() <= (num_tokens - 2048) // 100

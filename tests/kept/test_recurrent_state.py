@@ -22,8 +22,9 @@ from tests.engine.scheduling import Rig
 from tests.families import published_mamba
 from tests.families.published import lfm2_moe as published
 from tests.families.published import minimax_m1
-from tests.models.tiny import prompt_ids, qwen3_moe, write_model
+from tests.models.tiny import RawConfig, prompt_ids, qwen3_moe, write_model
 from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
+from tests.models.tiny_kda import bailing_hybrid, kimi_linear
 from tests.models.tiny_mamba import nemotron_h
 from tests.models.tiny_minimax import minimax
 from tests.models.tiny_recurrent import lfm2_moe
@@ -254,6 +255,24 @@ def test_a_mamba_mixer_s_state_is_a_matrix_per_head_and_its_last_inputs(tmp_path
     floats = 64 * 64 * 128 + 3 * (64 * 64 + 2 * 8 * 128)
     assert state_bytes(nano, 1) == pytest.approx(23 * floats * 4, rel=0.01)
     assert kv_bytes(nano, 1024, "f16") == pytest.approx(6 * 2 * 2 * 128 * 2 * 1024, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("config", "heads", "dim"), [(kimi_linear(), 3, 10), (bailing_hybrid(), 3, 10)], ids=["kimi", "ling"]
+)
+def test_the_state_of_kimi_delta_attention_is_a_matrix_per_head_and_the_last_inputs(
+    config: RawConfig, heads: int, dim: int, tmp_path: Path
+) -> None:
+    """Inputs of the convolutions of q, k and v, all of whose heads have the same dimensions."""
+    directory = write_model(tmp_path, config, seed=1)
+    budget = EngineConfig(budget=Budget(ram_bytes=4 * GIB), threads=1, max_sequences=3)
+    plan = plan_memory(ModelFootprint(open_model(directory), budget), budget, process_bytes=0)
+    floats = heads * dim * dim + (4 - 1) * 3 * heads * dim
+    assert plan.state_bytes == pytest.approx(3 * 2 * floats * 4, rel=0.01)
+    with Engine.open(directory, memory="4GiB", threads=1, max_sequences=3) as engine:
+        state = engine._started.model.recurrent
+        assert state is not None
+        assert state.nbytes / state.num_slots == pytest.approx(plan.state_bytes / 3, rel=0.01)
 
 
 def test_the_state_of_lightning_attention_is_a_matrix_for_each_head(tmp_path: Path) -> None:

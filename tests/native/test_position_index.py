@@ -126,18 +126,22 @@ def test_a_damaged_key_is_chosen(instruction_set: str) -> None:
 @pytest.mark.parametrize("sizes", [SMALL, ODD_HEADS, WIDE])
 @pytest.mark.parametrize("dtype", ["f32", "f16", "q8"])
 @pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("length", "count"),
+    [(700, 290), *(pytest.param(length, 2048, marks=pytest.mark.full) for length in (2049, 4096, 20_000))],
+)
 def test_attention_over_chosen_positions_has_the_bits_of_a_sequence_of_only_these(
-    sizes: Sizes, dtype: KvDtype, threads: int, instruction_set: str
+    sizes: Sizes, dtype: KvDtype, threads: int, length: int, count: int, instruction_set: str
 ) -> None:
-    s, length, count = sizes, 700, 290
+    s, num_blocks = sizes, length // BLOCK + 1
     vectors, q = normal(length, s.rank + s.rope), normal(length, s.heads, s.nope + s.rope, seed=1)
     key_up, _ = matrix_of("f32", normal(s.heads * s.rank, s.nope, seed=2))
     value_up, _ = matrix_of("f32", normal(s.heads * s.value, s.rank, seed=3))
-    kv = native.KvCache([native.KvShape.latent(s.rank + s.rope, 8)], 100, BLOCK, dtype)
-    tokens = [250, 288, 289, 290, 550, 699]
+    kv = native.KvCache([native.KvShape.latent(s.rank + s.rope, 8)], num_blocks, BLOCK, dtype)
+    tokens = [count - 40, count - 2, count - 1, count, (count + length) // 2, length - 1]
     chosen = np.stack([np.sort(np.random.default_rng(t).permutation(t + 1)[:count]) for t in [*tokens[3:]]])
     chosen = np.concatenate([np.full((3, count), -1), chosen]).astype(np.int32)
-    table = np.arange(100, dtype=np.int32)
+    table = np.arange(num_blocks, dtype=np.int32)
 
     with contextlib.closing(native.Runtime(threads, instruction_set=instruction_set)) as runtime:
 
