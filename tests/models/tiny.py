@@ -544,7 +544,7 @@ def prompt_ids(config: RawConfig, seed: int, num_tokens: int = PROMPT_TOKENS) ->
 
 ROWS = {
     "mixtral": Row(shapes=plain_shapes, gguf="llama", chats=("mistral",)),
-    "qwen2_moe": Row(shapes=plain_shapes, gguf="qwen2moe", chats=("qwen2_5",)),
+    "qwen2_moe": Row(shapes=plain_shapes, gguf="qwen2moe", chats=("chatml",)),
     "qwen3_moe": Row(shapes=plain_shapes, gguf="qwen3moe", chats=("qwen3", "qwen3_coder")),
     "gpt_oss": Row(shapes=plain_shapes, has_own_experts=True, gguf="gpt-oss", chats=("harmony",)),
     "glm4_moe": Row(shapes=plain_shapes, gguf="glm4moe", chats=("glm", "glm47")),

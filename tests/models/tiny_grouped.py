@@ -341,6 +341,9 @@ ROWS = {
         has_own_experts=True,
         as_known=as_glm,
         gguf="bailingmoe2",
+        chats=("ling2",),
     ),
-    "exaone_moe": Row(shapes=grouped_shapes, has_own_modules=True, as_known=as_glm, gguf="exaone-moe"),
+    "exaone_moe": Row(
+        shapes=grouped_shapes, has_own_modules=True, as_known=as_glm, gguf="exaone-moe", chats=("exaone",)
+    ),
 }

@@ -494,7 +494,7 @@ ROWS = {
         gguf="deepseek2",
         without_record=NO_CONVERTER,
     ),
-    "youtu": Row(shapes=latent_shapes, has_own_modules=True, gguf="deepseek2"),
+    "youtu": Row(shapes=latent_shapes, has_own_modules=True, gguf="deepseek2", chats=("youtu",)),
     "mistral4": Row(
         shapes=latent_shapes,
         loading=_MISTRAL,

@@ -63,6 +63,7 @@ ROWS = {
         has_own_modules=True,
         gguf="bailingmoe3",
         has_own_spelling=True,
+        chats=("ling3",),
         without_record="llama.cpp's converter does not work with transformers 5.24",
     ),
 }

@@ -165,6 +165,7 @@ ROWS = {
         has_own_modules=True,
         gguf="minimax-01",
         released=by_makers,
+        chats=("minimax_m1",),
         without_mlx="MLX does not know it",
     )
 }

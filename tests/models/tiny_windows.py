@@ -238,5 +238,5 @@ def _swiglu(prefix: str, hidden: int, width: int) -> Shapes:
 ROWS = {
     "mellum": Row(shapes=window_shapes, has_own_modules=True, gguf="mellum"),
     "afmoe": Row(shapes=window_shapes, has_own_modules=True, gguf="afmoe"),
-    "laguna": Row(shapes=window_shapes, has_own_modules=True, gguf="laguna", chats=("laguna",)),
+    "laguna": Row(shapes=window_shapes, has_own_modules=True, gguf="laguna", chats=("laguna", "laguna_s")),
 }

@@ -170,6 +170,12 @@ SHORT = {
         _family("granite4", templates.GRANITE_4, [], ["<tool_call>", "</tool_call>"], ["<|im_end|>"]),
         _family("nemotron3", templates.NEMOTRON_3, [], ["<think>", "</think>"], ["<|im_end|>"]),
         _family("laguna", templates.LAGUNA, [], _GLM, ["<|im_end|>"]),
+        _family("laguna_s", templates.LAGUNA_S, [], _GLM, ["<|im_end|>"]),
+        _family("ling2", templates.LING_2, [], _QWEN, ["<|im_end|>"]),
+        _family("ling3", templates.LING_3, [], _GLM, ["<|im_end|>"]),
+        _family("youtu", templates.YOUTU, [], _QWEN, ["<|im_end|>"]),
+        _family("exaone", templates.K_EXAONE, [], _QWEN, ["<|im_end|>"]),
+        _family("minimax_m1", templates.MINIMAX_M1, [], [], ["<|im_end|>"]),
         _family("step3", templates.STEP_35, [], _QWEN, ["<|im_end|>"]),
         _family("cohere2", templates.COHERE2_MOE, _COHERE, [], ["<|im_end|>"]),
         _family(

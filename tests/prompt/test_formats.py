@@ -263,6 +263,7 @@ def test_parsing_time_is_linear_in_the_length_of_the_answer(name: str) -> None:
 # Choosing a format
 
 OTHERS_FORMATS = {"ernie": "hermes", "granite4": "hermes", "laguna": "glm"}
+OTHERS_FORMATS |= {"laguna_s": "glm47", "ling2": "hermes", "youtu": "hermes", "exaone": "hermes"}
 OTHERS_FORMATS |= {"nemotron3": "qwen3_coder", "step3": "qwen3_coder"}
 
 

@@ -106,6 +106,10 @@ ONE |= {
 ONE["ernie"] = ONE["granite4"] = ONE["qwen3"]
 ONE["nemotron3"] = ONE["step3"] = ONE["qwen3_coder"]
 ONE["laguna"] = ONE["glm"]
+ONE["laguna_s"], ONE["ling2"] = ONE["glm47"], ONE["qwen3"]
+ONE["ling3"] = ONE["glm"]
+ONE["youtu"] = ONE["exaone"] = ONE["qwen3"].replace("\n", "")
+ONE["minimax_m1"] = '<tool_calls>\n{"name": "get_weather", "arguments": ' + OSLO + "}\n</tool_calls>"
 ONE["llama3"] = '{"name": "get_weather", "parameters": ' + OSLO + "}"
 ONE["deepseek_v32"] = ONE["deepseek_v4"].replace("tool_calls>", "function_calls>")
 ONE["qwen2_5"] = ONE["qwen3"]
@@ -134,6 +138,12 @@ TWO |= {
     "nemotron3": TWO["qwen3_coder"],
     "step3": TWO["qwen3_coder"],
     "laguna": TWO["glm"],
+    "laguna_s": TWO["glm47"],
+    "ling2": TWO["qwen3"],
+    "youtu": TWO["qwen3"].replace("\n", ""),
+    "exaone": ONE["exaone"] + '\n<tool_call>{"name": "clock", "arguments": {}}</tool_call>',
+    "ling3": ONE["ling3"] + "\n<tool_call>clock\n\n</tool_call>",
+    "minimax_m1": ONE["minimax_m1"].replace("}\n</", '}\n{"name": "clock", "arguments": {}}\n</'),
     "hunyuan": ONE["hunyuan"].replace("]", _CLOCK),
     "granite": ONE["granite"].replace("]", _CLOCK),
     "cohere2": ONE["cohere2"].replace(

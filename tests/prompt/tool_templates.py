@@ -565,6 +565,11 @@ HUNYUAN_A13B = _short(
 )
 GRANITE_3 = _short(_OBJECT, "<|tool_call|>[", ", ", "]", "", "")
 GRANITE_4 = _short(_OBJECT, r"<tool_call>\n", r"\n</tool_call>\n<tool_call>\n", r"\n</tool_call>", "", "")
+YOUTU = (
+    _short(_OBJECT, "<tool_call>", "</tool_call><tool_call>", "</tool_call>", "<think>", "</think>")
+    + """{# asks for <tool_call>{"name": "function-name", "arguments": {"param1": "value1"}}</tool_call> #}"""
+)
+K_EXAONE = YOUTU.replace("</tool_call><tool_call>'", r"</tool_call>\n<tool_call>'")
 NEMOTRON_3 = _short(
     r"""{{- '<function=' ~ f.name ~ '>\n' -}}
     {%- for key, value in f.arguments.items() -%}
@@ -586,6 +591,49 @@ LAGUNA = _short(
     {{- '</tool_call>' -}}""",
     "", r"\n", r"\n", r"<think>\n", r"\n</think>\n",
 )  # fmt: skip
+# Laguna-S breaks no lines.
+LAGUNA_S = _short(
+    r"""{{- '<tool_call>' ~ f.name -}}
+    {%- for key, value in f.arguments.items() -%}
+      {{- '<arg_key>' ~ key ~ '</arg_key>' -}}
+      {{- '<arg_value>' ~ (value if value is string else value | tojson) ~ '</arg_value>' -}}
+    {%- endfor -%}
+    {{- '</tool_call>' -}}""",
+    "", "", "", "<think>", "</think>",
+)  # fmt: skip
+
+
+def _of_ling(template: str) -> str:
+    """The template with the roles of Ling."""
+    made = template.replace(r"'<|im_start|>assistant\n'", "'<role>ASSISTANT</role>'")
+    return made.replace(r"'<|im_start|>' ~ m.role ~ '\n'", "'<role>' ~ m.role | upper ~ '</role>'")
+
+
+LING_2 = _of_ling(
+    _short(
+        _OBJECT,
+        r"<tool_call>\n",
+        r"\n</tool_call>\n<tool_call>\n",
+        r"\n</tool_call>",
+        r"\n<think>\n",
+        r"\n</think>\n\n",
+    )
+)
+# Ling-3 breaks the line behind the last value only.
+LING_3 = _of_ling(
+    _short(
+        r"""{{- '<tool_call>' ~ f.name ~ '\n' -}}
+        {%- for key, value in f.arguments.items() -%}
+          {{- '<arg_key>' ~ key ~ '</arg_key>\n<arg_value>' ~ (value if value is string else value | tojson)
+              ~ '</arg_value>' -}}
+        {%- endfor -%}
+        {{- '\n</tool_call>' -}}""",
+        "", r"\n", "", r"\n<think>", "</think>",
+    )
+)  # fmt: skip
+MINIMAX_M1 = _short(_OBJECT, r"<tool_calls>\n", r"\n", r"\n</tool_calls>", "", "").replace(
+    "<|im_start|>", "<beginning_of_sentence>"
+)
 COHERE2_MOE = _short(
     """{{- '{"tool_call_id": "' ~ call.id ~ '", "tool_name": "' ~ f.name ~ '", "parameters": ' ~ f.arguments | tojson
         ~ '}' -}}""",

@@ -5,7 +5,8 @@
     <arg_value>Oslo</arg_value>
     </tool_call>
 
-4.7 omits the line breaks; both spellings are read. Laguna and Ling-3 write the same.
+4.7 and Laguna-S omit the line breaks, Ling-3 those behind values but the last; every spelling is read. A grammar
+follows the model's own, which its template shows. Laguna-XS writes as 4.5.
 
 Hy3 has marks of its own around all calls and behind the name:
 
@@ -19,8 +20,9 @@ Hy3 has marks of its own around all calls and behind the name:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from argosy.prompt.formats.block_format import BlockFormat, inside_of
 from argosy.prompt.formats.lark import Lark, ValueForm
@@ -28,10 +30,15 @@ from argosy.prompt.formats.parser import CutCall, FoundCall, Mark, Reading
 from argosy.prompt.json_text import write_json
 from argosy.prompt.tools import Tool, value_of
 
+if TYPE_CHECKING:
+    from argosy.prompt.tokenizer import Tokenizer
+
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 KEY, KEY_END = "<arg_key>", "</arg_key>"
 VALUE, VALUE_END = "<arg_value>", "</arg_value>"
 SEPARATOR = "<tool_sep>"
+# A line break before a value, in a template's own text or in its strings.
+_LINE = re.compile(rf"(?:\\n|\n)\s*{VALUE}")
 
 
 class Glm(BlockFormat):
@@ -40,6 +47,8 @@ class Glm(BlockFormat):
     blocks = {OPEN: CLOSE}  # noqa: RUF012 (a ClassVar, declared in the base)
     inside: ClassVar[tuple[str, ...]] = (KEY, KEY_END, VALUE, VALUE_END)
     line: ClassVar[str] = "\n"
+    behind_value: ClassVar[str] = "\n"
+    behind_values: ClassVar[str] = ""
     separator: ClassVar[str] = ""  # behind the name
 
     def read(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Reading:
@@ -84,9 +93,12 @@ class Glm(BlockFormat):
         line = lark.literal(self.line) if self.line else ""
         separator = lark.mark(self.separator) if self.separator else ""
         key, key_end, value, value_end = self.inside[:4]
-        form = ValueForm([key, "{}", key_end, *filter(None, [self.line]), value], value_end, rest=self.line)
+        form = ValueForm(
+            [key, "{}", key_end, *filter(None, [self.line]), value], value_end, rest=self.behind_value
+        )
+        end = lark.literal(self.behind_values) if self.behind_values else ""
         bodies = " | ".join(
-            lark.rule(f"{lark.literal(tool.name)} {separator} {line} {lark.bare_values(tool, form)}")
+            lark.rule(f"{lark.literal(tool.name)} {separator} {line} {lark.bare_values(tool, form)} {end}")
             for tool in tools
         )
         opened, closed = next(iter(self.blocks.items()))
@@ -96,8 +108,18 @@ class Glm(BlockFormat):
 
 class Glm47(Glm):
     name = "glm47"
-    words = (f"{KEY_END}{VALUE}",)
-    line = ""
+    line = behind_value = ""
+
+    @classmethod
+    def fits(cls, tokenizer: Tokenizer, template: str) -> bool:
+        return super().fits(tokenizer, template) and _LINE.search(template) is None
+
+
+class Ling3(Glm):
+    name = "ling3"
+    words = (KEY, "<role>ASSISTANT</role>")
+    behind_value = ""
+    behind_values = "\n"
 
 
 def _hy3(mark: str) -> str:
@@ -145,4 +167,4 @@ def _up_to(lexemes: Iterator[str], mark: str) -> tuple[str, str | None]:
     return "".join(text), None
 
 
-FORMATS = (Hy3, Glm47, Glm)
+FORMATS = (Hy3, Ling3, Glm47, Glm)

@@ -4,11 +4,12 @@
 {"name": "get_weather", "arguments": {"city": "Oslo"}}
 </tool_call>
 
-ERNIE-4.5's thinking models put marks around their text.
+ERNIE-4.5's thinking models put marks around their text. Youtu and K-EXAONE break no lines within a call.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from argosy.prompt.formats.block_format import BlockFormat, inside_of
@@ -20,6 +21,7 @@ from argosy.prompt.json_text import read_object
 from argosy.prompt.tools import Tool
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+_ON_ONE_LINE = re.compile(rf'{OPEN}{{\\?"name')  # in a template
 
 
 class Hermes(BlockFormat):
@@ -44,8 +46,10 @@ class Hermes(BlockFormat):
 
     def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
         bodies = " | ".join(lark.rule(named_object(lark, tool)) for tool in tools)
-        call = lark.rule(f'{lark.mark(OPEN)} "\\n" ({bodies}) "\\n" {lark.mark(CLOSE)}')
-        return f'{call} ("\\n" {call})*' if parallel else call
+        is_one_line = _ON_ONE_LINE.search(self._tokenizer.chat_template or "") is not None
+        line, between = ("", '"\\n"?') if is_one_line else ('"\\n"', '"\\n"')
+        call = lark.rule(f"{lark.mark(OPEN)} {line} ({bodies}) {line} {lark.mark(CLOSE)}")
+        return f"{call} ({between} {call})*" if parallel else call
 
 
 def named_object(lark: Lark, tool: Tool) -> str:

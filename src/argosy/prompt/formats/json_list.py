@@ -2,6 +2,9 @@
 
     <tool_calls>[{"name": "get_weather", "arguments": {"city": "Oslo"}}]</tool_calls>            Hunyuan-A13B
     <|tool_call|>[{"name": "get_weather", "arguments": {"city": "Oslo"}}]                        Granite-3
+    <tool_calls>
+    {"name": "get_weather", "arguments": {"city": "Oslo"}}
+    </tool_calls>                                                                                 MiniMax-M1
     <|START_ACTION|>[
         {"tool_call_id": "0", "tool_name": "get_weather", "parameters": {"city": "Oslo"}}
     ]<|END_ACTION|>                                                                               Command-A-plus
@@ -79,6 +82,14 @@ class Hunyuan(JsonList):
     words = ("<tool_calls>",)
     blocks = {"<tool_calls>": "</tool_calls>"}  # noqa: RUF012 (a ClassVar, declared in the base)
     wrapping = (("<answer>", "</answer>"),)
+
+
+class MiniMaxM1(JsonList):
+    name = "minimax_m1"
+    words = ("<tool_calls>", "<beginning_of_sentence>")
+    blocks = {"<tool_calls>": "</tool_calls>"}  # noqa: RUF012
+    around = ("\n", "\n")
+    between = "\n"
 
 
 class Granite3(JsonList):
@@ -171,4 +182,4 @@ def beginning_of_named_object(text: str, tools: Mapping[str, Tool]) -> Sequence[
     return () if begun is None else beginning_of_call(begun[2], begun[3] or "", tools, begun[1])
 
 
-FORMATS = (Hunyuan, Granite3, Cohere2, GigaChat)
+FORMATS = (MiniMaxM1, Hunyuan, Granite3, Cohere2, GigaChat)
