@@ -17,51 +17,13 @@ from argosy.media.patches import PictureProcessor
 from argosy.media.tiles import InternVLFit
 from argosy.model.families import FAMILIES, open_model
 from argosy.prompt.media_span import MediaSpan
-from tests.engine.test_mmproj import LARGEST_DIFFERENCE, log_probabilities
 from tests.engine.test_seeing import opened
 from tests.families.published import qwen3_moe
-from tests.models.make_mmproj import as_internvl_chat, named_as_internvl_chat
-from tests.models.references import difference
-from tests.models.safetensors_file import read_header, read_safetensors, write_safetensors
+from tests.models.renamed import write_internvl_chat
 from tests.models.seeing import REFERENCE, WRITTEN
 
 HUB = REFERENCE / "internvl"
 IMG, IMG_END = WRITTEN["internvl"].values()
-
-
-def write_chat_model(directory: Path, **changes: Any) -> Path:
-    """The reference in OpenGVLab's layout; `changes` apply to its config."""
-    header, _ = read_header(HUB / "model.safetensors")
-    tensors, types = named_as_internvl_chat(read_safetensors(HUB / "model.safetensors"), header)
-    write_safetensors(
-        directory / "model.safetensors",
-        {name: (types[name]["dtype"], value) for name, value in tensors.items()},
-    )
-    raw = as_internvl_chat(json.loads((HUB / "config.json").read_text())) | changes
-    (directory / "config.json").write_text(json.dumps(raw))
-    added = {"50": {"content": "<IMG_CONTEXT>"}, "51": {"content": "<img>"}}
-    (directory / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
-    # It belongs to another processor, which OpenGVLab's code does not use.
-    clip = {
-        "crop_size": 448,
-        "do_center_crop": True,
-        "feature_extractor_type": "CLIPFeatureExtractor",
-        "size": 448,
-    }
-    (directory / "preprocessor_config.json").write_text(json.dumps(clip))
-    return directory
-
-
-def test_opengvlabs_files_see_as_those_of_transformers(tmp_path: Path) -> None:
-    reference = read_safetensors(HUB / "ref.safetensors")
-    expected, answer = log_probabilities(HUB, "internvl", reference)
-    directory = write_chat_model(tmp_path)
-    assert "mlp1.1.weight" in open_model(directory).others
-    found, found_answer = log_probabilities(directory, "internvl", reference)
-    assert found.keys() == expected.keys()
-    values = np.array([[found[one], expected[one]] for one in found])
-    assert difference(values[:, 0], values[:, 1]) <= LARGEST_DIFFERENCE
-    assert found_answer == answer
 
 
 @pytest.mark.parametrize(
@@ -75,7 +37,7 @@ def test_opengvlabs_files_see_as_those_of_transformers(tmp_path: Path) -> None:
 def test_opengvlabs_config_says_how_a_picture_is_cut(
     changes: dict[str, Any], fit: InternVLFit, tmp_path: Path
 ) -> None:
-    with opened(write_chat_model(tmp_path, **changes)) as engine:
+    with opened(write_internvl_chat(tmp_path, **changes)) as engine:
         assert isinstance(engine.media, PromptMedia)
         processor = engine.media._processors["picture"]
         assert isinstance(processor, PictureProcessor)
@@ -99,7 +61,7 @@ def test_opengvlabs_config_says_how_a_picture_is_cut(
 def test_another_tower_in_opengvlabs_config_is_refused_and_text_runs(
     key: str, value: Any, tmp_path: Path
 ) -> None:
-    with opened(write_chat_model(tmp_path, **{key: value})) as engine:
+    with opened(write_internvl_chat(tmp_path, **{key: value})) as engine:
         assert engine.media.kinds == ()
         assert isinstance(engine.media, PromptMedia)
         with pytest.raises(UnsupportedModel, match=f"asks for {key}"):
@@ -107,7 +69,7 @@ def test_another_tower_in_opengvlabs_config_is_refused_and_text_runs(
 
 
 def test_a_tokenizer_without_the_placeholder_is_named(tmp_path: Path) -> None:
-    path = write_chat_model(tmp_path) / "tokenizer_config.json"
+    path = write_internvl_chat(tmp_path) / "tokenizer_config.json"
     for added in ({"50": {"content": "<other>"}, "x": 3}, None):
         path.write_text(json.dumps({"added_tokens_decoder": added}))
         with opened(tmp_path) as engine:
@@ -159,7 +121,7 @@ def test_the_released_text_is_qwen3_30b(family: str) -> None:
 
 
 def test_a_dense_text_model_in_the_same_wrapper_is_refused(tmp_path: Path) -> None:
-    write_chat_model(tmp_path, llm_config={"model_type": "qwen2"})
+    write_internvl_chat(tmp_path, llm_config={"model_type": "qwen2"})
     with pytest.raises(
         UnsupportedModel, match="text_config asks for model_type 'qwen2'; supported: qwen3_moe"
     ):

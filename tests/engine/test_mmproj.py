@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
 
-from argosy import Engine, SamplingParams, _native
+from argosy import SamplingParams, _native
 from argosy.checkpoint.manifest import verify_pack
 from argosy.checkpoint.pack import pack
 from argosy.cli.main import main
@@ -31,10 +31,10 @@ from argosy.model.encoders.reading import find_encoders, tensor_names
 from argosy.model.families import open_model
 from argosy.prompt.prompt import Prompt
 from tests.checkpoint.raw_gguf import ARRAY, STRING, RawGguf, entry, tensor
-from tests.engine.test_seeing import GREEDY, opened, prompt_of
+from tests.engine.test_seeing import GREEDY, opened, prompt_of, with_reference_pictures
 from tests.models.references import difference
 from tests.models.safetensors_file import read_safetensors
-from tests.models.seeing import IMAGE_TOKENS, MMPROJ_PLACEHOLDERS, RATE, REFERENCE
+from tests.models.seeing import MMPROJ_PLACEHOLDERS, RATE, REFERENCE
 
 FAMILIES = sorted(MMPROJ_PLACEHOLDERS)
 # Both files hold the same weights, but sums differ: the kernel for a patch is two matrices, or
@@ -44,14 +44,6 @@ LARGEST_DIFFERENCE = 1e-6
 
 def gguf_of(family: str) -> Path:
     return REFERENCE / family / "gguf"
-
-
-def with_reference_pictures(engine: Engine, family: str) -> Engine:
-    """Prepare pictures as the checkpoint's own processor does, so that spans are those of the reference."""
-    raw = json.loads((REFERENCE / family / "preprocessor_config.json").read_text())
-    assert isinstance(engine.media, PromptMedia)
-    engine.media._processors["picture"] = read_picture_processor(raw, most_tokens=IMAGE_TOKENS)
-    return engine
 
 
 def log_probabilities(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,66 +14,17 @@ from argosy.errors import UnsupportedModel
 from argosy.media.parts import Image, RequestMedia
 from argosy.media.patches import PictureProcessor
 from argosy.media.pictures import PixtralFit
-from argosy.model.encoders.pixtral_vision import _HUB, _OWN
 from argosy.prompt.media_span import MediaSpan
-from tests.engine.test_mmproj import LARGEST_DIFFERENCE, log_probabilities
 from tests.engine.test_seeing import opened
-from tests.families.test_mistral_layouts import in_own_names, params_of
-from tests.models.references import difference
-from tests.models.safetensors_file import read_safetensors, write_safetensors
+from tests.models.renamed import write_mistral4
 from tests.models.seeing import REFERENCE, WRITTEN
 
 HUB = REFERENCE / "mistral3"
 BREAK, END = WRITTEN["mistral3"].values()
 
 
-def write_own_files(directory: Path) -> Path:
-    """The reference in Mistral's layout: its names, and the pairs of queries and keys of the tower adjacent."""
-    raw = json.loads((HUB / "config.json").read_text())
-    vision = raw["vision_config"]
-    num_heads = vision["num_attention_heads"]
-    text, tower = {}, {}
-    for name, value in read_safetensors(HUB / "model.safetensors").items():
-        if "language_model" in name or name.startswith("lm_head"):
-            text[
-                name.replace("language_model.model.", "model.").replace("language_model.lm_head", "lm_head")
-            ] = value
-            continue
-        own_name = name
-        for key, theirs in _HUB.items():
-            own_name = own_name.replace(theirs, _OWN[key])
-        is_rotated = re.search(r"attention\.[qk]_proj", name)
-        halves = value.reshape(num_heads, 2, -1, *value.shape[1:]) if is_rotated else value
-        tower[own_name] = halves.swapaxes(1, 2).reshape(value.shape) if is_rotated else value
-    tensors = in_own_names(text) | tower
-    write_safetensors(
-        directory / "consolidated.safetensors", {name: ("BF16", value) for name, value in tensors.items()}
-    )
-    kept = ("hidden_size", "image_size", "intermediate_size", "num_attention_heads", "num_channels",
-            "num_hidden_layers", "patch_size")  # fmt: skip
-    own = {key: vision[key] for key in kept} | {
-        "adapter_bias": False, "add_pre_mm_projector_layer_norm": True, "image_break_token_id": BREAK,
-        "image_end_token_id": END, "image_token_id": raw["image_token_index"], "max_image_size": 1540,
-        "mm_projector_id": "patch_merge", "rope_theta": 10_000.0, "spatial_merge_size": raw["spatial_merge_size"],
-    }  # fmt: skip
-    params = params_of(raw["text_config"]) | {"vision_encoder": own}
-    (directory / "params.json").write_text(json.dumps(params))
-    return directory
-
-
-def test_mistrals_own_files_see_as_those_of_the_hub(tmp_path: Path) -> None:
-    reference = read_safetensors(HUB / "ref.safetensors")
-    # The reference's processor replaces the implied one of Mistral's files.
-    expected, answer = log_probabilities(HUB, "mistral3", reference)
-    found, found_answer = log_probabilities(write_own_files(tmp_path), "mistral3", reference)
-    assert found.keys() == expected.keys()
-    values = np.array([[found[one], expected[one]] for one in found])
-    assert difference(values[:, 0], values[:, 1]) <= LARGEST_DIFFERENCE
-    assert found_answer == answer
-
-
 def test_mistrals_own_files_say_how_a_picture_is_prepared(tmp_path: Path) -> None:
-    with opened(write_own_files(tmp_path)) as engine:
+    with opened(write_mistral4(tmp_path)) as engine:
         assert isinstance(engine.media, PromptMedia)
         processor = engine.media._processors["picture"]
         assert isinstance(processor, PictureProcessor)
@@ -95,7 +45,7 @@ def test_mistrals_own_files_say_how_a_picture_is_prepared(tmp_path: Path) -> Non
 def test_another_tower_in_mistrals_own_files_is_refused_and_text_runs(
     key: str, value: Any, tmp_path: Path
 ) -> None:
-    path = write_own_files(tmp_path) / "params.json"
+    path = write_mistral4(tmp_path) / "params.json"
     raw = json.loads(path.read_text())
     raw["vision_encoder"][key] = value
     path.write_text(json.dumps(raw))

@@ -19,12 +19,14 @@ from argosy.engine.media import prompt_media
 from argosy.engine.media.prompt_media import PromptMedia
 from argosy.errors import CheckpointError, Overloaded, UnsupportedModel, UsageError
 from argosy.media.parts import Audio, Image, MediaLimits, RequestMedia
+from argosy.media.pictures import read_picture_processor
 from argosy.model.encoders.reading import find_encoders, tensor_names
 from argosy.model.families import open_model
 from argosy.prompt.conversation_media import ConversationMedia
 from argosy.prompt.media_span import MediaSpan
 from argosy.prompt.prompt import Prompt
 from tests.models.references import difference
+from tests.models.renamed import RENAMED
 from tests.models.safetensors_file import read_safetensors, write_checkpoint
 from tests.models.seeing import CONFIGS, IMAGE_TOKENS, RATE, REFERENCE, encode_text
 
@@ -39,6 +41,14 @@ def opened(directory: Path, **options: Any) -> Engine:
     )
     if isinstance(engine.media, PromptMedia):
         engine.media._encode_text = encode_text  # these models have no tokenizer
+    return engine
+
+
+def with_reference_pictures(engine: Engine, family: str) -> Engine:
+    """Prepare pictures as the checkpoint's own processor does, so that spans are those of the reference."""
+    raw = json.loads((REFERENCE / family / "preprocessor_config.json").read_text())
+    assert isinstance(engine.media, PromptMedia)
+    engine.media._processors["picture"] = read_picture_processor(raw, most_tokens=IMAGE_TOKENS)
     return engine
 
 
@@ -82,6 +92,23 @@ def test_logits_and_answers_equal_those_of_transformers(family: str) -> None:
     ) as engine:
         prompt = prompt_of(engine, reference)
         assert len(prompt.token_ids or ()) == len(reference["logits"])
+        require_answer(engine, prompt, reference["logits"][-1], reference["greedy"])
+
+
+@pytest.mark.parametrize("family", RENAMED)
+def test_the_same_weights_in_another_familys_layout_give_the_answers_of_transformers(
+    family: str, tmp_path: Path
+) -> None:
+    source, write_renamed = RENAMED[family]
+    reference = read_safetensors(REFERENCE / source / "ref.safetensors")
+    exact = min(2, len(_native.instruction_sets())) - 1
+    with opened(
+        write_renamed(tmp_path), prefix_reuse=False, instruction_set=_native.instruction_sets()[exact]
+    ) as engine:
+        assert engine.files.config.family == family
+        if family != "kimi_vl":  # the layout of others says or implies another size or other colours
+            with_reference_pictures(engine, source)
+        prompt = prompt_of(engine, reference)
         require_answer(engine, prompt, reference["logits"][-1], reference["greedy"])
 
 

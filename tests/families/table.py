@@ -20,6 +20,7 @@ from tests.models import seeing
 from tests.models.configurations import CONFIGURATIONS
 from tests.models.converted import CONVERTED, LLAMA_CPP_DIFFERS
 from tests.models.mlx_models import MODELS as MLX_MODELS
+from tests.models.renamed import RENAMED
 from tests.models.rows import rows
 from tests.oracle import test_peer
 from tests.prompt.families import EVERY_FAMILY
@@ -99,7 +100,7 @@ def _row(names: Sequence[str], family: Family) -> tuple[str, ...]:
         "L": is_any(_configs_in(vars(test_peer).values())),
     }
     text = {
-        "T": is_any(one.config for one in CONFIGURATIONS),
+        "T": is_any(one.config for one in CONFIGURATIONS) or any(name in RENAMED for name in names),
         "M": is_any(one.config for one in MLX_MODELS),
     }
     return (
@@ -125,7 +126,11 @@ def _configs_in(values: Iterable[object]) -> Iterator[RawConfig]:
 
 def _media(names: Sequence[str]) -> str:
     found = dict.fromkeys(encoder.kind for name in names for encoder in ENCODERS.get(name, ()))
-    return _marked(", ".join(found), {"V": any(name in seeing.CONFIGS for name in names)}) if found else ""
+    return (
+        _marked(", ".join(found), {"V": any(name in seeing.CONFIGS or name in RENAMED for name in names)})
+        if found
+        else ""
+    )
 
 
 def _chats(names: Sequence[str]) -> str:
