@@ -18,7 +18,7 @@ from argosy.media.tiles import InternVLFit
 from argosy.model.families import FAMILIES, open_model
 from argosy.prompt.media_span import MediaSpan
 from tests.engine.test_seeing import opened
-from tests.families.published import qwen3_moe
+from tests.families.published import PUBLISHED, qwen3_moe
 from tests.models.renamed import write_internvl_chat
 from tests.models.seeing import REFERENCE, WRITTEN
 
@@ -78,46 +78,17 @@ def test_a_tokenizer_without_the_placeholder_is_named(tmp_path: Path) -> None:
                 engine.media.read(Image(np.zeros((8, 8, 3), np.uint8)))
 
 
-RELEASED: dict[
-    str, dict[str, Any]
-] = {  # InternVL3.5-30B-A3B in both forms; towers: `model/encoders/test_configs.py`
-    "internvl": {
-        "downsample_ratio": 0.5,
-        "image_seq_length": 256,
-        "image_token_id": 151_671,
-        "projector_hidden_act": "gelu",
-        "text_config": qwen3_moe(),
-        "vision_config": {"model_type": "internvl_vision"},
-        "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "default",
-    },
-    "internvl_chat": {
-        "downsample_ratio": 0.5,
-        "dynamic_image_size": True,
-        "force_image_size": 448,
-        "hidden_size": 2048,
-        "image_fold": None,
-        "llm_config": qwen3_moe(),
-        "max_dynamic_patch": 12,
-        "min_dynamic_patch": 1,
-        "pad2square": False,
-        "ps_version": "v2",
-        "select_layer": -1,
-        "template": "internvl2_5",
-        "use_backbone_lora": 0,
-        "use_llm_lora": 0,
-        "use_thumbnail": True,
-        "vision_config": {"model_type": "intern_vit_6b"},
-    },
+RELEASED = {
+    one.config["model_type"]: one.config for one in PUBLISHED if one.name.startswith("InternVL3.5-30B")
 }
 
 
 @pytest.mark.parametrize("family", RELEASED)
 def test_the_released_text_is_qwen3_30b(family: str) -> None:
-    config = FAMILIES[family].parse_config({"model_type": family} | RELEASED[family])
+    config = FAMILIES[family].parse_config(RELEASED[family])
     assert replace(config, family="qwen3_moe") == FAMILIES["qwen3_moe"].parse_config(qwen3_moe())
     with pytest.raises(UnsupportedModel, match="sets text_scale"):
-        FAMILIES[family].parse_config({"model_type": family, "text_scale": 2.0} | RELEASED[family])
+        FAMILIES[family].parse_config({"text_scale": 2.0} | RELEASED[family])
 
 
 def test_a_dense_text_model_in_the_same_wrapper_is_refused(tmp_path: Path) -> None:

@@ -92,6 +92,8 @@ PRE_TOKENIZERS = {
     "afmoe": "afmoe",
     "laguna": "laguna",
     "qwen3_moe": "qwen2",
+    "internvl": "qwen2",
+    "internvl_chat": "qwen2",
     "qwen3_next": "qwen2",
     "qwen3_omni_moe": "qwen2",
     "qwen3_vl_moe": "qwen2",
@@ -147,7 +149,10 @@ def convert(base: Any, config: RawConfig) -> dict[str, Any]:
         ):  # refused today; converters from the model's time wrote sigmoid
             config = config | {"scoring_func": "sigmoid"}
         (directory / "config.json").write_text(json.dumps(config))
-        kind = base.ModelBase.from_model_architecture(config["architectures"][0])
+        architecture = config["architectures"][0]
+        if "InternVL" in architecture:  # the text model's converter takes the whole config
+            architecture = (config.get("llm_config") or config["text_config"])["architectures"][0]
+        kind = base.ModelBase.from_model_architecture(architecture)
         # The converter counts these layers while it indexes the tensors, and there are no tensors here.
         if hasattr(kind, "opt_num_mtp_layers"):
 

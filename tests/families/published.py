@@ -26,6 +26,7 @@ from tests.families.hub_ling import (
     SARVAM_30B,
     YOUTU_LLM_2B,
 )
+from tests.families.published_internvl import INTERN_VIT_6B, INTERN_VIT_6B_HF, internvl, internvl_chat
 from tests.families.published_mamba import (
     GRANITE_40_H_SMALL,
     NEMOTRON_3_SUPER,
@@ -88,6 +89,16 @@ def qwen3_moe(**changes: Any) -> RawConfig:
         "rope_theta": 1e6,
         "vocab_size": 151_936,
     } | changes
+
+
+# What differs in Qwen3-235B-A22B.
+QWEN3_235B: RawConfig = {
+    "hidden_size": 4096,
+    "intermediate_size": 12_288,
+    "moe_intermediate_size": 1536,
+    "num_attention_heads": 64,
+    "num_hidden_layers": 94,
+}
 
 
 def qwen2_moe() -> RawConfig:
@@ -1138,17 +1149,12 @@ PUBLISHED = (
     Published("Mixtral-8x7B", mixtral(), 46.7),
     Published("Qwen1.5-MoE-A2.7B", qwen2_moe(), 14.3),
     Published("Qwen3-30B-A3B", qwen3_moe(), 30.5),
-    Published(
-        "Qwen3-235B-A22B",
-        qwen3_moe(
-            hidden_size=4096,
-            intermediate_size=12_288,
-            moe_intermediate_size=1536,
-            num_attention_heads=64,
-            num_hidden_layers=94,
-        ),
-        235.1,
-    ),
+    Published("Qwen3-235B-A22B", qwen3_moe(**QWEN3_235B), 235.1),
+    # The makers count towers of 0.3 and 5.5 billion in: 30.8 and 240.7.
+    Published("InternVL3.5-30B-A3B", internvl_chat(qwen3_moe()), 30.5),
+    Published("InternVL3.5-241B-A28B", internvl_chat(qwen3_moe(**QWEN3_235B), **INTERN_VIT_6B), 235.1),
+    Published("InternVL3.5-30B-A3B-HF", internvl(qwen3_moe()), 30.5),
+    Published("InternVL3.5-241B-A28B-HF", internvl(qwen3_moe(**QWEN3_235B), **INTERN_VIT_6B_HF), 235.1),
     Published("DeepSeek-V2-Lite", RELEASED["DeepSeek-V2-Lite"], 15.7),
     Published("DeepSeek-V2", RELEASED["DeepSeek-V2"], 235.7),
     Published("DeepSeek-V3", RELEASED["DeepSeek-V3"], 671.0),

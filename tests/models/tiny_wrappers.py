@@ -322,12 +322,10 @@ ROWS = {
         shapes=wrapped_shapes,
         loading=WHOLE,
         has_own_experts=True,
-        without_record="its text is qwen3_moe's",
     ),
     "internvl_chat": Row(
         shapes=None,
-        without_references="transformers has no class; `test_internvl.py` renames internvl's tensors",
-        without_record="its text is qwen3_moe's",
+        without_references="transformers has no class; `renamed.py` renames internvl's tensors",
     ),
     "glm4v_moe": Row(shapes=wrapped_shapes, loading=WHOLE, has_own_experts=True, chats=("glm",)),
 }

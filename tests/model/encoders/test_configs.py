@@ -25,6 +25,7 @@ from argosy.model.encoders import (
 )
 from argosy.model.reading.config_reader import ConfigReader
 from tests.families.published import llama4
+from tests.families.published_internvl import INTERN_VIT, INTERN_VIT_6B
 from tests.model.encoders.open_tower import PARTS, dense_weights
 from tests.models.tiny_encoders import CONFIGS, RawConfig, Sizes, random_tensors
 
@@ -178,54 +179,6 @@ PIXTRAL_OF_LARGE_3: RawConfig = {
     "patch_size": 14,
     "rope_theta": 10000.0,
     "spatial_merge_size": 2,
-}
-
-
-INTERN_VIT: RawConfig = {
-    "attention_bias": True,
-    "attention_dropout": 0.0,
-    "hidden_act": "gelu",
-    "hidden_dropout_prob": 0.0,
-    "hidden_size": 1024,
-    "image_size": [448, 448],
-    "initializer_range": 0.02,
-    "intermediate_size": 4096,
-    "layer_norm_eps": 1e-06,
-    "layer_scale_init_value": 0.1,
-    "model_type": "internvl_vision",
-    "norm_type": "layer_norm",
-    "num_attention_heads": 16,
-    "num_channels": 3,
-    "num_hidden_layers": 24,
-    "patch_size": [14, 14],
-    "projection_dropout": 0.0,
-    "use_absolute_position_embeddings": True,
-    "use_mask_token": False,
-    "use_mean_pooling": True,
-    "use_qk_norm": False,
-}
-# InternViT-6B in the spelling of OpenGVLab.
-INTERN_VIT_6B: RawConfig = {
-    "attention_dropout": 0.0,
-    "drop_path_rate": 0.0,
-    "dropout": 0.0,
-    "hidden_act": "gelu",
-    "hidden_size": 3200,
-    "image_size": 448,
-    "initializer_factor": 0.1,
-    "initializer_range": 1e-10,
-    "intermediate_size": 12800,
-    "layer_norm_eps": 1e-06,
-    "model_type": "intern_vit_6b",
-    "norm_type": "rms_norm",
-    "num_attention_heads": 25,
-    "num_channels": 3,
-    "num_hidden_layers": 45,
-    "patch_size": 14,
-    "qk_normalization": True,
-    "qkv_bias": False,
-    "use_bfloat16": True,
-    "use_flash_attn": True,
 }
 
 
