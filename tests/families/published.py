@@ -1236,5 +1236,7 @@ PUBLISHED = (
     Published("JoyAI-LLM-Flash", JOYAI_LLM_FLASH, 48.9),
     Published("Sarvam-105B", SARVAM_105B, 106.0),
     Published("A.X-K1", AXK1, 519.0),
+    Published("Mistral-Small-3.2", dense.MISTRAL_SMALL_3, 23.57),
+    Published("Ministral-3-14B", dense.MINISTRAL_3_14B, 13.5),
     Published("Mistral-Small-4", MISTRAL_SMALL_4, 119.0),
 )

@@ -102,6 +102,82 @@ LLAMA_32_1B: RawConfig = llama(
     tie_word_embeddings=True,
 )
 
+_PIXTRAL: RawConfig = {
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "image_size": 1540,
+    "intermediate_size": 4096,
+    "model_type": "pixtral",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "patch_size": 14,
+    "rope_theta": 10_000.0,
+}
+# mistralai/Mistral-Small-3.1-24B-Instruct-2503 and Mistral-Small-3.2-24B-Instruct-2506
+MISTRAL_SMALL_3: RawConfig = {
+    "architectures": ["Mistral3ForConditionalGeneration"],
+    "image_token_index": 10,
+    "model_type": "mistral3",
+    "multimodal_projector_bias": False,
+    "projector_hidden_act": "gelu",
+    "spatial_merge_size": 2,
+    "text_config": {
+        "attention_dropout": 0.0,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 5120,
+        "initializer_range": 0.02,
+        "intermediate_size": 32_768,
+        "max_position_embeddings": 131_072,
+        "model_type": "mistral",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1_000_000_000.0,
+        "sliding_window": None,
+        "use_cache": True,
+        "vocab_size": 131_072,
+    },
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.50.0.dev0",
+    "vision_config": _PIXTRAL,
+    "vision_feature_layer": -1,
+}
+# mistralai/Ministral-3-14B-Instruct-2512
+MINISTRAL_3_14B: RawConfig = MISTRAL_SMALL_3 | {
+    "text_config": {
+        "attention_dropout": 0.0,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 5120,
+        "intermediate_size": 16_384,
+        "max_position_embeddings": 262_144,
+        "model_type": "ministral3",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 16.0,
+            "llama_4_scaling_beta": 0.1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 16_384,
+            "rope_theta": 1_000_000_000.0,
+            "rope_type": "yarn",
+            "type": "yarn",
+        },
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "vocab_size": 131_072,
+    },
+    "transformers_version": "5.0.0.dev0",
+}
 # mistralai/Mistral-7B-Instruct-v0.3
 MISTRAL_7B: RawConfig = {
     "architectures": ["MistralForCausalLM"],

@@ -23,6 +23,7 @@ from tests.models.references import LARGEST_DIFFERENCE, difference
 from tests.models.safetensors_file import read_checkpoint, write_checkpoint
 from tests.models.tiny import RawConfig, prompt_ids, write_model
 from tests.models.tiny_dense import gemma3, gemma3_text, llama, mistral, qwen3
+from tests.models.tiny_ministral import ministral3
 
 Make = Callable[..., RawConfig]
 
@@ -187,6 +188,7 @@ IN_GGUF = {
     "qwen3": qwen3(),
     "llama": llama(rope_scaling=None),
     "mistral": mistral(sliding_window=7),
+    "ministral3": ministral3(sliding_window=9),
     "gemma3_text": gemma3_text(**GEMMA, final_logit_softcapping=9.0, tie_word_embeddings=False),
     "gemma3": gemma3(**GEMMA),
 }

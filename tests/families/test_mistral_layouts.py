@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from argosy import Engine
 from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.gguf import read_gguf
 from argosy.checkpoint.safetensors import weight_files
 from argosy.cli.main import main
 from argosy.config import LatentConfig
 from argosy.errors import ArgosyError
+from argosy.model.encoders.mmproj import TowerInFile, read_towers
 from argosy.model.families import FAMILIES, config_alone, open_model
 from tests.families.hub_configs import MISTRAL_LARGE_3
 from tests.families.test_open_model import expert_matrix
 from tests.models.references import DIRECTORY as REFERENCE
+from tests.models.references import LARGEST_DIFFERENCE, Reference, difference
 from tests.models.safetensors_file import Array, read_safetensors, write_safetensors
+from tests.models.seeing import REFERENCE as SEEING
 from tests.models.tiny_latent import mistral4
 
 # Mistral's names of the hub's.
@@ -212,11 +218,70 @@ def test_what_a_config_may_not_ask_for(changes: dict[str, Any], sentence: str) -
     assert sentence in str(refused.value)
 
 
-def test_a_dense_mistral_in_the_same_wrapper_is_refused() -> None:
-    with pytest.raises(ArgosyError, match="text_config asks for model_type 'mistral'; supported: mistral4"):
-        FAMILIES["mistral3"].parse_config(
-            {"model_type": "mistral3", "text_config": {"model_type": "mistral"}}
-        )
+def write_own_dense_files(directory: Path, raw: dict[str, Any], tensors: dict[str, Array]) -> None:
+    """A model without experts as Mistral stores it: pairs of rotary dimensions are adjacent rows of wq and wk."""
+    head_dim = raw["head_dim"]
+    own = {}
+    for name, value in in_own_names(tensors).items():
+        own_name = re.sub(r"self_attn\.([qkv])_proj", r"attention.w\1", name)
+        is_rotated = re.search(r"attention\.w[qk]\.", own_name)
+        halves = value.reshape(-1, 2, head_dim // 2, value.shape[1]) if is_rotated else value
+        own[own_name] = "BF16", halves.swapaxes(1, 2).reshape(value.shape) if is_rotated else value
+    write_safetensors(directory / "consolidated.safetensors", own)
+    rope = raw.get("rope_parameters")
+    params = {
+        "dim": raw["hidden_size"], "n_layers": raw["num_hidden_layers"], "head_dim": head_dim,
+        "hidden_dim": raw["intermediate_size"], "n_heads": raw["num_attention_heads"],
+        "n_kv_heads": raw["num_key_value_heads"], "norm_eps": raw["rms_norm_eps"], "vocab_size": raw["vocab_size"],
+        "rope_theta": (rope or raw)["rope_theta"], "max_seq_len": raw["max_position_embeddings"],
+    }  # fmt: skip
+    if rope:
+        original = rope["original_max_position_embeddings"]
+        params["yarn"] = {"alpha": 1, "apply_scale": False, "beta": 32, "factor": rope["factor"]}
+        params["yarn"]["original_max_position_embeddings"] = original
+        params["llama_4_scaling"] = {
+            "beta": rope["llama_4_scaling_beta"],
+            "original_max_position_embeddings": original,
+        }
+    (directory / "params.json").write_text(json.dumps(params))
+
+
+@pytest.mark.parametrize("name", ["mistral_plain", "ministral3_plain"])
+def test_mistrals_own_files_without_experts_answer_as_those_of_the_hub(name: str, tmp_path: Path) -> None:
+    reference = Reference(REFERENCE / name)
+    raw = json.loads((reference.directory / "config.json").read_text())
+    write_own_dense_files(tmp_path, raw, read_safetensors(reference.directory / "model.safetensors"))
+    with Engine.open(tmp_path, memory="4GiB", kv_dtype="f32", threads=1) as engine:
+        assert difference(engine.logits(reference.input_ids), reference.logits) <= LARGEST_DIFFERENCE
+
+
+def test_a_params_json_without_experts_may_leave_its_context_out(tmp_path: Path) -> None:
+    sizes = {
+        "dim": 5120,
+        "n_layers": 40,
+        "head_dim": 128,
+        "hidden_dim": 32_768,
+        "n_heads": 32,
+        "n_kv_heads": 8,
+    }
+    more = {"norm_eps": 1e-5, "vocab_size": 131_072, "rope_theta": 1e9}
+    (tmp_path / "params.json").write_text(json.dumps(sizes | more))
+    config = config_alone(tmp_path)
+    assert config is not None
+    assert (config.context_tokens, config.attention.rope and config.attention.rope.is_interleaved) == (
+        128_000,
+        True,
+    )
+    assert config.attention.query_scale is None
+
+
+@pytest.mark.parametrize("family", ["mistral4", "ministral3", "llama"])
+def test_the_tower_of_a_gguf_belongs_to_every_kind_of_mistral(family: str) -> None:
+    directory = SEEING / "mistral3" / "gguf"
+    config = replace(open_model(directory / "model.gguf").config, family=family)
+    tower = read_towers(read_gguf(directory / "mmproj-model.gguf"), config)["picture"]
+    assert isinstance(tower, TowerInFile)
+    assert tower.config.out_size == config.hidden_size
 
 
 def test_an_absent_rope_is_that_of_the_released_model() -> None:

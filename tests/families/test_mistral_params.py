@@ -100,8 +100,8 @@ def test_switches_that_are_off_change_nothing(tmp_path: Path) -> None:
         (MISTRAL_LARGE_3 | {"yarn": 4}, "params.json asks for yarn 4; supported: an object"),
         (within("llama_4_scaling", original_max_position_embeddings=4096), "4096; supported: that of yarn"),
         (MISTRAL_LARGE_3 | {"quantization": {"qformat_weight": "int4"}}, "quantization.qformat_weight int4"),
-        (MISTRAL_LARGE_3 | {"moe": None}, "describes a model without experts"),
-        (MISTRAL_LARGE_3 | {"kv_lora_rank": None}, "which have moe and kv_lora_rank"),
+        (MISTRAL_LARGE_3 | {"moe": None}, "describes a model with latent attention alone"),
+        (MISTRAL_LARGE_3 | {"kv_lora_rank": None}, "a model with experts alone; supported"),
     ],
 )
 def test_what_params_json_may_not_ask_for(tmp_path: Path, params: RawConfig, message: str) -> None:

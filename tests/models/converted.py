@@ -26,6 +26,7 @@ from tests.models.tiny_grouped import bailing_moe, dots1, exaone_moe, hy_v3
 from tests.models.tiny_hunyuan import hunyuan
 from tests.models.tiny_llama4 import OF_GGUF, llama4, llama4_text
 from tests.models.tiny_mamba import granitemoehybrid, nemotron_h
+from tests.models.tiny_ministral import mistral_small_3, wrapped_ministral3
 from tests.models.tiny_ocr import deepseek_vl_v2
 from tests.models.tiny_step import FULL, SLIDING, step3p5, step3p7
 from tests.models.tiny_windows import YARN, afmoe, laguna, mellum
@@ -415,6 +416,12 @@ CONVERTED: dict[str, tuple[str, RawConfig]] = {
         llama(rope_scaling=None, tie_word_embeddings=True, head_dim=10, num_key_value_heads=3),
     ),
     "mistral_plain": ("llama", _OF_NAME["mistral_plain"]),
+    "mistral_small_3": ("mistral3", mistral_small_3(head_dim=10)),
+    "ministral3_plain": ("mistral3", _OF_NAME["ministral3_plain"]),
+    "ministral3_tied": (
+        "mistral3",
+        wrapped_ministral3(num_key_value_heads=6, num_hidden_layers=2, tie_word_embeddings=True),
+    ),
     # llama.cpp counts on every sixth layer to see all, and knows the factor of scores by the size of heads.
     "gemma3_text": (
         "gemma3",

@@ -40,7 +40,7 @@ from tests.models.tiny_mtp import mtp_tensors
 from tests.native import gguf_blocks
 from tests.native.gguf_blocks import WITHOUT_PACKAGE, put_iq1_m_scales
 
-_PAIRED = ("mixtral", "llama", "mistral")  # rows of q and k are in adjacent pairs
+_PAIRED = ("mixtral", "llama", "mistral", "ministral3")  # rows of q and k are in adjacent pairs
 _SIGMOID = ("glm4_moe", *tiny_grouped.FAMILIES)
 # Types to which the `gguf` package does not quantise: the offset of the float16 scale, the offset of the scale of the
 # minima if there is one, and the factor that makes the mean 0. IQ1_M's scale lies in four words of its blocks;
@@ -506,8 +506,17 @@ def add_dense_metadata(writer: GGUFWriter, config: RawConfig) -> None:
     if scaling is not None and scaling["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(scaling["factor"])
-    if config["model_type"] in ("mistral", *tiny_dense.GEMMA) and window:
+    if config["model_type"] in ("mistral", "ministral3", *tiny_dense.GEMMA) and window:
         writer.add_sliding_window(window)
+    if config["model_type"] == "ministral3":
+        rope = config["rope_parameters"]
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(float(rope["beta_fast"]))
+        writer.add_rope_scaling_yarn_beta_slow(float(rope["beta_slow"]))
+        writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+        writer.add_float32("mistral3.attention.temperature_scale", rope["llama_4_scaling_beta"])
     if cap := config.get("final_logit_softcapping"):
         writer.add_final_logit_softcapping(cap)
 

@@ -300,6 +300,7 @@ class NumpyModel:
         q, k = turn(q, places), turn(k, places)
         if is_norm_last:
             q, k = self.norm(prefix + "q_norm", q), self.norm(prefix + "k_norm", k)
+        q = q * self.growth(num_tokens)
 
         heads_per_kv_head = q.shape[1] // k.shape[1]
         is_seen = places.is_seen(self.windows[layer])
@@ -326,6 +327,14 @@ class NumpyModel:
             out = numpy_windows.gated(self, prefix, x, out)
         return self.linear(prefix + "o_proj", out.reshape(num_tokens, -1))
 
+    def growth(self, num_tokens: int) -> Array:
+        """Return [tokens, 1, 1]: the factors of queries, which grow with the position in Mistral's models."""
+        rope = self.config.get("rope_parameters") or {}
+        if (beta := rope.get("llama_4_scaling_beta")) is None:
+            return np.ones((num_tokens, 1, 1))
+        periods = np.arange(num_tokens) // rope["original_max_position_embeddings"]
+        return (1 + beta * np.log1p(periods))[:, None, None]
+
     def latent_attention(self, prefix: str, x: Array, places: Places) -> Array:
         """Compute the plain form, which expands the compressed vectors to keys and values for every head."""
         config, num_tokens = self.config, len(x)
@@ -350,9 +359,8 @@ class NumpyModel:
         if rope.get("mscale_all_dim") and rope["factor"] > 1:
             magnitude = 0.1 * rope["mscale_all_dim"] * math.log(rope["factor"]) + 1
         if config["model_type"] == "mistral4":
-            magnitude, period = 1.0, rope["original_max_position_embeddings"]
-            growth = 1 + rope["llama_4_scaling_beta"] * np.log1p(np.arange(num_tokens) // period)
-            q, q_turned = (t * growth[:, None, None] for t in (q, q_turned))
+            magnitude, growth = 1.0, self.growth(num_tokens)
+            q, q_turned = q * growth, q_turned * growth
         scale = magnitude**2 / math.sqrt(nope + turning)
         is_seen = places.is_seen()
         if "index_topk" in config:  # a layer without an indexer sees what the last one with it chose

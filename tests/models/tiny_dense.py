@@ -12,7 +12,7 @@ from tests.models.rows import WHOLE, Row
 RawConfig = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 
-FAMILIES = ("qwen3", "llama", "mistral", "gemma3_text", "gemma3")
+FAMILIES = ("qwen3", "llama", "mistral", "ministral3", "gemma3_text", "gemma3")
 GEMMA = ("gemma3_text", "gemma3")
 _TOWER = {
     "vision_tower.vision_model.post_layernorm.weight": (16,),
@@ -152,7 +152,7 @@ def gemma3(**changes: Any) -> RawConfig:
 def windows(config: RawConfig) -> list[int]:
     """Return each layer's window as transformers reads the config; 0 is full attention."""
     layers, window = range(config["num_hidden_layers"]), config.get("sliding_window", 4096) or 0
-    if config["model_type"] == "mistral":
+    if config["model_type"] in ("mistral", "ministral3"):
         return [window for _ in layers]
     if config["model_type"] == "gemma3_text":
         every = config.get("sliding_window_pattern", 6)

@@ -13,6 +13,7 @@ from typing import Any
 
 from tests.models.rows import NO_CONVERTER, Loading, Row
 from tests.models.tiny import text_of
+from tests.models.tiny_dense import dense_shapes
 
 RawConfig = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
@@ -375,6 +376,9 @@ def latent_shapes(raw: RawConfig) -> Shapes:
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     prefix = "language_model." if "text_config" in raw else ""
     shapes: Shapes = {f"{prefix}model.embed_tokens.weight": (vocab, hidden)}
+    if config["model_type"] in ("mistral", "ministral3"):  # in Mistral's wrapper
+        shapes |= {prefix + name: shape for name, shape in dense_shapes(config).items()}
+        return shapes | _tower_shapes(raw, hidden)
     for layer in range(config["num_hidden_layers"]):
         layer_prefix = f"{prefix}model.layers.{layer}."
         shapes |= layer_shapes(config, layer_prefix, is_moe=is_moe(config, layer))
@@ -396,16 +400,20 @@ def latent_shapes(raw: RawConfig) -> Shapes:
             f"{layer_prefix}shared_head.head.weight": (vocab, hidden),
             f"{layer_prefix}shared_head.norm.weight": (hidden,),
         }
-    if "vision_config" in raw:
-        width = raw["vision_config"]["hidden_size"]
-        is_kimi_k25 = raw["model_type"] == "kimi_k25"
-        projector = "mm_projector.proj.0" if is_kimi_k25 else "multi_modal_projector.linear_1"
-        shapes |= {
-            "vision_tower.patch_embed.proj.weight": (width, 3, 2, 2),
-            "vision_tower.encoder.blocks.0.norm0.weight": (width,),
-            f"{projector}.weight": (hidden, width),
-        }
-    return shapes
+    return shapes | _tower_shapes(raw, hidden)
+
+
+def _tower_shapes(raw: RawConfig, hidden: int) -> Shapes:
+    if "vision_config" not in raw:
+        return {}
+    width = raw["vision_config"]["hidden_size"]
+    is_kimi_k25 = raw["model_type"] == "kimi_k25"
+    projector = "mm_projector.proj.0" if is_kimi_k25 else "multi_modal_projector.linear_1"
+    return {
+        "vision_tower.patch_embed.proj.weight": (width, 3, 2, 2),
+        "vision_tower.encoder.blocks.0.norm0.weight": (width,),
+        f"{projector}.weight": (hidden, width),
+    }
 
 
 def layer_shapes(config: RawConfig, layer: str, *, is_moe: bool) -> Shapes:
@@ -457,11 +465,17 @@ def _as_deepseek(config: RawConfig) -> tuple[str, RawConfig]:
 
 
 def _text_of_mistral(config: RawConfig) -> tuple[str, RawConfig]:
-    return "Mistral4Config", text_of(config)
+    text = text_of(config)
+    return _MISTRAL_CLASSES[text["model_type"]], text
 
 
 _KIMI = Loading(config=_as_deepseek, prefix="language_model.")
-_MISTRAL = Loading(model="Mistral4ForCausalLM", config=_text_of_mistral, prefix="language_model.")
+_MISTRAL_CLASSES = {
+    "mistral": "MistralConfig",
+    "ministral3": "Ministral3Config",
+    "mistral4": "Mistral4Config",
+}
+_MISTRAL = Loading(config=_text_of_mistral, prefix="language_model.")
 ROWS = {
     "deepseek_v2": Row(shapes=latent_shapes, has_own_modules=True, gguf="deepseek2"),
     "deepseek_v3": Row(

@@ -1,4 +1,5 @@
-"""Pixtral's vision tower and its projector, of Mistral-Small-4 and Mistral-Large-3: pictures of any size.
+"""Pixtral's vision tower and its projector, of Mistral-Small-3 and 4, Ministral-3 and Mistral-Large-3: pictures of any
+size.
 
     patches -> product -> RMSNorm -> layers -> RMSNorm -> 2 x 2 patches in one -> two products with GELU between them
 
@@ -242,16 +243,16 @@ _HUB_TOWER = Encoder(
     written=written,
     settings=settings,
 )
+# In Mistral's own files. Pairs of queries and keys are adjacent there.
+_OWN_TOWER = replace(
+    _HUB_TOWER,
+    read=lambda own, around, model: replace(read_own_config(own, model), pair_order="rows first, adjacent"),
+    tensors=lambda config: tensors(config, _OWN),
+)
 TOWERS: Mapping[str, Encoder] = {
     "mistral3": _HUB_TOWER,
-    # In Mistral's own files. Pairs of queries and keys are adjacent there.
-    "mistral4": replace(
-        _HUB_TOWER,
-        read=lambda own, around, model: replace(
-            read_own_config(own, model), pair_order="rows first, adjacent"
-        ),
-        tensors=lambda config: tensors(config, _OWN),
-    ),
+    "mistral4": _OWN_TOWER,
+    "ministral3": _OWN_TOWER,
 }
 
 
@@ -279,7 +280,7 @@ def _read_gguf(reader: GgufConfigReader) -> dict[str, object]:
 
 PROJECTORS: Mapping[str, Projector] = {
     "pixtral": Projector(
-        families={"mistral4": "mistral4"},
+        families=dict.fromkeys(("mistral4", "ministral3", "llama"), "mistral4"),  # older files are a Llama's
         placeholder="[IMG]",
         read_config=_read_gguf,
         read_settings=read_colours,

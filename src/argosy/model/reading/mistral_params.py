@@ -2,9 +2,10 @@
 
     directory  ->  read_raw  ->  raw config, and the file that it comes from
 
-Mixtures with latent attention are translated to a config.json of `mistral4`, as vLLM 0.30 reads them
-(`transformers_utils/configs/mistral`): Mistral-Large-3, and Mistral-Small-4, which has both files. Keys that are not
-translated stay as they are, so that the family refuses those that it does not know.
+Mixtures with latent attention are translated to a config.json of `mistral4`, models without experts to one of
+`ministral3`, as vLLM 0.30 reads them (`transformers_utils/configs/mistral`): Mistral-Large-3, and Mistral-Small-3 and 4
+and Ministral-3, which have both files. Keys that are not translated stay as they are, so that the family refuses those
+that it does not know.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ PARAMS_FILE = "params.json"
 
 _KEYS = {
     "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads", "head_dim": "qk_head_dim", "hidden_dim": "intermediate_size",
-    "norm_eps": "rms_norm_eps", "tied_embeddings": "tie_word_embeddings", "activation": "hidden_act",
-    "vision_encoder": "vision_config",
+    "n_kv_heads": "num_key_value_heads", "hidden_dim": "intermediate_size", "norm_eps": "rms_norm_eps",
+    "tied_embeddings": "tie_word_embeddings", "activation": "hidden_act", "vision_encoder": "vision_config",
+    "max_seq_len": "max_position_embeddings",
 }  # fmt: skip
+_LATENT_KEYS = _KEYS | {"head_dim": "qk_head_dim"}
+_CONTEXT_TOKENS = 128_000  # of a model without experts whose file does not say
 _MOE_KEYS = {
     "num_experts": "n_routed_experts", "num_experts_per_tok": "num_experts_per_tok",
     "expert_hidden_dim": "moe_intermediate_size", "first_k_dense_replace": "first_k_dense_replace",
@@ -54,7 +57,7 @@ def read_raw(directory: Path) -> tuple[dict[str, object], Path]:
     """
     path = find_config(directory)
     raw = read_object(path, spells_constants=True)
-    return (_as_mistral4(raw, path) if path.name == PARAMS_FILE else raw), path
+    return (_as_config(raw, path) if path.name == PARAMS_FILE else raw), path
 
 
 def find_config(directory: Path) -> Path:
@@ -63,15 +66,17 @@ def find_config(directory: Path) -> Path:
     return params if not path.exists() and not path.is_symlink() and params.exists() else path
 
 
-def _as_mistral4(params: Mapping[str, object], path: Path) -> dict[str, object]:
-    if not isinstance(params.get("moe"), dict) or params.get("kv_lora_rank") is None:
+def _as_config(params: Mapping[str, object], path: Path) -> dict[str, object]:
+    has_experts, is_latent = isinstance(params.get("moe"), dict), params.get("kv_lora_rank") is not None
+    if has_experts != is_latent:
         raise UnsupportedModel(
-            f"{path.name} describes a model without {'experts' if 'kv_lora_rank' in params else 'latent attention'}; "
-            "supported: Mistral's mixtures with latent attention, which have moe and kv_lora_rank",
+            f"{path.name} describes a model with {'experts' if has_experts else 'latent attention'} alone; supported: "
+            "Mistral's mixtures with latent attention, which have moe and kv_lora_rank, and models with neither",
             hint=f"get the model with a {CONFIG_FILE}, or as a GGUF",
             path=path,
             key="kv_lora_rank",
         )
+    keys = _LATENT_KEYS if is_latent else _KEYS
     raw: dict[str, object] = {}
     for key, value in params.items():
         if key == "moe":
@@ -80,13 +85,19 @@ def _as_mistral4(params: Mapping[str, object], path: Path) -> dict[str, object]:
         elif key == "quantization":
             raw["quantization_config"] = _quantization(_object(value, key, path), path)
         elif key not in ("yarn", "llama_4_scaling", "rope_theta"):
-            _keep(raw, _KEYS.get(key, key), value)
+            _keep(raw, keys.get(key, key), value)
     vision = raw.get("vision_config")
     if isinstance(vision, dict) and "image_token_id" in vision:
         raw["image_token_id"] = vision["image_token_id"]  # where a config.json has it
     theta = {"rope_theta": params["rope_theta"]} if "rope_theta" in params else {}
     raw["rope_parameters"] = _rope(params, path) | theta
-    return raw | {"model_type": "mistral4"}
+    if is_latent:
+        return raw | {"model_type": "mistral4"}
+    return (
+        {"max_position_embeddings": _CONTEXT_TOKENS}
+        | raw
+        | {"model_type": "ministral3", "rope_interleave": True}
+    )
 
 
 def _keep(raw: dict[str, object], key: str, value: object) -> None:

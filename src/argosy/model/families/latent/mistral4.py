@@ -30,7 +30,8 @@ MODEL_TYPE = "mistral4"
 GGUF_ARCHITECTURE = "mistral4"
 
 _OWN_NAMES = {
-    "attn_norm": "attention_norm.weight", "q": "attention.wq.weight", "q_down": "attention.wq_a.weight",
+    "attn_norm": "attention_norm.weight", "q": "attention.wq.weight", "k": "attention.wk.weight",
+    "v": "attention.wv.weight", "q_down": "attention.wq_a.weight",
     "q_down_norm": "attention.q_a_norm.weight", "q_up": "attention.wq_b.weight",
     "kv_down": "attention.wkv_a_with_mqa.weight", "kv_norm": "attention.kv_a_norm.weight",
     "kv_up": "attention.wkv_b.weight", "o": "attention.wo.weight", "mlp_norm": "ffn_norm.weight",
@@ -38,7 +39,7 @@ _OWN_NAMES = {
     "down": "feed_forward.w2.weight", "shared_gate": "shared_experts.w1.weight",
     "shared_up": "shared_experts.w3.weight", "shared_down": "shared_experts.w2.weight",
 }  # fmt: skip
-OWN_LAYOUT = Layout(  # Mistral's own names
+OWN_LAYOUT = Layout(  # Mistral's own names, also those of its models without experts
     layer_names=_OWN_NAMES,
     expert_names=("experts.{expert}.w1.weight", "experts.{expert}.w3.weight", "experts.{expert}.w2.weight"),
     prefix="",
