@@ -19,7 +19,9 @@ from tests.models.tiny_gemma import gemma4
 from tests.models.tiny_grouped import bailing_moe
 from tests.models.tiny_latent import deepseek_v3, glm4_moe_lite
 from tests.models.tiny_ling import ling_2_5
+from tests.models.tiny_mamba import granitemoehybrid, nemotron_h
 from tests.models.tiny_ring import ring_linear
+from tests.models.tiny_step import step3p5
 
 DIRECTORY = Path(__file__).parent / "reference_mlx"
 MLX_TOWERS = Path(__file__).parent / "mlx_towers.json"  # by `make_mlx_towers.py`
@@ -54,6 +56,9 @@ PLAIN = (
     # mlx-lm rounds a fraction of a pair up, transformers down: a quarter of 16 dimensions is whole pairs.
     MlxModel(name="gemma4", config=gemma4(**_SMALL, global_head_dim=16, num_experts=3)),
     MlxModel(name="minimax_m2", config=minimax_m2(**_SMALL)),
+    MlxModel(name="step3p5", config=step3p5(vocab_size=48)),
+    MlxModel(name="nemotron_h", config=nemotron_h(vocab_size=48)),
+    MlxModel(name="granitemoehybrid", config=granitemoehybrid(vocab_size=48)),
     # Two layers of lightning attention, then latent attention, of the last group and behind it.
     MlxModel(
         name="ling_2_5",

@@ -177,6 +177,6 @@ ROWS = {
         shapes=cohere_shapes,
         gguf="cohere2moe",
         chats=("cohere2",),
-        without_mlx="MLX's checkpoints of it are refused",
+        without_mlx="MLX does not know it",
     )
 }

@@ -188,7 +188,6 @@ ROWS = {
         has_own_modules=True,
         has_own_experts=True,
         chats=("granite",),
-        without_mlx="MLX's checkpoints of it are refused",
     ),
     "granitemoeshared": Row(
         shapes=flag_shapes,

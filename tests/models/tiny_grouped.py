@@ -323,7 +323,6 @@ ROWS = {
         as_known=as_glm,
         gguf="glm4moe",
         chats=("solar",),
-        without_mlx="MLX's checkpoints of it are refused",
     ),
     "dots1": Row(shapes=grouped_shapes, as_known=as_glm, gguf="dots1"),
     "hy_v3": Row(
@@ -332,7 +331,7 @@ ROWS = {
         as_known=as_glm,
         gguf="hy_v3",
         chats=("hy3",),
-        without_mlx="MLX's checkpoints of it are refused",
+        without_mlx="MLX does not know it",
     ),
     "bailing_moe": Row(
         shapes=grouped_shapes,

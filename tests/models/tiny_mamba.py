@@ -278,7 +278,6 @@ ROWS = {
         has_own_experts=True,
         gguf="granitehybrid",
         chats=("granite4",),
-        without_mlx="MLX's checkpoints of it are refused",
     ),
     "nemotron_h": Row(
         shapes=mamba_model_shapes,
@@ -286,6 +285,5 @@ ROWS = {
         has_own_experts=True,
         gguf="nemotron_h_moe",
         chats=("nemotron3",),
-        without_mlx="MLX's checkpoints of it are refused",
     ),
 }

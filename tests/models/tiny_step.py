@@ -299,7 +299,6 @@ ROWS = {
         has_own_spelling=True,
         chats=("step3",),
         without_record="no released config is here",
-        without_mlx="MLX's checkpoints of it are refused",
     ),
     "step3p7": Row(
         shapes=step_shapes,

@@ -88,7 +88,7 @@ NAMES = (
     "deepseek_v2_lite", "deepseek_v3_plain", "glm4_moe_lite_plain", "glm4_moe_plain", "glm4_moe_qk_norm_scaled_sharded",
     "kimi_k25_wrapper", "kimi_k2_many_experts", "minimax_m2_plain", "minimax_m2_all_turns_tied", "mixtral_plain",
     "olmoe_plain", "qwen2_moe_plain_f16", "qwen3_5_moe_plain", "qwen3_moe_plain", "qwen3_next_plain",
-    "qwen3_next_bias_yarn_f32", "gemma4_all_full_scaled_rope",
+    "qwen3_next_bias_yarn_f32", "gemma4_all_full_scaled_rope", "granitemoe_plain", "bailing_hybrid_plain",
 )  # fmt: skip
 
 

@@ -2,8 +2,8 @@
 
     a family's first layout + its row of `_FORMS`  ->  mlx_layouts  ->  the same tensors under MLX's names
 
-The experts of a layer are stacked: gate, up and down are tensors [experts, rows, columns]. Norms that the hub stores
-minus one are stored whole, a convolution's taps are the second of its three axes, and the layer for multi-token
+The experts of a layer are stacked: each of gate, up and down is a tensor [experts, rows, columns]. Norms that the hub
+stores minus one are stored whole, a convolution's taps are the second of its three axes, and the layer for multi-token
 prediction is left out. Files of latent attention hold either kv_b_proj, or its two halves head by head.
 
 A family without a row is refused: its `sanitize` may have changed values that no shape shows.
@@ -32,6 +32,7 @@ class _Form:
     """What differs from the family's layout."""
 
     experts: str = "mlp.switch_mlp"
+    matrices: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")  # of the experts
     prefixes: tuple[str, ...] = (_TEXT,)
     names: Mapping[str, str] = field(default_factory=dict)
     variants: tuple[Mapping[str, str], ...] = (
@@ -50,6 +51,11 @@ _KIMI_LINEAR = {
     "choice_bias": "mlp.e_score_correction_bias",
     **{f"shared_{part}": f"mlp.shared_experts.{part}_proj.weight" for part in ("gate", "up", "down")},
     **{f"kda_{part}_conv": f"self_attn.{part}_conv.conv.weight" for part in "qkv"},
+}
+_STEP = {
+    "router": "mlp.gate.gate.weight",
+    "choice_bias": "mlp.gate.router_bias",
+    **{f"shared_{part}": f"mlp.share_expert.{part}_proj.weight" for part in ("gate", "up", "down")},
 }
 _WRAPPED = _Form(prefixes=(_IN_WRAPPER,), passed_over=_TOWERS)
 _DELTA = _Form(passed_over=_DRAFTS)
@@ -73,6 +79,13 @@ _FORMS: Mapping[str, _Form] = {
         names={"router": "mlp.gate.proj.weight", "choice_bias": "mlp.gate.e_score_correction_bias"},
     ),
     "olmoe": _Form(),
+    "solar_open": _Form(),
+    "step3p5": _Form(names=_STEP, passed_over=_DRAFTS),
+    "granitemoe": _Form(experts="block_sparse_moe.switch_mlp"),
+    "granitemoehybrid": _Form(experts="block_sparse_moe.switch_mlp"),
+    "nemotron_h": _Form(
+        experts="mixer.switch_mlp", matrices=("fc1", "fc2"), prefixes=("backbone.",), passed_over=_DRAFTS
+    ),
     "lfm2_moe": _Form(experts="feed_forward.switch_mlp", names=_LFM2),
     "glm4_moe": _Form(),
     "dots1": _Form(experts="mlp.experts"),
@@ -115,14 +128,13 @@ def mlx_layouts(family: str, layout: Layout) -> Iterator[Layout]:
         names |= {
             f"expert_{name}_bias": f"{form.experts}.{name}_proj.bias" for name in ("gate", "up", "down")
         }
-    gate, up, down = (f"{form.experts}.{name}_proj.weight" for name in ("gate", "up", "down"))
     for prefix, more in product(form.prefixes, form.variants):
         yield Layout(
             layer_names={**names, **more},
             joined=layout.joined,
-            stacked_names=(gate, up, down),
+            stacked_names=tuple(f"{form.experts}.{name}.weight" for name in form.matrices),
             prefix=prefix,
-            head_name=f"{prefix.removesuffix('model.')}lm_head.weight",
+            head_name=f"{prefix.removesuffix('model.').removesuffix('backbone.')}lm_head.weight",
             embed_name=layout.embed_name,
             final_norm_name=layout.final_norm_name,
             passed_over=form.passed_over,
