@@ -55,6 +55,7 @@ def test_other_spellings_mean_the_same() -> None:
     ("changes", "sentence"),
     [
         ({"moe_topk": [2, 2, 3]}, "moe_topk [2, 2, 3]; supported: the same number in every layer"),
+        ({"moe_topk": [2, 2]}, "moe_topk [2, 2]; supported: the same number in every layer"),
         ({"moe_intermediate_size": [9, 8, 9]}, "moe_intermediate_size [9, 8, 9]; supported: the same number"),
         ({"num_experts": []}, "num_experts []; supported: the same number"),
         ({"moe_intermediate_size": 8}, "moe_intermediate_size 8; supported: 9"),

@@ -56,8 +56,8 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
     numbers = {name: values for name in _BY_LAYER if isinstance(values := raw.get(name), list)}
-    for name, values in numbers.items():
-        if not values or any(value != values[0] for value in values):
+    for name, each in numbers.items():
+        if not each or each != each[:1] * len(each) or len(each) != raw.get("num_hidden_layers", 32):
             raise ConfigReader(raw, MODEL_TYPE).unsupported(name, "the same number in every layer")
     first = {name: values[0] for name, values in numbers.items()}
     aliases = {"moe_topk": "num_experts_per_tok", "attention_head_dim": "head_dim"}
