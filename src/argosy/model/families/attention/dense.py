@@ -12,6 +12,7 @@ from typing import Any
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import AttentionConfig, LayerConfig, ModelConfig
+from argosy.model.families.windows.windowed import layers_of
 from argosy.model.reading.common_config import CommonDefaults, read_common
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.reading.gguf_config import GgufConfigReader
@@ -60,11 +61,8 @@ def read_dense_model(
 
 def make_layers(windows: Sequence[int], **attention: Any) -> tuple[LayerConfig, ...]:
     """Return a layer for each of `windows`; `attention` are the other arguments of `AttentionConfig`."""
-    layers = {
-        window: LayerConfig(mixer=AttentionConfig(sliding_window=window, **attention), is_moe=False)
-        for window in set(windows)
-    }
-    return tuple(layers[window] for window in windows)
+    attentions = {window: AttentionConfig(sliding_window=window, **attention) for window in set(windows)}
+    return layers_of(windows, [False] * len(windows), attentions)
 
 
 def open_dense_gguf(file: GgufFile, architecture: str, family: str, **attention: Any) -> ModelFiles:

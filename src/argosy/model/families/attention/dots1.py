@@ -12,6 +12,7 @@ from argosy.checkpoint.gguf import GgufFile
 from argosy.config import ModelConfig
 from argosy.model.families.attention.sigmoid_moe import open_sigmoid_gguf, read_sigmoid_model
 from argosy.model.families.latent.deepseek import LAYOUTS
+from argosy.model.families.windows.windowed import read_windows_behind
 from argosy.model.reading.common_config import MoeDefaults
 from argosy.model.reading.config_reader import ConfigReader
 from argosy.model.reading.experts_config import layers_behind_the_dense, read_sigmoid_router
@@ -73,9 +74,5 @@ def open_gguf(file: GgufFile) -> ModelFiles:
 def _read_windows(reader: ConfigReader, num_layers: int) -> Sequence[int]:
     window = reader.optional_integer("sliding_window", default=4096) or 0
     first = reader.optional_integer("max_window_layers", default=62, least=0)
-    kinds = reader.layer_types(num_layers)
-    if kinds is None:
-        return [window if first is not None and layer >= first else 0 for layer in range(num_layers)]
-    if not window and "sliding_attention" in kinds:
-        raise reader.unsupported("sliding_window", "a number, because layer_types asks for a window")
-    return [window if kind == "sliding_attention" else 0 for kind in kinds]
+    missing = "sliding_window", "a number, because layer_types asks for a window"
+    return read_windows_behind(reader, num_layers, window, first, missing)

@@ -46,20 +46,10 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     common = read_common(
         reader,
         CommonDefaults(
-            vocab_size=103_424,
-            hidden_size=2560,
-            num_heads=20,
-            num_kv_heads=4,
-            rope_theta=500_000.0,
-            norm_eps=1e-5,
-            context_tokens=131_072,
-            num_experts=64,
-            experts_per_token=6,
-            bos_id=1,
-            eos_id=2,
-            is_embedding_tied=True,
+            vocab_size=103_424, hidden_size=2560, num_heads=20, num_kv_heads=4, rope_theta=500_000.0, norm_eps=1e-5,
+            context_tokens=131_072, num_experts=64, experts_per_token=6, bos_id=1, eos_id=2, is_embedding_tied=True,
         ),
-    )
+    )  # fmt: skip
     num_layers = reader.integer("num_hidden_layers", default=28, most=MOST_LAYERS)
     first = reader.integer("moe_layer_start_index", default=1, least=0, most=MOST_LAYERS)
     last = reader.integer("moe_layer_end_index", default=-1, least=-1, most=MOST_LAYERS)

@@ -23,6 +23,7 @@ from argosy.checkpoint.safetensors import TensorRef
 from argosy.config import ModelConfig
 from argosy.errors import UnsupportedModel
 from argosy.model.families.attention.dense import LAYOUTS, open_dense_gguf, read_dense_model
+from argosy.model.families.windows.windowed import read_windows_behind
 from argosy.model.reading.common_config import CommonDefaults
 from argosy.model.reading.config_reader import ConfigReader
 
@@ -76,12 +77,8 @@ def _read_windows(reader: ConfigReader, num_layers: int) -> Sequence[int]:
     if not reader.flag("use_sliding_window", False):
         window = 0
     first = reader.integer("max_window_layers", default=28, least=0)
-    kinds = reader.layer_types(num_layers)
-    if kinds is None:
-        return [window if layer >= first else 0 for layer in range(num_layers)]
-    if not window and "sliding_attention" in kinds:
-        raise reader.unsupported("layer_types", "full_attention, because the other keys turn windows off")
-    return [window if kind == "sliding_attention" else 0 for kind in kinds]
+    missing = "layer_types", "full_attention, because the other keys turn windows off"
+    return read_windows_behind(reader, num_layers, window, first, missing)
 
 
 def open_gguf(file: GgufFile) -> ModelFiles:

@@ -15,6 +15,7 @@ from typing import Any
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import AttentionConfig, LayerConfig, ModelConfig
+from argosy.model.families.windows.windowed import layers_of
 from argosy.model.reading.common_config import MoeDefaults, read_common
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.reading.experts_config import (
@@ -54,7 +55,7 @@ def read_sigmoid_model(
     num_layers = reader.integer("num_hidden_layers", default=defaults.num_layers, most=MOST_LAYERS)
     is_moe = read_moe_layers(reader, num_layers)
     windows = [0] * num_layers if read_windows is None else read_windows(reader, num_layers)
-    mixers = {
+    attentions = {
         window: AttentionConfig(**common.attention, sliding_window=window, **attention)
         for window in set(windows)
     }
@@ -62,9 +63,7 @@ def read_sigmoid_model(
     num_shared = reader.integer("n_shared_experts", "num_shared_experts", default=defaults.num_shared_experts)
     return ModelConfig(
         family=family,
-        layers=tuple(
-            LayerConfig(mixer=mixers[window], is_moe=moe) for window, moe in zip(windows, is_moe, strict=True)
-        ),
+        layers=layers_of(windows, is_moe, attentions),
         expert_width=expert_width,
         router=read_router(reader, common.model["num_experts"], common.model["experts_per_token"]),
         dense_width=reader.integer("intermediate_size", default=defaults.dense_width),

@@ -99,7 +99,7 @@ def _open(
     has_experts = reader.has("expert_count")
     sizes = reader.sizes(has_experts=has_experts)
     num_heads = reader.integer("attention.head_count")
-    latent = _read_latent(reader, num_heads, sizes["context_tokens"])
+    latent = read_latent(reader, num_heads, sizes["context_tokens"])
     num_layers = reader.num_layers()
     expert_width = reader.integer("expert_feed_forward_length")
     if has_experts:
@@ -135,8 +135,15 @@ def _open(
     return read_gguf_layout(file, config, is_paired=False, has_rope_freqs=False)
 
 
-def _read_latent(reader: GgufConfigReader, num_heads: int, context_tokens: int) -> LatentConfig:
-    """Sizes of a head and of the compressed vectors, from the keys of old or new files."""
+def read_latent(
+    reader: GgufConfigReader, num_heads: int, context_tokens: int, *, is_everywhere: bool = True
+) -> LatentConfig:
+    """Sizes of a head and of the compressed vectors, from the keys of old or new files.
+
+    Args:
+        is_everywhere: all layers have latent attention; otherwise KV heads say which have it, and converters leave
+            a head's size that has no meaning as that of values.
+    """
     kv_rank = reader.integer("attention.kv_lora_rank")
     rope_dim = reader.integer("rope.dimension_count")
     is_split = reader.has("attention.key_length_mla")
@@ -146,6 +153,9 @@ def _read_latent(reader: GgufConfigReader, num_heads: int, context_tokens: int) 
     else:
         head_dim, value_dim = (reader.integer(f"attention.{name}_length") for name in ("key", "value"))
         shared = {"head_count_kv": num_heads}
+    if not is_everywhere:
+        shared = {"key_length": kv_rank + rope_dim} if is_split else {}
+        reader.integer("attention.value_length", value_dim)
     for name, expected in shared.items():
         if (found := reader.integer(f"attention.{name}", expected)) != expected:
             raise CheckpointError(

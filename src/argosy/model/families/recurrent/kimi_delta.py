@@ -11,9 +11,9 @@ from dataclasses import replace
 
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
-from argosy.config import KimiDeltaConfig, LatentConfig, LayerConfig, ModelConfig, RouterConfig
+from argosy.config import KimiDeltaConfig, LayerConfig, ModelConfig, RouterConfig
 from argosy.errors import CheckpointError
-from argosy.model.families.latent.deepseek import LATENT_NORM_EPS
+from argosy.model.families.latent.deepseek_gguf import read_latent
 from argosy.model.reading.experts_config import (
     RENORMALIZE_EPS,
     read_dense_layers,
@@ -90,7 +90,8 @@ def open_delta_gguf(file: GgufFile, architecture: str, family: str) -> ModelFile
         floor=0.0 if is_kimi else _read_floor(reader),
         is_rate_log=False,
     )
-    latent = _read_latent(reader, num_heads, sizes["context_tokens"], is_kimi)
+    latent = read_latent(reader, num_heads, sizes["context_tokens"], is_everywhere=False)
+    latent = replace(latent, rope=None if is_kimi else latent.rope, has_head_gates=not is_kimi)
     num_dense = read_dense_layers(reader, num_layers)
     expert_width = reader.integer("expert_feed_forward_length")
     num_shared = reader.integer("expert_shared_count", 0, least=0)
@@ -124,30 +125,6 @@ def _read_floor(reader: GgufConfigReader) -> float:
     if not isinstance(value, float) or not -1e3 < value < 0:
         raise reader.file.wrong(key, value, "a number below zero")
     return value
-
-
-def _read_latent(
-    reader: GgufConfigReader, num_heads: int, context_tokens: int, is_kimi: bool
-) -> LatentConfig:
-    rope_dim, kv_rank = reader.integer("rope.dimension_count"), reader.integer("attention.kv_lora_rank")
-    head_dim = reader.integer("attention.key_length_mla", least=rope_dim + 1)
-    reader.integer("attention.key_length", kv_rank + rope_dim)  # as cached
-    reader.integer(
-        "attention.value_length", kv_rank
-    )  # the converters leave a head's size without meaning here
-    rope = reader.rope(rope_dim, context_tokens)
-    return LatentConfig(
-        num_heads=num_heads,
-        query_rank=reader.integer("attention.q_lora_rank", 0, least=0),
-        kv_rank=kv_rank,
-        nope_dim=head_dim - rope_dim,
-        rope_dim=rope_dim,
-        value_dim=reader.integer("attention.value_length_mla"),
-        norm_eps=LATENT_NORM_EPS,
-        rope=None if is_kimi else replace(rope, is_interleaved=True),
-        has_head_gates=not is_kimi,
-        is_up_split=True,
-    )
 
 
 def _read_router(reader: GgufConfigReader, is_kimi: bool) -> RouterConfig:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from argosy.checkpoint.gguf import GgufArray
 from argosy.config import AttentionConfig, LayerConfig, ModelConfig, RopeConfig
@@ -20,6 +20,7 @@ from argosy.model.reading.config_reader import ConfigReader
 from argosy.model.reading.gguf_config import GgufConfigReader
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+Kind = TypeVar("Kind", str, int)
 
 
 def read_window(reader: ConfigReader, kinds: Sequence[str], default: int) -> int:
@@ -28,6 +29,23 @@ def read_window(reader: ConfigReader, kinds: Sequence[str], default: int) -> int
     if window is None and SLIDING in kinds:
         raise reader.unsupported("sliding_window", "a number, because layer_types asks for a window")
     return window or 0
+
+
+def read_windows_behind(
+    reader: ConfigReader, num_layers: int, window: int, first: int | None, missing: tuple[str, str]
+) -> list[int]:
+    """Return the window of each layer, 0 for all positions: by `layer_types`, otherwise of layers from `first` on.
+
+    Args:
+        first: None: no layer.
+        missing: the key to refuse if `layer_types` asks for a window and there is none, and what it supports.
+    """
+    kinds = reader.layer_types(num_layers)
+    if kinds is None:
+        return [window if first is not None and layer >= first else 0 for layer in range(num_layers)]
+    if not window and SLIDING in kinds:
+        raise reader.unsupported(*missing)
+    return [window if kind == SLIDING else 0 for kind in kinds]
 
 
 def read_networks(reader: ConfigReader, num_layers: int, num_dense: int) -> list[bool]:
@@ -74,9 +92,9 @@ def with_rotating_windows(config: ModelConfig, kinds: Sequence[str], window: int
 
 
 def layers_of(
-    kinds: Sequence[str], is_moe: Sequence[bool], attentions: Mapping[str, AttentionConfig]
+    kinds: Sequence[Kind], is_moe: Sequence[bool], attentions: Mapping[Kind, AttentionConfig]
 ) -> tuple[LayerConfig, ...]:
-    """Return the layers, of which those of a kind have the same attention."""
+    """Return the layers, of which those of a kind have the same attention; a kind may be the size of its window."""
     pairs = zip(kinds, is_moe, strict=True)
     return tuple(LayerConfig(mixer=attentions[kind], is_moe=moe) for kind, moe in pairs)
 
