@@ -70,6 +70,23 @@ SCRIPTS: dict[str, Script] = {
     "#kind": "Water it every day. #safe",
     "#harm": "Do it like this. #unsafe",
 }
+# What guard models say of good and bad texts, by their form, and answers to judge.
+VERDICTS = {
+    "llama-guard": ("safe", "unsafe\nS1"),
+    "qwen3guard": ("Safety: Safe\nCategories: None", "Safety: Unsafe\nCategories: Violent"),
+    "granite-guardian": ("No", "Yes"),
+    "gpt-oss-safeguard": (
+        '{"violation": 0, "policy_category": null}',
+        '{"violation": 1, "policy_category": "H2.f"}',
+    ),
+}
+for _form, (_good, _bad) in VERDICTS.items():
+    SCRIPTS |= {
+        f"#good-{_form}": _good,
+        f"#bad-{_form}": _bad,
+        f"#kind-{_form}": f"Water it. #good-{_form}",
+        f"#harm-{_form}": f"Do it like this. #bad-{_form}",
+    }
 
 WEATHER: dict[str, Any] = {
     "name": "get_weather",
