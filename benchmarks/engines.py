@@ -355,8 +355,8 @@ def token_operations(files: ModelFiles) -> Operations:
         if len(shape) == 2 and name not in ("embed", "head") and not name.endswith("router")
     ]
     for layer in config.moe_layers:
-        for format, shape in zip(files.expert_formats(layer), expert_shapes(config), strict=True):
-            products.append((format, config.experts_per_token * math.prod(shape)))
+        for format, shape in zip(files.expert_formats(layer), expert_shapes(config, layer), strict=True):
+            products.append((format, config.chosen_in(layer) * math.prod(shape)))
     quantised = [(format, 2 * count) for format, count in products if is_quantised(format)]
     return Operations(
         useful=sum(count for _, count in quantised),

@@ -752,7 +752,7 @@ def main() -> None:
     total = sum(file.stat().st_size for file in files if file.is_file())
     config = parse_config(raw)
     num_experts = len(config.moe_layers) * config.num_experts
-    parameters = num_experts * sum(math.prod(shape) for shape in expert_shapes(config))
+    parameters = num_experts * sum(math.prod(shape) for shape in expert_shapes(config, config.moe_layers[0]))
     parameters += sum(math.prod(shape) for _, shape in dense_shapes(config))
     print(
         f"{path}: {parameters / 1e9:.2f} B parameters, {format_bytes(total)} in {seconds:.1f} s"

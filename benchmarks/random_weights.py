@@ -91,7 +91,7 @@ class RandomWeights:
             )
         self.config, self.routing, self._seed = config, routing, seed
         self.shapes: dict[str, tuple[int, ...]] = dict(dense_shapes(config))
-        shapes = expert_shapes(config)
+        shapes = expert_shapes(config, (config.moe_layers or (0,))[0])
         self.shapes |= dict(draft_shapes(config))
         names = ("expert.gate", "expert.up", "expert.down")[-len(shapes) :]
         self.shapes |= dict(zip(names, shapes, strict=True))

@@ -182,7 +182,7 @@ class Trillion:
     def _matrices(self) -> list[tuple[int, int, int]]:
         """(offset in a record, rows, cols) for gate, up and down."""
         placed, end = [], 0
-        for rows, cols in expert_shapes(self.config):
+        for rows, cols in expert_shapes(self.config, self.config.moe_layers[0]):
             placed.append((end, rows, cols))
             end += round_up(matrix_bytes("int4", rows, cols), MATRIX_ALIGNMENT)
         return placed

@@ -21,8 +21,8 @@ WITHOUT = replace(WITH_GATE, activation=ActivationConfig(kind="relu2"))
 
 
 def test_without_a_gate_experts_and_networks_have_two_matrices() -> None:
-    assert expert_shapes(WITH_GATE) == ((12, 32), (12, 32), (32, 12))
-    assert expert_shapes(WITHOUT) == ((12, 32), (32, 12))
+    assert expert_shapes(WITH_GATE, 0) == ((12, 32), (12, 32), (32, 12))
+    assert expert_shapes(WITHOUT, 0) == ((12, 32), (32, 12))
     gates = {"layers.0.gate", "layers.1.shared_gate"}
     assert dict(dense_shapes(WITH_GATE)).keys() - dict(dense_shapes(WITHOUT)).keys() == gates
     total, active = (
@@ -32,7 +32,7 @@ def test_without_a_gate_experts_and_networks_have_two_matrices() -> None:
 
 
 def test_a_record_without_a_gate_is_laid_out_from_two_matrices() -> None:
-    layout = record_layout(WITHOUT, ("bf16", "q8"))
+    layout = record_layout(WITHOUT, 0, ("bf16", "q8"))
     up, down = layout.matrices
     assert [(one.format, one.rows, one.cols) for one in (up, down)] == [("bf16", 12, 32), ("q8", 32, 12)]
     assert layout.nbytes == down.offset + matrix_bytes("q8", 32, 12)
@@ -49,7 +49,7 @@ def test_a_record_without_a_gate_is_laid_out_from_two_matrices() -> None:
 
 def test_latent_experts_have_another_hidden_size_and_two_projections() -> None:
     latent = replace(WITHOUT, expert_latent=16)
-    assert expert_shapes(latent) == ((12, 16), (16, 12))
+    assert expert_shapes(latent, 0) == ((12, 16), (16, 12))
     shapes = dict(dense_shapes(latent))
     assert (shapes["layers.1.latent_down"], shapes["layers.1.latent_up"]) == ((16, 32), (32, 16))
     assert shapes["layers.1.router"] == (6, 32)

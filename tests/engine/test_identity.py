@@ -48,7 +48,7 @@ from tests.models.tiny_gqa import mimo_v2_flash
 from tests.models.tiny_kda import bailing_hybrid, kimi_linear
 from tests.models.tiny_latent import deepseek_v3, glm_moe_dsa, kimi_k2, mistral4
 from tests.models.tiny_llama4 import llama4_text
-from tests.models.tiny_mamba import nemotron_h
+from tests.models.tiny_mamba import nemotron_h_puzzle
 from tests.models.tiny_minimax import minimax
 from tests.models.tiny_recurrent import lfm2_moe
 from tests.models.tiny_ring import ring_linear
@@ -126,15 +126,15 @@ CONFIGS = {
         num_key_value_heads=3,
         num_experts=9,
     ),
-    "nemotron_h": nemotron_h(  # layers with a mixer or a network alone, Mamba-2, latent experts without a gate
+    # Layers with a mixer or a network alone, Mamba-2, latent experts without a gate, their number and width by layer.
+    "nemotron_h_puzzle": nemotron_h_puzzle(
+        "ME*E-ME",
+        ((3, 14), (1, 41), (2, 9)),
         max_position_embeddings=1024,
         hidden_size=72,
-        hybrid_override_pattern="ME*E-ME",
         mamba_num_heads=10,
         moe_latent_size=40,
         n_routed_experts=9,
-        num_experts_per_tok=3,
-        num_hidden_layers=7,
     ),
     "bailing_hybrid": bailing_hybrid(  # Kimi Delta Attention, latent attention with gates of heads
         max_position_embeddings=1024, hidden_size=72, num_experts=9, num_experts_per_tok=3
@@ -225,7 +225,7 @@ CASES = [
     ("qwen3_5_moe_text", "q8"),
     ("lara_mini", "q8"),
     ("gemma4", "q8"),
-    ("nemotron_h", "q8"),
+    ("nemotron_h_puzzle", "q8"),
     ("gemma3_text", "q4"),
 ]
 CASES += [("gpt_oss", "source"), ("gpt_oss", "mxfp4"), ("llama4_text", "source"), ("llama4_text", "q8")]
@@ -248,7 +248,7 @@ IN_SHORT = [
             "qwen3_moe",
             "qwen3_next",
             "lfm2_moe",
-            "nemotron_h",
+            "nemotron_h_puzzle",
             "bailing_hybrid",
             "minimax",
             "deepseek_v3",

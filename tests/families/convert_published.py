@@ -16,19 +16,19 @@ import json
 import sys
 import tempfile
 import types
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from tests.families.hub_configs import RELEASED, RawConfig
 from tests.families.published import PUBLISHED
+from tests.models.converter import has_own_spelling, reading_itself
 from tests.models.rows import rows
 
 RECORD = Path(__file__).with_name("gguf_converted.json")
 
 # Families without a record, and Sarvam-30B, whose converter does not work with transformers 5.24.
 UNKNOWN = ("sarvam_moe", *(name for name, row in rows().items() if row.without_record))
-# Models whose GGUF architecture is another than their family's, and is not read.
-OTHER_ARCHITECTURE = ("Nemotron-Nano-9B-v2",)
 # The `architectures` class of the hub's config.json, which selects the converter, for configs stored here without it.
 CLASSES = {
     "mixtral": "MixtralForCausalLM",
@@ -124,7 +124,7 @@ def configs() -> dict[str, RawConfig]:
     return {
         name: {"architectures": [CLASSES.get(config["model_type"])], **config}
         for name, config in found.items()
-        if config["model_type"] not in UNKNOWN and name not in OTHER_ARCHITECTURE
+        if config["model_type"] not in UNKNOWN
     }
 
 
@@ -167,7 +167,8 @@ def convert(base: Any, config: RawConfig) -> dict[str, Any]:
             kind = Counted
         if hasattr(kind, "_get_suppress_tokens"):  # it looks for rows of zeros in the embeddings
             kind._get_suppress_tokens = lambda self: None
-        model = kind(directory, base.gguf.LlamaFileType.MOSTLY_BF16, directory / "model.gguf")
+        with reading_itself() if has_own_spelling(config) else nullcontext():
+            model = kind(directory, base.gguf.LlamaFileType.MOSTLY_BF16, directory / "model.gguf")
         model = getattr(model, "impl", model)  # some converters only choose another
         model.set_gguf_parameters()
         entries = model.gguf_writer.kv_data[0].items()

@@ -23,7 +23,7 @@ from argosy.checkpoint.safetensors import TensorRef
 from argosy.checkpoint.vocabulary.byte_level import WORDS
 from argosy.config import AttentionConfig, DeltaConfig, LatentConfig, MambaConfig, ModelConfig
 from argosy.errors import CheckpointError
-from argosy.model.families import FAMILIES
+from argosy.model.families import FAMILIES, gguf_families
 from argosy.model.families.wrappers import gemma4_gguf
 from tests.families.convert_published import RECORD, configs
 from tests.helpers.mixers import in_float32
@@ -98,10 +98,7 @@ def open_converted(name: str, path: Path, more: Mapping[str, Any] = MappingProxy
         for tensor, shape in deciding_tensors(hub_config(name), architecture).items()
     }
     file = replace(read_gguf(path), tensors=tensors)
-    readers = {
-        family.GGUF_ARCHITECTURE: family.open_gguf for family in FAMILIES.values() if family.GGUF_ARCHITECTURE
-    }
-    found: Any = readers[architecture](file)
+    found: Any = gguf_families()[architecture].open_gguf(file)
     assert isinstance(found, ModelConfig)
     return found
 
@@ -131,8 +128,8 @@ def test_every_family_is_recorded_or_says_why_not() -> None:
     without = {family for family, of_family in names.items() if not of_family & recorded}
     assert without == {family for family in names if rows()[family].without_record}
     # Of an architecture, one family is enough.
-    of_them = {FAMILIES[family].GGUF_ARCHITECTURE for family in names.keys() - without}
-    assert of_them <= {*ARCHITECTURES, None}
+    of_them = {one for one, family in gguf_families().items() if family.MODEL_TYPE not in without}
+    assert of_them <= {*ARCHITECTURES}
 
 
 def with_frequencies_in_a_tensor(config: ModelConfig) -> ModelConfig:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from gguf import GGUFWriter
 
 from argosy import Engine, SamplingParams
 from argosy.checkpoint.files import DraftFiles
+from argosy.checkpoint.geometry import count_parameters
+from argosy.cli.main import main
 from argosy.config import (
     ActivationConfig,
     AttentionConfig,
@@ -22,7 +24,10 @@ from argosy.config import (
     RouterConfig,
 )
 from argosy.errors import ArgosyError, CheckpointError
+from argosy.experts.slots import lay_out
+from argosy.forecast.assumed import assume_pack
 from argosy.model.families import FAMILIES, open_model, read_config
+from argosy.model.work import work_of
 from tests.families import published_mamba as published
 from tests.models.gguf_mamba import write_mamba_gguf
 from tests.models.gguf_models import one_type
@@ -31,7 +36,7 @@ from tests.models.numpy_model import NumpyModel
 from tests.models.references import LARGEST_DIFFERENCE, difference, mean_divergence
 from tests.models.safetensors_file import read_checkpoint, write_checkpoint
 from tests.models.tiny import RawConfig, prompt_ids, write_model
-from tests.models.tiny_mamba import granitemoehybrid, nemotron_h
+from tests.models.tiny_mamba import granitemoehybrid, nemotron_h, nemotron_h_puzzle
 
 
 def parse(raw: RawConfig) -> ModelConfig:
@@ -226,6 +231,14 @@ GGUF = {
         moe_intermediate_size=32, moe_shared_expert_intermediate_size=64, moe_latent_size=32,
         num_nextn_predict_layers=1,
     ),
+    "nemotron_h without experts": nemotron_h(
+        hidden_size=64, head_dim=32, hybrid_override_pattern="M-*-", intermediate_size=96, mamba_head_dim=16,
+        mamba_num_heads=4, num_attention_heads=2, num_hidden_layers=4, num_key_value_heads=1,
+    ),
+    "nemotron_h_puzzle": nemotron_h_puzzle(
+        "EM*EE", ((3, 64), (1, 32), (2, 96)), hidden_size=64, head_dim=32, mamba_head_dim=16, mamba_num_heads=4,
+        moe_latent_size=32, moe_shared_expert_intermediate_size=64, num_attention_heads=2, num_key_value_heads=1,
+    ),
 }  # fmt: skip
 
 
@@ -267,6 +280,11 @@ def test_nemotron_s_layer_for_multi_token_prediction_drafts_from_gguf(tmp_path: 
         ("nemotron_h", {"feed_forward_length": [0, 32]}, "a whole number from 0 on for each of 6 layers"),
         ("nemotron_h", {"feed_forward_length": [0, 0, 0, 0, 0, 32]}, "blk.1.ssm_in.weight is missing"),
         ("nemotron_h", {"moe_every_n_layers": 2}, "moe_every_n_layers"),
+        ("nemotron_h without experts", {"feed_forward_length": [0, 96, 0, 64]}, "the same width in every"),
+        ("nemotron_h_puzzle", {"expert_used_count": [3, 0, 0, 0, 2]}, "from 1 to 6 in every layer with experts"),
+        ("nemotron_h_puzzle", {"expert_used_count": [3, 0, 0, 7, 2]}, "room for the 7 experts of a token"),
+        ("nemotron_h_puzzle", {"expert_feed_forward_length": [64, 0, 0, 0, 96]}, "from 1 to 96 in every layer with"),
+        ("nemotron_h_puzzle", {"expert_feed_forward_length": [64, 0, 0, 64, 96]}, "blk.3.ffn_up_exps.weight"),
     ],
 )  # fmt: skip
 def test_odd_metadata_are_refused(
@@ -278,24 +296,113 @@ def test_odd_metadata_are_refused(
     assert sentence in str(caught.value)
 
 
-def test_puzzle_is_refused_with_its_nearest_relative_and_what_differs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_puzzle_s_layers_have_their_own_numbers_of_experts_and_widths() -> None:
+    raw = nemotron_h_puzzle()
+    config = parse(raw)
+    assert (config.experts_per_token, config.expert_width) == (3, 17)
+    assert [(config.chosen_in(i), config.expert_width_in(i)) for i in config.moe_layers] == [(3, 10), (1, 17)]
+    assert config.mean_experts_per_token == 2
+    everything, active = count_parameters(config)
+    assert everything - active == 2 * 12 * ((6 - 3) * 10 + (6 - 1) * 17)
+    even = nemotron_h_puzzle(experts=((2, 14), (2, 14)))
+    assert parse(even) == replace(parse(nemotron_h(moe_latent_size=12)), family="nemotron_h_puzzle")
+
+
+def test_puzzle_s_common_sizes_may_be_inside_or_outside_of_its_blocks() -> None:
+    """NVIDIA's code drops outside what is inside, and other spellings of the kinds of layers."""
+    raw = nemotron_h_puzzle()
+    inside = {key: raw.pop(key) for key in ("moe_latent_size", "moe_shared_expert_intermediate_size")}
+    raw["block_configs"] = [
+        block | inside if block["block_type"] == "moe" else block for block in raw["block_configs"]
+    ]
+    raw |= {"blockwise_members": sorted(inside), "layers_block_type": None, "moe_latent_size": 99}
+    assert parse(raw) == parse(nemotron_h_puzzle())
+    raw["block_configs"][1]["moe_latent_size"] = None  # outside, it has another value
+    with pytest.raises(ArgosyError, match="block_configs gives moe_latent_size as 99 and 12"):
+        parse(raw)
+
+
+@pytest.mark.parametrize(
+    ("number", "changes", "sentence"),
+    [
+        (0, {"block_type": "gate"}, "block_configs[0] asks for block_type 'gate'; supported: mamba, attention"),
+        (0, {"intermediate_size": 4}, "block_configs[0] sets intermediate_size to 4, but nemotron_h_puzzle does not"),
+        (1, {"num_experts_per_tok": None}, "block_configs[1]: num_experts_per_tok is null"),
+        (1, {"num_experts_per_tok": 7}, "num_experts_per_tok is 7, a whole number; expected a whole number from 1"),
+        (1, {"moe_intermediate_size": "8"}, "block_configs[1]: moe_intermediate_size is '8', text"),
+        (1, {"n_routed_experts": 5}, "gives n_routed_experts as 5 and 6; supported: layers of one kind differ only in"),
+        (2, {"ssm_state_size": 8}, "gives ssm_state_size as 12 and 8; supported: layers of one kind"),
+        (3, {"sliding_window": 8}, "asks for sliding_window 8; supported: null"),
+        (3, {"q_indexer_top_k": 8}, "block_configs[3] sets q_indexer_top_k to 8"),
+    ],
+)  # fmt: skip
+def test_unsupported_puzzles_are_refused_by_name(number: int, changes: dict[str, Any], sentence: str) -> None:
+    raw = nemotron_h_puzzle()
+    raw["block_configs"][number] |= changes
+    with pytest.raises(ArgosyError) as caught:
+        parse(raw)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("blocks", [None, [], {}, [1], "M"])
+def test_a_puzzle_needs_its_blocks(blocks: object) -> None:
+    with pytest.raises(CheckpointError, match="expected block_configs with an object for each layer"):
+        parse(nemotron_h_puzzle() | {"block_configs": blocks})
+
+
+# As large as Nemotron-Labs-3-Puzzle-75B-A9B, with five widths and seven numbers of experts as there, not in its order.
+UNEVEN = (
+    (4, 1280), (6, 1280), (8, 1280), (8, 1280), (10, 1280), (10, 1536), (12, 1536), (14, 1792), (14, 2048), (18, 2688),
+)  # fmt: skip
+LIKE_THE_RELEASED = nemotron_h_puzzle(
+    published.NEMOTRON_3_SUPER["hybrid_override_pattern"],
+    UNEVEN * 4,
+    **published.nemotron_h(**published.NEMOTRON_3_SUPER, model_type="nemotron_h_puzzle", ssm_state_size=96),
+)
+
+
+def test_puzzle_is_planned_and_shown_from_its_config_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its layers have experts of different widths, and tokens choose different numbers of them."""
-    raw = nemotron_h(model_type="nemotron_h_puzzle", block_configs=[{"block_type": "mamba"}])
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(ArgosyError, match="asks for model_type 'nemotron_h_puzzle'") as caught:
-        open_model(tmp_path)
-    assert "nemotron_h" in str(caught.value.hint)
-    monkeypatch.setattr(
-        GGUFWriter,
-        "add_expert_used_count",
-        lambda self, _: self.add_array("nemotron_h_moe.expert_used_count", [0, 2, 0, 0, 3, 2]),
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LIKE_THE_RELEASED))
+    assert main(["show", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "parameters    75 B, 9.33 B active per token" in shown
+    assert "512 per layer, 4 to 18 per token, width 1280 to 2688" in shown
+    assert main(["plan", str(path), "--json", "--memory", "32GiB"]) == 0
+    assert json.loads(capsys.readouterr().out)["curve"][-1]["num_slots"] == 40 * 512
+
+
+def test_slots_for_experts_of_five_widths_waste_little_memory() -> None:
+    """There are at most four kinds of slots; with one, each slot would be 1.68 times as large as a mean expert."""
+    files = assume_pack(parse(LIKE_THE_RELEASED), "q4", Path("config.json"))
+    layout = lay_out(files.experts, experts_per_token=files.config.experts_per_token)
+    sizes = [record.nbytes for record in files.experts.values()]
+    mean = sum(sizes) / len(sizes)
+    assert len(layout.kinds) == 4
+    assert max(sizes) > 1.6 * mean
+    assert layout.slot_bytes < 1.05 * mean
+    work = work_of(files, "f16")
+    chosen = sum(
+        files.config.chosen_in(layer) * files.experts[layer, 0].nbytes for layer in files.config.moe_layers
     )
-    write_mamba_gguf(tmp_path / "model.gguf", GGUF["nemotron_h"], one_type("F32"), seed=3)
-    with pytest.raises(ArgosyError, match="expert_used_count") as caught:
-        open_model(tmp_path / "model.gguf")
-    assert "supported: the same value in every layer" in str(caught.value)
+    assert work.routed_token_bytes() == pytest.approx(chosen)
+
+
+def test_routing_is_recorded_only_if_layers_choose_alike(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> Any:
+        raise AssertionError("opened a recorder")
+
+    directory, config = tmp_path / "model", nemotron_h_puzzle()
+    write_model(directory, config, seed=1)
+    with Engine.open(directory, memory="4GiB", threads=1, recorder=refuse) as engine:
+        engine.generate(prompt_ids(config, 1), SamplingParams(max_tokens=3, temperature=0))
+    (tmp_path / "text.txt").write_text("a b")
+    assert main(["routes", str(directory), str(tmp_path / "text.txt"), "--memory", "2GiB"]) != 0
+    assert "recordings need the same number in every layer" in capsys.readouterr().err
 
 
 def test_a_damaged_decay_rate_is_refused(tmp_path: Path) -> None:

@@ -207,7 +207,9 @@ def large_files(name: str, num_layers: int, num_shards: int) -> dict[str, tuple[
             if canonical.endswith(".router"):
                 layer = int(canonical.split(".")[1])
                 for expert in range(config.num_experts):
-                    yield from zip(layout.names_of_expert(layer, expert), expert_shapes(config), strict=True)
+                    yield from zip(
+                        layout.names_of_expert(layer, expert), expert_shapes(config, layer), strict=True
+                    )
 
     listed = list(tensors())
     per_shard = -(-len(listed) // num_shards)

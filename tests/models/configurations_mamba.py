@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.models.configuration import Configuration
-from tests.models.tiny_mamba import granitemoehybrid, nemotron_h
+from tests.models.tiny_mamba import granitemoehybrid, nemotron_h, nemotron_h_puzzle
 
 CONFIGURATIONS = (
     Configuration(name="granitemoehybrid_plain", config=granitemoehybrid()),
@@ -47,6 +47,21 @@ CONFIGURATIONS = (
             routed_scaling_factor=1.0,
             use_bias=True,
             use_conv_bias=False,
+            vocab_size=60,
+        ),
+    ),
+    Configuration(name="nemotron_h_puzzle_plain", config=nemotron_h_puzzle()),
+    Configuration(
+        name="nemotron_h_puzzle_groups_dense",
+        config=nemotron_h_puzzle(
+            "E-M*EE",
+            ((2, 13), (3, 6), (1, 9)),
+            hidden_size=26,
+            moe_latent_size=None,
+            n_group=2,
+            n_routed_experts=8,
+            num_attention_heads=3,
+            num_key_value_heads=1,
             vocab_size=60,
         ),
     ),

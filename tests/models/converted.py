@@ -25,7 +25,7 @@ from tests.models.tiny_gqa import mimo_v2_flash
 from tests.models.tiny_grouped import bailing_moe, dots1, exaone_moe, hy_v3
 from tests.models.tiny_hunyuan import hunyuan
 from tests.models.tiny_llama4 import OF_GGUF, llama4, llama4_text
-from tests.models.tiny_mamba import granitemoehybrid, nemotron_h
+from tests.models.tiny_mamba import granitemoehybrid, nemotron_h, nemotron_h_puzzle, without_experts
 from tests.models.tiny_ministral import mistral_small_3, wrapped_ministral3
 from tests.models.tiny_ocr import deepseek_vl_v2
 from tests.models.tiny_step import FULL, SLIDING, step3p5, step3p7
@@ -249,6 +249,19 @@ CONVERTED: dict[str, tuple[str, RawConfig]] = {
     # llama.cpp cannot run dense layers beside those with experts, nor mixers without a bias of the convolution; its
     # converter wants multiples of 64 channels.
     "nemotron_h_plain": ("nemotron_h_moe", nemotron_h(mamba_head_dim=16, mamba_num_heads=4)),
+    "nemotron_h_puzzle": (
+        "nemotron_h_moe",
+        nemotron_h_puzzle("EM*EME", ((2, 10), (4, 17), (1, 26)), mamba_head_dim=16, mamba_num_heads=4),
+    ),
+    # Without experts, as models before Nemotron-3.
+    "nemotron_h_dense": (
+        "nemotron_h",
+        without_experts(
+            nemotron_h(
+                hybrid_override_pattern="M-*-M-", mamba_head_dim=16, mamba_num_heads=4, num_hidden_layers=6
+            )
+        ),
+    ),
     "nemotron_h_latent": (
         "nemotron_h_moe",
         nemotron_h(

@@ -77,7 +77,9 @@ def convert(converter: Any, source: Path, made: Path, *arguments: str, tokens: S
 
 def has_own_spelling(config: dict[str, Any]) -> bool:
     row = rows().get(config["model_type"])
-    return row is not None and row.has_own_spelling
+    # transformers adds experts to a Nemotron without any.
+    adds_experts = config["model_type"] == "nemotron_h" and "num_experts_per_tok" not in config
+    return adds_experts or (row is not None and row.has_own_spelling)
 
 
 def reading_itself() -> Any:

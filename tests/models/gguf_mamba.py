@@ -14,10 +14,16 @@ import numpy as np
 from gguf import GGUFWriter
 
 from tests.models.gguf_models import TypeOf, add, in_pairs, to_blocks
-from tests.models.rows import row_of
 from tests.models.safetensors_file import Array, write_checkpoint
 from tests.models.tiny import RawConfig, random_tensors
-from tests.models.tiny_mamba import mamba_sizes, pattern
+from tests.models.tiny_mamba import mamba_sizes, of_layer, pattern
+
+
+def architecture_of(config: RawConfig) -> str:
+    if config["model_type"] == "granitemoehybrid":
+        return "granitehybrid"
+    return "nemotron_h_moe" if "E" in pattern(config) else "nemotron_h"
+
 
 _MODEL_NAMES = {
     "embed_tokens.weight": "token_embd.weight",
@@ -64,6 +70,7 @@ _NAMES = {
     "mixer.fc1_latent_proj.weight": "ffn_latent_down.weight",
     "mixer.fc2_latent_proj.weight": "ffn_latent_up.weight",
     **{f"mixer.shared_experts.{part}_proj.weight": f"ffn_{part}_shexp.weight" for part in ("up", "down")},
+    **{f"mixer.{part}_proj.weight": f"ffn_{part}.weight" for part in ("up", "down")},
 }
 
 
@@ -75,7 +82,7 @@ def write_mamba_gguf(
     `metadata` replaces the arrays of the architecture's keys.
     """
     rng = np.random.default_rng([seed, 3])
-    writer = GGUFWriter(path, row_of(config).gguf)
+    writer = GGUFWriter(path, architecture_of(config))
     _add_metadata(writer, config, metadata or {})
     exact: dict[str, Array] = {}
     stacks: dict[str, list[Array]] = {}
@@ -138,6 +145,16 @@ def _gguf_name(hub_name: str, config: RawConfig) -> str:
     return f"blk.{layer}.{_NAMES[name]}"
 
 
+def _widths(config: RawConfig, kinds: list[str]) -> list[int]:
+    """Return the width of each layer's network, 0 in layers with a mixer alone."""
+    return [
+        of_layer(config, i)["moe_intermediate_size"]
+        if "E" in kind
+        else config["intermediate_size"] * (kind == "-")
+        for i, kind in enumerate(kinds)
+    ]
+
+
 def _add_metadata(writer: GGUFWriter, config: RawConfig, changes: dict[str, Any]) -> None:
     num_mtp_layers = config.get("num_nextn_predict_layers", 0)
     kinds, kv_heads = [*pattern(config), *["*E"] * num_mtp_layers], config["num_key_value_heads"]
@@ -145,12 +162,17 @@ def _add_metadata(writer: GGUFWriter, config: RawConfig, changes: dict[str, Any]
     is_granite = config["model_type"] == "granitemoehybrid"
     arrays: dict[str, Any] = {
         "attention.head_count_kv": [kv_heads if "*" in kind else 0 for kind in kinds],
-        "feed_forward_length": config["intermediate_size"]
-        if is_granite
-        else [config["moe_intermediate_size"] if "E" in kind else 0 for kind in kinds],
+        "feed_forward_length": config["intermediate_size"] if is_granite else _widths(config, kinds),
     }
+    if "block_configs" in config:
+        arrays["expert_feed_forward_length"] = arrays["feed_forward_length"]
+        arrays["expert_used_count"] = [one.get("num_experts_per_tok", 0) for one in config["block_configs"]]
+    elif not is_granite and "E" in pattern(config):
+        arrays["expert_feed_forward_length"] = config["moe_intermediate_size"]
+    if "num_experts_per_tok" in config and architecture_of(config) != "nemotron_h":
+        arrays["expert_used_count"] = config["num_experts_per_tok"]
     for name, value in (arrays | changes).items():
-        key = f"{row_of(config).gguf}.{name}"
+        key = f"{architecture_of(config)}.{name}"
         if isinstance(value, list):
             writer.add_array(key, value)
         else:
@@ -164,7 +186,6 @@ def _add_metadata(writer: GGUFWriter, config: RawConfig, changes: dict[str, Any]
     writer.add_rope_freq_base(float(config["rope_theta"]))
     writer.add_rope_scaling_finetuned(False)
     writer.add_layer_norm_rms_eps(config.get("rms_norm_eps") or config["layer_norm_epsilon"])
-    writer.add_expert_used_count(config["num_experts_per_tok"])
     writer.add_ssm_conv_kernel(taps)
     writer.add_ssm_inner_size(heads * dim)
     writer.add_ssm_state_size(state)
@@ -181,8 +202,8 @@ def _add_metadata(writer: GGUFWriter, config: RawConfig, changes: dict[str, Any]
         writer.add_layer_norm_eps(config["layer_norm_epsilon"])
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
+    if architecture_of(config) == "nemotron_h_moe":
         writer.add_expert_count(config["n_routed_experts"])
-        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
         writer.add_expert_shared_feed_forward_length(config["moe_shared_expert_intermediate_size"])
         writer.add_expert_shared_count(1)
         writer.add_expert_weights_norm(config["norm_topk_prob"])

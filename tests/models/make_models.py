@@ -15,6 +15,7 @@ the order of sums and not the model.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -33,6 +34,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import numpy as np
 import torch
 import transformers
+from transformers.models.nemotron_h import modeling_nemotron_h
 
 from tests.models.configurations import CONFIGURATIONS, Configuration
 from tests.models.rows import row_of
@@ -66,6 +68,25 @@ class Answer:
         )
 
 
+@contextmanager
+def layers_of_puzzle(raw: RawConfig) -> Iterator[None]:
+    """Give each layer of a Nemotron's experts its own config, as NVIDIA's code of Puzzle, which transformers lacks,
+    does with the modules of Nemotron-3.
+    """
+    made = modeling_nemotron_h.NemotronHMoE.__init__
+
+    def init(self: Any, config: Any, layer_idx: int) -> None:
+        own = copy.copy(config)
+        for key in ("moe_intermediate_size", "num_experts_per_tok"):
+            setattr(own, key, raw["block_configs"][layer_idx][key])
+        made(self, own, layer_idx)
+
+    with mock.patch.object(
+        modeling_nemotron_h.NemotronHMoE, "__init__", init if "block_configs" in raw else made
+    ):
+        yield
+
+
 def load(directory: Path) -> transformers.PreTrainedModel:
     """Load the checkpoint's text model in float32; fail on any tensor that no known part accounts for."""
     raw = json.loads((directory / "config.json").read_text())
@@ -77,15 +98,16 @@ def load(directory: Path) -> transformers.PreTrainedModel:
     if loading.prefix:
         how["key_mapping"] = {"^" + re.escape(loading.prefix): ""}
     cls = getattr(transformers, loading.model)
-    model, info = cls.from_pretrained(
-        directory,
-        dtype=torch.float32,
-        attn_implementation="eager",
-        experts_implementation="eager",
-        output_loading_info=True,
-        **how,
-    )
-    num_layers = text["num_hidden_layers"]
+    with layers_of_puzzle(raw):
+        model, info = cls.from_pretrained(
+            directory,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            experts_implementation="eager",
+            output_loading_info=True,
+            **how,
+        )
+    num_layers = text["num_hidden_layers"] or len(raw["block_configs"])
     mtp = [f"model.layers.{num_layers + i}." for i in range(text.get("num_nextn_predict_layers", 0))]
     unread = (
         *mtp,

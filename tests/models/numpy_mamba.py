@@ -10,7 +10,7 @@ import numpy as np
 from tests.models import numpy_flags
 from tests.models.numpy_recurrent import convolve
 from tests.models.safetensors_file import Array
-from tests.models.tiny_mamba import RawConfig, mamba_sizes, pattern
+from tests.models.tiny_mamba import RawConfig, mamba_sizes, of_layer, pattern
 
 if TYPE_CHECKING:
     from tests.models.numpy_model import NumpyModel, Places
@@ -38,7 +38,7 @@ def with_common_keys(config: RawConfig) -> RawConfig:
 def run_layer(model: NumpyModel, layer: int, hidden: Array, places: Places) -> Array:
     """Return the hidden state after a layer."""
     config, prefix, kind = model.config, f"model.layers.{layer}.", pattern(model.config)[layer]
-    if config["model_type"] == "nemotron_h":
+    if config["model_type"] != "granitemoehybrid":
         x = model.norm(prefix + "norm", hidden)
         match kind:
             case "M":
@@ -47,7 +47,7 @@ def run_layer(model: NumpyModel, layer: int, hidden: Array, places: Places) -> A
                 return hidden + _attention(model, prefix + "mixer.", x)
             case "-":
                 return hidden + _network(model.tensors, prefix + "mixer.", x)
-        return hidden + _experts(model, prefix + "mixer.", x)
+        return hidden + _experts(model, of_layer(config, layer), prefix + "mixer.", x)
     x, scale = model.norm(prefix + "input_layernorm", hidden), config["residual_multiplier"]
     if kind == "M":
         mixed = mamba(config, model.tensors, prefix + "mamba.", x)
@@ -106,8 +106,8 @@ def _attention(model: NumpyModel, prefix: str, x: Array) -> Array:
     return model.linear(prefix + "o_proj", out.reshape(tokens, -1))
 
 
-def _experts(model: NumpyModel, prefix: str, x: Array) -> Array:
-    config, tensors = model.config, model.tensors
+def _experts(model: NumpyModel, config: RawConfig, prefix: str, x: Array) -> Array:
+    tensors = model.tensors
     scores = 1 / (1 + np.exp(-x @ tensors[prefix + "gate.weight"].T))
     worth = scores + tensors[prefix + "gate.e_score_correction_bias"]
     grouped = worth.reshape(len(x), config["n_group"], -1)

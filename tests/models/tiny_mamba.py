@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.models.rows import Row
+from tests.models.rows import Loading, Row
 
 RawConfig = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 
-FAMILIES = ("granitemoehybrid", "nemotron_h")
+FAMILIES = ("granitemoehybrid", "nemotron_h", "nemotron_h_puzzle")
 _KINDS = {
     "mamba": "M",
     "linear_attention": "M",
@@ -134,8 +134,50 @@ def nemotron_h(**changes: Any) -> RawConfig:
     } | changes
 
 
+def nemotron_h_puzzle(
+    letters: str = "MEM*E", experts: tuple[tuple[int, int], ...] = ((3, 10), (1, 17)), **changes: Any
+) -> RawConfig:
+    """A config.json with the keys of Nemotron-Labs-3-Puzzle's; `experts` has those of a token, and their width, for
+    each E of the pattern.
+    """
+    config = nemotron_h(
+        model_type="nemotron_h_puzzle", architectures=["NemotronHPuzzleForCausalLM"], moe_latent_size=12,
+        num_hidden_layers=None, mtp_block_configs=[],
+    ) | changes  # fmt: skip
+    for key in ("hybrid_override_pattern", "moe_intermediate_size", "num_experts_per_tok"):
+        del config[key]
+    kinds, left = {letter: kind for kind, letter in reversed(_KINDS.items())}, list(experts)
+    blocks: list[RawConfig] = [{"block_type": kinds[letter]} for letter in letters]
+    for block in blocks:
+        if block["block_type"] == "moe":
+            block["num_experts_per_tok"], block["moe_intermediate_size"] = left.pop(0)
+            block["n_routed_experts"] = config["n_routed_experts"]
+    assert not left
+    return config | {"block_configs": blocks, "layers_block_type": [kinds[letter] for letter in letters]}
+
+
+def uniform(config: RawConfig) -> RawConfig:
+    """Return the config of a Nemotron-3 with Puzzle's layers, all with the experts of the last."""
+    own = of_layer(config, max(moe_layers(config)))
+    left_out = ("block_configs", "mtp_block_configs", "block_type", "model_type", "num_hidden_layers")
+    return {key: value for key, value in own.items() if key not in left_out}
+
+
+def of_layer(config: RawConfig, layer: int) -> RawConfig:
+    """Return the config with the keys of a layer of Puzzle's."""
+    return config | config["block_configs"][layer] if "block_configs" in config else config
+
+
+def without_experts(config: RawConfig) -> RawConfig:
+    """Return the config of a Nemotron before Nemotron-3, which has no keys of experts."""
+    ours = ("moe_", "n_group", "n_routed", "n_shared", "norm_topk", "num_experts", "routed_", "topk_")
+    return {key: value for key, value in config.items() if key == "n_groups" or not key.startswith(ours)}
+
+
 def pattern(config: RawConfig) -> str:
     """Return the kind of each layer's first block: M Mamba-2, * attention, E experts, - a dense network."""
+    if "block_configs" in config:
+        return "".join(_KINDS[block["block_type"]] for block in config["block_configs"])
     kinds = config.get("layer_types") or config.get("layers_block_type")
     return "".join(_KINDS[kind] for kind in kinds) if kinds else config["hybrid_override_pattern"]
 
@@ -191,8 +233,9 @@ def mamba_model_shapes(config: RawConfig) -> Shapes:
     }
     for i, kind in enumerate(pattern(config)):
         layer = f"{prefix}layers.{i}."
-        of_layer = _granite_layer(config, kind) if is_granite else _nemotron_layer(config, kind)
-        shapes |= {layer + name: shape for name, shape in of_layer.items()}
+        own = of_layer(config, i)
+        parts = _granite_layer(own, kind) if is_granite else _nemotron_layer(own, kind)
+        shapes |= {layer + name: shape for name, shape in parts.items()}
     shapes[prefix + ("norm.weight" if is_granite else "norm_f.weight")] = (hidden,)
     if config.get("num_nextn_predict_layers"):
         joined = {
@@ -202,8 +245,8 @@ def mamba_model_shapes(config: RawConfig) -> Shapes:
         }
         attention, experts = (_nemotron_layer(config, kind) for kind in "*E")
         of_layers = (joined | attention, experts | {"final_layernorm.weight": (hidden,)})
-        for i, of_layer in enumerate(of_layers):
-            shapes |= {f"mtp.layers.{i}.{name}": shape for name, shape in of_layer.items()}
+        for i, parts in enumerate(of_layers):
+            shapes |= {f"mtp.layers.{i}.{name}": shape for name, shape in parts.items()}
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (vocab, hidden)
     return shapes
@@ -285,5 +328,15 @@ ROWS = {
         has_own_experts=True,
         gguf="nemotron_h_moe",
         chats=("nemotron3",),
+    ),
+    "nemotron_h_puzzle": Row(
+        shapes=mamba_model_shapes,
+        loading=Loading(config=lambda raw: ("NemotronHConfig", uniform(raw))),
+        has_own_modules=True,
+        has_own_experts=True,
+        gguf="nemotron_h_moe",
+        chats=("nemotron3",),
+        without_record="only the sizes of its hub's config are known here",
+        without_mlx="MLX's checkpoints of it are refused",
     ),
 }

@@ -477,9 +477,10 @@ def experts_read(model: ModelConfig, plan: MemoryPlan) -> float:
         return 0.0
     num_sweeps = -(-PLANNED_PROMPT // plan.chunk_tokens)
     tokens = min(PLANNED_PROMPT, plan.chunk_tokens)
-    touched = per_layer * (1.0 - (1.0 - model.experts_per_token / per_layer) ** tokens)
+    chosen = model.mean_experts_per_token
+    touched = per_layer * (1.0 - (1.0 - chosen / per_layer) ** tokens)
     missed = 1.0 - typical_hit_rate(1.0 - missing, num_experts=per_layer)
-    asked = model.experts_per_token * PLANNED_ANSWER
+    asked = chosen * PLANNED_ANSWER
     return len(model.moe_layers) * (num_sweeps * touched * missing + asked * missed)
 
 

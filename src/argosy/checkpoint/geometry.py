@@ -36,11 +36,12 @@ Shape = tuple[int, ...]
 _MOST_EXPERTS = 1 << 20  # in all layers together; the largest released model has 82,432
 
 
-def expert_shapes(config: ModelConfig) -> tuple[tuple[int, int], ...]:
+def expert_shapes(config: ModelConfig, layer: int) -> tuple[tuple[int, int], ...]:
     """Return the shapes of gate, up and down, or of up and down if the activation has no gate: the same for every
-    routed expert of a model.
+    routed expert of a layer.
     """
-    wide, narrow = (config.expert_width, config.expert_hidden), (config.expert_hidden, config.expert_width)
+    width, hidden = config.expert_width_in(layer), config.expert_hidden
+    wide, narrow = (width, hidden), (hidden, width)
     return (wide, wide, narrow) if config.activation.has_gate else (wide, narrow)
 
 
@@ -100,8 +101,9 @@ def count_parameters(config: ModelConfig) -> tuple[int, int]:
     choose.
     """
     dense = sum(prod(shape) for _, shape in dense_shapes(config))
-    expert = sum(prod(shape) for shape in expert_shapes(config)) * len(config.moe_layers)
-    return dense + config.num_experts * expert, dense + config.experts_per_token * expert
+    sizes = {layer: sum(map(prod, expert_shapes(config, layer))) for layer in config.moe_layers}
+    active = sum(config.chosen_in(layer) * size for layer, size in sizes.items())
+    return dense + config.num_experts * sum(sizes.values()), dense + active
 
 
 def _layer_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]]:
@@ -115,7 +117,7 @@ def _layer_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]
     if parts.has_network:
         if config.has_pre_norms and not config.is_parallel:
             yield "mlp_norm", vector
-        yield from _routed_shapes(config) if parts.is_moe else _dense_shapes(config)
+        yield from _routed_shapes(config, layer) if parts.is_moe else _dense_shapes(config)
         if config.has_post_norms or (config.has_moe_post_norm and parts.is_moe):
             yield "mlp_post_norm", vector
     if config.has_layer_scale:
@@ -289,8 +291,8 @@ def _dense_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     yield "down", (config.hidden_size, config.dense_width)
 
 
-def _routed_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
-    hidden = config.hidden_size
+def _routed_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]]:
+    hidden, width = config.hidden_size, config.expert_width_in(layer)
     if config.router.has_norm:
         yield "router_norm", (hidden,)
     yield "router", (config.num_experts, hidden)
@@ -305,8 +307,8 @@ def _routed_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
         yield "expert_post_norm", (hidden,)
         yield "shared_post_norm", (hidden,)
     if config.has_expert_bias:
-        yield "expert_gate_bias", (config.num_experts, config.expert_width)
-        yield "expert_up_bias", (config.num_experts, config.expert_width)
+        yield "expert_gate_bias", (config.num_experts, width)
+        yield "expert_up_bias", (config.num_experts, width)
         yield "expert_down_bias", (config.num_experts, config.expert_hidden)
     if config.expert_latent:
         yield "latent_down", (config.expert_latent, hidden)

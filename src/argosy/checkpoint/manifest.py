@@ -75,11 +75,11 @@ class RecordLayout:
     stride: int  # from one record to the next
 
 
-def record_layout(config: ModelConfig, formats: ExpertFormats) -> RecordLayout:
-    """Compute the record layout of a model's experts, given the formats of their matrices."""
+def record_layout(config: ModelConfig, layer: int, formats: ExpertFormats) -> RecordLayout:
+    """Compute the record layout of a layer's experts, given the formats of their matrices."""
     matrices = []
     at = 0
-    for format, (rows, cols) in zip(formats, expert_shapes(config), strict=True):
+    for format, (rows, cols) in zip(formats, expert_shapes(config, layer), strict=True):
         at = round_up(at, MATRIX_ALIGNMENT)
         matrices.append(ExpertMatrix(0, at, format, rows, cols))
         at += matrix_bytes(format, rows, cols)
@@ -92,7 +92,7 @@ def lay_out_experts(
     """Yield ((layer, expert), file, offset, layout) of every record of a pack, in order."""
     ends = [0] * num_shares
     for layer in config.moe_layers:
-        layout = record_layout(config, formats_of(layer))
+        layout = record_layout(config, layer, formats_of(layer))
         for expert in range(config.num_experts):
             share = shard_of(layer, expert) % num_shares
             yield (layer, expert), expert_file(share + 1, num_shares), ends[share], layout
@@ -431,7 +431,7 @@ class _Strict:
 
     def expert_formats(self, value: object, config: ModelConfig) -> dict[int, ExpertFormats]:
         """Read the formats of an expert's matrices in each layer with experts, from one format for all or a list."""
-        layers, count = config.moe_layers, len(expert_shapes(config))
+        layers, count = config.moe_layers, 3 if config.activation.has_gate else 2
         if not isinstance(value, list):
             format = self.format(value, "experts.format")
             return dict.fromkeys(layers, (format,) * count)

@@ -136,7 +136,7 @@ def contents_of(files: ModelFiles, format: str, num_shares: int, encoders: list[
     def expert_formats(layer: int) -> ExpertFormats:
         if format == "source":
             return files.expert_formats(layer)
-        return (cast(Format, format),) * len(expert_shapes(config))
+        return (cast(Format, format),) * len(expert_shapes(config, layer))
 
     for (layer, expert), file, start, layout in lay_out_experts(
         config, expert_formats, num_shares=num_shares

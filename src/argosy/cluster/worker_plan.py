@@ -141,7 +141,8 @@ def plan_worker(
         most_assignments=most_rows * config.experts_per_token,
     )
     sizes = _native.StackSizes(config.expert_hidden, 0)
-    sizes.add_routed(config.num_experts, config.experts_per_token, config.expert_width, 0)
+    for layer in config.moe_layers:
+        sizes.add_routed(config.num_experts, config.chosen_in(layer), config.expert_width_in(layer), 0)
     is_transcoded = any(piece.transcode for record in share.values() for piece in record.pieces)
     has_act_order = any(not ACT_ORDER_FORMATS.isdisjoint(record.formats) for record in share.values())
     biases = biases_of(files)

@@ -119,6 +119,9 @@ class LayerConfig:
     # None: the model's. Of the dense network or the routed experts, and of the shared expert.
     activation: ActivationConfig | None = None
     shared_activation: ActivationConfig | None = None
+    # None: the model's. Of the routed experts.
+    experts_per_token: int | None = None
+    expert_width: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,8 +135,8 @@ class ModelConfig:
     norm_eps: float
     context_tokens: int  # the longest sequence the model supports
     num_experts: int = 0  # per layer; 0: no layer has routed experts
-    experts_per_token: int = 0
-    expert_width: int = 0
+    experts_per_token: int = 0  # in layers without their own number; no layer has a larger one
+    expert_width: int = 0  # the same
     router: RouterConfig = RouterConfig()
     activation: ActivationConfig = ActivationConfig()  # for feed-forward networks of layers without their own
     dense_width: int = 0  # FFN width of layers without routed experts
@@ -255,3 +258,15 @@ class ModelConfig:
     @property
     def moe_layers(self) -> tuple[int, ...]:
         return tuple(i for i, layer in enumerate(self.layers) if layer.is_moe)
+
+    def chosen_in(self, layer: int) -> int:
+        """How many of a layer's routed experts a token chooses."""
+        return self.layers[layer].experts_per_token or self.experts_per_token
+
+    def expert_width_in(self, layer: int) -> int:
+        return self.layers[layer].expert_width or self.expert_width
+
+    @property
+    def mean_experts_per_token(self) -> float:
+        """How many routed experts a token chooses in a layer with experts."""
+        return sum(map(self.chosen_in, self.moe_layers)) / max(1, len(self.moe_layers))

@@ -69,8 +69,13 @@ def configure(files: ModelFiles, **options: Unpack[EngineOptions]) -> EngineConf
 def with_recorder(
     config: EngineConfig, files: ModelFiles, recorder: OpenRecorder | None
 ) -> tuple[EngineConfig, RoutingRecorder | None]:
-    """Open a recorder of routing, if there is one and the model has something to record, and give it memory."""
-    if recorder is None or not files.config.moe_layers or config.experts_off:
+    """Open a recorder of routing, if there is one and the model has something to record, and give it memory.
+
+    Recordings have the same number of choices in every layer, so models whose layers differ have none.
+    """
+    model = files.config
+    is_even = len(set(map(model.chosen_in, model.moe_layers))) == 1
+    if recorder is None or not is_even or config.experts_off:
         return config, None
     opened = recorder(files, config)
     return replace(config, claims=(*config.claims, Claim("routing_bytes", opened.nbytes))), opened

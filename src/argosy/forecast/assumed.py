@@ -49,17 +49,18 @@ def assume_pack(config: ModelConfig, format: Format, path: Path) -> ModelFiles:
         nbytes = matrix_bytes(stored, rows, cols)
         dense[name] = MatrixRef(name, path, end, nbytes, stored, rows, cols)
         end += round_up(nbytes, _PAGE)
-    matrices: list[ExpertMatrix] = []
-    record_bytes = 0
-    for rows, cols in expert_shapes(config):
-        matrices.append(ExpertMatrix(0, record_bytes, format, rows, cols))
-        record_bytes += round_up(matrix_bytes(format, rows, cols), MATRIX_ALIGNMENT)
-    record_bytes = round_up(record_bytes, _PAGE)
     experts: dict[tuple[int, int], ExpertRecord] = {}
+    end = 0
     for layer in config.moe_layers:
+        matrices: list[ExpertMatrix] = []
+        nbytes = 0
+        for rows, cols in expert_shapes(config, layer):
+            matrices.append(ExpertMatrix(0, nbytes, format, rows, cols))
+            nbytes += round_up(matrix_bytes(format, rows, cols), MATRIX_ALIGNMENT)
+        nbytes = round_up(nbytes, _PAGE)
         for expert in range(config.num_experts):
-            piece = Piece(path, len(experts) * record_bytes, record_bytes, checksum=0)
-            experts[layer, expert] = ExpertRecord.laid_out((piece,), matrices)
+            experts[layer, expert] = ExpertRecord.laid_out((Piece(path, end, nbytes, checksum=0),), matrices)
+            end += nbytes
     return ModelFiles(path, config, dense, experts, is_packed=True)
 
 

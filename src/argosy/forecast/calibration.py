@@ -255,7 +255,7 @@ def _write_model(path: Path, size: _Size) -> None:
     for layer in config.moe_layers:
         for expert in range(config.num_experts):
             names = layout.names_of_expert(layer, expert)
-            tensors += [tensor(*pair) for pair in zip(names, expert_shapes(config), strict=True)]
+            tensors += [tensor(*pair) for pair in zip(names, expert_shapes(config, layer), strict=True)]
     path.mkdir()
     (path / CONFIG_FILE).write_text(json.dumps(raw))
     write_safetensors(path / "model.safetensors", tensors)

@@ -102,7 +102,7 @@ class Speeds:
         self.working_set = working_set or WorkingSet.prior(
             model.moe_layers,
             num_experts=max(1, model.num_experts),
-            experts_per_token=max(1, model.experts_per_token),
+            experts_per_token=max(1, round(model.mean_experts_per_token)),
         )
 
     def decode(
@@ -330,7 +330,7 @@ def verdict_of(plan: MemoryPlan, model: ModelConfig) -> Verdict:
     """How a model runs in a plan; `thrashes` means that one token's experts are evicted before the next token."""
     if plan.slots.is_resident:
         return "resident"
-    one_token = len(model.moe_layers) * model.experts_per_token
+    one_token = sum(map(model.chosen_in, model.moe_layers))
     return "streams" if plan.slots.without_media >= one_token else "thrashes"
 
 

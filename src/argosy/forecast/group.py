@@ -121,7 +121,7 @@ def _step_s(
     work: Work, rates: Rates, machines: int, hit_rate: float, hidden_size: int, network: Network, context: int
 ) -> tuple[float, float]:
     """Return the seconds of a step, and the network's part of them."""
-    chosen = work.experts_per_token
+    chosen = round(work.experts_per_token)
     dense_s = sum(
         rates.product_s(format, nbytes, parameters, 1)
         for part in (work.dense, work.head)

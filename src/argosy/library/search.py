@@ -17,7 +17,7 @@ from argosy.checkpoint.hub import Hub, Source, hub_address, is_hub_name
 from argosy.checkpoint.untrusted_file import quote
 from argosy.errors import UsageError
 from argosy.library.places import Model, find_models
-from argosy.model.families import FAMILIES
+from argosy.model.families import FAMILIES, gguf_families
 
 MOST_ASKED = 100  # models that the hub is asked for, most downloaded first
 _MOST_BYTES = 4 << 20
@@ -110,8 +110,7 @@ def _may_run(tags: set[str], architecture: object) -> bool | None:
     if tags & _NOT_READ:
         return False
     if "gguf" in tags:
-        known = {family.GGUF_ARCHITECTURE for family in FAMILIES.values()} - {None}
         if isinstance(architecture, str):
-            return architecture in known
+            return architecture in gguf_families()
         return True if tags & FAMILIES.keys() else None
     return "safetensors" in tags and bool(tags & FAMILIES.keys())

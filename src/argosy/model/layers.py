@@ -78,13 +78,13 @@ def stack_sizes(config: ModelConfig) -> _native.StackSizes:
     is_apart = config.has_post_norms or config.has_moe_post_norm
     if is_apart or any(_ffn_scale(config, i) != 1 for i in range(config.num_layers)):
         sizes.add_ffn_post_norm()
-    for layer in config.layers:
+    for i, layer in enumerate(config.layers):
         _add_mixer_sizes(sizes, layer.mixer)
         if layer.is_moe:
             sizes.add_routed(
                 config.num_experts,
-                config.experts_per_token,
-                config.expert_width,
+                config.chosen_in(i),
+                config.expert_width_in(i),
                 config.shared_width,
                 config.has_expert_norms or config.router.weighs_input,
                 config.expert_latent,
@@ -424,7 +424,7 @@ def _routed_ffn(config: ModelConfig, layer: int, weights: DenseWeights) -> _nati
         weights.matrices[name + "router"],
         routing(config, layer, weights),
         router_bias=weights.vectors.get(name + "router_bias"),
-        width=config.expert_width,
+        width=config.expert_width_in(layer),
         shared=_network(name + "shared_", weights) if config.shared_width else None,
         shared_score=weights.matrices[name + "shared_score"] if config.shared_is_gated else None,
         router_norm=router_norm,
@@ -446,7 +446,7 @@ def routing(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.R
     """Describe how a layer chooses experts from its router's product and bias."""
     router = config.router
     return _native.Routing(
-        config.experts_per_token,
+        config.chosen_in(layer),
         score=router.score,
         choice_bias=weights.vectors.get(f"layers.{layer}.choice_bias"),
         num_groups=router.num_groups,

@@ -33,10 +33,11 @@ class Attention(NamedTuple):
 class Work:
     """The reads and operations of one model.
 
+    experts_per_token: in a layer; layers may differ, and this is their mean.
     dense: bytes and parameters in memory by format, of all layers.
     head: the same for the head, which only the last token of a prompt needs.
-    expert: the same for one routed expert.
-    record_bytes: size of one expert on the drive, read in pieces of `piece_bytes`.
+    expert: the same for one routed expert, the mean of those that a token chooses.
+    record_bytes: the mean size on the drive of those experts, read in pieces of `piece_bytes`.
     is_transcoded: whether readers transcode records to the formats in memory.
     attention: kinds of layers with keys and values.
     kv_dtype: of the KV cache.
@@ -45,7 +46,7 @@ class Work:
     num_layers: int
     num_moe_layers: int
     num_experts: int  # per layer
-    experts_per_token: int
+    experts_per_token: float
     dense: Mapping[str, tuple[float, float]]
     head: Mapping[str, tuple[float, float]]
     expert: Mapping[str, tuple[float, float]]
@@ -86,23 +87,26 @@ def work_of(files: ModelFiles, kv_dtype: KvDtype) -> Work:
         part[ref.format][0] += ref.landed_bytes
         part[ref.format][1] += ref.rows * ref.cols
     expert: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    records = [files.experts[layer, 0] for layer in config.moe_layers]
-    for record in records:
+    records = [(files.experts[layer, 0], config.chosen_in(layer)) for layer in config.moe_layers]
+    num_chosen = sum(chosen for _, chosen in records)
+    for record, chosen in records:
         for matrix in record.matrices:
-            expert[matrix.format][0] += matrix_bytes(matrix.format, matrix.rows, matrix.cols) / len(records)
-            expert[matrix.format][1] += matrix.rows * matrix.cols / len(records)
-    record_bytes = sum(record.nbytes for record in records)
+            nbytes = matrix_bytes(matrix.format, matrix.rows, matrix.cols)
+            expert[matrix.format][0] += chosen * nbytes / num_chosen
+            expert[matrix.format][1] += chosen * matrix.rows * matrix.cols / num_chosen
+    token_bytes = sum(chosen * record.nbytes for record, chosen in records)
+    num_pieces = sum(chosen * len(record.pieces) for record, chosen in records)
     return Work(
         num_layers=config.num_layers,
         num_moe_layers=len(config.moe_layers),
         num_experts=config.num_experts,
-        experts_per_token=config.experts_per_token,
+        experts_per_token=config.mean_experts_per_token,
         dense={format: (nbytes, count) for format, (nbytes, count) in dense.items()},
         head={format: (nbytes, count) for format, (nbytes, count) in head.items()},
         expert={format: (nbytes, count) for format, (nbytes, count) in expert.items()},
-        record_bytes=record_bytes / max(1, len(records)),
-        piece_bytes=record_bytes / sum(len(record.pieces) for record in records) if records else 1.0,
-        is_transcoded=any(piece.transcode is not None for record in records for piece in record.pieces),
+        record_bytes=token_bytes / max(1, num_chosen),
+        piece_bytes=token_bytes / num_pieces if records else 1.0,
+        is_transcoded=any(piece.transcode is not None for record, _ in records for piece in record.pieces),
         attention=_attention(config, kv_dtype),
         kv_dtype=kv_dtype,
     )

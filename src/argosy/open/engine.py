@@ -47,7 +47,8 @@ class Engine(engine.Engine):
             observe_routes: called with (layer, expert_ids [tokens, k]) in every step. Routing can reveal text: keep it
                 private. Every step stops at every layer to call it; a recorder costs next to nothing.
             recorder: opens a recorder that receives the choices of all steps, several steps at a time; not called for
-                a model without routed experts. With a recorder, the user's cache also keeps the drive's rate.
+                a model without routed experts, or whose layers choose different numbers of them. With a recorder, the
+                user's cache also keeps the drive's rate.
             experts: other processes that also run experts, such as a `cluster.Group`; it serves only this engine.
             options: see `EngineOptions`.
 

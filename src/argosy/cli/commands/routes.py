@@ -153,7 +153,10 @@ def _open(model: str, options: dict[str, Any], num_domains: int, num_tokens: int
         )  # fmt: skip
     if not made:
         engine.close()
-        raise UsageError(f"{model} has no routed experts")
+        raise UsageError(
+            f"{model} has no routed experts, or its layers choose different numbers of them; recordings need the same "
+            "number in every layer"
+        )
     return _Reader(engine, made[0])
 
 

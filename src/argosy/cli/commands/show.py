@@ -103,6 +103,8 @@ def geometry_facts(config: ModelConfig) -> dict[str, Any]:
         "num_experts": config.num_experts,
         "experts_per_token": config.experts_per_token,
         "expert_width": config.expert_width,
+        "least_experts_per_token": min(map(config.chosen_in, config.moe_layers), default=0),
+        "least_expert_width": min(map(config.expert_width_in, config.moe_layers), default=0),
         "shared_width": config.shared_width,
         "vocab_size": config.vocab_size,
         "context_tokens": config.context_tokens,
@@ -176,8 +178,8 @@ def _hypothetical_sizes(config: ModelConfig) -> dict[str, Any]:
         )
 
     def expert_bytes(format: Format) -> int:
-        one = sum(matrix_bytes(format, rows, cols) for rows, cols in expert_shapes(config))
-        return one * config.num_experts * len(config.moe_layers)
+        shapes = (shape for layer in config.moe_layers for shape in expert_shapes(config, layer))
+        return config.num_experts * sum(matrix_bytes(format, *shape) for shape in shapes)
 
     formats: tuple[Format, ...] = ("bf16", "q8", "q4")
     tokens = 1024
@@ -270,14 +272,20 @@ def _geometry_lines(facts: dict[str, Any]) -> list[str]:
         f"  parameters    {parameter_count(everything)}, {parameter_count(active)} active per token",
         f"  layers        {facts['num_layers']}, {facts['num_moe_layers'] or 'none'} with routed experts"
         + (recurrent if facts["num_recurrent_layers"] else ""),
-        f"  experts       {facts['num_experts']} per layer, {facts['experts_per_token']} per token,"
-        f" width {facts['expert_width']}{shared}"
+        f"  experts       {facts['num_experts']} per layer, {_span(facts, 'experts_per_token')} per token,"
+        f" width {_span(facts, 'expert_width')}{shared}"
         if facts["num_experts"]
         else "  experts       none: all weights stay in memory",
         f"  attention     {facts['num_heads']} heads, {facts['num_kv_heads']} KV heads,"
         f" head size {facts['head_dim']}; hidden size {facts['hidden_size']}",
         f"  vocabulary    {facts['vocab_size']} tokens; context {facts['context_tokens']} tokens",
     ]
+
+
+def _span(facts: dict[str, Any], name: str) -> str:
+    """A number of experts that may differ between layers."""
+    least, most = facts[f"least_{name}"], facts[name]
+    return str(most) if least == most else f"{least} to {most}"
 
 
 def _plan(model: str, files: ModelFiles, settings: Settings) -> MemoryPlan:

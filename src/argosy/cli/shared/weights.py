@@ -22,11 +22,10 @@ def weight_facts(files: ModelFiles) -> dict[str, Any]:
     from argosy.checkpoint.geometry import expert_shapes
     from argosy.checkpoint.gguf_names import GGUF_SUFFIX, PART_NAME, format_in_name
 
-    sizes = [files.config.num_experts * prod(shape) for shape in expert_shapes(files.config)]
     experts: Counter[str] = Counter()
     for layer in {layer for layer, _ in files.experts}:
-        for kind, size in zip(files.expert_formats(layer), sizes, strict=True):
-            experts[kind] += size
+        for kind, shape in zip(files.expert_formats(layer), expert_shapes(files.config, layer), strict=True):
+            experts[kind] += files.config.num_experts * prod(shape)
     weights = experts.copy()
     for ref in files.dense.values():
         weights[ref.format] += ref.rows * ref.cols

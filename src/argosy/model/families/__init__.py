@@ -38,7 +38,16 @@ from argosy.model.reading.mistral_params import CONFIG_FILE, PARAMS_FILE, find_c
 from argosy.model.reading.mlx import mlx_layouts
 from argosy.model.reading.quantization import read_stored
 
-__all__ = ["CONFIG_FILE", "FAMILIES", "PARAMS_FILE", "Family", "config_alone", "open_model", "read_config"]
+__all__ = [
+    "CONFIG_FILE",
+    "FAMILIES",
+    "PARAMS_FILE",
+    "Family",
+    "config_alone",
+    "gguf_families",
+    "open_model",
+    "read_config",
+]
 
 
 class Family(Protocol):
@@ -47,7 +56,7 @@ class Family(Protocol):
     MODEL_TYPE: str  # `OTHER_TYPES`, if there are any, are further names of the same
     LAYOUTS: tuple[Layout, ...]
 
-    GGUF_ARCHITECTURE: str | None
+    GGUF_ARCHITECTURE: str | None  # `OTHER_ARCHITECTURES`, if there are any, are further ones
 
     def parse_config(self, raw: Mapping[str, object]) -> ModelConfig: ...
 
@@ -72,7 +81,7 @@ FAMILIES: Mapping[str, Family] = {
             "attention.step3p5", "wrappers.step3p7", "attention.cohere2_moe",
             "attention.granitemoe", "attention.granitemoeshared", "attention.ernie4_5_moe",
             "recurrent.minimax", "recurrent.bailing_moe_linear",
-            "recurrent.lfm2_moe", "recurrent.granitemoehybrid", "recurrent.nemotron_h",
+            "recurrent.lfm2_moe", "recurrent.granitemoehybrid", "recurrent.nemotron_h", "recurrent.nemotron_h_puzzle",
             "recurrent.kimi_linear", "recurrent.bailing_hybrid",
             "wrappers.qwen3_vl_moe", "wrappers.qwen3_omni_moe", "wrappers.glm4v_moe", "wrappers.gemma4",
             "wrappers.internvl", "wrappers.internvl_chat", "wrappers.deepseek_ocr",
@@ -203,12 +212,7 @@ def _open_gguf(path: Path, mmproj: Path | None, tower: Path | None) -> ModelFile
             supported=("model",),
         )
     architecture = file.text("general.architecture")
-    # Families that share an architecture share its reader.
-    families = {
-        family.GGUF_ARCHITECTURE: family
-        for family in FAMILIES.values()
-        if family.GGUF_ARCHITECTURE is not None
-    }
+    families = gguf_families()
     if architecture not in families:
         raise UnsupportedModel(
             f"{path.name} has architecture '{quote(architecture)}'; supported: {', '.join(families)}",
@@ -224,6 +228,16 @@ def _open_gguf(path: Path, mmproj: Path | None, tower: Path | None) -> ModelFile
             path=path,
         )
     return _with_mmproj(families[architecture].open_gguf(file), mmproj, tower)
+
+
+def gguf_families() -> dict[str, Family]:
+    """Return the family of each GGUF architecture that is read; families that share one share its reader."""
+    return {
+        architecture: family
+        for family in FAMILIES.values()
+        if family.GGUF_ARCHITECTURE is not None
+        for architecture in (family.GGUF_ARCHITECTURE, *getattr(family, "OTHER_ARCHITECTURES", ()))
+    }
 
 
 def _with_mmproj(files: ModelFiles, given: Path | None, tower: Path | None) -> ModelFiles:

@@ -236,7 +236,7 @@ class _Accounts(TensorAccounts):
 
     def experts(self, config: ModelConfig, layer: int) -> dict[tuple[int, int], ExpertRecord]:
         """Take the routed experts of a layer."""
-        shapes = tuple(expert_shapes(config))
+        shapes = tuple(expert_shapes(config, layer))
         if f"blk.{layer}.ffn_gate_exps.weight" not in self and f"blk.{layer}.ffn_gate.0.weight" in self:
             slices = [
                 [
@@ -266,7 +266,7 @@ class _Accounts(TensorAccounts):
 
     def _stacks(self, config: ModelConfig, layer: int) -> list[tuple[TensorRef, int]]:
         """Take the tensors of all gates, ups and downs of a layer, and each one's first row in its tensor."""
-        shapes = expert_shapes(config)
+        shapes = expert_shapes(config, layer)
         names = [f"blk.{layer}.{name}_exps.weight" for name in _EXPERT_NAMES[-len(shapes) :]]
         if (joined := f"blk.{layer}.ffn_gate_up_exps.weight") in self and config.activation.has_gate:
             (rows, cols), _, down = shapes

@@ -140,8 +140,8 @@ class Layout:
         return tuple(prefix + name.format(expert=expert) for name in self.expert_names)
 
     def gate_up_shape(self, config: ModelConfig) -> tuple[int, int, int]:
-        """Return the shape of the first tensor of stacked float experts."""
-        rows, cols = 2 * config.expert_width, config.expert_hidden
+        """Return the shape of the first tensor of stacked float experts, in the first layer with experts."""
+        rows, cols = 2 * config.expert_width_in(config.moe_layers[0]), config.expert_hidden
         return (config.num_experts, *((rows, cols) if self.transposed_names is None else (cols, rows)))
 
     def is_passed_over(self, config: ModelConfig) -> Callable[[str], bool]:
@@ -320,28 +320,28 @@ class _Accounts(WeightAccounts):
         elif layout.mxfp4_names is not None:
             read = self._mxfp4_expert
         return {
-            (layer, expert): read(config, layout, expert, layout.names_of_expert(layer, expert))
+            (layer, expert): read(config, layout, layer, expert, layout.names_of_expert(layer, expert))
             for layer in config.moe_layers
             for expert in range(config.num_experts)
         }
 
     def _single_expert(
-        self, config: ModelConfig, layout: Layout, expert: int, names: tuple[str, ...]
+        self, config: ModelConfig, layout: Layout, layer: int, expert: int, names: tuple[str, ...]
     ) -> ExpertRecord:
-        matrices = zip(names, expert_shapes(config), strict=True)
+        matrices = zip(names, expert_shapes(config, layer), strict=True)
         return ExpertRecord.of(*(self.weight(name, shape) for name, shape in matrices))
 
     def _stacked_expert(
-        self, config: ModelConfig, layout: Layout, expert: int, names: tuple[str, ...]
+        self, config: ModelConfig, layout: Layout, layer: int, expert: int, names: tuple[str, ...]
     ) -> ExpertRecord:
         slice = Slice(config.num_experts, expert)
-        matrices = zip(names, expert_shapes(config), strict=True)
+        matrices = zip(names, expert_shapes(config, layer), strict=True)
         return ExpertRecord.of(*(self.weight(name, shape, slice) for name, shape in matrices))
 
     def _fused_expert(
-        self, config: ModelConfig, layout: Layout, expert: int, names: tuple[str, ...]
+        self, config: ModelConfig, layout: Layout, layer: int, expert: int, names: tuple[str, ...]
     ) -> ExpertRecord:
-        gate, _, down = expert_shapes(config)
+        gate, _, down = expert_shapes(config, layer)
         if self.codes_of(names[0]) is not None:
             halves = [self.weight(names[0], gate, Slice(config.num_experts, expert, 2, at)) for at in (0, 1)]
             return ExpertRecord.of(*halves, self.weight(names[1], down, Slice(config.num_experts, expert)))
@@ -355,9 +355,9 @@ class _Accounts(WeightAccounts):
         )
 
     def _transposed_expert(
-        self, config: ModelConfig, layout: Layout, expert: int, names: tuple[str, ...]
+        self, config: ModelConfig, layout: Layout, layer: int, expert: int, names: tuple[str, ...]
     ) -> ExpertRecord:
-        (width, hidden), _, _ = expert_shapes(config)
+        (width, hidden), _, _ = expert_shapes(config, layer)
         pieces, formats = [], []
         for name, shape in zip(names, ((hidden, 2 * width), (width, hidden)), strict=True):
             ref, format = self.take(name, (config.num_experts, *shape))
@@ -380,10 +380,10 @@ class _Accounts(WeightAccounts):
             raise self.unread(self._tensors[blocks], shape, scheme, "mxfp4")
 
     def _mxfp4_expert(
-        self, config: ModelConfig, layout: Layout, expert: int, names: tuple[str, ...]
+        self, config: ModelConfig, layout: Layout, layer: int, expert: int, names: tuple[str, ...]
     ) -> ExpertRecord:
         """Blocks [experts, rows, cols / 32, 16] and scales [experts, rows, cols / 32] of OCP MXFP4."""
-        gate, _, down = expert_shapes(config)
+        gate, _, down = expert_shapes(config, layer)
         for key, size in (("hidden_size", gate[1]), ("intermediate_size", down[1])):
             if size % MXFP4_GROUP:
                 raise CheckpointError(

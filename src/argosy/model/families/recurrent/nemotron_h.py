@@ -1,10 +1,9 @@
 """Nemotron-3 (Nano, Super) and Nemotron-H: a layer is a Mamba-2 mixer, attention without rotary embedding, experts, or
 a dense network, alone behind one norm. Networks have no gate, only relu squared; Super's experts read and write latent
-vectors. Models before Nemotron-3, such as Nano-9B-v2, have no experts.
+vectors. Models before Nemotron-3, such as Nano-9B-v2, have none. Layers for multi-token prediction are passed over.
 
 A step of a mixer, dt, is not clamped, as in NVIDIA's kernels, vLLM and llama.cpp. transformers 5.24 raises it to
 `time_step_min` in a prompt and not afterwards, so that its answers depend on how a text was cut into steps.
-Layers for multi-token prediction are passed over. Puzzle, whose layers differ in top-k, has another `model_type`.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from argosy.config import AttentionConfig, MambaConfig, ModelConfig
 from argosy.model.families.recurrent.mamba import MAMBA_NAMES, MOST_OF_ONE, NO_LIMIT, require_even_shares
 from argosy.model.families.recurrent.nemotron_h_gguf import (
     GGUF_ARCHITECTURE,
+    OTHER_ARCHITECTURES,
     RELU2,
     layers_of,
     open_gguf,
@@ -27,7 +27,7 @@ from argosy.model.reading.config_reader import ConfigReader
 from argosy.model.reading.experts_config import read_sigmoid_router
 from argosy.model.reading.layout import Layout
 
-__all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
+__all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "OTHER_ARCHITECTURES", "open_gguf", "parse_config"]
 
 MODEL_TYPE = "nemotron_h"
 

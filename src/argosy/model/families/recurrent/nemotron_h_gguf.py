@@ -1,20 +1,26 @@
-"""The layers of Nemotron-3, and its GGUF files, in which the KV heads and the width of the network say what a layer is:
-a Mamba-2 mixer has 0 of both. llama.cpp's own files always have a shared expert and a bias of the choice.
+"""The layers of Nemotrons, and their GGUF files, in which KV heads and the width of the network say what a layer is: a
+Mamba-2 mixer has 0 of both. Files of architecture `nemotron_h` have dense networks; those of `nemotron_h_moe` have
+experts, always a shared expert and a bias of the choice, and, of Puzzle, widths and numbers of experts by layer.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import ActivationConfig, AttentionConfig, LayerConfig, MambaConfig, ModelConfig
 from argosy.errors import UnsupportedModel
 from argosy.model.families.recurrent.mamba import read_gguf_mamba
-from argosy.model.reading.config_reader import ConfigReader
+from argosy.model.reading.config_reader import MOST_EXPERTS, ConfigReader
 from argosy.model.reading.experts_config import read_grouped_router, require_groups
 from argosy.model.reading.gguf_config import SIGMOID, GgufConfigReader
 from argosy.model.reading.gguf_layout import read_gguf_layout
 
 GGUF_ARCHITECTURE = "nemotron_h_moe"
+OTHER_ARCHITECTURES = ("nemotron_h",)
 RELU2 = ActivationConfig(kind="relu2")
 _LETTERS = {
     "mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "moe": "E", "mlp": "-",
@@ -22,41 +28,88 @@ _LETTERS = {
 
 
 def open_gguf(file: GgufFile) -> ModelFiles:
-    """Open a GGUF file of architecture `nemotron_h_moe`.
+    """Open a GGUF file of architecture `nemotron_h_moe`, or `nemotron_h`.
 
     Raises:
         UnsupportedModel: a key, value or tensor type that is not supported.
         CheckpointError: a key or tensor is missing, malformed, or contradicts another.
     """
-    reader = GgufConfigReader(file, GGUF_ARCHITECTURE)
+    architecture = file.text("general.architecture")
+    has_experts = architecture == GGUF_ARCHITECTURE
+    reader = GgufConfigReader(file, architecture)
     num_kv_heads, has_attention = reader.attention_layers()
     num_layers, num_mtp_layers = reader.num_layers(), reader.num_mtp_layers()
     widths = reader.integers("feed_forward_length", num_layers + num_mtp_layers, least=0)
+    network = "E" if has_experts else "-"
     pattern = "".join(
-        "*" if attends else "E" if width else "M"
+        "*" if attends else network if width else "M"
         for attends, width in zip(has_attention, widths[:num_layers], strict=True)
     )
-    common = reader.common(has_rope=False, num_kv_heads=num_kv_heads)
+    common = reader.common(has_rope=False, num_kv_heads=num_kv_heads, has_experts=False)
     reader.key("attention.layer_norm_epsilon")  # converters write it beside the epsilon that is used
-    reader.neutral("expert_shared_count", 1)
-    reader.neutral("expert_gating_func", SIGMOID)
-    router = read_grouped_router(reader, is_sigmoid=True, has_choice_bias=True)
+    if not has_experts and len(found := set(widths) - {0}) > 1:
+        raise reader.unsupported(
+            "feed_forward_length", sorted(found), "the same width in every dense network"
+        )
     config = ModelConfig(
         family="nemotron_h",
         layers=layers_of(pattern, read_gguf_mamba(reader), AttentionConfig(**common.attention)),
-        expert_width=reader.integer("expert_feed_forward_length", most=max(widths)),
-        shared_width=reader.integer("expert_shared_feed_forward_length"),
-        expert_latent=reader.integer("moe_latent_size", 0, least=0),
-        router=require_groups(router, common.model["num_experts"], common.model["experts_per_token"]),
+        dense_width=0 if has_experts else max(widths),
         activation=RELU2,
         num_mtp_layers=num_mtp_layers,
         **common.model,
     )
+    if has_experts:
+        config = _with_experts(config, reader)
     reader.finish()
     # Layers have one norm, but that for multi-token prediction has two.
-    draft_norm = {f"layers.{num_layers}.mlp_norm": "post_attention_norm.weight"}
+    draft_norm = {f"layers.{num_layers}.mlp_norm": "post_attention_norm.weight"} if has_experts else {}
     names = {"mlp_norm": "attn_norm.weight", **draft_norm}
     return read_gguf_layout(file, config, is_paired=False, has_rope_freqs=False, names=names)
+
+
+def _with_experts(config: ModelConfig, reader: GgufConfigReader) -> ModelConfig:
+    reader.neutral("expert_shared_count", 1)
+    reader.neutral("expert_gating_func", SIGMOID)
+    num_experts = reader.integer("expert_count", most=MOST_EXPERTS)
+    every_layer = config.num_layers + config.num_mtp_layers
+    chosen, widths = (
+        reader.integers(name, every_layer, least=0)
+        for name in ("expert_used_count", "expert_feed_forward_length")
+    )
+    router = read_grouped_router(reader, is_sigmoid=True, has_choice_bias=True)
+    config = replace(
+        config,
+        num_experts=num_experts,
+        shared_width=reader.integer("expert_shared_feed_forward_length"),
+        expert_latent=reader.integer("moe_latent_size", 0, least=0),
+        router=require_groups(router, num_experts, max(chosen)),
+    )
+    for name, counts, most in (
+        ("expert_used_count", chosen, num_experts),
+        ("expert_feed_forward_length", widths, max(widths)),
+    ):
+        if not all(0 < counts[layer] <= most for layer in config.moe_layers):
+            expected = f"from 1 to {most} in every layer with experts"
+            raise reader.unsupported(name, list(counts), expected)
+    return with_experts_of(config, chosen, widths)
+
+
+def with_experts_of(config: ModelConfig, chosen: Sequence[int], widths: Sequence[int]) -> ModelConfig:
+    """Return the config with how many experts a token chooses in each layer, and how wide they are. Layers for
+    multi-token prediction may follow.
+    """
+    moe = config.moe_layers
+    most, widest = (max((counts[layer] for layer in moe), default=0) for counts in (chosen, widths))
+    layers = list(config.layers)
+    for layer in moe:
+        own: dict[str, Any] = {}
+        if chosen[layer] != most:
+            own["experts_per_token"] = chosen[layer]
+        if widths[layer] != widest:
+            own["expert_width"] = widths[layer]
+        layers[layer] = replace(layers[layer], **own)
+    return replace(config, layers=tuple(layers), experts_per_token=most, expert_width=widest)
 
 
 def read_pattern(reader: ConfigReader) -> str:
