@@ -40,6 +40,7 @@ class Format(ABC):
     Attributes:
         name: its name in the table of formats.
         thinking: the marks around thoughts.
+        spells_thoughts: these marks count even if they are neither tokens nor in the chat template.
         tokens, words: the evidence that a model writes this format: control tokens of its vocabulary, and what its chat
             template says.
         pieces: control tokens that are parts of spelled marks.
@@ -49,6 +50,7 @@ class Format(ABC):
 
     name: ClassVar[str]
     thinking: ClassVar[tuple[str, str]] = ("<think>", "</think>")
+    spells_thoughts: ClassVar[bool] = False
     tokens: ClassVar[tuple[str, ...]] = ()
     words: ClassVar[tuple[str, ...]] = ()
     pieces: ClassVar[tuple[str, ...]] = ()
@@ -62,9 +64,10 @@ class Format(ABC):
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         # Marks around thoughts or text that are neither a token nor in the template are text that a model may write.
+        thinking = () if self.spells_thoughts else self.thinking
         unknown = {
             mark
-            for mark in (*self.thinking, *(mark for pair in self.wrapping for mark in pair))
+            for mark in (*thinking, *(mark for pair in self.wrapping for mark in pair))
             if tokenizer.control_id(mark) is None and mark not in (tokenizer.chat_template or "")
         }
         self.lexer = Lexer([mark for mark in self.marks() if mark not in unknown], tokenizer, self.pieces)

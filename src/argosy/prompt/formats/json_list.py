@@ -87,6 +87,7 @@ class Hunyuan(JsonList):
 class MiniMaxM1(JsonList):
     name = "minimax_m1"
     words = ("<tool_calls>", "<beginning_of_sentence>")
+    spells_thoughts = True  # vLLM's parser looks for calls behind them
     blocks = {"<tool_calls>": "</tool_calls>"}  # noqa: RUF012
     around = ("\n", "\n")
     between = "\n"
