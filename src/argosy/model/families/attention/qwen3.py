@@ -101,10 +101,10 @@ def open_gguf(file: GgufFile) -> ModelFiles:
 
 
 def _is_in_embedding(head: TensorRef, file: GgufFile) -> bool:
-    """Whether the rows of a head are those of its labels, which are tokens, in the embedding table."""
+    """Whether the rows of a head are those of its two labels, which are tokens, in the embedding table."""
     embed = file.tensors.get("token_embd.weight")
     lists = [file.texts(key) for key in (_LABELS, _TOKENS) if isinstance(file.metadata.get(key), GgufArray)]
-    if embed is None or len(lists) < 2 or head.shape != (len(lists[0]), *embed.shape[1:]):
+    if embed is None or len(lists) < 2 or head.shape != (2, *embed.shape[1:]) or len(lists[0]) != 2:
         return False
     labels, tokens = lists
     if not set(labels) <= set(tokens[: embed.shape[0]]):
