@@ -14,6 +14,7 @@ ELSEWHERE = {
     "conversion/base.py",
     "conversion_mapping.py",
     "convert_hf_to_gguf.py",
+    "bailing_moe_mtp.py",
     "deepseek_mtp.py",
     "modeling_deepseek_v2.py",
     "modeling_rope_utils.py",

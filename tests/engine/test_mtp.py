@@ -20,12 +20,14 @@ from tests.engine.random_drafter import RandomDrafter
 from tests.models.gguf_models import one_type, write_gguf_model
 from tests.models.tiny import glm4_moe, prompt_ids, write_model
 from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
+from tests.models.tiny_kda import bailing_hybrid
 from tests.models.tiny_latent import deepseek_v3
 from tests.models.tiny_mtp import NumpyDraft, write_mtp_model
 
 CONFIGS = {
     "deepseek_v3": deepseek_v3(max_position_embeddings=256),
     "glm4_moe": glm4_moe(max_position_embeddings=256),
+    "bailing_hybrid": bailing_hybrid(max_position_embeddings=256, num_hidden_layers=2),
     "qwen3_next": qwen3_next(max_position_embeddings=256),
     "qwen3_5_moe_text": qwen3_5_moe_text(max_position_embeddings=256),
 }

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from argosy import Engine, SamplingParams
 from argosy.config import LatentConfig, LightningConfig, ModelConfig
 from argosy.errors import ArgosyError
 from argosy.model.families import FAMILIES
 from tests.families.hub_ling import LING_2_6_FLASH
-from tests.models.tiny import RawConfig
+from tests.models.tiny import RawConfig, prompt_ids
 from tests.models.tiny_ling import ling_2_5
+from tests.models.tiny_mtp import write_mtp_model
 
 
 def parse(raw: RawConfig) -> ModelConfig:
@@ -80,3 +83,15 @@ def test_unsupported_features_are_refused_by_name(changes: dict[str, Any], sente
     with pytest.raises(ArgosyError) as caught:
         parse(ling_2_5(**changes))
     assert sentence in str(caught.value)
+
+
+def test_its_layer_for_multi_token_prediction_drafts_and_changes_no_answer(tmp_path: Path) -> None:
+    """What such a layer drafts is compared with numpy for Ling-3 (`test_mtp.py`), whose layer differs by its gates."""
+    config = ling_2_5(max_position_embeddings=256)
+    write_mtp_model(tmp_path, config, seed=3)
+    params = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
+    answers = []
+    for speculate in ("off", "mtp"):
+        with Engine.open(tmp_path, memory="2GiB", threads=1, speculate=speculate) as engine:
+            answers.append(engine.generate(prompt_ids(config, 1, 40), params).token_ids)
+    assert answers[0] == answers[1]

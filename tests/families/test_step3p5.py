@@ -11,7 +11,7 @@ import pytest
 
 from argosy import Engine
 from argosy.config import ActivationConfig, AttentionConfig, ModelConfig, RopeConfig, RouterConfig
-from argosy.errors import ArgosyError
+from argosy.errors import ArgosyError, UnsupportedModel
 from argosy.model.families import FAMILIES, open_model
 from tests.families.published import STEP_37_FLASH
 from tests.models.gguf_models import one_type
@@ -111,7 +111,9 @@ def test_unsupported_features_are_refused_by_name(changes: dict[str, Any], sente
 
 def test_layers_for_multi_token_prediction_are_passed_over(tmp_path: Path) -> None:
     files = open_model(write_model(tmp_path, step3p5(), seed=2))
-    assert (files.config.num_layers, files.config.num_mtp_layers) == (4, 1)
+    assert (files.config.num_layers, files.config.num_mtp_layers, files.draft) == (4, 1, None)
+    with pytest.raises(UnsupportedModel, match="no layer for multi-token prediction that can be used"):
+        files.with_draft_layer()
     assert not any(name.startswith("layers.4.") for name in files.dense)
 
 

@@ -40,6 +40,8 @@ def write_mtp_model(directory: Path, config: RawConfig, *, seed: int, left_out: 
 def mtp_tensors(config: RawConfig, seed: int) -> dict[str, Array]:
     """Return random weights of a model and of its draft layer."""
     layers, hidden = config["num_hidden_layers"], config["hidden_size"]
+    if config["model_type"] == "bailing_hybrid":  # the shapes of its files have such a layer
+        return random_tensors(config | {"num_nextn_predict_layers": 1}, seed, "F32")
     longer = config | {"num_hidden_layers": layers + 1, "num_nextn_predict_layers": 0}
     tensors = {
         name: tensor
@@ -70,6 +72,8 @@ class NumpyDraft:
     def __init__(self, directory: Path) -> None:
         self.model, self.layer = NumpyModel(directory), NumpyModel(directory)
         self.is_qwen = self.model.is_delta
+        is_ling = self.model.family == "bailing_hybrid"
+        self.is_state_normed = self.is_qwen or is_ling  # from which it drafts again
         prefix = f"model.layers.{self.model.config['num_hidden_layers']}."
         own = self.model.tensors
         if self.is_qwen:
@@ -79,7 +83,9 @@ class NumpyDraft:
         self.layer.tensors = {
             **{name: own[name] for name in ("model.embed_tokens.weight", "lm_head.weight")},
             **{name.replace(prefix, "model.layers.0."): own[name] for name in own if name.startswith(prefix)},
-            "model.norm.weight": own[prefix + "shared_head.norm.weight"],
+            "model.norm.weight": own[
+                prefix + ("final_layernorm.weight" if is_ling else "shared_head.norm.weight")
+            ],
         }
         # The layer has experts, so the first layers that have none are gone with the others.
         self.layer.config = self.layer.config | {"num_hidden_layers": 1, "first_k_dense_replace": 0}
@@ -95,7 +101,7 @@ class NumpyDraft:
             if at < len(drafted):
                 after = self.layer.hidden_states[-1][-1:]
                 states = np.concatenate(
-                    [states, self.layer.norm("model.norm", after) if self.is_qwen else after]
+                    [states, self.layer.norm("model.norm", after) if self.is_state_normed else after]
                 )
         return logits[-1]
 

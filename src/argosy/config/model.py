@@ -18,8 +18,8 @@ from argosy.config.mixers import (
 _MixerT = TypeVar("_MixerT", bound=Mixer)
 
 # How layers for multi-token prediction differ, as vLLM runs them. deepseek: the embedding at position 0 counts as
-# zeros, and a draft goes on from its state before the final norm. qwen: neither.
-DraftForm = Literal["deepseek", "qwen"]
+# zeros, and a draft goes on from its state before the final norm. qwen: neither. ling: only the former.
+DraftForm = Literal["deepseek", "qwen", "ling"]
 # Storage formats of a weight matrix in memory; native/kernels/formats.h has the layouts.
 # Products of grouped formats are not measured: `_native.measured_as` names a format with the same arithmetic.
 MeasuredFormat = Literal[
@@ -165,7 +165,9 @@ class ModelConfig:
     logit_cap: float = 0.0  # logits become cap * tanh(logit / cap); 0: unchanged
     norm_offset: float = 0.0  # added to stored norm weights: 1 where they are zero-centred
     is_embedding_tied: bool = False  # the head is the embedding table
-    draft_form: DraftForm = "deepseek"
+    draft_form: DraftForm | None = (
+        "deepseek"  # None: layers for multi-token prediction of another kind, passed over
+    )
     num_mtp_layers: int = 0  # for multi-token prediction, after `layers` in the files; speculation reads one
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None

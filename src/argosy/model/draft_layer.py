@@ -11,7 +11,7 @@ A draft may be wrong. So if the head has 16 or 32 bits a weight, drafts use a co
 most half the bytes: a draft reads little more than its layer and a head.
 
 The hidden state is taken after the model's final norm. `config.DraftForm` says how families differ (vLLM's
-`deepseek_mtp.py` and `qwen3_next_mtp.py`).
+`deepseek_mtp.py`, `qwen3_next_mtp.py` and `bailing_moe_mtp.py`).
 
 Elsewhere: `engine/drafts/mtp.py` proposes tokens with it; `decoder.py` runs the layer.
 """
@@ -99,7 +99,7 @@ class DraftLayer:
         embedded = np.empty((num_rows, self._hidden), np.float32)
         _native.embed(self._runtime, self._embedding, step.token_ids, embedded)
         embedded *= self._scale
-        if self._form == "deepseek":
+        if self._form != "qwen":
             embedded[step.order == 0] = 0.0
         _native.rms_norm(self._runtime, embedded, self._token_norm, self._eps, embedded)
         joined[:, : self._hidden] = embedded

@@ -193,7 +193,7 @@ def read_gguf_layout(
     )
     require_one_format_a_layer(experts, file.path)
     draft: DraftFiles | ArgosyError | None = None
-    if dense_name(f"layers.{config.num_layers}.draft_join") in file.tensors:
+    if config.draft_form and dense_name(f"layers.{config.num_layers}.draft_join") in file.tensors:
         reader = _Accounts(file.path, file.tensors, FORMAT_OF_TYPE, hint=TYPE_HINT)
         draft = read_draft(
             config,

@@ -121,7 +121,7 @@ class Layout:
         _, layer, last = canonical.split(".")
         if self.first_layer and last in _MTP_NAMES:
             return self.prefix + _MTP_NAMES[last]
-        name = _DRAFT_NAMES.get(last) or self.layer_names[last]
+        name = self.layer_names.get(last) or _DRAFT_NAMES[last]
         return f"{self.prefix}layers.{int(layer) - self.first_layer}.{name}"
 
     def of_draft(self, number: int) -> Layout:
@@ -228,7 +228,7 @@ def _read_draft(
 ) -> DraftFiles | ArgosyError | None:
     """Find the first layer for multi-token prediction, in `layout` or another one; None if there is none."""
     # A layer in a file beside MLX's would have norms minus one.
-    if layout.is_mlx or not config.moe_layers:
+    if layout.is_mlx or not config.moe_layers or config.draft_form is None:
         return None
     number = config.num_layers
     choices = [one.of_draft(number) for one in (layout, *layouts)]

@@ -92,6 +92,7 @@ def read_text(reader: ConfigReader, family: str = MODEL_TYPE) -> ModelConfig:
         shared_width=reader.integer("share_expert_dim", "share_expert_dims", default=1280),
         norm_offset=1.0,
         is_embedding_tied=reader.flag("tie_word_embeddings", False),
+        draft_form=None,  # they have windows, and no experts
         num_mtp_layers=num_mtp,
         eos_ids=reader.token_ids("eos_token_id"),
         bos_id=next(iter(reader.token_ids("bos_token_id")), None),

@@ -40,6 +40,7 @@ def open_gguf(file: GgufFile) -> ModelFiles:
         router=read_grouped_router(reader, is_sigmoid=True, has_choice_bias=has_bias),
         dense_width=reader.integer("feed_forward_length"),
         shared_width=reader.integer("expert_shared_feed_forward_length"),
+        draft_form=None,
         num_mtp_layers=reader.num_mtp_layers(),
         **sizes,
     )

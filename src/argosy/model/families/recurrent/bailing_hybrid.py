@@ -1,9 +1,9 @@
 """Ling-3 (tiny 7.9B-A1.3B, flash 124B-A5.1B): Kimi Delta Attention, and latent attention in the last layer of a group.
 
-Decays have a floor, and each head's result of latent attention is multiplied by a gate. The router, the shared expert
-and the layer for multi-token prediction, which only drafts, are DeepSeek-V3's under other names. Limits of activations
-(flash, last layers) are those of the makers' vLLM and of llama.cpp; transformers 5.24 ignores them. Ling-2.5 has the
-same `model_type` and other layers: `bailing_lightning.py`.
+Decays have a floor, and each head's result of latent attention is multiplied by a gate. The rest is DeepSeek-V3's under
+other names, and so is the layer for multi-token prediction, which only drafts. Limits of activations (flash, last
+layers) are those of the makers' vLLM and of llama.cpp; transformers 5.24 ignores them. Ling-2.5 has the same
+`model_type` and other layers: `bailing_lightning.py`.
 """
 
 from __future__ import annotations
@@ -38,17 +38,16 @@ LAYOUTS = tuple(
             "attn_gate": "attention.g_proj.weight",
             "o": "attention.dense.weight",
             "choice_bias": "mlp.gate.expert_bias",
+            "draft_final_norm": "final_layernorm.weight",
             **LIGHTNING_NAMES,
         }
     )
 )
 
 _ALIASES = {
-    "model_max_length": "max_position_embeddings",
-    "moe_renormalize": "norm_topk_prob",
-    "num_expert_group": "n_group",
+    "model_max_length": "max_position_embeddings", "moe_renormalize": "norm_topk_prob", "num_expert_group": "n_group",
     "num_shared_experts": "n_shared_experts",
-}
+}  # fmt: skip
 
 _DEFAULTS = Defaults(
     vocab_size=157_184, hidden_size=2560, num_layers=42, num_heads=32, num_kv_heads=32, dense_width=6144,
@@ -93,10 +92,8 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     reader.neutral("moe_shared_expert_intermediate_size", config.expert_width)
     reader.neutral("rotary_dim", latent.rope_dim)
     reader.neutral("num_kv_heads_for_linear_attn", 0, None, latent.num_heads)
-    limits = [
-        reader.numbers_of_layers(name, config.num_layers, config.num_mtp_layers)
-        for name in ("expert_swiglu_limit_list", "share_expert_swiglu_limit_list")
-    ]
+    names = ("expert_swiglu_limit_list", "share_expert_swiglu_limit_list")
+    limits = [reader.numbers_of_layers(name, config.num_layers, config.num_mtp_layers) for name in names]
     reader.passed("mtp_loss_scaling_factor", "embedding_dropout", "output_dropout", "partial_rotary_factor")
     delta = KimiDeltaConfig(
         num_heads=latent.num_heads,
@@ -113,8 +110,8 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         for i in range(config.num_layers)
     ]
     reader.finish()
-    config = with_limits(config.with_mixers(LatentConfig, has_head_gates=True), *limits)
-    return with_delta_layers(config, delta, is_delta)
+    config = replace(config.with_mixers(LatentConfig, has_head_gates=True), draft_form="ling")
+    return with_delta_layers(with_limits(config, *limits), delta, is_delta)
 
 
 def open_gguf(file: GgufFile) -> ModelFiles:

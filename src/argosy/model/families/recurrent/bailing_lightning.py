@@ -72,7 +72,7 @@ def read_ling_2_5(raw: Mapping[str, object], family: str) -> ModelConfig:
     reader.neutral("rotary_dim", rotary_dim)
     config = with_lightning_layers(
         reader,
-        config.with_mixers(LatentConfig, norm_eps=config.norm_eps),
+        replace(config.with_mixers(LatentConfig, norm_eps=config.norm_eps), draft_form="ling"),
         num_heads=latent.num_heads,
         head_dim=head_dim,
         rope=replace(latent.rope, rotary_dim=rotary_dim, is_interleaved=False),

@@ -108,6 +108,7 @@ def open_delta_gguf(file: GgufFile, architecture: str, family: str) -> ModelFile
         ),
         dense_width=reader.integer("feed_forward_length"),
         shared_width=shared_width,
+        draft_form="deepseek" if is_kimi else "ling",
         num_mtp_layers=reader.num_mtp_layers(),
         **sizes,
     )
