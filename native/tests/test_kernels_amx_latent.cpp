@@ -321,7 +321,9 @@ struct Model {
     int32_t sequence, position, until;
   };
 
-  std::vector<float> attend(Runtime& runtime, const std::vector<Token>& tokens) {
+  // With `chosen`, the tokens see only these positions: for each of them as many as the last argument says.
+  std::vector<float> attend(Runtime& runtime, const std::vector<Token>& tokens,
+                            std::vector<int32_t> chosen = {}, int64_t num_chosen = 0) {
     const int64_t count = int64_t(tokens.size()), row = shape.num_heads * shape.query_dim();
     std::vector<float> q;
     std::vector<int32_t> sequence, order, until;
@@ -346,7 +348,9 @@ struct Model {
         .window = {},
         .sinks = nullptr,
     };
-    latent_attention(runtime, kv->latent_layer(0), shape, batch, {}, out.data());
+    const ChosenPositions limit = {chosen.data(), num_chosen};
+    latent_attention(runtime, kv->latent_layer(0), shape, batch, chosen.empty() ? ChosenPositions() : limit,
+                     out.data());
     return out;
   }
 
@@ -406,6 +410,40 @@ void a_token_has_the_same_bits_in_every_batch_on_any_threads() {
   }
 }
 
+// Of a few hundred positions, as an indexer chooses them: one in two, and a stretch left out.
+void chosen_positions_have_the_bits_of_a_sequence_of_only_these() {
+  constexpr int64_t kLength = 610, kChosen = 290;
+  for (const auto& [heads, format] : {std::pair<int64_t, KvFormat>{1, KvFormat::f32}, {20, KvFormat::q8}}) {
+    Model all(heads, 5, 6, 33, 7, format, {kLength}), few(heads, 5, 6, 33, 7, format, {kChosen});
+    std::vector<int32_t> chosen;
+    for (int32_t p = 0; int64_t(chosen.size()) < kChosen; p += p < 200 || p >= 440 ? 1 : 2)
+      if (p < 300 || p >= 420) chosen.push_back(p);
+    CHECK(chosen.back() < kLength && chosen.back() > kLength - 150);
+    const int64_t dim = all.shape.vector_dim();
+    const std::vector<float> vectors = normal(kLength * dim, 20);
+    std::vector<float> kept;
+    std::vector<int64_t> slots;
+    for (int64_t i = 0; i < kChosen; ++i) {
+      const auto from = vectors.begin() + chosen[size_t(i)] * dim;
+      kept.insert(kept.end(), from, from + dim);
+      slots.push_back(few.table[size_t(i / Model::kBlock)] * Model::kBlock + i % Model::kBlock);
+    }
+    for (const int threads : {1, 3}) {
+      Runtime runtime(threads, std::nullopt, tiles());
+      latent_write(runtime, few.kv->latent_layer(0), kept.data(), slots.data(), kChosen);
+      // The token before sees fewer positions than are chosen, so all of them.
+      const std::vector<Model::Token> tokens = {{0, 100, 101}, {0, kLength - 1, kLength}};
+      std::vector<int32_t> both(size_t(kChosen), -1);
+      both.insert(both.end(), chosen.begin(), chosen.end());
+      std::vector<float> expected = all.attend(runtime, {tokens[0]});
+      const std::vector<float> second = few.attend(runtime, {{0, kLength - 1, kChosen}});
+      expected.insert(expected.end(), second.begin(), second.end());
+      CHECK(same_bits(all.attend(runtime, tokens, both, kChosen), expected));
+      CHECK(!same_bits(all.attend(runtime, {tokens[1]}), second));
+    }
+  }
+}
+
 #endif
 
 }  // namespace
@@ -420,6 +458,7 @@ int main() {
   heads_may_be_divided_in_any_way();
   what_a_column_does_not_see_does_not_matter();
   a_token_has_the_same_bits_in_every_batch_on_any_threads();
+  chosen_positions_have_the_bits_of_a_sequence_of_only_these();
   return check_result();
 #else
   return argosy::testing::skip("AMX");
