@@ -330,31 +330,24 @@ class InternViT(Tower[InternViTConfig]):
             for name, out in (("q", query), ("k", key)) if config.has_qk_norm else ():
                 out[rows] = ops.rms_norm(f"{layer}.{name}_norm", np.ascontiguousarray(out[rows]), _QK_EPS)
 
-        def add(rows: slice, heads: Rows) -> None:
-            self._add(f"{layer}.attn_scale", ops.linear(f"{layer}.o", heads), hidden[rows])
-
         yield from in_blocks(project, range(len(hidden)), ops.flop_per_row(*names))
-        yield from ops.attend(
+        yield from ops.add_attention(
+            layer,
+            hidden,
             query,
             key,
             value,
             head_dim=config.head_dim,
-            scale=config.head_dim**-0.5,
             segments=[range(len(hidden))],
-            output=f"{layer}.o",
-            project=add,
+            factor=f"{layer}.attn_scale",
         )
-
-    def _add(self, scale: str, x: Rows, hidden: Rows) -> None:
-        x *= self._operations.vector(scale)
-        hidden += x
 
     def _feed_forward(self, layer: str, hidden: Rows) -> Steps:
         ops = self._operations
 
         def work(rows: slice) -> None:
             wide = ops.linear(f"{layer}.up", self._norm(f"{layer}.mlp_norm", hidden[rows]), finish="gelu_erf")
-            self._add(f"{layer}.mlp_scale", ops.linear(f"{layer}.down", wide), hidden[rows])
+            ops.add_product(f"{layer}.down", wide, hidden[rows], f"{layer}.mlp_scale")
 
         return in_blocks(work, range(len(hidden)), ops.flop_per_row(f"{layer}.up", f"{layer}.down"))
 
