@@ -17,7 +17,7 @@ from argosy.media.pictures import PixtralFit
 from argosy.prompt.media_span import MediaSpan
 from tests.engine.test_seeing import opened
 from tests.models.renamed import write_mistral4
-from tests.models.seeing import REFERENCE, WRITTEN
+from tests.models.seeing import IMAGE_TOKENS, REFERENCE, WRITTEN
 
 HUB = REFERENCE / "mistral3"
 BREAK, END = WRITTEN["mistral3"].values()
@@ -28,7 +28,7 @@ def test_mistrals_own_files_say_how_a_picture_is_prepared(tmp_path: Path) -> Non
         assert isinstance(engine.media, PromptMedia)
         processor = engine.media._processors["picture"]
         assert isinstance(processor, PictureProcessor)
-        assert processor.fit == PixtralFit(8, 1540, 96)
+        assert processor.fit == PixtralFit(8, 1540, IMAGE_TOKENS)
         assert (processor.patch_size, processor.merge_size) == (4, 2)
 
 

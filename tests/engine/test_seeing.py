@@ -31,6 +31,8 @@ from tests.models.safetensors_file import read_safetensors, write_checkpoint
 from tests.models.seeing import CONFIGS, IMAGE_TOKENS, RATE, REFERENCE, encode_text
 
 FAMILIES = sorted(CONFIGS)
+# Squares of DeepSeek-OCR-2 have one size, that of the released model in patches, which takes seconds.
+SMALL = [pytest.param(one, marks=[pytest.mark.full] * (one == "deepseek_ocr2")) for one in FAMILIES]
 LARGEST_DIFFERENCE = 3e-4
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
 
@@ -91,7 +93,7 @@ def test_logits_and_answers_equal_those_of_transformers(family: str) -> None:
         REFERENCE / family, prefix_reuse=False, instruction_set=_native.instruction_sets()[exact]
     ) as engine:
         prompt = prompt_of(engine, reference)
-        assert len(prompt.token_ids or ()) == len(reference["logits"])
+        assert len(prompt.token_ids or ()) == reference.get("num_tokens", [len(reference["logits"])])[0]
         require_answer(engine, prompt, reference["logits"][-1], reference["greedy"])
 
 
@@ -113,7 +115,7 @@ def test_the_same_weights_in_another_familys_layout_give_the_answers_of_transfor
 
 
 @pytest.mark.covering(1)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SMALL)
 @pytest.mark.parametrize("options", [{"chunk_tokens": 16, "threads": 1}, {"expert_slots": 4}], ids=str)
 def test_no_setting_changes_an_answer(family: str, options: dict[str, Any]) -> None:
     reference = read_safetensors(REFERENCE / family / "ref.safetensors")
@@ -131,7 +133,7 @@ def packed(source: Path, destination: Path, format: str) -> Path:
     return destination
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SMALL)
 def test_a_pack_in_the_formats_of_its_source_gives_the_same_answer(family: str, tmp_path: Path) -> None:
     reference = read_safetensors(REFERENCE / family / "ref.safetensors")
     with opened(packed(REFERENCE / family, tmp_path / "packed", "source")) as engine:
@@ -139,7 +141,7 @@ def test_a_pack_in_the_formats_of_its_source_gives_the_same_answer(family: str, 
     assert answer == reference["greedy"].tolist()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SMALL)
 def test_a_quantised_pack_sees_with_the_exact_encoders(family: str, tmp_path: Path) -> None:
     reference = read_safetensors(REFERENCE / family / "ref.safetensors")
     rows = []

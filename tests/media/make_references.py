@@ -50,6 +50,9 @@ def picture_processor(name: str) -> Any:
     """
     import torch
     import transformers
+    from transformers.models.deepseek_ocr2.image_processing_pil_deepseek_ocr2 import (
+        DeepseekOcr2ImageProcessorPil,
+    )
     from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
     from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
@@ -73,9 +76,14 @@ def picture_processor(name: str) -> Any:
         "kimi_k25": KimiProcessorOnPillow,
         "pixtral": PixtralImageProcessorPil,
         "internvl": GotOcr2ImageProcessorPil,
+        "deepseek_ocr2": DeepseekOcr2ImageProcessorPil,
     }
     settings = {key: value for key, value in PICTURE_SETTINGS[name].items() if key != "image_processor_type"}
-    for key in ("merge_size", "patch_size", "tile_size") if name == "internvl" else ():
+    implied = {
+        "internvl": ("merge_size", "patch_size", "tile_size"),
+        "deepseek_ocr2": ("merge_size", "patch_size"),
+    }
+    for key in implied.get(name, ()):
         del settings[key]  # what a tower's config implies
     if "spatial_merge_size" in settings:  # the processor around it multiplies
         side = settings["patch_size"]["height"] * settings.pop("spatial_merge_size")
@@ -89,6 +97,8 @@ def reference_patches(processor: Any, file: bytes) -> tuple[NDArray[np.float32],
     Raises:
         ValueError: the reference refuses the picture.
     """
+    from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
+
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(file)))
     made = processor(images=image, return_tensors="np")
     patches = np.asarray(made["pixel_values"])
@@ -96,6 +106,16 @@ def reference_patches(processor: Any, file: bytes) -> tuple[NDArray[np.float32],
         positions = np.asarray(made["image_position_ids"])[0]
         grid = (1, int(positions[:, 1].max()) + 1, int(positions[:, 0].max()) + 1)
         return patches[0, : grid[1] * grid[2]], grid
+    if "num_local_patches" in made:  # tiles and the whole, with patches of 4 x 4
+        whole, tiles = patches[0], np.asarray(made.get("pixel_values_local", np.empty((0, 3, 96, 96))))
+        values = [
+            square.reshape(3, len(square[0]) // 4, 4, -1, 4).transpose(1, 3, 0, 2, 4).reshape(-1, 48)
+            for square in (*tiles, whole)
+        ]
+        columns, rows = (0, 0)
+        if len(tiles):
+            columns, rows = get_optimal_tiled_canvas(image.size[::-1], (96, 96), 2, 6)
+        return np.concatenate(values), (1, rows * 24 + 32, max(columns * 24, 32))
     if "num_patches" in made:  # tiles, with patches of 14 x 14
         tiles = patches.reshape(len(patches), 3, 4, 2, 14, 4, 2, 14).transpose(0, 2, 5, 3, 6, 1, 4, 7)
         return tiles.reshape(-1, 3 * 14**2), (1, 8 * len(patches), 8)

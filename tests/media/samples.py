@@ -225,6 +225,14 @@ PICTURE_SETTINGS: dict[str, dict[str, Any]] = {
         "size": {"height": 112, "width": 112},
         "tile_size": 112,
     },
+    "deepseek_ocr2": {
+        "image_processor_type": "DeepseekOcr2ImageProcessor",
+        "max_patches": 6,
+        "merge_size": 4,
+        "patch_size": 4,
+        "size": {"height": 128, "width": 128},
+        "tile_size": 96,
+    },
     "pixtral": {
         "image_processor_type": "PixtralImageProcessorFast",
         "do_pad": True,

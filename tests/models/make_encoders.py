@@ -127,6 +127,8 @@ def answer(model: Any, part: Part, value: Array, shape: tuple[int, ...]) -> Answ
         pictures = torch.stack([picture_of(tile, (1, side, side), merge) for tile in tiles])
         found = model.get_image_features(pictures).pooler_output.flatten(0, 1)
         return Answer(torch.nn.functional.pad(found, (0, 0, 1, 1)).numpy())  # tokens before and after
+    if part.family == "unlimited_ocr":
+        return Answer(of_tiles_and_whole(model, patches, shape))
     if part.family == "kimi_k25":
         patch_size = model.config.vision_config.patch_size
         patches = patches.reshape(len(patches), 3, patch_size, patch_size)
@@ -204,6 +206,23 @@ def picture_of(patches: torch.Tensor, grid: tuple[int, ...], merge: int) -> torc
     side = math.isqrt(patches.shape[1] // 3)
     cells = patches.reshape(grid[1] // merge, grid[2] // merge, merge, merge, 3, side, side)
     return cells.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, grid[1] * side, grid[2] * side)
+
+
+def of_tiles_and_whole(model: Any, patches: torch.Tensor, shape: tuple[int, ...]) -> Array:
+    """The rows of a picture in tiles of 8 patches on a side, and the whole of it."""
+    rows = (shape[1] - 12) // 8
+    columns = shape[2] // 8 if rows else 0
+    *tiles, whole = (
+        picture_of(one, (1, side, side), 1)
+        for one, side in zip(
+            patches.split([64] * (rows * columns) + [144]), [8] * (rows * columns) + [12], strict=True
+        )
+    )
+    more = {"patches_grid": [[columns, rows]]} if hasattr(model, "image_newline") else {}
+    local = torch.stack(tiles) if tiles else None
+    found = model.get_image_features(whole[None], local, [len(tiles)], **more)
+    rows_of: Array = found.pooler_output[0].numpy()
+    return rows_of
 
 
 def windows(model: Any, part: Part, features: Array) -> Array:

@@ -26,7 +26,7 @@ import transformers
 
 from argosy.media.parts import Kind
 from argosy.media.patches import PictureProcessor
-from argosy.media.tiles import InternVLFit, TileProcessor
+from argosy.media.tiles import InternVLFit, OcrFit, TileProcessor
 from argosy.media.windows import StepFit
 from argosy.model.encoders.encoder import Shape
 from argosy.model.encoders.reading import EncoderFiles, find_encoders
@@ -37,6 +37,7 @@ from tests.models.seeing import CONFIGS, IMAGE_TOKENS, RATE, REFERENCE, encode_t
 from tests.models.tiny_llama4 import fused
 
 NEW_TOKENS = 8
+MOST_LOGITS = 256  # positions whose logits are kept, from the end
 
 
 def load(directory: Path, family: str) -> Any:
@@ -93,6 +94,20 @@ def picture_inputs(
         return {"pixel_values": values, "image_position_ids": places}
     if isinstance(processor.fit, StepFit):
         return views_of([torch.tensor(each) for each in patches], grids, model.config.vision_config)
+    if isinstance(processor.fit, OcrFit):
+        fit, side = processor.fit, processor.patch_size
+        made: dict[str, list[Any]] = {"whole": [], "local": [], "counts": []}
+        for each in map(torch.tensor, patches):
+            of_tile, of_whole = ((length // side) ** 2 for length in (fit.side, fit.whole))
+            made["whole"].append(picture_of(each[-of_whole:], (1, *[fit.whole // side] * 2), 1))
+            tiles = each[:-of_whole].split(of_tile) if len(each) > of_whole else ()
+            made["local"] += [picture_of(tile, (1, *[fit.side // side] * 2), 1) for tile in tiles]
+            made["counts"].append(len(tiles))
+        return {
+            "pixel_values": torch.stack(made["whole"]),
+            "pixel_values_local": torch.stack(made["local"]),
+            "num_local_patches": torch.tensor(made["counts"]),
+        }
     if isinstance(processor.fit, InternVLFit):
         grid = (1, *[processor.fit.side // processor.patch_size] * 2)
         tiles = np.concatenate(patches).reshape(-1, math.prod(grid), patches[0].shape[1])
@@ -176,14 +191,17 @@ def answer(model: Any, directory: Path, family: str, media: dict[str, Array]) ->
         greedy.append(int(run(ids + greedy)[-1].argmax()))
         if greedy[-1] in dict(segments):
             raise SystemExit(f"{family}: the answer has a placeholder; try another --seed")
-    return {"input_ids": np.array(prompt), "logits": logits, "greedy": np.array(greedy)}
+    found_of = {"input_ids": np.array(prompt), "logits": logits, "greedy": np.array(greedy)}
+    if len(logits) > MOST_LOGITS:
+        found_of |= {"logits": logits[-MOST_LOGITS:], "num_tokens": np.array([len(logits)])}
+    return found_of
 
 
 def media_of(family: str, seed: int) -> dict[str, Array]:
     rng = np.random.default_rng(seed)
     media = {
         f"picture.{i}": rng.integers(0, 256, (*size, 3)).astype(np.uint8)
-        for i, size in enumerate(((18, 30), (41, 9)))
+        for i, size in enumerate(((18, 30), (60, 128) if family == "deepseek_ocr2" else (41, 9)))
     }
     if family == "qwen3_omni_moe":
         media["sound"] = (0.3 * rng.standard_normal(RATE * 3 // 2)).astype(np.float32)

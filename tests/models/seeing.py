@@ -23,13 +23,14 @@ from tests.models.tiny_gemma import gemma4
 from tests.models.tiny_latent import kimi_k25, mistral3
 from tests.models.tiny_latent import mistral4 as tiny_mistral4
 from tests.models.tiny_llama4 import OF_GGUF, apart, llama4
+from tests.models.tiny_ocr import deepseek_ocr2
 from tests.models.tiny_step import step3p7
 from tests.models.tiny_wrappers import glm4v_moe, internvl, qwen3_omni_moe, qwen3_vl_moe
 from tests.prompt.tokenizers_for_tests import byte_level_json, write_tokenizer
 
 REFERENCE = Path(__file__).parent / "reference_seeing"
 RATE = 16_000
-IMAGE_TOKENS = 96  # cap on a picture's positions, above what these models make
+IMAGE_TOKENS = 600  # cap on a picture's positions, above what these models make
 SIZES = Sizes()
 
 
@@ -86,6 +87,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama4": with_towers("llama4", llama4(**OF_GGUF, num_local_experts=3)),
     "internvl": with_towers("internvl", internvl(hidden_size=24, num_experts=5, num_hidden_layers=2)),
     "step3p7": with_towers("step3p7", step3p7(vocab_size=64)),
+    "deepseek_ocr2": with_towers("deepseek_ocr2", deepseek_ocr2(max_position_embeddings=1024)),
     # With a factor of 1, transformers and llama.cpp scale scores as the makers do. GGUF files have no other beta.
     "mistral3": with_towers(
         "mistral3",
@@ -221,6 +223,14 @@ def processor_config(family: str) -> dict[str, Any]:
             "patch_size": config.patch_size,
             "resample": 2,
             "size": {"height": side, "width": side},
+        }
+    if family == "deepseek_ocr2":
+        return {
+            "image_mean": [0.5, 0.4, 0.3],
+            "image_processor_type": "DeepseekOcr2ImageProcessor",
+            "image_std": [0.5, 0.25, 0.3],
+            "size": {"height": 128, "width": 128},
+            "tile_size": 96,
         }
     if family == "mistral3":
         return {

@@ -461,6 +461,56 @@ def qwen2_moe(sizes: Sizes) -> RawConfig:
     }
 
 
+def sam(sizes: Sizes, *, patch: int, image: int, rows: int) -> RawConfig:
+    """A `sam_config` whose last convolution makes `rows` channels."""
+    return {
+        "downsample_channels": [sizes.channels, rows],
+        "global_attn_indexes": [1],
+        "hidden_size": sizes.hidden,
+        "image_size": image,
+        "mlp_dim": sizes.mlp,
+        "num_attention_heads": sizes.heads,
+        "num_hidden_layers": sizes.layers - 1,
+        "output_channels": sizes.channels + 3,
+        "patch_size": patch,
+        "window_size": sizes.side,
+    }
+
+
+def deepseek_ocr2(sizes: Sizes) -> RawConfig:
+    second = 2 * sizes.head_dim
+    return {
+        "vision_config": {
+            "encoder_config": {
+                "hidden_size": second, "intermediate_size": sizes.mlp, "num_attention_heads": 4,
+                "num_hidden_layers": 2, "num_key_value_heads": 2, "vocab_size": 1,
+            },
+            # The squares have the sizes of the released model, in patches: one head of attention takes a second.
+            "sam_config": sam(sizes, patch=2, image=96, rows=second)
+            | {"hidden_size": 8, "num_attention_heads": 1, "num_hidden_layers": 2},
+        },
+    }  # fmt: skip
+
+
+def unlimited_ocr(sizes: Sizes) -> RawConfig:
+    """DeepSeek-OCR's tower, which transformers knows in Unlimited-OCR alone."""
+    return {
+        "architectures": ["UnlimitedOcrForConditionalGeneration"],
+        "image_token_id": 50,
+        "model_type": "unlimited_ocr",
+        "text_config": _text(sizes, model_type="unlimited_ocr_text", n_routed_experts=2, n_shared_experts=1),
+        "vision_config": {
+            "encoder_config": {
+                "hidden_act": "quick_gelu", "hidden_size": sizes.hidden, "image_size": sizes.side * sizes.patch,
+                "intermediate_size": 4 * sizes.hidden, "num_attention_heads": sizes.heads,
+                "num_hidden_layers": 2, "patch_size": sizes.patch,
+            },
+            "model_type": "unlimited_ocr_vision",
+            "sam_config": sam(sizes, patch=2, image=20, rows=sizes.hidden),
+        },
+    }  # fmt: skip
+
+
 CONFIGS: dict[str, Callable[[Sizes], RawConfig]] = {
     "qwen3_vl_moe": qwen3_vl_moe,
     "qwen3_5_moe": qwen3_5_moe,
@@ -472,6 +522,8 @@ CONFIGS: dict[str, Callable[[Sizes], RawConfig]] = {
     "llama4": llama4,
     "internvl": internvl,
     "step3p7": step3p7,
+    "deepseek_ocr2": deepseek_ocr2,
+    "unlimited_ocr": unlimited_ocr,
     "qwen2_moe": qwen2_moe,
 }
 

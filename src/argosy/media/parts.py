@@ -29,7 +29,9 @@ Kind = Literal["picture", "sound", "video"]
 Hearing = Literal["none", "native", "transcript"]
 """How an engine treats a sound in a prompt: refuse it, let the model hear it, or transcribe it."""
 Detail = Literal["low", "high"]
-LOW_DETAIL_TOKENS = 256  # the most tokens of a picture with low detail
+LOW_DETAIL_TOKENS = (
+    273  # the most tokens of a picture with low detail: as many as DeepSeek-OCR needs at least
+)
 Source = str | os.PathLike[str] | bytes | NDArray[Any]
 
 

@@ -10,7 +10,7 @@ pixels. The families differ in how they choose the size, and in how they order p
     Kimi-VL, K2.5         never enlarged, limited patches, then padded with black; resized by Pillow as the
                           model's own code does, while transformers uses torchvision here, which differs by a level
     Gemma-4               as large as the number of tokens allows
-    Llama-4, InternVL     cut into tiles (`tiles.py`)
+    Llama-4, InternVL     cut into tiles (`tiles.py`), and so for DeepSeek-OCR
     Step-3.7              cut into windows beside a view of the whole (`windows.py`)
     Pixtral               never enlarged but to whole tokens; limited longer side; a token after each row of tokens
 

@@ -1,11 +1,13 @@
-"""Cut pictures into tiles, as the processors of Llama-4 and InternVL do.
+"""Cut pictures into tiles, as the processors of Llama-4, InternVL and DeepSeek-OCR do.
 
     uint8 [height, width, 3]  ->  scaled, padded with black to whole tiles  ->  tiles row by row, and if there are
                                                                                 several, the whole picture as one more
 
 Llama-4: the arrangement of tiles enlarges a picture least, or shrinks it least; of several, the one with the smallest
 area. Numbers are those of the reference, which compares in float32, scales by torchvision's bilinear filter and
-normalises in bfloat16. InternVL: the arrangement has the nearest aspect ratio, which the picture gets.
+normalises in bfloat16. InternVL: the arrangement has the nearest aspect ratio, which the picture gets. DeepSeek-OCR:
+the same, and the whole picture keeps its ratio in the middle of a larger square. If that is half a pixel off, the
+picture moves up or left, as in transformers; in DeepSeek's own code, every second time the other way.
 
 Elsewhere: `pictures.py` prepares pictures that stay whole.
 """
@@ -20,13 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from argosy.errors import UsageError
+from argosy.errors import UnsupportedModel, UsageError
 from argosy.media.levels import CLIP_MEAN, CLIP_STD, read_levels, tokens_of_tile
 from argosy.media.patches import Grid, PictureProcessor, Size, patch_values
 from argosy.media.resize import Resizer
 from argosy.media.settings import Settings
 
 Arrangement = tuple[int, int]  # rows and columns of tiles
+_GREY = 127
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +201,91 @@ class InternVLProcessor(PictureProcessor):
         return np.concatenate([tiles, np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC))])
 
 
+@dataclass(frozen=True, slots=True)
+class OcrFit:
+    """Chooses an arrangement of tiles for a picture larger than a tile; below them lies the whole picture.
+
+    side: of a tile, in pixels.   whole: of the square for the whole picture, less than that of two tiles.
+    least, most: tiles of a picture.
+    """
+
+    side: int
+    whole: int
+    least: int
+    most: int
+
+    def tiles(self, height: int, width: int) -> Arrangement:
+        """Return the arrangement, chosen as in InternVL; (0, 0) if there are no tiles."""
+        if not self.most or max(height, width) <= self.side:
+            return 0, 0
+        return InternVLFit(self.side, self.least, self.most, has_copy=False).tiles(height, width)
+
+    def tiles_above(self, height: int, width: int) -> Arrangement:
+        """Return the arrangement in a canvas of this size."""
+        rows = (height - self.whole) // self.side
+        return rows, width // self.side if rows else 0
+
+    def size(self, height: int, width: int) -> Size:
+        rows, columns = self.tiles(height, width)
+        return Size(
+            *self.scaled(height, width), rows * self.side + self.whole, max(columns * self.side, self.whole)
+        )
+
+    def scaled(self, height: int, width: int) -> tuple[int, int]:
+        """Return the size of the picture within its square."""
+        scale = self.whole / max(height, width)
+        return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+@dataclass(frozen=True, slots=True)
+class OcrProcessor(PictureProcessor):
+    """Makes the patches of tiles, row by row of tiles, and of the whole picture, padded with grey."""
+
+    fit: OcrFit
+
+    @property
+    def sides(self) -> Mapping[str, int]:
+        return {"tile_size": self.fit.side, "size": self.fit.whole}
+
+    def resize(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        height, width = pixels.shape[:2]
+        fit, picture, size = self.fit, Image.fromarray(pixels), self.fit.size(height, width)
+        canvas = np.full((size.padded_height, size.padded_width, 3), _GREY, np.uint8)
+        rows, columns = fit.tiles(height, width)
+        if rows:
+            tiled = picture.resize((columns * fit.side, rows * fit.side), Image.Resampling.BICUBIC)
+            canvas[: rows * fit.side, : columns * fit.side] = np.asarray(tiled)
+        top, left = rows * fit.side + (fit.whole - size.height) // 2, (fit.whole - size.width) // 2
+        scaled = picture.resize((size.width, size.height), Image.Resampling.BICUBIC)
+        canvas[top : top + size.height, left : left + size.width] = np.asarray(scaled)
+        return canvas
+
+    def patches(self, canvas: NDArray[np.uint8]) -> tuple[NDArray[np.float32], Grid]:
+        height, width = canvas.shape[:2]
+        (rows, columns), side = self.fit.tiles_above(height, width), self.fit.side
+        tiles = _in_tiles(canvas[: rows * side, : columns * side], side) if rows else ()
+        squares = [*tiles, canvas[rows * side :, : self.fit.whole]]
+        values = [patch_values(square[None], self.patch_size, 1, self.levels, 1) for square in squares]
+        patches = np.concatenate(values).reshape(sum(map(len, values)), -1)
+        return patches, (1, height // self.patch_size, width // self.patch_size)
+
+    def largest_grid(self) -> Grid:
+        height = self.fit.most * self.fit.side + self.fit.whole
+        return 1, height // self.patch_size, self.fit.whole // self.patch_size
+
+    def _num_tokens(self, rows: int, columns: int) -> int:
+        tiles = self.fit.tiles_above(rows * self.patch_size, columns * self.patch_size)
+        return self.tokens_of(*tiles)
+
+    def tokens_of(self, rows: int, columns: int) -> int:
+        """Return a picture's tokens: lines of tiles side by side, those of the whole, and one at the end."""
+        tile, whole = (
+            side // (self.patch_size * self.merge_size) for side in (self.fit.side, self.fit.whole)
+        )
+        lines = rows * tile * (columns * tile + self.tokens_per_row) if rows else 0
+        return lines + whole * (whole + self.tokens_per_row) + 1
+
+
 def _read_llama4(settings: Settings, most_tokens: int | None) -> TileProcessor:
     """As `Llama4ImageProcessor`; the sizes of patches and of cells are the tower's."""
     patch_size, merge_size = (
@@ -252,4 +340,60 @@ def _read_internvl(settings: Settings, most_tokens: int | None) -> InternVLProce
     return InternVLProcessor(patch_size, merge_size, 1, fit, "merged", levels, of_tile * fit.with_copy(most))
 
 
-READERS = {"GotOcr2ImageProcessor": _read_internvl, "Llama4ImageProcessor": _read_llama4}
+def _read_ocr(settings: Settings, most_tokens: int | None) -> OcrProcessor:
+    """As `DeepseekOcr2ImageProcessor`, with tiles."""
+    return _read_tiles_and_whole(settings, most_tokens, 0, 6)
+
+
+def _read_clip_ocr(settings: Settings, most_tokens: int | None) -> OcrProcessor:
+    """As `UnlimitedOcrImageProcessor`, with tiles; a token ends each line."""
+    settings.passed("maximum_pad_value")
+    return _read_tiles_and_whole(settings, most_tokens, 1, 32)
+
+
+def _read_tiles_and_whole(
+    settings: Settings, most_tokens: int | None, tokens_per_row: int, most_tiles: int
+) -> OcrProcessor:
+    patch_size = settings.integer("patch_size", None, most=256)
+    merge_size = settings.integer("merge_size", None, most=16)
+    side = settings.integer("tile_size", None, most=4096)
+    whole = 0
+    if (size := settings.nested("size")) is not None:
+        whole = size.integer("height", None, most=4096)
+        size.fixed("width", whole)
+        size.finish()
+    for length in (side, whole):
+        tokens_of_tile(length, patch_size * merge_size)
+    if not side <= whole < 2 * side:
+        raise UnsupportedModel(
+            f"the whole picture has {whole} pixels on a side; supported: at least those of a tile, {side}, and less "
+            "than twice as many",
+            key="size",
+            value=whole,
+        )
+    settings.fixed("crop_to_patches", True)
+    settings.fixed("do_resize", True)
+    settings.fixed("background_color", [127, 127, 127])
+    most = settings.integer("max_patches", most_tiles, most=64)
+    least = settings.integer("min_patches", 2, most=most)
+    half = (0.5, 0.5, 0.5)
+    levels = read_levels(settings, half, half, is_normalized=True)
+    fit = OcrFit(side, whole, least, most)
+    made = OcrProcessor(patch_size, merge_size, 1, fit, "planes", levels, None, tokens_per_row)
+    if most_tokens is not None:
+        if most_tokens < (fewest := made.tokens_of(0, 0)):
+            raise UsageError(
+                f"the cap on a picture's tokens must be at least {fewest} for this model, found {most_tokens}"
+            )
+        while most and made.tokens_of(most, 1) > most_tokens:
+            most -= 1
+        most = 0 if most < least else most
+    return replace(made, fit=replace(fit, most=most), most_tokens=made.tokens_of(most, 1))
+
+
+READERS = {
+    "DeepseekOcr2ImageProcessor": _read_ocr,
+    "GotOcr2ImageProcessor": _read_internvl,
+    "Llama4ImageProcessor": _read_llama4,
+    "UnlimitedOcrImageProcessor": _read_clip_ocr,
+}

@@ -13,8 +13,10 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from argosy import _native
-from argosy.model.encoders import EncoderTensor, qwen_vision
+from argosy.model.encoders import EncoderTensor, deep_encoder, qwen_vision
+from argosy.model.encoders.deep_encoder_config import DeepEncoderConfig, SecondConfig
 from argosy.model.encoders.encoder import Encoder
+from argosy.model.encoders.sam_vision import SamConfig
 from argosy.model.encoders.table import ENCODERS
 from argosy.model.reading.config_reader import ConfigReader
 from argosy.model.weights import DenseWeights, is_vector
@@ -224,6 +226,63 @@ PARTS["step3p7"] = _part(  # type: ignore[call-arg]
     large_shapes=_windows((4, 4), (1, 16)),
     make_input=lambda config, shape, seed: random_input(
         (sum(side**2 for side in config.views(shape)), config.patch_values), seed
+    ),
+)
+
+
+def _clip_config(raw: RawConfig) -> DeepEncoderConfig:
+    """The tower of DeepSeek-OCR with the sizes of another, smaller than those that its own form can say."""
+    vision = raw["vision_config"]
+    sam, second = vision["sam_config"], vision["encoder_config"]
+    side = sam["image_size"] // sam["patch_size"]
+    return DeepEncoderConfig(
+        sam=SamConfig(
+            num_layers=sam["num_hidden_layers"],
+            hidden_size=sam["hidden_size"],
+            num_heads=sam["num_attention_heads"],
+            mlp_width=sam["mlp_dim"],
+            patch_size=sam["patch_size"],
+            position_side=side,
+            window=sam["window_size"],
+            global_layers=frozenset(sam["global_attn_indexes"]),
+            neck_width=sam["output_channels"],
+            channels=(sam["downsample_channels"][0], second["hidden_size"]),
+            has_qkv_bias=True,
+            norm_eps=1e-6,
+        ),
+        second=SecondConfig(
+            kind="clip",
+            num_layers=second["num_hidden_layers"],
+            hidden_size=second["hidden_size"],
+            num_heads=second["num_attention_heads"],
+            num_kv_heads=second["num_attention_heads"],
+            mlp_width=second["intermediate_size"],
+            norm_eps=1e-5,
+            position_side=second["image_size"] // second["patch_size"],
+        ),
+        out_size=raw["text_config"]["hidden_size"],
+        tile_side=8,
+        whole_side=12,
+    )
+
+
+def _tiles_and_whole(*arrangements: tuple[int, int]) -> Callable[[Any], list[Shape]]:
+    """Shapes of pictures in rows and columns of tiles above the whole; without tiles, of the whole alone."""
+    return lambda config: [
+        (1, rows * config.tile_side + config.whole_side, max(columns * config.tile_side, config.whole_side))
+        for rows, columns in arrangements
+    ]
+
+
+PARTS["unlimited_ocr"] = _part(
+    "unlimited_ocr",
+    ENCODERS["deepseek_vl_v2"][0],
+    ("model.vision_tower.", "model.multi_modal_projector.", "model.image_newline", "model.view_separator"),
+    read=_clip_config,
+    shapes=_tiles_and_whole((0, 0), (1, 2), (2, 1), (2, 2)),
+    large_shapes=_tiles_and_whole((0, 0), (9, 1), (2, 3)),
+    make_input=lambda config, shape, seed: random_input(
+        (deep_encoder.extent(config, shape)[0], config.patch_values), seed
     ),
 )
 

@@ -87,6 +87,8 @@ def test_every_tower_of_the_table_is_tested() -> None:
         ("kimi_vl", "picture"),
         ("mistral4", "picture"),
         ("internvl_chat", "picture"),
+        ("deepseek_ocr2", "picture"),  # in whole models
+        ("deepseek_vl_v2", "picture"),
     }
 
 

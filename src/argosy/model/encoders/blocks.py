@@ -82,6 +82,10 @@ class Operations:
         """Return the floating-point operations of the products with these matrices, for one row."""
         return sum(2 * self._matrices[name].rows * self._matrices[name].cols for name in names)
 
+    def num_rows(self, name: str) -> int:
+        """Return the rows of a matrix."""
+        return self._matrices[name].rows
+
     def vector(self, name: str) -> Rows:
         return self._vectors[name]
 

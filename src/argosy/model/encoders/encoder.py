@@ -68,6 +68,7 @@ class Encoder:
     placeholder: the token that the chat template writes for a picture, if rows have another one.
     extent: returns the patches of a shape, and the pairs of a patch and one that it sees; None: all of its grid sees
         its frame.
+    flop: returns the operations of a picture; None: all layers see the pairs of its extent.
     settings: returns the processor's settings that follow from the tower's config; None: none do. Those in the
         processor's file take precedence.
     has_processor_file: whether the checkpoints have a file with the processor's settings that describes it.
@@ -90,5 +91,6 @@ class Encoder:
     written: Callable[[Any, Any], Mapping[int, str]] | None = None
     placeholder: str | None = None
     extent: Callable[[Any, Any], tuple[int, int]] | None = None
+    flop: Callable[[Any, Any], int] | None = None
     settings: Callable[[Any], Mapping[str, object]] | None = None
     has_processor_file: bool = True

@@ -8,6 +8,7 @@ within a cell; with a merge of 1 they lie row by row. Every frame has the same p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -163,23 +164,45 @@ def _centres(size: int, table_size: int) -> NDArray[np.float64]:
     return (np.arange(size) + 0.5) * table_size / size - 0.5
 
 
+def smooth_taps(size: int, table_size: int) -> Taps:
+    """Convolve cubically (a = -0.5) over as many entries as a place covers, within the table, as `interpolate` of
+    PyTorch does with `antialias`; a table of the same size is itself.
+    """
+    scale = max(1.0, table_size / size)
+    centres = (np.arange(size) + 0.5) * table_size / size - 0.5
+    reach = math.ceil(2 * scale)
+    nearest = np.floor(centres).astype(np.int64)[:, None] + np.arange(1 - reach, reach + 1)
+    weights = _keys(np.abs(centres[:, None] - nearest) / scale, -0.5)
+    weights[(nearest < 0) | (nearest >= table_size)] = 0
+    weights /= weights.sum(axis=1, keepdims=True)
+    used = weights.any(axis=0)
+    return Taps(nearest.clip(0, table_size - 1)[:, used], weights[:, used])
+
+
+def centred_taps(size: int, table_size: int) -> Taps:
+    """Interpolate linearly between the centres of pixels; the edge value continues beyond the table."""
+    source = (np.arange(size) + 0.5) * table_size / size - 0.5
+    return _taps(source, table_size, (0, 1), lambda distance: np.maximum(0, 1 - distance))
+
+
 def _taps(source: NDArray[np.float64], table_size: int, offsets: Sequence[int], weigh: Weigh) -> Taps:
     nearest = np.floor(source).astype(np.int64)[:, None] + np.array(offsets)
     return Taps(nearest.clip(0, table_size - 1), weigh(np.abs(source[:, None] - nearest)))
 
 
-def _keys(distance: NDArray[np.float64]) -> NDArray[np.float64]:
-    a = -0.75
+def _keys(distance: NDArray[np.float64], a: float = -0.75) -> NDArray[np.float64]:
     near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
     far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
-    return np.where(distance <= 1, near, far)
+    return np.where(distance <= 1, near, np.where(distance < 2, far, 0))
 
 
 class PositionTable:
-    """A learned table of positions, [side * side, width], resampled to the patches of a frame."""
+    """A learned table of positions, [first + side * side, width], resampled to the patches of a frame."""
 
-    def __init__(self, name: str, side: int, places: Places, row_taps: Taps, col_taps: Taps) -> None:
-        self._name, self._side, self._places = name, side, places
+    def __init__(
+        self, name: str, side: int, places: Places, row_taps: Taps, col_taps: Taps, *, first: int = 0
+    ) -> None:
+        self._name, self._side, self._places, self._first = name, side, places, first
         self._taps = row_taps, col_taps
 
     def add(self, operations: Operations, hidden: Rows, rows: slice) -> None:
@@ -190,7 +213,7 @@ class PositionTable:
         total = np.zeros_like(hidden)
         for down in range(row_indices.shape[1]):
             for right in range(col_indices.shape[1]):
-                entries = row_indices[at_rows, down] * self._side + col_indices[at_cols, right]
+                entries = self._first + row_indices[at_rows, down] * self._side + col_indices[at_cols, right]
                 weights = row_weights[at_rows, down] * col_weights[at_cols, right]
                 vectors = operations.rows_of(self._name, entries.astype(np.int32))
                 vectors *= weights.astype(np.float32)[:, None]

@@ -1,4 +1,4 @@
-"""A convolution with 3 x 3 kernels at every second pixel, as towers for pictures and for sound have it.
+"""A convolution with 3 x 3 kernels, mostly at every second pixel, as towers for pictures and for sound have it.
 
 image [height, width, channels]  ->  padded by a pixel on each side  ->  image of half the height and width
 """
@@ -21,31 +21,37 @@ def halving_tensors(canonical: str, name: str, channels: int, num_inputs: int) -
     return with_bias(canonical, name, (channels, num_inputs, _KERNEL, _KERNEL), taps=_KERNEL**2)
 
 
-def halved(size: int) -> int:
+def halved(size: int, stride: int = 2) -> int:
     """Pixels on a side after the convolution."""
-    return (size + 1) // 2
+    return -(-size // stride)
 
 
-def halving_floats(height: int, width: int, channels: int, num_inputs: int) -> int:
+def halving_floats(height: int, width: int, channels: int, num_inputs: int, stride: int = 2) -> int:
     """Return the most float32 values that `halve` allocates, its result included."""
-    pixels, taps = halved(height) * halved(width), _KERNEL**2 * num_inputs
+    pixels, taps = halved(height, stride) * halved(width, stride), _KERNEL**2 * num_inputs
     result = pixels * channels
     block = block_floats(pixels, 2 * taps * channels, taps + 8)  # with the places of pixels, in int64
     return (height + 2) * (width + 2) * num_inputs + result + block
 
 
 def halve(
-    operations: Operations, name: str, image: Rows, channels: int, *, finish: Finish = "store"
+    operations: Operations,
+    name: str,
+    image: Rows,
+    channels: int,
+    *,
+    finish: Finish = "store",
+    stride: int = 2,
 ) -> Generator[None, None, Rows]:
-    """Convolve [height, width, inputs] to [half the height, half the width, channels]."""
+    """Convolve [height, width, inputs] to [half the height, half the width, channels]; with `stride` 1, not halved."""
     height, width, num_inputs = image.shape
     padded = np.zeros((height + 2, width + 2, num_inputs), np.float32)
     padded[1:-1, 1:-1] = image
     # [height, width, rows of the kernel, its columns and channels]: pixels of a row of the kernel lie side by side.
     lines = sliding_window_view(padded.reshape(len(padded), -1), _KERNEL * num_inputs, axis=1)
-    lines = lines[:, :: 2 * num_inputs][:, : halved(width)]
-    under = sliding_window_view(lines, _KERNEL, axis=0)[::2].transpose(0, 1, 3, 2)
-    out = np.empty((halved(height), halved(width), channels), np.float32)
+    lines = lines[:, :: stride * num_inputs][:, : halved(width, stride)]
+    under = sliding_window_view(lines, _KERNEL, axis=0)[::stride].transpose(0, 1, 3, 2)
+    out = np.empty((halved(height, stride), halved(width, stride), channels), np.float32)
     pixels = out.reshape(-1, channels)
 
     def work(rows: slice) -> None:

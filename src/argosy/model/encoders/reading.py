@@ -178,6 +178,8 @@ class EncoderFiles:
 
     def flop(self, grid: Shape) -> int:
         """Floating-point operations of the products and of the attention of a picture."""
+        if self.encoder.flop is not None:
+            return self.encoder.flop(self.config, grid)
         (rows, pairs), cells = self._extent(grid), self.num_positions(grid) - len(self.written(grid))
         found = 0
         for name, ref in self.tensors.items():

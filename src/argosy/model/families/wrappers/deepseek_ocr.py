@@ -4,7 +4,7 @@ Transformers' form is `deepseek_ocr2`, with the text in `text_config`; DeepSeek'
 in `language_config`. There, the keys beside it repeat its own, and DeepSeek's code reads only those: files in which
 they differ are refused. DeepSeek-VL2 has that model type too, with latent attention or tensors of other names.
 
-Their vision towers are passed over. Unlimited-OCR's answers see only their last tokens and the
+The vision towers are in `model/encoders/deep_encoder.py`. Unlimited-OCR's answers see only their last tokens and the
 prompt, and the family is not supported, though llama.cpp runs its files and ignores the window.
 """
 
