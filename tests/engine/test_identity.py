@@ -47,6 +47,7 @@ from tests.models.tiny_gemma import gemma4
 from tests.models.tiny_gqa import mimo_v2_flash
 from tests.models.tiny_kda import bailing_hybrid, kimi_linear
 from tests.models.tiny_latent import deepseek_v3, glm_moe_dsa, kimi_k2, mistral4
+from tests.models.tiny_ling import ling_2_5
 from tests.models.tiny_llama4 import llama4_text
 from tests.models.tiny_mamba import nemotron_h_puzzle
 from tests.models.tiny_minimax import minimax
@@ -151,6 +152,16 @@ CONFIGS = {
     ),
     "minimax": minimax(  # lightning attention with q, k and v in one matrix, blocks that add to what they read
         max_position_embeddings=1024, head_dim=18, hidden_size=72, num_local_experts=9, num_experts_per_tok=3
+    ),
+    "ling_2_5": ling_2_5(  # lightning attention beside latent attention
+        max_position_embeddings=1024,
+        hidden_size=72,
+        head_dim=40,
+        partial_rotary_factor=0.4,
+        rotary_dim=16,
+        group_norm_size=3,
+        num_experts=9,
+        num_experts_per_tok=3,
     ),
     "bailing_moe_linear": ring_linear(  # lightning attention with norms and rotary, groups of its output's norm
         max_position_embeddings=1024,
