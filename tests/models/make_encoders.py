@@ -183,9 +183,11 @@ def of_step3p7(model: Any, patches: torch.Tensor, shape: tuple[int, ...]) -> Arr
 
 
 def step_windows(shape: tuple[int, ...], vision: Any) -> tuple[int, int]:
-    """The rows and columns of windows of 8 x 8 patches, which lie above the view."""
-    rows = (shape[1] - vision.image_size // vision.patch_size) // 8
-    return rows, shape[2] // 8 if rows else 0
+    """The rows and columns of windows of 8 x 8 patches; below them, or beside one row, lies the view."""
+    side = vision.image_size // vision.patch_size
+    if shape[1] == side:
+        return int(shape[2] > side), (shape[2] - side) // 8
+    return (shape[1] - side) // 8, shape[2] // 8
 
 
 def views_of(patches: list[torch.Tensor], shapes: list[tuple[int, ...]], vision: Any) -> dict[str, Any]:

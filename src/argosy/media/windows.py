@@ -58,10 +58,21 @@ class StepFit:
     most_windows: int | None = None
 
     def size(self, height: int, width: int) -> Size:
-        """Return the size of all views, with the windows in their places and the view of the whole below them."""
-        plan = self.plan(height, width)
-        height, width = self.side + plan.rows * self.window, max(self.side, plan.columns * self.window)
+        """Return the size of all views: windows in their places, and below several rows, or beside one, the view."""
+        rows, columns = self.plan(height, width)[-2:]
+        height, width = max(self.side, rows * self.window), max(self.side, columns * self.window)
+        if rows > 1:
+            height = self.side + rows * self.window
+        elif rows:
+            width = self.side + columns * self.window
         return Size(height, width, height, width)
+
+    def arrangement(self, height: int, width: int) -> tuple[int, int]:
+        """Return rows and columns of windows in a canvas of this `size`."""
+        if height <= max(self.side, self.window):
+            columns = (width - self.side) // self.window
+            return int(columns > 0), columns
+        return (height - self.side) // self.window, width // self.window
 
     def plan(self, height: int, width: int) -> Plan:
         longest = self.longest
@@ -115,7 +126,7 @@ class WindowProcessor(PictureProcessor):
             filled[:height, :width] = _scaled(pixels, height, width)
             pixels = filled
         canvas = np.zeros((size.height, size.width, 3), np.uint8)
-        canvas[-side:, :side] = _scaled(_scaled(pixels, *plan.whole), side, side)
+        self._view_in(canvas)[:] = _scaled(_scaled(pixels, *plan.whole), side, side)
         if not plan.side:
             return canvas
         cut = np.zeros((plan.rows * plan.side, plan.columns * plan.side, 3), np.uint8)
@@ -128,27 +139,34 @@ class WindowProcessor(PictureProcessor):
         return canvas
 
     def patches(self, canvas: NDArray[np.uint8]) -> tuple[NDArray[np.float32], Grid]:
-        side, window = self.fit.side, self.fit.window
-        rows, columns = (canvas.shape[0] - side) // window, canvas.shape[1] // window
+        window = self.fit.window
+        rows, columns = self.fit.arrangement(*canvas.shape[:2])
         views = [
             canvas[row * window :, column * window :][:window, :window]
             for row in range(rows)
             for column in range(columns)
         ]
-        views.append(canvas[-side:, :side])
+        views.append(self._view_in(canvas))
         values = [patch_values(view[None], self.patch_size, 1, self.levels, 1) for view in views]
         patches = np.concatenate([one.reshape(len(one), -1) for one in values])
         return patches, (1, canvas.shape[0] // self.patch_size, canvas.shape[1] // self.patch_size)
 
     def largest_grid(self) -> Grid:
         assert self.fit.most_windows is not None
-        rows = self.fit.side + self.fit.most_windows * self.fit.window
-        return 1, rows // self.patch_size, self.fit.side // self.patch_size
+        side, window = self.fit.side, self.fit.window
+        height, width = side + self.fit.most_windows * window, side
+        if self.fit.most_windows == 1:
+            height, width = max(side, window), height
+        return 1, height // self.patch_size, width // self.patch_size
 
     def _num_tokens(self, rows: int, columns: int) -> int:
-        of_token = self.patch_size * self.merge_size
-        side, window = self.fit.side // self.patch_size, self.fit.window // self.patch_size
-        return window_tokens((rows - side) // window, columns // window, self.fit, of_token)
+        arrangement = self.fit.arrangement(rows * self.patch_size, columns * self.patch_size)
+        return window_tokens(*arrangement, self.fit, self.patch_size * self.merge_size)
+
+    def _view_in(self, canvas: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Return the part of a canvas that is the view."""
+        side = self.fit.side
+        return canvas[-side:, :side] if len(canvas) > max(side, self.fit.window) else canvas[:side, -side:]
 
 
 def window_tokens(rows: int, columns: int, fit: StepFit, of_token: int) -> int:

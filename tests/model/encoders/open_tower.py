@@ -207,15 +207,12 @@ PARTS["internvl"] = _part(  # type: ignore[call-arg]
 
 
 def _windows(*arrangements: tuple[int, int]) -> Callable[[Any], list[Shape]]:
-    """Shapes of pictures in rows and columns of windows, with the view below them."""
-    return lambda config: [
-        (
-            1,
-            config.position_side + rows * config.window_side,
-            max(config.position_side, cols * config.window_side),
-        )
-        for rows, cols in arrangements
+    """Shapes of pictures in rows and columns of windows of 8 patches; below them, or beside one row, a view of 12."""
+    shapes: list[Shape] = [
+        (1, 12 + 8 * rows, max(12, 8 * columns)) if rows > 1 else (1, 12, 12 + 8 * columns)
+        for rows, columns in arrangements
     ]
+    return lambda config: shapes
 
 
 PARTS["step3p7"] = _part(  # type: ignore[call-arg]

@@ -48,9 +48,12 @@ class StepVisionConfig(PatchConfig):
     has_layer_scale: bool = True
 
     def arrangement(self, grid: Grid) -> tuple[int, int]:
-        """Return rows and columns of windows; below them the grid has the view."""
-        rows = max(0, grid[1] - self.position_side) // self.window_side
-        return rows, grid[2] // self.window_side if rows else 0
+        """Return rows and columns of windows; below several rows, or beside one, the grid has the view."""
+        view, window = self.position_side, self.window_side
+        if grid[1] <= max(view, window):
+            columns = max(0, grid[2] - view) // window
+            return int(columns > 0), columns
+        return (grid[1] - view) // window, grid[2] // window
 
     def views(self, grid: Grid) -> list[int]:
         """Return the sides of windows and view, in patches."""
