@@ -17,7 +17,7 @@ from argosy import Engine, SamplingParams, _native
 from argosy.checkpoint.pack import pack
 from argosy.engine.media import prompt_media
 from argosy.engine.media.prompt_media import PromptMedia
-from argosy.errors import CheckpointError, Overloaded, UnsupportedModel, UsageError
+from argosy.errors import BadMedia, CheckpointError, Overloaded, UnsupportedModel, UsageError
 from argosy.media.parts import Audio, Image, MediaLimits, RequestMedia
 from argosy.media.pictures import read_picture_processor
 from argosy.model.encoders.reading import find_encoders, tensor_names
@@ -95,6 +95,27 @@ def test_logits_and_answers_equal_those_of_transformers(family: str) -> None:
         prompt = prompt_of(engine, reference)
         assert len(prompt.token_ids or ()) == reference.get("num_tokens", [len(reference["logits"])])[0]
         require_answer(engine, prompt, reference["logits"][-1], reference["greedy"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_picture_of_a_hostile_size_is_refused_or_takes_no_more_than_the_cap(family: str) -> None:
+    with opened(REFERENCE / family) as engine:
+        assert isinstance(engine.media, PromptMedia)
+        refusals = []
+        for size in ((1, 1), (2, 3), (1, 10_000), (10_000, 1)):
+            content = engine.media.read(Image(np.zeros((*size, 3), np.uint8)))
+            try:
+                segments = engine.media.segments(content, "", RequestMedia())
+            except BadMedia as refusal:
+                refusals.append((max(size), refusal.message))
+                continue
+            (span,) = (one for one in segments if isinstance(one, MediaSpan))
+            assert 1 <= span.num_positions - len(span.tokens) <= IMAGE_TOKENS
+        for longest, message in refusals:
+            assert longest == 10_000
+            assert "200 times as long" in message or "so narrow" in message
+        with pytest.raises(BadMedia, match="at most 24 megapixels, found 8,000 x 8,000"):
+            engine.media.read(Image(np.broadcast_to(np.uint8(0), (8000, 8000, 3))))
 
 
 @pytest.mark.parametrize("family", RENAMED)
