@@ -494,7 +494,9 @@ ROWS = {
     "kimi_k25": Row(
         shapes=latent_shapes, loading=_KIMI, has_own_modules=True, gguf="deepseek2", chats=("kimi_k2",)
     ),
-    "kimi_vl": Row(shapes=latent_shapes, loading=_KIMI, has_own_modules=True, gguf="deepseek2"),
+    "kimi_vl": Row(
+        shapes=latent_shapes, loading=_KIMI, has_own_modules=True, gguf="deepseek2", chats=("kimi_vl",)
+    ),
     "glm4_moe_lite": Row(shapes=latent_shapes, has_own_modules=True, gguf="deepseek2", chats=("glm47",)),
     "axk1": Row(
         shapes=latent_shapes,

@@ -173,6 +173,7 @@ SHORT = {
         _family("laguna_s", templates.LAGUNA_S, [], _GLM, ["<|im_end|>"]),
         _family("ling2", templates.LING_2, [], _QWEN, ["<|im_end|>"]),
         _family("ling3", templates.LING_3, [], _GLM, ["<|im_end|>"]),
+        _family("kimi_vl", CHATML, ["<|im_middle|>", "<|media_content|>"], [], ["<|im_end|>"]),
         _family("youtu", templates.YOUTU, [], _QWEN, ["<|im_end|>"]),
         _family("exaone", templates.K_EXAONE, [], _QWEN, ["<|im_end|>"]),
         _family("minimax_m1", templates.MINIMAX_M1, [], [], ["<|im_end|>"]),

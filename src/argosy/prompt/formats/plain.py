@@ -5,6 +5,8 @@ thoughts
 </think>
 
 text
+
+Kimi-VL's thinking models write ◁think▷ and ◁/think▷, which are neither tokens nor in their template.
 """
 
 from __future__ import annotations
@@ -27,3 +29,13 @@ class Plain(BlockFormat):
 
     def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
         raise UsageError("this model cannot call tools, so tool_choice cannot require a call")
+
+
+class KimiVl(Plain):
+    name = "kimi_vl"
+    tokens = ("<|im_middle|>", "<|media_content|>")
+    thinking = ("◁think▷", "◁/think▷")
+    spells_thoughts = True
+
+
+FORMATS = (KimiVl, Plain)

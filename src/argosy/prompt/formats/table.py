@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from argosy.errors import UsageError
 from argosy.installed import members
 from argosy.prompt.formats.format import Format
-from argosy.prompt.formats.plain import Plain
 
 if TYPE_CHECKING:
     from argosy.prompt.tokenizer import Tokenizer
@@ -21,10 +20,10 @@ if TYPE_CHECKING:
 # From the most specific to the most common; the first one that fits wins. `plain` fits every model.
 _FILES = (
     "harmony", "kimi_k2", "deepseek", "gemma4", "pythonic", "json_list", "solar", "minimax_m2", "glm", "qwen3_coder",
-    "hermes", "mistral",
+    "hermes", "mistral", "plain",
 )  # fmt: skip
 _FOUND = (form for file in members("argosy.prompt.formats", _FILES) for form in file.FORMATS)
-FORMATS: dict[str, type[Format]] = {form.name: form for form in (*_FOUND, Plain)}
+FORMATS: dict[str, type[Format]] = {form.name: form for form in _FOUND}
 
 
 def find_format(tokenizer: Tokenizer, template: str) -> Format:
