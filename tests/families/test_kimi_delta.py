@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import GGUFWriter
 
 from argosy.config import ActivationConfig, KimiDeltaConfig, LatentConfig, ModelConfig, RouterConfig
 from argosy.errors import ArgosyError
-from argosy.model.families import FAMILIES
+from argosy.model.families import FAMILIES, open_model
+from tests.models import gguf_models
 from tests.models.tiny import RawConfig
 from tests.models.tiny_kda import bailing_hybrid, kimi_linear
 
@@ -116,4 +119,43 @@ LINEAR = kimi_linear()["linear_attn_config"]
 def test_unsupported_features_are_refused_by_name(config: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ArgosyError) as caught:
         parse(config)
+    assert sentence in str(caught.value)
+
+
+HEADS = "attention.head_count_kv"
+
+
+@pytest.mark.parametrize(
+    ("raw", "key", "value", "sentence"),
+    [
+        (kimi_linear(), HEADS, None, "has no key kimi-linear.attention.head_count_kv"),
+        (kimi_linear(), HEADS, [0, 1], "a whole number from 0 on for each of 3 layers"),
+        (kimi_linear(), HEADS, [0, 2, 0], "head_count_kv 2; supported: 1 in layers with keys"),
+        (kimi_linear(), "attention.key_length", 25, "key_length is 25, expected 24"),
+        (kimi_linear(), "attention.key_length_mla", 6, "heads of 6 dimensions, of which 6 rotate"),
+        (kimi_linear(), "expert_gating_func", 1, "expert_gating_func 1; supported: 2 (sigmoid)"),
+        (kimi_linear(), "kda.head_dim", 11, "blk.0.attn_q.weight is [30, 28], expected [33, 28]"),
+        (kimi_linear(), "ssm.conv_kernel", 65, "a whole number from 1 to 64"),
+        (bailing_hybrid(), "kda.safe_gate", False, "kda.safe_gate False; supported: true"),
+        (bailing_hybrid(), "kda.gate_lower_bound", 1.0, "expected a number below zero"),
+        (bailing_hybrid(), "swiglu_clamp_exp", [0.0, 0.0], "a number from 0 on for each of 4 layers"),
+    ],
+)
+def test_odd_metadata_of_a_gguf_are_refused(
+    raw: RawConfig, key: str, value: Any, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_metadata = gguf_models.add_kda_metadata
+
+    def add_odd(writer: GGUFWriter, config: RawConfig) -> None:
+        add_metadata(writer, config)
+        (pairs,) = writer.kv_data
+        if value is None:
+            del pairs[f"{writer.arch}.{key}"]
+        else:
+            pairs[f"{writer.arch}.{key}"].value = value
+
+    monkeypatch.setattr(gguf_models, "add_kda_metadata", add_odd)
+    gguf_models.write_gguf_model(tmp_path / "model.gguf", raw, gguf_models.one_type("F32"), seed=1)
+    with pytest.raises(ArgosyError) as caught:
+        open_model(tmp_path / "model.gguf")
     assert sentence in str(caught.value)

@@ -12,7 +12,6 @@ from dataclasses import replace
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import KimiDeltaConfig, LayerConfig, ModelConfig, RouterConfig
-from argosy.errors import CheckpointError
 from argosy.model.families.latent.deepseek_gguf import read_latent
 from argosy.model.reading.experts_config import (
     RENORMALIZE_EPS,
@@ -71,12 +70,10 @@ def open_delta_gguf(file: GgufFile, architecture: str, family: str) -> ModelFile
     is_kimi = family == "kimi_linear"
     sizes = reader.sizes()
     num_layers = reader.num_layers()
-    has_latent = reader.flags("attention.head_count_kv", num_layers + reader.num_mtp_layers())
-    if has_latent is None:
-        raise CheckpointError(
-            f"{file.path.name} lacks {reader.key('attention.head_count_kv')}: 1 for each layer with keys, 0 for others",
-            path=file.path,
-            key=reader.key("attention.head_count_kv"),
+    kv_heads, has_latent = reader.attention_layers()
+    if kv_heads != 1:
+        raise reader.unsupported(
+            "attention.head_count_kv", kv_heads, "1 in layers with keys, which all heads share"
         )
     num_heads, dim = reader.integer("attention.head_count"), reader.integer("kda.head_dim")
     if not is_kimi and not reader.flag("kda.safe_gate", True):
@@ -100,7 +97,7 @@ def open_delta_gguf(file: GgufFile, architecture: str, family: str) -> ModelFile
         family=family,
         layers=tuple(
             LayerConfig(mixer=latent if is_latent else delta, is_moe=layer >= num_dense)
-            for layer, is_latent in enumerate(has_latent[:num_layers])
+            for layer, is_latent in enumerate(has_latent)
         ),
         expert_width=expert_width,
         router=require_groups(
