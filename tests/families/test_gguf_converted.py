@@ -18,7 +18,7 @@ import pytest
 from gguf import GGUFWriter
 
 from argosy.checkpoint.geometry import dense_shapes
-from argosy.checkpoint.gguf import read_gguf
+from argosy.checkpoint.gguf import GgufFile, read_gguf
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.checkpoint.vocabulary.byte_level import WORDS
 from argosy.config import AttentionConfig, DeltaConfig, LatentConfig, MambaConfig, ModelConfig
@@ -83,8 +83,10 @@ def deciding_tensors(config: ModelConfig, architecture: str) -> dict[str, tuple[
     return shapes | {name: (1,) for name, is_there in present.items() if is_there}
 
 
-def open_converted(name: str, path: Path, more: Mapping[str, Any] = MappingProxyType({})) -> ModelConfig:
-    """The config that Argosy reads from a file with the metadata of `name`, updated by `more`."""
+def write_converted(
+    name: str, path: Path, more: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[GgufFile, str]:
+    """A file with the metadata of `name`, updated by `more`, and its architecture."""
     metadata = {**CONVERTED[name], **more}
     architecture = metadata["general.architecture"]
     writer = GGUFWriter(path, architecture)
@@ -97,10 +99,18 @@ def open_converted(name: str, path: Path, more: Mapping[str, Any] = MappingProxy
         tensor: TensorRef(tensor, path, 0, 0, "F32", shape)
         for tensor, shape in deciding_tensors(hub_config(name), architecture).items()
     }
-    file = replace(read_gguf(path), tensors=tensors)
+    return replace(read_gguf(path), tensors=tensors), architecture
+
+
+def read_converted(file: GgufFile, architecture: str) -> ModelConfig:
     found: Any = gguf_families()[architecture].open_gguf(file)
     assert isinstance(found, ModelConfig)
     return found
+
+
+def open_converted(name: str, path: Path, more: Mapping[str, Any] = MappingProxyType({})) -> ModelConfig:
+    """The config that Argosy reads from a file with the metadata of `name`, updated by `more`."""
+    return read_converted(*write_converted(name, path, more))
 
 
 def add(writer: GGUFWriter, key: str, value: Any) -> None:
@@ -228,7 +238,8 @@ def test_any_other_key_changes_the_model_or_is_refused_by_name(
     architecture: str, values: tuple[Any, ...], tmp_path: Path
 ) -> None:
     name = ARCHITECTURES[architecture]
-    plain = open_converted(name, tmp_path / "plain.gguf")
+    file, _ = write_converted(name, tmp_path / "model.gguf")
+    plain = read_converted(file, architecture)
     others = [
         key for key in sorted(set(templates()) - HARMLESS) if f"{architecture}.{key}" not in CONVERTED[name]
     ]
@@ -236,8 +247,9 @@ def test_any_other_key_changes_the_model_or_is_refused_by_name(
     unnoticed = []
     for key in others:
         for value in values:
+            odd = replace(file, metadata={**file.metadata, f"{architecture}.{key}": value})
             try:
-                config = open_converted(name, tmp_path / "odd.gguf", {f"{architecture}.{key}": value})
+                config = read_converted(odd, architecture)
             except CheckpointError as refusal:
                 is_noticed = key in str(refusal)
             else:

@@ -691,8 +691,15 @@ def to_blocks(values: Array, type_name: str, rng: np.random.Generator) -> tuple[
     elif type_name == "F32":
         blocks = values
     else:
-        blocks = gguf.quantize(values, kind)
-    return blocks, np.asarray(gguf.dequantize(blocks, kind), np.float32)
+        assert values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
+        blocks = gguf.quantize(values.reshape(1, -1), kind).reshape(*values.shape[:-1], -1)
+    return blocks, values_of(blocks, kind)
+
+
+def values_of(blocks: Array, kind: GGMLQuantizationType) -> Array:
+    """Return the values of blocks as one row: the package takes sixteen rows at a time, which are short here."""
+    values = np.asarray(gguf.dequantize(blocks.reshape(1, -1), kind), np.float32)
+    return values.reshape(*blocks.shape[:-1], -1)
 
 
 def blocks_without_package(
@@ -731,7 +738,7 @@ def random_blocks(
             blocks[:, minima_at : minima_at + 2] = minima.reshape(-1, 1).view(np.uint8)
 
     set_scales(np.ones(len(blocks)))
-    unit = float(np.asarray(gguf.dequantize(blocks, kind)).std())
+    unit = float(values_of(blocks, kind).std())
     set_scales(deviation / unit * rng.uniform(0.5, 1.5, len(blocks)))
     return blocks.reshape(*shape[:-1], -1)
 

@@ -97,7 +97,7 @@ def dequantized(block_type: str, blocks: Bytes, rows: int, cols: int) -> Floats:
         return _few_bits(blocks.reshape(-1, 18), 1 if block_type == "Q1_0" else 2).reshape(rows, cols)
     kind = gguf.GGMLQuantizationType[block_type]
     with np.errstate(invalid="ignore", over="ignore"):
-        return gguf.quants.dequantize(blocks, kind).reshape(rows, cols)
+        return gguf.quants.dequantize(blocks.reshape(1, -1), kind).reshape(rows, cols)  # one row: in one call
 
 
 def _few_bits(blocks: Bytes, bits: int) -> Floats:
