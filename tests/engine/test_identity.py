@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from argosy import Engine, SamplingParams, _native
+from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.pack import pack
 from argosy.config import AskAhead
 from argosy.machine import tuning
@@ -292,6 +293,11 @@ QUANTISED = {
 }
 
 
+@cache
+def files_of(directory: Path) -> ModelFiles:
+    return open_model(directory)
+
+
 @dataclass(frozen=True)
 class Case:
     """A model on disk and the instruction set to run it with."""
@@ -315,11 +321,11 @@ class Case:
 
     @property
     def num_experts(self) -> int:
-        return len(open_model(self.directory).experts)
+        return len(files_of(self.directory).experts)
 
     @property
     def experts_per_token(self) -> int:
-        return open_model(self.directory).config.experts_per_token
+        return files_of(self.directory).config.experts_per_token
 
     def engine(self, **options: Any) -> Engine:
         settings = {"memory": "4GiB", "threads": 1, "instruction_set": self.instruction_set} | options

@@ -139,6 +139,7 @@ class ModelFootprint:
         self._image_tokens = config.image_tokens
         self._ears = config.ears
         self._video_tokens = config.video_tokens
+        self._kv_layouts: dict[tuple[int, KvDtype, int | None], KvLayout] = {}  # a search asks for few, often
         self._readers = config.readers  # each has a staging buffer if weights are transcoded
 
     @cached_property
@@ -306,7 +307,10 @@ class ModelFootprint:
         return kv_bytes(self.config, num_tokens, self.kv_dtype, window_blocks=window_blocks)
 
     def kv_layout(self, num_tokens: int, window_blocks: int | None = None) -> KvLayout:
-        return KvLayout.of(self.config, num_tokens, self.kv_dtype, window_blocks)
+        key = num_tokens, self.kv_dtype, window_blocks
+        if key not in self._kv_layouts:
+            self._kv_layouts[key] = KvLayout.of(self.config, *key)
+        return self._kv_layouts[key]
 
     @property
     def window(self) -> int:

@@ -70,7 +70,7 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        return sum(part.nbytes for part in self.parts())
+        return sum(self._sizes().values())
 
     @property
     def left_bytes(self) -> int:
@@ -104,6 +104,23 @@ class MemoryPlan:
             most_experts=most_experts,
         )
 
+    def _sizes(self) -> dict[str, int]:
+        """The bytes of all parts, by their names in JSON, in the order of their claims; plans are compared often."""
+        return {
+            "process_bytes": self.process_bytes,
+            "dense_bytes": self.dense_bytes,
+            "encoder_bytes": self.encoder_bytes,
+            "kv_bytes": self.kv_bytes,
+            "recurrent_state_bytes": self.state_bytes,
+            "snapshot_bytes": self.snapshot_bytes,
+            **{key: self.claimed.get(key, 0) for key in CLAIMED},
+            "working_bytes": self.working_bytes,
+            "staging_bytes": self.staging_bytes,
+            "expert_record_bytes": self.bookkeeping_bytes,
+            "page_table_bytes": self.page_table_bytes,
+            "expert_cache_bytes": self.expert_bytes,
+        }
+
     def parts(self) -> list[Part]:
         """All parts of the budget, in the order of their claims."""
         slots = self.slots
@@ -112,39 +129,24 @@ class MemoryPlan:
             experts += f", {slots.without_media} while there are no pictures or sounds"
         if slots.idle:
             experts += f", up to {slots.reachable} in idle memory"
-        states, snapshots = (
-            f"{self.num_states} sequences at once",
-            f"{self.num_snapshots} prompt prefixes",
-        )
         context = f"{self.context_tokens} tokens in {self.kv_dtype}"
         if self.windows is not None:
             context += f", {self.windows.num_window_blocks * KV_BLOCK_TOKENS} in layers with a window"
-        return [
-            Part("process_bytes", "process", self.process_bytes, "interpreter, libraries, tokenizer"),
-            Part("dense_bytes", "dense weights", self.dense_bytes),
-            Part("encoder_bytes", "pictures, sound", self.encoder_bytes, "encoders, and decoding of files"),
-            Part("kv_bytes", "KV cache", self.kv_bytes, context),
-            Part("recurrent_state_bytes", "recurrent state", self.state_bytes, states),
-            Part("snapshot_bytes", "state snapshots", self.snapshot_bytes, snapshots),
-            *(Part(key, label, self.claimed.get(key, 0), note) for key, (label, note) in CLAIMED.items()),
-            Part(
-                "working_bytes", "working buffers", self.working_bytes, f"{self.chunk_tokens} tokens a step"
-            ),
-            Part("staging_bytes", "staging", self.staging_bytes, "buffers for transcoding"),
-            Part(
-                "expert_record_bytes",
-                "expert records",
-                self.bookkeeping_bytes,
-                "location and uses of each expert",
-            ),
-            Part(
-                "page_table_bytes",
-                "page tables",
-                self.page_table_bytes,
-                "1/512 of mapped memory, in the kernel",
-            ),
-            Part("expert_cache_bytes", "expert cache", self.expert_bytes, experts),
-        ]
+        texts = {
+            "process_bytes": ("process", "interpreter, libraries, tokenizer"),
+            "dense_bytes": ("dense weights", ""),
+            "encoder_bytes": ("pictures, sound", "encoders, and decoding of files"),
+            "kv_bytes": ("KV cache", context),
+            "recurrent_state_bytes": ("recurrent state", f"{self.num_states} sequences at once"),
+            "snapshot_bytes": ("state snapshots", f"{self.num_snapshots} prompt prefixes"),
+            **CLAIMED,
+            "working_bytes": ("working buffers", f"{self.chunk_tokens} tokens a step"),
+            "staging_bytes": ("staging", "buffers for transcoding"),
+            "expert_record_bytes": ("expert records", "location and uses of each expert"),
+            "page_table_bytes": ("page tables", "1/512 of mapped memory, in the kernel"),
+            "expert_cache_bytes": ("expert cache", experts),
+        }
+        return [Part(key, texts[key][0], nbytes, texts[key][1]) for key, nbytes in self._sizes().items()]
 
     def lines(self) -> list[tuple[str, int, str]]:
         """(label, bytes, note) of every part that is not empty, in the order of their claims."""
