@@ -84,6 +84,8 @@ PRE_TOKENIZERS = {
     "mixtral": None,
     "olmoe": "olmo",
     "granitemoe": "refact",
+    "granite": "refact",
+    "qwen2": "qwen2",
     "granitemoehybrid": "dbrx",
     "nemotron_h": "pixtral",
     "ernie4_5_moe": None,

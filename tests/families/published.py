@@ -28,7 +28,11 @@ from tests.families.hub_ling import (
 )
 from tests.families.published_internvl import INTERN_VIT_6B, INTERN_VIT_6B_HF, internvl, internvl_chat
 from tests.families.published_mamba import (
+    GRANITE_40_1B,
+    GRANITE_40_H_350M,
+    GRANITE_40_H_MICRO,
     GRANITE_40_H_SMALL,
+    GRANITE_40_MICRO,
     NEMOTRON_3_SUPER,
     NEMOTRON_NANO_9B_V2,
     granitemoehybrid,
@@ -1189,6 +1193,11 @@ PUBLISHED = (
     Published("Laguna-S-2.1", LAGUNA_S_2_1, 117.6),
     Published("Granite-3.1-1B-A400M", GRANITE_31_1B, 1.33),
     Published("Granite-4.0-H-Tiny", granitemoehybrid(), 6.94),
+    Published("Granite-4.0-H-Micro", GRANITE_40_H_MICRO, 3.19),
+    Published("Granite-4.0-H-350M", GRANITE_40_H_350M, 0.340),
+    Published("Granite-4.0-Micro", GRANITE_40_MICRO, 3.40),
+    Published("Granite-4.0-1B", GRANITE_40_1B, 1.63),
+    Published("Granite-3.3-2B", dense.GRANITE_33_2B, 2.53),
     Published("Granite-4.0-H-Small", granitemoehybrid(**GRANITE_40_H_SMALL), 32.2),
     Published("Nemotron-3-Nano-30B-A3B", nemotron_h(), 31.6),
     Published("Nemotron-Nano-9B-v2", NEMOTRON_NANO_9B_V2, 8.89),
@@ -1210,6 +1219,8 @@ PUBLISHED = (
     Published("DeepSeek-OCR", DEEPSEEK_OCR, 2.935),  # 3.336 with SAM, CLIP and a projector
     Published("Qwen3-0.6B", dense.QWEN3_06B, 0.596),
     Published("Qwen3-4B", dense.QWEN3_4B, 4.02),
+    Published("Qwen2.5-7B", dense.QWEN25_7B, 7.62),
+    Published("Qwen2.5-0.5B", dense.QWEN25_05B, 0.494),
     Published("Qwen3-8B", dense.qwen3(), 8.19),
     Published("Qwen3-Embedding-0.6B", dense.QWEN3_EMBEDDING_06B, 0.596),
     Published("Qwen3-Reranker-0.6B", dense.QWEN3_RERANKER_06B, 0.596),

@@ -78,6 +78,56 @@ GRANITE_40_H_SMALL = {
 }
 
 
+# Without routed experts; the sizes are those of GGUF files and IBM's table, and h-350m has attention in as many layers.
+_WITHOUT_EXPERTS = {
+    "num_experts_per_tok": 0,
+    "num_local_experts": 0,
+    "attention_multiplier": 0.015625,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "logits_scaling": 8,
+    "mamba_n_heads": 64,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "shared_intermediate_size": 8192,
+}
+GRANITE_40_H_MICRO = granitemoehybrid(**_WITHOUT_EXPERTS)
+GRANITE_40_H_350M = GRANITE_40_H_MICRO | {
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "layer_types": ["attention" if i in (10, 13, 17, 27) else "mamba" for i in range(32)],
+    "logits_scaling": 3,
+    "mamba_d_head": 32,
+    "mamba_n_heads": 48,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 4,
+    "residual_multiplier": 0.246,
+    "shared_intermediate_size": 2048,
+}
+GRANITE_40_MICRO = GRANITE_40_H_MICRO | {
+    "hidden_size": 2560,
+    "layer_types": ["attention"] * 40,
+    "logits_scaling": 10,
+    "mamba_d_head": 40,
+    "mamba_d_state": 256,
+    "mamba_n_heads": 128,
+    "num_attention_heads": 40,
+    "position_embedding_type": "rope",
+    "rope_theta": 10_000_000,
+}
+GRANITE_40_1B = GRANITE_40_MICRO | {
+    "attention_multiplier": 0.0078125,
+    "hidden_size": 2048,
+    "intermediate_size": 4096,
+    "logits_scaling": 8,
+    "mamba_d_head": 32,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "shared_intermediate_size": 4096,
+}
+
+
 def nemotron_h(**changes: Any) -> RawConfig:
     """Nemotron-3-Nano's."""
     return {

@@ -22,7 +22,7 @@ from tests.models.gguf_models import one_type, write_gguf_model
 from tests.models.references import LARGEST_DIFFERENCE, difference
 from tests.models.safetensors_file import read_checkpoint, write_checkpoint
 from tests.models.tiny import RawConfig, prompt_ids, write_model
-from tests.models.tiny_dense import gemma3, gemma3_text, llama, mistral, qwen3
+from tests.models.tiny_dense import gemma3, gemma3_text, granite, llama, mistral, qwen2, qwen3
 from tests.models.tiny_ministral import ministral3
 
 Make = Callable[..., RawConfig]
@@ -32,7 +32,9 @@ def parse(raw: RawConfig) -> ModelConfig:
     return FAMILIES[raw["model_type"]].parse_config(raw)
 
 
-@pytest.mark.parametrize("make", [qwen3, llama, mistral, gemma3_text, gemma3], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [qwen3, qwen2, granite, llama, mistral, gemma3_text, gemma3], ids=lambda make: make.__name__
+)
 def test_no_layer_has_experts(make: Make) -> None:
     config = parse(make())
     assert (config.moe_layers, config.num_experts, config.experts_per_token, config.dense_width) == (
@@ -86,6 +88,15 @@ def test_both_spellings_of_gemma3_s_rotary_embeddings_mean_the_same() -> None:
         (qwen3, {"layer_types": ["sliding_attention"] * 3}, "because the other keys turn windows off"),
         (qwen3, {"layer_types": ["full_attention"]}, "layer_types has 1 entries, expected one for each of 3"),
         (qwen3, {"rope_scaling": {"rope_type": "longrope"}}, "rope_type longrope; supported: "),
+        (qwen2, {"layer_types": ["sliding_attention"] * 3}, "because the other keys turn windows off"),
+        (qwen2, {"attention_bias": True}, "sets attention_bias to true, but qwen2 does not know this key"),
+        (granite, {"mlp_bias": True}, "mlp_bias true; supported: false"),
+        (
+            granite,
+            {"num_local_experts": 4},
+            "sets num_local_experts to 4, but granite does not know this key",
+        ),
+        (granite, {"logits_scaling": 0}, "logits_scaling is 0"),
         (llama, {"mlp_bias": True}, "mlp_bias true; supported: false"),
         (llama, {"num_key_value_heads": 4}, "num_attention_heads is 6, expected a multiple"),
         (llama, {"pretraining_tp": 2}, "pretraining_tp 2; supported: 1"),
@@ -125,6 +136,10 @@ def test_an_absent_key_has_the_default_of_the_config_class() -> None:
         22_016,
         151_936,
     )
+    config = parse({"model_type": "qwen2"})
+    assert (config.hidden_size, config.dense_width, config.vocab_size) == (4096, 22_016, 151_936)
+    config = parse({"model_type": "granite"})
+    assert (config.dense_width, config.context_tokens, config.attention.scale) == (11_008, 2048, 1.0)
     config = parse({"model_type": "llama"})
     assert (config.dense_width, config.context_tokens, config.attention.num_kv_heads) == (11_008, 2048, 32)
     config = parse({"model_type": "mistral"})
@@ -186,6 +201,8 @@ def test_a_model_that_only_embeds_has_other_names_and_no_head(is_tied: bool, tmp
 GEMMA: dict[str, Any] = {"num_hidden_layers": 6, "sliding_window_pattern": 6, "query_pre_attn_scalar": 12}
 IN_GGUF = {
     "qwen3": qwen3(),
+    "qwen2": qwen2(),
+    "granite": granite(),
     "llama": llama(rope_scaling=None),
     "mistral": mistral(sliding_window=7),
     "ministral3": ministral3(sliding_window=9),

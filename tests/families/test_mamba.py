@@ -133,7 +133,8 @@ def test_the_kinds_of_layers_have_several_spellings() -> None:
         ({"position_embedding_type": "alibi"}, "asks for position_embedding_type 'alibi'; supported: nope, rope"),
         ({"normalization_function": "layernorm"}, "asks for normalization_function 'layernorm'"),
         ({"hidden_act": "gelu"}, "asks for hidden_act 'gelu'; supported: silu"),
-        ({"num_local_experts": 0}, "num_local_experts is 0"),
+        ({"num_local_experts": -1}, "num_local_experts is -1"),
+        ({"num_local_experts": 0, "shared_intermediate_size": 0}, "shared_intermediate_size is 0"),
     ],
 )  # fmt: skip
 def test_unsupported_granites_are_refused_by_name(changes: dict[str, Any], sentence: str) -> None:
@@ -226,6 +227,15 @@ GGUF = {
         mamba_n_groups=2, mamba_n_heads=4, num_attention_heads=2, num_key_value_heads=1, shared_intermediate_size=64,
         position_embedding_type="nope",
     ),
+    "granitemoehybrid without experts": granitemoehybrid(
+        hidden_size=64, intermediate_size=96, mamba_d_head=32, mamba_n_heads=4, num_attention_heads=2,
+        num_experts_per_tok=0, num_key_value_heads=1, num_local_experts=0, shared_intermediate_size=96,
+    ),
+    "granitemoehybrid, attention alone": granitemoehybrid(
+        hidden_size=64, intermediate_size=96, layer_types=["attention"] * 3, mamba_d_head=32, mamba_n_heads=4,
+        num_attention_heads=2, num_experts_per_tok=0, num_key_value_heads=1, num_local_experts=0,
+        position_embedding_type="rope", shared_intermediate_size=96,
+    ),
     "nemotron_h": nemotron_h(
         hidden_size=64, head_dim=32, num_attention_heads=2, num_key_value_heads=1, mamba_head_dim=16, mamba_num_heads=4,
         moe_intermediate_size=32, moe_shared_expert_intermediate_size=64, moe_latent_size=32,
@@ -248,7 +258,7 @@ def test_logits_of_a_gguf_are_those_of_its_weights(family: str, type_name: str, 
     config, path = GGUF[family], tmp_path / "model.gguf"
     reference = NumpyModel(write_mamba_gguf(path, config, one_type(type_name), seed=3))
     prompt = prompt_ids(config, 3)
-    with Engine.open(path, memory="4GiB", threads=1) as engine:
+    with Engine.open(path, memory="4GiB", threads=1, kv_dtype="f32") as engine:
         logits = engine.logits(prompt)
     expected = reference.logits(prompt)
     if type_name == "F32":
@@ -277,6 +287,8 @@ def test_nemotron_s_layer_for_multi_token_prediction_drafts_from_gguf(tmp_path: 
     [
         ("granitemoehybrid", {"attention.head_count_kv": [0, 0, 0]}, "attention.head_count_kv"),
         ("granitemoehybrid", {"attention.head_count_kv": [1, 0]}, "a whole number from 0 on for each of 3 layers"),
+        ("granitemoehybrid without experts", {"expert_shared_feed_forward_length": 64}, "supported: 96"),
+        ("granitemoehybrid without experts", {"expert_used_count": 2}, "expert_used_count"),
         ("nemotron_h", {"feed_forward_length": [0, 32]}, "a whole number from 0 on for each of 6 layers"),
         ("nemotron_h", {"feed_forward_length": [0, 0, 0, 0, 0, 32]}, "blk.1.ssm_in.weight is missing"),
         ("nemotron_h", {"moe_every_n_layers": 2}, "moe_every_n_layers"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.models.configuration import Configuration, yarn
 from tests.models.tiny import respelt
-from tests.models.tiny_dense import gemma3, gemma3_text, llama, mistral, qwen3
+from tests.models.tiny_dense import gemma3, gemma3_text, granite, llama, mistral, qwen2, qwen3
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
@@ -29,6 +29,25 @@ CONFIGURATIONS = (
             **yarn(4.0, 32),
         ),
         dtype="F32",
+    ),
+    Configuration(name="qwen2_plain", config=qwen2()),
+    Configuration(
+        name="qwen2_windows_tied",
+        config=qwen2(
+            max_window_layers=1,
+            num_hidden_layers=2,
+            num_key_value_heads=3,
+            sliding_window=7,
+            tie_word_embeddings=True,
+            use_sliding_window=True,
+        ),
+    ),
+    Configuration(name="granite_plain", config=granite()),
+    Configuration(
+        name="granite_bias_tied",
+        config=granite(
+            attention_bias=True, num_hidden_layers=2, num_key_value_heads=3, tie_word_embeddings=True
+        ),
     ),
     Configuration(name="llama_plain", config=llama()),
     Configuration(

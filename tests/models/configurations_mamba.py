@@ -28,6 +28,22 @@ CONFIGURATIONS = (
             vocab_size=60,
         ),
     ),
+    Configuration(
+        name="granitemoehybrid_dense",
+        config=granitemoehybrid(num_experts_per_tok=0, num_local_experts=0, intermediate_size=11),
+    ),
+    Configuration(
+        name="granitemoehybrid_dense_attention_alone",
+        config=granitemoehybrid(
+            layer_types=["attention"] * 2,
+            num_experts_per_tok=0,
+            num_hidden_layers=2,
+            num_local_experts=0,
+            intermediate_size=15,
+            shared_intermediate_size=15,
+            position_embedding_type="rope",
+        ),
+    ),
     Configuration(name="nemotron_h_plain", config=nemotron_h()),
     Configuration(
         name="nemotron_h_latent_dense_biases_groups",

@@ -18,7 +18,7 @@ from tests.models.tiny import (
     respelt,
 )
 from tests.models.tiny_cohere import cohere2_moe
-from tests.models.tiny_dense import gemma3, gemma3_text, llama, qwen3
+from tests.models.tiny_dense import gemma3, gemma3_text, llama, qwen2, qwen3
 from tests.models.tiny_flags import ernie4_5_moe, granitemoe, granitemoeshared
 from tests.models.tiny_gemma import gemma4
 from tests.models.tiny_gqa import mimo_v2_flash
@@ -246,6 +246,16 @@ CONVERTED: dict[str, tuple[str, RawConfig]] = {
             num_key_value_heads=2,
         ),
     ),
+    # Without routed experts: with and without a Mamba-2 mixer.
+    "granitemoehybrid_dense": ("granitehybrid", _OF_NAME["granitemoehybrid_dense"]),
+    "granitemoehybrid_attention": (
+        "granite",
+        _OF_NAME["granitemoehybrid_dense_attention_alone"] | {"num_key_value_heads": 2, "hidden_size": 28},
+    ),
+    "granite_plain": ("granite", _OF_NAME["granite_plain"]),
+    "granite_tied": ("granite", _OF_NAME["granite_bias_tied"] | {"attention_bias": False}),
+    "qwen2_plain": ("qwen2", _OF_NAME["qwen2_plain"]),
+    "qwen2_tied": ("qwen2", qwen2(tie_word_embeddings=True, num_key_value_heads=6)),
     # llama.cpp cannot run dense layers beside those with experts, nor mixers without a bias of the convolution; its
     # converter wants multiples of 64 channels.
     "nemotron_h_plain": ("nemotron_h_moe", nemotron_h(mamba_head_dim=16, mamba_num_heads=4)),

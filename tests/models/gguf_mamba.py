@@ -21,7 +21,7 @@ from tests.models.tiny_mamba import mamba_sizes, of_layer, pattern
 
 def architecture_of(config: RawConfig) -> str:
     if config["model_type"] == "granitemoehybrid":
-        return "granitehybrid"
+        return "granitehybrid" if "M" in pattern(config) else "granite"
     return "nemotron_h_moe" if "E" in pattern(config) else "nemotron_h"
 
 
@@ -109,6 +109,8 @@ def write_mamba_gguf(
 
     for hub_name, values in random_tensors(config, seed, "F32").items():
         name = _gguf_name(hub_name, config)
+        if config.get("num_local_experts") == 0:
+            name = name.replace("_shexp", "")
         if "{}" in name:
             halves = zip(("gate", "up"), np.split(values, 2, axis=-2), strict=True)
             exact[hub_name] = np.concatenate([put(name.format(part), half) for part, half in halves], axis=-2)
@@ -184,7 +186,7 @@ def _add_metadata(writer: GGUFWriter, config: RawConfig, changes: dict[str, Any]
     writer.add_head_count(config["num_attention_heads"])
     writer.add_rope_dimension_count(config["hidden_size"] // config["num_attention_heads"])
     writer.add_rope_freq_base(float(config["rope_theta"]))
-    writer.add_rope_scaling_finetuned(False)
+    writer.add_rope_scaling_finetuned(architecture_of(config) == "granite")
     writer.add_layer_norm_rms_eps(config.get("rms_norm_eps") or config["layer_norm_epsilon"])
     writer.add_ssm_conv_kernel(taps)
     writer.add_ssm_inner_size(heads * dim)
@@ -193,7 +195,8 @@ def _add_metadata(writer: GGUFWriter, config: RawConfig, changes: dict[str, Any]
     writer.add_ssm_group_count(groups)
     if is_granite:
         writer.add_expert_count(config["num_local_experts"])
-        writer.add_expert_shared_feed_forward_length(config["shared_intermediate_size"])
+        if "expert_shared_feed_forward_length" not in changes:
+            writer.add_expert_shared_feed_forward_length(config["shared_intermediate_size"])
         writer.add_attention_scale(config["attention_multiplier"])
         writer.add_embedding_scale(config["embedding_multiplier"])
         writer.add_residual_scale(config["residual_multiplier"])

@@ -40,7 +40,7 @@ from tests.models.tiny_mtp import mtp_tensors
 from tests.native import gguf_blocks
 from tests.native.gguf_blocks import WITHOUT_PACKAGE, put_iq1_m_scales
 
-_PAIRED = ("mixtral", "llama", "mistral", "ministral3")  # rows of q and k are in adjacent pairs
+_PAIRED = ("mixtral", "llama", "granite", "mistral", "ministral3")  # rows of q and k are in adjacent pairs
 _SIGMOID = ("glm4_moe", *tiny_grouped.FAMILIES)
 # Types to which the `gguf` package does not quantise: the offset of the float16 scale, the offset of the scale of the
 # minima if there is one, and the factor that makes the mean 0. IQ1_M's scale lies in four words of its blocks;
@@ -502,6 +502,11 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
 
 def add_dense_metadata(writer: GGUFWriter, config: RawConfig) -> None:
     """Write what models without experts have of their own."""
+    if config["model_type"] == "granite":
+        writer.add_attention_scale(config["attention_multiplier"])
+        writer.add_embedding_scale(config["embedding_multiplier"])
+        writer.add_residual_scale(config["residual_multiplier"])
+        writer.add_logit_scale(config["logits_scaling"])
     scaling, window = config.get("rope_scaling"), config.get("sliding_window")
     if scaling is not None and scaling["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)

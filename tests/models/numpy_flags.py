@@ -32,6 +32,10 @@ def feed_forward(model: NumpyModel, layer: int, x: Array) -> Array:
     config, tensors, prefix = model.config, model.tensors, f"model.layers.{layer}."
     if not is_moe(config, layer):
         return model.swiglu(prefix + "mlp.", x)
+    if config.get("num_local_experts") == 0:
+        return _joined(
+            x, *(tensors[f"{prefix}shared_mlp.{name}_linear.weight"] for name in ("input", "output"))
+        )
     is_granite = config["model_type"].startswith("granite")
     block = prefix + ("block_sparse_moe." if is_granite else "mlp.")
     logits = x @ tensors[block + ("router.layer.weight" if is_granite else "gate.weight")].T

@@ -162,6 +162,7 @@ class NumpyModel:
             rows, vectors = spans.embeddings
             hidden[rows] = vectors
         is_cohere = self.family in tiny_cohere.FAMILIES
+        scale = self.config.get("residual_multiplier", 1.0)
         for layer in range(self.config["num_hidden_layers"]):
             prefix = f"model.layers.{layer}."
             normed = hidden
@@ -196,9 +197,9 @@ class NumpyModel:
                 elif self.kinds and self.kinds[layer] == "conv":
                     hidden = hidden + numpy_recurrent.short_conv(self.tensors, prefix + "conv.", normed)
                 else:
-                    hidden = hidden + self.attention(layer, normed, places[layer])
+                    hidden = hidden + scale * self.attention(layer, normed, places[layer])
                 normed = self.norm(prefix + "post_attention_layernorm", hidden)
-                hidden = hidden + self.feed_forward(layer, normed)
+                hidden = hidden + scale * self.feed_forward(layer, normed)
             if layer in spans.additions:
                 rows, vectors = spans.additions[layer]
                 hidden[rows] += vectors

@@ -12,7 +12,7 @@ from tests.models.rows import WHOLE, Row
 RawConfig = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 
-FAMILIES = ("qwen3", "llama", "mistral", "ministral3", "gemma3_text", "gemma3")
+FAMILIES = ("qwen3", "qwen2", "granite", "llama", "mistral", "ministral3", "gemma3_text", "gemma3")
 GEMMA = ("gemma3_text", "gemma3")
 _TOWER = {
     "vision_tower.vision_model.post_layernorm.weight": (16,),
@@ -53,6 +53,38 @@ def qwen3(**changes: Any) -> RawConfig:
         "sliding_window": None,
         "transformers_version": "4.51.0",
         "use_sliding_window": False,
+    } | changes
+
+
+def qwen2(**changes: Any) -> RawConfig:
+    """A config.json with the keys of Qwen2.5-7B's."""
+    common = {key: value for key, value in _COMMON.items() if key != "attention_bias"}
+    return {
+        **common,
+        "architectures": ["Qwen2ForCausalLM"],
+        "max_window_layers": 3,
+        "model_type": "qwen2",
+        "rope_theta": 1000000.0,
+        "sliding_window": 64,
+        "transformers_version": "4.43.1",
+        "use_sliding_window": False,
+    } | changes
+
+
+def granite(**changes: Any) -> RawConfig:
+    """A config.json with the keys of granite-3.3-2b's."""
+    return {
+        **_COMMON,
+        "architectures": ["GraniteForCausalLM"],
+        "attention_multiplier": 0.3,
+        "embedding_multiplier": 1.7,
+        "logits_scaling": 1.5,
+        "mlp_bias": False,
+        "model_type": "granite",
+        "residual_multiplier": 0.7,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "transformers_version": "4.49.0",
     } | changes
 
 
@@ -157,7 +189,7 @@ def windows(config: RawConfig) -> list[int]:
     if config["model_type"] == "gemma3_text":
         every = config.get("sliding_window_pattern", 6)
         default = ["sliding_attention" if (i + 1) % every else "full_attention" for i in layers]
-    elif config["model_type"] == "qwen3" and config.get("use_sliding_window"):
+    elif config["model_type"] in ("qwen2", "qwen3") and config.get("use_sliding_window"):
         first = config.get("max_window_layers", 28)
         default = ["sliding_attention" if i >= first else "full_attention" for i in layers]
     else:
@@ -182,7 +214,7 @@ def dense_shapes(config: RawConfig) -> Shapes:
         shapes |= {f"{layer}{name}_layernorm.weight": (hidden,) for name in norms}
         for name, rows in (("q", q_rows), ("k", kv_rows), ("v", kv_rows)):
             shapes[f"{attention}{name}_proj.weight"] = (rows, hidden)
-            if text.get("attention_bias"):
+            if text.get("attention_bias") or family == "qwen2":
                 shapes[f"{attention}{name}_proj.bias"] = (rows,)
         shapes[attention + "o_proj.weight"] = (hidden, q_rows)
         if text.get("attention_bias"):
@@ -200,6 +232,8 @@ def dense_shapes(config: RawConfig) -> Shapes:
 _IN_MLX = "names and values are those of the hub, so MLX's checkpoints need no change"
 ROWS = {
     "qwen3": Row(shapes=dense_shapes, gguf="qwen3", chats=("qwen3",), without_mlx=_IN_MLX),
+    "qwen2": Row(shapes=dense_shapes, gguf="qwen2", chats=("qwen2_5",), without_mlx=_IN_MLX),
+    "granite": Row(shapes=dense_shapes, gguf="granite", chats=("granite",), without_mlx=_IN_MLX),
     "llama": Row(shapes=dense_shapes, gguf="llama", chats=("llama3",), without_mlx=_IN_MLX),
     "mistral": Row(shapes=dense_shapes, gguf="llama", chats=("mistral",), without_mlx=_IN_MLX),
     "gemma3_text": Row(

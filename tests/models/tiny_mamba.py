@@ -184,7 +184,8 @@ def pattern(config: RawConfig) -> str:
 
 def moe_layers(config: RawConfig) -> list[int]:
     is_granite = config["model_type"] == "granitemoehybrid"
-    return [i for i, kind in enumerate(pattern(config)) if is_granite or kind == "E"]
+    is_moe = is_granite and config["num_local_experts"] > 0
+    return [i for i, kind in enumerate(pattern(config)) if is_moe or kind == "E"]
 
 
 def mamba_sizes(config: RawConfig) -> tuple[int, int, int, int, int]:
@@ -269,13 +270,16 @@ def _granite_layer(config: RawConfig, kind: str) -> Shapes:
     hidden, experts = config["hidden_size"], config["num_local_experts"]
     width, shared = config["intermediate_size"], config["shared_intermediate_size"]
     name, mixer = ("mamba.", mamba_shapes) if kind == "M" else ("self_attn.", _attention_shapes)
+    routed = {
+        "block_sparse_moe.router.layer.weight": (experts, hidden),
+        "block_sparse_moe.input_linear.weight": (experts, 2 * width, hidden),
+        "block_sparse_moe.output_linear.weight": (experts, hidden, width),
+    }
     return {
         "input_layernorm.weight": (hidden,),
         **{name + part: shape for part, shape in mixer(config).items()},
         "post_attention_layernorm.weight": (hidden,),
-        "block_sparse_moe.router.layer.weight": (experts, hidden),
-        "block_sparse_moe.input_linear.weight": (experts, 2 * width, hidden),
-        "block_sparse_moe.output_linear.weight": (experts, hidden, width),
+        **(routed if experts else {}),
         "shared_mlp.input_linear.weight": (2 * shared, hidden),
         "shared_mlp.output_linear.weight": (hidden, shared),
     }

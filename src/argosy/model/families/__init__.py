@@ -69,8 +69,8 @@ FAMILIES: Mapping[str, Family] = {
         "argosy.model.families",
         (
             # Before those with experts, whose defaults would read a config without any.
-            "attention.qwen3", "attention.llama", "attention.mistral", "attention.ministral3",
-            "attention.gemma3_text", "wrappers.gemma3",
+            "attention.qwen3", "attention.qwen2", "attention.granite", "attention.llama", "attention.mistral",
+            "attention.ministral3", "attention.gemma3_text", "wrappers.gemma3",
             "attention.mixtral", "attention.qwen2_moe", "attention.qwen3_moe", "attention.gpt_oss",
             "latent.deepseek_v2", "latent.deepseek_v3", "latent.kimi_k2", "wrappers.kimi_k25",
             "latent.glm4_moe_lite", "recurrent.qwen3_next", "wrappers.qwen3_5_moe", "recurrent.qwen3_5_moe_text",

@@ -7,12 +7,14 @@ of the chosen logits.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import AttentionConfig, LayerConfig, ModelConfig, RouterConfig
-from argosy.model.reading.common_config import CommonDefaults, read_common
+from argosy.model.families.attention import granite
+from argosy.model.reading.common_config import read_common
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.reading.gguf_config import GgufConfigReader
 from argosy.model.reading.gguf_layout import read_gguf_layout
@@ -21,17 +23,17 @@ from argosy.model.reading.layout import ATTENTION_NAMES, Layout
 MODEL_TYPE = "granitemoe"
 GGUF_ARCHITECTURE = "granitemoe"
 
+# Without routed experts, the shared expert is the only network.
 _LAYER_NAMES = {
     **ATTENTION_NAMES,
-    "shared_gate": "shared_mlp.input_linear.weight",
-    "shared_up": "shared_mlp.input_linear.weight",
-    "shared_down": "shared_mlp.output_linear.weight",
+    **dict.fromkeys(("shared_gate", "shared_up", "gate", "up"), "shared_mlp.input_linear.weight"),
+    **dict.fromkeys(("shared_down", "down"), "shared_mlp.output_linear.weight"),
 }
 # transformers 5 renames the router and the experts.
 LAYOUTS = tuple(
     Layout(
         layer_names=_LAYER_NAMES | {"router": f"block_sparse_moe.{router}"},
-        joined=("shared_gate", "shared_up"),
+        joined=("shared_gate", "shared_up", "gate", "up"),
         fused_names=(f"block_sparse_moe.{gate_up}", f"block_sparse_moe.{down}"),
     )
     for router, gate_up, down in (
@@ -39,10 +41,7 @@ LAYOUTS = tuple(
         ("router.weight", "experts.gate_up_proj", "experts.down_proj"),
     )
 )
-_DEFAULTS = CommonDefaults(
-    vocab_size=32_000, hidden_size=4096, num_heads=32, num_kv_heads=None, rope_theta=10_000.0, norm_eps=1e-6,
-    context_tokens=2048, num_experts=8, experts_per_token=2, bos_id=1, eos_id=2,
-)  # fmt: skip
+_DEFAULTS = replace(granite.DEFAULTS, num_experts=8, experts_per_token=2)
 
 
 def parse_config(raw: Mapping[str, object]) -> ModelConfig:
@@ -56,27 +55,30 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
 
 
 def read_granite(reader: ConfigReader, family: str, shared: int | None = None) -> ModelConfig:
-    """Read the config of this family, or of one with a shared expert; `shared` is the default of its width."""
-    common = read_common(reader, _DEFAULTS)
-    has_bias = reader.flag("attention_bias", False)
-    attention = AttentionConfig(
-        **common.attention,
-        scale=reader.number("attention_multiplier", 1.0),
-        has_qkv_bias=has_bias,
-        has_o_bias=has_bias,
-    )
+    """Read the config of this family, or of one with a shared expert; `shared` is the default of its width. Such a
+    model may have no routed experts.
+    """
+    has_experts = shared is None or reader.integer("num_local_experts", default=8, least=0) > 0
+    common = read_common(reader, _DEFAULTS if has_experts else granite.DEFAULTS)
+    attention = AttentionConfig(**common.attention, **granite.attention_of(reader))
     num_layers = reader.integer("num_hidden_layers", default=32, most=MOST_LAYERS)
+    width = 0
+    if shared is not None:
+        width = reader.integer("shared_intermediate_size", default=shared, least=int(not has_experts))
+    networks: dict[str, Any] = {"dense_width": width}
+    if has_experts:
+        expert_width = reader.integer("intermediate_size", default=11_008)
+        networks = {
+            "expert_width": expert_width,
+            "shared_width": width,
+            "router": RouterConfig(renormalize=True),
+        }
+    reader.passed("intermediate_size", "num_experts_per_tok")  # without experts, they say nothing
     config = ModelConfig(
         family=family,
-        layers=(LayerConfig(mixer=attention, is_moe=True),) * num_layers,
-        expert_width=reader.integer("intermediate_size", default=11_008),
-        shared_width=0
-        if shared is None
-        else reader.integer("shared_intermediate_size", default=shared, least=0),
-        router=RouterConfig(renormalize=True),
-        embedding_scale=reader.number("embedding_multiplier", 1.0),
-        residual_scale=reader.number("residual_multiplier", 1.0),
-        logit_scale=1 / reader.number("logits_scaling", 1.0),
+        layers=(LayerConfig(mixer=attention, is_moe=has_experts),) * num_layers,
+        **networks,
+        **granite.factors_of(reader),
         **common.model,
     )
     reader.finish()
@@ -106,9 +108,6 @@ def read_granite_gguf(reader: GgufConfigReader, family: str, **changes: Any) -> 
         expert_width=reader.integer("feed_forward_length"),
         shared_width=reader.integer("expert_shared_feed_forward_length", 0, least=0),
         router=RouterConfig(renormalize=True),
-        # 0 stands for no factor.
-        embedding_scale=reader.number("embedding_scale", 0.0) or 1.0,
-        residual_scale=reader.number("residual_scale", 0.0) or 1.0,
-        logit_scale=1 / reader.number("logit_scale"),
+        **granite.gguf_factors_of(reader),
         **common.model,
     )

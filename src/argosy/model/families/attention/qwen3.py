@@ -63,7 +63,7 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         _DEFAULTS,
         num_layers=32,
         dense_width=22_016,
-        read_windows=_read_windows,
+        read_windows=read_windows,
         has_qkv_bias=has_bias,
         has_o_bias=has_bias,
         qk_norm="head",
@@ -72,7 +72,8 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     return config
 
 
-def _read_windows(reader: ConfigReader, num_layers: int) -> Sequence[int]:
+def read_windows(reader: ConfigReader, num_layers: int) -> Sequence[int]:
+    """Read the window of each layer, 0 if it has none; see above."""
     window = reader.optional_integer("sliding_window", default=4096) or 0
     if not reader.flag("use_sliding_window", False):
         window = 0

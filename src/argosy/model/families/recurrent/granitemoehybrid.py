@@ -1,5 +1,6 @@
 """Granite-4 hybrids (4.0-h-tiny, h-small): Mamba-2 mixers, attention without rotary embedding in a few layers, and the
-experts and factors of Granite-3 with a shared expert.
+experts and factors of Granite-3 with a shared expert. Models without routed experts (4.0-h-micro) have that one alone;
+some of them also have attention in every layer (4.0-micro), and are in GGUF of architecture `granite`.
 
 A step of a mixer, dt, is not clamped: `time_step_limit` must be its default, which clamps nothing. In GGUF, layers with
 a Mamba-2 mixer have 0 KV heads, and `rope.scaling.finetuned` says whether the others rotate.
@@ -14,7 +15,7 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import AttentionConfig, LayerConfig, MambaConfig, ModelConfig
 from argosy.errors import CheckpointError
-from argosy.model.families.attention import granitemoe
+from argosy.model.families.attention import granite, granitemoe
 from argosy.model.families.recurrent.mamba import (
     MAMBA_NAMES,
     MOST_OF_ONE,
@@ -82,7 +83,9 @@ def open_gguf(file: GgufFile) -> ModelFiles:
     reader = GgufConfigReader(file, GGUF_ARCHITECTURE)
     num_kv_heads, has_attention = reader.attention_layers()
     has_rope = reader.flag("rope.scaling.finetuned", True)
-    config = granitemoe.read_granite_gguf(reader, MODEL_TYPE, num_kv_heads=num_kv_heads, has_rope=has_rope)
+    has_experts = reader.integer("expert_count", 0, least=0) > 0
+    read = granitemoe.read_granite_gguf if has_experts else granite.read_dense_gguf
+    config = read(reader, MODEL_TYPE, num_kv_heads=num_kv_heads, has_rope=has_rope)
     config = _with_mamba(config, read_gguf_mamba(reader), has_attention)
     reader.finish()
     return read_gguf_layout(file, config, is_paired=True, has_rope_freqs=False)
@@ -96,4 +99,6 @@ def _with_mamba(config: ModelConfig, mamba: MambaConfig, has_attention: Sequence
             key="layer_types",
         )
     mixers = (config.attention if attends else mamba for attends in has_attention)
-    return replace(config, layers=tuple(LayerConfig(mixer=mixer, is_moe=True) for mixer in mixers))
+    return replace(
+        config, layers=tuple(LayerConfig(mixer=mixer, is_moe=config.num_experts > 0) for mixer in mixers)
+    )
