@@ -39,6 +39,15 @@ TIKTOKEN_FILES = ("tiktoken.model", "hy.tiktoken")  # Kimi's, Hunyuan's
 TEKKEN_FILE = "tekken.json"
 
 _MAX_FILE_BYTES = 256 << 20
+# What llama.cpp's converter writes for DeepSeek-OCR, which has no template. It prints the text of messages, and cannot
+# print pictures; nor does it begin with BOS, as DeepSeek's own code.
+_CONVERTERS_TEMPLATE = "{% for m in messages %}{{m['content']}}{% endfor %}"
+_OCR_TEMPLATE = (
+    "{{ bos_token or '' }}{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}{% if part.type == 'image' %}{{ '<image>\\n' }}{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}{% endfor %}"
+)
+_OCR_TOKENS = {"<image>", "<|grounding|>"}
 _MAX_TEMPLATE_CHARACTERS = 1 << 20
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -517,7 +526,15 @@ def _read_template(directory: Path, config: Mapping[str, Any]) -> str | None:
     if isinstance(template, list):  # several named templates
         named = {item.get("name"): item.get("template") for item in template if isinstance(item, Mapping)}
         template = named.get("default")
+    if template is None and _added_tokens(config) >= _OCR_TOKENS:
+        template = _OCR_TEMPLATE
     return _checked_template(template, directory)
+
+
+def _added_tokens(config: Mapping[str, Any]) -> set[str]:
+    added = config.get("added_tokens_decoder")
+    tokens = added.values() if isinstance(added, Mapping) else ()
+    return {str(token.get("content")) for token in tokens if isinstance(token, Mapping)}
 
 
 def _checked_template(template: object, path: Path) -> str | None:
@@ -528,4 +545,4 @@ def _checked_template(template: object, path: Path) -> str | None:
             f"{path}: the chat template has {len(template)} characters, more than {_MAX_TEMPLATE_CHARACTERS}",
             path=path,
         )
-    return template
+    return _OCR_TEMPLATE if template == _CONVERTERS_TEMPLATE else template
