@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.formats import collect
 from argosy.prompt.replay import ReplayMemory
 from argosy.prompt.tokenizer import Tokenizer
-from tests.prompt.families import FAMILIES, TOOLS
+from tests.prompt.families import FAMILIES, SHORT, TOOLS
 from tests.prompt.templates_for_tests import LLAMA2, MIXTRAL
 from tests.prompt.test_tool_prompts import everywhere, hostile
 from tests.prompt.tokenizers_for_tests import CHATML, byte_level_json
@@ -183,6 +184,15 @@ def test_a_model_whose_template_supports_tools_keeps_its_template() -> None:
     for family in FAMILIES.values():
         builder = family.builder()
         assert builder.tool_calling == ("generic" if family.name == "chatml" else "native"), family.name
+        builder.close()
+
+
+def test_a_format_without_calls_gets_them_generically_even_if_the_template_has_tools() -> None:
+    kimi = SHORT["kimi_vl"]
+    for template in (kimi.template, FAMILIES["kimi_k2"].template):
+        builder = replace(kimi, template=template).builder()
+        assert builder.format.name == "kimi_vl"
+        assert builder.tool_calling == "generic"
         builder.close()
 
 

@@ -350,11 +350,12 @@ class PromptBuilder:
     def tool_calling(self) -> ToolCalling:
         """How the model is told about tools: by its own template, by a generic prompt, or not at all."""
         from argosy.prompt.formats.block_format import BlockFormat
+        from argosy.prompt.formats.plain import Plain
 
         if self._template is None:
             return "none"
         shape = self._template.shape
-        if self.format.name != "plain" and shape.takes_tools and shape.takes_calls:
+        if not isinstance(self.format, Plain) and shape.takes_tools and shape.takes_calls:
             return "native"
         return "generic" if isinstance(self.format, BlockFormat) else "none"
 
