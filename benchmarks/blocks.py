@@ -132,8 +132,9 @@ BLOCKS = {
     ),
     "indexed latent attention": Block(
         make=deepseek_v32,
-        sizes=_LATENT | {"index_head_dim": 128, "index_n_heads": 16, "index_topk": 2048},
-        prompt_tokens=2304,  # llama.cpp reads 4,096 in minutes
+        sizes=_LATENT
+        | {"index_head_dim": 128, "index_n_heads": 16, "index_topk": 2048, "num_hidden_layers": 2},
+        prompt_tokens=2304,  # llama.cpp reads 4,096 in minutes, and these with eight layers
     ),
 }
 
