@@ -427,7 +427,7 @@ def test_a_small_expert_cache_changes_nothing(case: Case, size: str) -> None:
         Answers.of(engine, case.prompt).assert_equal(resident(case))
 
 
-@pytest.mark.covering(1)
+@pytest.mark.full  # with the smallest cache as well, each model runs in `make test`
 def test_two_threads_change_nothing(case: Case) -> None:
     with case.engine(threads=2) as engine:
         Answers.of(engine, case.prompt).assert_equal(resident(case))

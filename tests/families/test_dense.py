@@ -223,6 +223,7 @@ def test_a_gguf_means_the_same_as_config_json(name: str, tmp_path: Path) -> None
         FAMILIES[name].open_gguf(replace(file, metadata=metadata))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", IN_GGUF)
 @pytest.mark.parametrize("type_name", ["F32", "Q4_K"])
 def test_a_gguf_answers_as_its_dequantised_weights(name: str, type_name: str, tmp_path: Path) -> None:

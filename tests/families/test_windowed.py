@@ -240,6 +240,7 @@ SIZES_OF_LAGUNA: dict[str, Any] = {
 }
 
 
+@pytest.mark.covering(1)
 @each_family
 @pytest.mark.parametrize("type_name", ["F32", "Q4_K"])
 def test_a_gguf_answers_as_its_dequantised_weights(make: Make, type_name: str, tmp_path: Path) -> None:

@@ -121,6 +121,7 @@ def test_groups_that_do_not_fit_the_matrix_are_refused() -> None:
         native.put_in_act_order("uint4_64_f16", np.zeros(1, np.uint8), 16, 160)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("base", BASES)
 def test_products_have_the_bits_of_columns_stored_in_this_order(base: str, instruction_set: str) -> None:  # noqa: F811
     rows, cols, tokens = 37, 288, 5
