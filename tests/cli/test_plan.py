@@ -12,8 +12,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from argosy import Engine
 from argosy.cli.main import main
 from argosy.config import GIB, MIB
+from argosy.errors import DoesNotFit
 from argosy.experts.hit_rate import ReuseGaps, WorkingSet
 from argosy.library.places import hub_cache
 from argosy.machine import kept_rates
@@ -23,6 +25,8 @@ from argosy.model.families import open_model
 from argosy.observe import saved
 from tests.families.published import PUBLISHED
 from tests.helpers.hub_server import REPOSITORY, directory_files, served
+from tests.models.tiny import write_model
+from tests.models.tiny_dense import qwen2
 
 REFERENCE = Path(__file__).parents[1] / "models" / "reference"
 TINY = REFERENCE / "mixtral_plain"
@@ -395,3 +399,19 @@ def test_a_config_alone_says_what_its_plan_leaves_out(
     main(["plan", str(tmp_path / "config.json"), "--memory", "64GiB", "--machine", "box:desktop-128"])
     out = capsys.readouterr().out
     assert (told in " ".join(out.split())) if told else ("text only" not in out)
+
+
+def test_a_model_without_experts_is_planned_without_hit_rates(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = config_of("Qwen2.5-0.5B", tmp_path)
+    assert main(["plan", str(path), "--memory", "4GiB"]) == 0
+    printed = capsys.readouterr().out
+    assert "decode         tok/s in all" in printed
+    for word in ("hit rate", "drive, GB/token", "TB/day", "experts in memory"):
+        assert word not in printed
+    directory = write_model(tmp_path / "model", qwen2(), seed=1)
+    with pytest.raises(DoesNotFit) as refused, Engine.open(directory, memory="2MiB", threads=1):
+        pass
+    assert "makes the weights smaller" in str(refused.value)
+    assert "experts" not in str(refused.value)

@@ -52,7 +52,8 @@ def does_not_fit(
         hints.append(remedy)
     if smaller := smaller_formats(footprint.files):
         options = " or ".join((f"`argosy pack --format {smaller[0]}`", *smaller[1:]))
-        hints.append(f"{options} makes dense weights and experts smaller")
+        weights = "dense weights and experts" if footprint.files.experts else "the weights"
+        hints.append(f"{options} makes {weights} smaller")
     return DoesNotFit(
         f"needs {format_bytes(needed, rounds_up=True)} of memory, and the budget is {format_bytes(budget)}\n{parts}",
         hint="; ".join(hints),

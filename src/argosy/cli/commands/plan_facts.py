@@ -323,15 +323,16 @@ def _short(values: Range, scale: float = 1.0, digits: int = 2) -> str:
 def _decode_lines(forecast: Forecast) -> list[str]:
     plan = forecast.plan
     assert plan is not None
+    streams = forecast.work.num_moe_layers > 0  # otherwise nothing is read from the drive
     rows = []
     for one in forecast.decode:
         per_day = one.drive_bytes_per_token.likely * one.tokens_per_s.likely * 86_400 / 1e12
         hits = f"{one.hit_rate.likely:.2f} ({one.hit_rate.low:.2f} to {one.hit_rate.high:.2f})"
         read = _short(one.drive_bytes_per_token, 1e-9)
-        cells = _short(one.tokens_per_s), hits, read, short_number(per_day), one.bound
-        rows.append((f"  {one.streams:>3} at once", *cells))
-    header = ("decode", "tok/s in all", "hit rate", "drive, GB/token", "TB/day", "bound by")
-    lines = table_lines(header, rows, right={4})
+        of_drive = (hits, read, short_number(per_day)) if streams else ()
+        rows.append((f"  {one.streams:>3} at once", _short(one.tokens_per_s), *of_drive, one.bound))
+    of_drive = ("hit rate", "drive, GB/token", "TB/day") if streams else ()
+    lines = table_lines(("decode", "tok/s in all", *of_drive, "bound by"), rows, right={4} if streams else ())
     lines.append(f"          with {plan.context_tokens // 2} positions shared by all")
     return lines
 
