@@ -77,7 +77,10 @@ INSEPARABLE = ("gptq", "awq", "nf4", "fp4")
 NAMING_MODULES = {"auto-round", "modelopt mixed"}  # whose settings name modules of Qwen3
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if name not in NAMING_MODULES])
+@pytest.mark.parametrize(
+    "name",
+    few_of([name for name in KINDS if name not in NAMING_MODULES], (*FEW, "ct fp8 block", "nf4", "nvfp4")),
+)
 def test_rows_of_q_k_and_v_in_one_quantised_matrix_are_separated_or_refused(
     name: str, tmp_path: Path
 ) -> None:
