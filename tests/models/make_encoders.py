@@ -85,7 +85,11 @@ def load_tower(directory: Path, part: Part, raw: dict[str, Any]) -> Any:
         family.configuration_qwen3_vl.Qwen3VLVisionConfig(**raw, attn_implementation="eager")
     )
     tower.load_state_dict(
-        {name.removeprefix(part.prefix): torch.tensor(value) for name, value in named.items()}
+        {
+            name.removeprefix(part.prefix): torch.tensor(value)
+            for name, value in named.items()
+            if name.startswith(part.prefix)
+        }
     )
     return tower.eval()
 

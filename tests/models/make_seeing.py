@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import math
 import os
 from pathlib import Path
@@ -31,7 +32,8 @@ from argosy.media.windows import StepFit
 from argosy.model.encoders.encoder import Shape
 from argosy.model.encoders.reading import EncoderFiles, find_encoders
 from argosy.model.families import open_model
-from tests.models.make_encoders import picture_of, views_of
+from tests.model.encoders.open_tower import PARTS
+from tests.models.make_encoders import load_tower, picture_of, views_of, windows
 from tests.models.safetensors_file import Array, read_safetensors, write_safetensors
 from tests.models.seeing import CONFIGS, IMAGE_TOKENS, RATE, REFERENCE, encode_text, prompt_of, write
 from tests.models.tiny_llama4 import fused
@@ -46,6 +48,8 @@ def load(directory: Path, family: str) -> Any:
         how["config"] = transformers.AutoConfig.from_pretrained(directory).thinker_config
     if family == "llama4":
         return load_llama4(directory)
+    if family == "qwen2_moe":
+        return Composed(directory)
     model, info = transformers.AutoModelForMultimodalLM.from_pretrained(
         directory,
         dtype=torch.float32,
@@ -72,6 +76,48 @@ def load_llama4(directory: Path) -> Any:
     tensors = fused(read_safetensors(directory / "model.safetensors"))
     model.load_state_dict({name: torch.tensor(value) for name, value in tensors.items()})
     return model.eval()
+
+
+class Composed(torch.nn.Module):
+    """The composition of the demo model from three models of transformers; the towers' rows replace placeholders."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self.raw = json.loads((directory / "config.json").read_text())
+        self.part = PARTS["qwen2_moe_audio"]
+        self.tower = load_tower(directory, PARTS["qwen2_moe"], self.raw["vision_config"])
+        text = {"hidden_size": self.raw["hidden_size"], "num_attention_heads": 1, "num_hidden_layers": 1}
+        config = transformers.VoxtralConfig(
+            audio_config=self.raw["audio_config"], text_config={"model_type": "llama", **text}
+        )
+        how = {"dtype": torch.float32, "attn_implementation": "eager"}
+        self.ears = (
+            transformers.AutoModelForMultimodalLM.from_pretrained(
+                directory, config=config, ignore_mismatched_sizes=True, **how
+            )
+            .eval()
+            .model
+        )
+        kept = {key: value for key, value in self.raw.items() if not key.endswith(("_config", "_token_id"))}
+        self.text = transformers.Qwen2MoeForCausalLM.from_pretrained(
+            directory, config=transformers.Qwen2MoeConfig(**kept), experts_implementation="eager", **how
+        ).eval()
+
+    def forward(
+        self,
+        input_ids: Any,
+        attention_mask: Any,
+        pixel_values: Any,
+        image_grid_thw: Any,
+        input_features: Any,
+        **_: Any,
+    ) -> Any:
+        rows = self.text.get_input_embeddings()(input_ids).clone()
+        seen = self.tower(pixel_values, grid_thw=image_grid_thw).pooler_output
+        heard = torch.tensor(windows(self.ears, self.part, input_features[0].numpy()))
+        for key, values in (("image_token_id", seen), ("audio_token_id", heard)):
+            rows[0, input_ids[0] == self.raw[key]] = values
+        return self.text(inputs_embeds=rows, attention_mask=attention_mask)
 
 
 def with_places(patches: list[Array], grids: list[tuple[int, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -203,8 +249,9 @@ def media_of(family: str, seed: int) -> dict[str, Array]:
         f"picture.{i}": rng.integers(0, 256, (*size, 3)).astype(np.uint8)
         for i, size in enumerate(((18, 30), (60, 128) if family == "deepseek_ocr2" else (41, 9)))
     }
-    if family == "qwen3_omni_moe":
-        media["sound"] = (0.3 * rng.standard_normal(RATE * 3 // 2)).astype(np.float32)
+    if family in ("qwen2_moe", "qwen3_omni_moe"):
+        length = RATE // 2 if family == "qwen2_moe" else RATE * 3 // 2
+        media["sound"] = (0.3 * rng.standard_normal(length)).astype(np.float32)
     return media
 
 

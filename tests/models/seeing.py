@@ -16,7 +16,7 @@ from argosy.model.families import open_model
 from argosy.model.reading.config_reader import ConfigReader
 from tests.models import tiny_encoders
 from tests.models.safetensors_file import read_checkpoint, write_safetensors
-from tests.models.tiny import text_of, write_model
+from tests.models.tiny import qwen2_moe, text_of, write_model
 from tests.models.tiny_delta import qwen3_5_moe
 from tests.models.tiny_encoders import Sizes
 from tests.models.tiny_gemma import gemma4
@@ -86,6 +86,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma4": with_towers("gemma4", gemma4(max_position_embeddings=256)),
     "llama4": with_towers("llama4", llama4(**OF_GGUF, num_local_experts=3)),
     "internvl": with_towers("internvl", internvl(hidden_size=24, num_experts=5, num_hidden_layers=2)),
+    # The composition of the demo model.
+    "qwen2_moe": with_towers(
+        "qwen2_moe",
+        qwen2_moe(
+            hidden_size=24,
+            intermediate_size=16,
+            moe_intermediate_size=8,
+            num_attention_heads=3,
+            num_experts=5,
+            num_hidden_layers=2,
+            num_key_value_heads=3,
+            shared_expert_intermediate_size=12,
+            vocab_size=64,
+        ),
+    )
+    | {"audio_token_id": 51},
     "step3p7": with_towers("step3p7", step3p7(vocab_size=64)),
     "deepseek_ocr2": with_towers("deepseek_ocr2", deepseek_ocr2(max_position_embeddings=1024)),
     # With a factor of 1, transformers and llama.cpp scale scores as the makers do. GGUF files have no other beta.
@@ -281,7 +297,7 @@ def processor_config(family: str) -> dict[str, Any]:
         "size": {"shortest_edge": 4 * pixels, "longest_edge": 24 * pixels},
         "temporal_patch_size": config.patch_frames,
     }
-    if family == "qwen3_omni_moe":
+    if family in ("qwen2_moe", "qwen3_omni_moe"):
         (_, _), (_, audio) = complete(family, CONFIGS[family])
         made |= {"feature_extractor_type": "WhisperFeatureExtractor", "feature_size": audio.num_mels}
     return made
@@ -346,5 +362,10 @@ def prompt_of(family: str, placeholders: list[int]) -> list[int]:
     prompt = [3, 5, 6]
     for at, token_id in enumerate(placeholders):
         is_sound = token_id == around.get("audio_token_id")
-        prompt += [around["audio_start_token_id"] if is_sound else begin, token_id, 12 + at, 20 + at]
+        prompt += [
+            around.get("audio_start_token_id", begin) if is_sound else begin,
+            token_id,
+            12 + at,
+            20 + at,
+        ]
     return [*prompt, 30, 31]
