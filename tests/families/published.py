@@ -39,6 +39,12 @@ from tests.families.published_mamba import (
     nemotron_h,
 )
 from tests.families.published_ocr import DEEPSEEK_OCR
+from tests.families.published_recurrent import (
+    KIMI_LINEAR_48B,
+    minimax_text_01,
+    qwen3_5_35b,
+    step_3_5_flash,
+)
 from tests.families.published_windows import (
     LAGUNA_S_2_1,
     LAGUNA_XS_2_1,
@@ -1186,6 +1192,7 @@ PUBLISHED = (
     Published("Trinity-Large", TRINITY_LARGE, 398.6),
     Published("Ling-3.0-flash", LING_3_FLASH, 124.0),
     Published("North-Mini-Code-1.0", NORTH_MINI_CODE, 30.5),
+    Published("Step-3.5-Flash", step_3_5_flash(_STEP_TEXT), 196.8),
     Published("Step-3.7-Flash", STEP_37_FLASH, 196.8),
     Published("MiMo-V2.5", MIMO_V2_5, 309.0),
     Published("MiMo-V2.5-Pro", MIMO_V2_5_PRO, 1021.0),
@@ -1204,10 +1211,13 @@ PUBLISHED = (
     Published("Nemotron-3-Super-120B-A12B", nemotron_h(**NEMOTRON_3_SUPER), 120.6),
     Published("ERNIE-4.5-21B-A3B", ERNIE_45_21B, 21.8),
     Published("MiniMax-M2", minimax_m2(), 228.7),
+    Published("Kimi-Linear-48B-A3B", KIMI_LINEAR_48B, 49.1),
+    Published("MiniMax-Text-01", minimax_text_01(minimax_m1()), 456.0),
     Published("MiniMax-M1", minimax_m1(), 456.0),
     Published("LFM2-8B-A1B", lfm2_moe((2, 6, 10, 14, 18, 21), 24, 32, 1792), 8.34),
     Published("LFM2-24B-A2B", lfm2_moe(tuple(range(2, 40, 4)), 40, 64, 1536), 23.84),
     Published("Qwen3-Next-80B-A3B", qwen3_next(), 79.7),
+    Published("Qwen3.5-35B-A3B", qwen3_5_35b(qwen3_5_moe()), 34.7),
     Published("Qwen3.6-35B-A3B", qwen3_5_moe(), 34.7),
     Published("Qwen3.5-122B-A10B", qwen3_5_moe(**QWEN35_122B), 122.1),
     Published("Qwen3.5-397B-A17B", qwen3_5_moe(**QWEN35_397B), 396.3),

@@ -1,0 +1,96 @@
+"""The config.json of released models with recurrent layers, and of Step-3.5: facts that other engines' tests state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+RawConfig = dict[str, Any]
+
+# moonshotai/Kimi-Linear-48B-A3B-Instruct, which has 49.1 billion parameters. Layers are counted from one.
+_FULL = [4, 8, 12, 16, 20, 24, 27]
+KIMI_LINEAR_48B: RawConfig = {
+    "architectures": ["KimiLinearForCausalLM"],
+    "bos_token_id": 163_584,
+    "dtype": "bfloat16",
+    "eos_token_id": 163_586,
+    "first_k_dense_replace": 1,
+    "head_dim": 72,
+    "hidden_act": "silu",
+    "hidden_size": 2304,
+    "initializer_range": 0.02,
+    "intermediate_size": 9216,
+    "kv_lora_rank": 512,
+    "linear_attn_config": {
+        "full_attn_layers": _FULL,
+        "head_dim": 128,
+        "kda_layers": [layer for layer in range(1, 28) if layer not in _FULL],
+        "num_heads": 32,
+        "short_conv_kernel_size": 4,
+    },
+    "mla_use_nope": True,
+    "model_max_length": 1_048_576,
+    "model_type": "kimi_linear",
+    "moe_intermediate_size": 1024,
+    "moe_layer_freq": 1,
+    "moe_renormalize": True,
+    "moe_router_activation_func": "sigmoid",
+    "num_attention_heads": 32,
+    "num_expert_group": 1,
+    "num_experts": 256,
+    "num_experts_per_token": 8,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 32,
+    "num_nextn_predict_layers": 0,
+    "num_shared_experts": 1,
+    "pad_token_id": 163_839,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 10_000.0,
+    "routed_scaling_factor": 2.446,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "transformers_version": "4.56.1",
+    "use_cache": True,
+    "use_grouped_topk": True,
+    "v_head_dim": 128,
+    "vocab_size": 163_840,
+}
+
+
+def minimax_text_01(m1: RawConfig) -> RawConfig:
+    """MiniMaxAI/MiniMax-Text-01, of which M1 is a further trained one."""
+    return m1 | {
+        "architectures": ["MiniMaxText01ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_minimax_text_01.MiniMaxText01Config",
+            "AutoModelForCausalLM": "modeling_minimax_text_01.MiniMaxText01ForCausalLM",
+        },
+        "model_type": "minimax_text_01",
+    }
+
+
+def qwen3_5_35b(text: RawConfig) -> RawConfig:
+    """Qwen/Qwen3.5-35B-A3B and 3.6, without most keys of the tower."""
+    return {
+        "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+        "image_token_id": 248_056,
+        "model_type": "qwen3_5_moe",
+        "text_config": text | {"attn_output_gate": True, "mtp_num_hidden_layers": 1},
+        "tie_word_embeddings": False,
+        "vision_config": {"model_type": "qwen3_5_moe"},
+    }
+
+
+def step_3_5_flash(text: RawConfig) -> RawConfig:
+    """stepfun-ai/Step-3.5-Flash, where Step-3.7's text part differs: only the last layer's shared expert is limited."""
+    return {key: value for key, value in text.items() if key != "rms_norm_eps"} | {
+        "auto_map": {
+            "AutoConfig": "configuration_step3p5.Step3p5Config",
+            "AutoModelForCausalLM": "modeling_step3p5.Step3p5ForCausalLM",
+        },
+        "swiglu_limits_shared": [16.0 if layer == 44 else 0.0 for layer in range(48)],
+        "tie_word_embeddings": False,
+    }
