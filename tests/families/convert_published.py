@@ -29,6 +29,8 @@ RECORD = Path(__file__).with_name("gguf_converted.json")
 
 # Families without a record, and Sarvam-30B, whose converter does not work with transformers 5.24.
 UNKNOWN = ("sarvam_moe", *(name for name, row in rows().items() if row.without_record))
+# Models without a converter in a family with one.
+WITHOUT_CONVERTER = ("Ling-2.6-flash",)
 # The `architectures` class of the hub's config.json, which selects the converter, for configs stored here without it.
 CLASSES = {
     "mixtral": "MixtralForCausalLM",
@@ -43,6 +45,7 @@ CLASSES = {
     "qwen3_next": "Qwen3NextForCausalLM",
     "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
     "lfm2_moe": "Lfm2MoeForCausalLM",
+    "mimo_v2_flash": "MiMoV2FlashForCausalLM",
     "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
 }
 # tokenizer.ggml.pre, which converters look up by a hash of the tokenizer: `get_vocab_base_pre` of conversion/base.py
@@ -100,6 +103,14 @@ PRE_TOKENIZERS = {
     "qwen3_omni_moe": "qwen2",
     "qwen3_vl_moe": "qwen2",
     "qwen3_5_moe_text": "qwen35",
+    "qwen3_5_moe": "qwen35",
+    "kimi_linear": "kimi-k2",
+    "minimax_text_01": "minimax-m2",
+    "step3p5": "deepseek-v3",
+    "step3p7": "deepseek-v3",
+    "mimo_v2_flash": "qwen2",
+    "mimo_v2": "qwen2",
+    "bailing_hybrid": "bailingmoe2",
 }
 # Multi-token prediction layers that the hub's files contain and config.json does not count.
 UNCOUNTED_MTP_LAYERS = 1
@@ -126,7 +137,7 @@ def configs() -> dict[str, RawConfig]:
     return {
         name: {"architectures": [CLASSES.get(config["model_type"])], **config}
         for name, config in found.items()
-        if config["model_type"] not in UNKNOWN
+        if config["model_type"] not in UNKNOWN and name not in WITHOUT_CONVERTER
     }
 
 

@@ -250,6 +250,5 @@ ROWS = {
         has_own_experts=True,
         has_zero_centred_norms=True,
         chats=("qwen3_coder",),
-        without_record="the configs here are of its text part",
     ),
 }

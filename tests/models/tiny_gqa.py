@@ -126,19 +126,17 @@ def mimo_shapes(config: RawConfig) -> Shapes:
     return plain_shapes(config, attention_shapes, moe_layers)
 
 
-_CONVERTER = "llama.cpp's converter misses a key that transformers 5.24 rewrites"
 ROWS = {
     "mimo_v2_flash": Row(
         shapes=mimo_shapes,
         has_own_modules=True,
         gguf="mimo2",
         has_own_spelling=True,
-        without_record=_CONVERTER,
     ),
     "mimo_v2": Row(
         shapes=None,
         without_references="transformers has no class; `test_mimo_v2.py` joins tensors of mimo_v2_flash",
-        without_record=_CONVERTER,
+        has_own_spelling=True,
         without_mlx="MLX's checkpoints of it are refused",
     ),
 }

@@ -268,6 +268,5 @@ ROWS = {
         has_own_modules=True,
         has_own_experts=True,
         gguf="kimi-linear",
-        without_record="no released config is here",
     ),
 }

@@ -64,6 +64,5 @@ ROWS = {
         gguf="bailingmoe3",
         has_own_spelling=True,
         chats=("ling3",),
-        without_record="llama.cpp's converter does not work with transformers 5.24",
     ),
 }

@@ -298,7 +298,6 @@ ROWS = {
         gguf="step35",
         has_own_spelling=True,
         chats=("step3",),
-        without_record="no released config is here",
     ),
     "step3p7": Row(
         shapes=step_shapes,
@@ -309,7 +308,6 @@ ROWS = {
         as_known=as_glm,
         has_own_spelling=True,
         chats=("step3",),
-        without_record="llama.cpp's converter misses a key that transformers 5.24 rewrites",
         without_mlx="MLX's checkpoints of it are refused",
     ),
 }
