@@ -255,7 +255,7 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.close()
     with pytest.raises(
-        UnsupportedModel, match=r"has architecture 'jamba'; supported: qwen3, llama, gemma3, qwen2moe"
+        UnsupportedModel, match=r"has architecture 'jamba'; supported: qwen3, qwen2, .*gemma3, qwen2moe"
     ):
         open_model(tmp_path / "other.gguf")
 

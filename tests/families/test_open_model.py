@@ -358,7 +358,7 @@ def test_a_file_of_a_model_names_its_directory_and_any_other_file_does_not(tmp_p
         (tmp_path / "config.json").write_bytes(b"{}")
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "jamba", None, 7, ["mixtral"]])
+@pytest.mark.parametrize("model_type", ["phimoe", "jamba", None, 7, ["mixtral"]])
 def test_an_unknown_family_is_refused_by_name(tmp_path: Path, model_type: object) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
 
