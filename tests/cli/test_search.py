@@ -34,8 +34,8 @@ GGUF: dict[str, Any] = {
     "gguf": {"total": 30532122624, "architecture": "qwen3moe"},
 }
 OTHERS: list[dict[str, Any]] = [
-    {"id": "Qwen/Qwen3-Dense", "tags": ["safetensors", "qwen2"]},
-    {"id": "a/dense-GGUF", "tags": ["gguf"], "gguf": {"architecture": "qwen2"}},
+    {"id": "Qwen/Qwen3-Dense", "tags": ["safetensors", "phi3"]},
+    {"id": "a/dense-GGUF", "tags": ["gguf"], "gguf": {"architecture": "phi3"}},
     {"id": "a/new-GGUF", "tags": ["gguf"], "gguf": {"architecture": "of tomorrow"}},
     {"id": "a/exl3", "tags": ["safetensors", "qwen3_moe", "exl3"]},
     {"id": "a/hqq", "tags": ["safetensors", "qwen3_moe", "hqq"]},
