@@ -86,6 +86,7 @@ def test_every_tower_of_the_table_is_tested() -> None:
         *((family, kind) for _, family, kind in PLACES),
         ("kimi_vl", "picture"),
         ("mistral4", "picture"),
+        ("ministral3", "picture"),
         ("internvl_chat", "picture"),
         ("deepseek_ocr2", "picture"),  # in whole models
         ("deepseek_vl_v2", "picture"),
