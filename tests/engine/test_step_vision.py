@@ -42,7 +42,7 @@ def copied(tmp_path: Path) -> Path:
 def test_a_span_has_windows_row_by_row_and_then_the_view(
     size: tuple[int, int], rows: int, columns: int
 ) -> None:
-    with opened(HUB) as engine:
+    with opened(HUB, image_tokens=96) as engine:
         assert isinstance(engine.media, PromptMedia)
         picture = engine.media.read(Image(np.zeros((*size, 3), np.uint8)))
         (span,) = engine.media.segments(picture, "", RequestMedia())
