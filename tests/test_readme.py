@@ -185,7 +185,7 @@ def test_a_search_prints_what_the_guide_shows(
         | {"tags": ["safetensors", "qwen3_moe", "license:apache-2.0"]},
         {"id": "unsloth/Qwen3-30B-A3B-GGUF", "downloads": 123456, "tags": ["gguf", "license:apache-2.0"]}
         | {"gguf": {"total": 30532122624, "architecture": "qwen3moe"}},
-        *({"id": f"others/{at}", "tags": ["safetensors", "qwen2"]} for at in range(61)),
+        *({"id": f"others/{at}", "tags": ["safetensors", "phi3"]} for at in range(61)),
     ]
     with served({}, models=models) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
