@@ -28,6 +28,15 @@ from tests.models.tiny import RawConfig, text_of
 
 _CUT = "how a long prompt is cut, not what it means"
 _INITIAL = "the values that training begins with"
+_NEMOTRON = {
+    "chunk_size": _CUT,
+    "num_logits_to_keep": "how many positions transformers returns",
+    "rescale_prenorm_residual": _INITIAL,
+    "time_step_floor": _INITIAL,
+    "time_step_max": _INITIAL,
+    "time_step_min": _INITIAL,
+    "use_mamba_kernels": "which code of transformers runs",
+}
 # By family, keys that change nothing in what it computes here, and what they are about.
 WITHOUT_EFFECT: dict[str, dict[str, str]] = {
     "gemma4": {
@@ -38,15 +47,12 @@ WITHOUT_EFFECT: dict[str, dict[str, str]] = {
     "hy_v3": {"enable_moe_fp32_combine": "sums are always in float32"},
     "kimi_linear": {"head_dim": "the config class overwrites it"},
     "minimax": {"block_size": _CUT},
-    "nemotron_h": {
-        "chunk_size": _CUT,
-        "num_logits_to_keep": "how many positions transformers returns",
-        "rescale_prenorm_residual": _INITIAL,
-        "time_step_floor": _INITIAL,
-        "time_step_max": _INITIAL,
-        "time_step_min": _INITIAL,
-        "use_mamba_kernels": "which code of transformers runs",
-    },
+    "nemotron_h": _NEMOTRON,
+    "nemotron_h_puzzle": _NEMOTRON
+    | dict.fromkeys(
+        ("layers_block_type", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok"),
+        "`block_configs` gives it for each layer",
+    ),
 }
 FAMILY_CONFIGS: dict[str, list[RawConfig]] = defaultdict(list)
 for _one in CONFIGURATIONS:
