@@ -98,6 +98,8 @@ def load(directory: Path) -> transformers.PreTrainedModel:
     if loading.prefix:
         how["key_mapping"] = {"^" + re.escape(loading.prefix): ""}
     cls = getattr(transformers, loading.model)
+    if text.get("model_type") == "mistral4":  # which AutoModelForCausalLM does not know
+        cls = transformers.Mistral4ForCausalLM
     with layers_of_puzzle(raw):
         model, info = cls.from_pretrained(
             directory,
