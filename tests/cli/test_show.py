@@ -14,6 +14,8 @@ from argosy.cli.main import main
 from tests.engine.test_gguf import config_of
 from tests.helpers.hub_server import REPOSITORY, served
 from tests.models.gguf_models import mixed_small, write_gguf_model
+from tests.models.tiny import write_model
+from tests.models.tiny_delta import qwen3_next
 
 Captured = pytest.CaptureFixture[str]
 
@@ -104,6 +106,13 @@ def test_a_name_that_hides_nothing_is_not_told(
 )
 def test_a_format_is_named_after_a_type_or_after_a_mixture(format: str, expected: str | None) -> None:
     assert type_in_name(format) == expected
+
+
+def test_a_model_without_attention_is_shown(tmp_path: Path, capsys: Captured) -> None:
+    """It runs: all its layers are delta nets."""
+    write_model(tmp_path / "model", qwen3_next(num_hidden_layers=2, full_attention_interval=4), seed=1)
+    assert main(["show", str(tmp_path / "model"), "--memory", "2GiB"]) == 0
+    assert "attention     none; hidden size" in capsys.readouterr().out
 
 
 def test_types_without_a_kernel_may_not_run() -> None:

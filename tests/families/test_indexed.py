@@ -70,6 +70,11 @@ def test_the_pairs_of_an_indexer_may_be_given() -> None:
             "q_lora_rank is null; expected a whole number",
         ),
         (DEEPSEEK_V32 | {"index_topk": 0}, CheckpointError, "index_topk is 0"),
+        (
+            DEEPSEEK_V32 | {"index_topk": 2**31 - 1},
+            CheckpointError,
+            "expected a whole number from 1 to 1073741824",
+        ),
         (DEEPSEEK_V32 | {"index_head_dim": 32}, CheckpointError, "index_head_dim is 32, less than the 64"),
         (
             DEEPSEEK_V32 | {"rope_interleave": False},

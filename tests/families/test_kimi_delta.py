@@ -105,6 +105,7 @@ LINEAR = kimi_linear()["linear_attn_config"]
         (kimi_linear(model_max_length=0), "model_max_length is 0"),
         (kimi_linear(max_position_embeddings=64), "gives model_max_length as 128 and max_position_embeddings"),
         (bailing_hybrid(kda_safe_gate=False), "asks for kda_safe_gate false; supported: true"),
+        (bailing_hybrid(head_dim=2**31 - 1), "expected a whole number from 1 to 65536"),
         (bailing_hybrid(kda_lower_bound=5), "kda_lower_bound is 5, a whole number; expected a number below zero"),
         (bailing_hybrid(no_kda_lora=False), "asks for no_kda_lora false; supported: true"),
         (bailing_hybrid(use_mla_nope=True), "asks for use_mla_nope true; supported: false"),

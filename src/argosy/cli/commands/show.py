@@ -89,7 +89,7 @@ def geometry_facts(config: ModelConfig) -> dict[str, Any]:
     from argosy.checkpoint.geometry import count_parameters
 
     everything, active = count_parameters(config)
-    attention = config.latent or config.attention
+    num_heads, num_kv_heads, head_dim = _heads(config)
     return {
         "family": config.family,
         "num_layers": config.num_layers,
@@ -97,9 +97,9 @@ def geometry_facts(config: ModelConfig) -> dict[str, Any]:
         "num_recurrent_layers": len(config.recurrent_layers),
         "recurrent_state_bytes_per_sequence": state_bytes(config, 1),
         "hidden_size": config.hidden_size,
-        "num_heads": attention.num_heads,
-        "num_kv_heads": attention.num_heads if config.latent else config.attention.num_kv_heads,
-        "head_dim": attention.head_dim,
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
         "num_experts": config.num_experts,
         "experts_per_token": config.experts_per_token,
         "expert_width": config.expert_width,
@@ -111,6 +111,17 @@ def geometry_facts(config: ModelConfig) -> dict[str, Any]:
         "num_parameters": everything,
         "num_parameters_per_token": active,
     }
+
+
+def _heads(config: ModelConfig) -> tuple[int, int, int]:
+    """Heads, KV heads and head size of the first layer with attention; zeros if none has it."""
+    if (latent := config.latent) is not None:
+        return latent.num_heads, latent.num_heads, latent.head_dim
+    try:
+        attention = config.attention
+    except LookupError:
+        return 0, 0, 0
+    return attention.num_heads, attention.num_kv_heads, attention.head_dim
 
 
 def model_facts(files: ModelFiles) -> dict[str, Any]:
@@ -268,6 +279,7 @@ def _geometry_lines(facts: dict[str, Any]) -> list[str]:
     everything, active = facts["num_parameters"], facts["num_parameters_per_token"]
     state = format_bytes(facts["recurrent_state_bytes_per_sequence"])
     recurrent = f", {facts['num_recurrent_layers']} with a recurrent state: {state} per sequence"
+    heads = f"{facts['num_heads']} heads, {facts['num_kv_heads']} KV heads, head size {facts['head_dim']}"
     return [
         f"  parameters    {parameter_count(everything)}, {parameter_count(active)} active per token",
         f"  layers        {facts['num_layers']}, {facts['num_moe_layers'] or 'none'} with routed experts"
@@ -276,8 +288,7 @@ def _geometry_lines(facts: dict[str, Any]) -> list[str]:
         f" width {_span(facts, 'expert_width')}{shared}"
         if facts["num_experts"]
         else "  experts       none: all weights stay in memory",
-        f"  attention     {facts['num_heads']} heads, {facts['num_kv_heads']} KV heads,"
-        f" head size {facts['head_dim']}; hidden size {facts['hidden_size']}",
+        f"  attention     {heads if facts['num_heads'] else 'none'}; hidden size {facts['hidden_size']}",
         f"  vocabulary    {facts['vocab_size']} tokens; context {facts['context_tokens']} tokens",
     ]
 

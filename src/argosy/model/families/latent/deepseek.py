@@ -25,6 +25,7 @@ from argosy.model.reading.experts_config import ReadRouter, layers_behind_the_de
 from argosy.model.reading.layout import ATTENTION_NAMES, separate_and_fused
 
 LATENT_NORM_EPS = 1e-6
+MOST_CHOSEN = 1 << 30  # positions of an indexer
 INDEX_NORM_EPS = 1e-6  # of the LayerNorm of index keys (DeepseekV32Indexer there)
 
 LAYER_NAMES = {

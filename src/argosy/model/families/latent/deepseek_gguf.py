@@ -33,7 +33,12 @@ from argosy.config import (
     RouterConfig,
 )
 from argosy.errors import CheckpointError
-from argosy.model.families.latent.deepseek import INDEX_NORM_EPS, LATENT_NORM_EPS, attention_scale
+from argosy.model.families.latent.deepseek import (
+    INDEX_NORM_EPS,
+    LATENT_NORM_EPS,
+    MOST_CHOSEN,
+    attention_scale,
+)
 from argosy.model.reading.experts_config import read_dense_layers, read_grouped_router, require_groups
 from argosy.model.reading.gguf_config import SIGMOID, SOFTMAX, GgufConfigReader
 from argosy.model.reading.gguf_layout import dense_name, read_gguf_layout
@@ -73,7 +78,7 @@ def open_indexed(
 
     def read_indexers(reader: GgufConfigReader, num_layers: int) -> tuple[IndexConfig, ...]:
         own = IndexConfig(
-            num_chosen=reader.integer("attention.indexer.top_k"),
+            num_chosen=reader.integer("attention.indexer.top_k", most=MOST_CHOSEN),
             num_heads=reader.integer("attention.indexer.head_count"),
             head_dim=reader.integer("attention.indexer.key_length"),
             is_interleaved=is_interleaved,

@@ -17,6 +17,7 @@ from argosy.model.families.latent.deepseek import (
     DEEPSEEK_V3,
     INDEX_NORM_EPS,
     LAYOUTS,
+    MOST_CHOSEN,
     read_latent_model,
 )
 from argosy.model.families.latent.deepseek_gguf import open_indexed
@@ -74,7 +75,7 @@ def read_indexer(
             key="index_head_dim",
         )
     return IndexConfig(
-        num_chosen=reader.integer("index_topk", default=2048),
+        num_chosen=reader.integer("index_topk", default=2048, most=MOST_CHOSEN),
         num_heads=reader.integer("index_n_heads", default=num_heads),
         head_dim=head_dim,
         is_interleaved=reader.flag("indexer_rope_interleave", is_interleaved),

@@ -18,6 +18,7 @@ from argosy.model.families.latent.deepseek import LAYER_NAMES, Defaults, read_la
 from argosy.model.families.recurrent.bailing_lightning import ARCHITECTURES, read_ling_2_5
 from argosy.model.families.recurrent.kimi_delta import DELTA_NAMES, open_delta_gguf, with_delta_layers
 from argosy.model.families.recurrent.lightning import JOINED_LIGHTNING, LIGHTNING_NAMES
+from argosy.model.families.recurrent.mamba import MOST_OF_ONE
 from argosy.model.reading.config_reader import ConfigReader
 from argosy.model.reading.experts_config import layers_by_type, read_sigmoid_router, with_limits
 from argosy.model.reading.layout import separate_and_fused
@@ -76,7 +77,7 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     """
     if raw.get("architectures") == ARCHITECTURES:
         return read_ling_2_5(raw, MODEL_TYPE)
-    dim = ConfigReader(raw, MODEL_TYPE).integer("head_dim", default=128)  # of Kimi Delta Attention
+    delta_dim = ConfigReader(raw, MODEL_TYPE).integer("head_dim", default=128, most=MOST_OF_ONE)
     reader = ConfigReader({k: v for k, v in raw.items() if k != "head_dim"}, MODEL_TYPE, aliases=_ALIASES)
     for name, accepted in _NEUTRAL.items():
         reader.neutral(name, *accepted)
@@ -97,7 +98,7 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     reader.passed("mtp_loss_scaling_factor", "embedding_dropout", "output_dropout", "partial_rotary_factor")
     delta = KimiDeltaConfig(
         num_heads=latent.num_heads,
-        head_dim=dim,
+        head_dim=delta_dim,
         conv_width=reader.integer("short_conv_kernel_size", default=4, most=64),
         floor=reader.negative_number("kda_lower_bound", -5.0),
     )
