@@ -67,6 +67,7 @@ def test_both_spellings_mean_the_same() -> None:
         ({"linear_attn_alpha_factor": 2.0}, "linear_attn_alpha_factor 2.0; supported: 1.9, as full_attn_alpha_factor"),
         ({"mlp_beta_factor": 0.5}, "asks for mlp_beta_factor 0.5; supported: 1.0, as full_attn_beta_factor"),
         ({"num_attention_heads": 6, "num_key_value_heads": 2}, "num_attention_heads 6; supported: a power of two"),
+        ({"num_attention_heads": 2**30}, "has 1073741824 heads; supported: at most 65536"),
         ({"rotary_dim": 5}, "rotary_dim is 5, expected an even number of at most 6"),
         ({"sliding_window": 8}, "asks for sliding_window 8; supported: null"),
         ({"shared_intermediate_size": 64}, "asks for shared_intermediate_size 64; supported: 0"),

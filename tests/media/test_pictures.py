@@ -180,6 +180,7 @@ def test_a_setting_that_would_change_the_pixels_is_refused(name: str, changed: d
         {"merge_size": True},
         {"image_mean": [0.5, 0.5]},
         {"image_std": [0.5, 0.5, 0]},
+        {"image_std": [0.5, 0.5, 1e-40]},
         {"image_std": [0.5, 0.5, float("nan")]},
         {"rescale_factor": "1/255"},
         {"do_normalize": 1},

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.media.settings import Settings
 
+_LEAST_STD = 1e-9  # quotients by less overflow float32
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -40,8 +41,12 @@ def read_levels(
     scaled = (np.arange(256) * scale).astype(np.float32)
     if not settings.flag("do_normalize", is_normalized):
         return np.tile(scaled, (3, 1))
-    if not all(stds):
-        raise CheckpointError("image_std of a processor has a zero", key="image_std", value=list(stds))
+    if min(map(abs, stds)) < _LEAST_STD:
+        raise CheckpointError(
+            f"image_std of a processor is {', '.join(map(str, stds))}; expected numbers of at least {_LEAST_STD}",
+            key="image_std",
+            value=list(stds),
+        )
     shift, spread = (np.array(values, np.float32)[:, None] for values in (means, stds))
     if not is_rounded:
         return (scaled - shift) / spread

@@ -10,6 +10,8 @@ from dataclasses import replace
 from math import floor, log2
 
 from argosy.config import LightningConfig, ModelConfig, RopeConfig
+from argosy.errors import UnsupportedModel
+from argosy.model.families.recurrent.mamba import MOST_OF_ONE
 from argosy.model.reading.config_reader import ConfigReader
 
 # Of Ling's hybrids: the three in the first line are the rows of one matrix.
@@ -29,7 +31,17 @@ def slopes_of_heads(num_heads: int, factor: float) -> tuple[float, ...]:
 
     If the number of heads is a power of two, they are 2^(-8 (head + 1) / heads). Otherwise the heads beyond the last
     power of two get every other slope of a model with twice that many heads.
+
+    Raises:
+        UnsupportedModel: more heads than any model has, whose slopes would fill the memory.
     """
+    if num_heads > MOST_OF_ONE:
+        raise UnsupportedModel(
+            f"lightning attention has {num_heads} heads; supported: at most {MOST_OF_ONE}",
+            key="num_attention_heads",
+            value=num_heads,
+            supported=f"at most {MOST_OF_ONE}",
+        )
     whole = 2 ** floor(log2(num_heads))
     slopes = [2.0 ** (-8 * (head + 1) / whole) for head in range(whole)]
     slopes += [2.0 ** (-4 * (2 * head + 1) / whole) for head in range(num_heads - whole)]
