@@ -241,7 +241,7 @@ def write_gguf_model(
     tensors_per_part: int = 0,
     has_bare_first_part: bool = False,
     sections: tuple[int, ...] = (),
-    metadata: Mapping[str, int] | None = None,
+    metadata: Mapping[str, int | list[str]] | None = None,
     has_factors: bool = False,
     has_joined_experts: bool = False,
 ) -> Path:
@@ -250,7 +250,7 @@ def write_gguf_model(
     With `split_experts`, every expert is a separate tensor, as in files of early 2024. Without `split_kv`, keys and
     values of latent attention share one tensor, as in files from before April 2025. With `tensors_per_part`, the model
     is split into parts beside `path`, the first of which may have no tensors. With `sections`, the sizes of the
-    position axes, the model is the text part of Qwen3-VL-MoE or GLM-4.5V. `metadata` has further numbers by their keys.
+    position axes, the model is the text part of Qwen3-VL-MoE or GLM-4.5V. `metadata` has further numbers and lists.
     With `has_factors`, each matrix in NVFP4 has one in a tensor beside it, and one for activations, which is nonsense.
     With `has_joined_experts`, gate and up share a tensor, as after `--fuse-gate-up-exps`.
     """
@@ -277,8 +277,11 @@ def write_gguf_model(
         writer.add_rope_dimension_sections([*sections, 0])
         if architecture == "qwen3moe":
             writer.add_num_deepstack_layers(3)
-    for key, number in (metadata or {}).items():
-        writer.add_uint32(key, number)
+    for key, value in (metadata or {}).items():
+        if isinstance(value, int):
+            writer.add_uint32(key, value)
+        else:
+            writer.add_array(key, value)
     stacks: dict[str, list[Array]] = {}
     joined: dict[str, dict[str, tuple[Array, str]]] = {}
     factors: dict[str, list[float]] = {}

@@ -83,7 +83,7 @@ def test_other_mathematics_are_refused(sam: dict[str, Any], second: dict[str, An
 @pytest.mark.parametrize(
     ("sam", "second", "message"),
     [
-        ({"num_attention_heads": 5}, {}, "sam_config has 5 heads, expected a divisor of 24"),
+        ({"num_attention_heads": 5}, {}, "SAM has 5 heads, expected a divisor of 24"),
         ({}, {"hidden_size": 20, "num_attention_heads": 5}, "SAM makes rows of 16 values"),
         ({}, {"num_key_value_heads": 3}, "multiple of its 3 heads of keys"),
         ({"image_size": 8}, {}, "image_size is below patch_size"),

@@ -12,6 +12,9 @@ queries that see those and the queries before them. Their results are the rows. 
 one for the whole, so that both have a fixed size.
 
 The files of DeepSeek's own form say little about their towers; what is constant in its code is constant here.
+So it is for files of llama.cpp's converter. For DeepSeek-OCR it writes the sizes of pictures and patches that CLIP was
+made for, and four times CLIP's heads as the width of its MLP. llama.cpp computes SAM's gelu by tanh; here it is exact,
+as in DeepSeek's code.
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ from argosy.model.encoders.deep_encoder_config import (
 )
 from argosy.model.encoders.encoder import Encoder
 from argosy.model.encoders.grid import Grid, PositionTable, patch_places, smooth_taps
+from argosy.model.encoders.projector import Projector, read_colours, read_patch_size
 from argosy.model.encoders.sam_vision import (
     encode_square,
     sam_floats,
@@ -53,6 +57,8 @@ from argosy.model.encoders.sam_vision import (
     sam_side,
     sam_tensors,
 )
+from argosy.model.reading.config_reader import MOST_LAYERS
+from argosy.model.reading.gguf_config import GgufConfigReader
 from argosy.prompt.media_span import Making, SpanRows
 
 
@@ -380,5 +386,109 @@ TOWERS: Mapping[str, Encoder] = {
         read=read_hub_config,
         settings=hub_settings,
         has_processor_file=False,
+    ),
+}
+
+
+def _read_gguf_sam(reader: GgufConfigReader) -> dict[str, object]:
+    """The keys that both forms of a config have in common, and what both projectors have constant."""
+    reader.neutral("use_gelu", True)
+    reader.neutral("use_silu", False)
+    width = reader.integer("vision.embedding_length")
+    return {
+        "downsample_channels": [_GGUF_CHANNELS, width],
+        "global_attn_indexes": list(_GLOBAL_LAYERS),
+        "heads": reader.integer("vision.sam.head_count"),
+        "layers": reader.integer("vision.sam.block_count", most=MOST_LAYERS),
+        "width": reader.integer("vision.sam.embedding_length"),
+    }
+
+
+def _read_gguf_clip(reader: GgufConfigReader) -> dict[str, object]:
+    """Read a config in DeepSeek's own form."""
+    reader.neutral("vision.window_size", 14)
+    reader.neutral("vision.projector.scale_factor", 1, 4)
+    reader.key("vision.feed_forward_length")
+    eps = reader.number("vision.attention.layer_norm_epsilon")  # SAM's; the file does not have CLIP's
+    if eps != 1e-6:
+        raise reader.unsupported("vision.attention.layer_norm_epsilon", eps, "1e-06")
+    clip = {
+        "heads": reader.integer("vision.attention.head_count"),
+        "image_size": reader.integer("vision.image_size", most=1 << 16),
+        "layers": reader.integer("vision.block_count", most=MOST_LAYERS),
+        "patch_size": read_patch_size(reader),
+        "width": reader.integer("vision.embedding_length"),
+    }
+    return {"width": {"clip-l-14-224": clip, "sam_vit_b": _read_gguf_sam(reader)}}
+
+
+def _read_gguf_qwen(reader: GgufConfigReader) -> dict[str, object]:
+    """Read a config in transformers' form."""
+    reader.neutral("vision.projector.scale_factor", 4)
+    sam = _read_gguf_sam(reader)
+    renamed = {"heads": "num_attention_heads", "layers": "num_hidden_layers", "width": "hidden_size"}
+    return {
+        "encoder_config": {
+            "hidden_size": reader.integer("vision.embedding_length"),
+            "intermediate_size": reader.integer("vision.feed_forward_length"),
+            "num_attention_heads": reader.integer("vision.attention.head_count"),
+            "num_hidden_layers": reader.integer("vision.block_count", most=MOST_LAYERS),
+            "num_key_value_heads": reader.integer("vision.attention.head_count_kv"),
+            "rms_norm_eps": reader.number("vision.attention.layer_norm_epsilon"),
+            "rope_theta": 1e6,
+        },
+        "sam_config": {renamed.get(name, name): value for name, value in sam.items()}
+        | {
+            "image_size": reader.integer("vision.image_size", most=1 << 16),
+            "patch_size": read_patch_size(reader),
+            "window_size": reader.integer("vision.window_size", most=1024),
+        },
+    }
+
+
+def _gguf_settings(reader: GgufConfigReader) -> dict[str, object]:
+    given = {"min_patches": "vision.preproc_min_tiles", "max_patches": "vision.preproc_max_tiles"}
+    tiles = {name: reader.integer(key) for name, key in given.items() if reader.has(key)}
+    return read_colours(reader) | tiles
+
+
+# The files have neither the channels after the first of the last two convolutions nor the layers without windows.
+_GGUF_CHANNELS, _GLOBAL_LAYERS = 512, (2, 5, 8, 11)
+_SAM_NAMES = {
+    "attn_norm": "pre_ln", "distance_columns": "attn.pos_w", "distance_rows": "attn.pos_h", "down": "mlp.lin2",
+    "mlp_norm": "post_ln", "o": "attn.out", "qkv": "attn.qkv", "up": "mlp.lin1",
+}  # fmt: skip
+_CLIP_PROJECTOR = Projector(
+    families={"deepseek_vl_v2": "deepseek_vl_v2"},
+    placeholder="<image>",
+    read_config=_read_gguf_clip,
+    read_settings=_gguf_settings,
+    names={
+        "patch": "v.sam.patch_embd",
+        "position": "v.sam.pos_embd",
+        "neck.0": "v.sam.neck.0",
+        "neck.0_norm": "v.sam.neck.1",
+        "neck.1": "v.sam.neck.2",
+        "neck.1_norm": "v.sam.neck.3",
+        "neck.2": "v.sam.net_2",
+        "neck.3": "v.sam.net_3",
+        "position.second": "v.position_embd",
+        "second.first_norm": "v.pre_ln",
+        "queries.tile": "v.resample_query_768",
+        "queries.whole": "v.resample_query_1024",
+        "second.norm": "v.post_ln",
+        "projector": "mm.model.fc",
+    },
+    whole_names={"cls": "v.class_embd", "newline": "v.image_newline", "separator": "v.view_seperator"},
+    layers={"layers": ("v.sam.blk", _SAM_NAMES), "second": ("v.blk", {})},
+    unused=("v.patch_embd.weight",),  # CLIP's, which takes the rows of SAM
+)
+PROJECTORS: Mapping[str, Projector] = {
+    "deepseekocr": _CLIP_PROJECTOR,
+    "deepseekocr2": replace(
+        _CLIP_PROJECTOR,
+        families={"deepseek_vl_v2": "deepseek_ocr2"},
+        read_config=_read_gguf_qwen,
+        unused=(),
     ),
 }

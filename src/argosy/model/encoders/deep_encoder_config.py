@@ -217,24 +217,24 @@ def _checked(
     """Raises:
     CheckpointError: sizes contradict each other.
     """
-    for name, one in (("sam_config", sam), ("encoder_config", second)):
+    for name, one in (("SAM", sam), ("the second encoder", second)):
         if one.hidden_size % one.num_heads:
             raise CheckpointError(
-                f"config.json: {name} has {one.num_heads} heads, expected a divisor of {one.hidden_size}, its size"
+                f"{reader.where}: {name} has {one.num_heads} heads, expected a divisor of {one.hidden_size}, its size"
             )
     if sam.channels[1] != second.hidden_size:
         raise CheckpointError(
-            f"config.json: SAM makes rows of {sam.channels[1]} values (downsample_channels), and the second encoder "
+            f"{reader.where}: SAM makes rows of {sam.channels[1]} values (downsample_channels), and the second encoder "
             f"takes {second.hidden_size}",
             key="downsample_channels",
         )
     if second.num_heads % second.num_kv_heads or (second.kind == "qwen2" and second.head_dim % 2):
         raise CheckpointError(
-            f"config.json: the second encoder has {second.num_heads} heads of {second.head_dim}, expected an even "
+            f"{reader.where}: the second encoder has {second.num_heads} heads of {second.head_dim}, expected an even "
             f"size and a multiple of its {second.num_kv_heads} heads of keys"
         )
     if not sam.position_side or (second.kind == "clip" and not second.position_side):
-        raise CheckpointError("config.json: image_size is below patch_size", key="image_size")
+        raise CheckpointError(f"{reader.where}: image_size is below patch_size", key="image_size")
     is_clip = second.kind == "clip"
     return DeepEncoderConfig(
         sam=sam,

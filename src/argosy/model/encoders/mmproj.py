@@ -148,9 +148,8 @@ def _read_tower(file: GgufFile, model: ModelConfig, kind: Kind) -> TowerInFile:
     own = ConfigReader(raw, model.family, file.path, within=f"clip.{part}")
     config = encoder.read(own, ConfigReader({}, model.family, file.path), model)
     config = replace(config, **projector.stored)
-    layers = "v" if kind == "picture" else "a"
     names = {
-        name: projector.whole_names.get(name) or _name(name, layers, projector.names, config)
+        name: projector.whole_names.get(name) or _name(name, projector, config)
         for name in encoder.tensors(config)
     }
     for old, new in projector.renamed.items():
@@ -169,9 +168,9 @@ def _pass_others(reader: GgufConfigReader, kind: Kind) -> None:
             reader.key(name)
 
 
-def _name(canonical: str, layers: str, names: Mapping[str, str], config: Any) -> str:
+def _name(canonical: str, projector: Projector, config: Any) -> str:
     """Return the name of a tensor in the file."""
-    base, kind = canonical, "weight"
+    base, kind, names = canonical, "weight", projector.names
     if canonical.endswith("_bias"):
         base, kind = canonical.removesuffix("_bias"), "bias"
     if base in names:
@@ -183,5 +182,7 @@ def _name(canonical: str, layers: str, names: Mapping[str, str], config: Any) ->
     if first == "deepstack":  # numbered by the layer whose output it takes
         layer, last = config.deepstack_layers[int(number)], _DEEPSTACK_NAMES[last]
         return f"v.deepstack.{layer}.{last}.{kind}"
-    assert first == "layers", canonical
-    return f"{layers}.blk.{number}.{_LAYER_NAMES[last]}.{kind}"
+    assert first in projector.layers or first == "layers", canonical
+    of_kind = "v.blk" if projector.kind == "picture" else "a.blk"
+    stack, own = projector.layers.get(first, (of_kind, {}))
+    return f"{stack}.{number}.{own.get(last) or _LAYER_NAMES[last]}.{kind}"

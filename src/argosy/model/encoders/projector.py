@@ -27,6 +27,7 @@ class Projector:
     read_settings: its `preprocessor_config.json`.
     names: tensors outside of layers, by canonical name, without `.weight` or `.bias`.
     whole_names: those whose names have neither.
+    layers: a stack's first part of a canonical name -> that of the file, and the names that are its own there.
     marks: the tokens before and after a span, if the chat template does not write them.
     stored: how the file differs from the checkpoint, as arguments of the tower's config.
     unused: tensors that the tower does not need.
@@ -40,6 +41,7 @@ class Projector:
     read_settings: Read
     names: Mapping[str, str]
     whole_names: Mapping[str, str] = field(default_factory=dict)
+    layers: Mapping[str, tuple[str, Mapping[str, str]]] = field(default_factory=dict)
     marks: tuple[str, str] | None = None
     stored: Mapping[str, object] = field(default_factory=dict)
     unused: tuple[str, ...] = ()

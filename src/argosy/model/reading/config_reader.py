@@ -98,7 +98,7 @@ class ConfigReader:
         self._raw = {aliases.get(key, key): value for key, value in raw.items()}
         self._family = family
         self._path = path
-        self._where = path.name if within is None else f"{path.name}: {within}"
+        self.where = path.name if within is None else f"{path.name}: {within}"
         self._asked: set[str] = set()
 
     def integer(self, *names: str, default: int | None, least: int = 1, most: int = LARGEST_SIZE) -> int:
@@ -275,7 +275,7 @@ class ConfigReader:
         num_kv_heads = self.optional_integer("num_key_value_heads", default=num_kv_heads) or num_heads
         if num_heads % num_kv_heads:
             raise CheckpointError(
-                f"{self._where}: num_attention_heads is {num_heads}, expected a multiple of "
+                f"{self.where}: num_attention_heads is {num_heads}, expected a multiple of "
                 f"num_key_value_heads, which is {num_kv_heads}",
                 path=self._path,
                 key="num_key_value_heads",
@@ -283,7 +283,7 @@ class ConfigReader:
         head_dim = self.optional_integer("head_dim", head_dim) or hidden_size // num_heads
         if head_dim == 0:
             raise CheckpointError(
-                f"{self._where}: hidden_size {hidden_size} leaves nothing for each of {num_heads} heads",
+                f"{self.where}: hidden_size {hidden_size} leaves nothing for each of {num_heads} heads",
                 path=self._path,
                 key="head_dim",
             )
@@ -308,7 +308,7 @@ class ConfigReader:
                 raise self._unsupported(name, kind, ", ".join(supported))
         if not num_layers <= len(kinds) <= num_layers + num_mtp_layers:
             raise CheckpointError(
-                f"{self._where}: {name} has {len(kinds)} entries, expected one for each of {num_layers} layers",
+                f"{self.where}: {name} has {len(kinds)} entries, expected one for each of {num_layers} layers",
                 path=self._path,
                 key=name,
             )
@@ -356,7 +356,7 @@ class ConfigReader:
         for key, value in self._raw.items():
             if key not in self._asked and key not in HARMLESS:
                 raise UnsupportedModel(
-                    f"{self._where} sets {quote(key)} to {_as_json(value)}, but {self._family} does not "
+                    f"{self.where} sets {quote(key)} to {_as_json(value)}, but {self._family} does not "
                     f"know this key; supported: {', '.join(sorted(self._asked - NEUTRAL.keys()))}",
                     key=key,
                     value=value,
@@ -372,7 +372,7 @@ class ConfigReader:
         for other in given[1:]:
             if not _is_same(self._raw[other], self._raw[given[0]]):
                 raise CheckpointError(
-                    f"{self._where} gives {given[0]} as {_as_json(self._raw[given[0]])} and {other}, "
+                    f"{self.where} gives {given[0]} as {_as_json(self._raw[given[0]])} and {other}, "
                     f"its other name, as {_as_json(self._raw[other])}",
                     path=self._path,
                     key=other,
@@ -386,7 +386,7 @@ class ConfigReader:
             else f"{_as_json(value)}, {kind_of(value)}"
         )
         return CheckpointError(
-            f"{self._where}: {self._aliases.get(name, name)} is {found}; expected {expected}",
+            f"{self.where}: {self._aliases.get(name, name)} is {found}; expected {expected}",
             path=self._path,
             key=name,
             value=value,
@@ -394,7 +394,7 @@ class ConfigReader:
 
     def _unsupported(self, name: str, value: object, supported: str) -> UnsupportedModel:
         return UnsupportedModel(
-            f"{self._where} asks for {self._aliases.get(name, name)} {_as_json(value)}; supported: {supported}",
+            f"{self.where} asks for {self._aliases.get(name, name)} {_as_json(value)}; supported: {supported}",
             path=self._path,
             key=name,
             value=value,
