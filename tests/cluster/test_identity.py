@@ -34,12 +34,13 @@ from tests.models.tiny import RawConfig, prompt_ids, write_model
 from tests.models.tiny_kda import bailing_hybrid
 from tests.models.tiny_latent import deepseek_v3
 from tests.models.tiny_llama4 import llama4_text
-from tests.models.tiny_mamba import nemotron_h
+from tests.models.tiny_mamba import nemotron_h, nemotron_h_puzzle
 
 DEEPSEEK = deepseek_v3(max_position_embeddings=1024, n_routed_experts=12)  # a dense layer first
-# Experts whose arithmetic differs: latent ones without a gate; limits by layer; inputs that are weighted.
+# Experts whose arithmetic differs: latent ones without a gate, of several widths; limits by layer; weighted inputs.
 ARITHMETIC = {
     "latent": nemotron_h(max_position_embeddings=1024, moe_latent_size=12),
+    "widths": nemotron_h_puzzle(max_position_embeddings=1024),
     "limits": bailing_hybrid(max_position_embeddings=1024, expert_swiglu_limit_list=[0.0, 0.2, 0.0, 0.1]),
     "weighted inputs": llama4_text(max_position_embeddings=1024, num_local_experts=9),
 }
