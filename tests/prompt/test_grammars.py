@@ -389,6 +389,8 @@ def quoted(text: str) -> str:
         (f"city:{quoted('x')},unit:{quoted('kelvin')}", None),
         (f"city:{quoted('x')},places:[1]", None),
         (f"city:{quoted('x')},other:1", None),
+        (f"city:{quoted('x')},more:{{a]b:1}}", None),  # brackets and commas of a bare key would be read as structure
+        (f"city:{quoted('x')},more:{{a,b:1}}", None),
         (f"city:{quoted('x')},", None),
     ],
 )  # fmt: skip

@@ -209,7 +209,7 @@ def _require_lenient(tool: Tool) -> None:
 def _any(lark: Lark, tool: Tool) -> str:
     """Any value."""
     scalars = lark.json({"type": sorted(_SCALARS)}, tool)
-    lark.named("member", r'/[^:{}\[\],\s"][^:{}"]*/ ":" any')
+    lark.named("member", r'/[^:{}\[\],\s"][^:{}\[\],"]*/ ":" any')
     lark.named("members", 'member ("," member)*')
     return lark.named("any", f'{_string(lark)} | {scalars} | "[" (any ("," any)*)? "]" | "{{" members? "}}"')
 
