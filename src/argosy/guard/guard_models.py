@@ -109,9 +109,8 @@ _OWN_POLICY = (
     '{{"violation": 1, "policy_category": "<category_or_rule_id>"}}\n\nIf the content does NOT violate the policy, '
     'return:\n{{"violation": 0, "policy_category": null}}'
 )
-_RATIONALE = frozenset(
-    {"rule_ids", "confidence", "rationale"}
-)  # what a policy may also ask for, as in the guide
+# What a policy may also ask for, as in the guide.
+_RATIONALE = frozenset({"rule_ids", "confidence", "rationale"})
 
 
 def _by_policy(question: Question, policy: str) -> Sequence[Message]:

@@ -29,9 +29,8 @@ Kind = Literal["picture", "sound", "video"]
 Hearing = Literal["none", "native", "transcript"]
 """How an engine treats a sound in a prompt: refuse it, let the model hear it, or transcribe it."""
 Detail = Literal["low", "high"]
-LOW_DETAIL_TOKENS = (
-    273  # the most tokens of a picture with low detail: as many as DeepSeek-OCR needs at least
-)
+# The most tokens of a picture with low detail: the fewest that DeepSeek-OCR takes.
+LOW_DETAIL_TOKENS = 273
 Source = str | os.PathLike[str] | bytes | NDArray[Any]
 
 

@@ -35,9 +35,8 @@ class _Form:
     matrices: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")  # of the experts
     prefixes: tuple[str, ...] = (_TEXT,)
     names: Mapping[str, str] = field(default_factory=dict)
-    variants: tuple[Mapping[str, str], ...] = (
-        {},
-    )  # names that only some of the files have: a layout for each
+    # Names that only some of the files have: a layout for each.
+    variants: tuple[Mapping[str, str], ...] = ({},)
     has_own_biases: bool = False  # of gate, up and down of the experts
     passed_over: str | None = None
 
