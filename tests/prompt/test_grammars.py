@@ -167,10 +167,10 @@ TWO["qwen2_5"] = TWO["qwen3"]
 TWO["minimax_spelled"] = TWO["minimax_m2"]
 
 
-def read(name: str, text: str) -> list[tuple[str, Any]]:
+def read(name: str, text: str, tools: Sequence[Tool] = CHECKED) -> list[tuple[str, Any]]:
     """The calls that a parser finds in an answer."""
     family = FAMILIES[name]
-    parser, stream = format_of(name).parser(CHECKED), family.tokenizer.stream()
+    parser, stream = format_of(name).parser(tools), family.tokenizer.stream()
     events = [
         event for token_id in ids_of(family, text) for event in parser.push(token_id, stream.push(token_id))
     ]
@@ -411,6 +411,40 @@ def test_any_optional_values_of_gemma_may_be_left_out() -> None:
         ):
             text = GEMMA.format(",".join(f"{name}:1" for name in names))
             assert takes("gemma4", grammar, text) == set(required).issubset(names), (required, names)
+
+
+@pytest.mark.parametrize(
+    ("form", "call"),
+    [
+        ("gemma4", "<|tool_call>call:find{{{}:1}}<tool_call|>"),
+        ("llama4", "<|python_start|>[find({}=1)]<|python_end|>"),
+        ("lfm2", "<|tool_call_start|>[find({}=1)]<|tool_call_end|>"),
+    ],
+)
+def test_a_name_that_reads_as_something_else_stands_in_quotes(form: str, call: str) -> None:
+    mark = '<|"|>' if form == "gemma4" else '"'
+    for name in (
+        "filter[id]",
+        "x,y",
+        "a:b",
+        "{a}",
+        "a=b",
+        " a ",
+        "a b",
+        "None",
+        'say "hi"',
+        "größe",
+        "a-b",
+        "$top",
+    ):
+        schema = {"type": "object", "properties": {name: {"type": "integer"}}, "required": [name]}
+        tools = check_tools([{"type": "function", "function": {"name": "find", "parameters": schema}}])
+        grammar = format_of(form).grammar(tools)
+        written = name if form == "gemma4" else json.dumps(name, ensure_ascii=False)[1:-1]
+        texts = [call.format(key) for key in (name, f"{mark}{written}{mark}")]
+        taken = [text for text in texts if takes(form, grammar, text)]
+        assert len(taken) == 1, name
+        assert read(form, taken[0], tools) == [("find", {name: 1})], name
 
 
 def test_a_strict_tool_of_gemma_needs_schemas_that_can_be_enforced() -> None:

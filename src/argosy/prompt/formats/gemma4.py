@@ -3,7 +3,8 @@
     <|channel>thought
     thoughts<channel|>the answer<|tool_call>call:get_weather{city:<|"|>Oslo<|"|>,days:2}<tool_call|>
 
-Keys have no quotes, and a string has no escapes: it ends at the next mark. Otherwise arguments are JSON.
+Keys have no quotes, unless one could be read as something else, and a string has no escapes: it ends at the next mark.
+Otherwise arguments are JSON.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ OPEN, CLOSE, QUOTE = "<|tool_call>", "<tool_call|>", '<|"|>'
 _NAME = "thought\n"  # the channel's
 _HEAD = re.compile(r"\s*call:\s*([^\s{]+)\s*(?=\{)")
 _PIECE = re.compile(r"[{}\[\],]|[^{}\[\],]+")
+_KEY = re.compile(r'[^{}\[\],:\s"]([^{}\[\],:"]*[^{}\[\],:\s"])?')  # what is read without quotes
 _SCALARS = frozenset({"integer", "number", "boolean", "null"})
 _ELSEWHERE = ("$ref", "anyOf", "oneOf", "allOf", "patternProperties", "if")
 
@@ -154,7 +156,11 @@ def _object(lark: Lark, schema: Mapping[str, object], tool: Tool) -> str:
     required = set(map(str, listed)) if isinstance(listed, list) else set()
     first, later = "", ""  # what may follow at the beginning, and after a member
     for name in sorted(properties, reverse=True):
-        member = lark.rule(f"{lark.literal(f'{name}:')} {_value(lark, properties[name], tool)}")
+        quote = "" if _KEY.fullmatch(name) else lark.mark(QUOTE)
+        key = (
+            f"{quote} {lark.literal(name)} {quote} {lark.literal(':')}" if quote else lark.literal(f"{name}:")
+        )
+        member = lark.rule(f"{key} {_value(lark, properties[name], tool)}")
         if name in required:
             first, later = f"{member} {later}", f'"," {member} {later}'
         else:

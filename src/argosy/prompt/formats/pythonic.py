@@ -3,8 +3,9 @@
     <|tool_call_start|>[get_weather(city="Oslo", days=2), clock()]<|tool_call_end|>            LFM2
     <|python_start|>[get_weather(city="Oslo", days=2)]<|python_end|>                            Llama-4
 
-Arguments have names. `true`, `false` and `null` are read like True, False and None. Llama-4 also writes calls without
-the marks, and its own template, like Llama-3's, asks for JSON:
+Arguments have names, in quotes if Python could not write them (`"filter[id]"=2`). `true`, `false` and `null` are read
+like True, False and None. Llama-4 also writes calls without the marks, and its own template, like Llama-3's, asks for
+JSON:
 
     <|python_start|><|python_end|>{"name": "get_weather", "parameters": {"city": "Oslo"}}{"name": "clock", ...}
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 # A string without its end takes the rest of the text.
 _PIECE = re.compile(r"""\s+|[][(){},:=]|'(?:[^'\\]|\\.)*'?|"(?:[^"\\]|\\.)*"?|[^][(){},:=\s'"]+""", re.DOTALL)
+_NAME = re.compile(r"""[^][(){},:=\s'"]+""")
 _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2})|(.))", re.DOTALL)
 _ESCAPED = {
     "n": "\n",
@@ -168,7 +170,8 @@ def _arguments(lark: Lark, tool: Tool) -> str:
     whole = {key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}
     for name, schema in reversed([*tool.properties.items()]):
         value = lark.json({**whole, **schema} if isinstance(schema, Mapping) else schema, tool)
-        one = lark.rule(f"{lark.literal(f'{name}=')} {value}")
+        is_plain = _NAME.fullmatch(name) and name not in _WORDS
+        one = lark.rule(f"{lark.literal(f'{name if is_plain else write_json(name)}=')} {value}")
         if name in tool.required:
             first, later = f"{one} {later}", f'", " {one} {later}'
         else:
@@ -205,7 +208,7 @@ def _calls_in(text: str) -> tuple[list[tuple[str, str]], bool, bool]:
             calls.append((name, "".join(made) + "}"))
             name, made = "", []
         elif piece == "=" and len(opened) == 1:
-            made[-1:] = [write_json(made[-1]), ": "]
+            made[-1:] = [made[-1] if made[-1][:1] == '"' else write_json(made[-1]), ": "]
         elif piece in ("[", "{"):
             opened.append(piece)
             made.append(piece)
