@@ -557,7 +557,7 @@ class ReferenceDecoder:
     def _add_routed(
         self, hidden: Floats, router_in: Floats, expert_in: Floats, layer: int, experts: ReferenceExperts
     ) -> None:
-        config, k = self.config, self.config.experts_per_token
+        config, k = self.config, self.config.chosen_in(layer)
         logits = self._projection(f"layers.{layer}.router", router_in)
         if config.router.logit_cap:
             _native_testing.soft_cap(self.runtime, logits, config.router.logit_cap)
@@ -581,7 +581,7 @@ class ReferenceDecoder:
             experts.arena,
             experts.formats(layer),
             config.expert_hidden,
-            config.expert_width,
+            config.expert_width_in(layer),
             experts.offsets(layer, chosen),
             expert_in,
             np.cumsum([0, *(len(each) for each in rows)], dtype=np.int32),
