@@ -205,6 +205,7 @@ ROWS = {
     "deepseek_ocr2": Row(
         shapes=ocr_shapes,
         loading=WHOLE,
+        has_own_modules=True,
         has_own_experts=True,
         as_known=as_qwen,
         gguf="deepseek2-ocr",
