@@ -59,6 +59,7 @@ for _one in CONFIGURATIONS:
     FAMILY_CONFIGS[_one.config["model_type"]].append(_one.config)
 
 
+@pytest.mark.filterwarnings("ignore:`rope_scaling` is deprecated:FutureWarning")
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
 def test_a_key_that_transformers_reads_is_read_or_refused(family: str) -> None:
     outcomes: dict[str, set[bool]] = defaultdict(set)
