@@ -291,8 +291,11 @@ def scaled(config: RawConfig, scale: float) -> RawConfig:
             first, *others = config[key] if isinstance(config[key], list) else [config[key]]
             size = max(8, round(first * scale))
             sizes[key] = [size, *(size for _ in others)] if isinstance(config[key], list) else size
-    if "mamba_d_head" in config:  # follows from the hidden size
+    # These follow from the hidden size.
+    if "mamba_d_head" in config:
         sizes["mamba_d_head"] = "auto"
+    if config["model_type"] == "deepseek_ocr2_text":
+        sizes["head_dim"] = sizes["hidden_size"] // config["num_attention_heads"]
     return config | sizes
 
 
