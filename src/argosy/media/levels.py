@@ -1,4 +1,5 @@
-"""The values that a processor gives the 8-bit levels of a picture, and the tokens of a square of pixels.
+"""What readers of processors share: the values of a picture's 8-bit levels, the tokens of a square of pixels, and the
+least cap on tokens.
 
 Elsewhere: `pictures.py`, `tiles.py`, `windows.py` and `videos.py` read the other settings.
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from argosy.errors import CheckpointError, UnsupportedModel
+from argosy.errors import CheckpointError, UnsupportedModel, UsageError
 from argosy.media.settings import Settings
 
 _LEAST_STD = 1e-9  # quotients by less overflow float32
@@ -70,3 +71,11 @@ def tokens_of_tile(side: int, of_token: int) -> int:
             value=side,
         )
     return (side // of_token) ** 2
+
+
+def require_cap(most_tokens: int, least: int) -> None:
+    """Refuse a cap on a picture's tokens below the fewest that a processor makes."""
+    if most_tokens < least:
+        raise UsageError(
+            f"the cap on a picture's tokens must be at least {least} for this model, found {most_tokens}"
+        )

@@ -7,7 +7,7 @@ Elsewhere: `pictures.py` and `tiles.py` choose sizes; `model/encoders/` runs the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
@@ -111,6 +111,12 @@ class PictureProcessor:
         if self.order == "pixels":
             values = values.transpose(0, 2, 3, 1)
         return values.reshape(rows * columns, -1), (1, rows, columns)
+
+    def patches_of(self, parts: Iterable[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        """Return the patches of parts of a picture, uint8 [height, width, 3], one after the other."""
+        side, merge = self.patch_size, self.merge_size if self.order == "merged" else 1
+        values = [patch_values(part[None], side, merge, self.levels, self.frames) for part in parts]
+        return np.concatenate([one.reshape(len(one), -1) for one in values])
 
     def largest_grid(self) -> Grid:
         """Return a grid of the most patches."""

@@ -27,7 +27,7 @@ from types import MappingProxyType
 
 from argosy.errors import BadMedia, UnsupportedModel, UsageError
 from argosy.installed import members
-from argosy.media.levels import CLIP_MEAN, CLIP_STD, read_levels
+from argosy.media.levels import CLIP_MEAN, CLIP_STD, read_levels, require_cap
 from argosy.media.parts import Kind
 from argosy.media.patches import PictureProcessor, Size
 from argosy.media.settings import SOUND_KEYS, Settings
@@ -315,12 +315,8 @@ def _read_gemma(settings: Settings, most_tokens: int | None) -> PictureProcessor
     settings.fixed("do_resize", True)
     settings.passed("image_seq_length", "size")  # the reference does not read it either
     if most_tokens is not None:
-        allowed = [count for count in GEMMA_TOKENS if count <= min(tokens, most_tokens)]
-        if not allowed:
-            raise UsageError(
-                f"the cap on a picture's tokens must be at least {GEMMA_TOKENS[0]} for this model, found {most_tokens}"
-            )
-        tokens = allowed[-1]
+        require_cap(most_tokens, GEMMA_TOKENS[0])
+        tokens = max(count for count in GEMMA_TOKENS if count <= min(tokens, most_tokens))
     levels = read_levels(settings, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), is_normalized=False)
     fit = GemmaFit(patch_size * merge_size, tokens)
     return PictureProcessor(patch_size, merge_size, 1, fit, "pixels", levels, tokens)

@@ -65,6 +65,12 @@ class Resizer:
         return frame
 
 
+def scaled_linearly(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """Scale one picture with the linear filter."""
+    rows, columns = pixels.shape[:2]
+    return Resizer(rows, columns, height, width, is_linear=True).resize(pixels)
+
+
 def _rows_scaled(lines: NDArray[np.uint8], axis: _Axis) -> NDArray[np.uint8]:
     """Scale the first axis of [size, others, 3]."""
     values = lines.reshape(len(lines), -1).astype(np.float64)

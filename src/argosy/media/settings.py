@@ -55,8 +55,15 @@ class Settings:
 
     def side(self, name: str, default: int, *, most: int) -> int:
         """Read the side of a square: a whole number, or an equal height and width."""
-        if not isinstance(self._raw.get(name), dict) or (square := self.nested(name)) is None:
+        if not isinstance(self._raw.get(name), dict):
             return self.integer(name, default, most=most)
+        return self.square(name, default, most=most)
+
+    def square(self, name: str, default: int, *, most: int = 2**31 - 1) -> int:
+        """Read the side of a square from an object with an equal height and width."""
+        square = self.nested(name)
+        if square is None:
+            return default
         side = square.integer("height", None, most=most)
         square.fixed("width", side)
         square.finish()

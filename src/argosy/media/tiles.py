@@ -22,10 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from argosy.errors import UnsupportedModel, UsageError
-from argosy.media.levels import CLIP_MEAN, CLIP_STD, read_levels, tokens_of_tile
-from argosy.media.patches import Grid, PictureProcessor, Size, patch_values
-from argosy.media.resize import Resizer
+from argosy.errors import UnsupportedModel
+from argosy.media.levels import CLIP_MEAN, CLIP_STD, read_levels, require_cap, tokens_of_tile
+from argosy.media.patches import Grid, PictureProcessor, Size
+from argosy.media.resize import scaled_linearly
 from argosy.media.settings import Settings
 
 Arrangement = tuple[int, int]  # rows and columns of tiles
@@ -104,9 +104,9 @@ class TileProcessor(PictureProcessor):
         height, width = pixels.shape[:2]
         size, side = self.fit.size(height, width), self.fit.side
         canvas = np.zeros((size.padded_height, size.padded_width, 3), np.uint8)
-        canvas[: size.height, : size.width] = _scaled(pixels, size.height, size.width)
+        canvas[: size.height, : size.width] = scaled_linearly(pixels, size.height, size.width)
         if canvas.shape[0] > side:
-            canvas[-side:, :side] = _scaled(pixels, side, side)
+            canvas[-side:, :side] = scaled_linearly(pixels, side, side)
         return canvas
 
     def patches(self, canvas: NDArray[np.uint8]) -> tuple[NDArray[np.float32], Grid]:
@@ -114,12 +114,8 @@ class TileProcessor(PictureProcessor):
         rows, columns = (length // side for length in canvas.shape[:2])
         tiles = _in_tiles(canvas, side)
         num_tiles = (rows - 1) * columns + 1 if rows > 1 else 1
-        values = [
-            patch_values(tile[None], self.patch_size, self.merge_size, self.levels, 1)
-            for tile in tiles[:num_tiles]
-        ]
-        patches = np.concatenate(values).reshape(len(values) * len(values[0]), -1)
-        return patches, (1, rows * side // self.patch_size, columns * side // self.patch_size)
+        grid = (1, rows * side // self.patch_size, columns * side // self.patch_size)
+        return self.patches_of(tiles[:num_tiles]), grid
 
     def largest_grid(self) -> Grid:
         side, columns = self.fit.side // self.patch_size, self.fit.most_tiles
@@ -140,11 +136,6 @@ def _in_tiles(canvas: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     """Return the tiles of a picture, row by row: uint8 [tiles, side, side, 3]."""
     rows, columns = (length // side for length in canvas.shape[:2])
     return canvas.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
-
-
-def _scaled(pixels: NDArray[np.uint8], to_height: int, to_width: int) -> NDArray[np.uint8]:
-    height, width = pixels.shape[:2]
-    return Resizer(height, width, to_height, to_width, is_linear=True).resize(pixels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,9 +255,7 @@ class OcrProcessor(PictureProcessor):
         height, width = canvas.shape[:2]
         (rows, columns), side = self.fit.tiles_above(height, width), self.fit.side
         tiles = _in_tiles(canvas[: rows * side, : columns * side], side) if rows else ()
-        squares = [*tiles, canvas[rows * side :, : self.fit.whole]]
-        values = [patch_values(square[None], self.patch_size, 1, self.levels, 1) for square in squares]
-        patches = np.concatenate(values).reshape(sum(map(len, values)), -1)
+        patches = self.patches_of([*tiles, canvas[rows * side :, : self.fit.whole]])
         return patches, (1, height // self.patch_size, width // self.patch_size)
 
     def largest_grid(self) -> Grid:
@@ -292,20 +281,13 @@ def _read_llama4(settings: Settings, most_tokens: int | None) -> TileProcessor:
         settings.integer("patch_size", 14, most=256),
         settings.integer("merge_size", 2, most=16),
     )
-    side = 336
-    if (size := settings.nested("size")) is not None:
-        side = size.integer("height", None)
-        size.fixed("width", side)
-        size.finish()
+    side = settings.square("size", 336)
     of_tile = tokens_of_tile(side, patch_size * merge_size)
     settings.fixed("do_resize", True)
     settings.fixed("do_normalize", True)
     most_tiles = settings.integer("max_patches", 16, most=256)
     if most_tokens is not None:
-        if most_tokens < (least := tile_tokens(1, of_tile)):
-            raise UsageError(
-                f"the cap on a picture's tokens must be at least {least} for this model, found {most_tokens}"
-            )
+        require_cap(most_tokens, tile_tokens(1, of_tile))
         while tile_tokens(most_tiles, of_tile) > most_tokens:
             most_tiles -= 1
     levels = read_levels(
@@ -331,10 +313,7 @@ def _read_internvl(settings: Settings, most_tokens: int | None) -> InternVLProce
     fit = InternVLFit(side, least, most, settings.flag("use_thumbnail", True))
     of_tile = tokens_of_tile(side, patch_size * merge_size)
     if most_tokens is not None:
-        if most_tokens < of_tile:
-            raise UsageError(
-                f"the cap on a picture's tokens must be at least {of_tile} for this model, found {most_tokens}"
-            )
+        require_cap(most_tokens, of_tile)
         most = min(most, max(1, most_tokens // of_tile - fit.has_copy))
         fit = replace(fit, least=min(least, most), most=most)
     return InternVLProcessor(patch_size, merge_size, 1, fit, "merged", levels, of_tile * fit.with_copy(most))
@@ -357,11 +336,7 @@ def _read_tiles_and_whole(
     patch_size = settings.integer("patch_size", None, most=256)
     merge_size = settings.integer("merge_size", None, most=16)
     side = settings.integer("tile_size", None, most=4096)
-    whole = 0
-    if (size := settings.nested("size")) is not None:
-        whole = size.integer("height", None, most=4096)
-        size.fixed("width", whole)
-        size.finish()
+    whole = settings.square("size", 0, most=4096)
     for length in (side, whole):
         tokens_of_tile(length, patch_size * merge_size)
     if not side <= whole < 2 * side:
@@ -381,10 +356,7 @@ def _read_tiles_and_whole(
     fit = OcrFit(side, whole, least, most)
     made = OcrProcessor(patch_size, merge_size, 1, fit, "planes", levels, None, tokens_per_row)
     if most_tokens is not None:
-        if most_tokens < (fewest := made.tokens_of(0, 0)):
-            raise UsageError(
-                f"the cap on a picture's tokens must be at least {fewest} for this model, found {most_tokens}"
-            )
+        require_cap(most_tokens, made.tokens_of(0, 0))
         while most and made.tokens_of(most, 1) > most_tokens:
             most -= 1
         most = 0 if most < least else most

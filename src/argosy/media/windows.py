@@ -21,10 +21,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from argosy.errors import UnsupportedModel, UsageError
-from argosy.media.levels import CLIP_MEAN, CLIP_STD, read_levels, tokens_of_tile
-from argosy.media.patches import Grid, PictureProcessor, Size, patch_values
-from argosy.media.resize import Resizer
+from argosy.errors import UnsupportedModel
+from argosy.media.levels import CLIP_MEAN, CLIP_STD, read_levels, require_cap, tokens_of_tile
+from argosy.media.patches import Grid, PictureProcessor, Size
+from argosy.media.resize import Resizer, scaled_linearly
 from argosy.media.settings import Settings
 
 _NARROW, _ELONGATED, _LONG = 32, 1.5, 4  # pixels of the shorter side; ratios of the sides
@@ -123,14 +123,14 @@ class WindowProcessor(PictureProcessor):
             scale = plan.square / max(pixels.shape[:2])
             height, width = (max(1, int(length * scale)) for length in pixels.shape[:2])
             filled = np.zeros((plan.square, plan.square, 3), np.uint8)
-            filled[:height, :width] = _scaled(pixels, height, width)
+            filled[:height, :width] = scaled_linearly(pixels, height, width)
             pixels = filled
         canvas = np.zeros((size.height, size.width, 3), np.uint8)
-        self._view_in(canvas)[:] = _scaled(_scaled(pixels, *plan.whole), side, side)
+        self._view_in(canvas)[:] = scaled_linearly(scaled_linearly(pixels, *plan.whole), side, side)
         if not plan.side:
             return canvas
         cut = np.zeros((plan.rows * plan.side, plan.columns * plan.side, 3), np.uint8)
-        cut[: plan.cut[0], : plan.cut[1]] = _scaled(pixels, *plan.cut)
+        cut[: plan.cut[0], : plan.cut[1]] = scaled_linearly(pixels, *plan.cut)
         scaler = Resizer(plan.side, plan.side, window, window, is_linear=True)
         for row in range(plan.rows):
             for column in range(plan.columns):
@@ -147,9 +147,11 @@ class WindowProcessor(PictureProcessor):
             for column in range(columns)
         ]
         views.append(self._view_in(canvas))
-        values = [patch_values(view[None], self.patch_size, 1, self.levels, 1) for view in views]
-        patches = np.concatenate([one.reshape(len(one), -1) for one in values])
-        return patches, (1, canvas.shape[0] // self.patch_size, canvas.shape[1] // self.patch_size)
+        return self.patches_of(views), (
+            1,
+            canvas.shape[0] // self.patch_size,
+            canvas.shape[1] // self.patch_size,
+        )
 
     def largest_grid(self) -> Grid:
         assert self.fit.most_windows is not None
@@ -177,20 +179,12 @@ def window_tokens(rows: int, columns: int, fit: StepFit, of_token: int) -> int:
     return of_view + rows * columns * of_window + max(0, rows - 1)
 
 
-def _scaled(pixels: NDArray[np.uint8], to_height: int, to_width: int) -> NDArray[np.uint8]:
-    height, width = pixels.shape[:2]
-    return Resizer(height, width, to_height, to_width, is_linear=True).resize(pixels)
-
-
 def _read_step(settings: Settings, most_tokens: int | None) -> WindowProcessor:
     """As `Step3p7ImageProcessor`, whose `patch_size` is a window's; `vision_patch_size` is the tower's."""
     patch_size = settings.integer("vision_patch_size", 14, most=256)
     merge_size = settings.integer("downsampler_stride", 4, most=16)
-    side, window = 728, settings.integer("patch_size", 504, most=65_536)
-    if (size := settings.nested("size")) is not None:
-        side = size.integer("height", None, most=65_536)
-        size.fixed("width", side)
-        size.finish()
+    side = settings.square("size", 728, most=65_536)
+    window = settings.integer("patch_size", 504, most=65_536)
     for length in (side, window):
         tokens_of_tile(length, patch_size * merge_size)
     if side >= 2 * window:
@@ -204,10 +198,7 @@ def _read_step(settings: Settings, most_tokens: int | None) -> WindowProcessor:
     levels = read_levels(settings, CLIP_MEAN, CLIP_STD, is_normalized=True, filter=2)
     if most_tokens is not None:
         of_token = patch_size * merge_size
-        if most_tokens < (least := window_tokens(0, 0, fit, of_token)):
-            raise UsageError(
-                f"the cap on a picture's tokens must be at least {least} for this model, found {most_tokens}"
-            )
+        require_cap(most_tokens, least := window_tokens(0, 0, fit, of_token))
         of_window = (window // of_token) ** 2 + 2
         # All in one column, whose windows but the last have a token after them.
         fit = replace(fit, most_windows=(most_tokens - least + 1) // (of_window + 1))
