@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from argosy.checkpoint.files import ExpertMatrix, ExpertRecord, ModelFiles
+from argosy.checkpoint.files import ExpertRecord, ModelFiles
 from argosy.checkpoint.formats import matrix_bytes, round_up
 from argosy.checkpoint.geometry import (
     count_parameters,
@@ -22,11 +22,10 @@ from argosy.checkpoint.geometry import (
     require_countable,
 )
 from argosy.checkpoint.landing import MatrixRef, Piece
-from argosy.checkpoint.manifest import MATRIX_ALIGNMENT
+from argosy.checkpoint.manifest import FILE_ALIGNMENT, record_layout
 from argosy.config import Format, ModelConfig
 
 PACK_FORMATS: tuple[Format, ...] = ("q4", "q8", "bf16")
-_PAGE = 4096
 
 
 def assume_pack(config: ModelConfig, format: Format, path: Path) -> ModelFiles:
@@ -48,19 +47,15 @@ def assume_pack(config: ModelConfig, format: Format, path: Path) -> ModelFiles:
         stored = packed_format(name, format, config)
         nbytes = matrix_bytes(stored, rows, cols)
         dense[name] = MatrixRef(name, path, end, nbytes, stored, rows, cols)
-        end += round_up(nbytes, _PAGE)
+        end += round_up(nbytes, FILE_ALIGNMENT)
     experts: dict[tuple[int, int], ExpertRecord] = {}
     end = 0
     for layer in config.moe_layers:
-        matrices: list[ExpertMatrix] = []
-        nbytes = 0
-        for rows, cols in expert_shapes(config, layer):
-            matrices.append(ExpertMatrix(0, nbytes, format, rows, cols))
-            nbytes += round_up(matrix_bytes(format, rows, cols), MATRIX_ALIGNMENT)
-        nbytes = round_up(nbytes, _PAGE)
+        layout = record_layout(config, layer, (format,) * len(expert_shapes(config, layer)))
         for expert in range(config.num_experts):
-            experts[layer, expert] = ExpertRecord.laid_out((Piece(path, end, nbytes, checksum=0),), matrices)
-            end += nbytes
+            piece = Piece(path, end, layout.stride, checksum=0)
+            experts[layer, expert] = ExpertRecord.laid_out((piece,), layout.matrices)
+            end += layout.stride
     return ModelFiles(path, config, dense, experts, is_packed=True)
 
 
