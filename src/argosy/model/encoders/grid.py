@@ -169,7 +169,7 @@ def smooth_taps(size: int, table_size: int) -> Taps:
     PyTorch does with `antialias`; a table of the same size is itself.
     """
     scale = max(1.0, table_size / size)
-    centres = (np.arange(size) + 0.5) * table_size / size - 0.5
+    centres = _centres(size, table_size)
     reach = math.ceil(2 * scale)
     nearest = np.floor(centres).astype(np.int64)[:, None] + np.arange(1 - reach, reach + 1)
     weights = _keys(np.abs(centres[:, None] - nearest) / scale, -0.5)
@@ -177,12 +177,6 @@ def smooth_taps(size: int, table_size: int) -> Taps:
     weights /= weights.sum(axis=1, keepdims=True)
     used = weights.any(axis=0)
     return Taps(nearest.clip(0, table_size - 1)[:, used], weights[:, used])
-
-
-def centred_taps(size: int, table_size: int) -> Taps:
-    """Interpolate linearly between the centres of pixels; the edge value continues beyond the table."""
-    source = (np.arange(size) + 0.5) * table_size / size - 0.5
-    return _taps(source, table_size, (0, 1), lambda distance: np.maximum(0, 1 - distance))
 
 
 def _taps(source: NDArray[np.float64], table_size: int, offsets: Sequence[int], weigh: Weigh) -> Taps:

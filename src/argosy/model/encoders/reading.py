@@ -185,11 +185,8 @@ class EncoderFiles:
         for name, ref in self.tensors.items():
             if is_vector(name) or name.startswith(("position", "cls")):
                 continue
-            # The part after the layers joins patches: it runs once for each position of the prompt; but of two
-            # convolutions that halve both axes, the first makes four pixels of each.
-            times = (
-                rows if name.startswith(("layers.", "patch")) else cells * (4 if "halving.0" in name else 1)
-            )
+            # The part after the layers joins patches: it runs once for each position of the prompt.
+            times = rows if name.startswith(("layers.", "patch")) else cells
             found += 2 * ref.rows * ref.cols * times
         width: int = getattr(self.config, "query_size", self.config.hidden_size)
         attention: int = self.config.num_layers * attention_flop(pairs, width)

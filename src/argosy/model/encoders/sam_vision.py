@@ -30,7 +30,7 @@ from argosy.model.encoders.blocks import (
     gelu_mlp_floats,
     in_blocks,
 )
-from argosy.model.encoders.grid import PositionTable, centred_taps, patch_places, smooth_taps
+from argosy.model.encoders.grid import PositionTable, centre_taps, patch_places, smooth_taps
 from argosy.model.encoders.halving import halve, halved, halving_floats, halving_tensors
 
 _NECK_EPS = 1e-6
@@ -273,7 +273,7 @@ def _take_distances(products: Rows, at: NDArray[np.int64], out: Rows) -> None:
         out: [queries, heads, places of keys].
     """
     size, num_distances = out.shape[2], products.shape[2]
-    taps = centred_taps(2 * size - 1, num_distances)
+    taps = centre_taps(2 * size - 1, num_distances)
     distance = at[:, None] - np.arange(size) + size - 1
     for tap in range(1 if num_distances == 2 * size - 1 else 2):
         chosen = np.take_along_axis(products, taps.indices[distance, tap][:, None], axis=2)

@@ -21,7 +21,7 @@ import numpy as np
 
 from argosy.config import ModelConfig
 from argosy.model.encoders import EncoderTensor, with_bias
-from argosy.model.encoders.blocks import Rows, Steps, block_floats, in_blocks
+from argosy.model.encoders.blocks import Rows, Steps, attention_flop, block_floats, in_blocks
 from argosy.model.encoders.encoder import Encoder
 from argosy.model.encoders.grid import Grid, PairOrder, Places, Taps, centre_taps, patch_places, read_theta
 from argosy.model.encoders.halving import halve, halving_floats, halving_tensors
@@ -163,6 +163,16 @@ def extent(config: StepVisionConfig, grid: Grid) -> tuple[int, int]:
     return sum(side**2 for side in views), sum(side**4 for side in views)
 
 
+def flop(config: StepVisionConfig, grid: Grid) -> int:
+    """Floating-point operations of the products and of the attention of a picture."""
+    patches, pairs = extent(config, grid)
+    hidden, cells = config.hidden_size, sum(map(config.cells, config.views(grid)))
+    of_patch = hidden * (config.patch_values + config.num_layers * (4 * hidden + 2 * config.mlp_width))
+    # The first convolution makes four pixels of a cell.
+    of_cell = 9 * hidden * (4 * 2 * hidden + 2 * 4 * hidden) + 4 * hidden * config.out_size
+    return 2 * (patches * of_patch + cells * of_cell) + config.num_layers * attention_flop(pairs, hidden)
+
+
 def settings(config: StepVisionConfig) -> dict[str, object]:
     """The processor's settings that follow from the tower's config."""
     side = config.position_side * config.patch_size
@@ -274,6 +284,7 @@ TOWERS: Mapping[str, Encoder] = {
         num_positions=num_positions,
         peak_bytes=peak_bytes,
         extent=extent,
+        flop=flop,
         written=written,
         settings=settings,
     )
