@@ -64,7 +64,7 @@ class PictureProcessor:
 
     @property
     def sides(self) -> Mapping[str, int]:
-        """Return the sides in pixels of what it cuts a picture into, which the tower must expect, by name."""
+        """Return the sides, in pixels, of the parts of a picture by name; the tower's must be equal."""
         return {}
 
     def grid(self, height: int, width: int) -> Grid:

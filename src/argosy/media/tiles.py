@@ -194,7 +194,7 @@ class InternVLProcessor(PictureProcessor):
 
 @dataclass(frozen=True, slots=True)
 class OcrFit:
-    """Chooses an arrangement of tiles for a picture larger than a tile; below them lies the whole picture.
+    """Arranges the tiles of a picture that is larger than one tile; the whole picture lies below them.
 
     side: of a tile, in pixels.   whole: of the square for the whole picture, less than that of two tiles.
     least, most: tiles of a picture.
@@ -230,7 +230,7 @@ class OcrFit:
 
 @dataclass(frozen=True, slots=True)
 class OcrProcessor(PictureProcessor):
-    """Makes the patches of tiles, row by row of tiles, and of the whole picture, padded with grey."""
+    """Makes the patches of the tiles, row by row, then those of the whole picture, padded with grey."""
 
     fit: OcrFit
 
@@ -267,7 +267,7 @@ class OcrProcessor(PictureProcessor):
         return self.tokens_of(*tiles)
 
     def tokens_of(self, rows: int, columns: int) -> int:
-        """Return a picture's tokens: lines of tiles side by side, those of the whole, and one at the end."""
+        """Return the number of a picture's tokens: those of the tiles, those of the whole picture, and a separator."""
         tile, whole = (
             side // (self.patch_size * self.merge_size) for side in (self.fit.side, self.fit.whole)
         )
@@ -276,7 +276,7 @@ class OcrProcessor(PictureProcessor):
 
 
 def _read_llama4(settings: Settings, most_tokens: int | None) -> TileProcessor:
-    """As `Llama4ImageProcessor`; the sizes of patches and of cells are the tower's."""
+    """Read the settings of `Llama4ImageProcessor`; the tower gives the sizes of patches and cells."""
     patch_size, merge_size = (
         settings.integer("patch_size", 14, most=256),
         settings.integer("merge_size", 2, most=16),
@@ -320,12 +320,12 @@ def _read_internvl(settings: Settings, most_tokens: int | None) -> InternVLProce
 
 
 def _read_ocr(settings: Settings, most_tokens: int | None) -> OcrProcessor:
-    """As `DeepseekOcr2ImageProcessor`, with tiles."""
+    """Read the settings of `DeepseekOcr2ImageProcessor` with tiles."""
     return _read_tiles_and_whole(settings, most_tokens, 0, 6)
 
 
 def _read_clip_ocr(settings: Settings, most_tokens: int | None) -> OcrProcessor:
-    """As `UnlimitedOcrImageProcessor`, with tiles; a token ends each line."""
+    """Read the settings of `UnlimitedOcrImageProcessor` with tiles; one more token ends each row of tokens."""
     settings.passed("maximum_pad_value")
     return _read_tiles_and_whole(settings, most_tokens, 1, 32)
 

@@ -45,7 +45,7 @@ class Plan(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepFit:
-    """Chooses windows.
+    """Chooses the windows of a picture.
 
     side, window: of the view and of a window, in pixels.
     longest: the longest side of a picture.
@@ -172,15 +172,15 @@ class WindowProcessor(PictureProcessor):
 
 
 def window_tokens(rows: int, columns: int, fit: StepFit, of_token: int) -> int:
-    """Return a picture's tokens: those of each window and of the view between two marks, and one after each row of
-    windows except the last.
+    """Return the number of a picture's tokens: each window and the view have two marks around them, and each row of
+    windows except the last has a token after it.
     """
     of_window, of_view = ((side // of_token) ** 2 + 2 for side in (fit.window, fit.side))
     return of_view + rows * columns * of_window + max(0, rows - 1)
 
 
 def _read_step(settings: Settings, most_tokens: int | None) -> WindowProcessor:
-    """As `Step3p7ImageProcessor`, whose `patch_size` is a window's; `vision_patch_size` is the tower's."""
+    """Read the settings of `Step3p7ImageProcessor`, whose `patch_size` is the side of a window."""
     patch_size = settings.integer("vision_patch_size", 14, most=256)
     merge_size = settings.integer("downsampler_stride", 4, most=16)
     side = settings.square("size", 728, most=65_536)

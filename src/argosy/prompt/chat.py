@@ -210,7 +210,7 @@ class ChatTemplate:
 
 
 def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with its text as the only one in a list of parts."""
+    """Return the message with its text as the only part of a list."""
     content = message["content"]
     if not content or isinstance(content[0], dict):
         return message

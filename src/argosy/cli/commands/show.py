@@ -294,7 +294,7 @@ def _geometry_lines(facts: dict[str, Any]) -> list[str]:
 
 
 def _span(facts: dict[str, Any], name: str) -> str:
-    """A number of experts that may differ between layers."""
+    """Write a number that may differ between layers."""
     least, most = facts[f"least_{name}"], facts[name]
     return str(most) if least == most else f"{least} to {most}"
 

@@ -139,7 +139,7 @@ def num_positions(config: DeepEncoderConfig, grid: Grid) -> int:
 
 
 def extent(config: DeepEncoderConfig, grid: Grid) -> tuple[int, int]:
-    """Patches of all tiles and of the whole; windows and `flop` count what sees one another."""
+    """Return the number of patches of all tiles and of the whole picture; `flop` counts the pairs that attend."""
     tiles = tiles_of(config, grid)
     return tiles.rows * tiles.columns * config.tile_side**2 + config.whole_side**2, 0
 
@@ -391,7 +391,7 @@ TOWERS: Mapping[str, Encoder] = {
 
 
 def _read_gguf_sam(reader: GgufConfigReader) -> dict[str, object]:
-    """The keys that both forms of a config have in common, and what both projectors have constant."""
+    """Return the keys that both forms of a config share, and the constants of both projectors."""
     reader.neutral("use_gelu", True)
     reader.neutral("use_silu", False)
     width = reader.integer("vision.embedding_length")

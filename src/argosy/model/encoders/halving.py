@@ -1,4 +1,4 @@
-"""A convolution with 3 x 3 kernels, mostly at every second pixel, as towers for pictures and for sound have it.
+"""The 3 x 3 convolutions of vision and audio towers, most of them with stride 2.
 
 image [height, width, channels]  ->  padded by a pixel on each side  ->  image of half the height and width
 """

@@ -1,4 +1,4 @@
-"""SAM's vision encoder (ViT-B) and two further convolutions: what sees first in DeepSeek-OCR's towers.
+"""SAM's vision encoder (ViT-B) and two further convolutions: the first stage of DeepSeek-OCR's towers.
 
     patches of a square -> product, + learned positions -> layers -> 1 x 1 and 3 x 3 convolutions with LayerNorm
     -> two convolutions at every second pixel: a sixteenth of the patches
@@ -223,7 +223,7 @@ def _attend_window(
     places: NDArray[np.int64],
     heads: slice,
 ) -> Steps:
-    """Write to `seen` what some heads see in a window."""
+    """Write the attention of some heads within a window to `seen`."""
     dim, num_rows = config.head_dim, len(places)
     size = round(num_rows**0.5)
     parts = qkv.reshape(len(qkv), 3, config.num_heads, dim)

@@ -158,7 +158,7 @@ def num_positions(config: StepVisionConfig, grid: Grid) -> int:
 
 
 def extent(config: StepVisionConfig, grid: Grid) -> tuple[int, int]:
-    """Patches of windows and view, which see their own, and the pairs."""
+    """Return the number of patches, and of pairs that attend: patches attend within their window or view."""
     views = config.views(grid)
     return sum(side**2 for side in views), sum(side**4 for side in views)
 
@@ -262,7 +262,7 @@ class StepTower(PatchTower[StepVisionConfig]):
 
 
 def _part(making: Making, number: int, count: int) -> Making:
-    """Make one of several parts; what it has done is a part of the whole."""
+    """Make one part; its progress counts as a share of all parts."""
     while True:
         try:
             share = next(making)
@@ -304,7 +304,7 @@ def _read_gguf(reader: GgufConfigReader) -> dict[str, object]:
         "layers": reader.integer("vision.block_count", most=MOST_LAYERS),
         "mlp_ratio": (wide + 0.5) / width,
         "patch_size": patch_size,
-        # The file has no size of windows; in the released model it is 9 cells, beside the view's 13.
+        # The file lacks the size of windows; the released model has 9 cells on a side, and 13 for the view.
         "patch_token_len": round(9 / 13 * size / (4 * patch_size)) ** 2,
         "width": width,
     }

@@ -183,8 +183,8 @@ class ConfigReader:
     def numbers_of_layers(
         self, name: str, num_layers: int, num_mtp_layers: int, default: float = 0.0
     ) -> tuple[float, ...]:
-        """Read a number from 0 for each layer: a list, in which null means 0, or one number for all layers. Further
-        entries for layers of multi-token prediction are ignored.
+        """Read a number of at least 0 for each layer, from a list (null means 0) or from one number for all layers.
+        A list may go on with layers for multi-token prediction, which are ignored.
         """
         value = self._raw.get(name)
         self._asked.add(name)

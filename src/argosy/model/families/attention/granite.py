@@ -47,7 +47,7 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
 
 
 def attention_of(reader: ConfigReader) -> dict[str, Any]:
-    """Read the factor of attention scores and the biases, as arguments of `AttentionConfig`."""
+    """Read the scale of attention scores and the biases, as arguments of `AttentionConfig`."""
     has_bias = reader.flag("attention_bias", False)
     return {
         "scale": reader.number("attention_multiplier", 1.0),

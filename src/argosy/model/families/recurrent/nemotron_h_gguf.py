@@ -96,8 +96,8 @@ def _with_experts(config: ModelConfig, reader: GgufConfigReader) -> ModelConfig:
 
 
 def with_experts_of(config: ModelConfig, chosen: Sequence[int], widths: Sequence[int]) -> ModelConfig:
-    """Return the config with how many experts a token chooses in each layer, and how wide they are. Layers for
-    multi-token prediction may follow.
+    """Return the config with the experts per token and the expert width of each layer. Both lists may go on with layers
+    for multi-token prediction.
     """
     moe = config.moe_layers
     most, widest = (max((counts[layer] for layer in moe), default=0) for counts in (chosen, widths))

@@ -23,7 +23,7 @@ __all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_con
 MODEL_TYPE = "nemotron_h_puzzle"
 
 _CHOSEN, _WIDTH = "num_experts_per_tok", "moe_intermediate_size"
-# The keys of each kind of layer whose values must agree.
+# For each kind of layer, the keys that must have the same value in all layers.
 _SAME: Mapping[str, tuple[str, ...]] = {
     "mamba": ("ssm_state_size",),
     "attention": ("sliding_window",),

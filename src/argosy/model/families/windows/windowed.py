@@ -81,7 +81,7 @@ def kinds_by_turns(num_layers: int, every: int) -> tuple[str, ...]:
 
 
 def with_rotating_windows(config: ModelConfig, kinds: Sequence[str], window: int) -> ModelConfig:
-    """Return a model whose layers have these kinds, and of which only those with a window rotate.
+    """Return a model with layers of these kinds, of which only those with a window have a rotary embedding.
 
     Args:
         config: the same with every layer seeing all positions; its first attention is that of all.
@@ -94,7 +94,7 @@ def with_rotating_windows(config: ModelConfig, kinds: Sequence[str], window: int
 def layers_of(
     kinds: Sequence[Kind], is_moe: Sequence[bool], attentions: Mapping[Kind, AttentionConfig]
 ) -> tuple[LayerConfig, ...]:
-    """Return the layers, of which those of a kind have the same attention; a kind may be the size of its window."""
+    """Return the layers; layers of one kind share an attention. A kind may be the size of a window."""
     pairs = zip(kinds, is_moe, strict=True)
     return tuple(LayerConfig(mixer=attentions[kind], is_moe=moe) for kind, moe in pairs)
 
