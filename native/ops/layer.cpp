@@ -95,4 +95,43 @@ void mul_gate(Runtime& runtime, GateKind kind, const float* gate, int64_t gate_s
   });
 }
 
+void add_rows(Runtime& runtime, const float* x, int64_t x_stride, int64_t rows, int64_t cols, float* out) {
+  const auto lock = runtime.lock();
+  runtime.parallel_for(rows, cols, [&](int64_t begin, int64_t end, int) {
+    for (int64_t row = begin; row < end; ++row) {
+      const float* from = x + row * x_stride;
+      float* to = out + row * cols;
+      for (int64_t i = 0; i < cols; ++i) to[i] += from[i];
+    }
+  });
+}
+
+void add_bias(Runtime& runtime, const float* bias, int64_t rows, int64_t cols, float* out) {
+  if (bias != nullptr) add_rows(runtime, bias, 0, rows, cols, out);
+}
+
+void cut_off(Runtime& runtime, float limit, int64_t rows, int64_t cols, float* out) {
+  const auto lock = runtime.lock();
+  runtime.parallel_for(rows, cols, [&](int64_t begin, int64_t end, int) {
+    for (float* x = out + begin * cols; x < out + end * cols; ++x) {
+      *x = *x > limit ? limit : *x < -limit ? -limit : *x;
+    }
+  });
+}
+
+void multiply_rows(Runtime& runtime, float factor, int64_t rows, int64_t cols, float* out) {
+  if (factor == 1) return;
+  const auto lock = runtime.lock();
+  runtime.parallel_for(rows, cols, [&](int64_t begin, int64_t end, int) {
+    for (float* x = out + begin * cols; x < out + end * cols; ++x) *x *= factor;
+  });
+}
+
+void copy_heads(Runtime& runtime, const float* x, int64_t stride, int64_t rows, int64_t cols, float* out) {
+  const auto lock = runtime.lock();
+  runtime.parallel_for(rows, cols, [&](int64_t begin, int64_t end, int) {
+    for (int64_t row = begin; row < end; ++row) std::copy_n(x + row * stride, cols, out + row * cols);
+  });
+}
+
 }  // namespace argosy

@@ -43,4 +43,18 @@ void soft_cap(Runtime& runtime, float cap, int64_t n, float* x);
 void mul_gate(Runtime& runtime, GateKind kind, const float* gate, int64_t gate_stride, int64_t gate_step,
               int64_t rows, int64_t cols, float* x);
 
+// out[n] += x[n]; with x_stride 0, adds x[0] to every row.
+void add_rows(Runtime& runtime, const float* x, int64_t x_stride, int64_t rows, int64_t cols, float* out);
+
+// Adds [cols] to every row; nullptr: nothing.
+void add_bias(Runtime& runtime, const float* bias, int64_t rows, int64_t cols, float* out);
+
+// Clamps to [-limit, limit]; NaN stays NaN.
+void cut_off(Runtime& runtime, float limit, int64_t rows, int64_t cols, float* out);
+
+void multiply_rows(Runtime& runtime, float factor, int64_t rows, int64_t cols, float* out);
+
+// Copies the first `cols` of every `stride` floats.
+void copy_heads(Runtime& runtime, const float* x, int64_t stride, int64_t rows, int64_t cols, float* out);
+
 }  // namespace argosy

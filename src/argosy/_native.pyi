@@ -1629,42 +1629,6 @@ class RecurrentState:
 class Mixer:
     """The part of a layer that lets positions see each other."""
 
-class Ffn:
-    """The feed-forward network of a layer."""
-
-class Layer:
-    """
-    A layer of a Stack: norm -> mixer -> sum, norm -> feed-forward network -> sum.
-
-    Args:
-        mixer_norm, ffn_norm: [hidden]; [2, hidden], weight and bias, of a LayerNorm; None means no norm.
-        mixer, ffn: one of them may be None.
-        rotary: the one of the stack's rotary embeddings that the mixer uses; None means that nothing rotates.
-        mixer_post_norm: [hidden], of what the mixer adds to the hidden state; None means no norm.
-        ffn_post_norm: the same for what the layer's feed-forward networks add together.
-        scale: multiplies the hidden state after the layer.
-        is_parallel: the network reads what the mixer reads, after mixer_norm, and there is no ffn_norm.
-        mixer_scale, ffn_scale: multiply what the mixer, or the networks together, add to the hidden state.
-        normed_residual: not 0 means that they add it to this factor times what they read, instead.
-    """
-
-    def __init__(
-        self,
-        mixer_norm: NDArray[numpy.float32] | None,
-        mixer: Mixer | None,
-        ffn_norm: NDArray[numpy.float32] | None,
-        ffn: Ffn | None,
-        *,
-        rotary: int | None = 0,
-        mixer_post_norm: NDArray[numpy.float32] | None = None,
-        ffn_post_norm: NDArray[numpy.float32] | None = None,
-        scale: float = 1.0,
-        is_parallel: bool = False,
-        mixer_scale: float = 1.0,
-        ffn_scale: float = 1.0,
-        normed_residual: float = 0.0,
-    ) -> None: ...
-
 def grouped_query_attention(
     query: Matrix,
     key: Matrix,
@@ -1915,6 +1879,42 @@ def multi_head_latent_attention(
         indexer: chooses them; None means that the layer sees what the last layer with an indexer chose.
         gate, gate_kind, query_scale: as for `grouped_query_attention`.
     """
+
+class Ffn:
+    """The feed-forward network of a layer."""
+
+class Layer:
+    """
+    A layer of a Stack: norm -> mixer -> sum, norm -> feed-forward network -> sum.
+
+    Args:
+        mixer_norm, ffn_norm: [hidden]; [2, hidden], weight and bias, of a LayerNorm; None means no norm.
+        mixer, ffn: one of them may be None.
+        rotary: the one of the stack's rotary embeddings that the mixer uses; None means that nothing rotates.
+        mixer_post_norm: [hidden], of what the mixer adds to the hidden state; None means no norm.
+        ffn_post_norm: the same for what the layer's feed-forward networks add together.
+        scale: multiplies the hidden state after the layer.
+        is_parallel: the network reads what the mixer reads, after mixer_norm, and there is no ffn_norm.
+        mixer_scale, ffn_scale: multiply what the mixer, or the networks together, add to the hidden state.
+        normed_residual: not 0 means that they add it to this factor times what they read, instead.
+    """
+
+    def __init__(
+        self,
+        mixer_norm: NDArray[numpy.float32] | None,
+        mixer: Mixer | None,
+        ffn_norm: NDArray[numpy.float32] | None,
+        ffn: Ffn | None,
+        *,
+        rotary: int | None = 0,
+        mixer_post_norm: NDArray[numpy.float32] | None = None,
+        ffn_post_norm: NDArray[numpy.float32] | None = None,
+        scale: float = 1.0,
+        is_parallel: bool = False,
+        mixer_scale: float = 1.0,
+        ffn_scale: float = 1.0,
+        normed_residual: float = 0.0,
+    ) -> None: ...
 
 def dense_ffn(gate: Matrix | None, up: Matrix, down: Matrix, *, activation: Activation | None = None) -> Ffn:
     """

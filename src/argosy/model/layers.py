@@ -1,35 +1,24 @@
 """Describe a checkpoint's layers to the native stack that runs them: the matrices, norms and sizes of each layer.
 
 A layer is a mixer, which lets positions see each other, and a feed-forward network, each with its own norms, or only
-one of them. A family with another kind of mixer or network adds a function here and its counterpart in
+one of them (mixers.py). A family with another kind of network adds a function here and its counterpart in
 native/ops/stack.h.
 """
 
 from __future__ import annotations
-
-from bisect import bisect_left
 
 import numpy as np
 
 from argosy import _native
 from argosy.config import (
     ActivationConfig,
-    AttentionConfig,
-    DeltaConfig,
-    IndexConfig,
-    KimiDeltaConfig,
-    LatentConfig,
-    LightningConfig,
-    MambaConfig,
     Mixer,
     ModelConfig,
-    QueryScale,
     RecurrentMixer,
     RotaryMixer,
-    ShortConvConfig,
 )
-from argosy.errors import CheckpointError
 from argosy.experts.files import Arithmetic
+from argosy.model.mixers import add_mixer_sizes, describe_mixer, kv_shape, state_shape
 from argosy.model.weights import DenseWeights, Vector
 
 
@@ -39,7 +28,7 @@ def describe_layers(config: ModelConfig, weights: DenseWeights) -> list[_native.
     return [
         _native.Layer(
             vectors.get(f"layers.{i}.attn_norm"),
-            _mixer(config, i, weights),
+            describe_mixer(config, i, weights),
             vectors.get(f"layers.{i}.mlp_norm"),
             _ffn(config, i, weights),
             rotary=_rotary(config, layer.mixer),
@@ -69,7 +58,7 @@ def kv_shapes(config: ModelConfig) -> list[_native.KvShape]:
 def state_shapes(config: ModelConfig) -> list[_native.StateShape]:
     """Return the state that each recurrent layer keeps per sequence."""
     mixers = (layer.mixer for layer in config.layers)
-    return [_state_shape(mixer) for mixer in mixers if isinstance(mixer, RecurrentMixer)]
+    return [state_shape(mixer) for mixer in mixers if isinstance(mixer, RecurrentMixer)]
 
 
 def stack_sizes(config: ModelConfig) -> _native.StackSizes:
@@ -79,7 +68,7 @@ def stack_sizes(config: ModelConfig) -> _native.StackSizes:
     if is_apart or any(_ffn_scale(config, i) != 1 for i in range(config.num_layers)):
         sizes.add_ffn_post_norm()
     for i, layer in enumerate(config.layers):
-        _add_mixer_sizes(sizes, layer.mixer)
+        add_mixer_sizes(sizes, layer.mixer)
         if layer.is_moe:
             sizes.add_routed(
                 config.num_experts,
@@ -116,276 +105,6 @@ def describe_experts(config: ModelConfig, weights: DenseWeights) -> Arithmetic:
         {layer: (bias(layer, "gate"), bias(layer, "up"), bias(layer, "down")) for layer in config.moe_layers},
         {layer: _own_activation(config.layers[layer].activation) for layer in config.moe_layers},
     )
-
-
-def _mixer(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Mixer | None:
-    name = f"layers.{layer}."
-    state_layer = bisect_left(
-        config.recurrent_layers, layer
-    )  # its number among the recurrent layers, if it is one
-    match config.layers[layer].mixer:
-        case AttentionConfig() as attention:
-            return _attention(attention, name, weights)
-        case LatentConfig() as latent:
-            return _latent(latent, name, weights)
-        case DeltaConfig() as delta:
-            return _delta(delta, name + "delta_", weights, state_layer)
-        case KimiDeltaConfig() as delta:
-            return _kimi_delta(delta, name + "kda_", weights, state_layer)
-        case ShortConvConfig():
-            return _short_conv(name + "shortconv_", weights, state_layer)
-        case MambaConfig() as mamba:
-            return _mamba(mamba, name + "mamba_", weights, state_layer)
-        case LightningConfig() as lightning:
-            return _lightning(lightning, name + "lightning_", weights, state_layer)
-    return None
-
-
-def _attention(attention: AttentionConfig, name: str, weights: DenseWeights) -> _native.Mixer:
-    """Grouped-query attention (arXiv:2305.13245)."""
-    head_dim = attention.head_dim
-    unweighted = np.ones(head_dim, np.float32) if attention.qk_norm == "unweighted" else None
-    query, key, output = (weights.matrices[name + part] for part in "qko")
-    return _native.grouped_query_attention(
-        query,
-        key,
-        None if attention.keys_are_values else weights.matrices[name + "v"],
-        output,
-        num_heads=attention.num_heads,
-        window=attention.sliding_window,
-        is_chunked=attention.is_chunked,
-        scale=attention.scale or head_dim**-0.5,
-        query_scale=_query_scale(attention.query_scale),
-        query_bias=weights.vectors.get(name + "q_bias"),
-        key_bias=weights.vectors.get(name + "k_bias"),
-        value_bias=weights.vectors.get(name + "v_bias"),
-        output_bias=weights.vectors.get(name + "o_bias"),
-        query_norm=weights.vectors.get(name + "q_norm", unweighted),
-        key_norm=weights.vectors.get(name + "k_norm", unweighted),
-        is_norm_flat=attention.qk_norm == "flat",
-        is_norm_last=attention.is_norm_last,
-        limit=attention.qkv_limit,
-        sinks=weights.vectors.get(name + "sinks"),
-        has_gate=attention.output_gate == "query",
-        gate=weights.matrices.get(name + "attn_gate"),
-        gate_kind=attention.gate_activation,
-        value_norm=np.ones(attention.width_of_values, np.float32) if attention.has_value_norm else None,
-        value_scale=attention.value_scale,
-        is_causal=attention.is_causal,
-    )
-
-
-def _delta(delta: DeltaConfig, name: str, weights: DenseWeights, state_layer: int) -> _native.Mixer:
-    """A gated delta net (arXiv:2412.06464)."""
-    matrices = weights.matrices
-    return _native.gated_delta_net(
-        matrices[name + ("qkvz" if delta.has_joined_qkvz else "qkv")],
-        matrices[name + ("ba" if delta.has_joined_ba else "b")],
-        matrices[name + "out"],
-        z=None if delta.has_joined_qkvz else matrices[name + "z"],
-        a=None if delta.has_joined_ba else matrices[name + "a"],
-        conv=weights.vectors[name + "conv"],
-        rate=_decay_rate(name + "rate", weights, is_log=delta.is_rate_log),
-        dt_bias=weights.vectors[name + "dt_bias"],
-        norm=weights.vectors[name + "norm"],
-        sizes=delta.sizes,
-        is_tiled=delta.is_tiled,
-        state_layer=state_layer,
-    )
-
-
-def _kimi_delta(delta: KimiDeltaConfig, name: str, weights: DenseWeights, state_layer: int) -> _native.Mixer:
-    """Kimi Delta Attention (arXiv:2510.26692)."""
-    matrices, vectors = weights.matrices, weights.vectors
-    return _native.kimi_delta_attention(
-        *(matrices[name + part] for part in ("q", "k", "v", "beta", "decay", "gate", "out")),
-        decay_down=matrices.get(name + "decay_down"),
-        gate_down=matrices.get(name + "gate_down"),
-        conv=(vectors[name + "q_conv"], vectors[name + "k_conv"], vectors[name + "v_conv"]),
-        rate=_decay_rate(name + "rate", weights, is_log=delta.is_rate_log, has_sign=False),
-        dt_bias=vectors[name + "dt_bias"],
-        norm=vectors[name + "norm"],
-        floor=delta.floor,
-        sizes=delta.sizes,
-        state_layer=state_layer,
-    )
-
-
-def _short_conv(name: str, weights: DenseWeights, state_layer: int) -> _native.Mixer:
-    """A short convolution with two gates, as in LFM2."""
-    vectors = weights.vectors
-    return _native.short_conv(
-        weights.matrices[name + "in"],
-        weights.matrices[name + "out"],
-        conv=vectors[name + "conv"],
-        conv_bias=vectors.get(name + "conv_bias"),
-        input_bias=vectors.get(name + "in_bias"),
-        output_bias=vectors.get(name + "out_bias"),
-        state_layer=state_layer,
-    )
-
-
-def _mamba(mamba: MambaConfig, name: str, weights: DenseWeights, state_layer: int) -> _native.Mixer:
-    """A Mamba-2 mixer (arXiv:2405.21060)."""
-    vectors = weights.vectors
-    return _native.mamba(
-        weights.matrices[name + "in"],
-        weights.matrices[name + "out"],
-        conv=vectors[name + "conv"],
-        conv_bias=vectors.get(name + "conv_bias"),
-        rate=_decay_rate(name + "rate", weights, is_log=mamba.is_rate_log),
-        dt_bias=vectors[name + "dt_bias"],
-        skip=vectors[name + "skip"],
-        norm=vectors[name + "norm"],
-        sizes=mamba.sizes,
-        dt_limit=(mamba.least_dt, mamba.most_dt or float("inf")),
-        input_bias=vectors.get(name + "in_bias"),
-        output_bias=vectors.get(name + "out_bias"),
-        state_layer=state_layer,
-    )
-
-
-def _lightning(
-    lightning: LightningConfig, name: str, weights: DenseWeights, state_layer: int
-) -> _native.Mixer:
-    """Lightning attention (arXiv:2401.04658)."""
-    matrices, vectors = weights.matrices, weights.vectors
-    return _native.lightning_attention(
-        matrices[name + ("qkv" if lightning.has_joined_qkv else "q")],
-        matrices.get(name + "k"),
-        matrices.get(name + "v"),
-        matrices[name + "gate"],
-        matrices[name + "out"],
-        num_heads=lightning.num_heads,
-        has_silu=lightning.has_silu,
-        query_norm=vectors.get(name + "q_norm"),
-        key_norm=vectors.get(name + "k_norm"),
-        decay=np.exp(-np.array(lightning.slopes)).astype(np.float32),
-        norm=vectors[name + "norm"],
-        norm_eps=lightning.norm_eps,
-        num_groups=lightning.num_groups,
-        scale=lightning.scale,
-        state_layer=state_layer,
-    )
-
-
-def _decay_rate(name: str, weights: DenseWeights, *, is_log: bool, has_sign: bool = True) -> Vector:
-    """The decay rate of each head. Without a sign, a file may also store minus the rate.
-
-    Raises:
-        CheckpointError: a rate would make the state grow from token to token, or turn it into NaN.
-    """
-    rate = weights.vectors[name]
-    with np.errstate(over="ignore"):
-        rate = -np.exp(rate) if is_log else rate if has_sign else -np.abs(rate)
-    wrong = np.flatnonzero(~(np.isfinite(rate) & (rate <= 0)))
-    if wrong.size:
-        raise CheckpointError(
-            f"{name} gives head {wrong[0]} a decay of e^({rate[wrong[0]]} * softplus), expected a rate of 0 or less",
-            hint="the file is damaged, or the model was already broken when it was saved",
-            tensor=name,
-        )
-    return rate
-
-
-def _latent(latent: LatentConfig, name: str, weights: DenseWeights) -> _native.Mixer:
-    """Multi-head latent attention (arXiv:2405.04434). Loading split kv_up into k_up, transposed, and v_up."""
-    return _native.multi_head_latent_attention(
-        weights.matrices[name + ("q_up" if latent.query_rank else "q")],
-        weights.matrices[name + "kv_down"],
-        weights.matrices[name + "k_up"],
-        weights.matrices[name + "v_up"],
-        weights.matrices[name + "o"],
-        num_heads=latent.num_heads,
-        rope_dim=latent.rope_dim,
-        scale=latent.scale or latent.head_dim**-0.5,
-        norm_eps=latent.norm_eps,
-        kv_norm=weights.vectors[name + "kv_norm"],
-        query_down=weights.matrices.get(name + "q_down"),
-        query_norm=weights.vectors.get(name + "q_down_norm"),
-        query_scale=_query_scale(latent.query_scale),
-        gate=weights.matrices.get(name + "attn_gate"),
-        num_chosen=latent.num_chosen,
-        indexer=None if latent.own_index is None else _indexer(latent.own_index, name + "index_", weights),
-    )
-
-
-def _indexer(index: IndexConfig, name: str, weights: DenseWeights) -> _native.PositionIndexer:
-    """The lightning indexer (arXiv:2512.02556)."""
-    return _native.PositionIndexer(
-        *(weights.matrices[name + part] for part in ("q", "k", "weights")),
-        key_norm=weights.vectors[name + "k_norm"],
-        key_norm_bias=weights.vectors[name + "k_norm_bias"],
-        norm_eps=index.norm_eps,
-        has_interleaved_pairs=index.is_interleaved,
-    )
-
-
-def _query_scale(scale: QueryScale | None) -> tuple[float, int, int]:
-    return (0.0, 1, 0) if scale is None else (scale.beta, scale.period, scale.offset)
-
-
-def kv_shape(mixer: Mixer | None) -> _native.KvShape:
-    """Return the data that a layer with this mixer keeps per position."""
-    match mixer:
-        case AttentionConfig():
-            return _native.KvShape.keys_values(
-                mixer.num_kv_heads,
-                mixer.head_dim,
-                is_windowed=mixer.sliding_window > 0,
-                value_dim=mixer.width_of_values,
-            )
-        case LatentConfig():
-            return _native.KvShape.latent(
-                mixer.cached_dim, mixer.own_index.head_dim if mixer.own_index else 0
-            )
-    return _native.KvShape.none()
-
-
-def _state_shape(mixer: RecurrentMixer) -> _native.StateShape:
-    match mixer:
-        case DeltaConfig() | KimiDeltaConfig() | LightningConfig():
-            return _native.StateShape.delta_net(mixer.sizes)
-        case ShortConvConfig():
-            return _native.StateShape.short_conv(mixer.channels, mixer.conv_width)
-        case MambaConfig():
-            return _native.StateShape.mamba(mixer.sizes)
-
-
-def _add_mixer_sizes(sizes: _native.StackSizes, mixer: Mixer | None) -> None:
-    match mixer:
-        case AttentionConfig():
-            sizes.add_attention(
-                mixer.num_heads,
-                mixer.num_kv_heads,
-                mixer.head_dim,
-                mixer.output_gate == "query",
-                mixer.width_of_values,
-                mixer.gate_rows,
-            )
-        case LatentConfig():
-            sizes.add_latent_attention(
-                mixer.num_heads,
-                mixer.nope_dim,
-                mixer.rope_dim,
-                mixer.kv_rank,
-                mixer.value_dim,
-                mixer.query_rank,
-                *(
-                    (index.num_heads, index.head_dim, index.num_chosen)
-                    if (index := mixer.own_index)
-                    else (0, 0, 0)
-                ),
-                mixer.num_heads if mixer.has_head_gates else 0,
-            )
-        case DeltaConfig() | LightningConfig():
-            sizes.add_delta_net(mixer.sizes)
-        case KimiDeltaConfig():
-            sizes.add_kimi_delta(mixer.sizes, mixer.decay_rank + mixer.gate_rank)
-        case ShortConvConfig():
-            sizes.add_short_conv(mixer.channels)
-        case MambaConfig():
-            sizes.add_mamba(mixer.sizes)
 
 
 def _ffn(config: ModelConfig, number: int, weights: DenseWeights) -> _native.Ffn | None:

@@ -18,7 +18,7 @@ from argosy import _native
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.formats import matrix_bytes
 from argosy.config import KV_BLOCK_TOKENS, AttentionConfig, KvDtype, LatentConfig, ModelConfig, RecurrentMixer
-from argosy.model.layers import kv_shape
+from argosy.model.mixers import kv_shape
 
 
 class Attention(NamedTuple):

@@ -1,0 +1,75 @@
+// layers.h: what Python gives of a layer, with the objects whose memory it points to.
+#pragma once
+
+#include <initializer_list>
+#include <optional>
+#include <vector>
+
+#include "bind/bind.h"
+#include "bind/experts.h"
+#include "bind/matrix.h"
+#include "ops/stack.h"
+
+namespace argosy {
+
+// The Python objects whose memory a description points to.
+struct Kept {
+  std::vector<Memory> memories;
+  std::vector<Array> arrays;
+
+  MatrixView keep(const Matrix& matrix) {
+    memories.push_back(matrix.memory);
+    return matrix.view;
+  }
+  const float* keep(const char* name, const ArrayOf<float>& vector, int64_t size) {
+    arrays.push_back(vector);
+    return read_array(name, vector, {size});
+  }
+  const float* keep(const char* name, const ArrayOf<float>& array, std::initializer_list<int64_t> shape) {
+    arrays.push_back(array);
+    return read_array(name, array, shape);
+  }
+  const float* keep(const char* name, const std::optional<ArrayOf<float>>& vector, int64_t size) {
+    return vector ? keep(name, *vector, size) : nullptr;
+  }
+  ExpertView keep(const Matrix* gate, const Matrix& up, const Matrix& down) {
+    for (const Matrix* matrix : {gate, &up, &down}) {
+      if (matrix != nullptr) memories.push_back(matrix->memory);
+    }
+    return view_network(gate, up, down);
+  }
+  // [hidden], the weight, or [2, hidden], weight and bias.
+  Norm keep_norm(const char* name, const std::optional<ArrayOf<float>>& norm, int64_t hidden) {
+    if (!norm) return {};
+    if (norm->ndim() != 2) return {keep(name, norm, hidden)};
+    const float* weight = keep(name, *norm, {2, hidden});
+    return {weight, weight + hidden};
+  }
+  void keep(const Kept& other) {
+    memories.insert(memories.end(), other.memories.begin(), other.memories.end());
+    arrays.insert(arrays.end(), other.arrays.begin(), other.arrays.end());
+  }
+};
+
+struct BoundMixer {
+  Mixer mixer;
+  Kept kept;
+};
+
+struct BoundFfn {
+  Ffn ffn;
+  Kept kept;
+};
+
+// The rotary's index is checked by the stack, which has the rotaries.
+struct BoundLayer {
+  Layer layer;
+  int64_t hidden;
+  Kept kept;
+};
+
+// Checks that the parts of a mixer fit the hidden state, its cache or its state, and each other.
+void require_mixer(const Mixer& mixer, const KvShape& kv, const RecurrentState* recurrent,
+                   const Rotary* rotary, int64_t hidden);
+
+}  // namespace argosy

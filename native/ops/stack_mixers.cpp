@@ -1,0 +1,309 @@
+// The mixers of a Stack (stack.h): each reads `normed`, and add_block adds what it gives to the hidden state.
+#include <cmath>
+#include <utility>
+#include <vector>
+
+#include "ops/encoder.h"
+#include "ops/layer.h"
+#include "ops/stack.h"
+
+namespace argosy {
+
+// Multiplies the queries, `cols` of each token.
+void Stack::scale_queries(const QueryScale& scale, int64_t cols) {
+  if (scale.beta == 0) return;
+  const auto lock = runtime_.lock();
+  runtime_.parallel_for(step_.num_tokens, cols, [&](int64_t begin, int64_t end, int) {
+    for (int64_t t = begin; t < end; ++t) {
+      const double periods = double((step_.order[t] + scale.offset) / scale.period);
+      const float factor = float(1 + double(scale.beta) * std::log1p(periods));
+      for (float* x = buffers_.query + t * cols; x < buffers_.query + (t + 1) * cols; ++x) *x *= factor;
+    }
+  });
+}
+
+void Stack::gate_output(const OutputGate& gate, int64_t num_heads, int64_t value_dim) {
+  const int64_t tokens = step_.num_tokens, rows = gate.matrix.rows;
+  matmul(runtime_, {{gate.matrix, buffers_.projected}}, buffers_.normed, tokens);
+  mul_gate(runtime_, gate.kind, buffers_.projected, rows / num_heads, rows == num_heads ? 0 : 1,
+           tokens * num_heads, value_dim, buffers_.attended);
+}
+
+// Multiplies the mixer's result by the output matrix and adds the product to the hidden state.
+void Stack::add_block(const MatrixView& output, const float* bias) {
+  const int64_t tokens = step_.num_tokens;
+  matmul(runtime_, {{output, buffers_.block}}, buffers_.attended, tokens);
+  add_bias(runtime_, bias, tokens, output.rows, buffers_.block);
+  if (layer().mixer_post_norm != nullptr) norm(layer().mixer_post_norm, buffers_.block, buffers_.block);
+  multiply_rows(runtime_, layer().mixer_scale, tokens, output.rows, buffers_.block);
+  add_rows(runtime_, buffers_.block, output.rows, tokens, output.rows, buffers_.hidden);
+  mark(Part::attention_and_dense);
+}
+
+void Stack::mix(const GroupedQueryAttention& mixer) {
+  const KvLayer kv = kv_.layer(number());
+  const int64_t tokens = step_.num_tokens;
+  const float eps = description_.norm_eps;
+  float *query = buffers_.query, *key = buffers_.key, *value = buffers_.value;
+
+  float* projected = mixer.has_gate ? buffers_.projected : query;
+  std::vector<Product> products = {{mixer.query, projected}, {mixer.key, key}};
+  if (mixer.value) products.push_back({*mixer.value, value});
+  matmul(runtime_, products, buffers_.normed, tokens);
+  add_bias(runtime_, mixer.query_bias, tokens, mixer.query.rows, projected);
+  add_bias(runtime_, mixer.key_bias, tokens, mixer.key.rows, key);
+  if (!mixer.value) std::copy_n(key, tokens * mixer.key.rows, value);
+  const int64_t value_cols = kv.kv_heads * kv.value_dim;
+  add_bias(runtime_, mixer.value_bias, tokens, value_cols, value);
+  if (mixer.has_gate)
+    copy_heads(runtime_, projected, 2 * kv.head_dim, tokens * mixer.num_heads, kv.head_dim, query);
+  const auto norm_heads = [&](const float* weight, int64_t heads, float* x) {
+    if (weight == nullptr) return;
+    const int64_t cols = mixer.is_norm_flat ? heads * kv.head_dim : kv.head_dim;
+    rms_norm(runtime_, x, weight, eps, tokens * heads * kv.head_dim / cols, cols, x);
+  };
+  const auto norm_queries_and_keys = [&] {
+    norm_heads(mixer.query_norm, mixer.num_heads, query);
+    norm_heads(mixer.key_norm, kv.kv_heads, key);
+  };
+  if (!mixer.is_norm_last) norm_queries_and_keys();
+  if (mixer.value_norm != nullptr)
+    rms_norm(runtime_, value, mixer.value_norm, eps, tokens * kv.kv_heads, kv.value_dim, value);
+  if (mixer.limit > 0) {
+    cut_off(runtime_, mixer.limit, tokens, mixer.num_heads * kv.head_dim, query);
+    cut_off(runtime_, mixer.limit, tokens, mixer.key.rows, key);
+    cut_off(runtime_, mixer.limit, tokens, value_cols, value);
+  }
+  multiply_rows(runtime_, mixer.value_scale, tokens, value_cols, value);
+  rotate(query, mixer.num_heads, kv.head_dim);
+  rotate(key, kv.kv_heads, kv.head_dim);
+  if (mixer.is_norm_last) norm_queries_and_keys();
+  scale_queries(mixer.query_scale, mixer.num_heads * kv.head_dim);
+
+  const bool is_windowed = kv_.shape(number()).is_windowed;
+  kv_write(runtime_, kv, key, value, is_windowed ? step_.window_slots : step_.slots, tokens);
+  attention(runtime_, kv,
+            {
+                .q = query,
+                .num_tokens = tokens,
+                .num_heads = mixer.num_heads,
+                .block_table = is_windowed ? step_.window_table : step_.block_table,
+                .max_blocks = step_.max_blocks,
+                .sequence = step_.sequence,
+                .order = step_.order,
+                .sees_until = mixer.is_causal ? nullptr : step_.sees_until,
+                .scale = mixer.scale,
+                .window = mixer.window,
+                .sinks = mixer.sinks,
+            },
+            buffers_.attended);
+  if (mixer.has_gate) {
+    mul_gate(runtime_, GateKind::sigmoid, projected + kv.head_dim, 2 * kv.head_dim, 1,
+             tokens * mixer.num_heads, kv.head_dim, buffers_.attended);
+  }
+  if (mixer.gate) gate_output(*mixer.gate, mixer.num_heads, kv.value_dim);
+  add_block(mixer.output, mixer.output_bias);
+}
+
+void Stack::mix(const GatedDeltaNet& net) {
+  const int64_t tokens = step_.num_tokens;
+  const DeltaShape& shape = net.shape;
+  const int64_t sharing = shape.num_value_heads / shape.num_key_heads;
+  float *mixed = buffers_.projected, *gates = buffers_.delta_gates;
+  std::vector<Product> products = {{net.qkv, mixed}, {net.b, gates}};
+
+  DeltaInputs inputs = {};
+  inputs.stride = net.qkv.rows;
+  inputs.key_group = shape.key_dim;
+  inputs.value_group = inputs.z_group = sharing * shape.value_dim;
+  inputs.q = mixed;
+  if (net.z) {
+    inputs.k = mixed + shape.key_channels();
+    inputs.v = mixed + 2 * shape.key_channels();
+    float* z = mixed + tokens * net.qkv.rows;
+    inputs.z = z;
+    inputs.z_stride = net.z->rows;
+    products.push_back({*net.z, z});
+  } else {
+    inputs.key_group = inputs.value_group = inputs.z_group = net.qkv.rows / shape.num_key_heads;
+    inputs.k = mixed + shape.key_dim;
+    inputs.v = mixed + 2 * shape.key_dim;
+    inputs.z = inputs.v + sharing * shape.value_dim;
+    inputs.z_stride = net.qkv.rows;
+  }
+  inputs.b = gates;
+  inputs.a_stride = inputs.b_stride = net.b.rows;
+  inputs.a_group = inputs.b_group = net.b.rows / shape.num_key_heads;
+  if (net.a) {
+    inputs.a = gates + tokens * net.b.rows;
+    products.push_back({*net.a, inputs.a});
+  } else {
+    inputs.a = gates + sharing;
+  }
+  matmul(runtime_, products, buffers_.normed, tokens);
+  DeltaWeights weights = net.weights;
+  weights.eps = description_.norm_eps;
+  gated_delta(runtime_, *recurrent_, net.state_layer, shape, weights, inputs, runs_, buffers_.attended);
+  add_block(net.output, nullptr);
+}
+
+// Stores the index keys of the step's tokens. If a token sees more positions than it may, chooses some.
+void Stack::choose_positions(const PositionIndexer& indexer, const AttentionBatch& batch, int64_t count) {
+  const LatentLayer keys = kv_.index_layer(number());
+  const int64_t tokens = batch.num_tokens, heads = indexer.num_heads();
+  float *query = buffers_.query, *key = buffers_.value, *weights = key + tokens * keys.dim;
+  layer_norm(runtime_, key, indexer.key_norm, indexer.key_norm_bias, indexer.norm_eps, tokens, keys.dim, key);
+  rotate(key, 1, keys.dim, indexer.has_interleaved_pairs);
+  latent_write(runtime_, keys, key, step_.slots, tokens);
+
+  const ChosenPositions chosen = {buffers_.chosen, count};
+  bool is_limited = false;
+  for (int64_t token = 0; token < tokens; ++token) is_limited |= chosen.limits(batch, token);
+  if (!is_limited) return;
+  matmul(runtime_, {{indexer.query, query}}, buffers_.query_latent, tokens);
+  rotate(query, heads, keys.dim, indexer.has_interleaved_pairs);
+  // The scale of the scores, dim^-0.5, is not negative, so it may multiply the weights instead.
+  multiply_rows(runtime_, 1 / std::sqrt(float(heads * keys.dim)), tokens, heads, weights);
+  AttentionBatch index_batch = batch;
+  index_batch.num_heads = heads;
+  argosy::choose_positions(runtime_, keys, weights, index_batch, count, buffers_.chosen);
+}
+
+void Stack::mix(const KimiDeltaAttention& mixer) {
+  const int64_t tokens = step_.num_tokens;
+  const DeltaShape& shape = mixer.shape;
+  const int64_t heads = shape.num_key_heads, channels = shape.key_channels();
+
+  DeltaInputs inputs = {};
+  inputs.q = buffers_.projected;
+  inputs.k = inputs.q + tokens * channels;
+  inputs.v = inputs.k + tokens * channels;
+  float* z = inputs.v + tokens * channels;
+  inputs.z = z;
+  inputs.a = buffers_.delta_gates;
+  inputs.stride = inputs.z_stride = inputs.a_stride = channels;
+  inputs.key_group = inputs.value_group = inputs.z_group = inputs.a_group = shape.key_dim;
+  inputs.b = inputs.a + tokens * channels;
+  inputs.b_stride = heads;
+  inputs.b_group = 1;
+
+  std::vector<Product> products = {
+      {mixer.query, inputs.q}, {mixer.key, inputs.k}, {mixer.value, inputs.v}, {mixer.beta, inputs.b}};
+  float* decay_latent = buffers_.query_latent;
+  float* gate_latent = decay_latent + (mixer.decay_down ? tokens * mixer.decay_down->rows : 0);
+  products.push_back(mixer.decay_down ? Product{*mixer.decay_down, decay_latent}
+                                      : Product{mixer.decay, inputs.a});
+  products.push_back(mixer.gate_down ? Product{*mixer.gate_down, gate_latent} : Product{mixer.gate, z});
+  matmul(runtime_, products, buffers_.normed, tokens);
+  if (mixer.decay_down) matmul(runtime_, {{mixer.decay, inputs.a}}, decay_latent, tokens);
+  if (mixer.gate_down) matmul(runtime_, {{mixer.gate, z}}, gate_latent, tokens);
+
+  DeltaWeights weights = mixer.weights;
+  weights.eps = description_.norm_eps;
+  gated_delta(runtime_, *recurrent_, mixer.state_layer, shape, weights, inputs, runs_, buffers_.attended);
+  add_block(mixer.output, nullptr);
+}
+
+void Stack::mix(const LightningAttention& mixer) {
+  const int64_t tokens = step_.num_tokens, heads = mixer.shape.num_key_heads, dim = mixer.shape.key_dim;
+  const int64_t channels = heads * dim;
+  float* const q = buffers_.projected;
+  float* const gate = q + 3 * tokens * channels;
+  LightningInputs inputs = {q, q + dim, q + 2 * dim, 3 * channels, 3 * dim};
+  std::vector<Product> products = {{mixer.query, q}, {mixer.gate, gate}};
+  float* const k = q + tokens * channels;
+  if (mixer.key) {
+    inputs = {q, k, k + tokens * channels, channels, dim};
+    products.push_back({*mixer.key, k});
+    products.push_back({*mixer.value, k + tokens * channels});
+  }
+  matmul(runtime_, products, buffers_.normed, tokens);
+  // silu(x) = x sigmoid(x)
+  if (mixer.has_silu) mul_gate(runtime_, GateKind::sigmoid, q, channels, 1, 3 * tokens, channels, q);
+  if (mixer.query_norm != nullptr) {
+    const float eps = description_.norm_eps;
+    rms_norm(runtime_, q, mixer.query_norm, eps, tokens * heads, dim, q);
+    rms_norm(runtime_, k, mixer.key_norm, eps, tokens * heads, dim, k);
+  }
+  if (mixer.key) {
+    rotate(q, heads, dim);
+    rotate(k, heads, dim);
+  }
+  float* out = buffers_.attended;
+  lightning_attention(runtime_, *recurrent_, mixer.state_layer, mixer.shape, mixer.decay, mixer.scale, inputs,
+                      runs_, out);
+  rms_norm(runtime_, out, mixer.norm, mixer.norm_eps, tokens * mixer.num_groups, channels / mixer.num_groups,
+           out, mixer.num_groups);
+  mul_gate(runtime_, GateKind::sigmoid, gate, channels, 1, tokens, channels, out);
+  add_block(mixer.output, nullptr);
+}
+
+void Stack::mix(const ShortConv& mixer) {
+  const int64_t tokens = step_.num_tokens, channels = mixer.conv.channels;
+  float* projected = buffers_.projected;
+  matmul(runtime_, {{mixer.input, projected}}, buffers_.normed, tokens);
+  add_bias(runtime_, mixer.input_bias, tokens, mixer.input.rows, projected);
+  const ConvInputs inputs = {projected + 2 * channels, projected, projected + channels, mixer.input.rows};
+  causal_conv(runtime_, *recurrent_, mixer.state_layer, mixer.conv, inputs, runs_,
+              {buffers_.attended, channels});
+  add_block(mixer.output, mixer.output_bias);
+}
+
+void Stack::mix(const Mamba& mixer) {
+  const int64_t tokens = step_.num_tokens;
+  float* projected = buffers_.projected;
+  matmul(runtime_, {{mixer.input, projected}}, buffers_.normed, tokens);
+  add_bias(runtime_, mixer.input_bias, tokens, mixer.input.rows, projected);
+  MambaWeights weights = mixer.weights;
+  weights.eps = description_.norm_eps;
+  mamba(runtime_, *recurrent_, mixer.state_layer, mixer.shape, weights, projected, buffers_.delta_gates,
+        runs_, buffers_.attended);
+  add_block(mixer.output, mixer.output_bias);
+}
+
+void Stack::mix(const LatentAttention& mixer) {
+  const LatentHeads& heads = mixer.heads;
+  const LatentLayer kv = kv_.latent_layer(number());
+  const int64_t tokens = step_.num_tokens;
+  float *query = buffers_.query, *vectors = buffers_.key;
+  const AttentionBatch batch = {
+      .q = query,
+      .num_tokens = tokens,
+      .num_heads = heads.num_heads,
+      .block_table = step_.block_table,
+      .max_blocks = step_.max_blocks,
+      .sequence = step_.sequence,
+      .order = step_.order,
+      .sees_until = step_.sees_until,
+      .scale = heads.scale,
+      .window = {},
+  };
+  ChosenPositions chosen;
+  if (mixer.num_chosen > 0) chosen = {buffers_.chosen, mixer.num_chosen};
+
+  if (mixer.query_down) {
+    float* latent = buffers_.query_latent;
+    std::vector<Product> products = {{*mixer.query_down, latent}, {mixer.kv_down, vectors}};
+    if (mixer.indexer) {
+      products.push_back({mixer.indexer->key, buffers_.value});
+      products.push_back({mixer.indexer->weights, buffers_.value + tokens * mixer.indexer->dim()});
+    }
+    matmul(runtime_, products, buffers_.normed, tokens);
+    rms_norm(runtime_, latent, mixer.query_norm, mixer.norm_eps, tokens, mixer.query_down->rows, latent);
+    if (mixer.indexer) choose_positions(*mixer.indexer, batch, mixer.num_chosen);
+    matmul(runtime_, {{mixer.query, query}}, latent, tokens);
+  } else {
+    matmul(runtime_, {{mixer.query, query}, {mixer.kv_down, vectors}}, buffers_.normed, tokens);
+  }
+  latent_norm(runtime_, vectors, mixer.kv_norm, mixer.norm_eps, tokens, heads.kv_rank, kv.dim);
+  rotate(query + heads.nope_dim, heads.num_heads, heads.query_dim());
+  rotate(vectors + heads.kv_rank, 1, kv.dim);
+  scale_queries(mixer.query_scale, heads.num_heads * heads.query_dim());
+
+  latent_write(runtime_, kv, vectors, step_.slots, tokens);
+  latent_attention(runtime_, kv, heads, batch, chosen, buffers_.attended);
+  if (mixer.gate) gate_output(*mixer.gate, heads.num_heads, heads.value_dim);
+  add_block(mixer.output, nullptr);
+}
+
+}  // namespace argosy
