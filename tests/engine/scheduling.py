@@ -20,6 +20,7 @@ from argosy.kept.kv_windows import NONE, KvWindows, WindowSizes
 from argosy.kept.recurrent_state import StateSlots
 
 BLOCK_TOKENS = 4
+NUM_EARLIER = 3  # tokens that n-grams reach back to
 
 
 class NotedTokens:
@@ -50,6 +51,9 @@ class NotedTokens:
             sequence, at = scheduled.sequences[row], int(position)
             assert sequence.num_computed <= at
             tokens = tuple(sequence.tokens_from(0, at + 1))
+            if step.earlier_ids is not None and at == sequence.num_computed:
+                earlier = [-1] * NUM_EARLIER + list(tokens[:-1])
+                assert step.earlier_ids[row].tolist() == earlier[-NUM_EARLIER:]
             assert int(step.block_table[row, at // BLOCK_TOKENS]) == slot // BLOCK_TOKENS
             self.noted[slot // BLOCK_TOKENS][slot % BLOCK_TOKENS] = tokens
             for before in range(at):
@@ -102,6 +106,7 @@ class Rig:
         states: StateSlots | None = None,
         clock: Callable[[], float] = lambda: 0.0,
         windows: WindowSizes | None = None,
+        num_earlier: int = NUM_EARLIER,
     ) -> None:
         self.windows = None if windows is None else KvWindows(num_blocks, BLOCK_TOKENS, windows)
         self.blocks = KvBlocks(
@@ -119,6 +124,7 @@ class Rig:
             self.cache,
             chunk_tokens=chunk_tokens,
             max_sequences=max_sequences,
+            num_earlier=num_earlier,
             clock=clock,
         )
         self.sequences: list[Sequence] = []

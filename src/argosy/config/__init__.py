@@ -20,6 +20,7 @@ from argosy.config.mixers import (
     AttentionConfig, DeltaConfig, IndexConfig, KimiDeltaConfig, LatentConfig, LightningConfig, MambaConfig, Mixer,
     QueryScale, RecurrentMixer, RopeConfig, RotaryMixer, ShortConvConfig,
 )  # fmt: skip
+from argosy.config.ngrams import NgramConfig
 from argosy.config.sampling import (
     CHOOSING, EFFORTS, ENDING, LENIENT_SCHEMA, MAX_GRAMMAR_CHARACTERS, SAMPLING, THINKING, Grammar, Preset,
     SamplingDefaults, SamplingParams, Trigger,

@@ -14,6 +14,7 @@ from argosy.config.mixers import (
     RopeConfig,
     RotaryMixer,
 )
+from argosy.config.ngrams import NgramConfig
 
 _MixerT = TypeVar("_MixerT", bound=Mixer)
 
@@ -122,6 +123,7 @@ class LayerConfig:
     # None: the model's. Of the routed experts.
     experts_per_token: int | None = None
     expert_width: int | None = None
+    ngrams: NgramConfig | None = None  # rows of a table, added before the mixer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,6 +214,16 @@ class ModelConfig:
             if isinstance(layer.mixer, kind):
                 changed[layer] = replace(layer, mixer=replace(layer.mixer, **changes))
         return replace(self, layers=tuple(changed[layer] for layer in self.layers))
+
+    @property
+    def ngram_layers(self) -> tuple[int, ...]:
+        """The layers with an n-gram table."""
+        return tuple(i for i, layer in enumerate(self.layers) if layer.ngrams is not None)
+
+    @property
+    def num_earlier(self) -> int:
+        """The tokens before a token that rows of n-gram tables depend on."""
+        return max((one.ngrams.num_earlier for one in self.layers if one.ngrams is not None), default=0)
 
     @property
     def ropes(self) -> tuple[RopeConfig, ...]:

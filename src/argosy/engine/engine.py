@@ -100,6 +100,7 @@ class Engine(BlockingCalls):
             chunk_tokens=started.plan.chunk_tokens,
             max_sequences=config.max_sequences,
             num_axes=files.config.num_axes,
+            num_earlier=files.config.num_earlier,
             drafts=self._drafts,
         )
         self.requests = Requests(

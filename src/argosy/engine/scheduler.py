@@ -51,6 +51,7 @@ class Scheduler:
         cache: known prefixes, with the KV blocks and slots of the recurrent state that sequences take.
         chunk_tokens: maximum prompt tokens in a step.   max_sequences: maximum running sequences.
         num_axes: axes of the model's rotary embedding.
+        num_earlier: tokens before a step's that its n-grams reach back to.
         drafts: propose tokens after those of decoding sequences.
         clock: seconds, for `PromptTurns`.
     """
@@ -62,6 +63,7 @@ class Scheduler:
         chunk_tokens: int,
         max_sequences: int,
         num_axes: int = 1,
+        num_earlier: int = 0,
         drafts: Drafts = NO_DRAFTS,
         clock: Callable[[], float] = perf_counter,
     ) -> None:
@@ -80,7 +82,7 @@ class Scheduler:
         self._coming: dict[bytes, Sequence] = {}  # blocks that running prompts are about to compute
         # The sequence that did not fit, and the number of block releases at that time.
         self._refused: tuple[Sequence, int] | None = None
-        self._steps = StepBuilder(cache.blocks.block_tokens, cache.windows, num_axes)
+        self._steps = StepBuilder(cache.blocks.block_tokens, cache.windows, num_axes, num_earlier)
         self._began_at = 0.0
         self._num_steps = 0
         self.num_preempted = 0

@@ -85,10 +85,14 @@ class StepBuilder:
         block_tokens: positions of a KV block.
         windows: blocks of layers with a sliding window; None: there are no such layers.
         num_axes: axes of the model's rotary embedding.
+        num_earlier: tokens before a step's that its n-grams reach back to.
     """
 
-    def __init__(self, block_tokens: int, windows: KvWindows | None, num_axes: int) -> None:
+    def __init__(
+        self, block_tokens: int, windows: KvWindows | None, num_axes: int, num_earlier: int = 0
+    ) -> None:
         self._block_tokens, self._windows, self._num_axes = block_tokens, windows, num_axes
+        self._num_earlier = num_earlier
         self._decoding = _Decoding.of([])
 
     def forget(self, sequence: Sequence | None = None) -> None:
@@ -134,6 +138,7 @@ class StepBuilder:
             if same.shifts is None
             else np.tile((order + same.shifts).astype(np.float32), (self._num_axes, 1)),
             window_blocks=None if self._windows is None else self._windows.of_block,
+            earlier_ids=self._earlier_ids(same.sequences),
         )
         return Scheduled(step, same.sequences, None, same.sequences, {})
 
@@ -172,10 +177,21 @@ class StepBuilder:
             wanted=np.array(wanted, np.int64),
             state_slots=_states_of(sequences),
             window_blocks=None if self._windows is None else self._windows.of_block,
+            earlier_ids=self._earlier_ids(sequences),
         )
         if any(sequence.spans is not None for sequence in sequences):
             step = self._with_media(step, sequences, counts)
         return Scheduled(step, sequences, counts, ready, proposals)
+
+    def _earlier_ids(self, sequences: list[Sequence]) -> NDArray[np.int32] | None:
+        """Return int32 [sequences, num_earlier]: the ids before each sequence's first uncomputed token."""
+        if not (most := self._num_earlier):
+            return None
+        earlier = np.full((len(sequences), most), -1, np.int32)
+        for row, sequence in enumerate(sequences):
+            if count := min(most, sequence.num_computed):
+                earlier[row, most - count :] = sequence.tokens_from(sequence.num_computed - count, count)
+        return earlier
 
     def _with_media(self, step: Step, sequences: list[Sequence], counts: list[int]) -> Step:
         """Add the inputs of media: rows, additions, angles, and how far positions see."""

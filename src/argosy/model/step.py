@@ -44,6 +44,8 @@ class Step(NamedTuple):
     taps: layers whose hidden states after their additions are handed back (`Decoder.tapped`).
     window_blocks: int32 [KV blocks], the window block of each KV block whose positions a token writes, or sees in a
         layer with a sliding window; None if such layers have no blocks of their own.
+    earlier_ids: int32 [S, n], the token ids right before the first token of each sequence, the last one nearest; -1
+        before its start. Only for n-gram tables; None: every sequence starts in this step.
     """
 
     token_ids: NDArray[np.int32]
@@ -60,6 +62,7 @@ class Step(NamedTuple):
     additions: tuple[Addition, ...] = ()
     taps: tuple[int, ...] = ()
     window_blocks: NDArray[np.int32] | None = None
+    earlier_ids: NDArray[np.int32] | None = None
 
     @property
     def num_tokens(self) -> int:
