@@ -119,13 +119,15 @@ inline Activation parse_activation(const ActivationOfNumbers& activation) {
   if (kind == "silu") return {};
   if (kind == "gelu_tanh") return {Activation::Kind::gelu_tanh};
   if (kind == "relu2") return {Activation::Kind::relu2};
-  if (kind != "clamped" && kind != "silu_limited" && kind != "silu_capped")
+  if (kind != "clamped" && kind != "silu_limited" && kind != "silu_capped" && kind != "situ")
     refuse("unknown activation '" + kind +
-           "'; known: silu, clamped, gelu_tanh, silu_limited, silu_capped, relu2");
+           "'; known: silu, clamped, gelu_tanh, silu_limited, silu_capped, relu2, situ");
   if (!(limit > 0)) refuse("limit is " + std::to_string(limit) + ", expected more than 0");
   if (kind == "silu_limited") return {Activation::Kind::silu_limited, limit};
   if (kind == "silu_capped") return {Activation::Kind::silu_capped, limit};
-  return {Activation::Kind::clamped, limit, alpha};
+  if (kind == "clamped") return {Activation::Kind::clamped, limit, alpha};
+  if (!(alpha > 0)) refuse("alpha is " + std::to_string(alpha) + ", expected more than 0");
+  return {Activation::Kind::situ, limit, alpha};
 }
 
 inline void require_kind(const KvShape& shape, KvShape::Kind kind) {

@@ -64,8 +64,8 @@ BoundFfn routed_ffn(const Matrix& router, const Routing& routing,
                     const std::optional<ArrayOf<float>>& norm, const std::optional<ArrayOf<float>>& post_norm,
                     const std::optional<ArrayOf<float>>& shared_post_norm,
                     const std::optional<ActivationOfNumbers>& shared_activation,
-                    const std::optional<LatentOfMatrices>& latent, float router_logit_cap,
-                    bool weighs_input) {
+                    const std::optional<LatentOfMatrices>& latent, float router_logit_cap, bool weighs_input,
+                    const std::optional<ArrayOf<float>>& latent_norm) {
   BoundFfn bound;
   RoutedFfn ffn = {};
   ffn.router = {
@@ -100,7 +100,10 @@ BoundFfn routed_ffn(const Matrix& router, const Routing& routing,
     require_size("columns of latent[0]", ffn.latent->down.cols, router.view.cols);
     require_size("rows of latent[1]", ffn.latent->up.rows, router.view.cols);
     require_size("columns of latent[1]", ffn.latent->up.cols, ffn.latent->down.rows);
+    ffn.latent->norm = bound.kept.keep("latent_norm", latent_norm, ffn.latent->down.rows);
     if (norm) refuse("latent experts read what the layer's norm gives: leave out norm");
+  } else if (latent_norm) {
+    refuse("latent_norm is the norm of latent experts: give latent");
   }
   bound.ffn = std::move(ffn);
   return bound;
@@ -574,7 +577,8 @@ void bind_stack(nb::module_& m) {
         "shared_score"_a.none() = nb::none(), "router_norm"_a.none() = nb::none(),
         "norm"_a.none() = nb::none(), "post_norm"_a.none() = nb::none(),
         "shared_post_norm"_a.none() = nb::none(), "shared_activation"_a.none() = nb::none(),
-        "latent"_a.none() = nb::none(), "router_logit_cap"_a = 0.0f, "weighs_input"_a = false, R"(
+        "latent"_a.none() = nb::none(), "router_logit_cap"_a = 0.0f, "weighs_input"_a = false,
+        "latent_norm"_a.none() = nb::none(), R"(
     Experts of `width` chosen by the router, as in `route`, and a shared expert for every token.
 
     Args:
@@ -590,7 +594,8 @@ void bind_stack(nb::module_& m) {
         latent: down [latent, hidden] and up [hidden, latent]: the routed experts read down . x, and up . (their sum) is
             added.
         router_logit_cap: logits become cap * tanh(logit / cap) before `routing`; 0 means that they stay.
-        weighs_input: the weight of a token's only expert multiplies the expert's input instead of its output.)");
+        weighs_input: the weight of a token's only expert multiplies the expert's input instead of its output.
+        latent_norm: [latent], of an RMSNorm of the latent experts' weighted sum; None means no norm.)");
 
   nb::class_<Rotary>(m, "Rotary", R"(
     Angles of the rotary position embedding: position * inverse_frequency (float64 [pairs], in radians).

@@ -8,7 +8,7 @@ argosy._native.__prefix__:
     \from numpy.typing import NDArray
     \import numpy
     InstructionSet = Literal["plain", "avx2", "amx", "avx512"]
-    Activation = tuple[Literal["silu", "clamped", "gelu_tanh", "silu_limited", "silu_capped", "relu2"], float, float]  # kind, limit, alpha
+    Activation = tuple[Literal["silu", "clamped", "gelu_tanh", "silu_limited", "silu_capped", "relu2", "situ"], float, float]  # kind, limit, alpha
     Gelu = Literal["erf", "tanh", "quick"]
     Finish = Literal["store", "add", "multiply", "gelu_erf", "gelu_tanh", "gelu_quick", "silu"]
     Urgency = Literal["now", "soon", "maybe"]

@@ -5,6 +5,7 @@
 //   gelu_tanh    0.5 x (1 + tanh u) with u = sqrt(2 / pi) (x + 0.044715 x^3)
 //   gelu_quick   x sigmoid(1.702 x)
 //   softplus     log(1 + e^x)
+//   soft_limit   limit tanh(x / limit)
 //
 // The gelus are forms of x * P(normal <= x) (Hendrycks and Gimpel, arXiv:1606.08415). The vector version
 // takes erf from Abramowitz and Stegun, Handbook of Mathematical Functions (1964), 7.1.26, whose error is at
@@ -28,6 +29,7 @@ inline float gelu_erf(float x) { return 0.5f * x * (1.0f + erff(x * 0.707106781f
 inline float gelu_tanh(float x) { return x * sigmoid(2.0f * kRootOf2OverPi * (x + kCubeOfTanh * x * x * x)); }
 inline float gelu_quick(float x) { return x * sigmoid(kQuick * x); }
 inline float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
+inline float soft_limit(float limit, float x) { return limit * tanhf(x / limit); }
 
 #else
 
@@ -66,6 +68,13 @@ inline Vec softplus(Vec x) {
     p = fma(p, square, broadcast(1.0f / divisor));
   }
   return fma(mul(broadcast(2.0f), z), p, max_or_second(zeros(), x));
+}
+
+// tanh z = y / (y + 2) with y = e^2z - 1; above 20, where it is 1, y must stay finite.
+inline Vec soft_limit(Vec limit, Vec x) {
+  const Vec twice = min_or_second(broadcast(40.0f), mul(broadcast(2.0f), div(x, limit)));
+  const Vec y = exp_minus_one(twice);
+  return mul(limit, div(y, add(y, broadcast(2.0f))));
 }
 
 #endif

@@ -25,6 +25,8 @@ inline float activated(const Activation& activation, float gate, float up) {
   if (activation.kind == Activation::Kind::gelu_tanh) return gelu_tanh(gate) * up;
   if (activation.kind == Activation::Kind::relu2) return up < 0.0f ? 0.0f : up * up;
   const float limit = activation.limit;
+  if (activation.kind == Activation::Kind::situ)
+    return soft_limit(activation.alpha, gate) * sigmoid(gate) * soft_limit(limit, up);
   up = up > limit ? limit : up < -limit ? -limit : up;
   if (activation.kind == Activation::Kind::silu_capped) {
     const float value = gate * sigmoid(gate);
@@ -98,6 +100,13 @@ struct SquaredReluActivation {
   }
 };
 
+struct SituActivation {
+  Vec gate_limit, up_limit;
+  Vec operator()(Vec gate, Vec up) const {
+    return mul(gated(soft_limit(gate_limit, gate), sub(zeros(), gate)), soft_limit(up_limit, up));
+  }
+};
+
 struct GeluTanhActivation {
   Vec operator()(Vec gate, Vec up) const { return mul(gelu_tanh(gate), up); }
 };
@@ -132,6 +141,8 @@ void activate(const ActivateArgs& a) {
       return activate_rows(a, SiluCappedActivation{limit});
     case Activation::Kind::relu2:
       return activate_rows(a, SquaredReluActivation{});
+    case Activation::Kind::situ:
+      return activate_rows(a, SituActivation{broadcast(activation.alpha), limit.most});
     case Activation::Kind::clamped:
       return activate_rows(a, ClampedActivation{limit, broadcast(-activation.alpha)});
   }

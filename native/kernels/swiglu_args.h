@@ -12,10 +12,13 @@ namespace argosy {
 //   gelu_tanh  gelu(gate) * up, where gelu(x) = x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))
 //            (arXiv:1606.08415)
 //   silu_limited  silu(g) * u, where g is gate, at most `limit`, and u is up, from -limit to limit
-//   (DeepSeek-V4) silu_capped   min(silu(gate), limit) * u, where u is up, from -limit to limit  (Step-3.5)
+//            (DeepSeek-V4)
+//   silu_capped   min(silu(gate), limit) * u, where u is up, from -limit to limit  (Step-3.5)
 //   relu2    max(up, 0)^2, without a gate (So and others, arXiv:2109.08668)
+//   situ     alpha * tanh(gate / alpha) * sigmoid(gate) * limit * tanh(up / limit)  (Kimi-K3,
+//   arXiv:2607.24653)
 struct Activation {
-  enum class Kind { silu, clamped, gelu_tanh, silu_limited, silu_capped, relu2 };
+  enum class Kind { silu, clamped, gelu_tanh, silu_limited, silu_capped, relu2, situ };
   Kind kind = Kind::silu;
   float limit = 0, alpha = 0;
 

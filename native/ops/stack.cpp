@@ -440,6 +440,8 @@ void Stack::combine_experts(const RoutedFfn& ffn) {
   if (is_apart) std::fill_n(sum, tokens * ffn.expert_hidden(), 0.0f);
   combine(runtime_, buffers_.expert_out, buffers_.routing_weights, tokens, ffn.router.rule.k,
           ffn.expert_hidden(), sum);
+  if (ffn.latent && ffn.latent->norm != nullptr)
+    rms_norm(runtime_, sum, ffn.latent->norm, description_.norm_eps, tokens, ffn.expert_hidden(), sum);
   if (ffn.latent) matmul(runtime_, {{ffn.latent->up, buffers_.block}}, sum, tokens);
   if (ffn.post_norm != nullptr) norm(ffn.post_norm, buffers_.block, buffers_.block);
   if (is_apart) add_rows(runtime_, buffers_.block, hidden, tokens, hidden, ffn_sum());

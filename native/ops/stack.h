@@ -225,10 +225,11 @@ struct SharedExpert {
 };
 
 // Routed experts that read and write vectors of another size than the hidden state: they read down . x, and
-// up . (their weighted sum) is added.
+// up . norm(their weighted sum) is added.
 struct LatentExperts {
-  MatrixView down;  // [latent, hidden]
-  MatrixView up;    // [hidden, latent]
+  MatrixView down;              // [latent, hidden]
+  MatrixView up;                // [hidden, latent]
+  const float* norm = nullptr;  // [latent], RMSNorm; nullptr: none
 };
 
 struct RoutedFfn {

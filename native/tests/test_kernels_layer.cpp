@@ -134,6 +134,30 @@ void limited_and_squared_activations_follow_their_formulas_and_keep_nan() {
   }
 }
 
+// The limits of Kimi-K3. Small results lose no digits.
+void situ_is_exact_to_a_few_units_and_keeps_nan() {
+  std::vector<float> gate, up;
+  for (const float g : {-300.0f, -20.0f, -4.0f, -0.7f, -1e-4f, -1e-30f, 0.0f, 1e-7f, 0.02f, 0.69f, 1.4f, 9.0f,
+                        86.0f, 1e30f, INFINITY, NAN}) {
+    for (const float u : {-INFINITY, -1e9f, -600.0f, -30.0f, -1.0f, -1e-5f, 0.0f, 1e-30f, 0.003f, 8.0f, 17.0f,
+                          26.0f, 600.0f, INFINITY, NAN}) {
+      gate.push_back(g);
+      up.push_back(u);
+    }
+  }
+  const Activation situ = {Activation::Kind::situ, 25.0f, 4.0f};
+  for (const KernelTable* table : all_tables()) {
+    const std::vector<float> found = activated(*table, situ, gate, up);
+    for (size_t i = 0; i < gate.size(); ++i) {
+      const double g = gate[i], u = up[i];
+      CHECK_EQUAL(std::isnan(found[i]), std::isnan(g) || std::isnan(u));
+      if (std::isnan(g) || std::isnan(u)) continue;
+      const double expected = 4 * std::tanh(g / 4) / (1 + std::exp(-g)) * 25 * std::tanh(u / 25);
+      CHECK(std::fabs(double(found[i]) - expected) <= 1.5e-6 * std::fabs(expected) + 1e-37);
+    }
+  }
+}
+
 double gelu_tanh(double x) {
   return x / 2 * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (x + 0.044715 * x * x * x)));
 }
@@ -747,6 +771,7 @@ int main() {
   silu_is_exact_to_a_few_units_and_the_same_in_every_lane();
   a_clamped_activation_cuts_off_and_keeps_nan();
   limited_and_squared_activations_follow_their_formulas_and_keep_nan();
+  situ_is_exact_to_a_few_units_and_keeps_nan();
   gelu_is_exact_to_a_few_units_and_keeps_nan();
   soft_caps_meet_the_formula_at_every_length();
   activations_stay_inside_their_rows();

@@ -32,7 +32,7 @@ from argosy.config import Format, KvDtype, Tuning
 
 InstructionSet = Literal["plain", "avx2", "amx", "avx512"]
 Activation = tuple[
-    Literal["silu", "clamped", "gelu_tanh", "silu_limited", "silu_capped", "relu2"], float, float
+    Literal["silu", "clamped", "gelu_tanh", "silu_limited", "silu_capped", "relu2", "situ"], float, float
 ]  # kind, limit, alpha
 Gelu = Literal["erf", "tanh", "quick"]
 Finish = Literal["store", "add", "multiply", "gelu_erf", "gelu_tanh", "gelu_quick", "silu"]
@@ -1941,6 +1941,7 @@ def routed_ffn(
     latent: tuple[Matrix, Matrix] | None = None,
     router_logit_cap: float = 0.0,
     weighs_input: bool = False,
+    latent_norm: NDArray[numpy.float32] | None = None,
 ) -> Ffn:
     """
     Experts of `width` chosen by the router, as in `route`, and a shared expert for every token.
@@ -1959,6 +1960,7 @@ def routed_ffn(
             added.
         router_logit_cap: logits become cap * tanh(logit / cap) before `routing`; 0 means that they stay.
         weighs_input: the weight of a token's only expert multiplies the expert's input instead of its output.
+        latent_norm: [latent], of an RMSNorm of the latent experts' weighted sum; None means no norm.
     """
 
 class Rotary:

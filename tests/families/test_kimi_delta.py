@@ -43,7 +43,7 @@ def test_ling_3_s_config_is_read() -> None:
     assert [layer.mixer for layer in config.layers] == [delta, latent, delta, latent]
     assert isinstance(latent, LatentConfig)
     assert latent.rope is not None
-    assert (latent.has_head_gates, latent.rope.is_interleaved, latent.rope.theta) == (True, True, 6e5)
+    assert (latent.output_gate, latent.rope.is_interleaved, latent.rope.theta) == ("heads", True, 6e5)
     assert (config.router.num_groups, config.router.kept_groups, config.router.scale) == (3, 2, 2.5)
 
 

@@ -454,8 +454,9 @@ class ReferenceDecoder:
             step.sees_until,
             self._chosen if latent.num_chosen else None,
         )
-        if latent.has_head_gates:
-            gates = self._product(self.weights.matrices[name + "attn_gate"], normed).reshape(-1, 1)
+        if latent.gate_rows:
+            gates = self._product(self.weights.matrices[name + "attn_gate"], normed)
+            gates = gates.reshape(tokens * latent.num_heads, -1)
             _native_testing.mul_gate(self.runtime, gates, attended.reshape(len(gates), -1), False)
         self._add_mixed(hidden, self._projection(name + "o", attended), layer)
 
@@ -527,6 +528,8 @@ class ReferenceDecoder:
             self._add_routed(
                 latent, router_in, self._projection(name + "latent_down", normed), layer, self.experts
             )
+            if self.config.has_latent_norm:
+                latent = self._norm(latent, name + "latent_norm", self.config.norm_eps)
             out += self._projection(name + "latent_up", latent)
         else:
             self._add_routed(out, router_in, expert_in, layer, self.experts)

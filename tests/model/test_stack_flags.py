@@ -40,7 +40,7 @@ def sigmoid(x: Values) -> Values:
 
 
 def activated(act: Act, gate: Values, up: Values) -> Values:
-    kind, limit, _ = act
+    kind, limit, alpha = act
     if kind == "silu":
         return gate * sigmoid(gate) * up
     if kind == "silu_limited":
@@ -48,6 +48,8 @@ def activated(act: Act, gate: Values, up: Values) -> Values:
         return gate * sigmoid(gate) * up.clip(-limit, limit)
     if kind == "silu_capped":
         return np.minimum(gate * sigmoid(gate), limit) * up.clip(-limit, limit)
+    if kind == "situ":
+        return alpha * np.tanh(gate / alpha) * sigmoid(gate) * limit * np.tanh(up / limit)
     assert kind == "relu2"
     return np.maximum(up, 0) ** 2
 
@@ -162,6 +164,8 @@ class Routed:
                 weight = sigmoid(logits[token, expert])
                 into, by = (read[token] * weight, 1.0) if self.weighs_input else (read[token], weight)
                 out[token] += by * self.experts[expert](into[None])[0]
+        if "latent_norm" in self.flags:
+            out = rms(out, self.flags["latent_norm"])
         return out @ self.up.T if self.has_latent else out
 
     def __call__(self, x: Values) -> Values:
@@ -313,7 +317,9 @@ def test_logits_are_scaled_before_they_are_capped() -> None:
     require_close(capped, 0.5 * np.tanh(plain / 4 / 0.5))
 
 
-ACTIVATIONS: list[Act] = [("silu_limited", 0.4, 0.0), ("silu_capped", 0.3, 0.0), ("relu2", 0.0, 0.0)]
+ACTIVATIONS: list[Act] = [
+    ("silu_limited", 0.4, 0.0), ("silu_capped", 0.3, 0.0), ("relu2", 0.0, 0.0), ("situ", 0.9, 0.3),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS, ids=lambda act: act[0])
@@ -350,6 +356,9 @@ def test_a_gate_without_its_activation_and_the_reverse_are_refused() -> None:
 
 ROUTED: dict[str, Callable[[], Routed]] = {
     "latent": lambda: Routed(has_latent=True, shared=Network()),
+    "latent, its norm": lambda: Routed(
+        has_latent=True, shared=Network(), flags={"latent_norm": POST[:LATENT]}
+    ),
     "latent, post norm": lambda: Routed(has_latent=True, flags={"post_norm": POST}),
     "router cap": lambda: Routed(logit_cap=0.7),
     "weighs input": lambda: Routed(k=1, weighs_input=True, shared=Network()),

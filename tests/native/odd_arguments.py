@@ -397,7 +397,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "dense_ffn": lambda: (m(32, 64), m(32, 64), m(64, 32), ("silu_capped", 7.0, 0.0)),
         "routed_ffn": lambda: (
             m(4, 64, "f32"), case.routing(), f(4), 32, (m(32, 64), m(32, 64), m(64, 32)), m(1, 64, "f32"), f(64), None,
-            f(64), f(64), ("silu_limited", 7.0, 0.0), (m(48, 64), m(64, 48)), 30.0, False,
+            f(64), f(64), ("silu_limited", 7.0, 0.0), (m(48, 64), m(64, 48)), 30.0, False, f(48),
         ),
         "Layer": lambda: (f(64), case.gqa(), f(64), case.routed(), 1, f(64), f(64), 0.5, False, 0.5, 0.5, 0.5),
         "Dispatch": lambda: (np.array([[0, 3], [3, 1]], np.int32), np.array([True, False]), 4),

@@ -195,8 +195,8 @@ def _latent_shapes(latent: LatentConfig, hidden: int) -> Iterator[tuple[str, Sha
         yield "index_k_norm", (index.head_dim,)
         yield "index_k_norm_bias", (index.head_dim,)
         yield "index_weights", (index.num_heads, hidden)
-    if latent.has_head_gates:
-        yield "attn_gate", (heads, hidden)
+    if latent.gate_rows:
+        yield "attn_gate", (latent.gate_rows, hidden)
     yield "o", (hidden, heads * latent.value_dim)
 
 
@@ -313,6 +313,8 @@ def _routed_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape
     if config.expert_latent:
         yield "latent_down", (config.expert_latent, hidden)
         yield "latent_up", (hidden, config.expert_latent)
+        if config.has_latent_norm:
+            yield "latent_norm", (config.expert_latent,)
     if config.shared_width:
         if config.activation.has_gate:
             yield "shared_gate", (config.shared_width, hidden)

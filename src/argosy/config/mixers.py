@@ -120,7 +120,8 @@ class LatentConfig:
     rope: RopeConfig | None  # None: nothing rotates
     scale: float = 0.0  # factor of attention scores; 0: 1 / sqrt(head_dim)
     query_scale: QueryScale | None = None  # a factor of queries that grows with their position
-    has_head_gates: bool = False  # the result of each head is multiplied by a sigmoid: `attn_gate`
+    # The result of each head, or each of its elements, is multiplied by a sigmoid: `attn_gate`.
+    output_gate: Literal["none", "heads", "elements"] = "none"
     is_up_split: bool = False  # the file holds k_up (transposed head by head) and v_up instead of kv_up
     index: IndexConfig | None = None  # a token sees only the best positions; None: all
 
@@ -133,6 +134,11 @@ class LatentConfig:
     def cached_dim(self) -> int:
         """The dimensions that a position keeps: the compressed vector and the rotated key."""
         return self.kv_rank + self.rope_dim
+
+    @property
+    def gate_rows(self) -> int:
+        """The rows of `attn_gate`."""
+        return {"none": 0, "heads": 1, "elements": self.value_dim}[self.output_gate] * self.num_heads
 
     @property
     def own_index(self) -> IndexConfig | None:

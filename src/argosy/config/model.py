@@ -99,9 +99,10 @@ class ActivationConfig:
     silu_limited (DeepSeek-V4): silu(gate) * up, with gate clamped to at most `limit` and up to -limit..limit.
     silu_capped (Step-3.5): silu(gate) clamped to at most `limit`, times up clamped to -limit..limit.
     relu2: max(up, 0)^2, without a gate (arXiv:2109.08668).
+    situ (Kimi-K3): alpha * tanh(gate / alpha) * sigmoid(gate) * limit * tanh(up / limit).
     """
 
-    kind: Literal["silu", "clamped", "gelu_tanh", "silu_limited", "silu_capped", "relu2"] = "silu"
+    kind: Literal["silu", "clamped", "gelu_tanh", "silu_limited", "silu_capped", "relu2", "situ"] = "silu"
     limit: float = 0.0
     alpha: float = 0.0
 
@@ -146,6 +147,7 @@ class ModelConfig:
     shared_is_averaged: bool = False  # routed and shared outputs are averaged, not added
     # Routed experts read and write vectors of this size, `latent_down` . x and `latent_up` . sum; 0: hidden_size.
     expert_latent: int = 0
+    has_latent_norm: bool = False  # RMSNorm of that sum: `latent_norm`
     shared_is_gated: bool = False  # the shared expert's output is multiplied by sigmoid(shared_score . x)
     has_expert_bias: bool = False  # gate, up and down of routed experts have biases
     norm_kind: Literal["rms", "layer"] = "rms"  # RMSNorm or LayerNorm, for norms of the hidden state

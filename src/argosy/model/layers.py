@@ -156,6 +156,7 @@ def _routed_ffn(config: ModelConfig, layer: int, weights: DenseWeights) -> _nati
             if config.expert_latent
             else None
         ),
+        latent_norm=weights.vectors.get(name + "latent_norm"),
         router_logit_cap=config.router.logit_cap,
         weighs_input=config.router.weighs_input,
     )

@@ -290,7 +290,7 @@ def add_mixer_sizes(sizes: _native.StackSizes, mixer: Mixer | None) -> None:
                     if (index := mixer.own_index)
                     else (0, 0, 0)
                 ),
-                mixer.num_heads if mixer.has_head_gates else 0,
+                mixer.gate_rows,
             )
         case DeltaConfig() | LightningConfig():
             sizes.add_delta_net(mixer.sizes)

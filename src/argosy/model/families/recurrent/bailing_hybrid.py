@@ -111,7 +111,7 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         for i in range(config.num_layers)
     ]
     reader.finish()
-    config = replace(config.with_mixers(LatentConfig, has_head_gates=True), draft_form="ling")
+    config = replace(config.with_mixers(LatentConfig, output_gate="heads"), draft_form="ling")
     return with_delta_layers(with_limits(config, *limits), delta, is_delta)
 
 

@@ -88,7 +88,9 @@ def open_delta_gguf(file: GgufFile, architecture: str, family: str) -> ModelFile
         is_rate_log=False,
     )
     latent = read_latent(reader, num_heads, sizes["context_tokens"], is_everywhere=False)
-    latent = replace(latent, rope=None if is_kimi else latent.rope, has_head_gates=not is_kimi)
+    latent = replace(
+        latent, rope=None if is_kimi else latent.rope, output_gate="none" if is_kimi else "heads"
+    )
     num_dense = read_dense_layers(reader, num_layers)
     expert_width = reader.integer("expert_feed_forward_length")
     num_shared = reader.integer("expert_shared_count", 0, least=0)
