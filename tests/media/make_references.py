@@ -55,6 +55,7 @@ def picture_processor(name: str) -> Any:
     )
     from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
     from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+    from transformers.models.glm5_next.image_processing_pil_glm5_next import Glm5NextImageProcessorPil
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
     from transformers.models.kimi_k25.image_processing_kimi_k25 import Kimi_K25ImageProcessor
     from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
@@ -72,6 +73,7 @@ def picture_processor(name: str) -> Any:
         "qwen2_vl": Qwen2VLImageProcessorPil,
         "qwen3_vl": Qwen2VLImageProcessorPil,
         "glm4v": Glm4vImageProcessorPil,
+        "glm5": Glm5NextImageProcessorPil,
         "gemma4": Gemma4ImageProcessorPil,
         "kimi_k25": KimiProcessorOnPillow,
         "pixtral": PixtralImageProcessorPil,

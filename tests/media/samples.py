@@ -214,6 +214,12 @@ PICTURE_SETTINGS: dict[str, dict[str, Any]] = {
         "image_processor_type": "Glm4vImageProcessor",
         "size": {"shortest_edge": 12544, "longest_edge": 9633792},
     },
+    "glm5": {
+        "image_processor_type": "Glm5NextImageProcessor",
+        "max_image_tokens": 900,
+        "min_image_tokens": 64,
+        "size": {"longest_edge": 1},
+    },
     "gemma4": {"image_processor_type": "Gemma4ImageProcessor", "max_soft_tokens": 280},
     "kimi_k25": {"image_processor_type": "Kimi_K25ImageProcessor", "max_patches": 4096},
     "internvl": {

@@ -207,6 +207,48 @@ def glm4v_moe(sizes: Sizes) -> RawConfig:
     }
 
 
+def glm5_next(sizes: Sizes) -> RawConfig:
+    text = {
+        "first_k_dense_replace": 1, "hidden_size": sizes.out, "index_head_dim": 8, "index_kpool": 4, "index_n_heads": 1,
+        "index_topk": 8, "intermediate_size": 8, "kv_lora_rank": 8, "linear_head_dim": 8, "linear_num_heads": 1,
+        "max_position_embeddings": 128, "model_type": "glm5_next_text", "moe_intermediate_size": 8,
+        "n_routed_experts": 2, "num_attention_heads": 1, "num_experts_per_tok": 1, "num_hidden_layers": 1,
+        "num_key_value_heads": 1, "pad_token_id": 0, "q_lora_rank": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+        "vocab_size": 64,
+    }  # fmt: skip
+    return {
+        "architectures": ["Glm5NextForConditionalGeneration"],
+        "image_end_token_id": 53,
+        "image_start_token_id": 52,
+        "image_token_id": 50,
+        "model_type": "glm5_next",
+        "text_config": text,
+        "tie_word_embeddings": False,
+        "video_token_id": 51,
+        "vision_config": {
+            "attention_bias": sizes.heads % 2 == 1,
+            "attention_dropout": 0.0,
+            "depth": sizes.layers,
+            "hidden_act": "silu",
+            "hidden_size": sizes.hidden,
+            "image_size": 336,
+            "in_channels": 3,
+            "initializer_range": 0.02,
+            "intermediate_size": sizes.mlp,
+            "model_type": "glm5_next_vision",
+            "num_heads": sizes.heads,
+            "out_hidden_size": sizes.out,
+            "patch_size": sizes.patch,
+            "projection_intermediate_size": sizes.mlp + 3,
+            "rms_norm_eps": 1e-4,
+            "rope_parameters": {"rope_theta": 300.0, "rope_type": "axial"},
+            "spatial_merge_size": sizes.merge,
+            "swiglu_limit": 0.5,
+            "temporal_patch_size": 2,
+        },
+    }
+
+
 def kimi_k25(sizes: Sizes) -> RawConfig:
     """In the spelling of transformers, which ignores that of the hub."""
     return {
@@ -516,6 +558,7 @@ CONFIGS: dict[str, Callable[[Sizes], RawConfig]] = {
     "qwen3_5_moe": qwen3_5_moe,
     "qwen3_omni_moe": qwen3_omni_moe,
     "glm4v_moe": glm4v_moe,
+    "glm5_next": glm5_next,
     "kimi_k25": kimi_k25,
     "gemma4": gemma4,
     "mistral3": mistral3,

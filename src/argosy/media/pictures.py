@@ -7,6 +7,7 @@ pixels. The families differ in how they choose the size, and in how they order p
 
     Qwen2-VL to Qwen3.5   multiples of patch * merge, a number of pixels between two limits
     GLM-4.1V to GLM-4.6V  the same, counted over the frames of a patch; a side below one token is enlarged to one first
+    GLM-5.3               never enlarged but to the least number of tokens, then padded with black to whole tokens
     Kimi-VL, K2.5         never enlarged, limited patches, then padded with black; resized by Pillow as the
                           model's own code does, while transformers uses torchvision here, which differs by a level
     Gemma-4               as large as the number of tokens allows
@@ -133,6 +134,47 @@ class KimiFit:
 
 
 @dataclass(frozen=True, slots=True)
+class Glm5Fit:
+    """Pads a picture to whole tokens, after enlarging or shrinking it so that their number lies between two limits."""
+
+    factor: int
+    least_tokens: int
+    most_tokens: int
+
+    def size(self, height: int, width: int) -> Size:
+        area = self.factor**2
+        rows, columns = self._padded(height), self._padded(width)
+        if rows * columns < self.least_tokens * area:
+            scale = math.sqrt(self.least_tokens * area / (height * width))
+            rows, columns = (self._padded(max(1, math.ceil(side * scale))) for side in (height, width))
+        if rows * columns > self.most_tokens * area:
+            rows, columns = self._shrunk(height, width)
+        scale = min(rows / height, columns / width)
+        if height * width >= self.least_tokens * area:
+            scale = min(1.0, scale)
+        inner = (
+            max(1, min(padded, math.floor(side * scale)))
+            for side, padded in ((height, rows), (width, columns))
+        )
+        return Size(*inner, rows, columns)
+
+    def _shrunk(self, height: int, width: int) -> tuple[int, int]:
+        """Return the padded sides of the highest copy that fits, as a bisection of heights finds it."""
+        low, high, found = 1, height, (self.factor, self.factor)
+        while low <= high:
+            middle = (low + high) // 2
+            rows, columns = self._padded(middle), self._padded(max(1, math.floor(width * middle / height)))
+            if rows * columns <= self.most_tokens * self.factor**2:
+                low, found = middle + 1, (rows, columns)
+            else:
+                high = middle - 1
+        return found
+
+    def _padded(self, side: int) -> int:
+        return math.ceil(side / self.factor) * self.factor
+
+
+@dataclass(frozen=True, slots=True)
 class GemmaFit:
     """Chooses the largest multiples of `factor` that take at most `most_tokens`, with nearly the same aspect ratio."""
 
@@ -228,6 +270,22 @@ def _read_qwen(settings: Settings, most_tokens: int | None) -> PictureProcessor:
 
 def _read_glm(settings: Settings, most_tokens: int | None) -> PictureProcessor:
     return _read_qwen_or_glm(settings, most_tokens, (112 * 112, 28 * 28 * 15000), is_glm=True)
+
+
+def _read_glm5(settings: Settings, most_tokens: int | None) -> PictureProcessor:
+    patch_size = settings.integer("patch_size", 14, most=256)
+    merge_size = settings.integer("merge_size", 2, most=16)
+    frames = settings.integer("temporal_patch_size", 2, most=16)
+    expansion = settings.integer("patch_expand_factor", 1, most=16)
+    least, most = settings.integer("min_image_tokens", 16), settings.integer("max_image_tokens", 8000)
+    settings.fixed("do_resize", True)
+    settings.passed("size")  # the reference does not read it
+    if most_tokens is not None:
+        most = min(most, most_tokens // expansion**2)
+        require_cap(most_tokens, expansion**2)
+    fit = Glm5Fit(patch_size * merge_size * expansion, least, most)
+    levels = read_levels(settings, CLIP_MEAN, CLIP_STD, is_normalized=True)
+    return PictureProcessor(patch_size, merge_size, frames, fit, "merged", levels, most_tokens)
 
 
 def _read_qwen_or_glm(
@@ -341,6 +399,7 @@ _READERS: dict[str, Callable[[Settings, int | None], PictureProcessor]] = {
     "Qwen2VLImageProcessor": _read_qwen,
     "Glm4vImageProcessor": _read_glm,
     "Glm46VImageProcessor": _read_glm,
+    "Glm5NextImageProcessor": _read_glm5,
     "Kimi_K25ImageProcessor": _read_kimi,
     "KimiVLImageProcessor": _read_kimi_vl,
     "Gemma4ImageProcessor": _read_gemma,

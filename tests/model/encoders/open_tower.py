@@ -164,6 +164,13 @@ PARTS = {
 }
 
 
+PARTS["glm5_next"] = _part(  # type: ignore[call-arg]
+    "glm5_next",
+    *ENCODERS["glm5_next"],
+    ("model.visual.",),
+    shapes=_stills(_grids),
+    large_shapes=_stills(_large_grids),
+)
 PARTS["mistral3"] = _part(  # type: ignore[call-arg]
     "mistral3",
     *ENCODERS["mistral3"],

@@ -149,10 +149,23 @@ class Operations:
         *,
         activation: Literal["silu", "gelu_erf", "gelu_tanh"] = "silu",
         finish: Finish = "store",
+        limit: float = 0.0,
     ) -> Rows:
-        """The matrices `gate`, `up` and `down` of `name`."""
-        wide = self.linear(f"{name}.gate", x, finish=activation)
-        self.linear(f"{name}.up", x, wide, finish="multiply")
+        """The matrices `gate`, `up` and `down` of `name`. Not 0, `limit` cuts off gates before silu, and both sides of
+        what they multiply.
+        """
+        if limit:
+            gate, wide = self.linear(f"{name}.gate", x), self.linear(f"{name}.up", x)
+            np.minimum(gate, limit, out=gate)
+            np.clip(wide, -limit, limit, out=wide)
+            wide *= gate
+            with np.errstate(over="ignore"):  # a gate far below zero becomes zero
+                np.exp(np.negative(gate, out=gate), out=gate)
+            gate += 1
+            wide /= gate
+        else:
+            wide = self.linear(f"{name}.gate", x, finish=activation)
+            self.linear(f"{name}.up", x, wide, finish="multiply")
         return self.linear(f"{name}.down", wide, out, finish=finish)
 
     def rows_of(self, name: str, ids: NDArray[np.int32]) -> Rows:

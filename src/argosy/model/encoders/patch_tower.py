@@ -64,6 +64,7 @@ class PatchConfig:
     are_axes_staggered: bool = False  # the column turns slower than the row
     are_qkv_apart: bool = False  # queries, keys and values have a matrix each
     has_layer_scale: bool = False  # what layers add is multiplied by `attn_scale` and `mlp_scale`
+    has_qk_norm: bool = False  # each head of queries and keys has an RMSNorm, before it is rotated
 
     @property
     def patch_values(self) -> int:
@@ -131,7 +132,8 @@ def tower_bytes(config: PatchConfig, grid: Grid, segment: int, results: int, sta
         stages: most float32 values of each stage except attention.
     """
     hidden, patches = config.hidden_size, grid[0] * frame_patches(grid)
-    project = block_floats(patches, 6 * hidden**2, hidden + config.head_dim + 4)
+    normed = 2 * hidden if config.has_qk_norm else 0
+    project = block_floats(patches, 6 * hidden**2, hidden + normed + config.head_dim + 4)
     attend = attention_floats(segment, hidden, hidden, 2 * hidden**2, hidden if config.has_layer_scale else 0)
     floats = patches * hidden + results + max(3 * patches * hidden + max(project, attend), *stages)
     return FLOAT_BYTES * floats + rotation_bytes(frame_patches(grid), config.head_dim) + OVERHEAD_BYTES
@@ -210,6 +212,7 @@ class PatchTower(Tower[Sizes]):
             normed = self._norm(f"{layer}.attn_norm", hidden[rows])
             for name, out in zip(names, columns(qkv[rows], len(names)), strict=True):
                 ops.linear(name, normed, out)
+            self._norm_heads(layer, query[rows], key[rows])
             query_key = qkv[rows, : 2 * width]
             rotation.apply(ops, query_key.reshape(len(query_key), -1, head_dim), rows)
 
@@ -224,6 +227,9 @@ class PatchTower(Tower[Sizes]):
             segments=segments,
             factor=self._factor(f"{layer}.attn_scale"),
         )
+
+    def _norm_heads(self, layer: str, query: Rows, key: Rows) -> None:
+        """Normalise queries and keys [rows, heads * head_dim] in place, before they are rotated."""
 
     def _factor(self, name: str) -> str | None:
         return name if self._config.has_layer_scale else None
