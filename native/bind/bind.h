@@ -36,6 +36,7 @@ void bind_encoder(nb::module_& m);
 void bind_kernels(nb::module_& m);
 void bind_recurrent(nb::module_& m);
 void bind_mixers(nb::module_& m);
+void bind_residual(nb::module_& m);
 void bind_stack(nb::module_& m);
 void bind_probe(nb::module_& m);
 void bind_replay(nb::module_& m);

@@ -61,15 +61,31 @@ struct BoundFfn {
   Kept kept;
 };
 
-// The rotary's index is checked by the stack, which has the rotaries.
+struct BoundMix {
+  StreamMix mix;
+  Kept kept;
+  int64_t num_scales = 0;  // of a SinkhornMix
+};
+
+struct BoundResidual {
+  ResidualRule rule;
+  BoundMix head;
+};
+
+// The rotary's index and the mixes are checked by the stack, which has the rotaries and the streams.
 struct BoundLayer {
   Layer layer;
-  int64_t hidden;
+  int64_t hidden;  // 0: no norm says it
   Kept kept;
+  std::optional<BoundMix> mixer_mix, ffn_mix;
 };
 
 // Checks that the parts of a mixer fit the hidden state, its cache or its state, and each other.
 void require_mixer(const Mixer& mixer, const KvShape& kv, const RecurrentState* recurrent,
                    const Rotary* rotary, int64_t hidden);
+
+// Checks that a mix, or those of a layer, fit the streams.
+void require_mix(const BoundMix& bound, const ResidualRule& rule, int64_t hidden, bool is_head);
+void require_streams(const BoundLayer& bound, const ResidualRule& rule, int64_t hidden);
 
 }  // namespace argosy

@@ -113,7 +113,8 @@ void make_layer(BoundLayer* self, const std::optional<ArrayOf<float>>& mixer_nor
                 const std::optional<ArrayOf<float>>& ffn_norm, const BoundFfn* ffn,
                 std::optional<int64_t> rotary, const std::optional<ArrayOf<float>>& mixer_post_norm,
                 const std::optional<ArrayOf<float>>& ffn_post_norm, float scale, bool is_parallel,
-                float mixer_scale, float ffn_scale, float normed_residual) {
+                float mixer_scale, float ffn_scale, float normed_residual, const BoundMix* mixer_mix,
+                const BoundMix* ffn_mix) {
   Kept kept;
   if (mixer == nullptr && ffn == nullptr) refuse("a layer needs a mixer or a feed-forward network");
   if (is_parallel && (mixer == nullptr || ffn == nullptr || ffn_norm))
@@ -128,7 +129,10 @@ void make_layer(BoundLayer* self, const std::optional<ArrayOf<float>>& mixer_nor
   for (const auto* norm : {&ffn_post_norm, &mixer_post_norm, &ffn_norm, &mixer_norm}) {
     if (*norm && (*norm)->ndim() > 0) hidden = int64_t((*norm)->shape((*norm)->ndim() - 1));
   }
-  if (hidden == 0) refuse("a layer needs a norm of its mixer or of its feed-forward network");
+  if (hidden == 0 && mixer_mix == nullptr && ffn_mix == nullptr)
+    refuse("a layer needs a norm of its mixer or of its feed-forward network");
+  if (mixer_mix != nullptr) kept.keep(mixer_mix->kept);
+  if (ffn_mix != nullptr) kept.keep(ffn_mix->kept);
   Layer layer = {
       .mixer_norm = kept.keep_norm("mixer_norm", mixer_norm, hidden),
       .mixer = mixer != nullptr ? std::optional(mixer->mixer) : std::nullopt,
@@ -142,8 +146,11 @@ void make_layer(BoundLayer* self, const std::optional<ArrayOf<float>>& mixer_nor
       .ffn_scale = ffn_scale,
       .normed_residual = normed_residual,
       .scale = scale,
+      .mixer_mix = mixer_mix != nullptr ? std::optional(mixer_mix->mix) : std::nullopt,
+      .ffn_mix = ffn_mix != nullptr ? std::optional(ffn_mix->mix) : std::nullopt,
   };
-  new (self) BoundLayer{std::move(layer), hidden, std::move(kept)};
+  const auto copy = [](const BoundMix* mix) { return mix != nullptr ? std::optional(*mix) : std::nullopt; };
+  new (self) BoundLayer{std::move(layer), hidden, std::move(kept), copy(mixer_mix), copy(ffn_mix)};
 }
 
 void require_fit(const DenseFfn& ffn, int64_t hidden, const Activation& activation) {
@@ -182,7 +189,8 @@ class BoundStack {
              const std::vector<const Rotary*>& rotaries, const ActivationOfNumbers& activation,
              const std::vector<const BoundLayer*>& layers, int64_t max_tokens, const OptionalTable& resident,
              bool experts_off, const OptionalState& recurrent, float embedding_scale, float logit_cap,
-             int64_t first_layer, float logit_scale, const NormKindName& norm_kind)
+             int64_t first_layer, float logit_scale, const NormKindName& norm_kind,
+             const BoundResidual* residual)
       : resident_(resident), recurrent_(recurrent), hidden_(embedding.view.cols), most_tokens_(max_tokens) {
     RecurrentState* state = recurrent.is_none() ? nullptr : nb::cast<RecurrentState*>(recurrent);
     require_size("columns of head", head.view.cols, hidden_);
@@ -199,6 +207,11 @@ class BoundStack {
       refuse("unknown norm_kind '" + norm_kind + "'; known: rms, layer");
     description.norm_kind = norm_kind == "rms" ? NormKind::rms : NormKind::layer;
     description.norm_eps = norm_eps;
+    if (residual != nullptr) {
+      description.residual = residual->rule;
+      require_mix(residual->head, residual->rule, hidden_, true);
+      kept_.keep(residual->head.kept);
+    }
     for (const Rotary* rotary : rotaries)
       description.rotaries.push_back(
           require_item(item_name("rotaries", description.rotaries.size()), rotary));
@@ -213,7 +226,8 @@ class BoundStack {
     for (const BoundLayer* given : layers) {
       const std::string name = item_name("layers", description.layers.size());
       const BoundLayer& layer = require_item(name, given);
-      require_size((name + ": size of the norms").c_str(), layer.hidden, hidden_);
+      if (layer.hidden != 0) require_size((name + ": size of the norms").c_str(), layer.hidden, hidden_);
+      require_streams(layer, description.residual, hidden_);
       const std::optional<int64_t>& turning = layer.layer.rotary;
       if (turning) require_range(name + ": rotary", *turning, 0, int64_t(rotaries.size()) - 1);
       kept_.keep(layer.kept);
@@ -559,11 +573,13 @@ void bind_stack(nb::module_& m) {
         scale: multiplies the hidden state after the layer.
         is_parallel: the network reads what the mixer reads, after mixer_norm, and there is no ffn_norm.
         mixer_scale, ffn_scale: multiply what the mixer, or the networks together, add to the hidden state.
-        normed_residual: not 0 means that they add it to this factor times what they read, instead.)")
+        normed_residual: not 0 means that they add it to this factor times what they read, instead.
+        mixer_mix, ffn_mix: how they read and write residual streams; None with one hidden state.)")
       .def("__init__", &make_layer, "mixer_norm"_a.none(), "mixer"_a.none(), "ffn_norm"_a.none(),
            "ffn"_a.none(), nb::kw_only(), "rotary"_a.none() = 0, "mixer_post_norm"_a.none() = nb::none(),
            "ffn_post_norm"_a.none() = nb::none(), "scale"_a = 1.0f, "is_parallel"_a = false,
-           "mixer_scale"_a = 1.0f, "ffn_scale"_a = 1.0f, "normed_residual"_a = 0.0f);
+           "mixer_scale"_a = 1.0f, "ffn_scale"_a = 1.0f, "normed_residual"_a = 0.0f,
+           "mixer_mix"_a.none() = nb::none(), "ffn_mix"_a.none() = nb::none());
 
   m.def("dense_ffn", &dense_ffn, "gate"_a.none(), "up"_a, "down"_a, nb::kw_only(),
         "activation"_a.none() = nb::none(), R"(
@@ -713,6 +729,13 @@ void bind_stack(nb::module_& m) {
         Args:
             has_own_input: the routed experts read something else than the shared expert.
             latent: the size of what they read and write; 0 means the hidden size.)")
+      .def(
+          "add_residual",
+          [](StackSizes& self, int64_t num_streams, int64_t weights, int64_t rank) {
+            self.add(ResidualSizes{num_streams, weights, rank});
+          },
+          "num_streams"_a, "weights"_a, "rank"_a = 0, R"(
+        Add residual streams: the most rows of a matrix that gives weights, and the rank of `gated_mix`.)")
       .def("add_ffn_post_norm", &StackSizes::add_ffn_post_norm,
            "Add the sum of a layer's feed-forward networks, for its norm or its factor.")
       .def("buffer_bytes", &StackSizes::buffer_bytes, "max_tokens"_a,
@@ -753,16 +776,18 @@ void bind_stack(nb::module_& m) {
         logit_scale: multiplies logits.
         logit_cap: logits become cap * tanh(logit / cap); 0 means that they stay.
         norm_kind: RMSNorm or LayerNorm, for all norms of the hidden state.
-        first_layer: the number of the first layer, in `kv` and for those who run its experts.)")
+        first_layer: the number of the first layer, in `kv` and for those who run its experts.
+        residual: None means one hidden state.)")
       .def(nb::init<Runtime&, KvCache&, const Matrix&, const Matrix&, const std::optional<ArrayOf<float>>&,
                     float, const std::vector<const Rotary*>&, const ActivationOfNumbers&,
                     const std::vector<const BoundLayer*>&, int64_t, const OptionalTable&, bool,
-                    const OptionalState&, float, float, int64_t, float, const NormKindName&>(),
+                    const OptionalState&, float, float, int64_t, float, const NormKindName&,
+                    const BoundResidual*>(),
            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), "runtime"_a, "kv"_a, nb::kw_only(), "embedding"_a,
            "head"_a, "final_norm"_a, "norm_eps"_a, "rotaries"_a, "activation"_a, "layers"_a, "max_tokens"_a,
            "resident"_a.none() = nb::none(), "experts_off"_a = false, "recurrent"_a.none() = nb::none(),
            "embedding_scale"_a = 1.0f, "logit_cap"_a = 0.0f, "first_layer"_a = 0, "logit_scale"_a = 1.0f,
-           "norm_kind"_a = "rms")
+           "norm_kind"_a = "rms", "residual"_a.none() = nb::none())
       .def("begin", &BoundStack::begin, "token_ids"_a, "sequence"_a, "slots"_a, "is_decode"_a,
            "block_table"_a, "order"_a, "wanted"_a, "logits"_a.noconvert(),
            "state_slots"_a.none() = nb::none(), "angles"_a.none() = nb::none(),

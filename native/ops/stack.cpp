@@ -87,6 +87,16 @@ RoutedSizes sizes_of(const RoutedFfn& ffn) {
           ffn.latent ? ffn.latent->down.rows : 0};
 }
 
+// The most that a mix needs of each size.
+void widen(const StreamMix& mix, ResidualSizes& sizes) {
+  if (const auto* own = std::get_if<SinkhornMix>(&mix))
+    sizes.weights = std::max(sizes.weights, own->matrix.rows);
+  if (const auto* gated = std::get_if<GatedMix>(&mix)) {
+    sizes.weights = std::max(sizes.weights, sizes.num_streams);
+    sizes.rank = std::max(sizes.rank, gated->down.rows);
+  }
+}
+
 StackSizes sizes_of(const StackDescription& description) {
   int64_t num_pairs = 0;
   for (const Rotary& rotary : description.rotaries) num_pairs += rotary.num_pairs();
@@ -95,6 +105,16 @@ StackSizes sizes_of(const StackDescription& description) {
     if (layer.mixer) std::visit([&](const auto& mixer) { sizes.add(sizes_of(mixer)); }, *layer.mixer);
     if (layer.ffn) std::visit([&](const auto& ffn) { sizes.add(sizes_of(ffn)); }, *layer.ffn);
     if (layer.sums_apart()) sizes.add_ffn_post_norm();
+  }
+  if (description.residual.num_streams > 1) {
+    ResidualSizes residual = {.num_streams = description.residual.num_streams};
+    for (const Layer& layer : description.layers) {
+      for (const std::optional<StreamMix>& mix : {layer.mixer_mix, layer.ffn_mix}) {
+        if (mix) widen(*mix, residual);
+      }
+    }
+    widen(description.residual.head, residual);
+    sizes.add(residual);
   }
   return sizes;
 }
@@ -110,7 +130,9 @@ Stack::Stack(Runtime& runtime, KvCache& kv, RecurrentState* recurrent, StackDesc
       max_tokens_(max_tokens),
       sizes_(sizes_of(description_)),
       memory_(size_t(sizes_.buffer_bytes(max_tokens))),
-      buffers_(sizes_.place_buffers(memory_.data(), max_tokens)) {
+      buffers_(sizes_.place_buffers(memory_.data(), max_tokens)),
+      residual_(runtime, description_.residual, description_.embedding.cols, description_.norm_eps) {
+  residual_.use(buffers_.residual);
   const auto lock = runtime_.lock();
   runtime_.scratch(sizes_.scratch_bytes(max_tokens, runtime_.num_threads()));
   for (const Layer& layer : description_.layers) {
@@ -130,6 +152,7 @@ void Stack::resize(int64_t max_tokens) {
   const auto lock = runtime_.lock();
   memory_.resize(size_t(sizes_.buffer_bytes(max_tokens)));
   buffers_ = sizes_.place_buffers(memory_.data(), max_tokens);
+  residual_.use(buffers_.residual);
   max_tokens_ = max_tokens;
   stage_ = Stage::done;
   runtime_.trim(sizes_.scratch_bytes(max_tokens, runtime_.num_threads()));
@@ -181,6 +204,7 @@ Pause Stack::advance(std::chrono::nanoseconds slice) {
     embed(runtime_, description_.embedding, step_.token_ids, step_.num_tokens, buffers_.hidden);
     multiply_rows(runtime_, description_.embedding_scale, step_.num_tokens, hidden, buffers_.hidden);
     copy_vectors(runtime_, step_.overrides, hidden, buffers_.hidden);
+    if (residual_.has_streams()) residual_.begin(buffers_.hidden, step_.num_tokens);
     write_angles();
   } else if (stage == Stage::waits_for_experts) {
     if (num_unfinished_ > 0) {
@@ -196,11 +220,12 @@ Pause Stack::advance(std::chrono::nanoseconds slice) {
       return Pause::time;
     }
     if (layer().mixer) {
-      norm_block(layer().mixer_norm);
+      norm_block(layer().mixer_norm, layer().mixer_mix);
       std::visit([&](const auto& mixer) { mix(mixer); }, *layer().mixer);
+      if (residual_.has_streams()) residual_.write(buffers_.hidden);
     }
     if (!layer().ffn) continue;
-    if (!layer().is_parallel) norm_block(layer().ffn_norm);
+    if (!layer().is_parallel) norm_block(layer().ffn_norm, layer().ffn_mix);
     if (layer().sums_apart())
       std::fill_n(buffers_.ffn_sum, step_.num_tokens * description_.embedding.cols, 0.0f);
     const bool is_complete = std::visit([&](const auto& ffn) { return feed_forward(ffn); }, *layer().ffn);
@@ -210,6 +235,7 @@ Pause Stack::advance(std::chrono::nanoseconds slice) {
     }
   }
   for (const StateRun& run : runs_) recurrent_->set_position(run.slot, step_.order[run.end - 1] + 1);
+  if (residual_.has_streams()) residual_.finish(buffers_.hidden);
   logits(step_.wanted, step_.num_wanted, step_.logits);
   layers_done_.store(0, std::memory_order_relaxed);
   return Pause::done;
@@ -223,18 +249,33 @@ void Stack::end_layer() {
     add_rows(runtime_, buffers_.ffn_sum, hidden, step_.num_tokens, hidden, buffers_.hidden);
   }
   multiply_rows(runtime_, layer().scale, step_.num_tokens, hidden, buffers_.hidden);
+  if (layer().ffn && residual_.has_streams()) residual_.write(buffers_.hidden);
   for (const Step::Addition& addition : step_.additions) {
-    if (addition.layer == layer_) add_vectors(runtime_, addition.vectors, hidden, buffers_.hidden);
+    if (addition.layer != layer_) continue;
+    const RowVectors& given = addition.vectors;
+    if (residual_.has_streams()) {
+      residual_.add(given.rows, given.num_rows, given.vectors);
+    } else {
+      add_vectors(runtime_, given, hidden, buffers_.hidden);
+    }
   }
   for (const Step::Tap& tap : step_.taps) {
-    if (tap.layer == layer_) std::copy_n(buffers_.hidden, step_.num_tokens * hidden, tap.hidden);
+    if (tap.layer != layer_) continue;
+    if (residual_.has_streams()) {
+      residual_.mean(tap.hidden);
+    } else {
+      std::copy_n(buffers_.hidden, step_.num_tokens * hidden, tap.hidden);
+    }
   }
   ++layer_;
   layers_done_.store(layer_, std::memory_order_relaxed);
 }
 
-void Stack::norm_block(const Norm& by) {
+void Stack::norm_block(const Norm& by, const std::optional<StreamMix>& mix) {
+  if (residual_.has_streams()) residual_.read(*mix, buffers_.hidden);
   norm(by, buffers_.hidden, buffers_.normed);
+  if (residual_.has_streams())  // the block's sum goes to the streams, with their weights
+    std::fill_n(buffers_.hidden, step_.num_tokens * description_.embedding.cols, 0.0f);
   if (layer().normed_residual == 0) return;
   const int64_t tokens = step_.num_tokens, hidden = description_.embedding.cols;
   std::copy_n(buffers_.normed, tokens * hidden, buffers_.hidden);
@@ -506,7 +547,13 @@ std::vector<std::vector<int32_t>> Stack::predict(int64_t layer) {
   std::vector<int32_t> ids(static_cast<size_t>(tokens * k));
   std::vector<float> weights(ids.size());
   const Norm& read = next.is_parallel ? next.mixer_norm : next.ffn_norm;
-  norm(router.norm != nullptr ? Norm{router.norm} : read, buffers_.hidden, normed);
+  if (residual_.has_streams()) {
+    const bool is_lagged = description_.residual.is_lagged && next.mixer_mix;
+    residual_.peek(is_lagged ? *next.mixer_mix : *next.ffn_mix, normed);
+    norm(read, normed, normed);
+  } else {
+    norm(router.norm != nullptr ? Norm{router.norm} : read, buffers_.hidden, normed);
+  }
   choose(router, layer, normed, ids.data(), weights.data());
   std::vector<std::vector<int32_t>> by_rank(static_cast<size_t>(k));
   std::vector<bool> is_named(static_cast<size_t>(experts));

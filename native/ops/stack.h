@@ -40,6 +40,7 @@
 #include "ops/layer_experts.h"
 #include "ops/mamba.h"
 #include "ops/matmul.h"
+#include "ops/residual.h"
 #include "ops/rotary.h"
 #include "ops/runtime.h"
 #include "ops/stack_sizes.h"
@@ -270,6 +271,8 @@ struct Layer {
   // Not 0: they add it to this factor times what they read, instead of the hidden state.
   float normed_residual = 0;
   float scale = 1;  // multiplies the hidden state after the layer
+  // How the mixer and the networks read and write residual streams; none: there is one hidden state.
+  std::optional<StreamMix> mixer_mix, ffn_mix;
 
   const RoutedFfn* routed() const { return ffn ? std::get_if<RoutedFfn>(&*ffn) : nullptr; }
   // Whether the outputs of the networks are summed apart from the hidden state.
@@ -281,6 +284,7 @@ struct StackDescription {
   Norm final_norm;
   NormKind norm_kind;  // of every norm of the hidden state
   float norm_eps;
+  ResidualRule residual = {};
   std::vector<Rotary> rotaries;
   Activation activation;      // in dense networks and shared experts
   bool experts_off;           // leaves routed experts out of every sum
@@ -317,12 +321,13 @@ struct Step {
   RowVectors overrides;        // given instead of the embeddings of some tokens
   struct Addition {
     int64_t layer;
-    RowVectors vectors;  // added to the hidden state after the layer
+    RowVectors vectors;  // added to the hidden state after the layer, or to every residual stream
   };
   std::vector<Addition> additions;
   struct Tap {
     int64_t layer;
-    float* hidden;  // [num_tokens][hidden], the hidden state after the layer and its additions
+    // [num_tokens][hidden], the hidden state after the layer and its additions; of residual streams, the mean
+    float* hidden;
   };
   std::vector<Tap> taps;
   int32_t* choices =
@@ -446,7 +451,8 @@ class Stack {
   std::vector<std::vector<int32_t>> predict(int64_t layer);  // the choice of a later layer, by rank
   void add_shared(const RoutedFfn& ffn);
   void combine_experts(const RoutedFfn& ffn);
-  void norm_block(const Norm& by);  // what a block of the current layer reads, and the sum it adds to
+  // What a block of the current layer reads, and the sum it adds to.
+  void norm_block(const Norm& by, const std::optional<StreamMix>& mix);
   void norm(const Norm& by, const float* x, float* out);  // for every token
   void norm(const Norm& by, const float* x, int64_t rows, float* out);
   void norm(const float* weight, const float* x, float* out) { norm(Norm{weight}, x, out); }
@@ -474,6 +480,7 @@ class Stack {
   StackSizes sizes_;
   Arena memory_;  // holds the buffers
   StackBuffers buffers_;
+  Residual residual_;
 
   Step step_ = {};
   std::vector<StateRun> runs_;  // runs of the step, if there is a recurrent state

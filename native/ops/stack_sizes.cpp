@@ -107,6 +107,13 @@ void StackSizes::add(const RoutedSizes& ffn) {
   if (ffn.shared_width > 0) add_network({hidden_, ffn.shared_width, 1});
 }
 
+void StackSizes::add(const ResidualSizes& residual) {
+  num_streams_ = residual.num_streams;
+  stream_weights_ = width_of({residual.weights});
+  stream_rank_ = width_of({residual.rank});
+  width_of({num_streams_, hidden_});
+}
+
 void StackSizes::add_ffn_post_norm() { ffn_sum_ = hidden_; }
 
 void StackSizes::add_network(const Network& network) {
@@ -150,6 +157,14 @@ int64_t StackSizes::lay_out(uint8_t* memory, int64_t max_tokens, StackBuffers& b
   place(expert_in_, buffers.expert_in);
   place(expert_out_, buffers.expert_out);
   place(ffn_sum_, buffers.ffn_sum);
+  const int64_t streams = num_streams_ > 1 ? width_of({num_streams_, hidden_}) : 0;
+  place(streams, buffers.residual.streams);
+  place(stream_weights_, buffers.residual.weights);
+  place(stream_weights_, buffers.residual.peeked);
+  place(streams > 0 ? num_streams_ : 0, buffers.residual.carried);
+  place(stream_rank_ > 0 ? streams : 0, buffers.residual.normed);
+  place(stream_rank_ > 0 ? streams : 0, buffers.residual.gates);
+  place(stream_rank_, buffers.residual.low);
   return end;
 }
 
@@ -175,6 +190,7 @@ StackBuffers StackSizes::place_buffers(uint8_t* memory, int64_t max_tokens) cons
 int64_t StackSizes::scratch_bytes(int64_t max_tokens, int num_threads, bool has_quants,
                                   bool has_act_order) const {
   int64_t widest = std::max({int64_t{1}, hidden_, attended_, query_latent_, latent_});
+  if (num_streams_ > 1) widest = std::max({widest, num_streams_ * hidden_, stream_rank_});
   const int64_t cols = widest;  // the most columns of a matrix outside of the feed-forward networks
   for (const Network& network : networks_) widest = std::max(widest, network.width * network.k);
   checked_product(kWorkingMemory, {64, max_tokens, widest});  // nothing below is larger, so nothing overflows

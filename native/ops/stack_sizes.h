@@ -11,6 +11,7 @@
 #include "ops/gated_delta.h"
 #include "ops/latent_index.h"
 #include "ops/mamba.h"
+#include "ops/residual.h"
 
 namespace argosy {
 
@@ -69,6 +70,7 @@ struct StackBuffers {
   float* expert_in;        // [hidden or latent], if they do not read what the layer's norm gives
   float* expert_out;       // [k * (hidden or latent)]
   float* ffn_sum;          // [hidden], what the networks of a layer add up to before a norm or factor
+  ResidualBuffers residual;
 };
 
 // The sizes of a stack, layer by layer. All functions throw std::invalid_argument for a dimension outside 0
@@ -86,6 +88,7 @@ class StackSizes {
   void add(const MambaShape& mixer);
   void add(const DenseSizes& ffn);
   void add(const RoutedSizes& ffn);
+  void add(const ResidualSizes& residual);
   void add_ffn_post_norm();  // some layer norms or scales the sum of its feed-forward networks
 
   // Bytes of the buffers for at most max_tokens tokens. Also throws if an int32 cannot number the
@@ -118,6 +121,7 @@ class StackSizes {
   int64_t query_ = 0, attended_ = 0, key_ = 0, value_ = 0, query_latent_ = 0, chosen_ = 0, projected_ = 0;
   int64_t delta_gates_ = 0, num_experts_ = 0, k_ = 0, expert_in_ = 0, expert_out_ = 0;
   int64_t ffn_sum_ = 0, latent_ = 0;
+  int64_t num_streams_ = 1, stream_weights_ = 0, stream_rank_ = 0;
   std::vector<std::array<int64_t, 2>> head_dims_;  // of keys, and of their values
   std::vector<LatentSizes> latents_;
   std::vector<Network> networks_;

@@ -1880,6 +1880,58 @@ def multi_head_latent_attention(
         gate, gate_kind, query_scale: as for `grouped_query_attention`.
     """
 
+class StreamMix:
+    """How a sublayer reads and writes residual streams."""
+
+def sinkhorn_mix(matrix: Matrix, base: NDArray[numpy.float32], scale: NDArray[numpy.float32]) -> StreamMix:
+    """
+    Manifold-constrained hyper-connections of n streams (arXiv:2512.24880; native/ops/residual.h).
+
+    Args:
+        matrix: [n (2 + n), n * hidden], rows of the input's, the output's and the streams' weights; before the head
+            [n, n * hidden].
+        base: one number for each row.   scale: [3]; before the head [1].
+    """
+
+def gated_mix(
+    norm: NDArray[numpy.float32], down: Matrix, up: Matrix, inject: Matrix | None = None
+) -> StreamMix:
+    """
+    Streams that are normed, and gated by a product of low rank (Qwen3.8; native/ops/residual.h).
+
+    Args:
+        norm: [n * hidden].   down: [rank, n * hidden].   up: [n * hidden, rank].
+        inject: [n, n * hidden]; None before the head.
+    """
+
+def mean_mix() -> StreamMix:
+    """The mean of the streams, for the head."""
+
+def carried_mix() -> StreamMix:
+    """
+    The sum of the streams with the input weights that the last sublayer left, for the head.
+    """
+
+class Residual:
+    """
+    The residual streams of a Stack.
+
+    Args:
+        head: how the streams become what the final norm reads.
+        iterations, eps: of `sinkhorn_mix`.
+        is_lagged: the input weights of a sublayer are for the next one; those of the first are [1, 0, ...].
+    """
+
+    def __init__(
+        self,
+        num_streams: int,
+        head: StreamMix,
+        *,
+        iterations: int = 0,
+        eps: float = 0.0,
+        is_lagged: bool = False,
+    ) -> None: ...
+
 class Ffn:
     """The feed-forward network of a layer."""
 
@@ -1897,6 +1949,7 @@ class Layer:
         is_parallel: the network reads what the mixer reads, after mixer_norm, and there is no ffn_norm.
         mixer_scale, ffn_scale: multiply what the mixer, or the networks together, add to the hidden state.
         normed_residual: not 0 means that they add it to this factor times what they read, instead.
+        mixer_mix, ffn_mix: how they read and write residual streams; None with one hidden state.
     """
 
     def __init__(
@@ -1914,6 +1967,8 @@ class Layer:
         mixer_scale: float = 1.0,
         ffn_scale: float = 1.0,
         normed_residual: float = 0.0,
+        mixer_mix: StreamMix | None = None,
+        ffn_mix: StreamMix | None = None,
     ) -> None: ...
 
 def dense_ffn(gate: Matrix | None, up: Matrix, down: Matrix, *, activation: Activation | None = None) -> Ffn:
@@ -2058,6 +2113,11 @@ class StackSizes:
             latent: the size of what they read and write; 0 means the hidden size.
         """
 
+    def add_residual(self, num_streams: int, weights: int, rank: int = 0) -> None:
+        """
+        Add residual streams: the most rows of a matrix that gives weights, and the rank of `gated_mix`.
+        """
+
     def add_ffn_post_norm(self) -> None:
         """
         Add the sum of a layer's feed-forward networks, for its norm or its factor.
@@ -2103,6 +2163,7 @@ class Stack:
         logit_cap: logits become cap * tanh(logit / cap); 0 means that they stay.
         norm_kind: RMSNorm or LayerNorm, for all norms of the hidden state.
         first_layer: the number of the first layer, in `kv` and for those who run its experts.
+        residual: None means one hidden state.
     """
 
     def __init__(
@@ -2126,6 +2187,7 @@ class Stack:
         first_layer: int = 0,
         logit_scale: float = 1.0,
         norm_kind: Literal["rms", "layer"] = "rms",
+        residual: Residual | None = None,
     ) -> None: ...
     def begin(
         self,

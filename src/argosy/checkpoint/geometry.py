@@ -21,6 +21,7 @@ from argosy.config import (
     AttentionConfig,
     DeltaConfig,
     Format,
+    GatedResidual,
     KimiDeltaConfig,
     LatentConfig,
     LightningConfig,
@@ -28,6 +29,7 @@ from argosy.config import (
     Mixer,
     ModelConfig,
     ShortConvConfig,
+    SinkhornResidual,
 )
 from argosy.errors import UnsupportedModel
 
@@ -52,6 +54,7 @@ def dense_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     for layer in range(config.num_layers):
         for name, shape in _layer_shapes(config, layer):
             yield f"layers.{layer}.{name}", shape
+    yield from _mix_shapes(config, "head")
     yield "final_norm", (hidden,)
     if not config.is_embedding_tied:
         yield "head", (config.vocab_size, hidden)
@@ -109,12 +112,14 @@ def count_parameters(config: ModelConfig) -> tuple[int, int]:
 def _layer_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]]:
     vector, parts = (config.hidden_size,), config.layers[layer]
     if parts.mixer is not None:
+        yield from _mix_shapes(config, "attn")
         if config.has_pre_norms:
             yield "attn_norm", vector
         yield from _mixer_shapes(parts.mixer, config.hidden_size)
         if config.has_post_norms:
             yield "attn_post_norm", vector
     if parts.has_network:
+        yield from _mix_shapes(config, "mlp")
         if config.has_pre_norms and not config.is_parallel:
             yield "mlp_norm", vector
         yield from _routed_shapes(config, layer) if parts.is_moe else _dense_shapes(config)
@@ -122,6 +127,26 @@ def _layer_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]
             yield "mlp_post_norm", vector
     if config.has_layer_scale:
         yield "layer_scale", (1,)
+
+
+def _mix_shapes(config: ModelConfig, part: str) -> Iterator[tuple[str, Shape]]:
+    """Return the shapes of how the mixer, the networks or the head read residual streams, and write them."""
+    residual, name = config.residual, f"{part}_mix"
+    match residual:
+        case SinkhornResidual(num_streams=streams):
+            rows = streams if part == "head" else streams * (2 + streams)
+            if part == "head" and residual.head != "own":
+                return
+            yield name, (rows, streams * config.hidden_size)
+            yield f"{name}_base", (rows,)
+            yield f"{name}_scale", (1 if part == "head" else 3,)
+        case GatedResidual(num_streams=streams, rank=rank):
+            width = streams * config.hidden_size
+            yield f"{name}_norm", (width,)
+            yield f"{name}_down", (rank, width)
+            yield f"{name}_up", (width, rank)
+            if part != "head":
+                yield f"{name}_inject", (streams, width)
 
 
 def _mixer_shapes(mixer: Mixer, hidden: int) -> Iterator[tuple[str, Shape]]:
@@ -327,7 +352,19 @@ def _routed_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape
 _DENSE_FORMATS: Mapping[str, Format] = {"bf16": "bf16", "q8": "q8", "q4": "q8"}
 # Besides vectors: rows that score experts, and rows that set how fast a recurrent state forgets and learns.
 _KEPT_EXACT = frozenset(
-    {"router", "shared_score", "sinks", "index_weights", "delta_a", "delta_b", "delta_ba", "kda_beta"}
+    {
+        "router",
+        "shared_score",
+        "sinks",
+        "index_weights",
+        "delta_a",
+        "delta_b",
+        "delta_ba",
+        "kda_beta",
+        "attn_mix",
+        "mlp_mix",
+        "head_mix",
+    }
 )
 
 

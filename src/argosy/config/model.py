@@ -15,6 +15,7 @@ from argosy.config.mixers import (
     RotaryMixer,
 )
 from argosy.config.ngrams import NgramConfig
+from argosy.config.residual import Residual
 
 _MixerT = TypeVar("_MixerT", bound=Mixer)
 
@@ -163,6 +164,7 @@ class ModelConfig:
     has_layer_scale: bool = False  # a factor of the hidden state after each layer: `layer_scale`
     embedding_scale: float = 1.0  # factor of the embeddings of tokens
     residual_scale: float = 1.0  # factor of what the mixer, or the networks together, add to the hidden state
+    residual: Residual | None = None  # streams instead of one hidden state
     # Not 0: they add it to this factor times what they read, after its norm, instead of the hidden state.
     normed_residual: float = 0.0
     logit_scale: float = 1.0  # factor of the logits, before the cap

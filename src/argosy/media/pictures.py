@@ -152,11 +152,12 @@ class Glm5Fit:
         scale = min(rows / height, columns / width)
         if height * width >= self.least_tokens * area:
             scale = min(1.0, scale)
-        inner = (
-            max(1, min(padded, math.floor(side * scale)))
-            for side, padded in ((height, rows), (width, columns))
+        return Size(
+            max(1, min(rows, math.floor(height * scale))),
+            max(1, min(columns, math.floor(width * scale))),
+            rows,
+            columns,
         )
-        return Size(*inner, rows, columns)
 
     def _shrunk(self, height: int, width: int) -> tuple[int, int]:
         """Return the padded sides of the highest copy that fits, as a bisection of heights finds it."""

@@ -25,7 +25,7 @@ from argosy import _native
 from argosy.config import ModelConfig
 from argosy.experts.runner import ExpertRunner
 from argosy.model.clock import PartClock
-from argosy.model.layers import describe_activation, describe_layers
+from argosy.model.layers import describe_activation, describe_layers, describe_residual
 from argosy.model.rope import rotary
 from argosy.model.step import Step
 from argosy.model.weights import DenseWeights
@@ -98,6 +98,7 @@ class Decoder:
             logit_cap=config.logit_cap,
             norm_kind=config.norm_kind,
             first_layer=layers.start,
+            residual=describe_residual(config, weights),
         )
 
     def forward(self, step: Step) -> Array:

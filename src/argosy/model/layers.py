@@ -12,10 +12,12 @@ import numpy as np
 from argosy import _native
 from argosy.config import (
     ActivationConfig,
+    GatedResidual,
     Mixer,
     ModelConfig,
     RecurrentMixer,
     RotaryMixer,
+    SinkhornResidual,
 )
 from argosy.experts.files import Arithmetic
 from argosy.model.mixers import add_mixer_sizes, describe_mixer, kv_shape, state_shape
@@ -39,9 +41,47 @@ def describe_layers(config: ModelConfig, weights: DenseWeights) -> list[_native.
             mixer_scale=config.residual_scale,
             ffn_scale=_ffn_scale(config, i),
             normed_residual=config.normed_residual,
+            mixer_mix=None if layer.mixer is None else _mix(config, f"layers.{i}.attn_mix", weights),
+            ffn_mix=_mix(config, f"layers.{i}.mlp_mix", weights) if layer.has_network else None,
         )
         for i, layer in enumerate(config.layers)
     ]
+
+
+def describe_residual(config: ModelConfig, weights: DenseWeights) -> _native.Residual | None:
+    """Describe the residual streams, using the memory of `weights`; None: there is one hidden state."""
+    match config.residual:
+        case SinkhornResidual() as residual:
+            heads = {"mean": _native.mean_mix, "carried": _native.carried_mix}
+            own = _mix(config, "head_mix", weights) if residual.head == "own" else None
+            return _native.Residual(
+                residual.num_streams,
+                own or heads[residual.head](),
+                iterations=residual.iterations,
+                eps=residual.eps,
+                is_lagged=residual.is_lagged,
+            )
+        case GatedResidual() as gated:
+            head = _mix(config, "head_mix", weights)
+            assert head is not None
+            return _native.Residual(gated.num_streams, head)
+    return None
+
+
+def _mix(config: ModelConfig, name: str, weights: DenseWeights) -> _native.StreamMix | None:
+    """How a part of the model reads residual streams, and writes them."""
+    matrices, vectors = weights.matrices, weights.vectors
+    match config.residual:
+        case SinkhornResidual():
+            return _native.sinkhorn_mix(matrices[name], vectors[f"{name}_base"], vectors[f"{name}_scale"])
+        case GatedResidual():
+            return _native.gated_mix(
+                vectors[f"{name}_norm"],
+                matrices[f"{name}_down"],
+                matrices[f"{name}_up"],
+                matrices.get(f"{name}_inject"),
+            )
+    return None
 
 
 def _rotary(config: ModelConfig, mixer: Mixer | None) -> int | None:
@@ -67,6 +107,11 @@ def stack_sizes(config: ModelConfig) -> _native.StackSizes:
     is_apart = config.has_post_norms or config.has_moe_post_norm
     if is_apart or any(_ffn_scale(config, i) != 1 for i in range(config.num_layers)):
         sizes.add_ffn_post_norm()
+    match config.residual:
+        case SinkhornResidual(num_streams=streams):
+            sizes.add_residual(streams, streams * (2 + streams))
+        case GatedResidual(num_streams=streams, rank=rank):
+            sizes.add_residual(streams, streams, rank)
     for i, layer in enumerate(config.layers):
         add_mixer_sizes(sizes, layer.mixer)
         if layer.is_moe:

@@ -1,0 +1,227 @@
+#include "ops/residual.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <vector>
+
+#include "ops/layer.h"
+
+namespace argosy {
+
+namespace {
+
+constexpr int64_t kMostStreams = 16;
+constexpr int64_t kPartialSums = 16;
+constexpr int64_t kBlock = 64;  // elements of all streams that are mixed at once
+
+float sigmoid(float x) { return 1 / (1 + std::exp(-x)); }
+
+// Of n numbers: partial sums of every sixteenth, then their sum, so that the order is the same everywhere.
+float mean_square(const float* x, int64_t n) {
+  std::array<float, kPartialSums> sums = {};
+  int64_t i = 0;
+  for (; i + kPartialSums <= n; i += kPartialSums)
+    for (int64_t j = 0; j < kPartialSums; ++j) sums[size_t(j)] += x[i + j] * x[i + j];
+  for (; i < n; ++i) sums[size_t(i % kPartialSums)] += x[i] * x[i];
+  float sum = 0;
+  for (const float part : sums) sum += part;
+  return sum / float(n);
+}
+
+// Divides the columns of m [n][n] by their sums.
+void divide_columns(float* m, int64_t n, float eps) {
+  for (int64_t j = 0; j < n; ++j) {
+    float sum = 0;
+    for (int64_t i = 0; i < n; ++i) sum += m[i * n + j];
+    for (int64_t i = 0; i < n; ++i) m[i * n + j] /= sum + eps;
+  }
+}
+
+void divide_rows(float* m, int64_t n, float eps) {
+  for (int64_t i = 0; i < n; ++i) {
+    float sum = 0;
+    for (int64_t j = 0; j < n; ++j) sum += m[i * n + j];
+    for (int64_t j = 0; j < n; ++j) m[i * n + j] /= sum + eps;
+  }
+}
+
+// The weights of one token, in place.
+void sinkhorn(float* raw, const SinkhornMix& mix, int64_t n, const ResidualRule& rule) {
+  const float *base = mix.base, *scale = mix.scale;
+  for (int64_t i = 0; i < n; ++i) raw[i] = sigmoid(raw[i] * scale[0] + base[i]) + rule.eps;
+  if (mix.matrix.rows == n) return;
+  for (int64_t i = n; i < 2 * n; ++i) raw[i] = 2 * sigmoid(raw[i] * scale[1] + base[i]);
+  float* m = raw + 2 * n;
+  for (int64_t i = 0; i < n; ++i) {
+    float* row = m + i * n;
+    for (int64_t j = 0; j < n; ++j) row[j] = row[j] * scale[2] + base[2 * n + i * n + j];
+    const float most = *std::max_element(row, row + n);
+    float sum = 0;
+    for (int64_t j = 0; j < n; ++j) sum += row[j] = std::exp(row[j] - most);
+    for (int64_t j = 0; j < n; ++j) row[j] = row[j] / sum + rule.eps;
+  }
+  divide_columns(m, n, rule.eps);
+  for (int64_t pass = 1; pass < rule.iterations; ++pass) {
+    divide_rows(m, n, rule.eps);
+    divide_columns(m, n, rule.eps);
+  }
+}
+
+}  // namespace
+
+void Residual::begin(const float* x, int64_t num_tokens) {
+  const int64_t n = rule_.num_streams;
+  num_tokens_ = num_tokens;
+  mix_ = nullptr;
+  const auto lock = runtime_.lock();
+  runtime_.parallel_for(num_tokens, n * hidden_, [&](int64_t begin, int64_t end, int) {
+    for (int64_t token = begin; token < end; ++token) {
+      for (int64_t i = 0; i < n; ++i)
+        std::copy_n(x + token * hidden_, hidden_, buffers_.streams + (token * n + i) * hidden_);
+      std::fill_n(buffers_.carried + token * n, n, 0.0f);
+      buffers_.carried[token * n] = 1;
+    }
+  });
+}
+
+void Residual::read(const StreamMix& mix, float* x) {
+  const int64_t n = rule_.num_streams;
+  mix_ = &mix;
+  if (!rule_.is_lagged || !std::holds_alternative<SinkhornMix>(mix)) return compute(mix, buffers_.weights, x);
+  const auto& own = std::get<SinkhornMix>(mix);
+  weigh(own, buffers_.weights);
+  weigh_sums(buffers_.carried, n, x);
+  for (int64_t token = 0; token < num_tokens_; ++token)
+    std::copy_n(buffers_.weights + token * own.matrix.rows, n, buffers_.carried + token * n);
+}
+
+void Residual::compute(const StreamMix& mix, float* weights, float* x) {
+  if (const auto* own = std::get_if<SinkhornMix>(&mix)) {
+    weigh(*own, weights);
+    weigh_sums(weights, own->matrix.rows, x);
+  } else if (const auto* gated = std::get_if<GatedMix>(&mix)) {
+    read_gated(*gated, weights, x);
+  } else if (std::holds_alternative<CarriedMix>(mix)) {
+    weigh_sums(buffers_.carried, rule_.num_streams, x);
+  } else {
+    mean(x);
+  }
+}
+
+void Residual::weigh(const SinkhornMix& mix, float* weights) {
+  const int64_t n = rule_.num_streams, cols = n * hidden_, rows = mix.matrix.rows;
+  matmul(runtime_, {{mix.matrix, weights}}, buffers_.streams, num_tokens_);
+  const auto lock = runtime_.lock();
+  runtime_.parallel_for(num_tokens_, cols, [&](int64_t begin, int64_t end, int) {
+    for (int64_t token = begin; token < end; ++token) {
+      float* raw = weights + token * rows;
+      const float scale = 1 / std::sqrt(mean_square(buffers_.streams + token * cols, cols) + norm_eps_);
+      for (int64_t row = 0; row < rows; ++row) raw[row] *= scale;
+      sinkhorn(raw, mix, n, rule_);
+    }
+  });
+}
+
+// x = sum over i of weights[i] stream[i]; weights of a token are `stride` floats apart.
+void Residual::weigh_sums(const float* weights, int64_t stride, float* x) const {
+  const int64_t n = rule_.num_streams;
+  const auto lock = runtime_.lock();
+  runtime_.parallel_for(num_tokens_, n * hidden_, [&](int64_t begin, int64_t end, int) {
+    for (int64_t token = begin; token < end; ++token) {
+      const float* streams = buffers_.streams + token * n * hidden_;
+      float* out = x + token * hidden_;
+      for (int64_t d = 0; d < hidden_; ++d) out[d] = weights[token * stride] * streams[d];
+      for (int64_t i = 1; i < n; ++i) {
+        const float weight = weights[token * stride + i];
+        for (int64_t d = 0; d < hidden_; ++d) out[d] += weight * streams[i * hidden_ + d];
+      }
+    }
+  });
+}
+
+void Residual::read_gated(const GatedMix& mix, float* weights, float* x) {
+  const int64_t n = rule_.num_streams, cols = n * hidden_, rank = mix.down.rows;
+  float *normed = buffers_.normed, *low = buffers_.low, *gates = buffers_.gates;
+  rms_norm(runtime_, buffers_.streams, mix.norm, norm_eps_, num_tokens_ * n, hidden_, normed, n);
+  std::vector<Product> products = {{mix.down, low}};
+  if (mix.inject) products.push_back({*mix.inject, weights});
+  matmul(runtime_, products, normed, num_tokens_);
+  const auto lock = runtime_.lock();
+  for (int64_t i = 0; i < num_tokens_ * rank; ++i) {
+    const float scaled = low[i] / float(n);
+    low[i] = scaled * sigmoid(scaled);
+  }
+  for (int64_t i = 0; mix.inject && i < num_tokens_ * n; ++i) weights[i] = 2 * sigmoid(weights[i] / float(n));
+  matmul(runtime_, {{mix.up, gates}}, low, num_tokens_);
+  runtime_.parallel_for(num_tokens_, 4 * cols, [&](int64_t begin, int64_t end, int) {
+    for (int64_t token = begin; token < end; ++token) {
+      float* out = x + token * hidden_;
+      for (int64_t d = 0; d < hidden_; ++d) {
+        float sum = 0;
+        for (int64_t i = 0; i < n; ++i) {
+          const int64_t at = token * cols + i * hidden_ + d;
+          sum += sigmoid(gates[at]) * normed[at];
+        }
+        out[d] = sum / float(n);
+      }
+    }
+  });
+}
+
+void Residual::write(const float* out) {
+  const int64_t n = rule_.num_streams;
+  const auto* sinkhorn_mix = std::get_if<SinkhornMix>(mix_);
+  const int64_t stride = sinkhorn_mix != nullptr ? sinkhorn_mix->matrix.rows : n;
+  const auto lock = runtime_.lock();
+  runtime_.parallel_for(num_tokens_, n * n * hidden_, [&](int64_t begin, int64_t end, int) {
+    for (int64_t token = begin; token < end; ++token) {
+      float* streams = buffers_.streams + token * n * hidden_;
+      const float *weights = buffers_.weights + token * stride, *given = out + token * hidden_;
+      if (sinkhorn_mix == nullptr) {
+        for (int64_t i = 0; i < n; ++i)
+          for (int64_t d = 0; d < hidden_; ++d) streams[i * hidden_ + d] += weights[i] * given[d];
+        continue;
+      }
+      const float *post = weights + n, *mixed = weights + 2 * n;
+      float old[kMostStreams][kBlock];
+      for (int64_t first = 0; first < hidden_; first += kBlock) {
+        const int64_t count = std::min(kBlock, hidden_ - first);
+        for (int64_t i = 0; i < n; ++i) std::copy_n(streams + i * hidden_ + first, count, old[i]);
+        for (int64_t j = 0; j < n; ++j) {
+          float* to = streams + j * hidden_ + first;
+          for (int64_t d = 0; d < count; ++d) to[d] = post[j] * given[first + d];
+          for (int64_t i = 0; i < n; ++i)
+            for (int64_t d = 0; d < count; ++d) to[d] += mixed[i * n + j] * old[i][d];
+        }
+      }
+    }
+  });
+}
+
+void Residual::mean(float* x) const {
+  const int64_t n = rule_.num_streams;
+  const auto lock = runtime_.lock();
+  runtime_.parallel_for(num_tokens_, n * hidden_, [&](int64_t begin, int64_t end, int) {
+    for (int64_t token = begin; token < end; ++token) {
+      const float* streams = buffers_.streams + token * n * hidden_;
+      for (int64_t d = 0; d < hidden_; ++d) {
+        float sum = streams[d];
+        for (int64_t i = 1; i < n; ++i) sum += streams[i * hidden_ + d];
+        x[token * hidden_ + d] = sum / float(n);
+      }
+    }
+  });
+}
+
+void Residual::add(const int64_t* rows, int64_t num_rows, const float* vectors) {
+  const int64_t n = rule_.num_streams;
+  for (int64_t row = 0; row < num_rows; ++row) {
+    for (int64_t i = 0; i < n; ++i) {
+      float* stream = buffers_.streams + (rows[row] * n + i) * hidden_;
+      for (int64_t d = 0; d < hidden_; ++d) stream[d] += vectors[row * hidden_ + d];
+    }
+  }
+}
+
+}  // namespace argosy

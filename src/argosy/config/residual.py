@@ -1,0 +1,30 @@
+"""Residual streams: several hidden states for each token, which mixers and networks read and write with weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SinkhornResidual:
+    """Manifold-constrained hyper-connections (arXiv:2512.24880). A stack has the formulas in native/ops/residual.h."""
+
+    num_streams: int
+    iterations: int  # of the normalisation of the streams' weights
+    eps: float
+    # The weights of what a mixer or a network reads are for the next one; the first reads the first stream.
+    is_lagged: bool = False
+    # What the final norm reads: a sum of the streams with its own weights, `head_mix`, or those of the last network.
+    head: Literal["own", "mean", "carried"] = "own"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatedResidual:
+    """Streams that are normed, and gated by a product of low rank (Qwen3.8); the final norm's input, too."""
+
+    num_streams: int
+    rank: int
+
+
+Residual = SinkhornResidual | GatedResidual

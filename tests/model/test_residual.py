@@ -1,0 +1,237 @@
+"""Residual streams in a stack, against float64 arithmetic in numpy, and in steps of other sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from argosy import _native
+from tests.model.test_stack_flags import (
+    EMBEDDING,
+    FINAL,
+    HEAD,
+    HIDDEN,
+    IDS,
+    SILU,
+    TOKENS,
+    VOCABULARY,
+    Attention,
+    Network,
+    Routed,
+    Values,
+    begin,
+    matrix,
+    normal,
+    require_close,
+    rms,
+    sigmoid,
+    stack_of,
+)
+
+STREAMS, RANK, STREAM_EPS = 3, 5, 1e-3
+
+
+class Sinkhorn:
+    def __init__(self, *, is_head: bool = False) -> None:
+        rows = STREAMS if is_head else STREAMS * (2 + STREAMS)
+        self.matrix, self.base = normal(rows, STREAMS * HIDDEN, scale=0.1), normal(rows)
+        self.scale = normal(1 if is_head else 3)
+
+    def native(self) -> Any:
+        return _native.sinkhorn_mix(matrix(self.matrix), self.base, self.scale)
+
+    def weights(self, streams: Values, iterations: int) -> tuple[Values, Values, Values]:
+        flat = rms(streams.reshape(len(streams), -1), 1.0) @ self.matrix.T
+        n, base = STREAMS, self.base
+        pre = sigmoid(flat[:, :n] * self.scale[0] + base[:n]) + STREAM_EPS
+        if len(base) == n:
+            return pre, pre, pre
+        post = 2 * sigmoid(flat[:, n : 2 * n] * self.scale[1] + base[n : 2 * n])
+        mixed = np.exp((flat[:, 2 * n :] * self.scale[2] + base[2 * n :]).reshape(-1, n, n))
+        mixed = mixed / mixed.sum(axis=2, keepdims=True) + STREAM_EPS
+        mixed = mixed / (mixed.sum(axis=1, keepdims=True) + STREAM_EPS)
+        for _ in range(iterations - 1):
+            mixed = mixed / (mixed.sum(axis=2, keepdims=True) + STREAM_EPS)
+            mixed = mixed / (mixed.sum(axis=1, keepdims=True) + STREAM_EPS)
+        return pre, post, mixed
+
+
+class Gated:
+    def __init__(self, *, is_head: bool = False) -> None:
+        width = STREAMS * HIDDEN
+        self.norm, self.down = 1 + normal(width, scale=0.3), normal(RANK, width, scale=0.2)
+        self.up = normal(width, RANK, scale=0.4)
+        self.inject = None if is_head else normal(STREAMS, width, scale=0.2)
+
+    def native(self) -> Any:
+        inject = None if self.inject is None else matrix(self.inject)
+        return _native.gated_mix(self.norm, matrix(self.down), matrix(self.up), inject)
+
+    def read(self, streams: Values) -> tuple[Values, Values]:
+        normed = rms(streams, self.norm.reshape(STREAMS, HIDDEN))
+        flat = normed.reshape(len(streams), -1)
+        low = flat @ self.down.T / STREAMS
+        gates = sigmoid((low * sigmoid(low)) @ self.up.T).reshape(streams.shape)
+        into = np.zeros(0) if self.inject is None else 2 * sigmoid(flat @ self.inject.T / STREAMS)
+        return (gates * normed).mean(axis=1), into
+
+
+class Part:
+    """A sublayer with its norm and its mix."""
+
+    def __init__(self, run: Any, mix: Any) -> None:
+        self.run, self.mix, self.norm = run, mix, 1 + normal(HIDDEN, scale=0.3)
+
+
+def build(kind: type, *, is_routed: bool = False) -> list[Part]:
+    runs = [Attention(), Routed() if is_routed else Network(), Attention(), Network()]
+    return [Part(run, kind()) for run in runs]
+
+
+def native_layers(parts: list[Part]) -> list[Any]:
+    layers = []
+    for mixer, ffn in zip(parts[::2], parts[1::2], strict=True):
+        network = ffn.run.native() if isinstance(ffn.run, Routed) else _native.dense_ffn(*ffn.run.matrices())
+        layers.append(
+            _native.Layer(
+                mixer.norm, mixer.run.native(), ffn.norm, network, rotary=None,
+                mixer_mix=mixer.mix.native(), ffn_mix=ffn.mix.native(),
+            )
+        )  # fmt: skip
+    return layers
+
+
+def expected_of(parts: list[Part], head: Any, *, is_lagged: bool, iterations: int) -> Values:
+    """Logits of IDS; `head` is a mix, or "mean" or "carried"."""
+    streams = np.repeat(EMBEDDING[IDS].astype(float)[:, None], STREAMS, axis=1)
+    carried = np.zeros((TOKENS, STREAMS))
+    carried[:, 0] = 1
+    for part in parts:
+        if isinstance(part.mix, Gated):
+            read, into = part.mix.read(streams)
+            streams = streams + into[..., None] * part.run(rms(read, part.norm))[:, None]
+            continue
+        pre, post, mixed = part.mix.weights(streams, iterations)
+        read = ((carried if is_lagged else pre)[..., None] * streams).sum(axis=1)
+        out = part.run(rms(read, part.norm))
+        streams = post[..., None] * out[:, None] + np.einsum("nij,nid->njd", mixed, streams)
+        carried = pre
+    if isinstance(head, Gated):
+        last = head.read(streams)[0]
+    elif isinstance(head, Sinkhorn):
+        last = (head.weights(streams, 1)[0][..., None] * streams).sum(axis=1)
+    else:
+        last = streams.mean(axis=1) if head == "mean" else (carried[..., None] * streams).sum(axis=1)
+    return rms(last, FINAL) @ HEAD.T
+
+
+def residual_of(head: Any, *, is_lagged: bool = False, iterations: int = 1) -> Any:
+    made = {"mean": _native.mean_mix, "carried": _native.carried_mix}
+    mix = made[head]() if isinstance(head, str) else head.native()
+    return _native.Residual(STREAMS, mix, iterations=iterations, eps=STREAM_EPS, is_lagged=is_lagged)
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "is_lagged", "iterations"),
+    [
+        (Sinkhorn, Sinkhorn(is_head=True), False, 4),
+        (Sinkhorn, "mean", False, 1),
+        (Sinkhorn, "carried", True, 3),
+        (Gated, Gated(is_head=True), False, 0),
+    ],
+    ids=["own head", "mean", "lagged", "gated"],
+)
+def test_streams_are_mixed_as_the_formulas_say(
+    kind: type, head: Any, is_lagged: bool, iterations: int
+) -> None:
+    parts = build(kind)
+    rule = residual_of(head, is_lagged=is_lagged, iterations=iterations)
+    expected = expected_of(parts, head, is_lagged=is_lagged, iterations=iterations)
+    found = []
+    for threads in (1, 2):
+        stack = stack_of(native_layers(parts), residual=rule, runtime=_native.Runtime(threads))
+        found.append(begin(stack))
+        assert stack.advance() is None
+        require_close(found[-1], expected)
+    assert np.array_equal(*found)
+    for token in range(TOKENS):  # alone as beside others
+        alone = begin(stack, IDS[token : token + 1])
+        assert stack.advance() is None
+        assert np.array_equal(alone[0], found[0][token])
+
+
+def test_experts_write_to_streams_and_the_look_ahead_reads_them() -> None:
+    parts = build(Sinkhorn, is_routed=True)
+    rule = residual_of("mean")
+    expected = expected_of(parts, "mean", is_lagged=False, iterations=1)
+    routed = parts[1].run
+    whole = stack_of(native_layers(parts), residual=rule, resident=routed.table())
+    found = begin(whole)
+    assert whole.advance() is None
+    require_close(found, expected)
+
+    stack = stack_of(native_layers(parts), residual=rule)
+    waiting = begin(stack)
+    result = stack.advance()
+    assert result is not None
+    dispatch = result[1]
+    rows, out = stack.rows(), stack.expert_out()
+    stack.run_shared()
+    routed.table().run(_native.Runtime(1), 0, dispatch.experts, dispatch, rows, out)
+    assert stack.look_ahead() == []
+    stack.finish_experts(dispatch.experts)
+    assert stack.advance() is None
+    assert np.array_equal(waiting, found)
+
+
+def test_taps_and_additions_see_all_streams() -> None:
+    parts = build(Sinkhorn)
+    stack = stack_of(native_layers(parts), residual=residual_of("mean"))
+    added = normal(1, HIDDEN)
+
+    def tapped(additions: Any) -> NDArray[np.float32]:
+        count, rows = len(IDS), np.arange(len(IDS))
+        hidden = np.empty((count, HIDDEN), np.float32)
+        stack.begin(
+            IDS, rows.astype(np.int32), 4 * rows, np.zeros(count, bool), rows.astype(np.int32)[:, None],
+            np.zeros(count, np.int32), rows, np.empty((count, VOCABULARY), np.float32), additions=additions,
+            taps=[(0, hidden)],
+        )  # fmt: skip
+        assert stack.advance() is None
+        return hidden
+
+    plain, more = tapped([]), tapped([(0, np.array([2]), added)])
+    difference = more - plain
+    np.testing.assert_allclose(difference[2], added[0], atol=1e-5)
+    assert not difference[[0, 1, 3, 4, 5, 6]].any()
+
+
+@pytest.mark.parametrize(
+    ("layer", "flags", "message"),
+    [
+        ({"ffn_mix": None}, {}, "have a mix each"),
+        ({"scale": 2.0}, {}, "neither scale nor normed_residual"),
+        ({"ffn_mix": Gated(is_head=True).native()}, {}, "inject belongs to every mix"),
+        ({"ffn_mix": _native.mean_mix()}, {}, "only the head reads"),
+        ({}, {"residual": None}, "but the stack has one stream"),
+        ({}, {"residual": _native.Residual(STREAMS + 1, _native.mean_mix())}, "rows of a mix"),
+        ({}, {"residual": _native.Residual(STREAMS, _native.carried_mix())}, "unless is_lagged"),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else value,
+)
+def test_mixes_that_do_not_fit_are_refused(layer: Any, flags: Any, message: str) -> None:
+    mixes = {"mixer_mix": Sinkhorn().native(), "ffn_mix": Sinkhorn().native()}
+    made = _native.Layer(
+        FINAL, Attention().native(), FINAL, _native.dense_ffn(*Network(SILU).matrices()), **mixes | layer
+    )
+    with pytest.raises(ValueError, match=message):
+        stack_of([made], **{"residual": residual_of("mean")} | flags)
+
+
+def test_a_residual_has_two_streams_or_more() -> None:
+    for count in (1, 17):
+        with pytest.raises(ValueError, match="num_streams"):
+            _native.Residual(count, _native.mean_mix())
