@@ -423,14 +423,18 @@ void bind_attention(nb::module_& m) {
   nb::class_<KvShape>(m, "KvShape", "The data that a layer keeps per position in a KvCache.")
       .def_static(
           "keys_values",
-          [](int64_t kv_heads, int64_t head_dim, bool is_windowed, std::optional<int64_t> value_dim) {
-            return KvShape::keys_values(kv_heads, head_dim, value_dim.value_or(head_dim), is_windowed);
+          [](int64_t kv_heads, int64_t head_dim, bool is_windowed, std::optional<int64_t> value_dim,
+             int64_t index_dim) {
+            require_range("index_dim", index_dim, 0, kLargestSize);
+            return KvShape::keys_values(kv_heads, head_dim, value_dim.value_or(head_dim), is_windowed,
+                                        index_dim);
           },
-          "kv_heads"_a, "head_dim"_a, "is_windowed"_a = false, "value_dim"_a.none() = nb::none(), R"(
+          "kv_heads"_a, "head_dim"_a, "is_windowed"_a = false, "value_dim"_a.none() = nb::none(),
+          "index_dim"_a = 0, R"(
         A key and a value for each KV head. Positions per block and value dimensions are padded to 16.
 
         A windowed layer lies in window blocks, of which a KvCache may have fewer. Values have the size of keys unless
-        `value_dim` is given.)")
+        `value_dim` is given. There is also an index key of `index_dim` elements, if it is not 0.)")
       .def_static(
           "latent",
           [](int64_t dim, int64_t index_dim) {
@@ -456,7 +460,8 @@ void bind_attention(nb::module_& m) {
         return KvCache::layer_parts(shape, num_blocks, block_tokens, parse_kv_format(dtype));
       },
       "shape"_a, "num_blocks"_a, "block_tokens"_a, "dtype"_a, R"(
-    Bytes of a layer's keys and values, or of its latent vectors and index keys, which follow each other in a KvCache.)");
+    Bytes of a layer's keys and values, or of its latent vectors; then of index keys. They lie in a KvCache in this
+    order.)");
 
   nb::class_<KvCache>(m, "KvCache", R"(
     The data that all layers keep of past positions; memory is committed when it is first written.

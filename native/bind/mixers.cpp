@@ -23,6 +23,11 @@ struct BoundIndexer {
   Kept kept;
 };
 
+struct BoundBlockIndexer {
+  BlockIndexer indexer;
+  Kept kept;
+};
+
 using GateKindName = Named<std::string, "typing.Literal['sigmoid', 'softplus']">;
 using QueryScaleOfNumbers = std::tuple<float, int64_t, int64_t>;  // beta, period, offset
 
@@ -40,24 +45,23 @@ std::optional<OutputGate> keep_gate(Kept& kept, const Matrix* matrix, const std:
   return OutputGate{kept.keep(*matrix), kind == "softplus" ? GateKind::softplus : GateKind::sigmoid};
 }
 
-BoundMixer grouped_query_attention(const Matrix& query, const Matrix& key, const Matrix* value,
-                                   const Matrix& output, int64_t num_heads, int64_t window, float scale,
-                                   const std::optional<ArrayOf<float>>& query_bias,
-                                   const std::optional<ArrayOf<float>>& key_bias,
-                                   const std::optional<ArrayOf<float>>& value_bias,
-                                   const std::optional<ArrayOf<float>>& output_bias,
-                                   const std::optional<ArrayOf<float>>& query_norm,
-                                   const std::optional<ArrayOf<float>>& key_norm, bool is_norm_flat,
-                                   float limit, const std::optional<ArrayOf<float>>& sinks, bool has_gate,
-                                   const std::optional<ArrayOf<float>>& value_norm, bool is_causal,
-                                   bool is_norm_last, float value_scale, bool is_chunked, const Matrix* gate,
-                                   const GateKindName& gate_kind, const QueryScaleOfNumbers& query_scale) {
+BoundMixer grouped_query_attention(
+    const Matrix& query, const Matrix& key, const Matrix* value, const Matrix& output, int64_t num_heads,
+    int64_t window, float scale, const std::optional<ArrayOf<float>>& query_bias,
+    const std::optional<ArrayOf<float>>& key_bias, const std::optional<ArrayOf<float>>& value_bias,
+    const std::optional<ArrayOf<float>>& output_bias, const std::optional<ArrayOf<float>>& query_norm,
+    const std::optional<ArrayOf<float>>& key_norm, bool is_norm_flat, float limit,
+    const std::optional<ArrayOf<float>>& sinks, bool has_gate,
+    const std::optional<ArrayOf<float>>& value_norm, bool is_causal, bool is_norm_last, float value_scale,
+    bool is_chunked, const Matrix* gate, const GateKindName& gate_kind,
+    const QueryScaleOfNumbers& query_scale, const BoundBlockIndexer* indexer) {
   require_range("heads", num_heads, 1, query.view.rows);
   require_range("window", window, 0, INT32_MAX);
   const int64_t parts = has_gate ? 2 * num_heads : num_heads;
   require_size("rows of query modulo heads", query.view.rows % parts, 0);
   if (query_norm.has_value() != key_norm.has_value())
     refuse("query_norm and key_norm must be given together");
+  if (indexer != nullptr && (window > 0 || !is_causal)) refuse("an indexer needs is_causal and no window");
   const int64_t head_dim = query.view.rows / parts;
   require_size("columns of output modulo heads", output.view.cols % num_heads, 0);
   const int64_t value_dim = output.view.cols / num_heads;
@@ -87,7 +91,9 @@ BoundMixer grouped_query_attention(const Matrix& query, const Matrix& key, const
       .query_scale = parse_query_scale(query_scale),
       .has_gate = has_gate,
       .gate = keep_gate(kept, gate, gate_kind),
+      .indexer = indexer != nullptr ? std::optional(indexer->indexer) : std::nullopt,
   };
+  if (indexer != nullptr) kept.keep(indexer->kept);
   return bound;
 }
 
@@ -336,6 +342,27 @@ void make_indexer(BoundIndexer* self, const Matrix& query, const Matrix& key, co
   new (self) BoundIndexer{indexer, std::move(kept)};
 }
 
+void make_block_indexer(BoundBlockIndexer* self, const Matrix& query, const Matrix& key,
+                        const ArrayOf<float>& query_norm, const ArrayOf<float>& key_norm, int64_t num_chosen,
+                        int64_t block_size, int64_t num_local) {
+  require_range("rows of key", key.view.rows, 1, kLargestSize);
+  require_size("rows of query modulo rows of key", query.view.rows % key.view.rows, 0);
+  require_range("num_chosen", num_chosen, 1, INT32_MAX);
+  require_range("block_size", block_size, 1, kMostIndexBlock);
+  require_range("num_local", num_local, 1, num_chosen);
+  Kept kept;
+  const BlockIndexer indexer = {
+      .query = kept.keep(query),
+      .key = kept.keep(key),
+      .query_norm = kept.keep("query_norm", query_norm, key.view.rows),
+      .key_norm = kept.keep("key_norm", key_norm, key.view.rows),
+      .count = num_chosen,
+      .block_size = block_size,
+      .num_local = num_local,
+  };
+  new (self) BoundBlockIndexer{indexer, std::move(kept)};
+}
+
 void require_fit(const std::optional<OutputGate>& gate, int64_t num_heads, int64_t attended, int64_t hidden) {
   if (!gate) return;
   if (gate->matrix.rows != num_heads) require_size("rows of gate", gate->matrix.rows, attended);
@@ -359,6 +386,12 @@ void require_fit(const GroupedQueryAttention& mixer, const KvShape& kv, const Ro
   require_size("columns of key", mixer.key.cols, hidden);
   if (mixer.value) require_size("columns of value", mixer.value->cols, hidden);
   require_size("columns of output", mixer.output.cols, attended);
+  require_size("elements of an index key", mixer.indexer ? mixer.indexer->dim() : 0, kv.index_dim);
+  if (!mixer.indexer) return;
+  if (rotary != nullptr) require_range("rotated dimensions", 2 * rotary->num_pairs(), 0, kv.index_dim);
+  require_size("heads of the indexer", mixer.indexer->num_heads(), kv.kv_heads);
+  require_size("columns of the indexer's query", mixer.indexer->query.cols, hidden);
+  require_size("columns of the indexer's key", mixer.indexer->key.cols, hidden);
 }
 
 void require_fit(const GatedDeltaNet& net, const KvShape& kv, const Rotary*, int64_t hidden) {
@@ -450,6 +483,23 @@ void require_mixer(const Mixer& mixer, const KvShape& kv, const RecurrentState* 
 
 void bind_mixers(nb::module_& m) {
   nb::class_<BoundMixer>(m, "Mixer", "The part of a layer that lets positions see each other.");
+  nb::class_<BoundBlockIndexer>(m, "BlockIndexer", R"(
+    Chooses the blocks of positions that the heads of each KV head see: the token's own and the num_local - 1 before
+    it, then those with the highest product of an index query and the index key of a position.
+
+    Args:
+        query: [KV heads * dim, hidden].   key: [dim, hidden].
+        query_norm, key_norm: [dim], of each head; then the first dimensions rotate as the layer's.
+        num_chosen: blocks of block_size positions, which a KvCache's blocks must divide.)")
+      .def(
+          "__init__",
+          [](BoundBlockIndexer* self, const Matrix& query, const Matrix& key,
+             const ArrayOf<float>& query_norm, const ArrayOf<float>& key_norm, int64_t num_chosen,
+             int64_t block_size, int64_t num_local) {
+            make_block_indexer(self, query, key, query_norm, key_norm, num_chosen, block_size, num_local);
+          },
+          "query"_a, "key"_a, nb::kw_only(), "query_norm"_a, "key_norm"_a, "num_chosen"_a, "block_size"_a,
+          "num_local"_a);
 
   m.def("grouped_query_attention", &grouped_query_attention, "query"_a, "key"_a, "value"_a.none(), "output"_a,
         nb::kw_only(), "num_heads"_a, "window"_a, "scale"_a, "query_bias"_a.none() = nb::none(),
@@ -459,7 +509,7 @@ void bind_mixers(nb::module_& m) {
         "sinks"_a.none() = nb::none(), "has_gate"_a = false, "value_norm"_a.none() = nb::none(),
         "is_causal"_a = false, "is_norm_last"_a = false, "value_scale"_a = 1.0f, "is_chunked"_a = false,
         "gate"_a.none() = nb::none(), "gate_kind"_a = "sigmoid",
-        "query_scale"_a = QueryScaleOfNumbers{0.0f, 1, 0}, R"(
+        "query_scale"_a = QueryScaleOfNumbers{0.0f, 1, 0}, "indexer"_a.none() = nb::none(), R"(
     q, k, v -> norm -> clamp -> rotary -> KV cache -> attention -> output projection.
 
     Args:
@@ -478,7 +528,8 @@ void bind_mixers(nb::module_& m) {
         is_causal: no token sees a position after its own, whatever a step's `sees_until` says.
         gate: [heads, hidden] or [heads * value_dim, hidden]; the result of each head, or each of its elements, is
             multiplied by `gate_kind` of the gate's product with the layer's input.
-        query_scale: beta, period, offset: queries are multiplied by 1 + beta * log(1 + (position + offset) // period).)");
+        query_scale: beta, period, offset: queries are multiplied by 1 + beta * log(1 + (position + offset) // period).
+        indexer: chooses the positions that a token sees, with is_causal and without a window; None means all.)");
   m.def(
       "gated_delta_net",
       [](const Matrix& qkv, const Matrix& b, const Matrix& output, const Matrix* z, const Matrix* a,

@@ -255,6 +255,10 @@ class BoundStack {
                  " sees the positions that an earlier layer chose, and no earlier layer has an indexer");
         if (latent->num_chosen > 0) require_size(name + ": num_chosen", latent->num_chosen, num_chosen);
       }
+      const auto* attention = std::get_if<GroupedQueryAttention>(mixer);
+      if (attention != nullptr && attention->indexer)
+        require_size(name + ": block_size of the indexer modulo block_tokens",
+                     attention->indexer->block_size % kv.block_tokens(), 0);
       if (shape.is_windowed) {
         const int64_t window = std::get<GroupedQueryAttention>(*layer.layer.mixer).window.size;
         require_range(name + ": window", window, 1, INT32_MAX);
@@ -676,12 +680,16 @@ void bind_stack(nb::module_& m) {
       .def(
           "add_attention",
           [](StackSizes& self, int64_t num_heads, int64_t kv_heads, int64_t head_dim, bool has_gate,
-             std::optional<int64_t> value_dim, int64_t gate_rows) {
-            self.add(AttentionSizes{num_heads, kv_heads, head_dim, value_dim.value_or(head_dim), has_gate,
-                                    gate_rows});
+             std::optional<int64_t> value_dim, int64_t gate_rows, int64_t index_dim, int64_t num_chosen,
+             int64_t block_size) {
+            AttentionSizes sizes = {num_heads, kv_heads,  head_dim, value_dim.value_or(head_dim),
+                                    has_gate,  gate_rows, {}};
+            if (num_chosen > 0) sizes.index = {kv_heads, index_dim, num_chosen, block_size};
+            self.add(sizes);
           },
           "num_heads"_a, "kv_heads"_a, "head_dim"_a, "has_gate"_a, "value_dim"_a.none() = nb::none(),
-          "gate_rows"_a = 0)
+          "gate_rows"_a = 0, "index_dim"_a = 0, "num_chosen"_a = 0, "block_size"_a = 0,
+          "index_dim, num_chosen and block_size are those of a block indexer.")
       .def(
           "add_latent_attention",
           [](StackSizes& self, int64_t num_heads, int64_t nope_dim, int64_t rope_dim, int64_t kv_rank,

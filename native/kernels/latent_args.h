@@ -40,7 +40,7 @@ struct IndexArgs {
   LatentLayer keys;
   const int32_t* blocks;
   const float* q;        // [num_tokens][num_heads][dim]
-  const float* weights;  // [num_tokens][num_heads]
+  const float* weights;  // [num_tokens][num_heads]; nullptr, with one head: scores are its products
   int64_t num_tokens, num_heads;
   int64_t begin, end;
   float* scores;  // [num_tokens][end - begin], rows scores_row floats apart

@@ -1,7 +1,8 @@
 // latent_index.h: how much positions matter to a token, by the lightning indexer (DeepSeek-V3.2,
-// arXiv:2512.02556), which chooses the positions that latent attention sees.
+// arXiv:2512.02556), which chooses the positions that attention sees.
 //
 //   scores[t][p] = sum over heads h of weights[t][h] * max(0, q[t][h] . key[p])
+//                  or q[t] . key[p], for one head without weights
 //
 //   float32; p from `begin` to `end`. NaN stays NaN. For one token and position, the order of sums is fixed:
 //   by dimension, then by head.
@@ -28,6 +29,10 @@ void index_scores(const IndexArgs& a) {
         const float* q = a.q + (t * a.num_heads + head) * a.keys.dim;
         float dot = 0.0f;
         for (int64_t d = 0; d < a.keys.dim; ++d) dot += q[d] * latent_element(a.keys, key, d);
+        if (a.weights == nullptr) {
+          sum = dot;
+          continue;
+        }
         sum += a.weights[t * a.num_heads + head] * (dot < 0.0f ? 0.0f : dot);
       }
       a.scores[t * a.scores_row + p - a.begin] = sum;
@@ -43,11 +48,9 @@ constexpr int64_t kIndexPositions = kIndexVecs * kLanes;
 constexpr int kIndexHeads = kLatentTile * int(kColumnVecs) / kIndexVecs;
 static_assert(kIndexPositions <= kMostIndexPositions);
 
-// keys [dim][kIndexPositions]; adds what kHeads heads contribute to `sum`.
+// keys [dim][kIndexPositions]; the products of kHeads queries, one after another.
 template <int kHeads>
-void add_index_heads(const float* keys, const float* q, const float* weights, int64_t dim,
-                     Vec (&sum)[kIndexVecs]) {
-  Vec dot[kHeads][kIndexVecs];
+void index_products(const float* keys, const float* q, int64_t dim, Vec (&dot)[kHeads][kIndexVecs]) {
 #pragma GCC unroll 16
   for (int h = 0; h < kHeads; ++h) {
 #pragma GCC unroll 2
@@ -64,6 +67,14 @@ void add_index_heads(const float* keys, const float* q, const float* weights, in
       for (int v = 0; v < kIndexVecs; ++v) dot[h][v] = fma(query, key[v], dot[h][v]);
     }
   }
+}
+
+// Adds what kHeads heads contribute to `sum`.
+template <int kHeads>
+void add_index_heads(const float* keys, const float* q, const float* weights, int64_t dim,
+                     Vec (&sum)[kIndexVecs]) {
+  Vec dot[kHeads][kIndexVecs];
+  index_products<kHeads>(keys, q, dim, dot);
 #pragma GCC unroll 16
   for (int h = 0; h < kHeads; ++h) {
     const Vec weight = broadcast(weights[h]);
@@ -97,13 +108,7 @@ void index_scores(const IndexArgs& a) {
                        [&](int64_t i) { return latent_vector(a.keys, a.blocks, begin + i); });
     });
     turn_index_keys(rows, stride, dim, keys);  // lanes behind the last position hold old numbers
-    for (int64_t t = 0; t < a.num_tokens; ++t) {
-      const float *q = a.q + t * a.num_heads * dim, *weights = a.weights + t * a.num_heads;
-      Vec sum[kIndexVecs];
-      for (int v = 0; v < kIndexVecs; ++v) sum[v] = zeros();
-      in_tiles<kIndexHeads>(0, a.num_heads, [&]<int kHeads>(Number<kHeads>, int64_t head) {
-        add_index_heads<kHeads>(keys, q + head * dim, weights + head, dim, sum);
-      });
+    const auto write = [&](int64_t t, const Vec(&sum)[kIndexVecs]) {
       float* scores = a.scores + t * a.scores_row + begin - a.begin;
       for (int v = 0; v < kIndexVecs; ++v) {
         const int64_t rest = count - v * kLanes;
@@ -113,6 +118,23 @@ void index_scores(const IndexArgs& a) {
           store(scores + v * kLanes, sum[v], rest);
         }
       }
+    };
+    if (a.weights == nullptr) {
+      in_tiles<kIndexHeads>(0, a.num_tokens, [&]<int kTokens>(Number<kTokens>, int64_t t) {
+        Vec dot[kTokens][kIndexVecs];
+        index_products<kTokens>(keys, a.q + t * dim, dim, dot);
+        for (int i = 0; i < kTokens; ++i) write(t + i, dot[i]);
+      });
+      continue;
+    }
+    for (int64_t t = 0; t < a.num_tokens; ++t) {
+      const float *q = a.q + t * a.num_heads * dim, *weights = a.weights + t * a.num_heads;
+      Vec sum[kIndexVecs];
+      for (int v = 0; v < kIndexVecs; ++v) sum[v] = zeros();
+      in_tiles<kIndexHeads>(0, a.num_heads, [&]<int kHeads>(Number<kHeads>, int64_t head) {
+        add_index_heads<kHeads>(keys, q + head * dim, weights + head, dim, sum);
+      });
+      write(t, sum);
     }
   }
 }

@@ -21,7 +21,8 @@ std::vector<Run> split_into_runs(const AttentionBatch& batch, int64_t longest) {
   std::vector<Run> runs;
   for (int64_t token = 0; token < batch.num_tokens; ++token) {
     const bool joins = !runs.empty() && batch.sequence[token] == batch.sequence[token - 1] &&
-                       token - runs.back().begin < longest;
+                       token - runs.back().begin < longest && !batch.chosen.limits(batch.order[token]) &&
+                       !batch.chosen.limits(batch.order[token - 1]);
     if (joins) {
       runs.back().end = token + 1;
     } else {
@@ -60,15 +61,17 @@ std::vector<int64_t> KvCache::layer_parts(const KvShape& shape, int64_t num_bloc
   // With room for elements, scales, values beside keys, and rounding up, so that nothing below overflows.
   const int64_t dim = std::max(shape.head_dim + shape.index_dim, shape.value_dim);
   checked_product(kKvCache, {64, num_blocks, block_tokens + kKeyTile, shape.kv_heads, dim + kKeyTile});
+  std::vector<int64_t> parts;
   if (shape.kind == KvShape::Kind::latent) {
-    std::vector<int64_t> parts = {num_blocks * latent_block_bytes(shape.head_dim, block_tokens, format)};
-    if (shape.index_dim > 0)
-      parts.push_back(num_blocks * latent_block_bytes(shape.index_dim, block_tokens, format));
-    return parts;
+    parts = {num_blocks * latent_block_bytes(shape.head_dim, block_tokens, format)};
+  } else {
+    const KvLayer layer = layer_of(shape, block_tokens, format);
+    const int64_t heads = num_blocks * shape.kv_heads;
+    parts = {heads * key_head_bytes(layer), heads * value_head_bytes(layer)};
   }
-  const KvLayer layer = layer_of(shape, block_tokens, format);
-  const int64_t heads = num_blocks * shape.kv_heads;
-  return {heads * key_head_bytes(layer), heads * value_head_bytes(layer)};
+  if (shape.index_dim > 0)
+    parts.push_back(num_blocks * latent_block_bytes(shape.index_dim, block_tokens, format));
+  return parts;
 }
 
 int64_t KvCache::bytes(const std::vector<KvShape>& layers, KvBlockCounts counts, int64_t block_tokens,
@@ -112,10 +115,10 @@ LatentLayer KvCache::latent_layer(int64_t index) {
 
 LatentLayer KvCache::index_layer(int64_t index) {
   const KvShape& shape = layers_[size_t(index)];
-  LatentLayer layer = latent_layer(index);
-  layer.vectors += counts_.num_blocks * latent_block_bytes(shape.head_dim, block_tokens_, format_);
-  layer.dim = shape.index_dim;
-  return layer;
+  const int64_t num_blocks = counts_.of(shape);
+  const int64_t begin = offsets_[size_t(index)] + layer_bytes(shape, num_blocks, block_tokens_, format_) -
+                        num_blocks * latent_block_bytes(shape.index_dim, block_tokens_, format_);
+  return {arena_.data() + begin, block_tokens_, shape.index_dim, format_};
 }
 
 std::vector<KvCache::Part> KvCache::parts(bool is_windowed) {
@@ -207,6 +210,11 @@ int64_t section_state_floats(int64_t value_dim, int num_threads) {
   return 3 * kFewItems * num_threads * most_attention_queries() * attention_state_floats(value_dim);
 }
 
+int64_t scratch_floats(int64_t head_dim, int64_t value_dim, int num_threads) {
+  const int64_t sections = num_threads > 1 ? section_state_floats(value_dim, num_threads) : 0;
+  return num_threads * most_attention_floats(head_dim, value_dim) + sections;
+}
+
 // A batch against the keys of one layer, by runs and KV heads.
 class Attention {
  public:
@@ -218,8 +226,8 @@ class Attention {
         group_(batch.num_heads / kv.kv_heads),
         runs_(split_into_runs(batch, std::max<int64_t>(1, runtime.kernels().most_queries / group_))),
         num_items_(int64_t(runs_.size()) * kv.kv_heads),
-        scratch_(reinterpret_cast<float*>(
-            runtime.scratch(attention_scratch_bytes(kv.head_dim, kv.value_dim, runtime.num_threads())))) {}
+        scratch_(reinterpret_cast<float*>(runtime.scratch(
+            attention_scratch_bytes(kv.head_dim, kv.value_dim, num_chosen(), runtime.num_threads())))) {}
 
   void run() {
     const int64_t num_threads = runtime_.num_threads();
@@ -245,7 +253,7 @@ class Attention {
 
   AttentionArgs args_of(int64_t item, int worker) const {
     const Run& run = run_of(item);
-    return {
+    AttentionArgs args = {
         .kv = kv_,
         .kv_head = item / int64_t(runs_.size()),
         .q = batch_.q + run.begin * batch_.num_heads * kv_.head_dim,
@@ -260,6 +268,34 @@ class Attention {
         .scratch = scratch_ + worker * attention_floats(),
         .sinks = batch_.sinks,
     };
+    if (batch_.chosen.limits(batch_.order[run.begin])) choose_blocks(args, run.begin, worker);
+    return args;
+  }
+
+  // Gives the call a block table of chosen blocks only, among which the token's own is the last.
+  void choose_blocks(AttentionArgs& args, int64_t token, int worker) const {
+    const ChosenBlocks& chosen = batch_.chosen;
+    const int64_t per_block = chosen.size / kv_.block_tokens, last = batch_.order[token] / kv_.block_tokens;
+    const int32_t* blocks = chosen.blocks + (token * kv_.kv_heads + args.kv_head) * chosen.count;
+    int32_t* order = tables_ + worker * (num_chosen() + 1);
+    int32_t* table = order + 1;
+    for (int64_t i = 0; i < chosen.count * per_block; ++i)
+      table[i] = args.blocks[std::min(blocks[i / per_block] * per_block + i % per_block, last)];
+    *order = int32_t(order_of(token));
+    args.order = order;
+    args.blocks = table;
+  }
+
+  int64_t num_chosen() const { return batch_.chosen.count * batch_.chosen.size; }
+
+  // The number of a token's own position among those that it may see.
+  int64_t order_of(int64_t token) const {
+    const ChosenBlocks& chosen = batch_.chosen;
+    const int64_t order = batch_.order[token];
+    return chosen.limits(order) ? (chosen.count - 1) * chosen.size + order % chosen.size : order;
+  }
+  int64_t until(int64_t token) const {
+    return batch_.chosen.blocks != nullptr ? order_of(token) + 1 : batch_.until(token);
   }
 
   int64_t most_queries() const { return runtime_.kernels().most_queries; }
@@ -268,13 +304,13 @@ class Attention {
   }
 
   int64_t first_section(int64_t token) const { return lane_of(kv_, batch_.first(token)) / kSectionKeys; }
-  int64_t last_section(int64_t token) const { return lane_of(kv_, batch_.until(token) - 1) / kSectionKeys; }
+  int64_t last_section(int64_t token) const { return lane_of(kv_, until(token) - 1) / kSectionKeys; }
 
   void share_items() {
     const KernelTable& table = runtime_.kernels();
     int64_t work = 0;
     for (int64_t t = 0; t < batch_.num_tokens; ++t) {
-      work += batch_.num_heads * (kv_.head_dim + kv_.value_dim) * (batch_.until(t) - batch_.first(t));
+      work += batch_.num_heads * (kv_.head_dim + kv_.value_dim) * (until(t) - batch_.first(t));
     }
     runtime_.parallel_for(num_items_, work / num_items_ + 1, [&](int64_t begin, int64_t end, int worker) {
       for (int64_t item = begin; item < end; ++item) table.attention(args_of(item, worker));
@@ -333,13 +369,15 @@ class Attention {
   std::vector<Run> runs_;
   int64_t num_items_;
   float* scratch_;
+  int32_t* tables_ = reinterpret_cast<int32_t*>(
+      scratch_ + scratch_floats(kv_.head_dim, kv_.value_dim, runtime_.num_threads()));
 };
 
 }  // namespace
 
-int64_t attention_scratch_bytes(int64_t head_dim, int64_t value_dim, int num_threads) {
-  const int64_t sections = num_threads > 1 ? section_state_floats(value_dim, num_threads) : 0;
-  return (num_threads * most_attention_floats(head_dim, value_dim) + sections) * 4;
+int64_t attention_scratch_bytes(int64_t head_dim, int64_t value_dim, int64_t num_chosen, int num_threads) {
+  const int64_t tables = num_chosen > 0 ? num_threads * (num_chosen + 1) : 0;
+  return (scratch_floats(head_dim, value_dim, num_threads) + tables) * 4;
 }
 
 void attention(Runtime& runtime, const KvLayer& kv, const AttentionBatch& batch, float* out) {

@@ -21,11 +21,11 @@ struct KvShape {
   Kind kind = Kind::none;
   int64_t kv_heads = 0, head_dim = 0, value_dim = 0;
   bool is_windowed = false;  // the layer has blocks of its own, window blocks
-  int64_t index_dim = 0;     // elements of an index key beside a latent vector; 0: none
+  int64_t index_dim = 0;     // elements of an index key besides; 0: none
 
-  static KvShape keys_values(int64_t kv_heads, int64_t head_dim, int64_t value_dim,
-                             bool is_windowed = false) {
-    return {Kind::keys_values, kv_heads, head_dim, value_dim, is_windowed};
+  static KvShape keys_values(int64_t kv_heads, int64_t head_dim, int64_t value_dim, bool is_windowed = false,
+                             int64_t index_dim = 0) {
+    return {Kind::keys_values, kv_heads, head_dim, value_dim, is_windowed, index_dim};
   }
   static KvShape latent(int64_t dim, int64_t index_dim = 0) {
     return {Kind::latent, 1, dim, 0, false, index_dim};
@@ -46,8 +46,8 @@ class KvCache {
   // Throws std::invalid_argument for a size below 1 or a cache beyond 2^62 bytes.
   KvCache(std::vector<KvShape> layers, KvBlockCounts counts, int64_t block_tokens, KvFormat format);
 
-  // The bytes of a layer's keys and of its values, or of its latent vectors and of its index keys. Throws as
-  // the constructor does.
+  // The bytes of a layer's keys and of its values, or of its latent vectors; and of its index keys, if it has
+  // any. Throws as the constructor does.
   static std::vector<int64_t> layer_parts(const KvShape& shape, int64_t num_blocks, int64_t block_tokens,
                                           KvFormat format);
   static int64_t bytes(const std::vector<KvShape>& layers, KvBlockCounts counts, int64_t block_tokens,
@@ -80,7 +80,7 @@ class KvCache {
   void copy_block(int64_t from, int64_t to, bool is_windowed);
 
  private:
-  // For each layer, and separately for its keys and values, or latent vectors and index keys: the offset of
+  // For each layer, and separately for its keys and values, or latent vectors, and index keys: the offset of
   // block 0, and the bytes per block.
   struct Part {
     int64_t offset, block_bytes;
@@ -101,6 +101,16 @@ class KvCache {
 void kv_write(Runtime& runtime, const KvLayer& kv, const float* keys, const float* values,
               const int64_t* slots, int64_t num_tokens);
 
+// The blocks of positions that an index chose for each token and KV head (latent_index.h). Block b has
+// positions [b * size, (b + 1) * size).
+struct ChosenBlocks {
+  const int32_t* blocks = nullptr;  // [num_tokens][kv_heads][count], ascending; nullptr: tokens see all
+  int64_t count = 0, size = 1;      // the size is a multiple of KvLayer::block_tokens
+
+  // Whether the token at `order` sees only chosen blocks: the last of them is then its own.
+  bool limits(int64_t order) const { return blocks != nullptr && order / size >= count; }
+};
+
 struct AttentionBatch {
   const float* q;  // [num_tokens][num_heads][head_dim]
   int64_t num_tokens, num_heads;
@@ -112,6 +122,8 @@ struct AttentionBatch {
   float scale;
   Window window;
   const float* sinks = nullptr;  // [num_heads]; nullptr: none
+  // With chosen blocks, there is neither a window nor sees_until.
+  ChosenBlocks chosen = {};
 
   // The positions that a token sees: [first(token), until(token)). All their blocks must be in range.
   int64_t first(int64_t token) const { return first_seen(window, order[token]); }
@@ -123,7 +135,7 @@ struct AttentionBatch {
 // out [num_tokens][num_heads][value_dim].
 void attention(Runtime& runtime, const KvLayer& kv, const AttentionBatch& batch, float* out);
 
-// The runtime scratch that attention takes.
-int64_t attention_scratch_bytes(int64_t head_dim, int64_t value_dim, int num_threads);
+// The runtime scratch that attention takes; num_chosen: positions of the chosen blocks of a token.
+int64_t attention_scratch_bytes(int64_t head_dim, int64_t value_dim, int64_t num_chosen, int num_threads);
 
 }  // namespace argosy

@@ -14,40 +14,51 @@ namespace argosy {
 
 namespace {
 
-constexpr int64_t kTileTokens = 8;  // tokens whose candidates exist at a time
+constexpr int64_t kTileRows = 8;  // choices whose candidates exist at a time, at least those of one token
 // Positions that are scored between two selections: memory does not grow with the context.
 constexpr int64_t kRoundPositions = 32 * kSectionPositions;
+static_assert(kMostIndexBlock <= kRoundPositions);
 
-// A position and its score as one number: the greatest is chosen first.
-uint64_t rank_of(float score, int64_t position) {
+// A score as a number that grows with it.
+uint32_t ascending(float score) {
   uint32_t bits = std::bit_cast<uint32_t>(score + 0.0f);  // -0 ties with 0
-  if (std::isnan(score)) bits = INT32_MAX;
-  const uint32_t ascending = bits >> 31 != 0 ? ~bits : bits | 0x80000000u;
-  return uint64_t(ascending) << 32 | ~uint32_t(position);
+  if (std::isnan(score)) bits = INT32_MAX - 1;
+  return bits >> 31 != 0 ? ~bits : bits | 0x80000000u;
 }
-int32_t position_of(uint64_t rank) { return int32_t(~uint32_t(rank)); }
+constexpr uint32_t kAboveAllScores = UINT32_MAX;
+
+// A position or block and its score as one number: the greatest is chosen first.
+uint64_t rank_of(uint32_t score, int64_t number) { return uint64_t(score) << 32 | ~uint32_t(number); }
+int32_t number_of(uint64_t rank) { return int32_t(~uint32_t(rank)); }
 
 struct Scratch {
-  Scratch(const IndexSizes& sizes, int num_threads) : most_ranks(sizes.count + kRoundPositions) {
+  Scratch(const IndexSizes& sizes, int num_threads)
+      : most_rows(std::max(kTileRows, sizes.choices_per_token())), most_ranks(sizes.count + kRoundPositions) {
     keys = layout.add(num_threads * index_scratch_floats(sizes.dim) * 4);
-    scores = layout.add(kTileTokens * kRoundPositions * 4);
-    ranks = layout.add(kTileTokens * most_ranks * 8);
+    scores = layout.add(most_rows * kRoundPositions * 4);
+    ranks = layout.add(most_rows * most_ranks * 8);
     selection = layout.add(num_threads * most_ranks * 8);
   }
-  int64_t most_ranks;  // of a token
+  int64_t most_rows;
+  int64_t most_ranks;  // of a choice
   ScratchLayout layout;
   int64_t keys, scores, ranks, selection;
 };
 
-// The best positions of one token so far, in ascending order.
+// The best positions, or blocks, of one choice so far, in ascending order.
 class Candidates {
  public:
   Candidates(uint64_t* ranks, int64_t count) : ranks_(ranks), count_(count) {}
 
-  // Takes the scores of positions [begin, end); `selection` has room for as many ranks as there may be.
-  void add(const float* scores, int64_t begin, int64_t end, uint64_t* selection) {
-    for (int64_t p = begin; p < end; ++p) {
-      const uint64_t rank = rank_of(scores[p - begin], p);
+  // Takes the scores of blocks from position `begin`, where one starts, to `end`. Blocks from number `local`
+  // on are chosen whatever their scores. `selection` has room for as many ranks as there may be.
+  void add(const float* scores, int64_t begin, int64_t end, int64_t block_size, int64_t local,
+           uint64_t* selection) {
+    for (int64_t p = begin, block = begin / block_size; p < end; p += block_size, ++block) {
+      uint32_t best = ascending(scores[p - begin]);
+      for (int64_t i = p + 1; i < std::min(p + block_size, end); ++i)
+        best = std::max(best, ascending(scores[i - begin]));
+      const uint64_t rank = rank_of(block >= local ? kAboveAllScores : best, block);
       if (rank >= least_) ranks_[size_++] = rank;
     }
     if (size_ <= count_) return;
@@ -57,7 +68,7 @@ class Candidates {
     size_ = std::remove_if(ranks_, ranks_ + size_, [&](uint64_t rank) { return rank < least_; }) - ranks_;
   }
 
-  void write(int32_t* positions) const { std::transform(ranks_, ranks_ + size_, positions, position_of); }
+  void write(int32_t* numbers) const { std::transform(ranks_, ranks_ + size_, numbers, number_of); }
 
  private:
   uint64_t* ranks_;
@@ -71,11 +82,12 @@ struct Group {
   int64_t until;       // of the positions that some of them see
 };
 
-// Groups of at most kTileTokens tokens in all, from `token` on, which moves behind them.
-std::vector<Group> next_groups(const AttentionBatch& batch, const ChosenPositions& chosen, int64_t& token) {
+// Groups of at most `most` tokens in all, from `token` on, which moves behind them. Tokens that see no more
+// than `limit` positions choose nothing.
+std::vector<Group> next_groups(const AttentionBatch& batch, int64_t limit, int64_t most, int64_t& token) {
   std::vector<Group> groups;
-  for (int64_t size = 0; token < batch.num_tokens && size < kTileTokens; ++token) {
-    if (!chosen.limits(batch, token)) continue;
+  for (int64_t size = 0; token < batch.num_tokens && size < most; ++token) {
+    if (batch.until(token) <= limit) continue;
     ++size;
     if (!groups.empty() && groups.back().end == token && batch.sequence[token] == batch.sequence[token - 1]) {
       groups.back().end = token + 1;
@@ -87,39 +99,41 @@ std::vector<Group> next_groups(const AttentionBatch& batch, const ChosenPosition
   return groups;
 }
 
-}  // namespace
-
-void choose_positions(Runtime& runtime, const LatentLayer& keys, const float* weights,
-                      const AttentionBatch& batch, int64_t count, int32_t* chosen) {
+// weights: nullptr if heads choose blocks. num_local: blocks that are chosen whatever their scores.
+void choose(Runtime& runtime, const LatentLayer& keys, const float* weights, const AttentionBatch& batch,
+            const IndexSizes& sizes, int64_t num_local, int32_t* chosen) {
   const KernelTable& table = runtime.kernels();
-  const ChosenPositions limit = {chosen, count};
   const auto lock = runtime.lock();
-  const Scratch places({batch.num_heads, keys.dim, count}, runtime.num_threads());
+  const Scratch places(sizes, runtime.num_threads());
+  const int64_t count = sizes.count, per_token = sizes.choices_per_token();
+  const int64_t block_size = std::max<int64_t>(1, sizes.block_size), limit = count * block_size;
+  const int64_t round = kRoundPositions / block_size * block_size;
   uint8_t* scratch = runtime.scratch(places.layout.bytes());
   float *copies = reinterpret_cast<float*>(scratch + places.keys),
         *scores = reinterpret_cast<float*>(scratch + places.scores);
   uint64_t *ranks = reinterpret_cast<uint64_t*>(scratch + places.ranks),
            *selection = reinterpret_cast<uint64_t*>(scratch + places.selection);
   for (int64_t token = 0; token < batch.num_tokens;) {
-    const std::vector<Group> groups = next_groups(batch, limit, token);
-    std::vector<int64_t> tokens;
+    const std::vector<Group> groups = next_groups(batch, limit, places.most_rows / per_token, token);
+    std::vector<int64_t> tokens;  // of each choice
     std::vector<Candidates> candidates;
-    std::vector<int64_t> rows;  // of the first token of each group among the tokens
+    std::vector<int64_t> rows;  // the first choice of each group
     int64_t most = 0;
     for (const Group& group : groups) {
       rows.push_back(int64_t(tokens.size()));
       most = std::max(most, group.until);
-      for (int64_t t = group.begin; t < group.end; ++t) {
+      for (int64_t t = group.begin * per_token; t < group.end * per_token; ++t) {
         candidates.emplace_back(ranks + int64_t(tokens.size()) * places.most_ranks, count);
-        tokens.push_back(t);
+        tokens.push_back(t / per_token);
       }
     }
-    for (int64_t first = 0; first < most; first += kRoundPositions) {
-      const int64_t after = std::min(first + kRoundPositions, most);
+    for (int64_t first = 0; first < most; first += round) {
+      const int64_t after = std::min(first + round, most);
       const int64_t sections = (after - first - 1) / kSectionPositions + 1;
       const int64_t work = batch.num_heads * keys.dim * kSectionPositions / 8;
       runtime.parallel_for(
-          int64_t(groups.size()) * sections, work * int64_t(tokens.size()) / int64_t(groups.size()),
+          int64_t(groups.size()) * sections,
+          work * int64_t(tokens.size()) / per_token / int64_t(groups.size()),
           [&](int64_t from, int64_t to, int worker) {
             for (int64_t i = from; i < to; ++i) {
               const Group& group = groups[size_t(i / sections)];
@@ -130,9 +144,9 @@ void choose_positions(Runtime& runtime, const LatentLayer& keys, const float* we
                   .keys = keys,
                   .blocks = batch.block_table + batch.sequence[group.begin] * batch.max_blocks,
                   .q = batch.q + group.begin * batch.num_heads * keys.dim,
-                  .weights = weights + group.begin * batch.num_heads,
-                  .num_tokens = group.end - group.begin,
-                  .num_heads = batch.num_heads,
+                  .weights = weights != nullptr ? weights + group.begin * batch.num_heads : nullptr,
+                  .num_tokens = (group.end - group.begin) * per_token,
+                  .num_heads = batch.num_heads / per_token,
                   .begin = begin,
                   .end = end,
                   .scores = scores + rows[size_t(i / sections)] * kRoundPositions + begin - first,
@@ -141,23 +155,40 @@ void choose_positions(Runtime& runtime, const LatentLayer& keys, const float* we
               });
             }
           });
-      runtime.parallel_for(int64_t(tokens.size()), 4 * (after - first),
-                           [&](int64_t from, int64_t to, int worker) {
-                             for (int64_t i = from; i < to; ++i) {
-                               candidates[size_t(i)].add(scores + i * kRoundPositions, first,
-                                                         std::min(after, batch.until(tokens[size_t(i)])),
-                                                         selection + worker * places.most_ranks);
-                             }
-                           });
+      runtime.parallel_for(
+          int64_t(tokens.size()), 4 * (after - first), [&](int64_t from, int64_t to, int worker) {
+            for (int64_t i = from; i < to; ++i) {
+              const int64_t until = batch.until(tokens[size_t(i)]);
+              const int64_t local = num_local > 0 ? (until - 1) / block_size + 1 - num_local : until;
+              candidates[size_t(i)].add(scores + i * kRoundPositions, first, std::min(after, until),
+                                        block_size, local, selection + worker * places.most_ranks);
+            }
+          });
     }
-    for (size_t i = 0; i < tokens.size(); ++i) candidates[i].write(chosen + tokens[i] * count);
+    for (size_t i = 0; i < tokens.size(); ++i) {
+      const int64_t choice = tokens[i] * per_token + int64_t(i) % per_token;  // every group has whole tokens
+      candidates[i].write(chosen + choice * count);
+    }
   }
+}
+
+}  // namespace
+
+void choose_positions(Runtime& runtime, const LatentLayer& keys, const float* weights,
+                      const AttentionBatch& batch, int64_t count, int32_t* chosen) {
+  choose(runtime, keys, weights, batch, {batch.num_heads, keys.dim, count}, 0, chosen);
+}
+
+void choose_blocks(Runtime& runtime, const LatentLayer& keys, const AttentionBatch& batch,
+                   const ChosenBlocks& chosen, int64_t num_local, int32_t* blocks) {
+  choose(runtime, keys, nullptr, batch, {batch.num_heads, keys.dim, chosen.count, chosen.size}, num_local,
+         blocks);
 }
 
 int64_t index_scratch_bytes(const IndexSizes& sizes, int num_threads) {
   // No part has more bytes than this product.
-  checked_product("index scratch",
-                  {512, kTileTokens + num_threads, sizes.dim + sizes.count + kRoundPositions + 64});
+  checked_product("index scratch", {512, std::max(kTileRows, sizes.choices_per_token()) + num_threads,
+                                    sizes.dim + sizes.count + kRoundPositions + 64});
   return Scratch(sizes, num_threads).layout.bytes();
 }
 

@@ -1,10 +1,14 @@
-// latent_index.h: the lightning indexer (DeepSeek-V3.2, arXiv:2512.02556), which chooses the positions that a
-// token of latent attention sees.
+// latent_index.h: indexers, which choose the positions, or blocks of positions, that a token sees.
 //
-// Every position has a small index key, one for all heads, in a cache beside its latent vector. A token
-// scores all positions that it could see, and the best `count` remain. The reference turns queries and keys
-// by a Hadamard matrix and rounds them to FP8: the first changes no product, the second only saves time; both
-// are left out.
+// Every position has a small index key, one for all heads, in a cache beside its latent vector, or keys and
+// values. A token scores all positions that it could see, and the best remain.
+//
+// The lightning indexer (DeepSeek-V3.2, arXiv:2512.02556) chooses positions for all heads together. The
+// reference turns queries and keys by a Hadamard matrix and rounds them to FP8: the first changes no product,
+// the second only saves time; both are left out.
+//
+// In block-sparse attention (MiniMax-M3), each index head chooses blocks for the heads of one KV head. A
+// block is as good as its best position.
 #pragma once
 
 #include "ops/latent_attention.h"
@@ -13,8 +17,10 @@ namespace argosy {
 
 struct IndexSizes {
   int64_t num_heads = 0, dim = 0;
-  int64_t count = 0;  // the positions that a token sees at most
+  int64_t count = 0;       // the positions that a token sees at most, or blocks
+  int64_t block_size = 0;  // positions of a block that each head chooses; 0: heads choose positions together
 
+  int64_t choices_per_token() const { return block_size > 0 ? num_heads : 1; }
   bool operator==(const IndexSizes&) const = default;
 };
 
@@ -27,7 +33,18 @@ struct IndexSizes {
 void choose_positions(Runtime& runtime, const LatentLayer& keys, const float* weights,
                       const AttentionBatch& batch, int64_t count, int32_t* chosen);
 
-// The runtime scratch that choose_positions takes. Throws std::invalid_argument for more than 2^62 bytes.
+// For each token that chosen.limits, writes to `blocks` [num_tokens][num_heads][count] the blocks of
+// chosen.size positions that each head chooses, in ascending order: the token's own and the num_local - 1
+// before it, then those with the highest products of query and key; ties and NaN as above.
+//
+// batch.q [num_tokens][num_heads][dim], which sees nothing after itself; 1 <= num_local <= chosen.count and
+// chosen.size <= kMostIndexBlock.
+void choose_blocks(Runtime& runtime, const LatentLayer& keys, const AttentionBatch& batch,
+                   const ChosenBlocks& chosen, int64_t num_local, int32_t* blocks);
+
+constexpr int64_t kMostIndexBlock = 8192;
+
+// The runtime scratch that choosing takes. Throws std::invalid_argument for more than 2^62 bytes.
 int64_t index_scratch_bytes(const IndexSizes& sizes, int num_threads);
 
 }  // namespace argosy

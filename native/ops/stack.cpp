@@ -45,9 +45,12 @@ void swiglu(Runtime& runtime, const ExpertView& network, const Activation& activ
 
 AttentionSizes sizes_of(const GroupedQueryAttention& mixer) {
   const int64_t head_dim = mixer.query.rows / mixer.num_heads / (mixer.has_gate ? 2 : 1);
-  return {mixer.num_heads, mixer.key.rows / head_dim,
-          head_dim,        mixer.output.cols / mixer.num_heads,
-          mixer.has_gate,  mixer.gate ? mixer.gate->matrix.rows : 0};
+  AttentionSizes sizes = {mixer.num_heads, mixer.key.rows / head_dim,
+                          head_dim,        mixer.output.cols / mixer.num_heads,
+                          mixer.has_gate,  mixer.gate ? mixer.gate->matrix.rows : 0};
+  if (const auto& indexer = mixer.indexer)
+    sizes.index = {indexer->num_heads(), indexer->dim(), indexer->count, indexer->block_size};
+  return sizes;
 }
 
 LatentSizes sizes_of(const LatentAttention& mixer) {

@@ -61,6 +61,20 @@ struct OutputGate {
   GateKind kind;
 };
 
+// Chooses the blocks of positions that the heads of each KV head see (ops/latent_index.h). The first
+// dimensions of queries and keys rotate by the angles of the layer's rotary embedding.
+struct BlockIndexer {
+  MatrixView query;         // [kv_heads * dim, hidden]
+  MatrixView key;           // [dim, hidden]
+  const float* query_norm;  // [dim], applied to each head
+  const float* key_norm;    // [dim]
+  int64_t count;            // blocks that a head sees at most
+  int64_t block_size;       // in positions
+  int64_t num_local;        // the token's own block, and those before it that are always chosen
+  int64_t dim() const { return key.rows; }
+  int64_t num_heads() const { return query.rows / key.rows; }
+};
+
 // Grouped-query attention (arXiv:2305.13245): q, k, v -> rotary -> KV cache -> attention -> output
 // projection.
 struct GroupedQueryAttention {
@@ -90,6 +104,7 @@ struct GroupedQueryAttention {
   // Query rows are [query, gate] of each head; a head's result is multiplied by sigmoid(gate).
   bool has_gate = false;
   std::optional<OutputGate> gate;
+  std::optional<BlockIndexer> indexer;  // is_causal, and without a window; none: tokens see all positions
 };
 
 // A gated delta net (arXiv:2412.06464): a recurrent state per sequence instead of keys and values. The rows
@@ -441,6 +456,7 @@ class Stack {
   void add_block(const MatrixView& output, const float* bias);
   void mix(const LatentAttention& attention);
   void choose_positions(const PositionIndexer& indexer, const AttentionBatch& batch, int64_t count);
+  void choose_blocks(const BlockIndexer& indexer, AttentionBatch& batch);
   bool feed_forward(const DenseFfn& ffn);  // false: the layer waits for experts
   bool feed_forward(const RoutedFfn& ffn);
   void choose(const Router& router, int64_t layer, const float* x, int32_t* ids, float* weights);

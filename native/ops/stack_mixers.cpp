@@ -1,4 +1,5 @@
 // The mixers of a Stack (stack.h): each reads `normed`, and add_block adds what it gives to the hidden state.
+#include <algorithm>
 #include <cmath>
 #include <utility>
 #include <vector>
@@ -49,6 +50,10 @@ void Stack::mix(const GroupedQueryAttention& mixer) {
   float* projected = mixer.has_gate ? buffers_.projected : query;
   std::vector<Product> products = {{mixer.query, projected}, {mixer.key, key}};
   if (mixer.value) products.push_back({*mixer.value, value});
+  if (mixer.indexer) {
+    products.push_back({mixer.indexer->query, buffers_.query_latent});
+    products.push_back({mixer.indexer->key, buffers_.query_latent + tokens * mixer.indexer->query.rows});
+  }
   matmul(runtime_, products, buffers_.normed, tokens);
   add_bias(runtime_, mixer.query_bias, tokens, mixer.query.rows, projected);
   add_bias(runtime_, mixer.key_bias, tokens, mixer.key.rows, key);
@@ -82,27 +87,50 @@ void Stack::mix(const GroupedQueryAttention& mixer) {
 
   const bool is_windowed = kv_.shape(number()).is_windowed;
   kv_write(runtime_, kv, key, value, is_windowed ? step_.window_slots : step_.slots, tokens);
-  attention(runtime_, kv,
-            {
-                .q = query,
-                .num_tokens = tokens,
-                .num_heads = mixer.num_heads,
-                .block_table = is_windowed ? step_.window_table : step_.block_table,
-                .max_blocks = step_.max_blocks,
-                .sequence = step_.sequence,
-                .order = step_.order,
-                .sees_until = mixer.is_causal ? nullptr : step_.sees_until,
-                .scale = mixer.scale,
-                .window = mixer.window,
-                .sinks = mixer.sinks,
-            },
-            buffers_.attended);
+  AttentionBatch batch = {
+      .q = query,
+      .num_tokens = tokens,
+      .num_heads = mixer.num_heads,
+      .block_table = is_windowed ? step_.window_table : step_.block_table,
+      .max_blocks = step_.max_blocks,
+      .sequence = step_.sequence,
+      .order = step_.order,
+      .sees_until = mixer.is_causal ? nullptr : step_.sees_until,
+      .scale = mixer.scale,
+      .window = mixer.window,
+      .sinks = mixer.sinks,
+  };
+  if (mixer.indexer) choose_blocks(*mixer.indexer, batch);
+  attention(runtime_, kv, batch, buffers_.attended);
   if (mixer.has_gate) {
     mul_gate(runtime_, GateKind::sigmoid, projected + kv.head_dim, 2 * kv.head_dim, 1,
              tokens * mixer.num_heads, kv.head_dim, buffers_.attended);
   }
   if (mixer.gate) gate_output(*mixer.gate, mixer.num_heads, kv.value_dim);
   add_block(mixer.output, mixer.output_bias);
+}
+
+// Stores the index keys of the step's tokens, and chooses the blocks of those that see more than they may.
+void Stack::choose_blocks(const BlockIndexer& indexer, AttentionBatch& batch) {
+  const LatentLayer keys = kv_.index_layer(number());
+  const int64_t tokens = batch.num_tokens, heads = indexer.num_heads(), dim = indexer.dim();
+  const float eps = description_.norm_eps;
+  float *query = buffers_.query_latent, *key = query + tokens * indexer.query.rows;
+  rms_norm(runtime_, key, indexer.key_norm, eps, tokens, dim, key);
+  rotate(key, 1, dim);
+  latent_write(runtime_, keys, key, step_.slots, tokens);
+
+  const ChosenBlocks chosen = {buffers_.chosen, indexer.count, indexer.block_size};
+  const bool is_limited =
+      std::any_of(batch.order, batch.order + tokens, [&](int32_t order) { return chosen.limits(order); });
+  if (!is_limited) return;
+  rms_norm(runtime_, query, indexer.query_norm, eps, tokens * heads, dim, query);
+  rotate(query, heads, dim);
+  AttentionBatch index_batch = batch;
+  index_batch.q = query;
+  index_batch.num_heads = heads;
+  argosy::choose_blocks(runtime_, keys, index_batch, chosen, indexer.num_local, buffers_.chosen);
+  batch.chosen = chosen;
 }
 
 void Stack::mix(const GatedDeltaNet& net) {

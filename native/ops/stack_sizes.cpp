@@ -51,8 +51,18 @@ void StackSizes::add(const AttentionSizes& mixer) {
   widen(value_, width_of({mixer.kv_heads, mixer.value_dim}));
   widen(projected_, mixer.has_gate ? 2 * query : 0);
   widen(projected_, width_of({mixer.gate_rows}));
-  const std::array<int64_t, 2> dims = {mixer.head_dim, mixer.value_dim};
+  const IndexSizes& index = mixer.index;
+  const std::array<int64_t, 3> dims = {mixer.head_dim, mixer.value_dim,
+                                       width_of({index.count, index.block_size})};
   if (std::find(head_dims_.begin(), head_dims_.end(), dims) == head_dims_.end()) head_dims_.push_back(dims);
+  widen(query_latent_, width_of({index.num_heads, index.dim}) + width_of({index.dim}));
+  widen(chosen_, width_of({index.num_heads, index.count}));
+  add_indexer(index);
+}
+
+void StackSizes::add_indexer(const IndexSizes& index) {
+  if (index.count > 0 && std::find(indexers_.begin(), indexers_.end(), index) == indexers_.end())
+    indexers_.push_back(index);
 }
 
 void StackSizes::add(const LatentSizes& mixer) {
@@ -64,6 +74,7 @@ void StackSizes::add(const LatentSizes& mixer) {
   widen(query_, width_of({mixer.index.num_heads, mixer.index.dim}));
   widen(value_, width_of({mixer.index.dim}) + width_of({mixer.index.num_heads}));
   widen(chosen_, width_of({mixer.index.count}));
+  add_indexer(mixer.index);
   widen(projected_, width_of({mixer.gate_rows}));
   if (std::find(latents_.begin(), latents_.end(), mixer) == latents_.end()) latents_.push_back(mixer);
 }
@@ -197,8 +208,9 @@ int64_t StackSizes::scratch_bytes(int64_t max_tokens, int num_threads, bool has_
 
   int64_t bytes = has_quants ? matmul_scratch_bytes(cols, max_tokens) : 0;
   if (num_experts_ > 0) bytes = std::max(bytes, route_scratch_bytes(num_experts_, num_threads));
-  for (const auto& [key, value] : head_dims_)
-    bytes = std::max(bytes, attention_scratch_bytes(key, value, num_threads));
+  for (const auto& [key, value, num_chosen] : head_dims_)
+    bytes = std::max(bytes, attention_scratch_bytes(key, value, num_chosen, num_threads));
+  for (const IndexSizes& index : indexers_) bytes = std::max(bytes, index_scratch_bytes(index, num_threads));
   for (const LatentSizes& latent : latents_) {
     LatentHeads heads = {};
     heads.num_heads = latent.num_heads;
@@ -206,7 +218,6 @@ int64_t StackSizes::scratch_bytes(int64_t max_tokens, int num_threads, bool has_
     heads.rope_dim = latent.rope_dim;
     heads.kv_rank = latent.kv_rank;
     bytes = std::max(bytes, latent_scratch_bytes(heads, max_tokens, num_threads));
-    if (latent.index.count > 0) bytes = std::max(bytes, index_scratch_bytes(latent.index, num_threads));
   }
   for (const Network& network : networks_) {
     bytes =

@@ -19,6 +19,7 @@ struct AttentionSizes {
   int64_t num_heads, kv_heads, head_dim, value_dim;
   bool has_gate;          // the query has rows of a gate
   int64_t gate_rows = 0;  // of the gate's own projection; 0: none
+  IndexSizes index = {};  // count 0: no indexer
 };
 
 struct LatentSizes {
@@ -58,8 +59,8 @@ struct StackBuffers {
   // [kv_heads * head_dim], [kv_heads * value_dim]; key [kv_rank + rope_dim]; value: an index key and the
   // weights of the index heads
   float *key, *value;
-  float* query_latent;     // [query_rank]; [latent_rows]
-  int32_t* chosen;         // [positions that an indexer chooses]
+  float* query_latent;     // [query_rank]; [latent_rows]; queries and a key of a block indexer
+  int32_t* chosen;         // [positions that an indexer chooses]; [kv_heads * blocks]
   float* projected;        // query and gate, or gate, of gated heads; the inputs of recurrent layers
   float* delta_gates;      // [2 * value_heads]; [heads * (key_dim + 1)]; [heads]
   float *cosine, *sine;    // [pairs], those of one rotary embedding after another
@@ -115,6 +116,7 @@ class StackSizes {
 
   int64_t lay_out(uint8_t* memory, int64_t max_tokens, StackBuffers& buffers) const;
   void add_network(const Network& network);
+  void add_indexer(const IndexSizes& index);
 
   int64_t hidden_, num_pairs_;
   // Columns of the buffers: the most that any layer needs.
@@ -122,8 +124,9 @@ class StackSizes {
   int64_t delta_gates_ = 0, num_experts_ = 0, k_ = 0, expert_in_ = 0, expert_out_ = 0;
   int64_t ffn_sum_ = 0, latent_ = 0;
   int64_t num_streams_ = 1, stream_weights_ = 0, stream_rank_ = 0;
-  std::vector<std::array<int64_t, 2>> head_dims_;  // of keys, and of their values
+  std::vector<std::array<int64_t, 3>> head_dims_;  // of keys, and of their values; positions of chosen blocks
   std::vector<LatentSizes> latents_;
+  std::vector<IndexSizes> indexers_;
   std::vector<Network> networks_;
 };
 

@@ -460,6 +460,44 @@ void bind_latent_attention(nb::module_& m) {
         q: [tokens, heads, index_dim].   weights: [tokens, heads].
         block_table, sequence, order, sees_until: as for `attention`.
         chosen: [tokens, count]; rows of tokens that see all their positions do not change.)");
+
+  m.def(
+      "block_attention",
+      [](Runtime& runtime, KvCache& kv, int64_t layer, const ArrayOf<float>& q, const ArrayOf<float>& index_q,
+         const ArrayOf<int32_t>& block_table, const ArrayOf<int32_t>& sequence, const ArrayOf<int32_t>& order,
+         int64_t block_size, int64_t num_local, float scale, const OutArrayOf<int32_t>& chosen,
+         const OutArrayOf<float>& out) {
+        const LatentLayer index = require_index(kv, layer);
+        const KvShape& shape = kv.shape(layer);
+        require_kind(shape, KvShape::Kind::keys_values);
+        AttentionBatch batch = {};
+        batch.q = read_array("q", q, {kAnySize, kAnySize, shape.head_dim});
+        batch.num_tokens = int64_t(q.shape(0));
+        batch.num_heads = int64_t(q.shape(1));
+        batch.scale = scale;
+        batch.block_table = read_array("block_table", block_table, {kAnySize, kAnySize});
+        batch.max_blocks = int64_t(block_table.shape(1));
+        batch.sequence = read_array("sequence", sequence, {batch.num_tokens});
+        batch.order = read_array("order", order, {batch.num_tokens});
+        AttentionBatch index_batch = batch;
+        index_batch.q = read_array("index_q", index_q, {batch.num_tokens, shape.kv_heads, index.dim});
+        index_batch.num_heads = shape.kv_heads;
+        int32_t* blocks = write_array("chosen", chosen, {batch.num_tokens, shape.kv_heads, kAnySize});
+        batch.chosen = {blocks, int64_t(chosen.shape(2)), block_size};
+        float* to = write_array("out", out, {batch.num_tokens, batch.num_heads * shape.value_dim});
+        require_blocks(kv, kv.num_blocks_of(layer), batch, int64_t(block_table.shape(0)));
+        nb::gil_scoped_release released;
+        choose_blocks(runtime, index, index_batch, batch.chosen, num_local, blocks);
+        attention(runtime, kv.layer(layer), batch, to);
+      },
+      "runtime"_a, "kv"_a, "layer"_a, "q"_a, "index_q"_a, "block_table"_a, "sequence"_a, "order"_a,
+      "block_size"_a, "num_local"_a, "scale"_a, "chosen"_a.noconvert(), "out"_a.noconvert(), R"(
+    Choose blocks for each token and KV head, and attend to them (native/ops/latent_index.h).
+
+    Args:
+        q, block_table, sequence, order, scale, out: as for `attention`.
+        index_q: [tokens, kv_heads, index_dim].
+        chosen: [tokens, kv_heads, blocks]; rows of tokens that see all their blocks do not change.)");
 }
 
 // runs [num_runs][3]: begin, end, slot.

@@ -38,7 +38,7 @@ std::vector<float> score(const KernelTable& table, IndexKeys& keys, const std::v
       .keys = layer,
       .blocks = keys.blocks.data(),
       .q = q.data() + first * heads * layer.dim,
-      .weights = weights.data() + first * heads,
+      .weights = weights.empty() ? nullptr : weights.data() + first * heads,
       .num_tokens = tokens,
       .num_heads = heads,
       .begin = begin,
@@ -90,6 +90,22 @@ void negative_products_add_nothing_and_nan_stays() {
   }
 }
 
+// One head without weights: the products themselves, with the same bits beside any other tokens.
+void products_meet_the_reference_in_every_part() {
+  constexpr int64_t kTokens = 17, kDim = 37, kLength = IndexKeys::kLength;
+  const std::vector<float> q = normal(kTokens * kDim, 7);
+  for (const KernelTable* table : all_tables()) {
+    IndexKeys keys(kDim, 16, KvFormat::f16);
+    const std::vector<float> whole = score(*table, keys, q, {}, 1, 0, kTokens, 0, kLength);
+    CHECK(near(whole, score(plain(), keys, q, {}, 1, 0, kTokens, 0, kLength), 1e-5));
+    for (int64_t t = 0; t < kTokens; ++t) {
+      const std::vector<float> some = score(*table, keys, q, {}, 1, t, 1, 30, kLength);
+      CHECK(same_bits(
+          some, std::vector<float>(whole.begin() + t * kLength + 30, whole.begin() + (t + 1) * kLength)));
+    }
+  }
+}
+
 }  // namespace
 }  // namespace argosy::testing
 
@@ -97,5 +113,6 @@ int main() {
   using namespace argosy::testing;
   scores_meet_the_reference_in_every_part();
   negative_products_add_nothing_and_nan_stays();
+  products_meet_the_reference_in_every_part();
   return check_result();
 }

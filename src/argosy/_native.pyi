@@ -485,13 +485,17 @@ class KvShape:
 
     @staticmethod
     def keys_values(
-        kv_heads: int, head_dim: int, is_windowed: bool = False, value_dim: int | None = None
+        kv_heads: int,
+        head_dim: int,
+        is_windowed: bool = False,
+        value_dim: int | None = None,
+        index_dim: int = 0,
     ) -> KvShape:
         """
         A key and a value for each KV head. Positions per block and value dimensions are padded to 16.
 
         A windowed layer lies in window blocks, of which a KvCache may have fewer. Values have the size of keys unless
-        `value_dim` is given.
+        `value_dim` is given. There is also an index key of `index_dim` elements, if it is not 0.
         """
 
     @staticmethod
@@ -515,7 +519,8 @@ def kv_cache_bytes(
 
 def kv_layer_parts(shape: KvShape, num_blocks: int, block_tokens: int, dtype: KvDtype) -> list[int]:
     """
-    Bytes of a layer's keys and values, or of its latent vectors and index keys, which follow each other in a KvCache.
+    Bytes of a layer's keys and values, or of its latent vectors; then of index keys. They lie in a KvCache in this
+    order.
     """
 
 class KvCache:
@@ -1629,6 +1634,29 @@ class RecurrentState:
 class Mixer:
     """The part of a layer that lets positions see each other."""
 
+class BlockIndexer:
+    """
+    Chooses the blocks of positions that the heads of each KV head see: the token's own and the num_local - 1 before
+    it, then those with the highest product of an index query and the index key of a position.
+
+    Args:
+        query: [KV heads * dim, hidden].   key: [dim, hidden].
+        query_norm, key_norm: [dim], of each head; then the first dimensions rotate as the layer's.
+        num_chosen: blocks of block_size positions, which a KvCache's blocks must divide.
+    """
+
+    def __init__(
+        self,
+        query: Matrix,
+        key: Matrix,
+        *,
+        query_norm: NDArray[numpy.float32],
+        key_norm: NDArray[numpy.float32],
+        num_chosen: int,
+        block_size: int,
+        num_local: int,
+    ) -> None: ...
+
 def grouped_query_attention(
     query: Matrix,
     key: Matrix,
@@ -1656,6 +1684,7 @@ def grouped_query_attention(
     gate: Matrix | None = None,
     gate_kind: Literal["sigmoid", "softplus"] = "sigmoid",
     query_scale: tuple[float, int, int] = (0.0, 1, 0),
+    indexer: BlockIndexer | None = None,
 ) -> Mixer:
     """
     q, k, v -> norm -> clamp -> rotary -> KV cache -> attention -> output projection.
@@ -1677,6 +1706,7 @@ def grouped_query_attention(
         gate: [heads, hidden] or [heads * value_dim, hidden]; the result of each head, or each of its elements, is
             multiplied by `gate_kind` of the gate's product with the layer's input.
         query_scale: beta, period, offset: queries are multiplied by 1 + beta * log(1 + (position + offset) // period).
+        indexer: chooses the positions that a token sees, with is_causal and without a window; None means all.
     """
 
 def gated_delta_net(
@@ -2073,7 +2103,12 @@ class StackSizes:
         has_gate: bool,
         value_dim: int | None = None,
         gate_rows: int = 0,
-    ) -> None: ...
+        index_dim: int = 0,
+        num_chosen: int = 0,
+        block_size: int = 0,
+    ) -> None:
+        """index_dim, num_chosen and block_size are those of a block indexer."""
+
     def add_latent_attention(
         self,
         num_heads: int,

@@ -234,6 +234,30 @@ def choose_positions(
         chosen: [tokens, count]; rows of tokens that see all their positions do not change.
     """
 
+def block_attention(
+    runtime: argosy._native.Runtime,
+    kv: argosy._native.KvCache,
+    layer: int,
+    q: NDArray[numpy.float32],
+    index_q: NDArray[numpy.float32],
+    block_table: NDArray[numpy.int32],
+    sequence: NDArray[numpy.int32],
+    order: NDArray[numpy.int32],
+    block_size: int,
+    num_local: int,
+    scale: float,
+    chosen: NDArray[numpy.int32],
+    out: NDArray[numpy.float32],
+) -> None:
+    """
+    Choose blocks for each token and KV head, and attend to them (native/ops/latent_index.h).
+
+    Args:
+        q, block_table, sequence, order, scale, out: as for `attention`.
+        index_q: [tokens, kv_heads, index_dim].
+        chosen: [tokens, kv_heads, blocks]; rows of tokens that see all their blocks do not change.
+    """
+
 def gated_delta(
     runtime: argosy._native.Runtime,
     state: argosy._native.RecurrentState,

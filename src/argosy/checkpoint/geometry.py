@@ -188,6 +188,11 @@ def _attention_shapes(attention: AttentionConfig, hidden: int) -> Iterator[tuple
         yield "sinks", (attention.num_heads,)
     if attention.gate_rows:
         yield "attn_gate", (attention.gate_rows, hidden)
+    if (index := attention.index) is not None:
+        yield "index_q", (attention.num_kv_heads * index.head_dim, hidden)
+        yield "index_k", (index.head_dim, hidden)
+        yield "index_q_norm", (index.head_dim,)
+        yield "index_k_norm", (index.head_dim,)
     yield "o", (hidden, attention.num_heads * attention.width_of_values)
     if attention.has_o_bias:
         yield "o_bias", (hidden,)

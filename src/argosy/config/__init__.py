@@ -17,8 +17,8 @@ from argosy.config.model import (
     RouterConfig,
 )  # fmt: skip
 from argosy.config.mixers import (
-    AttentionConfig, DeltaConfig, IndexConfig, KimiDeltaConfig, LatentConfig, LightningConfig, MambaConfig, Mixer,
-    QueryScale, RecurrentMixer, RopeConfig, RotaryMixer, ShortConvConfig,
+    AttentionConfig, BlockIndexConfig, DeltaConfig, IndexConfig, KimiDeltaConfig, LatentConfig, LightningConfig,
+    MambaConfig, Mixer, QueryScale, RecurrentMixer, RopeConfig, RotaryMixer, ShortConvConfig,
 )  # fmt: skip
 from argosy.config.ngrams import NgramConfig
 from argosy.config.residual import GatedResidual, Residual, SinkhornResidual

@@ -46,6 +46,21 @@ class QueryScale:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BlockIndexConfig:
+    """An indexer of block-sparse attention (MiniMax-M3): one head for each KV head chooses the blocks that it sees."""
+
+    num_chosen: int  # blocks; a token that could see no more sees all
+    block_size: int  # positions
+    num_local: int  # the token's own block, and those before it that are always chosen
+    head_dim: int
+
+    @property
+    def num_positions(self) -> int:
+        """The most positions that a token sees."""
+        return self.num_chosen * self.block_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionConfig:
     """Grouped-query attention (arXiv:2305.13245)."""
 
@@ -75,6 +90,7 @@ class AttentionConfig:
     # elements: `attn_gate` gives one for each head, or for each element.
     output_gate: Literal["none", "query", "heads", "elements"] = "none"
     gate_activation: Literal["sigmoid", "softplus"] = "sigmoid"
+    index: BlockIndexConfig | None = None  # a token sees only the best blocks; None: all
 
     @property
     def width_of_values(self) -> int:

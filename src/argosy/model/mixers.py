@@ -13,6 +13,7 @@ import numpy as np
 from argosy import _native
 from argosy.config import (
     AttentionConfig,
+    BlockIndexConfig,
     DeltaConfig,
     IndexConfig,
     KimiDeltaConfig,
@@ -84,6 +85,22 @@ def _attention(attention: AttentionConfig, name: str, weights: DenseWeights) -> 
         value_norm=np.ones(attention.width_of_values, np.float32) if attention.has_value_norm else None,
         value_scale=attention.value_scale,
         is_causal=attention.is_causal,
+        indexer=None
+        if attention.index is None
+        else _block_indexer(attention.index, name + "index_", weights),
+    )
+
+
+def _block_indexer(index: BlockIndexConfig, name: str, weights: DenseWeights) -> _native.BlockIndexer:
+    """The indexer of block-sparse attention."""
+    return _native.BlockIndexer(
+        weights.matrices[name + "q"],
+        weights.matrices[name + "k"],
+        query_norm=weights.vectors[name + "q_norm"],
+        key_norm=weights.vectors[name + "k_norm"],
+        num_chosen=index.num_chosen,
+        block_size=index.block_size,
+        num_local=index.num_local,
     )
 
 
@@ -246,6 +263,7 @@ def kv_shape(mixer: Mixer | None) -> _native.KvShape:
                 mixer.head_dim,
                 is_windowed=mixer.sliding_window > 0,
                 value_dim=mixer.width_of_values,
+                index_dim=mixer.index.head_dim if mixer.index else 0,
             )
         case LatentConfig():
             return _native.KvShape.latent(
@@ -276,6 +294,11 @@ def add_mixer_sizes(sizes: _native.StackSizes, mixer: Mixer | None) -> None:
                 mixer.output_gate == "query",
                 mixer.width_of_values,
                 mixer.gate_rows,
+                *(
+                    (blocks.head_dim, blocks.num_chosen, blocks.block_size)
+                    if (blocks := mixer.index)
+                    else (0, 0, 0)
+                ),
             )
         case LatentConfig():
             sizes.add_latent_attention(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from argosy import _native
@@ -119,6 +119,9 @@ def _attention(config: ModelConfig, kv_dtype: KvDtype) -> tuple[Attention, ...]:
         nbytes = _native.kv_cache_bytes([shape], 1, KV_BLOCK_TOKENS, kv_dtype)
         kinds[window, nbytes / KV_BLOCK_TOKENS, operations] += 1
 
+    def add_index(num_heads: int, dim: int) -> None:
+        add(0, _native.KvShape.latent(dim), 2.0 * num_heads * dim)
+
     for layer in config.layers:
         if isinstance(layer.mixer, RecurrentMixer):
             continue
@@ -127,11 +130,14 @@ def _attention(config: ModelConfig, kv_dtype: KvDtype) -> tuple[Attention, ...]:
                 operations = 2.0 * latent.num_heads * (latent.cached_dim + latent.kv_rank)
                 add(latent.num_chosen, _native.KvShape.latent(latent.cached_dim), operations)
                 if (index := latent.own_index) is not None:
-                    scoring = 2.0 * index.num_heads * index.head_dim
-                    add(0, _native.KvShape.latent(index.head_dim), scoring)
+                    add_index(index.num_heads, index.head_dim)
             case AttentionConfig() as attention:
                 operations = 2.0 * attention.num_heads * (attention.head_dim + attention.width_of_values)
-                add(attention.sliding_window, kv_shape(attention), operations)
+                if (blocks := attention.index) is None:
+                    add(attention.sliding_window, kv_shape(attention), operations)
+                else:
+                    add(blocks.num_positions, kv_shape(replace(attention, index=None)), operations)
+                    add_index(attention.num_kv_heads, blocks.head_dim)
     return tuple(
         Attention(window, count * token_bytes, count * operations)
         for (window, token_bytes, operations), count in kinds.items()
