@@ -38,6 +38,7 @@ void bind_recurrent(nb::module_& m);
 void bind_mixers(nb::module_& m);
 void bind_residual(nb::module_& m);
 void bind_stack(nb::module_& m);
+void bind_tables(nb::module_& m);
 void bind_probe(nb::module_& m);
 void bind_replay(nb::module_& m);
 void bind_store(nb::module_& m);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <initializer_list>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -16,6 +17,7 @@ namespace argosy {
 struct Kept {
   std::vector<Memory> memories;
   std::vector<Array> arrays;
+  std::vector<std::shared_ptr<TableRows>> tables;
 
   MatrixView keep(const Matrix& matrix) {
     memories.push_back(matrix.memory);
@@ -48,6 +50,7 @@ struct Kept {
   void keep(const Kept& other) {
     memories.insert(memories.end(), other.memories.begin(), other.memories.end());
     arrays.insert(arrays.end(), other.arrays.begin(), other.arrays.end());
+    tables.insert(tables.end(), other.tables.begin(), other.tables.end());
   }
 };
 
@@ -72,6 +75,11 @@ struct BoundResidual {
   BoundMix head;
 };
 
+struct BoundNgrams {
+  Ngrams ngrams;
+  Kept kept;
+};
+
 // The rotary's index and the mixes are checked by the stack, which has the rotaries and the streams.
 struct BoundLayer {
   Layer layer;
@@ -87,5 +95,7 @@ void require_mixer(const Mixer& mixer, const KvShape& kv, const RecurrentState* 
 // Checks that a mix, or those of a layer, fit the streams.
 void require_mix(const BoundMix& bound, const ResidualRule& rule, int64_t hidden, bool is_head);
 void require_streams(const BoundLayer& bound, const ResidualRule& rule, int64_t hidden);
+// The same for the n-gram sublayer.
+void require_ngrams(const Ngrams& ngrams, const RecurrentState* recurrent, int64_t streams, int64_t hidden);
 
 }  // namespace argosy

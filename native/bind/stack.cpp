@@ -114,7 +114,7 @@ void make_layer(BoundLayer* self, const std::optional<ArrayOf<float>>& mixer_nor
                 std::optional<int64_t> rotary, const std::optional<ArrayOf<float>>& mixer_post_norm,
                 const std::optional<ArrayOf<float>>& ffn_post_norm, float scale, bool is_parallel,
                 float mixer_scale, float ffn_scale, float normed_residual, const BoundMix* mixer_mix,
-                const BoundMix* ffn_mix) {
+                const BoundMix* ffn_mix, const BoundNgrams* ngrams) {
   Kept kept;
   if (mixer == nullptr && ffn == nullptr) refuse("a layer needs a mixer or a feed-forward network");
   if (is_parallel && (mixer == nullptr || ffn == nullptr || ffn_norm))
@@ -125,6 +125,7 @@ void make_layer(BoundLayer* self, const std::optional<ArrayOf<float>>& mixer_nor
     refuse("the layer has norms of a feed-forward network, but no such network");
   if (mixer != nullptr) kept.keep(mixer->kept);
   if (ffn != nullptr) kept.keep(ffn->kept);
+  if (ngrams != nullptr) kept.keep(ngrams->kept);
   int64_t hidden = 0;  // the last dimension of the norms, the first one decides
   for (const auto* norm : {&ffn_post_norm, &mixer_post_norm, &ffn_norm, &mixer_norm}) {
     if (*norm && (*norm)->ndim() > 0) hidden = int64_t((*norm)->shape((*norm)->ndim() - 1));
@@ -136,6 +137,7 @@ void make_layer(BoundLayer* self, const std::optional<ArrayOf<float>>& mixer_nor
   Layer layer = {
       .mixer_norm = kept.keep_norm("mixer_norm", mixer_norm, hidden),
       .mixer = mixer != nullptr ? std::optional(mixer->mixer) : std::nullopt,
+      .ngrams = ngrams != nullptr ? std::optional(ngrams->ngrams) : std::nullopt,
       .ffn_norm = kept.keep_norm("ffn_norm", ffn_norm, hidden),
       .ffn = ffn != nullptr ? std::optional(ffn->ffn) : std::nullopt,
       .is_parallel = is_parallel,
@@ -242,6 +244,7 @@ class BoundStack {
         require_fit(block, hidden_, description.activation);
         if (table != nullptr) require_experts(block, *table, number);
       };
+      if (layer.layer.ngrams) require_ngrams(*layer.layer.ngrams, state, description.residual.num_streams, hidden_);
       if (layer.layer.mixer) {
         require_mixer(*layer.layer.mixer, shape, state, rotary, hidden_);
       } else {
@@ -578,12 +581,15 @@ void bind_stack(nb::module_& m) {
         is_parallel: the network reads what the mixer reads, after mixer_norm, and there is no ffn_norm.
         mixer_scale, ffn_scale: multiply what the mixer, or the networks together, add to the hidden state.
         normed_residual: not 0 means that they add it to this factor times what they read, instead.
-        mixer_mix, ffn_mix: how they read and write residual streams; None with one hidden state.)")
+        mixer_mix, ffn_mix: how they read and write residual streams; None with one hidden state.
+        ngrams: rows of a table, added before the mixer reads the hidden state. Its table has begun to read the rows of
+            a step before the step begins.)")
       .def("__init__", &make_layer, "mixer_norm"_a.none(), "mixer"_a.none(), "ffn_norm"_a.none(),
            "ffn"_a.none(), nb::kw_only(), "rotary"_a.none() = 0, "mixer_post_norm"_a.none() = nb::none(),
            "ffn_post_norm"_a.none() = nb::none(), "scale"_a = 1.0f, "is_parallel"_a = false,
            "mixer_scale"_a = 1.0f, "ffn_scale"_a = 1.0f, "normed_residual"_a = 0.0f,
-           "mixer_mix"_a.none() = nb::none(), "ffn_mix"_a.none() = nb::none());
+           "mixer_mix"_a.none() = nb::none(), "ffn_mix"_a.none() = nb::none(),
+           "ngrams"_a.none() = nb::none());
 
   m.def("dense_ffn", &dense_ffn, "gate"_a.none(), "up"_a, "down"_a, nb::kw_only(),
         "activation"_a.none() = nb::none(), R"(
@@ -722,6 +728,12 @@ void bind_stack(nb::module_& m) {
       .def(
           "add_mamba", [](StackSizes& self, const MambaSizes& sizes) { self.add(mamba_shape(sizes)); },
           "sizes"_a)
+      .def(
+          "add_ngrams",
+          [](StackSizes& self, int64_t width, int64_t streams) {
+            self.add(NgramSizes{width, streams});
+          },
+          "width"_a, "streams"_a, "width: values of the rows of a token.")
       .def(
           "add_dense", [](StackSizes& self, int64_t width) { self.add(DenseSizes{width}); }, "width"_a)
       .def(

@@ -83,6 +83,7 @@ class Residual {
       : runtime_(runtime), rule_(rule), hidden_(hidden), norm_eps_(norm_eps) {}
 
   bool has_streams() const { return rule_.num_streams > 1; }
+  float* streams() { return buffers_.streams; }  // [num_tokens][num_streams][hidden]
   void use(const ResidualBuffers& buffers) { buffers_ = buffers; }
 
   // Every stream of a token is its row of x [num_tokens][hidden].

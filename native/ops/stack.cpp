@@ -107,6 +107,7 @@ StackSizes sizes_of(const StackDescription& description) {
   for (const Layer& layer : description.layers) {
     if (layer.mixer) std::visit([&](const auto& mixer) { sizes.add(sizes_of(mixer)); }, *layer.mixer);
     if (layer.ffn) std::visit([&](const auto& ffn) { sizes.add(sizes_of(ffn)); }, *layer.ffn);
+    if (layer.ngrams) sizes.add(NgramSizes{layer.ngrams->value.cols, layer.ngrams->streams()});
     if (layer.sums_apart()) sizes.add_ffn_post_norm();
   }
   if (description.residual.num_streams > 1) {
@@ -222,6 +223,10 @@ Pause Stack::advance(std::chrono::nanoseconds slice) {
       stage_ = Stage::between_layers;
       return Pause::time;
     }
+    if (layer().ngrams && !add_table_rows(end)) {
+      stage_ = Stage::between_layers;
+      return Pause::time;
+    }
     if (layer().mixer) {
       norm_block(layer().mixer_norm, layer().mixer_mix);
       std::visit([&](const auto& mixer) { mix(mixer); }, *layer().mixer);
@@ -242,6 +247,28 @@ Pause Stack::advance(std::chrono::nanoseconds slice) {
   logits(step_.wanted, step_.num_wanted, step_.logits);
   layers_done_.store(0, std::memory_order_relaxed);
   return Pause::done;
+}
+
+bool Stack::add_table_rows(Clock::time_point end) {
+  const Ngrams& ngrams = *layer().ngrams;
+  TableRows& table = *ngrams.table;
+  const int64_t tokens = step_.num_tokens;
+  if (table.num_rows() != tokens * ngrams.rows_per_token()) {
+    throw std::invalid_argument("the table of layer " + std::to_string(number()) + " has begun to read " +
+                                std::to_string(table.num_rows()) + " rows, but the step has " +
+                                std::to_string(tokens) + " tokens");
+  }
+  const auto left = std::chrono::ceil<std::chrono::milliseconds>(end - Clock::now());
+  const bool is_there = table.advance(std::max(left, std::chrono::milliseconds(1)));
+  mark(Part::waiting);
+  if (!is_there || table.fault()) return false;
+  float* rows = buffers_.expert_out;  // free until the layer's experts run
+  if (!table.write(runtime_, rows)) return false;
+  add_ngrams(runtime_, ngrams, description_.norm_eps, rows, tokens, recurrent_, runs_,
+             rows + tokens * ngrams.value.cols,
+             residual_.has_streams() ? residual_.streams() : buffers_.hidden);
+  mark(Part::attention_and_dense);
+  return true;
 }
 
 void Stack::end_layer() {
@@ -271,6 +298,9 @@ void Stack::end_layer() {
     }
   }
   ++layer_;
+  for (size_t i = size_t(layer_); i < description_.layers.size(); ++i) {
+    if (description_.layers[i].ngrams) description_.layers[i].ngrams->table->advance({});  // the next wave
+  }
   layers_done_.store(layer_, std::memory_order_relaxed);
 }
 

@@ -40,6 +40,7 @@
 #include "ops/layer_experts.h"
 #include "ops/mamba.h"
 #include "ops/matmul.h"
+#include "ops/ngrams.h"
 #include "ops/residual.h"
 #include "ops/rotary.h"
 #include "ops/runtime.h"
@@ -275,6 +276,7 @@ enum class NormKind { rms, layer };
 struct Layer {
   Norm mixer_norm;             // none: the mixer reads the hidden state
   std::optional<Mixer> mixer;  // none: the layer has only a network
+  std::optional<Ngrams> ngrams;  // added before the mixer reads the hidden state
   Norm ffn_norm;               // none: the network reads the hidden state
   std::optional<Ffn> ffn;      // none: the layer has only a mixer
   // The network reads what the mixer reads, not the hidden state after it; ffn_norm is not used.
@@ -373,8 +375,9 @@ class Stack {
   // the tokens of a sequence are not consecutive or do not continue at the position of its slot.
   void begin(const Step& step);
 
-  // Runs until the step is done, a layer waits for experts, or `slice` has passed. Throws
-  // std::invalid_argument if a layer waited and not all of its experts have run.
+  // Runs until the step is done, a layer waits for experts, or `slice` has passed. A layer whose table has a
+  // fault() passes the time until the step is given up. Throws std::invalid_argument if a layer waited and
+  // not all of its experts have run, or if a table has not begun to read the rows of the step.
   Pause advance(std::chrono::nanoseconds slice);
 
   // After Pause::experts and before the next advance(): run the shared expert, if there is one, and see to it
@@ -452,6 +455,7 @@ class Stack {
   void mix(const ShortConv& mixer);
   void mix(const Mamba& mixer);
   void begin_runs();
+  bool add_table_rows(Clock::time_point end);  // false: they are not all there, or some cannot be read
   void end_layer();
   void add_block(const MatrixView& output, const float* bias);
   void mix(const LatentAttention& attention);

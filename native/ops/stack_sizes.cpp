@@ -105,6 +105,12 @@ void StackSizes::add(const MambaShape& mixer) {
   widen(attended_, channels);
 }
 
+void StackSizes::add(const NgramSizes& ngrams) {
+  const int64_t width = width_of({ngrams.width});
+  widen(expert_out_, width + width_of({ngrams.streams + 1, hidden_}));
+  widen(ngram_width_, width);
+}
+
 void StackSizes::add(const DenseSizes& ffn) { add_network({hidden_, ffn.width, 1}); }
 
 void StackSizes::add(const RoutedSizes& ffn) {
@@ -200,7 +206,7 @@ StackBuffers StackSizes::place_buffers(uint8_t* memory, int64_t max_tokens) cons
 
 int64_t StackSizes::scratch_bytes(int64_t max_tokens, int num_threads, bool has_quants,
                                   bool has_act_order) const {
-  int64_t widest = std::max({int64_t{1}, hidden_, attended_, query_latent_, latent_});
+  int64_t widest = std::max({int64_t{1}, hidden_, attended_, query_latent_, latent_, ngram_width_});
   if (num_streams_ > 1) widest = std::max({widest, num_streams_ * hidden_, stream_rank_});
   const int64_t cols = widest;  // the most columns of a matrix outside of the feed-forward networks
   for (const Network& network : networks_) widest = std::max(widest, network.width * network.k);

@@ -11,6 +11,7 @@
 #include "ops/gated_delta.h"
 #include "ops/latent_index.h"
 #include "ops/mamba.h"
+#include "ops/ngrams.h"
 #include "ops/residual.h"
 
 namespace argosy {
@@ -69,7 +70,7 @@ struct StackBuffers {
   int32_t* expert_ids;     // [k]
   float* shared_score;     // [1]
   float* expert_in;        // [hidden or latent], if they do not read what the layer's norm gives
-  float* expert_out;       // [k * (hidden or latent)]
+  float* expert_out;       // [k * (hidden or latent)]; rows of a table with their keys and value
   float* ffn_sum;          // [hidden], what the networks of a layer add up to before a norm or factor
   ResidualBuffers residual;
 };
@@ -87,6 +88,7 @@ class StackSizes {
   void add(const KimiDeltaSizes& mixer);
   void add(const ShortConvSizes& mixer);
   void add(const MambaShape& mixer);
+  void add(const NgramSizes& ngrams);
   void add(const DenseSizes& ffn);
   void add(const RoutedSizes& ffn);
   void add(const ResidualSizes& residual);
@@ -122,8 +124,8 @@ class StackSizes {
   // Columns of the buffers: the most that any layer needs.
   int64_t query_ = 0, attended_ = 0, key_ = 0, value_ = 0, query_latent_ = 0, chosen_ = 0, projected_ = 0;
   int64_t delta_gates_ = 0, num_experts_ = 0, k_ = 0, expert_in_ = 0, expert_out_ = 0;
-  int64_t ffn_sum_ = 0, latent_ = 0;
   int64_t num_streams_ = 1, stream_weights_ = 0, stream_rank_ = 0;
+  int64_t ffn_sum_ = 0, latent_ = 0, ngram_width_ = 0;
   std::vector<std::array<int64_t, 3>> head_dims_;  // of keys, and of their values; positions of chosen blocks
   std::vector<LatentSizes> latents_;
   std::vector<IndexSizes> indexers_;

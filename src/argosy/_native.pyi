@@ -1962,6 +1962,91 @@ class Residual:
         is_lagged: bool = False,
     ) -> None: ...
 
+def table_rows_bytes(
+    format: Format,
+    num_rows: int,
+    cols: int,
+    parts: Sequence[tuple[str | None, Sequence[tuple[int, int, int]]]],
+    cache_bytes: int,
+    most_rows: int,
+) -> int:
+    """Bytes of memory of a TableRows."""
+
+class TableRows:
+    """
+    Rows of a table that stays on the drive, with a cache of those that were used last (native/ops/table_rows.h).
+
+    Args:
+        format: f32, f16 or bf16, or the slot format of every part.
+        parts: the tensors with the bytes of a row: the block type, None for plain values, and segments of rows (first
+            row, file of the store, offset of that row).
+        cache_bytes: of cached rows and of what says which they are.
+        most_rows: of one `begin`.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        format: Format,
+        num_rows: int,
+        cols: int,
+        parts: Sequence[tuple[str | None, Sequence[tuple[int, int, int]]]],
+        cache_bytes: int,
+        most_rows: int,
+    ) -> None: ...
+    def begin(self, rows: NDArray[numpy.int64]) -> None:
+        """Start to collect rows, whatever became of those of the last call."""
+
+    def advance(self, most_ms: int) -> bool:
+        """
+        Wait for the rows; return whether all of them are there, or have failed.
+        """
+
+    def write(self, runtime: Runtime, out: NDArray[numpy.float32]) -> bool:
+        """
+        Write float32 [rows, cols] after `advance` has returned True; return False for a `fault`.
+        """
+
+    @property
+    def fault(self) -> tuple[str, str | None, list[int]] | None:
+        """
+        The error of reads that failed, its kind, and which rows of `begin` are missing; None: there is none.
+        """
+
+    @property
+    def stats(self) -> tuple[int, int, int, int, int]:
+        """
+        Rows asked for, found in the cache, and late; rows read, and the bytes of their pages.
+        """
+
+    @property
+    def num_cached(self) -> int:
+        """Rows that the cache can hold."""
+
+class Ngrams:
+    """The n-gram sublayer of a layer; made by `ngrams`."""
+
+def ngrams(
+    table: TableRows,
+    key: Matrix,
+    value: Matrix,
+    *,
+    key_norm: NDArray[numpy.float32],
+    query_norm: NDArray[numpy.float32],
+    conv: NDArray[numpy.float32] | None = None,
+    conv_norm: NDArray[numpy.float32] | None = None,
+    state_layer: int = 0,
+) -> Ngrams:
+    """
+    Rows of a table, gated by the residual streams that they join (native/ops/ngrams.h).
+
+    Args:
+        key: [streams * hidden, width], where width is the values of the rows of a token.   value: [hidden, width].
+        key_norm, query_norm, conv_norm: [streams * hidden].
+        conv: [positions, streams * hidden], depthwise and causal, of the gated values; None means no convolution.
+        state_layer: its layer of the recurrent state.
+    """
+
 class Ffn:
     """The feed-forward network of a layer."""
 
@@ -1980,6 +2065,8 @@ class Layer:
         mixer_scale, ffn_scale: multiply what the mixer, or the networks together, add to the hidden state.
         normed_residual: not 0 means that they add it to this factor times what they read, instead.
         mixer_mix, ffn_mix: how they read and write residual streams; None with one hidden state.
+        ngrams: rows of a table, added before the mixer reads the hidden state. Its table has begun to read the rows of
+            a step before the step begins.
     """
 
     def __init__(
@@ -1999,6 +2086,7 @@ class Layer:
         normed_residual: float = 0.0,
         mixer_mix: StreamMix | None = None,
         ffn_mix: StreamMix | None = None,
+        ngrams: Ngrams | None = None,
     ) -> None: ...
 
 def dense_ffn(gate: Matrix | None, up: Matrix, down: Matrix, *, activation: Activation | None = None) -> Ffn:
@@ -2130,6 +2218,9 @@ class StackSizes:
 
     def add_short_conv(self, channels: int) -> None: ...
     def add_mamba(self, sizes: _MambaSizes) -> None: ...
+    def add_ngrams(self, width: int, streams: int) -> None:
+        """width: values of the rows of a token."""
+
     def add_dense(self, width: int) -> None: ...
     def add_routed(
         self,
