@@ -443,6 +443,11 @@ void bind_attention(nb::module_& m) {
           },
           "dim"_a, "index_dim"_a = 0,
           "Only one vector, shared by all heads; and an index key of `index_dim` elements, if it is not 0.")
+      .def_static("pooled", &KvShape::pooled, "dim"_a, "positions_per_entry"_a, R"(
+        One vector for each group of so many positions, which all heads share. The number divides the positions of a
+        block or is a multiple of them.)")
+      .def_ro("positions_per_entry", &KvShape::positions_per_entry)
+      .def_ro("is_windowed", &KvShape::is_windowed, "Whether it lies in window blocks.")
       .def_static("none", [] { return KvShape{}; }, "Nothing: the layer has a recurrent state.");
 
   m.def(

@@ -3,6 +3,7 @@
 #include "bind/recurrent.h"
 
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <vector>
@@ -13,8 +14,8 @@ using namespace nb::literals;
 
 void bind_recurrent(nb::module_& m) {
   nb::class_<StateShape>(m, "StateShape", R"(
-    The float32 values that a layer without keys and values keeps of a sequence: the last inputs of its convolution, and
-    the matrices of its heads.)")
+    The float32 values that a layer keeps of a sequence: last inputs of its convolution and the matrices of its heads,
+    or what its pools have gathered.)")
       .def_static(
           "delta_net", [](const DeltaSizes& sizes) { return delta_shape(sizes).state(); }, "sizes"_a)
       .def_static(
@@ -25,13 +26,21 @@ void bind_recurrent(nb::module_& m) {
           "channels"_a, "width"_a)
       .def_static(
           "mamba", [](const MambaSizes& sizes) { return mamba_shape(sizes).state(); }, "sizes"_a)
+      .def_static(
+          "pools",
+          [](const std::vector<PoolSizes>& pools) {
+            StateShape shape = {};
+            for (const PoolSizes& sizes : pools) shape.matrix_floats += pool_shape(sizes).state_floats();
+            return shape;
+          },
+          "pools"_a, "What the pools of a layer have gathered of unfinished groups, one after another.")
       .def_ro("window_floats", &StateShape::window_floats)
       .def_ro("matrix_floats", &StateShape::matrix_floats);
 
   m.def("recurrent_state_bytes", &RecurrentState::bytes, "num_slots"_a, "layers"_a,
         "Bytes of a RecurrentState.");
   nb::class_<RecurrentState>(m, "RecurrentState", R"(
-    What layers without keys and values keep, one slot per running sequence; memory is committed when it is first
+    What layers keep of a sequence as a whole, one slot per running sequence; memory is committed when it is first
     written.
 
     The position of a slot is the number of tokens it has seen. A run of tokens continues from there, or starts over

@@ -2,10 +2,13 @@
 #pragma once
 
 #include <array>
+#include <tuple>
 
 #include "bind/bind.h"
+#include "bind/matrix.h"
 #include "ops/gated_delta.h"
 #include "ops/mamba.h"
+#include "ops/pool.h"
 
 namespace argosy {
 
@@ -27,6 +30,16 @@ inline MambaShape mamba_shape(const MambaSizes& sizes) {
   shape.state();  // rejects sizes below 1 and products that overflow an int64
   require_size("heads modulo groups", shape.num_heads % shape.num_groups, 0);
   return shape;
+}
+
+// Ratio, dimension, whether groups overlap.
+using PoolSizes = Named<std::tuple<int64_t, int64_t, bool>, "_PoolSizes">;
+
+inline PoolShape pool_shape(const PoolSizes& sizes) {
+  const auto& [ratio, dim, has_overlap] = sizes.base();
+  require_range("the ratio of a pool", ratio, 1, int64_t{1} << 20);
+  require_range("the dimension of a pool", dim, 1, kLargestSize);
+  return {ratio, dim, has_overlap};
 }
 
 inline void require_slot(const RecurrentState& state, int64_t slot) {

@@ -21,12 +21,13 @@ argosy._native.__prefix__:
     )
     _DeltaSizes = tuple[int, int, int, int, int]  # key heads, value heads, key dim, value dim, conv width
     _MambaSizes = tuple[int, int, int, int, int]  # heads, head dim, state dim, groups, conv width
+    _PoolSizes = tuple[int, int, bool]  # ratio, dim, whether groups overlap
     _Buffer = bytes | bytearray | memoryview | NDArray[Any]
 
 tests.native._native_testing.__prefix__:
     # Written by `make stubs` from native/tests/native_testing.cpp: edit it there.
 
-    \from argosy._native import Activation, Urgency, _DeltaSizes, _MambaSizes
+    \from argosy._native import Activation, Urgency, _DeltaSizes, _MambaSizes, _PoolSizes
     \from argosy.config import Format
     \from typing import Any, Literal
     \from numpy.typing import NDArray

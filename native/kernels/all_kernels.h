@@ -25,6 +25,7 @@
 #include "kernels/matmul_f8.h"
 #include "kernels/matmul_float.h"
 #include "kernels/matmul_quantized.h"
+#include "kernels/pool.h"
 #include "kernels/probe.h"
 #include "kernels/quantize.h"
 #include "kernels/rms_norm.h"
@@ -140,6 +141,7 @@ constexpr KernelTable kernel_table_named(const char* name) {
       .attention_merge = attention_merge,
       .attention_finish = attention_finish,
       .causal_conv = causal_conv,
+      .pool = pool,
       .delta_gates = delta_gates,
       .channel_gates = channel_gates,
       .delta_rule = delta_rule,

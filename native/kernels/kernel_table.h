@@ -35,6 +35,7 @@ struct AttentionArgs;
 struct LatentAttentionArgs;
 struct IndexArgs;
 struct CausalConvArgs;
+struct PoolArgs;
 struct DeltaGatesArgs;
 struct ChannelGatesArgs;
 struct DeltaRuleArgs;
@@ -102,6 +103,7 @@ struct KernelTable {
   void (*attention_finish)(const float* state, int64_t value_dim, float* out);  // [value_dim]
 
   void (*causal_conv)(const CausalConvArgs& args);
+  void (*pool)(const PoolArgs& args);
   void (*delta_gates)(const DeltaGatesArgs& args);
   void (*channel_gates)(const ChannelGatesArgs& args);
   void (*delta_rule)(const DeltaRuleArgs& args);

@@ -71,8 +71,9 @@ static inline uint8_t* value_head(const KvLayer& kv, int64_t block, int64_t head
 // [groups of 32 dimensions] before its bytes.
 struct LatentLayer {
   uint8_t* vectors;
-  int64_t block_tokens, dim;
+  int64_t block_tokens, dim;  // block_tokens: vectors of a block
   KvFormat format;
+  int64_t block_stride = 1;  // the vectors of a sequence lie in the last of every so many of its blocks
 };
 
 static inline int64_t latent_vector_bytes(const LatentLayer& kv) {

@@ -72,7 +72,8 @@ inline float* state_sum(float* state, int64_t value_dim) {
 }
 
 inline const uint8_t* latent_vector(const LatentLayer& kv, const int32_t* blocks, int64_t position) {
-  const int64_t slot = blocks[position / kv.block_tokens] * kv.block_tokens + position % kv.block_tokens;
+  const int64_t block = (position / kv.block_tokens + 1) * kv.block_stride - 1;
+  const int64_t slot = blocks[block] * kv.block_tokens + position % kv.block_tokens;
   return kv.vectors + slot * latent_vector_bytes(kv);
 }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -39,9 +40,20 @@ KvLayer layer_of(const KvShape& shape, int64_t block_tokens, KvFormat format) {
   return {nullptr, nullptr, block_tokens, shape.kv_heads, shape.head_dim, shape.value_dim, format};
 }
 
-// Bytes of `dim` elements for each position of a block.
-int64_t latent_block_bytes(int64_t dim, int64_t block_tokens, KvFormat format) {
-  return block_tokens * latent_vector_bytes({nullptr, block_tokens, dim, format});
+// Bytes of `dim` elements for each entry of a block.
+int64_t latent_block_bytes(int64_t dim, int64_t block_entries, KvFormat format) {
+  return block_entries * latent_vector_bytes({nullptr, block_entries, dim, format});
+}
+
+// The entries of a block. Where one stands for the positions of several blocks, each has room for it.
+int64_t block_entries(const KvShape& shape, int64_t block_tokens) {
+  const int64_t positions = shape.positions_per_entry;
+  if (positions < 1 || (block_tokens % positions != 0 && positions % block_tokens != 0)) {
+    throw std::invalid_argument("an entry stands for " + std::to_string(positions) +
+                                " positions, expected a divisor or a multiple of the " +
+                                std::to_string(block_tokens) + " positions of a block");
+  }
+  return std::max<int64_t>(1, block_tokens / positions);
 }
 
 int64_t layer_bytes(const KvShape& shape, int64_t num_blocks, int64_t block_tokens, KvFormat format) {
@@ -63,7 +75,7 @@ std::vector<int64_t> KvCache::layer_parts(const KvShape& shape, int64_t num_bloc
   checked_product(kKvCache, {64, num_blocks, block_tokens + kKeyTile, shape.kv_heads, dim + kKeyTile});
   std::vector<int64_t> parts;
   if (shape.kind == KvShape::Kind::latent) {
-    parts = {num_blocks * latent_block_bytes(shape.head_dim, block_tokens, format)};
+    parts = {num_blocks * latent_block_bytes(shape.head_dim, block_entries(shape, block_tokens), format)};
   } else {
     const KvLayer layer = layer_of(shape, block_tokens, format);
     const int64_t heads = num_blocks * shape.kv_heads;
@@ -110,7 +122,9 @@ KvLayer KvCache::layer(int64_t index) {
 }
 
 LatentLayer KvCache::latent_layer(int64_t index) {
-  return {arena_.data() + offsets_[size_t(index)], block_tokens_, layers_[size_t(index)].head_dim, format_};
+  const KvShape& shape = layers_[size_t(index)];
+  return {arena_.data() + offsets_[size_t(index)], block_entries(shape, block_tokens_), shape.head_dim, format_,
+          std::max<int64_t>(1, shape.positions_per_entry / block_tokens_)};
 }
 
 LatentLayer KvCache::index_layer(int64_t index) {

@@ -11,7 +11,7 @@
 
 namespace argosy {
 
-// The data that a layer stores for each position.
+// The data that a layer stores for each position, or for each group of consecutive positions.
 struct KvShape {
   enum class Kind {
     none,         // nothing: the layer has a recurrent state
@@ -22,6 +22,9 @@ struct KvShape {
   int64_t kv_heads = 0, head_dim = 0, value_dim = 0;
   bool is_windowed = false;  // the layer has blocks of its own, window blocks
   int64_t index_dim = 0;     // elements of an index key besides; 0: none
+  // Latent vectors: entry e of a sequence stands for so many positions and lies where the last of them does,
+  // position (e + 1) * positions_per_entry - 1. It divides the positions of a block, or is a multiple.
+  int64_t positions_per_entry = 1;
 
   static KvShape keys_values(int64_t kv_heads, int64_t head_dim, int64_t value_dim, bool is_windowed = false,
                              int64_t index_dim = 0) {
@@ -29,6 +32,10 @@ struct KvShape {
   }
   static KvShape latent(int64_t dim, int64_t index_dim = 0) {
     return {Kind::latent, 1, dim, 0, false, index_dim};
+  }
+  // Entries that each stand for several positions.
+  static KvShape pooled(int64_t dim, int64_t positions_per_entry) {
+    return {Kind::latent, 1, dim, 0, false, 0, positions_per_entry};
   }
 };
 
@@ -40,10 +47,12 @@ struct KvBlockCounts {
 };
 
 // The KV cache of all layers, in blocks of block_tokens positions (layout: kernels/kv_layer.h). Layers
-// that keep all positions share the numbers of their blocks, and so do windowed layers.
+// that keep all positions share the numbers of their blocks, and so do windowed layers. Behind the layers
+// come the further stores of some of them, which count as layers here.
 class KvCache {
  public:
-  // Throws std::invalid_argument for a size below 1 or a cache beyond 2^62 bytes.
+  // Throws std::invalid_argument for a size below 1, positions_per_entry that does not fit block_tokens, or a
+  // cache beyond 2^62 bytes.
   KvCache(std::vector<KvShape> layers, KvBlockCounts counts, int64_t block_tokens, KvFormat format);
 
   // The bytes of a layer's keys and of its values, or of its latent vectors; and of its index keys, if it has

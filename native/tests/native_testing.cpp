@@ -29,6 +29,7 @@
 #include "kernels/route_args.h"
 #include "kernels/swiglu_args.h"
 #include "ops/causal_conv.h"
+#include "ops/pool.h"
 #include "ops/expert_reads.h"
 #include "ops/gated_delta.h"
 #include "ops/latent_attention.h"
@@ -657,6 +658,36 @@ void run_mamba(Runtime& runtime, RecurrentState& state, int64_t layer, const Out
   move_on(state, layer, found);
 }
 
+int64_t run_pool(Runtime& runtime, RecurrentState& state, int64_t layer, const ArrayOf<float>& vectors,
+                 const std::optional<ArrayOf<float>>& gates, const std::optional<ArrayOf<float>>& bias,
+                 const ArrayOf<int64_t>& runs, const PoolSizes& sizes, const OutArrayOf<float>& out,
+                 const OutArrayOf<float>& begins) {
+  const PoolShape shape = pool_shape(sizes);
+  require_range("layer", layer, 0, state.num_layers() - 1);
+  require_size("floats of the layer's state", state.shape(layer).matrix_floats, shape.state_floats());
+  const float* from = read_array("vectors", vectors, {kAnySize, shape.columns()});
+  const int64_t num_tokens = int64_t(vectors.shape(0));
+  const PoolInputs inputs = {
+      from, gates ? read_array("gates", *gates, {num_tokens, shape.columns()}) : nullptr, shape.columns(),
+      bias ? read_array("bias", *bias, {shape.ratio, shape.columns()}) : nullptr};
+  const std::vector<StateRun> found = read_runs(state, runs, num_tokens);
+  std::vector<int32_t> order(static_cast<size_t>(num_tokens));
+  for (const StateRun& run : found) {
+    for (int64_t t = run.begin; t < run.end; ++t)
+      order[size_t(t)] = int32_t(state.position(run.slot) + t - run.begin);
+  }
+  PoolEntries entries = {write_array("out", out, {num_tokens, shape.dim}),
+                         write_array("begins", begins, {shape.kMostAxes * num_tokens}),
+                         {}};
+  {
+    nb::gil_scoped_release released;
+    pool_tokens(runtime, &state, layer, 0, shape, inputs, found, {order.data(), nullptr, num_tokens, 1},
+                entries);
+  }
+  move_on(state, layer, found);
+  return entries.count();
+}
+
 }  // namespace
 }  // namespace argosy
 
@@ -701,6 +732,14 @@ NB_MODULE(_native_testing, m) {
     Args:
         x, in_gate, out_gate, out: [tokens, channels]; both gates or none.
         runs: as for `gated_delta`.   weights: [width, channels].   bias: [channels].)");
+  m.def("pool", &run_pool, "runtime"_a, "state"_a, "layer"_a, "vectors"_a, "gates"_a.none(), "bias"_a.none(),
+        "runs"_a, nb::kw_only(), "sizes"_a, "out"_a.noconvert(), "begins"_a.noconvert(), R"(
+    Gather tokens in groups (native/ops/pool.h); return how many entries they completed. Runs cover all tokens.
+
+    Args:
+        vectors, gates: [tokens, columns].   bias: [ratio, columns].   runs: as for `gated_delta`.
+        out: [tokens, dim]; the first rows become the entries.
+        begins: [3 * tokens]; the first elements become the positions at which the groups of entries begin.)");
   m.def("mamba_recurrence", &run_mamba, "runtime"_a, "state"_a, "layer"_a, "projected"_a.noconvert(),
         "runs"_a, nb::kw_only(), "conv"_a, "conv_bias"_a.none() = nb::none(), "rate"_a, "dt_bias"_a, "skip"_a,
         "norm"_a, "eps"_a, "sizes"_a, "dt_limit"_a, "out"_a.noconvert(), R"(

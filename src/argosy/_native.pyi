@@ -46,6 +46,7 @@ Piece = (
 )
 _DeltaSizes = tuple[int, int, int, int, int]  # key heads, value heads, key dim, value dim, conv width
 _MambaSizes = tuple[int, int, int, int, int]  # heads, head dim, state dim, groups, conv width
+_PoolSizes = tuple[int, int, bool]  # ratio, dim, whether groups overlap
 _Buffer = bytes | bytearray | memoryview | NDArray[Any]
 
 class Foreground:
@@ -503,6 +504,19 @@ class KvShape:
         """
         Only one vector, shared by all heads; and an index key of `index_dim` elements, if it is not 0.
         """
+
+    @staticmethod
+    def pooled(dim: int, positions_per_entry: int) -> KvShape:
+        """
+        One vector for each group of so many positions, which all heads share. The number divides the positions of a
+        block or is a multiple of them.
+        """
+
+    @property
+    def positions_per_entry(self) -> int: ...
+    @property
+    def is_windowed(self) -> bool:
+        """Whether it lies in window blocks."""
 
     @staticmethod
     def none() -> KvShape:
@@ -1579,8 +1593,8 @@ def sources_hash() -> str:
 
 class StateShape:
     """
-    The float32 values that a layer without keys and values keeps of a sequence: the last inputs of its convolution, and
-    the matrices of its heads.
+    The float32 values that a layer keeps of a sequence: last inputs of its convolution and the matrices of its heads,
+    or what its pools have gathered.
     """
 
     @staticmethod
@@ -1589,6 +1603,12 @@ class StateShape:
     def short_conv(channels: int, width: int) -> StateShape: ...
     @staticmethod
     def mamba(sizes: _MambaSizes) -> StateShape: ...
+    @staticmethod
+    def pools(pools: Sequence[_PoolSizes]) -> StateShape:
+        """
+        What the pools of a layer have gathered of unfinished groups, one after another.
+        """
+
     @property
     def window_floats(self) -> int: ...
     @property
@@ -1599,7 +1619,7 @@ def recurrent_state_bytes(num_slots: int, layers: Sequence[StateShape]) -> int:
 
 class RecurrentState:
     """
-    What layers without keys and values keep, one slot per running sequence; memory is committed when it is first
+    What layers keep of a sequence as a whole, one slot per running sequence; memory is committed when it is first
     written.
 
     The position of a slot is the number of tokens it has seen. A run of tokens continues from there, or starts over

@@ -7,7 +7,7 @@ import numpy
 from numpy.typing import NDArray
 
 import argosy._native
-from argosy._native import Activation, Urgency, _DeltaSizes, _MambaSizes
+from argosy._native import Activation, Urgency, _DeltaSizes, _MambaSizes, _PoolSizes
 from argosy.config import Format
 
 # Written by `make stubs` from native/tests/native_testing.cpp: edit it there.
@@ -335,6 +335,28 @@ def causal_conv(
     Args:
         x, in_gate, out_gate, out: [tokens, channels]; both gates or none.
         runs: as for `gated_delta`.   weights: [width, channels].   bias: [channels].
+    """
+
+def pool(
+    runtime: argosy._native.Runtime,
+    state: argosy._native.RecurrentState,
+    layer: int,
+    vectors: NDArray[numpy.float32],
+    gates: NDArray[numpy.float32] | None,
+    bias: NDArray[numpy.float32] | None,
+    runs: NDArray[numpy.int64],
+    *,
+    sizes: _PoolSizes,
+    out: NDArray[numpy.float32],
+    begins: NDArray[numpy.float32],
+) -> int:
+    """
+    Gather tokens in groups (native/ops/pool.h); return how many entries they completed. Runs cover all tokens.
+
+    Args:
+        vectors, gates: [tokens, columns].   bias: [ratio, columns].   runs: as for `gated_delta`.
+        out: [tokens, dim]; the first rows become the entries.
+        begins: [3 * tokens]; the first elements become the positions at which the groups of entries begin.
     """
 
 def mamba_recurrence(
