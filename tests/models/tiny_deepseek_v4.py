@@ -1,0 +1,157 @@
+"""Tiny configs and tensors of DeepSeek-V4, with the released checkpoint's keys and names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tests.models.safetensors_file import Array
+
+RawConfig = dict[str, Any]
+Shapes = dict[str, tuple[int, ...]]
+
+
+def deepseek_v4(**changes: Any) -> RawConfig:
+    """Return a config with every kind of layer: window only, both ratios, experts by token and by choice."""
+    config: RawConfig = {
+        "model_type": "deepseek_v4",
+        "architectures": ["DeepseekV4ForCausalLM"],
+        "vocab_size": 99,
+        "hidden_size": 40,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 20,
+        "q_lora_rank": 24,
+        "qk_rope_head_dim": 8,
+        "o_groups": 2,
+        "o_lora_rank": 12,
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "num_hash_layers": 1,
+        "scoring_func": "sqrtsoftplus",
+        "topk_method": "noaux_tc",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.5,
+        "swiglu_limit": 10.0,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "sliding_window": 6,
+        "compress_ratios": [0, 4, 128, 4],
+        "index_n_heads": 8,
+        "index_head_dim": 12,
+        "index_topk": 3,
+        "rope_theta": 10000.0,
+        "compress_rope_theta": 160000.0,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 16,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "original_max_position_embeddings": 64,
+        },
+        "max_position_embeddings": 1024,
+        "hc_mult": 4,
+        "hc_sinkhorn_iters": 20,
+        "hc_eps": 1e-6,
+        "num_nextn_predict_layers": 0,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    return config | changes
+
+
+def shapes(config: RawConfig) -> Shapes:
+    """Return the shape of every tensor in the released checkpoint of a config."""
+    hidden, dim, width = config["hidden_size"], config["head_dim"], config["moe_intermediate_size"]
+    rank, low = config["q_lora_rank"], config["o_groups"] * config["o_lora_rank"]
+    heads, streams, experts = (
+        config["num_attention_heads"],
+        config["hc_mult"],
+        config["n_routed_experts"],
+    )
+    index_heads, index_dim = config["index_n_heads"], config["index_head_dim"]
+    found: Shapes = {
+        "embed.weight": (config["vocab_size"], hidden),
+        "head.weight": (config["vocab_size"], hidden),
+        "norm.weight": (hidden,),
+        "hc_head_fn": (streams, streams * hidden),
+        "hc_head_base": (streams,),
+        "hc_head_scale": (1,),
+    }
+    for layer in range(config["num_hidden_layers"]):
+        of_layer: Shapes = {
+            "attn_norm.weight": (hidden,),
+            "ffn_norm.weight": (hidden,),
+            "attn.attn_sink": (heads,),
+            "attn.wq_a.weight": (rank, hidden),
+            "attn.q_norm.weight": (rank,),
+            "attn.wq_b.weight": (heads * dim, rank),
+            "attn.wkv.weight": (dim, hidden),
+            "attn.kv_norm.weight": (dim,),
+            "attn.wo_a.weight": (low, heads * dim // config["o_groups"]),
+            "attn.wo_b.weight": (hidden, low),
+            "ffn.gate.weight": (experts, hidden),
+        }
+        if layer < config["num_hash_layers"]:
+            of_layer["ffn.gate.tid2eid"] = (config["vocab_size"], config["num_experts_per_tok"])
+        else:
+            of_layer["ffn.gate.bias"] = (experts,)
+        for part in ("attn", "ffn"):
+            mixes = (2 + streams) * streams
+            of_layer |= {
+                f"hc_{part}_fn": (mixes, streams * hidden),
+                f"hc_{part}_base": (mixes,),
+                f"hc_{part}_scale": (3,),
+            }
+        if ratio := config["compress_ratios"][layer]:
+            of_layer |= _pool("attn.compressor.", hidden, dim, ratio)
+        if ratio == 4:
+            of_layer |= _pool("attn.indexer.compressor.", hidden, index_dim, ratio)
+            of_layer |= {
+                "attn.indexer.wq_b.weight": (index_heads * index_dim, rank),
+                "attn.indexer.weights_proj.weight": (index_heads, hidden),
+            }
+        for name in (*(f"ffn.experts.{expert}." for expert in range(experts)), "ffn.shared_experts."):
+            of_layer |= {
+                f"{name}w1.weight": (width, hidden),
+                f"{name}w2.weight": (hidden, width),
+                f"{name}w3.weight": (width, hidden),
+            }
+        found |= {f"layers.{layer}.{name}": shape for name, shape in of_layer.items()}
+    return found
+
+
+def _pool(prefix: str, hidden: int, dim: int, ratio: int) -> Shapes:
+    wide = 2 * dim if ratio == 4 else dim
+    return {
+        f"{prefix}wkv.weight": (wide, hidden),
+        f"{prefix}wgate.weight": (wide, hidden),
+        f"{prefix}ape": (ratio, wide),
+        f"{prefix}norm.weight": (dim,),
+    }
+
+
+def random_values(shapes: Shapes, num_experts: int, seed: int) -> dict[str, Array]:
+    """Return values of every tensor, of a size at which every part matters."""
+    rng = np.random.default_rng(seed)
+    tensors: dict[str, Array] = {}
+    for name, shape in shapes.items():
+        drawn = rng.standard_normal(shape).astype(np.float32)
+        if name.endswith("tid2eid"):
+            rows = [rng.permutation(num_experts)[: shape[1]] for _ in range(shape[0])]
+            tensors[name] = np.array(rows, np.int64)
+        elif "norm." in name:
+            tensors[name] = 1 + np.float32(0.1) * drawn
+        elif name.endswith("_scale"):
+            tensors[name] = np.float32(0.5) + np.float32(0.1) * drawn
+        elif len(shape) == 1:
+            tensors[name] = np.float32(0.3) * drawn
+        else:
+            tensors[name] = drawn * np.float32(1.2 / np.sqrt(shape[-1]))
+    return tensors
