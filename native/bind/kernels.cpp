@@ -380,11 +380,11 @@ void bind_layer(nb::module_& m) {
   nb::class_<Routing>(m, "Routing", R"(
     How a token's experts are chosen from its router logits (native/kernels/route.h).
 
-    Scores are the softmax over all experts, or the sigmoid of each. The k best experts by score plus `choice_bias` are
-    chosen from the best `kept_groups` of `num_groups` groups of equal size; a group is scored by its best expert, or by
-    the sum of its best two. On a tie the lower id wins. Routing weights are the scores of the chosen experts, without
-    the bias; with `renormalize`, divided by their sum plus `renormalize_eps`, or by `renormalize_least` if that is
-    more; then multiplied by `scale`, and by the expert's own scale.
+    Scores are the softmax over all experts, or the sigmoid or sqrt(softplus) of each. The k best experts by score plus
+    `choice_bias` are chosen from the best `kept_groups` of `num_groups` groups of equal size; a group is scored by its
+    best expert, or by the sum of its best two. On a tie the lower id wins. Routing weights are the scores of the chosen
+    experts, without the bias; with `renormalize`, divided by their sum plus `renormalize_eps`, or by
+    `renormalize_least` if that is more; then multiplied by `scale`, and by the expert's own scale.
 
     Args:
         experts_per_token: k.

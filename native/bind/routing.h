@@ -35,7 +35,7 @@ struct Routing {
   }
 };
 
-using ScoreName = Named<std::string, "typing.Literal['softmax', 'sigmoid']">;
+using ScoreName = Named<std::string, "typing.Literal['softmax', 'sigmoid', 'sqrt_softplus']">;
 using GroupScoreName = Named<std::string, "typing.Literal['max', 'top2']">;
 
 inline Routing make_routing(int64_t experts_per_token, const std::string& score,
@@ -43,15 +43,17 @@ inline Routing make_routing(int64_t experts_per_token, const std::string& score,
                             int64_t kept_groups, const std::string& group_score, bool renormalize,
                             float renormalize_eps, float renormalize_least, float scale,
                             const std::optional<ArrayOf<float>>& expert_scale) {
-  if (score != "softmax" && score != "sigmoid") {
-    refuse("unknown score '" + score + "'; known: softmax, sigmoid");
+  if (score != "softmax" && score != "sigmoid" && score != "sqrt_softplus") {
+    refuse("unknown score '" + score + "'; known: softmax, sigmoid, sqrt_softplus");
   }
   if (group_score != "max" && group_score != "top2") {
     refuse("unknown group_score '" + group_score + "'; known: max, top2");
   }
   return {
       .rule = {.k = experts_per_token,
-               .score = score == "softmax" ? Score::softmax : Score::sigmoid,
+               .score = score == "softmax"   ? Score::softmax
+                        : score == "sigmoid" ? Score::sigmoid
+                                             : Score::sqrt_softplus,
                .choice_bias = choice_bias ? read_array("choice_bias", *choice_bias, {kAnySize}) : nullptr,
                .num_groups = num_groups,
                .kept_groups = kept_groups,

@@ -24,6 +24,7 @@
 #include "bind/layers.h"
 #include "bind/recurrent.h"
 #include "bind/routing.h"
+#include "kernels/half.h"
 #include "store/start_threads.h"
 
 namespace argosy {
@@ -57,6 +58,18 @@ BoundFfn dense_ffn(const Matrix* gate, const Matrix& up, const Matrix& down,
   return bound;
 }
 
+// Checks that a table has k experts in each row.
+void require_table(const MatrixView& table, int64_t k, int64_t num_experts) {
+  if (table.format != Format::f32) refuse("token_experts is a matrix of format f32");
+  require_size("columns of token_experts", table.cols, k);
+  for (int64_t i = 0; i < table.rows * k; ++i) {
+    const auto id = read_unaligned<float>(table.data + 4 * i);
+    if (!(id >= 0) || id >= float(num_experts) || id != float(int32_t(id)))
+      refuse("token_experts has " + std::to_string(id) + " in row " + std::to_string(i / k) +
+             "; the layer has experts 0 to " + std::to_string(num_experts - 1));
+  }
+}
+
 BoundFfn routed_ffn(const Matrix& router, const Routing& routing,
                     const std::optional<ArrayOf<float>>& router_bias, int64_t width,
                     const std::optional<NetworkOfMatrices>& shared, const Matrix* shared_score,
@@ -65,7 +78,7 @@ BoundFfn routed_ffn(const Matrix& router, const Routing& routing,
                     const std::optional<ArrayOf<float>>& shared_post_norm,
                     const std::optional<ActivationOfNumbers>& shared_activation,
                     const std::optional<LatentOfMatrices>& latent, float router_logit_cap, bool weighs_input,
-                    const std::optional<ArrayOf<float>>& latent_norm) {
+                    const std::optional<ArrayOf<float>>& latent_norm, const Matrix* token_experts) {
   BoundFfn bound;
   RoutedFfn ffn = {};
   ffn.router = {
@@ -77,6 +90,10 @@ BoundFfn routed_ffn(const Matrix& router, const Routing& routing,
       .weighs_input = weighs_input,
   };
   if (weighs_input) require_size("experts_per_token with weighs_input", ffn.router.rule.k, 1);
+  if (token_experts != nullptr) {
+    ffn.router.token_experts = bound.kept.keep(*token_experts);
+    require_table(*ffn.router.token_experts, ffn.router.rule.k, router.view.rows);
+  }
   if (routing.choice_bias) bound.kept.arrays.push_back(*routing.choice_bias);
   if (routing.expert_scale) bound.kept.arrays.push_back(*routing.expert_scale);
   require_range("width", width, 0, kLargestSize);
@@ -155,13 +172,15 @@ void make_layer(BoundLayer* self, const std::optional<ArrayOf<float>>& mixer_nor
   new (self) BoundLayer{std::move(layer), hidden, std::move(kept), copy(mixer_mix), copy(ffn_mix)};
 }
 
-void require_fit(const DenseFfn& ffn, int64_t hidden, const Activation& activation) {
+void require_fit(const DenseFfn& ffn, int64_t hidden, int64_t, const Activation& activation) {
   require_size("columns of up", ffn.network.up.cols, hidden);
   require_gate("the dense network", ffn.network.gate.has_value(), ffn.activation.value_or(activation));
 }
 
-void require_fit(const RoutedFfn& ffn, int64_t hidden, const Activation& activation) {
+void require_fit(const RoutedFfn& ffn, int64_t hidden, int64_t vocabulary, const Activation& activation) {
   require_size("columns of router", ffn.router.matrix.cols, hidden);
+  if (ffn.router.token_experts)
+    require_size("rows of token_experts", ffn.router.token_experts->rows, vocabulary);
   if (!ffn.shared) return;
   require_size("columns of the shared up", ffn.shared->network.up.cols, hidden);
   require_gate("the shared expert", ffn.shared->network.gate.has_value(),
@@ -241,7 +260,7 @@ class BoundStack {
           (layer.layer.mixer_norm.bias != nullptr || layer.layer.ffn_norm.bias != nullptr))
         refuse(name + ": an RMSNorm has no bias");
       const auto check_ffn = [&](const auto& block) {
-        require_fit(block, hidden_, description.activation);
+        require_fit(block, hidden_, description.embedding.rows, description.activation);
         if (table != nullptr) require_experts(block, *table, number);
       };
       if (layer.layer.ngrams) require_ngrams(*layer.layer.ngrams, state, description.residual.num_streams, hidden_);
@@ -604,7 +623,7 @@ void bind_stack(nb::module_& m) {
         "norm"_a.none() = nb::none(), "post_norm"_a.none() = nb::none(),
         "shared_post_norm"_a.none() = nb::none(), "shared_activation"_a.none() = nb::none(),
         "latent"_a.none() = nb::none(), "router_logit_cap"_a = 0.0f, "weighs_input"_a = false,
-        "latent_norm"_a.none() = nb::none(), R"(
+        "latent_norm"_a.none() = nb::none(), "token_experts"_a.none() = nb::none(), R"(
     Experts of `width` chosen by the router, as in `route`, and a shared expert for every token.
 
     Args:
@@ -621,7 +640,8 @@ void bind_stack(nb::module_& m) {
             added.
         router_logit_cap: logits become cap * tanh(logit / cap) before `routing`; 0 means that they stay.
         weighs_input: the weight of a token's only expert multiplies the expert's input instead of its output.
-        latent_norm: [latent], of an RMSNorm of the latent experts' weighted sum; None means no norm.)");
+        latent_norm: [latent], of an RMSNorm of the latent experts' weighted sum; None means no norm.
+        token_experts: f32 [vocabulary, k], the experts of each token; None means that tokens choose.)");
 
   nb::class_<Rotary>(m, "Rotary", R"(
     Angles of the rotary position embedding: position * inverse_frequency (float64 [pairs], in radians).

@@ -1,11 +1,12 @@
 // route.h: chooses the experts of one token, and the weight of each.
 //
-//   score of expert e     softmax over all logits, or sigmoid of its own logit
+//   score of expert e     softmax over all logits, or of its own logit sigmoid, or sqrt(log(1 + e^logit))
 //   worth of e            score + choice_bias. Without a bias it is the logit, which has the same order but
 //                         still separates two experts whose scores round to the same number. A NaN is worth
 //                         minus infinity
 //   worth of a group      that of its best expert, or the sum of score + choice_bias of its best two
-//   ids      int32 [k]    the k experts of greatest worth, best first, from the kept_groups groups with the
+//   ids      int32 [k]    those that are given; otherwise the k experts of greatest worth, best first, from
+//   the kept_groups groups with the
 //                         greatest worth; experts in other groups are never chosen. On a tie the lower id
 //                         wins, for experts and for groups
 //   weights  float32 [k]  scores (without bias) of the chosen experts; with renormalize divided by (their
@@ -17,6 +18,7 @@
 
 #include <math.h>
 
+#include "kernels/elementwise.h"
 #include "kernels/exp.h"
 #include "kernels/formats.h"
 #include "kernels/route_args.h"
@@ -85,9 +87,10 @@ inline void score_experts(const RouteArgs& args, float* scores, float* left) {
   for (int64_t expert = 0; expert < n; ++expert)
     most = args.logits[expert] > most ? args.logits[expert] : most;
   for (int64_t expert = 0; expert < n; ++expert) {
-    const bool is_sigmoid = args.rule.score == Score::sigmoid;
-    scores[expert] =
-        is_sigmoid ? 1.0f / (1.0f + expf(-args.logits[expert])) : expf(args.logits[expert] - most);
+    const float logit = args.logits[expert];
+    scores[expert] = args.rule.score == Score::softmax   ? expf(logit - most)
+                     : args.rule.score == Score::sigmoid ? sigmoid(logit)
+                                                         : sqrtf(softplus(logit));
     sum += scores[expert];
   }
   for (int64_t expert = 0; expert < n; ++expert) {
@@ -106,10 +109,10 @@ inline void choose_experts(const RouteArgs& args, float* left) {
 
 inline void score_experts(const RouteArgs& args, float* scores, float* left) {
   const float *logits = args.logits, *bias = args.rule.choice_bias;
-  const bool is_sigmoid = args.rule.score == Score::sigmoid;
+  const bool is_softmax = args.rule.score == Score::softmax;
   const int64_t n = args.num_experts;
   Vec most = broadcast(-INFINITY);
-  for (int64_t expert = 0; expert < n && !is_sigmoid; expert += kLanes) {
+  for (int64_t expert = 0; expert < n && is_softmax; expert += kLanes) {
     const int64_t lanes = n - expert < kLanes ? n - expert : kLanes;
     most = max_or_second(keep_lanes(load(logits + expert, lanes), 0, lanes, -INFINITY), most);
   }
@@ -119,15 +122,17 @@ inline void score_experts(const RouteArgs& args, float* scores, float* left) {
     const int64_t lanes = n - expert < kLanes ? n - expert : kLanes;
     const Vec logit = load(logits + expert, lanes);
     Vec score;
-    if (is_sigmoid) {
-      score = div(broadcast(1.0f), add(broadcast(1.0f), exp(sub(zeros(), logit))));
-    } else {
+    if (is_softmax) {
       score = keep_lanes(exp(sub(logit, most)), 0, lanes, 0.0f);
       sums = add(sums, score);
+    } else if (args.rule.score == Score::sigmoid) {
+      score = gated(broadcast(1.0f), sub(zeros(), logit));
+    } else {
+      score = square_root(softplus(logit));
     }
     store(scores + expert, score, lanes);
   }
-  const Vec sum = broadcast(is_sigmoid ? 1.0f : sum_lanes(sums));
+  const Vec sum = broadcast(is_softmax ? sum_lanes(sums) : 1.0f);
   for (int64_t expert = 0; expert < n; expert += kLanes) {
     const int64_t lanes = n - expert < kLanes ? n - expert : kLanes;
     const Vec score = div(load(scores + expert, lanes), sum);
@@ -168,8 +173,13 @@ inline void choose_experts(const RouteArgs& args, float* left) {
 void route(const RouteArgs& args) {
   float *scores = args.scratch, *left = scores + args.num_experts, *groups = left + args.num_experts;
   score_experts(args, scores, left);
-  if (args.rule.kept_groups < args.rule.num_groups) keep_groups(args, scores, left, groups);
-  choose_experts(args, left);
+  if (args.given != nullptr) {
+    for (int64_t rank = 0; rank < args.rule.k; ++rank)
+      args.ids[rank] = int32_t(read_unaligned<float>(args.given + 4 * rank));
+  } else {
+    if (args.rule.kept_groups < args.rule.num_groups) keep_groups(args, scores, left, groups);
+    choose_experts(args, left);
+  }
   weigh_choice(args, scores);
 }
 

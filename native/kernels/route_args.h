@@ -5,7 +5,7 @@
 
 namespace argosy {
 
-enum class Score { softmax, sigmoid };
+enum class Score { softmax, sigmoid, sqrt_softplus };
 enum class GroupScore { max, top2 };
 
 // How a token's experts follow from its logits (route.h).
@@ -27,6 +27,8 @@ struct RouteArgs {
   RouteRule rule;
   const float* logits;  // [num_experts]
   int64_t num_experts;
+  // f32 [k] of any alignment: the experts, instead of those with the greatest worth; nullptr: none.
+  const uint8_t* given = nullptr;
   int32_t* ids;    // [k]
   float* weights;  // [k]
   float* scratch;  // route_scratch_floats(num_experts)

@@ -33,7 +33,8 @@ int64_t route_scratch_bytes(int64_t num_experts, int num_threads) {
 }
 
 void route(Runtime& runtime, const RouteRule& rule, const float* logits, int64_t num_tokens,
-           int64_t num_experts, int32_t* ids, float* weights) {
+           int64_t num_experts, int32_t* ids, float* weights, const uint8_t* experts_of,
+           const int32_t* token_ids) {
   const KernelTable& table = runtime.kernels();
   const auto lock = runtime.lock();
   const int64_t floats = route_scratch_floats(num_experts);
@@ -45,6 +46,8 @@ void route(Runtime& runtime, const RouteRule& rule, const float* logits, int64_t
           .rule = rule,
           .logits = logits + t * num_experts,
           .num_experts = num_experts,
+          .given =
+              experts_of != nullptr && token_ids[t] >= 0 ? experts_of + 4 * rule.k * token_ids[t] : nullptr,
           .ids = ids + t * rule.k,
           .weights = weights + t * rule.k,
           .scratch = scratch + worker * floats,

@@ -168,6 +168,8 @@ void Stack::begin(const Step& step) {
   layer_ = chosen_per_token_ = num_chosen_layers_ = 0;
   layers_done_.store(0, std::memory_order_relaxed);
   if (recurrent_ != nullptr) begin_runs();
+  table_rows_.assign(step.token_ids, step.token_ids + step.num_tokens);
+  for (int64_t i = 0; i < step.overrides.num_rows; ++i) table_rows_[size_t(step.overrides.rows[i])] = -1;
   stage_ = Stage::begun;
 }
 
@@ -417,7 +419,8 @@ void Stack::choose(const Router& router, int64_t layer, const float* x, int32_t*
       if (!choice_bias.empty()) choice_bias[size_t(expert)] = -INFINITY;
     }
   }
-  route(runtime_, rule, buffers_.router_logits, tokens, experts, ids, weights);
+  route(runtime_, rule, buffers_.router_logits, tokens, experts, ids, weights,
+        router.token_experts ? router.token_experts->data : nullptr, table_rows_.data());
 }
 
 void Stack::forbid(int64_t layer, std::vector<int32_t> experts) {
@@ -595,7 +598,8 @@ std::vector<std::vector<int32_t>> Stack::predict(int64_t layer) {
       const int32_t expert = ids[size_t(token * k + rank)];
       if (is_named[size_t(expert)]) continue;
       is_named[size_t(expert)] = true;
-      by_rank[size_t(rank)].push_back(expert);
+      const bool is_certain = router.token_experts && table_rows_[size_t(token)] >= 0;
+      by_rank[is_certain ? 0 : size_t(rank)].push_back(expert);
     }
   }
   mark(Part::router);

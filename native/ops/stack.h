@@ -231,6 +231,9 @@ struct Router {
   float logit_cap = 0;  // logits become cap * tanh(logit / cap) before the rule; 0: they stay
   // The weight of a token's only expert multiplies the expert's input instead of its output.
   bool weighs_input = false;
+  // f32 [vocabulary, k], the experts of each token: only their weights follow from the logits. Rows whose
+  // embeddings a step gives have no token, so they choose by the rule.
+  std::optional<MatrixView> token_experts = std::nullopt;
 };
 
 // Runs for every token.
@@ -424,7 +427,8 @@ class Stack {
   std::array<double, kNumParts> take_seconds();
 
   // From the next step on, no token chooses these experts of a layer, and the others share its weight as if
-  // the layer had never had them; an empty list allows all again. Throws std::invalid_argument if the layer
+  // the layer had never had them; an empty list allows all again. An expert that a table gives to a token
+  // remains its expert, with the weight 0. Throws std::invalid_argument if the layer
   // has no such experts, or a group of them would keep too few.
   void forbid(int64_t layer, std::vector<int32_t> experts);
 
@@ -520,6 +524,7 @@ class Stack {
   int64_t num_chosen_layers_ = 0;                // routed layers of the step that have chosen
   std::vector<std::vector<int32_t>> forbidden_;  // [layers], experts that no token may choose
   std::vector<int64_t> uses_;
+  std::vector<int32_t> table_rows_;  // [num_tokens] of the step, rows of token_experts; -1: none
 };
 
 }  // namespace argosy

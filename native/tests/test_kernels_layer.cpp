@@ -230,7 +230,8 @@ struct Routed {
   std::vector<float> weights;
 };
 
-Routed route(const KernelTable& table, const RouteRule& rule, const std::vector<float>& logits) {
+Routed route(const KernelTable& table, const RouteRule& rule, const std::vector<float>& logits,
+             const std::vector<int32_t>* given = nullptr) {
   const int64_t experts = int64_t(logits.size());
   Routed routed = {std::vector<int32_t>(size_t(rule.k), -1), std::vector<float>(size_t(rule.k), NAN)};
   std::vector<float> scratch(size_t(route_scratch_floats(experts)));
@@ -241,6 +242,11 @@ Routed route(const KernelTable& table, const RouteRule& rule, const std::vector<
   args.ids = routed.ids.data();
   args.weights = routed.weights.data();
   args.scratch = scratch.data();
+  std::vector<float> ids;
+  if (given != nullptr) {
+    ids.assign(given->begin(), given->end());
+    args.given = reinterpret_cast<const uint8_t*>(ids.data());
+  }
   table.route(args);
   return routed;
 }
@@ -261,7 +267,7 @@ void routes_meet_the_reference() {
         RouteRule rule = plain_rule(std::min<int64_t>(experts, 8));
         const std::vector<float> logits = normal(experts, unsigned(3 + round), 3.0f);
         const std::vector<float> bias = normal(experts, unsigned(50 + round), 0.3f);
-        rule.score = round & 1 ? Score::sigmoid : Score::softmax;
+        rule.score = Score(round % 3);
         if (round & 2) rule.choice_bias = bias.data();
         rule.renormalize = (round & 4) != 0;
         rule.renormalize_eps = 1e-20f;
@@ -291,7 +297,7 @@ void ties_go_to_the_lower_expert() {
       std::vector<float> logits(static_cast<size_t>(experts));
       for (float& logit : logits) logit = specials[generator() % kinds];
       const std::vector<float> zeros(logits.size());
-      rule.score = round % 2 ? Score::sigmoid : Score::softmax;
+      rule.score = Score(round % 4 % 3);
       if (round % 5 == 0 && rule.score == Score::sigmoid) rule.choice_bias = zeros.data();
       const Routed found = route(*table, rule, logits);
       std::vector<int32_t> order(logits.size());
@@ -334,6 +340,27 @@ void weights_are_divided_by_no_less_than_the_least() {
       for (const float weight : route(*table, rule, logits).weights)
         CHECK_EQUAL(weight, least > 0.25f ? 0.25f : 0.5f);
     }
+  }
+}
+
+void given_experts_are_weighed_as_chosen_ones() {
+  const std::vector<float> logits = normal(33, 41);
+  for (const KernelTable* table : all_tables()) {
+    RouteRule rule = plain_rule(4);
+    rule.score = Score::sqrt_softplus;
+    rule.renormalize = true;
+    rule.scale = 1.5f;
+    const Routed chosen = route(*table, rule, logits);
+    const std::vector<int32_t> backwards(chosen.ids.rbegin(), chosen.ids.rend());
+    const Routed given = route(*table, rule, logits, &backwards);
+    CHECK(given.ids == backwards);
+    for (size_t rank = 0; rank < 4; ++rank)
+      CHECK(near({given.weights[rank]}, {chosen.weights[3 - rank]}, 1e-6));
+    const std::vector<int32_t> others = {32, 32, 0, 7};  // an expert twice is weighed twice
+    const Routed twice = route(*table, rule, logits, &others);
+    CHECK(twice.ids == others);
+    CHECK_EQUAL(twice.weights[0], twice.weights[1]);
+    CHECK(near({twice.weights[0] + twice.weights[1] + twice.weights[2] + twice.weights[3]}, {1.5f}, 1e-6));
   }
 }
 
@@ -777,6 +804,7 @@ int main() {
   activations_stay_inside_their_rows();
   routes_meet_the_reference();
   ties_go_to_the_lower_expert();
+  given_experts_are_weighed_as_chosen_ones();
   tied_groups_go_to_the_lower_one();
   the_scale_of_an_expert_multiplies_its_weight_alone();
   weights_are_divided_by_no_less_than_the_least();

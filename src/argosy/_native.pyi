@@ -453,11 +453,11 @@ class Routing:
     """
     How a token's experts are chosen from its router logits (native/kernels/route.h).
 
-    Scores are the softmax over all experts, or the sigmoid of each. The k best experts by score plus `choice_bias` are
-    chosen from the best `kept_groups` of `num_groups` groups of equal size; a group is scored by its best expert, or by
-    the sum of its best two. On a tie the lower id wins. Routing weights are the scores of the chosen experts, without
-    the bias; with `renormalize`, divided by their sum plus `renormalize_eps`, or by `renormalize_least` if that is
-    more; then multiplied by `scale`, and by the expert's own scale.
+    Scores are the softmax over all experts, or the sigmoid or sqrt(softplus) of each. The k best experts by score plus
+    `choice_bias` are chosen from the best `kept_groups` of `num_groups` groups of equal size; a group is scored by its
+    best expert, or by the sum of its best two. On a tie the lower id wins. Routing weights are the scores of the chosen
+    experts, without the bias; with `renormalize`, divided by their sum plus `renormalize_eps`, or by
+    `renormalize_least` if that is more; then multiplied by `scale`, and by the expert's own scale.
 
     Args:
         experts_per_token: k.
@@ -469,7 +469,7 @@ class Routing:
         self,
         experts_per_token: int,
         *,
-        score: Literal["softmax", "sigmoid"],
+        score: Literal["softmax", "sigmoid", "sqrt_softplus"],
         choice_bias: NDArray[numpy.float32] | None = None,
         num_groups: int = 1,
         kept_groups: int = 1,
@@ -2135,6 +2135,7 @@ def routed_ffn(
     router_logit_cap: float = 0.0,
     weighs_input: bool = False,
     latent_norm: NDArray[numpy.float32] | None = None,
+    token_experts: Matrix | None = None,
 ) -> Ffn:
     """
     Experts of `width` chosen by the router, as in `route`, and a shared expert for every token.
@@ -2154,6 +2155,7 @@ def routed_ffn(
         router_logit_cap: logits become cap * tanh(logit / cap) before `routing`; 0 means that they stay.
         weighs_input: the weight of a token's only expert multiplies the expert's input instead of its output.
         latent_norm: [latent], of an RMSNorm of the latent experts' weighted sum; None means no norm.
+        token_experts: f32 [vocabulary, k], the experts of each token; None means that tokens choose.
     """
 
 class Rotary:

@@ -197,14 +197,14 @@ def stack_of(layers: list[Any], *, runtime: Any = None, has_mixer: bool = True, 
     )
 
 
-def begin(stack: Any, ids: NDArray[np.int32] = IDS) -> NDArray[np.float32]:
+def begin(stack: Any, ids: NDArray[np.int32] = IDS, **more: Any) -> NDArray[np.float32]:
     """Start a step; return where its logits go."""
     count = len(ids)
     logits = np.full((count, VOCABULARY), np.nan, np.float32)
     rows = np.arange(count)
     stack.begin(
         ids, rows.astype(np.int32), 4 * rows, np.zeros(count, bool), rows.astype(np.int32)[:, None],
-        np.zeros(count, np.int32), rows, logits,
+        np.zeros(count, np.int32), rows, logits, **more,
     )  # fmt: skip
     return logits
 
@@ -307,6 +307,69 @@ def test_blocks_may_add_to_what_they_read() -> None:
     mixed = 1.9 * read + 0.7 * attention(read)
     read = rms(mixed, OTHER)
     require_close(logits_of([layer]), head(1.9 * read + 0.7 * network(read)))
+
+
+def weighed(routed: Routed, x: Values, chosen: NDArray[np.int32], forbidden: int = -1) -> Values:
+    """The sum of these experts [tokens, k], each with its own score."""
+    out = np.zeros_like(x)
+    for token, experts in enumerate(chosen):
+        for expert in experts[experts != forbidden]:
+            out[token] += (
+                sigmoid(routed.router[expert] @ x[token]) * routed.experts[expert](x[token][None])[0]
+            )
+    return out
+
+
+def test_a_table_gives_experts_to_tokens_and_the_router_weighs_them() -> None:
+    table = RNG.integers(0, EXPERTS, (VOCABULARY, 2)).astype(np.float32)
+    table[IDS[0]] = 4  # one expert twice
+    routed = Routed(flags={"token_experts": matrix(table)})
+    layer = _native.Layer(None, None, NORM, routed.native())
+    read, chosen = rms(X, NORM), table[IDS].astype(np.int32)
+    found = logits_of([layer], has_mixer=False, resident=routed.table())
+    require_close(found, head(X + weighed(routed, read, chosen)))
+
+    stack = stack_of([layer], has_mixer=False, resident=routed.table())
+    stack.forbid(0, [int(chosen[1, 0])])  # still an expert of its tokens, with no weight
+    logits = begin(stack)
+    assert stack.advance() is None
+    require_close(logits, head(X + weighed(routed, read, chosen, int(chosen[1, 0]))))
+
+    stack = stack_of([layer], has_mixer=False, resident=routed.table())
+    logits = begin(stack, overrides=(np.array([2, 5]), EMBEDDING[IDS[[2, 5]]]))  # rows without tokens choose
+    assert stack.advance() is None
+    expected = X + weighed(routed, read, chosen)
+    expected[[2, 5]] = (X + routed(read))[[2, 5]]
+    require_close(logits, head(expected))
+
+
+def test_look_ahead_knows_the_experts_of_a_table() -> None:
+    table = RNG.integers(0, EXPERTS, (VOCABULARY, 2)).astype(np.float32)
+    first, second = Routed(), Routed(flags={"token_experts": matrix(table)})
+    layers = [_native.Layer(None, None, NORM, one.native()) for one in (first, second)]
+    stack = stack_of(layers, has_mixer=False)
+    begin(stack)
+    assert stack.advance()[0] == 0  # the first layer waits for experts
+    certain, *others = stack.look_ahead()
+    assert sorted(certain) == sorted({int(expert) for expert in table[IDS].ravel()})
+    assert others == [[]]
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (np.full((VOCABULARY, 2), EXPERTS), "token_experts has 6.0+ in row 0; the layer has experts 0 to 5"),
+        (np.full((VOCABULARY, 2), -1), "token_experts has -1"),
+        (np.full((VOCABULARY, 2), np.nan), "token_experts has -?nan"),
+        (np.full((VOCABULARY, 2), 0.5), "token_experts has 0.5"),
+        (np.zeros((VOCABULARY, 3)), "columns of token_experts"),
+        (np.zeros((VOCABULARY - 1, 2)), "rows of token_experts"),
+    ],
+)
+def test_a_table_with_other_experts_is_refused(table: NDArray[Any], message: str) -> None:
+    routed = Routed(flags={"token_experts": matrix(table.astype(np.float32))})
+    with pytest.raises(ValueError, match=message):
+        stack_of([_native.Layer(None, None, NORM, routed.native())], has_mixer=False)
 
 
 def test_logits_are_scaled_before_they_are_capped() -> None:

@@ -295,8 +295,11 @@ def expected_routes(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Apply the rules of native/kernels/route.h in float64."""
     x = logits.astype(np.float64)
-    scores = np.exp(x - x.max(axis=1, keepdims=True))
-    scores = scores / scores.sum(axis=1, keepdims=True) if score == "softmax" else 1 / (1 + np.exp(-x))
+    if score == "softmax":
+        scores = np.exp(x - x.max(axis=1, keepdims=True))
+        scores /= scores.sum(axis=1, keepdims=True)
+    else:
+        scores = 1 / (1 + np.exp(-x)) if score == "sigmoid" else np.sqrt(np.logaddexp(0, x))
     worth = scores if choice_bias is None else scores + choice_bias
     grouped = worth.reshape(len(x), num_groups, -1)
     best_two = -np.sort(-grouped, axis=2)[:, :, :2]
@@ -320,7 +323,7 @@ def test_routes_follow_the_rule(runtime: native.Runtime, seed: int) -> None:
     num_experts = num_groups * size
     kept_groups = int(rng.integers(1, num_groups + 1))
     rule: dict[str, Any] = {
-        "score": str(rng.choice(["softmax", "sigmoid"])),
+        "score": str(rng.choice(["softmax", "sigmoid", "sqrt_softplus"])),
         "choice_bias": rng.normal(0, 0.5, num_experts).astype(np.float32) if rng.random() < 0.6 else None,
         "num_groups": num_groups,
         "kept_groups": kept_groups,

@@ -328,7 +328,9 @@ def _routed_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape
     yield "router", (config.num_experts, hidden)
     if config.router.has_bias:
         yield "router_bias", (config.num_experts,)
-    if config.router.has_choice_bias:
+    if config.layers[layer].has_token_experts:
+        yield "token_experts", (config.vocab_size, config.chosen_in(layer))
+    elif config.router.has_choice_bias:
         yield "choice_bias", (config.num_experts,)
     if config.router.has_expert_scale:
         yield "expert_scale", (config.num_experts,)
@@ -355,10 +357,11 @@ def _routed_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape
 
 
 _DENSE_FORMATS: Mapping[str, Format] = {"bf16": "bf16", "q8": "q8", "q4": "q8"}
-# Besides vectors: rows that score experts, and rows that set how fast a recurrent state forgets and learns.
+# Besides vectors: rows that score or name experts, and rows that set how fast a recurrent state forgets and learns.
 _KEPT_EXACT = frozenset(
     {
         "router",
+        "token_experts",
         "shared_score",
         "sinks",
         "index_weights",

@@ -10,6 +10,7 @@ become, the memory that this takes, and how to do it. No other code distinguishe
     PairedRows      rows of q and k in the order of adjacent rotary pairs
     Widened         blocks that become float32, for encoders
     Exact           the same of codes and scales in separate tensors, for rows that score experts
+    Indices         integers that become float32, for tables of experts
     TapsFirst       weights of a convolution
     Strided         values that are not contiguous
     Halves          keys and values in one matrix (`latent_up.py`)
@@ -339,6 +340,33 @@ class Exact(Moved):
         (matrix,) = self.quantised.landing.matrices(self.quantised, landed)
         values = _native.dequantize(self.quantised.format, matrix, ref.rows, ref.cols)
         places[0][:] = values.reshape(-1).view(np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class Indices(Moved):
+    """Integers from 0 to `count` - 1, of a NumPy dtype in the file, whose values become float32."""
+
+    dtype: str
+    count: int
+
+    @property
+    def needs_scratch(self) -> bool:
+        return True
+
+    def working_bytes(self, ref: MatrixRef) -> int:
+        return ref.landed_bytes + ref.rows * ref.cols
+
+    def land(self, ref: MatrixRef, landed: Bytes, places: Sequence[Bytes]) -> None:
+        values = landed.view(self.dtype)
+        wrong = np.flatnonzero((values < 0) | (values >= self.count))
+        if wrong.size:
+            raise CheckpointError(
+                f"{ref.path.name}: {quote(ref.name)} holds {values[wrong[0]]} at position {wrong[0]} of {values.size}; "
+                f"expected numbers from 0 to {self.count - 1}",
+                path=ref.path,
+                tensor=ref.name,
+            )
+        places[0].view(np.float32)[:] = values
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,7 @@ FLOAT_FORMATS: frozenset[Format] = F8_FORMATS.union({"f32", "f16", "bf16"})  # a
 class RouterConfig:
     """How experts are chosen: scores, choice, then routing weights (native/kernels/route.h)."""
 
-    score: Literal["softmax", "sigmoid"] = "softmax"
+    score: Literal["softmax", "sigmoid", "sqrt_softplus"] = "softmax"  # the last: sqrt(log(1 + e^logit))
     has_bias: bool = False  # the router's product has a bias: `router_bias`
     has_choice_bias: bool = False  # a bias on scores for the choice, not for the weights: `choice_bias`
     num_groups: int = 1  # experts form this many groups of equal size
@@ -126,6 +126,9 @@ class LayerConfig:
     experts_per_token: int | None = None
     expert_width: int | None = None
     ngrams: NgramConfig | None = None  # rows of a table, added before the mixer
+    # A token's experts follow from its id, only their weights from the router, which has no choice bias:
+    # `token_experts`.
+    has_token_experts: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -204,6 +204,7 @@ def _routed_ffn(config: ModelConfig, layer: int, weights: DenseWeights) -> _nati
         latent_norm=weights.vectors.get(name + "latent_norm"),
         router_logit_cap=config.router.logit_cap,
         weighs_input=config.router.weighs_input,
+        token_experts=weights.matrices.get(name + "token_experts"),
     )
 
 

@@ -58,7 +58,7 @@ class Work:
 
     @property
     def dense_bytes(self) -> float:
-        """Bytes of layers and head; one row of the embedding table is read, which counts as nothing."""
+        """Bytes of layers and head; one row of a table of tokens is read, which counts as nothing."""
         return sum(nbytes for part in (self.dense, self.head) for nbytes, _ in part.values())
 
     @property
@@ -81,7 +81,7 @@ def work_of(files: ModelFiles, kv_dtype: KvDtype) -> Work:
     dense: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     head: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for name, ref in files.dense.items():
-        if name == "embed" != config.head_name:
+        if name == "embed" != config.head_name or name.endswith("token_experts"):  # a row for each token
             continue
         part = head if name == config.head_name else dense
         part[ref.format][0] += ref.landed_bytes

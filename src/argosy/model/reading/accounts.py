@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from argosy.checkpoint.files import DraftFiles, ExpertRecord, require_one_format_a_layer
 from argosy.checkpoint.geometry import draft_shapes
-from argosy.checkpoint.landing import MatrixRef
+from argosy.checkpoint.landing import Indices, MatrixRef
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.checkpoint.untrusted_file import quote
 from argosy.config import Format, ModelConfig
@@ -118,6 +118,11 @@ class TensorAccounts:
             )
         self._taken.add(name)
         return ref, formats[ref.dtype]
+
+    def indices(self, name: str, shape: tuple[int, int], count: int) -> MatrixRef:
+        """Take a table of whole numbers from 0 to `count` - 1, as a float32 matrix."""
+        ref, dtype = self.take_part(name, {"I32": "<i4", "I64": "<i8"}, shape)
+        return MatrixRef.of(ref, "f32", *shape, Indices(dtype, count))
 
     def pass_over(self, ends: tuple[str, ...]) -> None:
         """Account for tensors that are not needed, whose names have one of these ends."""

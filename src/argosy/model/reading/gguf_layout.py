@@ -92,6 +92,7 @@ _LAYER_NAMES = {
     "latent_down": "ffn_latent_down.weight",
     "latent_up": "ffn_latent_up.weight",
     "choice_bias": "exp_probs_b.bias",
+    "token_experts": "ffn_gate_tid2eid.weight",
     "expert_gate_bias": "ffn_gate_exps.bias",
     "expert_up_bias": "ffn_up_exps.bias",
     "expert_down_bias": "ffn_down_exps.bias",
@@ -153,6 +154,8 @@ def read_gguf_layout(
         reader: _Accounts, config: ModelConfig, canonical: str, shape: tuple[int, ...]
     ) -> MatrixRef:
         last = canonical.rpartition(".")[2]
+        if last == "token_experts":
+            return reader.indices(dense_name(canonical, names), (shape[0], shape[1]), config.num_experts)
         heads = stacked = 0
         if is_paired and last in ("q", "k"):
             attention = config.layers[int(canonical.split(".")[1])].mixer

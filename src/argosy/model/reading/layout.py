@@ -288,6 +288,8 @@ class _Accounts(WeightAccounts):
             own = layout.take_own(self, config, int(canonical.split(".")[1]), last)
             if own is not None:
                 return own
+        if last == "token_experts":
+            return self.indices(name, (shape[0], shape[1]), config.num_experts)
         turn = layout.by_turns.index(last) if layout.by_turns and last in layout.by_turns else None
         in_file = shape if turn is None else (*shape[:-1], 2 * shape[-1])
         if last.endswith("conv"):  # each has one input channel
