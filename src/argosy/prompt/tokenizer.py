@@ -31,6 +31,7 @@ from argosy.checkpoint.gguf import GgufFile, read_gguf
 from argosy.checkpoint.gguf_names import GGUF_METADATA_FILE, find_gguf
 from argosy.checkpoint.untrusted_file import read_object
 from argosy.errors import CheckpointError, PromptTooLong, UsageError
+from argosy.prompt.own_templates import CONVERTERS_OCR, OCR, own_template
 from argosy.prompt.stream_decoder import Pieces, StreamDecoder, pieces_of
 from argosy.prompt.text_pieces import PIECE_CHARACTERS, Cutter, LongestToken
 
@@ -39,15 +40,6 @@ TIKTOKEN_FILES = ("tiktoken.model", "hy.tiktoken")  # Kimi's, Hunyuan's
 TEKKEN_FILE = "tekken.json"
 
 _MAX_FILE_BYTES = 256 << 20
-# What llama.cpp's converter writes for DeepSeek-OCR, which has no template. It prints the text of messages, and cannot
-# print pictures; nor does it begin with BOS, as DeepSeek's own code.
-_CONVERTERS_TEMPLATE = "{% for m in messages %}{{m['content']}}{% endfor %}"
-_OCR_TEMPLATE = (
-    "{{ bos_token or '' }}{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
-    "{% for part in m.content %}{% if part.type == 'image' %}{{ '<image>\\n' }}{% else %}{{ part.text }}{% endif %}"
-    "{% endfor %}{% endif %}{% endfor %}"
-)
-_OCR_TOKENS = {"<image>", "<|grounding|>"}
 _MAX_TEMPLATE_CHARACTERS = 1 << 20
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -526,8 +518,10 @@ def _read_template(directory: Path, config: Mapping[str, Any]) -> str | None:
     if isinstance(template, list):  # several named templates
         named = {item.get("name"): item.get("template") for item in template if isinstance(item, Mapping)}
         template = named.get("default")
-    if template is None and _added_tokens(config) >= _OCR_TOKENS:
-        template = _OCR_TEMPLATE
+    if template is None:
+        template = own_template(
+            _read_optional(directory / "config.json").get("model_type"), _added_tokens(config)
+        )
     return _checked_template(template, directory)
 
 
@@ -545,4 +539,4 @@ def _checked_template(template: object, path: Path) -> str | None:
             f"{path}: the chat template has {len(template)} characters, more than {_MAX_TEMPLATE_CHARACTERS}",
             path=path,
         )
-    return _OCR_TEMPLATE if template == _CONVERTERS_TEMPLATE else template
+    return OCR if template == CONVERTERS_OCR else template

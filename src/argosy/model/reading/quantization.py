@@ -29,6 +29,7 @@ MLX_KEY = "quantization"
 _FORMER_KEY = "compression_config"  # of compressed-tensors until 2024
 KEYS = (KEY, MLX_KEY, _FORMER_KEY)
 MODELOPT_FILE = "hf_quant_config.json"
+_OF_EXPERTS = "expert_dtype"
 _DETAILS = "quantization"  # the key of that file
 # Its possible places: the top level, or the text parts of a multimodal config.
 _PARTS = ((), ("text_config",), ("thinker_config",), ("thinker_config", "text_config"))
@@ -86,6 +87,10 @@ def read_quantization(raw: Mapping[str, object], path: Path = Path("config.json"
     method = reader.settings.get("quant_method", reader.settings.get("quant_algo", "unknown"))
     if method == "unknown" and {"group_size", "bits"} <= reader.settings.keys():
         return read_mlx(reader)
+    if (
+        method == "fp8" and raw.get(_OF_EXPERTS) and _OF_EXPERTS not in reader.settings
+    ):  # DeepSeek-V4 has it outside
+        reader.settings = {**reader.settings, _OF_EXPERTS: raw[_OF_EXPERTS]}
     name = ALIASES.get(method, method) if isinstance(method, str) else ""
     if name not in METHODS:
         raise reader.refused(KEY, method, hint=REFUSED.get(name))

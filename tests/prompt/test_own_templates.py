@@ -1,0 +1,110 @@
+"""DeepSeek-V4 has no chat template: its checkpoints get one that writes what the code in its repository writes."""
+
+from __future__ import annotations
+
+import json
+import os
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pytest
+import tokenizers
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from argosy.prompt.formats import find_format
+from argosy.prompt.own_templates import DEEPSEEK_V4
+from argosy.prompt.template_worker import render_segments
+from argosy.prompt.tokenizer import Tokenizer, has_chat_template
+from tests.prompt.tokenizers_for_tests import byte_level_json, write_tokenizer
+
+LLAMA_CPP = os.environ.get("ARGOSY_LLAMA_CPP", "")
+TOOLS = [{"type": "function", "function": {"name": "get_weather", "description": "It's", "parameters": {}}}]
+CALLS = [{"function": {"name": "get_weather", "arguments": {"city": "Oslo", "days": 3, "at": [1, "a"]}}}]
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Weather?"},
+    {"role": "assistant", "content": "", "reasoning_content": "Ask.", "tool_calls": CALLS},
+    {"role": "tool", "content": "rain"},
+    {"role": "user", "content": "And now?"},
+]
+TALK = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b", "reasoning_content": "why"},
+    {"role": "user", "content": "c"},
+]
+
+
+def compiled(source: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
+    environment.filters["from_json"] = json.loads
+    return environment.from_string(source)
+
+
+def rendered(messages: list[dict[str, Any]], **variables: Any) -> str:
+    fixed = {"bos_token": "<BOS>", "add_generation_prompt": True}
+    return compiled(DEEPSEEK_V4).render(messages=messages, **fixed | variables)
+
+
+def test_what_callers_wrote_stays_apart() -> None:
+    fixed = {"bos_token": "<BOS>", "add_generation_prompt": True}
+    found = render_segments(
+        DEEPSEEK_V4, TURNS, fixed=fixed, variables={"thinking": True}, max_characters=1 << 20, tools=TOOLS
+    )
+    assert "".join(text for _, text in found) == rendered(TURNS, thinking=True, tools=TOOLS)
+    assert not any(is_callers and "｜" in text for is_callers, text in found)
+
+
+def test_calls_and_their_results_are_written_as_the_model_writes_them() -> None:
+    assert rendered(TURNS, thinking=True) == (
+        "<BOS>Be brief.<｜User｜>Weather?<｜Assistant｜><think>Ask.</think>\n\n<｜DSML｜tool_calls>\n"
+        '<｜DSML｜invoke name="get_weather">\n<｜DSML｜parameter name="city" string="true">Oslo</｜DSML｜parameter>\n'
+        '<｜DSML｜parameter name="days" string="false">3</｜DSML｜parameter>\n'
+        '<｜DSML｜parameter name="at" string="false">[1, "a"]</｜DSML｜parameter>\n</｜DSML｜invoke>\n'
+        "</｜DSML｜tool_calls><｜end▁of▁sentence｜><｜User｜><tool_result>rain</tool_result>\n\nAnd now?"
+        "<｜Assistant｜><think>"
+    )
+
+
+def test_thoughts_of_earlier_turns_are_dropped_without_tools() -> None:
+    assert (
+        rendered(TALK)
+        == "<BOS><｜User｜>a<｜Assistant｜></think>b<｜end▁of▁sentence｜><｜User｜>c<｜Assistant｜></think>"
+    )
+    assert "why" not in rendered(TALK, thinking=True)
+    assert "<think>why</think>b" in rendered(TALK, thinking=True, tools=TOOLS)
+    assert rendered(TALK, enable_thinking=True) == rendered(TALK, thinking=True)
+
+
+@pytest.mark.parametrize(("model_type", "is_found"), [("deepseek_v4", True), ("deepseek_v3", False)])
+def test_a_checkpoint_without_a_template_gets_it(model_type: str, is_found: bool, tmp_path: Path) -> None:
+    core = tokenizers.Tokenizer.from_str(byte_level_json())
+    core.add_special_tokens(["｜DSML｜"])
+    write_tokenizer(tmp_path, core.to_str(), {"eos_token": "<|im_end|>"})
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    tokenizer = Tokenizer.open(tmp_path)
+    assert tokenizer is not None
+    assert has_chat_template(tmp_path) == is_found
+    assert (tokenizer.chat_template == DEEPSEEK_V4) == is_found
+    if is_found:
+        assert find_format(tokenizer, DEEPSEEK_V4).name == "deepseek_v4"
+    (tmp_path / "chat_template.jinja").write_text("own")
+    own = Tokenizer.open(tmp_path)
+    assert own is not None
+    assert own.chat_template == "own"
+
+
+@pytest.mark.skipif(not LLAMA_CPP, reason="ARGOSY_LLAMA_CPP does not name llama.cpp's sources")
+def test_it_renders_as_the_template_that_llama_cpp_adds() -> None:
+    theirs = compiled((Path(LLAMA_CPP) / "models/templates/deepseek-ai-DeepSeek-V4.jinja").read_text())
+    cases = ([], TALK, TALK[:2], TURNS, TURNS[1:3], [{"role": "developer", "content": "d"}, *TURNS])
+    for messages, tools, thinking, effort in product(
+        cases, ([], TOOLS), (None, True, False), (None, "max", "high")
+    ):
+        given = {"tools": tools, "thinking": thinking, "reasoning_effort": effort, "bos_token": "<BOS>"}
+        given = {name: value for name, value in given.items() if value is not None}
+        assert rendered(messages, **given) == theirs.render(
+            messages=messages, add_generation_prompt=True, **given
+        )
