@@ -357,6 +357,22 @@ def test_expressions_in_released_checkpoints_are_accepted(expression: str) -> No
     assert read_quantization({"quantization_config": changed(INT4, ignore=[expression])}) is not None
 
 
+@pytest.mark.parametrize(("inside", "outside", "storage"), [
+    ({}, {}, "fp8"),
+    ({}, {"expert_dtype": "fp4"}, "mxfp4-pack-quantized"),
+    ({"expert_dtype": "fp4"}, {}, "mxfp4-pack-quantized"),
+    ({"expert_dtype": "fp8"}, {"expert_dtype": "fp4"}, "fp8"),
+])  # fmt: skip
+def test_deepseek_v4_says_outside_how_experts_are_stored(
+    inside: dict[str, Any], outside: dict[str, Any], storage: str
+) -> None:
+    found = read_quantization({"quantization_config": FP8 | inside, **outside})
+    assert found is not None
+    scheme = found.scheme_of("layers.0.ffn.experts.3.w1")
+    assert scheme is not None
+    assert scheme.storage == storage
+
+
 def test_two_different_configs_are_refused() -> None:
     with pytest.raises(CheckpointError, match="two different values of quantization_config"):
         read_quantization({"quantization_config": FP8, "text_config": {"quantization_config": INT4}})
