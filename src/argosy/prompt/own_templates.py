@@ -56,7 +56,7 @@ and rejected hypothesis to ensure absolutely no assumption is left unchecked.
 
 """
 
-# The prompts of `encoding_dsv4.py` in DeepSeek-V4's repository. Thoughts of earlier turns stay only if there are tools.
+# The prompts that the code in DeepSeek-V4's repository writes. Thoughts of earlier turns stay only if there are tools.
 # Consecutive messages of users and tools are one turn.
 DEEPSEEK_V4 = f"""\
 {{%- set thinks = thinking if thinking is defined else (enable_thinking | default(false)) -%}}
