@@ -437,11 +437,12 @@ void bind_attention(nb::module_& m) {
         `value_dim` is given. There is also an index key of `index_dim` elements, if it is not 0.)")
       .def_static(
           "latent",
-          [](int64_t dim, int64_t index_dim) {
+          [](int64_t dim, int64_t index_dim, bool is_windowed) {
             require_range("index_dim", index_dim, 0, kLargestSize);
-            return KvShape::latent(dim, index_dim);
+            if (is_windowed && index_dim > 0) refuse("a windowed layer has no index keys");
+            return KvShape::latent(dim, index_dim, is_windowed);
           },
-          "dim"_a, "index_dim"_a = 0,
+          "dim"_a, "index_dim"_a = 0, "is_windowed"_a = false,
           "Only one vector, shared by all heads; and an index key of `index_dim` elements, if it is not 0.")
       .def_static("pooled", &KvShape::pooled, "dim"_a, "positions_per_entry"_a, R"(
         One vector for each group of so many positions, which all heads share. The number divides the positions of a

@@ -323,6 +323,51 @@ BoundMixer multi_head_latent_attention(const Matrix& query, const Matrix& kv_dow
   return bound;
 }
 
+BoundMixer compressed_attention(const Matrix& query_down, const Matrix& query, const Matrix& key_value,
+                                const Matrix& group_output, const Matrix& output, int64_t num_heads,
+                                int64_t num_groups, int64_t rope_dim, int64_t window, float scale,
+                                float norm_eps, const ArrayOf<float>& query_norm,
+                                const ArrayOf<float>& kv_norm, const std::optional<ArrayOf<float>>& head_norm,
+                                const std::optional<ArrayOf<float>>& sinks) {
+  require_range("heads", num_heads, 1, kLargestSize);
+  require_range("num_groups", num_groups, 1, num_heads);
+  require_size("heads modulo groups", num_heads % num_groups, 0);
+  require_range("window", window, 1, INT32_MAX);
+  const int64_t dim = key_value.view.rows;
+  require_range("rows of key_value", dim, 1, kLargestSize);
+  require_range("rope_dim", rope_dim, 0, dim);
+  require_size("rows of query", query.view.rows, num_heads * dim);
+  require_size("columns of query", query.view.cols, query_down.view.rows);
+  require_size("columns of group_output", group_output.view.cols, num_heads / num_groups * dim);
+  require_size("rows of group_output modulo groups", group_output.view.rows % num_groups, 0);
+  require_size("columns of output", output.view.cols, group_output.view.rows);
+  // A product with a quantised matrix must begin at a panel.
+  if (is_quantized(group_output.view.format)) {
+    require_size("rows of a group modulo the panel rows of a quantised group_output",
+                 group_output.view.rows / num_groups % kPanelRows, 0);
+  }
+  BoundMixer bound;
+  Kept& kept = bound.kept;
+  bound.mixer = CompressedAttention{
+      .query_down = kept.keep(query_down),
+      .query_norm = kept.keep("query_norm", query_norm, query_down.view.rows),
+      .query = kept.keep(query),
+      .head_norm = kept.keep("head_norm", head_norm, dim),
+      .key_value = kept.keep(key_value),
+      .kv_norm = kept.keep("kv_norm", kv_norm, dim),
+      .group_output = kept.keep(group_output),
+      .output = kept.keep(output),
+      .num_heads = num_heads,
+      .num_groups = num_groups,
+      .rope_dim = rope_dim,
+      .window = {window},
+      .norm_eps = norm_eps,
+      .scale = scale,
+      .sinks = kept.keep("sinks", sinks, num_heads),
+  };
+  return bound;
+}
+
 void make_indexer(BoundIndexer* self, const Matrix& query, const Matrix& key, const Matrix& weights,
                   const ArrayOf<float>& key_norm, const ArrayOf<float>& key_norm_bias, float norm_eps,
                   bool has_interleaved_pairs) {
@@ -467,6 +512,16 @@ void require_fit(const LatentAttention& mixer, const KvShape& kv, const Rotary* 
   require_size("columns of the indexer's query", mixer.indexer->query.cols, mixer.query_down->rows);
   require_size("columns of the indexer's key", mixer.indexer->key.cols, hidden);
   require_size("columns of the indexer's weights", mixer.indexer->weights.cols, hidden);
+}
+
+void require_fit(const CompressedAttention& mixer, const KvShape& kv, const Rotary* rotary, int64_t hidden) {
+  require_kind(kv, KvShape::Kind::latent);
+  require_size("rows of key_value", mixer.head_dim(), kv.head_dim);
+  require_size("elements of an index key", kv.index_dim, 0);
+  if (rotary != nullptr) require_size("rotated dimensions", 2 * rotary->num_pairs(), mixer.rope_dim);
+  require_size("columns of query_down", mixer.query_down.cols, hidden);
+  require_size("columns of key_value", mixer.key_value.cols, hidden);
+  require_size("rows of output", mixer.output.rows, hidden);
 }
 
 }  // namespace
@@ -649,6 +704,22 @@ void bind_mixers(nb::module_& m) {
         num_chosen: a token sees at most so many positions; 0 means all.
         indexer: chooses them; None means that the layer sees what the last layer with an indexer chose.
         gate, gate_kind, query_scale: as for `grouped_query_attention`.)");
+  m.def("compressed_attention", &compressed_attention, "query_down"_a, "query"_a, "key_value"_a,
+        "group_output"_a, "output"_a, nb::kw_only(), "num_heads"_a, "num_groups"_a, "rope_dim"_a, "window"_a,
+        "scale"_a, "norm_eps"_a, "query_norm"_a, "kv_norm"_a, "head_norm"_a.none() = nb::none(),
+        "sinks"_a.none() = nb::none(), R"(
+    DeepSeek-V4's attention: a position's one vector is key and value of all heads; the last dimensions rotate, and
+    those of the result are rotated back.
+
+    Args:
+        query_down: [query_rank, hidden].   query: [heads * head_dim, query_rank].   key_value: [head_dim, hidden].
+        group_output: [groups * rank, heads / groups * head_dim]: each group of heads has `rank` of the rows.
+        output: [hidden, groups * rank].
+        rope_dim: dimensions that rotate.
+        window, scale, sinks: as for `attention`.
+        norm_eps: the epsilon of all norms.
+        query_norm, kv_norm: [query_rank] and [head_dim].
+        head_norm: [head_dim], of each head's query; None means no norm.)");
 }
 
 }  // namespace argosy

@@ -282,7 +282,9 @@ class BoundStack {
         require_size(name + ": block_size of the indexer modulo block_tokens",
                      attention->indexer->block_size % kv.block_tokens(), 0);
       if (shape.is_windowed) {
-        const int64_t window = std::get<GroupedQueryAttention>(*layer.layer.mixer).window.size;
+        const auto* compressed = std::get_if<CompressedAttention>(mixer);
+        const int64_t window = compressed != nullptr ? compressed->window.size
+                                                     : std::get<GroupedQueryAttention>(*mixer).window.size;
         require_range(name + ": window", window, 1, INT32_MAX);
         window_ = std::max(window_, window);
       }
@@ -733,6 +735,14 @@ void bind_stack(nb::module_& m) {
           "num_heads"_a, "nope_dim"_a, "rope_dim"_a, "kv_rank"_a, "value_dim"_a, "query_rank"_a,
           "index_heads"_a = 0, "index_dim"_a = 0, "num_chosen"_a = 0, "gate_rows"_a = 0,
           "index_heads, index_dim and num_chosen are those of an indexer.")
+      .def(
+          "add_compressed_attention",
+          [](StackSizes& self, int64_t num_heads, int64_t head_dim, int64_t query_rank, int64_t num_groups,
+             int64_t output_rank) {
+            require_range("num_groups", num_groups, 1, kLargestSize);
+            self.add(CompressedSizes{num_heads, head_dim, query_rank, num_groups, output_rank});
+          },
+          "num_heads"_a, "head_dim"_a, "query_rank"_a, "num_groups"_a, "output_rank"_a)
       .def(
           "add_delta_net", [](StackSizes& self, const DeltaSizes& sizes) { self.add(delta_shape(sizes)); },
           "sizes"_a)

@@ -114,7 +114,8 @@ struct KernelTable {
   int64_t (*latent_floats)(int64_t dim, int64_t value_dim);  // the scratch of a call
   // Merges the state of a column's next section into `state`.
   void (*latent_merge)(const float* next, int64_t value_dim, int64_t num_heads, float* state);
-  void (*latent_finish)(const float* state, int64_t value_dim, int64_t num_heads, float* out);
+  void (*latent_finish)(const float* state, int64_t value_dim, int64_t num_heads, const float* sinks,
+                        float* out);
   void (*index_scores)(const IndexArgs& args);
 
   // For ops/machine_probe.h. Both return a number that depends on all their work.

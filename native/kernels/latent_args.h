@@ -17,7 +17,8 @@ namespace argosy {
 struct LatentColumn {
   const float* q;     // [num_heads][dim]
   int64_t num_heads;  // at most kColumnHeads
-  int64_t last;       // the last position that the token sees; with `positions`, its index there
+  int64_t last;       // the last position that the token sees; with `positions`, its index there;
+                      // otherwise from `first` on
   float* state;       // latent_state_floats(value_dim): values [value_dim][kColumnHeads], most, sum
 };
 
@@ -25,8 +26,9 @@ struct LatentColumn {
 struct LatentAttentionArgs {
   LatentLayer kv;
   const int32_t* blocks;  // the sequence's block table: position p lies in blocks[p / block_tokens]
-  const int32_t*
-      positions;  // the columns see only these, and sections are sections of this list; nullptr: all
+  // The columns see only these, and sections are sections of this list; nullptr: all from `first` on.
+  const int32_t* positions;
+  int64_t first;  // `begin` and LatentColumn::last count from here
   const LatentColumn* columns;
   int64_t num_columns;
   int64_t begin;
@@ -78,7 +80,7 @@ inline const uint8_t* latent_vector(const LatentLayer& kv, const int32_t* blocks
 }
 
 inline const uint8_t* latent_vector(const LatentAttentionArgs& a, int64_t position) {
-  return latent_vector(a.kv, a.blocks, a.positions != nullptr ? a.positions[position] : position);
+  return latent_vector(a.kv, a.blocks, a.positions != nullptr ? a.positions[position] : a.first + position);
 }
 
 inline int64_t last_of_section(const LatentAttentionArgs& a, const LatentColumn& column) {

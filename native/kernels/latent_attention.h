@@ -294,11 +294,17 @@ void latent_merge(const float* next, int64_t value_dim, int64_t, float* state) {
 
 #endif
 
-// out [num_heads][value_dim]: the values of a state divided by its sum.
-void latent_finish(const float* state, int64_t value_dim, int64_t num_heads, float* out) {
-  const float* sum = state + (value_dim + 1) * kColumnHeads;
+// out [num_heads][value_dim]: the values of a state divided by its sum, to which each head's sink adds its
+// weight; sinks [num_heads], nullptr: none.
+void latent_finish(const float* state, int64_t value_dim, int64_t num_heads, const float* sinks, float* out) {
+  const float* most = state + value_dim * kColumnHeads;
+  const float* sum = most + kColumnHeads;
   float share[kColumnHeads];
-  for (int64_t head = 0; head < num_heads; ++head) share[head] = 1.0f / sum[head];
+  for (int64_t head = 0; head < num_heads; ++head) {
+    // A sink far above all scores weighs infinitely much, and the result is 0.
+    const float sink = sinks != nullptr ? expf(sinks[head] - most[head]) : 0.0f;
+    share[head] = 1.0f / (sum[head] + sink);
+  }
   for (int64_t d = 0; d < value_dim; ++d) {
     for (int64_t head = 0; head < num_heads; ++head)
       out[head * value_dim + d] = state[d * kColumnHeads + head] * share[head];

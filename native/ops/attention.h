@@ -30,8 +30,8 @@ struct KvShape {
                              int64_t index_dim = 0) {
     return {Kind::keys_values, kv_heads, head_dim, value_dim, is_windowed, index_dim};
   }
-  static KvShape latent(int64_t dim, int64_t index_dim = 0) {
-    return {Kind::latent, 1, dim, 0, false, index_dim};
+  static KvShape latent(int64_t dim, int64_t index_dim = 0, bool is_windowed = false) {
+    return {Kind::latent, 1, dim, 0, is_windowed, index_dim};
   }
   // Entries that each stand for several positions.
   static KvShape pooled(int64_t dim, int64_t positions_per_entry) {

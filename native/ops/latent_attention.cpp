@@ -19,14 +19,29 @@ constexpr const char* kScratch = "latent attention scratch";
 
 int64_t blocks_of(int64_t rows) { return round_up(rows, kBlockRows) / kBlockRows; }
 
-// Columns of one sequence that go through the same vectors together.
+int64_t sections_of(int64_t entries) { return (entries + kSectionPositions - 1) / kSectionPositions; }
+
+// Columns of one sequence that go through the same entries together.
 struct Item {
-  LatentColumn columns[kAmxColumns];
+  struct Part {
+    const int32_t* blocks;
+    SeenEntries seen;  // of the column that sees most
+    int64_t counts[kAmxColumns];
+
+    int64_t num_sections() const { return sections_of(seen.count); }
+  };
+  const float* q[kAmxColumns];
+  int64_t num_heads[kAmxColumns];
+  const float* sinks[kAmxColumns];
   float* out[kAmxColumns];
   int64_t num_columns;
-  int64_t num_sections;  // sections that at least one column sees
-  const int32_t* blocks;
-  const int32_t* positions;  // nullptr: all
+  Part parts[kMostSources];  // the sections of one come after those of the one before
+
+  int64_t num_sections() const {
+    int64_t sum = 0;
+    for (const Part& part : parts) sum += part.num_sections();
+    return sum;
+  }
 };
 
 // The number of sections of an item that threads process in parallel. Their states, at most eight columns for
@@ -42,29 +57,32 @@ int64_t columns_per_item(int64_t num_columns, int64_t num_sections, int num_thre
   return std::clamp(per_thread, kMostColumns, most_columns);
 }
 
-int64_t columns_per_token(const LatentHeads& heads) {
-  return round_up(heads.num_heads, kColumnHeads) / kColumnHeads;
-}
+int64_t columns_per_token(int64_t num_heads) { return round_up(num_heads, kColumnHeads) / kColumnHeads; }
 
-// The numbers of positions and of sections that a token sees.
-int64_t seen_by(const AttentionBatch& batch, const ChosenPositions& chosen, int64_t token) {
-  return chosen.limits(batch, token) ? chosen.count : batch.until(token);
-}
-int64_t sections_of(const AttentionBatch& batch, const ChosenPositions& chosen, int64_t token) {
-  return (seen_by(batch, chosen, token) - 1) / kSectionPositions + 1;
+// What attends to entries: LatentHeads after their matrices, or heads that read vectors as they are.
+struct Reader {
+  int64_t num_heads, dim, value_dim;
+  float scale;
+  const float* sinks;  // [num_heads]; nullptr: none
+};
+
+// Scratch of a Reader: a copy of vectors for each thread, and states.
+void add_reader(ScratchLayout& layout, int64_t dim, int64_t value_dim, int num_threads, int64_t& vectors,
+                int64_t& states) {
+  vectors = layout.add(num_threads * most_latent_floats(dim, value_dim) * 4);
+  // Either totals and states of the next section for the columns of an item, for each thread; or totals for
+  // the columns of all items, at most four for each thread, and the states of sections_at_once.
+  states = layout.add(num_threads * std::max<int64_t>(12, 2 * most_latent_columns()) *
+                      latent_state_floats(value_dim) * 4);
 }
 
 struct Scratch {
   Scratch(const LatentHeads& heads, int64_t tokens, int num_threads) {
     const int64_t rows = tokens * heads.num_heads;
-    const int64_t state = latent_state_floats(heads.kv_rank) * 4;
     activations = layout.add(rows * activation_bytes(std::max(heads.nope_dim, heads.kv_rank)));
     query = layout.add(rows * heads.vector_dim() * 4);
     attended = layout.add(rows * heads.kv_rank * 4);
-    vectors = layout.add(num_threads * most_latent_floats(heads.vector_dim(), heads.kv_rank) * 4);
-    // Either totals and states of the next section for the columns of an item, for each thread; or totals for
-    // the columns of all items, at most four for each thread, and the states of sections_at_once.
-    states = layout.add(num_threads * std::max<int64_t>(12, 2 * most_latent_columns()) * state);
+    add_reader(layout, heads.vector_dim(), heads.kv_rank, num_threads, vectors, states);
   }
   ScratchLayout layout;
   int64_t activations, query, attended, vectors, states;
@@ -112,31 +130,42 @@ void multiply_heads(Runtime& runtime, const MatrixView& matrix, int64_t num_head
       runtime.blocks_together(kBlockRows));
 }
 
-// Lists the columns of tokens [begin, end), up to `most_columns` of one sequence per item.
-std::vector<Item> list_items(const LatentHeads& heads, const AttentionBatch& batch,
-                             const ChosenPositions& chosen, int64_t begin, int64_t end, int64_t most_columns,
-                             const float* query, float* attended) {
-  const int64_t per_token = columns_per_token(heads);
+// Whether a column of these entries may join the others of a part.
+bool joins(const Item::Part& part, const int32_t* blocks, const SeenEntries& seen) {
+  return part.blocks == blocks && part.seen.positions == seen.positions && part.seen.first == seen.first;
+}
+
+// Lists the columns of tokens [begin, end), up to `most_columns` of one sequence per item; q and out are
+// those of token `begin`.
+std::vector<Item> list_items(const Reader& reader, const std::vector<LatentSource>& sources,
+                             const int32_t* sequence, int64_t begin, int64_t end, int64_t most_columns,
+                             const float* q, float* out) {
+  const int64_t per_token = columns_per_token(reader.num_heads);
   std::vector<Item> items;
   for (int64_t token = begin; token < end; ++token) {
-    const int32_t* blocks = batch.block_table + batch.sequence[token] * batch.max_blocks;
-    const int32_t* positions =
-        chosen.limits(batch, token) ? chosen.positions + token * chosen.count : nullptr;
+    const auto blocks_of = [&](const LatentSource& source) {
+      return source.block_table + sequence[token] * source.max_blocks;
+    };
     for (int64_t c = 0; c < per_token; ++c) {
-      const int64_t row = (token - begin) * heads.num_heads + c * kColumnHeads;
-      if (items.empty() || items.back().num_columns == most_columns || items.back().blocks != blocks ||
-          items.back().positions != positions) {
-        items.push_back({});
-        items.back().blocks = blocks;
-        items.back().positions = positions;
-      }
+      const int64_t row = (token - begin) * reader.num_heads + c * kColumnHeads;
+      bool joins_last = !items.empty() && items.back().num_columns < most_columns;
+      for (size_t s = 0; joins_last && s < sources.size(); ++s)
+        joins_last = joins(items.back().parts[s], blocks_of(sources[s]), sources[s].seen[size_t(token)]);
+      if (!joins_last) items.push_back({});
       Item& item = items.back();
-      item.columns[item.num_columns] = {query + row * heads.vector_dim(),
-                                        std::min(kColumnHeads, heads.num_heads - c * kColumnHeads),
-                                        seen_by(batch, chosen, token) - 1, nullptr};
-      item.out[item.num_columns] = attended + row * heads.kv_rank;
+      for (size_t s = 0; s < sources.size(); ++s) {
+        Item::Part& part = item.parts[s];
+        const SeenEntries& seen = sources[s].seen[size_t(token)];
+        const int64_t most = std::max(part.seen.count, seen.count);
+        part.blocks = blocks_of(sources[s]);
+        part.counts[item.num_columns] = seen.count;
+        part.seen = {seen.positions, seen.first, most};
+      }
+      item.q[item.num_columns] = q + row * reader.dim;
+      item.num_heads[item.num_columns] = std::min(kColumnHeads, reader.num_heads - c * kColumnHeads);
+      item.sinks[item.num_columns] = reader.sinks != nullptr ? reader.sinks + c * kColumnHeads : nullptr;
+      item.out[item.num_columns] = out + row * reader.value_dim;
       ++item.num_columns;
-      item.num_sections = std::max(item.num_sections, sections_of(batch, chosen, token));
     }
   }
   return items;
@@ -146,69 +175,80 @@ std::vector<Item> list_items(const LatentHeads& heads, const AttentionBatch& bat
 // whichever threads computed them.
 class Sections {
  public:
-  Sections(const KernelTable& table, const LatentLayer& kv, const LatentHeads& heads, float* vectors)
-      : table_(table), kv_(kv), heads_(heads), vectors_(vectors) {}
+  Sections(const KernelTable& table, const std::vector<LatentSource>& sources, const Reader& reader,
+           float* vectors)
+      : table_(table), sources_(sources), reader_(reader), vectors_(vectors) {}
 
-  int64_t state_floats() const { return latent_state_floats(heads_.kv_rank); }
+  int64_t state_floats() const { return latent_state_floats(reader_.value_dim); }
 
   // Writes the states of one section, one after another, to `states`.
   void attend(const Item& item, int64_t section, float* states, int worker) const {
+    const Place place = find(item, section);
+    const Item::Part& part = item.parts[place.source];
     LatentColumn columns[kAmxColumns];
     int64_t count = 0;
     for (int64_t c = 0; c < item.num_columns; ++c) {
-      if (!sees(item, c, section)) continue;
-      columns[count] = item.columns[c];
-      columns[count++].state = states + c * state_floats();
+      if (part.counts[c] <= place.begin) continue;
+      columns[count++] = {item.q[c], item.num_heads[c], part.counts[c] - 1, states + c * state_floats()};
     }
     table_.latent_attention({
-        .kv = kv_,
-        .blocks = item.blocks,
-        .positions = item.positions,
+        .kv = sources_[place.source].kv,
+        .blocks = part.blocks,
+        .positions = part.seen.positions,
+        .first = part.seen.first,
         .columns = columns,
         .num_columns = count,
-        .begin = section * kSectionPositions,
-        .value_dim = heads_.kv_rank,
-        .scale = heads_.scale,
-        .scratch = vectors_ + worker * table_.latent_floats(kv_.dim, heads_.kv_rank),
+        .begin = place.begin,
+        .value_dim = reader_.value_dim,
+        .scale = reader_.scale,
+        .scratch = vectors_ + worker * table_.latent_floats(reader_.dim, reader_.value_dim),
     });
   }
 
   void merge(const Item& item, int64_t section, const float* next, float* totals) const {
+    const Place place = find(item, section);
     for (int64_t c = 0; c < item.num_columns; ++c) {
-      if (!sees(item, c, section)) continue;
-      table_.latent_merge(next + c * state_floats(), heads_.kv_rank, item.columns[c].num_heads,
+      if (item.parts[place.source].counts[c] <= place.begin) continue;
+      table_.latent_merge(next + c * state_floats(), reader_.value_dim, item.num_heads[c],
                           totals + c * state_floats());
     }
   }
 
   void finish(const Item& item, const float* totals) const {
     for (int64_t c = 0; c < item.num_columns; ++c) {
-      table_.latent_finish(totals + c * state_floats(), heads_.kv_rank, item.columns[c].num_heads,
+      table_.latent_finish(totals + c * state_floats(), reader_.value_dim, item.num_heads[c], item.sinks[c],
                            item.out[c]);
     }
   }
 
  private:
-  static bool sees(const Item& item, int64_t column, int64_t section) {
-    return item.columns[column].last >= section * kSectionPositions;
+  struct Place {
+    size_t source;
+    int64_t begin;  // of the section among the source's entries
+  };
+  static Place find(const Item& item, int64_t section) {
+    size_t source = 0;
+    while (section >= item.parts[source].num_sections()) section -= item.parts[source++].num_sections();
+    return {source, section * kSectionPositions};
   }
 
   const KernelTable& table_;
-  const LatentLayer& kv_;
-  const LatentHeads& heads_;
+  const std::vector<LatentSource>& sources_;
+  const Reader& reader_;
   float* vectors_;
 };
 
-void attend(Runtime& runtime, const LatentLayer& kv, const LatentHeads& heads, const std::vector<Item>& items,
-            int64_t most_columns, float* vectors, float* states) {
-  const Sections sections(runtime.kernels(), kv, heads, vectors);
+void attend(Runtime& runtime, const std::vector<LatentSource>& sources, const Reader& reader,
+            const std::vector<Item>& items, int64_t most_columns, float* vectors, float* states) {
+  const Sections sections(runtime.kernels(), sources, reader, vectors);
   const int64_t num_items = int64_t(items.size()), item_floats = most_columns * sections.state_floats();
   int64_t most_sections = 0, all_sections = 0;
   for (const Item& item : items) {
-    most_sections = std::max(most_sections, item.num_sections);
-    all_sections += item.num_sections;
+    most_sections = std::max(most_sections, item.num_sections());
+    all_sections += item.num_sections();
   }
-  const int64_t section_work = most_columns * kColumnHeads * kSectionPositions * (kv.dim + heads.kv_rank) / 8;
+  const int64_t section_work =
+      most_columns * kColumnHeads * kSectionPositions * (reader.dim + reader.value_dim) / 8;
   const int64_t at_once =
       std::min(most_sections, sections_at_once(num_items * most_columns, runtime.num_threads()));
   if (at_once == 1) {
@@ -219,7 +259,7 @@ void attend(Runtime& runtime, const LatentLayer& kv, const LatentHeads& heads, c
                            for (int64_t i = begin; i < end; ++i) {
                              const Item& item = items[size_t(num_items - 1 - i)];
                              sections.attend(item, 0, totals, worker);
-                             for (int64_t section = 1; section < item.num_sections; ++section) {
+                             for (int64_t section = 1; section < item.num_sections(); ++section) {
                                sections.attend(item, section, totals + item_floats, worker);
                                sections.merge(item, section, totals + item_floats, totals);
                              }
@@ -240,20 +280,37 @@ void attend(Runtime& runtime, const LatentLayer& kv, const LatentHeads& heads, c
       for (int64_t i = begin; i < end; ++i) {
         const Item& item = items[size_t(i / at_once)];
         const int64_t section = first + i % at_once;
-        if (section < item.num_sections)
+        if (section < item.num_sections())
           sections.attend(item, section, state_of(i / at_once, section), worker);
       }
     });
     runtime.parallel_for(num_items, at_once * item_floats, [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) {
         const Item& item = items[size_t(i)];
-        const int64_t after = std::min(first + at_once, item.num_sections);
+        const int64_t after = std::min(first + at_once, item.num_sections());
         for (int64_t section = std::max<int64_t>(1, first); section < after; ++section)
           sections.merge(item, section, state_of(i, section), totals + i * item_floats);
         if (first + at_once >= most_sections) sections.finish(item, totals + i * item_floats);
       }
     });
   }
+}
+
+// Attends to tokens [begin, end), as list_items.
+void attend(Runtime& runtime, const std::vector<LatentSource>& sources, const Reader& reader,
+            const int32_t* sequence, int64_t begin, int64_t end, const float* q, float* out, float* vectors,
+            float* states) {
+  int64_t num_sections = 0;
+  for (int64_t token = begin; token < end; ++token) {
+    int64_t sections = 0;
+    for (const LatentSource& source : sources) sections += sections_of(source.seen[size_t(token)].count);
+    num_sections = std::max(num_sections, sections);
+  }
+  const int64_t most_columns =
+      columns_per_item((end - begin) * columns_per_token(reader.num_heads), num_sections,
+                       runtime.num_threads(), runtime.kernels().most_columns);
+  attend(runtime, sources, reader, list_items(reader, sources, sequence, begin, end, most_columns, q, out),
+         most_columns, vectors, states);
 }
 
 }  // namespace
@@ -294,6 +351,13 @@ void latent_attention(Runtime& runtime, const LatentLayer& kv, const LatentHeads
   const auto floats = [&](int64_t at) { return reinterpret_cast<float*>(scratch + at); };
   float *query = floats(places.query), *attended = floats(places.attended);
   uint8_t* activations = scratch + places.activations;
+  const Reader reader = {num_heads, dim, heads.kv_rank, heads.scale, nullptr};
+  std::vector<LatentSource> sources = {{kv, batch.block_table, batch.max_blocks, {}}};
+  for (int64_t token = 0; token < batch.num_tokens; ++token) {
+    const bool is_limited = chosen.limits(batch, token);
+    sources[0].seen.push_back({is_limited ? chosen.positions + token * chosen.count : nullptr, 0,
+                               is_limited ? chosen.count : batch.until(token)});
+  }
   for (int64_t begin = 0; begin < batch.num_tokens; begin += kTileTokens) {
     const int64_t tokens = std::min(kTileTokens, batch.num_tokens - begin);
     const float* q = batch.q + begin * num_heads * heads.query_dim();
@@ -302,14 +366,8 @@ void latent_attention(Runtime& runtime, const LatentLayer& kv, const LatentHeads
       std::memcpy(query + row * dim + heads.kv_rank, q + row * heads.query_dim() + heads.nope_dim,
                   size_t(heads.rope_dim) * 4);
     }
-    int64_t num_sections = 0;
-    for (int64_t token = begin; token < begin + tokens; ++token)
-      num_sections = std::max(num_sections, sections_of(batch, chosen, token));
-    const int64_t most_columns = columns_per_item(tokens * columns_per_token(heads), num_sections,
-                                                  runtime.num_threads(), runtime.kernels().most_columns);
-    attend(runtime, kv, heads,
-           list_items(heads, batch, chosen, begin, begin + tokens, most_columns, query, attended),
-           most_columns, floats(places.vectors), floats(places.states));
+    attend(runtime, sources, reader, batch.sequence, begin, begin + tokens, query, attended,
+           floats(places.vectors), floats(places.states));
     multiply_heads(runtime, heads.value_up, num_heads, tokens, attended, heads.kv_rank, activations,
                    out + begin * num_heads * heads.value_dim, heads.value_dim);
   }
@@ -321,6 +379,47 @@ int64_t latent_scratch_bytes(const LatentHeads& heads, int64_t max_tokens, int n
   checked_product(kScratch, {8, 8, kTileTokens, heads.num_heads, dims});
   checked_product(kScratch, {8, 4096, num_threads, dims});
   return Scratch(heads, std::min(max_tokens, kTileTokens), num_threads).layout.bytes();
+}
+
+void shared_attention(Runtime& runtime, const std::vector<LatentSource>& sources, const SharedHeads& heads,
+                      const float* q, const int32_t* sequence, int64_t num_tokens, float* out) {
+  const auto lock = runtime.lock();
+  const Reader reader = {heads.num_heads, heads.dim, heads.dim, heads.scale, heads.sinks};
+  ScratchLayout layout;
+  int64_t vectors = 0, states = 0;
+  add_reader(layout, heads.dim, heads.dim, runtime.num_threads(), vectors, states);
+  uint8_t* scratch = runtime.scratch(layout.bytes());
+  for (int64_t begin = 0; begin < num_tokens; begin += kTileTokens) {
+    const int64_t at = begin * heads.num_heads * heads.dim;
+    attend(runtime, sources, reader, sequence, begin, std::min(begin + kTileTokens, num_tokens), q + at,
+           out + at, reinterpret_cast<float*>(scratch + vectors), reinterpret_cast<float*>(scratch + states));
+  }
+}
+
+int64_t shared_scratch_bytes(int64_t dim, int num_threads) {
+  checked_product(kScratch, {8, 4096, num_threads, 2 * dim + 64});
+  ScratchLayout layout;
+  int64_t vectors = 0, states = 0;
+  add_reader(layout, dim, dim, num_threads, vectors, states);
+  return layout.bytes();
+}
+
+void multiply_groups(Runtime& runtime, const MatrixView& matrix, int64_t num_groups, const float* x,
+                     int64_t num_tokens, float* out) {
+  const auto lock = runtime.lock();
+  const int64_t rows = matrix.rows / num_groups;
+  uint8_t* activations =
+      runtime.scratch(group_scratch_bytes(num_groups, matrix.cols, std::min(num_tokens, kTileTokens)));
+  for (int64_t begin = 0; begin < num_tokens; begin += kTileTokens) {
+    multiply_heads(runtime, matrix, num_groups, std::min(kTileTokens, num_tokens - begin),
+                   x + begin * num_groups * matrix.cols, matrix.cols, activations,
+                   out + begin * num_groups * rows, rows);
+  }
+}
+
+int64_t group_scratch_bytes(int64_t num_groups, int64_t cols, int64_t max_tokens) {
+  checked_product(kScratch, {8, kTileTokens, num_groups, cols + 64});
+  return std::min(max_tokens, kTileTokens) * num_groups * activation_bytes(cols);
 }
 
 }  // namespace argosy

@@ -7,9 +7,13 @@
 //
 //   q_h = [ key_up_h q_nope_h | q_rope_h ]    attended_h = softmax(scale q_h . vectors) latents
 //   out_h = value_up_h attended_h
+//
+// Heads may also read the cached vectors as they are, and from several stores in one softmax: the positions
+// of a window, then entries that each stand for several earlier positions (DeepSeek-V4).
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "ops/attention.h"
 #include "ops/matmul.h"
@@ -44,6 +48,45 @@ struct ChosenPositions {
     return positions != nullptr && batch.until(token) > count;
   }
 };
+
+// The entries of a store that a token sees: a list, or `count` of them from `first` on.
+struct SeenEntries {
+  const int32_t* positions;  // [count], ascending; nullptr: no list
+  int64_t first, count;
+};
+
+// A store of vectors, and what each token sees of it.
+struct LatentSource {
+  LatentLayer kv;
+  const int32_t* block_table;  // [sequences][max_blocks]
+  int64_t max_blocks;
+  std::vector<SeenEntries> seen;  // [num_tokens]
+};
+
+constexpr int64_t kMostSources = 2;
+
+// Heads that share each cached vector, which is key and value.
+struct SharedHeads {
+  int64_t num_heads, dim;
+  float scale;         // scales the scores
+  const float* sinks;  // [num_heads]; nullptr: none
+};
+
+// Attention over all sources in one softmax; every token sees an entry of the first. States of sections are
+// merged in the order of the sources. q and out [num_tokens][num_heads][dim], sequence [num_tokens].
+void shared_attention(Runtime& runtime, const std::vector<LatentSource>& sources, const SharedHeads& heads,
+                      const float* q, const int32_t* sequence, int64_t num_tokens, float* out);
+
+// The most runtime scratch that shared_attention takes. Throws as latent_scratch_bytes.
+int64_t shared_scratch_bytes(int64_t dim, int num_threads);
+
+// A block-diagonal product: out [num_tokens][num_groups][rows of a group] are each group's rows of the matrix
+// times its x [num_tokens][num_groups][cols].
+void multiply_groups(Runtime& runtime, const MatrixView& matrix, int64_t num_groups, const float* x,
+                     int64_t num_tokens, float* out);
+
+// The most runtime scratch that multiply_groups takes. Throws as latent_scratch_bytes.
+int64_t group_scratch_bytes(int64_t num_groups, int64_t cols, int64_t max_tokens);
 
 // batch.q [num_tokens][num_heads][nope_dim + rope_dim], no window.
 // out [num_tokens][num_heads * value_dim].

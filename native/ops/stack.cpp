@@ -66,6 +66,11 @@ LatentSizes sizes_of(const LatentAttention& mixer) {
   return sizes;
 }
 
+CompressedSizes sizes_of(const CompressedAttention& mixer) {
+  return {mixer.num_heads, mixer.head_dim(), mixer.query_down.rows, mixer.num_groups,
+          mixer.group_output.rows / mixer.num_groups};
+}
+
 DeltaShape sizes_of(const GatedDeltaNet& net) { return net.shape; }
 
 DeltaShape sizes_of(const LightningAttention& mixer) { return mixer.shape; }
@@ -351,12 +356,27 @@ void Stack::rotate(float* x, int64_t num_heads, int64_t head_dim) {
 
 void Stack::rotate(float* x, int64_t num_heads, int64_t head_dim, bool has_interleaved_pairs) {
   if (!layer().rotary) return;
-  int64_t at = 0;
-  for (int64_t i = 0; i < *layer().rotary; ++i)
-    at += step_.num_tokens * description_.rotaries[size_t(i)].num_pairs();
+  const int64_t at = angles_at(*layer().rotary);
   const Rotary& rotary = description_.rotaries[size_t(*layer().rotary)];
   rope(runtime_, {x, num_heads * head_dim}, step_.num_tokens, num_heads, head_dim, buffers_.cosine + at,
        buffers_.sine + at, rotary.num_pairs(), has_interleaved_pairs);
+}
+
+void Stack::rotate_back(float* x, int64_t num_heads, int64_t head_dim) {
+  if (!layer().rotary) return;
+  float* sine = buffers_.sine + angles_at(*layer().rotary);
+  const int64_t pairs = description_.rotaries[size_t(*layer().rotary)].num_pairs();
+  // Negation is exact, so the sines are the same again afterwards.
+  multiply_rows(runtime_, -1, step_.num_tokens, pairs, sine);
+  rotate(x, num_heads, head_dim);
+  multiply_rows(runtime_, -1, step_.num_tokens, pairs, sine);
+}
+
+// Where the cosines and sines of a rotary embedding begin.
+int64_t Stack::angles_at(int64_t rotary) const {
+  int64_t at = 0;
+  for (int64_t i = 0; i < rotary; ++i) at += step_.num_tokens * description_.rotaries[size_t(i)].num_pairs();
+  return at;
 }
 
 bool Stack::feed_forward(const DenseFfn& ffn) {

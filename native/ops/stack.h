@@ -191,6 +191,28 @@ struct LatentAttention {
   std::optional<OutputGate> gate;
 };
 
+// DeepSeek-V4's attention: one vector of head_dim elements for each position is key and value of all heads.
+// A token sees a window of positions. Its last dimensions rotate, and because values rotate with them, the
+// result is rotated back by the token's own angles. The output projection has two factors, of which the first
+// multiplies each group of heads by a matrix of its own.
+struct CompressedAttention {
+  MatrixView query_down;              // [query_rank, hidden]
+  const float* query_norm = nullptr;  // [query_rank]
+  MatrixView query;                   // [num_heads * head_dim, query_rank]
+  const float* head_norm = nullptr;   // [head_dim], of each head's query, before rotary; nullptr: none
+  MatrixView key_value;               // [head_dim, hidden]
+  const float* kv_norm = nullptr;     // [head_dim]
+  MatrixView group_output;            // [num_groups * output_rank, num_heads / num_groups * head_dim]
+  MatrixView output;                  // [hidden, num_groups * output_rank]
+  int64_t num_heads = 0, num_groups = 1, rope_dim = 0;
+  Window window;
+  float norm_eps = 0;            // of all these norms
+  float scale = 0;               // multiplies the scores
+  const float* sinks = nullptr;  // [num_heads]; nullptr: none
+
+  int64_t head_dim() const { return key_value.rows; }
+};
+
 // A short convolution with two gates: a row of the input projection is [B, C, x], and C * conv(B * x) goes
 // through the output projection.
 struct ShortConv {
@@ -213,8 +235,8 @@ struct Mamba {
   int64_t state_layer = 0;    // layer of the recurrent state
 };
 
-using Mixer = std::variant<GroupedQueryAttention, LatentAttention, GatedDeltaNet, KimiDeltaAttention,
-                           LightningAttention, ShortConv, Mamba>;
+using Mixer = std::variant<GroupedQueryAttention, LatentAttention, CompressedAttention, GatedDeltaNet,
+                           KimiDeltaAttention, LightningAttention, ShortConv, Mamba>;
 
 struct DenseFfn {
   ExpertView network;
@@ -461,8 +483,10 @@ class Stack {
   void begin_runs();
   bool add_table_rows(Clock::time_point end);  // false: they are not all there, or some cannot be read
   void end_layer();
-  void add_block(const MatrixView& output, const float* bias);
+  void add_block(const MatrixView& output, const float* bias) { add_block(output, bias, buffers_.attended); }
+  void add_block(const MatrixView& output, const float* bias, const float* attended);
   void mix(const LatentAttention& attention);
+  void mix(const CompressedAttention& attention);
   void choose_positions(const PositionIndexer& indexer, const AttentionBatch& batch, int64_t count);
   void choose_blocks(const BlockIndexer& indexer, AttentionBatch& batch);
   bool feed_forward(const DenseFfn& ffn);  // false: the layer waits for experts
@@ -484,6 +508,8 @@ class Stack {
   // By the angles of the current layer's rotary, if it has one, in its pairs or in others.
   void rotate(float* x, int64_t num_heads, int64_t head_dim);
   void rotate(float* x, int64_t num_heads, int64_t head_dim, bool has_interleaved_pairs);
+  void rotate_back(float* x, int64_t num_heads, int64_t head_dim);
+  int64_t angles_at(int64_t rotary) const;
   void scale_queries(const QueryScale& scale, int64_t cols);
   void gate_output(const OutputGate& gate, int64_t num_heads, int64_t value_dim);
   const Layer& layer() const { return description_.layers[size_t(layer_)]; }

@@ -31,9 +31,9 @@ void Stack::gate_output(const OutputGate& gate, int64_t num_heads, int64_t value
 }
 
 // Multiplies the mixer's result by the output matrix and adds the product to the hidden state.
-void Stack::add_block(const MatrixView& output, const float* bias) {
+void Stack::add_block(const MatrixView& output, const float* bias, const float* attended) {
   const int64_t tokens = step_.num_tokens;
-  matmul(runtime_, {{output, buffers_.block}}, buffers_.attended, tokens);
+  matmul(runtime_, {{output, buffers_.block}}, attended, tokens);
   add_bias(runtime_, bias, tokens, output.rows, buffers_.block);
   if (layer().mixer_post_norm != nullptr) norm(layer().mixer_post_norm, buffers_.block, buffers_.block);
   multiply_rows(runtime_, layer().mixer_scale, tokens, output.rows, buffers_.block);
@@ -332,6 +332,37 @@ void Stack::mix(const LatentAttention& mixer) {
   latent_attention(runtime_, kv, heads, batch, chosen, buffers_.attended);
   if (mixer.gate) gate_output(*mixer.gate, heads.num_heads, heads.value_dim);
   add_block(mixer.output, nullptr);
+}
+
+void Stack::mix(const CompressedAttention& mixer) {
+  const LatentLayer kv = kv_.latent_layer(number());
+  const int64_t tokens = step_.num_tokens, heads = mixer.num_heads, dim = kv.dim;
+  const int64_t nope_dim = dim - mixer.rope_dim;
+  float *query = buffers_.query, *vectors = buffers_.key, *latent = buffers_.query_latent;
+  float *attended = buffers_.attended, *grouped = query;  // queries are not needed after attention
+
+  matmul(runtime_, {{mixer.query_down, latent}, {mixer.key_value, vectors}}, buffers_.normed, tokens);
+  rms_norm(runtime_, latent, mixer.query_norm, mixer.norm_eps, tokens, mixer.query_down.rows, latent);
+  rms_norm(runtime_, vectors, mixer.kv_norm, mixer.norm_eps, tokens, dim, vectors);
+  rotate(vectors + nope_dim, 1, dim);
+  matmul(runtime_, {{mixer.query, query}}, latent, tokens);
+  if (mixer.head_norm != nullptr)
+    rms_norm(runtime_, query, mixer.head_norm, mixer.norm_eps, tokens * heads, dim, query);
+  rotate(query + nope_dim, heads, dim);
+
+  const bool is_windowed = kv_.shape(number()).is_windowed;
+  latent_write(runtime_, kv, vectors, is_windowed ? step_.window_slots : step_.slots, tokens);
+  std::vector<LatentSource> sources = {
+      {kv, is_windowed ? step_.window_table : step_.block_table, step_.max_blocks, {}}};
+  for (int64_t token = 0; token < tokens; ++token) {
+    const int64_t first = first_seen(mixer.window, step_.order[token]);
+    sources[0].seen.push_back({nullptr, first, step_.order[token] + 1 - first});
+  }
+  shared_attention(runtime_, sources, {heads, dim, mixer.scale, mixer.sinks}, query, step_.sequence, tokens,
+                   attended);
+  rotate_back(attended + nope_dim, heads, dim);
+  multiply_groups(runtime_, mixer.group_output, mixer.num_groups, attended, tokens, grouped);
+  add_block(mixer.output, nullptr, grouped);
 }
 
 }  // namespace argosy

@@ -79,6 +79,17 @@ void StackSizes::add(const LatentSizes& mixer) {
   if (std::find(latents_.begin(), latents_.end(), mixer) == latents_.end()) latents_.push_back(mixer);
 }
 
+void StackSizes::add(const CompressedSizes& mixer) {
+  const int64_t attended = width_of({mixer.num_heads, mixer.head_dim});
+  const int64_t grouped = width_of({mixer.num_groups, mixer.output_rank});
+  widen(query_, std::max(attended, grouped));
+  widen(attended_, std::max(attended, grouped));
+  widen(key_, width_of({mixer.head_dim}));
+  widen(query_latent_, width_of({mixer.query_rank}));
+  if (std::find(compressed_.begin(), compressed_.end(), mixer) == compressed_.end())
+    compressed_.push_back(mixer);
+}
+
 void StackSizes::add(const DeltaShape& mixer) {
   const int64_t value = width_of({mixer.num_value_heads, mixer.value_dim});
   widen(projected_, 2 * width_of({mixer.num_key_heads, mixer.key_dim}) + 2 * value);
@@ -224,6 +235,11 @@ int64_t StackSizes::scratch_bytes(int64_t max_tokens, int num_threads, bool has_
     heads.rope_dim = latent.rope_dim;
     heads.kv_rank = latent.kv_rank;
     bytes = std::max(bytes, latent_scratch_bytes(heads, max_tokens, num_threads));
+  }
+  for (const CompressedSizes& mixer : compressed_) {
+    const int64_t group_dim = mixer.num_heads / mixer.num_groups * mixer.head_dim;
+    bytes = std::max(bytes, shared_scratch_bytes(mixer.head_dim, num_threads));
+    bytes = std::max(bytes, group_scratch_bytes(mixer.num_groups, group_dim, max_tokens));
   }
   for (const Network& network : networks_) {
     bytes =

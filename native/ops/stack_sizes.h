@@ -32,6 +32,12 @@ struct LatentSizes {
   bool operator==(const LatentSizes&) const = default;
 };
 
+struct CompressedSizes {
+  int64_t num_heads, head_dim, query_rank, num_groups, output_rank;
+
+  bool operator==(const CompressedSizes&) const = default;
+};
+
 struct KimiDeltaSizes {
   DeltaShape shape;
   int64_t latent_rows;  // of the decay's and the gate's first factors together; 0: each is one matrix
@@ -55,10 +61,10 @@ struct RoutedSizes {
 // Every buffer has room for max_tokens rows.
 struct StackBuffers {
   float *hidden, *normed, *block;  // [hidden]; `block` is what a block adds to the hidden state
-  float* query;                    // [num_heads * head_dim]
+  float* query;                    // [num_heads * head_dim]; [num_groups * output_rank]
   float* attended;                 // [num_heads * value_dim]; [value_channels] of a delta net
-  // [kv_heads * head_dim], [kv_heads * value_dim]; key [kv_rank + rope_dim]; value: an index key and the
-  // weights of the index heads
+  // [kv_heads * head_dim], [kv_heads * value_dim]; key [kv_rank + rope_dim], [head_dim]; value: an index key
+  // and the weights of the index heads
   float *key, *value;
   float* query_latent;     // [query_rank]; [latent_rows]; queries and a key of a block indexer
   int32_t* chosen;         // [positions that an indexer chooses]; [kv_heads * blocks]
@@ -84,6 +90,7 @@ class StackSizes {
 
   void add(const AttentionSizes& mixer);
   void add(const LatentSizes& mixer);
+  void add(const CompressedSizes& mixer);
   void add(const DeltaShape& mixer);
   void add(const KimiDeltaSizes& mixer);
   void add(const ShortConvSizes& mixer);
@@ -129,6 +136,7 @@ class StackSizes {
   std::vector<std::array<int64_t, 3>> head_dims_;  // of keys, and of their values; positions of chosen blocks
   std::vector<LatentSizes> latents_;
   std::vector<IndexSizes> indexers_;
+  std::vector<CompressedSizes> compressed_;
   std::vector<Network> networks_;
 };
 

@@ -709,7 +709,7 @@ std::vector<float> attend_latent(const KernelTable& table, LatentCache& cache, c
       float* state = states.data() + (t - token) * state_floats;
       if (t >= kSectionPositions)
         table.latent_merge(state + kMostColumns * state_floats, value_dim, heads, state);
-      table.latent_finish(state, value_dim, heads, out.data() + (t - begin) * heads * value_dim);
+      table.latent_finish(state, value_dim, heads, nullptr, out.data() + (t - begin) * heads * value_dim);
     }
   }
   return out;

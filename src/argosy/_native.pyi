@@ -500,7 +500,7 @@ class KvShape:
         """
 
     @staticmethod
-    def latent(dim: int, index_dim: int = 0) -> KvShape:
+    def latent(dim: int, index_dim: int = 0, is_windowed: bool = False) -> KvShape:
         """
         Only one vector, shared by all heads; and an index key of `index_dim` elements, if it is not 0.
         """
@@ -1930,6 +1930,39 @@ def multi_head_latent_attention(
         gate, gate_kind, query_scale: as for `grouped_query_attention`.
     """
 
+def compressed_attention(
+    query_down: Matrix,
+    query: Matrix,
+    key_value: Matrix,
+    group_output: Matrix,
+    output: Matrix,
+    *,
+    num_heads: int,
+    num_groups: int,
+    rope_dim: int,
+    window: int,
+    scale: float,
+    norm_eps: float,
+    query_norm: NDArray[numpy.float32],
+    kv_norm: NDArray[numpy.float32],
+    head_norm: NDArray[numpy.float32] | None = None,
+    sinks: NDArray[numpy.float32] | None = None,
+) -> Mixer:
+    """
+    DeepSeek-V4's attention: a position's one vector is key and value of all heads; the last dimensions rotate, and
+    those of the result are rotated back.
+
+    Args:
+        query_down: [query_rank, hidden].   query: [heads * head_dim, query_rank].   key_value: [head_dim, hidden].
+        group_output: [groups * rank, heads / groups * head_dim]: each group of heads has `rank` of the rows.
+        output: [hidden, groups * rank].
+        rope_dim: dimensions that rotate.
+        window, scale, sinks: as for `attention`.
+        norm_eps: the epsilon of all norms.
+        query_norm, kv_norm: [query_rank] and [head_dim].
+        head_norm: [head_dim], of each head's query; None means no norm.
+    """
+
 class StreamMix:
     """How a sublayer reads and writes residual streams."""
 
@@ -2234,6 +2267,9 @@ class StackSizes:
     ) -> None:
         """index_heads, index_dim and num_chosen are those of an indexer."""
 
+    def add_compressed_attention(
+        self, num_heads: int, head_dim: int, query_rank: int, num_groups: int, output_rank: int
+    ) -> None: ...
     def add_delta_net(self, sizes: _DeltaSizes) -> None: ...
     def add_kimi_delta(self, sizes: _DeltaSizes, latent_rows: int) -> None:
         """latent_rows: of decay_down and gate_down together."""

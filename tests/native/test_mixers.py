@@ -206,9 +206,69 @@ class Latent:
         return out @ self.output.T
 
 
-def run(
-    runtime: native.Runtime, case: GroupedQuery | Latent, dtype: KvDtype, chunk: int
-) -> tuple[Floats, Floats]:
+GROUPS, GROUP_RANK = 3, 4
+
+
+@dataclass
+class Compressed:
+    flags: Flags
+    kv: native.KvShape = field(init=False)
+    mixer: native.Mixer = field(init=False)
+
+    def __post_init__(self) -> None:
+        flags = self.flags
+        self.down, self.key_value = normal(RANK, HIDDEN, seed=30), normal(DIM, HIDDEN, seed=31)
+        self.query = normal(HEADS * DIM, RANK, seed=32) * np.float32(0.4)
+        self.group_output = normal(GROUPS, GROUP_RANK, HEADS // GROUPS * DIM, seed=33) * np.float32(0.4)
+        self.output = normal(HIDDEN, GROUPS * GROUP_RANK, seed=34)
+        self.norms = [1 + normal(dim, seed=35) * np.float32(0.2) for dim in (RANK, DIM, DIM)]
+        self.sinks = normal(HEADS, seed=36)
+        self.kv = native.KvShape.latent(DIM)
+        self.mixer = native.compressed_attention(
+            *(matrix_of(matrix) for matrix in (self.down, self.query, self.key_value)),
+            matrix_of(self.group_output.reshape(GROUPS * GROUP_RANK, -1)),
+            matrix_of(self.output),
+            num_heads=HEADS,
+            num_groups=GROUPS,
+            rope_dim=2 * PAIRS if flags.rotates else 0,
+            window=flags.window,
+            scale=SCALE,
+            norm_eps=EPS,
+            query_norm=self.norms[0],
+            kv_norm=self.norms[1],
+            head_norm=self.norms[2] if flags.norms else None,
+            sinks=self.sinks,
+        )
+
+    def add_sizes(self, sizes: native.StackSizes) -> None:
+        sizes.add_compressed_attention(HEADS, DIM, RANK, GROUPS, GROUP_RANK)
+
+    def expected(self, x: Doubles) -> Doubles:
+        flags, nope = self.flags, DIM - 2 * PAIRS
+
+        def turned_last(y: Doubles, *, back: bool = False) -> Doubles:
+            if not flags.rotates:
+                return y
+            # Turning back is turning with the two halves of the pairs exchanged.
+            order = np.roll(np.arange(2 * PAIRS), PAIRS if back else 0)
+            return np.concatenate([y[..., :nope], turned(y[..., nope:][..., order])[..., order]], axis=-1)
+
+        query = (rms(x @ self.down.T, self.norms[0]) @ self.query.T).reshape(LENGTH, HEADS, DIM)
+        query = turned_last(rms(query, self.norms[2]) if flags.norms else query)
+        vectors = turned_last(rms(x @ self.key_value.T, self.norms[1])[:, None])[:, 0]
+        out = np.empty_like(query)
+        for t in range(LENGTH):
+            seen = vectors[flags.first(t) : t + 1]
+            weights = np.exp(query[t] @ seen.T * SCALE)
+            out[t] = weights @ seen / (weights.sum(axis=1) + np.exp(self.sinks))[:, None]
+        grouped = turned_last(out, back=True).reshape(LENGTH, GROUPS, -1)
+        return np.einsum("tgd,grd->tgr", grouped, self.group_output).reshape(LENGTH, -1) @ self.output.T
+
+
+Case = GroupedQuery | Latent | Compressed
+
+
+def run(runtime: native.Runtime, case: Case, dtype: KvDtype, chunk: int) -> tuple[Floats, Floats]:
     """Run LENGTH tokens, `chunk` at a time; return their embeddings, and their hidden states after the layer."""
     embedding, ones, zeros = (
         normal(VOCABULARY, HIDDEN, seed=20),
@@ -281,13 +341,16 @@ OF_LATENT = ("plain", "values_narrower", "no_rotary", "gate_of_heads", "softplus
 CASES = [
     *(pytest.param(GroupedQuery, flags, id=name) for name, flags in FLAGS.items()),
     *(pytest.param(Latent, FLAGS[name], id=f"latent-{name}") for name in OF_LATENT),
+    pytest.param(Compressed, Flags(window=14), id="compressed"),
+    pytest.param(Compressed, Flags(window=99, norms="first"), id="compressed-norms"),
+    pytest.param(Compressed, Flags(window=1, rotates=False), id="compressed-no_rotary"),
 ]
 
 
 @pytest.mark.parametrize(("kind", "flags"), CASES)
 @pytest.mark.parametrize("instruction_set", native.instruction_sets())
 def test_a_flag_of_a_mixer_meets_numpy_in_every_format_and_chunk(
-    kind: type[GroupedQuery | Latent], flags: Flags, instruction_set: str
+    kind: type[Case], flags: Flags, instruction_set: str
 ) -> None:
     case, runtime = kind(flags), native.Runtime(2, instruction_set=instruction_set)
     for dtype in get_args(KvDtype):

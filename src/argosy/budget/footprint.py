@@ -18,12 +18,12 @@ from argosy.config import (
     FLOAT_FORMATS,
     KV_BLOCK_TOKENS,
     MIB,
-    AttentionConfig,
     EngineConfig,
     ExpertSlots,
     Format,
     KvDtype,
     ModelConfig,
+    WindowedMixer,
 )
 from argosy.errors import ArgosyError
 from argosy.experts.files import bookkeeping_bytes, resident_bookkeeping_bytes, resident_bytes
@@ -85,7 +85,7 @@ class KvLayout:
         regions, end = [], 0
         blocks = kv_blocks(num_tokens)
         for layer, shape in zip(config.layers, kv_shapes(config), strict=True):
-            is_windowed = isinstance(layer.mixer, AttentionConfig) and layer.mixer.sliding_window > 0
+            is_windowed = isinstance(layer.mixer, WindowedMixer) and layer.mixer.sliding_window > 0
             of_windows = window_blocks if is_windowed else None
             num_blocks = blocks if of_windows is None else of_windows
             for nbytes in _native.kv_layer_parts(shape, num_blocks, KV_BLOCK_TOKENS, kv_dtype):
@@ -316,7 +316,7 @@ class ModelFootprint:
     def window(self) -> int:
         """The largest sliding window, if some layers have one and others see everything; otherwise 0."""
         mixers = [layer.mixer for layer in self.config.layers]
-        windows = {mixer.sliding_window for mixer in mixers if isinstance(mixer, AttentionConfig)}
+        windows = {mixer.sliding_window for mixer in mixers if isinstance(mixer, WindowedMixer)}
         return max(windows) if 0 in windows and not self.config.recurrent_layers else 0
 
     def state_bytes(self, num_states: int) -> int:

@@ -19,6 +19,7 @@ from typing import cast
 from argosy.checkpoint.formats import rows_together
 from argosy.config import (
     AttentionConfig,
+    CompressedConfig,
     DeltaConfig,
     Format,
     GatedResidual,
@@ -155,6 +156,8 @@ def _mixer_shapes(mixer: Mixer, hidden: int) -> Iterator[tuple[str, Shape]]:
             return _attention_shapes(mixer, hidden)
         case LatentConfig():
             return _latent_shapes(mixer, hidden)
+        case CompressedConfig():
+            return _compressed_shapes(mixer, hidden)
         case DeltaConfig():
             return _delta_shapes(mixer, hidden)
         case KimiDeltaConfig():
@@ -228,6 +231,17 @@ def _latent_shapes(latent: LatentConfig, hidden: int) -> Iterator[tuple[str, Sha
     if latent.gate_rows:
         yield "attn_gate", (latent.gate_rows, hidden)
     yield "o", (hidden, heads * latent.value_dim)
+
+
+def _compressed_shapes(mixer: CompressedConfig, hidden: int) -> Iterator[tuple[str, Shape]]:
+    yield "q_down", (mixer.query_rank, hidden)
+    yield "q_down_norm", (mixer.query_rank,)
+    yield "q_up", (mixer.num_heads * mixer.head_dim, mixer.query_rank)
+    yield "kv", (mixer.head_dim, hidden)
+    yield "kv_norm", (mixer.head_dim,)
+    yield "sinks", (mixer.num_heads,)
+    yield "o_down", (mixer.num_groups * mixer.output_rank, mixer.group_dim)
+    yield "o", (hidden, mixer.num_groups * mixer.output_rank)
 
 
 def _delta_shapes(delta: DeltaConfig, hidden: int) -> Iterator[tuple[str, Shape]]:
@@ -395,7 +409,8 @@ def packed_format(name: str, format: str, config: ModelConfig) -> Format:
     """Return the format of a dense tensor in a pack of `format`: bf16, q8 or q4. Only routed experts become q4, and the
     networks of a model without them.
 
-    Each head of k_up and v_up is a separate matrix; it is bf16 if its rows do not fill whole panels.
+    Each head of k_up and v_up, and each group of o_down, is a separate matrix; it is bf16 if its rows do not fill whole
+    panels.
     """
     if is_kept_exact(name):
         return "f32"
@@ -406,5 +421,11 @@ def packed_format(name: str, format: str, config: ModelConfig) -> Format:
         assert config.latent is not None
         head_rows = config.latent.kv_rank if last == "k_up" else config.latent.value_dim
         if head_rows % rows_together(chosen):
+            return "bf16"
+    if last == "o_down":
+        layer = int(name.split(".")[1])
+        mixer = config.layers[layer].mixer
+        assert isinstance(mixer, CompressedConfig)
+        if mixer.output_rank % rows_together(chosen):
             return "bf16"
     return chosen

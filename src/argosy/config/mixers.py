@@ -1,4 +1,4 @@
-"""The mixers of a layer, which let positions see each other: attention of two kinds, and recurrent networks."""
+"""The mixers of a layer, which let positions see each other: attention of three kinds, and recurrent networks."""
 
 from __future__ import annotations
 
@@ -168,6 +168,30 @@ class LatentConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CompressedConfig:
+    """DeepSeek-V4's attention: a position's one vector is key and value of all heads, in a window of positions.
+
+    The output projection has two factors: `o_down` multiplies each group of heads by a matrix of its own.
+    """
+
+    num_heads: int
+    head_dim: int
+    query_rank: int
+    num_groups: int
+    output_rank: int  # of each group
+    sliding_window: int
+    norm_eps: float  # for the norms of the compressed query, of the vector and of each head
+    rope: RopeConfig | None  # the last dimensions rotate, and those of the result back; None: nothing rotates
+    has_head_norm: bool = False  # RMSNorm without a weight over each head of the query, before rotary
+    scale: float = 0.0  # factor of attention scores; 0: 1 / sqrt(head_dim)
+
+    @property
+    def group_dim(self) -> int:
+        """The dimensions of the result of a group's heads."""
+        return self.num_heads // self.num_groups * self.head_dim
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DeltaConfig:
     """A gated delta net (arXiv:2412.06464): a state per sequence instead of keys and values."""
 
@@ -294,5 +318,7 @@ class LightningConfig:
 
 
 RecurrentMixer = DeltaConfig | KimiDeltaConfig | ShortConvConfig | MambaConfig | LightningConfig
-Mixer = AttentionConfig | LatentConfig | RecurrentMixer
-RotaryMixer = AttentionConfig | LatentConfig | LightningConfig  # they have `rope`, which may be None
+WindowedMixer = AttentionConfig | CompressedConfig  # they have `sliding_window`
+Mixer = WindowedMixer | LatentConfig | RecurrentMixer
+# They have `rope`, which may be None.
+RotaryMixer = AttentionConfig | LatentConfig | CompressedConfig | LightningConfig

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from argosy.config.mixers import (
     AttentionConfig,
+    CompressedConfig,
     DeltaConfig,
     LatentConfig,
     Mixer,
@@ -205,6 +206,11 @@ class ModelConfig:
     def latent(self) -> LatentConfig | None:
         """The first layer's with latent attention."""
         return self._first(LatentConfig)
+
+    @property
+    def compressed(self) -> CompressedConfig | None:
+        """The first layer's with DeepSeek-V4's attention."""
+        return self._first(CompressedConfig)
 
     @property
     def delta(self) -> DeltaConfig | None:

@@ -14,6 +14,7 @@ from argosy import _native
 from argosy.config import (
     AttentionConfig,
     BlockIndexConfig,
+    CompressedConfig,
     DeltaConfig,
     IndexConfig,
     KimiDeltaConfig,
@@ -41,6 +42,8 @@ def describe_mixer(config: ModelConfig, layer: int, weights: DenseWeights) -> _n
             return _attention(attention, name, weights)
         case LatentConfig() as latent:
             return _latent(latent, name, weights)
+        case CompressedConfig() as compressed:
+            return _compressed(compressed, name, weights)
         case DeltaConfig() as delta:
             return _delta(delta, name + "delta_", weights, state_layer)
         case KimiDeltaConfig() as delta:
@@ -250,6 +253,24 @@ def _indexer(index: IndexConfig, name: str, weights: DenseWeights) -> _native.Po
     )
 
 
+def _compressed(mixer: CompressedConfig, name: str, weights: DenseWeights) -> _native.Mixer:
+    """DeepSeek-V4's attention."""
+    vectors = weights.vectors
+    return _native.compressed_attention(
+        *(weights.matrices[name + part] for part in ("q_down", "q_up", "kv", "o_down", "o")),
+        num_heads=mixer.num_heads,
+        num_groups=mixer.num_groups,
+        rope_dim=0 if mixer.rope is None else mixer.rope.rotary_dim,
+        window=mixer.sliding_window,
+        scale=mixer.scale or mixer.head_dim**-0.5,
+        norm_eps=mixer.norm_eps,
+        query_norm=vectors[name + "q_down_norm"],
+        kv_norm=vectors[name + "kv_norm"],
+        head_norm=np.ones(mixer.head_dim, np.float32) if mixer.has_head_norm else None,
+        sinks=vectors[name + "sinks"],
+    )
+
+
 def _query_scale(scale: QueryScale | None) -> tuple[float, int, int]:
     return (0.0, 1, 0) if scale is None else (scale.beta, scale.period, scale.offset)
 
@@ -269,6 +290,8 @@ def kv_shape(mixer: Mixer | None) -> _native.KvShape:
             return _native.KvShape.latent(
                 mixer.cached_dim, mixer.own_index.head_dim if mixer.own_index else 0
             )
+        case CompressedConfig():
+            return _native.KvShape.latent(mixer.head_dim, is_windowed=True)
     return _native.KvShape.none()
 
 
@@ -314,6 +337,10 @@ def add_mixer_sizes(sizes: _native.StackSizes, mixer: Mixer | None) -> None:
                     else (0, 0, 0)
                 ),
                 mixer.gate_rows,
+            )
+        case CompressedConfig():
+            sizes.add_compressed_attention(
+                mixer.num_heads, mixer.head_dim, mixer.query_rank, mixer.num_groups, mixer.output_rank
             )
         case DeltaConfig() | LightningConfig():
             sizes.add_delta_net(mixer.sizes)

@@ -17,7 +17,15 @@ from typing import NamedTuple
 from argosy import _native
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.formats import matrix_bytes
-from argosy.config import KV_BLOCK_TOKENS, AttentionConfig, KvDtype, LatentConfig, ModelConfig, RecurrentMixer
+from argosy.config import (
+    KV_BLOCK_TOKENS,
+    AttentionConfig,
+    CompressedConfig,
+    KvDtype,
+    LatentConfig,
+    ModelConfig,
+    RecurrentMixer,
+)
 from argosy.model.mixers import kv_shape
 
 
@@ -131,6 +139,9 @@ def _attention(config: ModelConfig, kv_dtype: KvDtype) -> tuple[Attention, ...]:
                 add(latent.num_chosen, _native.KvShape.latent(latent.cached_dim), operations)
                 if (index := latent.own_index) is not None:
                     add_index(index.num_heads, index.head_dim)
+            case CompressedConfig() as compressed:
+                operations = 4.0 * compressed.num_heads * compressed.head_dim
+                add(compressed.sliding_window, kv_shape(compressed), operations)
             case AttentionConfig() as attention:
                 operations = 2.0 * attention.num_heads * (attention.head_dim + attention.width_of_values)
                 if (blocks := attention.index) is None:

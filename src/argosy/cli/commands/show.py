@@ -117,6 +117,8 @@ def _heads(config: ModelConfig) -> tuple[int, int, int]:
     """Heads, KV heads and head size of the first layer with attention; zeros if none has it."""
     if (latent := config.latent) is not None:
         return latent.num_heads, latent.num_heads, latent.head_dim
+    if (compressed := config.compressed) is not None:
+        return compressed.num_heads, 1, compressed.head_dim
     try:
         attention = config.attention
     except LookupError:
