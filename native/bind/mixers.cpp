@@ -28,6 +28,16 @@ struct BoundBlockIndexer {
   Kept kept;
 };
 
+struct BoundPool {
+  Pool pool;
+  Kept kept;
+};
+
+struct BoundEntryIndexer {
+  EntryIndexer indexer;
+  Kept kept;
+};
+
 using GateKindName = Named<std::string, "typing.Literal['sigmoid', 'softplus']">;
 using QueryScaleOfNumbers = std::tuple<float, int64_t, int64_t>;  // beta, period, offset
 
@@ -328,7 +338,8 @@ BoundMixer compressed_attention(const Matrix& query_down, const Matrix& query, c
                                 int64_t num_groups, int64_t rope_dim, int64_t window, float scale,
                                 float norm_eps, const ArrayOf<float>& query_norm,
                                 const ArrayOf<float>& kv_norm, const std::optional<ArrayOf<float>>& head_norm,
-                                const std::optional<ArrayOf<float>>& sinks) {
+                                const std::optional<ArrayOf<float>>& sinks, const BoundPool* pool,
+                                const BoundEntryIndexer* indexer, int64_t num_chosen, int64_t state_layer) {
   require_range("heads", num_heads, 1, kLargestSize);
   require_range("num_groups", num_groups, 1, num_heads);
   require_size("heads modulo groups", num_heads % num_groups, 0);
@@ -364,8 +375,55 @@ BoundMixer compressed_attention(const Matrix& query_down, const Matrix& query, c
       .norm_eps = norm_eps,
       .scale = scale,
       .sinks = kept.keep("sinks", sinks, num_heads),
+      .pool = pool != nullptr ? std::optional(pool->pool) : std::nullopt,
+      .indexer = indexer != nullptr ? std::optional(indexer->indexer) : std::nullopt,
+      .num_chosen = num_chosen,
+      .state_layer = state_layer,
   };
+  if (pool != nullptr) {
+    require_size("the dimension of the pool", pool->pool.shape.dim, dim);
+    kept.keep(pool->kept);
+  }
+  if (indexer == nullptr) return bound;
+  if (pool == nullptr) refuse("an indexer chooses entries of a pool, and there is none");
+  EntryIndexer& own = *std::get<CompressedAttention>(bound.mixer).indexer;
+  require_range("num_chosen", num_chosen, 1, INT32_MAX);
+  require_range("rope_dim", rope_dim, 0, own.keys.shape.dim);
+  require_size("columns of the indexer's query", own.query.cols, query_down.view.rows);
+  require_size("the ratio of the indexer's pool", own.keys.shape.ratio, pool->pool.shape.ratio);
+  if (own.keys.gates.has_value() != pool->pool.gates.has_value())
+    refuse("the pool and the indexer's must both have gates, or neither");
+  own.keys.state_begin = pool->pool.shape.state_floats();
+  kept.keep(indexer->kept);
   return bound;
+}
+
+void make_pool(BoundPool* self, const Matrix& vectors, const Matrix* gates, const PoolSizes& sizes,
+               const std::optional<ArrayOf<float>>& bias, const ArrayOf<float>& norm, int64_t store) {
+  const PoolShape shape = pool_shape(sizes);
+  require_size("rows of vectors", vectors.view.rows, shape.columns());
+  if (gates != nullptr) require_size("rows of gates", gates->view.rows, shape.columns());
+  if (gates == nullptr && bias) refuse("a pool without gates has no bias of gates");
+  require_range("store", store, 0, INT32_MAX);
+  Kept kept;
+  Pool pool;
+  pool.vectors = kept.keep(vectors);
+  pool.shape = shape;
+  pool.store = store;
+  if (gates != nullptr) pool.gates = kept.keep(*gates);
+  if (bias) pool.bias = kept.keep("bias", *bias, {shape.ratio, shape.columns()});
+  pool.norm = kept.keep("norm", norm, shape.dim);
+  new (self) BoundPool{pool, std::move(kept)};
+}
+
+void make_entry_indexer(BoundEntryIndexer* self, const Matrix& query, const Matrix& weights,
+                        const BoundPool& keys) {
+  require_range("rows of weights", weights.view.rows, 1, kLargestSize);
+  require_size("rows of query", query.view.rows, weights.view.rows * keys.pool.shape.dim);
+  Kept kept;
+  const EntryIndexer indexer = {.query = kept.keep(query), .weights = kept.keep(weights), .keys = keys.pool};
+  kept.keep(keys.kept);
+  new (self) BoundEntryIndexer{indexer, std::move(kept)};
 }
 
 void make_indexer(BoundIndexer* self, const Matrix& query, const Matrix& key, const Matrix& weights,
@@ -478,6 +536,7 @@ template <class MatrixMixer>
 StateShape state_of(const MatrixMixer& mixer) {
   return mixer.shape.state();
 }
+StateShape state_of(const CompressedAttention& mixer) { return {0, mixer.state_floats()}; }
 StateShape state_of(const ShortConv& mixer) {
   return {CausalConv::window_floats(mixer.conv.channels, mixer.conv.width), 0};
 }
@@ -486,7 +545,8 @@ StateShape state_of(const ShortConv& mixer) {
 template <class AnyMixer>
 void require_state(const AnyMixer& mixer, const RecurrentState* recurrent) {
   if constexpr (requires { mixer.state_layer; }) {
-    if (recurrent == nullptr) refuse("a mixer without keys and values needs a recurrent state");
+    if (state_of(mixer).num_floats() == 0) return;
+    if (recurrent == nullptr) refuse("a mixer with a state needs a recurrent state");
     require_range("state_layer", mixer.state_layer, 0, recurrent->num_layers() - 1);
     if (state_of(mixer) != recurrent->shape(mixer.state_layer))
       refuse("the mixer and the recurrent state have different sizes");
@@ -522,6 +582,14 @@ void require_fit(const CompressedAttention& mixer, const KvShape& kv, const Rota
   require_size("columns of query_down", mixer.query_down.cols, hidden);
   require_size("columns of key_value", mixer.key_value.cols, hidden);
   require_size("rows of output", mixer.output.rows, hidden);
+  const auto require_pool = [&](const Pool& pool) {
+    require_size("columns of a pool's vectors", pool.vectors.cols, hidden);
+    if (pool.gates) require_size("columns of a pool's gates", pool.gates->cols, hidden);
+  };
+  if (mixer.pool) require_pool(*mixer.pool);
+  if (!mixer.indexer) return;
+  require_pool(mixer.indexer->keys);
+  require_size("columns of the indexer's weights", mixer.indexer->weights.cols, hidden);
 }
 
 }  // namespace
@@ -704,12 +772,40 @@ void bind_mixers(nb::module_& m) {
         num_chosen: a token sees at most so many positions; 0 means all.
         indexer: chooses them; None means that the layer sees what the last layer with an indexer chose.
         gate, gate_kind, query_scale: as for `grouped_query_attention`.)");
+  nb::class_<BoundPool>(m, "Pool", R"(
+    Entries that stand for groups of positions (native/ops/pool.h), normed and rotated where their groups begin.
+
+    Args:
+        vectors, gates: [columns, hidden]: `dim` columns, or twice as many if groups overlap. Without gates, an entry is
+            the mean of its group.
+        sizes: ratio, dim, whether groups overlap.
+        bias: [ratio, columns], added to the gates.   norm: [dim].
+        store: the number of a pooled KvShape in the KV cache.)")
+      .def(
+          "__init__",
+          [](BoundPool* self, const Matrix& vectors, const Matrix* gates, const PoolSizes& sizes,
+             const std::optional<ArrayOf<float>>& bias, const ArrayOf<float>& norm,
+             int64_t store) { make_pool(self, vectors, gates, sizes, bias, norm, store); },
+          "vectors"_a, "gates"_a.none(), nb::kw_only(), "sizes"_a, "bias"_a.none() = nb::none(), "norm"_a,
+          "store"_a);
+  nb::class_<BoundEntryIndexer>(m, "EntryIndexer", R"(
+    Chooses the entries of a pool that a token sees, by the entries of another one, its keys.
+
+    Args:
+        query: [heads * dim of keys, query_rank].   weights: [heads, hidden].)")
+      .def(
+          "__init__",
+          [](BoundEntryIndexer* self, const Matrix& query, const Matrix& weights, const BoundPool& keys) {
+            make_entry_indexer(self, query, weights, keys);
+          },
+          "query"_a, "weights"_a, "keys"_a);
   m.def("compressed_attention", &compressed_attention, "query_down"_a, "query"_a, "key_value"_a,
         "group_output"_a, "output"_a, nb::kw_only(), "num_heads"_a, "num_groups"_a, "rope_dim"_a, "window"_a,
         "scale"_a, "norm_eps"_a, "query_norm"_a, "kv_norm"_a, "head_norm"_a.none() = nb::none(),
-        "sinks"_a.none() = nb::none(), R"(
+        "sinks"_a.none() = nb::none(), "pool"_a.none() = nb::none(), "indexer"_a.none() = nb::none(),
+        "num_chosen"_a = 0, "state_layer"_a = 0, R"(
     DeepSeek-V4's attention: a position's one vector is key and value of all heads; the last dimensions rotate, and
-    those of the result are rotated back.
+    those of the result are rotated back. A token sees a window, and entries of the pool.
 
     Args:
         query_down: [query_rank, hidden].   query: [heads * head_dim, query_rank].   key_value: [head_dim, hidden].
@@ -719,7 +815,10 @@ void bind_mixers(nb::module_& m) {
         window, scale, sinks: as for `attention`.
         norm_eps: the epsilon of all norms.
         query_norm, kv_norm: [query_rank] and [head_dim].
-        head_norm: [head_dim], of each head's query; None means no norm.)");
+        head_norm: [head_dim], of each head's query; None means no norm.
+        pool: of head_dim; None means that a token sees only its window.
+        indexer: chooses the `num_chosen` entries that a token sees at most; None means all.
+        state_layer: the layer of the recurrent state, if the pool has a ratio above 1.)");
 }
 
 }  // namespace argosy

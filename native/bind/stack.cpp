@@ -201,6 +201,15 @@ void require_experts(const RoutedFfn& ffn, const ExpertTable& table, int64_t lay
 using OptionalTable = nb::typed<nb::object, BoundExpertTable>;
 using RunningExperts = nb::typed<nb::object, TypeName<"ExpertTable | LayerExperts | None">>;
 using NormKindName = Named<std::string, "typing.Literal['rms', 'layer']">;
+void require_store(const KvCache& kv, int64_t store, const PoolShape& pool) {
+  require_range("the store of a pool", store, 0, kv.num_layers() - 1);
+  const KvShape& shape = kv.shape(store);
+  require_kind(shape, KvShape::Kind::latent);
+  require_size("elements of a pool's entry", shape.head_dim, pool.dim);
+  require_size("positions of a pool's entry", shape.positions_per_entry, pool.ratio);
+  if (shape.is_windowed) refuse("the store of a pool keeps all entries, and this one is windowed");
+}
+
 using OptionalState = nb::typed<nb::object, RecurrentState>;
 
 class BoundStack {
@@ -263,7 +272,8 @@ class BoundStack {
         require_fit(block, hidden_, description.embedding.rows, description.activation);
         if (table != nullptr) require_experts(block, *table, number);
       };
-      if (layer.layer.ngrams) require_ngrams(*layer.layer.ngrams, state, description.residual.num_streams, hidden_);
+      if (layer.layer.ngrams)
+        require_ngrams(*layer.layer.ngrams, state, description.residual.num_streams, hidden_);
       if (layer.layer.mixer) {
         require_mixer(*layer.layer.mixer, shape, state, rotary, hidden_);
       } else {
@@ -287,6 +297,11 @@ class BoundStack {
                                                      : std::get<GroupedQueryAttention>(*mixer).window.size;
         require_range(name + ": window", window, 1, INT32_MAX);
         window_ = std::max(window_, window);
+      }
+      if (const auto* compressed = std::get_if<CompressedAttention>(mixer)) {
+        if (compressed->pool) require_store(kv, compressed->pool->store, compressed->pool->shape);
+        if (compressed->indexer)
+          require_store(kv, compressed->indexer->keys.store, compressed->indexer->keys.shape);
       }
       if (layer.layer.ffn) std::visit(check_ffn, *layer.layer.ffn);
     }
@@ -738,11 +753,25 @@ void bind_stack(nb::module_& m) {
       .def(
           "add_compressed_attention",
           [](StackSizes& self, int64_t num_heads, int64_t head_dim, int64_t query_rank, int64_t num_groups,
-             int64_t output_rank) {
+             int64_t output_rank, int64_t rope_dim, const std::optional<PoolSizes>& pool, bool has_gates,
+             const std::optional<PoolSizes>& keys, int64_t index_heads, int64_t num_chosen) {
             require_range("num_groups", num_groups, 1, kLargestSize);
-            self.add(CompressedSizes{num_heads, head_dim, query_rank, num_groups, output_rank});
+            CompressedSizes sizes = {num_heads, head_dim, query_rank, num_groups, output_rank};
+            if (pool) {
+              sizes.rope_dim = rope_dim;
+              sizes.pool_columns = pool_shape(*pool).columns();
+              sizes.has_gates = has_gates;
+            }
+            if (keys) {
+              sizes.key_columns = pool_shape(*keys).columns();
+              sizes.index = {index_heads, pool_shape(*keys).dim, num_chosen};
+            }
+            self.add(sizes);
           },
-          "num_heads"_a, "head_dim"_a, "query_rank"_a, "num_groups"_a, "output_rank"_a)
+          "num_heads"_a, "head_dim"_a, "query_rank"_a, "num_groups"_a, "output_rank"_a, "rope_dim"_a = 0,
+          "pool"_a.none() = nb::none(), "has_gates"_a = false, "keys"_a.none() = nb::none(),
+          "index_heads"_a = 0, "num_chosen"_a = 0,
+          "keys, index_heads and num_chosen are those of an indexer.")
       .def(
           "add_delta_net", [](StackSizes& self, const DeltaSizes& sizes) { self.add(delta_shape(sizes)); },
           "sizes"_a)
@@ -760,9 +789,7 @@ void bind_stack(nb::module_& m) {
           "sizes"_a)
       .def(
           "add_ngrams",
-          [](StackSizes& self, int64_t width, int64_t streams) {
-            self.add(NgramSizes{width, streams});
-          },
+          [](StackSizes& self, int64_t width, int64_t streams) { self.add(NgramSizes{width, streams}); },
           "width"_a, "streams"_a, "width: values of the rows of a token.")
       .def(
           "add_dense", [](StackSizes& self, int64_t width) { self.add(DenseSizes{width}); }, "width"_a)

@@ -67,8 +67,17 @@ LatentSizes sizes_of(const LatentAttention& mixer) {
 }
 
 CompressedSizes sizes_of(const CompressedAttention& mixer) {
-  return {mixer.num_heads, mixer.head_dim(), mixer.query_down.rows, mixer.num_groups,
-          mixer.group_output.rows / mixer.num_groups};
+  CompressedSizes sizes = {mixer.num_heads, mixer.head_dim(), mixer.query_down.rows, mixer.num_groups,
+                           mixer.group_output.rows / mixer.num_groups};
+  if (!mixer.pool) return sizes;
+  sizes.rope_dim = mixer.rope_dim;
+  sizes.pool_columns = mixer.pool->shape.columns();
+  sizes.has_gates = mixer.pool->gates.has_value();
+  if (!mixer.indexer) return sizes;
+  const EntryIndexer& indexer = *mixer.indexer;
+  sizes.index = {indexer.num_heads(), indexer.keys.shape.dim, mixer.num_chosen};
+  sizes.key_columns = indexer.keys.shape.columns();
+  return sizes;
 }
 
 DeltaShape sizes_of(const GatedDeltaNet& net) { return net.shape; }

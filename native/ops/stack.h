@@ -41,6 +41,7 @@
 #include "ops/mamba.h"
 #include "ops/matmul.h"
 #include "ops/ngrams.h"
+#include "ops/pool.h"
 #include "ops/residual.h"
 #include "ops/rotary.h"
 #include "ops/runtime.h"
@@ -191,10 +192,32 @@ struct LatentAttention {
   std::optional<OutputGate> gate;
 };
 
+// A pool of a layer (ops/pool.h): its entries are normed and their last dimensions rotate by the angles of
+// the position where their group begins. They lie in a store of their own.
+struct Pool {
+  MatrixView vectors;               // [shape.columns(), hidden]
+  std::optional<MatrixView> gates;  // the same; none: an entry is a mean
+  const float* bias = nullptr;      // [shape.ratio][shape.columns()], added to the gates; nullptr: none
+  const float* norm = nullptr;      // [shape.dim]
+  PoolShape shape;
+  int64_t store = 0;        // a number of the KV cache
+  int64_t state_begin = 0;  // floats of other pools before it in the layer's recurrent state
+};
+
+// Chooses the entries that a token sees, by a pool of index keys (ops/latent_index.h). The last dimensions of
+// its queries rotate by the angles of the layer's rotary embedding.
+struct EntryIndexer {
+  MatrixView query;    // [num_heads * keys.shape.dim, query_rank]
+  MatrixView weights;  // [num_heads, hidden]
+  Pool keys;
+  int64_t num_heads() const { return weights.rows; }
+};
+
 // DeepSeek-V4's attention: one vector of head_dim elements for each position is key and value of all heads.
-// A token sees a window of positions. Its last dimensions rotate, and because values rotate with them, the
-// result is rotated back by the token's own angles. The output projection has two factors, of which the first
-// multiplies each group of heads by a matrix of its own.
+// A token sees a window of positions and entries of a pool, all of them or those that an index chose. Its
+// last dimensions rotate, and because values rotate with them, the result is rotated back by the token's own
+// angles. The output projection has two factors, of which the first multiplies each group of heads by a
+// matrix of its own.
 struct CompressedAttention {
   MatrixView query_down;              // [query_rank, hidden]
   const float* query_norm = nullptr;  // [query_rank]
@@ -209,8 +232,15 @@ struct CompressedAttention {
   float norm_eps = 0;            // of all these norms
   float scale = 0;               // multiplies the scores
   const float* sinks = nullptr;  // [num_heads]; nullptr: none
+  std::optional<Pool> pool;      // none: a token sees only its window
+  std::optional<EntryIndexer> indexer;
+  int64_t num_chosen = 0;   // with the indexer: a token sees at most so many entries
+  int64_t state_layer = 0;  // of the recurrent state, if there is a pool with a state
 
   int64_t head_dim() const { return key_value.rows; }
+  int64_t state_floats() const {
+    return (pool ? pool->shape.state_floats() : 0) + (indexer ? indexer->keys.shape.state_floats() : 0);
+  }
 };
 
 // A short convolution with two gates: a row of the input projection is [B, C, x], and C * conv(B * x) goes
@@ -299,11 +329,11 @@ struct Norm {
 enum class NormKind { rms, layer };
 
 struct Layer {
-  Norm mixer_norm;             // none: the mixer reads the hidden state
-  std::optional<Mixer> mixer;  // none: the layer has only a network
+  Norm mixer_norm;               // none: the mixer reads the hidden state
+  std::optional<Mixer> mixer;    // none: the layer has only a network
   std::optional<Ngrams> ngrams;  // added before the mixer reads the hidden state
-  Norm ffn_norm;               // none: the network reads the hidden state
-  std::optional<Ffn> ffn;      // none: the layer has only a mixer
+  Norm ffn_norm;                 // none: the network reads the hidden state
+  std::optional<Ffn> ffn;        // none: the layer has only a mixer
   // The network reads what the mixer reads, not the hidden state after it; ffn_norm is not used.
   bool is_parallel = false;
   std::optional<int64_t> rotary = 0;       // an index of StackDescription::rotaries; none: nothing rotates
@@ -487,6 +517,10 @@ class Stack {
   void add_block(const MatrixView& output, const float* bias, const float* attended);
   void mix(const LatentAttention& attention);
   void mix(const CompressedAttention& attention);
+  LatentSource window_of(const CompressedAttention& attention);
+  LatentSource entries_of(const CompressedAttention& attention, const float* query_latent);
+  void gather(const Pool& pool, const CompressedAttention& attention);
+  void choose_entries(const CompressedAttention& attention, const float* query_latent);
   void choose_positions(const PositionIndexer& indexer, const AttentionBatch& batch, int64_t count);
   void choose_blocks(const BlockIndexer& indexer, AttentionBatch& batch);
   bool feed_forward(const DenseFfn& ffn);  // false: the layer waits for experts

@@ -334,6 +334,96 @@ void Stack::mix(const LatentAttention& mixer) {
   add_block(mixer.output, nullptr);
 }
 
+// Adds the step's tokens to a pool, and stores the entries that they complete.
+void Stack::gather(const Pool& pool, const CompressedAttention& mixer) {
+  const int64_t tokens = step_.num_tokens, dim = pool.shape.dim, columns = pool.shape.columns();
+  float *vectors = buffers_.projected, *gates = vectors + tokens * columns;
+  std::vector<Product> products = {{pool.vectors, vectors}};
+  if (pool.gates) products.push_back({*pool.gates, gates});
+  matmul(runtime_, products, buffers_.normed, tokens);
+
+  const Rotary* rotary = layer().rotary ? &description_.rotaries[size_t(*layer().rotary)] : nullptr;
+  float* positions = buffers_.attended + tokens * dim;  // nothing is attended yet
+  float* cosine = positions + tokens * PoolShape::kMostAxes;
+  PoolEntries entries = {buffers_.attended, positions, {}};
+  pool_tokens(runtime_, recurrent_, mixer.state_layer, pool.state_begin, pool.shape,
+              {vectors, pool.gates ? gates : nullptr, columns, pool.bias}, runs_,
+              {step_.order, step_.angles, tokens, rotary != nullptr ? rotary->num_axes() : 1}, entries);
+  const int64_t count = entries.count();
+  if (count == 0) return;
+  rms_norm(runtime_, entries.vectors, pool.norm, mixer.norm_eps, count, dim, entries.vectors);
+  if (rotary != nullptr) {
+    float* sine = cosine + count * rotary->num_pairs();
+    rotary_angles(runtime_, *rotary, positions, count, cosine, sine);
+    rope(runtime_, {entries.vectors + dim - mixer.rope_dim, dim}, count, 1, dim, cosine, sine,
+         rotary->num_pairs(), rotary->is_interleaved);
+  }
+  const LatentLayer store = kv_.latent_layer(pool.store);
+  std::vector<int64_t> slots;
+  for (const int64_t token : entries.tokens)
+    slots.push_back(entry_slot(step_.slots[token], kv_.block_tokens(), store, pool.shape.ratio));
+  latent_write(runtime_, store, entries.vectors, slots.data(), count);
+}
+
+// Stores index keys, and chooses entries for the tokens that would see more than num_chosen.
+void Stack::choose_entries(const CompressedAttention& mixer, const float* query_latent) {
+  const EntryIndexer& indexer = *mixer.indexer;
+  const int64_t tokens = step_.num_tokens, heads = indexer.num_heads(), dim = indexer.keys.shape.dim;
+  gather(indexer.keys, mixer);
+  std::vector<int32_t> until;
+  int64_t most = 0;
+  for (int64_t token = 0; token < tokens; ++token) {
+    until.push_back(int32_t((step_.order[token] + 1) / indexer.keys.shape.ratio));
+    most = std::max<int64_t>(most, until.back());
+  }
+  if (most <= mixer.num_chosen) return;
+  float *query = buffers_.query, *weights = buffers_.value;
+  matmul(runtime_, {{indexer.query, query}}, query_latent, tokens);
+  matmul(runtime_, {{indexer.weights, weights}}, buffers_.normed, tokens);
+  rotate(query + dim - mixer.rope_dim, heads, dim);
+  // The scale of the scores, dim^-0.5, is not negative, so it may multiply the weights instead.
+  multiply_rows(runtime_, 1 / std::sqrt(float(heads * dim)), tokens, heads, weights);
+  const AttentionBatch batch = {
+      .q = query,
+      .num_tokens = tokens,
+      .num_heads = heads,
+      .block_table = step_.block_table,
+      .max_blocks = step_.max_blocks,
+      .sequence = step_.sequence,
+      .order = step_.order,
+      .sees_until = until.data(),
+      .scale = 1,
+      .window = {},
+  };
+  argosy::choose_positions(runtime_, kv_.latent_layer(indexer.keys.store), weights, batch, mixer.num_chosen,
+                           buffers_.chosen);
+}
+
+// The entries that the tokens see, after those that they complete are stored.
+LatentSource Stack::entries_of(const CompressedAttention& mixer, const float* query_latent) {
+  gather(*mixer.pool, mixer);
+  if (mixer.indexer) choose_entries(mixer, query_latent);
+  LatentSource source = {kv_.latent_layer(mixer.pool->store), step_.block_table, step_.max_blocks, {}};
+  for (int64_t token = 0; token < step_.num_tokens; ++token) {
+    const int64_t count = (step_.order[token] + 1) / mixer.pool->shape.ratio;
+    const bool is_limited = mixer.indexer && count > mixer.num_chosen;
+    source.seen.push_back({is_limited ? buffers_.chosen + token * mixer.num_chosen : nullptr, 0,
+                           is_limited ? mixer.num_chosen : count});
+  }
+  return source;
+}
+
+LatentSource Stack::window_of(const CompressedAttention& mixer) {
+  const bool is_windowed = kv_.shape(number()).is_windowed;
+  LatentSource source = {
+      kv_.latent_layer(number()), is_windowed ? step_.window_table : step_.block_table, step_.max_blocks, {}};
+  for (int64_t token = 0; token < step_.num_tokens; ++token) {
+    const int64_t first = first_seen(mixer.window, step_.order[token]);
+    source.seen.push_back({nullptr, first, step_.order[token] + 1 - first});
+  }
+  return source;
+}
+
 void Stack::mix(const CompressedAttention& mixer) {
   const LatentLayer kv = kv_.latent_layer(number());
   const int64_t tokens = step_.num_tokens, heads = mixer.num_heads, dim = kv.dim;
@@ -345,6 +435,8 @@ void Stack::mix(const CompressedAttention& mixer) {
   rms_norm(runtime_, latent, mixer.query_norm, mixer.norm_eps, tokens, mixer.query_down.rows, latent);
   rms_norm(runtime_, vectors, mixer.kv_norm, mixer.norm_eps, tokens, dim, vectors);
   rotate(vectors + nope_dim, 1, dim);
+  std::vector<LatentSource> sources = {window_of(mixer)};
+  if (mixer.pool) sources.push_back(entries_of(mixer, latent));
   matmul(runtime_, {{mixer.query, query}}, latent, tokens);
   if (mixer.head_norm != nullptr)
     rms_norm(runtime_, query, mixer.head_norm, mixer.norm_eps, tokens * heads, dim, query);
@@ -352,12 +444,6 @@ void Stack::mix(const CompressedAttention& mixer) {
 
   const bool is_windowed = kv_.shape(number()).is_windowed;
   latent_write(runtime_, kv, vectors, is_windowed ? step_.window_slots : step_.slots, tokens);
-  std::vector<LatentSource> sources = {
-      {kv, is_windowed ? step_.window_table : step_.block_table, step_.max_blocks, {}}};
-  for (int64_t token = 0; token < tokens; ++token) {
-    const int64_t first = first_seen(mixer.window, step_.order[token]);
-    sources[0].seen.push_back({nullptr, first, step_.order[token] + 1 - first});
-  }
   shared_attention(runtime_, sources, {heads, dim, mixer.scale, mixer.sinks}, query, step_.sequence, tokens,
                    attended);
   rotate_back(attended + nope_dim, heads, dim);

@@ -10,6 +10,7 @@
 #include "ops/latent_attention.h"
 #include "ops/layer.h"
 #include "ops/matmul.h"
+#include "ops/pool.h"
 #include "ops/swiglu.h"
 
 namespace argosy {
@@ -86,6 +87,14 @@ void StackSizes::add(const CompressedSizes& mixer) {
   widen(attended_, std::max(attended, grouped));
   widen(key_, width_of({mixer.head_dim}));
   widen(query_latent_, width_of({mixer.query_rank}));
+  const int64_t columns = std::max(width_of({mixer.pool_columns}), width_of({mixer.key_columns}));
+  widen(projected_, mixer.has_gates ? 2 * columns : columns);
+  // Entries, where their groups begin, and their cosines and sines.
+  if (columns > 0) widen(attended_, columns + PoolShape::kMostAxes + width_of({mixer.rope_dim}));
+  widen(query_, width_of({mixer.index.num_heads, mixer.index.dim}));
+  widen(value_, width_of({mixer.index.num_heads}));
+  widen(chosen_, width_of({mixer.index.count}));
+  add_indexer(mixer.index);
   if (std::find(compressed_.begin(), compressed_.end(), mixer) == compressed_.end())
     compressed_.push_back(mixer);
 }

@@ -34,6 +34,11 @@ struct LatentSizes {
 
 struct CompressedSizes {
   int64_t num_heads, head_dim, query_rank, num_groups, output_rank;
+  int64_t rope_dim = 0;
+  int64_t pool_columns = 0;  // of its vectors; 0: no pool
+  bool has_gates = false;    // of its pools
+  IndexSizes index = {};     // count 0: no indexer
+  int64_t key_columns = 0;   // of the vectors of the indexer's pool
 
   bool operator==(const CompressedSizes&) const = default;
 };

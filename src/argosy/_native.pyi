@@ -1930,6 +1930,39 @@ def multi_head_latent_attention(
         gate, gate_kind, query_scale: as for `grouped_query_attention`.
     """
 
+class Pool:
+    """
+    Entries that stand for groups of positions (native/ops/pool.h), normed and rotated where their groups begin.
+
+    Args:
+        vectors, gates: [columns, hidden]: `dim` columns, or twice as many if groups overlap. Without gates, an entry is
+            the mean of its group.
+        sizes: ratio, dim, whether groups overlap.
+        bias: [ratio, columns], added to the gates.   norm: [dim].
+        store: the number of a pooled KvShape in the KV cache.
+    """
+
+    def __init__(
+        self,
+        vectors: Matrix,
+        gates: Matrix | None,
+        *,
+        sizes: _PoolSizes,
+        bias: NDArray[numpy.float32] | None = None,
+        norm: NDArray[numpy.float32],
+        store: int,
+    ) -> None: ...
+
+class EntryIndexer:
+    """
+    Chooses the entries of a pool that a token sees, by the entries of another one, its keys.
+
+    Args:
+        query: [heads * dim of keys, query_rank].   weights: [heads, hidden].
+    """
+
+    def __init__(self, query: Matrix, weights: Matrix, keys: Pool) -> None: ...
+
 def compressed_attention(
     query_down: Matrix,
     query: Matrix,
@@ -1947,10 +1980,14 @@ def compressed_attention(
     kv_norm: NDArray[numpy.float32],
     head_norm: NDArray[numpy.float32] | None = None,
     sinks: NDArray[numpy.float32] | None = None,
+    pool: Pool | None = None,
+    indexer: EntryIndexer | None = None,
+    num_chosen: int = 0,
+    state_layer: int = 0,
 ) -> Mixer:
     """
     DeepSeek-V4's attention: a position's one vector is key and value of all heads; the last dimensions rotate, and
-    those of the result are rotated back.
+    those of the result are rotated back. A token sees a window, and entries of the pool.
 
     Args:
         query_down: [query_rank, hidden].   query: [heads * head_dim, query_rank].   key_value: [head_dim, hidden].
@@ -1961,6 +1998,9 @@ def compressed_attention(
         norm_eps: the epsilon of all norms.
         query_norm, kv_norm: [query_rank] and [head_dim].
         head_norm: [head_dim], of each head's query; None means no norm.
+        pool: of head_dim; None means that a token sees only its window.
+        indexer: chooses the `num_chosen` entries that a token sees at most; None means all.
+        state_layer: the layer of the recurrent state, if the pool has a ratio above 1.
     """
 
 class StreamMix:
@@ -2268,8 +2308,21 @@ class StackSizes:
         """index_heads, index_dim and num_chosen are those of an indexer."""
 
     def add_compressed_attention(
-        self, num_heads: int, head_dim: int, query_rank: int, num_groups: int, output_rank: int
-    ) -> None: ...
+        self,
+        num_heads: int,
+        head_dim: int,
+        query_rank: int,
+        num_groups: int,
+        output_rank: int,
+        rope_dim: int = 0,
+        pool: _PoolSizes | None = None,
+        has_gates: bool = False,
+        keys: _PoolSizes | None = None,
+        index_heads: int = 0,
+        num_chosen: int = 0,
+    ) -> None:
+        """keys, index_heads and num_chosen are those of an indexer."""
+
     def add_delta_net(self, sizes: _DeltaSizes) -> None: ...
     def add_kimi_delta(self, sizes: _DeltaSizes, latent_rows: int) -> None:
         """latent_rows: of decay_down and gate_down together."""

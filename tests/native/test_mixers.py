@@ -5,6 +5,7 @@ The layer's feed-forward network is zero, so that the hidden state after it is t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -42,9 +43,10 @@ def gated(x: Doubles, kind: str) -> Doubles:
 FREQUENCY = 0.3 ** np.arange(PAIRS)
 
 
-def turned(x: Doubles) -> Doubles:
+def turned(x: Doubles, positions: Doubles | None = None) -> Doubles:
     """Rotate the first dimensions of x [tokens, heads, dim], in halves."""
-    angle = np.arange(len(x))[:, None, None] * FREQUENCY
+    positions = np.arange(len(x)) if positions is None else positions
+    angle = positions[:, None, None] * FREQUENCY
     first, second = x[..., :PAIRS], x[..., PAIRS : 2 * PAIRS]
     sides = (
         first * np.cos(angle) - second * np.sin(angle),
@@ -66,6 +68,8 @@ class Flags:
     window: int = 0
     is_chunked: bool = False
     query_scale: tuple[float, int, int] = (0.0, 1, 0)
+    pool: tuple[int, bool] | None = None  # ratio, whether groups overlap
+    num_chosen: int = 0
 
     def factor(self) -> Doubles:
         beta, period, offset = self.query_scale
@@ -89,8 +93,15 @@ def attended(flags: Flags, query: Doubles, key: Doubles, value: Doubles) -> Doub
     return out.reshape(LENGTH, -1)
 
 
+class Layer:
+    """What a layer keeps besides its own store."""
+
+    further: Sequence[native.KvShape] = ()
+    state: native.StateShape | None = None
+
+
 @dataclass
-class GroupedQuery:
+class GroupedQuery(Layer):
     flags: Flags
     kv: native.KvShape = field(init=False)
     mixer: native.Mixer = field(init=False)
@@ -147,7 +158,7 @@ RANK, NOPE = 10, 7
 
 
 @dataclass
-class Latent:
+class Latent(Layer):
     flags: Flags
     kv: native.KvShape = field(init=False)
     mixer: native.Mixer = field(init=False)
@@ -207,10 +218,51 @@ class Latent:
 
 
 GROUPS, GROUP_RANK = 3, 4
+INDEX_HEADS, INDEX_DIM = 2, 10
+
+
+class Pooling:
+    """The weights of a pool, and its entries."""
+
+    def __init__(self, ratio: int, has_overlap: bool, dim: int, store: int) -> None:
+        columns = 2 * dim if has_overlap else dim
+        self.ratio, self.dim, self.sizes = ratio, dim, (ratio, dim, has_overlap)
+        self.vectors, self.gates = (normal(columns, HIDDEN, seed=seed) for seed in (40, 41))
+        self.bias = normal(ratio, columns, seed=42)
+        self.norm = 1 + normal(dim, seed=43) * np.float32(0.2)
+        self.native = native.Pool(
+            matrix_of(self.vectors),
+            matrix_of(self.gates),
+            sizes=self.sizes,
+            bias=self.bias,
+            norm=self.norm,
+            store=store,
+        )
+
+    def entries(self, x: Doubles) -> Doubles:
+        count = LENGTH // self.ratio
+        groups = x[: count * self.ratio].reshape(count, self.ratio, HIDDEN)
+        vectors, gates = groups @ self.vectors.T, groups @ self.gates.T + self.bias
+        if vectors.shape[-1] > self.dim:  # the first halves join the next entry
+            before = np.zeros_like(vectors[:1, :, : self.dim])
+            vectors, gates = (
+                np.concatenate([np.concatenate([first, y[:-1, :, : self.dim]]), y[..., self.dim :]], axis=1)
+                for y, first in ((vectors, before), (gates, before - np.inf))
+            )
+        weights = np.exp(gates - gates.max(axis=1, keepdims=True))
+        entries = rms((weights * vectors).sum(axis=1) / weights.sum(axis=1), self.norm)
+        return turned_last(entries[:, None], positions=self.ratio * np.arange(count))[:, 0]
+
+
+def turned_last(x: Doubles, *, back: bool = False, positions: Doubles | None = None) -> Doubles:
+    # Turning back is turning with the two halves of the pairs exchanged.
+    order = np.roll(np.arange(2 * PAIRS), PAIRS if back else 0)
+    first, last = x[..., : -2 * PAIRS], x[..., -2 * PAIRS :]
+    return np.concatenate([first, turned(last[..., order], positions)[..., order]], axis=-1)
 
 
 @dataclass
-class Compressed:
+class Compressed(Layer):
     flags: Flags
     kv: native.KvShape = field(init=False)
     mixer: native.Mixer = field(init=False)
@@ -224,6 +276,22 @@ class Compressed:
         self.norms = [1 + normal(dim, seed=35) * np.float32(0.2) for dim in (RANK, DIM, DIM)]
         self.sinks = normal(HEADS, seed=36)
         self.kv = native.KvShape.latent(DIM)
+        self.pool, self.keys, indexer = None, None, None
+        if flags.pool:
+            self.pool = Pooling(*flags.pool, DIM, 1)
+            self.further = [native.KvShape.pooled(DIM, flags.pool[0])]
+            pools = [self.pool.sizes]
+            if flags.num_chosen:
+                self.keys = Pooling(*flags.pool, INDEX_DIM, 2)
+                self.further.append(native.KvShape.pooled(INDEX_DIM, flags.pool[0]))
+                pools.append(self.keys.sizes)
+                self.index_query = normal(INDEX_HEADS * INDEX_DIM, RANK, seed=37)
+                self.index_weights = normal(INDEX_HEADS, HIDDEN, seed=38)
+                indexer = native.EntryIndexer(
+                    matrix_of(self.index_query), matrix_of(self.index_weights), self.keys.native
+                )
+            state = native.StateShape.pools(pools)
+            self.state = state if state.matrix_floats else None
         self.mixer = native.compressed_attention(
             *(matrix_of(matrix) for matrix in (self.down, self.query, self.key_value)),
             matrix_of(self.group_output.reshape(GROUPS * GROUP_RANK, -1)),
@@ -238,30 +306,55 @@ class Compressed:
             kv_norm=self.norms[1],
             head_norm=self.norms[2] if flags.norms else None,
             sinks=self.sinks,
+            pool=self.pool and self.pool.native,
+            indexer=indexer,
+            num_chosen=flags.num_chosen,
         )
 
     def add_sizes(self, sizes: native.StackSizes) -> None:
-        sizes.add_compressed_attention(HEADS, DIM, RANK, GROUPS, GROUP_RANK)
+        sizes.add_compressed_attention(
+            HEADS,
+            DIM,
+            RANK,
+            GROUPS,
+            GROUP_RANK,
+            rope_dim=2 * PAIRS,
+            pool=self.pool and self.pool.sizes,
+            has_gates=True,
+            keys=self.keys and self.keys.sizes,
+            index_heads=INDEX_HEADS if self.keys else 0,
+            num_chosen=self.flags.num_chosen,
+        )
+
+    def chosen(self, x: Doubles, query_latent: Doubles) -> list[NDArray[np.intp]]:
+        """Return the entries that each token sees."""
+        assert self.pool is not None
+        counts = (np.arange(LENGTH) + 1) // self.pool.ratio
+        if self.keys is None:
+            return [np.arange(count) for count in counts]
+        keys = self.keys.entries(x)
+        query = turned_last((query_latent @ self.index_query.T).reshape(LENGTH, INDEX_HEADS, -1))
+        scores = np.einsum("th,thk->tk", x @ self.index_weights.T, np.maximum(query @ keys.T, 0))
+        best = (np.argsort(-scores[t, :count], kind="stable") for t, count in enumerate(counts))
+        return [np.sort(one[: self.flags.num_chosen]) for one in best]
 
     def expected(self, x: Doubles) -> Doubles:
-        flags, nope = self.flags, DIM - 2 * PAIRS
-
-        def turned_last(y: Doubles, *, back: bool = False) -> Doubles:
-            if not flags.rotates:
-                return y
-            # Turning back is turning with the two halves of the pairs exchanged.
-            order = np.roll(np.arange(2 * PAIRS), PAIRS if back else 0)
-            return np.concatenate([y[..., :nope], turned(y[..., nope:][..., order])[..., order]], axis=-1)
-
-        query = (rms(x @ self.down.T, self.norms[0]) @ self.query.T).reshape(LENGTH, HEADS, DIM)
-        query = turned_last(rms(query, self.norms[2]) if flags.norms else query)
-        vectors = turned_last(rms(x @ self.key_value.T, self.norms[1])[:, None])[:, 0]
+        flags = self.flags
+        query_latent = rms(x @ self.down.T, self.norms[0])
+        query = (query_latent @ self.query.T).reshape(LENGTH, HEADS, DIM)
+        query = rms(query, self.norms[2]) if flags.norms else query
+        vectors = rms(x @ self.key_value.T, self.norms[1])
+        if flags.rotates:
+            query, vectors = turned_last(query), turned_last(vectors[:, None])[:, 0]
+        entries = self.pool.entries(x) if self.pool else np.empty((0, DIM))
+        chosen = self.chosen(x, query_latent) if self.pool else [np.empty(0, int)] * LENGTH
         out = np.empty_like(query)
         for t in range(LENGTH):
-            seen = vectors[flags.first(t) : t + 1]
+            seen = np.concatenate([vectors[flags.first(t) : t + 1], entries[chosen[t]]])
             weights = np.exp(query[t] @ seen.T * SCALE)
             out[t] = weights @ seen / (weights.sum(axis=1) + np.exp(self.sinks))[:, None]
-        grouped = turned_last(out, back=True).reshape(LENGTH, GROUPS, -1)
+        out = turned_last(out, back=True) if flags.rotates else out
+        grouped = out.reshape(LENGTH, GROUPS, -1)
         return np.einsum("tgd,grd->tgr", grouped, self.group_output).reshape(LENGTH, -1) @ self.output.T
 
 
@@ -285,7 +378,7 @@ def run(runtime: native.Runtime, case: Case, dtype: KvDtype, chunk: int) -> tupl
     num_blocks = -(-LENGTH // BLOCK_TOKENS)
     stack = native.Stack(
         runtime,
-        native.KvCache([case.kv], num_blocks, BLOCK_TOKENS, dtype),
+        native.KvCache([case.kv, *case.further], num_blocks, BLOCK_TOKENS, dtype),
         embedding=matrix_of(embedding),
         head=matrix_of(embedding),
         final_norm=ones,
@@ -294,6 +387,7 @@ def run(runtime: native.Runtime, case: Case, dtype: KvDtype, chunk: int) -> tupl
         activation=("silu", 0.0, 0.0),
         layers=[layer],
         max_tokens=LENGTH,
+        recurrent=None if case.state is None else native.RecurrentState(1, [case.state]),
     )
     sizes = native.StackSizes(HIDDEN, PAIRS)
     case.add_sizes(sizes)
@@ -313,6 +407,7 @@ def run(runtime: native.Runtime, case: Case, dtype: KvDtype, chunk: int) -> tupl
             np.empty(0, np.int64),
             np.empty((0, VOCABULARY), np.float32),
             taps=[(0, hidden[begin : begin + chunk])],
+            state_slots=None if case.state is None else np.zeros(1, np.int32),
         )
         assert stack.advance() is None
     return embedding[:LENGTH], hidden
@@ -344,6 +439,10 @@ CASES = [
     pytest.param(Compressed, Flags(window=14), id="compressed"),
     pytest.param(Compressed, Flags(window=99, norms="first"), id="compressed-norms"),
     pytest.param(Compressed, Flags(window=1, rotates=False), id="compressed-no_rotary"),
+    pytest.param(Compressed, Flags(window=9, pool=(4, True)), id="compressed-pool"),
+    pytest.param(Compressed, Flags(window=9, pool=(32, False)), id="compressed-pool_of_blocks"),
+    pytest.param(Compressed, Flags(window=9, pool=(1, False), num_chosen=7), id="compressed-every_position"),
+    pytest.param(Compressed, Flags(window=9, pool=(4, True), num_chosen=5), id="compressed-index"),
 ]
 
 
@@ -358,7 +457,9 @@ def test_a_flag_of_a_mixer_meets_numpy_in_every_format_and_chunk(
         added = case.expected(rms(embedding.astype(np.float64), np.ones(HIDDEN, np.float32)))
         error = np.abs(together - embedding - added).max() / np.abs(added).max()
         exact = 2e-4 if instruction_set == "amx" else 4e-6  # tiles keep 16 bits of a number
-        assert error < {"f32": exact, "f16": max(exact, 2e-3), "q8": 5e-2}[dtype]
+        # Rounded index keys may choose other entries.
+        if dtype == "f32" or not flags.num_chosen:
+            assert error < {"f32": exact, "f16": max(exact, 2e-3), "q8": 5e-2}[dtype]
         for chunk in (1, 7):
             assert np.array_equal(run(runtime, case, dtype, chunk)[1], together)
     runtime.close()

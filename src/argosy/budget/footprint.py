@@ -84,9 +84,8 @@ class KvLayout:
     ) -> KvLayout:
         regions, end = [], 0
         blocks = kv_blocks(num_tokens)
-        for layer, shape in zip(config.layers, kv_shapes(config), strict=True):
-            is_windowed = isinstance(layer.mixer, WindowedMixer) and layer.mixer.sliding_window > 0
-            of_windows = window_blocks if is_windowed else None
+        for shape in kv_shapes(config):
+            of_windows = window_blocks if shape.is_windowed else None
             num_blocks = blocks if of_windows is None else of_windows
             for nbytes in _native.kv_layer_parts(shape, num_blocks, KV_BLOCK_TOKENS, kv_dtype):
                 if of_windows is None:

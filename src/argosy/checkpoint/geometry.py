@@ -240,6 +240,16 @@ def _compressed_shapes(mixer: CompressedConfig, hidden: int) -> Iterator[tuple[s
     yield "kv", (mixer.head_dim, hidden)
     yield "kv_norm", (mixer.head_dim,)
     yield "sinks", (mixer.num_heads,)
+    for name, (ratio, dim, has_overlap) in mixer.pools.items():
+        columns = 2 * dim if has_overlap else dim
+        yield name + "vectors", (columns, hidden)
+        if ratio > 1:
+            yield name + "gates", (columns, hidden)
+            yield name + "bias", (ratio, columns)
+        yield name + "norm", (dim,)
+    if (index := mixer.index) is not None:
+        yield "index_q", (index.num_heads * index.head_dim, mixer.query_rank)
+        yield "index_weights", (index.num_heads, hidden)
     yield "o_down", (mixer.num_groups * mixer.output_rank, mixer.group_dim)
     yield "o", (hidden, mixer.num_groups * mixer.output_rank)
 

@@ -168,8 +168,26 @@ class LatentConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PoolConfig:
+    """Groups of positions become entries: means of their vectors, weighted by a softmax of gates in each dimension."""
+
+    ratio: int  # positions of a group; 1: an entry is a normed vector
+    has_overlap: bool = False  # an entry also has a part of the group before, by columns of its own
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EntryIndexConfig:
+    """The lightning indexer over a pool of index keys: it chooses the entries that a token sees."""
+
+    num_chosen: int  # a token that could see no more sees all
+    num_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CompressedConfig:
-    """DeepSeek-V4's attention: a position's one vector is key and value of all heads, in a window of positions.
+    """DeepSeek-V4's attention: a position's one vector is key and value of all heads. A token sees a window of
+    positions, and entries that stand for groups of all positions.
 
     The output projection has two factors: `o_down` multiplies each group of heads by a matrix of its own.
     """
@@ -184,6 +202,25 @@ class CompressedConfig:
     rope: RopeConfig | None  # the last dimensions rotate, and those of the result back; None: nothing rotates
     has_head_norm: bool = False  # RMSNorm without a weight over each head of the query, before rotary
     scale: float = 0.0  # factor of attention scores; 0: 1 / sqrt(head_dim)
+    pool: PoolConfig | None = None  # None: a token sees only its window
+    index: EntryIndexConfig | None = None  # with a pool; None: a token sees all entries
+
+    @property
+    def pools(self) -> dict[str, tuple[int, int, bool]]:
+        """Ratio, dimension and overlap of the pool of entries, then of that of index keys, by the prefix of their
+        tensors. Their stores are numbered in this order.
+        """
+        if self.pool is None:
+            return {}
+        dims = {"pool_": self.head_dim}
+        if self.index is not None:
+            dims["index_pool_"] = self.index.head_dim
+        return {name: (self.pool.ratio, dim, self.pool.has_overlap) for name, dim in dims.items()}
+
+    @property
+    def has_state(self) -> bool:
+        """Whether unfinished groups are kept per sequence."""
+        return self.pool is not None and self.pool.ratio > 1
 
     @property
     def group_dim(self) -> int:

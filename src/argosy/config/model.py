@@ -189,7 +189,12 @@ class ModelConfig:
     @property
     def recurrent_layers(self) -> tuple[int, ...]:
         """The layers with a recurrent state."""
-        return tuple(i for i, layer in enumerate(self.layers) if isinstance(layer.mixer, RecurrentMixer))
+        return tuple(
+            i
+            for i, layer in enumerate(self.layers)
+            if isinstance(layer.mixer, RecurrentMixer)
+            or (isinstance(layer.mixer, CompressedConfig) and layer.mixer.has_state)
+        )
 
     @property
     def attention(self) -> AttentionConfig:

@@ -12,6 +12,7 @@ import numpy as np
 from argosy import _native
 from argosy.config import (
     ActivationConfig,
+    CompressedConfig,
     GatedResidual,
     Mixer,
     ModelConfig,
@@ -20,7 +21,7 @@ from argosy.config import (
     SinkhornResidual,
 )
 from argosy.experts.files import Arithmetic
-from argosy.model.mixers import add_mixer_sizes, describe_mixer, kv_shape, state_shape
+from argosy.model.mixers import add_mixer_sizes, describe_mixer, further_stores, kv_shape, state_shape
 from argosy.model.weights import DenseWeights, Vector
 
 
@@ -91,14 +92,15 @@ def _rotary(config: ModelConfig, mixer: Mixer | None) -> int | None:
 
 
 def kv_shapes(config: ModelConfig) -> list[_native.KvShape]:
-    """Return the data that each layer keeps per position."""
-    return [kv_shape(layer.mixer) for layer in config.layers]
+    """Return the data that each layer keeps per position; then further stores of some layers."""
+    further = [shape for layer in config.layers for shape in further_stores(layer.mixer)]
+    return [kv_shape(layer.mixer) for layer in config.layers] + further
 
 
 def state_shapes(config: ModelConfig) -> list[_native.StateShape]:
     """Return the state that each recurrent layer keeps per sequence."""
-    mixers = (layer.mixer for layer in config.layers)
-    return [state_shape(mixer) for mixer in mixers if isinstance(mixer, RecurrentMixer)]
+    mixers = (config.layers[i].mixer for i in config.recurrent_layers)
+    return [state_shape(mixer) for mixer in mixers if isinstance(mixer, RecurrentMixer | CompressedConfig)]
 
 
 def stack_sizes(config: ModelConfig) -> _native.StackSizes:

@@ -43,7 +43,8 @@ def describe_mixer(config: ModelConfig, layer: int, weights: DenseWeights) -> _n
         case LatentConfig() as latent:
             return _latent(latent, name, weights)
         case CompressedConfig() as compressed:
-            return _compressed(compressed, name, weights)
+            store = config.num_layers + sum(len(further_stores(one.mixer)) for one in config.layers[:layer])
+            return _compressed(compressed, name, weights, store, state_layer)
         case DeltaConfig() as delta:
             return _delta(delta, name + "delta_", weights, state_layer)
         case KimiDeltaConfig() as delta:
@@ -253,9 +254,25 @@ def _indexer(index: IndexConfig, name: str, weights: DenseWeights) -> _native.Po
     )
 
 
-def _compressed(mixer: CompressedConfig, name: str, weights: DenseWeights) -> _native.Mixer:
-    """DeepSeek-V4's attention."""
-    vectors = weights.vectors
+def _compressed(
+    mixer: CompressedConfig, name: str, weights: DenseWeights, store: int, state_layer: int
+) -> _native.Mixer:
+    """DeepSeek-V4's attention. The entries of its pools lie in the KV cache's stores from `store` on."""
+    vectors, matrices = weights.vectors, weights.matrices
+    pools = [
+        _native.Pool(
+            matrices[name + pool + "vectors"],
+            matrices.get(name + pool + "gates"),
+            sizes=sizes,
+            bias=vectors[name + pool + "bias"].reshape(sizes[0], -1) if sizes[0] > 1 else None,
+            norm=vectors[name + pool + "norm"],
+            store=store + i,
+        )
+        for i, (pool, sizes) in enumerate(mixer.pools.items())
+    ]
+    indexer = None
+    if mixer.index is not None:
+        indexer = _native.EntryIndexer(matrices[name + "index_q"], matrices[name + "index_weights"], pools[1])
     return _native.compressed_attention(
         *(weights.matrices[name + part] for part in ("q_down", "q_up", "kv", "o_down", "o")),
         num_heads=mixer.num_heads,
@@ -268,7 +285,18 @@ def _compressed(mixer: CompressedConfig, name: str, weights: DenseWeights) -> _n
         kv_norm=vectors[name + "kv_norm"],
         head_norm=np.ones(mixer.head_dim, np.float32) if mixer.has_head_norm else None,
         sinks=vectors[name + "sinks"],
+        pool=pools[0] if pools else None,
+        indexer=indexer,
+        num_chosen=mixer.index.num_chosen if mixer.index else 0,
+        state_layer=state_layer,
     )
+
+
+def further_stores(mixer: Mixer | None) -> list[_native.KvShape]:
+    """Return the stores of a layer with this mixer behind the layers' own: those of its pools."""
+    if not isinstance(mixer, CompressedConfig):
+        return []
+    return [_native.KvShape.pooled(dim, ratio) for ratio, dim, _ in mixer.pools.values()]
 
 
 def _query_scale(scale: QueryScale | None) -> tuple[float, int, int]:
@@ -295,7 +323,7 @@ def kv_shape(mixer: Mixer | None) -> _native.KvShape:
     return _native.KvShape.none()
 
 
-def state_shape(mixer: RecurrentMixer) -> _native.StateShape:
+def state_shape(mixer: RecurrentMixer | CompressedConfig) -> _native.StateShape:
     """Return the state that a layer with this mixer keeps per sequence."""
     match mixer:
         case DeltaConfig() | KimiDeltaConfig() | LightningConfig():
@@ -304,6 +332,8 @@ def state_shape(mixer: RecurrentMixer) -> _native.StateShape:
             return _native.StateShape.short_conv(mixer.channels, mixer.conv_width)
         case MambaConfig():
             return _native.StateShape.mamba(mixer.sizes)
+        case CompressedConfig():
+            return _native.StateShape.pools(list(mixer.pools.values()))
 
 
 def add_mixer_sizes(sizes: _native.StackSizes, mixer: Mixer | None) -> None:
@@ -340,7 +370,17 @@ def add_mixer_sizes(sizes: _native.StackSizes, mixer: Mixer | None) -> None:
             )
         case CompressedConfig():
             sizes.add_compressed_attention(
-                mixer.num_heads, mixer.head_dim, mixer.query_rank, mixer.num_groups, mixer.output_rank
+                mixer.num_heads,
+                mixer.head_dim,
+                mixer.query_rank,
+                mixer.num_groups,
+                mixer.output_rank,
+                rope_dim=0 if mixer.rope is None else mixer.rope.rotary_dim,
+                pool=mixer.pools.get("pool_"),
+                has_gates=mixer.has_state,
+                keys=mixer.pools.get("index_pool_"),
+                index_heads=mixer.index.num_heads if mixer.index else 0,
+                num_chosen=mixer.index.num_chosen if mixer.index else 0,
             )
         case DeltaConfig() | LightningConfig():
             sizes.add_delta_net(mixer.sizes)

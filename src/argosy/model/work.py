@@ -123,12 +123,12 @@ def work_of(files: ModelFiles, kv_dtype: KvDtype) -> Work:
 def _attention(config: ModelConfig, kv_dtype: KvDtype) -> tuple[Attention, ...]:
     kinds: Counter[tuple[int, float, float]] = Counter()
 
-    def add(window: int, shape: _native.KvShape, operations: float) -> None:
+    def add(window: int, shape: _native.KvShape, operations: float, part: float = 1.0) -> None:
         nbytes = _native.kv_cache_bytes([shape], 1, KV_BLOCK_TOKENS, kv_dtype)
-        kinds[window, nbytes / KV_BLOCK_TOKENS, operations] += 1
+        kinds[window, part * nbytes / KV_BLOCK_TOKENS, part * operations] += 1
 
-    def add_index(num_heads: int, dim: int) -> None:
-        add(0, _native.KvShape.latent(dim), 2.0 * num_heads * dim)
+    def add_index(num_heads: int, dim: int, part: float = 1.0) -> None:
+        add(0, _native.KvShape.latent(dim), 2.0 * num_heads * dim, part)
 
     for layer in config.layers:
         if isinstance(layer.mixer, RecurrentMixer):
@@ -142,6 +142,13 @@ def _attention(config: ModelConfig, kv_dtype: KvDtype) -> tuple[Attention, ...]:
             case CompressedConfig() as compressed:
                 operations = 4.0 * compressed.num_heads * compressed.head_dim
                 add(compressed.sliding_window, kv_shape(compressed), operations)
+                if (pool := compressed.pool) is None:
+                    continue
+                chosen, part = compressed.index, 1 / pool.ratio
+                seen = 0 if chosen is None else chosen.num_chosen * pool.ratio
+                add(seen, _native.KvShape.latent(compressed.head_dim), operations, part)
+                if chosen is not None:
+                    add_index(chosen.num_heads, chosen.head_dim, part)
             case AttentionConfig() as attention:
                 operations = 2.0 * attention.num_heads * (attention.head_dim + attention.width_of_values)
                 if (blocks := attention.index) is None:
