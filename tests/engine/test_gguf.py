@@ -51,6 +51,7 @@ from tests.models.tiny_kda import bailing_hybrid, kimi_linear
 from tests.models.tiny_latent import deepseek_v3
 from tests.models.tiny_llama4 import OF_GGUF, llama4_text
 from tests.models.tiny_minimax import minimax
+from tests.models.tiny_minimax_m3 import minimax_m3
 from tests.models.tiny_recurrent import lfm2_moe
 
 # The mean KL in nats that 8-bit activations may cost; measured: 0.0003. A wrong scale, row or column costs above 1.
@@ -80,6 +81,11 @@ def config_of(family: str, *, num_experts: int, experts_per_token: int) -> RawCo
             return olmoe(**sizes, num_experts=num_experts, intermediate_size=256)
         case "minimax_m2":
             return minimax_m2(**sizes, rotary_dim=32, num_local_experts=num_experts, intermediate_size=256)
+        case "minimax_m3_vl":
+            widths = {f"{part}intermediate_size": 256 for part in ("", "dense_", "shared_")}
+            turning = {"rotary_dim": 32, "partial_rotary_factor": 0.5, "sparse_layers": [0, 1]}
+            index = {"sparse_index_dim": 32, "sparse_topk_blocks": 2}
+            return minimax_m3(**sizes, **widths, **turning, index=index, num_local_experts=num_experts)
         case "llama4_text":
             widths = {"intermediate_size": 256, "intermediate_size_mlp": 256, "interleave_moe_layer_step": 2}
             # Its tokens have one expert each, so that all of them are chosen only if there is one.
@@ -178,6 +184,7 @@ def latent(num_experts: int, experts_per_token: int, **changes: Any) -> RawConfi
         "glm4_moe",
         "olmoe",
         "minimax_m2",
+        "minimax_m3_vl",
         "llama4_text",
         "minimax",
         "mimo_v2_flash",

@@ -52,6 +52,7 @@ from tests.models.tiny_ling import ling_2_5
 from tests.models.tiny_llama4 import llama4_text
 from tests.models.tiny_mamba import nemotron_h_puzzle
 from tests.models.tiny_minimax import minimax
+from tests.models.tiny_minimax_m3 import minimax_m3
 from tests.models.tiny_recurrent import lfm2_moe
 from tests.models.tiny_ring import ring_linear
 from tests.models.tiny_step import FULL, SLIDING, step3p5
@@ -153,6 +154,12 @@ CONFIGS = {
     ),
     "minimax": minimax(  # lightning attention with q, k and v in one matrix, blocks that add to what they read
         max_position_embeddings=1024, head_dim=18, hidden_size=72, num_local_experts=9, num_experts_per_tok=3
+    ),
+    "minimax_m3_vl": minimax_m3(  # blocks of positions that an indexer chooses for each KV head
+        max_position_embeddings=1024,
+        hidden_size=72,
+        num_local_experts=9,
+        num_experts_per_tok=3,
     ),
     "ling_2_5": ling_2_5(  # lightning attention beside latent attention
         max_position_embeddings=1024,

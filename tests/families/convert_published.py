@@ -70,6 +70,7 @@ PRE_TOKENIZERS = {
     "llama4": "llama4",
     "minimax_m2": "minimax-m2",
     "minimax_m1": "minimax-m2",
+    "minimax_m3_vl": "minimax-m2",
     "mistral3": "tekken",
     "mistral4": "tekken",
     "solar_open": "solar-open",

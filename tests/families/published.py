@@ -45,6 +45,7 @@ from tests.families.published_recurrent import (
     qwen3_5_35b,
     step_3_5_flash,
 )
+from tests.families.published_sparse import MINIMAX_M3
 from tests.families.published_windows import (
     LAGUNA_S_2_1,
     LAGUNA_XS_2_1,
@@ -1211,6 +1212,7 @@ PUBLISHED = (
     Published("Nemotron-3-Super-120B-A12B", nemotron_h(**NEMOTRON_3_SUPER), 120.6),
     Published("ERNIE-4.5-21B-A3B", ERNIE_45_21B, 21.8),
     Published("MiniMax-M2", minimax_m2(), 228.7),
+    Published("MiniMax-M3", MINIMAX_M3, 428.0),  # with its tower
     Published("Kimi-Linear-48B-A3B", KIMI_LINEAR_48B, 49.1),
     Published("MiniMax-Text-01", minimax_text_01(minimax_m1()), 456.0),
     Published("MiniMax-M1", minimax_m1(), 456.0),

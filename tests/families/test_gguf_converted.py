@@ -45,8 +45,8 @@ CONFIGS = configs()
 ARCHITECTURES = {CONVERTED[name]["general.architecture"]: name for name in reversed(CONVERTED)}
 # Keys that the recorded commit of llama.cpp writes and the `gguf` package on PyPI does not know yet.
 NEWER_THAN_THE_PACKAGE = {
-    "attention.indexer.types", "attention.recurrent_layers", "attention.value_scale", "kda.gate_lower_bound",
-    "kda.safe_gate",
+    "attention.indexer.block_size", "attention.indexer.local_blocks", "attention.indexer.types",
+    "attention.recurrent_layers", "attention.value_scale", "kda.gate_lower_bound", "kda.safe_gate",
 }  # fmt: skip
 
 LAYOUT_OF_DELTA = ("has_joined_qkvz", "has_joined_ba", "is_tiled", "is_rate_log")

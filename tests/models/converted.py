@@ -116,6 +116,7 @@ CONVERTED: dict[str, tuple[str, RawConfig]] = {
         ),
     ),
     "minimax_m2_plain": ("minimax-m2", _OF_NAME["minimax_m2_plain"]),
+    "minimax_m3_plain": ("minimax-m3", _OF_NAME["minimax_m3_plain"]),
     "minimax_m2_yarn": ("minimax-m2", _OF_NAME["minimax_m2_yarn_f32"]),
     "minimax_m2_all_turns": (
         "minimax-m2",

@@ -20,6 +20,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
 from tests.models import (
+    gguf_minimax,
     gguf_windows,
     tiny_dense,
     tiny_gqa,
@@ -113,6 +114,7 @@ _NAMES = {
     "self_attn.indexer.wk": "indexer.attn_k",
     "self_attn.indexer.k_norm": "indexer.k_norm",
     "self_attn.indexer.weights_proj": "indexer.proj",
+    **{f"self_attn.index_{part}": f"indexer.{part}" for part in ("q_proj", "k_proj", "q_norm", "k_norm")},
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
     "mlp.gate_proj": "ffn_gate",
@@ -299,8 +301,9 @@ def write_gguf_model(
             exact[hub_name] = add_split_kv(writer, name, values, text_of(config), type_of, rng)
             continue
         type_name = type_of(name)
-        # Norms of Gemma 3 are stored whole.
-        offset = 1.0 if config["model_type"] in tiny_dense.GEMMA and name.endswith("norm.weight") else 0.0
+        # Norms of Gemma 3 and MiniMax-M3 are stored whole.
+        is_whole = config["model_type"] in (*tiny_dense.GEMMA, "minimax_m3_vl")
+        offset = 1.0 if is_whole and name.endswith("norm.weight") else 0.0
         blocks, kept = to_blocks(values.astype(np.float32) + np.float32(offset), type_name, rng)
         kept = kept - np.float32(offset)
         if has_factors and type_name == "NVFP4":
@@ -404,6 +407,7 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
         writer.add_expert_shared_feed_forward_length(config["intermediate_size"])
         config = tiny_hunyuan.plain(config)
     width = config.get("intermediate_size_mlp", config["intermediate_size"])
+    width = config.get("dense_intermediate_size", width)
     writer.add_vocab_size(config["vocab_size"])
     writer.add_block_count(config["num_hidden_layers"] + num_draft_layers(config))
     writer.add_context_length(config["max_position_embeddings"])
@@ -450,6 +454,8 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
     elif config["model_type"] == "minimax_m2":
         writer.add_expert_feed_forward_length(width)
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    elif config["model_type"] == "minimax_m3_vl":
+        gguf_minimax.add_metadata(writer, config)
     elif config["model_type"] in tiny_dense.FAMILIES:
         add_dense_metadata(writer, config)
     elif config["model_type"] not in ("mixtral", "olmoe"):
@@ -499,6 +505,7 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
         "lfm2_moe",
         "llama4_text",
         "mimo_v2_flash",
+        "minimax_m3_vl",
     )
     assert config["model_type"] in may_start_dense or len(moe_layers(config)) == config["num_hidden_layers"]
 

@@ -201,7 +201,10 @@ def index_margins() -> Iterator[list[float]]:
             for row in scores.flatten(0, -2):
                 seen = row[row > torch.finfo(row.dtype).min].sort(descending=True).values
                 if len(seen) > k:
-                    margins.append(float((seen[k - 1] - seen[k]) / seen.abs().max()))
+                    largest = (
+                        seen[seen.isfinite()].abs().max()
+                    )  # blocks that are always chosen score infinity
+                    margins.append(float((seen[k - 1] - seen[k]) / largest))
         return topk(scores, k, *args, **kwargs)
 
     with mock.patch.object(torch.Tensor, "topk", noted):

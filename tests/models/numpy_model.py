@@ -30,6 +30,7 @@ from tests.models import (
     tiny_llama4,
     tiny_mamba,
     tiny_minimax,
+    tiny_minimax_m3,
     tiny_recurrent,
     tiny_step,
     tiny_windows,
@@ -306,7 +307,12 @@ class NumpyModel:
         heads_per_kv_head = q.shape[1] // k.shape[1]
         is_seen = places.is_seen(self.windows[layer])
         out = np.empty((*q.shape[:2], v.shape[2]))
+        chosen = None
+        if prefix + "index_q_proj.weight" in self.tensors:
+            chosen = tiny_minimax_m3.sees_blocks(self, prefix, x, places)
         for head in range(q.shape[1]):
+            if chosen is not None:
+                is_seen = chosen[head // heads_per_kv_head]
             scores = q[:, head] @ k[:, head // heads_per_kv_head].T
             if self.is_gemma3:
                 scores = scores * self.config["query_pre_attn_scalar"] ** -0.5
@@ -526,6 +532,10 @@ class NumpyModel:
             down = self.tensors[f"{stack}.down_proj"][int(expert)]
         else:
             gate, up, down = (self.tensors[f"{prefix}{name}.weight"] for name in names)
+        if self.config.get("is_clamped"):
+            limit, score = self.config["swiglu_limit"], np.minimum(x @ gate.T, self.config["swiglu_limit"])
+            glu = score * sigmoid(self.config["swiglu_alpha"] * score)
+            return ((np.clip(x @ up.T, -limit, limit) + 1) * glu) @ down.T
         score, limit = x @ gate.T, activation_limit(self.config, prefix)
         return (np.minimum(score * sigmoid(score), limit) * np.clip(x @ up.T, -limit, limit)) @ down.T
 

@@ -48,6 +48,7 @@ class Row:
     has_own_modules: its modules in transformers have other names than `test_oracle.py` reads; logits are compared.
     has_own_experts: `test_open_model.py` does not find each matrix of an expert under the names of `expert_names`.
     has_zero_centred_norms: norms store their weight minus one, except those of delta nets.
+    prompt_tokens: of the prompt of a reference.
     as_known: rewrites config and tensors as those of a family that `numpy_model.py` computes.
     gguf: the architecture in which `gguf_models.py` writes it.
     released: rewrites a config that transformers reads as the released files have it, for llama.cpp's converter.
@@ -63,6 +64,7 @@ class Row:
     has_own_modules: bool = False
     has_own_experts: bool = False
     has_zero_centred_norms: bool = False
+    prompt_tokens: int = 32
     as_known: Callable[[RawConfig, Mapping[str, Any]], tuple[RawConfig, dict[str, Any]]] | None = None
     gguf: str | None = None
     released: Callable[[RawConfig], RawConfig] | None = None

@@ -25,7 +25,6 @@ from tests.models.safetensors_file import Array, decode, encode, write_checkpoin
 
 RawConfig = dict[str, Any]
 
-PROMPT_TOKENS = 32
 NEW_TOKENS = 16
 
 # Names of the router bias that affects only the choice of experts, by family.
@@ -535,7 +534,8 @@ def write_model(
     return directory
 
 
-def prompt_ids(config: RawConfig, seed: int, num_tokens: int = PROMPT_TOKENS) -> list[int]:
+def prompt_ids(config: RawConfig, seed: int, num_tokens: int | None = None) -> list[int]:
+    num_tokens = num_tokens or row_of(config).prompt_tokens
     return [
         int(i)
         for i in np.random.default_rng([seed, 1]).integers(3, text_of(config)["vocab_size"], num_tokens)

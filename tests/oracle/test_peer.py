@@ -37,6 +37,7 @@ from tests.models.tiny_latent import (
 )
 from tests.models.tiny_llama4 import OF_GGUF, llama4_text
 from tests.models.tiny_minimax import minimax
+from tests.models.tiny_minimax_m3 import minimax_m3
 from tests.models.tiny_recurrent import lfm2_moe
 from tests.models.tiny_step import FULL, SLIDING, step3p5
 
@@ -131,6 +132,21 @@ def test_logits_over_the_positions_that_an_indexer_chooses_are_llama_cpp_s(name:
         logits = engine.logits(prompt)
 
     assert mean_divergence(peer_logits(path, prompt), logits) <= LARGEST_DIVERGENCE
+
+
+# llama.cpp chooses blocks only with flash attention; otherwise it attends to all positions.
+MINIMAX_M3 = minimax_m3(
+    hidden_size=256, num_attention_heads=8, num_key_value_heads=2, head_dim=64, rotary_dim=32,
+    partial_rotary_factor=0.5, num_local_experts=6, index={"sparse_index_dim": 64, "sparse_topk_blocks": 3},
+)  # fmt: skip
+
+
+def test_logits_over_the_blocks_that_an_indexer_chooses_are_llama_cpp_s(tmp_path: Path) -> None:
+    path, prompt = tmp_path / "model.gguf", prompt_ids(MINIMAX_M3, 7, 110)
+    write_gguf_model(path, MINIMAX_M3, one_type("F32"), seed=7)
+    with Engine.open(path, memory="4GiB", kv_dtype="f32", threads=1) as engine:
+        logits = engine.logits(prompt)
+    assert mean_divergence(peer_logits(path, prompt, flash_attn=True), logits) <= LARGEST_DIVERGENCE
 
 
 SIZES: dict[str, Any] = {

@@ -24,7 +24,7 @@ Vector = NDArray[np.float32]
 # Norms that a family may store minus an offset; norms inside a mixer are stored without one.
 _OFFSET_NORMS = frozenset({
     "attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm", "final_norm", "q_norm", "k_norm",
-    "draft_token_norm", "draft_state_norm", "draft_final_norm",
+    "draft_token_norm", "draft_state_norm", "draft_final_norm", "index_q_norm", "index_k_norm",
 })  # fmt: skip
 
 # The most tensors read at once. The limit is high because no read can be issued while the tokenizer is being built.

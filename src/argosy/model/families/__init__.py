@@ -78,7 +78,7 @@ FAMILIES: Mapping[str, Family] = {
             "attention.flex_olmo", "windows.mellum", "windows.afmoe", "windows.laguna", "windows.mimo_v2",
             "windows.flint", "recurrent.lara_mini",
             "attention.llama4_text", "wrappers.llama4",
-            "attention.step3p5", "wrappers.step3p7", "attention.cohere2_moe",
+            "attention.step3p5", "wrappers.step3p7", "wrappers.minimax_m3_vl", "attention.cohere2_moe",
             "attention.granitemoe", "attention.granitemoeshared", "attention.ernie4_5_moe",
             "recurrent.minimax", "recurrent.bailing_moe_linear",
             "recurrent.lfm2_moe", "recurrent.granitemoehybrid", "recurrent.nemotron_h", "recurrent.nemotron_h_puzzle",

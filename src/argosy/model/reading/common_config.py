@@ -32,6 +32,7 @@ class CommonDefaults:
     axes: as for `read_rope`.
     norm_eps_name: the key of the norms' epsilon.
     is_embedding_tied: whether the head is the embedding.
+    hidden_acts: the names that `hidden_act` may have, the default first.
     """
 
     vocab_size: int
@@ -51,6 +52,7 @@ class CommonDefaults:
     axes: Axes | None = None
     norm_eps_name: str = "rms_norm_eps"
     is_embedding_tied: bool = False
+    hidden_acts: tuple[str, ...] = ("silu",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +101,7 @@ def read_sizes(reader: ConfigReader, defaults: CommonDefaults) -> Common:
         head_dim=defaults.head_dim,
     )
     context_tokens = reader.integer("max_position_embeddings", default=defaults.context_tokens)
-    reader.one_of("hidden_act", "silu", ("silu",))
+    reader.one_of("hidden_act", defaults.hidden_acts[0], defaults.hidden_acts)
     heads = shape._asdict()
     model = {
         "vocab_size": reader.integer("vocab_size", default=defaults.vocab_size),
