@@ -45,6 +45,7 @@ from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
 from tests.models.tiny_dense import gemma3_text
 from tests.models.tiny_flint import flint, lara_mini
 from tests.models.tiny_gemma import gemma4
+from tests.models.tiny_glm5 import glm5_next
 from tests.models.tiny_gqa import mimo_v2_flash
 from tests.models.tiny_kda import bailing_hybrid, kimi_linear
 from tests.models.tiny_latent import deepseek_v3, glm_moe_dsa, kimi_k2, mistral4
@@ -144,6 +145,13 @@ CONFIGS = {
     ),
     "kimi_linear": kimi_linear(  # Kimi Delta Attention with factors of decay and gate, latents without rotary
         model_max_length=1024, hidden_size=72, num_experts=9, num_experts_per_token=3
+    ),
+    "glm5_next": glm5_next(  # residual streams
+        max_position_embeddings=1024,
+        hidden_size=72,
+        index_topk=1024,
+        n_routed_experts=9,
+        num_experts_per_tok=3,
     ),
     "mistral4": mistral4(  # queries that grow with their position
         max_position_embeddings=1024,

@@ -64,6 +64,7 @@ PRE_TOKENIZERS = {
     "glm4_moe": "glm4",
     "glm4_moe_lite": "glm4",
     "glm4v_moe": "glm4",
+    "glm5_next": "glm4",
     "gpt_oss": "gpt-4o",
     "cohere2_moe": "cohere2moe",
     "lfm2_moe": "lfm2",

@@ -40,6 +40,7 @@ from tests.families.published_mamba import (
 )
 from tests.families.published_ocr import DEEPSEEK_OCR
 from tests.families.published_recurrent import (
+    GLM_5_3_FLASH,
     KIMI_LINEAR_48B,
     minimax_text_01,
     qwen3_5_35b,
@@ -1214,6 +1215,7 @@ PUBLISHED = (
     Published("MiniMax-M2", minimax_m2(), 228.7),
     Published("MiniMax-M3", MINIMAX_M3, 428.0),  # with its tower
     Published("Kimi-Linear-48B-A3B", KIMI_LINEAR_48B, 49.1),
+    Published("GLM-5.3-Flash", GLM_5_3_FLASH, 313.2),
     Published("MiniMax-Text-01", minimax_text_01(minimax_m1()), 456.0),
     Published("MiniMax-M1", minimax_m1(), 456.0),
     Published("LFM2-8B-A1B", lfm2_moe((2, 6, 10, 14, 18, 21), 24, 32, 1792), 8.34),

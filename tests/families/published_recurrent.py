@@ -60,6 +60,42 @@ KIMI_LINEAR_48B: RawConfig = {
 }
 
 
+_GLM_5_3_LATENT = range(3, 45, 4)
+GLM_5_3_FLASH: RawConfig = {
+    "architectures": ["Glm5NextForConditionalGeneration"],
+    "image_token_id": 154_854,
+    "model_type": "glm5_next",
+    "text_config": {
+        "attention_bias": False, "eos_token_id": [154_820, 154_827, 154_829], "first_k_dense_replace": 3,
+        "hc_eps": 1e-6, "hc_mult": 4, "hc_sinkhorn_iters": 20, "head_dim": 0, "hidden_act": "silu",
+        "hidden_size": 4096, "index_head_dim": 128, "index_kpool": 4, "index_kpool_always_select_tail": True,
+        "index_kpool_compress": True, "index_n_heads": 32, "index_share_for_mtp_iteration": True,
+        "index_topk": 2048, "indexer_rope_interleave": True, "indexer_types": ["full"] * 45,
+        "intermediate_size": 12_288, "kv_lora_rank": 512,
+        "layer_types": [
+            "deepseek_sparse_attention" if layer in _GLM_5_3_LATENT else "linear_attention" for layer in range(45)
+        ],
+        "linear_attn_config": {
+            "full_attn_layers": list(_GLM_5_3_LATENT), "gate_lower_bound": -5.0, "head_dim": 128,
+            "kda_layers": [layer for layer in range(45) if layer not in _GLM_5_3_LATENT], "num_heads": 64,
+            "short_conv_kernel_size": 4,
+        },
+        "max_position_embeddings": 1_048_576, "mhc": True, "mla_use_nope": True,
+        "mlp_layer_types": ["dense"] * 3 + ["sparse"] * 42, "model_type": "glm5_next_text",
+        "moe_intermediate_size": 2048, "moe_router_dtype": "float32", "n_group": 1, "n_routed_experts": 288,
+        "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 64, "num_experts_per_tok": 8,
+        "num_hidden_layers": 45, "num_key_value_heads": 64, "num_nextn_predict_layers": 1, "q_lora_rank": 1536,
+        "qk_head_dim": 256, "qk_nope_head_dim": 256, "qk_rope_head_dim": 0, "rms_norm_eps": 1e-5,
+        "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "swiglu_limit": 10.0,
+        "tie_word_embeddings": False, "topk_group": 1, "topk_method": "noaux_tc", "v_head_dim": 256,
+        "vocab_size": 154_880,
+    },
+    "tie_word_embeddings": False,
+    "video_token_id": 154_855,
+    "vision_config": {"model_type": "glm5_next_vision"},
+}  # fmt: skip
+
+
 def minimax_text_01(m1: RawConfig) -> RawConfig:
     """MiniMaxAI/MiniMax-Text-01, of which M1 is a further trained one."""
     return m1 | {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.models.tiny import RawConfig
 from tests.models.tiny_delta import qwen3_5_moe, qwen3_5_moe_text, qwen3_next
+from tests.models.tiny_glm5 import glm5_next
 from tests.models.tiny_kda import bailing_hybrid, kimi_linear
 from tests.models.tiny_minimax import minimax
 from tests.models.tiny_recurrent import lfm2_moe
@@ -100,6 +101,25 @@ RECURRENT_CONVERTED: dict[str, tuple[str, RawConfig]] = {
             num_hidden_layers=4,
             num_key_value_heads=5,
             num_shared_experts=2,
+        ),
+    ),
+    # llama.cpp has four streams; its converter wants Kimi Delta Attention's heads to be as many as attention's.
+    "glm5_next_plain": ("glm5-next", glm5_next()),
+    "glm5_next_dense_layers": (
+        "glm5-next",
+        glm5_next(
+            first_k_dense_replace=2,
+            hc_sinkhorn_iters=2,
+            hidden_size=24,
+            linear_head_dim=7,
+            linear_num_heads=4,
+            layer_types=["indexed_attention", _LINEAR, _LINEAR],
+            linear_lower_bound=-2.0,
+            mlp_layer_types=["dense", "dense", "sparse"],
+            n_shared_experts=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            swiglu_limit=0.4,
         ),
     ),
     "bailing_hybrid_plain": ("bailingmoe3", bailing_hybrid()),

@@ -25,6 +25,7 @@ from tests.models import (
     tiny_dense,
     tiny_flags,
     tiny_gemma,
+    tiny_glm5,
     tiny_gqa,
     tiny_kda,
     tiny_llama4,
@@ -164,7 +165,10 @@ class NumpyModel:
             hidden[rows] = vectors
         is_cohere = self.family in tiny_cohere.FAMILIES
         scale = self.config.get("residual_multiplier", 1.0)
-        for layer in range(self.config["num_hidden_layers"]):
+        has_streams = self.family in tiny_glm5.FAMILIES
+        if has_streams:
+            hidden = tiny_glm5.run_layers(self, hidden, places)
+        for layer in range(0 if has_streams else self.config["num_hidden_layers"]):
             prefix = f"model.layers.{layer}."
             normed = hidden
             if prefix + "input_layernorm.weight" in self.tensors and not is_cohere:
@@ -346,16 +350,17 @@ class NumpyModel:
         """Compute the plain form, which expands the compressed vectors to keys and values for every head."""
         config, num_tokens = self.config, len(x)
         nope, turning, rank = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["kv_lora_rank"]
+        eps = config.get("latent_norm_eps", 1e-6)
         if config["q_lora_rank"] is None:
             q = self.linear(prefix + "q_proj", x)
         else:
-            compressed = self.norm(prefix + "q_a_layernorm", self.linear(prefix + "q_a_proj", x), 1e-6)
+            compressed = self.norm(prefix + "q_a_layernorm", self.linear(prefix + "q_a_proj", x), eps)
             q = self.linear(prefix + "q_b_proj", compressed)
             if prefix + "indexer.wk.weight" in self.tensors:
                 self.chosen = self.choose_positions(prefix + "indexer.", x, compressed, places)
         q = q.reshape(num_tokens, -1, nope + turning)
         latent, shared_key = np.split(self.linear(prefix + "kv_a_proj_with_mqa", x), [rank], axis=-1)
-        latent = self.norm(prefix + "kv_a_layernorm", latent, 1e-6)
+        latent = self.norm(prefix + "kv_a_layernorm", latent, eps)
         turn = rotate_pairs if config.get("rope_interleave", True) else rotate
         q_turned, key_turned = q[..., nope:], shared_key[:, None]
         if not config.get("mla_use_nope"):
@@ -537,6 +542,8 @@ class NumpyModel:
             glu = score * sigmoid(self.config["swiglu_alpha"] * score)
             return ((np.clip(x @ up.T, -limit, limit) + 1) * glu) @ down.T
         score, limit = x @ gate.T, activation_limit(self.config, prefix)
+        if self.family in tiny_glm5.FAMILIES:  # before silu
+            score, limit = np.minimum(score, self.config["swiglu_limit"]), self.config["swiglu_limit"]
         return (np.minimum(score * sigmoid(score), limit) * np.clip(x @ up.T, -limit, limit)) @ down.T
 
     def note_margin(self, best_first: Array, k: int) -> None:

@@ -498,7 +498,9 @@ def random_tensors(config: RawConfig, seed: int, dtype: str) -> dict[str, Array]
             ("e_score_correction_bias", "moe.router_bias", "feed_forward.expert_bias", "gate.expert_bias")
         ):
             values = 0.1 * noise
-        elif name.endswith((".bias", "_bias")):
+        elif name.endswith(
+            (".bias", "_bias", "hc_attn_base", "hc_ffn_base", "hc_attn_scale", "hc_ffn_scale")
+        ):
             values = 0.3 * noise
         elif name.endswith(("sinks", "softmax_offset")):
             values = noise

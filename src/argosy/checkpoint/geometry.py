@@ -139,7 +139,7 @@ def _mix_shapes(config: ModelConfig, part: str) -> Iterator[tuple[str, Shape]]:
             if part == "head" and residual.head != "own":
                 return
             yield name, (rows, streams * config.hidden_size)
-            yield f"{name}_base", (rows,)
+            yield f"{name}_bias", (rows,)
             yield f"{name}_scale", (1 if part == "head" else 3,)
         case GatedResidual(num_streams=streams, rank=rank):
             width = streams * config.hidden_size

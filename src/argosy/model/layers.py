@@ -74,7 +74,7 @@ def _mix(config: ModelConfig, name: str, weights: DenseWeights) -> _native.Strea
     matrices, vectors = weights.matrices, weights.vectors
     match config.residual:
         case SinkhornResidual():
-            return _native.sinkhorn_mix(matrices[name], vectors[f"{name}_base"], vectors[f"{name}_scale"])
+            return _native.sinkhorn_mix(matrices[name], vectors[f"{name}_bias"], vectors[f"{name}_scale"])
         case GatedResidual():
             return _native.gated_mix(
                 vectors[f"{name}_norm"],

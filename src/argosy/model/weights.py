@@ -25,6 +25,7 @@ Vector = NDArray[np.float32]
 _OFFSET_NORMS = frozenset({
     "attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm", "final_norm", "q_norm", "k_norm",
     "draft_token_norm", "draft_state_norm", "draft_final_norm", "index_q_norm", "index_k_norm",
+    "attn_mix_norm", "mlp_mix_norm", "head_mix_norm",
 })  # fmt: skip
 
 # The most tensors read at once. The limit is high because no read can be issued while the tokenizer is being built.

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 from argosy.config import IndexConfig, LatentConfig, LayerConfig, ModelConfig, RopeConfig
 from argosy.errors import CheckpointError
-from argosy.model.reading.common_config import MoeDefaults, read_common
+from argosy.model.reading.common_config import MoeDefaults, read_common, read_sizes
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.reading.experts_config import ReadRouter, layers_behind_the_dense, read_mtp_layers
 from argosy.model.reading.layout import ATTENTION_NAMES, separate_and_fused
@@ -114,11 +114,15 @@ def read_latent_model(
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
     nope_dim = reader.integer("qk_nope_head_dim", default=defaults.nope_dim)
-    rope_dim = reader.integer("qk_rope_head_dim", default=defaults.rope_dim)
-    common = read_common(reader, replace(defaults, rotary_dim=rope_dim))
+    rope_dim = reader.integer("qk_rope_head_dim", default=defaults.rope_dim, least=min(1, defaults.rope_dim))
+    common = (
+        read_common(reader, replace(defaults, rotary_dim=rope_dim))
+        if rope_dim
+        else read_sizes(reader, defaults)
+    )
     num_heads, num_kv_heads = (common.attention[name] for name in ("num_heads", "num_kv_heads"))
     is_interleaved = reader.flag("rope_interleave", True)
-    rope = replace(common.attention["rope"], is_interleaved=is_interleaved)
+    rope = replace(common.attention["rope"], is_interleaved=is_interleaved) if rope_dim else None
     latent = LatentConfig(
         num_heads=num_heads,
         query_rank=reader.optional_integer("q_lora_rank", default=defaults.query_rank) or 0,
@@ -128,7 +132,7 @@ def read_latent_model(
         value_dim=reader.integer("v_head_dim", default=defaults.value_dim),
         norm_eps=LATENT_NORM_EPS,
         rope=rope,
-        scale=attention_scale(nope_dim + rope_dim, rope),
+        scale=0.0 if rope is None else attention_scale(nope_dim + rope_dim, rope),
     )
     if num_kv_heads != num_heads:
         raise CheckpointError(

@@ -150,7 +150,7 @@ def read_latent(
             a head's size that has no meaning as that of values.
     """
     kv_rank = reader.integer("attention.kv_lora_rank")
-    rope_dim = reader.integer("rope.dimension_count")
+    rope_dim = reader.integer("rope.dimension_count", least=0)
     is_split = reader.has("attention.key_length_mla")
     if is_split:
         head_dim, value_dim = (reader.integer(f"attention.{name}_length_mla") for name in ("key", "value"))
@@ -175,7 +175,7 @@ def read_latent(
             path=reader.file.path,
             key=reader.key("rope.dimension_count"),
         )
-    rope = _read_rope(reader, rope_dim, context_tokens)
+    rope = _read_rope(reader, rope_dim, context_tokens) if rope_dim else None
     return LatentConfig(
         num_heads=num_heads,
         query_rank=reader.integer("attention.q_lora_rank", 0, least=0),
@@ -185,7 +185,7 @@ def read_latent(
         value_dim=value_dim,
         norm_eps=LATENT_NORM_EPS,
         rope=rope,
-        scale=attention_scale(head_dim, rope),
+        scale=0.0 if rope is None else attention_scale(head_dim, rope),
         is_up_split=is_split,
     )
 

@@ -38,7 +38,7 @@ DELTA_NAMES = {
     "kda_out": "o_proj.weight",
 }
 
-_GGUF_NAMES = {
+GGUF_NAMES = {
     "kda_q": "attn_q.weight",
     "kda_k": "attn_k.weight",
     "kda_v": "attn_v.weight",
@@ -84,7 +84,7 @@ def open_delta_gguf(file: GgufFile, architecture: str, family: str) -> ModelFile
         conv_width=reader.integer("ssm.conv_kernel", most=64),
         decay_rank=dim if is_kimi else 0,
         gate_rank=dim if is_kimi else 0,
-        floor=0.0 if is_kimi else _read_floor(reader),
+        floor=0.0 if is_kimi else read_floor(reader),
         is_rate_log=False,
     )
     latent = read_latent(reader, num_heads, sizes["context_tokens"], is_everywhere=False)
@@ -102,9 +102,7 @@ def open_delta_gguf(file: GgufFile, architecture: str, family: str) -> ModelFile
             for layer, is_latent in enumerate(has_latent)
         ),
         expert_width=expert_width,
-        router=require_groups(
-            _read_router(reader, is_kimi), sizes["num_experts"], sizes["experts_per_token"]
-        ),
+        router=require_groups(read_router(reader, is_kimi), sizes["num_experts"], sizes["experts_per_token"]),
         dense_width=reader.integer("feed_forward_length"),
         shared_width=shared_width,
         draft_form="deepseek" if is_kimi else "ling",
@@ -116,10 +114,10 @@ def open_delta_gguf(file: GgufFile, architecture: str, family: str) -> ModelFile
     low, full = ("ssm_f_b.weight", "ssm_g_b.weight"), ("ssm_f_a.weight", "ssm_g_a.weight")
     decay, gate = low if is_kimi else full
     names = {"kda_decay_down": full[0], "kda_gate_down": full[1], "kda_decay": decay, "kda_gate": gate}
-    return read_gguf_layout(file, config, is_paired=False, has_rope_freqs=False, names=_GGUF_NAMES | names)
+    return read_gguf_layout(file, config, is_paired=False, has_rope_freqs=False, names=GGUF_NAMES | names)
 
 
-def _read_floor(reader: GgufConfigReader) -> float:
+def read_floor(reader: GgufConfigReader) -> float:
     key = reader.key("kda.gate_lower_bound")
     value = reader.file.metadata.get(key)
     if not isinstance(value, float) or not -1e3 < value < 0:
@@ -127,7 +125,7 @@ def _read_floor(reader: GgufConfigReader) -> float:
     return value
 
 
-def _read_router(reader: GgufConfigReader, is_kimi: bool) -> RouterConfig:
+def read_router(reader: GgufConfigReader, is_kimi: bool) -> RouterConfig:
     if (function := reader.integer("expert_gating_func")) != SIGMOID:
         raise reader.unsupported("expert_gating_func", function, "2 (sigmoid)")
     router = read_grouped_router(reader, is_sigmoid=True, has_choice_bias=True)
