@@ -65,7 +65,11 @@ class ReferenceExperts:
             assert all(message is None for _, message, _ in done)
             tickets = [ticket for ticket in tickets if ticket not in {landed for landed, _, _ in done}]
         self._records = files.records
-        self._offsets = {key: np.array(files._starts(key), np.int64) + at for key, at in places.items()}
+        starts = files._starts()
+        self._offsets = {
+            (layer, expert): np.array(starts[layer][expert], np.int64) + at
+            for (layer, expert), at in places.items()
+        }
 
     def formats(self, layer: int) -> Sequence[Format]:
         return self._records[layer, 0].formats

@@ -285,7 +285,7 @@ class ModelFootprint:
         """The bytes of the buffers from which readers transcode; 0 if every weight lands as it is stored."""
         is_transcoded = any(
             piece.transcode for one in self.files.dense.values() for piece in one.pieces
-        ) or any(piece.transcode for record in self.files.experts.values() for piece in record.pieces)
+        ) or any(piece.transcode for run in self.files.records.runs() for piece in run.record.pieces)
         return self._readers * _native.STAGING_BYTES if is_transcoded else 0
 
     @cached_property
@@ -355,8 +355,8 @@ class ModelFootprint:
     @cached_property
     def _formats(self) -> set[Format]:
         formats = {ref.format for ref in self.files.dense.values()}
-        for record in self.files.experts.values():
-            formats.update(record.formats)
+        for run in self.files.records.runs():
+            formats.update(run.record.formats)
         return formats
 
     @cached_property

@@ -17,10 +17,13 @@ experts are resident.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from argosy.checkpoint.formats import BYTES_PER_VALUE, matrix_bytes, rows_together
 from argosy.checkpoint.gguf import GgufFile
@@ -116,6 +119,144 @@ class ExpertRecord:
         )
 
 
+class Run(NamedTuple):
+    """Neighbouring experts of a layer whose records differ only in the places of their pieces; `record` is the first.
+
+    Plain pieces also have the same distance from a multiple of `PLACE_BYTES`, so the experts are equal in memory.
+    """
+
+    layer: int
+    expert: int
+    num_experts: int
+    record: ExpertRecord
+
+
+PLACE_BYTES = 1 << 16  # no drive reads in larger units
+
+
+class ExpertRecords(Mapping[tuple[int, int], ExpertRecord]):
+    """The records of routed experts by (layer, expert), in columns: 12 bytes a piece, because giants have half a
+    million. Records are made when they are asked for; whoever needs something of all of them asks for `runs`.
+
+    Args:
+        records: in the order of their keys.
+    """
+
+    def __init__(self, records: Iterable[tuple[tuple[int, int], ExpertRecord]] = ()) -> None:
+        self._layers: dict[int, tuple[int, array[int]]] = {}  # the first row, and the experts
+        self._forms: list[ExpertRecord] = []  # with the places of some record
+        self._numbers: dict[object, int] = {}  # of forms
+        self._last: tuple[ExpertRecord | None, tuple[int, ...]] = None, ()  # what the last form was found for
+        self._form_of = array("i")
+        self._first_piece = array("q")
+        self.paths: list[Path] = []  # files with experts
+        self._path_numbers: dict[Path, int] = {}
+        self._path_of = array("i")
+        self._offset_of = array("q")
+        self._checksums = array("q")  # of pieces; empty if none has one
+        for key, record in records:
+            self.add(key, record)
+
+    @classmethod
+    def of(cls, records: Mapping[tuple[int, int], ExpertRecord]) -> ExpertRecords:
+        """Return records in columns."""
+        return records if isinstance(records, cls) else cls(sorted(records.items(), key=lambda item: item[0]))
+
+    def add(self, key: tuple[int, int], record: ExpertRecord) -> None:
+        """Append a record; keys must ascend."""
+        self.add_like(key, record, [(piece.path, piece.offset, piece.checksum) for piece in record.pieces])
+
+    def add_like(
+        self, key: tuple[int, int], record: ExpertRecord, places: Sequence[tuple[Path, int, int | None]]
+    ) -> None:
+        """Append a record that has the pieces of `record` at other places: (file, offset, checksum)."""
+        layer, expert = key
+        first, experts = self._layers.setdefault(layer, (len(self._form_of), array("i")))
+        assert first + len(experts) == len(self._form_of)
+        assert not experts or experts[-1] < expert
+        self._form_of.append(self._form(record, places))
+        experts.append(expert)
+        self._first_piece.append(len(self._offset_of))
+        if not self._checksums and any(checksum is not None for _, _, checksum in places):
+            self._checksums.extend([-1] * len(self._offset_of))
+        for path, offset, checksum in places:
+            if (number := self._path_numbers.get(path)) is None:
+                number = self._path_numbers[path] = len(self.paths)
+                self.paths.append(path)
+            self._path_of.append(number)
+            self._offset_of.append(offset)
+            if self._checksums or checksum is not None:
+                self._checksums.append(-1 if checksum is None else checksum)
+
+    def add_stacked(self, layer: int, count: int, first: ExpertRecord, second: ExpertRecord) -> None:
+        """Append the experts of a layer that lie in stacks: their places go on as from the first to the second."""
+        starts = [(piece.path, piece.offset, piece.checksum) for piece in first.pieces]
+        steps = [b.offset - a.offset for a, b in zip(first.pieces, second.pieces, strict=True)]
+        for expert in range(count):
+            places = [
+                (path, offset + expert * step, checksum)
+                for (path, offset, checksum), step in zip(starts, steps, strict=True)
+            ]
+            self.add_like((layer, expert), first, places)
+
+    def _form(self, record: ExpertRecord, places: Sequence[tuple[Path, int, int | None]]) -> int:
+        """Return the number of a record's form: all but the places, and for plain pieces their insets."""
+        insets = tuple(
+            offset % PLACE_BYTES if piece.transcode is None else 0
+            for piece, (_, offset, _) in zip(record.pieces, places, strict=True)
+        )
+        if self._last[0] is record and self._last[1] == insets:
+            return self._form_of[-1]
+        self._last = record, insets
+        alike = tuple(
+            (one.nbytes, one.transcode, one.completes, one.checksum is None) for one in record.pieces
+        )
+        key = (alike, insets, record.gate, record.up, record.down)
+        if (number := self._numbers.get(key)) is None:
+            number = self._numbers[key] = len(self._forms)
+            self._forms.append(record)
+        return number
+
+    def runs(self) -> Iterator[Run]:
+        """Yield all experts, neighbours that are alike together."""
+        for layer, (first, experts) in self._layers.items():
+            begin = 0
+            for at in range(1, len(experts) + 1):
+                if (
+                    at < len(experts)
+                    and self._form_of[first + at] == self._form_of[first + begin]
+                    and experts[at] == experts[begin] + at - begin
+                ):
+                    continue
+                yield Run(layer, experts[begin], at - begin, self._record(first + begin))
+                begin = at
+
+    def _record(self, row: int) -> ExpertRecord:
+        record = self._forms[self._form_of[row]]
+        pieces = []
+        for at, piece in enumerate(record.pieces, self._first_piece[row]):
+            checksum = self._checksums[at] if self._checksums else -1
+            pieces.append(Piece(
+                self.paths[self._path_of[at]], self._offset_of[at], piece.nbytes,
+                None if checksum < 0 else checksum, piece.transcode, piece.completes,
+            ))  # fmt: skip
+        return ExpertRecord(tuple(pieces), record.gate, record.up, record.down)
+
+    def __getitem__(self, key: tuple[int, int]) -> ExpertRecord:
+        layer, expert = key
+        first, experts = self._layers[layer]
+        at = bisect_left(experts, expert)
+        if at == len(experts) or experts[at] != expert:
+            raise KeyError(key)
+        return self._record(first + at)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((layer, expert) for layer, (_, experts) in self._layers.items() for expert in experts)
+
+    def __len__(self) -> int:
+        return len(self._form_of)
+
+
 @dataclass(frozen=True)
 class DraftFiles:
     """The layer with which a checkpoint predicts one more token (DeepSeek-V3, arXiv:2412.19437, section 2.2).
@@ -149,6 +290,7 @@ class ModelFiles:
     num_draft_layers: int = 0  # how many of the last `config.layers` only draft
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "experts", ExpertRecords.of(self.experts))
         latent = self.config.latent
         if latent is None:
             return
@@ -187,7 +329,7 @@ class ModelFiles:
             self,
             config=replace(self.config, layers=(*self.config.layers, self.draft.layer)),
             dense={**self.dense, **self.draft.dense},
-            experts={**self.experts, **self.draft.experts},
+            experts=ExpertRecords((*self.experts.items(), *self.draft.experts.items())),
             draft=None,
             num_draft_layers=1,
         )
@@ -199,11 +341,17 @@ class ModelFiles:
             return self.config
         return replace(self.config, layers=self.config.layers[: -self.num_draft_layers])
 
+    @property
+    def records(self) -> ExpertRecords:
+        """`experts`, with neighbours that are alike."""
+        assert isinstance(self.experts, ExpertRecords)
+        return self.experts
+
     @cached_property
     def weight_paths(self) -> list[Path]:
         """The files that hold the tensors."""
-        stored: list[MatrixRef | ExpertRecord] = [*self.dense.values(), *self.experts.values()]
-        paths = {str(piece.path) for one in stored for piece in one.pieces}
+        paths = {str(piece.path) for ref in self.dense.values() for piece in ref.pieces}
+        paths |= {str(path) for path in self.records.paths}
         paths |= {str(ref.path) for ref in self.others.values()}
         return [Path(path) for path in sorted(paths)]
 
@@ -215,7 +363,7 @@ class ModelFiles:
     @cached_property
     def expert_bytes(self) -> int:
         """The bytes of all routed experts together."""
-        return sum(record.nbytes for record in self.experts.values())
+        return sum(run.num_experts * run.record.nbytes for run in self.records.runs())
 
     def expert_formats(self, layer: int) -> tuple[Format, ...]:
         """Return the formats of an expert's matrices in a layer; `require_one_format_a_layer` has checked that experts
@@ -226,22 +374,22 @@ class ModelFiles:
     @cached_property
     def has_strided_experts(self) -> bool:
         """Whether experts' rows are not contiguous, so that the model must be packed before it runs."""
-        return any(record.up.strides is not None for record in self.experts.values())
+        return any(run.record.up.strides is not None for run in self.records.runs())
 
     @cached_property
     def expert_format(self) -> str:
         """The formats of routed experts, for display: `q4`, or `q4_k+q6_k` in order of appearance."""
-        layers = dict.fromkeys(layer for layer, _ in self.experts)
+        layers = dict.fromkeys(run.layer for run in self.records.runs())
         return "+".join(dict.fromkeys(format for layer in layers for format in self.expert_formats(layer)))
 
 
-def require_one_format_a_layer(experts: Mapping[tuple[int, int], ExpertRecord], directory: Path) -> None:
+def require_one_format_a_layer(experts: ExpertRecords, directory: Path) -> None:
     """Prove that all experts of a layer have the same formats, because one kernel call runs many experts.
 
     Raises:
         CheckpointError: they differ; names the first expert that does.
     """
-    for (layer, expert), record in experts.items():
+    for layer, expert, _, record in experts.runs():
         for name, found, expected in zip(
             MATRIX_NAMES[-len(record.formats) :], record.formats, experts[layer, 0].formats, strict=True
         ):

@@ -34,7 +34,7 @@ import blake3
 import numpy as np
 
 from argosy import _native
-from argosy.checkpoint.files import ExpertMatrix, ExpertRecord, ModelFiles
+from argosy.checkpoint.files import ExpertMatrix, ExpertRecord, ExpertRecords, ModelFiles
 from argosy.checkpoint.formats import matrix_bytes, round_up
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes
 from argosy.checkpoint.landing import MatrixRef, Piece
@@ -268,10 +268,10 @@ def open_pack(directory: str | Path, *, shards: int = ALL_SHARDS) -> ModelFiles 
             )
     with_checksums = {ref.name: replace(ref, checksum=manifest.dense_checksums[ref.name]) for ref in dense}
     paths = {name: directory / name for name in ends}
-    experts = {
-        key: ExpertRecord.laid_out((Piece(paths[name], offset, layout.nbytes, checksum),), layout.matrices)
+    experts = ExpertRecords(
+        (key, ExpertRecord.laid_out((Piece(paths[name], offset, layout.nbytes, checksum),), layout.matrices))
         for (key, name, offset, layout), checksum in zip(records, manifest.expert_checksums, strict=True)
-    }
+    )
     encoders = _open_encoders(directory, manifest)
     return ModelFiles(directory, config, with_checksums, experts, is_packed=True, others=encoders)
 

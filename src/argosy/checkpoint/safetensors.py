@@ -14,10 +14,12 @@ Elsewhere: `model/families/` says which tensors a model must have; `pack.py` wri
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from array import array
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from argosy.checkpoint.plain_headers import Kind, plain_entries, plain_weight_map
 from argosy.checkpoint.untrusted_file import (
     kind_of,
     open_regular,
@@ -25,6 +27,7 @@ from argosy.checkpoint.untrusted_file import (
     quote,
     read_at,
     read_object,
+    read_text,
 )
 from argosy.errors import CheckpointError
 
@@ -80,6 +83,83 @@ class TensorRef:
         )
 
 
+class Tensors(Mapping[str, TensorRef]):
+    """Tensors by name, in columns: a giant has half a million, and a `TensorRef` is made when one is asked for.
+
+    Attributes:
+        rows: the row of each name.
+    """
+
+    def __init__(self, rows: dict[str, int] | None = None) -> None:
+        self.rows = rows or {}
+        unknown = [-1] * len(self.rows)
+        self._kinds: list[Kind] = []
+        self._kind_numbers: dict[Kind, int] = {}
+        self._kind_of = array("i", unknown)
+        self._paths: list[Path] = []
+        self._path_of = array("i", unknown)
+        self._offset_of = array("q", unknown)
+        self._others: dict[int, TensorRef] = {}  # by row, those with more than columns hold
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, TensorRef]) -> Tensors:
+        """Return tensors in columns."""
+        if isinstance(tensors, cls):
+            return tensors
+        found = cls({name: row for row, name in enumerate(tensors)})
+        for row, ref in enumerate(tensors.values()):
+            found._set(row, ref.path, ref.offset, Kind(ref.dtype, ref.shape, ref.nbytes))
+            found._others[row] = ref
+        return found
+
+    def add(self, path: Path, names: Iterable[str], kinds: Iterable[Kind], offsets: Iterable[int]) -> None:
+        """Add tensors of a file, in columns."""
+        for name, kind, offset in zip(names, kinds, offsets, strict=True):
+            row = self.rows.setdefault(name, len(self._kind_of))
+            if row == len(self._kind_of):
+                self._kind_of.append(-1)
+                self._path_of.append(-1)
+                self._offset_of.append(-1)
+            self._set(row, path, offset, kind)
+
+    def _set(self, row: int, path: Path, offset: int, kind: Kind) -> None:
+        if (number := self._kind_numbers.get(kind)) is None:
+            number = self._kind_numbers[kind] = len(self._kinds)
+            self._kinds.append(kind)
+        if not self._paths or self._paths[-1] is not path:
+            self._paths.append(path)
+        self._kind_of[row], self._path_of[row], self._offset_of[row] = number, len(self._paths) - 1, offset
+
+    def kind(self, row: int) -> Kind:
+        """Return the dtype, shape and size of the tensor in a row."""
+        return self._kinds[self._kind_of[row]]
+
+    def place(self, row: int) -> tuple[Path, int]:
+        """Return the file and offset of the tensor in a row."""
+        return self._paths[self._path_of[row]], self._offset_of[row]
+
+    def is_found(self, row: int) -> bool:
+        """Whether a header has described the tensor in a row, and not only an index."""
+        return self._kind_of[row] >= 0
+
+    def __getitem__(self, name: str) -> TensorRef:
+        row = self.rows[name]
+        if (known := self._others.get(row)) is not None:
+            return known
+        dtype, shape, nbytes = self.kind(row)
+        path, offset = self.place(row)
+        return TensorRef(name, path, offset, nbytes, dtype, shape)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
 def weight_files(names: Collection[str]) -> tuple[list[str], str]:
     """Choose a checkpoint's files with weights among the names of all files; also return the name of their index."""
     for single, index in _NAMES:
@@ -93,7 +173,7 @@ def weight_files(names: Collection[str]) -> tuple[list[str], str]:
     return [], INDEX_FILE
 
 
-def open_tensors(directory: Path) -> dict[str, TensorRef]:
+def open_tensors(directory: Path) -> Tensors:
     """Return every tensor of the checkpoint in `directory`, by name.
 
     Raises:
@@ -103,7 +183,7 @@ def open_tensors(directory: Path) -> dict[str, TensorRef]:
         single, index = directory / single_name, directory / index_name
         has_single, has_index = _exists(single), _exists(index)
         if has_single and has_index:
-            if set(_read_weight_map(index).values()) == {
+            if set(_read_weight_map(index)[1]) == {
                 single_name
             }:  # mlx-lm writes an index for one file as well
                 return _read_shards(index)
@@ -119,12 +199,19 @@ def open_tensors(directory: Path) -> dict[str, TensorRef]:
     raise _nothing_to_read(directory)
 
 
-def read_header(path: Path) -> dict[str, TensorRef]:
+def read_header(path: Path) -> Tensors:
     """Return every tensor of one safetensors file, in the order of their bytes.
 
     Raises:
         CheckpointError: the header contradicts the file, or cannot be read.
     """
+    found = Tensors()
+    found.add(path, *_read_columns(path))
+    return found
+
+
+def _read_columns(path: Path) -> tuple[list[str], list[Kind], list[int]]:
+    """Return the names, kinds and offsets of the tensors of a file, in the order of their bytes."""
     with open_regular(path) as (descriptor, file_bytes):
         if file_bytes < 8:
             raise CheckpointError(
@@ -146,13 +233,16 @@ def read_header(path: Path) -> dict[str, TensorRef]:
         text = read_at(descriptor, header_bytes, 8, path)
     if not text.startswith(b"{"):
         raise CheckpointError(f"{path.name}: the header does not start with '{{'", path=path)
+    data_start = 8 + header_bytes
+    if (plain := plain_entries(text, file_bytes - data_start, DTYPE_BITS)) is not None:
+        return plain[0], plain[1], [data_start + offset for offset in plain[2]]
     entries = parse_object(text, path, "header")
     _check_metadata(entries.pop("__metadata__", {}), path)
-    data_start = 8 + header_bytes
     refs = [_tensor_ref(name, entry, path, data_start) for name, entry in entries.items()]
     refs.sort(key=lambda ref: (ref.offset, ref.nbytes))
     _check_ranges(refs, path, data_start, file_bytes)
-    return {ref.name: ref for ref in refs}
+    kinds = [Kind(ref.dtype, ref.shape, ref.nbytes) for ref in refs]
+    return [ref.name for ref in refs], kinds, [ref.offset for ref in refs]
 
 
 def _check_metadata(metadata: object, path: Path) -> None:
@@ -229,30 +319,38 @@ def _check_ranges(refs: list[TensorRef], path: Path, data_start: int, file_bytes
         )
 
 
-def _read_shards(index: Path) -> dict[str, TensorRef]:
-    weight_map = _read_weight_map(index)
-    found: dict[str, TensorRef] = {}
-    for shard in sorted(set(weight_map.values())):
-        refs = read_header(index.parent / shard)
-        for name, ref in refs.items():
-            promised = weight_map.get(name)
-            if promised != shard:
-                where = "does not list it" if promised is None else f"assigns it to {promised}"
+def _read_shards(index: Path) -> Tensors:
+    rows, shards, shard_of = _read_weight_map(index)
+    found = Tensors(rows)
+    for number, shard in sorted(enumerate(shards), key=lambda item: item[1]):
+        path = index.parent / shard
+        names, kinds, offsets = _read_columns(path)
+        for name in names:
+            row = rows.get(name)
+            if row is None or shard_of[row] != number:
+                where = "does not list it" if row is None else f"assigns it to {shards[shard_of[row]]}"
                 raise CheckpointError(
-                    f"{shard} holds {quote(name)}, but {index.name} {where}", path=ref.path, tensor=name
+                    f"{shard} holds {quote(name)}, but {index.name} {where}",
+                    path=path,
+                    tensor=name,
                 )
-            found[name] = ref
-    for name, shard in weight_map.items():
-        if name not in found:
+        found.add(path, names, kinds, offsets)
+    for name, row in rows.items():
+        if not found.is_found(row):
             raise CheckpointError(
-                f"{index.name} assigns {quote(name)} to {shard}, which does not contain it",
+                f"{index.name} assigns {quote(name)} to {shards[shard_of[row]]}, which does not contain it",
                 path=index,
                 tensor=name,
             )
     return found
 
 
-def _read_weight_map(index: Path) -> dict[str, str]:
+def _read_weight_map(index: Path) -> tuple[dict[str, int], list[str], Sequence[int]]:
+    """Return the names of an index with a row each, its shards, and the number of the shard of each row."""
+    if (plain := plain_weight_map(read_text(index))) is not None:
+        rows, shards, shard_of = plain
+        if all(_is_plain_file_name(shard) for shard in shards):
+            return rows, shards, shard_of
     raw = read_object(index)
     for key in raw:
         if key not in ("metadata", "weight_map"):
@@ -264,7 +362,8 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     entries = raw.get("weight_map")
     if not isinstance(entries, dict) or not entries:
         raise CheckpointError(f"{index.name} has no weight_map from tensor names to shards", path=index)
-    weight_map: dict[str, str] = {}
+    numbers: dict[str, int] = {}  # of shards
+    shard_of = array("i")
     for name, shard in entries.items():
         if not isinstance(shard, str):
             raise CheckpointError(
@@ -279,8 +378,8 @@ def _read_weight_map(index: Path) -> dict[str, str]:
                 path=index,
                 tensor=name,
             )
-        weight_map[name] = shard
-    return weight_map
+        shard_of.append(numbers.setdefault(shard, len(numbers)))
+    return {name: row for row, name in enumerate(entries)}, list(numbers), shard_of
 
 
 def _is_plain_file_name(name: str) -> bool:

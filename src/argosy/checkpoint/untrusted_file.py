@@ -107,12 +107,17 @@ def parse_object(
 
 def read_object(path: Path, *, spells_constants: bool = False) -> dict[str, object]:
     """Read the object in a small JSON file, such as `config.json`; `spells_constants` as for `parse_json`."""
+    return parse_object(read_text(path), path, spells_constants=spells_constants)
+
+
+def read_text(path: Path) -> bytes:
+    """Read a small JSON file without parsing it."""
     with open_regular(path) as (descriptor, size):
         if size > JSON_LIMIT_BYTES:
             raise CheckpointError(
                 f"{path.name} is {size} bytes long; at most {JSON_LIMIT_BYTES} are read", path=path
             )
-        return parse_object(read_at(descriptor, size, 0, path), path, spells_constants=spells_constants)
+        return read_at(descriptor, size, 0, path)
 
 
 def kind_of(value: object) -> str:

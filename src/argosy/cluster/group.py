@@ -209,7 +209,7 @@ class Group:
             most_rows=step_tokens,
             most_assignments=most_assignments,
         )
-        record_bytes = max(record.nbytes for record in files.experts.values())
+        record_bytes = max(run.record.nbytes for run in files.records.runs())
         if self._runs_here:
             rate = self._disk_bytes_per_s
             if rate is None:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy import _native
-from argosy.checkpoint.files import ExpertRecord
+from argosy.checkpoint.files import ExpertRecord, ExpertRecords
 from argosy.checkpoint.formats import round_up
 from argosy.errors import ArgosyError, CheckpointError, CorruptRecord, ReadFailed
 
@@ -72,8 +72,9 @@ def memory_of(record: ExpertRecord, alignment: int = LARGEST_ALIGNMENT) -> int:
 def resident_bytes(records: Mapping[Key, ExpertRecord], alignment: int = LARGEST_ALIGNMENT) -> int:
     """Return the bytes of an arena that holds every expert, one after another."""
     end = 0
-    for record in records.values():
-        end = round_up(end, _starts_at(record, alignment)) + memory_of(record, alignment)
+    for run in ExpertRecords.of(records).runs():
+        starts_at, nbytes = _starts_at(run.record, alignment), memory_of(run.record, alignment)
+        end = round_up(end, starts_at) + (run.num_experts - 1) * round_up(nbytes, starts_at) + nbytes
     return end
 
 
@@ -90,7 +91,9 @@ def dict_bytes(num_entries: int) -> int:
 
 def bookkeeping_bytes(records: Mapping[Key, ExpertRecord]) -> int:
     """Return the most bytes that `ExpertFiles` and a table can hold in addition to the records."""
-    kinds = Counter((len(r.pieces), r.pieces[0].checksum is not None) for r in records.values())
+    kinds: Counter[tuple[int, bool]] = Counter()
+    for _, _, count, record in ExpertRecords.of(records).runs():
+        kinds[len(record.pieces), record.pieces[0].checksum is not None] += count
     native = sum(count * _native.record_bytes(*kind) for kind, count in kinds.items())
     num_layers, num_experts = _extent(records)
     # The table holds an expert's place and the starts of its matrices.
@@ -100,7 +103,9 @@ def bookkeeping_bytes(records: Mapping[Key, ExpertRecord]) -> int:
 
 def resident_bookkeeping_bytes(records: Mapping[Key, ExpertRecord]) -> int:
     """Return the most bytes that reading every expert takes in addition to the arena, from `ResidentReading` on."""
-    kinds = Counter(tuple(piece.nbytes for piece in record.pieces) for record in records.values())
+    kinds: Counter[tuple[int, ...]] = Counter()
+    for run in ExpertRecords.of(records).runs():
+        kinds[tuple(piece.nbytes for piece in run.record.pieces)] += run.num_experts
     requests = sum(count * _native.request_bytes(sizes) for sizes, count in kinds.items())
     in_python = len(records) * _READING_BYTES + 2 * dict_bytes(len(records))
     return bookkeeping_bytes(records) + requests + in_python
@@ -130,7 +135,7 @@ class ExpertFiles:
         self.records = records if share is None else {key: records[key] for key in share}
         self._all_records = records  # the table has a row for every expert, wherever it runs
         self._store = store
-        paths = {str(piece.path) for record in self.records.values() for piece in record.pieces}
+        paths = {str(path) for path in ExpertRecords.of(self.records).paths}
         self._file_ids = {path: open_file(path) for path in sorted(paths)}
         self._reads: dict[Key, _native.Record] = {}
         self.alignment = max(store.info(file_id)[2] for file_id in self._file_ids.values())
@@ -139,14 +144,14 @@ class ExpertFiles:
         """Create the table of experts in an arena; no expert has a place yet."""
         some = next(iter(self._all_records.values()))
         table = _native.ExpertTable(arena, hidden=some.up.cols, activation=arithmetic.activation)
-        for layer, num_experts in Counter(layer for layer, _ in self._all_records).items():
+        for layer, starts in self._starts().items():
             one = self._all_records[layer, 0]
             gate_bias, up_bias, down_bias = arithmetic.biases.get(layer, (None, None, None))
             table.add_layer(
                 layer,
                 formats=one.formats,
                 width=one.up.rows,
-                starts=np.array([self._starts((layer, expert)) for expert in range(num_experts)], np.int64),
+                starts=np.array(starts, np.int64),
                 gate_bias=gate_bias,
                 up_bias=up_bias,
                 down_bias=down_bias,
@@ -154,14 +159,16 @@ class ExpertFiles:
             )
         return table
 
-    def _starts(self, key: Key) -> list[int]:
-        """Return the offsets in bytes of an expert's matrices from its place."""
-        record = self._all_records[key]
-        places, _ = _lay_out(record, self.alignment)
-        starts = [
-            place + piece.inset(self.alignment) for piece, place in zip(record.pieces, places, strict=True)
-        ]
-        return [starts[matrix.piece] + matrix.offset for matrix in record.matrices]
+    def _starts(self) -> dict[int, list[list[int]]]:
+        """Return, by layer, the offsets in bytes of each expert's matrices from its place."""
+        found: dict[int, list[list[int]]] = {}
+        for layer, _, count, record in ExpertRecords.of(self._all_records).runs():
+            places, _ = _lay_out(record, self.alignment)
+            pieces = zip(record.pieces, places, strict=True)
+            starts = [place + piece.inset(self.alignment) for piece, place in pieces]
+            one = [starts[matrix.piece] + matrix.offset for matrix in record.matrices]
+            found.setdefault(layer, []).extend([one] * count)
+        return found
 
     def expert_bytes(self, key: Key) -> int:
         """Return the bytes read for one expert."""
@@ -170,9 +177,11 @@ class ExpertFiles:
     def places(self) -> tuple[dict[Key, int], int]:
         """Return each expert's place when one arena holds all, one after another, and the size of that arena."""
         places, end = {}, 0
-        for key, record in self.records.items():
-            places[key] = round_up(end, _starts_at(record, self.alignment))
-            end = places[key] + memory_of(record, self.alignment)
+        for layer, first, count, record in ExpertRecords.of(self.records).runs():
+            starts_at, nbytes = _starts_at(record, self.alignment), memory_of(record, self.alignment)
+            for expert in range(first, first + count):
+                places[layer, expert] = round_up(end, starts_at)
+                end = places[layer, expert] + nbytes
         return places, end
 
     def fetch(

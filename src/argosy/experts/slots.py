@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from argosy.checkpoint.files import ExpertRecord
+from argosy.checkpoint.files import ExpertRecord, ExpertRecords
 from argosy.checkpoint.formats import round_up
 from argosy.experts.files import LARGEST_ALIGNMENT, Key, memory_of
 from argosy.experts.policy import CachePolicy
@@ -90,9 +90,9 @@ def lay_out(
     alignment = max(alignment, LARGEST_ALIGNMENT)
     sizes: dict[int, int] = {}  # of the largest expert of each layer
     num_experts: Counter[int] = Counter()
-    for (layer, _), record in records.items():
+    for layer, _, count, record in ExpertRecords.of(records).runs():
         sizes[layer] = max(sizes.get(layer, 0), round_up(memory_of(record, alignment), alignment))
-        num_experts[layer] += 1
+        num_experts[layer] += count
     groups = [[layer for layer in sizes if sizes[layer] == size] for size in sorted(set(sizes.values()))]
     fewest = min(len(records), experts_per_token)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from argosy.checkpoint.files import ExpertRecord, ModelFiles
+from argosy.checkpoint.files import ExpertRecord, ExpertRecords, ModelFiles
 from argosy.checkpoint.formats import matrix_bytes, round_up
 from argosy.checkpoint.geometry import (
     count_parameters,
@@ -48,14 +48,16 @@ def assume_pack(config: ModelConfig, format: Format, path: Path) -> ModelFiles:
         nbytes = matrix_bytes(stored, rows, cols)
         dense[name] = MatrixRef(name, path, end, nbytes, stored, rows, cols)
         end += round_up(nbytes, FILE_ALIGNMENT)
-    experts: dict[tuple[int, int], ExpertRecord] = {}
+    experts = ExpertRecords()
     end = 0
     for layer in config.moe_layers:
         layout = record_layout(config, layer, (format,) * len(expert_shapes(config, layer)))
-        for expert in range(config.num_experts):
-            piece = Piece(path, end, layout.stride, checksum=0)
-            experts[layer, expert] = ExpertRecord.laid_out((piece,), layout.matrices)
-            end += layout.stride
+        first, second = (
+            ExpertRecord.laid_out((Piece(path, offset, layout.stride, checksum=0),), layout.matrices)
+            for offset in (end, end + layout.stride)
+        )
+        experts.add_stacked(layer, config.num_experts, first, second)
+        end += config.num_experts * layout.stride
     return ModelFiles(path, config, dense, experts, is_packed=True)
 
 

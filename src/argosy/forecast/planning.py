@@ -69,9 +69,7 @@ class Subject:
         """Its weight files on this machine."""
         if self.place != "files":
             return []
-        return list({ref.path for ref in self.files.dense.values()} | {
-            piece.path for record in self.files.experts.values() for piece in record.pieces
-        })  # fmt: skip
+        return list({ref.path for ref in self.files.dense.values()} | set(self.files.records.paths))
 
 
 @contextmanager

@@ -123,9 +123,9 @@ def _rates(files: ModelFiles, settings: Settings) -> dict[str, Any]:
     if resources.memory_limit().free_bytes > 2 * probes.MEMORY_BYTES:
         known = tuning.known_threads(settings.get("instruction_set"))
         memory = probes.memory_rate(settings.get("threads") or known)
-    record_bytes = max((record.nbytes for record in files.experts.values()), default=MIB)
+    record_bytes = max((run.record.nbytes for run in files.records.runs()), default=MIB)
     paths = {ref.path for ref in files.dense.values()}
-    paths |= {piece.path for record in files.experts.values() for piece in record.pieces}
+    paths |= set(files.records.paths)
     largest = max(paths, key=lambda path: path.stat().st_size)
     drive, why_not = None, None
     if largest.stat().st_size < _SMALLEST_FILE_BYTES:

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from argosy.checkpoint.files import DraftFiles, ExpertRecord, require_one_format_a_layer
+from argosy.checkpoint.files import DraftFiles, ExpertRecords, require_one_format_a_layer
 from argosy.checkpoint.geometry import draft_shapes
 from argosy.checkpoint.landing import Indices, MatrixRef
-from argosy.checkpoint.safetensors import TensorRef
+from argosy.checkpoint.safetensors import TensorRef, Tensors
 from argosy.checkpoint.untrusted_file import quote
 from argosy.config import Format, ModelConfig
 from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
@@ -21,6 +21,30 @@ from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
 FLOAT_FORMATS: Mapping[str, Format] = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 
 _Format = TypeVar("_Format", Format, str, None)
+
+
+class Taken:
+    """The names of tensors that were taken: a byte for each tensor.
+
+    Attributes:
+        last: the names that were added one by one, until someone clears it.
+    """
+
+    def __init__(self, tensors: Tensors) -> None:
+        self._tensors = tensors
+        self._is_taken = bytearray(len(tensors))
+        self.last: list[str] = []
+
+    def add(self, name: str) -> None:
+        self._is_taken[self._tensors.rows[name]] = 1
+        self.last.append(name)
+
+    def add_rows(self, rows: Sequence[int]) -> None:
+        for row in rows:
+            self._is_taken[row] = 1
+
+    def __contains__(self, name: str) -> bool:
+        return bool(self._is_taken[self._tensors.rows[name]])
 
 
 class TensorAccounts:
@@ -40,10 +64,10 @@ class TensorAccounts:
         hint: str | None = None,
     ) -> None:
         self.path = path
-        self._tensors = tensors
+        self._tensors = Tensors.of(tensors)
         self._formats = formats
         self._hint = hint
-        self._taken: set[str] = set()
+        self._taken = Taken(self._tensors)
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -126,7 +150,9 @@ class TensorAccounts:
 
     def pass_over(self, ends: tuple[str, ...]) -> None:
         """Account for tensors that are not needed, whose names have one of these ends."""
-        self._taken.update(name for name in self._tensors if name.endswith(ends))
+        for name in self._tensors:
+            if name.endswith(ends):
+                self._taken.add(name)
 
     def refuse_extra(
         self, config: ModelConfig, is_passed_over: Callable[[str], object], described_by: str
@@ -140,7 +166,7 @@ class TensorAccounts:
         Raises:
             CheckpointError: names the first tensor that was not taken, and how many more there are.
         """
-        others = {name: ref for name, ref in self._tensors.items() if name not in self._taken}
+        others = {name: self._tensors[name] for name in self._tensors if name not in self._taken}
         extra = [name for name in others if not is_passed_over(name)]
         if extra:
             more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
@@ -166,7 +192,7 @@ def read_draft(
     config: ModelConfig,
     path: Path,
     dense_of: Callable[[ModelConfig, str, tuple[int, ...]], MatrixRef],
-    experts_of: Callable[[ModelConfig], Mapping[tuple[int, int], ExpertRecord]],
+    experts_of: Callable[[ModelConfig], ExpertRecords],
 ) -> DraftFiles | ArgosyError:
     """Read the first layer for multi-token prediction. A model with a damaged one runs without it.
 
@@ -185,4 +211,4 @@ def read_draft(
         require_one_format_a_layer(experts, path)
     except (CheckpointError, UnsupportedModel) as error:
         return error
-    return DraftFiles(alone.layers[-1], dense, dict(experts))
+    return DraftFiles(alone.layers[-1], dense, experts)

@@ -446,12 +446,12 @@ class WeightAccounts(TensorAccounts):
 
     def pass_over_zero_biases(self) -> None:
         """Account for biases of zeros, which AutoGPTQ writes for every module that it quantises."""
-        for name, ref in self._tensors.items():
+        for name in self._tensors:
             if (
                 name.endswith(".bias")
                 and name not in self._taken
                 and name.removesuffix("bias") + "qweight" in self._tensors
-                and ref.nbytes <= _LARGEST_BIAS_BYTES
+                and (ref := self._tensors[name]).nbytes <= _LARGEST_BIAS_BYTES
             ):
                 with open_regular(ref.path) as (descriptor, _):
                     if not any(read_at(descriptor, ref.nbytes, ref.offset, ref.path)):

@@ -23,6 +23,7 @@ from argosy.checkpoint.block_types import SLOT_FORMATS, TYPE_HINT
 from argosy.checkpoint.files import (
     DraftFiles,
     ExpertRecord,
+    ExpertRecords,
     ModelFiles,
     require_one_format_a_layer,
 )
@@ -185,9 +186,9 @@ def read_gguf_layout(
 
     dense = {name: take_dense(accounts, config, name, shape) for name, shape in dense_shapes(config)}
     require_countable(config)
-    experts: dict[tuple[int, int], ExpertRecord] = {}
+    experts = ExpertRecords()
     for layer in config.moe_layers:
-        experts |= accounts.experts(config, layer)
+        accounts.experts(config, layer, experts)
     leftovers = [_NOT_WEIGHTS if has_rope_freqs else _LEFTOVERS]
     if config.latent is not None and not config.latent.is_up_split:
         leftovers.append(_COPIES)
@@ -206,7 +207,7 @@ def read_gguf_layout(
             config,
             file.path,
             partial(take_dense, reader),
-            lambda alone: reader.experts(alone, config.num_layers),
+            lambda alone: reader.experts(alone, config.num_layers, ExpertRecords()),
         )
     return ModelFiles(file.path, config, dense, experts, header=file, draft=draft)
 
@@ -241,35 +242,29 @@ class _Accounts(TensorAccounts):
         rows, cols = ref.shape if len(ref.shape) == 2 else (1, ref.shape[0])
         return _matrix(ref, rows, cols, paired_heads, factor=self._factor(ref))
 
-    def experts(self, config: ModelConfig, layer: int) -> dict[tuple[int, int], ExpertRecord]:
-        """Take the routed experts of a layer."""
+    def experts(self, config: ModelConfig, layer: int, records: ExpertRecords) -> ExpertRecords:
+        """Append the routed experts of a layer."""
         shapes = tuple(expert_shapes(config, layer))
         if f"blk.{layer}.ffn_gate_exps.weight" not in self and f"blk.{layer}.ffn_gate.0.weight" in self:
-            slices = [
-                [
+            for expert in range(config.num_experts):
+                refs = [
                     self.take(f"blk.{layer}.{name}.{expert}.weight", shape)[0]
                     for name, shape in zip(_EXPERT_NAMES[-len(shapes) :], shapes, strict=True)
                 ]
-                for expert in range(config.num_experts)
-            ]
-            factors = [[self._factor(ref) for ref in refs] for refs in slices]
-        else:
-            stacks = self._stacks(config, layer)
+                records.add((layer, expert), _record(refs, [self._factor(ref) for ref in refs]))
+            return records
+        stacks = self._stacks(config, layer)
+        factors = [self._factor(ref, config.num_experts) for ref, _ in stacks]
+
+        def record(expert: int) -> ExpertRecord:
             slices = [
-                [
-                    ref.at(expert).rows(first, rows)
-                    for (ref, first), (rows, _) in zip(stacks, shapes, strict=True)
-                ]
-                for expert in range(config.num_experts)
+                ref.at(expert).rows(first, rows)
+                for (ref, first), (rows, _) in zip(stacks, shapes, strict=True)
             ]
-            of_stack = [self._factor(ref, config.num_experts) for ref, _ in stacks]
-            factors = [[ref and ref.at(expert) for ref in of_stack] for expert in range(config.num_experts)]
-        return {
-            (layer, expert): ExpertRecord.of(
-                *(_matrix(ref, *ref.shape, factor=factor) for ref, factor in zip(refs, of_refs, strict=True))
-            )
-            for expert, (refs, of_refs) in enumerate(zip(slices, factors, strict=True))
-        }
+            return _record(slices, [factor and factor.at(expert) for factor in factors])
+
+        records.add_stacked(layer, config.num_experts, record(0), record(min(1, config.num_experts - 1)))
+        return records
 
     def _stacks(self, config: ModelConfig, layer: int) -> list[tuple[TensorRef, int]]:
         """Take the tensors of all gates, ups and downs of a layer, and each one's first row in its tensor."""
@@ -295,6 +290,11 @@ class _Accounts(TensorAccounts):
         if (name := base + "scale") not in self or name in self._taken:
             return None
         return self.take_part(name, {"F32": "nvfp4_factor"}, (count,))[0]
+
+
+def _record(refs: Sequence[TensorRef], factors: Sequence[TensorRef | None]) -> ExpertRecord:
+    matrices = (_matrix(ref, *ref.shape, factor=factor) for ref, factor in zip(refs, factors, strict=True))
+    return ExpertRecord.of(*matrices)
 
 
 def _matrix(

@@ -23,7 +23,7 @@ Elsewhere: `checkpoint/geometry.py` knows shapes; `checkpoint/safetensors.py` fi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from argosy.checkpoint.files import (
     DraftFiles,
     ExpertMatrix,
     ExpertRecord,
+    ExpertRecords,
     ModelFiles,
     require_one_format_a_layer,
 )
@@ -279,6 +280,15 @@ def _choose(layouts: tuple[Layout, ...], config: ModelConfig, tensors: Mapping[s
     return (fitting or alike)[0]
 
 
+def _around_number(patterns: Sequence[str], names: Sequence[str], name: str) -> tuple[str, str]:
+    """Return what comes before and after the number of expert 0 in the name of one of its tensors."""
+    for pattern, whole in zip(patterns, names, strict=True):
+        head = whole[: len(whole) - len(pattern.format(expert=0)) + pattern.index("{")]
+        if name.startswith(head):
+            return head, name[len(head) + 1 :]
+    raise AssertionError(name)
+
+
 class _Accounts(WeightAccounts):
     """Tensors of safetensors files, as dense matrices and experts."""
 
@@ -311,7 +321,8 @@ class _Accounts(WeightAccounts):
         tensor, format = self.take(name, in_file)  # codes cannot alternate
         return MatrixRef.of(tensor, format, rows, cols, Strided((2 * cols, 2), turn))
 
-    def experts(self, config: ModelConfig, layout: Layout) -> dict[tuple[int, int], ExpertRecord]:
+    def experts(self, config: ModelConfig, layout: Layout) -> ExpertRecords:
+        """Take the routed experts of all layers."""
         read = self._single_expert
         if layout.fused_names is not None:
             read = self._fused_expert
@@ -321,11 +332,63 @@ class _Accounts(WeightAccounts):
             read = self._stacked_expert
         elif layout.mxfp4_names is not None:
             read = self._mxfp4_expert
-        return {
-            (layer, expert): read(config, layout, layer, expert, layout.names_of_expert(layer, expert))
-            for layer in config.moe_layers
-            for expert in range(config.num_experts)
-        }
+        records = ExpertRecords()
+        for layer in config.moe_layers:
+
+            def one(expert: int, layer: int = layer) -> ExpertRecord:
+                return read(config, layout, layer, expert, layout.names_of_expert(layer, expert))
+
+            if layout.expert_names is None:
+                records.add_stacked(layer, config.num_experts, one(0), one(min(1, config.num_experts - 1)))
+                continue
+            self._taken.last.clear()
+            first = one(0)
+            alike = self._like_first(layout, layer, first)
+            records.add((layer, 0), first)
+            for expert in range(1, config.num_experts):
+                if (places := alike(expert)) is None:
+                    records.add((layer, expert), one(expert))
+                else:
+                    records.add_like((layer, expert), first, places)
+        return records
+
+    def _like_first(
+        self, layout: Layout, layer: int, first: ExpertRecord
+    ) -> Callable[[int], list[tuple[Path, int, int | None]] | None]:
+        """Return a function that takes the tensors of another expert if they differ from those of the first, which were
+        taken last, in nothing but their places; otherwise it returns None and takes nothing.
+
+        A giant has hundreds of thousands of them, and the full account of a tensor takes ten times as long.
+        """
+        assert layout.expert_names is not None
+        tensors, said = self._tensors, self._quantization
+        names = layout.names_of_expert(layer, 0)
+        taken = [(name, self._tensors[name]) for name in self._taken.last]
+        numbers = {(ref.path, ref.offset, ref.nbytes): i for i, (_, ref) in enumerate(taken)}
+        order = [numbers[piece.path, piece.offset, piece.nbytes] for piece in first.pieces]
+        around = [_around_number(layout.expert_names, names, name) for name, _ in taken]
+        kinds = [tensors.kind(tensors.rows[name]) for name in self._taken.last]
+        # A name that takes precedence over that of the codes, or an optional part that the first expert lacks, is
+        # refused as extra in the end.
+        modules = [
+            (_around_number(layout.expert_names, names, name), said.scheme_of(name.removesuffix(".weight")))
+            for name in names
+            if said is not None and self.codes_of(name) is not None
+        ]
+
+        def alike(expert: int) -> list[tuple[Path, int, int | None]] | None:
+            found = [tensors.rows.get(f"{head}{expert}{tail}") for head, tail in around]
+            rows = [row for row in found if row is not None]
+            if len(rows) < len(kinds) or [tensors.kind(row) for row in rows] != kinds:
+                return None
+            for (head, tail), scheme in modules:
+                assert said is not None
+                if said.scheme_of(f"{head}{expert}{tail}".removesuffix(".weight")) != scheme:
+                    return None
+            self._taken.add_rows(rows)
+            return [(*tensors.place(rows[at]), None) for at in order]
+
+        return alike
 
     def _single_expert(
         self, config: ModelConfig, layout: Layout, layer: int, expert: int, names: tuple[str, ...]
