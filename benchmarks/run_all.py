@@ -29,6 +29,7 @@ SCRIPTS = (
     "prefix",
     "load",
     "start",
+    "opening",
     "python_share",
     "cluster",
     "cluster_freeze",
