@@ -30,6 +30,7 @@ SCRIPTS = (
     "load",
     "start",
     "opening",
+    "scale",
     "python_share",
     "cluster",
     "cluster_freeze",

@@ -21,6 +21,7 @@ import json
 import math
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -295,6 +296,7 @@ def inside(trillion: Trillion, options: argparse.Namespace) -> None:
     """Run in the cgroup: decode two documents, and print the cost as JSON."""
     engine_module.open_files = lambda path, mmproj=None: trillion.files()  # type: ignore[misc]
     answers, tokens, parts = [], [], dict[str, float]()
+    first_s, start = 0.0, time.perf_counter()
     with Engine.open(
         trillion.directory,
         memory=options.memory,
@@ -303,13 +305,16 @@ def inside(trillion: Trillion, options: argparse.Namespace) -> None:
         max_sequences=1,
         kv_dtype="f16",
     ) as engine:
+        open_s = time.perf_counter() - start
         for number in (0, 1):
+            start = time.perf_counter()
             sequence = engine.submit(
                 document(number, PROMPT_TOKENS, vocab=trillion.config.vocab_size),
                 SamplingParams(max_tokens=options.new + 1, ignore_eos=True),
             )
             while not engine.step():
                 pass
+            first_s = first_s or time.perf_counter() - start
             while sequence.result is None:
                 before = engine.ledger
                 engine.step()
@@ -333,6 +338,8 @@ def inside(trillion: Trillion, options: argparse.Namespace) -> None:
                     "answers": answers,
                     "tokens": tokens,
                     "parts": parts,
+                    "open_s": open_s,
+                    "first_s": first_s,  # with an empty cache
                     "plan": engine.plan.lines(),
                     "budget_bytes": engine.plan.budget_bytes,
                     "slots": engine.plan.slots.own,
@@ -449,7 +456,7 @@ def main() -> int:
     for path in options.directory.iterdir():
         drop_page_cache(path)
     memory = parse_size(options.memory)
-    command = ["--inside", "--directory", options.directory, "--memory", memory, "--new", options.new]
+    command = ["--inside", "--directory", options.directory, "--memory", f"{memory}B", "--new", options.new]
     command += ["--threads", options.threads, "--experts-gib", options.experts_gib]
     experts = options.directory / EXPERTS_FILE
     looks = look_at_drive(experts)
