@@ -1,4 +1,4 @@
-"""Print the tables of `docs/guides/choosing-a-machine.md`: what `argosy plan` says of three models on four machines.
+"""Print the tables of `docs/guides/choosing-a-machine.md`: what `argosy plan` says of five models on four machines.
 
     python benchmarks/choosing.py [--write]
 
@@ -32,6 +32,7 @@ from tests.families.published import PUBLISHED
 PAGE = REPOSITORY / "docs" / "guides" / "choosing-a-machine.md"
 MACHINES = ("box:laptop-16", "box:laptop-32", "box:desktop-64", "box:desktop-128")
 CONTEXT = 8192
+SHOWN_PROMPT_TOKENS = 2000
 
 
 class Chosen(NamedTuple):
@@ -44,6 +45,8 @@ class Chosen(NamedTuple):
 MODELS = (
     Chosen("gpt-oss-120b", "gpt-oss-120b"),
     Chosen("Qwen3.6-35B-A3B", "Qwen3.6-35B-A3B"),
+    Chosen("GLM-5.2", "GLM-5.2"),
+    Chosen("DeepSeek-V3.2", "DeepSeek-V3.2"),
     Chosen("Kimi-K2.6", "Kimi-K2"),
 )
 
@@ -51,8 +54,8 @@ MODELS = (
 def table_of(chosen: Chosen) -> str:
     raw = next(model.config for model in PUBLISHED if model.name == chosen.geometry)
     columns = (
-        "machine", "fits", "experts in memory", "tok/s", "1,024 tokens of prompt, s", "drive, GB a token",
-        "bound by", "$ per million out",
+        "machine", "fits", "experts in memory", "tok/s", "2,000 tokens of prompt, s", "drive, GB a token",
+        "bound by", "$ per million out", "of which electricity",
     )  # fmt: skip
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     with tempfile.TemporaryDirectory() as folder:
@@ -64,7 +67,7 @@ def table_of(chosen: Chosen) -> str:
             for name in MACHINES:
                 place = find_place(name)
                 found, budget_bytes = forecaster(subject, place, context=CONTEXT)
-                forecast = found.forecast(budget_bytes, prompts=(PROMPT_TOKENS,))
+                forecast = found.forecast(budget_bytes, prompts=(PROMPT_TOKENS, SHOWN_PROMPT_TOKENS))
                 assert place.row is not None
                 owner = Owner(usd=place.row.usd, watts=place.row.watts)
                 lines.append(row_of(name, forecast, owner))
@@ -79,14 +82,15 @@ def table_of(chosen: Chosen) -> str:
 
 def row_of(machine: str, forecast: Forecast, owner: Owner) -> str:
     if forecast.plan is None:
-        return f"| `{machine}` | no, it needs {format_bytes(forecast.smallest_bytes)} | | | | | | |"
-    decode, prompt = forecast.decode[0], forecast.prompts[0]
+        return f"| `{machine}` | no, it needs {format_bytes(forecast.smallest_bytes)} | | | | | | | |"
+    decode, (prompt, shown) = forecast.decode[0], forecast.prompts
     priced = cost(owner, prompt_s=prompt.seconds.likely, tokens_per_s=decode.tokens_per_s.likely)
     share = forecast.plan.slots.own / max(1, forecast.plan.slots.num_experts)
     verdict = {"thrashes": "barely", "streams": "streams", "resident": "resident"}[forecast.verdict]
     cells = (
-        f"`{machine}`", verdict, f"{share:.0%}", spread(decode.tokens_per_s), spread(prompt.seconds),
+        f"`{machine}`", verdict, f"{share:.0%}", spread(decode.tokens_per_s), spread(shown.seconds),
         f"{decode.drive_bytes_per_token.likely / 1e9:.2g}", decode.bound, f"{priced.usd_per_m_out:.2g}",
+        f"{priced.electricity_usd_per_m_out or 0:.2g}",
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
 

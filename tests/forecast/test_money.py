@@ -27,6 +27,7 @@ def test_a_rented_machine_costs_its_rent_for_every_second() -> None:
     assert found.times == pytest.approx(0.076507 / 0.0012544, rel=1e-3)  # 61
     assert found.break_even == pytest.approx(found.times)
     assert found.energy_wh is None
+    assert found.electricity_usd_per_m_out is None
     assert sentence(found).startswith("The API is 61 times cheaper, even if")
 
 
@@ -39,6 +40,7 @@ def test_an_owned_machine_costs_its_price_always_and_electricity_while_it_answer
 
     # A request takes 16.8 s: 214.3 in an hour, for which the API asks 214.3 * 0.003584 = 0.768 $.
     assert found.energy_wh == pytest.approx(150 * 16.8 / 3600)
+    assert found.electricity_usd_per_m_out == pytest.approx(0.0225 / 3600 / 20 * 1e6)  # 0.31
     assert found.break_even == pytest.approx(0.051335 / (0.768 - 0.0225), rel=1e-3)  # 6.9 %
     assert sentence(found) == "Running it here is cheaper if the machine answers more than 7% of all hours."
 

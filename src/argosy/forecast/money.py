@@ -73,12 +73,14 @@ class Cost:
         price.
     times: the cost of a request relative to the API.
     energy_wh: the energy of a request; None if the power is unknown.
+    electricity_usd_per_m_out: the part of `usd_per_m_out` that is electricity; None if it is unknown or part of a rent.
     """
 
     usd_per_m_in: float
     usd_per_m_out: float
     request_usd: float
     energy_wh: float | None
+    electricity_usd_per_m_out: float | None
     api: ApiPrice | None
     times: float | None
     break_even: float | None
@@ -104,6 +106,11 @@ def cost(owner: Owner, *, prompt_s: float, tokens_per_s: float, api: ApiPrice | 
         usd_per_m_out=_MILLION / tokens_per_s * usd_per_s,
         request_usd=request_usd,
         energy_wh=None if owner.watts is None else owner.watts * request_s / 3600.0,
+        electricity_usd_per_m_out=(
+            None
+            if owner.watts is None or owner.usd_per_hour is not None
+            else _MILLION / tokens_per_s * owner.running_usd_per_hour / 3600.0
+        ),
         api=api,
         times=times,
         break_even=break_even,

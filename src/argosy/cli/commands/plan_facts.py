@@ -213,9 +213,11 @@ class PlanFacts:
         ]
         for streams, one in self._costs:
             energy = "" if one.energy_wh is None else f", {one.energy_wh:.2g} Wh an answer"
+            power = one.electricity_usd_per_m_out
+            electricity = "" if power is None else f" ({power:.3g} $ electricity)"
             lines.append(
                 f"  {streams:>3} at once     {one.usd_per_m_in:.3g} $ per million tokens in, {one.usd_per_m_out:.3g} $ "
-                f"out{energy}"
+                f"out{electricity}{energy}"
             )
         if (api := self._costs[-1][1].api) is not None:
             lines.append(f"  {api.name:<16} {api.usd_per_m_in:g} $ in, {api.usd_per_m_out:g} $ out")
