@@ -31,6 +31,7 @@ from argosy.checkpoint.hub import Hub, Source
 from argosy.checkpoint.safetensors import (
     DTYPE_BITS,
     HEADER_LIMIT_BYTES,
+    INDEX_FILE,
     SHARD,
     SINGLE_FILE,
     TENSOR_FILES,
@@ -51,6 +52,7 @@ from argosy.prompt.tokenizer import TOKENIZER_FILE
 SAFETENSORS_BYTES = 7 << 20  # most bytes read of a safetensors model, config.json and lists of files included
 GGUF_BYTES = 32 << 20  # a header contains the vocabulary: 6 to 12 MB
 _CONFIG_BYTES = 1 << 20
+_TENSORS_OF_FILE = 4000  # in the files that stand for the remote ones
 _INDEX_BYTES = 512 << 10  # a larger list of tensors repeats what the headers say, at half of what is read
 _HEADER_BYTES = 6 << 20  # all shards together
 _FIRST_GGUF_BYTES, _FIRST_PART_BYTES = 2 << 20, 32 << 10  # a model's first part, and each other one
@@ -210,7 +212,7 @@ def _fetch_safetensors(
         _require_same_names(index, found)
     else:
         found = _completed(found, config)
-    _write_header(directory / SINGLE_FILE, found)
+    _write_headers(directory, found)
     tokenizer_bytes = 0
     if TOKENIZER_FILE in names:
         tokenizer_bytes = hub.read(url_of(TOKENIZER_FILE), 0, 1).file_bytes
@@ -348,17 +350,26 @@ def _completed(found: Mapping[str, TensorRef], config: ModelConfig) -> dict[str,
     return complete
 
 
-def _write_header(path: Path, tensors: Mapping[str, TensorRef]) -> None:
-    """Write one safetensors file with all the tensors, as a header and a hole."""
-    entries, end = {}, 0
-    for name, ref in tensors.items():
-        entries[name] = {
-            "dtype": ref.dtype, "shape": list(ref.shape), "data_offsets": [end, end + ref.nbytes],
-        }  # fmt: skip
-        end += ref.nbytes
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    _write_with_hole(path, len(text).to_bytes(8, "little") + text, 8 + len(text) + end)
+def _write_headers(directory: Path, tensors: Mapping[str, TensorRef]) -> None:
+    """Write safetensors files with all the tensors, as headers and holes, and an index if there are several files."""
+    refs = list(tensors.values())
+    num_files = max(1, -(-len(refs) // _TENSORS_OF_FILE))
+    weight_map = {}
+    for number in range(num_files):
+        name = SINGLE_FILE if num_files == 1 else f"model-{number + 1:05}-of-{num_files:05}.safetensors"
+        entries, end = {}, 0
+        for ref in refs[number * _TENSORS_OF_FILE : (number + 1) * _TENSORS_OF_FILE]:
+            entries[ref.name] = {
+                "dtype": ref.dtype, "shape": list(ref.shape), "data_offsets": [end, end + ref.nbytes],
+            }  # fmt: skip
+            end += ref.nbytes
+            weight_map[ref.name] = name
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        _write_with_hole(directory / name, len(text).to_bytes(8, "little") + text, 8 + len(text) + end)
+    if num_files > 1:
+        index = json.dumps({"weight_map": weight_map}).encode()
+        _write_with_hole(directory / INDEX_FILE, index, len(index))
 
 
 def _write_with_hole(path: Path, beginning: bytes, file_bytes: int) -> None:
