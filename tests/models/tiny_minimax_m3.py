@@ -191,7 +191,7 @@ ROWS = {
         prompt_tokens=60,
         has_own_spelling=True,
         gguf="minimax-m3",
-        chats=(),
+        chats=("minimax_m3",),
         without_mlx="MLX's checkpoints of it are refused",
     )
 }

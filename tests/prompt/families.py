@@ -178,6 +178,13 @@ SHORT = {
         _family("exaone", templates.K_EXAONE, [], _QWEN, ["<|im_end|>"]),
         _family("minimax_m1", templates.MINIMAX_M1, [], [], ["<|im_end|>"]),
         _family("step3", templates.STEP_35, [], _QWEN, ["<|im_end|>"]),
+        _family(
+            "minimax_m3",
+            templates.MINIMAX_M3,
+            ["]<]minimax[>["],
+            ["<mm:think>", "</mm:think>"],
+            ["<|im_end|>"],
+        ),
         _family("cohere2", templates.COHERE2_MOE, _COHERE, [], ["<|im_end|>"]),
         _family(
             "lfm2",

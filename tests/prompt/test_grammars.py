@@ -103,6 +103,10 @@ ONE |= {
     "hy3": "<tool_calls>\n<tool_call>get_weather<tool_sep>\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n"
     "</tool_call>\n</tool_calls>".replace(">", ":opensource>"),
 }
+_M3 = "]<]minimax[>[<"
+ONE["minimax_m3"] = (
+    f'{_M3}tool_call>\n{_M3}invoke name="get_weather">{_M3}city>Oslo{_M3}/city>{_M3}/invoke>\n{_M3}/tool_call>'
+)
 ONE["ernie"] = ONE["granite4"] = ONE["qwen3"]
 ONE["nemotron3"] = ONE["step3"] = ONE["qwen3_coder"]
 ONE["laguna"] = ONE["glm"]
@@ -131,6 +135,9 @@ TWO = {
     "mistral_args": ONE["mistral_args"] + "[TOOL_CALLS]clock[ARGS]{}",
     "minimax_m2": ONE["minimax_m2"].replace("</minimax", '<invoke name="clock">\n</invoke>\n</minimax'),
 }
+TWO["minimax_m3"] = ONE["minimax_m3"].replace(
+    f"{_M3}/tool", f'{_M3}invoke name="clock">{_M3}/invoke>\n{_M3}/tool'
+)
 _CLOCK = ', {"name": "clock", "arguments": {}}]'
 TWO |= {
     "ernie": TWO["qwen3"],

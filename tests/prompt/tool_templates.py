@@ -634,6 +634,19 @@ LING_3 = _of_ling(
 MINIMAX_M1 = _short(_OBJECT, r"<tool_calls>\n", r"\n", r"\n</tool_calls>", "", "").replace(
     "<|im_start|>", "<beginning_of_sentence>"
 )
+MINIMAX_M3 = r"""{%- set mark = ']<]minimax[>[' -%}
+{%- macro written(value) -%}
+  {%- if value is mapping -%}
+    {%- for key, one in value.items() if one is not none -%}
+      {{ mark }}<{{ key }}>{{ written(one) }}{{ mark }}</{{ key }}>
+    {%- endfor -%}
+  {%- elif value is iterable and value is not string -%}
+    {%- for one in value -%}{{ mark }}<item>{{ written(one) }}{{ mark }}</item>{%- endfor -%}
+  {%- elif value is boolean -%}{{ value | tojson }}{%- else -%}{{ value }}{%- endif -%}
+{%- endmacro -%}""" + _short(
+    r"""{{- mark ~ '<invoke name="' ~ f.name ~ '">' ~ written(f.arguments) ~ mark ~ '</invoke>\n' -}}""",
+    r"]<]minimax[>[<tool_call>\n", "", "]<]minimax[>[</tool_call>", "<mm:think>", "</mm:think>",
+)  # fmt: skip
 COHERE2_MOE = _short(
     """{{- '{"tool_call_id": "' ~ call.id ~ '", "tool_name": "' ~ f.name ~ '", "parameters": ' ~ f.arguments | tojson
         ~ '}' -}}""",

@@ -157,6 +157,16 @@ def types_of(schema: object, root: Mapping[str, object]) -> frozenset[str]:
     return frozenset(types)
 
 
+def schema_of(schema: object, name: str, root: Mapping[str, object]) -> object:
+    """Return the schema of a value's part: of the property `name`, or of an item; None if it has none."""
+    if isinstance(schema, Mapping) and isinstance(reference := schema.get("$ref"), str):
+        schema = _referred(reference, root)
+    if not isinstance(schema, Mapping):
+        return None
+    properties = schema.get("properties")
+    return properties.get(name) if isinstance(properties, Mapping) else schema.get("items")
+
+
 def _referred(reference: str, root: Mapping[str, object]) -> object:
     found: object = root
     for step in reference.removeprefix("#/").split("/"):
