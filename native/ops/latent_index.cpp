@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <cmath>
 #include <functional>
 #include <vector>
 
@@ -14,16 +13,16 @@ namespace argosy {
 
 namespace {
 
-constexpr int64_t kTileRows = 8;  // choices whose candidates exist at a time, at least those of one token
+constexpr int64_t kTileTokens = 8;  // tokens whose candidates exist at a time
 // Positions that are scored between two selections: memory does not grow with the context.
 constexpr int64_t kRoundPositions = 32 * kSectionPositions;
 static_assert(kMostIndexBlock <= kRoundPositions);
 
 // A score as a number that grows with it.
 uint32_t ascending(float score) {
-  uint32_t bits = std::bit_cast<uint32_t>(score + 0.0f);  // -0 ties with 0
-  if (std::isnan(score)) bits = INT32_MAX - 1;
-  return bits >> 31 != 0 ? ~bits : bits | 0x80000000u;
+  const uint32_t bits = std::bit_cast<uint32_t>(score + 0.0f);  // -0 ties with 0
+  const uint32_t ordered = bits ^ (uint32_t(int32_t(bits) >> 31) | 0x80000000u);
+  return (bits & 0x7fffffffu) > 0x7f800000u ? UINT32_MAX - 1 : ordered;  // NaN
 }
 constexpr uint32_t kAboveAllScores = UINT32_MAX;
 
@@ -33,7 +32,8 @@ int32_t number_of(uint64_t rank) { return int32_t(~uint32_t(rank)); }
 
 struct Scratch {
   Scratch(const IndexSizes& sizes, int num_threads)
-      : most_rows(std::max(kTileRows, sizes.choices_per_token())), most_ranks(sizes.count + kRoundPositions) {
+      : most_rows(kTileTokens * sizes.choices_per_token()),
+        most_ranks(sizes.count + kRoundPositions / std::max<int64_t>(1, sizes.block_size) + 1) {
     keys = layout.add(num_threads * index_scratch_floats(sizes.dim) * 4);
     scores = layout.add(most_rows * kRoundPositions * 4);
     ranks = layout.add(most_rows * most_ranks * 8);
@@ -82,11 +82,11 @@ struct Group {
   int64_t until;       // of the positions that some of them see
 };
 
-// Groups of at most `most` tokens in all, from `token` on, which moves behind them. Tokens that see no more
-// than `limit` positions choose nothing.
-std::vector<Group> next_groups(const AttentionBatch& batch, int64_t limit, int64_t most, int64_t& token) {
+// Groups of at most kTileTokens tokens in all, from `token` on, which moves behind them. Tokens that see no
+// more than `limit` positions choose nothing.
+std::vector<Group> next_groups(const AttentionBatch& batch, int64_t limit, int64_t& token) {
   std::vector<Group> groups;
-  for (int64_t size = 0; token < batch.num_tokens && size < most; ++token) {
+  for (int64_t size = 0; token < batch.num_tokens && size < kTileTokens; ++token) {
     if (batch.until(token) <= limit) continue;
     ++size;
     if (!groups.empty() && groups.back().end == token && batch.sequence[token] == batch.sequence[token - 1]) {
@@ -114,7 +114,7 @@ void choose(Runtime& runtime, const LatentLayer& keys, const float* weights, con
   uint64_t *ranks = reinterpret_cast<uint64_t*>(scratch + places.ranks),
            *selection = reinterpret_cast<uint64_t*>(scratch + places.selection);
   for (int64_t token = 0; token < batch.num_tokens;) {
-    const std::vector<Group> groups = next_groups(batch, limit, places.most_rows / per_token, token);
+    const std::vector<Group> groups = next_groups(batch, limit, token);
     std::vector<int64_t> tokens;  // of each choice
     std::vector<Candidates> candidates;
     std::vector<int64_t> rows;  // the first choice of each group
@@ -187,7 +187,7 @@ void choose_blocks(Runtime& runtime, const LatentLayer& keys, const AttentionBat
 
 int64_t index_scratch_bytes(const IndexSizes& sizes, int num_threads) {
   // No part has more bytes than this product.
-  checked_product("index scratch", {512, std::max(kTileRows, sizes.choices_per_token()) + num_threads,
+  checked_product("index scratch", {512, kTileTokens * sizes.choices_per_token() + num_threads,
                                     sizes.dim + sizes.count + kRoundPositions + 64});
   return Scratch(sizes, num_threads).layout.bytes();
 }
