@@ -89,7 +89,7 @@ struct BoundLayer {
 };
 
 // Checks that the parts of a mixer fit the hidden state, its cache or its state, and each other.
-void require_mixer(const Mixer& mixer, const KvShape& kv, const RecurrentState* recurrent,
+void require_mixer(const Mixer& mixer, const KvCache& cache, int64_t layer, const RecurrentState* recurrent,
                    const Rotary* rotary, int64_t hidden);
 
 // Checks that a mix, or those of a layer, fit the streams.

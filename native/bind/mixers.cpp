@@ -303,12 +303,17 @@ BoundMixer multi_head_latent_attention(const Matrix& query, const Matrix& kv_dow
                                        const std::optional<ArrayOf<float>>& query_norm, int64_t num_chosen,
                                        const BoundIndexer* indexer, const Matrix* gate,
                                        const GateKindName& gate_kind,
-                                       const QueryScaleOfNumbers& query_scale) {
+                                       const QueryScaleOfNumbers& query_scale, int64_t group_size) {
   if ((query_down != nullptr) != query_norm.has_value())
     refuse("query_down and query_norm must be given together");
-  require_range("num_chosen", num_chosen, 0, INT32_MAX);
+  require_range("group_size", group_size, 1, int64_t{1} << 20);
+  require_range("num_chosen", num_chosen, 0, INT32_MAX / group_size - 1);
   if (indexer != nullptr && (num_chosen == 0 || query_down == nullptr))
     refuse("an indexer needs query_down and num_chosen");
+  if (indexer != nullptr) {
+    const auto& pool = indexer->indexer.pool;
+    require_size("group_size", group_size, pool ? pool->shape.ratio : 1);
+  }
   BoundMixer bound;
   Kept& kept = bound.kept;
   LatentAttention mixer;
@@ -323,6 +328,7 @@ BoundMixer multi_head_latent_attention(const Matrix& query, const Matrix& kv_dow
   mixer.output = kept.keep(output);
   mixer.norm_eps = norm_eps;
   mixer.num_chosen = num_chosen;
+  mixer.group_size = group_size;
   if (indexer != nullptr) {
     mixer.indexer = indexer->indexer;
     kept.keep(indexer->kept);
@@ -428,12 +434,13 @@ void make_entry_indexer(BoundEntryIndexer* self, const Matrix& query, const Matr
 
 void make_indexer(BoundIndexer* self, const Matrix& query, const Matrix& key, const Matrix& weights,
                   const ArrayOf<float>& key_norm, const ArrayOf<float>& key_norm_bias, float norm_eps,
-                  bool has_interleaved_pairs) {
+                  bool has_interleaved_pairs, const Matrix* gate, const std::optional<ArrayOf<float>>& gate_bias,
+                  int64_t store, int64_t state_layer) {
   require_range("rows of key", key.view.rows, 1, kLargestSize);
   require_range("rows of weights", weights.view.rows, 1, kLargestSize);
   require_size("rows of query", query.view.rows, weights.view.rows * key.view.rows);
   Kept kept;
-  const PositionIndexer indexer = {
+  PositionIndexer indexer = {
       .query = kept.keep(query),
       .key = kept.keep(key),
       .weights = kept.keep(weights),
@@ -442,6 +449,17 @@ void make_indexer(BoundIndexer* self, const Matrix& query, const Matrix& key, co
       .norm_eps = norm_eps,
       .has_interleaved_pairs = has_interleaved_pairs,
   };
+  if ((gate != nullptr) != gate_bias.has_value()) refuse("gate and gate_bias must be given together");
+  if (gate != nullptr) {
+    const int64_t dim = key.view.rows;
+    require_size("rows of gate", gate->view.rows, dim);
+    require_size("columns of gate", gate->view.cols, key.view.cols);
+    indexer.gate = kept.keep(*gate);
+    indexer.gate_bias = kept.keep("gate_bias", *gate_bias, {kAnySize, dim});
+    const PoolShape shape = {int64_t(gate_bias->shape(0)), dim};
+    require_range("the ratio of a pool", shape.ratio, 2, int64_t{1} << 20);
+    indexer.pool = PoolPlace{shape, store, state_layer, 0};
+  }
   new (self) BoundIndexer{indexer, std::move(kept)};
 }
 
@@ -553,6 +571,22 @@ void require_state(const AnyMixer& mixer, const RecurrentState* recurrent) {
   }
 }
 
+// Checks that the cache has the pool's store, and the recurrent state its layer.
+void require_pool(const PoolPlace& pool, const KvCache& cache, const RecurrentState* recurrent) {
+  require_range("store", pool.store, 0, cache.num_layers() - 1);
+  const KvShape& shape = cache.shape(pool.store);
+  require_kind(shape, KvShape::Kind::latent);
+  require_size("elements of an entry", shape.head_dim, pool.shape.dim);
+  require_size("positions of an entry", shape.positions_per_entry, pool.shape.ratio);
+  if (shape.is_windowed) refuse("the store of a pool keeps all positions");
+  if (pool.shape.ratio == 1) return;
+  if (recurrent == nullptr) refuse("a pool needs a recurrent state");
+  require_range("state_layer", pool.state_layer, 0, recurrent->num_layers() - 1);
+  const StateShape& state = recurrent->shape(pool.state_layer);
+  require_range("the end of a pool's state", pool.state_begin + pool.shape.state_floats(), 0,
+                state.matrix_floats);
+}
+
 void require_fit(const LatentAttention& mixer, const KvShape& kv, const Rotary* rotary, int64_t hidden) {
   require_kind(kv, KvShape::Kind::latent);
   const LatentHeads& heads = mixer.heads;
@@ -566,9 +600,14 @@ void require_fit(const LatentAttention& mixer, const KvShape& kv, const Rotary* 
   require_size("columns of kv_down", mixer.kv_down.cols, hidden);
   require_size("rows of output", mixer.output.rows, hidden);
   require_size("columns of output", mixer.output.cols, heads.num_heads * heads.value_dim);
-  require_size("elements of an index key", mixer.indexer ? mixer.indexer->dim() : 0, kv.index_dim);
+  const bool has_own_keys = mixer.indexer && !mixer.indexer->pool;
+  require_size("elements of an index key", has_own_keys ? mixer.indexer->dim() : 0, kv.index_dim);
   if (!mixer.indexer) return;
-  require_range("rotated dimensions", heads.rope_dim, 0, kv.index_dim);
+  if (has_own_keys) {
+    require_range("rotated dimensions", heads.rope_dim, 0, kv.index_dim);
+  } else if (rotary != nullptr) {
+    refuse("index keys of groups do not rotate");
+  }
   require_size("columns of the indexer's query", mixer.indexer->query.cols, mixer.query_down->rows);
   require_size("columns of the indexer's key", mixer.indexer->key.cols, hidden);
   require_size("columns of the indexer's weights", mixer.indexer->weights.cols, hidden);
@@ -594,14 +633,17 @@ void require_fit(const CompressedAttention& mixer, const KvShape& kv, const Rota
 
 }  // namespace
 
-void require_mixer(const Mixer& mixer, const KvShape& kv, const RecurrentState* recurrent,
+void require_mixer(const Mixer& mixer, const KvCache& cache, int64_t layer, const RecurrentState* recurrent,
                    const Rotary* rotary, int64_t hidden) {
   std::visit(
       [&](const auto& one) {
-        require_fit(one, kv, rotary, hidden);
+        require_fit(one, cache.shape(layer), rotary, hidden);
         require_state(one, recurrent);
       },
       mixer);
+  const LatentAttention* latent = std::get_if<LatentAttention>(&mixer);
+  if (latent != nullptr && latent->indexer && latent->indexer->pool)
+    require_pool(*latent->indexer->pool, cache, recurrent);
 }
 
 void bind_mixers(nb::module_& m) {
@@ -677,16 +719,23 @@ void bind_mixers(nb::module_& m) {
         query: [heads * dim, query_rank].   key: [dim, hidden].   weights: [heads, hidden].
         key_norm, key_norm_bias: [dim], of a LayerNorm with epsilon `norm_eps`.
         has_interleaved_pairs: which of the first dimensions rotate together, as for `rope`, whatever the layer's
-            rotary embedding says.)")
+            rotary embedding says.
+        gate, gate_bias: [dim, hidden] and [size, dim], both or none; with them, keys belong to groups of `size`
+            positions, as `KvShape.pooled` stores them, and nothing rotates.
+        store: the number of a pooled KvShape in the KV cache, for these keys.
+        state_layer: the layer of the recurrent state that has only this pool's.)")
       .def(
           "__init__",
           [](BoundIndexer* self, const Matrix& query, const Matrix& key, const Matrix& weights,
              const ArrayOf<float>& key_norm, const ArrayOf<float>& key_norm_bias, float norm_eps,
-             bool has_interleaved_pairs) {
-            make_indexer(self, query, key, weights, key_norm, key_norm_bias, norm_eps, has_interleaved_pairs);
+             bool has_interleaved_pairs, const Matrix* gate, const std::optional<ArrayOf<float>>& gate_bias,
+             int64_t store, int64_t state_layer) {
+            make_indexer(self, query, key, weights, key_norm, key_norm_bias, norm_eps, has_interleaved_pairs,
+                         gate, gate_bias, store, state_layer);
           },
           "query"_a, "key"_a, "weights"_a, nb::kw_only(), "key_norm"_a, "key_norm_bias"_a, "norm_eps"_a,
-          "has_interleaved_pairs"_a);
+          "has_interleaved_pairs"_a, "gate"_a.none() = nb::none(), "gate_bias"_a.none() = nb::none(), "store"_a = 0,
+          "state_layer"_a = 0);
   m.def("kimi_delta_attention", &kimi_delta_attention, "query"_a, "key"_a, "value"_a, "beta"_a, "decay"_a,
         "gate"_a, "output"_a, nb::kw_only(), "decay_down"_a.none() = nb::none(),
         "gate_down"_a.none() = nb::none(), "conv"_a, "rate"_a, "dt_bias"_a, "norm"_a, "floor"_a, "sizes"_a,
@@ -759,7 +808,7 @@ void bind_mixers(nb::module_& m) {
         "value_up"_a, "output"_a, nb::kw_only(), "num_heads"_a, "rope_dim"_a, "scale"_a, "norm_eps"_a,
         "kv_norm"_a, "query_down"_a.none() = nb::none(), "query_norm"_a.none() = nb::none(),
         "num_chosen"_a = 0, "indexer"_a.none() = nb::none(), "gate"_a.none() = nb::none(),
-        "gate_kind"_a = "sigmoid", "query_scale"_a = QueryScaleOfNumbers{0.0f, 1, 0}, R"(
+        "gate_kind"_a = "sigmoid", "query_scale"_a = QueryScaleOfNumbers{0.0f, 1, 0}, "group_size"_a = 1, R"(
     Query and compressed keys and values -> norms -> rotary -> KV cache -> attention -> output projection.
 
     Args:
@@ -769,7 +818,8 @@ void bind_mixers(nb::module_& m) {
         output: [hidden, heads * value_dim].
         query_down, query_norm: [query_rank, hidden] and [query_rank], both or none.
         norm_eps: the epsilon of both norms.
-        num_chosen: a token sees at most so many positions; 0 means all.
+        num_chosen, group_size: a token sees at most so many groups of so many positions, and its unfinished one; 0
+            means all.
         indexer: chooses them; None means that the layer sees what the last layer with an indexer chose.
         gate, gate_kind, query_scale: as for `grouped_query_attention`.)");
   nb::class_<BoundPool>(m, "Pool", R"(

@@ -252,7 +252,7 @@ class BoundStack {
     description.logit_scale = logit_scale;
     description.logit_cap = logit_cap;
     description.first_layer = first_layer;
-    int64_t num_chosen = 0;  // of the last layer with an indexer
+    int64_t num_chosen = 0, group_size = 1;  // of the last layer with an indexer
     for (const BoundLayer* given : layers) {
       const std::string name = item_name("layers", description.layers.size());
       const BoundLayer& layer = require_item(name, given);
@@ -275,17 +275,23 @@ class BoundStack {
       if (layer.layer.ngrams)
         require_ngrams(*layer.layer.ngrams, state, description.residual.num_streams, hidden_);
       if (layer.layer.mixer) {
-        require_mixer(*layer.layer.mixer, shape, state, rotary, hidden_);
+        require_mixer(*layer.layer.mixer, kv, number, state, rotary, hidden_);
       } else {
         require_kind(shape, KvShape::Kind::none);
       }
       const Mixer* mixer = layer.layer.mixer ? &*layer.layer.mixer : nullptr;
       if (const LatentAttention* latent = std::get_if<LatentAttention>(mixer)) {
-        if (latent->indexer) num_chosen = latent->num_chosen;
+        if (latent->indexer) {
+          num_chosen = latent->num_chosen;
+          group_size = latent->group_size;
+        }
         if (latent->num_chosen > 0 && num_chosen == 0)
           refuse(name +
                  " sees the positions that an earlier layer chose, and no earlier layer has an indexer");
-        if (latent->num_chosen > 0) require_size(name + ": num_chosen", latent->num_chosen, num_chosen);
+        if (latent->num_chosen > 0) {
+          require_size(name + ": num_chosen", latent->num_chosen, num_chosen);
+          require_size(name + ": group_size", latent->group_size, group_size);
+        }
       }
       const auto* attention = std::get_if<GroupedQueryAttention>(mixer);
       if (attention != nullptr && attention->indexer)
@@ -737,7 +743,7 @@ void bind_stack(nb::module_& m) {
           "add_latent_attention",
           [](StackSizes& self, int64_t num_heads, int64_t nope_dim, int64_t rope_dim, int64_t kv_rank,
              int64_t value_dim, int64_t query_rank, int64_t index_heads, int64_t index_dim,
-             int64_t num_chosen, int64_t gate_rows) {
+             int64_t num_chosen, int64_t gate_rows, int64_t group_size) {
             self.add(LatentSizes{num_heads,
                                  nope_dim,
                                  rope_dim,
@@ -745,11 +751,11 @@ void bind_stack(nb::module_& m) {
                                  value_dim,
                                  query_rank,
                                  gate_rows,
-                                 {index_heads, index_dim, num_chosen}});
+                                 {index_heads, index_dim, num_chosen, 0, group_size}});
           },
           "num_heads"_a, "nope_dim"_a, "rope_dim"_a, "kv_rank"_a, "value_dim"_a, "query_rank"_a,
           "index_heads"_a = 0, "index_dim"_a = 0, "num_chosen"_a = 0, "gate_rows"_a = 0,
-          "index_heads, index_dim and num_chosen are those of an indexer.")
+          "group_size"_a = 1, "index_heads, index_dim, num_chosen and group_size are those of an indexer.")
       .def(
           "add_compressed_attention",
           [](StackSizes& self, int64_t num_heads, int64_t head_dim, int64_t query_rank, int64_t num_groups,

@@ -38,14 +38,19 @@ void latent_norm(Runtime& runtime, float* vectors, const float* weight, float ep
 void latent_write(Runtime& runtime, const LatentLayer& kv, const float* vectors, const int64_t* slots,
                   int64_t num_tokens);
 
-// The positions that an indexer chose for each token that would see more than `count` (latent_index.h).
+// The positions that an indexer chose for each token that would see more than `count` groups of `size`
+// positions (latent_index.h). Such a token also sees the unfinished group behind the others.
 struct ChosenPositions {
-  const int32_t* positions =
-      nullptr;  // [num_tokens][count], ascending; nullptr: all tokens see all positions
-  int64_t count = 0;
+  const int32_t* positions = nullptr;  // [num_tokens][row()], ascending; nullptr: all tokens see all positions
+  int64_t count = 0, size = 1;
 
+  int64_t row() const { return count * size + size - 1; }
   bool limits(const AttentionBatch& batch, int64_t token) const {
-    return positions != nullptr && batch.until(token) > count;
+    return positions != nullptr && batch.until(token) / size > count;
+  }
+  // How many positions a token sees.
+  int64_t seen_by(const AttentionBatch& batch, int64_t token) const {
+    return limits(batch, token) ? count * size + batch.until(token) % size : batch.until(token);
   }
 };
 

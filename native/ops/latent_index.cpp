@@ -185,6 +185,20 @@ void choose_blocks(Runtime& runtime, const LatentLayer& keys, const AttentionBat
          blocks);
 }
 
+void expand_groups(const AttentionBatch& batch, const ChosenPositions& chosen, int32_t* positions) {
+  // From behind: what is written lies behind what is still to be read.
+  for (int64_t token = batch.num_tokens - 1; token >= 0; --token) {
+    if (!chosen.limits(batch, token)) continue;
+    int32_t* row = positions + token * chosen.row();
+    const int64_t until = batch.until(token), size = chosen.size, tail = until % size;
+    for (int64_t i = 0; i < tail; ++i) row[chosen.count * size + i] = int32_t(until - tail + i);
+    for (int64_t group = chosen.count - 1; group >= 0; --group) {
+      const int64_t first = positions[token * chosen.count + group] * size;
+      for (int64_t i = 0; i < size; ++i) row[group * size + i] = int32_t(first + i);
+    }
+  }
+}
+
 int64_t index_scratch_bytes(const IndexSizes& sizes, int num_threads) {
   // No part has more bytes than this product.
   checked_product("index scratch", {512, kTileTokens * sizes.choices_per_token() + num_threads,

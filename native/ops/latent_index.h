@@ -19,6 +19,7 @@ struct IndexSizes {
   int64_t num_heads = 0, dim = 0;
   int64_t count = 0;       // the positions that a token sees at most, or blocks
   int64_t block_size = 0;  // positions of a block that each head chooses; 0: heads choose positions together
+  int64_t pool_size = 1;   // positions for which one key stands
 
   int64_t choices_per_token() const { return block_size > 0 ? num_heads : 1; }
   bool operator==(const IndexSizes&) const = default;
@@ -32,6 +33,10 @@ struct IndexSizes {
 // batch.q [num_tokens][num_heads][dim], weights [num_tokens][num_heads].
 void choose_positions(Runtime& runtime, const LatentLayer& keys, const float* weights,
                       const AttentionBatch& batch, int64_t count, int32_t* chosen);
+
+// Turns the groups that each token chose of its batch, [num_tokens][chosen.count], into their positions and
+// those of its unfinished group, [num_tokens][chosen.row()], in place. `positions` is that of `chosen`.
+void expand_groups(const AttentionBatch& batch, const ChosenPositions& chosen, int32_t* positions);
 
 // For each token that chosen.limits, writes to `blocks` [num_tokens][num_heads][count] the blocks of
 // chosen.size positions that each head chooses, in ascending order: the token's own and the num_local - 1

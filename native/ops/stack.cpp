@@ -62,7 +62,9 @@ LatentSizes sizes_of(const LatentAttention& mixer) {
                        heads.value_dim,
                        mixer.query_down ? mixer.query_down->rows : 0,
                        mixer.gate ? mixer.gate->matrix.rows : 0};
-  if (mixer.indexer) sizes.index = {mixer.indexer->num_heads(), mixer.indexer->dim(), mixer.num_chosen};
+  if (mixer.indexer) {
+    sizes.index = {mixer.indexer->num_heads(), mixer.indexer->dim(), mixer.num_chosen, 0, mixer.group_size};
+  }
   return sizes;
 }
 

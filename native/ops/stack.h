@@ -25,6 +25,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <variant>
@@ -123,6 +124,13 @@ struct GatedDeltaNet {
   int64_t state_layer = 0;    // layer of the recurrent state
 };
 
+// Where a pool keeps its entries, and what it has gathered.
+struct PoolPlace {
+  PoolShape shape;
+  int64_t store = 0;  // a number of the KV cache
+  int64_t state_layer = 0, state_begin = 0;
+};
+
 // Chooses the positions that latent attention sees (ops/latent_index.h). The first dimensions of queries and
 // keys rotate by the angles of the layer's rotary embedding.
 struct PositionIndexer {
@@ -133,6 +141,11 @@ struct PositionIndexer {
   const float* key_norm_bias;  // [dim]
   float norm_eps;              // of this norm
   bool has_interleaved_pairs;  // whatever the rotary embedding says
+  // Groups of positions share a key, which does not rotate: the mean of theirs by the softmax of the gate
+  // [dim, hidden] and its bias [ratio][dim]. All or none.
+  std::optional<MatrixView> gate = std::nullopt;
+  const float* gate_bias = nullptr;
+  std::optional<PoolPlace> pool = std::nullopt;
   int64_t num_heads() const { return weights.rows; }
   int64_t dim() const { return key.rows; }
 };
@@ -185,7 +198,8 @@ struct LatentAttention {
   LatentHeads heads;
   MatrixView output;  // [hidden, num_heads * value_dim]
   float norm_eps = 0;
-  int64_t num_chosen = 0;  // a token sees at most so many positions; 0: all
+  int64_t num_chosen = 0;  // a token sees at most so many groups of positions, and its unfinished one; 0: all
+  int64_t group_size = 1;  // positions of such a group
   // With num_chosen and query_down; none: the layer sees what the last layer with an indexer chose.
   std::optional<PositionIndexer> indexer;
   QueryScale query_scale;
@@ -521,7 +535,11 @@ class Stack {
   LatentSource entries_of(const CompressedAttention& attention, const float* query_latent);
   void gather(const Pool& pool, const CompressedAttention& attention);
   void choose_entries(const CompressedAttention& attention, const float* query_latent);
-  void choose_positions(const PositionIndexer& indexer, const AttentionBatch& batch, int64_t count);
+  void choose_positions(const PositionIndexer& indexer, const AttentionBatch& batch,
+                        const ChosenPositions& chosen);
+  // Adds the step's tokens to a pool, and stores the entries that they complete after `finish`.
+  LatentLayer store_entries(const PoolPlace& place, const PoolInputs& inputs,
+                            const std::function<void(PoolEntries&)>& finish);
   void choose_blocks(const BlockIndexer& indexer, AttentionBatch& batch);
   bool feed_forward(const DenseFfn& ffn);  // false: the layer waits for experts
   bool feed_forward(const RoutedFfn& ffn);

@@ -176,25 +176,56 @@ void Stack::mix(const GatedDeltaNet& net) {
 }
 
 // Stores the index keys of the step's tokens. If a token sees more positions than it may, chooses some.
-void Stack::choose_positions(const PositionIndexer& indexer, const AttentionBatch& batch, int64_t count) {
-  const LatentLayer keys = kv_.index_layer(number());
-  const int64_t tokens = batch.num_tokens, heads = indexer.num_heads();
-  float *query = buffers_.query, *key = buffers_.value, *weights = key + tokens * keys.dim;
-  layer_norm(runtime_, key, indexer.key_norm, indexer.key_norm_bias, indexer.norm_eps, tokens, keys.dim, key);
-  rotate(key, 1, keys.dim, indexer.has_interleaved_pairs);
-  latent_write(runtime_, keys, key, step_.slots, tokens);
+void Stack::choose_positions(const PositionIndexer& indexer, const AttentionBatch& batch,
+                             const ChosenPositions& chosen) {
+  const int64_t tokens = batch.num_tokens, heads = indexer.num_heads(), dim = indexer.dim();
+  float *query = buffers_.query, *key = buffers_.value, *weights = key + tokens * dim;
+  layer_norm(runtime_, key, indexer.key_norm, indexer.key_norm_bias, indexer.norm_eps, tokens, dim, key);
+  LatentLayer keys;
+  if (indexer.pool) {
+    keys = store_entries(*indexer.pool, {key, weights + tokens * heads, dim, indexer.gate_bias}, [](PoolEntries&) {});
+  } else {
+    rotate(key, 1, dim, indexer.has_interleaved_pairs);
+    keys = kv_.index_layer(number());
+    latent_write(runtime_, keys, key, step_.slots, tokens);
+  }
 
-  const ChosenPositions chosen = {buffers_.chosen, count};
   bool is_limited = false;
   for (int64_t token = 0; token < tokens; ++token) is_limited |= chosen.limits(batch, token);
   if (!is_limited) return;
   matmul(runtime_, {{indexer.query, query}}, buffers_.query_latent, tokens);
-  rotate(query, heads, keys.dim, indexer.has_interleaved_pairs);
+  if (!indexer.pool) rotate(query, heads, dim, indexer.has_interleaved_pairs);
   // The scale of the scores, dim^-0.5, is not negative, so it may multiply the weights instead.
-  multiply_rows(runtime_, 1 / std::sqrt(float(heads * keys.dim)), tokens, heads, weights);
+  multiply_rows(runtime_, 1 / std::sqrt(float(heads * dim)), tokens, heads, weights);
   AttentionBatch index_batch = batch;
   index_batch.num_heads = heads;
-  argosy::choose_positions(runtime_, keys, weights, index_batch, count, buffers_.chosen);
+  std::vector<int32_t> groups;
+  if (indexer.pool) {
+    for (int64_t token = 0; token < tokens; ++token)
+      groups.push_back(int32_t(batch.until(token) / chosen.size));
+    index_batch.sees_until = groups.data();
+  }
+  argosy::choose_positions(runtime_, keys, weights, index_batch, chosen.count, buffers_.chosen);
+  if (indexer.pool) expand_groups(batch, chosen, buffers_.chosen);
+}
+
+LatentLayer Stack::store_entries(const PoolPlace& place, const PoolInputs& inputs,
+                                 const std::function<void(PoolEntries&)>& finish) {
+  const int64_t tokens = step_.num_tokens;
+  const LatentLayer store = kv_.latent_layer(place.store);
+  // Nothing is attended yet.
+  PoolEntries entries = {buffers_.attended, buffers_.attended + tokens * place.shape.dim, {}};
+  const bool is_turning = layer().rotary.has_value();
+  const int64_t axes = is_turning ? description_.rotaries[size_t(*layer().rotary)].num_axes() : 1;
+  pool_tokens(runtime_, recurrent_, place.state_layer, place.state_begin, place.shape, inputs, runs_,
+              {step_.order, step_.angles, tokens, axes}, entries);
+  if (entries.count() == 0) return store;
+  finish(entries);
+  std::vector<int64_t> slots;
+  for (const int64_t token : entries.tokens)
+    slots.push_back(entry_slot(step_.slots[token], kv_.block_tokens(), store, place.shape.ratio));
+  latent_write(runtime_, store, entries.vectors, slots.data(), entries.count());
+  return store;
 }
 
 void Stack::mix(const KimiDeltaAttention& mixer) {
@@ -307,18 +338,21 @@ void Stack::mix(const LatentAttention& mixer) {
       .window = {},
   };
   ChosenPositions chosen;
-  if (mixer.num_chosen > 0) chosen = {buffers_.chosen, mixer.num_chosen};
+  if (mixer.num_chosen > 0) chosen = {buffers_.chosen, mixer.num_chosen, mixer.group_size};
 
   if (mixer.query_down) {
     float* latent = buffers_.query_latent;
     std::vector<Product> products = {{*mixer.query_down, latent}, {mixer.kv_down, vectors}};
     if (mixer.indexer) {
       products.push_back({mixer.indexer->key, buffers_.value});
-      products.push_back({mixer.indexer->weights, buffers_.value + tokens * mixer.indexer->dim()});
+      float* weights = buffers_.value + tokens * mixer.indexer->dim();
+      products.push_back({mixer.indexer->weights, weights});
+      if (mixer.indexer->gate)
+        products.push_back({*mixer.indexer->gate, weights + tokens * mixer.indexer->num_heads()});
     }
     matmul(runtime_, products, buffers_.normed, tokens);
     rms_norm(runtime_, latent, mixer.query_norm, mixer.norm_eps, tokens, mixer.query_down->rows, latent);
-    if (mixer.indexer) choose_positions(*mixer.indexer, batch, mixer.num_chosen);
+    if (mixer.indexer) choose_positions(*mixer.indexer, batch, chosen);
     matmul(runtime_, {{mixer.query, query}}, latent, tokens);
   } else {
     matmul(runtime_, {{mixer.query, query}, {mixer.kv_down, vectors}}, buffers_.normed, tokens);
@@ -342,27 +376,19 @@ void Stack::gather(const Pool& pool, const CompressedAttention& mixer) {
   if (pool.gates) products.push_back({*pool.gates, gates});
   matmul(runtime_, products, buffers_.normed, tokens);
 
-  const Rotary* rotary = layer().rotary ? &description_.rotaries[size_t(*layer().rotary)] : nullptr;
-  float* positions = buffers_.attended + tokens * dim;  // nothing is attended yet
-  float* cosine = positions + tokens * PoolShape::kMostAxes;
-  PoolEntries entries = {buffers_.attended, positions, {}};
-  pool_tokens(runtime_, recurrent_, mixer.state_layer, pool.state_begin, pool.shape,
-              {vectors, pool.gates ? gates : nullptr, columns, pool.bias}, runs_,
-              {step_.order, step_.angles, tokens, rotary != nullptr ? rotary->num_axes() : 1}, entries);
-  const int64_t count = entries.count();
-  if (count == 0) return;
-  rms_norm(runtime_, entries.vectors, pool.norm, mixer.norm_eps, count, dim, entries.vectors);
-  if (rotary != nullptr) {
-    float* sine = cosine + count * rotary->num_pairs();
-    rotary_angles(runtime_, *rotary, positions, count, cosine, sine);
+  const auto finish = [&](PoolEntries& entries) {
+    const int64_t count = entries.count();
+    rms_norm(runtime_, entries.vectors, pool.norm, mixer.norm_eps, count, dim, entries.vectors);
+    if (!layer().rotary) return;
+    const Rotary& rotary = description_.rotaries[size_t(*layer().rotary)];
+    float* cosine = entries.positions + tokens * PoolShape::kMostAxes;
+    float* sine = cosine + count * rotary.num_pairs();
+    rotary_angles(runtime_, rotary, entries.positions, count, cosine, sine);
     rope(runtime_, {entries.vectors + dim - mixer.rope_dim, dim}, count, 1, dim, cosine, sine,
-         rotary->num_pairs(), rotary->is_interleaved);
-  }
-  const LatentLayer store = kv_.latent_layer(pool.store);
-  std::vector<int64_t> slots;
-  for (const int64_t token : entries.tokens)
-    slots.push_back(entry_slot(step_.slots[token], kv_.block_tokens(), store, pool.shape.ratio));
-  latent_write(runtime_, store, entries.vectors, slots.data(), count);
+         rotary.num_pairs(), rotary.is_interleaved);
+  };
+  store_entries({pool.shape, pool.store, mixer.state_layer, pool.state_begin},
+                {vectors, pool.gates ? gates : nullptr, columns, pool.bias}, finish);
 }
 
 // Stores index keys, and chooses entries for the tokens that would see more than num_chosen.

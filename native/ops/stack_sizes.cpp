@@ -73,8 +73,10 @@ void StackSizes::add(const LatentSizes& mixer) {
   widen(query_latent_, width_of({mixer.query_rank}));
   widen(attended_, width_of({mixer.num_heads, mixer.value_dim}));
   widen(query_, width_of({mixer.index.num_heads, mixer.index.dim}));
-  widen(value_, width_of({mixer.index.dim}) + width_of({mixer.index.num_heads}));
-  widen(chosen_, width_of({mixer.index.count}));
+  const bool is_pooled = mixer.index.pool_size > 1;
+  widen(value_, width_of({mixer.index.dim, is_pooled ? 2 : 1}) + width_of({mixer.index.num_heads}));
+  widen(chosen_, width_of({mixer.index.count, mixer.index.pool_size}) + (is_pooled ? mixer.index.pool_size : 0));
+  if (is_pooled) widen(attended_, width_of({mixer.index.dim}) + PoolShape::kMostAxes);
   add_indexer(mixer.index);
   widen(projected_, width_of({mixer.gate_rows}));
   if (std::find(latents_.begin(), latents_.end(), mixer) == latents_.end()) latents_.push_back(mixer);

@@ -1763,6 +1763,10 @@ class PositionIndexer:
         key_norm, key_norm_bias: [dim], of a LayerNorm with epsilon `norm_eps`.
         has_interleaved_pairs: which of the first dimensions rotate together, as for `rope`, whatever the layer's
             rotary embedding says.
+        gate, gate_bias: [dim, hidden] and [size, dim], both or none; with them, keys belong to groups of `size`
+            positions, as `KvShape.pooled` stores them, and nothing rotates.
+        store: the number of a pooled KvShape in the KV cache, for these keys.
+        state_layer: the layer of the recurrent state that has only this pool's.
     """
 
     def __init__(
@@ -1775,6 +1779,10 @@ class PositionIndexer:
         key_norm_bias: NDArray[numpy.float32],
         norm_eps: float,
         has_interleaved_pairs: bool,
+        gate: Matrix | None = None,
+        gate_bias: NDArray[numpy.float32] | None = None,
+        store: int = 0,
+        state_layer: int = 0,
     ) -> None: ...
 
 def kimi_delta_attention(
@@ -1914,6 +1922,7 @@ def multi_head_latent_attention(
     gate: Matrix | None = None,
     gate_kind: Literal["sigmoid", "softplus"] = "sigmoid",
     query_scale: tuple[float, int, int] = (0.0, 1, 0),
+    group_size: int = 1,
 ) -> Mixer:
     """
     Query and compressed keys and values -> norms -> rotary -> KV cache -> attention -> output projection.
@@ -1925,7 +1934,8 @@ def multi_head_latent_attention(
         output: [hidden, heads * value_dim].
         query_down, query_norm: [query_rank, hidden] and [query_rank], both or none.
         norm_eps: the epsilon of both norms.
-        num_chosen: a token sees at most so many positions; 0 means all.
+        num_chosen, group_size: a token sees at most so many groups of so many positions, and its unfinished one; 0
+            means all.
         indexer: chooses them; None means that the layer sees what the last layer with an indexer chose.
         gate, gate_kind, query_scale: as for `grouped_query_attention`.
     """
@@ -2304,8 +2314,11 @@ class StackSizes:
         index_dim: int = 0,
         num_chosen: int = 0,
         gate_rows: int = 0,
+        group_size: int = 1,
     ) -> None:
-        """index_heads, index_dim and num_chosen are those of an indexer."""
+        """
+        index_heads, index_dim, num_chosen and group_size are those of an indexer.
+        """
 
     def add_compressed_attention(
         self,

@@ -72,6 +72,14 @@ def latent_config(latent: LatentConfig, *, is_interleaved: bool = True, num_head
     )
 
 
+# As in GLM-5.3: positions are chosen in groups by keys that are pooled, and nothing rotates.
+GROUPS = replace(INDEX, num_chosen=16, group_size=4)
+
+
+def grouped_config(index: IndexConfig = GROUPS) -> ModelConfig:
+    return indexed_config(index).with_mixers(LatentConfig, rope=None)
+
+
 class LatentModel:
     """Random weights of a config in one file; matrices in `format`."""
 
@@ -153,27 +161,41 @@ class LatentModel:
         is_seen: NDArray[np.bool_],
     ) -> NDArray[np.bool_]:
         """Return [token, position], whether the token sees the position."""
-        (rope,) = self.config.ropes
+        rotary_dim = max((rope.rotary_dim for rope in self.config.ropes), default=0)
         query = (query_latent @ part["index_q"].T).reshape(len(x), index.num_heads, -1)
         key = x @ part["index_k"].T
         key = key - key.mean(axis=1, keepdims=True)
         key = norm(key, part["index_k_norm"], index.norm_eps) + part["index_k_norm_bias"]
         query, key = (
             np.concatenate(
-                [self._turn(y[..., : rope.rotary_dim], index.is_interleaved), y[..., rope.rotary_dim :]],
+                [self._turn(y[..., :rotary_dim], index.is_interleaved), y[..., rotary_dim:]],
                 axis=2,
             )
             for y in (query, key[:, None])
         )
-        scores = np.zeros((len(x), len(x)))
+        size = index.group_size
+        if size > 1:
+            whole = len(x) // size * size
+            gate = (x @ part["index_gate"].T)[:whole].reshape(-1, size, index.head_dim) + part[
+                "index_gate_bias"
+            ]
+            shares = np.exp(gate) / np.exp(gate).sum(axis=1, keepdims=True)
+            key = (shares * key[:whole].reshape(gate.shape)).sum(axis=1)[:, None]
+        scores = np.zeros((len(x), len(key)))
         for head, weights in enumerate((x @ part["index_weights"].T).T):
             scores += weights[:, None] * np.maximum(query[:, head] @ key[:, 0].T, 0)
-        order = np.argsort(-np.where(is_seen, scores, -np.inf), axis=1, kind="stable")
-        is_chosen = np.zeros_like(is_seen)
-        np.put_along_axis(is_chosen, order[:, : index.num_chosen], True, axis=1)
-        return is_chosen
+        is_whole = is_seen[:, size - 1 :: size]  # a group is seen with its last position
+        order = np.argsort(-np.where(is_whole, scores, -np.inf), axis=1, kind="stable")
+        is_chosen = np.zeros_like(is_whole)
+        np.put_along_axis(is_chosen, order[:, : index.num_chosen // size], True, axis=1)
+        positions = np.arange(len(x))
+        is_unfinished = positions >= (positions[:, None] + 1) // size * size
+        groups = np.minimum(positions // size, len(key) - 1)
+        return (is_chosen[:, groups] & (positions // size < len(key))) | is_unfinished
 
     def _turn(self, x: Array, is_interleaved: bool | None = None) -> Array:
+        if not self.config.ropes:
+            return x
         (rope,) = self.config.ropes
         is_interleaved = rope.is_interleaved if is_interleaved is None else is_interleaved
         angle = np.arange(len(x))[:, None, None] * inverse_frequency(rope)

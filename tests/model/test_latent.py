@@ -24,10 +24,12 @@ from argosy.model.decoder import Decoder
 from argosy.model.layers import kv_shapes, stack_sizes
 from argosy.model.weights import dense_footprint, load_dense
 from tests.model.latent_model import (
+    GROUPS,
     INDEX,
     PLAIN_QUERY,
     QUERY_RANK,
     LatentModel,
+    grouped_config,
     indexed_config,
     latent_config,
 )
@@ -62,7 +64,14 @@ def opened(model: LatentModel, *, threads: int = 1, instruction_set: str | None 
 
 def decoder_of(parts: Parts) -> Decoder:
     return Decoder(
-        parts.config, parts.weights, None, parts.kv(), parts.runtime, MAX_TOKENS, clock=PartClock()
+        parts.config,
+        parts.weights,
+        None,
+        parts.kv(),
+        parts.runtime,
+        MAX_TOKENS,
+        clock=PartClock(),
+        recurrent=parts.recurrent(),
     )
 
 
@@ -103,6 +112,19 @@ def test_logits_match_those_of_a_mask_over_the_chosen_positions(
     assert np.abs(expected[few:] - without_mask[few:]).max() > 1e-3
 
 
+@pytest.mark.parametrize("group_size", [2, 4, 16, 32])
+def test_logits_match_those_of_a_mask_over_the_chosen_groups(
+    group_size: int, instruction_set: str, tmp_path: Path
+) -> None:
+    """Groups of a size that divides a KV block, and of two blocks; the last one is unfinished."""
+    config = grouped_config(replace(GROUPS, group_size=group_size, num_chosen=max(16, group_size)))
+    model = LatentModel(tmp_path, config)
+    with opened(model, instruction_set=instruction_set, threads=2) as parts:
+        (step,) = make_steps(parts.config, [[Run(0, 79)]])
+        found = decoder_of(parts).forward(step)
+    np.testing.assert_allclose(found, model.logits(step.token_ids.tolist()), atol=2e-5)
+
+
 @pytest.mark.parametrize("format", ["f32", "q8", "q4"])
 @pytest.mark.parametrize("config", [latent_config(QUERY_RANK), latent_config(PLAIN_QUERY), indexed_config()])
 def test_a_step_has_the_bits_of_its_operations_on_any_number_of_threads(
@@ -121,7 +143,7 @@ def test_a_step_has_the_bits_of_its_operations_on_any_number_of_threads(
         np.testing.assert_array_equal(threads, theirs)
 
 
-@pytest.mark.parametrize("config", [latent_config(QUERY_RANK), indexed_config()])
+@pytest.mark.parametrize("config", [latent_config(QUERY_RANK), indexed_config(), grouped_config()])
 def test_decode_equals_prefill(config: ModelConfig, instruction_set: str, tmp_path: Path) -> None:
     model = LatentModel(tmp_path, config, "bf16")
     with opened(model, instruction_set=instruction_set) as parts:

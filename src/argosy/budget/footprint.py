@@ -72,7 +72,7 @@ def kv_bytes(
 class KvLayout:
     """The layout of a KV cache, which decides how many bytes unused positions leave free.
 
-    regions: begin and end of the keys, and of the values, of each layer without a sliding window.
+    regions: begin and end of the keys, and of the values, of each store without a sliding window.
     """
 
     num_tokens: int

@@ -228,6 +228,9 @@ def _latent_shapes(latent: LatentConfig, hidden: int) -> Iterator[tuple[str, Sha
         yield "index_k_norm", (index.head_dim,)
         yield "index_k_norm_bias", (index.head_dim,)
         yield "index_weights", (index.num_heads, hidden)
+        if index.group_size > 1:
+            yield "index_gate", (index.head_dim, hidden)
+            yield "index_gate_bias", (index.group_size, index.head_dim)
     if latent.gate_rows:
         yield "attn_gate", (latent.gate_rows, hidden)
     yield "o", (hidden, heads * latent.value_dim)

@@ -117,6 +117,9 @@ class IndexConfig:
     head_dim: int
     is_interleaved: bool  # pairs of its rotary dimensions, which come first, whatever the layer's are
     norm_eps: float  # for the LayerNorm of its keys
+    # Positions of a group that share a key, the mean of theirs by the softmax of `index_gate` (GLM-5.3), and are chosen
+    # together; a token also sees its unfinished group. num_chosen is a multiple.
+    group_size: int = 1
     # shared: no indexer here, the layer sees what the last one with its own chose. missing: the file has none, so
     # tokens see all positions, which is exact while these are no more than num_chosen.
     kind: Literal["own", "shared", "missing"] = "own"
@@ -165,6 +168,26 @@ class LatentConfig:
     def num_chosen(self) -> int:
         """The most positions that a token sees; 0: all."""
         return 0 if self.index is None or self.index.kind == "missing" else self.index.num_chosen
+
+    @property
+    def group_size(self) -> int:
+        """The positions that are chosen together."""
+        return 1 if self.index is None else self.index.group_size
+
+    @property
+    def pools(self) -> dict[str, tuple[int, int, bool]]:
+        """Ratio, dimension and overlap of the pool of index keys, if groups share them."""
+        index = self.own_index
+        return (
+            {}
+            if index is None or index.group_size == 1
+            else {"index_": (index.group_size, index.head_dim, False)}
+        )
+
+    @property
+    def has_state(self) -> bool:
+        """Whether unfinished groups are kept per sequence."""
+        return bool(self.pools)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

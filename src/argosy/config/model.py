@@ -188,12 +188,12 @@ class ModelConfig:
 
     @property
     def recurrent_layers(self) -> tuple[int, ...]:
-        """The layers with a recurrent state."""
+        """The layers with a recurrent state: recurrent mixers, and pools of several positions."""
         return tuple(
             i
             for i, layer in enumerate(self.layers)
             if isinstance(layer.mixer, RecurrentMixer)
-            or (isinstance(layer.mixer, CompressedConfig) and layer.mixer.has_state)
+            or (isinstance(layer.mixer, LatentConfig | CompressedConfig) and layer.mixer.has_state)
         )
 
     @property

@@ -12,11 +12,9 @@ import numpy as np
 from argosy import _native
 from argosy.config import (
     ActivationConfig,
-    CompressedConfig,
     GatedResidual,
     Mixer,
     ModelConfig,
-    RecurrentMixer,
     RotaryMixer,
     SinkhornResidual,
 )
@@ -99,8 +97,7 @@ def kv_shapes(config: ModelConfig) -> list[_native.KvShape]:
 
 def state_shapes(config: ModelConfig) -> list[_native.StateShape]:
     """Return the state that each recurrent layer keeps per sequence."""
-    mixers = (config.layers[i].mixer for i in config.recurrent_layers)
-    return [state_shape(mixer) for mixer in mixers if isinstance(mixer, RecurrentMixer | CompressedConfig)]
+    return [state_shape(config.layers[i].mixer) for i in config.recurrent_layers]
 
 
 def stack_sizes(config: ModelConfig) -> _native.StackSizes:

@@ -24,7 +24,6 @@ from argosy.config import (
     Mixer,
     ModelConfig,
     QueryScale,
-    RecurrentMixer,
     ShortConvConfig,
 )
 from argosy.errors import CheckpointError
@@ -41,10 +40,9 @@ def describe_mixer(config: ModelConfig, layer: int, weights: DenseWeights) -> _n
         case AttentionConfig() as attention:
             return _attention(attention, name, weights)
         case LatentConfig() as latent:
-            return _latent(latent, name, weights)
+            return _latent(latent, name, weights, _store(config, layer), state_layer)
         case CompressedConfig() as compressed:
-            store = config.num_layers + sum(len(further_stores(one.mixer)) for one in config.layers[:layer])
-            return _compressed(compressed, name, weights, store, state_layer)
+            return _compressed(compressed, name, weights, _store(config, layer), state_layer)
         case DeltaConfig() as delta:
             return _delta(delta, name + "delta_", weights, state_layer)
         case KimiDeltaConfig() as delta:
@@ -56,6 +54,11 @@ def describe_mixer(config: ModelConfig, layer: int, weights: DenseWeights) -> _n
         case LightningConfig() as lightning:
             return _lightning(lightning, name + "lightning_", weights, state_layer)
     return None
+
+
+def _store(config: ModelConfig, layer: int) -> int:
+    """Return the number of the layer's first further store in the KV cache."""
+    return config.num_layers + sum(len(further_stores(one.mixer)) for one in config.layers[:layer])
 
 
 def _attention(attention: AttentionConfig, name: str, weights: DenseWeights) -> _native.Mixer:
@@ -221,7 +224,9 @@ def _decay_rate(name: str, weights: DenseWeights, *, is_log: bool, has_sign: boo
     return rate
 
 
-def _latent(latent: LatentConfig, name: str, weights: DenseWeights) -> _native.Mixer:
+def _latent(
+    latent: LatentConfig, name: str, weights: DenseWeights, store: int, state_layer: int
+) -> _native.Mixer:
     """Multi-head latent attention (arXiv:2405.04434). Loading split kv_up into k_up, transposed, and v_up."""
     return _native.multi_head_latent_attention(
         weights.matrices[name + ("q_up" if latent.query_rank else "q")],
@@ -238,19 +243,31 @@ def _latent(latent: LatentConfig, name: str, weights: DenseWeights) -> _native.M
         query_norm=weights.vectors.get(name + "q_down_norm"),
         query_scale=_query_scale(latent.query_scale),
         gate=weights.matrices.get(name + "attn_gate"),
-        num_chosen=latent.num_chosen,
-        indexer=None if latent.own_index is None else _indexer(latent.own_index, name + "index_", weights),
+        num_chosen=latent.num_chosen // latent.group_size,
+        group_size=latent.group_size,
+        indexer=(
+            None
+            if latent.own_index is None
+            else _indexer(latent.own_index, name + "index_", weights, store, state_layer)
+        ),
     )
 
 
-def _indexer(index: IndexConfig, name: str, weights: DenseWeights) -> _native.PositionIndexer:
-    """The lightning indexer (arXiv:2512.02556)."""
+def _indexer(
+    index: IndexConfig, name: str, weights: DenseWeights, store: int, state_layer: int
+) -> _native.PositionIndexer:
+    """The lightning indexer (arXiv:2512.02556), maybe with keys of groups (GLM-5.3)."""
+    is_pooled = index.group_size > 1
     return _native.PositionIndexer(
         *(weights.matrices[name + part] for part in ("q", "k", "weights")),
         key_norm=weights.vectors[name + "k_norm"],
         key_norm_bias=weights.vectors[name + "k_norm_bias"],
         norm_eps=index.norm_eps,
         has_interleaved_pairs=index.is_interleaved,
+        gate=weights.matrices[name + "gate"] if is_pooled else None,
+        gate_bias=weights.vectors[name + "gate_bias"].reshape(-1, index.head_dim) if is_pooled else None,
+        store=store if is_pooled else 0,
+        state_layer=state_layer if is_pooled else 0,
     )
 
 
@@ -294,7 +311,7 @@ def _compressed(
 
 def further_stores(mixer: Mixer | None) -> list[_native.KvShape]:
     """Return the stores of a layer with this mixer behind the layers' own: those of its pools."""
-    if not isinstance(mixer, CompressedConfig):
+    if not isinstance(mixer, LatentConfig | CompressedConfig):
         return []
     return [_native.KvShape.pooled(dim, ratio) for ratio, dim, _ in mixer.pools.values()]
 
@@ -315,15 +332,14 @@ def kv_shape(mixer: Mixer | None) -> _native.KvShape:
                 index_dim=mixer.index.head_dim if mixer.index else 0,
             )
         case LatentConfig():
-            return _native.KvShape.latent(
-                mixer.cached_dim, mixer.own_index.head_dim if mixer.own_index else 0
-            )
+            index = None if mixer.pools else mixer.own_index
+            return _native.KvShape.latent(mixer.cached_dim, index.head_dim if index else 0)
         case CompressedConfig():
             return _native.KvShape.latent(mixer.head_dim, is_windowed=True)
     return _native.KvShape.none()
 
 
-def state_shape(mixer: RecurrentMixer | CompressedConfig) -> _native.StateShape:
+def state_shape(mixer: Mixer | None) -> _native.StateShape:
     """Return the state that a layer with this mixer keeps per sequence."""
     match mixer:
         case DeltaConfig() | KimiDeltaConfig() | LightningConfig():
@@ -332,8 +348,9 @@ def state_shape(mixer: RecurrentMixer | CompressedConfig) -> _native.StateShape:
             return _native.StateShape.short_conv(mixer.channels, mixer.conv_width)
         case MambaConfig():
             return _native.StateShape.mamba(mixer.sizes)
-        case CompressedConfig():
+        case LatentConfig() | CompressedConfig():
             return _native.StateShape.pools(list(mixer.pools.values()))
+    return _native.StateShape.pools([])
 
 
 def add_mixer_sizes(sizes: _native.StackSizes, mixer: Mixer | None) -> None:
@@ -362,11 +379,12 @@ def add_mixer_sizes(sizes: _native.StackSizes, mixer: Mixer | None) -> None:
                 mixer.value_dim,
                 mixer.query_rank,
                 *(
-                    (index.num_heads, index.head_dim, index.num_chosen)
+                    (index.num_heads, index.head_dim, index.num_chosen // index.group_size)
                     if (index := mixer.own_index)
                     else (0, 0, 0)
                 ),
                 mixer.gate_rows,
+                mixer.group_size if mixer.own_index else 1,
             )
         case CompressedConfig():
             sizes.add_compressed_attention(

@@ -138,7 +138,7 @@ def _attention(config: ModelConfig, kv_dtype: KvDtype) -> tuple[Attention, ...]:
                 operations = 2.0 * latent.num_heads * (latent.cached_dim + latent.kv_rank)
                 add(latent.num_chosen, _native.KvShape.latent(latent.cached_dim), operations)
                 if (index := latent.own_index) is not None:
-                    add_index(index.num_heads, index.head_dim)
+                    add_index(index.num_heads, index.head_dim, 1 / index.group_size)
             case CompressedConfig() as compressed:
                 operations = 4.0 * compressed.num_heads * compressed.head_dim
                 add(compressed.sliding_window, kv_shape(compressed), operations)

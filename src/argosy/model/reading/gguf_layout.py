@@ -86,6 +86,8 @@ _LAYER_NAMES = {
     "index_k_norm": "indexer.k_norm.weight",
     "index_k_norm_bias": "indexer.k_norm.bias",
     "index_weights": "indexer.proj.weight",
+    "index_gate": "indexer_compressor_gate.weight",
+    "index_gate_bias": "indexer_compressor_ape.weight",
     "mlp_norm": "ffn_norm.weight",
     "mlp_post_norm": "post_ffw_norm.weight",
     "router": "ffn_gate_inp.weight",
