@@ -92,6 +92,8 @@ class DeepseekV4(DeepseekV41):
         its own and the second half of its own.
         """
         rows = len(x) // ratio
+        if not rows:
+            return np.zeros((0, dim))
         kv, gate = (self.linear(prefix + name, x)[: rows * ratio] for name in ("wkv", "wgate"))
         kv = kv.reshape(rows, ratio, -1)
         gate = gate.reshape(rows, ratio, -1) + self.weights[prefix + "ape"]
@@ -100,8 +102,6 @@ class DeepseekV4(DeepseekV41):
             earlier[1:], earlier_gate[1:] = kv[:-1, :, :dim], gate[:-1, :, :dim]
             kv = np.concatenate([earlier, kv[..., dim:]], axis=1)
             gate = np.concatenate([earlier_gate, gate[..., dim:]], axis=1)
-        if not rows:
-            return np.zeros((0, dim))
         mean = (kv * softmax(gate, 1)).sum(axis=1)
         entries = rms(mean, self.config["rms_norm_eps"], self.weights[prefix + "norm.weight"])
         return rotate(entries, ratio * np.arange(rows), frequency)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tests.models.safetensors_file import Array
+from tests.models.rows import Row
+from tests.models.safetensors_file import Array, write_safetensors
 
 RawConfig = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
@@ -155,3 +158,26 @@ def random_values(shapes: Shapes, num_experts: int, seed: int) -> dict[str, Arra
         else:
             tensors[name] = drawn * np.float32(1.2 / np.sqrt(shape[-1]))
     return tensors
+
+
+def write_deepseek_v4(directory: Path, config: RawConfig, seed: int) -> dict[str, Array]:
+    """Write a checkpoint, with weights in float32; return its tensors."""
+    tensors = random_values(shapes(config), config["n_routed_experts"], seed)
+    kinds = {name: "I64" if one.dtype == np.int64 else "F32" for name, one in tensors.items()}
+    (directory / "config.json").write_text(json.dumps(config))
+    write_safetensors(
+        directory / "model.safetensors", {name: (kinds[name], one) for name, one in tensors.items()}
+    )
+    return tensors
+
+
+ROWS = {
+    "deepseek_v4": Row(
+        shapes=None,
+        without_references="`tests/oracle/test_deepseek_v4.py` compares its numpy model with transformers",
+        without_record="`test_deepseek_v4.py` compares the metadata with the config",
+        without_converted="`gguf_deepseek_v4.py` writes the converter's names",
+        without_mlx="no checkpoint of MLX has been read",
+        chats=("deepseek_v4",),
+    )
+}

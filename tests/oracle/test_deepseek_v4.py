@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,7 @@ import numpy as np
 import pytest
 
 from tests.models.numpy_deepseek_v4 import DeepseekV4
-from tests.models.safetensors_file import write_safetensors
-from tests.models.tiny_deepseek_v4 import deepseek_v4, random_values, shapes
+from tests.models.tiny_deepseek_v4 import deepseek_v4, write_deepseek_v4
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -30,7 +28,7 @@ transformers = pytest.importorskip("transformers")
 def test_the_numpy_model_is_transformers(changes: dict[str, Any], length: int, tmp_path: Path) -> None:
     config = deepseek_v4(**changes)
     for seed in range(20):
-        tensors = random_values(shapes(config), config["n_routed_experts"], seed)
+        tensors = write_deepseek_v4(tmp_path, config, seed)
         tokens = np.random.default_rng(seed).integers(2, config["vocab_size"], length).tolist()
         ours = DeepseekV4(config, {name: one.astype(np.float64) for name, one in tensors.items()})
         expected = ours.logits(tokens)
@@ -38,11 +36,6 @@ def test_the_numpy_model_is_transformers(changes: dict[str, Any], length: int, t
             break
     else:
         pytest.fail("no seed has clear choices")
-    kinds = {name: "I64" if one.dtype == np.int64 else "F32" for name, one in tensors.items()}
-    write_safetensors(
-        tmp_path / "model.safetensors", {name: (kinds[name], one) for name, one in tensors.items()}
-    )
-    (tmp_path / "config.json").write_text(json.dumps(config))
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     with torch.no_grad():
         found = model(torch.tensor([tokens])).logits[0].numpy()

@@ -126,7 +126,7 @@ def dense_name(canonical: str, names: Mapping[str, str] = {}) -> str:
     """Return the GGUF name of a dense tensor such as `head` or `layers.3.q_bias`; `names` are an architecture's own
     names, of one layer (`layers.3.q_bias`) or of all (`q_bias`).
     """
-    if canonical in _MODEL_NAMES:
+    if "." not in canonical:
         return names.get(canonical) or _MODEL_NAMES[canonical]
     _, layer, last = canonical.split(".")
     return f"blk.{layer}.{names.get(canonical) or names.get(last) or _LAYER_NAMES[last]}"

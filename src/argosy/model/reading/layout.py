@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from argosy.checkpoint.files import (
@@ -90,6 +90,7 @@ class Layout:
     """Names below `{prefix}layers.{i}.`: dense tensors by canonical name, experts one by one or fused."""
 
     layer_names: Mapping[str, str]
+    model_names: Mapping[str, str] = field(default_factory=dict)  # of tensors behind the layers, whole names
     expert_names: tuple[str, ...] | None = None  # gate, up and down, or up and down, with {expert}
     stacked_names: tuple[str, ...] | None = None  # the same, all experts in one
     fused_names: tuple[str, str] | None = None  # gate and up in one, down
@@ -119,6 +120,8 @@ class Layout:
             return self.head_name
         if canonical in ("embed", "final_norm"):
             return self.prefix + (self.embed_name if canonical == "embed" else self.final_norm_name)
+        if canonical in self.model_names:
+            return self.model_names[canonical]
         _, layer, last = canonical.split(".")
         if self.first_layer and last in _MTP_NAMES:
             return self.prefix + _MTP_NAMES[last]
