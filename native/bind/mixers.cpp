@@ -110,7 +110,7 @@ BoundMixer grouped_query_attention(
 BoundMixer gated_delta_net(const Matrix& qkv, const Matrix& b, const Matrix& output, const Matrix* z,
                            const Matrix* a, const ArrayOf<float>& conv, const ArrayOf<float>& rate,
                            const ArrayOf<float>& dt_bias, const ArrayOf<float>& norm, const DeltaShape& shape,
-                           bool is_tiled, int64_t state_layer) {
+                           bool is_tiled, bool has_sigmoid_gate, int64_t state_layer) {
   BoundMixer bound;
   Kept& kept = bound.kept;
   GatedDeltaNet net = {};
@@ -128,6 +128,7 @@ BoundMixer gated_delta_net(const Matrix& qkv, const Matrix& b, const Matrix& out
       .norm = kept.keep("norm", norm, shape.value_dim),
       .eps = 0.0f,
       .is_tiled = is_tiled,
+      .has_sigmoid_gate = has_sigmoid_gate,
   };
   const float* channels = kept.keep("conv", conv, {shape.conv_width, shape.conv_channels()});
   for (int64_t part = 0; part < 3; ++part) net.weights.conv[part] = channels + part * shape.key_channels();
@@ -179,6 +180,7 @@ BoundMixer kimi_delta_attention(const Matrix& query, const Matrix& key, const Ma
       .norm = kept.keep("norm", norm, shape.value_dim),
       .eps = 0.0f,
       .is_tiled = false,
+      .has_sigmoid_gate = true,
       .has_channel_decay = true,
       .floor = floor,
   };
@@ -699,12 +701,13 @@ void bind_mixers(nb::module_& m) {
       "gated_delta_net",
       [](const Matrix& qkv, const Matrix& b, const Matrix& output, const Matrix* z, const Matrix* a,
          const ArrayOf<float>& conv, const ArrayOf<float>& rate, const ArrayOf<float>& dt_bias,
-         const ArrayOf<float>& norm, const DeltaSizes& sizes, bool is_tiled, int64_t state_layer) {
-        return gated_delta_net(qkv, b, output, z, a, conv, rate, dt_bias, norm, delta_shape(sizes), is_tiled,
+         const ArrayOf<float>& norm, const DeltaSizes& sizes, bool is_tiled, int64_t state_layer,
+         bool has_sigmoid_gate) {
+        return gated_delta_net(qkv, b, output, z, a, conv, rate, dt_bias, norm, delta_shape(sizes), is_tiled, has_sigmoid_gate,
                                state_layer);
       },
       "qkv"_a, "b"_a, "output"_a, nb::kw_only(), "z"_a.none() = nb::none(), "a"_a.none() = nb::none(),
-      "conv"_a, "rate"_a, "dt_bias"_a, "norm"_a, "sizes"_a, "is_tiled"_a, "state_layer"_a, R"(
+      "conv"_a, "rate"_a, "dt_bias"_a, "norm"_a, "sizes"_a, "is_tiled"_a, "state_layer"_a, "has_sigmoid_gate"_a = false, R"(
     Projections -> `gated_delta` -> output projection. Vectors and `is_tiled` are as for `gated_delta`.
 
     Args:

@@ -129,7 +129,7 @@ void gated_delta(Runtime& runtime, RecurrentState& recurrent, int64_t layer, con
           .stride = inputs.stride,
           .z = inputs.z + run.begin * inputs.z_stride + head / sharing * inputs.z_group + value_at,
           .z_stride = inputs.z_stride,
-          .is_sigmoid = weights.has_channel_decay,
+          .is_sigmoid = weights.has_sigmoid_gate,
           .decay = a,
           .decay_stride = inputs.a_stride,
           .beta = b,

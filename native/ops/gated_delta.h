@@ -49,8 +49,9 @@ struct DeltaWeights {
   const float* norm;     // [value_dim]
   float eps;             // the norm's epsilon
   bool is_tiled;         // value head i uses key head i modulo key heads, not i / (value heads per key head)
-  // Kimi Delta Attention: each key dimension has its own decay, at least e^floor if floor < 0, and the output
-  // is gated by sigmoid(z), not silu(z). As many value heads as key heads.
+  bool has_sigmoid_gate = false;  // the output is gated by sigmoid(z), not silu(z)
+  // Kimi Delta Attention: each key dimension has its own decay, at least e^floor if floor < 0. With
+  // has_sigmoid_gate, and as many value heads as key heads.
   bool has_channel_decay = false;
   float floor = 0;
 };

@@ -1743,6 +1743,7 @@ def gated_delta_net(
     sizes: _DeltaSizes,
     is_tiled: bool,
     state_layer: int,
+    has_sigmoid_gate: bool = False,
 ) -> Mixer:
     """
     Projections -> `gated_delta` -> output projection. Vectors and `is_tiled` are as for `gated_delta`.

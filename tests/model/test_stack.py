@@ -66,7 +66,8 @@ STEPS = [
     [Run(3, 1), decode(1)],
 ]
 
-CHECKPOINTS = {reference.name: reference.directory for reference in REFERENCES}
+# Residual streams and tables have their own tests: test_residual.py, test_ngram_layer.py.
+CHECKPOINTS = {one.name: one.directory for one in REFERENCES if not one.name.startswith("qwen4_exp")}
 PACKED = {
     "mixtral-q8": (mixtral(hidden_size=80, intermediate_size=72), "q8"),
     "minimax_m2-q8": (minimax_m2(num_local_experts=16, num_experts_per_tok=4), "q8"),

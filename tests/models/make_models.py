@@ -129,7 +129,9 @@ def load(directory: Path) -> transformers.PreTrainedModel:
         "model.multi_modal_projector.",
         "model.view_separator",
     )  # the files hold only some of their tensors
-    constants = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")  # of lightning attention
+    # Of lightning attention, and of n-gram tables: they follow from the config.
+    constants = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
+    constants += ("layer_multipliers", "ngram_heads_offsets", "ngram_heads_vocab_sizes")
     info["missing_keys"] = [
         name
         for name in info["missing_keys"]
@@ -198,7 +200,7 @@ def index_margins() -> Iterator[list[float]]:
 
     def noted(scores: torch.Tensor, k: int, *args: Any, **kwargs: Any) -> Any:
         if "Indexer" in sys._getframe(1).f_code.co_qualname:
-            for row in scores.flatten(0, -2):
+            for row in scores.reshape(-1, scores.shape[-1]):
                 seen = row[row > torch.finfo(row.dtype).min].sort(descending=True).values
                 if len(seen) > k:
                     largest = (

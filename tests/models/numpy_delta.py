@@ -51,7 +51,8 @@ def delta_net(config: RawConfig, tensors: Mapping[str, Array], prefix: str, x: A
             state = state + np.outer(key, beta[t, head] * (v[t, head] - key @ state))
             out[t, head] = q[t, head // shared_by] @ state
     out = out / np.sqrt((out**2).mean(axis=-1, keepdims=True) + config["rms_norm_eps"])
-    out = tensors[prefix + "norm.weight"] * out * silu(z)
+    gate = silu(z) if config.get("output_gate_type", "silu") == "silu" else 1 / (1 + np.exp(-z))
+    out = tensors[prefix + "norm.weight"] * out * gate
     return out.reshape(num_tokens, -1) @ tensors[prefix + "out_proj.weight"].T
 
 

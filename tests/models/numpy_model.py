@@ -18,6 +18,7 @@ from tests.models import (
     numpy_dense,
     numpy_llama4,
     numpy_mamba,
+    numpy_qwen4,
     numpy_recurrent,
     numpy_windows,
     tiny_cohere,
@@ -32,6 +33,7 @@ from tests.models import (
     tiny_mamba,
     tiny_minimax,
     tiny_minimax_m3,
+    tiny_qwen4,
     tiny_recurrent,
     tiny_step,
     tiny_windows,
@@ -46,7 +48,7 @@ from tests.models.tiny import CHOICE_BIASES, RawConfig, expert_names, head_dim, 
 
 DEFAULT_THETA = {"mixtral": 1e6, "qwen2_moe": 1e4, "qwen3_moe": 1e4, "gpt_oss": 1.5e5}
 DEFAULT_THETA |= {"glm4_moe": 1e4, "olmoe": 1e4, "minimax_m2": 5e6}
-DEFAULT_THETA |= dict.fromkeys(tiny_delta.FAMILIES, 1e4) | {"lfm2_moe": 1e6}
+DEFAULT_THETA |= dict.fromkeys((*tiny_delta.FAMILIES, *tiny_qwen4.FAMILIES), 1e4) | {"lfm2_moe": 1e6}
 
 # Families whose positions have three axes, each of which rotates some pairs of a head (m-rope): whether the pairs of
 # the axes alternate, and how many pairs each axis has by default. transformers ignores `mrope_interleaved`.
@@ -54,11 +56,12 @@ AXES = {
     "qwen3_vl_moe_text": (True, [24, 20, 20]),
     "qwen3_omni_moe_text": (True, [24, 20, 20]),
     "qwen3_5_moe_text": (True, [11, 11, 10]),
+    "qwen4_exp_text": (True, [11, 11, 10]),
     "glm4v_moe_text": (False, [8, 12, 12]),
 }
 
 
-TEXT_TYPES = tiny_wrappers.TEXT_TYPES | {"gemma4_text": tiny_gemma.FAMILY}
+TEXT_TYPES = tiny_wrappers.TEXT_TYPES | {"gemma4_text": tiny_gemma.FAMILY, "qwen4_exp": "qwen4_exp_text"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +114,7 @@ class NumpyModel:
         self.family = family = self.config["model_type"]
         self.axes = AXES.get(family.removesuffix("_text") + "_text")
         self.config = self.config | {"model_type": TEXT_TYPES.get(family, family)}
-        self.is_delta = self.config["model_type"] in tiny_delta.FAMILIES
+        self.is_delta = self.config["model_type"] in (*tiny_delta.FAMILIES, *tiny_qwen4.FAMILIES)
         self.is_gemma = self.config["model_type"] == tiny_gemma.FAMILY
         self.is_gemma3 = self.config["model_type"] in tiny_dense.GEMMA
         self.kinds = tiny_delta.layer_kinds(self.config) if self.is_delta else []
@@ -151,6 +154,8 @@ class NumpyModel:
         """Return logits, float64 [tokens, vocab]. Without `spans`, the tokens are text."""
         self.router_margin, self.hidden_states = math.inf, []
         spans = Spans() if spans is None else spans
+        if self.config["model_type"] in tiny_qwen4.FAMILIES:
+            return numpy_qwen4.logits(self, token_ids, self.places(len(token_ids), spans, 0))
         places = [
             self.places(len(token_ids), spans, layer) for layer in range(self.config["num_hidden_layers"])
         ]

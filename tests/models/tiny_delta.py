@@ -161,11 +161,11 @@ def delta_shapes(config: RawConfig) -> Shapes:
     for i, kind in enumerate(layer_kinds(text)):
         layer = f"{prefix}layers.{i}."
         shapes[layer + "input_layernorm.weight"] = (hidden,)
-        mixer = _delta_shapes if kind == "linear_attention" else _attention_shapes
+        mixer = delta_tensors if kind == "linear_attention" else attention_tensors
         shapes |= {layer + name: shape for name, shape in mixer(text).items()}
         shapes[layer + "post_attention_layernorm.weight"] = (hidden,)
         if i in moe_layers:
-            shapes |= _moe_shapes(text, layer + "mlp.", is_fused)
+            shapes |= moe_tensors(text, layer + "mlp.", is_fused)
         else:
             shapes |= _swiglu_shapes(layer + "mlp.", hidden, text["intermediate_size"])
     shapes[prefix + "norm.weight"] = (hidden,)
@@ -177,7 +177,7 @@ def delta_shapes(config: RawConfig) -> Shapes:
     return shapes
 
 
-def _attention_shapes(config: RawConfig) -> Shapes:
+def attention_tensors(config: RawConfig) -> Shapes:
     hidden, dim = config["hidden_size"], config["head_dim"]
     heads, kv_rows = config["num_attention_heads"], config["num_key_value_heads"] * dim
     rows = {"q": 2 * heads * dim, "k": kv_rows, "v": kv_rows}
@@ -189,7 +189,7 @@ def _attention_shapes(config: RawConfig) -> Shapes:
     return shapes | {"self_attn.q_norm.weight": (dim,), "self_attn.k_norm.weight": (dim,)}
 
 
-def _delta_shapes(config: RawConfig) -> Shapes:
+def delta_tensors(config: RawConfig) -> Shapes:
     hidden, heads = config["hidden_size"], config["linear_num_value_heads"]
     keys = config["linear_num_key_heads"] * config["linear_key_head_dim"]
     values = heads * config["linear_value_head_dim"]
@@ -209,7 +209,7 @@ def _delta_shapes(config: RawConfig) -> Shapes:
     }
 
 
-def _moe_shapes(config: RawConfig, block: str, is_fused: bool) -> Shapes:
+def moe_tensors(config: RawConfig, block: str, is_fused: bool) -> Shapes:
     hidden, experts, width = config["hidden_size"], config["num_experts"], config["moe_intermediate_size"]
     shapes: Shapes = {block + "gate.weight": (experts, hidden)}
     if is_fused:

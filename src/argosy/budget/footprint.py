@@ -32,6 +32,7 @@ from argosy.experts.slots import SlotLayout, lay_out
 from argosy.media.parts import LOW_DETAIL_TOKENS, Kind
 from argosy.model.draft_layer import MOST_DRAFT_ROWS, copied_head_bytes, joining_bytes
 from argosy.model.layers import kv_shapes, stack_sizes, state_shapes
+from argosy.model.tables import table_bytes
 from argosy.model.weights import dense_footprint
 
 if TYPE_CHECKING:
@@ -320,6 +321,10 @@ class ModelFootprint:
 
     def state_bytes(self, num_states: int) -> int:
         return state_bytes(self.config, num_states)
+
+    def table_bytes(self, cached_bytes: int, step_tokens: int) -> int:
+        """Return the memory of n-gram tables with `cached_bytes` of cached rows each; 0: there are none."""
+        return table_bytes(self.config, self.files.tables, cached_bytes, step_tokens)
 
     def working_bytes(self, step_tokens: int) -> int:
         """Return the memory of a step of at most `step_tokens` tokens."""

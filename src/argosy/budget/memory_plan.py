@@ -1,7 +1,7 @@
 """The division of a memory budget: `planner.py` decides it; tables, JSON and errors show it.
 
     budget = process + dense weights + KV cache + recurrent state + replay + requests + routing + group
-             + working buffers + staging + expert records + page tables + expert cache
+             + n-gram tables + working buffers + staging + expert records + page tables + expert cache
 
 `MemoryPlan.parts` is the one list of what the budget pays for: totals, tables and JSON all come from it.
 """
@@ -53,6 +53,8 @@ class MemoryPlan:
     snapshot_bytes: int = 0  # recurrent states kept at the end of prefixes
     num_snapshots: int = 0
     claimed: Mapping[str, int] = field(default_factory=dict)  # bytes by part of `CLAIMED`
+    table_bytes: int = 0  # cached rows of n-gram tables, and rows that land
+    table_cache_bytes: int = 0  # the part of each table's that is cached rows
     working_bytes: int
     staging_bytes: int  # buffers that readers transcode from
     bookkeeping_bytes: int  # the place and last use of each expert
@@ -102,6 +104,7 @@ class MemoryPlan:
             window_blocks=None if self.windows is None else self.windows.num_window_blocks,
             slots=None if self.slots.is_packed else self.slots,
             most_experts=most_experts,
+            table_cache_bytes=self.table_cache_bytes,
         )
 
     def _sizes(self) -> dict[str, int]:
@@ -114,6 +117,7 @@ class MemoryPlan:
             "recurrent_state_bytes": self.state_bytes,
             "snapshot_bytes": self.snapshot_bytes,
             **{key: self.claimed.get(key, 0) for key in CLAIMED},
+            "table_bytes": self.table_bytes,
             "working_bytes": self.working_bytes,
             "staging_bytes": self.staging_bytes,
             "expert_record_bytes": self.bookkeeping_bytes,
@@ -140,6 +144,10 @@ class MemoryPlan:
             "recurrent_state_bytes": ("recurrent state", f"{self.num_states} sequences at once"),
             "snapshot_bytes": ("state snapshots", f"{self.num_snapshots} prompt prefixes"),
             **CLAIMED,
+            "table_bytes": (
+                "n-gram tables",
+                "rows in memory, and rows that land; the others stay on the drive",
+            ),
             "working_bytes": ("working buffers", f"{self.chunk_tokens} tokens a step"),
             "staging_bytes": ("staging", "buffers for transcoding"),
             "expert_record_bytes": ("expert records", "location and uses of each expert"),

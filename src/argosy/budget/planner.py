@@ -51,6 +51,7 @@ from argosy.kept.kv_windows import WindowSizes, window_sizes
 from argosy.kept.prefix_files import buffer_bytes
 from argosy.machine.resources import PROCESS_GROWTH_BYTES, THREAD_BYTES, held_bytes, page_table_bytes
 from argosy.model.draft_layer import MOST_BEHIND
+from argosy.model.tables import cache_bytes
 
 SMALLEST_CHUNK = 16
 RESIDENT_CHUNK = 512  # with 8 of 128 experts, 32 tokens each; a longer chunk only enlarges working buffers
@@ -144,6 +145,7 @@ def _without_experts(
     )
     windows = _windows(footprint, config, context, chunk)
     num_window_blocks = None if windows is None else windows.num_window_blocks
+    table_cache_bytes = cache_bytes(footprint.files.tables, config.budget.ram_bytes)
     fixed = process_bytes + (GRAMMAR_BYTES if config.grammars else 0) + claims(PROCESS)
     return MemoryPlan(
         budget_bytes=config.budget.ram_bytes,
@@ -167,6 +169,8 @@ def _without_experts(
             has_windows=windows is not None,
             records=claims("routing_bytes") > 0,
         ),
+        table_bytes=footprint.table_bytes(table_cache_bytes, chunk + config.decode_tokens),
+        table_cache_bytes=table_cache_bytes,
         staging_bytes=footprint.staging_bytes,
         bookkeeping_bytes=0,
         resident_bytes=footprint.resident_bytes,

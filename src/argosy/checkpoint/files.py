@@ -30,6 +30,7 @@ from argosy.checkpoint.gguf import GgufFile
 from argosy.checkpoint.landing import AS_STORED, Halves, Landing, MatrixRef, Piece, Strided, Transcoded
 from argosy.checkpoint.latent_up import KeyValueRows
 from argosy.checkpoint.safetensors import TensorRef
+from argosy.checkpoint.tables import TableRef
 from argosy.checkpoint.untrusted_file import quote
 from argosy.config import Format, LayerConfig, ModelConfig
 from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
@@ -284,6 +285,7 @@ class ModelFiles:
     others: Mapping[str, TensorRef] = field(default_factory=dict)
     # The header of a GGUF model's vision tower, whose tensors are `others`; or why the tower is not used.
     mmproj: GgufFile | ArgosyError | None = None
+    tables: Mapping[int, TableRef] = field(default_factory=dict)  # n-gram tables by layer
     draft: DraftFiles | ArgosyError | None = None  # why the layer cannot be used; None: there is none
     # Ollama's parameters of the model, if it stores them; or why they are not used.
     ollama_params: Mapping[str, object] | CheckpointError = field(default_factory=dict)
@@ -353,12 +355,18 @@ class ModelFiles:
         paths = {str(piece.path) for ref in self.dense.values() for piece in ref.pieces}
         paths |= {str(path) for path in self.records.paths}
         paths |= {str(ref.path) for ref in self.others.values()}
+        paths |= {str(path) for table in self.tables.values() for path in table.paths}
         return [Path(path) for path in sorted(paths)]
 
     @cached_property
     def dense_bytes(self) -> int:
         """The bytes of all tensors that every token needs."""
         return sum(ref.landing.own_bytes(ref) for ref in self.dense.values())
+
+    @cached_property
+    def table_bytes(self) -> int:
+        """The bytes of all tables, which stay on the drive."""
+        return sum(table.nbytes for table in self.tables.values())
 
     @cached_property
     def expert_bytes(self) -> int:

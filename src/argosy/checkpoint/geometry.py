@@ -29,6 +29,7 @@ from argosy.config import (
     MambaConfig,
     Mixer,
     ModelConfig,
+    NgramConfig,
     ShortConvConfig,
     SinkhornResidual,
 )
@@ -56,7 +57,8 @@ def dense_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
         for name, shape in _layer_shapes(config, layer):
             yield f"layers.{layer}.{name}", shape
     yield from _mix_shapes(config, "head")
-    yield "final_norm", (hidden,)
+    if not isinstance(config.residual, GatedResidual):  # whose head norms the streams itself
+        yield "final_norm", (hidden,)
     if not config.is_embedding_tied:
         yield "head", (config.vocab_size, hidden)
 
@@ -105,13 +107,18 @@ def count_parameters(config: ModelConfig) -> tuple[int, int]:
     choose.
     """
     dense = sum(prod(shape) for _, shape in dense_shapes(config))
+    tables = [layer.ngrams for layer in config.layers if layer.ngrams is not None]
     sizes = {layer: sum(map(prod, expert_shapes(config, layer))) for layer in config.moe_layers}
     active = sum(config.chosen_in(layer) * size for layer, size in sizes.items())
-    return dense + config.num_experts * sum(sizes.values()), dense + active
+    active += sum(table.width for table in tables)
+    total = config.num_experts * sum(sizes.values()) + sum(table.num_rows * table.row_dim for table in tables)
+    return dense + total, dense + active
 
 
 def _layer_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]]:
     vector, parts = (config.hidden_size,), config.layers[layer]
+    if parts.ngrams is not None:
+        yield from _ngram_shapes(config, parts.ngrams)
     if parts.mixer is not None:
         yield from _mix_shapes(config, "attn")
         if config.has_pre_norms:
@@ -128,6 +135,18 @@ def _layer_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]
             yield "mlp_post_norm", vector
     if config.has_layer_scale:
         yield "layer_scale", (1,)
+
+
+def _ngram_shapes(config: ModelConfig, ngrams: NgramConfig) -> Iterator[tuple[str, Shape]]:
+    """Return the shapes of an n-gram sublayer, except its table. Rows of the key: those of each stream in turn."""
+    channels = config.num_streams * config.hidden_size
+    yield "ngram_key", (channels, ngrams.width)
+    yield "ngram_value", (config.hidden_size, ngrams.width)
+    yield "ngram_key_norm", (channels,)
+    yield "ngram_query_norm", (channels,)
+    if ngrams.conv_width:
+        yield "ngram_conv_norm", (channels,)
+        yield "ngram_conv", (channels, ngrams.conv_width)
 
 
 def _mix_shapes(config: ModelConfig, part: str) -> Iterator[tuple[str, Shape]]:

@@ -152,6 +152,11 @@ def _require_packable(files: ModelFiles, destination: Path, format: str) -> None
             f"{files.path} is already {quantised}, which is not quantised again",
             hint="`--format source` keeps them as they are; for another format, pack from the original checkpoint",
         )
+    if files.tables:
+        raise UsageError(
+            f"{files.path} has n-gram tables of {format_bytes(files.table_bytes)}, which packs do not hold",
+            hint="run the checkpoint in place: its tables stay on the drive either way",
+        )
     if destination.name.endswith(PARTIAL_SUFFIX) or destination.name in ("", ".", ".."):
         raise UsageError(f"'{destination}' cannot be the name of a pack")
     if destination.is_symlink() or (destination.exists() and not destination.is_dir()):

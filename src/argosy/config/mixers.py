@@ -90,6 +90,8 @@ class AttentionConfig:
     # elements: `attn_gate` gives one for each head, or for each element.
     output_gate: Literal["none", "query", "heads", "elements"] = "none"
     gate_activation: Literal["sigmoid", "softplus"] = "sigmoid"
+    # Its indexer is not run: tokens see all positions, which is exact up to so many. 0: it has none.
+    exact_positions: int = 0
     index: BlockIndexConfig | None = None  # a token sees only the best blocks; None: all
 
     @property
@@ -265,6 +267,7 @@ class DeltaConfig:
     # Value head i uses key head i % num_key_heads, not i // (num_value_heads / num_key_heads).
     is_tiled: bool = False
     is_rate_log: bool = True  # the decay rate is stored as log(-rate)
+    has_sigmoid_gate: bool = False  # the output is multiplied by sigmoid(z), not by silu(z)
 
     @property
     def key_channels(self) -> int:

@@ -234,6 +234,11 @@ class ModelConfig:
         return replace(self, layers=tuple(changed[layer] for layer in self.layers))
 
     @property
+    def num_streams(self) -> int:
+        """The hidden states of a token."""
+        return 1 if self.residual is None else self.residual.num_streams
+
+    @property
     def ngram_layers(self) -> tuple[int, ...]:
         """The layers with an n-gram table."""
         return tuple(i for i, layer in enumerate(self.layers) if layer.ngrams is not None)
@@ -266,7 +271,10 @@ class ModelConfig:
 
     @property
     def exact_tokens(self) -> int | None:
-        """The positions up to which results are exact, because the file lacks indexers; None: all of them are."""
+        """The positions up to which results are exact, because indexers are missing or not run; None: all of them."""
+        attention = self._first(AttentionConfig)
+        if attention is not None and attention.exact_positions:
+            return attention.exact_positions
         index = self.latent.index if self.latent is not None else None
         return index.num_chosen if index is not None and index.kind == "missing" else None
 
@@ -284,6 +292,7 @@ class ModelConfig:
         last = ([one for one in attending if one.is_moe] or attending or list(self.layers))[-1]
         if isinstance(last.mixer, LatentConfig):
             last = replace(last, mixer=replace(last.mixer, index=None))
+        last = replace(last, ngrams=None)
         passed_over = replace(last, is_moe=False, has_network=True, activation=None, shared_activation=None)
         return replace(self, layers=(*(passed_over,) * self.num_layers, replace(passed_over, is_moe=True)))
 

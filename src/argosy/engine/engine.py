@@ -204,7 +204,9 @@ class Engine(BlockingCalls):
             return
         expert = error.facts.get("expert")
         concerned = scheduled.sequences
-        if isinstance(expert, int):
+        if isinstance(rows := error.facts.get("rows"), np.ndarray):  # of an n-gram table
+            concerned = [concerned[i] for i in np.unique(scheduled.step.sequence[rows])]
+        elif isinstance(expert, int):
             rows = self._started.model.rows_of(expert)
             concerned = [concerned[i] for i in np.unique(scheduled.step.sequence[rows])]
         for sequence in concerned or scheduled.sequences:

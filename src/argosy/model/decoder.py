@@ -77,6 +77,7 @@ class Decoder:
         self._clock = clock
         self._observe = observe
         self._tapped: dict[int, Array] = {}
+        self._tables = tables = weights.tables
         self._layers = layers = range(config.num_layers) if layers is None else layers
         routed = [layer for layer in config.moe_layers if layer in layers]
         self._next_moe_layer = dict(pairwise(routed))
@@ -85,11 +86,13 @@ class Decoder:
             kv,
             embedding=weights.matrices["embed"],
             head=weights.matrices[config.head_name],
-            final_norm=weights.vectors["final_norm"],
+            final_norm=weights.vectors.get("final_norm"),
             norm_eps=config.norm_eps,
             rotaries=[rotary(rope) for rope in config.ropes],
             activation=describe_activation(config.activation),
-            layers=describe_layers(config, weights)[layers.start : layers.stop],
+            layers=describe_layers(config, weights, {} if tables is None else tables.rows)[
+                layers.start : layers.stop
+            ],
             max_tokens=max_tokens,
             experts_off=experts is None,
             recurrent=recurrent,
@@ -106,12 +109,15 @@ class Decoder:
 
         Raises:
             ValueError: a field of the step has a wrong type or shape, or a number that is out of range.
+            ReadFailed, CheckpointError: rows of an n-gram table are missing.
         """
         logits = np.empty((len(step.wanted), self.config.vocab_size), np.float32)
         self._tapped = {}
         for layer in step.taps:
             self._tapped[layer] = np.empty((step.num_tokens, self.config.hidden_size), np.float32)
         self._use_experts()
+        if self._tables is not None:
+            self._tables.begin(step)
         if self.room_for_choices is not None:
             self.choices = self.room_for_choices(step.num_tokens)
         self._stack.begin(
@@ -150,6 +156,8 @@ class Decoder:
 
     def _pause(self) -> None:
         self.progressed_at = monotonic()
+        if self._tables is not None:
+            self._tables.check()
         if (pause := self.between_layers) is not None:
             pause()
             self._use_experts()

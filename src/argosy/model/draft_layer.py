@@ -18,6 +18,8 @@ Elsewhere: `engine/drafts/mtp.py` proposes tokens with it; `decoder.py` runs the
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -75,7 +77,7 @@ class DraftLayer:
         self._join, self._final_norm = weights.matrices[name + "join"], weights.vectors[name + "final_norm"]
         self._decoder = Decoder(
             config,
-            weights,
+            replace(weights, tables=None),
             experts,
             kv,
             runtime,

@@ -7,6 +7,8 @@ native/ops/stack.h.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from argosy import _native
@@ -15,6 +17,7 @@ from argosy.config import (
     GatedResidual,
     Mixer,
     ModelConfig,
+    NgramConfig,
     RotaryMixer,
     SinkhornResidual,
 )
@@ -23,8 +26,10 @@ from argosy.model.mixers import add_mixer_sizes, describe_mixer, further_stores,
 from argosy.model.weights import DenseWeights, Vector
 
 
-def describe_layers(config: ModelConfig, weights: DenseWeights) -> list[_native.Layer]:
-    """Describe every layer of a model, using the memory of `weights`."""
+def describe_layers(
+    config: ModelConfig, weights: DenseWeights, tables: Mapping[int, _native.TableRows] = {}
+) -> list[_native.Layer]:
+    """Describe every layer of a model, using the memory of `weights`, and the n-gram tables by layer."""
     vectors = weights.vectors
     return [
         _native.Layer(
@@ -42,8 +47,44 @@ def describe_layers(config: ModelConfig, weights: DenseWeights) -> list[_native.
             normed_residual=config.normed_residual,
             mixer_mix=None if layer.mixer is None else _mix(config, f"layers.{i}.attn_mix", weights),
             ffn_mix=_mix(config, f"layers.{i}.mlp_mix", weights) if layer.has_network else None,
+            ngrams=None if layer.ngrams is None else _ngrams(config, i, layer.ngrams, weights, tables[i]),
         )
         for i, layer in enumerate(config.layers)
+    ]
+
+
+def _ngrams(
+    config: ModelConfig,
+    layer: int,
+    ngrams: NgramConfig,
+    weights: DenseWeights,
+    table: _native.TableRows,
+) -> _native.Ngrams:
+    """The n-gram sublayer (Engram, arXiv:2601.07372). Taps that its convolution skips are zeros."""
+    name, vectors = f"layers.{layer}.ngram_", weights.vectors
+    conv = None
+    if ngrams.conv_width:
+        taps = vectors[name + "conv"]
+        conv = np.zeros((ngrams.conv_span, taps.shape[1]), np.float32)
+        conv[:: ngrams.conv_dilation] = taps
+    return _native.ngrams(
+        table,
+        weights.matrices[name + "key"],
+        weights.matrices[name + "value"],
+        key_norm=vectors[name + "key_norm"],
+        query_norm=vectors[name + "query_norm"],
+        conv=conv,
+        conv_norm=vectors.get(name + "conv_norm"),
+        state_layer=len(config.recurrent_layers) + _conv_layers(config).index(layer)
+        if ngrams.conv_width
+        else 0,
+    )
+
+
+def _conv_layers(config: ModelConfig) -> list[int]:
+    """The layers whose n-gram sublayer has a convolution; their states follow those of the mixers."""
+    return [
+        i for i, layer in enumerate(config.layers) if layer.ngrams is not None and layer.ngrams.conv_width
     ]
 
 
@@ -97,7 +138,14 @@ def kv_shapes(config: ModelConfig) -> list[_native.KvShape]:
 
 def state_shapes(config: ModelConfig) -> list[_native.StateShape]:
     """Return the state that each recurrent layer keeps per sequence."""
-    return [state_shape(config.layers[i].mixer) for i in config.recurrent_layers]
+    shapes = [state_shape(config.layers[i].mixer) for i in config.recurrent_layers]
+    for number in _conv_layers(config):
+        ngrams = config.layers[number].ngrams
+        assert ngrams is not None
+        shapes.append(
+            _native.StateShape.short_conv(config.num_streams * config.hidden_size, ngrams.conv_span)
+        )
+    return shapes
 
 
 def stack_sizes(config: ModelConfig) -> _native.StackSizes:
@@ -113,6 +161,8 @@ def stack_sizes(config: ModelConfig) -> _native.StackSizes:
             sizes.add_residual(streams, streams, rank)
     for i, layer in enumerate(config.layers):
         add_mixer_sizes(sizes, layer.mixer)
+        if layer.ngrams is not None:
+            sizes.add_ngrams(layer.ngrams.width, config.num_streams)
         if layer.is_moe:
             sizes.add_routed(
                 config.num_experts,

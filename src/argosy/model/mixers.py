@@ -126,6 +126,7 @@ def _delta(delta: DeltaConfig, name: str, weights: DenseWeights, state_layer: in
         norm=weights.vectors[name + "norm"],
         sizes=delta.sizes,
         is_tiled=delta.is_tiled,
+        has_sigmoid_gate=delta.has_sigmoid_gate,
         state_layer=state_layer,
     )
 

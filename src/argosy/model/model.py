@@ -32,6 +32,7 @@ from argosy.model.decoder import Decoder, RouteObserver
 from argosy.model.draft_layer import MOST_DRAFT_ROWS, DraftLayer
 from argosy.model.layers import describe_experts, kv_shapes, state_shapes
 from argosy.model.step import Step
+from argosy.model.tables import Tables
 from argosy.model.weights import DenseReading, DenseWeights
 
 
@@ -46,6 +47,7 @@ class ModelSizes:
     slots: ExpertSlots | None  # for experts; None: every expert, packed end to end
     window_blocks: int | None = None  # for layers with a sliding window; None: as many as for other layers
     most_experts: int = 0  # that get addresses in slots
+    table_cache_bytes: int = 0  # for the cached rows of each n-gram table
 
 
 class ModelReading:
@@ -158,6 +160,16 @@ class ModelReading:
                 cache_bytes=cache_bytes,
                 step_tokens=sizes.step_tokens,
             )
+        if self._files.tables:
+            tables = Tables(
+                self._files.config,
+                self._files.tables,
+                self._store,
+                self._open_file,
+                cached_bytes=sizes.table_cache_bytes,
+                step_tokens=sizes.step_tokens,
+            )
+            self._weights = replace(self._weights, tables=tables)
         return Model(
             self._files,
             self._weights,

@@ -18,6 +18,7 @@ from argosy import _native
 from argosy.checkpoint.formats import round_up
 from argosy.checkpoint.landing import MatrixRef, check_vector
 from argosy.errors import CheckpointError, CorruptRecord, ReadFailed
+from argosy.model.tables import Tables
 
 Vector = NDArray[np.float32]
 
@@ -25,7 +26,7 @@ Vector = NDArray[np.float32]
 _OFFSET_NORMS = frozenset({
     "attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm", "final_norm", "q_norm", "k_norm",
     "draft_token_norm", "draft_state_norm", "draft_final_norm", "index_q_norm", "index_k_norm",
-    "attn_mix_norm", "mlp_mix_norm", "head_mix_norm",
+    "ngram_key_norm", "ngram_query_norm", "ngram_conv_norm", "attn_mix_norm", "mlp_mix_norm", "head_mix_norm",
 })  # fmt: skip
 
 # The most tensors read at once. The limit is high because no read can be issued while the tokenizer is being built.
@@ -45,12 +46,13 @@ class DenseWeights:
     """Matrices and float32 vectors by canonical name, and the memory that holds the matrices.
 
     The weights of a causal convolution are [width, channels]. `k_up` and `v_up` replace `kv_up`
-    (`checkpoint/latent_up.py`).
+    (`checkpoint/latent_up.py`). `tables` stay on the drive; None: no layer has one.
     """
 
     matrices: Mapping[str, _native.Matrix]
     vectors: Mapping[str, Vector]
     arena: _native.Arena
+    tables: Tables | None = None
 
     @property
     def nbytes(self) -> int:

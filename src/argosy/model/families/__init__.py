@@ -77,6 +77,7 @@ FAMILIES: Mapping[str, Family] = {
             "attention.glm4_moe", "attention.olmoe", "attention.minimax_m2", "windows.mimo_v2_flash",
             "attention.flex_olmo", "windows.mellum", "windows.afmoe", "windows.laguna", "windows.mimo_v2",
             "windows.flint", "recurrent.lara_mini",
+            "wrappers.qwen4_exp", "recurrent.qwen4_exp_text",
             "attention.llama4_text", "wrappers.llama4",
             "attention.step3p5", "wrappers.step3p7", "wrappers.minimax_m3_vl", "attention.cohere2_moe",
             "attention.granitemoe", "attention.granitemoeshared", "attention.ernie4_5_moe",

@@ -102,6 +102,11 @@ class TensorAccounts:
         ref, format = self.take(name, (sum(rows), *shapes[0][1:]))
         return ref.rows(sum(rows[:number]), rows[number]), format
 
+    def take_any(self, name: str) -> TensorRef:
+        """Take an existing tensor of any type and shape, which the caller checks."""
+        self._taken.add(name)
+        return self._tensors[name]
+
     def take_bytes(self, name: str, *shapes: tuple[int, ...]) -> TensorRef:
         """Take a tensor of bytes that the layout knows how to read."""
         return self._take(name, shapes, {"U8": None})[0]

@@ -25,7 +25,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count, takewhile
 from pathlib import Path
+
+import numpy as np
 
 from argosy.checkpoint.files import (
     DraftFiles,
@@ -45,6 +48,8 @@ from argosy.checkpoint.geometry import (
 )
 from argosy.checkpoint.landing import Exact, MatrixRef, Piece, Strided, Transcode, Transcoded
 from argosy.checkpoint.safetensors import TensorRef
+from argosy.checkpoint.tables import TableRef
+from argosy.checkpoint.untrusted_file import open_regular, quote, read_at
 from argosy.config import LatentConfig, ModelConfig
 from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
 from argosy.model.reading.accounts import read_draft
@@ -113,6 +118,10 @@ class Layout:
     # Takes a layer's tensor, by canonical name, that files store in a way of this family's own; None for others.
     take_own: Callable[[WeightAccounts, ModelConfig, int, str], MatrixRef | None] | None = None
     is_mlx: bool = False  # norms and axes are as `mlx.py` says
+    # Of an n-gram table: as one tensor, or divided into numbered ones.
+    table_names: tuple[str, str] | None = None
+    # Integers that follow from the config: multipliers, primes, and the first row of each head.
+    table_constants: tuple[str, str, str] | None = None
 
     def dense_name(self, canonical: str) -> str:
         """Return the checkpoint's name of a dense tensor."""
@@ -122,6 +131,8 @@ class Layout:
             return self.prefix + (self.embed_name if canonical == "embed" else self.final_norm_name)
         if canonical in self.model_names:
             return self.model_names[canonical]
+        if "." not in canonical:
+            return self.prefix + self.layer_names[canonical]
         _, layer, last = canonical.split(".")
         if self.first_layer and last in _MTP_NAMES:
             return self.prefix + _MTP_NAMES[last]
@@ -221,10 +232,11 @@ def read_layout(
     if quantization is not None:
         reader.pass_over(PASSED_OVER)
         reader.pass_over_zero_biases()
+    tables = {number: reader.table(config, layout, number) for number in config.ngram_layers}
     others = reader.refuse_extra(config, layout.is_passed_over(config), "this config.json")
     require_one_format_a_layer(experts, directory)
     draft = _read_draft(_Accounts(directory, tensors, quantization), config, layouts, layout)
-    return ModelFiles(directory, config, dense, experts, others=others, draft=draft)
+    return ModelFiles(directory, config, dense, experts, others=others, tables=tables, draft=draft)
 
 
 def _read_draft(
@@ -323,6 +335,37 @@ class _Accounts(WeightAccounts):
             return Exact.of(matrix) if is_quantised and is_kept_exact(canonical) else matrix
         tensor, format = self.take(name, in_file)  # codes cannot alternate
         return MatrixRef.of(tensor, format, rows, cols, Strided((2 * cols, 2), turn))
+
+    def table(self, config: ModelConfig, layout: Layout, layer: int) -> TableRef:
+        """Take the tensors of a layer's n-gram table, and compare the constants beside it with those of the config."""
+        ngrams = config.layers[layer].ngrams
+        assert ngrams is not None
+        assert layout.table_names is not None
+        prefix = f"{layout.prefix}layers.{layer}."
+        whole, part = (prefix + name for name in layout.table_names)
+        names = [whole]
+        if whole not in self:
+            names = list(takewhile(self.__contains__, map(part.format, count())))
+        if not names:
+            raise CheckpointError(f"{whole} is missing from {self.path}", path=self.path, tensor=whole)
+        if layout.table_constants is not None:
+            first = np.cumsum((0, *ngrams.primes[:-1])).tolist()
+            expected = ngrams.multipliers, ngrams.primes, first
+            for name, values in zip(layout.table_constants, expected, strict=True):
+                if prefix + name in self:
+                    self._compare(prefix + name, values)
+        return TableRef.of([self.take_any(name) for name in names], ngrams.num_rows, ngrams.row_dim)
+
+    def _compare(self, name: str, expected: Sequence[int]) -> None:
+        ref, _ = self.take_part(name, {"I64": "I64"}, (len(expected),))
+        with open_regular(ref.path) as (descriptor, _):
+            found = np.frombuffer(read_at(descriptor, ref.nbytes, ref.offset, ref.path), "<i8").tolist()
+        if found != list(expected):
+            raise CheckpointError(
+                f"{ref.path.name}: {quote(name)} holds {found[0]}, and {expected[0]} follows from the config",
+                path=ref.path,
+                tensor=name,
+            )
 
     def experts(self, config: ModelConfig, layout: Layout) -> ExpertRecords:
         """Take the routed experts of all layers."""
