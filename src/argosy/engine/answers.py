@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from time import perf_counter
 
 import numpy as np
@@ -75,9 +76,7 @@ class Answers:
         rows_at_once: int,
         governor: Governor | None = None,
     ) -> None:
-        self._energy = EnergyShares(
-            EnergyMeter.find(), lambda: 0 if model.experts is None else model.experts.stats.bytes_read
-        )
+        self._energy = EnergyShares(EnergyMeter.find(), partial(_bytes_read, model))
         self._governor = governor
         self.sampler = Sampler(end_ids)
         self._admission = admission
@@ -237,6 +236,7 @@ class Answers:
         stats = None if self._model.experts is None else self._model.experts.stats
         self._clock.mark("other")
         seconds, metered = self._clock.seconds, self._energy.total
+        rows = self._model.table_counts
         return Ledger(
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
@@ -247,7 +247,10 @@ class Answers:
             wall_s=sum(seconds.values()) - sum(self._seconds_at_start.values()),
             lookups=stats.lookups if stats else 0,
             hits=stats.hits if stats else 0,
-            bytes_read=stats.bytes_read if stats else 0,
+            bytes_read=_bytes_read(self._model),
+            rows=rows.asked,
+            rows_found=rows.found,
+            rows_late=rows.late,
             peak_bytes=resources.peak_bytes(),
             energy_j=None if metered is None else metered.joules,
             drive_energy_j=None if metered is None else metered.drive_j,
@@ -272,8 +275,17 @@ class Answers:
             lookups=now.lookups - before.lookups,
             hits=now.hits - before.hits,
             bytes_read=now.bytes_read - before.bytes_read,
+            rows=now.rows - before.rows,
+            rows_found=now.rows_found - before.rows_found,
+            rows_late=now.rows_late - before.rows_late,
             peak_bytes=now.peak_bytes,
             energy_j=None if metered is None else metered.joules,
             drive_energy_j=None if metered is None else metered.drive_j,
             parts={part: seconds - before.parts[part] for part, seconds in now.parts.items()},
         )
+
+
+def _bytes_read(model: Model) -> int:
+    """Return the bytes of experts and of rows of tables that were read."""
+    of_experts = 0 if model.experts is None else model.experts.stats.bytes_read
+    return of_experts + model.table_counts.bytes_read

@@ -20,6 +20,8 @@ class Ledger:
 
     `wall_s` begins when a request is queued, `time_to_first_token_s` earlier: when its prompt is built.
     proposed_tokens, confirmed_tokens: counts of drafts; confirmed ones are among `new_tokens`.
+    rows, rows_found, rows_late: rows of n-gram tables that tokens needed, those found in memory, and those that were
+        not there when their layer needed them.
     won_s: estimated seconds that drafts saved: the recent time of steps without proposals for the same number of
         tokens, less the time of these steps. Below zero if drafts cost time. None: the engine does not speculate.
     energy_j: measured joules of the processors and their memory, without the drive; None: this machine does not
@@ -40,6 +42,9 @@ class Ledger:
     lookups: int = 0
     hits: int = 0
     bytes_read: int = 0
+    rows: int = 0
+    rows_found: int = 0
+    rows_late: int = 0
     peak_bytes: int | None = None  # since the process started, without page cache; None: unknown
     energy_j: float | None = None
     drive_energy_j: tuple[float, float] | None = None
@@ -94,6 +99,9 @@ class Ledger:
             "hits": self.hits,
             "hit_rate": self.hit_rate,
             "bytes_read": self.bytes_read,
+            "rows": self.rows,
+            "rows_found": self.rows_found,
+            "rows_late": self.rows_late,
             "peak_bytes": self.peak_bytes,
             "energy_j": self.energy_j,
             "drive_energy_j": None if self.drive_energy_j is None else list(self.drive_energy_j),

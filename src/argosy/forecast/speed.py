@@ -32,6 +32,7 @@ from argosy.machine.rates import NUM_TOKENS, Rates
 from argosy.model.work import Work
 
 # More than enough for six digits, except near one token, where every rate is almost zero.
+_PAGE_BYTES = 4096  # of the drive
 _SOLVING_STEPS = 60
 _COVERED = 0.9999  # fraction of the distribution of tokens over experts
 # Streams on unrelated subjects still share popular experts. The midpoint of the two bounds predicts the hit rates
@@ -188,6 +189,9 @@ def _decode_step(
         waiting_s = layers * _mean_wait(
             asked, 1.0 - hit_rate, record_s, rates.drive_latency_s, case.overlap * hiding_s
         )
+    table_bytes = streams * work.table_pages * _PAGE_BYTES  # as if no row were in memory, or early
+    if table_bytes:
+        waiting_s += table_bytes / rates.drive_rate(_PAGE_BYTES)
     parts = {
         "dense weights": dense_s,
         "keys and values": attention_s,
@@ -195,7 +199,7 @@ def _decode_step(
         "waiting for the drive": waiting_s,
         "overhead": overhead_s,
     }
-    missed = layers * asked * (1.0 - hit_rate) * work.record_bytes
+    missed = layers * asked * (1.0 - hit_rate) * work.record_bytes + table_bytes
     memory_bytes = work.dense_bytes + streams * keys_values + layers * asked * work.expert_bytes
     return _Step(sum(parts.values()), hit_rate, parts, missed, memory_bytes)
 

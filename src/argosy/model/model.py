@@ -32,7 +32,7 @@ from argosy.model.decoder import Decoder, RouteObserver
 from argosy.model.draft_layer import MOST_DRAFT_ROWS, DraftLayer
 from argosy.model.layers import describe_experts, kv_shapes, state_shapes
 from argosy.model.step import Step
-from argosy.model.tables import Tables
+from argosy.model.tables import TableCounts, Tables
 from argosy.model.weights import DenseReading, DenseWeights
 
 
@@ -310,6 +310,11 @@ class Model:
                 self.decoder.forbid(layer, tuple(forbidden))
         except ValueError as error:
             raise UsageError(f"these experts cannot be forbidden: {error}") from None
+
+    @property
+    def table_counts(self) -> TableCounts:
+        """Counts of rows of n-gram tables."""
+        return TableCounts() if self.weights.tables is None else self.weights.tables.counts
 
     @property
     def is_packed(self) -> bool:

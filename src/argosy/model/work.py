@@ -46,6 +46,7 @@ class Work:
     head: the same for the head, which only the last token of a prompt needs.
     expert: the same for one routed expert, the mean of those that a token chooses.
     record_bytes: the mean size on the drive of those experts, read in pieces of `piece_bytes`.
+    table_pages: pages on the drive that hold the rows of n-gram tables of one token, if none were in memory.
     is_transcoded: whether readers transcode records to the formats in memory.
     attention: kinds of layers with keys and values.
     kv_dtype: of the KV cache.
@@ -60,6 +61,7 @@ class Work:
     expert: Mapping[str, tuple[float, float]]
     record_bytes: float
     piece_bytes: float
+    table_pages: int = 0
     is_transcoded: bool = False
     attention: tuple[Attention, ...]
     kv_dtype: KvDtype = "f16"
@@ -114,6 +116,11 @@ def work_of(files: ModelFiles, kv_dtype: KvDtype) -> Work:
         expert={format: (nbytes, count) for format, (nbytes, count) in expert.items()},
         record_bytes=token_bytes / max(1, num_chosen),
         piece_bytes=token_bytes / num_pieces if records else 1.0,
+        table_pages=sum(
+            layer.ngrams.num_heads * len(files.tables[number].parts)
+            for number, layer in enumerate(config.layers)
+            if layer.ngrams is not None
+        ),
         is_transcoded=any(piece.transcode is not None for record, _ in records for piece in record.pieces),
         attention=_attention(config, kv_dtype),
         kv_dtype=kv_dtype,

@@ -46,6 +46,9 @@ class Timings(Closed):
     hits: int
     hit_rate: float | None
     bytes_read: int
+    rows: int  # of n-gram tables
+    rows_found: int
+    rows_late: int
     peak_bytes: int | None
     energy_j: float | None
     drive_energy_j: list[float] | None

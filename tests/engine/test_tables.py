@@ -1,0 +1,214 @@
+"""An engine with an n-gram table on the drive: equal answers however rows come, and failures only where they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from argosy import Engine, SamplingParams, _native
+from argosy.checkpoint.pack import pack
+from argosy.errors import CheckpointError, ReadFailed, UnsupportedModel, UsageError
+from argosy.model.families import open_model
+from argosy.model.ngrams import Ngrams
+from tests.model.test_ngrams import step_of
+from tests.models.safetensors_file import write_checkpoint, write_safetensors
+from tests.models.tiny import RawConfig, prompt_ids, random_tensors, write_model
+from tests.models.tiny_qwen4 import qwen4_exp, qwen4_exp_text
+from tests.native._native_testing import FaultyFileSystem
+
+GREEDY = SamplingParams(max_tokens=9, temperature=0, ignore_eos=True, logprobs=2)
+TABLE = "model.layers.0.ple.ple_embedding.ngram_embedding.shard_{}.weight"
+
+
+def config_of(**changes: Any) -> RawConfig:
+    return qwen4_exp_text(**{"max_position_embeddings": 512, "num_experts": 8, "eos_token_id": 5} | changes)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("tables"), config_of(), seed=3)
+
+
+def open_engine(directory: Path, **options: Any) -> Engine:
+    return Engine.open(directory, **{"memory": "1GiB", "threads": 1, "readers": 1} | options)
+
+
+def visible(result: Any) -> tuple[Any, ...]:
+    return result.token_ids, result.logprobs, result.finish_reason
+
+
+def prompts() -> list[list[int]]:
+    """With ends of text in them, and more than a block of positions."""
+    found = [prompt_ids(config_of(), seed, count) for seed, count in ((1, 41), (2, 7), (3, 18))]
+    found[0][13:15] = found[2][4:5] = [5, 5]
+    return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"chunk_tokens": 1},
+        {"chunk_tokens": 7, "threads": 2},
+        {"expert_slots": 4},
+        {"max_sequences": 1},
+        {"speculate": "lookup"},
+        {"memory": "160MiB"},
+    ],
+    ids=str,
+)
+def test_answers_are_equal_however_their_tokens_come(model: Path, options: dict[str, Any]) -> None:
+    with open_engine(model) as engine:
+        expected = [visible(engine.generate(prompt, GREEDY)) for prompt in prompts()]
+    with open_engine(model, **options) as engine:
+        assert [visible(result) for result in engine.generate_batch(prompts(), GREEDY)] == expected
+        again = [engine.generate(prompts()[0], GREEDY) for _ in range(3)]
+        assert [visible(result) for result in again] == [expected[0]] * 3
+        assert again[-1].usage["cached_tokens"] > 0  # continues at a prefix
+
+
+def test_any_read_may_fail_once_and_the_answers_are_the_same(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, faults = _native.Store, [FaultyFileSystem(1 << 40, "eio")]
+    monkeypatch.setattr(_native, "Store", lambda readers, **rest: plain(readers, faults[-1], **rest))
+    with open_engine(model) as engine:
+        started = faults[-1].num_reads
+        expected = [visible(result) for result in engine.generate_batch(prompts(), GREEDY)]
+        num_reads = faults[-1].num_reads - started  # every expert is in memory, so these are rows
+    assert num_reads >= 5
+    for nth in range(1, num_reads + 1, 2):
+        faults.append(FaultyFileSystem(started + nth, "eio"))
+        with open_engine(model) as engine:
+            assert [visible(result) for result in engine.generate_batch(prompts(), GREEDY)] == expected
+
+
+def test_rows_that_cannot_be_read_end_only_the_sequences_that_need_them(tmp_path: Path) -> None:
+    config = config_of(ple_embed_dim=4 * 4096, hc_count=2, ngram_size=3, split_ngram_parts=1)
+    tensors = {name: ("BF16", values) for name, values in random_tensors(config, 3, "BF16").items()}
+    table = {TABLE.format(0): tensors.pop(TABLE.format(0))}
+    write_safetensors(tmp_path / "model-00001-of-00002.safetensors", tensors)
+    write_safetensors(tmp_path / "model-00002-of-00002.safetensors", table)
+    names = dict.fromkeys(tensors, "model-00001-of-00002.safetensors") | dict.fromkeys(
+        table, "model-00002-of-00002.safetensors"
+    )
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    files = open_model(tmp_path)
+    ngrams = files.config.layers[0].ngrams
+    assert ngrams is not None
+    lost = ngrams.num_rows - 12  # from this row on
+    rows = Ngrams(ngrams, config["vocab_size"])
+    rng = np.random.default_rng(1)
+
+    def draw(needs: Callable[[Any], bool]) -> list[int]:
+        while True:
+            prompt = rng.integers(6, config["vocab_size"], 5).tolist()
+            if needs(rows.rows(step_of([([], prompt)], 2))):
+                return prompt
+
+    well = draw(lambda found: (found < lost - 2).all())  # none of them in a page that ends too early
+    ill = draw(lambda found: (found >= lost).any())
+    one = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
+    with open_engine(tmp_path) as engine:
+        expected = visible(engine.generate(well, one))
+    with open_engine(tmp_path) as engine:
+        path = tmp_path / "model-00002-of-00002.safetensors"
+        with path.open("r+b") as file:
+            file.truncate(path.stat().st_size - (files.tables[0].num_rows - lost) * 8192)
+        answers = [engine.submit(prompt, one) for prompt in (ill, well)]
+        while engine.step() or any(answer.result is None for answer in answers):
+            pass
+        results = [answer.result for answer in answers]
+        assert results[0] is not None
+        assert results[1] is not None
+        assert isinstance(results[0].error, ReadFailed)
+        assert "n-gram table" in str(results[0].error)
+        assert visible(results[1]) == expected
+
+
+def test_the_plan_counts_tables_and_the_ledger_their_rows(model: Path) -> None:
+    with open_engine(model) as engine:
+        assert engine.plan.as_dict()["table_bytes"] > 8 << 20
+        first = engine.generate(prompts()[0], GREEDY).ledger
+        assert first.rows == 49 * 4
+        assert 0 < first.rows_found < first.rows
+        assert first.bytes_read > 0
+        second = engine.generate(prompts()[0], GREEDY).ledger
+        assert second.rows_found == second.rows
+        assert second.bytes_read == 0
+    with pytest.raises(UsageError, match=r"n-gram tables of .*, which packs do not hold"):
+        pack(open_model(model), model / "packed", format="bf16")
+
+
+def cut(tensors: dict[str, Any]) -> None:
+    dtype, values = tensors[TABLE.format(1)]
+    tensors[TABLE.format(1)] = dtype, values[:-9]
+
+
+def narrow(tensors: dict[str, Any]) -> None:
+    dtype, values = tensors[TABLE.format(1)]
+    tensors[TABLE.format(1)] = dtype, values[:, :-1]
+
+
+def as_constants(values: list[int]) -> Callable[[dict[str, Any]], None]:
+    name = "model.layers.0.ple.ple_embedding.ngram_heads_vocab_sizes"
+    return lambda tensors: tensors.update({name: ("I64", np.array(values))})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (cut, r"has \d+ rows, expected"),
+        (narrow, "expected rows of 6"),
+        (lambda tensors: tensors.pop(TABLE.format(0)), "a part of the table .* is missing"),
+        (lambda tensors: [tensors.pop(TABLE.format(part)) for part in (0, 1)], "is missing from"),
+        (as_constants([31, 37, 41, 47]), "holds 31, and 31 follows from the config"),
+        (as_constants([31, 37]), r"expected \[4\]"),
+    ],
+)
+def test_tables_that_contradict_the_config_are_refused(tmp_path: Path, change: Any, message: str) -> None:
+    write_model(tmp_path, config_of(), seed=3)
+    found = {name: ("BF16", values) for name, values in random_tensors(config_of(), 3, "BF16").items()}
+    change(found)
+    write_checkpoint(tmp_path, found)
+    with pytest.raises(CheckpointError, match=message):
+        open_model(tmp_path)
+
+
+def test_constants_that_follow_from_the_config_are_accepted(tmp_path: Path) -> None:
+    write_model(tmp_path, config_of(), seed=3)
+    found = {name: ("BF16", values) for name, values in random_tensors(config_of(), 3, "BF16").items()}
+    as_constants([31, 37, 41, 43])(found)
+    write_checkpoint(tmp_path, found)
+    assert open_model(tmp_path).tables[0].num_rows >= 31 + 37 + 41 + 43
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (config_of(ple_layer_ids=[2]), "expected linear_attention"),
+        (config_of(ple_layer_ids=[4]), "ple_layer_ids"),
+        (config_of(ple_embed_dim=25), "expected a multiple of 4"),
+        (config_of(eos_token_id=[]), "expected a token"),
+        (config_of(ngram_vocab_size_base=1 << 41), "ngram_vocab_size_base"),
+        (config_of(heads_per_ngram=0), "heads_per_ngram"),
+        (config_of(output_gate_type="tanh"), "supported: silu, sigmoid"),
+        (config_of(hc_count=1), "hc_count"),
+        (config_of(indexer_kv_heads=2), "indexer_kv_heads"),
+        (qwen4_exp(more_streams=True), "does not know this key"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_configs_that_are_not_supported_are_refused(tmp_path: Path, config: RawConfig, message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises((CheckpointError, UnsupportedModel), match=message):
+        open_model(tmp_path)
+
+
+def test_a_family_says_up_to_where_it_is_exact_without_its_indexer(model: Path) -> None:
+    assert open_model(model).config.exact_tokens == 64
