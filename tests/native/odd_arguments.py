@@ -43,7 +43,7 @@ HEADROOM_BYTES = 3 << 30
 # Refused where bfloat16 is not the faster product.
 NEED_ROUNDING = frozenset({"round_keys", "attend_rounded"})
 MADE_BY_OTHERS = {
-    "FileSystem", "KvShape", "StateShape", "Mixer", "Ffn", "ExchangeTimes", "PeerStats", "ExchangeEvent",
+    "FileSystem", "KvShape", "StateShape", "Mixer", "Ffn", "Ngrams", "ExchangeTimes", "PeerStats", "ExchangeEvent",
     "WorkerRequest", "WorkerGuess", "LayerExperts", "ExpertReads", "AskedCounts", "BegunLayer", "LeaseCounts",
 }  # fmt: skip
 NUM_MIXED = 40  # calls of each callable with several odd arguments
@@ -97,6 +97,7 @@ class Case:
 
     sizes = (1, 2, 16, 16, 4)  # channels: 2 * 16 + 32
     kimi_sizes = (2, 2, 16, 16, 4)
+    table_sizes = ("f32", 8, 16, [(None, [(0, 0, 0)])], 4096, 8)
     mamba_sizes = (2, 16, 8, 1, 4)  # channels: 32, and 48 of the convolution
 
     def arena(self) -> Any:
@@ -277,6 +278,13 @@ class Case:
     def record(self) -> Any:
         return self.native.Record([(0, 0, 4096, 0)])
 
+    def rows(self, *, begun: bool = False) -> Any:
+        rows = self.native.TableRows(self.store(), *self.table_sizes)
+        if begun:
+            rows.begin(np.zeros(2, np.int64))
+            rows.advance(1000)
+        return rows
+
     def delta(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         floats = self.floats
         return (
@@ -373,6 +381,9 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
             m(64, 64), m(32, 64), m(32, 64), m(64, 64), 2, 0, 0.1, f(64), f(32), f(32), f(64), f(32), f(32), False, 0.0,
             f(2), False, f(32), True, True, 0.5, True, m(2, 64), "softplus", (0.1, 8, 1),
         ),
+        "table_rows_bytes": lambda: case.table_sizes,
+        "TableRows": lambda: (case.store(), *case.table_sizes),
+        "ngrams": lambda: (case.rows(), m(64, 32), m(64, 32), f(64), f(64), f(3, 64), f(64), 0),
         "short_conv": lambda: (m(192, 64), m(64, 64), f(3, 64), f(64), f(192), f(64), 0),
         "mamba": lambda: (
             m(82, 64), m(64, 32), f(4, 48), f(48), f(2), f(2), f(2), f(32), case.mamba_sizes, (0.0, 1.0), f(82), f(64),
@@ -453,12 +464,13 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "KvShape": lambda: (),
         "StateShape": lambda: (),
         "Mixer": lambda: (),
+        "Ngrams": lambda: (),
         "Ffn": lambda: (),
     }  # fmt: skip
     # Arguments behind these are given by name.
     first_by_name = {"swiglu_experts": 11, "grouped_query_attention": 4, "gated_delta_net": 3, "routed_ffn": 2,
                      "kimi_delta_attention": 7, "lightning_attention": 5,
-                     "short_conv": 2, "mamba": 2,
+                     "short_conv": 2, "mamba": 2, "ngrams": 3,
                      "multi_head_latent_attention": 5, "PositionIndexer": 3, "Routing": 1, "ExpertTable": 1, "Layer": 4,
                      "dense_ffn": 3,
                      "replay": 2, "tournament": 2, "linear": 5, "Exchange": 0, "WorkerLink": 1, "worker_link_bytes": 0,
@@ -473,6 +485,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "kimi_delta_attention": "decay_down gate_down conv rate dt_bias norm floor sizes state_layer",
         "lightning_attention": "num_heads has_silu query_norm key_norm decay norm norm_eps num_groups scale"
         " state_layer",
+        "ngrams": "key_norm query_norm conv conv_norm state_layer",
         "short_conv": "conv conv_bias input_bias output_bias state_layer",
         "mamba": "conv conv_bias rate dt_bias skip norm sizes dt_limit input_bias output_bias state_layer",
         "routed_ffn": "router_bias width shared shared_score router_norm norm post_norm shared_post_norm"
@@ -534,6 +547,9 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "KvShape.none": (lambda: n.KvShape, lambda: ()),
         "StateShape.delta_net": (lambda: n.StateShape, lambda: (case.sizes,)),
         "StateShape.mamba": (lambda: n.StateShape, lambda: (case.mamba_sizes,)),
+        "TableRows.begin": (case.rows, lambda: (j(0, 1),)),
+        "TableRows.advance": (lambda: case.rows(begun=True), lambda: (0,)),
+        "TableRows.write": (lambda: case.rows(begun=True), lambda: (runtime, f(2, 16))),
         "StateShape.short_conv": (lambda: n.StateShape, lambda: (64, 3)),
         "KvCache.copy_out": (case.kv, lambda: (0, np.zeros(case.kv().block_bytes, np.uint8))),
         "KvCache.copy_in": (case.kv, lambda: (0, np.zeros(case.kv().block_bytes, np.uint8))),
@@ -618,6 +634,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "StackSizes.add_delta_net": (case.stack_sizes, lambda: (case.sizes,)),
         "StackSizes.add_kimi_delta": (case.stack_sizes, lambda: (case.kimi_sizes, 16)),
         "StackSizes.add_short_conv": (case.stack_sizes, lambda: (64,)),
+        "StackSizes.add_ngrams": (case.stack_sizes, lambda: (32, 4)),
         "StackSizes.add_mamba": (case.stack_sizes, lambda: (case.mamba_sizes,)),
         "StackSizes.add_dense": (case.stack_sizes, lambda: (32,)),
         "StackSizes.add_routed": (case.stack_sizes, lambda: (8, 2, 32, 16, True)),
