@@ -703,11 +703,12 @@ void bind_mixers(nb::module_& m) {
          const ArrayOf<float>& conv, const ArrayOf<float>& rate, const ArrayOf<float>& dt_bias,
          const ArrayOf<float>& norm, const DeltaSizes& sizes, bool is_tiled, int64_t state_layer,
          bool has_sigmoid_gate) {
-        return gated_delta_net(qkv, b, output, z, a, conv, rate, dt_bias, norm, delta_shape(sizes), is_tiled, has_sigmoid_gate,
-                               state_layer);
+        return gated_delta_net(qkv, b, output, z, a, conv, rate, dt_bias, norm, delta_shape(sizes), is_tiled,
+                               has_sigmoid_gate, state_layer);
       },
       "qkv"_a, "b"_a, "output"_a, nb::kw_only(), "z"_a.none() = nb::none(), "a"_a.none() = nb::none(),
-      "conv"_a, "rate"_a, "dt_bias"_a, "norm"_a, "sizes"_a, "is_tiled"_a, "state_layer"_a, "has_sigmoid_gate"_a = false, R"(
+      "conv"_a, "rate"_a, "dt_bias"_a, "norm"_a, "sizes"_a, "is_tiled"_a, "state_layer"_a,
+      "has_sigmoid_gate"_a = false, R"(
     Projections -> `gated_delta` -> output projection. Vectors and `is_tiled` are as for `gated_delta`.
 
     Args:

@@ -1,7 +1,5 @@
 // tables.cpp: binds tables that stay on the drive, and the n-gram sublayer that reads them.
 
-#include "ops/table_rows.h"
-
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
@@ -19,6 +17,7 @@
 
 #include "bind/layers.h"
 #include "bind/reads.h"
+#include "ops/table_rows.h"
 
 namespace argosy {
 
@@ -30,7 +29,8 @@ using GivenSegment = std::tuple<int64_t, int, int64_t>;  // first row, file id, 
 using GivenPart = std::pair<std::optional<std::string>, std::vector<GivenSegment>>;
 using BoundFault = std::tuple<std::string, std::optional<std::string>, std::vector<int64_t>>;
 
-Table parse_table(const FormatName& format, int64_t num_rows, int64_t cols, const std::vector<GivenPart>& parts) {
+Table parse_table(const FormatName& format, int64_t num_rows, int64_t cols,
+                  const std::vector<GivenPart>& parts) {
   Table table = {parse_format(format), num_rows, cols, {}};
   for (const auto& [block_type, segments] : parts) {
     TablePart part;
@@ -152,7 +152,8 @@ void bind_tables(nb::module_& m) {
             const TableRows::Fault& fault = *self.fault();
             return BoundFault(fault.message, error_kind(fault.error), fault.indices);
           },
-          "The error of reads that failed, its kind, and which rows of `begin` are missing; None: there is none.")
+          "The error of reads that failed, its kind, and which rows of `begin` are missing; None: there is "
+          "none.")
       .def_prop_ro(
           "stats",
           [](const TableRows& self) {

@@ -50,7 +50,8 @@ void add_ngrams(Runtime& runtime, const Ngrams& ngrams, float eps, const float* 
       const float* key_norm = ngrams.key_norm + i % streams * size;
       const float* query_norm = ngrams.query_norm + i % streams * size;
       const float* added = value + i / streams * size;
-      const float scale = inverse_rms(key, size, eps) * inverse_rms(stream, size, eps) / std::sqrt(float(size));
+      const float scale =
+          inverse_rms(key, size, eps) * inverse_rms(stream, size, eps) / std::sqrt(float(size));
       const float dot =
           sum_of(size, [&](int64_t j) { return key[j] * key_norm[j] * (stream[j] * query_norm[j]); });
       const float gate = gate_of(dot * scale);

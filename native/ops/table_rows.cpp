@@ -46,8 +46,9 @@ TableRows::Sizes TableRows::lay_out(const Table& table, int64_t cache_bytes, int
   int64_t places = 0;
   for (const TablePart& part : table.parts) {
     if (part.block_type) {
-      require(slot_format(*part.block_type) == table.format && has_whole_blocks(*part.block_type, table.cols) &&
-                  block_rows(*part.block_type) == 1 && !is_grouped(*part.block_type),
+      require(slot_format(*part.block_type) == table.format &&
+                  has_whole_blocks(*part.block_type, table.cols) && block_rows(*part.block_type) == 1 &&
+                  !is_grouped(*part.block_type),
               "has rows that cannot be read one by one");
     } else {
       require(table.parts.size() == 1 && weight_bytes(table.format) > 0, "has rows of an unknown format");
@@ -231,9 +232,9 @@ void TableRows::add_reads(size_t part, int64_t place, std::vector<Record>& recor
   Piece* piece = nullptr;  // the last read's
   for (size_t i = 0; i < wave_.size(); ++i) {
     const int64_t row = wave_[i].row;
-    const auto after =
-        std::upper_bound(segments.begin(), segments.end(), row,
-                         [](int64_t number, const TablePart::Segment& one) { return number < one.first_row; });
+    const auto after = std::upper_bound(
+        segments.begin(), segments.end(), row,
+        [](int64_t number, const TablePart::Segment& one) { return number < one.first_row; });
     const TablePart::Segment& segment = *(after - 1);
     const int64_t offset = segment.offset + (row - segment.first_row) * nbytes, end = offset + nbytes;
     if (piece != nullptr && piece->file_id == segment.file_id && offset >= piece->offset &&
@@ -289,7 +290,8 @@ bool TableRows::advance(std::chrono::milliseconds most) {
       if (done.empty()) {
         if (std::exchange(counts_late, false))
           stats_.late += int64_t(missing_.size() - wave_[read.first].first);
-        const auto left = std::chrono::ceil<std::chrono::milliseconds>(until - std::chrono::steady_clock::now());
+        const auto left =
+            std::chrono::ceil<std::chrono::milliseconds>(until - std::chrono::steady_clock::now());
         if (left.count() <= 0) return false;
         done = store_->wait_any({read.ticket}, left);
         if (done.empty()) return false;

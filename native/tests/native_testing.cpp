@@ -29,13 +29,13 @@
 #include "kernels/route_args.h"
 #include "kernels/swiglu_args.h"
 #include "ops/causal_conv.h"
-#include "ops/pool.h"
 #include "ops/expert_reads.h"
 #include "ops/gated_delta.h"
 #include "ops/latent_attention.h"
 #include "ops/latent_index.h"
 #include "ops/layer.h"
 #include "ops/mamba.h"
+#include "ops/pool.h"
 #include "ops/swiglu.h"
 #include "tests/faulty_file_system.h"
 
@@ -563,6 +563,7 @@ void run_gated_delta(Runtime& runtime, RecurrentState& state, int64_t layer, con
       .norm = read_array("norm", norm, {shape.value_dim}),
       .eps = eps,
       .is_tiled = is_tiled,
+      .has_sigmoid_gate = floor.has_value(),
       .has_channel_decay = floor.has_value(),
       .floor = floor.value_or(0.0f),
   };
