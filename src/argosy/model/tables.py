@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy import _native
-from argosy.checkpoint.tables import TableRef
+from argosy.checkpoint.files import TableRef
 from argosy.config import ModelConfig
 from argosy.errors import CheckpointError, ReadFailed
 from argosy.model.ngrams import Ngrams

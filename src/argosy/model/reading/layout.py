@@ -36,6 +36,7 @@ from argosy.checkpoint.files import (
     ExpertRecord,
     ExpertRecords,
     ModelFiles,
+    TableRef,
     require_one_format_a_layer,
 )
 from argosy.checkpoint.formats import BYTES_PER_VALUE, matrix_bytes
@@ -48,7 +49,6 @@ from argosy.checkpoint.geometry import (
 )
 from argosy.checkpoint.landing import Exact, MatrixRef, Piece, Strided, Transcode, Transcoded
 from argosy.checkpoint.safetensors import TensorRef
-from argosy.checkpoint.tables import TableRef
 from argosy.checkpoint.untrusted_file import open_regular, quote, read_at
 from argosy.config import LatentConfig, ModelConfig
 from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
