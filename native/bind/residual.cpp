@@ -64,6 +64,7 @@ void require_mix(const BoundMix& bound, const ResidualRule& rule, int64_t hidden
     require_size("columns of a mix", own->matrix.cols, n * hidden);
     require_size("scales of a mix", bound.num_scales, is_head ? 1 : 3);
   } else if (const auto* gated = std::get_if<GatedMix>(&bound.mix)) {
+    if (rule.is_lagged) refuse("gated streams carry no weights: is_lagged belongs to sinkhorn_mix");
     require_size("columns of a mix", gated->down.cols, n * hidden);
     if (gated->inject.has_value() == is_head) refuse("inject belongs to every mix but that of the head");
     if (gated->inject) require_size("rows of inject", gated->inject->rows, n);

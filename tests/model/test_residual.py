@@ -216,6 +216,11 @@ def test_taps_and_additions_see_all_streams() -> None:
         ({"scale": 2.0}, {}, "neither scale nor normed_residual"),
         ({"ffn_mix": Gated(is_head=True).native()}, {}, "inject belongs to every mix"),
         ({"ffn_mix": _native.mean_mix()}, {}, "only the head reads"),
+        (
+            {"ffn_mix": Gated().native()},
+            {"residual": residual_of("carried", is_lagged=True)},
+            "carry no weights",
+        ),
         ({}, {"residual": None}, "but the stack has one stream"),
         ({}, {"residual": _native.Residual(STREAMS + 1, _native.mean_mix())}, "rows of a mix"),
         ({}, {"residual": _native.Residual(STREAMS, _native.carried_mix())}, "unless is_lagged"),
