@@ -67,7 +67,7 @@ struct BoundFfn {
 struct BoundMix {
   StreamMix mix;
   Kept kept;
-  int64_t num_scales = 0;  // of a SinkhornMix
+  int64_t num_scales = 0;  // of a SinkhornMix; the weights of a BankMix
 };
 
 struct BoundResidual {
@@ -97,5 +97,7 @@ void require_mix(const BoundMix& bound, const ResidualRule& rule, int64_t hidden
 void require_streams(const BoundLayer& bound, const ResidualRule& rule, int64_t hidden);
 // The same for the n-gram sublayer.
 void require_ngrams(const Ngrams& ngrams, const RecurrentState* recurrent, int64_t streams, int64_t hidden);
+// Whether a bank has room for the blocks that layers start.
+void require_room(const std::vector<Layer>& layers, const ResidualRule& rule);
 
 }  // namespace argosy

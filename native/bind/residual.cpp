@@ -41,6 +41,14 @@ BoundMix gated_mix(const ArrayOf<float>& norm, const Matrix& down, const Matrix&
   return bound;
 }
 
+BoundMix bank_mix(const ArrayOf<float>& weight, bool starts_block) {
+  BoundMix bound;
+  read_array("weight", weight, {kAnySize});
+  bound.num_scales = int64_t(weight.shape(0));
+  bound.mix = BankMix{bound.kept.keep("weight", weight, bound.num_scales), starts_block};
+  return bound;
+}
+
 BoundMix other_mix(StreamMix mix) {
   BoundMix bound;
   bound.mix = std::move(mix);
@@ -68,6 +76,9 @@ void require_mix(const BoundMix& bound, const ResidualRule& rule, int64_t hidden
     require_size("columns of a mix", gated->down.cols, n * hidden);
     if (gated->inject.has_value() == is_head) refuse("inject belongs to every mix but that of the head");
     if (gated->inject) require_size("rows of inject", gated->inject->rows, n);
+  } else if (const auto* bank = std::get_if<BankMix>(&bound.mix)) {
+    require_size("size of weight", bound.num_scales, hidden);
+    if (bank->starts_block && is_head) refuse("only sublayers start a block");
   } else if (!is_head) {
     refuse("only the head reads streams by a mean or by carried weights");
   }
@@ -88,8 +99,24 @@ void require_streams(const BoundLayer& bound, const ResidualRule& rule, int64_t 
     refuse("with residual streams, a layer is not parallel, and has neither scale nor normed_residual");
   if (const RoutedFfn* ffn = layer.routed(); ffn != nullptr && (ffn->norm != nullptr || ffn->router.norm))
     refuse("with residual streams, router and experts read what the layer's norm gives");
-  if (bound.mixer_mix) require_mix(*bound.mixer_mix, rule, hidden, false);
-  if (bound.ffn_mix) require_mix(*bound.ffn_mix, rule, hidden, false);
+  const bool has_bank = std::holds_alternative<BankMix>(rule.head);
+  for (const std::optional<BoundMix>* mix : {&bound.mixer_mix, &bound.ffn_mix}) {
+    if (!*mix) continue;
+    require_mix(**mix, rule, hidden, false);
+    if (std::holds_alternative<BankMix>((*mix)->mix) != has_bank)
+      refuse("either all mixes of a stack, and its head's, read a bank, or none");
+  }
+}
+
+void require_room(const std::vector<Layer>& layers, const ResidualRule& rule) {
+  int64_t blocks = 0;
+  for (const Layer& layer : layers) {
+    for (const std::optional<StreamMix>* mix : {&layer.mixer_mix, &layer.ffn_mix}) {
+      const auto* bank = *mix ? std::get_if<BankMix>(&**mix) : nullptr;
+      if (bank != nullptr && bank->starts_block) ++blocks;
+    }
+  }
+  require_range("blocks that start", blocks, 0, rule.num_streams - 1);
 }
 
 void bind_residual(nb::module_& m) {
@@ -107,6 +134,13 @@ void bind_residual(nb::module_& m) {
     Args:
         norm: [n * hidden].   down: [rank, n * hidden].   up: [n * hidden, rank].
         inject: [n, n * hidden]; None before the head.)");
+  m.def("bank_mix", &bank_mix, "weight"_a, "starts_block"_a = false, R"(
+    A bank of earlier hidden states, which is read with the current one (Kimi-K3; native/ops/residual.h).
+
+    Args:
+        weight: [hidden].
+        starts_block: after this sublayer has read, the hidden state goes to the bank. Blocks that start are fewer than
+            the streams.)");
   m.def("mean_mix", [] { return other_mix(MeanMix{}); }, "The mean of the streams, for the head.");
   m.def(
       "carried_mix", [] { return other_mix(CarriedMix{}); },

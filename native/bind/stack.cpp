@@ -311,6 +311,7 @@ class BoundStack {
       }
       if (layer.layer.ffn) std::visit(check_ffn, *layer.layer.ffn);
     }
+    require_room(description.layers, description.residual);
     stack_ = std::make_unique<Stack>(runtime, kv, state, std::move(description), max_tokens);
   }
 

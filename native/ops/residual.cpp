@@ -18,16 +18,18 @@ constexpr int64_t kBlock = 64;  // elements of all streams that are mixed at onc
 float sigmoid(float x) { return 1 / (1 + std::exp(-x)); }
 
 // Of n numbers: partial sums of every sixteenth, then their sum, so that the order is the same everywhere.
-float mean_square(const float* x, int64_t n) {
+float dot(const float* a, const float* b, int64_t n) {
   std::array<float, kPartialSums> sums = {};
   int64_t i = 0;
   for (; i + kPartialSums <= n; i += kPartialSums)
-    for (int64_t j = 0; j < kPartialSums; ++j) sums[size_t(j)] += x[i + j] * x[i + j];
-  for (; i < n; ++i) sums[size_t(i % kPartialSums)] += x[i] * x[i];
+    for (int64_t j = 0; j < kPartialSums; ++j) sums[size_t(j)] += a[i + j] * b[i + j];
+  for (; i < n; ++i) sums[size_t(i % kPartialSums)] += a[i] * b[i];
   float sum = 0;
   for (const float part : sums) sum += part;
-  return sum / float(n);
+  return sum;
 }
+
+float mean_square(const float* x, int64_t n) { return dot(x, x, n) / float(n); }
 
 // Divides the columns of m [n][n] by their sums.
 void divide_columns(float* m, int64_t n, float eps) {
@@ -73,11 +75,12 @@ void sinkhorn(float* raw, const SinkhornMix& mix, int64_t n, const ResidualRule&
 void Residual::begin(const float* x, int64_t num_tokens) {
   const int64_t n = rule_.num_streams;
   num_tokens_ = num_tokens;
+  num_banked_ = 0;
   mix_ = nullptr;
   const auto lock = runtime_.lock();
   runtime_.parallel_for(num_tokens, n * hidden_, [&](int64_t begin, int64_t end, int) {
     for (int64_t token = begin; token < end; ++token) {
-      for (int64_t i = 0; i < n; ++i)
+      for (int64_t i = 0; i < num_written(); ++i)
         std::copy_n(x + token * hidden_, hidden_, buffers_.streams + (token * n + i) * hidden_);
       std::fill_n(buffers_.carried + token * n, n, 0.0f);
       buffers_.carried[token * n] = 1;
@@ -88,10 +91,14 @@ void Residual::begin(const float* x, int64_t num_tokens) {
 void Residual::read(const StreamMix& mix, float* x) {
   const int64_t n = rule_.num_streams;
   mix_ = &mix;
-  if (!rule_.is_lagged || !std::holds_alternative<SinkhornMix>(mix)) return compute(mix, buffers_.weights, x);
+  if (!rule_.is_lagged || !std::holds_alternative<SinkhornMix>(mix)) {
+    compute(mix, buffers_.weights, x);
+    if (const auto* bank = std::get_if<BankMix>(&mix); bank != nullptr && bank->starts_block) start_block();
+    return;
+  }
   const auto& own = std::get<SinkhornMix>(mix);
   weigh(own, buffers_.weights);
-  weigh_sums(buffers_.carried, n, x);
+  weigh_sums(buffers_.carried, n, n, x);
   for (int64_t token = 0; token < num_tokens_; ++token)
     std::copy_n(buffers_.weights + token * own.matrix.rows, n, buffers_.carried + token * n);
 }
@@ -99,11 +106,14 @@ void Residual::read(const StreamMix& mix, float* x) {
 void Residual::compute(const StreamMix& mix, float* weights, float* x) {
   if (const auto* own = std::get_if<SinkhornMix>(&mix)) {
     weigh(*own, weights);
-    weigh_sums(weights, own->matrix.rows, x);
+    weigh_sums(weights, own->matrix.rows, rule_.num_streams, x);
   } else if (const auto* gated = std::get_if<GatedMix>(&mix)) {
     read_gated(*gated, weights, x);
   } else if (std::holds_alternative<CarriedMix>(mix)) {
-    weigh_sums(buffers_.carried, rule_.num_streams, x);
+    weigh_sums(buffers_.carried, rule_.num_streams, rule_.num_streams, x);
+  } else if (const auto* bank = std::get_if<BankMix>(&mix)) {
+    weigh_bank(*bank, weights);
+    weigh_sums(weights, rule_.num_streams, 1 + num_banked_, x);
   } else {
     mean(x);
   }
@@ -123,8 +133,42 @@ void Residual::weigh(const SinkhornMix& mix, float* weights) {
   });
 }
 
-// x = sum over i of weights[i] stream[i]; weights of a token are `stride` floats apart.
-void Residual::weigh_sums(const float* weights, int64_t stride, float* x) const {
+void Residual::weigh_bank(const BankMix& mix, float* weights) const {
+  const int64_t n = rule_.num_streams, count = 1 + num_banked_;
+  const auto lock = runtime_.lock();
+  runtime_.parallel_for(num_tokens_, 2 * count * hidden_, [&](int64_t begin, int64_t end, int) {
+    for (int64_t token = begin; token < end; ++token) {
+      const float* streams = buffers_.streams + token * n * hidden_;
+      float* scores = weights + token * n;
+      for (int64_t i = 0; i < count; ++i) {
+        const float* stream = streams + i * hidden_;
+        const float rms = std::sqrt(mean_square(stream, hidden_) + norm_eps_);
+        scores[i] = dot(stream, mix.weight, hidden_) / rms;
+      }
+      const float most = *std::max_element(scores, scores + count);
+      float sum = 0;
+      for (int64_t i = 0; i < count; ++i) sum += scores[i] = std::exp(scores[i] - most);
+      for (int64_t i = 0; i < count; ++i) scores[i] /= sum;
+    }
+  });
+}
+
+// Moves the hidden state to the bank, and leaves zeros for what the sublayer gives.
+void Residual::start_block() {
+  const int64_t n = rule_.num_streams;
+  ++num_banked_;
+  const auto lock = runtime_.lock();
+  runtime_.parallel_for(num_tokens_, 2 * hidden_, [&](int64_t begin, int64_t end, int) {
+    for (int64_t token = begin; token < end; ++token) {
+      float* streams = buffers_.streams + token * n * hidden_;
+      std::copy_n(streams, hidden_, streams + num_banked_ * hidden_);
+      std::fill_n(streams, hidden_, 0.0f);
+    }
+  });
+}
+
+// x = sum over the first streams of weights[i] stream[i]; weights of a token are `stride` floats apart.
+void Residual::weigh_sums(const float* weights, int64_t stride, int64_t num_streams, float* x) const {
   const int64_t n = rule_.num_streams;
   const auto lock = runtime_.lock();
   runtime_.parallel_for(num_tokens_, n * hidden_, [&](int64_t begin, int64_t end, int) {
@@ -132,7 +176,7 @@ void Residual::weigh_sums(const float* weights, int64_t stride, float* x) const 
       const float* streams = buffers_.streams + token * n * hidden_;
       float* out = x + token * hidden_;
       for (int64_t d = 0; d < hidden_; ++d) out[d] = weights[token * stride] * streams[d];
-      for (int64_t i = 1; i < n; ++i) {
+      for (int64_t i = 1; i < num_streams; ++i) {
         const float weight = weights[token * stride + i];
         for (int64_t d = 0; d < hidden_; ++d) out[d] += weight * streams[i * hidden_ + d];
       }
@@ -172,12 +216,17 @@ void Residual::read_gated(const GatedMix& mix, float* weights, float* x) {
 void Residual::write(const float* out) {
   const int64_t n = rule_.num_streams;
   const auto* sinkhorn_mix = std::get_if<SinkhornMix>(mix_);
+  const bool is_bank = std::holds_alternative<BankMix>(*mix_);
   const int64_t stride = sinkhorn_mix != nullptr ? sinkhorn_mix->matrix.rows : n;
   const auto lock = runtime_.lock();
   runtime_.parallel_for(num_tokens_, n * n * hidden_, [&](int64_t begin, int64_t end, int) {
     for (int64_t token = begin; token < end; ++token) {
       float* streams = buffers_.streams + token * n * hidden_;
       const float *weights = buffers_.weights + token * stride, *given = out + token * hidden_;
+      if (is_bank) {
+        for (int64_t d = 0; d < hidden_; ++d) streams[d] += given[d];
+        continue;
+      }
       if (sinkhorn_mix == nullptr) {
         for (int64_t i = 0; i < n; ++i)
           for (int64_t d = 0; d < hidden_; ++d) streams[i * hidden_ + d] += weights[i] * given[d];
@@ -200,15 +249,15 @@ void Residual::write(const float* out) {
 }
 
 void Residual::mean(float* x) const {
-  const int64_t n = rule_.num_streams;
+  const int64_t n = rule_.num_streams, count = num_written();
   const auto lock = runtime_.lock();
   runtime_.parallel_for(num_tokens_, n * hidden_, [&](int64_t begin, int64_t end, int) {
     for (int64_t token = begin; token < end; ++token) {
       const float* streams = buffers_.streams + token * n * hidden_;
       for (int64_t d = 0; d < hidden_; ++d) {
         float sum = streams[d];
-        for (int64_t i = 1; i < n; ++i) sum += streams[i * hidden_ + d];
-        x[token * hidden_ + d] = sum / float(n);
+        for (int64_t i = 1; i < count; ++i) sum += streams[i * hidden_ + d];
+        x[token * hidden_ + d] = sum / float(count);
       }
     }
   });
@@ -217,7 +266,7 @@ void Residual::mean(float* x) const {
 void Residual::add(const int64_t* rows, int64_t num_rows, const float* vectors) {
   const int64_t n = rule_.num_streams;
   for (int64_t row = 0; row < num_rows; ++row) {
-    for (int64_t i = 0; i < n; ++i) {
+    for (int64_t i = 0; i < num_written(); ++i) {
       float* stream = buffers_.streams + (rows[row] * n + i) * hidden_;
       for (int64_t d = 0; d < hidden_; ++d) stream[d] += vectors[row * hidden_ + d];
     }

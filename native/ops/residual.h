@@ -44,11 +44,22 @@ struct GatedMix {
   std::optional<MatrixView> inject;  // [n, n * hidden]; none before the head
 };
 
+// A bank of earlier hidden states (Kimi-K3, arXiv:2607.24653). The first stream is the hidden state, and the
+// others are those that sublayers which start a block have banked. With p the softmax of
+// weight . RMSNorm(stream[i]):
+//
+//   x = sum over i of p[i] stream[i]; without a bank stream[0]
+//   stream[0] += out; if the sublayer starts a block, stream[0] goes to the bank, and out takes its place
+struct BankMix {
+  const float* weight;  // [hidden]
+  bool starts_block;
+};
+
 // Before the head: the mean of the streams; or the sum with the input weights that the last sublayer left.
 struct MeanMix {};
 struct CarriedMix {};
 
-using StreamMix = std::variant<SinkhornMix, GatedMix, MeanMix, CarriedMix>;
+using StreamMix = std::variant<SinkhornMix, GatedMix, BankMix, MeanMix, CarriedMix>;
 
 struct ResidualRule {
   int64_t num_streams = 1;  // 1: none of what follows applies
@@ -86,7 +97,7 @@ class Residual {
   float* streams() { return buffers_.streams; }  // [num_tokens][num_streams][hidden]
   void use(const ResidualBuffers& buffers) { buffers_ = buffers; }
 
-  // Every stream of a token is its row of x [num_tokens][hidden].
+  // Every stream of a token is its row of x [num_tokens][hidden]; a bank is empty.
   void begin(const float* x, int64_t num_tokens);
   // Computes what a sublayer reads [num_tokens][hidden]. `mix` must live until write().
   void read(const StreamMix& mix, float* x);
@@ -96,14 +107,20 @@ class Residual {
   void write(const float* out);
   void finish(float* x) { read(rule_.head, x); }
 
+  // The mean of the streams; with a bank, the hidden state.
   void mean(float* x) const;
-  // Adds vectors [num_rows][hidden] to every stream of these tokens.
+  // Adds vectors [num_rows][hidden] to every stream of these tokens; with a bank, to the hidden state.
   void add(const int64_t* rows, int64_t num_rows, const float* vectors);
 
  private:
   void compute(const StreamMix& mix, float* weights, float* x);
   void weigh(const SinkhornMix& mix, float* weights);
-  void weigh_sums(const float* weights, int64_t stride, float* x) const;
+  void start_block();
+  void weigh_bank(const BankMix& mix, float* weights) const;
+  void weigh_sums(const float* weights, int64_t stride, int64_t num_streams, float* x) const;
+  bool has_bank() const { return std::holds_alternative<BankMix>(rule_.head); }
+  // The streams that are written together.
+  int64_t num_written() const { return has_bank() ? 1 : rule_.num_streams; }
   void read_gated(const GatedMix& mix, float* weights, float* x);
 
   Runtime& runtime_;
@@ -112,6 +129,7 @@ class Residual {
   float norm_eps_;
   ResidualBuffers buffers_ = {};
   int64_t num_tokens_ = 0;
+  int64_t num_banked_ = 0;
   const StreamMix* mix_ = nullptr;
 };
 

@@ -110,6 +110,7 @@ RoutedSizes sizes_of(const RoutedFfn& ffn) {
 void widen(const StreamMix& mix, ResidualSizes& sizes) {
   if (const auto* own = std::get_if<SinkhornMix>(&mix))
     sizes.weights = std::max(sizes.weights, own->matrix.rows);
+  if (std::holds_alternative<BankMix>(mix)) sizes.weights = std::max(sizes.weights, sizes.num_streams);
   if (const auto* gated = std::get_if<GatedMix>(&mix)) {
     sizes.weights = std::max(sizes.weights, sizes.num_streams);
     sizes.rank = std::max(sizes.rank, gated->down.rows);

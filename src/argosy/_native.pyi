@@ -2038,6 +2038,16 @@ def gated_mix(
         inject: [n, n * hidden]; None before the head.
     """
 
+def bank_mix(weight: NDArray[numpy.float32], starts_block: bool = False) -> StreamMix:
+    """
+    A bank of earlier hidden states, which is read with the current one (Kimi-K3; native/ops/residual.h).
+
+    Args:
+        weight: [hidden].
+        starts_block: after this sublayer has read, the hidden state goes to the bank. Blocks that start are fewer than
+            the streams.
+    """
+
 def mean_mix() -> StreamMix:
     """The mean of the streams, for the head."""
 

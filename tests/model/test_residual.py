@@ -79,6 +79,22 @@ class Gated:
         return (gates * normed).mean(axis=1), into
 
 
+class Bank:
+    """The first of two sublayers of a layer starts a block."""
+
+    def __init__(self) -> None:
+        self.weight, self.starts_block = normal(HIDDEN, scale=0.5), False
+
+    def native(self) -> Any:
+        return _native.bank_mix(self.weight, self.starts_block)
+
+    def read(self, states: list[Values]) -> Values:
+        scores = np.stack([rms(one, self.weight).sum(axis=1) for one in states])
+        shares = np.exp(scores) / np.exp(scores).sum(axis=0)
+        mixed: Values = (shares[..., None] * np.stack(states)).sum(axis=0)
+        return mixed
+
+
 class Part:
     """A sublayer with its norm and its mix."""
 
@@ -88,7 +104,11 @@ class Part:
 
 def build(kind: type, *, is_routed: bool = False) -> list[Part]:
     runs = [Attention(), Routed() if is_routed else Network(), Attention(), Network()]
-    return [Part(run, kind()) for run in runs]
+    parts = [Part(run, kind()) for run in runs]
+    for part in parts[::2]:
+        if isinstance(part.mix, Bank):
+            part.mix.starts_block = True
+    return parts
 
 
 def native_layers(parts: list[Part]) -> list[Any]:
@@ -109,7 +129,14 @@ def expected_of(parts: list[Part], head: Any, *, is_lagged: bool, iterations: in
     streams = np.repeat(EMBEDDING[IDS].astype(float)[:, None], STREAMS, axis=1)
     carried = np.zeros((TOKENS, STREAMS))
     carried[:, 0] = 1
+    bank: list[Values] = []
     for part in parts:
+        if isinstance(part.mix, Bank):
+            state = streams[:, 0].copy()
+            out = part.run(rms(part.mix.read([*bank, state]), part.norm))
+            bank, state = ([*bank, state], 0 * state) if part.mix.starts_block else (bank, state)
+            streams[:, 0] = state + out
+            continue
         if isinstance(part.mix, Gated):
             read, into = part.mix.read(streams)
             streams = streams + into[..., None] * part.run(rms(read, part.norm))[:, None]
@@ -119,7 +146,9 @@ def expected_of(parts: list[Part], head: Any, *, is_lagged: bool, iterations: in
         out = part.run(rms(read, part.norm))
         streams = post[..., None] * out[:, None] + np.einsum("nij,nid->njd", mixed, streams)
         carried = pre
-    if isinstance(head, Gated):
+    if isinstance(head, Bank):
+        last = head.read([*bank, streams[:, 0]])
+    elif isinstance(head, Gated):
         last = head.read(streams)[0]
     elif isinstance(head, Sinkhorn):
         last = (head.weights(streams, 1)[0][..., None] * streams).sum(axis=1)
@@ -141,8 +170,9 @@ def residual_of(head: Any, *, is_lagged: bool = False, iterations: int = 1) -> A
         (Sinkhorn, "mean", False, 1),
         (Sinkhorn, "carried", True, 3),
         (Gated, Gated(is_head=True), False, 0),
+        (Bank, Bank(), False, 0),
     ],
-    ids=["own head", "mean", "lagged", "gated"],
+    ids=["own head", "mean", "lagged", "gated", "bank"],
 )
 def test_streams_are_mixed_as_the_formulas_say(
     kind: type, head: Any, is_lagged: bool, iterations: int
@@ -187,9 +217,10 @@ def test_experts_write_to_streams_and_the_look_ahead_reads_them() -> None:
     assert np.array_equal(waiting, found)
 
 
-def test_taps_and_additions_see_all_streams() -> None:
-    parts = build(Sinkhorn)
-    stack = stack_of(native_layers(parts), residual=residual_of("mean"))
+@pytest.mark.parametrize(("kind", "head"), [(Sinkhorn, "mean"), (Bank, Bank())], ids=["streams", "bank"])
+def test_taps_and_additions_see_all_streams_or_the_hidden_state(kind: type, head: Any) -> None:
+    parts = build(kind)
+    stack = stack_of(native_layers(parts), residual=residual_of(head))
     added = normal(1, HIDDEN)
 
     def tapped(additions: Any) -> NDArray[np.float32]:
@@ -221,6 +252,7 @@ def test_taps_and_additions_see_all_streams() -> None:
             {"residual": residual_of("carried", is_lagged=True)},
             "carry no weights",
         ),
+        ({"ffn_mix": _native.bank_mix(FINAL)}, {}, "all mixes of a stack"),
         ({}, {"residual": None}, "but the stack has one stream"),
         ({}, {"residual": _native.Residual(STREAMS + 1, _native.mean_mix())}, "rows of a mix"),
         ({}, {"residual": _native.Residual(STREAMS, _native.carried_mix())}, "unless is_lagged"),
@@ -234,6 +266,17 @@ def test_mixes_that_do_not_fit_are_refused(layer: Any, flags: Any, message: str)
     )
     with pytest.raises(ValueError, match=message):
         stack_of([made], **{"residual": residual_of("mean")} | flags)
+
+
+def test_a_bank_has_room_for_its_blocks_and_the_size_of_the_hidden_state() -> None:
+    parts = build(Bank)
+    layers = native_layers(parts)
+    with pytest.raises(ValueError, match="blocks that start is 2, expected 0 to 1"):
+        stack_of(layers, residual=_native.Residual(2, Bank().native()))
+    with pytest.raises(ValueError, match="size of weight"):
+        stack_of(layers, residual=_native.Residual(3, _native.bank_mix(FINAL[:-1])))
+    with pytest.raises(ValueError, match="only sublayers start a block"):
+        stack_of(layers, residual=_native.Residual(3, _native.bank_mix(FINAL, starts_block=True)))
 
 
 def test_a_residual_has_two_streams_or_more() -> None:

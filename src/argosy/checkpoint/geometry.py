@@ -19,6 +19,7 @@ from typing import cast
 from argosy.checkpoint.formats import rows_together
 from argosy.config import (
     AttentionConfig,
+    BankResidual,
     CompressedConfig,
     DeltaConfig,
     Format,
@@ -167,6 +168,10 @@ def _mix_shapes(config: ModelConfig, part: str) -> Iterator[tuple[str, Shape]]:
             yield f"{name}_up", (width, rank)
             if part != "head":
                 yield f"{name}_inject", (streams, width)
+        case BankResidual(has_norms=has_norms):
+            if has_norms:
+                yield f"{name}_norm", (config.hidden_size,)
+            yield f"{name}_scale", (config.hidden_size,)
 
 
 def _mixer_shapes(mixer: Mixer, hidden: int) -> Iterator[tuple[str, Shape]]:

@@ -22,7 +22,7 @@ from argosy.config.mixers import (
     ShortConvConfig, WindowedMixer,
 )  # fmt: skip
 from argosy.config.ngrams import NgramConfig
-from argosy.config.residual import GatedResidual, Residual, SinkhornResidual
+from argosy.config.residual import BankResidual, GatedResidual, Residual, SinkhornResidual
 from argosy.config.sampling import (
     CHOOSING, EFFORTS, ENDING, LENIENT_SCHEMA, MAX_GRAMMAR_CHARACTERS, SAMPLING, THINKING, Grammar, Preset,
     SamplingDefaults, SamplingParams, Trigger,

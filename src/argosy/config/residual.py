@@ -27,4 +27,20 @@ class GatedResidual:
     rank: int
 
 
-Residual = SinkhornResidual | GatedResidual
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BankResidual:
+    """A bank of earlier hidden states, which mixers, networks and the final norm read with the current one (Kimi-K3,
+    arXiv:2607.24653). Every `block` layers, the hidden state goes to the bank and starts again.
+    """
+
+    block: int
+    num_blocks: int
+    has_norms: bool = True  # weights of the scores are products of `scale` and `norm`, not `scale` alone
+
+    @property
+    def num_streams(self) -> int:
+        """The most hidden states that a token has."""
+        return 1 + self.num_blocks
+
+
+Residual = SinkhornResidual | GatedResidual | BankResidual

@@ -14,6 +14,8 @@ import numpy as np
 from argosy import _native
 from argosy.config import (
     ActivationConfig,
+    BankResidual,
+    CompressedConfig,
     GatedResidual,
     Mixer,
     ModelConfig,
@@ -45,7 +47,7 @@ def describe_layers(
             mixer_scale=config.residual_scale,
             ffn_scale=_ffn_scale(config, i),
             normed_residual=config.normed_residual,
-            mixer_mix=None if layer.mixer is None else _mix(config, f"layers.{i}.attn_mix", weights),
+            mixer_mix=_mixer_mix(config, i, weights),
             ffn_mix=_mix(config, f"layers.{i}.mlp_mix", weights) if layer.has_network else None,
             ngrams=None if layer.ngrams is None else _ngrams(config, i, layer.ngrams, weights, tables[i]),
         )
@@ -101,14 +103,23 @@ def describe_residual(config: ModelConfig, weights: DenseWeights) -> _native.Res
                 eps=residual.eps,
                 is_lagged=residual.is_lagged,
             )
-        case GatedResidual() as gated:
+        case GatedResidual() | BankResidual() as residual:
             head = _mix(config, "head_mix", weights)
             assert head is not None
-            return _native.Residual(gated.num_streams, head)
+            return _native.Residual(residual.num_streams, head)
     return None
 
 
-def _mix(config: ModelConfig, name: str, weights: DenseWeights) -> _native.StreamMix | None:
+def _mixer_mix(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.StreamMix | None:
+    if config.layers[layer].mixer is None:
+        return None
+    starts_block = isinstance(config.residual, BankResidual) and layer % config.residual.block == 0
+    return _mix(config, f"layers.{layer}.attn_mix", weights, starts_block=starts_block)
+
+
+def _mix(
+    config: ModelConfig, name: str, weights: DenseWeights, *, starts_block: bool = False
+) -> _native.StreamMix | None:
     """How a part of the model reads residual streams, and writes them."""
     matrices, vectors = weights.matrices, weights.vectors
     match config.residual:
@@ -121,6 +132,9 @@ def _mix(config: ModelConfig, name: str, weights: DenseWeights) -> _native.Strea
                 matrices[f"{name}_up"],
                 matrices.get(f"{name}_inject"),
             )
+        case BankResidual():
+            scale, norm = vectors[f"{name}_scale"], vectors.get(f"{name}_norm")
+            return _native.bank_mix(scale if norm is None else scale * norm, starts_block)
     return None
 
 
@@ -159,6 +173,8 @@ def stack_sizes(config: ModelConfig) -> _native.StackSizes:
             sizes.add_residual(streams, streams * (2 + streams))
         case GatedResidual(num_streams=streams, rank=rank):
             sizes.add_residual(streams, streams, rank)
+        case BankResidual(num_streams=streams):
+            sizes.add_residual(streams, streams)
     for i, layer in enumerate(config.layers):
         add_mixer_sizes(sizes, layer.mixer)
         if layer.ngrams is not None:
