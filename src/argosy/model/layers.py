@@ -15,7 +15,6 @@ from argosy import _native
 from argosy.config import (
     ActivationConfig,
     BankResidual,
-    CompressedConfig,
     GatedResidual,
     Mixer,
     ModelConfig,

@@ -83,7 +83,7 @@ FAMILIES: Mapping[str, Family] = {
             "attention.granitemoe", "attention.granitemoeshared", "attention.ernie4_5_moe",
             "recurrent.minimax", "recurrent.bailing_moe_linear",
             "recurrent.lfm2_moe", "recurrent.granitemoehybrid", "recurrent.nemotron_h", "recurrent.nemotron_h_puzzle",
-            "recurrent.kimi_linear", "recurrent.bailing_hybrid", "recurrent.glm5_next",
+            "recurrent.kimi_linear", "recurrent.kimi_k3", "recurrent.bailing_hybrid", "recurrent.glm5_next",
             "wrappers.qwen3_vl_moe", "wrappers.qwen3_omni_moe", "wrappers.glm4v_moe", "wrappers.gemma4",
             "wrappers.internvl", "wrappers.internvl_chat", "wrappers.deepseek_ocr",
             "latent.axk1", "wrappers.kimi_vl", "latent.deepseek_v32", "latent.deepseek_v4",

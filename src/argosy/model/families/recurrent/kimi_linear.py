@@ -18,7 +18,16 @@ from argosy.model.reading.config_reader import ConfigReader
 from argosy.model.reading.experts_config import layers_by_type, read_sigmoid_router
 from argosy.model.reading.layout import Layout
 
-__all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
+__all__ = [
+    "ALIASES",
+    "DEFAULTS",
+    "GGUF_ARCHITECTURE",
+    "LAYOUTS",
+    "MODEL_TYPE",
+    "open_gguf",
+    "parse_config",
+    "read_delta",
+]
 
 MODEL_TYPE = "kimi_linear"
 GGUF_ARCHITECTURE = "kimi-linear"
@@ -42,7 +51,7 @@ LAYOUTS = (
     ),
 )
 
-_ALIASES = {
+ALIASES = {
     "model_max_length": "max_position_embeddings",
     "moe_renormalize": "norm_topk_prob",
     "moe_router_activation_func": "scoring_func",
@@ -50,7 +59,7 @@ _ALIASES = {
     "num_shared_experts": "n_shared_experts",
 }
 
-_DEFAULTS = Defaults(
+DEFAULTS = Defaults(
     vocab_size=163_840, hidden_size=2304, num_layers=27, num_heads=32, num_kv_heads=32, dense_width=9216, norm_eps=1e-5,
     expert_width=1024, num_experts=256, experts_per_token=8, num_shared_experts=1, first_dense_layers=1, nope_dim=128,
     value_dim=128, query_rank=None, context_tokens=1_048_576, eos_id=163_586, bos_id=163_584,
@@ -69,23 +78,29 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         CheckpointError: a key is missing, malformed, or contradicts another.
     """
     # The files' head_dim, the hidden size over the heads, is no layer's.
-    reader = ConfigReader({k: v for k, v in raw.items() if k != "head_dim"}, MODEL_TYPE, aliases=_ALIASES)
+    reader = ConfigReader({k: v for k, v in raw.items() if k != "head_dim"}, MODEL_TYPE, aliases=ALIASES)
     config = read_latent_model(
         reader,
         family=MODEL_TYPE,
-        defaults=_DEFAULTS,
+        defaults=DEFAULTS,
         read_router=read_sigmoid_router(scale=2.446, num_groups=1, kept_groups=1),
-        read_moe_layers=layers_by_type(_DEFAULTS.first_dense_layers),
+        read_moe_layers=layers_by_type(DEFAULTS.first_dense_layers),
     )
     reader.neutral("mla_use_nope", True)
     reader.neutral("use_grouped_topk", True)
-    delta, is_delta = _read_delta(reader, config.num_layers)
+    delta, is_delta = read_delta(reader, config.num_layers)
     reader.finish()
     return with_delta_layers(config.with_mixers(LatentConfig, rope=None, scale=0.0), delta, is_delta)
 
 
-def _read_delta(reader: ConfigReader, num_layers: int) -> tuple[KimiDeltaConfig, Sequence[bool]]:
-    """Read the sizes of Kimi Delta Attention, and whether each layer has it; transformers writes them again."""
+def read_delta(
+    reader: ConfigReader, num_layers: int, *, is_k3: bool = False
+) -> tuple[KimiDeltaConfig, Sequence[bool]]:
+    """Read the sizes of Kimi Delta Attention, and whether each layer has it; transformers writes them again.
+
+    Args:
+        is_k3: read Kimi-K3's keys of a floor, and of a gate with one factor.
+    """
     linear = reader.nested("linear_attn_config", MODEL_TYPE) if reader.has("linear_attn_config") else None
     sizes = []
     for name, again, default in _SIZES:
@@ -95,7 +110,15 @@ def _read_delta(reader: ConfigReader, num_layers: int) -> tuple[KimiDeltaConfig,
             reader.neutral(again, size)
         sizes.append(size)
     heads, dim, width = sizes
-    delta = KimiDeltaConfig(num_heads=heads, head_dim=dim, conv_width=width, decay_rank=dim, gate_rank=dim)
+    is_full = is_k3 and linear is not None and linear.flag("use_full_rank_gate", False)
+    delta = KimiDeltaConfig(
+        num_heads=heads,
+        head_dim=dim,
+        conv_width=width,
+        decay_rank=dim,
+        gate_rank=0 if is_full else dim,
+        floor=_read_floor(linear) if is_k3 else 0.0,
+    )
     kinds = reader.layer_types(num_layers, ("linear_attention", "full_attention"))
     is_delta = [layer % 4 > 0 or layer == 0 for layer in range(num_layers)]
     if kinds is not None:
@@ -113,6 +136,12 @@ def _read_delta(reader: ConfigReader, num_layers: int) -> tuple[KimiDeltaConfig,
         is_delta = listed
         linear.finish()
     return delta, is_delta
+
+
+def _read_floor(linear: ConfigReader | None) -> float:
+    if linear is None or not linear.has("gate_lower_bound"):
+        return 0.0
+    return linear.negative_number("gate_lower_bound", -5.0)
 
 
 def open_gguf(file: GgufFile) -> ModelFiles:
