@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import tokenizers
 
 from argosy.prompt.builder import PromptBuilder
+from argosy.prompt.own_templates import KIMI_K3
 from argosy.prompt.replay import ReplayMemory
 from argosy.prompt.tokenizer import Tokenizer
 from tests.prompt import tool_templates as templates
@@ -159,12 +160,14 @@ _HY3 = [f"<{slash}{name}:opensource>" for slash in ("", "/") for name in (
 _SOLAR = [f"<|{name}|>" for name in ("begin", "content", "think", "end", "tool_calls", "calls")] + [
     f"<|tool_call:{name}|>" for name in ("begin", "name", "args", "end")
 ]
+_KIMI_K3 = ["<|open|>", "<|close|>", "<|sep|>", "<|end_of_msg|>"]
 _COHERE = [f"<|{end}_{name}|>" for end in ("START", "END") for name in ("THINKING", "TEXT", "ACTION")]
 
 # Families whose templates here are short: they show how calls and thoughts are written, and no more.
 SHORT = {
     family.name: family
     for family in (
+        _family("kimi_k3", KIMI_K3, _KIMI_K3, [], ["<|end_of_msg|>"]),
         _family("hunyuan", templates.HUNYUAN_A13B, [], [], ["<|im_end|>"]),
         _family("granite", templates.GRANITE_3, ["<|tool_call|>"], [], ["<|im_end|>"]),
         _family("granite4", templates.GRANITE_4, [], ["<tool_call>", "</tool_call>"], ["<|im_end|>"]),

@@ -107,6 +107,11 @@ _M3 = "]<]minimax[>[<"
 ONE["minimax_m3"] = (
     f'{_M3}tool_call>\n{_M3}invoke name="get_weather">{_M3}city>Oslo{_M3}/city>{_M3}/invoke>\n{_M3}/tool_call>'
 )
+ONE["kimi_k3"] = (
+    '<|open|>tools<|sep|><|open|>call tool="get_weather" index="1"<|sep|>'
+    '<|open|>argument key="city" type="string"<|sep|>Oslo<|close|>argument<|sep|><|close|>call<|sep|>'
+    "<|close|>tools<|sep|>"
+)
 ONE["ernie"] = ONE["granite4"] = ONE["qwen3"]
 ONE["nemotron3"] = ONE["step3"] = ONE["qwen3_coder"]
 ONE["laguna"] = ONE["glm"]

@@ -14,7 +14,7 @@ import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from argosy.prompt.formats import find_format
-from argosy.prompt.own_templates import DEEPSEEK_V4
+from argosy.prompt.own_templates import DEEPSEEK_V4, KIMI_K3
 from argosy.prompt.template_worker import render_segments
 from argosy.prompt.tokenizer import Tokenizer, has_chat_template
 from tests.prompt.tokenizers_for_tests import byte_level_json, write_tokenizer
@@ -108,3 +108,26 @@ def test_it_renders_as_the_template_that_llama_cpp_adds() -> None:
         assert rendered(messages, **given) == theirs.render(
             messages=messages, add_generation_prompt=True, **given
         )
+
+
+@pytest.mark.skipif(not LLAMA_CPP, reason="ARGOSY_LLAMA_CPP does not name llama.cpp's sources")
+def test_kimi_k3_s_renders_as_the_template_that_llama_cpp_adds() -> None:
+    ours, source = compiled(KIMI_K3), (Path(LLAMA_CPP) / "models/templates/Kimi-K3.jinja").read_text()
+    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = lambda value, ensure_ascii=False: json.dumps(
+        value, ensure_ascii=ensure_ascii
+    )
+    theirs = environment.from_string(source)
+    calls = [
+        {"id": "a", **CALLS[0]},
+        {"id": "b", "function": {"name": 'cl&"ock', "arguments": {"on": True, "x": None, "o": {"k": 1.5}}}},
+    ]
+    results = [{"role": "tool", "tool_call_id": one, "content": one} for one in "ab"]
+    turns = [*TURNS[:2], TURNS[2] | {"tool_calls": calls}, *results, {**TURNS[4], "name": "al"}]
+    for messages, tools, thinking, effort, prompts in product(
+        ([], TALK, TALK[:2], turns), ([], TOOLS), (None, True, False), (None, "low", "max"), (True, False)
+    ):
+        given = {"tools": tools, "thinking": thinking, "thinking_effort": effort}
+        given = {name: value for name, value in given.items() if value is not None}
+        fixed = {"messages": messages, "add_generation_prompt": prompts}
+        assert ours.render(**fixed, **given) == theirs.render(**fixed, **given)

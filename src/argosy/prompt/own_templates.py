@@ -1,4 +1,4 @@
-"""Chat templates of models whose repositories have none: DeepSeek-V4 has code instead, DeepSeek-OCR nothing.
+"""Chat templates of models whose repositories have none: DeepSeek-V4 and Kimi-K3 have code, DeepSeek-OCR nothing.
 
 Elsewhere: `tokenizer.py` prefers the template of a checkpoint; `formats/` reads what these models write.
 """
@@ -112,8 +112,94 @@ DEEPSEEK_V4 = f"""\
 """
 
 
+_K3_TOOLS = "# Tools\nHere are the available tools, described in JSONSchema.\n\n```json\n"
+_K3_EFFORT = (
+    "`thinking_effort` guides on how much to think in your thinking channel (not including the response channel), "
+    "supported values include `low`, `medium`, `high`, and `max`.\nNow the system is invoked with `thinking_effort="
+)
+
+# The prompts of the code in Kimi-K3's repository; results keep their order, and name the number of their call.
+KIMI_K3 = f"""\
+{{%- macro open(tag) -%}}{{{{- '<|open|>' }}}}{{{{ tag }}}}{{{{ '<|sep|>' -}}}}{{%- endmacro -%}}
+{{%- macro close(tag) -%}}{{{{- '<|close|>' + tag + '<|sep|>' -}}}}{{%- endmacro -%}}
+{{%- macro quoted(value) -%}}
+  {{{{- '"' }}}}{{{{ value | string | replace('&', '&amp;') | replace('"', '&quot;') }}}}{{{{ '"' -}}}}
+{{%- endmacro -%}}
+{{%- macro sorted(value) -%}}
+  {{%- if value is mapping -%}}
+    {{{{- '{{' -}}}}
+    {{%- for key, item in value | dictsort -%}}
+      {{{{- ',' if not loop.first else '' -}}}}{{{{- key | tojson -}}}}{{{{- ':' -}}}}{{{{- sorted(item) -}}}}
+    {{%- endfor -%}}
+    {{{{- '}}' -}}}}
+  {{%- elif value is string or value is number or value is boolean or value is none -%}}{{{{- value | tojson -}}}}
+  {{%- else -%}}
+    {{{{- '[' -}}}}
+    {{%- for item in value -%}}{{{{- ',' if not loop.first else '' -}}}}{{{{- sorted(item) -}}}}{{%- endfor -%}}
+    {{{{- ']' -}}}}
+  {{%- endif -%}}
+{{%- endmacro -%}}
+{{%- set thinks = thinking if thinking is defined else (enable_thinking | default(true)) -%}}
+{{%- set effort = thinking_effort | default(reasoning_effort | default('max')) -%}}
+{{%- set end = '<|close|>message<|sep|><|end_of_msg|>' -%}}
+{{%- if tools | default([]) -%}}
+  {{{{- open('message role="system" type="tool-declare"') -}}}}
+  {{{{- {_K3_TOOLS!r} -}}}}{{{{- sorted(tools) -}}}}{{{{- '\\n```' + end -}}}}
+{{%- endif -%}}
+{{%- if thinks and effort in ['low', 'high', 'max'] -%}}
+  {{{{- open('message role="system" type="thinking-effort"') + {_K3_EFFORT!r} + effort + '`.' + end -}}}}
+{{%- endif -%}}
+{{%- set ns = namespace(calls=[], index=0) -%}}
+{{%- for m in messages -%}}
+  {{{{- '<|open|>message role="' + m.role + '"' -}}}}
+  {{%- if m.role == 'tool' -%}}
+    {{%- set ns.index = ns.index + 1 -%}}
+    {{%- set at = namespace(name=m.name | default('', true), index=ns.index) -%}}
+    {{%- for call in ns.calls if call.id is defined and call.id == m.tool_call_id -%}}
+      {{%- set at.name = call.function.name -%}}{{%- set at.index = ns.calls.index(call) + 1 -%}}
+    {{%- endfor -%}}
+    {{%- if not at.name and ns.index <= ns.calls | length -%}}
+      {{%- set at.name = ns.calls[ns.index - 1].function.name -%}}
+    {{%- endif -%}}
+    {{{{- ' tool=' -}}}}{{{{- quoted(at.name) -}}}}{{{{- ' index="' ~ at.index ~ '"' -}}}}
+  {{%- elif m.name -%}}{{{{- ' name=' -}}}}{{{{- quoted(m.name) -}}}}
+  {{%- endif -%}}
+  {{{{- '<|sep|>' -}}}}
+  {{%- if m.role == 'assistant' -%}}
+    {{%- set ns.calls = m.tool_calls | default([], true) -%}}{{%- set ns.index = 0 -%}}
+    {{%- if thinks -%}}
+      {{{{- open('think') -}}}}{{{{- m.reasoning_content | default('', true) -}}}}{{{{- close('think') -}}}}
+    {{%- endif -%}}
+    {{{{- open('response') -}}}}{{{{- m.content | default('', true) -}}}}{{{{- close('response') -}}}}
+    {{%- if ns.calls -%}}
+      {{{{- open('tools') -}}}}
+      {{%- for call in ns.calls -%}}
+        {{{{- '<|open|>call tool=' -}}}}{{{{- quoted(call.function.name) -}}}}
+        {{{{- ' index="' ~ loop.index ~ '"<|sep|>' -}}}}
+        {{%- for key, value in call.function.arguments | items -%}}
+          {{%- set kind = 'string' if value is string else 'boolean' if value is boolean else 'null' if value is none
+               else 'number' if value is number else 'object' if value is mapping else 'array' -%}}
+          {{{{- '<|open|>argument key=' -}}}}{{{{- quoted(key) -}}}}{{{{- ' type="' + kind + '"<|sep|>' -}}}}
+          {{{{- value if value is string else value | tojson -}}}}{{{{- close('argument') -}}}}
+        {{%- endfor -%}}
+        {{{{- close('call') -}}}}
+      {{%- endfor -%}}
+      {{{{- close('tools') -}}}}
+    {{%- endif -%}}
+  {{%- else -%}}{{{{- m.content | default('', true) -}}}}
+  {{%- endif -%}}
+  {{{{- end -}}}}
+{{%- endfor -%}}
+{{%- if add_generation_prompt | default(false) -%}}
+  {{{{- open('message role="assistant"') -}}}}{{{{- open('think' if thinks else 'response') -}}}}
+{{%- endif -%}}
+"""
+
+
 def own_template(model_type: object, added_tokens: AbstractSet[str]) -> str | None:
     """Return the template of a checkpoint without one, by the `model_type` of its config or its tokenizer's tokens."""
     if model_type == "deepseek_v4":
         return DEEPSEEK_V4
+    if model_type == "kimi_k3":
+        return KIMI_K3
     return OCR if added_tokens >= _OCR_TOKENS else None

@@ -68,7 +68,9 @@ class Format(ABC):
         unknown = {
             mark
             for mark in (*thinking, *(mark for pair in self.wrapping for mark in pair))
-            if tokenizer.control_id(mark) is None and mark not in (tokenizer.chat_template or "")
+            if tokenizer.control_id(mark) is None
+            and mark not in (tokenizer.chat_template or "")
+            and not mark.startswith(self.pieces)
         }
         self.lexer = Lexer([mark for mark in self.marks() if mark not in unknown], tokenizer, self.pieces)
         self._tokenizer = tokenizer
