@@ -33,7 +33,7 @@ _TAGS = Tags(
     function=re.compile(rf'{re.escape(CALL)}([^"\n]+)"[^<]{{0,64}}{re.escape(SEP)}'),
     function_end=CALL_END,
     parameter=re.compile(
-        rf'{re.escape(OPEN)}argument key="(.{{1,256}}?)"(?: type="[a-z]{{1,16}}")?{re.escape(SEP)}'
+        rf'{re.escape(OPEN)}argument key="([^"\n]{{1,256}})"(?: type="[a-z]{{1,16}}")?{re.escape(SEP)}'
     ),
     parameter_end=ARGUMENT_END,
     line_around_values=False,
