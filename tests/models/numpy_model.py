@@ -402,13 +402,26 @@ class NumpyModel:
         k = k / np.sqrt((k * k).mean(axis=1, keepdims=True) + 1e-6) * self.tensors[prefix + "k_norm.weight"]
         k = (k + self.tensors[prefix + "k_norm.bias"])[:, None]
         turn = rotate_pairs if config["model_type"] == "glm_moe_dsa" else rotate
-        q, k = (np.concatenate([turn(y[..., :turning], places), y[..., turning:]], axis=2) for y in (q, k))
+        if turning:
+            q, k = (
+                np.concatenate([turn(y[..., :turning], places), y[..., turning:]], axis=2) for y in (q, k)
+            )
+        positions, size = np.arange(len(x)), config.get("index_kpool", 1)
+        if size > 1:  # groups share a key
+            whole = len(x) // size * size
+            gate = x[:whole] @ self.tensors[prefix + "index_kpool_compress_gate"].T
+            gate = gate.reshape(-1, size, dim) + self.tensors[prefix + "index_kpool_compress_ape"]
+            shares = np.exp(gate) / np.exp(gate).sum(axis=1, keepdims=True)
+            k = (shares * k[:whole].reshape(gate.shape)).sum(axis=1)[:, None]
         weights = x @ self.tensors[prefix + "weights_proj.weight"].T
         scores = np.einsum("th,hts->ts", weights, np.maximum(np.einsum("thd,sd->hts", q, k[:, 0]), 0))
-        order = np.argsort(-np.where(places.is_seen(), scores, -np.inf), axis=1, kind="stable")
+        is_whole = places.is_seen()[:, size - 1 :: size]  # a group is seen with its last position
+        order = np.argsort(-np.where(is_whole, scores, -np.inf), axis=1, kind="stable")
         is_chosen = np.zeros_like(scores, bool)
-        np.put_along_axis(is_chosen, order[:, : config["index_topk"]], True, axis=1)
-        return is_chosen
+        np.put_along_axis(is_chosen, order[:, : config["index_topk"] // size], True, axis=1)
+        is_unfinished = positions >= (positions[:, None] + 1) // size * size
+        of_groups = np.repeat(is_chosen, size, axis=1)
+        return np.pad(of_groups, ((0, 0), (0, len(x) - of_groups.shape[1]))) | (is_unfinished & (size > 1))
 
     def deepseek_feed_forward(self, prefix: str, x: Array) -> Array:
         config, k = self.config, self.config["num_experts_per_tok"]

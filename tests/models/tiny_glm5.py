@@ -101,6 +101,8 @@ def tensor_shapes(raw: RawConfig) -> Shapes:
         of_layer |= {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
         is_delta = config["layer_types"][i] == "linear_attention"
         mixer = _delta_shapes(config, hidden, heads, dim) if is_delta else _latent_shapes(config)
+        if "indexer_types" in config and config["indexer_types"][i] == "shared":
+            mixer = {name: shape for name, shape in mixer.items() if not name.startswith("indexer.")}
         of_layer |= {f"self_attn.{name}": shape for name, shape in mixer.items()}
         if config["mlp_layer_types"][i] == "dense":
             of_layer |= _network("mlp.", hidden, config["intermediate_size"])
@@ -183,8 +185,7 @@ def as_known(config: RawConfig, tensors: Mapping[str, Any]) -> tuple[RawConfig, 
         "linear_attn_config": {"head_dim": config["linear_head_dim"], "num_heads": config["linear_num_heads"]},
         "rope_theta": 1e4,
     }  # fmt: skip
-    left_out = {key: value for key, value in config.items() if key not in ("index_topk", "layer_types")}
-    return left_out | known, {name: one for name, one in tensors.items() if ".indexer." not in name}
+    return {key: value for key, value in config.items() if key != "layer_types"} | known, dict(tensors)
 
 
 def run_layers(model: NumpyModel, hidden: Array, places: list[Places]) -> Array:

@@ -70,6 +70,16 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
 
 def _read_indexers(reader: ConfigReader, num_layers: int) -> tuple[IndexConfig, ...]:
     own = read_indexer(reader, num_layers, num_heads=32, is_interleaved=True)
+    shared = replace(own, kind="shared")
+    return tuple(own if kind == "full" else shared for kind in read_index_kinds(reader, num_layers))
+
+
+def read_index_kinds(reader: ConfigReader, num_layers: int) -> tuple[str, ...]:
+    """Read whether each layer has an indexer of its own, "full", or sees what the last one chose, "shared".
+
+    Raises:
+        CheckpointError: the list is too short, has other words, or its first layer shares.
+    """
     spacing = reader.integer("index_topk_freq", default=1, least=0) or 1
     first = reader.integer("index_skip_topk_offset", default=2, least=0)
     pattern = reader.optional_text("index_topk_pattern")
@@ -87,8 +97,7 @@ def _read_indexers(reader: ConfigReader, num_layers: int) -> tuple[IndexConfig, 
             f"for each of {num_layers} layers, and 'full' for the first",
             key="indexer_types",
         )
-    shared = replace(own, kind="shared")
-    return tuple(own if kind == "full" else shared for kind in kinds[:num_layers])
+    return kinds[:num_layers]
 
 
 def open_gguf(file: GgufFile) -> ModelFiles:

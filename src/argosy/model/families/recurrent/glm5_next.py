@@ -1,8 +1,8 @@
 """GLM-5.3-Flash: three layers of Kimi Delta Attention, then one of latent attention, on four residual streams.
 
 Latent attention has no rotary embedding; its norms have the model's epsilon. An indexer chooses pools of positions for
-it, `index_topk` positions in all; it is left out, which is exact up to so many positions. Sinkhorn's weights mix the
-streams (arXiv:2512.24880), and the final norm reads their mean. `config.json` is a wrapper with the text model in
+it, `index_topk` positions in all, and it sees the unfinished pool too. Sinkhorn's weights mix the streams
+(arXiv:2512.24880), and the final norm reads their mean. `config.json` is a wrapper with the text model in
 `text_config`; the tower is in `model/encoders/glm_vision.py`.
 """
 
@@ -14,6 +14,7 @@ from dataclasses import replace
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import (
+    KV_BLOCK_TOKENS,
     ActivationConfig,
     IndexConfig,
     KimiDeltaConfig,
@@ -22,6 +23,7 @@ from argosy.config import (
     ModelConfig,
     SinkhornResidual,
 )
+from argosy.errors import CheckpointError
 from argosy.model.families.latent.deepseek import (
     INDEX_NORM_EPS,
     LAYER_NAMES,
@@ -30,6 +32,7 @@ from argosy.model.families.latent.deepseek import (
     read_latent_model,
 )
 from argosy.model.families.latent.deepseek_gguf import read_latent
+from argosy.model.families.latent.glm_moe_dsa import read_index_kinds
 from argosy.model.families.recurrent.kimi_delta import (
     DELTA_NAMES,
     GGUF_NAMES,
@@ -63,7 +66,7 @@ LAYOUTS = tuple(
     replace(
         layout,
         prefix="model.language_model.",
-        passed_over=r"model\.visual\..*|model\.language_model\.layers\.\d+\.self_attn\.indexer\..*",
+        passed_over=r"model\.visual\..*",
     )
     for layout in separate_and_fused(
         {
@@ -73,6 +76,8 @@ LAYOUTS = tuple(
             "kda_decay": "self_attn.f_b_proj.weight",
             "kda_gate_down": "self_attn.g_a_proj.weight",
             "kda_gate": "self_attn.g_b_proj.weight",
+            "index_gate": "self_attn.indexer.index_kpool_compress_gate",
+            "index_gate_bias": "self_attn.indexer.index_kpool_compress_ape",
             **_MIXES,
         }
     )
@@ -87,10 +92,7 @@ _SIZES = (
     ("num_heads", "linear_num_heads", 64), ("head_dim", "linear_head_dim", 128),
     ("short_conv_kernel_size", "linear_conv_kernel_dim", 4),
 )  # fmt: skip
-_OF_THE_INDEXER = (
-    "indexer_types", "index_topk_pattern", "index_topk_freq", "index_skip_topk_offset", "indexer_rope_interleave",
-    "index_kpool_compress", "index_share_for_mtp_iteration",
-)  # fmt: skip
+_OF_THE_INDEXER = ("indexer_rope_interleave", "index_kpool_compress", "index_share_for_mtp_iteration")
 _TOKEN_KEYS = ("image_start_token_id", "image_end_token_id", "video_start_token_id", "video_end_token_id")
 
 
@@ -113,7 +115,7 @@ def _read_text(reader: ConfigReader) -> ModelConfig:
         defaults=_DEFAULTS,
         read_router=read_sigmoid_router(scale=2.5, num_groups=1, kept_groups=1),
         read_moe_layers=layers_by_type(_DEFAULTS.first_dense_layers),
-        read_indexers=lambda reader, num_layers: (_read_indexer(reader),) * num_layers,
+        read_indexers=_read_indexers,
     )
     reader.neutral("mla_use_nope", True)
     reader.neutral("mhc", True)
@@ -132,7 +134,13 @@ def _read_text(reader: ConfigReader) -> ModelConfig:
         ),
         draft_form=None,
     )
-    return with_delta_layers(config, _read_delta(reader), is_delta)
+    config = with_delta_layers(config, _read_delta(reader), is_delta)
+    if config.latent is not None and config.latent.own_index is None:
+        raise CheckpointError(
+            "config.json: the first layer with latent attention shares the choice of an earlier one, and there is none",
+            key="indexer_types",
+        )
+    return config
 
 
 def _kinds(reader: ConfigReader, num_layers: int) -> tuple[str, ...]:
@@ -142,20 +150,26 @@ def _kinds(reader: ConfigReader, num_layers: int) -> tuple[str, ...]:
     return kinds or tuple(default[layer % 4] for layer in range(num_layers))
 
 
-def _read_indexer(reader: ConfigReader) -> IndexConfig:
-    pool = reader.integer("index_kpool", default=16)
+def _read_indexers(reader: ConfigReader, num_layers: int) -> tuple[IndexConfig, ...]:
+    pool = reader.integer("index_kpool", default=16, most=MOST_CHOSEN)
+    if pool < 2 or (KV_BLOCK_TOKENS % pool and pool % KV_BLOCK_TOKENS):
+        raise reader.unsupported(
+            "index_kpool", f"2 to {MOST_CHOSEN}, and a divisor or a multiple of {KV_BLOCK_TOKENS}"
+        )
     reader.flag("index_kpool_always_select_tail", True)
     chosen = reader.integer("index_topk", default=2048, most=MOST_CHOSEN)
     if chosen % pool:
         raise reader.unsupported("index_topk", f"a multiple of index_kpool, {pool}")
-    return IndexConfig(
+    own = IndexConfig(
         num_chosen=chosen,
         num_heads=reader.integer("index_n_heads", default=32),
         head_dim=reader.integer("index_head_dim", default=128),
         is_interleaved=False,
         norm_eps=INDEX_NORM_EPS,
-        kind="missing",
+        group_size=pool,
     )
+    shared = replace(own, kind="shared")
+    return tuple(own if kind == "full" else shared for kind in read_index_kinds(reader, num_layers))
 
 
 def _read_delta(reader: ConfigReader) -> KimiDeltaConfig:
@@ -187,6 +201,25 @@ def _read_activation(reader: GgufConfigReader) -> ActivationConfig:
     return ActivationConfig(kind="silu_limited", limit=limits.pop())
 
 
+def _read_gguf_indexer(reader: GgufConfigReader) -> IndexConfig:
+    pool = reader.integer("attention.indexer.kpool", most=MOST_CHOSEN)
+    if pool < 2 or (KV_BLOCK_TOKENS % pool and pool % KV_BLOCK_TOKENS):
+        expected = f"2 to {MOST_CHOSEN}, and a divisor or a multiple of {KV_BLOCK_TOKENS}"
+        raise reader.unsupported("attention.indexer.kpool", pool, expected)
+    reader.flag("attention.indexer.kpool_select_tail", True)
+    index = IndexConfig(
+        num_chosen=reader.integer("attention.indexer.top_k", most=MOST_CHOSEN),
+        num_heads=reader.integer("attention.indexer.head_count"),
+        head_dim=reader.integer("attention.indexer.key_length"),
+        is_interleaved=False,
+        norm_eps=INDEX_NORM_EPS,
+        group_size=pool,
+    )
+    if index.num_chosen % pool:
+        raise reader.unsupported("attention.indexer.top_k", index.num_chosen, f"a multiple of {pool}")
+    return index
+
+
 def open_gguf(file: GgufFile) -> ModelFiles:
     """The model in a GGUF file of architecture `glm5-next`.
 
@@ -211,27 +244,19 @@ def open_gguf(file: GgufFile) -> ModelFiles:
         is_rate_log=False,
     )
     reader.number("attention.layer_norm_epsilon", INDEX_NORM_EPS)
-    pool = reader.integer("attention.indexer.kpool")
-    reader.flag("attention.indexer.kpool_select_tail", True)
-    reader.flags("attention.indexer.types", num_layers)
-    index = IndexConfig(
-        num_chosen=reader.integer("attention.indexer.top_k", most=MOST_CHOSEN),
-        num_heads=reader.integer("attention.indexer.head_count"),
-        head_dim=reader.integer("attention.indexer.key_length"),
-        is_interleaved=False,
-        norm_eps=INDEX_NORM_EPS,
-        kind="missing",
-    )
-    if index.num_chosen % pool:
-        raise reader.unsupported("attention.indexer.top_k", index.num_chosen, f"a multiple of {pool}")
+    index = _read_gguf_indexer(reader)
+    is_own = reader.flags("attention.indexer.types", num_layers) or (True,) * num_layers
     latent = read_latent(reader, num_heads, sizes["context_tokens"], is_everywhere=False)
     latent = replace(latent, norm_eps=sizes["norm_eps"], index=index)
+    shared = replace(latent, index=replace(index, kind="shared"))
     num_dense = read_dense_layers(reader, num_layers)
     expert_width = reader.integer("expert_feed_forward_length")
     config = ModelConfig(
         family=MODEL_TYPE,
         layers=tuple(
-            LayerConfig(mixer=latent if is_latent else delta, is_moe=layer >= num_dense)
+            LayerConfig(
+                mixer=(latent if is_own[layer] else shared) if is_latent else delta, is_moe=layer >= num_dense
+            )
             for layer, is_latent in enumerate(has_latent)
         ),
         expert_width=expert_width,
@@ -263,5 +288,4 @@ def open_gguf(file: GgufFile) -> ModelFiles:
         is_paired=False,
         has_rope_freqs=False,
         names=names,
-        passed_over=r"blk\.\d+\.indexer[._].*",
     )
