@@ -146,10 +146,12 @@ CONFIGS = {
     "kimi_linear": kimi_linear(  # Kimi Delta Attention with factors of decay and gate, latents without rotary
         model_max_length=1024, hidden_size=72, num_experts=9, num_experts_per_token=3
     ),
-    "glm5_next": glm5_next(  # residual streams
+    "glm5_next": glm5_next(  # residual streams, chosen pools
+        index_kpool=4,
+        index_topk=8,
+        index_n_heads=8,
         max_position_embeddings=1024,
         hidden_size=72,
-        index_topk=1024,
         n_routed_experts=9,
         num_experts_per_tok=3,
     ),
