@@ -165,7 +165,7 @@ def test_a_config_that_contradicts_the_manifest_is_refused(packed: Path) -> None
         ),
         (
             lambda c: c["config"]["layers"][0]["mixer"].pop("num_heads"),
-            "expected the keys of AttentionConfig or LatentConfig or DeltaConfig",
+            "expected the keys of AttentionConfig or CompressedConfig or LatentConfig",
         ),
         (
             lambda c: c["config"].update(layers=[]),

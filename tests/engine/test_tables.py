@@ -57,7 +57,7 @@ def prompts() -> list[list[int]]:
         {"expert_slots": 4},
         {"max_sequences": 1},
         {"speculate": "lookup"},
-        {"memory": "512MiB"},
+        {"memory": "768MiB"},
     ],
     ids=str,
 )

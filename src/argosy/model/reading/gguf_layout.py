@@ -139,7 +139,6 @@ def read_gguf_layout(
     is_paired: bool,
     has_rope_freqs: bool,
     names: Mapping[str, str] = {},
-    passed_over: str | None = None,
 ) -> ModelFiles:
     """Account for every tensor of a GGUF file.
 
@@ -147,7 +146,6 @@ def read_gguf_layout(
         is_paired: rows of q and k are in the order of adjacent rotary pairs, as in the llama architecture.
         has_rope_freqs: the family reads `rope_freqs.weight`.
         names: the architecture's unusual names, those of layers below `blk.{layer}.`.
-        passed_over: regular expression for whole names of tensors that are left out.
 
     Raises:
         CheckpointError: a tensor is missing, extra, or has another shape than the metadata require.
@@ -194,8 +192,6 @@ def read_gguf_layout(
     leftovers = [_NOT_WEIGHTS if has_rope_freqs else _LEFTOVERS]
     if config.latent is not None and not config.latent.is_up_split:
         leftovers.append(_COPIES)
-    if passed_over is not None:
-        leftovers.append(re.compile(passed_over))
     accounts.refuse_extra(
         config,
         lambda name: any(each.fullmatch(name) for each in leftovers) or _layer_of(name) in config.mtp_layers,
