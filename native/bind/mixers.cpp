@@ -304,8 +304,8 @@ BoundMixer multi_head_latent_attention(const Matrix& query, const Matrix& kv_dow
                                        const ArrayOf<float>& kv_norm, const Matrix* query_down,
                                        const std::optional<ArrayOf<float>>& query_norm, int64_t num_chosen,
                                        const BoundIndexer* indexer, const Matrix* gate,
-                                       const GateKindName& gate_kind,
-                                       const QueryScaleOfNumbers& query_scale, int64_t group_size) {
+                                       const GateKindName& gate_kind, const QueryScaleOfNumbers& query_scale,
+                                       int64_t group_size) {
   if ((query_down != nullptr) != query_norm.has_value())
     refuse("query_down and query_norm must be given together");
   require_range("group_size", group_size, 1, int64_t{1} << 20);
@@ -436,8 +436,8 @@ void make_entry_indexer(BoundEntryIndexer* self, const Matrix& query, const Matr
 
 void make_indexer(BoundIndexer* self, const Matrix& query, const Matrix& key, const Matrix& weights,
                   const ArrayOf<float>& key_norm, const ArrayOf<float>& key_norm_bias, float norm_eps,
-                  bool has_interleaved_pairs, const Matrix* gate, const std::optional<ArrayOf<float>>& gate_bias,
-                  int64_t store, int64_t state_layer) {
+                  bool has_interleaved_pairs, const Matrix* gate,
+                  const std::optional<ArrayOf<float>>& gate_bias, int64_t store, int64_t state_layer) {
   require_range("rows of key", key.view.rows, 1, kLargestSize);
   require_range("rows of weights", weights.view.rows, 1, kLargestSize);
   require_size("rows of query", query.view.rows, weights.view.rows * key.view.rows);
@@ -738,8 +738,8 @@ void bind_mixers(nb::module_& m) {
                          gate, gate_bias, store, state_layer);
           },
           "query"_a, "key"_a, "weights"_a, nb::kw_only(), "key_norm"_a, "key_norm_bias"_a, "norm_eps"_a,
-          "has_interleaved_pairs"_a, "gate"_a.none() = nb::none(), "gate_bias"_a.none() = nb::none(), "store"_a = 0,
-          "state_layer"_a = 0);
+          "has_interleaved_pairs"_a, "gate"_a.none() = nb::none(), "gate_bias"_a.none() = nb::none(),
+          "store"_a = 0, "state_layer"_a = 0);
   m.def("kimi_delta_attention", &kimi_delta_attention, "query"_a, "key"_a, "value"_a, "beta"_a, "decay"_a,
         "gate"_a, "output"_a, nb::kw_only(), "decay_down"_a.none() = nb::none(),
         "gate_down"_a.none() = nb::none(), "conv"_a, "rate"_a, "dt_bias"_a, "norm"_a, "floor"_a, "sizes"_a,

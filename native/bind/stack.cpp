@@ -755,8 +755,8 @@ void bind_stack(nb::module_& m) {
                                  {index_heads, index_dim, num_chosen, 0, group_size}});
           },
           "num_heads"_a, "nope_dim"_a, "rope_dim"_a, "kv_rank"_a, "value_dim"_a, "query_rank"_a,
-          "index_heads"_a = 0, "index_dim"_a = 0, "num_chosen"_a = 0, "gate_rows"_a = 0,
-          "group_size"_a = 1, "index_heads, index_dim, num_chosen and group_size are those of an indexer.")
+          "index_heads"_a = 0, "index_dim"_a = 0, "num_chosen"_a = 0, "gate_rows"_a = 0, "group_size"_a = 1,
+          "index_heads, index_dim, num_chosen and group_size are those of an indexer.")
       .def(
           "add_compressed_attention",
           [](StackSizes& self, int64_t num_heads, int64_t head_dim, int64_t query_rank, int64_t num_groups,

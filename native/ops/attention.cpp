@@ -123,8 +123,8 @@ KvLayer KvCache::layer(int64_t index) {
 
 LatentLayer KvCache::latent_layer(int64_t index) {
   const KvShape& shape = layers_[size_t(index)];
-  return {arena_.data() + offsets_[size_t(index)], block_entries(shape, block_tokens_), shape.head_dim, format_,
-          std::max<int64_t>(1, shape.positions_per_entry / block_tokens_)};
+  return {arena_.data() + offsets_[size_t(index)], block_entries(shape, block_tokens_), shape.head_dim,
+          format_, std::max<int64_t>(1, shape.positions_per_entry / block_tokens_)};
 }
 
 LatentLayer KvCache::index_layer(int64_t index) {

@@ -355,8 +355,8 @@ void latent_attention(Runtime& runtime, const LatentLayer& kv, const LatentHeads
   std::vector<LatentSource> sources = {{kv, batch.block_table, batch.max_blocks, {}}};
   for (int64_t token = 0; token < batch.num_tokens; ++token) {
     const bool is_limited = chosen.limits(batch, token);
-    sources[0].seen.push_back({is_limited ? chosen.positions + token * chosen.row() : nullptr, 0,
-                               chosen.seen_by(batch, token)});
+    sources[0].seen.push_back(
+        {is_limited ? chosen.positions + token * chosen.row() : nullptr, 0, chosen.seen_by(batch, token)});
   }
   for (int64_t begin = 0; begin < batch.num_tokens; begin += kTileTokens) {
     const int64_t tokens = std::min(kTileTokens, batch.num_tokens - begin);

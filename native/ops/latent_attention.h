@@ -41,7 +41,8 @@ void latent_write(Runtime& runtime, const LatentLayer& kv, const float* vectors,
 // The positions that an indexer chose for each token that would see more than `count` groups of `size`
 // positions (latent_index.h). Such a token also sees the unfinished group behind the others.
 struct ChosenPositions {
-  const int32_t* positions = nullptr;  // [num_tokens][row()], ascending; nullptr: all tokens see all positions
+  const int32_t* positions =
+      nullptr;  // [num_tokens][row()], ascending; nullptr: all tokens see all positions
   int64_t count = 0, size = 1;
 
   int64_t row() const { return count * size + size - 1; }

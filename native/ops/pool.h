@@ -47,8 +47,8 @@ struct PoolPositions {
 
 // The entries that were completed, in the order of their tokens.
 struct PoolEntries {
-  float* vectors;              // [num_tokens][dim], room for as many entries as there are tokens
-  float* positions;            // [kMostAxes][num_tokens], the same: [axes][entries], where their groups begin
+  float* vectors;    // [num_tokens][dim], room for as many entries as there are tokens
+  float* positions;  // [kMostAxes][num_tokens], the same: [axes][entries], where their groups begin
   std::vector<int64_t> tokens;  // that completed each
   int64_t count() const { return int64_t(tokens.size()); }
 };

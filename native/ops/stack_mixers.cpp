@@ -183,7 +183,8 @@ void Stack::choose_positions(const PositionIndexer& indexer, const AttentionBatc
   layer_norm(runtime_, key, indexer.key_norm, indexer.key_norm_bias, indexer.norm_eps, tokens, dim, key);
   LatentLayer keys;
   if (indexer.pool) {
-    keys = store_entries(*indexer.pool, {key, weights + tokens * heads, dim, indexer.gate_bias}, [](PoolEntries&) {});
+    keys = store_entries(*indexer.pool, {key, weights + tokens * heads, dim, indexer.gate_bias},
+                         [](PoolEntries&) {});
   } else {
     rotate(key, 1, dim, indexer.has_interleaved_pairs);
     keys = kv_.index_layer(number());

@@ -75,7 +75,8 @@ void StackSizes::add(const LatentSizes& mixer) {
   widen(query_, width_of({mixer.index.num_heads, mixer.index.dim}));
   const bool is_pooled = mixer.index.pool_size > 1;
   widen(value_, width_of({mixer.index.dim, is_pooled ? 2 : 1}) + width_of({mixer.index.num_heads}));
-  widen(chosen_, width_of({mixer.index.count, mixer.index.pool_size}) + (is_pooled ? mixer.index.pool_size : 0));
+  widen(chosen_,
+        width_of({mixer.index.count, mixer.index.pool_size}) + (is_pooled ? mixer.index.pool_size : 0));
   if (is_pooled) widen(attended_, width_of({mixer.index.dim}) + PoolShape::kMostAxes);
   add_indexer(mixer.index);
   widen(projected_, width_of({mixer.gate_rows}));

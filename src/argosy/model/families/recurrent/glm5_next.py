@@ -156,7 +156,7 @@ def _read_indexers(reader: ConfigReader, num_layers: int) -> tuple[IndexConfig, 
         raise reader.unsupported(
             "index_kpool", f"2 to {MOST_CHOSEN}, and a divisor or a multiple of {KV_BLOCK_TOKENS}"
         )
-    reader.flag("index_kpool_always_select_tail", True)
+    reader.neutral("index_kpool_always_select_tail", True)
     chosen = reader.integer("index_topk", default=2048, most=MOST_CHOSEN)
     if chosen % pool:
         raise reader.unsupported("index_topk", f"a multiple of index_kpool, {pool}")
@@ -206,7 +206,7 @@ def _read_gguf_indexer(reader: GgufConfigReader) -> IndexConfig:
     if pool < 2 or (KV_BLOCK_TOKENS % pool and pool % KV_BLOCK_TOKENS):
         expected = f"2 to {MOST_CHOSEN}, and a divisor or a multiple of {KV_BLOCK_TOKENS}"
         raise reader.unsupported("attention.indexer.kpool", pool, expected)
-    reader.flag("attention.indexer.kpool_select_tail", True)
+    reader.neutral("attention.indexer.kpool_select_tail", True)
     index = IndexConfig(
         num_chosen=reader.integer("attention.indexer.top_k", most=MOST_CHOSEN),
         num_heads=reader.integer("attention.indexer.head_count"),
