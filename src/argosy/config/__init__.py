@@ -25,6 +25,6 @@ from argosy.config.ngrams import NgramConfig
 from argosy.config.residual import BankResidual, GatedResidual, Residual, SinkhornResidual
 from argosy.config.sampling import (
     CHOOSING, EFFORTS, ENDING, LENIENT_SCHEMA, MAX_GRAMMAR_CHARACTERS, SAMPLING, THINKING, Grammar, Preset,
-    SamplingDefaults, SamplingParams, Trigger,
+    SamplingDefaults, SamplingParams, Trigger, TriggerWord,
 )  # fmt: skip
 from argosy.config.units import GIB, KIB, MIB, counted, disk_size, format_bytes, parse_seconds, parse_size

@@ -12,9 +12,14 @@ from argosy.config.strict import Strict
 from argosy.errors import UsageError
 
 
+TriggerWord = str | int | tuple[str | int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Trigger:
-    """Where an unconstrained answer begins to follow its grammar. A word is a text or a token id.
+    """Where an unconstrained answer begins to follow its grammar.
+
+    A word is a text, a token id, or several of both in a row. Text never matches a token that a word names by its id.
 
     words: the first one to appear in full is the trigger.
     is_part: the grammar begins with the trigger word; otherwise it begins after the word.
@@ -22,21 +27,25 @@ class Trigger:
     is_paused: the answer begins paused.
     """
 
-    words: tuple[str | int, ...]
+    words: tuple[TriggerWord, ...]
     is_part: bool = False
-    pauses: tuple[str | int, ...] = ()
-    resumes: tuple[str | int, ...] = ()
+    pauses: tuple[TriggerWord, ...] = ()
+    resumes: tuple[TriggerWord, ...] = ()
     is_paused: bool = False
 
     def __post_init__(self) -> None:
         if not self.words:
             raise UsageError("a trigger needs a word")
-        if "" in self.all_words:
+        if any(not word or "" in word for word in map(self.parts_of, self.all_words)):
             raise UsageError("a trigger must hold at least one character, found ''")
 
     @property
-    def all_words(self) -> tuple[str | int, ...]:
+    def all_words(self) -> tuple[TriggerWord, ...]:
         return (*self.words, *self.pauses, *self.resumes)
+
+    @staticmethod
+    def parts_of(word: TriggerWord) -> tuple[str | int, ...]:
+        return word if isinstance(word, tuple) else (word,)
 
 
 MAX_GRAMMAR_CHARACTERS = 1 << 17  # including the schemas of all tools

@@ -34,7 +34,7 @@ import llguidance
 import numpy as np
 from numpy.typing import NDArray
 
-from argosy.config import LENIENT_SCHEMA, MAX_GRAMMAR_CHARACTERS, Grammar, Trigger
+from argosy.config import LENIENT_SCHEMA, MAX_GRAMMAR_CHARACTERS, Grammar, Trigger, TriggerWord
 from argosy.engine.grammar.closed_schema import close_objects
 from argosy.engine.grammar.grammar_bounds import (
     read_lark,
@@ -203,16 +203,13 @@ class Constraint:
 
     def _begin(self, token_id: int, found: _Found) -> bool:
         """Feed the grammar the trigger word, if it includes it, and the text that followed in the same token."""
-        if found.is_token:
-            if found.is_part:
-                self._matcher.consume_token(token_id)
-                self._is_sound()
-            return True
-        text = found.word + found.behind if found.is_part else found.behind
-        ids = [self._vocabulary.id_of_byte.get(byte) for byte in text]
+        written = (found.word if found.is_part else b"") + found.behind
+        ids: list[int | None] = []
+        for part in _TOKEN.finditer(written):
+            ids.append(self._vocabulary.id_of_byte.get(part[0][0]) if part[1] is None else int(part[1]))
         known = [token_id for token_id in ids if token_id is not None]
         tried = self._matcher.deep_copy()
-        if len(known) < len(text) or tried.try_consume_tokens(known) < len(text):
+        if len(known) < len(ids) or tried.try_consume_tokens(known) < len(ids):
             return False
         self._matcher = tried
         return True
@@ -232,7 +229,6 @@ class _Found:
 
     word: bytes
     behind: bytes
-    is_token: bool
     is_part: bool
 
 
@@ -243,23 +239,20 @@ class _Watch:
         self._trigger = trigger
         self._is_paused = trigger.is_paused
         self._tail = b""  # the last bytes of the answer, in which a word may have begun
+        self._starts = {_written(word) for word in trigger.words}
+        self._ids = {part for word in trigger.all_words for part in trigger.parts_of(word) if isinstance(part, int)}
         self._waiting = _Words((*trigger.words, *trigger.pauses))
         self._paused = _Words(trigger.resumes)
 
     def find(self, token_id: int, text: bytes) -> _Found | None:
         """Return the trigger if this token completes it. The state is then unchanged: the token may be taken back."""
-        is_paused, trigger = self._is_paused, self._trigger
+        is_paused = self._is_paused
         words = self._paused if is_paused else self._waiting
-        if token_id in words.ids:
-            if not is_paused and token_id in trigger.words:
-                return _Found(b"", b"", True, trigger.is_part)
-            self._is_paused, self._tail = not is_paused, b""
-            return None
-        text = self._tail + text
+        text = self._tail + (_written(token_id) if token_id in self._ids else text)
         while (found := words.search(text)) is not None:
             word, text = found[0], text[found.end() :]
-            if not is_paused and word.decode() in trigger.words:
-                return _Found(word, text, False, trigger.is_part)
+            if not is_paused and word in self._starts:
+                return _Found(word, text, self._trigger.is_part)
             is_paused = not is_paused
             words = self._paused if is_paused else self._waiting
         self._is_paused = is_paused
@@ -267,12 +260,20 @@ class _Watch:
         return None
 
 
+# A token in the text that is searched for words, between bytes that occur in no UTF-8; or else any byte
+_TOKEN = re.compile(rb"\xff(\d{1,9})\xfe|.", re.DOTALL)
+
+
+def _written(word: TriggerWord) -> bytes:
+    parts = Trigger.parts_of(word)
+    return b"".join(part.encode() if isinstance(part, str) else b"\xff%d\xfe" % part for part in parts)
+
+
 class _Words:
     """Searches for several words at once; if two match at the same place, the longer one wins."""
 
-    def __init__(self, words: Sequence[str | int]) -> None:
-        texts = sorted((word.encode() for word in words if isinstance(word, str)), key=len, reverse=True)
-        self.ids = frozenset(word for word in words if isinstance(word, int))
+    def __init__(self, words: Sequence[TriggerWord]) -> None:
+        texts = sorted(map(_written, words), key=len, reverse=True)
         self.num_held = len(texts[0]) - 1 if texts else 0  # bytes that may start a word
         self._pattern = re.compile(b"|".join(map(re.escape, texts))) if texts else None
 
@@ -310,10 +311,11 @@ class GrammarCompiler:
             Overloaded: the grammars of running answers take all the room. A lenient grammar drops its schemas instead.
         """
         for word in () if grammar.trigger is None else grammar.trigger.all_words:
-            if isinstance(word, int) and not 0 <= word < len(self._vocabulary.tokens):
-                raise GrammarError(
-                    f"the trigger is token {word}; the vocabulary is 0 to {len(self._vocabulary.tokens) - 1}"
-                )
+            for part in Trigger.parts_of(word):
+                if isinstance(part, int) and not 0 <= part < len(self._vocabulary.tokens):
+                    raise GrammarError(
+                        f"the trigger is token {part}; the vocabulary is 0 to {len(self._vocabulary.tokens) - 1}"
+                    )
         if not grammar.is_lenient:  # a grammar too large for any room must not be told to retry
             require_size(grammar.text)
         key = (tenant, grammar.kind, grammar.text, grammar.is_lenient)

@@ -113,14 +113,6 @@ class DeepSeekV32(BlockFormat):
         opened, closed = next(iter(self.blocks.items()))
         return f'{lark.mark(opened)} "\\n" ({bodies}){"+" if parallel else ""} {lark.mark(closed or "")}'
 
-    def _lazy_calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> tuple[str, Sequence[str]]:
-        calls, words = super()._lazy_calls(lark, tools, parallel)
-        if not self.lexer.pieces:
-            return calls, words
-        return calls.removeprefix(
-            lark.literal("<")
-        ).lstrip(), self.pieces  # the token behind it is the trigger
-
     @staticmethod
     def _parameters(lark: Lark, tool: Tool) -> str:
         """The arguments in the order of the tool's parameters; a string is bare text, all else is JSON."""

@@ -24,7 +24,7 @@ from argosy.prompt.messages import Call
 from argosy.prompt.tools import Tool, require_tools
 
 if TYPE_CHECKING:
-    from argosy.config import Grammar
+    from argosy.config import Grammar, TriggerWord
     from argosy.prompt.prompt import Prompt
     from argosy.prompt.tokenizer import Tokenizer
 
@@ -144,10 +144,14 @@ class Format(ABC):
         """Whether the answer begins in a stretch where calls do not count."""
         return self.thoughts_in(prompt) == "open"
 
-    def _word(self, mark: str) -> str | int:
-        """`mark` as a trigger word: its token if it has one."""
-        tokens = self.lexer.pieces | self.lexer.ids
-        return next((token_id for token_id, known in tokens.items() if known == mark), mark)
+    def _word(self, mark: str) -> TriggerWord:
+        """`mark` as a trigger word, in which its tokens stand by their ids."""
+        ids = {known: token_id for token_id, known in (self.lexer.pieces | self.lexer.ids).items()}
+        if mark in ids:
+            return ids[mark]
+        pieces = "|".join(map(re.escape, self.lexer.pieces.values()))
+        parts = filter(None, re.split(f"({pieces})", mark)) if pieces else [mark]
+        return tuple(ids.get(part, part) for part in parts)
 
     def _free_stretches(self) -> tuple[Sequence[str], Sequence[str]]:
         """The marks that begin and end stretches where calls do not count: those of thoughts, if the model has any."""

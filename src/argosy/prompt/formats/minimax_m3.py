@@ -42,10 +42,6 @@ class MiniMaxM3(BlockFormat):
     def read_cut(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Sequence[FoundCall | CutCall]:
         return [one for one in _read("".join(inside_of(block, CLOSE)), tools, is_cut=True) if one is not None]
 
-    def _lazy_calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> tuple[str, Sequence[str]]:
-        calls, words = super()._lazy_calls(lark, tools, parallel)
-        return calls, self.pieces if self.lexer.pieces else words  # a token cannot be found in text
-
     def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
         end = lark.literal(f"{_MARK}</invoke>")
         bodies = " | ".join(
