@@ -323,6 +323,11 @@ def test_pauses_and_resumes_are_found_across_tokens_and_within_one() -> None:
 def test_an_invalid_trigger_is_refused_by_name() -> None:
     with pytest.raises(UsageError, match="a trigger needs a word"):
         Trigger(())
-    for words in ({"words": ("",)}, {"words": ("a",), "pauses": ("",)}, {"words": ((1, ""),)}, {"words": ((),)}):
+    for words in (
+        {"words": ("",)},
+        {"words": ("a",), "pauses": ("",)},
+        {"words": ((1, ""),)},
+        {"words": ((),)},
+    ):
         with pytest.raises(UsageError, match="a trigger must hold at least one character"):
             Trigger(**words)

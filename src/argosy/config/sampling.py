@@ -11,7 +11,6 @@ from argosy.config.option import Further, Option
 from argosy.config.strict import Strict
 from argosy.errors import UsageError
 
-
 TriggerWord = str | int | tuple[str | int, ...]
 
 

@@ -204,9 +204,8 @@ class Constraint:
     def _begin(self, token_id: int, found: _Found) -> bool:
         """Feed the grammar the trigger word, if it includes it, and the text that followed in the same token."""
         written = (found.word if found.is_part else b"") + found.behind
-        ids: list[int | None] = []
-        for part in _TOKEN.finditer(written):
-            ids.append(self._vocabulary.id_of_byte.get(part[0][0]) if part[1] is None else int(part[1]))
+        id_of_byte = self._vocabulary.id_of_byte
+        ids = [int(part[1]) if part[1] else id_of_byte.get(part[0][0]) for part in _TOKEN.finditer(written)]
         known = [token_id for token_id in ids if token_id is not None]
         tried = self._matcher.deep_copy()
         if len(known) < len(ids) or tried.try_consume_tokens(known) < len(ids):
@@ -240,7 +239,9 @@ class _Watch:
         self._is_paused = trigger.is_paused
         self._tail = b""  # the last bytes of the answer, in which a word may have begun
         self._starts = {_written(word) for word in trigger.words}
-        self._ids = {part for word in trigger.all_words for part in trigger.parts_of(word) if isinstance(part, int)}
+        self._ids = {
+            part for word in trigger.all_words for part in trigger.parts_of(word) if isinstance(part, int)
+        }
         self._waiting = _Words((*trigger.words, *trigger.pauses))
         self._paused = _Words(trigger.resumes)
 
