@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -24,8 +25,12 @@ from tests.helpers.examples import few_of
 from tests.models.mxfp4_models import write_mxfp4_model
 from tests.models.runnable import runnable
 from tests.models.tiny import RawConfig, gpt_oss, prompt_ids, qwen3_moe, write_model
+from tests.models.tiny_deepseek_v4 import deepseek_v4, write_deepseek_v4
 from tests.models.tiny_delta import qwen3_next
 from tests.models.tiny_dense import gemma3_text
+from tests.models.tiny_flint import lara_mini
+from tests.models.tiny_glm5 import glm5_next
+from tests.models.tiny_k3 import kimi_k3
 from tests.models.tiny_kda import bailing_hybrid
 from tests.models.tiny_latent import deepseek_v3, glm_moe_dsa
 from tests.models.tiny_llama4 import llama4_text
@@ -56,6 +61,7 @@ CONFIGS: dict[str, RawConfig] = {
     "latent": deepseek_v3(max_position_embeddings=1024),
     "indexed": glm_moe_dsa(max_position_embeddings=1024),
     "delta": qwen3_next(max_position_embeddings=1024),
+    "windows and pools": deepseek_v4(sliding_window=37),
     "convolutions": lfm2_moe(max_position_embeddings=1024),
     "mamba": nemotron_h(max_position_embeddings=1024),
     "kimi delta": bailing_hybrid(  # and latent attention; activations have limits by layer
@@ -65,9 +71,16 @@ CONFIGS: dict[str, RawConfig] = {
     ),
     "lightning": minimax(max_position_embeddings=1024),
     "no experts": gemma3_text(max_position_embeddings=1024),
+    "windows and delta": lara_mini(max_position_embeddings=1024),
+    "kimi delta and a bank": kimi_k3(max_position_embeddings=1024),
+    "kimi delta and chosen pools": glm5_next(max_position_embeddings=1024, index_kpool=4, index_topk=8),
 }
-RECURRENT = ("delta", "convolutions", "mamba", "kimi delta", "lightning")
-IN_SHORT = list(CONFIGS)[:8]
+WRITERS: dict[str, Callable[..., Any]] = {"gpt_oss": write_mxfp4_model, "deepseek_v4": write_deepseek_v4}
+RECURRENT = {
+    "delta", "convolutions", "mamba", "kimi delta", "lightning", "windows and pools", "windows and delta",
+    "kimi delta and a bank", "kimi delta and chosen pools",
+}  # fmt: skip
+IN_SHORT = list(CONFIGS)[:9]
 
 
 @dataclass(frozen=True)
@@ -104,8 +117,7 @@ def cached(result: Any) -> int:
 def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("prefix")
     for mixer, config in CONFIGS.items():
-        write = write_mxfp4_model if config["model_type"] == "gpt_oss" else write_model
-        write(root / mixer, config, seed=3)
+        WRITERS.get(config["model_type"], write_model)(root / mixer, config, seed=3)
     return {mixer: runnable(root / mixer, root) for mixer in CONFIGS}
 
 

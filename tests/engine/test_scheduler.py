@@ -433,7 +433,8 @@ def test_whatever_comes_and_goes_each_answer_is_computed_from_its_own_tokens_and
 ) -> None:
     """Sequences come, fork, find prefixes, are preempted, fail, finish or are cancelled.
 
-    Some models have recurrent states, and some have layers with a sliding window, with as few blocks as can be enough.
+    Some models have recurrent states, some have layers with a sliding window, with as few blocks as can be enough, and
+    some have both.
     """
     states = windows = None
     if window is not None:
@@ -442,7 +443,6 @@ def test_whatever_comes_and_goes_each_answer_is_computed_from_its_own_tokens_and
             -(-(chunk_tokens + max_sequences) // BLOCK_TOKENS),
         )
         windows = WindowSizes(max_sequences * (seen + 1) + step_blocks, window, most_ends=2)
-        num_snapshots = None
     if num_snapshots is not None:
         num_slots = max(1, max_sequences - 1)
         noted = NotedStates(num_slots + num_snapshots)

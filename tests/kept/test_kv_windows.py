@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,8 +18,11 @@ from argosy.budget.planner import plan_memory
 from argosy.config import Budget, EngineConfig, KvDir
 from argosy.kept.kv_windows import NONE, KvWindows, WindowSizes, window_sizes
 from argosy.model.families import open_model
+from tests.engine.random_drafter import RandomDrafter
 from tests.models.mxfp4_models import write_mxfp4_model
 from tests.models.tiny import gpt_oss, prompt_ids, qwen3_moe, write_model
+from tests.models.tiny_deepseek_v4 import deepseek_v4, write_deepseek_v4
+from tests.models.tiny_flint import lara_mini
 
 CONFIG = gpt_oss(
     max_position_embeddings=2048,
@@ -101,7 +104,7 @@ def test_a_draft_layer_finds_every_position_so_no_window_blocks_are_planned_with
         speculate=speculate,  # type: ignore[arg-type]
         draft_tokens=0 if speculate == "off" else 3,
     )
-    found = planner._windows(SimpleNamespace(window=32), settings, 8192, 512)  # type: ignore[arg-type]
+    found = planner._windows(SimpleNamespace(window=32), settings, 8192, 512, 8)  # type: ignore[arg-type]
     assert (found is not None) == has_blocks
 
 
@@ -110,13 +113,18 @@ def test_no_window_blocks_are_planned_where_they_would_save_nothing(tmp_path: Pa
     assert sizes == WindowSizes(24 * 9 + 8 + 33, 128, 16)
     assert window_sizes(num_blocks=257, block_tokens=16, window=128, max_sequences=8, step_tokens=520) is None
     everywhere = qwen3_moe(use_sliding_window=True, sliding_window=8, max_window_layers=0)
-    models = {"mixed": CONFIG, "full": qwen3_moe(), "windows": everywhere}
+    models = {
+        "mixed": CONFIG,
+        "full": qwen3_moe(),
+        "windows": everywhere,
+        "delta": lara_mini(sliding_window=9),
+    }
     found = {}
     for name, config in models.items():
         (write_mxfp4_model if name == "mixed" else write_model)(tmp_path / name, config, seed=1)
         settings = EngineConfig(budget=Budget(ram_bytes=1), threads=1)
         found[name] = ModelFootprint(open_model(tmp_path / name), settings).window
-    assert found == {"mixed": 32, "full": 0, "windows": 0}
+    assert found == {"mixed": 32, "full": 0, "windows": 0, "delta": 9}
 
 
 @pytest.fixture(scope="module")
@@ -154,15 +162,28 @@ def test_the_plan_counts_window_blocks_and_keeps_everything_for_files(
     assert planned(kv_dir=KvDir(path=tmp_path)) == (full, None)
 
 
-def test_long_prompts_are_reused_where_they_ended_and_where_they_diverged(directory: Path) -> None:
+@pytest.fixture(scope="module", params=["attention", "pools", "delta"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with windows beside attention to all positions, pools or delta nets, which have a recurrent state."""
+    path = tmp_path_factory.mktemp("model") / request.param
+    if request.param == "attention":
+        write_mxfp4_model(path, CONFIG, seed=3)
+    elif request.param == "pools":
+        write_deepseek_v4(
+            path, deepseek_v4(max_position_embeddings=2048, sliding_window=32, vocab_size=112), seed=3
+        )
+    else:
+        write_model(path, lara_mini(max_position_embeddings=2048, sliding_window=32, vocab_size=112), seed=3)
+    return path
+
+
+def test_long_prompts_are_reused_where_they_ended_and_where_they_diverged(model: Path) -> None:
     shared, tails = prompt_ids(CONFIG, 1, 800), [prompt_ids(CONFIG, seed, 500) for seed in (2, 3, 4, 5)]
     options = {"memory": "4GiB", "threads": 1, "chunk_tokens": 64, "max_sequences": 2, "context": 2048}
-    with Engine.open(
-        directory, prefix_reuse=False, kv_dtype="f32", **(options | {"max_sequences": 64})
-    ) as plain:
+    with Engine.open(model, prefix_reuse=False, kv_dtype="f32", **(options | {"max_sequences": 64})) as plain:
         assert plain.plan.windows is None
         expected = [plain.generate(shared + tail, GREEDY) for tail in tails]
-    with Engine.open(directory, kv_dtype="f32", **options) as engine:
+    with Engine.open(model, kv_dtype="f32", **options) as engine:
         assert engine.plan.windows is not None
         results = [engine.generate(shared + tail, GREEDY) for tail in tails]
         again = engine.generate(shared + tails[-1], GREEDY)
@@ -170,6 +191,31 @@ def test_long_prompts_are_reused_where_they_ended_and_where_they_diverged(direct
     assert [one.usage["cached_tokens"] for one in (*results, again)] == [0, 0, 800, 800, 1296]
     for found, one in zip([*results, again], [*expected, expected[-1]], strict=True):
         assert (found.token_ids, found.logprobs) == (one.token_ids, one.logprobs)
+
+
+def test_a_long_answer_takes_no_more_window_blocks_and_continues_from_its_last_snapshot(model: Path) -> None:
+    """Alone, and beside another; after proposals that were rejected, and after it was preempted."""
+    prompts, params = [prompt_ids(CONFIG, seed, 60) for seed in (1, 2)], replace(GREEDY, max_tokens=300)
+    options = {"memory": "4GiB", "threads": 1, "chunk_tokens": 64, "context": 2048, "kv_dtype": "f32"}
+    with Engine.open(model, max_sequences=64, prefix_reuse=False, **options) as plain:
+        assert plain.plan.windows is None
+        expected = [(one.token_ids, one.logprobs) for one in plain.generate_batch(prompts, params)]
+    with Engine.open(model, max_sequences=2, speculate="lookup", **options) as engine:
+        windows, sizes = engine._scheduler._windows, engine.plan.windows
+        assert windows is not None
+        assert sizes is not None
+        engine._scheduler._governor = None
+        engine._scheduler._drafter = RandomDrafter(1, 80, [prompts[0] + expected[0][0]])
+        sequences = [engine.submit(prompt, params) for prompt in prompts]
+        while engine.has_work:
+            engine.step()
+            assert all(len(used) <= 4 for used in windows._in_use.values())
+            if len(sequences[0].new_ids) > 200 and not engine.facts().num_preempted:
+                engine._scheduler.preempt(sequences[0])
+                assert engine._scheduler._cache.find(sequences[0]).num_usable * 16 >= 60 + 200 - 64
+        assert sizes.num_window_blocks < 32
+        found = [one.result for one in sequences]
+    assert [(one.token_ids, one.logprobs) for one in found if one is not None] == expected
 
 
 def test_a_step_names_a_window_block_for_everything_it_sees(

@@ -164,6 +164,7 @@ def write_deepseek_v4(directory: Path, config: RawConfig, seed: int) -> dict[str
     """Write a checkpoint, with weights in float32; return its tensors."""
     tensors = random_values(shapes(config), config["n_routed_experts"], seed)
     kinds = {name: "I64" if one.dtype == np.int64 else "F32" for name, one in tensors.items()}
+    directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
     write_safetensors(
         directory / "model.safetensors", {name: (kinds[name], one) for name, one in tensors.items()}

@@ -314,10 +314,13 @@ class ModelFootprint:
 
     @property
     def window(self) -> int:
-        """The largest sliding window, if some layers have one and others see everything; otherwise 0."""
+        """The largest sliding window, if something other than windowed layers is kept for every position, such as
+        entries of pools; otherwise 0.
+        """
         mixers = [layer.mixer for layer in self.config.layers]
         windows = {mixer.sliding_window for mixer in mixers if isinstance(mixer, WindowedMixer)}
-        return max(windows) if 0 in windows and not self.config.recurrent_layers else 0
+        keeps_all = any(not shape.is_windowed for shape in kv_shapes(self.config))
+        return max(windows, default=0) if keeps_all else 0
 
     def state_bytes(self, num_states: int) -> int:
         return state_bytes(self.config, num_states)

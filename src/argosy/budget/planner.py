@@ -143,7 +143,7 @@ def _without_experts(
         takes_media=takes_media,
         takes_video=takes_media and footprint.takes_video,
     )
-    windows = _windows(footprint, config, context, chunk)
+    windows = _windows(footprint, config, context, chunk, num_states or config.max_sequences)
     num_window_blocks = None if windows is None else windows.num_window_blocks
     table_cache_bytes = cache_bytes(footprint.files.tables, config.budget.ram_bytes)
     fixed = process_bytes + (GRAMMAR_BYTES if config.grammars else 0) + claims(PROCESS)
@@ -432,7 +432,9 @@ def shared_bytes(footprints: Sequence[ModelFootprint] | None, claims: tuple[Clai
     )
 
 
-def _windows(footprint: ModelFootprint, config: EngineConfig, context: int, chunk: int) -> WindowSizes | None:
+def _windows(
+    footprint: ModelFootprint, config: EngineConfig, context: int, chunk: int, max_sequences: int
+) -> WindowSizes | None:
     """Return the blocks of layers with a sliding window; None: these layers keep every position, as with `kv_dir`.
 
     A draft layer runs positions that no step has reached, so with one every position is needed as well.
@@ -443,7 +445,7 @@ def _windows(footprint: ModelFootprint, config: EngineConfig, context: int, chun
         num_blocks=kv_blocks(context),
         block_tokens=KV_BLOCK_TOKENS,
         window=footprint.window,
-        max_sequences=config.max_sequences,
+        max_sequences=max_sequences,
         step_tokens=chunk + config.decode_tokens,
     )
 

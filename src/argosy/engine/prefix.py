@@ -12,7 +12,8 @@ block of a longer prompt, at points where prompts diverged, every SNAPSHOT_TOKEN
 block of a prompt that stops halfway.
 
 Where layers have a sliding window, a prefix is usable if the window blocks that its next token sees remain
-(`kept/kv_windows.py`). They are kept at the places where snapshots would be taken, and at the ends of answers.
+(`kept/kv_windows.py`). They are kept with every snapshot; without recurrent state, at the places in prompts where
+snapshots would be taken, and at the ends of answers.
 
 Elsewhere: `kept/kv_cache.py` tracks which sequences hold which block; `kept/recurrent_state.py` assigns snapshot
 slots; `kept/prefix_files.py` reads and writes files; `scheduler.py` chooses the running sequences.
@@ -127,11 +128,7 @@ class PrefixCache:
         if (files := self._files) is not None:
             while usable < min(limit, sequence.load_until) and files.has("kv", contents[usable]):
                 usable += 1
-        if self.windows is not None:  # if not, there are no files
-            usable = self.windows.num_usable(blocks)
-        if self.states is not None:
-            while usable and not self._has_state(sequence, usable - 1):
-                usable -= 1
+        usable = self._num_usable(sequence, blocks, usable)
         return Prefix(contents, blocks[:usable], num_matching, usable, limit)
 
     def begin(self, sequence: Sequence, prefix: Prefix) -> None:
@@ -158,9 +155,10 @@ class PrefixCache:
         if self.windows is not None:
             self.windows.begin(sequence, sequence.num_computed)
             self.windows.keep_end(prefix.blocks)
-            sequence.ends_at = self._snapshots_at(sequence, prefix) if self._is_on else set()
-        if self.states is not None and self._is_on:
+        if self._is_on and self.states is not None:
             sequence.snapshots_at = self._snapshots_at(sequence, prefix)
+        elif self._is_on and self.windows is not None:
+            sequence.ends_at = self._snapshots_at(sequence, prefix)
         if sequence.cached_tokens is None and sequence.loading is None:
             sequence.cached_tokens = sequence.num_computed
 
@@ -235,14 +233,15 @@ class PrefixCache:
             for end in [end for end in sequence.ends_at if before < end <= at]:
                 self.windows.keep_end(sequence.blocks[: end // size])
         if self.states is not None and at % size == 0:
-            key = contents[num_full - 1].key
             if at in sequence.snapshots_at:
-                self._snapshot(sequence, key)
+                self._snapshot(sequence)
             elif not sequence.is_prefilling and at % SNAPSHOT_TOKENS == 0:
-                if sequence.last_snapshot is not None:
-                    self.states.forget(sequence.last_snapshot)
-                self._snapshot(sequence, key)
-                sequence.last_snapshot = key
+                if last := sequence.last_snapshot // size:
+                    self.states.forget(contents[last - 1].key)
+                    if self.windows is not None:
+                        self.windows.forget_end(sequence.blocks[last - 1])
+                self._snapshot(sequence)
+                sequence.last_snapshot = at
         if self._files is not None and before < len(sequence.prompt_ids) <= at:
             self._write_prompt(sequence, contents)
 
@@ -261,10 +260,10 @@ class PrefixCache:
                 and slot is not None
                 and self.states.state.position(slot) == sequence.num_computed
             ):
-                self._snapshot(sequence, sequence.chain.contents(sequence, num_full)[num_full - 1].key)
+                self._snapshot(sequence)
         if self.windows is None:
             return
-        if self._is_on:
+        if self._is_on and self.states is None:
             self.windows.keep_end(sequence.blocks[: sequence.num_computed // self.blocks.block_tokens])
         self.windows.end(sequence)
 
@@ -327,6 +326,17 @@ class PrefixCache:
 
     # ── helpers ─────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def _num_usable(self, sequence: Sequence, blocks: list[int], usable: int) -> int:
+        """Return the most of a sequence's first `usable` blocks after which windows and state are known."""
+        before = -1
+        while usable and usable != before:
+            before = usable
+            if self.windows is not None:  # if not, there are no files
+                usable = self.windows.num_usable(blocks[:usable])
+            while usable and self.states is not None and not self._has_state(sequence, usable - 1):
+                usable -= 1
+        return usable
+
     def _has_state(self, sequence: Sequence, block: int) -> bool:
         """Whether the recurrent state after a block of a sequence is known."""
         assert self.states is not None
@@ -344,10 +354,15 @@ class PrefixCache:
             wanted.add((sequence.prefill_until - 1) // size * size)
         return {at for at in wanted if at > prefix.num_usable * size}
 
-    def _snapshot(self, sequence: Sequence, key: bytes) -> None:
+    def _snapshot(self, sequence: Sequence) -> None:
+        """Keep the state after a sequence's last full block, where it stands, and the window blocks seen from there."""
         assert self.states is not None
         assert sequence.state_slot is not None
+        num_full = sequence.num_computed // self.blocks.block_tokens
+        key = sequence.chain.contents(sequence, num_full)[num_full - 1].key
         self.states.snapshot(sequence.state_slot, key)
+        if self.windows is not None:
+            self.windows.keep_end(sequence.blocks[:num_full])
 
     def _load_state(self, sequence: Sequence, content: BlockContent, position: int) -> bool:
         states, files = self.states, self._files

@@ -152,7 +152,7 @@ class Sequence:
         self.cached_tokens: int | None = None  # hits when the sequence first started
         self.snapshots_at: set[int] = set()  # positions at which to snapshot the recurrent state
         self.ends_at: set[int] = set()  # positions at which window blocks of the prefix are kept
-        self.last_snapshot: bytes | None = None  # the latest snapshot taken in the answer
+        self.last_snapshot = 0  # position of the latest snapshot taken in the answer; 0: none
 
         # From `answers.py`, `energy.py` and `drafts/governor.py`.
         self.logprobs: list[TokenLogprob] | None = [] if params.logprobs is not None else None

@@ -151,6 +151,11 @@ class KvWindows:
         if len(self._ends) > self.sizes.most_ends:
             self._forget_end(next(iter(self._ends)))
 
+    def forget_end(self, block: int) -> None:
+        """Stop keeping the end whose last KV block this is, if it is kept."""
+        if block in self._ends:
+            self._forget_end(block)
+
     def drop(self, block: int) -> None:
         """Take back the window block of a KV block whose content is gone; no sequence sees that block."""
         if not self.has(block):
