@@ -122,11 +122,12 @@ void bind_tables(nb::module_& m) {
             const int64_t* from = read_array("rows", rows, {kAnySize});
             const int64_t count = int64_t(rows.shape(0));
             for (int64_t i = 0; i < count; ++i)
-              require_range(item_name("rows", size_t(i)), from[i], 0, self.table().num_rows - 1);
+              require_range(item_name("rows", size_t(i)), from[i], TableRows::kNoRow,
+                            self.table().num_rows - 1);
             nb::gil_scoped_release released;
             self.begin(from, count);
           },
-          "rows"_a, "Start to collect rows, whatever became of those of the last call.")
+          "rows"_a, "Start to collect rows, whatever became of those of the last call; -1 is a row of zeros.")
       .def(
           "advance",
           [](TableRows& self, int64_t most_ms) {

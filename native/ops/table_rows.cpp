@@ -176,18 +176,23 @@ void TableRows::begin(const int64_t* rows, int64_t num_rows) {
   is_waited_for_ = false;
   fault_.reset();
   for (int64_t index = 0; index < num_rows; ++index) {
+    if (rows_[size_t(index)] == kNoRow) {
+      for (size_t part = 0; part < part_bytes_.size(); ++part)
+        std::memset(landed(part, index), 0, size_t(part_bytes_[part]));
+      continue;
+    }
+    ++stats_.asked;
     const int64_t slot = find(rows_[size_t(index)]);
     if (slot < 0) {
       missing_.push_back({rows_[size_t(index)], index});
       continue;
     }
+    ++stats_.found;
     move(slot, kFront);
     const uint8_t* from = arena_.data() + sizes_.slots + slot * row_bytes_;
     for (size_t part = 0; part < part_bytes_.size(); from += part_bytes_[part++])
       std::memcpy(landed(part, index), from, size_t(part_bytes_[part]));
   }
-  stats_.asked += num_rows;
-  stats_.found += num_rows - int64_t(missing_.size());
   std::sort(missing_.begin(), missing_.end(), [](const Missing& a, const Missing& b) {
     return a.row != b.row ? a.row < b.row : a.index < b.index;
   });
@@ -309,6 +314,19 @@ bool TableRows::advance(std::chrono::milliseconds most) {
   return true;
 }
 
+// Collects the rows of which a part is refused.
+void TableRows::find_refused() {
+  uint8_t* decoded = arena_.data() + sizes_.decoded;
+  for (int64_t i = 0; i < num_rows(); ++i) {
+    const bool is_refused = std::any_of(table_.parts.begin(), table_.parts.end(), [&](const TablePart& part) {
+      const auto number = size_t(&part - table_.parts.data());
+      const BlockType type = *part.block_type;
+      return !transcode(type, landed(number, i), 1, table_.cols, 1, 0, num_strips(type, 1), decoded);
+    });
+    if (is_refused) fault_->indices.push_back(i);
+  }
+}
+
 bool TableRows::write(Runtime& runtime, float* out) {
   const int64_t count = num_rows(), cols = table_.cols;
   if (count == 0) return true;
@@ -319,8 +337,8 @@ bool TableRows::write(Runtime& runtime, float* out) {
     for (size_t part = 0; part < table_.parts.size(); ++part) {
       const BlockType type = *table_.parts[part].block_type;
       if (transcode(type, landed(part, 0), count, cols, 1, 0, num_strips(type, count), decoded)) continue;
-      fault_ = Fault{std::string("a row holds ") + what_is_refused(type), ReadError::not_finite, rows_};
-      for (int64_t i = 0; i < count; ++i) fault_->indices[size_t(i)] = i;
+      fault_ = Fault{std::string("a row holds ") + what_is_refused(type), ReadError::not_finite, {}};
+      find_refused();
       return false;
     }
     matrix.data = decoded;

@@ -48,7 +48,7 @@ struct Table {
 };
 
 struct TableStats {
-  int64_t asked = 0;       // rows of tokens
+  int64_t asked = 0;       // rows of tokens, without kNoRow
   int64_t found = 0;       // of these, in the cache
   int64_t late = 0;        // of these, not there when their layer asked
   int64_t read = 0;        // rows that were read
@@ -61,6 +61,7 @@ class TableRows {
   static constexpr int64_t kMostRows = int64_t{1} << 32;
   static constexpr int64_t kMostRowBytes = int64_t{1} << 20;
   static constexpr int64_t kWays = 8;
+  static constexpr int64_t kNoRow = -1;  // in begin(): zeros
   // Landing memory of a wave: enough for the drive to be busy.
   static constexpr int64_t kLandingBytes = int64_t{8} << 20;
 
@@ -81,7 +82,7 @@ class TableRows {
   // All memory that such an object takes.
   static int64_t bytes(const Table& table, int64_t cache_bytes, int64_t most_rows);
 
-  // Starts to collect rows, all in range, whatever became of those of the last call.
+  // Starts to collect rows, all in range or kNoRow, whatever became of those of the last call.
   void begin(const int64_t* rows, int64_t num_rows);
   // Returns whether all rows are there. With `most` of 0, only looks; otherwise the layer waits for them.
   bool advance(std::chrono::milliseconds most);
@@ -124,6 +125,7 @@ class TableRows {
   void begin_wave();
   void add_reads(size_t part, int64_t place, std::vector<Record>& records, std::vector<PlacedRecord>& placed);
   void end_wave();
+  void find_refused();
   int64_t find(int64_t row) const;  // slot, or -1
   int64_t take_slot(int64_t row);   // -1: the cache has none
   void move(int64_t slot, int to);  // to a rank in its set

@@ -2109,7 +2109,9 @@ class TableRows:
         most_rows: int,
     ) -> None: ...
     def begin(self, rows: NDArray[numpy.int64]) -> None:
-        """Start to collect rows, whatever became of those of the last call."""
+        """
+        Start to collect rows, whatever became of those of the last call; -1 is a row of zeros.
+        """
 
     def advance(self, most_ms: int) -> bool:
         """

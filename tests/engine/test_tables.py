@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,12 @@ import pytest
 
 from argosy import Engine, SamplingParams, _native
 from argosy.checkpoint.pack import pack
+from argosy.config import NgramConfig
 from argosy.errors import CheckpointError, ReadFailed, UnsupportedModel, UsageError
 from argosy.model.families import open_model
+from argosy.model.families.recurrent import qwen4_exp_text as qwen4_exp_text_family
 from argosy.model.ngrams import Ngrams
+from tests.helpers.word_tokenizer import write_word_tokenizer
 from tests.model.test_ngrams import step_of
 from tests.models.safetensors_file import write_checkpoint, write_safetensors
 from tests.models.tiny import RawConfig, prompt_ids, random_tensors, write_model
@@ -36,6 +39,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def open_engine(directory: Path, **options: Any) -> Engine:
     return Engine.open(directory, **{"memory": "1GiB", "threads": 1, "readers": 1} | options)
+
+
+def run(engine: Engine, given: Sequence[list[int]], params: SamplingParams) -> list[Any]:
+    """Return the results of prompts that run together, of which some may fail."""
+    answers = [engine.submit(prompt, params) for prompt in given]
+    while engine.step() or any(answer.result is None for answer in answers):
+        pass
+    return [answer.result for answer in answers]
 
 
 def visible(result: Any) -> tuple[Any, ...]:
@@ -120,12 +131,7 @@ def test_rows_that_cannot_be_read_end_only_the_sequences_that_need_them(tmp_path
         path = tmp_path / "model-00002-of-00002.safetensors"
         with path.open("r+b") as file:
             file.truncate(path.stat().st_size - (files.tables[0].num_rows - lost) * 8192)
-        answers = [engine.submit(prompt, one) for prompt in (ill, well)]
-        while engine.step() or any(answer.result is None for answer in answers):
-            pass
-        results = [answer.result for answer in answers]
-        assert results[0] is not None
-        assert results[1] is not None
+        results = run(engine, (ill, well), one)
         assert isinstance(results[0].error, ReadFailed)
         assert "n-gram table" in str(results[0].error)
         assert visible(results[1]) == expected
@@ -178,6 +184,122 @@ def test_tables_that_contradict_the_config_are_refused(tmp_path: Path, change: A
     write_checkpoint(tmp_path, found)
     with pytest.raises(CheckpointError, match=message):
         open_model(tmp_path)
+
+
+E4M3_TABLE = {"ple_embed_dim": 4 * 64, "split_ngram_parts": 2}
+
+
+def write_e4m3(directory: Path, change: Callable[[dict[str, Any]], None] = lambda tensors: None) -> None:
+    """Write a model whose table is E4M3 with a scale for 32 columns, such as DeepSeek-V4.1's."""
+    config, rng = config_of(**E4M3_TABLE), np.random.default_rng(8)
+    tensors = {name: ("BF16", values) for name, values in random_tensors(config, 3, "BF16").items()}
+    for part in (0, 1):
+        num_rows, cols = tensors[TABLE.format(part)][1].shape
+        codes = (
+            rng.integers(0, 0x70, (num_rows, cols), np.uint8)
+            | rng.integers(0, 2, (num_rows, cols), np.uint8) << 7
+        )
+        tensors[TABLE.format(part)] = "F8_E4M3", codes
+        name = TABLE.format(part).removesuffix("weight") + "scale"
+        tensors[name] = "F8_E8M0", rng.integers(112, 122, (num_rows, cols // 32), np.uint8)
+    change(tensors)
+    (directory / "config.json").write_text(json.dumps(config))
+    write_checkpoint(directory, tensors)
+
+
+def e4m3_values(codes: Any, scales: Any) -> Any:
+    exponent, mantissa = (codes >> 3 & 15).astype(int), codes & 7
+    values = np.ldexp(np.where(exponent > 0, mantissa + 8.0, 2.0 * mantissa), exponent - 10)
+    values = np.where(codes & 0x80, -values, values)
+    return np.ldexp(values, np.repeat(scales.astype(int) - 127, 32, axis=1)).astype(np.float32)
+
+
+def as_floats(tensors: dict[str, Any]) -> None:
+    for part in (0, 1):
+        scale = tensors.pop(TABLE.format(part).removesuffix("weight") + "scale")[1]
+        tensors[TABLE.format(part)] = "F32", e4m3_values(tensors[TABLE.format(part)][1], scale)
+
+
+def test_a_table_in_e4m3_gives_the_answers_of_its_values(tmp_path: Path) -> None:
+    found = []
+    for name, change in (("codes", lambda tensors: None), ("floats", as_floats)):
+        (tmp_path / name).mkdir()
+        write_e4m3(tmp_path / name, change)
+        with open_engine(tmp_path / name) as engine:
+            found.append([visible(result) for result in engine.generate_batch(prompts(), GREEDY)])
+            assert engine.generate(prompts()[0], GREEDY).ledger.rows == 49 * 4
+    assert found[0] == found[1]
+
+
+SCALE = TABLE.format(1).removesuffix("weight") + "scale"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop(SCALE), r"shard_1\.scale is missing"),
+        (lambda tensors: tensors.update({SCALE: (tensors[SCALE][0], tensors[SCALE][1][:-1])}), r"scale is"),
+        (
+            lambda tensors: tensors.update({SCALE: (tensors[SCALE][0], tensors[SCALE][1].repeat(2, 1))}),
+            r"scale is",
+        ),
+        (lambda tensors: tensors.update({SCALE: ("F32", tensors[SCALE][1].astype(np.float32))}), "scale"),
+        (
+            lambda tensors: tensors.update({TABLE.format(1): ("F8_E4M3", tensors[TABLE.format(1)][1][0])}),
+            "scale is",
+        ),
+    ],
+)
+def test_scales_of_a_table_that_do_not_fit_are_refused(tmp_path: Path, change: Any, message: str) -> None:
+    write_e4m3(tmp_path, change)
+    with pytest.raises((CheckpointError, UnsupportedModel), match=message):
+        open_model(tmp_path)
+
+
+def test_a_row_that_is_no_number_ends_only_the_sequences_that_need_it(tmp_path: Path) -> None:
+    def spoil(tensors: dict[str, Any]) -> None:
+        tensors[SCALE][1][7, 1] = 0xFF
+
+    write_e4m3(tmp_path, spoil)
+    files = open_model(tmp_path)
+    ngrams = files.config.layers[0].ngrams
+    assert ngrams is not None
+    rows, bad = Ngrams(ngrams, 64), files.tables[0].parts[0].tensors[0].shape[0] + 7
+    rng, chosen = np.random.default_rng(1), {}
+    while len(chosen) < 2:
+        prompt = rng.integers(6, 64, 5).tolist()
+        chosen[bool((rows.rows(step_of([([], prompt)], 2)) == bad).any())] = prompt
+    one = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
+    with open_engine(tmp_path) as engine:
+        expected = visible(engine.generate(chosen[False], one))
+        ill, well = run(engine, [chosen[True], chosen[False]], one)
+    assert isinstance(ill.error, CheckpointError)
+    assert "not a finite number" in str(ill.error)
+    assert visible(well) == expected
+
+
+def test_a_family_that_folds_tokens_gets_the_map_of_its_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens that are folded to themselves give the answers of a table that does not fold."""
+    write_model(tmp_path, config_of(), seed=3)
+    given = [[token for token in prompt if token != 5] for prompt in prompts()]  # no border
+    with open_engine(tmp_path) as engine:
+        expected = [visible(result) for result in engine.generate_batch(given, GREEDY)]
+    own = qwen4_exp_text_family.NgramConfig
+
+    def folding(**fields: Any) -> NgramConfig:
+        return own(**fields | {"folded_ids": 64, "border_id": None})
+
+    monkeypatch.setattr(qwen4_exp_text_family, "NgramConfig", folding)
+    with pytest.raises(CheckpointError, match="fold to 0 ids; its n-gram tables were made for 64"):
+        open_engine(tmp_path)
+    write_word_tokenizer(tmp_path, 64)
+    with open_engine(tmp_path) as engine:
+        assert [visible(result) for result in engine.generate_batch(given, GREEDY)] == expected
+    write_word_tokenizer(tmp_path, 63)
+    with pytest.raises(CheckpointError, match="fold to 63 ids"):
+        open_engine(tmp_path)
 
 
 def test_constants_that_follow_from_the_config_are_accepted(tmp_path: Path) -> None:

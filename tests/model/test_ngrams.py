@@ -10,8 +10,9 @@ from tokenizers import Tokenizer, decoders, models
 
 from argosy.config import NgramConfig
 from argosy.errors import CheckpointError, UnsupportedModel
-from argosy.model.ngrams import Ngrams, fold_tokens, pcg_multipliers, primes_from, splitmix_multipliers
+from argosy.model.ngrams import NO_ROW, Ngrams, pcg_multipliers, primes_from, splitmix_multipliers
 from argosy.model.step import Step
+from argosy.prompt.folding import fold_tokens
 
 VOCAB, EOS, PAD = 64, 2, 5
 OPAQUE = 7  # the id of a picture
@@ -23,15 +24,13 @@ def config_of(*, folds: bool = False) -> NgramConfig:
         multipliers=pcg_multipliers(14, 40, 4) if folds else splitmix_multipliers(1234, 1, VOCAB, 3),
         row_dim=4,
         blank_id=PAD if folds else EOS,
-        border_id=None if folds else EOS,
-        folds=folds,
+        border_id=OPAQUE if folds else EOS,
+        folded_ids=40 if folds else 0,
     )
 
 
 def token_map() -> np.ndarray:
-    folded = np.arange(VOCAB) * 5 // 8
-    folded[OPAQUE] = -1
-    return folded
+    return np.arange(VOCAB, dtype=np.int32) * 5 // 8
 
 
 def step_of(parts: list[tuple[list[int], list[int]]], num_earlier: int) -> Step:
@@ -53,7 +52,9 @@ def step_of(parts: list[tuple[list[int], list[int]]], num_earlier: int) -> Step:
 
 def hashed(config: NgramConfig, ids: list[int], folded: np.ndarray | None) -> list[list[int]]:
     """The rows of a whole sequence, by the rule of the models' own code, token by token."""
-    known = ids if folded is None else [int(folded[one]) for one in ids]
+    known, blank = ids, config.blank_id
+    if folded is not None:
+        known, blank = [-1 if one == OPAQUE else int(folded[one]) for one in ids], int(folded[PAD])
     per_length = config.num_heads // config.num_earlier
     offsets = np.concatenate(([0], np.cumsum(config.primes)[:-1]))
     rows = []
@@ -65,13 +66,13 @@ def hashed(config: NgramConfig, ids: list[int], folded: np.ndarray | None) -> li
                 is_blocked = is_blocked or source is None or (distance > 0 and source == EOS)
             else:
                 is_blocked = is_blocked or source is None or source == -1
-            window.append(config.blank_id if is_blocked or source is None else source)
+            window.append(blank if is_blocked or source is None else source)
         mixed, own = window[0] * config.multipliers[0], []
         for distance in range(1, len(window)):
             mixed ^= window[distance] * config.multipliers[distance]
             heads = range((distance - 1) * per_length, distance * per_length)
             own += [mixed % config.primes[head] + int(offsets[head]) for head in heads]
-        rows.append(own)
+        rows.append([NO_ROW] * config.num_heads if known[at] == -1 else own)
     return rows
 
 
@@ -94,7 +95,7 @@ def test_rows_are_the_same_in_any_chunks_and_batch(folds: bool, chunk: int) -> N
             found[number] += rows[: len(own)]
             del rows[: len(own)]
     assert found == [hashed(config, text, folded) for text in texts]
-    assert np.min(found) >= 0
+    assert np.min(found) == (NO_ROW if folds else 0)
     assert np.max(found) < config.num_rows
 
 
@@ -128,6 +129,19 @@ def test_tokens_fold_by_case_accents_and_white_space() -> None:
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=""))
     tokenizer.decoder = decoders.Fuse()
     assert fold_tokens(tokenizer).tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 4]
+
+
+def test_tokens_that_a_map_lacks_have_no_rows_and_end_ngrams() -> None:
+    config, folded = config_of(folds=True), token_map()
+    rows = Ngrams(config, VOCAB + 3, folded).rows(step_of([([], [9, 11, VOCAB + 2, 9, 11])], 3))
+    assert (rows[2] == NO_ROW).all()
+    np.testing.assert_array_equal(rows[:2], rows[3:])
+
+
+def test_a_map_with_another_number_of_ids_is_refused() -> None:
+    for folded in (None, np.zeros(0, np.int32), token_map()[:-1] // 2, token_map()[: PAD - 1]):
+        with pytest.raises(CheckpointError, match=r"fold to \d+ ids; its n-gram tables were made for 40"):
+            Ngrams(config_of(folds=True), VOCAB, folded)
 
 
 def test_constants_that_overflow_or_never_end_are_refused() -> None:

@@ -143,18 +143,37 @@ def test_codes_are_decoded_with_their_scales(
         np.testing.assert_array_equal(read(rows, runtime, wanted), values[wanted].astype(np.float32))
 
 
-def test_a_code_that_is_no_number_is_a_fault(store: Store, runtime: Runtime, tmp_path: Path) -> None:
-    (tmp_path / "codes.bin").write_bytes(b"\x7f" * 32 + b"\x7f")
+def test_codes_and_scales_that_are_no_numbers_are_faults_of_their_rows(
+    store: Store, runtime: Runtime, tmp_path: Path
+) -> None:
+    codes, scales = np.zeros((20, 32), np.uint8), np.full(20, 127, np.uint8)
+    codes[1, 31], codes[3, 0], scales[17] = 0x7F, 0xFF, 0xFF
+    (tmp_path / "codes.bin").write_bytes(codes.tobytes() + scales.tobytes())
     file = store.open(str(tmp_path / "codes.bin"))
     rows = TableRows(
-        store, "mxfp8", 1, 32, [("mxfp8_codes", [(0, file, 0)]), ("mxfp8_scales", [(0, file, 32)])], 0, 4
+        store, "mxfp8", 20, 32, [("mxfp8_codes", [(0, file, 0)]), ("mxfp8_scales", [(0, file, 640)])], 0, 64
     )
-    rows.begin(np.zeros(2, np.int64))
-    assert rows.advance(10_000)
-    assert not rows.write(runtime, np.empty((2, 32), np.float32))
-    message, kind, indices = rows.fault or ("", None, [])
-    assert "not a finite number" in message
-    assert (kind, indices) == ("not finite", [0, 1])
+    for wanted, ill in (([3, 0, 3, 2], [0, 2]), ([*range(20)], [1, 3, 17]), ([0] * 18 + [17], [18])):
+        rows.begin(np.array(wanted))
+        assert rows.advance(10_000)
+        assert not rows.write(runtime, np.empty((len(wanted), 32), np.float32))
+        message, kind, indices = rows.fault or ("", None, [])
+        assert "not a finite number" in message
+        assert (kind, indices) == ("not finite", ill)
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 5000, NUM_ROWS * (ROW_BYTES + 5)])
+def test_no_row_is_zeros_and_is_not_counted(
+    store: Store, runtime: Runtime, table: BfloatTable, cache_bytes: int
+) -> None:
+    rows = table.open(store, cache_bytes=cache_bytes)
+    for _ in range(2):
+        found = read(rows, runtime, np.array([-1, 7, -1, -1, 8, 7]))
+        np.testing.assert_array_equal(found[[1, 4, 5]], table.values[[7, 8, 7]])
+        assert not found[[0, 2, 3]].any()
+    asked, found_rows, _, num_read, _ = rows.stats
+    assert (asked, num_read) == (6, 2 if cache_bytes else 4)
+    assert found_rows == (3 if cache_bytes else 0)
 
 
 def test_a_failed_read_names_the_rows_that_are_missing_and_may_be_repeated(
@@ -188,7 +207,7 @@ def test_a_table_that_was_cut_short_is_a_fault(store: Store, runtime: Runtime, t
 
 def test_rows_and_tables_that_do_not_exist_are_refused(store: Store, table: BfloatTable) -> None:
     rows = table.open(store, most_rows=8)
-    for wanted in ([-1], [NUM_ROWS]):
+    for wanted in ([-2], [NUM_ROWS]):
         with pytest.raises(ValueError, match=r"rows\[0\] is"):
             rows.begin(np.array(wanted, np.int64))
     with pytest.raises(ValueError, match="asks for 9 rows, expected at most 8"):

@@ -282,8 +282,11 @@ class TableRef:
     parts: tuple[TablePart, ...]
 
     @classmethod
-    def of(cls, tensors: Sequence[TensorRef], least_rows: int, cols: int) -> TableRef:
-        """Make the table whose rows are those of `tensors`, of one type: floats, or GGUF's blocks of whole rows.
+    def of(
+        cls, tensors: Sequence[TensorRef], least_rows: int, cols: int, scales: Sequence[TensorRef] = ()
+    ) -> TableRef:
+        """Make the table whose rows are those of `tensors`, of one type: floats, GGUF's blocks of whole rows, or E4M3
+        with a tensor of `scales` for each, in E8M0, for 32 columns.
 
         Raises:
             CheckpointError: it has fewer rows, or rows of another length, than the config requires.
@@ -304,6 +307,9 @@ class TableRef:
                 path=first.path,
                 tensor=first.name,
             )
+        if scales:
+            codes = TablePart("mxfp8_codes", tuple(tensors))
+            return cls("mxfp8", num_rows, cols, (codes, TablePart("mxfp8_scales", tuple(scales))))
         format = _FLOATS.get(first.dtype) or SLOT_FORMATS.get(first.dtype)
         if format is None:
             raise UnsupportedModel(

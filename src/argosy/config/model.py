@@ -244,6 +244,11 @@ class ModelConfig:
         return tuple(i for i, layer in enumerate(self.layers) if layer.ngrams is not None)
 
     @property
+    def folds_tokens(self) -> bool:
+        """Whether n-gram tables need the map of `prompt/folding.py`."""
+        return any(one.ngrams is not None and one.ngrams.folded_ids for one in self.layers)
+
+    @property
     def num_earlier(self) -> int:
         """The tokens before a token that rows of n-gram tables depend on."""
         return max((one.ngrams.num_earlier for one in self.layers if one.ngrams is not None), default=0)

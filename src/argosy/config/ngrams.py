@@ -18,11 +18,12 @@ class NgramConfig:
     primes: tuple[int, ...]
     multipliers: tuple[int, ...]  # of a token, of the token before it, and so on
     row_dim: int  # values of a row
-    # Stands for tokens before the start, and for those before a border.
+    # The token that stands for those before the start, and for those before a border.
     blank_id: int
-    # A token that n-grams do not reach across; with `folds`, of a media span as well.
+    # A token that n-grams do not reach across; with `folded_ids`, one of a media span, which has no rows itself.
     border_id: int | None = None
-    folds: bool = False  # ids are those of a map that folds case and accents (`model/ngrams.py`)
+    # How many ids are left when tokens are folded (`model/ngrams.py`); 0: n-grams are of the tokens themselves.
+    folded_ids: int = 0
     # Positions that a causal convolution of the gated values sees, `conv_dilation` apart; 0: there is none.
     conv_width: int = 0
     conv_dilation: int = 1

@@ -21,6 +21,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from argosy import _native
 from argosy.budget.allowances import lendable_bytes, process_bytes
 from argosy.budget.expert_memory import ExpertMemory
@@ -68,6 +71,7 @@ class Vocabulary:
     tokenizer: Tokenizer | None
     eos_ids: frozenset[int]
     grammars: GrammarCompiler | UsageError  # the compiler, or the error to raise when a request has a grammar
+    token_map: NDArray[np.int32] | None = None  # the folded id of each token, if n-gram tables need it
 
     @classmethod
     def open(cls, files: ModelFiles, config: EngineConfig) -> Self:
@@ -75,7 +79,10 @@ class Vocabulary:
         tokenizer = Tokenizer.open(files.path, files.header)
         eos_ids = frozenset(files.config.eos_ids) | frozenset(tokenizer.eos_ids if tokenizer else ())
         return cls(
-            tokenizer=tokenizer, eos_ids=eos_ids, grammars=_open_grammars(files, config, tokenizer, eos_ids)
+            tokenizer=tokenizer,
+            eos_ids=eos_ids,
+            grammars=_open_grammars(files, config, tokenizer, eos_ids),
+            token_map=tokenizer.fold() if tokenizer is not None and files.config.folds_tokens else None,
         )
 
     def forget_grammars(self) -> None:
@@ -213,6 +220,7 @@ def start(
             log=log,
             group=experts,
             foreground=share.foreground,
+            token_map=read.vocabulary.token_map,
         )
         lock = Turns()
         memory = None if model.cache is None else ExpertMemory(model.cache, plan.slots, lock=lock)

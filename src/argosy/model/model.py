@@ -117,6 +117,7 @@ class ModelReading:
         log: RouteLog | None = None,
         group: ExpertGroup | None = None,
         foreground: _native.Foreground | None = None,
+        token_map: NDArray[np.int32] | None = None,
     ) -> Model:
         """Open the model within `sizes`, after `wait`.
 
@@ -125,9 +126,10 @@ class ModelReading:
         Args:
             group: other processes that also run experts.
             foreground: the work to which committing memory for experts gives way; None: it gives way to nothing.
+            token_map: the folded ids of tokens, for n-gram tables that need them.
 
         Raises:
-            ReadFailed, CorruptRecord, CheckpointError: an expert cannot be read.
+            ReadFailed, CorruptRecord, CheckpointError: an expert cannot be read, or tables do not fit the tokens.
             ArgosyError: the group cannot be used.
         """
         assert self._weights is not None
@@ -168,6 +170,7 @@ class ModelReading:
                 self._open_file,
                 cached_bytes=sizes.table_cache_bytes,
                 step_tokens=sizes.step_tokens,
+                token_map=token_map,
             )
             self._weights = replace(self._weights, tables=tables)
         return Model(

@@ -4,13 +4,12 @@
 
 Checkpoints do not always store the constants of the hashes; they follow from a few settings.
 
-Elsewhere: `config/ngrams.py` describes a table; `native/ops/table_rows.h` reads its rows.
+Elsewhere: `config/ngrams.py` describes a table; `prompt/folding.py` folds tokens; `native/ops/table_rows.h` reads rows.
 """
 
 from __future__ import annotations
 
 from math import isqrt
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +18,10 @@ from argosy.config import NgramConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.step import Step
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
 _MOST_PRIME = 1 << 40  # beyond any table, and still found at once
 _MOST_PRIMES = 4096
 _BORDER = -1  # of folded ids: no n-gram reaches across it
+NO_ROW = -1
 _INT64 = np.iinfo(np.int64)
 _MASK = (1 << 64) - 1
 # SplitMix64 (Steele, Lea and Flood, 2014)
@@ -37,21 +34,21 @@ class Ngrams:
 
     Args:
         vocab_size: ids are below it.
-        token_map: int [vocab_size], the folded id of each token, -1 in media spans; None: ids stay.
+        token_map: int32 [n], the folded id of each token; None: ids stay. Tokens from `n` on are borders.
 
     Raises:
-        CheckpointError: the product of an id and a multiplier would overflow.
+        CheckpointError: the product of an id and a multiplier would overflow, or the map has another number of ids.
     """
 
     def __init__(
-        self, config: NgramConfig, vocab_size: int, token_map: NDArray[np.integer] | None = None
+        self, config: NgramConfig, vocab_size: int, token_map: NDArray[np.int32] | None = None
     ) -> None:
-        if (token_map is not None) != config.folds:
-            raise ValueError("a table has a token map if and only if it folds ids")
         self.config = config
-        self._map = None if token_map is None else np.asarray(token_map, np.int64)
-        ids = vocab_size if self._map is None else int(self._map.max()) + 1
-        if max(ids, config.blank_id + 1) * max(config.multipliers) > _INT64.max:
+        self._map, self._blank, ids = None, config.blank_id, max(vocab_size, config.blank_id + 1)
+        if config.folded_ids:
+            self._map = _map_of(config, vocab_size, token_map)
+            self._blank, ids = int(self._map[config.blank_id]), config.folded_ids
+        if ids * max(config.multipliers) > _INT64.max:
             raise CheckpointError(
                 f"the multipliers of an n-gram table reach {max(config.multipliers)}; expected less than 2^63 / {ids}"
             )
@@ -60,7 +57,7 @@ class Ngrams:
         self._offsets = (np.cumsum(self._primes) - self._primes.reshape(-1)).reshape(self._primes.shape)
 
     def rows(self, step: Step) -> NDArray[np.int64]:
-        """Return the rows of each token: int64 [tokens, heads].
+        """Return the rows of each token: int64 [tokens, heads]; `NO_ROW` stands for zeros.
 
         The tokens of a sequence are consecutive in the step, and `step.earlier_ids` holds those before them.
         """
@@ -68,6 +65,8 @@ class Ngrams:
         products = ids * self._multipliers
         mixed = np.bitwise_xor.accumulate(products, axis=1)[:, 1:]  # [tokens, lengths of n-grams]
         rows = mixed[:, :, None] % self._primes + self._offsets
+        if self._map is not None:
+            rows[self._map[step.token_ids] == _BORDER] = NO_ROW
         return rows.reshape(len(ids), -1)
 
     def _window(self, step: Step) -> NDArray[np.int64]:
@@ -85,15 +84,31 @@ class Ngrams:
         flat[at] = step.token_ids
         is_absent = flat < 0
         if self._map is not None:
-            flat = self._map[flat]
+            flat = self._map[flat].astype(np.int64)
         window = flat[at[:, None] - np.arange(1 + count)]
         is_border = is_absent | (flat == (_BORDER if self._map is not None else config.border_id))
         hides = is_border[at[:, None] - np.arange(1 + count)]
         if self._map is None:
             hides[:, 0] = False  # a border's own n-grams reach back
-        window[np.logical_or.accumulate(hides, axis=1)] = config.blank_id
+        window[np.logical_or.accumulate(hides, axis=1)] = self._blank
         ids: NDArray[np.int64] = window
         return ids
+
+
+def _map_of(config: NgramConfig, vocab_size: int, token_map: NDArray[np.int32] | None) -> NDArray[np.int32]:
+    """Return the folded id of each token of the vocabulary, and `_BORDER` for those that are borders."""
+    found = 0 if token_map is None else int(token_map.max(initial=-1)) + 1
+    if token_map is None or found != config.folded_ids or config.blank_id >= len(token_map):
+        raise CheckpointError(
+            f"the tokens of this checkpoint's tokenizer fold to {found} ids; its n-gram tables were made for "
+            f"{config.folded_ids}, so that every n-gram would read another row",
+            hint="get tokenizer.json again, from the same place as the weights",
+        )
+    whole = np.full(max(vocab_size, len(token_map)), _BORDER, np.int32)
+    whole[: len(token_map)] = token_map
+    if config.border_id is not None:
+        whole[config.border_id] = _BORDER
+    return whole
 
 
 def primes_from(start: int, first: int, count: int) -> tuple[int, ...]:
@@ -150,32 +165,3 @@ def pcg_multipliers(layer: int, num_ids: int, count: int) -> tuple[int, ...]:
     generator = np.random.default_rng(_SEED_STEP * layer)
     drawn = generator.integers(0, _most_multiplier(num_ids), count, np.int64)
     return tuple((2 * drawn + 1).tolist())
-
-
-def fold_tokens(tokenizer: Tokenizer) -> NDArray[np.int32]:
-    """Return the folded id of each token: tokens that differ in case, accents or white space share one
-    (DeepSeek-V4.1).
-
-    Tokens of part of a character keep their own.
-    """
-    from tokenizers import Regex, normalizers
-
-    lone = "\ue000"  # a token of a single space must survive Strip
-    normalizer = normalizers.Sequence([
-        normalizers.NFKC(),
-        normalizers.NFD(),
-        normalizers.StripAccents(),
-        normalizers.Lowercase(),
-        normalizers.Replace(Regex(r"[ \t\r\n]+"), " "),
-        normalizers.Replace(Regex(r"^ $"), lone),
-        normalizers.Strip(),
-        normalizers.Replace(lone, " "),
-    ])  # fmt: skip
-    folded: dict[str, int] = {}
-    ids = np.zeros(tokenizer.get_vocab_size(), np.int32)
-    for token_id in range(len(ids)):
-        text = tokenizer.decode([token_id], skip_special_tokens=False)
-        whole = "\ufffd" not in text
-        key = (normalizer.normalize_str(text) or text) if whole else (tokenizer.id_to_token(token_id) or text)
-        ids[token_id] = folded.setdefault(key, len(folded))
-    return ids

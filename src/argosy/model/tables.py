@@ -52,7 +52,7 @@ def cache_bytes(tables: Mapping[int, TableRef], budget_bytes: int) -> int:
 def table_bytes(
     config: ModelConfig, tables: Mapping[int, TableRef], cached_bytes: int, step_tokens: int
 ) -> int:
-    """Return the memory of all tables: cached rows, their places, and those that land."""
+    """Return the memory of all tables: cached rows, their places, those that land, and maps of tokens."""
     found = 0
     for layer, table in tables.items():
         ngrams = config.layers[layer].ngrams
@@ -61,6 +61,7 @@ def table_bytes(
         found += _native.table_rows_bytes(
             table.format, table.num_rows, table.cols, parts, cached_bytes, most
         ) + 16 * (most + step_tokens * len(ngrams.multipliers))
+        found += 4 * config.vocab_size if ngrams.folded_ids else 0
     return found
 
 
@@ -89,7 +90,7 @@ class Tables:
         for layer, table in tables.items():
             ngrams = config.layers[layer].ngrams
             assert ngrams is not None
-            self._ngrams[layer] = Ngrams(ngrams, config.vocab_size, token_map if ngrams.folds else None)
+            self._ngrams[layer] = Ngrams(ngrams, config.vocab_size, token_map)
             self.rows[layer] = _native.TableRows(
                 store,
                 table.format,

@@ -72,8 +72,8 @@ class Stored:
 
 
 _FLOATS_16 = {"F16": "f16", "BF16": "bf16"}
-_E8M0 = ("U8", "F8_E8M0")
-_FP8_DTYPES = ("F32", "BF16", "F16", *_E8M0)
+E8M0 = ("U8", "F8_E8M0")  # dtypes
+_FP8_DTYPES = ("F32", "BF16", "F16", *E8M0)
 _FP8_SCALES = ("weight_scale_inv", "weight_scale", "qscale_weight", "scale")
 _FP4_SCALES = ("weight_scale", "scale")
 
@@ -209,7 +209,7 @@ def _mxfp8(scheme: Scheme, rows: int, cols: int, scale_dtype: str | None) -> Sto
         return "columns in whole groups of 32"
     parts = (
         Part(("weight",), {"F8_E4M3": "mxfp8_codes"}, ((rows, cols),)),
-        Part(("weight_scale",), dict.fromkeys(_E8M0, "mxfp8_scales"), ((rows, cols // 32),)),
+        Part(("weight_scale",), dict.fromkeys(E8M0, "mxfp8_scales"), ((rows, cols // 32),)),
     )
     return Stored("mxfp8", parts)
 
@@ -219,7 +219,7 @@ def _mxfp4(scheme: Scheme, rows: int, cols: int, scale_dtype: str | None) -> Sto
         return f"columns in whole groups of {MXFP4_GROUP}"
     parts = (
         Part(("weight_packed", "weight"), dict.fromkeys(("U8", "I8"), "mxfp4_quants"), ((rows, cols // 2),)),
-        Part(_FP4_SCALES, dict.fromkeys(_E8M0, "mxfp4_scales"), ((rows, cols // MXFP4_GROUP),)),
+        Part(_FP4_SCALES, dict.fromkeys(E8M0, "mxfp4_scales"), ((rows, cols // MXFP4_GROUP),)),
     )
     return Stored("mxfp4", parts)
 

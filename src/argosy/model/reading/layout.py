@@ -53,7 +53,15 @@ from argosy.checkpoint.untrusted_file import open_regular, quote, read_at
 from argosy.config import LatentConfig, ModelConfig
 from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
 from argosy.model.reading.accounts import read_draft
-from argosy.model.reading.coded_weights import MXFP4_GROUP, PASSED_OVER, Rows, Slice, WeightAccounts, is_there
+from argosy.model.reading.coded_weights import (
+    E8M0,
+    MXFP4_GROUP,
+    PASSED_OVER,
+    Rows,
+    Slice,
+    WeightAccounts,
+    is_there,
+)
 from argosy.model.reading.schemes import Quantization
 
 # Constants that old exporters saved with the weights; Argosy computes them from the config.
@@ -354,7 +362,14 @@ class _Accounts(WeightAccounts):
             for name, values in zip(layout.table_constants, expected, strict=True):
                 if prefix + name in self:
                     self._compare(prefix + name, values)
-        return TableRef.of([self.take_any(name) for name in names], ngrams.num_rows, ngrams.row_dim)
+        tensors = [self.take_any(name) for name in names]
+        scales = []
+        if tensors[0].dtype == "F8_E4M3":
+            for tensor in tensors:
+                shape = *tensor.shape[:1], -(-ngrams.row_dim // MXFP4_GROUP)
+                name = tensor.name.removesuffix("weight") + "scale"
+                scales.append(self.take_part(name, dict.fromkeys(E8M0, ""), shape)[0])
+        return TableRef.of(tensors, ngrams.num_rows, ngrams.row_dim, scales)
 
     def _compare(self, name: str, expected: Sequence[int]) -> None:
         ref, _ = self.take_part(name, {"I64": "I64"}, (len(expected),))
