@@ -1,6 +1,7 @@
 // mixers.cpp: binds the mixers of a layer, and checks that one fits its layer.
 
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 
@@ -341,12 +342,33 @@ BoundMixer multi_head_latent_attention(const Matrix& query, const Matrix& kv_dow
   return bound;
 }
 
+// Checks that an indexer fits its mixer, and gives its pool a place behind the mixer's.
+void finish_indexer(CompressedAttention& mixer) {
+  EntryIndexer& own = *mixer.indexer;
+  require_range("num_chosen", mixer.num_chosen, 1, INT32_MAX);
+  require_range("rope_dim", mixer.rope_dim, 0, own.dim());
+  require_size("columns of the indexer's query", own.query.cols, mixer.query_down.rows);
+  if (own.num_candidates > 0) {
+    require_range("num_chosen", mixer.num_chosen, 1, (own.num_candidates - 1) * own.candidate_size + 1);
+  }
+  if (own.pool() == nullptr && own.entry_keys() == nullptr) return;
+  if (!mixer.pool) refuse("an indexer makes keys beside a pool, and there is none");
+  if (own.entry_keys() != nullptr)
+    return require_size("columns of the indexer's key", own.entry_keys()->matrix.cols, mixer.head_dim());
+  Pool& keys = std::get<Pool>(own.keys);
+  require_size("the ratio of the indexer's pool", keys.shape.ratio, mixer.pool->shape.ratio);
+  if (keys.gates.has_value() != mixer.pool->gates.has_value())
+    refuse("the pool and the indexer's must both have gates, or neither");
+  keys.state_begin = mixer.pool->shape.state_floats();
+}
+
 BoundMixer compressed_attention(const Matrix& query_down, const Matrix& query, const Matrix& key_value,
                                 const Matrix& group_output, const Matrix& output, int64_t num_heads,
                                 int64_t num_groups, int64_t rope_dim, int64_t window, float scale,
                                 float norm_eps, const ArrayOf<float>& query_norm,
                                 const ArrayOf<float>& kv_norm, const std::optional<ArrayOf<float>>& head_norm,
                                 const std::optional<ArrayOf<float>>& sinks, const BoundPool* pool,
+                                const std::optional<std::pair<int64_t, int64_t>>& entries,
                                 const BoundEntryIndexer* indexer, int64_t num_chosen, int64_t state_layer) {
   require_range("heads", num_heads, 1, kLargestSize);
   require_range("num_groups", num_groups, 1, num_heads);
@@ -383,27 +405,61 @@ BoundMixer compressed_attention(const Matrix& query_down, const Matrix& query, c
       .norm_eps = norm_eps,
       .scale = scale,
       .sinks = kept.keep("sinks", sinks, num_heads),
-      .pool = pool != nullptr ? std::optional(pool->pool) : std::nullopt,
-      .indexer = indexer != nullptr ? std::optional(indexer->indexer) : std::nullopt,
       .num_chosen = num_chosen,
       .state_layer = state_layer,
   };
+  auto& mixer = std::get<CompressedAttention>(bound.mixer);
+  if (pool != nullptr && entries) refuse("entries are those of the pool, or of an earlier layer's");
   if (pool != nullptr) {
     require_size("the dimension of the pool", pool->pool.shape.dim, dim);
     kept.keep(pool->kept);
+    mixer.pool = pool->pool;
+    mixer.entries = EntryStore{pool->pool.store, pool->pool.shape.ratio};
+  } else if (entries) {
+    require_range("the store of entries", entries->first, 0, INT32_MAX);
+    require_range("the ratio of entries", entries->second, 1, int64_t{1} << 20);
+    mixer.entries = EntryStore{entries->first, entries->second};
   }
+  require_range("num_chosen", num_chosen, 0, INT32_MAX);
+  if (num_chosen > 0 && !mixer.entries) refuse("an index chooses entries of a pool, and there is none");
   if (indexer == nullptr) return bound;
-  if (pool == nullptr) refuse("an indexer chooses entries of a pool, and there is none");
-  EntryIndexer& own = *std::get<CompressedAttention>(bound.mixer).indexer;
-  require_range("num_chosen", num_chosen, 1, INT32_MAX);
-  require_range("rope_dim", rope_dim, 0, own.keys.shape.dim);
-  require_size("columns of the indexer's query", own.query.cols, query_down.view.rows);
-  require_size("the ratio of the indexer's pool", own.keys.shape.ratio, pool->pool.shape.ratio);
-  if (own.keys.gates.has_value() != pool->pool.gates.has_value())
-    refuse("the pool and the indexer's must both have gates, or neither");
-  own.keys.state_begin = pool->pool.shape.state_floats();
+  mixer.indexer = indexer->indexer;
   kept.keep(indexer->kept);
+  finish_indexer(mixer);
   return bound;
+}
+
+void make_entry_indexer(BoundEntryIndexer* self, const Matrix& query, const Matrix& weights,
+                        const BoundPool* pool, const Matrix* key,
+                        const std::optional<ArrayOf<float>>& key_norm, int64_t store,
+                        const std::optional<std::pair<int64_t, int64_t>>& candidates, bool finds_candidates) {
+  require_range("rows of weights", weights.view.rows, 1, kLargestSize);
+  require_size("rows of query modulo heads", query.view.rows % weights.view.rows, 0);
+  require_range("store", store, 0, INT32_MAX);
+  if ((key != nullptr) != key_norm.has_value()) refuse("key and key_norm must be given together");
+  if (pool != nullptr && key != nullptr) refuse("index keys are those of a pool, or made of entries");
+  Kept kept;
+  EntryIndexer indexer = {
+      .query = kept.keep(query), .weights = kept.keep(weights), .keys = {}, .store = store};
+  require_range("elements of an index key", indexer.dim(), 1, kLargestSize);
+  if (pool != nullptr) {
+    require_size("rows of query", query.view.rows, weights.view.rows * pool->pool.shape.dim);
+    indexer.keys = pool->pool;
+    indexer.store = pool->pool.store;
+    kept.keep(pool->kept);
+  } else if (key != nullptr) {
+    require_size("rows of key", key->view.rows, indexer.dim());
+    indexer.keys = EntryKeys{kept.keep(*key), kept.keep("key_norm", *key_norm, indexer.dim())};
+  }
+  if (candidates) {
+    require_range("candidate blocks", candidates->first, 1, int64_t{1} << 20);
+    require_range("entries of a candidate block", candidates->second, 1, kMostIndexBlock);
+    indexer.num_candidates = candidates->first;
+    indexer.candidate_size = candidates->second;
+  }
+  if (finds_candidates && !candidates) refuse("finds_candidates needs candidates");
+  indexer.finds_candidates = finds_candidates;
+  new (self) BoundEntryIndexer{indexer, std::move(kept)};
 }
 
 void make_pool(BoundPool* self, const Matrix& vectors, const Matrix* gates, const PoolSizes& sizes,
@@ -422,16 +478,6 @@ void make_pool(BoundPool* self, const Matrix& vectors, const Matrix* gates, cons
   if (bias) pool.bias = kept.keep("bias", *bias, {shape.ratio, shape.columns()});
   pool.norm = kept.keep("norm", norm, shape.dim);
   new (self) BoundPool{pool, std::move(kept)};
-}
-
-void make_entry_indexer(BoundEntryIndexer* self, const Matrix& query, const Matrix& weights,
-                        const BoundPool& keys) {
-  require_range("rows of weights", weights.view.rows, 1, kLargestSize);
-  require_size("rows of query", query.view.rows, weights.view.rows * keys.pool.shape.dim);
-  Kept kept;
-  const EntryIndexer indexer = {.query = kept.keep(query), .weights = kept.keep(weights), .keys = keys.pool};
-  kept.keep(keys.kept);
-  new (self) BoundEntryIndexer{indexer, std::move(kept)};
 }
 
 void make_indexer(BoundIndexer* self, const Matrix& query, const Matrix& key, const Matrix& weights,
@@ -629,7 +675,7 @@ void require_fit(const CompressedAttention& mixer, const KvShape& kv, const Rota
   };
   if (mixer.pool) require_pool(*mixer.pool);
   if (!mixer.indexer) return;
-  require_pool(mixer.indexer->keys);
+  if (mixer.indexer->pool() != nullptr) require_pool(*mixer.indexer->pool());
   require_size("columns of the indexer's weights", mixer.indexer->weights.cols, hidden);
 }
 
@@ -843,21 +889,31 @@ void bind_mixers(nb::module_& m) {
           "vectors"_a, "gates"_a.none(), nb::kw_only(), "sizes"_a, "bias"_a.none() = nb::none(), "norm"_a,
           "store"_a);
   nb::class_<BoundEntryIndexer>(m, "EntryIndexer", R"(
-    Chooses the entries of a pool that a token sees, by the entries of another one, its keys.
+    Chooses the entries of a pool that a token sees, by index keys.
 
     Args:
-        query: [heads * dim of keys, query_rank].   weights: [heads, hidden].)")
+        query: [heads * dim of keys, query_rank].   weights: [heads, hidden].
+        pool: its entries are the keys.
+        key, key_norm: [dim of keys, head_dim] and [dim of keys]: keys are made of the layer's entries before these
+            rotate, and kept in `store`, the number of a pooled KvShape. With neither, an earlier layer did so.
+        candidates: blocks, and entries of a block: the choice is made inside so many blocks, those with the best
+            entries by the scores of the last layer with `finds_candidates`.)")
       .def(
           "__init__",
-          [](BoundEntryIndexer* self, const Matrix& query, const Matrix& weights, const BoundPool& keys) {
-            make_entry_indexer(self, query, weights, keys);
+          [](BoundEntryIndexer* self, const Matrix& query, const Matrix& weights, const BoundPool* pool,
+             const Matrix* key, const std::optional<ArrayOf<float>>& key_norm, int64_t store,
+             const std::optional<std::pair<int64_t, int64_t>>& candidates, bool finds_candidates) {
+            make_entry_indexer(self, query, weights, pool, key, key_norm, store, candidates,
+                               finds_candidates);
           },
-          "query"_a, "weights"_a, "keys"_a);
+          "query"_a, "weights"_a, nb::kw_only(), "pool"_a.none() = nb::none(), "key"_a.none() = nb::none(),
+          "key_norm"_a.none() = nb::none(), "store"_a = 0, "candidates"_a.none() = nb::none(),
+          "finds_candidates"_a = false);
   m.def("compressed_attention", &compressed_attention, "query_down"_a, "query"_a, "key_value"_a,
         "group_output"_a, "output"_a, nb::kw_only(), "num_heads"_a, "num_groups"_a, "rope_dim"_a, "window"_a,
         "scale"_a, "norm_eps"_a, "query_norm"_a, "kv_norm"_a, "head_norm"_a.none() = nb::none(),
-        "sinks"_a.none() = nb::none(), "pool"_a.none() = nb::none(), "indexer"_a.none() = nb::none(),
-        "num_chosen"_a = 0, "state_layer"_a = 0, R"(
+        "sinks"_a.none() = nb::none(), "pool"_a.none() = nb::none(), "entries"_a.none() = nb::none(),
+        "indexer"_a.none() = nb::none(), "num_chosen"_a = 0, "state_layer"_a = 0, R"(
     DeepSeek-V4's attention: a position's one vector is key and value of all heads; the last dimensions rotate, and
     those of the result are rotated back. A token sees a window, and entries of the pool.
 
@@ -870,8 +926,11 @@ void bind_mixers(nb::module_& m) {
         norm_eps: the epsilon of all norms.
         query_norm, kv_norm: [query_rank] and [head_dim].
         head_norm: [head_dim], of each head's query; None means no norm.
-        pool: of head_dim; None means that a token sees only its window.
-        indexer: chooses the `num_chosen` entries that a token sees at most; None means all.
+        pool: of head_dim; its entries are seen.
+        entries: store and ratio of an earlier layer's pool, whose entries are seen. With neither, a token sees only its
+            window.
+        num_chosen: the entries that a token sees at most; 0 means all.
+        indexer: chooses them; None means those that the last layer with an indexer chose.
         state_layer: the layer of the recurrent state, if the pool has a ratio above 1.)");
 }
 

@@ -7,12 +7,14 @@
 
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cmath>
 #include <memory>
@@ -210,6 +212,49 @@ void require_store(const KvCache& kv, int64_t store, const PoolShape& pool) {
   if (shape.is_windowed) refuse("the store of a pool keeps all entries, and this one is windowed");
 }
 
+// What layers with compressed attention leave for later ones: entries, index keys, choices and candidates.
+class SharedEntries {
+ public:
+  explicit SharedEntries(const KvCache& kv) : kv_(kv) {}
+
+  // Checks that all a layer needs is there.
+  void add(const CompressedAttention& mixer) {
+    if (!mixer.entries) return;
+    const EntryStore& entries = *mixer.entries;
+    fill(entries.store, {entries.ratio, mixer.head_dim()}, mixer.pool.has_value());
+    if (!mixer.indexer) {
+      require_size("num_chosen", mixer.num_chosen, mixer.num_chosen > 0 ? num_chosen_ : 0);
+      if (mixer.num_chosen > 0) require_size("the store of the entries chosen", entries.store, chosen_of_);
+      return;
+    }
+    const EntryIndexer& indexer = *mixer.indexer;
+    const bool has_keys = indexer.pool() != nullptr || indexer.entry_keys() != nullptr;
+    fill(indexer.store, {entries.ratio, indexer.dim()}, has_keys);
+    num_chosen_ = mixer.num_chosen;
+    chosen_of_ = entries.store;
+    if (indexer.num_candidates == 0) return;
+    if (indexer.finds_candidates)
+      candidates_ = {entries.store, indexer.num_candidates, indexer.candidate_size};
+    if (candidates_ != std::array{entries.store, indexer.num_candidates, indexer.candidate_size})
+      refuse("no earlier layer finds such candidates");
+  }
+
+ private:
+  void fill(int64_t store, const PoolShape& shape, bool has_own) {
+    require_store(kv_, store, shape);
+    if (has_own) {
+      filled_.push_back(store);
+    } else if (std::find(filled_.begin(), filled_.end(), store) == filled_.end()) {
+      refuse("no earlier layer fills the store " + std::to_string(store));
+    }
+  }
+
+  const KvCache& kv_;
+  std::vector<int64_t> filled_;
+  int64_t num_chosen_ = 0, chosen_of_ = -1;
+  std::array<int64_t, 3> candidates_ = {};  // store of the entries, blocks, entries of a block
+};
+
 using OptionalState = nb::typed<nb::object, RecurrentState>;
 
 class BoundStack {
@@ -253,6 +298,7 @@ class BoundStack {
     description.logit_cap = logit_cap;
     description.first_layer = first_layer;
     int64_t num_chosen = 0, group_size = 1;  // of the last layer with an indexer
+    SharedEntries shared(kv);
     for (const BoundLayer* given : layers) {
       const std::string name = item_name("layers", description.layers.size());
       const BoundLayer& layer = require_item(name, given);
@@ -304,11 +350,7 @@ class BoundStack {
         require_range(name + ": window", window, 1, INT32_MAX);
         window_ = std::max(window_, window);
       }
-      if (const auto* compressed = std::get_if<CompressedAttention>(mixer)) {
-        if (compressed->pool) require_store(kv, compressed->pool->store, compressed->pool->shape);
-        if (compressed->indexer)
-          require_store(kv, compressed->indexer->keys.store, compressed->indexer->keys.shape);
-      }
+      if (const auto* compressed = std::get_if<CompressedAttention>(mixer)) shared.add(*compressed);
       if (layer.layer.ffn) std::visit(check_ffn, *layer.layer.ffn);
     }
     require_room(description.layers, description.residual);
@@ -761,7 +803,9 @@ void bind_stack(nb::module_& m) {
           "add_compressed_attention",
           [](StackSizes& self, int64_t num_heads, int64_t head_dim, int64_t query_rank, int64_t num_groups,
              int64_t output_rank, int64_t rope_dim, const std::optional<PoolSizes>& pool, bool has_gates,
-             const std::optional<PoolSizes>& keys, int64_t index_heads, int64_t num_chosen) {
+             int64_t num_chosen, const std::optional<std::pair<int64_t, int64_t>>& index,
+             const std::optional<PoolSizes>& keys, bool has_entry_keys,
+             const std::optional<std::pair<int64_t, int64_t>>& candidates) {
             require_range("num_groups", num_groups, 1, kLargestSize);
             CompressedSizes sizes = {num_heads, head_dim, query_rank, num_groups, output_rank};
             if (pool) {
@@ -769,16 +813,25 @@ void bind_stack(nb::module_& m) {
               sizes.pool_columns = pool_shape(*pool).columns();
               sizes.has_gates = has_gates;
             }
-            if (keys) {
-              sizes.key_columns = pool_shape(*keys).columns();
-              sizes.index = {index_heads, pool_shape(*keys).dim, num_chosen};
+            sizes.num_chosen = num_chosen;
+            if (index) {
+              sizes.index = {index->first, index->second, num_chosen};
+              if (keys) sizes.key_columns = pool_shape(*keys).columns();
+              sizes.has_entry_keys = has_entry_keys;
+              if (candidates) {
+                require_range("entries of a candidate block", candidates->second, 1, kMostIndexBlock);
+                sizes.candidates = {index->first, index->second, candidates->first, candidates->second, 1,
+                                    true};
+              }
             }
             self.add(sizes);
           },
           "num_heads"_a, "head_dim"_a, "query_rank"_a, "num_groups"_a, "output_rank"_a, "rope_dim"_a = 0,
-          "pool"_a.none() = nb::none(), "has_gates"_a = false, "keys"_a.none() = nb::none(),
-          "index_heads"_a = 0, "num_chosen"_a = 0,
-          "keys, index_heads and num_chosen are those of an indexer.")
+          "pool"_a.none() = nb::none(), "has_gates"_a = false, "num_chosen"_a = 0,
+          "index"_a.none() = nb::none(), "keys"_a.none() = nb::none(), "has_entry_keys"_a = false,
+          "candidates"_a.none() = nb::none(),
+          "index: heads and dimension of an indexer; keys, if it has a pool; candidates as for "
+          "`EntryIndexer`.")
       .def(
           "add_delta_net", [](StackSizes& self, const DeltaSizes& sizes) { self.add(delta_shape(sizes)); },
           "sizes"_a)

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <functional>
+#include <utility>
 #include <vector>
 
 #include "kernels/kernel_table.h"
@@ -58,9 +59,30 @@ class Candidates {
       uint32_t best = ascending(scores[p - begin]);
       for (int64_t i = p + 1; i < std::min(p + block_size, end); ++i)
         best = std::max(best, ascending(scores[i - begin]));
-      const uint64_t rank = rank_of(block >= local ? kAboveAllScores : best, block);
-      if (rank >= least_) ranks_[size_++] = rank;
+      offer(rank_of(block >= local ? kAboveAllScores : best, block));
     }
+    keep_best(selection);
+  }
+
+  // The same of the positions of some blocks, one by one.
+  void add_within(const float* scores, int64_t begin, int64_t end, const int32_t* blocks, int64_t num_blocks,
+                  int64_t block_size, uint64_t* selection) {
+    const int32_t* block = std::lower_bound(blocks, blocks + num_blocks, begin / block_size);
+    for (; block != blocks + num_blocks && *block * block_size < end; ++block) {
+      const int64_t first = std::max(begin, *block * block_size);
+      const int64_t after = std::min(end, (*block + 1) * block_size);
+      for (int64_t p = first; p < after; ++p) offer(rank_of(ascending(scores[p - begin]), p));
+    }
+    keep_best(selection);
+  }
+
+  void write(int32_t* numbers) const { std::transform(ranks_, ranks_ + size_, numbers, number_of); }
+
+ private:
+  void offer(uint64_t rank) {
+    if (rank >= least_) ranks_[size_++] = rank;
+  }
+  void keep_best(uint64_t* selection) {
     if (size_ <= count_) return;
     std::copy_n(ranks_, size_, selection);
     std::nth_element(selection, selection + count_ - 1, selection + size_, std::greater<>());
@@ -68,9 +90,6 @@ class Candidates {
     size_ = std::remove_if(ranks_, ranks_ + size_, [&](uint64_t rank) { return rank < least_; }) - ranks_;
   }
 
-  void write(int32_t* numbers) const { std::transform(ranks_, ranks_ + size_, numbers, number_of); }
-
- private:
   uint64_t* ranks_;
   int64_t count_, size_ = 0;
   uint64_t least_ = 0;  // no position below is chosen
@@ -80,6 +99,8 @@ class Candidates {
 struct Group {
   int64_t begin, end;  // tokens
   int64_t until;       // of the positions that some of them see
+  // The ranges of positions that some of them choose among, ascending and apart.
+  std::vector<std::pair<int64_t, int64_t>> ranges = {};
 };
 
 // Groups of at most kTileTokens tokens in all, from `token` on, which moves behind them. Tokens that see no
@@ -99,9 +120,30 @@ std::vector<Group> next_groups(const AttentionBatch& batch, int64_t limit, int64
   return groups;
 }
 
+void find_ranges(Group& group, const AttentionBatch& batch, const CandidateBlocks& candidates) {
+  std::vector<int32_t> blocks;
+  for (int64_t token = group.begin; token < group.end; ++token) {
+    if (!candidates.limits(batch, token)) {
+      group.ranges = {{0, group.until}};
+      return;
+    }
+    const int32_t* own = candidates.blocks + token * candidates.count;
+    blocks.insert(blocks.end(), own, own + candidates.count);
+  }
+  std::sort(blocks.begin(), blocks.end());
+  for (const int32_t block : blocks) {
+    const int64_t begin = block * candidates.size, end = std::min(begin + candidates.size, group.until);
+    if (group.ranges.empty() || begin > group.ranges.back().second) {
+      group.ranges.emplace_back(begin, end);
+    } else {
+      group.ranges.back().second = std::max(group.ranges.back().second, end);
+    }
+  }
+}
+
 // weights: nullptr if heads choose blocks. num_local: blocks that are chosen whatever their scores.
 void choose(Runtime& runtime, const LatentLayer& keys, const float* weights, const AttentionBatch& batch,
-            const IndexSizes& sizes, int64_t num_local, int32_t* chosen) {
+            const IndexSizes& sizes, int64_t num_local, const CandidateBlocks& within, int32_t* chosen) {
   const KernelTable& table = runtime.kernels();
   const auto lock = runtime.lock();
   const Scratch places(sizes, runtime.num_threads());
@@ -114,7 +156,8 @@ void choose(Runtime& runtime, const LatentLayer& keys, const float* weights, con
   uint64_t *ranks = reinterpret_cast<uint64_t*>(scratch + places.ranks),
            *selection = reinterpret_cast<uint64_t*>(scratch + places.selection);
   for (int64_t token = 0; token < batch.num_tokens;) {
-    const std::vector<Group> groups = next_groups(batch, limit, token);
+    std::vector<Group> groups = next_groups(batch, limit, token);
+    for (Group& group : groups) find_ranges(group, batch, within);
     std::vector<int64_t> tokens;  // of each choice
     std::vector<Candidates> candidates;
     std::vector<int64_t> rows;  // the first choice of each group
@@ -137,31 +180,42 @@ void choose(Runtime& runtime, const LatentLayer& keys, const float* weights, con
           [&](int64_t from, int64_t to, int worker) {
             for (int64_t i = from; i < to; ++i) {
               const Group& group = groups[size_t(i / sections)];
-              const int64_t begin = first + i % sections * kSectionPositions;
-              const int64_t end = std::min(begin + kSectionPositions, group.until);
-              if (begin >= end) continue;
-              table.index_scores({
-                  .keys = keys,
-                  .blocks = batch.block_table + batch.sequence[group.begin] * batch.max_blocks,
-                  .q = batch.q + group.begin * batch.num_heads * keys.dim,
-                  .weights = weights != nullptr ? weights + group.begin * batch.num_heads : nullptr,
-                  .num_tokens = (group.end - group.begin) * per_token,
-                  .num_heads = batch.num_heads / per_token,
-                  .begin = begin,
-                  .end = end,
-                  .scores = scores + rows[size_t(i / sections)] * kRoundPositions + begin - first,
-                  .scores_row = kRoundPositions,
-                  .scratch = copies + worker * index_scratch_floats(keys.dim),
-              });
+              const int64_t from_here = first + i % sections * kSectionPositions;
+              const int64_t until = std::min(from_here + kSectionPositions, after);
+              auto range = std::partition_point(group.ranges.begin(), group.ranges.end(),
+                                                [&](const auto& one) { return one.second <= from_here; });
+              for (; range != group.ranges.end() && range->first < until; ++range) {
+                const int64_t begin = std::max(from_here, range->first);
+                table.index_scores({
+                    .keys = keys,
+                    .blocks = batch.block_table + batch.sequence[group.begin] * batch.max_blocks,
+                    .q = batch.q + group.begin * batch.num_heads * keys.dim,
+                    .weights = weights != nullptr ? weights + group.begin * batch.num_heads : nullptr,
+                    .num_tokens = (group.end - group.begin) * per_token,
+                    .num_heads = batch.num_heads / per_token,
+                    .begin = begin,
+                    .end = std::min(until, range->second),
+                    .scores = scores + rows[size_t(i / sections)] * kRoundPositions + begin - first,
+                    .scores_row = kRoundPositions,
+                    .scratch = copies + worker * index_scratch_floats(keys.dim),
+                });
+              }
             }
           });
       runtime.parallel_for(
           int64_t(tokens.size()), 4 * (after - first), [&](int64_t from, int64_t to, int worker) {
             for (int64_t i = from; i < to; ++i) {
-              const int64_t until = batch.until(tokens[size_t(i)]);
+              const int64_t own = tokens[size_t(i)], until = batch.until(own);
+              uint64_t* of_worker = selection + worker * places.most_ranks;
+              if (within.limits(batch, own)) {
+                candidates[size_t(i)].add_within(scores + i * kRoundPositions, first, std::min(after, until),
+                                                 within.blocks + own * within.count, within.count,
+                                                 within.size, of_worker);
+                continue;
+              }
               const int64_t local = num_local > 0 ? (until - 1) / block_size + 1 - num_local : until;
               candidates[size_t(i)].add(scores + i * kRoundPositions, first, std::min(after, until),
-                                        block_size, local, selection + worker * places.most_ranks);
+                                        block_size, local, of_worker);
             }
           });
     }
@@ -175,13 +229,19 @@ void choose(Runtime& runtime, const LatentLayer& keys, const float* weights, con
 }  // namespace
 
 void choose_positions(Runtime& runtime, const LatentLayer& keys, const float* weights,
-                      const AttentionBatch& batch, int64_t count, int32_t* chosen) {
-  choose(runtime, keys, weights, batch, {batch.num_heads, keys.dim, count}, 0, chosen);
+                      const AttentionBatch& batch, int64_t count, int32_t* chosen,
+                      const CandidateBlocks& candidates) {
+  choose(runtime, keys, weights, batch, {batch.num_heads, keys.dim, count}, 0, candidates, chosen);
+}
+
+void choose_candidates(Runtime& runtime, const LatentLayer& keys, const float* weights,
+                       const AttentionBatch& batch, int64_t count, int64_t size, int32_t* blocks) {
+  choose(runtime, keys, weights, batch, {batch.num_heads, keys.dim, count, size, 1, true}, 1, {}, blocks);
 }
 
 void choose_blocks(Runtime& runtime, const LatentLayer& keys, const AttentionBatch& batch,
                    const ChosenBlocks& chosen, int64_t num_local, int32_t* blocks) {
-  choose(runtime, keys, nullptr, batch, {batch.num_heads, keys.dim, chosen.count, chosen.size}, num_local,
+  choose(runtime, keys, nullptr, batch, {batch.num_heads, keys.dim, chosen.count, chosen.size}, num_local, {},
          blocks);
 }
 

@@ -71,14 +71,20 @@ LatentSizes sizes_of(const LatentAttention& mixer) {
 CompressedSizes sizes_of(const CompressedAttention& mixer) {
   CompressedSizes sizes = {mixer.num_heads, mixer.head_dim(), mixer.query_down.rows, mixer.num_groups,
                            mixer.group_output.rows / mixer.num_groups};
-  if (!mixer.pool) return sizes;
-  sizes.rope_dim = mixer.rope_dim;
-  sizes.pool_columns = mixer.pool->shape.columns();
-  sizes.has_gates = mixer.pool->gates.has_value();
+  sizes.num_chosen = mixer.num_chosen;
+  if (mixer.pool) {
+    sizes.rope_dim = mixer.rope_dim;
+    sizes.pool_columns = mixer.pool->shape.columns();
+    sizes.has_gates = mixer.pool->gates.has_value();
+  }
   if (!mixer.indexer) return sizes;
   const EntryIndexer& indexer = *mixer.indexer;
-  sizes.index = {indexer.num_heads(), indexer.keys.shape.dim, mixer.num_chosen};
-  sizes.key_columns = indexer.keys.shape.columns();
+  sizes.index = {indexer.num_heads(), indexer.dim(), mixer.num_chosen};
+  if (indexer.num_candidates > 0)
+    sizes.candidates = {
+        indexer.num_heads(), indexer.dim(), indexer.num_candidates, indexer.candidate_size, 1, true};
+  if (indexer.pool() != nullptr) sizes.key_columns = indexer.pool()->shape.columns();
+  sizes.has_entry_keys = indexer.entry_keys() != nullptr;
   return sizes;
 }
 

@@ -218,20 +218,43 @@ struct Pool {
   int64_t state_begin = 0;  // floats of other pools before it in the layer's recurrent state
 };
 
-// Chooses the entries that a token sees, by a pool of index keys (ops/latent_index.h). The last dimensions of
-// its queries rotate by the angles of the layer's rotary embedding.
+// Index keys that are made of the entries of the layer's pool, before these rotate: normed, then rotated like
+// them (DeepSeek-V4.1).
+struct EntryKeys {
+  MatrixView matrix;  // [dim, dimension of an entry]
+  const float* norm;  // [dim]
+};
+
+// Chooses the entries that a token sees, by index keys in a store of their own (ops/latent_index.h). The last
+// dimensions of its queries rotate by the angles of the layer's rotary embedding.
 struct EntryIndexer {
-  MatrixView query;    // [num_heads * keys.shape.dim, query_rank]
+  MatrixView query;    // [num_heads * dim(), query_rank]
   MatrixView weights;  // [num_heads, hidden]
-  Pool keys;
+  // What fills the store; nothing: an earlier layer does.
+  std::variant<std::monostate, Pool, EntryKeys> keys;
+  int64_t store = 0;  // a number of the KV cache
+  // Not 0: a token chooses inside so many blocks of `candidate_size` entries, the best of the last layer that
+  // finds_candidates.
+  int64_t num_candidates = 0, candidate_size = 1;
+  bool finds_candidates = false;
+
+  const Pool* pool() const { return std::get_if<Pool>(&keys); }
+  const EntryKeys* entry_keys() const { return std::get_if<EntryKeys>(&keys); }
   int64_t num_heads() const { return weights.rows; }
+  int64_t dim() const { return query.rows / weights.rows; }
+};
+
+// Where the entries of a pool lie, and how many positions each stands for.
+struct EntryStore {
+  int64_t store = 0;  // a number of the KV cache
+  int64_t ratio = 1;
 };
 
 // DeepSeek-V4's attention: one vector of head_dim elements for each position is key and value of all heads.
-// A token sees a window of positions and entries of a pool, all of them or those that an index chose. Its
-// last dimensions rotate, and because values rotate with them, the result is rotated back by the token's own
-// angles. The output projection has two factors, of which the first multiplies each group of heads by a
-// matrix of its own.
+// A token sees a window of positions and entries of a pool, the layer's or an earlier layer's: all of them or
+// those that an index chose. Its last dimensions rotate, and because values rotate with them, the result is
+// rotated back by the token's own angles. The output projection has two factors, of which the first
+// multiplies each group of heads by a matrix of its own.
 struct CompressedAttention {
   MatrixView query_down;              // [query_rank, hidden]
   const float* query_norm = nullptr;  // [query_rank]
@@ -243,17 +266,20 @@ struct CompressedAttention {
   MatrixView output;                  // [hidden, num_groups * output_rank]
   int64_t num_heads = 0, num_groups = 1, rope_dim = 0;
   Window window;
-  float norm_eps = 0;            // of all these norms
-  float scale = 0;               // multiplies the scores
-  const float* sinks = nullptr;  // [num_heads]; nullptr: none
-  std::optional<Pool> pool;      // none: a token sees only its window
+  float norm_eps = 0;                 // of all these norms
+  float scale = 0;                    // multiplies the scores
+  const float* sinks = nullptr;       // [num_heads]; nullptr: none
+  std::optional<EntryStore> entries;  // none: a token sees only its window
+  std::optional<Pool> pool;           // fills the entries' store; none: an earlier layer does
+  int64_t num_chosen = 0;             // a token sees at most so many entries; 0: all
+  // With num_chosen; none: the layer sees what the last layer with an indexer chose.
   std::optional<EntryIndexer> indexer;
-  int64_t num_chosen = 0;   // with the indexer: a token sees at most so many entries
   int64_t state_layer = 0;  // of the recurrent state, if there is a pool with a state
 
   int64_t head_dim() const { return key_value.rows; }
   int64_t state_floats() const {
-    return (pool ? pool->shape.state_floats() : 0) + (indexer ? indexer->keys.shape.state_floats() : 0);
+    const Pool* keys = indexer ? indexer->pool() : nullptr;
+    return (pool ? pool->shape.state_floats() : 0) + (keys != nullptr ? keys->shape.state_floats() : 0);
   }
 };
 
@@ -533,13 +559,15 @@ class Stack {
   void mix(const CompressedAttention& attention);
   LatentSource window_of(const CompressedAttention& attention);
   LatentSource entries_of(const CompressedAttention& attention, const float* query_latent);
-  void gather(const Pool& pool, const CompressedAttention& attention);
+  void gather(const Pool& pool, const EntryKeys* keys, const CompressedAttention& attention);
   void choose_entries(const CompressedAttention& attention, const float* query_latent);
   void choose_positions(const PositionIndexer& indexer, const AttentionBatch& batch,
                         const ChosenPositions& chosen);
   // Adds the step's tokens to a pool, and stores the entries that they complete after `finish`.
   LatentLayer store_entries(const PoolPlace& place, const PoolInputs& inputs,
                             const std::function<void(PoolEntries&)>& finish);
+  // Stores vectors of the groups that these tokens complete.
+  LatentLayer write_entries(const EntryStore& to, const std::vector<int64_t>& tokens, const float* vectors);
   void choose_blocks(const BlockIndexer& indexer, AttentionBatch& batch);
   bool feed_forward(const DenseFfn& ffn);  // false: the layer waits for experts
   bool feed_forward(const RoutedFfn& ffn);

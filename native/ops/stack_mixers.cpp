@@ -213,19 +213,23 @@ void Stack::choose_positions(const PositionIndexer& indexer, const AttentionBatc
 LatentLayer Stack::store_entries(const PoolPlace& place, const PoolInputs& inputs,
                                  const std::function<void(PoolEntries&)>& finish) {
   const int64_t tokens = step_.num_tokens;
-  const LatentLayer store = kv_.latent_layer(place.store);
   // Nothing is attended yet.
   PoolEntries entries = {buffers_.attended, buffers_.attended + tokens * place.shape.dim, {}};
   const bool is_turning = layer().rotary.has_value();
   const int64_t axes = is_turning ? description_.rotaries[size_t(*layer().rotary)].num_axes() : 1;
   pool_tokens(runtime_, recurrent_, place.state_layer, place.state_begin, place.shape, inputs, runs_,
               {step_.order, step_.angles, tokens, axes}, entries);
-  if (entries.count() == 0) return store;
-  finish(entries);
+  if (entries.count() > 0) finish(entries);
+  return write_entries({place.store, place.shape.ratio}, entries.tokens, entries.vectors);
+}
+
+LatentLayer Stack::write_entries(const EntryStore& to, const std::vector<int64_t>& tokens,
+                                 const float* vectors) {
+  const LatentLayer store = kv_.latent_layer(to.store);
   std::vector<int64_t> slots;
-  for (const int64_t token : entries.tokens)
-    slots.push_back(entry_slot(step_.slots[token], kv_.block_tokens(), store, place.shape.ratio));
-  latent_write(runtime_, store, entries.vectors, slots.data(), entries.count());
+  for (const int64_t token : tokens)
+    slots.push_back(entry_slot(step_.slots[token], kv_.block_tokens(), store, to.ratio));
+  if (!slots.empty()) latent_write(runtime_, store, vectors, slots.data(), int64_t(slots.size()));
   return store;
 }
 
@@ -369,8 +373,8 @@ void Stack::mix(const LatentAttention& mixer) {
   add_block(mixer.output, nullptr);
 }
 
-// Adds the step's tokens to a pool, and stores the entries that they complete.
-void Stack::gather(const Pool& pool, const CompressedAttention& mixer) {
+// Adds the step's tokens to a pool, and stores the entries that they complete, with their index keys.
+void Stack::gather(const Pool& pool, const EntryKeys* keys, const CompressedAttention& mixer) {
   const int64_t tokens = step_.num_tokens, dim = pool.shape.dim, columns = pool.shape.columns();
   float *vectors = buffers_.projected, *gates = vectors + tokens * columns;
   std::vector<Product> products = {{pool.vectors, vectors}};
@@ -380,27 +384,39 @@ void Stack::gather(const Pool& pool, const CompressedAttention& mixer) {
   const auto finish = [&](PoolEntries& entries) {
     const int64_t count = entries.count();
     rms_norm(runtime_, entries.vectors, pool.norm, mixer.norm_eps, count, dim, entries.vectors);
-    if (!layer().rotary) return;
-    const Rotary& rotary = description_.rotaries[size_t(*layer().rotary)];
     float* cosine = entries.positions + tokens * PoolShape::kMostAxes;
-    float* sine = cosine + count * rotary.num_pairs();
-    rotary_angles(runtime_, rotary, entries.positions, count, cosine, sine);
-    rope(runtime_, {entries.vectors + dim - mixer.rope_dim, dim}, count, 1, dim, cosine, sine,
-         rotary.num_pairs(), rotary.is_interleaved);
+    float* index_keys = cosine + tokens * mixer.rope_dim;
+    const int64_t key_dim = keys != nullptr ? keys->matrix.rows : 0;
+    if (keys != nullptr) {
+      matmul(runtime_, {{keys->matrix, index_keys}}, entries.vectors, count);
+      rms_norm(runtime_, index_keys, keys->norm, mixer.norm_eps, count, key_dim, index_keys);
+    }
+    if (layer().rotary) {
+      const Rotary& rotary = description_.rotaries[size_t(*layer().rotary)];
+      float* sine = cosine + count * rotary.num_pairs();
+      rotary_angles(runtime_, rotary, entries.positions, count, cosine, sine);
+      const auto turn = [&](float* x, int64_t size) {
+        rope(runtime_, {x + size - mixer.rope_dim, size}, count, 1, size, cosine, sine, rotary.num_pairs(),
+             rotary.is_interleaved);
+      };
+      turn(entries.vectors, dim);
+      if (keys != nullptr) turn(index_keys, key_dim);
+    }
+    if (keys != nullptr) write_entries({mixer.indexer->store, pool.shape.ratio}, entries.tokens, index_keys);
   };
   store_entries({pool.shape, pool.store, mixer.state_layer, pool.state_begin},
                 {vectors, pool.gates ? gates : nullptr, columns, pool.bias}, finish);
 }
 
-// Stores index keys, and chooses entries for the tokens that would see more than num_chosen.
+// Chooses entries for the tokens that would see more than num_chosen, after index keys are stored.
 void Stack::choose_entries(const CompressedAttention& mixer, const float* query_latent) {
   const EntryIndexer& indexer = *mixer.indexer;
-  const int64_t tokens = step_.num_tokens, heads = indexer.num_heads(), dim = indexer.keys.shape.dim;
-  gather(indexer.keys, mixer);
+  const int64_t tokens = step_.num_tokens, heads = indexer.num_heads(), dim = indexer.dim();
+  if (indexer.pool() != nullptr) gather(*indexer.pool(), nullptr, mixer);
   std::vector<int32_t> until;
   int64_t most = 0;
   for (int64_t token = 0; token < tokens; ++token) {
-    until.push_back(int32_t((step_.order[token] + 1) / indexer.keys.shape.ratio));
+    until.push_back(int32_t((step_.order[token] + 1) / mixer.entries->ratio));
     most = std::max<int64_t>(most, until.back());
   }
   if (most <= mixer.num_chosen) return;
@@ -422,18 +438,26 @@ void Stack::choose_entries(const CompressedAttention& mixer, const float* query_
       .scale = 1,
       .window = {},
   };
-  argosy::choose_positions(runtime_, kv_.latent_layer(indexer.keys.store), weights, batch, mixer.num_chosen,
-                           buffers_.chosen);
+  const LatentLayer keys = kv_.latent_layer(indexer.store);
+  CandidateBlocks candidates;
+  if (indexer.num_candidates > 0)
+    candidates = {buffers_.candidates, indexer.num_candidates, indexer.candidate_size};
+  if (indexer.finds_candidates) {
+    choose_candidates(runtime_, keys, weights, batch, candidates.count, candidates.size, buffers_.candidates);
+    // The best entries lie in the best blocks, because even with the last block there are enough.
+    if (mixer.num_chosen >= candidates.count) candidates = {};
+  }
+  argosy::choose_positions(runtime_, keys, weights, batch, mixer.num_chosen, buffers_.chosen, candidates);
 }
 
-// The entries that the tokens see, after those that they complete are stored.
+// The entries that the tokens see, after those that they complete are stored, if the layer has the pool.
 LatentSource Stack::entries_of(const CompressedAttention& mixer, const float* query_latent) {
-  gather(*mixer.pool, mixer);
+  if (mixer.pool) gather(*mixer.pool, mixer.indexer ? mixer.indexer->entry_keys() : nullptr, mixer);
   if (mixer.indexer) choose_entries(mixer, query_latent);
-  LatentSource source = {kv_.latent_layer(mixer.pool->store), step_.block_table, step_.max_blocks, {}};
+  LatentSource source = {kv_.latent_layer(mixer.entries->store), step_.block_table, step_.max_blocks, {}};
   for (int64_t token = 0; token < step_.num_tokens; ++token) {
-    const int64_t count = (step_.order[token] + 1) / mixer.pool->shape.ratio;
-    const bool is_limited = mixer.indexer && count > mixer.num_chosen;
+    const int64_t count = (step_.order[token] + 1) / mixer.entries->ratio;
+    const bool is_limited = mixer.num_chosen > 0 && count > mixer.num_chosen;
     source.seen.push_back({is_limited ? buffers_.chosen + token * mixer.num_chosen : nullptr, 0,
                            is_limited ? mixer.num_chosen : count});
   }
@@ -463,7 +487,7 @@ void Stack::mix(const CompressedAttention& mixer) {
   rms_norm(runtime_, vectors, mixer.kv_norm, mixer.norm_eps, tokens, dim, vectors);
   rotate(vectors + nope_dim, 1, dim);
   std::vector<LatentSource> sources = {window_of(mixer)};
-  if (mixer.pool) sources.push_back(entries_of(mixer, latent));
+  if (mixer.entries) sources.push_back(entries_of(mixer, latent));
   matmul(runtime_, {{mixer.query, query}}, latent, tokens);
   if (mixer.head_norm != nullptr)
     rms_norm(runtime_, query, mixer.head_norm, mixer.norm_eps, tokens * heads, dim, query);

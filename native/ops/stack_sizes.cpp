@@ -92,12 +92,15 @@ void StackSizes::add(const CompressedSizes& mixer) {
   widen(query_latent_, width_of({mixer.query_rank}));
   const int64_t columns = std::max(width_of({mixer.pool_columns}), width_of({mixer.key_columns}));
   widen(projected_, mixer.has_gates ? 2 * columns : columns);
-  // Entries, where their groups begin, and their cosines and sines.
-  if (columns > 0) widen(attended_, columns + PoolShape::kMostAxes + width_of({mixer.rope_dim}));
+  // Entries, where their groups begin, their cosines and sines, and their index keys.
+  const int64_t keys = mixer.has_entry_keys ? width_of({mixer.index.dim}) : 0;
+  if (columns > 0) widen(attended_, columns + PoolShape::kMostAxes + width_of({mixer.rope_dim}) + keys);
   widen(query_, width_of({mixer.index.num_heads, mixer.index.dim}));
   widen(value_, width_of({mixer.index.num_heads}));
-  widen(chosen_, width_of({mixer.index.count}));
+  widen(chosen_, width_of({mixer.num_chosen}));
+  widen(candidates_, width_of({mixer.candidates.count}));
   add_indexer(mixer.index);
+  add_indexer(mixer.candidates);
   if (std::find(compressed_.begin(), compressed_.end(), mixer) == compressed_.end())
     compressed_.push_back(mixer);
 }
@@ -186,6 +189,7 @@ int64_t StackSizes::lay_out(uint8_t* memory, int64_t max_tokens, StackBuffers& b
   place(value_, buffers.value);
   place(query_latent_, buffers.query_latent);
   place(chosen_, buffers.chosen);
+  place(candidates_, buffers.candidates);
   place(projected_, buffers.projected);
   place(delta_gates_, buffers.delta_gates);
   place(num_pairs_, buffers.cosine);

@@ -35,10 +35,13 @@ struct LatentSizes {
 struct CompressedSizes {
   int64_t num_heads, head_dim, query_rank, num_groups, output_rank;
   int64_t rope_dim = 0;
-  int64_t pool_columns = 0;  // of its vectors; 0: no pool
-  bool has_gates = false;    // of its pools
-  IndexSizes index = {};     // count 0: no indexer
-  int64_t key_columns = 0;   // of the vectors of the indexer's pool
+  int64_t pool_columns = 0;     // of its vectors; 0: no pool of its own
+  bool has_gates = false;       // of its pools
+  int64_t num_chosen = 0;       // entries that a token sees at most, which an index chose; 0: all
+  IndexSizes index = {};        // count 0: no indexer
+  IndexSizes candidates = {};   // of its blocks; count 0: none
+  int64_t key_columns = 0;      // of the vectors of the indexer's pool
+  bool has_entry_keys = false;  // index keys are made of the pool's entries
 
   bool operator==(const CompressedSizes&) const = default;
 };
@@ -73,6 +76,7 @@ struct StackBuffers {
   float *key, *value;
   float* query_latent;     // [query_rank]; [latent_rows]; queries and a key of a block indexer
   int32_t* chosen;         // [positions that an indexer chooses]; [kv_heads * blocks]
+  int32_t* candidates;     // [blocks that an indexer chooses inside]
   float* projected;        // query and gate, or gate, of gated heads; the inputs of recurrent layers
   float* delta_gates;      // [2 * value_heads]; [heads * (key_dim + 1)]; [heads]
   float *cosine, *sine;    // [pairs], those of one rotary embedding after another
@@ -135,6 +139,7 @@ class StackSizes {
   int64_t hidden_, num_pairs_;
   // Columns of the buffers: the most that any layer needs.
   int64_t query_ = 0, attended_ = 0, key_ = 0, value_ = 0, query_latent_ = 0, chosen_ = 0, projected_ = 0;
+  int64_t candidates_ = 0;
   int64_t delta_gates_ = 0, num_experts_ = 0, k_ = 0, expert_in_ = 0, expert_out_ = 0;
   int64_t num_streams_ = 1, stream_weights_ = 0, stream_rank_ = 0;
   int64_t ffn_sum_ = 0, latent_ = 0, ngram_width_ = 0;

@@ -1966,13 +1966,29 @@ class Pool:
 
 class EntryIndexer:
     """
-    Chooses the entries of a pool that a token sees, by the entries of another one, its keys.
+    Chooses the entries of a pool that a token sees, by index keys.
 
     Args:
         query: [heads * dim of keys, query_rank].   weights: [heads, hidden].
+        pool: its entries are the keys.
+        key, key_norm: [dim of keys, head_dim] and [dim of keys]: keys are made of the layer's entries before these
+            rotate, and kept in `store`, the number of a pooled KvShape. With neither, an earlier layer did so.
+        candidates: blocks, and entries of a block: the choice is made inside so many blocks, those with the best
+            entries by the scores of the last layer with `finds_candidates`.
     """
 
-    def __init__(self, query: Matrix, weights: Matrix, keys: Pool) -> None: ...
+    def __init__(
+        self,
+        query: Matrix,
+        weights: Matrix,
+        *,
+        pool: Pool | None = None,
+        key: Matrix | None = None,
+        key_norm: NDArray[numpy.float32] | None = None,
+        store: int = 0,
+        candidates: tuple[int, int] | None = None,
+        finds_candidates: bool = False,
+    ) -> None: ...
 
 def compressed_attention(
     query_down: Matrix,
@@ -1992,6 +2008,7 @@ def compressed_attention(
     head_norm: NDArray[numpy.float32] | None = None,
     sinks: NDArray[numpy.float32] | None = None,
     pool: Pool | None = None,
+    entries: tuple[int, int] | None = None,
     indexer: EntryIndexer | None = None,
     num_chosen: int = 0,
     state_layer: int = 0,
@@ -2009,8 +2026,11 @@ def compressed_attention(
         norm_eps: the epsilon of all norms.
         query_norm, kv_norm: [query_rank] and [head_dim].
         head_norm: [head_dim], of each head's query; None means no norm.
-        pool: of head_dim; None means that a token sees only its window.
-        indexer: chooses the `num_chosen` entries that a token sees at most; None means all.
+        pool: of head_dim; its entries are seen.
+        entries: store and ratio of an earlier layer's pool, whose entries are seen. With neither, a token sees only its
+            window.
+        num_chosen: the entries that a token sees at most; 0 means all.
+        indexer: chooses them; None means those that the last layer with an indexer chose.
         state_layer: the layer of the recurrent state, if the pool has a ratio above 1.
     """
 
@@ -2343,11 +2363,15 @@ class StackSizes:
         rope_dim: int = 0,
         pool: _PoolSizes | None = None,
         has_gates: bool = False,
-        keys: _PoolSizes | None = None,
-        index_heads: int = 0,
         num_chosen: int = 0,
+        index: tuple[int, int] | None = None,
+        keys: _PoolSizes | None = None,
+        has_entry_keys: bool = False,
+        candidates: tuple[int, int] | None = None,
     ) -> None:
-        """keys, index_heads and num_chosen are those of an indexer."""
+        """
+        index: heads and dimension of an indexer; keys, if it has a pool; candidates as for `EntryIndexer`.
+        """
 
     def add_delta_net(self, sizes: _DeltaSizes) -> None: ...
     def add_kimi_delta(self, sizes: _DeltaSizes, latent_rows: int) -> None:

@@ -70,6 +70,7 @@ class Flags:
     query_scale: tuple[float, int, int] = (0.0, 1, 0)
     pool: tuple[int, bool] | None = None  # ratio, whether groups overlap
     num_chosen: int = 0
+    candidates: tuple[int, int] | None = None  # blocks of so many entries; index keys are made of entries
 
     def factor(self) -> Doubles:
         beta, period, offset = self.query_scale
@@ -240,6 +241,12 @@ class Pooling:
         )
 
     def entries(self, x: Doubles) -> Doubles:
+        return self.placed(self.unplaced(x))
+
+    def placed(self, entries: Doubles) -> Doubles:
+        return turned_last(entries[:, None], positions=self.ratio * np.arange(len(entries)))[:, 0]
+
+    def unplaced(self, x: Doubles) -> Doubles:
         count = LENGTH // self.ratio
         groups = x[: count * self.ratio].reshape(count, self.ratio, HIDDEN)
         vectors, gates = groups @ self.vectors.T, groups @ self.gates.T + self.bias
@@ -250,8 +257,7 @@ class Pooling:
                 for y, first in ((vectors, before), (gates, before - np.inf))
             )
         weights = np.exp(gates - gates.max(axis=1, keepdims=True))
-        entries = rms((weights * vectors).sum(axis=1) / weights.sum(axis=1), self.norm)
-        return turned_last(entries[:, None], positions=self.ratio * np.arange(count))[:, 0]
+        return rms((weights * vectors).sum(axis=1) / weights.sum(axis=1), self.norm)
 
 
 def turned_last(x: Doubles, *, back: bool = False, positions: Doubles | None = None) -> Doubles:
@@ -282,13 +288,22 @@ class Compressed(Layer):
             self.further = [native.KvShape.pooled(DIM, flags.pool[0])]
             pools = [self.pool.sizes]
             if flags.num_chosen:
-                self.keys = Pooling(*flags.pool, INDEX_DIM, 2)
                 self.further.append(native.KvShape.pooled(INDEX_DIM, flags.pool[0]))
-                pools.append(self.keys.sizes)
+                self.key, self.key_norm = normal(INDEX_DIM, DIM, seed=44), 1 + normal(INDEX_DIM, seed=45) / 9
+                if not flags.candidates:
+                    self.keys = Pooling(*flags.pool, INDEX_DIM, 2)
+                    pools.append(self.keys.sizes)
                 self.index_query = normal(INDEX_HEADS * INDEX_DIM, RANK, seed=37)
                 self.index_weights = normal(INDEX_HEADS, HIDDEN, seed=38)
                 indexer = native.EntryIndexer(
-                    matrix_of(self.index_query), matrix_of(self.index_weights), self.keys.native
+                    matrix_of(self.index_query),
+                    matrix_of(self.index_weights),
+                    pool=self.keys and self.keys.native,
+                    key=matrix_of(self.key) if flags.candidates else None,
+                    key_norm=self.key_norm if flags.candidates else None,
+                    store=2,
+                    candidates=flags.candidates,
+                    finds_candidates=flags.candidates is not None,
                 )
             state = native.StateShape.pools(pools)
             self.state = state if state.matrix_floats else None
@@ -321,18 +336,23 @@ class Compressed(Layer):
             rope_dim=2 * PAIRS,
             pool=self.pool and self.pool.sizes,
             has_gates=True,
-            keys=self.keys and self.keys.sizes,
-            index_heads=INDEX_HEADS if self.keys else 0,
             num_chosen=self.flags.num_chosen,
+            index=(INDEX_HEADS, INDEX_DIM) if self.flags.num_chosen else None,
+            keys=self.keys and self.keys.sizes,
+            has_entry_keys=self.flags.candidates is not None,
+            candidates=self.flags.candidates,
         )
 
     def chosen(self, x: Doubles, query_latent: Doubles) -> list[NDArray[np.intp]]:
         """Return the entries that each token sees."""
         assert self.pool is not None
         counts = (np.arange(LENGTH) + 1) // self.pool.ratio
-        if self.keys is None:
+        if not self.flags.num_chosen:
             return [np.arange(count) for count in counts]
-        keys = self.keys.entries(x)
+        if self.keys is not None:
+            keys = self.keys.entries(x)
+        else:
+            keys = self.pool.placed(rms(self.pool.unplaced(x) @ self.key.T, self.key_norm))
         query = turned_last((query_latent @ self.index_query.T).reshape(LENGTH, INDEX_HEADS, -1))
         scores = np.einsum("th,thk->tk", x @ self.index_weights.T, np.maximum(query @ keys.T, 0))
         best = (np.argsort(-scores[t, :count], kind="stable") for t, count in enumerate(counts))
@@ -443,6 +463,13 @@ CASES = [
     pytest.param(Compressed, Flags(window=9, pool=(32, False)), id="compressed-pool_of_blocks"),
     pytest.param(Compressed, Flags(window=9, pool=(1, False), num_chosen=7), id="compressed-every_position"),
     pytest.param(Compressed, Flags(window=9, pool=(4, True), num_chosen=5), id="compressed-index"),
+    # The choice inside the best blocks is that among all entries.
+    pytest.param(
+        Compressed, Flags(window=9, pool=(1, False), num_chosen=5, candidates=(6, 3)), id="compressed-candidates"
+    ),
+    pytest.param(
+        Compressed, Flags(window=9, pool=(2, False), num_chosen=7, candidates=(5, 2)), id="compressed-few_blocks"
+    ),
 ]
 
 

@@ -272,11 +272,15 @@ def _compressed_shapes(mixer: CompressedConfig, hidden: int) -> Iterator[tuple[s
         yield name + "vectors", (columns, hidden)
         if ratio > 1:
             yield name + "gates", (columns, hidden)
-            yield name + "bias", (ratio, columns)
+            if mixer.pool is not None and mixer.pool.has_bias:
+                yield name + "bias", (ratio, columns)
         yield name + "norm", (dim,)
-    if (index := mixer.index) is not None:
+    if (index := mixer.own_index) is not None:
         yield "index_q", (index.num_heads * index.head_dim, mixer.query_rank)
         yield "index_weights", (index.num_heads, hidden)
+        if mixer.makes_keys:
+            yield "index_k", (index.head_dim, mixer.head_dim)
+            yield "index_k_norm", (index.head_dim,)
     yield "o_down", (mixer.num_groups * mixer.output_rank, mixer.group_dim)
     yield "o", (hidden, mixer.num_groups * mixer.output_rank)
 

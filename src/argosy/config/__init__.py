@@ -17,7 +17,7 @@ from argosy.config.model import (
     RouterConfig,
 )  # fmt: skip
 from argosy.config.mixers import (
-    AttentionConfig, BlockIndexConfig, CompressedConfig, DeltaConfig, EntryIndexConfig, IndexConfig, KimiDeltaConfig,
+    AttentionConfig, BlockIndexConfig, CandidateConfig, CompressedConfig, DeltaConfig, EntryIndexConfig, IndexConfig, KimiDeltaConfig,
     LatentConfig, LightningConfig, MambaConfig, Mixer, PoolConfig, QueryScale, RecurrentMixer, RopeConfig, RotaryMixer,
     ShortConvConfig, WindowedMixer,
 )  # fmt: skip

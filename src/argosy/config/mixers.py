@@ -198,21 +198,41 @@ class PoolConfig:
 
     ratio: int  # positions of a group; 1: an entry is a normed vector
     has_overlap: bool = False  # an entry also has a part of the group before, by columns of its own
+    has_bias: bool = True  # of the gates, by place in the group
+    source: int | None = None  # the earlier layer whose pool's entries are read; None: the layer has a pool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CandidateConfig:
+    """Blocks of entries inside which an indexer chooses (DeepSeek-V4.1)."""
+
+    num_blocks: int  # a token that could see no more entries than these have chooses among all
+    block_size: int  # entries
+    is_source: bool = False  # the layer finds them, by their best entries; the token's last block is always one
+
+    @property
+    def num_entries(self) -> int:
+        return self.num_blocks * self.block_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EntryIndexConfig:
-    """The lightning indexer over a pool of index keys: it chooses the entries that a token sees."""
+    """The lightning indexer over index keys of entries: it chooses the entries that a token sees."""
 
     num_chosen: int  # a token that could see no more sees all
     num_heads: int
     head_dim: int
+    # pool: keys come from a pool of their own. entries: they are made of the layer's entries, before these rotate:
+    # `index_k`; layers that read an earlier layer's entries read its keys as well.
+    keys: Literal["pool", "entries"] = "pool"
+    is_shared: bool = False  # no indexer here: the layer sees what the last one with its own chose
+    candidates: CandidateConfig | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressedConfig:
     """DeepSeek-V4's attention: a position's one vector is key and value of all heads. A token sees a window of
-    positions, and entries that stand for groups of all positions.
+    positions, and entries that stand for groups of all positions; V4.1's layers may share them.
 
     The output projection has two factors: `o_down` multiplies each group of heads by a matrix of its own.
     """
@@ -231,21 +251,32 @@ class CompressedConfig:
     index: EntryIndexConfig | None = None  # with a pool; None: a token sees all entries
 
     @property
+    def own_index(self) -> EntryIndexConfig | None:
+        """The indexer that the layer runs itself."""
+        return None if self.index is None or self.index.is_shared else self.index
+
+    @property
+    def makes_keys(self) -> bool:
+        """Whether the layer makes index keys of its entries."""
+        index = self.own_index
+        return bool(self.pools) and index is not None and index.keys == "entries"
+
+    @property
     def pools(self) -> dict[str, tuple[int, int, bool]]:
-        """Ratio, dimension and overlap of the pool of entries, then of that of index keys, by the prefix of their
-        tensors. Their stores are numbered in this order.
+        """Ratio, dimension and overlap of the layer's pool of entries, then of that of index keys, by the prefix of
+        their tensors.
         """
-        if self.pool is None:
+        if self.pool is None or self.pool.source is not None:
             return {}
         dims = {"pool_": self.head_dim}
-        if self.index is not None:
-            dims["index_pool_"] = self.index.head_dim
+        if self.own_index is not None and self.own_index.keys == "pool":
+            dims["index_pool_"] = self.own_index.head_dim
         return {name: (self.pool.ratio, dim, self.pool.has_overlap) for name, dim in dims.items()}
 
     @property
     def has_state(self) -> bool:
         """Whether unfinished groups are kept per sequence."""
-        return self.pool is not None and self.pool.ratio > 1
+        return any(ratio > 1 for ratio, _, _ in self.pools.values())
 
     @property
     def group_dim(self) -> int:

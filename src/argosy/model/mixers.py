@@ -16,6 +16,7 @@ from argosy.config import (
     BlockIndexConfig,
     CompressedConfig,
     DeltaConfig,
+    EntryIndexConfig,
     IndexConfig,
     KimiDeltaConfig,
     LatentConfig,
@@ -42,7 +43,9 @@ def describe_mixer(config: ModelConfig, layer: int, weights: DenseWeights) -> _n
         case LatentConfig() as latent:
             return _latent(latent, name, weights, _store(config, layer), state_layer)
         case CompressedConfig() as compressed:
-            return _compressed(compressed, name, weights, _store(config, layer), state_layer)
+            source = None if compressed.pool is None else compressed.pool.source
+            store = _store(config, layer if source is None else source)
+            return _compressed(compressed, name, weights, store, state_layer)
         case DeltaConfig() as delta:
             return _delta(delta, name + "delta_", weights, state_layer)
         case KimiDeltaConfig() as delta:
@@ -275,22 +278,33 @@ def _indexer(
 def _compressed(
     mixer: CompressedConfig, name: str, weights: DenseWeights, store: int, state_layer: int
 ) -> _native.Mixer:
-    """DeepSeek-V4's attention. The entries of its pools lie in the KV cache's stores from `store` on."""
+    """DeepSeek-V4's attention. Entries and index keys lie in the KV cache's stores from `store` on."""
     vectors, matrices = weights.vectors, weights.matrices
     pools = [
         _native.Pool(
             matrices[name + pool + "vectors"],
             matrices.get(name + pool + "gates"),
             sizes=sizes,
-            bias=vectors[name + pool + "bias"].reshape(sizes[0], -1) if sizes[0] > 1 else None,
+            bias=bias.reshape(sizes[0], -1)
+            if (bias := vectors.get(name + pool + "bias")) is not None
+            else None,
             norm=vectors[name + pool + "norm"],
             store=store + i,
         )
         for i, (pool, sizes) in enumerate(mixer.pools.items())
     ]
     indexer = None
-    if mixer.index is not None:
-        indexer = _native.EntryIndexer(matrices[name + "index_q"], matrices[name + "index_weights"], pools[1])
+    if (index := mixer.own_index) is not None:
+        indexer = _native.EntryIndexer(
+            matrices[name + "index_q"],
+            matrices[name + "index_weights"],
+            pool=pools[1] if index.keys == "pool" else None,
+            key=matrices.get(name + "index_k"),
+            key_norm=vectors.get(name + "index_k_norm"),
+            store=store + 1,
+            candidates=_candidates(index),
+            finds_candidates=index.candidates is not None and index.candidates.is_source,
+        )
     return _native.compressed_attention(
         *(weights.matrices[name + part] for part in ("q_down", "q_up", "kv", "o_down", "o")),
         num_heads=mixer.num_heads,
@@ -304,17 +318,31 @@ def _compressed(
         head_norm=np.ones(mixer.head_dim, np.float32) if mixer.has_head_norm else None,
         sinks=vectors[name + "sinks"],
         pool=pools[0] if pools else None,
+        entries=(store, mixer.pool.ratio) if mixer.pool and not pools else None,
         indexer=indexer,
         num_chosen=mixer.index.num_chosen if mixer.index else 0,
         state_layer=state_layer,
     )
 
 
+def _candidates(index: EntryIndexConfig) -> tuple[int, int] | None:
+    """Return the blocks inside which an indexer chooses, and the entries of a block."""
+    one = index.candidates
+    return None if one is None else (one.num_blocks, one.block_size)
+
+
 def further_stores(mixer: Mixer | None) -> list[_native.KvShape]:
-    """Return the stores of a layer with this mixer behind the layers' own: those of its pools."""
+    """Return the stores of a layer with this mixer behind the layers' own: those of its pools, and of the index keys
+    that it makes.
+    """
     if not isinstance(mixer, LatentConfig | CompressedConfig):
         return []
-    return [_native.KvShape.pooled(dim, ratio) for ratio, dim, _ in mixer.pools.values()]
+    stores = [_native.KvShape.pooled(dim, ratio) for ratio, dim, _ in mixer.pools.values()]
+    if isinstance(mixer, CompressedConfig) and mixer.makes_keys:
+        assert mixer.index is not None
+        assert mixer.pool is not None
+        stores.append(_native.KvShape.pooled(mixer.index.head_dim, mixer.pool.ratio))
+    return stores
 
 
 def _query_scale(scale: QueryScale | None) -> tuple[float, int, int]:
@@ -397,9 +425,11 @@ def add_mixer_sizes(sizes: _native.StackSizes, mixer: Mixer | None) -> None:
                 rope_dim=0 if mixer.rope is None else mixer.rope.rotary_dim,
                 pool=mixer.pools.get("pool_"),
                 has_gates=mixer.has_state,
-                keys=mixer.pools.get("index_pool_"),
-                index_heads=mixer.index.num_heads if mixer.index else 0,
                 num_chosen=mixer.index.num_chosen if mixer.index else 0,
+                index=(entry.num_heads, entry.head_dim) if (entry := mixer.own_index) else None,
+                keys=mixer.pools.get("index_pool_"),
+                has_entry_keys=mixer.makes_keys,
+                candidates=_candidates(entry) if entry else None,
             )
         case DeltaConfig() | LightningConfig():
             sizes.add_delta_net(mixer.sizes)

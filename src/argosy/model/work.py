@@ -134,8 +134,8 @@ def _attention(config: ModelConfig, kv_dtype: KvDtype) -> tuple[Attention, ...]:
         nbytes = _native.kv_cache_bytes([shape], 1, KV_BLOCK_TOKENS, kv_dtype)
         kinds[window, part * nbytes / KV_BLOCK_TOKENS, part * operations] += 1
 
-    def add_index(num_heads: int, dim: int, part: float = 1.0) -> None:
-        add(0, _native.KvShape.latent(dim), 2.0 * num_heads * dim, part)
+    def add_index(num_heads: int, dim: int, part: float = 1.0, window: int = 0) -> None:
+        add(window, _native.KvShape.latent(dim), 2.0 * num_heads * dim, part)
 
     for layer in config.layers:
         if isinstance(layer.mixer, RecurrentMixer):
@@ -154,8 +154,10 @@ def _attention(config: ModelConfig, kv_dtype: KvDtype) -> tuple[Attention, ...]:
                 chosen, part = compressed.index, 1 / pool.ratio
                 seen = 0 if chosen is None else chosen.num_chosen * pool.ratio
                 add(seen, _native.KvShape.latent(compressed.head_dim), operations, part)
-                if chosen is not None:
-                    add_index(chosen.num_heads, chosen.head_dim, part)
+                if (own := compressed.own_index) is not None:
+                    inside = own.candidates
+                    limit = 0 if inside is None or inside.is_source else inside.num_entries * pool.ratio
+                    add_index(own.num_heads, own.head_dim, part, limit)
             case AttentionConfig() as attention:
                 operations = 2.0 * attention.num_heads * (attention.head_dim + attention.width_of_values)
                 if (blocks := attention.index) is None:
