@@ -17,9 +17,9 @@ from argosy.config.model import (
     RouterConfig,
 )  # fmt: skip
 from argosy.config.mixers import (
-    AttentionConfig, BlockIndexConfig, CandidateConfig, CompressedConfig, DeltaConfig, EntryIndexConfig, IndexConfig, KimiDeltaConfig,
-    LatentConfig, LightningConfig, MambaConfig, Mixer, PoolConfig, QueryScale, RecurrentMixer, RopeConfig, RotaryMixer,
-    ShortConvConfig, WindowedMixer,
+    AttentionConfig, BlockIndexConfig, CandidateConfig, CompressedConfig, DeltaConfig, EntryIndexConfig, IndexConfig,
+    KimiDeltaConfig, LatentConfig, LightningConfig, MambaConfig, Mixer, PoolConfig, QueryScale, RecurrentMixer,
+    RopeConfig, RotaryMixer, ShortConvConfig, WindowedMixer,
 )  # fmt: skip
 from argosy.config.ngrams import NgramConfig
 from argosy.config.residual import BankResidual, GatedResidual, Residual, SinkhornResidual
