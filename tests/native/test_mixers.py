@@ -465,10 +465,14 @@ CASES = [
     pytest.param(Compressed, Flags(window=9, pool=(4, True), num_chosen=5), id="compressed-index"),
     # The choice inside the best blocks is that among all entries.
     pytest.param(
-        Compressed, Flags(window=9, pool=(1, False), num_chosen=5, candidates=(6, 3)), id="compressed-candidates"
+        Compressed,
+        Flags(window=9, pool=(1, False), num_chosen=5, candidates=(6, 3)),
+        id="compressed-candidates",
     ),
     pytest.param(
-        Compressed, Flags(window=9, pool=(2, False), num_chosen=7, candidates=(5, 2)), id="compressed-few_blocks"
+        Compressed,
+        Flags(window=9, pool=(2, False), num_chosen=7, candidates=(5, 2)),
+        id="compressed-few_blocks",
     ),
 ]
 
