@@ -469,6 +469,10 @@ void bind_latent_attention(nb::module_& m) {
          int64_t block_size, int64_t num_local, float scale, const OutArrayOf<int32_t>& chosen,
          const OutArrayOf<float>& out) {
         const LatentLayer index = require_index(kv, layer);
+        require_range("block_size", block_size, 1, kMostIndexBlock);
+        if (block_size % kv.block_tokens())
+          throw std::invalid_argument("block_size: whole KV blocks are chosen");
+        require_range("num_local", num_local, 1, int64_t(chosen.ndim() == 3 ? chosen.shape(2) : 1));
         const KvShape& shape = kv.shape(layer);
         require_kind(shape, KvShape::Kind::keys_values);
         AttentionBatch batch = {};

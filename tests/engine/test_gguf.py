@@ -84,7 +84,7 @@ def config_of(family: str, *, num_experts: int, experts_per_token: int) -> RawCo
         case "minimax_m3_vl":
             widths = {f"{part}intermediate_size": 256 for part in ("", "dense_", "shared_")}
             turning = {"rotary_dim": 32, "partial_rotary_factor": 0.5, "sparse_layers": [0, 1]}
-            index = {"sparse_index_dim": 32, "sparse_topk_blocks": 2}
+            index = {"sparse_index_dim": 32, "sparse_topk_blocks": 64}  # all: rounding would choose others
             return minimax_m3(**sizes, **widths, **turning, index=index, num_local_experts=num_experts)
         case "llama4_text":
             widths = {"intermediate_size": 256, "intermediate_size_mlp": 256, "interleave_moe_layer_step": 2}

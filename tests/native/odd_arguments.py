@@ -43,8 +43,9 @@ HEADROOM_BYTES = 3 << 30
 # Refused where bfloat16 is not the faster product.
 NEED_ROUNDING = frozenset({"round_keys", "attend_rounded"})
 MADE_BY_OTHERS = {
-    "FileSystem", "KvShape", "StateShape", "Mixer", "Ffn", "Ngrams", "ExchangeTimes", "PeerStats", "ExchangeEvent",
-    "WorkerRequest", "WorkerGuess", "LayerExperts", "ExpertReads", "AskedCounts", "BegunLayer", "LeaseCounts",
+    "FileSystem", "KvShape", "StateShape", "StreamMix", "Mixer", "Ffn", "Ngrams", "ExchangeTimes", "PeerStats",
+    "ExchangeEvent", "WorkerRequest", "WorkerGuess", "LayerExperts", "ExpertReads", "AskedCounts", "BegunLayer",
+    "LeaseCounts",
 }  # fmt: skip
 NUM_MIXED = 40  # calls of each callable with several odd arguments
 # Arguments that fill so much memory, or start so many threads.
@@ -56,6 +57,12 @@ FILLS_MEMORY = {
     "Store": 64,
     "drive_probe": 2**20,
 }
+
+
+COMPRESSED = (
+    "num_heads", "num_groups", "rope_dim", "window", "scale", "norm_eps", "query_norm", "kv_norm", "head_norm", "sinks",
+    "pool", "entries", "indexer", "num_chosen", "state_layer",
+)  # fmt: skip
 
 
 class Case:
@@ -89,8 +96,41 @@ class Case:
             "keys_values": self.native.KvShape.keys_values(1, 32),
             "latent": self.native.KvShape.latent(48),
             "indexed": self.native.KvShape.latent(48, 16),
+            "blocks": self.native.KvShape.keys_values(1, 32, index_dim=16),
         }
         return self.native.KvCache([shapes[kind]], 4, 16, "f32")
+
+    def pool(self, dim: int = 16, store: int = 2) -> Any:
+        """Overlapping groups of four positions."""
+        columns, ones = self.matrix(2 * dim, 64), np.ones(dim, np.float32)
+        sizes, bias = (4, dim, True), self.floats(4, 2 * dim)
+        return self.native.Pool(columns, columns, sizes=sizes, bias=bias, norm=ones, store=store)
+
+    def entry_indexer(self) -> Any:
+        query, weights, keys = self.matrix(32, 32), self.matrix(2, 64), self.pool(store=3)
+        return self.native.EntryIndexer(query, weights, pool=keys, candidates=(2, 8), finds_candidates=True)
+
+    def block_indexer(self) -> Any:
+        ones = np.ones(16, np.float32)
+        return self.native.BlockIndexer(
+            self.matrix(16, 64), self.matrix(16, 64), query_norm=ones, key_norm=ones, num_chosen=2, block_size=16,
+            num_local=1,
+        )  # fmt: skip
+
+    def compressed(self, *, is_source: bool = True) -> tuple[Any, ...]:
+        """Four heads of 16 in two groups; a layer that is no source sees what an earlier one has chosen."""
+        ones, m = np.ones(32, np.float32), self.matrix
+        return (
+            m(32, 64), m(64, 32), m(16, 64), m(32, 32), m(64, 32), 4, 2, 8, 8, 0.1, 1e-5, ones, ones[:16], ones[:16],
+            self.floats(4), self.pool() if is_source else None, None if is_source else (2, 4),
+            self.entry_indexer() if is_source else None, 2, 0,
+        )  # fmt: skip
+
+    def stream_mix(self, num_streams: int = 2) -> Any:
+        rows = num_streams * (2 + num_streams)
+        return self.native.sinkhorn_mix(
+            self.matrix(rows, 64 * num_streams, "f32"), self.floats(rows), self.floats(3)
+        )
 
     def state(self) -> Any:
         return self.native.RecurrentState(2, [self.native.StateShape.delta_net(self.sizes)])
@@ -247,18 +287,39 @@ class Case:
             "experts_off": False,
         }
 
-    def stack(self, *, steps: int = 0) -> Any:
+    def stack_of_streams(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """With two residual streams, pooled entries, and an indexer of them."""
+        n, mix, norm = self.native, self.stream_mix(), self.floats(64)
+        layers = []
+        for is_source in (True, False):
+            values = self.compressed(is_source=is_source)
+            mixer = n.compressed_attention(*values[:5], **dict(zip(COMPRESSED, values[5:], strict=True)))
+            layers.append(n.Layer(norm, mixer, norm, self.routed(), mixer_mix=mix, ffn_mix=mix))
+        kv = n.KvCache([*[n.KvShape.latent(16)] * 2, *[n.KvShape.pooled(16, 4)] * 2], 4, 16, "f32")
+        more = {
+            "layers": layers, "residual": n.Residual(2, n.mean_mix(), iterations=2, eps=1e-6),
+            "recurrent": n.RecurrentState(2, [n.StateShape.pools([(4, 16, True)] * 2)]),
+            "rotaries": [n.Rotary(np.ones(4), 1.0)],
+        }  # fmt: skip
+        return (self.runtime, kv), self.stack_arguments()[1] | more
+
+    def step_of_streams(self) -> tuple[Any, ...]:
+        step = list(self.step())
+        step[8], step[9], step[10], step[14] = self.ints(0), None, None, np.zeros((2, 3, 2), np.int32)
+        return tuple(step)
+
+    def stack(self, *, steps: int = 0, has_streams: bool = False) -> Any:
         """steps 1: a step has begun; 2: its layer waits for experts; 3: it is done."""
-        args, kwargs = self.stack_arguments()
+        args, kwargs = self.stack_of_streams() if has_streams else self.stack_arguments()
         stack = self.native.Stack(*args, **kwargs)
         if steps:
-            stack.begin(*self.step())
+            stack.begin(*(self.step_of_streams() if has_streams else self.step()))
         if steps > 1:
             waits = stack.advance()
-        if steps > 2:
+        while steps > 2 and waits:
             stack.run_shared()
             stack.finish_experts(waits[1].experts)
-            stack.advance()
+            waits = stack.advance()
         return stack
 
     def step(self) -> tuple[Any, ...]:
@@ -376,10 +437,25 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
             runtime, case.kv("indexed"), 0, f(3, 2, 16), f(3, 2), np.zeros((1, 2), np.int32), i(0, 0, 0), i(0, 1, 2),
             np.zeros((3, 1), np.int32), i(2, 2, 3),
         ),
+        "block_attention": lambda: (
+            runtime, case.kv("blocks"), 0, f(3, 2, 32), f(3, 1, 16), np.zeros((1, 2), np.int32), i(0, 0, 0),
+            i(0, 1, 2), 16, 1, 0.1, np.zeros((3, 1, 2), np.int32), f(3, 64),
+        ),
+        "BlockIndexer": lambda: (m(16, 64), m(16, 64), f(16), f(16), 2, 16, 1),
+        "Pool": lambda: (m(32, 64), m(32, 64), (4, 16, True), f(4, 32), f(16), 1),
+        "EntryIndexer": lambda: (m(32, 32), m(2, 64), None, m(16, 16), f(16), 3, (2, 8), True),
+        "compressed_attention": case.compressed,
+        "sinkhorn_mix": lambda: (m(8, 128, "f32"), f(8), f(3)),
+        "gated_mix": lambda: (f(128), m(16, 128, "f32"), m(128, 16, "f32"), m(2, 128, "f32")),
+        "bank_mix": lambda: (f(64), True),
+        "mean_mix": lambda: (),
+        "carried_mix": lambda: (),
+        "StreamMix": lambda: (),
+        "Residual": lambda: (2, case.stream_mix(), 2, 1e-6, True),
         "recurrent_state_bytes": lambda: (2, [n.StateShape.delta_net(case.sizes)]),
         "grouped_query_attention": lambda: (
             m(64, 64), m(32, 64), m(32, 64), m(64, 64), 2, 0, 0.1, f(64), f(32), f(32), f(64), f(32), f(32), False, 0.0,
-            f(2), False, f(32), True, True, 0.5, True, m(2, 64), "softplus", (0.1, 8, 1),
+            f(2), False, f(32), True, True, 0.5, True, m(2, 64), "softplus", (0.1, 8, 1), case.block_indexer(),
         ),
         "table_rows_bytes": lambda: case.table_sizes,
         "TableRows": lambda: (case.store(), *case.table_sizes),
@@ -409,8 +485,12 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "routed_ffn": lambda: (
             m(4, 64, "f32"), case.routing(), f(4), 32, (m(32, 64), m(32, 64), m(64, 32)), m(1, 64, "f32"), f(64), None,
             f(64), f(64), ("silu_limited", 7.0, 0.0), (m(48, 64), m(64, 48)), 30.0, False, f(48),
+            m(case.VOCABULARY, 2, "f32"),
         ),
-        "Layer": lambda: (f(64), case.gqa(), f(64), case.routed(), 1, f(64), f(64), 0.5, False, 0.5, 0.5, 0.5),
+        "Layer": lambda: (
+            f(64), case.gqa(), f(64), case.routed(), 1, f(64), f(64), 0.5, False, 0.5, 0.5, 0.5, case.stream_mix(),
+            case.stream_mix(),
+        ),
         "Dispatch": lambda: (np.array([[0, 3], [3, 1]], np.int32), np.array([True, False]), 4),
         "ExpertTable": lambda: (case.arena(), 64, ("silu", 0.0, 0.0)),
         "memory_probe": lambda: (1, 4 << 20, "plain"),
@@ -471,6 +551,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
     first_by_name = {"swiglu_experts": 11, "grouped_query_attention": 4, "gated_delta_net": 3, "routed_ffn": 2,
                      "kimi_delta_attention": 7, "lightning_attention": 5,
                      "short_conv": 2, "mamba": 2, "ngrams": 3,
+                     "compressed_attention": 5, "BlockIndexer": 2, "EntryIndexer": 2, "Pool": 2, "Residual": 2,
                      "multi_head_latent_attention": 5, "PositionIndexer": 3, "Routing": 1, "ExpertTable": 1, "Layer": 4,
                      "dense_ffn": 3,
                      "replay": 2, "tournament": 2, "linear": 5, "Exchange": 0, "WorkerLink": 1, "worker_link_bytes": 0,
@@ -480,18 +561,24 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "linear": "finish exact",
         "grouped_query_attention": "num_heads window scale query_bias key_bias value_bias output_bias query_norm"
         " key_norm is_norm_flat limit sinks has_gate value_norm is_causal is_norm_last value_scale is_chunked gate"
-        " gate_kind query_scale",
+        " gate_kind query_scale indexer",
         "gated_delta_net": "z a conv rate dt_bias norm sizes is_tiled state_layer",
         "kimi_delta_attention": "decay_down gate_down conv rate dt_bias norm floor sizes state_layer",
         "lightning_attention": "num_heads has_silu query_norm key_norm decay norm norm_eps num_groups scale"
         " state_layer",
+        "compressed_attention": " ".join(COMPRESSED),
+        "BlockIndexer": "query_norm key_norm num_chosen block_size num_local",
+        "EntryIndexer": "pool key key_norm store candidates finds_candidates",
+        "Pool": "sizes bias norm store",
+        "Residual": "iterations eps is_lagged",
         "ngrams": "key_norm query_norm conv conv_norm state_layer",
         "short_conv": "conv conv_bias input_bias output_bias state_layer",
         "mamba": "conv conv_bias rate dt_bias skip norm sizes dt_limit input_bias output_bias state_layer",
         "routed_ffn": "router_bias width shared shared_score router_norm norm post_norm shared_post_norm"
-        " shared_activation latent router_logit_cap weighs_input",
+        " shared_activation latent router_logit_cap weighs_input latent_norm token_experts",
         "dense_ffn": "activation",
-        "Layer": "rotary mixer_post_norm ffn_post_norm scale is_parallel mixer_scale ffn_scale normed_residual",
+        "Layer": "rotary mixer_post_norm ffn_post_norm scale is_parallel mixer_scale ffn_scale normed_residual"
+        " mixer_mix ffn_mix",
         "ExpertTable": "hidden activation",
         "replay": "num_experts policy num_slots counted_from",
         "tournament": "depth",
@@ -545,6 +632,8 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "KvShape.keys_values": (lambda: n.KvShape, lambda: (1, 32)),
         "KvShape.latent": (lambda: n.KvShape, lambda: (16,)),
         "KvShape.none": (lambda: n.KvShape, lambda: ()),
+        "KvShape.pooled": (lambda: n.KvShape, lambda: (16, 4)),
+        "StateShape.pools": (lambda: n.StateShape, lambda: ([(4, 16, True), (128, 8, False)],)),
         "StateShape.delta_net": (lambda: n.StateShape, lambda: (case.sizes,)),
         "StateShape.mamba": (lambda: n.StateShape, lambda: (case.mamba_sizes,)),
         "TableRows.begin": (case.rows, lambda: (j(0, 1),)),
@@ -631,6 +720,11 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         ),
         "StackSizes.add_attention": (case.stack_sizes, lambda: (4, 2, 16, True)),
         "StackSizes.add_latent_attention": (case.stack_sizes, lambda: (2, 32, 16, 32, 8, 24, 2, 16, 4)),
+        "StackSizes.add_compressed_attention": (
+            case.stack_sizes,
+            lambda: (4, 16, 32, 2, 16, 8, (4, 16, True), True, 2, (2, 16), (4, 16, True), False, (2, 8)),
+        ),
+        "StackSizes.add_residual": (case.stack_sizes, lambda: (2, 8, 16)),
         "StackSizes.add_delta_net": (case.stack_sizes, lambda: (case.sizes,)),
         "StackSizes.add_kimi_delta": (case.stack_sizes, lambda: (case.kimi_sizes, 16)),
         "StackSizes.add_short_conv": (case.stack_sizes, lambda: (64,)),
@@ -646,6 +740,12 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "Stack.hidden": (lambda: case.stack(steps=2), lambda: ()),
         "Stack.expert_ids": (lambda: case.stack(steps=2), lambda: ()),
         "Stack.begin": (case.stack, case.step),
+        "Stack.begin, streams": (lambda: case.stack(has_streams=True), case.step_of_streams),
+        "Stack.advance, streams": (lambda: case.stack(steps=1, has_streams=True), lambda: (lambda: None,)),
+        "Stack.logits, streams": (
+            lambda: case.stack(steps=3, has_streams=True),
+            lambda: (j(0, 2), f(2, case.VOCABULARY)),
+        ),
         "Stack.advance": (lambda: case.stack(steps=1), lambda: (lambda: None,)),
         "Stack.look_ahead": (lambda: case.stack(steps=2), lambda: ()),
         "Stack.run_shared": (lambda: case.stack(steps=2), lambda: ()),
@@ -663,7 +763,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
     def method_of(
         name: str, owner: Callable[[], Any], arguments: Callable[[], tuple[Any, ...]]
     ) -> Callable[[], Call]:
-        return lambda: (getattr(owner(), name.split(".")[1]), arguments(), {})
+        return lambda: (getattr(owner(), name.partition(",")[0].partition(".")[2]), arguments(), {})
 
     calls = {name: call_of(name, arguments) for name, arguments in functions.items()}
     calls |= {name: method_of(name, owner, arguments) for name, (owner, arguments) in methods.items()}
@@ -671,6 +771,15 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
     calls["causal_conv"] = lambda: (case.testing.causal_conv, *case.causal_conv())
     calls["mamba_recurrence"] = lambda: (case.testing.mamba_recurrence, *case.mamba())
     calls["Stack"] = lambda: (n.Stack, *case.stack_arguments(is_resident=True))
+    calls["Stack, streams"] = lambda: (n.Stack, *case.stack_of_streams())
+    calls["pool"] = lambda: (
+        case.testing.pool,
+        (
+            runtime, n.RecurrentState(1, [n.StateShape.pools([(2, 16, True)])]), 0, f(3, 32), f(3, 32), f(2, 32),
+            np.array([[0, 3, 0]], np.int64),
+        ),
+        {"sizes": (2, 16, True), "out": f(3, 16), "begins": f(9)},
+    )  # fmt: skip
     calls["CachedExperts"] = lambda: (n.CachedExperts, *case.cached_arguments())
     calls["CachedExperts.end"] = lambda: (case.cached(is_open=True).end, (), {"is_whole": True})
     calls["CachedExperts.wants_guess"] = lambda: (case.cached().wants_guess, (), {"is_sweep": False})
