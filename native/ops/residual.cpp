@@ -70,6 +70,24 @@ void sinkhorn(float* raw, const SinkhornMix& mix, int64_t n, const ResidualRule&
   }
 }
 
+// What a sublayer that gives `out` [hidden], or zeros if it is nullptr, makes of the streams of one token.
+// `to` may be `from`.
+void mix_streams(const float* weights, int64_t n, int64_t hidden, const float* from, const float* out,
+                 float* to) {
+  const float *post = weights + n, *mixed = weights + 2 * n;
+  float old[kMostStreams][kBlock];
+  for (int64_t first = 0; first < hidden; first += kBlock) {
+    const int64_t count = std::min(kBlock, hidden - first);
+    for (int64_t i = 0; i < n; ++i) std::copy_n(from + i * hidden + first, count, old[i]);
+    for (int64_t j = 0; j < n; ++j) {
+      float* row = to + j * hidden + first;
+      for (int64_t d = 0; d < count; ++d) row[d] = out != nullptr ? post[j] * out[first + d] : 0.0f;
+      for (int64_t i = 0; i < n; ++i)
+        for (int64_t d = 0; d < count; ++d) row[d] += mixed[i * n + j] * old[i][d];
+    }
+  }
+}
+
 }  // namespace
 
 void Residual::begin(const float* x, int64_t num_tokens) {
@@ -97,36 +115,59 @@ void Residual::read(const StreamMix& mix, float* x) {
     return;
   }
   const auto& own = std::get<SinkhornMix>(mix);
-  weigh(own, buffers_.weights);
-  weigh_sums(buffers_.carried, n, n, x);
+  weigh(own, buffers_.streams, buffers_.weights);
+  weigh_sums(buffers_.streams, buffers_.carried, n, n, x);
   for (int64_t token = 0; token < num_tokens_; ++token)
     std::copy_n(buffers_.weights + token * own.matrix.rows, n, buffers_.carried + token * n);
 }
 
 void Residual::compute(const StreamMix& mix, float* weights, float* x) {
   if (const auto* own = std::get_if<SinkhornMix>(&mix)) {
-    weigh(*own, weights);
-    weigh_sums(weights, own->matrix.rows, rule_.num_streams, x);
+    weigh(*own, buffers_.streams, weights);
+    weigh_sums(buffers_.streams, weights, own->matrix.rows, rule_.num_streams, x);
   } else if (const auto* gated = std::get_if<GatedMix>(&mix)) {
     read_gated(*gated, weights, x);
   } else if (std::holds_alternative<CarriedMix>(mix)) {
-    weigh_sums(buffers_.carried, rule_.num_streams, rule_.num_streams, x);
+    weigh_sums(buffers_.streams, buffers_.carried, rule_.num_streams, rule_.num_streams, x);
   } else if (const auto* bank = std::get_if<BankMix>(&mix)) {
     weigh_bank(*bank, weights);
-    weigh_sums(weights, rule_.num_streams, 1 + num_banked_, x);
+    weigh_sums(buffers_.streams, weights, rule_.num_streams, 1 + num_banked_, x);
   } else {
     mean(x);
   }
 }
 
-void Residual::weigh(const SinkhornMix& mix, float* weights) {
+void Residual::peek(const std::vector<const StreamMix*>& sublayers, float* x) {
+  if (!std::holds_alternative<SinkhornMix>(*sublayers.back())) {
+    compute(*sublayers.back(), buffers_.peeked, x);  // nothing else mixes streams
+    return;
+  }
+  const float *streams = buffers_.streams, *weights = buffers_.weights;
+  const StreamMix* mix = mix_;
+  for (const StreamMix* next : sublayers) {
+    if (const auto* own = std::get_if<SinkhornMix>(mix)) {
+      pass(*own, weights, streams);
+      streams = buffers_.ahead;
+    }
+    if (rule_.is_lagged && next == sublayers.back()) break;  // it has the weights of the one before
+    mix = next;
+    if (const auto* own = std::get_if<SinkhornMix>(next)) {
+      weigh(*own, streams, buffers_.peeked);
+      weights = buffers_.peeked;
+    }
+  }
+  const auto* last = std::get_if<SinkhornMix>(mix);
+  weigh_sums(streams, weights, last->matrix.rows, rule_.num_streams, x);
+}
+
+void Residual::weigh(const SinkhornMix& mix, const float* streams, float* weights) {
   const int64_t n = rule_.num_streams, cols = n * hidden_, rows = mix.matrix.rows;
-  matmul(runtime_, {{mix.matrix, weights}}, buffers_.streams, num_tokens_);
+  matmul(runtime_, {{mix.matrix, weights}}, streams, num_tokens_);
   const auto lock = runtime_.lock();
   runtime_.parallel_for(num_tokens_, cols, [&](int64_t begin, int64_t end, int) {
     for (int64_t token = begin; token < end; ++token) {
       float* raw = weights + token * rows;
-      const float scale = 1 / std::sqrt(mean_square(buffers_.streams + token * cols, cols) + norm_eps_);
+      const float scale = 1 / std::sqrt(mean_square(streams + token * cols, cols) + norm_eps_);
       for (int64_t row = 0; row < rows; ++row) raw[row] *= scale;
       sinkhorn(raw, mix, n, rule_);
     }
@@ -168,17 +209,18 @@ void Residual::start_block() {
 }
 
 // x = sum over the first streams of weights[i] stream[i]; weights of a token are `stride` floats apart.
-void Residual::weigh_sums(const float* weights, int64_t stride, int64_t num_streams, float* x) const {
+void Residual::weigh_sums(const float* streams, const float* weights, int64_t stride, int64_t num_streams,
+                          float* x) const {
   const int64_t n = rule_.num_streams;
   const auto lock = runtime_.lock();
   runtime_.parallel_for(num_tokens_, n * hidden_, [&](int64_t begin, int64_t end, int) {
     for (int64_t token = begin; token < end; ++token) {
-      const float* streams = buffers_.streams + token * n * hidden_;
+      const float* own = streams + token * n * hidden_;
       float* out = x + token * hidden_;
-      for (int64_t d = 0; d < hidden_; ++d) out[d] = weights[token * stride] * streams[d];
+      for (int64_t d = 0; d < hidden_; ++d) out[d] = weights[token * stride] * own[d];
       for (int64_t i = 1; i < num_streams; ++i) {
         const float weight = weights[token * stride + i];
-        for (int64_t d = 0; d < hidden_; ++d) out[d] += weight * streams[i * hidden_ + d];
+        for (int64_t d = 0; d < hidden_; ++d) out[d] += weight * own[i * hidden_ + d];
       }
     }
   });
@@ -232,18 +274,19 @@ void Residual::write(const float* out) {
           for (int64_t d = 0; d < hidden_; ++d) streams[i * hidden_ + d] += weights[i] * given[d];
         continue;
       }
-      const float *post = weights + n, *mixed = weights + 2 * n;
-      float old[kMostStreams][kBlock];
-      for (int64_t first = 0; first < hidden_; first += kBlock) {
-        const int64_t count = std::min(kBlock, hidden_ - first);
-        for (int64_t i = 0; i < n; ++i) std::copy_n(streams + i * hidden_ + first, count, old[i]);
-        for (int64_t j = 0; j < n; ++j) {
-          float* to = streams + j * hidden_ + first;
-          for (int64_t d = 0; d < count; ++d) to[d] = post[j] * given[first + d];
-          for (int64_t i = 0; i < n; ++i)
-            for (int64_t d = 0; d < count; ++d) to[d] += mixed[i * n + j] * old[i][d];
-        }
-      }
+      mix_streams(weights, n, hidden_, streams, given, streams);
+    }
+  });
+}
+
+// Mixes the streams `from` into `ahead`, which may be the same, as if the sublayer gave zeros.
+void Residual::pass(const SinkhornMix& mix, const float* weights, const float* from) {
+  const int64_t n = rule_.num_streams;
+  const auto lock = runtime_.lock();
+  runtime_.parallel_for(num_tokens_, n * n * hidden_, [&](int64_t begin, int64_t end, int) {
+    for (int64_t token = begin; token < end; ++token) {
+      const int64_t at = token * n * hidden_;
+      mix_streams(weights + token * mix.matrix.rows, n, hidden_, from + at, nullptr, buffers_.ahead + at);
     }
   });
 }

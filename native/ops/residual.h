@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <optional>
 #include <variant>
+#include <vector>
 
 #include "ops/matmul.h"
 #include "ops/runtime.h"
@@ -86,6 +87,7 @@ struct ResidualBuffers {
   float* normed;   // [num_streams][hidden], with a rank
   float* gates;    // [num_streams][hidden], with a rank
   float* low;      // [rank]
+  float* ahead;    // [num_streams][hidden], with a SinkhornMix; others may use it between peeks
 };
 
 class Residual {
@@ -101,8 +103,9 @@ class Residual {
   void begin(const float* x, int64_t num_tokens);
   // Computes what a sublayer reads [num_tokens][hidden]. `mix` must live until write().
   void read(const StreamMix& mix, float* x);
-  // What a sublayer would read now, by its own weights.
-  void peek(const StreamMix& mix, float* x) { compute(mix, buffers_.peeked, x); }
+  // Computes what the last of `sublayers` would read if these followed the current one, and neither it nor
+  // those before the last gave anything: streams are mixed all the same.
+  void peek(const std::vector<const StreamMix*>& sublayers, float* x);
   // Writes what a sublayer gives [num_tokens][hidden].
   void write(const float* out);
   void finish(float* x) { read(rule_.head, x); }
@@ -114,10 +117,12 @@ class Residual {
 
  private:
   void compute(const StreamMix& mix, float* weights, float* x);
-  void weigh(const SinkhornMix& mix, float* weights);
+  void weigh(const SinkhornMix& mix, const float* streams, float* weights);
+  void pass(const SinkhornMix& mix, const float* weights, const float* from);
   void start_block();
   void weigh_bank(const BankMix& mix, float* weights) const;
-  void weigh_sums(const float* weights, int64_t stride, int64_t num_streams, float* x) const;
+  void weigh_sums(const float* streams, const float* weights, int64_t stride, int64_t num_streams,
+                  float* x) const;
   bool has_bank() const { return std::holds_alternative<BankMix>(rule_.head); }
   // The streams that are written together.
   int64_t num_written() const { return has_bank() ? 1 : rule_.num_streams; }

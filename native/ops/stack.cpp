@@ -622,8 +622,13 @@ std::vector<std::vector<int32_t>> Stack::predict(int64_t layer) {
   std::vector<float> weights(ids.size());
   const Norm& read = next.is_parallel ? next.mixer_norm : next.ffn_norm;
   if (residual_.has_streams()) {
-    const bool is_lagged = description_.residual.is_lagged && next.mixer_mix;
-    residual_.peek(is_lagged ? *next.mixer_mix : *next.ffn_mix, normed);
+    std::vector<const StreamMix*> sublayers;
+    for (int64_t i = layer_ + 1; i <= layer; ++i) {
+      const Layer& between = description_.layers[size_t(i)];
+      for (const auto* mix : {&between.mixer_mix, &between.ffn_mix})
+        if (*mix) sublayers.push_back(&**mix);
+    }
+    residual_.peek(sublayers, normed);
     norm(read, normed, normed);
   } else {
     norm(router.norm != nullptr ? Norm{router.norm} : read, buffers_.hidden, normed);

@@ -154,7 +154,8 @@ void StackSizes::add(const ResidualSizes& residual) {
   num_streams_ = residual.num_streams;
   stream_weights_ = width_of({residual.weights});
   stream_rank_ = width_of({residual.rank});
-  width_of({num_streams_, hidden_});
+  const int64_t streams = width_of({num_streams_, hidden_});
+  if (stream_weights_ > num_streams_) widen(attended_, streams);  // the streams that a look-ahead mixes
 }
 
 void StackSizes::add_ffn_post_norm() { ffn_sum_ = hidden_; }
@@ -209,6 +210,7 @@ int64_t StackSizes::lay_out(uint8_t* memory, int64_t max_tokens, StackBuffers& b
   place(stream_rank_ > 0 ? streams : 0, buffers.residual.normed);
   place(stream_rank_ > 0 ? streams : 0, buffers.residual.gates);
   place(stream_rank_, buffers.residual.low);
+  buffers.residual.ahead = buffers.attended;
   return end;
 }
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from argosy import _native
 from tests.model.test_stack_flags import (
     EMBEDDING,
+    EXPERTS,
     FINAL,
     HEAD,
     HIDDEN,
@@ -215,6 +216,39 @@ def test_experts_write_to_streams_and_the_look_ahead_reads_them() -> None:
     stack.finish_experts(dispatch.experts)
     assert stack.advance() is None
     assert np.array_equal(waiting, found)
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "is_lagged"),
+    [
+        (Sinkhorn, "mean", False),
+        (Sinkhorn, "carried", True),
+        (Gated, Gated(is_head=True), False),
+        (Bank, Bank(), False),
+    ],
+    ids=["mean", "lagged", "gated", "bank"],
+)
+def test_a_look_ahead_is_right_about_streams_to_which_nothing_is_added(
+    kind: type, head: Any, is_lagged: bool
+) -> None:
+    runs: list[Any] = [Attention(), Network(), Attention(), Routed(), Attention(), Routed(k=EXPERTS)]
+    runs[4].o *= 0
+    parts = [Part(run, kind()) for run in runs]
+    for number, part in enumerate(parts):
+        if isinstance(part.mix, Sinkhorn):  # each sublayer writes to one stream, and streams change places
+            write, mixed = np.split(part.mix.base[STREAMS:], [STREAMS])
+            write[:] = 8 * np.eye(STREAMS)[number % STREAMS] - 4
+            mixed[:] = 8 * np.roll(np.eye(STREAMS), 1, axis=1).ravel()
+    rule = residual_of(head, is_lagged=is_lagged, iterations=2)
+    stack = stack_of(native_layers(parts), residual=rule)
+    for token in range(TOKENS):
+        begin(stack, IDS[token : token + 1])
+        _, dispatch = stack.advance()
+        guessed = stack.look_ahead()
+        stack.expert_out()[:] = 0
+        stack.finish_experts(dispatch.experts)
+        assert stack.advance() is not None
+        assert guessed == [[expert] for expert in stack.expert_ids()[0]]
 
 
 @pytest.mark.parametrize(("kind", "head"), [(Sinkhorn, "mean"), (Bank, Bank())], ids=["streams", "bank"])
