@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-from tests.models.safetensors_file import Array
+from tests.models.numpy_deepseek_v41 import engram_rows
+from tests.models.rows import Row
+from tests.models.safetensors_file import Array, write_safetensors
 
 RawConfig = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
@@ -155,3 +160,49 @@ def random_tensors(config: RawConfig, table_rows: dict[int, int], seed: int) -> 
         else:
             tensors[name] = drawn * np.float32(1.2 / np.sqrt(shape[-1]))
     return tensors
+
+
+def deepseek_v41(**changes: Any) -> RawConfig:
+    """Return a `config.json`; the changes are for its text part."""
+    return {
+        "model_type": "deepseek_v41",
+        "architectures": ["DeepseekV41ForCausalLM"],
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+        "text_config": text_config(**changes),
+    }
+
+
+def folded(config: RawConfig) -> Array:
+    """Return the folded id of each token of a text config."""
+    ids = np.arange(config["vocab_size"])
+    return np.where(
+        ids < config["engram_compressed_vocab_size"], ids, ids - config["engram_compressed_vocab_size"]
+    )
+
+
+def write_deepseek_v41(directory: Path, config: RawConfig, seed: int) -> dict[str, Array]:
+    """Write a checkpoint, with weights in float32, and its tokenizer; return its tensors."""
+    text = config["text_config"]
+    rows = {layer: 1 + int(found.max()) for layer, found in engram_rows(text, range(500)).items()}
+    tensors = random_tensors(text, rows, seed)
+    (directory / "config.json").write_text(json.dumps(config))
+    write_safetensors(directory / "model.safetensors", {name: ("F32", one) for name, one in tensors.items()})
+    words = [f"w{i}" if i == token else f"W{i}" for token, i in enumerate(folded(text).tolist())]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return tensors
+
+
+ROWS = {
+    "deepseek_v41": Row(
+        shapes=None,
+        without_references="`test_deepseek_v41.py` compares with a numpy model, and `tests/oracle` that with mlx-lm",
+        without_record="llama.cpp has no converter",
+        without_converted="llama.cpp has no converter",
+        without_mlx="no checkpoint of MLX has been read",
+        chats=(),
+    )
+}

@@ -208,9 +208,7 @@ class CandidateConfig:
 
     num_blocks: int  # a token that could see no more entries than these have chooses among all
     block_size: int  # entries
-    is_source: bool = (
-        False  # the layer finds them, by their best entries; the token's last block is always one
-    )
+    is_source: bool = False  # the layer finds them: those with the best entries, and the last one
 
     @property
     def num_entries(self) -> int:

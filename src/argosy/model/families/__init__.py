@@ -87,6 +87,7 @@ FAMILIES: Mapping[str, Family] = {
             "wrappers.qwen3_vl_moe", "wrappers.qwen3_omni_moe", "wrappers.glm4v_moe", "wrappers.gemma4",
             "wrappers.internvl", "wrappers.internvl_chat", "wrappers.deepseek_ocr",
             "latent.axk1", "wrappers.kimi_vl", "latent.deepseek_v32", "latent.deepseek_v4",
+            "latent.deepseek_v41",
             "latent.glm_moe_dsa", "latent.mistral4", "wrappers.mistral3",
             "attention.solar_open", "attention.dots1", "attention.bailing_moe", "attention.hy_v3",
             "attention.exaone_moe", "attention.hunyuan_v1_moe", "latent.youtu",

@@ -26,7 +26,7 @@ from argosy.config import (
 from argosy.errors import CheckpointError
 from argosy.model.families.latent.deepseek import MOST_CHOSEN
 from argosy.model.families.latent.deepseek_v4_gguf import GGUF_ARCHITECTURE, mixers_by_ratio, open_gguf
-from argosy.model.reading.common_config import MoeDefaults, read_sizes
+from argosy.model.reading.common_config import Common, MoeDefaults, read_sizes
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.reading.experts_config import RENORMALIZE_EPS
 from argosy.model.reading.layout import Layout
@@ -109,37 +109,10 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     num_layers = reader.integer("num_hidden_layers", default=_DEFAULTS.num_layers, most=MOST_LAYERS)
     num_mtp = reader.integer("num_nextn_predict_layers", default=1, least=0, most=MOST_LAYERS)
     ratios = _read_ratios(reader, num_layers, num_mtp)
-    window, compressed = _read_ropes(reader, sizes.attention["head_dim"], sizes.model["context_tokens"])
-    num_heads, num_groups = sizes.attention["num_heads"], reader.integer("o_groups", default=8)
-    if num_heads % num_groups:
-        raise CheckpointError(
-            f"config.json gives o_groups as {num_groups}, expected a divisor of the {num_heads} heads",
-            key="o_groups",
-        )
-    reader.neutral("num_key_value_heads", 1)
-    attention = CompressedConfig(
-        num_heads=num_heads,
-        head_dim=sizes.attention["head_dim"],
-        query_rank=reader.integer("q_lora_rank", default=1024),
-        num_groups=num_groups,
-        output_rank=reader.integer("o_lora_rank", default=1024),
-        sliding_window=reader.integer("sliding_window", default=128),
-        norm_eps=sizes.model["norm_eps"],
-        rope=None,
-        has_head_norm=True,
-    )
-    index = EntryIndexConfig(
-        num_chosen=reader.integer("index_topk", default=512, most=MOST_CHOSEN),
-        num_heads=reader.integer("index_n_heads", default=64),
-        head_dim=reader.integer("index_head_dim", default=128),
-    )
-    if index.head_dim < compressed.rotary_dim:
-        raise CheckpointError(
-            f"config.json: index_head_dim is {index.head_dim}, less than the {compressed.rotary_dim} dimensions that "
-            "rotate (qk_rope_head_dim)",
-            key="index_head_dim",
-        )
-    mixers = mixers_by_ratio(attention, window, compressed, index)
+    attention = read_attention(reader, sizes, query_rank=1024)
+    window, compressed = read_ropes(reader, attention.head_dim, sizes.model["context_tokens"])
+    index = read_index(reader, compressed, num_heads=64)
+    mixers = mixers_by_ratio(replace(attention, has_head_norm=True), window, compressed, index)
     expert_width = reader.integer(
         "moe_intermediate_size", "intermediate_size", default=_DEFAULTS.expert_width
     )
@@ -152,16 +125,13 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         ),
         expert_width=expert_width,
         shared_width=expert_width * reader.integer("n_shared_experts", default=1),
-        router=_read_router(reader),
+        router=read_router(reader),
         activation=ActivationConfig(kind="silu_limited", limit=reader.number("swiglu_limit", 10.0)),
-        residual=SinkhornResidual(
-            num_streams=reader.integer("hc_mult", default=4),
-            iterations=reader.integer("hc_sinkhorn_iters", default=20, most=_MOST_ITERATIONS),
-            eps=reader.number("hc_eps", 1e-6),
-        ),
+        residual=read_residual(reader),
         draft_form=None,
         **sizes.model,
     )
+    reader.neutral("norm_topk_prob", True)
     reader.neutral("attention_bias", False, None)
     reader.neutral("first_k_dense_replace", 0, None)
     reader.passed("expert_dtype")  # how weights are stored
@@ -201,10 +171,60 @@ def _read_hashed(reader: ConfigReader, num_layers: int, num_mtp: int) -> Sequenc
     return [layer < (_HASH_LAYERS if count is None else count) for layer in range(num_layers)]
 
 
-def _read_router(reader: ConfigReader) -> RouterConfig:
+def read_attention(reader: ConfigReader, sizes: Common, *, query_rank: int) -> CompressedConfig:
+    """Read what the mixers of all layers have, but the rotary embedding.
+
+    Args:
+        query_rank: the default.
+    """
+    num_heads, num_groups = sizes.attention["num_heads"], reader.integer("o_groups", default=8)
+    if num_heads % num_groups:
+        raise CheckpointError(
+            f"config.json gives o_groups as {num_groups}, expected a divisor of the {num_heads} heads",
+            key="o_groups",
+        )
+    reader.neutral("num_key_value_heads", 1)
+    return CompressedConfig(
+        num_heads=num_heads,
+        head_dim=sizes.attention["head_dim"],
+        query_rank=reader.integer("q_lora_rank", default=query_rank),
+        num_groups=num_groups,
+        output_rank=reader.integer("o_lora_rank", default=1024),
+        sliding_window=reader.integer("sliding_window", default=128),
+        norm_eps=sizes.model["norm_eps"],
+        rope=None,
+    )
+
+
+def read_index(reader: ConfigReader, rope: RopeConfig, *, num_heads: int) -> EntryIndexConfig:
+    """Read the sizes of indexers, whose queries and keys rotate by `rope`; `num_heads` is the default."""
+    index = EntryIndexConfig(
+        num_chosen=reader.integer("index_topk", default=512, most=MOST_CHOSEN),
+        num_heads=reader.integer("index_n_heads", default=num_heads),
+        head_dim=reader.integer("index_head_dim", default=128),
+    )
+    if index.head_dim < rope.rotary_dim:
+        raise CheckpointError(
+            f"config.json: index_head_dim is {index.head_dim}, less than the {rope.rotary_dim} dimensions that "
+            "rotate (qk_rope_head_dim)",
+            key="index_head_dim",
+        )
+    return index
+
+
+def read_residual(reader: ConfigReader) -> SinkhornResidual:
+    """Read the residual streams."""
+    return SinkhornResidual(
+        num_streams=reader.integer("hc_mult", default=4),
+        iterations=reader.integer("hc_sinkhorn_iters", default=20, most=_MOST_ITERATIONS),
+        eps=reader.number("hc_eps", 1e-6),
+    )
+
+
+def read_router(reader: ConfigReader) -> RouterConfig:
+    """Read how experts are chosen and weighted."""
     reader.one_of("scoring_func", "sqrtsoftplus", ("sqrtsoftplus",))
     reader.one_of("topk_method", "noaux_tc", ("noaux_tc",))
-    reader.neutral("norm_topk_prob", True)
     for key in ("n_group", "topk_group"):
         reader.neutral(key, 1, None)
     return RouterConfig(
@@ -215,7 +235,7 @@ def _read_router(reader: ConfigReader) -> RouterConfig:
     )
 
 
-def _read_ropes(reader: ConfigReader, head_dim: int, context_tokens: int) -> tuple[RopeConfig, RopeConfig]:
+def read_ropes(reader: ConfigReader, head_dim: int, context_tokens: int) -> tuple[RopeConfig, RopeConfig]:
     """Read the embeddings of layers without and with pools. Files give `qk_rope_head_dim`, or transformers' share of a
     head.
     """
