@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,17 @@ from argosy.checkpoint.formats import matrix_bytes
 from argosy.engine.drafts.mtp import MtpDrafter
 from argosy.engine.sequence import Sequence
 from argosy.errors import CheckpointError, ReadFailed, UnsupportedModel, UsageError
+from argosy.model.clock import PartClock
 from argosy.model.draft_layer import MOST_BEHIND
 from argosy.model.families import open_model
+from argosy.model.model import ModelReading, ModelSizes
 from argosy.model.weights import dense_footprint
 from tests.engine.random_drafter import RandomDrafter
+from tests.model.open_parts import NUM_SEQUENCES, Run, make_steps
 from tests.models.gguf_models import one_type, write_gguf_model
 from tests.models.tiny import glm4_moe, prompt_ids, write_model
 from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
+from tests.models.tiny_glm5 import glm5_next
 from tests.models.tiny_kda import bailing_hybrid
 from tests.models.tiny_latent import deepseek_v3
 from tests.models.tiny_mtp import NumpyDraft, write_mtp_model
@@ -297,3 +302,26 @@ def test_logits_of_a_prompt_do_not_change(model: Path) -> None:
     prompt = prompt_ids({"vocab_size": vocab_size(model)}, 2, 30)
     with Engine.open(model, **SETTINGS) as plain, Engine.open(model, speculate="mtp", **SETTINGS) as engine:
         assert np.array_equal(plain.logits(prompt), engine.logits(prompt))
+
+
+def test_entries_of_pools_lie_behind_the_draft_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No family has both yet: the draft layer only has its store, in front of those of the pools."""
+    files = open_model(write_model(tmp_path, glm5_next(index_kpool=4, index_topk=8), seed=3))
+    draft = replace(files.config.draft_only.layers[-1], is_moe=False)
+    with_draft = replace(
+        files, config=replace(files.config, layers=(*files.config.layers, draft)), num_draft_layers=1
+    )
+    monkeypatch.setattr("argosy.model.model.DraftLayer", lambda *_, **__: None)
+    found = []
+    for one in (files, with_draft):
+        store = _native.Store(2)
+        reading = ModelReading(one, store)
+        reading.wait()
+        sizes = ModelSizes(kv_blocks=24, kv_dtype="f32", step_tokens=70, num_states=NUM_SEQUENCES, slots=None)
+        model = reading.finish(sizes, _native.Runtime(1), clock=PartClock())
+        (step,) = make_steps(files.config, [[Run(0, 70)]])
+        found.append(model.forward(step))
+        assert model.take_uses().sum() > 0
+        store.close()
+        model.close()
+    np.testing.assert_array_equal(*found)

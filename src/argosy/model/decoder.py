@@ -90,9 +90,7 @@ class Decoder:
             norm_eps=config.norm_eps,
             rotaries=[rotary(rope) for rope in config.ropes],
             activation=describe_activation(config.activation),
-            layers=describe_layers(config, weights, {} if tables is None else tables.rows)[
-                layers.start : layers.stop
-            ],
+            layers=describe_layers(config, weights, layers, {} if tables is None else tables.rows),
             max_tokens=max_tokens,
             experts_off=experts is None,
             recurrent=recurrent,
@@ -212,7 +210,7 @@ class Decoder:
 
         Which experts ran can reveal the text, so add up many tokens before showing these counts.
         """
-        uses = np.empty((self.config.num_layers, self.config.num_experts), np.int64)
+        uses = np.empty((len(self._layers), self.config.num_experts), np.int64)
         self._stack.take_uses(uses)
         return uses
 

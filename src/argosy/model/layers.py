@@ -28,9 +28,9 @@ from argosy.model.weights import DenseWeights, Vector
 
 
 def describe_layers(
-    config: ModelConfig, weights: DenseWeights, tables: Mapping[int, _native.TableRows] = {}
+    config: ModelConfig, weights: DenseWeights, layers: range, tables: Mapping[int, _native.TableRows] = {}
 ) -> list[_native.Layer]:
-    """Describe every layer of a model, using the memory of `weights`, and the n-gram tables by layer."""
+    """Describe some layers of a model, using the memory of `weights`, and the n-gram tables by layer."""
     vectors = weights.vectors
     return [
         _native.Layer(
@@ -50,7 +50,7 @@ def describe_layers(
             ffn_mix=_mix(config, f"layers.{i}.mlp_mix", weights) if layer.has_network else None,
             ngrams=None if layer.ngrams is None else _ngrams(config, i, layer.ngrams, weights, tables[i]),
         )
-        for i, layer in enumerate(config.layers)
+        for i, layer in enumerate(config.layers[layers.start : layers.stop], layers.start)
     ]
 
 

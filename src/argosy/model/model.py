@@ -257,7 +257,7 @@ class Model:
         if config.recurrent_layers and sizes.num_states:
             self.recurrent = _native.RecurrentState(sizes.num_states, state_shapes(config))
         self.decoder = Decoder(
-            config,
+            files.config,  # further stores lie behind those of all layers, the draft layer's included
             weights,
             experts,
             self.kv,
@@ -266,6 +266,7 @@ class Model:
             clock=clock,
             recurrent=self.recurrent,
             observe=observe,
+            layers=range(config.num_layers),
         )
         if log is not None:
             self.decoder.room_for_choices = log.room
