@@ -302,6 +302,15 @@ def test_any_other_key_changes_the_model_or_is_refused_by_name(
     assert not unnoticed
 
 
+def test_glm_5_3_scores_with_a_sigmoid_if_the_file_does_not_say(tmp_path: Path) -> None:
+    """The converter leaves the key out if config.json does, and llama.cpp takes the sigmoid then."""
+    file, _ = write_converted(ARCHITECTURES["glm5-next"], tmp_path / "model.gguf")
+    silent = {key: value for key, value in file.metadata.items() if key != "glm5-next.expert_gating_func"}
+    assert len(silent) == len(file.metadata) - 1
+    found = [read_converted(one, "glm5-next") for one in (file, replace(file, metadata=silent))]
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("number", [float("inf"), float("nan"), -1.0, 1e10])
 def test_sections_that_are_no_whole_numbers_are_refused(number: float, tmp_path: Path) -> None:
     key = "qwen35moe.rope.dimension_sections"

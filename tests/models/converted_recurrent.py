@@ -105,6 +105,8 @@ RECURRENT_CONVERTED: dict[str, tuple[str, RawConfig]] = {
     ),
     # llama.cpp has four streams; its converter wants Kimi Delta Attention's heads to be as many as attention's.
     "glm5_next_plain": ("glm5-next", glm5_next()),
+    # With fewer heads of the indexer, whole scores are zero and tie.
+    "glm5_next_chosen_pools": ("glm5-next", glm5_next(index_kpool=4, index_topk=8, index_n_heads=8)),
     "glm5_next_dense_layers": (
         "glm5-next",
         glm5_next(

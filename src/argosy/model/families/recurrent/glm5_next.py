@@ -48,7 +48,7 @@ from argosy.model.reading.experts_config import (
     read_sigmoid_router,
     require_groups,
 )
-from argosy.model.reading.gguf_config import GgufConfigReader
+from argosy.model.reading.gguf_config import SIGMOID, GgufConfigReader
 from argosy.model.reading.gguf_layout import read_gguf_layout
 from argosy.model.reading.layout import separate_and_fused
 
@@ -261,7 +261,7 @@ def open_gguf(file: GgufFile) -> ModelFiles:
         ),
         expert_width=expert_width,
         router=require_groups(
-            read_router(reader, is_kimi=False),
+            read_router(reader, is_kimi=False, default=SIGMOID),
             sizes["num_experts"],
             sizes["experts_per_token"],
         ),

@@ -125,8 +125,8 @@ def read_floor(reader: GgufConfigReader) -> float:
     return value
 
 
-def read_router(reader: GgufConfigReader, is_kimi: bool) -> RouterConfig:
-    if (function := reader.integer("expert_gating_func")) != SIGMOID:
+def read_router(reader: GgufConfigReader, is_kimi: bool, default: int | None = None) -> RouterConfig:
+    if (function := reader.integer("expert_gating_func", default)) != SIGMOID:
         raise reader.unsupported("expert_gating_func", function, "2 (sigmoid)")
     router = read_grouped_router(reader, is_sigmoid=True, has_choice_bias=True)
     # llama.cpp always renormalises in Kimi-Linear.
