@@ -233,24 +233,22 @@ void Residual::read_gated(const GatedMix& mix, float* weights, float* x) {
   std::vector<Product> products = {{mix.down, low}};
   if (mix.inject) products.push_back({*mix.inject, weights});
   matmul(runtime_, products, normed, num_tokens_);
+  const KernelTable& kernels = runtime_.kernels();
   const auto lock = runtime_.lock();
-  for (int64_t i = 0; i < num_tokens_ * rank; ++i) {
-    const float scaled = low[i] / float(n);
-    low[i] = scaled * sigmoid(scaled);
-  }
+  for (int64_t i = 0; i < num_tokens_ * rank; ++i) low[i] /= float(n);
+  kernels.silu(num_tokens_ * rank, low);
   for (int64_t i = 0; mix.inject && i < num_tokens_ * n; ++i) weights[i] = 2 * sigmoid(weights[i] / float(n));
   matmul(runtime_, {{mix.up, gates}}, low, num_tokens_);
   runtime_.parallel_for(num_tokens_, 4 * cols, [&](int64_t begin, int64_t end, int) {
     for (int64_t token = begin; token < end; ++token) {
-      float* out = x + token * hidden_;
-      for (int64_t d = 0; d < hidden_; ++d) {
-        float sum = 0;
-        for (int64_t i = 0; i < n; ++i) {
-          const int64_t at = token * cols + i * hidden_ + d;
-          sum += sigmoid(gates[at]) * normed[at];
-        }
-        out[d] = sum / float(n);
+      float *out = x + token * hidden_, *stream = normed + token * cols;
+      kernels.mul_gate(GateKind::sigmoid, gates + token * cols, 1, cols, stream);
+      std::copy_n(stream, hidden_, out);
+      for (int64_t i = 1; i < n; ++i) {
+        stream += hidden_;
+        for (int64_t d = 0; d < hidden_; ++d) out[d] += stream[d];
       }
+      for (int64_t d = 0; d < hidden_; ++d) out[d] /= float(n);
     }
   });
 }
