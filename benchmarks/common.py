@@ -204,7 +204,7 @@ def verdict(value: float, target: str) -> str:
 def _short(value: float) -> str:
     if math.isnan(value):
         return "-"
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 0.01 else f"{value:.2f}"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
 
 
 def run_inside(script: str, arguments: Sequence[object]) -> list[str]:

@@ -1,10 +1,11 @@
 """How long does it take to open and plan a checkpoint, and how much memory, by the number of its tensors?
 
-    python benchmarks/opening.py [--tensors 60000,120000,250000,500000] [--repeats 3] [--short]
+    python benchmarks/opening.py [--models kimi_k2,kimi_k3] [--tensors 60000,120000,250000,500000] [--repeats 3]
+                                 [--short]
 
-The geometry is a giant's: experts of [3072, 3584] in MXFP4, as `compressed-tensors` writes them, a tensor for the codes
-and one for the scales of each matrix, in a shard for every 3,000 tensors. Layers have more experts from size to size,
-and everything else is equal. Headers and the index are real; the weights are holes, because neither opening nor
+Layers and names are a giant's: experts in MXFP4, as `compressed-tensors` writes them, a tensor for the codes and one
+for the scales of each matrix, in a shard for every 3,000 tensors. Layers have more experts from size to size, and
+everything else is equal. Headers and the index are real; the weights are holes, because neither opening nor
 planning reads any. Each repeat is a fresh process, which has imported everything that a process with an engine imports;
 seconds are those of its processor, and memory is what it takes in addition at its peak, and still holds at the end.
 """
@@ -26,19 +27,18 @@ from argosy.checkpoint.geometry import dense_shapes, expert_shapes
 from argosy.config import MIB
 from argosy.model.families import FAMILIES
 from common import Report, alternate, run_inside
-from trillion import raw_config
+from giants import GIANTS, Model
 
-NUM_LAYERS = 61
 TENSORS_OF_EXPERT = 6
 TENSORS_OF_SHARD = 3000
-FAMILY = "kimi_k2"
 SECONDS, PEAK_MIB, AT = 2.0, 64.0, 60_000  # the target
 _QUANTIZATION: dict[str, Any] = {
     "quant_method": "compressed-tensors",
     "quantization_status": "compressed",
     "format": "mxfp4-pack-quantized",
     "ignore": [
-        "lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", "re:.*mlp\\.(gate|up|gate_up|down)_proj.*"
+        "lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", "re:.*mlp\\.(gate|up|gate_up|down)_proj.*",
+        "re:.*routed_expert_.*",
     ],
     "kv_cache_scheme": None,
     "config_groups": {
@@ -56,20 +56,18 @@ _QUANTIZATION: dict[str, Any] = {
 }  # fmt: skip
 
 
-def write_checkpoint(directory: Path, num_tensors: int) -> int:
+def write_checkpoint(directory: Path, model: Model, num_tensors: int) -> int:
     """Write config, headers and holes; return how many tensors they describe."""
-    raw = raw_config(short=False) | {
-        "num_hidden_layers": NUM_LAYERS,
-        "n_routed_experts": num_tensors // ((NUM_LAYERS - 1) * TENSORS_OF_EXPERT),
-        "hidden_size": 3584,
-        "moe_intermediate_size": 3072,
-        "quantization_config": _QUANTIZATION,
-    }
+    family = FAMILIES[model.raw["model_type"]]
+    num_layers = len(family.parse_config(model.raw).moe_layers)
+    sizes: dict[str, Any] = {model.experts_key: num_tensors // (num_layers * TENSORS_OF_EXPERT)}
+    raw = model.with_sizes(**sizes, quantization_config=_QUANTIZATION)
     (directory / "config.json").write_text(json.dumps(raw))
-    family = FAMILIES[FAMILY]
     config, layout = family.parse_config(raw), family.LAYOUTS[0]
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {
-        layout.dense_name(name): ("BF16", shape) for name, shape in dense_shapes(config)
+        # A convolution has one input channel.
+        layout.dense_name(name): ("BF16", (shape[0], 1, shape[1]) if name.endswith("_conv") else shape)
+        for name, shape in dense_shapes(config)
     }
     for layer in config.moe_layers:
         shapes = expert_shapes(config, layer)
@@ -140,6 +138,7 @@ def sample(directory: Path) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", default=",".join(GIANTS))
     parser.add_argument("--tensors", default="60000,120000,250000,500000")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--short", action="store_true", help="60,000 tensors, once")
@@ -154,18 +153,18 @@ def main() -> int:
     report = Report("opening", state="headers in the page cache, weights are holes")
     with tempfile.TemporaryDirectory() as folder:
         made = {}
-        for size in sizes:
-            directory = Path(folder) / str(size)
-            directory.mkdir()
-            made[directory] = write_checkpoint(directory, size)
+        for model in options.models.split(","):
+            for size in sizes:
+                directory = Path(folder) / f"{model}-{size}"
+                directory.mkdir()
+                made[directory] = model, write_checkpoint(directory, GIANTS[model], size)
         counts = {directory: int(sample(directory)["experts"]) for directory in made}
         report.correct(f"{', '.join(f'{count:,}' for count in counts.values())} experts found")
         report.opening()
-        for directory, num_tensors in made.items():
-            found = alternate({f"{num_tensors:,}": partial(sample, directory)}, options.repeats)
-            samples = found[f"{num_tensors:,}"]
-            facts = {"tensors": num_tensors, "experts": counts[directory]}
-            name = f"{num_tensors:,} tensors"
+        for directory, (model, num_tensors) in made.items():
+            name = f"{model}, {num_tensors:,} tensors"
+            samples = alternate({name: partial(sample, directory)}, options.repeats)[name]
+            facts = {"model": model, "tensors": num_tensors, "experts": counts[directory]}
             opened = report.figure(f"{name}: open", "s", samples, "open", **facts)
             planned = report.figure(f"{name}: plan", "s", samples, "plan", **facts)
             peak = report.figure(f"{name}: most memory", "MiB", samples, "peak", **facts)

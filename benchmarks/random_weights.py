@@ -48,6 +48,9 @@ _ATTENTION_SHARE = 0.25
 # Networks write so much that a router evaluated one layer early names 0.88 of the experts (routing.py): trained models
 # were measured at 0.81 to 0.89. Otherwise look-ahead would be right more often here than anywhere.
 _NETWORK_SHARE = 1.5
+# The matrices with which mixers and networks write the hidden state.
+_MIXERS_WRITE = frozenset({"o", "kda_out"})
+_NETWORKS_WRITE = frozenset({"down", "shared_down", "latent_up"})
 # The logit of a document's next token before layers have added to the norm; it is about 13 afterwards. The others have
 # a deviation near 1.8, so the largest of 32000 stays below 8.
 _NEXT_LOGIT = 18.0
@@ -112,12 +115,14 @@ class RandomWeights:
             if kind == "router":
                 return Exact(shape, lambda: self.router(int(name.split(".")[1])))
         deviation = 1.0 if kind == "embed" else shape[-1] ** -0.5
-        if self.routing == "plain" or kind not in ("o", "down", "shared_down"):
+        # Experts that read and write a narrower vector do not write the hidden state: `latent_up` does.
+        is_inner = name == "expert.down" and self.config.expert_latent > 0
+        if self.routing == "plain" or kind not in _MIXERS_WRITE | _NETWORKS_WRITE or is_inner:
             return Normal(shape, deviation)
         # Attention pulls the tokens of a text towards each other; at full size, a few layers of it leave nothing else.
         return Normal(
             shape,
-            deviation * (_ATTENTION_SHARE if kind == "o" else self._network_share(kind)),
+            deviation * (_ATTENTION_SHARE if kind in _MIXERS_WRITE else self._network_share(kind)),
             silent_rows=RESERVED,
         )
 

@@ -31,6 +31,7 @@ SCRIPTS = (
     "start",
     "opening",
     "scale",
+    "trillion",
     "python_share",
     "cluster",
     "cluster_freeze",

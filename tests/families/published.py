@@ -41,6 +41,7 @@ from tests.families.published_mamba import (
 from tests.families.published_ocr import DEEPSEEK_OCR
 from tests.families.published_recurrent import (
     GLM_5_3_FLASH,
+    KIMI_K3,
     KIMI_LINEAR_48B,
     minimax_text_01,
     qwen3_5_35b,
@@ -1215,6 +1216,7 @@ PUBLISHED = (
     Published("MiniMax-M2", minimax_m2(), 228.7),
     Published("MiniMax-M3", MINIMAX_M3, 428.0),  # with its tower
     Published("Kimi-Linear-48B-A3B", KIMI_LINEAR_48B, 49.1),
+    Published("Kimi-K3", KIMI_K3, 2780.0),
     Published("GLM-5.3-Flash", GLM_5_3_FLASH, 313.2),
     Published("MiniMax-Text-01", minimax_text_01(minimax_m1()), 456.0),
     Published("MiniMax-M1", minimax_m1(), 456.0),

@@ -6,6 +6,67 @@ from typing import Any
 
 RawConfig = dict[str, Any]
 
+# moonshotai/Kimi-K3: 2.8 trillion parameters, and 104 billion active without the embedding table. Layers are counted
+# from one.
+_FULL_OF_K3 = [*range(4, 93, 4), 93]
+KIMI_K3: RawConfig = {
+    "architectures": ["KimiK3ForConditionalGeneration"],
+    "bos_token_id": 163_584,
+    "eos_token_id": 163_586,
+    "media_placeholder_token_id": 163_605,
+    "model_type": "kimi_k3",
+    "tie_word_embeddings": False,
+    "text_config": {
+        "activation_situ_beta": 4.0,
+        "activation_situ_linear_beta": 25.0,
+        "attn_res_block_size": 12,
+        "eos_token_id": 163_586,
+        "first_k_dense_replace": 1,
+        "hidden_act": "situ",
+        "hidden_size": 7168,
+        "intermediate_size": 33_792,
+        "kv_lora_rank": 512,
+        "latent_moe_use_norm": True,
+        "linear_attn_config": {
+            "full_attn_layers": _FULL_OF_K3,
+            "gate_lower_bound": -5.0,
+            "head_dim": 128,
+            "kda_layers": [layer for layer in range(1, 94) if layer not in _FULL_OF_K3],
+            "num_heads": 96,
+            "short_conv_kernel_size": 4,
+            "use_full_rank_gate": True,
+        },
+        "max_position_embeddings": 1_048_576,
+        "mla_use_nope": True,
+        "mla_use_output_gate": True,
+        "model_type": "kimi_linear",
+        "moe_intermediate_size": 3072,
+        "moe_layer_freq": 1,
+        "moe_renormalize": True,
+        "moe_router_activation_func": "sigmoid",
+        "num_attention_heads": 96,
+        "num_expert_group": 1,
+        "num_experts": 896,
+        "num_experts_per_token": 16,
+        "num_hidden_layers": 93,
+        "num_key_value_heads": 96,
+        "num_nextn_predict_layers": 0,
+        "num_shared_experts": 2,
+        "q_lora_rank": 1536,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "rms_norm_eps": 1e-05,
+        "routed_expert_hidden_size": 3584,
+        "routed_scaling_factor": 1.0,
+        "tie_word_embeddings": False,
+        "topk_group": 1,
+        "topk_method": "noaux_tc",
+        "use_grouped_topk": True,
+        "v_head_dim": 128,
+        "vocab_size": 163_840,
+    },
+}
+
 # moonshotai/Kimi-Linear-48B-A3B-Instruct, which has 49.1 billion parameters. Layers are counted from one.
 _FULL = [4, 8, 12, 16, 20, 24, 27]
 KIMI_LINEAR_48B: RawConfig = {

@@ -12,26 +12,11 @@ from argosy.checkpoint.geometry import count_parameters
 from argosy.config import ActivationConfig, BankResidual, KimiDeltaConfig, ModelConfig
 from argosy.errors import ArgosyError
 from argosy.model.families import FAMILIES
+from tests.families.published_recurrent import KIMI_K3
 from tests.models.gguf_k3 import write_k3_gguf
 from tests.models.references import LARGEST_DIFFERENCE, difference
 from tests.models.tiny import RawConfig, prompt_ids, random_tensors, write_model
 from tests.models.tiny_k3 import NumpyK3, kimi_k3
-
-# moonshotai/Kimi-K3: 2.8 trillion parameters, and 104 billion active without the embedding table. Layers are counted
-# from one.
-_FULL = [*range(4, 93, 4), 93]
-_SIZES = {
-    "attn_res_block_size": 12, "hidden_size": 7168, "intermediate_size": 33_792, "kv_lora_rank": 512,
-    "max_position_embeddings": 1_048_576, "moe_intermediate_size": 3072, "num_attention_heads": 96,
-    "num_experts": 896, "num_experts_per_token": 16, "num_hidden_layers": 93, "num_key_value_heads": 96,
-    "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "routed_expert_hidden_size": 3584,
-    "v_head_dim": 128, "vocab_size": 163_840,
-}  # fmt: skip
-_LINEAR: dict[str, Any] = {
-    "full_attn_layers": _FULL, "gate_lower_bound": -5.0, "head_dim": 128,
-    "kda_layers": [i for i in range(1, 94) if i not in _FULL], "num_heads": 96, "short_conv_kernel_size": 4,
-    "use_full_rank_gate": True,
-}  # fmt: skip
 
 
 def parse(raw: RawConfig) -> ModelConfig:
@@ -39,7 +24,7 @@ def parse(raw: RawConfig) -> ModelConfig:
 
 
 def test_the_released_model_is_read() -> None:
-    config = parse(kimi_k3(**_SIZES, linear_attn_config=_LINEAR) | {"eos_token_id": 163_586})
+    config = parse(KIMI_K3)
     total, active = count_parameters(config)
     assert (round(total / 1e12, 1), round(active / 1e9)) == (2.8, 105)
     assert len(config.recurrent_layers) == 69
@@ -60,7 +45,10 @@ def test_the_released_model_is_read() -> None:
         ({"hidden_act": "silu"}, "asks for hidden_act 'silu'; supported: situ"),
         ({"mla_use_nope": False}, "asks for mla_use_nope false; supported: true"),
         ({"moe_router_activation_func": "softmax"}, "asks for moe_router_activation_func 'softmax'"),
-        ({"num_hidden_layers": 93, "linear_attn_config": _LINEAR}, "at most 15 blocks of layers"),
+        (
+            {"num_hidden_layers": 93, "linear_attn_config": KIMI_K3["text_config"]["linear_attn_config"]},
+            "at most 15 blocks of layers",
+        ),
         ({"indexer": 1}, "but kimi_k3 does not know this key"),
     ],
 )
