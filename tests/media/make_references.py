@@ -45,11 +45,12 @@ from tests.media.samples import (
 def picture_processor(name: str) -> Any:
     """The reference processor of a family, on Pillow.
 
-    Kimi's has only a form on torchvision, whose filter differs by a level in some pixels. The model's own code resizes
-    with Pillow, so the reference does here.
+    Kimi's and MiniMax's have only a form on torchvision, whose filter differs by a level in some pixels. The reference
+    resizes with Pillow here, as Kimi's own code does.
     """
     import torch
     import transformers
+    from transformers.image_processing_backends import TorchvisionBackend
     from transformers.models.deepseek_ocr2.image_processing_pil_deepseek_ocr2 import (
         DeepseekOcr2ImageProcessorPil,
     )
@@ -58,20 +59,28 @@ def picture_processor(name: str) -> Any:
     from transformers.models.glm5_next.image_processing_pil_glm5_next import Glm5NextImageProcessorPil
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
     from transformers.models.kimi_k25.image_processing_kimi_k25 import Kimi_K25ImageProcessor
+    from transformers.models.minimax_m3_vl.image_processing_minimax_m3_vl import MiniMaxM3VLImageProcessor
     from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    class KimiProcessorOnPillow(Kimi_K25ImageProcessor):  # type: ignore[misc]
+    class OnPillow(TorchvisionBackend):  # type: ignore[misc]
         def resize(self, image: Any, size: Any, resample: Any = None, **_: Any) -> Any:
             assert resample == Image.Resampling.BICUBIC
             (picture,) = image.permute(0, 2, 3, 1).numpy()
             resized = Image.fromarray(picture).resize((size.width, size.height), resample)
             return torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None]
 
+    class KimiProcessorOnPillow(Kimi_K25ImageProcessor):  # type: ignore[misc]
+        resize = OnPillow.resize
+
+    class MiniMaxProcessorOnPillow(MiniMaxM3VLImageProcessor, OnPillow):  # type: ignore[misc]
+        """Its own `resize` chooses the size."""
+
     transformers.logging.set_verbosity_error()
     classes = {
         "qwen2_vl": Qwen2VLImageProcessorPil,
         "qwen3_vl": Qwen2VLImageProcessorPil,
+        "minimax_m3": MiniMaxProcessorOnPillow,
         "glm4v": Glm4vImageProcessorPil,
         "glm5": Glm5NextImageProcessorPil,
         "gemma4": Gemma4ImageProcessorPil,

@@ -210,6 +210,7 @@ PICTURE_SETTINGS: dict[str, dict[str, Any]] = {
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
     },
+    "minimax_m3": {"image_processor_type": "MiniMaxM3VLImageProcessor", "size": [672, 672]},
     "glm4v": {
         "image_processor_type": "Glm4vImageProcessor",
         "size": {"shortest_edge": 12544, "longest_edge": 9633792},

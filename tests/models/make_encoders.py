@@ -27,6 +27,7 @@ import transformers
 
 from tests.model.encoders.open_tower import PARTS, Part
 from tests.models.safetensors_file import Array, read_safetensors, write_safetensors
+from tests.models.seeing import write_marks
 from tests.models.tiny_encoders import (
     CONFIGS,
     REFERENCE,
@@ -277,6 +278,7 @@ def make(directory: Path, part: Part, sizes: Sizes, seed: int) -> dict[str, Arra
     raw = CONFIGS[part.family](sizes)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    write_marks(directory, part.family)
     config = part.read(raw)
     tensors = random_tensors(part.tensors(config), part.prefix, seed)
     write_safetensors(

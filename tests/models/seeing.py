@@ -23,6 +23,7 @@ from tests.models.tiny_gemma import gemma4
 from tests.models.tiny_latent import kimi_k25, mistral3
 from tests.models.tiny_latent import mistral4 as tiny_mistral4
 from tests.models.tiny_llama4 import OF_GGUF, apart, llama4
+from tests.models.tiny_minimax_m3 import minimax_m3
 from tests.models.tiny_ocr import deepseek_ocr2
 from tests.models.tiny_step import step3p7
 from tests.models.tiny_wrappers import glm4v_moe, internvl, qwen3_omni_moe, qwen3_vl_moe
@@ -44,7 +45,7 @@ def with_towers(family: str, raw: dict[str, Any]) -> dict[str, Any]:
     for key in ("vision_config", "audio_config"):
         if theirs.get(key) is not None:
             own[key] = dict(theirs[key])
-            for size in ("out_hidden_size", "output_dim", "text_hidden_size"):
+            for size in ("out_hidden_size", "output_dim", "projection_dim", "text_hidden_size"):
                 if size in own[key]:
                     own[key][size] = hidden
     for key in (
@@ -56,13 +57,14 @@ def with_towers(family: str, raw: dict[str, Any]) -> dict[str, Any]:
         "image_token_len",
         "patch_token_len",
         "projector_bias",
+        "projector_hidden_size",
     ):
         if key in theirs:
             own[key] = theirs[key]
     if "media_placeholder_token_id" in own:  # the hub's name for it
         own["media_placeholder_token_id"] = own["image_token_id"]
         own["video_token_id"] = 52
-    if family == "llama4":  # as for Gemma below
+    if family in ("llama4", "minimax_m3_vl"):  # as for Gemma below
         own["vision_config"]["rope_parameters"] = {"rope_theta": 10_000.0, "rope_type": "default"}
     if family == "mistral3":  # as for Gemma below
         own["vision_config"]["rope_parameters"] = {"rope_theta": 10_000.0, "rope_type": "axial"}
@@ -83,6 +85,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_omni_moe": with_towers("qwen3_omni_moe", qwen3_omni_moe()),
     "glm4v_moe": with_towers("glm4v_moe", glm4v_moe()),
     "kimi_k25": with_towers("kimi_k25", kimi_k25()),
+    "minimax_m3_vl": with_towers("minimax_m3_vl", minimax_m3()),
     "gemma4": with_towers("gemma4", gemma4(max_position_embeddings=256)),
     "llama4": with_towers("llama4", llama4(**OF_GGUF, num_local_experts=3)),
     "internvl": with_towers("internvl", internvl(hidden_size=24, num_experts=5, num_hidden_layers=2)),
@@ -121,13 +124,14 @@ MMPROJ_PLACEHOLDERS = {
     "qwen3_omni_moe": {"image_token_id": "<|image_pad|>", "audio_token_id": "<|audio_pad|>"},
     "glm4v_moe": {"image_token_id": "<|image|>"},
     "kimi_k25": {"media_placeholder_token_id": "<|media_pad|>"},
+    "minimax_m3_vl": {"image_token_index": "]<]image[>["},
     "gemma4": {"image_token_id": "<|image|>", "boi_token_id": "<|image>", "eoi_token_id": "<image|>"},
     "llama4": {"image_token_index": "<|patch|>"},
     "mistral3": {"image_token_index": "[IMG]"},
     "internvl": {"image_token_id": "<IMG_CONTEXT>"},
     "step3p7": {"image_token_id": "<im_patch>"},
 }
-# Texts of control tokens between the rows of a picture, and their ids, which no config names.
+# Texts of control tokens around a picture or between its rows, and their ids, which no config names.
 WRITTEN: dict[str, dict[str, int]] = {
     "llama4": {
         "<|image_start|>": 53, "<|image_end|>": 54, "<|tile_x_separator|>": 55, "<|tile_y_separator|>": 56,
@@ -135,6 +139,7 @@ WRITTEN: dict[str, dict[str, int]] = {
     },
     "mistral3": {"[IMG_BREAK]": 63, "[IMG_END]": 64},
     "internvl": {"<img>": 51, "</img>": 52},
+    "minimax_m3_vl": {"]<]start of image[>[": 53, "]<]end of image[>[": 54},
     "step3p7": {
         "<im_start>": 53, "<im_end>": 54, "<patch_start>": 55, "<patch_end>": 56, "<patch_newline>": 57,
     },
@@ -150,6 +155,7 @@ def write(directory: Path, family: str, raw: dict[str, Any], seed: int) -> None:
     ):
         if made:
             (directory / name).write_text(json.dumps(made, indent=2) + "\n")
+    write_marks(directory, family)
     tensors = {
         # Not transposed, as transformers writes them, so that the model runs in place.
         name: ("BF16", value.swapaxes(1, 2) if family == "qwen3_vl_moe" and ".experts." in name else value)
@@ -168,6 +174,13 @@ def write(directory: Path, family: str, raw: dict[str, Any], seed: int) -> None:
         made = tiny_encoders.random_tensors(encoder.tensors(config), encoder.prefix, seed)
         tensors |= {name: ("BF16", value) for name, value in made.items()}
     write_safetensors(directory / "model.safetensors", tensors)
+
+
+def write_marks(directory: Path, family: str) -> None:
+    """Name the tokens around a picture in `tokenizer_config.json`, where a family's config does not name them."""
+    if any(mark in WRITTEN.get(family, {}) for encoder in ENCODERS[family] for mark in encoder.marks or ()):
+        added = {str(token_id): {"content": text} for text, token_id in WRITTEN[family].items()}
+        (directory / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}) + "\n")
 
 
 SEEING_TEMPLATE = """{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}
@@ -282,7 +295,11 @@ def processor_config(family: str) -> dict[str, Any]:
             "size": {"height": tile, "width": tile},
             "tile_size": tile,
         }
-    names = {"glm4v_moe": "Glm4vImageProcessor", "kimi_k25": "Kimi_K25ImageProcessor"}
+    names = {
+        "glm4v_moe": "Glm4vImageProcessor",
+        "kimi_k25": "Kimi_K25ImageProcessor",
+        "minimax_m3_vl": "MiniMaxM3VLImageProcessor",
+    }
     made: dict[str, Any] = {
         "image_processor_type": names.get(family, "Qwen2VLImageProcessorFast"),
         "image_mean": [0.5, 0.4, 0.3],

@@ -249,6 +249,47 @@ def glm5_next(sizes: Sizes) -> RawConfig:
     }
 
 
+def minimax_m3_vl(sizes: Sizes) -> RawConfig:
+    """In the spelling of the hub, and that of transformers beside it."""
+    frames = 1 + sizes.heads % 2
+    return {
+        "architectures": ["MiniMaxM3SparseForConditionalGeneration"],
+        "image_token_index": 50,
+        "model_type": "minimax_m3_vl",
+        "multimodal_projector_bias": True,
+        "projector_hidden_act": "gelu",
+        "projector_hidden_size": sizes.mlp + 3,
+        "text_config": _text(
+            sizes, model_type="minimax_m3_vl_text", num_local_experts=2, head_dim=8, rotary_dim=4
+        ),
+        "video_token_index": 51,
+        "vision_config": {
+            "hidden_act": "gelu",
+            "hidden_size": sizes.heads * max(6, sizes.head_dim),
+            "image_size": 2016,
+            "img_token_compression_config": {
+                "image_token_compression_method": "patch_merge",
+                "spatial_merge_size": sizes.merge,
+                "temporal_patch_size": frames,
+            },
+            "intermediate_size": sizes.mlp,
+            "layer_norm_eps": 1e-3,
+            "model_type": "minimax_m3_vl_vision",
+            "num_attention_heads": sizes.heads,
+            "num_channels": 3,
+            "num_hidden_layers": sizes.layers,
+            "patch_size": sizes.patch,
+            "position_embedding_type": "rope",
+            "projection_dim": sizes.out,
+            "rope_mode": "3d",
+            "rope_parameters": {"rope_theta": 300.0, "rope_type": "axial"},
+            "spatial_merge_size": sizes.merge,
+            "temporal_patch_size": frames,
+            "vision_segment_max_frames": 4,
+        },
+    }
+
+
 def kimi_k25(sizes: Sizes) -> RawConfig:
     """In the spelling of transformers, which ignores that of the hub."""
     return {
@@ -559,6 +600,7 @@ CONFIGS: dict[str, Callable[[Sizes], RawConfig]] = {
     "qwen3_omni_moe": qwen3_omni_moe,
     "glm4v_moe": glm4v_moe,
     "glm5_next": glm5_next,
+    "minimax_m3_vl": minimax_m3_vl,
     "kimi_k25": kimi_k25,
     "gemma4": gemma4,
     "mistral3": mistral3,

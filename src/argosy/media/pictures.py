@@ -6,6 +6,7 @@ Height and width alone decide a picture's new size, and so its number of tokens;
 pixels. The families differ in how they choose the size, and in how they order patches and the values of a patch:
 
     Qwen2-VL to Qwen3.5   multiples of patch * merge, a number of pixels between two limits
+    MiniMax-M3            the same, with other limits
     GLM-4.1V to GLM-4.6V  the same, counted over the frames of a patch; a side below one token is enlarged to one first
     GLM-5.3               never enlarged but to the least number of tokens, then padded with black to whole tokens
     Kimi-VL, K2.5         never enlarged, limited patches, then padded with black; resized by Pillow as the
@@ -269,6 +270,10 @@ def _read_qwen(settings: Settings, most_tokens: int | None) -> PictureProcessor:
     return _read_qwen_or_glm(settings, most_tokens, (56 * 56, 28 * 28 * 1280), is_glm=False)
 
 
+def _read_minimax(settings: Settings, most_tokens: int | None) -> PictureProcessor:
+    return _read_qwen_or_glm(settings, most_tokens, (56 * 56, 672 * 672), is_glm=False)
+
+
 def _read_glm(settings: Settings, most_tokens: int | None) -> PictureProcessor:
     return _read_qwen_or_glm(settings, most_tokens, (112 * 112, 28 * 28 * 15000), is_glm=True)
 
@@ -307,7 +312,9 @@ def _read_qwen_or_glm(
 
 def _pixel_limits(settings: Settings, limits: tuple[int, int], *, is_glm: bool) -> tuple[int, int]:
     least, most = limits
-    size = settings.nested("size")
+    # MiniMax's files give a square that their processor does not read.
+    is_square = settings.holds("size", [672, 672], {"height": 672, "width": 672})
+    size = None if is_square else settings.nested("size")
     # The older names come first.
     if not is_glm and settings.has("min_pixels") and settings.has("max_pixels"):
         return settings.integer("min_pixels", None), settings.integer("max_pixels", None)
@@ -398,6 +405,7 @@ def _read_pixtral(settings: Settings, most_tokens: int | None) -> PictureProcess
 
 _READERS: dict[str, Callable[[Settings, int | None], PictureProcessor]] = {
     "Qwen2VLImageProcessor": _read_qwen,
+    "MiniMaxM3VLImageProcessor": _read_minimax,
     "Glm4vImageProcessor": _read_glm,
     "Glm46VImageProcessor": _read_glm,
     "Glm5NextImageProcessor": _read_glm5,

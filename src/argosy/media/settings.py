@@ -110,6 +110,10 @@ class Settings:
                 supported=supported,
             )
 
+    def holds(self, name: str, *values: object) -> bool:
+        """Whether a key has one of these values, and count it as read."""
+        return self._find(name, None) in values
+
     def passed(self, *names: str) -> None:
         """Accept keys with any value, because they concern something else."""
         self._asked.update(names)

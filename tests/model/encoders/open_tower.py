@@ -171,6 +171,13 @@ PARTS["glm5_next"] = _part(  # type: ignore[call-arg]
     shapes=_stills(_grids),
     large_shapes=_stills(_large_grids),
 )
+PARTS["minimax_m3_vl"] = _part(  # type: ignore[call-arg]
+    "minimax_m3_vl",
+    *ENCODERS["minimax_m3_vl"],
+    ("model.vision_tower.", "model.multi_modal_projector."),
+    shapes=_stills(_grids),
+    large_shapes=_stills(_large_grids),
+)
 PARTS["mistral3"] = _part(  # type: ignore[call-arg]
     "mistral3",
     *ENCODERS["mistral3"],

@@ -17,6 +17,7 @@ from argosy.model.encoders import (
     glm_vision,
     intern_vit,
     llama4_vision,
+    minimax_vision,
     moon_vit,
     omni_audio,
     pixtral_vision,
@@ -202,6 +203,29 @@ STEP_3_7: RawConfig = {
 }
 
 
+MINIMAX_M3: RawConfig = {
+    "hidden_act": "gelu",
+    "hidden_size": 1280,
+    "image_size": 2016,
+    "img_token_compression_config": {
+        "image_token_compression_method": "patch_merge",
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    },
+    "intermediate_size": 5120,
+    "layer_norm_eps": 1e-05,
+    "model_type": "clip_vision_model",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 32,
+    "patch_size": 14,
+    "position_embedding_type": "rope",
+    "projection_dim": 6144,
+    "rope_mode": "3d",
+    "rope_theta": 10000.0,
+    "vision_segment_max_frames": 4,
+}
+
+
 def config_reader(raw: RawConfig) -> ConfigReader:
     return ConfigReader(raw, "this family", within="vision_config")
 
@@ -234,6 +258,11 @@ def read_step(raw: RawConfig, **wrapper: Any) -> step_vision.StepVisionConfig:
     return step_vision.read_config(own, ConfigReader(wrapper, "step3p7"), text_model(4096))
 
 
+def read_minimax(raw: RawConfig, **wrapper: Any) -> minimax_vision.MiniMaxVisionConfig:
+    own = config_reader({key: value for key, value in raw.items() if key != "model_type"})
+    return minimax_vision.read_config(own, ConfigReader(wrapper, "minimax_m3_vl"), text_model(6144))
+
+
 # The config of a released tower, how it is read, its tensors, and millions of parameters, as transformers counts them.
 RELEASED: dict[str, tuple[RawConfig, Callable[[RawConfig], Any], Callable[[Any], Any], int]] = {
     "Qwen3-VL": (QWEN3_VL, lambda raw: qwen_vision.read_config(config_reader(raw)), qwen_vision.tensors, 539),
@@ -257,6 +286,7 @@ RELEASED: dict[str, tuple[RawConfig, Callable[[RawConfig], Any], Callable[[Any],
     ),
     "GLM-4.5V": (GLM_4_5V, lambda raw: glm_vision.read_config(config_reader(raw)), glm_vision.tensors, 859),
     "Kimi-K2.5": (KIMI_K25, read_kimi, moon_vit.tensors, 471),
+    "MiniMax-M3": (MINIMAX_M3, read_minimax, minimax_vision.tensors, 866),
     "Gemma-4": (
         GEMMA_4,
         lambda raw: gemma_vision.read_config(config_reader(raw), hidden_size=2816),
@@ -323,6 +353,13 @@ REFUSED = [
     ("GLM-4.5V", "hidden_act", "gelu"),
     ("GLM-4.5V", "hidden_size", 1540),
     ("GLM-4.5V", "image_size", 13),
+    ("MiniMax-M3", "hidden_act", "quick_gelu"),
+    ("MiniMax-M3", "hidden_size", 80),
+    ("MiniMax-M3", "hidden_size", 1281),
+    ("MiniMax-M3", "num_channels", 4),
+    ("MiniMax-M3", "position_embedding_type", "learned"),
+    ("MiniMax-M3", "projection_dim", 4096),
+    ("MiniMax-M3", "rope_mode", "2d"),
     ("Kimi-K2.5", "merge_type", "sd2"),
     ("Kimi-K2.5", "pos_emb_type", "learnable"),
     ("Kimi-K2.5", "video_attn_type", "spatial"),
@@ -414,6 +451,27 @@ def test_another_projector_of_internvl_is_refused() -> None:
         with pytest.raises(UnsupportedModel, match=f"asks for {next(iter(wrapper))}"):
             read_intern_vit(INTERN_VIT, **wrapper)
     assert read_intern_vit(INTERN_VIT, downsample_ratio=0.25).merge == 4
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("projector_hidden_act", "silu"),
+        ("multimodal_projector_bias", False),
+        ("vision_feature_layer", -2),
+        ("vision_feature_select_strategy", "default"),
+    ],
+)
+def test_another_projector_of_minimax_is_refused(key: str, value: object) -> None:
+    with pytest.raises(UnsupportedModel, match=key):
+        read_minimax(MINIMAX_M3, **{key: value})
+
+
+def test_another_compression_of_minimax_is_refused() -> None:
+    assert read_minimax(MINIMAX_M3 | {"img_token_compression_config": {"spatial_merge_size": 3}}).merge == 3
+    for key, value in (("image_token_compression_method", "pool"), ("kernel", 1)):
+        with pytest.raises(UnsupportedModel, match=key):
+            read_minimax(MINIMAX_M3 | {"img_token_compression_config": {key: value}})
 
 
 def test_another_projector_of_pixtral_is_refused() -> None:

@@ -22,7 +22,9 @@ from argosy.model.reading.config_reader import ConfigReader, is_positive_number
 Grid = tuple[int, int, int]  # frames, rows and columns of patches
 Weigh = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 Places = tuple[NDArray[np.int64], NDArray[np.int64]]  # the row and the column of each patch of a frame
-PairOrder = Literal["rows first", "rows first, adjacent", "alternating", "columns first"]
+PairOrder = Literal[
+    "rows first", "rows first, adjacent", "alternating", "columns first", "thirds", "thirds apart"
+]
 
 
 def frame_patches(grid: Grid) -> int:
@@ -94,7 +96,9 @@ class Rotation:
     Args:
         order: "rows first": the first half of the pairs turns with the row, and dimension i is paired with
             i + head_dim / 2. Otherwise a pair is two adjacent dimensions; "alternating": pairs turn with column and row
-            by turns; "columns first": the first half of the pairs turns with the column.
+            by turns; "columns first": the first half of the pairs turns with the column. "thirds": time, which is 0,
+            row and column have a third of the pairs each, paired in halves, and dimensions that are left over do not
+            turn; "thirds apart": the same where the dimensions of each axis lie together.
         is_staggered: the second axis turns half a step slower than the first.
     """
 
@@ -107,25 +111,35 @@ class Rotation:
         order: PairOrder = "rows first",
         is_staggered: bool = False,
     ) -> None:
-        self._is_interleaved = order != "rows first"
+        has_time = order.startswith("thirds")
+        self._is_interleaved = order != "rows first" and not has_time
         self._num_places = len(places[0])
-        frequency = theta ** -(np.arange(0, head_dim // 2, 2) / (head_dim // 2))
-        axes = places if order.startswith("rows first") else places[::-1]
+        turning = head_dim // 6 * 2 if has_time else head_dim // 2  # dimensions of an axis
+        frequency = theta ** -(np.arange(0, turning, 2) / turning)
+        axes = places if order.startswith("rows first") or has_time else places[::-1]
         slower = theta ** (-2 / head_dim) if is_staggered else 1.0
 
         def at_places(of: Weigh) -> Rows:
-            halves = [  # each [places, head_dim / 4]
+            parts = [  # each [places, turning / 2]
                 of(np.arange(1.0 + axis.max())[:, None] * (frequency * scale)).astype(np.float32)[axis]
                 for axis, scale in zip(axes, (1.0, slower), strict=True)
             ]
-            return np.stack(halves, axis=2 if order == "alternating" else 1).reshape(self._num_places, -1)
+            if has_time:
+                parts.insert(0, of(np.zeros(parts[0].shape)).astype(np.float32))
+            return np.stack(parts, axis=2 if order == "alternating" else 1).reshape(self._num_places, -1)
 
         self._cosine, self._sine = at_places(np.cos), at_places(np.sin)
+        self._order = None
+        if order == "thirds apart":  # the two halves of each axis lie together
+            halves = np.arange(3 * turning).reshape(3, 2, -1).swapaxes(0, 1).ravel()
+            self._order = np.append(halves, np.arange(3 * turning, head_dim))
 
     def apply(self, operations: Operations, x: Rows, rows: slice) -> None:
         """Rotate x [rows, heads, head_dim], which are these rows of all frames, in place."""
         index = np.arange(rows.start, rows.stop) % self._num_places
         cosine, sine = (table[index] for table in (self._cosine, self._sine))
+        if self._order is not None:  # queries and keys alike, so that their products are the same
+            x[:] = x[..., self._order]
         operations.rotate(x, cosine, sine, is_interleaved=self._is_interleaved)
 
 

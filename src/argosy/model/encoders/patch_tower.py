@@ -86,12 +86,15 @@ class PatchConfig:
         return self.hidden_size * self.merge**2
 
     def require_heads(self, reader: ConfigReader, key: str = "hidden_size") -> None:
-        """Refuse heads that cannot be rotated on two axes.
+        """Refuse heads that cannot be rotated on their axes.
 
         Raises:
             UnsupportedModel: they are not whole, or have no whole pairs on each axis.
         """
-        if self.hidden_size % (4 * self.num_heads):
+        if self.pair_order.startswith("thirds"):
+            if self.hidden_size % self.num_heads or self.head_dim < 6:
+                raise reader.unsupported(key, f"a multiple of {self.num_heads} heads of 6 or more dimensions")
+        elif self.hidden_size % (4 * self.num_heads):
             raise reader.unsupported(key, f"a multiple of {4 * self.num_heads}, 4 times the number of heads")
 
 
@@ -132,7 +135,7 @@ def tower_bytes(config: PatchConfig, grid: Grid, segment: int, results: int, sta
         stages: most float32 values of each stage except attention.
     """
     hidden, patches = config.hidden_size, grid[0] * frame_patches(grid)
-    normed = 2 * hidden if config.has_qk_norm else 0
+    normed = 2 * hidden if config.has_qk_norm or config.pair_order == "thirds apart" else 0
     project = block_floats(patches, 6 * hidden**2, hidden + normed + config.head_dim + 4)
     attend = attention_floats(segment, hidden, hidden, 2 * hidden**2, hidden if config.has_layer_scale else 0)
     floats = patches * hidden + results + max(3 * patches * hidden + max(project, attend), *stages)

@@ -411,9 +411,9 @@ def _marks(around: ConfigReader, encoder: Encoder, files: ModelFiles) -> tuple[i
 
 
 def _token_id(around: ConfigReader, keys: Sequence[str], files: ModelFiles) -> int:
-    """Return the token id under the first of these keys that exists; a key in angle brackets is the token itself."""
+    """Return the token id under the first of these keys that exists; a key that is no name is the token itself."""
     for key in keys:
-        if key.startswith("<"):
+        if not key.isidentifier():
             added = read_object(files.path / _TOKENIZER_CONFIG).get("added_tokens_decoder")
             for token_id, token in added.items() if isinstance(added, dict) else ():
                 if (

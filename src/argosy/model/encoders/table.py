@@ -18,6 +18,7 @@ _FILES = (
     "pixtral_vision",
     "intern_vit",
     "step_vision",
+    "minimax_vision",
     "deep_encoder",
     "omni_audio",
     "whisper_audio",

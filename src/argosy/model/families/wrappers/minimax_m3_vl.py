@@ -1,10 +1,9 @@
-"""MiniMax-M3 (428B-A23B), its text model: block-sparse attention, and experts with gpt-oss's activation.
+"""MiniMax-M3 (428B-A23B): block-sparse attention, and experts with gpt-oss's activation.
 
 From the fourth layer on, an indexer chooses 16 blocks of 128 positions for the heads of each KV head; up to 2,048
 positions, that is all of them. Norms store their weight minus one. The released files hold the settings of the indexer
-in `sparse_attention_config`; transformers writes them as keys of their own. The vision tower is not read, nor are
-layers for multi-token prediction. GGUF metadata have no keys for the activation: as a property of the weights, it is
-the released model's.
+in `sparse_attention_config`; transformers writes them as keys of their own. Layers for multi-token prediction are not
+read. GGUF metadata have no keys for the activation: as a property of the weights, it is the released model's.
 """
 
 from __future__ import annotations
