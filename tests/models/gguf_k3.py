@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import gguf
@@ -49,10 +49,14 @@ _SCORES = (("self_attention_res", "attn_res_score"), ("mlp_res", "ffn_res_score"
 _EXPERTS = (("w1", "gate"), ("w3", "up"), ("w2", "down"))
 
 
-def write_k3_gguf(path: Path, raw: RawConfig, tensors: Mapping[str, Array]) -> None:
+def write_k3_gguf(
+    path: Path, raw: RawConfig, tensors: Mapping[str, Array], tokens: Sequence[str] = ()
+) -> None:
     """Write a file of float32 tensors of the hub's names and float32 values."""
     writer, config = GGUFWriter(path, "kimi-k3"), raw["text_config"]
     _add_metadata(writer, config)
+    if tokens:
+        writer.add_token_list(tokens)
     left = {name.removeprefix("language_model."): np.float32(value) for name, value in tensors.items()}
 
     def add(name: str, value: Array) -> None:

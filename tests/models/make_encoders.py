@@ -36,6 +36,9 @@ from tests.models.tiny_encoders import (
     random_sizes,
     random_tensors,
 )
+from tests.models.torch_towers import MoonViT2
+
+TORCH_TOWERS = {"kimi_k3": MoonViT2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,12 @@ class Answer:
 
 def load(directory: Path, part: Part) -> Any:
     """Load a checkpoint with one tower in float32; the weights of the other parts are random."""
+    if part.family in TORCH_TOWERS:
+        raw = json.loads((directory / "config.json").read_text())
+        own = TORCH_TOWERS[part.family](raw["vision_config"], raw["text_config"]["hidden_size"])
+        named = read_safetensors(directory / "model.safetensors")
+        own.load_state_dict({name: torch.tensor(value) for name, value in named.items()})
+        return own
     how: dict[str, Any] = {}
     if part.family == "qwen3_omni_moe":
         how["config"] = transformers.AutoConfig.from_pretrained(directory).thinker_config
@@ -98,6 +107,8 @@ def load_tower(directory: Path, part: Part, raw: dict[str, Any]) -> Any:
 @torch.no_grad()
 def answer(model: Any, part: Part, value: Array, shape: tuple[int, ...]) -> Answer:
     """The rows of a picture or video with the grid `shape`, or of a sound with `shape` mel frames."""
+    if part.family in TORCH_TOWERS:
+        return Answer(model(value, *shape[1:]))
     if part.family == "qwen2_moe":
         if part.kind == "sound":
             return Answer(windows(model, part, value))

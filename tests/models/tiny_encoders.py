@@ -290,6 +290,43 @@ def minimax_m3_vl(sizes: Sizes) -> RawConfig:
     }
 
 
+def kimi_k3(sizes: Sizes) -> RawConfig:
+    """In the spelling of the hub; heads are together wider than the hidden state."""
+    return {
+        "architectures": ["KimiK3ForConditionalGeneration"],
+        "media_placeholder_token_id": 50,
+        "model_type": "kimi_k3",
+        "text_config": _text(sizes, model_type="kimi_linear"),
+        "vision_config": {
+            "activation_func": "gelu_pytorch_tanh",
+            "attn_bias": False,
+            "init_pos_emb_height": sizes.side,
+            "init_pos_emb_time": 4,
+            "init_pos_emb_width": sizes.side,
+            "linear_bias": False,
+            "merge_kernel_size": [sizes.merge, sizes.merge],
+            "merge_type": "sd2_tpool",
+            "mlp_type": "mlp2",
+            "mm_hidden_size": sizes.hidden,
+            "mm_projector_type": "patchmergerv2",
+            "model_type": "moonvit3d",
+            "norm_type": "rmsnorm",
+            "patch_embed_proj_bias": False,
+            "patch_size": sizes.patch,
+            "pos_emb_interpolation_mode": "bilinear",
+            "pos_emb_type": "divided_fixed",
+            "projector_hidden_act": "gelu",
+            "projector_ln_eps": 1e-4,
+            "qkv_hidden_size": sizes.heads * (sizes.head_dim + 4),
+            "text_hidden_size": sizes.out,
+            "vt_hidden_size": sizes.hidden,
+            "vt_intermediate_size": sizes.mlp,
+            "vt_num_attention_heads": sizes.heads,
+            "vt_num_hidden_layers": sizes.layers,
+        },
+    }
+
+
 def kimi_k25(sizes: Sizes) -> RawConfig:
     """In the spelling of transformers, which ignores that of the hub."""
     return {
@@ -602,6 +639,7 @@ CONFIGS: dict[str, Callable[[Sizes], RawConfig]] = {
     "glm5_next": glm5_next,
     "minimax_m3_vl": minimax_m3_vl,
     "kimi_k25": kimi_k25,
+    "kimi_k3": kimi_k3,
     "gemma4": gemma4,
     "mistral3": mistral3,
     "llama4": llama4,

@@ -11,6 +11,7 @@ pixels. The families differ in how they choose the size, and in how they order p
     GLM-5.3               never enlarged but to the least number of tokens, then padded with black to whole tokens
     Kimi-VL, K2.5         never enlarged, limited patches, then padded with black; resized by Pillow as the
                           model's own code does, while transformers uses torchvision here, which differs by a level
+    Kimi-K3               the same; its code draws a chessboard where a picture is transparent, this one white as always
     Gemma-4               as large as the number of tokens allows
     Llama-4, InternVL     cut into tiles (`tiles.py`), and so for DeepSeek-OCR
     Step-3.7              cut into windows beside a view of the whole (`windows.py`)
@@ -342,6 +343,7 @@ def _read_kimi(settings: Settings, most_tokens: int | None) -> PictureProcessor:
             "config_type", "in_patch_limit_each_frame", "in_patch_limit_video", "max_num_frames_each_video"
         )
         own.passed("sample_fps", "temporal_merge_kernel_size", "timestamp_mode")  # settings of videos
+        own.passed("transparent_bg_config", "transparent_bg_fill_stage")  # transparent parts are white here
     else:
         patch_size, merge_size = (
             settings.integer("patch_size", 14, most=256),

@@ -15,6 +15,8 @@ OCR = (
     "{% for part in m.content %}{% if part.type == 'image' %}{{ '<image>\\n' }}{% else %}{{ part.text }}{% endif %}"
     "{% endfor %}{% endif %}{% endfor %}"
 )
+# What Kimi-K3's code writes where it then puts a picture, in the template that llama.cpp's converter adds too.
+K3_PICTURE, K3_ROWS = "<|kimi_image_placeholder|>", "<|media_pad|>"
 _OCR_TOKENS = {"<image>", "<|grounding|>"}
 
 _TOOLS = """\
@@ -186,7 +188,11 @@ KIMI_K3 = f"""\
       {{%- endfor -%}}
       {{{{- close('tools') -}}}}
     {{%- endif -%}}
-  {{%- else -%}}{{{{- m.content | default('', true) -}}}}
+  {{%- elif m.content is string or not m.content -%}}{{{{- m.content | default('', true) -}}}}
+  {{%- else -%}}
+    {{%- for part in m.content -%}}
+      {{%- if part.type == 'image' -%}}{{{{- {K3_ROWS!r} -}}}}{{%- else -%}}{{{{- part.text -}}}}{{%- endif -%}}
+    {{%- endfor -%}}
   {{%- endif -%}}
   {{{{- end -}}}}
 {{%- endfor -%}}

@@ -171,6 +171,9 @@ PARTS["glm5_next"] = _part(  # type: ignore[call-arg]
     shapes=_stills(_grids),
     large_shapes=_stills(_large_grids),
 )
+PARTS["kimi_k3"] = _part(  # type: ignore[call-arg]
+    "kimi_k3", *ENCODERS["kimi_k3"], (), shapes=_stills(_grids), large_shapes=_stills(_large_grids)
+)
 PARTS["minimax_m3_vl"] = _part(  # type: ignore[call-arg]
     "minimax_m3_vl",
     *ENCODERS["minimax_m3_vl"],

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from argosy.engine.media.ears import Transcriber
 
 _RETRY_S = 5
+_CONTROL = r"<\|\w+\|>"
 
 # The tower that encodes each kind: a video's frames are pictures.
 _TOWERS: Mapping[Kind, Kind] = {"picture": "picture", "sound": "sound", "video": "picture"}
@@ -183,32 +184,33 @@ class PromptMedia:
             assert isinstance(self._low_detail, PictureProcessor)
             processor = self._low_detail
         with self.memory.use(), self._one_decoded, request.work():
-            values, shape = self._prepare(content, processor, request)
+            values, shape, size = self._prepare(content, processor, request)
         waiting = self._wait(values)
         digest = blake3(content.digest + repr((content.kind, shape)).encode()).digest()
         make_rows = self._maker(content.kind, lambda: waiting.values, shape, tenant, digest)
         tokens = {at: self._encode_text(text)[0] for at, text in files.written(shape).items()}
         span = _span(content.kind, files, files.token_id, shape, digest, make_rows, tokens=tokens)
-        if files.marks is None:
-            return [span]
-        before, after = files.marks
-        return [[before], span, [after]]
+        if files.encoder.label is not None:
+            before, after = map(self._encode_text, files.encoder.label(*size))
+            return [before, span, after]
+        return [span] if files.marks is None else [files.marks[:1], span, files.marks[1:]]
 
     def _prepare(
         self, content: Content, processor: PictureProcessor | SoundProcessor, request: RequestMedia
-    ) -> tuple[NDArray[Any], Shape]:
-        """Decode one content to pixels [height, width, 3] with their grid, or to mel features [bands, frames]."""
+    ) -> tuple[NDArray[Any], Shape, tuple[int, int]]:
+        """Decode one content to pixels [height, width, 3] with their grid and a picture's own height and width, or to
+        mel features [bands, frames].
+        """
         if isinstance(processor, PictureProcessor):
             # Refuse a picture by its header, before decoding it.
-            canvas = processor.resize(
-                self._decoder.picture(
-                    content, lambda height, width: request.require_room(processor.num_tokens(height, width))
-                )
+            pixels = self._decoder.picture(
+                content, lambda height, width: request.require_room(processor.num_tokens(height, width))
             )
+            canvas = processor.resize(pixels)
             rows, cols = (side // processor.patch_size for side in canvas.shape[:2])
-            return canvas, (1, rows, cols)
+            return canvas, (1, rows, cols), (pixels.shape[0], pixels.shape[1])
         features = processor.prepare(self._decoder.sound(content, processor.rate))
-        return features, (features.shape[1],)
+        return features, (features.shape[1],), (0, 0)
 
     def _video_segments(
         self, content: Content, processor: VideoProcessor, tenant: str, request: RequestMedia
@@ -472,6 +474,8 @@ def _control_tokens(kind: Kind, processor: Processor, encoders: Encoders) -> lis
     """Return the control tokens that are written for a kind of media, except those that the chat template writes."""
     if not isinstance(processor, VideoProcessor):
         files = encoders.files[kind]
+        if files.encoder.label is not None:
+            return re.findall(_CONTROL, "".join(files.encoder.label(1, 1)))
         if files.encoder.written is None:
             return []
         two_rows = (1, 2 * files.config.merge, 2 * files.config.merge)
@@ -479,4 +483,4 @@ def _control_tokens(kind: Kind, processor: Processor, encoders: Encoders) -> lis
     form = encoders.files["picture"].encoder.video
     assert form is not None
     texts = [*processor.surroundings, *processor.label(0.0, 0.0), *(form.sound or ())]
-    return re.findall(r"<\|\w+\|>", "".join(texts))
+    return re.findall(_CONTROL, "".join(texts))

@@ -56,6 +56,7 @@ class Encoder:
     placeholders: keys of the placeholder's token id, in the object around that config; the first existing key counts.
     marks: keys of the token ids that the family's processor writes before and after a span; other families have
         such marks in their chat templates.
+    label: returns the texts before and after a picture from its height and width in pixels, as it came.
     prefix: the prefix of its tensors' names.
     read: reads the tower's config from its object and the object around it.
     tensors, num_positions, peak_bytes, open: functions of the tower's file.
@@ -87,6 +88,7 @@ class Encoder:
     sees_both_ways: bool = False
     sound_padding: Padding = "none"
     marks: tuple[str, str] | None = None
+    label: Callable[[int, int], tuple[str, str]] | None = None
     video: VideoForm | None = None
     written: Callable[[Any, Any], Mapping[int, str]] | None = None
     placeholder: str | None = None

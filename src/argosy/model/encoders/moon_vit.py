@@ -1,11 +1,12 @@
-"""MoonViT and its projector, the vision tower of Kimi-VL, K2.5 and K2.6: pictures, and for the latter two short pieces
-of video.
+"""MoonViT and its projector, the vision tower of Kimi-VL, K2.5, K2.6 and K3: pictures, and for the K2s short pieces of
+video.
 
     patches -> product + learned positions (+ time) -> layers -> LayerNorm -> mean over frames -> projector
 
 A layer is LayerNorm, attention with 2-D RoPE over all patches of all frames, LayerNorm, MLP. The projector joins cells
 of 2 x 2 patches. A piece of video has at most as many frames as the table of times, and fills as many positions as one
-picture. Positions in the decoder are those of text.
+picture. Positions in the decoder are those of text. K3's second version has RMSNorm, and after the projector instead of
+before it; heads that are together wider than the hidden state; positions mixed linearly; and no biases.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from argosy.model.encoders.grid import (
     PairOrder,
     Places,
     PositionTable,
+    Taps,
+    centre_taps,
     frame_patches,
     patch_places,
     read_theta,
@@ -43,20 +46,31 @@ class MoonViTConfig(PatchConfig):
     most_frames: int
     projector_eps: float
     pair_order: PairOrder = "alternating"
+    is_second: bool = False  # K3's version
 
 
-def read_config(reader: ConfigReader, wrapper: ConfigReader, *, hidden_size: int) -> MoonViTConfig:
+def read_config(
+    reader: ConfigReader, wrapper: ConfigReader, *, hidden_size: int, is_second: bool = False
+) -> MoonViTConfig:
     """Read `vision_config`, in the spelling of the hub or of transformers 5.24.
 
     Args:
         wrapper: the config around it, where transformers keeps the keys of the projector; it is not finished here.
         hidden_size: the text model's.
+        is_second: the config is K3's.
 
     Raises:
         UnsupportedModel: a key or value that is not supported.   CheckpointError: a key is malformed.
     """
-    reader.one_of("hidden_act", "gelu_pytorch_tanh", ("gelu_pytorch_tanh",))
-    reader.neutral("mm_projector_type", "patchmerger")
+    gelu = "activation_func" if is_second else "hidden_act"
+    reader.one_of(gelu, "gelu_pytorch_tanh", ("gelu_pytorch_tanh",))
+    reader.neutral("mm_projector_type", "patchmergerv2" if is_second else "patchmerger")
+    if is_second:
+        for key, value in (
+            ("norm_type", "rmsnorm"), ("mlp_type", "mlp2"), ("pos_emb_interpolation_mode", "bilinear"),
+            ("attn_bias", False), ("linear_bias", False), ("patch_embed_proj_bias", False),
+        ):  # fmt: skip
+            reader.neutral(key, value)
     reader.neutral("projector_hidden_act", "gelu")
     reader.neutral("pos_emb_type", "divided_fixed")
     reader.neutral("video_attn_type", "spatial_temporal")
@@ -68,6 +82,7 @@ def read_config(reader: ConfigReader, wrapper: ConfigReader, *, hidden_size: int
         hidden_size=reader.integer("vt_hidden_size", "hidden_size", default=1152),
         mlp_width=reader.integer("vt_intermediate_size", "intermediate_size", default=4304),
         num_heads=reader.integer("vt_num_attention_heads", "num_attention_heads", default=16),
+        attention_size=(reader.optional_integer("qkv_hidden_size") or 0) if is_second else 0,
         patch_size=reader.integer("patch_size", default=14),
         merge=(reader.integers("merge_kernel_size", least=1, most=64) or (2, 2))[0],
         out_size=hidden_size,
@@ -75,12 +90,13 @@ def read_config(reader: ConfigReader, wrapper: ConfigReader, *, hidden_size: int
         most_frames=reader.integer("init_pos_emb_time", "pos_emb_time", default=4),
         theta=read_theta(reader),
         projector_eps=reader.number("projector_ln_eps", eps),
+        is_second=is_second,
     )
     reader.neutral("merge_kernel_size", [config.merge, config.merge])
     table = ("init_pos_emb_width", "pos_emb_width")
     if reader.integer(*table, default=64) != config.position_side:
         raise reader.unsupported(_given(reader, *table), f"the height of the table, {config.position_side}")
-    config.require_heads(reader, _given(reader, "vt_hidden_size", "hidden_size"))
+    config.require_heads(reader, _given(reader, "qkv_hidden_size", "vt_hidden_size", "hidden_size"))
     reader.neutral("mm_hidden_size", config.hidden_size)
     if wrapper.integer("projection_hidden_size", default=config.hidden_size) != config.hidden_size:
         raise wrapper.unsupported("projection_hidden_size", f"the size of the tower, {config.hidden_size}")
@@ -98,16 +114,18 @@ def tensors(
 ) -> dict[str, EncoderTensor]:
     """The tensors of tower and projector by canonical name; their names in files have no prefix."""
     hidden, cell, side = config.hidden_size, config.cell_size, config.position_side
-    tower = "vision_tower"
-    found = with_bias("patch", f"{tower}.patch_embed.proj", (hidden, 3, config.patch_size, config.patch_size))
+    tower, has_bias = "vision_tower", not config.is_second
+    kernel = hidden, 3, config.patch_size, config.patch_size
+    found = with_bias("patch", f"{tower}.patch_embed.proj", kernel, has_bias=has_bias)
     found["position"] = EncoderTensor(f"{tower}.patch_embed.pos_emb.weight", (side, side, hidden), row_axes=2)
     names = ("norm0", "wqkv", "wo", "norm1", "mlp.fc0", "mlp.fc1")
-    found |= layer_tensors(config, config.mlp_width, f"{tower}.encoder.blocks", names)
-    found |= with_bias("final_norm", f"{tower}.encoder.final_layernorm", (hidden,))
-    found |= with_bias("projector.norm", f"{projector}.pre_norm", (hidden,))
-    found |= with_bias("projector.up", f"{projector}.{products[0]}", (cell, cell))
-    found |= with_bias("projector.down", f"{projector}.{products[1]}", (config.out_size, cell))
-    return found
+    found |= layer_tensors(config, config.mlp_width, f"{tower}.encoder.blocks", names, has_bias=has_bias)
+    norm, width = ("post_norm", config.out_size) if config.is_second else ("pre_norm", hidden)
+    found |= with_bias("final_norm", f"{tower}.encoder.final_layernorm", (hidden,), has_bias=has_bias)
+    found |= with_bias("projector.norm", f"{projector}.{norm}", (width,), has_bias=has_bias)
+    found |= with_bias("projector.up", f"{projector}.{products[0]}", (cell, cell), has_bias=has_bias)
+    down = config.out_size, cell
+    return found | with_bias("projector.down", f"{projector}.{products[1]}", down, has_bias=has_bias)
 
 
 def _tensors_of_kimi_vl(config: MoonViTConfig) -> dict[str, EncoderTensor]:
@@ -128,7 +146,11 @@ def peak_bytes(config: MoonViTConfig, grid: Grid) -> int:
         block_floats(patches, 2 * hidden * config.patch_values, 5 * hidden + 32),
         gelu_mlp_floats(patches, hidden, config.mlp_width),
         positions * config.out_size
-        + block_floats(positions, 2 * cell * (cell + config.out_size), (2 * grid[0] + 4) * cell),
+        + block_floats(
+            positions,
+            2 * cell * (cell + config.out_size),
+            (2 * grid[0] + 4) * cell + (2 * config.out_size if config.is_second else 0),
+        ),
     )
     return tower_bytes(config, grid, patches, 0, stages)
 
@@ -188,12 +210,48 @@ class MoonViT(PatchTower[MoonViTConfig]):
             patches = cells[:, index // columns, index % columns]  # [frames, rows, merge, merge, hidden]
             normed = self._norm("final_norm", patches.reshape(-1, config.hidden_size))
             mean = normed.reshape(num_frames, -1, config.hidden_size).mean(axis=0)
-            x = ops.layer_norm("projector.norm", mean, config.projector_eps).reshape(-1, config.cell_size)
+            x = self._norm_cells(mean).reshape(-1, config.cell_size)
             x = ops.linear("projector.up", x, finish="gelu_erf")
-            ops.linear("projector.down", x, embeddings[rows])
+            self._project(x, embeddings[rows])
 
         yield from in_blocks(work, range(len(embeddings)), ops.flop_per_row("projector.up", "projector.down"))
         return embeddings
+
+    def _norm_cells(self, patches: Rows) -> Rows:
+        return self._operations.layer_norm("projector.norm", patches, self._config.projector_eps)
+
+    def _project(self, wide: Rows, out: Rows) -> None:
+        self._operations.linear("projector.down", wide, out)
+
+
+class SecondMoonViT(MoonViT):
+    """K3's version."""
+
+    _norm_eps = 2.0**-23  # that of PyTorch where none is given, in the published code
+
+    def _norm(self, name: str, x: Rows) -> Rows:
+        return self._operations.rms_norm(name, x, self._norm_eps)
+
+    def _taps(self, size: int, side: int) -> Taps:
+        return centre_taps(size, side)
+
+    def _feed_forward(self, layer: str, hidden: Rows) -> Steps:
+        ops = self._operations
+
+        def work(rows: slice) -> None:
+            wide = ops.linear(
+                f"{layer}.up", self._norm(f"{layer}.mlp_norm", hidden[rows]), finish="gelu_tanh"
+            )
+            ops.linear(f"{layer}.down", wide, hidden[rows], finish="add")
+
+        return in_blocks(work, range(len(hidden)), ops.flop_per_row(f"{layer}.up", f"{layer}.down"))
+
+    def _norm_cells(self, patches: Rows) -> Rows:
+        return patches
+
+    def _project(self, wide: Rows, out: Rows) -> None:
+        projected = self._operations.linear("projector.down", wide)
+        out[:] = self._operations.rms_norm("projector.norm", projected, self._config.projector_eps)
 
 
 _KIMI_K25 = Encoder(
@@ -211,6 +269,18 @@ _KIMI_K25 = Encoder(
 TOWERS: Mapping[str, Encoder] = {
     "kimi_k25": _KIMI_K25,
     "kimi_vl": replace(_KIMI_K25, tensors=_tensors_of_kimi_vl, video=None),
+    "kimi_k3": replace(
+        _KIMI_K25,
+        read=lambda own, around, model: read_config(
+            own, around, hidden_size=model.hidden_size, is_second=True
+        ),
+        open=SecondMoonViT,
+        label=lambda height, width: (
+            f"<|media_begin|>image {width}x{height}<|media_content|>",
+            "<|media_end|>",
+        ),
+        video=None,  # the processor of the published code refuses it
+    ),
 }
 
 
@@ -234,6 +304,29 @@ def _read_kimi(reader: GgufConfigReader) -> dict[str, object]:
     }
 
 
+def _read_kimi_k3(reader: GgufConfigReader) -> dict[str, object]:
+    """Read K3's sizes; for its table of positions there is only the side of a picture that needs no resampling."""
+    reader.neutral("use_gelu", True)
+    merge, patch_size = reader.integer("vision.projector.scale_factor", most=16), read_patch_size(reader)
+    heads, side = (
+        reader.integer("vision.attention.head_count"),
+        reader.integer("vision.image_size") // patch_size,
+    )
+    reader.integer("vision.image_min_pixels", least=0)
+    return {
+        "init_pos_emb_height": side,
+        "init_pos_emb_width": side,
+        "merge_kernel_size": [merge, merge],
+        "patch_size": patch_size,
+        "projector_ln_eps": reader.number("vision.attention.layer_norm_epsilon"),
+        "qkv_hidden_size": heads * reader.integer("vision.attention.head_dim"),
+        "vt_hidden_size": reader.integer("vision.embedding_length"),
+        "vt_intermediate_size": reader.integer("vision.feed_forward_length"),
+        "vt_num_attention_heads": heads,
+        "vt_num_hidden_layers": reader.integer("vision.block_count", most=MOST_LAYERS),
+    }
+
+
 def _kimi_settings(reader: GgufConfigReader) -> dict[str, object]:
     """Return settings as in Kimi-K2.5: at most 512 patches on a side; the file gives their total number, as pixels."""
     patch_size = read_patch_size(reader)
@@ -246,20 +339,28 @@ def _kimi_settings(reader: GgufConfigReader) -> dict[str, object]:
     }
 
 
+_KIMI = Projector(
+    families={"deepseek_v3": "kimi_k25"},
+    placeholder="<|media_pad|>",
+    read_config=_read_kimi,
+    read_settings=_kimi_settings,
+    names={
+        "patch": "v.patch_embd",
+        "position": "v.position_embd",
+        "final_norm": "v.post_ln",
+        "projector.norm": "mm.input_norm",
+        "projector.up": "mm.1",
+        "projector.down": "mm.2",
+    },
+    stored={"pair_order": "columns first"},
+)
 PROJECTORS: Mapping[str, Projector] = {
-    "kimik25": Projector(
-        families={"deepseek_v3": "kimi_k25"},
-        placeholder="<|media_pad|>",
-        read_config=_read_kimi,
-        read_settings=_kimi_settings,
-        names={
-            "patch": "v.patch_embd",
-            "position": "v.position_embd",
-            "final_norm": "v.post_ln",
-            "projector.norm": "mm.input_norm",
-            "projector.up": "mm.1",
-            "projector.down": "mm.2",
-        },
-        stored={"pair_order": "columns first"},
+    "kimik25": _KIMI,
+    # Unsloth's converter writes this one.
+    "kimik3": replace(
+        _KIMI,
+        families={"kimi_k3": "kimi_k3"},
+        read_config=_read_kimi_k3,
+        names={**_KIMI.names, "projector.norm": "mm.post_norm"},
     ),
 }

@@ -52,6 +52,7 @@ class PatchConfig:
     num_layers: int
     hidden_size: int
     num_heads: int
+    attention_size: int = 0  # of all heads; 0: the hidden size
     channels: int = 3
     patch_size: int
     patch_frames: int = 1
@@ -77,8 +78,12 @@ class PatchConfig:
         )
 
     @property
+    def query_size(self) -> int:
+        return self.attention_size or self.hidden_size
+
+    @property
     def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
+        return self.query_size // self.num_heads
 
     @property
     def cell_size(self) -> int:
@@ -92,9 +97,9 @@ class PatchConfig:
             UnsupportedModel: they are not whole, or have no whole pairs on each axis.
         """
         if self.pair_order.startswith("thirds"):
-            if self.hidden_size % self.num_heads or self.head_dim < 6:
+            if self.query_size % self.num_heads or self.head_dim < 6:
                 raise reader.unsupported(key, f"a multiple of {self.num_heads} heads of 6 or more dimensions")
-        elif self.hidden_size % (4 * self.num_heads):
+        elif self.query_size % (4 * self.num_heads):
             raise reader.unsupported(key, f"a multiple of {4 * self.num_heads}, 4 times the number of heads")
 
 
@@ -102,14 +107,19 @@ Sizes = TypeVar("Sizes", bound=PatchConfig)
 
 
 def layer_tensors(
-    config: PatchConfig, mlp_width: int, prefix: str, names: tuple[str, str, str, str, str, str]
+    config: PatchConfig,
+    mlp_width: int,
+    prefix: str,
+    names: tuple[str, str, str, str, str, str],
+    *,
+    has_bias: bool = True,
 ) -> dict[str, EncoderTensor]:
     """The tensors of layers whose MLP has two matrices; `names` are those below `{prefix}.{layer}.`, in their order."""
-    hidden = config.hidden_size
+    hidden, query = config.hidden_size, config.query_size
     shapes: dict[str, tuple[int, ...]] = {
         "attn_norm": (hidden,),
-        "qkv": (3 * hidden, hidden),
-        "o": (hidden, hidden),
+        "qkv": (3 * query, hidden),
+        "o": (hidden, query),
         "mlp_norm": (hidden,),
         "up": (mlp_width, hidden),
         "down": (hidden, mlp_width),
@@ -117,7 +127,9 @@ def layer_tensors(
     found: dict[str, EncoderTensor] = {}
     for layer in range(config.num_layers):
         for (ours, shape), theirs in zip(shapes.items(), names, strict=True):
-            found |= with_bias(f"layers.{layer}.{ours}", f"{prefix}.{layer}.{theirs}", shape)
+            found |= with_bias(
+                f"layers.{layer}.{ours}", f"{prefix}.{layer}.{theirs}", shape, has_bias=has_bias
+            )
     return found
 
 
@@ -134,11 +146,12 @@ def tower_bytes(config: PatchConfig, grid: Grid, segment: int, results: int, sta
         results: float32 values that stay from the beginning to the end, except the hidden state.
         stages: most float32 values of each stage except attention.
     """
-    hidden, patches = config.hidden_size, grid[0] * frame_patches(grid)
-    normed = 2 * hidden if config.has_qk_norm or config.pair_order == "thirds apart" else 0
-    project = block_floats(patches, 6 * hidden**2, hidden + normed + config.head_dim + 4)
-    attend = attention_floats(segment, hidden, hidden, 2 * hidden**2, hidden if config.has_layer_scale else 0)
-    floats = patches * hidden + results + max(3 * patches * hidden + max(project, attend), *stages)
+    hidden, query, patches = config.hidden_size, config.query_size, grid[0] * frame_patches(grid)
+    normed = 2 * query if config.has_qk_norm or config.pair_order == "thirds apart" else 0
+    project = block_floats(patches, 6 * query * hidden, hidden + normed + config.head_dim + 4)
+    output_flop = 2 * query * hidden
+    attend = attention_floats(segment, query, query, output_flop, hidden if config.has_layer_scale else 0)
+    floats = patches * hidden + results + max(3 * patches * query + max(project, attend), *stages)
     return FLOAT_BYTES * floats + rotation_bytes(frame_patches(grid), config.head_dim) + OVERHEAD_BYTES
 
 
@@ -206,7 +219,7 @@ class PatchTower(Tower[Sizes]):
 
     def _attend(self, layer: str, hidden: Rows, rotation: Rotation, segments: Sequence[range]) -> Steps:
         """Add the attention of a layer to `hidden`."""
-        ops, width, head_dim = self._operations, self._config.hidden_size, self._config.head_dim
+        ops, width, head_dim = self._operations, self._config.query_size, self._config.head_dim
         qkv = np.empty((len(hidden), 3 * width), np.float32)
         query, key, value = columns(qkv, 3)
         names = [f"{layer}.{name}" for name in (("q", "k", "v") if self._config.are_qkv_apart else ("qkv",))]
