@@ -39,6 +39,7 @@ struct BoundEntryIndexer {
   Kept kept;
 };
 
+using StorePlace = std::pair<int64_t, int64_t>;  // store of the KV cache, layer of the recurrent state
 using GateKindName = Named<std::string, "typing.Literal['sigmoid', 'softplus']">;
 using QueryScaleOfNumbers = std::tuple<float, int64_t, int64_t>;  // beta, period, offset
 
@@ -513,14 +514,15 @@ void make_indexer(BoundIndexer* self, const Matrix& query, const Matrix& key, co
 
 void make_block_indexer(BoundBlockIndexer* self, const Matrix& query, const Matrix& key,
                         const ArrayOf<float>& query_norm, const ArrayOf<float>& key_norm, int64_t num_chosen,
-                        int64_t block_size, int64_t num_local) {
+                        int64_t block_size, int64_t num_local, const std::optional<StorePlace>& pool) {
   require_range("rows of key", key.view.rows, 1, kLargestSize);
   require_size("rows of query modulo rows of key", query.view.rows % key.view.rows, 0);
-  require_range("num_chosen", num_chosen, 1, INT32_MAX);
-  require_range("block_size", block_size, 1, kMostIndexBlock);
-  require_range("num_local", num_local, 1, num_chosen);
+  require_range("rows of query", query.view.rows, key.view.rows, kLargestSize);
+  require_range("block_size", block_size, pool ? 2 : 1, kMostIndexBlock);
+  require_range("num_chosen", num_chosen, 1, INT32_MAX / block_size - 1);
+  require_range("num_local", num_local, pool ? 0 : 1, pool ? 0 : num_chosen);
   Kept kept;
-  const BlockIndexer indexer = {
+  BlockIndexer indexer = {
       .query = kept.keep(query),
       .key = kept.keep(key),
       .query_norm = kept.keep("query_norm", query_norm, key.view.rows),
@@ -529,6 +531,7 @@ void make_block_indexer(BoundBlockIndexer* self, const Matrix& query, const Matr
       .block_size = block_size,
       .num_local = num_local,
   };
+  if (pool) indexer.pool = PoolPlace{{block_size, key.view.rows}, pool->first, pool->second, 0};
   new (self) BoundBlockIndexer{indexer, std::move(kept)};
 }
 
@@ -555,10 +558,12 @@ void require_fit(const GroupedQueryAttention& mixer, const KvShape& kv, const Ro
   require_size("columns of key", mixer.key.cols, hidden);
   if (mixer.value) require_size("columns of value", mixer.value->cols, hidden);
   require_size("columns of output", mixer.output.cols, attended);
-  require_size("elements of an index key", mixer.indexer ? mixer.indexer->dim() : 0, kv.index_dim);
+  const bool has_own_keys = mixer.indexer && !mixer.indexer->pool;
+  require_size("elements of an index key", has_own_keys ? mixer.indexer->dim() : 0, kv.index_dim);
   if (!mixer.indexer) return;
-  if (rotary != nullptr) require_range("rotated dimensions", 2 * rotary->num_pairs(), 0, kv.index_dim);
-  require_size("heads of the indexer", mixer.indexer->num_heads(), kv.kv_heads);
+  if (rotary != nullptr)
+    require_range("rotated dimensions", 2 * rotary->num_pairs(), 0, mixer.indexer->dim());
+  if (has_own_keys) require_size("heads of the indexer", mixer.indexer->num_heads(), kv.kv_heads);
   require_size("columns of the indexer's query", mixer.indexer->query.cols, hidden);
   require_size("columns of the indexer's key", mixer.indexer->key.cols, hidden);
 }
@@ -689,9 +694,12 @@ void require_mixer(const Mixer& mixer, const KvCache& cache, int64_t layer, cons
         require_state(one, recurrent);
       },
       mixer);
-  const LatentAttention* latent = std::get_if<LatentAttention>(&mixer);
-  if (latent != nullptr && latent->indexer && latent->indexer->pool)
-    require_pool(*latent->indexer->pool, cache, recurrent);
+  const auto require_pool_of = [&](const auto* one) {
+    if (one != nullptr && one->indexer && one->indexer->pool)
+      require_pool(*one->indexer->pool, cache, recurrent);
+  };
+  require_pool_of(std::get_if<LatentAttention>(&mixer));
+  require_pool_of(std::get_if<GroupedQueryAttention>(&mixer));
 }
 
 void bind_mixers(nb::module_& m) {
@@ -703,16 +711,20 @@ void bind_mixers(nb::module_& m) {
     Args:
         query: [KV heads * dim, hidden].   key: [dim, hidden].
         query_norm, key_norm: [dim], of each head; then the first dimensions rotate as the layer's.
-        num_chosen: blocks of block_size positions, which a KvCache's blocks must divide.)")
+        num_chosen: blocks of block_size positions, which a KvCache's blocks must divide.
+        pool: with any number of heads, which choose together, and num_local 0: a block has one key, the mean of its
+            positions' before norm and rotary, in this store of the KV cache; unfinished blocks are in this layer of the
+            recurrent state.)")
       .def(
           "__init__",
           [](BoundBlockIndexer* self, const Matrix& query, const Matrix& key,
              const ArrayOf<float>& query_norm, const ArrayOf<float>& key_norm, int64_t num_chosen,
-             int64_t block_size, int64_t num_local) {
-            make_block_indexer(self, query, key, query_norm, key_norm, num_chosen, block_size, num_local);
+             int64_t block_size, int64_t num_local, const std::optional<StorePlace>& pool) {
+            make_block_indexer(self, query, key, query_norm, key_norm, num_chosen, block_size, num_local,
+                               pool);
           },
           "query"_a, "key"_a, nb::kw_only(), "query_norm"_a, "key_norm"_a, "num_chosen"_a, "block_size"_a,
-          "num_local"_a);
+          "num_local"_a = 0, "pool"_a.none() = nb::none());
 
   m.def("grouped_query_attention", &grouped_query_attention, "query"_a, "key"_a, "value"_a.none(), "output"_a,
         nb::kw_only(), "num_heads"_a, "window"_a, "scale"_a, "query_bias"_a.none() = nb::none(),

@@ -340,7 +340,7 @@ class BoundStack {
         }
       }
       const auto* attention = std::get_if<GroupedQueryAttention>(mixer);
-      if (attention != nullptr && attention->indexer)
+      if (attention != nullptr && attention->indexer && !attention->indexer->pool)
         require_size(name + ": block_size of the indexer modulo block_tokens",
                      attention->indexer->block_size % kv.block_tokens(), 0);
       if (shape.is_windowed) {
@@ -773,15 +773,20 @@ void bind_stack(nb::module_& m) {
           "add_attention",
           [](StackSizes& self, int64_t num_heads, int64_t kv_heads, int64_t head_dim, bool has_gate,
              std::optional<int64_t> value_dim, int64_t gate_rows, int64_t index_dim, int64_t num_chosen,
-             int64_t block_size) {
+             int64_t block_size, int64_t joint_heads) {
             AttentionSizes sizes = {num_heads, kv_heads,  head_dim, value_dim.value_or(head_dim),
                                     has_gate,  gate_rows, {}};
-            if (num_chosen > 0) sizes.index = {kv_heads, index_dim, num_chosen, block_size};
+            if (joint_heads > 0) {
+              sizes.index = {joint_heads, index_dim, num_chosen, 0, block_size};
+            } else if (num_chosen > 0) {
+              sizes.index = {kv_heads, index_dim, num_chosen, block_size};
+            }
             self.add(sizes);
           },
           "num_heads"_a, "kv_heads"_a, "head_dim"_a, "has_gate"_a, "value_dim"_a.none() = nb::none(),
-          "gate_rows"_a = 0, "index_dim"_a = 0, "num_chosen"_a = 0, "block_size"_a = 0,
-          "index_dim, num_chosen and block_size are those of a block indexer.")
+          "gate_rows"_a = 0, "index_dim"_a = 0, "num_chosen"_a = 0, "block_size"_a = 0, "joint_heads"_a = 0,
+          "index_dim, num_chosen and block_size are those of a block indexer, of which joint_heads choose "
+          "together.")
       .def(
           "add_latent_attention",
           [](StackSizes& self, int64_t num_heads, int64_t nope_dim, int64_t rope_dim, int64_t kv_rank,

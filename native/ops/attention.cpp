@@ -8,6 +8,7 @@
 
 #include "kernels/attention_args.h"
 #include "ops/checked_size.h"
+#include "ops/kv_gather.h"
 
 namespace argosy {
 
@@ -224,10 +225,25 @@ int64_t section_state_floats(int64_t value_dim, int num_threads) {
   return 3 * kFewItems * num_threads * most_attention_queries() * attention_state_floats(value_dim);
 }
 
-int64_t scratch_floats(int64_t head_dim, int64_t value_dim, int num_threads) {
-  const int64_t sections = num_threads > 1 ? section_state_floats(value_dim, num_threads) : 0;
-  return num_threads * most_attention_floats(head_dim, value_dim) + sections;
-}
+// Where the parts of the scratch begin, in bytes, and what one thread has of each.
+struct ScratchPlaces {
+  ScratchPlaces(const AttentionScratchSizes& sizes, int num_threads)
+      : section_tiles(std::min(kSectionKeys, round_up(sizes.num_chosen, kKeyTile)) / kKeyTile),
+        table_entries(sizes.num_chosen > 0 ? sizes.num_chosen + 1 : 0) {
+    const int64_t sections = num_threads > 1 ? section_state_floats(sizes.value_dim, num_threads) : 0;
+    tables = 4 * (num_threads * most_attention_floats(sizes.head_dim, sizes.value_dim) + sections);
+    gathered = round_up(tables + 4 * num_threads * table_entries, 64);
+    if (sizes.gathered_heads > 0) {
+      gathered_bytes = argosy::gathered_bytes(sizes.head_dim, sizes.value_dim, section_tiles);
+      state_bytes = 4 * 2 * sizes.gathered_heads * attention_state_floats(sizes.value_dim);
+    }
+    end = gathered + num_threads * (gathered_bytes + state_bytes);
+  }
+  int64_t section_tiles;  // of gathered keys
+  int64_t table_entries;
+  int64_t gathered_bytes = 0, state_bytes = 0;
+  int64_t tables, gathered, end;
+};
 
 // A batch against the keys of one layer, by runs and KV heads.
 class Attention {
@@ -240,8 +256,9 @@ class Attention {
         group_(batch.num_heads / kv.kv_heads),
         runs_(split_into_runs(batch, std::max<int64_t>(1, runtime.kernels().most_queries / group_))),
         num_items_(int64_t(runs_.size()) * kv.kv_heads),
-        scratch_(reinterpret_cast<float*>(runtime.scratch(
-            attention_scratch_bytes(kv.head_dim, kv.value_dim, num_chosen(), runtime.num_threads())))) {}
+        places_({kv.head_dim, kv.value_dim, batch.chosen.most_seen(), batch.chosen.is_joint ? group_ : 0},
+                runtime.num_threads()),
+        scratch_(reinterpret_cast<float*>(runtime.scratch(places_.end))) {}
 
   void run() {
     const int64_t num_threads = runtime_.num_threads();
@@ -265,7 +282,8 @@ class Attention {
     return runs_[runs_.size() - 1 - size_t(item % int64_t(runs_.size()))];
   }
 
-  AttentionArgs args_of(int64_t item, int worker) const {
+  // section: the only one that is computed; -1: all. Tokens whose positions are gathered need one.
+  AttentionArgs args_of(int64_t item, int worker, int64_t section = -1) const {
     const Run& run = run_of(item);
     AttentionArgs args = {
         .kv = kv_,
@@ -281,35 +299,80 @@ class Attention {
         .window = batch_.window,
         .scratch = scratch_ + worker * attention_floats(),
         .sinks = batch_.sinks,
+        .section = section,
     };
-    if (batch_.chosen.limits(batch_.order[run.begin])) choose_blocks(args, run.begin, worker);
+    if (!is_limited(item)) return args;
+    if (batch_.chosen.is_joint) {
+      gather(args, run.begin, worker);
+    } else {
+      choose_blocks(args, run.begin, worker);
+    }
     return args;
   }
+
+  // Whether the tokens of the item, then a single one, see only chosen blocks.
+  bool is_limited(int64_t item) const { return batch_.chosen.limits(batch_.order[run_of(item).begin]); }
 
   // Gives the call a block table of chosen blocks only, among which the token's own is the last.
   void choose_blocks(AttentionArgs& args, int64_t token, int worker) const {
     const ChosenBlocks& chosen = batch_.chosen;
     const int64_t per_block = chosen.size / kv_.block_tokens, last = batch_.order[token] / kv_.block_tokens;
     const int32_t* blocks = chosen.blocks + (token * kv_.kv_heads + args.kv_head) * chosen.count;
-    int32_t* order = tables_ + worker * (num_chosen() + 1);
-    int32_t* table = order + 1;
+    int32_t* table = set_table(args, token, worker);
     for (int64_t i = 0; i < chosen.count * per_block; ++i)
       table[i] = args.blocks[std::min(blocks[i / per_block] * per_block + i % per_block, last)];
-    *order = int32_t(order_of(token));
-    args.order = order;
     args.blocks = table;
   }
 
-  int64_t num_chosen() const { return batch_.chosen.count * batch_.chosen.size; }
-
-  // The number of a token's own position among those that it may see.
-  int64_t order_of(int64_t token) const {
+  // Gives the call the positions of one section that the token sees, copied side by side, as the only KV
+  // head.
+  void gather(AttentionArgs& args, int64_t token, int worker) const {
     const ChosenBlocks& chosen = batch_.chosen;
-    const int64_t order = batch_.order[token];
-    return chosen.limits(order) ? (chosen.count - 1) * chosen.size + order % chosen.size : order;
+    const int64_t whole = chosen.count * chosen.size, seen = until(token), tiles = places_.section_tiles;
+    const int64_t begin = args.section * kSectionKeys, end = std::min(begin + kSectionKeys, seen);
+    const int64_t unfinished = int64_t(batch_.order[token]) + 1 - (seen - whole);
+    const int32_t* blocks = chosen.blocks + token * chosen.count;
+    const KvLayer to = gathered_layer(kv_, tiles, gathered(worker));
+    if (begin < end && end % kKeyTile != 0) {  // what lies behind the last position must be finite
+      const int64_t last = (end - begin) / kKeyTile;
+      std::fill_n(to.keys + last * key_tile_bytes(to), key_tile_bytes(to), uint8_t{0});
+      std::fill_n(to.values + last * value_tile_bytes(to), value_tile_bytes(to), uint8_t{0});
+    }
+    for (int64_t lane = begin; lane < end;) {
+      const bool is_whole = lane < whole;
+      const int64_t within = is_whole ? lane % chosen.size : lane - whole;
+      const int64_t first = is_whole ? blocks[lane / chosen.size] * chosen.size : unfinished;
+      const int64_t count = std::min((is_whole ? chosen.size : seen - whole) - within, end - lane);
+      gather_positions(kv_, args.blocks, args.kv_head, first + within, count, to, lane - begin);
+      lane += count;
+    }
+    int32_t* table = set_table(args, token, worker);
+    for (int64_t i = 0; i * kKeyTile < seen; ++i) table[i] = int32_t(i % tiles);
+    args.blocks = table;
+    args.kv = to;
+    args.q += args.kv_head * group_ * kv_.head_dim;
+    args.out += args.kv_head * group_ * kv_.value_dim;
+    if (args.sinks != nullptr) args.sinks += args.kv_head * group_;
+    args.num_heads = group_;
+    args.kv_head = 0;
   }
+
+  // Returns the worker's block table, and gives the call the number of the token's own position in it.
+  int32_t* set_table(AttentionArgs& args, int64_t token, int worker) const {
+    int32_t* order = reinterpret_cast<int32_t*>(memory() + places_.tables) + worker * places_.table_entries;
+    *order = int32_t(until(token) - 1);
+    args.order = order;
+    return order + 1;
+  }
+
+  uint8_t* memory() const { return reinterpret_cast<uint8_t*>(scratch_); }
+  uint8_t* gathered(int worker) const {
+    return memory() + places_.gathered + worker * (places_.gathered_bytes + places_.state_bytes);
+  }
+
+  // The end of the positions that a token sees, counted among chosen ones if it is limited.
   int64_t until(int64_t token) const {
-    return batch_.chosen.blocks != nullptr ? order_of(token) + 1 : batch_.until(token);
+    return batch_.chosen.blocks != nullptr ? batch_.chosen.seen_by(batch_.order[token]) : batch_.until(token);
   }
 
   int64_t most_queries() const { return runtime_.kernels().most_queries; }
@@ -318,7 +381,30 @@ class Attention {
   }
 
   int64_t first_section(int64_t token) const { return lane_of(kv_, batch_.first(token)) / kSectionKeys; }
-  int64_t last_section(int64_t token) const { return lane_of(kv_, until(token) - 1) / kSectionKeys; }
+  int64_t last_section(int64_t token) const {
+    const bool is_gathered = batch_.chosen.is_joint && batch_.chosen.limits(batch_.order[token]);
+    return (is_gathered ? until(token) - 1 : lane_of(kv_, until(token) - 1)) / kSectionKeys;
+  }
+
+  // One section after another: their keys take turns in the worker's memory.
+  void attend_gathered(int64_t item, int worker) const {
+    const KernelTable& table = runtime_.kernels();
+    const int64_t token = run_of(item).begin, head = item / int64_t(runs_.size()) * group_;
+    const int64_t state_floats = attention_state_floats(kv_.value_dim);
+    float* total = reinterpret_cast<float*>(gathered(worker) + places_.gathered_bytes);
+    float* next = total + group_ * state_floats;
+    for (int64_t section = 0; section <= last_section(token); ++section) {
+      AttentionArgs args = args_of(item, worker, section);
+      args.states = section == 0 ? total : next;
+      table.attention(args);
+      for (int64_t i = 0; section > 0 && i < group_; ++i)
+        table.attention_merge(next + i * state_floats, kv_.value_dim, total + i * state_floats);
+    }
+    for (int64_t i = 0; i < group_; ++i) {
+      table.attention_finish(total + i * state_floats, kv_.value_dim,
+                             out_ + (token * batch_.num_heads + head + i) * kv_.value_dim);
+    }
+  }
 
   void share_items() {
     const KernelTable& table = runtime_.kernels();
@@ -327,7 +413,13 @@ class Attention {
       work += batch_.num_heads * (kv_.head_dim + kv_.value_dim) * (until(t) - batch_.first(t));
     }
     runtime_.parallel_for(num_items_, work / num_items_ + 1, [&](int64_t begin, int64_t end, int worker) {
-      for (int64_t item = begin; item < end; ++item) table.attention(args_of(item, worker));
+      for (int64_t item = begin; item < end; ++item) {
+        if (batch_.chosen.is_joint && is_limited(item)) {
+          attend_gathered(item, worker);
+        } else {
+          table.attention(args_of(item, worker));
+        }
+      }
     });
   }
 
@@ -346,8 +438,7 @@ class Attention {
         for (int64_t i = from; i < to; ++i) {
           const int64_t section = first + i % at_once;
           if (section >= after) continue;
-          AttentionArgs args = args_of(i / at_once, worker);
-          args.section = section;
+          AttentionArgs args = args_of(i / at_once, worker, section);
           args.states = next + i * item_floats;
           table.attention(args);
         }
@@ -382,16 +473,14 @@ class Attention {
   int64_t group_;  // heads that share a KV head
   std::vector<Run> runs_;
   int64_t num_items_;
+  ScratchPlaces places_;
   float* scratch_;
-  int32_t* tables_ = reinterpret_cast<int32_t*>(
-      scratch_ + scratch_floats(kv_.head_dim, kv_.value_dim, runtime_.num_threads()));
 };
 
 }  // namespace
 
-int64_t attention_scratch_bytes(int64_t head_dim, int64_t value_dim, int64_t num_chosen, int num_threads) {
-  const int64_t tables = num_chosen > 0 ? num_threads * (num_chosen + 1) : 0;
-  return (scratch_floats(head_dim, value_dim, num_threads) + tables) * 4;
+int64_t attention_scratch_bytes(const AttentionScratchSizes& sizes, int num_threads) {
+  return ScratchPlaces(sizes, num_threads).end;
 }
 
 void attention(Runtime& runtime, const KvLayer& kv, const AttentionBatch& batch, float* out) {

@@ -110,14 +110,26 @@ class KvCache {
 void kv_write(Runtime& runtime, const KvLayer& kv, const float* keys, const float* values,
               const int64_t* slots, int64_t num_tokens);
 
-// The blocks of positions that an index chose for each token and KV head (latent_index.h). Block b has
-// positions [b * size, (b + 1) * size).
+// The blocks of positions that an index chose for each token (latent_index.h). Block b has positions
+// [b * size, (b + 1) * size). Either each KV head sees blocks of its own, the last of which is the token's,
+// and the size is a multiple of KvLayer::block_tokens. Or, if the choice is joint, all KV heads see the same,
+// chosen among whole blocks of any size, and the token also sees the unfinished one behind them; keys and
+// values are then gathered.
 struct ChosenBlocks {
-  const int32_t* blocks = nullptr;  // [num_tokens][kv_heads][count], ascending; nullptr: tokens see all
-  int64_t count = 0, size = 1;      // the size is a multiple of KvLayer::block_tokens
+  const int32_t* blocks = nullptr;  // [num_tokens][kv_heads or 1][count], ascending; nullptr: tokens see all
+  int64_t count = 0, size = 1;
+  bool is_joint = false;
 
-  // Whether the token at `order` sees only chosen blocks: the last of them is then its own.
-  bool limits(int64_t order) const { return blocks != nullptr && order / size >= count; }
+  // Whether the token at `order` sees only chosen blocks.
+  bool limits(int64_t order) const {
+    return blocks != nullptr && (is_joint ? (order + 1) / size > count : order / size >= count);
+  }
+  // How many positions it sees, its own the last of them.
+  int64_t seen_by(int64_t order) const {
+    if (!limits(order)) return order + 1;
+    return is_joint ? count * size + (order + 1) % size : (count - 1) * size + order % size + 1;
+  }
+  int64_t most_seen() const { return count * size + (is_joint ? size - 1 : 0); }
 };
 
 struct AttentionBatch {
@@ -144,7 +156,15 @@ struct AttentionBatch {
 // out [num_tokens][num_heads][value_dim].
 void attention(Runtime& runtime, const KvLayer& kv, const AttentionBatch& batch, float* out);
 
-// The runtime scratch that attention takes; num_chosen: positions of the chosen blocks of a token.
-int64_t attention_scratch_bytes(int64_t head_dim, int64_t value_dim, int64_t num_chosen, int num_threads);
+struct AttentionScratchSizes {
+  int64_t head_dim, value_dim;
+  int64_t num_chosen = 0;      // the most positions of its chosen blocks that a token sees; 0: it sees all
+  int64_t gathered_heads = 0;  // heads that share a KV head, if these positions are gathered
+
+  bool operator==(const AttentionScratchSizes&) const = default;
+};
+
+// The runtime scratch that attention takes.
+int64_t attention_scratch_bytes(const AttentionScratchSizes& sizes, int num_threads);
 
 }  // namespace argosy

@@ -48,8 +48,11 @@ AttentionSizes sizes_of(const GroupedQueryAttention& mixer) {
   AttentionSizes sizes = {mixer.num_heads, mixer.key.rows / head_dim,
                           head_dim,        mixer.output.cols / mixer.num_heads,
                           mixer.has_gate,  mixer.gate ? mixer.gate->matrix.rows : 0};
-  if (const auto& indexer = mixer.indexer)
-    sizes.index = {indexer->num_heads(), indexer->dim(), indexer->count, indexer->block_size};
+  if (const auto& indexer = mixer.indexer) {
+    const bool is_pooled = indexer->pool.has_value();
+    sizes.index = {indexer->num_heads(), indexer->dim(), indexer->count, is_pooled ? 0 : indexer->block_size,
+                   is_pooled ? indexer->block_size : 1};
+  }
   return sizes;
 }
 

@@ -64,16 +64,28 @@ struct OutputGate {
   GateKind kind;
 };
 
+// Where a pool keeps its entries, and what it has gathered.
+struct PoolPlace {
+  PoolShape shape;
+  int64_t store = 0;  // a number of the KV cache
+  int64_t state_layer = 0, state_begin = 0;
+};
+
 // Chooses the blocks of positions that the heads of each KV head see (ops/latent_index.h). The first
 // dimensions of queries and keys rotate by the angles of the layer's rotary embedding.
+//
+// With a pool, its heads choose together for all KV heads (Qwen3.8-Flash-Next): whole blocks by one key each,
+// the mean of theirs, which is normed and rotates where the block begins; the unfinished block is always
+// seen.
 struct BlockIndexer {
-  MatrixView query;         // [kv_heads * dim, hidden]
+  MatrixView query;         // [kv_heads * dim, hidden]; with a pool, any number of heads
   MatrixView key;           // [dim, hidden]
   const float* query_norm;  // [dim], applied to each head
   const float* key_norm;    // [dim]
   int64_t count;            // blocks that a head sees at most
   int64_t block_size;       // in positions
-  int64_t num_local;        // the token's own block, and those before it that are always chosen
+  int64_t num_local;  // the token's own block, and those before it that are always chosen; 0 with a pool
+  std::optional<PoolPlace> pool = std::nullopt;
   int64_t dim() const { return key.rows; }
   int64_t num_heads() const { return query.rows / key.rows; }
 };
@@ -122,13 +134,6 @@ struct GatedDeltaNet {
   DeltaShape shape = {};
   DeltaWeights weights = {};  // eps is ignored: the stack's norm_eps is used
   int64_t state_layer = 0;    // layer of the recurrent state
-};
-
-// Where a pool keeps its entries, and what it has gathered.
-struct PoolPlace {
-  PoolShape shape;
-  int64_t store = 0;  // a number of the KV cache
-  int64_t state_layer = 0, state_begin = 0;
 };
 
 // Chooses the positions that latent attention sees (ops/latent_index.h). The first dimensions of queries and

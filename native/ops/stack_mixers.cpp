@@ -112,15 +112,29 @@ void Stack::mix(const GroupedQueryAttention& mixer) {
 
 // Stores the index keys of the step's tokens, and chooses the blocks of those that see more than they may.
 void Stack::choose_blocks(const BlockIndexer& indexer, AttentionBatch& batch) {
-  const LatentLayer keys = kv_.index_layer(number());
   const int64_t tokens = batch.num_tokens, heads = indexer.num_heads(), dim = indexer.dim();
   const float eps = description_.norm_eps;
   float *query = buffers_.query_latent, *key = query + tokens * indexer.query.rows;
-  rms_norm(runtime_, key, indexer.key_norm, eps, tokens, dim, key);
-  rotate(key, 1, dim);
-  latent_write(runtime_, keys, key, step_.slots, tokens);
+  LatentLayer keys;
+  if (indexer.pool) {
+    keys = store_entries(*indexer.pool, {key, nullptr, dim, nullptr}, [&](PoolEntries& entries) {
+      const int64_t count = entries.count();
+      rms_norm(runtime_, entries.vectors, indexer.key_norm, eps, count, dim, entries.vectors);
+      if (!layer().rotary) return;
+      const Rotary& rotary = description_.rotaries[size_t(*layer().rotary)];
+      const int64_t pairs = rotary.num_pairs();
+      float *cosine = entries.positions + tokens * PoolShape::kMostAxes, *sine = cosine + count * pairs;
+      rotary_angles(runtime_, rotary, entries.positions, count, cosine, sine);
+      rope(runtime_, {entries.vectors, dim}, count, 1, dim, cosine, sine, pairs, rotary.is_interleaved);
+    });
+  } else {
+    rms_norm(runtime_, key, indexer.key_norm, eps, tokens, dim, key);
+    rotate(key, 1, dim);
+    keys = kv_.index_layer(number());
+    latent_write(runtime_, keys, key, step_.slots, tokens);
+  }
 
-  const ChosenBlocks chosen = {buffers_.chosen, indexer.count, indexer.block_size};
+  const ChosenBlocks chosen = {buffers_.chosen, indexer.count, indexer.block_size, indexer.pool.has_value()};
   const bool is_limited =
       std::any_of(batch.order, batch.order + tokens, [&](int32_t order) { return chosen.limits(order); });
   if (!is_limited) return;
@@ -129,7 +143,17 @@ void Stack::choose_blocks(const BlockIndexer& indexer, AttentionBatch& batch) {
   AttentionBatch index_batch = batch;
   index_batch.q = query;
   index_batch.num_heads = heads;
-  argosy::choose_blocks(runtime_, keys, index_batch, chosen, indexer.num_local, buffers_.chosen);
+  if (indexer.pool) {
+    std::vector<int32_t> whole;
+    for (int64_t token = 0; token < tokens; ++token)
+      whole.push_back(int32_t((batch.order[token] + 1) / indexer.block_size));
+    index_batch.sees_until = whole.data();
+    float* weights = key;  // the same for all heads: a factor changes no order
+    std::fill_n(weights, tokens * heads, 1.0f);
+    argosy::choose_positions(runtime_, keys, weights, index_batch, chosen.count, buffers_.chosen);
+  } else {
+    argosy::choose_blocks(runtime_, keys, index_batch, chosen, indexer.num_local, buffers_.chosen);
+  }
   batch.chosen = chosen;
 }
 

@@ -53,11 +53,18 @@ void StackSizes::add(const AttentionSizes& mixer) {
   widen(projected_, mixer.has_gate ? 2 * query : 0);
   widen(projected_, width_of({mixer.gate_rows}));
   const IndexSizes& index = mixer.index;
-  const std::array<int64_t, 3> dims = {mixer.head_dim, mixer.value_dim,
-                                       width_of({index.count, index.block_size})};
-  if (std::find(head_dims_.begin(), head_dims_.end(), dims) == head_dims_.end()) head_dims_.push_back(dims);
-  widen(query_latent_, width_of({index.num_heads, index.dim}) + width_of({index.dim}));
-  widen(chosen_, width_of({index.num_heads, index.count}));
+  AttentionScratchSizes scratch = {mixer.head_dim, mixer.value_dim,
+                                   width_of({index.count, index.block_size})};
+  if (index.pool_size > 1) {
+    scratch.num_chosen = width_of({index.count, index.pool_size}) + index.pool_size - 1;
+    scratch.gathered_heads = mixer.num_heads / std::max<int64_t>(1, mixer.kv_heads);
+    // Keys of groups, where these begin, and their cosines and sines.
+    widen(attended_, width_of({2, index.dim}) + PoolShape::kMostAxes);
+  }
+  if (std::find(attentions_.begin(), attentions_.end(), scratch) == attentions_.end())
+    attentions_.push_back(scratch);
+  widen(query_latent_, width_of({index.num_heads, index.dim}) + std::max(index.num_heads, index.dim));
+  widen(chosen_, width_of({index.choices_per_token(), index.count}));
   add_indexer(index);
 }
 
@@ -243,8 +250,8 @@ int64_t StackSizes::scratch_bytes(int64_t max_tokens, int num_threads, bool has_
 
   int64_t bytes = has_quants ? matmul_scratch_bytes(cols, max_tokens) : 0;
   if (num_experts_ > 0) bytes = std::max(bytes, route_scratch_bytes(num_experts_, num_threads));
-  for (const auto& [key, value, num_chosen] : head_dims_)
-    bytes = std::max(bytes, attention_scratch_bytes(key, value, num_chosen, num_threads));
+  for (const AttentionScratchSizes& sizes : attentions_)
+    bytes = std::max(bytes, attention_scratch_bytes(sizes, num_threads));
   for (const IndexSizes& index : indexers_) bytes = std::max(bytes, index_scratch_bytes(index, num_threads));
   for (const LatentSizes& latent : latents_) {
     LatentHeads heads = {};

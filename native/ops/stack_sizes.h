@@ -4,10 +4,10 @@
 // them before anything is loaded, and a Stack allocates by the same numbers.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <vector>
 
+#include "ops/attention.h"
 #include "ops/gated_delta.h"
 #include "ops/latent_index.h"
 #include "ops/mamba.h"
@@ -20,7 +20,7 @@ struct AttentionSizes {
   int64_t num_heads, kv_heads, head_dim, value_dim;
   bool has_gate;          // the query has rows of a gate
   int64_t gate_rows = 0;  // of the gate's own projection; 0: none
-  IndexSizes index = {};  // count 0: no indexer
+  IndexSizes index = {};  // of a block indexer, or one of groups; count 0: none
 };
 
 struct LatentSizes {
@@ -74,8 +74,8 @@ struct StackBuffers {
   // [kv_heads * head_dim], [kv_heads * value_dim]; key [kv_rank + rope_dim], [head_dim]; value: an index key
   // and the weights of the index heads
   float *key, *value;
-  float* query_latent;     // [query_rank]; [latent_rows]; queries and a key of a block indexer
-  int32_t* chosen;         // [positions that an indexer chooses]; [kv_heads * blocks]
+  float* query_latent;     // [query_rank]; [latent_rows]; queries and key, or weights, of a block indexer
+  int32_t* chosen;         // [positions that an indexer chooses]; [kv_heads * blocks]; [groups]
   int32_t* candidates;     // [blocks that an indexer chooses inside]
   float* projected;        // query and gate, or gate, of gated heads; the inputs of recurrent layers
   float* delta_gates;      // [2 * value_heads]; [heads * (key_dim + 1)]; [heads]
@@ -143,7 +143,7 @@ class StackSizes {
   int64_t delta_gates_ = 0, num_experts_ = 0, k_ = 0, expert_in_ = 0, expert_out_ = 0;
   int64_t num_streams_ = 1, stream_weights_ = 0, stream_rank_ = 0;
   int64_t ffn_sum_ = 0, latent_ = 0, ngram_width_ = 0;
-  std::vector<std::array<int64_t, 3>> head_dims_;  // of keys, and of their values; positions of chosen blocks
+  std::vector<AttentionScratchSizes> attentions_;
   std::vector<LatentSizes> latents_;
   std::vector<IndexSizes> indexers_;
   std::vector<CompressedSizes> compressed_;

@@ -503,6 +503,44 @@ void bind_latent_attention(nb::module_& m) {
         q, block_table, sequence, order, scale, out: as for `attention`.
         index_q: [tokens, kv_heads, index_dim].
         chosen: [tokens, kv_heads, blocks]; rows of tokens that see all their blocks do not change.)");
+
+  m.def(
+      "joint_attention",
+      [](Runtime& runtime, KvCache& kv, int64_t layer, const ArrayOf<float>& q,
+         const ArrayOf<int32_t>& block_table, const ArrayOf<int32_t>& sequence, const ArrayOf<int32_t>& order,
+         const ArrayOf<int32_t>& chosen, int64_t size, float scale,
+         const std::optional<ArrayOf<float>>& sinks, const OutArrayOf<float>& out) {
+        const KvShape& shape = kv.shape(layer);
+        require_kind(shape, KvShape::Kind::keys_values);
+        AttentionBatch batch = {};
+        batch.q = read_array("q", q, {kAnySize, kAnySize, shape.head_dim});
+        batch.num_tokens = int64_t(q.shape(0));
+        batch.num_heads = int64_t(q.shape(1));
+        batch.scale = scale;
+        if (sinks) batch.sinks = read_array("sinks", *sinks, {batch.num_heads});
+        batch.block_table = read_array("block_table", block_table, {kAnySize, kAnySize});
+        batch.max_blocks = int64_t(block_table.shape(1));
+        batch.sequence = read_array("sequence", sequence, {batch.num_tokens});
+        batch.order = read_array("order", order, {batch.num_tokens});
+        batch.chosen = {read_array("chosen", chosen, {batch.num_tokens, kAnySize}), int64_t(chosen.shape(1)),
+                        size, true};
+        float* to = write_array("out", out, {batch.num_tokens, batch.num_heads * shape.value_dim});
+        require_blocks(kv, kv.num_blocks_of(layer), batch, int64_t(block_table.shape(0)));
+        for (int64_t token = 0; token < batch.num_tokens; ++token) {
+          const int32_t* blocks = batch.chosen.blocks + token * batch.chosen.count;
+          for (int64_t i = 0; batch.chosen.limits(batch.order[token]) && i < batch.chosen.count; ++i)
+            require_range("a chosen block", blocks[i], 0, (batch.order[token] + 1) / size - 1);
+        }
+        nb::gil_scoped_release released;
+        attention(runtime, kv.layer(layer), batch, to);
+      },
+      "runtime"_a, "kv"_a, "layer"_a, "q"_a, "block_table"_a, "sequence"_a, "order"_a, "chosen"_a, "size"_a,
+      "scale"_a, "sinks"_a.none(), "out"_a.noconvert(), R"(
+    Attend to blocks of `size` positions that all KV heads share, and to the unfinished block (native/ops/attention.h).
+
+    Args:
+        q, block_table, sequence, order, scale, sinks, out: as for `attention`.
+        chosen: [tokens, blocks], ascending; rows of tokens that see no more whole blocks are not read.)");
 }
 
 // runs [num_runs][3]: begin, end, slot.

@@ -1663,6 +1663,9 @@ class BlockIndexer:
         query: [KV heads * dim, hidden].   key: [dim, hidden].
         query_norm, key_norm: [dim], of each head; then the first dimensions rotate as the layer's.
         num_chosen: blocks of block_size positions, which a KvCache's blocks must divide.
+        pool: with any number of heads, which choose together, and num_local 0: a block has one key, the mean of its
+            positions' before norm and rotary, in this store of the KV cache; unfinished blocks are in this layer of the
+            recurrent state.
     """
 
     def __init__(
@@ -1674,7 +1677,8 @@ class BlockIndexer:
         key_norm: NDArray[numpy.float32],
         num_chosen: int,
         block_size: int,
-        num_local: int,
+        num_local: int = 0,
+        pool: tuple[int, int] | None = None,
     ) -> None: ...
 
 def grouped_query_attention(
@@ -2332,8 +2336,11 @@ class StackSizes:
         index_dim: int = 0,
         num_chosen: int = 0,
         block_size: int = 0,
+        joint_heads: int = 0,
     ) -> None:
-        """index_dim, num_chosen and block_size are those of a block indexer."""
+        """
+        index_dim, num_chosen and block_size are those of a block indexer, of which joint_heads choose together.
+        """
 
     def add_latent_attention(
         self,

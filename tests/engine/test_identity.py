@@ -54,6 +54,7 @@ from tests.models.tiny_llama4 import llama4_text
 from tests.models.tiny_mamba import nemotron_h_puzzle
 from tests.models.tiny_minimax import minimax
 from tests.models.tiny_minimax_m3 import minimax_m3
+from tests.models.tiny_qwen4 import qwen4_exp_text
 from tests.models.tiny_recurrent import lfm2_moe
 from tests.models.tiny_ring import ring_linear
 from tests.models.tiny_step import FULL, SLIDING, step3p5
@@ -169,6 +170,14 @@ CONFIGS = {
         max_position_embeddings=1024,
         hidden_size=72,
         num_local_experts=9,
+        num_experts_per_tok=3,
+    ),
+    "qwen4_exp_text": qwen4_exp_text(  # small blocks of positions that an indexer chooses for all KV heads
+        max_position_embeddings=1024,
+        hidden_size=72,
+        head_dim=40,
+        indexer_head_dim=12,
+        num_experts=9,
         num_experts_per_tok=3,
     ),
     "ling_2_5": ling_2_5(  # lightning attention beside latent attention
@@ -656,7 +665,16 @@ def test_threads_that_share_the_positions_of_a_long_context_change_nothing(
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    "family", ["minimax", "bailing_moe_linear", "qwen3_next", "lfm2_moe", "kimi_linear", "bailing_hybrid"]
+    "family",
+    [
+        "minimax",
+        "bailing_moe_linear",
+        "qwen3_next",
+        "lfm2_moe",
+        "kimi_linear",
+        "bailing_hybrid",
+        "qwen4_exp_text",
+    ],
 )
 def test_long_prompts_of_recurrent_layers_are_equal_in_every_chunk(family: str, tmp_path: Path) -> None:
     length = "model_max_length" if family == "kimi_linear" else "max_position_embeddings"

@@ -36,6 +36,7 @@ from tests.models.tiny_latent import deepseek_v3, glm_moe_dsa
 from tests.models.tiny_llama4 import llama4_text
 from tests.models.tiny_mamba import nemotron_h
 from tests.models.tiny_minimax import minimax
+from tests.models.tiny_qwen4 import qwen4_exp_text
 from tests.models.tiny_recurrent import lfm2_moe
 
 NUM_NEW = 24
@@ -74,11 +75,12 @@ CONFIGS: dict[str, RawConfig] = {
     "windows and delta": lara_mini(max_position_embeddings=1024),
     "kimi delta and a bank": kimi_k3(max_position_embeddings=1024),
     "kimi delta and chosen pools": glm5_next(max_position_embeddings=1024, index_kpool=4, index_topk=8),
+    "delta and small blocks": qwen4_exp_text(max_position_embeddings=1024),
 }
 WRITERS: dict[str, Callable[..., Any]] = {"gpt_oss": write_mxfp4_model, "deepseek_v4": write_deepseek_v4}
 RECURRENT = {
     "delta", "convolutions", "mamba", "kimi delta", "lightning", "windows and pools", "windows and delta",
-    "kimi delta and a bank", "kimi delta and chosen pools",
+    "kimi delta and a bank", "kimi delta and chosen pools", "delta and small blocks",
 }  # fmt: skip
 IN_SHORT = list(CONFIGS)[:9]
 

@@ -319,6 +319,8 @@ class NumpyModel:
         chosen = None
         if prefix + "index_q_proj.weight" in self.tensors:
             chosen = tiny_minimax_m3.sees_blocks(self, prefix, x, places)
+        if prefix + "indexer.index_qk_proj.weight" in self.tensors:
+            is_seen = tiny_qwen4.sees_blocks(self, prefix + "indexer.", x, places)
         for head in range(q.shape[1]):
             if chosen is not None:
                 is_seen = chosen[head // heads_per_kv_head]

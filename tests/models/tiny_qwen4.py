@@ -1,15 +1,21 @@
-"""Tiny configs of Qwen3.8-Flash-Next, and the tensors of their checkpoints.
+"""Tiny configs of Qwen3.8-Flash-Next, the tensors of their checkpoints, and the choice of blocks in numpy.
 
 Elsewhere: values and files are `tiny.py`; mixers and experts are those of `tiny_delta.py`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from tests.models.rows import Row
+from tests.models.safetensors_file import Array
 from tests.models.tiny import text_of
 from tests.models.tiny_delta import attention_tensors, delta_tensors, moe_tensors
+
+if TYPE_CHECKING:
+    from tests.models.numpy_model import NumpyModel, Places
 
 RawConfig = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
@@ -18,7 +24,10 @@ FAMILIES = ("qwen4_exp_text", "qwen4_exp")
 
 
 def qwen4_exp_text(**changes: Any) -> RawConfig:
-    """The `text_config` of a config.json with the keys of Qwen3.8-Flash-Next's, as a separate model."""
+    """The `text_config` of a config.json with the keys of Qwen3.8-Flash-Next's, as a separate model.
+
+    Four blocks of four positions are chosen, and the prompts are longer.
+    """
     return {
         "architectures": ["Qwen4ExpForCausalLM"],
         "attention_bias": False,
@@ -32,11 +41,11 @@ def qwen4_exp_text(**changes: Any) -> RawConfig:
         "heads_per_ngram": 2,
         "hidden_act": "silu",
         "hidden_size": 20,
-        "indexer_budget": 64,
+        "indexer_budget": 16,
         "indexer_compress_ratio": 4,
         "indexer_head_dim": 8,
         "indexer_kv_heads": 1,
-        "indexer_n_heads": 2,
+        "indexer_n_heads": 5,
         "initializer_range": 0.02,
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
         "linear_conv_kernel_dim": 4,
@@ -182,6 +191,28 @@ def qwen4_shapes(config: RawConfig) -> Shapes:
     if "text_config" in config:
         shapes |= {"model.visual.patch_embed.proj.bias": (16,), "model.visual.pos_embed.weight": (16, 16)}
     return shapes
+
+
+def sees_blocks(model: NumpyModel, prefix: str, x: Array, places: Places) -> Array:
+    """Return bool [tokens, positions]: whether a token sees a position, by the blocks that it chooses."""
+    from tests.models.numpy_model import rotate
+
+    config = model.config
+    heads, size = config["indexer_n_heads"], config["indexer_compress_ratio"]
+    count, whole, positions = config["indexer_budget"] // size, len(x) // size, np.arange(len(x))
+    qk = model.linear(prefix + "index_qk_proj", x).reshape(len(x), heads + 1, -1)
+    q = rotate(model.norm(prefix + "q_layernorm", qk[:, :heads]), places)
+    means = qk[: whole * size, heads:].reshape(whole, size, -1).mean(axis=1)
+    k = np.zeros_like(qk[:, :1])  # a block's key turns as its first position
+    k[: whole * size : size, 0] = model.norm(prefix + "k_layernorm", means)
+    k = rotate(k, places)[: whole * size : size, 0]
+    scores = np.maximum(np.einsum("thd,bd->htb", q, k), 0).sum(axis=0)
+    is_whole = (np.arange(whole) + 1) * size <= positions[:, None] + 1
+    order = np.argsort(-np.where(is_whole, scores, -np.inf), axis=1, kind="stable")
+    is_chosen = np.zeros((len(x), whole + 1), bool)
+    np.put_along_axis(is_chosen, order[:, :count], True, axis=1)
+    is_unfinished = positions >= (positions[:, None] + 1) // size * size
+    return (is_chosen[:, positions // size] | is_unfinished) & places.is_seen()
 
 
 def _row() -> Row:

@@ -258,6 +258,28 @@ def block_attention(
         chosen: [tokens, kv_heads, blocks]; rows of tokens that see all their blocks do not change.
     """
 
+def joint_attention(
+    runtime: argosy._native.Runtime,
+    kv: argosy._native.KvCache,
+    layer: int,
+    q: NDArray[numpy.float32],
+    block_table: NDArray[numpy.int32],
+    sequence: NDArray[numpy.int32],
+    order: NDArray[numpy.int32],
+    chosen: NDArray[numpy.int32],
+    size: int,
+    scale: float,
+    sinks: NDArray[numpy.float32] | None,
+    out: NDArray[numpy.float32],
+) -> None:
+    """
+    Attend to blocks of `size` positions that all KV heads share, and to the unfinished block (native/ops/attention.h).
+
+    Args:
+        q, block_table, sequence, order, scale, sinks, out: as for `attention`.
+        chosen: [tokens, blocks], ascending; rows of tokens that see no more whole blocks are not read.
+    """
+
 def gated_delta(
     runtime: argosy._native.Runtime,
     state: argosy._native.RecurrentState,

@@ -216,7 +216,7 @@ def _attention_shapes(attention: AttentionConfig, hidden: int) -> Iterator[tuple
     if attention.gate_rows:
         yield "attn_gate", (attention.gate_rows, hidden)
     if (index := attention.index) is not None:
-        yield "index_q", (attention.num_kv_heads * index.head_dim, hidden)
+        yield "index_q", ((index.joint_heads or attention.num_kv_heads) * index.head_dim, hidden)
         yield "index_k", (index.head_dim, hidden)
         yield "index_q_norm", (index.head_dim,)
         yield "index_k_norm", (index.head_dim,)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from argosy.errors import CheckpointError
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeConfig:
@@ -32,12 +30,6 @@ class RopeConfig:
     # Each pair's frequency is divided by its factor, before the rule of `kind` applies.
     frequency_factors: tuple[float, ...] = ()
 
-    def __post_init__(self) -> None:
-        if self.kind == "yarn" and self.theta <= 1:
-            raise CheckpointError(
-                f"the base of yarn's frequencies is {self.theta}, expected more than 1 (rope_theta)"
-            )
-
     @property
     def num_axes(self) -> int:
         """Axes of a position: time, row and column, or one."""
@@ -55,16 +47,20 @@ class QueryScale:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockIndexConfig:
-    """An indexer of block-sparse attention (MiniMax-M3): one head for each KV head chooses the blocks that it sees."""
+    """An indexer of block-sparse attention. In MiniMax-M3, one head for each KV head chooses the blocks that it sees,
+    by their best positions. In Qwen3.8, `joint_heads` choose whole blocks for all KV heads, by the mean key of each; a
+    token also sees its unfinished block.
+    """
 
     num_chosen: int  # blocks; a token that could see no more sees all
     block_size: int  # positions
-    num_local: int  # the token's own block, and those before it that are always chosen
     head_dim: int
+    num_local: int = 0  # the token's own block, and those before it that are always chosen
+    joint_heads: int = 0  # 0: a head for each KV head
 
     @property
     def num_positions(self) -> int:
-        """The most positions that a token sees."""
+        """The positions that a token sees, an unfinished block aside."""
         return self.num_chosen * self.block_size
 
 
@@ -98,14 +94,25 @@ class AttentionConfig:
     # elements: `attn_gate` gives one for each head, or for each element.
     output_gate: Literal["none", "query", "heads", "elements"] = "none"
     gate_activation: Literal["sigmoid", "softplus"] = "sigmoid"
-    # Its indexer is not run: tokens see all positions, which is exact up to so many. 0: it has none.
-    exact_positions: int = 0
     index: BlockIndexConfig | None = None  # a token sees only the best blocks; None: all
 
     @property
     def width_of_values(self) -> int:
         """The dimensions of a value."""
         return self.value_dim or self.head_dim
+
+    @property
+    def pools(self) -> dict[str, tuple[int, int, bool]]:
+        """Block size, dimension and overlap of the pool of index keys, if blocks have one each."""
+        index = self.index
+        if index is None or not index.joint_heads:
+            return {}
+        return {"index_": (index.block_size, index.head_dim, False)}
+
+    @property
+    def has_state(self) -> bool:
+        """Whether unfinished blocks are kept per sequence."""
+        return bool(self.pools)
 
     @property
     def gate_rows(self) -> int:

@@ -193,7 +193,10 @@ class ModelConfig:
             i
             for i, layer in enumerate(self.layers)
             if isinstance(layer.mixer, RecurrentMixer)
-            or (isinstance(layer.mixer, LatentConfig | CompressedConfig) and layer.mixer.has_state)
+            or (
+                isinstance(layer.mixer, AttentionConfig | LatentConfig | CompressedConfig)
+                and layer.mixer.has_state
+            )
         )
 
     @property
@@ -276,10 +279,7 @@ class ModelConfig:
 
     @property
     def exact_tokens(self) -> int | None:
-        """The positions up to which results are exact, because indexers are missing or not run; None: all of them."""
-        attention = self._first(AttentionConfig)
-        if attention is not None and attention.exact_positions:
-            return attention.exact_positions
+        """The positions up to which results are exact, because indexers are missing; None: all of them."""
         index = self.latent.index if self.latent is not None else None
         return index.num_chosen if index is not None and index.kind == "missing" else None
 
@@ -295,7 +295,7 @@ class ModelConfig:
         """
         attending = [one for one in self.layers if isinstance(one.mixer, AttentionConfig | LatentConfig)]
         last = ([one for one in attending if one.is_moe] or attending or list(self.layers))[-1]
-        if isinstance(last.mixer, LatentConfig):
+        if isinstance(last.mixer, AttentionConfig | LatentConfig):
             last = replace(last, mixer=replace(last.mixer, index=None))
         last = replace(last, ngrams=None)
         passed_over = replace(last, is_moe=False, has_network=True, activation=None, shared_activation=None)

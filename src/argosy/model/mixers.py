@@ -39,7 +39,7 @@ def describe_mixer(config: ModelConfig, layer: int, weights: DenseWeights) -> _n
     )  # its number among the recurrent layers, if it is one
     match config.layers[layer].mixer:
         case AttentionConfig() as attention:
-            return _attention(attention, name, weights)
+            return _attention(attention, name, weights, _store(config, layer), state_layer)
         case LatentConfig() as latent:
             return _latent(latent, name, weights, _store(config, layer), state_layer)
         case CompressedConfig() as compressed:
@@ -64,7 +64,9 @@ def _store(config: ModelConfig, layer: int) -> int:
     return config.num_layers + sum(len(further_stores(one.mixer)) for one in config.layers[:layer])
 
 
-def _attention(attention: AttentionConfig, name: str, weights: DenseWeights) -> _native.Mixer:
+def _attention(
+    attention: AttentionConfig, name: str, weights: DenseWeights, store: int, state_layer: int
+) -> _native.Mixer:
     """Grouped-query attention (arXiv:2305.13245)."""
     head_dim = attention.head_dim
     unweighted = np.ones(head_dim, np.float32) if attention.qk_norm == "unweighted" else None
@@ -97,12 +99,14 @@ def _attention(attention: AttentionConfig, name: str, weights: DenseWeights) -> 
         is_causal=attention.is_causal,
         indexer=None
         if attention.index is None
-        else _block_indexer(attention.index, name + "index_", weights),
+        else _block_indexer(attention.index, name + "index_", weights, (store, state_layer)),
     )
 
 
-def _block_indexer(index: BlockIndexConfig, name: str, weights: DenseWeights) -> _native.BlockIndexer:
-    """The indexer of block-sparse attention."""
+def _block_indexer(
+    index: BlockIndexConfig, name: str, weights: DenseWeights, pool: tuple[int, int]
+) -> _native.BlockIndexer:
+    """The indexer of block-sparse attention; if blocks have a key each, with its store and layer of the state."""
     return _native.BlockIndexer(
         weights.matrices[name + "q"],
         weights.matrices[name + "k"],
@@ -111,6 +115,7 @@ def _block_indexer(index: BlockIndexConfig, name: str, weights: DenseWeights) ->
         num_chosen=index.num_chosen,
         block_size=index.block_size,
         num_local=index.num_local,
+        pool=pool if index.joint_heads else None,
     )
 
 
@@ -335,7 +340,7 @@ def further_stores(mixer: Mixer | None) -> list[_native.KvShape]:
     """Return the stores of a layer with this mixer behind the layers' own: those of its pools, and of the index keys
     that it makes.
     """
-    if not isinstance(mixer, LatentConfig | CompressedConfig):
+    if not isinstance(mixer, AttentionConfig | LatentConfig | CompressedConfig):
         return []
     stores = [_native.KvShape.pooled(dim, ratio) for ratio, dim, _ in mixer.pools.values()]
     if isinstance(mixer, CompressedConfig) and mixer.makes_keys:
@@ -358,7 +363,7 @@ def kv_shape(mixer: Mixer | None) -> _native.KvShape:
                 mixer.head_dim,
                 is_windowed=mixer.sliding_window > 0,
                 value_dim=mixer.width_of_values,
-                index_dim=mixer.index.head_dim if mixer.index else 0,
+                index_dim=mixer.index.head_dim if mixer.index and not mixer.pools else 0,
             )
         case LatentConfig():
             index = None if mixer.pools else mixer.own_index
@@ -377,7 +382,7 @@ def state_shape(mixer: Mixer | None) -> _native.StateShape:
             return _native.StateShape.short_conv(mixer.channels, mixer.conv_width)
         case MambaConfig():
             return _native.StateShape.mamba(mixer.sizes)
-        case LatentConfig() | CompressedConfig():
+        case AttentionConfig() | LatentConfig() | CompressedConfig():
             return _native.StateShape.pools(list(mixer.pools.values()))
     return _native.StateShape.pools([])
 
@@ -394,9 +399,9 @@ def add_mixer_sizes(sizes: _native.StackSizes, mixer: Mixer | None) -> None:
                 mixer.width_of_values,
                 mixer.gate_rows,
                 *(
-                    (blocks.head_dim, blocks.num_chosen, blocks.block_size)
+                    (blocks.head_dim, blocks.num_chosen, blocks.block_size, blocks.joint_heads)
                     if (blocks := mixer.index)
-                    else (0, 0, 0)
+                    else ()
                 ),
             )
         case LatentConfig():

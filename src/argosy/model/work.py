@@ -164,7 +164,8 @@ def _attention(config: ModelConfig, kv_dtype: KvDtype) -> tuple[Attention, ...]:
                     add(attention.sliding_window, kv_shape(attention), operations)
                 else:
                     add(blocks.num_positions, kv_shape(replace(attention, index=None)), operations)
-                    add_index(attention.num_kv_heads, blocks.head_dim)
+                    part = 1 / blocks.block_size if blocks.joint_heads else 1.0
+                    add_index(blocks.joint_heads or attention.num_kv_heads, blocks.head_dim, part)
     return tuple(
         Attention(window, count * token_bytes, count * operations)
         for (window, token_bytes, operations), count in kinds.items()

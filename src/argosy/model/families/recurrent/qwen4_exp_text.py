@@ -4,8 +4,8 @@ Every mixer and every network reads four streams through a gated product of low 
 does. The output of delta nets is gated by a sigmoid. A layer of `ple_layer_ids` (1-based) first adds rows of a table of
 hashed bigrams and trigrams, which stays on the drive: its checkpoint divides it into `split_ngram_parts` tensors.
 
-Layers with attention have an indexer that chooses blocks of positions (QSA). It is not run: tokens see all positions,
-which is exact while there are no more than `indexer_budget`.
+Layers with attention have an indexer (QSA): a token sees `indexer_budget` positions in whole blocks of
+`indexer_compress_ratio`, and its unfinished block.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from argosy.config import (
+    KV_BLOCK_TOKENS,
     AttentionConfig,
+    BlockIndexConfig,
     DeltaConfig,
     GatedResidual,
     LayerConfig,
@@ -24,6 +26,7 @@ from argosy.config import (
 )
 from argosy.errors import CheckpointError
 from argosy.model.families.attention.qwen_moe import make_layouts
+from argosy.model.families.latent.deepseek import MOST_CHOSEN
 from argosy.model.families.recurrent.qwen3_5_moe_text import AXES
 from argosy.model.families.recurrent.qwen_delta import (
     DELTA_NAMES,
@@ -47,6 +50,7 @@ _MIX = {
     "up": "input_mix_weight_up.weight",
     "inject": "block_inject_weight.weight",
 }
+_MOST_RATIO = 8192  # positions of a block
 _TABLE = "ple.ple_embedding.ngram_embedding"
 
 
@@ -57,6 +61,10 @@ def _layouts() -> tuple[Layout, ...]:
         "delta_z": "linear_attn.in_proj_z.weight",
         "delta_b": "linear_attn.in_proj_b.weight",
         "delta_a": "linear_attn.in_proj_a.weight",
+        "index_q": "self_attn.indexer.index_qk_proj.weight",
+        "index_k": "self_attn.indexer.index_qk_proj.weight",
+        "index_q_norm": "self_attn.indexer.q_layernorm.weight",
+        "index_k_norm": "self_attn.indexer.k_layernorm.weight",
         "ngram_key": "ple.key_proj.weight",
         "ngram_value": "ple.value_proj.weight",
         "ngram_key_norm": "ple.norm_key.weight",
@@ -67,11 +75,11 @@ def _layouts() -> tuple[Layout, ...]:
         **{f"mlp_mix_{part}": f"mlp_hyper_connection.{name}" for part, name in _MIX.items()},
         **{f"head_mix_{part}": f"hyper_connection_mixer.{name}" for part, name in _MIX.items()},
     }
-    indexers = r"(model\.)?(language_model\.)?layers\.\d+\.self_attn\.indexer\..*"
-    passed_over = rf"{MTP_TENSORS}|model\.visual\..*|{indexers}"
+    passed_over = rf"{MTP_TENSORS}|model\.visual\..*"
     return tuple(
         replace(
             layout,
+            joined=("index_q", "index_k"),
             table_names=(f"{_TABLE}.weight", f"{_TABLE}.shard_{{}}.weight"),
             table_constants=(
                 "ple.ple_embedding.layer_multipliers",
@@ -150,7 +158,8 @@ def _read_layers(reader: ConfigReader, common: Common, num_layers: int) -> tuple
         has_o_bias=has_bias,
         qk_norm="head",
         output_gate="query",
-        exact_positions=_read_indexer(reader),
+        is_causal=True,
+        index=_read_index(reader, common),
     )
     gate = reader.one_of("output_gate_type", "silu", ("silu", "sigmoid"))
     delta = replace(read_delta(reader), has_sigmoid_gate=gate == "sigmoid")
@@ -167,11 +176,52 @@ def _read_layers(reader: ConfigReader, common: Common, num_layers: int) -> tuple
     )
 
 
-def _read_indexer(reader: ConfigReader) -> int:
-    """Return the positions up to which a layer without its indexer is exact."""
+def _read_index(reader: ConfigReader, common: Common) -> BlockIndexConfig | None:
+    """Read the indexer of the layers with attention; None if the config has none of its sizes."""
+    keys = ("indexer_n_heads", "indexer_head_dim", "indexer_budget", "indexer_compress_ratio")
+    has_index = any(reader.optional_integer(key) is not None for key in keys)
     reader.neutral("indexer_kv_heads", 1, None)
-    reader.passed("indexer_n_heads", "indexer_head_dim", "indexer_compress_ratio")
-    return reader.integer("indexer_budget", default=0, least=0)
+    if not has_index:
+        return None
+    num_heads, head_dim, budget, ratio = (reader.integer(key, default=None) for key in keys)
+    rope = common.attention["rope"]
+    return make_index(
+        num_heads=num_heads,
+        head_dim=head_dim,
+        budget=budget,
+        ratio=ratio,
+        rotary_dim=0 if rope is None else rope.rotary_dim,
+    )
+
+
+def make_index(
+    *, num_heads: int, head_dim: int, budget: int, ratio: int, rotary_dim: int
+) -> BlockIndexConfig:
+    """Return the indexer of these sizes: `budget` positions in blocks of `ratio`.
+
+    Raises:
+        CheckpointError: a size that attention cannot have; the message names it.
+    """
+    for what, value, is_right, expected in (
+        ("index dimensions", head_dim, head_dim >= rotary_dim, f"at least {rotary_dim}, which rotate"),
+        (
+            "positions of an index block",
+            ratio,
+            2 <= ratio <= _MOST_RATIO and not (KV_BLOCK_TOKENS % ratio and ratio % KV_BLOCK_TOKENS),
+            f"2 to {_MOST_RATIO}, and a divisor or a multiple of {KV_BLOCK_TOKENS}",
+        ),
+        (
+            "positions that an indexer chooses",
+            budget,
+            0 < budget <= MOST_CHOSEN and budget % ratio == 0,
+            f"a multiple of {ratio}, the positions of a block, up to {MOST_CHOSEN}",
+        ),
+    ):
+        if not is_right:
+            raise CheckpointError(f"the model has {value} {what}, expected {expected}", key="indexer_budget")
+    return BlockIndexConfig(
+        num_chosen=budget // ratio, block_size=ratio, head_dim=head_dim, joint_heads=num_heads
+    )
 
 
 def _read_tables(reader: ConfigReader, common: Common, kinds: tuple[str, ...]) -> dict[int, NgramConfig]:
@@ -199,10 +249,9 @@ def _read_tables(reader: ConfigReader, common: Common, kinds: tuple[str, ...]) -
             f"{list(eos_ids)}, expected a token",
             key="ple_embed_dim" if width % num_heads else "eos_token_id",
         )
-    primes = primes_from(base, 0, len(layers) * num_heads)
     return {
         layer - 1: NgramConfig(
-            primes=primes[table * num_heads : (table + 1) * num_heads],
+            primes=primes_from(base, table * num_heads, num_heads),
             multipliers=splitmix_multipliers(seed, table, vocab_size, size),
             row_dim=width // num_heads,
             blank_id=eos_ids[0],
