@@ -389,21 +389,24 @@ void bind_layer(nb::module_& m) {
     Args:
         experts_per_token: k.
         choice_bias: [experts]; None means no bias.
-        expert_scale: [experts]; None means 1 for each.)")
+        expert_scale: [experts]; None means 1 for each.
+        media_bias: [experts], the `choice_bias` of tokens of media, which is their own choice where token ids decide
+            for others; None means that theirs is the same.)")
       .def(
           "__init__",
           [](Routing* self, int64_t experts_per_token, const ScoreName& score,
              const std::optional<ArrayOf<float>>& choice_bias, int64_t num_groups, int64_t kept_groups,
              const GroupScoreName& group_score, bool renormalize, float renormalize_eps,
-             float renormalize_least, float scale, const std::optional<ArrayOf<float>>& expert_scale) {
+             float renormalize_least, float scale, const std::optional<ArrayOf<float>>& expert_scale,
+             const std::optional<ArrayOf<float>>& media_bias) {
             new (self) Routing(make_routing(experts_per_token, score, choice_bias, num_groups, kept_groups,
                                             group_score, renormalize, renormalize_eps, renormalize_least,
-                                            scale, expert_scale));
+                                            scale, expert_scale, media_bias));
           },
           "experts_per_token"_a, nb::kw_only(), "score"_a, "choice_bias"_a.none() = nb::none(),
           "num_groups"_a = 1, "kept_groups"_a = 1, "group_score"_a = "top2", "renormalize"_a,
           "renormalize_eps"_a = 0.0f, "renormalize_least"_a = 0.0f, "scale"_a = 1.0f,
-          "expert_scale"_a.none() = nb::none());
+          "expert_scale"_a.none() = nb::none(), "media_bias"_a.none() = nb::none());
 }
 
 void require_block(const char* name, const KvCache& kv, int64_t block, bool is_windowed = false) {

@@ -16,7 +16,7 @@ namespace argosy {
 struct Routing {
   RouteRule rule;
   // Keep the memory that the rule points to alive.
-  std::optional<ArrayOf<float>> choice_bias, expert_scale;
+  std::optional<ArrayOf<float>> choice_bias, expert_scale, media_bias;
 
   // Checks that the rule fits this number of experts.
   RouteRule checked(int64_t num_experts) const {
@@ -31,6 +31,7 @@ struct Routing {
     }
     if (choice_bias) read_array("choice_bias", *choice_bias, {num_experts});
     if (expert_scale) read_array("expert_scale", *expert_scale, {num_experts});
+    if (media_bias) read_array("media_bias", *media_bias, {num_experts});
     return rule;
   }
 };
@@ -42,7 +43,8 @@ inline Routing make_routing(int64_t experts_per_token, const std::string& score,
                             const std::optional<ArrayOf<float>>& choice_bias, int64_t num_groups,
                             int64_t kept_groups, const std::string& group_score, bool renormalize,
                             float renormalize_eps, float renormalize_least, float scale,
-                            const std::optional<ArrayOf<float>>& expert_scale) {
+                            const std::optional<ArrayOf<float>>& expert_scale,
+                            const std::optional<ArrayOf<float>>& media_bias) {
   if (score != "softmax" && score != "sigmoid" && score != "sqrt_softplus") {
     refuse("unknown score '" + score + "'; known: softmax, sigmoid, sqrt_softplus");
   }
@@ -62,9 +64,11 @@ inline Routing make_routing(int64_t experts_per_token, const std::string& score,
                .renormalize_eps = renormalize_eps,
                .scale = scale,
                .expert_scale = expert_scale ? read_array("expert_scale", *expert_scale, {kAnySize}) : nullptr,
-               .renormalize_least = renormalize_least},
+               .renormalize_least = renormalize_least,
+               .media_bias = media_bias ? read_array("media_bias", *media_bias, {kAnySize}) : nullptr},
       .choice_bias = choice_bias,
       .expert_scale = expert_scale,
+      .media_bias = media_bias,
   };
 }
 

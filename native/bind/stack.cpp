@@ -98,6 +98,7 @@ BoundFfn routed_ffn(const Matrix& router, const Routing& routing,
   }
   if (routing.choice_bias) bound.kept.arrays.push_back(*routing.choice_bias);
   if (routing.expert_scale) bound.kept.arrays.push_back(*routing.expert_scale);
+  if (routing.media_bias) bound.kept.arrays.push_back(*routing.media_bias);
   require_range("width", width, 0, kLargestSize);
   ffn.width = width;
   ffn.norm = bound.kept.keep("norm", norm, router.view.cols);

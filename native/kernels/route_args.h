@@ -21,6 +21,8 @@ struct RouteRule {
   float scale;                          // multiplies the weights, last
   const float* expert_scale = nullptr;  // [num_experts], also multiplies the weight of each; nullptr: none
   float renormalize_least = 0;          // the least that renormalize divides by
+  // [num_experts], the choice_bias of tokens of media; nullptr: theirs is the same.
+  const float* media_bias = nullptr;
 };
 
 struct RouteArgs {

@@ -42,12 +42,14 @@ void route(Runtime& runtime, const RouteRule& rule, const float* logits, int64_t
       reinterpret_cast<float*>(runtime.scratch(route_scratch_bytes(num_experts, runtime.num_threads())));
   runtime.parallel_for(num_tokens, num_experts * (rule.k + 4), [&](int64_t begin, int64_t end, int worker) {
     for (int64_t t = begin; t < end; ++t) {
+      const bool is_media = token_ids != nullptr && token_ids[t] < 0;
+      RouteRule own = rule;
+      if (is_media && rule.media_bias != nullptr) own.choice_bias = rule.media_bias;
       table.route({
-          .rule = rule,
+          .rule = own,
           .logits = logits + t * num_experts,
           .num_experts = num_experts,
-          .given =
-              experts_of != nullptr && token_ids[t] >= 0 ? experts_of + 4 * rule.k * token_ids[t] : nullptr,
+          .given = experts_of != nullptr && !is_media ? experts_of + 4 * rule.k * token_ids[t] : nullptr,
           .ids = ids + t * rule.k,
           .weights = weights + t * rule.k,
           .scratch = scratch + worker * floats,

@@ -20,8 +20,9 @@ void rms_norm(Runtime& runtime, const float* x, const float* weight, float eps, 
 void rope(Runtime& runtime, Rows<float> x, int64_t num_tokens, int64_t num_heads, int64_t head_dim,
           const float* cosine, const float* sine, int64_t num_pairs, bool is_interleaved);
 
-// Computes ids and weights [num_tokens][k] from logits [num_tokens][num_experts]. With experts_of, f32
-// [vocabulary][k] of any alignment, a token whose id is not negative has the experts of its row.
+// Computes ids and weights [num_tokens][k] from logits [num_tokens][num_experts]. A token of media has a
+// negative id. With experts_of, f32 [vocabulary][k] of any alignment, the others have the experts of their
+// row.
 void route(Runtime& runtime, const RouteRule& rule, const float* logits, int64_t num_tokens,
            int64_t num_experts, int32_t* ids, float* weights, const uint8_t* experts_of = nullptr,
            const int32_t* token_ids = nullptr);

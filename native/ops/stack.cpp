@@ -448,16 +448,19 @@ void Stack::choose(const Router& router, int64_t layer, const float* x, int32_t*
   add_bias(runtime_, router.bias, tokens, experts, buffers_.router_logits);
   if (router.logit_cap > 0) soft_cap(runtime_, router.logit_cap, tokens * experts, buffers_.router_logits);
   RouteRule rule = router.rule;
-  std::vector<float> choice_bias;
+  std::vector<float> biases[2];
   if (const std::vector<int32_t>& forbidden = forbidden_[size_t(layer)]; !forbidden.empty()) {
-    if (rule.choice_bias != nullptr) {
-      choice_bias.assign(rule.choice_bias, rule.choice_bias + experts);
-      rule.choice_bias = choice_bias.data();
+    const float** given[] = {&rule.choice_bias, &rule.media_bias};
+    for (size_t i = 0; i < 2; ++i) {
+      if (*given[i] == nullptr) continue;
+      biases[i].assign(*given[i], *given[i] + experts);
+      *given[i] = biases[i].data();
     }
     for (const int32_t expert : forbidden) {
       for (int64_t token = 0; token < tokens; ++token)
         buffers_.router_logits[token * experts + expert] = -INFINITY;
-      if (!choice_bias.empty()) choice_bias[size_t(expert)] = -INFINITY;
+      for (std::vector<float>& bias : biases)
+        if (!bias.empty()) bias[size_t(expert)] = -INFINITY;
     }
   }
   route(runtime_, rule, buffers_.router_logits, tokens, experts, ids, weights,

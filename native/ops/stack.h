@@ -256,10 +256,10 @@ struct EntryStore {
 };
 
 // DeepSeek-V4's attention: one vector of head_dim elements for each position is key and value of all heads.
-// A token sees a window of positions and entries of a pool, the layer's or an earlier layer's: all of them or
-// those that an index chose. Its last dimensions rotate, and because values rotate with them, the result is
-// rotated back by the token's own angles. The output projection has two factors, of which the first
-// multiplies each group of heads by a matrix of its own.
+// A token sees a window of positions, with all of its span if that sees both ways, and entries of a pool, the
+// layer's or an earlier layer's: all of them or those that an index chose. Its last dimensions rotate, and
+// because values rotate with them, the result is rotated back by the token's own angles. The output
+// projection has two factors, of which the first multiplies each group of heads by a matrix of its own.
 struct CompressedAttention {
   MatrixView query_down;              // [query_rank, hidden]
   const float* query_norm = nullptr;  // [query_rank]

@@ -492,9 +492,14 @@ LatentSource Stack::window_of(const CompressedAttention& mixer) {
   const bool is_windowed = kv_.shape(number()).is_windowed;
   LatentSource source = {
       kv_.latent_layer(number()), is_windowed ? step_.window_table : step_.block_table, step_.max_blocks, {}};
+  const auto until = [&](int64_t token) {
+    return step_.sees_until != nullptr ? int64_t(step_.sees_until[token]) : int64_t(step_.order[token]) + 1;
+  };
+  int64_t span = 0;  // the first of the tokens that see as far as this one
   for (int64_t token = 0; token < step_.num_tokens; ++token) {
-    const int64_t first = first_seen(mixer.window, step_.order[token]);
-    source.seen.push_back({nullptr, first, step_.order[token] + 1 - first});
+    if (step_.sequence[token] != step_.sequence[span] || until(token) != until(span)) span = token;
+    const int64_t first = std::min(first_seen(mixer.window, step_.order[token]), int64_t(step_.order[span]));
+    source.seen.push_back({nullptr, first, until(token) - first});
   }
   return source;
 }

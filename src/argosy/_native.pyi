@@ -463,6 +463,8 @@ class Routing:
         experts_per_token: k.
         choice_bias: [experts]; None means no bias.
         expert_scale: [experts]; None means 1 for each.
+        media_bias: [experts], the `choice_bias` of tokens of media, which is their own choice where token ids decide
+            for others; None means that theirs is the same.
     """
 
     def __init__(
@@ -479,6 +481,7 @@ class Routing:
         renormalize_least: float = 0.0,
         scale: float = 1.0,
         expert_scale: NDArray[numpy.float32] | None = None,
+        media_bias: NDArray[numpy.float32] | None = None,
     ) -> None: ...
 
 class KvShape:

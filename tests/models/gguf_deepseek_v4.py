@@ -32,6 +32,7 @@ _LAYER_NAMES = {
     "attn.wo_b.weight": "attn_output_b.weight",
     "ffn.gate.weight": "ffn_gate_inp.weight",
     "ffn.gate.bias": "exp_probs_b.bias",
+    "ffn.gate.bias_vl": "exp_probs_b_vl.bias",
     "ffn.gate.tid2eid": "ffn_gate_tid2eid.weight",
     **{
         f"ffn.shared_experts.{theirs}.weight": f"ffn_{ours}_shexp.weight"

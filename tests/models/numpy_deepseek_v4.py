@@ -7,7 +7,8 @@ released checkpoint.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -24,14 +25,25 @@ from tests.models.numpy_deepseek_v41 import (
 from tests.models.safetensors_file import Array
 
 
+@dataclass
 class DeepseekV4(DeepseekV41):
-    """Logits of a checkpoint. `margin` is the smallest gap of a choice: of experts or rows."""
+    """Logits of a checkpoint. `margin` is the smallest gap of a choice: of experts or rows.
+
+    rows: position -> the vector there instead of a token's, of a picture (inference/model.py of V4-Flash-Vision).
+    spans: positions that see one another.
+    """
+
+    rows: Mapping[int, Array] = field(default_factory=dict)
+    spans: Sequence[range] = ()
 
     def logits(self, token_ids: Sequence[int], folded: Sequence[int] | None = None) -> Array:
         """Return [n, vocab]."""
         config, weights, eps = self.config, self.weights, self.config["rms_norm_eps"]
         self.token_ids = list(token_ids)
-        streams = np.repeat(weights["embed.weight"][self.token_ids][:, None], config["hc_mult"], axis=1)
+        hidden = weights["embed.weight"][self.token_ids]
+        for position, row in self.rows.items():
+            hidden[position] = row
+        streams = np.repeat(hidden[:, None], config["hc_mult"], axis=1)
         for layer in range(config["num_hidden_layers"]):
             for name, run in (("attn", self.attention), ("ffn", self.experts)):
                 prefix = f"layers.{layer}."
@@ -51,13 +63,25 @@ class DeepseekV4(DeepseekV41):
             return super().experts(layer, x, shared)
         prefix = f"layers.{layer}.ffn."
         scores = np.sqrt(np.logaddexp(0, x @ self.weights[prefix + "gate.weight"].T))
-        out = self.network(prefix + "shared_experts.", x)
+        out, k = self.network(prefix + "shared_experts.", x), self.config["num_experts_per_tok"]
         for token, token_id in enumerate(self.token_ids):
             chosen = self.weights[prefix + "gate.tid2eid"][token_id].astype(int)
+            if token in self.rows:
+                biased = scores[token] + self.weights[prefix + "gate.bias_vl"]
+                chosen = np.argsort(-biased, kind="stable")
+                self.note_gap(biased[chosen[k - 1]], biased[chosen[k]])
+                chosen = chosen[:k]
             weight = scores[token, chosen] / (scores[token, chosen].sum() + 1e-20)
             for expert, share in zip(chosen, weight * self.config["routed_scaling_factor"], strict=True):
                 out[token] += share * self.network(f"{prefix}experts.{expert}.", x[token])
         return out
+
+    def biases(self, prefix: str, count: int) -> Array:
+        """Return [n, experts]."""
+        biases = np.repeat(self.weights[prefix + "gate.bias"][None], count, axis=0)
+        for position in self.rows:
+            biases[position] = self.weights[prefix + "gate.bias_vl"]
+        return biases
 
     def attention(self, layer: int, x: Array, _shared: Shared) -> Array:
         config, prefix, eps = self.config, f"layers.{layer}.attn.", self.config["rms_norm_eps"]
@@ -71,6 +95,8 @@ class DeepseekV4(DeepseekV41):
         kv = rotate(kv, positions, frequency)
         distance = positions[:, None] - positions
         is_seen = (distance >= 0) & (distance < config["sliding_window"])
+        for span in self.spans:
+            is_seen[span.start : span.stop, span.start : span.stop] = True
         if ratio:
             entries = self.pool(prefix + "compressor.", x, ratio, dim, frequency)
             is_complete = np.arange(len(entries)) < ((positions + 1) // ratio)[:, None]

@@ -177,7 +177,7 @@ class DeepseekV41:
         config, prefix = self.config, f"layers.{layer}.ffn."
         k = config["num_experts_per_tok"]
         scores = np.sqrt(np.logaddexp(0, x @ self.weights[prefix + "gate.weight"].T))
-        biased = scores + self.weights[prefix + "gate.bias"]
+        biased = scores + self.biases(prefix, len(x))
         order = np.argsort(-biased, axis=1, kind="stable")
         ranked = np.take_along_axis(biased, order, 1)
         if ranked.shape[1] > k:
@@ -190,6 +190,9 @@ class DeepseekV41:
             for expert, share in zip(order[token, :k], weight * config["routed_scaling_factor"], strict=True):
                 out[token] += share * self.network(f"{prefix}experts.{expert}.", x[token])
         return out
+
+    def biases(self, prefix: str, _count: int) -> Array:
+        return self.weights[prefix + "gate.bias"]
 
     def network(self, prefix: str, x: Array) -> Array:
         limit = self.config["swiglu_limit"]

@@ -105,6 +105,8 @@ def shapes(config: RawConfig) -> Shapes:
             of_layer["ffn.gate.tid2eid"] = (config["vocab_size"], config["num_experts_per_tok"])
         else:
             of_layer["ffn.gate.bias"] = (experts,)
+        if config.get("vision_n_layers"):
+            of_layer["ffn.gate.bias_vl"] = (experts,)
         for part in ("attn", "ffn"):
             mixes = (2 + streams) * streams
             of_layer |= {

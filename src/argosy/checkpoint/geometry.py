@@ -387,6 +387,8 @@ def _routed_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape
         yield "token_experts", (config.vocab_size, config.chosen_in(layer))
     elif config.router.has_choice_bias:
         yield "choice_bias", (config.num_experts,)
+    if config.router.has_media_bias:
+        yield "media_bias", (config.num_experts,)
     if config.router.has_expert_scale:
         yield "expert_scale", (config.num_experts,)
     if config.has_expert_norms:

@@ -75,6 +75,8 @@ class RouterConfig:
     score: Literal["softmax", "sigmoid", "sqrt_softplus"] = "softmax"  # the last: sqrt(log(1 + e^logit))
     has_bias: bool = False  # the router's product has a bias: `router_bias`
     has_choice_bias: bool = False  # a bias on scores for the choice, not for the weights: `choice_bias`
+    # Tokens of media have another bias on scores, and choose where token ids decide for others: `media_bias`.
+    has_media_bias: bool = False
     num_groups: int = 1  # experts form this many groups of equal size
     kept_groups: int = 1  # experts are chosen only from this many best groups
     group_score: Literal["max", "top2"] = "top2"  # a group's score: its best, or the sum of its best two

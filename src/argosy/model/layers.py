@@ -287,4 +287,5 @@ def routing(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.R
         renormalize_least=router.renormalize_least,
         scale=router.scale,
         expert_scale=weights.vectors.get(f"layers.{layer}.expert_scale"),
+        media_bias=weights.vectors.get(f"layers.{layer}.media_bias"),
     )

@@ -38,7 +38,8 @@ class Step(NamedTuple):
     state_slots: int32 [S], the slot of each sequence's recurrent state; None if no layer has one.
     angles: float32 [axes, T], the rotary position on each axis (`RopeConfig.axes`); None: `order` on every axis.
     sees_until: int32 [T]. A token sees the positions of its sequence from order + 1 - window (or 0) to sees_until - 1,
-        its own included. Later positions must be written in this step or an earlier one. None: order + 1.
+        its own included. Later positions must be written in this step or an earlier one. In DeepSeek-V4's attention,
+        neighbours with the same end also see the first of them. None: order + 1.
     overrides: embeddings of media, each row at most once.
     additions: vectors of media for the output of layers, each row at most once in an addition.
     taps: layers whose hidden states after their additions are handed back (`Decoder.tapped`).

@@ -2,7 +2,8 @@
 
 A layer sees a window of positions. Most layers also see entries that pool groups of positions (`compress_ratios`): all
 entries of 128, or those of 4 that an index chooses, which overlap. Layers without pools rotate by `rope_theta`, those
-with pools by `compress_rope_theta`, scaled by yarn whose magnitude is 1 unless the file gives it.
+with pools by `compress_rope_theta`, scaled by yarn whose magnitude is 1 unless the file gives it. With a vision tower,
+positions of pictures choose experts in every layer, by a bias of their own.
 
 Tensors have DeepSeek's own names. transformers 5.24 (`DeepseekV4Config`) describes layers by type instead of ratio, and
 has the rotary embeddings under `main` and `compress`.
@@ -54,6 +55,13 @@ _DEFAULTS = MoeDefaults(
     eos_id=1,
     bos_id=0,
 )
+_DRAFT_KEYS = (
+    "dspark_block_size", "dspark_noise_token_id", "dspark_target_layer_ids", "dspark_markov_rank",
+)  # fmt: skip
+_VISION_KEYS = (
+    "vision_dim", "vision_n_heads", "vision_inter_dim", "vision_patch_size", "vision_rope_theta",
+    "vision_downsample_ratio", "vision_max_n_token", "vision_min_pixels", "vision_max_wh_ratio",
+)  # fmt: skip
 _HASH_LAYERS = 3
 _MOST_ITERATIONS = 1000
 _RATIOS = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
@@ -82,6 +90,7 @@ LAYOUTS = (
             "mlp_norm": "ffn_norm.weight",
             "router": "ffn.gate.weight",
             "choice_bias": "ffn.gate.bias",
+            "media_bias": "ffn.gate.bias_vl",
             "token_experts": "ffn.gate.tid2eid",
             "shared_gate": "ffn.shared_experts.w1.weight",
             "shared_up": "ffn.shared_experts.w3.weight",
@@ -92,7 +101,7 @@ LAYOUTS = (
         model_names={f"head_mix{ours}": f"hc_head_{name}" for ours, name in _MIX.items()},
         expert_names=tuple(f"ffn.experts.{{expert}}.w{number}.weight" for number in (1, 3, 2)),
         # The bias of a layer whose experts follow from token ids has no effect.
-        passed_over=r"mtp\.\d+\..+|layers\.\d+\.ffn\.gate\.bias",
+        passed_over=r"(mtp\.\d+|vision|aligner)\..+|image_(start|end|newline|pad)|layers\.\d+\.ffn\.gate\.bias",
     ),
 )
 
@@ -125,7 +134,9 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         ),
         expert_width=expert_width,
         shared_width=expert_width * reader.integer("n_shared_experts", default=1),
-        router=read_router(reader),
+        router=replace(
+            read_router(reader), has_media_bias=reader.integer("vision_n_layers", default=0, least=0) > 0
+        ),
         activation=ActivationConfig(kind="silu_limited", limit=reader.number("swiglu_limit", 10.0)),
         residual=read_residual(reader),
         draft_form=None,
@@ -135,6 +146,7 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     reader.neutral("attention_bias", False, None)
     reader.neutral("first_k_dense_replace", 0, None)
     reader.passed("expert_dtype")  # how weights are stored
+    reader.passed(*_DRAFT_KEYS, *_VISION_KEYS)
     reader.finish()
     return config
 

@@ -36,6 +36,7 @@ _NAMES = {
     "kv": "attn_kv.weight",
     **{f"pool_{ours}": f"attn_compressor_{name}.weight" for ours, name in _POOL.items()},
     **{f"index_pool_{ours}": f"indexer_compressor_{name}.weight" for ours, name in _POOL.items()},
+    "media_bias": "exp_probs_b_vl.bias",
     "o_down": "attn_output_a.weight",
     "o": "attn_output_b.weight",
     **{f"attn_mix{ours}": f"hc_attn_{name}.weight" for ours, name in _MIX.items()},
@@ -97,6 +98,7 @@ def open_gguf(file: GgufFile) -> ModelFiles:
         router=RouterConfig(
             score="sqrt_softplus",
             has_choice_bias=True,
+            has_media_bias="blk.0.exp_probs_b_vl.bias" in file.tensors,
             renormalize_eps=RENORMALIZE_EPS,
             scale=reader.number("expert_weights_scale"),
         ),
