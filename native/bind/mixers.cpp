@@ -307,7 +307,7 @@ BoundMixer multi_head_latent_attention(const Matrix& query, const Matrix& kv_dow
                                        const std::optional<ArrayOf<float>>& query_norm, int64_t num_chosen,
                                        const BoundIndexer* indexer, const Matrix* gate,
                                        const GateKindName& gate_kind, const QueryScaleOfNumbers& query_scale,
-                                       int64_t group_size) {
+                                       int64_t group_size, const std::optional<ArrayOf<float>>& sinks) {
   if ((query_down != nullptr) != query_norm.has_value())
     refuse("query_down and query_norm must be given together");
   require_range("group_size", group_size, 1, int64_t{1} << 20);
@@ -322,6 +322,7 @@ BoundMixer multi_head_latent_attention(const Matrix& query, const Matrix& kv_dow
   Kept& kept = bound.kept;
   LatentAttention mixer;
   mixer.heads = view_latent_heads(kept.keep(key_up), kept.keep(value_up), num_heads, rope_dim, scale);
+  mixer.heads.sinks = kept.keep("sinks", sinks, num_heads);
   if (query_down != nullptr) {
     mixer.query_down = kept.keep(*query_down);
     mixer.query_norm = kept.keep("query_norm", query_norm, query_down->view.rows);
@@ -483,9 +484,10 @@ void make_pool(BoundPool* self, const Matrix& vectors, const Matrix* gates, cons
 
 void make_indexer(BoundIndexer* self, const Matrix& query, const Matrix& key, const Matrix& weights,
                   const ArrayOf<float>& key_norm, const ArrayOf<float>& key_norm_bias, float norm_eps,
-                  bool has_interleaved_pairs, const Matrix* gate,
+                  bool has_interleaved_pairs, int64_t rope_begin, const Matrix* gate,
                   const std::optional<ArrayOf<float>>& gate_bias, int64_t store, int64_t state_layer) {
   require_range("rows of key", key.view.rows, 1, kLargestSize);
+  require_range("rope_begin", rope_begin, 0, key.view.rows);
   require_range("rows of weights", weights.view.rows, 1, kLargestSize);
   require_size("rows of query", query.view.rows, weights.view.rows * key.view.rows);
   Kept kept;
@@ -497,6 +499,7 @@ void make_indexer(BoundIndexer* self, const Matrix& query, const Matrix& key, co
       .key_norm_bias = kept.keep("key_norm_bias", key_norm_bias, key.view.rows),
       .norm_eps = norm_eps,
       .has_interleaved_pairs = has_interleaved_pairs,
+      .rope_begin = rope_begin,
   };
   if ((gate != nullptr) != gate_bias.has_value()) refuse("gate and gate_bias must be given together");
   if (gate != nullptr) {
@@ -657,7 +660,7 @@ void require_fit(const LatentAttention& mixer, const KvShape& kv, const Rotary* 
   require_size("elements of an index key", has_own_keys ? mixer.indexer->dim() : 0, kv.index_dim);
   if (!mixer.indexer) return;
   if (has_own_keys) {
-    require_range("rotated dimensions", heads.rope_dim, 0, kv.index_dim);
+    require_range("rotated dimensions", mixer.indexer->rope_begin + heads.rope_dim, 0, kv.index_dim);
   } else if (rotary != nullptr) {
     refuse("index keys of groups do not rotate");
   }
@@ -780,8 +783,8 @@ void bind_mixers(nb::module_& m) {
     Args:
         query: [heads * dim, query_rank].   key: [dim, hidden].   weights: [heads, hidden].
         key_norm, key_norm_bias: [dim], of a LayerNorm with epsilon `norm_eps`.
-        has_interleaved_pairs: which of the first dimensions rotate together, as for `rope`, whatever the layer's
-            rotary embedding says.
+        has_interleaved_pairs: which of the dimensions from `rope_begin` on rotate together, as for `rope`, whatever the
+            layer's rotary embedding says.
         gate, gate_bias: [dim, hidden] and [size, dim], both or none; with them, keys belong to groups of `size`
             positions, as `KvShape.pooled` stores them, and nothing rotates.
         store: the number of a pooled KvShape in the KV cache, for these keys.
@@ -790,14 +793,14 @@ void bind_mixers(nb::module_& m) {
           "__init__",
           [](BoundIndexer* self, const Matrix& query, const Matrix& key, const Matrix& weights,
              const ArrayOf<float>& key_norm, const ArrayOf<float>& key_norm_bias, float norm_eps,
-             bool has_interleaved_pairs, const Matrix* gate, const std::optional<ArrayOf<float>>& gate_bias,
-             int64_t store, int64_t state_layer) {
+             bool has_interleaved_pairs, int64_t rope_begin, const Matrix* gate,
+             const std::optional<ArrayOf<float>>& gate_bias, int64_t store, int64_t state_layer) {
             make_indexer(self, query, key, weights, key_norm, key_norm_bias, norm_eps, has_interleaved_pairs,
-                         gate, gate_bias, store, state_layer);
+                         rope_begin, gate, gate_bias, store, state_layer);
           },
           "query"_a, "key"_a, "weights"_a, nb::kw_only(), "key_norm"_a, "key_norm_bias"_a, "norm_eps"_a,
-          "has_interleaved_pairs"_a, "gate"_a.none() = nb::none(), "gate_bias"_a.none() = nb::none(),
-          "store"_a = 0, "state_layer"_a = 0);
+          "has_interleaved_pairs"_a, "rope_begin"_a = 0, "gate"_a.none() = nb::none(),
+          "gate_bias"_a.none() = nb::none(), "store"_a = 0, "state_layer"_a = 0);
   m.def("kimi_delta_attention", &kimi_delta_attention, "query"_a, "key"_a, "value"_a, "beta"_a, "decay"_a,
         "gate"_a, "output"_a, nb::kw_only(), "decay_down"_a.none() = nb::none(),
         "gate_down"_a.none() = nb::none(), "conv"_a, "rate"_a, "dt_bias"_a, "norm"_a, "floor"_a, "sizes"_a,
@@ -870,7 +873,8 @@ void bind_mixers(nb::module_& m) {
         "value_up"_a, "output"_a, nb::kw_only(), "num_heads"_a, "rope_dim"_a, "scale"_a, "norm_eps"_a,
         "kv_norm"_a, "query_down"_a.none() = nb::none(), "query_norm"_a.none() = nb::none(),
         "num_chosen"_a = 0, "indexer"_a.none() = nb::none(), "gate"_a.none() = nb::none(),
-        "gate_kind"_a = "sigmoid", "query_scale"_a = QueryScaleOfNumbers{0.0f, 1, 0}, "group_size"_a = 1, R"(
+        "gate_kind"_a = "sigmoid", "query_scale"_a = QueryScaleOfNumbers{0.0f, 1, 0}, "group_size"_a = 1,
+        "sinks"_a.none() = nb::none(), R"(
     Query and compressed keys and values -> norms -> rotary -> KV cache -> attention -> output projection.
 
     Args:
@@ -883,7 +887,7 @@ void bind_mixers(nb::module_& m) {
         num_chosen, group_size: a token sees at most so many groups of so many positions, and its unfinished one; 0
             means all.
         indexer: chooses them; None means that the layer sees what the last layer with an indexer chose.
-        gate, gate_kind, query_scale: as for `grouped_query_attention`.)");
+        gate, gate_kind, query_scale, sinks: as for `grouped_query_attention`.)");
   nb::class_<BoundPool>(m, "Pool", R"(
     Entries that stand for groups of positions (native/ops/pool.h), normed and rotated where their groups begin.
 

@@ -21,7 +21,7 @@ BoundMix sinkhorn_mix(const Matrix& matrix, const ArrayOf<float>& base, const Ar
   const float* base_data = bound.kept.keep("base", base, matrix.view.rows);
   read_array("scale", scale, {kAnySize});
   const int64_t scales = int64_t(scale.shape(0));
-  if (scales != 1) require_size("size of scale", scales, 3);
+  require_range("size of scale", scales, 1, 3);
   bound.mix = SinkhornMix{bound.kept.keep(matrix), base_data, bound.kept.keep("scale", scale, scales)};
   bound.num_scales = scales;
   return bound;
@@ -56,11 +56,12 @@ BoundMix other_mix(StreamMix mix) {
 }
 
 void make_rule(BoundResidual* self, int64_t num_streams, const BoundMix& head, int64_t iterations, float eps,
-               bool is_lagged) {
+               bool is_lagged, float magnitude) {
   require_range("num_streams", num_streams, 2, kMostStreams);
   require_range("iterations", iterations, 0, 1000);
   if (!(eps >= 0) || !std::isfinite(eps)) refuse("eps is " + std::to_string(eps) + ", expected 0 or more");
-  new (self) BoundResidual{{num_streams, iterations, eps, is_lagged, head.mix}, head};
+  if (!std::isfinite(magnitude)) refuse("magnitude is " + std::to_string(magnitude) + ", expected a number");
+  new (self) BoundResidual{{num_streams, iterations, eps, magnitude, is_lagged, head.mix}, head};
 }
 
 }  // namespace
@@ -68,9 +69,10 @@ void make_rule(BoundResidual* self, int64_t num_streams, const BoundMix& head, i
 void require_mix(const BoundMix& bound, const ResidualRule& rule, int64_t hidden, bool is_head) {
   const int64_t n = rule.num_streams;
   if (const auto* own = std::get_if<SinkhornMix>(&bound.mix)) {
-    require_size("rows of a mix", own->matrix.rows, is_head ? n : n * (2 + n));
+    const int64_t rows = rule.mixes_streams() ? n * (2 + n) : 2 * n;
+    require_size("rows of a mix", own->matrix.rows, is_head ? n : rows);
     require_size("columns of a mix", own->matrix.cols, n * hidden);
-    require_size("scales of a mix", bound.num_scales, is_head ? 1 : 3);
+    require_size("scales of a mix", bound.num_scales, is_head ? 1 : rule.mixes_streams() ? 3 : 2);
   } else if (const auto* gated = std::get_if<GatedMix>(&bound.mix)) {
     if (rule.is_lagged) refuse("gated streams carry no weights: is_lagged belongs to sinkhorn_mix");
     require_size("columns of a mix", gated->down.cols, n * hidden);
@@ -125,9 +127,9 @@ void bind_residual(nb::module_& m) {
     Manifold-constrained hyper-connections of n streams (arXiv:2512.24880; native/ops/residual.h).
 
     Args:
-        matrix: [n (2 + n), n * hidden], rows of the input's, the output's and the streams' weights; before the head
-            [n, n * hidden].
-        base: one number for each row.   scale: [3]; before the head [1].)");
+        matrix: [n (2 + n), n * hidden], rows of the input's, the output's and the streams' weights; without iterations
+            [2 n, n * hidden], and before the head [n, n * hidden].
+        base: one number for each row.   scale: [3]; without iterations [2], before the head [1].)");
   m.def("gated_mix", &gated_mix, "norm"_a, "down"_a, "up"_a, "inject"_a.none() = nb::none(), R"(
     Streams that are normed, and gated by a product of low rank (Qwen3.8; native/ops/residual.h).
 
@@ -150,10 +152,10 @@ void bind_residual(nb::module_& m) {
 
     Args:
         head: how the streams become what the final norm reads.
-        iterations, eps: of `sinkhorn_mix`.
+        iterations, eps, magnitude: of `sinkhorn_mix`; without iterations, streams are not mixed.
         is_lagged: the input weights of a sublayer are for the next one; those of the first are [1, 0, ...].)")
       .def("__init__", &make_rule, "num_streams"_a, "head"_a, nb::kw_only(), "iterations"_a = 0,
-           "eps"_a = 0.0f, "is_lagged"_a = false);
+           "eps"_a = 0.0f, "is_lagged"_a = false, "magnitude"_a = 2.0f);
 }
 
 }  // namespace argosy

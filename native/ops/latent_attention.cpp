@@ -351,7 +351,7 @@ void latent_attention(Runtime& runtime, const LatentLayer& kv, const LatentHeads
   const auto floats = [&](int64_t at) { return reinterpret_cast<float*>(scratch + at); };
   float *query = floats(places.query), *attended = floats(places.attended);
   uint8_t* activations = scratch + places.activations;
-  const Reader reader = {num_heads, dim, heads.kv_rank, heads.scale, nullptr};
+  const Reader reader = {num_heads, dim, heads.kv_rank, heads.scale, heads.sinks};
   std::vector<LatentSource> sources = {{kv, batch.block_table, batch.max_blocks, {}}};
   for (int64_t token = 0; token < batch.num_tokens; ++token) {
     const bool is_limited = chosen.limits(batch, token);

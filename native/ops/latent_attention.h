@@ -24,7 +24,8 @@ struct LatentHeads {
   MatrixView key_up;    // [num_heads * kv_rank, nope_dim]
   MatrixView value_up;  // [num_heads * value_dim, kv_rank]
   int64_t num_heads, nope_dim, rope_dim, kv_rank, value_dim;
-  float scale;  // scales the scores
+  float scale;                   // scales the scores
+  const float* sinks = nullptr;  // [num_heads], a score that takes weight and adds no value; nullptr: none
 
   int64_t vector_dim() const { return kv_rank + rope_dim; }
   int64_t query_dim() const { return nope_dim + rope_dim; }

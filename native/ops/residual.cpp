@@ -53,7 +53,9 @@ void sinkhorn(float* raw, const SinkhornMix& mix, int64_t n, const ResidualRule&
   const float *base = mix.base, *scale = mix.scale;
   for (int64_t i = 0; i < n; ++i) raw[i] = sigmoid(raw[i] * scale[0] + base[i]) + rule.eps;
   if (mix.matrix.rows == n) return;
-  for (int64_t i = n; i < 2 * n; ++i) raw[i] = 2 * sigmoid(raw[i] * scale[1] + base[i]);
+  const float least = rule.mixes_streams() ? 0 : rule.eps;
+  for (int64_t i = n; i < 2 * n; ++i) raw[i] = rule.magnitude * sigmoid(raw[i] * scale[1] + base[i]) + least;
+  if (!rule.mixes_streams()) return;
   float* m = raw + 2 * n;
   for (int64_t i = 0; i < n; ++i) {
     float* row = m + i * n;
@@ -145,7 +147,7 @@ void Residual::peek(const std::vector<const StreamMix*>& sublayers, float* x) {
   const float *streams = buffers_.streams, *weights = buffers_.weights;
   const StreamMix* mix = mix_;
   for (const StreamMix* next : sublayers) {
-    if (const auto* own = std::get_if<SinkhornMix>(mix)) {
+    if (const auto* own = std::get_if<SinkhornMix>(mix); own != nullptr && rule_.mixes_streams()) {
       pass(*own, weights, streams);
       streams = buffers_.ahead;
     }
@@ -267,9 +269,10 @@ void Residual::write(const float* out) {
         for (int64_t d = 0; d < hidden_; ++d) streams[d] += given[d];
         continue;
       }
-      if (sinkhorn_mix == nullptr) {
+      if (sinkhorn_mix == nullptr || !rule_.mixes_streams()) {
+        const float* own = sinkhorn_mix != nullptr ? weights + n : weights;
         for (int64_t i = 0; i < n; ++i)
-          for (int64_t d = 0; d < hidden_; ++d) streams[i * hidden_ + d] += weights[i] * given[d];
+          for (int64_t d = 0; d < hidden_; ++d) streams[i * hidden_ + d] += own[i] * given[d];
         continue;
       }
       mix_streams(weights, n, hidden_, streams, given, streams);

@@ -30,10 +30,13 @@ namespace argosy {
 //                   columns first and last, `iterations` times
 //
 //   x = sum over i of input[i] stream[i]    stream[j] = output[j] out + sum over i of streams[i][j] stream[i]
+//
+// Without iterations (independent hyper-connections, Hy4), there are no stream weights, each stream stays as
+// it is but for `output[j] out`, and output weights are magnitude sigmoid(b scale[1] + base) + eps.
 struct SinkhornMix {
-  MatrixView matrix;   // [n (2 + n), n * hidden]; before the head [n, n * hidden]: input weights only
+  MatrixView matrix;   // [n (2 + n), n * hidden], or [2 n, ...]; before the head [n, ...]: input weights only
   const float* base;   // one for each row
-  const float* scale;  // [3]; before the head [1]
+  const float* scale;  // [3], or [2]; before the head [1]
 };
 
 // Gated residual streams (Qwen3.8). With f the streams after an RMSNorm each:
@@ -64,12 +67,14 @@ using StreamMix = std::variant<SinkhornMix, GatedMix, BankMix, MeanMix, CarriedM
 
 struct ResidualRule {
   int64_t num_streams = 1;  // 1: none of what follows applies
-  int64_t iterations = 0;   // of SinkhornMix
-  float eps = 0;
-  // The input weights of a sublayer are for the next one; those of the first are [1, 0, ...]. With
-  // SinkhornMix.
+  // Of SinkhornMix.
+  int64_t iterations = 0;
+  float eps = 0, magnitude = 2;
+  // The input weights of a sublayer are for the next one; those of the first are [1, 0, ...].
   bool is_lagged = false;
   StreamMix head = MeanMix{};
+
+  bool mixes_streams() const { return iterations > 0; }
 };
 
 struct ResidualSizes {

@@ -136,8 +136,8 @@ struct GatedDeltaNet {
   int64_t state_layer = 0;    // layer of the recurrent state
 };
 
-// Chooses the positions that latent attention sees (ops/latent_index.h). The first dimensions of queries and
-// keys rotate by the angles of the layer's rotary embedding.
+// Chooses the positions that latent attention sees (ops/latent_index.h). Dimensions of queries and keys from
+// rope_begin on rotate by the angles of the layer's rotary embedding.
 struct PositionIndexer {
   MatrixView query;            // [num_heads * dim, query_rank]
   MatrixView key;              // [dim, hidden]
@@ -146,6 +146,7 @@ struct PositionIndexer {
   const float* key_norm_bias;  // [dim]
   float norm_eps;              // of this norm
   bool has_interleaved_pairs;  // whatever the rotary embedding says
+  int64_t rope_begin = 0;
   // Groups of positions share a key, which does not rotate: the mean of theirs by the softmax of the gate
   // [dim, hidden] and its bias [ratio][dim]. All or none.
   std::optional<MatrixView> gate = std::nullopt;

@@ -210,7 +210,7 @@ void Stack::choose_positions(const PositionIndexer& indexer, const AttentionBatc
     keys = store_entries(*indexer.pool, {key, weights + tokens * heads, dim, indexer.gate_bias},
                          [](PoolEntries&) {});
   } else {
-    rotate(key, 1, dim, indexer.has_interleaved_pairs);
+    rotate(key + indexer.rope_begin, 1, dim, indexer.has_interleaved_pairs);
     keys = kv_.index_layer(number());
     latent_write(runtime_, keys, key, step_.slots, tokens);
   }
@@ -219,7 +219,7 @@ void Stack::choose_positions(const PositionIndexer& indexer, const AttentionBatc
   for (int64_t token = 0; token < tokens; ++token) is_limited |= chosen.limits(batch, token);
   if (!is_limited) return;
   matmul(runtime_, {{indexer.query, query}}, buffers_.query_latent, tokens);
-  if (!indexer.pool) rotate(query, heads, dim, indexer.has_interleaved_pairs);
+  if (!indexer.pool) rotate(query + indexer.rope_begin, heads, dim, indexer.has_interleaved_pairs);
   // The scale of the scores, dim^-0.5, is not negative, so it may multiply the weights instead.
   multiply_rows(runtime_, 1 / std::sqrt(float(heads * dim)), tokens, heads, weights);
   AttentionBatch index_batch = batch;

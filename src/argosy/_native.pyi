@@ -1769,8 +1769,8 @@ class PositionIndexer:
     Args:
         query: [heads * dim, query_rank].   key: [dim, hidden].   weights: [heads, hidden].
         key_norm, key_norm_bias: [dim], of a LayerNorm with epsilon `norm_eps`.
-        has_interleaved_pairs: which of the first dimensions rotate together, as for `rope`, whatever the layer's
-            rotary embedding says.
+        has_interleaved_pairs: which of the dimensions from `rope_begin` on rotate together, as for `rope`, whatever the
+            layer's rotary embedding says.
         gate, gate_bias: [dim, hidden] and [size, dim], both or none; with them, keys belong to groups of `size`
             positions, as `KvShape.pooled` stores them, and nothing rotates.
         store: the number of a pooled KvShape in the KV cache, for these keys.
@@ -1787,6 +1787,7 @@ class PositionIndexer:
         key_norm_bias: NDArray[numpy.float32],
         norm_eps: float,
         has_interleaved_pairs: bool,
+        rope_begin: int = 0,
         gate: Matrix | None = None,
         gate_bias: NDArray[numpy.float32] | None = None,
         store: int = 0,
@@ -1931,6 +1932,7 @@ def multi_head_latent_attention(
     gate_kind: Literal["sigmoid", "softplus"] = "sigmoid",
     query_scale: tuple[float, int, int] = (0.0, 1, 0),
     group_size: int = 1,
+    sinks: NDArray[numpy.float32] | None = None,
 ) -> Mixer:
     """
     Query and compressed keys and values -> norms -> rotary -> KV cache -> attention -> output projection.
@@ -1945,7 +1947,7 @@ def multi_head_latent_attention(
         num_chosen, group_size: a token sees at most so many groups of so many positions, and its unfinished one; 0
             means all.
         indexer: chooses them; None means that the layer sees what the last layer with an indexer chose.
-        gate, gate_kind, query_scale: as for `grouped_query_attention`.
+        gate, gate_kind, query_scale, sinks: as for `grouped_query_attention`.
     """
 
 class Pool:
@@ -2049,9 +2051,9 @@ def sinkhorn_mix(matrix: Matrix, base: NDArray[numpy.float32], scale: NDArray[nu
     Manifold-constrained hyper-connections of n streams (arXiv:2512.24880; native/ops/residual.h).
 
     Args:
-        matrix: [n (2 + n), n * hidden], rows of the input's, the output's and the streams' weights; before the head
-            [n, n * hidden].
-        base: one number for each row.   scale: [3]; before the head [1].
+        matrix: [n (2 + n), n * hidden], rows of the input's, the output's and the streams' weights; without iterations
+            [2 n, n * hidden], and before the head [n, n * hidden].
+        base: one number for each row.   scale: [3]; without iterations [2], before the head [1].
     """
 
 def gated_mix(
@@ -2089,7 +2091,7 @@ class Residual:
 
     Args:
         head: how the streams become what the final norm reads.
-        iterations, eps: of `sinkhorn_mix`.
+        iterations, eps, magnitude: of `sinkhorn_mix`; without iterations, streams are not mixed.
         is_lagged: the input weights of a sublayer are for the next one; those of the first are [1, 0, ...].
     """
 
@@ -2101,6 +2103,7 @@ class Residual:
         iterations: int = 0,
         eps: float = 0.0,
         is_lagged: bool = False,
+        magnitude: float = 2.0,
     ) -> None: ...
 
 def table_rows_bytes(

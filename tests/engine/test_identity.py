@@ -47,6 +47,7 @@ from tests.models.tiny_flint import flint, lara_mini
 from tests.models.tiny_gemma import gemma4
 from tests.models.tiny_glm5 import glm5_next
 from tests.models.tiny_gqa import mimo_v2_flash
+from tests.models.tiny_hy4 import hy_v4
 from tests.models.tiny_kda import bailing_hybrid, kimi_linear
 from tests.models.tiny_latent import deepseek_v3, glm_moe_dsa, kimi_k2, mistral4
 from tests.models.tiny_ling import ling_2_5
@@ -112,6 +113,13 @@ CONFIGS = {
         num_hidden_layers=4,
         num_key_value_heads=17,
         v_head_dim=16,
+    ),
+    "hy_v4": hy_v4(  # streams that are not mixed, sinks, shared choices
+        max_position_embeddings=1024,
+        n_routed_experts=12,
+        num_attention_heads=17,
+        v_head_dim=16,
+        vocab_size=112,
     ),
     "glm4_moe": glm4_moe(  # partial rotation of the head, expert groups, a router bias
         max_position_embeddings=1024,

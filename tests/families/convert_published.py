@@ -113,6 +113,7 @@ PRE_TOKENIZERS = {
     "mimo_v2_flash": "qwen2",
     "mimo_v2": "qwen2",
     "bailing_hybrid": "bailingmoe2",
+    "hy_v4": "hy_v4",
 }
 # Multi-token prediction layers that the hub's files contain and config.json does not count.
 UNCOUNTED_MTP_LAYERS = 1

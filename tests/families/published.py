@@ -47,7 +47,7 @@ from tests.families.published_recurrent import (
     qwen3_5_35b,
     step_3_5_flash,
 )
-from tests.families.published_sparse import MINIMAX_M3
+from tests.families.published_sparse import HY4, MINIMAX_M3
 from tests.families.published_windows import (
     LAGUNA_S_2_1,
     LAGUNA_XS_2_1,
@@ -1215,6 +1215,7 @@ PUBLISHED = (
     Published("ERNIE-4.5-21B-A3B", ERNIE_45_21B, 21.8),
     Published("MiniMax-M2", minimax_m2(), 228.7),
     Published("MiniMax-M3", MINIMAX_M3, 428.0),  # with its tower
+    Published("Hy4-preview", HY4, 770.0),
     Published("Kimi-Linear-48B-A3B", KIMI_LINEAR_48B, 49.1),
     Published("Kimi-K3", KIMI_K3, 2780.0),
     Published("GLM-5.3-Flash", GLM_5_3_FLASH, 313.2),

@@ -48,7 +48,7 @@ NEWER_THAN_THE_PACKAGE = {
     "attention.indexer.block_size", "attention.indexer.local_blocks", "attention.indexer.types",
     "attention.recurrent_layers", "attention.value_scale", "kda.gate_lower_bound", "kda.safe_gate",
     "attention.indexer.kpool", "attention.indexer.kpool_select_tail", "hyper_connection.count",
-    "hyper_connection.epsilon", "hyper_connection.sinkhorn_iterations",
+    "hyper_connection.epsilon", "hyper_connection.magnitude", "hyper_connection.sinkhorn_iterations",
 }  # fmt: skip
 
 LAYOUT_OF_DELTA = ("has_joined_qkvz", "has_joined_ba", "is_tiled", "is_rate_log")

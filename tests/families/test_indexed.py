@@ -17,6 +17,7 @@ from argosy.model.families import FAMILIES
 from tests.families.hub_configs import DEEPSEEK_V32, GLM_5, GLM_5_2, RawConfig
 from tests.models.numpy_model import NumpyModel
 from tests.models.tiny import prompt_ids, write_model
+from tests.models.tiny_hy4 import hy_v4
 from tests.models.tiny_latent import glm_moe_dsa
 
 OF_GLM = IndexConfig(num_chosen=2048, num_heads=32, head_dim=128, is_interleaved=True, norm_eps=1e-6)
@@ -89,6 +90,21 @@ def test_the_pairs_of_an_indexer_may_be_given() -> None:
         (glm(index_topk_pattern=4), CheckpointError, "index_topk_pattern is 4"),
         (glm(moe_router_dtype="bfloat16"), UnsupportedModel, "moe_router_dtype"),
         (glm(index_kpool=4), UnsupportedModel, "sets index_kpool to 4"),
+        *(
+            (hy_v4(**{key: value}), UnsupportedModel, key)
+            for key, value in (
+                ("enable_ihc", False),
+                ("gated_mla", False),
+                ("gating_type", "headwise"),
+                ("learnable_sink", False),
+                ("use_dsa", False),
+                ("attention_bias", True),
+                ("hc_sinkhorn_iters", 20),
+                ("layer_types", ["full_attention"] * 3),
+            )
+        ),
+        (hy_v4(hc_mult=1), CheckpointError, "hc_mult is 1"),
+        (hy_v4(indexer_types=["shared", "full", "full"]), CheckpointError, "'full' for the first"),
         (glm(head_dim=100), UnsupportedModel, "head_dim 100; supported: 64 or 256 or 576 or 192 or null"),
     ],
 )

@@ -33,6 +33,7 @@ from tests.model.test_stack_flags import (
 )
 
 STREAMS, RANK, STREAM_EPS = 3, 5, 1e-3
+MAGNITUDE = 1.3  # of streams that are not mixed
 
 
 class Sinkhorn:
@@ -58,6 +59,21 @@ class Sinkhorn:
             mixed = mixed / (mixed.sum(axis=2, keepdims=True) + STREAM_EPS)
             mixed = mixed / (mixed.sum(axis=1, keepdims=True) + STREAM_EPS)
         return pre, post, mixed
+
+
+class Independent(Sinkhorn):
+    """Streams are written, and not mixed."""
+
+    def __init__(self, *, is_head: bool = False) -> None:
+        rows = STREAMS if is_head else 2 * STREAMS
+        self.matrix, self.base = normal(rows, STREAMS * HIDDEN, scale=0.1), normal(rows)
+        self.scale = normal(1 if is_head else 2)
+
+    def weights(self, streams: Values, iterations: int) -> tuple[Values, Values, Values]:
+        flat = rms(streams.reshape(len(streams), -1), 1.0) @ self.matrix.T
+        gates = sigmoid(flat * np.repeat(self.scale, STREAMS) + self.base)
+        mixed = np.repeat(np.eye(STREAMS)[None], len(streams), axis=0)
+        return gates[:, :STREAMS] + STREAM_EPS, MAGNITUDE * gates[:, STREAMS:] + STREAM_EPS, mixed
 
 
 class Gated:
@@ -161,7 +177,10 @@ def expected_of(parts: list[Part], head: Any, *, is_lagged: bool, iterations: in
 def residual_of(head: Any, *, is_lagged: bool = False, iterations: int = 1) -> Any:
     made = {"mean": _native.mean_mix, "carried": _native.carried_mix}
     mix = made[head]() if isinstance(head, str) else head.native()
-    return _native.Residual(STREAMS, mix, iterations=iterations, eps=STREAM_EPS, is_lagged=is_lagged)
+    return _native.Residual(
+        STREAMS, mix, iterations=iterations, eps=STREAM_EPS, is_lagged=is_lagged,
+        magnitude=2.0 if iterations else MAGNITUDE,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -170,10 +189,12 @@ def residual_of(head: Any, *, is_lagged: bool = False, iterations: int = 1) -> A
         (Sinkhorn, Sinkhorn(is_head=True), False, 4),
         (Sinkhorn, "mean", False, 1),
         (Sinkhorn, "carried", True, 3),
+        (Independent, Independent(is_head=True), False, 0),
+        (Independent, "carried", True, 0),
         (Gated, Gated(is_head=True), False, 0),
         (Bank, Bank(), False, 0),
     ],
-    ids=["own head", "mean", "lagged", "gated", "bank"],
+    ids=["own head", "mean", "lagged", "independent", "independent lagged", "gated", "bank"],
 )
 def test_streams_are_mixed_as_the_formulas_say(
     kind: type, head: Any, is_lagged: bool, iterations: int
@@ -223,10 +244,11 @@ def test_experts_write_to_streams_and_the_look_ahead_reads_them() -> None:
     [
         (Sinkhorn, "mean", False),
         (Sinkhorn, "carried", True),
+        (Independent, "mean", False),
         (Gated, Gated(is_head=True), False),
         (Bank, Bank(), False),
     ],
-    ids=["mean", "lagged", "gated", "bank"],
+    ids=["mean", "lagged", "independent", "gated", "bank"],
 )
 def test_a_look_ahead_is_right_about_streams_to_which_nothing_is_added(
     kind: type, head: Any, is_lagged: bool
@@ -235,11 +257,11 @@ def test_a_look_ahead_is_right_about_streams_to_which_nothing_is_added(
     runs[4].o *= 0
     parts = [Part(run, kind()) for run in runs]
     for number, part in enumerate(parts):
-        if isinstance(part.mix, Sinkhorn):  # each sublayer writes to one stream, and streams change places
+        if type(part.mix) is Sinkhorn:  # each sublayer writes to one stream, and streams change places
             write, mixed = np.split(part.mix.base[STREAMS:], [STREAMS])
             write[:] = 8 * np.eye(STREAMS)[number % STREAMS] - 4
             mixed[:] = 8 * np.roll(np.eye(STREAMS), 1, axis=1).ravel()
-    rule = residual_of(head, is_lagged=is_lagged, iterations=2)
+    rule = residual_of(head, is_lagged=is_lagged, iterations=0 if kind is Independent else 2)
     stack = stack_of(native_layers(parts), residual=rule)
     for token in range(TOKENS):
         begin(stack, IDS[token : token + 1])

@@ -6,6 +6,7 @@ from typing import Any
 
 from tests.models.configurations_latent import CONFIGURATIONS
 from tests.models.tiny import RawConfig
+from tests.models.tiny_hy4 import hy_v4
 from tests.models.tiny_latent import (
     deepseek_v2,
     deepseek_v3,
@@ -23,6 +24,9 @@ _OF_NAME = {one.name: one.config for one in CONFIGURATIONS}
 _INDEXED: dict[str, Any] = {
     "index_head_dim": 128, "index_n_heads": 16, "index_topk": 12, "qk_nope_head_dim": 16, "qk_rope_head_dim": 32,
 }  # fmt: skip
+
+
+_HY4: dict[str, Any] = {"head_dim": 32, "qk_head_dim": 48}
 
 
 def _mistral_rope(factor: float) -> RawConfig:
@@ -135,6 +139,14 @@ LATENT_CONVERTED: dict[str, tuple[str, RawConfig]] = {
             index_topk_freq=1,
             num_experts_per_tok=6,
             qk_head_dim=48,
+        ),
+    ),
+    "hy_v4_plain": ("hy_v4", hy_v4(**_INDEXED, **_HY4)),
+    "hy_v4_two_streams": (
+        "hy_v4",
+        hy_v4(
+            **_INDEXED | {"index_n_heads": 17, "index_topk": 40}, **_HY4 | {"hc_magnitude": 1.3, "hc_mult": 2},
+            indexer_types=["full"] * 3, mlp_layer_types=["dense", "dense", "sparse"], n_shared_experts=2,
         ),
     ),
 }  # fmt: skip

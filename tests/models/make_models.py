@@ -34,6 +34,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import numpy as np
 import torch
 import transformers
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
+from transformers.models.hy_v4 import modeling_hy_v4
 from transformers.models.nemotron_h import modeling_nemotron_h
 
 from tests.models.configurations import CONFIGURATIONS, Configuration
@@ -46,6 +48,10 @@ SMALLEST_ROUTER_MARGIN = 2e-3
 SMALLEST_GREEDY_MARGIN = 5e-3
 SMALLEST_INDEX_MARGIN = 1e-4  # there are many more choices of positions, and nothing is rounded between them
 FEWEST_DISTINCT_TOKENS = NEW_TOKENS // 2
+
+
+# transformers rotates halves, which the released weights do not fit (`hy_v4.py`).
+modeling_hy_v4.apply_rotary_pos_emb = apply_rotary_pos_emb_interleave
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,6 +28,7 @@ from tests.models import (
     tiny_gemma,
     tiny_glm5,
     tiny_gqa,
+    tiny_hy4,
     tiny_kda,
     tiny_llama4,
     tiny_mamba,
@@ -170,9 +171,10 @@ class NumpyModel:
             hidden[rows] = vectors
         is_cohere = self.family in tiny_cohere.FAMILIES
         scale = self.config.get("residual_multiplier", 1.0)
-        has_streams = self.family in tiny_glm5.FAMILIES
-        if has_streams:
-            hidden = tiny_glm5.run_layers(self, hidden, places)
+        own = next((one for one in (tiny_glm5, tiny_hy4) if self.family in one.FAMILIES), None)
+        has_streams = own is not None
+        if own is not None:
+            hidden = own.run_layers(self, hidden, places)
         for layer in range(0 if has_streams else self.config["num_hidden_layers"]):
             prefix = f"model.layers.{layer}."
             normed = hidden
@@ -389,9 +391,15 @@ class NumpyModel:
         for head in range(q.shape[1]):
             key, value = np.split(keys_values[:, head], [nope], axis=-1)
             scores = q[:, head, :nope] @ key.T + q_turned[:, head] @ key_turned[:, 0].T
-            out[:, head] = softmax(np.where(is_seen, scale * scores, -np.inf)) @ value
+            scores = np.where(is_seen, scale * scores, -np.inf)
+            if prefix + "learnable_sink_param" in self.tensors:
+                sink = np.full((num_tokens, 1), self.tensors[prefix + "learnable_sink_param"][head])
+                scores, value = np.hstack([scores, sink]), np.vstack([value, np.zeros(value.shape[1])])
+            out[:, head] = softmax(scores) @ value
         if prefix + "g_proj.weight" in self.tensors:
             out *= sigmoid(self.linear(prefix + "g_proj", x))[:, :, None]
+        if prefix + "linear_gate.weight" in self.tensors:
+            out *= sigmoid(self.linear(prefix + "linear_gate", x)).reshape(out.shape)
         return self.linear(prefix + "o_proj", out.reshape(num_tokens, -1))
 
     def choose_positions(self, prefix: str, x: Array, compressed: Array, places: Places) -> Array:
@@ -401,13 +409,14 @@ class NumpyModel:
         q = (compressed @ self.tensors[prefix + "wq_b.weight"].T).reshape(len(x), heads, dim)
         k = x @ self.tensors[prefix + "wk.weight"].T
         k = k - k.mean(axis=1, keepdims=True)
-        k = k / np.sqrt((k * k).mean(axis=1, keepdims=True) + 1e-6) * self.tensors[prefix + "k_norm.weight"]
+        is_hy4 = self.family in tiny_hy4.FAMILIES
+        eps = config["rms_norm_eps"] if is_hy4 else 1e-6
+        k = k / np.sqrt((k * k).mean(axis=1, keepdims=True) + eps) * self.tensors[prefix + "k_norm.weight"]
         k = (k + self.tensors[prefix + "k_norm.bias"])[:, None]
-        turn = rotate_pairs if config["model_type"] == "glm_moe_dsa" else rotate
-        if turning:
-            q, k = (
-                np.concatenate([turn(y[..., :turning], places), y[..., turning:]], axis=2) for y in (q, k)
-            )
+        turn = rotate_pairs if is_hy4 or config["model_type"] == "glm_moe_dsa" else rotate
+        first = dim - turning if is_hy4 else 0
+        for y in (q, k) if turning else ():
+            y[..., first : first + turning] = turn(y[..., first : first + turning], places)
         positions, size = np.arange(len(x)), config.get("index_kpool", 1)
         if size > 1:  # groups share a key
             whole = len(x) // size * size
@@ -562,7 +571,8 @@ class NumpyModel:
             glu = score * sigmoid(self.config["swiglu_alpha"] * score)
             return ((np.clip(x @ up.T, -limit, limit) + 1) * glu) @ down.T
         score, limit = x @ gate.T, activation_limit(self.config, prefix)
-        if self.family in tiny_glm5.FAMILIES:  # before silu
+        is_limited = self.family in tiny_glm5.FAMILIES
+        if is_limited or (self.family in tiny_hy4.FAMILIES and ".experts." in prefix):  # before silu
             score, limit = np.minimum(score, self.config["swiglu_limit"]), self.config["swiglu_limit"]
         return (np.minimum(score * sigmoid(score), limit) * np.clip(x @ up.T, -limit, limit)) @ down.T
 

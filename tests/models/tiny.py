@@ -498,11 +498,9 @@ def random_tensors(config: RawConfig, seed: int, dtype: str) -> dict[str, Array]
             ("e_score_correction_bias", "moe.router_bias", "feed_forward.expert_bias", "gate.expert_bias")
         ):
             values = 0.1 * noise
-        elif name.endswith(
-            (".bias", "_bias", "hc_attn_base", "hc_ffn_base", "hc_attn_scale", "hc_ffn_scale")
-        ):
+        elif name.endswith((".bias", "_bias")) or ("hc_" in name and name.endswith(("base", "scale"))):
             values = 0.3 * noise
-        elif name.endswith(("sinks", "softmax_offset")):
+        elif name.endswith(("sinks", "softmax_offset", "learnable_sink_param")):
             values = noise
         elif any(part in name for part in ("embed_tokens", "word_embeddings", "backbone.embeddings")):
             # A tied table is also the head: at unit size a token would only ever predict itself.

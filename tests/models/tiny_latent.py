@@ -440,7 +440,9 @@ def layer_shapes(config: RawConfig, layer: str, *, is_moe: bool) -> Shapes:
         return shapes | swiglu(mlp, hidden, config["intermediate_size"])
     width = config["moe_intermediate_size"]
     shapes[mlp + "gate.weight"] = (experts, hidden)
-    if config["model_type"] == "mistral4":
+    if config["model_type"] in ("mistral4", "hy_v4"):
+        if config["model_type"] == "hy_v4":
+            shapes[mlp + "gate.e_score_correction_bias"] = (experts,)
         shapes[mlp + "experts.gate_up_proj"] = (experts, 2 * width, hidden)
         shapes[mlp + "experts.down_proj"] = (experts, hidden, width)
         return shapes | swiglu(mlp + "shared_experts.", hidden, width * shared)

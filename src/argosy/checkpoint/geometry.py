@@ -155,12 +155,12 @@ def _mix_shapes(config: ModelConfig, part: str) -> Iterator[tuple[str, Shape]]:
     residual, name = config.residual, f"{part}_mix"
     match residual:
         case SinkhornResidual(num_streams=streams):
-            rows = streams if part == "head" else streams * (2 + streams)
+            rows = streams if part == "head" else residual.num_weights
             if part == "head" and residual.head != "own":
                 return
             yield name, (rows, streams * config.hidden_size)
             yield f"{name}_bias", (rows,)
-            yield f"{name}_scale", (1 if part == "head" else 3,)
+            yield f"{name}_scale", (1 if part == "head" else residual.num_parts,)
         case GatedResidual(num_streams=streams, rank=rank):
             width = streams * config.hidden_size
             yield f"{name}_norm", (width,)
@@ -255,6 +255,8 @@ def _latent_shapes(latent: LatentConfig, hidden: int) -> Iterator[tuple[str, Sha
         if index.group_size > 1:
             yield "index_gate", (index.head_dim, hidden)
             yield "index_gate_bias", (index.group_size, index.head_dim)
+    if latent.has_sinks:
+        yield "sinks", (latent.num_heads,)
     if latent.gate_rows:
         yield "attn_gate", (latent.gate_rows, hidden)
     yield "o", (hidden, heads * latent.value_dim)

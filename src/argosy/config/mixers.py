@@ -132,8 +132,9 @@ class IndexConfig:
     num_chosen: int  # a token that could see no more sees all
     num_heads: int
     head_dim: int
-    is_interleaved: bool  # pairs of its rotary dimensions, which come first, whatever the layer's are
+    is_interleaved: bool  # pairs of its rotary dimensions, whatever the layer's are
     norm_eps: float  # for the LayerNorm of its keys
+    rope_begin: int = 0  # the first dimension that rotates
     # Positions of a group that share a key, the mean of theirs by the softmax of `index_gate` (GLM-5.3), and are chosen
     # together; a token also sees its unfinished group. num_chosen is a multiple.
     group_size: int = 1
@@ -158,6 +159,7 @@ class LatentConfig:
     query_scale: QueryScale | None = None  # a factor of queries that grows with their position
     # The result of each head, or each of its elements, is multiplied by a sigmoid: `attn_gate`.
     output_gate: Literal["none", "heads", "elements"] = "none"
+    has_sinks: bool = False  # a learnt score per head that takes attention weight and adds nothing: `sinks`
     is_up_split: bool = False  # the file holds k_up (transposed head by head) and v_up instead of kv_up
     index: IndexConfig | None = None  # a token sees only the best positions; None: all
 

@@ -11,12 +11,23 @@ class SinkhornResidual:
     """Manifold-constrained hyper-connections (arXiv:2512.24880). A stack has the formulas in native/ops/residual.h."""
 
     num_streams: int
-    iterations: int  # of the normalisation of the streams' weights
+    iterations: int  # of the normalisation of the streams' weights; 0: streams are not mixed (Hy4)
     eps: float
+    magnitude: float = 2.0  # of what a mixer or a network writes to a stream, times a sigmoid
     # The weights of what a mixer or a network reads are for the next one; the first reads the first stream.
     is_lagged: bool = False
     # What the final norm reads: a sum of the streams with its own weights, `head_mix`, or those of the last network.
     head: Literal["own", "mean", "carried"] = "own"
+
+    @property
+    def num_parts(self) -> int:
+        """The kinds of weights of a mix: the input's, the output's, and the streams'."""
+        return 3 if self.iterations else 2
+
+    @property
+    def num_weights(self) -> int:
+        """The weights of a mix."""
+        return self.num_streams * (2 + self.num_streams if self.iterations else 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

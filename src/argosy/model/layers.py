@@ -101,6 +101,7 @@ def describe_residual(config: ModelConfig, weights: DenseWeights) -> _native.Res
                 iterations=residual.iterations,
                 eps=residual.eps,
                 is_lagged=residual.is_lagged,
+                magnitude=residual.magnitude,
             )
         case GatedResidual() | BankResidual() as residual:
             head = _mix(config, "head_mix", weights)
@@ -168,8 +169,8 @@ def stack_sizes(config: ModelConfig) -> _native.StackSizes:
     if is_apart or any(_ffn_scale(config, i) != 1 for i in range(config.num_layers)):
         sizes.add_ffn_post_norm()
     match config.residual:
-        case SinkhornResidual(num_streams=streams):
-            sizes.add_residual(streams, streams * (2 + streams))
+        case SinkhornResidual(num_streams=streams) as residual:
+            sizes.add_residual(streams, residual.num_weights)
         case GatedResidual(num_streams=streams, rank=rank):
             sizes.add_residual(streams, streams, rank)
         case BankResidual(num_streams=streams):

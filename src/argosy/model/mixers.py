@@ -252,6 +252,7 @@ def _latent(
         query_norm=weights.vectors.get(name + "q_down_norm"),
         query_scale=_query_scale(latent.query_scale),
         gate=weights.matrices.get(name + "attn_gate"),
+        sinks=weights.vectors.get(name + "sinks"),
         num_chosen=latent.num_chosen // latent.group_size,
         group_size=latent.group_size,
         indexer=(
@@ -273,6 +274,7 @@ def _indexer(
         key_norm_bias=weights.vectors[name + "k_norm_bias"],
         norm_eps=index.norm_eps,
         has_interleaved_pairs=index.is_interleaved,
+        rope_begin=index.rope_begin,
         gate=weights.matrices[name + "gate"] if is_pooled else None,
         gate_bias=weights.vectors[name + "gate_bias"].reshape(-1, index.head_dim) if is_pooled else None,
         store=store if is_pooled else 0,

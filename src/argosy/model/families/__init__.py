@@ -89,7 +89,7 @@ FAMILIES: Mapping[str, Family] = {
             "latent.axk1", "wrappers.kimi_vl", "latent.deepseek_v32", "latent.deepseek_v4",
             "latent.deepseek_v41",
             "latent.glm_moe_dsa", "latent.mistral4", "wrappers.mistral3",
-            "attention.solar_open", "attention.dots1", "attention.bailing_moe", "attention.hy_v3",
+            "attention.solar_open", "attention.dots1", "attention.bailing_moe", "attention.hy_v3", "latent.hy_v4",
             "attention.exaone_moe", "attention.hunyuan_v1_moe", "latent.youtu",
         ),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from argosy.config import ActivationConfig, ModelConfig, RouterConfig
 from argosy.errors import CheckpointError
@@ -149,13 +150,19 @@ def layers_by_type(default: int) -> Callable[[ConfigReader, int], Sequence[bool]
     return read
 
 
-def with_limits(config: ModelConfig, routed: Sequence[float], shared: Sequence[float]) -> ModelConfig:
-    """Return the config with the limits (`silu_capped`) of each layer's routed experts, and of its shared expert or
-    dense network; 0 means that there is none.
+def with_limits(
+    config: ModelConfig,
+    routed: Sequence[float],
+    shared: Sequence[float],
+    *,
+    kind: Literal["silu_capped", "silu_limited"] = "silu_capped",
+) -> ModelConfig:
+    """Return the config with the limits of each layer's routed experts, and of its shared expert or dense network; 0
+    means that there is none.
     """
 
     def capped(limit: float) -> ActivationConfig | None:
-        return ActivationConfig(kind="silu_capped", limit=limit) if limit else None
+        return ActivationConfig(kind=kind, limit=limit) if limit else None
 
     layers = [
         replace(layer, activation=capped(of_experts), shared_activation=capped(of_shared))

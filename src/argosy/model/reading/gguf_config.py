@@ -113,12 +113,17 @@ class GgufConfigReader:
         return self.file.flag(self.key(name), default)
 
     def flags(self, name: str, num_layers: int) -> tuple[bool, ...] | None:
-        """Read one flag for each of `num_layers`, written as booleans or as 0 and 1; None if the file has no array."""
+        """Read one flag for each of `num_layers`, written as booleans or as 0 and 1; None if the file has no array.
+
+        Flags of multi-token prediction layers may follow.
+        """
         key = self.key(name)
         value = self.file.metadata.get(key)
         if value is None:
             return None
-        found = value.values() if isinstance(value, GgufArray) and len(value) == num_layers else []
+        found = value.values() if isinstance(value, GgufArray) and len(value) <= MOST_LAYERS else []
+        if len(found) > num_layers == len(found) - self.num_mtp_layers():
+            found = found[:num_layers]
         if len(found) != num_layers or not all(item in (0, 1) for item in found):
             raise self.file.wrong(key, value, f"true or false for each of {num_layers} layers")
         return tuple(map(bool, found))

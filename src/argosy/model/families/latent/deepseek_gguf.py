@@ -57,7 +57,8 @@ def open_gguf(file: GgufFile) -> ModelFiles:
     """
     architecture = file.text("general.architecture")
     family = MISTRAL if architecture == MISTRAL else None
-    return _open(GgufConfigReader(file, architecture), family, lambda *_: ())
+    reader = GgufConfigReader(file, architecture)
+    return _read_files(reader, _read_config(reader, family, lambda *_: ()))
 
 
 def open_indexed(
@@ -74,7 +75,25 @@ def open_indexed(
         is_interleaved: how the rotary dimensions of index queries and keys are paired.
         is_own: whether a layer has its own indexer if the file does not say so.
     """
-    has_indexers = dense_name("layers.0.index_q") in file.tensors
+    reader = GgufConfigReader(file, architecture)
+    return _read_files(reader, read_indexed(reader, family, is_interleaved=is_interleaved, is_own=is_own))
+
+
+def _read_files(reader: GgufConfigReader, config: ModelConfig) -> ModelFiles:
+    reader.finish()
+    return read_gguf_layout(reader.file, config, is_paired=False, has_rope_freqs=False)
+
+
+def read_indexed(
+    reader: GgufConfigReader,
+    family: str,
+    *,
+    is_interleaved: bool,
+    is_own: Callable[[int, int], bool] = lambda layer, context_tokens: True,
+    adapt: Callable[[GgufConfigReader, IndexConfig], IndexConfig] = lambda reader, index: index,
+) -> ModelConfig:
+    """Read the config of `open_indexed`, whose indexers `adapt` may change; the caller calls `finish()`."""
+    has_indexers = dense_name("layers.0.index_q") in reader.file.tensors
 
     def read_indexers(reader: GgufConfigReader, num_layers: int) -> tuple[IndexConfig, ...]:
         own = IndexConfig(
@@ -85,6 +104,7 @@ def open_indexed(
             norm_eps=INDEX_NORM_EPS,
             kind="own" if has_indexers else "missing",
         )
+        own = adapt(reader, own)
         context_tokens = reader.integer("context_length")
         kinds = reader.flags("attention.indexer.types", num_layers)
         if kinds is None:
@@ -92,14 +112,14 @@ def open_indexed(
         shared = replace(own, kind="shared") if has_indexers else own
         return tuple(own if kind else shared for kind in kinds)
 
-    return _open(GgufConfigReader(file, architecture), family, read_indexers)
+    return _read_config(reader, family, read_indexers)
 
 
-def _open(
+def _read_config(
     reader: GgufConfigReader,
     family: str | None,
     read_indexers: Callable[[GgufConfigReader, int], Sequence[IndexConfig]],
-) -> ModelFiles:
+) -> ModelConfig:
     file = reader.file
     has_experts = reader.has("expert_count")
     sizes = reader.sizes(has_experts=has_experts)
@@ -123,7 +143,7 @@ def _open(
             router = replace(router, group_score="top2")
     indexers = read_indexers(reader, num_layers) or (None,) * num_layers
     mixers = {index: replace(latent, index=index) for index in indexers}
-    config = ModelConfig(
+    return ModelConfig(
         family=family or ("deepseek_v3" if router.score == "sigmoid" else "deepseek_v2"),
         layers=tuple(
             LayerConfig(mixer=mixers[index], is_moe=layer >= num_dense)
@@ -136,8 +156,6 @@ def _open(
         num_mtp_layers=reader.num_mtp_layers(),
         **sizes,
     )
-    reader.finish()
-    return read_gguf_layout(file, config, is_paired=False, has_rope_freqs=False)
 
 
 def read_latent(

@@ -74,13 +74,16 @@ def _read_indexers(reader: ConfigReader, num_layers: int) -> tuple[IndexConfig, 
     return tuple(own if kind == "full" else shared for kind in read_index_kinds(reader, num_layers))
 
 
-def read_index_kinds(reader: ConfigReader, num_layers: int) -> tuple[str, ...]:
+def read_index_kinds(reader: ConfigReader, num_layers: int, spacing: int = 1) -> tuple[str, ...]:
     """Read whether each layer has an indexer of its own, "full", or sees what the last one chose, "shared".
+
+    Args:
+        spacing: the family's default of `index_topk_freq`.
 
     Raises:
         CheckpointError: the list is too short, has other words, or its first layer shares.
     """
-    spacing = reader.integer("index_topk_freq", default=1, least=0) or 1
+    spacing = reader.integer("index_topk_freq", default=spacing, least=0) or 1
     first = reader.integer("index_skip_topk_offset", default=2, least=0)
     pattern = reader.optional_text("index_topk_pattern")
     kinds = reader.texts("indexer_types")
