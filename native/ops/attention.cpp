@@ -333,11 +333,6 @@ class Attention {
     const int64_t unfinished = int64_t(batch_.order[token]) + 1 - (seen - whole);
     const int32_t* blocks = chosen.blocks + token * chosen.count;
     const KvLayer to = gathered_layer(kv_, tiles, gathered(worker));
-    if (begin < end && end % kKeyTile != 0) {  // what lies behind the last position must be finite
-      const int64_t last = (end - begin) / kKeyTile;
-      std::fill_n(to.keys + last * key_tile_bytes(to), key_tile_bytes(to), uint8_t{0});
-      std::fill_n(to.values + last * value_tile_bytes(to), value_tile_bytes(to), uint8_t{0});
-    }
     for (int64_t lane = begin; lane < end;) {
       const bool is_whole = lane < whole;
       const int64_t within = is_whole ? lane % chosen.size : lane - whole;

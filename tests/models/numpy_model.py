@@ -156,7 +156,9 @@ class NumpyModel:
         self.router_margin, self.hidden_states = math.inf, []
         spans = Spans() if spans is None else spans
         if self.config["model_type"] in tiny_qwen4.FAMILIES:
-            return numpy_qwen4.logits(self, token_ids, self.places(len(token_ids), spans, 0))
+            return numpy_qwen4.logits(
+                self, token_ids, self.places(len(token_ids), spans, 0), spans.embeddings
+            )
         places = [
             self.places(len(token_ids), spans, layer) for layer in range(self.config["num_hidden_layers"])
         ]

@@ -20,11 +20,16 @@ def sigmoid(x: Array) -> Array:
     return 1 / (1 + np.exp(-x))
 
 
-def logits(model: NumpyModel, token_ids: list[int], places: Places) -> Array:
-    """Return logits, float64 [tokens, vocab], of text."""
+def logits(
+    model: NumpyModel, token_ids: list[int], places: Places, media: tuple[Array, Array] | None
+) -> Array:
+    """Return logits, float64 [tokens, vocab]. media: rows, and the vectors that replace their embeddings."""
     config, tensors = model.config, model.tensors
     count, kinds = config["hc_count"], config["layer_types"]
-    streams = np.repeat(tensors["model.embed_tokens.weight"][token_ids][:, None], count, axis=1)
+    hidden = tensors["model.embed_tokens.weight"][token_ids]
+    if media is not None:
+        hidden[media[0]] = media[1]
+    streams = np.repeat(hidden[:, None], count, axis=1)
     for layer, kind in enumerate(kinds):
         prefix = f"model.layers.{layer}."
         if layer + 1 in config["ple_layer_ids"]:

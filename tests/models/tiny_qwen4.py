@@ -202,7 +202,7 @@ def sees_blocks(model: NumpyModel, prefix: str, x: Array, places: Places) -> Arr
     count, whole, positions = config["indexer_budget"] // size, len(x) // size, np.arange(len(x))
     qk = model.linear(prefix + "index_qk_proj", x).reshape(len(x), heads + 1, -1)
     q = rotate(model.norm(prefix + "q_layernorm", qk[:, :heads]), places)
-    means = qk[: whole * size, heads:].reshape(whole, size, -1).mean(axis=1)
+    means = qk[: whole * size, heads:].reshape(whole, size, qk.shape[2]).mean(axis=1)
     k = np.zeros_like(qk[:, :1])  # a block's key turns as its first position
     k[: whole * size : size, 0] = model.norm(prefix + "k_layernorm", means)
     k = rotate(k, places)[: whole * size : size, 0]
