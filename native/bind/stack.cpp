@@ -134,8 +134,9 @@ void make_layer(BoundLayer* self, const std::optional<ArrayOf<float>>& mixer_nor
                 std::optional<int64_t> rotary, const std::optional<ArrayOf<float>>& mixer_post_norm,
                 const std::optional<ArrayOf<float>>& ffn_post_norm, float scale, bool is_parallel,
                 float mixer_scale, float ffn_scale, float normed_residual, const BoundMix* mixer_mix,
-                const BoundMix* ffn_mix, const BoundNgrams* ngrams) {
+                const BoundMix* ffn_mix, const BoundNgrams* ngrams, int64_t reach) {
   Kept kept;
+  require_range("reach", reach, 0, INT64_MAX);
   if (mixer == nullptr && ffn == nullptr) refuse("a layer needs a mixer or a feed-forward network");
   if (is_parallel && (mixer == nullptr || ffn == nullptr || ffn_norm))
     refuse("a parallel layer has a mixer and a feed-forward network, and mixer_norm is its only norm");
@@ -170,6 +171,7 @@ void make_layer(BoundLayer* self, const std::optional<ArrayOf<float>>& mixer_nor
       .scale = scale,
       .mixer_mix = mixer_mix != nullptr ? std::optional(mixer_mix->mix) : std::nullopt,
       .ffn_mix = ffn_mix != nullptr ? std::optional(ffn_mix->mix) : std::nullopt,
+      .reach = reach,
   };
   const auto copy = [](const BoundMix* mix) { return mix != nullptr ? std::optional(*mix) : std::nullopt; };
   new (self) BoundLayer{std::move(layer), hidden, std::move(kept), copy(mixer_mix), copy(ffn_mix)};
@@ -257,6 +259,25 @@ class SharedEntries {
 };
 
 using OptionalState = nb::typed<nb::object, RecurrentState>;
+
+// A layer behind one that leaves out tokens sees only a window, and finds it written.
+void require_reach(const std::string& name, const Layer& layer, const Layer* before) {
+  const int64_t given = before != nullptr ? before->reach : 0;
+  if (given == 0) return;
+  int64_t window = 1;
+  if (layer.mixer) {
+    const auto* attention = std::get_if<GroupedQueryAttention>(&*layer.mixer);
+    const auto* compressed = std::get_if<CompressedAttention>(&*layer.mixer);
+    if (attention != nullptr && !attention->indexer) {
+      window = attention->window.size;
+    } else {
+      window = compressed != nullptr && !compressed->pool ? compressed->window.size : 0;
+    }
+  }
+  if (window == 0 || layer.ngrams)
+    refuse(name + " needs every token of a prompt, and the layer before it has a reach");
+  require_range(name + ": reach", layer.reach, 1, given - (window - 1));
+}
 
 class BoundStack {
  public:
@@ -353,6 +374,8 @@ class BoundStack {
       }
       if (const auto* compressed = std::get_if<CompressedAttention>(mixer)) shared.add(*compressed);
       if (layer.layer.ffn) std::visit(check_ffn, *layer.layer.ffn);
+      require_reach(name, layer.layer,
+                    description.layers.size() > 1 ? &description.layers.rbegin()[1] : nullptr);
     }
     require_room(description.layers, description.residual);
     stack_ = std::make_unique<Stack>(runtime, kv, state, std::move(description), max_tokens);
@@ -367,7 +390,8 @@ class BoundStack {
              const std::optional<OverridesOfArrays>& overrides,
              const std::vector<AdditionOfArrays>& additions, const std::vector<TapOfArray>& taps,
              const std::optional<OutArrayOf<int32_t>>& choices,
-             const std::optional<ArrayOf<int32_t>>& window_blocks) {
+             const std::optional<ArrayOf<int32_t>>& window_blocks,
+             const std::optional<ArrayOf<int32_t>>& to_end) {
     const KvCache& kv = stack_->kv();
     StepArrays arrays;
     arrays.read = {token_ids, sequence, slots, is_decode, block_table, order, wanted};
@@ -392,6 +416,11 @@ class BoundStack {
     if (sees_until) {
       step.sees_until = read_array("sees_until", *sees_until, {tokens});
       arrays.read.push_back(*sees_until);
+    }
+    if (to_end) {
+      step.to_end = read_array("to_end", *to_end, {tokens});
+      for (int64_t t = 0; t < tokens; ++t) require_range("to_end", step.to_end[t], 0, INT32_MAX);
+      arrays.read.push_back(*to_end);
     }
     if (overrides) {
       const auto& [rows, embeddings] = *overrides;
@@ -510,13 +539,21 @@ class BoundStack {
   }
 
   View<const float> hidden(nb::handle self) const {
+    if (stack_->left() != nullptr) refuse("the layers of the last step left out some of its tokens");
     const size_t shape[2] = {size_t(num_tokens_), size_t(hidden_)};
     return View<const float>(stack_->hidden(), 2, shape, self);
   }
 
   View<const int32_t> expert_ids(nb::handle self) const {
-    const size_t shape[2] = {size_t(num_tokens_), size_t(stack_->chosen_per_token())};
+    const size_t shape[2] = {size_t(num_tokens_ > 0 ? stack_->num_left() : 0),
+                             size_t(stack_->chosen_per_token())};
     return View<const int32_t>(stack_->expert_ids(), 2, shape, self);
+  }
+
+  std::optional<std::vector<int64_t>> left() const {
+    const int64_t* rows = stack_->left();
+    if (rows == nullptr) return std::nullopt;
+    return std::vector<int64_t>(rows, rows + stack_->num_left());
   }
 
   void forbid(int64_t layer, const std::vector<int32_t>& experts) { stack_->forbid(layer, experts); }
@@ -669,13 +706,15 @@ void bind_stack(nb::module_& m) {
         normed_residual: not 0 means that they add it to this factor times what they read, instead.
         mixer_mix, ffn_mix: how they read and write residual streams; None with one hidden state.
         ngrams: rows of a table, added before the mixer reads the hidden state. Its table has begun to read the rows of
-            a step before the step begins.)")
+            a step before the step begins.
+        reach: not 0 means that the networks of this layer and all later layers run only for tokens whose `to_end` in
+            the step is smaller. Later layers see only a window.)")
       .def("__init__", &make_layer, "mixer_norm"_a.none(), "mixer"_a.none(), "ffn_norm"_a.none(),
            "ffn"_a.none(), nb::kw_only(), "rotary"_a.none() = 0, "mixer_post_norm"_a.none() = nb::none(),
            "ffn_post_norm"_a.none() = nb::none(), "scale"_a = 1.0f, "is_parallel"_a = false,
            "mixer_scale"_a = 1.0f, "ffn_scale"_a = 1.0f, "normed_residual"_a = 0.0f,
-           "mixer_mix"_a.none() = nb::none(), "ffn_mix"_a.none() = nb::none(),
-           "ngrams"_a.none() = nb::none());
+           "mixer_mix"_a.none() = nb::none(), "ffn_mix"_a.none() = nb::none(), "ngrams"_a.none() = nb::none(),
+           "reach"_a = 0);
 
   m.def("dense_ffn", &dense_ffn, "gate"_a.none(), "up"_a, "down"_a, nb::kw_only(),
         "activation"_a.none() = nb::none(), R"(
@@ -936,18 +975,21 @@ void bind_stack(nb::module_& m) {
            "state_slots"_a.none() = nb::none(), "angles"_a.none() = nb::none(),
            "sees_until"_a.none() = nb::none(), "overrides"_a.none() = nb::none(),
            "additions"_a = std::vector<AdditionOfArrays>{}, "taps"_a.noconvert() = std::vector<TapOfArray>{},
-           "choices"_a.noconvert() = nb::none(), "window_blocks"_a.none() = nb::none(), R"(
+           "choices"_a.noconvert() = nb::none(), "window_blocks"_a.none() = nb::none(),
+           "to_end"_a.none() = nb::none(), R"(
         Start a step, even if the last one did not finish; nothing is computed yet.
 
         Args:
             logits: [wanted, vocabulary], written at the end of the step.
             taps: layers, and [tokens, hidden] for the hidden state after each of them.
-            choices: [routed layers, tokens, k], for the experts of each token, best first.
+            choices: [routed layers, tokens, k], for the experts of each token, best first; -1 where a layer leaves
+                the token out.
             The others are the fields of `model.step.Step`.
 
         Raises:
             ValueError: a value is out of range; or, with a recurrent state, tokens of a sequence are not consecutive,
-                or do not continue at its slot's position.)")
+                or do not continue at its slot's position; or, with `to_end`, the step wants something of a token that
+                layers leave out.)")
       .def("advance", &BoundStack::advance, "between_layers"_a.none() = nb::none(), R"(
         Continue until the step is done (None), or a layer waits for experts: the layer, and its dispatch.
 
@@ -977,17 +1019,24 @@ void bind_stack(nb::module_& m) {
 
         Row token * experts per token + rank is for that token and its expert of that rank.)")
       .def("final_states", &BoundStack::final_states, "rows"_a, "out"_a.noconvert(),
-           "Hidden states [rows, hidden] after the final norm, of any tokens of the finished step.")
+           "Hidden states [rows, hidden] after the final norm, of tokens of the finished step that are "
+           "`left`.")
       .def("logits", &BoundStack::logits, "rows"_a, "out"_a.noconvert(),
-           "Logits [rows, vocabulary] of any tokens of the finished step.")
+           "Logits [rows, vocabulary] of tokens of the finished step that are `left`.")
       .def(
           "hidden", [](nb::handle_t<BoundStack> self) { return nb::cast<BoundStack&>(self).hidden(self); },
           R"(
-        A read-only view of the hidden state [tokens, hidden] of the last step, as the last operation left it.)")
+        A read-only view of the hidden state [tokens, hidden] of the last step, as the last operation left it.
+
+        Raises:
+            ValueError: layers left out some of its tokens.)")
+      .def_prop_ro(
+          "left", &BoundStack::left,
+          "The tokens of the last step that no layer has left out, in ascending order; None: all of them.")
       .def(
           "expert_ids",
           [](nb::handle_t<BoundStack> self) { return nb::cast<BoundStack&>(self).expert_ids(self); }, R"(
-        A read-only view of the experts that tokens chose in the layer that chose last: [tokens, k], best first.
+        A read-only view of the choices in the layer that chose last: [tokens that are `left`, k], best first.
 
         k is 0 until a layer of the last step has chosen. The view is valid until the next layer chooses.)")
       .def("resize", &BoundStack::resize, "max_tokens"_a, R"(

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "ops/layer.h"
+#include "ops/rows.h"
 
 namespace argosy {
 
@@ -106,6 +107,13 @@ void Residual::begin(const float* x, int64_t num_tokens) {
       buffers_.carried[token * n] = 1;
     }
   });
+}
+
+void Residual::keep(const std::vector<int64_t>& tokens) {
+  const int64_t n = rule_.num_streams;
+  move_up(tokens, n * hidden_, buffers_.streams);
+  move_up(tokens, n, buffers_.carried);
+  num_tokens_ = int64_t(tokens.size());
 }
 
 void Residual::read(const StreamMix& mix, float* x) {

@@ -114,6 +114,8 @@ class Residual {
   // Writes what a sublayer gives [num_tokens][hidden].
   void write(const float* out);
   void finish(float* x) { read(rule_.head, x); }
+  // Between two sublayers: leaves these tokens, in ascending order.
+  void keep(const std::vector<int64_t>& tokens);
 
   // The mean of the streams; with a bank, the hidden state.
   void mean(float* x) const;

@@ -8,6 +8,7 @@
 
 #include "ops/encoder.h"
 #include "ops/layer.h"
+#include "ops/rows.h"
 
 namespace argosy {
 
@@ -34,6 +35,16 @@ void add_vectors(Runtime& runtime, const RowVectors& given, int64_t cols, float*
   for_vectors(runtime, given, cols, to, [&](const float* from, float* row) {
     for (int64_t i = 0; i < cols; ++i) row[i] += from[i];
   });
+}
+
+// Leaves the elements of these rows, in memory that `own` holds.
+template <class T>
+void pick(const std::vector<int64_t>& rows, std::unique_ptr<T[]>& own, const T*& given) {
+  if (given == nullptr) return;
+  auto kept = std::make_unique<T[]>(rows.size());
+  for (size_t i = 0; i < rows.size(); ++i) kept[i] = given[rows[i]];
+  own = std::move(kept);
+  given = own.get();
 }
 
 // Runs one network on all tokens.
@@ -191,9 +202,14 @@ void Stack::resize(int64_t max_tokens) {
 void Stack::begin(const Step& step) {
   stage_ = Stage::done;  // if anything throws, there is no step
   step_ = step;
+  has_left_out_ = false;
+  chosen_cols_ = candidate_cols_ = 0;
+  num_given_ = step.num_tokens;
+  given_order_ = step.order;
   layer_ = chosen_per_token_ = num_chosen_layers_ = 0;
   layers_done_.store(0, std::memory_order_relaxed);
   if (recurrent_ != nullptr) begin_runs();
+  if (step.to_end != nullptr) begin_bounded();
   table_rows_.assign(step.token_ids, step.token_ids + step.num_tokens);
   for (int64_t i = 0; i < step.overrides.num_rows; ++i) table_rows_[size_t(step.overrides.rows[i])] = -1;
   stage_ = Stage::begun;
@@ -223,6 +239,76 @@ void Stack::begin_runs() {
     runs_.push_back({t, t + 1, slot, position == 0});
   }
   for (const StateRun& run : runs_) recurrent_->set_position(run.slot, -1);  // until the step is done
+}
+
+void Stack::begin_bounded() {
+  const auto& layers = description_.layers;
+  if (layers.empty() || layers.back().reach == 0) {  // no layer leaves out a token
+    step_.to_end = nullptr;
+    return;
+  }
+  for (int64_t i = 0; i < step_.num_wanted; ++i) {
+    if (step_.to_end[step_.wanted[i]] >= layers.back().reach)
+      throw std::invalid_argument("the logits of token " + std::to_string(step_.wanted[i]) +
+                                  " are wanted, and it is not at the end of its prompt");
+  }
+  const auto require_all = [&](int64_t layer) {
+    if (layers[size_t(layer)].reach > 0)
+      throw std::invalid_argument("additions and taps need every token, and layer " + std::to_string(layer) +
+                                  " leaves some out");
+  };
+  for (const Step::Addition& addition : step_.additions) require_all(addition.layer);
+  for (const Step::Tap& tap : step_.taps) require_all(tap.layer);
+  if (step_.choices != nullptr)
+    std::fill_n(step_.choices, num_routed_layers_ * num_given_ * experts_per_token_, -1);
+}
+
+// Leaves out the tokens that neither the networks of this layer nor later layers need.
+void Stack::leave_out() {
+  if (step_.to_end == nullptr || layer().reach == 0) return;
+  const int64_t tokens = step_.num_tokens, hidden = description_.embedding.cols;
+  std::vector<int64_t> rows;
+  for (int64_t t = 0; t < tokens; ++t)
+    if (step_.to_end[t] < layer().reach) rows.push_back(t);
+  const int64_t num_left = int64_t(rows.size());
+  if (num_left == tokens) return;
+  pick(rows, left_.sequence, step_.sequence);
+  pick(rows, left_.order, step_.order);
+  pick(rows, left_.sees_until, step_.sees_until);
+  pick(rows, left_.to_end, step_.to_end);
+  pick(rows, left_.slots, step_.slots);
+  pick(rows, left_.window_slots, step_.window_slots);
+  pick(rows, left_.is_decode, step_.is_decode);
+  if (step_.angles != nullptr) {
+    int64_t num_axes = 1;
+    for (const Rotary& rotary : description_.rotaries) num_axes = std::max(num_axes, rotary.num_axes());
+    std::vector<float> angles;
+    for (int64_t axis = 0; axis < num_axes; ++axis)
+      for (const int64_t row : rows) angles.push_back(step_.angles[axis * tokens + row]);
+    left_.angles = std::move(angles);
+    step_.angles = left_.angles.data();
+  }
+  move_up(rows, 1, table_rows_.data());
+  move_up(rows, chosen_cols_, buffers_.chosen);
+  move_up(rows, candidate_cols_, buffers_.candidates);
+  move_up(rows, hidden, buffers_.hidden);
+  if (layer().is_parallel) move_up(rows, hidden, buffers_.normed);
+  if (residual_.has_streams()) residual_.keep(rows);
+  if (has_left_out_) {
+    for (int64_t& row : rows) row = left_.rows[size_t(row)];
+  }
+  left_.rows = std::move(rows);
+  has_left_out_ = true;
+  step_.num_tokens = num_left;
+  write_angles();
+}
+
+int64_t Stack::place(int64_t row) const {
+  if (!has_left_out_) return row;
+  const auto found = std::lower_bound(left_.rows.begin(), left_.rows.end(), row);
+  if (found == left_.rows.end() || *found != row)
+    throw std::invalid_argument("the layers of the last step left out token " + std::to_string(row));
+  return found - left_.rows.begin();
 }
 
 Pause Stack::advance(std::chrono::nanoseconds slice) {
@@ -260,6 +346,8 @@ Pause Stack::advance(std::chrono::nanoseconds slice) {
       std::visit([&](const auto& mixer) { mix(mixer); }, *layer().mixer);
       if (residual_.has_streams()) residual_.write(buffers_.hidden);
     }
+    leave_out();
+    if (step_.num_tokens == 0) break;
     if (!layer().ffn) continue;
     if (!layer().is_parallel) norm_block(layer().ffn_norm, layer().ffn_mix);
     if (layer().sums_apart())
@@ -270,8 +358,8 @@ Pause Stack::advance(std::chrono::nanoseconds slice) {
       return Pause::experts;
     }
   }
-  for (const StateRun& run : runs_) recurrent_->set_position(run.slot, step_.order[run.end - 1] + 1);
-  if (residual_.has_streams()) residual_.finish(buffers_.hidden);
+  for (const StateRun& run : runs_) recurrent_->set_position(run.slot, given_order_[run.end - 1] + 1);
+  if (residual_.has_streams() && step_.num_tokens > 0) residual_.finish(buffers_.hidden);
   logits(step_.wanted, step_.num_wanted, step_.logits);
   layers_done_.store(0, std::memory_order_relaxed);
   return Pause::done;
@@ -502,8 +590,9 @@ void Stack::dispatch_tokens(const RoutedFfn& ffn) {
   }
   choose(ffn.router, layer_, router_in, buffers_.expert_ids, buffers_.routing_weights);
   if (step_.choices != nullptr) {
-    const int64_t of_layer = step_.num_tokens * k;
-    std::copy_n(buffers_.expert_ids, of_layer, step_.choices + num_chosen_layers_++ * of_layer);
+    int32_t* choices = step_.choices + num_chosen_layers_++ * num_given_ * k;
+    for (int64_t i = 0; i < step_.num_tokens; ++i)
+      std::copy_n(buffers_.expert_ids + i * k, k, choices + (has_left_out_ ? left_.rows[size_t(i)] : i) * k);
   }
   write_expert_in(ffn);
   chosen_per_token_ = k;
@@ -644,6 +733,7 @@ std::vector<std::vector<int32_t>> Stack::predict(int64_t layer) {
   std::vector<bool> is_named(static_cast<size_t>(experts));
   for (int64_t rank = 0; rank < k; ++rank) {
     for (int64_t token = 0; token < tokens; ++token) {
+      if (step_.to_end != nullptr && next.reach > 0 && step_.to_end[token] >= next.reach) continue;
       const int32_t expert = ids[size_t(token * k + rank)];
       if (is_named[size_t(expert)]) continue;
       is_named[size_t(expert)] = true;
@@ -682,7 +772,7 @@ void Stack::final_states(const int64_t* rows, int64_t num_rows, float* out) {
   const auto lock = runtime_.lock();
   const int64_t hidden = description_.embedding.cols;
   for (int64_t i = 0; i < num_rows; ++i)
-    std::copy_n(buffers_.hidden + rows[i] * hidden, hidden, out + i * hidden);
+    std::copy_n(buffers_.hidden + place(rows[i]) * hidden, hidden, out + i * hidden);
   norm(description_.final_norm, out, num_rows, out);
 }
 

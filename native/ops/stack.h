@@ -391,6 +391,8 @@ struct Layer {
   float scale = 1;  // multiplies the hidden state after the layer
   // How the mixer and the networks read and write residual streams; none: there is one hidden state.
   std::optional<StreamMix> mixer_mix, ffn_mix;
+  // Not 0: the networks of this layer and all later layers run only for tokens with a smaller Step::to_end.
+  int64_t reach = 0;
 
   const RoutedFfn* routed() const { return ffn ? std::get_if<RoutedFfn>(&*ffn) : nullptr; }
   // Whether the outputs of the networks are summed apart from the hidden state.
@@ -436,7 +438,9 @@ struct Step {
   const int32_t* order;        // index of each token in its sequence
   const float* angles;         // [axes][num_tokens], rotary positions; nullptr: order on every axis
   const int32_t* sees_until;   // end of the positions that each token sees; nullptr: order + 1
-  RowVectors overrides;        // given instead of the embeddings of some tokens
+  // How far before the end of a prompt a token is; 0: its output is needed. nullptr: that of every token is.
+  const int32_t* to_end;
+  RowVectors overrides;  // given instead of the embeddings of some tokens
   struct Addition {
     int64_t layer;
     RowVectors vectors;  // added to the hidden state after the layer, or to every residual stream
@@ -448,9 +452,9 @@ struct Step {
     float* hidden;
   };
   std::vector<Tap> taps;
-  int32_t* choices =
-      nullptr;            // [routed layers][num_tokens][k], the experts of each token; nullptr: not wanted
-  const int64_t* wanted;  // [num_wanted], rows whose logits are wanted; at most max_tokens
+  int32_t* choices = nullptr;  // [routed layers][num_tokens][k], the experts of each token, -1 in layers that
+                               // leave it out; nullptr: not wanted
+  const int64_t* wanted;       // [num_wanted], rows whose logits are wanted; at most max_tokens
   int64_t num_wanted;
   float* logits;  // [num_wanted][vocabulary]
 };
@@ -473,7 +477,8 @@ class Stack {
   int64_t layers_done() const { return layers_done_.load(std::memory_order_relaxed); }
 
   // Starts a step, however the previous one ended. With a recurrent state, throws std::invalid_argument if
-  // the tokens of a sequence are not consecutive or do not continue at the position of its slot.
+  // the tokens of a sequence are not consecutive or do not continue at the position of its slot. With to_end,
+  // the same if its layers leave out a token whose logits are wanted, or one of an addition or a tap.
   void begin(const Step& step);
 
   // Runs until the step is done, a layer waits for experts, or `slice` has passed. A layer whose table has a
@@ -497,7 +502,8 @@ class Stack {
   // token chose, or that has finished already.
   void finish_experts(const std::vector<int32_t>& experts);
 
-  // Computes the hidden states [num_rows][hidden] of rows of the last step after the final norm.
+  // Computes the hidden states [num_rows][hidden] of rows of the last step after the final norm. Throws
+  // std::invalid_argument for a row that a layer left out.
   void final_states(const int64_t* rows, int64_t num_rows, float* out);
 
   // Computes the logits [num_rows][vocabulary] of rows of the last step, at most max_tokens rows.
@@ -514,10 +520,13 @@ class Stack {
   const KvCache& kv() const { return kv_; }
   const RecurrentState* recurrent() const { return recurrent_; }
 
-  // The hidden state [tokens of the last step][hidden], as the last operation left it.
+  // The tokens of the last step that no layer has left out, [num_left()]; nullptr: all of them.
+  int64_t num_left() const { return step_.num_tokens; }
+  const int64_t* left() const { return has_left_out_ ? left_.rows.data() : nullptr; }
+  // Their hidden state [num_left()][hidden], as the last operation left it.
   const float* hidden() const { return buffers_.hidden; }
-  // The experts that the tokens of the last step chose in the layer that chose last, best first:
-  // [tokens][chosen_per_token()]. chosen_per_token() is 0 until a layer of the step has chosen.
+  // The experts that they chose in the layer that chose last, best first: [num_left()][chosen_per_token()].
+  // chosen_per_token() is 0 until a layer of the step has chosen.
   const int32_t* expert_ids() const { return buffers_.expert_ids; }
   int64_t chosen_per_token() const { return chosen_per_token_; }
 
@@ -557,6 +566,9 @@ class Stack {
   void mix(const ShortConv& mixer);
   void mix(const Mamba& mixer);
   void begin_runs();
+  void begin_bounded();
+  void leave_out();
+  int64_t place(int64_t row) const;            // among the tokens that are left
   bool add_table_rows(Clock::time_point end);  // false: they are not all there, or some cannot be read
   void end_layer();
   void add_block(const MatrixView& output, const float* bias) { add_block(output, bias, buffers_.attended); }
@@ -618,8 +630,19 @@ class Stack {
   StackBuffers buffers_;
   Residual residual_;
 
-  Step step_ = {};
-  std::vector<StateRun> runs_;  // runs of the step, if there is a recurrent state
+  Step step_ = {};  // of the tokens that are left, which `left_` holds once some have been left out
+  struct Left {
+    std::vector<int64_t> rows;  // of the step that was given
+    std::unique_ptr<int32_t[]> sequence, order, sees_until, to_end;
+    std::unique_ptr<int64_t[]> slots, window_slots;
+    std::unique_ptr<bool[]> is_decode;
+    std::vector<float> angles;
+  } left_;
+  bool has_left_out_ = false;
+  int64_t num_given_ = 0;                         // tokens of the step
+  const int32_t* given_order_ = nullptr;          // and their order
+  int64_t chosen_cols_ = 0, candidate_cols_ = 0;  // of a token, by the last layer with an entry indexer
+  std::vector<StateRun> runs_;                    // runs of the step, if there is a recurrent state
   Stage stage_ = Stage::done;
   int64_t layer_ = 0;
   std::atomic<int64_t> layers_done_ = 0;

@@ -468,10 +468,12 @@ void Stack::choose_entries(const CompressedAttention& mixer, const float* query_
     candidates = {buffers_.candidates, indexer.num_candidates, indexer.candidate_size};
   if (indexer.finds_candidates) {
     choose_candidates(runtime_, keys, weights, batch, candidates.count, candidates.size, buffers_.candidates);
+    candidate_cols_ = candidates.count;
     // The best entries lie in the best blocks, because even with the last block there are enough.
     if (mixer.num_chosen >= candidates.count) candidates = {};
   }
   argosy::choose_positions(runtime_, keys, weights, batch, mixer.num_chosen, buffers_.chosen, candidates);
+  chosen_cols_ = mixer.num_chosen;
 }
 
 // The entries that the tokens see, after those that they complete are stored, if the layer has the pool.

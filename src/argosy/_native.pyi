@@ -2213,6 +2213,8 @@ class Layer:
         mixer_mix, ffn_mix: how they read and write residual streams; None with one hidden state.
         ngrams: rows of a table, added before the mixer reads the hidden state. Its table has begun to read the rows of
             a step before the step begins.
+        reach: not 0 means that the networks of this layer and all later layers run only for tokens whose `to_end` in
+            the step is smaller. Later layers see only a window.
     """
 
     def __init__(
@@ -2233,6 +2235,7 @@ class Layer:
         mixer_mix: StreamMix | None = None,
         ffn_mix: StreamMix | None = None,
         ngrams: Ngrams | None = None,
+        reach: int = 0,
     ) -> None: ...
 
 def dense_ffn(gate: Matrix | None, up: Matrix, down: Matrix, *, activation: Activation | None = None) -> Ffn:
@@ -2507,6 +2510,7 @@ class Stack:
         taps: Sequence[tuple[int, NDArray[numpy.float32]]] = [],
         choices: NDArray[numpy.int32] | None = None,
         window_blocks: NDArray[numpy.int32] | None = None,
+        to_end: NDArray[numpy.int32] | None = None,
     ) -> None:
         """
         Start a step, even if the last one did not finish; nothing is computed yet.
@@ -2514,12 +2518,14 @@ class Stack:
         Args:
             logits: [wanted, vocabulary], written at the end of the step.
             taps: layers, and [tokens, hidden] for the hidden state after each of them.
-            choices: [routed layers, tokens, k], for the experts of each token, best first.
+            choices: [routed layers, tokens, k], for the experts of each token, best first; -1 where a layer leaves
+                the token out.
             The others are the fields of `model.step.Step`.
 
         Raises:
             ValueError: a value is out of range; or, with a recurrent state, tokens of a sequence are not consecutive,
-                or do not continue at its slot's position.
+                or do not continue at its slot's position; or, with `to_end`, the step wants something of a token that
+                layers leave out.
         """
 
     def advance(self, between_layers: Callable[[], None] | None = None) -> tuple[int, Dispatch] | None:
@@ -2567,20 +2573,31 @@ class Stack:
 
     def final_states(self, rows: NDArray[numpy.int64], out: NDArray[numpy.float32]) -> None:
         """
-        Hidden states [rows, hidden] after the final norm, of any tokens of the finished step.
+        Hidden states [rows, hidden] after the final norm, of tokens of the finished step that are `left`.
         """
 
     def logits(self, rows: NDArray[numpy.int64], out: NDArray[numpy.float32]) -> None:
-        """Logits [rows, vocabulary] of any tokens of the finished step."""
+        """
+        Logits [rows, vocabulary] of tokens of the finished step that are `left`.
+        """
 
     def hidden(self) -> NDArray[numpy.float32]:
         """
         A read-only view of the hidden state [tokens, hidden] of the last step, as the last operation left it.
+
+        Raises:
+            ValueError: layers left out some of its tokens.
+        """
+
+    @property
+    def left(self) -> list[int] | None:
+        """
+        The tokens of the last step that no layer has left out, in ascending order; None: all of them.
         """
 
     def expert_ids(self) -> NDArray[numpy.int32]:
         """
-        A read-only view of the experts that tokens chose in the layer that chose last: [tokens, k], best first.
+        A read-only view of the choices in the layer that chose last: [tokens that are `left`, k], best first.
 
         k is 0 until a layer of the last step has chosen. The view is valid until the next layer chooses.
         """

@@ -276,6 +276,20 @@ def test_a_long_chunk_pays_off_while_its_buffers_cost_few_slots(files: ModelFile
     assert [best_chunk(share) for share in (0.75, 0.5, 0.25, 0.12)] == [1024, 1024, 1024, 512]
 
 
+def test_layers_that_run_for_the_end_of_a_prompt_alone_read_few_experts(files: ModelFiles) -> None:
+    full, seen = (
+        replace(files.config.layers[0], mixer=replace(files.config.attention, sliding_window=window))
+        for window in (0, 5)
+    )
+    some = plan(files, 1024 * MIB)
+    some = replace(some, slots=replace(some.slots, own=64, num_experts=2048), chunk_tokens=128)
+    read = [
+        experts_read(replace(files.config, num_experts=128, layers=layers), some)
+        for layers in ((full,) * 16, (full,) * 8 + (seen,) * 8)
+    ]
+    assert read[1] < 0.7 * read[0]  # 65 sweeps of a layer instead of 128, and the answer
+
+
 def test_a_requested_chunk_is_never_exceeded(files: ModelFiles) -> None:
     for ram_bytes in range(smallest_budget(files), 200 * MIB, 7 * MIB):
         assert plan(files, ram_bytes, chunk_tokens=40).chunk_tokens <= 40

@@ -18,6 +18,8 @@ from argosy.engine.steps import Scheduled
 from argosy.kept.kv_cache import KvBlocks
 from argosy.kept.kv_windows import NONE, KvWindows, WindowSizes
 from argosy.kept.recurrent_state import StateSlots
+from argosy.kept.tails import Tail
+from argosy.model.step import Step
 
 BLOCK_TOKENS = 4
 NUM_EARLIER = 3  # tokens that n-grams reach back to
@@ -26,12 +28,17 @@ NUM_EARLIER = 3  # tokens that n-grams reach back to
 class NotedTokens:
     """KV blocks that record the tokens each position was computed from: its own and all before it."""
 
-    def __init__(self, num_blocks: int, windows: KvWindows | None = None) -> None:
+    def __init__(self, num_blocks: int, windows: KvWindows | None = None, tail: tuple[int, ...] = ()) -> None:
         self.noted: list[list[tuple[int, ...] | None]] = [[None] * BLOCK_TOKENS for _ in range(num_blocks)]
         self.windows = windows
         num_window_blocks = 0 if windows is None else windows.sizes.num_window_blocks
         self.noted_windows: list[list[tuple[int, ...] | None]] = [
             [None] * BLOCK_TOKENS for _ in range(num_window_blocks)
+        ]
+        self.tail = tail  # windows of the last layers
+        self.num_run = [0] * len(tail)  # tokens for which each of them ran
+        self.noted_tails = [
+            [[None] * BLOCK_TOKENS for _ in range(num_window_blocks or num_blocks)] for _ in tail
         ]
 
     def copy_out(self, block: int, to: NDArray[np.uint8]) -> None:
@@ -41,8 +48,12 @@ class NotedTokens:
         raise NotImplementedError
 
     def copy_block(self, from_block: int, to_block: int, is_windowed: bool = False) -> None:
-        noted = self.noted_windows if is_windowed else self.noted
-        noted[to_block] = list(noted[from_block])
+        is_tail = is_windowed or self.windows is None
+        for noted in (
+            self.noted_windows if is_windowed else self.noted,
+            *(self.noted_tails if is_tail else ()),
+        ):
+            noted[to_block] = list(noted[from_block])
 
     def run(self, scheduled: Scheduled) -> None:
         """Write what the step writes, and check that each token finds everything before it."""
@@ -67,6 +78,38 @@ class NotedTokens:
                     place = int(of_block[step.block_table[row, seen // BLOCK_TOKENS]])
                     assert place != NONE
                     assert self.noted_windows[place][seen % BLOCK_TOKENS] == tokens[: seen + 1]
+        if self.tail:
+            self.run_tail(scheduled)
+
+    def run_tail(self, scheduled: Scheduled) -> None:
+        """Run the last layers for the tokens that they do not leave out; whoever is needed finds its windows."""
+        step = scheduled.step
+        num_left = [0] * len(self.tail)
+        for token, (row, slot, position) in enumerate(
+            zip(step.sequence, step.slots, step.order, strict=True)
+        ):
+            at, sequence = int(position), scheduled.sequences[row]
+            tokens = tuple(sequence.tokens_from(0, at + 1))
+            to_end = 0 if step.to_end is None else int(step.to_end[token])
+            is_right, reach = True, 1 + sum(window - 1 for window in self.tail)
+            for layer, window in enumerate(self.tail):
+                if to_end >= reach:
+                    break
+                num_left[layer] += 1
+                noted = self.noted_tails[layer]
+                noted[self.place(step, slot // BLOCK_TOKENS)][slot % BLOCK_TOKENS] = (
+                    tokens if is_right else None
+                )
+                for seen in range(max(0, at - window + 1), at):
+                    place = self.place(step, int(step.block_table[row, seen // BLOCK_TOKENS]))
+                    is_right &= noted[place][seen % BLOCK_TOKENS] == tokens[: seen + 1]
+                reach -= window - 1
+            assert is_right or to_end > 0
+            assert to_end == 0 or at < sequence.reuse_limit
+        self.num_run = [ran + more for ran, more in zip(self.num_run, num_left, strict=True)]
+
+    def place(self, step: Step, block: int) -> int:
+        return block if step.window_blocks is None else int(step.window_blocks[block])
 
 
 class NotedStates:
@@ -107,6 +150,7 @@ class Rig:
         clock: Callable[[], float] = lambda: 0.0,
         windows: WindowSizes | None = None,
         num_earlier: int = NUM_EARLIER,
+        tail: tuple[int, ...] = (),
     ) -> None:
         self.windows = None if windows is None else KvWindows(num_blocks, BLOCK_TOKENS, windows)
         self.blocks = KvBlocks(
@@ -116,9 +160,15 @@ class Rig:
             windows=self.windows,
         )
         self.states = states
-        self.memory = NotedTokens(num_blocks, self.windows)
+        self.memory = NotedTokens(num_blocks, self.windows, tail)
         self.cache = PrefixCache(
-            self.blocks, self.memory, secret=bytes(32), identity=b"", states=states, is_on=reuse
+            self.blocks,
+            self.memory,
+            secret=bytes(32),
+            identity=b"",
+            states=states,
+            is_on=reuse,
+            tail=Tail(1 + sum(window - 1 for window in tail), max(tail), BLOCK_TOKENS) if tail else None,
         )
         self.scheduler = Scheduler(
             self.cache,

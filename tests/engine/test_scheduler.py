@@ -418,8 +418,9 @@ asked = st.tuples(
     st.integers(10, 24),
     st.sampled_from([None, 0, 1, 3]),
     st.sampled_from([None, 1, 2, 5, 8, 9]),
+    st.sampled_from([(), (), (1,), (3,), (5, 2), (2, 4, 6)]),
     st.data(),
-    few=40,
+    few=60,
     many=200,
 )
 def test_whatever_comes_and_goes_each_answer_is_computed_from_its_own_tokens_and_nothing_leaks(
@@ -429,15 +430,17 @@ def test_whatever_comes_and_goes_each_answer_is_computed_from_its_own_tokens_and
     num_blocks: int,
     num_snapshots: int | None,
     window: int | None,
+    tail: tuple[int, ...],
     data: st.DataObject,
 ) -> None:
     """Sequences come, fork, find prefixes, are preempted, fail, finish or are cancelled.
 
-    Some models have recurrent states, some have layers with a sliding window, with as few blocks as can be enough, and
-    some have both.
+    Some models have recurrent states, some have layers with a sliding window, with as few blocks as can be enough,
+    some have both, and in some the last layers keep nothing but a window.
     """
     states = windows = None
     if window is not None:
+        window = max(window, *tail, 1)
         seen, step_blocks = (
             -(-(window - 1) // BLOCK_TOKENS) + 1,
             -(-(chunk_tokens + max_sequences) // BLOCK_TOKENS),
@@ -454,6 +457,7 @@ def test_whatever_comes_and_goes_each_answer_is_computed_from_its_own_tokens_and
         reuse=True,
         states=states,
         windows=windows,
+        tail=tail,
     )
     left = sorted(coming, key=lambda one: one[2])
     for step in range(2000):

@@ -157,6 +157,19 @@ def test_several_streams_share_weights_and_not_keys_and_values() -> None:
     assert four.step_s.likely == pytest.approx(4 / four.tokens_per_s.likely)
 
 
+def test_layers_with_a_reach_run_only_for_the_end_of_a_prompt() -> None:
+    limited = replace(WORK, reaches=(0,) * 5 + (300,) * 5)
+    assert limited.runs(512, 0) == {512: 0.5, 300: 0.5}
+    assert limited.runs(512, 200) == {512: 0.5, 100: 0.5}
+    assert limited.runs(512, 300) == {512: 0.5}
+    whole, found = (
+        predict_prompt(work, MEASURED, PRIOR, num_slots=160, num_tokens=2048, chunk_tokens=512)
+        for work in (WORK, limited)
+    )
+    assert found.drive_bytes.likely == pytest.approx(whole.drive_bytes.likely * (5 * 4 + 5) / 40, rel=0.01)
+    assert whole.seconds.likely / 2 < found.seconds.likely < 0.7 * whole.seconds.likely
+
+
 def test_a_prompt_sweeps_once_for_each_chunk_and_reads_beside_its_products() -> None:
     sweep = WORK.num_moe_layers * WORK.num_experts * WORK.record_bytes
     for num_tokens, sweeps in ((1024, 1), (2048, 2)):

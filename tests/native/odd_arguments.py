@@ -288,13 +288,14 @@ class Case:
         }
 
     def stack_of_streams(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """With two residual streams, pooled entries, and an indexer of them."""
+        """With two residual streams, pooled entries, an indexer of them, and a layer that leaves tokens out."""
         n, mix, norm = self.native, self.stream_mix(), self.floats(64)
         layers = []
         for is_source in (True, False):
             values = self.compressed(is_source=is_source)
             mixer = n.compressed_attention(*values[:5], **dict(zip(COMPRESSED, values[5:], strict=True)))
-            layers.append(n.Layer(norm, mixer, norm, self.routed(), mixer_mix=mix, ffn_mix=mix))
+            reach = 8 if is_source else 1
+            layers.append(n.Layer(norm, mixer, norm, self.routed(), mixer_mix=mix, ffn_mix=mix, reach=reach))
         kv = n.KvCache([*[n.KvShape.latent(16)] * 2, *[n.KvShape.pooled(16, 4)] * 2], 4, 16, "f32")
         more = {
             "layers": layers, "residual": n.Residual(2, n.mean_mix(), iterations=2, eps=1e-6),
@@ -307,6 +308,15 @@ class Case:
         step = list(self.step())
         step[8], step[9], step[10], step[14] = self.ints(0), None, None, np.zeros((2, 3, 2), np.int32)
         return tuple(step)
+
+    def step_of_ends(self) -> tuple[Any, ...]:
+        """The last token alone reaches the second layer."""
+        return *self.step_of_streams()[:12], [], [], np.zeros((2, 3, 2), np.int32), None, self.ints(9, 8, 0)
+
+    def stack_of_ends(self) -> Any:
+        stack = self.stack(has_streams=True)
+        stack.begin(*self.step_of_ends())
+        return stack
 
     def stack(self, *, steps: int = 0, has_streams: bool = False) -> Any:
         """steps 1: a step has begun; 2: its layer waits for experts; 3: it is done."""
@@ -489,7 +499,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         ),
         "Layer": lambda: (
             f(64), case.gqa(), f(64), case.routed(), 1, f(64), f(64), 0.5, False, 0.5, 0.5, 0.5, case.stream_mix(),
-            case.stream_mix(),
+            case.stream_mix(), None, 3,
         ),
         "Dispatch": lambda: (np.array([[0, 3], [3, 1]], np.int32), np.array([True, False]), 4),
         "ExpertTable": lambda: (case.arena(), 64, ("silu", 0.0, 0.0)),
@@ -578,7 +588,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         " shared_activation latent router_logit_cap weighs_input latent_norm token_experts",
         "dense_ffn": "activation",
         "Layer": "rotary mixer_post_norm ffn_post_norm scale is_parallel mixer_scale ffn_scale normed_residual"
-        " mixer_mix ffn_mix",
+        " mixer_mix ffn_mix ngrams reach",
         "ExpertTable": "hidden activation",
         "replay": "num_experts policy num_slots counted_from",
         "tournament": "depth",
@@ -741,6 +751,8 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "Stack.expert_ids": (lambda: case.stack(steps=2), lambda: ()),
         "Stack.begin": (case.stack, case.step),
         "Stack.begin, streams": (lambda: case.stack(has_streams=True), case.step_of_streams),
+        "Stack.begin, ends": (lambda: case.stack(has_streams=True), case.step_of_ends),
+        "Stack.advance, ends": (case.stack_of_ends, lambda: (lambda: None,)),
         "Stack.advance, streams": (lambda: case.stack(steps=1, has_streams=True), lambda: (lambda: None,)),
         "Stack.logits, streams": (
             lambda: case.stack(steps=3, has_streams=True),

@@ -103,7 +103,9 @@ def _search(
             fitting = [p for p in plans if p.total_bytes <= config.budget.ram_bytes]
             if not fitting:
                 continue
-            candidate = min(fitting, key=lambda p: experts_read(footprint.config, p))
+            candidate = min(
+                fitting, key=lambda p: experts_read(footprint.config, p, leaves_out=config.leaves_out_tokens)
+            )
             # Keep the first context that fits; a smaller one replaces it only while fewer than a quarter of experts
             # fit.
             if best is None or candidate.slots.own >= 2 * best.slots.own:
@@ -464,30 +466,32 @@ def _state_counts(footprint: ModelFootprint, config: EngineConfig) -> list[tuple
     return [*counts, (1, 0)]
 
 
-def experts_read(model: ModelConfig, plan: MemoryPlan) -> float:
+def experts_read(model: ModelConfig, plan: MemoryPlan, *, leaves_out: bool = True) -> float:
     """Estimate the experts that one request reads from the drive; the planner chooses the chunk that minimizes this.
 
     While reading is the bottleneck, a request takes
 
         seconds = experts read * bytes per expert / drive bandwidth + arithmetic
 
-    A prompt sweeps through the experts once per chunk, so a chunk twice as long halves the prompt's reads; but its
-    working buffers take slots, so the answer misses more. Arithmetic is the same for every chunk. The request has a
-    prompt of PLANNED_PROMPT and an answer of PLANNED_ANSWER tokens. A sweep needs the experts that a chunk of
-    independent tokens touches, and misses those that are not resident. The answer misses as is typical for models of
-    its kind (`experts/hit_rate.py`): recordings of earlier runs do not count, so that a model always gets the same
-    plan.
+    A prompt sweeps through the experts once per chunk, in layers with a reach only near its end, so a chunk twice as
+    long halves the prompt's reads; but its working buffers take slots, so the answer misses more. Arithmetic is the
+    same for every chunk. The request has a prompt of PLANNED_PROMPT and an answer of PLANNED_ANSWER tokens. A sweep
+    needs the experts that a chunk of independent tokens touches, and misses those that are not resident. The answer
+    misses as is typical for models of its kind (`experts/hit_rate.py`): recordings of earlier runs do not count, so
+    that a model always gets the same plan.
     """
     per_layer, missing = model.num_experts, 1.0 - plan.slots.own / max(1, plan.slots.num_experts)
     if not missing or not per_layer:
         return 0.0
-    num_sweeps = -(-PLANNED_PROMPT // plan.chunk_tokens)
+    of_layer = model.reaches if leaves_out else (0,) * model.num_layers
+    reaches = (of_layer[layer] or PLANNED_PROMPT for layer in model.moe_layers)
+    num_sweeps = sum(-(-min(PLANNED_PROMPT, reach) // plan.chunk_tokens) for reach in reaches)
     tokens = min(PLANNED_PROMPT, plan.chunk_tokens)
     chosen = model.mean_experts_per_token
     touched = per_layer * (1.0 - (1.0 - chosen / per_layer) ** tokens)
     missed = 1.0 - typical_hit_rate(1.0 - missing, num_experts=per_layer)
     asked = chosen * PLANNED_ANSWER
-    return len(model.moe_layers) * (num_sweeps * touched * missing + asked * missed)
+    return num_sweeps * touched * missing + len(model.moe_layers) * asked * missed
 
 
 def _contexts(model: ModelConfig, config: EngineConfig) -> list[int]:

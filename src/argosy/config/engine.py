@@ -262,6 +262,13 @@ class EngineConfig(Strict):
             raise UsageError("kv_dir keeps prefixes for reuse, and prefix_reuse is off")
 
     @property
+    def leaves_out_tokens(self) -> bool:
+        """Whether the last layers of a model may leave out tokens of prompts (`ModelConfig.reaches`): not with a draft
+        layer, which reads the hidden states of all, nor with files, whose blocks any prompt may use.
+        """
+        return self.kv_dir is None and self.speculate != "mtp"
+
+    @property
     def decode_tokens(self) -> int:
         """The most tokens of decoding sequences in a step: one each, plus proposals."""
         drafted = self.max_sequences

@@ -133,6 +133,18 @@ class LayerConfig:
     # `token_experts`.
     has_token_experts: bool = False
 
+    @property
+    def kept_window(self) -> int:
+        """The last positions that the layer sees and keeps; 0: it keeps more, or something else."""
+        mixer = self.mixer
+        if self.ngrams is not None:
+            return 0
+        if isinstance(mixer, AttentionConfig):
+            return mixer.sliding_window if mixer.index is None else 0
+        if isinstance(mixer, CompressedConfig):
+            return 0 if mixer.pools else mixer.sliding_window  # without, its entries are an earlier layer's
+        return int(mixer is None)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
@@ -200,6 +212,26 @@ class ModelConfig:
                 and layer.mixer.has_state
             )
         )
+
+    @property
+    def reaches(self) -> tuple[int, ...]:
+        """By layer, the distance to the end of a prompt at which its networks and all later layers need not run.
+
+        0: they always run. Only the last layers that keep nothing but a window leave tokens out (`kept/tails.py`), and
+        the networks of the layer before them. They are at least a quarter of the layers: otherwise the prefixes that
+        cannot be reused would cost more than is saved.
+        """
+        reaches: list[int] = []
+        reach, num_limited = 1, 0
+        for layer in reversed(self.layers):
+            reaches.append(reach)
+            if not layer.kept_window:
+                break
+            reach += layer.kept_window - 1
+            num_limited += 1
+        if 4 * num_limited < self.num_layers:
+            return (0,) * self.num_layers
+        return (0,) * (self.num_layers - len(reaches)) + tuple(reversed(reaches))
 
     @property
     def attention(self) -> AttentionConfig:

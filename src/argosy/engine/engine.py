@@ -91,7 +91,8 @@ class Engine(BlockingCalls):
         self.files = files
         self.config: ModelConfig = files.config
         self.settings = config
-        self.work = work_of(files, started.plan.kv_dtype)  # predictions of the engine's speed start from this
+        # Predictions of the engine's speed start from this.
+        self.work = work_of(files, started.plan.kv_dtype, config)
         self.tokenizer = started.vocabulary.tokenizer
         self.prompts, self.media, self.ears = started.prompts, started.media, started.ears
         self._drafts = Drafts.open(config, started.model, started.store, drafter)

@@ -13,7 +13,8 @@ block of a prompt that stops halfway.
 
 Where layers have a sliding window, a prefix is usable if the window blocks that its next token sees remain
 (`kept/kv_windows.py`). They are kept with every snapshot; without recurrent state, at the places in prompts where
-snapshots would be taken, and at the ends of answers.
+snapshots would be taken, and at the ends of answers. Where the last layers run only for the ends of prompts, they are
+complete at the same places (`kept/tails.py`).
 
 Elsewhere: `kept/kv_cache.py` tracks which sequences hold which block; `kept/recurrent_state.py` assigns snapshot
 slots; `kept/prefix_files.py` reads and writes files; `scheduler.py` chooses the running sequences.
@@ -42,6 +43,7 @@ from argosy.kept.chain import Chain
 from argosy.kept.kv_cache import BlockContent, KvBlocks
 from argosy.kept.prefix_files import Kind, PrefixFiles, tenant_key
 from argosy.kept.recurrent_state import StateSlots
+from argosy.kept.tails import PromptEnds, Tail
 from argosy.media.settings import VIDEO_FILES
 
 # A snapshot after the last full block forces the tokens after it into a separate step, so short prompts take none.
@@ -86,6 +88,7 @@ class PrefixCache:
         states: slots for the recurrent state; None if no layer has one.
         files: keeps prefixes across restarts; None: prefixes are not kept.
         is_on: if False, the cache finds nothing and keeps nothing.
+        tail: the layers that only the ends of prompts need; without files. None: every layer runs for every token.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class PrefixCache:
         states: StateSlots | None = None,
         files: PrefixFiles | None = None,
         is_on: bool = True,
+        tail: Tail | None = None,
     ) -> None:
         self.blocks = blocks
         self.windows = blocks.windows
@@ -106,6 +110,7 @@ class PrefixCache:
         self._identity = identity
         self.states = states
         self._files = files
+        self.tail = tail
         self._is_on = is_on and (states is None or states.most_snapshots > 0)
         self._to_write: deque[tuple[Kind, BlockContent]] = deque()
 
@@ -159,6 +164,14 @@ class PrefixCache:
             sequence.snapshots_at = self._snapshots_at(sequence, prefix)
         elif self._is_on and self.windows is not None:
             sequence.ends_at = self._snapshots_at(sequence, prefix)
+        if self.tail is not None and _leaves_out(sequence):
+            sequence.tail_ends = PromptEnds(
+                self.tail,
+                self._snapshots_at(sequence, prefix) if self._is_on else (),
+                sequence.reuse_limit,
+                start=sequence.num_computed,
+                is_complete=self.tail.is_complete(self._completeness(prefix.blocks)),
+            )
         if sequence.cached_tokens is None and sequence.loading is None:
             sequence.cached_tokens = sequence.num_computed
 
@@ -227,8 +240,10 @@ class PrefixCache:
         size, at = self.blocks.block_tokens, sequence.num_computed
         num_full = at // size
         contents = sequence.chain.contents(sequence, num_full)
+        ends = sequence.tail_ends
         for index in range(before // size, num_full):
-            self.blocks.keep(sequence.blocks[index], contents[index])
+            complete_from = 0 if ends is None else ends.complete_from(index)
+            self.blocks.keep(sequence.blocks[index], contents[index], complete_from)
         if self.windows is not None:
             for end in [end for end in sequence.ends_at if before < end <= at]:
                 self.windows.keep_end(sequence.blocks[: end // size])
@@ -275,7 +290,7 @@ class PrefixCache:
 
     def want_snapshot(self, sequence: Sequence, contents: list[BlockContent]) -> None:
         """Plan a snapshot where the prompt of `sequence`, now being computed, diverges from another's prefix."""
-        if (self.states is None and self.windows is None) or not self._is_on:
+        if (self.states is None and self.windows is None and self.tail is None) or not self._is_on:
             return
         own = sequence.chain.contents(sequence, 0)
         shared = 0
@@ -283,8 +298,10 @@ class PrefixCache:
             if mine.key != other.key:
                 break
             shared += 1
-        wanted = sequence.snapshots_at if self.states is not None else sequence.ends_at
-        wanted.add(shared * self.blocks.block_tokens)
+        end = shared * self.blocks.block_tokens
+        (sequence.snapshots_at if self.states is not None else sequence.ends_at).add(end)
+        if sequence.tail_ends is not None:
+            sequence.tail_ends.add(end, sequence.num_computed)
 
     @property
     def file_bytes(self) -> int:
@@ -327,14 +344,16 @@ class PrefixCache:
     # ── helpers ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _num_usable(self, sequence: Sequence, blocks: list[int], usable: int) -> int:
-        """Return the most of a sequence's first `usable` blocks after which windows and state are known."""
-        before = -1
+        """Return the most of a sequence's first `usable` blocks after which windows, state and tail are known."""
+        before, num_matching = -1, len(blocks)
         while usable and usable != before:
             before = usable
             if self.windows is not None:  # if not, there are no files
                 usable = self.windows.num_usable(blocks[:usable])
             while usable and self.states is not None and not self._has_state(sequence, usable - 1):
                 usable -= 1
+            if self.tail is not None:
+                usable = self._tail_usable(sequence, blocks[:usable], num_matching)
         return usable
 
     def _has_state(self, sequence: Sequence, block: int) -> bool:
@@ -346,6 +365,19 @@ class PrefixCache:
         if self._files is None or block >= sequence.load_until:
             return False
         return self._files.has("state", content)
+
+    def _tail_usable(self, sequence: Sequence, blocks: list[int], num_matching: int) -> int:
+        """Return the most of these blocks after which the last layers can continue."""
+        assert self.tail is not None
+        last = sequence.reuse_limit if _leaves_out(sequence) else 0
+        found = self._completeness(blocks)
+        usable = self.tail.num_usable(found, last)
+        if usable < num_matching:  # start early enough to complete the tail where prompts diverge
+            usable = self.tail.num_usable(found[:usable], min(last, num_matching * self.blocks.block_tokens))
+        return usable
+
+    def _completeness(self, blocks: list[int]) -> list[int]:
+        return [self.blocks.complete_from(block) for block in blocks]
 
     def _snapshots_at(self, sequence: Sequence, prefix: Prefix) -> set[int]:
         size = self.blocks.block_tokens
@@ -401,6 +433,11 @@ class PrefixCache:
         if block is None:
             return True
         return files.offer(kind, content, lambda to: self._kv.copy_out(block, to))
+
+
+def _leaves_out(sequence: Sequence) -> bool:
+    """Whether layers may leave out tokens of a prompt: not where positions see later ones, whose end may differ."""
+    return sequence.spans is None or not sequence.spans.has_both_ways
 
 
 def identify(files: ModelFiles, instruction_set: str, *others: object) -> bytes:

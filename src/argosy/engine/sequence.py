@@ -19,6 +19,7 @@ from argosy.engine.pooling import LogitsReader, Pool
 from argosy.engine.sampler import SamplerState
 from argosy.errors import ArgosyError
 from argosy.kept.chain import Chain
+from argosy.kept.tails import PromptEnds
 from argosy.prompt.stop import StopStrings
 from argosy.prompt.stream_decoder import StreamDecoder
 
@@ -153,6 +154,7 @@ class Sequence:
         self.snapshots_at: set[int] = set()  # positions at which to snapshot the recurrent state
         self.ends_at: set[int] = set()  # positions at which window blocks of the prefix are kept
         self.last_snapshot = 0  # position of the latest snapshot taken in the answer; 0: none
+        self.tail_ends: PromptEnds | None = None  # None: every layer runs for all of its tokens
 
         # From `answers.py`, `energy.py` and `drafts/governor.py`.
         self.logprobs: list[TokenLogprob] | None = [] if params.logprobs is not None else None

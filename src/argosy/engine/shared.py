@@ -72,7 +72,7 @@ class Ready:
         self.config, _ = with_recorder(config, files, recorder)
         self.footprint = ModelFootprint(self.files, self.config)
         self.sampling = declared_sampling(self.files).overridden(self.config.sampling)
-        self.work: Work = work_of(self.files, self.footprint.kv_dtype)
+        self.work: Work = work_of(self.files, self.footprint.kv_dtype, self.config)
         self._turns, self._foreground = turns, foreground
         self._vocabulary = Vocabulary.open(self.files, self.config)
         prompts = PromptBuilder(self._vocabulary.tokenizer, vocab_size=self.files.config.vocab_size)

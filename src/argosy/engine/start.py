@@ -46,6 +46,7 @@ from argosy.kept.kv_cache import KvBlocks
 from argosy.kept.kv_windows import KvWindows
 from argosy.kept.prefix_files import SECRET_BYTES, PrefixFiles
 from argosy.kept.recurrent_state import StateSlots
+from argosy.kept.tails import Tail
 from argosy.machine import tuning
 from argosy.machine.resources import held_bytes, may_reserve, memory_limit, page_table_bytes
 from argosy.media.decoder import FileDecoder
@@ -484,7 +485,16 @@ def _open_cache(
         states=states,
         files=files,
         is_on=config.prefix_reuse,
+        tail=_tail(model, config),
     )
+
+
+def _tail(model: Model, config: EngineConfig) -> Tail | None:
+    """Return the layers that only the ends of prompts need; None: all layers run for all tokens."""
+    reach = max(model.config.reaches)
+    if not reach or not config.leaves_out_tokens:
+        return None
+    return Tail(reach, max(layer.kept_window for layer in model.config.layers), KV_BLOCK_TOKENS)
 
 
 def _open_grammars(

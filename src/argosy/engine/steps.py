@@ -178,6 +178,7 @@ class StepBuilder:
             state_slots=_states_of(sequences),
             window_blocks=None if self._windows is None else self._windows.of_block,
             earlier_ids=self._earlier_ids(sequences),
+            to_end=_to_end(sequences, orders),
         )
         if any(sequence.spans is not None for sequence in sequences):
             step = self._with_media(step, sequences, counts)
@@ -246,6 +247,19 @@ def _states_of(sequences: Iterable[Sequence]) -> NDArray[np.int32] | None:
     """Return int32 [sequences], or None if no layer has a recurrent state."""
     slots = [sequence.state_slot for sequence in sequences if sequence.state_slot is not None]
     return np.array(slots, np.int32) if slots else None
+
+
+def _to_end(sequences: list[Sequence], orders: list[NDArray[np.int32]]) -> NDArray[np.int32] | None:
+    """Return int32 [tokens], the distance of each token to the end of its prompt; None: every layer needs all."""
+    if all(sequence.tail_ends is None for sequence in sequences):
+        return None
+    distances = np.concatenate(
+        [
+            np.zeros_like(order) if sequence.tail_ends is None else sequence.tail_ends.to_end(order)
+            for sequence, order in zip(sequences, orders, strict=True)
+        ]
+    )
+    return distances if distances.any() else None
 
 
 def _shifts(sequences: Iterable[Sequence]) -> NDArray[np.float32] | None:

@@ -26,7 +26,8 @@ LOG_TOKENS = 128
 class StepRoutes(NamedTuple):
     """The choices of one step, without those of rejected proposals.
 
-    choices: int32 [routed layers, tokens, experts per token], best first; valid only during `record`.
+    choices: int32 [routed layers, tokens, experts per token], best first, -1 in layers that leave out a token of a
+        prompt; valid only during `record`.
     is_decode: bool [tokens]; prompt tokens are False.
     sequence: int32 [tokens], indices into `numbers`.
     numbers: the step's sequences, in order of arrival: a later request has a higher number.

@@ -155,7 +155,7 @@ class Forecaster(Speeds):
         process_bytes: int,
     ) -> None:
         self._footprint = ModelFootprint(files, config)
-        super().__init__(files.config, work_of(files, self._footprint.kv_dtype), rates, working_set)
+        super().__init__(files.config, work_of(files, self._footprint.kv_dtype, config), rates, working_set)
         self.config = config
         self._flexible = replace(config, expert_slots=None)
         self._process_bytes = process_bytes

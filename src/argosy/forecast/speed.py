@@ -288,10 +288,12 @@ def _prompt(
     drive_bytes = 0.0
     for done in range(0, num_tokens, chunk_tokens):
         tokens = min(chunk_tokens, num_tokens - done)
-        of_chunk, missed = _chunk(work, rates, working_set, num_slots, tokens, done + (tokens + 1) / 2, case)
-        for part, seconds in of_chunk.items():
-            parts[part] += seconds
-        drive_bytes += missed
+        seen = done + (tokens + 1) / 2
+        for count, share in work.runs(tokens, num_tokens - done - tokens).items():
+            of_chunk, missed = _chunk(work, rates, working_set, num_slots, count, seen, case)
+            for part, seconds in of_chunk.items():
+                parts[part] += share * seconds
+            drive_bytes += share * missed
     return sum(parts.values()), parts, drive_bytes
 
 

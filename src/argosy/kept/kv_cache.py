@@ -64,6 +64,7 @@ class KvBlocks:
         self._free = list(range(self.num_blocks))  # a heap
         self._holders = [0] * self._most_blocks
         self._contents: list[BlockContent | None] = [None] * self._most_blocks
+        self._complete_from = [0] * self._most_blocks
         self._places: dict[bytes, int] = {}
         self._kept: dict[str, OrderedDict[int, None]] = {}  # by tenant, least recently used first
         self._num_kept = 0
@@ -149,29 +150,38 @@ class KvBlocks:
         self.num_releases += 1
         blocks.clear()
 
-    def keep(self, block: int, content: BlockContent) -> None:
+    def keep(self, block: int, content: BlockContent, complete_from: int = 0) -> None:
         """Record the content of a held block; the block is never written again.
 
-        Of two equal blocks `find` returns the first, unless the first has lost its window block.
+        Of two equal blocks `find` returns the first, unless the first has lost its window block or is less complete.
+
+        Args:
+            complete_from: see `PromptEnds`; lower is more complete.
         """
         assert self._holders[block] > 0
         if self._contents[block] is not None:
             return
         known = self._places.get(content.key)
         if known is not None:
-            if self.windows is None or self.windows.has(known):
+            has_window = self.windows is None or self.windows.has(known)
+            if has_window and self._complete_from[known] <= complete_from:
                 return
             self._contents[known] = None
             if not self._holders[known]:
                 self._remove_kept(content.tenant, known)
                 self._set_free(known)
         self._contents[block] = content
+        self._complete_from[block] = complete_from
         self._places[content.key] = block
 
     def find(self, content: BlockContent) -> int | None:
         """Return the block with this content, after comparing every token. Hold it before taking any block."""
         block = self._places.get(content.key)
         return block if block is not None and self._contents[block] == content else None
+
+    def complete_from(self, block: int) -> int:
+        """Return the `complete_from` of a block that was found."""
+        return self._complete_from[block]
 
     def forget(self, tenant: str) -> None:
         """Make a tenant's contents impossible to find."""

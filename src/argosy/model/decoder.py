@@ -41,8 +41,8 @@ class Decoder:
         between_layers: called by a step between two of its layers, about every 50 ms if all experts are in memory, and
             otherwise after each layer; experts may leave memory then. None: nothing is called.
         room_for_choices: given a step's number of tokens, returns an array int32 [routed layers, tokens, experts per
-            token] for its choices, best first; `choices` is the last step's array. Unlike `observe`, this keeps a step
-            one native call. None: choices are not kept.
+            token] for its choices, best first, -1 in layers that leave a token out; `choices` is the last step's array.
+            Unlike `observe`, this keeps a step one native call. None: choices are not kept.
 
     Args:
         experts: runs the routed experts; None leaves them out of every sum.
@@ -79,6 +79,7 @@ class Decoder:
         self._tapped: dict[int, Array] = {}
         self._tables = tables = weights.tables
         self._layers = layers = range(config.num_layers) if layers is None else layers
+        self._reaches = config.reaches
         routed = [layer for layer in config.moe_layers if layer in layers]
         self._next_moe_layer = dict(pairwise(routed))
         self._stack = _native.Stack(
@@ -135,12 +136,20 @@ class Decoder:
             tuple(self._tapped.items()),
             self.choices,
             step.window_blocks,
+            None if self._needs_all(step) else step.to_end,
         )
         while (demand := self._stack.advance(self._pause)) is not None:
             self._run_experts(*demand)
             self._pause()
         self._clock.mark_native(self._stack.take_seconds())
         return logits
+
+    def _needs_all(self, step: Step) -> bool:
+        """Whether something reads a token of the last layers that the answer does not need."""
+        reaches = self._reaches
+        return self._observe is not None or any(
+            reaches[layer] for layer in (*step.taps, *(addition.layer for addition in step.additions))
+        )
 
     @property
     def share_done(self) -> float:
@@ -193,13 +202,21 @@ class Decoder:
         return self._stack.hidden().copy()
 
     def final_states(self, rows: NDArray[np.int64]) -> Array:
-        """Return hidden states after the final norm, of any rows of the last step: float32 [rows, hidden_size]."""
+        """Return hidden states after the final norm, of rows of the last step: float32 [rows, hidden_size].
+
+        Raises:
+            ValueError: a layer left out one of these rows.
+        """
         states = np.empty((len(rows), self.config.hidden_size), np.float32)
         self._stack.final_states(rows, states)
         return states
 
     def logits(self, rows: NDArray[np.int64]) -> Array:
-        """Return logits of any rows of the last step: float32 [rows, vocab_size], a new array."""
+        """Return logits of rows of the last step: float32 [rows, vocab_size], a new array.
+
+        Raises:
+            ValueError: a layer left out one of these rows.
+        """
         logits = np.empty((len(rows), self.config.vocab_size), np.float32)
         self._stack.logits(rows, logits)
         self._clock.mark_native(self._stack.take_seconds())
@@ -216,7 +233,9 @@ class Decoder:
 
     def rows_of(self, expert: int) -> NDArray[np.int64]:
         """Return the tokens of the last step that chose `expert` in the layer at which the step last stopped."""
-        return np.flatnonzero((self._stack.expert_ids() == expert).any(axis=1))
+        rows = np.flatnonzero((self._stack.expert_ids() == expert).any(axis=1))
+        left = self._stack.left
+        return rows if left is None else np.array(left)[rows]
 
     def _run_experts(self, layer: int, dispatch: _native.Dispatch) -> None:
         """Run the experts for which a layer waits, and take each group of outputs as it finishes."""

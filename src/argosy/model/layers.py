@@ -31,7 +31,7 @@ def describe_layers(
     config: ModelConfig, weights: DenseWeights, layers: range, tables: Mapping[int, _native.TableRows] = {}
 ) -> list[_native.Layer]:
     """Describe some layers of a model, using the memory of `weights`, and the n-gram tables by layer."""
-    vectors = weights.vectors
+    vectors, reaches = weights.vectors, config.reaches
     return [
         _native.Layer(
             vectors.get(f"layers.{i}.attn_norm"),
@@ -49,6 +49,7 @@ def describe_layers(
             mixer_mix=_mixer_mix(config, i, weights),
             ffn_mix=_mix(config, f"layers.{i}.mlp_mix", weights) if layer.has_network else None,
             ngrams=None if layer.ngrams is None else _ngrams(config, i, layer.ngrams, weights, tables[i]),
+            reach=reaches[i],
         )
         for i, layer in enumerate(config.layers[layers.start : layers.stop], layers.start)
     ]

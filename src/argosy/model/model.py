@@ -295,7 +295,7 @@ class Model:
         return self.decoder.logits(rows)
 
     def final_states(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return hidden states after the final norm, of any rows of the last step: float32 [rows, hidden_size]."""
+        """Return hidden states after the final norm, of rows of the last step: float32 [rows, hidden_size]."""
         return self.decoder.final_states(rows)
 
     def forbid_experts(self, experts: Mapping[int, Collection[int]]) -> None:

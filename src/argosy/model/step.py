@@ -47,6 +47,8 @@ class Step(NamedTuple):
         layer with a sliding window; None if such layers have no blocks of their own.
     earlier_ids: int32 [S, n], the token ids right before the first token of each sequence, the last one nearest; -1
         before its start. Only for n-gram tables; None: every sequence starts in this step.
+    to_end: int32 [T], how far before the end of its prompt a token is; the last layers may leave out those that are far
+        (`ModelConfig.reaches`). None: every layer runs for every token.
     """
 
     token_ids: NDArray[np.int32]
@@ -64,6 +66,7 @@ class Step(NamedTuple):
     taps: tuple[int, ...] = ()
     window_blocks: NDArray[np.int32] | None = None
     earlier_ids: NDArray[np.int32] | None = None
+    to_end: NDArray[np.int32] | None = None
 
     @property
     def num_tokens(self) -> int:

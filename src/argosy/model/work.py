@@ -21,6 +21,7 @@ from argosy.config import (
     KV_BLOCK_TOKENS,
     AttentionConfig,
     CompressedConfig,
+    EngineConfig,
     KvDtype,
     LatentConfig,
     ModelConfig,
@@ -50,6 +51,7 @@ class Work:
     is_transcoded: whether readers transcode records to the formats in memory.
     attention: kinds of layers with keys and values.
     kv_dtype: of the KV cache.
+    reaches: `ModelConfig.reaches`; () stands for zeros.
     """
 
     num_layers: int
@@ -65,6 +67,7 @@ class Work:
     is_transcoded: bool = False
     attention: tuple[Attention, ...]
     kv_dtype: KvDtype = "f16"
+    reaches: tuple[int, ...] = ()
 
     @property
     def dense_bytes(self) -> float:
@@ -80,14 +83,28 @@ class Work:
         seen = [(one, min(context, one.window or context)) for one in self.attention]
         return sum(n * one.token_bytes for one, n in seen), sum(n * one.operations for one, n in seen)
 
+    def runs(self, num_tokens: int, to_end: int) -> Mapping[int, float]:
+        """Return for how many of `num_tokens` of a prompt layers run, each with the share of layers that do.
+
+        Args:
+            to_end: tokens of the prompt after these.
+        """
+        if not self.reaches:
+            return {num_tokens: 1.0}
+        counts = Counter(
+            min(num_tokens, max(0, reach - to_end)) if reach else num_tokens for reach in self.reaches
+        )
+        return {count: layers / len(self.reaches) for count, layers in counts.items() if count}
+
     def routed_token_bytes(self) -> float:
         """Bytes on the drive of the experts that one token chooses: its traffic if none were in memory."""
         return self.num_moe_layers * self.experts_per_token * self.record_bytes
 
 
-def work_of(files: ModelFiles, kv_dtype: KvDtype) -> Work:
-    """Count a model's reads and operations."""
+def work_of(files: ModelFiles, kv_dtype: KvDtype, engine: EngineConfig | None = None) -> Work:
+    """Count a model's reads and operations with an engine's settings; None: the default ones."""
     config = files.config
+    leaves_out = any(config.reaches) and (engine is None or engine.leaves_out_tokens)
     dense: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     head: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for name, ref in files.dense.items():
@@ -124,6 +141,7 @@ def work_of(files: ModelFiles, kv_dtype: KvDtype) -> Work:
         is_transcoded=any(piece.transcode is not None for record, _ in records for piece in record.pieces),
         attention=_attention(config, kv_dtype),
         kv_dtype=kv_dtype,
+        reaches=config.reaches if leaves_out else (),
     )
 
 

@@ -177,8 +177,9 @@ class Recorder:
         """Count the uses in choices [tokens, layers, k]."""
         uses = self._uses[int(is_decode)]
         for start in range(0, len(choices), BLOCK_TOKENS):
-            numbers = choices[start : start + BLOCK_TOKENS] + self._first_of_layer
-            uses += np.bincount(numbers.reshape(-1), minlength=uses.size).reshape(uses.shape)
+            block = choices[start : start + BLOCK_TOKENS]
+            numbers = (block + self._first_of_layer)[block >= 0]  # -1: the layer left out the token
+            uses += np.bincount(numbers, minlength=uses.size).reshape(uses.shape)
         self._num_tokens[int(is_decode)] += len(choices)
 
 
