@@ -45,7 +45,7 @@ class Tail(NamedTuple):
             usable
             and usable * self.block_tokens + self.reach - 1 > last // self.block_tokens * self.block_tokens
         ):
-            missing = self._missing(complete_from[:usable])
+            missing = self._missing(complete_from, usable)
             if missing is None:
                 break
             # After any block from `missing` to `usable`, the next token sees the missing block.
@@ -54,10 +54,9 @@ class Tail(NamedTuple):
 
     def is_complete(self, complete_from: Sequence[int]) -> bool:
         """Return whether the token after these first blocks of a sequence finds all that it sees."""
-        return self._missing(complete_from) is None
+        return self._missing(complete_from, len(complete_from)) is None
 
-    def _missing(self, complete_from: Sequence[int]) -> int | None:
-        count = len(complete_from)
+    def _missing(self, complete_from: Sequence[int], count: int) -> int | None:
         first = max(0, count * self.block_tokens - self.window + 1) // self.block_tokens
         return next((at for at in reversed(range(first, count)) if complete_from[at] > count), None)
 
