@@ -46,7 +46,7 @@ MODELS = (
     Chosen("gpt-oss-120b", "gpt-oss-120b"),
     Chosen("Qwen3.6-35B-A3B", "Qwen3.6-35B-A3B"),
     Chosen("GLM-5.2", "GLM-5.2"),
-    Chosen("DeepSeek-V3.2", "DeepSeek-V3.2"),
+    Chosen("DeepSeek-V4.1-Flash", "DeepSeek-V4.1-Flash"),
     Chosen("Kimi-K2.6", "Kimi-K2"),
 )
 

@@ -47,7 +47,7 @@ from tests.families.published_recurrent import (
     qwen3_5_35b,
     step_3_5_flash,
 )
-from tests.families.published_sparse import HY4, MINIMAX_M3
+from tests.families.published_sparse import DEEPSEEK_V4_1_FLASH, HY4, MINIMAX_M3
 from tests.families.published_windows import (
     LAGUNA_S_2_1,
     LAGUNA_XS_2_1,
@@ -1216,6 +1216,7 @@ PUBLISHED = (
     Published("MiniMax-M2", minimax_m2(), 228.7),
     Published("MiniMax-M3", MINIMAX_M3, 428.0),  # with its tower
     Published("Hy4-preview", HY4, 770.0),
+    Published("DeepSeek-V4.1-Flash", DEEPSEEK_V4_1_FLASH, 552.0 + 196.6),  # and its tables
     Published("Kimi-Linear-48B-A3B", KIMI_LINEAR_48B, 49.1),
     Published("Kimi-K3", KIMI_K3, 2780.0),
     Published("GLM-5.3-Flash", GLM_5_3_FLASH, 313.2),

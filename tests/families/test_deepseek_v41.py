@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from argosy.config import CandidateConfig, CompressedConfig, ModelConfig, Sinkho
 from argosy.errors import ArgosyError
 from argosy.model.families import FAMILIES, open_model
 from argosy.model.layers import kv_shapes, state_shapes
+from tests.families.published_sparse import DEEPSEEK_V4_1_FLASH
 from tests.models.numpy_deepseek_v41 import DeepseekV41
 from tests.models.references import LARGEST_DIFFERENCE, difference
 from tests.models.tiny_deepseek_v41 import deepseek_v41, folded, write_deepseek_v41
@@ -112,6 +114,27 @@ def test_other_configs_are_refused_by_name(changes: dict[str, Any], sentence: st
     with pytest.raises(ArgosyError) as caught:
         parse(**changes)
     assert sentence in str(caught.value)
+
+
+def test_each_key_of_the_released_config_counts_or_is_refused() -> None:
+    released = FAMILIES["deepseek_v41"].parse_config(DEEPSEEK_V4_1_FLASH)
+    other: dict[type, Callable[[Any], Any]] = {
+        bool: lambda value: not value,
+        int: lambda value: 2 * value + 1,
+        float: lambda value: value / 2,
+        str: lambda value: f"{value}_2",
+        list: lambda value: [*value[:-1], value[-1] - 1],
+        dict: lambda value: value | {"factor": 8},
+    }
+    same = []
+    for key, value in DEEPSEEK_V4_1_FLASH["text_config"].items():
+        text = DEEPSEEK_V4_1_FLASH["text_config"] | {key: other[type(value)](value)}
+        try:
+            read = FAMILIES["deepseek_v41"].parse_config(DEEPSEEK_V4_1_FLASH | {"text_config": text})
+        except ArgosyError:
+            continue
+        same += [key] if read == released else []
+    assert [key for key in same if not key.startswith("dspark_")] == ["num_nextn_predict_layers"]
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,14 @@ def test_the_smallest_budget_fits_and_one_byte_less_does_not(qwen: Forecaster) -
         qwen.plan(smallest - 1)
 
 
+def test_rows_of_tables_take_a_part_of_each_budget() -> None:
+    deepseek = forecaster("DeepSeek-V4.1-Flash")
+    found = deepseek.forecast(1, with_curve=False)
+    assert deepseek.plan(found.smallest_bytes).table_cache_bytes > 0
+    assert deepseek.plan(found.resident_bytes).slots.is_resident
+    assert found.resident_bytes < 325e9
+
+
 def test_verdicts_follow_the_budget() -> None:
     kimi = forecaster("Kimi-K2")
     found = {gib: kimi.forecast(gib * GIB, with_curve=False) for gib in (8, 16, 64, 700)}

@@ -1,4 +1,4 @@
-"""Describe the pack that `argosy pack` would write for a model of which only the geometry is known.
+"""Describe the pack that `argosy pack` would write for a model of which only the geometry is known, and its tables.
 
     ModelConfig, format  ->  assume_pack  ->  ModelFiles without files
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from argosy.checkpoint.files import ExpertRecord, ExpertRecords, ModelFiles
+from argosy.checkpoint.files import ExpertRecord, ExpertRecords, ModelFiles, TableRef
 from argosy.checkpoint.formats import matrix_bytes, round_up
 from argosy.checkpoint.geometry import (
     count_parameters,
@@ -23,7 +23,8 @@ from argosy.checkpoint.geometry import (
 )
 from argosy.checkpoint.landing import MatrixRef, Piece
 from argosy.checkpoint.manifest import FILE_ALIGNMENT, record_layout
-from argosy.config import Format, ModelConfig
+from argosy.checkpoint.safetensors import TensorRef
+from argosy.config import Format, ModelConfig, NgramConfig
 
 PACK_FORMATS: tuple[Format, ...] = ("q4", "q8", "bf16")
 
@@ -58,7 +59,18 @@ def assume_pack(config: ModelConfig, format: Format, path: Path) -> ModelFiles:
         )
         experts.add_stacked(layer, config.num_experts, first, second)
         end += config.num_experts * layout.stride
-    return ModelFiles(path, config, dense, experts, is_packed=True)
+    tables = {
+        layer: _table(parts.ngrams, path)
+        for layer, parts in enumerate(config.layers)
+        if parts.ngrams is not None
+    }
+    return ModelFiles(path, config, dense, experts, is_packed=True, tables=tables)
+
+
+def _table(ngrams: NgramConfig, path: Path) -> TableRef:
+    """A table with rows of bfloat16: those of each checkpoint stay as they are."""
+    rows, dim = ngrams.num_rows, ngrams.row_dim
+    return TableRef.of([TensorRef("table", path, 0, 2 * rows * dim, "BF16", (rows, dim))], rows, dim)
 
 
 def active_parameters(config: ModelConfig) -> tuple[int, int]:

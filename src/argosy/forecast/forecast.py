@@ -299,19 +299,30 @@ class Forecaster(Speeds):
         return server(fast), server(likely), server(slow)
 
     def _smallest_bytes(self) -> int:
-        try:
-            return self._plan(self._flexible, 1).total_bytes
-        except DoesNotFit as refusal:
-            needed = refusal.facts["needed_bytes"]
-            assert isinstance(needed, int)
-            return needed
+        needed = 1
+        while True:  # a larger budget keeps more rows of tables, a small part of it
+            try:
+                self._plan(self._flexible, needed)
+            except DoesNotFit as refusal:
+                more = refusal.facts["needed_bytes"]
+                assert isinstance(more, int)
+                needed = more
+            else:
+                return needed
 
     def _resident_bytes(self, plan: MemoryPlan | None) -> int:
         """The bytes that the model takes with every expert in memory and the context of `plan`."""
         context = self.config.budget.context_tokens or (plan.context_tokens if plan else None)
-        budget = Budget(ram_bytes=1 << 60, context_tokens=context)
-        everything = replace(self._flexible, budget=budget)
-        return plan_memory(self._footprint, everything, process_bytes=self._process_bytes).total_bytes
+
+        def total(budget_bytes: int) -> int:
+            budget = Budget(ram_bytes=budget_bytes, context_tokens=context)
+            everything = replace(self._flexible, budget=budget)
+            return plan_memory(self._footprint, everything, process_bytes=self._process_bytes).total_bytes
+
+        found = total(1 << 60)
+        while self._footprint.files.tables and (less := total(found)) < found:  # with fewer rows of tables
+            found = less
+        return found
 
     def _curve(self, smallest: int, resident: int) -> list[Point]:
         points = []
