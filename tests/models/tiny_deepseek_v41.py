@@ -203,6 +203,6 @@ ROWS = {
         without_record="llama.cpp has no converter",
         without_converted="llama.cpp has no converter",
         without_mlx="no checkpoint of MLX has been read",
-        chats=(),
+        chats=("deepseek_v41",),
     )
 }

@@ -201,6 +201,9 @@ SHORT = {
             "deepseek_v32", templates.DEEPSEEK_V32, ["｜DSML｜"], ["<think>", "</think>"], ["<|im_end|>"]
         ),
         _family("deepseek_v4", templates.DEEPSEEK_V4, [], ["<think>", "</think>"], ["<|im_end|>"]),
+        _family(
+            "deepseek_v41", templates.DEEPSEEK_V41, ["｜DSML｜"], ["<think>", "</think>"], ["<|im_end|>"]
+        ),
         _family("solar", templates.SOLAR_OPEN, _SOLAR, [], ["<|im_end|>", "<|calls|>"]),
         _family("gigachat", templates.GIGACHAT_31, ["<|function_call|>"], [], ["<|im_end|>"]),
         _family("llama3", templates.LLAMA_3, ["<|python_tag|>"], [], ["<|im_end|>"]),

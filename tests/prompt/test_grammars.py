@@ -121,6 +121,7 @@ ONE["youtu"] = ONE["exaone"] = ONE["qwen3"].replace("\n", "")
 ONE["minimax_m1"] = '<tool_calls>\n{"name": "get_weather", "arguments": ' + OSLO + "}\n</tool_calls>"
 ONE["llama3"] = '{"name": "get_weather", "parameters": ' + OSLO + "}"
 ONE["deepseek_v32"] = ONE["deepseek_v4"].replace("tool_calls>", "function_calls>")
+ONE["deepseek_v41"] = ONE["deepseek_v4"].replace("tool_calls>", "calls>").replace("｜DSML｜", "｜DSML｜ ")
 ONE["qwen2_5"] = ONE["qwen3"]
 ONE["minimax_spelled"] = ONE["minimax_m2"]
 
@@ -175,6 +176,7 @@ TWO |= {
         "\n<tool_call:opensource>clock<tool_sep:opensource>\n</tool_call:opensource>\n</tool_calls",
     ),
 }
+TWO["deepseek_v41"] = TWO["deepseek_v4"].replace("tool_calls>", "calls>").replace("｜DSML｜", "｜DSML｜ ")
 TWO["qwen2_5"] = TWO["qwen3"]
 TWO["minimax_spelled"] = TWO["minimax_m2"]
 
@@ -361,9 +363,10 @@ def test_values_of_deepseek_s_tags_must_match_their_schemas(
         f'<｜DSML｜parameter name="{key}" string="{is_string}">{text}</｜DSML｜parameter>\n'
         for key, is_string, text in arguments
     )
-    for name in ("deepseek_v32", "deepseek_v4"):
-        first, last = ONE[name].index("<｜DSML｜parameter"), ONE[name].index("</｜DSML｜invoke")
-        text = ONE[name][:first] + inside + ONE[name][last:]
+    for name in ("deepseek_v32", "deepseek_v4", "deepseek_v41"):
+        mark = "｜DSML｜ " if name == "deepseek_v41" else "｜DSML｜"
+        first, last = ONE[name].index(f"<{mark}parameter"), ONE[name].index(f"</{mark}invoke")
+        text = ONE[name][:first] + inside.replace("｜DSML｜", mark) + ONE[name][last:]
         assert takes(name, format_of(name).grammar(CHECKED), text) == (value is not None)
         if value is not None:
             assert read(name, text) == [("get_weather", value)]

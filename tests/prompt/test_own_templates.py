@@ -1,4 +1,4 @@
-"""DeepSeek-V4 has no chat template: its checkpoints get one that writes what the code in its repository writes."""
+"""DeepSeek-V4 and V4.1 have no chat template: they get one that writes what the code in their repository writes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from argosy.prompt.formats import find_format
-from argosy.prompt.own_templates import DEEPSEEK_V4, K3_PICTURE, K3_ROWS, KIMI_K3
+from argosy.prompt.own_templates import DEEPSEEK_V4, DEEPSEEK_V41, K3_PICTURE, K3_ROWS, KIMI_K3
 from argosy.prompt.template_worker import render_segments
 from argosy.prompt.tokenizer import Tokenizer, has_chat_template
 from tests.prompt.tokenizers_for_tests import byte_level_json, write_tokenizer
@@ -78,18 +78,60 @@ def test_thoughts_of_earlier_turns_are_dropped_without_tools() -> None:
     assert rendered(TALK, enable_thinking=True) == rendered(TALK, thinking=True)
 
 
-@pytest.mark.parametrize(("model_type", "is_found"), [("deepseek_v4", True), ("deepseek_v3", False)])
-def test_a_checkpoint_without_a_template_gets_it(model_type: str, is_found: bool, tmp_path: Path) -> None:
+EFFORT = " (range 1-100, the higher the value, the more thorough the reasoning)\n\n"
+
+
+def newest(messages: list[dict[str, Any]], **variables: Any) -> str:
+    return compiled(DEEPSEEK_V41).render(messages=messages, bos_token="<BOS>", **variables)
+
+
+def test_v4_1_writes_spaces_in_tags_and_keeps_system_messages_in_their_place() -> None:
+    turns = [*TURNS, {"role": "system", "content": "Now in verse."}, {"role": "assistant", "content": "Wet."}]
+    assert newest(turns, thinking=False) == (
+        "<BOS><｜System｜>Be brief.<｜User｜>Weather?<｜Assistant｜></think>\n\n<｜DSML｜ calls>\n"
+        '<｜DSML｜ invoke name="get_weather">\n'
+        '<｜DSML｜ parameter name="city" string="true">Oslo</｜DSML｜ parameter>\n'
+        '<｜DSML｜ parameter name="days" string="false">3</｜DSML｜ parameter>\n'
+        '<｜DSML｜ parameter name="at" string="false">[1, "a"]</｜DSML｜ parameter>\n</｜DSML｜ invoke>\n'
+        "</｜DSML｜ calls><｜end▁of▁sentence｜><｜User｜><tool_result>rain</tool_result>\n\nAnd now?"
+        "<｜System｜>Now in verse.<｜Assistant｜></think>Wet.<｜end▁of▁sentence｜>"
+    )
+    with_tools = newest(TALK, tools=TOOLS, thinking=False)
+    assert with_tools.startswith("<BOS><｜System｜>\n\n## Tools\n\nYou have")
+    assert '<｜DSML｜ invoke name="$TOOL_NAME">' in with_tools
+    assert "tool_calls" not in with_tools
+    assert newest(TALK[:1], thinking=False) == "<BOS><｜User｜>a"
+
+
+@pytest.mark.parametrize(
+    ("effort", "number"),
+    [(None, 75), ("low", 50), ("high", 75), ("max", 100), (1, 1), (100, 100), (101, 75), ("xhigh", 75)],
+)
+def test_v4_1_s_efforts_are_numbers(effort: str | int | None, number: int) -> None:
+    given = {} if effort is None else {"reasoning_effort": effort}
+    begin = f"<BOS><｜System｜>Reasoning Effort: {number}{EFFORT}"
+    assert newest(TALK, **given, add_generation_prompt=True) == (
+        f"{begin}<｜User｜>a<｜Assistant｜></think>b<｜end▁of▁sentence｜><｜User｜>c<｜Assistant｜><think>"
+    )
+    assert newest(TURNS, **given).startswith(f"{begin}Be brief.<｜User｜>")
+    assert "Effort" not in newest(TURNS, enable_thinking=False, **given)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "template"),
+    [("deepseek_v4", DEEPSEEK_V4), ("deepseek_v41", DEEPSEEK_V41), ("deepseek_v3", "")],
+)
+def test_a_checkpoint_without_a_template_gets_it(model_type: str, template: str, tmp_path: Path) -> None:
     core = tokenizers.Tokenizer.from_str(byte_level_json())
     core.add_special_tokens(["｜DSML｜"])
     write_tokenizer(tmp_path, core.to_str(), {"eos_token": "<|im_end|>"})
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     tokenizer = Tokenizer.open(tmp_path)
     assert tokenizer is not None
-    assert has_chat_template(tmp_path) == is_found
-    assert (tokenizer.chat_template == DEEPSEEK_V4) == is_found
-    if is_found:
-        assert find_format(tokenizer, DEEPSEEK_V4).name == "deepseek_v4"
+    assert has_chat_template(tmp_path) == bool(template)
+    assert (tokenizer.chat_template or "") == template
+    if template:
+        assert find_format(tokenizer, template).name == model_type
     (tmp_path / "chat_template.jinja").write_text(f"own {K3_PICTURE}")
     own = Tokenizer.open(tmp_path)
     assert own is not None

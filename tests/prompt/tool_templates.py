@@ -671,6 +671,7 @@ DEEPSEEK_V32 = _short(
     _TAGS, r"\n\n<｜DSML｜function_calls>\n", "", "</｜DSML｜function_calls>", "<think>", "</think>"
 )
 DEEPSEEK_V4 = DEEPSEEK_V32.replace("function_calls>", "tool_calls>")
+DEEPSEEK_V41 = DEEPSEEK_V32.replace("function_calls>", "calls>").replace("｜DSML｜", "｜DSML｜ ")
 HY_3 = _short(
     r"""{{- '<tool_call:opensource>' ~ f.name ~ '<tool_sep:opensource>\n' -}}
     {%- for key, value in f.arguments.items() -%}

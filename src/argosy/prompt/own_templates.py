@@ -1,4 +1,4 @@
-"""Chat templates of models whose repositories have none: DeepSeek-V4 and Kimi-K3 have code, DeepSeek-OCR nothing.
+"""Chat templates of models whose repositories have none: DeepSeek-V4, V4.1 and Kimi-K3 have code, DeepSeek-OCR nothing.
 
 Elsewhere: `tokenizer.py` prefers the template of a checkpoint; `formats/` reads what these models write.
 """
@@ -58,23 +58,12 @@ and rejected hypothesis to ensure absolutely no assumption is left unchecked.
 
 """
 
-# The prompts that the code in DeepSeek-V4's repository writes. Thoughts of earlier turns stay only if there are tools.
-# Consecutive messages of users and tools are one turn.
-DEEPSEEK_V4 = f"""\
-{{%- set thinks = thinking if thinking is defined else (enable_thinking | default(false)) -%}}
-{{%- set results = messages | selectattr('role', 'equalto', 'tool') | list -%}}
-{{%- set is_tooled = (tools | default([]) | length) + (results | length) > 0 -%}}
-{{%- set ns = namespace(system=[], last=-1, is_user=false) -%}}
-{{%- for m in messages -%}}
-  {{%- if m.role == 'system' -%}}{{%- set ns.system = ns.system + [m.content or ''] -%}}
-  {{%- elif m.role in ('user', 'developer', 'tool') -%}}{{%- set ns.last = loop.index0 -%}}{{%- endif -%}}
-{{%- endfor -%}}
-{{%- set system = ns.system | join('\\n\\n') -%}}
-{{{{- bos_token -}}}}
-{{%- if messages and thinks and reasoning_effort | default('') == 'max' -%}}{{{{- {_MAX_EFFORT!r} -}}}}{{%- endif -%}}
+# What V4's and V4.1's prompts share. Thoughts of earlier turns stay only if there are tools. Consecutive messages of
+# users and tools are one turn. `system` is what stands before them; `later` is the mark of system messages among them.
+_DEEPSEEK_SYSTEM = f"""\
 {{{{- system -}}}}
 {{%- if tools | default([]) -%}}
-  {{{{- '\\n\\n' if system else '' -}}}}{{{{- {_TOOLS!r} -}}}}
+  {{{{- gap -}}}}{{{{- {_TOOLS!r} -}}}}
   {{%- for tool in tools if tool.type == 'function' -%}}{{{{- (tool.function | tojson) + '\\n' -}}}}{{%- endfor -%}}
   {{{{- {_TOOLS_END!r} -}}}}
 {{%- endif -%}}
@@ -84,6 +73,9 @@ DEEPSEEK_V4 = f"""\
     {{%- set ns.is_user = true -%}}
     {{{{- '<tool_result>' if m.role == 'tool' else '' -}}}}{{{{- m.content or '' -}}}}
     {{{{- '</tool_result>' if m.role == 'tool' else '' -}}}}
+  {{%- elif m.role == 'system' and later and not loop.first -%}}
+    {{%- set ns.is_user = false -%}}
+    {{{{- later -}}}}{{{{- m.content or '' -}}}}
   {{%- elif m.role == 'assistant' -%}}
     {{%- set ns.is_user = false -%}}
     {{{{- '<｜Assistant｜>' -}}}}
@@ -112,6 +104,46 @@ DEEPSEEK_V4 = f"""\
   {{{{- '<｜Assistant｜>' + ('<think>' if thinks else '</think>') -}}}}
 {{%- endif -%}}
 """
+
+# The prompts that the code in DeepSeek-V4's repository writes.
+DEEPSEEK_V4 = f"""\
+{{%- set thinks = thinking if thinking is defined else (enable_thinking | default(false)) -%}}
+{{%- set results = messages | selectattr('role', 'equalto', 'tool') | list -%}}
+{{%- set is_tooled = (tools | default([]) | length) + (results | length) > 0 -%}}
+{{%- set ns = namespace(system=[], last=-1, is_user=false) -%}}
+{{%- for m in messages -%}}
+  {{%- if m.role == 'system' -%}}{{%- set ns.system = ns.system + [m.content or ''] -%}}
+  {{%- elif m.role in ('user', 'developer', 'tool') -%}}{{%- set ns.last = loop.index0 -%}}{{%- endif -%}}
+{{%- endfor -%}}
+{{%- set system, later = ns.system | join('\\n\\n'), '' -%}}
+{{%- set gap = '\\n\\n' if system else '' -%}}
+{{{{- bos_token -}}}}
+{{%- if messages and thinks and reasoning_effort | default('') == 'max' -%}}{{{{- {_MAX_EFFORT!r} -}}}}{{%- endif -%}}
+{_DEEPSEEK_SYSTEM}"""
+
+_V41_EFFORT = " (range 1-100, the higher the value, the more thorough the reasoning)\n\n"
+
+# Those of DeepSeek-V4.1's. Efforts are numbers, later system messages are turns, and names of tags begin with a space.
+DEEPSEEK_V41 = f"""\
+{{%- set thinks = thinking if thinking is defined else (enable_thinking | default(true)) -%}}
+{{%- set is_tooled = tools | default([]) | length > 0 -%}}
+{{%- set ns = namespace(last=-1, is_user=false) -%}}
+{{%- for m in messages -%}}
+  {{%- if m.role in ('user', 'developer', 'tool') or m.role == 'system' and not loop.first -%}}
+    {{%- set ns.last = loop.index0 -%}}
+  {{%- endif -%}}
+{{%- endfor -%}}
+{{%- set gap, later = '\\n\\n', '<｜System｜>' -%}}
+{{%- set effort = reasoning_effort | default('high') -%}}
+{{%- if effort is not integer or not 1 <= effort <= 100 -%}}
+  {{%- set effort = {{'low': 50, 'max': 100}}.get(effort, 75) -%}}
+{{%- endif -%}}
+{{{{- bos_token -}}}}
+{{%- set has_system = messages and messages[0].role == 'system' -%}}
+{{%- if thinks or has_system or is_tooled -%}}{{{{- later -}}}}{{%- endif -%}}
+{{%- if thinks -%}}{{{{- 'Reasoning Effort: ' ~ effort ~ {_V41_EFFORT!r} -}}}}{{%- endif -%}}
+{{%- set system = messages[0].content or '' if has_system else '' -%}}
+{_DEEPSEEK_SYSTEM.replace("｜DSML｜tool_", "｜DSML｜").replace("｜DSML｜", "｜DSML｜ ")}"""
 
 
 _K3_TOOLS = "# Tools\nHere are the available tools, described in JSONSchema.\n\n```json\n"
@@ -204,8 +236,5 @@ KIMI_K3 = f"""\
 
 def own_template(model_type: object, added_tokens: AbstractSet[str]) -> str | None:
     """Return the template of a checkpoint without one, by the `model_type` of its config or its tokenizer's tokens."""
-    if model_type == "deepseek_v4":
-        return DEEPSEEK_V4
-    if model_type == "kimi_k3":
-        return KIMI_K3
-    return OCR if added_tokens >= _OCR_TOKENS else None
+    own = {"deepseek_v4": DEEPSEEK_V4, "deepseek_v41": DEEPSEEK_V41, "kimi_k3": KIMI_K3}.get(str(model_type))
+    return own or (OCR if added_tokens >= _OCR_TOKENS else None)

@@ -8,7 +8,8 @@
     <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{"city": "Oslo"}
     <｜tool▁call▁end｜><｜tool▁calls▁end｜>
 
-Both are read; the chat template decides which one a grammar requires. V3.2 and V4 write tags:
+Both are read; the chat template decides which one a grammar requires. V3.2 and V4 write tags, whose names begin with a
+space in V4.1:
 
     <｜DSML｜function_calls>
     <｜DSML｜invoke name="get_weather">
@@ -21,6 +22,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import ClassVar
 
 from argosy.prompt.formats.block_format import BlockFormat, halves, inside_of
 from argosy.prompt.formats.format import beginning_of_call, call_of, ends_inside_string
@@ -33,12 +36,11 @@ BEGIN, END = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
 ALL_BEGIN, ALL_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 SEPARATOR = "<｜tool▁sep｜>"
 DSML = "｜DSML｜"
-_PARAMETER_END = f"</{DSML}parameter>"
 _TAGS = Tags(
-    function=re.compile(rf'<{DSML}invoke name="([^"\n]+)">'),
+    function=re.compile(rf'<{DSML} ?invoke name="([^"\n]+)">'),
     function_end=f"</{DSML}invoke>",
-    parameter=re.compile(rf'<{DSML}parameter name="(.{{1,256}}?)" string="(true|false)">'),
-    parameter_end=_PARAMETER_END,
+    parameter=re.compile(rf'<{DSML} ?parameter name="(.{{1,256}}?)" string="(true|false)">'),
+    parameter_end=f"</{DSML}parameter>",
     line_around_values=False,
 )
 _FENCED = re.compile(r"\s*([^\s`]+)\s*```(?:json)?\n(.*?)\n?```\s*", re.DOTALL)
@@ -95,39 +97,40 @@ class DeepSeekV32(BlockFormat):
     words = (DSML, "function_calls>")
     pieces = (DSML,)
     blocks = {f"<{DSML}function_calls>": f"</{DSML}function_calls>"}  # noqa: RUF012
+    mark: ClassVar[str] = DSML
+    tags: ClassVar[Tags] = _TAGS
 
     def read(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Reading:
-        return read_functions("".join(inside_of(block, self.blocks[block[0]] or "")), _TAGS, tools)
+        return read_functions("".join(inside_of(block, self.blocks[block[0]] or "")), self.tags, tools)
 
     def read_cut(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Sequence[FoundCall | CutCall]:
-        return read_cut_functions("".join(inside_of(block, self.blocks[block[0]] or "")), _TAGS, tools)
+        return read_cut_functions("".join(inside_of(block, self.blocks[block[0]] or "")), self.tags, tools)
 
     def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
         bodies = " | ".join(
             lark.rule(
-                f'{lark.literal(f"""<{DSML}invoke name="{tool.name}">""")} "\\n" '
-                f'{self._parameters(lark, tool)} {lark.literal(f"</{DSML}invoke>")} "\\n"'
+                f'{lark.literal(f"""<{self.mark}invoke name="{tool.name}">""")} "\\n" '
+                f'{self._parameters(lark, tool)} {lark.literal(self.tags.function_end)} "\\n"'
             )
             for tool in tools
         )
         opened, closed = next(iter(self.blocks.items()))
         return f'{lark.mark(opened)} "\\n" ({bodies}){"+" if parallel else ""} {lark.mark(closed or "")}'
 
-    @staticmethod
-    def _parameters(lark: Lark, tool: Tool) -> str:
+    def _parameters(self, lark: Lark, tool: Tool) -> str:
         """The arguments in the order of the tool's parameters; a string is bare text, all else is JSON."""
-        parts = []
+        parts, end = [], self.tags.parameter_end
         whole = {key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}
         for name, schema in tool.properties.items():
             types = types_of(schema, tool.parameters)
             forms = []
             if not types or "string" in types:
-                form = ValueForm([f'<{DSML}parameter name="{{}}" string="true">'], _PARAMETER_END, rest="\n")
+                form = ValueForm([f'<{self.mark}parameter name="{{}}" string="true">'], end, rest="\n")
                 forms.append(
                     f"{form.before(lark, name)} {lark.bare_value(schema, tool, form, types={'string'})}"
                 )
             if types - {"string"}:
-                form = ValueForm([f'<{DSML}parameter name="{{}}" string="false">'], _PARAMETER_END, rest="\n")
+                form = ValueForm([f'<{self.mark}parameter name="{{}}" string="false">'], end, rest="\n")
                 value = lark.json({**whole, **schema} if isinstance(schema, Mapping) else schema, tool)
                 forms.append(f"{form.before(lark, name)} {value} {form.after(lark)}")
             part = f"({' | '.join(forms)})"
@@ -141,4 +144,12 @@ class DeepSeekV4(DeepSeekV32):
     blocks = {f"<{DSML}tool_calls>": f"</{DSML}tool_calls>"}  # noqa: RUF012
 
 
-FORMATS = (DeepSeekV3, DeepSeekV31, DeepSeekV32, DeepSeekV4)
+class DeepSeekV41(DeepSeekV32):
+    name = "deepseek_v41"
+    words = (DSML, " calls>")
+    blocks = {f"<{DSML} calls>": f"</{DSML} calls>"}  # noqa: RUF012
+    mark = f"{DSML} "
+    tags = replace(_TAGS, function_end=f"</{mark}invoke>", parameter_end=f"</{mark}parameter>")
+
+
+FORMATS = (DeepSeekV3, DeepSeekV31, DeepSeekV32, DeepSeekV4, DeepSeekV41)
