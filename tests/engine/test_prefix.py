@@ -26,6 +26,7 @@ from tests.models.mxfp4_models import write_mxfp4_model
 from tests.models.runnable import runnable
 from tests.models.tiny import RawConfig, gpt_oss, prompt_ids, qwen3_moe, write_model
 from tests.models.tiny_deepseek_v4 import deepseek_v4, write_deepseek_v4
+from tests.models.tiny_deepseek_v41 import deepseek_v41, write_deepseek_v41
 from tests.models.tiny_delta import qwen3_next
 from tests.models.tiny_dense import gemma3_text
 from tests.models.tiny_flint import lara_mini
@@ -76,10 +77,13 @@ CONFIGS: dict[str, RawConfig] = {
     "kimi delta and a bank": kimi_k3(max_position_embeddings=1024),
     "kimi delta and chosen pools": glm5_next(max_position_embeddings=1024, index_kpool=4, index_topk=8),
     "delta and small blocks": qwen4_exp_text(max_position_embeddings=1024),
+    "windows and shared pools": deepseek_v41(sliding_window=37),
 }
 WRITERS: dict[str, Callable[..., Any]] = {"gpt_oss": write_mxfp4_model, "deepseek_v4": write_deepseek_v4}
+WRITERS["deepseek_v41"] = write_deepseek_v41
 RECURRENT = {
     "delta", "convolutions", "mamba", "kimi delta", "lightning", "windows and pools", "windows and delta",
+    "windows and shared pools",
     "kimi delta and a bank", "kimi delta and chosen pools", "delta and small blocks",
 }  # fmt: skip
 IN_SHORT = list(CONFIGS)[:9]

@@ -13,14 +13,26 @@ import pytest
 from argosy import Engine, SamplingParams, _native
 from argosy.checkpoint.pack import pack
 from argosy.config import CandidateConfig, CompressedConfig, ModelConfig, SinkhornResidual
-from argosy.errors import ArgosyError
+from argosy.errors import ArgosyError, ReadFailed
 from argosy.model.families import FAMILIES, open_model
 from argosy.model.layers import kv_shapes, state_shapes
+from tests.engine.test_gguf import LARGEST_DIVERGENCE
 from tests.families.published_sparse import DEEPSEEK_V4_1_FLASH
-from tests.models.numpy_deepseek_v41 import DeepseekV41
-from tests.models.references import LARGEST_DIFFERENCE, difference
+from tests.models.numpy_deepseek_v41 import DeepseekV41, engram_rows
+from tests.models.references import LARGEST_DIFFERENCE, difference, mean_divergence
+from tests.models.safetensors_file import Array, read_header, write_safetensors
 from tests.models.tiny_deepseek_v41 import deepseek_v41, folded, write_deepseek_v41
 
+# Codes have scales for 32 columns.
+WHOLE_GROUPS: dict[str, Any] = {
+    "hidden_size": 64,
+    "moe_intermediate_size": 32,
+    "head_dim": 32,
+    "q_lora_rank": 32,
+    "o_lora_rank": 16,
+    "engram_head_dim": 32,
+    "index_n_heads": 7,
+}
 NO_TABLES: dict[str, Any] = {"engram_layer_ids": []}
 # Ratios 4 and 1, an indexer without keys of its own, and layers that see only their window between those that share.
 MIXED: dict[str, Any] = {
@@ -140,7 +152,7 @@ def test_each_key_of_the_released_config_counts_or_is_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "length"),
     [
-        ({}, 150),
+        ({}, 110),
         (MIXED, 90),
         ({"compress_ratios": [0] * 6, "kv_source_layer_ids": [], "index_source_layer_ids": [],
           "candidate_source_layer_id": -1, "o_groups": 1, "sliding_window": 17}, 40),
@@ -150,10 +162,32 @@ def test_each_key_of_the_released_config_counts_or_is_refused() -> None:
     ids=["every kind", "ratio 4", "windows", "no candidates", "more blocks"],
 )  # fmt: skip
 def test_logits_are_those_of_float64(changes: dict[str, Any], length: int, tmp_path: Path) -> None:
+    check_logits(tmp_path, changes, length)
+
+
+# Every expert and entry is chosen: experts in FP4 take activations of 8 bits, which change choices.
+ALL: dict[str, Any] = {"index_topk": 80, "candidate_topk_blocks": 50, "num_experts_per_tok": 8}
+
+
+def test_logits_of_fp8_are_those_of_float64(tmp_path: Path) -> None:
+    check_logits(tmp_path, WHOLE_GROUPS, 60, experts="fp8")
+
+
+def test_logits_of_the_released_types_are_near_those_of_float64(tmp_path: Path) -> None:
+    found, expected = both_logits(tmp_path, WHOLE_GROUPS | ALL, 60, experts="fp4")
+    assert mean_divergence(expected, found) <= LARGEST_DIVERGENCE
+
+
+def check_logits(tmp_path: Path, changes: dict[str, Any], length: int, **storage: Any) -> None:
+    assert difference(*both_logits(tmp_path, changes, length, **storage)) <= LARGEST_DIFFERENCE
+
+
+def both_logits(tmp_path: Path, changes: dict[str, Any], length: int, **storage: Any) -> tuple[Array, Array]:
+    """Return the engine's logits, and those of float64."""
     config = deepseek_v41(**changes)
     text = config["text_config"]
     for seed in range(40):
-        tensors = write_deepseek_v41(tmp_path, config, seed)
+        tensors = write_deepseek_v41(tmp_path, config, seed, **storage)
         tokens = np.random.default_rng(seed).integers(3, text["vocab_size"], length).tolist()
         model = DeepseekV41(text, {name: one.astype(np.float64) for name, one in tensors.items()})
         expected = model.logits(tokens, folded(text)[tokens].tolist())
@@ -162,11 +196,68 @@ def test_logits_are_those_of_float64(changes: dict[str, Any], length: int, tmp_p
     else:
         pytest.fail("no seed has clear choices")
     with Engine.open(tmp_path, memory="4GiB", kv_dtype="f32", threads=1) as engine:
-        assert difference(engine.logits(tokens), expected) <= LARGEST_DIFFERENCE
+        return engine.logits(tokens), expected
 
 
-@pytest.mark.parametrize("changes", [{}, MIXED | NO_TABLES], ids=["every kind", "ratio 4"])
-def test_no_budget_chunk_thread_prefix_or_pack_changes_a_bit(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_drafts_and_the_tower_are_passed_over(tmp_path: Path) -> None:
+    tensors = write_deepseek_v41(tmp_path, deepseek_v41(), 5)
+    more = ("mtp.0.main_proj.weight", "vision.blocks.0.attn.qkv.weight", "aligner.weight", "image_start")
+    others = dict.fromkeys((*more, "layers.0.ffn.gate.bias_vl"), np.ones(3, np.float32))
+    stored = {name: ("F32", one) for name, one in (tensors | others).items()}
+    write_safetensors(tmp_path / "model.safetensors", stored)
+    assert open_model(tmp_path).config.num_layers == 6
+    stored["layers.6.attn_norm.weight"] = stored["image_start"]
+    write_safetensors(tmp_path / "model.safetensors", stored)
+    with pytest.raises(ArgosyError, match=r"layers\.6\.attn_norm"):
+        open_model(tmp_path)
+
+
+def test_a_table_that_is_cut_ends_only_the_sequences_that_need_its_end(tmp_path: Path) -> None:
+    config = deepseek_v41(**WHOLE_GROUPS, engram_vocab_size=1009)
+    text, codes = config["text_config"], "layers.4.engram.embed.weight"
+    write_deepseek_v41(tmp_path, config, 3, experts="fp4", last=codes)
+    path = tmp_path / "model.safetensors"
+    header, begin = read_header(path)
+    first, end = header[codes]["data_offsets"]
+    assert end == max(one["data_offsets"][1] for one in header.values())
+    lost = (end - first) // 32 - 4 * 4096 // 32  # from this row on
+    rng = np.random.default_rng(1)
+
+    def draw(*, needs: bool) -> list[int]:
+        while True:
+            prompt: list[int] = rng.integers(3, 99, 5).tolist()
+            rows = engram_rows(text, folded(text)[prompt].tolist())[4]
+            if (
+                (rows >= lost).any() if needs else (rows < lost - 128).all()
+            ):  # not in the page that ends too early
+                return prompt
+
+    prompts = draw(needs=True), draw(needs=False)
+    one = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
+    found = []
+    for cut_bytes in (0, end - first - 32 * lost):
+        with Engine.open(tmp_path, memory="4GiB", threads=1) as engine:
+            with path.open("r+b") as file:
+                file.truncate(begin + end - cut_bytes)
+            answers = [engine.submit(prompt, one) for prompt in prompts]
+            while any(answer.result is None for answer in answers):
+                engine.step()
+            found.append([answer.result for answer in answers])
+    (whole, before), (cut, after) = found
+    assert whole.error is None
+    assert isinstance(cut.error, ReadFailed)
+    assert "n-gram table" in str(cut.error)
+    assert (after.token_ids, after.logprobs) == (before.token_ids, before.logprobs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kv_dtype"),
+    [({}, "q8"), (MIXED | NO_TABLES, "f16")],
+    ids=["every kind", "ratio 4"],
+)
+def test_no_budget_chunk_thread_prefix_or_pack_changes_a_bit(
+    changes: dict[str, Any], kv_dtype: Any, tmp_path: Path
+) -> None:
     config = deepseek_v41(**changes)
     write_deepseek_v41(tmp_path, config, 5)
     tokens = np.random.default_rng(6).integers(3, config["text_config"]["vocab_size"], 150).tolist()
@@ -182,7 +273,7 @@ def test_no_budget_chunk_thread_prefix_or_pack_changes_a_bit(changes: dict[str, 
         runs.append((tmp_path / "packed", {"threads": 2}))
     found = []
     for path, settings in runs:
-        with Engine.open(path, memory="4GiB", **settings) as engine:
+        with Engine.open(path, memory="4GiB", kv_dtype=kv_dtype, **settings) as engine:
             for _ in range(2):  # the second prompt may begin with a prefix
                 answer = engine.generate(tokens, greedy)
                 found.append((list(answer.token_ids), answer.logprobs))

@@ -9,12 +9,23 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from tests.families.published_sparse import DEEPSEEK_V4_1_FLASH
+from tests.models.hub_schemes import as_stored, fp4, fp8
 from tests.models.numpy_deepseek_v41 import engram_rows
 from tests.models.rows import Row
 from tests.models.safetensors_file import Array, write_safetensors
 
 RawConfig = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
+_FP8 = fp8((32, 32), "F8_E8M0", "scale")
+_FP4 = fp4(32, "F8_E8M0", "weight", scale_name="scale", codes_dtype="I8")
+_CODED = {
+    "engram.embed.": fp8((1, 32), "F8_E8M0", "scale"),
+    ".shared_experts.": _FP8,
+    ".engram.wkv.": _FP8,
+    ".indexer.wq_b.": _FP8,
+    **{f".attn.{name}.": _FP8 for name in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b")},
+}
 
 
 def text_config(**changes: Any) -> RawConfig:
@@ -182,13 +193,49 @@ def folded(config: RawConfig) -> Array:
     )
 
 
-def write_deepseek_v41(directory: Path, config: RawConfig, seed: int) -> dict[str, Array]:
-    """Write a checkpoint, with weights in float32, and its tokenizer; return its tensors."""
+def coded(
+    tensors: dict[str, Array], experts: str, seed: int
+) -> tuple[dict[str, tuple[str, Array]], dict[str, Array]]:
+    """Return tensors of the released types, drawn anew where they have codes, and their values."""
+    rng = np.random.default_rng(seed)
+    stored: dict[str, tuple[str, Array]] = {}
+    values: dict[str, Array] = {}
+    for name, given in tensors.items():
+        quantise = next((one for part, one in _CODED.items() if part in name), None)
+        if ".experts." in name:
+            quantise = _FP4 if experts == "fp4" else _FP8
+        if quantise is None:
+            stored[name] = ("BF16" if given.ndim == 2 and "hc_" not in name else "F32"), given
+            values[name] = as_stored(stored[name][0], given)
+            continue
+        parts, values[name] = quantise(rng, given.shape, 1.2 / np.sqrt(given.shape[1]))
+        stored |= {name.removesuffix("weight") + last: one for last, one in parts.items()}
+    return stored, values
+
+
+def write_deepseek_v41(
+    directory: Path, config: RawConfig, seed: int, *, experts: str | None = None, last: str = ""
+) -> dict[str, Array]:
+    """Write a checkpoint and its tokenizer; return the values of its tensors.
+
+    Args:
+        experts: "fp4": all weights are stored as in the released files; "fp8": also those of experts are FP8; None:
+            all weights are float32.
+        last: the tensor at the end of the file.
+    """
     text = config["text_config"]
-    rows = {layer: 1 + int(found.max()) for layer, found in engram_rows(text, range(500)).items()}
+    rows = {layer: 64 + int(found.max()) for layer, found in engram_rows(text, range(500)).items()}
     tensors = random_tensors(text, rows, seed)
+    stored = {name: ("F32", one) for name, one in tensors.items()}
+    if experts is not None:
+        stored, tensors = coded(tensors, experts, seed)
+        settings = DEEPSEEK_V4_1_FLASH["quantization_config"] | {"expert_dtype": experts}
+        config = config | {"quantization_config": settings}
+    directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
-    write_safetensors(directory / "model.safetensors", {name: ("F32", one) for name, one in tensors.items()})
+    write_safetensors(
+        directory / "model.safetensors", dict(sorted(stored.items(), key=lambda one: one[0] == last))
+    )
     words = [f"w{i}" if i == token else f"W{i}" for token, i in enumerate(folded(text).tolist())]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
