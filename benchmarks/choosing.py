@@ -96,7 +96,7 @@ def row_of(machine: str, forecast: Forecast, owner: Owner) -> str:
 
 
 def spread(values: Range) -> str:
-    low, likely, high = (f"{value:.2g}" if value < 100 else f"{value:.0f}" for value in values)
+    low, likely, high = (f"{value:.2g}" if value < 99.5 else f"{value:.0f}" for value in values)
     return f"{likely} ({low} to {high})"
 
 

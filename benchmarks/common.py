@@ -14,19 +14,23 @@ import contextlib
 import csv
 import json
 import math
+import mmap
 import os
 import signal
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from argosy import _native
-from argosy.config import format_bytes
+from argosy.config import GIB, format_bytes
 from argosy.machine import resources
 from argosy.machine.neighbours import Neighbours
 from argosy.machine.probes import drive_rate, memory_rate
@@ -71,6 +75,18 @@ def probe_int8(threads: int) -> float:
 def probe_drive(path: Path, record_bytes: int) -> float:
     """GB/s at which the drive reads a file at this moment: `drive_rate`."""
     return drive_rate(path, record_bytes) / 1e9
+
+
+def probe_new_memory() -> float:
+    """Seconds a GiB to fault in memory that was free. In a virtual machine that returns free pages to its host, this
+    can take longer than the reads that fill the memory.
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    with mmap.mmap(-1, GIB, flags) as memory:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        start = time.perf_counter()
+        np.frombuffer(memory, np.uint8)[::4096] = 1
+        return time.perf_counter() - start
 
 
 DRIVE_LOOKS = 3  # measurements before a sample, and again after it

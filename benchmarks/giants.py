@@ -23,20 +23,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy import _native
-from argosy.checkpoint.files import ExpertMatrix, ExpertRecord, ModelFiles
+from argosy.checkpoint.files import ExpertMatrix, ExpertRecord, ModelFiles, TableRef
 from argosy.checkpoint.formats import PANEL_ROWS, matrix_bytes, round_up
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes, packed_config, packed_format
 from argosy.checkpoint.landing import MatrixRef, Piece
 from argosy.checkpoint.manifest import MATRIX_ALIGNMENT
+from argosy.checkpoint.safetensors import TensorRef
 from argosy.config import Format, ModelConfig
 from argosy.model.families import FAMILIES
+from argosy.model.ngrams import Ngrams
+from argosy.model.step import Step
 from common import REPOSITORY
-from random_weights import Exact, Normal, RandomWeights
+from random_weights import Exact, Normal, RandomWeights, document
 
 sys.path.insert(0, str(REPOSITORY))
 
 from tests.families.hub_configs import RELEASED
 from tests.families.published_recurrent import KIMI_K3
+from tests.families.published_sparse import DEEPSEEK_V4_1_FLASH
 
 Bytes = NDArray[np.uint8]
 RawConfig = dict[str, Any]
@@ -49,6 +53,8 @@ POOL_ROWS = 1024
 STRIPE_ROWS = 16_384
 LAYER_SHARE = 0.5  # a layer's output is scaled by this, over the root of the number of layers
 SPREAD = 7919  # a prime: neighbours in the router's order are not adjacent in the file
+TABLE_TOKENS = 128  # of each of two documents
+_E4M3_SIGN_AND_FRACTION, _E4M3_ONE, _E8M0_ONE = 0x87, 0x38, 127
 _WHOLE_BLOCKS = 256  # columns of the blocks of every format
 
 
@@ -112,6 +118,29 @@ GIANTS = {
             "routed_expert_hidden_size": 512,
         },
     ),
+    "deepseek_v41": Model(
+        # The token of pictures would lie outside the small vocabulary.
+        {key: value for key, value in DEEPSEEK_V4_1_FLASH.items() if key != "image_token_id"},
+        "mxfp4",
+        "q8",
+        "n_routed_experts",
+        {
+            **{name: size for name, size in _SHORT.items() if name != "intermediate_size"},
+            "num_key_value_heads": 1,
+            "compress_ratios": [0, 2, 2, 1, 1, 1],
+            "kv_source_layer_ids": [1, 3],
+            "index_source_layer_ids": [1, 3, 4],
+            "candidate_source_layer_id": 3,
+            "head_dim": 128,
+            "o_groups": 2,
+            "o_lora_rank": 128,
+            "n_routed_experts": 64,
+            "engram_layer_ids": [1, 4],
+            "engram_vocab_size": 1_000_000,
+            "engram_compressed_vocab_size": 12_000,
+            "engram_num_embeddings": [],
+        },
+    ),
 }
 
 
@@ -168,6 +197,16 @@ class Noise:
             return _native.transcode(format.upper(), blocks.reshape(-1), POOL_ROWS, cols)
         weights = self._random.standard_normal((POOL_ROWS, cols), np.float32)
         return _quantised(format, weights * np.float32(deviation))
+
+
+def _write_tokenizer(path: Path, folded: NDArray[np.int32]) -> None:
+    """Write a tokenizer whose tokens fold to `folded`, [vocab]: each id's first token has a small letter."""
+    from tokenizers import Tokenizer, models
+
+    words = [f"w{one}" if one == token else f"W{one}" for token, one in enumerate(folded.tolist())]
+    Tokenizer(models.WordLevel({word: token for token, word in enumerate(words)}, unk_token="w0")).save(
+        str(path)
+    )
 
 
 @dataclass(frozen=True)
@@ -228,7 +267,21 @@ class Giant:
                 record = (number * self.config.num_experts + expert) * SPREAD % self.num_records
                 piece = Piece(path, record * self.record_bytes, self.record_bytes, made["checksums"][record])
                 experts[layer, expert] = ExpertRecord((piece,), gate, up, down)
-        return ModelFiles(self.directory, self.config, dense, experts)
+        return ModelFiles(self.directory, self.config, dense, experts, tables=self.tables)
+
+    @property
+    def tables(self) -> dict[int, TableRef]:
+        """The tables of n-grams by layer, in E4M3 with a scale for 32 columns."""
+        found = {}
+        for layer in self.config.ngram_layers:
+            ngrams, path = self.config.layers[layer].ngrams, self.directory / f"table-{layer}.bin"
+            assert ngrams is not None
+            rows, dim = ngrams.num_rows, ngrams.row_dim
+            codes = TensorRef("codes", path, 0, rows * dim, "F8_E4M3", (rows, dim))
+            begin, nbytes = round_up(codes.nbytes, PAGE), codes.nbytes // 32
+            scales = TensorRef("scales", path, begin, nbytes, "F8_E8M0", (rows, dim // 32))
+            found[layer] = TableRef.of([codes], rows, dim, [scales])
+        return found
 
     def _places(self) -> list[tuple[int, Format, int, int]]:
         return [(offset, self.model.experts, rows, cols) for offset, rows, cols in self._matrices]
@@ -249,6 +302,7 @@ class Giant:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         made.unlink(missing_ok=True)
+        self._write_tables()
         noise = Noise(seed=1)
         with (self.directory / DENSE_FILE).open("wb") as file:
             self._write_dense(noise, file.write)
@@ -279,6 +333,34 @@ class Giant:
             return found
 
         return recipe
+
+    def _write_tables(self) -> None:
+        """Write the tables, and a tokenizer that folds its tokens to as many ids as they were made for."""
+        vocab, random = self.config.vocab_size, np.random.default_rng(3)
+        tokens = [document(number, TABLE_TOKENS, vocab=vocab) for number in (0, 1)]
+        for layer, table in self.tables.items():
+            ngrams = self.config.layers[layer].ngrams
+            assert ngrams is not None
+            folded = np.arange(vocab, dtype=np.int32) % ngrams.folded_ids
+            _write_tokenizer(self.directory / "tokenizer.json", folded)
+            step = Step(
+                token_ids=np.array(tokens, np.int32).reshape(-1),
+                sequence=np.repeat(np.arange(len(tokens), dtype=np.int32), TABLE_TOKENS),
+                slots=np.zeros(0, np.int64),
+                block_table=np.zeros((len(tokens), 1), np.int32),
+                is_decode=np.zeros(0, np.bool_),
+                order=np.zeros(0, np.int32),
+                wanted=np.zeros(0, np.int64),
+            )
+            rows = Ngrams(ngrams, vocab, folded).rows(step)
+            codes, scales = (part.tensors[0] for part in table.parts)
+            with codes.path.open("wb") as file:
+                file.truncate(scales.offset + scales.nbytes)
+                for tensor in (codes, scales):
+                    for page in np.unique((tensor.offset + rows * tensor.shape[1]) // PAGE):
+                        values = random.integers(0, 256, PAGE, np.uint8) & _E4M3_SIGN_AND_FRACTION | _E4M3_ONE
+                        file.seek(int(page) * PAGE)
+                        file.write(values.tobytes() if tensor is codes else bytes([_E8M0_ONE]) * PAGE)
 
     def _write_dense(self, noise: Noise, write: Callable[[Any], object]) -> None:
         recipe_of = self._recipes()

@@ -1,11 +1,11 @@
 """How long does it take to open and plan a checkpoint, and how much memory, by the number of its tensors?
 
-    python benchmarks/opening.py [--models kimi_k2,kimi_k3] [--tensors 60000,120000,250000,500000] [--repeats 3]
-                                 [--short]
+    python benchmarks/opening.py [--models kimi_k2,kimi_k3,deepseek_v41] [--tensors 60000,120000,250000,500000]
+                                 [--repeats 3] [--short]
 
-Layers and names are a giant's: experts in MXFP4, as `compressed-tensors` writes them, a tensor for the codes and one
-for the scales of each matrix, in a shard for every 3,000 tensors. Layers have more experts from size to size, and
-everything else is equal. Headers and the index are real; the weights are holes, because neither opening nor
+Layers and names are a giant's: experts in MXFP4, as its makers or `compressed-tensors` write them, a tensor for the
+codes and one for the scales of each matrix, in a shard for every 3,000 tensors. Layers have more experts from size to
+size, and everything else is equal. Headers and the index are real; the weights are holes, because neither opening nor
 planning reads any. Each repeat is a fresh process, which has imported everything that a process with an engine imports;
 seconds are those of its processor, and memory is what it takes in addition at its peak, and still holds at the end.
 """
@@ -61,21 +61,40 @@ def write_checkpoint(directory: Path, model: Model, num_tensors: int) -> int:
     family = FAMILIES[model.raw["model_type"]]
     num_layers = len(family.parse_config(model.raw).moe_layers)
     sizes: dict[str, Any] = {model.experts_key: num_tensors // (num_layers * TENSORS_OF_EXPERT)}
-    raw = model.with_sizes(**sizes, quantization_config=_QUANTIZATION)
+    codes, scales = "weight_packed", "weight_scale"
+    if "quantization_config" in model.raw:
+        codes, scales = "weight", "scale"
+    else:
+        sizes["quantization_config"] = _QUANTIZATION
+    raw = model.with_sizes(**sizes)
     (directory / "config.json").write_text(json.dumps(raw))
     config, layout = family.parse_config(raw), family.LAYOUTS[0]
-    tensors: dict[str, tuple[str, tuple[int, ...]]] = {
-        # A convolution has one input channel.
-        layout.dense_name(name): ("BF16", (shape[0], 1, shape[1]) if name.endswith("_conv") else shape)
-        for name, shape in dense_shapes(config)
-    }
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for canonical, shape in dense_shapes(config):
+        name = layout.dense_name(canonical)
+        stored = shape
+        if canonical.endswith("_conv"):
+            stored = shape[0], 1, shape[1]  # a convolution has one input channel
+        elif canonical.endswith(("ngram_key_norm", "ngram_query_norm")):
+            stored = config.num_streams, config.hidden_size
+        elif name in tensors:  # two matrices are stored as one
+            stored = tensors[name][1][0] + shape[0], shape[1]
+        tensors[name] = "BF16", stored
+    for layer in config.ngram_layers:
+        ngrams = config.layers[layer].ngrams
+        assert ngrams is not None
+        assert layout.table_names is not None
+        name = f"layers.{layer}.{layout.table_names[0]}"
+        tensors[name] = "F8_E4M3", (ngrams.num_rows, ngrams.row_dim)
+        tensors[name.removesuffix(codes) + scales] = "F8_E8M0", (ngrams.num_rows, ngrams.row_dim // 32)
     for layer in config.moe_layers:
         shapes = expert_shapes(config, layer)
         for expert in range(config.num_experts):
             matrices = zip(layout.names_of_expert(layer, expert), shapes, strict=True)
             for name, (rows, cols) in matrices:
-                tensors[f"{name}_packed"] = "U8", (rows, cols // 2)
-                tensors[f"{name}_scale"] = "U8", (rows, cols // 32)
+                stem = name.removesuffix("weight")
+                tensors[stem + codes] = "U8", (rows, cols // 2)
+                tensors[stem + scales] = "U8", (rows, cols // 32)
     names = sorted(tensors)
     num_shards = -(-len(names) // TENSORS_OF_SHARD)
     weight_map = {}

@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy.checkpoint.geometry import dense_shapes, draft_shapes, expert_shapes
-from argosy.config import ModelConfig
+from argosy.config import BankResidual, ModelConfig
 
 Floats: TypeAlias = NDArray[np.float32]
 Routing = Literal["plain", "uniform", "recorded"]
@@ -48,8 +48,8 @@ _ATTENTION_SHARE = 0.25
 # Networks write so much that a router evaluated one layer early names 0.88 of the experts (routing.py): trained models
 # were measured at 0.81 to 0.89. Otherwise look-ahead would be right more often here than anywhere.
 _NETWORK_SHARE = 1.5
-# The matrices with which mixers and networks write the hidden state.
-_MIXERS_WRITE = frozenset({"o", "kda_out"})
+# The matrices with which mixers, rows of tables and networks write the hidden state.
+_MIXERS_WRITE = frozenset({"o", "kda_out", "ngram_value"})
 _NETWORKS_WRITE = frozenset({"down", "shared_down", "latent_up"})
 # The logit of a document's next token before layers have added to the norm; it is about 13 afterwards. The others have
 # a deviation near 1.8, so the largest of 32000 stays below 8.
@@ -114,6 +114,8 @@ class RandomWeights:
                 return Exact(shape, self._head)
             if kind == "router":
                 return Exact(shape, lambda: self.router(int(name.split(".")[1])))
+            if kind.endswith("_mix_scale") and isinstance(self.config.residual, BankResidual):
+                return Exact(shape, lambda: self._bank_scale(list(self.shapes).index(name)))
         deviation = 1.0 if kind == "embed" else shape[-1] ** -0.5
         # Experts that read and write a narrower vector do not write the hidden state: `latent_up` does.
         is_inner = name == "expert.down" and self.config.expert_latent > 0
@@ -169,6 +171,15 @@ class RandomWeights:
         width = _CODE.stop - _CODE.start
         table[:, _CODE] = np.roll(self._codes(), 1, axis=0) * (_NEXT_LOGIT / width)
         return table
+
+    def _bank_scale(self, number: int) -> Floats:
+        """float32 [hidden], which scores the states of a bank: the embedding most, since only it has the channels that
+        routers and head need.
+        """
+        hidden = self.config.hidden_size
+        scale = self._random(6, number).standard_normal(hidden, np.float32) * (0.5 * hidden**-0.5)
+        scale[_ONE] = 2.0
+        return scale  # type: ignore[no-any-return]
 
     def shares(self, layer: int) -> tuple[float, float, float, float]:
         """v_g, v_d, g and the remainder at this depth; they sum to 1."""

@@ -31,7 +31,7 @@ from typing import Any
 from argosy.checkpoint.geometry import count_parameters, expert_shapes
 from argosy.config import MIB, ModelConfig, format_bytes, parse_size
 from cgroup import NoMemoryCap, run_capped
-from common import Report, Sample, drop_page_cache, look_at_drive, run_inside
+from common import Report, Sample, drop_page_cache, look_at_drive, probe_new_memory, run_inside
 from engines import MODELS
 from giants import EXPERTS_FILE, GIANTS, Giant
 from random_weights import num_continued
@@ -81,7 +81,7 @@ def run(model: Giant, options: argparse.Namespace, size_b: float) -> tuple[Sampl
     model.make()
     for path in model.directory.iterdir():
         drop_page_cache(path)
-    looks = look_at_drive(model.directory / EXPERTS_FILE)
+    looks, new_memory = look_at_drive(model.directory / EXPERTS_FILE), probe_new_memory()
     command = ["--inside", f"{size_b:g}", "--directory", options.directory, "--memory", f"{options.memory}B"]
     command += ["--new", options.new, "--threads", options.threads, "--experts-gib", options.experts_gib]
     with Sample() as sample:
@@ -114,6 +114,7 @@ def run(model: Giant, options: argparse.Namespace, size_b: float) -> tuple[Sampl
         "hit": sum(token["hits"] for token in tokens.each)
         / max(1, sum(token["lookups"] for token in tokens.each)),
         "drive": tokens.drive,
+        "new memory": new_memory,
         "peak": done.peak_bytes / options.memory,
     }
     return sample, tokens
@@ -132,6 +133,7 @@ LINES = (
     (f"first token of {PROMPT_TOKENS}, no expert in memory", "s", "first"),
     ("its reads", "GB", "first read"),
     ("drive", "GB/s", "drive"),
+    ("memory used for the first time", "s/GiB", "new memory"),
 )
 
 

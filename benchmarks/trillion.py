@@ -1,10 +1,11 @@
 """Does a model of a trillion parameters and more decode in 16 GiB, and how close is that to the drive's limit?
 
-    python benchmarks/trillion.py [--models kimi_k2,kimi_k3] [--directory DIR] [--memory 16GiB] [--experts-gib 30]
-                                  [--prompt 8] [--new 16] [--short]
+    python benchmarks/trillion.py [--models kimi_k2,kimi_k3,deepseek_v41] [--directory DIR] [--memory 16GiB]
+                                  [--experts-gib 30] [--prompt 8] [--new 16] [--short] [--only-make]
 
-    kimi_k2   1026 B parameters, 61 layers, 8 of 384 experts in int4; q8 weights that every token needs take 12 GiB
-    kimi_k3   2779 B parameters, 93 layers, 16 of 896 experts in MXFP4; only in iq1_s do those weights fit
+    kimi_k2        1026 B parameters, 61 layers, 8 of 384 experts in int4; q8 weights that every token needs: 12 GiB
+    kimi_k3        2779 B parameters, 93 layers, 16 of 896 experts in MXFP4; only in iq1_s do those weights fit
+    deepseek_v41   749 B parameters, 40 layers, 6 of 384 experts in MXFP4; 197 B of them in two tables on the drive
 
 Checkpoints have the released geometry, whose experts share bytes (`giants.py`); one of several is removed before the
 next is written. A run is a fresh process in a memory cgroup limited to the budget, with swap forbidden and page cache
@@ -34,15 +35,25 @@ from argosy.config import MIB, format_bytes, parse_size
 from argosy.model.clock import PARTS
 from argosy.open import engine as engine_module
 from cgroup import NoMemoryCap, run_capped
-from common import Report, Sample, drop_page_cache, look_at_drive, print_parts, print_plan, run_inside
+from common import (
+    Report,
+    Sample,
+    drop_page_cache,
+    look_at_drive,
+    print_parts,
+    print_plan,
+    probe_new_memory,
+    run_inside,
+)
 from engines import MODELS
-from giants import EXPERTS_FILE, GIANTS, Giant
+from giants import EXPERTS_FILE, GIANTS, TABLE_TOKENS, Giant
 from random_weights import DOCUMENT_TOKENS, RandomWeights, document, num_continued
 from routing import overlap
 
 PROMPT_TOKENS = 8
 WAITING = "waiting_for_reads"
 SHORT_REST_BYTES = 120 * MIB  # of experts and the process
+IN_TIME = 0.95  # of a token's rows should be there when their layer needs them
 SLOWER = 1.25  # a token may take this times max(compute, reads)
 
 
@@ -91,6 +102,7 @@ def inside(giant: Giant, options: argparse.Namespace) -> None:
         context=options.prompt + options.new + 16,
         max_sequences=1,
         kv_dtype="f16",
+        prefix_reuse=False,  # no document begins as another
     ) as engine:
         open_s = time.perf_counter() - start
         for number in (0, 1):
@@ -104,9 +116,9 @@ def inside(giant: Giant, options: argparse.Namespace) -> None:
             if number == 0:
                 first_s, first_bytes = time.perf_counter() - start, engine.ledger.bytes_read
             while sequence.result is None:
-                before = engine.ledger
+                before, rows_before = engine.ledger, engine._started.model.table_counts.bytes_read
                 engine.step()
-                after = engine.ledger
+                after, rows_after = engine.ledger, engine._started.model.table_counts.bytes_read
                 if number == 0:
                     continue  # only fills the cache
                 tokens.append(
@@ -115,6 +127,9 @@ def inside(giant: Giant, options: argparse.Namespace) -> None:
                         "bytes_read": after.bytes_read - before.bytes_read,
                         "hits": after.hits - before.hits,
                         "lookups": after.lookups - before.lookups,
+                        "rows": after.rows - before.rows,
+                        "rows_late": after.rows_late - before.rows_late,
+                        "row_bytes": rows_after - rows_before,
                         "parts": {part: total - before.parts[part] for part, total in after.parts.items()},
                     }
                 )
@@ -185,11 +200,17 @@ def report_run(report: Report, giant: Giant, found: Mapping[str, Any], sample: S
     report.figure("time to open", "s", [sample], "open", **facts)
     report.figure("first token, no expert in memory", "s", [sample], "first", **facts)
     report.figure("its reads", "GB", [sample], "first read", **facts)
+    report.figure("memory used for the first time", "s/GiB", [sample], "new memory", **facts)
     report.line(
         "roofline",
         f"a token takes {token_s:.2f} s; its reads {reading_s:.2f} s at {drive:.2f} GB/s; attention, router and"
         f" what every token needs {before_s:.2f} s, its experts {parts['expert_compute'] / count:.2f} s",
     )
+    if config.ngram_layers:
+        rows, late = (sum(token[name] for token in tokens.each) for name in ("rows", "rows_late"))
+        sample.values["KB"] = statistics.fmean(token["row_bytes"] for token in tokens.each) / 1e3
+        report.figure("reads of rows of tables", "KB/token", [sample], "KB", rows=rows / count, **facts)
+        report.ratio("share of rows before their layer", rows - late, rows, target=f">= {IN_TIME:g}", **facts)
     over = tokens.over_limits(tokens.computing_s)
     report.ratio("seconds a token over max(compute, reads)", over, 1.0, target=f"<= {SLOWER:g}", **facts)
     choices = RandomWeights(config, routing="recorded").chosen(
@@ -211,6 +232,8 @@ def giant_of(options: argparse.Namespace, name: str) -> Giant:
     model = GIANTS[name]
     directory = options.directory / (f"{name}-short" if options.short else name)
     giant = Giant(directory, model, model.config(short=options.short), 1)
+    if giant.tables and options.prompt + options.new > TABLE_TOKENS:
+        raise SystemExit(f"tables of {name} have rows for {TABLE_TOKENS} tokens; lower --prompt and --new")
     return replace(giant, num_records=int(options.experts_gib * 2**30) // giant.record_bytes)
 
 
@@ -247,7 +270,7 @@ def run(report: Report, giant: Giant, options: argparse.Namespace, name: str) ->
     command += ["--memory", f"{memory}B", "--threads", options.threads, "--prompt", options.prompt]
     command += ["--experts-gib", options.experts_gib, *(["--short"] if options.short else [])]
     experts = giant.directory / EXPERTS_FILE
-    looks = look_at_drive(experts)
+    looks, new_memory = look_at_drive(experts), probe_new_memory()
     with Sample() as sample:
         done = run_capped(run_inside("trillion.py", command), limit_bytes=memory, timeout_s=1800)
     if done.returncode:
@@ -266,6 +289,7 @@ def run(report: Report, giant: Giant, options: argparse.Namespace, name: str) ->
     report.correct(f"{right} of {asked} tokens continue their documents")
     print_plan(report, found["plan"], found["budget_bytes"])
     report.line("KV cache", f"{found['kv_bytes_per_token'] / 1000:.1f} KB a token")
+    sample.values["new memory"] = new_memory
     report_run(report, giant, found, sample, statistics.median(looks))
     report.ratio("peak over budget", done.peak_bytes, memory, target="<= 1.0", model=name)
     report.neighbours([sample])
@@ -281,6 +305,7 @@ def main() -> int:
     parser.add_argument("--new", type=int, default=16, help="tokens of an answer")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--short", action="store_true", help="small models of the same families")
+    parser.add_argument("--only-make", action="store_true", help="write the files, for a later run")
     parser.add_argument("--inside", choices=GIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.experts_gib = options.experts_gib or (0.06 if options.short else 30.0)
@@ -295,6 +320,9 @@ def main() -> int:
     for name in names:
         giant = giant_of(options, name)
         report_model(report, giant)
+        if options.only_make:
+            giant.make()
+            continue
         try:
             run(report, giant, options, name)
         except NoMemoryCap as reason:
