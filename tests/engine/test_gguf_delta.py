@@ -15,12 +15,13 @@ from argosy.errors import CheckpointError
 from argosy.model.families import open_model
 from tests.models import gguf_delta
 from tests.models.gguf_delta import write_delta_gguf
-from tests.models.gguf_models import mixed, one_type
+from tests.models.gguf_models import TypeOf, mixed, one_type
 from tests.models.numpy_model import NumpyModel, softmax
 from tests.models.references import LARGEST_DIFFERENCE, difference
 from tests.models.safetensors_file import write_checkpoint
 from tests.models.tiny import prompt_ids, random_tensors
 from tests.models.tiny_delta import RawConfig, qwen3_5_moe_text, qwen3_next
+from tests.models.tiny_qwen4 import qwen4_exp_text
 
 SIZES: dict[str, Any] = {
     "hidden_size": 256,
@@ -35,6 +36,14 @@ SIZES: dict[str, Any] = {
     "linear_value_head_dim": 32,
 }
 CONFIGS = {"qwen3next": qwen3_next(**SIZES), "qwen35moe": qwen3_5_moe_text(**SIZES)}
+QWEN4 = qwen4_exp_text(
+    **SIZES,
+    hc_lowrank=32,
+    heads_per_ngram=4,
+    indexer_head_dim=64,
+    ple_embed_dim=256,
+    max_position_embeddings=512,
+)
 TYPES = {"F32": one_type("F32"), "BF16": one_type("BF16"), "Q8_0": one_type("Q8_0"), "mixed": mixed}
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
@@ -46,8 +55,46 @@ def test_logits_match_those_of_the_dequantised_weights(
     config: RawConfig, type_name: str, tmp_path: Path
 ) -> None:
     # Every expert is chosen: a rounded score that flips one decision would hide the cost of rounding itself.
-    config = config | {"num_experts_per_tok": 4}
-    directory = write_delta_gguf(tmp_path / "model.gguf", config, TYPES[type_name], seed=7)
+    require_dequantised(config | {"num_experts_per_tok": 4}, TYPES[type_name], type_name, tmp_path)
+
+
+@pytest.mark.parametrize("type_name", ["F32", "Q8_0", "Q4_0"])
+def test_tables_and_streams_match_those_of_the_dequantised_weights(type_name: str, tmp_path: Path) -> None:
+    def type_of(name: str) -> str:
+        return type_name if "per_layer" in name or type_name == "F32" else "Q8_0"
+
+    require_dequantised(QWEN4 | {"num_experts_per_tok": 4}, type_of, type_name, tmp_path)
+    with Engine.open(tmp_path / "model.gguf", memory="4GiB", threads=1) as engine:
+        assert engine.generate([7, 8, 9], SamplingParams(max_tokens=2)).ledger.rows == 4 * 8
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("table_primes", [4001] * 8, r"per_layer_token_embd\.weight has \d+ rows, expected 32008"),
+        (
+            "table_primes",
+            [0] * 8,
+            r"ple\.head_vocab_sizes is an array of 8, expected 8 whole numbers",
+        ),
+        (
+            "table_multipliers",
+            [3, 5],
+            r"ple\.layer_multipliers is an array of 2, expected 3 whole numbers",
+        ),
+    ],
+)
+def test_constants_that_contradict_a_table_are_refused(
+    name: str, value: list[int], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_delta, name, lambda config, table: value)
+    write_delta_gguf(tmp_path / "model.gguf", QWEN4, one_type("F32"), seed=2)
+    with pytest.raises(CheckpointError, match=message):
+        open_model(tmp_path / "model.gguf")
+
+
+def require_dequantised(config: RawConfig, type_of: TypeOf, type_name: str, tmp_path: Path) -> None:
+    directory = write_delta_gguf(tmp_path / "model.gguf", config, type_of, seed=7)
     prompt = prompt_ids(config, 7, 30)
     expected = NumpyModel(directory).logits(prompt)
     with Engine.open(tmp_path / "model.gguf", memory="4GiB", threads=1) as engine:

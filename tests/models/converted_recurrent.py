@@ -7,6 +7,7 @@ from tests.models.tiny_delta import qwen3_5_moe, qwen3_5_moe_text, qwen3_next
 from tests.models.tiny_glm5 import glm5_next
 from tests.models.tiny_kda import bailing_hybrid, kimi_linear
 from tests.models.tiny_minimax import minimax
+from tests.models.tiny_qwen4 import qwen4_exp, qwen4_exp_text
 from tests.models.tiny_recurrent import lfm2_moe
 
 _LINEAR, _FULL = "linear_attention", "full_attention"
@@ -59,6 +60,28 @@ RECURRENT_CONVERTED: dict[str, tuple[str, RawConfig]] = {
             linear_num_value_heads=3,
             linear_value_head_dim=12,
             num_experts_per_tok=5,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "qwen4_exp_text_plain": (
+        "qwen4exp",
+        qwen4_exp_text(linear_key_head_dim=12, linear_value_head_dim=12, ple_embed_dim=20),
+    ),
+    "qwen4_exp_plain": (
+        "qwen4exp",
+        qwen4_exp(
+            hc_count=2,
+            hc_lowrank=4,
+            heads_per_ngram=1,
+            layer_types=[_LINEAR, _LINEAR, _FULL],
+            linear_key_head_dim=8,
+            linear_num_value_heads=6,
+            linear_value_head_dim=8,
+            num_experts_per_tok=5,
+            ple_conv_kernel_size=3,
+            ple_embed_dim=20,
+            ple_layer_ids=[2],
+            split_ngram_parts=1,
             tie_word_embeddings=True,
         ),
     ),

@@ -1,4 +1,4 @@
-"""Write tiny Qwen3-Next and Qwen3.5-MoE models as GGUF files, with the same weights dequantised beside them.
+"""Write tiny Qwen3-Next, Qwen3.5-MoE and Qwen3.8 models as GGUF files, with the same weights dequantised beside them.
 
 llama.cpp's conversion changes three things: norms hold one plus their weight, except the norm inside a delta net; A_log
 becomes -e^A_log; rows are sorted by part, and in qwen35moe value heads by their place within their key head.
@@ -10,13 +10,14 @@ import json
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUFWriter
+from gguf import GGUFValueType, GGUFWriter
 
 from tests.models.gguf_models import TypeOf, add, to_blocks
 from tests.models.rows import row_of
 from tests.models.safetensors_file import Array, write_checkpoint
 from tests.models.tiny import random_tensors
 from tests.models.tiny_delta import RawConfig
+from tests.models.tiny_qwen4 import table_multipliers, table_primes
 
 _NAMES = {
     "input_layernorm.weight": "attn_norm.weight",
@@ -42,8 +43,32 @@ _NAMES = {
     "mlp.shared_expert.gate_proj.weight": "ffn_gate_shexp.weight",
     "mlp.shared_expert.up_proj.weight": "ffn_up_shexp.weight",
     "mlp.shared_expert.down_proj.weight": "ffn_down_shexp.weight",
+    "self_attn.indexer.q_layernorm.weight": "indexer.q_norm.weight",
+    "self_attn.indexer.k_layernorm.weight": "indexer.k_norm.weight",
+    "ple.key_proj.weight": "ple_key.weight",
+    "ple.value_proj.weight": "ple_value.weight",
+    "ple.norm_key.weight": "ple_norm_key.weight",
+    "ple.norm_query.weight": "ple_norm_query.weight",
+    "ple.norm_conv.weight": "ple_norm_conv.weight",
+    "ple.conv1d.weight": "ple_conv1d.weight",
 }
+_MIX_NAMES = {
+    "hc_norm": "norm",
+    "input_mix_weight_down": "down",
+    "input_mix_weight_up": "up",
+    "block_inject_weight": "inject",
+}
+_NAMES |= {
+    f"{module}_hyper_connection.{part}.weight": f"hc_{name}_{kind}.weight"
+    for module, name in (("attn", "attn"), ("mlp", "ffn"))
+    for part, kind in _MIX_NAMES.items()
+}
+_TABLE = "per_layer_token_embd.weight"
 _MODEL_NAMES = {
+    **{
+        f"model.hyper_connection_mixer.{part}.weight": f"output_hc_{kind}.weight"
+        for part, kind in _MIX_NAMES.items()
+    },
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
@@ -80,6 +105,11 @@ def write_delta_gguf(
                 if len(parts[name]) < config["num_experts"]:
                     continue
                 blocks = np.stack(parts.pop(name))
+            elif name == _TABLE:
+                parts.setdefault(name, []).append(blocks)
+                if len(parts[name]) < config["split_ngram_parts"]:
+                    continue
+                blocks = np.concatenate(parts.pop(name))
             add(writer, name, blocks, type_of(name))
     assert not parts
     writer.write_header_to_file()
@@ -98,7 +128,7 @@ def stored_vector(name: str, values: Array) -> Array:
     """Return a float32 tensor as the conversion stores it."""
     if name.endswith("ssm_a"):
         return -np.exp(values)
-    if name.endswith("norm.weight") and "ssm_norm" not in name:
+    if (name.endswith("norm.weight") and "ssm_norm" not in name) or "ple_norm" in name:
         return 1 + values
     return values.reshape(len(values), -1).squeeze() if "conv1d" in name or len(values) == 1 else values
 
@@ -111,6 +141,14 @@ def places(
         return [(_MODEL_NAMES[hub_name], (slice(None),))]
     _, _, layer, last = hub_name.split(".", 3)
     block = f"blk.{layer}."
+    if "ngram_embedding" in last:
+        return [(_TABLE, (slice(None),))]
+    if last.endswith("index_qk_proj.weight"):
+        queries = config["indexer_n_heads"] * config["indexer_head_dim"]
+        return [
+            (f"{block}indexer.q_proj.weight", (slice(queries),)),
+            (f"{block}indexer.k_proj.weight", (slice(queries, None),)),
+        ]
     if last.startswith("mlp.experts."):
         if last.endswith("gate_up_proj"):
             width = values.shape[1] // 2
@@ -162,6 +200,8 @@ def order(last: str, config: RawConfig) -> tuple[Array | slice, ...]:
 
 
 def recurrent_layers(config: RawConfig) -> list[bool]:
+    if config["model_type"] == "qwen4_exp_text":
+        return [kind == "linear_attention" for kind in config["layer_types"]]
     return [
         (layer + 1) % config["full_attention_interval"] != 0 for layer in range(config["num_hidden_layers"])
     ]
@@ -191,10 +231,43 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
     writer.add_ssm_time_step_rank(config["linear_num_value_heads"])
     writer.add_ssm_inner_size(config["linear_num_value_heads"] * config["linear_value_head_dim"])
     writer.add_array(f"{writer.arch}.attention.recurrent_layers", recurrent_layers(config))
-    writer.add_full_attention_interval(config["full_attention_interval"])
+    writer.add_full_attention_interval(config.get("full_attention_interval", 4))
+    if config["model_type"] == "qwen4_exp_text":
+        _add_qwen4_metadata(writer, config)
     if config["model_type"] == "qwen3_next":
         writer.add_feed_forward_length(config["intermediate_size"])
     else:
         writer.add_rope_dimension_sections([*rope["mrope_section"], 0])
     writer.add_tokenizer_model("none")
     writer.add_eos_token_id(config["eos_token_id"])
+
+
+def _add_qwen4_metadata(writer: GGUFWriter, config: RawConfig) -> None:
+    """Write keys that the released package `gguf` does not know."""
+
+    def add(name: str, value: int) -> None:
+        writer.add_uint32(f"{writer.arch}.{name}", value)
+
+    def add_all(name: str, values: list[int]) -> None:
+        writer.add_key_value(f"{writer.arch}.{name}", values, GGUFValueType.ARRAY, GGUFValueType.UINT64)
+
+    add("hyper_connection.count", config["hc_count"])
+    add("hyper_connection.low_rank", config["hc_lowrank"])
+    add("attention.indexer.head_count", config["indexer_n_heads"])
+    add("attention.indexer.key_length", config["indexer_head_dim"])
+    add("attention.indexer.top_k", config["indexer_budget"])
+    ratio, heads = config["indexer_compress_ratio"], config["heads_per_ngram"]
+    writer.add_array(
+        f"{writer.arch}.attention.compress_ratios", [0 if one else ratio for one in recurrent_layers(config)]
+    )
+    (layer,) = config["ple_layer_ids"]
+    writer.add_array(f"{writer.arch}.ple.layers", [layer - 1])
+    add("ple.ngram_size", config["ngram_size"])
+    add("ple.heads_per_ngram", heads)
+    add("ple.conv_kernel", config["ple_conv_kernel_size"])
+    add("ple.eos_token_id", config["eos_token_id"])
+    add("embedding_length_per_layer_input", config["ple_embed_dim"] // (config["ngram_size"] - 1) // heads)
+    primes = table_primes(config, 0)
+    add_all("ple.layer_multipliers", table_multipliers(config, 0))
+    add_all("ple.head_offsets", [sum(primes[:head]) for head in range(len(primes))])
+    add_all("ple.head_vocab_sizes", primes)

@@ -8,12 +8,10 @@ import numpy as np
 
 from tests.models.numpy_delta import delta_net, silu
 from tests.models.safetensors_file import Array
-from tests.models.tiny_qwen4 import RawConfig, table_primes
+from tests.models.tiny_qwen4 import RawConfig, table_multipliers, table_primes
 
 if TYPE_CHECKING:
     from tests.models.numpy_model import NumpyModel, Places
-
-_MASK = (1 << 64) - 1
 
 
 def sigmoid(x: Array) -> Array:
@@ -88,12 +86,7 @@ def ngrams(model: NumpyModel, name: str, token_ids: list[int], table: int, strea
 def hashes(config: RawConfig, token_ids: list[int], table: int) -> list[list[int]]:
     """Return the rows of each token."""
     size, per_length, end = config["ngram_size"], config["heads_per_ngram"], config["eos_token_id"]
-    primes, multipliers = table_primes(config, table), []
-    for index in range(size):  # SplitMix64
-        value = (config["seed"] + 10007 * table + 0x9E3779B97F4A7C15 * (index + 2)) & _MASK
-        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-        multipliers.append(2 * ((value ^ (value >> 31)) % (((1 << 63) - 1) // config["vocab_size"] // 2)) + 1)
+    primes, multipliers = table_primes(config, table), table_multipliers(config, table)
     found = []
     for at, token in enumerate(token_ids):
         mixed, is_over, rows = token * multipliers[0], False, []

@@ -52,7 +52,9 @@ class Row:
     as_known: rewrites config and tensors as those of a family that `numpy_model.py` computes.
     gguf: the architecture in which `gguf_models.py` writes it.
     released: rewrites a config that transformers reads as the released files have it, for llama.cpp's converter.
-    has_own_spelling: the converter reads config.json itself, because transformers 5.24 leaves keys out that it needs.
+    constants: integers that released files have and no tiny one, by name, which the converter needs.
+    has_own_spelling: the converter reads config.json itself, because transformers 5.24 leaves keys out that it needs,
+        or renames values.
     chats: the models of `tests/prompt/families.py` whose templates the released models have.
     without_references, without_record, without_converted, without_mlx: why there are no committed references, no
         metadata of llama.cpp's converter (`gguf_converted.json`), no file of it (`converted.py`), or no support of
@@ -68,6 +70,7 @@ class Row:
     as_known: Callable[[RawConfig, Mapping[str, Any]], tuple[RawConfig, dict[str, Any]]] | None = None
     gguf: str | None = None
     released: Callable[[RawConfig], RawConfig] | None = None
+    constants: Callable[[RawConfig], Mapping[str, list[int]]] | None = None
     has_own_spelling: bool = False
     chats: tuple[str, ...] = ()
     without_references: str = ""

@@ -132,6 +132,17 @@ def table_primes(text: RawConfig, table: int) -> list[int]:
     return primes[table * heads :]
 
 
+def table_multipliers(text: RawConfig, table: int) -> list[int]:
+    """The multipliers of a token and of those before it, by SplitMix64."""
+    mask, found = (1 << 64) - 1, []
+    for index in range(text["ngram_size"]):
+        value = (text["seed"] + 10007 * table + 0x9E3779B97F4A7C15 * (index + 2)) & mask
+        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
+        found.append(2 * ((value ^ (value >> 31)) % (((1 << 63) - 1) // text["vocab_size"] // 2)) + 1)
+    return found
+
+
 def table_rows(text: RawConfig, table: int) -> int:
     """The rows of a table, padded."""
     divisor: int = text["make_ngram_vocab_size_divisible_by"]
@@ -215,6 +226,21 @@ def sees_blocks(model: NumpyModel, prefix: str, x: Array, places: Places) -> Arr
     return (is_chosen[:, positions // size] | is_unfinished) & places.is_seen()
 
 
+def constants(config: RawConfig) -> dict[str, list[int]]:
+    """Return the constants of tables, as released files store them."""
+    text, found = text_of(config), {}
+    prefix = "model.language_model." if "text_config" in config else "model."
+    for table, layer in enumerate(text["ple_layer_ids"]):
+        name = f"{prefix}layers.{layer - 1}.ple.ple_embedding."
+        primes = table_primes(text, table)
+        found |= {
+            name + "layer_multipliers": table_multipliers(text, table),
+            name + "ngram_heads_vocab_sizes": primes,
+            name + "ngram_heads_offsets": [sum(primes[:head]) for head in range(len(primes))],
+        }
+    return found
+
+
 def _row() -> Row:
     return Row(
         shapes=qwen4_shapes,
@@ -222,8 +248,10 @@ def _row() -> Row:
         has_own_experts=True,
         has_zero_centred_norms=True,
         chats=("qwen3_coder",),
-        without_record="its GGUF files are not read",
-        without_converted="its GGUF files are not read",
+        gguf="qwen4exp",
+        without_record="its converter reads constants of the checkpoint's tensors",
+        constants=constants,
+        has_own_spelling=True,
         without_mlx="its tables are not read from MLX's checkpoints",
     )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from argosy import Engine, SamplingParams
 from argosy.checkpoint.gguf import read_gguf
@@ -64,6 +65,10 @@ def _made(directory: Path, config: RawConfig) -> Converted:
     model, prompt = load(directory), prompt_ids(config, SEED)
     with torch.no_grad():
         expected = model(input_ids=torch.tensor([prompt])).logits[0].numpy()
+    if (constants := row_of(config).constants) is not None:
+        path = directory / "model.safetensors"
+        whole = load_file(path) | {name: torch.tensor(values) for name, values in constants(config).items()}
+        save_file(whole, path)
     released = row_of(config).released
     config = {"architectures": [type(model).__name__], **(released(config) if released else config)}
     (directory / "config.json").write_text(json.dumps(config))

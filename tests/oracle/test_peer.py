@@ -52,6 +52,7 @@ from tests.models.tiny_latent import (
 from tests.models.tiny_llama4 import OF_GGUF, llama4_text
 from tests.models.tiny_minimax import minimax
 from tests.models.tiny_minimax_m3 import minimax_m3
+from tests.models.tiny_qwen4 import qwen4_exp_text
 from tests.models.tiny_recurrent import lfm2_moe
 from tests.models.tiny_step import FULL, SLIDING, step3p5
 
@@ -330,6 +331,15 @@ DELTA_MODELS: dict[str, RawConfig] = {
     "Qwen3-Next": qwen3_next(**DELTA, linear_num_value_heads=4),
     "Qwen3-Next, a value head for each key head": qwen3_next(**DELTA, linear_num_value_heads=2),
     "Qwen3.5-MoE": qwen3_5_moe_text(**DELTA, linear_num_value_heads=6),
+    "Qwen3.8": qwen4_exp_text(
+        **DELTA,
+        hc_lowrank=32,
+        heads_per_ngram=4,
+        indexer_budget=32,  # the whole prompt: llama.cpp keeps index keys in float16, which changes choices
+        indexer_head_dim=64,
+        linear_num_value_heads=4,
+        ple_embed_dim=256,
+    ),
 }
 
 

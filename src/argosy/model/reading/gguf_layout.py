@@ -25,6 +25,7 @@ from argosy.checkpoint.files import (
     ExpertRecord,
     ExpertRecords,
     ModelFiles,
+    TableRef,
     require_one_format_a_layer,
 )
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes, require_countable, shapes_together
@@ -40,7 +41,7 @@ from argosy.checkpoint.landing import (
 )
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.config import AttentionConfig, Format, MambaConfig, ModelConfig
-from argosy.errors import ArgosyError, UnsupportedModel
+from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
 from argosy.model.reading.accounts import TensorAccounts, read_draft
 
 _FLOAT_FORMATS: Mapping[str, Format] = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
@@ -139,6 +140,8 @@ def read_gguf_layout(
     is_paired: bool,
     has_rope_freqs: bool,
     names: Mapping[str, str] = {},
+    table_name: str = "",
+    passed_over: Sequence[str] = (),
 ) -> ModelFiles:
     """Account for every tensor of a GGUF file.
 
@@ -146,6 +149,8 @@ def read_gguf_layout(
         is_paired: rows of q and k are in the order of adjacent rotary pairs, as in the llama architecture.
         has_rope_freqs: the family reads `rope_freqs.weight`.
         names: the architecture's unusual names, those of layers below `blk.{layer}.`.
+        table_name: the n-gram table, with {layer} if each layer has its own.
+        passed_over: regular expressions for whole names of tensors that are not used.
 
     Raises:
         CheckpointError: a tensor is missing, extra, or has another shape than the metadata require.
@@ -160,13 +165,12 @@ def read_gguf_layout(
         if last == "token_experts":
             return reader.indices(dense_name(canonical, names), (shape[0], shape[1]), config.num_experts)
         heads = stacked = 0
+        mixer = None if last == canonical else config.layers[int(canonical.split(".")[1])].mixer
         if is_paired and last in ("q", "k"):
-            attention = config.layers[int(canonical.split(".")[1])].mixer
-            assert isinstance(attention, AttentionConfig)
-            heads = attention.num_heads if last == "q" else attention.num_kv_heads
+            assert isinstance(mixer, AttentionConfig)
+            heads = mixer.num_heads if last == "q" else mixer.num_kv_heads
         if config.latent is not None and last in ("k_up", "v_up"):
             stacked = config.latent.num_heads
-        mixer = None if last == canonical else config.layers[int(canonical.split(".")[1])].mixer
         if isinstance(mixer, MambaConfig):
             heads_and_groups = {
                 "mamba_rate": mixer.num_heads,
@@ -189,7 +193,8 @@ def read_gguf_layout(
     experts = ExpertRecords()
     for layer in config.moe_layers:
         accounts.experts(config, layer, experts)
-    leftovers = [_NOT_WEIGHTS if has_rope_freqs else _LEFTOVERS]
+    tables = {layer: accounts.table(config, layer, table_name) for layer in config.ngram_layers}
+    leftovers = [_NOT_WEIGHTS if has_rope_freqs else _LEFTOVERS, *map(re.compile, passed_over)]
     if config.latent is not None and not config.latent.is_up_split:
         leftovers.append(_COPIES)
     accounts.refuse_extra(
@@ -207,7 +212,7 @@ def read_gguf_layout(
             partial(take_dense, reader),
             lambda alone: reader.experts(alone, config.num_layers, ExpertRecords()),
         )
-    return ModelFiles(file.path, config, dense, experts, header=file, draft=draft)
+    return ModelFiles(file.path, config, dense, experts, header=file, tables=tables, draft=draft)
 
 
 def _layer_of(name: str) -> int | None:
@@ -239,6 +244,14 @@ class _Accounts(TensorAccounts):
         ref, _ = self.take_rows(name, shapes, number)
         rows, cols = ref.shape if len(ref.shape) == 2 else (1, ref.shape[0])
         return _matrix(ref, rows, cols, paired_heads, factor=self._factor(ref))
+
+    def table(self, config: ModelConfig, layer: int, name: str) -> TableRef:
+        """Take the table of a layer, which may have more rows than n-grams choose from."""
+        ngrams, name = config.layers[layer].ngrams, name.format(layer=layer)
+        assert ngrams is not None
+        if name not in self:
+            raise CheckpointError(f"{self.path.name}: {name} is missing", path=self.path, tensor=name)
+        return TableRef.of([self.take_any(name)], ngrams.num_rows, ngrams.row_dim)
 
     def experts(self, config: ModelConfig, layer: int, records: ExpertRecords) -> ExpertRecords:
         """Append the routed experts of a layer."""

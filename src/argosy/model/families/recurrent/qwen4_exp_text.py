@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.gguf import GgufFile
 from argosy.config import (
-    KV_BLOCK_TOKENS,
     AttentionConfig,
     BlockIndexConfig,
     DeltaConfig,
@@ -26,8 +27,9 @@ from argosy.config import (
 )
 from argosy.errors import CheckpointError
 from argosy.model.families.attention.qwen_moe import make_layouts
-from argosy.model.families.latent.deepseek import MOST_CHOSEN
 from argosy.model.families.recurrent.qwen3_5_moe_text import AXES
+from argosy.model.families.recurrent.qwen4_exp_gguf import open_qwen4_gguf
+from argosy.model.families.recurrent.qwen4_exp_index import make_index
 from argosy.model.families.recurrent.qwen_delta import (
     DELTA_NAMES,
     MTP_TENSORS,
@@ -38,10 +40,18 @@ from argosy.model.reading.common_config import Common, CommonDefaults, read_comm
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.reading.layout import Layout
 
-__all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "TEXT_LAYOUTS", "parse_config", "read_text"]
+__all__ = [
+    "GGUF_ARCHITECTURE",
+    "LAYOUTS",
+    "MODEL_TYPE",
+    "TEXT_LAYOUTS",
+    "open_gguf",
+    "parse_config",
+    "read_text",
+]
 
 MODEL_TYPE = "qwen4_exp_text"
-GGUF_ARCHITECTURE = None
+GGUF_ARCHITECTURE = "qwen4exp"
 
 _DELTA, _INDEXED, _FULL = "linear_attention", "indexed_attention", "full_attention"
 _MIX = {
@@ -50,7 +60,6 @@ _MIX = {
     "up": "input_mix_weight_up.weight",
     "inject": "block_inject_weight.weight",
 }
-_MOST_RATIO = 8192  # positions of a block
 _TABLE = "ple.ple_embedding.ngram_embedding"
 
 
@@ -107,6 +116,16 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     config = read_text(reader, MODEL_TYPE)
     reader.finish()
     return config
+
+
+def open_gguf(file: GgufFile) -> ModelFiles:
+    """The model in a GGUF file of architecture `qwen4exp`.
+
+    Raises:
+        UnsupportedModel: a key, value or tensor type that is not supported.
+        CheckpointError: a key or tensor is missing, malformed, or contradicts another.
+    """
+    return open_qwen4_gguf(file, GGUF_ARCHITECTURE, MODEL_TYPE, AXES)
 
 
 def read_text(reader: ConfigReader, family: str) -> ModelConfig:
@@ -191,36 +210,6 @@ def _read_index(reader: ConfigReader, common: Common) -> BlockIndexConfig | None
         budget=budget,
         ratio=ratio,
         rotary_dim=0 if rope is None else rope.rotary_dim,
-    )
-
-
-def make_index(
-    *, num_heads: int, head_dim: int, budget: int, ratio: int, rotary_dim: int
-) -> BlockIndexConfig:
-    """Return the indexer of these sizes: `budget` positions in blocks of `ratio`.
-
-    Raises:
-        CheckpointError: a size that attention cannot have; the message names it.
-    """
-    for what, value, is_right, expected in (
-        ("index dimensions", head_dim, head_dim >= rotary_dim, f"at least {rotary_dim}, which rotate"),
-        (
-            "positions of an index block",
-            ratio,
-            2 <= ratio <= _MOST_RATIO and not (KV_BLOCK_TOKENS % ratio and ratio % KV_BLOCK_TOKENS),
-            f"2 to {_MOST_RATIO}, and a divisor or a multiple of {KV_BLOCK_TOKENS}",
-        ),
-        (
-            "positions that an indexer chooses",
-            budget,
-            0 < budget <= MOST_CHOSEN and budget % ratio == 0,
-            f"a multiple of {ratio}, the positions of a block, up to {MOST_CHOSEN}",
-        ),
-    ):
-        if not is_right:
-            raise CheckpointError(f"the model has {value} {what}, expected {expected}", key="indexer_budget")
-    return BlockIndexConfig(
-        num_chosen=budget // ratio, block_size=ratio, head_dim=head_dim, joint_heads=num_heads
     )
 
 

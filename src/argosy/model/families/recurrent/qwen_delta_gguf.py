@@ -16,7 +16,7 @@ from argosy.model.reading.gguf_config import GgufConfigReader
 from argosy.model.reading.gguf_layout import read_gguf_layout
 from argosy.model.reading.rope_config import Axes
 
-_NAMES = {
+DELTA_NAMES = {
     "mlp_norm": "post_attention_norm.weight",
     "delta_qkvz": "ssm_in.weight",
     "delta_qkv": "attn_qkv.weight",
@@ -45,11 +45,11 @@ def open_delta_gguf(
     common = reader.common(has_partial_rope=True, axes=axes)
     # For layers without experts, and all layers have experts.
     reader.integer("feed_forward_length", 0, least=0)
-    delta = _read_delta(reader)
+    delta = read_delta(reader)
     attention = AttentionConfig(**common.attention, qk_norm="head", output_gate="query")
     layers = tuple(
         LayerConfig(mixer=delta if is_recurrent else attention, is_moe=True)
-        for is_recurrent in _recurrent_layers(reader)
+        for is_recurrent in recurrent_layers(reader)
     )
     config = ModelConfig(
         family=family,
@@ -63,10 +63,10 @@ def open_delta_gguf(
         **common.model,
     )
     reader.finish()
-    return read_gguf_layout(file, config, is_paired=False, has_rope_freqs=False, names=_NAMES)
+    return read_gguf_layout(file, config, is_paired=False, has_rope_freqs=False, names=DELTA_NAMES)
 
 
-def _recurrent_layers(reader: GgufConfigReader) -> tuple[bool, ...]:
+def recurrent_layers(reader: GgufConfigReader) -> tuple[bool, ...]:
     """Whether each layer has a delta net.
 
     If the file lists the layers, the list decides, as in llama.cpp. Its converter takes the list from `layer_types`,
@@ -81,7 +81,7 @@ def _recurrent_layers(reader: GgufConfigReader) -> tuple[bool, ...]:
     return tuple((layer + 1) % interval != 0 for layer in range(num_layers))
 
 
-def _read_delta(reader: GgufConfigReader) -> DeltaConfig:
+def read_delta(reader: GgufConfigReader, *, has_sigmoid_gate: bool = False) -> DeltaConfig:
     """Sizes of the delta nets, stored under the key names of another recurrent layer."""
     key_heads, value_heads = reader.integer("ssm.group_count"), reader.integer("ssm.time_step_rank")
     channels = reader.integer("ssm.inner_size")
@@ -103,4 +103,5 @@ def _read_delta(reader: GgufConfigReader) -> DeltaConfig:
         has_joined_ba=any(name.endswith(".ssm_ba.weight") for name in tensors),
         is_tiled=any(name.endswith(".ssm_alpha.weight") for name in tensors),
         is_rate_log=False,
+        has_sigmoid_gate=has_sigmoid_gate,
     )

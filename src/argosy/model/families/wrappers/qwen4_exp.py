@@ -9,10 +9,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from argosy.config import ModelConfig
-from argosy.model.families.recurrent.qwen4_exp_text import GGUF_ARCHITECTURE, TEXT_LAYOUTS, read_text
+from argosy.model.families.recurrent.qwen4_exp_text import (
+    GGUF_ARCHITECTURE,
+    TEXT_LAYOUTS,
+    open_gguf,
+    read_text,
+)
 from argosy.model.reading.common_config import parse_wrapper
 
-__all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "parse_config"]
+__all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
 
 MODEL_TYPE = "qwen4_exp"
 
