@@ -25,7 +25,7 @@ from tests.helpers.examples import few_of
 from tests.models.mxfp4_models import write_mxfp4_model
 from tests.models.runnable import runnable
 from tests.models.tiny import RawConfig, gpt_oss, prompt_ids, qwen3_moe, write_model
-from tests.models.tiny_deepseek_v4 import deepseek_v4, write_deepseek_v4
+from tests.models.tiny_deepseek_v4 import deepseek_v4
 from tests.models.tiny_deepseek_v41 import deepseek_v41, write_deepseek_v41
 from tests.models.tiny_delta import qwen3_next
 from tests.models.tiny_dense import gemma3_text
@@ -79,8 +79,7 @@ CONFIGS: dict[str, RawConfig] = {
     "delta and small blocks": qwen4_exp_text(max_position_embeddings=1024),
     "windows and shared pools": deepseek_v41(sliding_window=37),
 }
-WRITERS: dict[str, Callable[..., Any]] = {"gpt_oss": write_mxfp4_model, "deepseek_v4": write_deepseek_v4}
-WRITERS["deepseek_v41"] = write_deepseek_v41
+WRITERS: dict[str, Callable[..., Any]] = {"gpt_oss": write_mxfp4_model, "deepseek_v41": write_deepseek_v41}
 RECURRENT = {
     "delta", "convolutions", "mamba", "kimi delta", "lightning", "windows and pools", "windows and delta",
     "windows and shared pools",

@@ -19,7 +19,8 @@ from tests.models.gguf_deepseek_v4 import write_gguf
 from tests.models.numpy_deepseek_v4 import DeepseekV4
 from tests.models.references import LARGEST_DIFFERENCE, difference
 from tests.models.safetensors_file import read_header
-from tests.models.tiny_deepseek_v4 import deepseek_v4, write_deepseek_v4
+from tests.models.tiny import prompt_ids, random_tensors, write_model
+from tests.models.tiny_deepseek_v4 import deepseek_v4
 
 WINDOWS: dict[str, Any] = {"compress_ratios": [0] * 4}
 
@@ -114,21 +115,21 @@ def test_other_configs_are_refused_by_name(changes: dict[str, Any], sentence: st
 def test_logits_are_those_of_float64(changes: dict[str, Any], length: int, tmp_path: Path) -> None:
     config = deepseek_v4(**changes)
     for seed in range(9):
-        tensors = write_deepseek_v4(tmp_path, config, seed)
-        tokens = np.random.default_rng(seed).integers(3, config["vocab_size"], length).tolist()
+        tensors, tokens = random_tensors(config, seed, "F32"), prompt_ids(config, seed, length)
         model = DeepseekV4(config, {name: one.astype(np.float64) for name, one in tensors.items()})
         expected = model.logits(tokens)
         if model.margin > 1e-5:  # else float32 may choose otherwise
             break
     else:
         pytest.fail("no seed has clear choices")
+    write_model(tmp_path, config, seed=seed, dtype="F32")
     with Engine.open(tmp_path, memory="4GiB", kv_dtype="f32", threads=1) as engine:
         assert difference(engine.logits(tokens), expected) <= LARGEST_DIFFERENCE
 
 
 def test_expert_ids_outside_the_layer_are_named(tmp_path: Path) -> None:
     config = deepseek_v4()
-    write_deepseek_v4(tmp_path, config, 5)
+    write_model(tmp_path, config, seed=5, dtype="F32")
     content = (tmp_path / "model.safetensors").read_bytes()
     header, begin = read_header(tmp_path / "model.safetensors")
     first = begin + header["layers.0.ffn.gate.tid2eid"]["data_offsets"][0]
@@ -142,7 +143,7 @@ def test_expert_ids_outside_the_layer_are_named(tmp_path: Path) -> None:
 
 def test_no_budget_chunk_thread_prefix_or_pack_changes_a_bit(tmp_path: Path) -> None:
     config = deepseek_v4()
-    write_deepseek_v4(tmp_path, config, 5)
+    write_model(tmp_path, config, seed=5, dtype="F32")
     tokens = np.random.default_rng(6).integers(3, config["vocab_size"], 150).tolist()
     greedy = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, logprobs=3)
     packed = tmp_path / "packed"
@@ -163,8 +164,8 @@ def test_no_budget_chunk_thread_prefix_or_pack_changes_a_bit(tmp_path: Path) -> 
 
 def test_a_gguf_file_means_the_same(tmp_path: Path) -> None:
     config = deepseek_v4()
-    tensors = write_deepseek_v4(tmp_path, config, 5)
-    write_gguf(tmp_path / "model.gguf", config, tensors)
+    write_model(tmp_path, config, seed=5, dtype="F32")
+    write_gguf(tmp_path / "model.gguf", config, random_tensors(config, 5, "F32"))
     own = open_model(tmp_path).config
     other = open_model(tmp_path / "model.gguf").config
     assert replace(other, eos_ids=own.eos_ids, bos_id=own.bos_id) == own

@@ -21,7 +21,7 @@ from argosy.model.families import open_model
 from tests.engine.random_drafter import RandomDrafter
 from tests.models.mxfp4_models import write_mxfp4_model
 from tests.models.tiny import gpt_oss, prompt_ids, qwen3_moe, write_model
-from tests.models.tiny_deepseek_v4 import deepseek_v4, write_deepseek_v4
+from tests.models.tiny_deepseek_v4 import deepseek_v4
 from tests.models.tiny_flint import lara_mini
 
 CONFIG = gpt_oss(
@@ -168,12 +168,9 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     path = tmp_path_factory.mktemp("model") / request.param
     if request.param == "attention":
         write_mxfp4_model(path, CONFIG, seed=3)
-    elif request.param == "pools":
-        write_deepseek_v4(
-            path, deepseek_v4(max_position_embeddings=2048, sliding_window=32, vocab_size=112), seed=3
-        )
     else:
-        write_model(path, lara_mini(max_position_embeddings=2048, sliding_window=32, vocab_size=112), seed=3)
+        family = {"pools": deepseek_v4, "delta": lara_mini}[request.param]
+        write_model(path, family(max_position_embeddings=2048, sliding_window=32, vocab_size=112), seed=3)
     return path
 
 

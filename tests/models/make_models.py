@@ -67,7 +67,7 @@ class Answer:
     @property
     def is_decided(self) -> bool:
         return (
-            self.router_margin > SMALLEST_ROUTER_MARGIN
+            self.router_margin > SMALLEST_ROUTER_MARGIN * min(1, 60 / len(self.logits))
             and self.greedy_margin > SMALLEST_GREEDY_MARGIN
             and self.index_margin > SMALLEST_INDEX_MARGIN
             and len(set(self.greedy)) >= FEWEST_DISTINCT_TOKENS
@@ -227,6 +227,8 @@ def routing_margin(router: torch.nn.Module, inputs: tuple[torch.Tensor, ...], lo
         return margin_behind(torch.nn.functional.linear(inputs[0], router.weight), router.top_k)
     bias = inputs[1] if len(inputs) > 1 else getattr(router, "e_score_correction_bias", None)
     scores = logits.softmax(-1) if bias is None else logits.sigmoid() + bias
+    if hasattr(router, "score_fn"):
+        scores = router.score_fn(logits) + bias
     if hasattr(router, "moe_statics"):  # ERNIE-4.5's adds a bias to the softmax
         scores = router.moe_statics(scores)
     num_groups, kept = getattr(router, "num_group", None) or 1, getattr(router, "topk_group", None) or 1

@@ -40,6 +40,7 @@ from tests.models import (
     tiny_windows,
     tiny_wrappers,
 )
+from tests.models.numpy_deepseek_v4 import DeepseekV4
 from tests.models.numpy_delta import delta_net
 from tests.models.numpy_flags import run_layer
 from tests.models.numpy_kda import as_deepseek, kimi_delta_attention
@@ -159,6 +160,12 @@ class NumpyModel:
             return numpy_qwen4.logits(
                 self, token_ids, self.places(len(token_ids), spans, 0), spans.embeddings
             )
+        if self.family == "deepseek_v4":
+            model = DeepseekV4(self.config, self.tensors)
+            found = model.logits(token_ids)
+            self.router_margin = model.margin
+            self.hidden_states = [streams.mean(axis=1) for streams in model.states]
+            return found
         places = [
             self.places(len(token_ids), spans, layer) for layer in range(self.config["num_hidden_layers"])
         ]

@@ -484,6 +484,10 @@ def random_tensors(config: RawConfig, seed: int, dtype: str) -> dict[str, Array]
     has_zero_centred_norms = row_of(config).has_zero_centred_norms
     is_tied = not any(name.endswith("lm_head.weight") for name in shapes)
     for name, shape in shapes.items():
+        if name.endswith("tid2eid"):  # the experts of each token
+            each = np.tile(np.arange(num_experts(config)), (shape[0], 1))
+            tensors[name] = rng.permuted(each, axis=1)[:, : shape[1]]
+            continue
         noise = rng.standard_normal(shape, np.float32)
         if "norm" in name:
             is_zero_centred = has_zero_centred_norms and "linear_attn" not in name
@@ -498,9 +502,9 @@ def random_tensors(config: RawConfig, seed: int, dtype: str) -> dict[str, Array]
             ("e_score_correction_bias", "moe.router_bias", "feed_forward.expert_bias", "gate.expert_bias")
         ):
             values = 0.1 * noise
-        elif name.endswith((".bias", "_bias")) or ("hc_" in name and name.endswith(("base", "scale"))):
+        elif name.endswith((".bias", "_bias", ".bias_vl", "_base", "_scale")):
             values = 0.3 * noise
-        elif name.endswith(("sinks", "softmax_offset", "learnable_sink_param")):
+        elif name.endswith(("sinks", "attn_sink", "softmax_offset", "learnable_sink_param")):
             values = noise
         elif any(part in name for part in ("embed_tokens", "word_embeddings", "backbone.embeddings")):
             # A tied table is also the head: at unit size a token would only ever predict itself.
@@ -530,7 +534,8 @@ def write_model(
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tensors = random_tensors(config, seed, dtype)
-    write_checkpoint(directory, {name: (dtype, t) for name, t in tensors.items()}, num_shards=num_shards)
+    stored = {name: ("I64" if t.dtype == np.int64 else dtype, t) for name, t in tensors.items()}
+    write_checkpoint(directory, stored, num_shards=num_shards)
     return directory
 
 

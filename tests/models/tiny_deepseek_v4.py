@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tests.models.rows import Row
-from tests.models.safetensors_file import Array, write_safetensors
+from tests.models.safetensors_file import Array
+from tests.models.tiny import random_tensors, write_model
 
 RawConfig = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
@@ -142,42 +140,18 @@ def _pool(prefix: str, hidden: int, dim: int, ratio: int) -> Shapes:
     }
 
 
-def random_values(shapes: Shapes, num_experts: int, seed: int) -> dict[str, Array]:
-    """Return values of every tensor, of a size at which every part matters."""
-    rng = np.random.default_rng(seed)
-    tensors: dict[str, Array] = {}
-    for name, shape in shapes.items():
-        drawn = rng.standard_normal(shape).astype(np.float32)
-        if name.endswith("tid2eid"):
-            rows = [rng.permutation(num_experts)[: shape[1]] for _ in range(shape[0])]
-            tensors[name] = np.array(rows, np.int64)
-        elif "norm." in name:
-            tensors[name] = 1 + np.float32(0.1) * drawn
-        elif name.endswith("_scale"):
-            tensors[name] = np.float32(0.5) + np.float32(0.1) * drawn
-        elif len(shape) == 1:
-            tensors[name] = np.float32(0.3) * drawn
-        else:
-            tensors[name] = drawn * np.float32(1.2 / np.sqrt(shape[-1]))
-    return tensors
-
-
 def write_deepseek_v4(directory: Path, config: RawConfig, seed: int) -> dict[str, Array]:
     """Write a checkpoint, with weights in float32; return its tensors."""
-    tensors = random_values(shapes(config), config["n_routed_experts"], seed)
-    kinds = {name: "I64" if one.dtype == np.int64 else "F32" for name, one in tensors.items()}
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(config))
-    write_safetensors(
-        directory / "model.safetensors", {name: (kinds[name], one) for name, one in tensors.items()}
-    )
-    return tensors
+    write_model(directory, config, seed=seed, dtype="F32")
+    return random_tensors(config, seed, "F32")
 
 
 ROWS = {
     "deepseek_v4": Row(
-        shapes=None,
-        without_references="`tests/oracle/test_deepseek_v4.py` compares its numpy model with transformers",
+        shapes=shapes,
+        has_own_experts=True,
+        has_own_modules=True,
+        prompt_tokens=140,
         without_record="`test_deepseek_v4.py` compares the metadata with the config",
         without_converted="`gguf_deepseek_v4.py` writes the converter's names",
         without_mlx="no checkpoint of MLX has been read",

@@ -321,11 +321,11 @@ def test_a_config_describes_as_many_weights_as_transformers_has(
     left_out = ".indexer." if "qwen4_exp" in configuration.config["model_type"] else "-"
     read = (weight for name, weight in decoder.named_parameters() if left_out not in name)
     weights = {id(weight): weight.numel() for weight in (*read, head.weight)}
-    # Biases for the choice, and Gemma's factors of layers; a file without such a bias leaves zeros.
+    # Biases for the choice, Gemma's factors of layers, experts by token; a file without such a bias leaves zeros.
     biases = sum(
         buffer.numel()
         for name, buffer in decoder.named_buffers()
-        if name.endswith(("bias", "layer_scalar")) and buffer.any()
+        if name.endswith(("bias", "layer_scalar", "tid2eid")) and buffer.any()
     )
     padding = sum(  # rows at the end of a table that no hash gives
         (len(rows := table.ngram_embedding.weight) - int(table.ngram_heads_vocab_sizes.sum())) * rows.shape[1]
