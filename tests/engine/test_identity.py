@@ -41,6 +41,7 @@ from tests.models.tiny import (
     write_model,
 )
 from tests.models.tiny_cohere import cohere2_moe
+from tests.models.tiny_deepseek_v4 import deepseek_v4
 from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
 from tests.models.tiny_dense import gemma3_text
 from tests.models.tiny_flint import flint, lara_mini
@@ -48,6 +49,7 @@ from tests.models.tiny_gemma import gemma4
 from tests.models.tiny_glm5 import glm5_next
 from tests.models.tiny_gqa import mimo_v2_flash
 from tests.models.tiny_hy4 import hy_v4
+from tests.models.tiny_k3 import kimi_k3
 from tests.models.tiny_kda import bailing_hybrid, kimi_linear
 from tests.models.tiny_latent import deepseek_v3, glm_moe_dsa, kimi_k2, mistral4
 from tests.models.tiny_ling import ling_2_5
@@ -163,6 +165,12 @@ CONFIGS = {
         hidden_size=72,
         n_routed_experts=9,
         num_experts_per_tok=3,
+    ),
+    "deepseek_v4": deepseek_v4(  # streams, pools beside windows, experts by token and by choice
+        hidden_size=72, n_routed_experts=9, num_experts_per_tok=3
+    ),
+    "kimi_k3": kimi_k3(  # a bank of hidden states, latent experts with a norm, gates of elements
+        max_position_embeddings=1024, hidden_size=72, num_experts=9, num_experts_per_token=3
     ),
     "mistral4": mistral4(  # queries that grow with their position
         max_position_embeddings=1024,
@@ -299,6 +307,11 @@ IN_SHORT = [
             "minimax",
             "deepseek_v3",
             "glm_moe_dsa",
+            "deepseek_v4",
+            "kimi_k3",
+            "qwen4_exp_text",
+            "minimax_m3_vl",
+            "glm5_next",
             "gemma4",
             "gemma3_text",
         )

@@ -37,6 +37,7 @@ from tests.models.tiny_latent import deepseek_v3, glm_moe_dsa
 from tests.models.tiny_llama4 import llama4_text
 from tests.models.tiny_mamba import nemotron_h
 from tests.models.tiny_minimax import minimax
+from tests.models.tiny_minimax_m3 import minimax_m3
 from tests.models.tiny_qwen4 import qwen4_exp_text
 from tests.models.tiny_recurrent import lfm2_moe
 
@@ -76,6 +77,7 @@ CONFIGS: dict[str, RawConfig] = {
     "windows and delta": lara_mini(max_position_embeddings=1024),
     "kimi delta and a bank": kimi_k3(max_position_embeddings=1024),
     "kimi delta and chosen pools": glm5_next(max_position_embeddings=1024, index_kpool=4, index_topk=8),
+    "chosen blocks": minimax_m3(max_position_embeddings=1024),
     "delta and small blocks": qwen4_exp_text(max_position_embeddings=1024),
     "windows and shared pools": deepseek_v41(sliding_window=37),
 }
@@ -85,7 +87,7 @@ RECURRENT = {
     "windows and shared pools",
     "kimi delta and a bank", "kimi delta and chosen pools", "delta and small blocks",
 }  # fmt: skip
-IN_SHORT = list(CONFIGS)[:9]
+IN_SHORT = [*list(CONFIGS)[:9], "kimi delta and a bank"]
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ from tests.families.published_recurrent import (
     qwen3_5_35b,
     step_3_5_flash,
 )
-from tests.families.published_sparse import DEEPSEEK_V4_1_FLASH, HY4, MINIMAX_M3
+from tests.families.published_sparse import DEEPSEEK_V4_1_FLASH, DEEPSEEK_V4_FLASH, HY4, MINIMAX_M3
 from tests.families.published_windows import (
     LAGUNA_S_2_1,
     LAGUNA_XS_2_1,
@@ -1214,6 +1214,7 @@ PUBLISHED = (
     Published("Nemotron-3-Super-120B-A12B", nemotron_h(**NEMOTRON_3_SUPER), 120.6),
     Published("ERNIE-4.5-21B-A3B", ERNIE_45_21B, 21.8),
     Published("MiniMax-M2", minimax_m2(), 228.7),
+    Published("DeepSeek-V4-Flash", DEEPSEEK_V4_FLASH, 284.0),
     Published("MiniMax-M3", MINIMAX_M3, 428.0),  # with its tower
     Published("Hy4-preview", HY4, 770.0),
     Published("DeepSeek-V4.1-Flash", DEEPSEEK_V4_1_FLASH, 552.0 + 196.6),  # and its tables

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from argosy import Engine
+from argosy.checkpoint.files import ExpertMatrix
 from argosy.checkpoint.geometry import count_parameters
 from argosy.config import ActivationConfig, BankResidual, KimiDeltaConfig, ModelConfig
 from argosy.errors import ArgosyError
-from argosy.model.families import FAMILIES
+from argosy.model.families import FAMILIES, open_model
+from argosy.model.reading.config_reader import HARMLESS
+from tests.engine.test_gguf import LARGEST_DIVERGENCE
 from tests.families.published_recurrent import KIMI_K3
 from tests.models.gguf_k3 import write_k3_gguf
-from tests.models.references import LARGEST_DIFFERENCE, difference
+from tests.models.hub_schemes import KINDS, fp4, write_kind
+from tests.models.references import LARGEST_DIFFERENCE, difference, mean_divergence
+from tests.models.safetensors_file import read_safetensors
 from tests.models.tiny import RawConfig, prompt_ids, random_tensors, write_model
-from tests.models.tiny_k3 import NumpyK3, kimi_k3
+from tests.models.tiny_k3 import PEER_BLOCKS, PEER_LOGITS, PEER_SEED, NumpyK3, kimi_k3, kimi_k3_for_peer
 
 
 def parse(raw: RawConfig) -> ModelConfig:
@@ -58,6 +64,39 @@ def test_unsupported_features_are_refused_by_name(changes: dict[str, Any], sente
     assert sentence in str(caught.value)
 
 
+@pytest.mark.parametrize("is_of_delta", [False, True], ids=["text_config", "linear_attn_config"])
+def test_every_key_changes_the_model_or_is_refused(is_of_delta: bool) -> None:
+    before, unnoticed = parse(kimi_k3()), set()
+
+    def keys_of(raw: RawConfig) -> RawConfig:
+        text: RawConfig = raw["text_config"]
+        return text["linear_attn_config"] if is_of_delta else text
+
+    for key, value in keys_of(kimi_k3()).items():
+        raw = kimi_k3()
+        for other in others_like(value):
+            keys_of(raw)[key] = other
+            try:
+                is_noticed = parse(raw) != before
+            except ArgosyError:
+                is_noticed = True
+            if not is_noticed:
+                unnoticed.add(key)
+    assert unnoticed - HARMLESS == (set() if is_of_delta else WITHOUT_EFFECT)
+
+
+# The hidden size over the number of heads; the rotary embedding, which no layer has; what the wrapper says.
+WITHOUT_EFFECT = {"head_dim", "rope_theta", "bos_token_id", "eos_token_id", "tie_word_embeddings"}
+
+
+def others_like(value: Any) -> list[Any]:
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, list):
+        return [value[:-1], [*value, 4]]
+    return [value + 1, 2 * value + 3] if isinstance(value, int | float) else ["softplus", 7]
+
+
 def test_situ_has_no_default_limits() -> None:
     raw = kimi_k3()
     del raw["text_config"]["activation_situ_beta"]
@@ -84,6 +123,36 @@ def test_logits_are_those_of_float64(changes: dict[str, Any], dtype: str, tmp_pa
     assert model.router_margin > 1e-4
     with Engine.open(tmp_path, memory="4GiB", kv_dtype="f32", threads=1) as engine:
         assert difference(engine.logits(prompt), expected) <= LARGEST_DIFFERENCE
+
+
+@pytest.mark.parametrize("block", PEER_BLOCKS)
+def test_logits_are_llama_cpp_s(block: int, tmp_path: Path) -> None:
+    config, expected = kimi_k3_for_peer(block), read_safetensors(PEER_LOGITS)[f"block_{block}"]
+    write_model(tmp_path, config, seed=PEER_SEED, dtype="F32")
+    with Engine.open(tmp_path, memory="4GiB", kv_dtype="f32", threads=1) as engine:
+        logits = engine.logits(prompt_ids(config, PEER_SEED))
+    assert mean_divergence(expected, logits) <= 1e-6  # llama.cpp keeps keys and values in 16 bits
+
+
+def test_experts_in_mxfp4_have_the_logits_of_their_values(tmp_path: Path) -> None:
+    """As the released files have them: compressed-tensors' codes and scales, everything else in bf16."""
+    config = kimi_k3(  # every expert is chosen, so that rounded activations flip no choice
+        routed_expert_hidden_size=64, moe_intermediate_size=32, num_experts=4, num_experts_per_token=4
+    )
+    codes = fp4(32, "U8", "weight_packed")
+    kind = replace(KINDS["ct mxfp4"], quantise={f".w{matrix}.": codes for matrix in (1, 2, 3)})
+    plain, prompt, found = write_kind(tmp_path / "coded", config, kind, seed=2), prompt_ids(config, 2), []
+    assert {matrix.format for matrix in expert_matrices(tmp_path / "coded")} == {"mxfp4"}
+    for path in (plain, tmp_path / "coded"):
+        with Engine.open(path, memory="4GiB", kv_dtype="f32", threads=1) as engine:
+            found.append(engine.logits(prompt))
+    assert mean_divergence(*found) <= LARGEST_DIVERGENCE
+
+
+def expert_matrices(path: Path) -> list[ExpertMatrix]:
+    return [
+        one for record in open_model(path).experts.values() for one in (record.gate, record.up, record.down)
+    ]
 
 
 def test_a_gguf_file_has_the_same_logits(tmp_path: Path) -> None:

@@ -584,7 +584,9 @@ def write_kind(
     for name, values in random_tensors(config, seed, "BF16").items():
         as_module = name.replace("attention.query_key_value", "self_attn.qkv_proj")
         quantise = next((one for part, one in kind.quantise.items() if part in as_module), None)
-        if quantise is None or not as_module.endswith("_proj.weight"):
+        if quantise is None or not as_module.endswith(
+            ("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")
+        ):
             stored[name], exact[name] = ("BF16", values), values
             continue
         parts, exact[name] = quantise(rng, values.shape, float(values.std()))

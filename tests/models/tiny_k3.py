@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,10 @@ Shapes = dict[str, tuple[int, ...]]
 
 FAMILY = "kimi_k3"
 PREFIX = "language_model.model."
+
+# Of the models whose logits `make_k3.py` keeps.
+PEER_BLOCKS, PEER_SEED = (2, 5), 7
+PEER_LOGITS = Path(__file__).parent / "k3_logits.safetensors"
 
 
 def kimi_k3(**changes: Any) -> RawConfig:
@@ -89,6 +94,16 @@ def kimi_k3(**changes: Any) -> RawConfig:
         "transformers_version": "4.56.2",
         "vision_config": {"vt_hidden_size": 8},
     }
+
+
+def kimi_k3_for_peer(block: int) -> RawConfig:
+    """Return a config whose sizes llama.cpp can run."""
+    return kimi_k3(
+        attn_res_block_size=block, hidden_size=128, intermediate_size=64, kv_lora_rank=64, head_dim=32,
+        linear_attn_config=kimi_k3()["text_config"]["linear_attn_config"] | {"head_dim": 64, "num_heads": 4},
+        moe_intermediate_size=64, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=32, qk_nope_head_dim=32,
+        qk_rope_head_dim=32, routed_expert_hidden_size=64, v_head_dim=64,
+    )  # fmt: skip
 
 
 def tensor_shapes(raw: RawConfig) -> Shapes:
@@ -275,7 +290,7 @@ ROWS = {
     FAMILY: Row(
         shapes=tensor_shapes,
         has_own_experts=True,
-        without_references="transformers has no class; `test_kimi_k3.py` compares with numpy",
+        without_references="transformers has no class; `test_kimi_k3.py` compares with numpy and llama.cpp",
         without_record="llama.cpp's converter needs the released tokenizer",
         without_mlx="MLX's layout joins q, k and v",
     )

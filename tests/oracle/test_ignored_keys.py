@@ -54,11 +54,9 @@ WITHOUT_EFFECT: dict[str, dict[str, str]] = {
         "`block_configs` gives it for each layer",
     ),
 }
-_INDEXER = "of the indexer, which is left out"
 for _family in ("qwen4_exp", "qwen4_exp_text"):
     WITHOUT_EFFECT[_family] = {
-        **dict.fromkeys(("indexer_compress_ratio", "indexer_head_dim", "indexer_n_heads"), _INDEXER),
-        "make_ngram_vocab_size_divisible_by": "rows that no hash gives, at the end of a table",
+        "make_ngram_vocab_size_divisible_by": "rows that no hash gives, at the end of a table"
     }
 FAMILY_CONFIGS: dict[str, list[RawConfig]] = defaultdict(list)
 for _one in CONFIGURATIONS:

@@ -37,7 +37,7 @@ from tests.models.tiny import (
 from tests.models.tiny_deepseek_v4 import deepseek_v4
 from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
 from tests.models.tiny_gqa import mimo_v2_flash
-from tests.models.tiny_k3 import kimi_k3
+from tests.models.tiny_k3 import PEER_BLOCKS, PEER_SEED, kimi_k3_for_peer
 from tests.models.tiny_kda import bailing_hybrid, kimi_linear
 from tests.models.tiny_latent import (
     deepseek_v2,
@@ -183,16 +183,11 @@ def test_logits_over_pools_and_windows_are_llama_cpp_s(seed: int, tmp_path: Path
     assert mean_divergence(peer_logits(path, prompt), logits) <= LARGEST_DIVERGENCE
 
 
-@pytest.mark.parametrize("block", [2, 5])
+@pytest.mark.parametrize("block", PEER_BLOCKS)
 def test_logits_of_a_bank_of_hidden_states_are_llama_cpp_s(block: int, tmp_path: Path) -> None:
-    config = kimi_k3(
-        attn_res_block_size=block, hidden_size=128, intermediate_size=64, kv_lora_rank=64, head_dim=32,
-        linear_attn_config=kimi_k3()["text_config"]["linear_attn_config"] | {"head_dim": 64, "num_heads": 4},
-        moe_intermediate_size=64, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=32, qk_nope_head_dim=32,
-        qk_rope_head_dim=32, routed_expert_hidden_size=64, v_head_dim=64,
-    )  # fmt: skip
-    path, prompt = tmp_path / "model.gguf", prompt_ids(config, 7)
-    write_k3_gguf(path, config, random_tensors(config, 7, "F32"))
+    config = kimi_k3_for_peer(block)
+    path, prompt = tmp_path / "model.gguf", prompt_ids(config, PEER_SEED)
+    write_k3_gguf(path, config, random_tensors(config, PEER_SEED, "F32"))
     with Engine.open(path, memory="4GiB", kv_dtype="f32", threads=1) as engine:
         logits = engine.logits(prompt)
     assert mean_divergence(peer_logits(path, prompt), logits) <= LARGEST_DIVERGENCE
