@@ -355,22 +355,23 @@ def test_experts_leave_in_the_middle_of_a_step_that_a_smaller_budget_would_wait_
     assert tight._started.model.decoder.between_layers is None
 
 
-LONG = [1 + number % 7 for number in range(128)]
+LONG = [1 + number % 7 for number in range(192)]
 TWO = SamplingParams(max_tokens=2, temperature=0)
-# A layer takes more than the 50 ms after which a native call stops.
+# A step takes several times the 50 ms after which a native call lets others act between two of its layers.
 SLOW: dict[str, Any] = {"instruction_set": "plain", "prefix_reuse": False, **OPTIONS}
 
 
 def resize_within_a_step(
     engine: Engine, budget: int, monkeypatch: pytest.MonkeyPatch
-) -> tuple[list[int], int, BaseException | None]:
+) -> tuple[list[int], bool, BaseException | None]:
     """Ask for a budget when the first step of a prompt has begun.
 
     Returns:
-        The token ids of the answer, how often the step stopped for experts, and the error of `resize` or None.
+        The token ids of the answer, whether experts were in slots that hold some of them before the step ended, and the
+        error of `resize` or None.
     """
-    decoder, stops, errors = engine._started.model.decoder, list[int](), list[BaseException]()
-    run_experts, use_experts = decoder._run_experts, decoder._use_experts
+    model, decoder, errors = engine._started.model, engine._started.model.decoder, list[BaseException]()
+    use_experts, pause, has_left = decoder._use_experts, decoder._pause, list[bool]()
 
     def ask() -> None:
         try:
@@ -387,20 +388,22 @@ def resize_within_a_step(
             while decoder.between_layers is None:
                 time.sleep(0.001)
 
-    def note(layer: int, dispatch: Any) -> None:
-        stops.append(layer)
-        run_experts(layer, dispatch)
+    def note() -> None:
+        pause()
+        has_left.append(
+            model.cache is not None and model.cache.slots.num_slots < engine.plan.slots.num_experts
+        )
 
     with monkeypatch.context() as patch:
         patch.setattr(decoder, "_use_experts", begin)
-        patch.setattr(decoder, "_run_experts", note)
+        patch.setattr(decoder, "_pause", note)
         sequence = engine.submit(LONG, TWO)
         engine.step()
-        num_stops = len(stops)
+        is_early = any(has_left)
         while sequence.result is None:
             engine.step()
     asked.join()
-    return sequence.new_ids, num_stops, errors[0] if errors else None
+    return sequence.new_ids, is_early, errors[0] if errors else None
 
 
 @pytest.mark.parametrize("are_in_slots", [False, True], ids=["end to end", "in slots"])
@@ -416,9 +419,7 @@ def test_experts_leave_in_the_middle_of_a_step_that_is_one_native_call(
             while engine._started.model.experts.resident is None:  # type: ignore[union-attr]
                 engine.generate(LONG, TWO)
         assert engine._started.model.is_packed == (not are_in_slots)
-        new_ids, num_stops, error = resize_within_a_step(engine, smaller, monkeypatch)
-        assert num_stops > 0
-        assert (new_ids, error) == (expected, None)
+        assert resize_within_a_step(engine, smaller, monkeypatch) == (expected, True, None)
         assert engine.plan.budget_bytes == smaller
         assert engine.facts().expert_slots < opened.slots.num_experts
 
@@ -435,8 +436,8 @@ def test_what_keeps_experts_from_leaving_within_a_step_fails_no_answer(
 
         monkeypatch.setattr(engine._started.model, "unpack", refuse)
         smaller = opened.total_bytes - MISSING * opened.slots.slot_bytes
-        new_ids, num_stops, error = resize_within_a_step(engine, smaller, monkeypatch)
-        assert (new_ids, num_stops) == (expected, 0)
+        new_ids, is_early, error = resize_within_a_step(engine, smaller, monkeypatch)
+        assert (new_ids, is_early) == (expected, False)
         assert isinstance(error, MemoryError)
         assert engine.plan is opened
 

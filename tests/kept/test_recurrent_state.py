@@ -22,7 +22,9 @@ from tests.engine.scheduling import Rig
 from tests.families import published_mamba
 from tests.families.published import lfm2_moe as published
 from tests.families.published import minimax_m1
+from tests.families.published_sparse import DEEPSEEK_V4_FLASH
 from tests.models.tiny import RawConfig, prompt_ids, qwen3_moe, write_model
+from tests.models.tiny_deepseek_v4 import deepseek_v4
 from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
 from tests.models.tiny_kda import bailing_hybrid, kimi_linear
 from tests.models.tiny_mamba import nemotron_h
@@ -287,6 +289,21 @@ def test_the_state_of_lightning_attention_is_a_matrix_for_each_head(tmp_path: Pa
     with Engine.open(tmp_path, memory="4GiB", threads=1, max_sequences=3) as engine:
         states = engine._started.cache.states
         assert states is not None
+        assert engine.plan.state_bytes == plan.state_bytes
+        planned = engine.plan.state_bytes + engine.plan.snapshot_bytes
+        assert abs(states.state.nbytes - planned) <= planned / 100
+
+
+def test_the_state_of_a_pool_is_three_sums_for_each_dimension(tmp_path: Path) -> None:
+    """Largest score, weights and weighted vectors, of two groups if an entry joins both; and where a group began."""
+    files = open_model(write_model(tmp_path, deepseek_v4(), seed=1))
+    config = EngineConfig(budget=Budget(ram_bytes=4 * GIB), threads=1, max_sequences=3)
+    plan = plan_memory(ModelFootprint(files, config), config, process_bytes=0)
+    assert plan.state_bytes == 3 * 4 * (2 * (6 * (20 + 12) + 2 * 3) + 3 * 20 + 3)
+    flash = FAMILIES["deepseek_v4"].parse_config(DEEPSEEK_V4_FLASH)
+    assert state_bytes(flash, 1) == 4 * (21 * (6 * (512 + 128) + 2 * 3) + 20 * (3 * 512 + 3))
+    with Engine.open(tmp_path, memory="4GiB", threads=1, max_sequences=3) as engine:
+        states = states_of(engine)
         assert engine.plan.state_bytes == plan.state_bytes
         planned = engine.plan.state_bytes + engine.plan.snapshot_bytes
         assert abs(states.state.nbytes - planned) <= planned / 100
