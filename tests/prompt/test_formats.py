@@ -104,6 +104,18 @@ def test_an_answer_gives_the_events_of_its_transcript(family: Family, case: dict
     assert all(event.text for event in events if isinstance(event, TextDelta | ReasoningDelta))
 
 
+@pytest.mark.parametrize("name", ["kimi_k3", "minimax_m3", "deepseek_v32"])
+def test_a_mark_with_a_control_token_is_none_if_its_characters_are_typed(name: str) -> None:
+    family = FAMILIES[name]
+    for case in (case for other, case in ALL if other is family):
+        pieces = [piece["typed"] if isinstance(piece, dict) else piece for piece in case["pieces"]]
+        text = "".join(piece for piece in pieces if piece not in ("<think>", "</think>"))
+        parser = find_format(family.tokenizer, family.template).parser(check_tools(TOOLS))
+        said = parser.push(None, f"a{text}b") + parser.finish()
+        assert not [event for event in said if isinstance(event, ToolCallBegin)], text
+        assert "".join(event.text for event in said if isinstance(event, TextDelta)) == f"a{text}b"
+
+
 def cut_up(tokens: Iterable[Token], places: Iterable[int]) -> Iterator[Token]:
     """The same tokens, with adjacent text joined and then split at `places`, counted over all text."""
     joined: list[Token] = []

@@ -75,7 +75,9 @@ class Lexer:
     Attributes:
         ids: token ids that are marks.
         spelled: marks without a token.
-        pieces: the text of control tokens that are parts of spelled marks, even if they are hidden in text.
+        pieces: the text of control tokens that are parts of spelled marks, even if they are hidden in text. Only these
+            tokens are such parts, not the same characters as text.
+        signs: what stands for these tokens in text until marks are found: surrogates, which no decoded text holds.
     """
 
     def __init__(self, marks: Sequence[str], tokenizer: Tokenizer, pieces: Sequence[str] = ()) -> None:
@@ -90,21 +92,35 @@ class Lexer:
             else:
                 self.ids[token_id] = Mark(mark)
         self.spelled = tuple(spelled)
-        self._pattern = re.compile("|".join(map(re.escape, spelled))) if spelled else None
+        self.signs = {token_id: chr(0xDC00 + at) for at, token_id in enumerate(self.pieces)}
+        self._shown = {ord(sign): self.pieces[token_id] for token_id, sign in self.signs.items()}
+        self._written: dict[str, Mark] = {}
+        for mark in spelled:
+            written = mark
+            for code, piece in self._shown.items():
+                written = written.replace(piece, chr(code))
+            self._written[written] = Mark(mark)
+        self._pattern = re.compile("|".join(map(re.escape, self._written))) if spelled else None
 
     def split(self, text: str, *, is_end: bool = False) -> tuple[list[str], str]:
-        """Lexemes of `text`, and an ending that may start a mark; at the end of an answer that ending is empty."""
+        """Lexemes of `text` with signs, and an ending that may start a mark; at the end of an answer that ending is
+        empty.
+        """
         if self._pattern is None:
-            return [text] if text else [], ""
+            return [self.shown(text)] if text else [], ""
         lexemes: list[str] = []
         at = 0
         for found in self._pattern.finditer(text):
-            lexemes += [text[at : found.start()], Mark(found[0])]
+            lexemes += [self.shown(text[at : found.start()]), self._written[found[0]]]
             at = found.end()
         rest = text[at:]
-        num_held = 0 if is_end else longest_start(rest, self.spelled)
-        lexemes.append(rest[: len(rest) - num_held])
+        num_held = 0 if is_end else longest_start(rest, tuple(self._written))
+        lexemes.append(self.shown(rest[: len(rest) - num_held]))
         return [lexeme for lexeme in lexemes if lexeme], rest[len(rest) - num_held :]
+
+    def shown(self, text: str) -> str:
+        """Return `text` with the text of pieces instead of their signs."""
+        return text.translate(self._shown) if self._shown else text
 
 
 class Parser(ABC):
@@ -139,8 +155,8 @@ class Parser(ABC):
             Events that are now certain: usually one, sometimes none or more.
         """
         mark = None if token_id is None else self._lexer.ids.get(token_id)
-        if not text and token_id is not None:
-            text = self._lexer.pieces.get(token_id, "")
+        if token_id is not None and token_id in self._lexer.signs:
+            text = text.removesuffix(self._lexer.pieces[token_id]) + self._lexer.signs[token_id]
         if mark is None:
             lexemes, self._pending = self._lexer.split(self._pending + text)
         else:
@@ -154,7 +170,7 @@ class Parser(ABC):
     def finish(self, *, is_cut: bool = False) -> list[Event]:
         """Return the remaining events once no more tokens come; `is_cut`: the token limit ended the answer."""
         self._is_cut = is_cut
-        if is_cut and self._is_mark_of_call(self._pending):
+        if is_cut and self._is_mark_of_call(self._lexer.shown(self._pending)):
             self._pending = ""
         lexemes, self._pending = self._lexer.split(self._pending, is_end=True)
         for lexeme in lexemes:
