@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from argosy.config import NgramConfig
 from argosy.errors import CheckpointError, ReadFailed, UnsupportedModel, UsageError
 from argosy.model.families import open_model
 from argosy.model.families.recurrent import qwen4_exp_text as qwen4_exp_text_family
+from argosy.model.families.recurrent.qwen4_exp_text import parse_config
 from argosy.model.ngrams import Ngrams
 from tests.helpers.word_tokenizer import write_word_tokenizer
 from tests.model.test_ngrams import step_of
@@ -321,6 +323,7 @@ def test_constants_that_follow_from_the_config_are_accepted(tmp_path: Path) -> N
         (config_of(heads_per_ngram=0), "heads_per_ngram"),
         (config_of(output_gate_type="tanh"), "supported: silu, sigmoid"),
         (config_of(hc_count=1), "hc_count"),
+        (config_of(head_dim=10**9), "250000000 rotating dimensions"),
         (config_of(indexer_kv_heads=2), "indexer_kv_heads"),
         (qwen4_exp(more_streams=True), "does not know this key"),
     ],
@@ -352,3 +355,18 @@ def test_a_config_without_an_indexer_sees_all_positions() -> None:
     config = qwen4_exp_text_family.parse_config(config_of(**{f"indexer_{size}": None for size in sizes}))
     assert config.attention.index is None
     assert config.exact_tokens is None
+
+
+def test_the_heads_of_many_tables_are_counted_once() -> None:
+    kinds = ["linear_attention"] * 255 + ["full_attention"]
+    config = config_of(
+        num_hidden_layers=256,
+        layer_types=kinds,
+        ple_layer_ids=list(range(1, 256)),
+        ngram_vocab_size_base=1 << 40,
+    )
+    started = time.perf_counter()
+    layers = parse_config(config).layers
+    assert time.perf_counter() - started < 8  # 0.3 s on the machine of 2026-12, and 60 s table by table
+    primes = [prime for layer in layers if layer.ngrams for prime in layer.ngrams.primes]
+    assert sorted(set(primes)) == primes

@@ -75,6 +75,7 @@ def test_transformers_spelling_means_the_same() -> None:
         ({"o_groups": 3}, "gives o_groups as 3, expected a divisor of the 4 heads"),
         ({"partial_rotary_factor": 0.8}, "qk_rope_head_dim as 8 and partial_rotary_factor as 0.8"),
         ({"mlp_layer_types": ["moe", "dense", "moe", "moe"]}, "mlp_layer_types 'dense'"),
+        ({"compress_rope_theta": 1}, "the base of yarn's frequencies is 1.0, expected more than 1"),
         ({"swiglu_limit": 0}, "swiglu_limit is 0"),
         ({"indexer_types": []}, "sets indexer_types"),
     ],

@@ -55,6 +55,13 @@ def test_the_released_model_is_read() -> None:
             {"num_hidden_layers": 93, "linear_attn_config": KIMI_K3["text_config"]["linear_attn_config"]},
             "at most 15 blocks of layers",
         ),
+        (
+            {
+                "linear_attn_config": KIMI_K3["text_config"]["linear_attn_config"]
+                | {"use_full_rank_gate": False}
+            },
+            "asks for use_full_rank_gate false",
+        ),
         ({"indexer": 1}, "but kimi_k3 does not know this key"),
     ],
 )

@@ -178,7 +178,7 @@ def test_laguna_s_gates_are_for_heads_or_for_elements() -> None:
         (
             mellum,
             {"rope_parameters": {FULL: YARN | {"rope_theta": 1.0}, SLIDING: PLAIN}},
-            "rope_theta 1.0, expected more than 1 for yarn",
+            "the base of yarn's frequencies is 1.0, expected more than 1",
         ),
         (laguna, {"gating": False}, "gating false; supported: true or 'per-head' or 'per-element'"),
         (laguna, {"gating": "per_head"}, "gating 'per_head'; supported"),

@@ -116,6 +116,7 @@ def test_constants_are_those_of_the_released_models() -> None:
     assert primes_from(20_000_000, 0, 3) == (20_000_003, 20_000_023, 20_000_033)
     assert primes_from(20_000_000, 15, 1) == (20_000_171,)
     assert primes_from(2, 0, 9) == (2, 3, 5, 7, 11, 13, 17, 19, 23)
+    assert primes_from(2, 9, 3) == (29, 31, 37)  # beyond twice the start
     assert splitmix_multipliers(1234, 0, 248_320, 3) == (
         23_703_573_157_769,
         20_109_073_645_365,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from argosy.errors import CheckpointError
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeConfig:
@@ -29,6 +31,12 @@ class RopeConfig:
     high_freq_factor: float = 4.0  # llama3
     # Each pair's frequency is divided by its factor, before the rule of `kind` applies.
     frequency_factors: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind == "yarn" and self.theta <= 1:
+            raise CheckpointError(
+                f"the base of yarn's frequencies is {self.theta}, expected more than 1 (rope_theta)"
+            )
 
     @property
     def num_axes(self) -> int:

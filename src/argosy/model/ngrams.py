@@ -122,12 +122,11 @@ def primes_from(start: int, first: int, count: int) -> tuple[int, ...]:
             f"n-gram tables of {first + count} heads with {start} rows each are not supported; "
             f"at most {_MOST_PRIMES} heads and {_MOST_PRIME} rows"
         )
-    small = _primes_below(isqrt(2 * start) + 2)
     found: list[int] = []
     begin, size = start, 64 * max(1, first + count)
     while len(found) < first + count:
         is_prime = np.ones(size, np.bool_)
-        for prime in small:
+        for prime in _primes_below(isqrt(begin + size) + 1):
             is_prime[max(prime * prime, -(-begin // prime) * prime) - begin :: prime] = False
         found += (np.flatnonzero(is_prime) + begin).tolist()
         begin += size

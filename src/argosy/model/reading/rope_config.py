@@ -21,6 +21,7 @@ from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.reading.config_reader import LARGEST_SIZE, ConfigReader, is_positive_number
 
 Kind = Literal["default", "linear", "dynamic", "yarn", "llama3", "proportional"]
+_MOST_PAIRS = 1 << 16  # each has an axis of its own in a config
 _KINDS_OF_MODELS: tuple[Kind, ...] = ("default", "linear", "dynamic", "yarn", "llama3")
 _KINDS_OF_LAYERS: tuple[Kind, ...] = ("default", "linear", "proportional")
 
@@ -158,10 +159,6 @@ def _scaled(
             f"low_freq_factor {rope.low_freq_factor}",
             key="high_freq_factor",
         )
-    if kind == "yarn" and theta <= 1.0:
-        raise CheckpointError(
-            f"config.json gives rope_theta {theta}, expected more than 1 for yarn", key="rope_theta"
-        )
     return rope
 
 
@@ -271,6 +268,11 @@ def _read_axes(fields: _Fields, axes: Axes, num_pairs: int) -> tuple[int, ...]:
                 value=is_mixed,
                 supported=str(axes.is_mixed).lower(),
             )
+    if num_pairs > _MOST_PAIRS:
+        raise UnsupportedModel(
+            f"config.json asks for {2 * num_pairs} rotating dimensions; supported: up to {2 * _MOST_PAIRS}",
+            key="head_dim",
+        )
     given = fields.values.get(_SECTIONS)
     sections = fields.sections(_SECTIONS) if given is not None else axes.sections
     found = axes_of_pairs(sections, num_pairs, is_mixed=axes.is_mixed)

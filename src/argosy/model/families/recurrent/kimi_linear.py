@@ -111,6 +111,8 @@ def read_delta(
         sizes.append(size)
     heads, dim, width = sizes
     is_full = is_k3 and linear is not None and linear.flag("use_full_rank_gate", False)
+    if is_k3 and not is_full:
+        raise (linear or reader).unsupported("use_full_rank_gate", "true")
     delta = KimiDeltaConfig(
         num_heads=heads,
         head_dim=dim,

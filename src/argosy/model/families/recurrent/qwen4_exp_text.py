@@ -238,9 +238,10 @@ def _read_tables(reader: ConfigReader, common: Common, kinds: tuple[str, ...]) -
             f"{list(eos_ids)}, expected a token",
             key="ple_embed_dim" if width % num_heads else "eos_token_id",
         )
+    primes = primes_from(base, 0, len(layers) * num_heads)
     return {
         layer - 1: NgramConfig(
-            primes=primes_from(base, table * num_heads, num_heads),
+            primes=primes[table * num_heads : (table + 1) * num_heads],
             multipliers=splitmix_multipliers(seed, table, vocab_size, size),
             row_dim=width // num_heads,
             blank_id=eos_ids[0],
