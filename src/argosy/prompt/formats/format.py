@@ -147,11 +147,10 @@ class Format(ABC):
     def _word(self, mark: str) -> TriggerWord:
         """`mark` as a trigger word, in which its tokens stand by their ids."""
         ids = {known: token_id for token_id, known in (self.lexer.pieces | self.lexer.ids).items()}
-        if mark in ids:
-            return ids[mark]
         pieces = "|".join(map(re.escape, self.lexer.pieces.values()))
         parts = filter(None, re.split(f"({pieces})", mark)) if pieces else [mark]
-        return tuple(ids.get(part, part) for part in parts)
+        word = tuple(ids.get(part, part) for part in parts)
+        return word if len(word) > 1 else word[0]
 
     def _free_stretches(self) -> tuple[Sequence[str], Sequence[str]]:
         """The marks that begin and end stretches where calls do not count: those of thoughts, if the model has any."""
