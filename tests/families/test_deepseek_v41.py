@@ -112,6 +112,8 @@ def test_a_shared_cache_exists_once() -> None:
         ({"candidate_source_layer_id": 1}, "candidate_source_layer_id is 1, and layer 3 keeps new entries"),
         ({"candidate_source_layer_id": 5}, "is 5, and index_source_layer_ids does not have it"),
         ({"index_topk": 8}, "index_topk is 8, and candidate_topk_blocks may have only 7 entries"),
+        ({"candidate_block_size": 8193}, "candidate_block_size"),
+        ({"candidate_topk_blocks": 1 << 21}, "candidate_topk_blocks"),
         ({"index_head_dim": 6}, "index_head_dim is 6, less than the 8 dimensions that rotate"),
         ({"engram_layer_ids": [1, 1]}, "engram_layer_ids has a layer twice"),
         ({"engram_num_embeddings": [1, 2]}, "follow from engram_vocab_size"),
@@ -147,6 +149,12 @@ def test_each_key_of_the_released_config_counts_or_is_refused() -> None:
             continue
         same += [key] if read == released else []
     assert [key for key in same if not key.startswith("dspark_")] == ["num_nextn_predict_layers"]
+
+
+@pytest.mark.parametrize("token", [99, -1, 2.0, "<image>", True])
+def test_the_token_of_pictures_must_be_one(token: object) -> None:
+    with pytest.raises(ArgosyError, match="expected a token id below 99"):
+        FAMILIES["deepseek_v41"].parse_config(deepseek_v41() | {"image_token_id": token})
 
 
 @pytest.mark.parametrize(

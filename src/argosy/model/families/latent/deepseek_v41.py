@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 
 from argosy.checkpoint.files import MatrixRef
+from argosy.checkpoint.untrusted_file import quote
 from argosy.config import (
     ActivationConfig,
     CandidateConfig,
@@ -27,7 +28,6 @@ from argosy.config import (
 )
 from argosy.errors import CheckpointError
 from argosy.model.families.latent import deepseek_v4
-from argosy.model.families.latent.deepseek import MOST_CHOSEN
 from argosy.model.ngrams import pcg_multipliers, primes_from
 from argosy.model.reading.coded_weights import WeightAccounts
 from argosy.model.reading.common_config import Common, MoeDefaults, parse_wrapper, read_sizes
@@ -102,13 +102,12 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         The same errors as `parse_wrapper`.
     """
     image_id = raw.get("image_token_id")
-    border_id = image_id if isinstance(image_id, int) else None
     return parse_wrapper(
-        raw, MODEL_TYPE, (MODEL_TYPE, "deepseek_v41_text"), lambda text: _read_text(text, border_id)
+        raw, MODEL_TYPE, (MODEL_TYPE, "deepseek_v41_text"), lambda text: _read_text(text, image_id)
     )
 
 
-def _read_text(reader: ConfigReader, border_id: int | None) -> ModelConfig:
+def _read_text(reader: ConfigReader, border_id: object) -> ModelConfig:
     sizes = read_sizes(reader, _DEFAULTS)
     mixers = _read_mixers(reader, sizes)
     tables = _read_tables(reader, sizes.model["vocab_size"], len(mixers), border_id)
@@ -213,8 +212,8 @@ def _read_candidates(reader: ConfigReader, num_chosen: int, num_layers: int) -> 
     """Return the blocks inside which indexers choose, and the layer that finds them; -1: there is none."""
     source = reader.integer("candidate_source_layer_id", default=-1, least=-1, most=num_layers - 1)
     found = CandidateConfig(
-        num_blocks=reader.integer("candidate_topk_blocks", default=2048, most=MOST_CHOSEN),
-        block_size=reader.integer("candidate_block_size", default=8, most=MOST_CHOSEN),
+        num_blocks=reader.integer("candidate_topk_blocks", default=2048, most=1 << 20),
+        block_size=reader.integer("candidate_block_size", default=8, most=8192),
     )
     # The last block may have one entry.
     if source >= 0 and num_chosen > (least := found.num_entries - found.block_size + 1):
@@ -225,7 +224,7 @@ def _read_candidates(reader: ConfigReader, num_chosen: int, num_layers: int) -> 
 
 
 def _read_tables(
-    reader: ConfigReader, vocab_size: int, num_layers: int, border_id: int | None
+    reader: ConfigReader, vocab_size: int, num_layers: int, border_id: object
 ) -> dict[int, NgramConfig]:
     """Return the n-gram tables by layer."""
     layers = reader.integers("engram_layer_ids", least=0, most=num_layers - 1)
@@ -236,9 +235,12 @@ def _read_tables(
     row_dim = reader.integer("engram_head_dim", default=256)
     blank_id = reader.integer("engram_pad_token_id", default=2, least=0, most=vocab_size - 1)
     given = reader.integers("engram_num_embeddings", least=1, most=1 << 50)
+    if border_id is not None and not (type(border_id) is int and 0 <= border_id < vocab_size):
+        raise _wrong("image_token_id", f"is {quote(border_id)}, expected a token id below {vocab_size}")
+    primes = primes_from(base, 0, len(layers) * num_heads)
     tables = {
         layer: NgramConfig(
-            primes=primes_from(base, table * num_heads, num_heads),
+            primes=primes[table * num_heads : (table + 1) * num_heads],
             multipliers=pcg_multipliers(layer, ids, size),
             row_dim=row_dim,
             blank_id=blank_id,
