@@ -4,6 +4,10 @@
 
 One layer of DeepSeek-V3.2: 128 heads, an indexer of 64 heads, 2,048 of the positions chosen. Projections, which are
 the same either way, are left out. GLM-5 has `--heads 64 --index-heads 32`. Figures are medians, the two ways in turn.
+
+    python benchmarks/sparse_attention.py --blocks 4 --heads 24 --index-heads 8 --layers 12
+
+The same of Qwen3.8: grouped-query attention with 2 KV heads of 256 dimensions, and an indexer of blocks.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import numpy as np
 
 from argosy import _native
 from common import Report, alternate
-from latent_attention import NOPE, ROPE, SCALE, VALUE, Sequence
+from latent_attention import BLOCK, NOPE, ROPE, SCALE, VALUE, Sequence
 from tests.native import _native_testing
 
 INDEX_DIM = 128
@@ -90,11 +94,78 @@ class Indexed(Sequence):
         return {"all positions": partial(sample, False), "chosen positions": partial(sample, True)}
 
 
+class Blocks(Indexed):
+    """The same with keys and values, which two KV heads see in blocks."""
+
+    KV_HEADS, HEAD_DIM = 2, 256
+
+    def __init__(
+        self,
+        runtime: _native.Runtime,
+        heads: int,
+        index_heads: int,
+        context: int,
+        dtype: str,
+        count: int,
+        size: int,
+    ) -> None:
+        super().__init__(runtime, heads, index_heads, context // size, dtype, count // size)
+        self.context, self.size = context, size
+        shape = _native.KvShape.keys_values(self.KV_HEADS, self.HEAD_DIM)
+        self.layer = _native.KvCache([shape], -(-context // BLOCK), BLOCK, dtype)  # type: ignore[arg-type]
+        random = np.random.default_rng(7)
+        for slots in np.array_split(np.arange(context), -(-context // 1024)):
+            keys, values = random.standard_normal((2, len(slots), self.KV_HEADS, self.HEAD_DIM), np.float32)
+            _native.kv_write(runtime, self.layer, 0, keys, values, slots)
+
+    def require_right(self) -> None:
+        context, self.context = self.context, self.context // self.size  # of keys
+        super().require_right()
+        self.context = context
+
+    def ways(self, tokens: int) -> dict[str, Callable[[], dict[str, float]]]:
+        q = np.random.default_rng(6).standard_normal((tokens, self.heads, self.HEAD_DIM), np.float32)
+        out = np.empty((tokens, self.heads * self.HEAD_DIM), np.float32)
+        chosen = np.empty((tokens, self.count), np.int32)
+        order = np.arange(self.context - tokens, self.context, dtype=np.int32)
+        table, sequence = (
+            np.arange(-(-self.context // BLOCK), dtype=np.int32)[None],
+            np.zeros(tokens, np.int32),
+        )
+
+        def sample(is_sparse: bool) -> dict[str, float]:
+            begin = middle = time.perf_counter()
+            if is_sparse:
+                self.choose((order + 1) // self.size - 1, chosen)
+                middle = time.perf_counter()
+                _native_testing.joint_attention(
+                    self.runtime,
+                    self.layer,
+                    0,
+                    q,
+                    table,
+                    sequence,
+                    order,
+                    chosen,
+                    self.size,
+                    SCALE,
+                    None,
+                    out,
+                )
+            else:
+                _native.attention(self.runtime, self.layer, 0, q, table, sequence, order, SCALE, 0, out)
+            end = time.perf_counter()
+            return {"ms": 1e3 * (end - begin) / tokens, "choosing ms": 1e3 * (middle - begin) / tokens}
+
+        return {"all positions": partial(sample, False), "chosen positions": partial(sample, True)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--heads", type=int, default=128)
     parser.add_argument("--index-heads", type=int, default=64)
     parser.add_argument("--count", type=int, default=2048)
+    parser.add_argument("--blocks", type=int, default=0, help="positions of a block; 0: latent attention")
     parser.add_argument("--layers", type=int, default=61, help="for tokens per second")
     parser.add_argument("--context", type=int, nargs="*", default=[4096, 32768])
     parser.add_argument("--tokens", type=int, nargs="*", default=[1, 32])
@@ -105,8 +176,9 @@ def main() -> None:
 
     report = Report("sparse_attention")
     runtime = _native.Runtime(options.threads)
+    kind = partial(Blocks, size=options.blocks) if options.blocks else Indexed
     sequences = [
-        Indexed(runtime, options.heads, options.index_heads, context, options.kv, options.count)
+        kind(runtime, options.heads, options.index_heads, context, options.kv, options.count)
         for context in options.context
     ]
     for sequence in sequences:
