@@ -695,11 +695,15 @@ def test_threads_that_share_the_positions_of_a_long_context_change_nothing(
         "kimi_linear",
         "bailing_hybrid",
         "qwen4_exp_text",
+        "deepseek_v4",
+        "kimi_k3",
+        "glm5_next",
     ],
 )
 def test_long_prompts_of_recurrent_layers_are_equal_in_every_chunk(family: str, tmp_path: Path) -> None:
-    length = "model_max_length" if family == "kimi_linear" else "max_position_embeddings"
-    config = CONFIGS[family] | {length: 8192}
+    length = {"model_max_length" if family == "kimi_linear" else "max_position_embeddings": 8192}
+    config, is_nested = CONFIGS[family], "text_config" in CONFIGS[family]
+    config = config | ({"text_config": config["text_config"] | length} if is_nested else length)
     model, prompt = write_model(tmp_path / "model", config, seed=3), prompt_ids(config, 5, 4096)
 
     def logits(chunk: int) -> Array:
