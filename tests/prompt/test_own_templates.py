@@ -57,6 +57,14 @@ def test_what_callers_wrote_stays_apart() -> None:
     assert not any(is_callers and "｜" in text for is_callers, text in found)
 
 
+@pytest.mark.parametrize("template", [DEEPSEEK_V4, DEEPSEEK_V41, KIMI_K3])
+def test_a_chat_without_tools_is_rendered(template: str) -> None:
+    found = render_segments(
+        template, TALK, fixed={"bos_token": None}, variables={}, max_characters=1 << 20, tools=None
+    )
+    assert "a" in [text for is_callers, text in found if is_callers]
+
+
 def test_calls_and_their_results_are_written_as_the_model_writes_them() -> None:
     assert rendered(TURNS, thinking=True) == (
         "<BOS>Be brief.<｜User｜>Weather?<｜Assistant｜><think>Ask.</think>\n\n<｜DSML｜tool_calls>\n"

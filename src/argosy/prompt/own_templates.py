@@ -109,7 +109,7 @@ _DEEPSEEK_SYSTEM = f"""\
 DEEPSEEK_V4 = f"""\
 {{%- set thinks = thinking if thinking is defined else (enable_thinking | default(false)) -%}}
 {{%- set results = messages | selectattr('role', 'equalto', 'tool') | list -%}}
-{{%- set is_tooled = (tools | default([]) | length) + (results | length) > 0 -%}}
+{{%- set is_tooled = (tools | default([], true) | length) + (results | length) > 0 -%}}
 {{%- set ns = namespace(system=[], last=-1, is_user=false) -%}}
 {{%- for m in messages -%}}
   {{%- if m.role == 'system' -%}}{{%- set ns.system = ns.system + [m.content or ''] -%}}
@@ -126,7 +126,7 @@ _V41_EFFORT = " (range 1-100, the higher the value, the more thorough the reason
 # Those of DeepSeek-V4.1's. Efforts are numbers, later system messages are turns, and names of tags begin with a space.
 DEEPSEEK_V41 = f"""\
 {{%- set thinks = thinking if thinking is defined else (enable_thinking | default(true)) -%}}
-{{%- set is_tooled = tools | default([]) | length > 0 -%}}
+{{%- set is_tooled = tools | default([], true) | length > 0 -%}}
 {{%- set ns = namespace(last=-1, is_user=false) -%}}
 {{%- for m in messages -%}}
   {{%- if m.role in ('user', 'developer', 'tool') or m.role == 'system' and not loop.first -%}}
