@@ -33,6 +33,7 @@ from tests.models.seeing import CONFIGS, IMAGE_TOKENS, RATE, REFERENCE, encode_t
 FAMILIES = sorted(CONFIGS)
 # Squares of DeepSeek-OCR-2 have one size, that of the released model in patches, which takes seconds.
 SMALL = [pytest.param(one, marks=[pytest.mark.full] * (one == "deepseek_ocr2")) for one in FAMILIES]
+PACKABLE = [one for one in SMALL if one.values != ("qwen4_exp",)]  # packs hold no n-gram tables
 LARGEST_DIFFERENCE = 3e-4
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
 
@@ -154,7 +155,7 @@ def packed(source: Path, destination: Path, format: str) -> Path:
     return destination
 
 
-@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize("family", PACKABLE)
 def test_a_pack_in_the_formats_of_its_source_gives_the_same_answer(family: str, tmp_path: Path) -> None:
     reference = read_safetensors(REFERENCE / family / "ref.safetensors")
     with opened(packed(REFERENCE / family, tmp_path / "packed", "source")) as engine:
@@ -162,7 +163,7 @@ def test_a_pack_in_the_formats_of_its_source_gives_the_same_answer(family: str, 
     assert answer == reference["greedy"].tolist()
 
 
-@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize("family", PACKABLE)
 def test_a_quantised_pack_sees_with_the_exact_encoders(family: str, tmp_path: Path) -> None:
     reference = read_safetensors(REFERENCE / family / "ref.safetensors")
     rows = []

@@ -27,6 +27,7 @@ from tests.models.converter import convert, load
 from tests.models.safetensors_file import read_header, read_safetensors, write_safetensors
 from tests.models.seeing import MMPROJ_PLACEHOLDERS, REFERENCE, WRITTEN, text_of
 from tests.models.tiny_llama4 import fused
+from tests.models.tiny_qwen4 import constants
 
 # Names of OpenGVLab's code for those of transformers.
 INTERNVL_CHAT = {
@@ -123,10 +124,10 @@ def as_on_the_hub(source: Path, destination: Path, family: str) -> None:
         added = {str(token_id): {"content": text} for text, token_id in WRITTEN[family].items()}
         (destination / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
     (destination / "config.json").write_text(json.dumps(raw))
-    write_safetensors(
-        destination / "model.safetensors",
-        {name: (header[name]["dtype"], value) for name, value in tensors.items()},
-    )
+    stored = {name: (header[name]["dtype"], value) for name, value in tensors.items()}
+    if family == "qwen4_exp":
+        stored |= {name: ("I64", np.array(values)) for name, values in constants(raw).items()}
+    write_safetensors(destination / "model.safetensors", stored)
 
 
 def repair(model_class: Any) -> None:
@@ -141,8 +142,8 @@ def repair(model_class: Any) -> None:
 
 
 def reading_config_itself() -> AbstractContextManager[Any]:
-    """Let the converter read `config.json`, as with a transformers that does not know Step-3.7; it expects keys that
-    the class of transformers 5.24 drops.
+    """Let the converter read `config.json`, as with a transformers that does not know Step-3.7 or Qwen3.8; it expects
+    keys and values that the classes of transformers 5.24 change.
     """
     import transformers
 
@@ -176,7 +177,7 @@ def main() -> None:
             as_on_the_hub(REFERENCE / family, source, family)
             for name, more in (("model.gguf", []), ("mmproj-model.gguf", ["--mmproj"])):
                 made = Path(scratch) / name
-                with reading_config_itself() if family == "step3p7" else nullcontext():
+                with reading_config_itself() if family in ("step3p7", "qwen4_exp") else nullcontext():
                     convert(converter, source, made, "--outtype", "bf16", *more, tokens=tokens)
                 shutil.copy(made, directory / name)
 

@@ -25,6 +25,7 @@ from tests.models.tiny_latent import mistral4 as tiny_mistral4
 from tests.models.tiny_llama4 import OF_GGUF, apart, llama4
 from tests.models.tiny_minimax_m3 import minimax_m3
 from tests.models.tiny_ocr import deepseek_ocr2
+from tests.models.tiny_qwen4 import qwen4_exp
 from tests.models.tiny_step import step3p7
 from tests.models.tiny_wrappers import glm4v_moe, internvl, qwen3_omni_moe, qwen3_vl_moe
 from tests.prompt.tokenizers_for_tests import byte_level_json, write_tokenizer
@@ -82,6 +83,9 @@ def with_towers(family: str, raw: dict[str, Any]) -> dict[str, Any]:
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_vl_moe": with_towers("qwen3_vl_moe", qwen3_vl_moe()),
     "qwen3_5_moe": with_towers("qwen3_5_moe", qwen3_5_moe()),
+    "qwen4_exp": with_towers(
+        "qwen4_exp", qwen4_exp(linear_key_head_dim=8, linear_value_head_dim=8, max_position_embeddings=512)
+    ),
     "qwen3_omni_moe": with_towers("qwen3_omni_moe", qwen3_omni_moe()),
     "glm4v_moe": with_towers("glm4v_moe", glm4v_moe()),
     "kimi_k25": with_towers("kimi_k25", kimi_k25()),
@@ -121,6 +125,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 MMPROJ_PLACEHOLDERS = {
     "qwen3_vl_moe": {"image_token_id": "<|image_pad|>"},
     "qwen3_5_moe": {"image_token_id": "<|image_pad|>"},
+    "qwen4_exp": {"image_token_id": "<|image_pad|>"},
     "qwen3_omni_moe": {"image_token_id": "<|image_pad|>", "audio_token_id": "<|audio_pad|>"},
     "glm4v_moe": {"image_token_id": "<|image|>"},
     "kimi_k25": {"media_placeholder_token_id": "<|media_pad|>"},

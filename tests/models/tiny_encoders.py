@@ -130,6 +130,15 @@ def qwen3_5_moe(sizes: Sizes) -> RawConfig:
     } | _TOKENS
 
 
+def qwen4_exp(sizes: Sizes) -> RawConfig:
+    raw = qwen3_5_moe(sizes)
+    return raw | {
+        "architectures": ["Qwen4ExpForConditionalGeneration"],
+        "model_type": "qwen4_exp",
+        "vision_config": raw["vision_config"] | {"model_type": "qwen4_exp"},
+    }
+
+
 def qwen3_omni_moe(sizes: Sizes) -> RawConfig:
     return {
         "architectures": ["Qwen3OmniMoeForConditionalGeneration"],
@@ -634,6 +643,7 @@ def unlimited_ocr(sizes: Sizes) -> RawConfig:
 CONFIGS: dict[str, Callable[[Sizes], RawConfig]] = {
     "qwen3_vl_moe": qwen3_vl_moe,
     "qwen3_5_moe": qwen3_5_moe,
+    "qwen4_exp": qwen4_exp,
     "qwen3_omni_moe": qwen3_omni_moe,
     "glm4v_moe": glm4v_moe,
     "glm5_next": glm5_next,

@@ -93,6 +93,7 @@ def test_every_tower_of_the_table_is_tested() -> None:
         ("internvl_chat", "picture"),
         ("deepseek_ocr2", "picture"),  # in whole models
         ("deepseek_vl_v2", "picture"),
+        ("qwen4_exp", "picture"),
     }
 
 

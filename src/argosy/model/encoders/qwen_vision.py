@@ -1,11 +1,12 @@
-"""The vision tower of Qwen3-VL, Qwen3.5 and Qwen3-Omni: pictures, and frames of video.
+"""The vision tower of Qwen3-VL, Qwen3.5, Qwen3.8 and Qwen3-Omni: pictures, and frames of video.
 
     patches -> product + learned positions -> layers -> merger -> embeddings
                                                 |
                                                 +-> deepstack mergers -> additions after the decoder's first layers
 
 A patch covers two frames; a picture is its own second frame. A layer is LayerNorm, attention within a frame with 2-D
-RoPE, LayerNorm, MLP. A merger joins cells of `merge` x `merge` patches. Qwen3.5 has no deepstack mergers.
+RoPE, LayerNorm, MLP. A merger joins cells of `merge` x `merge` patches. Qwen3.5 and Qwen3.8 have no deepstack
+mergers.
 
 A prompt contains a video as groups of two frames, each a separate span: in Qwen3-VL and Qwen3.5 with times between
 them, in Qwen3-Omni with rotary positions that encode time (`omni_angles`).
@@ -214,6 +215,7 @@ def _encoder(
 TOWERS: Mapping[str, Encoder] = {
     "qwen3_vl_moe": _encoder("vision_config"),
     "qwen3_5_moe": _encoder("vision_config", has_deepstack=False),
+    "qwen4_exp": _encoder("vision_config", has_deepstack=False),
     "qwen3_omni_moe": _encoder("thinker_config", "vision_config", prefix="thinker.visual.", is_omni=True),
     # The demo model's eye; no model of transformers combines the two.
     "qwen2_moe": replace(_encoder("vision_config", prefix="visual."), angles=None, video=None),
@@ -252,7 +254,11 @@ def _qwen_settings(reader: GgufConfigReader) -> dict[str, object]:
 
 PROJECTORS: Mapping[str, Projector] = {
     "qwen3vl_merger": Projector(
-        families={"qwen3_vl_moe": "qwen3_vl_moe", "qwen3_5_moe_text": "qwen3_5_moe"},
+        families={
+            "qwen3_vl_moe": "qwen3_vl_moe",
+            "qwen3_5_moe_text": "qwen3_5_moe",
+            "qwen4_exp_text": "qwen4_exp",
+        },
         placeholder="<|image_pad|>",
         read_config=_read_qwen,
         read_settings=_qwen_settings,

@@ -1,4 +1,4 @@
-"""Qwen3.8-Flash-Next (`qwen4_exp`), text only: Qwen3.5-MoE's layers over gated residual streams, and an n-gram table.
+"""Qwen3.8-Flash-Next (`qwen4_exp`), text: Qwen3.5-MoE's layers over gated residual streams, and an n-gram table.
 
 Every mixer and every network reads four streams through a gated product of low rank, in place of norms, and the head
 does. The output of delta nets is gated by a sigmoid. A layer of `ple_layer_ids` (1-based) first adds rows of a table of

@@ -1,6 +1,7 @@
 """Qwen3.8-Flash-Next as on the hub: the text part of a vision-language model.
 
-`config.json` is a wrapper with the text model in `text_config`; its own keys describe images and video.
+`config.json` is a wrapper with the text model in `text_config`; its own keys describe images and video. The vision
+tower is in `model/encoders/qwen_vision.py`; n-grams take the placeholders of a picture as its tokens.
 """
 
 from __future__ import annotations
