@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import gguf
@@ -61,8 +61,12 @@ _LAYER_NAMES = {
 }
 
 
-def write_gguf(path: Path, config: RawConfig, tensors: Mapping[str, Array]) -> None:
+def write_gguf(
+    path: Path, config: RawConfig, tensors: Mapping[str, Array], tokens: Sequence[str] = ()
+) -> None:
     writer = GGUFWriter(path, "deepseek4")
+    if tokens:
+        writer.add_token_list(tokens)
     layers = config["num_hidden_layers"]
     writer.add_block_count(layers)
     writer.add_vocab_size(config["vocab_size"])

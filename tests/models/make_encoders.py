@@ -36,9 +36,9 @@ from tests.models.tiny_encoders import (
     random_sizes,
     random_tensors,
 )
-from tests.models.torch_towers import MoonViT2
+from tests.models.torch_towers import DeepseekVision, MoonViT2
 
-TORCH_TOWERS = {"kimi_k3": MoonViT2}
+TORCH_TOWERS: dict[str, Any] = {"kimi_k3": MoonViT2, "deepseek_v4": DeepseekVision}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,8 @@ def load(directory: Path, part: Part) -> Any:
     """Load a checkpoint with one tower in float32; the weights of the other parts are random."""
     if part.family in TORCH_TOWERS:
         raw = json.loads((directory / "config.json").read_text())
-        own = TORCH_TOWERS[part.family](raw["vision_config"], raw["text_config"]["hidden_size"])
+        text = raw.get("text_config", raw)
+        own = TORCH_TOWERS[part.family](raw.get("vision_config", raw), text["hidden_size"])
         named = read_safetensors(directory / "model.safetensors")
         own.load_state_dict({name: torch.tensor(value) for name, value in named.items()})
         return own

@@ -138,6 +138,7 @@ MMPROJ_PLACEHOLDERS = {
 }
 # Texts of control tokens around a picture or between its rows, and their ids, which no config names.
 WRITTEN: dict[str, dict[str, int]] = {
+    "deepseek_v4": {"<｜deepseek_image｜>": 50},
     "llama4": {
         "<|image_start|>": 53, "<|image_end|>": 54, "<|tile_x_separator|>": 55, "<|tile_y_separator|>": 56,
         "<|image|>": 50,
@@ -182,8 +183,9 @@ def write(directory: Path, family: str, raw: dict[str, Any], seed: int) -> None:
 
 
 def write_marks(directory: Path, family: str) -> None:
-    """Name the tokens around a picture in `tokenizer_config.json`, where a family's config does not name them."""
-    if any(mark in WRITTEN.get(family, {}) for encoder in ENCODERS[family] for mark in encoder.marks or ()):
+    """Name the tokens of a picture, or around it, in `tokenizer_config.json`, where the config does not."""
+    named = {name for one in ENCODERS[family] for name in (*(one.marks or ()), *one.placeholders)}
+    if not named.isdisjoint(WRITTEN.get(family, {})):
         added = {str(token_id): {"content": text} for text, token_id in WRITTEN[family].items()}
         (directory / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}) + "\n")
 

@@ -299,6 +299,23 @@ def minimax_m3_vl(sizes: Sizes) -> RawConfig:
     }
 
 
+def deepseek_v4(sizes: Sizes) -> RawConfig:
+    return _text(sizes) | {
+        "architectures": ["DeepseekV4ForCausalLM"],
+        "model_type": "deepseek_v4",
+        "vision_dim": sizes.hidden,
+        "vision_downsample_ratio": sizes.merge,
+        "vision_inter_dim": sizes.mlp,
+        "vision_max_n_token": 384,
+        "vision_max_wh_ratio": 8,
+        "vision_min_pixels": 147456,
+        "vision_n_heads": sizes.heads,
+        "vision_n_layers": sizes.layers,
+        "vision_patch_size": sizes.patch,
+        "vision_rope_theta": 300.0,
+    }
+
+
 def kimi_k3(sizes: Sizes) -> RawConfig:
     """In the spelling of the hub; heads are together wider than the hidden state."""
     return {
@@ -650,6 +667,7 @@ CONFIGS: dict[str, Callable[[Sizes], RawConfig]] = {
     "minimax_m3_vl": minimax_m3_vl,
     "kimi_k25": kimi_k25,
     "kimi_k3": kimi_k3,
+    "deepseek_v4": deepseek_v4,
     "gemma4": gemma4,
     "mistral3": mistral3,
     "llama4": llama4,

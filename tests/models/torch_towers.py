@@ -91,6 +91,83 @@ class MoonViT2(nn.Module):
         return torch.polar(torch.ones_like(angles), angles)
 
 
+class DeepseekVision(nn.Module):
+    """DeepSeek-V4-Vision's tower, aligner and marks, with the names of the checkpoint (inference/vision.py)."""
+
+    def __init__(self, raw: dict[str, Any], hidden_size: int) -> None:
+        super().__init__()
+        raw = {key.removeprefix("vision_"): value for key, value in raw.items()}
+        hidden, wide, self.patch = raw["dim"], raw["inter_dim"], raw["patch_size"]
+        self.heads, self.merge, self.theta = raw["n_heads"], raw["downsample_ratio"], raw["rope_theta"]
+        blocks = [
+            nn.ModuleDict(
+                {
+                    "norm1": nn.RMSNorm(hidden, eps=1e-6),
+                    "norm2": nn.RMSNorm(hidden, eps=1e-6),
+                    "attn": nn.ModuleDict(
+                        {"wqkv": nn.Linear(hidden, 3 * hidden), "wo": nn.Linear(hidden, hidden)}
+                    ),
+                    "mlp": nn.ModuleDict(
+                        {
+                            "w1": nn.Linear(hidden, 2 * wide, bias=False),
+                            "w2": nn.Linear(wide, hidden, bias=False),
+                        }
+                    ),
+                }
+            )
+            for _ in range(raw["n_layers"])
+        ]
+        embed = nn.ModuleDict({"proj": nn.Linear(3 * self.patch**2, hidden)})
+        self.vision = nn.ModuleDict(
+            {"patch_embed": embed, "blocks": nn.ModuleList(blocks), "norm": nn.RMSNorm(hidden, eps=1e-6)}
+        )
+        self.aligner = nn.ModuleDict(
+            {"w1": nn.Linear(hidden * self.merge**2, hidden_size), "w2": nn.Linear(hidden_size, hidden_size)}
+        )
+        for mark in ("start", "end", "newline", "pad"):
+            setattr(self, f"image_{mark}", nn.Parameter(torch.empty(hidden_size)))
+
+    def forward(self, values: Array, rows: int, columns: int) -> Array:
+        x = self.vision["patch_embed"]["proj"](torch.tensor(values))
+        size = x.shape[1] // self.heads // 2
+        speed = self.theta ** -(torch.arange(0, size, 2) / size)
+        places = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), dim=-1)
+        angles = (places.reshape(-1, 2, 1) * speed).flatten(1)
+
+        def turned(part: Tensor) -> Tensor:
+            first, second = part.chunk(2, dim=-1)
+            cosine, sine = angles.cos(), angles.sin()
+            return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+
+        for block in self.vision["blocks"]:
+            qkv = block["attn"]["wqkv"](block["norm1"](x)).chunk(3, dim=-1)
+            query, key, value = (part.reshape(len(x), self.heads, -1).transpose(0, 1) for part in qkv)
+            attended = functional.scaled_dot_product_attention(turned(query), turned(key), value)
+            x = x + block["attn"]["wo"](attended.transpose(0, 1).flatten(1))
+            gate, up = block["mlp"]["w1"](block["norm2"](x)).chunk(2, dim=-1)
+            x = x + block["mlp"]["w2"](functional.silu(gate) * up)
+        grid = self.vision["norm"](x).reshape(rows, columns, -1).permute(2, 0, 1)
+        grid = functional.pad(grid, (0, -columns % self.merge, 0, -rows % self.merge))
+        cells = functional.unfold(grid[None], self.merge, stride=self.merge)[0].T
+        made = self.aligner["w2"](functional.gelu(self.aligner["w1"](cells)))
+        return np.asarray(self.block(made, -(-rows // self.merge), -(-columns // self.merge)).detach())
+
+    def block(self, made: Tensor, rows: int, columns: int) -> Tensor:
+        """The makers' `build_image_block`, without the fillers before it."""
+        odd = rows % 2
+        width = columns + 1
+        fillers = (rows + odd) // 2 * width % 2 * 2
+        lines = [[*made[row * columns : (row + 1) * columns], self.image_newline] for row in range(rows)]
+        lines += [[self.image_pad] * width] * odd
+        pairs = [
+            line[at]
+            for first in range(0, rows + odd, 2)
+            for at in range(width)
+            for line in lines[first : first + 2]
+        ]
+        return torch.stack([self.image_start, *pairs, *[self.image_pad] * fillers, self.image_end])
+
+
 def turned(x: Tensor, turns: Tensor) -> Tensor:
     """Rotate adjacent pairs of x [heads, patches, head_dim]."""
     pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2).contiguous())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from argosy.errors import BadMedia, PromptTooLong, UsageError
 from argosy.media.parts import Audio, Content, RequestMedia
-from argosy.prompt.media_span import EARS_HINT, MediaReader, MediaSpan
+from argosy.prompt.media_span import EARS_HINT, MediaReader, MediaSpan, PlaceSpan
 from argosy.prompt.messages import joined
 from argosy.prompt.prompt import Prompt
 
@@ -30,7 +30,7 @@ class Placed(NamedTuple):
 
     placeholder: int
     surroundings: tuple[list[int], list[int]]
-    segments: Sequence[Sequence[int] | MediaSpan]
+    segments: Sequence[Sequence[int] | MediaSpan | PlaceSpan]
 
 
 class ConversationMedia:
@@ -112,13 +112,15 @@ class ConversationMedia:
                 hint="put them in user messages",
             )
         segments: list[Sequence[int] | MediaSpan] = []
-        end = 0
+        num_placed = end = 0
         for at, one in zip(places, media, strict=True):
             before, after = one.surroundings
             start, stop = at - len(before), at + 1 + len(after)
             if start < end or token_ids[start:stop] != [*before, token_ids[at], *after]:
                 start, stop = at, at + 1
-            segments += [token_ids[end:start], *one.segments]
+            for segment in (token_ids[end:start], *one.segments):
+                segments.append(placed := segment(num_placed) if callable(segment) else segment)
+                num_placed += _num_positions(placed)
             end = stop
         filled = Prompt.of(*segments, token_ids[end:])
         num_tokens = len(filled.token_ids or ())
@@ -156,5 +158,7 @@ def with_transcripts(
     ]
 
 
-def _num_positions(segment: Sequence[int] | MediaSpan) -> int:
+def _num_positions(segment: Sequence[int] | MediaSpan | PlaceSpan) -> int:
+    if callable(segment):  # at the start of a prompt it fills the most
+        segment = segment(0)
     return segment.num_positions if isinstance(segment, MediaSpan) else len(segment)

@@ -86,6 +86,10 @@ class MediaSpan:
         return [self.tokens.get(at, self.token_id) for at in range(self.num_positions)]
 
 
+PlaceSpan = Callable[[int], "Sequence[int] | MediaSpan"]
+"""Makes a segment from the position where it begins."""
+
+
 class MediaReader(Protocol):
     """Turns the media of a conversation into spans for one model. Safe from any thread."""
 
@@ -115,7 +119,7 @@ class MediaReader(Protocol):
 
     def segments(
         self, content: Content, tenant: str, request: RequestMedia
-    ) -> Sequence[Sequence[int] | MediaSpan]:
+    ) -> Sequence[Sequence[int] | MediaSpan | PlaceSpan]:
         """The replacement for the placeholder in the prompt: spans and the token ids between them.
 
         Args:

@@ -15,6 +15,7 @@ OCR = (
     "{% for part in m.content %}{% if part.type == 'image' %}{{ '<image>\\n' }}{% else %}{{ part.text }}{% endif %}"
     "{% endfor %}{% endif %}{% endfor %}"
 )
+V4_PICTURE = "<｜deepseek_image｜>"
 # What Kimi-K3's code writes where it then puts a picture, in the template that llama.cpp's converter adds too.
 K3_PICTURE, K3_ROWS = "<|kimi_image_placeholder|>", "<|media_pad|>"
 _OCR_TOKENS = {"<image>", "<|grounding|>"}
@@ -71,7 +72,14 @@ _DEEPSEEK_SYSTEM = f"""\
   {{%- if m.role in ('user', 'developer', 'tool') -%}}
     {{{{- '\\n\\n' if ns.is_user else '<｜User｜>' -}}}}
     {{%- set ns.is_user = true -%}}
-    {{{{- '<tool_result>' if m.role == 'tool' else '' -}}}}{{{{- m.content or '' -}}}}
+    {{{{- '<tool_result>' if m.role == 'tool' else '' -}}}}
+    {{%- if m.content is string or not m.content -%}}{{{{- m.content or '' -}}}}
+    {{%- else -%}}
+      {{%- for part in m.content -%}}
+        {{{{- '' if loop.first else '\\n\\n' -}}}}
+        {{%- if part.type == 'image' -%}}{{{{- {V4_PICTURE!r} -}}}}{{%- else -%}}{{{{- part.text -}}}}{{%- endif -%}}
+      {{%- endfor -%}}
+    {{%- endif -%}}
     {{{{- '</tool_result>' if m.role == 'tool' else '' -}}}}
   {{%- elif m.role == 'system' and later and not loop.first -%}}
     {{%- set ns.is_user = false -%}}

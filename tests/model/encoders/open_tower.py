@@ -98,7 +98,10 @@ def _part(family: str, encoder: Encoder, modules: tuple[str, ...], **changes: An
         )
         for key in encoder.path[:-1]:
             around = around[key]
-        own = ConfigReader(around[encoder.path[-1]], "this family", within=encoder.path[-1])
+        last = encoder.path[-1]
+        outer = ConfigReader(around, "this family")
+        inner = outer.beginning_with(last[:-1]) if last.endswith("*") else around[last]
+        own = ConfigReader(inner, "this family", within=last)
         return encoder.read(own, ConfigReader(around, "this family"), model)  # type: ignore[arg-type]
 
     usual = {
@@ -173,6 +176,14 @@ PARTS["glm5_next"] = _part(  # type: ignore[call-arg]
 )
 PARTS["kimi_k3"] = _part(  # type: ignore[call-arg]
     "kimi_k3", *ENCODERS["kimi_k3"], (), shapes=_stills(_grids), large_shapes=_stills(_large_grids)
+)
+PARTS["deepseek_v4"] = _part(  # type: ignore[call-arg]
+    "deepseek_v4",
+    *ENCODERS["deepseek_v4"],
+    (),
+    # Patches are no whole squares.
+    shapes=lambda config: [(1, rows, columns) for rows, columns in ((1, 1), (3, 5), (2, 9), (7, 4))],
+    large_shapes=lambda config: [(1, 71, 40), (1, 2, 480), (1, 61, 47)],
 )
 PARTS["minimax_m3_vl"] = _part(  # type: ignore[call-arg]
     "minimax_m3_vl",

@@ -21,8 +21,9 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from blake3 import blake3
@@ -39,9 +40,9 @@ from argosy.media.parts import PROMPT_LIMITS, Audio, Content, Hearing, Image, Ki
 from argosy.media.patches import PictureProcessor
 from argosy.media.sounds import SoundProcessor
 from argosy.media.videos import VideoProcessor
-from argosy.model.encoders.encoder import Shape
+from argosy.model.encoders.encoder import FillingTower, Shape
 from argosy.model.encoders.reading import EncoderFiles, Encoders, Processor
-from argosy.prompt.media_span import EARS_HINT, MakeRows, Making, MediaSpan, SpanRows
+from argosy.prompt.media_span import EARS_HINT, MakeRows, Making, MediaSpan, PlaceSpan, SpanRows
 from argosy.prompt.replay import TenantMemory
 from argosy.prompt.tokenizer import Tokenizer
 
@@ -174,7 +175,7 @@ class PromptMedia:
 
     def segments(
         self, content: Content, tenant: str, request: RequestMedia
-    ) -> Sequence[Sequence[int] | MediaSpan]:
+    ) -> Sequence[Sequence[int] | MediaSpan | PlaceSpan]:
         """See `MediaReader.segments`."""
         processor = self._processors[content.kind]
         if isinstance(processor, VideoProcessor):
@@ -193,7 +194,23 @@ class PromptMedia:
         if files.encoder.label is not None:
             before, after = map(self._encode_text, files.encoder.label(*size))
             return [before, span, after]
+        if files.encoder.num_fillers is not None:
+            return [partial(self._fillers, files), span]
         return [span] if files.marks is None else [files.marks[:1], span, files.marks[1:]]
+
+    def _fillers(self, files: EncoderFiles, position: int) -> Sequence[int] | MediaSpan:
+        """Return the span before one that would begin at a position."""
+        assert files.encoder.num_fillers is not None
+        if not (count := files.encoder.num_fillers(position)):
+            return []
+
+        def encode() -> Making:
+            with self.memory.use():
+                tower = yield from self._encoders.open("picture")
+                return SpanRows(cast("FillingTower", tower).fillers(count))
+
+        digest = blake3(f"fillers {count}".encode()).digest()
+        return MediaSpan("picture", digest, count, files.token_id, encode)
 
     def _prepare(
         self, content: Content, processor: PictureProcessor | SoundProcessor, request: RequestMedia

@@ -25,6 +25,12 @@ class Tower(Protocol):
     def encode(self, values: Rows, *shape: Any) -> Making: ...
 
 
+class FillingTower(Tower, Protocol):
+    """Also makes the rows of positions before a span."""
+
+    def fillers(self, count: int) -> Rows: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoForm:
     """How a family's prompts contain a video, which its tower for pictures encodes group by group.
@@ -52,16 +58,20 @@ class VideoForm:
 class Encoder:
     """One tower of a family.
 
-    path: the keys that lead to the tower's config in `config.json`.
+    path: the keys that lead to the tower's config in `config.json`; a last one that ends with * is the beginning of
+        each key.
     placeholders: keys of the placeholder's token id, in the object around that config; the first existing key counts.
     marks: keys of the token ids that the family's processor writes before and after a span; other families have
         such marks in their chat templates.
     label: returns the texts before and after a picture from its height and width in pixels, as it came.
     prefix: the prefix of its tensors' names.
+    first_prefix: without `prefix`, how names begin that only the tower has; empty: other tensors are the tower's.
     read: reads the tower's config from its object and the object around it.
     tensors, num_positions, peak_bytes, open: functions of the tower's file.
     angles: returns the rotary positions of a span of a shape, and the advance for the text after it; None: as text.
     sees_both_ways: each position of a span sees the whole span in the decoder.
+    num_fillers: returns the number of positions before a span that the tower fills (`FillingTower`), from where they
+        begin.
     sound_padding: how a sound is padded (`media/sounds.py`).
     video: how the tower is used for video; None: it is not.
     written: returns the texts of the control tokens that fill positions of a span of a shape instead of rows, by
@@ -86,6 +96,8 @@ class Encoder:
     peak_bytes: Callable[[Any, Any], int]
     angles: Callable[[Any, Any], tuple[Rows, float]] | None = None
     sees_both_ways: bool = False
+    num_fillers: Callable[[int], int] | None = None
+    first_prefix: str = ""
     sound_padding: Padding = "none"
     marks: tuple[str, str] | None = None
     label: Callable[[int, int], tuple[str, str]] | None = None

@@ -47,7 +47,7 @@ from argosy.model.weights import DenseReading, dense_footprint, is_vector
 READ_BYTES = 16 << 20
 READ_MS = 5
 MEL_FRAMES_PER_SECOND = 100  # in every encoder here: 16,000 samples in hops of 160
-_TOKENIZER_CONFIG = "tokenizer_config.json"
+_TOKENIZER_CONFIG, _TOKENIZER = "tokenizer_config.json", "tokenizer.json"
 _MMPROJ_HINT = "take the Q8_0, F16, BF16 or F32 file; those are published beside others"
 _BLOCKS, _BLOCK_VALUES, _BLOCK_BYTES = "Q8_0", 32, 34
 
@@ -218,7 +218,7 @@ def find_encoders(files: ModelFiles) -> dict[Kind, EncoderFiles | ArgosyError]:
         except (UnsupportedModel, CheckpointError) as error:
             return {"picture": error}
     for encoder in ENCODERS.get(files.config.family, ()):
-        if has_tower(files.config.family, encoder.prefix, files.others):
+        if has_tower(files.config.family, encoder.prefix or encoder.first_prefix, files.others):
             try:
                 found[encoder.kind] = _read(files, encoder)
             except (UnsupportedModel, CheckpointError) as error:
@@ -382,7 +382,7 @@ def _take_tensors(
 
 
 def _inner(reader: ConfigReader, key: str, family: str) -> ConfigReader:
-    raw = reader.mapping(key)
+    raw = reader.beginning_with(key[:-1]) if key.endswith("*") else reader.mapping(key)
     if raw is None:
         raise CheckpointError(
             f"{CONFIG_FILE} has no {key}, and the files have a tower that it describes", key=key
@@ -414,15 +414,9 @@ def _token_id(around: ConfigReader, keys: Sequence[str], files: ModelFiles) -> i
     """Return the token id under the first of these keys that exists; a key that is no name is the token itself."""
     for key in keys:
         if not key.isidentifier():
-            added = read_object(files.path / _TOKENIZER_CONFIG).get("added_tokens_decoder")
-            for token_id, token in added.items() if isinstance(added, dict) else ():
-                if (
-                    token_id.isdecimal()
-                    and len(token_id) < 10
-                    and isinstance(token, dict)
-                    and token.get("content") == key
-                ):
-                    return _in_vocabulary(int(token_id), key, files.path / _TOKENIZER_CONFIG, files)
+            for name in (_TOKENIZER_CONFIG, _TOKENIZER):
+                if (token_id := _added_tokens(files.path / name).get(key)) is not None:
+                    return _in_vocabulary(token_id, key, files.path / name, files)
             raise CheckpointError(
                 f"{_TOKENIZER_CONFIG} has no token {key} in added_tokens_decoder, which stands for a picture",
                 key=key,
@@ -430,6 +424,28 @@ def _token_id(around: ConfigReader, keys: Sequence[str], files: ModelFiles) -> i
         for token_id in around.token_ids(key):
             return _in_vocabulary(token_id, key, files.path / CONFIG_FILE, files)
     raise CheckpointError(f"{CONFIG_FILE} has no {keys[0]}", key=keys[0])
+
+
+def _added_tokens(path: Path) -> dict[str, int]:
+    """Return the ids of the tokens that a file of the tokenizer adds; the two files spell them differently."""
+    if not path.exists():
+        return {}
+    raw = read_object(path)
+    found, listed = raw.get("added_tokens_decoder"), raw.get("added_tokens")
+    tokens: list[tuple[object, object]] = []
+    if isinstance(found, dict):
+        tokens = [
+            (int(token_id), token)
+            for token_id, token in found.items()
+            if token_id.isdecimal() and len(token_id) < 10
+        ]
+    elif isinstance(listed, list):
+        tokens = [(token.get("id"), token) for token in listed if isinstance(token, dict)]
+    return {
+        str(token.get("content")): token_id
+        for token_id, token in tokens
+        if type(token_id) is int and token_id >= 0 and isinstance(token, dict)
+    }
 
 
 def _in_vocabulary(token_id: int, key: str, path: Path, files: ModelFiles) -> int:

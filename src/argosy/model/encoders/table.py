@@ -19,6 +19,7 @@ _FILES = (
     "intern_vit",
     "step_vision",
     "minimax_vision",
+    "deepseek_vision",
     "deep_encoder",
     "omni_audio",
     "whisper_audio",

@@ -327,6 +327,12 @@ class ConfigReader:
             **lifted,
         }
 
+    def beginning_with(self, prefix: str) -> dict[str, object]:
+        """Return the keys with this prefix, without it."""
+        return {
+            name.removeprefix(prefix): value for name, value in self._raw.items() if name.startswith(prefix)
+        }
+
     def neutral(self, name: str, *accepted: object) -> None:
         """Accept a key of other models if its value changes nothing."""
         self._asked.add(name)
