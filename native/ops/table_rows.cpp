@@ -219,8 +219,8 @@ void TableRows::begin_wave() {
     add_reads(part, place, records, placed);
     place += sizes_.wave_rows * place_bytes(part_bytes_[part]);
   }
-  const std::vector<int64_t> tickets =
-      store_->fetch(arena_, placed, is_waited_for_ ? Urgency::now : Urgency::soon);
+  // Few bytes, certainly needed: experts of the layers before theirs wait no noticeable time for them.
+  const std::vector<int64_t> tickets = store_->fetch(arena_, placed, Urgency::now);
   for (size_t i = 0; i < tickets.size(); ++i) reads_[i].ticket = tickets[i];
   stats_.read += int64_t(wave_.size());
   for (const auto& [pieces, checksums] : records)
@@ -282,12 +282,7 @@ void TableRows::end_wave() {
 bool TableRows::advance(std::chrono::milliseconds most) {
   const auto until = std::chrono::steady_clock::now() + most;
   bool counts_late = false;
-  if (most.count() > 0 && !is_waited_for_) {
-    is_waited_for_ = counts_late = true;
-    std::vector<int64_t> tickets;
-    for (size_t i = next_read_; i < reads_.size(); ++i) tickets.push_back(reads_[i].ticket);
-    if (!tickets.empty()) store_->hurry(tickets);
-  }
+  if (most.count() > 0 && !is_waited_for_) is_waited_for_ = counts_late = true;
   while (true) {
     while (next_read_ < reads_.size()) {
       const Read& read = reads_[next_read_];

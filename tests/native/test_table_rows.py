@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from argosy._native import Runtime, Store, TableRows, table_rows_bytes
+from argosy._native import Arena, Record, Runtime, Store, TableRows, table_rows_bytes
 from tests.native._native_testing import FaultyFileSystem
 
 NUM_ROWS, COLS = 3000, 160
@@ -241,3 +241,22 @@ def test_the_memory_is_what_the_plan_counts(store: Store, table: BfloatTable) ->
     assert bare < 3 << 20
     assert abs(cached - bare - (64 << 20)) <= 2 << 20
     assert abs(whole - bare - (ROW_BYTES + 5 << 20)) <= 2 << 20
+
+
+def test_rows_land_before_experts_that_are_read_ahead(tmp_path: Path, table: BfloatTable) -> None:
+    (tmp_path / "experts.bin").write_bytes(bytes(24 << 20))
+    store = Store(2, bytes_per_s=100 << 20)
+    try:
+        rows, arena = table.open(store), Arena(24 << 20)
+        experts, size = store.open(str(tmp_path / "experts.bin")), 1 << 20
+        records = [(Record([(experts, at * size, size, at * size)]), 0) for at in range(24)]
+        ahead = store.fetch_many(arena, records, "soon")
+        rows.begin(np.arange(0, NUM_ROWS, 100))
+        while not rows.advance(0):
+            pass
+        done = store.wait_any(ahead, 1)
+        assert len(done) < len(ahead) - 4
+        assert rows.stats[2] == 0  # late
+        store.drop([ticket for ticket in ahead if ticket not in {number for number, _, _ in done}])
+    finally:
+        store.close()
