@@ -19,7 +19,9 @@ from argosy.engine.media.prompt_media import PromptMedia
 from argosy.media.parts import Image, RequestMedia, Text
 from argosy.model.encoders.reading import find_encoders, tensor_names
 from argosy.model.families import open_model
+from argosy.prompt.media_span import SpanRows
 from argosy.prompt.prompt import Prompt
+from tests.model.encoders.open_tower import finish
 from tests.models.gguf_deepseek_v4 import write_gguf
 from tests.models.numpy_deepseek_v4 import DeepseekV4
 from tests.models.references import LARGEST_DIFFERENCE, difference
@@ -79,6 +81,16 @@ def asked(engine: Engine, pictures: list[NDArray[np.uint8]] = PICTURES) -> Promp
     return engine.prompts.build([*parts, Text(f"of these {PLACEHOLDER}?")])
 
 
+def placed_rows(prompt: Prompt) -> dict[int, Array]:
+    """The rows of media, by position."""
+    rows: dict[int, Array] = {}
+    for start, span in prompt.spans:
+        made = span.make_rows()
+        embeddings = (made if isinstance(made, SpanRows) else finish(made)).embeddings
+        rows |= {start + at: row.astype(np.float64) for at, row in enumerate(embeddings)}
+    return rows
+
+
 def test_a_block_begins_where_its_first_square_begins_an_entry(tmp_path: Path) -> None:
     write(tmp_path)
     with opened(tmp_path) as engine:
@@ -106,17 +118,10 @@ def test_the_answer_is_that_of_float64_and_equal_at_every_budget(tmp_path: Path)
         config, tensors = write(tmp_path / "model", seed)
         with opened(tmp_path / "model", kv_dtype="f32", threads=1) as engine:
             prompt = asked(engine)
-            ids, rows, spans = list(prompt.token_ids or ()), {}, []
-            for start, span in prompt.spans:
-                made = span.make_rows()
-                while not hasattr(made, "embeddings"):
-                    try:
-                        next(made)
-                    except StopIteration as done:
-                        made = done.value
-                rows |= {start + at: row.astype(np.float64) for at, row in enumerate(made.embeddings)}
-                if span.sees_both_ways:
-                    spans.append(range(start, start + span.num_positions))
+            ids, rows = list(prompt.token_ids or ()), placed_rows(prompt)
+            spans = [
+                range(start, start + one.num_positions) for start, one in prompt.spans if one.sees_both_ways
+            ]
             values = {name: one.astype(np.float64) for name, one in tensors.items()}
             model = DeepseekV4(config, values, rows=rows, spans=spans)
             logits = model.logits(ids)[-1]

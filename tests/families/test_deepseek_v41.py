@@ -14,8 +14,10 @@ from argosy import Engine, SamplingParams, _native
 from argosy.checkpoint.pack import pack
 from argosy.config import CandidateConfig, CompressedConfig, ModelConfig, SinkhornResidual
 from argosy.errors import ArgosyError, ReadFailed
+from argosy.model.encoders.table import ENCODERS
 from argosy.model.families import FAMILIES, open_model
 from argosy.model.layers import kv_shapes, state_shapes
+from argosy.model.reading.config_reader import ConfigReader
 from tests.engine.test_gguf import LARGEST_DIVERGENCE
 from tests.families.published_sparse import DEEPSEEK_V4_1_FLASH
 from tests.models.numpy_deepseek_v41 import DeepseekV41, engram_rows
@@ -149,6 +151,22 @@ def test_each_key_of_the_released_config_counts_or_is_refused() -> None:
             continue
         same += [key] if read == released else []
     assert [key for key in same if not key.startswith("dspark_")] == ["num_nextn_predict_layers"]
+
+
+def test_each_key_of_the_released_tower_counts() -> None:
+    (tower,), model = ENCODERS["deepseek_v41"], FAMILIES["deepseek_v41"].parse_config(DEEPSEEK_V4_1_FLASH)
+    assert model.router.has_media_bias
+    given = {key: value for key, value in DEEPSEEK_V4_1_FLASH["vision_config"].items() if key != "model_type"}
+
+    def read(**changes: Any) -> Any:
+        reader = ConfigReader(given | changes, "deepseek_v41")
+        return tower.read(reader, reader, model)
+
+    released = read()
+    assert (released.most_tokens, released.least_pixels, released.most_ratio) == (1024, 544**2, 0)
+    assert tower.read(ConfigReader({}, ""), ConfigReader({}, ""), model) == released
+    for key, value in given.items():
+        assert read(**{key: 8 if value is None else 2 * value}) != released, key
 
 
 @pytest.mark.parametrize("token", [99, -1, 2.0, "<image>", True])

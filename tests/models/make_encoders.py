@@ -36,9 +36,13 @@ from tests.models.tiny_encoders import (
     random_sizes,
     random_tensors,
 )
-from tests.models.torch_towers import DeepseekVision, MoonViT2
+from tests.models.torch_towers import DeepseekVision, DeepseekVision41, MoonViT2
 
-TORCH_TOWERS: dict[str, Any] = {"kimi_k3": MoonViT2, "deepseek_v4": DeepseekVision}
+TORCH_TOWERS: dict[str, Any] = {
+    "kimi_k3": MoonViT2,
+    "deepseek_v4": DeepseekVision,
+    "deepseek_v41": DeepseekVision41,
+}
 
 
 @dataclass(frozen=True, slots=True)

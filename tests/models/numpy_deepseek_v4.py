@@ -7,8 +7,8 @@ released checkpoint.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -29,20 +29,16 @@ from tests.models.safetensors_file import Array
 class DeepseekV4(DeepseekV41):
     """Logits of a checkpoint. `margin` is the smallest gap of a choice: of experts or rows.
 
-    rows: position -> the vector there instead of a token's, of a picture (inference/model.py of V4-Flash-Vision).
-    spans: positions that see one another.
+    spans: positions that see one another, of a picture (inference/model.py of V4-Flash-Vision).
     """
 
-    rows: Mapping[int, Array] = field(default_factory=dict)
     spans: Sequence[range] = ()
 
     def logits(self, token_ids: Sequence[int], folded: Sequence[int] | None = None) -> Array:
         """Return [n, vocab]."""
         config, weights, eps = self.config, self.weights, self.config["rms_norm_eps"]
         self.token_ids = list(token_ids)
-        hidden = weights["embed.weight"][self.token_ids]
-        for position, row in self.rows.items():
-            hidden[position] = row
+        hidden = self.embedded(token_ids)
         streams = np.repeat(hidden[:, None], config["hc_mult"], axis=1)
         for layer in range(config["num_hidden_layers"]):
             for name, run in (("attn", self.attention), ("ffn", self.experts)):
@@ -75,13 +71,6 @@ class DeepseekV4(DeepseekV41):
             for expert, share in zip(chosen, weight * self.config["routed_scaling_factor"], strict=True):
                 out[token] += share * self.network(f"{prefix}experts.{expert}.", x[token])
         return out
-
-    def biases(self, prefix: str, count: int) -> Array:
-        """Return [n, experts]."""
-        biases = np.repeat(self.weights[prefix + "gate.bias"][None], count, axis=0)
-        for position in self.rows:
-            biases[position] = self.weights[prefix + "gate.bias_vl"]
-        return biases
 
     def attention(self, layer: int, x: Array, _shared: Shared) -> Array:
         config, prefix, eps = self.config, f"layers.{layer}.attn.", self.config["rms_norm_eps"]

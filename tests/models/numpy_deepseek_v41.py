@@ -131,18 +131,23 @@ class Shared:
 
 @dataclass
 class DeepseekV41:
-    """Logits of a checkpoint. `margin` is the smallest gap of a choice: of experts, rows or blocks."""
+    """Logits of a checkpoint. `margin` is the smallest gap of a choice: of experts, rows or blocks.
+
+    rows: position -> the vector there instead of a token's, of a picture.
+    """
 
     config: RawConfig
     weights: Mapping[str, Array]
     margin: float = math.inf
     states: list[Array] = field(default_factory=list)  # the streams after each layer [n, s, hidden]
+    rows: Mapping[int, Array] = field(default_factory=dict)
 
     def logits(self, token_ids: Sequence[int], folded: Sequence[int] | None = None) -> Array:
         """Return [n, vocab]. `folded` is as for `engram_rows`; None: the ids themselves."""
         config, weights, eps = self.config, self.weights, self.config["rms_norm_eps"]
-        rows = engram_rows(config, token_ids if folded is None else folded)
-        hidden = weights["embed.weight"][list(token_ids)]
+        ids = list(token_ids if folded is None else folded)
+        rows = engram_rows(config, [BLOCKED if at in self.rows else one for at, one in enumerate(ids)])
+        hidden = self.embedded(token_ids)
         streams = np.repeat(hidden[:, None], config["hc_mult"], axis=1)
         pre = np.zeros(streams.shape[:2])
         pre[:, 0] = 1
@@ -162,6 +167,13 @@ class DeepseekV41:
         logits: Array = last @ weights["head.weight"].T
         return logits
 
+    def embedded(self, token_ids: Sequence[int]) -> Array:
+        """Return [n, hidden]."""
+        hidden = self.weights["embed.weight"][list(token_ids)]
+        for position, row in self.rows.items():
+            hidden[position] = row
+        return hidden
+
     def engram(self, layer: int, streams: Array, rows: Array) -> Array:
         prefix, (_, count, hidden) = f"layers.{layer}.engram.", streams.shape
         eps = self.config["rms_norm_eps"]
@@ -171,6 +183,7 @@ class DeepseekV41:
         weight = self.weights[prefix + "q_weight"] * self.weights[prefix + "k_weight"]
         dot = (rms(streams, eps) * weight * rms(key, eps)).sum(axis=-1) / math.sqrt(hidden)
         gate = sigmoid(np.copysign(np.sqrt(np.maximum(np.abs(dot), 1e-6)), dot))
+        gate[list(self.rows)] = 0
         return streams + gate[..., None] * value[:, None]
 
     def experts(self, layer: int, x: Array, _shared: Shared) -> Array:
@@ -191,8 +204,12 @@ class DeepseekV41:
                 out[token] += share * self.network(f"{prefix}experts.{expert}.", x[token])
         return out
 
-    def biases(self, prefix: str, _count: int) -> Array:
-        return self.weights[prefix + "gate.bias"]
+    def biases(self, prefix: str, count: int) -> Array:
+        """Return [n, experts]."""
+        biases = np.repeat(self.weights[prefix + "gate.bias"][None], count, axis=0)
+        for position in self.rows:
+            biases[position] = self.weights[prefix + "gate.bias_vl"]
+        return biases
 
     def network(self, prefix: str, x: Array) -> Array:
         limit = self.config["swiglu_limit"]

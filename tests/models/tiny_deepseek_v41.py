@@ -226,6 +226,11 @@ def write_deepseek_v41(
     text = config["text_config"]
     rows = {layer: 64 + int(found.max()) for layer, found in engram_rows(text, range(500)).items()}
     tensors = random_tensors(text, rows, seed)
+    if "vision_config" in config:
+        rng, num_experts = np.random.default_rng([seed, 1]), text["n_routed_experts"]
+        for layer in range(text["num_hidden_layers"]):
+            drawn = 0.3 * rng.standard_normal(num_experts)
+            tensors[f"layers.{layer}.ffn.gate.bias_vl"] = drawn.astype(np.float32)
     stored = {name: ("F32", one) for name, one in tensors.items()}
     if experts is not None:
         stored, tensors = coded(tensors, experts, seed)

@@ -316,6 +316,28 @@ def deepseek_v4(sizes: Sizes) -> RawConfig:
     }
 
 
+def deepseek_v41(sizes: Sizes) -> RawConfig:
+    return {
+        "architectures": ["DeepseekV41ForCausalLM"],
+        "image_token_id": 50,
+        "model_type": "deepseek_v41",
+        "text_config": _text(sizes, model_type="deepseek_v41_text"),
+        "vision_config": {
+            "downsample_ratio": sizes.merge,
+            "hidden_size": sizes.hidden,
+            "intermediate_size": sizes.mlp,
+            "max_image_tokens": 1024,
+            "max_wh_ratio": None,
+            "min_pixels": 295_936,
+            "model_type": "deepseek_v41_vision",
+            "num_attention_heads": sizes.heads,
+            "num_hidden_layers": sizes.layers,
+            "patch_size": sizes.patch,
+            "rope_theta": 300.0,
+        },
+    }
+
+
 def kimi_k3(sizes: Sizes) -> RawConfig:
     """In the spelling of the hub; heads are together wider than the hidden state."""
     return {
@@ -668,6 +690,7 @@ CONFIGS: dict[str, Callable[[Sizes], RawConfig]] = {
     "kimi_k25": kimi_k25,
     "kimi_k3": kimi_k3,
     "deepseek_v4": deepseek_v4,
+    "deepseek_v41": deepseek_v41,
     "gemma4": gemma4,
     "mistral3": mistral3,
     "llama4": llama4,

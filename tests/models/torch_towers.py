@@ -168,6 +168,26 @@ class DeepseekVision(nn.Module):
         return torch.stack([self.image_start, *pairs, *[self.image_pad] * fillers, self.image_end])
 
 
+class DeepseekVision41(DeepseekVision):
+    """DeepSeek-V4.1's, which has no fillers, and squares in reading order."""
+
+    def __init__(self, raw: dict[str, Any], hidden_size: int) -> None:
+        names = {
+            "n_layers": "num_hidden_layers", "dim": "hidden_size", "n_heads": "num_attention_heads",
+            "inter_dim": "intermediate_size",
+        }  # fmt: skip
+        super().__init__(raw | {ours: raw[theirs] for ours, theirs in names.items()}, hidden_size)
+        del self.image_pad
+
+    def block(self, made: Tensor, rows: int, columns: int) -> Tensor:
+        """The makers' `image_token_types`, and `merge_image_embeddings`."""
+        types = ["start", *(["square"] * columns + ["newline"]) * rows, "end"]
+        squares = iter(made)
+        return torch.stack(
+            [next(squares) if one == "square" else getattr(self, f"image_{one}") for one in types]
+        )
+
+
 def turned(x: Tensor, turns: Tensor) -> Tensor:
     """Rotate adjacent pairs of x [heads, patches, head_dim]."""
     pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2).contiguous())

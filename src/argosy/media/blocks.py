@@ -1,11 +1,11 @@
-"""Prepare pictures for DeepSeek-V4-Vision, whose rows of tokens end with a mark and lie in pairs.
+"""Prepare pictures for DeepSeek-V4-Vision and V4.1, whose rows of tokens end with a mark.
 
     uint8 [height, width, 3]  ->  scaled into a size of whole patches whose tokens fit  ->  filled up with grey
 
 A token stands for a square of patches, the last ones for fewer. The number of tokens includes a mark before and after
-all rows, one after each row, a row of fillers if the number of rows is odd, and two fillers more if half of the tokens
-in rows is odd. Sizes are those of the makers' code, which draws the same grey; the width of a very wide picture counts
-only as a multiple of its height, to which it is squeezed.
+all rows, and one after each row. V4-Vision's rows lie in pairs, so it also includes a row of fillers if the number of
+rows is odd, and two fillers more if half of the tokens in rows is odd. Sizes are those of the makers' code, which draws
+the same grey; the width of a very wide picture counts only as a multiple of its height, to which it is squeezed.
 
 Elsewhere: `model/encoders/deepseek_vision.py` puts tokens in their order.
 """
@@ -28,16 +28,19 @@ _GREY = 127
 _FEWEST_TOKENS = 16
 
 
-def num_block_tokens(rows: int, columns: int) -> int:
-    """Return the tokens of a picture with these rows and columns of squares of patches."""
-    in_rows = (rows + rows % 2) * (columns + 1)
-    return in_rows + in_rows // 2 % 2 * 2 + 2
+def num_block_tokens(rows: int, columns: int, together: int) -> int:
+    """Return the tokens of a picture with these rows and columns of squares of patches; `together` rows lie column by
+    column.
+    """
+    in_rows = (rows + -rows % together) * (columns + 1)
+    return in_rows + -in_rows % together**2 + 2
 
 
 @dataclass(frozen=True, slots=True)
 class BlockFit:
     """Chooses the size of a picture.
 
+    rows_together: rows of tokens that lie column by column.
     most_tokens: of a block.
     least_pixels: a picture with fewer is enlarged to so many first.
     most_ratio: width by height; a wider picture is squeezed. 0: no limit.
@@ -45,6 +48,7 @@ class BlockFit:
 
     patch_size: int
     merge_size: int
+    rows_together: int
     most_tokens: int
     least_pixels: int
     most_ratio: int
@@ -71,7 +75,7 @@ class BlockFit:
     def num_tokens(self, height: int, width: int) -> int:
         """Return the tokens of a size of whole patches."""
         rows, columns = (-(-(side // self.patch_size) // self.merge_size) for side in (height, width))
-        return num_block_tokens(rows, columns)
+        return num_block_tokens(rows, columns, self.rows_together)
 
     def _shrunk(self, height: int, width: int, rows: int, columns: int) -> tuple[int, int]:
         budget = self.most_tokens
@@ -82,17 +86,19 @@ class BlockFit:
 
     def _solved(self, height: int, width: int, most_tokens: int) -> tuple[int, int]:
         """Return the largest size with about `most_tokens`."""
-        token, ratio = self.patch_size * self.merge_size, height / width
+        token, ratio, together = self.patch_size * self.merge_size, height / width, self.rows_together
         most_columns = math.sqrt((most_tokens - 2) / ratio + 0.25) - 0.5
         most_rows = most_columns * ratio
         if most_columns < 1:
-            return (most_tokens - 2) // 2 // 2 * 2 * token, token
-        if most_rows < 2:
-            return 2 * token, max(2, (most_tokens - 2) // 2 - 1) * token
-        limits = math.floor(most_rows) // 2 * 2, math.floor(most_columns)
+            return (most_tokens - 2) // 2 // together * together * token, token
+        if most_rows < together:
+            return together * token, max(together, (most_tokens - 2) // together - 1) * token
+        limits = math.floor(most_rows) // together * together, math.floor(most_columns)
         scale = min(limits[1] * token / width, limits[0] * token / height)
-        patch = self.patch_size
-        return math.floor(height * scale / patch) * patch, math.floor(width * scale / patch) * patch
+        patch = self.patch_size  # with one patch to a token, a side may be less than one
+        return max(1, math.floor(height * scale / patch)) * patch, max(
+            1, math.floor(width * scale / patch)
+        ) * patch
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +117,12 @@ class BlockProcessor(PictureProcessor):
         return canvas
 
     def largest_grid(self) -> Grid:
-        """Return a grid of the most patches: with so many tokens in two rows of squares, few are marks."""
-        columns = (self.fit.most_tokens - 2) // 2 - 1
-        while num_block_tokens(2, columns) > self.fit.most_tokens:
+        """Return a grid of the most patches: with so many tokens in one or two rows of squares, few are marks."""
+        rows = self.fit.rows_together
+        columns = (self.fit.most_tokens - 2) // rows - 1
+        while num_block_tokens(rows, columns, rows) > self.fit.most_tokens:
             columns -= 1
-        return 1, 2 * self.merge_size, columns * self.merge_size
+        return 1, rows * self.merge_size, columns * self.merge_size
 
     def _num_tokens(self, rows: int, columns: int) -> int:
         return self.fit.num_tokens(rows * self.patch_size, columns * self.patch_size)
@@ -128,10 +135,12 @@ def _read(settings: Settings, most_tokens: int | None) -> PictureProcessor:
     if most_tokens is not None:
         require_cap(most_tokens, _FEWEST_TOKENS)
         most = min(most, most_tokens)
-    most -= 3  # so many fillers may precede a block
+    together = settings.integer("rows_together", 2, most=2)
+    most -= together**2 - 1  # so many fillers may precede a block
     fit = BlockFit(
         patch_size,
         merge_size,
+        together,
         most,
         settings.integer("min_pixels", 147_456, least=0),
         settings.integer("max_ratio", 8, least=0),

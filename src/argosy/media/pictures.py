@@ -15,7 +15,7 @@ pixels. The families differ in how they choose the size, and in how they order p
     Gemma-4               as large as the number of tokens allows
     Llama-4, InternVL     cut into tiles (`tiles.py`), and so for DeepSeek-OCR
     Step-3.7              cut into windows beside a view of the whole (`windows.py`)
-    DeepSeek-V4           as many tokens as a block may have, marks included, then padded with grey (`blocks.py`)
+    DeepSeek-V4, V4.1     as many tokens as a block may have, marks included, then padded with grey (`blocks.py`)
     Pixtral               never enlarged but to whole tokens; limited longer side; a token after each row of tokens
 
 Elsewhere: `decoder.py` decodes files; `model/encoders/` runs the towers.

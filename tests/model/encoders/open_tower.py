@@ -177,14 +177,17 @@ PARTS["glm5_next"] = _part(  # type: ignore[call-arg]
 PARTS["kimi_k3"] = _part(  # type: ignore[call-arg]
     "kimi_k3", *ENCODERS["kimi_k3"], (), shapes=_stills(_grids), large_shapes=_stills(_large_grids)
 )
-PARTS["deepseek_v4"] = _part(  # type: ignore[call-arg]
-    "deepseek_v4",
-    *ENCODERS["deepseek_v4"],
-    (),
-    # Patches are no whole squares.
-    shapes=lambda config: [(1, rows, columns) for rows, columns in ((1, 1), (3, 5), (2, 9), (7, 4))],
-    large_shapes=lambda config: [(1, 71, 40), (1, 2, 480), (1, 61, 47)],
-)
+PARTS |= {
+    family: _part(  # type: ignore[call-arg]
+        family,
+        *ENCODERS[family],
+        (),
+        # Patches are no whole squares.
+        shapes=lambda config: [(1, rows, columns) for rows, columns in ((1, 1), (3, 5), (2, 9), (7, 4))],
+        large_shapes=lambda config: [(1, 71, 40), (1, 2, 480), (1, 61, 47)],
+    )
+    for family in ("deepseek_v4", "deepseek_v41")
+}
 PARTS["minimax_m3_vl"] = _part(  # type: ignore[call-arg]
     "minimax_m3_vl",
     *ENCODERS["minimax_m3_vl"],

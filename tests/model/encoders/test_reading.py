@@ -41,6 +41,7 @@ PLACES: list[tuple[str, str, Kind]] = [
     ("kimi_k25", "kimi_k25", "picture"),
     ("kimi_k3", "kimi_k3", "picture"),
     ("deepseek_v4", "deepseek_v4", "picture"),
+    ("deepseek_v41", "deepseek_v41", "picture"),
     ("gemma4", "gemma4", "picture"),
     ("llama4", "llama4", "picture"),
     ("mistral3", "mistral3", "picture"),
@@ -160,7 +161,7 @@ def as_mlx_vlm_writes(tmp_path: Path, name: str) -> Path:
         if family
         not in (
             *("qwen2_moe", "llama4", "internvl", "step3p7", "glm5_next", "minimax_m3_vl", "kimi_k3"),
-            "deepseek_v4",
+            *("deepseek_v4", "deepseek_v41"),
         )
     ],
 )

@@ -1,18 +1,21 @@
-"""DeepSeek-V4-Vision's tower and its aligner: pictures of any size, as blocks of positions that see one another.
+"""The tower and aligner of DeepSeek-V4-Vision and DeepSeek-V4.1: pictures of any size, as blocks of positions.
 
     patches -> product -> layers -> RMSNorm -> 3 x 3 patches in one -> two products with GELU between them -> block
 
 A layer is RMSNorm, attention with 2-D RoPE over the whole picture, RMSNorm, SwiGLU. Where the last squares reach beyond
 the picture, their patches are zero. A block begins and ends with a learned vector, and has one after each row of
-squares; every two rows lie column by column, and learned fillers stand for the second row of the last one and make half
-of the rows even. Further fillers before a block let its first square begin an entry of the decoder's pools, which stand
-for 4 positions each.
+squares. V4.1's squares lie in reading order, and its decoder is causal for pictures too.
+
+In V4-Vision the positions of a block see one another, and every two rows lie column by column; learned fillers stand
+for the second row of the last one and make half of the rows even. Further fillers before a block let its first square
+begin an entry of the decoder's pools, which stand for 4 positions each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,14 +31,26 @@ from argosy.model.encoders.projector import Projector, read_colours, read_patch_
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.reading.gguf_config import GgufConfigReader
 
-_POOLED = 4  # positions of an entry
 _MARKS = ("start", "end", "newline", "pad")
+
+
+class Released(NamedTuple):
+    """What a family's blocks are, and the limits of its released model."""
+
+    rows_together: int
+    most_tokens: int
+    least_pixels: int
+    most_ratio: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeepseekVisionConfig(PatchConfig):
-    """Sizes of the tower and its aligner, and limits of a picture."""
+    """Sizes of the tower and its aligner, and limits of a picture.
 
+    rows_together: rows of squares that lie column by column (`media/blocks.py`).
+    """
+
+    rows_together: int
     mlp_width: int
     norm_eps: float
     most_tokens: int
@@ -43,29 +58,35 @@ class DeepseekVisionConfig(PatchConfig):
     most_ratio: int
     is_converted: bool = False  # llama.cpp's converter divides the SwiGLU's first matrix
 
+    @property
+    def marks(self) -> tuple[str, ...]:
+        return _MARKS if self.rows_together > 1 else _MARKS[:-1]
 
-def read_config(reader: ConfigReader, model: ModelConfig) -> DeepseekVisionConfig:
-    """Read the keys that begin with `vision_`; an absent key gets the value of the released model.
+
+def read_config(reader: ConfigReader, model: ModelConfig, released: Released) -> DeepseekVisionConfig:
+    """Read the keys that begin with `vision_`, or those of `vision_config`; an absent key gets the value of the
+    released model.
 
     Raises:
         UnsupportedModel: a key or value that is not supported.   CheckpointError: a key is malformed.
     """
     config = DeepseekVisionConfig(
-        num_layers=reader.integer("n_layers", default=32, most=MOST_LAYERS),
-        hidden_size=reader.integer("dim", default=1024),
-        mlp_width=reader.integer("inter_dim", default=2816),
-        num_heads=reader.integer("n_heads", default=16),
+        rows_together=released.rows_together,
+        num_layers=reader.integer("n_layers", "num_hidden_layers", default=32, most=MOST_LAYERS),
+        hidden_size=reader.integer("dim", "hidden_size", default=1024),
+        mlp_width=reader.integer("inter_dim", "intermediate_size", default=2816),
+        num_heads=reader.integer("n_heads", "num_attention_heads", default=16),
         norm_eps=reader.number("norm_eps", 1e-6),  # whatever the text model's is
         patch_size=reader.integer("patch_size", default=14, most=256),
         merge=reader.integer("downsample_ratio", default=3, most=16),
         out_size=model.hidden_size,
         position_side=0,
         theta=reader.number("rope_theta", 10_000.0),
-        most_tokens=reader.integer("max_n_token", default=384, least=16),
-        least_pixels=reader.integer("min_pixels", default=147_456, least=0),
-        most_ratio=reader.optional_integer("max_wh_ratio", default=8, least=0) or 0,
+        most_tokens=reader.integer("max_n_token", "max_image_tokens", default=released.most_tokens, least=16),
+        least_pixels=reader.integer("min_pixels", default=released.least_pixels, least=0),
+        most_ratio=reader.optional_integer("max_wh_ratio", default=released.most_ratio, least=0) or 0,
     )
-    config.require_heads(reader, "dim")
+    config.require_heads(reader, "dim" if reader.has("dim") else "hidden_size")
     reader.finish()
     return config
 
@@ -88,7 +109,7 @@ def tensors(config: DeepseekVisionConfig) -> dict[str, EncoderTensor]:
     found |= with_bias("final_norm", "vision.norm", (hidden,), has_bias=False)
     found |= with_bias("merger.up", "aligner.w1", (out, config.cell_size))
     found |= with_bias("merger.down", "aligner.w2", (out, out))
-    return found | {mark: EncoderTensor(f"image_{mark}", (out,)) for mark in _MARKS}
+    return found | {mark: EncoderTensor(f"image_{mark}", (out,)) for mark in config.marks}
 
 
 def _wide_names(config: DeepseekVisionConfig) -> tuple[str, ...]:
@@ -102,17 +123,17 @@ def _cells(config: DeepseekVisionConfig, grid: Grid) -> tuple[int, int]:
 
 def num_positions(config: DeepseekVisionConfig, grid: Grid) -> int:
     """Positions of the block of a picture of `grid` patches, without the fillers before it."""
-    return num_block_tokens(*_cells(config, grid))
+    return num_block_tokens(*_cells(config, grid), config.rows_together)
 
 
-def block_order(num_rows: int, num_columns: int) -> NDArray[np.int64]:
+def block_order(num_rows: int, num_columns: int, together: int) -> NDArray[np.int64]:
     """Return what the positions of a block are: the number of a square of patches, or -1 - the number of a mark."""
     start, end, newline, pad = (-1 - number for number in range(len(_MARKS)))
-    rows = np.full((num_rows + num_rows % 2, num_columns + 1), pad)
+    rows = np.full((num_rows + -num_rows % together, num_columns + 1), pad)
     rows[:num_rows, -1] = newline
     rows[:num_rows, :-1] = np.arange(num_rows * num_columns).reshape(num_rows, num_columns)
-    pairs = rows.reshape(-1, 2, num_columns + 1).swapaxes(1, 2).ravel()
-    return np.concatenate([[start], pairs, np.full(len(pairs) // 2 % 2 * 2, pad), [end]])
+    groups = rows.reshape(-1, together, num_columns + 1).swapaxes(1, 2).ravel()
+    return np.concatenate([[start], groups, np.full(-len(groups) % together**2, pad), [end]])
 
 
 def peak_bytes(config: DeepseekVisionConfig, grid: Grid) -> int:
@@ -199,10 +220,10 @@ class DeepseekVisionTower(PatchTower[DeepseekVisionConfig]):
 
         yield from in_blocks(normalise, range(len(hidden)), hidden.shape[1])
         yield from in_blocks(work, range(len(made)), ops.flop_per_row("merger.up", "merger.down"))
-        order = block_order(rows, cols)
+        order = block_order(rows, cols, config.rows_together)
         embeddings = np.empty((len(order), config.out_size), np.float32)
         embeddings[order >= 0] = made[order[order >= 0]]
-        for number, mark in enumerate(_MARKS):
+        for number, mark in enumerate(config.marks):
             embeddings[order == -1 - number] = ops.rows_of(mark, np.zeros(1, np.int32))
         return embeddings
 
@@ -216,27 +237,40 @@ def settings(config: DeepseekVisionConfig) -> dict[str, object]:
         "merge_size": config.merge,
         "min_pixels": config.least_pixels,
         "patch_size": config.patch_size,
+        "rows_together": config.rows_together,
     }
 
 
-TOWERS: Mapping[str, Encoder] = {
-    "deepseek_v4": Encoder(
+def _encoder(released: Released, **form: Any) -> Encoder:
+    return Encoder(
         kind="picture",
-        path=("vision_*",),
-        placeholders=("<｜deepseek_image｜>",),
         prefix="",
         first_prefix="vision.",
-        read=lambda own, around, model: read_config(own, model),
+        read=lambda own, around, model: read_config(own, model, released),
         tensors=tensors,
         open=DeepseekVisionTower,
         num_positions=num_positions,
         peak_bytes=peak_bytes,
-        sees_both_ways=True,
         flop=flop,
-        num_fillers=lambda position: _POOLED - 1 - position % _POOLED,
         settings=settings,
         has_processor_file=False,
+        **form,
     )
+
+
+TOWERS: Mapping[str, Encoder] = {
+    "deepseek_v4": _encoder(
+        Released(rows_together=2, most_tokens=384, least_pixels=147_456, most_ratio=8),
+        path=("vision_*",),
+        placeholders=("<｜deepseek_image｜>",),
+        sees_both_ways=True,
+        num_fillers=lambda position: 3 - position % 4,
+    ),
+    "deepseek_v41": _encoder(
+        Released(rows_together=1, most_tokens=1024, least_pixels=295_936, most_ratio=None),
+        path=("vision_config",),
+        placeholders=("image_token_id",),
+    ),
 }
 
 

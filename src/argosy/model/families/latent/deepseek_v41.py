@@ -1,4 +1,4 @@
-"""DeepSeek-V4.1 (`deepseek_v41`), text only: V4's streams and attention, with caches that layers share.
+"""DeepSeek-V4.1 (`deepseek_v41`): V4's streams and attention, with caches that layers share.
 
 `compress_ratios` say how many positions an entry stands for, in layers that see entries and their window. Only those of
 `kv_source_layer_ids` have a pool and index keys, which later layers read; those of `index_source_layer_ids` have an
@@ -6,8 +6,9 @@ indexer, and later layers see its choice. From `candidate_source_layer_id` on, i
 this layer found best. A sublayer's weights for reading the streams are for the next one. Layers of `engram_layer_ids`
 first add rows of a table of hashed n-grams of folded tokens (Engram, arXiv:2601.07372), which stays on the drive.
 
+With a vision tower, positions of pictures choose experts by a bias of their own, and no n-gram reaches across them.
 `config.json` is a wrapper with the text model in `text_config`; transformers 5.24 has no class for it. DSpark's draft
-layers (`mtp`) and the tower are passed over.
+layers (`mtp`) are passed over.
 """
 
 from __future__ import annotations
@@ -101,13 +102,19 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
     Raises:
         The same errors as `parse_wrapper`.
     """
-    image_id = raw.get("image_token_id")
+    image_id, vision = raw.get("image_token_id"), ConfigReader(raw, MODEL_TYPE).mapping("vision_config")
+    sees = vision is not None and (
+        ConfigReader(vision, MODEL_TYPE, within="vision_config").integer(
+            "num_hidden_layers", default=32, least=0, most=MOST_LAYERS
+        )
+        > 0
+    )
     return parse_wrapper(
-        raw, MODEL_TYPE, (MODEL_TYPE, "deepseek_v41_text"), lambda text: _read_text(text, image_id)
+        raw, MODEL_TYPE, (MODEL_TYPE, "deepseek_v41_text"), lambda text: _read_text(text, image_id, sees=sees)
     )
 
 
-def _read_text(reader: ConfigReader, border_id: object) -> ModelConfig:
+def _read_text(reader: ConfigReader, border_id: object, *, sees: bool) -> ModelConfig:
     sizes = read_sizes(reader, _DEFAULTS)
     mixers = _read_mixers(reader, sizes)
     tables = _read_tables(reader, sizes.model["vocab_size"], len(mixers), border_id)
@@ -122,7 +129,7 @@ def _read_text(reader: ConfigReader, border_id: object) -> ModelConfig:
         ),
         expert_width=expert_width,
         shared_width=expert_width * reader.integer("n_shared_experts", default=1),
-        router=replace(deepseek_v4.read_router(reader), renormalize=has_norm),
+        router=replace(deepseek_v4.read_router(reader), renormalize=has_norm, has_media_bias=sees),
         activation=ActivationConfig(kind="silu_limited", limit=reader.number("swiglu_limit", 10.0)),
         residual=replace(deepseek_v4.read_residual(reader), is_lagged=True, head="carried"),
         draft_form=None,
