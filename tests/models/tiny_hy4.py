@@ -134,6 +134,7 @@ ROWS = {
         shapes=tensor_shapes,
         has_own_modules=True,
         has_own_experts=True,
+        chats=("hy4",),
         without_mlx="MLX has no class for it",
     ),
 }

@@ -154,9 +154,10 @@ FAMILIES = {
     )
 }
 
-_HY3 = [f"<{slash}{name}:opensource>" for slash in ("", "/") for name in (
+_HY4 = [f"<{slash}{name}:6124c78e>" for slash in ("", "/") for name in (
     "think", "tool_calls", "tool_call", "arg_key", "arg_value",
-)] + ["<tool_sep:opensource>"]  # fmt: skip
+)]  # fmt: skip
+_HY3 = [mark.replace("6124c78e", "opensource") for mark in (*_HY4, "<tool_sep:6124c78e>")]
 _SOLAR = [f"<|{name}|>" for name in ("begin", "content", "think", "end", "tool_calls", "calls")] + [
     f"<|tool_call:{name}|>" for name in ("begin", "name", "args", "end")
 ]
@@ -209,6 +210,7 @@ SHORT = {
         _family("llama3", templates.LLAMA_3, ["<|python_tag|>"], [], ["<|im_end|>"]),
         _family("ernie", templates.ERNIE_45, [], ["<think>", "</think>"], ["<|im_end|>"]),
         _family("hy3", templates.HY_3, _HY3, [], ["<|im_end|>"]),
+        _family("hy4", templates.HY_4, _HY4, [], ["<|im_end|>"]),
     )
 }
 

@@ -116,6 +116,19 @@ def test_a_mark_with_a_control_token_is_none_if_its_characters_are_typed(name: s
         assert "".join(event.text for event in said if isinstance(event, TextDelta)) == f"a{text}b"
 
 
+@pytest.mark.parametrize("ending", ["", ":opensource"])
+def test_marks_of_hy4_end_as_its_vocabulary_says(ending: str) -> None:
+    own = FAMILIES["hy4"]
+    renamed = {mark: mark.replace(":6124c78e", ending) for mark in own.special}
+    template = own.template.replace(":6124c78e", ending)
+    # The mark behind Hy3's names may be in the vocabulary; the template does not write it.
+    family = Family("hy4", template, (*renamed.values(), f"<tool_sep{ending}>"), (), own.ends, {})
+    assert find_format(family.tokenizer, family.template).name == "hy4"
+    (case,) = (case for other, case in ALL if other is own and case["says"] == "thoughts, then three calls")
+    pieces = [renamed.get(piece, piece) for piece in case["pieces"]]
+    assert told(events_of(family, case, tokens_of(family, pieces))) == case["events"]
+
+
 def cut_up(tokens: Iterable[Token], places: Iterable[int]) -> Iterator[Token]:
     """The same tokens, with adjacent text joined and then split at `places`, counted over all text."""
     joined: list[Token] = []

@@ -102,6 +102,8 @@ ONE |= {
     '<｜DSML｜parameter name="city" string="true">Oslo</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>',
     "hy3": "<tool_calls>\n<tool_call>get_weather<tool_sep>\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n"
     "</tool_call>\n</tool_calls>".replace(">", ":opensource>"),
+    "hy4": "<tool_calls><tool_call>get_weather<arg_key>city</arg_key><arg_value>Oslo</arg_value></tool_call>"
+    "</tool_calls>".replace(">", ":6124c78e>"),
 }
 _M3 = "]<]minimax[>[<"
 ONE["minimax_m3"] = (
@@ -175,6 +177,7 @@ TWO |= {
         "\n</tool_calls",
         "\n<tool_call:opensource>clock<tool_sep:opensource>\n</tool_call:opensource>\n</tool_calls",
     ),
+    "hy4": ONE["hy4"].replace("</tool_calls", "<tool_call:6124c78e>clock</tool_call:6124c78e></tool_calls"),
 }
 TWO["deepseek_v41"] = TWO["deepseek_v4"].replace("tool_calls>", "calls>").replace("｜DSML｜", "｜DSML｜ ")
 TWO["qwen2_5"] = TWO["qwen3"]

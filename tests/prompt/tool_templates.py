@@ -681,6 +681,15 @@ HY_3 = _short(
     {{- '</tool_call:opensource>\n' -}}""",
     r"<tool_calls:opensource>\n", "", "</tool_calls:opensource>", "<think:opensource>", "</think:opensource>",
 )  # fmt: skip
+HY_4 = _short(
+    """{{- '<tool_call:6124c78e>' ~ f.name -}}
+    {%- for key, value in f.arguments.items() -%}
+      {{- '<arg_key:6124c78e>' ~ key ~ '</arg_key:6124c78e><arg_value:6124c78e>'
+          ~ (value if value is string else value | tojson) ~ '</arg_value:6124c78e>' -}}
+    {%- endfor -%}
+    {{- '</tool_call:6124c78e>' -}}""",
+    "<tool_calls:6124c78e>", "", "</tool_calls:6124c78e>", "<think:6124c78e>", "</think:6124c78e>",
+)  # fmt: skip
 SOLAR_OPEN = (
     _short(
         """{{- '<|tool_call:begin|>' ~ call.id ~ '<|tool_call:name|>' ~ f.name ~ '<|tool_call:args|>' -}}

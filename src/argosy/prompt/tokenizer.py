@@ -409,6 +409,11 @@ class Tokenizer:
         """The id of the control token spelled `text`, or None."""
         return self._control_by_text.get(text)
 
+    @property
+    def control_texts(self) -> Iterable[str]:
+        """How the control tokens are spelled."""
+        return self._control_by_text
+
     @functools.cached_property
     def _control_by_text(self) -> dict[str, int]:
         return {self._content.get(i, self.token_text(i)): i for i in self.control_ids}

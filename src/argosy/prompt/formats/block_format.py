@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from argosy.prompt.formats.format import Format
 from argosy.prompt.formats.lark import Lark
@@ -32,15 +32,14 @@ class BlockFormat(Format):
         inside: marks inside a block.
     """
 
-    blocks: ClassVar[Mapping[str, str | None]]
-    sections: ClassVar[tuple[str, ...]] = ()
-    inside: ClassVar[tuple[str, ...]] = ()
+    blocks: Mapping[str, str | None]
+    sections: tuple[str, ...] = ()
+    inside: tuple[str, ...] = ()
 
-    @classmethod
-    def marks(cls) -> Sequence[str]:
-        closing = (mark for mark in cls.blocks.values() if mark is not None)
-        others = (*cls.sections, *cls.inside, *(mark for pair in cls.wrapping for mark in pair))
-        return tuple(dict.fromkeys(filter(None, (*cls.thinking, *cls.blocks, *closing, *others))))
+    def marks(self) -> Sequence[str]:
+        closing = (mark for mark in self.blocks.values() if mark is not None)
+        others = (*self.sections, *self.inside, *(mark for pair in self.wrapping for mark in pair))
+        return tuple(dict.fromkeys(filter(None, (*self.thinking, *self.blocks, *closing, *others))))
 
     def parser(self, tools: Sequence[Tool] = (), prompt: Prompt | None = None) -> Parser:
         return BlockParser(self, tools, is_reasoning=self.thoughts_in(prompt) == "open")

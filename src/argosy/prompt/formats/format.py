@@ -49,7 +49,7 @@ class Format(ABC):
     """
 
     name: ClassVar[str]
-    thinking: ClassVar[tuple[str, str]] = ("<think>", "</think>")
+    thinking: tuple[str, str] = ("<think>", "</think>")
     spells_thoughts: ClassVar[bool] = False
     tokens: ClassVar[tuple[str, ...]] = ()
     words: ClassVar[tuple[str, ...]] = ()
@@ -75,9 +75,8 @@ class Format(ABC):
         self.lexer = Lexer([mark for mark in self.marks() if mark not in unknown], tokenizer, self.pieces)
         self._tokenizer = tokenizer
 
-    @classmethod
     @abstractmethod
-    def marks(cls) -> Sequence[str]:
+    def marks(self) -> Sequence[str]:
         """All marks of the format."""
 
     @abstractmethod

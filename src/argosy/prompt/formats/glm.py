@@ -8,7 +8,8 @@
 4.7 and Laguna-S omit the line breaks, Ling-3 those behind values but the last; every spelling is read. A grammar
 follows the model's own, which its template shows. Laguna-XS writes as 4.5.
 
-Hy3 has marks of its own around all calls and behind the name:
+Hy3 has marks around all calls and behind the name, and breaks lines; Hy4 has only the former (vLLM's parser for it).
+Every mark ends alike, as the checkpoint's vocabulary says:
 
     <tool_calls:opensource>
     <tool_call:opensource>get_weather<tool_sep:opensource>
@@ -39,17 +40,19 @@ VALUE, VALUE_END = "<arg_value>", "</arg_value>"
 SEPARATOR = "<tool_sep>"
 # A line break before a value, in a template's own text or in its strings.
 _BREAK = re.compile(rf"(?:\\n|\n)[ \t]*{VALUE}")
+_CALLS = re.compile(r"<tool_calls((?::[^\s>]*)?)>")
+_RELEASED = ":opensource"
 
 
 class Glm(BlockFormat):
     name = "glm"
     words: ClassVar[tuple[str, ...]] = (KEY,)
     blocks = {OPEN: CLOSE}  # noqa: RUF012 (a ClassVar, declared in the base)
-    inside: ClassVar[tuple[str, ...]] = (KEY, KEY_END, VALUE, VALUE_END)
+    inside: tuple[str, ...] = (KEY, KEY_END, VALUE, VALUE_END)
     line: ClassVar[str] = "\n"
     behind_value: ClassVar[str] = "\n"
     behind_values: ClassVar[str] = ""
-    separator: ClassVar[str] = ""  # behind the name
+    separator: str = ""  # behind the name
 
     def read(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Reading:
         rest = iter(inside_of(block, CLOSE))
@@ -122,39 +125,66 @@ class Ling3(Glm):
     behind_values = "\n"
 
 
-def _hy3(mark: str) -> str:
-    return f"{mark[:-1]}:opensource>"
+class Hy4(Glm):
+    name = "hy4"
+    line = behind_value = ""
 
+    @classmethod
+    def fits(cls, tokenizer: Tokenizer, template: str) -> bool:
+        # A vocabulary may have the mark behind names without a use for it.
+        return _ending_of(tokenizer) is not None and (SEPARATOR[1:-1] in template) == bool(cls.separator)
 
-class Hy3(Glm):
-    name = "hy3"
-    tokens = (_hy3(SEPARATOR),)
-    words = ()
-    thinking = (_hy3("<think>"), _hy3("</think>"))
-    blocks = {_hy3(OPEN): _hy3(CLOSE)}  # noqa: RUF012
-    sections = (_hy3("<tool_calls>"), _hy3("</tool_calls>"))
-    inside = (*map(_hy3, Glm.inside), _hy3(SEPARATOR))
-    separator = _hy3(SEPARATOR)
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        ending = _ending_of(tokenizer)
+        self._ending = _RELEASED if ending is None else ending
+        self.thinking = (self._own("<think>"), self._own("</think>"))
+        self.blocks = {self._own(OPEN): self._own(CLOSE)}
+        self.sections = (self._own("<tool_calls>"), self._own("</tool_calls>"))
+        self.separator = self._own(self.separator) if self.separator else ""
+        self.inside = tuple(filter(None, (*map(self._own, Glm.inside), self.separator)))
+        super().__init__(tokenizer)
+
+    def _own(self, mark: str) -> str:
+        return _with(mark, self._ending)
 
     def read(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Reading:
-        return super().read(_as_glm(block), tools)
+        return super().read(self._as_glm(block), tools)
 
     def read_cut(self, block: Sequence[str], tools: Mapping[str, Tool]) -> Sequence[FoundCall | CutCall]:
-        return super().read_cut(_as_glm(block), tools)
+        return super().read_cut(self._as_glm(block), tools)
+
+    def _as_glm(self, block: Sequence[str]) -> list[str]:
+        """The lexemes with GLM's marks, and a line break in place of the mark behind the name."""
+        return [
+            ("\n" if one == self.separator else Mark(one.replace(f"{self._ending}>", ">")))
+            if isinstance(one, Mark)
+            else one
+            for one in block
+        ]
 
     def _calls(self, lark: Lark, tools: Sequence[Tool], parallel: bool) -> str:
+        line = lark.literal(self.line) if self.line else ""
         first, last = map(lark.mark, self.sections)
-        return f'{first} "\\n" {super()._calls(lark, tools, parallel)} "\\n" {last}'
+        return f"{first} {line} {super()._calls(lark, tools, parallel)} {line} {last}"
 
 
-def _as_glm(block: Sequence[str]) -> list[str]:
-    """The lexemes with GLM's marks, and a line break in place of the mark behind the name."""
-    return [
-        ("\n" if one == _hy3(SEPARATOR) else Mark(one.replace(":opensource", "")))
-        if isinstance(one, Mark)
-        else one
-        for one in block
-    ]
+class Hy3(Hy4):
+    name = "hy3"
+    line = behind_value = "\n"
+    separator = SEPARATOR
+
+
+def _ending_of(tokenizer: Tokenizer) -> str | None:
+    """What ends each of Hunyuan's marks, such as `:opensource`, or nothing; None: these are not its marks."""
+    for text in tokenizer.control_texts:
+        found = _CALLS.fullmatch(text)
+        if found and tokenizer.control_id(_with(KEY, found[1])) is not None:
+            return found[1]
+    return None
+
+
+def _with(mark: str, ending: str) -> str:
+    return f"{mark[:-1]}{ending}>"
 
 
 def _up_to(lexemes: Iterator[str], mark: str) -> tuple[str, str | None]:
@@ -167,4 +197,4 @@ def _up_to(lexemes: Iterator[str], mark: str) -> tuple[str, str | None]:
     return "".join(text), None
 
 
-FORMATS = (Hy3, Ling3, Glm47, Glm)
+FORMATS = (Hy3, Hy4, Ling3, Glm47, Glm)

@@ -35,8 +35,7 @@ class Harmony(Format):
     name = "harmony"
     tokens = (START, CHANNEL, MESSAGE)
 
-    @classmethod
-    def marks(cls) -> Sequence[str]:
+    def marks(self) -> Sequence[str]:
         return (START, CHANNEL, CONSTRAIN, MESSAGE, END, CALL, RETURN)
 
     def parser(self, tools: Sequence[Tool] = (), prompt: Prompt | None = None) -> Parser:

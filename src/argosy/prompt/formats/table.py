@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 # From the most specific to the most common; the first one that fits wins. `plain` fits every model.
 _FILES = (
-    "harmony", "kimi_k3", "kimi_k2", "deepseek", "gemma4", "pythonic", "json_list", "solar", "minimax_m2",
-    "minimax_m3", "glm", "qwen3_coder", "hermes", "mistral", "plain",
+    "harmony", "kimi_k3", "kimi_k2", "deepseek", "gemma4", "pythonic", "glm", "json_list", "solar",
+    "minimax_m2", "minimax_m3", "qwen3_coder", "hermes", "mistral", "plain",
 )  # fmt: skip
 _FOUND = (form for file in members("argosy.prompt.formats", _FILES) for form in file.FORMATS)
 FORMATS: dict[str, type[Format]] = {form.name: form for form in _FOUND}
