@@ -63,7 +63,7 @@ def require_answer(engine: Engine, prompt: Prompt, logits: NDArray[Any], greedy:
     expected = logits - logits.max()
     expected -= np.log(np.exp(expected).sum())
     assert difference(np.array(list(best.values())), expected[list(best)]) <= LARGEST_DIFFERENCE
-    assert engine.generate(prompt, GREEDY).token_ids == greedy.tolist()
+    assert engine.generate(prompt, GREEDY).token_ids[: len(greedy)] == greedy.tolist()
 
 
 def prompt_of(engine: Engine, reference: dict[str, NDArray[Any]], tenant: str = "") -> Prompt:

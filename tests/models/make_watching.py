@@ -172,9 +172,11 @@ class Inputs:
 
 
 @torch.no_grad()
-def answer(model: Any, directory: Path, family: str, media: dict[str, Array]) -> dict[str, Array] | None:
-    """None if the greedy answer has a control token of media, which the model of transformers would look behind, or if
-    rounding could choose another token."""
+def answer(
+    model: Any, directory: Path, family: str, media: dict[str, Array], least: int = NEW_TOKENS
+) -> dict[str, Array] | None:
+    """The greedy answer ends before a control token of media, which the model of transformers would look behind, and
+    where rounding could choose another token. None if it has fewer than `least` tokens."""
     inputs = Inputs(directory, family)
     prompt, full = [3, 5, 6], [3, 5, 6]
     is_heard = any(name.startswith("track") for name in media)
@@ -196,7 +198,7 @@ def answer(model: Any, directory: Path, family: str, media: dict[str, Array]) ->
             written = template
             text = inputs.video(value, float(media[f"rate.{number}"][0]), num_sound)
             # Qwen3-VL's texts hold the tokens that the template writes around the placeholder.
-            place = template if family in ("qwen3_vl_moe", "qwen3_5_moe") else token
+            place = template if family in ("qwen3_vl_moe", "qwen3_5_moe", "qwen4_exp") else token
             becomes = written.replace(place, text)
         else:
             continue
@@ -211,7 +213,7 @@ def answer(model: Any, directory: Path, family: str, media: dict[str, Array]) ->
     def run(ids: list[int]) -> Array:
         tokens = torch.tensor([ids])
         own = dict(more, input_ids=tokens, attention_mask=torch.ones_like(tokens))
-        if family in ("qwen3_vl_moe", "qwen3_5_moe"):
+        if family in ("qwen3_vl_moe", "qwen3_5_moe", "qwen4_exp"):
             own["mm_token_type_ids"] = (tokens == 50).int() + 2 * (tokens == 52).int()
         if family == "glm4v_moe":
             own["mm_token_type_ids"] = 2 * (tokens == 50).int()
@@ -227,9 +229,11 @@ def answer(model: Any, directory: Path, family: str, media: dict[str, Array]) ->
     for _ in range(NEW_TOKENS):
         scores = run(full + greedy)[-1]
         second, best = np.sort(scores)[-2:]
+        if int(scores.argmax()) in controls or best - second < LEAST_MARGIN:
+            break
         greedy.append(int(scores.argmax()))
-        if greedy[-1] in controls or best - second < LEAST_MARGIN:
-            return None
+    if len(greedy) < least:
+        return None
     return {
         "prompt": np.array(prompt),
         "input_ids": np.array(full),
@@ -278,7 +282,9 @@ def main() -> None:
             found, attempt = None, 0
             while found is None:
                 media = media_of(family, seed + 1000 * attempt, is_heard=name == "heard")
-                found, attempt = answer(model, directory, family, media), attempt + 1
+                # The tiny Qwen3.8 soon writes a placeholder, whatever it has seen.
+                least = (2 if attempt < 8 else 0) if family == "qwen4_exp" else NEW_TOKENS
+                found, attempt = answer(model, directory, family, media, least), attempt + 1
             best = np.sort(found["logits"])[::-1]
             print(
                 f"{family:16} {name} {len(found['input_ids'])} positions, margin {best[0] - best[1]:.3f}, "

@@ -370,6 +370,7 @@ def encode_text(text: str) -> list[int]:
 VIDEO_PROMPTS = {
     "qwen3_vl_moe": "<|vision_start|><|video_pad|><|vision_end|>",
     "qwen3_5_moe": "<|vision_start|><|video_pad|><|vision_end|>",
+    "qwen4_exp": "<|vision_start|><|video_pad|><|vision_end|>",
     "qwen3_omni_moe": "<|vision_start|><|video_pad|><|vision_end|>",
     "glm4v_moe": "<|begin_of_video|><|video|><|end_of_video|>",
     "kimi_k25": "<|kimi_k25_video_placeholder|>",
