@@ -14,7 +14,15 @@ import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from argosy.prompt.formats import find_format
-from argosy.prompt.own_templates import DEEPSEEK_V4, DEEPSEEK_V41, K3_PICTURE, K3_ROWS, KIMI_K3
+from argosy.prompt.own_templates import (
+    DEEPSEEK_V4,
+    DEEPSEEK_V41,
+    K3_PICTURE,
+    K3_ROWS,
+    KIMI_K3,
+    V4_PICTURE,
+    with_pictures,
+)
 from argosy.prompt.template_worker import render_segments
 from argosy.prompt.tokenizer import Tokenizer, has_chat_template
 from tests.prompt.tokenizers_for_tests import byte_level_json, write_tokenizer
@@ -34,6 +42,10 @@ TALK = [
     {"role": "assistant", "content": "b", "reasoning_content": "why"},
     {"role": "user", "content": "c"},
 ]
+
+SEEN = [{"role": "user", "content": [
+    {"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"},
+]}]  # fmt: skip
 
 
 def compiled(source: str) -> jinja2.Template:
@@ -146,10 +158,20 @@ def test_a_checkpoint_without_a_template_gets_it(model_type: str, template: str,
     assert own.chat_template == f"own {K3_ROWS}"
 
 
+def test_a_template_that_llama_cpp_adds_to_v4_prints_pictures() -> None:
+    theirs = with_pictures(
+        "{%- set dsml_token = '｜DSML｜' -%}{%- for message in messages -%}"
+        "{{- '<' + (message['content'] or '') + '>' + message['role'] -}}{%- endfor -%}"
+    )
+    messages = [*SEEN, {"role": "assistant", "content": None}]
+    assert compiled(theirs).render(messages=messages) == f"<a\n\n{V4_PICTURE}\n\nb>user<>assistant"
+
+
 @pytest.mark.skipif(not LLAMA_CPP, reason="ARGOSY_LLAMA_CPP does not name llama.cpp's sources")
 def test_it_renders_as_the_template_that_llama_cpp_adds() -> None:
-    theirs = compiled((Path(LLAMA_CPP) / "models/templates/deepseek-ai-DeepSeek-V4.jinja").read_text())
-    cases = ([], TALK, TALK[:2], TURNS, TURNS[1:3], [{"role": "developer", "content": "d"}, *TURNS])
+    source = (Path(LLAMA_CPP) / "models/templates/deepseek-ai-DeepSeek-V4.jinja").read_text()
+    theirs = compiled(with_pictures(source))
+    cases = ([], TALK, TALK[:2], TURNS, TURNS[1:3], [{"role": "developer", "content": "d"}, *TURNS], SEEN)
     for messages, tools, thinking, effort in product(
         cases, ([], TOOLS), (None, True, False), (None, "max", "high")
     ):

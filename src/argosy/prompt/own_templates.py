@@ -16,6 +16,20 @@ OCR = (
     "{% endfor %}{% endif %}{% endfor %}"
 )
 V4_PICTURE = "<｜deepseek_image｜>"
+# The parts of a content as V4's code joins them.
+_V4_PARTS = f"""\
+{{%- macro parts_of(content) -%}}
+  {{%- if content is string or not content -%}}{{{{- content or '' -}}}}
+  {{%- else -%}}
+    {{%- for part in content -%}}
+      {{{{- '' if loop.first else '\\n\\n' -}}}}
+      {{%- if part.type == 'image' -%}}{{{{- {V4_PICTURE!r} -}}}}{{%- else -%}}{{{{- part.text -}}}}{{%- endif -%}}
+    {{%- endfor -%}}
+  {{%- endif -%}}
+{{%- endmacro -%}}
+"""
+# What llama.cpp's templates of V4 print instead, which is no picture.
+_V4_CONTENT = "message['content'] or ''"
 # What Kimi-K3's code writes where it then puts a picture, in the template that llama.cpp's converter adds too.
 K3_PICTURE, K3_ROWS = "<|kimi_image_placeholder|>", "<|media_pad|>"
 _OCR_TOKENS = {"<image>", "<|grounding|>"}
@@ -62,7 +76,7 @@ and rejected hypothesis to ensure absolutely no assumption is left unchecked.
 # What V4's and V4.1's prompts share. Thoughts of earlier turns stay only if there are tools. Consecutive messages of
 # users and tools are one turn. `system` is what stands before them; `later` is the mark of system messages among them.
 _DEEPSEEK_SYSTEM = f"""\
-{{{{- system -}}}}
+{_V4_PARTS}{{{{- system -}}}}
 {{%- if tools | default([]) -%}}
   {{{{- gap -}}}}{{{{- {_TOOLS!r} -}}}}
   {{%- for tool in tools if tool.type == 'function' -%}}{{{{- (tool.function | tojson) + '\\n' -}}}}{{%- endfor -%}}
@@ -73,13 +87,7 @@ _DEEPSEEK_SYSTEM = f"""\
     {{{{- '\\n\\n' if ns.is_user else '<｜User｜>' -}}}}
     {{%- set ns.is_user = true -%}}
     {{{{- '<tool_result>' if m.role == 'tool' else '' -}}}}
-    {{%- if m.content is string or not m.content -%}}{{{{- m.content or '' -}}}}
-    {{%- else -%}}
-      {{%- for part in m.content -%}}
-        {{{{- '' if loop.first else '\\n\\n' -}}}}
-        {{%- if part.type == 'image' -%}}{{{{- {V4_PICTURE!r} -}}}}{{%- else -%}}{{{{- part.text -}}}}{{%- endif -%}}
-      {{%- endfor -%}}
-    {{%- endif -%}}
+    {{{{- parts_of(m.content) -}}}}
     {{{{- '</tool_result>' if m.role == 'tool' else '' -}}}}
   {{%- elif m.role == 'system' and later and not loop.first -%}}
     {{%- set ns.is_user = false -%}}
@@ -246,3 +254,12 @@ def own_template(model_type: object, added_tokens: AbstractSet[str]) -> str | No
     """Return the template of a checkpoint without one, by the `model_type` of its config or its tokenizer's tokens."""
     own = {"deepseek_v4": DEEPSEEK_V4, "deepseek_v41": DEEPSEEK_V41, "kimi_k3": KIMI_K3}.get(str(model_type))
     return own or (OCR if added_tokens >= _OCR_TOKENS else None)
+
+
+def with_pictures(template: str) -> str:
+    """Return a template of a GGUF file so that it prints pictures: llama.cpp's write none, or another token."""
+    if template == CONVERTERS_OCR:
+        return OCR
+    if "｜DSML｜" in template and _V4_CONTENT in template:
+        template = _V4_PARTS + template.replace(_V4_CONTENT, "parts_of(message['content'])")
+    return template.replace(K3_PICTURE, K3_ROWS)

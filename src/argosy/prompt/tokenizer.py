@@ -34,7 +34,7 @@ from argosy.checkpoint.gguf_names import GGUF_METADATA_FILE, find_gguf
 from argosy.checkpoint.untrusted_file import read_object
 from argosy.errors import CheckpointError, PromptTooLong, UsageError
 from argosy.prompt.folding import fold_tokens
-from argosy.prompt.own_templates import CONVERTERS_OCR, K3_PICTURE, K3_ROWS, OCR, own_template
+from argosy.prompt.own_templates import own_template, with_pictures
 from argosy.prompt.stream_decoder import Pieces, StreamDecoder, pieces_of
 from argosy.prompt.text_pieces import PIECE_CHARACTERS, Cutter, LongestToken
 
@@ -551,6 +551,4 @@ def _checked_template(template: object, path: Path) -> str | None:
             f"{path}: the chat template has {len(template)} characters, more than {_MAX_TEMPLATE_CHARACTERS}",
             path=path,
         )
-    if template == CONVERTERS_OCR:
-        return OCR
-    return None if template is None else template.replace(K3_PICTURE, K3_ROWS)
+    return None if template is None else with_pictures(template)
