@@ -176,6 +176,26 @@ def test_the_result_of_a_tool_may_be_a_picture(builder: PromptBuilder) -> None:
     assert [span.kind for _, span in prompt.spans] == ["picture"]
 
 
+def test_pictures_that_tools_return_belong_to_their_calls(builder: PromptBuilder) -> None:
+    calls = [
+        {"id": one, "type": "function", "function": {"name": "look", "arguments": "{}"}}
+        for one in ("c1", "c2")
+    ]
+    first, second = (
+        {"role": "tool", "tool_call_id": one, "content": [Image(shown)]}
+        for one, shown in (("c1", RED), ("c2", BLUE))
+    )
+    asked = [{"role": "user", "content": "Look."}, {"role": "assistant", "tool_calls": calls}]
+    in_order, as_they_came = (
+        builder.build([*asked, *results], tools=[Tool("look", "looks")])
+        for results in ((first, second), (second, first))
+    )
+    assert as_they_came.token_ids == in_order.token_ids
+    assert [(at, one.digest) for at, one in as_they_came.spans] == [
+        (at, one.digest) for at, one in in_order.spans
+    ]
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [

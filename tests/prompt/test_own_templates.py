@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import pytest
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.formats import find_format
 from argosy.prompt.own_templates import (
+    _TOOLS,
+    _TOOLS_END,
     DEEPSEEK_V4,
     DEEPSEEK_V41,
     K3_PICTURE,
@@ -25,6 +29,7 @@ from argosy.prompt.own_templates import (
 )
 from argosy.prompt.template_worker import render_segments
 from argosy.prompt.tokenizer import Tokenizer, has_chat_template
+from argosy.prompt.tools import Tool
 from tests.prompt.tokenizers_for_tests import byte_level_json, write_tokenizer
 
 LLAMA_CPP = os.environ.get("ARGOSY_LLAMA_CPP", "")
@@ -205,3 +210,108 @@ def test_kimi_k3_s_renders_as_the_template_that_llama_cpp_adds() -> None:
         fixed = {"messages": messages, "add_generation_prompt": prompts}
         made = theirs.render(**fixed, **given).replace(K3_PICTURE, K3_ROWS)
         assert ours.render(**fixed, **given) == made
+
+
+LOOK = Tool("f", "It's")
+DECLARED = "\n\n" + (
+    _TOOLS + json.dumps(LOOK.as_template_reads_it()["function"], ensure_ascii=False) + "\n" + _TOOLS_END
+).replace("｜DSML｜tool_", "｜DSML｜").replace("｜DSML｜", "｜DSML｜ ")
+
+
+def encoded(messages: list[dict[str, Any]], tools: list[Tool], effort: int | None) -> str:
+    """What DeepSeek-V4.1's own `encoding.py` writes; `effort` is None if it does not think."""
+    runs: list[dict[str, Any]] = []
+    order: dict[str, int] = {}
+    for message in messages:
+        if message["role"] not in ("user", "tool"):
+            runs.append(message)
+        elif runs and runs[-1]["role"] == "user":
+            runs[-1]["parts"].append(message)
+        else:
+            runs.append({"role": "user", "parts": [message]})
+    last = max(
+        (at for at, run in enumerate(runs) if run["role"] == "user" or (run["role"] == "system" and at)),
+        default=-1,
+    )
+    text = "<BOS>"
+    if effort is not None or tools or messages[0]["role"] == "system":
+        text += "<｜System｜>"
+    if effort is not None:
+        text += f"Reasoning Effort: {effort} (range 1-100, the higher the value, the more thorough the reasoning)\n\n"
+    if tools and messages[0]["role"] != "system":
+        text += DECLARED
+    for at, run in enumerate(runs):
+        thinks = effort is not None and (bool(tools) or at > last)
+        if run["role"] == "system":
+            text += "<｜System｜>" if at else ""
+            text += run["content"] + (DECLARED if tools and not at else "")
+        elif run["role"] == "user":
+            results = [one for one in run["parts"] if one["role"] == "tool"]
+            ranked = iter(sorted(results, key=lambda one: order.get(one["tool_call_id"], 0)))
+            parts = [next(ranked) if one["role"] == "tool" else one for one in run["parts"]]
+            text += "<｜User｜>" + "\n\n".join(
+                f"<tool_result>{one['content']}</tool_result>" if one["role"] == "tool" else one["content"]
+                for one in parts
+            )
+        else:
+            calls = run.get("tool_calls", [])
+            order = {call["id"]: number for number, call in enumerate(calls)} if calls else order
+            text += (
+                (run["reasoning_content"] if thinks else "") + ("</think>" if thinks else "") + run["content"]
+            )
+            if calls:
+                said = ['<｜DSML｜ invoke name="f">\n\n</｜DSML｜ invoke>' for _ in calls]
+                text += "\n\n<｜DSML｜ calls>\n" + "\n".join(said) + "\n</｜DSML｜ calls>"
+            text += "<｜end▁of▁sentence｜>"
+        follows = runs[at + 1]["role"] if at + 1 < len(runs) else "assistant"
+        if follows == "assistant" and (run["role"] == "user" or (run["role"] == "system" and at)):
+            is_open = effort is not None and (bool(tools) or at >= last)
+            text += "<｜Assistant｜>" + ("<think>" if is_open else "</think>")
+    return text
+
+
+def random_messages(rng: np.random.Generator) -> list[dict[str, Any]]:
+    """A conversation whose results come in any order, with further instructions and texts among them."""
+    words = iter(f"{word}{at}" for at in range(1000) for word in "abc")
+    messages: list[dict[str, Any]] = []
+    if rng.random() < 0.5:
+        messages.append({"role": "system", "content": next(words)})
+    for _ in range(rng.integers(1, 5)):
+        messages += [{"role": "user", "content": next(words)} for _ in range(rng.integers(1, 3))]
+        if rng.random() < 0.3:
+            messages.append({"role": "system", "content": next(words)})
+        for _ in range(rng.integers(0, 3)):
+            ids = [next(words) for _ in range(rng.integers(0, 4))]
+            calls = [
+                {"id": one, "type": "function", "function": {"name": "f", "arguments": "{}"}} for one in ids
+            ]
+            said = {"role": "assistant", "content": next(words), "reasoning_content": next(words)}
+            messages.append(said | ({"tool_calls": calls} if calls else {}))
+            for one in rng.permutation(ids).tolist():
+                messages.append({"role": "tool", "tool_call_id": one, "content": next(words)})
+                if rng.random() < 0.2:
+                    messages.append({"role": "user", "content": next(words)})
+            if not ids:
+                break
+    if messages[-1]["role"] == "assistant":
+        messages.append({"role": "user", "content": next(words)})
+    return messages
+
+
+def test_v4_1_s_prompts_are_those_of_its_own_code() -> None:
+    core = tokenizers.Tokenizer.from_str(byte_level_json())
+    core.add_special_tokens(["<BOS>", "｜DSML｜"])
+    config = {"bos_token": "<BOS>", "eos_token": "<|im_end|>"}
+    builder = PromptBuilder(
+        Tokenizer(core, config=config, chat_template=DEEPSEEK_V41), vocab_size=core.get_vocab_size()
+    )
+    rng = np.random.default_rng(3)
+    for number in range(60):
+        messages, tools = random_messages(rng), [LOOK][: number % 2]
+        effort = None if number % 3 == 0 else int(rng.integers(1, 101))
+        variables = {"thinking": effort is not None} | (
+            {} if effort is None else {"reasoning_effort": effort}
+        )
+        found = builder.apply_template(messages, tools=tools, variables=variables)
+        assert found == encoded(messages, tools, effort), messages
+    builder.close()

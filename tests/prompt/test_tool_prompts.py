@@ -577,6 +577,12 @@ def test_tools_and_variables_of_a_prompt_without_a_template_are_refused() -> Non
         BUILDERS["qwen3"].build([1, 2], variables={"enable_thinking": True})
 
 
+def names_results(name: str) -> bool:
+    template = BUILDERS[name]._template
+    assert template is not None
+    return template.shape.names_results
+
+
 def test_a_template_that_prints_one_call_a_turn_gets_each_result_once() -> None:
     template = BUILDERS["harmony"]._template
     assert template is not None
@@ -591,6 +597,9 @@ def test_a_template_that_prints_one_call_a_turn_gets_each_result_once() -> None:
         message["tool_calls"][0]["id"] if "tool_calls" in message else message["content"] for message in made
     ]
     assert said == ["?", "c0", "y", "c1", "c2", "x", "z", "!"]
+    # Such a template names no result; one that does prints them as they came.
+    assert not shape.names_results
+    assert [name for name in ("qwen3", "mistral", "kimi_k2") if names_results(name)] == ["mistral", "kimi_k2"]
     # Even if two calls have one id, which `check_messages` refuses, the messages do not multiply.
     same = shape.messages([Turn("assistant", "", calls=(calls[0],) * 50), *[results[1]] * 50])
     assert len(same) == 100

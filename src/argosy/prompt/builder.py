@@ -501,7 +501,7 @@ class PromptBuilder:
             join_texts=self._template.join_texts,
         )
         require_renderable(turns)
-        turns = tuple(map(media.read, turns))
+        turns = tuple(map(media.read, self._template.in_order(turns)))
         checked = check_tools(tools)
         replay = self._replay if tenant is not None else None
         is_continued = add_generation_prompt and continues and turns[-1].role == "assistant"

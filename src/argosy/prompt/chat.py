@@ -25,7 +25,7 @@ from argosy.errors import ArgosyError, CheckpointError, UsageError
 from argosy.prompt.generic_tools import with_generic_tools
 from argosy.prompt.json_text import plain_json
 from argosy.prompt.messages import Turn
-from argosy.prompt.template_shape import Shape, find_shape
+from argosy.prompt.template_shape import Shape, find_shape, in_order_of_calls
 from argosy.prompt.tools import Tool
 
 if TYPE_CHECKING:
@@ -134,6 +134,11 @@ class ChatTemplate:
     def join_texts(self, texts: Sequence[str]) -> str:
         """Join adjacent texts of a message into one that the template prints in the same way."""
         return self.shape.join_texts(texts) if len(texts) > 1 else "".join(texts)
+
+    def in_order(self, turns: Sequence[Turn]) -> Sequence[Turn]:
+        """Return `turns` with results in the order of their calls, unless the template prints which they answer."""
+        is_alone = sum(turn.role == "tool" for turn in turns) < 2
+        return turns if is_alone or self.shape.names_results else in_order_of_calls(turns)
 
     def _attempt(self, messages: list[dict[str, Any]], tools: list[dict[str, object]] | None) -> str | None:
         answer = self._render(messages, tools, {}, True)

@@ -44,6 +44,7 @@ class Shape:
         arguments_as_text: it expects arguments as JSON text instead of an object.
         content_beside_calls: the value for "no text" in a turn with calls: "" or None.
         prints_all_calls: it prints every call in a turn with several.
+        names_results: it prints which call a result answers; otherwise their order alone says so.
         content_goes: where the text of a turn with calls goes: alongside the calls, in a turn of its own before
             them, or nowhere. takes_content_and_reasoning: it prints both in a turn with calls.
         reasoning_key: the key from which it reads the assistant's thoughts, or None.
@@ -61,6 +62,7 @@ class Shape:
     arguments_as_text: bool
     content_beside_calls: str | None
     prints_all_calls: bool
+    names_results: bool
     content_goes: Literal["beside", "before", "nowhere"]
     takes_content_and_reasoning: bool
     reasoning_key: str | None
@@ -170,6 +172,25 @@ def _one_call_each(turns: Sequence[Turn]) -> list[Turn]:
     return made
 
 
+def in_order_of_calls(turns: Sequence[Turn]) -> Sequence[Turn]:
+    """Return `turns` with the results of each turn's calls in the order of the calls."""
+    made = list(turns)
+    for at, turn in enumerate(turns):
+        if len(turn.calls) < 2:
+            continue
+        places = []
+        for place in range(at + 1, len(turns)):
+            if turns[place].role == "tool":
+                places.append(place)
+            elif turns[place].role not in ("user", "developer"):
+                break
+        order = {call.id: number for number, call in enumerate(turn.calls)}
+        ranked = sorted((turns[place] for place in places), key=lambda one: order.get(one.answers or "", 0))
+        for place, one in zip(places, ranked, strict=True):
+            made[place] = one
+    return made
+
+
 def find_shape(variables: frozenset[str], names: frozenset[str], attempt: Try) -> Shape:
     """Find a template's shape.
 
@@ -195,9 +216,7 @@ def find_shape(variables: frozenset[str], names: frozenset[str], attempt: Try) -
     if not takes_tools:
         tools = None
 
-    results = [
-        {"role": "tool", "content": f"probe_result{at}", "tool_call_id": _probe_id(at)} for at in (1, 2)
-    ]
+    results = [_probe_result(1, 1), _probe_result(2, 2)]
     arguments_as_text, takes_calls = False, False
     empty: str | None = ""
     for as_text in (False, True):
@@ -222,6 +241,8 @@ def find_shape(variables: frozenset[str], names: frozenset[str], attempt: Try) -
     turn = _probe_turn(arguments_as_text, 1, content=empty)
     # If a template counts turns, only later ones show it.
     split = [_USER, said, turn, results[0], said, _USER]
+    both = [_USER, _probe_turn(arguments_as_text, 2, content=empty)]
+    exchanged = [_probe_result(1, 2), _probe_result(2, 1)]
     is_before = printed(split, "probe_text", "probe_key1") is not None
     key = next((key for key in _REASONING_KEYS if key in names), None)
     thought: dict[str, Any] = {} if key is None else {key: "probe_thought"}
@@ -234,6 +255,7 @@ def find_shape(variables: frozenset[str], names: frozenset[str], attempt: Try) -
         arguments_as_text=arguments_as_text,
         content_beside_calls=empty,
         prints_all_calls=prints("probe_key1", "probe_key2", num_calls=2, content=empty),
+        names_results=attempt([*both, *results], tools) != attempt([*both, *exchanged], tools),
         content_goes="beside" if is_beside else "before" if is_before else "nowhere",
         takes_content_and_reasoning=prints("probe_key1", content="probe_text", **thought),
         reasoning_key=key,
@@ -261,6 +283,10 @@ _TWO_TEXTS = [{"type": "text", "text": [(True, text)]} for text in ("probe_one "
 
 def _probe_id(at: int) -> str:
     return f"probeid{at:02}"  # some templates require nine characters
+
+
+def _probe_result(at: int, call: int) -> dict[str, Any]:
+    return {"role": "tool", "content": f"probe_result{at}", "tool_call_id": _probe_id(call)}
 
 
 def _probe_turn(as_text: bool, num_calls: int, **more: Any) -> dict[str, Any]:
