@@ -27,10 +27,15 @@ from types import SimpleNamespace
 
 import certifi
 import pytest
+from hypothesis import HealthCheck, settings
 
 from argosy import _native, confined_process
 from argosy.serve.http import server
 from tests.helpers.forks import ForkedWorker
+
+# How fast examples are made and run says how busy the machine is.
+settings.register_profile("argosy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("argosy")
 
 # Products run as the defaults say, whatever was measured here: tests neither wait for a probe nor keep what it finds.
 os.environ["ARGOSY_TUNE"] = "off"

@@ -510,6 +510,8 @@ void bind_latent_attention(nb::module_& m) {
          const ArrayOf<int32_t>& block_table, const ArrayOf<int32_t>& sequence, const ArrayOf<int32_t>& order,
          const ArrayOf<int32_t>& chosen, int64_t size, float scale,
          const std::optional<ArrayOf<float>>& sinks, const OutArrayOf<float>& out) {
+        require_range("layer", layer, 0, kv.num_layers() - 1);
+        require_range("size", size, 1, kLargestSize);
         const KvShape& shape = kv.shape(layer);
         require_kind(shape, KvShape::Kind::keys_values);
         AttentionBatch batch = {};

@@ -451,6 +451,10 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
             runtime, case.kv("blocks"), 0, f(3, 2, 32), f(3, 1, 16), np.zeros((1, 2), np.int32), i(0, 0, 0),
             i(0, 1, 2), 16, 1, 0.1, np.zeros((3, 1, 2), np.int32), f(3, 64),
         ),
+        "joint_attention": lambda: (
+            runtime, case.kv(), 0, f(3, 2, 32), np.zeros((1, 2), np.int32), i(0, 0, 0), i(0, 1, 2),
+            np.zeros((3, 1), np.int32), 4, 0.1, f(2), f(3, 64),
+        ),
         "BlockIndexer": lambda: (m(16, 64), m(16, 64), f(16), f(16), 2, 16, 1),
         "Pool": lambda: (m(32, 64), m(32, 64), (4, 16, True), f(4, 32), f(16), 1),
         "EntryIndexer": lambda: (m(32, 32), m(2, 64), None, m(16, 16), f(16), 3, (2, 8), True),

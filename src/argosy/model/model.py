@@ -305,7 +305,7 @@ class Model:
         Routers distribute the weights among the remaining experts, as if the forbidden ones had never existed.
 
         Raises:
-            UsageError: a layer lacks such experts or would keep too few.
+            UsageError: a layer lacks such experts, would keep too few, or takes experts by token id.
         """
         try:
             for layer in self._files.own_config.moe_layers:
