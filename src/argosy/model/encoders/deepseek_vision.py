@@ -144,8 +144,8 @@ def peak_bytes(config: DeepseekVisionConfig, grid: Grid) -> int:
     stages = (
         block_floats(patches, 2 * hidden * config.patch_values, 2 * hidden),
         block_floats(patches, 6 * hidden * wide, hidden + 5 * wide),
-        (num_positions(config, grid) + cells) * out
-        + block_floats(cells, 2 * out * (cell + out), 2 * cell + hidden + out + 8)
+        num_positions(config, grid) * out
+        + block_floats(cells, 2 * out * (cell + out), 2 * cell + hidden + 2 * out + 8)
         + 6 * num_positions(config, grid),
     )
     return tower_bytes(config, grid, patches, 0, stages)
@@ -203,7 +203,9 @@ class DeepseekVisionTower(PatchTower[DeepseekVisionConfig]):
         ops, config, merge = self._operations, self._config, self._config.merge
         rows, cols = _cells(config, grid)
         patches = hidden.reshape(grid[1], grid[2], -1)
-        made = np.empty((rows * cols, config.out_size), np.float32)
+        order = block_order(rows, cols, config.rows_together)
+        embeddings = np.empty((len(order), config.out_size), np.float32)
+        places = np.argsort(order)[-rows * cols :]  # of squares; marks are below zero
 
         def normalise(part: slice) -> None:
             hidden[part] = self._norm("final_norm", hidden[part])
@@ -216,13 +218,10 @@ class DeepseekVisionTower(PatchTower[DeepseekVisionConfig]):
                 square = patches[top : top + merge, left : left + merge]
                 cells[at, :, : square.shape[0], : square.shape[1]] = square.transpose(2, 0, 1)
             x = ops.linear("merger.up", cells.reshape(len(cells), -1), finish="gelu_erf")
-            ops.linear("merger.down", x, made[part])
+            embeddings[places[part]] = ops.linear("merger.down", x)
 
         yield from in_blocks(normalise, range(len(hidden)), hidden.shape[1])
-        yield from in_blocks(work, range(len(made)), ops.flop_per_row("merger.up", "merger.down"))
-        order = block_order(rows, cols, config.rows_together)
-        embeddings = np.empty((len(order), config.out_size), np.float32)
-        embeddings[order >= 0] = made[order[order >= 0]]
+        yield from in_blocks(work, range(len(places)), ops.flop_per_row("merger.up", "merger.down"))
         for number, mark in enumerate(config.marks):
             embeddings[order == -1 - number] = ops.rows_of(mark, np.zeros(1, np.int32))
         return embeddings
