@@ -46,6 +46,11 @@ def test_keys_that_transformers_writes_mean_the_same() -> None:
             CheckpointError,
             "24 positions of an index block, expected a multiple of 16",
         ),
+        (
+            {"sparse_block_size": 8192, "sparse_topk_blocks": (1 << 17) + 1},
+            CheckpointError,
+            "1073750016 positions in the blocks that an indexer chooses, expected up to 1073741824",
+        ),
         ({"sparse_index_dim": 4}, CheckpointError, "4 index dimensions, expected at least 6, which rotate"),
         (
             {"sparse_local_block": 3},

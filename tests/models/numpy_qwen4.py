@@ -79,7 +79,7 @@ def ngrams(model: NumpyModel, name: str, token_ids: list[int], table: int, strea
     taps, mixed = tensors[name + "conv1d.weight"][:, 0].T, np.zeros_like(gated)
     for tap, weights in enumerate(taps):
         back = (len(taps) - 1 - tap) * config["ngram_size"]
-        mixed[back:] += weights.reshape(shape[1:]) * normed[: shape[0] - back]
+        mixed[back:] += weights.reshape(shape[1:]) * normed[: max(0, shape[0] - back)]
     return gated + silu(mixed)
 
 

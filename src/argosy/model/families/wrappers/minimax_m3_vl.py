@@ -26,6 +26,7 @@ from argosy.errors import CheckpointError
 from argosy.model.families.attention import minimax_m2
 from argosy.model.families.attention.minimax_m2 import read_rotary_dim
 from argosy.model.families.attention.sigmoid_moe import open_sigmoid_gguf
+from argosy.model.families.latent.deepseek import MOST_CHOSEN
 from argosy.model.reading.common_config import CommonDefaults, parse_wrapper, read_common
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.reading.experts_config import read_kinds
@@ -184,6 +185,12 @@ def _require_index(index: BlockIndexConfig, attention: AttentionConfig) -> None:
             index.block_size,
             index.block_size % KV_BLOCK_TOKENS == 0 and index.block_size <= 8192,
             f"a multiple of {KV_BLOCK_TOKENS} up to 8192",
+        ),
+        (
+            "positions in the blocks that an indexer chooses",
+            index.num_positions,
+            index.num_positions <= MOST_CHOSEN,
+            f"up to {MOST_CHOSEN}",
         ),
         (
             "local blocks",
