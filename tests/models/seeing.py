@@ -184,8 +184,10 @@ def write(directory: Path, family: str, raw: dict[str, Any], seed: int) -> None:
 
 def write_marks(directory: Path, family: str) -> None:
     """Name the tokens of a picture, or around it, in `tokenizer_config.json`, where the config does not."""
+    if family not in WRITTEN:  # unlimited_ocr, say: transformers' model, of no family here
+        return
     named = {name for one in ENCODERS[family] for name in (*(one.marks or ()), *one.placeholders)}
-    if not named.isdisjoint(WRITTEN.get(family, {})):
+    if not named.isdisjoint(WRITTEN[family]):
         added = {str(token_id): {"content": text} for text, token_id in WRITTEN[family].items()}
         (directory / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}) + "\n")
 
