@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from argosy import _native
+from argosy import Engine, _native
 from argosy.checkpoint import pack as pack_module
 from argosy.checkpoint import pack_conversion
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.pack import PACK_FORMATS, PackReport, pack, verify_pack
-from argosy.errors import CheckpointError, CorruptRecord, DiskFull, UsageError
+from argosy.errors import CheckpointError, CorruptRecord, DiskFull, DoesNotFit, UsageError
 from argosy.model.encoders.reading import EncoderFiles, Encoders, find_encoders, tensor_names
 from argosy.model.families import open_model
 from tests.checkpoint.test_manifest import rewrite
@@ -75,6 +75,9 @@ def test_a_checkpoint_with_tables_is_not_packed(family: str, format: str, tmp_pa
     with pytest.raises(UsageError, match=r"n-gram tables of .*, which packs do not hold"):
         pack_to(REFERENCE / family, tmp_path / "packed", format)
     assert not (tmp_path / "packed").exists()
+    with pytest.raises(DoesNotFit) as caught, Engine.open(REFERENCE / family, memory="2MiB"):
+        raise AssertionError
+    assert "argosy pack" not in str(caught.value.hint)
 
 
 def test_tensors_that_no_encoder_needs_stay_out_of_a_pack(tmp_path: Path) -> None:

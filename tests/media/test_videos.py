@@ -151,7 +151,7 @@ def test_a_file_of_all_processors_has_the_one_of_videos_inside() -> None:
     ("change", "error", "sentence"),
     [
         ({"video_processor_type": "LlavaVideoProcessor"}, UnsupportedModel, "asks for video_processor_type 'Llava"),
-        ({"video_processor_type": None}, UnsupportedModel, "asks for video_processor_type None; supported: Qwen3VL"),
+        ({"video_processor_type": None}, UnsupportedModel, "has no video_processor_type; supported: Qwen3VL"),
         ({"sharpen": 2}, UnsupportedModel, "sets 'sharpen' to 2, which is not known here"),
         ({"do_resize": False}, UnsupportedModel, "asks for do_resize false; supported: true"),
         ({"resample": 2}, UnsupportedModel, "asks for resample 2; supported: 3"),

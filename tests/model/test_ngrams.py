@@ -140,9 +140,11 @@ def test_tokens_that_a_map_lacks_have_no_rows_and_end_ngrams() -> None:
 
 
 def test_a_map_with_another_number_of_ids_is_refused() -> None:
-    for folded in (None, np.zeros(0, np.int32), token_map()[:-1] // 2, token_map()[: PAD - 1]):
+    for folded in (np.zeros(0, np.int32), token_map()[:-1] // 2, token_map()[: PAD - 1]):
         with pytest.raises(CheckpointError, match=r"fold to \d+ ids; its n-gram tables were made for 40"):
             Ngrams(config_of(folds=True), VOCAB, folded)
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json, which its n-gram tables need"):
+        Ngrams(config_of(folds=True), VOCAB, None)
 
 
 def test_constants_that_overflow_or_never_end_are_refused() -> None:

@@ -225,7 +225,7 @@ def test_an_empty_file_is_bad_media(builder: PromptBuilder) -> None:
 
 @pytest.mark.parametrize("role", ["system", "assistant"])
 def test_only_a_user_or_a_tool_can_show_something(builder: PromptBuilder, role: str) -> None:
-    with pytest.raises(UsageError, match=f"a message of role {role} takes text only"):
+    with pytest.raises(UsageError, match=f"is a picture, and a message of role {role} takes text only"):
         builder.build([{"role": role, "content": [Image(RED)]}, {"role": "user", "content": "Hi"}])
 
 

@@ -212,7 +212,7 @@ def quantised_formats(files: ModelFiles) -> str:
 
 def smaller_formats(files: ModelFiles) -> list[Format]:
     """Return the formats of packs whose experts, or dense matrices if there are none, are notably smaller."""
-    if quantised_formats(files):
+    if files.tables or quantised_formats(files):
         return []
     formats = {format for layer in files.config.moe_layers for format in files.expert_formats(layer)}
     formats = formats or {ref.format for ref in files.dense.values() if ref.rows > 1}

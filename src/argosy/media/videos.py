@@ -428,8 +428,11 @@ def read_video_processor(
         name = "Qwen2VLVideoProcessor"
     read = _READERS.get(name) if isinstance(name, str) else None
     if read is None:
+        found = (
+            "has no video_processor_type" if name is None else f"asks for video_processor_type {name!r:.80}"
+        )
         raise UnsupportedModel(
-            f"{where} asks for video_processor_type {name!r:.80}; supported: {', '.join(_READERS)}",
+            f"{where} {found}; supported: {', '.join(_READERS)}",
             key="video_processor_type",
             value=name,
             supported=list(_READERS),

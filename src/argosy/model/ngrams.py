@@ -97,8 +97,14 @@ class Ngrams:
 
 def _map_of(config: NgramConfig, vocab_size: int, token_map: NDArray[np.int32] | None) -> NDArray[np.int32]:
     """Return the folded id of each token of the vocabulary, and `_BORDER` for those that are borders."""
-    found = 0 if token_map is None else int(token_map.max(initial=-1)) + 1
-    if token_map is None or found != config.folded_ids or config.blank_id >= len(token_map):
+    if token_map is None:
+        raise CheckpointError(
+            f"this checkpoint has no tokenizer.json, which its n-gram tables need: their rows follow from "
+            f"{config.folded_ids} folded tokens",
+            hint="copy tokenizer.json from the same place as the weights",
+        )
+    found = int(token_map.max(initial=-1)) + 1
+    if found != config.folded_ids or config.blank_id >= len(token_map):
         raise CheckpointError(
             f"the tokens of this checkpoint's tokenizer fold to {found} ids; its n-gram tables were made for "
             f"{config.folded_ids}, so that every n-gram would read another row",

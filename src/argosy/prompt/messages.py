@@ -263,7 +263,7 @@ def _part(part: object, role: str, where: str) -> str | Media:
             )
     if role not in _MEDIA_ROLES:
         raise UsageError(
-            f"{where} is a {type(media).__name__}, and a message of role {role} takes text only",
+            f"{where} is a {media.kind}, and a message of role {role} takes text only",
             hint=f"put it in a message of role {_MEDIA_ROLES[0]}",
         )
     return media

@@ -124,6 +124,7 @@ class TensorAccounts:
         if ref is None:
             raise CheckpointError(
                 f"{name} is missing from the {len(self._tensors)} tensors in {self.path}",
+                hint="the config may be that of another model, or the download incomplete",
                 path=self.path,
                 tensor=name,
             )
