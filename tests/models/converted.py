@@ -26,6 +26,7 @@ from tests.models.tiny_grouped import bailing_moe, dots1, exaone_moe, hy_v3
 from tests.models.tiny_hunyuan import hunyuan
 from tests.models.tiny_llama4 import OF_GGUF, llama4, llama4_text
 from tests.models.tiny_mamba import granitemoehybrid, nemotron_h, nemotron_h_puzzle, without_experts
+from tests.models.tiny_minimax_m3 import minimax_m3
 from tests.models.tiny_ministral import mistral_small_3, wrapped_ministral3
 from tests.models.tiny_ocr import deepseek_vl_v2
 from tests.models.tiny_step import FULL, SLIDING, step3p5, step3p7
@@ -116,7 +117,8 @@ CONVERTED: dict[str, tuple[str, RawConfig]] = {
         ),
     ),
     "minimax_m2_plain": ("minimax-m2", _OF_NAME["minimax_m2_plain"]),
-    "minimax_m3_plain": ("minimax-m3", _OF_NAME["minimax_m3_plain"]),
+    # All blocks are chosen: without flash attention, llama.cpp attends to all positions.
+    "minimax_m3_plain": ("minimax-m3", minimax_m3(index={"sparse_topk_blocks": 8})),
     "minimax_m2_yarn": ("minimax-m2", _OF_NAME["minimax_m2_yarn_f32"]),
     "minimax_m2_all_turns": (
         "minimax-m2",
