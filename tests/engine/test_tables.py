@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from argosy import Engine, SamplingParams, _native
+from argosy.checkpoint.files import TableRef
 from argosy.checkpoint.pack import pack
 from argosy.config import NgramConfig
 from argosy.errors import CheckpointError, ReadFailed, UnsupportedModel, UsageError
@@ -163,6 +165,11 @@ def narrow(tensors: dict[str, Any]) -> None:
     tensors[TABLE.format(1)] = dtype, values[:, :-1]
 
 
+def empty(tensors: dict[str, Any]) -> None:
+    dtype, values = tensors[TABLE.format(1)]
+    tensors[TABLE.format(1)] = dtype, values[:0]
+
+
 def as_constants(values: list[int]) -> Callable[[dict[str, Any]], None]:
     name = "model.layers.0.ple.ple_embedding.ngram_heads_vocab_sizes"
     return lambda tensors: tensors.update({name: ("I64", np.array(values))})
@@ -173,6 +180,11 @@ def as_constants(values: list[int]) -> Callable[[dict[str, Any]], None]:
     [
         (cut, r"has \d+ rows, expected"),
         (narrow, "expected rows of 6"),
+        (empty, r"\[0, 6\], expected rows of 6"),
+        (
+            lambda tensors: tensors.update({TABLE.format(1): ("BF16", np.float32(1))}),
+            r"is BF16 \[\], expected",
+        ),
         (lambda tensors: tensors.pop(TABLE.format(0)), "is missing from"),
         (lambda tensors: [tensors.pop(TABLE.format(part)) for part in (0, 1)], "is missing from"),
         (as_constants([31, 37, 41, 47]), "holds 31, and 31 follows from the config"),
@@ -186,6 +198,13 @@ def test_tables_that_contradict_the_config_are_refused(tmp_path: Path, change: A
     write_checkpoint(tmp_path, found)
     with pytest.raises(CheckpointError, match=message):
         open_model(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(1 << 32, 6), (40, 1 << 19)])
+def test_tables_beyond_what_native_code_reads_are_refused(model: Path, shape: tuple[int, int]) -> None:
+    tensor = replace(open_model(model).tables[0].parts[0].tensors[0], shape=shape)
+    with pytest.raises(UnsupportedModel, match="supported are at most 4294967295 rows of 262144"):
+        TableRef.of([tensor], 40, shape[1])
 
 
 E4M3_TABLE = {"ple_embed_dim": 4 * 64, "split_ngram_parts": 2}

@@ -258,6 +258,7 @@ class ExpertRecords(Mapping[tuple[int, int], ExpertRecord]):
         return len(self._form_of)
 
 
+_MOST_ROWS, _MOST_COLS = (1 << 32) - 1, 1 << 18  # of a table (native/ops/table_rows.h)
 _FLOATS: dict[str, Format] = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 
 # Block type, None for plain values; then first row, file and offset of each segment.
@@ -292,18 +293,31 @@ class TableRef:
             CheckpointError: it has fewer rows, or rows of another length, than the config requires.
             UnsupportedModel: its type is not supported.
         """
-        first, num_rows = tensors[0], sum(tensor.shape[0] for tensor in tensors)
+        first = tensors[0]
         for tensor in tensors:
-            if len(tensor.shape) != 2 or tensor.shape[1] != cols or tensor.dtype != first.dtype:
+            if (
+                len(tensor.shape) != 2
+                or tensor.shape[1] != cols
+                or tensor.dtype != first.dtype
+                or 0 in tensor.shape
+            ):
                 raise CheckpointError(
                     f"{tensor.path.name}: {tensor.name} is {tensor.dtype} {list(tensor.shape)}, expected rows of "
                     f"{cols} {first.dtype}",
                     path=tensor.path,
                     tensor=tensor.name,
                 )
+        num_rows = sum(tensor.shape[0] for tensor in tensors)
         if num_rows < least_rows:
             raise CheckpointError(
                 f"{first.path.name}: {first.name} has {num_rows} rows, expected {least_rows}",
+                path=first.path,
+                tensor=first.name,
+            )
+        if num_rows > _MOST_ROWS or cols > _MOST_COLS:
+            raise UnsupportedModel(
+                f"{first.path.name}: {first.name} has {num_rows} rows of {cols} values; supported are at most "
+                f"{_MOST_ROWS} rows of {_MOST_COLS}",
                 path=first.path,
                 tensor=first.name,
             )
