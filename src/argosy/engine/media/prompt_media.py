@@ -187,30 +187,37 @@ class PromptMedia:
         with self.memory.use(), self._one_decoded, request.work():
             values, shape, size = self._prepare(content, processor, request)
         waiting = self._wait(values)
-        digest = blake3(content.digest + repr((content.kind, shape)).encode()).digest()
-        make_rows = self._maker(content.kind, lambda: waiting.values, shape, tenant, digest)
+        kind, digest = content.kind, blake3(content.digest + repr((content.kind, shape)).encode()).digest()
+        # The content itself is not needed any more.
+        make_rows = self._maker(
+            tenant, digest, lambda: self._encode(kind, waiting.values, shape, tenant, digest)
+        )
         tokens = {at: self._encode_text(text)[0] for at, text in files.written(shape).items()}
-        span = _span(content.kind, files, files.token_id, shape, digest, make_rows, tokens=tokens)
+        span = _span(kind, files, files.token_id, shape, digest, make_rows, tokens=tokens)
         if files.encoder.label is not None:
             before, after = map(self._encode_text, files.encoder.label(*size))
             return [before, span, after]
         if files.encoder.num_fillers is not None:
-            return [partial(self._fillers, files), span]
+            return [partial(self._fillers, files, tenant), span]
         return [span] if files.marks is None else [files.marks[:1], span, files.marks[1:]]
 
-    def _fillers(self, files: EncoderFiles, position: int) -> Sequence[int] | MediaSpan:
+    def _fillers(self, files: EncoderFiles, tenant: str, position: int) -> Sequence[int] | MediaSpan:
         """Return the span before one that would begin at a position."""
         assert files.encoder.num_fillers is not None
         if not (count := files.encoder.num_fillers(position)):
             return []
 
+        digest = blake3(f"fillers {count}".encode()).digest()
+
         def encode() -> Making:
             with self.memory.use():
                 tower = yield from self._encoders.open("picture")
-                return SpanRows(cast("FillingTower", tower).fillers(count))
+                rows = SpanRows(cast("FillingTower", tower).fillers(count))
+            self._kept.put(tenant, digest, rows)
+            return rows
 
-        digest = blake3(f"fillers {count}".encode()).digest()
-        return MediaSpan("picture", digest, count, files.token_id, encode)
+        # A picture whose rows are kept needs no tower, so neither may these rows.
+        return MediaSpan("picture", digest, count, files.token_id, self._maker(tenant, digest, encode))
 
     def _prepare(
         self, content: Content, processor: PictureProcessor | SoundProcessor, request: RequestMedia
@@ -264,7 +271,9 @@ class PromptMedia:
             # The advance of positions is part of the identity: positions after the span depend on it.
             seen = repr(("video", shape, video.indices[chosen], part.num_angles))
             digest = blake3(content.digest + seen.encode()).digest()
-            make_rows = self._maker("video", lambda: frames.values[chosen], shape, tenant, digest)
+            make_rows = self._maker(
+                tenant, digest, lambda: self._encode("video", frames.values[chosen], shape, tenant, digest)
+            )
             span = _span("video", files, token_id, shape, digest, make_rows, part)
             return [span] if files.marks is None else [files.marks[:1], span, files.marks[1:]]
 
@@ -272,7 +281,11 @@ class PromptMedia:
             assert sound is not None
             placed = repr((part.start, part.stop, part.num_angles))
             digest = blake3(sound_digest + placed.encode()).digest()
-            make_rows = self._maker("sound", lambda: sound.values, sound_shape, tenant, sound_digest)
+            make_rows = self._maker(
+                tenant,
+                sound_digest,
+                lambda: self._encode("sound", sound.values, sound_shape, tenant, sound_digest),
+            )
             return MediaSpan(
                 "sound",
                 digest,
@@ -331,14 +344,14 @@ class PromptMedia:
         self._waiting.charge(waiting, values.nbytes)
         return waiting
 
-    def _maker(
-        self, kind: Kind, values: Callable[[], NDArray[Any]], shape: Shape, tenant: str, digest: bytes
-    ) -> MakeRows:
+    def _maker(self, tenant: str, digest: bytes, encode: Callable[[], Making]) -> MakeRows:
+        """Return what makes rows: those that are kept, or those of `encode`, which keeps them."""
+
         def make_rows() -> SpanRows | Making:
             if (kept := self._kept.get(tenant, digest)) is not None:
                 self._kept.touch(tenant, [digest])
                 return kept
-            return self._encode(kind, values(), shape, tenant, digest)
+            return encode()
 
         return make_rows
 
