@@ -77,6 +77,8 @@ def test_transformers_spelling_means_the_same() -> None:
         ({"mlp_layer_types": ["moe", "dense", "moe", "moe"]}, "mlp_layer_types 'dense'"),
         ({"compress_rope_theta": 1}, "the base of yarn's frequencies is 1.0, expected more than 1"),
         ({"swiglu_limit": 0}, "swiglu_limit is 0"),
+        ({"hc_mult": 1}, "hc_mult is 1,"),
+        ({"hc_mult": 17}, "hc_mult is 17,"),
         ({"indexer_types": []}, "sets indexer_types"),
     ],
 )  # fmt: skip

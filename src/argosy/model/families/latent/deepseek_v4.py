@@ -227,7 +227,7 @@ def read_index(reader: ConfigReader, rope: RopeConfig, *, num_heads: int) -> Ent
 def read_residual(reader: ConfigReader) -> SinkhornResidual:
     """Read the residual streams."""
     return SinkhornResidual(
-        num_streams=reader.integer("hc_mult", default=4),
+        num_streams=reader.integer("hc_mult", default=4, least=2, most=16),
         iterations=reader.integer("hc_sinkhorn_iters", default=20, most=_MOST_ITERATIONS),
         eps=reader.number("hc_eps", 1e-6),
     )
