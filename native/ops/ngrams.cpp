@@ -33,7 +33,7 @@ float inverse_rms(const float* x, int64_t n, float eps) {
 
 float gate_of(float dot) {
   const float root = std::sqrt(std::max(std::fabs(dot), kLeastDot));
-  return 1 / (1 + std::exp(dot > 0 ? -root : dot < 0 ? root : 0));
+  return 1 / (1 + std::exp(dot == 0 ? 0 : std::copysign(root, -dot)));
 }
 
 }  // namespace

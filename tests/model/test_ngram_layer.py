@@ -160,6 +160,16 @@ def test_rows_are_gated_by_the_streams_that_they_join(table: Any, streams: int, 
         np.testing.assert_array_equal(rig.logits(chunk), whole)
 
 
+def test_a_key_that_is_not_a_number_does_not_pass_for_a_gate(
+    table: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ngrams, broken = _native.ngrams, matrix(np.full((HIDDEN, WIDTH), np.nan, np.float32))
+    monkeypatch.setattr(
+        _native, "ngrams", lambda table, key, *parts, **more: ngrams(table, broken, *parts, **more)
+    )
+    assert np.isnan(Rig(1, table, has_conv=False).logits(TOKENS)).all()
+
+
 def test_a_step_whose_table_reads_other_rows_is_refused(table: Any) -> None:
     rig = Rig(1, table, has_conv=False)
     rig.begin(0, 2)
