@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -15,7 +16,7 @@ from argosy.media.parts import Audio, Content, Image, MediaLimits, RequestMedia,
 from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.formats import Answer
 from argosy.prompt.media_span import MediaSpan, SpanRows
-from argosy.prompt.replay import ReplayMemory
+from argosy.prompt.replay import ReplayMemory, read_answer
 from argosy.prompt.tokenizer import Tokenizer
 from argosy.prompt.tools import Tool
 from tests.models.seeing import SEEING_TEMPLATE, seeing_tokenizer
@@ -288,4 +289,20 @@ def test_an_answer_about_one_picture_is_not_remembered_for_another(tokenizer: To
 
     assert has_own(RED)
     assert not has_own(BLUE)
+    builder.close()
+
+
+def test_a_placeholder_that_the_model_wrote_is_no_picture(tokenizer: Tokenizer) -> None:
+    memory = ReplayMemory()
+    builder = PromptBuilder(tokenizer, vocab_size=tokenizer.vocab_size, media=Reader(), memory=memory)
+    asked: list[Any] = [{"role": "user", "content": [Image(RED), Text("Which colour?")]}]
+    first = builder.build(asked, tenant="t")
+    written = [*ids_of("red"), core().token_to_id(PLACES["picture"])]
+    answer = read_answer(written, builder.format, tokenizer, (), first)
+    assert answer.text == "red"  # the client cannot see it
+    assert builder.remember("t", first, written, answer)
+    said: list[Any] = [{"role": "assistant", "content": "red"}, {"role": "user", "content": "Sure?"}]
+    again = builder.build([*asked, *said], tenant="t")
+    assert again.token_ids == builder.build([*asked, *said]).token_ids
+    assert [at for at, _ in again.spans] == [at for at, _ in first.spans]
     builder.close()

@@ -515,6 +515,8 @@ class PromptBuilder:
         from argosy.prompt.replay import trace_of
 
         said, remembered, own_ids = replay.recall(tenant, turns)
+        places = set(media.placeholders)
+        remembered = [one for one in remembered if places.isdisjoint(one.token_ids)]
         segments = self._segments(said, checked, own_ids, variables, opens_turn, is_continued)
         ids = replay.encode(segments, remembered, checked, is_continued=is_continued, max_tokens=max_tokens)
         trace = trace_of(turns, segments, ids, is_continued=is_continued)

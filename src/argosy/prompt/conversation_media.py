@@ -94,15 +94,20 @@ class ConversationMedia:
         all_text, pieces_left = joined(pieces)
         return replace(turn, content=all_text, pieces=pieces_left)
 
+    @property
+    def placeholders(self) -> list[int]:
+        """The template's tokens for the media, in their order."""
+        return [one.placeholder for one in self.placed]
+
     def fill(self, prompt: Prompt, max_tokens: int | None) -> Prompt:
         """Put the media in place of the template's placeholders.
 
-        Only the template can have written a placeholder, because a caller's text never becomes a control token.
+        Only the template can have written a placeholder: a caller's text never becomes a control token, and the tokens
+        of an answer with a placeholder are not used again.
         """
         if not (media := self.placed):
             return prompt
-        token_ids = list(prompt.token_ids or ())
-        placeholders = [one.placeholder for one in media]
+        token_ids, placeholders = list(prompt.token_ids or ()), self.placeholders
         known = set(placeholders)
         places = [at for at, token_id in enumerate(token_ids) if token_id in known]
         if [token_ids[at] for at in places] != placeholders:
