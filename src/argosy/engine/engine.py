@@ -122,12 +122,11 @@ class Engine(BlockingCalls):
         )
         self._sequences: list[EngineSequence] = []
         self.watch = Watch(started, self._scheduler, self._sequences)
-        self._has_failed = False  # the last step failed, and the next one retries it
 
     def step(self) -> list[TokenEvent]:
         """Prefill a chunk, decode a token or confirm proposed ones, for every sequence in the next step.
 
-        A step whose read fails runs once more. If the read fails again, the sequences that need the expert end with
+        A step whose read fails runs once more. If a read fails again, the sequences that need the expert end with
         the error, and the others continue unaffected. If anything else fails midway, including ^C, every sequence in
         the engine is cancelled, and prefixes in memory are forgotten.
         """
@@ -163,7 +162,6 @@ class Engine(BlockingCalls):
                 return []
             finally:
                 self.watch.scheduled = None
-            self._has_failed = False
             return self._commit(scheduled, logits)
         except BaseException:
             self._cancel_all()
@@ -198,19 +196,21 @@ class Engine(BlockingCalls):
         return made
 
     def _recover(self, scheduled: Scheduled, error: ArgosyError) -> None:
-        """Run a step with failed reads once more; the second time, end the sequences that need the failed expert."""
+        """Let a step with failed reads run once more; end the sequences that fail again before they are past it.
+
+        A sequence with a recurrent state starts again, so steps that succeed may come in between.
+        """
+        step, failed = scheduled.step, []
+        rows, expert = error.facts.get("rows"), error.facts.get("expert")  # rows: of an n-gram table
+        if not isinstance(rows, np.ndarray):
+            rows = self._started.model.rows_of(expert) if isinstance(expert, int) else np.empty(0, np.int64)
+        for number in np.unique(step.sequence[rows] if len(rows) else step.sequence):
+            sequence, order = scheduled.sequences[number], step.order[step.sequence == number]
+            if order[0] < sequence.failed_until:
+                failed.append(sequence)
+            sequence.failed_until = int(order[-1]) + 1
         self._scheduler.failed(scheduled)
-        self._has_failed = not self._has_failed
-        if self._has_failed:
-            return
-        expert = error.facts.get("expert")
-        concerned = scheduled.sequences
-        if isinstance(rows := error.facts.get("rows"), np.ndarray):  # of an n-gram table
-            concerned = [concerned[i] for i in np.unique(scheduled.step.sequence[rows])]
-        elif isinstance(expert, int):
-            rows = self._started.model.rows_of(expert)
-            concerned = [concerned[i] for i in np.unique(scheduled.step.sequence[rows])]
-        for sequence in concerned or scheduled.sequences:
+        for sequence in failed:
             self._finish(sequence, "error", error)
 
     def _finish(
@@ -230,7 +230,6 @@ class Engine(BlockingCalls):
             if sequence.result is None:
                 self._answers.result(sequence, "cancelled")
         self._sequences.clear()
-        self._has_failed = False
 
     # ── requests ────────────────────────────────────────────────────────────────────────────────────────────────
 
