@@ -209,6 +209,19 @@ def rows_seen(engine: Engine) -> NDArray[np.float32]:
     return max((one.embeddings for one in rows), key=len)
 
 
+def test_fillers_run_in_the_step_of_their_picture(tmp_path: Path) -> None:
+    write(tmp_path)
+    with opened(tmp_path) as engine:
+        prompt = asked(engine, PICTURES[:1])
+        (start, fillers), (after, _) = prompt.spans
+        assert after == start + fillers.num_positions
+        firsts = []
+        forward = engine._forward
+        engine._forward = lambda step: firsts.append(int(step.order[0])) or forward(step)  # type: ignore
+        engine.generate(prompt, SamplingParams(max_tokens=1, temperature=0))
+        assert firsts == [0, start]
+
+
 def test_a_picture_seen_before_needs_no_tower(tmp_path: Path) -> None:
     write(tmp_path)
     with opened(tmp_path, prefix_reuse=False) as engine:

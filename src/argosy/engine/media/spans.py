@@ -125,9 +125,18 @@ class Spans:
     def has_rows_until(self, start: int, end: int) -> int:
         """Return the position, at most `end`, up to which all media from `start` on have rows."""
         for number, _, _, begin, _ in self._within(start, end):
-            if number not in self._rows:
+            if any(one not in self._rows for one in self._together(number)):
                 return begin
         return end
+
+    def _together(self, number: int) -> range:
+        """Return a span's number, and that of the next one if it leads into it: a step runs both."""
+        (at, span), following = self.placed[number], self.placed[number + 1 : number + 2]
+        leads = any(
+            begin == at + span.num_positions and one.sees_both_ways and not span.sees_both_ways
+            for begin, one in following
+        )
+        return range(number, number + 1 + leads)
 
     @property
     def holds_rows(self) -> bool:
@@ -145,7 +154,8 @@ class Spans:
         Raises:
             ArgosyError: the rows cannot be computed, or do not fit the model.
         """
-        for number, _, span, _, _ in self._within(start, start + 1):
+        for number in [one for found in self._within(start, start + 1) for one in self._together(found[0])]:
+            span = self.placed[number][1]
             if number in self._rows:
                 continue
             if self._making is not None and self._making[0] != number:
