@@ -12,10 +12,12 @@ from gguf import GGUFReader
 from argosy.checkpoint.block_types import SLOT_FORMATS, may_run, type_in_name
 from argosy.cli.main import main
 from tests.engine.test_gguf import config_of
+from tests.families.published_sparse import DEEPSEEK_V4_1_FLASH
 from tests.helpers.hub_server import REPOSITORY, served
 from tests.models.gguf_models import mixed_small, write_gguf_model
 from tests.models.tiny import write_model
 from tests.models.tiny_delta import qwen3_next
+from tests.models.tiny_qwen4 import qwen4_exp_text
 
 Captured = pytest.CaptureFixture[str]
 
@@ -106,6 +108,26 @@ def test_a_name_that_hides_nothing_is_not_told(
 )
 def test_a_format_is_named_after_a_type_or_after_a_mixture(format: str, expected: str | None) -> None:
     assert type_in_name(format) == expected
+
+
+def test_tables_on_the_drive_are_shown_with_their_size(tmp_path: Path, capsys: Captured) -> None:
+    write_model(tmp_path, qwen4_exp_text(), seed=1)
+    assert main(["show", str(tmp_path)]) == 0
+    assert " of routed experts, 1.8 KiB of n-gram tables\n" in capsys.readouterr().out
+    (tmp_path / "model.safetensors").unlink()
+    assert main(["show", str(tmp_path / "config.json")]) == 0
+    assert "\n  n-gram tables 912 of these parameters, " in capsys.readouterr().out
+
+
+def test_keys_and_values_of_a_token_leave_out_layers_with_a_window(tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V4_1_FLASH))
+    assert main(["show", str(tmp_path), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    # Entries of 512 values and index keys of 128: three layers keep one for two tokens, and one keeps all.
+    assert facts["kv_bytes_per_token"]["f16"] == (3 / 2 + 1) * (512 + 128) * 2
+    assert facts["num_table_parameters"] == (384_006_168 + 384_016_682) * 256
+    assert main(["show", str(tmp_path)]) == 0
+    assert "--kv q8, besides windows\n" in capsys.readouterr().out
 
 
 def test_a_model_without_attention_is_shown(tmp_path: Path, capsys: Captured) -> None:

@@ -108,12 +108,17 @@ def count_parameters(config: ModelConfig) -> tuple[int, int]:
     choose.
     """
     dense = sum(prod(shape) for _, shape in dense_shapes(config))
-    tables = [layer.ngrams for layer in config.layers if layer.ngrams is not None]
     sizes = {layer: sum(map(prod, expert_shapes(config, layer))) for layer in config.moe_layers}
     active = sum(config.chosen_in(layer) * size for layer, size in sizes.items())
-    active += sum(table.width for table in tables)
-    total = config.num_experts * sum(sizes.values()) + sum(table.num_rows * table.row_dim for table in tables)
+    active += sum(layer.ngrams.width for layer in config.layers if layer.ngrams is not None)
+    total = config.num_experts * sum(sizes.values()) + num_table_parameters(config)
     return dense + total, dense + active
+
+
+def num_table_parameters(config: ModelConfig) -> int:
+    """Return the parameters of all n-gram tables."""
+    tables = (layer.ngrams for layer in config.layers if layer.ngrams is not None)
+    return sum(table.num_rows * table.row_dim for table in tables)
 
 
 def _layer_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]]:

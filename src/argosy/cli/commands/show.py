@@ -137,6 +137,7 @@ def model_facts(files: ModelFiles) -> dict[str, Any]:
         "expert_format": files.expert_format if files.experts else None,
         "dense_bytes": files.dense_bytes,
         "expert_bytes": files.expert_bytes,
+        "table_bytes": files.table_bytes,
         "weights": weight_facts(files),
         "exact_tokens": files.config.exact_tokens,
         "encoders": _encoder_facts(files),
@@ -181,8 +182,15 @@ def _hypothetical_sizes(config: ModelConfig) -> dict[str, Any]:
     """The bytes of a model as a checkpoint and as packs, and of its KV cache."""
     from argosy.budget.footprint import kv_bytes
     from argosy.checkpoint.formats import matrix_bytes
-    from argosy.checkpoint.geometry import dense_shapes, expert_shapes, packed_config, packed_format
+    from argosy.checkpoint.geometry import (
+        dense_shapes,
+        expert_shapes,
+        num_table_parameters,
+        packed_config,
+        packed_format,
+    )
     from argosy.config import Format, KvDtype
+    from argosy.model.layers import kv_shapes
 
     def dense_bytes(format: Format) -> int:
         return sum(
@@ -194,14 +202,23 @@ def _hypothetical_sizes(config: ModelConfig) -> dict[str, Any]:
         shapes = (shape for layer in config.moe_layers for shape in expert_shapes(config, layer))
         return config.num_experts * sum(matrix_bytes(format, *shape) for shape in shapes)
 
+    is_windowed = {shape.is_windowed for shape in kv_shapes(config)}
+    # Layers with a window keep a fixed number of positions, unless all have one.
+    windows = 1 if False in is_windowed else None
+
+    def kv_per_token(kind: KvDtype) -> int:
+        first, both = (kv_bytes(config, tokens, kind, window_blocks=windows) for tokens in (1024, 2048))
+        return (both - first) // 1024
+
     formats: tuple[Format, ...] = ("bf16", "q8", "q4")
-    tokens = 1024
     return {
         "bytes": {
             format: {"dense_bytes": dense_bytes(format), "expert_bytes": expert_bytes(format)}
             for format in formats
         },
-        "kv_bytes_per_token": {kind: kv_bytes(config, tokens, kind) // tokens for kind in get_args(KvDtype)},
+        "num_table_parameters": num_table_parameters(config),
+        "kv_bytes_per_token": {kind: kv_per_token(kind) for kind in get_args(KvDtype)},
+        "has_kv_windows": len(is_windowed) > 1,
     }
 
 
@@ -216,7 +233,8 @@ def fact_lines(facts: dict[str, Any]) -> list[str]:
         f"  family        {facts['family']}, {kind}, experts {experts}, rest {dense}",
         *_geometry_lines(facts),
         f"  on disk       {format_bytes(facts['dense_bytes'])} used by every token,"
-        f" {format_bytes(facts['expert_bytes'])} of routed experts",
+        f" {format_bytes(facts['expert_bytes'])} of routed experts"
+        + (f", {format_bytes(facts['table_bytes'])} of n-gram tables" if facts["table_bytes"] else ""),
         *(
             f"{label:<16}{line}"
             for label, line in zip(("  weights", ""), weight_lines(facts["weights"]), strict=False)
@@ -271,8 +289,15 @@ def config_lines(facts: dict[str, Any]) -> list[str]:
         f"  family        {facts['family']}",
         *_geometry_lines(facts),
         f"  would take    {', '.join(sizes)} (used by every token + routed experts)",
+        *(
+            [
+                f"  n-gram tables {parameter_count(tables)} of these parameters, in the format of the checkpoint"
+            ]
+            if (tables := facts["num_table_parameters"])
+            else []
+        ),
         f"  KV cache      {format_bytes(per_token['f16'])} per token, {format_bytes(per_token['f32'])} with --kv f32,"
-        f" {format_bytes(per_token['q8'])} with --kv q8",
+        f" {format_bytes(per_token['q8'])} with --kv q8{', besides windows' if facts['has_kv_windows'] else ''}",
     ]
 
 
