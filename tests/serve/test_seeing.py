@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -19,7 +20,7 @@ import pytest
 
 from argosy.config import SamplingParams
 from argosy.engine.media.prompt_media import PromptMedia
-from argosy.errors import BadMedia, Overloaded
+from argosy.errors import BadMedia, DoesNotFit, Overloaded, UsageError
 from argosy.guard.keys import KeyRing
 from argosy.media.parts import Audio, Image, MediaLimits, Part, Text, Video
 from argosy.media.patches import PictureProcessor
@@ -32,6 +33,7 @@ from argosy.serve.dialects.openai_chat_bodies import PictureAddress, PicturePart
 from argosy.serve.dialects.openai_responses_bodies import VideoInput
 from argosy.serve.http.caller import Caller
 from argosy.serve.http.held import Files, Pool, PoolShare
+from argosy.serve.models.opened import facts_of_engine
 from tests.media.samples import pattern, png, raw_png, wav, wave
 from tests.media.video_samples import clip_file
 from tests.serve.conftest import only, serving, start
@@ -578,6 +580,20 @@ def test_a_video_that_cannot_be_shown_is_refused_by_name(
     assert refused.status_code == 400
     said = f"this model reads text only, and this part has type '{address['type']}'"
     assert said in refused.json()["error"]["message"]
+
+
+def test_a_client_learns_that_the_budget_has_no_room_for_pictures(tmp_path: Path) -> None:
+    model = write_seeing_model(tmp_path / "model")
+    with pytest.raises(DoesNotFit) as caught, Engine.open(model, memory="1MiB", threads=1, media=True):
+        raise AssertionError
+    needed = caught.value.facts["needed_bytes"]
+    assert isinstance(needed, int)
+    with Engine.open(model, memory=needed - (128 << 20), threads=1) as engine:
+        facts = facts_of_engine(engine, "m")
+    assert not facts.media_kinds
+    intake = Intake((), Pool(1 << 20).share(), faults=facts.media_faults)
+    with pytest.raises(UsageError, match="memory budget has no room for pictures, and this part"):
+        intake.piece(part_of(CAT), "here", is_new=True)
 
 
 def test_only_the_data_of_a_video_is_taken(viewer: httpx.Client) -> None:

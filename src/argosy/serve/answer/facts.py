@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from argosy.config import Preset, SamplingDefaults
@@ -27,6 +28,7 @@ class ModelFacts:
     num_parameters: int = 0
     weight_bytes: int = 0
     media_kinds: tuple[Kind, ...] = ()  # media that a prompt may contain
+    media_faults: Mapping[Kind, str] = field(default_factory=dict)  # why other media are refused; no paths
     hears: Hearing = "none"  # how a sound in a prompt is treated
     hidden_size: int = 0  # dimensions of an embedding
     fingerprint: str = ""  # identifies the model (`checkpoint/fingerprint.py`)

@@ -20,6 +20,7 @@ from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel
@@ -153,6 +154,7 @@ class Intake:
         kinds: media that the model takes in addition to text.
         share: the request's memory; decoded bytes are added to it.
         files: data fetched from other hosts or yet to be fetched; None: fetching is off.
+        faults: why the model gets no media of a kind for which it has a tower; shown to the client.
 
     Attributes:
         replaced: the notes that replace what the model cannot read.
@@ -166,8 +168,9 @@ class Intake:
         limits: MediaLimits = PROMPT_LIMITS,
         *,
         files: Files | None = None,
+        faults: Mapping[Kind, str] = MappingProxyType({}),
     ) -> None:
-        self._kinds, self.share, self._files = kinds, share, files
+        self._kinds, self.share, self._files, self._faults = kinds, share, files, faults
         self._limits = limits
         self.replaced = Replaced(kinds)
 
@@ -186,7 +189,7 @@ class Intake:
         """
         kind = part.KIND
         if kind not in self._kinds:
-            return self.replaced.note(part.type, where, is_new=is_new)
+            return self.replaced.note(part.type, where, is_new=is_new, reason=self._faults.get(kind))
         sent, forms = part.data(), _FORMS[kind]
         form = sent.form.lower() if isinstance(sent, Data) and sent.form is not None else None
         remedy = part.REMEDY

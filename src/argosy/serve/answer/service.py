@@ -183,7 +183,7 @@ class Service:
     def intake(self, caller: Caller) -> Intake:
         """Create the intake for the pictures and sounds of a caller's request."""
         files = None if self._media_hosts is None else caller.held.files
-        return Intake(self.model.media_kinds, caller.held.share, files=files)
+        return Intake(self.model.media_kinds, caller.held.share, files=files, faults=self.model.media_faults)
 
     async def run_reading(self, caller: Caller, call: Callable[[], T]) -> T:
         """Run a call that reads a request. If it needs files from other hosts, fetch them and run the call again.

@@ -6,6 +6,7 @@ Elsewhere: `entry.py` opens engines and closes them; the service itself is `serv
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from argosy.engine.engine import Engine
@@ -13,6 +14,7 @@ from argosy.engine.facts import identity_of
 from argosy.engine.ledger import DecodeSteps
 from argosy.engine.loop import EngineLoop
 from argosy.engine.shared import Ready
+from argosy.errors import ArgosyError, DoesNotFit
 from argosy.forecast.verification import Verification, compare_decode
 from argosy.media.parts import Hearing, Kind
 from argosy.observe.live import LiveCache
@@ -75,15 +77,30 @@ def service_for(
 
 def facts_of_engine(engine: Engine, name: str) -> ModelFacts:
     """The facts about a model whose engine is open. Reads samples of its files."""
-    return _facts_of(engine, name, engine.media.kinds, engine.media.hears)
+    return _facts_of(engine, name, engine.media.kinds, engine.media.hears, engine.media.faults)
 
 
 def facts_of_ready(ready: Ready) -> ModelFacts:
     """The facts about a model that is not open yet. Reads samples of its files."""
-    return _facts_of(ready, ready.name, ready.media_kinds, ready.hears)
+    found = ready.footprint.processors.items()
+    faults = {kind: one for kind, one in found if isinstance(one, ArgosyError)}
+    return _facts_of(ready, ready.name, ready.media_kinds, ready.hears, faults)
 
 
-def _facts_of(opened: Engine | Ready, name: str, media_kinds: tuple[Kind, ...], hears: Hearing) -> ModelFacts:
+def _shown(kind: Kind, fault: ArgosyError) -> str:
+    """The reason why a model gets no media of a kind, for clients: the fault's own message may contain paths."""
+    if isinstance(fault, DoesNotFit):
+        return f"this server's memory budget has no room for {kind}s"
+    return f"this server cannot prepare {kind}s for this model"
+
+
+def _facts_of(
+    opened: Engine | Ready,
+    name: str,
+    media_kinds: tuple[Kind, ...],
+    hears: Hearing,
+    faults: Mapping[Kind, ArgosyError],
+) -> ModelFacts:
     model, plan = opened.files.config, opened.plan
     num_parameters, fingerprint = identity_of(opened.files)
     return ModelFacts(
@@ -97,6 +114,7 @@ def _facts_of(opened: Engine | Ready, name: str, media_kinds: tuple[Kind, ...], 
         num_parameters=num_parameters,
         weight_bytes=plan.dense_bytes + plan.resident_bytes,
         media_kinds=media_kinds,
+        media_faults={kind: _shown(kind, fault) for kind, fault in faults.items() if kind not in media_kinds},
         hears=hears,
         hidden_size=model.hidden_size,
         fingerprint=fingerprint,
