@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 MOST_FILES_OF_FOLDER, MOST_LINES_OF_FILE, MOST_LINES_OF_FUNCTION, MOST_PARAMETERS = 25, 600, 80, 10
 MOST_LINES_OF_CORE = 46_000  # docs/decisions/0091-bound-the-core.md
 GENERATED = ("families.md",)  # a table, not prose
+_WRITTEN = re.compile(r"<!-- (?:results|plan): .*?<!-- end.*?-->", re.DOTALL)
 # What the core runs without, below src/argosy; tests/test_core_alone.py deletes it from a copy.
 OPTIONAL = {
     "several machines": ("cluster", "route", *(f"cli/commands/{one}.py" for one in ("worker", "cluster", "route"))),
@@ -210,7 +211,8 @@ def _modules(path: Path) -> list[Path]:
 
 
 def words(paths: Iterator[Path] | list[Path]) -> int:
-    return sum(len(path.read_text().split()) for path in paths)
+    """Count the words of pages, without the tables that scripts write into them."""
+    return sum(len(_WRITTEN.sub("", path.read_text()).split()) for path in paths)
 
 
 def print_sizes(root: Path) -> None:

@@ -1,4 +1,4 @@
-"""Print the tables of `docs/guides/choosing-a-machine.md`: what `argosy plan` says of five models on four machines.
+"""Print the tables of `docs/guides/choosing-a-machine.md`: what `argosy plan` says of nine models on four machines.
 
     python benchmarks/choosing.py [--write]
 
@@ -48,6 +48,10 @@ MODELS = (
     Chosen("GLM-5.2", "GLM-5.2"),
     Chosen("DeepSeek-V4.1-Flash", "DeepSeek-V4.1-Flash"),
     Chosen("Kimi-K2.6", "Kimi-K2"),
+    Chosen("Qwen3.8-Flash-Next", "Qwen3.8-Flash-Next"),
+    Chosen("GLM-5.3-Flash", "GLM-5.3-Flash"),
+    Chosen("MiniMax-M3", "MiniMax-M3"),
+    Chosen("Kimi-K3", "Kimi-K3"),
 )
 
 
@@ -89,15 +93,19 @@ def row_of(machine: str, forecast: Forecast, owner: Owner) -> str:
     verdict = {"thrashes": "barely", "streams": "streams", "resident": "resident"}[forecast.verdict]
     cells = (
         f"`{machine}`", verdict, f"{share:.0%}", spread(decode.tokens_per_s), spread(shown.seconds),
-        f"{decode.drive_bytes_per_token.likely / 1e9:.2g}", decode.bound, f"{priced.usd_per_m_out:.2g}",
-        f"{priced.electricity_usd_per_m_out or 0:.2g}",
+        f"{decode.drive_bytes_per_token.likely / 1e9:.2g}", decode.bound, short(priced.usd_per_m_out),
+        short(priced.electricity_usd_per_m_out or 0),
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
 
 def spread(values: Range) -> str:
-    low, likely, high = (f"{value:.2g}" if value < 99.5 else f"{value:.0f}" for value in values)
+    low, likely, high = map(short, values)
     return f"{likely} ({low} to {high})"
+
+
+def short(value: float) -> str:
+    return f"{value:.2g}" if value < 99.5 else f"{value:.0f}"
 
 
 def updated(page: str) -> str:

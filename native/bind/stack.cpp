@@ -1049,8 +1049,7 @@ void bind_stack(nb::module_& m) {
         From the next step on, no token chooses these experts of a layer; an empty list allows all again.
 
         Raises:
-            ValueError: the layer has no such experts, a group of them would keep too few, or the file gives the
-                experts of each token.)")
+            ValueError: the layer has no such experts, or a group of them would keep too few.)")
       .def_prop_ro(
           "layers_done", &BoundStack::layers_done,
           "The layers that the step has run; 0 once it is done. Any thread may call this while it runs.")

@@ -562,9 +562,6 @@ void Stack::forbid(int64_t layer, std::vector<int32_t> experts) {
                              : description_.layers[size_t(layer)].routed();
   if (ffn == nullptr)
     throw std::invalid_argument("layer " + std::to_string(layer) + " has no routed experts");
-  if (ffn->router.token_experts && !experts.empty())
-    throw std::invalid_argument("layer " + std::to_string(layer) +
-                                " chooses no experts: the file gives those of each token");
   const RouteRule& rule = ffn->router.rule;
   const int64_t num_experts = ffn->router.matrix.rows, group_size = num_experts / rule.num_groups;
   const int64_t needed = (rule.k + rule.kept_groups - 1) / rule.kept_groups;

@@ -2619,8 +2619,7 @@ class Stack:
         From the next step on, no token chooses these experts of a layer; an empty list allows all again.
 
         Raises:
-            ValueError: the layer has no such experts, a group of them would keep too few, or the file gives the
-                experts of each token.
+            ValueError: the layer has no such experts, or a group of them would keep too few.
         """
 
     @property

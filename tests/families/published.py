@@ -43,6 +43,7 @@ from tests.families.published_recurrent import (
     GLM_5_3_FLASH,
     KIMI_K3,
     KIMI_LINEAR_48B,
+    QWEN3_8_FLASH_NEXT,
     minimax_text_01,
     qwen3_5_35b,
     step_3_5_flash,
@@ -1230,6 +1231,7 @@ PUBLISHED = (
     Published("Qwen3.6-35B-A3B", qwen3_5_moe(), 34.7),
     Published("Qwen3.5-122B-A10B", qwen3_5_moe(**QWEN35_122B), 122.1),
     Published("Qwen3.5-397B-A17B", qwen3_5_moe(**QWEN35_397B), 396.3),
+    Published("Qwen3.8-Flash-Next", QWEN3_8_FLASH_NEXT, 176.9),  # with its table
     Published("Qwen3-VL-30B-A3B", qwen3_vl_moe_of(), 30.5),
     Published("Qwen3-VL-235B-A22B", qwen3_vl_moe_of(**QWEN3_VL_235B), 235.1),
     Published("Qwen3-Omni-30B-A3B", QWEN3_OMNI, 30.5),

@@ -810,10 +810,6 @@ def test_no_token_chooses_a_forbidden_expert_until_it_is_allowed_again(directory
         *_, last = parts.config.moe_layers
         router = parts.config.router
         size = parts.config.num_experts // router.num_groups
-        if parts.config.layers[last].has_token_experts:
-            with pytest.raises(ValueError, match="chooses no experts"):
-                decoder.forbid(last, [1])
-            return
         if size == -(-parts.config.experts_per_token // router.kept_groups):
             with pytest.raises(ValueError, match="too few"):  # every token needs all experts of a group
                 decoder.forbid(last, [1])
@@ -825,7 +821,10 @@ def test_no_token_chooses_a_forbidden_expert_until_it_is_allowed_again(directory
             assert decoder.choices is not None
             chosen.append(decoder.choices)
         assert any((choices[:-1] == 1).any() for choices in chosen) or len(parts.config.moe_layers) == 1
-        assert not any((choices[-1] == 1).any() for choices in chosen)
+        if not parts.config.layers[
+            last
+        ].has_token_experts:  # there it stays, with no weight: test_stack_flags.py
+            assert not any((choices[-1] == 1).any() for choices in chosen)
         decoder = decoder_of(parts)
         decoder.forbid(last, [1])
         decoder.forbid(last, [])

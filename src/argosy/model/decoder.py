@@ -185,7 +185,7 @@ class Decoder:
         """From the next step on, prevent tokens from choosing these experts of a layer; an empty set allows all again.
 
         Raises:
-            ValueError: the layer lacks such experts, would keep too few, or takes experts by token id.
+            ValueError: the layer lacks such experts, or would keep too few.
         """
         self._stack.forbid(layer, experts)
 

@@ -302,10 +302,11 @@ class Model:
         """From the next step on, prevent tokens from choosing these experts, given by layer; all others are allowed
         again.
 
-        Routers distribute the weights among the remaining experts, as if the forbidden ones had never existed.
+        Routers distribute the weights among the remaining experts, as if the forbidden ones had never existed. Where
+        the file gives the experts of a token, a forbidden one stays among them, with no weight.
 
         Raises:
-            UsageError: a layer lacks such experts, would keep too few, or takes experts by token id.
+            UsageError: a layer lacks such experts or would keep too few.
         """
         try:
             for layer in self._files.own_config.moe_layers:

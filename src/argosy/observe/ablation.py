@@ -34,8 +34,6 @@ def parse_removals(text: str, *, layers: tuple[int, ...], num_experts: int) -> l
     Raises:
         UsageError: it is malformed, or names a layer or expert that the model does not have.
     """
-    if not layers:
-        raise UsageError("--ablate has nothing to remove: no router of this model chooses experts")
     if text == "all":
         return [Removal(f"{layer}:{e}", {layer: (e,)}) for layer in layers for e in range(num_experts)]
     found: dict[str, Removal] = {}
@@ -48,7 +46,7 @@ def parse_removals(text: str, *, layers: tuple[int, ...], num_experts: int) -> l
             raise UsageError(f"--ablate names expert {expert}, and a layer has 0 to {num_experts - 1}")
         if where != "*" and int(where) not in layers:
             raise UsageError(
-                f"--ablate names layer {int(where)}; layers {layers[0]} to {layers[-1]} choose experts",
+                f"--ablate names layer {int(where)}; layers {layers[0]} to {layers[-1]} have routed experts",
                 hint=_HINT,
             )
         chosen = layers if where == "*" else (int(where),)

@@ -87,8 +87,7 @@ def routes(
         config = reader.engine.config
         removals: list[Removal] = []
         if ablate is not None:
-            layers = tuple(at for at in config.moe_layers if not config.layers[at].has_token_experts)
-            removals = parse_removals(ablate, layers=layers, num_experts=config.num_experts)
+            removals = parse_removals(ablate, layers=config.moe_layers, num_experts=config.num_experts)
         ids = {domain: reader.tokens_of(domain, parts, tokens) for domain, parts in texts.items()}
         domains = [reader.read(domain, windows, progress) for domain, windows in ids.items()]
         realised = reader.answer(list(ids.values()), progress)

@@ -150,7 +150,7 @@ def read_text(reader: ConfigReader, family: str) -> ModelConfig:
     num_layers = reader.integer("num_hidden_layers", default=40, most=MOST_LAYERS)
     reader.neutral("attn_output_gate", True)
     reader.neutral("mamba_ssm_dtype", "float32")
-    reader.passed("intermediate_size", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings")
+    reader.passed("intermediate_size", "mtp", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings")
     return ModelConfig(
         family=family,
         layers=_read_layers(reader, common, num_layers),
@@ -223,7 +223,12 @@ def _read_tables(reader: ConfigReader, common: Common, kinds: tuple[str, ...]) -
     seed = reader.integer("seed", default=1234, least=0, most=(1 << 63) - 1)
     conv_width = reader.integer("ple_conv_kernel_size", default=4, most=64)
     # They follow from the tensors.
-    reader.passed("make_ngram_vocab_size_divisible_by", "split_ngram_parts", "number_of_conv_states")
+    reader.passed(
+        "make_ngram_vocab_size_divisible_by",
+        "split_ngram_parts",
+        "number_of_conv_states",
+        "ple_embedding_dtype",
+    )
     vocab_size, eos_ids = common.model["vocab_size"], common.model["eos_ids"]
     for layer in layers:
         if kinds[layer - 1] != _DELTA:
