@@ -219,7 +219,7 @@ void TableRows::begin_wave() {
     add_reads(part, place, records, placed);
     place += sizes_.wave_rows * place_bytes(part_bytes_[part]);
   }
-  // Few bytes, certainly needed: experts of the layers before theirs wait no noticeable time for them.
+  // Rows are few bytes and certainly needed; the experts of earlier layers hardly wait for them.
   const std::vector<int64_t> tickets = store_->fetch(arena_, placed, Urgency::now);
   for (size_t i = 0; i < tickets.size(); ++i) reads_[i].ticket = tickets[i];
   stats_.read += int64_t(wave_.size());

@@ -29,8 +29,9 @@ from tests.engine.test_deepseek_vision import (
     placed_rows,
     tokenizer,
 )
+from tests.engine.test_seeing import require_logits
 from tests.models.numpy_deepseek_v41 import DeepseekV41
-from tests.models.references import LARGEST_DIFFERENCE, difference
+from tests.models.references import LARGEST_DIFFERENCE
 from tests.models.safetensors_file import Array, read_safetensors, write_safetensors
 from tests.models.tiny_deepseek_v41 import deepseek_v41, write_deepseek_v41
 from tests.models.tiny_encoders import CONFIGS, REFERENCE, Sizes
@@ -106,12 +107,7 @@ def test_the_answer_is_that_of_float64(after: str, tmp_path: Path) -> None:
             logits = model.logits(ids, folded[ids].tolist())[-1]
             if model.margin <= 3e-6:  # float32 may choose otherwise
                 continue
-            expected = logits - logits.max()
-            expected -= np.log(np.exp(expected).sum())
-            result = engine.generate(prompt, SamplingParams(max_tokens=1, temperature=0, logprobs=20))
-            assert result.logprobs is not None
-            best = dict(result.logprobs[0].top)
-            assert difference(np.array(list(best.values())), expected[list(best)]) <= LARGEST_DIFFERENCE
+            require_logits(engine, prompt, logits, LARGEST_DIFFERENCE)
             break
     else:
         pytest.fail("no seed has clear choices")

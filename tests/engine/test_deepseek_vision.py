@@ -21,10 +21,11 @@ from argosy.model.encoders.reading import find_encoders, tensor_names
 from argosy.model.families import open_model
 from argosy.prompt.media_span import SpanRows
 from argosy.prompt.prompt import Prompt
+from tests.engine.test_seeing import require_logits
 from tests.model.encoders.open_tower import finish
 from tests.models.gguf_deepseek_v4 import write_gguf
 from tests.models.numpy_deepseek_v4 import DeepseekV4
-from tests.models.references import LARGEST_DIFFERENCE, difference
+from tests.models.references import LARGEST_DIFFERENCE
 from tests.models.safetensors_file import Array, read_safetensors, write_safetensors
 from tests.models.tiny_deepseek_v4 import deepseek_v4, write_deepseek_v4
 from tests.models.tiny_encoders import CONFIGS, REFERENCE, Sizes
@@ -127,12 +128,7 @@ def test_the_answer_is_that_of_float64_and_equal_at_every_budget(tmp_path: Path)
             logits = model.logits(ids)[-1]
             if model.margin <= 1e-5:  # float32 may choose otherwise
                 continue
-            expected = logits - logits.max()
-            expected -= np.log(np.exp(expected).sum())
-            result = engine.generate(prompt, SamplingParams(max_tokens=1, temperature=0, logprobs=20))
-            assert result.logprobs is not None
-            best = dict(result.logprobs[0].top)
-            assert difference(np.array(list(best.values())), expected[list(best)]) <= LARGEST_DIFFERENCE
+            require_logits(engine, prompt, logits, LARGEST_DIFFERENCE)
             break
     else:
         pytest.fail("no seed has clear choices")

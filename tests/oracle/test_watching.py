@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,8 @@ import pytest
 from argosy import _native
 from tests.engine.test_seeing import require_answer
 from tests.engine.test_watching import CASES, opened, prompt_of, with_tracks
-from tests.models.make_seeing import NEW_TOKENS, load
-from tests.models.make_watching import answer, media_of
+from tests.models.make_seeing import load
+from tests.models.make_watching import find_answer
 from tests.models.seeing import CONFIGS, write
 
 pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("one_quiet_thread")]
@@ -24,10 +25,7 @@ def test_answers_equal_those_of_transformers(
 ) -> None:
     write(tmp_path, family, CONFIGS[family], SEED)
     model = load(tmp_path, family)
-    found, seed = None, SEED
-    while found is None:
-        media = media_of(family, seed, is_heard=name == "heard")
-        found, seed = answer(model, tmp_path, family, media, 0 if seed > SEED + 8 else NEW_TOKENS), seed + 1
+    media, found = find_answer(model, tmp_path, family, count(SEED), is_heard=name == "heard")
     reference = {**media, **found}
     with_tracks(reference, monkeypatch)
     exact = min(2, len(_native.instruction_sets())) - 1

@@ -143,7 +143,7 @@ class Sequence:
         self.state_slot: int | None = None  # its slot while it runs, if some layer has a recurrent state
         self.waits_for: bytes | None = None  # a block that another sequence is about to compute
         self.scheduled_at: float | None = None  # when it first ran
-        self.failed_until = 0  # a read failed in its step up to this position; 0: none
+        self.failed_until = 0  # the end of its last step in which a read failed; 0: none failed
         self.computed_at = 0.0  # when `num_computed` last grew in a step
 
         # The prefix cache's.

@@ -29,8 +29,10 @@ _FEWEST_TOKENS = 16
 
 
 def num_block_tokens(rows: int, columns: int, together: int) -> int:
-    """Return the tokens of a picture with these rows and columns of squares of patches; `together` rows lie column by
-    column.
+    """Return the tokens of a picture of `rows` and `columns` of squares of patches.
+
+    Args:
+        together: rows that lie column by column.
     """
     in_rows = (rows + -rows % together) * (columns + 1)
     return in_rows + -in_rows % together**2 + 2
@@ -95,10 +97,10 @@ class BlockFit:
             return together * token, max(together, (most_tokens - 2) // together - 1) * token
         limits = math.floor(most_rows) // together * together, math.floor(most_columns)
         scale = min(limits[1] * token / width, limits[0] * token / height)
-        patch = self.patch_size  # with one patch to a token, a side may be less than one
-        return max(1, math.floor(height * scale / patch)) * patch, max(
-            1, math.floor(width * scale / patch)
-        ) * patch
+        patch = self.patch_size
+        # With one patch to a token, a side may be shorter than a patch.
+        rows, columns = (max(1, math.floor(side * scale / patch)) for side in (height, width))
+        return rows * patch, columns * patch
 
 
 @dataclass(frozen=True, slots=True)

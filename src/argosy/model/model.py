@@ -302,8 +302,8 @@ class Model:
         """From the next step on, prevent tokens from choosing these experts, given by layer; all others are allowed
         again.
 
-        Routers distribute the weights among the remaining experts, as if the forbidden ones had never existed. Where
-        the file gives the experts of a token, a forbidden one stays among them, with no weight.
+        Routers distribute the weights among the remaining experts, as if the forbidden ones had never existed. In
+        layers whose experts follow from the token id, a forbidden expert still runs, and its weight is zero.
 
         Raises:
             UsageError: a layer lacks such experts or would keep too few.

@@ -28,7 +28,7 @@ _V4_PARTS = f"""\
   {{%- endif -%}}
 {{%- endmacro -%}}
 """
-# What llama.cpp's templates of V4 print instead, which is no picture.
+# How llama.cpp's templates of V4 print a content; they expect a text.
 _V4_CONTENT = "message['content'] or ''"
 # What Kimi-K3's code writes where it then puts a picture, in the template that llama.cpp's converter adds too.
 K3_PICTURE, K3_ROWS = "<|kimi_image_placeholder|>", "<|media_pad|>"
@@ -257,7 +257,7 @@ def own_template(model_type: object, added_tokens: AbstractSet[str]) -> str | No
 
 
 def with_pictures(template: str) -> str:
-    """Return a template of a GGUF file so that it prints pictures: llama.cpp's write none, or another token."""
+    """Make a template print pictures. Those of llama.cpp, which GGUF files have, print none, or another token."""
     if template == CONVERTERS_OCR:
         return OCR
     if "｜DSML｜" in template and _V4_CONTENT in template:

@@ -188,10 +188,8 @@ class PromptMedia:
             values, shape, size = self._prepare(content, processor, request)
         waiting = self._wait(values)
         kind, digest = content.kind, blake3(content.digest + repr((content.kind, shape)).encode()).digest()
-        # The content itself is not needed any more.
-        make_rows = self._maker(
-            tenant, digest, lambda: self._encode(kind, waiting.values, shape, tenant, digest)
-        )
+        # `kind` alone, so that the content does not stay in memory.
+        make_rows = self._maker(tenant, digest, lambda: self._encode(kind, waiting.values))
         tokens = {at: self._encode_text(text)[0] for at, text in files.written(shape).items()}
         span = _span(kind, files, files.token_id, shape, digest, make_rows, tokens=tokens)
         if files.encoder.label is not None:
@@ -210,11 +208,8 @@ class PromptMedia:
         digest = blake3(f"fillers {count}".encode()).digest()
 
         def encode() -> Making:
-            with self.memory.use():
-                tower = yield from self._encoders.open("picture")
-                rows = SpanRows(cast("FillingTower", tower).fillers(count))
-            self._kept.put(tenant, digest, rows)
-            return rows
+            tower = yield from self._encoders.open("picture")
+            return SpanRows(cast("FillingTower", tower).fillers(count))
 
         # A picture whose rows are kept needs no tower, so neither may these rows.
         return MediaSpan("picture", digest, count, files.token_id, self._maker(tenant, digest, encode))
@@ -271,9 +266,7 @@ class PromptMedia:
             # The advance of positions is part of the identity: positions after the span depend on it.
             seen = repr(("video", shape, video.indices[chosen], part.num_angles))
             digest = blake3(content.digest + seen.encode()).digest()
-            make_rows = self._maker(
-                tenant, digest, lambda: self._encode("video", frames.values[chosen], shape, tenant, digest)
-            )
+            make_rows = self._maker(tenant, digest, lambda: self._encode("video", frames.values[chosen]))
             span = _span("video", files, token_id, shape, digest, make_rows, part)
             return [span] if files.marks is None else [files.marks[:1], span, files.marks[1:]]
 
@@ -281,11 +274,7 @@ class PromptMedia:
             assert sound is not None
             placed = repr((part.start, part.stop, part.num_angles))
             digest = blake3(sound_digest + placed.encode()).digest()
-            make_rows = self._maker(
-                tenant,
-                sound_digest,
-                lambda: self._encode("sound", sound.values, sound_shape, tenant, sound_digest),
-            )
+            make_rows = self._maker(tenant, sound_digest, lambda: self._encode("sound", sound.values))
             return MediaSpan(
                 "sound",
                 digest,
@@ -345,27 +334,29 @@ class PromptMedia:
         return waiting
 
     def _maker(self, tenant: str, digest: bytes, encode: Callable[[], Making]) -> MakeRows:
-        """Return what makes rows: those that are kept, or those of `encode`, which keeps them."""
+        """Return a function that returns the kept rows, if there are any, and otherwise encodes and keeps them."""
 
         def make_rows() -> SpanRows | Making:
             if (kept := self._kept.get(tenant, digest)) is not None:
                 self._kept.touch(tenant, [digest])
                 return kept
-            return encode()
+            return self._made(tenant, digest, encode())
 
         return make_rows
 
-    def _encode(self, kind: Kind, values: NDArray[Any], shape: Shape, tenant: str, digest: bytes) -> Making:
+    def _made(self, tenant: str, digest: bytes, making: Making) -> Making:
         with self.memory.use():
-            tower, processor = (yield from self._encoders.open(_TOWERS[kind])), self._processors[kind]
-            if isinstance(processor, SoundProcessor):
-                rows = yield from tower.encode(values)
-            else:
-                patches, grid = processor.patches(values)
-                rows = yield from tower.encode(patches, grid)
+            rows = yield from making
         if rows.nbytes <= MEDIA_KEPT_BYTES:
             self._kept.put(tenant, digest, rows)
         return rows
+
+    def _encode(self, kind: Kind, values: NDArray[Any]) -> Making:
+        tower, processor = (yield from self._encoders.open(_TOWERS[kind])), self._processors[kind]
+        if isinstance(processor, SoundProcessor):
+            return (yield from tower.encode(values))
+        patches, grid = processor.patches(values)
+        return (yield from tower.encode(patches, grid))
 
 
 @dataclass(frozen=True, slots=True)

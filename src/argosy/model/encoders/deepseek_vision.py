@@ -31,11 +31,12 @@ from argosy.model.encoders.projector import Projector, read_colours, read_patch_
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.reading.gguf_config import GgufConfigReader
 
+_POOLED = 4  # positions of an entry
 _MARKS = ("start", "end", "newline", "pad")
 
 
 class Released(NamedTuple):
-    """What a family's blocks are, and the limits of its released model."""
+    """The layout of a family's blocks, and the limits of pictures in its released model."""
 
     rows_together: int
     most_tokens: int
@@ -263,7 +264,7 @@ TOWERS: Mapping[str, Encoder] = {
         path=("vision_*",),
         placeholders=("<｜deepseek_image｜>",),
         sees_both_ways=True,
-        num_fillers=lambda position: 3 - position % 4,
+        num_fillers=lambda position: _POOLED - 1 - position % _POOLED,
     ),
     "deepseek_v41": _encoder(
         Released(rows_together=1, most_tokens=1024, least_pixels=295_936, most_ratio=None),

@@ -131,7 +131,7 @@ class Hy4(Glm):
 
     @classmethod
     def fits(cls, tokenizer: Tokenizer, template: str) -> bool:
-        # A vocabulary may have the mark behind names without a use for it.
+        # A vocabulary may contain the separator although no call uses it; the template shows whether one does.
         return _ending_of(tokenizer) is not None and (SEPARATOR[1:-1] in template) == bool(cls.separator)
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -154,7 +154,7 @@ class Hy4(Glm):
         return super().read_cut(self._as_glm(block), tools)
 
     def _as_glm(self, block: Sequence[str]) -> list[str]:
-        """The lexemes with GLM's marks, and a line break in place of the mark behind the name."""
+        """Return the lexemes with GLM's marks; a line break replaces the separator behind the name."""
         return [
             ("\n" if one == self.separator else Mark(one.replace(f"{self._ending}>", ">")))
             if isinstance(one, Mark)
@@ -175,7 +175,7 @@ class Hy3(Hy4):
 
 
 def _ending_of(tokenizer: Tokenizer) -> str | None:
-    """What ends each of Hunyuan's marks, such as `:opensource`, or nothing; None: these are not its marks."""
+    """Return the ending of Hunyuan's marks, such as `:opensource` or ""; None: the vocabulary does not have them."""
     for text in tokenizer.control_texts:
         found = _CALLS.fullmatch(text)
         if found and tokenizer.control_id(_with(KEY, found[1])) is not None:

@@ -88,7 +88,7 @@ def facts_of_ready(ready: Ready) -> ModelFacts:
 
 
 def _shown(kind: Kind, fault: ArgosyError) -> str:
-    """The reason why a model gets no media of a kind, for clients: the fault's own message may contain paths."""
+    """Tell clients why a model takes no media of a kind. The fault's own message may contain paths."""
     if isinstance(fault, DoesNotFit):
         return f"this server's memory budget has no room for {kind}s"
     return f"this server cannot prepare {kind}s for this model"
