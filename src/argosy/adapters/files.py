@@ -5,7 +5,7 @@
 A low-rank pair adds `scale * up.T @ (down @ x)` to a product y = W x (LoRA, arXiv:2106.09685). `down` is the paper's A,
 and `up` is its B transposed, so that both are read row by row.
 
-Elsewhere: `reading.py` reads files; `loaded.py` brings them into memory.
+Elsewhere: `native/ops/low_rank.h` has the order of sums.
 """
 
 from __future__ import annotations
