@@ -20,6 +20,7 @@
 #include "kernels/latent_attention.h"
 #include "kernels/latent_index.h"
 #include "kernels/layer_norm.h"
+#include "kernels/low_rank.h"
 #include "kernels/mamba.h"
 #include "kernels/matmul_args.h"
 #include "kernels/matmul_f8.h"
@@ -121,6 +122,7 @@ constexpr KernelTable kernel_table_named(const char* name) {
       .rope = rope,
       .route = route,
       .activate = activate,
+      .add_low_rank = add_low_rank,
       .combine = combine,
       .add_sigmoid_gated = add_sigmoid_gated,
       .mul_gate = mul_gate,

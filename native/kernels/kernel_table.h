@@ -24,6 +24,7 @@ struct MatmulArgs;
 struct SplitArgs;
 struct RouteArgs;
 struct ActivateArgs;
+struct LowRankArgs;
 struct AttendArgs;
 struct PanelArgs;
 struct LinearArgs;
@@ -74,6 +75,7 @@ struct KernelTable {
                int64_t num_pairs, bool is_interleaved);
   void (*route)(const RouteArgs& args);
   void (*activate)(const ActivateArgs& args);
+  void (*add_low_rank)(const LowRankArgs& args);
   void (*combine)(const float* expert_out, const float* weights, int64_t k, int64_t hidden, float* out);
   void (*add_sigmoid_gated)(const float* x, float gate_logit, int64_t hidden, float* out);
 

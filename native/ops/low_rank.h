@@ -2,14 +2,21 @@
 //
 //   y = W x + scale * up^T (down x)
 //
+//   low_rank_down(runtime, products);          // t = scale * (down x), in one parallel loop
+//   ...                                        // y = W x, before or after
+//   low_rank_up(runtime, products);            // y += up^T t, in one parallel loop
+//
 // W stays as it is packed; nothing is merged. `down` is the paper's A, `up` its B transposed: both are read
 // row by row. The order of sums: down x as any product with a float format; then, for each element of y in
-// turn, y += t[0] up[0] + t[1] up[1] + ... in ascending order, t = scale * (down x).
+// turn, y += t[0] up[0] + t[1] up[1] + ... in ascending order, t = scale * (down x). So bits depend neither
+// on the other tokens nor on the threads.
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "kernels/formats.h"
+#include "ops/runtime.h"
 
 namespace argosy {
 
@@ -25,5 +32,35 @@ struct LowRank {
 struct ExpertPairs {
   LowRank gate, up, down;
 };
+
+// A pair beside the product of some tokens. Token i reads x + x_stride * (x_index ? x_index[i] : i) and
+// changes y + y_stride * (y_index ? y_index[i] : i); strides are in floats.
+struct LowRankProduct {
+  LowRank pair;
+  int64_t cols, rows;  // of `down`, of `up`
+  int64_t num_tokens;
+  const float* x;
+  int64_t x_stride;
+  const int32_t* x_index;
+  float* t;  // [num_tokens][pair.rank], the caller's memory between the halves: low_rank_bytes()
+  float* y;  // the first of the rows of W that change
+  int64_t y_stride;
+  const int32_t* y_index;
+};
+
+// Neither takes scratch of the runtime. Products whose x, x_index, tokens and format are equal should follow
+// one another.
+void low_rank_down(Runtime& runtime, std::span<const LowRankProduct> products);
+void low_rank_up(Runtime& runtime, std::span<const LowRankProduct> products);
+
+// The second half for rows [row_begin, row_end) and some of the tokens: `count` from `first` on. Token i of
+// them changes y + y_stride * (y_index ? y_index[i] : i), where its element row_begin begins. For loops of
+// callers.
+void add_low_rank_rows(const KernelTable& table, const LowRankProduct& product, int64_t row_begin,
+                       int64_t row_end, int64_t first, int64_t count, float* y, int64_t y_stride,
+                       const int32_t* y_index);
+
+// Bytes of `t` for this many tokens, with pairs whose ranks add up to `ranks`.
+inline int64_t low_rank_bytes(int64_t num_tokens, int64_t ranks) { return num_tokens * ranks * 4; }
 
 }  // namespace argosy
