@@ -18,6 +18,7 @@ from tests.models.numpy_model import softmax
 from tests.models.safetensors_file import Array, read_safetensors
 
 DIRECTORY = Path(__file__).parent / "reference"
+ADAPTERS = Path(__file__).parent / "reference_adapters"  # of `make_adapters.py`
 EMBEDDINGS = Path(__file__).parent / "embeddings.safetensors"
 
 # On these models, float32 sums in another order differ by a few 1e-6 of the largest logit; one wrong flag changes it by
