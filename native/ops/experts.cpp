@@ -24,6 +24,7 @@ void Dispatch::assign(const int32_t* choices, const bool* is_decode, int64_t num
   k_ = k;
   is_list_ = false;
   num_assignments_ = num_tokens * k;
+  adapters_.clear();
   std::vector<int32_t> next(static_cast<size_t>(num_experts));  // assignments, then where the next one goes
   std::vector<bool> decode_wants(static_cast<size_t>(num_experts));
   for (int64_t a = 0; a < num_assignments_; ++a) {
@@ -56,6 +57,7 @@ void Dispatch::list(std::vector<int32_t> experts, std::vector<int32_t> scan, std
   starts_ = std::move(starts);
   tokens_ = std::move(tokens);
   num_assignments_ = int64_t(tokens_.size());
+  adapters_.clear();
   assignments_.resize(tokens_.size());
   std::iota(assignments_.begin(), assignments_.end(), 0);
 }
@@ -68,6 +70,7 @@ Dispatch Dispatch::only(std::vector<int32_t> experts) const {
   part.num_assignments_ = num_assignments_;
   part.is_list_ = is_list_;
   part.tokens_ = tokens_;
+  part.adapters_ = adapters_;
   part.starts_.assign(1, 0);
   for (const int32_t expert : experts) {
     const int64_t index = index_of(expert);

@@ -36,6 +36,10 @@ class Dispatch {
   void list(std::vector<int32_t> experts, std::vector<int32_t> scan, std::vector<int32_t> starts,
             std::vector<int32_t> tokens, int64_t num_tokens);
 
+  // From now on, adapter of_tokens[i] (0 or more; -1: none) is that of token i. After assign(), which forgets
+  // them, as list() does.
+  void set_adapters(const int32_t* of_tokens) { adapters_.assign(of_tokens, of_tokens + num_tokens_); }
+
   // The same tokens and assignments, without other experts than these. Throws std::invalid_argument for an
   // expert that no token chose, or that is named twice.
   Dispatch only(std::vector<int32_t> experts) const;
@@ -48,6 +52,8 @@ class Dispatch {
   int32_t token_of(int32_t assignment) const {
     return is_list_ ? tokens_[size_t(assignment)] : int32_t(assignment / k_);
   }
+  bool has_adapters() const { return !adapters_.empty(); }
+  int32_t adapter_of(int32_t token) const { return has_adapters() ? adapters_[size_t(token)] : -1; }
   const std::vector<int32_t>& experts() const { return experts_; }  // chosen by any token, ascending
   const std::vector<int32_t>& scan() const { return scan_; }        // those that only prompt tokens chose
   // experts()[i] has assignments()[starts()[i]] to assignments()[starts()[i + 1]], ascending.
@@ -59,7 +65,7 @@ class Dispatch {
  private:
   int64_t num_tokens_ = 0, k_ = 0, num_assignments_ = 0;
   bool is_list_ = false;
-  std::vector<int32_t> experts_, scan_, starts_, assignments_, tokens_;
+  std::vector<int32_t> experts_, scan_, starts_, assignments_, tokens_, adapters_;
 };
 
 // Biases of all routed experts of a layer; nullptr: none.

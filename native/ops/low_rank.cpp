@@ -46,6 +46,7 @@ bool have_equal_inputs(const MatmulArgs& a, const MatmulArgs& b) {
 }  // namespace
 
 void low_rank_down(Runtime& runtime, std::span<const LowRankProduct> products) {
+  if (products.empty()) return;
   const KernelTable& table = runtime.kernels();
   const auto lock = runtime.lock();
   std::vector<MatmulArgs> before(size_t(runtime.num_threads()));  // of each thread
@@ -85,6 +86,7 @@ void low_rank_down(Runtime& runtime, std::span<const LowRankProduct> products) {
 }
 
 void low_rank_up(Runtime& runtime, std::span<const LowRankProduct> products) {
+  if (products.empty()) return;
   const auto lock = runtime.lock();
   for_items(
       runtime, products,

@@ -36,16 +36,16 @@ struct ExpertPairs {
 // A pair beside the product of some tokens. Token i reads x + x_stride * (x_index ? x_index[i] : i) and
 // changes y + y_stride * (y_index ? y_index[i] : i); strides are in floats.
 struct LowRankProduct {
-  LowRank pair;
-  int64_t cols, rows;  // of `down`, of `up`
-  int64_t num_tokens;
-  const float* x;
-  int64_t x_stride;
-  const int32_t* x_index;
-  float* t;  // [num_tokens][pair.rank], the caller's memory between the halves: low_rank_bytes()
-  float* y;  // the first of the rows of W that change
-  int64_t y_stride;
-  const int32_t* y_index;
+  LowRank pair = {};
+  int64_t cols = 0, rows = 0;  // of `down`, of `up`
+  int64_t num_tokens = 0;
+  const float* x = nullptr;
+  int64_t x_stride = 0;
+  const int32_t* x_index = nullptr;
+  float* t = nullptr;  // [num_tokens][pair.rank], the caller's memory between the halves: low_rank_bytes()
+  float* y = nullptr;  // the first of the rows of W that change
+  int64_t y_stride = 0;
+  const int32_t* y_index = nullptr;
 };
 
 // Neither takes scratch of the runtime. Products whose x, x_index, tokens and format are equal should follow

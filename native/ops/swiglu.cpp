@@ -1,6 +1,7 @@
 #include "ops/swiglu.h"
 
 #include <algorithm>
+#include <array>
 #include <span>
 
 #include "kernels/kernel_table.h"
@@ -55,17 +56,64 @@ void add_bias(const MatmulArgs& product, const float* bias) {
   }
 }
 
+// The matrices of an expert, in their order in ExpertPairs.
+constexpr size_t kGate = 0, kUp = 1, kDown = 2;
+
+// Assignments that follow one another in one expert and have the same pairs.
+struct PairedRun {
+  int64_t first, count;                    // assignments
+  std::array<LowRankProduct, 3> products;  // of gate, up and down
+};
+
+// The runs of these experts, ascending. Their products have no x, no t and no y yet.
+std::vector<PairedRun> find_runs(std::span<const ExpertView> experts, const int32_t* starts,
+                                 const ExpertPairs* const* pairs) {
+  std::vector<PairedRun> runs;
+  if (pairs == nullptr) return runs;
+  for (size_t i = 0; i < experts.size(); ++i) {
+    for (int64_t a = starts[i], end = a; a < starts[i + 1]; a = end) {
+      while (end < starts[i + 1] && pairs[end] == pairs[a]) ++end;
+      if (pairs[a] == nullptr) continue;
+      const MatrixView &up = experts[i].up, &down = experts[i].down;
+      const auto product_of = [&](const LowRank& pair, const MatrixView& matrix) {
+        return LowRankProduct{.pair = pair, .cols = matrix.cols, .rows = matrix.rows, .num_tokens = end - a};
+      };
+      runs.push_back(
+          {a,
+           end - a,
+           {product_of(pairs[a]->gate, up), product_of(pairs[a]->up, up), product_of(pairs[a]->down, down)}});
+    }
+  }
+  return runs;
+}
+
+// Adds the pairs of a matrix to the rows and tokens that its product has just written; the first token is
+// assignment a.
+void add_pairs(const KernelTable& table, const std::vector<PairedRun>& runs, size_t matrix, int64_t a,
+               const MatmulArgs& product) {
+  const auto ends_before = [a](const PairedRun& run) { return run.first + run.count <= a; };
+  auto run = std::partition_point(runs.begin(), runs.end(), ends_before);
+  for (; run != runs.end() && run->first < a + product.num_tokens; ++run) {
+    const int64_t begin = std::max(a, run->first);
+    const int64_t end = std::min(a + product.num_tokens, run->first + run->count);
+    const MatmulArgs some = some_tokens(product, begin - a, end - begin);
+    add_low_rank_rows(table, run->products[matrix], some.row_begin, some.row_end, begin - run->first,
+                      some.num_tokens, some.y, some.y_stride, some.y_index);
+  }
+}
+
 constexpr int64_t kWorkerFloats = 2 * kSplitTokenBlock * kWidthBlock;  // gate and up outputs of a worker
 
 // Where the parts of the scratch lie.
 struct Scratch {
   ScratchLayout layout;
-  int64_t x, ordered_x, inner_quants, inner_floats, workers;
+  int64_t x, ordered_x, inner_quants, inner_floats, of_pairs, workers;
 };
 
 struct Wanted {
   bool x_as_quants, inner_as_quants, inner_as_floats;
   int64_t num_ordered;  // assignments whose x is quantised in the orders of their experts
+  int64_t pair_bytes;   // between the halves of the pairs
 };
 
 // The most assignments whose x is quantised in the orders of their experts at once, unless one has more.
@@ -82,6 +130,7 @@ Scratch lay_out(int64_t hidden, int64_t width, int64_t num_tokens, int64_t assig
   scratch.ordered_x = layout.add(2 * wanted.num_ordered * activation_bytes(hidden));
   scratch.inner_quants = layout.add(wanted.inner_as_quants ? assignments * activation_bytes(width) : 0);
   scratch.inner_floats = layout.add(wanted.inner_as_floats ? assignments * round_up(width, 16) * 4 : 0);
+  scratch.of_pairs = layout.add(wanted.pair_bytes);
   scratch.workers = layout.add(num_threads * kWorkerFloats * 4);
   return scratch;
 }
@@ -98,24 +147,27 @@ struct ExpertOrders {
 // swiglu_experts() for some experts; `dispatch` is that of all, from the first of them on. The caller holds
 // the lock.
 void run_experts(Runtime& runtime, std::span<const ExpertView> experts, const Activation& activation,
-                 const float* x, int64_t num_tokens, const Assignments& dispatch, float* out);
+                 const float* x, int64_t num_tokens, const Assignments& dispatch, float* out,
+                 const ExpertPairs* const* pairs);
 
 }  // namespace
 
 int64_t swiglu_scratch_bytes(int64_t hidden, int64_t width, int64_t num_tokens, int64_t assignments,
-                             int num_threads, bool has_quants, bool has_act_order) {
+                             int num_threads, bool has_quants, bool has_act_order, int64_t ranks) {
   // Experts of the same formats take either quants or floats between their products, and quants are larger.
-  // With act-order they take both.
+  // With act-order or pairs they take both.
   const bool is_ordered = has_quants && has_act_order;
   const Wanted most = {.x_as_quants = has_quants,
                        .inner_as_quants = has_quants,
-                       .inner_as_floats = !has_quants || is_ordered,
-                       .num_ordered = is_ordered ? most_ordered(num_tokens, assignments) : 0};
+                       .inner_as_floats = !has_quants || is_ordered || ranks > 0,
+                       .num_ordered = is_ordered ? most_ordered(num_tokens, assignments) : 0,
+                       .pair_bytes = low_rank_bytes(assignments, ranks)};
   return lay_out(hidden, width, num_tokens, assignments, num_threads, most).layout.bytes();
 }
 
 void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, const Activation& activation,
-                    const float* x, int64_t num_tokens, const Assignments& dispatch, float* out) {
+                    const float* x, int64_t num_tokens, const Assignments& dispatch, float* out,
+                    const ExpertPairs* const* pairs) {
   const int64_t num_experts = int64_t(experts.size());
   const int64_t assignments = experts.empty() ? 0 : dispatch.starts[num_experts];
   if (assignments == 0) return;
@@ -124,7 +176,7 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
   const auto run = [&](int64_t begin, int64_t end) {
     const Assignments of_these = {dispatch.starts + begin, dispatch.token, dispatch.row};
     run_experts(runtime, all.subspan(size_t(begin), size_t(end - begin)), activation, x, num_tokens, of_these,
-                out);
+                out, pairs);
   };
   const bool has_orders = std::any_of(experts.begin(), experts.end(), [](const ExpertView& expert) {
     return ColumnOrder(expert.first()) || ColumnOrder(expert.up);
@@ -142,7 +194,8 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
 namespace {
 
 void run_experts(Runtime& runtime, std::span<const ExpertView> experts, const Activation& activation,
-                 const float* x, int64_t num_tokens, const Assignments& dispatch, float* out) {
+                 const float* x, int64_t num_tokens, const Assignments& dispatch, float* out,
+                 const ExpertPairs* const* pairs) {
   const int64_t num_experts = int64_t(experts.size());
   const int64_t first_assignment = dispatch.starts[0], end_assignment = dispatch.starts[num_experts];
   const int64_t assignments = end_assignment - first_assignment;
@@ -166,10 +219,34 @@ void run_experts(Runtime& runtime, std::span<const ExpertView> experts, const Ac
   }
 
   wanted.num_ordered = orders_x ? assignments : 0;
+  std::vector<PairedRun> runs = find_runs(experts, dispatch.starts, pairs);
+  bool keeps_inner = false;  // for the pairs of down
+  for (const PairedRun& run : runs) {
+    for (const LowRankProduct& product : run.products)
+      wanted.pair_bytes += low_rank_bytes(run.count, product.pair.rank);
+    keeps_inner |= run.products[kDown].pair.rank > 0;
+  }
+  wanted.inner_as_floats |= keeps_inner;
   const Scratch places = lay_out(hidden, width, num_tokens, end_assignment, runtime.num_threads(), wanted);
   uint8_t* scratch = runtime.scratch(places.layout.bytes());
   float* inner = reinterpret_cast<float*>(scratch + places.inner_floats);
   uint8_t* inner_quants = scratch + places.inner_quants;
+
+  std::vector<LowRankProduct> beside_first, beside_down;
+  float* t = reinterpret_cast<float*>(scratch + places.of_pairs);
+  for (PairedRun& run : runs) {
+    for (size_t i = kGate; i <= kDown; ++i) {
+      LowRankProduct& product = run.products[i];
+      if (product.pair.rank == 0) continue;
+      product.t = t;
+      t += run.count * product.pair.rank;
+      product.x_stride = i == kDown ? inner_stride : hidden;
+      product.x_index = i != kDown && dispatch.token != nullptr ? dispatch.token + run.first : nullptr;
+      product.x = i == kDown ? inner : x;
+      if (product.x_index == nullptr) product.x += run.first * product.x_stride;
+      (i == kDown ? beside_down : beside_first).push_back(product);
+    }
+  }
 
   // The x of an assignment in the order of gate, and of up if that is the same.
   const auto ordered_x = [&](int64_t a, bool is_of_up) {
@@ -195,6 +272,7 @@ void run_experts(Runtime& runtime, std::span<const ExpertView> experts, const Ac
       if (own.up && !own.up_is_as_gate) quantize_token(table, from, hidden, ordered_x(a, true), own.up);
     });
   }
+  low_rank_down(runtime, beside_first);
   const Activations of_x = {x, hidden, scratch + places.x, activation_bytes(hidden)};
   const Activations of_inner = {inner, inner_stride, inner_quants, activation_bytes(width)};
   const int64_t mean_tokens = (assignments + num_experts - 1) / num_experts;
@@ -249,6 +327,7 @@ void run_experts(Runtime& runtime, std::span<const ExpertView> experts, const Ac
       args.scratch = runtime.product_scratch(worker);
       args.repeats_x = repeats_x && expert.first().format == expert.up.format && own.up_is_as_gate;
       table.matmul[int(matrix.format)](args);
+      add_pairs(table, runs, &matrix == &expert.up ? kUp : kGate, a, args);
     };
     const bool reads_on = a == dispatch.starts[index];  // later tokens find the weights in the cache
     if (expert.gate)
@@ -256,8 +335,11 @@ void run_experts(Runtime& runtime, std::span<const ExpertView> experts, const Ac
     multiply(expert.up, own.up, up, reads_on ? rows_after(first_of, index, row + rows) : nullptr,
              expert.gate || is_next);
     // Quantise activations while they are still in the cache; float32 activations are kept as they are, and
-    // so are those that are quantised in another order.
+    // so are those that are quantised in another order, or that pairs read.
     const bool becomes_quants = is_quantized(expert.down.format) && !own.down;
+    const bool is_kept = !becomes_quants || keeps_inner;
+    float* activated = is_kept ? inner + a * inner_stride + row : gate;
+    const int64_t activated_stride = is_kept ? inner_stride : rows;
     table.activate({
         .activation = activation,
         .gate = gate,
@@ -267,11 +349,11 @@ void run_experts(Runtime& runtime, std::span<const ExpertView> experts, const Ac
         .stride = rows,
         .num_tokens = count,
         .n = rows,
-        .out = becomes_quants ? gate : inner + a * inner_stride + row,
-        .out_stride = becomes_quants ? rows : inner_stride,
+        .out = activated,
+        .out_stride = activated_stride,
     });
     for (int64_t i = 0; i < count && becomes_quants; ++i) {
-      table.quantize_activations(gate + i * rows, width, block, block + num_blocks,
+      table.quantize_activations(activated + i * activated_stride, width, block, block + num_blocks,
                                  inner_quants + (a + i) * activation_bytes(width));
     }
   };
@@ -306,6 +388,7 @@ void run_experts(Runtime& runtime, std::span<const ExpertView> experts, const Ac
                        order);
     });
   }
+  low_rank_down(runtime, beside_down);
   const auto run_down = [&](int64_t index, int64_t block, int64_t num_blocks, int worker) {
     const MatrixView& down = experts[index].down;
     const int64_t row = block * kHiddenBlock;
@@ -330,6 +413,7 @@ void run_experts(Runtime& runtime, std::span<const ExpertView> experts, const Ac
     args.tuning = runtime.tuning(down.format);
     args.scratch = runtime.product_scratch(worker);
     table.matmul[int(down.format)](args);
+    add_pairs(table, runs, kDown, a, args);
     if (const float* bias = experts[index].bias.down) add_bias(args, bias);
   };
   const int64_t hidden_blocks = round_up(hidden, kHiddenBlock) / kHiddenBlock;

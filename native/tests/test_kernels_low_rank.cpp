@@ -1,11 +1,14 @@
 // Low-rank pairs: the same bits as the reference for every instruction set, for a token alone and among
-// others, on any number of threads, and nothing is written but what changes.
+// others, on any number of threads, and nothing is written but what changes. Experts with pairs have the bits
+// of their operations one after another.
 
 #include <algorithm>
 #include <span>
 
 #include "kernels/low_rank_args.h"
+#include "kernels/swiglu_args.h"
 #include "ops/low_rank.h"
+#include "ops/swiglu.h"
 #include "tests/kernel_cases.h"
 
 namespace argosy::testing {
@@ -165,6 +168,106 @@ void pairs_follow_the_formula() {
   }
 }
 
+// Two sets of pairs for experts, of different ranks and formats; the second leaves up alone.
+struct PairsOfExpert {
+  PairsOfExpert(int64_t hidden, int64_t width, bool has_gate, int which, unsigned seed) {
+    const Format format = kPairFormats[which == 0 ? 2 : 1];
+    const int64_t rank = which == 0 ? 17 : 4;
+    const auto pair = [&](int64_t cols, int64_t rows) {
+      weights.push_back(Weights(format, normal(rank * cols, ++seed, 0.2f), rank, cols, 1));
+      weights.push_back(Weights(format, normal(rank * rows, ++seed, 0.2f), rank, rows, 3));
+      return LowRank{format, weights[weights.size() - 2].view.data, weights.back().view.data, rank, 0.3f};
+    };
+    if (has_gate) pairs.gate = pair(hidden, width);
+    if (which == 0) pairs.up = pair(hidden, width);
+    pairs.down = pair(width, hidden);
+  }
+  std::vector<Weights> weights;
+  ExpertPairs pairs;
+};
+
+// y of some tokens [count][hidden] with the same pairs, operation by operation.
+std::vector<float> composed(Runtime& runtime, const ExpertView& expert, const Activation& activation,
+                            const std::vector<float>& x, const ExpertPairs* pairs) {
+  const int64_t hidden = expert.up.cols, width = expert.up.rows, count = int64_t(x.size()) / hidden;
+  const auto multiply_all = [&](const MatrixView& matrix, const std::vector<float>& from,
+                                const LowRank* pair) {
+    std::vector<float> y(size_t(count * matrix.rows));
+    matmul(runtime, {{matrix, y.data()}}, from.data(), count);
+    if (pair == nullptr) return y;
+    std::vector<float> t(size_t(count * pair->rank));
+    const LowRankProduct product = {*pair,   matrix.cols, matrix.rows, count,       from.data(), matrix.cols,
+                                    nullptr, t.data(),    y.data(),    matrix.rows, nullptr};
+    low_rank_down(runtime, {&product, 1});
+    low_rank_up(runtime, {&product, 1});
+    return y;
+  };
+  const std::vector<float> up = multiply_all(expert.up, x, pairs != nullptr ? &pairs->up : nullptr);
+  std::vector<float> gate = up, inner(up.size()), with_bias;
+  if (expert.gate) gate = multiply_all(*expert.gate, x, pairs != nullptr ? &pairs->gate : nullptr);
+  runtime.kernels().activate({activation, gate.data(), up.data(), expert.bias.gate, expert.bias.up, width,
+                              count, width, inner.data(), width});
+  std::vector<float> out = multiply_all(expert.down, inner, pairs != nullptr ? &pairs->down : nullptr);
+  for (size_t i = 0; i < out.size() && expert.bias.down != nullptr; ++i)
+    out[i] += expert.bias.down[int64_t(i) % hidden];
+  return out;
+}
+
+void experts_with_pairs_have_the_bits_of_their_operations() {
+  constexpr int64_t kTokens = 103;
+  for (const KernelTable* table : all_tables()) {
+    Runtime one(1, std::nullopt, *table), three(3, std::nullopt, *table);
+    for (const Format format : kFormats) {
+      if (table == &plain() && format > Format::q4) continue;  // only slower
+      for (const bool has_gate : {true, false}) {
+        const int64_t hidden = cols_of(format, 200), width = cols_of(format, 130);
+        const Activation activation = {has_gate ? Activation::Kind::silu : Activation::Kind::relu2};
+        const std::vector<float> x = normal(kTokens * hidden, 8, 0.2f), biases = normal(width + hidden, 9);
+        std::vector<Weights> weights;
+        std::vector<PairsOfExpert> both;
+        std::vector<ExpertView> experts;
+        for (unsigned i = 0; i < 3; ++i) {
+          for (unsigned j = 0; j < 3; ++j)
+            weights.push_back(
+                Weights::random(format, j < 2 ? width : hidden, j < 2 ? hidden : width, 10 * j + i, j));
+          experts.push_back({std::nullopt, weights[3 * i + 1].view, weights[3 * i + 2].view});
+          if (has_gate) experts.back().gate = weights[3 * i].view;
+          for (int which : {0, 1}) both.emplace_back(hidden, width, has_gate, which, 100 * i);
+        }
+        experts[2].bias = {biases.data(), biases.data() + 1, biases.data() + width};
+        if (!has_gate) experts[2].bias.gate = nullptr;
+        // The last expert has runs of one token, of more than a block, and of none with pairs between them.
+        const std::vector<int32_t> starts = {0, 5, 5, kTokens};
+        std::vector<int32_t> token, row;
+        std::vector<const ExpertPairs*> pairs;
+        for (int32_t a = 0; a < kTokens; ++a) {
+          token.push_back(int32_t(a * 7 % kTokens));
+          row.push_back(int32_t(a * 5 % kTokens));
+          const size_t expert = a < 5 ? 0 : 2;
+          const int kind = a < 9 ? a % 3 : a < 70 ? 1 : a < 90 ? 0 : 2;
+          pairs.push_back(kind == 0 ? nullptr : &both[2 * expert + size_t(kind) - 1].pairs);
+        }
+        const Assignments dispatch = {starts.data(), token.data(), row.data()};
+        const auto run = [&](Runtime& runtime) {
+          std::vector<float> out(size_t(kTokens * hidden), NAN);
+          swiglu_experts(runtime, experts, activation, x.data(), kTokens, dispatch, out.data(), pairs.data());
+          return out;
+        };
+        const std::vector<float> found = run(one);
+        CHECK(same_bits(run(three), found));
+        for (size_t a = 0; a < size_t(kTokens); ++a) {
+          const auto from = x.begin() + token[a] * hidden, to = found.begin() + row[a] * hidden;
+          const std::vector<float> expected =
+              composed(one, experts[a < 5 ? 0 : 2], activation, {from, from + hidden}, pairs[a]);
+          CHECK(same_bits({to, to + hidden}, expected));
+        }
+        CHECK(one.scratch_bytes() <= Runtime::scratch_size(swiglu_scratch_bytes(hidden, width, kTokens,
+                                                                                kTokens, 1, true, true, 51)));
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace argosy::testing
 
@@ -174,5 +277,6 @@ int main() {
   the_reference_follows_the_formula();
   pairs_have_the_same_bits_alone_in_a_batch_and_on_threads();
   pairs_follow_the_formula();
+  experts_with_pairs_have_the_bits_of_their_operations();
   return check_result();
 }
