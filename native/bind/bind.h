@@ -37,6 +37,7 @@ void bind_kernels(nb::module_& m);
 void bind_recurrent(nb::module_& m);
 void bind_mixers(nb::module_& m);
 void bind_residual(nb::module_& m);
+void bind_stack_adapter(nb::module_& m);
 void bind_stack(nb::module_& m);
 void bind_tables(nb::module_& m);
 void bind_probe(nb::module_& m);

@@ -40,6 +40,7 @@ NB_MODULE(_native, m) {
   argosy::bind_mixers(m);
   argosy::bind_residual(m);
   argosy::bind_tables(m);
+  argosy::bind_stack_adapter(m);
   argosy::bind_stack(m);
   argosy::bind_probe(m);
   argosy::bind_replay(m);

@@ -26,6 +26,7 @@
 #include "bind/layers.h"
 #include "bind/recurrent.h"
 #include "bind/routing.h"
+#include "bind/stack_adapter.h"
 #include "kernels/half.h"
 #include "store/start_threads.h"
 
@@ -391,7 +392,7 @@ class BoundStack {
              const std::vector<AdditionOfArrays>& additions, const std::vector<TapOfArray>& taps,
              const std::optional<OutArrayOf<int32_t>>& choices,
              const std::optional<ArrayOf<int32_t>>& window_blocks,
-             const std::optional<ArrayOf<int32_t>>& to_end) {
+             const std::optional<ArrayOf<int32_t>>& to_end, const std::optional<ArrayOf<int32_t>>& adapters) {
     const KvCache& kv = stack_->kv();
     StepArrays arrays;
     arrays.read = {token_ids, sequence, slots, is_decode, block_table, order, wanted};
@@ -421,6 +422,10 @@ class BoundStack {
       step.to_end = read_array("to_end", *to_end, {tokens});
       for (int64_t t = 0; t < tokens; ++t) require_range("to_end", step.to_end[t], 0, INT32_MAX);
       arrays.read.push_back(*to_end);
+    }
+    if (adapters) {
+      step.adapters = read_array("adapters", *adapters, {tokens});
+      arrays.read.push_back(*adapters);
     }
     if (overrides) {
       const auto& [rows, embeddings] = *overrides;
@@ -569,6 +574,14 @@ class BoundStack {
     }
     stack_->use_experts(table, elsewhere);
     resident_ = experts;
+  }
+
+  void set_adapter(int32_t number, const BoundStackAdapter* adapter) {
+    require_range("number", number, 0, INT32_MAX);
+    // A copy, because the given one may still change.
+    auto own = adapter != nullptr ? std::make_shared<const StackAdapter>(*adapter->adapter) : nullptr;
+    nb::gil_scoped_release released;
+    stack_->set_adapter(number, std::move(own));
   }
 
   int64_t layers_done() const { return stack_->layers_done(); }
@@ -976,7 +989,7 @@ void bind_stack(nb::module_& m) {
            "sees_until"_a.none() = nb::none(), "overrides"_a.none() = nb::none(),
            "additions"_a = std::vector<AdditionOfArrays>{}, "taps"_a.noconvert() = std::vector<TapOfArray>{},
            "choices"_a.noconvert() = nb::none(), "window_blocks"_a.none() = nb::none(),
-           "to_end"_a.none() = nb::none(), R"(
+           "to_end"_a.none() = nb::none(), "adapters"_a.none() = nb::none(), R"(
         Start a step, even if the last one did not finish; nothing is computed yet.
 
         Args:
@@ -1050,6 +1063,11 @@ void bind_stack(nb::module_& m) {
 
         Raises:
             ValueError: the layer has no such experts, or a group of them would keep too few.)")
+      .def("set_adapter", &BoundStack::set_adapter, "number"_a, "adapter"_a.none(), R"(
+        Choose the adapter of tokens with this number in `adapters`, from the next step on. None: no token may have it.
+
+        Raises:
+            ValueError: a step runs with tokens of this number.)")
       .def_prop_ro(
           "layers_done", &BoundStack::layers_done,
           "The layers that the step has run; 0 once it is done. Any thread may call this while it runs.")

@@ -6,6 +6,7 @@
 
 #include "kernels/kernel_table.h"
 #include "kernels/latent_args.h"
+#include "kernels/low_rank_args.h"
 #include "kernels/matmul_args.h"
 #include "ops/checked_size.h"
 
@@ -128,6 +129,61 @@ void multiply_heads(Runtime& runtime, const MatrixView& matrix, int64_t num_head
         }
       },
       runtime.blocks_together(kBlockRows));
+}
+
+// out[t][h] += the pair's product with x[t][h], for the tokens that have `which` pair: `down` has rows of its
+// own for each head if it is `down_per_head`, and otherwise `up` has.
+void add_head_pairs(Runtime& runtime, const LatentPairs* const* pairs, LowRank LatentPairs::* which,
+                    bool down_per_head, int64_t num_heads, int64_t num_tokens, const float* x, int64_t x_row,
+                    int64_t cols, float* out, int64_t out_row, int64_t rows) {
+  std::vector<int64_t> tokens;
+  int64_t most_rank = 0;
+  for (int64_t token = 0; token < num_tokens; ++token) {
+    if (pairs[token] == nullptr || (pairs[token]->*which).rank == 0) continue;
+    tokens.push_back(token);
+    most_rank = std::max(most_rank, (pairs[token]->*which).rank);
+  }
+  const KernelTable& table = runtime.kernels();
+  runtime.parallel_for(int64_t(tokens.size()) * num_heads, most_rank * (cols + rows),
+                       [&](int64_t begin, int64_t end, int worker) {
+                         std::vector<float> inner(static_cast<size_t>(most_rank));
+                         for (int64_t i = begin; i < end; ++i) {
+                           const int64_t token = tokens[size_t(i / num_heads)], head = i % num_heads;
+                           const LowRank& pair = pairs[token]->*which;
+                           const int64_t bytes = matrix_bytes(pair.format, 1, 1);
+                           table.matmul[int(pair.format)]({
+                               .format = pair.format,
+                               .weights = pair.down + (down_per_head ? head * pair.rank * cols * bytes : 0),
+                               .cols = cols,
+                               .row_begin = 0,
+                               .row_end = pair.rank,
+                               .x = reinterpret_cast<const uint8_t*>(x + (token * num_heads + head) * x_row),
+                               .x_stride = x_row * 4,
+                               .x_index = nullptr,
+                               .y = inner.data(),
+                               .y_stride = pair.rank,
+                               .y_index = nullptr,
+                               .num_tokens = 1,
+                               .tuning = runtime.tuning(pair.format),
+                               .scratch = runtime.product_scratch(worker),
+                           });
+                           for (int64_t r = 0; r < pair.rank; ++r) inner[size_t(r)] *= pair.scale;
+                           table.add_low_rank({
+                               .format = pair.format,
+                               .up = pair.up + (down_per_head ? 0 : head * pair.rank * rows * bytes),
+                               .up_cols = rows,
+                               .rank = pair.rank,
+                               .row_begin = 0,
+                               .row_end = rows,
+                               .t = inner.data(),
+                               .t_stride = pair.rank,
+                               .y = out + (token * num_heads + head) * out_row,
+                               .y_stride = out_row,
+                               .y_index = nullptr,
+                               .num_tokens = 1,
+                           });
+                         }
+                       });
 }
 
 // Whether a column of these entries may join the others of a part.
@@ -342,7 +398,8 @@ void latent_write(Runtime& runtime, const LatentLayer& kv, const float* vectors,
 }
 
 void latent_attention(Runtime& runtime, const LatentLayer& kv, const LatentHeads& heads,
-                      const AttentionBatch& batch, const ChosenPositions& chosen, float* out) {
+                      const AttentionBatch& batch, const ChosenPositions& chosen, float* out,
+                      const LatentPairs* const* pairs) {
   if (batch.num_tokens == 0) return;
   const auto lock = runtime.lock();
   const int64_t num_heads = heads.num_heads, dim = heads.vector_dim();
@@ -362,6 +419,10 @@ void latent_attention(Runtime& runtime, const LatentLayer& kv, const LatentHeads
     const int64_t tokens = std::min(kTileTokens, batch.num_tokens - begin);
     const float* q = batch.q + begin * num_heads * heads.query_dim();
     multiply_heads(runtime, heads.key_up, num_heads, tokens, q, heads.query_dim(), activations, query, dim);
+    if (pairs != nullptr) {
+      add_head_pairs(runtime, pairs + begin, &LatentPairs::key, true, num_heads, tokens, q, heads.query_dim(),
+                     heads.nope_dim, query, dim, heads.kv_rank);
+    }
     for (int64_t row = 0; row < tokens * num_heads; ++row) {
       std::memcpy(query + row * dim + heads.kv_rank, q + row * heads.query_dim() + heads.nope_dim,
                   size_t(heads.rope_dim) * 4);
@@ -370,6 +431,11 @@ void latent_attention(Runtime& runtime, const LatentLayer& kv, const LatentHeads
            floats(places.vectors), floats(places.states));
     multiply_heads(runtime, heads.value_up, num_heads, tokens, attended, heads.kv_rank, activations,
                    out + begin * num_heads * heads.value_dim, heads.value_dim);
+    if (pairs != nullptr) {
+      add_head_pairs(runtime, pairs + begin, &LatentPairs::value, false, num_heads, tokens, attended,
+                     heads.kv_rank, heads.kv_rank, out + begin * num_heads * heads.value_dim, heads.value_dim,
+                     heads.value_dim);
+    }
   }
 }
 

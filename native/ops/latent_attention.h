@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "ops/attention.h"
+#include "ops/low_rank.h"
 #include "ops/matmul.h"
 
 namespace argosy {
@@ -95,10 +96,21 @@ void multiply_groups(Runtime& runtime, const MatrixView& matrix, int64_t num_gro
 // The most runtime scratch that multiply_groups takes. Throws as latent_scratch_bytes.
 int64_t group_scratch_bytes(int64_t num_groups, int64_t cols, int64_t max_tokens);
 
+// Pairs beside the two matrices, as they are absorbed:
+//
+//   q_h += scale * sum over i of (key.down_h[i] . q_nope_h) key.up[i]
+//   out_h += scale * sum over i of (value.down[i] . attended_h) value.up_h[i]
+struct LatentPairs {
+  LowRank key;    // down [num_heads][rank][nope_dim], up [rank][kv_rank]
+  LowRank value;  // down [rank][kv_rank], up [num_heads][rank][value_dim]
+};
+
 // batch.q [num_tokens][num_heads][nope_dim + rope_dim], no window.
 // out [num_tokens][num_heads * value_dim].
+// pairs [num_tokens], nullptr: the token has none; nullptr: no token has any.
 void latent_attention(Runtime& runtime, const LatentLayer& kv, const LatentHeads& heads,
-                      const AttentionBatch& batch, const ChosenPositions& chosen, float* out);
+                      const AttentionBatch& batch, const ChosenPositions& chosen, float* out,
+                      const LatentPairs* const* pairs = nullptr);
 
 // The most runtime scratch that latent_attention takes. Only the sizes in `heads` matter. Sizes are at most
 // 2^30. Throws std::invalid_argument for more than 2^62 bytes.

@@ -208,6 +208,7 @@ void Stack::begin(const Step& step) {
   given_order_ = step.order;
   layer_ = chosen_per_token_ = num_chosen_layers_ = 0;
   layers_done_.store(0, std::memory_order_relaxed);
+  adapted_ = group_rows(nullptr, step.num_tokens);
   if (recurrent_ != nullptr) begin_runs();
   if (step.to_end != nullptr) begin_bounded();
   table_rows_.assign(step.token_ids, step.token_ids + step.num_tokens);
@@ -279,6 +280,7 @@ void Stack::leave_out() {
   pick(rows, left_.slots, step_.slots);
   pick(rows, left_.window_slots, step_.window_slots);
   pick(rows, left_.is_decode, step_.is_decode);
+  pick(rows, left_.adapters, step_.adapters);
   if (step_.angles != nullptr) {
     int64_t num_axes = 1;
     for (const Rotary& rotary : description_.rotaries) num_axes = std::max(num_axes, rotary.num_axes());
@@ -300,7 +302,49 @@ void Stack::leave_out() {
   left_.rows = std::move(rows);
   has_left_out_ = true;
   step_.num_tokens = num_left;
+  adapted_ = group_rows(nullptr, num_left);
   write_angles();
+}
+
+void Stack::set_adapter(int32_t number, std::shared_ptr<const StackAdapter> adapter) {
+  const auto lock = runtime_.lock();
+  std::erase_if(adapted_, [&](const AdaptedRows& adapted) {
+    if (adapted.number != number) return false;
+    if (stage_ != Stage::done)
+      throw std::invalid_argument("the running step has tokens of adapter " + std::to_string(number));
+    return true;
+  });
+  if (adapter != nullptr) {
+    runtime_.scratch(adapter_scratch_bytes());
+    adapters_[number] = std::move(adapter);
+  } else {
+    adapters_.erase(number);
+  }
+}
+
+// Groups rows of the step by their adapters; null: the first num_rows tokens that are left.
+std::vector<AdaptedRows> Stack::group_rows(const int64_t* rows, int64_t num_rows) const {
+  std::vector<AdaptedRows> groups;
+  if (step_.adapters == nullptr) return groups;
+  for (int64_t i = 0; i < num_rows; ++i) {
+    const int32_t number = step_.adapters[rows != nullptr ? place(rows[i]) : i];
+    if (number < 0) continue;
+    auto group = std::find_if(groups.begin(), groups.end(),
+                              [&](const AdaptedRows& adapted) { return adapted.number == number; });
+    if (group == groups.end()) {
+      const auto found = adapters_.find(number);
+      if (found == adapters_.end())
+        throw std::invalid_argument("a token has adapter " + std::to_string(number) + ", which is not set");
+      group = groups.insert(group, {number, found->second, {}});
+    }
+    group->rows.push_back(int32_t(i));
+  }
+  return groups;
+}
+
+void Stack::multiply(const std::vector<Product>& products, const float* x) {
+  matmul(runtime_, products, x, step_.num_tokens);
+  for (const AdaptedRows& adapted : adapted_) change_products(runtime_, adapted, products, x);
 }
 
 int64_t Stack::place(int64_t row) const {
@@ -320,6 +364,8 @@ Pause Stack::advance(std::chrono::nanoseconds slice) {
   if (stage == Stage::begun) {
     const int64_t hidden = description_.embedding.cols;
     embed(runtime_, description_.embedding, step_.token_ids, step_.num_tokens, buffers_.hidden);
+    for (const AdaptedRows& adapted : adapted_)
+      change_embeddings(runtime_, adapted, step_.token_ids, hidden, buffers_.hidden);
     multiply_rows(runtime_, description_.embedding_scale, step_.num_tokens, hidden, buffers_.hidden);
     copy_vectors(runtime_, step_.overrides, hidden, buffers_.hidden);
     if (residual_.has_streams()) residual_.begin(buffers_.hidden, step_.num_tokens);
@@ -532,7 +578,7 @@ bool Stack::run_elsewhere(const RoutedFfn& ffn) {
 // Computes the ids and weights [num_tokens][k] of the layer's router for x [num_tokens][hidden].
 void Stack::choose(const Router& router, int64_t layer, const float* x, int32_t* ids, float* weights) {
   const int64_t tokens = step_.num_tokens, experts = router.matrix.rows;
-  matmul(runtime_, {{router.matrix, buffers_.router_logits}}, x, tokens);
+  multiply({{router.matrix, buffers_.router_logits}}, x);
   add_bias(runtime_, router.bias, tokens, experts, buffers_.router_logits);
   if (router.logit_cap > 0) soft_cap(runtime_, router.logit_cap, tokens * experts, buffers_.router_logits);
   RouteRule rule = router.rule;
@@ -612,7 +658,7 @@ void Stack::write_expert_in(const RoutedFfn& ffn) {
   if (ffn.norm != nullptr) {
     norm(ffn.norm, buffers_.hidden, buffers_.expert_in);
   } else if (ffn.latent) {
-    matmul(runtime_, {{ffn.latent->down, buffers_.expert_in}}, buffers_.normed, tokens);
+    multiply({{ffn.latent->down, buffers_.expert_in}}, buffers_.normed);
   } else if (ffn.router.weighs_input) {
     std::copy_n(buffers_.normed, tokens * ffn.expert_hidden(), buffers_.expert_in);
   }
@@ -634,7 +680,7 @@ void Stack::add_shared(const RoutedFfn& ffn) {
          buffers_.normed, tokens, buffers_.block);
   if (ffn.shared->post_norm != nullptr) norm(ffn.shared->post_norm, buffers_.block, buffers_.block);
   if (ffn.shared->score) {
-    matmul(runtime_, {{*ffn.shared->score, buffers_.shared_score}}, buffers_.normed, tokens);
+    multiply({{*ffn.shared->score, buffers_.shared_score}}, buffers_.normed);
     add_sigmoid_gated(runtime_, buffers_.block, buffers_.shared_score, tokens, hidden, ffn_sum());
   } else {
     add_rows(runtime_, buffers_.block, hidden, tokens, hidden, ffn_sum());
@@ -652,7 +698,7 @@ void Stack::combine_experts(const RoutedFfn& ffn) {
           ffn.expert_hidden(), sum);
   if (ffn.latent && ffn.latent->norm != nullptr)
     rms_norm(runtime_, sum, ffn.latent->norm, description_.norm_eps, tokens, ffn.expert_hidden(), sum);
-  if (ffn.latent) matmul(runtime_, {{ffn.latent->up, buffers_.block}}, sum, tokens);
+  if (ffn.latent) multiply({{ffn.latent->up, buffers_.block}}, sum);
   if (ffn.post_norm != nullptr) norm(ffn.post_norm, buffers_.block, buffers_.block);
   if (is_apart) add_rows(runtime_, buffers_.block, hidden, tokens, hidden, ffn_sum());
   mark(Part::expert_compute);
@@ -779,7 +825,12 @@ void Stack::final_states(const int64_t* rows, int64_t num_rows, float* out) {
 void Stack::logits(const int64_t* rows, int64_t num_rows, float* out) {
   const auto lock = runtime_.lock();
   final_states(rows, num_rows, buffers_.normed);
-  matmul(runtime_, {{description_.head, out}}, buffers_.normed, num_rows);
+  const std::vector<Product> products = {{description_.head, out}};
+  matmul(runtime_, products, buffers_.normed, num_rows);
+  if (!adapted_.empty()) {
+    for (const AdaptedRows& adapted : group_rows(rows, num_rows))
+      change_products(runtime_, adapted, products, buffers_.normed);
+  }
   multiply_rows(runtime_, description_.logit_scale, num_rows, description_.head.rows, out);
   if (description_.logit_cap > 0)
     soft_cap(runtime_, description_.logit_cap, num_rows * description_.head.rows, out);

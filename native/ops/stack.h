@@ -26,8 +26,11 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <optional>
+#include <unordered_map>
+#include <utility>
 #include <variant>
 #include <vector>
 
@@ -46,6 +49,7 @@
 #include "ops/residual.h"
 #include "ops/rotary.h"
 #include "ops/runtime.h"
+#include "ops/stack_adapter.h"
 #include "ops/stack_sizes.h"
 #include "ops/swiglu.h"
 
@@ -440,7 +444,8 @@ struct Step {
   const int32_t* sees_until;   // end of the positions that each token sees; nullptr: order + 1
   // How far before the end of a prompt a token is; 0: its output is needed. nullptr: that of every token is.
   const int32_t* to_end;
-  RowVectors overrides;  // given instead of the embeddings of some tokens
+  const int32_t* adapters;  // the number of each token's adapter, -1: none; nullptr: no token has one
+  RowVectors overrides;     // given instead of the embeddings of some tokens
   struct Addition {
     int64_t layer;
     RowVectors vectors;  // added to the hidden state after the layer, or to every residual stream
@@ -539,6 +544,10 @@ class Stack {
   // has no such experts, or a group of them would keep too few.
   void forbid(int64_t layer, std::vector<int32_t> experts);
 
+  // From the next step on, tokens with this number have this adapter; nullptr: no token may have the number.
+  // The adapter changes matrices of this stack. Throws std::invalid_argument if a step runs with the number.
+  void set_adapter(int32_t number, std::shared_ptr<const StackAdapter> adapter);
+
   // From the next step on, this table holds every routed expert, or others run them, until the next call.
   // With neither, steps pause.
   void use_experts(ExpertTable* resident, LayerExperts* elsewhere) {
@@ -565,6 +574,23 @@ class Stack {
   void mix(const LightningAttention& mixer);
   void mix(const ShortConv& mixer);
   void mix(const Mamba& mixer);
+  // matmul() of x [num_tokens][cols], with the adapters of the step's tokens.
+  void multiply(const std::vector<Product>& products, const float* x);
+  std::vector<AdaptedRows> group_rows(const int64_t* rows, int64_t num_rows) const;
+  // The pairs that each token has for a part of a layer, in `room`; nullptr: no token has any.
+  template <class Pairs>
+  const Pairs* const* pairs_of(std::unordered_map<const uint8_t*, Pairs> StackAdapter::* of,
+                               const uint8_t* key, std::vector<const Pairs*>& room) const {
+    bool has_any = false;
+    for (const AdaptedRows& adapted : adapted_) {
+      const auto& all = *adapted.adapter.*of;
+      const auto found = all.find(key);
+      if (found == all.end()) continue;
+      if (!std::exchange(has_any, true)) room.assign(size_t(step_.num_tokens), nullptr);
+      for (const int32_t row : adapted.rows) room[size_t(row)] = &found->second;
+    }
+    return has_any ? room.data() : nullptr;
+  }
   void begin_runs();
   void begin_bounded();
   void leave_out();
@@ -633,12 +659,16 @@ class Stack {
   Step step_ = {};  // of the tokens that are left, which `left_` holds once some have been left out
   struct Left {
     std::vector<int64_t> rows;  // of the step that was given
-    std::unique_ptr<int32_t[]> sequence, order, sees_until, to_end;
+    std::unique_ptr<int32_t[]> sequence, order, sees_until, to_end, adapters;
     std::unique_ptr<int64_t[]> slots, window_slots;
     std::unique_ptr<bool[]> is_decode;
     std::vector<float> angles;
   } left_;
   bool has_left_out_ = false;
+  std::map<int32_t, std::shared_ptr<const StackAdapter>> adapters_;  // by number
+  std::vector<AdaptedRows> adapted_;                                 // the tokens that are left
+  std::vector<const ExpertPairs*> network_pairs_;                    // of each token, in the current network
+  std::vector<const LatentPairs*> latent_pairs_;
   int64_t num_given_ = 0;                         // tokens of the step
   const int32_t* given_order_ = nullptr;          // and their order
   int64_t chosen_cols_ = 0, candidate_cols_ = 0;  // of a token, by the last layer with an entry indexer

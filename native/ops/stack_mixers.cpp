@@ -25,7 +25,7 @@ void Stack::scale_queries(const QueryScale& scale, int64_t cols) {
 
 void Stack::gate_output(const OutputGate& gate, int64_t num_heads, int64_t value_dim) {
   const int64_t tokens = step_.num_tokens, rows = gate.matrix.rows;
-  matmul(runtime_, {{gate.matrix, buffers_.projected}}, buffers_.normed, tokens);
+  multiply({{gate.matrix, buffers_.projected}}, buffers_.normed);
   mul_gate(runtime_, gate.kind, buffers_.projected, rows / num_heads, rows == num_heads ? 0 : 1,
            tokens * num_heads, value_dim, buffers_.attended);
 }
@@ -33,7 +33,7 @@ void Stack::gate_output(const OutputGate& gate, int64_t num_heads, int64_t value
 // Multiplies the mixer's result by the output matrix and adds the product to the hidden state.
 void Stack::add_block(const MatrixView& output, const float* bias, const float* attended) {
   const int64_t tokens = step_.num_tokens;
-  matmul(runtime_, {{output, buffers_.block}}, attended, tokens);
+  multiply({{output, buffers_.block}}, attended);
   add_bias(runtime_, bias, tokens, output.rows, buffers_.block);
   if (layer().mixer_post_norm != nullptr) norm(layer().mixer_post_norm, buffers_.block, buffers_.block);
   multiply_rows(runtime_, layer().mixer_scale, tokens, output.rows, buffers_.block);
@@ -54,7 +54,7 @@ void Stack::mix(const GroupedQueryAttention& mixer) {
     products.push_back({mixer.indexer->query, buffers_.query_latent});
     products.push_back({mixer.indexer->key, buffers_.query_latent + tokens * mixer.indexer->query.rows});
   }
-  matmul(runtime_, products, buffers_.normed, tokens);
+  multiply(products, buffers_.normed);
   add_bias(runtime_, mixer.query_bias, tokens, mixer.query.rows, projected);
   add_bias(runtime_, mixer.key_bias, tokens, mixer.key.rows, key);
   if (!mixer.value) std::copy_n(key, tokens * mixer.key.rows, value);
@@ -192,7 +192,7 @@ void Stack::mix(const GatedDeltaNet& net) {
   } else {
     inputs.a = gates + sharing;
   }
-  matmul(runtime_, products, buffers_.normed, tokens);
+  multiply(products, buffers_.normed);
   DeltaWeights weights = net.weights;
   weights.eps = description_.norm_eps;
   gated_delta(runtime_, *recurrent_, net.state_layer, shape, weights, inputs, runs_, buffers_.attended);
@@ -218,7 +218,7 @@ void Stack::choose_positions(const PositionIndexer& indexer, const AttentionBatc
   bool is_limited = false;
   for (int64_t token = 0; token < tokens; ++token) is_limited |= chosen.limits(batch, token);
   if (!is_limited) return;
-  matmul(runtime_, {{indexer.query, query}}, buffers_.query_latent, tokens);
+  multiply({{indexer.query, query}}, buffers_.query_latent);
   if (!indexer.pool) rotate(query + indexer.rope_begin, heads, dim, indexer.has_interleaved_pairs);
   // The scale of the scores, dim^-0.5, is not negative, so it may multiply the weights instead.
   multiply_rows(runtime_, 1 / std::sqrt(float(heads * dim)), tokens, heads, weights);
@@ -282,9 +282,9 @@ void Stack::mix(const KimiDeltaAttention& mixer) {
   products.push_back(mixer.decay_down ? Product{*mixer.decay_down, decay_latent}
                                       : Product{mixer.decay, inputs.a});
   products.push_back(mixer.gate_down ? Product{*mixer.gate_down, gate_latent} : Product{mixer.gate, z});
-  matmul(runtime_, products, buffers_.normed, tokens);
-  if (mixer.decay_down) matmul(runtime_, {{mixer.decay, inputs.a}}, decay_latent, tokens);
-  if (mixer.gate_down) matmul(runtime_, {{mixer.gate, z}}, gate_latent, tokens);
+  multiply(products, buffers_.normed);
+  if (mixer.decay_down) multiply({{mixer.decay, inputs.a}}, decay_latent);
+  if (mixer.gate_down) multiply({{mixer.gate, z}}, gate_latent);
 
   DeltaWeights weights = mixer.weights;
   weights.eps = description_.norm_eps;
@@ -305,7 +305,7 @@ void Stack::mix(const LightningAttention& mixer) {
     products.push_back({*mixer.key, k});
     products.push_back({*mixer.value, k + tokens * channels});
   }
-  matmul(runtime_, products, buffers_.normed, tokens);
+  multiply(products, buffers_.normed);
   // silu(x) = x sigmoid(x)
   if (mixer.has_silu) mul_gate(runtime_, GateKind::sigmoid, q, channels, 1, 3 * tokens, channels, q);
   if (mixer.query_norm != nullptr) {
@@ -329,7 +329,7 @@ void Stack::mix(const LightningAttention& mixer) {
 void Stack::mix(const ShortConv& mixer) {
   const int64_t tokens = step_.num_tokens, channels = mixer.conv.channels;
   float* projected = buffers_.projected;
-  matmul(runtime_, {{mixer.input, projected}}, buffers_.normed, tokens);
+  multiply({{mixer.input, projected}}, buffers_.normed);
   add_bias(runtime_, mixer.input_bias, tokens, mixer.input.rows, projected);
   const ConvInputs inputs = {projected + 2 * channels, projected, projected + channels, mixer.input.rows};
   causal_conv(runtime_, *recurrent_, mixer.state_layer, mixer.conv, inputs, runs_,
@@ -340,7 +340,7 @@ void Stack::mix(const ShortConv& mixer) {
 void Stack::mix(const Mamba& mixer) {
   const int64_t tokens = step_.num_tokens;
   float* projected = buffers_.projected;
-  matmul(runtime_, {{mixer.input, projected}}, buffers_.normed, tokens);
+  multiply({{mixer.input, projected}}, buffers_.normed);
   add_bias(runtime_, mixer.input_bias, tokens, mixer.input.rows, projected);
   MambaWeights weights = mixer.weights;
   weights.eps = description_.norm_eps;
@@ -379,12 +379,12 @@ void Stack::mix(const LatentAttention& mixer) {
       if (mixer.indexer->gate)
         products.push_back({*mixer.indexer->gate, weights + tokens * mixer.indexer->num_heads()});
     }
-    matmul(runtime_, products, buffers_.normed, tokens);
+    multiply(products, buffers_.normed);
     rms_norm(runtime_, latent, mixer.query_norm, mixer.norm_eps, tokens, mixer.query_down->rows, latent);
     if (mixer.indexer) choose_positions(*mixer.indexer, batch, chosen);
-    matmul(runtime_, {{mixer.query, query}}, latent, tokens);
+    multiply({{mixer.query, query}}, latent);
   } else {
-    matmul(runtime_, {{mixer.query, query}, {mixer.kv_down, vectors}}, buffers_.normed, tokens);
+    multiply({{mixer.query, query}, {mixer.kv_down, vectors}}, buffers_.normed);
   }
   latent_norm(runtime_, vectors, mixer.kv_norm, mixer.norm_eps, tokens, heads.kv_rank, kv.dim);
   rotate(query + heads.nope_dim, heads.num_heads, heads.query_dim());
@@ -392,7 +392,8 @@ void Stack::mix(const LatentAttention& mixer) {
   scale_queries(mixer.query_scale, heads.num_heads * heads.query_dim());
 
   latent_write(runtime_, kv, vectors, step_.slots, tokens);
-  latent_attention(runtime_, kv, heads, batch, chosen, buffers_.attended);
+  latent_attention(runtime_, kv, heads, batch, chosen, buffers_.attended,
+                   pairs_of(&StackAdapter::latents, heads.key_up.data, latent_pairs_));
   if (mixer.gate) gate_output(*mixer.gate, heads.num_heads, heads.value_dim);
   add_block(mixer.output, nullptr);
 }
@@ -403,7 +404,7 @@ void Stack::gather(const Pool& pool, const EntryKeys* keys, const CompressedAtte
   float *vectors = buffers_.projected, *gates = vectors + tokens * columns;
   std::vector<Product> products = {{pool.vectors, vectors}};
   if (pool.gates) products.push_back({*pool.gates, gates});
-  matmul(runtime_, products, buffers_.normed, tokens);
+  multiply(products, buffers_.normed);
 
   const auto finish = [&](PoolEntries& entries) {
     const int64_t count = entries.count();
@@ -445,8 +446,8 @@ void Stack::choose_entries(const CompressedAttention& mixer, const float* query_
   }
   if (most <= mixer.num_chosen) return;
   float *query = buffers_.query, *weights = buffers_.value;
-  matmul(runtime_, {{indexer.query, query}}, query_latent, tokens);
-  matmul(runtime_, {{indexer.weights, weights}}, buffers_.normed, tokens);
+  multiply({{indexer.query, query}}, query_latent);
+  multiply({{indexer.weights, weights}}, buffers_.normed);
   rotate(query + dim - mixer.rope_dim, heads, dim);
   // The scale of the scores, dim^-0.5, is not negative, so it may multiply the weights instead.
   multiply_rows(runtime_, 1 / std::sqrt(float(heads * dim)), tokens, heads, weights);
@@ -513,13 +514,13 @@ void Stack::mix(const CompressedAttention& mixer) {
   float *query = buffers_.query, *vectors = buffers_.key, *latent = buffers_.query_latent;
   float *attended = buffers_.attended, *grouped = query;  // queries are not needed after attention
 
-  matmul(runtime_, {{mixer.query_down, latent}, {mixer.key_value, vectors}}, buffers_.normed, tokens);
+  multiply({{mixer.query_down, latent}, {mixer.key_value, vectors}}, buffers_.normed);
   rms_norm(runtime_, latent, mixer.query_norm, mixer.norm_eps, tokens, mixer.query_down.rows, latent);
   rms_norm(runtime_, vectors, mixer.kv_norm, mixer.norm_eps, tokens, dim, vectors);
   rotate(vectors + nope_dim, 1, dim);
   std::vector<LatentSource> sources = {window_of(mixer)};
   if (mixer.entries) sources.push_back(entries_of(mixer, latent));
-  matmul(runtime_, {{mixer.query, query}}, latent, tokens);
+  multiply({{mixer.query, query}}, latent);
   if (mixer.head_norm != nullptr)
     rms_norm(runtime_, query, mixer.head_norm, mixer.norm_eps, tokens * heads, dim, query);
   rotate(query + nope_dim, heads, dim);

@@ -21,7 +21,7 @@ Constants:
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy
 from numpy.typing import NDArray
@@ -2193,6 +2193,65 @@ def ngrams(
         state_layer: its layer of the recurrent state.
     """
 
+class StackAdapter:
+    """
+    What an adapter changes in a Stack (native/ops/stack_adapter.h): pairs of down, up and scale, in f32, f16 or bf16.
+
+    All matrices lie in arenas, which it keeps alive; `base` is a matrix of the stack. A pair adds
+    `scale * up^T (down x)` to a product. `Stack.set_adapter` uses what has been added by then.
+    """
+
+    def __init__(self) -> None: ...
+    def add_pair(self, base: Matrix, pair: tuple[Matrix, Matrix, float], row_begin: int = 0) -> None:
+        """
+        Add a pair to the product with `base`, from row `row_begin` on: down [rank, columns], up [rank, rows].
+        """
+
+    def add_network(
+        self,
+        up_base: Matrix,
+        gate: tuple[Matrix, Matrix, float] | None,
+        up: tuple[Matrix, Matrix, float] | None,
+        down: tuple[Matrix, Matrix, float] | None,
+    ) -> None:
+        """
+        Add pairs to the dense network or shared expert with this `up`. None means no pair.
+        """
+
+    def add_latent(
+        self,
+        key_base: Matrix,
+        value_base: Matrix,
+        num_heads: int,
+        key: tuple[Matrix, Matrix, float] | None,
+        value: tuple[Matrix, Matrix, float] | None,
+    ) -> None:
+        """
+        Add pairs to the absorbed matrices of latent attention.
+
+        Args:
+            key_base, value_base: k_up [heads * kv_rank, nope_dim], v_up [heads * value_dim, kv_rank].
+            key: down [heads * rank, nope_dim], up [rank, kv_rank].
+            value: down [rank, kv_rank], up [heads * rank, value_dim].
+        """
+
+    def add_embedding(self, base: Matrix, pair: tuple[Matrix, Matrix, float]) -> None:
+        """
+        Add `scale * rows[id] up` to the embedding of a token, before the model's factor: rows [vocabulary, rank], up
+        [rank, hidden].
+        """
+
+    def replace(self, base: Matrix, matrix: Matrix) -> None:
+        """
+        Multiply by this matrix instead of `base`, of the same shape, before pairs are added.
+        """
+
+    def replace_embedding(self, base: Matrix, matrix: Matrix) -> None:
+        """Embed by this matrix instead of `base`, of the same shape."""
+
+    scratch_bytes: Final[int] = ...
+    """The most scratch memory that all adapters of a stack take together."""
+
 class Ffn:
     """The feed-forward network of a layer."""
 
@@ -2511,6 +2570,7 @@ class Stack:
         choices: NDArray[numpy.int32] | None = None,
         window_blocks: NDArray[numpy.int32] | None = None,
         to_end: NDArray[numpy.int32] | None = None,
+        adapters: NDArray[numpy.int32] | None = None,
     ) -> None:
         """
         Start a step, even if the last one did not finish; nothing is computed yet.
@@ -2620,6 +2680,14 @@ class Stack:
 
         Raises:
             ValueError: the layer has no such experts, or a group of them would keep too few.
+        """
+
+    def set_adapter(self, number: int, adapter: StackAdapter | None) -> None:
+        """
+        Choose the adapter of tokens with this number in `adapters`, from the next step on. None: no token may have it.
+
+        Raises:
+            ValueError: a step runs with tokens of this number.
         """
 
     @property

@@ -137,6 +137,7 @@ class Decoder:
             self.choices,
             step.window_blocks,
             None if self._needs_all(step) else step.to_end,
+            step.adapters,
         )
         while (demand := self._stack.advance(self._pause)) is not None:
             self._run_experts(*demand)
@@ -188,6 +189,14 @@ class Decoder:
             ValueError: the layer lacks such experts, or would keep too few.
         """
         self._stack.forbid(layer, experts)
+
+    def set_adapter(self, number: int, adapter: _native.StackAdapter | None) -> None:
+        """From the next step on, tokens with this number in `Step.adapters` have this adapter; None: none may have it.
+
+        Raises:
+            ValueError: a step runs with tokens of this number.
+        """
+        self._stack.set_adapter(number, adapter)
 
     def tapped(self, layer: int) -> Array:
         """Return the hidden state after a layer in `taps` of the last step: float32 [tokens, hidden_size], a new array.

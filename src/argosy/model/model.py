@@ -222,6 +222,18 @@ def _cache(
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedAdapter:
+    """An adapter in memory, for `Model.set_adapter`; `adapters/loaded.py` makes it.
+
+    stack: dense pairs, the pair of the embedding, and replaced matrices.
+    nbytes: the memory of `stack`, with the scratch memory that steps take for it.
+    """
+
+    stack: _native.StackAdapter
+    nbytes: int
+
+
 class Model:
     """Runs steps. Nothing else touches its weights and experts; engines assign its KV blocks and state slots.
 
@@ -297,6 +309,14 @@ class Model:
     def final_states(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return hidden states after the final norm, of rows of the last step: float32 [rows, hidden_size]."""
         return self.decoder.final_states(rows)
+
+    def set_adapter(self, number: int, loaded: LoadedAdapter | None) -> None:
+        """From the next step on, tokens with this number in `Step.adapters` have this adapter; None: none may have it.
+
+        Raises:
+            ValueError: a step runs with tokens of this number.
+        """
+        self.decoder.set_adapter(number, None if loaded is None else loaded.stack)
 
     def forbid_experts(self, experts: Mapping[int, Collection[int]]) -> None:
         """From the next step on, prevent tokens from choosing these experts, given by layer; all others are allowed

@@ -49,6 +49,7 @@ class Step(NamedTuple):
         before its start. Only for n-gram tables; None: every sequence starts in this step.
     to_end: int32 [T], how far before the end of its prompt a token is; the last layers may leave out those that are far
         (`ModelConfig.reaches`). None: every layer runs for every token.
+    adapters: int32 [T], the number of each token's adapter (`Model.set_adapter`); -1: none. None: no token has one.
     """
 
     token_ids: NDArray[np.int32]
@@ -67,6 +68,7 @@ class Step(NamedTuple):
     window_blocks: NDArray[np.int32] | None = None
     earlier_ids: NDArray[np.int32] | None = None
     to_end: NDArray[np.int32] | None = None
+    adapters: NDArray[np.int32] | None = None
 
     @property
     def num_tokens(self) -> int:

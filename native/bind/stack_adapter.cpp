@@ -1,0 +1,148 @@
+// stack_adapter.cpp: binds what an adapter changes in the layers of a Stack.
+#include "bind/stack_adapter.h"
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "bind/bind.h"
+#include "bind/matrix.h"
+
+namespace argosy {
+
+using namespace nb::literals;
+
+namespace {
+
+using PairOfMatrices = Named<std::tuple<const Matrix*, const Matrix*, float>,
+                             "tuple[Matrix, Matrix, float]">;  // down, up, scale
+
+void require_floats(const std::string& name, const Matrix& matrix) {
+  const Format format = matrix.view.format;
+  if (format != Format::f32 && format != Format::f16 && format != Format::bf16)
+    refuse(name + " is " + format_name(format) + ", expected f32, f16 or bf16");
+  if (matrix.memory.hold == nullptr) refuse(name + " does not lie in an Arena");
+}
+
+// down [num_down * rank, cols], up [num_up * rank, rows]
+LowRank read_pair(StackAdapter& adapter, const PairOfMatrices& given, int64_t cols, int64_t rows,
+                  int64_t num_down = 1, int64_t num_up = 1) {
+  const auto& [given_down, given_up, scale] = given.base();
+  const Matrix &down = require_item("down", given_down), &up = require_item("up", given_up);
+  require_floats("down", down);
+  require_floats("up", up);
+  if (down.view.format != up.view.format) refuse("down and up have different formats");
+  const int64_t rank = down.view.rows / num_down;
+  require_range("the rank of a pair", rank, 1, kMostRank);
+  require_size("rows of down", down.view.rows, num_down * rank);
+  require_size("rows of up", up.view.rows, num_up * rank);
+  require_size("columns of down", down.view.cols, cols);
+  require_size("columns of up", up.view.cols, rows);
+  adapter.hold.push_back(down.memory.hold);
+  adapter.hold.push_back(up.memory.hold);
+  return {down.view.format, down.view.data, up.view.data, rank, scale};
+}
+
+MatrixView read_replacement(StackAdapter& adapter, const MatrixView& base, const Matrix& matrix) {
+  require_floats("a replacement", matrix);
+  require_size("rows of a replacement", matrix.view.rows, base.rows);
+  require_size("columns of a replacement", matrix.view.cols, base.cols);
+  adapter.hold.push_back(matrix.memory.hold);
+  return matrix.view;
+}
+
+void add_pair(BoundStackAdapter& self, const Matrix& base, const PairOfMatrices& pair, int64_t row_begin) {
+  const auto& [down, up, scale] = pair.base();
+  const int64_t num_rows = require_item("up", up).view.cols;
+  require_range("row_begin", row_begin, 0, base.view.rows - num_rows);
+  const LowRank read = read_pair(*self.adapter, pair, base.view.cols, num_rows);
+  self.adapter->products[base.view.data].pairs.push_back({read, row_begin, num_rows});
+}
+
+void add_network(BoundStackAdapter& self, const Matrix& up_base, const std::optional<PairOfMatrices>& gate,
+                 const std::optional<PairOfMatrices>& up, const std::optional<PairOfMatrices>& down) {
+  refuse("pairs of dense networks and shared experts are not supported yet");
+  const int64_t hidden = up_base.view.cols, width = up_base.view.rows;
+  ExpertPairs pairs;
+  if (gate) pairs.gate = read_pair(*self.adapter, *gate, hidden, width);
+  if (up) pairs.up = read_pair(*self.adapter, *up, hidden, width);
+  if (down) pairs.down = read_pair(*self.adapter, *down, width, hidden);
+  self.adapter->networks[up_base.view.data] = pairs;
+}
+
+void add_latent(BoundStackAdapter& self, const Matrix& key_base, const Matrix& value_base, int64_t num_heads,
+                const std::optional<PairOfMatrices>& key, const std::optional<PairOfMatrices>& value) {
+  const LatentHeads heads = view_latent_heads(key_base.view, value_base.view, num_heads, 0, 1);
+  LatentPairs pairs;
+  if (key) pairs.key = read_pair(*self.adapter, *key, heads.nope_dim, heads.kv_rank, num_heads);
+  if (value) pairs.value = read_pair(*self.adapter, *value, heads.kv_rank, heads.value_dim, 1, num_heads);
+  self.adapter->latents[key_base.view.data] = pairs;
+}
+
+}  // namespace
+
+void bind_stack_adapter(nb::module_& m) {
+  nb::class_<BoundStackAdapter>(m, "StackAdapter", R"(
+    What an adapter changes in a Stack (native/ops/stack_adapter.h): pairs of down, up and scale, in f32, f16 or bf16.
+
+    All matrices lie in arenas, which it keeps alive; `base` is a matrix of the stack. A pair adds
+    `scale * up^T (down x)` to a product. `Stack.set_adapter` uses what has been added by then.)")
+      .def(nb::init<>())
+      .def("add_pair", &add_pair, "base"_a, "pair"_a, "row_begin"_a = 0, R"(
+        Add a pair to the product with `base`, from row `row_begin` on: down [rank, columns], up [rank, rows].)")
+      .def("add_network", &add_network, "up_base"_a, "gate"_a.none(), "up"_a.none(), "down"_a.none(), R"(
+        Add pairs to the dense network or shared expert with this `up`. None means no pair.)")
+      .def("add_latent", &add_latent, "key_base"_a, "value_base"_a, "num_heads"_a, "key"_a.none(),
+           "value"_a.none(), R"(
+        Add pairs to the absorbed matrices of latent attention.
+
+        Args:
+            key_base, value_base: k_up [heads * kv_rank, nope_dim], v_up [heads * value_dim, kv_rank].
+            key: down [heads * rank, nope_dim], up [rank, kv_rank].
+            value: down [rank, kv_rank], up [heads * rank, value_dim].)")
+      .def(
+          "add_embedding",
+          [](BoundStackAdapter& self, const Matrix& base, const PairOfMatrices& pair) {
+            StackAdapter& adapter = *self.adapter;
+            const auto& [rows, up, scale] = pair.base();
+            const Matrix& table = require_item("rows", rows);
+            require_floats("rows", table);
+            require_size("rows of rows", table.view.rows, base.view.rows);
+            // `rows` has a row for each token, unlike the `down` of a product.
+            const Matrix& given = require_item("up", up);
+            require_floats("up", given);
+            require_range("the rank of a pair", table.view.cols, 1, kMostRank);
+            require_size("rows of up", given.view.rows, table.view.cols);
+            require_size("columns of up", given.view.cols, base.view.cols);
+            if (table.view.format != given.view.format) refuse("rows and up have different formats");
+            adapter.hold.push_back(table.memory.hold);
+            adapter.hold.push_back(given.memory.hold);
+            adapter.embedding = {table.view.format, table.view.data, given.view.data, table.view.cols, scale};
+          },
+          "base"_a, "pair"_a, R"(
+        Add `scale * rows[id] up` to the embedding of a token, before the model's factor: rows [vocabulary, rank], up
+        [rank, hidden].)")
+      .def(
+          "replace",
+          [](BoundStackAdapter& self, const Matrix& base, const Matrix& matrix) {
+            self.adapter->products[base.view.data].replacement =
+                read_replacement(*self.adapter, base.view, matrix);
+          },
+          "base"_a, "matrix"_a,
+          "Multiply by this matrix instead of `base`, of the same shape, before pairs are added.")
+      .def(
+          "replace_embedding",
+          [](BoundStackAdapter& self, const Matrix& base, const Matrix& matrix) {
+            self.adapter->replaced_embedding = read_replacement(*self.adapter, base.view, matrix);
+          },
+          "base"_a, "matrix"_a, "Embed by this matrix instead of `base`, of the same shape.")
+      .def_prop_ro_static(
+          "scratch_bytes", [](nb::handle) { return adapter_scratch_bytes(); },
+          "The most scratch memory that all adapters of a stack take together.");
+}
+
+}  // namespace argosy
