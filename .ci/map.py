@@ -39,7 +39,7 @@ OPTIONAL = {
         ),
         *(f"cli/commands/{one}.py" for one in ("audit", "data", "watermark")),
     ),
-    "adapters": ("adapters",),
+    "adapters": ("adapters", "cli/commands/adapt.py"),
     "mixtures": ("demo", "checkpoint/dense.py", "checkpoint/upcycle.py", "cli/commands/upcycle.py"),
 }  # fmt: skip
 # Families, towers, ways to write tool calls, dialects and commands are members of registries: of these folders the core

@@ -312,6 +312,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "argosy"
 # the kernel.
 WRITES_BY_PATH = {
     "checkpoint/safetensors_write.py",
+    "adapters/making/peft_files.py",
     "checkpoint/upcycle.py",
     "cli/shared/output.py",
     "demo/build.py",

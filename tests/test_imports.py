@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "prompt": {"media", "checkpoint"},
     "model": {"media", "checkpoint", "experts", "prompt", "_native"},
     "kept": {"_native"},
-    "adapters": {"checkpoint", "model", "_native"},
+    "adapters": {"checkpoint", "model", "prompt", "_native"},
     "budget": {"machine", "media", "checkpoint", "experts", "prompt", "model", "kept", "_native"},
     "demo": {"checkpoint", "model"},
     "library": {"machine", "checkpoint", "model"},
@@ -83,6 +83,12 @@ MAY_IMPORT = {
 SERVE = ("http", "claims", "answer", "models", "governance", "guards", "dialects", "admin", "app", "run")
 ANY_ROOM = {"cli", "__init__", "__main__"}  # the command line, and the package's public names
 
+# Only `argosy adapt` imports them.
+TRAINS_WITH_TORCH = {
+    "adapters/making/mixture.py",
+    "adapters/making/training.py",
+    "cli/commands/adapt.py",
+}
 NEVER_AT_RUN_TIME = {"torch", "transformers", "pickle", "_pickle", "marshal", "shelve", "dill", "safetensors"}
 
 
@@ -209,8 +215,20 @@ def test_nothing_imports_torch_or_reads_a_pickle() -> None:
         for path in modules()
         for line, imported in imports(path)
         if imported.partition(".")[0] in NEVER_AT_RUN_TIME
+        and not (imported.startswith("torch") and path.relative_to(SOURCE).as_posix() in TRAINS_WITH_TORCH)
     ]
     assert found == []
+
+
+def test_only_the_command_that_trains_imports_what_imports_torch() -> None:
+    trains = {"argosy.adapters.making.mixture", "argosy.adapters.making.training"}
+    found = {
+        path.relative_to(SOURCE).as_posix()
+        for path in modules()
+        for _, imported in imports(path)
+        if any(imported.startswith(one) for one in trains)
+    }
+    assert found <= TRAINS_WITH_TORCH
 
 
 def test_the_check_sees_every_kind_of_import(tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ _SUBJECTS = {
             "upcycle",
             "Make a mixture of experts from a dense model.",
         ),
+        "adapt": ("argosy.cli.commands.adapt", "adapt", "Train a LoRA adapter on a CPU (an experiment)."),
     },
     "A running server": {
         "up": ("argosy.cli.commands.background", "up", "Start a server in the background."),
