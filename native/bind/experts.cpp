@@ -29,7 +29,8 @@ namespace {
 using PlaceOfExpert = std::pair<std::pair<int64_t, int64_t>, int64_t>;  // (layer, expert), byte
 
 std::shared_ptr<Dispatch> make_dispatch(const ArrayOf<int32_t>& choices, const ArrayOf<bool>& is_decode,
-                                        int64_t num_experts) {
+                                        int64_t num_experts,
+                                        const std::optional<ArrayOf<int32_t>>& adapters) {
   const int32_t* from = read_array("choices", choices, {kAnySize, kAnySize});
   const int64_t num_tokens = int64_t(choices.shape(0)), k = int64_t(choices.shape(1));
   require_range("tokens * experts per token", num_tokens * k, 0, INT32_MAX);
@@ -38,6 +39,12 @@ std::shared_ptr<Dispatch> make_dispatch(const ArrayOf<int32_t>& choices, const A
   require_ids("choices", from, num_tokens * k, num_experts);
   auto dispatch = std::make_shared<Dispatch>();
   dispatch->assign(from, decodes, num_tokens, k, num_experts);
+  if (adapters) {
+    const int32_t* numbers = read_array("adapters", *adapters, {num_tokens});
+    for (int64_t i = 0; i < num_tokens; ++i)
+      require_range(item_name("adapters", size_t(i)), numbers[i], -1, INT32_MAX);
+    dispatch->set_adapters(numbers);
+  }
   return dispatch;
 }
 
@@ -99,6 +106,23 @@ void add_layer(BoundExpertTable& table, int64_t layer, const FormatNames& format
   }
 }
 
+void add_adapter_layer(ExpertAdapter& adapter, int64_t layer, const FormatName& format,
+                       const std::array<int64_t, 3>& ranks, const std::array<float, 3>& scales,
+                       int64_t hidden, int64_t width, int64_t num_experts) {
+  adapter.add_layer(layer, {.format = parse_format(format),
+                            .ranks = ranks,
+                            .scales = scales,
+                            .hidden = hidden,
+                            .width = width,
+                            .num_experts = num_experts});
+}
+
+const ExpertPart& require_part(const ExpertAdapter& adapter, int64_t layer) {
+  const ExpertPart* part = adapter.part(layer);
+  if (part == nullptr) refuse("layer " + std::to_string(layer) + " has no pairs in this adapter");
+  return *part;
+}
+
 double run(BoundExpertTable& table, Runtime& runtime, int64_t layer, const std::vector<int32_t>& experts,
            const Dispatch& dispatch, const ArrayOf<float>& rows, const OutArrayOf<float>& out) {
   const int64_t hidden = table.hidden();
@@ -118,8 +142,10 @@ void bind_expert_table(nb::module_& m) {
 
     Args:
         choices: [tokens, experts per token], the experts of each token, best first.
-        is_decode: bool [tokens], False for prompt tokens.)")
-      .def(nb::new_(&make_dispatch), "choices"_a, "is_decode"_a, "num_experts"_a)
+        is_decode: bool [tokens], False for prompt tokens.
+        adapters: [tokens], the number of each token's adapter, -1 for none.)")
+      .def(nb::new_(&make_dispatch), "choices"_a, "is_decode"_a, "num_experts"_a,
+           "adapters"_a.none() = nb::none())
       .def_prop_ro("num_tokens", &Dispatch::num_tokens)
       .def_prop_ro("experts_per_token", &experts_per_token, "ValueError in a worker.")
       .def_prop_ro("num_assignments", &Dispatch::num_assignments)
@@ -146,6 +172,44 @@ void bind_expert_table(nb::module_& m) {
 
   nb::class_<LayerExperts>(m, "LayerExperts",
                            "Experts of a layer that run elsewhere, while a step continues without Python.");
+
+  nb::class_<ExpertAdapter>(m, "ExpertAdapter", R"(
+    The low-rank pairs of an adapter beside routed experts, in an arena: the part of each expert, and where it lies.
+
+    The part of an expert has `down` and `up` of gate's pair, of up's and of down's, as `ExpertPart` of
+    argosy.adapters.files lays them out. It does not know which parts have landed; whoever places a part sees to that.)")
+      .def(
+          "__init__",
+          [](ExpertAdapter* self, Arena& arena) {
+            new (self) ExpertAdapter(arena.hold(), arena.data(), int64_t(arena.size()));
+          },
+          "arena"_a)
+      .def_prop_ro("nbytes", &ExpertAdapter::nbytes, "Bytes of the arena.")
+      .def("add_layer", &add_adapter_layer, "layer"_a, nb::kw_only(), "format"_a, "ranks"_a, "scales"_a,
+           "hidden"_a, "width"_a, "num_experts"_a, R"(
+        Describe the pairs of a layer; no part has a place yet.
+
+        Args:
+            format: f32, f16 or bf16.
+            ranks, scales: of gate, up and down. A matrix of rank 0 has no pair.)")
+      .def(
+          "part_bytes",
+          [](const ExpertAdapter& self, int64_t layer) { return require_part(self, layer).nbytes(); },
+          "layer"_a, "Bytes of one expert's part.")
+      .def(
+          "offsets",
+          [](const ExpertAdapter& self, int64_t layer) { return require_part(self, layer).offsets(); },
+          "layer"_a, "Where `down` and `up` of gate, of up and of down begin in a part.")
+      .def(
+          "place",
+          [](ExpertAdapter& adapter, const std::vector<PlaceOfExpert>& places) {
+            for (const auto& [key, at] : places) adapter.place(key.first, key.second, at);
+          },
+          "places"_a,
+          "From now on, the part of each (layer, expert) begins at that byte of the arena; -1: it is not "
+          "there.")
+      .def("has_places", &ExpertAdapter::has_places, "layer"_a, "experts"_a,
+           "Whether all of these experts have their part in memory; True for a layer without pairs.");
 
   nb::class_<BoundExpertTable>(m, "ExpertTable", R"(
     Routed experts whose weights are in an arena: where each lies, and how to run it.
@@ -183,6 +247,19 @@ void bind_expert_table(nb::module_& m) {
             for (const auto& [key, at] : places) table.place(key.first, key.second, at);
           },
           "places"_a, "From now on, the memory of each (layer, expert) begins at that byte of the arena.")
+      .def(
+          "set_adapter",
+          [](BoundExpertTable& table, int64_t number, std::shared_ptr<ExpertAdapter> adapter) {
+            require_range("number", number, 0, INT32_MAX);
+            table.set_adapter(int32_t(number), std::move(adapter));
+          },
+          "number"_a, "adapter"_a.none(), R"(
+        From now on, the experts of tokens of adapter `number` have these pairs beside them; None: they have none.
+
+        Only while nothing runs.
+
+        Raises:
+            ValueError: the adapter has a layer or a pair that the table lacks, or another size.)")
       .def("run", &run, "runtime"_a, "layer"_a, "experts"_a, "dispatch"_a, "rows"_a, "out"_a.noconvert(), R"(
         Write the outputs of some experts of a dispatch, each named once; return the seconds that it took.
 
@@ -191,7 +268,7 @@ void bind_expert_table(nb::module_& m) {
             out: [assignments, hidden], a row for each assignment; the rows of other experts do not change.
 
         Raises:
-            ValueError: no token chose an expert, or it has no place.)");
+            ValueError: no token chose an expert, or it has no place, or its pairs are not in memory.)");
 }
 
 }  // namespace argosy

@@ -162,6 +162,54 @@ ExpertView ExpertTable::view(const Placed& layer, int32_t expert) const {
           .bias = {row_of(biases.gate, width), row_of(biases.up, width), row_of(biases.down, hidden_)}};
 }
 
+void ExpertTable::set_adapter(int32_t number, std::shared_ptr<const ExpertAdapter> adapter) {
+  if (number < 0) refuse("adapter is " + std::to_string(number) + ", expected 0 or more");
+  if (adapter == nullptr) {
+    adapters_.erase(number);
+    return;
+  }
+  for (int64_t layer = 0; layer < adapter->num_layers(); ++layer) {
+    const ExpertPart* part = adapter->part(layer);
+    if (part == nullptr) continue;
+    const ExpertLayer& base = layer_of(layer).description;
+    const auto require = [&](const char* name, int64_t found, int64_t expected) {
+      if (found == expected) return;
+      refuse("the pairs of layer " + std::to_string(layer) + " have " + name + " " + std::to_string(found) +
+             ", and the experts " + std::to_string(expected));
+    };
+    require("num_experts", part->num_experts, num_experts(layer));
+    require("hidden", part->hidden, hidden_);
+    require("width", part->width, base.width);
+    if (!base.has_gate && part->ranks[0] > 0)
+      refuse("layer " + std::to_string(layer) + " has pairs beside a gate, and its experts have no gate");
+  }
+  adapters_[number] = std::move(adapter);
+}
+
+// The pairs of each assignment; empty if none has any.
+std::vector<const ExpertPairs*> ExpertTable::find_pairs(int64_t layer, const std::vector<int32_t>& experts,
+                                                        const Dispatch& dispatch,
+                                                        const std::vector<int32_t>& starts,
+                                                        const std::vector<int32_t>& tokens) const {
+  if (!dispatch.has_adapters() || adapters_.empty()) return {};
+  std::vector<const ExpertPairs*> pairs(tokens.size());
+  bool has_any = false;
+  for (size_t i = 0; i < experts.size(); ++i) {
+    int32_t before = -1;  // neighbours often have the same adapter
+    const ExpertPairs* found = nullptr;
+    for (size_t a = size_t(starts[i]); a < size_t(starts[i + 1]); ++a) {
+      if (const int32_t number = dispatch.adapter_of(tokens[a]); number != before) {
+        const auto adapter = adapters_.find(number);
+        found = adapter != adapters_.end() ? adapter->second->find(layer, experts[i]) : nullptr;
+        before = number;
+      }
+      pairs[a] = found;
+      has_any |= found != nullptr;
+    }
+  }
+  return has_any ? std::move(pairs) : std::vector<const ExpertPairs*>();
+}
+
 void ExpertTable::run(Runtime& runtime, int64_t layer, const std::vector<int32_t>& experts,
                       const Dispatch& dispatch, const float* rows, float* out) {
   const Placed& placed = layer_of(layer);
@@ -188,8 +236,10 @@ void ExpertTable::run(Runtime& runtime, int64_t layer, const std::vector<int32_t
   }
   token.reserve(row.size());
   for (const int32_t assignment : row) token.push_back(dispatch.token_of(assignment));
+  const std::vector<const ExpertPairs*> pairs = find_pairs(layer, experts, dispatch, starts, token);
   swiglu_experts(runtime, views, placed.description.activation.value_or(activation_), rows,
-                 dispatch.num_tokens(), {starts.data(), token.data(), row.data()}, out);
+                 dispatch.num_tokens(), {starts.data(), token.data(), row.data()}, out,
+                 pairs.empty() ? nullptr : pairs.data());
   num_runs_ += int64_t(experts.size());
 }
 

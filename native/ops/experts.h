@@ -15,10 +15,12 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <optional>
 #include <vector>
 
+#include "ops/expert_adapter.h"
 #include "ops/swiglu.h"
 
 namespace argosy {
@@ -36,9 +38,12 @@ class Dispatch {
   void list(std::vector<int32_t> experts, std::vector<int32_t> scan, std::vector<int32_t> starts,
             std::vector<int32_t> tokens, int64_t num_tokens);
 
-  // From now on, adapter of_tokens[i] (0 or more; -1: none) is that of token i. After assign(), which forgets
-  // them, as list() does.
-  void set_adapters(const int32_t* of_tokens) { adapters_.assign(of_tokens, of_tokens + num_tokens_); }
+  // From now on, adapter of_tokens[i] (0 or more; -1: none) is that of token i; nullptr: no token has one.
+  // After assign(), which forgets them, as list() does.
+  void set_adapters(const int32_t* of_tokens) {
+    if (of_tokens == nullptr) return adapters_.clear();
+    adapters_.assign(of_tokens, of_tokens + num_tokens_);
+  }
 
   // The same tokens and assignments, without other experts than these. Throws std::invalid_argument for an
   // expert that no token chose, or that is named twice.
@@ -100,9 +105,15 @@ class ExpertTable {
   // Whether each of `experts` has a place.
   bool has_places(int64_t layer, const std::vector<int32_t>& experts) const;
 
+  // From now on, tokens of adapter `number` have these pairs beside their experts; nullptr: none. Throws
+  // std::invalid_argument if the adapter has a layer or a pair that the table lacks, or another size. Only
+  // while no expert runs.
+  void set_adapter(int32_t number, std::shared_ptr<const ExpertAdapter> adapter);
+
   // Writes the outputs of `experts` to out [num_assignments][hidden], a row for each of their assignments,
   // for rows [num_tokens][hidden]. Other rows of `out` do not change. Throws std::invalid_argument for an
-  // expert that is named twice, has no place, or that no token chose.
+  // expert that is named twice, has no place, or that no token chose, and for pairs that a token's adapter
+  // has but that are not in memory.
   void run(Runtime& runtime, int64_t layer, const std::vector<int32_t>& experts, const Dispatch& dispatch,
            const float* rows, float* out);
 
@@ -119,12 +130,16 @@ class ExpertTable {
 
   const Placed& layer_of(int64_t layer) const;
   ExpertView view(const Placed& layer, int32_t expert) const;
+  std::vector<const ExpertPairs*> find_pairs(int64_t layer, const std::vector<int32_t>& experts,
+                                             const Dispatch& dispatch, const std::vector<int32_t>& starts,
+                                             const std::vector<int32_t>& tokens) const;
 
   std::shared_ptr<const void> hold_;
   const uint8_t* data_;
   int64_t nbytes_, hidden_;
   Activation activation_;
   std::vector<Placed> layers_;
+  std::map<int32_t, std::shared_ptr<const ExpertAdapter>> adapters_;
   std::atomic<int64_t> num_runs_ = 0;
 };
 

@@ -721,10 +721,15 @@ class Dispatch:
     Args:
         choices: [tokens, experts per token], the experts of each token, best first.
         is_decode: bool [tokens], False for prompt tokens.
+        adapters: [tokens], the number of each token's adapter, -1 for none.
     """
 
     def __init__(
-        self, choices: NDArray[numpy.int32], is_decode: NDArray[numpy.bool_], num_experts: int
+        self,
+        choices: NDArray[numpy.int32],
+        is_decode: NDArray[numpy.bool_],
+        num_experts: int,
+        adapters: NDArray[numpy.int32] | None = None,
     ) -> None: ...
     @property
     def num_tokens(self) -> int: ...
@@ -767,6 +772,54 @@ class LayerExperts:
     """
     Experts of a layer that run elsewhere, while a step continues without Python.
     """
+
+class ExpertAdapter:
+    """
+    The low-rank pairs of an adapter beside routed experts, in an arena: the part of each expert, and where it lies.
+
+    The part of an expert has `down` and `up` of gate's pair, of up's and of down's, as `ExpertPart` of
+    argosy.adapters.files lays them out. It does not know which parts have landed; whoever places a part sees to that.
+    """
+
+    def __init__(self, arena: Arena) -> None: ...
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arena."""
+
+    def add_layer(
+        self,
+        layer: int,
+        *,
+        format: Format,
+        ranks: Sequence[int],
+        scales: Sequence[float],
+        hidden: int,
+        width: int,
+        num_experts: int,
+    ) -> None:
+        """
+        Describe the pairs of a layer; no part has a place yet.
+
+        Args:
+            format: f32, f16 or bf16.
+            ranks, scales: of gate, up and down. A matrix of rank 0 has no pair.
+        """
+
+    def part_bytes(self, layer: int) -> int:
+        """Bytes of one expert's part."""
+
+    def offsets(self, layer: int) -> list[list[int]]:
+        """Where `down` and `up` of gate, of up and of down begin in a part."""
+
+    def place(self, places: Sequence[tuple[tuple[int, int], int]]) -> None:
+        """
+        From now on, the part of each (layer, expert) begins at that byte of the arena; -1: it is not there.
+        """
+
+    def has_places(self, layer: int, experts: Sequence[int]) -> bool:
+        """
+        Whether all of these experts have their part in memory; True for a layer without pairs.
+        """
 
 class ExpertTable:
     """
@@ -816,6 +869,16 @@ class ExpertTable:
         From now on, the memory of each (layer, expert) begins at that byte of the arena.
         """
 
+    def set_adapter(self, number: int, adapter: ExpertAdapter | None) -> None:
+        """
+        From now on, the experts of tokens of adapter `number` have these pairs beside them; None: they have none.
+
+        Only while nothing runs.
+
+        Raises:
+            ValueError: the adapter has a layer or a pair that the table lacks, or another size.
+        """
+
     def run(
         self,
         runtime: Runtime,
@@ -833,7 +896,7 @@ class ExpertTable:
             out: [assignments, hidden], a row for each assignment; the rows of other experts do not change.
 
         Raises:
-            ValueError: no token chose an expert, or it has no place.
+            ValueError: no token chose an expert, or it has no place, or its pairs are not in memory.
         """
 
 class CachePolicy:
