@@ -939,13 +939,15 @@ void bind_stack(nb::module_& m) {
         Most bytes that a step allocates: a layer's dispatch, and arrays of experts that run or are predicted.)")
       .def(
           "scratch_bytes",
-          [](const StackSizes& self, int64_t max_tokens, int num_threads, bool has_quants,
-             bool has_act_order) {
+          [](const StackSizes& self, int64_t max_tokens, int num_threads, bool has_quants, bool has_act_order,
+             int64_t ranks) {
             require_range("num_threads", num_threads, 1, kMostThreads);
-            return self.scratch_bytes(max_tokens, num_threads, has_quants, has_act_order);
+            require_range("ranks", ranks, 0, 3 * kMostRank);
+            return self.scratch_bytes(max_tokens, num_threads, has_quants, has_act_order, ranks);
           },
-          "max_tokens"_a, "num_threads"_a, "has_quants"_a = true, "has_act_order"_a = true, R"(
-        Bytes of scratch memory that a Stack reserves in its Runtime: no operation of a step takes more.
+          "max_tokens"_a, "num_threads"_a, "has_quants"_a = true, "has_act_order"_a = true, "ranks"_a = 0, R"(
+        Bytes of scratch memory that a Stack reserves in its Runtime: no operation of a step takes more. `ranks` is that
+        of its `StackAdapter`s, the largest.
 
         Without `has_quants`, the bytes that operations take if no weights are quantised, and without `has_act_order`,
         if none are in an `act_order` format: the rest of what is reserved is never touched.)")

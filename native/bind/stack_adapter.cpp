@@ -65,12 +65,13 @@ void add_pair(BoundStackAdapter& self, const Matrix& base, const PairOfMatrices&
 
 void add_network(BoundStackAdapter& self, const Matrix& up_base, const std::optional<PairOfMatrices>& gate,
                  const std::optional<PairOfMatrices>& up, const std::optional<PairOfMatrices>& down) {
-  refuse("pairs of dense networks and shared experts are not supported yet");
   const int64_t hidden = up_base.view.cols, width = up_base.view.rows;
   ExpertPairs pairs;
   if (gate) pairs.gate = read_pair(*self.adapter, *gate, hidden, width);
   if (up) pairs.up = read_pair(*self.adapter, *up, hidden, width);
   if (down) pairs.down = read_pair(*self.adapter, *down, width, hidden);
+  require_range("the ranks of a network", pairs.gate.rank + pairs.up.rank + pairs.down.rank, 0,
+                self.adapter->ranks);
   self.adapter->networks[up_base.view.data] = pairs;
 }
 
@@ -90,8 +91,18 @@ void bind_stack_adapter(nb::module_& m) {
     What an adapter changes in a Stack (native/ops/stack_adapter.h): pairs of down, up and scale, in f32, f16 or bf16.
 
     All matrices lie in arenas, which it keeps alive; `base` is a matrix of the stack. A pair adds
-    `scale * up^T (down x)` to a product. `Stack.set_adapter` uses what has been added by then.)")
-      .def(nb::init<>())
+    `scale * up^T (down x)` to a product. `Stack.set_adapter` uses what has been added by then.
+
+    Args:
+        ranks: the most that the ranks of gate, up and down of a dense network, or of any expert, add up to.)")
+      .def(
+          "__init__",
+          [](BoundStackAdapter* self, int64_t ranks) {
+            require_range("ranks", ranks, 0, 3 * kMostRank);
+            new (self) BoundStackAdapter();
+            self->adapter->ranks = ranks;
+          },
+          "ranks"_a = 0)
       .def("add_pair", &add_pair, "base"_a, "pair"_a, "row_begin"_a = 0, R"(
         Add a pair to the product with `base`, from row `row_begin` on: down [rank, columns], up [rank, rows].)")
       .def("add_network", &add_network, "up_base"_a, "gate"_a.none(), "up"_a.none(), "down"_a.none(), R"(

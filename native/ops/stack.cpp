@@ -49,9 +49,9 @@ void pick(const std::vector<int64_t>& rows, std::unique_ptr<T[]>& own, const T*&
 
 // Runs one network on all tokens.
 void swiglu(Runtime& runtime, const ExpertView& network, const Activation& activation, const float* x,
-            int64_t num_tokens, float* out) {
+            int64_t num_tokens, const ExpertPairs* const* pairs, float* out) {
   const int32_t starts[2] = {0, int32_t(num_tokens)};
-  swiglu_experts(runtime, {network}, activation, x, num_tokens, {starts, nullptr, nullptr}, out);
+  swiglu_experts(runtime, {network}, activation, x, num_tokens, {starts, nullptr, nullptr}, out, pairs);
 }
 
 AttentionSizes sizes_of(const GroupedQueryAttention& mixer) {
@@ -175,7 +175,7 @@ Stack::Stack(Runtime& runtime, KvCache& kv, RecurrentState* recurrent, StackDesc
       residual_(runtime, description_.residual, description_.embedding.cols, description_.norm_eps) {
   residual_.use(buffers_.residual);
   const auto lock = runtime_.lock();
-  runtime_.scratch(sizes_.scratch_bytes(max_tokens, runtime_.num_threads()));
+  runtime_.scratch(scratch_bytes());
   for (const Layer& layer : description_.layers) {
     const RoutedFfn* ffn = layer.routed();
     if (ffn == nullptr) continue;
@@ -196,7 +196,15 @@ void Stack::resize(int64_t max_tokens) {
   residual_.use(buffers_.residual);
   max_tokens_ = max_tokens;
   stage_ = Stage::done;
-  runtime_.trim(sizes_.scratch_bytes(max_tokens, runtime_.num_threads()));
+  runtime_.trim(scratch_bytes());
+}
+
+// What steps take, with the adapters that are set.
+int64_t Stack::scratch_bytes() const {
+  int64_t ranks = 0;
+  for (const auto& [number, adapter] : adapters_) ranks = std::max(ranks, adapter->ranks);
+  const int64_t bytes = sizes_.scratch_bytes(max_tokens_, runtime_.num_threads(), true, true, ranks);
+  return adapters_.empty() ? bytes : std::max(bytes, adapter_scratch_bytes());
 }
 
 void Stack::begin(const Step& step) {
@@ -315,11 +323,11 @@ void Stack::set_adapter(int32_t number, std::shared_ptr<const StackAdapter> adap
     return true;
   });
   if (adapter != nullptr) {
-    runtime_.scratch(adapter_scratch_bytes());
     adapters_[number] = std::move(adapter);
   } else {
     adapters_.erase(number);
   }
+  runtime_.scratch(scratch_bytes());
 }
 
 // Groups rows of the step by their adapters; null: the first num_rows tokens that are left.
@@ -537,7 +545,8 @@ int64_t Stack::angles_at(int64_t rotary) const {
 bool Stack::feed_forward(const DenseFfn& ffn) {
   const int64_t hidden = description_.embedding.cols;
   swiglu(runtime_, ffn.network, ffn.activation.value_or(description_.activation), buffers_.normed,
-         step_.num_tokens, buffers_.block);
+         step_.num_tokens, pairs_of(&StackAdapter::networks, ffn.network.up.data, network_pairs_),
+         buffers_.block);
   add_rows(runtime_, buffers_.block, hidden, step_.num_tokens, hidden, ffn_sum());
   mark(Part::attention_and_dense);
   return true;
@@ -644,6 +653,7 @@ void Stack::dispatch_tokens(const RoutedFfn& ffn) {
   chosen_per_token_ = k;
   if (dispatch_.use_count() > 1) dispatch_ = std::make_shared<Dispatch>();  // somebody keeps the last one
   dispatch_->assign(buffers_.expert_ids, step_.is_decode, step_.num_tokens, k, experts);
+  if (step_.adapters != nullptr) dispatch_->set_adapters(step_.adapters);
   const std::vector<int32_t>&chosen = dispatch_->experts(), &starts = dispatch_->starts();
   int64_t* uses = uses_.data() + layer_ * most_experts_;
   for (size_t i = 0; i < chosen.size(); ++i) uses[chosen[i]] += starts[i + 1] - starts[i];
@@ -677,7 +687,8 @@ void Stack::add_shared(const RoutedFfn& ffn) {
   if (!ffn.shared || std::exchange(has_run_shared_, true)) return;
   const int64_t hidden = description_.embedding.cols, tokens = step_.num_tokens;
   swiglu(runtime_, ffn.shared->network, ffn.shared->activation.value_or(description_.activation),
-         buffers_.normed, tokens, buffers_.block);
+         buffers_.normed, tokens,
+         pairs_of(&StackAdapter::networks, ffn.shared->network.up.data, network_pairs_), buffers_.block);
   if (ffn.shared->post_norm != nullptr) norm(ffn.shared->post_norm, buffers_.block, buffers_.block);
   if (ffn.shared->score) {
     multiply({{*ffn.shared->score, buffers_.shared_score}}, buffers_.normed);

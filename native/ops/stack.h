@@ -576,6 +576,7 @@ class Stack {
   void mix(const Mamba& mixer);
   // matmul() of x [num_tokens][cols], with the adapters of the step's tokens.
   void multiply(const std::vector<Product>& products, const float* x);
+  int64_t scratch_bytes() const;
   std::vector<AdaptedRows> group_rows(const int64_t* rows, int64_t num_rows) const;
   // The pairs that each token has for a part of a layer, in `room`; nullptr: no token has any.
   template <class Pairs>

@@ -240,12 +240,12 @@ StackBuffers StackSizes::place_buffers(uint8_t* memory, int64_t max_tokens) cons
   return buffers;
 }
 
-int64_t StackSizes::scratch_bytes(int64_t max_tokens, int num_threads, bool has_quants,
-                                  bool has_act_order) const {
+int64_t StackSizes::scratch_bytes(int64_t max_tokens, int num_threads, bool has_quants, bool has_act_order,
+                                  int64_t ranks) const {
   int64_t widest = std::max({int64_t{1}, hidden_, attended_, query_latent_, latent_, ngram_width_});
   if (num_streams_ > 1) widest = std::max({widest, num_streams_ * hidden_, stream_rank_});
   const int64_t cols = widest;  // the most columns of a matrix outside of the feed-forward networks
-  for (const Network& network : networks_) widest = std::max(widest, network.width * network.k);
+  for (const Network& network : networks_) widest = std::max({widest, (network.width + ranks) * network.k});
   checked_product(kWorkingMemory, {64, max_tokens, widest});  // nothing below is larger, so nothing overflows
 
   int64_t bytes = has_quants ? matmul_scratch_bytes(cols, max_tokens) : 0;
@@ -267,9 +267,9 @@ int64_t StackSizes::scratch_bytes(int64_t max_tokens, int num_threads, bool has_
     bytes = std::max(bytes, group_scratch_bytes(mixer.num_groups, group_dim, max_tokens));
   }
   for (const Network& network : networks_) {
-    bytes =
-        std::max(bytes, swiglu_scratch_bytes(network.hidden, network.width, max_tokens,
-                                             max_tokens * network.k, num_threads, has_quants, has_act_order));
+    bytes = std::max(bytes,
+                     swiglu_scratch_bytes(network.hidden, network.width, max_tokens, max_tokens * network.k,
+                                          num_threads, has_quants, has_act_order, ranks));
   }
   return Runtime::scratch_size(bytes);
 }

@@ -120,8 +120,9 @@ class StackSizes {
   int64_t dispatch_bytes(int64_t max_tokens) const;
   // The most that any operation of a step requests from Runtime::scratch, whatever the formats of the
   // weights; less if none of them is quantised, because then no activations are, or if none has act-order.
+  // `ranks`: StackAdapter::ranks, the most of all adapters.
   int64_t scratch_bytes(int64_t max_tokens, int num_threads, bool has_quants = true,
-                        bool has_act_order = true) const;
+                        bool has_act_order = true, int64_t ranks = 0) const;
 
   bool operator==(const StackSizes&) const = default;
 

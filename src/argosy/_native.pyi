@@ -2262,9 +2262,12 @@ class StackAdapter:
 
     All matrices lie in arenas, which it keeps alive; `base` is a matrix of the stack. A pair adds
     `scale * up^T (down x)` to a product. `Stack.set_adapter` uses what has been added by then.
+
+    Args:
+        ranks: the most that the ranks of gate, up and down of a dense network, or of any expert, add up to.
     """
 
-    def __init__(self) -> None: ...
+    def __init__(self, ranks: int = 0) -> None: ...
     def add_pair(self, base: Matrix, pair: tuple[Matrix, Matrix, float], row_begin: int = 0) -> None:
         """
         Add a pair to the product with `base`, from row `row_begin` on: down [rank, columns], up [rank, rows].
@@ -2557,10 +2560,16 @@ class StackSizes:
         """
 
     def scratch_bytes(
-        self, max_tokens: int, num_threads: int, has_quants: bool = True, has_act_order: bool = True
+        self,
+        max_tokens: int,
+        num_threads: int,
+        has_quants: bool = True,
+        has_act_order: bool = True,
+        ranks: int = 0,
     ) -> int:
         """
-        Bytes of scratch memory that a Stack reserves in its Runtime: no operation of a step takes more.
+        Bytes of scratch memory that a Stack reserves in its Runtime: no operation of a step takes more. `ranks` is that
+        of its `StackAdapter`s, the largest.
 
         Without `has_quants`, the bytes that operations take if no weights are quantised, and without `has_act_order`,
         if none are in an `act_order` format: the rest of what is reserved is never touched.

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from argosy import _native
 from argosy.adapters.files import AdapterFiles, PairFormat
-from argosy.adapters.loaded import dense_bytes, load_adapter
+from argosy.adapters.loaded import dense_bytes, load_adapter, network_ranks
 from argosy.adapters.targets import target_shapes
 from argosy.config import ModelConfig
 from argosy.errors import CheckpointError, UnsupportedModel
@@ -40,7 +41,6 @@ FAMILIES = (
     qwen3_moe, qwen2_moe, gpt_oss, gemma4, deepseek_v3, glm4_moe_lite, qwen3_next, qwen3_5_moe, kimi_linear,
     bailing_hybrid, lfm2_moe, nemotron_h,
 )  # fmt: skip
-NETWORKS = {"gate", "up", "down", "shared_gate", "shared_up", "shared_down"}
 # Sums in another order, in float32, over a few layers.
 MOST_DIFFERENCE = 1e-4
 
@@ -98,7 +98,7 @@ def require_merged(parts: Parts, files: AdapterFiles) -> None:
 
 
 def dense_targets(config: ModelConfig) -> set[str]:
-    return {name.rpartition(".")[2] for name in target_shapes(config)} - NETWORKS
+    return {name.rpartition(".")[2] for name in target_shapes(config)}
 
 
 def test_every_matrix_with_a_pair_computes_what_the_merged_matrix_computes(parts: Parts) -> None:
@@ -199,6 +199,19 @@ def test_two_threads_give_the_bits_of_one(tmp_path_factory: pytest.TempPathFacto
             )
             found.append(logits_of(parts, decoder_of(parts, n0=files), 0, [[Run(0, 38)], [decode(0)]]))
     assert np.array_equal(*found)
+
+
+def test_steps_take_the_scratch_memory_that_the_sizes_say(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with parts_of(deepseek_v3(), tmp_path_factory) as parts:
+        files = random_adapter(parts.config, seed=1, rank=400, gain=0.01)
+        decoder = decoder_of(parts, n0=files)
+        ranks = network_ranks(files, parts.config)
+        assert ranks == 1600  # of networks: two pairs change stretches of the rows of one matrix
+        sizes = decoder._stack.sizes
+        expected = max(sizes.scratch_bytes(MAX_TOKENS, 1, ranks=ranks), _native.StackAdapter.scratch_bytes)
+        assert parts.runtime.scratch_bytes == expected > sizes.scratch_bytes(MAX_TOKENS, 1)
+        logits_of(parts, decoder, 0, [[Run(0, MAX_TOKENS)]])
+        assert parts.runtime.scratch_bytes == expected
 
 
 def test_a_model_without_its_adapter_is_the_base_again(tmp_path_factory: pytest.TempPathFactory) -> None:

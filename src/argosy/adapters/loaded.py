@@ -26,12 +26,26 @@ from argosy.model.model import LoadedAdapter
 from argosy.model.weights import DenseWeights
 
 _NETWORKS = (("gate", "up", "down"), ("shared_gate", "shared_up", "shared_down"))
+_MOST_RANK = 4096  # of all pairs of a matrix; `kMostRank` in native/ops/stack_adapter.h
 _Pair = tuple[_native.Matrix, _native.Matrix, float]
 
 
 def dense_bytes(files: AdapterFiles, config: ModelConfig) -> int:
     """Return `LoadedAdapter.nbytes` before the adapter is loaded. It must fit the model (`require_fit`)."""
     return sum(_room(values) for values in _stored(files, config)) + _native.StackAdapter.scratch_bytes
+
+
+def network_ranks(files: AdapterFiles, config: ModelConfig) -> int:
+    """Return the most that the ranks of gate, up and down of a dense network, a shared or a routed expert add up to.
+
+    Steps take scratch memory for them (`StackSizes.scratch_bytes`).
+    """
+    ranks = [sum(part.ranks) for part in files.experts.values()]
+    for layer in range(config.num_layers):
+        for names in _NETWORKS:
+            pairs = (files.dense.get(f"layers.{layer}.{name}", ()) for name in names)
+            ranks.append(sum(pair.rank for matrix in pairs for pair in matrix))
+    return max(ranks)
 
 
 def load_adapter(
@@ -48,7 +62,7 @@ def load_adapter(
     """
     require_fit(files, config)
     memory = _Memory(sum(_room(values) for values in _stored(files, config)), factor)
-    stack = _native.StackAdapter()
+    stack = _native.StackAdapter(network_ranks(files, config))
     joined: dict[str, LowRank] = {}
     for name, pairs in files.dense.items():
         if _is_joined(name):
@@ -150,6 +164,12 @@ def require_fit(files: AdapterFiles, config: ModelConfig) -> None:
     wanted: list[tuple[str, Values, tuple[int, int]]] = []
     for name, pairs in files.dense.items():
         rows, columns = shapes[name]
+        if (rank := sum(pair.rank for pair in pairs)) > _MOST_RANK:
+            raise UnsupportedModel(
+                f"{files.path.name}: the pairs of {name} have rank {rank}; at most {_MOST_RANK} is supported",
+                path=files.path,
+                tensor=name,
+            )
         for pair in pairs:
             last = pair.row_begin + pair.up.shape[1]
             if not 0 <= pair.row_begin < last <= rows:
