@@ -63,7 +63,7 @@ struct MatmulArgs {
   int64_t y_stride;  // in floats
   const int32_t* y_index;
   int64_t num_tokens;
-  const uint8_t* next_weights = nullptr;  // the panels that the caller reads next: a prefetch hint
+  const uint8_t* next_weights = nullptr;  // the panels or rows that the caller reads next: a prefetch hint
   Tuning tuning = {};
   // KernelTable::product_scratch_bytes of this thread, aligned to 64. nullptr: a product without tiles; those
   // that split activations, and those of coded formats, need it.

@@ -94,6 +94,8 @@ struct RowsOfW {
     for (int i = 0; i < kRows; ++i) {
       w[i] = a.weights + (row + i) * a.cols * Weights::kBytes;
       next[i] = w[i] + kRows * a.cols * Weights::kBytes;
+      if (a.next_weights != nullptr && row + kRows >= a.row_end)
+        next[i] = a.next_weights + i * a.cols * Weights::kBytes;
     }
   }
   void load(int64_t col, int i, Vec (&to)[kVecs]) const {

@@ -17,7 +17,9 @@ constexpr int64_t kRows = 256, kUpTokens = 64;  // of an item of `up`
 
 int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
-// Calls body(product, item of it, worker) for all items of all products, in one parallel loop.
+// Calls body(product, item of it, worker, before, after) for all items of all products, in one parallel loop.
+// `before`: this worker has just had the item before; `after`: the product that it goes on with if this is
+// the last item of one, otherwise nullptr.
 template <class Items, class Body>
 void for_items(Runtime& runtime, std::span<const LowRankProduct> products, const Items& items_of,
                const Body& body) {
@@ -33,7 +35,10 @@ void for_items(Runtime& runtime, std::span<const LowRankProduct> products, const
     size_t index = size_t(std::upper_bound(first.begin(), first.end(), begin) - first.begin()) - 1;
     for (int64_t item = begin; item < end; ++item) {
       while (item >= first[index + 1]) ++index;
-      body(products[index], item - first[index], worker, item > begin);
+      size_t next = index;
+      while (item + 1 < end && item + 1 >= first[next + 1]) ++next;
+      body(products[index], item - first[index], worker, item > begin,
+           next > index ? &products[next] : nullptr);
     }
   });
 }
@@ -56,7 +61,8 @@ void low_rank_down(Runtime& runtime, std::span<const LowRankProduct> products) {
         const int64_t items = blocks(product.pair.rank, kRanks) * blocks(product.num_tokens, kDownTokens);
         return std::pair(items, product.pair.rank * product.cols * product.num_tokens);
       },
-      [&](const LowRankProduct& product, int64_t item, int worker, bool has_before) {
+      [&](const LowRankProduct& product, int64_t item, int worker, bool has_before,
+          const LowRankProduct* after) {
         const LowRank& pair = product.pair;
         const int64_t rank_blocks = blocks(pair.rank, kRanks);
         const int64_t first = item / rank_blocks * kDownTokens, row = item % rank_blocks * kRanks;
@@ -74,6 +80,7 @@ void low_rank_down(Runtime& runtime, std::span<const LowRankProduct> products) {
         args = some_tokens(args, first, std::min(kDownTokens, product.num_tokens - first));
         args.tuning = runtime.tuning(pair.format);
         args.scratch = runtime.product_scratch(worker);
+        args.next_weights = after != nullptr ? after->pair.down : nullptr;
         MatmulArgs& last = before[size_t(worker)];
         args.repeats_x = has_before && have_equal_inputs(args, last);
         last = args;
@@ -95,7 +102,7 @@ void low_rank_up(Runtime& runtime, std::span<const LowRankProduct> products) {
         return std::pair(product.pair.rank > 0 ? items : 0,
                          product.pair.rank * product.rows * product.num_tokens);
       },
-      [&](const LowRankProduct& product, int64_t item, int, bool) {
+      [&](const LowRankProduct& product, int64_t item, int, bool, const LowRankProduct*) {
         const int64_t row_blocks = blocks(product.rows, kRows);
         const int64_t first = item / row_blocks * kUpTokens, row = item % row_blocks * kRows;
         const int32_t* y_index = product.y_index != nullptr ? product.y_index + first : nullptr;
