@@ -46,6 +46,13 @@ template <class Weights, int kRanks>
 void add_ranks(const LowRankArgs& a, int64_t first, int64_t token) {
   const int64_t n = a.row_end - a.row_begin, stride = a.up_cols * Weights::kBytes;
   const uint8_t* up = a.up + first * stride + a.row_begin * Weights::kBytes;
+  // What is read next: of the next ranks, or of the caller. Otherwise a hint asks for what is here.
+  const uint8_t* next = up;
+  if (first + kRanks < a.rank) {
+    next = up + kRanks * stride;
+  } else if (a.next_weights != nullptr) {
+    next = a.next_weights;
+  }
   float* y = low_rank_row(a, token);
   Vec t[kRanks];
 #pragma GCC unroll 8
@@ -56,10 +63,9 @@ void add_ranks(const LowRankArgs& a, int64_t first, int64_t token) {
 #pragma GCC unroll 8
     for (int i = 0; i < kRanks; ++i) {
       const uint8_t* from = up + i * stride + row * Weights::kBytes;
-      // Of the next ranks, to the second-level cache: rows may be too short for the hardware to detect a
-      // stream.
+      // To the second-level cache: rows may be too short for the hardware to detect a stream.
       for (int64_t at = 0; at < 2 * kLanes * Weights::kBytes; at += 64)
-        __builtin_prefetch(from + kRanks * stride + at, 0, 2);
+        __builtin_prefetch(next + i * stride + row * Weights::kBytes + at, 0, 2);
       sum[0] = fma(t[i], Weights::load(from), sum[0]);
       sum[1] = fma(t[i], Weights::load(from + kLanes * Weights::kBytes), sum[1]);
     }

@@ -18,6 +18,7 @@ struct LowRankArgs {
   int64_t y_stride;  // in floats
   const int32_t* y_index;
   int64_t num_tokens;
+  const uint8_t* next_weights = nullptr;  // what the caller reads next: a prefetch hint
 };
 
 }  // namespace argosy

@@ -114,7 +114,7 @@ void low_rank_up(Runtime& runtime, std::span<const LowRankProduct> products) {
 
 void add_low_rank_rows(const KernelTable& table, const LowRankProduct& product, int64_t row_begin,
                        int64_t row_end, int64_t first, int64_t count, float* y, int64_t y_stride,
-                       const int32_t* y_index) {
+                       const int32_t* y_index, const uint8_t* next) {
   table.add_low_rank({
       .format = product.pair.format,
       .up = product.pair.up,
@@ -128,6 +128,7 @@ void add_low_rank_rows(const KernelTable& table, const LowRankProduct& product, 
       .y_stride = y_stride,
       .y_index = y_index,
       .num_tokens = count,
+      .next_weights = next,
   });
 }
 

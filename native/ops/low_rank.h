@@ -55,10 +55,10 @@ void low_rank_up(Runtime& runtime, std::span<const LowRankProduct> products);
 
 // The second half for rows [row_begin, row_end) and some of the tokens: `count` from `first` on. Token i of
 // them changes y + y_stride * (y_index ? y_index[i] : i), where its element row_begin begins. For loops of
-// callers.
+// callers; `next`: what the caller reads next.
 void add_low_rank_rows(const KernelTable& table, const LowRankProduct& product, int64_t row_begin,
                        int64_t row_end, int64_t first, int64_t count, float* y, int64_t y_stride,
-                       const int32_t* y_index);
+                       const int32_t* y_index, const uint8_t* next = nullptr);
 
 // Bytes of `t` for this many tokens, with pairs whose ranks add up to `ranks`.
 inline int64_t low_rank_bytes(int64_t num_tokens, int64_t ranks) { return num_tokens * ranks * 4; }

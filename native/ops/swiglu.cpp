@@ -87,18 +87,26 @@ std::vector<PairedRun> find_runs(std::span<const ExpertView> experts, const int3
   return runs;
 }
 
-// Adds the pairs of a matrix to the rows and tokens that its product has just written; the first token is
-// assignment a.
-void add_pairs(const KernelTable& table, const std::vector<PairedRun>& runs, size_t matrix, int64_t a,
-               const MatmulArgs& product) {
+// A product of one expert whose first token is assignment a, and its pairs. The thread goes on with them if
+// it has all their rows, and from there with what the caller reads next.
+void multiply(const KernelTable& table, const std::vector<PairedRun>& runs, size_t matrix, int64_t a,
+              MatmulArgs product) {
   const auto ends_before = [a](const PairedRun& run) { return run.first + run.count <= a; };
   auto run = std::partition_point(runs.begin(), runs.end(), ends_before);
-  for (; run != runs.end() && run->first < a + product.num_tokens; ++run) {
+  const auto overlaps = [&] { return run != runs.end() && run->first < a + product.num_tokens; };
+  const uint8_t* next = product.next_weights;
+  if (overlaps()) {
+    const LowRankProduct& pairs = run->products[matrix];
+    if (pairs.pair.rank > 0 && product.row_end - product.row_begin == pairs.rows)
+      product.next_weights = pairs.pair.up;
+  }
+  table.matmul[int(product.format)](product);
+  for (; overlaps(); ++run) {
     const int64_t begin = std::max(a, run->first);
     const int64_t end = std::min(a + product.num_tokens, run->first + run->count);
     const MatmulArgs some = some_tokens(product, begin - a, end - begin);
     add_low_rank_rows(table, run->products[matrix], some.row_begin, some.row_end, begin - run->first,
-                      some.num_tokens, some.y, some.y_stride, some.y_index);
+                      some.num_tokens, some.y, some.y_stride, some.y_index, next);
   }
 }
 
@@ -303,8 +311,8 @@ void run_experts(Runtime& runtime, std::span<const ExpertView> experts, const Ac
     float* gate = reinterpret_cast<float*>(scratch + places.workers) + worker * kWorkerFloats;
     float* up = expert.gate ? gate + token_block * kWidthBlock : gate;
     const ExpertOrders& own = orders[size_t(index)];
-    const auto multiply = [&](const MatrixView& matrix, const ColumnOrder& order, float* y,
-                              const uint8_t* next, bool repeats_x) {
+    const auto run_product = [&](const MatrixView& matrix, const ColumnOrder& order, float* y,
+                                 const uint8_t* next, bool repeats_x) {
       MatmulArgs args = {};
       of_x.give(matrix.format, args);
       args.weights = matrix.data;
@@ -326,14 +334,13 @@ void run_experts(Runtime& runtime, std::span<const ExpertView> experts, const Ac
       args.tuning = runtime.tuning(matrix.format);
       args.scratch = runtime.product_scratch(worker);
       args.repeats_x = repeats_x && expert.first().format == expert.up.format && own.up_is_as_gate;
-      table.matmul[int(matrix.format)](args);
-      add_pairs(table, runs, &matrix == &expert.up ? kUp : kGate, a, args);
+      multiply(table, runs, &matrix == &expert.up ? kUp : kGate, a, args);
     };
     const bool reads_on = a == dispatch.starts[index];  // later tokens find the weights in the cache
     if (expert.gate)
-      multiply(*expert.gate, own.gate, gate, reads_on ? rows_at(expert.up, row) : nullptr, is_next);
-    multiply(expert.up, own.up, up, reads_on ? rows_after(first_of, index, row + rows) : nullptr,
-             expert.gate || is_next);
+      run_product(*expert.gate, own.gate, gate, reads_on ? rows_at(expert.up, row) : nullptr, is_next);
+    run_product(expert.up, own.up, up, reads_on ? rows_after(first_of, index, row + rows) : nullptr,
+                expert.gate || is_next);
     // Quantise activations while they are still in the cache; float32 activations are kept as they are, and
     // so are those that are quantised in another order, or that pairs read.
     const bool becomes_quants = is_quantized(expert.down.format) && !own.down;
@@ -412,8 +419,7 @@ void run_experts(Runtime& runtime, std::span<const ExpertView> experts, const Ac
     args.next_weights = rows_after(down_of, index, args.row_end);
     args.tuning = runtime.tuning(down.format);
     args.scratch = runtime.product_scratch(worker);
-    table.matmul[int(down.format)](args);
-    add_pairs(table, runs, kDown, a, args);
+    multiply(table, runs, kDown, a, args);
     if (const float* bias = experts[index].bias.down) add_bias(args, bias);
   };
   const int64_t hidden_blocks = round_up(hidden, kHiddenBlock) / kHiddenBlock;
