@@ -28,7 +28,7 @@ Tell = Callable[[int, float, float], None]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Losses are in nats per learned token; None: no row was held out."""
+    """Losses are in nats per learned token; None: no row was held out. `seconds` are those of the steps."""
 
     held_out_before: float | None
     held_out_after: float | None
@@ -60,8 +60,8 @@ def train(
     Raises:
         ArgosyError: a loss is not a finite number.
     """
-    started = time.monotonic()
     before = mean_loss(model, held_out)
+    started = time.monotonic()
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
@@ -81,7 +81,8 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         tell(step, value, time.monotonic() - started)
-    return Outcome(before, mean_loss(model, held_out), time.monotonic() - started)
+    seconds = time.monotonic() - started
+    return Outcome(before, mean_loss(model, held_out), seconds)
 
 
 def mean_loss(model: Mixture, examples: Sequence[Example]) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -170,6 +171,8 @@ def checked_mixture(
     Raises:
         ArgosyError: their logits differ.
     """
+    # Threads of OpenMP that wait spin: on a busy machine they would take a step's time from each other.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import torch
 
     from argosy.adapters.making.checking import divergence
