@@ -108,6 +108,7 @@ class AdapterFiles:
     digest: 32 bytes that identify all of this and its scales, but not the user's factor.
     invocation_tokens: the adapter is active from their last appearance in the prompt on; empty: always (activated
         LoRA, arXiv:2504.12397).
+    notes: sentences for the user.
     """
 
     path: Path
@@ -119,6 +120,7 @@ class AdapterFiles:
     experts: Mapping[int, ExpertPart] = field(default_factory=dict)
     read_expert: Callable[[int, int], bytes] | None = None
     invocation_tokens: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,51 @@
+"""Open an adapter, whatever program wrote it.
+
+    directory or file + the base model's files  ->  open_adapter  ->  AdapterFiles
+
+Elsewhere: `peft.py` reads PEFT's directories.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from argosy.adapters.files import AdapterFiles
+from argosy.adapters.pairs import ExpertOrder
+from argosy.adapters.peft import CONFIG_FILE, WEIGHTS_FILE, open_peft
+from argosy.checkpoint.files import ModelFiles
+from argosy.errors import CheckpointError, UnsupportedModel
+
+_PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+
+
+def open_adapter(
+    path: str | Path, files: ModelFiles, *, columns: ExpertOrder = "expert_fastest"
+) -> AdapterFiles:
+    """Read an adapter for a model, and prove that it fits.
+
+    Args:
+        path: a directory that PEFT has written.
+        files: the base model's, in any form.
+        columns: how the columns of pairs of fused experts follow each other; `expert_slowest` for adapters made by
+            Unsloth before 2026-09-17.
+
+    Raises:
+        CheckpointError: the adapter is missing, damaged or incomplete, or was trained for another base.
+        UnsupportedModel: it asks for something that is not supported; names the tensor or key.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist", path=path)
+    if path.is_dir() and (path / CONFIG_FILE).exists():
+        if (path / WEIGHTS_FILE).exists():
+            return open_peft(path, files, columns)
+        for name in _PICKLES:
+            if (path / name).exists():
+                raise UnsupportedModel(
+                    f"{path / name} is a pickle, which could run any program; supported: {WEIGHTS_FILE}",
+                    hint="save it with `model.save_pretrained(DIR, safe_serialization=True)`",
+                    path=path / name,
+                )
+    raise CheckpointError(
+        f"{path} holds no adapter: looked for {CONFIG_FILE} and {WEIGHTS_FILE} in a directory", path=path
+    )
