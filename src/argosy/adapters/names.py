@@ -4,7 +4,7 @@
     `model.layers.3.mlp.experts.17.up_proj`           ->  up of expert 17 in layer 3
 
 The names come from the layouts of the model's family, which read checkpoints: a module's name is its weight's name
-without `.weight`. `_RENAMED` has the modules that transformers 5 names otherwise. If the model's matrices hold the rows
+without `.weight`. `_SPELT` has the modules that transformers 5 names otherwise. If the model's matrices hold the rows
 of a module in another order, or several matrices share them, a `Part` says where each row is.
 
 Elsewhere: `model/reading/layout.py` has the layouts; `targets.py` the matrices that may change.
@@ -153,9 +153,10 @@ class ModuleNames:
         if layer in self._config.moe_layers:
             for name, fused in self._fused(layer):
                 found.setdefault(name, fused)
-        for pattern, name in _RENAMED.get(self._config.family, ()):
-            if name in found:
-                found.setdefault(pattern, found[name])
+        for name, spelt in _SPELT:
+            lasts = spelt.split("+")
+            if all(last in wholes for last in lasts):
+                found.setdefault(name, _joined([wholes[last] for last in lasts]))
         return found
 
     def _expert(self, layer: int, expert: int | None, *matrices: int, has_turns: bool = False) -> Expert:
@@ -207,6 +208,7 @@ class ModuleNames:
                 yield layout.mxfp4_names[0].rpartition(".")[0], fused
             elif layout.expert_names is not None:
                 yield layout.expert_names[0].partition(".{expert}")[0], fused
+        yield "mlp.experts", fused
 
     def _single_expert(self, layer: int, local: str) -> Expert | None:
         for layout in self._layouts if layer in self._config.moe_layers else ():
@@ -247,6 +249,8 @@ def _wholes(config: ModelConfig, layer: int, shapes: Mapping[str, tuple[int, int
 
 def _joined(modules: Sequence[Dense]) -> Dense:
     """Return the module that has the rows of several one after another."""
+    if len(modules) == 1:
+        return modules[0]
     parts, first = [], 0
     for module in modules:
         for part in module.parts:
@@ -321,5 +325,46 @@ def _delta_rows(delta: DeltaConfig, prefix: str, wholes: Mapping[str, Dense]) ->
     return found
 
 
-# Modules of transformers 5 whose names differ from those of the files, by family: its name, theirs.
-_RENAMED: Mapping[str, tuple[tuple[str, str], ...]] = {}
+# Names of modules in transformers 5 that files of some families spell otherwise, and the matrices that they stand for,
+# by the last parts of their names; the first whose matrices a layer has counts.
+_SPELT: tuple[tuple[str, str], ...] = (
+    ("self_attn.q_proj", "q"),
+    ("self_attn.q_proj", "kda_q"),
+    ("self_attn.k_proj", "k"),
+    ("self_attn.k_proj", "kda_k"),
+    ("self_attn.v_proj", "v"),
+    ("self_attn.v_proj", "kda_v"),
+    ("self_attn.o_proj", "kda_out"),
+    ("self_attn.o_proj", "o"),
+    ("self_attn.b_proj", "kda_beta"),
+    ("self_attn.g_proj", "kda_gate"),
+    ("self_attn.g_proj", "attn_gate"),
+    ("self_attn.gate_proj", "attn_gate"),
+    ("self_attn.forget_gate.f_proj", "kda_decay"),
+    ("self_attn.forget_gate.f_a_proj", "kda_decay_down"),
+    ("self_attn.forget_gate.f_b_proj", "kda_decay"),
+    ("self_attn.q_a_proj", "q_down"),
+    ("self_attn.q_b_proj", "q_up"),
+    ("self_attn.kv_a_proj_with_mqa", "kv_down"),
+    ("self_attn.kv_b_proj", "kv_up"),
+    ("self_attn.kv_proj", "kv"),
+    ("self_attn.o_b_proj", "o"),
+    ("self_attn.compressor.kv_proj", "pool_vectors"),
+    ("self_attn.compressor.gate_proj", "pool_gates"),
+    ("self_attn.compressor.indexer.kv_proj", "index_pool_vectors"),
+    ("self_attn.compressor.indexer.gate_proj", "index_pool_gates"),
+    ("self_attn.compressor.indexer.q_b_proj", "index_q"),
+    ("self_attn.compressor.indexer.scorer.weights_proj", "index_weights"),
+    ("self_attn.indexer.q_proj", "index_q"),
+    ("self_attn.indexer.k_proj", "index_k"),
+    ("linear_attn.in_proj_qkv", "delta_qkv"),
+    ("linear_attn.in_proj_z", "delta_z"),
+    ("linear_attn.in_proj_b", "delta_b"),
+    ("linear_attn.in_proj_a", "delta_a"),
+    ("mlp.gate", "router"),
+    ("mlp.gate_up_proj", "gate+up"),
+    ("mlp.shared_experts.gate_up_proj", "shared_gate+shared_up"),
+    ("mlp.shared_experts.gate_proj", "shared_gate"),
+    ("mlp.shared_experts.up_proj", "shared_up"),
+    ("mlp.shared_experts.down_proj", "shared_down"),
+)
