@@ -46,6 +46,7 @@ MAY_IMPORT = {
         "prompt",
         "model",
         "kept",
+        "adapters",
         "budget",
         "_native",
     },

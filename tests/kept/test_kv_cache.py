@@ -109,7 +109,7 @@ def test_keys_depend_on_the_tenant_the_model_and_the_secret() -> None:
         def tokens_from(self, start: int, count: int) -> list[int]:
             return list(range(start, start + count))
 
-        def media_from(self, start: int, count: int) -> bytes:
+        def marks_from(self, start: int, count: int) -> bytes:
             return b""
 
     def keys(secret: int, identity: int, tenant: str) -> list[bytes]:

@@ -274,7 +274,7 @@ def _key_value_rows(latent: LatentConfig, prefix: str) -> Dense:
 
 
 def _delta_rows(delta: DeltaConfig, prefix: str, wholes: Mapping[str, Dense]) -> dict[str, Dense]:
-    """Rows and columns of a gated delta net, if the model's files have regrouped them (`qwen_delta_gguf.py`).
+    """Rows and columns of a gated delta net as files regroup them (`model/families/recurrent/qwen_delta_gguf.py`).
 
     Modules have value heads in the order of their key heads, and `in_proj_qkvz` and `in_proj_ba` have all rows of a key
     head together.

@@ -6,7 +6,7 @@ Dense pairs are copied. Those of experts stay in the file until `read_expert`. W
 experts side by side (PEFT's `target_parameters`), one layer's are kept in memory, because all of its bytes must be read
 for any expert: 2 * rank * experts * (2 * width + hidden) bytes in 16-bit formats.
 
-Elsewhere: `names.py` finds modules; `peft.py`, `gguf.py` and `mlx.py` are the readers.
+Elsewhere: `names.py` finds modules; `peft.py` reads.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ the expert slowest, and B [out, r * E], the expert fastest; a second parameter o
 `.base_layer`.
 Keys of the config that change the mathematics and are not listed here are refused.
 
-Sources: `tuners/lora` and `utils/save_and_load.py` of peft 0.18 to 0.21.2.
+Sources: `tuners/lora` and `utils.save_and_load` of peft 0.18 to 0.21.2.
 """
 
 from __future__ import annotations

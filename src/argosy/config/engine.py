@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, TypedDict, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict, get_args
 
 from argosy.config.claims import Claim
 from argosy.config.option import Further, Option
@@ -51,6 +51,14 @@ class Tuning(NamedTuple):
     few_ask_ahead: AskAhead
     two_panels_from: int
     amx_from: int
+
+
+class WantedAdapter(NamedTuple):
+    """An adapter to load. `factor` multiplies its scale; with 0 it has no effect."""
+
+    name: str
+    path: Path
+    factor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +111,7 @@ class EngineOptions(TypedDict, total=False):
     kv_dir: a path, or a `KvDir` with its bounds.
     watermark: the file with the watermark's key, from `argosy watermark key`.
     sampling: fields of `config.CHOOSING`, such as `temperature`, that override the checkpoint's.
+    loras: adapters by name, each a path or (path, factor); or the texts of `--lora` (`adapters/wanted.py`).
     mmproj: the file with the vision tower of a GGUF model; None: the only such file in its directory, if there is one.
     speculate: `auto` is `mtp` if the checkpoint has a layer for it, otherwise `lookup`.
     """
@@ -163,6 +172,9 @@ class EngineOptions(TypedDict, total=False):
     speculate: Annotated[
         Speculate | Literal["auto"], Further("--speculate", "Propose tokens ahead while it pays; same text.")
     ]
+    loras: Annotated[
+        Mapping[str, Any], Option("--lora NAME=PATH", "Adapter for requests to name; PATH:0.5 halves it.")
+    ]
     draft_tokens: int
     readers: int
     look_ahead: bool
@@ -182,7 +194,7 @@ class EngineOptions(TypedDict, total=False):
 
 # Where they apply. Commands that need fewer name them.
 SIZING = ("memory", "threads", "context", "kv_dtype", "instruction_set")  # any engine that answers text
-RUNNING = (*SIZING, "media", "image_tokens", "video_tokens", "mmproj", "ears", "speculate", "tune")
+RUNNING = (*SIZING, "media", "image_tokens", "video_tokens", "mmproj", "ears", "loras", "speculate", "tune")
 
 
 # The least and the most of each; None: no limit but the memory.
@@ -230,6 +242,7 @@ class EngineConfig(Strict):
     prefix_reuse: bool = True  # reuse the keys and values of an already computed prefix
     kv_dir: KvDir | None = None  # keep those keys and values here across restarts
     watermark: Path | None = None  # the file with the key of a watermark in sampled text; None: no watermark
+    loras: tuple[WantedAdapter, ...] = ()  # adapters that requests may name
     grammars: bool = False  # support grammar-constrained answers; takes memory for the vocabulary
     # Memory of other parts of the process: a server, a recorder of routing, a group.
     claims: tuple[Claim, ...] = ()

@@ -53,30 +53,39 @@ class BlockingCalls(ABC):
         self.close()
 
     def submit(
-        self, prompt: PromptLike, params: SamplingParams | None = None, *, tenant: str = ""
+        self,
+        prompt: PromptLike,
+        params: SamplingParams | None = None,
+        *,
+        tenant: str = "",
+        adapter: str | None = None,
     ) -> EngineSequence:
         """Queue a prompt. Its events collect in `.events` as `step` is called.
 
         Args:
             tenant: the request's owner. Tenants get equal shares of the engine and never share prefixes.
+            adapter: the name of one of `Engine.adapters`; None: the model answers without one.
 
         Raises:
             PromptTooLong: the prompt leaves no room for an answer.
             Overloaded: too many sequences are already waiting.
-            UsageError: `PromptBuilder.build` refuses the prompt, or this model cannot honour the parameters.
+            UsageError: `PromptBuilder.build` refuses the prompt, this model cannot honour the parameters, or there is
+                no such adapter.
         """
-        sequences = self.requests.prepare(prompt, params, tenant=tenant)
+        sequences = self.requests.prepare(prompt, params, tenant=tenant, adapter=adapter)
         self.enqueue(sequences)
         return sequences[0]
 
-    def stream(self, prompt: PromptLike, params: SamplingParams | None = None) -> Iterator[TokenEvent]:
+    def stream(
+        self, prompt: PromptLike, params: SamplingParams | None = None, *, adapter: str | None = None
+    ) -> Iterator[TokenEvent]:
         """Yield the events of one answer as they arrive; the last has the result. Closing the iterator cancels the
         answer.
 
         Raises:
             ArgosyError: the answer cannot be finished, because a read failed or its grammar cannot be followed.
         """
-        (sequence,) = self.requests.prepare(prompt, params)
+        (sequence,) = self.requests.prepare(prompt, params, adapter=adapter)
         try:
             self.enqueue([sequence])
             while sequence.events or sequence.result is None:
@@ -88,18 +97,28 @@ class BlockingCalls(ABC):
         finally:
             self.cancel(sequence)
 
-    def generate(self, prompt: PromptLike, params: SamplingParams | None = None) -> Result:
+    def generate(
+        self, prompt: PromptLike, params: SamplingParams | None = None, *, adapter: str | None = None
+    ) -> Result:
         """Return one whole answer. Raises what `stream` raises."""
-        return self.generate_batch([prompt], params)[0]
+        return self.generate_batch([prompt], params, adapter=adapter)[0]
 
     def generate_batch(
         self,
         prompts: Sequence[PromptLike],
         params: SamplingParams | Sequence[SamplingParams | None] | None = None,
+        *,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[Result]:
-        """Answer several prompts together, each as it would be alone. Raises what `stream` raises."""
+        """Answer several prompts together, each as it would be alone; lists have parameters and adapters of each.
+        Raises what `stream` raises.
+        """
         each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else params
-        prepared = [self.requests.prepare(prompt, own) for prompt, own in zip(prompts, each, strict=True)]
+        names = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else adapter
+        prepared = [
+            self.requests.prepare(prompt, own, adapter=name)
+            for prompt, own, name in zip(prompts, each, names, strict=True)
+        ]
         return self._finish_all([one for sequences in prepared for one in sequences])
 
     def embed(
@@ -108,6 +127,7 @@ class BlockingCalls(ABC):
         *,
         pooling: Pooling | None = None,
         dimensions: int | None = None,
+        adapter: str | None = None,
     ) -> NDArray[np.float32]:
         """Return the embeddings of texts, or of lists of token ids: float32 [texts, dimensions], each of length 1.
 
@@ -126,7 +146,9 @@ class BlockingCalls(ABC):
         vectors = []
         for start in range(0, len(texts), _EMBEDDED_AT_ONCE):
             some = texts[start : start + _EMBEDDED_AT_ONCE]
-            prepared = [self.requests.prepare_embedding(text, pooling=pooling) for text in some]
+            prepared = [
+                self.requests.prepare_embedding(text, pooling=pooling, adapter=adapter) for text in some
+            ]
             for result in self._finish_all(prepared):
                 assert result.embedding is not None
                 vectors.append(
@@ -134,7 +156,7 @@ class BlockingCalls(ABC):
                 )
         return np.array(vectors, np.float32)
 
-    def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+    def logits(self, token_ids: Sequence[int], *, adapter: str | None = None) -> NDArray[np.float32]:
         """Return next-token logits at every position: float32 [tokens, vocab_size]. Needs no tokenizer.
 
         The array is not part of the memory plan; `read_logits` passes the same rows a few at a time, within the plan.
@@ -144,10 +166,16 @@ class BlockingCalls(ABC):
         def keep(first: int, rows: NDArray[np.float32]) -> None:
             out[first : first + len(rows)] = rows
 
-        self.read_logits(token_ids, keep)
+        self.read_logits(token_ids, keep, adapter=adapter)
         return out
 
-    def read_logits(self, token_ids: Sequence[int], take: Callable[[int, NDArray[np.float32]], None]) -> None:
+    def read_logits(
+        self,
+        token_ids: Sequence[int],
+        take: Callable[[int, NDArray[np.float32]], None],
+        *,
+        adapter: str | None = None,
+    ) -> None:
         """Call `take` with the next-token logits of all positions, in order, a few at a time.
 
         Args:
@@ -157,7 +185,7 @@ class BlockingCalls(ABC):
         Raises:
             UsageError: the engine has other sequences.
         """
-        (sequence,) = self.requests.prepare(list(token_ids), SamplingParams(max_tokens=1))
+        (sequence,) = self.requests.prepare(list(token_ids), SamplingParams(max_tokens=1), adapter=adapter)
         sequence.pool = LogitsReader(len(token_ids), take)
         with (
             self._lock

@@ -13,6 +13,8 @@ runs an engine in its own thread.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +48,9 @@ from argosy.experts.runner import ExpertGroup
 from argosy.model.decoder import RouteObserver
 from argosy.model.step import Step
 from argosy.model.work import work_of
+
+if TYPE_CHECKING:
+    from argosy.adapters.registry import AdapterFacts
 
 
 class Engine(BlockingCalls):
@@ -122,6 +127,12 @@ class Engine(BlockingCalls):
         )
         self._sequences: list[EngineSequence] = []
         self.watch = Watch(started, self._scheduler, self._sequences)
+        try:
+            for one in config.loras:
+                self.load_adapter(*one)
+        except BaseException:
+            self.close()
+            raise
 
     def step(self) -> list[TokenEvent]:
         """Prefill a chunk, decode a token or confirm proposed ones, for every sequence in the next step.
@@ -219,6 +230,8 @@ class Engine(BlockingCalls):
         self._scheduler.remove(sequence)
         result = self._answers.result(sequence, reason, error)
         self._sequences.remove(sequence)
+        if self.requests.adapters is not None:
+            self.requests.adapters.settle()
         return result
 
     def _cancel_all(self) -> None:
@@ -230,6 +243,8 @@ class Engine(BlockingCalls):
             if sequence.result is None:
                 self._answers.result(sequence, "cancelled")
         self._sequences.clear()
+        if self.requests.adapters is not None:
+            self.requests.adapters.settle()
 
     # ── requests ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -285,6 +300,35 @@ class Engine(BlockingCalls):
     def forget_others(self, tenants: Collection[str]) -> None:
         """Forget everything that earlier processes kept in `kv_dir` for tenants not listed."""
         self._started.cache.forget_others(tenants)
+
+    # ── adapters ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def adapters(self) -> tuple[AdapterFacts, ...]:
+        """Return the adapters that requests may name."""
+        return () if self.requests.adapters is None else self.requests.adapters.facts()
+
+    def load_adapter(self, name: str, path: str | Path, factor: float = 1.0) -> AdapterFacts:
+        """Read an adapter, which requests may then name, while they go on; `factor` multiplies its scale. See
+        `Adapters.load`, also for errors.
+        """
+        from argosy.adapters.registry import Adapters  # few engines need it
+
+        with self._lock:
+            self._started.require_open()
+            if self.requests.adapters is None:
+                self.requests.adapters = Adapters(self._started, self.files, self._sequences)
+        return self.requests.adapters.load(name, path, factor)
+
+    def drop_adapter(self, name: str) -> None:
+        """Let no more requests name an adapter; those that have begun end with it.
+
+        Raises:
+            UsageError: there is no such adapter.
+        """
+        if self.requests.adapters is None:
+            raise UsageError(f"unknown adapter {name[:80]!a}: this engine has none")
+        self.requests.adapters.drop(name)
 
     # ── memory, experts and facts ───────────────────────────────────────────────────────────────────────────────
 

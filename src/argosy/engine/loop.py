@@ -170,6 +170,7 @@ class EngineLoop:
         num_answers: int = 1,
         tenant: str = "",
         name: str = "",
+        adapter: str | None = None,
     ) -> Request:
         """Check a request and queue it, without waiting for a step.
 
@@ -181,7 +182,9 @@ class EngineLoop:
             Revoked: the tenant was revoked.
             ArgosyError: what `Requests.prepare` raises.
         """
-        sequences = self._engine.requests.prepare(prompt, params, num_answers=num_answers, tenant=tenant)
+        sequences = self._engine.requests.prepare(
+            prompt, params, num_answers=num_answers, tenant=tenant, adapter=adapter
+        )
         return self._queue(Request(sequences, on_event, name), tenant)
 
     def submit_embedding(
@@ -191,12 +194,13 @@ class EngineLoop:
         *,
         tenant: str = "",
         name: str = "",
+        adapter: str | None = None,
     ) -> Request:
         """Check a text and queue it for its embedding, which arrives in `AnswerEnd.result`.
 
         Raises what `submit` and `Requests.prepare_embedding` raise.
         """
-        sequence = self._engine.requests.prepare_embedding(text, tenant=tenant)
+        sequence = self._engine.requests.prepare_embedding(text, tenant=tenant, adapter=adapter)
         return self._queue(Request([sequence], on_event, name), tenant)
 
     def _queue(self, request: Request, tenant: str) -> Request:

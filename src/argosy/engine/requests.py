@@ -23,6 +23,7 @@ from argosy.prompt.prompt import Prompt
 from argosy.prompt.stream_decoder import StreamDecoder
 
 if TYPE_CHECKING:
+    from argosy.adapters.registry import Adapters, AdapterUse
     from argosy.engine.grammar.constraint import Constraint
 
 PromptLike = str | Sequence[int] | Sequence[Message] | Sequence[Part] | Prompt
@@ -33,6 +34,7 @@ class Requests:
 
     Attributes:
         context_tokens: the room for a prompt and its answer; may change.
+        adapters: what a request may name; None: there was never any.
 
     Args:
         pooling: the pooling of embeddings if a request does not name one.
@@ -58,6 +60,7 @@ class Requests:
         self._watermark = watermark
         self._defaults = defaults
         self._numbers = itertools.count()
+        self.adapters: Adapters | None = None
 
     @property
     def pooling(self) -> Pooling:
@@ -77,15 +80,17 @@ class Requests:
         *,
         num_answers: int = 1,
         tenant: str = "",
+        adapter: str | None = None,
     ) -> list[EngineSequence]:
-        """Check a request and make one sequence per answer.
+        """Check a request and make one sequence per answer, which the model with `adapter` computes.
 
         The first answer computes the prompt, and the others continue from there. Each has its own seed, derived from
         the request's.
 
         Raises:
             PromptTooLong: the prompt leaves no room for an answer.
-            UsageError: `PromptBuilder.build` refuses the prompt, or this model cannot honour the parameters.
+            UsageError: `PromptBuilder.build` refuses the prompt, this model cannot honour the parameters, or there is
+                no such adapter.
         """
         self._started.require_open()
         params = (params or SamplingParams()).fill_in(self._defaults)
@@ -98,7 +103,7 @@ class Requests:
         if len(prompt_ids) + least > available:
             raise PromptTooLong.of(len(prompt_ids), available, for_answer=least)
         self._require_possible(params)
-        left = available - len(prompt_ids)
+        left, use = available - len(prompt_ids), self._use(adapter, prompt_ids)
         sequences: list[EngineSequence] = []
         for number in range(num_answers):
             seed = params.seed if not sequences else derived_seed(sequences[0].sampler_state.seed, number)
@@ -115,6 +120,7 @@ class Requests:
                 spans=self._spans(built, params),
             )
             sequence.started_at = started_at
+            sequence.adapter = use
             sequence.resume(prompt_ids[len(prompt_ids) - built.num_answered :])
             if sequences:
                 sequence.leader = sequences[0]
@@ -123,7 +129,12 @@ class Requests:
         return sequences
 
     def prepare_embedding(
-        self, text: str | Sequence[int], *, pooling: Pooling | None = None, tenant: str = ""
+        self,
+        text: str | Sequence[int],
+        *,
+        pooling: Pooling | None = None,
+        tenant: str = "",
+        adapter: str | None = None,
     ) -> EngineSequence:
         """Check a text and make the sequence that computes its embedding.
 
@@ -134,7 +145,7 @@ class Requests:
         Raises:
             PromptTooLong: the text is longer than the context.
             UnsupportedModel: the checkpoint declares a pooling that is not supported.
-            UsageError: the text is empty, or the model cannot process it.
+            UsageError: the text is empty, the model cannot process it, or there is no such adapter.
         """
         self._started.require_open()
         pooling = pooling or self.pooling
@@ -152,6 +163,7 @@ class Requests:
             tenant=tenant,
         )
         sequence.pool = Pool(pooling, len(prompt_ids))
+        sequence.adapter = self._use(adapter, prompt_ids)
         sequence.started_at = started_at
         return sequence
 
@@ -174,13 +186,23 @@ class Requests:
             num_axes=self._model.num_axes,
         )
 
+    def _use(self, adapter: str | None, prompt_ids: Sequence[int]) -> AdapterUse | None:
+        if adapter is None:
+            return None
+        if self.adapters is None:
+            raise UsageError(f"unknown adapter {adapter[:80]!a}: this engine has none")
+        return self.adapters.use(adapter, prompt_ids)
+
     def require_room(self, sequences: Sequence[EngineSequence]) -> None:
-        """Check sequences once more when they are queued: the context may have shrunk since they were created.
+        """Check sequences once more when they are queued: the context may have shrunk since they were created, and
+        their adapter may be gone.
 
         Raises:
-            PromptTooLong: one of them does not fit.
+            PromptTooLong: one of them does not fit.   UsageError: the adapter was dropped.
         """
         for one in sequences:
+            if one.adapter is not None and self.adapters is not None:
+                self.adapters.require(one.adapter)
             if len(one.prompt_ids) + one.max_new_tokens > self.context_tokens:
                 raise PromptTooLong.of(
                     len(one.prompt_ids), self.context_tokens, for_answer=one.max_new_tokens

@@ -24,6 +24,7 @@ from argosy.prompt.stop import StopStrings
 from argosy.prompt.stream_decoder import StreamDecoder
 
 if TYPE_CHECKING:
+    from argosy.adapters.registry import AdapterUse
     from argosy.engine.grammar.constraint import Constraint
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -120,6 +121,7 @@ class Sequence:
         self.tenant = tenant
         self.max_new_tokens = max_new_tokens
         self.spans = spans
+        self.adapter: AdapterUse | None = None  # None: the model answers without one
         # Reads hidden states or logits of the prompt; there is then no answer.
         self.pool: Pool | LogitsReader | None = None
         self.leader: Sequence | None = None  # the sequence that computes the same prompt for both
@@ -200,9 +202,10 @@ class Sequence:
             return self.new_ids[start - prompt : end - prompt]
         return self.prompt_ids[start:end] + self.new_ids[: max(0, end - prompt)]
 
-    def media_from(self, start: int, count: int) -> bytes:
-        """Return a digest of the media at positions start to start + count; empty for text."""
-        return b"" if self.spans is None else self.spans.mark(start, count)
+    def marks_from(self, start: int, count: int) -> bytes:
+        """Return digests of what else positions start to start + count were computed from: media, and the adapter."""
+        media = b"" if self.spans is None else self.spans.mark(start, count)
+        return media if self.adapter is None else media + self.adapter.mark(start, count)
 
     def resume(self, token_ids: Iterable[int]) -> None:
         """Replay the beginning of the answer, which the end of the prompt contains: it affects later tokens, but is

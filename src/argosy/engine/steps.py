@@ -63,6 +63,7 @@ class _Decoding:
     block_table: NDArray[np.int32]
     state_slots: NDArray[np.int32] | None
     shifts: NDArray[np.float32] | None  # shifts of rotary positions; None: no sequence has media
+    adapters: NDArray[np.int32] | None  # as `Step.adapters`
 
     @classmethod
     def of(cls, sequences: list[Sequence]) -> _Decoding:
@@ -75,6 +76,7 @@ class _Decoding:
             _block_table(sequences, spare=_SPARE_COLUMNS),
             _states_of(sequences),
             _shifts(sequences),
+            _adapters(sequences, [np.array([s.num_computed], np.int32) for s in sequences]),
         )
 
 
@@ -139,6 +141,7 @@ class StepBuilder:
             else np.tile((order + same.shifts).astype(np.float32), (self._num_axes, 1)),
             window_blocks=None if self._windows is None else self._windows.of_block,
             earlier_ids=self._earlier_ids(same.sequences),
+            adapters=same.adapters,
         )
         return Scheduled(step, same.sequences, None, same.sequences, {})
 
@@ -179,6 +182,7 @@ class StepBuilder:
             window_blocks=None if self._windows is None else self._windows.of_block,
             earlier_ids=self._earlier_ids(sequences),
             to_end=_to_end(sequences, orders),
+            adapters=_adapters(sequences, orders),
         )
         if any(sequence.spans is not None for sequence in sequences):
             step = self._with_media(step, sequences, counts)
@@ -260,6 +264,19 @@ def _to_end(sequences: list[Sequence], orders: list[NDArray[np.int32]]) -> NDArr
         ]
     )
     return distances if distances.any() else None
+
+
+def _adapters(sequences: list[Sequence], orders: list[NDArray[np.int32]]) -> NDArray[np.int32] | None:
+    """Return int32 [tokens], the number of each token's adapter, or -1; None: no token has one."""
+    if all(sequence.adapter is None for sequence in sequences):
+        return None
+    numbers = np.concatenate(
+        [
+            np.full_like(order, -1) if use is None else np.where(order < use.first, -1, use.number)
+            for use, order in zip((one.adapter for one in sequences), orders, strict=True)
+        ]
+    ).astype(np.int32)
+    return numbers if (numbers >= 0).any() else None
 
 
 def _shifts(sequences: Iterable[Sequence]) -> NDArray[np.float32] | None:

@@ -1,7 +1,7 @@
 """Name the full KV blocks of a sequence by everything that they were computed from.
 
 Each block's key is a keyed hash of the previous key and of the block's own content: token ids, and digests of the
-media at placeholders. So equal keys mean equal prefixes.
+media at placeholders and of the adapter, from its first position on. So equal keys mean equal prefixes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class HasContent(Protocol):
 
     def tokens_from(self, start: int, count: int) -> list[int]: ...
 
-    def media_from(self, start: int, count: int) -> bytes: ...
+    def marks_from(self, start: int, count: int) -> bytes: ...
 
 
 class Chain:
@@ -38,7 +38,7 @@ class Chain:
         if known < count:
             ids = np.array(sequence.tokens_from(known * size, (count - known) * size), np.int32)
             for number, own in enumerate(ids.reshape(-1, size), start=known):
-                tokens = own.tobytes() + sequence.media_from(number * size, size)
+                tokens = own.tobytes() + sequence.marks_from(number * size, size)
                 key = blake3(self._last + tokens, key=self._key).digest()
                 self._contents.append(BlockContent(key, self._last, tokens, self._tenant))
                 self._last = key
