@@ -42,6 +42,7 @@ from tests.models.tiny import RawConfig, prompt_ids, write_model
 SCALE = 0.5  # alpha over rank of adapters as transformers 4 wrote them
 GAIN = 0.7  # the size of a pair's product next to that of its input
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+NOT_ROUTED = r"^(?!.*(\.experts\.|\.gate\.)).*$"  # names of tensors of all but routed experts and routers
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 
 
@@ -268,10 +269,14 @@ def write_references() -> None:
     for case in (fused, transposed):
         place = ADAPTERS / case.name
         keep(make(case, place, first_seed=1, base=DIRECTORY / case.name), place)
-    base = DIRECTORY / "deepseek_v3_plain"
-    place = ADAPTERS / base.name
-    config = json.loads((base / "config.json").read_text())
-    keep(make_unfused(config, place, first_seed=1, rank=2, stored="BF16", base=base), place)
+    # Every expert; and everything that is not routed.
+    for name, targets in (("deepseek_v3_plain", ""), ("glm4_moe_plain", NOT_ROUTED)):
+        base, place = DIRECTORY / name, ADAPTERS / name
+        config = json.loads((base / "config.json").read_text())
+        keep(
+            make_unfused(config, place, first_seed=1, rank=2, stored="BF16", base=base, targets=targets),
+            place,
+        )
 
 
 def keep(made: Made, place: Path) -> None:
