@@ -11,7 +11,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-_OF_MLX = "test_mlx.py"
+_OF_MLX = "test_mlx*.py"
 _OTHERS = "test_[!m]*.py", "test_m[!l]*.py"
 
 

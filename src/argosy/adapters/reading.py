@@ -2,7 +2,7 @@
 
     directory or file + the base model's files  ->  open_adapter  ->  AdapterFiles
 
-Elsewhere: `peft.py` reads PEFT's directories.
+Elsewhere: `peft.py` reads PEFT's directories, `mlx.py` those of mlx-lm.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from argosy.adapters.files import AdapterFiles
+from argosy.adapters.mlx import WEIGHTS_FILE as MLX_WEIGHTS_FILE
+from argosy.adapters.mlx import open_mlx
 from argosy.adapters.pairs import ExpertOrder
 from argosy.adapters.peft import CONFIG_FILE, WEIGHTS_FILE, open_peft
 from argosy.checkpoint.files import ModelFiles
@@ -24,7 +26,7 @@ def open_adapter(
     """Read an adapter for a model, and prove that it fits.
 
     Args:
-        path: a directory that PEFT has written.
+        path: a directory that PEFT or mlx-lm has written.
         files: the base model's, in any form.
         columns: how the columns of pairs of fused experts follow each other; `expert_slowest` for adapters made by
             Unsloth before 2026-09-17.
@@ -39,6 +41,8 @@ def open_adapter(
     if path.is_dir() and (path / CONFIG_FILE).exists():
         if (path / WEIGHTS_FILE).exists():
             return open_peft(path, files, columns)
+        if (path / MLX_WEIGHTS_FILE).exists():
+            return open_mlx(path, files)
         for name in _PICKLES:
             if (path / name).exists():
                 raise UnsupportedModel(
@@ -47,5 +51,6 @@ def open_adapter(
                     path=path / name,
                 )
     raise CheckpointError(
-        f"{path} holds no adapter: looked for {CONFIG_FILE} and {WEIGHTS_FILE} in a directory", path=path
+        f"{path} holds no adapter: looked for {CONFIG_FILE} and {WEIGHTS_FILE} or {MLX_WEIGHTS_FILE} in a directory",
+        path=path,
     )
