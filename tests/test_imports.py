@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "prompt": {"media", "checkpoint"},
     "model": {"media", "checkpoint", "experts", "prompt", "_native"},
     "kept": {"_native"},
-    "adapters": {"checkpoint", "model", "prompt", "_native"},
+    "adapters": {"machine", "checkpoint", "experts", "model", "prompt", "_native"},
     "budget": {"machine", "media", "checkpoint", "experts", "prompt", "model", "kept", "_native"},
     "demo": {"checkpoint", "model"},
     "library": {"machine", "checkpoint", "model"},

@@ -3,6 +3,7 @@
 #include "ops/cached_experts.h"
 
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
@@ -82,15 +83,15 @@ void require_open(const CachedExperts& experts) {
   if (!experts.is_open()) refuse("no lease is open");
 }
 
-void open_lease(CachedExperts& experts, int64_t layer, std::vector<int32_t> asked,
-                std::vector<int32_t> scan) {
+void open_lease(CachedExperts& experts, int64_t layer, std::vector<int32_t> asked, std::vector<int32_t> scan,
+                const PartLease::Pairs& pairs) {
   require_range("layer", layer, 0, kMostExperts - 1);
   require_experts(asked);
   require_experts(scan);
   std::vector<int32_t> sorted = asked;
   std::sort(sorted.begin(), sorted.end());
   if (std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end()) refuse("an expert is named twice");
-  experts.open(layer, std::move(asked), std::move(scan));
+  experts.open(layer, std::move(asked), std::move(scan), pairs);
 }
 
 std::optional<std::vector<int32_t>> next_group(CachedExperts& experts) {
@@ -126,6 +127,29 @@ std::optional<std::tuple<Key, std::string, std::string>> failure_of(const Cached
   const CachedExperts::Failure& failure = *experts.failure();
   return std::tuple(Key(failure.key.layer, failure.key.expert), failure.message,
                     error_kind(failure.error).value_or(""));
+}
+
+using LayerOfParts = std::tuple<int64_t, int64_t, std::vector<uint32_t>>;  // begin, bytes, checksums
+
+void make_part_reads(PartReads* self, std::shared_ptr<Store> store, std::shared_ptr<Arena> arena, int file_id,
+                     int64_t stride, std::map<int64_t, LayerOfParts> layers) {
+  require_range("stride", stride, 1, int64_t{1} << 40);
+  std::map<int64_t, PartReads::Layer> parsed;
+  for (auto& [layer, sizes] : layers) {
+    auto& [begin, nbytes, checksums] = sizes;
+    require_range("a layer", layer, 0, kMostExperts - 1);
+    require_range("where the parts of a layer begin", begin, 0, int64_t{1} << 50);
+    if (int64_t(checksums.size()) > kMostExperts) refuse("there are too many checksums");
+    parsed[layer] = {begin, nbytes, std::move(checksums)};
+  }
+  new (self) PartReads(std::move(store), std::move(arena), file_id, stride, std::move(parsed));
+}
+
+void make_part_cache(PartCache* self, std::shared_ptr<ExpertReads> reads, std::shared_ptr<CachePolicy> policy,
+                     std::shared_ptr<ExpertAdapter> adapter, int64_t slot_bytes, int64_t num_parts) {
+  require_range("slot_bytes", slot_bytes, 1, int64_t{1} << 40);
+  require_range("num_parts", num_parts, 0, kMostSlots);
+  new (self) PartCache{std::move(reads), std::move(policy), slot_bytes, num_parts, std::move(adapter)};
 }
 
 void end_lease(CachedExperts& experts, bool is_whole) {
@@ -284,6 +308,26 @@ void bind_cached_experts(nb::module_& m) {
           },
           "store"_a, "arena"_a, "record_of"_a);
 
+  nb::class_<PartReads, ExpertReads>(m, "PartReads", R"(
+    Reads by a store of parts that lie in a file, those of a layer one after another.
+
+    Args:
+        stride: bytes from one part to the next.
+        layers: by layer, where its first part begins, the bytes of each, and the crc32c_wide of each.)")
+      .def("__init__", &make_part_reads, "store"_a, "arena"_a, "file_id"_a, nb::kw_only(), "stride"_a,
+           "layers"_a);
+
+  nb::class_<PartCache>(m, "PartCache", R"(
+    The parts of experts that one adapter brings, one per slot (native/ops/part_cache.h).
+
+    Args:
+        policy: decides which part gets which slot; slot i begins at byte i * slot_bytes. Its layers are those of the
+            adapter.
+        adapter: learns where parts lie.
+        num_parts: the parts of all experts.)")
+      .def("__init__", &make_part_cache, "reads"_a, "policy"_a, "adapter"_a, nb::kw_only(), "slot_bytes"_a,
+           "num_parts"_a);
+
   nb::class_<CachedExperts, LayerExperts>(m, "CachedExperts", R"(
     Leases of the experts of a layer; memory holds one expert per slot (native/ops/cached_experts.h).
 
@@ -299,17 +343,35 @@ void bind_cached_experts(nb::module_& m) {
         reads_all: while there is a slot for every expert, also read experts that no token chose.)")
       .def("__init__", &make_cached_experts, "reads"_a, "table"_a, nb::kw_only(), "kinds"_a, "keys"_a,
            "experts_per_token"_a, "look_ahead"_a, "reads_all"_a)
-      .def("open", &open_lease, "layer"_a, "experts"_a, "scan"_a, R"(
+      .def("open", &open_lease, "layer"_a, "experts"_a, "scan"_a, "pairs"_a = PartLease::Pairs(), R"(
         Open a lease of experts of a layer, each named once; a lease that is still open ends.
 
         Args:
-            scan: experts that only prompt tokens chose.)")
+            scan: experts that only prompt tokens chose.
+            pairs: (expert, adapter) of the tokens that chose them; others than those of `set_parts` count for nothing.)")
+      .def(
+          "open_for",
+          [](CachedExperts& experts, int64_t layer, const Dispatch& dispatch) {
+            require_range("layer", layer, 0, kMostExperts - 1);
+            experts.open(layer, dispatch);
+          },
+          "layer"_a, "dispatch"_a, "Open a lease of the experts of a dispatch, and of their parts.")
+      .def("set_parts", &CachedExperts::set_parts, "adapter"_a, "parts"_a.none(), R"(
+        From now on, experts of tokens with this adapter need these parts; None: no parts that are read.
+
+        A lease that is open ends.)")
       .def("group", &next_group, R"(
         The experts to compute next; empty: all are done. None: wait with `collect`, unless there is a `failure`.
 
         The weights of the previous group may move.)")
       .def("collect", &collect, "Wait until a read of the open lease has ended.")
       .def_prop_ro("failure", &failure_of, "The read of the open lease that failed: (expert, message, kind).")
+      .def_prop_ro(
+          "failed_adapter",
+          [](const CachedExperts& experts) {
+            return experts.is_open() && experts.failure() ? experts.failure()->adapter : -1;
+          },
+          "The adapter whose part could not be read; -1: it was the expert itself, or there is no failure.")
       .def("end", &end_lease, nb::kw_only(), "is_whole"_a, R"(
         End the open lease, if there is one. No read of it is in flight then.
 

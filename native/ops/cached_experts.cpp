@@ -53,7 +53,12 @@ const CachedExperts::Kind& CachedExperts::kind_of(int64_t layer) const {
 
 // ── leases ──
 
-void CachedExperts::open(int64_t layer, std::vector<int32_t> experts, std::vector<int32_t> scan) {
+void CachedExperts::open(int64_t layer, const Dispatch& dispatch) {
+  open(layer, dispatch.experts(), dispatch.scan(), parts_.pairs_of(layer, dispatch));
+}
+
+void CachedExperts::open(int64_t layer, std::vector<int32_t> experts, std::vector<int32_t> scan,
+                         const PartLease::Pairs& pairs) {
   if (lease_) close(false);
   kind_of(layer);
   lease_.emplace();
@@ -61,6 +66,7 @@ void CachedExperts::open(int64_t layer, std::vector<int32_t> experts, std::vecto
   std::sort(scan.begin(), scan.end());
   lease_->scan = std::move(scan);
   try {
+    parts_.open(layer, pairs, lease_->scan);
     find(std::move(experts));
     issue();
   } catch (...) {
@@ -120,9 +126,16 @@ void CachedExperts::find(std::vector<int32_t> asked) {
   counters_.decode_lookups += num_asked - num_scan;
   counters_.decode_hits += std::count_if(lease.hits.begin(), lease.hits.end(),
                                          [this](int32_t expert) { return !is_scan(expert); });
+  parts_.request(lease.hits);
+  std::erase_if(lease.hits, [&](int32_t expert) {
+    if (parts_.is_ready(expert)) return false;
+    lease.landed.push_back(expert);
+    std::erase(lease.held, expert);
+    return true;
+  });
 }
 
-// Starts reads of missing experts while there are slots, then reads of the hint.
+// Starts reads of missing experts and parts while there are slots, then reads of the hint.
 void CachedExperts::issue() {
   Lease& lease = *lease_;
   if (!lease.missing.empty()) {
@@ -140,7 +153,16 @@ void CachedExperts::issue() {
       for (size_t i = 0; i < tickets.size(); ++i) lease.in_flight.push_back({tickets[i], admitted[i].first});
     }
   }
+  request_parts();
   read_ahead();
+}
+
+void CachedExperts::request_parts() {
+  const Lease& lease = *lease_;
+  if (!parts_.request(lease.landed)) return;
+  std::vector<int32_t> experts;
+  for (const Ticket& ticket : lease.in_flight) experts.push_back(ticket.expert);
+  parts_.request(experts);
 }
 
 // Starts reads of (expert, slot) pairs that were just admitted.
@@ -171,13 +193,14 @@ CachedExperts::State CachedExperts::group() {
   if (!lease.landed.empty() || !lease.in_flight.empty() || !lease.missing.empty()) {
     give_back();
     issue();
-    if (!lease.landed.empty()) {
-      const auto count = int64_t(std::min(kMostInGroup, lease.landed.size()));
-      lease.handed.assign(lease.landed.begin(), lease.landed.begin() + count);
-      lease.landed.erase(lease.landed.begin(), lease.landed.begin() + count);
-      lease.held = lease.handed;
-      return State::group;
-    }
+    lease.handed.clear();
+    std::erase_if(lease.landed, [&](int32_t expert) {
+      if (lease.handed.size() == kMostInGroup || !parts_.is_ready(expert)) return false;
+      lease.handed.push_back(expert);
+      return true;
+    });
+    lease.held = lease.handed;
+    if (!lease.handed.empty()) return State::group;
     // With nothing in flight, early reads have the slots: nothing else is pinned.
     return State::waits;
   }
@@ -186,14 +209,24 @@ CachedExperts::State CachedExperts::group() {
 
 bool CachedExperts::collect(std::optional<Milliseconds> most) {
   Lease& lease = *lease_;
-  if (lease.in_flight.empty()) return collect_early(most);
+  if (num_in_flight() == 0) return collect_early(most);
   std::vector<int64_t> tickets;
   for (const Ticket& ticket : lease.in_flight) tickets.push_back(ticket.number);
+  parts_.add_tickets(tickets);
   std::vector<Completion> ended = reads_->wait_any(tickets, most);
   for (Completion& completion : ended) {
     const auto ticket = std::find_if(lease.in_flight.begin(), lease.in_flight.end(),
                                      [&](const Ticket& one) { return one.number == completion.ticket; });
-    if (ticket == lease.in_flight.end()) throw std::logic_error("a read ended that nobody began");
+    if (ticket == lease.in_flight.end()) {
+      if (const auto failed = parts_.complete(completion)) {
+        lease.failure = Failure{{int32_t(lease.layer), failed->expert},
+                                completion.error,
+                                std::move(completion.message),
+                                failed->adapter};
+      }
+      counters_.bytes_read += parts_.take_bytes_read();
+      continue;
+    }
     const ExpertKey key = {int32_t(lease.layer), ticket->expert};
     lease.in_flight.erase(ticket);
     if (completion.error == ReadError::none) {
@@ -214,6 +247,7 @@ bool CachedExperts::collect(std::optional<Milliseconds> most) {
 void CachedExperts::give_back() {
   if (lease_->held.empty()) return;
   policy_of(lease_->layer).unpin(lease_->layer, lease_->held);
+  parts_.release(lease_->held);
   lease_->held.clear();
 }
 
@@ -227,6 +261,7 @@ void CachedExperts::close(bool is_whole) {
     reads_->cancel(ticket.number);
     policy.drop({int32_t(lease.layer), ticket.expert});
   }
+  parts_.close();
   const int64_t layer = lease.layer;
   lease_.reset();
   if (is_whole) fill(layer);
@@ -379,6 +414,11 @@ void CachedExperts::trust(double least_right) {
 
 // ── the whole cache ──
 
+void CachedExperts::set_parts(int32_t adapter, std::shared_ptr<PartCache> parts) {
+  close(false);
+  parts_.set(adapter, std::move(parts));
+}
+
 int64_t CachedExperts::num_slots() const {
   int64_t sum = 0;
   for (const Kind& kind : kinds_) sum += kind.policy->num_slots();
@@ -410,7 +450,7 @@ void CachedExperts::cancel_early() {
 bool CachedExperts::begin(int64_t layer, std::shared_ptr<const Dispatch> dispatch, const float* rows,
                           float* out) {
   try {
-    open(layer, dispatch->experts(), dispatch->scan());
+    open(layer, *dispatch);
   } catch (...) {
     return false;  // Python opens the lease again, and reports the error
   }

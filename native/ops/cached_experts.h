@@ -14,6 +14,9 @@
 // of the policy's window; the next lease takes them over at whatever stage they are. So the drive does not
 // wait for arithmetic between two layers.
 //
+// Parts that adapters bring (part_cache.h) are read together with the experts that need them, and an expert
+// is in a group only when they are here.
+//
 // As LayerExperts, a stack runs a layer without a pause: unless a read fails, or the layer takes long. Then
 // the lease stays open, and Python goes on with it.
 //
@@ -34,6 +37,7 @@
 #include "ops/expert_reads.h"
 #include "ops/layer_experts.h"
 #include "ops/look_ahead.h"
+#include "ops/part_cache.h"
 #include "store/store.h"
 
 namespace argosy {
@@ -68,6 +72,7 @@ class CachedExperts : public LayerExperts {
     ExpertKey key;
     ReadError error;
     std::string message;
+    int32_t adapter = -1;  // whose part was read; -1: the expert itself
   };
   // What group() found.
   enum class State { group, waits, done, failed };
@@ -81,7 +86,10 @@ class CachedExperts : public LayerExperts {
   // Finds the experts, each named once, and issues reads for those that are missing. `scan` are experts that
   // only prompt tokens chose: they pass through the cache without displacing experts that decode uses. Ends
   // a lease that is still open.
-  void open(int64_t layer, std::vector<int32_t> experts, std::vector<int32_t> scan);
+  // `pairs` are the adapters of the tokens that chose each expert.
+  void open(int64_t layer, std::vector<int32_t> experts, std::vector<int32_t> scan,
+            const PartLease::Pairs& pairs = {});
+  void open(int64_t layer, const Dispatch& dispatch);
   bool is_open() const { return lease_.has_value(); }
   // Whether the open lease is for this dispatch, begun by begin().
   bool runs(const Dispatch& dispatch) const { return lease_ && lease_->dispatch.get() == &dispatch; }
@@ -92,7 +100,9 @@ class CachedExperts : public LayerExperts {
   // Waits until a read of the lease has ended, or an early one that keeps a slot from it; false: none did in
   // `most`. nullopt: as long as it takes.
   bool collect(std::optional<Milliseconds> most);
-  int64_t num_in_flight() const { return lease_ ? int64_t(lease_->in_flight.size()) : 0; }
+  int64_t num_in_flight() const {
+    return lease_ ? int64_t(lease_->in_flight.size()) + parts_.num_in_flight() : 0;
+  }
   bool is_short_of_slots() const { return lease_ && !lease_->missing.empty(); }
   // Ends the lease. Only after a whole lease may experts that no token chose be read.
   void close(bool is_whole);
@@ -118,9 +128,11 @@ class CachedExperts : public LayerExperts {
 
   // ── the whole cache ──
 
+  // From now on, an adapter's experts need these parts; null: none that are read. Ends a lease that is open.
+  void set_parts(int32_t adapter, std::shared_ptr<PartCache> parts);
   int64_t num_slots() const;
   int64_t num_resident() const;  // any thread may ask
-  bool has_all() const { return num_resident() == num_keys_ && early_.empty(); }
+  bool has_all() const { return num_resident() == num_keys_ && early_.empty() && parts_.has_all(); }
   LeaseCounts counts() const;                   // any thread may ask
   int64_t num_run() const { return num_run_; }  // experts that ran in the stack's thread; any thread may ask
   void cancel_early();                          // at the end
@@ -143,9 +155,9 @@ class CachedExperts : public LayerExperts {
   struct Lease {
     int64_t layer;
     std::vector<int32_t> scan;     // ascending
-    std::vector<int32_t> hits;     // not yet handed over
+    std::vector<int32_t> hits;     // not yet handed over, and their parts are here
     std::vector<int32_t> missing;  // the next to be read is last
-    std::vector<int32_t> landed;   // not yet handed over, the oldest first
+    std::vector<int32_t> landed;   // not yet handed over, the oldest first; parts may be missing
     std::vector<int32_t> held;     // pinned for what was handed over
     std::vector<int32_t> handed;
     std::vector<Ticket> in_flight;
@@ -174,6 +186,7 @@ class CachedExperts : public LayerExperts {
                              Urgency urgency);
   void find(std::vector<int32_t> experts);
   void issue();
+  void request_parts();
   void give_back();
   bool is_scan(int32_t expert) const;
   void read_ahead();
@@ -197,6 +210,7 @@ class CachedExperts : public LayerExperts {
   bool is_sweep_ = false;      // whether the hint is for a sweep
   std::vector<int32_t> kept_;  // of hint_layer_
   std::vector<Early> early_;   // reads that no lease waits for
+  PartLease parts_;
   Counters counters_;
   std::atomic<int64_t> num_run_ = 0;
   double run_seconds_ = 0;

@@ -1026,6 +1026,46 @@ class StoreReads(ExpertReads):
         self, store: Store, arena: Arena, record_of: Callable[[tuple[int, int]], Record]
     ) -> None: ...
 
+class PartReads(ExpertReads):
+    """
+    Reads by a store of parts that lie in a file, those of a layer one after another.
+
+    Args:
+        stride: bytes from one part to the next.
+        layers: by layer, where its first part begins, the bytes of each, and the crc32c_wide of each.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        arena: Arena,
+        file_id: int,
+        *,
+        stride: int,
+        layers: Mapping[int, tuple[int, int, Sequence[int]]],
+    ) -> None: ...
+
+class PartCache:
+    """
+    The parts of experts that one adapter brings, one per slot (native/ops/part_cache.h).
+
+    Args:
+        policy: decides which part gets which slot; slot i begins at byte i * slot_bytes. Its layers are those of the
+            adapter.
+        adapter: learns where parts lie.
+        num_parts: the parts of all experts.
+    """
+
+    def __init__(
+        self,
+        reads: ExpertReads,
+        policy: CachePolicy,
+        adapter: ExpertAdapter,
+        *,
+        slot_bytes: int,
+        num_parts: int,
+    ) -> None: ...
+
 class CachedExperts(LayerExperts):
     """
     Leases of the experts of a layer; memory holds one expert per slot (native/ops/cached_experts.h).
@@ -1053,12 +1093,25 @@ class CachedExperts(LayerExperts):
         look_ahead: bool,
         reads_all: bool,
     ) -> None: ...
-    def open(self, layer: int, experts: Sequence[int], scan: Sequence[int]) -> None:
+    def open(
+        self, layer: int, experts: Sequence[int], scan: Sequence[int], pairs: Sequence[tuple[int, int]] = []
+    ) -> None:
         """
         Open a lease of experts of a layer, each named once; a lease that is still open ends.
 
         Args:
             scan: experts that only prompt tokens chose.
+            pairs: (expert, adapter) of the tokens that chose them; others than those of `set_parts` count for nothing.
+        """
+
+    def open_for(self, layer: int, dispatch: Dispatch) -> None:
+        """Open a lease of the experts of a dispatch, and of their parts."""
+
+    def set_parts(self, adapter: int, parts: PartCache | None) -> None:
+        """
+        From now on, experts of tokens with this adapter need these parts; None: no parts that are read.
+
+        A lease that is open ends.
         """
 
     def group(self) -> list[int] | None:
@@ -1074,6 +1127,12 @@ class CachedExperts(LayerExperts):
     @property
     def failure(self) -> tuple[tuple[int, int], str, str] | None:
         """The read of the open lease that failed: (expert, message, kind)."""
+
+    @property
+    def failed_adapter(self) -> int:
+        """
+        The adapter whose part could not be read; -1: it was the expert itself, or there is no failure.
+        """
 
     def end(self, *, is_whole: bool) -> None:
         """

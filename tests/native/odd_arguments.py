@@ -191,6 +191,24 @@ class Case:
         policy.unpin(0, [1, 2])
         return policy
 
+    def expert_adapter(self) -> Any:
+        adapter = self.native.ExpertAdapter(self.arena())
+        adapter.add_layer(
+            0,
+            format="f32",
+            ranks=(1, 0, 0),
+            scales=(1.0, 1.0, 1.0),
+            hidden=64,
+            width=32,
+            num_experts=self.EXPERTS,
+        )
+        return adapter
+
+    def part_reads(self) -> Any:
+        return self.native.PartReads(
+            self.store(), self.arena(), 0, stride=4096, layers={0: (0, 100, [1] * self.EXPERTS)}
+        )
+
     def cached_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         reads = self.native.StoreReads(self.store(), self.arena(), lambda key: self.record())
         return (reads, self.table(is_placed=False)), {
@@ -546,6 +564,8 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "LayerExperts": lambda: (),
         "ExpertReads": lambda: (),
         "StoreReads": lambda: (case.store(), case.arena(), lambda key: case.record()),
+        "PartReads": lambda: (case.store(), case.arena(), 0, 4096, {0: (0, 100, [1, 2])}),
+        "PartCache": lambda: (case.part_reads(), case.policy(), case.expert_adapter(), 4096, 4),
         "ReadsInPython": lambda: (case.store(), lambda places, urgency: [1] * len(places), lambda key: 4096),
         "AskedCounts": lambda: (),
         "BegunLayer": lambda: (),

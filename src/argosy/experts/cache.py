@@ -21,8 +21,9 @@ from types import TracebackType
 from typing import Protocol
 
 from argosy import _native
+from argosy.errors import ReadFailed
 from argosy.experts.files import Arithmetic, ExpertFiles
-from argosy.experts.runner import Rows, RunnerStats
+from argosy.experts.runner import AdapterParts, Rows, RunnerStats, replace_parts
 from argosy.experts.slots import Copy, Slots, lay_out
 
 
@@ -74,6 +75,7 @@ class ExpertCache:
         self.compute_s = 0.0
         self.others_run = False  # other models still had the cores when a lease took them back
         self._foreground = foreground
+        self._parts: dict[int, AdapterParts] = {}  # by adapter
         self._populating: list[threading.Thread] = []
         layout = lay_out(files.records, experts_per_token=experts_per_token, alignment=files.alignment)
         self.slot_bytes = layout.slot_bytes
@@ -128,7 +130,23 @@ class ExpertCache:
         failure = self.core.failure
         assert failure is not None
         key, message, kind = failure
+        if self.core.failed_adapter >= 0:
+            sentence = f"layer {key[0]}, expert {key[1]}: an adapter's part could not be read: {message}"
+            return ReadFailed(sentence, layer=key[0], expert=key[1])
         return self._files.failure(key, message, kind)
+
+    def set_adapter(self, number: int, parts: AdapterParts | None) -> None:
+        """From the next lease on, an adapter's tokens have these parts beside their experts; earlier ones are freed."""
+        self.core.set_parts(number, None)
+        self.table.set_adapter(number, None if parts is None else parts.adapter)
+        replace_parts(self._parts, number, parts)
+        if parts is not None:
+            self.core.set_parts(number, parts.stream(self._part_slots(parts)))
+
+    def _part_slots(self, parts: AdapterParts) -> int:
+        """Return the slots for an adapter's parts: the share that experts have, and one more (`AdapterNeeds`)."""
+        share = parts.most * self.slots.num_slots // max(1, len(self._files.records))
+        return min(parts.most, share + 1)
 
     def resize(self, num_slots: int, *, held: int | None = None) -> None:
         """Change the number of slots between two leases; the memory of removed slots goes back to the system at once.
@@ -153,6 +171,8 @@ class ExpertCache:
         self._arena.resize(held * self.slot_bytes)
         if held > before:
             self._populate()
+        for parts in self._parts.values():
+            parts.resize(self._part_slots(parts))
 
     def _copy(self, moves: Sequence[Copy]) -> None:
         memory = self._arena.array()
@@ -164,6 +184,8 @@ class ExpertCache:
         self.core.end(is_whole=False)
         self.core.cancel_early()
         self._arena.close()
+        for parts in self._parts.values():
+            parts.close()
         for thread in self._populating:  # each ends after its present piece
             thread.join()
 
@@ -280,7 +302,7 @@ class CachedRunner:
     ) -> Iterator[Iterator[Sequence[int]]]:
         core, is_whole = self.cache.core, False
         if not core.is_running(dispatch):  # otherwise the stack began the run, and stopped
-            core.open(layer, dispatch.experts, dispatch.scan)
+            core.open_for(layer, dispatch)
         try:
             yield self._groups(layer, dispatch, rows, out)
             is_whole = True
@@ -297,6 +319,9 @@ class CachedRunner:
             cache.compute_s += cache.table.run(self._runtime, layer, group, dispatch, rows, out)
             self._num_leased += len(group)
             yield group
+
+    def set_adapter(self, number: int, parts: AdapterParts | None) -> None:
+        self.cache.set_adapter(number, parts)
 
     def wants_guess(self, *, is_sweep: bool) -> bool:
         return self.cache.wants_guess(is_sweep=is_sweep)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from argosy import _native
 from argosy.experts.files import Arithmetic, ExpertFiles
-from argosy.experts.runner import Rows, RunnerStats
+from argosy.experts.runner import AdapterParts, Rows, RunnerStats, replace_parts
 
 Progress = Callable[[str, float], None]  # the current task, and the share done from 0 to 1
 
@@ -115,6 +115,7 @@ class ResidentRunner:
     ) -> None:
         self.resident = table
         self.num_resident = num_experts
+        self.parts: dict[int, AdapterParts] = {}  # by adapter
         self._runtime = runtime
         self._arena = arena
         self._bytes_read = bytes_read
@@ -145,6 +146,13 @@ class ResidentRunner:
         self._compute_s += self.resident.run(self._runtime, layer, experts, dispatch, rows, out)
         yield experts
 
+    def set_adapter(self, number: int, parts: AdapterParts | None) -> None:
+        """From the next step on, an adapter's tokens have these parts beside their experts; earlier ones are freed."""
+        if parts is not None:
+            parts.load_all()
+        self.resident.set_adapter(number, None if parts is None else parts.adapter)
+        replace_parts(self.parts, number, parts)
+
     def wants_guess(self, *, is_sweep: bool) -> bool:
         return False
 
@@ -153,8 +161,11 @@ class ResidentRunner:
 
     def close(self) -> None:
         self._arena.close()
+        for parts in self.parts.values():
+            parts.close()
 
     def give_back(self) -> None:
         """Close, and return the memory to the system at once, even if something else still holds the table."""
         self._arena.resize(0)
+        self.parts.clear()
         self._arena.close()

@@ -49,6 +49,34 @@ class RunnerStats:
     decode_hits: int = 0
 
 
+class AdapterParts(Protocol):
+    """The low-rank pairs that an adapter adds to routed experts, a part for each expert (`adapters/parts.py`).
+
+    adapter: where parts lie, for a table.   most: the parts of all experts.
+    """
+
+    adapter: _native.ExpertAdapter
+    most: int
+
+    def load_all(self) -> None: ...
+
+    def write(self) -> None: ...
+
+    def stream(self, num_slots: int) -> _native.PartCache: ...
+
+    def resize(self, num_slots: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def replace_parts(held: dict[int, AdapterParts], number: int, parts: AdapterParts | None) -> None:
+    """Hold an adapter's parts, and free those that it had."""
+    if (earlier := held.pop(number, None)) is not None:
+        earlier.close()
+    if parts is not None:
+        held[number] = parts
+
+
 class ExpertRunner(Protocol):
     """Runs routed experts of a model; one run at a time."""
 

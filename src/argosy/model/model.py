@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from argosy import _native
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import KV_BLOCK_TOKENS, ExpertSlots, KvDtype
-from argosy.errors import UsageError
+from argosy.errors import UnsupportedModel, UsageError
 from argosy.experts.cache import CachedRunner, ExpertCache
 from argosy.experts.files import ExpertFiles
 from argosy.experts.recording import RouteLog
 from argosy.experts.resident import Progress, ResidentReading, ResidentRunner, load_resident
-from argosy.experts.runner import ExpertGroup, ExpertRunner
+from argosy.experts.runner import AdapterParts, ExpertGroup, ExpertRunner
 from argosy.model.clock import PartClock
 from argosy.model.decoder import Decoder, RouteObserver
 from argosy.model.draft_layer import MOST_DRAFT_ROWS, DraftLayer
@@ -228,10 +228,12 @@ class LoadedAdapter:
 
     stack: dense pairs, the pair of the embedding, and replaced matrices.
     nbytes: the memory of `stack`, with the scratch memory that steps take for it.
+    experts: pairs beside routed experts; None: it has none.
     """
 
     stack: _native.StackAdapter
     nbytes: int
+    experts: AdapterParts | None = None
 
 
 class Model:
@@ -315,8 +317,17 @@ class Model:
 
         Raises:
             ValueError: a step runs with tokens of this number.
+            UnsupportedModel: the adapter changes experts that run on other machines.
         """
-        self.decoder.set_adapter(number, None if loaded is None else loaded.stack)
+        stack, parts = (None, None) if loaded is None else (loaded.stack, loaded.experts)
+        if parts is not None and not isinstance(self.experts, ResidentRunner | CachedRunner):
+            raise UnsupportedModel(
+                "the adapter changes routed experts, which run on other machines here",
+                hint="answer with this adapter on one machine",
+            )
+        self.decoder.set_adapter(number, stack)
+        if isinstance(self.experts, ResidentRunner | CachedRunner):
+            self.experts.set_adapter(number, parts)
 
     def forbid_experts(self, experts: Mapping[int, Collection[int]]) -> None:
         """From the next step on, prevent tokens from choosing these experts, given by layer; all others are allowed
@@ -360,6 +371,8 @@ class Model:
         """
         packed = self.experts
         assert isinstance(packed, ResidentRunner)
+        for parts in packed.parts.values():
+            parts.write()
         cache = _cache(
             self._files,
             self.weights,
@@ -369,6 +382,8 @@ class Model:
             look_ahead=look_ahead,
         )
         cache.earlier = replace(packed.stats)
+        for number, parts in packed.parts.items():
+            cache.set_adapter(number, parts)
         self.cache, self.experts = cache, CachedRunner(self._runtime, cache)
         self.decoder.run_with(self.experts)
         if self.draft is not None:
