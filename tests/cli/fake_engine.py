@@ -119,7 +119,7 @@ class FakeEngine:
         return Ledger(prompt_tokens=7, new_tokens=3, wall_s=1.0, time_to_first_token_s=0.5, decode_s=0.5, hits=6,
                       lookups=10, bytes_read=2_500_000_000, peak_bytes=280 * MIB, parts=parts)  # fmt: skip
 
-    def submit(self, prompt: Any, params: SamplingParams) -> SimpleNamespace:
+    def submit(self, prompt: Any, params: SamplingParams, *, adapter: str | None = None) -> SimpleNamespace:
         assert isinstance(prompt, Prompt)
         assert prompt.token_ids
         type(self).params.append(params)
@@ -153,8 +153,10 @@ class FakeEngine:
         if sequence.result is None:
             self.finish("cancelled")
 
-    def stream(self, prompt: Any, params: SamplingParams) -> Iterator[TokenEvent]:
-        sequence = self.submit(prompt, params)
+    def stream(
+        self, prompt: Any, params: SamplingParams, *, adapter: str | None = None
+    ) -> Iterator[TokenEvent]:
+        sequence = self.submit(prompt, params, adapter=adapter)
         while sequence.result is None:
             self.step()
             yield sequence.events.popleft()

@@ -139,7 +139,7 @@ def test_two_interrupts_in_a_row_at_the_prompt_quit(engine: Engine, capsys: Capt
 def test_a_refused_turn_is_forgotten(
     error: UsageError, hint: str, engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
-    def refuse(self: object, prompt: object, params: object) -> None:
+    def refuse(self: object, prompt: object, params: object, **_: Any) -> None:
         raise error
 
     talk = conversation(engine)
@@ -330,7 +330,7 @@ def test_a_session_of_commands_shows_what_the_golden_file_has(
 def test_a_retry_that_fails_keeps_the_answer_it_would_have_replaced(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
-    def refuse(self: object, prompt: object, params: object) -> None:
+    def refuse(self: object, prompt: object, params: object, **_: Any) -> None:
         raise ReadFailed("the drive is gone")
 
     talk = conversation(engine)

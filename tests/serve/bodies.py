@@ -23,6 +23,8 @@ BODIES: dict[str, Callable[[str], dict[str, Any]]] = {
     "/v1/engine/memory": lambda text: {"memory": "100TiB"},
     "/v1/cluster/add": lambda text: {"host": "127.0.0.1:1"},
     "/v1/cluster/drain": lambda text: {"host": "127.0.0.1:1"},
+    "/v1/load_lora_adapter": lambda text: {"lora_name": "support", "lora_path": text or "."},
+    "/v1/unload_lora_adapter": lambda text: {"lora_name": "support"},
     "/infill": lambda text: {"input_prefix": text, "input_suffix": "", "n_predict": 1},
     "/api/chat": lambda text: {
         "messages": [{"role": "user", "content": text}],

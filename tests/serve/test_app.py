@@ -23,6 +23,7 @@ from tests.serve.conftest import only, serving, start
 
 # These need a reranker or a model that fills in: `test_embeddings.py`. A moderation's model is a check.
 ELSEWHERE = {"/rerank", "/v1/rerank", "/infill", "/v1/moderations"}
+ELSEWHERE |= {"/v1/load_lora_adapter", "/v1/unload_lora_adapter"}  # these need adapters: `test_adapters.py`
 # Every other route whose body names a model; forms: `test_audio.py`.
 NAMING = {
     route.rule.path: BODIES[route.rule.path]("Hi")

@@ -48,6 +48,8 @@ class Meter:
 
 
 class FakeLoop:
+    engine = SimpleNamespace(adapters=())
+
     def __init__(self) -> None:
         self.is_closed = False
 

@@ -21,7 +21,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
+import numpy as np
 from blake3 import blake3
+from numpy.typing import NDArray
 
 from argosy.adapters.files import AdapterFiles
 from argosy.adapters.loaded import load_adapter
@@ -44,6 +46,10 @@ class AdapterUse:
     number: int
     first: int
     identity: bytes
+
+    def numbers(self, order: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Return the number for each of these positions, -1 before `first`."""
+        return np.where(order < self.first, np.int32(-1), np.int32(self.number)).astype(np.int32)
 
     def mark(self, start: int, count: int) -> bytes:
         """What the adapter adds to the content of a block of these positions: nothing before `first`."""

@@ -65,6 +65,8 @@ def by_model(texts: Iterable[str], models: Iterable[str]) -> dict[str, tuple[str
                 hint="`--lora MODEL:NAME=PATH` says for which model it is",
             )
         divided[model] += (f"{name}={where}",)
+    for found in divided.values():
+        wanted_adapters(found)  # checks them
     return divided
 
 

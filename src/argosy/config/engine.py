@@ -173,7 +173,7 @@ class EngineOptions(TypedDict, total=False):
         Speculate | Literal["auto"], Further("--speculate", "Propose tokens ahead while it pays; same text.")
     ]
     loras: Annotated[
-        Mapping[str, Any], Option("--lora NAME=PATH", "Adapter for requests to name; PATH:0.5 halves it.")
+        Mapping[str, Any], Further("--lora NAME=PATH", "Adapter for requests to name; PATH:0.5 halves it.")
     ]
     draft_tokens: int
     readers: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -53,13 +54,8 @@ class BlockingCalls(ABC):
         self.close()
 
     def submit(
-        self,
-        prompt: PromptLike,
-        params: SamplingParams | None = None,
-        *,
-        tenant: str = "",
-        adapter: str | None = None,
-    ) -> EngineSequence:
+        self, prompt: PromptLike, params: SamplingParams | None = None, *, tenant: str = "", adapter: str | None = None
+    ) -> EngineSequence:  # fmt: skip
         """Queue a prompt. Its events collect in `.events` as `step` is called.
 
         Args:
@@ -115,10 +111,8 @@ class BlockingCalls(ABC):
         """
         each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else params
         names = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else adapter
-        prepared = [
-            self.requests.prepare(prompt, own, adapter=name)
-            for prompt, own, name in zip(prompts, each, names, strict=True)
-        ]
+        asked = zip(prompts, each, names, strict=True)
+        prepared = [self.requests.prepare(prompt, own, adapter=name) for prompt, own, name in asked]
         return self._finish_all([one for sequences in prepared for one in sequences])
 
     def embed(
@@ -146,9 +140,8 @@ class BlockingCalls(ABC):
         vectors = []
         for start in range(0, len(texts), _EMBEDDED_AT_ONCE):
             some = texts[start : start + _EMBEDDED_AT_ONCE]
-            prepared = [
-                self.requests.prepare_embedding(text, pooling=pooling, adapter=adapter) for text in some
-            ]
+            prepare = partial(self.requests.prepare_embedding, pooling=pooling, adapter=adapter)
+            prepared = [prepare(text) for text in some]
             for result in self._finish_all(prepared):
                 assert result.embedding is not None
                 vectors.append(
@@ -170,12 +163,8 @@ class BlockingCalls(ABC):
         return out
 
     def read_logits(
-        self,
-        token_ids: Sequence[int],
-        take: Callable[[int, NDArray[np.float32]], None],
-        *,
-        adapter: str | None = None,
-    ) -> None:
+        self, token_ids: Sequence[int], take: Callable[[int, NDArray[np.float32]], None], *, adapter: str | None = None
+    ) -> None:  # fmt: skip
         """Call `take` with the next-token logits of all positions, in order, a few at a time.
 
         Args:

@@ -128,6 +128,9 @@ class EngineLoop:
     Args:
         report: called with internal failures and with errors raised by listeners.
         clock: seconds, for rates.
+
+    Attributes:
+        engine: for calls that any thread may make while it steps.
     """
 
     def __init__(
@@ -137,7 +140,7 @@ class EngineLoop:
         report: Callable[[BaseException], None] = lambda error: None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
-        self._engine = engine
+        self.engine = engine
         self._report = report
         self._clock = clock
         self._changed = threading.Condition()  # guards the attributes below
@@ -182,7 +185,7 @@ class EngineLoop:
             Revoked: the tenant was revoked.
             ArgosyError: what `Requests.prepare` raises.
         """
-        sequences = self._engine.requests.prepare(
+        sequences = self.engine.requests.prepare(
             prompt, params, num_answers=num_answers, tenant=tenant, adapter=adapter
         )
         return self._queue(Request(sequences, on_event, name), tenant)
@@ -200,7 +203,7 @@ class EngineLoop:
 
         Raises what `submit` and `Requests.prepare_embedding` raise.
         """
-        sequence = self._engine.requests.prepare_embedding(text, tenant=tenant, adapter=adapter)
+        sequence = self.engine.requests.prepare_embedding(text, tenant=tenant, adapter=adapter)
         return self._queue(Request([sequence], on_event, name), tenant)
 
     def _queue(self, request: Request, tenant: str) -> Request:
@@ -214,7 +217,7 @@ class EngineLoop:
                 )
             if tenant in self._revoked:
                 raise _revoked()
-            self._engine.admission.require_room(num_answers, num_live=self._num_live)
+            self.engine.admission.require_room(num_answers, num_live=self._num_live)
             self._num_live += num_answers
             self._inbox.append(request)
             self._changed.notify_all()
@@ -243,9 +246,9 @@ class EngineLoop:
 
     def resize(self, budget_bytes: int, *, is_share: bool = False) -> MemoryPlan:
         """Give the engine another memory budget, while requests go on (`Engine.resize`, whose errors it raises)."""
-        plan = self._engine.resize(budget_bytes, is_share=is_share)
+        plan = self.engine.resize(budget_bytes, is_share=is_share)
         # `Engine.facts` would wait for a running step, after which the thread gathers them itself.
-        self._facts = self._facts.with_plan(plan) if self._num_live else self._engine.facts()
+        self._facts = self._facts.with_plan(plan) if self._num_live else self.engine.facts()
         return plan
 
     def snapshot(self) -> LoopFacts:
@@ -253,8 +256,8 @@ class EngineLoop:
         waiting.
         """
         throughput, step = (
-            self._meter.read(self._clock(), self._engine.watch),
-            self._engine.watch.running_step,
+            self._meter.read(self._clock(), self.engine.watch),
+            self.engine.watch.running_step,
         )
         requests, waiting = self._requests()
         # The facts date from the end of a step, and the next step may take minutes.
@@ -269,7 +272,7 @@ class EngineLoop:
             new_tok_per_s=throughput.new_tok_per_s,
             prompt_tok_per_s=throughput.prompt_tok_per_s,
             bytes_read_per_s=throughput.bytes_read_per_s,
-            silent_s=max(0.0, monotonic() - max(self._beat_at, self._engine.watch.progressed_at)),
+            silent_s=max(0.0, monotonic() - max(self._beat_at, self.engine.watch.progressed_at)),
             recent_parts=throughput.parts,
             recent_decode=throughput.decode,
             requests=requests,
@@ -281,14 +284,14 @@ class EngineLoop:
         running: list[RequestProgress] = []
         waiting: list[RequestWait] = []
         for request in dict.fromkeys([*self._live, *self._inbox]):
-            progress = self._engine.watch.progress(request._sequences, request.name)
+            progress = self.engine.watch.progress(request._sequences, request.name)
             if progress is not None:
                 running.append(progress)
             elif request._open and len(waiting) < MOST_WAITS:
                 waiting.append(
                     RequestWait(
                         name=request.name,
-                        why=self._engine.watch.why_waiting(request._sequences[0]),
+                        why=self.engine.watch.why_waiting(request._sequences[0]),
                         ahead=len(waiting),
                         seconds=perf_counter() - request._sequences[0].started_at,
                     )
@@ -334,9 +337,9 @@ class EngineLoop:
         try:
             if not self._take():
                 return False
-            if self._engine.has_work:
+            if self.engine.has_work:
                 self._meter.begin_step(self._clock())
-            self._engine.step()
+            self.engine.step()
             self._num_idle_failures = 0
         except SystemExit:
             raise
@@ -379,7 +382,7 @@ class EngineLoop:
         with self._changed:
             while not (self._inbox or self._cancelled or self._to_forget or self._live or self._is_closing):
                 self._beat_at = monotonic()
-                if not self._engine.is_writing:
+                if not self.engine.is_writing:
                     self._changed.wait(BEAT_S)
                 elif not self._changed.wait(_WRITING_SECONDS):
                     break
@@ -390,7 +393,7 @@ class EngineLoop:
         for request in arrived:
             self._live.append(request)
             try:
-                self._engine.enqueue(request._sequences, has_room=True)
+                self.engine.enqueue(request._sequences, has_room=True)
             except Exception as error:
                 self._report(error)
                 request._error = _as_told(error)
@@ -407,14 +410,14 @@ class EngineLoop:
                 request._error = reason
                 self._cancel(request)
         try:
-            self._engine.forget(tenant)
+            self.engine.forget(tenant)
         except Exception as error:
             self._report(error)
 
     def _cancel(self, request: Request) -> None:
         for sequence in request._sequences:
             try:
-                self._engine.cancel(sequence)
+                self.engine.cancel(sequence)
             except Exception as error:
                 self._report(error)
 
@@ -474,7 +477,7 @@ class EngineLoop:
             return
         self._facts_at = now
         try:
-            self._facts = self._engine.facts()
+            self._facts = self.engine.facts()
         except Exception as error:  # observers keep the previous facts
             self._report(error)
             return

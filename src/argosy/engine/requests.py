@@ -129,13 +129,8 @@ class Requests:
         return sequences
 
     def prepare_embedding(
-        self,
-        text: str | Sequence[int],
-        *,
-        pooling: Pooling | None = None,
-        tenant: str = "",
-        adapter: str | None = None,
-    ) -> EngineSequence:
+        self, text: str | Sequence[int], *, pooling: Pooling | None = None, tenant: str = "", adapter: str | None = None
+    ) -> EngineSequence:  # fmt: skip
         """Check a text and make the sequence that computes its embedding.
 
         Args:

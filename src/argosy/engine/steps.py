@@ -270,13 +270,9 @@ def _adapters(sequences: list[Sequence], orders: list[NDArray[np.int32]]) -> NDA
     """Return int32 [tokens], the number of each token's adapter, or -1; None: no token has one."""
     if all(sequence.adapter is None for sequence in sequences):
         return None
-    numbers = np.concatenate(
-        [
-            np.full_like(order, -1) if use is None else np.where(order < use.first, -1, use.number)
-            for use, order in zip((one.adapter for one in sequences), orders, strict=True)
-        ]
-    ).astype(np.int32)
-    return numbers if (numbers >= 0).any() else None
+    of_each = zip((sequence.adapter for sequence in sequences), orders, strict=True)
+    numbers = [np.full_like(order, -1) if use is None else use.numbers(order) for use, order in of_each]
+    return found if ((found := np.concatenate(numbers)) >= 0).any() else None
 
 
 def _shifts(sequences: Iterable[Sequence]) -> NDArray[np.float32] | None:

@@ -77,7 +77,7 @@ class PromptBuilder:
         """
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._memory = memory
+        self._memory, self._under = memory, ""
         self._media = media
         self._max_tokens = None if context_tokens is None else context_tokens - 1
         self._template: ChatTemplate | None = None
@@ -91,10 +91,12 @@ class PromptBuilder:
 
             self._named_format = named_format(format_name, self._needed("a format name"))
 
-    def remembering(self, memory: ReplayMemory) -> PromptBuilder:
-        """A copy of this builder that keeps answers in `memory`; both share the rendering process."""
+    def remembering(self, memory: ReplayMemory | None = None, *, under: str = "") -> PromptBuilder:
+        """A copy of this builder that keeps answers in `memory`, or where this one does; both share the rendering
+        process. Answers under different names, those of adapters, are kept apart.
+        """
         other = copy.copy(self)
-        other._memory = memory
+        other._memory, other._under = memory or self._memory, under
         other.__dict__.pop("_replay", None)
         return other
 
@@ -468,7 +470,7 @@ class PromptBuilder:
             return None
         from argosy.prompt.replay import Replay
 
-        return Replay(self._memory, self._needed("messages"), self._format_for)
+        return Replay(self._memory, self._needed("messages"), self._format_for, self._under)
 
     def _raw(self, text: str, max_tokens: int | None) -> Prompt:
         return Prompt(tuple(self._encode(text, True, max_tokens)), text)

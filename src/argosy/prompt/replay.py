@@ -168,12 +168,14 @@ class Replay:
     """Remembers and recalls answers for one model."""
 
     def __init__(
-        self, memory: ReplayMemory, tokenizer: Tokenizer, format_for: Callable[[Sequence[Tool]], Format]
-    ) -> None:
-        """`format_for` returns the format of an answer that may call these tools."""
+        self, memory: ReplayMemory, tokenizer: Tokenizer, format_for: Callable[[Sequence[Tool]], Format],
+        under: str = "",
+    ) -> None:  # fmt: skip
+        """`format_for` returns the format of an answer that may call these tools; `under`: the adapter that answers."""
         self._memory = memory
         self._tokenizer = tokenizer
         self._format_for = format_for
+        self._under = under.encode()
 
     def remember(
         self, tenant: str, prompt: Prompt, token_ids: Sequence[int], answer: Answer, tools: Sequence[Tool]
@@ -204,7 +206,7 @@ class Replay:
         else:
             said = prompt.trace.continued + answer.text
             key = next_digest(prompt.trace.conversation, Turn("assistant", said))
-        self._memory.put(tenant, key, turn)
+        self._memory.put(tenant, self._under + key, turn)
         return True
 
     def recall(
@@ -224,7 +226,7 @@ class Replay:
         digest = b""
         for turn in turns:
             digest = next_digest(digest, turn)
-            keys.append(_call_key(turn.calls[0].id) if turn.calls else digest)
+            keys.append(self._under + (_call_key(turn.calls[0].id) if turn.calls else digest))
             found = self._memory.get(tenant, keys[-1]) if turn.role == "assistant" else None
             if found is not None and _says_what_was_said(turn, found):
                 remembered.append(found)

@@ -67,6 +67,8 @@ EVERYWHERE: Mapping[str, Together] = {
     "/v1/engine/data/{key}": _joined,
     "/v1/engine/stops": _joined,
     "/v1/engine/memory": _first,
+    "/v1/load_lora_adapter": _first,
+    "/v1/unload_lora_adapter": _first,
 }
 
 

@@ -104,7 +104,7 @@ ROUTES = (
     *_of("tokens", "openai_chat", "openai_completions", "openai_embeddings", "rerank"),
     *_governed("/v1/moderations"),
     *_of("openai_responses", "anthropic_messages", "openai_audio"),
-    *_of("ollama", "ollama_models", "llama_infill", "llama_server"),
+    *_of("ollama", "ollama_models", "llama_infill", "llama_server", "lora_adapters"),
 )  # fmt: skip
 
 

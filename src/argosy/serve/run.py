@@ -96,6 +96,7 @@ class ServerSettings:
     prefix_files_s: how long prefixes are kept in files; None: they are not kept.
     presets: further names of the models; None for none.
     default: the model for requests that name none; None: the first one.
+    lora_dir: the directory from which an admin may load adapters; None: from nowhere.
     """
 
     endpoint: Endpoint
@@ -116,6 +117,7 @@ class ServerSettings:
     prefix_files_s: float | None = None
     presets: Presets | None = None
     default: str | None = None
+    lora_dir: Path | None = None
 
     def __post_init__(self) -> None:
         if GUARDS is None and self.audit is not None:
@@ -163,6 +165,7 @@ class ServerSettings:
             any_model=self.any_model,
             media_hosts=self.media_hosts,
             rerank=self.rerank,
+            lora_dir=self.lora_dir,
         )
 
 

@@ -21,6 +21,7 @@ from argosy.cli.shared.options import (
     CO2,
     AskingOptions,
     CommandWithMedia,
+    adapter_of,
     asked_sampling,
     asked_thinking,
     asking_options,
@@ -90,6 +91,7 @@ class _Question:
     params: SamplingParams
     thinking: Thinking
     given: RunOptions
+    adapter: str | None = None
 
 
 @click.command("run", cls=CommandWithMedia)
@@ -151,7 +153,9 @@ def _ask_here(question: _Question, settings: Settings, group: WantedGroup) -> No
     from argosy.prompt.thinking import Thinking
 
     given, form = question.given, question.form
-    if (preset := preset_of(given.model)) is not None:
+    model, adapter = adapter_of(given.model, settings)
+    question = replace(question, adapter=adapter)
+    if (preset := preset_of(model)) is not None:
         question = replace(
             question,
             params=preset.fill_in(question.params),
@@ -164,8 +168,8 @@ def _ask_here(question: _Question, settings: Settings, group: WantedGroup) -> No
         settings = {**settings, "media": bool(media_of())}
     more: dict[str, Any] = {} if form is None else {"grammars": True}
     with (
-        group.open(given.model) as opened,
-        open_engine(given.model, settings, group=opened, **more) as engine,
+        group.open(model) as opened,
+        open_engine(model, settings, group=opened, **more) as engine,
     ):
         if (shortfall := question.thinking.shortfall(engine.prompts.variables)) is not None:
             print(f"note: {shortfall}", file=sys.stderr)
@@ -336,7 +340,7 @@ def _answer(engine: Engine, request: PromptLike, question: _Question) -> tuple[R
         shows_thoughts=given.shows_thoughts,
         progress=prompt_shown(engine),
     ) as writer:
-        for event in engine.stream(prompt, params):
+        for event in engine.stream(prompt, params, adapter=question.adapter):
             writer.push(event)
             result = event.result
     assert result is not None  # the last event contains it

@@ -63,6 +63,9 @@ class ServeOptions(ListeningOptions):
         str | None, Option("--idle-unload TIME", "Unload a model after 10m (90s, 1h) of no use.")
     ] = None
     any_model: Annotated[bool, Further("--any-model", "Accept every model name that clients send.")] = False
+    lora_dir: Annotated[
+        Path | None, Further("--lora-dir DIR", "Admins may load adapters from DIR.", completes="files")
+    ] = None
     max_sequences: Annotated[
         int, Option("--max-sequences N", "Answers at once.", least=1, most=MOST_SEQUENCES, shows_default=True)
     ] = SERVED_AT_ONCE
@@ -92,8 +95,8 @@ class ServeOptions(ListeningOptions):
 @choices(SamplingParams, *CHOOSING, into="sampling")
 @group_options
 @options(
-    ServeOptions, *ADDRESS, "media_host", "names", "preload", "library", "idle_unload", "any_model", "drain",
-    "max_sequences", "max_waiting", "max_connections", "kv_dir", "pooling", "rerank", "no_store", "policy",
+    ServeOptions, *ADDRESS, "media_host", "names", "preload", "library", "idle_unload", "any_model", "lora_dir",
+    "drain", "max_sequences", "max_waiting", "max_connections", "kv_dir", "pooling", "rerank", "no_store", "policy",
     "keep_billing_line", into="given",
 )  # fmt: skip
 @watermark_option
@@ -126,8 +129,9 @@ def serve(
     require_keys_behind_proxy(listening.front, given.keys)
     if given.library:
         _refuse_beside_library(
-            models=models, name=given.names, kv_dir=given.kv_dir, policy=given.policy, **flags
-        )
+            models=models, name=given.names, kv_dir=given.kv_dir, policy=given.policy,
+            lora=flags.get("loras"), **flags,
+        )  # fmt: skip
     presets = {model for model in models if preset_of(model) is not None}
     found = [] if given.library else _look_up(models or (DEMO,), presets)
     ids = _ids(found, given.names)
@@ -136,6 +140,11 @@ def serve(
         if name not in ids and not given.library:
             raise UsageError(f"--preload {name}: this server has: {', '.join(ids)}")
     settings = read_settings(**flags)
+    loras: Mapping[str, Sequence[str]] = {}
+    if texts := settings.pop("loras", ()):
+        from argosy.adapters.wanted import by_model
+
+        loras = by_model(texts, ids)
     kept = None if given.kv_dir is None else _kv_dir(given.kv_dir, keeping.kv_s)
     server = ServerSettings(
         endpoint=listening.endpoint(given), keep_billing_line=given.keep_billing_line,
@@ -143,7 +152,7 @@ def serve(
         media_hosts=MediaHosts(given.media_host) if given.media_host else None, audit=keeping.audit,
         co2_grams_per_kwh=given.co2_grams_per_kwh,
         store_s=keeping.store_s, max_sequences=given.max_sequences, idle_unload_s=idle_unload_s, preload=given.preload,
-        guarding=_guarding(given.policy),
+        guarding=_guarding(given.policy), lora_dir=given.lora_dir,
         has_watermark="watermark" in settings,
         prefix_files_s=None if kept is None else kept.ttl_s,
         presets=ServedPresets(None if given.library else dict(zip(ids, found, strict=True))),
@@ -168,7 +177,7 @@ def serve(
     share_one_heap()
     make_room_for_files(given.max_connections)
     with listening.bind() as sockets:
-        _serve(found, ids, settings, more, sockets, server, group)
+        _serve(found, ids, settings, more, sockets, server, group, loras)
 
 
 def _look_up(models: Sequence[str], presets: Collection[str]) -> list[Named]:
@@ -195,7 +204,7 @@ def _check_keys(keys: Path | None, watermark: Path | str | None) -> None:
 
 
 def _refuse_beside_library(**options: Any) -> None:
-    for name in ("models", "name", "kv_dir", "policy", "mmproj", "ears"):
+    for name in ("models", "name", "kv_dir", "policy", "mmproj", "ears", "lora"):
         if options.get(name):
             what = "a MODEL" if name == "models" else f"--{name.replace('_', '-')}"
             raise UsageError(
@@ -250,6 +259,7 @@ def _serve(
     sockets: Sequence[Listener],
     server: ServerSettings,
     wanted: WantedGroup,
+    loras: Mapping[str, Sequence[str]],
 ) -> None:
     """Serve models, or the library if there are none.
 
@@ -280,7 +290,7 @@ def _serve(
         expectation = None
         if len(models) == 1 and server.idle_unload_s is None:
             group = opened.enter_context(wanted.open(models[0].text))
-            server = replace(server, workers=group)
+            server, more = replace(server, workers=group), {**more, "loras": loras.get(ids[0], ())}
             engine = opened.enter_context(
                 open_engine(
                     models[0], settings, recording=recording, group=group, claims=(*shared, *own), **more
@@ -302,7 +312,7 @@ def _serve(
             budget_bytes = budget_of(settings.get("memory"), None).ram_bytes
             given = {**for_engine(settings), **more, "claims": own, "memory": budget_bytes}
             if models:
-                offers, process_bytes = _make_ready(models, ids, given, shared, recording)
+                offers, process_bytes = _make_ready(models, ids, {**given, "loras": loras}, shared, recording)
             else:
                 require_machine(budget_bytes)
                 process_bytes = shared_bytes(None, shared)
@@ -348,7 +358,7 @@ def _make_ready(
     found, paths = [], {}
     with progress_bar() as progress:
         for named, name in zip(models, ids, strict=True):
-            model, options = named.path or named.text, dict(given)
+            model, options = named.path or named.text, {**given, "loras": given["loras"].get(name, ())}
             paths[name] = path = locate_model(model, progress)
             files = open_files(path)
             if (kv_dir := given["kv_dir"]) is not None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from argosy.cli.commands import completion
+from argosy.cli.shared.help_all import Command
 from argosy.cli.shared.options import engine_options, settings_of
 from argosy.cli.shared.output import parameter_count, print_facts
 from argosy.cli.shared.settings import Settings, for_engine, read_settings
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from argosy.config import ModelConfig
 
 
-@click.command("show")
+@click.command("show", cls=Command)
 @click.argument("model", default=DEMO, shell_complete=completion.models)
 @engine_options
 @click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")

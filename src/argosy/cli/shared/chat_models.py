@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from argosy.cli.shared.answer_writer import AnswerWriter
 from argosy.cli.shared.interrupts import Interrupts
-from argosy.cli.shared.options import open_engine, settings_of, thinking_of
+from argosy.cli.shared.options import adapter_of, open_engine, settings_of, thinking_of
 from argosy.cli.shared.output import ledger_lines, parameter_count, prompt_shown
 from argosy.cli.shared.server_model import Reply, find_model
 from argosy.cli.shared.settings import Settings
@@ -106,11 +106,13 @@ class ChatModel(Protocol):
 class LocalModel:
     """A model in this process."""
 
-    def __init__(self, engine: Engine, name: str = "", preset: Preset | None = None) -> None:
+    def __init__(
+        self, engine: Engine, name: str = "", preset: Preset | None = None, adapter: str | None = None
+    ) -> None:
         from argosy.prompt.replay import ReplayMemory
 
         self.name = name
-        self._preset = preset
+        self._preset, self._adapter = preset, adapter
         self._engine = engine
         # As in a server, an answer keeps its tokens, so the prefix cache finds them in the next turn.
         self._prompts = engine.prompts.remembering(ReplayMemory(max_bytes=_KEPT_BYTES))
@@ -185,7 +187,7 @@ class LocalModel:
         writer.begin(parser, prompt_shown(engine), said=prompts.begun(prompt, parser) if begun else ())
         token_ids = list(begun)
         interrupts.on_first = writer.say_stopping
-        sequence = engine.submit(prompt, params)
+        sequence = engine.submit(prompt, params, adapter=self._adapter)
         try:
             with writer:
                 while sequence.result is None and not interrupts.count:
@@ -278,9 +280,10 @@ class Models:
     def _here(self, name: str) -> LocalModel:
         from argosy.library.names import preset_of
 
-        preset = preset_of(name)
-        engine = self._opened.enter_context(open_engine(name, settings_of(preset, self.settings)))
-        return LocalModel(engine, name, preset)
+        model, adapter = adapter_of(name, self.settings)
+        preset = preset_of(model)
+        engine = self._opened.enter_context(open_engine(model, settings_of(preset, self.settings)))
+        return LocalModel(engine, name, preset, adapter)
 
 
 def _why_not(name: str, error: ArgosyError | KeyboardInterrupt) -> ArgosyError:

@@ -161,6 +161,15 @@ def settings_of(preset: Preset | None, settings: Settings) -> Settings:
     return {**settings, "context": min(preset.context, longest)}
 
 
+def adapter_of(model: str, settings: Settings) -> tuple[str, str | None]:
+    """The model, and the adapter of `--lora` that answers: the one that MODEL:NAME names, or the only one."""
+    if not (loras := settings.get("loras")):
+        return model, None
+    from argosy.adapters.wanted import chosen_adapter
+
+    return chosen_adapter(model, loras)
+
+
 def thinking_of(preset: Preset | None, thinking: Thinking) -> Thinking:
     """The requested thinking, or otherwise the preset's."""
     if preset is None or thinking.is_asked:

@@ -95,6 +95,7 @@ class Answers:
 
     Args:
         during: selects the steps to send from those that `own_steps` yields.
+        adapter: the name of the adapter that answers; None: the model does without one.
 
     Attributes:
         results: for each answer, None until its end.
@@ -104,6 +105,7 @@ class Answers:
     def __init__(
         self, loop: EngineLoop, prompts: PromptBuilder, caller: Caller, events: asyncio.AbstractEventLoop,
         *, during: During = lambda answers: answers.own_steps(), tells_token_ids: bool = True,
+        adapter: str | None = None,
     ) -> None:  # fmt: skip
         self.prompts: list[Prompt] = []
         self.results: list[Result | None] = []
@@ -112,7 +114,7 @@ class Answers:
         self.num_reasoning_tokens = 0
         self.tells_token_ids = tells_token_ids
         self._loop, self._prompts, self._caller, self._events = loop, prompts, caller, events
-        self._during = during
+        self._during, self._adapter = during, adapter
         self._requests: list[Request] = []
         self._num_cached: dict[int, int] = {}  # by first answer
         self._parsers: list[Parser | None] = []
@@ -164,8 +166,9 @@ class Answers:
                 self._events.call_soon_threadsafe(self._some.set)
 
         request = self._loop.submit(
-            prompt, params, deliver, num_answers=num_answers, tenant=caller.tenant, name=caller.request_id
-        )
+            prompt, params, deliver, num_answers=num_answers, tenant=caller.tenant, name=caller.request_id,
+            adapter=self._adapter,
+        )  # fmt: skip
         self._requests.append(request)
         self._num_open += num_answers
         if self._is_left:  # the client left while a thread was queueing this prompt

@@ -88,7 +88,12 @@ async def embed(
 
     def submit(number: int, deliver: Deliver) -> Any:
         text = texts[number]
-        queue = partial(service.loop.submit_embedding, tenant=caller.tenant, name=caller.request_id)
+        queue = partial(
+            service.loop.submit_embedding,
+            tenant=caller.tenant,
+            name=caller.request_id,
+            adapter=service.adapter,
+        )
         try:
             try:
                 return queue(text, deliver)

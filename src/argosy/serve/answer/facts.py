@@ -14,6 +14,8 @@ from argosy.media.parts import Hearing, Kind
 class ModelFacts:
     """Facts about the model that clients can see.
 
+    parent: the id of the model, if this is the model with an adapter or a preset; empty otherwise.
+    adapters: names of the adapters with which it is opened.
     preset: gives the model's id, and defaults for what requests leave out; None: this is the model under its own
         name.
     """
@@ -34,10 +36,23 @@ class ModelFacts:
     fingerprint: str = ""  # identifies the model (`checkpoint/fingerprint.py`)
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)  # defaults for requests
     created: int = field(default_factory=lambda: int(time.time()))
+    parent: str = ""
+    adapters: tuple[str, ...] = ()
     preset: Preset | None = None
 
     def under(self, preset: Preset) -> ModelFacts:
         """The same model under the name of one of its presets."""
         context_tokens = min(self.context_tokens, preset.context or self.context_tokens)
         sampling = self.sampling.overridden(preset.sampling, f"the preset {preset.name}")
-        return replace(self, id=preset.name, context_tokens=context_tokens, sampling=sampling, preset=preset)
+        return replace(
+            self,
+            id=preset.name,
+            context_tokens=context_tokens,
+            sampling=sampling,
+            preset=preset,
+            parent=preset.model,
+        )
+
+    def adapted(self, adapter: str) -> ModelFacts:
+        """The same model with an adapter."""
+        return replace(self, id=f"{self.id}:{adapter}", parent=self.id, adapters=())

@@ -60,7 +60,7 @@ class Opening:
         caller.answered_by(service.model.id, service.digests)
         answers = Answers(
             service.loop, service.prompts, caller, asyncio.get_running_loop(), during=check.during,
-            tells_token_ids=not check.changes_answers,
+            tells_token_ids=not check.changes_answers, adapter=service.adapter,
         )  # fmt: skip
         try:
             for read in (

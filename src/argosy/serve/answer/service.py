@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from argosy.config import Preset
@@ -35,6 +36,7 @@ from argosy.serve.http.work import give_memory_back
 if TYPE_CHECKING:
     from starlette.requests import Request
 
+    from argosy.adapters.registry import AdapterFacts
     from argosy.engine.media.ears import Report, Transcriber
     from argosy.media.transcript import Transcript, TranscriptOptions
     from argosy.prompt.builder import PromptBuilder
@@ -66,6 +68,7 @@ class Common:
     kept: items of earlier responses.
     work: threads for the work that precedes the engine.
     rerank: the reranker's prompt form, by its name in `RERANK_FORMS`; None: the models do not rank documents.
+    lora_dir: the directory from which an admin may load adapters; None: from nowhere.
     """
 
     ring: KeyRing | None = None
@@ -75,6 +78,7 @@ class Common:
     any_model: bool = False
     media_hosts: MediaHosts | None = None
     rerank: str | None = None
+    lora_dir: Path | None = None
 
 
 class Service:
@@ -109,6 +113,8 @@ class Service:
         self.model = model
         self.ears = ears
         self.reranking = reranking
+        self.lora_dir = common.lora_dir
+        self.adapter: str | None = None  # the name of the adapter with which it answers
         self.digests = _digests(model, tokenizer)
 
     def under(self, preset: Preset) -> Self:
@@ -116,6 +122,14 @@ class Service:
         made = copy.copy(self)
         made.model = self.model.under(preset)
         made.digests = {**self.digests, "preset_sha256": preset.digest}
+        return made
+
+    def adapted(self, adapter: AdapterFacts) -> Self:
+        """The service for requests that name an adapter, which shares everything with this one except its facts."""
+        made = copy.copy(self)
+        made.adapter, made.model = adapter.name, self.model.adapted(adapter.name)
+        made.prompts = self.prompts.remembering(under=adapter.name)
+        made.digests = {**self.digests, "adapter_sha256": adapter.sha256}
         return made
 
     @property

@@ -57,7 +57,8 @@ class Model(Closed):
 
     state: `ready` in memory, `loading`, `unloaded` until a request needs it, `failed` if it could not be opened.
     default_parameters: for models that answer; the one that transcribes has none.
-    parent: for a preset, the id of its model.
+    parent: for a model with an adapter and for a preset, the id of the model.
+    root: the same for a model with an adapter.
     """
 
     id: str
@@ -72,6 +73,7 @@ class Model(Closed):
     state: State
     default_parameters: NotRequired[DefaultParameters]
     parent: NotRequired[str]
+    root: NotRequired[str]
 
 
 class ModelList(Closed):
@@ -104,8 +106,10 @@ def _model(listing: Standing) -> Model:
         "capabilities": {"tools": tools, "thinking": thinking, "sound": model.hears},
         "state": listing.state, "default_parameters": cast(DefaultParameters, model.sampling.as_dict()),
     }  # fmt: skip
-    if model.preset is not None:
-        described["parent"] = model.preset.model
+    if model.parent:
+        described["parent"] = model.parent
+    if model.parent and model.preset is None:
+        described["root"] = model.parent
     return described
 
 

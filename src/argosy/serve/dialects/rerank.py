@@ -116,7 +116,9 @@ async def _scores(
         params = SamplingParams(max_tokens=1, logprobs=0, logit_bias={words[word]: _CERTAIN})
         ids = reranking.prompt(query, documents[document])
         prompt = service.prompts.build(ids)
-        return service.loop.submit(prompt, params, deliver, tenant=caller.tenant, name=caller.request_id)
+        return service.loop.submit(
+            prompt, params, deliver, tenant=caller.tenant, name=caller.request_id, adapter=service.adapter
+        )
 
     def take(number: int, result: Result) -> None:
         nonlocal num_tokens

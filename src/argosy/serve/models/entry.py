@@ -207,6 +207,12 @@ class Entry:
         return self.offer.facts.id
 
     @property
+    def adapters(self) -> Sequence[str]:
+        """The names of its adapters; of those loaded while it serves, only while it is in memory."""
+        service = self.service
+        return self._facts.adapters if service is None else [one.name for one in service.loop.engine.adapters]
+
+    @property
     def state(self) -> State:
         if self.service is not None and not self.is_leaving:
             return "ready"

@@ -191,8 +191,28 @@ class Models:
         here = sorted((one for one in self._entries if one.is_here), key=lambda one: one.used_at)
         return (here or self._entries)[-1] if here or len(self._entries) == 1 else None
 
+    def split(self, name: str | None) -> tuple[str | None, str | None]:
+        """The model and the adapter that MODEL:ADAPTER names, unless a model has the whole name.
+
+        Raises:
+            Refused: the model has adapters, but none of this name.
+        """
+        if name is None or self._known(name) is not None:
+            return name, None
+        base, _, adapter = name.removesuffix(LATEST).rpartition(":")
+        entry = self._known(base)
+        if entry is None or not entry.adapters:
+            return name, None
+        if adapter not in entry.adapters:
+            said = f"the model {json.dumps(entry.name)} has no adapter {json.dumps(adapter)}"
+            raise Refused(
+                404, f"{said}; it has: {', '.join(entry.adapters)}", param="model", code="model_not_found"
+            )
+        return entry.name, adapter
+
     def _find(self, name: str | None) -> Entry:
-        entry = None if name is None else self._known(name)
+        base, _ = self.split(name)
+        entry = None if base is None else self._known(base)
         if entry is None and (name is None or self._any_model):
             entry = self._first()
         if entry is not None:
@@ -258,12 +278,13 @@ class Models:
         return [one for one in known if not self._is_model(one.name) and self._known(one.model) is not None]
 
     def id_of(self, name: str | None) -> str:
-        """The id of the model with this name.
+        """The id of the model with this name, or of the model with its adapter.
 
         Raises:
             Refused: there is no such model.
         """
-        return self._find(name).name
+        entry, (_, adapter) = self._find(name), self.split(name)
+        return entry.name if adapter is None else f"{entry.name}:{adapter}"
 
     async def use(self, name: str | None, until: ExitStack, request_id: str = "") -> Service:
         """The service of a model, which is loaded if necessary and stays in memory until `until` is closed.
@@ -341,14 +362,15 @@ class Models:
         return self._standing(self._find(name), preset)
 
     def _standing(
-        self, entry: Entry, preset: Preset | None = None, abilities: Abilities | None = None
-    ) -> Standing:
+        self, entry: Entry, preset: Preset | None = None, abilities: Abilities | None = None, adapter: str | None = None
+    ) -> Standing:  # fmt: skip
         unloads_in_s = None
         if self._idle_unload_s is not None:
             idle_s = 0.0 if entry.num_uses else self._clock() - entry.used_at
             unloads_in_s = max(0.0, self._idle_unload_s - idle_s)
+        facts = entry.facts if adapter is None else entry.facts.adapted(adapter)
         return Standing(
-            facts=entry.facts if preset is None else entry.facts.under(preset),
+            facts=facts if preset is None else facts.under(preset),
             state=entry.state,
             service=entry.service,
             memory_bytes=entry.held_bytes,
@@ -358,21 +380,25 @@ class Models:
         )
 
     def listed(self, name: str | None = None) -> list[Standing]:
-        """All models and presets, or the one with this name, with their abilities. It may read a model's files and
-        render its chat template: run it in a thread.
+        """All models with their adapters and presets, or the one with this name, with their abilities. It may read a
+        model's files and render its chat template: run it in a thread.
 
         Raises:
             Refused: there is no such model.   ArgosyError: it cannot be read.
         """
         if name is not None:
             preset = self._preset(name)
-            entry = self._find(preset.model if preset else name)
-            return [self._standing(entry, preset, entry.abilities(may_read=True))]
-        found: list[tuple[Entry, Preset | None]] = [(entry, None) for entry in self._entries]
-        found += [
-            (known, preset) for preset in self.presets() if (known := self._known(preset.model)) is not None
-        ]
-        return [self._standing(entry, preset, entry.abilities()) for entry, preset in found]
+            entry, (_, adapter) = self._find(preset.model if preset else name), self.split(name)
+            return [
+                self._standing(entry, preset, entry.abilities(may_read=True), None if preset else adapter)
+            ]
+        found: list[tuple[Entry, Preset | None, str | None]] = []
+        for entry in self._entries:
+            found += [(entry, None, adapter) for adapter in (None, *entry.adapters)]
+        for preset in self.presets():
+            if (known := self._known(preset.model)) is not None:
+                found.append((known, preset, None))
+        return [self._standing(entry, preset, entry.abilities(), adapter) for entry, preset, adapter in found]
 
     async def unload(self, name: str | None) -> bool:
         """Unload a model now, unless a request uses it. A model not loaded here stays.
@@ -441,8 +467,18 @@ async def use_model(request: Request, name: str | None = None) -> Service:
     caller: Caller = request.state.caller
     models = models_of(request)
     name, preset = await models.named(name)
-    caller.uses = (models.id_of(name), *([] if preset is None else [preset.name]))
+    base, adapter = models.split(name)
+    caller.uses = (
+        models.id_of(base),
+        *([] if adapter is None else [models.id_of(name)]),
+        *([preset.name] if preset else []),
+    )
     caller.go_on()  # do not load a stopped model
-    service = await models.use(name, caller.ending, caller.request_id)
+    service = await models.use(base, caller.ending, caller.request_id)
+    if adapter is not None:
+        found = {one.name: one for one in service.loop.engine.adapters}
+        if adapter not in found:
+            raise Refused(404, f"the adapter {adapter} was dropped", param="model", code="model_not_found")
+        service = service.adapted(found[adapter])
     request.state.service = service = service if preset is None else service.under(preset)
     return service

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from argosy.engine.engine import Engine
@@ -84,7 +85,8 @@ def facts_of_ready(ready: Ready) -> ModelFacts:
     """The facts about a model that is not open yet. Reads samples of its files."""
     found = ready.footprint.processors.items()
     faults = {kind: one for kind, one in found if isinstance(one, ArgosyError)}
-    return _facts_of(ready, ready.name, ready.media_kinds, ready.hears, faults)
+    facts = _facts_of(ready, ready.name, ready.media_kinds, ready.hears, faults)
+    return replace(facts, adapters=tuple(one.name for one in ready.config.loras))
 
 
 def _shown(kind: Kind, fault: ArgosyError) -> str:
