@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "model": {"media", "checkpoint", "experts", "prompt", "_native"},
     "kept": {"_native"},
     "adapters": {"machine", "checkpoint", "experts", "model", "prompt", "_native"},
-    "budget": {"machine", "media", "checkpoint", "experts", "prompt", "model", "kept", "_native"},
+    "budget": {"adapters", "machine", "media", "checkpoint", "experts", "prompt", "model", "kept", "_native"},
     "demo": {"checkpoint", "model"},
     "library": {"machine", "checkpoint", "model"},
     "engine": {

@@ -55,7 +55,7 @@ class Case:
 @pytest.fixture(scope="module", params=NAMES)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     root = tmp_path_factory.mktemp(request.param)
-    own = part_of(ADAPTERS / request.param, root / "own", lambda name: ".experts." not in name)
+    own = part_of(ADAPTERS / request.param, root / "own", lambda name: True)
     attention = part_of(own, root / "attention", lambda name: "self_attn" in name)
     adapters = {"own": own, "half": (own, 0.5), "attention": attention, "silent": (own, 0.0)}
     ids = Reference(DIRECTORY / request.param).input_ids

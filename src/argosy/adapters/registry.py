@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -25,12 +25,16 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
+from argosy import _native
 from argosy.adapters.files import AdapterFiles
 from argosy.adapters.loaded import load_adapter
+from argosy.adapters.needs import adapter_needs, total_needs
+from argosy.adapters.parts import PartFile, load_parts
 from argosy.adapters.reading import open_adapter
 from argosy.adapters.wanted import MOST_ADAPTERS, require_factor, require_name
 from argosy.checkpoint.files import ModelFiles
-from argosy.errors import UnsupportedModel, UsageError
+from argosy.config import AdapterNeeds
+from argosy.errors import UsageError
 from argosy.model.model import LoadedAdapter, Model
 
 
@@ -78,10 +82,19 @@ class AdapterFacts:
     num_requests: int
 
 
+class Room(Protocol):
+    """Gives adapters memory, and takes it back (`engine/resizing.py`)."""
+
+    def make_room(self, needs: AdapterNeeds) -> None: ...
+
+    def give_back(self, needs: AdapterNeeds) -> None: ...
+
+
 class Started(Protocol):
     """What an engine has started (`engine/start.py`)."""
 
     model: Model
+    store: _native.Store
 
     @property
     def lock(self) -> Lock: ...
@@ -118,6 +131,7 @@ class _Adapter:
     rank: int
     digest: bytes
     invocation_tokens: tuple[int, ...]
+    needs: AdapterNeeds
     notes: tuple[str, ...] = ()
     identity: bytes = field(init=False)
 
@@ -133,7 +147,10 @@ class Adapters:
         sequences: those of the engine, which changes the list with its lock.
     """
 
-    def __init__(self, started: Started, files: ModelFiles, sequences: Sequence[HasAdapter]) -> None:
+    def __init__(
+        self, started: Started, files: ModelFiles, sequences: Sequence[HasAdapter], room: Room
+    ) -> None:
+        self._room, self._part_file = room, PartFile(started.store)
         self._started, self._files, self._sequences = started, files, sequences
         self._reading = (
             threading.Lock()
@@ -141,10 +158,16 @@ class Adapters:
         self._named: dict[str, _Adapter] = {}  # replaced, never changed: other threads read it
         self._leaving: list[_Adapter] = []  # dropped, and still used by requests
 
-    def load(self, name: str, path: str | Path, factor: float = 1.0) -> AdapterFacts:
+    def load(
+        self, name: str, path: str | Path, factor: float = 1.0, *, is_planned: bool = False
+    ) -> AdapterFacts:
         """Read an adapter and give it a name, while requests go on; steps wait only while it gets its number.
 
+        Args:
+            is_planned: the plan has counted it already.
+
         Raises:
+            DoesNotFit: there is no memory for it.   DiskFull: nor room for its experts' pairs on the drive.
             UsageError: the name or the factor is invalid, the name is taken, or there are too many adapters.
             CheckpointError, UnsupportedModel: `open_adapter` refuses the files.
         """
@@ -153,7 +176,16 @@ class Adapters:
         with self._reading:
             self._require_room(name)
             files = open_adapter(path, self._files)
-            loaded = self._loaded(files, factor)
+            needs = adapter_needs(files, self._files) if factor else AdapterNeeds()
+            if not is_planned and factor:
+                self._room.make_room(needs.joined(self._needs()))
+            try:
+                loaded = self._loaded(files, factor)
+            except BaseException:
+                if not is_planned:
+                    with self._started.lock:
+                        self._room.give_back(self._needs())
+                raise
             with self._started.lock:
                 self._started.require_open()
                 self.settle()
@@ -169,6 +201,7 @@ class Adapters:
                     digest=files.digest,
                     invocation_tokens=files.invocation_tokens,
                     notes=files.notes,
+                    needs=needs,
                 )
                 if loaded is not None:
                     self._started.model.set_adapter(made.number, loaded)
@@ -200,6 +233,10 @@ class Adapters:
             with suppress(ValueError):  # a step that failed still has it, until the next one begins
                 self._started.model.set_adapter(one.number, None)
                 self._leaving.remove(one)
+                self._room.give_back(self._needs())
+
+    def _needs(self) -> AdapterNeeds:
+        return total_needs(one.needs for one in (*self._named.values(), *self._leaving))
 
     def use(self, name: str, prompt_ids: Sequence[int]) -> AdapterUse | None:
         """Return how a prompt uses an adapter; None if the adapter changes nothing.
@@ -267,13 +304,10 @@ class Adapters:
     def _loaded(self, files: AdapterFiles, factor: float) -> LoadedAdapter | None:
         if factor == 0:
             return None
-        if files.experts:
-            raise UnsupportedModel(
-                f"{files.path.name} has pairs for routed experts, which do not run yet",
-                hint="train it without them, for example on the attention alone",
-                path=files.path,
-            )
-        return load_adapter(files, self._files.own_config, self._started.model.weights, factor=factor)
+        model = self._started.model
+        dense = load_adapter(files, self._files.own_config, model.weights, factor=factor)
+        parts = load_parts(files, self._files, self._part_file, factor=factor, is_packed=model.is_packed)
+        return replace(dense, experts=parts)
 
 
 def last_appearance(tokens: Sequence[int], prompt_ids: Sequence[int]) -> int | None:

@@ -36,6 +36,7 @@ class ExpertMemory:
     Attributes:
         step_s: the duration of the last step.
         num_slots: the current number of slots.
+        slot_bytes: of one slot, with adapters' parts; `Resizer.make_room` changes it.
         most: the limit of slots, however much memory is idle.
 
     Args:
@@ -54,7 +55,7 @@ class ExpertMemory:
         self.step_s = 0.0
         self._cache, self._lock, self._clock = cache, lock, clock
         self.most = slots.reachable
-        self._slot_bytes = max(1, slots.slot_bytes)
+        self.slot_bytes = max(1, slots.slot_bytes)
         self._allowed = {OWN: slots.own_bytes}
         self.num_slots = slots.own
         self._num_held = slots.own  # slots that keep memory; those beyond hold unmoved experts
@@ -81,7 +82,7 @@ class ExpertMemory:
         began = self._clock()
         self._allowed |= wanted
         while True:
-            self._resize(0 if is_urgent else self._num_held - max(1, _PIECE_BYTES // self._slot_bytes))
+            self._resize(0 if is_urgent else self._num_held - max(1, _PIECE_BYTES // self.slot_bytes))
             if self._num_held == self.num_slots:
                 return True
             if self._clock() - began >= self.step_s * _SHARE_OF_STEPS:
@@ -115,7 +116,7 @@ class ExpertMemory:
         self._is_closed = True
 
     def _target(self) -> int:
-        return min(self.most, sum(self._allowed.values()) // self._slot_bytes)
+        return min(self.most, sum(self._allowed.values()) // self.slot_bytes)
 
     def _resize(self, held: int) -> None:
         """Resize to the allowed slots; at most `held` of the earlier slots keep memory."""

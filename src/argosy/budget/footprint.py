@@ -18,6 +18,7 @@ from argosy.config import (
     FLOAT_FORMATS,
     KV_BLOCK_TOKENS,
     MIB,
+    AdapterNeeds,
     EngineConfig,
     ExpertSlots,
     Format,
@@ -140,6 +141,7 @@ class ModelFootprint:
         self._ears = config.ears
         self._video_tokens = config.video_tokens
         self._kv_layouts: dict[tuple[int, KvDtype, int | None], KvLayout] = {}  # a search asks for few, often
+        self._loras = config.loras
         self._readers = config.readers  # each has a staging buffer if weights are transcoded
 
     @cached_property
@@ -165,6 +167,31 @@ class ModelFootprint:
         other._media_fault = fault
         return other
 
+    @cached_property
+    def adapters(self) -> AdapterNeeds:
+        """The memory that the adapters of the settings need."""
+        if not self._loras:
+            return AdapterNeeds()
+        from argosy.adapters.needs import wanted_needs  # few engines need it
+
+        return wanted_needs(self._loras, self.files)
+
+    def with_adapters(self, needs: AdapterNeeds) -> ModelFootprint:
+        """Return the same model with other adapters."""
+        other = copy(self)
+        other.adapters = needs
+        return other
+
+    def adapter_bytes(self, step_tokens: int) -> int:
+        """Return the memory of adapters without the parts in slots of experts, with the scratch memory of steps."""
+        scratch = self.buffer_bytes(step_tokens, self.adapters.ranks) - self.buffer_bytes(step_tokens)
+        return self.adapters.fixed_bytes + scratch
+
+    @property
+    def part_bytes(self) -> int:
+        """The bytes of one more expert's parts of all adapters."""
+        return -(-self.adapters.part_bytes // max(1, self.num_experts))
+
     def with_kv(self, kv_dtype: KvDtype) -> ModelFootprint:
         """Return the same model with keys and values in another format."""
         other = copy(self)
@@ -182,7 +209,7 @@ class ModelFootprint:
             return self._wanted_kv_dtype
         in_f32 = kv_bytes(self.config, min(self.config.context_tokens, DEFAULT_CONTEXT), "f32")
         fewest = min(self.num_experts, self.config.experts_per_token)
-        least = _SMALLEST_PROCESS_BYTES + self.dense_bytes + in_f32 + fewest * self.slot_bytes
+        least = _SMALLEST_PROCESS_BYTES + self.dense_bytes + in_f32 + fewest * self._layout.slot_bytes
         return "f16" if in_f32 > _KV_SHARE * least else "f32"
 
     @cached_property
@@ -295,8 +322,8 @@ class ModelFootprint:
 
     @property
     def slot_bytes(self) -> int:
-        """The bytes of one more expert slot, whatever its kind."""
-        return self._layout.slot_bytes
+        """The bytes of one more expert slot, whatever its kind, with its share of adapters' parts."""
+        return self._layout.slot_bytes + self.part_bytes
 
     @cached_property
     def resident_bytes(self) -> int:
@@ -338,7 +365,7 @@ class ModelFootprint:
             others += sizes.buffer_bytes(rows) + sizes.dispatch_bytes(rows) + joining_bytes(self.config, rows)
         return self.buffer_bytes(step_tokens) + others
 
-    def buffer_bytes(self, step_tokens: int) -> int:
+    def buffer_bytes(self, step_tokens: int, ranks: int = 0) -> int:
         """Return the buffers and scratch memory of such a step, which a `Decoder` keeps while steps may be
         that long.
         """
@@ -346,7 +373,7 @@ class ModelFootprint:
         # On `amx`, activations for bfloat16 and FP8 weights are split, which takes less memory than quantising them.
         prepares = self._has_quants or self._instruction_set == "amx"
         has_act_order = not self._formats.isdisjoint(ACT_ORDER_FORMATS)
-        scratch = sizes.scratch_bytes(step_tokens, self._threads, prepares, has_act_order)
+        scratch = sizes.scratch_bytes(step_tokens, self._threads, prepares, has_act_order, ranks)
         products = _native.product_scratch_bytes(self._threads, self._instruction_set) if prepares else 0
         return sizes.buffer_bytes(step_tokens) + scratch + products
 

@@ -1,6 +1,6 @@
 """The division of a memory budget: `planner.py` decides it; tables, JSON and errors show it.
 
-    budget = process + dense weights + KV cache + recurrent state + replay + requests + routing + group
+    budget = process + dense weights + adapters + KV cache + recurrent state + replay + requests + routing + group
              + n-gram tables + working buffers + staging + expert records + page tables + expert cache
 
 `MemoryPlan.parts` is the one list of what the budget pays for: totals, tables and JSON all come from it.
@@ -43,6 +43,7 @@ class MemoryPlan:
     budget_bytes: int
     process_bytes: int
     dense_bytes: int
+    adapter_fixed_bytes: int = 0  # of adapters, without the parts in slots of experts
     encoder_bytes: int = 0  # towers and ears, one encode each, and the processes that decode files
     kv_bytes: int
     kv_layout: KvLayout
@@ -68,7 +69,12 @@ class MemoryPlan:
 
     @property
     def expert_bytes(self) -> int:
-        return self.resident_bytes if self.slots.is_packed else self.slots.own_bytes
+        slots = self.slots
+        return self.resident_bytes if slots.is_packed else slots.own * (slots.slot_bytes - slots.part_bytes)
+
+    @property
+    def adapter_bytes(self) -> int:
+        return self.adapter_fixed_bytes + self.slots.own * self.slots.part_bytes
 
     @property
     def total_bytes(self) -> int:
@@ -112,6 +118,7 @@ class MemoryPlan:
         return {
             "process_bytes": self.process_bytes,
             "dense_bytes": self.dense_bytes,
+            "adapter_bytes": self.adapter_bytes,
             "encoder_bytes": self.encoder_bytes,
             "kv_bytes": self.kv_bytes,
             "recurrent_state_bytes": self.state_bytes,
@@ -139,6 +146,7 @@ class MemoryPlan:
         texts = {
             "process_bytes": ("process", "interpreter, libraries, tokenizer"),
             "dense_bytes": ("dense weights", ""),
+            "adapter_bytes": ("adapters", "pairs, and parts of the experts in memory"),
             "encoder_bytes": ("pictures, sound", "encoders, and decoding of files"),
             "kv_bytes": ("KV cache", context),
             "recurrent_state_bytes": ("recurrent state", f"{self.num_states} sequences at once"),

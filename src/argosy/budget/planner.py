@@ -153,6 +153,7 @@ def _without_experts(
         budget_bytes=config.budget.ram_bytes,
         process_bytes=fixed + growth_bytes(config, context, has_media=_has_media(footprint)),
         dense_bytes=footprint.dense_bytes,
+        adapter_fixed_bytes=footprint.adapter_bytes(chunk + config.decode_tokens),
         encoder_bytes=encoder_bytes,
         kv_bytes=footprint.kv_bytes(context, num_window_blocks),
         kv_layout=footprint.kv_layout(context, num_window_blocks),
@@ -176,7 +177,11 @@ def _without_experts(
         staging_bytes=footprint.staging_bytes,
         bookkeeping_bytes=0,
         resident_bytes=footprint.resident_bytes,
-        slots=ExpertSlots(num_experts=footprint.num_experts, slot_bytes=footprint.slot_bytes),
+        slots=ExpertSlots(
+            num_experts=footprint.num_experts,
+            slot_bytes=footprint.slot_bytes,
+            part_bytes=footprint.part_bytes,
+        ),
         context_tokens=context,
         chunk_tokens=chunk,
         held_bytes=process_bytes,
@@ -342,6 +347,17 @@ def replan(
     some = with_blocks(num_blocks)
     found = with_own(some, fewest)
     return _fullest(partial(with_own, some), found, min(footprint.num_experts, most)) or found
+
+
+def adapted(footprint: ModelFootprint, config: EngineConfig, plan: MemoryPlan) -> MemoryPlan:
+    """Change a plan to the adapters of a footprint; it may not fit."""
+    slots = plan.slots
+    lent = slots.lent * slots.slot_bytes // max(1, footprint.slot_bytes)
+    return replace(
+        plan,
+        adapter_fixed_bytes=footprint.adapter_bytes(plan.chunk_tokens + config.decode_tokens),
+        slots=replace(slots, slot_bytes=footprint.slot_bytes, part_bytes=footprint.part_bytes, lent=lent),
+    )
 
 
 def plan_with_media(

@@ -5,6 +5,7 @@ The command line and the environment are read in one place and become an `Engine
 `config.json` into a `ModelConfig`. Everything below receives these objects and reads no other configuration.
 """
 
+from argosy.config.adapter_needs import AdapterNeeds
 from argosy.config.claims import CLAIMED, PROCESS, Claim, claimed
 from argosy.config.engine import (
     DEMO, DRAFTED_AT_ONCE, DRAFT_TOKENS, INSTRUCTION_SETS, KV_BLOCK_TOKENS, MOST_SEQUENCES, RUNNING,

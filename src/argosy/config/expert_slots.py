@@ -14,6 +14,7 @@ class ExpertSlots:
     idle: more at most, in what prompts and the KV cache leave idle.
     most: the limit of all together, if `own` has changed or may change; 0: neither.
     num_experts: routed experts in all layers.
+    slot_bytes, part_bytes: of a slot, and how much of it is for parts that adapters bring.
     """
 
     own: int = 0
@@ -22,6 +23,7 @@ class ExpertSlots:
     most: int = 0
     num_experts: int
     slot_bytes: int
+    part_bytes: int = 0
 
     @property
     def own_bytes(self) -> int:

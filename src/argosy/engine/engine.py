@@ -129,7 +129,7 @@ class Engine(BlockingCalls):
         self.watch = Watch(started, self._scheduler, self._sequences)
         try:
             for one in config.loras:
-                self.load_adapter(*one)
+                self.load_adapter(*one, is_planned=True)
         except BaseException:
             self.close()
             raise
@@ -308,7 +308,9 @@ class Engine(BlockingCalls):
         """Return the adapters that requests may name."""
         return () if self.requests.adapters is None else self.requests.adapters.facts()
 
-    def load_adapter(self, name: str, path: str | Path, factor: float = 1.0) -> AdapterFacts:
+    def load_adapter(
+        self, name: str, path: str | Path, factor: float = 1.0, *, is_planned: bool = False
+    ) -> AdapterFacts:
         """Read an adapter, which requests may then name, while they go on; `factor` multiplies its scale. See
         `Adapters.load`, also for errors.
         """
@@ -317,8 +319,8 @@ class Engine(BlockingCalls):
         with self._lock:
             self._started.require_open()
             if self.requests.adapters is None:
-                self.requests.adapters = Adapters(self._started, self.files, self._sequences)
-        return self.requests.adapters.load(name, path, factor)
+                self.requests.adapters = Adapters(self._started, self.files, self._sequences, self._resizer)
+        return self.requests.adapters.load(name, path, factor, is_planned=is_planned)
 
     def drop_adapter(self, name: str) -> None:
         """Let no more requests name an adapter; those that have begun end with it.

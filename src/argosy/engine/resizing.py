@@ -21,9 +21,10 @@ from argosy.budget.expert_memory import OWN, ExpertMemory
 from argosy.budget.footprint import kv_blocks
 from argosy.budget.idle_memory import KV
 from argosy.budget.memory_plan import MemoryPlan
-from argosy.budget.planner import replan, shrunk
+from argosy.budget.planner import adapted, replan, shrunk
+from argosy.budget.refusals import too_small_now
 from argosy.budget.requirements import require_budget
-from argosy.config import MIB, EngineConfig, format_bytes
+from argosy.config import MIB, AdapterNeeds, EngineConfig, format_bytes
 from argosy.engine.requests import Requests
 from argosy.engine.scheduler import Scheduler
 from argosy.engine.start import Started, idle_memory, most_experts
@@ -129,12 +130,46 @@ class Resizer:
                     self._requests.context_tokens = plan.context_tokens
                     self._scheduler.resize_kv(kv_blocks(plan.context_tokens))
                     idle.forget_blocks()
+                    experts.slot_bytes = max(1, plan.slots.slot_bytes)
                     experts.most = max(plan.slots.reachable, experts.most)
             if experts is not None and idle is not None:
                 experts.allow_between_steps(lambda: {KV: idle.idle_kv_bytes(), OWN: plan.slots.own_bytes})
                 experts.most = plan.slots.reachable
             started.plan = plan
             return plan
+
+    def make_room(self, needs: AdapterNeeds) -> None:
+        """Have room for these adapters. Safe from any thread: experts leave between two steps.
+
+        Raises:
+            DoesNotFit: names the smallest budget that works; nothing changed.
+        """
+        earlier = self._started.footprint, self._opened_with
+        self._adapt(needs)
+        try:
+            if self._config.expert_slots is None:
+                self.resize(self._started.plan.budget_bytes, is_share=True)
+            elif (plan := self._opened_with).left_bytes < 0:
+                raise too_small_now(plan)
+        except BaseException:
+            self._started.footprint, self._opened_with = earlier
+            raise
+
+    def give_back(self, needs: AdapterNeeds) -> None:
+        """Give experts the memory that fewer adapters leave. Call it with the lock, between two steps."""
+        self._adapt(needs)
+        started = self._started
+        if self._config.expert_slots is None:
+            started.plan = plan = self._replan(started.plan.budget_bytes)
+            if started.experts is not None:
+                started.experts.slot_bytes = max(1, plan.slots.slot_bytes)
+                started.experts.most = plan.slots.reachable
+                started.experts.allow(OWN, plan.slots.own_bytes)
+
+    def _adapt(self, needs: AdapterNeeds) -> None:
+        started = self._started
+        started.footprint = started.footprint.with_adapters(needs)
+        self._opened_with = adapted(started.footprint, self._config, self._opened_with)
 
     def _undo_shrinking(self) -> None:
         """Return to experts the memory that the plan gives them: during a step, some may have left or all moved to

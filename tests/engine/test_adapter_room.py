@@ -1,0 +1,87 @@
+"""Adapters take memory from experts and give it back; what does not fit is refused, and nothing changes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from argosy import Engine, SamplingParams
+from argosy.adapters.needs import adapter_needs
+from argosy.adapters.reading import open_adapter
+from argosy.budget.footprint import ModelFootprint
+from argosy.config import AdapterNeeds
+from argosy.errors import DoesNotFit
+from argosy.open.models import configure, open_files
+from tests.models.references import ADAPTERS, DIRECTORY, Reference
+from tests.models.runnable import runnable
+
+GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+NAME = "qwen3_moe_plain"
+OPTIONS = {"context": 64, "chunk_tokens": 16, "threads": 1, "max_sequences": 2}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runnable(DIRECTORY / NAME, tmp_path_factory.mktemp("base"))
+
+
+def test_a_plan_counts_adapters_and_a_slot_has_room_for_its_parts(base: Path) -> None:
+    files = open_files(base)
+    config = configure(base, files, memory="1GiB", **OPTIONS)
+    needs = adapter_needs(open_adapter(ADAPTERS / NAME, files), files)
+    assert needs.part_bytes > 0
+    without, footprint = ModelFootprint(files, config), ModelFootprint(files, config).with_adapters(needs)
+    assert footprint.kv_dtype == without.kv_dtype
+    assert footprint.num_experts * footprint.part_bytes >= needs.part_bytes
+    assert footprint.slot_bytes - without.slot_bytes == footprint.part_bytes
+    wanted = ModelFootprint(
+        files, configure(base, files, memory="1GiB", loras={"one": ADAPTERS / NAME}, **OPTIONS)
+    )
+    assert wanted.adapters == needs
+    assert (
+        ModelFootprint(
+            files, configure(base, files, loras={"one": (ADAPTERS / NAME, 0.0)}, **OPTIONS)
+        ).adapters
+        == AdapterNeeds()
+    )
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 2.0])
+def test_adapters_that_come_and_go_leave_the_memory_as_it_was(base: Path, fraction: float) -> None:
+    prompt = Reference(DIRECTORY / NAME).input_ids[:8]
+    with Engine.open(base, memory="2GiB", loras={"own": ADAPTERS / NAME}, **OPTIONS) as whole:
+        expected = whole.generate(prompt, GREEDY, adapter="own").token_ids
+        base_answer = whole.generate(prompt, GREEDY).token_ids
+        plan = whole.plan
+    least = plan.total_bytes - plan.expert_bytes
+    memory = least + int(plan.expert_bytes * fraction) + (4 << 20)
+    with Engine.open(base, memory=memory, **OPTIONS) as engine:
+        before = engine.plan
+        for _ in range(5):
+            engine.load_adapter("own", ADAPTERS / NAME)
+            assert engine.plan.adapter_bytes > 0
+            assert engine.plan.total_bytes <= memory
+            assert engine.generate(prompt, GREEDY, adapter="own").token_ids == expected
+            assert engine.generate(prompt, GREEDY).token_ids == base_answer
+            engine.drop_adapter("own")
+            assert engine.plan.adapter_bytes == 0
+        assert engine.plan.slots.own == before.slots.own
+        assert engine.generate(prompt, GREEDY).token_ids == base_answer
+
+
+def test_an_adapter_that_does_not_fit_is_refused_with_numbers(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Engine.open(base, memory="1GiB", **OPTIONS) as engine:
+        before = replace(engine.plan)
+        from argosy.adapters import registry
+
+        monkeypatch.setattr(registry, "adapter_needs", lambda files, model: AdapterNeeds(2 << 30, 0, 0))
+        with pytest.raises(DoesNotFit, match=r"adapters 2\.0 GiB"):
+            engine.load_adapter("own", ADAPTERS / NAME)
+        assert engine.plan == before
+        assert engine.adapters == ()
+        monkeypatch.undo()
+        engine.load_adapter("own", ADAPTERS / NAME)
