@@ -2,7 +2,8 @@
 
     directory or file + the base model's files  ->  open_adapter  ->  AdapterFiles
 
-Elsewhere: `peft.py` reads PEFT's directories, `mlx.py` those of mlx-lm.
+Elsewhere: `peft.py` reads PEFT's directories, `mlx.py` those of mlx-lm, `gguf.py` files of
+llama.cpp.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from argosy.adapters.files import AdapterFiles
+from argosy.adapters.gguf import open_gguf_adapter
 from argosy.adapters.mlx import WEIGHTS_FILE as MLX_WEIGHTS_FILE
 from argosy.adapters.mlx import open_mlx
 from argosy.adapters.pairs import ExpertOrder
@@ -26,7 +28,7 @@ def open_adapter(
     """Read an adapter for a model, and prove that it fits.
 
     Args:
-        path: a directory that PEFT or mlx-lm has written.
+        path: a directory that PEFT or mlx-lm has written, or a GGUF file of llama.cpp.
         files: the base model's, in any form.
         columns: how the columns of pairs of fused experts follow each other; `expert_slowest` for adapters made by
             Unsloth before 2026-09-17.
@@ -38,6 +40,8 @@ def open_adapter(
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist", path=path)
+    if path.suffix == ".gguf" and not path.is_dir():
+        return open_gguf_adapter(path, files)
     if path.is_dir() and (path / CONFIG_FILE).exists():
         if (path / WEIGHTS_FILE).exists():
             return open_peft(path, files, columns)
