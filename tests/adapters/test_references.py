@@ -15,7 +15,7 @@ from tests.models.references import ADAPTERS, DIRECTORY, LARGEST_DIFFERENCE, Ref
 from tests.models.runnable import runnable
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
-REFERENCES = (Reference(ADAPTERS / "glm4_moe_plain"),)
+REFERENCES = tuple(Reference(directory) for directory in sorted(ADAPTERS.iterdir()))
 
 
 @pytest.mark.parametrize("reference", REFERENCES, ids=lambda reference: reference.name)
