@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 MOST_FILES_OF_FOLDER, MOST_LINES_OF_FILE, MOST_LINES_OF_FUNCTION, MOST_PARAMETERS = 25, 600, 80, 10
-MOST_LINES_OF_CORE = 46_000  # docs/decisions/0091-bound-the-core.md
+MOST_LINES_OF_CORE = 46_400  # docs/decisions/0091-bound-the-core.md
 GENERATED = ("families.md",)  # a table, not prose
 _WRITTEN = re.compile(r"<!-- (?:results|plan): .*?<!-- end.*?-->", re.DOTALL)
 # What the core runs without, below src/argosy; tests/test_core_alone.py deletes it from a copy.
