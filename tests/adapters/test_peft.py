@@ -9,6 +9,7 @@ import pytest
 
 from argosy.adapters.reading import open_adapter
 from argosy.checkpoint.files import ModelFiles
+from argosy.errors import CheckpointError
 from argosy.model.families import open_model
 from tests.adapters.adapter_files import PREFIX, dense_delta, pair, product, values, write_peft
 from tests.adapters.random_adapter import as_doubles, expert_deltas
@@ -163,3 +164,7 @@ def test_embedding_and_whole_matrices(tmp_path: Path, base: ModelFiles) -> None:
     replaced = adapter.replaced["layers.1.router"]
     np.testing.assert_array_equal(as_doubles(replaced.values, replaced.format), router)
     assert adapter.invocation_tokens == (5, 6)
+    with pytest.raises(CheckpointError, match=f"expected token ids below {config.vocab_size}"):
+        open_adapter(
+            write_peft(tmp_path, {}, tensors=tensors, alora_invocation_tokens=[5, config.vocab_size]), base
+        )

@@ -9,10 +9,12 @@ import pytest
 
 from argosy import Engine, SamplingParams
 from argosy.adapters.needs import adapter_needs
+from argosy.adapters.parts import ExpertParts
 from argosy.adapters.reading import open_adapter
 from argosy.budget.footprint import ModelFootprint
 from argosy.config import AdapterNeeds
 from argosy.errors import DoesNotFit
+from argosy.model.model import LoadedAdapter, Model
 from argosy.open.models import configure, open_files
 from tests.models.references import ADAPTERS, DIRECTORY, Reference
 from tests.models.runnable import runnable
@@ -85,3 +87,24 @@ def test_an_adapter_that_does_not_fit_is_refused_with_numbers(
         assert engine.adapters == ()
         monkeypatch.undo()
         engine.load_adapter("own", ADAPTERS / NAME)
+
+
+def test_an_adapter_that_gets_no_number_leaves_nothing(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Model, number: int, loaded: LoadedAdapter | None) -> None:
+        taken.append(loaded)
+        raise RuntimeError("no number")
+
+    taken: list[LoadedAdapter | None] = []
+    with Engine.open(base, memory="1GiB", **OPTIONS) as engine:
+        before = engine.plan
+        monkeypatch.setattr(Model, "set_adapter", refuse)
+        with pytest.raises(RuntimeError, match="no number"):
+            engine.load_adapter("own", ADAPTERS / NAME)
+        monkeypatch.undo()
+        (loaded,) = taken
+        assert loaded is not None
+        assert isinstance(loaded.experts, ExpertParts)
+        with pytest.raises(ValueError, match="closed"):
+            loaded.experts._arena.array()
+        assert engine.plan == before
+        assert engine.adapters == ()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from argosy import Engine, SamplingParams
-from argosy.adapters import registry
+from argosy.adapters import needs, registry
 from argosy.adapters.files import AdapterFiles
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import KV_BLOCK_TOKENS
@@ -41,7 +41,8 @@ def _made_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         tokens = INVOCATION if kind == "invoked" else ()
         return random_adapter(files.own_config, seed=int(seed), targets=TARGETS, invocation_tokens=tokens)
 
-    monkeypatch.setattr(registry, "open_adapter", open_adapter)
+    for module in (registry, needs):
+        monkeypatch.setattr(module, "open_adapter", open_adapter)
 
 
 def open_engine(model: Path = REFERENCE.directory, **options: Any) -> Engine:

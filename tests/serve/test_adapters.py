@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from argosy import Engine, SamplingParams
-from argosy.adapters import registry
+from argosy.adapters import needs, registry
 from argosy.adapters.allowed import find_below
 from argosy.adapters.files import AdapterFiles
 from argosy.checkpoint.files import ModelFiles
@@ -81,7 +81,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         return random_adapter(files.own_config, seed=int(path.name[-1]), targets=TARGETS)
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(registry, "open_adapter", open_adapter)
+    for module in (registry, needs):
+        patch.setattr(module, "open_adapter", open_adapter)
     model = write_chat_model(tmp_path_factory.mktemp("model") / "model")
     with (
         Engine.open(model, memory="2GiB", threads=1, loras={"one": root / "1"}) as engine,

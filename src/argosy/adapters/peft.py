@@ -91,6 +91,13 @@ def open_peft(directory: Path, files: ModelFiles, columns: ExpertOrder) -> Adapt
     """
     raw = read_object(directory / CONFIG_FILE)
     config = _read_config(raw, directory)
+    if any(token >= files.own_config.vocab_size for token in config.invocation_tokens):
+        raise CheckpointError(
+            f"{CONFIG_FILE}: alora_invocation_tokens has {max(config.invocation_tokens)}, expected token ids below "
+            f"{files.own_config.vocab_size}",
+            hint="was the adapter trained for another base model?",
+            key="alora_invocation_tokens",
+        )
     path = directory / WEIGHTS_FILE
     reader = _PeftReader(AdapterTensors(path, read_header(path)), files, config, columns)
     try:

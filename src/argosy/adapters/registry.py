@@ -179,34 +179,42 @@ class Adapters:
             needs = adapter_needs(files, self._files) if factor else AdapterNeeds()
             if not is_planned and factor:
                 self._room.make_room(needs.joined(self._needs()))
+            loaded: LoadedAdapter | None = None
             try:
                 loaded = self._loaded(files, factor)
+                with self._started.lock:
+                    self._started.require_open()
+                    self.settle()
+                    self._require_room(name)
+                    made = _Adapter(
+                        name=name,
+                        path=files.path,
+                        factor=factor,
+                        number=-1 if loaded is None else self._free_number(),
+                        nbytes=0 if loaded is None else loaded.nbytes,
+                        kind=files.kind,
+                        rank=_rank(files),
+                        digest=files.digest,
+                        invocation_tokens=files.invocation_tokens,
+                        notes=files.notes,
+                        needs=needs,
+                    )
+                    if loaded is not None:
+                        self._started.model.set_adapter(made.number, loaded)
+                    self._named = {**self._named, name: made}
             except BaseException:
-                if not is_planned:
-                    with self._started.lock:
-                        self._room.give_back(self._needs())
+                self._undo(loaded, gives_back=not is_planned)
                 raise
-            with self._started.lock:
-                self._started.require_open()
-                self.settle()
-                self._require_room(name)
-                made = _Adapter(
-                    name=name,
-                    path=files.path,
-                    factor=factor,
-                    number=-1 if loaded is None else self._free_number(),
-                    nbytes=0 if loaded is None else loaded.nbytes,
-                    kind=files.kind,
-                    rank=_rank(files),
-                    digest=files.digest,
-                    invocation_tokens=files.invocation_tokens,
-                    notes=files.notes,
-                    needs=needs,
-                )
-                if loaded is not None:
-                    self._started.model.set_adapter(made.number, loaded)
-                self._named = {**self._named, name: made}
         return self._facts(made)
+
+    def _undo(self, loaded: LoadedAdapter | None, *, gives_back: bool) -> None:
+        """Free what an adapter took that did not get a number."""
+        if loaded is not None and loaded.experts is not None:
+            loaded.experts.close()
+        if gives_back:
+            with self._started.lock, suppress(UsageError):  # a closed engine has freed everything
+                self._started.require_open()
+                self._room.give_back(self._needs())
 
     def drop(self, name: str) -> None:
         """Take an adapter's name away. Requests that have begun with it end with it.

@@ -54,7 +54,7 @@ class Resizer:
         self._started, self._config = started, config
         self._scheduler, self._requests = scheduler, requests
         self._before_moving = before_moving
-        self._opened_with = started.first_plan
+        self._first_plan = self._opened_with = started.first_plan
         self._one_at_a_time = threading.Lock()
         # Applies until no expert slot is free for the first time; None: that time is over, or there are no other
         # engines.
@@ -169,7 +169,8 @@ class Resizer:
     def _adapt(self, needs: AdapterNeeds) -> None:
         started = self._started
         started.footprint = started.footprint.with_adapters(needs)
-        self._opened_with = adapted(started.footprint, self._config, self._opened_with)
+        # From the first plan: a plan adapted again and again would lose a slot to rounding each time.
+        self._opened_with = adapted(started.footprint, self._config, self._first_plan)
 
     def _undo_shrinking(self) -> None:
         """Return to experts the memory that the plan gives them: during a step, some may have left or all moved to
