@@ -23,7 +23,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ from argosy.config import AttentionConfig, ModelConfig, format_bytes
 from argosy.model.families import open_model
 from child import peak_bytes
 from common import Report, Sample, alternate, drop_page_cache, file_bytes, run_inside, tidy_up_when_terminated
-from engines import Case, parse_cases
+from engines import Case, decode_all, parse_cases
 from random_weights import document
 
 CLIENTS = 8
@@ -225,15 +224,8 @@ def decode(
         engine.submit(document(first_document + number, PROMPT_TOKENS), params, adapter=adapter)
         for number, adapter in enumerate(adapters)
     ]
-    while any(sequence.first_token_at is None for sequence in sequences):
-        engine.step()
-    before = sum(len(sequence.new_ids) for sequence in sequences)
-    started = time.perf_counter()
-    while not all(sequence.result for sequence in sequences):
-        engine.step()
-    seconds = time.perf_counter() - started
-    texts = [list(sequence.new_ids) for sequence in sequences]
-    return seconds, sum(map(len, texts)) - before, texts
+    seconds, made = decode_all(engine, sequences)
+    return seconds, made, [list(sequence.new_ids) for sequence in sequences]
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from argosy import Engine, SamplingParams
 from argosy.model.families import open_model
 from common import Report, alternate, file_bytes, probe_memory
-from engines import Case, parse_cases, prompts, token_bytes
+from engines import Case, decode_all, parse_cases, prompts, token_bytes
 from random_weights import document
 
 PROMPT_TOKENS = 16
@@ -32,14 +31,7 @@ def decode_together(
     """Seconds of the steps in which every sequence decodes, and the answers."""
     params = SamplingParams(max_tokens=num_new + 1, ignore_eos=True)
     sequences = [engine.submit(list(text), params) for text in texts]
-    while any(sequence.first_token_at is None for sequence in sequences):
-        engine.step()
-    before = sum(len(sequence.new_ids) for sequence in sequences)
-    started = time.perf_counter()
-    while not all(sequence.result for sequence in sequences):
-        engine.step()
-    seconds = time.perf_counter() - started
-    made = sum(len(sequence.new_ids) for sequence in sequences) - before
+    seconds, made = decode_all(engine, sequences)
     return seconds / made, [list(sequence.new_ids) for sequence in sequences]
 
 

@@ -28,9 +28,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from argosy import Engine
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.formats import is_quantised
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes
+from argosy.engine.sequence import Sequence as EngineSequence
 from cgroup import CappedRun, run_capped
 from common import REPOSITORY
 from make_checkpoint import named_model
@@ -267,6 +269,18 @@ def require_documents(run: Run, told: list[str]) -> None:
     sentence = f"{run.engine}: {right}/{asked} tokens continue their documents"
     if sentence not in told:
         told.append(sentence)
+
+
+def decode_all(engine: Engine, sequences: Sequence[EngineSequence]) -> tuple[float, int]:
+    """Run sequences to their ends; return the seconds of the steps in which all of them decode, and their tokens."""
+    while any(sequence.first_token_at is None for sequence in sequences):
+        engine.step()
+    before = sum(len(sequence.new_ids) for sequence in sequences)
+    started = time.perf_counter()
+    while not all(sequence.result for sequence in sequences):
+        engine.step()
+    seconds = time.perf_counter() - started
+    return seconds, sum(len(sequence.new_ids) for sequence in sequences) - before
 
 
 def prompts(count: int, length: int) -> list[list[int]]:

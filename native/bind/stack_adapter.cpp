@@ -123,7 +123,7 @@ void bind_stack_adapter(nb::module_& m) {
             const Matrix& table = require_item("rows", rows);
             require_floats("rows", table);
             require_size("rows of rows", table.view.rows, base.view.rows);
-            // `rows` has a row for each token, unlike the `down` of a product.
+            // `rows` [vocabulary, rank] is looked up by token id; the `down` of a product is [rank, columns].
             const Matrix& given = require_item("up", up);
             require_floats("up", given);
             require_range("the rank of a pair", table.view.cols, 1, kMostRank);

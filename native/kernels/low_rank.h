@@ -17,17 +17,13 @@
 namespace argosy {
 namespace {
 
-inline float* low_rank_row(const LowRankArgs& a, int64_t token) {
-  return a.y + a.y_stride * (a.y_index != nullptr ? a.y_index[token] : token);
-}
-
 #if !ARGOSY_VECTOR  // the reference
 
 template <class Weights>
 void add_low_rank_of(const LowRankArgs& a) {
   for (int64_t token = 0; token < a.num_tokens; ++token) {
     const float* t = a.t + token * a.t_stride;
-    float* y = low_rank_row(a, token);
+    float* y = output_row(a, token);
     for (int64_t row = a.row_begin; row < a.row_end; ++row) {
       float sum = y[row - a.row_begin];
       for (int64_t i = 0; i < a.rank; ++i) {
@@ -53,7 +49,7 @@ void add_ranks(const LowRankArgs& a, int64_t first, int64_t token) {
   } else if (a.next_weights != nullptr) {
     next = a.next_weights;
   }
-  float* y = low_rank_row(a, token);
+  float* y = output_row(a, token);
   Vec t[kRanks];
 #pragma GCC unroll 8
   for (int i = 0; i < kRanks; ++i) t[i] = broadcast(a.t[token * a.t_stride + first + i]);
@@ -111,7 +107,7 @@ template <int kVecs, int kTokens, bool kIsPart>
   Vec sum[kTokens][kVecs];
 #pragma GCC unroll 8
   for (int j = 0; j < kTokens; ++j) {
-    y[j] = low_rank_row(a, token + j) + (row - a.row_begin);
+    y[j] = output_row(a, token + j) + (row - a.row_begin);
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) {
       if constexpr (kIsPart) {

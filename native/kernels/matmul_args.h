@@ -91,7 +91,8 @@ inline const uint8_t* activation_row(const MatmulArgs& a, int64_t token) {
 inline const float* float_row(const MatmulArgs& a, int64_t token) {
   return reinterpret_cast<const float*>(activation_row(a, token));
 }
-inline float* output_row(const MatmulArgs& a, int64_t token) {
+template <class Args>  // MatmulArgs or LowRankArgs
+inline float* output_row(const Args& a, int64_t token) {
   return a.y + (a.y_index != nullptr ? a.y_index[token] : token) * a.y_stride;
 }
 

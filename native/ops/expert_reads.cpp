@@ -7,17 +7,17 @@
 namespace argosy {
 
 StoreReads::StoreReads(std::shared_ptr<Store> store, std::shared_ptr<Arena> arena, RecordOf record_of)
-    : store_(std::move(store)), arena_(std::move(arena)), record_of_(std::move(record_of)) {}
+    : ReadsByStore(std::move(store), std::move(arena)), record_of_(std::move(record_of)) {}
 
 std::vector<int64_t> StoreReads::fetch(const std::vector<Place>& places, Urgency urgency) {
   std::vector<PlacedRecord> placed;
   placed.reserve(places.size());
   for (const auto& [key, at] : places) placed.push_back({*known(key).record, at});
-  return store_->fetch(*arena_, placed, urgency);
+  return fetch_records(placed, urgency);
 }
 
-std::vector<Completion> StoreReads::wait_any(const std::vector<int64_t>& tickets,
-                                             std::optional<std::chrono::milliseconds> most) {
+std::vector<Completion> ReadsByStore::wait_any(const std::vector<int64_t>& tickets,
+                                               std::optional<std::chrono::milliseconds> most) {
   if (most) return store_->wait_any(tickets, *most);
   std::vector<Completion> done;
   while (done.empty() && !tickets.empty()) done = store_->wait_any(tickets, std::chrono::seconds(1));

@@ -8,6 +8,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "ops/cache_policy.h"
@@ -35,7 +36,29 @@ class ExpertReads {
   virtual int64_t bytes(ExpertKey key) = 0;  // that are read for one expert
 };
 
-class StoreReads : public ExpertReads {
+// Reads by a store into an arena. What derives from it knows the records.
+class ReadsByStore : public ExpertReads {
+ public:
+  void hurry(const std::vector<int64_t>& tickets) override { store_->hurry(tickets); }
+  std::vector<Completion> wait_any(const std::vector<int64_t>& tickets,
+                                   std::optional<std::chrono::milliseconds> most) override;
+  std::vector<int64_t> drop(const std::vector<int64_t>& tickets) override { return store_->drop(tickets); }
+  void cancel(int64_t ticket) override { store_->cancel(ticket); }
+
+ protected:
+  ReadsByStore(std::shared_ptr<Store> store, std::shared_ptr<Arena> arena)
+      : store_(std::move(store)), arena_(std::move(arena)) {}
+
+  std::vector<int64_t> fetch_records(const std::vector<PlacedRecord>& placed, Urgency urgency) {
+    return store_->fetch(*arena_, placed, urgency);
+  }
+
+ private:
+  std::shared_ptr<Store> store_;
+  std::shared_ptr<Arena> arena_;
+};
+
+class StoreReads : public ReadsByStore {
  public:
   // The record of an expert, which stays where it is. Called once for each expert.
   using RecordOf = std::function<const Record&(ExpertKey)>;
@@ -43,11 +66,6 @@ class StoreReads : public ExpertReads {
   StoreReads(std::shared_ptr<Store> store, std::shared_ptr<Arena> arena, RecordOf record_of);
 
   std::vector<int64_t> fetch(const std::vector<Place>& places, Urgency urgency) override;
-  void hurry(const std::vector<int64_t>& tickets) override { store_->hurry(tickets); }
-  std::vector<Completion> wait_any(const std::vector<int64_t>& tickets,
-                                   std::optional<std::chrono::milliseconds> most) override;
-  std::vector<int64_t> drop(const std::vector<int64_t>& tickets) override { return store_->drop(tickets); }
-  void cancel(int64_t ticket) override { store_->cancel(ticket); }
   int64_t bytes(ExpertKey key) override { return known(key).nbytes; }
 
  private:
@@ -58,8 +76,6 @@ class StoreReads : public ExpertReads {
 
   const Known& known(ExpertKey key);
 
-  std::shared_ptr<Store> store_;
-  std::shared_ptr<Arena> arena_;
   RecordOf record_of_;
   std::vector<std::vector<Known>> known_;  // by layer and expert
 };

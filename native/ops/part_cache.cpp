@@ -8,8 +8,7 @@ namespace argosy {
 
 PartReads::PartReads(std::shared_ptr<Store> store, std::shared_ptr<Arena> arena, int file_id, int64_t stride,
                      std::map<int64_t, Layer> layers)
-    : store_(std::move(store)),
-      arena_(std::move(arena)),
+    : ReadsByStore(std::move(store), std::move(arena)),
       file_id_(file_id),
       stride_(stride),
       layers_(std::move(layers)) {
@@ -40,15 +39,7 @@ std::vector<int64_t> PartReads::fetch(const std::vector<Place>& places, Urgency 
     records.push_back({{{file_id_, begin, layer.nbytes, 0}}, {layer.checksums[size_t(key.expert)]}});
     placed.push_back({records.back(), at});
   }
-  return store_->fetch(*arena_, placed, urgency);
-}
-
-std::vector<Completion> PartReads::wait_any(const std::vector<int64_t>& tickets,
-                                            std::optional<std::chrono::milliseconds> most) {
-  if (most) return store_->wait_any(tickets, *most);
-  std::vector<Completion> done;
-  while (done.empty() && !tickets.empty()) done = store_->wait_any(tickets, std::chrono::seconds(1));
-  return done;
+  return fetch_records(placed, urgency);
 }
 
 void PartLease::set(int32_t adapter, std::shared_ptr<PartCache> parts) {

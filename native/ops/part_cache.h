@@ -30,7 +30,7 @@
 namespace argosy {
 
 // Reads of parts from a file in which those of a layer lie one after another, `stride` bytes apart.
-class PartReads : public ExpertReads {
+class PartReads : public ReadsByStore {
  public:
   struct Layer {
     int64_t begin;  // of its first part, in bytes
@@ -41,18 +41,11 @@ class PartReads : public ExpertReads {
             std::map<int64_t, Layer> layers);
 
   std::vector<int64_t> fetch(const std::vector<Place>& places, Urgency urgency) override;
-  void hurry(const std::vector<int64_t>& tickets) override { store_->hurry(tickets); }
-  std::vector<Completion> wait_any(const std::vector<int64_t>& tickets,
-                                   std::optional<std::chrono::milliseconds> most) override;
-  std::vector<int64_t> drop(const std::vector<int64_t>& tickets) override { return store_->drop(tickets); }
-  void cancel(int64_t ticket) override { store_->cancel(ticket); }
   int64_t bytes(ExpertKey key) override { return layer_of(key).nbytes; }
 
  private:
   const Layer& layer_of(ExpertKey key) const;
 
-  std::shared_ptr<Store> store_;
-  std::shared_ptr<Arena> arena_;
   int file_id_;
   int64_t stride_;
   std::map<int64_t, Layer> layers_;

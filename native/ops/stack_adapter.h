@@ -38,7 +38,7 @@ struct StackAdapter {
   LowRank embedding;                                        // down [vocabulary][rank], up [rank][hidden]
   std::optional<MatrixView> replaced_embedding;             // f32, f16 or bf16
   std::vector<std::shared_ptr<const void>> hold;
-  // The most that the ranks of gate, up and down of a dense network, or of any expert, add up to.
+  // The largest sum of the ranks of gate, up and down over all dense networks and experts.
   int64_t ranks = 0;
 };
 

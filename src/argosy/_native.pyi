@@ -777,8 +777,8 @@ class ExpertAdapter:
     """
     The low-rank pairs of an adapter beside routed experts, in an arena: the part of each expert, and where it lies.
 
-    The part of an expert has `down` and `up` of gate's pair, of up's and of down's, as `ExpertPart` of
-    argosy.adapters.files lays them out. It does not know which parts have landed; whoever places a part sees to that.
+    A part holds `down` and `up` of the gate, up and down pairs in turn, laid out by `ExpertPart` of
+    argosy.adapters.files. The adapter does not know which parts have landed: the caller that places a part does.
     """
 
     def __init__(self, arena: Arena) -> None: ...

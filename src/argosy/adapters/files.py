@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 from numpy.typing import NDArray
 
+from argosy.checkpoint.formats import BYTES_PER_VALUE, round_up
+
 PairFormat = Literal["f32", "f16", "bf16"]
 Values = NDArray[Any]  # float32, float16, or uint16 with the bits of bfloat16
 PAIR_ALIGNMENT = 64  # bytes; of `down` and of `up` in the part of an expert
@@ -69,13 +71,13 @@ class ExpertPart:
         return (self.ranks[matrix], columns), (self.ranks[matrix], rows)
 
     def _layout(self) -> tuple[tuple[tuple[int, int], ...], int]:
-        size, end = (4 if self.format == "f32" else 2), 0
+        size, end = BYTES_PER_VALUE[self.format], 0
         places = []
         for matrix in range(3):
             starts = []
             for rank, length in self.shapes(matrix):
                 starts.append(end)
-                end += -(-rank * length * size // PAIR_ALIGNMENT) * PAIR_ALIGNMENT
+                end += round_up(rank * length * size, PAIR_ALIGNMENT)
             places.append((starts[0], starts[1]))
         return tuple(places), end
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from argosy.adapters.files import AdapterFiles
-from argosy.adapters.names import Dense, Expert, ModuleNames, Part
+from argosy.adapters.names import Dense, ModuleNames, Part
 from argosy.adapters.pairs import PairCollector
 from argosy.adapters.values import AdapterTensors
 from argosy.checkpoint.files import ModelFiles
@@ -111,7 +111,7 @@ class _GgufReader:
         experts = _EXPERTS.fullmatch(base)
         dense = self._dense.get(base)
         if experts is not None and int(experts["layer"]) in self._model.moe_layers:
-            module = self._experts(int(experts["layer"]), _MATRICES[experts["matrix"]])
+            module = self._names.expert(int(experts["layer"]), None, *_MATRICES[experts["matrix"]])
             self._collector.add_expert(module, a, b, scale, order="stacked")
         elif dense is None:
             raise self._tensors.refuse(
@@ -127,11 +127,3 @@ class _GgufReader:
             )
         else:
             self._collector.add_embedding(a, b, scale, rows_are_turned=False, up_is_turned=True)
-
-    def _experts(self, layer: int, matrices: tuple[int, ...]) -> Expert:
-        """Return a matrix of all experts of a layer, or gate and up one after the other."""
-        width, hidden = self._model.expert_width_in(layer), self._model.expert_hidden
-        if matrices == (2,):
-            return Expert(layer, None, (hidden, width), {2: slice(0, hidden)})
-        rows = {matrix: slice(at * width, (at + 1) * width) for at, matrix in enumerate(matrices)}
-        return Expert(layer, None, (len(matrices) * width, hidden), rows)

@@ -14,11 +14,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from argosy import _native
 from argosy.adapters.files import PAIR_ALIGNMENT, AdapterFiles, LowRank, PairFormat, Values
 from argosy.adapters.targets import is_replaceable, target_shapes
+from argosy.adapters.values import widen
 from argosy.checkpoint.formats import round_up
 from argosy.config import LatentConfig, ModelConfig
 from argosy.errors import CheckpointError, UnsupportedModel
@@ -199,12 +199,12 @@ def _joined(pairs: tuple[LowRank, ...], rows: int) -> LowRank:
     """Return one pair that changes all rows. Several become one in float32, with zeros where they change nothing."""
     if len(pairs) == 1 and pairs[0].up.shape[1] == rows:
         return pairs[0]
-    down = np.concatenate([_floats(pair.down, pair.format) for pair in pairs])
+    down = np.concatenate([widen(pair.down, pair.format) for pair in pairs])
     up = np.zeros((len(down), rows), np.float32)
     first = 0
     for pair in pairs:
         begin, count = pair.row_begin, pair.up.shape[1]
-        up[first : first + pair.rank, begin : begin + count] = np.float32(pair.scale) * _floats(
+        up[first : first + pair.rank, begin : begin + count] = np.float32(pair.scale) * widen(
             pair.up, pair.format
         )
         first += pair.rank
@@ -232,8 +232,3 @@ def _stored(files: AdapterFiles, config: ModelConfig) -> Iterator[Values]:
 
 def _room(values: Values) -> int:
     return round_up(values.nbytes, PAIR_ALIGNMENT)
-
-
-def _floats(values: Values, format: PairFormat) -> NDArray[np.float32]:
-    content = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-    return _native.dequantize(format, content, *values.shape)

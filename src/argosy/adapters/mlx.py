@@ -20,7 +20,7 @@ import numpy as np
 from argosy.adapters.files import AdapterFiles, PairFormat, Values
 from argosy.adapters.names import Dense, Draft, Expert, ModuleNames, Part
 from argosy.adapters.pairs import PairCollector
-from argosy.adapters.values import MOST_RANK, AdapterTensors, as_format, common_format, format_of
+from argosy.adapters.values import MOST_RANK, AdapterTensors
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.safetensors import TensorRef, read_header
 from argosy.checkpoint.untrusted_file import quote, read_object
@@ -98,13 +98,13 @@ class _MlxReader:
                 self._require_rank(a, a.shape[-1] if a.shape else 0)
                 self._collector.add_embedding(a, b, self._scale, rows_are_turned=False, up_is_turned=False)
                 if self._model.is_embedding_tied:  # the table is the head, and mlx-lm changes both
-                    format, table, up = self._values(a, b)
+                    format, table, up = self._tensors.read_pair(a, b)
                     self._put(Dense(found.shape, (Part("head"),)), format, up, table.T, name)
             case Dense():
                 rows, columns = found.shape
                 self._collector.require_shape(a, (columns, self._rank))
                 self._collector.require_shape(b, (self._rank, rows))
-                format, down, up = self._values(a, b)
+                format, down, up = self._tensors.read_pair(a, b)
                 self._put(found, format, down.T, up, name)
             case Draft():
                 raise self._tensors.refuse(
@@ -120,12 +120,6 @@ class _MlxReader:
 
     def _put(self, module: Dense, format: PairFormat, down: Values, up: Values, name: str) -> None:
         self._collector.put_dense(module, format, np.ascontiguousarray(down), up, self._scale, name)
-
-    def _values(self, a: TensorRef, b: TensorRef) -> tuple[PairFormat, Values, Values]:
-        """Read both in one format."""
-        format = common_format((format_of(a), format_of(b)))
-        first, second = (as_format(self._tensors.read(ref), format_of(ref), format) for ref in (a, b))
-        return format, first, second
 
     def _require_rank(self, ref: TensorRef, rank: int) -> None:
         if rank != self._rank:

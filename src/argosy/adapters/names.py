@@ -118,6 +118,21 @@ class ModuleNames:
             return Draft() if layer in self._config.mtp_layers else None
         return self._of_layer(layer).get(found["local"]) or self._single_expert(layer, found["local"])
 
+    def expert(self, layer: int, expert: int | None, *matrices: int, has_turns: bool = False) -> Expert:
+        """Return gate (0), up (1) or down (2) of a routed expert, or of all if `expert` is None; or the module that has
+        the rows of several, one matrix after another or, with `has_turns`, by turns.
+        """
+        config = self._config
+        width, hidden = config.expert_width_in(layer), config.expert_hidden
+        if matrices == (2,):
+            return Expert(layer, expert, (hidden, width), {2: slice(0, hidden)})
+        count = len(matrices)
+        rows = {
+            matrix: slice(at, None, count) if has_turns else slice(at * width, (at + 1) * width)
+            for at, matrix in enumerate(matrices)
+        }
+        return Expert(layer, expert, (count * width, hidden), rows)
+
     def _is_wrapper(self, before: str) -> bool:
         return set(filter(None, before.split("."))) <= _WRAPPERS or any(
             layout.prefix == before for layout in self._layouts
@@ -159,18 +174,6 @@ class ModuleNames:
                 found.setdefault(name, _joined([wholes[last] for last in lasts]))
         return found
 
-    def _expert(self, layer: int, expert: int | None, *matrices: int, has_turns: bool = False) -> Expert:
-        config = self._config
-        width, hidden = config.expert_width_in(layer), config.expert_hidden
-        if matrices == (2,):
-            return Expert(layer, expert, (hidden, width), {2: slice(0, hidden)})
-        count = len(matrices)
-        rows = {
-            matrix: slice(at, None, count) if has_turns else slice(at * width, (at + 1) * width)
-            for at, matrix in enumerate(matrices)
-        }
-        return Expert(layer, expert, (count * width, hidden), rows)
-
     def _matrices(self, names: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Return the matrices that each of the names of an expert's tensors has."""
         if len(names) == 3:
@@ -182,8 +185,8 @@ class ModuleNames:
         has_turns = any(layout.has_turns for layout in self._layouts)
         first = (0, 1) if has_gate else (1,)
         parameters = {
-            "gate_up_proj" if has_gate else "up_proj": self._expert(layer, None, *first, has_turns=has_turns),
-            "down_proj": self._expert(layer, None, 2),
+            "gate_up_proj" if has_gate else "up_proj": self.expert(layer, None, *first, has_turns=has_turns),
+            "down_proj": self.expert(layer, None, 2),
         }
         transposed = {
             layout.transposed_names is not None or layout.mxfp4_names is not None
@@ -197,7 +200,7 @@ class ModuleNames:
                 for name, matrices in zip(
                     layout.stacked_names, self._matrices(layout.stacked_names), strict=True
                 ):
-                    yield name.removesuffix(".weight"), self._expert(layer, None, *matrices)
+                    yield name.removesuffix(".weight"), self.expert(layer, None, *matrices)
             names = layout.fused_names or layout.transposed_names
             if names is not None and names[0].endswith(".weight"):  # each parameter in a module of its own
                 for name, (key, expert) in zip(names, parameters.items(), strict=True):
@@ -225,7 +228,7 @@ class ModuleNames:
                 ):
                     expert = int(number)
                     if expert < self._config.num_experts and str(expert) == number:
-                        return self._expert(layer, expert, *matrices)
+                        return self.expert(layer, expert, *matrices)
         return None
 
 

@@ -81,9 +81,7 @@ class PairCollector:
         rank = down.shape[0] if down.shape else 0
         self.require_shape(down, (self.rank_of(down, rank), columns))
         self.require_shape(up, (rank, rows) if up_is_turned else (rows, rank))
-        format = common_format((format_of(down), format_of(up)))
-        down_values = as_format(self.tensors.read(down), format_of(down), format)
-        up_values = as_format(self.tensors.read(up), format_of(up), format)
+        format, down_values, up_values = self.tensors.read_pair(down, up)
         self.put_dense(
             module, format, down_values, up_values if up_is_turned else up_values.T, scale, up.name
         )
@@ -114,9 +112,7 @@ class PairCollector:
         self.rank_of(up, rank)
         self.require_shape(rows, (rank, vocabulary) if rows_are_turned else (vocabulary, rank))
         self.require_shape(up, (hidden, rank) if up_is_turned else (rank, hidden))
-        format = common_format((format_of(rows), format_of(up)))
-        row_values = as_format(self.tensors.read(rows), format_of(rows), format)
-        up_values = as_format(self.tensors.read(up), format_of(up), format)
+        format, row_values, up_values = self.tensors.read_pair(rows, up)
         self._once("embed", rows.name)
         self._embedding = EmbeddingPair(
             format=format,

@@ -2,8 +2,7 @@
 
     directory or file + the base model's files  ->  open_adapter  ->  AdapterFiles
 
-Elsewhere: `peft.py` reads PEFT's directories, `mlx.py` those of mlx-lm, `gguf.py` files of
-llama.cpp.
+Elsewhere: `peft.py` reads PEFT's directories, `mlx.py` those of mlx-lm, `gguf.py` files of llama.cpp.
 """
 
 from __future__ import annotations

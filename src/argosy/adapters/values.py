@@ -35,10 +35,6 @@ MOST_RANK = 1024
 _MOST_TENSORS = 1_000_000
 
 
-def bytes_per_value(format: PairFormat) -> int:
-    return 4 if format == "f32" else 2
-
-
 def widen(values: Values, format: PairFormat) -> NDArray[np.float32]:
     """Return values as float32, exactly."""
     if format == "bf16":
@@ -117,6 +113,12 @@ class AdapterTensors:
         with self._open() as descriptor:
             raw = read_at(descriptor, ref.nbytes, ref.offset, ref.path)
         return np.frombuffer(raw, _DTYPES[format_of(ref)]).reshape(ref.shape)
+
+    def read_pair(self, first: TensorRef, second: TensorRef) -> tuple[PairFormat, Values, Values]:
+        """Return their one format, and the values of both in it."""
+        format = common_format((format_of(first), format_of(second)))
+        one, other = (as_format(self.read(ref), format_of(ref), format) for ref in (first, second))
+        return format, one, other
 
     def prove(self, about: bytes) -> bytes:
         """Read every tensor once, and return the digest of all of them and of `about`.

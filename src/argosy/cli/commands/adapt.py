@@ -118,7 +118,7 @@ def require_memory(files: ModelFiles, rank: int) -> None:
     from argosy.adapters.making.weights import num_pair_values, num_values
     from argosy.machine.resources import memory_limit
 
-    # A pair has its values, their gradients and two moments of AdamW.
+    # Each value of a pair also needs its gradient and AdamW's two moments.
     needed = 4 * num_values(files) + 16 * num_pair_values(files.config, rank) + _WORKING_BYTES
     limit = memory_limit()
     if needed > limit.free_bytes:

@@ -96,7 +96,7 @@ async def load(body: LoadBody, request: Request) -> Adapter:
             _loading.discard(service.loop)
 
     made = await asyncio.shield(asyncio.create_task(change()))
-    log.info("adapters: %s has %s now", service.model.parent or service.model.id, made.name)
+    log.info("adapters: %s has %s now", _base(service), made.name)
     return _adapter(made, service)
 
 
@@ -122,12 +122,16 @@ async def unload(body: UnloadBody, request: Request) -> Adapter:
         raise Refused(404, error.message, param="lora_name") from None
     if found is None:  # it was loaded and dropped meanwhile
         raise Refused(404, f"unknown adapter {body.lora_name}", param="lora_name")
-    log.info("adapters: %s is without %s now", service.model.parent or service.model.id, found.name)
+    log.info("adapters: %s is without %s now", _base(service), found.name)
     return _adapter(found, service)
 
 
+def _base(service: Service) -> str:
+    return service.model.parent or service.model.id
+
+
 def _adapter(one: AdapterFacts, service: Service) -> Adapter:
-    parent = service.model.parent or service.model.id
+    parent = _base(service)
     return {
         "id": f"{parent}:{one.name}", "object": "adapter", "parent": parent, "rank": one.rank, "scale": one.factor,
         "memory_bytes": one.nbytes, "num_requests": one.num_requests,
