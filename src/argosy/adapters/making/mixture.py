@@ -170,10 +170,10 @@ class Mixture(nn.Module):  # type: ignore[misc]
         key = rotated(heads("k")).repeat_interleave(repeats, dim=1).split(lengths)
         value = heads("v").repeat_interleave(repeats, dim=1).split(lengths)
         mixed = [
-            F.scaled_dot_product_attention(*(one.transpose(0, 1) for one in row), is_causal=True).transpose(
-                0, 1
-            )
-            for row in zip(query, key, value, strict=True)
+            F.scaled_dot_product_attention(
+                own_query.transpose(0, 1), own_key.transpose(0, 1), own_value.transpose(0, 1), is_causal=True
+            ).transpose(0, 1)
+            for own_query, own_key, own_value in zip(query, key, value, strict=True)
         ]
         return self._project(layer, "o", torch.cat(mixed).reshape(len(normed), -1))
 
