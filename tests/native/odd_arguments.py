@@ -204,6 +204,22 @@ class Case:
         )
         return adapter
 
+    def part_cache(self) -> Any:
+        policy = self.native.CachePolicy(num_slots=3, layers=[0], experts_per_token=2)
+        return self.native.PartCache(
+            self.part_reads(), policy, self.expert_adapter(), slot_bytes=4096, num_parts=self.EXPERTS
+        )
+
+    def pair(self, down: tuple[int, int] = (2, 64), up: tuple[int, int] = (2, 64)) -> tuple[Any, Any, float]:
+        arena, matrix = self.arena(), self.native.Matrix
+        return matrix(arena, 0, "f32", *down), matrix(arena, 1 << 15, "f32", *up), 0.5
+
+    def stack_adapter(self, embedding: Any = None) -> Any:
+        embedding = embedding or self.matrix(self.VOCABULARY, 64)
+        adapter = self.native.StackAdapter(8)
+        adapter.add_embedding(embedding, self.pair((self.VOCABULARY, 2)))
+        return adapter
+
     def part_reads(self) -> Any:
         return self.native.PartReads(
             self.store(), self.arena(), 0, stride=4096, layers={0: (0, 100, [1] * self.EXPERTS)}
@@ -336,12 +352,15 @@ class Case:
         stack.begin(*self.step_of_ends())
         return stack
 
-    def stack(self, *, steps: int = 0, has_streams: bool = False) -> Any:
+    def stack(self, *, steps: int = 0, has_streams: bool = False, has_adapter: bool = False) -> Any:
         """steps 1: a step has begun; 2: its layer waits for experts; 3: it is done."""
         args, kwargs = self.stack_of_streams() if has_streams else self.stack_arguments()
         stack = self.native.Stack(*args, **kwargs)
+        if has_adapter:
+            stack.set_adapter(1, self.stack_adapter(kwargs["embedding"]))
         if steps:
-            stack.begin(*(self.step_of_streams() if has_streams else self.step()))
+            step = self.step_of_streams() if has_streams else self.step()
+            stack.begin(*step, *((None, None, self.ints(1, -1, 1)) if has_adapter else ()))
         if steps > 1:
             waits = stack.advance()
         while steps > 2 and waits:
@@ -523,7 +542,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
             f(64), case.gqa(), f(64), case.routed(), 1, f(64), f(64), 0.5, False, 0.5, 0.5, 0.5, case.stream_mix(),
             case.stream_mix(), None, 3,
         ),
-        "Dispatch": lambda: (np.array([[0, 3], [3, 1]], np.int32), np.array([True, False]), 4),
+        "Dispatch": lambda: (np.array([[0, 3], [3, 1]], np.int32), np.array([True, False]), 4, i(-1, 3)),
         "ExpertTable": lambda: (case.arena(), 64, ("silu", 0.0, 0.0)),
         "memory_probe": lambda: (1, 4 << 20, "plain"),
         "int8_probe": lambda: (1, "plain"),
@@ -566,6 +585,8 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "StoreReads": lambda: (case.store(), case.arena(), lambda key: case.record()),
         "PartReads": lambda: (case.store(), case.arena(), 0, 4096, {0: (0, 100, [1, 2])}),
         "PartCache": lambda: (case.part_reads(), case.policy(), case.expert_adapter(), 4096, 4),
+        "ExpertAdapter": lambda: (case.arena(),),
+        "StackAdapter": lambda: (8,),
         "ReadsInPython": lambda: (case.store(), lambda places, urgency: [1] * len(places), lambda key: 4096),
         "AskedCounts": lambda: (),
         "BegunLayer": lambda: (),
@@ -589,7 +610,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
                      "multi_head_latent_attention": 5, "PositionIndexer": 3, "Routing": 1, "ExpertTable": 1, "Layer": 4,
                      "dense_ffn": 3,
                      "replay": 2, "tournament": 2, "linear": 5, "Exchange": 0, "WorkerLink": 1, "worker_link_bytes": 0,
-                     "exchange_bytes": 0, "CachePolicy": 0}  # fmt: skip
+                     "exchange_bytes": 0, "CachePolicy": 0, "PartReads": 3, "PartCache": 3}  # fmt: skip
     names = {
         "swiglu_experts": "activation gate_bias up_bias down_bias",
         "linear": "finish exact",
@@ -617,6 +638,8 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "replay": "num_experts policy num_slots counted_from",
         "tournament": "depth",
         "CachePolicy": "num_slots layers experts_per_token",
+        "PartReads": "stride layers",
+        "PartCache": "slot_bytes num_parts",
         "Exchange": "hidden num_experts most_rows most_assignments",
         "WorkerLink": "hidden num_experts most_rows most_assignments",
         "worker_link_bytes": "hidden num_experts most_rows most_assignments",
@@ -739,7 +762,36 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "CachePolicy.pinned": (case.policy, lambda: ()),
         "CachePolicy.window": (case.policy, lambda: ()),
         "CachePolicy.ages": (case.policy, lambda: ()),
-        "CachedExperts.open": (case.cached, lambda: (0, [1, 3], [3])),
+        "CachedExperts.open": (case.cached, lambda: (0, [1, 3], [3], [(1, 0)])),
+        "CachedExperts.open_for": (case.cached, lambda: (0, case.dispatch())),
+        "CachedExperts.set_parts": (case.cached, lambda: (1, case.part_cache())),
+        "ExpertAdapter.part_bytes": (case.expert_adapter, lambda: (0,)),
+        "ExpertAdapter.offsets": (case.expert_adapter, lambda: (0,)),
+        "ExpertAdapter.place": (case.expert_adapter, lambda: ([((0, 1), 0), ((0, 3), 64)],)),
+        "ExpertAdapter.has_places": (case.expert_adapter, lambda: (0, [1, 3])),
+        "ExpertTable.set_adapter": (case.table, lambda: (1, case.expert_adapter())),
+        "Stack.set_adapter": (case.stack, lambda: (1, case.stack_adapter())),
+        "StackAdapter.add_pair": (case.stack_adapter, lambda: (m(64, 64), case.pair(up=(2, 32)), 32)),
+        "StackAdapter.add_network": (
+            case.stack_adapter,
+            lambda: (m(32, 64), case.pair(up=(2, 32)), case.pair(up=(2, 32)), case.pair((2, 32))),
+        ),
+        "StackAdapter.add_latent": (
+            case.stack_adapter,
+            lambda: (m(64, 32), m(64, 32), 2, case.pair((4, 32), (2, 32)), case.pair((2, 32), (4, 32))),
+        ),
+        "StackAdapter.add_embedding": (
+            case.stack_adapter,
+            lambda: (m(case.VOCABULARY, 64), case.pair((case.VOCABULARY, 2))),
+        ),
+        "StackAdapter.replace": (
+            case.stack_adapter,
+            lambda: (m(4, 64, "f32"), n.Matrix(case.arena(), 0, "f32", 4, 64)),
+        ),
+        "StackAdapter.replace_embedding": (
+            case.stack_adapter,
+            lambda: (m(case.VOCABULARY, 64), n.Matrix(case.arena(), 0, "f32", case.VOCABULARY, 64)),
+        ),
         "CachedExperts.group": (lambda: case.cached(is_open=True), lambda: ()),
         "CachedExperts.collect": (lambda: case.cached(is_open=True), lambda: ()),
         "CachedExperts.is_running": (lambda: case.cached(is_open=True), lambda: (case.dispatch(),)),
@@ -776,6 +828,14 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "Stack.begin": (case.stack, case.step),
         "Stack.begin, streams": (lambda: case.stack(has_streams=True), case.step_of_streams),
         "Stack.begin, ends": (lambda: case.stack(has_streams=True), case.step_of_ends),
+        "Stack.begin, adapters": (
+            lambda: case.stack(has_adapter=True),
+            lambda: (*case.step(), None, None, i(1, -1, 1)),
+        ),
+        "Stack.advance, adapters": (
+            lambda: case.stack(steps=1, has_adapter=True),
+            lambda: (lambda: None,),
+        ),
         "Stack.advance, ends": (case.stack_of_ends, lambda: (lambda: None,)),
         "Stack.advance, streams": (lambda: case.stack(steps=1, has_streams=True), lambda: (lambda: None,)),
         "Stack.logits, streams": (
@@ -815,6 +875,14 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
             np.array([[0, 3, 0]], np.int64),
         ),
         {"sizes": (2, 16, True), "out": f(3, 16), "begins": f(9)},
+    )  # fmt: skip
+    calls["ExpertAdapter.add_layer"] = lambda: (
+        case.expert_adapter().add_layer,
+        (1,),
+        {
+            "format": "bf16", "ranks": (1, 2, 0), "scales": (1.0, 0.5, 0.0), "hidden": 64, "width": 32,
+            "num_experts": 4,
+        },
     )  # fmt: skip
     calls["CachedExperts"] = lambda: (n.CachedExperts, *case.cached_arguments())
     calls["CachedExperts.end"] = lambda: (case.cached(is_open=True).end, (), {"is_whole": True})
