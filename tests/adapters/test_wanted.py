@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,25 @@ def test_what_is_no_adapter_is_refused(given: Any, said: str) -> None:
 
 
 def test_adapters_of_a_server_name_their_model() -> None:
-    assert by_model(["a=x", "m:b=y:2"], ["m"]) == {"m": ("a=x", "b=y:2")}
-    assert by_model(["n:7b:a=x"], ["m", "n:7b"]) == {"m": (), "n:7b": ("a=x",)}
+    a, b = WantedAdapter("a", Path("x")), WantedAdapter("b", Path("y"), 2.0)
+    assert by_model(["a=x", "m:b=y:2"], ["m"]) == {"m": (a, b)}
+    assert by_model(["n:7b:a=x"], ["m", "n:7b"]) == {"m": (), "n:7b": (a,)}
+    slowest = a._replace(columns="expert_slowest")
+    assert by_model(["n:a=x"], ["m", "n"], "expert_slowest") == {"m": (), "n": (slowest,)}
+    with pytest.raises(UsageError, match="a model and an adapter would both be named m:a"):
+        by_model(["m:a=x"], ["m", "m:a"])
     with pytest.raises(UsageError, match="names no model, and this server has: m, n"):
         by_model(["a=x"], ["m", "n"])
     with pytest.raises(UsageError, match="names the model o, and this server has: m"):
         by_model(["o:a=x"], ["m"])
+
+
+def test_one_order_of_columns_is_for_all_adapters() -> None:
+    found = wanted_adapters({"a": "x", "b": ("y", 0.5)}, "expert_slowest")
+    assert [one.columns for one in found] == ["expert_slowest"] * 2
+    for refuses in (partial(wanted_adapters, ()), partial(by_model, (), ["m"])):
+        with pytest.raises(UsageError, match="--lora names none"):
+            refuses("expert_slowest")
 
 
 def test_the_only_adapter_answers_unless_another_is_named() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from argosy import Engine, SamplingParams
 from argosy.adapters.needs import adapter_needs
 from argosy.adapters.parts import ExpertParts
+from argosy.adapters.peft import WEIGHTS_FILE as WEIGHTS
 from argosy.adapters.reading import open_adapter
 from argosy.budget.footprint import ModelFootprint
 from argosy.config import AdapterNeeds
@@ -18,6 +22,7 @@ from argosy.model.model import LoadedAdapter, Model
 from argosy.open.models import configure, open_files
 from tests.models.references import ADAPTERS, DIRECTORY, Reference
 from tests.models.runnable import runnable
+from tests.models.safetensors_file import read_safetensors, write_safetensors
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
 NAME = "qwen3_moe_plain"
@@ -108,3 +113,26 @@ def test_an_adapter_that_gets_no_number_leaves_nothing(base: Path, monkeypatch: 
             loaded.experts._arena.array()
         assert engine.plan == before
         assert engine.adapters == ()
+
+
+def test_an_adapter_with_its_columns_in_the_other_order_answers_as_the_first(
+    base: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(ADAPTERS / NAME, tmp_path / "slowest"))
+    num_experts = open_files(base).config.num_experts
+    changed = {}
+    for name, given in read_safetensors(other / WEIGHTS).items():
+        is_fused = ".experts." in name and "lora_B" in name
+        by_expert = given.reshape(len(given), -1, num_experts) if is_fused else given
+        changed[name] = ("BF16", by_expert.swapaxes(1, 2).reshape(len(given), -1) if is_fused else given)
+    write_safetensors(other / WEIGHTS, changed)
+    prompt, answers = Reference(DIRECTORY / NAME).input_ids[:8], []
+    for path, columns in ((ADAPTERS / NAME, None), (other, "expert_slowest"), (other, None)):
+        options: Any = {**OPTIONS, "loras": {"own": path}, "lora_columns": columns}
+        with Engine.open(base, memory="2GiB", **options) as engine:
+            answers.append(engine.logits(prompt, adapter="own"))
+            engine.drop_adapter("own")
+            engine.load_adapter("own", path, columns=columns or "expert_fastest")
+            np.testing.assert_array_equal(engine.logits(prompt, adapter="own"), answers[-1])
+    np.testing.assert_array_equal(answers[0], answers[1])
+    assert not np.array_equal(answers[0], answers[2])

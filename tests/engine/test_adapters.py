@@ -34,7 +34,7 @@ GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
 def _made_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Paths are numbers: seeds of random adapters. `invoked-N` has invocation tokens."""
 
-    def open_adapter(path: str | Path, files: ModelFiles) -> AdapterFiles:
+    def open_adapter(path: str | Path, files: ModelFiles, *, columns: str = "") -> AdapterFiles:
         kind, _, seed = Path(path).name.rpartition("-")
         if kind == "missing":
             raise CheckpointError(f"{path} does not exist")

@@ -71,7 +71,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         (root / name).touch()
     blocked, begun = threading.Event(), threading.Event()
 
-    def open_adapter(path: str | Path, files: ModelFiles) -> AdapterFiles:
+    def open_adapter(path: str | Path, files: ModelFiles, *, columns: str = "") -> AdapterFiles:
         path = Path(path)
         if path.name == "bad":
             raise CheckpointError(f"{path} is cut off")

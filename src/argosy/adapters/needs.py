@@ -44,4 +44,8 @@ def total_needs(needs: Iterable[AdapterNeeds]) -> AdapterNeeds:
 
 def wanted_needs(wanted: Iterable[WantedAdapter], model: ModelFiles) -> AdapterNeeds:
     """Return what these adapters need together; those with a factor of 0 have no effect and need nothing."""
-    return total_needs(adapter_needs(open_adapter(one.path, model), model) for one in wanted if one.factor)
+    return total_needs(
+        adapter_needs(open_adapter(one.path, model, columns=one.columns), model)
+        for one in wanted
+        if one.factor
+    )

@@ -34,6 +34,7 @@ from argosy.adapters.reading import open_adapter
 from argosy.adapters.wanted import MOST_ADAPTERS, require_factor, require_name
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import AdapterNeeds
+from argosy.config.engine import ExpertColumns
 from argosy.errors import UsageError
 from argosy.model.model import LoadedAdapter, Model
 
@@ -159,11 +160,18 @@ class Adapters:
         self._leaving: list[_Adapter] = []  # dropped, and still used by requests
 
     def load(
-        self, name: str, path: str | Path, factor: float = 1.0, *, is_planned: bool = False
+        self,
+        name: str,
+        path: str | Path,
+        factor: float = 1.0,
+        columns: ExpertColumns = "expert_fastest",
+        *,
+        is_planned: bool = False,
     ) -> AdapterFacts:
         """Read an adapter and give it a name, while requests go on; steps wait only while it gets its number.
 
         Args:
+            columns: see `open_adapter`.
             is_planned: the plan has counted it already.
 
         Raises:
@@ -175,7 +183,7 @@ class Adapters:
         require_factor(factor)
         with self._reading:
             self._require_room(name)
-            files = open_adapter(path, self._files)
+            files = open_adapter(path, self._files, columns=columns)
             needs = adapter_needs(files, self._files) if factor else AdapterNeeds()
             if not is_planned and factor:
                 self._room.make_room(needs.joined(self._needs()))

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from argosy.config.engine import WantedAdapter
+from argosy.config.engine import ExpertColumns, WantedAdapter
 from argosy.errors import UsageError
 
 MOST_ADAPTERS = 64  # of one engine
@@ -23,11 +23,12 @@ _HINT = "for example `--lora support=./adapter`, or with half its effect `--lora
 Wanted = Iterable[str] | Mapping[str, str | Path | tuple[str | Path, float]]
 
 
-def wanted_adapters(given: Wanted) -> tuple[WantedAdapter, ...]:
-    """Read the option `loras`.
+def wanted_adapters(given: Wanted, columns: ExpertColumns | None = None) -> tuple[WantedAdapter, ...]:
+    """Read the options `loras` and `lora_columns`.
 
     Raises:
-        UsageError: a name or a factor is invalid, two adapters have the same name, or there are too many.
+        UsageError: a name or a factor is invalid, two adapters have the same name, there are too many, or none for
+            `columns`.
     """
     if isinstance(given, str):
         given = (given,)
@@ -35,6 +36,10 @@ def wanted_adapters(given: Wanted) -> tuple[WantedAdapter, ...]:
         found = [_of_pair(name, where) for name, where in given.items()]
     else:
         found = [one if isinstance(one, WantedAdapter) else _of_text(one) for one in given]
+    if columns is not None:
+        if not found:
+            raise UsageError("--lora-columns says how to read adapters, and --lora names none", hint=_HINT)
+        found = [one._replace(columns=columns) for one in found]
     names = [one.name for one in found]
     for one in found:
         require_name(one.name)
@@ -46,12 +51,17 @@ def wanted_adapters(given: Wanted) -> tuple[WantedAdapter, ...]:
     return tuple(found)
 
 
-def by_model(texts: Iterable[str], models: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Divide the texts of `--lora` among the models of a server, by name.
+def by_model(
+    texts: Sequence[str], models: Iterable[str], columns: ExpertColumns | None = None
+) -> dict[str, tuple[WantedAdapter, ...]]:
+    """Divide the adapters of `--lora` among the models of a server, by name.
 
     Raises:
-        UsageError: a text names no model although there are several, or one that the server does not have.
+        UsageError: a text names no model although there are several, or one that the server does not have; a model
+            has the name by which requests would name an adapter; or what `wanted_adapters` raises.
     """
+    if not texts:
+        wanted_adapters((), columns)
     divided: dict[str, tuple[str, ...]] = dict.fromkeys(models, ())
     for text in texts:
         key, _, where = text.partition("=")
@@ -65,9 +75,15 @@ def by_model(texts: Iterable[str], models: Iterable[str]) -> dict[str, tuple[str
                 hint="`--lora MODEL:NAME=PATH` says for which model it is",
             )
         divided[model] += (f"{name}={where}",)
-    for found in divided.values():
-        wanted_adapters(found)  # checks them
-    return divided
+    wanted = {model: wanted_adapters(found, columns if found else None) for model, found in divided.items()}
+    for model, adapters in wanted.items():
+        for one in adapters:
+            if (name := f"{model}:{one.name}") in divided:
+                raise UsageError(
+                    f"a model and an adapter would both be named {name}",
+                    hint="give one of them another name: `--lora` names adapters, and `--name` models",
+                )
+    return wanted
 
 
 def chosen_adapter(model: str, texts: Iterable[str]) -> tuple[str, str | None]:

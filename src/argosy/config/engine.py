@@ -36,6 +36,8 @@ AskAhead = Literal["off", "one_level", "one_level_far", "two_levels"]
 Pooling = Literal["mean", "last"]  # how hidden states become the embedding of a text
 # The drafter (`engine/drafts/drafter.py`): n-grams of the text, or the checkpoint's layer for multi-token prediction.
 Speculate = Literal["off", "lookup", "mtp"]
+# How the columns of fused experts' pairs follow each other; slowest: as Unsloth wrote them before 2026-09-17.
+ExpertColumns = Literal["expert_fastest", "expert_slowest"]
 
 
 class Tuning(NamedTuple):
@@ -59,6 +61,7 @@ class WantedAdapter(NamedTuple):
     name: str
     path: Path
     factor: float = 1.0
+    columns: ExpertColumns = "expert_fastest"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +115,7 @@ class EngineOptions(TypedDict, total=False):
     watermark: the file with the watermark's key, from `argosy watermark key`.
     sampling: fields of `config.CHOOSING`, such as `temperature`, that override the checkpoint's.
     loras: adapters by name, each a path or (path, factor); or the texts of `--lora` (`adapters/wanted.py`).
+    lora_columns: of all `loras`; `expert_slowest` for those that Unsloth wrote before 2026-09-17.
     mmproj: the file with the vision tower of a GGUF model; None: the only such file in its directory, if there is one.
     speculate: `auto` is `mtp` if the checkpoint has a layer for it, otherwise `lookup`.
     """
@@ -175,6 +179,10 @@ class EngineOptions(TypedDict, total=False):
     loras: Annotated[
         Mapping[str, Any], Further("--lora NAME=PATH", "Adapter for requests to name; PATH:0.5 halves it.")
     ]
+    lora_columns: Annotated[
+        ExpertColumns | None,
+        Further("--lora-columns", "Order in fused experts; slowest: Unsloth's before 2026-09-17."),
+    ]
     draft_tokens: int
     readers: int
     look_ahead: bool
@@ -194,7 +202,9 @@ class EngineOptions(TypedDict, total=False):
 
 # Where they apply. Commands that need fewer name them.
 SIZING = ("memory", "threads", "context", "kv_dtype", "instruction_set")  # any engine that answers text
-RUNNING = (*SIZING, "media", "image_tokens", "video_tokens", "mmproj", "ears", "loras", "speculate", "tune")
+RUNNING = (
+    *SIZING, "media", "image_tokens", "video_tokens", "mmproj", "ears", "loras", "lora_columns", "speculate", "tune",
+)  # fmt: skip
 
 
 # The least and the most of each; None: no limit but the memory.

@@ -23,6 +23,7 @@ from argosy.budget.memory_plan import MemoryPlan
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.sampling import declared_sampling
 from argosy.config import EngineConfig, ModelConfig
+from argosy.config.engine import ExpertColumns
 from argosy.engine.admission import Admission
 from argosy.engine.answers import Answers
 from argosy.engine.blocking import BlockingCalls
@@ -309,8 +310,9 @@ class Engine(BlockingCalls):
         return () if self.requests.adapters is None else self.requests.adapters.facts()
 
     def load_adapter(
-        self, name: str, path: str | Path, factor: float = 1.0, *, is_planned: bool = False
-    ) -> AdapterFacts:
+        self, name: str, path: str | Path, factor: float = 1.0, columns: ExpertColumns = "expert_fastest",
+        *, is_planned: bool = False,
+    ) -> AdapterFacts:  # fmt: skip
         """Read an adapter, which requests may then name, while they go on; `factor` multiplies its scale. See
         `Adapters.load`, also for errors.
         """
@@ -320,7 +322,7 @@ class Engine(BlockingCalls):
             self._started.require_open()
             if self.requests.adapters is None:
                 self.requests.adapters = Adapters(self._started, self.files, self._sequences, self._resizer)
-        return self.requests.adapters.load(name, path, factor, is_planned=is_planned)
+        return self.requests.adapters.load(name, path, factor, columns, is_planned=is_planned)
 
     def drop_adapter(self, name: str) -> None:
         """Let no more requests name an adapter; those that have begun end with it.

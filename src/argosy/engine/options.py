@@ -41,10 +41,11 @@ def configure(files: ModelFiles, **options: Unpack[EngineOptions]) -> EngineConf
     given.pop("mmproj", None)  # the file belongs to the model, whose files are open
     if (kv_dir := given.get("kv_dir")) is not None and not isinstance(kv_dir, KvDir):
         given["kv_dir"] = KvDir(path=Path(kv_dir))
-    if loras := given.get("loras"):
+    columns = given.pop("lora_columns", None)
+    if (loras := given.get("loras", ())) or columns:
         from argosy.adapters.wanted import wanted_adapters
 
-        given["loras"] = wanted_adapters(loras)
+        given["loras"] = wanted_adapters(loras, columns)
     if (ears := given.get("ears")) is not None:
         given["ears"] = Path(ears)
     if (watermark := given.get("watermark")) is not None:

@@ -37,6 +37,7 @@ from argosy.errors import UsageError
 
 if TYPE_CHECKING:
     from argosy.budget.memory_plan import MemoryPlan
+    from argosy.config.engine import WantedAdapter
     from argosy.forecast.forecast import Speeds
     from argosy.library.names import Named
     from argosy.serve.guards.guarding import Guarding
@@ -140,11 +141,12 @@ def serve(
         if name not in ids and not given.library:
             raise UsageError(f"--preload {name}: this server has: {', '.join(ids)}")
     settings = read_settings(**flags)
-    loras: Mapping[str, Sequence[str]] = {}
-    if texts := settings.pop("loras", ()):
+    loras: Mapping[str, Sequence[WantedAdapter]] = {}
+    texts, columns = settings.pop("loras", ()), settings.pop("lora_columns", None)
+    if texts or columns:
         from argosy.adapters.wanted import by_model
 
-        loras = by_model(texts, ids)
+        loras = by_model([*texts], ids, columns)
     kept = None if given.kv_dir is None else _kv_dir(given.kv_dir, keeping.kv_s)
     server = ServerSettings(
         endpoint=listening.endpoint(given), keep_billing_line=given.keep_billing_line,
@@ -204,7 +206,7 @@ def _check_keys(keys: Path | None, watermark: Path | str | None) -> None:
 
 
 def _refuse_beside_library(**options: Any) -> None:
-    for name in ("models", "name", "kv_dir", "policy", "mmproj", "ears", "lora"):
+    for name in ("models", "name", "kv_dir", "policy", "mmproj", "ears", "lora", "lora_columns"):
         if options.get(name):
             what = "a MODEL" if name == "models" else f"--{name.replace('_', '-')}"
             raise UsageError(
@@ -259,7 +261,7 @@ def _serve(
     sockets: Sequence[Listener],
     server: ServerSettings,
     wanted: WantedGroup,
-    loras: Mapping[str, Sequence[str]],
+    loras: Mapping[str, Sequence[WantedAdapter]],
 ) -> None:
     """Serve models, or the library if there are none.
 

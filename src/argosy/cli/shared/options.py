@@ -235,7 +235,9 @@ def open_engine(
             for fault in dict.fromkeys(engine.media.faults.values()):
                 hint = f" ({fault.hint})" if fault.hint else ""
                 print(f"note: {fault.message}{hint}", file=sys.stderr)
-            for note in engine.sampling.notes:
+            adapters = engine.adapters if settings.get("loras") or more.get("loras") else ()
+            notes = (f"{one.name}: {note}" for one in adapters for note in one.notes)
+            for note in (*engine.sampling.notes, *notes):
                 print(f"note: {note}", file=sys.stderr)
             if (exact := engine.config.exact_tokens) is not None:
                 print(

@@ -19,6 +19,7 @@ from weakref import WeakSet
 from pydantic import Field
 from starlette.requests import Request
 
+from argosy.config.engine import ExpertColumns
 from argosy.engine.loop import EngineLoop
 from argosy.errors import CheckpointError, DoesNotFit, UnsupportedModel, UsageError
 from argosy.serve.answer.fields import Strict
@@ -42,11 +43,14 @@ _loading: WeakSet[EngineLoop] = (
 
 
 class LoadBody(Strict):
-    """lora_path: below the server's directory for adapters.   scale: multiplies the adapter's own."""
+    """lora_path: below the server's directory for adapters.   scale: multiplies the adapter's own.
+    columns: `expert_slowest` reads fused experts that Unsloth wrote before 2026-09-17.
+    """
 
     lora_name: Name = Field(examples=["support"])
     lora_path: str = Field(min_length=1, max_length=1024, examples=["support-v2"])
     scale: Annotated[float, Field(ge=-1e4, le=1e4, allow_inf_nan=False, strict=True)] = 1.0
+    columns: ExpertColumns = "expert_fastest"
     model: str | None = Field(None, max_length=256)
 
 
@@ -56,7 +60,7 @@ class UnloadBody(Strict):
 
 
 class Adapter(Closed):
-    """An adapter. Its id is the name that requests use; the server shows no paths."""
+    """An adapter. Its id is the name that requests use; the server shows no paths. `notes` say what may surprise."""
 
     id: str
     object: Literal["adapter"]
@@ -65,6 +69,7 @@ class Adapter(Closed):
     scale: float
     memory_bytes: int
     num_requests: int
+    notes: list[str]
 
 
 class SlotAdapter(Closed):
@@ -104,7 +109,8 @@ def _read(service: Service, body: LoadBody, root: Path) -> AdapterFacts:
     from argosy.adapters.allowed import find_below  # an installation may be without
 
     try:
-        return service.loop.engine.load_adapter(body.lora_name, find_below(root, body.lora_path), body.scale)
+        path = find_below(root, body.lora_path)
+        return service.loop.engine.load_adapter(body.lora_name, path, body.scale, body.columns)
     except DoesNotFit as error:
         raise Refused(409, error.message, hint=error.hint) from None
     except (CheckpointError, UnsupportedModel) as error:
@@ -134,7 +140,7 @@ def _adapter(one: AdapterFacts, service: Service) -> Adapter:
     parent = _base(service)
     return {
         "id": f"{parent}:{one.name}", "object": "adapter", "parent": parent, "rank": one.rank, "scale": one.factor,
-        "memory_bytes": one.nbytes, "num_requests": one.num_requests,
+        "memory_bytes": one.nbytes, "num_requests": one.num_requests, "notes": [*one.notes],
     }  # fmt: skip
 
 
