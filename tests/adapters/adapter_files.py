@@ -1,4 +1,4 @@
-"""Write small adapters as PEFT and MLX do, with numpy alone.
+"""Write small adapters as PEFT and llama.cpp do, without torch.
 
 write_peft(directory, {"model.layers.0.self_attn.q_proj": pair(...)}, r=4)
 """
@@ -6,11 +6,13 @@ write_peft(directory, {"model.layers.0.self_attn.q_proj": pair(...)}, r=4)
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import quantize
 
 from argosy.adapters.files import AdapterFiles
 from argosy.adapters.targets import target_shapes
@@ -65,6 +67,36 @@ def write_peft(
     all_tensors = peft_tensors(pairs, dtype) | dict(tensors or {})
     write_safetensors(directory / "adapter_model.safetensors", all_tensors)
     return directory
+
+
+def write_gguf_adapter(
+    path: Path,
+    pairs: Mapping[str, tuple[Array, Array]],
+    *,
+    architecture: str,
+    block_type: str = "F32",
+    alpha: float | str | bool | None = 8.0,
+    tokens: Sequence[int] | None = None,
+) -> Path:
+    """Write a file as llama.cpp's converter does; pairs by the names of the base's tensors."""
+    writer = GGUFWriter(path, architecture)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    if alpha is not None:
+        add = {float: writer.add_float32, str: writer.add_string, bool: writer.add_bool}[type(alpha)]
+        add("adapter.lora.alpha", alpha)  # type: ignore[operator]
+    if tokens is not None:
+        writer.add_array("adapter.alora.invocation_tokens", list(tokens))
+    kind = GGMLQuantizationType[block_type]
+    for name, both in pairs.items():
+        for letter, array in zip("ab", both, strict=True):
+            values = quantize(np.ascontiguousarray(array), kind)
+            writer.add_tensor(f"{name}.lora_{letter}", values, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 def product(both: tuple[Array, Array], scale: float) -> Doubles:

@@ -11,7 +11,6 @@ Source: llama.cpp's converter and loader of adapters.
 from __future__ import annotations
 
 import json
-import math
 import re
 from pathlib import Path
 
@@ -20,16 +19,18 @@ import numpy as np
 from argosy.adapters.files import AdapterFiles
 from argosy.adapters.names import Dense, ModuleNames, Part
 from argosy.adapters.pairs import PairCollector
-from argosy.adapters.values import AdapterTensors
+from argosy.adapters.values import MOST_TOKENS, AdapterTensors
 from argosy.checkpoint.files import ModelFiles
-from argosy.checkpoint.gguf import GgufFile, read_gguf
+from argosy.checkpoint.gguf import GgufArray, GgufFile, read_gguf
 from argosy.checkpoint.landing import AS_STORED, PairedRows, Transcoded, in_halves
 from argosy.checkpoint.untrusted_file import quote
 from argosy.errors import CheckpointError, UnsupportedModel
 
 _TENSOR = re.compile(r"(?P<base>.{1,200})\.lora_a")
-_EXPERTS = re.compile(r"blk\.(?P<layer>\d{1,5})\.ffn_(?P<matrix>gate|up|down|gate_up)_exps\.weight")
+_EXPERTS = re.compile(r"blk\.(?P<layer>0|[1-9][0-9]{0,4})\.ffn_(?P<matrix>gate|up|down|gate_up)_exps\.weight")
 _MATRICES = {"gate": (0,), "up": (1,), "down": (2,), "gate_up": (0, 1)}
+_ALPHA, _TOKENS = "adapter.lora.alpha", "adapter.alora.invocation_tokens"
+_LARGEST_ALPHA = 10**9
 _PEFT = "use the directory of PEFT that it was converted from"
 
 
@@ -57,10 +58,15 @@ def open_gguf_adapter(path: Path, files: ModelFiles) -> AdapterFiles:
             f"{path.name} was trained for the architecture {quote(own)}, and the model is {quote(needed)}",
             path=path,
         )
-    alpha = file.number("adapter.lora.alpha", 0.0)
-    if not (math.isfinite(alpha) and abs(alpha) <= 1e6):
-        raise file.wrong("adapter.lora.alpha", alpha, "a number")
-    return _GgufReader(file, files, alpha).read()
+    return _GgufReader(file, files, _alpha(file)).read()
+
+
+def _alpha(file: GgufFile) -> float:
+    """Return alpha; 0, as without the key, leaves pairs unscaled."""
+    alpha = file.metadata.get(_ALPHA, 0.0)
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= _LARGEST_ALPHA:
+        raise file.wrong(_ALPHA, alpha, f"a number from -{_LARGEST_ALPHA} to {_LARGEST_ALPHA}")
+    return float(alpha)
 
 
 class _GgufReader:
@@ -96,13 +102,15 @@ class _GgufReader:
         return self._collector.finish("gguf", digest, invocation_tokens=tokens)
 
     def _invocation_tokens(self) -> tuple[int, ...]:
-        key = "adapter.alora.invocation_tokens"
-        if key not in self._file.metadata:
+        tokens = self._file.metadata.get(_TOKENS)
+        if tokens is None:
             return ()
-        tokens = tuple(int(one) for one in self._file.numbers(key))
-        if not tokens or not all(0 <= one < self._model.vocab_size for one in tokens):
-            raise self._file.wrong(key, tokens[:8], f"token ids below {self._model.vocab_size}")
-        return tokens
+        ids = tokens.values() if isinstance(tokens, GgufArray) and len(tokens) <= MOST_TOKENS else [-1]
+        if not all(type(one) is int and 0 <= one < self._model.vocab_size for one in ids):
+            raise self._file.wrong(
+                _TOKENS, tokens, f"at most {MOST_TOKENS} token ids below {self._model.vocab_size}"
+            )
+        return tuple(int(one) for one in ids)
 
     def _read_pair(self, base: str, name: str) -> None:
         a, b = self._tensors.take(name), self._tensors.take(f"{base}.lora_b")

@@ -28,7 +28,7 @@ from argosy.model.reading.mlx import mlx_layouts
 Rows = NDArray[np.intp]
 
 _WRAPPERS = frozenset({"model", "language_model", "text_model", "thinker", "backbone", "llm", "decoder"})
-_LAYER = re.compile(r"(?P<before>[A-Za-z_.]{0,64}?)layers\.(?P<layer>\d{1,5})\.(?P<local>.+)")
+_LAYER = re.compile(r"(?P<before>[A-Za-z_.]{0,64}?)layers\.(?P<layer>0|[1-9][0-9]{0,4})\.(?P<local>.+)")
 _HEADS = ("lm_head",)
 _EMBEDDINGS = ("embed_tokens",)
 

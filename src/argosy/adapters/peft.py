@@ -23,7 +23,7 @@ from argosy.adapters.names import Dense, Draft, Expert, Fused, ModuleNames
 from argosy.adapters.pairs import ExpertOrder, PairCollector
 from argosy.adapters.patterns import MOST_PATTERNS, PatternError, compile_pattern
 from argosy.adapters.targets import is_replaceable
-from argosy.adapters.values import MOST_RANK, AdapterTensors
+from argosy.adapters.values import MOST_RANK, MOST_TOKENS, AdapterTensors
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.safetensors import read_header
 from argosy.checkpoint.untrusted_file import quote, read_object
@@ -62,7 +62,6 @@ _TENSOR = re.compile(
     r"base_model\.model\.(?P<module>.+?)\.(?P<part>lora_[AB]\.(?:weight|bias)|lora_embedding_[AB]|"
     r"lora_magnitude_vector(?:\.weight)?|base_layer\.weight|weight|bias)"
 )
-_MOST_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -437,7 +436,7 @@ def _tokens(raw: Mapping[str, object]) -> tuple[int, ...]:
     key = "alora_invocation_tokens"
     value = raw.get(key) or []
     is_valid = isinstance(value, list) and all(type(one) is int and 0 <= one < 2**31 for one in value)
-    if not is_valid or len(value) > _MOST_TOKENS:  # type: ignore[arg-type]
+    if not is_valid or len(value) > MOST_TOKENS:  # type: ignore[arg-type]
         raise CheckpointError(
             f"{CONFIG_FILE}: {key} is {quote(value)}, expected a list of token ids", key=key
         )

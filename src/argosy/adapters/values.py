@@ -32,6 +32,7 @@ _EXPONENTS: Mapping[PairFormat, tuple[str, int]] = {
 }
 _BLOCK_BYTES = 4 << 20  # read at once
 MOST_RANK = 1024
+MOST_TOKENS = 4096  # of an invocation
 _MOST_TENSORS = 1_000_000
 
 
