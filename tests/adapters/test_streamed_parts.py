@@ -174,7 +174,7 @@ def test_a_part_that_cannot_be_read_ends_the_step_and_the_next_one_is_right(
             with pytest.raises(ReadFailed, match="layer 0") as raised:
                 cached.run()
             assert {"layer", "expert"} <= set(raised.value.facts)
-            whose.add("adapter's part" in str(raised.value))
+            whose.add("adapter" in raised.value.facts)
             assert same(cached.run(), expected)
     assert whose == {True, False}
 

@@ -173,11 +173,18 @@ def _directory_on_a_drive() -> Path:
 
 
 def load_parts(
-    files: AdapterFiles, model: ModelFiles, file: PartFile, *, factor: float = 1.0, is_packed: bool
+    files: AdapterFiles,
+    model: ModelFiles,
+    file: PartFile,
+    *,
+    name: str = "",
+    factor: float = 1.0,
+    is_packed: bool,
 ) -> ExpertParts | None:
     """Bring the parts of an adapter into memory or into the file; None: it changes no routed expert.
 
     Args:
+        name: the adapter's, for errors.
         is_packed: every expert is in memory end to end, and so are parts.
 
     Raises:
@@ -187,6 +194,7 @@ def load_parts(
         return None
     require_parts_fit(files, model)
     parts = ExpertParts(files, experts_by_layer(model), file, k=model.config.experts_per_token, factor=factor)
+    parts.name = name
     try:
         if is_packed:
             parts.load_all()
@@ -206,6 +214,8 @@ class ExpertParts:
         k: experts per token.
         factor: multiplies the scales.
     """
+
+    name = ""
 
     def __init__(
         self, files: AdapterFiles, experts: Mapping[int, int], file: PartFile, *, k: int, factor: float

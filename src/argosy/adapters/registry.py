@@ -189,7 +189,7 @@ class Adapters:
                 self._room.make_room(needs.joined(self._needs()))
             loaded: LoadedAdapter | None = None
             try:
-                loaded = self._loaded(files, factor)
+                loaded = self._loaded(name, files, factor)
                 with self._started.lock:
                     self._started.require_open()
                     self.settle()
@@ -317,12 +317,14 @@ class Adapters:
         taken = {one.number for one in (*self._named.values(), *self._leaving)}
         return next(number for number in range(MOST_ADAPTERS) if number not in taken)
 
-    def _loaded(self, files: AdapterFiles, factor: float) -> LoadedAdapter | None:
+    def _loaded(self, name: str, files: AdapterFiles, factor: float) -> LoadedAdapter | None:
         if factor == 0:
             return None
         model = self._started.model
         dense = load_adapter(files, self._files.own_config, model.weights, factor=factor)
-        parts = load_parts(files, self._files, self._part_file, factor=factor, is_packed=model.is_packed)
+        parts = load_parts(
+            files, self._files, self._part_file, name=name, factor=factor, is_packed=model.is_packed
+        )
         return replace(dense, experts=parts)
 
 

@@ -216,6 +216,8 @@ class Engine(BlockingCalls):
         rows, expert = error.facts.get("rows"), error.facts.get("expert")  # rows: of an n-gram table
         if not isinstance(rows, np.ndarray):
             rows = self._started.model.rows_of(expert) if isinstance(expert, int) else np.empty(0, np.int64)
+        if step.adapters is not None and "adapter" in error.facts:  # whose part of the expert cannot be read
+            rows = rows[step.adapters[rows] == error.facts["adapter"]]
         for number in np.unique(step.sequence[rows] if len(rows) else step.sequence):
             sequence, order = scheduled.sequences[number], step.order[step.sequence == number]
             if order[0] < sequence.failed_until:

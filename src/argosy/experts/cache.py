@@ -130,9 +130,14 @@ class ExpertCache:
         failure = self.core.failure
         assert failure is not None
         key, message, kind = failure
-        if self.core.failed_adapter >= 0:
-            sentence = f"layer {key[0]}, expert {key[1]}: an adapter's part could not be read: {message}"
-            return ReadFailed(sentence, layer=key[0], expert=key[1])
+        if (adapter := self.core.failed_adapter) >= 0:
+            name = self._parts[adapter].name
+            sentence = (
+                f"layer {key[0]}, expert {key[1]}: the part of the adapter {name} cannot be read: {message}"
+            )
+            return ReadFailed(
+                sentence, hint="load the adapter again", layer=key[0], expert=key[1], adapter=adapter
+            )
         return self._files.failure(key, message, kind)
 
     def set_adapter(self, number: int, parts: AdapterParts | None) -> None:

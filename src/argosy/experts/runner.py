@@ -52,9 +52,10 @@ class RunnerStats:
 class AdapterParts(Protocol):
     """The low-rank pairs that an adapter adds to routed experts, a part for each expert (`adapters/parts.py`).
 
-    adapter: where parts lie, for a table.   most: the parts of all experts.
+    name: for people.   adapter: where parts lie, for a table.   most: the parts of all experts.
     """
 
+    name: str
     adapter: _native.ExpertAdapter
     most: int
 
