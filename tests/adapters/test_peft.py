@@ -9,7 +9,7 @@ import pytest
 
 from argosy.adapters.reading import open_adapter
 from argosy.checkpoint.files import ModelFiles
-from argosy.errors import CheckpointError
+from argosy.errors import ArgosyError, CheckpointError
 from argosy.model.families import open_model
 from tests.adapters.adapter_files import PREFIX, dense_delta, pair, product, values, write_peft
 from tests.adapters.random_adapter import as_doubles, expert_deltas
@@ -168,3 +168,35 @@ def test_embedding_and_whole_matrices(tmp_path: Path, base: ModelFiles) -> None:
         open_adapter(
             write_peft(tmp_path, {}, tensors=tensors, alora_invocation_tokens=[5, config.vocab_size]), base
         )
+
+
+def test_a_wrong_base_is_compared_with_the_model(tmp_path: Path, base: ModelFiles) -> None:
+    config = base.own_config
+    found = (
+        f"; this model is a qwen3_moe with {config.num_layers} layers, hidden size {config.hidden_size} and a "
+        f"vocabulary of {config.vocab_size}"
+    )
+    wrong = {
+        "rows": {"model.layers.0.self_attn.q_proj": pair(7, config.hidden_size)},
+        "module": {"model.layers.0.self_attn.q_a_proj": pair(8, config.hidden_size)},
+        "layer": {"model.layers.60.self_attn.q_proj": pair(8, config.hidden_size)},
+    }
+    for name, pairs in wrong.items():
+        with pytest.raises(ArgosyError) as caught:
+            open_adapter(write_peft(tmp_path / name, pairs, base_model_name_or_path="a/Base-7B"), base)
+        assert caught.value.hint == "the adapter was trained for a/Base-7B" + found
+    with pytest.raises(ArgosyError) as caught:
+        open_adapter(write_peft(tmp_path / "none", wrong["rows"]), base)
+    assert caught.value.hint == "was the adapter trained for another base?" + found
+
+
+def test_a_note_names_the_option_for_unsloth_s_columns(tmp_path: Path, base: ModelFiles) -> None:
+    path = write_peft(
+        tmp_path,
+        fused_pairs(base),
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        base_model_name_or_path="unsloth/Qwen3-30B-A3B",
+    )
+    (note,) = open_adapter(path, base).notes
+    assert "`--lora-columns expert_slowest`" in note
+    assert not open_adapter(path, base, columns="expert_slowest").notes

@@ -18,7 +18,7 @@ import numpy as np
 
 from argosy.adapters.files import AdapterFiles
 from argosy.adapters.names import Dense, ModuleNames, Part
-from argosy.adapters.pairs import PairCollector
+from argosy.adapters.pairs import PairCollector, base_hint
 from argosy.adapters.values import MOST_TOKENS, AdapterTensors
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufArray, GgufFile, read_gguf
@@ -30,6 +30,7 @@ _TENSOR = re.compile(r"(?P<base>.{1,200})\.lora_a")
 _EXPERTS = re.compile(r"blk\.(?P<layer>0|[1-9][0-9]{0,4})\.ffn_(?P<matrix>gate|up|down|gate_up)_exps\.weight")
 _MATRICES = {"gate": (0,), "up": (1,), "down": (2,), "gate_up": (0, 1)}
 _ALPHA, _TOKENS = "adapter.lora.alpha", "adapter.alora.invocation_tokens"
+_BASE = "general.base_model.0.name"
 _LARGEST_ALPHA = 10**9
 _PEFT = "use the directory of PEFT that it was converted from"
 
@@ -56,6 +57,7 @@ def open_gguf_adapter(path: Path, files: ModelFiles) -> AdapterFiles:
     if own != needed:
         raise CheckpointError(
             f"{path.name} was trained for the architecture {quote(own)}, and the model is {quote(needed)}",
+            hint=base_hint(file.metadata.get(_BASE), files.own_config),
             path=path,
         )
     return _GgufReader(file, files, _alpha(file)).read()
@@ -76,7 +78,9 @@ class _GgufReader:
         self._file, self._model, self._alpha = file, files.own_config, alpha
         self._tensors = AdapterTensors(file.path, file.tensors)
         self._names = ModuleNames(files.own_config)
-        self._collector = PairCollector(self._tensors, files.own_config, self._names)
+        self._collector = PairCollector(
+            self._tensors, files.own_config, self._names, file.metadata.get(_BASE)
+        )
         self._dense = self._by_name(files)
 
     def _by_name(self, files: ModelFiles) -> dict[str, Dense]:
@@ -122,11 +126,7 @@ class _GgufReader:
             module = self._names.expert(int(experts["layer"]), None, *_MATRICES[experts["matrix"]])
             self._collector.add_expert(module, a, b, scale, order="stacked")
         elif dense is None:
-            raise self._tensors.refuse(
-                name,
-                f"belongs to {quote(base)}, which is no matrix that an adapter may change in this model",
-                "was the adapter trained for another base model?",
-            )
+            raise self._collector.no_module(name, base)
         elif dense.parts[0].name != "embed":
             self._collector.add_dense(dense, a, b, scale, up_is_turned=False)
         elif self._model.is_embedding_tied:

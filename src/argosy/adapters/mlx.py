@@ -40,9 +40,10 @@ def open_mlx(directory: Path, files: ModelFiles) -> AdapterFiles:
         CheckpointError: it is damaged or incomplete, or was trained for another base.
         UnsupportedModel: it asks for something that is not supported.
     """
-    rank, scale = _read_config(read_object(directory / CONFIG_FILE), directory / CONFIG_FILE)
+    raw = read_object(directory / CONFIG_FILE)
+    rank, scale = _read_config(raw, directory / CONFIG_FILE)
     path = directory / WEIGHTS_FILE
-    return _MlxReader(AdapterTensors(path, read_header(path)), files, rank, scale).read()
+    return _MlxReader(AdapterTensors(path, read_header(path)), files, rank, scale, raw.get("model")).read()
 
 
 def _read_config(raw: Mapping[str, object], path: Path) -> tuple[int, float]:
@@ -71,11 +72,13 @@ def _read_config(raw: Mapping[str, object], path: Path) -> tuple[int, float]:
 class _MlxReader:
     """One directory, tensor by tensor."""
 
-    def __init__(self, tensors: AdapterTensors, files: ModelFiles, rank: int, scale: float) -> None:
+    def __init__(
+        self, tensors: AdapterTensors, files: ModelFiles, rank: int, scale: float, base: object
+    ) -> None:
         self._tensors, self._rank, self._scale = tensors, rank, scale
         self._model = files.own_config
         self._names = ModuleNames(files.own_config, is_mlx=True)
-        self._collector = PairCollector(tensors, files.own_config, self._names)
+        self._collector = PairCollector(tensors, files.own_config, self._names, base)
 
     def read(self) -> AdapterFiles:
         digest = self._tensors.prove(json.dumps(["mlx", self._rank, self._scale]).encode())
@@ -111,12 +114,7 @@ class _MlxReader:
                     name, "belongs to a layer that drafts, which runs without adapters"
                 )
             case _:
-                raise self._tensors.refuse(
-                    name,
-                    f"belongs to {quote(module)}, which is no matrix that an adapter may change in a "
-                    f"{self._model.family} with {self._model.num_layers} layers",
-                    "was the adapter trained for another base model?",
-                )
+                raise self._collector.no_module(name, module)
 
     def _put(self, module: Dense, format: PairFormat, down: Values, up: Values, name: str) -> None:
         self._collector.put_dense(module, format, np.ascontiguousarray(down), up, self._scale, name)

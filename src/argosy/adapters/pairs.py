@@ -38,12 +38,23 @@ from argosy.adapters.values import (
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.checkpoint.untrusted_file import quote
 from argosy.config import ModelConfig
-from argosy.errors import CheckpointError
+from argosy.errors import CheckpointError, UnsupportedModel
 
 _MATRICES = ("gate", "up", "down")
 # Where a tensor holds the pairs of all experts: `down` [experts, rank, columns] and `up` [experts, rows, rank]; or
 # `down` [rank * experts, columns] with the expert slowest, and `up` [rows, rank * experts] with it fastest or slowest.
 ExpertOrder = Literal["stacked", "expert_fastest", "expert_slowest"]
+
+
+def base_hint(base: object, config: ModelConfig) -> str:
+    """Compare the base that an adapter names with the model."""
+    asked = "was the adapter trained for another base?"
+    if isinstance(base, str) and base:
+        asked = f"the adapter was trained for {quote(base)}"
+    return (
+        f"{asked}; this model is a {config.family} with {config.num_layers} layers, hidden size {config.hidden_size} "
+        f"and a vocabulary of {config.vocab_size}"
+    )
 
 
 @dataclass(frozen=True)
@@ -63,10 +74,17 @@ class _Source:
 
 
 class PairCollector:
-    """The pairs found so far."""
+    """The pairs found so far.
 
-    def __init__(self, tensors: AdapterTensors, config: ModelConfig, names: ModuleNames) -> None:
+    Args:
+        base: the adapter's own name for its base, of any type and length; None: it has none.
+    """
+
+    def __init__(
+        self, tensors: AdapterTensors, config: ModelConfig, names: ModuleNames, base: object = None
+    ) -> None:
         self.tensors, self.config, self.names = tensors, config, names
+        self._hint = base_hint(base, config)
         self._dense: dict[str, list[LowRank]] = {}
         self._embedding: EmbeddingPair | None = None
         self._replaced: dict[str, Replacement] = {}
@@ -174,9 +192,17 @@ class PairCollector:
         """Return the error for a tensor that does not fit the model."""
         return CheckpointError(
             f"{ref.path.name}: {quote(ref.name)} is {list(ref.shape)}, and the model needs {expected}",
-            hint="the adapter was trained for another base model",
+            hint=self._hint,
             path=ref.path,
             tensor=ref.name,
+        )
+
+    def no_module(self, name: str, module: str) -> UnsupportedModel:
+        """Return the error for a tensor whose module the model does not have."""
+        return self.tensors.refuse(
+            name,
+            f"belongs to {quote(module)}, which is no matrix that an adapter may change here",
+            self._hint,
         )
 
     def rank_of(self, ref: TensorRef, rank: int) -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from argosy.adapters.files import AdapterFiles
 from argosy.adapters.names import Dense, Draft, Expert, Fused, ModuleNames
-from argosy.adapters.pairs import ExpertOrder, PairCollector
+from argosy.adapters.pairs import ExpertOrder, PairCollector, base_hint
 from argosy.adapters.patterns import MOST_PATTERNS, PatternError, compile_pattern
 from argosy.adapters.targets import is_replaceable
 from argosy.adapters.values import MOST_RANK, MOST_TOKENS, AdapterTensors
@@ -89,35 +89,33 @@ def open_peft(directory: Path, files: ModelFiles, columns: ExpertOrder) -> Adapt
         UnsupportedModel: it asks for something that is not supported.
     """
     raw = read_object(directory / CONFIG_FILE)
-    config = _read_config(raw, directory)
+    config, base = _read_config(raw, directory), raw.get("base_model_name_or_path")
     if any(token >= files.own_config.vocab_size for token in config.invocation_tokens):
         raise CheckpointError(
             f"{CONFIG_FILE}: alora_invocation_tokens has {max(config.invocation_tokens)}, expected token ids below "
             f"{files.own_config.vocab_size}",
-            hint="was the adapter trained for another base model?",
+            hint=base_hint(base, files.own_config),
             key="alora_invocation_tokens",
         )
     path = directory / WEIGHTS_FILE
-    reader = _PeftReader(AdapterTensors(path, read_header(path)), files, config, columns)
-    try:
-        return reader.read()
-    except CheckpointError as error:
-        name = raw.get("base_model_name_or_path")
-        if isinstance(name, str) and name and error.hint is not None and "another base" in error.hint:
-            error.hint = f"the adapter was trained for {quote(name)}, which differs from this model"
-        raise
+    return _PeftReader(AdapterTensors(path, read_header(path)), files, config, columns, base).read()
 
 
 class _PeftReader:
     """One directory, tensor by tensor."""
 
     def __init__(
-        self, tensors: AdapterTensors, files: ModelFiles, config: _Config, columns: ExpertOrder
+        self,
+        tensors: AdapterTensors,
+        files: ModelFiles,
+        config: _Config,
+        columns: ExpertOrder,
+        base: object,
     ) -> None:
         self._tensors, self._config, self._columns = tensors, config, columns
         self._model = files.own_config
         self._names = ModuleNames(files.own_config)
-        self._collector = PairCollector(tensors, files.own_config, self._names)
+        self._collector = PairCollector(tensors, files.own_config, self._names, base)
         self._fused: dict[str, list[str]] = {}
         self._notes: list[str] = []
 
@@ -133,7 +131,8 @@ class _PeftReader:
         if self._fused and self._config.is_unsloth and self._columns == "expert_fastest":
             self._notes.append(
                 "the adapter was made with Unsloth and has pairs for fused experts: if it was trained before "
-                "unsloth-zoo of 2026-09-17, its columns are in another order, which columns=expert_slowest reads"
+                "unsloth-zoo of 2026-09-17, its columns are in another order, which `--lora-columns expert_slowest` "
+                "reads"
             )
         return self._collector.finish(
             "peft", digest, invocation_tokens=self._config.invocation_tokens, notes=tuple(self._notes)
@@ -154,12 +153,7 @@ class _PeftReader:
     def _find(self, module: str, name: str) -> Dense | Expert | Fused | Draft:
         found = self._names.find(module)
         if found is None:
-            raise self._tensors.refuse(
-                name,
-                f"belongs to {quote(module)}, which is no matrix that an adapter may change in a "
-                f"{self._model.family} with {self._model.num_layers} layers",
-                _MERGE,
-            )
+            raise self._collector.no_module(name, module)
         return found
 
     def _read_pair(self, module: str, name: str) -> None:
