@@ -257,6 +257,25 @@ def test_a_dropped_adapter_ends_its_requests_and_only_then_frees_its_number(two:
     two.generate(PROMPT, GREEDY)
 
 
+def test_a_replaced_adapter_ends_its_requests_with_its_own_pairs(two: Engine) -> None:
+    wanted, adapters = alone("one"), two.requests.adapters
+    assert adapters is not None
+    begun = two.submit(PROMPT, GREEDY, adapter="one")
+    two.step()
+    with pytest.raises(UsageError, match="there is already an adapter one"):
+        two.load_adapter("one", "4")
+    with pytest.raises(CheckpointError):
+        two.load_adapter("one", "missing-4", replaces=True)
+    two.load_adapter("one", "4", replaces=True)
+    then = two.submit(PROMPT, GREEDY, adapter="one")
+    while two.has_work:
+        two.step()
+    assert begun.new_ids == wanted != then.new_ids
+    two.load_adapter("one", "1", replaces=True)
+    assert adapters._leaving == []
+    assert tokens(two, "one") == wanted
+
+
 def test_a_request_prepared_before_its_adapter_is_dropped_is_refused(two: Engine) -> None:
     sequences = two.requests.prepare(PROMPT, GREEDY, adapter="one")
     two.drop_adapter("one")

@@ -28,6 +28,7 @@ from tests.serve.conftest import only, serving, start
 
 PROMPT, NUM_NEW = "The sea is", 6
 TARGETS = {"q", "k", "v", "o", "head"}
+INVOCATION = (70, 71)
 
 
 @dataclass
@@ -67,7 +68,7 @@ class Served:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """Files named after a seed are adapters made in memory."""
     root = tmp_path_factory.mktemp("adapters")
-    for name in ("1", "2", "bad", "slow-3"):
+    for name in ("1", "2", "bad", "slow-3", "invoked-4"):
         (root / name).touch()
     blocked, begun = threading.Event(), threading.Event()
 
@@ -78,7 +79,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         if path.name.startswith("slow"):
             begun.set()
             assert blocked.wait(20)
-        return random_adapter(files.own_config, seed=int(path.name[-1]), targets=TARGETS)
+        tokens = INVOCATION if path.name.startswith("invoked") else ()
+        return random_adapter(
+            files.own_config, seed=int(path.name[-1]), targets=TARGETS, invocation_tokens=tokens
+        )
 
     patch = pytest.MonkeyPatch()
     for module in (registry, needs):
@@ -211,7 +215,7 @@ def test_nothing_outside_the_directory_is_loaded(served: Served, path: str) -> N
         if not os.path.lexists(served.root / name):
             make(served.root / name)  # type: ignore[operator]
     refused = served.load("x", path)
-    assert refused.status_code == 400
+    assert refused.status_code == 404
     assert "there is no adapter" in refused.json()["error"]["message"]
 
 
@@ -297,3 +301,47 @@ def test_a_server_without_the_option_loads_nothing(served: Served) -> None:
         served.service.lora_dir = served.root
     assert refused.status_code == 409
     assert "loads no adapters on request" in refused.json()["error"]["message"]
+
+
+def test_a_prompt_that_does_not_invoke_its_adapter_says_so(served: Served) -> None:
+    assert served.load("act", "invoked-4").status_code == 200
+    for prompt, model, said in (
+        ([65, 66, 67], "tiny:act", "act"),
+        ([65, 70, 71], "tiny:act", None),
+        ([[65, 70, 71], [65, 71, 70]], "tiny:act", "act"),
+        ([65, 66, 67], "tiny", None),
+        ([65, 66, 67], "tiny:one", None),
+    ):
+        for stream in (False, True):
+            answer = served.post(
+                "/v1/completions", model=model, prompt=prompt, max_tokens=1, temperature=0, stream=stream
+            )
+            assert answer.status_code == 200, answer.text
+            assert answer.headers.get("x-unused-adapter") == said
+    assert served.unload("act").status_code == 200
+
+
+def test_bodies_and_statuses_are_those_of_vllm(served: Served) -> None:
+    body = {"lora_name": "v", "lora_path": "1", "load_inplace": False, "is_3d_lora_weight": False}
+    first = served.post("/v1/load_lora_adapter", **body)
+    assert first.status_code == 200
+    said = served.say("tiny:v")
+    again = served.post("/v1/load_lora_adapter", **body)
+    assert again.status_code == 400
+    assert "there is already an adapter v" in again.text
+
+    replaced = served.post("/v1/load_lora_adapter", **body | {"lora_path": "2", "load_inplace": True})
+    assert replaced.status_code == 200, replaced.text
+    assert served.say("tiny:v") == served.alone("v") != said
+    for missing, status in (
+        ({"lora_path": "none"}, 404), ({"lora_path": "bad", "load_inplace": True}, 400), ({"lora_path": ""}, 400),
+        ({"lora_name": ""}, 400), ({"lora_path": None}, 400), ({"lora_name": None}, 400),
+    ):  # fmt: skip
+        assert served.post("/v1/load_lora_adapter", **body | missing).status_code == status, missing
+    assert served.say("tiny:v") == served.alone("v")  # a file that is refused replaces nothing
+    adapters = served.engine.requests.adapters
+    assert adapters is not None
+    assert adapters._leaving == []
+    assert served.post("/v1/unload_lora_adapter", lora_name="v", lora_int_id=3).status_code == 200
+    assert served.post("/v1/unload_lora_adapter", lora_name="v", lora_int_id=None).status_code == 404
+    assert served.post("/v1/unload_lora_adapter", lora_int_id=3).status_code == 400

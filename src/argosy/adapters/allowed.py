@@ -7,7 +7,7 @@ import os
 import stat
 from pathlib import Path
 
-from argosy.errors import UsageError
+from argosy.errors import CheckpointError, UsageError
 
 _MOST_FILES = 256  # in the directory of an adapter
 
@@ -18,6 +18,7 @@ def find_below(root: Path, text: str) -> Path:
     Raises:
         UsageError: it is missing, or it or one of its files is outside, through links too, or is no ordinary file.
             What is outside looks as if it were missing.
+        CheckpointError: its directory has too many files.
     """
     missing = UsageError(f"there is no adapter {text[:200]!a} in the server's directory for adapters")
     try:
@@ -30,7 +31,7 @@ def find_below(root: Path, text: str) -> Path:
                 names = [entry.name for entry in itertools.islice(entries, _MOST_FILES + 1)]
             inside = [os.path.realpath(os.path.join(found, name), strict=True) for name in names]
             if len(names) > _MOST_FILES:
-                raise UsageError(f"the adapter {text[:200]!a} has more than {_MOST_FILES} files")
+                raise CheckpointError(f"the adapter {text[:200]!a} has more than {_MOST_FILES} files")
             if not all(_is_below(path, base) and _is_ordinary(path) for path in inside):
                 raise missing
     except (OSError, ValueError):  # ValueError: a zero byte

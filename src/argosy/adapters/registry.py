@@ -4,8 +4,9 @@
     drop: the name goes at once; the memory and the number go when the last request that uses them has ended
 
 An activated adapter (aLoRA, arXiv:2504.12397) changes tokens from the first token of the last appearance of its
-invocation tokens in the prompt on, as in PEFT and llama.cpp. Positions before it are the base's, and so are their
-keys and values, which other requests reuse. A prompt without these tokens is answered by the base.
+invocation tokens in the prompt on, as in PEFT (`calculate_alora_offsets`). llama-server begins a token earlier, and
+overlooks an appearance that its own last tokens follow. Positions before it are the base's, and so are their keys and
+values, which other requests reuse. A prompt without these tokens is answered by the base.
 
 Elsewhere: `reading.py` reads files; `loaded.py` brings them into memory; `kept/chain.py` names blocks, with
 `AdapterUse.mark` among their content.
@@ -166,12 +167,14 @@ class Adapters:
         factor: float = 1.0,
         columns: ExpertColumns = "expert_fastest",
         *,
+        replaces: bool = False,
         is_planned: bool = False,
     ) -> AdapterFacts:
         """Read an adapter and give it a name, while requests go on; steps wait only while it gets its number.
 
         Args:
             columns: see `open_adapter`.
+            replaces: an adapter of this name leaves when its requests have ended; both take memory until then.
             is_planned: the plan has counted it already.
 
         Raises:
@@ -182,7 +185,7 @@ class Adapters:
         require_name(name)
         require_factor(factor)
         with self._reading:
-            self._require_room(name)
+            self._require_room(name, replaces=replaces)
             files = open_adapter(path, self._files, columns=columns)
             needs = adapter_needs(files, self._files) if factor else AdapterNeeds()
             if not is_planned and factor:
@@ -193,7 +196,7 @@ class Adapters:
                 with self._started.lock:
                     self._started.require_open()
                     self.settle()
-                    self._require_room(name)
+                    self._require_room(name, replaces=replaces)
                     made = _Adapter(
                         name=name,
                         path=files.path,
@@ -209,7 +212,9 @@ class Adapters:
                     )
                     if loaded is not None:
                         self._started.model.set_adapter(made.number, loaded)
+                    replaced = self._named.get(name)
                     self._named = {**self._named, name: made}
+                    self._leave(replaced)
             except BaseException:
                 self._undo(loaded, gives_back=not is_planned)
                 raise
@@ -234,9 +239,12 @@ class Adapters:
             self._started.require_open()
             dropped = self._find(name)
             self._named = {key: one for key, one in self._named.items() if one is not dropped}
-            if dropped.number >= 0:
-                self._leaving.append(dropped)
-            self.settle()
+            self._leave(dropped)
+
+    def _leave(self, one: _Adapter | None) -> None:
+        if one is not None and one.number >= 0:
+            self._leaving.append(one)
+        self.settle()
 
     def settle(self) -> None:
         """Free the adapters that were dropped and that no sequence uses any more. Call it with the lock, between two
@@ -303,8 +311,8 @@ class Adapters:
             raise UsageError(f"unknown adapter {name[:80]!a}; this model has: {', '.join(named) or 'none'}")
         return found
 
-    def _require_room(self, name: str) -> None:
-        if name in self._named:
+    def _require_room(self, name: str, *, replaces: bool) -> None:
+        if name in self._named and not replaces:
             raise UsageError(
                 f"there is already an adapter {name}", hint="drop it first, or choose another name"
             )

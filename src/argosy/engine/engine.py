@@ -313,7 +313,7 @@ class Engine(BlockingCalls):
 
     def load_adapter(
         self, name: str, path: str | Path, factor: float = 1.0, columns: ExpertColumns = "expert_fastest",
-        *, is_planned: bool = False,
+        *, replaces: bool = False, is_planned: bool = False,
     ) -> AdapterFacts:  # fmt: skip
         """Read an adapter, which requests may then name, while they go on; `factor` multiplies its scale. See
         `Adapters.load`, also for errors.
@@ -324,7 +324,9 @@ class Engine(BlockingCalls):
             self._started.require_open()
             if self.requests.adapters is None:
                 self.requests.adapters = Adapters(self._started, self.files, self._sequences, self._resizer)
-        return self.requests.adapters.load(name, path, factor, columns, is_planned=is_planned)
+        return self.requests.adapters.load(
+            name, path, factor, columns, replaces=replaces, is_planned=is_planned
+        )
 
     def drop_adapter(self, name: str) -> None:
         """Let no more requests name an adapter; those that have begun end with it.

@@ -96,6 +96,11 @@ class Request:
         return self._sequences[0].prompt_ids
 
     @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter changes anything."""
+        return self._sequences[0].adapter is not None
+
+    @property
     def seeds(self) -> list[int]:
         """The seed of each answer."""
         return [sequence.sampler_state.seed for sequence in self._sequences]

@@ -45,6 +45,7 @@ _NOTES = {
     for name, description in {
         "x-ignored-params": "Fields that were accepted and have no effect.",
         "x-replaced-blocks": "Number of blocks, by type, that the model cannot read; notes replace them.",
+        "x-unused-adapter": "The adapter that a prompt lacks the invocation tokens of, so that the base answers it.",
         "x-truncated-texts": "Number of texts of which only the beginning, as much as fits, is embedded.",
     }.items()
 }

@@ -100,6 +100,7 @@ class Answers:
     Attributes:
         results: for each answer, None until its end.
         tells_token_ids: the client may see token ids, because nothing withholds or changes their text.
+        unused_adapter: the adapter that a prompt does not invoke, so that the base answers it; None: there is none.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class Answers:
         self.tells_token_ids = tells_token_ids
         self._loop, self._prompts, self._caller, self._events = loop, prompts, caller, events
         self._during, self._adapter = during, adapter
+        self.unused_adapter: str | None = None
         self._requests: list[Request] = []
         self._num_cached: dict[int, int] = {}  # by first answer
         self._parsers: list[Parser | None] = []
@@ -169,6 +171,8 @@ class Answers:
             prompt, params, deliver, num_answers=num_answers, tenant=caller.tenant, name=caller.request_id,
             adapter=self._adapter,
         )  # fmt: skip
+        if self._adapter is not None and not request.has_adapter:
+            self.unused_adapter = self._adapter
         self._requests.append(request)
         self._num_open += num_answers
         if self._is_left:  # the client left while a thread was queueing this prompt

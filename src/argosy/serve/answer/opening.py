@@ -50,7 +50,7 @@ class Opening:
         Each prompt is a single job, because every job waits for a thread behind jobs of other keys.
 
         Returns:
-            The answers, and headers that describe how the first prompt was read.
+            The answers, and headers that describe how the first prompt was read, and name an adapter without effect.
 
         Raises:
             ArgosyError: what `Service.run_reading`, `reads`, `Check.before`, `PromptBuilder.build` or
@@ -73,7 +73,8 @@ class Opening:
         except BaseException:
             answers.cancel()
             raise
-        return answers, found[0]
+        unused = {} if answers.unused_adapter is None else {"x-unused-adapter": answers.unused_adapter}
+        return answers, found[0] | unused
 
     async def tokens(
         self, read: Callable[[], ChatRequest], *, opens_answer: bool = True

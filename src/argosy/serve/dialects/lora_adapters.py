@@ -22,7 +22,7 @@ from starlette.requests import Request
 from argosy.config.engine import ExpertColumns
 from argosy.engine.loop import EngineLoop
 from argosy.errors import CheckpointError, DoesNotFit, UnsupportedModel, UsageError
-from argosy.serve.answer.fields import Strict
+from argosy.serve.answer.fields import Flag, NoEffect, Strict, TokenId
 from argosy.serve.answer.service import Service, service_of
 from argosy.serve.dialects.llama_server import MODEL_QUERY
 from argosy.serve.http.closed import Closed
@@ -45,17 +45,21 @@ _loading: WeakSet[EngineLoop] = (
 class LoadBody(Strict):
     """lora_path: below the server's directory for adapters.   scale: multiplies the adapter's own.
     columns: `expert_slowest` reads fused experts that Unsloth wrote before 2026-09-17.
+    load_inplace: replace the adapter of this name; its requests end with it.
     """
 
     lora_name: Name = Field(examples=["support"])
     lora_path: str = Field(min_length=1, max_length=1024, examples=["support-v2"])
     scale: Annotated[float, Field(ge=-1e4, le=1e4, allow_inf_nan=False, strict=True)] = 1.0
     columns: ExpertColumns = "expert_fastest"
+    load_inplace: Flag = False
+    is_3d_lora_weight: NoEffect[Flag] = None  # the shapes of the tensors tell
     model: str | None = Field(None, max_length=256)
 
 
 class UnloadBody(Strict):
     lora_name: Name = Field(examples=["support"])
+    lora_int_id: NoEffect[TokenId] = None
     model: str | None = Field(None, max_length=256)
 
 
@@ -90,6 +94,10 @@ async def load(body: LoadBody, request: Request) -> Adapter:
             hint="start it with `--lora-dir DIR`",
             param="lora_path",
         )
+    if (name := f"{_base(service)}:{body.lora_name}") in models_of(request).names:
+        raise Refused(
+            400, f"a model of this server is named {name}", hint="choose another name", param="lora_name"
+        )
     if service.loop in _loading:
         raise Refused(409, "another adapter is being loaded", hint="try again when it is there")
 
@@ -110,7 +118,14 @@ def _read(service: Service, body: LoadBody, root: Path) -> AdapterFacts:
 
     try:
         path = find_below(root, body.lora_path)
-        return service.loop.engine.load_adapter(body.lora_name, path, body.scale, body.columns)
+    except UsageError as error:
+        raise Refused(404, error.message, param="lora_path") from None
+    except CheckpointError as error:
+        raise Refused(400, error.message, param="lora_path") from None
+    try:
+        return service.loop.engine.load_adapter(
+            body.lora_name, path, body.scale, body.columns, replaces=body.load_inplace
+        )
     except DoesNotFit as error:
         raise Refused(409, error.message, hint=error.hint) from None
     except (CheckpointError, UnsupportedModel) as error:

@@ -28,7 +28,7 @@ _PREFLIGHT_S = 600  # how long a browser may cache the answer to a preflight
 # Answer headers that scripts of other origins may read, in addition to those that they always may.
 _EXPOSED = (
     b"request-id, retry-after, x-ai-generated, x-ignored-params, x-replaced-blocks, x-request-id, x-should-retry, "
-    b"x-truncated-texts"
+    b"x-truncated-texts, x-unused-adapter"
 )
 
 
