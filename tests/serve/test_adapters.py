@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import httpx
+import openai
 import pytest
 
 from argosy import Engine, SamplingParams
@@ -144,6 +146,8 @@ def test_models_with_adapters_are_listed(served: Served) -> None:
     assert httpx.get(f"{served.url}/lora-adapters").json() == [{"id": 0, "path": "one", "scale": 1.0}]
     names = [one["name"] for one in httpx.get(f"{served.url}/api/tags").json()["models"]]
     assert names == ["tiny:latest", "tiny:one"]
+    for name, parent in (("tiny", ""), ("tiny:one", "tiny:latest")):
+        assert served.post("/api/show", model=name).json()["details"]["parent_model"] == parent
 
 
 def test_latest_is_the_model_itself(served: Served) -> None:
@@ -345,3 +349,48 @@ def test_bodies_and_statuses_are_those_of_vllm(served: Served) -> None:
     assert served.post("/v1/unload_lora_adapter", lora_name="v", lora_int_id=3).status_code == 200
     assert served.post("/v1/unload_lora_adapter", lora_name="v", lora_int_id=None).status_code == 404
     assert served.post("/v1/unload_lora_adapter", lora_int_id=3).status_code == 400
+
+
+def test_clients_of_openai_and_anthropic_name_adapters(served: Served) -> None:
+    messages: Any = [{"role": "user", "content": "Hi"}]
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+        assert [one.id for one in client.models.list()] == ["tiny", "tiny:one"]
+        said = client.completions.create(
+            model="tiny:one",
+            prompt=PROMPT,
+            max_tokens=NUM_NEW,
+            temperature=0,
+            extra_body={"ignore_eos": True},
+        )
+        assert said.choices[0].text == served.alone("one")
+        whole = client.chat.completions.create(
+            model="tiny:one", messages=messages, max_tokens=4, temperature=0
+        )
+        parts = client.chat.completions.create(
+            model="tiny:one", messages=messages, max_tokens=4, temperature=0, stream=True
+        )
+        text = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+        assert text == whole.choices[0].message.content
+        assert client.responses.create(model="tiny:one", input="Hi", max_output_tokens=2).model == "tiny:one"
+        for stream in (False, True):
+            with pytest.raises(openai.NotFoundError) as refused:
+                client.chat.completions.create(model="tiny:nine", messages=messages, stream=stream)
+            assert refused.value.code == "model_not_found"
+    with anthropic.Anthropic(base_url=served.url, api_key="none", max_retries=0) as other:
+        answer = other.messages.create(model="tiny:one", messages=messages, max_tokens=3)
+        assert answer.model == "tiny:one"
+        with other.messages.stream(model="tiny:one", messages=messages, max_tokens=3) as stream_of:
+            assert stream_of.get_final_message().model == "tiny:one"
+        with pytest.raises(anthropic.NotFoundError):
+            other.messages.create(model="tiny:nine", messages=messages, max_tokens=3)
+
+
+@pytest.mark.parametrize("name", ["x" * 10_000, "a\0b", "a\nb", "\u202eb", "one/..", None, 3, ["one"], {}])
+def test_odd_names_are_refused_everywhere_and_change_nothing(served: Served, name: Any) -> None:
+    assert served.post("/v1/load_lora_adapter", lora_name=name, lora_path="1").status_code == 400
+    assert served.post("/v1/unload_lora_adapter", lora_name=name).status_code == 400
+    if isinstance(name, str):
+        answer = served.post("/v1/completions", model=f"tiny:{name}", prompt="Hi", max_tokens=1)
+        assert answer.status_code in (400, 404)
+        assert len(answer.content) < 2000
+    assert [one.name for one in served.engine.adapters] == ["one"]

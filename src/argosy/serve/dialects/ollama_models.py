@@ -208,8 +208,9 @@ def _model_info(model: ModelFacts) -> dict[str, Any]:
 
 
 def _details(model: ModelFacts) -> Details:
+    parent = model.parent if model.preset is None else model.preset.model
     return {
-        "parent_model": "" if model.preset is None else tagged(model.preset.model),
+        "parent_model": tagged(parent) if parent else "",
         "format": "", "family": model.family, "families": [model.family],
         "parameter_size": _count(model.num_parameters), "quantization_level": "",
     }  # fmt: skip
