@@ -292,7 +292,9 @@ void bind_cached_experts(nb::module_& m) {
       .def_ro("reads_ahead", &LeaseCounts::reads_ahead)
       .def_ro("idle_reads", &LeaseCounts::idle_reads)
       .def_ro("decode_lookups", &LeaseCounts::decode_lookups)
-      .def_ro("decode_hits", &LeaseCounts::decode_hits);
+      .def_ro("decode_hits", &LeaseCounts::decode_hits)
+      .def_ro("parts_ahead", &LeaseCounts::parts_ahead)
+      .def_ro("parts_late", &LeaseCounts::parts_late);
 
   nb::class_<ExpertReads>(m, "ExpertReads", "Reads of experts into the slots of a `CachedExperts`.");
   nb::class_<StoreReads, ExpertReads>(m, "StoreReads", R"(
@@ -393,12 +395,15 @@ void bind_cached_experts(nb::module_& m) {
       .def(
           "guess",
           [](CachedExperts& experts, int64_t layer, const std::vector<std::vector<int32_t>>& by_rank,
-             bool is_sweep) {
+             bool is_sweep, const PartLease::Pairs& pairs) {
             for (const std::vector<int32_t>& rank : by_rank) require_experts(rank);
-            experts.guess(layer, by_rank, is_sweep);
+            experts.guess(layer, by_rank, pairs, is_sweep);
           },
-          "layer"_a, "by_rank"_a, nb::kw_only(), "is_sweep"_a,
-          "Announce which experts the next lease may need, best first. Never waits.")
+          "layer"_a, "by_rank"_a, nb::kw_only(), "is_sweep"_a, "pairs"_a = PartLease::Pairs(), R"(
+        Announce which experts the next lease may need, best first. Never waits.
+
+        Args:
+            pairs: (expert, adapter) of the tokens for which experts are guessed.)")
       .def("forget_hint", &CachedExperts::forget_hint,
            "Release what the last guess still holds, except reads that have begun. Never waits.")
       .def(
@@ -411,6 +416,7 @@ void bind_cached_experts(nb::module_& m) {
       .def_prop_ro(
           "early", [](const CachedExperts& experts) { return keys_of(experts.early()); },
           "Experts whose reads have begun although no lease waits for them.")
+      .def_prop_ro("num_early", &CachedExperts::num_early, "Reads that no lease waits for, also of parts.")
       .def_prop_ro(
           "kept", [](const CachedExperts& experts) { return keys_of(experts.kept()); },
           "Guessed experts that stay in memory until the next lease.")

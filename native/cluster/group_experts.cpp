@@ -69,7 +69,8 @@ bool GroupExperts::wants_guess(const Owners& owners) {
   });
 }
 
-void GroupExperts::guess(int64_t layer, const std::vector<std::vector<int32_t>>& by_rank, bool is_sweep) {
+void GroupExperts::guess(int64_t layer, const std::vector<std::vector<int32_t>>& by_rank,
+                         const std::vector<std::pair<int32_t, int32_t>>&, bool is_sweep) {
   if (round_) guess_for(*round_->begun.owners, layer, by_rank, is_sweep);
 }
 

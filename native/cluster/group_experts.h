@@ -57,7 +57,8 @@ class GroupExperts : public LayerExperts {
 
   bool begin(int64_t layer, std::shared_ptr<const Dispatch> dispatch, const float* rows, float* out) override;
   bool wants_guess() const override;
-  void guess(int64_t layer, const std::vector<std::vector<int32_t>>& by_rank, bool is_sweep) override;
+  void guess(int64_t layer, const std::vector<std::vector<int32_t>>& by_rank,
+             const std::vector<std::pair<int32_t, int32_t>>& pairs, bool is_sweep) override;
   void run_here(Runtime& runtime) override;
   bool wait(std::chrono::nanoseconds most) override;
   int64_t hidden() const override { return exchange_.limits().hidden; }

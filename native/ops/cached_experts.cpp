@@ -118,6 +118,7 @@ void CachedExperts::find(std::vector<int32_t> asked) {
     reads_->hurry(tickets);
   }
   lease.hits = lease.held;
+  request_parts({});  // takes over early reads
   forget_hint();
   look_ahead_[is_sweep].learn(lease.layer, asked);
   const auto num_asked = int64_t(asked.size());
@@ -126,7 +127,6 @@ void CachedExperts::find(std::vector<int32_t> asked) {
   counters_.decode_lookups += num_asked - num_scan;
   counters_.decode_hits += std::count_if(lease.hits.begin(), lease.hits.end(),
                                          [this](int32_t expert) { return !is_scan(expert); });
-  parts_.request(lease.hits);
   std::erase_if(lease.hits, [&](int32_t expert) {
     if (parts_.is_ready(expert)) return false;
     lease.landed.push_back(expert);
@@ -138,39 +138,44 @@ void CachedExperts::find(std::vector<int32_t> asked) {
 // Starts reads of missing experts and parts while there are slots, then reads of the hint.
 void CachedExperts::issue() {
   Lease& lease = *lease_;
-  if (!lease.missing.empty()) {
-    CachePolicy& policy = policy_of(lease.layer);
-    std::vector<std::pair<int32_t, int64_t>> admitted;
-    while (!lease.missing.empty()) {
-      const int32_t expert = lease.missing.back();
-      const std::optional<int64_t> slot = policy.admit({int32_t(lease.layer), expert}, is_scan(expert));
-      if (!slot) break;
-      lease.missing.pop_back();
-      admitted.emplace_back(expert, *slot);
-    }
-    if (!admitted.empty()) {
-      const std::vector<int64_t> tickets = fetch(lease.layer, admitted, Urgency::now);
-      for (size_t i = 0; i < tickets.size(); ++i) lease.in_flight.push_back({tickets[i], admitted[i].first});
-    }
+  CachePolicy& policy = policy_of(lease.layer);
+  std::vector<std::pair<int32_t, int64_t>> admitted;
+  while (!lease.missing.empty()) {
+    const int32_t expert = lease.missing.back();
+    const std::optional<int64_t> slot = policy.admit({int32_t(lease.layer), expert}, is_scan(expert));
+    if (!slot) break;
+    lease.missing.pop_back();
+    admitted.emplace_back(expert, *slot);
   }
-  request_parts();
+  if (admitted.empty()) {
+    request_parts({});
+  } else {
+    // Parts first: they are small, and the first expert that lands should not wait for its part behind all
+    // others.
+    const std::vector<int64_t> tickets =
+        fetch(lease.layer, admitted, Urgency::now, [&] { request_parts(admitted); });
+    for (size_t i = 0; i < tickets.size(); ++i) lease.in_flight.push_back({tickets[i], admitted[i].first});
+  }
   read_ahead();
 }
 
-void CachedExperts::request_parts() {
-  const Lease& lease = *lease_;
-  if (!parts_.request(lease.landed)) return;
-  std::vector<int32_t> experts;
+// Of experts that have their slots: here, read, or about to be.
+void CachedExperts::request_parts(const std::vector<std::pair<int32_t, int64_t>>& admitted) {
+  Lease& lease = *lease_;
+  std::vector<int32_t> experts = lease.hits;
+  experts.insert(experts.end(), lease.landed.begin(), lease.landed.end());
   for (const Ticket& ticket : lease.in_flight) experts.push_back(ticket.expert);
-  parts_.request(experts);
+  for (const auto& [expert, slot] : admitted) experts.push_back(expert);
+  lease.lacks_parts = !parts_.request(experts);
 }
 
-// Starts reads of (expert, slot) pairs that were just admitted.
+// Starts reads of (expert, slot) pairs that were just admitted, after `before`.
 std::vector<int64_t> CachedExperts::fetch(int64_t layer,
                                           const std::vector<std::pair<int32_t, int64_t>>& admitted,
-                                          Urgency urgency) {
+                                          Urgency urgency, const std::function<void()>& before) {
   const Kind& kind = kind_of(layer);
   try {
+    if (before) before();
     std::vector<ExpertReads::Place> places;
     for (const auto& [expert, slot] : admitted) {
       places.push_back({{int32_t(layer), expert}, kind.places.at(size_t(slot))});
@@ -300,7 +305,8 @@ bool CachedExperts::is_early(ExpertKey key) const {
   return std::any_of(early_.begin(), early_.end(), [&](const Early& early) { return early.key == key; });
 }
 
-void CachedExperts::guess(int64_t layer, const std::vector<std::vector<int32_t>>& by_rank, bool is_sweep) {
+void CachedExperts::guess(int64_t layer, const std::vector<std::vector<int32_t>>& by_rank,
+                          const PartLease::Pairs& pairs, bool is_sweep) {
   const CachePolicy& policy = policy_of(layer);
   forget_hint();
   if (lease_) lease_->has_guess = true;
@@ -318,21 +324,23 @@ void CachedExperts::guess(int64_t layer, const std::vector<std::vector<int32_t>>
   std::reverse(hint_.begin(), hint_.end());
   hint_layer_ = layer;
   is_sweep_ = is_sweep;
+  parts_.guess(layer, pairs);
   read_ahead();
 }
 
-// Starts reads of the hint, unless the open lease still needs slots.
+// Starts reads of the hint and of its parts, unless the open lease still needs slots.
 void CachedExperts::read_ahead() {
-  if (hint_.empty() || is_short_of_slots()) return;
+  if (hint_.empty() || is_short_of_slots() || (lease_ && lease_->lacks_parts)) return;
   CachePolicy& policy = policy_of(hint_layer_);
   const auto layer = int32_t(hint_layer_);
-  std::vector<int32_t> kept, missing;
+  std::vector<int32_t> kept, missing, placed;
   for (const int32_t expert : hint_) {
     if (!policy.has({layer, expert})) {
       missing.push_back(expert);
-    } else if (!is_early({layer, expert})) {
-      kept.push_back(expert);
+      continue;
     }
+    placed.insert(placed.begin(), expert);
+    if (!is_early({layer, expert})) kept.push_back(expert);
   }
   hint_ = std::move(missing);
   policy.use(layer, kept, true);  // the reads of their neighbours must not displace them
@@ -342,14 +350,17 @@ void CachedExperts::read_ahead() {
     const std::optional<int64_t> slot = policy.admit({layer, hint_.back()}, true, !is_sweep_);
     if (!slot) break;
     admitted.emplace_back(hint_.back(), *slot);
+    placed.push_back(hint_.back());
     hint_.pop_back();
   }
-  if (!admitted.empty()) add_early(layer, admitted, is_sweep_ ? Urgency::soon : Urgency::maybe);
+  const auto read_parts = [&] { parts_.read_ahead(placed, is_sweep_); };
+  if (admitted.empty()) return read_parts();
+  add_early(layer, admitted, is_sweep_ ? Urgency::soon : Urgency::maybe, read_parts);
 }
 
 void CachedExperts::add_early(int64_t layer, const std::vector<std::pair<int32_t, int64_t>>& admitted,
-                              Urgency urgency) {
-  const std::vector<int64_t> tickets = fetch(layer, admitted, urgency);
+                              Urgency urgency, const std::function<void()>& before) {
+  const std::vector<int64_t> tickets = fetch(layer, admitted, urgency, before);
   for (size_t i = 0; i < tickets.size(); ++i)
     early_.push_back({{int32_t(layer), admitted[i].first}, tickets[i]});
 }
@@ -360,27 +371,34 @@ void CachedExperts::forget_hint() {
     policy_of(hint_layer_).unpin(hint_layer_, kept_);
     kept_.clear();
   }
-  if (early_.empty()) return;
+  if (num_early() == 0) return parts_.forget({});
   std::vector<int64_t> tickets;
   for (const Early& early : early_) tickets.push_back(early.ticket);
+  parts_.add_early_tickets(tickets);
   const std::vector<int64_t> dropped = reads_->drop(tickets);
+  parts_.forget(dropped);
   std::erase_if(early_, [&](const Early& early) {
     if (std::find(dropped.begin(), dropped.end(), early.ticket) == dropped.end()) return false;
     policy_of(early.key.layer).drop(early.key);
     return true;
   });
-  if (!early_.empty()) collect_early(Milliseconds(0));
+  if (num_early() > 0) collect_early(Milliseconds(0));
 }
 
 bool CachedExperts::collect_early(std::optional<Milliseconds> most) {
   std::vector<int64_t> tickets;
   for (const Early& early : early_) tickets.push_back(early.ticket);
+  parts_.add_early_tickets(tickets);
   if (tickets.empty()) return false;
   const std::vector<Completion> ended = reads_->wait_any(tickets, most);
   for (const Completion& completion : ended) {
     const auto early = std::find_if(early_.begin(), early_.end(),
                                     [&](const Early& one) { return one.ticket == completion.ticket; });
-    if (early == early_.end()) throw std::logic_error("a read ended that nobody began");
+    if (early == early_.end()) {
+      if (!parts_.complete_early(completion)) throw std::logic_error("a read ended that nobody began");
+      counters_.bytes_read += parts_.take_bytes_read();
+      continue;
+    }
     const ExpertKey key = early->key;
     early_.erase(early);
     if (completion.error != ReadError::none) {
@@ -416,6 +434,7 @@ void CachedExperts::trust(double least_right) {
 
 void CachedExperts::set_parts(int32_t adapter, std::shared_ptr<PartCache> parts) {
   close(false);
+  forget_hint();
   parts_.set(adapter, std::move(parts));
 }
 
@@ -438,11 +457,14 @@ LeaseCounts CachedExperts::counts() const {
           .reads_ahead = counters_.reads_ahead,
           .idle_reads = counters_.idle_reads,
           .decode_lookups = counters_.decode_lookups,
-          .decode_hits = counters_.decode_hits};
+          .decode_hits = counters_.decode_hits,
+          .parts_ahead = parts_.num_ahead(),
+          .parts_late = parts_.num_late()};
 }
 
 void CachedExperts::cancel_early() {
   for (const Early& early : early_) reads_->cancel(early.ticket);
+  parts_.cancel_early();
 }
 
 // ── LayerExperts ──

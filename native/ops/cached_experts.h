@@ -14,8 +14,8 @@
 // of the policy's window; the next lease takes them over at whatever stage they are. So the drive does not
 // wait for arithmetic between two layers.
 //
-// Parts that adapters bring (part_cache.h) are read together with the experts that need them, and an expert
-// is in a group only when they are here.
+// Parts that adapters bring (part_cache.h) are read together with the experts that need them, also early, and
+// an expert is in a group only when they are here.
 //
 // As LayerExperts, a stack runs a layer without a pause: unless a read fails, or the layer takes long. Then
 // the lease stays open, and Python goes on with it.
@@ -26,6 +26,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -44,10 +45,11 @@ namespace argosy {
 
 // Counters since the cache was created; hits / lookups is the hit rate. A miss whose read had started before
 // the layer needed it counts in reads_ahead, a read-ahead that was not needed in idle_reads; bytes_read
-// includes both. Counters of `decode` leave out experts that only prompts chose.
+// includes both. Counters of `decode` leave out experts that only prompts chose. Reads of parts that adapters
+// bring were begun by guesses (parts_ahead) or by leases (parts_late).
 struct LeaseCounts {
   int64_t lookups = 0, hits = 0, bytes_read = 0, reads_ahead = 0, idle_reads = 0, decode_lookups = 0,
-          decode_hits = 0;
+          decode_hits = 0, parts_ahead = 0, parts_late = 0;
 };
 
 class CachedExperts : public LayerExperts {
@@ -113,13 +115,14 @@ class CachedExperts : public LayerExperts {
 
   bool wants_guess(bool is_sweep) const;
   // Never waits.
-  void guess(int64_t layer, const std::vector<std::vector<int32_t>>& by_rank, bool is_sweep) override;
+  void guess(int64_t layer, const std::vector<std::vector<int32_t>>& by_rank, const PartLease::Pairs& pairs,
+             bool is_sweep) override;
   // Gives up what the last hint still holds, except reads that have begun. Never waits. A read that has begun
   // stays among the early ones until it ends: complete, or abandoned halfway.
   void forget_hint();
   // Collects early reads that have ended: frees the slots of failed ones, and keeps experts that landed.
   bool collect_early(std::optional<Milliseconds> most);  // false: none ended
-  int64_t num_early() const { return int64_t(early_.size()); }
+  int64_t num_early() const { return int64_t(early_.size()) + parts_.num_early(); }
   std::vector<ExpertKey> early() const;
   std::vector<ExpertKey> kept() const;  // resident experts of the hint, pinned until the next lease
   // From now on, ranks that are right at least so often are trusted.
@@ -132,7 +135,7 @@ class CachedExperts : public LayerExperts {
   void set_parts(int32_t adapter, std::shared_ptr<PartCache> parts);
   int64_t num_slots() const;
   int64_t num_resident() const;  // any thread may ask
-  bool has_all() const { return num_resident() == num_keys_ && early_.empty() && parts_.has_all(); }
+  bool has_all() const { return num_resident() == num_keys_ && num_early() == 0 && parts_.has_all(); }
   LeaseCounts counts() const;                   // any thread may ask
   int64_t num_run() const { return num_run_; }  // experts that ran in the stack's thread; any thread may ask
   void cancel_early();                          // at the end
@@ -163,6 +166,7 @@ class CachedExperts : public LayerExperts {
     std::vector<Ticket> in_flight;
     std::optional<Failure> failure;
     bool has_guess = false;
+    bool lacks_parts = false;  // some of its experts wait for slots of parts
     // What the stack runs.
     std::shared_ptr<const Dispatch> dispatch;
     const float* rows = nullptr;
@@ -183,14 +187,15 @@ class CachedExperts : public LayerExperts {
   const Kind& kind_of(int64_t layer) const;
   CachePolicy& policy_of(int64_t layer) const { return *kind_of(layer).policy; }
   std::vector<int64_t> fetch(int64_t layer, const std::vector<std::pair<int32_t, int64_t>>& admitted,
-                             Urgency urgency);
+                             Urgency urgency, const std::function<void()>& before = {});
   void find(std::vector<int32_t> experts);
   void issue();
-  void request_parts();
+  void request_parts(const std::vector<std::pair<int32_t, int64_t>>& admitted);
   void give_back();
   bool is_scan(int32_t expert) const;
   void read_ahead();
-  void add_early(int64_t layer, const std::vector<std::pair<int32_t, int64_t>>& admitted, Urgency urgency);
+  void add_early(int64_t layer, const std::vector<std::pair<int32_t, int64_t>>& admitted, Urgency urgency,
+                 const std::function<void()>& before = {});
   void fill(int64_t layer);
   bool is_early(ExpertKey key) const;
   bool run_groups();  // false: a lease waits for reads, or one has failed

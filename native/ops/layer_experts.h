@@ -14,6 +14,7 @@
 #include <chrono>
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "ops/experts.h"
@@ -33,7 +34,9 @@ class LayerExperts {
 
   // Whether a guess for the next layer would be of use, and one; between begin() and run_here().
   virtual bool wants_guess() const = 0;
-  virtual void guess(int64_t layer, const std::vector<std::vector<int32_t>>& by_rank, bool is_sweep) = 0;
+  // `pairs`: (expert, adapter) of the tokens for which each is guessed.
+  virtual void guess(int64_t layer, const std::vector<std::vector<int32_t>>& by_rank,
+                     const std::vector<std::pair<int32_t, int32_t>>& pairs, bool is_sweep) = 0;
 
   virtual void run_here(Runtime& runtime) = 0;
 

@@ -44,6 +44,12 @@ std::vector<int64_t> PartReads::fetch(const std::vector<Place>& places, Urgency 
 
 void PartLease::set(int32_t adapter, std::shared_ptr<PartCache> parts) {
   if (layer_ >= 0) throw std::invalid_argument("a lease is open");
+  forget({});
+  std::erase_if(early_, [&](const Early& early) {
+    if (early.adapter != adapter) return false;
+    cancel(early);
+    return true;
+  });
   if (parts == nullptr) {
     caches_.erase(adapter);
   } else {
@@ -112,65 +118,107 @@ bool PartLease::is_ready(int32_t expert) const {
                                         [](const Part& part) { return part.at == At::here; });
 }
 
+const PartLease::Early* PartLease::find_early(ExpertKey key, int32_t adapter) const {
+  const auto found = std::find_if(early_.begin(), early_.end(), [&](const Early& early) {
+    return early.key == key && early.adapter == adapter;
+  });
+  return found != early_.end() ? &*found : nullptr;
+}
+
+// Whether every part of an expert is here, or on its way.
+bool PartLease::has_slots(const Need& need) const {
+  const ExpertKey key = {int32_t(layer_), need.expert};
+  return std::all_of(need.parts.begin(), need.parts.end(), [&](const Part& part) {
+    const Early* early = find_early(key, part.adapter);
+    return early != nullptr ? !early->is_given_up : caches_.at(part.adapter)->policy->has(key);
+  });
+}
+
 // Pins all parts of an expert, and adds those to `missing` that must be read; false: one got no slot, and
 // nothing has changed.
-bool PartLease::admit(Need& need, std::map<int32_t, std::vector<ExpertReads::Place>>& missing) {
+bool PartLease::admit(Need& need, Missing& missing) {
   const ExpertKey key = {int32_t(layer_), need.expert};
   std::vector<std::pair<int32_t, int64_t>> slots;
   for (const Part& part : need.parts) {
     CachePolicy& policy = *caches_.at(part.adapter)->policy;
-    if (policy.has(key)) continue;
-    const std::optional<int64_t> slot = policy.admit(key, need.is_scan);
+    const Early* early = find_early(key, part.adapter);
+    if (early == nullptr && policy.has(key)) continue;
+    if (early != nullptr && !early->is_given_up) continue;
+    const std::optional<int64_t> slot = early == nullptr ? policy.admit(key, need.is_scan) : std::nullopt;
     if (!slot) {
       for (const auto& [adapter, admitted] : slots) caches_.at(adapter)->policy->drop(key);
       return false;
     }
     slots.emplace_back(part.adapter, *slot);
   }
+  std::vector<int64_t> early_tickets;
   for (Part& part : need.parts) {
     const PartCache& cache = *caches_.at(part.adapter);
     const auto admitted =
         std::find_if(slots.begin(), slots.end(), [&](const auto& one) { return one.first == part.adapter; });
-    if (admitted == slots.end()) {
-      cache.policy->use(layer_, {need.expert}, need.is_scan);
-      part.at = At::here;
-    } else {
+    if (admitted != slots.end()) {
       part.at = At::reading;
       missing[part.adapter].push_back({key, admitted->second * cache.slot_bytes});
+      continue;
+    }
+    cache.policy->use(layer_, {need.expert}, need.is_scan);
+    std::erase(kept_, std::pair(key, part.adapter));
+    if (const Early* early = find_early(key, part.adapter)) {
+      part.at = At::reading;
+      cache.reads->hurry({early->ticket});
+      in_flight_.push_back({early->ticket, need.expert, part.adapter});
+      early_.erase(early_.begin() + (early - early_.data()));
+    } else {
+      part.at = At::here;
     }
   }
   return true;
 }
 
-bool PartLease::request(const std::vector<int32_t>& experts) {
-  if (needs_.empty()) return true;
-  std::map<int32_t, std::vector<ExpertReads::Place>> missing;
-  bool has_slots = true;
-  for (const int32_t expert : experts) {
-    Need* need = find(expert);
-    if (need == nullptr || need->parts.front().at != At::away) continue;  // all are away, or none
-    has_slots = admit(*need, missing);
-    if (!has_slots) break;
-  }
+// Starts reads of parts that were just admitted. began(key, adapter, ticket) for each; if one cannot begin,
+// dropped(key, adapter) for those that did not, which lose their slots.
+template <class Began, class Dropped>
+void PartLease::fetch(const Missing& missing, Urgency urgency, const Began& began, const Dropped& dropped) {
   for (auto at = missing.begin(); at != missing.end(); ++at) {
     const auto& [adapter, places] = *at;
     const PartCache& cache = *caches_.at(adapter);
     try {
       for (const auto& [key, place] : places) cache.adapter->place(key.layer, key.expert, place);
-      const std::vector<int64_t> tickets = cache.reads->fetch(places, Urgency::now);
-      for (size_t i = 0; i < tickets.size(); ++i)
-        in_flight_.push_back({tickets[i], places[i].key.expert, adapter});
+      const std::vector<int64_t> tickets = cache.reads->fetch(places, urgency);
+      for (size_t i = 0; i < tickets.size(); ++i) began(places[i].key, adapter, tickets[i]);
     } catch (...) {
       for (; at != missing.end(); ++at) {
         for (const ExpertReads::Place& place : at->second) {
           caches_.at(at->first)->policy->drop(place.key);
-          part_of({0, place.key.expert, at->first}).at = At::away;
+          dropped(place.key, at->first);
         }
       }
       throw;
     }
   }
-  return has_slots;
+}
+
+bool PartLease::request(const std::vector<int32_t>& experts) {
+  if (needs_.empty()) return true;
+  Missing missing;
+  bool is_enough = true;
+  for (const bool has_all : {true, false}) {  // before a missing part can evict one of them
+    for (const int32_t expert : experts) {
+      Need* need = find(expert);
+      if (need == nullptr || need->parts.front().at != At::away) continue;  // all are away, or none
+      if (has_all && !has_slots(*need)) continue;
+      is_enough = admit(*need, missing);
+      if (!is_enough) break;
+    }
+  }
+  fetch(
+      missing, Urgency::now,
+      [&](ExpertKey key, int32_t adapter, int64_t ticket) {
+        in_flight_.push_back({ticket, key.expert, adapter});
+        num_late_ += 1;
+      },
+      [&](ExpertKey key, int32_t adapter) { part_of({0, key.expert, adapter}).at = At::away; });
+  return is_enough;
 }
 
 // Unpins the parts that are here.
@@ -221,6 +269,89 @@ void PartLease::close() {
   for (Need& need : needs_) forget(need);
   needs_.clear();
   layer_ = -1;
+}
+
+// ── parts of guessed experts ──
+
+void PartLease::guess(int64_t layer, Pairs pairs) {
+  std::erase_if(pairs, [&](const auto& pair) {
+    const auto cache = caches_.find(pair.second);
+    return cache == caches_.end() || !cache->second->has_layer(layer);
+  });
+  std::sort(pairs.begin(), pairs.end());
+  pairs.erase(std::unique(pairs.begin(), pairs.end()), pairs.end());
+  hint_ = std::move(pairs);
+  hint_layer_ = layer;
+}
+
+void PartLease::read_ahead(const std::vector<int32_t>& experts, bool is_sweep) {
+  if (hint_.empty()) return;
+  Missing missing;
+  for (const int32_t expert : experts) {
+    const ExpertKey key = {int32_t(hint_layer_), expert};
+    const auto first = std::lower_bound(hint_.begin(), hint_.end(), std::pair(expert, int32_t{0}));
+    for (auto pair = first; pair != hint_.end() && pair->first == expert; ++pair) {
+      const int32_t adapter = pair->second;
+      const PartCache& cache = *caches_.at(adapter);
+      if (find_early(key, adapter) != nullptr) continue;
+      if (cache.policy->has(key)) {
+        cache.policy->use(hint_layer_, {expert}, true);  // the reads of others must not displace it
+        kept_.emplace_back(key, adapter);
+      } else if (const std::optional<int64_t> slot = cache.policy->admit(key, true, !is_sweep)) {
+        missing[adapter].push_back({key, *slot * cache.slot_bytes});
+      }
+    }
+  }
+  fetch(
+      missing, is_sweep ? Urgency::soon : Urgency::maybe,
+      [&](ExpertKey key, int32_t adapter, int64_t ticket) {
+        early_.push_back({ticket, key, adapter});
+        num_ahead_ += 1;
+      },
+      [](ExpertKey, int32_t) {});
+}
+
+void PartLease::add_early_tickets(std::vector<int64_t>& tickets) const {
+  for (const Early& early : early_) tickets.push_back(early.ticket);
+}
+
+bool PartLease::complete_early(const Completion& completion) {
+  const auto found = std::find_if(early_.begin(), early_.end(),
+                                  [&](const Early& one) { return one.ticket == completion.ticket; });
+  if (found == early_.end()) return false;
+  const Early early = *found;
+  early_.erase(found);
+  const PartCache& cache = *caches_.at(early.adapter);
+  if (completion.error == ReadError::none) {
+    cache.policy->unpin(early.key.layer, {early.key.expert});
+    bytes_read_ += cache.reads->bytes(early.key);
+  } else {  // it was abandoned halfway; or a lease that needs the part will read it again and get the error
+    cache.policy->drop(early.key);
+  }
+  return true;
+}
+
+void PartLease::forget(const std::vector<int64_t>& dropped) {
+  hint_.clear();
+  for (const auto& [key, adapter] : kept_) caches_.at(adapter)->policy->unpin(key.layer, {key.expert});
+  kept_.clear();
+  std::erase_if(early_, [&](Early& early) {
+    early.is_given_up = true;
+    if (std::find(dropped.begin(), dropped.end(), early.ticket) == dropped.end()) return false;
+    caches_.at(early.adapter)->policy->drop(early.key);
+    return true;
+  });
+}
+
+void PartLease::cancel(const Early& early) {
+  const PartCache& cache = *caches_.at(early.adapter);
+  cache.reads->cancel(early.ticket);
+  cache.policy->drop(early.key);
+}
+
+void PartLease::cancel_early() {
+  for (const Early& early : early_) cancel(early);
+  early_.clear();
 }
 
 }  // namespace argosy

@@ -569,7 +569,11 @@ bool Stack::run_elsewhere(const RoutedFfn& ffn) {
   if (!elsewhere_->begin(number(), dispatch_, expert_in(ffn), buffers_.expert_out)) return false;
   if (elsewhere_->wants_guess()) {
     const int64_t next = next_routed_layer();
-    if (next >= 0) elsewhere_->guess(next, predict(next), !dispatch_->scan().empty());
+    if (next >= 0) {
+      std::set<std::pair<int32_t, int32_t>> pairs;
+      const std::vector<std::vector<int32_t>> by_rank = predict(next, &pairs);
+      elsewhere_->guess(next, by_rank, {pairs.begin(), pairs.end()}, !dispatch_->scan().empty());
+    }
   }
   add_shared(ffn);
   elsewhere_->run_here(runtime_);
@@ -764,7 +768,8 @@ int64_t Stack::next_routed_layer() const {
   return next == layers.end() ? -1 : next - layers.begin();
 }
 
-std::vector<std::vector<int32_t>> Stack::predict(int64_t layer) {
+std::vector<std::vector<int32_t>> Stack::predict(int64_t layer,
+                                                 std::set<std::pair<int32_t, int32_t>>* pairs) {
   const int64_t tokens = step_.num_tokens;
   const Layer& next = description_.layers[size_t(layer)];
   const Router& router = next.routed()->router;
@@ -792,6 +797,8 @@ std::vector<std::vector<int32_t>> Stack::predict(int64_t layer) {
     for (int64_t token = 0; token < tokens; ++token) {
       if (step_.to_end != nullptr && next.reach > 0 && step_.to_end[token] >= next.reach) continue;
       const int32_t expert = ids[size_t(token * k + rank)];
+      if (pairs != nullptr && step_.adapters != nullptr && step_.adapters[token] >= 0)
+        pairs->emplace(expert, step_.adapters[token]);
       if (is_named[size_t(expert)]) continue;
       is_named[size_t(expert)] = true;
       const bool is_certain = router.token_experts && table_rows_[size_t(token)] >= 0;

@@ -29,6 +29,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <unordered_map>
 #include <utility>
 #include <variant>
@@ -621,7 +622,9 @@ class Stack {
   void write_expert_in(const RoutedFfn& ffn);
   bool run_elsewhere(const RoutedFfn& ffn);  // false: the layer waits for experts
   int64_t next_routed_layer() const;
-  std::vector<std::vector<int32_t>> predict(int64_t layer);  // the choice of a later layer, by rank
+  // The choice of a later layer, by rank, and if `pairs` is not null the (expert, adapter) of its tokens.
+  std::vector<std::vector<int32_t>> predict(int64_t layer,
+                                            std::set<std::pair<int32_t, int32_t>>* pairs = nullptr);
   void add_shared(const RoutedFfn& ffn);
   void combine_experts(const RoutedFfn& ffn);
   // What a block of the current layer reads, and the sum it adds to.

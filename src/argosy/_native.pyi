@@ -1010,6 +1010,10 @@ class LeaseCounts:
     def decode_lookups(self) -> int: ...
     @property
     def decode_hits(self) -> int: ...
+    @property
+    def parts_ahead(self) -> int: ...
+    @property
+    def parts_late(self) -> int: ...
 
 class ExpertReads:
     """Reads of experts into the slots of a `CachedExperts`."""
@@ -1161,9 +1165,19 @@ class CachedExperts(LayerExperts):
     def wants_guess(self, *, is_sweep: bool) -> bool:
         """Whether a guess would be of use in this step."""
 
-    def guess(self, layer: int, by_rank: Sequence[Sequence[int]], *, is_sweep: bool) -> None:
+    def guess(
+        self,
+        layer: int,
+        by_rank: Sequence[Sequence[int]],
+        *,
+        is_sweep: bool,
+        pairs: Sequence[tuple[int, int]] = [],
+    ) -> None:
         """
         Announce which experts the next lease may need, best first. Never waits.
+
+        Args:
+            pairs: (expert, adapter) of the tokens for which experts are guessed.
         """
 
     def forget_hint(self) -> None:
@@ -1177,6 +1191,10 @@ class CachedExperts(LayerExperts):
     @property
     def early(self) -> list[tuple[int, int]]:
         """Experts whose reads have begun although no lease waits for them."""
+
+    @property
+    def num_early(self) -> int:
+        """Reads that no lease waits for, also of parts."""
 
     @property
     def kept(self) -> list[tuple[int, int]]:

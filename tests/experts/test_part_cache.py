@@ -201,3 +201,94 @@ def test_a_cache_with_all_experts_does_not_have_all_without_their_parts() -> Non
     rig.core.set_parts(0, None)
     assert rig.core.has_all
     assert rig.run(0, [1], [(1, 0)]) == [[1]]  # an adapter without parts counts for nothing
+
+
+guesses = st.tuples(
+    st.lists(st.integers(0, NUM_EXPERTS - 1), max_size=4, unique=True),
+    st.lists(st.tuples(st.integers(0, NUM_EXPERTS - 1), st.integers(0, 3)), max_size=12),
+    st.booleans(),
+)
+
+
+def run_guessing(rig: Rig, asked: Any, guess: Any, num_groups: int) -> list[int]:
+    """Run a lease in which the experts of the next layer are guessed, at most for some groups; return its experts."""
+    layer, experts, scan, pairs = asked
+    guessed, guessed_pairs, is_sweep = guess
+    rig.core.open(layer, experts, sorted(scan), pairs)
+    rig.core.guess(
+        (layer + 1) % NUM_LAYERS, [[expert] for expert in guessed], is_sweep=is_sweep, pairs=guessed_pairs
+    )
+    found: list[int] = []
+    for number, group in enumerate(groups(rig.cache)):
+        if number == num_groups:
+            break
+        rig.truth.check(rig.cache.table, layer, group)
+        for expert, adapter in pairs:
+            if expert in group and adapter < len(rig.parts) and layer in LAYERS_WITH_PARTS:
+                rig.parts[adapter].check((layer, expert))
+        found += group
+    rig.core.end(is_whole=num_groups > len(experts))
+    return found
+
+
+def settle(rig: Rig) -> None:
+    rig.core.forget_hint()
+    while rig.core.num_early:
+        rig.core.collect_early()
+    rig.check_idle()
+
+
+@given_few(
+    leases,
+    st.lists(guesses, min_size=12, max_size=12),
+    st.integers(8, 24),
+    slots,
+    st.sampled_from([0.0, 0.5, 1.0]),
+    st.integers(0, 1000),
+    few=80,
+    many=500,
+)
+def test_parts_of_guessed_experts_are_early_late_wrong_or_abandoned_and_always_right(
+    asked: Any, guessed: Any, num_slots: int, part_slots: list[int], begun: float, seed: int
+) -> None:
+    rig = Rig(num_slots=num_slots, part_slots=part_slots, seed=seed, begun=begun, given_up=0.5)
+    for number, (lease, guess) in enumerate(zip(asked, guessed, strict=False)):
+        most = 1 if number % 4 == seed % 4 else 99
+        found = run_guessing(rig, lease, guess, most)
+        assert most < 99 or sorted(found) == sorted(lease[1])
+        if number % 5 == seed % 5:
+            rig.core.set_parts(0, rig.parts[0].cache)  # ends its early reads
+    settle(rig)
+
+
+@given_few(leases, st.lists(guesses, min_size=12, max_size=12), slots, st.integers(0, 1000), few=40, many=300)
+def test_a_part_that_fails_in_a_guess_is_harmless(
+    asked: Any, guessed: Any, part_slots: list[int], seed: int
+) -> None:
+    fails = lambda number: ("no", "io") if number < 60 and number % 5 == seed % 5 else None  # noqa: E731
+    rig = Rig(num_slots=16, part_slots=part_slots, seed=seed, begun=0.5, given_up=0.5, fail=fails)
+    for lease, guess in zip(asked, guessed, strict=False):
+        while True:
+            try:
+                assert sorted(run_guessing(rig, lease, guess, 99)) == sorted(lease[1])
+                break
+            except Exception:  # of the lease, never of the guess
+                assert rig.core.failure is not None
+                rig.core.end(is_whole=False)
+    settle(rig)
+
+
+def test_a_guessed_part_is_read_with_its_expert_and_the_lease_takes_it_over() -> None:
+    rig = Rig(num_slots=16, part_slots=[16, 16])
+    rig.core.open(1, [0], [])
+    rig.core.guess(2, [[3], [4]], is_sweep=False, pairs=[(3, 0), (3, 1), (5, 0)])
+    assert rig.core.counts.parts_ahead == 2  # 5 is not guessed
+    assert rig.core.num_early == 4
+    assert rig.core.early == [(2, 3), (2, 4)]
+    for group in groups(rig.cache):
+        assert group == [0]
+    rig.core.end(is_whole=True)
+    rig.run(2, [3], [(3, 0), (3, 1)])
+    assert rig.core.counts.parts_late == 0
+    rig.run(2, [4], [(4, 1)])
+    assert rig.core.counts.parts_late == 1

@@ -164,7 +164,7 @@ class ExpertCache:
         """
         self.core.end(is_whole=False)  # left by a step that failed
         self.core.forget_hint()
-        while self.core.early:
+        while self.core.num_early:
             self.core.collect_early()
         if num_slots != self.slots.num_slots:
             self.slots.resize(num_slots)
