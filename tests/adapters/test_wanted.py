@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from argosy.adapters.registry import last_appearance
-from argosy.adapters.wanted import by_model, chosen_adapter, wanted_adapters
+from argosy.adapters.wanted import by_model, chosen_adapter, compared_adapters, wanted_adapters
 from argosy.config.engine import WantedAdapter
 from argosy.errors import UsageError
 
@@ -97,3 +97,29 @@ def test_an_invocation_begins_where_its_tokens_appear_last() -> None:
     assert last_appearance((1, 1), [1, 1, 1]) == 1  # appearances may overlap
     assert last_appearance((3,), [1, 2]) is None
     assert last_appearance((1, 2, 3), [1, 2]) is None
+
+
+def test_two_models_to_compare_have_the_adapters_that_are_named_behind_them() -> None:
+    one, two = WantedAdapter("one", Path("a"), 1.0), WantedAdapter("two", Path("b"), 0.5)
+    texts = ("one=a", "two=b:0.5")
+    for reference, candidate, loras, expected in (
+        ("demo", None, texts[:1], (("demo", None), ("demo", one))),
+        ("demo:one", None, texts[:1], (("demo", None), ("demo", one))),
+        ("demo:one", "demo:two", texts, (("demo", one), ("demo", two))),
+        ("./m", "./q4:two", texts[1:], (("./m", None), ("./q4", two))),
+        ("qwen:latest", "./q4", (), (("qwen:latest", None), ("./q4", None))),
+    ):
+        assert compared_adapters(reference, candidate, loras) == expected
+
+
+def test_an_adapter_that_neither_model_has_is_refused() -> None:
+    with pytest.raises(UsageError, match="CANDIDATE is missing"):
+        compared_adapters("demo", None, ())
+    with pytest.raises(UsageError, match="neither model has the adapter one") as refused:
+        compared_adapters("./m", "./q4", ["one=a"])
+    assert refused.value.hint is not None
+    assert "`./q4:one`" in refused.value.hint
+    with pytest.raises(UsageError, match="several adapters"):
+        compared_adapters("demo", None, ["one=a", "two=b"])
+    with pytest.raises(UsageError, match="neither model has the adapter two"):
+        compared_adapters("demo:one", None, ["one=a", "two=b"])

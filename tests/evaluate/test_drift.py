@@ -16,6 +16,7 @@ from argosy import Engine, SamplingParams
 from argosy.checkpoint.manifest import verify_pack
 from argosy.cli.main import main
 from argosy.config import MIB
+from argosy.config.engine import WantedAdapter
 from argosy.errors import ArgosyError, DiskFull, DoesNotFit, UsageError
 from argosy.evaluate import row_file
 from argosy.evaluate.drift import _shown, compare
@@ -26,6 +27,7 @@ from argosy.evaluate.questions import Question
 from argosy.evaluate.row_file import RowFile
 from argosy.evaluate.scoring import Scores, Tokens, score
 from argosy.machine import resources
+from tests.adapters.adapter_files import pair, write_peft
 from tests.evaluate.small_models import (
     few_texts,
     in_two_bits,
@@ -176,6 +178,73 @@ def test_the_numbers_are_those_of_the_models_logits(forms: dict[str, Path]) -> N
     assert found["gaps"]["change_nats"]["value"] == pytest.approx(gaps.mean(), abs=1e-4)
 
 
+# ── adapters ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs of attention, and of the experts' down_proj."""
+    modules = {
+        f"model.layers.{layer}.self_attn.{name}_proj": pair(
+            *((64, 32) if name == "q" else (32, 64)), seed=layer
+        )
+        for layer in (0, 1)
+        for name in ("q", "o")
+    }
+    modules |= {
+        f"model.layers.1.mlp.experts.{expert}.down_proj": pair(32, 24, seed=expert) for expert in range(6)
+    }
+    return write_peft(tmp_path_factory.mktemp("adapter") / "ship", modules, lora_alpha=1)
+
+
+def adapted(model: Path, *sides: WantedAdapter | None, **options: Any) -> dict[str, Any]:
+    return measure_drift(
+        model, model, few_texts(), QUESTIONS, options={**OPTIONS, **options}, candidate_settings={}, adapters=sides
+    ).as_dict()  # fmt: skip
+
+
+def test_an_adapter_with_scale_zero_changes_no_number(forms: dict[str, Path], adapter: Path) -> None:
+    found = adapted(forms["q4"], None, WantedAdapter("ship", adapter, 0.0))
+    assert found["verdict"] == {"level": "none", "reasons": ["every number is equal"]}
+
+
+def test_the_drift_of_an_adapter_is_that_of_the_models_logits_at_every_budget(
+    forms: dict[str, Path], adapter: Path
+) -> None:
+    wanted = WantedAdapter("ship", adapter, 0.5)
+    found = adapted(forms["source"], None, wanted)
+    assert found == adapted(forms["source"], None, wanted, threads=2, expert_slots=3, chunk_tokens=16)
+    with Engine.open(forms["source"], loras={"ship": (adapter, 0.5)}, **OPTIONS) as engine:
+        assert engine.tokenizer is not None
+        divergences = []
+        for text in few_texts().passages:
+            ids = engine.tokenizer.encode(text)
+            p, q = (
+                logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+                for logits in (
+                    engine.logits(ids, adapter=name)[:-1].astype(np.float64) for name in (None, "ship")
+                )
+            )
+            divergences.append((np.exp(p) * (p - q)).sum(axis=1))
+    expected = np.concatenate(divergences).mean()
+    assert expected > 1e-3
+    assert found["text"][0]["kl_nats"]["value"] == pytest.approx(expected, rel=1e-9)
+    base, with_it = found["reference"], found["candidate"]
+    assert (base["name"], with_it["name"]) == ("source", "source:ship")
+    assert with_it["settings"] == {"lora_scale": 0.5}
+    # A card of the base must not take this report for one about the base.
+    assert with_it["identity"].startswith(base["identity"] + "+lora:")
+
+
+def test_an_activated_adapter_is_refused_before_a_text_is_read(
+    forms: dict[str, Path], tmp_path: Path
+) -> None:
+    modules = {"model.layers.0.self_attn.q_proj": pair(64, 32)}
+    path = write_peft(tmp_path / "activated", modules, alora_invocation_tokens=[5, 6])
+    with pytest.raises(UsageError, match="changes a text only from its invocation tokens on"):
+        adapted(forms["source"], None, WantedAdapter("one", path))
+
+
 def scores_with(
     sentences: np.ndarray, answers: np.ndarray, divergences: Sequence[float] = (0.0,) * 4
 ) -> Scores:
@@ -268,7 +337,7 @@ def test_a_text_that_does_not_fit_the_context_is_refused(forms: dict[str, Path])
 
 def test_logits_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     class Broken:
-        def read_logits(self, ids: Any, take: Any) -> None:
+        def read_logits(self, ids: Any, take: Any, adapter: str | None) -> None:
             take(0, np.full((len(ids), 8), np.nan, np.float32))
 
     with RowFile(tmp_path, 8, 8) as rows, pytest.raises(ArgosyError, match="not finite numbers"):

@@ -104,6 +104,40 @@ def chosen_adapter(model: str, texts: Iterable[str]) -> tuple[str, str | None]:
     return model, names[0] if names else None
 
 
+def compared_adapters(
+    reference: str, candidate: str | None, texts: Iterable[str]
+) -> tuple[tuple[str, WantedAdapter | None], tuple[str, WantedAdapter | None]]:
+    """Return two models to compare, each with its adapter: the one that MODEL:NAME names.
+
+    Without a candidate, it is the reference with the adapter that `chosen_adapter` finds.
+
+    Raises:
+        UsageError: there is no candidate and no adapter, or an adapter is on neither side.
+    """
+    wanted = {one.name: one for one in wanted_adapters(tuple(texts))}
+    if candidate is None:
+        if not wanted:
+            raise UsageError(
+                "CANDIDATE is missing",
+                hint="name a second model, or an adapter for the same one: `--lora NAME=PATH`",
+            )
+        base, name = chosen_adapter(reference, texts)
+        reference, candidate = base, f"{base}:{name}"
+
+    def side(model: str) -> tuple[str, WantedAdapter | None]:
+        base, _, last = model.rpartition(":")
+        return (base, wanted[last]) if base and last in wanted else (model, None)
+
+    sides = side(reference), side(candidate)
+    unused = [name for name, one in wanted.items() if one not in (sides[0][1], sides[1][1])]
+    if unused:
+        raise UsageError(
+            f"neither model has the adapter {unused[0]}",
+            hint=f"name it behind the model that has it: `{candidate}:{unused[0]}`",
+        )
+    return sides
+
+
 def require_name(name: str) -> None:
     """Raise UsageError unless this can be the name of an adapter."""
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name == TAKEN:

@@ -20,6 +20,7 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.fingerprint import fingerprint
 from argosy.checkpoint.manifest import MANIFEST_FILE
 from argosy.config import DEMO
+from argosy.config.engine import WantedAdapter
 from argosy.engine.engine import Engine
 from argosy.errors import UsageError
 from argosy.evaluate.drift import Drift, compare
@@ -33,9 +34,39 @@ from argosy.user_directories import cache_directory
 
 
 @dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter of one of the two, and the digest of its files."""
+
+    wanted: WantedAdapter
+    digest: bytes
+
+    @property
+    def identity(self) -> str:
+        """Follows that of the model, so that a report about both is not one about the model."""
+        return f"+lora:{self.digest.hex()}*{self.wanted.factor!r}"
+
+    @classmethod
+    def of(cls, wanted: WantedAdapter, files: ModelFiles) -> Adapter:
+        """Read the adapter before any text is read.
+
+        Raises:
+            UsageError: it changes nothing in these texts.   And what `open_adapter` raises.
+        """
+        from argosy.adapters.reading import open_adapter  # an installation may be without
+
+        found = open_adapter(wanted.path, files)
+        if found.invocation_tokens:
+            raise UsageError(
+                f"{wanted.path} is an activated adapter: it changes a text only from its invocation tokens on, which "
+                "the texts that are compared do not have"
+            )
+        return cls(wanted, found.digest)
+
+
+@dataclass(frozen=True, slots=True)
 class Subject:
     """The reference or the candidate. The same files have the same `identity`; `settings` may change which tokens
-    come.
+    come. An adapter is part of the name and of the identity.
     """
 
     name: str
@@ -46,14 +77,17 @@ class Subject:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, name: str, files: ModelFiles, settings: Mapping[str, Any]) -> Subject:
+    def of(
+        cls, name: str, files: ModelFiles, settings: Mapping[str, Any], used: Adapter | None = None
+    ) -> Subject:
+        wanted = None if used is None else used.wanted
         return cls(
-            name,
-            identity_of(files),
+            name if wanted is None else f"{name}:{wanted.name}",
+            identity_of(files) + ("" if used is None else used.identity),
             files.config.family,
             tuple(dict.fromkeys(ref.format for ref in files.dense.values())),
             files.expert_format if files.experts else "none",
-            dict(settings),
+            {**settings, **({} if wanted is None or wanted.factor == 1 else {"lora_scale": wanted.factor})},
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -105,20 +139,27 @@ def measure_drift(
     *,
     options: Mapping[str, Any],
     candidate_settings: Mapping[str, Any],
+    adapters: Sequence[WantedAdapter | None] = (None, None),
     progress: Progress | None = None,
 ) -> DriftReport:
-    """Compare two models, or a model with itself under other settings.
+    """Compare two models, or a model with itself under other settings or with an adapter.
 
     Args:
         options: for `Engine.open`, the same for both.
         candidate_settings: options only for the candidate, which may change its tokens.
+        adapters: of the reference and of the candidate.
 
     Raises:
-        UsageError: their tokenizers differ.   DiskFull: there is no room for the logits.
+        UsageError: their tokenizers differ, or an adapter changes nothing in these texts.
+        DiskFull: there is no room for the logits.
         And what `Engine.open` raises.
     """
     names = [str(reference), str(candidate)]
     files = [open_files(locate_model(model, progress)) for model in (reference, candidate)]
+    used = [
+        None if wanted is None else Adapter.of(wanted, one)
+        for wanted, one in zip(adapters, files, strict=True)
+    ]
     sizes = [one.config.vocab_size for one in files]
     if sizes[0] != sizes[1]:
         raise _other_tokens(names, f"their vocabularies have {sizes[0]} and {sizes[1]} tokens")
@@ -134,11 +175,17 @@ def measure_drift(
     scores: list[Scores] = []
     with RowFile(cache_directory(), tokens.num_rows, sizes[0]) as rows:
         for number, one in enumerate(files):
+            wanted = adapters[number]
             given = {**options, **engine_options(tokens, one.config), **settings[number]}
+            given["loras"] = () if wanted is None else (wanted,)
             with Engine(one, configure(names[number], one, **given), progress=progress) as engine:
-                scores.append(score(engine, tokens, rows, is_reference=number == 0, progress=progress))
+                adapter = None if wanted is None else wanted.name
+                scores.append(
+                    score(engine, tokens, rows, is_reference=number == 0, adapter=adapter, progress=progress)
+                )
     first, second = (
-        Subject.of(_shown_name(name), one, own) for name, one, own in zip(names, files, settings, strict=True)
+        Subject.of(_shown_name(name), one, own, adapter)
+        for name, one, own, adapter in zip(names, files, settings, used, strict=True)
     )
     return DriftReport(first, second, compare(material, questions, *scores))
 

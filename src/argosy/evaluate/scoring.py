@@ -134,11 +134,18 @@ def engine_options(tokens: Tokens, model: ModelConfig) -> dict[str, Any]:
 
 
 def score(
-    engine: Engine, tokens: Tokens, rows: RowFile, *, is_reference: bool, progress: Progress | None = None
+    engine: Engine,
+    tokens: Tokens,
+    rows: RowFile,
+    *,
+    is_reference: bool,
+    adapter: str | None = None,
+    progress: Progress | None = None,
 ) -> Scores:
     """Read all texts.
 
     Args:
+        adapter: the one of the engine's that reads; None: none does.
         rows: the reference writes its logits there and the candidate reads them.
 
     Raises:
@@ -159,14 +166,14 @@ def score(
     agrees: list[NDArray[np.bool_]] = []
     for ids in tokens.passages:
         reader = _Passage(ids, rows, is_reference=is_reference)
-        engine.read_logits(ids.tolist(), reader.take)
+        engine.read_logits(ids.tolist(), reader.take, adapter=adapter)
         passages.append(reader.losses)
         if not is_reference:
             divergences.append(reader.divergences)
             agrees.append(reader.agrees)
         note(len(ids))
-    sentences = _log_probabilities(engine, tokens.sentences, note)
-    answers = _log_probabilities(engine, tokens.answers, note)
+    sentences = _log_probabilities(engine, tokens.sentences, adapter, note)
+    answers = _log_probabilities(engine, tokens.answers, adapter, note)
     num_tokens = np.array([len(ids) - 1 for ids in tokens.sentences], np.int64)
     return Scores(passages, sentences, num_tokens, answers, divergences, agrees)
 
@@ -210,13 +217,15 @@ def _log_softmax(row: NDArray[np.float32]) -> Floats:
     return values
 
 
-def _log_probabilities(engine: Engine, texts: Sequence[Ids], note: Callable[[int], None]) -> Floats:
+def _log_probabilities(
+    engine: Engine, texts: Sequence[Ids], adapter: str | None, note: Callable[[int], None]
+) -> Floats:
     """The log-probability of each text after its first token."""
     params = SamplingParams(max_tokens=0, prompt_logprobs=0)
     found = np.zeros(len(texts))
     for start in range(0, len(texts), _SUBMITTED):
         part = [ids.tolist() for ids in texts[start : start + _SUBMITTED]]
-        for number, result in enumerate(engine.generate_batch(part, params), start):
+        for number, result in enumerate(engine.generate_batch(part, params, adapter=adapter), start):
             found[number] = sum(one.logprob for one in result.prompt_logprobs or () if one is not None)
         note(sum(map(len, part)))
     return found

@@ -1,4 +1,4 @@
-"""`argosy eval drift`: compare a compressed model with its reference, with intervals and a verdict."""
+"""`argosy eval drift`: compare a compressed or adapted model with its reference, with intervals and a verdict."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from argosy.cli.shared.settings import Settings, for_engine, read_settings
 from argosy.errors import DoesNotFit
 
 if TYPE_CHECKING:
+    from argosy.config.engine import WantedAdapter
     from argosy.evaluate.drift import Drift, GroupDrift, QuestionDrift, TextDrift
     from argosy.evaluate.intervals import Estimate
     from argosy.evaluate.measure import DriftReport
@@ -27,18 +28,19 @@ _MOST_DECIMALS = 7
 
 @click.group("eval")
 def eval_group() -> None:
-    """Compare a model with a converted copy of itself.
+    """Compare a model with a converted copy of itself, or with an adapter.
 
     \b
     Examples:
       argosy eval drift ./Qwen3-30B-A3B ./Qwen3-30B-A3B-q4
+      argosy eval drift ./Qwen3-30B-A3B --lora support=./support
       argosy eval drift ./Qwen3-30B-A3B ./Qwen3-30B-A3B-q4 --bbq Age.jsonl --json
     """
 
 
 @eval_group.command("drift")
 @click.argument("reference", metavar="REFERENCE", shell_complete=completion.models)
-@click.argument("candidate", metavar="CANDIDATE", shell_complete=completion.models)
+@click.argument("candidate", metavar="[CANDIDATE]", required=False, shell_complete=completion.models)
 @click.option("--languages", metavar="CODES", help="Languages of the texts; default: en,de,es,fr.")
 @click.option(
     "--bbq",
@@ -66,32 +68,38 @@ def eval_group() -> None:
     help="Also write the JSON here, for `argosy card`.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")
-@choices(Settings, "memory", "threads", into="flags")
+@choices(
+    Settings, "memory", "threads", "loras", into="flags",
+    loras={"cls": click.Option, "help": "Adapter of MODEL:NAME; without CANDIDATE, of REFERENCE."},
+)  # fmt: skip
 def drift(
-    reference: str, candidate: str, languages: str | None, bbq: Path | None, bbq_questions: int,
+    reference: str, candidate: str | None, languages: str | None, bbq: Path | None, bbq_questions: int,
     candidate_kv: str | None, save: Path | None, as_json: bool, flags: Settings,
 ) -> None:  # fmt: skip
     """Measure how much CANDIDATE differs from REFERENCE: a pack from its checkpoint, or one format from another.
+    With --lora and no CANDIDATE: how much REFERENCE differs with that adapter.
 
     Both read the same texts, one model after the other: KL divergence and perplexity on plain passages, sentences
-    that differ only in the group they name, and the user's own questions. This measures what compression changes,
-    not the bias of REFERENCE.
+    that differ only in the group they name, and the user's own questions. This measures what compression or an
+    adapter changes, not the bias of REFERENCE.
     """
     from argosy.budget.refusals import in_mib
     from argosy.evaluate.measure import measure_drift
     from argosy.evaluate.questions import read_questions
 
     settings = read_settings(**flags)
+    sides = _sides(reference, candidate, settings.pop("loras", ()))
     questions = [] if bbq is None else read_questions(bbq, most=bbq_questions)
     try:
         with progress_bar() as progress:
             report = measure_drift(
-                reference,
-                candidate,
+                sides[0][0],
+                sides[1][0],
                 _material(languages),
                 questions,
                 options=for_engine(settings),
                 candidate_settings={} if candidate_kv is None else {"kv_dtype": candidate_kv},
+                adapters=[adapter for _, adapter in sides],
                 progress=progress,
             )
     except DoesNotFit as refusal:  # its hint may name options that this command lacks
@@ -103,6 +111,17 @@ def drift(
     if save is not None:
         write_report(report, save)
     print(json.dumps(report.as_dict(), ensure_ascii=False) if as_json else "\n".join(lines(report)))
+
+
+def _sides(
+    reference: str, candidate: str | None, loras: Any
+) -> tuple[tuple[str, WantedAdapter | None], tuple[str, WantedAdapter | None]]:
+    """The two models, each with its adapter."""
+    if candidate is not None and not loras:
+        return (reference, None), (candidate, None)
+    from argosy.adapters.wanted import compared_adapters  # an installation may be without
+
+    return compared_adapters(reference, candidate, loras)
 
 
 def _material(languages: str | None) -> Any:
