@@ -105,7 +105,7 @@ def chosen_adapter(model: str, texts: Iterable[str]) -> tuple[str, str | None]:
 
 
 def compared_adapters(
-    reference: str, candidate: str | None, texts: Iterable[str]
+    reference: str, candidate: str | None, texts: Iterable[str], columns: ExpertColumns | None = None
 ) -> tuple[tuple[str, WantedAdapter | None], tuple[str, WantedAdapter | None]]:
     """Return two models to compare, each with its adapter: the one that MODEL:NAME names.
 
@@ -114,7 +114,7 @@ def compared_adapters(
     Raises:
         UsageError: there is no candidate and no adapter, or an adapter is on neither side.
     """
-    wanted = {one.name: one for one in wanted_adapters(tuple(texts))}
+    wanted = {one.name: one for one in wanted_adapters(tuple(texts), columns)}
     if candidate is None:
         if not wanted:
             raise UsageError(

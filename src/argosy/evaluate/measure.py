@@ -54,7 +54,7 @@ class Adapter:
         """
         from argosy.adapters.reading import open_adapter  # an installation may be without
 
-        found = open_adapter(wanted.path, files)
+        found = open_adapter(wanted.path, files, columns=wanted.columns)
         if found.invocation_tokens:
             raise UsageError(
                 f"{wanted.path} is an activated adapter: it changes a text only from its invocation tokens on, which "

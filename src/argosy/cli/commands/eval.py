@@ -32,7 +32,6 @@ def eval_group() -> None:
 
     \b
     Examples:
-      argosy eval drift ./Qwen3-30B-A3B ./Qwen3-30B-A3B-q4
       argosy eval drift ./Qwen3-30B-A3B --lora support=./support
       argosy eval drift ./Qwen3-30B-A3B ./Qwen3-30B-A3B-q4 --bbq Age.jsonl --json
     """
@@ -69,7 +68,7 @@ def eval_group() -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")
 @choices(
-    Settings, "memory", "threads", "loras", into="flags",
+    Settings, "memory", "threads", "loras", "lora_columns", into="flags",
     loras={"cls": click.Option, "help": "Adapter of MODEL:NAME; without CANDIDATE, of REFERENCE."},
 )  # fmt: skip
 def drift(
@@ -88,7 +87,7 @@ def drift(
     from argosy.evaluate.questions import read_questions
 
     settings = read_settings(**flags)
-    sides = _sides(reference, candidate, settings.pop("loras", ()))
+    sides = _sides(reference, candidate, settings.pop("loras", ()), settings.pop("lora_columns", None))
     questions = [] if bbq is None else read_questions(bbq, most=bbq_questions)
     try:
         with progress_bar() as progress:
@@ -114,14 +113,14 @@ def drift(
 
 
 def _sides(
-    reference: str, candidate: str | None, loras: Any
+    reference: str, candidate: str | None, loras: Any, columns: Any
 ) -> tuple[tuple[str, WantedAdapter | None], tuple[str, WantedAdapter | None]]:
     """The two models, each with its adapter."""
-    if candidate is not None and not loras:
+    if candidate is not None and not loras and not columns:
         return (reference, None), (candidate, None)
     from argosy.adapters.wanted import compared_adapters  # an installation may be without
 
-    return compared_adapters(reference, candidate, loras)
+    return compared_adapters(reference, candidate, loras, columns)
 
 
 def _material(languages: str | None) -> Any:

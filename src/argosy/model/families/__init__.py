@@ -190,7 +190,7 @@ def _has_tensors(directory: Path) -> bool:
 _OTHER_KINDS: Mapping[str, tuple[str, str]] = {
     "adapter": (
         "changes to a model's weights (LoRA)",
-        "Argosy applies no adapters: merge it into its model, or get a file in which it is merged",
+        "give the model that it was trained for, and `--lora NAME=PATH` names the adapter",
     ),
     "imatrix": ("measurements with which a model is quantised", "give one of the model's quantised files"),
     "mmproj": (
