@@ -31,6 +31,7 @@ from tests.serve.conftest import only, serving, start
 PROMPT, NUM_NEW = "The sea is", 6
 TARGETS = {"q", "k", "v", "o", "head"}
 INVOCATION = (70, 71)
+CHAT = [{"role": "user", "content": "Hi"}]
 
 
 @dataclass
@@ -394,3 +395,14 @@ def test_odd_names_are_refused_everywhere_and_change_nothing(served: Served, nam
         assert answer.status_code in (400, 404)
         assert len(answer.content) < 2000
     assert [one.name for one in served.engine.adapters] == ["one"]
+
+
+def test_adapters_by_number_are_refused_with_what_to_do(served: Served) -> None:
+    for path, more in (("/v1/completions", {"prompt": "Hi"}), ("/v1/chat/completions", {"messages": CHAT})):
+        body: dict[str, Any] = {"model": "tiny:one", "max_tokens": 1, **more}
+        assert served.post(path, **body, lora=[]).status_code == 200
+        refused = served.post(path, **body, lora=[{"id": 0, "scale": 0.5}])
+        assert refused.status_code == 400
+        error = refused.json()["error"]
+        assert error["param"] == "lora"
+        assert "`model` names the adapter as MODEL:ADAPTER" in error["message"]

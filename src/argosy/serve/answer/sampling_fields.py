@@ -9,9 +9,8 @@ import secrets
 from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    Field,
-)
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from argosy.config import CHOOSING
 from argosy.errors import UsageError
@@ -56,6 +55,13 @@ class StreamOptions(Strict):
     include_usage: Flag = False
     continuous_usage_stats: Flag = False  # with include_usage, report usage in every chunk
     include_obfuscation: Flag | None = None
+
+
+def _no_adapters(value: object) -> object:
+    if isinstance(value, list) and value:  # llama-server's, by number and with a scale of its own
+        said = "no adapters here, because `model` names the adapter as MODEL:ADAPTER, with the scale it is loaded with"
+        raise PydanticCustomError("adapters", said)
+    return value
 
 
 class Neutral(Strict):
@@ -119,7 +125,7 @@ class Neutral(Strict):
     banned_strings: NoEffect[Annotated[list[Any], few(0)]] = None
     min_length: NoEffect[Zero] = None
     priority: NoEffect[Zero] = None
-    lora: NoEffect[Annotated[list[Any], few(0)]] = None
+    lora: NoEffect[Annotated[list[Any], few(0), BeforeValidator(_no_adapters)]] = None
     include_stop_str_in_output: NoEffect[NoFlag] = None
     do_sample: NoEffect[YesFlag] = None
     add_bos_token: NoEffect[YesFlag] = None
