@@ -18,8 +18,8 @@ using namespace nb::literals;
 
 namespace {
 
-using PairOfMatrices = Named<std::tuple<const Matrix*, const Matrix*, float>,
-                             "tuple[Matrix, Matrix, float]">;  // down, up, scale
+using PairOfMatrices = Named<std::tuple<const Matrix*, const Matrix*, float, const Matrix*>,
+                             "tuple[Matrix, Matrix, float, Matrix | None]">;  // down, up, scale, factors
 
 void require_floats(const std::string& name, const Matrix& matrix) {
   const Format format = matrix.view.format;
@@ -28,10 +28,23 @@ void require_floats(const std::string& name, const Matrix& matrix) {
   if (matrix.memory.hold == nullptr) refuse(name + " does not lie in an Arena");
 }
 
-// down [num_down * rank, cols], up [num_up * rank, rows]
+// [1, count], or with `is_of_rows` [count, 1]
+const float* read_factors(StackAdapter& adapter, const Matrix& matrix, int64_t count,
+                          bool is_of_rows = false) {
+  const MatrixView& view = matrix.view;
+  if (view.format != Format::f32) refuse("factors are " + format_name(view.format) + ", expected f32");
+  if (matrix.memory.hold == nullptr) refuse("factors do not lie in an Arena");
+  if (reinterpret_cast<uintptr_t>(view.data) % alignof(float) != 0) refuse("factors are not aligned");
+  require_size("rows of factors", view.rows, is_of_rows ? count : 1);
+  require_size("columns of factors", view.cols, is_of_rows ? 1 : count);
+  adapter.hold.push_back(matrix.memory.hold);
+  return reinterpret_cast<const float*>(view.data);
+}
+
+// down [num_down * rank, cols], up [num_up * rank, rows], factors [1, num_factors]
 LowRank read_pair(StackAdapter& adapter, const PairOfMatrices& given, int64_t cols, int64_t rows,
-                  int64_t num_down = 1, int64_t num_up = 1) {
-  const auto& [given_down, given_up, scale] = given.base();
+                  int64_t num_factors, int64_t num_down = 1, int64_t num_up = 1) {
+  const auto& [given_down, given_up, scale, factors] = given.base();
   const Matrix &down = require_item("down", given_down), &up = require_item("up", given_up);
   require_floats("down", down);
   require_floats("up", up);
@@ -44,7 +57,12 @@ LowRank read_pair(StackAdapter& adapter, const PairOfMatrices& given, int64_t co
   require_size("columns of up", up.view.cols, rows);
   adapter.hold.push_back(down.memory.hold);
   adapter.hold.push_back(up.memory.hold);
-  return {down.view.format, down.view.data, up.view.data, rank, scale};
+  return {down.view.format,
+          down.view.data,
+          up.view.data,
+          rank,
+          scale,
+          factors == nullptr ? nullptr : read_factors(adapter, *factors, num_factors)};
 }
 
 MatrixView read_replacement(StackAdapter& adapter, const MatrixView& base, const Matrix& matrix) {
@@ -56,10 +74,9 @@ MatrixView read_replacement(StackAdapter& adapter, const MatrixView& base, const
 }
 
 void add_pair(BoundStackAdapter& self, const Matrix& base, const PairOfMatrices& pair, int64_t row_begin) {
-  const auto& [down, up, scale] = pair.base();
-  const int64_t num_rows = require_item("up", up).view.cols;
+  const int64_t num_rows = require_item("up", std::get<1>(pair.base())).view.cols;
   require_range("row_begin", row_begin, 0, base.view.rows - num_rows);
-  const LowRank read = read_pair(*self.adapter, pair, base.view.cols, num_rows);
+  const LowRank read = read_pair(*self.adapter, pair, base.view.cols, num_rows, num_rows);
   self.adapter->products[base.view.data].pairs.push_back({read, row_begin, num_rows});
 }
 
@@ -67,9 +84,9 @@ void add_network(BoundStackAdapter& self, const Matrix& up_base, const std::opti
                  const std::optional<PairOfMatrices>& up, const std::optional<PairOfMatrices>& down) {
   const int64_t hidden = up_base.view.cols, width = up_base.view.rows;
   ExpertPairs pairs;
-  if (gate) pairs.gate = read_pair(*self.adapter, *gate, hidden, width);
-  if (up) pairs.up = read_pair(*self.adapter, *up, hidden, width);
-  if (down) pairs.down = read_pair(*self.adapter, *down, width, hidden);
+  if (gate) pairs.gate = read_pair(*self.adapter, *gate, hidden, width, width);
+  if (up) pairs.up = read_pair(*self.adapter, *up, hidden, width, width);
+  if (down) pairs.down = read_pair(*self.adapter, *down, width, hidden, hidden);
   require_range("the ranks of a network", pairs.gate.rank + pairs.up.rank + pairs.down.rank, 0,
                 self.adapter->ranks);
   self.adapter->networks[up_base.view.data] = pairs;
@@ -79,8 +96,12 @@ void add_latent(BoundStackAdapter& self, const Matrix& key_base, const Matrix& v
                 const std::optional<PairOfMatrices>& key, const std::optional<PairOfMatrices>& value) {
   const LatentHeads heads = view_latent_heads(key_base.view, value_base.view, num_heads, 0, 1);
   LatentPairs pairs;
-  if (key) pairs.key = read_pair(*self.adapter, *key, heads.nope_dim, heads.kv_rank, num_heads);
-  if (value) pairs.value = read_pair(*self.adapter, *value, heads.kv_rank, heads.value_dim, 1, num_heads);
+  if (key)
+    pairs.key =
+        read_pair(*self.adapter, *key, heads.nope_dim, heads.kv_rank, num_heads * heads.nope_dim, num_heads);
+  if (value)
+    pairs.value = read_pair(*self.adapter, *value, heads.kv_rank, heads.value_dim,
+                            num_heads * heads.value_dim, 1, num_heads);
   self.adapter->latents[key_base.view.data] = pairs;
 }
 
@@ -88,10 +109,12 @@ void add_latent(BoundStackAdapter& self, const Matrix& key_base, const Matrix& v
 
 void bind_stack_adapter(nb::module_& m) {
   nb::class_<BoundStackAdapter>(m, "StackAdapter", R"(
-    What an adapter changes in a Stack (native/ops/stack_adapter.h): pairs of down, up and scale, in f32, f16 or bf16.
+    What an adapter changes in a Stack (native/ops/stack_adapter.h): pairs of down, up and scale, in f32, f16 or bf16,
+    and factors in f32.
 
     All matrices lie in arenas, which it keeps alive; `base` is a matrix of the stack. A pair adds
-    `scale * up^T (down x)` to a product. `Stack.set_adapter` uses what has been added by then.
+    `scale * up^T (down x)` to a product, and then multiplies its rows by `factors` [1, rows], unless these are None.
+    `Stack.set_adapter` uses what has been added by then.
 
     Args:
         ranks: the most that the ranks of gate, up and down of a dense network, or of any expert, add up to.)")
@@ -114,12 +137,14 @@ void bind_stack_adapter(nb::module_& m) {
         Args:
             key_base, value_base: k_up [heads * kv_rank, nope_dim], v_up [heads * value_dim, kv_rank].
             key: down [heads * rank, nope_dim], up [rank, kv_rank].
-            value: down [rank, kv_rank], up [heads * rank, value_dim].)")
+            value: down [rank, kv_rank], up [heads * rank, value_dim].
+
+        Factors are [1, heads * nope_dim] and [1, heads * value_dim].)")
       .def(
           "add_embedding",
           [](BoundStackAdapter& self, const Matrix& base, const PairOfMatrices& pair) {
             StackAdapter& adapter = *self.adapter;
-            const auto& [rows, up, scale] = pair.base();
+            const auto& [rows, up, scale, factors] = pair.base();
             const Matrix& table = require_item("rows", rows);
             require_floats("rows", table);
             require_size("rows of rows", table.view.rows, base.view.rows);
@@ -133,10 +158,17 @@ void bind_stack_adapter(nb::module_& m) {
             adapter.hold.push_back(table.memory.hold);
             adapter.hold.push_back(given.memory.hold);
             adapter.embedding = {table.view.format, table.view.data, given.view.data, table.view.cols, scale};
+            adapter.token_factors = nullptr;
+            if (factors == nullptr) return;
+            if (factors->view.rows == 1) {
+              adapter.embedding.factors = read_factors(adapter, *factors, base.view.cols);
+            } else {
+              adapter.token_factors = read_factors(adapter, *factors, base.view.rows, true);
+            }
           },
           "base"_a, "pair"_a, R"(
         Add `scale * rows[id] up` to the embedding of a token, before the model's factor: rows [vocabulary, rank], up
-        [rank, hidden].)")
+        [rank, hidden], factors [1, hidden], or [vocabulary, 1] of tokens.)")
       .def(
           "replace",
           [](BoundStackAdapter& self, const Matrix& base, const Matrix& matrix) {
@@ -154,6 +186,28 @@ void bind_stack_adapter(nb::module_& m) {
       .def_prop_ro_static(
           "scratch_bytes", [](nb::handle) { return adapter_scratch_bytes(); },
           "The most scratch memory that all adapters of a stack take together.");
+
+  m.def(
+      "merged_squares",
+      [](const Matrix& matrix, int64_t first, const ArrayOf<float>& t, const ArrayOf<float>& vectors,
+         const OutArrayOf<double>& out, bool of_columns) {
+        const float* coefficients = read_array("t", t, {kAnySize, kAnySize});
+        const int64_t num_rows = int64_t(t.shape(0)), rank = int64_t(t.shape(1));
+        require_range("rows of t", num_rows, 0, matrix.view.rows);
+        require_range("first", first, 0, matrix.view.rows - num_rows);
+        const float* from = read_array("vectors", vectors, {rank, matrix.view.cols});
+        double* to = write_array("out", out, {of_columns ? matrix.view.cols : num_rows});
+        const nb::gil_scoped_release released;
+        merged_squares(matrix.view, first, num_rows, coefficients, from, rank, of_columns ? nullptr : to,
+                       of_columns ? to : nullptr);
+      },
+      "matrix"_a, "first"_a, "t"_a, "vectors"_a, "out"_a.noconvert(), "of_columns"_a = false, R"(
+    Write the sums of squares of some rows of `matrix + t vectors`, or add those of their columns.
+
+    Args:
+        first: the row of `matrix` that t[0] belongs to.
+        t, vectors: [rows, rank], [rank, columns].
+        out: float64 [rows], or of columns [columns].)");
 }
 
 }  // namespace argosy

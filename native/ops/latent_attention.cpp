@@ -182,6 +182,10 @@ void add_head_pairs(Runtime& runtime, const LatentPairs* const* pairs, LowRank L
                                .y_index = nullptr,
                                .num_tokens = 1,
                            });
+                           if (pair.factors != nullptr && !down_per_head) {
+                             multiply_by(pair.factors + head * rows, rows,
+                                         out + (token * num_heads + head) * out_row);
+                           }
                          }
                        });
 }
@@ -394,6 +398,18 @@ void latent_write(Runtime& runtime, const LatentLayer& kv, const float* vectors,
         .slots = slots + begin,
         .num_tokens = end - begin,
     });
+  });
+}
+
+void multiply_queries(Runtime& runtime, const LatentHeads& heads, const LatentPairs* const* pairs,
+                      int64_t num_tokens, float* q) {
+  runtime.parallel_for(num_tokens, heads.num_heads * heads.nope_dim, [&](int64_t begin, int64_t end, int) {
+    for (int64_t token = begin; token < end; ++token) {
+      if (pairs[token] == nullptr || pairs[token]->key.factors == nullptr) continue;
+      for (int64_t head = 0; head < heads.num_heads; ++head)
+        multiply_by(pairs[token]->key.factors + head * heads.nope_dim, heads.nope_dim,
+                    q + (token * heads.num_heads + head) * heads.query_dim());
+    }
   });
 }
 

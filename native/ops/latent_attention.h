@@ -100,10 +100,17 @@ int64_t group_scratch_bytes(int64_t num_groups, int64_t cols, int64_t max_tokens
 //
 //   q_h += scale * sum over i of (key.down_h[i] . q_nope_h) key.up[i]
 //   out_h += scale * sum over i of (value.down[i] . attended_h) value.up_h[i]
+//
+// Factors are those of the rows that a cached vector would be expanded to: q_nope_h is multiplied by those of
+// keys before its products, and out_h by those of values behind them.
 struct LatentPairs {
   LowRank key;    // down [num_heads][rank][nope_dim], up [rank][kv_rank]
   LowRank value;  // down [rank][kv_rank], up [num_heads][rank][value_dim]
 };
+
+// Multiplies q [num_tokens][num_heads][nope_dim + rope_dim] by the factors of keys, for latent_attention.
+void multiply_queries(Runtime& runtime, const LatentHeads& heads, const LatentPairs* const* pairs,
+                      int64_t num_tokens, float* q);
 
 // batch.q [num_tokens][num_heads][nope_dim + rope_dim], no window.
 // out [num_tokens][num_heads * value_dim].

@@ -1,6 +1,7 @@
 #include "ops/low_rank.h"
 
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "kernels/kernel_table.h"
@@ -41,6 +42,17 @@ void for_items(Runtime& runtime, std::span<const LowRankProduct> products, const
            next > index ? &products[next] : nullptr);
     }
   });
+}
+
+constexpr int64_t kMergedRows = 8;  // at once
+
+double sum_of_squares(const float* values, int64_t count) {
+  constexpr int64_t kSums = 8;
+  double sums[kSums] = {};
+  for (int64_t i = 0; i < count / kSums * kSums; i += kSums)
+    for (int64_t j = 0; j < kSums; ++j) sums[j] += double(values[i + j]) * double(values[i + j]);
+  for (int64_t i = count / kSums * kSums; i < count; ++i) sums[0] += double(values[i]) * double(values[i]);
+  return std::accumulate(sums, sums + kSums, 0.0);
 }
 
 bool have_equal_inputs(const MatmulArgs& a, const MatmulArgs& b) {
@@ -130,6 +142,42 @@ void add_low_rank_rows(const KernelTable& table, const LowRankProduct& product, 
       .num_tokens = count,
       .next_weights = next,
   });
+  if (product.pair.factors == nullptr) return;
+  for (int64_t i = 0; i < count; ++i) {
+    multiply_by(product.pair.factors + row_begin, row_end - row_begin,
+                y + y_stride * (y_index != nullptr ? y_index[i] : i));
+  }
+}
+
+void merged_squares(const MatrixView& matrix, int64_t first, int64_t num_rows, const float* t,
+                    const float* vectors, int64_t rank, double* of_rows, double* of_columns) {
+  const KernelTable& table = best_kernels();
+  std::vector<float> merged(static_cast<size_t>(kMergedRows * matrix.cols));
+  for (int64_t begin = 0; begin < num_rows; begin += kMergedRows) {
+    const int64_t count = std::min(kMergedRows, num_rows - begin);
+    for (int64_t i = 0; i < count; ++i)
+      dequantize_row(table, matrix, first + begin + i, merged.data() + i * matrix.cols);
+    table.add_low_rank({
+        .format = Format::f32,
+        .up = reinterpret_cast<const uint8_t*>(vectors),
+        .up_cols = matrix.cols,
+        .rank = rank,
+        .row_begin = 0,
+        .row_end = matrix.cols,
+        .t = t + begin * rank,
+        .t_stride = rank,
+        .y = merged.data(),
+        .y_stride = matrix.cols,
+        .y_index = nullptr,
+        .num_tokens = count,
+    });
+    for (int64_t i = 0; i < count; ++i) {
+      const float* row = merged.data() + i * matrix.cols;
+      if (of_rows != nullptr) of_rows[begin + i] = sum_of_squares(row, matrix.cols);
+      for (int64_t column = 0; of_columns != nullptr && column < matrix.cols; ++column)
+        of_columns[column] += double(row[column]) * double(row[column]);
+    }
+  }
 }
 
 }  // namespace argosy

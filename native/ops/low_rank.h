@@ -16,6 +16,7 @@
 #include <span>
 
 #include "kernels/formats.h"
+#include "ops/matmul.h"
 #include "ops/runtime.h"
 
 namespace argosy {
@@ -26,6 +27,9 @@ struct LowRank {
   const uint8_t* up = nullptr;    // [rank][rows of W that change]
   int64_t rank = 0;               // 0: there is no pair
   float scale = 1;
+  // [rows of W that change]: then y of each is multiplied by its factor (DoRA, arXiv:2402.09353); nullptr:
+  // no.
+  const float* factors = nullptr;
 };
 
 // The pairs of an expert, or of a dense network.
@@ -59,6 +63,17 @@ void low_rank_up(Runtime& runtime, std::span<const LowRankProduct> products);
 void add_low_rank_rows(const KernelTable& table, const LowRankProduct& product, int64_t row_begin,
                        int64_t row_end, int64_t first, int64_t count, float* y, int64_t y_stride,
                        const int32_t* y_index, const uint8_t* next = nullptr);
+
+// y *= factors, both [count].
+inline void multiply_by(const float* factors, int64_t count, float* y) {
+  for (int64_t i = 0; i < count; ++i) y[i] *= factors[i];
+}
+
+// Sums of squares of rows [first, first + num_rows) of W + t vectors: t [num_rows][rank], vectors
+// [rank][columns of W]. `of_rows` [num_rows] is written, `of_columns` [columns of W] is added to; nullptr:
+// not wanted. Runs on the calling thread, and takes memory for a few rows. The bits depend on nothing else.
+void merged_squares(const MatrixView& matrix, int64_t first, int64_t num_rows, const float* t,
+                    const float* vectors, int64_t rank, double* of_rows, double* of_columns);
 
 // Bytes of `t` for this many tokens, with pairs whose ranks add up to `ranks`.
 inline int64_t low_rank_bytes(int64_t num_tokens, int64_t ranks) { return num_tokens * ranks * 4; }

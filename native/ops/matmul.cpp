@@ -155,6 +155,8 @@ void multiply(Runtime& runtime, const std::vector<Product>& products, const Colu
       runtime.blocks_together(kBlockRows));
 }
 
+}  // namespace
+
 void dequantize_row(const KernelTable& table, const MatrixView& matrix, int64_t row, float* out) {
   table.dequantize_row(matrix.format, matrix.data, matrix.cols, row, out);
   const ColumnOrder order(matrix);
@@ -162,8 +164,6 @@ void dequantize_row(const KernelTable& table, const MatrixView& matrix, int64_t 
   const std::vector<float> in_order(out, out + matrix.cols);
   for (int64_t i = 0; i < matrix.cols; ++i) out[order.column(i)] = in_order[size_t(i)];
 }
-
-}  // namespace
 
 void matmul(Runtime& runtime, const std::vector<Product>& products, const float* x, int64_t num_tokens) {
   if (products.empty() || num_tokens == 0) return;

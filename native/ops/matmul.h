@@ -46,6 +46,9 @@ void matmul(Runtime& runtime, const std::vector<Product>& products, const float*
 // The most runtime scratch that matmul takes for matrices with this many columns.
 int64_t matmul_scratch_bytes(int64_t cols, int64_t num_tokens);
 
+// A row of the matrix as float32.
+void dequantize_row(const KernelTable& table, const MatrixView& matrix, int64_t row, float* out);
+
 // out[t] = row ids[t] of the matrix, as float32. All ids must be in range.
 void embed(Runtime& runtime, const MatrixView& matrix, const int32_t* ids, int64_t num_tokens, float* out);
 

@@ -133,6 +133,10 @@ void change_embeddings(Runtime& runtime, const AdaptedRows& adapted, const int32
           .y_index = nullptr,
           .num_tokens = 1,
       });
+      if (pair.factors != nullptr) multiply_by(pair.factors, hidden, y);
+      if (adapter.token_factors != nullptr) {
+        for (int64_t column = 0; column < hidden; ++column) y[column] *= adapter.token_factors[ids[row]];
+      }
     }
   };
   runtime.parallel_for(int64_t(adapted.rows.size()), hidden * (pair.rank + 4), change);

@@ -36,6 +36,7 @@ struct StackAdapter {
       networks;  // dense networks and shared experts, by their `up`
   std::unordered_map<const uint8_t*, LatentPairs> latents;  // by LatentHeads::key_up
   LowRank embedding;                                        // down [vocabulary][rank], up [rank][hidden]
+  const float* token_factors = nullptr;                     // [vocabulary], of embeddings; nullptr: none
   std::optional<MatrixView> replaced_embedding;             // f32, f16 or bf16
   std::vector<std::shared_ptr<const void>> hold;
   // The largest sum of the ranks of gate, up and down over all dense networks and experts.

@@ -392,8 +392,9 @@ void Stack::mix(const LatentAttention& mixer) {
   scale_queries(mixer.query_scale, heads.num_heads * heads.query_dim());
 
   latent_write(runtime_, kv, vectors, step_.slots, tokens);
-  latent_attention(runtime_, kv, heads, batch, chosen, buffers_.attended,
-                   pairs_of(&StackAdapter::latents, heads.key_up.data, latent_pairs_));
+  const LatentPairs* const* pairs = pairs_of(&StackAdapter::latents, heads.key_up.data, latent_pairs_);
+  if (pairs != nullptr) multiply_queries(runtime_, heads, pairs, tokens, query);
+  latent_attention(runtime_, kv, heads, batch, chosen, buffers_.attended, pairs);
   if (mixer.gate) gate_output(*mixer.gate, heads.num_heads, heads.value_dim);
   add_block(mixer.output, nullptr);
 }

@@ -78,7 +78,8 @@ struct Case {
   Case(Format format, int64_t rank)
       : down(format, normal(rank * kCols, 1), rank, kCols, 1),
         up(format, normal(rank * kRows, 2), rank, kRows, 3),
-        x(normal(kTokens * kCols, 4)) {
+        x(normal(kTokens * kCols, 4)),
+        factors(normal(kRows, 6, 0.5f)) {
     for (int32_t i = 0; i < kTokens; ++i) {
       from.push_back(int32_t(i * 7 % kTokens));
       to.push_back(int32_t(i * 5 % kTokens));
@@ -87,7 +88,8 @@ struct Case {
 
   // The pair beside tokens [first, first + count) of the lists.
   LowRankProduct product(int64_t first, int64_t count, float* t, float* y) const {
-    const LowRank pair = {down.view.format, down.view.data, up.view.data, down.view.rows, 0.75f};
+    const LowRank pair = {down.view.format, down.view.data, up.view.data,
+                          down.view.rows,   0.75f,          factors.data()};
     return {pair,
             kCols,
             kRows,
@@ -113,7 +115,7 @@ struct Case {
   }
 
   Weights down, up;
-  std::vector<float> x;
+  std::vector<float> x, factors;
   std::vector<int32_t> from, to;
 };
 
@@ -157,6 +159,7 @@ void pairs_follow_the_formula() {
           for (int64_t row = 0; row < Case::kRows; ++row)
             y[row] += 0.75 * t * double(up[size_t(j * Case::kRows + row)]);
         }
+        for (int64_t row = 0; row < Case::kRows; ++row) y[row] *= double(pairs.factors[size_t(row)]);
       }
       // `amx` keeps 16 bits of activations.
       const double tolerance = std::string(table->name) == "amx" ? 1e-3 : 2e-5;
@@ -168,6 +171,33 @@ void pairs_follow_the_formula() {
   }
 }
 
+void squares_of_merged_rows_and_columns_follow_the_formula() {
+  constexpr int64_t kRows = 29, kCols = 96, kRank = 5, kFirst = 3, kCount = 21;
+  for (const Format format : {Format::f32, Format::bf16, Format::q8}) {
+    const Weights matrix(format, normal(kRows * kCols, 1), kRows, kCols, 0);
+    const std::vector<float> t = normal(kCount * kRank, 2), vectors = normal(kRank * kCols, 3);
+    std::vector<float> values(size_t(kRows * kCols));
+    dequantize(matrix.view, values.data());
+    std::vector<double> of_rows(kCount, -1), of_columns(kCols, 7), rows(kCount, 0), columns(kCols, 7);
+    merged_squares(matrix.view, kFirst, kCount, t.data(), vectors.data(), kRank, of_rows.data(), nullptr);
+    merged_squares(matrix.view, kFirst, kCount, t.data(), vectors.data(), kRank, nullptr, of_columns.data());
+    for (int64_t i = 0; i < kCount; ++i) {
+      for (int64_t col = 0; col < kCols; ++col) {
+        double sum = double(values[size_t((kFirst + i) * kCols + col)]);
+        for (int64_t j = 0; j < kRank; ++j)
+          sum += double(t[size_t(i * kRank + j)]) * double(vectors[size_t(j * kCols + col)]);
+        rows[size_t(i)] += sum * sum;
+        columns[size_t(col)] += sum * sum;
+      }
+    }
+    bool is_near = true;
+    for (size_t i = 0; i < size_t(kCount); ++i) is_near &= std::fabs(of_rows[i] - rows[i]) <= 2e-6 * rows[i];
+    for (size_t i = 0; i < size_t(kCols); ++i)
+      is_near &= std::fabs(of_columns[i] - columns[i]) <= 2e-6 * columns[i];
+    CHECK(is_near);
+  }
+}
+
 // Two sets of pairs for experts, of different ranks and formats; the second leaves up alone.
 struct PairsOfExpert {
   PairsOfExpert(int64_t hidden, int64_t width, bool has_gate, int which, unsigned seed) {
@@ -176,13 +206,16 @@ struct PairsOfExpert {
     const auto pair = [&](int64_t cols, int64_t rows) {
       weights.push_back(Weights(format, normal(rank * cols, ++seed, 0.2f), rank, cols, 1));
       weights.push_back(Weights(format, normal(rank * rows, ++seed, 0.2f), rank, rows, 3));
-      return LowRank{format, weights[weights.size() - 2].view.data, weights.back().view.data, rank, 0.3f};
+      factors.push_back(normal(rows, ++seed));
+      return LowRank{format, weights[weights.size() - 2].view.data,       weights.back().view.data, rank,
+                     0.3f,   which == 0 ? nullptr : factors.back().data()};
     };
     if (has_gate) pairs.gate = pair(hidden, width);
     if (which == 0) pairs.up = pair(hidden, width);
     pairs.down = pair(width, hidden);
   }
   std::vector<Weights> weights;
+  std::vector<std::vector<float>> factors;
   ExpertPairs pairs;
 };
 
@@ -277,6 +310,7 @@ int main() {
   the_reference_follows_the_formula();
   pairs_have_the_same_bits_alone_in_a_batch_and_on_threads();
   pairs_follow_the_formula();
+  squares_of_merged_rows_and_columns_follow_the_formula();
   experts_with_pairs_have_the_bits_of_their_operations();
   return check_result();
 }

@@ -2335,17 +2335,21 @@ def ngrams(
 
 class StackAdapter:
     """
-    What an adapter changes in a Stack (native/ops/stack_adapter.h): pairs of down, up and scale, in f32, f16 or bf16.
+    What an adapter changes in a Stack (native/ops/stack_adapter.h): pairs of down, up and scale, in f32, f16 or bf16,
+    and factors in f32.
 
     All matrices lie in arenas, which it keeps alive; `base` is a matrix of the stack. A pair adds
-    `scale * up^T (down x)` to a product. `Stack.set_adapter` uses what has been added by then.
+    `scale * up^T (down x)` to a product, and then multiplies its rows by `factors` [1, rows], unless these are None.
+    `Stack.set_adapter` uses what has been added by then.
 
     Args:
         ranks: the most that the ranks of gate, up and down of a dense network, or of any expert, add up to.
     """
 
     def __init__(self, ranks: int = 0) -> None: ...
-    def add_pair(self, base: Matrix, pair: tuple[Matrix, Matrix, float], row_begin: int = 0) -> None:
+    def add_pair(
+        self, base: Matrix, pair: tuple[Matrix, Matrix, float, Matrix | None], row_begin: int = 0
+    ) -> None:
         """
         Add a pair to the product with `base`, from row `row_begin` on: down [rank, columns], up [rank, rows].
         """
@@ -2353,9 +2357,9 @@ class StackAdapter:
     def add_network(
         self,
         up_base: Matrix,
-        gate: tuple[Matrix, Matrix, float] | None,
-        up: tuple[Matrix, Matrix, float] | None,
-        down: tuple[Matrix, Matrix, float] | None,
+        gate: tuple[Matrix, Matrix, float, Matrix | None] | None,
+        up: tuple[Matrix, Matrix, float, Matrix | None] | None,
+        down: tuple[Matrix, Matrix, float, Matrix | None] | None,
     ) -> None:
         """
         Add pairs to the dense network or shared expert with this `up`. None means no pair.
@@ -2366,8 +2370,8 @@ class StackAdapter:
         key_base: Matrix,
         value_base: Matrix,
         num_heads: int,
-        key: tuple[Matrix, Matrix, float] | None,
-        value: tuple[Matrix, Matrix, float] | None,
+        key: tuple[Matrix, Matrix, float, Matrix | None] | None,
+        value: tuple[Matrix, Matrix, float, Matrix | None] | None,
     ) -> None:
         """
         Add pairs to the absorbed matrices of latent attention.
@@ -2376,12 +2380,14 @@ class StackAdapter:
             key_base, value_base: k_up [heads * kv_rank, nope_dim], v_up [heads * value_dim, kv_rank].
             key: down [heads * rank, nope_dim], up [rank, kv_rank].
             value: down [rank, kv_rank], up [heads * rank, value_dim].
+
+        Factors are [1, heads * nope_dim] and [1, heads * value_dim].
         """
 
-    def add_embedding(self, base: Matrix, pair: tuple[Matrix, Matrix, float]) -> None:
+    def add_embedding(self, base: Matrix, pair: tuple[Matrix, Matrix, float, Matrix | None]) -> None:
         """
         Add `scale * rows[id] up` to the embedding of a token, before the model's factor: rows [vocabulary, rank], up
-        [rank, hidden].
+        [rank, hidden], factors [1, hidden], or [vocabulary, 1] of tokens.
         """
 
     def replace(self, base: Matrix, matrix: Matrix) -> None:
@@ -2394,6 +2400,23 @@ class StackAdapter:
 
     scratch_bytes: Final[int] = ...
     """The most scratch memory that all adapters of a stack take together."""
+
+def merged_squares(
+    matrix: Matrix,
+    first: int,
+    t: NDArray[numpy.float32],
+    vectors: NDArray[numpy.float32],
+    out: NDArray[numpy.float64],
+    of_columns: bool = False,
+) -> None:
+    """
+    Write the sums of squares of some rows of `matrix + t vectors`, or add those of their columns.
+
+    Args:
+        first: the row of `matrix` that t[0] belongs to.
+        t, vectors: [rows, rank], [rank, columns].
+        out: float64 [rows], or of columns [columns].
+    """
 
 class Ffn:
     """The feed-forward network of a layer."""

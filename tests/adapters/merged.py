@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy import _native
-from argosy.adapters.files import AdapterFiles
+from argosy.adapters.files import AdapterFiles, LowRank
 from argosy.config import LatentConfig, ModelConfig
 from argosy.model.weights import DenseWeights
 from tests.adapters.random_adapter import as_doubles, delta, embedding_delta
@@ -25,18 +25,29 @@ def merge_dense(
         values[name] = as_doubles(one.values, one.format)
     if files.embedding is not None:
         values["embed"] = values["embed"] + embedding_delta(files.embedding)
+        if (lengths := files.embedding.magnitude) is not None:
+            axis = 0 if len(lengths) == 1 else 1
+            values["embed"] *= lengths / np.linalg.norm(values["embed"], axis=axis, keepdims=True)
     for name, pairs in files.dense.items():
         prefix, _, last = name.rpartition(".")
         if last == "k_up":
             mixer = config.layers[int(prefix.split(".")[1])].mixer
             assert isinstance(mixer, LatentConfig)
             rows = mixer.num_heads * mixer.nope_dim
-            by_head = delta(pairs, rows).reshape(mixer.num_heads, mixer.nope_dim, mixer.kv_rank)
-            change = by_head.transpose(0, 2, 1).reshape(values[name].shape)
+            shape = mixer.num_heads, mixer.kv_rank, mixer.nope_dim
+            own = values[name].reshape(shape).transpose(0, 2, 1).reshape(rows, -1)
+            own = _merged(own, pairs).reshape(mixer.num_heads, mixer.nope_dim, mixer.kv_rank)
+            values[name] = own.transpose(0, 2, 1).reshape(values[name].shape)
         else:
-            change = delta(pairs, len(values[name]))
-        values[name] = values[name] + change
+            values[name] = _merged(values[name], pairs)
     return config, replace(weights, matrices={name: _matrix(each) for name, each in values.items()})
+
+
+def _merged(matrix: NDArray[np.float64], pairs: tuple[LowRank, ...]) -> NDArray[np.float64]:
+    merged = matrix + delta(pairs, len(matrix))
+    if (lengths := pairs[0].magnitude) is None:
+        return merged
+    return merged * (lengths / np.linalg.norm(merged, axis=1))[:, None]
 
 
 def _values(matrix: _native.Matrix) -> NDArray[np.float64]:

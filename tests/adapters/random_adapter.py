@@ -45,6 +45,7 @@ def random_adapter(
     format: PairFormat = "f32",
     invocation_tokens: tuple[int, ...] = (),
     gain: float = GAIN,
+    is_dora: bool = False,
 ) -> AdapterFiles:
     """Return an adapter whose values are exact in `format`.
 
@@ -53,6 +54,7 @@ def random_adapter(
         targets: the last parts of the names that have pairs ("q", "router", "embed", "head", ...), and "experts" for
             every routed expert; None: all of them.
         replaced: canonical names of matrices that are replaced; these have no pair.
+        is_dora: dense pairs have magnitudes.
     """
 
     def is_target(name: str) -> bool:
@@ -70,10 +72,11 @@ def random_adapter(
                 rows=_values(rng, (rows, rank), 0.5, format),
                 up=_values(rng, (rank, columns), 0.5 * rank**-0.5, format),
                 scale=0.5,
+                magnitude=_magnitude(rng, columns).reshape(1, -1) if is_dora else None,
             )
             continue
         # Some matrices have pairs for two stretches of their rows, as files have that cut them.
-        cut = rows // 2 if at % 3 == 2 and rows > 1 else 0
+        cut = rows // 2 if at % 3 == 2 and rows > 1 and not is_dora else 0
         stretches = ((0, cut), (cut, rows - cut)) if cut else ((0, rows),)
         dense[name] = tuple(
             LowRank(
@@ -82,6 +85,7 @@ def random_adapter(
                 up=_values(rng, (rank, count), gain / 2 * rank**-0.5, format),
                 scale=2.0,
                 row_begin=begin,
+                magnitude=_magnitude(rng, count) if is_dora else None,
             )
             for begin, count in stretches
         )
@@ -117,7 +121,9 @@ def random_adapter(
                 content[at : at + len(values)] = values
         return bytes(content)
 
-    parts = [repr((seed, rank, sorted(targets or ()), sorted(replaced), format, invocation_tokens, gain))]
+    parts = [
+        repr((seed, rank, sorted(targets or ()), sorted(replaced), format, invocation_tokens, gain, is_dora))
+    ]
     return AdapterFiles(
         path=Path(f"random-{seed}"),
         kind="peft",
@@ -168,6 +174,12 @@ def as_doubles(values: Values, format: PairFormat) -> Doubles:
 def _stored(content: bytes, at: int, shape: tuple[int, int], format: PairFormat) -> Values:
     kind: Any = {"f32": "<f4", "f16": "<f2", "bf16": "<u2"}[format]
     return np.frombuffer(content, kind, shape[0] * shape[1], at).reshape(shape)
+
+
+def _magnitude(rng: np.random.Generator, count: int) -> NDArray[np.float32]:
+    lengths = 1 + 0.3 * rng.standard_normal(count)
+    lengths[::5] *= -1  # nothing keeps training from it
+    return lengths.astype(np.float32)
 
 
 def _values(rng: np.random.Generator, shape: tuple[int, int], size: float, format: PairFormat) -> Values:

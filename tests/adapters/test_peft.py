@@ -9,7 +9,7 @@ import pytest
 
 from argosy.adapters.reading import open_adapter
 from argosy.checkpoint.files import ModelFiles
-from argosy.errors import ArgosyError, CheckpointError
+from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
 from argosy.model.families import open_model
 from tests.adapters.adapter_files import PREFIX, dense_delta, pair, product, values, write_peft
 from tests.adapters.random_adapter import as_doubles, expert_deltas
@@ -200,3 +200,56 @@ def test_a_note_names_the_option_for_unsloth_s_columns(tmp_path: Path, base: Mod
     (note,) = open_adapter(path, base).notes
     assert "`--lora-columns expert_slowest`" in note
     assert not open_adapter(path, base, columns="expert_slowest").notes
+
+
+Q = "model.layers.1.self_attn.q_proj"
+
+
+@pytest.mark.parametrize("spelling", ["lora_magnitude_vector", "lora_magnitude_vector.weight"])
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_dora_brings_lengths_of_rows(tmp_path: Path, base: ModelFiles, spelling: str, dtype: str) -> None:
+    rows = base.dense["layers.1.q"].rows
+    lengths = values(rows, seed=7)
+    path = write_peft(
+        tmp_path,
+        {Q: pair(rows, base.own_config.hidden_size)},
+        tensors={f"base_model.model.{Q}.{spelling}": (dtype, lengths)},
+        use_dora=True,
+    )
+    (found,) = open_adapter(path, base).dense["layers.1.q"]
+    assert found.magnitude is not None
+    assert found.magnitude.dtype == np.float32
+    np.testing.assert_array_equal(found.magnitude, lengths)
+
+
+@pytest.mark.parametrize(
+    ("module", "count", "is_dora", "sentence"),
+    [
+        (Q, None, True, "lora_magnitude_vector'? is missing"),
+        (Q, 64, False, "belongs to DoRA, but adapter_config.json does not set use_dora"),
+        (Q, 63, True, r"is \[63\], and the model needs \[64\]"),
+        ("model.layers.0.self_attn.q_proj", 64, True, "is missing"),
+        (f"{MLP}.experts.0.down_proj", 48, True, "pair of routed experts with use_dora"),
+    ],
+)
+def test_dora_that_is_incomplete_or_of_experts_is_refused(
+    tmp_path: Path, base: ModelFiles, module: str, count: int | None, is_dora: bool, sentence: str
+) -> None:
+    hidden, width, _ = sizes(base)
+    shape = (hidden, width) if "experts" in module else (base.dense["layers.1.q"].rows, hidden)
+    path = write_peft(
+        tmp_path,
+        {module: pair(*shape)},
+        tensors={}
+        if count is None
+        else {f"base_model.model.{Q}.lora_magnitude_vector": ("F32", np.ones(count))},
+        use_dora=is_dora,
+    )
+    with pytest.raises((CheckpointError, UnsupportedModel), match=sentence):
+        open_adapter(path, base)
+
+
+def test_fused_experts_have_no_dora(tmp_path: Path, base: ModelFiles) -> None:
+    path = write_peft(tmp_path, fused_pairs(base), use_dora=True)
+    with pytest.raises(UnsupportedModel, match="pair of routed experts with use_dora"):
+        open_adapter(path, base)

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from argosy import _native
-from argosy.adapters.files import AdapterFiles, PairFormat
+from argosy.adapters.files import AdapterFiles, LowRank, PairFormat
 from argosy.adapters.loaded import dense_bytes, load_adapter, network_ranks
 from argosy.adapters.targets import target_shapes
 from argosy.config import ModelConfig
@@ -110,6 +110,11 @@ def test_pairs_of_all_matrices_work_together(parts: Parts) -> None:
     require_merged(parts, random_adapter(parts.config, seed=2, targets=dense_targets(parts.config), gain=0.3))
 
 
+def test_rows_get_the_lengths_that_dora_gives_them(parts: Parts) -> None:
+    targets = dense_targets(parts.config)
+    require_merged(parts, random_adapter(parts.config, seed=4, targets=targets, gain=0.3, is_dora=True))
+
+
 @pytest.mark.parametrize("format", ["f16", "bf16"])
 def test_pairs_in_16_bits_are_used_as_they_are(
     format: PairFormat, tmp_path_factory: pytest.TempPathFactory
@@ -175,7 +180,7 @@ ALONE = [
 def test_bits_depend_neither_on_the_batch_nor_on_chunks_nor_on_threads(parts: Parts, tmp_path: Path) -> None:
     config, targets = parts.config, dense_targets(parts.config)
     adapters = {
-        "n5": random_adapter(config, seed=1, targets=targets, rank=5, gain=0.3),
+        "n5": random_adapter(config, seed=1, targets=targets, rank=5, gain=0.3, is_dora=True),
         "n6": random_adapter(config, seed=2, targets=targets, format="bf16", gain=0.3, replaced={"head"}),
     }
     together = by_sequence(parts, decoder_of(parts, **adapters), TOGETHER, mixed)
@@ -195,7 +200,7 @@ def test_two_threads_give_the_bits_of_one(tmp_path_factory: pytest.TempPathFacto
             deepseek_v3(hidden_size=256, vocab_size=600), tmp_path_factory, threads=threads
         ) as parts:
             files = random_adapter(
-                parts.config, seed=1, targets=dense_targets(parts.config), rank=40, gain=0.2
+                parts.config, seed=1, targets=dense_targets(parts.config), rank=40, gain=0.2, is_dora=True
             )
             found.append(logits_of(parts, decoder_of(parts, n0=files), 0, [[Run(0, 38)], [decode(0)]]))
     assert np.array_equal(*found)
@@ -257,6 +262,41 @@ def test_what_an_adapter_cannot_change_is_refused_by_name(tmp_path_factory: pyte
 
 def test_the_bytes_of_an_adapter_are_known_before_it_is_loaded(parts: Parts) -> None:
     targets = dense_targets(parts.config)
-    files = random_adapter(parts.config, seed=1, targets=targets, format="bf16", replaced={"head"})
-    loaded = load_adapter(files, parts.config, parts.weights)
-    assert loaded.nbytes == dense_bytes(files, parts.config)
+    for is_dora in (False, True):
+        files = random_adapter(
+            parts.config, seed=1, targets=targets, format="bf16", replaced={"head"}, is_dora=is_dora
+        )
+        loaded = load_adapter(files, parts.config, parts.weights)
+        assert loaded.nbytes == dense_bytes(files, parts.config)
+
+
+def test_rows_that_dora_cannot_scale_are_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with parts_of(qwen3_moe(), tmp_path_factory) as parts:
+        files = random_adapter(parts.config, seed=1, targets={"q"}, is_dora=True)
+        (pair,) = files.dense["layers.1.q"]
+        assert pair.magnitude is not None
+
+        def load(*pairs: LowRank) -> None:
+            load_adapter(
+                replace(files, dense={**files.dense, "layers.1.q": pairs}), parts.config, parts.weights
+            )
+
+        load(replace(pair, magnitude=-pair.magnitude))
+        with pytest.raises(CheckpointError, match=r"for layers\.1\.q is \[63\], expected \[64\]"):
+            load(replace(pair, magnitude=pair.magnitude[1:]))
+        with pytest.raises(UnsupportedModel, match=r"layers\.1\.q and 2 pairs; DoRA has one"):
+            load(pair, pair)
+        with pytest.raises(CheckpointError, match=r"row 0 of layers\.1\.q has length .* scale it to inf"):
+            load(replace(pair, magnitude=np.full_like(pair.magnitude, np.inf)))
+        arena = _native.Arena(1 << 16)
+        zero = {
+            **parts.weights.matrices,
+            "layers.1.q": _native.Matrix(arena, 0, "f32", pair.up.shape[1], pair.down.shape[1]),
+        }
+        none = replace(pair, up=np.zeros_like(pair.up))
+        with pytest.raises(CheckpointError, match=r"row 0 of layers\.1\.q has length 0 with its pair"):
+            load_adapter(
+                replace(files, dense={"layers.1.q": (none,)}),
+                parts.config,
+                replace(parts.weights, matrices=zero),
+            )

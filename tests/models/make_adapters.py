@@ -100,9 +100,9 @@ def randomise(model: torch.nn.Module, seed: int, gain: float, stored: str | None
         if "default" in module.lora_embedding_A:
             fill(module.lora_embedding_A["default"], 1.0)
             fill(module.lora_embedding_B["default"], of_b)
-            continue
-        fill(module.lora_A["default"].weight, module.in_features**-0.5)
-        fill(module.lora_B["default"].weight, of_b)
+        else:
+            fill(module.lora_A["default"].weight, module.in_features**-0.5)
+            fill(module.lora_B["default"].weight, of_b)
         if "default" in module.lora_magnitude_vector:
             magnitude = module.lora_magnitude_vector["default"].weight
             factors = 1 + 0.3 * torch.randn(magnitude.shape, generator=generator)

@@ -210,9 +210,11 @@ class Case:
             self.part_reads(), policy, self.expert_adapter(), slot_bytes=4096, num_parts=self.EXPERTS
         )
 
-    def pair(self, down: tuple[int, int] = (2, 64), up: tuple[int, int] = (2, 64)) -> tuple[Any, Any, float]:
+    def pair(
+        self, down: tuple[int, int] = (2, 64), up: tuple[int, int] = (2, 64)
+    ) -> tuple[Any, Any, float, Any]:
         arena, matrix = self.arena(), self.native.Matrix
-        return matrix(arena, 0, "f32", *down), matrix(arena, 1 << 15, "f32", *up), 0.5
+        return matrix(arena, 0, "f32", *down), matrix(arena, 1 << 15, "f32", *up), 0.5, None
 
     def stack_adapter(self, embedding: Any = None) -> Any:
         embedding = embedding or self.matrix(self.VOCABULARY, 64)
@@ -444,6 +446,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "dequantize": lambda: ("q4", np.zeros(n.matrix_bytes("q4", 16, 64), np.uint8), 16, 64),
         "matmul": lambda: (runtime, [m(16, 64), m(20, 64, "f16")], f(3, 64), [f(3, 16), f(3, 20)]),
         "embed": lambda: (runtime, m(8, 64), i(0, 7), f(2, 64)),
+        "merged_squares": lambda: (m(8, 64), 3, f(5, 2), f(2, 64), np.zeros(5)),
         "rms_norm": lambda: (runtime, f(3, 64), f(64), 1e-5, f(3, 64)),
         "linear": lambda: (runtime, m(16, 64, "bf16"), f(17, 64), f(17, 16), f(16), "add", False),
         "layer_norm": lambda: (runtime, f(3, 64), f(64), f(64), 1e-5, f(3, 64)),
@@ -771,7 +774,10 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "ExpertAdapter.has_places": (case.expert_adapter, lambda: (0, [1, 3])),
         "ExpertTable.set_adapter": (case.table, lambda: (1, case.expert_adapter())),
         "Stack.set_adapter": (case.stack, lambda: (1, case.stack_adapter())),
-        "StackAdapter.add_pair": (case.stack_adapter, lambda: (m(64, 64), case.pair(up=(2, 32)), 32)),
+        "StackAdapter.add_pair": (
+            case.stack_adapter,
+            lambda: (m(64, 64), (*case.pair(up=(2, 32))[:3], n.Matrix(case.arena(), 0, "f32", 1, 32)), 32),
+        ),
         "StackAdapter.add_network": (
             case.stack_adapter,
             lambda: (m(32, 64), case.pair(up=(2, 32)), case.pair(up=(2, 32)), case.pair((2, 32))),

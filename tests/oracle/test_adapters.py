@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from argosy import SamplingParams
-from argosy.errors import UnsupportedModel
 from tests.helpers.adapters import open_adapted
 from tests.models.make_adapters import ATTENTION, NOT_ROUTED, AdapterCase, adapted, make, make_unfused, save
 from tests.models.make_models import load
@@ -61,27 +60,30 @@ CASES = [
     case(
         "invoked", qwen3_moe(), alora_invocation_tokens=[7, 8, 9], target_modules=list(ATTENTION)
     ),
-]  # fmt: skip
-DORA = [
-    case("dora", qwen3_moe(), target_modules=list(ATTENTION), use_dora=True),
-    case("dora of latent attention", deepseek_v3(), target_modules=[*LATENT, *SWIGLU], use_dora=True),
-    case(
-        "dora beside biases", gpt_oss(), r=1, target_modules=list(ATTENTION), use_dora=True, use_rslora=True
+    *(
+        case(
+            f"{name}-dora",
+            base,
+            alpha_pattern={"o_proj": 3},
+            rank_pattern={"o_proj": 5},
+            target_modules=[*modules, "embed_tokens", "lm_head"],
+            use_dora=True,
+        )
+        for name, (base, modules, _) in FAMILIES.items()
     ),
-]
+    case(
+        "dora in 16 bits", gpt_oss(), r=1, stored="BF16", target_modules=list(ATTENTION), use_dora=True, use_rslora=True
+    ),
+    case(
+        "dora of a tied table", qwen3_moe(tie_word_embeddings=True), target_modules=["embed_tokens"], use_dora=True
+    ),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("one", CASES, ids=lambda one: one.name)
 def test_logits_are_those_of_peft(one: AdapterCase, tmp_path: Path) -> None:
     made = make(one, tmp_path, first_seed=SEED)
     assert largest_error(made) <= LARGEST_ERROR
-
-
-@pytest.mark.parametrize("one", DORA, ids=lambda one: one.name)
-def test_dora_is_refused_by_name(one: AdapterCase, tmp_path: Path) -> None:
-    made = make(one, tmp_path, first_seed=SEED)
-    with pytest.raises(UnsupportedModel, match="use_dora"), open_adapted(made.base, {"own": made.adapter}):
-        pass
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "qwen3_5_moe"])
@@ -98,9 +100,10 @@ def test_every_answer_of_a_batch_is_that_of_its_own_adapter(seed: int, tmp_path:
         case("attention", base, r=3, target_modules=list(modules)),
         case("values", base, r=8, target_modules=["v_proj"]),
         case("all", base, r=5, target_modules=[*modules, "lm_head"], target_parameters=[parameters[0]]),
+        case("dora", base, r=4, target_modules=[*modules, "embed_tokens", "lm_head"], use_dora=True),
     ]
     first = make(cases[0], tmp_path, first_seed=SEED + 100 * seed)
-    prompts = [first.prompt, first.prompt[3:], first.prompt[:20], first.prompt]
+    prompts = [first.prompt, first.prompt[3:], first.prompt[:20], first.prompt[1:], first.prompt]
     adapters: dict[str, Path] = {}
     expected = {}
     for at, one in enumerate(cases):
@@ -108,7 +111,7 @@ def test_every_answer_of_a_batch_is_that_of_its_own_adapter(seed: int, tmp_path:
         adapters[one.name] = tmp_path / f"adapter{at}"
         save(model, adapters[one.name], None)
         expected[one.name] = greedy_of(model, prompts[at])
-    expected["base"] = greedy_of(load(first.base), prompts[3])
+    expected["base"] = greedy_of(load(first.base), prompts[-1])
 
     with open_adapted(first.base, adapters, expert_slots=6) as engine:
         found = engine.generate_batch(
@@ -139,10 +142,13 @@ def test_adapters_of_a_whole_multimodal_model_are_those_of_its_text(prefix: str,
     assert largest_error(made) <= LARGEST_ERROR
 
 
-@pytest.mark.parametrize("factor", [0.0, 0.5, -1.0])
-def test_a_factor_multiplies_every_pair(factor: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("factor", "is_dora"), [(0.0, False), (0.5, False), (-1.0, False), (0.5, True), (-2.0, True)]
+)
+def test_a_factor_multiplies_every_pair(factor: float, is_dora: bool, tmp_path: Path) -> None:
     base, modules, parameters = FAMILIES["glm4_moe"]
-    one = case("all", base, target_modules=[*modules, "embed_tokens"], target_parameters=[parameters[0]])
+    more = {"use_dora": True} if is_dora else {"target_parameters": [parameters[0]]}
+    one = case("all", base, target_modules=[*modules, "embed_tokens"], **more)
     made = make(one, tmp_path, first_seed=SEED)
     model = adapted(one, made.base, 0)
     for module in model.modules():

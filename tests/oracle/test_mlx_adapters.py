@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from argosy.errors import UnsupportedModel
 from tests.helpers.adapters import open_adapted
 from tests.models.make_mlx_adapters import write_adapter
 from tests.models.tiny import RawConfig, glm4_moe, mixtral, prompt_ids, qwen3_moe, write_model
@@ -47,6 +46,17 @@ CASES: dict[str, tuple[RawConfig, dict[str, Any]]] = {
         qwen3_moe(num_experts_per_tok=6, tie_word_embeddings=True),
         {"keys": ["model.embed_tokens", "self_attn.k_proj"]},
     ),
+    "dora": (
+        qwen3_moe(num_experts_per_tok=6), {"keys": [*ATTENTION, "mlp.gate", "lm_head"], "kind": "dora"},
+    ),
+    "dora of a tied table": (
+        qwen3_moe(num_experts_per_tok=6, tie_word_embeddings=True),
+        {"keys": ["model.embed_tokens", "self_attn.k_proj"], "kind": "dora"},
+    ),
+    "dora of delta nets": (
+        qwen3_next(num_experts_per_tok=5),
+        {"keys": [*ATTENTION, "linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba"], "num_layers": 3, "kind": "dora"},
+    ),
 }  # fmt: skip
 
 
@@ -57,14 +67,3 @@ def test_logits_are_those_of_mlx(name: str, tmp_path: Path) -> None:
     expected = write_adapter(base, tmp_path / "adapter", prompt, seed=SEED, **settings)
     with open_adapted(base, {"own": tmp_path / "adapter"}) as engine:
         assert abs(engine.logits(prompt, adapter="own") - expected).max() <= LARGEST_ERROR
-
-
-def test_dora_of_mlx_is_refused_by_name(tmp_path: Path) -> None:
-    config = qwen3_moe(num_experts_per_tok=6)
-    base, prompt = write_model(tmp_path / "base", config, seed=SEED, dtype="F32"), prompt_ids(config, SEED)
-    write_adapter(base, tmp_path / "adapter", prompt, seed=SEED, keys=["self_attn.q_proj"], kind="dora")
-    with (
-        pytest.raises(UnsupportedModel, match="dora"),
-        open_adapted(base, {"own": tmp_path / "adapter"}),
-    ):
-        pass

@@ -3,7 +3,7 @@
     PEFT directory, GGUF file, MLX directory  ->  AdapterFiles  ->  memory of a model
 
 A low-rank pair adds `scale * up.T @ (down @ x)` to a product y = W x (LoRA, arXiv:2106.09685). `down` is the paper's A,
-and `up` is its B transposed, so that both are read row by row.
+and `up` is its B transposed, so that both are read row by row. DoRA then scales rows (`magnitudes.py`).
 
 Elsewhere: `native/ops/low_rank.h` has the order of sums.
 """
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from numpy.typing import NDArray
 
 from argosy.checkpoint.formats import BYTES_PER_VALUE, round_up
@@ -29,6 +30,7 @@ class LowRank:
     """A low-rank pair for some rows of a dense matrix.
 
     down: [rank, columns of the matrix].   up: [rank, rows].   row_begin: the matrix's first row that it changes.
+    magnitude: [rows], the lengths of the merged rows (DoRA, arXiv:2402.09353); None: they stay as they come out.
     """
 
     format: PairFormat
@@ -36,6 +38,7 @@ class LowRank:
     up: Values
     scale: float
     row_begin: int = 0
+    magnitude: NDArray[np.float32] | None = None
 
     @property
     def rank(self) -> int:
@@ -87,12 +90,15 @@ class EmbeddingPair:
     """A pair of the embedding table: adds `scale * rows[id] @ up` to the embedding of a token.
 
     rows: [vocab_size, rank].   up: [rank, hidden_size].
+    magnitude: the lengths of the columns of the merged table, [1, hidden_size], as peft has them, or of its rows,
+        [vocab_size, 1], as mlx-lm; None: they stay as they come out.
     """
 
     format: PairFormat
     rows: Values
     up: Values
     scale: float
+    magnitude: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ import numpy as np
 
 from argosy import _native
 from argosy.adapters.files import PAIR_ALIGNMENT, AdapterFiles, LowRank, PairFormat, Values
+from argosy.adapters.magnitudes import Factors, Floats
 from argosy.adapters.targets import is_replaceable, target_shapes
 from argosy.adapters.values import widen
 from argosy.checkpoint.formats import round_up
@@ -27,7 +28,7 @@ from argosy.model.weights import DenseWeights
 
 _NETWORKS = (("gate", "up", "down"), ("shared_gate", "shared_up", "shared_down"))
 _MOST_RANK = 4096  # of all pairs of a matrix; `kMostRank` in native/ops/stack_adapter.h
-_Pair = tuple[_native.Matrix, _native.Matrix, float]
+_Pair = tuple[_native.Matrix, _native.Matrix, float, _native.Matrix | None]
 
 
 def dense_bytes(files: AdapterFiles, config: ModelConfig) -> int:
@@ -58,9 +59,10 @@ def load_adapter(
         factor: multiplies the scale of every pair.
 
     Raises:
-        UnsupportedModel, CheckpointError: as `require_fit`.
+        UnsupportedModel, CheckpointError: as `require_fit`, and `Factors.of_rows`.
     """
     require_fit(files, config)
+    factors = Factors(files.path, factor)
     memory = _Memory(sum(_room(values) for values in _stored(files, config)), factor)
     stack = _native.StackAdapter(network_ranks(files, config))
     joined: dict[str, LowRank] = {}
@@ -70,12 +72,14 @@ def load_adapter(
             continue
         base = weights.matrices[config.head_name if name == "head" else name]
         for pair in pairs:
-            stack.add_pair(base, memory.pair(pair), pair.row_begin)
+            stack.add_pair(base, memory.pair(pair, factors.of_rows(name, pair, base)), pair.row_begin)
     for prefix in dict.fromkeys(name.rpartition(".")[0] for name in joined):
-        _add_joined(stack, prefix, joined, config, weights, memory)
+        _add_joined(stack, prefix, joined, config, weights, memory, factors)
     if (one := files.embedding) is not None:
+        base = weights.matrices["embed"]
         rows, up = memory.place(one.rows, one.format), memory.place(one.up, one.format)
-        stack.add_embedding(weights.matrices["embed"], (rows, up, one.scale * factor))
+        by = memory.place_factors(factors.of_embedding(one, base))
+        stack.add_embedding(base, (rows, up, one.scale * factor, by))
     for name, replacement in files.replaced.items():
         matrix = memory.place(replacement.values, replacement.format)
         if name == "embed":
@@ -98,9 +102,12 @@ class _Memory:
         self._arena.array()[at : at + len(content)] = content
         return _native.Matrix(self._arena, at, format, *values.shape)
 
-    def pair(self, pair: LowRank) -> _Pair:
+    def place_factors(self, factors: Floats | None) -> _native.Matrix | None:
+        return None if factors is None else self.place(factors, "f32")
+
+    def pair(self, pair: LowRank, factors: Floats | None) -> _Pair:
         down, up = self.place(pair.down, pair.format), self.place(pair.up, pair.format)
-        return down, up, pair.scale * self._factor
+        return down, up, pair.scale * self._factor, self.place_factors(factors)
 
 
 def _add_joined(
@@ -110,12 +117,14 @@ def _add_joined(
     config: ModelConfig,
     weights: DenseWeights,
     memory: _Memory,
+    factors: Factors,
 ) -> None:
     """Add the pairs of a layer's networks and of its latent attention."""
 
     def placed(name: str) -> _Pair | None:
-        pair = joined.get(f"{prefix}.{name}")
-        return None if pair is None else memory.pair(pair)
+        key = f"{prefix}.{name}"
+        pair = joined.get(key)
+        return None if pair is None else memory.pair(pair, factors.of_rows(key, pair, weights.matrices[key]))
 
     for names in _NETWORKS:
         gate, up, down = map(placed, names)
@@ -124,17 +133,15 @@ def _add_joined(
     mixer = config.layers[int(prefix.split(".")[1])].mixer
     keys, values = joined.get(f"{prefix}.k_up"), joined.get(f"{prefix}.v_up")
     if isinstance(mixer, LatentConfig) and (keys or values):
+        key_base, value_base = weights.matrices[f"{prefix}.k_up"], weights.matrices[f"{prefix}.v_up"]
+        of_keys = of_values = None
         if keys is not None:  # absorbed, their matrix is transposed
-            keys = replace(keys, down=_by_head(keys.up, mixer.num_heads), up=keys.down)
+            by = factors.of_keys(f"{prefix}.k_up", keys, key_base, mixer.num_heads)
+            of_keys = memory.pair(replace(keys, down=_by_head(keys.up, mixer.num_heads), up=keys.down), by)
         if values is not None:
-            values = replace(values, up=_by_head(values.up, mixer.num_heads))
-        stack.add_latent(
-            weights.matrices[f"{prefix}.k_up"],
-            weights.matrices[f"{prefix}.v_up"],
-            mixer.num_heads,
-            None if keys is None else memory.pair(keys),
-            None if values is None else memory.pair(values),
-        )
+            by = factors.of_rows(f"{prefix}.v_up", values, value_base)
+            of_values = memory.pair(replace(values, up=_by_head(values.up, mixer.num_heads)), by)
+        stack.add_latent(key_base, value_base, mixer.num_heads, of_keys, of_values)
 
 
 def _by_head(up: Values, num_heads: int) -> Values:
@@ -161,7 +168,7 @@ def require_fit(files: AdapterFiles, config: ModelConfig) -> None:
                 path=files.path,
                 tensor=name,
             )
-    wanted: list[tuple[str, Values, tuple[int, int]]] = []
+    wanted: list[tuple[str, Values, tuple[int, ...]]] = []
     for name, pairs in files.dense.items():
         rows, columns = shapes[name]
         if (rank := sum(pair.rank for pair in pairs)) > _MOST_RANK:
@@ -180,11 +187,21 @@ def require_fit(files: AdapterFiles, config: ModelConfig) -> None:
                 )
             wanted.append((name, pair.down, (pair.rank, columns)))
             wanted.append((name, pair.up, (pair.rank, last - pair.row_begin)))
+            if pair.magnitude is not None:
+                if len(pairs) > 1:
+                    raise UnsupportedModel(
+                        f"{files.path.name} has magnitudes for {name} and {len(pairs)} pairs; DoRA has one pair",
+                        path=files.path,
+                        tensor=name,
+                    )
+                wanted.append((name, pair.magnitude, (last - pair.row_begin,)))
     if (embedding := files.embedding) is not None:
         rank = len(embedding.up)
         vocab_size, hidden = shapes["embed"]
         wanted.append(("embed", embedding.rows, (vocab_size, rank)))
         wanted.append(("embed", embedding.up, (rank, hidden)))
+        if (lengths := embedding.magnitude) is not None:
+            wanted.append(("embed", lengths, (1, hidden) if len(lengths) == 1 else (vocab_size, 1)))
     wanted += [(name, one.values, shapes[name]) for name, one in files.replaced.items()]
     for name, values, shape in wanted:
         if values.shape != shape or not shape[0]:
@@ -221,13 +238,16 @@ def _stored(files: AdapterFiles, config: ModelConfig) -> Iterator[Values]:
     shapes = target_shapes(config)
     for name, pairs in files.dense.items():
         for pair in (_joined(pairs, shapes[name][0]),) if _is_joined(name) else pairs:
-            yield pair.down
-            yield pair.up
+            yield from _arrays(pair.down, pair.up, pair.magnitude)
     if files.embedding is not None:
-        yield files.embedding.rows
-        yield files.embedding.up
+        yield from _arrays(files.embedding.rows, files.embedding.up, files.embedding.magnitude)
     for replacement in files.replaced.values():
         yield replacement.values
+
+
+def _arrays(*arrays: Values | None) -> Iterator[Values]:
+    """Those that are there. Factors take the room of their magnitudes."""
+    return (one for one in arrays if one is not None)
 
 
 def _room(values: Values) -> int:

@@ -2,7 +2,7 @@
 
 y += scale * (x @ lora_a) @ lora_b for `<module>.lora_a` [in, r] and `.lora_b` [r, out], with `scale` as it is. Experts
 of a layer have `lora_a` [E, r, in] and `lora_b` [E, out, r]; the embedding table [vocabulary, r] and [r, hidden], which
-also changes the head of a model whose head is the table.
+also changes the head of a model whose head is the table. With DoRA, `.m` has the lengths of rows (`magnitudes.py`).
 
 Source: `tuner` of mlx-lm 0.32.
 """
@@ -41,19 +41,19 @@ def open_mlx(directory: Path, files: ModelFiles) -> AdapterFiles:
         UnsupportedModel: it asks for something that is not supported.
     """
     raw = read_object(directory / CONFIG_FILE)
-    rank, scale = _read_config(raw, directory / CONFIG_FILE)
+    rank, scale, is_dora = _read_config(raw, directory / CONFIG_FILE)
     path = directory / WEIGHTS_FILE
-    return _MlxReader(AdapterTensors(path, read_header(path)), files, rank, scale, raw.get("model")).read()
+    tensors = AdapterTensors(path, read_header(path))
+    return _MlxReader(tensors, files, rank, scale, raw.get("model"), is_dora=is_dora).read()
 
 
-def _read_config(raw: Mapping[str, object], path: Path) -> tuple[int, float]:
-    """Return the rank and the scale of all pairs."""
+def _read_config(raw: Mapping[str, object], path: Path) -> tuple[int, float, bool]:
+    """Return the rank and the scale of all pairs, and whether they have magnitudes."""
     kind = raw.get("fine_tune_type", "lora")
-    if kind != "lora" or raw.get("use_dora"):
-        said = "dora" if raw.get("use_dora") else kind
+    if kind not in ("lora", "dora"):
         raise UnsupportedModel(
-            f"{CONFIG_FILE} asks for fine_tune_type {quote(said)}; supported: lora", hint=_FUSE, path=path,
-            key="fine_tune_type", value=said,
+            f"{CONFIG_FILE} asks for fine_tune_type {quote(kind)}; supported: lora, dora", hint=_FUSE, path=path,
+            key="fine_tune_type", value=kind,
         )  # fmt: skip
     parameters = raw.get("lora_parameters")
     if not isinstance(parameters, dict):
@@ -66,16 +66,23 @@ def _read_config(raw: Mapping[str, object], path: Path) -> tuple[int, float]:
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= 1e6:
         raise CheckpointError(f"{CONFIG_FILE}: scale is {quote(scale)}, expected a number", path=path)
     assert math.isfinite(scale)
-    return rank, float(scale)
+    return rank, float(scale), kind == "dora" or bool(raw.get("use_dora"))
 
 
 class _MlxReader:
     """One directory, tensor by tensor."""
 
     def __init__(
-        self, tensors: AdapterTensors, files: ModelFiles, rank: int, scale: float, base: object
+        self,
+        tensors: AdapterTensors,
+        files: ModelFiles,
+        rank: int,
+        scale: float,
+        base: object,
+        *,
+        is_dora: bool,
     ) -> None:
-        self._tensors, self._rank, self._scale = tensors, rank, scale
+        self._tensors, self._rank, self._scale, self._is_dora = tensors, rank, scale, is_dora
         self._model = files.own_config
         self._names = ModuleNames(files.own_config, is_mlx=True)
         self._collector = PairCollector(tensors, files.own_config, self._names, base)
@@ -86,29 +93,45 @@ class _MlxReader:
             found = _TENSOR.fullmatch(name)
             if found is not None and found["part"] == "lora_a":
                 self._read_pair(found["module"], name)
-            elif found is not None and found["part"] == "m":
-                raise self._tensors.refuse(name, "belongs to DoRA, which is not supported", _FUSE)
+            elif found is not None and found["part"] == "m" and not self._is_dora:
+                raise self._tensors.refuse(name, f"belongs to DoRA, but {CONFIG_FILE} does not ask for dora")
         return self._collector.finish("mlx", digest)
 
     def _read_pair(self, module: str, name: str) -> None:
         found = self._names.find(module)
         a, b = self._tensors.take(name), self._tensors.take(f"{module}.lora_b")
+        lengths = None
+        if self._is_dora and isinstance(found, Dense):
+            lengths = self._collector.magnitude(self._tensors.take(f"{module}.m"), found.shape[0])
         match found:
+            case Expert() if self._is_dora:
+                raise self._tensors.refuse(
+                    name,
+                    "is a pair of routed experts with DoRA, which is supported for dense matrices",
+                    _FUSE,
+                )
             case Expert():
                 self._require_rank(a, a.shape[1] if len(a.shape) == 3 else 0)
                 self._collector.add_expert(found, a, b, self._scale, order="stacked")
             case Dense() if found.parts[0].name == "embed":
                 self._require_rank(a, a.shape[-1] if a.shape else 0)
-                self._collector.add_embedding(a, b, self._scale, rows_are_turned=False, up_is_turned=False)
+                self._collector.add_embedding(
+                    a,
+                    b,
+                    self._scale,
+                    rows_are_turned=False,
+                    up_is_turned=False,
+                    magnitude=None if lengths is None else lengths.reshape(-1, 1),
+                )
                 if self._model.is_embedding_tied:  # the table is the head, and mlx-lm changes both
                     format, table, up = self._tensors.read_pair(a, b)
-                    self._put(Dense(found.shape, (Part("head"),)), format, up, table.T, name)
+                    self._put(Dense(found.shape, (Part("head"),)), format, up, table.T, name, lengths)
             case Dense():
                 rows, columns = found.shape
                 self._collector.require_shape(a, (columns, self._rank))
                 self._collector.require_shape(b, (self._rank, rows))
                 format, down, up = self._tensors.read_pair(a, b)
-                self._put(found, format, down.T, up, name)
+                self._put(found, format, down.T, up, name, lengths)
             case Draft():
                 raise self._tensors.refuse(
                     name, "belongs to a layer that drafts, which runs without adapters"
@@ -116,8 +139,12 @@ class _MlxReader:
             case _:
                 raise self._collector.no_module(name, module)
 
-    def _put(self, module: Dense, format: PairFormat, down: Values, up: Values, name: str) -> None:
-        self._collector.put_dense(module, format, np.ascontiguousarray(down), up, self._scale, name)
+    def _put(
+        self, module: Dense, format: PairFormat, down: Values, up: Values, name: str, magnitude: Values | None
+    ) -> None:
+        self._collector.put_dense(
+            module, format, np.ascontiguousarray(down), up, self._scale, name, magnitude=magnitude
+        )
 
     def _require_rank(self, ref: TensorRef, rank: int) -> None:
         if rank != self._rank:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from argosy.adapters.files import (
     AdapterFiles,
@@ -34,6 +35,7 @@ from argosy.adapters.values import (
     as_format,
     common_format,
     format_of,
+    widen,
 )
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.checkpoint.untrusted_file import quote
@@ -92,22 +94,40 @@ class PairCollector:
         self._from: dict[object, str] = {}
 
     def add_dense(
-        self, module: Dense, down: TensorRef, up: TensorRef, scale: float, *, up_is_turned: bool
+        self,
+        module: Dense,
+        down: TensorRef,
+        up: TensorRef,
+        scale: float,
+        *,
+        up_is_turned: bool,
+        magnitude: TensorRef | None = None,
     ) -> None:
-        """Add the pair of a matrix: `down` [rank, columns]; `up` [rows, rank], or if turned [rank, rows]."""
+        """Add the pair of a matrix: `down` [rank, columns]; `up` [rows, rank], or if turned [rank, rows].
+
+        magnitude: [rows].
+        """
         rows, columns = module.shape
         rank = down.shape[0] if down.shape else 0
         self.require_shape(down, (self.rank_of(down, rank), columns))
         self.require_shape(up, (rank, rows) if up_is_turned else (rows, rank))
         format, down_values, up_values = self.tensors.read_pair(down, up)
-        self.put_dense(
-            module, format, down_values, up_values if up_is_turned else up_values.T, scale, up.name
-        )
+        own_up = up_values if up_is_turned else up_values.T
+        lengths = self.magnitude(magnitude, rows)
+        self.put_dense(module, format, down_values, own_up, scale, up.name, magnitude=lengths)
 
     def put_dense(
-        self, module: Dense, format: PairFormat, down: Values, up: Values, scale: float, name: str
+        self,
+        module: Dense,
+        format: PairFormat,
+        down: Values,
+        up: Values,
+        scale: float,
+        name: str,
+        *,
+        magnitude: NDArray[np.float32] | None = None,
     ) -> None:
-        """Add the pair of a matrix whose values are read: `down` [rank, columns], `up` [rank, rows]."""
+        """Add the pair of a matrix from values: `down` [rank, columns], `up` [rank, rows], `magnitude` [rows]."""
         for part in module.parts:
             self._once(part.name, name)
             own_up = up if part.rows is None else up[:, part.rows]
@@ -118,13 +138,31 @@ class PairCollector:
                     down=np.ascontiguousarray(own_down),
                     up=np.ascontiguousarray(own_up),
                     scale=scale,
+                    magnitude=magnitude if magnitude is None or part.rows is None else magnitude[part.rows],
                 )
             )
 
+    def magnitude(self, ref: TensorRef | None, count: int) -> NDArray[np.float32] | None:
+        """Return the lengths of DoRA's rows, if there are any."""
+        if ref is None:
+            return None
+        self.require_shape(ref, (count,))
+        return widen(self.tensors.read(ref), format_of(ref))
+
     def add_embedding(
-        self, rows: TensorRef, up: TensorRef, scale: float, *, rows_are_turned: bool, up_is_turned: bool
+        self,
+        rows: TensorRef,
+        up: TensorRef,
+        scale: float,
+        *,
+        rows_are_turned: bool,
+        up_is_turned: bool,
+        magnitude: NDArray[np.float32] | None = None,
     ) -> None:
-        """Add the pair of the embedding table: `rows` [vocabulary, rank] and `up` [rank, hidden], or turned."""
+        """Add the pair of the embedding table: `rows` [vocabulary, rank] and `up` [rank, hidden], or turned.
+
+        magnitude: as `EmbeddingPair` has it.
+        """
         vocabulary, hidden = self.names.shapes["embed"]
         rank = (up.shape[-1] if up_is_turned else up.shape[0]) if len(up.shape) == 2 else 0
         self.rank_of(up, rank)
@@ -137,6 +175,7 @@ class PairCollector:
             rows=np.ascontiguousarray(row_values.T if rows_are_turned else row_values),
             up=np.ascontiguousarray(up_values.T if up_is_turned else up_values),
             scale=scale,
+            magnitude=magnitude,
         )
 
     def replace(self, name: str, ref: TensorRef) -> None:

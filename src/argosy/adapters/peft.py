@@ -4,6 +4,8 @@ W' = W + s B A for `base_model.model.<module>.lora_A.weight` [r, in] and `.lora_
 or alpha / sqrt(r) if `use_rslora`. A module whose parameters hold all experts (`target_parameters`) has A [r * E, in],
 the expert slowest, and B [out, r * E], the expert fastest; a second parameter of the module has its pair under
 `.base_layer`.
+With `use_dora`, every module has lengths of rows, `.lora_magnitude_vector` [out] (`magnitudes.py`), those of the
+embedding table for its columns.
 Keys of the config that change the mathematics and are not listed here are refused.
 
 Sources: `tuners/lora` and `utils.save_and_load` of peft 0.18 to 0.21.2.
@@ -25,7 +27,7 @@ from argosy.adapters.patterns import MOST_PATTERNS, PatternError, compile_patter
 from argosy.adapters.targets import is_replaceable
 from argosy.adapters.values import MOST_RANK, MOST_TOKENS, AdapterTensors
 from argosy.checkpoint.files import ModelFiles
-from argosy.checkpoint.safetensors import read_header
+from argosy.checkpoint.safetensors import TensorRef, read_header
 from argosy.checkpoint.untrusted_file import quote, read_object
 from argosy.errors import CheckpointError, UnsupportedModel
 
@@ -44,11 +46,10 @@ _PASSED = frozenset(
 _READ = frozenset(
     {
         "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_parameters",
-        "alora_invocation_tokens", "ensure_weight_tying", "bias",
+        "alora_invocation_tokens", "ensure_weight_tying", "bias", "use_dora",
     }
 )  # fmt: skip
 _WHY = {
-    "use_dora": "DoRA scales rows of the base's own product",
     "lora_bias": "biases of pairs",
     "use_qalora": "QALoRA pools the input",
     "layer_replication": "layers used twice",
@@ -71,6 +72,7 @@ class _Config:
     rank: Callable[[str], int]
     scale: Callable[[str, int], float]
     ties: bool
+    is_dora: bool
     target_parameters: tuple[str, ...]
     invocation_tokens: tuple[int, ...]
     version: tuple[int, ...]  # of PEFT
@@ -139,8 +141,8 @@ class _PeftReader:
         )
 
     def _read_one(self, name: str, module: str, part: str) -> None:
-        if part.startswith("lora_magnitude"):
-            raise self._tensors.refuse(name, "belongs to DoRA, which is not supported", _MERGE)
+        if part.startswith("lora_magnitude") and not self._config.is_dora:
+            raise self._tensors.refuse(name, f"belongs to DoRA, but {CONFIG_FILE} does not set use_dora")
         if part.endswith("bias"):
             raise self._tensors.refuse(name, "is a bias; supported: weights", _MERGE)
         if part in ("weight", "base_layer.weight"):
@@ -161,10 +163,17 @@ class _PeftReader:
         while nested.endswith(".base_layer"):
             nested = nested.removesuffix(".base_layer")
         found = self._find(nested, name)
+        if self._config.is_dora and isinstance(found, Expert | Fused):
+            raise self._tensors.refuse(
+                name,
+                "is a pair of routed experts with use_dora; DoRA is supported for dense matrices",
+                _MERGE,
+            )
         match found:
             case Draft():
                 self._tensors.take(name)
                 self._tensors.take(other)
+                self._magnitude(module)
                 self._note_draft()
             case Fused():
                 self._fused.setdefault(nested, []).append(module)
@@ -180,7 +189,16 @@ class _PeftReader:
                         name, "is a pair of the embedding table; expected lora_embedding_A"
                     )
                 else:
-                    self._collector.add_dense(found, down, up, scale, up_is_turned=False)
+                    self._collector.add_dense(
+                        found, down, up, scale, up_is_turned=False, magnitude=self._magnitude(module)
+                    )
+
+    def _magnitude(self, module: str) -> TensorRef | None:
+        """Take the lengths of a module's rows, which files of older versions name `.weight`; None: there is no DoRA."""
+        if not self._config.is_dora:
+            return None
+        name = f"base_model.model.{module}.lora_magnitude_vector"
+        return self._tensors.take(f"{name}.weight" if f"{name}.weight" in self._tensors else name)
 
     def _note_draft(self) -> None:
         note = "its pairs for the layer that drafts are not used: drafts run without adapters"
@@ -200,7 +218,15 @@ class _PeftReader:
             )
         rows, up = self._tensors.take(prefix + "A"), self._tensors.take(prefix + "B")
         scale = self._scale(module, prefix + "A", rows.shape[0] if rows.shape else 0)
-        self._collector.add_embedding(rows, up, scale, rows_are_turned=True, up_is_turned=True)
+        lengths = self._collector.magnitude(self._magnitude(module), found.shape[1])
+        self._collector.add_embedding(
+            rows,
+            up,
+            scale,
+            rows_are_turned=True,
+            up_is_turned=True,
+            magnitude=None if lengths is None else lengths.reshape(1, -1),
+        )
 
     def _read_whole(self, name: str, module: str, *, is_base: bool) -> None:
         """Read a matrix of `modules_to_save`, or the base's embedding or head, which PEFT saves with their pairs."""
@@ -364,6 +390,7 @@ def _read_config(raw: Mapping[str, object], directory: Path) -> _Config:
         rank=lambda module: int(ranks(module, rank)),
         scale=scale,
         ties=_flag(raw, "ensure_weight_tying"),
+        is_dora=_flag(raw, "use_dora"),
         target_parameters=_texts(raw, "target_parameters"),
         invocation_tokens=_tokens(raw),
         version=_version(raw.get("peft_version")),
