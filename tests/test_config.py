@@ -54,7 +54,8 @@ def test_a_size_on_a_drive_is_never_nothing() -> None:
 
 
 def test_every_choice_of_a_caller_becomes_a_setting_of_the_engine() -> None:
-    choices = set(EngineOptions.__annotations__) - {"memory", "context", "mmproj"}
+    # `memory` is the budget's; each of `loras` holds `lora_columns`
+    choices = set(EngineOptions.__annotations__) - {"memory", "context", "mmproj", "lora_columns"}
     settings = {one.name for one in fields(EngineConfig)} - {"budget"}
     assert choices == settings
 

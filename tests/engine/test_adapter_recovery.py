@@ -30,7 +30,7 @@ NAMES = [None, "one", "two", "one", None, "two"]
 def _made_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Paths are seeds of random adapters with parts of experts."""
 
-    def open_adapter(path: str | Path, files: ModelFiles) -> AdapterFiles:
+    def open_adapter(path: str | Path, files: ModelFiles, *, columns: str = "") -> AdapterFiles:
         return random_adapter(files.own_config, seed=int(Path(path).name), rank=2, targets={"experts", "q"})
 
     for module in (registry, needs):
